@@ -1,0 +1,316 @@
+//! The live connections that a key has opened, so that they can be closed when it dies.
+//!
+//! A front makes a [`Control`] for each connection and enters it into its key's [`Connections`]
+//! before it serves the first message. When the registry revokes the key it closes the whole set,
+//! and the set stays closed: a connection whose key was looked up just before, and which enters just
+//! after, is told to close as it enters. So no order of the two lets a connection outlive its key.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use futures_util::task::AtomicWaker;
+use tokio::sync::Notify;
+
+/// Why a live connection has to close.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Close {
+    /// The key that opened it is revoked, expired, or its datasource deleted.
+    KeyDead = 1,
+    /// The same client connected again.
+    TakenOver = 2,
+    /// The gateway is shutting down.
+    Drain = 3,
+}
+
+impl Close {
+    /// The reason with this number; 0 is none.
+    fn from_number(number: u8) -> Option<Close> {
+        [Close::KeyDead, Close::TakenOver, Close::Drain].into_iter().find(|why| *why as u8 == number)
+    }
+}
+
+/// One connection's ear: told once why to close, polled by the connection's task.
+#[derive(Debug, Default)]
+pub struct Control {
+    /// A [`Close`] as its number, or 0.
+    why: AtomicU8,
+    task: AtomicWaker,
+}
+
+impl Control {
+    /// Tells the connection to close. The first reason stands.
+    pub fn close(&self, why: Close) {
+        if self.why.compare_exchange(0, why as u8, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            self.task.wake();
+        }
+    }
+
+    /// The reason, once there is one; otherwise registers the task's waker. One task polls: a second
+    /// one would take the first one's place.
+    pub fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<Close> {
+        if let Some(why) = self.closed() {
+            return Poll::Ready(why);
+        }
+        self.task.register(cx.waker());
+        // Again: a `close` between the look above and the registration found nobody to wake.
+        self.closed().map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// The reason, if there is one yet. One atomic load.
+    pub fn closed(&self) -> Option<Close> {
+        Close::from_number(self.why.load(Ordering::Acquire))
+    }
+}
+
+/// The live connections of one key.
+///
+/// There may be a million keys, few of them connected, and tens of thousands of connections behind
+/// one key: a set without connections is one small allocation, a connection costs 12 bytes in it.
+#[derive(Debug, Default)]
+pub struct Connections(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Set by [`Connections::close_all`], for good.
+    closed: Option<Close>,
+    /// Present while anyone is connected.
+    live: Option<Box<Live>>,
+}
+
+#[derive(Debug, Default)]
+struct Live {
+    places: Vec<Option<Arc<Control>>>,
+    /// The indices in `places` that are `None`.
+    free: Vec<u32>,
+    /// Notified when the last connection leaves.
+    gone: Arc<Notify>,
+}
+
+impl Connections {
+    /// Enters a connection; it leaves when the returned guard is dropped. If the set has been closed
+    /// the connection is told so at once.
+    #[must_use = "the connection leaves when this is dropped"]
+    pub fn enter(self: &Arc<Self>, control: Arc<Control>) -> Entered {
+        let mut state = self.state();
+        let live = state.live.get_or_insert_default();
+        let entering = Some(Arc::clone(&control));
+        let place = match live.free.pop() {
+            Some(place) => {
+                live.places[place as usize] = entering;
+                place
+            }
+            None => {
+                live.places.push(entering);
+                u32::try_from(live.places.len() - 1).expect("fewer connections than 2³²")
+            }
+        };
+        let closed = state.closed;
+        drop(state);
+        if let Some(why) = closed {
+            control.close(why);
+        }
+        Entered { connections: Arc::clone(self), place }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.state().live.as_ref().map_or(0, |live| live.places.len() - live.free.len())
+    }
+
+    /// Tells every one to close, for `why`, and everyone who enters from now on. The first reason
+    /// stands.
+    pub fn close_all(&self, why: Close) {
+        let mut state = self.state();
+        let why = *state.closed.get_or_insert(why);
+        let live: Vec<_> =
+            state.live.iter().flat_map(|live| &live.places).flatten().map(Arc::clone).collect();
+        // Waking a task can drop it, and what it holds: also an `Entered`, which locks this set.
+        drop(state);
+        for control in live {
+            control.close(why);
+        }
+    }
+
+    /// Returns when there is none left.
+    pub async fn gone(&self) {
+        loop {
+            // Registered while the set is locked, so that the last one cannot leave unnoticed.
+            let gone = match &self.state().live {
+                None => return,
+                Some(live) => Arc::clone(&live.gone).notified_owned(),
+            };
+            gone.await;
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it is locked, save for a failed allocation, which ends the process.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection's place among its key's [`Connections`].
+#[derive(Debug)]
+pub struct Entered {
+    connections: Arc<Connections>,
+    place: u32,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let mut state = self.connections.state();
+        let live = state.live.as_mut().expect("present while anyone is connected");
+        let control = live.places[self.place as usize].take();
+        live.free.push(self.place);
+        let gone = (live.free.len() == live.places.len()).then(|| Arc::clone(&live.gone));
+        if gone.is_some() {
+            state.live = None;
+        }
+        drop(state);
+        drop(control);
+        if let Some(gone) = gone {
+            gone.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::sync::Barrier;
+    use std::thread;
+
+    use tokio::time::{Duration, timeout};
+
+    use super::*;
+
+    const RACES: usize = 2_000;
+
+    async fn soon<T>(what: impl Future<Output = T>) -> T {
+        timeout(Duration::from_secs(30), what).await.expect("happens within 30 s")
+    }
+
+    #[test]
+    fn the_first_reason_stands() {
+        let control = Control::default();
+        assert_eq!(control.closed(), None);
+        control.close(Close::TakenOver);
+        control.close(Close::KeyDead);
+        assert_eq!(control.closed(), Some(Close::TakenOver));
+        for why in [Close::KeyDead, Close::TakenOver, Close::Drain] {
+            assert_eq!(Close::from_number(why as u8), Some(why));
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_close_is_never_lost_on_a_task_that_is_just_beginning_to_wait() {
+        for _ in 0..RACES {
+            let control = Arc::new(Control::default());
+            let waiting = tokio::spawn({
+                let control = Arc::clone(&control);
+                async move { poll_fn(|cx| control.poll_closed(cx)).await }
+            });
+            control.close(Close::Drain);
+            assert_eq!(soon(waiting).await.expect("no panic"), Close::Drain);
+        }
+    }
+
+    #[test]
+    fn every_live_connection_is_told_to_close_and_no_one_who_left() {
+        let key = Arc::new(Connections::default());
+        let controls: Vec<_> = (0..4).map(|_| Arc::new(Control::default())).collect();
+        let mut entered: Vec<_> = controls.iter().map(|control| key.enter(Arc::clone(control))).collect();
+        drop(entered.remove(1));
+        assert_eq!(key.count(), 3);
+        let reused = Arc::new(Control::default());
+        entered.push(key.enter(Arc::clone(&reused)));
+        assert_eq!(key.count(), 4);
+
+        key.close_all(Close::KeyDead);
+        let told: Vec<_> = controls.iter().map(|control| control.closed()).collect();
+        assert_eq!(told, [Some(Close::KeyDead), None, Some(Close::KeyDead), Some(Close::KeyDead)]);
+        assert_eq!(reused.closed(), Some(Close::KeyDead));
+        entered.clear();
+        assert_eq!(key.count(), 0);
+    }
+
+    #[test]
+    fn who_enters_a_closed_set_is_told_at_once() {
+        let key = Arc::new(Connections::default());
+        key.close_all(Close::KeyDead);
+        key.close_all(Close::Drain);
+        let late = Arc::new(Control::default());
+        let entered = key.enter(Arc::clone(&late));
+        assert_eq!(late.closed(), Some(Close::KeyDead));
+        assert_eq!(key.count(), 1, "still waited for");
+        drop(entered);
+        assert_eq!(key.count(), 0);
+    }
+
+    #[test]
+    fn no_connection_survives_a_close_that_races_with_its_entering() {
+        for _ in 0..RACES {
+            let key = Arc::new(Connections::default());
+            let control = Arc::new(Control::default());
+            let start = Barrier::new(2);
+            let entered = thread::scope(|scope| {
+                let entering = scope.spawn(|| {
+                    start.wait();
+                    key.enter(Arc::clone(&control))
+                });
+                start.wait();
+                key.close_all(Close::KeyDead);
+                entering.join().expect("no panic")
+            });
+            assert_eq!(control.closed(), Some(Close::KeyDead));
+            drop(entered);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn gone_returns_when_the_last_connection_has_left() {
+        let key = Arc::new(Connections::default());
+        soon(key.gone()).await;
+        for _ in 0..RACES {
+            let [a, b] = [(); 2].map(|()| key.enter(Arc::new(Control::default())));
+            let waiting = tokio::spawn({
+                let key = Arc::clone(&key);
+                async move {
+                    key.gone().await;
+                    key.count()
+                }
+            });
+            drop(a);
+            assert!(!waiting.is_finished(), "one is still there");
+            drop(b);
+            assert_eq!(soon(waiting).await.expect("no panic"), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_task_that_drops_its_connection_as_it_is_woken_does_not_deadlock() {
+        use std::task::{Wake, Waker};
+
+        struct Leaves(Mutex<Option<Entered>>);
+        impl Wake for Leaves {
+            fn wake(self: Arc<Self>) {
+                drop(self.0.lock().expect("not poisoned").take());
+            }
+        }
+        let key = Arc::new(Connections::default());
+        let control = Arc::new(Control::default());
+        let entered = key.enter(Arc::clone(&control));
+        let waker = Waker::from(Arc::new(Leaves(Mutex::new(Some(entered)))));
+        assert!(control.poll_closed(&mut Context::from_waker(&waker)).is_pending());
+        key.close_all(Close::KeyDead);
+        assert_eq!(key.count(), 0);
+    }
+
+    #[test]
+    fn a_key_without_connections_costs_little() {
+        assert!(size_of::<Connections>() <= 24, "{}", size_of::<Connections>());
+        assert!(size_of::<Control>() <= 32, "{}", size_of::<Control>());
+    }
+}

@@ -1,0 +1,436 @@
+//! `registry.db`: the registry on disk, in SQLite. Read once, at start; after that only written,
+//! when a datasource or a key is created or taken away. No message's path touches it.
+//!
+//! **When a change counts.** Each change is one transaction, and is on the disk when the call that
+//! makes it returns. That is `journal_mode = WAL` with `synchronous = FULL`: the commit is one append
+//! to `registry.db-wal` and one sync of it. (`WAL` with `NORMAL` syncs only at checkpoints; `DELETE`
+//! with `FULL` commits by unlinking the journal and leaves that unsynced, so that a loss of power can
+//! bring a revoked key back, and with `EXTRA` a commit takes four syncs instead of one.)
+//!
+//! **One owner.** The file is locked (`locking_mode = EXCLUSIVE`) as long as it is open. What another
+//! program wrote into it would not reach the live view: a key that somebody deleted by hand would
+//! go on working. So it is refused, as is a second gateway on the same directory.
+//!
+//! **What is in it.** `user_version` is the version of the format, [`FORMAT`].
+//!
+//! ```sql
+//! datasources (id TEXT, name TEXT, created_at INTEGER)
+//! keys        (digest BLOB, datasource TEXT, scopes TEXT, label TEXT,
+//!              created_at INTEGER, expires_at INTEGER, revoked_at INTEGER)
+//! ```
+//!
+//! Times are microseconds since the Unix epoch, in UTC. `scopes` reads `ingest,subscribe`. The
+//! datasource of a key for all of them is `*`. A key id is the first 6 bytes of the digest, and since
+//! digests are the primary key, looking for one is a search in their order. A revoked key's row
+//! stays: its id is in the records that it let in, and is never given to another key.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::types::{FromSql, FromSqlError};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
+
+use super::registry::{Datasource, Key, RegistryError};
+use super::{Digest, Scopes};
+use crate::message::{DatasourceId, KeyId, TimeMicros};
+
+/// The version of the format that this file writes, and the only one there has been.
+const FORMAT: i64 = 1;
+
+const SCHEMA: &str = "
+    CREATE TABLE datasources (
+        id         TEXT PRIMARY KEY,
+        name       TEXT NOT NULL,
+        created_at INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE keys (
+        digest     BLOB PRIMARY KEY CHECK (length(digest) = 32),
+        datasource TEXT NOT NULL,
+        scopes     TEXT NOT NULL,
+        label      TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        expires_at INTEGER,
+        revoked_at INTEGER
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX keys_of_datasource ON keys (datasource) WHERE revoked_at IS NULL;
+";
+
+/// The open database. Its user serialises all changes.
+pub(super) struct Database {
+    connection: Connection,
+    path: PathBuf,
+}
+
+/// One row of `keys`.
+pub(super) struct StoredKey<'a> {
+    pub(super) digest: Digest,
+    pub(super) datasource: &'a str,
+    pub(super) scopes: Scopes,
+    pub(super) label: &'a str,
+    pub(super) created_at: TimeMicros,
+    pub(super) expires_at: Option<TimeMicros>,
+    pub(super) revoked: bool,
+}
+
+impl Database {
+    /// Opens `dir/registry.db`, or creates it, readable by its owner only; checks its version and
+    /// its pages.
+    pub(super) fn open(dir: &Path) -> Result<Self, RegistryError> {
+        let path = dir.join("registry.db");
+        create_private(dir, &path)
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+        let connection = connect(&path).map_err(|error| at_start(error, &path))?;
+        let mut database = Self { connection, path };
+        let version = database.pragma::<i64>("user_version")?;
+        if version > FORMAT {
+            return Err(RegistryError::Newer { path: database.path, version, known: FORMAT });
+        }
+        let pages: String = database.pragma("quick_check")?;
+        if pages != "ok" {
+            return Err(RegistryError::Damaged { path: database.path, detail: pages });
+        }
+        if version < FORMAT {
+            database.create_tables()?;
+        }
+        Ok(database)
+    }
+
+    fn create_tables(&mut self) -> Result<(), rusqlite::Error> {
+        let change = self.connection.transaction()?;
+        change.execute_batch(SCHEMA)?;
+        change.pragma_update(None, "user_version", FORMAT)?;
+        change.commit()
+    }
+
+    fn pragma<T: FromSql>(&self, name: &str) -> Result<T, RegistryError> {
+        let value = self.connection.pragma_query_value(None, name, |row| row.get(0));
+        value.map_err(|error| at_start(error, &self.path))
+    }
+
+    /// Hands every datasource to `each`.
+    pub(super) fn datasources(&self, mut each: impl FnMut(Datasource)) -> Result<(), RegistryError> {
+        let mut read_all = || -> rusqlite::Result<()> {
+            let mut select = self.connection.prepare("SELECT id, name, created_at FROM datasources")?;
+            let mut rows = select.query([])?;
+            while let Some(row) = rows.next()? {
+                let id = DatasourceId::new(row.get_ref(0)?.as_str()?).map_err(FromSqlError::other)?;
+                each(Datasource { id, name: row.get(1)?, created_at: row.get(2)? });
+            }
+            Ok(())
+        };
+        read_all().map_err(|error| at_start(error, &self.path))
+    }
+
+    /// How many keys there are, revoked ones included.
+    pub(super) fn key_count(&self) -> Result<usize, RegistryError> {
+        let count = self.connection.query_row("SELECT count(*) FROM keys", [], |row| row.get::<_, i64>(0));
+        let count = count.map_err(|error| at_start(error, &self.path))?;
+        Ok(usize::try_from(count).expect("a count is not negative"))
+    }
+
+    /// Hands every key to `each`, which says so if one cannot be.
+    pub(super) fn keys<E>(
+        &self,
+        mut each: impl FnMut(StoredKey<'_>) -> Result<(), E>,
+    ) -> Result<(), RegistryError>
+    where
+        E: std::error::Error + Send + Sync + 'static,
+    {
+        let mut read_all = || -> rusqlite::Result<()> {
+            let mut select = self.connection.prepare(
+                "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at IS NOT NULL
+                 FROM keys",
+            )?;
+            let mut rows = select.query([])?;
+            while let Some(row) = rows.next()? {
+                let stored = StoredKey {
+                    digest: Digest(row.get(0)?),
+                    datasource: row.get_ref(1)?.as_str()?,
+                    scopes: row.get_ref(2)?.as_str()?.parse().map_err(FromSqlError::other)?,
+                    label: row.get_ref(3)?.as_str()?,
+                    created_at: row.get(4)?,
+                    expires_at: row.get(5)?,
+                    revoked: row.get(6)?,
+                };
+                each(stored).map_err(FromSqlError::other)?;
+            }
+            Ok(())
+        };
+        read_all().map_err(|error| at_start(error, &self.path))
+    }
+
+    /// Whether there is or was a key with this id.
+    pub(super) fn knows(&self, id: KeyId) -> Result<bool, RegistryError> {
+        let (first, last) = digests_of(id);
+        let known = self
+            .connection
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM keys WHERE digest BETWEEN ?1 AND ?2)")?
+            .query_row(params![first, last], |row| row.get(0))?;
+        Ok(known)
+    }
+
+    /// Adds a key, and with its first key a datasource.
+    pub(super) fn insert(
+        &mut self,
+        datasource: Option<&Datasource>,
+        key: &Key,
+        digest: &Digest,
+    ) -> Result<(), RegistryError> {
+        let change = self.connection.transaction()?;
+        if let Some(datasource) = datasource {
+            change
+                .prepare_cached("INSERT INTO datasources (id, name, created_at) VALUES (?1, ?2, ?3)")?
+                .execute(params![datasource.id.as_str(), datasource.name, datasource.created_at])?;
+        }
+        change
+            .prepare_cached(
+                "INSERT INTO keys (digest, datasource, scopes, label, created_at, expires_at)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            )?
+            .execute(params![
+                digest.0,
+                key.datasource.as_str(),
+                key.scopes.to_string(),
+                key.label,
+                key.created_at,
+                key.expires_at,
+            ])?;
+        Ok(change.commit()?)
+    }
+
+    /// Revokes one key of a datasource: its digest, or `None` if there is no such live key.
+    pub(super) fn revoke(
+        &mut self,
+        datasource: &DatasourceId,
+        id: KeyId,
+        at: TimeMicros,
+    ) -> Result<Option<Digest>, RegistryError> {
+        let (first, last) = digests_of(id);
+        // In a transaction of its own: that a statement with RETURNING was committed shows only
+        // after its last row, where the error could not be seen.
+        let change = self.connection.transaction()?;
+        let revoked = change
+            .prepare_cached(
+                "UPDATE keys SET revoked_at = ?1 WHERE digest BETWEEN ?2 AND ?3 AND datasource = ?4
+                 AND revoked_at IS NULL RETURNING digest",
+            )?
+            .query_row(params![at, first, last, datasource.as_str()], |row| row.get(0).map(Digest))
+            .optional()?;
+        change.commit()?;
+        Ok(revoked)
+    }
+
+    /// Removes a datasource and revokes its keys: their digests.
+    pub(super) fn remove(
+        &mut self,
+        datasource: &DatasourceId,
+        at: TimeMicros,
+    ) -> Result<Vec<Digest>, RegistryError> {
+        let change = self.connection.transaction()?;
+        change
+            .prepare_cached("DELETE FROM datasources WHERE id = ?1")?
+            .execute(params![datasource.as_str()])?;
+        let revoked = change
+            .prepare_cached(
+                "UPDATE keys SET revoked_at = ?1 WHERE datasource = ?2 AND revoked_at IS NULL RETURNING digest",
+            )?
+            .query_map(params![at, datasource.as_str()], |row| row.get(0).map(Digest))?
+            .collect::<Result<_, _>>()?;
+        change.commit()?;
+        Ok(revoked)
+    }
+
+    /// Makes every change fail from now on, as on a disk that has failed, or no more.
+    #[cfg(test)]
+    pub(super) fn refuse_changes(&self, refuse: bool) {
+        self.connection.pragma_update(None, "query_only", refuse).expect("a setting");
+    }
+}
+
+/// The first and the last digest that a key with this id could have.
+fn digests_of(id: KeyId) -> ([u8; 32], [u8; 32]) {
+    let (mut first, mut last) = ([0; 32], [0xff; 32]);
+    first[..id.0.len()].copy_from_slice(&id.0);
+    last[..id.0.len()].copy_from_slice(&id.0);
+    (first, last)
+}
+
+/// Makes the file, empty, if there is none, so that it is never readable by others, not even for a
+/// moment. SQLite gives the files beside it the same mode.
+fn create_private(dir: &Path, path: &Path) -> io::Result<()> {
+    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        // The name has to be on the disk as well as what will be in the file.
+        Ok(_) => File::open(dir)?.sync_all(),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            fs::set_permissions(path, Permissions::from_mode(0o600))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    // For somebody who is looking into the file at this moment.
+    connection.busy_timeout(Duration::from_secs(1))?;
+    connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+    connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    // Takes the lock, which is then kept.
+    connection.execute_batch("BEGIN EXCLUSIVE; COMMIT")?;
+    Ok(connection)
+}
+
+/// What an error means to an operator who starts a gateway.
+fn at_start(error: rusqlite::Error, path: &Path) -> RegistryError {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            RegistryError::InUse { path: path.to_owned() }
+        }
+        // No code: the pages are in order, and hold something that Headgate never writes.
+        None | Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+            RegistryError::Damaged { path: path.to_owned(), detail: error.to_string() }
+        }
+        Some(_) => RegistryError::Database(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::{ApiKey, Registry, Scope};
+
+    fn written_by_hand(dir: &Path, sql: &str) {
+        let connection = Connection::open(dir.join("registry.db")).expect("opens");
+        connection.execute_batch(sql).expect("runs");
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).expect("exists").permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn only_its_owner_can_read_the_registry() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("registry.db");
+        let database = Database::open(dir.path()).expect("opens");
+        assert_eq!(mode(&path), 0o600);
+        assert_eq!(mode(&path.with_extension("db-wal")), 0o600);
+        drop(database);
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).expect("changed");
+        drop(Database::open(dir.path()).expect("opens again"));
+        assert_eq!(mode(&path), 0o600);
+    }
+
+    #[test]
+    fn a_change_is_synced_before_it_counts() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let database = Database::open(dir.path()).expect("opens");
+        assert_eq!(database.pragma::<String>("journal_mode").expect("set"), "wal");
+        assert_eq!(database.pragma::<i64>("synchronous").expect("set"), 2, "2 is FULL");
+    }
+
+    #[test]
+    fn a_registry_has_one_owner() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("registry.db");
+        let first = Database::open(dir.path()).expect("opens");
+        let second = Database::open(dir.path()).err().expect("the first one holds it");
+        assert!(matches!(second, RegistryError::InUse { .. }), "{second}");
+        assert!(second.to_string().contains(&path.display().to_string()), "{second}");
+        drop(first);
+        assert!(Database::open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn a_newer_format_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        drop(Database::open(dir.path()).expect("opens"));
+        written_by_hand(dir.path(), "PRAGMA user_version = 2");
+        let error = Database::open(dir.path()).err().expect("newer");
+        assert!(matches!(error, RegistryError::Newer { version: 2, known: 1, .. }), "{error}");
+        let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
+        assert_eq!(version(&connection), 2);
+    }
+
+    fn version(connection: &Connection) -> i64 {
+        connection.pragma_query_value(None, "user_version", |row| row.get(0)).expect("has one")
+    }
+
+    #[test]
+    fn a_file_that_a_crash_left_empty_becomes_a_registry() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        fs::write(dir.path().join("registry.db"), b"").expect("written");
+        let database = Database::open(dir.path()).expect("opens");
+        assert_eq!(version(&database.connection), FORMAT);
+    }
+
+    #[test]
+    fn damage_is_reported_with_the_file_and_never_read_past() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("registry.db");
+        let registry = Registry::open(dir.path()).expect("opens");
+        for _ in 0..200 {
+            registry
+                .create_key(&DatasourceId::all(), "", Scopes::of(&[Scope::Ingest]), None)
+                .expect("created");
+        }
+        drop(registry);
+        let sound = fs::read(&path).expect("readable");
+        let pages = sound.len() / 4096;
+        assert!(pages > 4, "{pages} pages");
+
+        let mut torn = sound.clone();
+        torn[3 * 4096..4 * 4096].fill(0xa5);
+        let mut no_database = sound.clone();
+        no_database[..16].fill(b'x');
+        for damaged in [torn, no_database, sound[..sound.len() - 4096].to_vec()] {
+            fs::write(&path, damaged).expect("written");
+            let error = Registry::open(dir.path()).expect_err("damaged");
+            assert!(matches!(error, RegistryError::Damaged { .. }), "{error}");
+            assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+        }
+        fs::write(&path, sound).expect("written");
+        assert_eq!(Registry::open(dir.path()).expect("sound").key_count(), 200);
+    }
+
+    #[test]
+    fn a_row_that_makes_no_sense_is_damage() {
+        let row = "INSERT INTO keys VALUES (zeroblob(32), '*', 'ingest', '', 0, NULL, NULL)";
+        let dir = tempfile::tempdir().expect("temporary directory");
+        drop(Database::open(dir.path()).expect("opens"));
+        written_by_hand(dir.path(), row);
+        assert_eq!(Registry::open(dir.path()).expect("a row that does").key_count(), 1);
+        for (change, named) in [
+            ("UPDATE keys SET datasource = 'gone'", "gone"),
+            ("UPDATE keys SET datasource = '*', scopes = 'root'", "scopes"),
+            ("INSERT INTO datasources VALUES ('Not a slug', 'x', 0)", "datasource id"),
+        ] {
+            written_by_hand(dir.path(), change);
+            let error = Registry::open(dir.path()).expect_err("makes no sense");
+            assert!(matches!(error, RegistryError::Damaged { .. }), "{error}");
+            assert!(error.to_string().contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_id_is_known_as_long_as_there_is_a_row_with_it() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let registry = Registry::open(dir.path()).expect("opens");
+        let (datasource, key, _) =
+            registry.create_datasource(None, "a", Scopes::of(&[Scope::Ingest])).expect("created");
+        registry.delete_datasource(&datasource.id).expect("deleted");
+        drop(registry);
+        let database = Database::open(dir.path()).expect("opens");
+        assert!(database.knows(key.id).expect("read"));
+        let [first @ .., last] = key.id.0;
+        for near in [last.wrapping_sub(1), last.wrapping_add(1)] {
+            let [a, b, c, d, e] = first;
+            assert!(!database.knows(KeyId([a, b, c, d, e, near])).expect("read"));
+        }
+        assert!(!database.knows(ApiKey::generate().digest().key_id()).expect("read"));
+    }
+}

@@ -1,0 +1,108 @@
+//! A gateway of the benchmark's own: another process of this program, with a data directory that is
+//! gone afterwards, so that `headgate bench` works by itself and the generator's work is not mixed
+//! with the gateway's.
+
+use std::env;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use tempfile::TempDir;
+
+use crate::cli::client::{Client, Secret};
+use crate::cli::datasource;
+
+/// How long the gateway may take to end; it is killed then.
+const END_MAX: Duration = Duration::from_secs(15);
+
+/// A running gateway, ended when this is dropped.
+pub(super) struct OwnGateway {
+    child: Child,
+    /// Held open: closed, the gateway would have nobody to talk to.
+    _lines: BufReader<ChildStdout>,
+    /// Removed after the gateway has ended.
+    _data_dir: TempDir,
+    pub(super) mqtt: SocketAddr,
+    /// A key of a datasource made for the benchmark.
+    pub(super) key: Secret,
+}
+
+impl OwnGateway {
+    pub(super) fn start() -> anyhow::Result<Self> {
+        let data_dir = tempfile::Builder::new().prefix("headgate-bench-").tempdir()?;
+        let program = env::current_exe().context("the path of this program")?;
+        let mut child = Command::new(program)
+            .arg("serve")
+            .arg("--data-dir")
+            .arg(data_dir.path())
+            .env("HEADGATE_MQTT__LISTEN", "127.0.0.1:0")
+            .env("HEADGATE_HTTP__LISTEN", "127.0.0.1:0")
+            .env("HEADGATE_TRACE__FILTER", "warn")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting a gateway")?;
+        let stdout = child.stdout.take().context("the gateway has no standard output")?;
+        let mut gateway = Self {
+            child,
+            _lines: BufReader::new(stdout),
+            mqtt: SocketAddr::from(([127, 0, 0, 1], 0)),
+            key: Secret::new(""),
+            _data_dir: data_dir,
+        };
+        let http = gateway.read_addresses()?;
+        let admin =
+            std::fs::read_to_string(gateway._data_dir.path().join("admin.key")).context("admin.key")?;
+        let admin = Client::new(&http, Secret::new(&admin));
+        (_, gateway.key) = datasource::create_as(&admin, "bench", "Benchmark")?;
+        Ok(gateway)
+    }
+
+    /// Reads the lines that say where the gateway listens.
+    fn read_addresses(&mut self) -> anyhow::Result<String> {
+        let (mut mqtt, mut http) = (None, None);
+        let mut line = String::new();
+        while mqtt.is_none() || http.is_none() {
+            line.clear();
+            if self._lines.read_line(&mut line)? == 0 {
+                bail!("the gateway did not start: {}", self.child.wait()?);
+            }
+            for word in line.split_whitespace() {
+                if let Some(addr) = word.strip_prefix("mqtt://") {
+                    mqtt = Some(addr.parse().with_context(|| format!("the gateway says {word}"))?);
+                } else if word.starts_with("http://") {
+                    http = Some(word.to_owned());
+                }
+            }
+        }
+        let (Some(mqtt), Some(http)) = (mqtt, http) else {
+            bail!("the gateway did not say where it listens")
+        };
+        self.mqtt = mqtt;
+        Ok(http)
+    }
+}
+
+impl Drop for OwnGateway {
+    fn drop(&mut self) {
+        terminate(&self.child);
+        let deadline = Instant::now() + END_MAX;
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() > deadline {
+                let _ = self.child.kill();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Asks the gateway to end.
+fn terminate(child: &Child) {
+    let Ok(pid) = libc::pid_t::try_from(child.id()) else { return };
+    // SAFETY: kill(2) takes any integers. The process has not been waited for, so that the id is still its own.
+    unsafe {
+        libc::kill(pid, libc::SIGTERM);
+    }
+}

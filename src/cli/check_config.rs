@@ -1,0 +1,24 @@
+//! `headgate check-config`: what `serve` would make of a configuration file, without serving.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use super::out::Out;
+use crate::config::Config;
+use crate::observe::trace;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The configuration (TOML)
+    file: PathBuf,
+}
+
+pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+    let config = Config::load(Some(&args.file))?;
+    trace::filter(&config.trace)?;
+    writeln!(out, "{}: OK", args.file.display())?;
+    writeln!(out, "MQTT   {}", config.mqtt.listen)?;
+    writeln!(out, "HTTP   {}", config.http.listen)?;
+    writeln!(out, "data   {}", config.data_dir.display())?;
+    Ok(())
+}

@@ -1,0 +1,254 @@
+//! `headgate demo`: the whole way on real input. Starts a gateway, creates a datasource for each of
+//! five recorded sensors, replays all their readings through real clients over real sockets while
+//! strangers try to get in, reads everything back from storage, and says whether it is all there.
+
+mod report;
+mod senders;
+mod sensors;
+mod strangers;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use serde::Deserialize;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::task::{JoinSet, spawn_blocking};
+
+use self::report::{Comparison, Report, Row, Stored};
+use self::senders::{Gate, Progress, TOPIC};
+use self::sensors::{SENSORS, Sensor};
+use self::strangers::Strangers;
+use super::client::{Client, Secret};
+use super::out::{Out, grouped, latency};
+use super::replay::Tally;
+use super::signals::Signals;
+use super::{datasource, records, serve};
+use crate::config::{Config, SinkKind};
+use crate::gateway::Gateway;
+use crate::observe::trace;
+
+/// How long storage may take to hold everything that was acknowledged.
+const STORED_MAX: Duration = Duration::from_secs(60);
+/// How often storage is asked how far it is.
+const LOOK: Duration = Duration::from_millis(5);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The configuration (TOML); without it and --data-dir, free ports and a temporary directory
+    #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
+    config: Option<PathBuf>,
+    /// Where to keep everything, instead of a temporary directory that is removed at the end
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Exit after the report instead of serving on until Ctrl-C
+    #[arg(long)]
+    once: bool,
+}
+
+pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+    let once = args.once;
+    // The directory lives until the gateway has stopped.
+    let (config, _temporary) = configure(args)?;
+    ensure!(
+        config.storage.sink != SinkKind::None,
+        "the demo reads back from storage; storage.sink is \"none\""
+    );
+    trace::init(&config.trace)?;
+    let runtime = serve::runtime()?;
+    let shown = runtime.block_on(demo(config, once, out));
+    runtime.shutdown_timeout(serve::THREADS_END_MAX);
+    shown
+}
+
+/// The configuration that was asked for. With none asked for, what is at its default gives way to
+/// what can run anywhere, beside anything: free ports, a temporary directory, few log lines.
+fn configure(args: Args) -> anyhow::Result<(Config, Option<TempDir>)> {
+    let mut config = Config::load(args.config.as_deref())?;
+    let default = Config::default();
+    if config.trace == default.trace {
+        // Every stranger is worth a line to an operator; here they are counted in the report.
+        config.trace.filter = "error,rumqttc=off".to_owned();
+    }
+    if let Some(data_dir) = args.data_dir {
+        config.data_dir = data_dir;
+    } else if args.config.is_none() {
+        for (listen, usual) in
+            [(&mut config.mqtt.listen, default.mqtt.listen), (&mut config.http.listen, default.http.listen)]
+        {
+            if *listen == usual {
+                listen.set_port(0);
+            }
+        }
+        if config.data_dir == default.data_dir {
+            let temporary = tempfile::Builder::new()
+                .prefix("headgate-demo-")
+                .tempdir()
+                .context("a temporary directory")?;
+            temporary.path().clone_into(&mut config.data_dir);
+            return Ok((config, Some(temporary)));
+        }
+    }
+    Ok((config, None))
+}
+
+async fn demo(config: Config, once: bool, out: &mut Out) -> anyhow::Result<()> {
+    let mut signals = Signals::listen()?;
+    let gateway = Gateway::start(config).await?;
+    let shown = tokio::select! {
+        shown = show(&gateway, out) => shown,
+        () = signals.asked() => Err(anyhow::anyhow!("interrupted")),
+    };
+    if shown.is_ok() && !once {
+        writeln!(out, "The gateway serves on until Ctrl-C.")?;
+        out.flush()?;
+        signals.asked().await;
+    }
+    signals.finish(gateway.stop()).await;
+    shown
+}
+
+/// Everything between start and stop.
+async fn show(gateway: &Gateway, out: &mut Out) -> anyhow::Result<()> {
+    serve::announce(gateway, out)?;
+    let gate = Gate {
+        mqtt: serve::reachable(gateway.mqtt_addr),
+        http: format!("http://{}", serve::reachable(gateway.http_addr)),
+    };
+    let key_file = &gateway.admin_key_path;
+    let key = std::fs::read_to_string(key_file).with_context(|| key_file.display().to_string())?;
+    let admin = Client::new(&gate.http, Secret::new(&key));
+
+    let readings = SENSORS.iter().map(|sensor| sensor.readings().count() as u64).sum();
+    let (begin, datasources) = {
+        let admin = admin.clone();
+        spawn_blocking(move || anyhow::Ok((log_end(&admin)?, create_all(&admin)?))).await??
+    };
+    let strangers = Strangers::prepare(&admin, gate.clone(), &datasources[0].0, &datasources[0].1).await?;
+    writeln!(out, "\nreplaying {} readings of {} sensors at once ...", grouped(readings), SENSORS.len())?;
+    out.flush()?;
+
+    let progress = Progress::default();
+    let started = Instant::now();
+    let mut strangers = tokio::spawn(strangers.run(progress.clone(), readings));
+    let mut devices = JoinSet::new();
+    for (index, (sensor, (id, key))) in SENSORS.into_iter().zip(datasources.clone()).enumerate() {
+        let sending = senders::send(sensor, id, key, gate.clone(), progress.clone());
+        devices.spawn(async move { anyhow::Ok((index, sending.await?)) });
+    }
+    let mut tallies: Vec<(usize, Tally)> = Vec::with_capacity(SENSORS.len());
+    while let Some(sent) = devices.join_next().await {
+        let (index, tally) = sent??;
+        let sensor = SENSORS[index];
+        progress.bars.suspend(|| {
+            let done = format!("{:>7} acknowledged over {}", grouped(tally.acked), sensor.way.describe());
+            writeln!(
+                out,
+                "  {:20} {done}, p50 {}",
+                sensor.id,
+                latency(tally.latency.value_at_quantile(0.5))
+            )?;
+            out.flush()
+        })?;
+        tallies.push((index, tally));
+    }
+    let took = started.elapsed();
+    let refused = (&mut strangers).await??;
+    tallies.sort_by_key(|(index, _)| *index);
+
+    let report = spawn_blocking(move || {
+        let end = wait_until_stored(&admin)?;
+        let acked: u64 = tallies.iter().map(|(_, tally)| tally.acked).sum();
+        let unaccounted = i128::from(end) - i128::from(begin) - i128::from(acked);
+        let mut rows = Vec::with_capacity(SENSORS.len());
+        for ((index, tally), (id, _)) in tallies.into_iter().zip(&datasources) {
+            let sensor = SENSORS[index];
+            rows.push(Row { sensor, tally, stored: read_back(&admin, sensor, id)? });
+        }
+        anyhow::Ok(Report { rows, refused, unaccounted })
+    })
+    .await??;
+    report.print(out)?;
+    report.check(readings)?;
+    writeln!(
+        out,
+        "{} sent = acknowledged = stored, in {:.1} s; {} attempts refused, 0 of them stored",
+        grouped(readings),
+        took.as_secs_f64(),
+        grouped(report.refusals())
+    )?;
+    out.flush()?;
+    Ok(())
+}
+
+fn create_all(admin: &Client) -> anyhow::Result<Vec<(String, Secret)>> {
+    SENSORS.iter().map(|sensor| datasource::create_as(admin, sensor.id, sensor.name)).collect()
+}
+
+/// Waits until storage holds everything that is in the log; returns the log's end.
+fn wait_until_stored(admin: &Client) -> anyhow::Result<u64> {
+    let end = log_end(admin)?;
+    let deadline = Instant::now() + STORED_MAX;
+    loop {
+        let stored = gauge(&admin.text("/metrics")?, "headgate_storage_cursor")?;
+        if stored >= end {
+            return Ok(end);
+        }
+        ensure!(Instant::now() < deadline, "storage holds {stored} of {end} records after {STORED_MAX:?}");
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// The offset that the next record will get.
+fn log_end(admin: &Client) -> anyhow::Result<u64> {
+    gauge(&admin.text("/metrics")?, "headgate_log_next_offset")
+}
+
+/// A whole number out of Prometheus' text format.
+fn gauge(metrics: &str, name: &str) -> anyhow::Result<u64> {
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    let value = value.with_context(|| format!("the gateway has no metric {name}"))?;
+    value.trim().parse().with_context(|| format!("{name} is {value:?}"))
+}
+
+/// Reads all of a datasource's records, compares each with what its sensor has recorded, and reads
+/// its newest reading.
+fn read_back(admin: &Client, sensor: Sensor, id: &str) -> anyhow::Result<Stored> {
+    let mut sent = sensor.readings();
+    let mut comparison = Comparison::default();
+    records::for_each_page(admin, id, &[("topic", TOPIC)], u64::MAX, |page| {
+        for record in &page {
+            comparison.record(&record["payload"], sent.next());
+        }
+        Ok(())
+    })?;
+    let Latest { topics: [Topic { payload }] } =
+        admin.get(&format!("{}/latest", datasource::path(id)?), &[])?;
+    Ok(comparison.finish(payload, sensor.readings().last()))
+}
+
+/// The newest values of a datasource with one topic.
+#[derive(Deserialize)]
+struct Latest {
+    topics: [Topic; 1],
+}
+
+#[derive(Deserialize)]
+struct Topic {
+    payload: Value,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gauge_is_found_by_its_whole_name() {
+        let metrics = "# TYPE log gauge\nlog_next 12\nlog 7\n";
+        assert_eq!(gauge(metrics, "log").expect("there"), 7);
+        assert_eq!(gauge(metrics, "log_next").expect("there"), 12);
+        assert!(gauge(metrics, "other").is_err());
+    }
+}

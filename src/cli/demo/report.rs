@@ -1,0 +1,213 @@
+//! What the demo found out: the tables at its end, and whether everything is as it has to be.
+
+use std::io::{self, Write};
+
+use anyhow::{bail, ensure};
+use hdrhistogram::Histogram;
+use serde_json::Value;
+
+use super::sensors::{Reading, Sensor};
+use super::strangers::Refused;
+use crate::cli::out::{Out, grouped, latency, table};
+use crate::cli::replay::{Tally, latencies};
+
+/// One sensor, from its device to storage and back.
+pub(super) struct Row {
+    pub(super) sensor: Sensor,
+    pub(super) tally: Tally,
+    pub(super) stored: Stored,
+}
+
+/// What storage holds of a datasource.
+#[derive(Debug)]
+pub(super) struct Stored {
+    /// How many records.
+    pub(super) records: u64,
+    /// The place of the first record that is not the reading that was sent there.
+    pub(super) first_difference: Option<u64>,
+    /// The newest reading, as the gateway gives it.
+    pub(super) newest: Value,
+    /// Whether that is the recording's last.
+    pub(super) newest_is_last: bool,
+}
+
+impl Stored {
+    /// The newest reading, for people.
+    fn newest(&self) -> String {
+        let text = |field| self.newest.get(field).map(Value::to_string).unwrap_or_default();
+        format!("{} at {}", text("value"), text("timestamp").trim_matches('"'))
+    }
+}
+
+/// Everything.
+pub(super) struct Report {
+    pub(super) rows: Vec<Row>,
+    pub(super) refused: Refused,
+    /// Records that are in the log although nobody was told that they were accepted.
+    pub(super) unaccounted: i128,
+}
+
+impl Report {
+    pub(super) fn print(&self, out: &mut Out) -> io::Result<()> {
+        let columns = [
+            "sensor",
+            "sent over",
+            "sent",
+            "acknowledged",
+            "stored",
+            "ack p50",
+            "p99",
+            "newest reading, read back",
+        ];
+        let mut rows = table(&columns, &[2, 3, 4, 5, 6]);
+        let mut all = latencies();
+        for Row { sensor, tally, stored } in &self.rows {
+            all.add(&tally.latency).expect("both have the same bounds");
+            let (p50, p99) = quantiles(&tally.latency);
+            rows.add_row([
+                sensor.id.to_owned(),
+                sensor.way.describe().to_owned(),
+                grouped(tally.sent),
+                grouped(tally.acked),
+                grouped(stored.records),
+                p50,
+                p99,
+                stored.newest(),
+            ]);
+        }
+        let (p50, p99) = quantiles(&all);
+        let sum = |count: fn(&Row) -> u64| grouped(self.rows.iter().map(count).sum());
+        rows.add_row([
+            "all".to_owned(),
+            String::new(),
+            sum(|row| row.tally.sent),
+            sum(|row| row.tally.acked),
+            sum(|row| row.stored.records),
+            p50,
+            p99,
+            String::new(),
+        ]);
+        writeln!(out, "\n{rows}\n")?;
+
+        let mut rows = table(&["refused", "over MQTT", "over HTTP"], &[1, 2]);
+        for (cause, [mqtt, http]) in &self.refused {
+            rows.add_row([cause.describe().to_owned(), grouped(*mqtt), grouped(*http)]);
+        }
+        writeln!(out, "{rows}\n")?;
+        out.flush()
+    }
+
+    /// Whether everything that was sent is acknowledged and stored as it was sent, and nothing else is.
+    ///
+    /// # Errors
+    /// The first thing that is not so.
+    pub(super) fn check(&self, readings: u64) -> anyhow::Result<()> {
+        for Row { sensor, tally, stored } in &self.rows {
+            let (id, sent) = (sensor.id, tally.sent);
+            ensure!(tally.acked == sent, "{id}: {} of {sent} readings were acknowledged", tally.acked);
+            ensure!(stored.records == sent, "{id}: {} of {sent} readings are stored", stored.records);
+            if let Some(place) = stored.first_difference {
+                bail!("{id}: stored record {place} is not what was sent");
+            }
+            ensure!(stored.newest_is_last, "{id}: the newest stored reading is {}", stored.newest);
+        }
+        let acked: u64 = self.rows.iter().map(|row| row.tally.acked).sum();
+        ensure!(acked == readings, "{acked} of {readings} readings were acknowledged");
+        ensure!(
+            self.unaccounted == 0,
+            "the log holds {} records more than were acknowledged",
+            self.unaccounted
+        );
+        Ok(())
+    }
+
+    /// How many attempts were refused.
+    pub(super) fn refusals(&self) -> u64 {
+        self.refused.values().flatten().sum()
+    }
+}
+
+fn quantiles(latencies: &Histogram<u64>) -> (String, String) {
+    (latency(latencies.value_at_quantile(0.5)), latency(latencies.value_at_quantile(0.99)))
+}
+
+/// Compares what storage gives back with what was sent, record by record.
+#[derive(Default)]
+pub(super) struct Comparison {
+    records: u64,
+    first_difference: Option<u64>,
+}
+
+impl Comparison {
+    /// The next stored payload, and the reading that was sent in its place, if any was.
+    pub(super) fn record(&mut self, payload: &Value, sent: Option<Reading>) {
+        if sent.map(Reading::json).as_ref() != Some(payload) {
+            self.first_difference.get_or_insert(self.records);
+        }
+        self.records += 1;
+    }
+
+    /// All records were compared, and this is the newest reading as the gateway gives it.
+    pub(super) fn finish(self, newest: Value, last: Option<Reading>) -> Stored {
+        let newest_is_last = last.map(Reading::json).as_ref() == Some(&newest);
+        Stored { records: self.records, first_difference: self.first_difference, newest, newest_is_last }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sensors::SENSORS;
+    use super::*;
+
+    /// A report of one sensor for which all is well.
+    fn well() -> (Report, u64) {
+        let sensor = SENSORS[2];
+        let mut tally = Tally::default();
+        let mut comparison = Comparison::default();
+        for reading in sensor.readings() {
+            tally.sent += 1;
+            tally.acked(1, std::time::Duration::from_millis(1));
+            comparison.record(&reading.json(), Some(reading));
+        }
+        let readings = tally.sent;
+        let last = sensor.readings().last().expect("many");
+        let row = Row { sensor, tally, stored: comparison.finish(last.json(), Some(last)) };
+        (Report { rows: vec![row], refused: Refused::new(), unaccounted: 0 }, readings)
+    }
+
+    #[test]
+    fn only_all_sent_acknowledged_and_stored_is_well() {
+        let (report, readings) = well();
+        report.check(readings).expect("all is well");
+        assert!(report.check(readings + 1).is_err(), "a sensor is missing");
+
+        let (mut report, readings) = well();
+        report.rows[0].tally.acked -= 1;
+        assert!(report.check(readings).is_err(), "one is not acknowledged");
+
+        let (mut report, readings) = well();
+        report.rows[0].stored.records -= 1;
+        assert!(report.check(readings).is_err(), "one is not stored");
+
+        let (mut report, readings) = well();
+        report.rows[0].stored.newest_is_last = false;
+        assert!(report.check(readings).is_err(), "the newest is an older one");
+
+        let (mut report, readings) = well();
+        report.unaccounted = 1;
+        assert!(report.check(readings).is_err(), "a refused one is kept");
+    }
+
+    #[test]
+    fn a_record_that_differs_from_what_was_sent_is_found() {
+        let mut readings = SENSORS[2].readings();
+        let (first, second) = (readings.next().expect("many"), readings.next().expect("many"));
+        let mut comparison = Comparison::default();
+        comparison.record(&first.json(), Some(first));
+        comparison.record(&first.json(), Some(second));
+        let (mut report, sent) = well();
+        report.rows[0].stored = Stored { records: sent, ..comparison.finish(second.json(), Some(second)) };
+        assert_eq!(report.rows[0].stored.first_difference, Some(1));
+        assert!(report.check(sent).is_err(), "a stored reading differs");
+    }
+}

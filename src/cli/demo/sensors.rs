@@ -1,0 +1,142 @@
+//! The sensors of the demo: five recordings of real ones, built into the command so that it runs
+//! anywhere (where they come from is told in `tests/fixtures/sensors/README.md`).
+
+use serde_json::Value;
+
+/// A recorded sensor, and how its device talks to the gateway.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sensor {
+    /// The id of its datasource.
+    pub(super) id: &'static str,
+    /// What people call it.
+    pub(super) name: &'static str,
+    /// Which client sends it.
+    pub(super) way: Way,
+    csv: &'static str,
+}
+
+/// A protocol and a place in it for the key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// MQTT 3.1.1, the key as user name.
+    Mqtt311,
+    /// MQTT 5, the key as user property of CONNECT.
+    Mqtt5,
+    /// HTTP, `Authorization: KEY`.
+    HttpPlain,
+    /// HTTP, `Authorization: Bearer KEY`.
+    HttpBearer,
+    /// HTTP, `X-API-Key: KEY`.
+    HttpApiKey,
+}
+
+impl Way {
+    pub(super) const ALL: [Way; 5] =
+        [Way::Mqtt311, Way::Mqtt5, Way::HttpPlain, Way::HttpBearer, Way::HttpApiKey];
+
+    pub(super) fn describe(self) -> &'static str {
+        match self {
+            Way::Mqtt311 => "MQTT 3.1.1, key as user name",
+            Way::Mqtt5 => "MQTT 5, key as user property",
+            Way::HttpPlain => "HTTP, Authorization: KEY",
+            Way::HttpBearer => "HTTP, Authorization: Bearer KEY",
+            Way::HttpApiKey => "HTTP, X-API-Key: KEY",
+        }
+    }
+
+    pub(super) fn is_mqtt(self) -> bool {
+        matches!(self, Way::Mqtt311 | Way::Mqtt5)
+    }
+}
+
+/// One line of a recording.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Reading {
+    /// As recorded, local time without a zone.
+    pub(super) timestamp: &'static str,
+    /// The digits as recorded.
+    pub(super) value: &'static str,
+}
+
+impl Reading {
+    /// The message: JSON, the value with the digits it was recorded with.
+    pub(super) fn payload(self) -> String {
+        format!(r#"{{"timestamp": "{}", "value": {}}}"#, self.timestamp, self.value)
+    }
+
+    /// The message as a parser sees it.
+    pub(super) fn json(self) -> Value {
+        serde_json::from_str(&self.payload()).expect("a test reads every recording as JSON")
+    }
+}
+
+impl Sensor {
+    /// The recording, oldest first.
+    pub(super) fn readings(&self) -> impl Iterator<Item = Reading> + Send + use<> {
+        let lines = self.csv.lines().skip(1);
+        lines.filter_map(|line| line.split_once(',')).map(|(timestamp, value)| Reading { timestamp, value })
+    }
+}
+
+macro_rules! recording {
+    ($file:literal) => {
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/sensors/", $file))
+    };
+}
+
+/// All five.
+pub(super) const SENSORS: [Sensor; 5] = [
+    Sensor {
+        id: "machine-temperature",
+        name: "Machine temperature (°F), up to its failure",
+        way: Way::Mqtt311,
+        csv: recording!("machine_temperature_system_failure.csv"),
+    },
+    Sensor {
+        id: "ambient-temperature",
+        name: "Office ambient temperature (°F)",
+        way: Way::Mqtt5,
+        csv: recording!("ambient_temperature_system_failure.csv"),
+    },
+    Sensor {
+        id: "lane-occupancy-6005",
+        name: "Road sensor 6005: lane occupancy (%)",
+        way: Way::HttpPlain,
+        csv: recording!("occupancy_6005.csv"),
+    },
+    Sensor {
+        id: "speed-6005",
+        name: "Road sensor 6005: speed (mph)",
+        way: Way::HttpBearer,
+        csv: recording!("speed_6005.csv"),
+    },
+    Sensor {
+        id: "travel-time-387",
+        name: "Road segment 387: travel time (s)",
+        way: Way::HttpApiKey,
+        csv: recording!("TravelTime_387.csv"),
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_recordings_hold_37342_readings_that_are_json() {
+        let counts = SENSORS.map(|sensor| sensor.readings().count());
+        assert_eq!(counts, [22_695, 7_267, 2_380, 2_500, 2_500]);
+        assert_eq!(counts.iter().sum::<usize>(), 37_342);
+        for reading in SENSORS.iter().flat_map(Sensor::readings) {
+            let payload = reading.json();
+            assert_eq!(payload["timestamp"], reading.timestamp);
+            assert!(payload["value"].is_number(), "{payload}");
+        }
+    }
+
+    #[test]
+    fn a_payload_keeps_the_recorded_digits() {
+        let second = SENSORS[0].readings().nth(1).expect("there are many");
+        assert_eq!(second.payload(), r#"{"timestamp": "2013-12-02 21:20:00", "value": 74.93588199999998}"#);
+    }
+}

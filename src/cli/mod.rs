@@ -1,0 +1,117 @@
+//! The commands. `serve` and `demo` run a gateway; the others talk to a running one over HTTP or
+//! MQTT, as any client does, with a key from the environment or a file, never from the command
+//! line, where every user of the machine could read it.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod bench;
+mod check_config;
+mod client;
+mod datasource;
+mod demo;
+mod key;
+mod out;
+mod publish;
+mod records;
+mod replay;
+mod serve;
+mod session;
+mod signals;
+
+use out::Out;
+
+/// Exit code of a command whose reader has gone: as if SIGPIPE had ended it.
+const READER_GONE: u8 = 141;
+
+/// A gateway between devices and backends: a message is let in by its datasource's API key, and
+/// acknowledged when it is on disk.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, after_help = ENVIRONMENT)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const ENVIRONMENT: &str = "\
+Environment of the commands that talk to a running gateway:
+  HEADGATE_URL           where its HTTP is (default http://127.0.0.1:8080)
+  HEADGATE_API_KEY       the key
+  HEADGATE_API_KEY_FILE  or a file that holds it
+  HEADGATE_DATA_DIR      or, on the gateway's own machine, where its admin.key is (default headgate-data)
+
+Every setting of `serve` can be set by environment too: HEADGATE_MQTT__LISTEN=127.0.0.1:1883";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the gateway; makes the data directory and the first admin key
+    Serve(serve::Args),
+    /// Run a gateway and send it 37,342 recorded readings through real clients, some with a bad key
+    Demo(demo::Args),
+    /// Create, list, show and delete datasources
+    #[command(subcommand, alias = "ds")]
+    Datasource(datasource::Command),
+    /// Create, list and revoke the keys of a datasource
+    #[command(subcommand)]
+    Key(key::Command),
+    /// Print a datasource's stored records
+    Records(records::Args),
+    /// Publish a payload, or a line of standard input or of a file each, over MQTT
+    Publish(publish::Args),
+    /// Load a gateway over MQTT and report acknowledged messages per second and latency
+    Bench(bench::Args),
+    /// Read a configuration file, say what it sets or what is wrong with it
+    CheckConfig(check_config::Args),
+}
+
+/// Runs a command: 0 when it did what was asked, 1 when it could not (one line on standard error
+/// says why).
+pub fn run(cli: Cli) -> ExitCode {
+    let mut out = Out::new();
+    let done = match cli.command {
+        Command::Serve(args) => serve::run(args, &mut out),
+        Command::Demo(args) => demo::run(args, &mut out),
+        Command::Datasource(command) => datasource::run(command, &mut out),
+        Command::Key(command) => key::run(command, &mut out),
+        Command::Records(args) => records::run(args, &mut out),
+        Command::Publish(args) => publish::run(args, &mut out),
+        Command::Bench(args) => bench::run(args, &mut out),
+        Command::CheckConfig(args) => check_config::run(args, &mut out),
+    };
+    match done.and_then(|()| Ok(out.flush()?)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if out::is_reader_gone(&error) => ExitCode::from(READER_GONE),
+        Err(error) => {
+            // Not eprintln!, which panics when standard error is closed.
+            let _ = writeln!(std::io::stderr(), "headgate: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_commands_and_their_options_do_not_contradict_each_other() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn no_command_takes_a_key_as_an_argument() {
+        fn walk(command: &clap::Command) {
+            for argument in command.get_arguments() {
+                let id = argument.get_id().as_str();
+                let secret = id != "key_id" && (id.contains("key") || id.contains("secret"));
+                assert!(!secret, "{} {id}", command.get_name());
+            }
+            command.get_subcommands().for_each(walk);
+        }
+        walk(&Cli::command());
+    }
+}

@@ -1,0 +1,133 @@
+//! Standard output, where a command's answer goes; everything about the command itself goes to
+//! standard error.
+//!
+//! `headgate records x | head` closes the pipe in the middle of the answer. That is no fault of
+//! anybody and no panic: it comes back as an error that [`is_reader_gone`] knows, and the command
+//! ends without another word.
+
+use std::fmt;
+use std::io::{self, BufWriter, StdoutLock, Write};
+
+use comfy_table::{CellAlignment, Table, presets};
+
+/// Standard output, buffered; flushed by whoever wants something seen now, and at the end.
+pub(crate) struct Out(BufWriter<StdoutLock<'static>>);
+
+impl Out {
+    pub(super) fn new() -> Self {
+        Self(BufWriter::new(io::stdout().lock()))
+    }
+}
+
+impl Write for Out {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).map_err(mark)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().map_err(mark)
+    }
+}
+
+/// Whoever read standard output has closed it. A type of its own, because a broken pipe may also
+/// come from a socket, and that one must be told.
+#[derive(Debug)]
+struct ReaderGone;
+
+impl fmt::Display for ReaderGone {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("standard output was closed")
+    }
+}
+
+impl std::error::Error for ReaderGone {}
+
+fn mark(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => io::Error::new(io::ErrorKind::BrokenPipe, ReaderGone),
+        _ => error,
+    }
+}
+
+/// Whether a command failed only because nobody reads its answer any more.
+pub(super) fn is_reader_gone(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let io = cause.downcast_ref::<io::Error>();
+        io.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<ReaderGone>())
+    })
+}
+
+/// An empty table with these columns; those in `right` hold numbers.
+pub(super) fn table(columns: &[&str], right: &[usize]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(columns.to_vec());
+    for &index in right {
+        if let Some(column) = table.column_mut(index) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+/// A number with its thousands apart: `37,342`.
+pub(super) fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A latency of nanoseconds in the unit that fits it: `420 µs`, `1.32 ms`.
+pub(super) fn latency(nanos: u64) -> String {
+    #[allow(clippy::cast_precision_loss, reason = "three digits are shown")]
+    let micros = nanos as f64 / 1e3;
+    match micros {
+        ..9.995 => format!("{micros:.2} µs"),
+        ..999.5 => format!("{micros:.0} µs"),
+        ..9_995.0 => format!("{:.2} ms", micros / 1e3),
+        ..999_500.0 => format!("{:.0} ms", micros / 1e3),
+        _ => format!("{:.2} s", micros / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_our_own_closed_output_counts_as_reader_gone() {
+        let ours = mark(io::Error::from(io::ErrorKind::BrokenPipe));
+        assert!(is_reader_gone(&anyhow::Error::new(ours).context("printing")));
+        let socket = io::Error::from(io::ErrorKind::BrokenPipe);
+        assert!(!is_reader_gone(&anyhow::Error::new(socket)));
+    }
+
+    #[test]
+    fn thousands_are_kept_apart() {
+        for (number, text) in
+            [(0, "0"), (999, "999"), (1_000, "1,000"), (37_342, "37,342"), (1_234_567, "1,234,567")]
+        {
+            assert_eq!(grouped(number), text);
+        }
+    }
+
+    #[test]
+    fn a_latency_is_shown_in_the_unit_that_fits() {
+        for (nanos, text) in [
+            (850, "0.85 µs"),
+            (420_000, "420 µs"),
+            (999_600, "1.00 ms"),
+            (1_320_000, "1.32 ms"),
+            (64_000_000, "64 ms"),
+            (2_500_000_000, "2.50 s"),
+        ] {
+            assert_eq!(latency(nanos), text);
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! `headgate publish`: sends a payload, or many, as a device would: over MQTT, at QoS 1, and says
+//! how many the gateway has acknowledged.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use anyhow::{Context, bail};
+use futures_util::{Stream, stream};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+use tokio::sync::mpsc;
+use ureq::http::Uri;
+
+use super::client::{self, Client, Problem, Secret};
+use super::datasource;
+use super::out::{Out, grouped, latency};
+use super::replay::{end, replay};
+use super::session::{Dialect, Session, WINDOW};
+use crate::message::check_topic;
+
+/// MQTT's own port, where a gateway listens unless it is told otherwise.
+const MQTT_PORT: u16 = 1883;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The datasource's id
+    datasource: String,
+    /// The topic, relative to the datasource: spindle/temp
+    topic: String,
+    /// One payload; without it, every line of standard input is one
+    #[arg(conflicts_with = "file")]
+    payload: Option<String>,
+    /// Every line of this file is a payload
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Where the gateway's MQTT is; by default port 1883 of HEADGATE_URL's host
+    #[arg(long, value_name = "HOST:PORT")]
+    addr: Option<String>,
+}
+
+pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+    check_topic(&args.topic)?;
+    let url = client::gateway_url()?;
+    let (key, _) = client::key_from_environment(&url)?;
+    let addr = resolve(args.addr, &url)?;
+    let topic = wire_topic(&url, &key, &args.datasource, &args.topic)?;
+    let bar = args.file.as_deref().map(progress).transpose()?;
+    let payloads = payloads(args.payload, args.file.as_deref())?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let tally = runtime.block_on(async {
+        let client_id = format!("headgate-publish-{}", std::process::id());
+        let mut session = Session::new(Dialect::V5, addr, &client_id, Some(&key));
+        let tally = replay(&mut session, &topic, payloads, || {
+            if let Some(bar) = &bar {
+                bar.inc(1);
+            }
+        })
+        .await?;
+        end(session).await?;
+        anyhow::Ok(tally)
+    })?;
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+    writeln!(
+        out,
+        "{} published and acknowledged, latency p50 {} p99 {}",
+        grouped(tally.acked),
+        latency(tally.latency.value_at_quantile(0.5)),
+        latency(tally.latency.value_at_quantile(0.99))
+    )?;
+    Ok(())
+}
+
+/// The topic as it goes over the wire. A datasource's own key is a mountpoint: its topics are
+/// relative. A key for all datasources names one first; the gateway says which kind ours is, in
+/// that only such a key may look at the datasource.
+fn wire_topic(url: &str, key: &Secret, datasource: &str, topic: &str) -> anyhow::Result<String> {
+    let looked = Client::new(url, key.clone()).get::<Value>(&datasource::path(datasource)?, &[]);
+    match looked {
+        Ok(_) => Ok(format!("{datasource}/{topic}")),
+        Err(error) => match error.downcast_ref::<Problem>() {
+            Some(problem) if problem.status == 403 => Ok(topic.to_owned()),
+            _ => Err(error),
+        },
+    }
+}
+
+fn resolve(addr: Option<String>, url: &str) -> anyhow::Result<SocketAddr> {
+    let addr = match addr {
+        Some(addr) => addr,
+        None => {
+            let uri: Uri = url.parse().context("HEADGATE_URL")?;
+            format!("{}:{MQTT_PORT}", uri.host().unwrap_or_default())
+        }
+    };
+    let mut found = addr.to_socket_addrs().with_context(|| format!("{addr} is not HOST:PORT"))?;
+    match found.next() {
+        Some(addr) => Ok(addr),
+        None => bail!("{addr} has no address"),
+    }
+}
+
+/// A bar over the lines of a file; drawn only on a terminal.
+fn progress(file: &Path) -> anyhow::Result<ProgressBar> {
+    let lines = lines(Box::new(open(file)?)).count();
+    let bar = ProgressBar::new(lines as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:40} {human_pos}/{human_len} {per_sec} {eta}")?);
+    Ok(bar)
+}
+
+fn open(file: &Path) -> anyhow::Result<BufReader<File>> {
+    Ok(BufReader::new(File::open(file).with_context(|| file.display().to_string())?))
+}
+
+/// The lines of `input`, without their ends; blank ones are no payload.
+fn lines(input: Box<dyn BufRead + Send>) -> impl Iterator<Item = io::Result<Vec<u8>>> + Send {
+    let lines = input.split(b'\n').map(|line| {
+        line.map(|mut line| {
+            if line.last() == Some(&b'\r') {
+                line.pop();
+            }
+            line
+        })
+    });
+    lines.filter(|line| !line.as_ref().is_ok_and(Vec::is_empty))
+}
+
+/// The payloads as they come. A line may be long in coming (`tail -f | headgate publish`), and what
+/// was sent before it is to be acknowledged meanwhile: so a thread of its own reads.
+fn payloads(
+    payload: Option<String>,
+    file: Option<&Path>,
+) -> anyhow::Result<impl Stream<Item = anyhow::Result<Vec<u8>>>> {
+    let (send, mut receive) = mpsc::channel(WINDOW.into());
+    let payloads: Box<dyn Iterator<Item = io::Result<Vec<u8>>> + Send> = match (payload, file) {
+        (Some(payload), _) => Box::new(std::iter::once(Ok(payload.into_bytes()))),
+        (None, Some(file)) => Box::new(lines(Box::new(open(file)?))),
+        (None, None) => Box::new(lines(Box::new(BufReader::new(io::stdin())))),
+    };
+    let read = move || {
+        for payload in payloads {
+            let failed = payload.is_err();
+            if send.blocking_send(payload.context("reading payloads")).is_err() || failed {
+                break;
+            }
+        }
+    };
+    // Not joined: at a refusal it may still wait for standard input, and ends with the process.
+    thread::Builder::new().name("payloads".to_owned()).spawn(read)?;
+    Ok(stream::poll_fn(move |cx| receive.poll_recv(cx)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_line_that_is_not_blank_is_a_payload() {
+        let input = io::Cursor::new(b"{\"value\":1}\r\n\n\xff\xfe\nlast".to_vec());
+        let lines: Vec<_> = lines(Box::new(input)).map(|line| line.expect("memory")).collect();
+        assert_eq!(lines, [&b"{\"value\":1}"[..], b"\xff\xfe", b"last"]);
+    }
+}

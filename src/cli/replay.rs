@@ -1,0 +1,154 @@
+//! Sends many messages over one [`Session`], a window of them unacknowledged at a time, and counts
+//! the acknowledgements itself: what it reports is what a device would know.
+
+use std::collections::{HashMap, VecDeque};
+use std::pin::pin;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use futures_util::{Stream, StreamExt};
+use hdrhistogram::Histogram;
+use tokio::sync::Semaphore;
+
+use super::session::{Session, Step, WINDOW};
+
+/// The longest latency that is told apart, in nanoseconds; longer ones count as this.
+const LATENCY_NS_MAX: u64 = 60_000_000_000;
+/// How long a message may wait for its acknowledgement.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// What one sender has seen.
+#[derive(Debug)]
+pub(super) struct Tally {
+    /// Messages handed to the client.
+    pub(super) sent: u64,
+    /// Messages acknowledged.
+    pub(super) acked: u64,
+    /// From the call that published a message to its acknowledgement, in nanoseconds.
+    pub(super) latency: Histogram<u64>,
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self { sent: 0, acked: 0, latency: latencies() }
+    }
+}
+
+impl Tally {
+    /// `messages` were acknowledged together, `latency` after they were sent.
+    pub(super) fn acked(&mut self, messages: u64, latency: Duration) {
+        self.acked += messages;
+        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        self.latency.saturating_record_n(nanos, messages);
+    }
+}
+
+/// An empty histogram of latencies in nanoseconds, three digits each.
+pub(super) fn latencies() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, LATENCY_NS_MAX, 3).expect("1 ns to 60 s with 3 digits is a range")
+}
+
+/// What is on its way: published and not sent yet, oldest first; then, by packet id, sent and not
+/// acknowledged yet.
+#[derive(Default)]
+struct Flow {
+    queued: VecDeque<Instant>,
+    in_flight: HashMap<u16, Instant>,
+    tally: Tally,
+    all_published: bool,
+}
+
+impl Flow {
+    fn is_done(&self) -> bool {
+        self.all_published && self.queued.is_empty() && self.in_flight.is_empty()
+    }
+
+    /// Since when the oldest message that the gateway has not answered is on its way.
+    fn oldest(&self) -> Option<Instant> {
+        self.in_flight.values().chain(self.queued.front()).min().copied()
+    }
+}
+
+/// Publishes every payload to `topic` as it comes and returns when all are acknowledged. `acked` is
+/// called with each acknowledgement.
+///
+/// # Errors
+/// The first payload that cannot be read or is refused, or the connection's end; the text says how many were
+/// acknowledged until then.
+pub(super) async fn replay(
+    session: &mut Session,
+    topic: &str,
+    payloads: impl Stream<Item = anyhow::Result<Vec<u8>>>,
+    mut acked: impl FnMut(),
+) -> anyhow::Result<Tally> {
+    let flow = Mutex::new(Flow::default());
+    let flow = || flow.lock().unwrap_or_else(PoisonError::into_inner);
+    let window = Semaphore::new(WINDOW.into());
+    let publisher = session.publisher();
+    let publish = async {
+        let mut payloads = pin!(payloads);
+        while let Some(payload) = payloads.next().await {
+            let payload = payload?;
+            window.acquire().await?.forget();
+            flow().queued.push_back(Instant::now());
+            publisher.publish(topic, payload)?;
+            flow().tally.sent += 1;
+        }
+        flow().all_published = true;
+        anyhow::Ok(())
+    };
+    let receive = async {
+        loop {
+            let step = session.step().await?;
+            let mut flow = flow();
+            match step {
+                Step::Sent(packet_id) => {
+                    let published =
+                        flow.queued.pop_front().context("a message was sent that was not published")?;
+                    flow.in_flight.insert(packet_id, published);
+                }
+                Step::Acked(packet_id) => {
+                    let published = flow.in_flight.remove(&packet_id);
+                    let published = published.context("an acknowledgement of a message that was not sent")?;
+                    flow.tally.acked(1, published.elapsed());
+                    window.add_permits(1);
+                    acked();
+                }
+                Step::Refused(_, why) => bail!("refused: {why}"),
+                // A ping and its answer, at the latest.
+                Step::Connected | Step::Disconnected | Step::Other => {
+                    if flow.oldest().is_some_and(|since| since.elapsed() > SILENCE_MAX) {
+                        bail!("a message was not acknowledged in {SILENCE_MAX:?}");
+                    }
+                }
+            }
+            if flow.is_done() {
+                return Ok(());
+            }
+        }
+    };
+    // Receiving is given up only when there is nothing left to receive.
+    let mut receive = pin!(receive);
+    let done = tokio::select! {
+        biased;
+        received = &mut receive => received,
+        published = publish => match published {
+            Ok(()) if flow().is_done() => Ok(()),
+            Ok(()) => receive.await,
+            Err(error) => Err(error),
+        },
+    };
+    let tally = std::mem::take(&mut flow().tally);
+    done.with_context(|| format!("after {} acknowledged messages", tally.acked))?;
+    Ok(tally)
+}
+
+/// Ends a session in order: the gateway has been sent a DISCONNECT when the connection is closed.
+pub(super) async fn end(mut session: Session) -> anyhow::Result<()> {
+    session.publisher().disconnect()?;
+    let gone = async { while !matches!(session.step().await, Ok(Step::Disconnected) | Err(_)) {} };
+    // Everything is acknowledged: whether the goodbye arrives is of no consequence.
+    let _ = tokio::time::timeout(SILENCE_MAX, gone).await;
+    Ok(())
+}

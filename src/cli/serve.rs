@@ -1,0 +1,88 @@
+//! `headgate serve`: the gateway, in the foreground, until SIGTERM or Ctrl-C.
+
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::out::{self, Out};
+use super::signals::Signals;
+use crate::config::Config;
+use crate::gateway::Gateway;
+use crate::observe::trace;
+
+/// After the drain, what may still hold a thread (a query of somebody who has gone) gets this long.
+pub(super) const THREADS_END_MAX: Duration = Duration::from_secs(1);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The configuration (TOML); without it, the defaults and the environment
+    #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
+    config: Option<PathBuf>,
+    /// Where everything is kept, whatever the configuration says
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+    let mut config = Config::load(args.config.as_deref())?;
+    if let Some(data_dir) = args.data_dir {
+        config.data_dir = data_dir;
+    }
+    trace::init(&config.trace)?;
+    let runtime = runtime()?;
+    let served = runtime.block_on(serve(config, out));
+    runtime.shutdown_timeout(THREADS_END_MAX);
+    served
+}
+
+async fn serve(config: Config, out: &mut Out) -> anyhow::Result<()> {
+    let mut signals = Signals::listen()?;
+    let gateway = Gateway::start(config).await?;
+    // Devices are served whether or not anybody reads these lines.
+    if let Err(error) = announce(&gateway, out) {
+        let error = anyhow::Error::new(error);
+        if !out::is_reader_gone(&error) {
+            tracing::warn!("standard output: {error:#}");
+        }
+    }
+    signals.asked().await;
+    tracing::info!("draining");
+    signals.finish(gateway.stop()).await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// One line per listener: where it is and how a client connects, then where the admin key is. The
+/// addresses are the words that begin with `mqtt://` and `http://`.
+pub(super) fn announce(gateway: &Gateway, out: &mut Out) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "MQTT  mqtt://{}  3.1.1 and 5; the key as user name, password or user property \"authorization\"",
+        gateway.mqtt_addr
+    )?;
+    writeln!(
+        out,
+        "HTTP  http://{}  POST /v1/ingest/DATASOURCE[/TOPIC]; the key as \"Authorization: KEY\" or \"X-API-Key: KEY\"",
+        gateway.http_addr
+    )?;
+    writeln!(out, "admin key  {}", gateway.admin_key_path.display())?;
+    out.flush()
+}
+
+/// Where to reach a listener from this machine: one that listens on every address is on loopback.
+pub(super) fn reachable(listener: SocketAddr) -> SocketAddr {
+    let ip = match listener.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listener.port())
+}
+
+/// The runtime of the commands that serve.
+pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting threads")
+}

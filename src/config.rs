@@ -1,0 +1,322 @@
+//! What an operator can set: defaults, then a TOML file, then the environment
+//! (`HEADGATE_MQTT__LISTEN=127.0.0.1:1883`), each over the one before. A key that does not exist is
+//! an error, so that a misspelt limit is not a limit that is silently absent.
+//!
+//! `config/headgate.toml` shows every key at its default; a test holds the two together.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use figment::Figment;
+use figment::providers::{Env, Format, Serialized, Toml};
+use serde::{Deserialize, Serialize};
+
+use crate::limits;
+
+/// Environment variables of the commands; they share the prefix and are no settings.
+const NOT_SETTINGS: [&str; 4] = ["url", "api_key", "api_key_file", "config"];
+
+/// The whole configuration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where everything that must survive a restart is kept: log, registry, stored records.
+    pub data_dir: PathBuf,
+    /// How long a drain may take before what is left is closed, in milliseconds.
+    pub drain_ms_max: u64,
+    /// MQTT over TCP.
+    pub mqtt: Mqtt,
+    /// HTTP: ingest, management, queries, metrics.
+    pub http: Http,
+    /// What is let in, besides the key.
+    pub intake: Intake,
+    /// The durable log.
+    pub log: Log,
+    /// Where the storage consumer writes.
+    pub storage: Storage,
+    /// What Headgate says about itself on standard error.
+    pub trace: Trace,
+}
+
+/// MQTT over TCP.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mqtt {
+    /// Address and port; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Connections at once; one more is refused by closing it.
+    pub connections_max: usize,
+    /// The largest packet taken, in bytes.
+    pub packet_bytes_max: usize,
+    /// QoS 1 messages that a client may have unacknowledged.
+    pub receive_maximum: u16,
+    /// How long a new connection has to present its CONNECT, in milliseconds.
+    pub connect_ms_max: u64,
+    /// The longest keep-alive, in seconds; an MQTT 5 client that asks for more, or for none, is
+    /// told this one.
+    pub keep_alive_s_max: u16,
+}
+
+/// HTTP.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Http {
+    /// Address and port; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Connections at once; one more waits in the kernel's queue.
+    pub connections_max: usize,
+    /// The largest request body, after decompression, in bytes.
+    pub body_bytes_max: usize,
+    /// How long a request's header may take to arrive, in milliseconds.
+    pub header_ms_max: u64,
+    /// How long a request's body may take to arrive, in milliseconds.
+    pub body_ms_max: u64,
+}
+
+/// What is let in, besides the key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Intake {
+    /// The largest payload of one message, in bytes.
+    pub payload_bytes_max: usize,
+    /// Bytes that may be on their way into the log at once; a connection that brings more is held
+    /// back until there is room.
+    pub in_flight_bytes_max: usize,
+    /// How long a client is held back before it is told no, in milliseconds.
+    pub hold_back_ms_max: u64,
+}
+
+/// When an append counts as kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// After `fdatasync`: it survives a loss of power.
+    Fsync,
+    /// Once the operating system has it: it survives a kill of the process.
+    Os,
+}
+
+/// The durable log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// When an append counts as kept, and is acknowledged.
+    pub durability: Durability,
+    /// The size of a segment file, in bytes.
+    pub segment_bytes: u64,
+    /// What the log may take on disk, in bytes. Reached: the oldest segments go, if they are
+    /// stored; if they are not, nothing more is let in until they are.
+    pub retention_bytes: u64,
+    /// How long a stored record stays in the log, in seconds; 0 is as long as there is room.
+    pub retention_s: u64,
+    /// Start although records in the middle of the log cannot be read: they are reported, counted
+    /// and passed over. Off, Headgate names the place and does not start.
+    pub accept_corruption: bool,
+}
+
+/// The kinds of storage there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SinkKind {
+    /// `records.db` in the data directory.
+    Sqlite,
+    /// The log alone; `records` and `latest` are then not served.
+    None,
+}
+
+/// Where the storage consumer writes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Storage {
+    /// The kind of database.
+    pub sink: SinkKind,
+    /// How much lower than the rest the storage thread's priority is (nice, 0 to 19): when the
+    /// processors are all busy, devices come first and storage catches up after.
+    pub nice: u8,
+}
+
+/// How Headgate's own log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TraceFormat {
+    /// A line for people.
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+/// What Headgate says about itself on standard error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trace {
+    /// A filter as `tracing-subscriber` reads it: `info`, `headgate=debug`.
+    pub filter: String,
+    /// Text or JSON.
+    pub format: TraceFormat,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let loopback = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        Self {
+            data_dir: PathBuf::from("headgate-data"),
+            drain_ms_max: 10_000,
+            mqtt: Mqtt {
+                listen: loopback(1883),
+                connections_max: 100_000,
+                packet_bytes_max: limits::MQTT_PACKET_BYTES_MAX,
+                receive_maximum: limits::MQTT_RECEIVE_MAXIMUM,
+                connect_ms_max: 10_000,
+                keep_alive_s_max: 3_600,
+            },
+            http: Http {
+                listen: loopback(8080),
+                connections_max: 10_000,
+                body_bytes_max: limits::HTTP_BODY_BYTES_MAX,
+                header_ms_max: 10_000,
+                body_ms_max: 60_000,
+            },
+            intake: Intake {
+                payload_bytes_max: limits::PAYLOAD_BYTES_MAX,
+                in_flight_bytes_max: limits::IN_FLIGHT_BYTES_MAX,
+                hold_back_ms_max: 10_000,
+            },
+            log: Log {
+                durability: Durability::Fsync,
+                segment_bytes: limits::SEGMENT_BYTES,
+                retention_bytes: 16 << 30,
+                retention_s: 7 * 24 * 3_600,
+                accept_corruption: false,
+            },
+            storage: Storage { sink: SinkKind::Sqlite, nice: 10 },
+            trace: Trace { filter: "info".to_owned(), format: TraceFormat::Text },
+        }
+    }
+}
+
+/// Why a configuration cannot be used. The text names the key and where it was set.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A file that does not parse, an unknown key, a value of the wrong type.
+    #[error("configuration: {0}")]
+    Read(#[from] Box<figment::Error>),
+    /// A file that was named and is not there.
+    #[error("configuration: there is no file {}", .0.display())]
+    NoFile(PathBuf),
+    /// A value that is of the right type and makes no sense.
+    #[error("configuration: {key} is {value}: {rule}")]
+    Value {
+        /// The key, with dots.
+        key: &'static str,
+        /// What was set.
+        value: String,
+        /// What it has to be.
+        rule: &'static str,
+    },
+}
+
+impl Config {
+    /// The defaults, with `file` (if any) and then the environment over them.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming the key.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let mut figment = Figment::from(Serialized::defaults(Config::default()));
+        if let Some(file) = file {
+            if !file.is_file() {
+                return Err(ConfigError::NoFile(file.to_owned()));
+            }
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        let settings = Env::prefixed("HEADGATE_").ignore(&NOT_SETTINGS).split("__");
+        let config: Config = figment.merge(settings).extract().map_err(Box::new)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let rule = |holds: bool, key, value: &dyn std::fmt::Display, rule| {
+            if holds { Ok(()) } else { Err(ConfigError::Value { key, value: value.to_string(), rule }) }
+        };
+        let (mqtt, http, intake, log) = (&self.mqtt, &self.http, &self.intake, &self.log);
+        rule(mqtt.receive_maximum > 0, "mqtt.receive_maximum", &mqtt.receive_maximum, "it has to be at least 1")?;
+        rule(mqtt.keep_alive_s_max > 0, "mqtt.keep_alive_s_max", &mqtt.keep_alive_s_max, "it has to be at least 1")?;
+        rule(
+            (256..=limits::BATCH_BYTES_MAX).contains(&mqtt.packet_bytes_max),
+            "mqtt.packet_bytes_max",
+            &mqtt.packet_bytes_max,
+            "it has to be between 256 bytes and 4 MiB",
+        )?;
+        rule(
+            intake.payload_bytes_max <= limits::BATCH_BYTES_MAX / 2,
+            "intake.payload_bytes_max",
+            &intake.payload_bytes_max,
+            "it has to be at most 2 MiB",
+        )?;
+        rule(
+            intake.in_flight_bytes_max >= 2 * limits::BATCH_BYTES_MAX
+                && intake.in_flight_bytes_max <= u32::MAX as usize / 2,
+            "intake.in_flight_bytes_max",
+            &intake.in_flight_bytes_max,
+            "it has to be between 8 MiB and 2 GiB",
+        )?;
+        rule(
+            http.body_bytes_max <= intake.in_flight_bytes_max / 2,
+            "http.body_bytes_max",
+            &http.body_bytes_max,
+            "it has to be at most half of intake.in_flight_bytes_max",
+        )?;
+        rule(
+            (1 << 20..=1 << 30).contains(&log.segment_bytes),
+            "log.segment_bytes",
+            &log.segment_bytes,
+            "it has to be between 1 MiB and 1 GiB",
+        )?;
+        rule(
+            log.retention_bytes >= 2 * log.segment_bytes,
+            "log.retention_bytes",
+            &log.retention_bytes,
+            "it has to be at least two segments (log.segment_bytes)",
+        )?;
+        rule(self.storage.nice <= 19, "storage.nice", &self.storage.nice, "it has to be between 0 and 19")?;
+        Ok(())
+    }
+
+    /// How long a drain may take.
+    pub fn drain_max(&self) -> Duration {
+        Duration::from_millis(self.drain_ms_max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_file_shows_every_key_at_its_default() {
+        let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/headgate.toml");
+        let text = std::fs::read_to_string(&shipped).expect("config/headgate.toml is readable");
+        // Without the defaults under it: a key that the file leaves out is then an error.
+        let config: Config = Figment::from(Toml::string(&text)).extract().expect("every key is there");
+        assert_eq!(config, Config::default());
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let file = dir.path().join("headgate.toml");
+        std::fs::write(&file, "[mqtt]\nlissen = \"127.0.0.1:1\"\n").expect("written");
+        let error = Config::load(Some(&file)).expect_err("misspelt").to_string();
+        assert!(error.contains("lissen"), "{error}");
+    }
+
+    #[test]
+    fn a_value_out_of_range_is_an_error_that_names_key_and_rule() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let file = dir.path().join("headgate.toml");
+        std::fs::write(&file, "[mqtt]\nreceive_maximum = 0\n").expect("written");
+        let error = Config::load(Some(&file)).expect_err("zero").to_string();
+        assert!(error.contains("mqtt.receive_maximum") && error.contains("at least 1"), "{error}");
+    }
+}

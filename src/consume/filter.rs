@@ -1,0 +1,110 @@
+//! An MQTT topic filter (MQTT 5 section 4.7): what a client names topics with when it asks for more
+//! than one. `+` stands for one level, `#` at the end for all that follow and for the level
+//! before it.
+
+use crate::limits::TOPIC_BYTES_MAX;
+
+/// A topic filter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TopicFilter(String);
+
+/// A text that is no topic filter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a topic filter has 1 to {TOPIC_BYTES_MAX} bytes; '+' stands alone in its level, '#' alone in the last one"
+)]
+pub struct FilterError;
+
+impl TopicFilter {
+    /// Checks and takes a filter.
+    ///
+    /// # Errors
+    /// [`FilterError`] when a wildcard shares its level or `#` is not the last one, and for a text
+    /// that is empty or longer than any topic.
+    pub fn new(filter: &str) -> Result<Self, FilterError> {
+        if filter.is_empty() || filter.len() > TOPIC_BYTES_MAX {
+            return Err(FilterError);
+        }
+        let mut levels = filter.split('/').peekable();
+        while let Some(level) = levels.next() {
+            let sound = match level {
+                "+" => true,
+                "#" => levels.peek().is_none(),
+                _ => !level.contains(['+', '#']),
+            };
+            if !sound {
+                return Err(FilterError);
+            }
+        }
+        Ok(Self(filter.to_owned()))
+    }
+
+    /// The one topic that this filter names, if it has no wildcard.
+    pub fn exact(&self) -> Option<&str> {
+        (!self.0.contains(['+', '#'])).then_some(&*self.0)
+    }
+
+    /// Whether `topic` is one of those that are named.
+    pub fn matches(&self, topic: &str) -> bool {
+        let mut levels = topic.split('/');
+        for wanted in self.0.split('/') {
+            match (wanted, levels.next()) {
+                ("#", _) => return true,
+                ("+", Some(_)) => {}
+                (wanted, Some(level)) if wanted == level => {}
+                _ => return false,
+            }
+        }
+        levels.next().is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matches(filter: &str, topic: &str) -> bool {
+        TopicFilter::new(filter).expect("a filter").matches(topic)
+    }
+
+    #[test]
+    fn filters_match_as_the_specification_has_it() {
+        // The examples of MQTT 5, sections 4.7.1.2 and 4.7.1.3.
+        for topic in
+            ["sport/tennis/player1", "sport/tennis/player1/ranking", "sport/tennis/player1/score/wimbledon"]
+        {
+            assert!(matches("sport/tennis/player1/#", topic), "{topic}");
+        }
+        assert!(matches("sport/#", "sport"));
+        assert!(matches("#", "sport/tennis"));
+        assert!(matches("sport/tennis/+", "sport/tennis/player1"));
+        assert!(!matches("sport/tennis/+", "sport/tennis/player1/ranking"));
+        assert!(!matches("sport/+", "sport"));
+        assert!(matches("sport/+", "sport/"));
+        assert!(matches("+/+", "/finance"));
+        assert!(matches("/+", "/finance"));
+        assert!(!matches("+", "/finance"));
+        assert!(matches("+/tennis/#", "sport/tennis"));
+        assert!(matches("a/b", "a/b"));
+        for other in ["a/bc", "a", "a/b/c", "a/b/"] {
+            assert!(!matches("a/b", other), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_wildcard_stands_alone_in_its_level_and_a_hash_is_last() {
+        for good in ["#", "+", "a/+/b", "+/+/#", "/", "a//b"] {
+            assert!(TopicFilter::new(good).is_ok(), "{good:?}");
+        }
+        for bad in ["", "a#", "a+", "a/#/b", "#/a", "a/b+/c", &"a".repeat(TOPIC_BYTES_MAX + 1)] {
+            assert_eq!(TopicFilter::new(bad), Err(FilterError), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_filter_without_wildcards_is_one_topic() {
+        assert_eq!(TopicFilter::new("a/b").expect("a filter").exact(), Some("a/b"));
+        assert_eq!(TopicFilter::new("a/+").expect("a filter").exact(), None);
+        assert_eq!(TopicFilter::new("a/#").expect("a filter").exact(), None);
+    }
+}

@@ -1,0 +1,343 @@
+//! Queries: reading what is stored, a page at a time, while storage goes on writing.
+//!
+//! A page is bounded three ways: by the records it holds, by their bytes, and by the records that
+//! were looked at for it. The last is for filters that few records pass: their pages may be short
+//! or empty and still have a next one, so that no request reads a whole database.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rusqlite::types::Type;
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
+
+use super::filter::{FilterError, TopicFilter};
+use super::latest::{self, LatestPage};
+use super::sink::schema::{TIME_INDEX_OFFSETS, offset_of, sql_offset};
+use super::sink::sqlite::FILE_NAME;
+use crate::limits::{QUERIES_MAX, QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
+use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
+
+/// How long a query waits while another process has the whole database locked.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+
+/// Reads `records.db`. Blocking: call it where blocking is allowed. Cheap to clone.
+#[derive(Clone)]
+pub struct Query {
+    pool: Arc<Pool>,
+}
+
+/// Connections that nobody uses at the moment.
+struct Pool {
+    path: PathBuf,
+    idle: Mutex<Vec<Connection>>,
+}
+
+/// Which records.
+#[derive(Debug, Clone)]
+pub struct RecordsQuery {
+    /// Whose.
+    pub datasource: DatasourceId,
+    /// A topic or an MQTT filter (`+`, `#`).
+    pub topic: Option<String>,
+    /// Received at or after.
+    pub from: Option<TimeMicros>,
+    /// Received before.
+    pub to: Option<TimeMicros>,
+    /// Only records with a greater offset.
+    pub after_offset: Option<Offset>,
+    /// Only records let in by this key.
+    pub key_id: Option<KeyId>,
+    /// At most so many, and never more than [`QUERY_RECORDS_MAX`].
+    pub limit: usize,
+}
+
+/// One stored record.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredRecord {
+    /// Its place in the log.
+    pub offset: Offset,
+    /// As the device wrote it.
+    pub topic: Arc<str>,
+    /// The bytes.
+    pub payload: Vec<u8>,
+    /// The media type, or empty.
+    pub content_type: Arc<str>,
+    /// The key that let it in.
+    pub key_id: KeyId,
+    /// Which way it came.
+    pub transport: Transport,
+    /// When it was received.
+    pub received_at: TimeMicros,
+}
+
+/// A page of records, and where the next one starts.
+#[derive(Debug, Default)]
+pub struct RecordsPage {
+    /// Ordered by offset. May be empty although there is a next page.
+    pub records: Vec<StoredRecord>,
+    /// `after_offset` of the next page, if there may be one.
+    pub next: Option<Offset>,
+}
+
+/// Why a query failed.
+#[derive(Debug, thiserror::Error)]
+pub enum QueryError {
+    /// The topic asked for is none.
+    #[error("topic: {0}")]
+    Filter(#[from] FilterError),
+    /// The database.
+    #[error("query: {0}")]
+    Database(#[from] rusqlite::Error),
+}
+
+impl Query {
+    /// Over `dir/records.db`, which storage has made.
+    ///
+    /// # Errors
+    /// [`QueryError::Database`] if it is not there or not readable.
+    pub fn open(dir: &Path) -> Result<Self, QueryError> {
+        let query = Self { pool: Arc::new(Pool { path: dir.join(FILE_NAME), idle: Mutex::default() }) };
+        query
+            .read(|connection| Ok(connection.query_row("SELECT next_offset FROM cursor", [], |_| Ok(()))?))?;
+        Ok(query)
+    }
+
+    /// One page of records, in the order of their offsets.
+    ///
+    /// # Errors
+    /// [`QueryError::Filter`] for a topic that is none; the database's.
+    pub fn records(&self, query: &RecordsQuery) -> Result<RecordsPage, QueryError> {
+        let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
+        self.read(|connection| {
+            let Some(scan) = Scan::plan(connection, query, filter.as_ref())? else {
+                return Ok(RecordsPage::default());
+            };
+            Ok(scan.page(connection, query, filter.as_ref())?)
+        })
+    }
+
+    /// The newest values of a datasource's topics, in the order of the topics' names, from the one
+    /// after `after_topic` on.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn latest(
+        &self,
+        datasource: &DatasourceId,
+        after_topic: Option<&str>,
+    ) -> Result<LatestPage, QueryError> {
+        self.read(|connection| {
+            let topics_of = datasource_id(connection, datasource)?;
+            let mut page = LatestPage { datasource: datasource.clone(), topics: Vec::new(), next: None };
+            if let Some(id) = topics_of {
+                latest::read(connection, id, after_topic, &mut page)?;
+            }
+            Ok(page)
+        })
+    }
+
+    /// Runs `read` on the database as it is at this moment, whatever storage writes meanwhile.
+    fn read<T>(&self, read: impl FnOnce(&Connection) -> Result<T, QueryError>) -> Result<T, QueryError> {
+        let idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut connection = match idle {
+            Some(connection) => connection,
+            None => open(&self.pool.path)?,
+        };
+        let answer = {
+            let transaction = connection.transaction()?;
+            read(&transaction)?
+        };
+        let mut idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < QUERIES_MAX {
+            idle.push(connection);
+        }
+        Ok(answer)
+    }
+}
+
+fn open(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(LOCK_WAIT)?;
+    Ok(connection)
+}
+
+fn datasource_id(connection: &Connection, datasource: &DatasourceId) -> rusqlite::Result<Option<i64>> {
+    connection
+        .prepare_cached("SELECT id FROM datasources WHERE datasource = ?1")?
+        .query_row([datasource.as_str()], |row| row.get(0))
+        .optional()
+}
+
+/// Which index to go along, and from where to where.
+struct Scan {
+    along: Along,
+    first: i64,
+    last: i64,
+}
+
+enum Along {
+    Datasource(i64),
+    Topic(i64),
+}
+
+impl Scan {
+    /// `None` if there is nothing to find.
+    fn plan(
+        connection: &Connection,
+        query: &RecordsQuery,
+        filter: Option<&TopicFilter>,
+    ) -> rusqlite::Result<Option<Self>> {
+        let Some(datasource) = datasource_id(connection, &query.datasource)? else { return Ok(None) };
+        let along = match filter.and_then(TopicFilter::exact) {
+            None => Along::Datasource(datasource),
+            Some(topic) => {
+                let topic: Option<i64> = connection
+                    .prepare_cached("SELECT id FROM topics WHERE datasource_id = ?1 AND topic = ?2")?
+                    .query_row(params![datasource, topic], |row| row.get(0))
+                    .optional()?;
+                let Some(topic) = topic else { return Ok(None) };
+                Along::Topic(topic)
+            }
+        };
+        let (mut first, mut last) =
+            (query.after_offset.map_or(0, |after| sql_offset(after).saturating_add(1)), i64::MAX);
+        if query.from.is_some() || query.to.is_some() {
+            let rows: (Option<i64>, Option<i64>) = connection
+                .prepare_cached(
+                    "SELECT min(first_offset), max(first_offset) FROM time_index
+                     WHERE newest_us >= ?1 AND oldest_us < ?2",
+                )?
+                .query_row(
+                    [query.from.unwrap_or(TimeMicros::MIN), query.to.unwrap_or(TimeMicros::MAX)],
+                    |row| Ok((row.get(0)?, row.get(1)?)),
+                )?;
+            let (Some(oldest), Some(newest)) = rows else { return Ok(None) };
+            first = first.max(oldest);
+            last = newest.saturating_add(sql_offset(TIME_INDEX_OFFSETS - 1));
+        }
+        Ok(Some(Self { along, first, last }))
+    }
+
+    fn page(
+        &self,
+        connection: &Connection,
+        query: &RecordsQuery,
+        filter: Option<&TopicFilter>,
+    ) -> rusqlite::Result<RecordsPage> {
+        let (sql, id) = match self.along {
+            Along::Datasource(id) => (
+                "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
+                 WHERE datasource_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
+                id,
+            ),
+            Along::Topic(id) => (
+                "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
+                 WHERE topic_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
+                id,
+            ),
+        };
+        let limit = query.limit.clamp(1, QUERY_RECORDS_MAX);
+        let mut names = Names {
+            connection,
+            filter,
+            key_id: query.key_id,
+            topics: HashMap::new(),
+            origins: HashMap::new(),
+        };
+        let mut page = RecordsPage::default();
+        let (mut scanned, mut bytes, mut last) = (0, 0, None);
+        let mut statement = connection.prepare_cached(sql)?;
+        let mut rows = statement.query([id, self.first, self.last])?;
+        while let Some(row) = rows.next()? {
+            if page.records.len() == limit || bytes >= QUERY_BYTES_MAX || scanned == QUERY_SCANNED_MAX {
+                page.next = last;
+                break;
+            }
+            let offset = offset_of(row.get(0)?);
+            (scanned, last) = (scanned + 1, Some(offset));
+            let received_at: TimeMicros = row.get(1)?;
+            if query.from.is_some_and(|from| received_at < from)
+                || query.to.is_some_and(|to| received_at >= to)
+            {
+                continue;
+            }
+            let Some(topic) = names.topic(row.get(2)?)? else { continue };
+            let Some(origin) = names.origin(row.get(3)?)? else { continue };
+            let payload = bytes_of(row, 4)?;
+            bytes += payload.len() + topic.len();
+            page.records.push(StoredRecord {
+                offset,
+                topic,
+                payload,
+                content_type: origin.content_type,
+                key_id: origin.key_id,
+                transport: origin.transport,
+                received_at,
+            });
+        }
+        Ok(page)
+    }
+}
+
+/// A payload, whether it is stored as TEXT or as BLOB.
+pub(super) fn bytes_of(row: &Row<'_>, column: usize) -> rusqlite::Result<Vec<u8>> {
+    Ok(row.get_ref(column)?.as_bytes()?.to_vec())
+}
+
+/// The names that the rows of one page refer to, each looked up once; `None` for those that the
+/// query does not want.
+struct Names<'q> {
+    connection: &'q Connection,
+    filter: Option<&'q TopicFilter>,
+    key_id: Option<KeyId>,
+    topics: HashMap<i64, Option<Arc<str>>>,
+    origins: HashMap<i64, Option<Origin>>,
+}
+
+#[derive(Clone)]
+struct Origin {
+    key_id: KeyId,
+    transport: Transport,
+    content_type: Arc<str>,
+}
+
+impl Names<'_> {
+    fn topic(&mut self, id: i64) -> rusqlite::Result<Option<Arc<str>>> {
+        if let Some(topic) = self.topics.get(&id) {
+            return Ok(topic.clone());
+        }
+        let topic: Arc<str> = self
+            .connection
+            .prepare_cached("SELECT topic FROM topics WHERE id = ?1")?
+            .query_row([id], |row| row.get(0))?;
+        let wanted = self.filter.is_none_or(|filter| filter.matches(&topic)).then_some(topic);
+        self.topics.insert(id, wanted.clone());
+        Ok(wanted)
+    }
+
+    fn origin(&mut self, id: i64) -> rusqlite::Result<Option<Origin>> {
+        if let Some(origin) = self.origins.get(&id) {
+            return Ok(origin.clone());
+        }
+        let origin = self
+            .connection
+            .prepare_cached("SELECT key_id, transport, content_type FROM origins WHERE id = ?1")?
+            .query_row([id], origin_of)?;
+        let wanted = self.key_id.is_none_or(|key_id| key_id == origin.key_id).then_some(origin);
+        self.origins.insert(id, wanted.clone());
+        Ok(wanted)
+    }
+}
+
+fn origin_of(row: &Row<'_>) -> rusqlite::Result<Origin> {
+    let unreadable = |column, error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error);
+    let key_id = KeyId::parse(row.get_ref(0)?.as_str()?).map_err(|error| unreadable(0, error.into()))?;
+    let name = row.get_ref(1)?.as_str()?;
+    let known = [Transport::Mqtt, Transport::Http, Transport::Nats];
+    let transport = known.into_iter().find(|transport| transport.as_str() == name);
+    let transport = transport.ok_or_else(|| unreadable(1, format!("no transport: {name}").into()))?;
+    Ok(Origin { key_id, transport, content_type: row.get(2)? })
+}

@@ -1,0 +1,282 @@
+//! How stored things look from outside: payloads as JSON where they are JSON, times as RFC 3339. One
+//! place, so that a record looks the same wherever it is shown.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::{Serialize, Serializer};
+use serde_json::value::RawValue;
+
+use crate::consume::query::{RecordsPage, StoredRecord};
+use crate::message::{Offset, TimeMicros, Transport};
+
+/// How deep a payload may nest and still be shown as JSON. `serde_json` reads 128 levels and others
+/// no more than that; a page has a few of its own around the payload.
+const DEPTH_MAX: usize = 100;
+
+/// A point in time, shown as RFC 3339 in UTC with six fraction digits:
+/// `2026-11-23T09:28:39.000120Z`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rfc3339(pub TimeMicros);
+
+impl fmt::Display for Rfc3339 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = jiff::Timestamp::from_microsecond(self.0)
+            .unwrap_or_else(|_| if self.0 < 0 { jiff::Timestamp::MIN } else { jiff::Timestamp::MAX });
+        write!(f, "{time:.6}")
+    }
+}
+
+impl Serialize for Rfc3339 {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// The text of [`Rfc3339`].
+pub fn time(at: TimeMicros) -> String {
+    Rfc3339(at).to_string()
+}
+
+/// Reads an RFC 3339 time with any offset; what is finer than a microsecond is cut off. `None` for
+/// any other text.
+pub fn parse_time(text: &str) -> Option<TimeMicros> {
+    let time: jiff::Timestamp = text.parse().ok()?;
+    Some(time.as_microsecond())
+}
+
+/// `text` without the white space around it, if it is JSON that every parser can read: nested no
+/// deeper than 100 levels, its numbers within `f64`, its strings whole Unicode. JSON that only
+/// some can read is not worth a page that the others then cannot.
+pub fn json(text: &str) -> Option<&str> {
+    let mut json = serde_json::Deserializer::from_str(text);
+    let plain = Plain { depth: 0 }.deserialize(&mut json).and_then(|()| json.end()).is_ok();
+    plain.then(|| text.trim_matches([' ', '\t', '\n', '\r']))
+}
+
+/// A payload as it is shown: JSON as JSON, other text as a string, other bytes as Base64.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum Payload<'a> {
+    /// Valid JSON, digit for digit as it was sent, in one line.
+    Json(Cow<'a, RawValue>),
+    /// Text that is not JSON.
+    Text(&'a str),
+    /// What is not text, in Base64.
+    Base64(String),
+}
+
+impl<'a> Payload<'a> {
+    /// The form for these bytes.
+    pub fn of(bytes: &'a [u8]) -> Self {
+        let Ok(text) = std::str::from_utf8(bytes) else {
+            return Payload::Base64(BASE64.encode(bytes));
+        };
+        one_line_json(text).map_or(Payload::Text(text), Payload::Json)
+    }
+
+    /// What `payload_encoding` says: `base64`, or nothing.
+    pub fn encoding(&self) -> Option<&'static str> {
+        matches!(self, Payload::Base64(_)).then_some("base64")
+    }
+}
+
+/// JSON keeps line breaks only between its tokens, so that blanks can stand for them. Protocols
+/// that separate by lines (SSE, NDJSON) can then carry it.
+fn one_line_json(text: &str) -> Option<Cow<'_, RawValue>> {
+    let json = json(text)?;
+    if json.contains(['\n', '\r']) {
+        let line = json.replace(['\n', '\r'], " ");
+        return RawValue::from_string(line).ok().map(Cow::Owned);
+    }
+    serde_json::from_str::<&RawValue>(json).ok().map(Cow::Borrowed)
+}
+
+/// A record as the API shows it.
+#[derive(Debug, Serialize)]
+pub struct RecordJson<'a> {
+    offset: Offset,
+    topic: &'a str,
+    payload: Payload<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    payload_encoding: Option<&'static str>,
+    content_type: Option<&'a str>,
+    key_id: String,
+    transport: Transport,
+    received_at: Rfc3339,
+}
+
+/// `{"offset", "topic", "payload", "content_type", "key_id", "transport", "received_at"}`, with
+/// `"payload_encoding": "base64"` beside a payload that is neither JSON nor text.
+pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
+    let payload = Payload::of(&record.payload);
+    RecordJson {
+        offset: record.offset,
+        topic: &record.topic,
+        payload_encoding: payload.encoding(),
+        payload,
+        content_type: given(&record.content_type),
+        key_id: record.key_id.to_string(),
+        transport: record.transport,
+        received_at: Rfc3339(record.received_at),
+    }
+}
+
+/// A page of records as the API shows it.
+#[derive(Debug, Serialize)]
+pub struct PageJson<'a> {
+    records: Vec<RecordJson<'a>>,
+    next: Option<Offset>,
+}
+
+/// `{"records": […], "next"}`: every record as [`record_json`] has it, and where the next page begins.
+pub fn page_json(page: &RecordsPage) -> PageJson<'_> {
+    PageJson { records: page.records.iter().map(record_json).collect(), next: page.next }
+}
+
+/// A media type, if the client gave one.
+pub(super) fn given(content_type: &str) -> Option<&str> {
+    (!content_type.is_empty()).then_some(content_type)
+}
+
+/// Walks through JSON and fails where a parser might.
+struct Plain {
+    depth: usize,
+}
+
+impl<'de> DeserializeSeed<'de> for Plain {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl Plain {
+    fn inside<E: serde::de::Error>(&self) -> Result<usize, E> {
+        if self.depth < DEPTH_MAX { Ok(self.depth + 1) } else { Err(E::custom("nested too deep")) }
+    }
+}
+
+impl<'de> Visitor<'de> for Plain {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        let depth = self.inside()?;
+        while seq.next_element_seed(Plain { depth })?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let depth = self.inside()?;
+        while map.next_key_seed(Plain { depth })?.is_some() {
+            map.next_value_seed(Plain { depth })?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::KeyId;
+
+    fn shown(payload: &[u8]) -> String {
+        serde_json::to_string(&Payload::of(payload)).expect("serializable")
+    }
+
+    #[test]
+    fn a_time_has_six_fraction_digits_and_reads_back() {
+        assert_eq!(Rfc3339(0).to_string(), "1970-01-01T00:00:00.000000Z");
+        assert_eq!(Rfc3339(1_795_426_119_000_120).to_string(), "2026-11-23T09:28:39.000120Z");
+        assert_eq!(parse_time("2026-11-23T09:28:39.000120Z"), Some(1_795_426_119_000_120));
+        assert_eq!(parse_time("2026-11-23T10:28:39.00012+01:00"), Some(1_795_426_119_000_120));
+        for no_time in ["", "yesterday", "2026-11-23", "2026-11-23T09:28:39", "1795426119"] {
+            assert_eq!(parse_time(no_time), None, "{no_time:?}");
+        }
+        // Further off than a calendar goes: shown as its end, not as a failure.
+        assert!(Rfc3339(i64::MAX).to_string().starts_with("9999-"));
+        assert!(Rfc3339(i64::MIN).to_string().starts_with("-"));
+    }
+
+    #[test]
+    fn a_payload_is_json_where_it_is_json_else_text_else_base64() {
+        assert_eq!(shown(b" {\"t\": 21.50}\n"), r#"{"t": 21.50}"#);
+        assert_eq!(shown(b"{\"a\":1,\r\n\"b\":\"x\\ny\"}"), r#"{"a":1,  "b":"x\ny"}"#);
+        assert_eq!(shown(b"21.50"), "21.50");
+        assert_eq!(shown(b"123456789012345678901234567890"), "123456789012345678901234567890");
+        assert_eq!(shown(b"{\"t\": 21.5"), r#""{\"t\": 21.5""#);
+        assert_eq!(shown(b"{} {}"), r#""{} {}""#);
+        assert_eq!(shown(b""), r#""""#);
+        assert_eq!(shown("21 °C".as_bytes()), r#""21 °C""#);
+        assert_eq!(shown(b"\xff\x00"), r#""/wA=""#);
+        assert_eq!(Payload::of(b"\xff\x00").encoding(), Some("base64"));
+        assert_eq!(Payload::of(b"text").encoding(), None);
+    }
+
+    #[test]
+    fn json_that_some_parsers_cannot_read_is_shown_as_text() {
+        let nested = |levels| format!("{}1{}", "[".repeat(levels), "]".repeat(levels));
+        assert!(json(&nested(DEPTH_MAX)).is_some());
+        assert!(json(&nested(DEPTH_MAX + 1)).is_none());
+        assert!(json(&format!("{{\"a\":{}}}", nested(DEPTH_MAX - 1))).is_some());
+        assert!(json(&format!("{{\"a\":{}}}", nested(DEPTH_MAX))).is_none());
+        assert!(json(&nested(1_000_000)).is_none());
+        assert!(json("1e999").is_none());
+        assert!(json(r#""\ud800""#).is_none());
+        assert!(json("NaN").is_none());
+    }
+
+    #[test]
+    fn a_record_has_exactly_the_members_that_the_api_names() {
+        let record = StoredRecord {
+            offset: 7,
+            topic: "spindle/temp".into(),
+            payload: b"{\"t\":1}".to_vec(),
+            content_type: "".into(),
+            key_id: KeyId([1, 0x23, 0x45, 0x67, 0x89, 0xab]),
+            transport: Transport::Mqtt,
+            received_at: 1_795_426_119_000_120,
+        };
+        let shown = serde_json::to_string(&record_json(&record)).expect("serializable");
+        let expected = r#"{"offset":7,"topic":"spindle/temp","payload":{"t":1},"content_type":null,"key_id":"0123456789ab","transport":"mqtt","received_at":"2026-11-23T09:28:39.000120Z"}"#;
+        assert_eq!(shown, expected);
+
+        let binary = StoredRecord { payload: vec![0xff], content_type: "image/x".into(), ..record };
+        let shown = serde_json::to_value(record_json(&binary)).expect("serializable");
+        assert_eq!(shown["payload"], "/w==");
+        assert_eq!(shown["payload_encoding"], "base64");
+        assert_eq!(shown["content_type"], "image/x");
+    }
+}

@@ -1,0 +1,115 @@
+//! The numbers by which `records.db` knows datasources, topics and origins, remembered so that a
+//! record costs a few look-ups in memory and no statement.
+
+use std::collections::HashMap;
+
+use rusqlite::{Connection, params};
+
+use super::schema::sql_offset;
+use crate::message::{KeyId, RecordRef, Transport};
+
+/// How many names are remembered. Beyond, all are forgotten and asked for again: clients may
+/// invent topics without end, and each must not cost memory for ever.
+const REMEMBERED_MAX: usize = 200_000;
+
+/// What one record refers to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RowIds {
+    pub(super) datasource: i64,
+    pub(super) topic: i64,
+    pub(super) origin: i64,
+}
+
+/// One datasource and those of its topics that were seen.
+struct Datasource {
+    id: i64,
+    topics: HashMap<Box<str>, i64>,
+}
+
+/// The remembered numbers.
+#[derive(Default)]
+pub(super) struct Ids {
+    datasources: HashMap<Box<str>, Datasource>,
+    origins: HashMap<(KeyId, Transport), HashMap<Box<str>, i64>>,
+    remembered: usize,
+}
+
+impl Ids {
+    /// Forgets everything. To be called when a transaction in which numbers may have been given was
+    /// not committed: those numbers do not exist.
+    pub(super) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// What `record` refers to. A name that the database does not have is written to it, in the
+    /// transaction that `connection` is in.
+    ///
+    /// # Errors
+    /// The database's.
+    pub(super) fn of(&mut self, connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<RowIds> {
+        match self.remembered(record) {
+            Some(ids) => Ok(ids),
+            None => self.ask(connection, record),
+        }
+    }
+
+    fn remembered(&self, record: &RecordRef<'_>) -> Option<RowIds> {
+        let datasource = self.datasources.get(record.datasource)?;
+        let topic = *datasource.topics.get(record.topic)?;
+        let origins = self.origins.get(&(record.key_id, record.transport))?;
+        let origin = *origins.get(record.content_type)?;
+        Some(RowIds { datasource: datasource.id, topic, origin })
+    }
+
+    #[cold]
+    fn ask(&mut self, connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<RowIds> {
+        if self.remembered >= REMEMBERED_MAX {
+            self.clear();
+        }
+        // At most one of each is new.
+        self.remembered += 3;
+
+        let datasource = {
+            connection
+                .prepare_cached("INSERT INTO datasources (datasource) VALUES (?1) ON CONFLICT DO NOTHING")?
+                .execute([record.datasource])?;
+            connection
+                .prepare_cached("SELECT id FROM datasources WHERE datasource = ?1")?
+                .query_row([record.datasource], |row| row.get(0))?
+        };
+        let topic = {
+            connection
+                .prepare_cached(
+                    "INSERT INTO topics (datasource_id, topic, latest_offset) VALUES (?1, ?2, ?3)
+                     ON CONFLICT DO NOTHING",
+                )?
+                .execute(params![datasource, record.topic, sql_offset(record.offset)])?;
+            connection
+                .prepare_cached("SELECT id FROM topics WHERE datasource_id = ?1 AND topic = ?2")?
+                .query_row(params![datasource, record.topic], |row| row.get(0))?
+        };
+        let origin = {
+            let origin = params![record.key_id.to_string(), record.transport.as_str(), record.content_type];
+            connection
+                .prepare_cached(
+                    "INSERT INTO origins (key_id, transport, content_type) VALUES (?1, ?2, ?3)
+                     ON CONFLICT DO NOTHING",
+                )?
+                .execute(origin)?;
+            connection
+                .prepare_cached(
+                    "SELECT id FROM origins WHERE key_id = ?1 AND transport = ?2 AND content_type = ?3",
+                )?
+                .query_row(origin, |row| row.get(0))?
+        };
+
+        let known = self
+            .datasources
+            .entry(record.datasource.into())
+            .or_insert_with(|| Datasource { id: datasource, topics: HashMap::new() });
+        known.topics.insert(record.topic.into(), topic);
+        let origins = self.origins.entry((record.key_id, record.transport)).or_default();
+        origins.insert(record.content_type.into(), origin);
+        Ok(RowIds { datasource, topic, origin })
+    }
+}

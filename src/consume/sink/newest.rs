@@ -1,0 +1,222 @@
+//! The newest values among the records of one transaction, gathered in memory so that a key that
+//! changes a thousand times in it is written once.
+//!
+//! A payload that is a JSON object gives a value to each of its top-level keys; any other payload is
+//! itself the value, of the key `""`. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: for
+//! one more, the one goes that has not come for longest.
+
+use std::borrow::Cow;
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::fmt;
+
+use rusqlite::types::{self, ToSqlOutput, ValueRef};
+use rusqlite::{Connection, params};
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use super::schema::sql_offset;
+use crate::consume::render;
+use crate::limits::{LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_VALUE_BYTES_MAX};
+use crate::message::{Offset, RecordRef, TimeMicros};
+
+/// The newest values, by the topic's number in the database.
+#[derive(Default)]
+pub(super) struct Newest<'a> {
+    topics: HashMap<i64, Topic<'a>>,
+    /// The members of the object that is being looked at; kept for its allocation.
+    members: Vec<(Cow<'a, str>, &'a str)>,
+}
+
+/// The newest values of one topic.
+#[derive(Default)]
+struct Topic<'a> {
+    /// Of its newest record.
+    offset: Offset,
+    values: Vec<Newer<'a>>,
+    /// Where in `values` a key is.
+    places: HashMap<Cow<'a, str>, usize>,
+}
+
+/// The newest value of one key.
+struct Newer<'a> {
+    key: Cow<'a, str>,
+    value: Value<'a>,
+    offset: Offset,
+    received_at: TimeMicros,
+}
+
+/// A value, as it stands in the payload.
+#[derive(Clone, Copy)]
+enum Value<'a> {
+    /// JSON or other text.
+    Text(&'a str),
+    /// A payload that is not text.
+    Bytes(&'a [u8]),
+}
+
+impl<'a> Newest<'a> {
+    /// Looks at the next record; its payload is `text`, if it is text.
+    pub(super) fn see(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
+        let topic = self.topics.entry(topic_id).or_default();
+        topic.offset = record.offset;
+        match text {
+            Some(text) if read_members(text, &mut self.members) => {
+                for (place, (key, value)) in self.members.drain(..).enumerate() {
+                    topic.set(place, key, Value::Text(value), record);
+                }
+            }
+            Some(text) => topic.set(0, Cow::Borrowed(""), Value::Text(text), record),
+            None => topic.set(0, Cow::Borrowed(""), Value::Bytes(record.payload), record),
+        }
+    }
+
+    /// Writes what was seen, in the transaction that `connection` is in.
+    ///
+    /// # Errors
+    /// The database's.
+    pub(super) fn write(self, connection: &Connection) -> rusqlite::Result<()> {
+        let mut topic_row =
+            connection.prepare_cached("UPDATE topics SET latest_offset = ?2 WHERE id = ?1")?;
+        let mut change = connection.prepare_cached(
+            "UPDATE latest_values SET value = ?3, offset = ?4, received_us = ?5
+             WHERE topic_id = ?1 AND key = ?2",
+        )?;
+        let mut add = connection.prepare_cached(
+            "INSERT INTO latest_values (topic_id, key, value, offset, received_us)
+             VALUES (?1, ?2, ?3, ?4, ?5)",
+        )?;
+        let mut forget = connection.prepare_cached(
+            "DELETE FROM latest_values WHERE topic_id = ?1 AND key IN (
+                SELECT key FROM latest_values WHERE topic_id = ?1 ORDER BY offset DESC, key LIMIT -1 OFFSET ?2
+             )",
+        )?;
+        for (topic_id, topic) in self.topics {
+            topic_row.execute(params![topic_id, sql_offset(topic.offset)])?;
+            let mut added = false;
+            for newer in topic.into_newest() {
+                let (offset, value) = (sql_offset(newer.offset), newer.value.to_sql());
+                let row = params![topic_id, newer.key, value, offset, newer.received_at];
+                if change.execute(row)? == 0 {
+                    add.execute(row)?;
+                    added = true;
+                }
+            }
+            if added {
+                forget.execute(params![
+                    topic_id,
+                    i64::try_from(LATEST_KEYS_PER_TOPIC_MAX).unwrap_or(i64::MAX)
+                ])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Topic<'a> {
+    /// Takes a value. Objects of one topic mostly have the same keys in the same order, so the
+    /// key is looked for first at the `place` where it stands in its object.
+    fn set(&mut self, place: usize, key: Cow<'a, str>, value: Value<'a>, record: &RecordRef<'a>) {
+        if key.len() > LATEST_KEY_BYTES_MAX {
+            return;
+        }
+        let place = match self.values.get(place) {
+            Some(there) if there.key == key => Some(place),
+            _ => self.places.get(&key).copied(),
+        };
+        match place {
+            Some(place) => {
+                let newer = &mut self.values[place];
+                (newer.value, newer.offset, newer.received_at) = (value, record.offset, record.received_at);
+            }
+            None => {
+                self.places.insert(key.clone(), self.values.len());
+                self.values.push(Newer {
+                    key,
+                    value,
+                    offset: record.offset,
+                    received_at: record.received_at,
+                });
+            }
+        }
+    }
+
+    /// No more values than a topic keeps.
+    fn into_newest(self) -> Vec<Newer<'a>> {
+        let mut values = self.values;
+        if values.len() > LATEST_KEYS_PER_TOPIC_MAX {
+            values.sort_by_key(|newer| Reverse(newer.offset));
+            values.truncate(LATEST_KEYS_PER_TOPIC_MAX);
+        }
+        values
+    }
+}
+
+impl<'a> Value<'a> {
+    /// As `latest_values` has it: JSON, a BLOB, or NULL for what is too long.
+    fn to_sql(self) -> ToSqlOutput<'a> {
+        match self {
+            Value::Text(text) if text.len() <= LATEST_VALUE_BYTES_MAX => match render::json(text) {
+                Some(json) => ToSqlOutput::Borrowed(ValueRef::Text(json.as_bytes())),
+                None => ToSqlOutput::Owned(types::Value::Text(serde_json::Value::from(text).to_string())),
+            },
+            Value::Bytes(bytes) if bytes.len() <= LATEST_VALUE_BYTES_MAX => {
+                ToSqlOutput::Borrowed(ValueRef::Blob(bytes))
+            }
+            Value::Text(_) | Value::Bytes(_) => ToSqlOutput::Owned(types::Value::Null),
+        }
+    }
+}
+
+/// Reads the members of a JSON object, and says whether `text` is one. No value is looked into
+/// any further than it takes to find its end.
+fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, &'a str)>) -> bool {
+    members.clear();
+    if !text.trim_start().starts_with('{') {
+        return false;
+    }
+    let mut json = serde_json::Deserializer::from_str(text);
+    (&mut json).deserialize_map(Members(members)).and_then(|()| json.end()).is_ok()
+}
+
+struct Members<'m, 'a>(&'m mut Vec<(Cow<'a, str>, &'a str)>);
+
+impl<'a> Visitor<'a> for Members<'_, 'a> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some((Key(key), value)) = map.next_entry::<Key<'a>, &'a RawValue>()? {
+            self.0.push((key, value.get()));
+        }
+        Ok(())
+    }
+}
+
+/// A key, borrowed unless it is written with escapes.
+struct Key<'a>(Cow<'a, str>);
+
+impl<'a> serde::Deserialize<'a> for Key<'a> {
+    fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+        impl<'a> Visitor<'a> for Text {
+            type Value = Key<'a>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+
+            fn visit_borrowed_str<E>(self, key: &'a str) -> Result<Key<'a>, E> {
+                Ok(Key(Cow::Borrowed(key)))
+            }
+
+            fn visit_str<E>(self, key: &str) -> Result<Key<'a>, E> {
+                Ok(Key(Cow::Owned(key.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(Text)
+    }
+}

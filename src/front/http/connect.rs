@@ -1,0 +1,122 @@
+//! The lines that connect a device: ready to paste into a shell in which `HEADGATE_API_KEY` is set.
+//! None of them holds the key, so that it gets into no history and no ticket.
+
+use std::net::SocketAddr;
+
+use axum::http::HeaderMap;
+use axum::http::header::HOST;
+use serde::Serialize;
+
+use super::Parts;
+use crate::auth::{Scope, Scopes};
+use crate::message::DatasourceId;
+
+/// A line for each client; only those that the key's scopes are good for.
+#[derive(Debug, Serialize)]
+pub(super) struct Connect {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mosquitto_pub: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    curl: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    python: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    latest: Option<String>,
+}
+
+impl Connect {
+    /// The lines for a key of `datasource`, as seen by whoever sent `headers`.
+    pub(super) fn new(datasource: &DatasourceId, scopes: Scopes, parts: &Parts, headers: &HeaderMap) -> Self {
+        let address = Address::new(parts, headers);
+        let Address { http, mqtt_host, mqtt_port } = &address;
+        let publish = |line: String| scopes.allow(Scope::Ingest).then_some(line);
+        Self {
+            mosquitto_pub: publish(format!(
+                "mosquitto_pub -h {mqtt_host} -p {mqtt_port} -q 1 -u \"$HEADGATE_API_KEY\" \
+                 -t temperature -m '{{\"value\": 21.5}}'"
+            )),
+            curl: publish(format!(
+                "curl -H \"Authorization: Bearer $HEADGATE_API_KEY\" -H 'Content-Type: application/json' \
+                 -d '{{\"value\": 21.5}}' http://{http}/v1/ingest/{datasource}/temperature"
+            )),
+            python: publish(format!(
+                "python3 -c 'import os; from paho.mqtt import publish; \
+                 publish.single(\"temperature\", \"{{\\\"value\\\": 21.5}}\", qos=1, \
+                 hostname=\"{mqtt_host}\", port={mqtt_port}, \
+                 auth={{\"username\": os.environ[\"HEADGATE_API_KEY\"]}})'  # pip install paho-mqtt"
+            )),
+            latest: scopes.allow(Scope::Subscribe).then(|| {
+                format!(
+                    "curl -H \"Authorization: Bearer $HEADGATE_API_KEY\" \
+                     http://{http}/v1/datasources/{datasource}/latest"
+                )
+            }),
+        }
+    }
+}
+
+/// Where the gateway is, in the words of the client that asked.
+struct Address {
+    http: String,
+    mqtt_host: String,
+    mqtt_port: u16,
+}
+
+impl Address {
+    fn new(parts: &Parts, headers: &HeaderMap) -> Self {
+        let named = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
+        let mqtt = parts.mqtt_addr;
+        // A listener on every address is reached under the name that the client just used.
+        let mqtt_host = match named.map(hostname) {
+            Some(name) if mqtt.ip().is_unspecified() => name.to_owned(),
+            _ => reachable(mqtt).ip().to_string(),
+        };
+        let http = named.map_or_else(|| reachable(parts.http_addr).to_string(), str::to_owned);
+        Self { http, mqtt_host, mqtt_port: mqtt.port() }
+    }
+}
+
+/// An address that can be connected to.
+fn reachable(addr: SocketAddr) -> SocketAddr {
+    match addr.ip() {
+        ip if !ip.is_unspecified() => addr,
+        _ if addr.is_ipv4() => ([127, 0, 0, 1], addr.port()).into(),
+        _ => (std::net::Ipv6Addr::LOCALHOST, addr.port()).into(),
+    }
+}
+
+/// Whether a `Host` header holds nothing that means something to a shell.
+fn is_host(host: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':' | b'[' | b']');
+    !host.is_empty() && host.len() <= 255 && host.bytes().all(plain) && !host.starts_with('-')
+}
+
+/// The name without the port: `[::1]:8080` is `::1`.
+fn hostname(host: &str) -> &str {
+    match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((ip, _)) => ip,
+        None => host.split(':').next().unwrap_or(host),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_header_that_a_shell_would_act_on_is_not_repeated() {
+        for good in ["localhost:8080", "gw.example.com", "[::1]:8080", "10.0.0.1"] {
+            assert!(is_host(good), "{good}");
+        }
+        for bad in ["", "a b", "a;reboot", "$(reboot)", "a'b", "`a`", "-o", "a/b", "a\\b", "ä"] {
+            assert!(!is_host(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_host_is_told_from_its_port() {
+        for (host, name) in [("gw:8080", "gw"), ("gw", "gw"), ("[::1]:80", "::1"), ("[::1]", "::1")] {
+            assert_eq!(hostname(host), name);
+        }
+    }
+}

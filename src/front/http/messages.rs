@@ -1,0 +1,291 @@
+//! Messages of a request: its body taken apart by content type, each message exactly the bytes that
+//! the client wrote for it.
+//!
+//! | `Content-Type` | messages |
+//! |---|---|
+//! | `application/json` | one for each element of an array; any other value is one |
+//! | `application/x-ndjson`, `application/ndjson`, `application/jsonl` | one for each line that is not blank |
+//! | none, or `application/x-www-form-urlencoded` (what `curl -d` says) | a JSON object or array as `application/json`; anything else is one, as it is |
+//! | any other | one, as it is |
+//!
+//! A message out of JSON has the content type `application/json`. A request without a single
+//! message (`[]`, no line, an empty body where JSON was announced) is malformed, as there would be
+//! no offset to answer with; an empty body of any other type is one empty message, as in MQTT.
+
+use serde::Deserializer;
+use serde::de::{IgnoredAny, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+use super::problem::{Kind, Problem};
+use crate::limits::HTTP_MESSAGES_MAX;
+
+const JSON: &str = "application/json";
+
+/// The messages of one body, borrowed from it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Messages<'a> {
+    /// The media type of each of them, or empty.
+    pub(super) content_type: &'a str,
+    /// What each of them is.
+    pub(super) payloads: Vec<&'a [u8]>,
+    places: Places,
+}
+
+/// How the place of a message in its body is told.
+#[derive(Debug, PartialEq, Eq)]
+enum Places {
+    Whole,
+    Elements,
+    Lines(Vec<u32>),
+}
+
+impl<'a> Messages<'a> {
+    /// Takes `body` apart. `content_type` is as the client sent it, or empty.
+    pub(super) fn split(content_type: &'a str, body: &'a [u8]) -> Result<Self, Problem> {
+        let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        match essence.as_str() {
+            JSON => Self::json(body),
+            "application/x-ndjson" | "application/ndjson" | "application/jsonl" => Self::lines(body),
+            "" | "application/x-www-form-urlencoded" => match body.trim_ascii_start().first() {
+                Some(b'{' | b'[') if is_json(body) => Self::json(body),
+                _ => Ok(Self::whole(content_type, body)),
+            },
+            _ => Ok(Self::whole(content_type, body)),
+        }
+    }
+
+    /// Says in `problem` which message it is about, where there are several.
+    pub(super) fn locate(&self, index: usize, problem: Problem) -> Problem {
+        match &self.places {
+            Places::Whole => problem,
+            Places::Elements => problem.with("pointer", format!("/{index}")),
+            Places::Lines(lines) => match lines.get(index) {
+                Some(&line) => problem.with("line", line),
+                None => problem,
+            },
+        }
+    }
+
+    fn whole(content_type: &'a str, body: &'a [u8]) -> Self {
+        Self { content_type, payloads: vec![body], places: Places::Whole }
+    }
+
+    fn json(body: &'a [u8]) -> Result<Self, Problem> {
+        if body.trim_ascii_start().first() != Some(&b'[') {
+            return match serde_json::from_slice::<&RawValue>(body) {
+                Ok(_) => Ok(Self::whole(JSON, body)),
+                Err(_) if body.trim_ascii().is_empty() => Err(nothing("The body is empty")),
+                Err(error) => Err(not_json("The body", error.line(), &error)),
+            };
+        }
+        let mut parser = serde_json::Deserializer::from_slice(body);
+        let payloads = parser
+            .deserialize_seq(Elements)
+            .and_then(|elements| parser.end().map(|()| elements))
+            .map_err(|error| not_json("The body", error.line(), &error))?;
+        match payloads.len() {
+            0 => Err(nothing("The array is empty")),
+            n if n > HTTP_MESSAGES_MAX => Err(too_many()),
+            _ => Ok(Self { content_type: JSON, payloads, places: Places::Elements }),
+        }
+    }
+
+    fn lines(body: &'a [u8]) -> Result<Self, Problem> {
+        let mut payloads = Vec::new();
+        let mut lines = Vec::new();
+        for (number, line) in (1..).zip(body.split(|&b| b == b'\n')) {
+            let line = line.trim_ascii();
+            if line.is_empty() {
+                continue;
+            }
+            if payloads.len() == HTTP_MESSAGES_MAX {
+                return Err(too_many());
+            }
+            serde_json::from_slice::<&RawValue>(line)
+                .map_err(|error| not_json(&format!("Line {number}"), number as usize, &error))?;
+            payloads.push(line);
+            lines.push(number);
+        }
+        if payloads.is_empty() {
+            return Err(nothing("The body has no line with a JSON value"));
+        }
+        Ok(Self { content_type: JSON, payloads, places: Places::Lines(lines) })
+    }
+}
+
+fn is_json(body: &[u8]) -> bool {
+    serde_json::from_slice::<&RawValue>(body).is_ok()
+}
+
+/// Collects an array's elements, each as it is written, and stops keeping them, though not
+/// checking them, at the first that is too many.
+struct Elements;
+
+impl<'de> Visitor<'de> for Elements {
+    type Value = Vec<&'de [u8]>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut elements = Vec::new();
+        while elements.len() <= HTTP_MESSAGES_MAX {
+            match seq.next_element::<&'de RawValue>()? {
+                Some(element) => elements.push(element.get().as_bytes()),
+                None => return Ok(elements),
+            }
+        }
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(elements)
+    }
+}
+
+fn not_json(what: &str, line: usize, error: &serde_json::Error) -> Problem {
+    let (words, column) = (error.to_string(), error.column());
+    let reason = words.split(" at line ").next().unwrap_or_default();
+    Problem::new(
+        Kind::Malformed,
+        format!("{what} is not valid JSON: {reason} (line {line}, column {column}). Nothing of it was kept."),
+    )
+    .with("line", line)
+    .with("column", column)
+}
+
+fn nothing(what: &str) -> Problem {
+    Problem::new(Kind::Malformed, format!("{what}: there is no message in this request."))
+}
+
+fn too_many() -> Problem {
+    let words = format!("One request carries at most {HTTP_MESSAGES_MAX} messages. Nothing of it was kept.");
+    Problem::new(Kind::TooLarge, words).with("limit", HTTP_MESSAGES_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn split(content_type: &'static str, body: &str) -> Result<(String, Vec<String>), Kind> {
+        let messages = Messages::split(content_type, body.as_bytes()).map_err(|problem| problem.kind())?;
+        let payloads = messages.payloads.iter().map(|p| String::from_utf8_lossy(p).into_owned());
+        Ok((messages.content_type.to_owned(), payloads.collect()))
+    }
+
+    fn some(content_type: &str, payloads: &[&str]) -> Result<(String, Vec<String>), Kind> {
+        Ok((content_type.to_owned(), payloads.iter().map(|&p| p.to_owned()).collect()))
+    }
+
+    #[test]
+    fn a_json_object_or_scalar_is_one_message_as_it_was_written() {
+        for body in ["{\"value\": 21.50}", " {\"a\":[1,2]}\n", "21.5", "\"on\"", "null"] {
+            assert_eq!(split("application/json", body), some(JSON, &[body]));
+            assert_eq!(split("Application/JSON; charset=utf-8", body), some(JSON, &[body]));
+        }
+    }
+
+    #[test]
+    fn a_json_array_is_a_message_an_element_each_as_it_was_written() {
+        let body = " [ {\"v\": 1.50, \"v\" : 2},[1, 2] ,\t\"x\\u0041\" , 1e400 ] ";
+        let elements = ["{\"v\": 1.50, \"v\" : 2}", "[1, 2]", "\"x\\u0041\"", "1e400"];
+        assert_eq!(split("application/json", body), some(JSON, &elements));
+    }
+
+    #[test]
+    fn each_line_of_ndjson_is_a_message() {
+        for content_type in ["application/x-ndjson", "application/ndjson", "application/jsonl"] {
+            let body = "{\"v\": 1}\r\n\n  [2, 3] \n\"x\"";
+            assert_eq!(split(content_type, body), some(JSON, &["{\"v\": 1}", "[2, 3]", "\"x\""]));
+        }
+    }
+
+    #[test]
+    fn what_curl_sends_by_default_is_taken_for_what_it_is() {
+        for content_type in ["", "application/x-www-form-urlencoded"] {
+            assert_eq!(split(content_type, "{\"v\":1}"), some(JSON, &["{\"v\":1}"]));
+            assert_eq!(split(content_type, "[1,2]"), some(JSON, &["1", "2"]));
+            for not_json in ["21.5", "v=1&w=2", "{v:1}", "[1,2", ""] {
+                assert_eq!(split(content_type, not_json), some(content_type, &[not_json]));
+            }
+        }
+    }
+
+    #[test]
+    fn any_other_type_is_one_message_that_nobody_looks_into() {
+        for content_type in ["text/plain", "application/octet-stream", "application/senml+json"] {
+            for body in ["[1,2]", "{", ""] {
+                assert_eq!(split(content_type, body), some(content_type, &[body]));
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_without_a_message_is_malformed() {
+        for (content_type, body) in [
+            ("application/json", ""),
+            ("application/json", " \n"),
+            ("application/json", "[ ]"),
+            ("application/x-ndjson", ""),
+            ("application/x-ndjson", "\n \r\n"),
+            ("", "[]"),
+        ] {
+            assert_eq!(split(content_type, body), Err(Kind::Malformed), "{content_type} {body:?}");
+        }
+    }
+
+    #[test]
+    fn invalid_json_is_refused_with_its_place() {
+        for (content_type, body, line, column) in [
+            ("application/json", "{\"a\": 1,\n \"b\": x}", 2, 7),
+            ("application/json", "[1, 2", 1, 5),
+            ("application/json", "[1] 2", 1, 5),
+            ("application/json", "{} {}", 1, 4),
+            ("application/json", "{\"a\": \"\t\"}", 1, 8),
+            ("application/x-ndjson", "{\"v\": 1}\n\n{\"v\": }", 3, 7),
+            ("application/x-ndjson", "{} {}", 1, 4),
+        ] {
+            let problem = Messages::split(content_type, body.as_bytes()).expect_err(body);
+            let place = format!("(line {line}, column {column})");
+            assert_eq!(problem.kind(), Kind::Malformed);
+            assert!(format!("{problem:?}").contains(&place), "{body:?}: {problem:?}");
+        }
+        // Not UTF-8, so not JSON either.
+        let latin1: &[u8] = b"{\"unit\": \"\xB0C\"}";
+        assert!(Messages::split(JSON, latin1).is_err());
+        assert!(Messages::split("application/x-ndjson", latin1).is_err());
+        assert!(Messages::split("text/plain", latin1).is_ok());
+    }
+
+    #[test]
+    fn nesting_as_deep_as_a_body_allows_is_no_danger() {
+        let deep = [vec![b'['; 1 << 20], vec![b']'; 1 << 20]].concat();
+        let messages = Messages::split(JSON, &deep).map(|m| m.payloads.len());
+        assert_eq!(messages.map_err(|problem| problem.kind()), Ok(1));
+    }
+
+    #[test]
+    fn the_number_of_messages_is_limited_at_one_below_and_one_above() {
+        let array = |n: usize| format!("[{}]", vec!["1"; n].join(","));
+        let lines = |n: usize| "1\n".repeat(n);
+        let count = |content_type, body: String| {
+            let messages = Messages::split(content_type, body.as_bytes()).map(|m| m.payloads.len());
+            messages.map_err(|problem| problem.kind())
+        };
+        assert_eq!(count(JSON, array(HTTP_MESSAGES_MAX)), Ok(HTTP_MESSAGES_MAX));
+        assert_eq!(count(JSON, array(HTTP_MESSAGES_MAX + 1)), Err(Kind::TooLarge));
+        assert_eq!(count(JSON, array(HTTP_MESSAGES_MAX + 2)), Err(Kind::TooLarge));
+        assert_eq!(count("application/jsonl", lines(HTTP_MESSAGES_MAX)), Ok(HTTP_MESSAGES_MAX));
+        assert_eq!(count("application/jsonl", lines(HTTP_MESSAGES_MAX + 1)), Err(Kind::TooLarge));
+    }
+
+    #[test]
+    fn a_problem_with_one_of_several_messages_says_which() {
+        let locate = |content_type, body: &'static str, index| {
+            let messages = Messages::split(content_type, body.as_bytes()).map_err(|p| p.kind());
+            let problem = Problem::new(Kind::TooLarge, "over");
+            format!("{:?}", messages.expect("valid").locate(index, problem))
+        };
+        assert!(locate(JSON, "[1,2]", 1).contains("\"/1\""));
+        assert!(locate("application/x-ndjson", "1\n\n2", 1).contains("\"line\": Number(3)"));
+        assert!(!locate(JSON, "{}", 0).contains("pointer"));
+    }
+}

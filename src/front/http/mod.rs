@@ -1,0 +1,282 @@
+//! The HTTP front: messages by POST, datasources and keys, stored records, health, and a page to
+//! look at. It speaks HTTP and decides nothing: what a key allows is the authorizer's business, what
+//! is kept is intake's.
+//!
+//! A request comes in through `server` (and its `socket`); `answer` below stands around every
+//! handler; `credentials` says whose request it is before any of its body is read; then one handler
+//! of the table in [`routes`] runs. Whatever says no becomes a `problem`.
+
+mod body;
+mod connect;
+mod credentials;
+mod dashboard;
+mod ingest;
+mod keys;
+mod manage;
+mod messages;
+mod probes;
+mod problem;
+mod query;
+mod server;
+mod socket;
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::HttpBody;
+use axum::extract::{FromRequestParts, MatchedPath, Path, Request, State};
+use axum::http::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use axum::http::request::Parts as RequestParts;
+use axum::http::{HeaderValue, Method, Version};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodFilter, MethodRouter, on};
+use serde::de::DeserializeOwned;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+use tracing::field::display;
+
+use self::body::BodyLimits;
+use self::problem::{Kind, Problem, Refused};
+use self::server::Peer;
+use crate::auth::{Datasource, Registry};
+use crate::config;
+use crate::consume::query::Query;
+use crate::consume::storage::Storage;
+use crate::intake::Intake;
+use crate::limits::{HTTP_BODIES_BYTES_MAX, HTTP_MANAGE_BYTES_MAX, QUERIES_MAX};
+use crate::log::Log;
+use crate::message::Transport;
+use crate::observe::metrics::Metrics;
+
+/// What the HTTP front works with.
+pub struct Parts {
+    /// The door.
+    pub intake: Intake,
+    /// For offsets and health.
+    pub log: Log,
+    /// Stored records, if there is storage.
+    pub query: Option<Query>,
+    /// The storage consumer, if there is one.
+    pub storage: Option<Arc<Storage>>,
+    /// For `/metrics`.
+    pub metrics: Arc<Metrics>,
+    /// Limits.
+    pub config: config::Http,
+    /// Where MQTT is served, for the lines that say how to connect.
+    pub mqtt_addr: SocketAddr,
+    /// Where HTTP is served.
+    pub http_addr: SocketAddr,
+}
+
+/// Serves HTTP on `listener` until `drain` is cancelled; then accepts no more, and returns when the
+/// requests under way are answered. Dropping the future ends them where they are.
+pub async fn serve(listener: TcpListener, parts: Parts, drain: CancellationToken) {
+    let config = parts.config.clone();
+    let shared = Arc::new(Shared {
+        // Room for two of the largest, whatever the largest is.
+        bodies: Arc::new(Semaphore::new(HTTP_BODIES_BYTES_MAX.max(2 * config.body_bytes_max))),
+        queries: Semaphore::new(QUERIES_MAX),
+        revoking: Mutex::new(()),
+        drain: drain.clone(),
+        parts,
+    });
+    server::run(listener, router(shared), &config, drain).await;
+}
+
+/// What every handler may use.
+struct Shared {
+    parts: Parts,
+    /// A permit for each byte of request bodies that may be in memory.
+    bodies: Arc<Semaphore>,
+    /// A permit for each query that may run at once.
+    queries: Semaphore,
+    /// Held while a key is looked at and revoked, so that of two last admin keys one stays.
+    revoking: Mutex<()>,
+    drain: CancellationToken,
+}
+
+impl Shared {
+    fn registry(&self) -> &Arc<Registry> {
+        self.parts.intake.authorizer().registry()
+    }
+
+    /// The datasource that a path names. To be asked only for a caller who may know.
+    fn datasource(&self, id: &str) -> Result<Arc<Datasource>, Problem> {
+        self.registry().datasource(id).ok_or_else(|| no_datasource(id))
+    }
+
+    fn body_limits(&self) -> BodyLimits {
+        let config = &self.parts.config;
+        let time_max = Duration::from_millis(config.body_ms_max);
+        BodyLimits { bytes_max: config.body_bytes_max, setting: "http.body_bytes_max", time_max }
+    }
+
+    /// A request that manages, read and understood. Fields that are not known are refused, because
+    /// ignoring one would be promising what it asks for.
+    async fn read_json<T: DeserializeOwned>(&self, request: Request) -> Result<T, Problem> {
+        let (parts, body) = request.into_parts();
+        let limits = BodyLimits { bytes_max: HTTP_MANAGE_BYTES_MAX, setting: "", ..self.body_limits() };
+        let received = body::read(&parts.headers, body, limits, &self.bodies).await?;
+        serde_json::from_slice(&received.bytes).map_err(|error| {
+            Problem::new(Kind::Malformed, format!("The body cannot be used: {error}.")).body_read()
+        })
+    }
+}
+
+fn no_datasource(id: &str) -> Problem {
+    let id: String = id.chars().take(64).collect();
+    Problem::new(Kind::NotFound, format!("There is no datasource {id:?}.")).cause("no_datasource")
+}
+
+/// Runs what waits for a disk, or computes for long, on a thread that may.
+async fn off_the_runtime<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?
+}
+
+/// Every route there is. `openapi.json` lists the same; a test holds the two together.
+fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
+    fn route<H, T>(
+        method: Method,
+        path: &'static str,
+        handler: H,
+    ) -> (Method, &'static str, MethodRouter<Arc<Shared>>)
+    where
+        H: axum::handler::Handler<T, Arc<Shared>>,
+        T: 'static,
+    {
+        let filter = MethodFilter::try_from(method.clone()).expect("the table has standard methods alone");
+        (method, path, on(filter, handler))
+    }
+    let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
+    vec![
+        route(post.clone(), "/v1/ingest/{datasource}", ingest::to_datasource),
+        route(post.clone(), "/v1/ingest/{datasource}/{*topic}", ingest::to_topic),
+        route(post.clone(), "/v1/datasources", manage::create),
+        route(get.clone(), "/v1/datasources", manage::list),
+        route(get.clone(), "/v1/datasources/{datasource}", manage::show),
+        route(delete.clone(), "/v1/datasources/{datasource}", manage::delete),
+        route(post, "/v1/datasources/{datasource}/keys", keys::create),
+        route(get.clone(), "/v1/datasources/{datasource}/keys", keys::list),
+        route(delete, "/v1/datasources/{datasource}/keys/{key_id}", keys::revoke),
+        route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
+        route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/livez", probes::live),
+        route(get.clone(), "/readyz", probes::ready),
+        route(get.clone(), "/metrics", probes::metrics),
+        route(get.clone(), "/openapi.json", openapi),
+        route(get.clone(), "/", dashboard::page),
+        route(get.clone(), "/dashboard.js", dashboard::script),
+        route(get, "/dashboard.css", dashboard::style),
+    ]
+}
+
+fn router(shared: Arc<Shared>) -> Router {
+    let routes = routes().into_iter();
+    routes
+        .fold(Router::new(), |router, (_, path, handler)| router.route(path, handler))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn_with_state(shared.clone(), answer))
+        .with_state(shared)
+}
+
+async fn no_route() -> Problem {
+    Problem::new(Kind::NotFound, "There is no such path; /openapi.json lists those that there are.")
+}
+
+async fn no_method(method: Method) -> Problem {
+    Problem::new(Kind::MethodNotAllowed, format!("{method} is not allowed here; the Allow header says what is."))
+}
+
+/// `GET /openapi.json`: this API, for programs and people.
+async fn openapi() -> impl IntoResponse {
+    ([(CONTENT_TYPE, "application/json")], include_str!("openapi.json"))
+}
+
+/// Stands around every request: refuses a key in its URL, counts and logs a refusal, and sets the
+/// headers that every answer has. It logs the route, not the path, in which a client may have put
+/// anything.
+async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let method = request.method().clone();
+    let has_body = !request.body().is_end_stream();
+    let http1 = request.version() < Version::HTTP_2;
+    let mut response = match credentials::refuse_in_url(request.uri()) {
+        Ok(()) => next.run(request).await,
+        Err(problem) => problem.into_response(),
+    };
+    let refused = response.extensions().get::<Refused>().copied();
+    if let Some(Refused { cause, key_id, .. }) = refused {
+        shared.parts.metrics.refused(Transport::Http, cause);
+        let route = route.as_ref().map_or("-", MatchedPath::as_str);
+        let status = response.status().as_u16();
+        let (peer, key_id) = (peer.map(display), key_id.map(display));
+        debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
+    }
+    let headers = response.headers_mut();
+    if http1 && has_body && refused.is_some_and(|refused| !refused.body_read) {
+        // What is left of the body stands where the next request would begin. Said here, so that the
+        // client does not send one.
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+/// The parameters in a request's path, decoded; what cannot be decoded is a problem as any other.
+struct InPath<T>(T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Shared>> for InPath<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut RequestParts, shared: &Arc<Shared>) -> Result<Self, Problem> {
+        let Path(parameters) = Path::from_request_parts(parts, shared).await?;
+        Ok(Self(parameters))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
+    use super::*;
+
+    fn described() -> Value {
+        serde_json::from_str(include_str!("openapi.json")).expect("openapi.json is JSON")
+    }
+
+    #[test]
+    fn openapi_lists_the_routes_that_there_are_and_no_others() {
+        let served: BTreeSet<(String, String)> = routes()
+            .into_iter()
+            .map(|(method, path, _)| (path.replace("{*", "{"), method.as_str().to_ascii_lowercase()))
+            .collect();
+        let openapi = described();
+        let paths = openapi["paths"].as_object().expect("paths");
+        let listed = paths.iter().flat_map(|(path, operations)| {
+            let methods = operations.as_object().expect("operations").keys();
+            methods.filter(|&method| method != "parameters").map(|method| (path.clone(), method.clone()))
+        });
+        assert_eq!(served, listed.collect());
+    }
+
+    #[test]
+    fn openapi_lists_every_kind_of_problem() {
+        let openapi = described();
+        let listed = openapi["components"]["schemas"]["Problem"]["properties"]["type"]["enum"].clone();
+        let listed: Vec<String> = serde_json::from_value(listed).expect("a list of types");
+        let all = Kind::ALL.map(|kind| format!("/problems/{}", kind.spec().1));
+        assert_eq!(listed, all);
+    }
+}

@@ -1,0 +1,55 @@
+//! Probes: is the process alive, can it take messages, and how is it doing. None needs a key; none
+//! says anything about a datasource or a key.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use super::Shared;
+
+/// `GET /livez`: the process serves.
+pub(super) async fn live() -> &'static str {
+    "alive\n"
+}
+
+#[derive(Serialize)]
+struct Readiness {
+    status: &'static str,
+    /// Why no message can be taken.
+    reasons: Vec<String>,
+    /// What an operator should look at although messages are taken.
+    warnings: Vec<String>,
+}
+
+/// `GET /readyz`: messages can be taken and made durable. Trouble with storage is a warning alone,
+/// because devices are served all the same: the log keeps what storage has not taken yet.
+pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
+    let draining = shared.drain.is_cancelled().then(|| "the gateway is shutting down".to_owned());
+    let reasons: Vec<String> = shared.parts.log.trouble().into_iter().chain(draining).collect();
+    let warnings = shared.parts.storage.as_ref().and_then(|storage| storage.trouble());
+    let (code, status) = match reasons.is_empty() {
+        true => (StatusCode::OK, "ready"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "unready"),
+    };
+    (code, Json(Readiness { status, reasons, warnings: warnings.into_iter().collect() })).into_response()
+}
+
+/// `GET /metrics`: everything that is counted, in Prometheus' text format.
+pub(super) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    let parts = &shared.parts;
+    #[expect(clippy::cast_precision_loss, reason = "a metric is an f64; exact up to 2^53")]
+    let gauge = |name, value: u64| parts.metrics.gauge(name, value as f64);
+    gauge("headgate_log_next_offset", parts.log.next_offset());
+    gauge("headgate_log_first_offset", parts.log.first_offset());
+    gauge("headgate_log_bytes", parts.log.disk_bytes());
+    gauge("headgate_keys", parts.intake.authorizer().registry().key_count() as u64);
+    if let Some(storage) = &parts.storage {
+        gauge("headgate_storage_cursor", storage.cursor());
+    }
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4")], parts.metrics.render()).into_response()
+}

@@ -1,0 +1,359 @@
+//! A problem: the one form of every HTTP answer that says no, an RFC 9457 problem document
+//! (`application/problem+json`). Whatever refuses a message on its way in, this file turns it into
+//! a status, a type that a program can switch on, and words for the person who sent it.
+//!
+//! `type` is a stable reference, `/problems/too-large`: an identifier to compare, not a page to
+//! fetch. `title` goes with the type, `detail` with the one request. Further members carry what a
+//! client can act on: `limit`, `retry_after_seconds`, `scope`, `line`, `column`, `pointer`.
+
+use std::time::Duration;
+
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Map, Value, json};
+
+use crate::auth::{Denied, RegistryError};
+use crate::consume::query::QueryError;
+use crate::intake::Refusal;
+use crate::log::AppendError;
+use crate::message::{KeyId, NameError};
+
+/// When to come again, where nothing says better.
+const RETRY_AFTER_DEFAULT: Duration = Duration::from_secs(1);
+
+/// What a stranger, a key of another datasource and a dead key are all told, word for word.
+const UNAUTHORIZED: &str = "Send a valid API key of this datasource in a header: \
+    'Authorization: Bearer KEY', 'Authorization: KEY' or 'X-API-Key: KEY'.";
+
+/// The kinds of problem there are. A kind's slug is the last part of its `type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Malformed,
+    Topic,
+    Unauthorized,
+    KeyInUrl,
+    MissingScope,
+    NotFound,
+    MethodNotAllowed,
+    Timeout,
+    Conflict,
+    TooLarge,
+    ContentEncoding,
+    Internal,
+    Unavailable,
+}
+
+impl Kind {
+    #[cfg(test)]
+    pub(super) const ALL: [Kind; 13] = [
+        Kind::Malformed,
+        Kind::Topic,
+        Kind::Unauthorized,
+        Kind::KeyInUrl,
+        Kind::MissingScope,
+        Kind::NotFound,
+        Kind::MethodNotAllowed,
+        Kind::Timeout,
+        Kind::Conflict,
+        Kind::TooLarge,
+        Kind::ContentEncoding,
+        Kind::Internal,
+        Kind::Unavailable,
+    ];
+
+    /// Status, slug and title.
+    pub(super) fn spec(self) -> (StatusCode, &'static str, &'static str) {
+        match self {
+            Kind::Malformed => (StatusCode::BAD_REQUEST, "malformed", "The request is malformed"),
+            Kind::Topic => (StatusCode::BAD_REQUEST, "topic", "The topic cannot be used"),
+            Kind::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "A valid API key is needed"),
+            Kind::KeyInUrl => {
+                (StatusCode::UNAUTHORIZED, "key-in-url", "An API key does not belong into a URL")
+            }
+            Kind::MissingScope => (StatusCode::FORBIDDEN, "missing-scope", "The API key lacks a scope"),
+            Kind::NotFound => (StatusCode::NOT_FOUND, "not-found", "There is nothing here"),
+            Kind::MethodNotAllowed => {
+                (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "The method is not allowed here")
+            }
+            Kind::Timeout => (StatusCode::REQUEST_TIMEOUT, "timeout", "The request took too long to arrive"),
+            Kind::Conflict => (StatusCode::CONFLICT, "conflict", "What is there already stands against it"),
+            Kind::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "too-large", "The request is over a limit"),
+            Kind::ContentEncoding => (
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "content-encoding",
+                "The content encoding is not supported",
+            ),
+            Kind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "The gateway has failed"),
+            Kind::Unavailable => {
+                (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "It cannot be done right now")
+            }
+        }
+    }
+}
+
+/// One problem, on its way to the client. Boxed, so that a `Result` with it stays small.
+#[derive(Debug)]
+pub(super) struct Problem(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: Kind,
+    detail: String,
+    members: Map<String, Value>,
+    retry_after: Option<Duration>,
+    note: Refused,
+}
+
+/// What logs and metrics are told about a refused request; it travels as an extension of the
+/// response, and never to the client.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Refused {
+    /// One word.
+    pub(super) cause: &'static str,
+    /// The key, where a valid one was presented.
+    pub(super) key_id: Option<KeyId>,
+    /// Whether the request's body had been read to its end. If it has not, the connection cannot
+    /// carry another request.
+    pub(super) body_read: bool,
+}
+
+impl Problem {
+    /// A problem of a kind, with the words for this request.
+    pub(super) fn new(kind: Kind, detail: impl Into<String>) -> Self {
+        let (_, cause, _) = kind.spec();
+        let note = Refused { cause, key_id: None, body_read: false };
+        let retry_after = (kind == Kind::Unavailable).then_some(RETRY_AFTER_DEFAULT);
+        Self(Box::new(Inner { kind, detail: detail.into(), members: Map::new(), retry_after, note }))
+    }
+
+    /// An error of ours, which an operator finds in the log and a client is told nothing about.
+    pub(super) fn internal(error: &dyn std::fmt::Display) -> Self {
+        tracing::error!(%error, "an HTTP request failed");
+        Self::new(Kind::Internal, "The gateway's own log says more.")
+    }
+
+    /// With one more member.
+    pub(super) fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.0.members.insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// With another cause for metrics than the kind's slug.
+    pub(super) fn cause(mut self, cause: &'static str) -> Self {
+        self.0.note.cause = cause;
+        self
+    }
+
+    /// After the body was read to its end.
+    pub(super) fn body_read(mut self) -> Self {
+        self.0.note.body_read = true;
+        self
+    }
+
+    fn retry_after(mut self, after: Duration) -> Self {
+        self.0.retry_after = Some(after);
+        self
+    }
+
+    fn key(mut self, key_id: KeyId) -> Self {
+        self.0.note.key_id = Some(key_id);
+        self
+    }
+
+    /// The kind.
+    #[cfg(test)]
+    pub(super) fn kind(&self) -> Kind {
+        self.0.kind
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let Inner { kind, detail, mut members, retry_after, note } = *self.0;
+        let (status, slug, title) = kind.spec();
+        members.insert("type".to_owned(), format!("/problems/{slug}").into());
+        members.insert("title".to_owned(), title.into());
+        members.insert("status".to_owned(), status.as_u16().into());
+        members.insert("detail".to_owned(), detail.into());
+        // Whole seconds, and never 0: that would be an invitation to come again at once.
+        let seconds = retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
+        if let Some(seconds) = seconds {
+            members.insert("retry_after_seconds".to_owned(), seconds.max(1).into());
+        }
+        let mut response = (status, Value::Object(members).to_string()).into_response();
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"headgate\""));
+        }
+        if kind == Kind::ContentEncoding {
+            headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip, zstd"));
+        }
+        if let Some(seconds) = seconds {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        response.extensions_mut().insert(note);
+        response
+    }
+}
+
+impl From<Denied> for Problem {
+    fn from(denied: Denied) -> Self {
+        let cause = denied.cause();
+        match denied {
+            Denied::NoKey | Denied::Malformed | Denied::Unknown | Denied::Expired | Denied::Revoked => {
+                Self::new(Kind::Unauthorized, UNAUTHORIZED)
+            }
+            Denied::OtherDatasource { key_id } => Self::new(Kind::Unauthorized, UNAUTHORIZED).key(key_id),
+            // This follows from the request alone and says nothing about either key.
+            Denied::Ambiguous => Self::new(
+                Kind::Unauthorized,
+                "The request carries two different API keys. Send one, in one header.",
+            ),
+            Denied::MissingScope { key_id, scope } => {
+                let name = json!(scope);
+                let words = format!("API key {key_id} lacks the scope {name}.");
+                Self::new(Kind::MissingScope, words).with("scope", name).key(key_id)
+            }
+        }
+        .cause(cause)
+    }
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        let cause = refusal.cause();
+        let words = refusal.to_string();
+        let retry_after = refusal.retry_after();
+        let problem = match refusal {
+            Refusal::Denied(denied) => denied.into(),
+            Refusal::Topic(_) | Refusal::DatasourceMissing => Self::new(Kind::Topic, words),
+            Refusal::NoDatasource(_) => Self::new(Kind::NotFound, words),
+            Refusal::TooLarge { bytes_max, .. } => Self::new(Kind::TooLarge, words).with("limit", bytes_max),
+            Refusal::ContentType => Self::new(Kind::Malformed, words),
+            Refusal::Busy { in_flight_bytes_max, .. } => {
+                Self::new(Kind::Unavailable, words).with("limit", in_flight_bytes_max)
+            }
+            Refusal::Log(AppendError::Budget { retention_bytes }) => {
+                Self::new(Kind::Unavailable, words).with("limit", retention_bytes)
+            }
+            Refusal::Log(_) => Self::new(Kind::Unavailable, words),
+        };
+        match retry_after {
+            Some(after) => problem.retry_after(after),
+            None => problem,
+        }
+        .cause(cause)
+    }
+}
+
+impl From<RegistryError> for Problem {
+    fn from(error: RegistryError) -> Self {
+        let words = error.to_string();
+        match error {
+            RegistryError::Exists(_) => Self::new(Kind::Conflict, words),
+            RegistryError::NoDatasource(_) => Self::new(Kind::NotFound, words),
+            RegistryError::Name(_) => Self::new(Kind::Malformed, words),
+            _ => {
+                tracing::error!(error = words, "the registry could not be changed");
+                Self::new(Kind::Unavailable, "The registry cannot be written; nothing was changed.")
+            }
+        }
+    }
+}
+
+impl From<QueryError> for Problem {
+    fn from(error: QueryError) -> Self {
+        if let QueryError::Filter(_) = error {
+            return Self::new(Kind::Malformed, error.to_string());
+        }
+        match error {
+            QueryError::Filter(_) => Self::new(Kind::Topic, error.to_string()),
+            QueryError::Database(_) => {
+                tracing::error!(%error, "a query of stored records failed");
+                Self::new(Kind::Unavailable, "The stored records cannot be read.")
+            }
+        }
+    }
+}
+
+impl From<NameError> for Problem {
+    fn from(error: NameError) -> Self {
+        Self::new(Kind::Malformed, error.to_string())
+    }
+}
+
+impl From<PathRejection> for Problem {
+    fn from(rejection: PathRejection) -> Self {
+        Self::new(Kind::Malformed, format!("The path cannot be read: {}", rejection.body_text()))
+    }
+}
+
+impl From<QueryRejection> for Problem {
+    fn from(rejection: QueryRejection) -> Self {
+        // "Failed to deserialize query string: unknown field `x`, expected one of …": the second
+        // half is what a person needs.
+        let words = rejection.body_text();
+        let words = words.split_once(": ").map_or(words.as_str(), |(_, reason)| reason);
+        Self::new(Kind::Malformed, format!("The query string cannot be used: {words}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document(problem: Problem) -> (StatusCode, axum::http::HeaderMap, Value) {
+        let response = problem.into_response();
+        let (parts, body) = response.into_parts();
+        let bytes = futures_util::FutureExt::now_or_never(axum::body::to_bytes(body, 1 << 20));
+        let bytes = bytes.expect("the body is there").expect("and whole");
+        (parts.status, parts.headers, serde_json::from_slice(&bytes).expect("JSON"))
+    }
+
+    #[test]
+    fn every_kind_has_a_slug_of_its_own() {
+        let mut slugs = Kind::ALL.map(|kind| kind.spec().1);
+        slugs.sort_unstable();
+        assert!(slugs.windows(2).all(|pair| pair[0] != pair[1]), "{slugs:?}");
+    }
+
+    #[test]
+    fn a_transient_refusal_says_when_to_come_again_in_whole_seconds() {
+        for (after, seconds) in [(0, 1), (1, 1), (1000, 1), (1001, 2), (2500, 3)] {
+            let problem = Problem::new(Kind::Unavailable, "full").retry_after(Duration::from_millis(after));
+            let (status, headers, json) = document(problem);
+            assert_eq!(status, 503);
+            assert_eq!(headers[RETRY_AFTER], seconds.to_string());
+            assert_eq!(json["retry_after_seconds"], seconds);
+        }
+    }
+
+    #[test]
+    fn a_stranger_is_told_the_same_whatever_is_wrong_with_the_key() {
+        let key_id = KeyId([7; 6]);
+        let all = [
+            Denied::NoKey,
+            Denied::Malformed,
+            Denied::Unknown,
+            Denied::Expired,
+            Denied::Revoked,
+            Denied::OtherDatasource { key_id },
+        ];
+        let mut answers = all.map(|denied| document(denied.into()));
+        let (first, others) = answers.split_first_mut().expect("six");
+        assert_eq!(first.0, 401);
+        assert_eq!(first.1[WWW_AUTHENTICATE], "Bearer realm=\"headgate\"");
+        assert!(others.iter().all(|other| other == first), "{others:?}");
+    }
+
+    #[test]
+    fn a_missing_scope_is_named() {
+        let denied = Denied::MissingScope { key_id: KeyId([7; 6]), scope: crate::auth::Scope::Subscribe };
+        let (status, _, json) = document(denied.into());
+        assert_eq!((status.as_u16(), &json["scope"]), (403, &json!("subscribe")));
+        assert_eq!(json["type"], "/problems/missing-scope");
+    }
+}

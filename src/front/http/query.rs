@@ -1,0 +1,115 @@
+//! Queries: what is stored of a datasource, as pages of records and as the newest values. Reading
+//! the database waits for the disk, so it happens on a thread that may, and only so many at once.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Query as QueryString, State};
+use axum::http::Uri;
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+
+use super::credentials::Caller;
+use super::problem::{Kind, Problem};
+use super::{InPath, Shared, off_the_runtime};
+use crate::auth::Scope;
+use crate::consume::query::{Query, QueryError, RecordsQuery};
+use crate::consume::render::{self, parse_time};
+use crate::limits::{QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
+use crate::message::{DatasourceId, KeyId, Offset, TimeMicros};
+
+/// The query string of `records`; one that is not known is refused, as a filter that is not applied
+/// would return what was not asked for.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parameters {
+    topic: Option<String>,
+    from: Option<String>,
+    to: Option<String>,
+    after_offset: Option<Offset>,
+    key_id: Option<String>,
+    limit: Option<usize>,
+}
+
+impl Parameters {
+    fn query(self, datasource: DatasourceId) -> Result<RecordsQuery, Problem> {
+        let key_id = self.key_id.map(|id| KeyId::parse(&id)).transpose()?;
+        let limit = self.limit.unwrap_or(QUERY_RECORDS_DEFAULT);
+        if !(1..=QUERY_RECORDS_MAX).contains(&limit) {
+            let words = format!("limit is {limit}: it has to be between 1 and {QUERY_RECORDS_MAX}.");
+            return Err(Problem::new(Kind::Malformed, words).with("limit", QUERY_RECORDS_MAX));
+        }
+        Ok(RecordsQuery {
+            datasource,
+            topic: self.topic,
+            from: time("from", self.from)?,
+            to: time("to", self.to)?,
+            after_offset: self.after_offset,
+            key_id,
+            limit,
+        })
+    }
+}
+
+fn time(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {
+    let Some(text) = text else { return Ok(None) };
+    let time = parse_time(&text).ok_or_else(|| {
+        let words = format!("{name} has to be a time as RFC 3339 has it: 2026-11-23T09:00:00Z.");
+        Problem::new(Kind::Malformed, words)
+    });
+    time.map(Some)
+}
+
+/// `GET /v1/datasources/{datasource}/records`
+pub(super) async fn records(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    InPath(datasource): InPath<String>,
+    uri: Uri,
+) -> Result<Response, Problem> {
+    let datasource = readable(&shared, &caller, &datasource)?;
+    let QueryString(parameters) = QueryString::<Parameters>::try_from_uri(&uri)?;
+    let query = parameters.query(datasource)?;
+    run(&shared, move |stored| {
+        // Not by way of a `Value`: payloads are shown digit for digit.
+        Ok(Json(render::page_json(&stored.records(&query)?)).into_response())
+    })
+    .await
+}
+
+/// The query string of `latest`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LatestParameters {
+    after_topic: Option<String>,
+}
+
+/// `GET /v1/datasources/{datasource}/latest`
+pub(super) async fn latest(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    InPath(datasource): InPath<String>,
+    uri: Uri,
+) -> Result<Response, Problem> {
+    let datasource = readable(&shared, &caller, &datasource)?;
+    let QueryString(LatestParameters { after_topic }) = QueryString::try_from_uri(&uri)?;
+    run(&shared, move |stored| Ok(Json(stored.latest(&datasource, after_topic.as_deref())?).into_response())).await
+}
+
+fn readable(shared: &Shared, caller: &Caller, datasource: &str) -> Result<DatasourceId, Problem> {
+    caller.may(Scope::Subscribe, datasource)?;
+    Ok(shared.datasource(datasource)?.id.clone())
+}
+
+/// Runs one query, when it is its turn.
+async fn run(
+    shared: &Shared,
+    query: impl FnOnce(&Query) -> Result<Response, QueryError> + Send + 'static,
+) -> Result<Response, Problem> {
+    let Some(stored) = shared.parts.query.clone() else {
+        let words = "Storage is off (storage.sink = \"none\"), so that no records can be read.";
+        return Err(Problem::new(Kind::NotFound, words).cause("no_storage"));
+    };
+    let _turn = shared.queries.acquire().await.expect("the semaphore is never closed");
+    off_the_runtime(move || Ok(query(&stored)?)).await
+}

@@ -1,0 +1,168 @@
+//! The server: accepts connections, as many as are allowed at once, speaks HTTP/1.1 or HTTP/2 on
+//! each, and ends them in a drain once the requests under way are answered.
+//!
+//! A connection has `http.header_ms_max` for a request's header, from the first byte it could have
+//! sent; so one that is idle for as long is closed. Every task has an owner here: dropping the
+//! future of [`run`] ends them all.
+
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tower::Service;
+use tracing::{debug, warn};
+
+use super::socket::Socket;
+use crate::config;
+use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
+
+/// How long to wait before accepting again when the process has no file descriptor left.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+/// How often an HTTP/2 client is asked whether it is still there, and how long it has to answer.
+const HTTP2_PING: Duration = Duration::from_secs(20);
+/// What an HTTP/2 client may send of one body, and of all, before any of it is read.
+const HTTP2_WINDOW_BYTES: u32 = 256 << 10;
+
+/// Where a request came from: an extension of every request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Peer(pub(super) SocketAddr);
+
+/// Serves `router` on `listener` until `drain` is cancelled; returns when the requests that were
+/// under way then are answered.
+pub(super) async fn run(
+    listener: TcpListener,
+    router: Router,
+    config: &config::Http,
+    drain: CancellationToken,
+) {
+    let permits = Arc::new(Semaphore::new(config.connections_max));
+    let builder = Arc::new(builder(config));
+    let mut connections = JoinSet::new();
+    loop {
+        let next = async {
+            let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
+            (permit, accept(&listener).await)
+        };
+        let (permit, (stream, peer)) = tokio::select! {
+            biased;
+            () = drain.cancelled() => break,
+            next = next => next,
+        };
+        while connections.try_join_next().is_some() {}
+        let (builder, router, drain) = (builder.clone(), router.clone(), drain.clone());
+        let config = config.clone();
+        connections.spawn(async move {
+            connection(stream, peer, &builder, router, &config, drain).await;
+            drop(permit);
+        });
+    }
+    // From here on a connection is refused instead of accepted and left alone.
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+/// The next connection, past any trouble with getting it.
+async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    let mut warned = false;
+    loop {
+        match listener.accept().await {
+            Ok(connection) => return connection,
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                if !warned {
+                    warn!(%error, "HTTP connections cannot be accepted; trying again");
+                    warned = true;
+                }
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+            }
+        }
+    }
+}
+
+/// Whether the error is that of a connection which was gone before it was accepted.
+fn is_of_one_connection(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+fn builder(config: &config::Http) -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(Duration::from_millis(config.header_ms_max))
+        .max_buf_size(HTTP_HEADER_BYTES_MAX);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(HTTP2_PING)
+        .keep_alive_timeout(HTTP2_PING)
+        .max_concurrent_streams(HTTP2_STREAMS_MAX)
+        .initial_stream_window_size(HTTP2_WINDOW_BYTES)
+        .initial_connection_window_size(HTTP2_WINDOW_BYTES)
+        .max_header_list_size(u32::try_from(HTTP_HEADER_BYTES_MAX).expect("a limit of a few KiB"));
+    builder
+}
+
+/// One connection, to its end.
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    builder: &auto::Builder<TokioExecutor>,
+    router: Router,
+    config: &config::Http,
+    drain: CancellationToken,
+) {
+    // An answer is one small write; waiting for more to send would only delay it.
+    if let Err(error) = stream.set_nodelay(true) {
+        debug!(%peer, %error, "TCP_NODELAY is not set");
+    }
+    let spoken = Arc::new(AtomicBool::new(false));
+    let service = {
+        let spoken = spoken.clone();
+        hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
+            spoken.store(true, Ordering::Relaxed);
+            request.extensions_mut().insert(Peer(peer));
+            router.clone().call(request)
+        })
+    };
+    let stall_max = Duration::from_millis(config.body_ms_max);
+    let socket = TokioIo::new(Socket::new(stream, stall_max));
+    let mut served = pin!(builder.serve_connection(socket, service));
+    // hyper's timeout begins once it is known which HTTP a client speaks; this one covers the
+    // client that never says.
+    let mut silence = pin!(tokio::time::sleep(Duration::from_millis(config.header_ms_max)));
+    let (mut listening, mut draining) = (true, false);
+    loop {
+        tokio::select! {
+            biased;
+            ended = served.as_mut() => {
+                if let Err(error) = ended {
+                    debug!(%peer, error, "an HTTP connection ended");
+                }
+                return;
+            }
+            () = drain.cancelled(), if !draining => {
+                draining = true;
+                served.as_mut().graceful_shutdown();
+            }
+            () = silence.as_mut(), if listening => {
+                if !spoken.load(Ordering::Relaxed) {
+                    debug!(%peer, "an HTTP connection sent no request in time");
+                    return;
+                }
+                listening = false;
+            }
+        }
+    }
+}

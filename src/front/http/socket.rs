@@ -1,0 +1,145 @@
+//! A socket that HTTP is served on: a TCP stream that does not wait for ever for a client that
+//! does not read, and that closes in a way that lets a client read what it was told.
+//!
+//! A request is often answered before its body has been read: a wrong key is refused, and the body
+//! is nobody's business. Closing such a socket makes the kernel send a reset, which can overtake the
+//! answer; the client then sees a broken connection instead of the reason. So a close first shuts
+//! down its own direction, then reads and throws away a little of what still comes, as RFC 9112
+//! (9.6) advises.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep};
+
+use crate::limits::HTTP_LINGER_BYTES_MAX;
+
+/// How long a close goes on reading.
+const LINGER_MAX: Duration = Duration::from_secs(2);
+
+/// A connection's socket.
+pub(super) struct Socket {
+    stream: TcpStream,
+    /// How long a write may wait for the client to read anything at all.
+    stall_max: Duration,
+    /// Made when a write has to wait, or the close goes on reading; reused after.
+    timer: Option<Pin<Box<Sleep>>>,
+    writing: Writing,
+}
+
+/// What the sending half is doing, and with it what the timer is for.
+#[derive(PartialEq, Eq)]
+enum Writing {
+    Free,
+    /// The client does not read; the timer ends the wait.
+    Stalled,
+    /// Our half is shut down, so many bytes are still read and thrown away; the timer ends that.
+    Lingering {
+        bytes_left: usize,
+    },
+}
+
+impl Socket {
+    pub(super) fn new(stream: TcpStream, stall_max: Duration) -> Self {
+        Self { stream, stall_max, timer: None, writing: Writing::Free }
+    }
+
+    fn start_timer(&mut self, after: Duration) {
+        let deadline = Instant::now() + after;
+        match &mut self.timer {
+            Some(timer) => timer.as_mut().reset(deadline),
+            None => self.timer = Some(Box::pin(tokio::time::sleep_until(deadline))),
+        }
+    }
+
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.timer {
+            Some(timer) => timer.as_mut().poll(cx),
+            None => Poll::Pending,
+        }
+    }
+
+    /// Holds the outcome of a write against the clock.
+    fn watch(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.writing = Writing::Free;
+            return written;
+        }
+        if self.writing != Writing::Stalled {
+            self.writing = Writing::Stalled;
+            self.start_timer(self.stall_max);
+        }
+        ready!(self.poll_timer(cx));
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read")))
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.watch(cx, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.watch(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    /// Resolves when the client has closed its half too, or [`LINGER_MAX`] or
+    /// [`HTTP_LINGER_BYTES_MAX`] is over.
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !matches!(self.writing, Writing::Lingering { .. }) {
+            ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
+            self.writing = Writing::Lingering { bytes_left: HTTP_LINGER_BYTES_MAX };
+            self.start_timer(LINGER_MAX);
+        }
+        let mut scrap = [0; 4096];
+        while let Writing::Lingering { bytes_left } = self.writing
+            && bytes_left > 0
+        {
+            let mut buf = ReadBuf::new(&mut scrap);
+            match Pin::new(&mut self.stream).poll_read(cx, &mut buf) {
+                Poll::Ready(Ok(())) if !buf.filled().is_empty() => {
+                    let bytes_left = bytes_left.saturating_sub(buf.filled().len());
+                    self.writing = Writing::Lingering { bytes_left };
+                }
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                Poll::Pending => {
+                    ready!(self.poll_timer(cx));
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,4 @@
+//! The fronts: where connections come in.
+
+pub mod http;
+pub mod mqtt;

@@ -1,0 +1,147 @@
+//! CONNECT (section 3.1): who a client is, with which key, and what it wants of the connection.
+
+use super::properties::{
+    AUTHENTICATION_DATA, AUTHENTICATION_METHOD, Allowed, MAXIMUM_PACKET_SIZE, Properties,
+    RECEIVE_MAXIMUM, REQUEST_PROBLEM_INFORMATION, SESSION_EXPIRY,
+};
+use super::{Reader, Reason, Version, Violation};
+
+/// A CONNECT.
+#[derive(Debug)]
+pub struct Connect<'a> {
+    /// Of the protocol.
+    pub version: Version,
+    /// Clean session, or clean start.
+    pub clean: bool,
+    /// In seconds; 0 is none.
+    pub keep_alive_s: u16,
+    /// As the client gave it; may be empty.
+    pub client_id: &'a str,
+    /// To be published when the connection is lost.
+    pub will: Option<Will<'a>>,
+    /// If there is one.
+    pub username: Option<&'a str>,
+    /// If there is one.
+    pub password: Option<&'a [u8]>,
+    /// MQTT 5.
+    pub properties: Properties<'a>,
+}
+
+/// A CONNECT's will.
+#[derive(Debug)]
+pub struct Will<'a> {
+    /// Where to.
+    pub topic: &'a str,
+    /// What.
+    pub payload: &'a [u8],
+    /// 0 to 2.
+    pub qos: u8,
+    /// Whether it is to be retained.
+    pub retain: bool,
+    /// MQTT 5.
+    pub properties: Properties<'a>,
+}
+
+impl<'a> Connect<'a> {
+    /// Decodes a CONNECT's body. With an error goes the version that it is of, if it is known by
+    /// then.
+    pub(super) fn decode(body: &'a [u8]) -> Result<Self, (Option<Version>, Violation)> {
+        let mut reader = Reader::new(body);
+        let (version, flags) = version(&mut reader)?;
+        Self::after_version(reader, version, flags).map_err(|violation| (Some(version), violation))
+    }
+
+    fn after_version(mut reader: Reader<'a>, version: Version, flags: u8) -> Result<Self, Violation> {
+        let v5 = version == Version::V5;
+        let (has_username, has_password) = (flags & 0x80 != 0, flags & 0x40 != 0);
+        let (will_retain, will_qos, has_will) = (flags & 0x20 != 0, flags >> 3 & 3, flags & 0x04 != 0);
+        // MQTT 3.1 says nothing about the reserved bit.
+        if flags & 0x01 != 0 && version != Version::V31 {
+            return Err(Violation::malformed("the reserved connect flag is set"));
+        }
+        if will_qos == 3 {
+            return Err(Violation::malformed("QoS 3 does not exist"));
+        }
+        if !has_will && (will_qos != 0 || will_retain) {
+            return Err(Violation::malformed("flags of a will, and no will"));
+        }
+        if has_password && !has_username && !v5 {
+            return Err(Violation::malformed("a password without a user name"));
+        }
+        let keep_alive_s = reader.u16()?;
+        let properties =
+            if v5 { Properties::read(&mut reader, Allowed::CONNECT)? } else { Properties::default() };
+        let has = |wanted| properties.iter().any(|(id, _, _)| id == wanted);
+        if has(AUTHENTICATION_DATA) && !has(AUTHENTICATION_METHOD) {
+            return Err(Violation::protocol("authentication data without an authentication method"));
+        }
+        let client_id = reader.text()?;
+        let will = has_will.then(|| will(&mut reader, v5, will_qos, will_retain)).transpose()?;
+        let username = has_username.then(|| reader.text()).transpose()?;
+        let password = has_password.then(|| reader.binary()).transpose()?;
+        reader.end()?;
+        let clean = flags & 0x02 != 0;
+        Ok(Self { version, clean, keep_alive_s, client_id, will, username, password, properties })
+    }
+
+    /// In seconds; 0 ends the session with the connection, `u32::MAX` never ends it.
+    pub fn session_expiry_s(&self) -> u32 {
+        match self.version {
+            Version::V5 => self.properties.u32(SESSION_EXPIRY).unwrap_or(0),
+            _ if self.clean => 0,
+            _ => u32::MAX,
+        }
+    }
+
+    /// How many QoS 1 and 2 messages it takes unacknowledged.
+    pub fn receive_maximum(&self) -> u16 {
+        self.properties.u16(RECEIVE_MAXIMUM).unwrap_or(u16::MAX)
+    }
+
+    /// The largest packet that it takes, in bytes.
+    pub fn packet_bytes_max(&self) -> u32 {
+        self.properties.u32(MAXIMUM_PACKET_SIZE).unwrap_or(u32::MAX)
+    }
+
+    /// Whether it wants reason strings.
+    pub fn wants_reasons(&self) -> bool {
+        self.properties.u32(REQUEST_PROBLEM_INFORMATION) != Some(0)
+    }
+
+    /// Whether it wants extended authentication.
+    pub fn wants_authentication(&self) -> bool {
+        self.properties.iter().any(|(id, _, _)| id == AUTHENTICATION_METHOD)
+    }
+}
+
+/// Protocol name, level and connect flags.
+fn version(reader: &mut Reader<'_>) -> Result<(Version, u8), (Option<Version>, Violation)> {
+    let unknown = |violation| (None, violation);
+    let unsupported = |text| Violation { reason: Reason::UnsupportedProtocolVersion, text };
+    let name = reader.text().map_err(unknown)?;
+    let level = reader.u8().map_err(unknown)?;
+    let version = match (name, level) {
+        // The top bit marks a bridge in some implementations; it is no version of the protocol.
+        ("MQIsdp", 3) => Version::V31,
+        ("MQTT", 4) => Version::V311,
+        ("MQTT", 5) => Version::V5,
+        ("MQTT", level) => {
+            // The refusal is in the nearest version's form.
+            let nearest = if level > 5 { Version::V5 } else { Version::V311 };
+            return Err((Some(nearest), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
+        }
+        ("MQIsdp", _) => {
+            return Err((Some(Version::V311), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
+        }
+        _ => return Err((None, unsupported("the protocol's name is neither MQTT nor MQIsdp"))),
+    };
+    let flags = reader.u8().map_err(|violation| (Some(version), violation))?;
+    Ok((version, flags))
+}
+
+fn will<'a>(reader: &mut Reader<'a>, v5: bool, qos: u8, retain: bool) -> Result<Will<'a>, Violation> {
+    let properties = if v5 { Properties::read(reader, Allowed::WILL)? } else { Properties::default() };
+    let topic = reader.text()?;
+    let payload = reader.binary()?;
+    Ok(Will { topic, payload, qos, retain, properties })
+}

@@ -1,0 +1,264 @@
+//! MQTT packets as bytes: a strict reader of what clients send, and a writer of what they are sent.
+//!
+//! This is the gate: a frame that the specification forbids is turned away here, with the reason
+//! code that the specification gives for it, and nothing behind it sees it. Packets are decoded in
+//! place: texts and payloads borrow from the socket's buffer. Section numbers are those of MQTT 5.0
+//! (OASIS, 2019), which also says what 3.1.1 says, unless noted.
+
+pub mod connect;
+pub mod properties;
+pub mod publish;
+mod reader;
+pub mod subscribe;
+pub mod write;
+
+use properties::{Allowed, Properties};
+use reader::Reader;
+
+pub use connect::Connect;
+pub use publish::Publish;
+pub use subscribe::{Subscribe, Unsubscribe};
+
+/// The protocol's versions, told apart by CONNECT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// 3.1, `MQIsdp`.
+    V31,
+    /// 3.1.1.
+    V311,
+    /// 5.0.
+    V5,
+}
+
+/// Reason codes of MQTT 5 (section 2.4), as far as Headgate sends them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "the names are the specification's")]
+pub enum Reason {
+    Success = 0x00,
+    ImplementationSpecificError = 0x83,
+    MalformedPacket = 0x81,
+    ProtocolError = 0x82,
+    UnsupportedProtocolVersion = 0x84,
+    ClientIdentifierNotValid = 0x85,
+    NotAuthorized = 0x87,
+    ServerUnavailable = 0x88,
+    ServerBusy = 0x89,
+    ServerShuttingDown = 0x8B,
+    BadAuthenticationMethod = 0x8C,
+    KeepAliveTimeout = 0x8D,
+    SessionTakenOver = 0x8E,
+    TopicFilterInvalid = 0x8F,
+    TopicNameInvalid = 0x90,
+    ReceiveMaximumExceeded = 0x93,
+    TopicAliasInvalid = 0x94,
+    PacketTooLarge = 0x95,
+    AdministrativeAction = 0x98,
+    PayloadFormatInvalid = 0x99,
+    QosNotSupported = 0x9B,
+}
+
+/// What a client did that closes its connection: the reason code and, for people, what it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub struct Violation {
+    /// What an MQTT 5 client is told.
+    pub reason: Reason,
+    /// The same, in words.
+    pub text: &'static str,
+}
+
+impl Violation {
+    /// The bytes do not parse (0x81).
+    pub(super) const fn malformed(text: &'static str) -> Self {
+        Self { reason: Reason::MalformedPacket, text }
+    }
+
+    /// They parse, and are not allowed (0x82).
+    pub(super) const fn protocol(text: &'static str) -> Self {
+        Self { reason: Reason::ProtocolError, text }
+    }
+}
+
+/// What a client can send, once it is connected.
+#[derive(Debug)]
+pub enum Packet<'a> {
+    /// A second CONNECT, which ends the connection.
+    Connect,
+    /// A message.
+    Publish(Publish<'a>),
+    /// An answer to a message that the client was sent; QoS 1.
+    Puback(Ack),
+    /// QoS 2, a receiver's first answer.
+    Pubrec(Ack),
+    /// QoS 2, a sender's second packet.
+    Pubrel(Ack),
+    /// QoS 2, a receiver's second answer.
+    Pubcomp(Ack),
+    /// Topic filters to subscribe.
+    Subscribe(Subscribe<'a>),
+    /// Topic filters to give up.
+    Unsubscribe(Unsubscribe<'a>),
+    /// A sign of life.
+    Pingreq,
+    /// The client ends the connection.
+    Disconnect(Disconnect),
+    /// Extended authentication, which is not supported.
+    Auth,
+}
+
+/// PUBACK, PUBREC, PUBREL or PUBCOMP from a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ack {
+    /// Of the message.
+    pub packet_id: u16,
+    /// Below 0x80 is a yes.
+    pub reason: u8,
+}
+
+/// DISCONNECT from a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Disconnect {
+    /// 0 for a normal end, 0x04 if the will is to be published all the same.
+    pub reason: u8,
+    /// A new session expiry interval, in seconds.
+    pub session_expiry_s: Option<u32>,
+}
+
+/// A whole packet in a buffer: the first byte, what follows the remaining length, and the bytes it
+/// takes in all.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Frame<'a> {
+    first: u8,
+    body: &'a [u8],
+    /// Header and body, in bytes.
+    pub bytes: usize,
+}
+
+impl<'a> Frame<'a> {
+    /// Finds the packet at the beginning of `buffer`. `Ok(None)` if it is not all there yet.
+    ///
+    /// # Errors
+    /// [`Reason::MalformedPacket`] as soon as the fixed header breaks a rule, and
+    /// [`Reason::PacketTooLarge`] as soon as the remaining length says that the packet takes more
+    /// than `bytes_max`: neither waits for the rest.
+    pub fn split(buffer: &'a [u8], bytes_max: usize, version: Option<Version>) -> Result<Option<Self>, Violation> {
+        let Some((&first, rest)) = buffer.split_first() else { return Ok(None) };
+        check_flags(first)?;
+        let mut length = 0_usize;
+        for (i, &byte) in rest.iter().take(4).enumerate() {
+            length |= usize::from(byte & 0x7f) << (7 * i);
+            if byte & 0x80 != 0 {
+                continue;
+            }
+            if byte == 0 && i > 0 && version == Some(Version::V5) {
+                return Err(Violation::malformed("the remaining length takes more bytes than it needs"));
+            }
+            let header = 2 + i;
+            if header + length > bytes_max {
+                return Err(Violation { reason: Reason::PacketTooLarge, text: "the packet is over the maximum packet size" });
+            }
+            let bytes = header + length;
+            return Ok(buffer.get(header..bytes).map(|body| Self { first, body, bytes }));
+        }
+        if rest.len() >= 4 {
+            return Err(Violation::malformed("the remaining length takes more than four bytes"));
+        }
+        Ok(None)
+    }
+
+    /// Whether it is a CONNECT, the only packet that may come first.
+    pub fn is_connect(&self) -> bool {
+        self.first >> 4 == 1
+    }
+
+    /// Decodes the first packet of a connection. Also says which version it is of, even if it
+    /// cannot be taken: the refusal is then in that version's form.
+    pub fn connect(&self) -> Result<Connect<'a>, (Option<Version>, Violation)> {
+        Connect::decode(self.body)
+    }
+
+    /// Decodes a packet of a client that has connected.
+    ///
+    /// # Errors
+    /// The first rule that it breaks.
+    pub fn decode(&self, version: Version) -> Result<Packet<'a>, Violation> {
+        let v5 = version == Version::V5;
+        let reader = Reader::new(self.body);
+        match self.first >> 4 {
+            1 => Ok(Packet::Connect),
+            3 => Publish::decode(self.first, self.body, v5).map(Packet::Publish),
+            4 => ack(reader, v5, Allowed::PUBACK).map(Packet::Puback),
+            5 => ack(reader, v5, Allowed::PUBACK).map(Packet::Pubrec),
+            6 => ack(reader, v5, Allowed::PUBACK).map(Packet::Pubrel),
+            7 => ack(reader, v5, Allowed::PUBACK).map(Packet::Pubcomp),
+            8 => Subscribe::decode(reader, version).map(Packet::Subscribe),
+            10 => Unsubscribe::decode(reader, version).map(Packet::Unsubscribe),
+            12 if self.body.is_empty() => Ok(Packet::Pingreq),
+            12 => Err(Violation::malformed("a PINGREQ has no content")),
+            14 => disconnect(reader, v5).map(Packet::Disconnect),
+            15 if v5 => auth(reader).map(|()| Packet::Auth),
+            0 | 15 => Err(Violation::malformed("packet type 0, and 15 before MQTT 5, are reserved")),
+            _ => Err(Violation::protocol("only a server may send this packet")),
+        }
+    }
+}
+
+/// The flags of the fixed header that each packet type must have (section 2.1.3); PUBLISH carries
+/// its own in them.
+fn check_flags(first: u8) -> Result<(), Violation> {
+    let flags = first & 0x0f;
+    match (first >> 4, flags) {
+        (3, _) if flags & 0b0110 == 0b0110 => Err(Violation::malformed("QoS 3 does not exist")),
+        (3, _) if flags & 0b1110 == 0b1000 => Err(Violation::malformed("a PUBLISH with QoS 0 cannot be a duplicate")),
+        (3, _) | (6 | 8 | 10, 0b0010) => Ok(()),
+        (6 | 8 | 10, _) => Err(Violation::malformed("the flags of the fixed header have to be 2")),
+        (_, 0) => Ok(()),
+        _ => Err(Violation::malformed("the flags of the fixed header have to be 0")),
+    }
+}
+
+fn ack(mut reader: Reader<'_>, v5: bool, allowed: Allowed) -> Result<Ack, Violation> {
+    let packet_id = reader.packet_id()?;
+    let mut reason = 0;
+    if v5 && !reader.is_empty() {
+        reason = reader.u8()?;
+        if !reader.is_empty() {
+            Properties::read(&mut reader, allowed)?;
+        }
+    }
+    reader.end()?;
+    Ok(Ack { packet_id, reason })
+}
+
+fn disconnect(mut reader: Reader<'_>, v5: bool) -> Result<Disconnect, Violation> {
+    let mut packet = Disconnect { reason: 0, session_expiry_s: None };
+    if v5 && !reader.is_empty() {
+        packet.reason = reader.u8()?;
+        // Section 3.14.2.1, those that a client may send.
+        if !matches!(packet.reason, 0x00 | 0x04 | 0x80..=0x83 | 0x90 | 0x93..=0x99) {
+            return Err(Violation::malformed("a DISCONNECT with a reason code that clients do not send"));
+        }
+        if !reader.is_empty() {
+            let properties = Properties::read(&mut reader, Allowed::DISCONNECT)?;
+            packet.session_expiry_s = properties.u32(properties::SESSION_EXPIRY);
+        }
+    }
+    reader.end()?;
+    Ok(packet)
+}
+
+fn auth(mut reader: Reader<'_>) -> Result<(), Violation> {
+    if !reader.is_empty() {
+        if !matches!(reader.u8()?, 0x00 | 0x18 | 0x19) {
+            return Err(Violation::malformed("an AUTH with a reason code that does not exist"));
+        }
+        if !reader.is_empty() {
+            Properties::read(&mut reader, Allowed::AUTH)?;
+        }
+    }
+    reader.end()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,94 @@
+//! Reads MQTT's data types (section 1.5) from a packet's body, and fails instead of reading past it.
+
+use super::Violation;
+
+/// A place in a packet's body.
+#[derive(Clone)]
+pub(super) struct Reader<'a> {
+    rest: &'a [u8],
+}
+
+const SHORT: Violation = Violation::malformed("the packet ends before its content does");
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(body: &'a [u8]) -> Self {
+        Self { rest: body }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    /// What is left.
+    pub(super) fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
+    pub(super) fn bytes(&mut self, n: usize) -> Result<&'a [u8], Violation> {
+        let (bytes, rest) = self.rest.split_at_checked(n).ok_or(SHORT)?;
+        self.rest = rest;
+        Ok(bytes)
+    }
+
+    pub(super) fn u8(&mut self) -> Result<u8, Violation> {
+        let (&byte, rest) = self.rest.split_first().ok_or(SHORT)?;
+        self.rest = rest;
+        Ok(byte)
+    }
+
+    pub(super) fn u16(&mut self) -> Result<u16, Violation> {
+        let (bytes, rest) = self.rest.split_first_chunk().ok_or(SHORT)?;
+        self.rest = rest;
+        Ok(u16::from_be_bytes(*bytes))
+    }
+
+    pub(super) fn u32(&mut self) -> Result<u32, Violation> {
+        let (bytes, rest) = self.rest.split_first_chunk().ok_or(SHORT)?;
+        self.rest = rest;
+        Ok(u32::from_be_bytes(*bytes))
+    }
+
+    /// A packet identifier, which is never 0.
+    pub(super) fn packet_id(&mut self) -> Result<u16, Violation> {
+        match self.u16()? {
+            0 => Err(Violation::malformed("a packet identifier cannot be 0")),
+            id => Ok(id),
+        }
+    }
+
+    /// A variable byte integer, in no more bytes than it needs (section 1.5.5).
+    pub(super) fn varint(&mut self) -> Result<u32, Violation> {
+        let mut value = 0;
+        for i in 0..4 {
+            let byte = self.u8()?;
+            value |= u32::from(byte & 0x7f) << (7 * i);
+            if byte & 0x80 == 0 {
+                if byte == 0 && i > 0 {
+                    return Err(Violation::malformed("a variable byte integer takes more bytes than it needs"));
+                }
+                return Ok(value);
+            }
+        }
+        Err(Violation::malformed("a variable byte integer takes more than four bytes"))
+    }
+
+    /// Binary data with its length in front.
+    pub(super) fn binary(&mut self) -> Result<&'a [u8], Violation> {
+        let n = self.u16()?;
+        self.bytes(usize::from(n))
+    }
+
+    /// Text with its length in front: UTF-8, without U+0000 (section 1.5.4).
+    pub(super) fn text(&mut self) -> Result<&'a str, Violation> {
+        let bytes = self.binary()?;
+        if bytes.contains(&0) {
+            return Err(Violation::malformed("a text holds the character U+0000"));
+        }
+        std::str::from_utf8(bytes).map_err(|_| Violation::malformed("a text is not UTF-8"))
+    }
+
+    /// Says that the packet ends here.
+    pub(super) fn end(&self) -> Result<(), Violation> {
+        if self.rest.is_empty() { Ok(()) } else { Err(Violation::malformed("the packet goes on after its content")) }
+    }
+}

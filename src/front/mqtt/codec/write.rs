@@ -1,0 +1,193 @@
+//! Writes the packets that a server sends, each to the end of a buffer.
+
+use super::properties::{
+    ASSIGNED_CLIENT_IDENTIFIER, MAXIMUM_PACKET_SIZE, MAXIMUM_QOS, REASON_STRING, RECEIVE_MAXIMUM,
+    SERVER_KEEP_ALIVE, SESSION_EXPIRY, SHARED_SUBSCRIPTION_AVAILABLE, SUBSCRIPTION_IDENTIFIER_AVAILABLE,
+    TOPIC_ALIAS_MAXIMUM, WILDCARD_SUBSCRIPTION_AVAILABLE,
+};
+use super::{Reason, Version};
+
+/// What a client is told, and how much of it may be said in words.
+#[derive(Debug, Clone, Copy)]
+pub struct Form {
+    /// The protocol's version.
+    pub version: Version,
+    /// Whether the client wants reason strings with answers to its messages.
+    pub reasons: bool,
+    /// The largest packet that the client takes, in bytes.
+    pub packet_bytes_max: u32,
+}
+
+/// The limits that a CONNACK announces to an MQTT 5 client.
+#[derive(Debug, Clone, Default)]
+pub struct Limits {
+    /// Messages of QoS 1 that it may have unacknowledged.
+    pub receive_maximum: u16,
+    /// The largest packet taken, in bytes.
+    pub packet_bytes_max: u32,
+    /// Topic aliases that it may set.
+    pub topic_alias_maximum: u16,
+    /// The keep-alive that it has to use, in seconds, if not its own.
+    pub keep_alive_s: Option<u16>,
+    /// The client identifier made for it, if it gave none.
+    pub client_id: Option<String>,
+    /// The session's expiry, in seconds, if not the one it asked for.
+    pub session_expiry_s: Option<u32>,
+}
+
+/// A yes to a CONNECT.
+pub fn connack(to: &mut Vec<u8>, version: Version, limits: &Limits) {
+    if version != Version::V5 {
+        to.extend_from_slice(&[0x20, 2, 0, 0]);
+        return;
+    }
+    let mut properties = Vec::with_capacity(48);
+    number(&mut properties, RECEIVE_MAXIMUM, &limits.receive_maximum.to_be_bytes());
+    number(&mut properties, MAXIMUM_PACKET_SIZE, &limits.packet_bytes_max.to_be_bytes());
+    number(&mut properties, TOPIC_ALIAS_MAXIMUM, &limits.topic_alias_maximum.to_be_bytes());
+    number(&mut properties, MAXIMUM_QOS, &[1]);
+    number(&mut properties, WILDCARD_SUBSCRIPTION_AVAILABLE, &[0]);
+    number(&mut properties, SUBSCRIPTION_IDENTIFIER_AVAILABLE, &[0]);
+    number(&mut properties, SHARED_SUBSCRIPTION_AVAILABLE, &[0]);
+    if let Some(seconds) = limits.keep_alive_s {
+        number(&mut properties, SERVER_KEEP_ALIVE, &seconds.to_be_bytes());
+    }
+    if let Some(seconds) = limits.session_expiry_s {
+        number(&mut properties, SESSION_EXPIRY, &seconds.to_be_bytes());
+    }
+    if let Some(client_id) = &limits.client_id {
+        text(&mut properties, ASSIGNED_CLIENT_IDENTIFIER, client_id);
+    }
+    packet(to, 0x20, &[0, 0], Some(&properties), &[]);
+}
+
+/// A no to a CONNECT: MQTT 5's reason and its words, or the nearest return code of 3.1.1.
+pub fn connack_refused(to: &mut Vec<u8>, version: Version, reason: Reason, words: &str) {
+    if version == Version::V5 {
+        let mut properties = Vec::new();
+        text(&mut properties, REASON_STRING, words);
+        packet(to, 0x20, &[0, reason as u8], Some(&properties), &[]);
+        return;
+    }
+    // MQTT 3.1.1, section 3.2.2.3.
+    let code = match reason {
+        Reason::UnsupportedProtocolVersion => 1,
+        Reason::ClientIdentifierNotValid => 2,
+        Reason::NotAuthorized => 5,
+        _ => 3,
+    };
+    to.extend_from_slice(&[0x20, 2, 0, code]);
+}
+
+/// The answer to a QoS 1 message. MQTT 3.1.1 has no way to say no.
+pub fn puback(to: &mut Vec<u8>, form: Form, packet_id: u16, reason: Reason, words: Option<&str>) {
+    let [high, low] = packet_id.to_be_bytes();
+    if reason == Reason::Success || form.version != Version::V5 {
+        to.extend_from_slice(&[0x40, 2, high, low]);
+        return;
+    }
+    let properties = words.filter(|_| form.reasons).map(|words| {
+        let mut properties = Vec::new();
+        text(&mut properties, REASON_STRING, words);
+        properties
+    });
+    let properties = properties.filter(|p| p.len() + 9 <= form.packet_bytes_max as usize);
+    packet(to, 0x40, &[high, low, reason as u8], properties.as_deref(), &[]);
+}
+
+/// The same answer to each of a SUBSCRIBE's filters.
+pub fn suback_refused(
+    to: &mut Vec<u8>,
+    form: Form,
+    packet_id: u16,
+    filters: usize,
+    reason: Reason,
+    words: &str,
+) {
+    let packet_id = packet_id.to_be_bytes();
+    if form.version != Version::V5 {
+        packet(to, 0x90, &packet_id, None, &vec![0x80; filters]);
+        return;
+    }
+    let mut properties = Vec::new();
+    if form.reasons {
+        text(&mut properties, REASON_STRING, words);
+    }
+    packet(to, 0x90, &packet_id, Some(&properties), &vec![reason as u8; filters]);
+}
+
+/// The answer to an UNSUBSCRIBE of filters that were not subscribed.
+pub fn unsuback_none(to: &mut Vec<u8>, form: Form, packet_id: u16, filters: usize) {
+    const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
+    let packet_id = packet_id.to_be_bytes();
+    if form.version == Version::V5 {
+        packet(to, 0xB0, &packet_id, Some(&[]), &vec![NO_SUBSCRIPTION_EXISTED; filters]);
+    } else {
+        packet(to, 0xB0, &packet_id, None, &[]);
+    }
+}
+
+/// The answer to a PINGREQ.
+pub fn pingresp(to: &mut Vec<u8>) {
+    to.extend_from_slice(&[0xD0, 0]);
+}
+
+/// Why the server closes the connection. MQTT 3.1.1 has no such packet: nothing is written.
+pub fn disconnect(to: &mut Vec<u8>, form: Form, reason: Reason, words: &str) {
+    if form.version != Version::V5 {
+        return;
+    }
+    let mut properties = Vec::new();
+    text(&mut properties, REASON_STRING, words);
+    let fits = properties.len() + 8 <= form.packet_bytes_max as usize;
+    packet(to, 0xE0, &[reason as u8], fits.then_some(properties.as_slice()), &[]);
+}
+
+/// Fixed header, `head`, the properties with their length if there are any, `tail`.
+fn packet(to: &mut Vec<u8>, first: u8, head: &[u8], properties: Option<&[u8]>, tail: &[u8]) {
+    let mut length = head.len() + tail.len();
+    if let Some(properties) = properties {
+        length += varint_bytes(properties.len()) + properties.len();
+    }
+    to.push(first);
+    varint(to, length);
+    to.extend_from_slice(head);
+    if let Some(properties) = properties {
+        varint(to, properties.len());
+        to.extend_from_slice(properties);
+    }
+    to.extend_from_slice(tail);
+}
+
+fn number(to: &mut Vec<u8>, id: u8, bytes: &[u8]) {
+    to.push(id);
+    to.extend_from_slice(bytes);
+}
+
+fn text(to: &mut Vec<u8>, id: u8, text: &str) {
+    // Our own words, and client identifiers within their limit, are far shorter.
+    let bytes = &text.as_bytes()[..text.floor_char_boundary(usize::from(u16::MAX))];
+    to.push(id);
+    to.extend_from_slice(&u16::try_from(bytes.len()).unwrap_or(u16::MAX).to_be_bytes());
+    to.extend_from_slice(bytes);
+}
+
+fn varint_bytes(value: usize) -> usize {
+    match value {
+        0..0x80 => 1,
+        0x80..0x4000 => 2,
+        0x4000..0x20_0000 => 3,
+        _ => 4,
+    }
+}
+
+fn varint(to: &mut Vec<u8>, mut value: usize) {
+    loop {
+        let low = (value & 0x7f) as u8;
+        value >>= 7;
+        if value == 0 {
+            return to.push(low);
+        }
+        to.push(low | 0x80);
+    }
+}

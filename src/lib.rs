@@ -1,0 +1,38 @@
+//! Headgate: a gateway between devices and backends. Devices publish with their datasource's API
+//! key; what the key lets in is on disk before it is acknowledged, and goes on from there to
+//! storage and to everyone who subscribes.
+//!
+//! The modules stand in the order in which a message meets them.
+//!
+//! **Arrive.** A [`front`] speaks a protocol: MQTT or HTTP. It turns bytes into messages and
+//! answers into that protocol's codes, and decides nothing.
+//!
+//! **Prove.** Every front hands what it read to the one door, [`intake`]. It asks [`auth`] what the
+//! presented key allows, checks topic and size, and turns messages into records.
+//!
+//! **Keep.** The [`log`] gives each record its offset and makes it durable, a batch at a time. Only
+//! then does the front say yes.
+//!
+//! **Deliver.** What reads the log is in [`consume`]: each consumer follows it behind a cursor of its
+//! own, so that a slow one delays nobody.
+//!
+//! Imports point toward the log; only [`gateway`] sees everything and wires it together.
+
+pub mod front;
+pub mod intake;
+
+pub mod auth;
+
+pub mod log;
+
+pub mod consume;
+
+pub mod observe;
+
+pub mod config;
+pub mod limits;
+pub mod message;
+
+pub mod gateway;
+
+pub mod cli;

@@ -1,0 +1,95 @@
+//! The file operations that the log stands on: a trait, so that a test can make each of them fail
+//! at the moment where it hurts most.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Makes and finds segment files.
+pub(super) trait Disk: Send + Sync {
+    /// Opens a file for reading and writing; `create` makes it, and it must not exist then.
+    fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>>;
+    /// Makes the directory's entries durable: files created and removed.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// One open file of the log.
+pub(super) trait SegmentFile: Send + Sync {
+    /// Reads until `buffer` is full or the file ends; returns the bytes read.
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize>;
+    /// Writes all of `bytes`, or fails.
+    fn write_all_at(&self, bytes: &[u8], position: u64) -> io::Result<()>;
+    /// Makes what was written durable (`fdatasync`).
+    fn sync_data(&self) -> io::Result<()>;
+    /// Takes room on the disk for `bytes` from `position` on, so that writing there cannot run out
+    /// of space, and costs the file system less to make durable.
+    fn allocate(&self, position: u64, bytes: u64) -> io::Result<()>;
+    /// Cuts or extends the file.
+    fn set_len(&self, bytes: u64) -> io::Result<()>;
+    /// The file's length, in bytes.
+    fn len(&self) -> io::Result<u64>;
+}
+
+/// The real one.
+pub(super) struct FileSystem;
+
+impl Disk for FileSystem {
+    fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).mode(0o600).create_new(create);
+        Ok(Arc::new(options.open(path)?))
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        File::open(dir)?.sync_all()
+    }
+}
+
+impl SegmentFile for File {
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+        let mut read = 0;
+        while read < buffer.len() {
+            match FileExt::read_at(self, &mut buffer[read..], position + read as u64) {
+                Ok(0) => break,
+                Ok(n) => read += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(read)
+    }
+
+    fn write_all_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
+        FileExt::write_all_at(self, bytes, position)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        File::sync_data(self)
+    }
+
+    fn allocate(&self, position: u64, bytes: u64) -> io::Result<()> {
+        let range = |n: u64| libc::off_t::try_from(n).map_err(io::Error::other);
+        // SAFETY: the descriptor is open for as long as `self` lives; the call touches no memory.
+        let result = unsafe { libc::fallocate(self.as_raw_fd(), 0, range(position)?, range(bytes)?) };
+        if result == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            // A file system without preallocation: writing then takes the room, or fails.
+            Some(libc::EOPNOTSUPP | libc::ENOSYS) => Ok(()),
+            _ => Err(error),
+        }
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        File::set_len(self, bytes)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+}

@@ -1,0 +1,482 @@
+//! A segment: one file of the log, a header and then frames, each frame one batch. The module docs
+//! of [`crate::log`] have the layout byte by byte.
+//!
+//! Frames are found by walking from one header to the next. A sparse index, built as a segment is
+//! written or first read, lets a walk start near the offset that is wanted.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+
+use super::disk::{Disk, SegmentFile};
+use super::record::Batch;
+use crate::limits::IN_FLIGHT_BYTES_MAX;
+use crate::message::{Offset, TimeMicros, now_micros};
+
+/// The version of the format that this code writes, and the only one so far that it reads.
+pub(super) const FORMAT_VERSION: u16 = 1;
+/// Bytes of a segment's header.
+pub(super) const HEADER_BYTES: usize = 32;
+/// Bytes of a frame's header.
+pub(super) const FRAME_HEADER_BYTES: usize = 36;
+const SEGMENT_MAGIC: [u8; 8] = *b"headgate";
+const FRAME_MAGIC: [u8; 4] = *b"HGf1";
+/// A body that claims more was not written by this log.
+const BODY_BYTES_MAX: usize = 2 * IN_FLIGHT_BYTES_MAX + (1 << 20);
+/// File bytes between two entries of the sparse index.
+const INDEX_STEP_BYTES: u64 = 256 << 10;
+/// File bytes that a walk over frame headers reads at a time.
+const WALK_BYTES: usize = 64 << 10;
+
+/// A frame's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FrameHeader {
+    pub(super) body_bytes: u32,
+    crc: u32,
+    pub(super) records: u32,
+    pub(super) first_offset: Offset,
+    /// The newest `received_at` up to here.
+    pub(super) time_max: TimeMicros,
+}
+
+impl FrameHeader {
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; FRAME_HEADER_BYTES] = bytes.get(..FRAME_HEADER_BYTES)?.try_into().ok()?;
+        let (magic, rest) = bytes.split_first_chunk::<4>()?;
+        let (body_bytes, rest) = rest.split_first_chunk::<4>()?;
+        let (crc, rest) = rest.split_first_chunk::<4>()?;
+        let (records, rest) = rest.split_first_chunk::<4>()?;
+        let (first_offset, rest) = rest.split_first_chunk::<8>()?;
+        let (time_max, _) = rest.split_first_chunk::<8>()?;
+        let header = Self {
+            body_bytes: u32::from_le_bytes(*body_bytes),
+            crc: u32::from_le_bytes(*crc),
+            records: u32::from_le_bytes(*records),
+            first_offset: Offset::from_le_bytes(*first_offset),
+            time_max: TimeMicros::from_le_bytes(*time_max),
+        };
+        (*magic == FRAME_MAGIC && header.body_bytes as usize <= BODY_BYTES_MAX).then_some(header)
+    }
+
+    /// Header and body, in bytes.
+    pub(super) fn frame_bytes(&self) -> u64 {
+        FRAME_HEADER_BYTES as u64 + u64::from(self.body_bytes)
+    }
+
+    pub(super) fn next_offset(&self) -> Offset {
+        self.first_offset + u64::from(self.records)
+    }
+
+    fn mark(&self, position: u64) -> Mark {
+        Mark { first_offset: self.first_offset, position, time_max: self.time_max }
+    }
+}
+
+/// Fills in the header of `frame`, whose body stands behind room for it.
+pub(super) fn seal_frame(frame: &mut [u8], records: u32, first_offset: Offset, time_max: TimeMicros) {
+    let body_bytes = u32::try_from(frame.len() - FRAME_HEADER_BYTES).expect("a commit is far below 4 GiB");
+    frame[0..4].copy_from_slice(&FRAME_MAGIC);
+    frame[4..8].copy_from_slice(&body_bytes.to_le_bytes());
+    frame[12..16].copy_from_slice(&records.to_le_bytes());
+    frame[16..24].copy_from_slice(&first_offset.to_le_bytes());
+    frame[24..32].copy_from_slice(&time_max.to_le_bytes());
+    frame[32..36].fill(0);
+    let crc = frame_crc(frame);
+    frame[8..12].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// The checksum of a whole frame: everything but the checksum's own field.
+fn frame_crc(frame: &[u8]) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&frame[..8]);
+    crc.update(&frame[12..]);
+    crc.finalize()
+}
+
+/// Why a place in a segment cannot be read as a frame.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum FrameError {
+    /// What is there is not a frame, or its checksum does not match.
+    #[error("{}, byte {position}: {what}", path.display())]
+    Damaged { path: PathBuf, position: u64, what: &'static str },
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+}
+
+/// One entry of the sparse index: at `position` a frame begins.
+#[derive(Debug, Clone, Copy)]
+struct Mark {
+    first_offset: Offset,
+    position: u64,
+    time_max: TimeMicros,
+}
+
+/// One file of the log.
+pub(super) struct Segment {
+    pub(super) first_offset: Offset,
+    path: PathBuf,
+    file: Arc<dyn SegmentFile>,
+    /// Where the frames end: bytes below are frames, and durable.
+    end: AtomicU64,
+    /// Bytes that the file takes on disk.
+    allocated: AtomicU64,
+    /// When it was made, and so: when the segment before it ended.
+    pub(super) created_at: TimeMicros,
+    index: Mutex<Option<Vec<Mark>>>,
+}
+
+/// What [`Segment::recover`] found.
+pub(super) struct Recovered {
+    /// The offset after the last record.
+    pub(super) next_offset: Offset,
+    /// The newest `received_at` in it and before it.
+    pub(super) time_max: TimeMicros,
+    /// Bytes behind the last whole frame that are not zero: in the segment that was written last, a
+    /// torn write, which was cut off.
+    pub(super) cut_bytes: u64,
+    /// Damaged places with whole frames behind them.
+    pub(super) gaps: Vec<Gap>,
+}
+
+/// A damaged place in the middle of the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Gap {
+    /// Where, in words: file and byte.
+    pub(super) place: String,
+    /// The first offset that cannot be read.
+    pub(super) from: Offset,
+    /// The next offset that can be read.
+    pub(super) to: Offset,
+}
+
+impl Segment {
+    /// The file name of a segment: its first offset, so that names sort as offsets do.
+    pub(super) fn path_of(dir: &Path, first_offset: Offset) -> PathBuf {
+        dir.join(format!("{first_offset:020}.log"))
+    }
+
+    /// Makes a new segment, durably.
+    pub(super) fn create(disk: &dyn Disk, dir: &Path, first_offset: Offset) -> io::Result<Self> {
+        let path = Self::path_of(dir, first_offset);
+        let file = disk.open(&path, true)?;
+        let created_at = now_micros();
+        let mut header = [0; HEADER_BYTES];
+        header[..8].copy_from_slice(&SEGMENT_MAGIC);
+        header[8..10].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
+        header[12..20].copy_from_slice(&first_offset.to_le_bytes());
+        header[20..28].copy_from_slice(&created_at.to_le_bytes());
+        let crc = crc32fast::hash(&header[..28]);
+        header[28..].copy_from_slice(&crc.to_le_bytes());
+        let written = file
+            .write_all_at(&header, 0)
+            .and_then(|()| file.sync_data())
+            .and_then(|()| disk.sync_dir(dir));
+        if let Err(error) = written {
+            // It holds nothing yet, and its name is needed for the next try.
+            let _ = std::fs::remove_file(&path);
+            return Err(error);
+        }
+        Ok(Self {
+            first_offset,
+            path,
+            file,
+            end: AtomicU64::new(HEADER_BYTES as u64),
+            allocated: AtomicU64::new(HEADER_BYTES as u64),
+            created_at,
+            index: Mutex::new(Some(Vec::new())),
+        })
+    }
+
+    /// Opens an existing segment and reads its header, no more.
+    ///
+    /// # Errors
+    /// `Damaged` if the header is not one that this version writes.
+    pub(super) fn open(disk: &dyn Disk, path: &Path) -> Result<Self, FrameError> {
+        let io = |source| FrameError::Io { path: path.to_owned(), source };
+        let damaged = |what| FrameError::Damaged { path: path.to_owned(), position: 0, what };
+        let file = disk.open(path, false).map_err(io)?;
+        let mut header = [0; HEADER_BYTES];
+        if file.read_at(&mut header, 0).map_err(io)? < HEADER_BYTES || header[..8] != SEGMENT_MAGIC {
+            return Err(damaged("it does not begin with a segment's header"));
+        }
+        // The version comes before the checksum: a newer version may have another header.
+        if header[8..10] != FORMAT_VERSION.to_le_bytes() {
+            return Err(damaged("it was written in a format that this version of Headgate does not know"));
+        }
+        if header[28..] != crc32fast::hash(&header[..28]).to_le_bytes() {
+            return Err(damaged("its header's checksum does not match"));
+        }
+        let first_offset = header[12..20].try_into().map(Offset::from_le_bytes).expect("8 bytes");
+        if Self::path_of(path.parent().unwrap_or(path), first_offset) != path {
+            return Err(damaged("its name is not the first offset in its header"));
+        }
+        let len = file.len().map_err(io)?;
+        Ok(Self {
+            first_offset,
+            path: path.to_owned(),
+            file,
+            end: AtomicU64::new(len),
+            allocated: AtomicU64::new(len),
+            created_at: header[20..28].try_into().map(TimeMicros::from_le_bytes).expect("8 bytes"),
+            index: Mutex::new(None),
+        })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the next frame goes.
+    pub(super) fn end(&self) -> u64 {
+        self.end.load(Ordering::Acquire)
+    }
+
+    /// What it takes on disk.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        self.allocated.load(Ordering::Relaxed)
+    }
+
+    /// Writes a frame at the end, without making it durable: [`Segment::sync`], then
+    /// [`Segment::advance`]. Room is taken `step` bytes at a time.
+    pub(super) fn write(&self, frame: &[u8], step: u64) -> io::Result<()> {
+        let end = self.end();
+        let needed = end + frame.len() as u64;
+        let allocated = self.disk_bytes();
+        if needed > allocated {
+            let room = (needed - allocated).next_multiple_of(step);
+            // Close to the disk's end there may be room for the frame, if not for a whole step.
+            let taken = match self.file.allocate(allocated, room) {
+                Ok(()) => room,
+                Err(_) => self.file.allocate(allocated, needed - allocated).map(|()| needed - allocated)?,
+            };
+            self.allocated.store(allocated + taken, Ordering::Relaxed);
+        }
+        self.file.write_all_at(frame, end)
+    }
+
+    /// Whether the disk has room for `bytes` more.
+    pub(super) fn probe(&self, bytes: u64) -> io::Result<()> {
+        let allocated = self.disk_bytes();
+        self.file.allocate(allocated, bytes)?;
+        self.allocated.store(allocated + bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Makes what was written durable.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Counts a frame that was written at the end as part of the segment.
+    pub(super) fn advance(&self, frame_bytes: u64, first_offset: Offset, time_max: TimeMicros) {
+        let position = self.end();
+        if let Some(index) = self.index_locked().as_mut() {
+            push_mark(index, Mark { first_offset, position, time_max });
+        }
+        self.end.store(position + frame_bytes, Ordering::Release);
+    }
+
+    /// Gives back the room behind the last frame.
+    pub(super) fn trim(&self) -> io::Result<()> {
+        let end = self.end();
+        self.file.set_len(end)?;
+        self.allocated.store(end, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Reads the whole segment, checks every frame, and finds where it ends.
+    ///
+    /// `last` is the segment that was written to when the process ended: there, what follows the
+    /// last whole frame is a write that was cut short and never acknowledged, and is cut off.
+    /// Damage with whole frames behind it is a [`Gap`].
+    pub(super) fn recover(&self, last: bool) -> Result<Recovered, FrameError> {
+        let mut index = Vec::new();
+        let mut gaps = Vec::new();
+        let mut position = HEADER_BYTES as u64;
+        let mut next_offset = self.first_offset;
+        let file_bytes = self.file.len().map_err(|e| self.io(e))?;
+        let mut cut_bytes = 0;
+        let mut time_max = TimeMicros::MIN;
+        while position < file_bytes {
+            match self.read_frame(position, next_offset) {
+                Ok((header, _)) => {
+                    push_mark(&mut index, header.mark(position));
+                    time_max = header.time_max;
+                    next_offset = header.next_offset();
+                    position += header.frame_bytes();
+                }
+                Err(error @ FrameError::Io { .. }) => return Err(error),
+                Err(damage @ FrameError::Damaged { .. }) => match self.next_whole(position + 1, next_offset)? {
+                    Some((whole, header)) => {
+                        gaps.push(Gap { place: damage.to_string(), from: next_offset, to: header.first_offset });
+                        next_offset = header.first_offset;
+                        position = whole;
+                    }
+                    None => {
+                        cut_bytes = self.written_bytes_from(position)?;
+                        break;
+                    }
+                },
+            }
+        }
+        if last {
+            self.file
+                .set_len(position)
+                .and_then(|()| self.file.sync_data())
+                .map_err(|source| self.io(source))?;
+            self.allocated.store(position, Ordering::Relaxed);
+        }
+        self.end.store(position, Ordering::Release);
+        *self.index_locked() = Some(index);
+        Ok(Recovered { next_offset, time_max, cut_bytes, gaps })
+    }
+
+    /// Reads and checks the frame at `position`, which has to begin with `offset`.
+    pub(super) fn read_frame(&self, position: u64, offset: Offset) -> Result<(FrameHeader, Batch), FrameError> {
+        let damaged = |what| FrameError::Damaged { path: self.path.clone(), position, what };
+        let header = self.read_header(position)?.ok_or_else(|| damaged("no batch begins here"))?;
+        if header.first_offset != offset {
+            return Err(damaged("the batch here does not have the next offset"));
+        }
+        let mut frame = vec![0; usize::try_from(header.frame_bytes()).expect("bounded by BODY_BYTES_MAX")];
+        let read = self.file.read_at(&mut frame, position).map_err(|e| self.io(e))?;
+        if read < frame.len() {
+            return Err(damaged("the batch here is cut short"));
+        }
+        if frame_crc(&frame) != header.crc {
+            return Err(damaged("the checksum of the batch here does not match"));
+        }
+        let body = Bytes::from(frame).slice(FRAME_HEADER_BYTES..);
+        let batch = Batch::check(header.first_offset, header.records, body)
+            .ok_or_else(|| damaged("the batch here cannot be taken apart"))?;
+        Ok((header, batch))
+    }
+
+    fn read_header(&self, position: u64) -> Result<Option<FrameHeader>, FrameError> {
+        let mut bytes = [0; FRAME_HEADER_BYTES];
+        let read = self.file.read_at(&mut bytes, position).map_err(|e| self.io(e))?;
+        Ok(FrameHeader::decode(&bytes[..read]))
+    }
+
+    /// The next place at or behind `position` where a whole frame with an offset of at least
+    /// `offset` begins.
+    pub(super) fn next_whole(&self, position: u64, offset: Offset) -> Result<Option<(u64, FrameHeader)>, FrameError> {
+        let mut position = position;
+        let mut window = vec![0; WALK_BYTES];
+        loop {
+            let read = self.file.read_at(&mut window, position).map_err(|e| self.io(e))?;
+            let found = window[..read].windows(FRAME_MAGIC.len()).position(|bytes| bytes == FRAME_MAGIC);
+            match found {
+                Some(at) => {
+                    position += at as u64;
+                    if let Some(header) = self.read_header(position)?
+                        && header.first_offset >= offset
+                        && self.read_frame(position, header.first_offset).is_ok()
+                    {
+                        return Ok(Some((position, header)));
+                    }
+                    position += 1;
+                }
+                None if read < window.len() => return Ok(None),
+                None => position += (read - FRAME_MAGIC.len() + 1) as u64,
+            }
+        }
+    }
+
+    /// How many bytes behind `position` were written to: up to the last that is not zero.
+    fn written_bytes_from(&self, position: u64) -> Result<u64, FrameError> {
+        let mut written = 0;
+        let mut at = position;
+        let mut window = vec![0; WALK_BYTES];
+        loop {
+            let read = self.file.read_at(&mut window, at).map_err(|e| self.io(e))?;
+            if let Some(last) = window[..read].iter().rposition(|byte| *byte != 0) {
+                written = at + last as u64 + 1 - position;
+            }
+            at += read as u64;
+            if read < window.len() {
+                return Ok(written);
+            }
+        }
+    }
+
+    /// Where the frame that holds `offset` begins.
+    pub(super) fn seek(&self, offset: Offset) -> Result<Seek, FrameError> {
+        self.build_index()?;
+        let start = {
+            let index = self.index_locked();
+            let marks = index.as_deref().unwrap_or_default();
+            let at = marks.partition_point(|mark| mark.first_offset <= offset);
+            at.checked_sub(1).map(|at| marks[at])
+        };
+        let mut position = start.map_or(HEADER_BYTES as u64, |mark| mark.position);
+        let mut next_offset = start.map_or(self.first_offset, |mark| mark.first_offset);
+        while position < self.end() {
+            match self.read_header(position)? {
+                Some(header) if header.first_offset == next_offset => {
+                    if offset < header.next_offset() {
+                        return Ok(Seek::At { position, offset: next_offset });
+                    }
+                    next_offset = header.next_offset();
+                    position += header.frame_bytes();
+                }
+                _ => return Ok(Seek::At { position, offset: next_offset }),
+            }
+        }
+        Ok(Seek::End { next_offset })
+    }
+
+    /// The first offset whose batch has a `time_max` of at least `time`, as the sparse index has
+    /// it: no record before it was received at or after `time`.
+    pub(super) fn offset_at(&self, time: TimeMicros) -> Result<Offset, FrameError> {
+        self.build_index()?;
+        let index = self.index_locked();
+        let marks = index.as_deref().unwrap_or_default();
+        // A mark speaks for its own frame only; those up to the next mark may be newer.
+        let at = marks.partition_point(|mark| mark.time_max < time);
+        Ok(at.checked_sub(1).map_or(self.first_offset, |at| marks[at].first_offset))
+    }
+
+    fn build_index(&self) -> Result<(), FrameError> {
+        let mut guard = self.index_locked();
+        if guard.is_some() {
+            return Ok(());
+        }
+        let mut index = Vec::new();
+        let mut position = HEADER_BYTES as u64;
+        while position < self.end() {
+            // What is no frame ends the index; reading on from there says so.
+            let Some(header) = self.read_header(position)? else { break };
+            push_mark(&mut index, header.mark(position));
+            position += header.frame_bytes();
+        }
+        *guard = Some(index);
+        Ok(())
+    }
+
+    fn index_locked(&self) -> MutexGuard<'_, Option<Vec<Mark>>> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn io(&self, source: io::Error) -> FrameError {
+        FrameError::Io { path: self.path.clone(), source }
+    }
+}
+
+/// What [`Segment::seek`] found.
+pub(super) enum Seek {
+    /// At `position` a frame that begins with `offset` should begin, and holds what was wanted, or
+    /// is damaged.
+    At { position: u64, offset: Offset },
+    /// The segment ends before it; its last record is the one before `next_offset`.
+    End { next_offset: Offset },
+}
+
+fn push_mark(index: &mut Vec<Mark>, mark: Mark) {
+    if index.last().is_none_or(|last| mark.position - last.position >= INDEX_STEP_BYTES) {
+        index.push(mark);
+    }
+}

@@ -1,0 +1,102 @@
+//! The newest batches, in memory: what consumers that keep up are served from, and what they wait
+//! on.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::record::Batch;
+use crate::limits::TAIL_BYTES_MAX;
+use crate::message::Offset;
+
+/// The newest durable batches and the offset behind them.
+pub(super) struct Tail {
+    recent: Mutex<Recent>,
+    grown: Condvar,
+    next_offset: watch::Sender<Offset>,
+}
+
+struct Recent {
+    batches: VecDeque<Batch>,
+    bytes: usize,
+    next_offset: Offset,
+}
+
+impl Tail {
+    /// An empty tail of a log whose next record gets `next_offset`.
+    pub(super) fn new(next_offset: Offset) -> Self {
+        Self {
+            recent: Mutex::new(Recent { batches: VecDeque::new(), bytes: 0, next_offset }),
+            grown: Condvar::new(),
+            next_offset: watch::Sender::new(next_offset),
+        }
+    }
+
+    /// Everything below this offset is durable.
+    pub(super) fn next_offset(&self) -> Offset {
+        *self.next_offset.borrow()
+    }
+
+    /// Follows [`Tail::next_offset`].
+    pub(super) fn subscribe(&self) -> watch::Receiver<Offset> {
+        self.next_offset.subscribe()
+    }
+
+    /// Takes in a batch that is durable now; the oldest make room for it.
+    pub(super) fn push(&self, batch: Batch) {
+        let next_offset = batch.next_offset();
+        let mut recent = self.locked();
+        recent.bytes += batch.weight();
+        recent.batches.push_back(batch);
+        while recent.bytes > TAIL_BYTES_MAX && recent.batches.len() > 1 {
+            if let Some(oldest) = recent.batches.pop_front() {
+                recent.bytes -= oldest.weight();
+            }
+        }
+        recent.next_offset = next_offset;
+        drop(recent);
+        self.grown.notify_all();
+        self.next_offset.send_replace(next_offset);
+    }
+
+    /// The batches from the one that holds `from` on, up to about `bytes_max`, at least one; empty
+    /// at the end. `None` if `from` is older than what is in memory.
+    pub(super) fn read(&self, from: Offset, bytes_max: usize) -> Option<Vec<Batch>> {
+        let recent = self.locked();
+        if from >= recent.next_offset {
+            return Some(Vec::new());
+        }
+        let first = recent.batches.front()?.first_offset();
+        if from < first {
+            return None;
+        }
+        let at = recent.batches.partition_point(|batch| batch.next_offset() <= from);
+        let mut bytes = 0;
+        let wanted = recent.batches.range(at..).take_while(|batch| {
+            let take = bytes == 0 || bytes + batch.weight() <= bytes_max;
+            bytes += batch.weight().max(1);
+            take
+        });
+        Some(wanted.cloned().collect())
+    }
+
+    /// Blocks until there is a record at `offset`, or `timeout` is over.
+    pub(super) fn wait(&self, offset: Offset, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        let mut recent = self.locked();
+        while recent.next_offset <= offset {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.grown.wait_timeout(recent, left);
+            recent = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,340 @@
+//! The writer: one thread that owns the end of the log. It drains everything that waits into one
+//! batch, makes it durable, and releases everybody whose records are in it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use tracing::{error, info, warn};
+
+use super::disk::Disk;
+use super::embedded::Shared;
+use super::record::{Batch, Section, put_body};
+use super::segment::{FRAME_HEADER_BYTES, HEADER_BYTES, Segment, seal_frame};
+use super::{AppendError, Committed, retention};
+use crate::config::{self, Durability};
+use crate::limits::{BATCH_BYTES_MAX, CLOCK_SKEW_MICROS_MAX, SEGMENT_ALLOCATE_BYTES};
+use crate::message::{Offset, TimeMicros, now_micros};
+
+/// How often an append that could not be made is tried again.
+const RETRY: Duration = Duration::from_millis(50);
+/// How often the writer looks after retention when nothing is appended.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// Sections of one caller, and the caller.
+pub(super) struct Submission {
+    pub(super) sections: Vec<Section>,
+    /// Until then a transient failure is waited out.
+    pub(super) give_up_at: Instant,
+    pub(super) reply: oneshot::Sender<Result<Committed, AppendError>>,
+}
+
+impl Submission {
+    fn weight(&self) -> usize {
+        self.sections.iter().map(Section::weight).sum()
+    }
+
+    /// Answers; a caller that has gone away is none the worse for it.
+    fn answer(self, result: Result<Committed, AppendError>) {
+        let _ = self.reply.send(result);
+    }
+}
+
+/// What waits for the writer.
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<Waiting>,
+    ready: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    submissions: VecDeque<Submission>,
+    closed: bool,
+}
+
+impl Queue {
+    /// Adds a submission, or answers it at once if the queue is closed.
+    pub(super) fn push(&self, submission: Submission) {
+        let mut waiting = self.locked();
+        if waiting.closed {
+            drop(waiting);
+            return submission.answer(Err(AppendError::Closed));
+        }
+        waiting.submissions.push_back(submission);
+        let first = waiting.submissions.len() == 1;
+        drop(waiting);
+        if first {
+            self.ready.notify_one();
+        }
+    }
+
+    /// Takes no more; the writer ends when it has worked off what is there.
+    pub(super) fn close(&self) {
+        self.locked().closed = true;
+        self.ready.notify_one();
+    }
+
+    /// Moves what waits to `group`, up to the size of a batch, and waits for it if nothing does.
+    /// Returns whether the queue is closed and empty.
+    fn take(&self, group: &mut Vec<Submission>, wait: Duration) -> bool {
+        let mut waiting = self.locked();
+        if waiting.submissions.is_empty() && !waiting.closed {
+            let waited = self.ready.wait_timeout(waiting, wait);
+            waiting = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let mut weight: usize = group.iter().map(Submission::weight).sum();
+        while let Some(submission) = waiting.submissions.front() {
+            if weight > 0 && weight + submission.weight() > BATCH_BYTES_MAX {
+                break;
+            }
+            weight += submission.weight();
+            group.extend(waiting.submissions.pop_front());
+        }
+        waiting.closed && waiting.submissions.is_empty()
+    }
+
+    /// Takes out what will wait no longer at `now`.
+    fn take_expired(&self, now: Instant) -> Vec<Submission> {
+        let mut waiting = self.locked();
+        if waiting.submissions.iter().all(|s| s.give_up_at > now) {
+            return Vec::new();
+        }
+        let all = std::mem::take(&mut waiting.submissions);
+        let (expired, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(|s| s.give_up_at <= now);
+        waiting.submissions = kept.into();
+        expired
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Waiting> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The state of the writer's thread.
+pub(super) struct Writer {
+    pub(super) shared: Arc<Shared>,
+    pub(super) disk: Box<dyn Disk>,
+    pub(super) dir: PathBuf,
+    pub(super) config: config::Log,
+    /// The segment that is written to.
+    pub(super) current: Arc<Segment>,
+    pub(super) next_offset: Offset,
+    /// The newest `received_at` so far.
+    pub(super) time_max: TimeMicros,
+}
+
+impl Writer {
+    /// Writes until the queue is closed and empty.
+    pub(super) fn run(mut self) {
+        let mut group = Vec::new();
+        let mut stalled = false;
+        loop {
+            let wait = if stalled { RETRY } else { IDLE };
+            let closed = self.shared.queue.take(&mut group, wait);
+            if group.is_empty() {
+                if closed {
+                    break;
+                }
+                stalled = self.look_after().is_err();
+                continue;
+            }
+            match self.commit(&mut group) {
+                Ok(offsets) => {
+                    self.recovered();
+                    stalled = false;
+                    for (submission, first_offsets) in group.drain(..).zip(offsets) {
+                        submission.answer(Ok(Committed { first_offsets }));
+                    }
+                }
+                Err(error) => {
+                    self.in_trouble(&error);
+                    self.give_up(&error, &mut group, closed);
+                    stalled = true;
+                    std::thread::sleep(RETRY);
+                }
+            }
+        }
+        self.seal();
+    }
+
+    /// Puts one batch together from `group` and makes it durable. Returns, per submission, where
+    /// its sections' records are.
+    fn commit(&mut self, group: &mut [Submission]) -> Result<Vec<Vec<Option<Offset>>>, AppendError> {
+        if let Some(failure) = self.shared.failure.get() {
+            return Err(AppendError::Failed(failure.clone()));
+        }
+        let first_offset = self.next_offset;
+        let mut next_offset = first_offset;
+        let mut time_max = self.time_max;
+        let mut weight = 0;
+        let mut offsets = Vec::with_capacity(group.len());
+        for submission in group.iter_mut() {
+            let place = |section: &mut Section| {
+                if section.records() == 0 || !section.lease.holds() {
+                    return None;
+                }
+                if (0..=CLOCK_SKEW_MICROS_MAX).contains(&(time_max - section.received_at)) {
+                    section.received_at = time_max;
+                }
+                time_max = time_max.max(section.received_at);
+                weight += section.weight();
+                let offset = next_offset;
+                next_offset += u64::from(section.records());
+                Some(offset)
+            };
+            offsets.push(submission.sections.iter_mut().map(place).collect::<Vec<_>>());
+        }
+        let records = u32::try_from(next_offset - first_offset).expect("in-flight bytes bound the records");
+        if records == 0 {
+            return Ok(offsets);
+        }
+        let sections = group.iter().flat_map(|submission| &submission.sections).zip(offsets.iter().flatten());
+        let live: Vec<&Section> = sections.filter(|(_, offset)| offset.is_some()).map(|(s, _)| s).collect();
+        let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + weight + 16);
+        frame.resize(FRAME_HEADER_BYTES, 0);
+        put_body(&live, &mut frame);
+        seal_frame(&mut frame, records, first_offset, time_max);
+        self.write(&frame, first_offset, time_max)?;
+        self.next_offset = next_offset;
+        self.time_max = time_max;
+        let body = Bytes::from(frame).slice(FRAME_HEADER_BYTES..);
+        self.shared.tail.push(Batch::encoded(first_offset, records, body));
+        Ok(offsets)
+    }
+
+    /// Writes a frame, in a new segment if it does not fit, and makes it durable.
+    fn write(&mut self, frame: &[u8], first_offset: Offset, time_max: TimeMicros) -> Result<(), AppendError> {
+        let frame_bytes = frame.len() as u64;
+        let holds_frames = self.current.end() > HEADER_BYTES as u64;
+        if holds_frames && self.current.end() + frame_bytes > self.config.segment_bytes {
+            self.roll(first_offset)?;
+        }
+        let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
+        self.current.write(frame, step).map_err(|e| self.failed(e))?;
+        if self.config.durability == Durability::Fsync {
+            self.current.sync().map_err(|e| self.poisoned(&e))?;
+        }
+        self.current.advance(frame_bytes, first_offset, time_max);
+        Ok(())
+    }
+
+    /// Ends the current segment and begins the next one at `first_offset`.
+    fn roll(&mut self, first_offset: Offset) -> Result<(), AppendError> {
+        self.make_room(self.config.segment_bytes)?;
+        self.current.trim().map_err(|e| self.failed(e))?;
+        if self.config.durability == Durability::Os {
+            // At most one segment is ever at the mercy of a power failure.
+            self.current.sync().map_err(|e| self.poisoned(&e))?;
+        }
+        let segment = Segment::create(&*self.disk, &self.dir, first_offset).map_err(|e| self.failed(e))?;
+        self.current = Arc::new(segment);
+        self.shared.segments_mut().insert(first_offset, self.current.clone());
+        Ok(())
+    }
+
+    /// Removes the segments that retention lets go, and says whether `incoming_bytes` fit then.
+    fn make_room(&self, incoming_bytes: u64) -> Result<(), AppendError> {
+        let removed: Vec<_> = {
+            let mut segments = self.shared.segments_mut();
+            let stored = self.shared.stored();
+            let count = retention::removable(&segments, &self.config, stored, now_micros(), incoming_bytes);
+            (0..count).filter_map(|_| segments.pop_first()).collect()
+        };
+        for (first_offset, segment) in removed {
+            match std::fs::remove_file(segment.path()) {
+                Ok(()) => info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment"),
+                Err(error) => warn!(%error, path = %segment.path().display(), "retention cannot remove a segment"),
+            }
+        }
+        if self.shared.disk_bytes() + incoming_bytes > self.config.retention_bytes {
+            return Err(AppendError::Budget { retention_bytes: self.config.retention_bytes });
+        }
+        Ok(())
+    }
+
+    /// What is due when nothing is appended: retention, and whether a trouble is over.
+    fn look_after(&mut self) -> Result<(), AppendError> {
+        if self.shared.failure.get().is_some() {
+            return Ok(());
+        }
+        let result = if self.shared.trouble().is_some() {
+            let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
+            let room = self.current.probe(step).map_err(|e| self.failed(e));
+            room.and_then(|()| self.make_room(0))
+        } else {
+            // Over the budget is no trouble until something is to be written.
+            let _ = self.make_room(0);
+            Ok(())
+        };
+        if result.is_ok() {
+            self.recovered();
+        }
+        result
+    }
+
+    /// Answers those that will wait no longer; with `all`, everybody.
+    fn give_up(&self, error: &AppendError, group: &mut Vec<Submission>, all: bool) {
+        let now = Instant::now();
+        let lasting = all || matches!(error, AppendError::Failed(_));
+        let waits = |s: &Submission| !lasting && s.give_up_at > now && s.sections.iter().any(|s| s.records() > 0);
+        for submission in group.extract_if(.., |submission| !waits(submission)) {
+            let nothing = submission.sections.iter().all(|section| section.records() == 0);
+            let none = vec![None; submission.sections.len()];
+            submission.answer(if nothing { Ok(Committed { first_offsets: none }) } else { Err(error.clone()) });
+        }
+        for submission in self.shared.queue.take_expired(now) {
+            submission.answer(Err(error.clone()));
+        }
+    }
+
+    /// Writes the empty frame that tells a clean shutdown from a torn write.
+    fn seal(&mut self) {
+        if self.shared.failure.get().is_some() {
+            return;
+        }
+        let mut frame = vec![0; FRAME_HEADER_BYTES];
+        put_body(&[], &mut frame);
+        seal_frame(&mut frame, 0, self.next_offset, self.time_max);
+        let sealed = self.write(&frame, self.next_offset, self.time_max);
+        let sealed = sealed.map_err(|e| e.to_string()).and_then(|()| {
+            self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string())
+        });
+        if let Err(error) = sealed {
+            // Without it the next start takes the end of the log for a crash, and loses nothing.
+            warn!(error, "the log could not be sealed");
+        }
+    }
+
+    /// What a failed write means: a full disk can be waited out, anything else cannot.
+    fn failed(&self, error: io::Error) -> AppendError {
+        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        match error.kind() {
+            StorageFull | QuotaExceeded | FileTooLarge => AppendError::DiskFull,
+            _ => self.poisoned(&error),
+        }
+    }
+
+    /// The log cannot be trusted with more: nothing is acknowledged from here on.
+    fn poisoned(&self, error: &io::Error) -> AppendError {
+        let text: Arc<str> = format!("{}: {error}", self.current.path().display()).into();
+        AppendError::Failed(self.shared.failure.get_or_init(|| text).clone())
+    }
+
+    fn in_trouble(&self, error: &AppendError) {
+        let text = error.to_string();
+        if self.shared.set_trouble(Some(text.clone())).as_ref() != Some(&text) {
+            error!(error = text, "the log takes no records; clients are held back");
+        }
+    }
+
+    fn recovered(&self) {
+        if self.shared.trouble().is_some() && self.shared.set_trouble(None).is_some() {
+            info!("the log takes records again");
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! The words that everything else is said in: what a client sends, under which names, and what
+//! it becomes once it has been let in.
+//!
+//! A message arrives at a front with a [`Topic`] and a payload; intake turns it into a record,
+//! which the log gives an [`Offset`]. Nothing in this file does I/O.
+
+use std::borrow::Borrow;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits::{DATASOURCE_ID_BYTES_MAX, TOPIC_BYTES_MAX, TOPIC_LEVELS_MAX};
+
+/// A record's place in the log: 0 for the first record ever kept, then one more for each.
+pub type Offset = u64;
+
+/// Microseconds since the Unix epoch, UTC.
+pub type TimeMicros = i64;
+
+/// The wall clock now, in microseconds since the Unix epoch.
+pub fn now_micros() -> TimeMicros {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    TimeMicros::try_from(since_epoch.as_micros()).unwrap_or(TimeMicros::MAX)
+}
+
+/// Why a name was not accepted. The text is for the person who chose it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// Not a slug.
+    #[error("a datasource id is 1 to {DATASOURCE_ID_BYTES_MAX} of the characters a-z, 0-9 and '-'")]
+    DatasourceId,
+    /// Not 12 lowercase hexadecimal characters.
+    #[error("a key id is 12 characters of 0-9 and a-f")]
+    KeyId,
+    /// The topic has no characters.
+    #[error("a topic needs at least one character")]
+    TopicEmpty,
+    /// The topic is longer than [`TOPIC_BYTES_MAX`].
+    #[error("a topic has at most {TOPIC_BYTES_MAX} bytes")]
+    TopicTooLong,
+    /// The topic has more than [`TOPIC_LEVELS_MAX`] levels.
+    #[error("a topic has at most {TOPIC_LEVELS_MAX} levels")]
+    TopicTooDeep,
+    /// `+` or `#`: those select topics, they do not name one.
+    #[error("'+' and '#' are wildcards and cannot be part of a topic that is published to")]
+    TopicWildcard,
+    /// NUL or another control character, or a Unicode non-character.
+    #[error("a topic holds no control characters")]
+    TopicControl,
+    /// A topic that begins with `$`, which MQTT keeps for servers.
+    #[error("topics that begin with '$' are reserved")]
+    TopicReserved,
+}
+
+/// The id of a datasource: a slug, `[a-z0-9-]{1,63}`.
+///
+/// The one value that no client can create is [`DatasourceId::all`], `*`, which only a key carries.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DatasourceId(Arc<str>);
+
+impl DatasourceId {
+    /// Checks and takes a slug.
+    ///
+    /// # Errors
+    /// [`NameError::DatasourceId`] for anything that is not `[a-z0-9-]{1,63}`.
+    pub fn new(id: &str) -> Result<Self, NameError> {
+        let slug = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        if id.is_empty() || id.len() > DATASOURCE_ID_BYTES_MAX || !id.bytes().all(slug) {
+            return Err(NameError::DatasourceId);
+        }
+        Ok(Self(id.into()))
+    }
+
+    /// The slug made from a person's name for a datasource: `Press 4, hall B` → `press-4-hall-b`.
+    /// `None` when the name holds no ASCII letter or digit to make one of.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let mut slug = String::with_capacity(name.len());
+        for c in name.chars() {
+            if slug.len() >= DATASOURCE_ID_BYTES_MAX {
+                break;
+            }
+            if c.is_ascii_alphanumeric() {
+                slug.push(c.to_ascii_lowercase());
+            } else if !slug.is_empty() && !slug.ends_with('-') {
+                slug.push('-');
+            }
+        }
+        let slug = slug.trim_end_matches('-');
+        (!slug.is_empty()).then(|| Self(slug.into()))
+    }
+
+    /// `*`: every datasource. A key may belong to it; no record does.
+    pub fn all() -> Self {
+        Self("*".into())
+    }
+
+    /// Whether this is `*`.
+    pub fn is_all(&self) -> bool {
+        &*self.0 == "*"
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Borrow<str> for DatasourceId {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for DatasourceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for DatasourceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Serialize for DatasourceId {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&self.0)
+    }
+}
+
+/// The public handle of a key: the first 6 bytes of its digest, shown as 12 hex characters.
+/// Safe to log: it finds a key in the registry, and opens nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct KeyId(pub [u8; 6]);
+
+impl KeyId {
+    /// Reads the 12 hex characters.
+    ///
+    /// # Errors
+    /// [`NameError::KeyId`] for any other text.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        let digits = text.as_bytes();
+        if digits.len() != 12 {
+            return Err(NameError::KeyId);
+        }
+        let nibble = |b: u8| match b {
+            b'0'..=b'9' => Ok(b - b'0'),
+            b'a'..=b'f' => Ok(b - b'a' + 10),
+            _ => Err(NameError::KeyId),
+        };
+        let mut id = [0; 6];
+        for (byte, pair) in id.iter_mut().zip(digits.chunks_exact(2)) {
+            *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
+        }
+        Ok(Self(id))
+    }
+}
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Checks a topic that is published to, as MQTT 5 section 4.7 has it and a little stricter: not
+/// empty, no wildcard, no control character, not reserved (`$…`), and within [`crate::limits`].
+///
+/// # Errors
+/// The first rule that `topic` breaks.
+pub fn check_topic(topic: &str) -> Result<(), NameError> {
+    let bytes = topic.as_bytes();
+    match bytes {
+        [] => return Err(NameError::TopicEmpty),
+        [b'$', ..] => return Err(NameError::TopicReserved),
+        _ if bytes.len() > TOPIC_BYTES_MAX => return Err(NameError::TopicTooLong),
+        _ => {}
+    }
+    let mut levels = 1;
+    let mut ascii = true;
+    for &b in bytes {
+        match b {
+            b'+' | b'#' => return Err(NameError::TopicWildcard),
+            0..0x20 | 0x7f => return Err(NameError::TopicControl),
+            b'/' => levels += 1,
+            0x80.. => ascii = false,
+            _ => {}
+        }
+    }
+    if levels > TOPIC_LEVELS_MAX {
+        return Err(NameError::TopicTooDeep);
+    }
+    if !ascii && topic.chars().any(|c| c.is_control() || is_noncharacter(c)) {
+        return Err(NameError::TopicControl);
+    }
+    Ok(())
+}
+
+/// Unicode's 66 code points that are promised never to be characters (MQTT 5 section 1.5.4 lets a
+/// server refuse them).
+pub fn is_noncharacter(c: char) -> bool {
+    let code = u32::from(c);
+    (0xFDD0..=0xFDEF).contains(&code) || code & 0xFFFE == 0xFFFE
+}
+
+/// Which way a message came in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// MQTT 3.1.1 or 5, whatever carries it.
+    Mqtt,
+    /// HTTP POST.
+    Http,
+    /// A NATS subject.
+    Nats,
+}
+
+impl Transport {
+    /// The lower-case name, as in the API, in storage and in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Transport::Mqtt => "mqtt",
+            Transport::Http => "http",
+            Transport::Nats => "nats",
+        }
+    }
+}
+
+/// Says whether a key is still good. One per key, shared by the registry, every connection that
+/// the key opened and every message on its way into the log: once it has ended, nothing that
+/// holds it gets any further.
+#[derive(Debug, Clone)]
+pub struct Lease(Arc<AtomicBool>);
+
+impl Lease {
+    /// A lease that holds until [`Lease::end`].
+    pub fn new() -> Self {
+        Self(Arc::new(AtomicBool::new(true)))
+    }
+
+    /// Whether the key is still good. One atomic load.
+    pub fn holds(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// The key is dead, for every holder, from now on.
+    pub fn end(&self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+impl Default for Lease {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// One record, as a consumer sees it: borrowed from the batch that it was read in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecordRef<'a> {
+    /// Its place in the log.
+    pub offset: Offset,
+    /// Whose reading it is.
+    pub datasource: &'a str,
+    /// As the device wrote it, relative to its datasource.
+    pub topic: &'a str,
+    /// The bytes the device sent.
+    pub payload: &'a [u8],
+    /// The media type the client gave, or empty.
+    pub content_type: &'a str,
+    /// The other MQTT 5 properties that a subscriber is to be given (user properties, response
+    /// topic, correlation data, …), in their wire form without the length in front; or empty.
+    pub properties: &'a [u8],
+    /// The key that let it in.
+    pub key_id: KeyId,
+    /// Which way it came.
+    pub transport: Transport,
+    /// When its last byte was read from the socket.
+    pub received_at: TimeMicros,
+    /// How it was published.
+    pub flags: RecordFlags,
+}
+
+/// How a record was published: bits kept with it in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RecordFlags(pub u8);
+
+impl RecordFlags {
+    /// The publisher asked for the message to be retained.
+    pub const RETAIN: RecordFlags = RecordFlags(1);
+
+    /// Whether every bit of `other` is set.
+    pub fn contains(self, other: RecordFlags) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_datasource_id_is_a_slug_of_1_to_63() {
+        assert!(DatasourceId::new("press-4").is_ok());
+        assert!(DatasourceId::new(&"a".repeat(63)).is_ok());
+        for bad in ["", "Press", "a b", "ä", "*", "a/b", "a.b", &"a".repeat(64)] {
+            assert_eq!(DatasourceId::new(bad), Err(NameError::DatasourceId), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_becomes_a_slug() {
+        let slug = |name| DatasourceId::from_name(name).map(|id| id.to_string());
+        assert_eq!(slug("Press 4, hall B").as_deref(), Some("press-4-hall-b"));
+        assert_eq!(slug("  --x--  ").as_deref(), Some("x"));
+        assert_eq!(slug("温度"), None);
+        let long = slug(&"ab ".repeat(100)).expect("has letters");
+        assert!(DatasourceId::new(&long).is_ok(), "{long}");
+    }
+
+    #[test]
+    fn a_topic_names_one_place() {
+        for good in ["a", "a/b", "/", "a//b", "spindle/temp °C", "a/$b"] {
+            assert_eq!(check_topic(good), Ok(()), "{good:?}");
+        }
+        assert_eq!(check_topic(""), Err(NameError::TopicEmpty));
+        assert_eq!(check_topic("a/+"), Err(NameError::TopicWildcard));
+        assert_eq!(check_topic("#"), Err(NameError::TopicWildcard));
+        assert_eq!(check_topic("$SYS/x"), Err(NameError::TopicReserved));
+        assert_eq!(check_topic("a\0b"), Err(NameError::TopicControl));
+        assert_eq!(check_topic("a\u{85}b"), Err(NameError::TopicControl));
+        assert_eq!(check_topic("a\u{FDD0}"), Err(NameError::TopicControl));
+    }
+
+    #[test]
+    fn topic_limits_hold_at_one_below_and_one_above() {
+        assert_eq!(check_topic(&"a".repeat(TOPIC_BYTES_MAX)), Ok(()));
+        assert_eq!(check_topic(&"a".repeat(TOPIC_BYTES_MAX + 1)), Err(NameError::TopicTooLong));
+        assert_eq!(check_topic(&"/".repeat(TOPIC_LEVELS_MAX - 1)), Ok(()));
+        assert_eq!(check_topic(&"/".repeat(TOPIC_LEVELS_MAX)), Err(NameError::TopicTooDeep));
+    }
+
+    #[test]
+    fn a_key_id_is_12_hex_characters_both_ways() {
+        let id = KeyId::parse("0123456789ab").expect("hex");
+        assert_eq!(id.to_string(), "0123456789ab");
+        for bad in ["", "0123456789a", "0123456789abc", "0123456789aB", "0123456789ag"] {
+            assert_eq!(KeyId::parse(bad), Err(NameError::KeyId), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Every metric by name. One recorder a gateway, so that two in one process do not mix, and
+//! handles made once, so that counting costs one atomic addition.
+
+use metrics::{Counter, Gauge, Histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+
+use crate::message::Transport;
+
+/// Latencies from 50 µs to 10 s, about three buckets to a factor of ten.
+const SECONDS_BUCKETS: [f64; 16] = [
+    0.000_05, 0.000_1, 0.000_2, 0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
+];
+
+/// A gateway's metrics.
+pub struct Metrics {
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
+    accepted: [Counter; 3],
+    accepted_bytes: [Counter; 3],
+    /// From submission to durability, per submission (a read of a socket or a request), in seconds.
+    pub commit_seconds: Histogram,
+    /// Records in a commit of the log.
+    pub commit_records: Histogram,
+    /// Open MQTT connections whose key was accepted.
+    pub mqtt_connections: Gauge,
+    /// From the call that ends a key to the last of its connections closed, in seconds.
+    pub revocation_seconds: Histogram,
+}
+
+impl Metrics {
+    /// A recorder of its own with every metric described.
+    pub fn new() -> Self {
+        let buckets = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)
+            .and_then(|b| {
+                let sizes = [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0];
+                b.set_buckets_for_metric(Matcher::Suffix("_records".to_owned()), &sizes)
+            });
+        let recorder = buckets.expect("the bucket lists are not empty").build_recorder();
+        let handle = recorder.handle();
+        let (accepted, accepted_bytes) = metrics::with_local_recorder(&recorder, || {
+            use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+            describe_counter!("headgate_accepted_total", "Messages that were let in and are durable");
+            describe_counter!("headgate_accepted_bytes_total", Unit::Bytes, "Payload bytes that were let in");
+            describe_counter!("headgate_refused_total", "Messages and connections that were refused, by cause");
+            describe_histogram!("headgate_commit_seconds", Unit::Seconds, "From submission to durability");
+            describe_histogram!("headgate_commit_records", "Records per commit of the log");
+            describe_gauge!("headgate_mqtt_connections", "MQTT connections whose key was accepted");
+            describe_histogram!(
+                "headgate_revocation_seconds",
+                Unit::Seconds,
+                "From the call that ends a key to the last of its connections closed"
+            );
+            describe_gauge!("headgate_log_next_offset", "The offset that the next record will get");
+            describe_gauge!("headgate_log_first_offset", "The oldest offset in the log");
+            describe_gauge!("headgate_log_bytes", Unit::Bytes, "What the log takes on disk");
+            describe_gauge!("headgate_storage_cursor", "The first offset that is not stored yet");
+            describe_gauge!("headgate_keys", "Live API keys");
+            let all = [Transport::Mqtt, Transport::Http, Transport::Nats].map(Transport::as_str);
+            (
+                all.map(|t| metrics::counter!("headgate_accepted_total", "transport" => t)),
+                all.map(|t| metrics::counter!("headgate_accepted_bytes_total", "transport" => t)),
+            )
+        });
+        let histogram = |name| metrics::with_local_recorder(&recorder, || metrics::histogram!(name));
+        let gauge = |name| metrics::with_local_recorder(&recorder, || metrics::gauge!(name));
+        Self {
+            accepted,
+            accepted_bytes,
+            commit_seconds: histogram("headgate_commit_seconds"),
+            commit_records: histogram("headgate_commit_records"),
+            mqtt_connections: gauge("headgate_mqtt_connections"),
+            revocation_seconds: histogram("headgate_revocation_seconds"),
+            handle,
+            recorder,
+        }
+    }
+
+    /// `records` messages with `bytes` of payload were let in and are durable.
+    pub fn accepted(&self, transport: Transport, records: u64, bytes: u64) {
+        self.accepted[transport as usize].increment(records);
+        self.accepted_bytes[transport as usize].increment(bytes);
+    }
+
+    /// A message or connection was refused.
+    pub fn refused(&self, transport: Transport, cause: &'static str) {
+        metrics::with_local_recorder(&self.recorder, || {
+            metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause)
+                .increment(1);
+        });
+    }
+
+    /// Sets a gauge that is read only when it is asked for.
+    pub fn gauge(&self, name: &'static str, value: f64) {
+        metrics::with_local_recorder(&self.recorder, || metrics::gauge!(name).set(value));
+    }
+
+    /// Everything, in Prometheus' text format.
+    pub fn render(&self) -> String {
+        self.handle.render()
+    }
+
+    /// Folds what histograms have gathered; to be called every few seconds.
+    pub fn upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,437 @@
+//! The harness of the integration tests: the real binary, started on a data directory and on free
+//! ports, and spoken to over its sockets alone. A gateway that a test leaves behind, by returning
+//! or by panicking, is killed.
+
+#![allow(dead_code, unreachable_pub, reason = "every test binary holds all of this and uses a part")]
+
+pub mod steady;
+pub mod wire;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long anything that is expected to happen may take on a slow, busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A directory on the disk that the build uses (a `/tmp` in memory would make every sync free).
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory")
+}
+
+/// Polls until `ready` gives a value; panics with `what` when [`PATIENCE`] is over.
+pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// How a gateway is to be started: on which directory, with which settings.
+#[derive(Clone)]
+pub struct Setup {
+    dir: PathBuf,
+    env: BTreeMap<String, String>,
+}
+
+impl Setup {
+    /// On a data directory, at the defaults, on free ports.
+    pub fn on(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), env: BTreeMap::new() }
+            .set("mqtt.listen", "127.0.0.1:0")
+            .set("http.listen", "127.0.0.1:0")
+    }
+
+    /// With one key of the configuration set, by its dotted name.
+    pub fn set(mut self, key: &str, value: impl ToString) -> Self {
+        let name = format!("HEADGATE_{}", key.to_uppercase().replace('.', "__"));
+        self.env.insert(name, value.to_string());
+        self
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_headgate"));
+        command.arg("serve").arg("--data-dir").arg(&self.dir);
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("HEADGATE_")) {
+            command.env_remove(name);
+        }
+        command.envs(&self.env).env("RUST_BACKTRACE", "1");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Starts the process and waits for nothing: for a test that kills it while it starts.
+    pub fn spawn(&self) -> Child {
+        self.command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("headgate starts")
+    }
+
+    /// Starts it and waits until it says that it is ready.
+    pub fn start(&self) -> Gateway {
+        match self.try_start() {
+            Ok(gateway) => gateway,
+            Err(exit) => panic!("headgate serve exited with {}:\n{}", exit.status, exit.output),
+        }
+    }
+
+    /// Starts it where it is expected to refuse, and returns how it ended.
+    pub fn refused(&self) -> Exit {
+        match self.try_start() {
+            Ok(gateway) => panic!("headgate serve started:\n{}", gateway.output()),
+            Err(exit) => exit,
+        }
+    }
+
+    /// Starts it; `Err` when the process ends before it is ready.
+    pub fn try_start(&self) -> Result<Gateway, Exit> {
+        let mut child = self.command().spawn().expect("headgate starts");
+        let output = Arc::new(Mutex::new(String::new()));
+        let (line_tx, lines) = mpsc::channel();
+        let readers = [
+            follow(child.stdout.take().expect("piped"), &output, Some(line_tx)),
+            follow(child.stderr.take().expect("piped"), &output, None),
+        ];
+        let process = Process { child, output, readers: readers.into() };
+        let deadline = Instant::now() + PATIENCE;
+        let (mut mqtt, mut http) = (None, None);
+        while mqtt.is_none() || http.is_none() {
+            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.contains("MQTT") => mqtt = mqtt.or_else(|| loopback_address(&line)),
+                Ok(line) if line.contains("HTTP") => http = http.or_else(|| loopback_address(&line)),
+                Ok(_) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(process.wait()),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    panic!("headgate serve named no listeners:\n{}", process.output())
+                }
+            }
+        }
+        let mqtt = mqtt.expect("the loop ends with both");
+        let http = http.expect("the loop ends with both");
+        let gateway = Gateway { process, mqtt, http, setup: self.clone(), agent: agent() };
+        wait_for("/readyz to say 200", || (gateway.get("/readyz", "").status == 200).then_some(()));
+        Ok(gateway)
+    }
+}
+
+/// Copies what a process prints into `output`, and line by line into `lines`, on a thread.
+fn follow(
+    stream: impl Read + Send + 'static,
+    output: &Arc<Mutex<String>>,
+    lines: Option<mpsc::Sender<String>>,
+) -> JoinHandle<()> {
+    let output = output.clone();
+    std::thread::spawn(move || {
+        let mut stream = BufReader::new(stream);
+        let mut line = Vec::new();
+        while stream.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
+            let text = String::from_utf8_lossy(&line).into_owned();
+            output.lock().expect("no holder panics").push_str(&text);
+            if let Some(lines) = &lines {
+                let _ = lines.send(text);
+            }
+            line.clear();
+        }
+    })
+}
+
+/// The first `127.0.0.1:PORT` in a line.
+fn loopback_address(line: &str) -> Option<SocketAddr> {
+    let rest = &line[line.find("127.0.0.1:")?..];
+    let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.' && c != ':').unwrap_or(rest.len());
+    rest[..end].trim_end_matches(['.', ':']).parse().ok()
+}
+
+fn agent() -> ureq::Agent {
+    ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_global(Some(PATIENCE))
+        .build()
+        .new_agent()
+}
+
+/// A child process whose output is kept. Killed when dropped.
+struct Process {
+    child: Child,
+    output: Arc<Mutex<String>>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl Process {
+    fn output(&self) -> String {
+        self.output.lock().expect("no holder panics").clone()
+    }
+
+    /// Waits for the end, which has to come within [`PATIENCE`].
+    fn wait(mut self) -> Exit {
+        let status = wait_for("headgate to exit", || self.child.try_wait().expect("our child"));
+        for reader in self.readers.drain(..) {
+            reader.join().expect("a reader does not panic");
+        }
+        Exit { status, output: self.output() }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|ended| ended.is_some()) {
+            return;
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let output = self.output();
+            let lines: Vec<&str> = output.lines().collect();
+            eprintln!("--- the gateway's last lines");
+            for line in &lines[lines.len().saturating_sub(40)..] {
+                eprintln!("{line}");
+            }
+        }
+    }
+}
+
+/// How a process ended, and everything that it printed.
+#[derive(Debug)]
+pub struct Exit {
+    pub status: ExitStatus,
+    pub output: String,
+}
+
+/// A datasource that a test created, with its first key.
+#[derive(Clone)]
+pub struct Source {
+    pub id: String,
+    pub key_id: String,
+    pub key: String,
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: BTreeMap<String, String>,
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.text()))
+    }
+}
+
+/// A running gateway.
+pub struct Gateway {
+    process: Process,
+    /// Where it serves MQTT.
+    pub mqtt: SocketAddr,
+    /// Where it serves HTTP.
+    pub http: SocketAddr,
+    setup: Setup,
+    agent: ureq::Agent,
+}
+
+impl Gateway {
+    /// A gateway at the defaults on `dir`.
+    pub fn start(dir: &Path) -> Self {
+        Setup::on(dir).start()
+    }
+
+    /// Its data directory.
+    pub fn dir(&self) -> &Path {
+        &self.setup.dir
+    }
+
+    /// Everything that it has printed so far.
+    pub fn output(&self) -> String {
+        self.process.output()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.child.id()
+    }
+
+    /// The key that the first start wrote to `admin.key`.
+    pub fn admin_key(&self) -> String {
+        let path = self.dir().join("admin.key");
+        std::fs::read_to_string(&path).expect("admin.key is readable").trim().to_owned()
+    }
+
+    /// SIGKILL: no chance to finish anything.
+    pub fn kill(mut self) {
+        self.process.child.kill().expect("our child can be killed");
+        self.process.child.wait().expect("our child can be waited for");
+    }
+
+    /// SIGTERM, without waiting.
+    pub fn terminate(&self) {
+        let pid = libc::pid_t::try_from(self.pid()).expect("a process id");
+        // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
+        let rc = unsafe { libc::kill(pid, libc::SIGTERM) };
+        assert_eq!(rc, 0, "SIGTERM was sent");
+    }
+
+    /// Waits for the end after [`Gateway::terminate`].
+    pub fn wait(self) -> Exit {
+        self.process.wait()
+    }
+
+    /// SIGTERM, and the drain has to end with exit code 0.
+    pub fn stop(self) -> Exit {
+        self.terminate();
+        let exit = self.wait();
+        assert!(exit.status.success(), "the drain ended with {}:\n{}", exit.status, exit.output);
+        exit
+    }
+
+    /// One HTTP request; `key`, unless empty, goes into `Authorization`.
+    pub fn request(
+        &self,
+        method: &str,
+        path: &str,
+        key: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Answer {
+        self.try_request(method, path, key, headers, body).expect("an HTTP answer")
+    }
+
+    /// As [`Gateway::request`]; `Err` when the connection ends before an answer.
+    pub fn try_request(
+        &self,
+        method: &str,
+        path: &str,
+        key: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Result<Answer, ureq::Error> {
+        http(&self.agent, self.http, method, path, key, headers, body)
+    }
+
+    /// GET.
+    pub fn get(&self, path: &str, key: &str) -> Answer {
+        self.request("GET", path, key, &[], &[])
+    }
+
+    /// POST of JSON.
+    pub fn post(&self, path: &str, key: &str, body: &Value) -> Answer {
+        let body = body.to_string();
+        self.request("POST", path, key, &[("content-type", "application/json")], body.as_bytes())
+    }
+
+    /// Creates a datasource whose key may publish.
+    pub fn create(&self, id: &str) -> Source {
+        let body = serde_json::json!({ "id": id, "name": id });
+        let answer = self.post("/v1/datasources", &self.admin_key(), &body);
+        assert_eq!(answer.status, 201, "{}", answer.text());
+        let json = answer.json();
+        let text = |pointer: &str| {
+            let value = json.pointer(pointer).and_then(Value::as_str);
+            value.unwrap_or_else(|| panic!("{pointer} in {json}")).to_owned()
+        };
+        Source { id: text("/datasource/id"), key_id: text("/key/id"), key: text("/key/secret") }
+    }
+
+    /// Deletes a datasource.
+    pub fn delete(&self, id: &str) {
+        let answer = self.request("DELETE", &format!("/v1/datasources/{id}"), &self.admin_key(), &[], &[]);
+        assert_eq!(answer.status, 204, "{}", answer.text());
+    }
+
+    /// Every stored record of a datasource, page by page.
+    pub fn records(&self, id: &str) -> Vec<Value> {
+        let mut records = Vec::new();
+        let mut page = format!("/v1/datasources/{id}/records?limit=1000");
+        loop {
+            let answer = self.get(&page, &self.admin_key());
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            let mut json = answer.json();
+            let Some(Value::Array(mut more)) = json.get_mut("records").map(Value::take) else {
+                panic!("no records in {json}")
+            };
+            records.append(&mut more);
+            match &json["next"] {
+                Value::Null => return records,
+                next => page = format!("/v1/datasources/{id}/records?limit=1000&after_offset={next}"),
+            }
+        }
+    }
+
+    /// Waits until storage has `count` records of a datasource, and returns them.
+    pub fn stored(&self, id: &str, count: usize) -> Vec<Value> {
+        wait_for(&format!("{count} records of {id} in storage"), || {
+            Some(self.records(id)).filter(|records| records.len() >= count)
+        })
+    }
+
+    /// Waits until storage has everything that the log had when this was called.
+    pub fn settle(&self) {
+        let end = self.metric("headgate_log_next_offset");
+        wait_for("storage to reach the end of the log", || {
+            (self.metric("headgate_storage_cursor") >= end).then_some(())
+        });
+    }
+
+    /// `/metrics`, as text.
+    pub fn metrics(&self) -> String {
+        let answer = self.get("/metrics", &self.admin_key());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.text()
+    }
+
+    /// One sample of `/metrics`, by its name with labels, as printed; 0 when it is not there yet.
+    pub fn metric(&self, name: &str) -> f64 {
+        let metrics = self.metrics();
+        let sample = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        sample.map_or(0.0, |value| value.parse().expect("a number"))
+    }
+}
+
+/// One HTTP request to `addr`.
+pub fn http(
+    agent: &ureq::Agent,
+    addr: SocketAddr,
+    method: &str,
+    path: &str,
+    key: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> Result<Answer, ureq::Error> {
+    let mut request = ureq::http::Request::builder().method(method).uri(format!("http://{addr}{path}"));
+    if !key.is_empty() {
+        request = request.header("authorization", key);
+    }
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let mut answer = if matches!(method, "GET" | "DELETE") {
+        agent.run(request.body(()).expect("a request"))?
+    } else {
+        agent.run(request.body(body).expect("a request"))?
+    };
+    let headers = answer.headers().iter();
+    let headers = headers.map(|(k, v)| (k.to_string(), String::from_utf8_lossy(v.as_bytes()).into_owned()));
+    Ok(Answer {
+        status: answer.status().as_u16(),
+        headers: headers.collect(),
+        body: answer.body_mut().with_config().limit(256 << 20).read_to_vec()?,
+    })
+}
+
+/// An agent of a test's own, for a thread that outlives a [`Gateway`].
+pub fn http_agent() -> ureq::Agent {
+    agent()
+}
