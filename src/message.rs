@@ -134,8 +134,7 @@ impl Serialize for DatasourceId {
 
 /// The public handle of a key: the first 6 bytes of its digest, shown as 12 hex characters.
 /// Safe to log: it finds a key in the registry, and opens nothing.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyId(pub [u8; 6]);
 
 impl KeyId {
@@ -170,6 +169,23 @@ impl fmt::Display for KeyId {
 impl fmt::Debug for KeyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+/// The 12 characters in formats for people (JSON), the 6 bytes in others (the log).
+impl Serialize for KeyId {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        if s.is_human_readable() { s.collect_str(self) } else { self.0.serialize(s) }
+    }
+}
+
+impl<'de> Deserialize<'de> for KeyId {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        if d.is_human_readable() {
+            Self::parse(&String::deserialize(d)?).map_err(serde::de::Error::custom)
+        } else {
+            Deserialize::deserialize(d).map(Self)
+        }
     }
 }
 
@@ -358,5 +374,16 @@ mod tests {
         for bad in ["", "0123456789a", "0123456789abc", "0123456789aB", "0123456789ag"] {
             assert_eq!(KeyId::parse(bad), Err(NameError::KeyId), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_key_id_is_text_in_json_and_6_bytes_in_the_log() {
+        let id = KeyId([1, 0x23, 0x45, 0x67, 0x89, 0xab]);
+        let json = serde_json::to_string(&id).expect("serializable");
+        assert_eq!(json, "\"0123456789ab\"");
+        assert_eq!(serde_json::from_str::<KeyId>(&json).expect("reads back"), id);
+        let bytes = postcard::to_stdvec(&id).expect("serializable");
+        assert_eq!(bytes, id.0);
+        assert_eq!(postcard::from_bytes::<KeyId>(&bytes).expect("reads back"), id);
     }
 }

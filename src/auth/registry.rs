@@ -583,6 +583,27 @@ mod tests {
     }
 
     #[test]
+    fn what_a_call_returned_is_on_disk_without_a_clean_end() {
+        let (dir, registry) = empty();
+        // The files as a kill at this moment would leave them.
+        let as_left = || {
+            let left = tempfile::tempdir().expect("temporary directory");
+            for file in std::fs::read_dir(dir.path()).expect("readable") {
+                let file = file.expect("entry");
+                std::fs::copy(file.path(), left.path().join(file.file_name())).expect("copied");
+            }
+            let registry = Registry::open(left.path()).expect("opens");
+            (left, registry)
+        };
+        let (a, _, secret) = registry.create_datasource(None, "a", ingest()).expect("created");
+        assert!(as_left().1.find(&secret.digest()).is_some());
+        registry.delete_datasource(&a.id).expect("deleted");
+        let (_left, after) = as_left();
+        assert!(after.find(&secret.digest()).is_none() && after.was_revoked(&secret.digest()));
+        assert!(after.datasources().is_empty());
+    }
+
+    #[test]
     fn a_change_that_does_not_reach_the_disk_does_not_reach_the_live_view() {
         let (dir, registry) = empty();
         let (a, key, secret) = registry.create_datasource(None, "a", ingest()).expect("created");
@@ -628,7 +649,6 @@ mod tests {
                     holds(&bytes, &secret.digest().0),
                     "the digest is there, so this looks in the right place"
                 );
-                // A third of the secret would still leave nothing to guess.
                 assert!(!holds(&bytes, &secret.expose().as_bytes()[4..20]));
                 assert!(!holds(&bytes, b"hgk_"));
             }

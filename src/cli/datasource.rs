@@ -161,7 +161,7 @@ fn show(client: &Client, id: &str, as_json: bool, out: &mut Out) -> anyhow::Resu
         writeln!(out, "{answer:#}")?;
         return Ok(());
     }
-    let mut rows = table(&["", ""], &[]);
+    let mut rows = table(&["field", "value"], &[]);
     describe("", &answer, &mut rows);
     writeln!(out, "{rows}")?;
     Ok(())

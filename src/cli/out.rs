@@ -9,6 +9,8 @@ use std::fmt;
 use std::io::{self, BufWriter, StdoutLock, Write};
 
 use comfy_table::{CellAlignment, Table, presets};
+use indicatif::ProgressState;
+use indicatif::style::{ProgressStyle, TemplateError};
 
 /// Standard output, buffered; flushed by whoever wants something seen now, and at the end.
 pub(crate) struct Out(BufWriter<StdoutLock<'static>>);
@@ -60,7 +62,7 @@ pub(super) fn is_reader_gone(error: &anyhow::Error) -> bool {
 /// An empty table with these columns; those in `right` hold numbers.
 pub(super) fn table(columns: &[&str], right: &[usize]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::UTF8_FULL_CONDENSED);
     table.set_header(columns.to_vec());
     for &index in right {
         if let Some(column) = table.column_mut(index) {
@@ -68,6 +70,15 @@ pub(super) fn table(columns: &[&str], right: &[usize]) -> Table {
         }
     }
     table
+}
+
+/// The look of a progress bar; beside what indicatif knows there is `{rate}`, messages a second.
+pub(super) fn progress(template: &str) -> Result<ProgressStyle, TemplateError> {
+    let rate = |state: &ProgressState, to: &mut dyn fmt::Write| {
+        // Nothing can be done about a rate that cannot be shown.
+        let _ = write!(to, "{:.0}/s", state.per_sec());
+    };
+    Ok(ProgressStyle::with_template(template)?.with_key("rate", rate))
 }
 
 /// A number with its thousands apart: `37,342`.

@@ -9,14 +9,14 @@ use std::thread;
 
 use anyhow::{Context, bail};
 use futures_util::{Stream, stream};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use ureq::http::Uri;
 
 use super::client::{self, Client, Problem, Secret};
 use super::datasource;
-use super::out::{Out, grouped, latency};
+use super::out::{self, Out, grouped, latency};
 use super::replay::{end, replay};
 use super::session::{Dialect, Session, WINDOW};
 use crate::message::check_topic;
@@ -109,7 +109,7 @@ fn resolve(addr: Option<String>, url: &str) -> anyhow::Result<SocketAddr> {
 fn progress(file: &Path) -> anyhow::Result<ProgressBar> {
     let lines = lines(Box::new(open(file)?)).count();
     let bar = ProgressBar::new(lines as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:40} {human_pos}/{human_len} {per_sec} {eta}")?);
+    bar.set_style(out::progress("{bar:40} {human_pos}/{human_len} {rate} {eta}")?);
     Ok(bar)
 }
 

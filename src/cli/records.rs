@@ -3,11 +3,12 @@
 use std::io::{self, Write};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::client::Client;
 use super::datasource;
 use super::out::{Out, table};
+use crate::message::Offset;
 
 /// Records asked for at once. A table prints after each page, so that a long answer starts early.
 const PAGE: u64 = 1_000;
@@ -43,15 +44,42 @@ enum Format {
 }
 
 /// A page of the gateway's answer.
-#[derive(Debug, Deserialize)]
+#[derive(Deserialize)]
 struct Page {
-    records: Vec<Value>,
-    next: Option<Value>,
+    records: Vec<Record>,
+    next: Option<Offset>,
 }
 
-/// A record's fields as the columns of a table or of CSV, in this order.
-const COLUMNS: [&str; 7] =
-    ["offset", "received_at", "topic", "payload", "content_type", "key_id", "transport"];
+/// A record, as the gateway wrote it: digit for digit what the device sent, where that was JSON.
+pub(super) type Record = Box<RawValue>;
+
+/// What is shown of a record in columns.
+#[derive(Deserialize)]
+struct Columns<'a> {
+    offset: Offset,
+    received_at: String,
+    topic: String,
+    #[serde(borrow)]
+    payload: &'a RawValue,
+    payload_encoding: Option<String>,
+    content_type: Option<String>,
+    key_id: String,
+    transport: String,
+}
+
+impl Columns<'_> {
+    fn of(record: &Record) -> serde_json::Result<Columns<'_>> {
+        serde_json::from_str(record.get())
+    }
+
+    /// The payload: text without quotes, anything else as JSON.
+    fn payload(&self) -> String {
+        serde_json::from_str(self.payload.get()).unwrap_or_else(|_| self.payload.get().to_owned())
+    }
+}
+
+/// The columns of CSV.
+const CSV_HEADER: &str = "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport";
 
 pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     let client = Client::from_environment()?;
@@ -62,23 +90,34 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
         }
     }
     if args.format == Format::Csv {
-        writeln!(out, "{}", COLUMNS.join(","))?;
+        writeln!(out, "{CSV_HEADER}")?;
     }
     for_each_page(&client, &args.datasource, &query, args.limit, |records| {
         match args.format {
-            Format::Json => records.iter().try_for_each(|record| writeln!(out, "{record}")),
-            Format::Csv => records.iter().try_for_each(|record| csv(record, out)),
+            Format::Json => {
+                for record in records {
+                    writeln!(out, "{}", record.get())?;
+                }
+            }
+            Format::Csv => {
+                for record in &records {
+                    csv(&Columns::of(record)?, out)?;
+                }
+            }
             Format::Table => {
                 let mut rows = table(&["offset", "received", "topic", "payload"], &[0]);
                 for record in &records {
-                    let mut cells: Vec<String> =
-                        COLUMNS[..4].iter().map(|column| cell(record, column)).collect();
-                    shorten(&mut cells[3]);
-                    rows.add_row(cells);
+                    let record = Columns::of(record)?;
+                    let payload = shorten(&record.payload());
+                    let payload = match &record.payload_encoding {
+                        Some(encoding) => format!("{encoding}: {payload}"),
+                        None => payload,
+                    };
+                    rows.add_row([record.offset.to_string(), record.received_at, record.topic, payload]);
                 }
-                writeln!(out, "{rows}")
+                writeln!(out, "{rows}")?;
             }
-        }?;
+        }
         Ok(out.flush()?)
     })
 }
@@ -89,85 +128,92 @@ pub(super) fn for_each_page(
     datasource: &str,
     query: &[(&str, &str)],
     limit: u64,
-    mut page: impl FnMut(Vec<Value>) -> anyhow::Result<()>,
+    mut page: impl FnMut(Vec<Record>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let path = format!("{}/records", datasource::path(datasource)?);
     let mut left = limit;
-    let mut after: Option<String> = None;
+    let mut after: Option<Offset> = None;
     loop {
         let count = left.min(PAGE).to_string();
         let mut query = query.to_vec();
         query.push(("limit", &count));
-        if let Some(after) = &after {
-            query.push(("after_offset", after));
+        let after_offset = after.map(|offset| offset.to_string());
+        if let Some(after_offset) = &after_offset {
+            query.push(("after_offset", after_offset));
         }
         let Page { records, next } = client.get(&path, &query)?;
         left = left.saturating_sub(records.len() as u64);
         page(records)?;
         match next {
-            Some(cursor) if left > 0 => after = Some(text(&cursor)),
+            Some(_) if left > 0 => after = next,
             _ => return Ok(()),
         }
     }
 }
 
-/// A value as people read it: text without quotes, anything else as JSON.
-fn text(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Null => String::new(),
-        other => other.to_string(),
+/// Cuts a long payload for a table, and keeps out of it what would move the cursor.
+fn shorten(payload: &str) -> String {
+    let mut short: String = payload
+        .chars()
+        .take(PAYLOAD_CHARS_MAX)
+        .map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c })
+        .collect();
+    if payload.chars().nth(PAYLOAD_CHARS_MAX).is_some() {
+        short.push('…');
     }
-}
-
-fn cell(record: &Value, column: &str) -> String {
-    record.get(column).map(text).unwrap_or_default()
-}
-
-/// Cuts a long payload for a table, and keeps what would move the cursor out of it.
-fn shorten(payload: &mut String) {
-    *payload = payload.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
-    if let Some((cut, _)) = payload.char_indices().nth(PAYLOAD_CHARS_MAX) {
-        payload.truncate(cut);
-        payload.push('…');
-    }
+    short
 }
 
 /// One line of CSV (RFC 4180): what holds a comma, a quote or a line break is quoted.
-fn csv(record: &Value, out: &mut impl Write) -> io::Result<()> {
-    for (index, column) in COLUMNS.into_iter().enumerate() {
-        if index > 0 {
-            out.write_all(b",")?;
-        }
-        let cell = cell(record, column);
+fn csv(record: &Columns<'_>, out: &mut impl Write) -> io::Result<()> {
+    write!(out, "{},{}", record.offset, record.received_at)?;
+    let payload = record.payload();
+    let [encoding, content_type] =
+        [&record.payload_encoding, &record.content_type].map(|text| text.as_deref().unwrap_or_default());
+    for cell in [&record.topic, &payload, encoding, content_type, &record.key_id, &record.transport] {
         if cell.contains([',', '"', '\n', '\r']) {
-            write!(out, "\"{}\"", cell.replace('"', "\"\""))?;
+            write!(out, ",\"{}\"", cell.replace('"', "\"\""))?;
         } else {
-            out.write_all(cell.as_bytes())?;
+            write!(out, ",{cell}")?;
         }
     }
-    out.write_all(b"\n")
+    writeln!(out)
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
-    #[test]
-    fn csv_quotes_what_would_break_a_line() {
-        let record = json!({ "offset": 7, "topic": "a,b", "payload": { "value": 1 }, "transport": "mqtt" });
+    const RECORD: &str = r#"{"offset":7,"topic":"a,b","payload":{"value": 21.50},"content_type":null,
+        "key_id":"0123456789ab","transport":"mqtt","received_at":"2026-11-23T09:28:39.000120Z"}"#;
+
+    fn line(record: &str) -> String {
         let mut line = Vec::new();
-        csv(&record, &mut line).expect("a Vec takes all");
-        assert_eq!(String::from_utf8_lossy(&line), "7,,\"a,b\",\"{\"\"value\"\":1}\",,,mqtt\n");
+        csv(&serde_json::from_str(record).expect("a record"), &mut line).expect("a Vec takes all");
+        String::from_utf8(line).expect("text")
+    }
+
+    #[test]
+    fn csv_quotes_what_would_break_a_line_and_keeps_every_digit() {
+        let expected =
+            "7,2026-11-23T09:28:39.000120Z,\"a,b\",\"{\"\"value\"\": 21.50}\",,,0123456789ab,mqtt\n";
+        assert_eq!(line(RECORD), expected);
+    }
+
+    #[test]
+    fn csv_tells_bytes_from_text() {
+        let bytes = RECORD.replace(r#"{"value": 21.50}"#, r#""/wA=","payload_encoding":"base64""#);
+        assert!(line(&bytes).contains(",/wA=,base64,,"), "{}", line(&bytes));
+        let text = RECORD.replace(r#"{"value": 21.50}"#, r#""two\nlines""#);
+        assert!(line(&text).contains(",\"two\nlines\",,,"), "{}", line(&text));
     }
 
     #[test]
     fn a_table_shows_no_more_than_fits_and_no_control_characters() {
-        let mut payload = format!("\u{1b}[2J{}", "é".repeat(200));
-        shorten(&mut payload);
-        assert_eq!(payload.chars().count(), PAYLOAD_CHARS_MAX + 1);
-        assert!(payload.starts_with("\u{fffd}[2J") && payload.ends_with('…'), "{payload}");
+        let short = shorten(&format!("\u{1b}[2J{}", "é".repeat(200)));
+        assert_eq!(short.chars().count(), PAYLOAD_CHARS_MAX + 1);
+        assert!(short.starts_with("\u{fffd}[2J") && short.ends_with('…'), "{short}");
+        let fits = "é".repeat(PAYLOAD_CHARS_MAX);
+        assert_eq!(shorten(&fits), fits);
     }
 }

@@ -84,7 +84,8 @@ pub(super) async fn replay(
 ) -> anyhow::Result<Tally> {
     let flow = Mutex::new(Flow::default());
     let flow = || flow.lock().unwrap_or_else(PoisonError::into_inner);
-    let window = Semaphore::new(WINDOW.into());
+    // Opened with the connection: to make it is no part of a message's latency.
+    let window = Semaphore::new(0);
     let publisher = session.publisher();
     let publish = async {
         let mut payloads = pin!(payloads);
@@ -116,8 +117,9 @@ pub(super) async fn replay(
                     acked();
                 }
                 Step::Refused(_, why) => bail!("refused: {why}"),
+                Step::Connected => window.add_permits(WINDOW.into()),
                 // A ping and its answer, at the latest.
-                Step::Connected | Step::Disconnected | Step::Other => {
+                Step::Disconnected | Step::Other => {
                     if flow.oldest().is_some_and(|since| since.elapsed() > SILENCE_MAX) {
                         bail!("a message was not acknowledged in {SILENCE_MAX:?}");
                     }

@@ -65,7 +65,7 @@ pub(super) fn announce(gateway: &Gateway, out: &mut Out) -> std::io::Result<()> 
     )?;
     writeln!(
         out,
-        "HTTP  http://{}  POST /v1/ingest/DATASOURCE[/TOPIC]; the key as \"Authorization: KEY\" or \"X-API-Key: KEY\"",
+        "HTTP  http://{}  dashboard; POST /v1/ingest/DATASOURCE[/TOPIC]; the key as \"Authorization: KEY\"",
         gateway.http_addr
     )?;
     writeln!(out, "admin key  {}", gateway.admin_key_path.display())?;

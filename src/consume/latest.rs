@@ -143,3 +143,152 @@ pub(super) fn read(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::consume::query::Query;
+    use crate::consume::sink::sqlite::{FILE_NAME, SqliteSink};
+    use crate::consume::testing::record;
+    use crate::limits::{LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_VALUE_BYTES_MAX};
+    use crate::message::RecordRef;
+
+    /// Stores each of `transactions`, whose records follow one another, and reads what is latest.
+    fn latest_after(transactions: &[Vec<RecordRef<'_>>]) -> LatestPage {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = SqliteSink::open(&dir.path().join(FILE_NAME)).expect("opens");
+        for records in transactions {
+            let next = records.last().expect("some records").offset + 1;
+            sink.store(records.iter().copied(), next, false).expect("stored");
+        }
+        let query = Query::open(dir.path()).expect("opens");
+        query.latest(&DatasourceId::new("press-4").expect("slug"), None).expect("reads")
+    }
+
+    /// The values of one topic whose payloads these are, each in a transaction of its own or all in
+    /// one: that must not make a difference.
+    fn values_after(payloads: &[&[u8]]) -> Value {
+        let records =
+            || payloads.iter().zip(0..).map(|(payload, offset)| record(offset, "press-4", "a", payload));
+        let together = latest_after(&[records().collect()]);
+        let apart = latest_after(&records().map(|record| vec![record]).collect::<Vec<_>>());
+        assert_eq!(together.topics, apart.topics);
+        let shown = serde_json::to_value(&together.topics[0].values).expect("serializable");
+        let values = shown.as_object().expect("a map").iter();
+        values.map(|(key, value)| (key.clone(), json!([value["value"], value["offset"]]))).collect()
+    }
+
+    #[test]
+    fn each_key_keeps_its_newest_value_across_messages() {
+        let values = values_after(&[
+            br#"{"t": 20, "unit": "C"}"#,
+            br#"{"rpm": 900, "t": 21.50}"#,
+            br#"{"unit": "F", "state": {"on": [1, null]}}"#,
+        ]);
+        let expected =
+            json!({"t": [21.5, 1], "unit": ["F", 2], "rpm": [900, 1], "state": [{"on": [1, null]}, 2]});
+        assert_eq!(values, expected);
+    }
+
+    #[test]
+    fn a_payload_that_is_no_object_is_the_value_of_the_empty_key() {
+        assert_eq!(values_after(&[b"20", b" 21.5 "]), json!({"": [21.5, 1]}));
+        assert_eq!(values_after(&[b"[1]"]), json!({"": [[1], 0]}));
+        assert_eq!(values_after(&[b"on", br#"{"a": 1}"#]), json!({"": ["on", 0], "a": [1, 1]}));
+        assert_eq!(values_after(&[br#"{"a": 1"#]), json!({"": ["{\"a\": 1", 0]}));
+        assert_eq!(
+            values_after(&[br#"{"a": 1}"#, br#"{"b": 2} x"#]),
+            json!({"a": [1, 0], "": ["{\"b\": 2} x", 1]})
+        );
+        assert_eq!(values_after(&[b"\xff\x00"]), json!({"": ["/wA=", 0]}));
+        assert_eq!(values_after(&[b"{}"]), json!({}));
+    }
+
+    #[test]
+    fn keys_are_what_they_stand_for_however_they_are_written() {
+        let values =
+            values_after(&[br#"{"\u0074": 1, "a\"b": 2, "t": 3}"#, r#"{"°": 4, "a\u0022b": 5}"#.as_bytes()]);
+        assert_eq!(values, json!({"t": [3, 0], "a\"b": [5, 1], "°": [4, 1]}));
+    }
+
+    #[test]
+    fn a_value_that_not_every_parser_reads_is_shown_as_text() {
+        let deep = format!(r#"{{"deep": {}1{}, "big": 1e999}}"#, "[".repeat(500), "]".repeat(500));
+        let values = values_after(&[deep.as_bytes()]);
+        assert_eq!(values["big"], json!(["1e999", 0]));
+        assert!(values["deep"][0].is_string());
+    }
+
+    #[test]
+    fn a_topic_keeps_its_newest_keys_up_to_the_limit() {
+        let max = LATEST_KEYS_PER_TOPIC_MAX;
+        let one_each: Vec<String> = (0..=max).map(|n| format!(r#"{{"k{n}": {n}, "always": 1}}"#)).collect();
+        let payloads: Vec<&[u8]> = one_each.iter().map(|payload| payload.as_bytes()).collect();
+        let values = values_after(&payloads);
+        assert_eq!(values.as_object().map(|keys| keys.len()), Some(max));
+        assert_eq!((&values["k0"], &values["k1"]), (&Value::Null, &Value::Null), "the oldest give way");
+        assert_eq!(values["always"], json!([1, max]));
+        let below = values_after(&payloads[..max - 1]);
+        assert_eq!(below.as_object().map(|keys| keys.len()), Some(max), "all keys fit");
+
+        let members: Vec<String> = (0..=max).map(|n| format!(r#""k{n:03}": {n}"#)).collect();
+        let wide = format!("{{{}}}", members.join(","));
+        let values = values_after(&[wide.as_bytes(), wide.as_bytes()]);
+        assert_eq!(values.as_object().map(|keys| keys.len()), Some(max));
+    }
+
+    #[test]
+    fn a_key_or_value_beyond_its_limit_is_not_copied() {
+        let (key, long_key) = ("k".repeat(LATEST_KEY_BYTES_MAX), "k".repeat(LATEST_KEY_BYTES_MAX + 1));
+        let text = "x".repeat(LATEST_VALUE_BYTES_MAX - 2);
+        let payload = format!(r#"{{"{key}": 1, "{long_key}": 2, "fits": "{text}", "long": "x{text}"}}"#);
+        let page = latest_after(&[vec![record(0, "press-4", "a", payload.as_bytes())]]);
+        let values = serde_json::to_value(&page.topics[0].values).expect("serializable");
+        assert_eq!(values.as_object().map(|keys| keys.len()), Some(3), "without the long key");
+        assert_eq!(values[&key]["value"], 1);
+        assert_eq!(values["fits"]["value"], json!(text));
+        assert_eq!(
+            (&values["long"]["value"], &values["long"]["omitted"]),
+            (&Value::Null, &Value::Bool(true))
+        );
+    }
+
+    #[test]
+    fn the_answer_has_the_shape_that_the_api_promises() {
+        let mut json_record = record(0, "press-4", "a", b"{\"t\": 21.50}");
+        json_record.content_type = "application/json";
+        let others = vec![json_record, record(1, "press-4", "b", b"\xff"), record(2, "press-5", "c", b"1")];
+        let shown = serde_json::to_string(&latest_after(&[others])).expect("serializable");
+        let expected = concat!(
+            r#"{"datasource":"press-4","topics":["#,
+            r#"{"topic":"a","offset":0,"received_at":"2026-11-23T09:28:39.000000Z","payload":{"t": 21.50},"#,
+            r#""content_type":"application/json","#,
+            r#""values":{"t":{"value":21.50,"offset":0,"received_at":"2026-11-23T09:28:39.000000Z"}}},"#,
+            r#"{"topic":"b","offset":1,"received_at":"2026-11-23T09:28:39.001000Z","payload":"/w==","#,
+            r#""payload_encoding":"base64","content_type":null,"values":{"":{"value":"/w==","#,
+            r#""value_encoding":"base64","offset":1,"received_at":"2026-11-23T09:28:39.001000Z"}}}],"#,
+            r#""next":null}"#
+        );
+        assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn very_many_topics_come_in_pages() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = SqliteSink::open(&dir.path().join(FILE_NAME)).expect("opens");
+        let topics: Vec<String> = (0..=LATEST_TOPICS_MAX).map(|n| format!("t/{n:06}")).collect();
+        let records = topics.iter().zip(0..).map(|(topic, offset)| record(offset, "press-4", topic, b"1"));
+        sink.store(records, topics.len() as u64, false).expect("stored");
+        let query = Query::open(dir.path()).expect("opens");
+        let id = DatasourceId::new("press-4").expect("slug");
+        let first = query.latest(&id, None).expect("reads");
+        assert_eq!(first.topics.len(), LATEST_TOPICS_MAX);
+        let last = topics.last().expect("some");
+        assert_eq!(first.next.as_ref(), topics.get(LATEST_TOPICS_MAX - 1));
+        let second = query.latest(&id, first.next.as_deref()).expect("reads");
+        assert_eq!(second.topics.iter().map(|t| &t.topic).collect::<Vec<_>>(), [last]);
+        assert_eq!(second.next, None);
+    }
+}

@@ -10,3 +10,6 @@ pub mod query;
 pub mod render;
 pub mod sink;
 pub mod storage;
+
+#[cfg(test)]
+mod testing;

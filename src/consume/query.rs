@@ -228,16 +228,8 @@ impl Scan {
         filter: Option<&TopicFilter>,
     ) -> rusqlite::Result<RecordsPage> {
         let (sql, id) = match self.along {
-            Along::Datasource(id) => (
-                "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
-                 WHERE datasource_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
-                id,
-            ),
-            Along::Topic(id) => (
-                "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
-                 WHERE topic_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
-                id,
-            ),
+            Along::Datasource(id) => (PAGE_SQL[0], id),
+            Along::Topic(id) => (PAGE_SQL[1], id),
         };
         let limit = query.limit.clamp(1, QUERY_RECORDS_MAX);
         let mut names = Names {
@@ -281,6 +273,15 @@ impl Scan {
         Ok(page)
     }
 }
+
+/// The records of a datasource, and those of a topic. SQLite keeps the rows of an index entry in the
+/// order of their keys, which are the offsets.
+const PAGE_SQL: [&str; 2] = [
+    "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
+     WHERE datasource_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
+    "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
+     WHERE topic_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
+];
 
 /// A payload, whether it is stored as TEXT or as BLOB.
 pub(super) fn bytes_of(row: &Row<'_>, column: usize) -> rusqlite::Result<Vec<u8>> {
@@ -340,4 +341,225 @@ fn origin_of(row: &Row<'_>) -> rusqlite::Result<Origin> {
     let transport = known.into_iter().find(|transport| transport.as_str() == name);
     let transport = transport.ok_or_else(|| unreadable(1, format!("no transport: {name}").into()))?;
     Ok(Origin { key_id, transport, content_type: row.get(2)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consume::sink::sqlite::SqliteSink;
+    use crate::consume::testing::{EPOCH, record};
+    use crate::message::RecordRef;
+
+    const TOPICS: [&str; 4] = ["spindle/temp", "spindle/rpm", "spindle", "door"];
+    const DATASOURCES: [&str; 3] = ["press-4", "press-5", "press-6"];
+    const SECOND: TimeMicros = 1_000_000;
+
+    fn id(datasource: &str) -> DatasourceId {
+        DatasourceId::new(datasource).expect("slug")
+    }
+
+    fn all_of(datasource: &str) -> RecordsQuery {
+        RecordsQuery {
+            datasource: id(datasource),
+            topic: None,
+            from: None,
+            to: None,
+            after_offset: None,
+            key_id: None,
+            limit: QUERY_RECORDS_MAX,
+        }
+    }
+
+    fn stored<'a>(dir: &Path, records: impl Iterator<Item = RecordRef<'a>>, next: Offset) -> Query {
+        let mut sink = SqliteSink::open(&dir.join(FILE_NAME)).expect("opens");
+        sink.store(records, next, false).expect("stored");
+        Query::open(dir).expect("opens")
+    }
+
+    /// Twenty thousand records of several datasources, topics, keys and transports. The clock is
+    /// set back twice while they come, once far and once by little.
+    fn mixed() -> Vec<RecordRef<'static>> {
+        let mut clock = EPOCH;
+        (0..20_000_u64)
+            .map(|offset| {
+                clock += match offset {
+                    7_000 => -3_600 * SECOND,
+                    12_345 => -2 * SECOND,
+                    _ => 100_000,
+                };
+                let pick = |of: u64, salt: u64| {
+                    (offset.wrapping_mul(0x9E37_79B9).wrapping_add(salt) >> 7) as usize % of as usize
+                };
+                let mut record = record(offset, DATASOURCES[pick(3, 1)], TOPICS[pick(4, 2)], b"{\"t\": 1}");
+                record.key_id = KeyId([u8::try_from(pick(3, 3)).expect("small"); 6]);
+                record.transport = [Transport::Mqtt, Transport::Http][pick(2, 4)];
+                record.content_type = ["", "application/json"][pick(2, 5)];
+                record.received_at = clock;
+                record
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_combination_of_conditions_gives_exactly_the_records_that_meet_them_page_by_page() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let records = mixed();
+        let query = stored(dir.path(), records.iter().copied(), 20_000);
+        let times = [
+            (None, None),
+            (Some(EPOCH + 300 * SECOND), None),
+            (None, Some(EPOCH + 500 * SECOND)),
+            (Some(EPOCH + 1_200 * SECOND), Some(EPOCH + 1_234 * SECOND)),
+            // An hour that came twice, and one that never did.
+            (Some(EPOCH - 2_700 * SECOND), Some(EPOCH - 2_600 * SECOND)),
+            (Some(EPOCH + 40_000 * SECOND), Some(EPOCH + 50_000 * SECOND)),
+        ];
+        let filters =
+            [None, Some("spindle/temp"), Some("spindle/#"), Some("+"), Some("+/rpm"), Some("no/such")];
+        let keys = [None, Some(KeyId([1; 6])), Some(KeyId([9; 6]))];
+        let mut found_some = 0;
+        for (from, to) in times {
+            for topic in filters {
+                for key_id in keys {
+                    for after in [None, Some(11_111)] {
+                        let mut asked = RecordsQuery {
+                            from,
+                            to,
+                            topic: topic.map(str::to_owned),
+                            key_id,
+                            after_offset: after,
+                            limit: 700,
+                            ..all_of("press-5")
+                        };
+                        let filter = topic.map(|topic| TopicFilter::new(topic).expect("a filter"));
+                        let expected: Vec<Offset> = records
+                            .iter()
+                            .filter(|r| r.datasource == "press-5")
+                            .filter(|r| after.is_none_or(|after| r.offset > after))
+                            .filter(|r| from.is_none_or(|from| r.received_at >= from))
+                            .filter(|r| to.is_none_or(|to| r.received_at < to))
+                            .filter(|r| key_id.is_none_or(|key_id| r.key_id == key_id))
+                            .filter(|r| filter.as_ref().is_none_or(|filter| filter.matches(r.topic)))
+                            .map(|r| r.offset)
+                            .collect();
+                        let mut found = Vec::new();
+                        loop {
+                            let page = query.records(&asked).expect("reads");
+                            assert!(page.records.len() <= 700);
+                            found.extend(page.records.iter().map(|record| record.offset));
+                            let Some(next) = page.next else { break };
+                            asked.after_offset = Some(next);
+                        }
+                        assert_eq!(found, expected, "{asked:?}");
+                        found_some += usize::from(!found.is_empty());
+                    }
+                }
+            }
+        }
+        assert!(found_some > 50, "{found_some}");
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was_sent() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sent = record(3, "press-4", "spindle/temp °C", b"\xff\x00{");
+        sent.content_type = "image/x";
+        sent.transport = Transport::Nats;
+        let query = stored(dir.path(), [sent].into_iter(), 4);
+        let page = query.records(&all_of("press-4")).expect("reads");
+        let expected = StoredRecord {
+            offset: 3,
+            topic: sent.topic.into(),
+            payload: sent.payload.to_vec(),
+            content_type: "image/x".into(),
+            key_id: sent.key_id,
+            transport: Transport::Nats,
+            received_at: sent.received_at,
+        };
+        assert_eq!((page.records, page.next), (vec![expected], None));
+        assert!(query.records(&all_of("press-9")).expect("reads").records.is_empty());
+    }
+
+    #[test]
+    fn a_page_says_whether_there_may_be_another() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let query = stored(dir.path(), (0..10).map(|offset| record(offset, "press-4", "a", b"1")), 10);
+        let page = |after_offset, limit| {
+            let page =
+                query.records(&RecordsQuery { after_offset, limit, ..all_of("press-4") }).expect("reads");
+            (page.records.len(), page.next)
+        };
+        assert_eq!(page(None, 9), (9, Some(8)));
+        assert_eq!(page(Some(8), 9), (1, None));
+        assert_eq!(page(None, 10), (10, None));
+        assert_eq!(page(Some(9), 10), (0, None));
+        assert_eq!(page(Some(Offset::MAX), 10), (0, None));
+    }
+
+    #[test]
+    fn a_page_ends_after_so_many_bytes_and_goes_on_with_the_next() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let payload = vec![b'x'; 1 << 20];
+        let query = stored(dir.path(), (0..20).map(|offset| record(offset, "press-4", "a", &payload)), 20);
+        let first = query.records(&all_of("press-4")).expect("reads");
+        assert_eq!((first.records.len(), first.next), (16, Some(15)));
+        let rest =
+            query.records(&RecordsQuery { after_offset: first.next, ..all_of("press-4") }).expect("reads");
+        assert_eq!((rest.records.len(), rest.next), (4, None));
+    }
+
+    #[test]
+    fn a_filter_that_few_records_pass_gives_short_pages_and_finds_them_all() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let wanted = QUERY_SCANNED_MAX as u64 + 10;
+        let topic = |offset| if offset == wanted { "rare/one" } else { "common" };
+        let records = (0..=wanted).map(|offset| record(offset, "press-4", topic(offset), b"1"));
+        let query = stored(dir.path(), records, wanted + 1);
+        let rare = RecordsQuery { topic: Some("rare/+".to_owned()), ..all_of("press-4") };
+        let first = query.records(&rare).expect("reads");
+        assert_eq!((first.records.len(), first.next), (0, Some(QUERY_SCANNED_MAX as u64 - 1)));
+        let second = query.records(&RecordsQuery { after_offset: first.next, ..rare }).expect("reads");
+        assert_eq!(second.records.iter().map(|record| record.offset).collect::<Vec<_>>(), [wanted]);
+        assert_eq!(second.next, None);
+    }
+
+    #[test]
+    fn a_topic_that_is_no_filter_is_an_error_of_its_own() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let query = stored(dir.path(), [record(0, "press-4", "a", b"1")].into_iter(), 1);
+        let bad = RecordsQuery { topic: Some("a/#/b".to_owned()), ..all_of("press-4") };
+        assert!(matches!(query.records(&bad), Err(QueryError::Filter(_))));
+    }
+
+    #[test]
+    fn pages_are_read_along_an_index_and_never_sorted() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let query = stored(dir.path(), [record(0, "press-4", "a", b"1")].into_iter(), 1);
+        for (along, index) in [("datasource_id", "entries_datasource"), ("topic_id", "entries_topic")] {
+            let sql = PAGE_SQL[usize::from(along == "topic_id")];
+            let plan = query
+                .read(|connection| {
+                    let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}"))?;
+                    let steps = statement.query_map([1, 2, 3], |row| row.get::<_, String>(3))?;
+                    Ok(steps.collect::<rusqlite::Result<Vec<_>>>()?)
+                })
+                .expect("explained");
+            let expected = format!("SEARCH entries USING INDEX {index} ({along}=? AND rowid>? AND rowid<?)");
+            assert_eq!(plan, [expected]);
+        }
+    }
+
+    #[test]
+    fn a_query_sees_what_is_stored_while_storage_writes() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let query = stored(dir.path(), [record(0, "press-4", "a", b"1")].into_iter(), 1);
+        let mut sink = SqliteSink::open(&dir.path().join(FILE_NAME)).expect("opens");
+        let count = || query.records(&all_of("press-4")).expect("reads").records.len();
+        let records = (1..3).map(|offset| {
+            assert_eq!(count(), 1, "what is not committed is not seen");
+            record(offset, "press-4", "a", b"1")
+        });
+        sink.store(records, 3, false).expect("stored");
+        assert_eq!(count(), 3);
+    }
 }

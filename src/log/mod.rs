@@ -65,6 +65,8 @@ mod record;
 mod retention;
 mod segment;
 mod tail;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::sync::Arc;

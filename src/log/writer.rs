@@ -178,7 +178,7 @@ impl Writer {
                 if section.records() == 0 || !section.lease.holds() {
                     return None;
                 }
-                if (0..=CLOCK_SKEW_MICROS_MAX).contains(&(time_max - section.received_at)) {
+                if (0..=CLOCK_SKEW_MICROS_MAX).contains(&time_max.saturating_sub(section.received_at)) {
                     section.received_at = time_max;
                 }
                 time_max = time_max.max(section.received_at);

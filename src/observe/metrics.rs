@@ -19,8 +19,6 @@ pub struct Metrics {
     accepted_bytes: [Counter; 3],
     /// From submission to durability, per submission (a read of a socket or a request), in seconds.
     pub commit_seconds: Histogram,
-    /// Records in a commit of the log.
-    pub commit_records: Histogram,
     /// Open MQTT connections whose key was accepted.
     pub mqtt_connections: Gauge,
     /// From the call that ends a key to the last of its connections closed, in seconds.
@@ -31,12 +29,8 @@ impl Metrics {
     /// A recorder of its own with every metric described.
     pub fn new() -> Self {
         let buckets = PrometheusBuilder::new()
-            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)
-            .and_then(|b| {
-                let sizes = [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0];
-                b.set_buckets_for_metric(Matcher::Suffix("_records".to_owned()), &sizes)
-            });
-        let recorder = buckets.expect("the bucket lists are not empty").build_recorder();
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS);
+        let recorder = buckets.expect("the list of buckets is not empty").build_recorder();
         let handle = recorder.handle();
         let (accepted, accepted_bytes) = metrics::with_local_recorder(&recorder, || {
             use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
@@ -44,7 +38,6 @@ impl Metrics {
             describe_counter!("headgate_accepted_bytes_total", Unit::Bytes, "Payload bytes that were let in");
             describe_counter!("headgate_refused_total", "Messages and connections that were refused, by cause");
             describe_histogram!("headgate_commit_seconds", Unit::Seconds, "From submission to durability");
-            describe_histogram!("headgate_commit_records", "Records per commit of the log");
             describe_gauge!("headgate_mqtt_connections", "MQTT connections whose key was accepted");
             describe_histogram!(
                 "headgate_revocation_seconds",
@@ -68,7 +61,6 @@ impl Metrics {
             accepted,
             accepted_bytes,
             commit_seconds: histogram("headgate_commit_seconds"),
-            commit_records: histogram("headgate_commit_records"),
             mqtt_connections: gauge("headgate_mqtt_connections"),
             revocation_seconds: histogram("headgate_revocation_seconds"),
             handle,

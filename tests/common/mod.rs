@@ -4,6 +4,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "every test binary holds all of this and uses a part")]
 
+pub mod kept;
+pub mod load;
 pub mod steady;
 pub mod wire;
 

@@ -6,7 +6,6 @@ use std::env;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tempfile::TempDir;
@@ -14,16 +13,12 @@ use tempfile::TempDir;
 use crate::cli::client::{Client, Secret};
 use crate::cli::datasource;
 
-/// How long the gateway may take to end; it is killed then.
-const END_MAX: Duration = Duration::from_secs(15);
-
 /// A running gateway, ended when this is dropped.
 pub(super) struct OwnGateway {
     child: Child,
-    /// Held open: closed, the gateway would have nobody to talk to.
-    _lines: BufReader<ChildStdout>,
+    lines: BufReader<ChildStdout>,
     /// Removed after the gateway has ended.
-    _data_dir: TempDir,
+    data_dir: TempDir,
     pub(super) mqtt: SocketAddr,
     /// A key of a datasource made for the benchmark.
     pub(super) key: Secret,
@@ -47,14 +42,14 @@ impl OwnGateway {
         let stdout = child.stdout.take().context("the gateway has no standard output")?;
         let mut gateway = Self {
             child,
-            _lines: BufReader::new(stdout),
+            lines: BufReader::new(stdout),
             mqtt: SocketAddr::from(([127, 0, 0, 1], 0)),
             key: Secret::new(""),
-            _data_dir: data_dir,
+            data_dir,
         };
         let http = gateway.read_addresses()?;
         let admin =
-            std::fs::read_to_string(gateway._data_dir.path().join("admin.key")).context("admin.key")?;
+            std::fs::read_to_string(gateway.data_dir.path().join("admin.key")).context("admin.key")?;
         let admin = Client::new(&http, Secret::new(&admin));
         (_, gateway.key) = datasource::create_as(&admin, "bench", "Benchmark")?;
         Ok(gateway)
@@ -66,7 +61,7 @@ impl OwnGateway {
         let mut line = String::new();
         while mqtt.is_none() || http.is_none() {
             line.clear();
-            if self._lines.read_line(&mut line)? == 0 {
+            if self.lines.read_line(&mut line)? == 0 {
                 bail!("the gateway did not start: {}", self.child.wait()?);
             }
             for word in line.split_whitespace() {
@@ -86,23 +81,9 @@ impl OwnGateway {
 }
 
 impl Drop for OwnGateway {
+    /// Kills it: it has nothing to drain, what it holds is removed with its directory.
     fn drop(&mut self) {
-        terminate(&self.child);
-        let deadline = Instant::now() + END_MAX;
-        while matches!(self.child.try_wait(), Ok(None)) {
-            if Instant::now() > deadline {
-                let _ = self.child.kill();
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-/// Asks the gateway to end.
-fn terminate(child: &Child) {
-    let Ok(pid) = libc::pid_t::try_from(child.id()) else { return };
-    // SAFETY: kill(2) takes any integers. The process has not been waited for, so that the id is still its own.
-    unsafe {
-        libc::kill(pid, libc::SIGTERM);
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

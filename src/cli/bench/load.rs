@@ -21,6 +21,7 @@ use tokio::task::{JoinSet, LocalSet};
 
 use super::wire::{self, Packet, Template};
 use crate::cli::replay::latencies;
+use crate::cli::signals::Signals;
 
 /// Connections that are being opened at once.
 const CONNECTING_MAX: usize = 64;
@@ -104,6 +105,8 @@ pub(super) fn run(plan: Plan, key: &str) -> anyhow::Result<Measured> {
 }
 
 async fn load(plan: Plan, key: &str) -> anyhow::Result<Measured> {
+    // Ended by a signal, the process would leave its own gateway and that one's directory behind.
+    let mut signals = Signals::listen()?;
     let (connections, warmup, measure) = (plan.connections, plan.warmup, plan.measure);
     let shared = Rc::new(Shared {
         key: key.to_owned(),
@@ -152,6 +155,7 @@ async fn load(plan: Plan, key: &str) -> anyhow::Result<Measured> {
     let elapsed = tokio::select! {
         elapsed = timeline => elapsed?,
         error = failed(&mut tasks) => return Err(error),
+        () = signals.asked() => bail!("interrupted"),
     };
     phase.send_replace(Phase::Stop);
     let drained = tokio::time::timeout(DRAIN_MAX, async {

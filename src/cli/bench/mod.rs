@@ -104,7 +104,7 @@ fn print_table(args: &Args, addr: SocketAddr, measured: &Measured, out: &mut Out
     let version = if args.protocol == 5 { "5" } else { "3.1.1" };
     writeln!(
         out,
-        "{whose}: MQTT {version}, QoS {}, {} connections, window {}, {} bytes of payload, {:.1} s",
+        "{whose}: MQTT {version}, QoS {}, connections {}, window {}, payload {} bytes, {:.1} s",
         args.qos,
         args.connections,
         measured.window,

@@ -62,11 +62,6 @@ impl Template {
         Self { bytes, packet_id_at, has_packet_id: qos > 0 }
     }
 
-    /// The size of the packet, in bytes.
-    pub(super) fn len(&self) -> usize {
-        self.bytes.len()
-    }
-
     /// Appends the packet to `out`.
     pub(super) fn put(&self, out: &mut Vec<u8>, packet_id: u16) {
         let at = out.len() + self.packet_id_at;
@@ -213,10 +208,9 @@ mod tests {
     #[test]
     fn a_long_packet_has_a_length_of_two_digits() {
         let mut out = Vec::new();
-        let template = Template::new(4, 1, "t", &[7; 300]);
-        template.put(&mut out, 1);
+        Template::new(4, 1, "t", &[7; 300]).put(&mut out, 1);
         assert_eq!(out[..3], [0x32, 0xb1, 0x02], "305 is 49 + 2 * 128");
-        assert_eq!(out.len(), template.len());
+        assert_eq!(out.len(), 3 + 305);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::value::RawValue;
 use tempfile::TempDir;
 use tokio::task::{JoinSet, spawn_blocking};
 
@@ -220,24 +220,26 @@ fn read_back(admin: &Client, sensor: Sensor, id: &str) -> anyhow::Result<Stored>
     let mut comparison = Comparison::default();
     records::for_each_page(admin, id, &[("topic", TOPIC)], u64::MAX, |page| {
         for record in &page {
-            comparison.record(&record["payload"], sent.next());
+            let record: Payload = serde_json::from_str(record.get())?;
+            comparison.record(record.payload.get(), sent.next());
         }
         Ok(())
     })?;
-    let Latest { topics: [Topic { payload }] } =
-        admin.get(&format!("{}/latest", datasource::path(id)?), &[])?;
-    Ok(comparison.finish(payload, sensor.readings().last()))
+    let latest: Latest = admin.get(&format!("{}/latest", datasource::path(id)?), &[])?;
+    let [newest] = latest.topics;
+    Ok(comparison.finish(newest.payload.get().to_owned(), sensor.readings().last()))
 }
 
-/// The newest values of a datasource with one topic.
+/// The newest values of a datasource that has one topic.
 #[derive(Deserialize)]
 struct Latest {
-    topics: [Topic; 1],
+    topics: [Payload; 1],
 }
 
+/// What a stored record holds, as the gateway writes it.
 #[derive(Deserialize)]
-struct Topic {
-    payload: Value,
+struct Payload {
+    payload: Box<RawValue>,
 }
 
 #[cfg(test)]

@@ -4,7 +4,6 @@ use std::io::{self, Write};
 
 use anyhow::{bail, ensure};
 use hdrhistogram::Histogram;
-use serde_json::Value;
 
 use super::sensors::{Reading, Sensor};
 use super::strangers::Refused;
@@ -26,17 +25,9 @@ pub(super) struct Stored {
     /// The place of the first record that is not the reading that was sent there.
     pub(super) first_difference: Option<u64>,
     /// The newest reading, as the gateway gives it.
-    pub(super) newest: Value,
+    pub(super) newest: String,
     /// Whether that is the recording's last.
     pub(super) newest_is_last: bool,
-}
-
-impl Stored {
-    /// The newest reading, for people.
-    fn newest(&self) -> String {
-        let text = |field| self.newest.get(field).map(Value::to_string).unwrap_or_default();
-        format!("{} at {}", text("value"), text("timestamp").trim_matches('"'))
-    }
 }
 
 /// Everything.
@@ -49,50 +40,34 @@ pub(super) struct Report {
 
 impl Report {
     pub(super) fn print(&self, out: &mut Out) -> io::Result<()> {
-        let columns = [
-            "sensor",
-            "sent over",
-            "sent",
-            "acknowledged",
-            "stored",
-            "ack p50",
-            "p99",
-            "newest reading, read back",
-        ];
+        let columns = ["sensor", "sent over", "sent", "acknowledged", "stored", "ack p50", "p99"];
         let mut rows = table(&columns, &[2, 3, 4, 5, 6]);
         let mut all = latencies();
         for Row { sensor, tally, stored } in &self.rows {
             all.add(&tally.latency).expect("both have the same bounds");
             let (p50, p99) = quantiles(&tally.latency);
-            rows.add_row([
-                sensor.id.to_owned(),
-                sensor.way.describe().to_owned(),
-                grouped(tally.sent),
-                grouped(tally.acked),
-                grouped(stored.records),
-                p50,
-                p99,
-                stored.newest(),
-            ]);
+            let counts = [tally.sent, tally.acked, stored.records].map(grouped);
+            let cells = [sensor.id, sensor.way.describe()].map(str::to_owned);
+            rows.add_row(cells.into_iter().chain(counts).chain([p50, p99]));
         }
         let (p50, p99) = quantiles(&all);
         let sum = |count: fn(&Row) -> u64| grouped(self.rows.iter().map(count).sum());
-        rows.add_row([
-            "all".to_owned(),
-            String::new(),
-            sum(|row| row.tally.sent),
-            sum(|row| row.tally.acked),
-            sum(|row| row.stored.records),
-            p50,
-            p99,
-            String::new(),
-        ]);
+        let counts = [sum(|row| row.tally.sent), sum(|row| row.tally.acked), sum(|row| row.stored.records)];
+        rows.add_row(["all".to_owned(), String::new()].into_iter().chain(counts).chain([p50, p99]));
         writeln!(out, "\n{rows}\n")?;
+
+        let mut rows = table(&["sensor", "newest reading, read back from storage"], &[]);
+        for Row { sensor, stored, .. } in &self.rows {
+            rows.add_row([sensor.id, &stored.newest]);
+        }
+        writeln!(out, "{rows}\n")?;
 
         let mut rows = table(&["refused", "over MQTT", "over HTTP"], &[1, 2]);
         for (cause, [mqtt, http]) in &self.refused {
             rows.add_row([cause.describe().to_owned(), grouped(*mqtt), grouped(*http)]);
         }
+        let [mqtt, http] = [0, 1].map(|over| grouped(self.refused.values().map(|counts| counts[over]).sum()));
+        rows.add_row(["all".to_owned(), mqtt, http]);
         writeln!(out, "{rows}\n")?;
         out.flush()
     }
@@ -139,17 +114,18 @@ pub(super) struct Comparison {
 }
 
 impl Comparison {
-    /// The next stored payload, and the reading that was sent in its place, if any was.
-    pub(super) fn record(&mut self, payload: &Value, sent: Option<Reading>) {
-        if sent.map(Reading::json).as_ref() != Some(payload) {
+    /// The next stored payload, and the reading that was sent in its place, if any was. They have to
+    /// be the same text: storage gives back what was sent, digit for digit.
+    pub(super) fn record(&mut self, payload: &str, sent: Option<Reading>) {
+        if sent.is_none_or(|sent| sent.payload() != payload) {
             self.first_difference.get_or_insert(self.records);
         }
         self.records += 1;
     }
 
     /// All records were compared, and this is the newest reading as the gateway gives it.
-    pub(super) fn finish(self, newest: Value, last: Option<Reading>) -> Stored {
-        let newest_is_last = last.map(Reading::json).as_ref() == Some(&newest);
+    pub(super) fn finish(self, newest: String, last: Option<Reading>) -> Stored {
+        let newest_is_last = last.is_some_and(|last| last.payload() == newest);
         Stored { records: self.records, first_difference: self.first_difference, newest, newest_is_last }
     }
 }
@@ -167,11 +143,11 @@ mod tests {
         for reading in sensor.readings() {
             tally.sent += 1;
             tally.acked(1, std::time::Duration::from_millis(1));
-            comparison.record(&reading.json(), Some(reading));
+            comparison.record(&reading.payload(), Some(reading));
         }
         let readings = tally.sent;
         let last = sensor.readings().last().expect("many");
-        let row = Row { sensor, tally, stored: comparison.finish(last.json(), Some(last)) };
+        let row = Row { sensor, tally, stored: comparison.finish(last.payload(), Some(last)) };
         (Report { rows: vec![row], refused: Refused::new(), unaccounted: 0 }, readings)
     }
 
@@ -203,10 +179,10 @@ mod tests {
         let mut readings = SENSORS[2].readings();
         let (first, second) = (readings.next().expect("many"), readings.next().expect("many"));
         let mut comparison = Comparison::default();
-        comparison.record(&first.json(), Some(first));
-        comparison.record(&first.json(), Some(second));
+        comparison.record(&first.payload(), Some(first));
+        comparison.record(&first.payload(), Some(second));
         let (mut report, sent) = well();
-        report.rows[0].stored = Stored { records: sent, ..comparison.finish(second.json(), Some(second)) };
+        report.rows[0].stored = Stored { records: sent, ..comparison.finish(second.payload(), Some(second)) };
         assert_eq!(report.rows[0].stored.first_difference, Some(1));
         assert!(report.check(sent).is_err(), "a stored reading differs");
     }

@@ -8,13 +8,14 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use futures_util::stream;
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar};
 use serde::Deserialize;
 use ureq::http::Response;
 use ureq::{Agent, Body, RequestBuilder};
 
 use super::sensors::{Sensor, Way};
 use crate::cli::client::{self, Secret};
+use crate::cli::out;
 use crate::cli::replay::{Tally, end, replay};
 use crate::cli::session::{Dialect, Session};
 
@@ -46,9 +47,7 @@ impl Progress {
 
     fn bar(&self, sensor: &Sensor) -> anyhow::Result<ProgressBar> {
         let bar = self.bars.add(ProgressBar::new(sensor.readings().count() as u64));
-        bar.set_style(ProgressStyle::with_template(
-            "{prefix:20} {bar:30} {human_pos:>6}/{human_len} {per_sec:>12}",
-        )?);
+        bar.set_style(out::progress("{prefix:20} {bar:30} {human_pos:>6}/{human_len} {rate}")?);
         bar.set_prefix(sensor.id);
         Ok(bar)
     }

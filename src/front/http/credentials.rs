@@ -28,9 +28,19 @@ const KEY_PREFIX: &str = "hgk_";
 pub(super) struct Caller(pub(super) Grant);
 
 impl Caller {
-    /// Lets the caller do `scope` in `datasource` (`*` is all of them), or says why not.
+    /// Lets the caller do `scope` in `datasource`, or says why not.
     pub(super) fn may(&self, scope: Scope, datasource: &str) -> Result<(), Problem> {
         Ok(self.0.allows(scope, datasource)?)
+    }
+
+    /// Lets the caller manage what belongs to no single datasource, or says why not. The caller has
+    /// named no datasource here, so there is none whose existence could be kept from it.
+    pub(super) fn may_manage_all(&self) -> Result<(), Problem> {
+        self.0.has(Scope::Admin)?;
+        match self.0.datasource().is_all() {
+            true => Ok(()),
+            false => Err(Problem::one_datasource(self.0.key_id())),
+        }
     }
 }
 
@@ -124,10 +134,9 @@ mod tests {
     fn the_same_key_twice_is_one_key_and_two_keys_are_refused() {
         let twice = [("authorization", "Bearer k"), ("x-api-key", "k")];
         assert_eq!(of(&twice).as_deref(), Ok("k"));
-        for two in [
-            [("authorization", "Bearer k"), ("x-api-key", "l")],
-            [("x-api-key", "k"), ("x-api-key", "l")],
-        ] {
+        for two in
+            [[("authorization", "Bearer k"), ("x-api-key", "l")], [("x-api-key", "k"), ("x-api-key", "l")]]
+        {
             assert_eq!(of(&two), Err(Denied::Ambiguous), "{two:?}");
         }
     }

@@ -17,7 +17,7 @@ use super::messages::Messages;
 use super::problem::{Kind, Problem};
 use super::{InPath, Shared, off_the_runtime};
 use crate::auth::{Grant, Scope};
-use crate::intake::{Draft, Incoming, Intake};
+use crate::intake::{Draft, Incoming, Intake, Refusal};
 use crate::limits::HTTP_INLINE_BYTES_MAX;
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
 
@@ -74,7 +74,11 @@ async fn ingest(
             let intake = intake.clone();
             off_the_runtime(move || Ok((upload.draft(&intake)?, upload))).await?
         };
-        let offsets = intake.submit(draft).await?;
+        let offsets = intake.submit(draft).await.map_err(|refusal| match &refusal {
+            // The key died on the way; intake counted each message then.
+            Refusal::Denied(_) => Problem::from(refusal).counted(),
+            _ => refusal.into(),
+        })?;
         // Until here the body has counted as in memory, and with it the draft made of it.
         drop(upload);
         offsets.ok_or_else(|| Problem::internal(&"a draft of messages came back without offsets"))

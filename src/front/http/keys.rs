@@ -8,7 +8,6 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use super::connect::Connect;
 use super::credentials::Caller;
@@ -26,6 +25,20 @@ pub(super) struct Create {
     label: String,
     scopes: Option<Scopes>,
     expires_at: Option<String>,
+}
+
+/// What creating a key answers.
+#[derive(Serialize)]
+struct Created<'a> {
+    key: NewKey<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    connect: Option<Connect>,
+}
+
+/// What listing keys answers.
+#[derive(Serialize)]
+struct List<'a> {
+    keys: Vec<View<'a>>,
 }
 
 /// A key, as the API shows it.
@@ -90,10 +103,9 @@ pub(super) async fn create(
     let owner = datasource.clone();
     let created = off_the_runtime(move || Ok(registry.create_key(&owner, &label, scopes, expires_at)?)).await;
     let (key, secret) = created.map_err(Problem::body_read)?;
-    let mut body = json!({ "key": NewKey::of(&key, &secret) });
-    if !datasource.is_all() {
-        body["connect"] = json!(Connect::new(&datasource, scopes, &shared.parts, &headers));
-    }
+    // A key for all datasources has no one place to connect to.
+    let connect = (!datasource.is_all()).then(|| Connect::new(&datasource, scopes, &shared.parts, &headers));
+    let body = Created { key: NewKey::of(&key, &secret), connect };
     Ok((StatusCode::CREATED, Json(body)).into_response())
 }
 
@@ -105,8 +117,8 @@ pub(super) async fn list(
 ) -> Result<Response, Problem> {
     caller.may(Scope::Admin, &datasource)?;
     let keys = shared.registry().keys(&owner(&shared, &datasource)?);
-    let keys: Vec<View> = keys.iter().map(|key| View::of(key)).collect();
-    Ok(Json(json!({ "keys": keys })).into_response())
+    let keys = keys.iter().map(|key| View::of(key)).collect();
+    Ok(Json(List { keys }).into_response())
 }
 
 /// `DELETE /v1/datasources/{datasource}/keys/{key_id}`: answers when the key is dead and nothing more
@@ -134,7 +146,9 @@ pub(super) async fn revoke(
             shared.parts.intake.settle(&[key]).await;
             Ok(StatusCode::NO_CONTENT)
         }
-        None => Err(Problem::new(Kind::NotFound, format!("There is no key {key_id} here.")).cause("no_key_id")),
+        None => {
+            Err(Problem::new(Kind::NotFound, format!("There is no key {key_id} here.")).cause("no_key_id"))
+        }
     }
 }
 

@@ -9,7 +9,6 @@ use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use super::connect::Connect;
 use super::credentials::Caller;
@@ -20,9 +19,6 @@ use crate::auth::{Datasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
 use crate::message::DatasourceId;
 
-/// Every datasource: what a caller has to be allowed to manage in order to create or list them.
-const ALL: &str = "*";
-
 /// What creating a datasource takes.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,6 +26,20 @@ pub(super) struct Create {
     id: Option<String>,
     name: String,
     scopes: Option<Scopes>,
+}
+
+/// What creating a datasource answers.
+#[derive(Serialize)]
+struct Created<'a> {
+    datasource: View<'a>,
+    key: NewKey<'a>,
+    connect: Connect,
+}
+
+/// What listing datasources answers.
+#[derive(Serialize)]
+struct List<'a> {
+    datasources: Vec<View<'a>>,
 }
 
 /// A datasource, as the API shows it.
@@ -54,10 +64,12 @@ pub(super) async fn create(
     headers: HeaderMap,
     request: Request,
 ) -> Result<Response, Problem> {
-    caller.may(Scope::Admin, ALL)?;
+    caller.may_manage_all()?;
     let Create { id, name, scopes } = shared.read_json(request).await?;
     let id = match id {
-        Some(id) => Some(DatasourceId::new(&id).map_err(|e| Problem::from(e).with("pointer", "/id").body_read())?),
+        Some(id) => {
+            Some(DatasourceId::new(&id).map_err(|e| Problem::from(e).with("pointer", "/id").body_read())?)
+        }
         None => None,
     };
     let scopes = scopes.unwrap_or(Scopes::of(&[Scope::Ingest]));
@@ -65,20 +77,20 @@ pub(super) async fn create(
     let created = off_the_runtime(move || Ok(registry.create_datasource(id, &name, scopes)?)).await;
     let (datasource, key, secret) = created.map_err(Problem::body_read)?;
     let location = format!("/v1/datasources/{}", datasource.id);
-    let body = json!({
-        "datasource": View::of(&datasource),
-        "key": NewKey::of(&key, &secret),
-        "connect": Connect::new(&datasource.id, scopes, &shared.parts, &headers),
-    });
+    let body = Created {
+        datasource: View::of(&datasource),
+        key: NewKey::of(&key, &secret),
+        connect: Connect::new(&datasource.id, scopes, &shared.parts, &headers),
+    };
     Ok((StatusCode::CREATED, [(LOCATION, location)], Json(body)).into_response())
 }
 
 /// `GET /v1/datasources`
 pub(super) async fn list(State(shared): State<Arc<Shared>>, caller: Caller) -> Result<Response, Problem> {
-    caller.may(Scope::Admin, ALL)?;
+    caller.may_manage_all()?;
     let datasources = shared.registry().datasources();
-    let datasources: Vec<View> = datasources.iter().map(|datasource| View::of(datasource)).collect();
-    Ok(Json(json!({ "datasources": datasources })).into_response())
+    let datasources = datasources.iter().map(|datasource| View::of(datasource)).collect();
+    Ok(Json(List { datasources }).into_response())
 }
 
 /// `GET /v1/datasources/{datasource}`

@@ -93,15 +93,15 @@ impl<'a> Messages<'a> {
     fn lines(body: &'a [u8]) -> Result<Self, Problem> {
         let mut payloads = Vec::new();
         let mut lines = Vec::new();
-        for (number, line) in (1..).zip(body.split(|&b| b == b'\n')) {
-            let line = line.trim_ascii();
+        for (number, whole) in (1..).zip(body.split(|&b| b == b'\n')) {
+            let line = whole.trim_ascii();
             if line.is_empty() {
                 continue;
             }
             if payloads.len() == HTTP_MESSAGES_MAX {
                 return Err(too_many());
             }
-            serde_json::from_slice::<&RawValue>(line)
+            serde_json::from_slice::<&RawValue>(whole)
                 .map_err(|error| not_json(&format!("Line {number}"), number as usize, &error))?;
             payloads.push(line);
             lines.push(number);
@@ -239,9 +239,10 @@ mod tests {
             ("application/json", "[1, 2", 1, 5),
             ("application/json", "[1] 2", 1, 5),
             ("application/json", "{} {}", 1, 4),
-            ("application/json", "{\"a\": \"\t\"}", 1, 8),
+            ("application/json", "{\"a\": \"\t\"}", 1, 7),
             ("application/x-ndjson", "{\"v\": 1}\n\n{\"v\": }", 3, 7),
             ("application/x-ndjson", "{} {}", 1, 4),
+            ("application/x-ndjson", "  {} {}\r\n", 1, 6),
         ] {
             let problem = Messages::split(content_type, body.as_bytes()).expect_err(body);
             let place = format!("(line {line}, column {column})");

@@ -21,6 +21,7 @@ mod server;
 mod socket;
 
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -171,9 +172,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
         route(get.clone(), "/readyz", probes::ready),
         route(get.clone(), "/metrics", probes::metrics),
         route(get.clone(), "/openapi.json", openapi),
-        route(get.clone(), "/", dashboard::page),
-        route(get.clone(), "/dashboard.js", dashboard::script),
-        route(get, "/dashboard.css", dashboard::style),
+        route(get, "/", dashboard::page),
     ]
 }
 
@@ -192,7 +191,10 @@ async fn no_route() -> Problem {
 }
 
 async fn no_method(method: Method) -> Problem {
-    Problem::new(Kind::MethodNotAllowed, format!("{method} is not allowed here; the Allow header says what is."))
+    Problem::new(
+        Kind::MethodNotAllowed,
+        format!("{method} is not allowed here; the Allow header says what is."),
+    )
 }
 
 /// `GET /openapi.json`: this API, for programs and people.
@@ -204,7 +206,7 @@ async fn openapi() -> impl IntoResponse {
 /// headers that every answer has. It logs the route, not the path, in which a client may have put
 /// anything.
 async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
-    let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
+    let peer = request.extensions().get::<Peer>().cloned();
     let route = request.extensions().get::<MatchedPath>().cloned();
     let method = request.method().clone();
     let has_body = !request.body().is_end_stream();
@@ -214,17 +216,22 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
         Err(problem) => problem.into_response(),
     };
     let refused = response.extensions().get::<Refused>().copied();
-    if let Some(Refused { cause, key_id, .. }) = refused {
-        shared.parts.metrics.refused(Transport::Http, cause);
+    if let Some(Refused { cause, key_id, counted, .. }) = refused {
+        if !counted {
+            shared.parts.metrics.refused(Transport::Http, cause);
+        }
         let route = route.as_ref().map_or("-", MatchedPath::as_str);
         let status = response.status().as_u16();
-        let (peer, key_id) = (peer.map(display), key_id.map(display));
+        let (peer, key_id) = (peer.as_ref().map(|peer| display(peer.addr)), key_id.map(display));
         debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
     }
     let headers = response.headers_mut();
     if http1 && has_body && refused.is_some_and(|refused| !refused.body_read) {
         // What is left of the body stands where the next request would begin. Said here, so that the
         // client does not send one.
+        if let Some(peer) = &peer {
+            peer.unread.store(true, Ordering::Relaxed);
+        }
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));

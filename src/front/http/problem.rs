@@ -2,16 +2,18 @@
 //! (`application/problem+json`). Whatever refuses a message on its way in, this file turns it into
 //! a status, a type that a program can switch on, and words for the person who sent it.
 //!
-//! `type` is a stable reference, `/problems/too-large`: an identifier to compare, not a page to
-//! fetch. `title` goes with the type, `detail` with the one request. Further members carry what a
+//! `type` is a stable reference, `/problems/too_large`: an identifier to compare, not a page to
+//! fetch, whose last part is a word that metrics use too. `title` goes with the type, `detail` with the one request. Further members carry what a
 //! client can act on: `limit`, `retry_after_seconds`, `scope`, `line`, `column`, `pointer`.
 
 use std::time::Duration;
 
+use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::auth::{Denied, RegistryError};
@@ -70,19 +72,19 @@ impl Kind {
             Kind::Topic => (StatusCode::BAD_REQUEST, "topic", "The topic cannot be used"),
             Kind::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "A valid API key is needed"),
             Kind::KeyInUrl => {
-                (StatusCode::UNAUTHORIZED, "key-in-url", "An API key does not belong into a URL")
+                (StatusCode::UNAUTHORIZED, "key_in_url", "An API key does not belong into a URL")
             }
-            Kind::MissingScope => (StatusCode::FORBIDDEN, "missing-scope", "The API key lacks a scope"),
-            Kind::NotFound => (StatusCode::NOT_FOUND, "not-found", "There is nothing here"),
+            Kind::MissingScope => (StatusCode::FORBIDDEN, "missing_scope", "The API key lacks a scope"),
+            Kind::NotFound => (StatusCode::NOT_FOUND, "not_found", "There is nothing here"),
             Kind::MethodNotAllowed => {
-                (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "The method is not allowed here")
+                (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "The method is not allowed here")
             }
             Kind::Timeout => (StatusCode::REQUEST_TIMEOUT, "timeout", "The request took too long to arrive"),
             Kind::Conflict => (StatusCode::CONFLICT, "conflict", "What is there already stands against it"),
-            Kind::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "too-large", "The request is over a limit"),
+            Kind::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "too_large", "The request is over a limit"),
             Kind::ContentEncoding => (
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "content-encoding",
+                "content_encoding",
                 "The content encoding is not supported",
             ),
             Kind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "The gateway has failed"),
@@ -117,13 +119,15 @@ pub(super) struct Refused {
     /// Whether the request's body had been read to its end. If it has not, the connection cannot
     /// carry another request.
     pub(super) body_read: bool,
+    /// Whether intake has counted it already, message by message.
+    pub(super) counted: bool,
 }
 
 impl Problem {
     /// A problem of a kind, with the words for this request.
     pub(super) fn new(kind: Kind, detail: impl Into<String>) -> Self {
         let (_, cause, _) = kind.spec();
-        let note = Refused { cause, key_id: None, body_read: false };
+        let note = Refused { cause, key_id: None, body_read: false, counted: false };
         let retry_after = (kind == Kind::Unavailable).then_some(RETRY_AFTER_DEFAULT);
         Self(Box::new(Inner { kind, detail: detail.into(), members: Map::new(), retry_after, note }))
     }
@@ -140,6 +144,12 @@ impl Problem {
         self
     }
 
+    /// A key that is good for one datasource, where one for all of them is needed.
+    pub(super) fn one_datasource(key_id: KeyId) -> Self {
+        let words = format!("API key {key_id} is for one datasource; this needs a key for all of them.");
+        Self::new(Kind::MissingScope, words).cause("other_datasource").key(key_id)
+    }
+
     /// With another cause for metrics than the kind's slug.
     pub(super) fn cause(mut self, cause: &'static str) -> Self {
         self.0.note.cause = cause;
@@ -149,6 +159,12 @@ impl Problem {
     /// After the body was read to its end.
     pub(super) fn body_read(mut self) -> Self {
         self.0.note.body_read = true;
+        self
+    }
+
+    /// After intake has counted it.
+    pub(super) fn counted(mut self) -> Self {
+        self.0.note.counted = true;
         self
     }
 
@@ -169,20 +185,29 @@ impl Problem {
     }
 }
 
+/// A problem as it is written, its own members last.
+#[derive(Serialize)]
+struct Document {
+    r#type: String,
+    title: &'static str,
+    status: u16,
+    detail: String,
+    #[serde(flatten)]
+    members: Map<String, Value>,
+}
+
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let Inner { kind, detail, mut members, retry_after, note } = *self.0;
         let (status, slug, title) = kind.spec();
-        members.insert("type".to_owned(), format!("/problems/{slug}").into());
-        members.insert("title".to_owned(), title.into());
-        members.insert("status".to_owned(), status.as_u16().into());
-        members.insert("detail".to_owned(), detail.into());
         // Whole seconds, and never 0: that would be an invitation to come again at once.
         let seconds = retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
         if let Some(seconds) = seconds {
             members.insert("retry_after_seconds".to_owned(), seconds.max(1).into());
         }
-        let mut response = (status, Value::Object(members).to_string()).into_response();
+        let document =
+            Document { r#type: format!("/problems/{slug}"), title, status: status.as_u16(), detail, members };
+        let mut response = (status, Json(document)).into_response();
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if status == StatusCode::UNAUTHORIZED {
@@ -354,6 +379,6 @@ mod tests {
         let denied = Denied::MissingScope { key_id: KeyId([7; 6]), scope: crate::auth::Scope::Subscribe };
         let (status, _, json) = document(denied.into());
         assert_eq!((status.as_u16(), &json["scope"]), (403, &json!("subscribe")));
-        assert_eq!(json["type"], "/problems/missing-scope");
+        assert_eq!(json["type"], "/problems/missing_scope");
     }
 }

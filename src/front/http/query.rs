@@ -93,7 +93,8 @@ pub(super) async fn latest(
 ) -> Result<Response, Problem> {
     let datasource = readable(&shared, &caller, &datasource)?;
     let QueryString(LatestParameters { after_topic }) = QueryString::try_from_uri(&uri)?;
-    run(&shared, move |stored| Ok(Json(stored.latest(&datasource, after_topic.as_deref())?).into_response())).await
+    run(&shared, move |stored| Ok(Json(stored.latest(&datasource, after_topic.as_deref())?).into_response()))
+        .await
 }
 
 fn readable(shared: &Shared, caller: &Caller, datasource: &str) -> Result<DatasourceId, Problem> {

@@ -1,9 +1,9 @@
 //! The server: accepts connections, as many as are allowed at once, speaks HTTP/1.1 or HTTP/2 on
 //! each, and ends them in a drain once the requests under way are answered.
 //!
-//! A connection has `http.header_ms_max` for a request's header, from the first byte it could have
-//! sent; so one that is idle for as long is closed. Every task has an owner here: dropping the
-//! future of [`run`] ends them all.
+//! A connection has `http.header_ms_max` for a request's header, from the moment at which it could have
+//! begun to send it; so one that is idle for as long is closed. Dropping the future of [`run`] ends every
+//! connection where it is.
 
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -34,8 +34,12 @@ const HTTP2_PING: Duration = Duration::from_secs(20);
 const HTTP2_WINDOW_BYTES: u32 = 256 << 10;
 
 /// Where a request came from: an extension of every request.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Peer(pub(super) SocketAddr);
+#[derive(Debug, Clone)]
+pub(super) struct Peer {
+    pub(super) addr: SocketAddr,
+    /// To be set when the request is answered before its body was read to the end.
+    pub(super) unread: Arc<AtomicBool>,
+}
 
 /// Serves `router` on `listener` until `drain` is cancelled; returns when the requests that were
 /// under way then are answered.
@@ -127,17 +131,17 @@ async fn connection(
     if let Err(error) = stream.set_nodelay(true) {
         debug!(%peer, %error, "TCP_NODELAY is not set");
     }
-    let spoken = Arc::new(AtomicBool::new(false));
+    let (spoken, unread) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let service = {
-        let spoken = spoken.clone();
+        let (spoken, unread) = (spoken.clone(), unread.clone());
         hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
             spoken.store(true, Ordering::Relaxed);
-            request.extensions_mut().insert(Peer(peer));
+            request.extensions_mut().insert(Peer { addr: peer, unread: unread.clone() });
             router.clone().call(request)
         })
     };
     let stall_max = Duration::from_millis(config.body_ms_max);
-    let socket = TokioIo::new(Socket::new(stream, stall_max));
+    let socket = TokioIo::new(Socket::new(stream, stall_max, unread));
     let mut served = pin!(builder.serve_connection(socket, service));
     // hyper's timeout begins once it is known which HTTP a client speaks; this one covers the
     // client that never says.

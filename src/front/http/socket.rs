@@ -5,10 +5,12 @@
 //! is nobody's business. Closing such a socket makes the kernel send a reset, which can overtake the
 //! answer; the client then sees a broken connection instead of the reason. So a close first shuts
 //! down its own direction, then reads and throws away a little of what still comes, as RFC 9112
-//! (9.6) advises.
+//! (9.6) advises. A close with nothing unread does not wait: that would only hold up a drain.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -28,6 +30,8 @@ pub(super) struct Socket {
     stall_max: Duration,
     /// Made when a write has to wait, or the close goes on reading; reused after.
     timer: Option<Pin<Box<Sleep>>>,
+    /// Whether a request was answered before its body's end.
+    unread: Arc<AtomicBool>,
     writing: Writing,
 }
 
@@ -44,8 +48,10 @@ enum Writing {
 }
 
 impl Socket {
-    pub(super) fn new(stream: TcpStream, stall_max: Duration) -> Self {
-        Self { stream, stall_max, timer: None, writing: Writing::Free }
+    /// A socket whose client may keep a write waiting for `stall_max`. Whoever leaves a request's body
+    /// unread sets `unread`.
+    pub(super) fn new(stream: TcpStream, stall_max: Duration, unread: Arc<AtomicBool>) -> Self {
+        Self { stream, stall_max, timer: None, unread, writing: Writing::Free }
     }
 
     fn start_timer(&mut self, after: Duration) {
@@ -89,11 +95,7 @@ impl AsyncRead for Socket {
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.watch(cx, written)
     }
@@ -115,11 +117,14 @@ impl AsyncWrite for Socket {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
-    /// Resolves when the client has closed its half too, or [`LINGER_MAX`] or
+    /// With something unread, resolves when the client has closed its half too, or [`LINGER_MAX`] or
     /// [`HTTP_LINGER_BYTES_MAX`] is over.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if !matches!(self.writing, Writing::Lingering { .. }) {
             ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
+            if !self.unread.load(Ordering::Relaxed) {
+                return Poll::Ready(Ok(()));
+            }
             self.writing = Writing::Lingering { bytes_left: HTTP_LINGER_BYTES_MAX };
             self.start_timer(LINGER_MAX);
         }

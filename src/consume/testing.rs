@@ -1,0 +1,27 @@
+//! What the tests of this directory share: records without a log behind them.
+
+use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
+
+/// When the record with offset 0 was received; each one more came a millisecond later.
+pub(super) const EPOCH: TimeMicros = 1_795_426_119_000_000;
+
+/// A record with nothing special about it.
+pub(super) fn record<'a>(
+    offset: Offset,
+    datasource: &'a str,
+    topic: &'a str,
+    payload: &'a [u8],
+) -> RecordRef<'a> {
+    RecordRef {
+        offset,
+        datasource,
+        topic,
+        payload,
+        content_type: "",
+        properties: b"",
+        key_id: KeyId([0x0a; 6]),
+        transport: Transport::Mqtt,
+        received_at: EPOCH + 1_000 * TimeMicros::try_from(offset).expect("a small offset"),
+        flags: RecordFlags::default(),
+    }
+}

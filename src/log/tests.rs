@@ -1,0 +1,407 @@
+//! The log against faults: torn and damaged files, a disk that fails or fills up, dead keys, budgets.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::disk::{Disk, FileSystem, SegmentFile};
+use super::{AppendError, Committed, Log, OpenError, ReadError, Section};
+use crate::config::{self, Config};
+use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
+
+/// What a test makes go wrong.
+#[derive(Default)]
+struct Faults {
+    sync_fails: AtomicBool,
+    disk_is_full: AtomicBool,
+}
+
+struct FaultyDisk(Arc<Faults>);
+
+struct FaultyFile(Arc<dyn SegmentFile>, Arc<Faults>);
+
+impl Disk for FaultyDisk {
+    fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>> {
+        Ok(Arc::new(FaultyFile(FileSystem.open(path, create)?, self.0.clone())))
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        FileSystem.sync_dir(dir)
+    }
+}
+
+impl SegmentFile for FaultyFile {
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+        self.0.read_at(buffer, position)
+    }
+
+    fn write_all_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
+        if self.1.disk_is_full.load(Ordering::SeqCst) {
+            // As the kernel does: part of it is written.
+            self.0.write_all_at(&bytes[..bytes.len() / 2], position)?;
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.0.write_all_at(bytes, position)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        if self.1.sync_fails.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.0.sync_data()
+    }
+
+    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
+        if self.1.disk_is_full.load(Ordering::SeqCst) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.0.set_len(bytes)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+}
+
+fn config() -> config::Log {
+    Config::default().log
+}
+
+fn section(payloads: &[&[u8]], lease: &Lease) -> Section {
+    let id = DatasourceId::new("press-4").expect("slug");
+    let mut section = Section::new(id, KeyId([1; 6]), lease.clone(), Transport::Mqtt, now_micros());
+    for payload in payloads {
+        section.push("t", payload, "", &[], RecordFlags::default());
+    }
+    section
+}
+
+fn later() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+/// Appends one section and waits for it.
+fn append(log: &Log, payloads: &[&[u8]]) -> Result<Committed, AppendError> {
+    let appended = log.append(vec![section(payloads, &Lease::new())], later());
+    appended.blocking_recv().expect("the writer answers")
+}
+
+/// Everything from `from` on, as offsets and payloads.
+fn read_all(log: &Log, from: Offset) -> Result<Vec<(Offset, Vec<u8>)>, ReadError> {
+    let mut seen = Vec::new();
+    let mut next = from;
+    loop {
+        let batches = log.read(next, 64 << 10)?;
+        let Some(last) = batches.last() else { return Ok(seen) };
+        let from = next;
+        next = last.next_offset();
+        let records = batches.iter().flat_map(|batch| batch.records()).filter(|r| r.offset >= from);
+        seen.extend(records.map(|r| (r.offset, r.payload.to_vec())));
+    }
+}
+
+fn numbered(range: std::ops::Range<u64>) -> Vec<(Offset, Vec<u8>)> {
+    range.map(|n| (n, n.to_string().into_bytes())).collect()
+}
+
+/// A log of batches of one record each, whose payload is its offset; left as a kill leaves it.
+fn killed_after(dir: &Path, records: u64) -> PathBuf {
+    let log = Log::open(dir, &config()).expect("opens");
+    for n in 0..records {
+        append(&log, &[n.to_string().as_bytes()]).expect("kept");
+    }
+    let path = super::segment::Segment::path_of(&dir.join("log"), 0);
+    let as_killed = fs::read(&path).expect("readable");
+    drop(log);
+    // A clean end seals the log; a kill does not.
+    fs::write(&path, as_killed).expect("writable");
+    path
+}
+
+/// Where each frame of a segment begins, and where the last one ends.
+fn frame_starts(path: &Path) -> Vec<usize> {
+    let bytes = fs::read(path).expect("readable");
+    let mut starts = vec![super::segment::HEADER_BYTES];
+    loop {
+        let at = starts[starts.len() - 1];
+        if bytes.get(at..at + 4) != Some(b"HGf1") {
+            return starts;
+        }
+        let body = u32::from_le_bytes(bytes[at + 4..at + 8].try_into().expect("4 bytes")) as usize;
+        starts.push(at + super::segment::FRAME_HEADER_BYTES + body);
+    }
+}
+
+#[test]
+fn what_was_acknowledged_is_read_back_before_and_after_a_restart() {
+    let dir = TempDir::new().expect("temporary directory");
+    let log = Log::open(dir.path(), &config()).expect("opens");
+    assert_eq!(append(&log, &[b"0", b"1"]).expect("kept").first_offsets, [Some(0)]);
+    assert_eq!(append(&log, &[b"2"]).expect("kept").first_offsets, [Some(2)]);
+    assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..3));
+    assert_eq!(read_all(&log, 1).expect("readable"), numbered(1..3));
+    drop(log);
+    let log = Log::open(dir.path(), &config()).expect("opens");
+    assert_eq!(log.next_offset(), 3);
+    append(&log, &[b"3"]).expect("kept");
+    assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..4));
+}
+
+#[test]
+fn after_a_failed_fdatasync_nothing_more_is_acknowledged_until_a_restart() {
+    let dir = TempDir::new().expect("temporary directory");
+    let faults = Arc::new(Faults::default());
+    let log = Log::open_on(Box::new(FaultyDisk(faults.clone())), dir.path(), &config()).expect("opens");
+    append(&log, &[b"0"]).expect("kept");
+    faults.sync_fails.store(true, Ordering::SeqCst);
+    assert!(matches!(append(&log, &[b"lost"]), Err(AppendError::Failed(_))));
+    // The disk is well again, but what it did with the pages that failed is not known.
+    faults.sync_fails.store(false, Ordering::SeqCst);
+    assert!(matches!(append(&log, &[b"lost"]), Err(AppendError::Failed(_))));
+    assert!(log.trouble().is_some_and(|trouble| trouble.contains("cannot be written")));
+    assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..1));
+    drop(log);
+    let log = Log::open(dir.path(), &config()).expect("opens");
+    let next = log.next_offset();
+    assert_eq!(append(&log, &[b"after"]).expect("kept").first_offsets, [Some(next)]);
+}
+
+#[test]
+fn a_full_disk_is_waited_out_or_refused_and_loses_nothing() {
+    let dir = TempDir::new().expect("temporary directory");
+    let faults = Arc::new(Faults::default());
+    let log = Log::open_on(Box::new(FaultyDisk(faults.clone())), dir.path(), &config()).expect("opens");
+    append(&log, &[b"0"]).expect("kept");
+    faults.disk_is_full.store(true, Ordering::SeqCst);
+    let impatient = log.append(vec![section(&[b"x"], &Lease::new())], Instant::now());
+    assert!(matches!(impatient.blocking_recv(), Ok(Err(AppendError::DiskFull))));
+    assert_eq!(log.trouble().as_deref(), Some("the disk is full"));
+    let patient = log.append(vec![section(&[b"1"], &Lease::new())], later());
+    faults.disk_is_full.store(false, Ordering::SeqCst);
+    let kept = patient.blocking_recv().expect("the writer answers").expect("kept");
+    assert_eq!(kept.first_offsets, [Some(1)]);
+    assert_eq!(log.trouble(), None);
+    assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..2));
+    drop(log);
+    let log = Log::open(dir.path(), &config()).expect("opens");
+    assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..2));
+}
+
+#[test]
+fn a_write_torn_at_any_byte_is_cut_off_and_costs_no_other_record() {
+    let dir = TempDir::new().expect("temporary directory");
+    let path = killed_after(dir.path(), 5);
+    let whole = fs::read(&path).expect("readable");
+    let starts = frame_starts(&path);
+    let (last, end) = (starts[4], starts[5]);
+    for cut in last..end {
+        // The file's room was allocated: behind the cut are zeros, or the end.
+        for room in [0, 4096] {
+            let mut torn = whole[..cut].to_vec();
+            torn.resize(cut + room, 0);
+            fs::write(&path, torn).expect("writable");
+            let log = Log::open(dir.path(), &config()).expect("a torn end is no damage");
+            assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..4), "cut at {cut}");
+            assert_eq!(append(&log, &[b"4"]).expect("kept").first_offsets, [Some(4)]);
+        }
+    }
+    // Cut between two frames, nothing is missing.
+    fs::write(&path, &whole[..end]).expect("writable");
+    let log = Log::open(dir.path(), &config()).expect("opens");
+    assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..5));
+}
+
+#[test]
+fn any_damaged_byte_in_the_middle_is_reported_and_never_passed_over_in_silence() {
+    let dir = TempDir::new().expect("temporary directory");
+    let path = killed_after(dir.path(), 5);
+    let whole = fs::read(&path).expect("readable");
+    let starts = frame_starts(&path);
+    for at in starts[2]..starts[3] {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0x40;
+        fs::write(&path, &damaged).expect("writable");
+        match Log::open(dir.path(), &config()) {
+            Err(OpenError::Corrupt(text)) => {
+                assert!(text.contains(".log") && text.contains("offset 2 "), "byte {at}: {text}");
+            }
+            Err(error) => panic!("byte {at}: {error}"),
+            Ok(_) => panic!("byte {at}: damage went unnoticed"),
+        }
+        let accepting = config::Log { accept_corruption: true, ..config() };
+        let log = Log::open(dir.path(), &accepting).expect("opens without the lost record");
+        let kept: Vec<_> = [numbered(0..2), numbered(3..5)].concat();
+        assert_eq!(read_all(&log, 0).expect("readable"), kept, "byte {at}");
+        assert_eq!(log.lost_records(), 1);
+    }
+}
+
+#[test]
+fn damage_to_the_last_record_of_a_log_that_was_closed_is_no_torn_write() {
+    let dir = TempDir::new().expect("temporary directory");
+    let log = Log::open(dir.path(), &config()).expect("opens");
+    append(&log, &[b"0"]).expect("kept");
+    append(&log, &[b"1"]).expect("kept");
+    drop(log);
+    let path = super::segment::Segment::path_of(&dir.path().join("log"), 0);
+    let starts = frame_starts(&path);
+    let mut bytes = fs::read(&path).expect("readable");
+    bytes[starts[2] - 1] ^= 1;
+    fs::write(&path, bytes).expect("writable");
+    assert!(matches!(Log::open(dir.path(), &config()), Err(OpenError::Corrupt(_))));
+}
+
+#[test]
+fn a_format_of_the_future_is_refused_and_left_alone() {
+    let dir = TempDir::new().expect("temporary directory");
+    let path = killed_after(dir.path(), 1);
+    let mut bytes = fs::read(&path).expect("readable");
+    bytes[8] = 2;
+    fs::write(&path, &bytes).expect("writable");
+    let Err(OpenError::Corrupt(text)) = Log::open(dir.path(), &config()) else { panic!("opened") };
+    assert!(text.contains("format"), "{text}");
+    assert_eq!(fs::read(&path).expect("readable"), bytes);
+}
+
+#[test]
+fn nothing_comes_in_under_a_lease_that_has_ended() {
+    let dir = TempDir::new().expect("temporary directory");
+    let log = Log::open(dir.path(), &config()).expect("opens");
+    let (dead, alive) = (Lease::new(), Lease::new());
+    dead.end();
+    let sections = vec![section(&[b"x", b"y"], &dead), section(&[b"0"], &alive)];
+    let committed = log.append(sections, later()).blocking_recv().expect("answered").expect("kept");
+    assert_eq!(committed.first_offsets, [None, Some(0)]);
+    assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..1));
+}
+
+#[test]
+fn retention_removes_what_is_stored_and_holds_back_what_is_not() {
+    let dir = TempDir::new().expect("temporary directory");
+    let small = config::Log { segment_bytes: 64 << 10, retention_bytes: 256 << 10, ..config() };
+    let log = Log::open(dir.path(), &small).expect("opens");
+    let payload = vec![7; 16 << 10];
+    let fill = |log: &Log| {
+        for n in 0..1000 {
+            let soon = Instant::now() + Duration::from_millis(100);
+            let appended = log.append(vec![section(&[&payload], &Lease::new())], soon).blocking_recv();
+            if let Err(error) = appended.expect("answered") {
+                return (n, error);
+            }
+        }
+        panic!("the budget was never reached")
+    };
+    let (kept, error) = fill(&log);
+    assert!(matches!(error, AppendError::Budget { retention_bytes: 262_144 }), "{error}");
+    assert!(log.disk_bytes() <= small.retention_bytes);
+    assert_eq!(log.first_offset(), 0, "nothing that is not stored is removed");
+    assert_eq!(read_all(&log, 0).expect("readable").len(), kept);
+
+    log.set_stored(log.next_offset());
+    append(&log, &[&payload]).expect("there is room again");
+    assert!(log.first_offset() > 0);
+    let removed = log.read(0, 1);
+    assert!(removed.is_ok_and(|batches| !batches.is_empty()) || log.first_offset() > 0);
+    assert!(log.disk_bytes() <= small.retention_bytes);
+}
+
+#[test]
+fn received_times_never_go_back_by_a_little_and_follow_a_clock_that_was_set_back() {
+    let dir = TempDir::new().expect("temporary directory");
+    let log = Log::open(dir.path(), &config()).expect("opens");
+    let at = |received_at| {
+        let id = DatasourceId::new("press-4").expect("slug");
+        let mut section = Section::new(id, KeyId([1; 6]), Lease::new(), Transport::Http, received_at);
+        section.push("t", b"", "", &[], RecordFlags::default());
+        log.append(vec![section], later()).blocking_recv().expect("answered").expect("kept");
+    };
+    let start = 1_700_000_000_000_000;
+    for time in [start, start - 900_000, start + 5, start - 60_000_000] {
+        at(time);
+    }
+    let batches = log.read(0, 1 << 20).expect("readable");
+    let times: Vec<_> = batches.iter().flat_map(|b| b.records()).map(|r| r.received_at - start).collect();
+    assert_eq!(times, [0, 0, 5, -60_000_000]);
+}
+
+/// Version 1, written on 2026-11-23: three records, sealed. Whatever comes after has to read it.
+#[test]
+fn a_log_of_version_1_is_still_read() {
+    let frozen = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/log-v1");
+    let dir = TempDir::new().expect("temporary directory");
+    fs::create_dir(dir.path().join("log")).expect("made");
+    let name = "log/00000000000000000000.log";
+    fs::copy(frozen.join(name), dir.path().join(name)).expect("copied");
+    let log = Log::open(dir.path(), &config()).expect("opens");
+    let batches = log.read(0, 1 << 20).expect("readable");
+    let records: Vec<_> = batches
+        .iter()
+        .flat_map(|batch| batch.records())
+        .map(|r| (r.offset, r.datasource, r.topic, r.payload, r.content_type, r.transport))
+        .collect();
+    assert_eq!(
+        records,
+        [
+            (0, "press-4", "spindle/temp", &b"{\"value\": 21.5}"[..], "application/json", Transport::Http),
+            (1, "press-4", "spindle/temp", &b"21.6"[..], "", Transport::Mqtt),
+            (2, "press-4", "camera", &b"\xff\xd8"[..], "image/jpeg", Transport::Http),
+        ]
+    );
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Append(Vec<u16>),
+    Reopen,
+    ReadFrom(prop::sample::Index),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => prop::collection::vec(0..2000_u16, 1..6).prop_map(Step::Append),
+        1 => Just(Step::Reopen),
+        3 => any::<prop::sample::Index>().prop_map(Step::ReadFrom),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// The log against the simplest thing that behaves like it: a vector of payload lengths.
+    #[test]
+    fn the_log_behaves_as_a_vector(steps in prop::collection::vec(step(), 1..40)) {
+        let dir = TempDir::new().expect("temporary directory");
+        let small = config::Log { segment_bytes: 8 << 10, retention_bytes: 1 << 30, ..config() };
+        let mut log = Log::open(dir.path(), &small).expect("opens");
+        let mut model: Vec<usize> = Vec::new();
+        for step in steps {
+            match step {
+                Step::Append(lengths) => {
+                    let payloads: Vec<Vec<u8>> = lengths.iter().map(|n| vec![1; usize::from(*n)]).collect();
+                    let borrowed: Vec<&[u8]> = payloads.iter().map(Vec::as_slice).collect();
+                    let committed = append(&log, &borrowed).expect("kept");
+                    prop_assert_eq!(committed.first_offsets, vec![Some(model.len() as Offset)]);
+                    model.extend(lengths.iter().map(|n| usize::from(*n)));
+                }
+                Step::Reopen => {
+                    drop(log);
+                    log = Log::open(dir.path(), &small).expect("opens");
+                }
+                Step::ReadFrom(index) => {
+                    let from = index.index(model.len() + 1);
+                    let read = read_all(&log, from as Offset).expect("readable");
+                    let read: Vec<_> = read.iter().map(|(offset, payload)| (*offset, payload.len())).collect();
+                    let expected: Vec<_> = (from..model.len()).map(|n| (n as Offset, model[n])).collect();
+                    prop_assert_eq!(read, expected);
+                }
+            }
+            prop_assert_eq!(log.next_offset(), model.len() as Offset);
+        }
+    }
+}
