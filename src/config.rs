@@ -240,8 +240,18 @@ impl Config {
             if holds { Ok(()) } else { Err(ConfigError::Value { key, value: value.to_string(), rule }) }
         };
         let (mqtt, http, intake, log) = (&self.mqtt, &self.http, &self.intake, &self.log);
-        rule(mqtt.receive_maximum > 0, "mqtt.receive_maximum", &mqtt.receive_maximum, "it has to be at least 1")?;
-        rule(mqtt.keep_alive_s_max > 0, "mqtt.keep_alive_s_max", &mqtt.keep_alive_s_max, "it has to be at least 1")?;
+        rule(
+            mqtt.receive_maximum > 0,
+            "mqtt.receive_maximum",
+            &mqtt.receive_maximum,
+            "it has to be at least 1",
+        )?;
+        rule(
+            mqtt.keep_alive_s_max > 0,
+            "mqtt.keep_alive_s_max",
+            &mqtt.keep_alive_s_max,
+            "it has to be at least 1",
+        )?;
         rule(
             (256..=limits::BATCH_BYTES_MAX).contains(&mqtt.packet_bytes_max),
             "mqtt.packet_bytes_max",

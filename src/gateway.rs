@@ -105,7 +105,18 @@ impl Gateway {
         });
         info!(%mqtt_addr, %http_addr, next_offset = log.next_offset(), "serving");
         let drain_max = config.drain_max();
-        Ok(Gateway { mqtt_addr, http_addr, admin_key_path, log, storage, drain, drain_max, fronts, upkeep, _lock: lock })
+        Ok(Gateway {
+            mqtt_addr,
+            http_addr,
+            admin_key_path,
+            log,
+            storage,
+            drain,
+            drain_max,
+            fronts,
+            upkeep,
+            _lock: lock,
+        })
     }
 
     /// Drains within `drain_ms_max`: stops accepting, commits and acknowledges what was read, closes
@@ -155,12 +166,14 @@ fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     let all = DatasourceId::all();
-    let earlier: Vec<_> = registry.keys(&all).into_iter().filter(|key| key.label == ADMIN_KEY_LABEL).collect();
+    let earlier: Vec<_> =
+        registry.keys(&all).into_iter().filter(|key| key.label == ADMIN_KEY_LABEL).collect();
     let (key, secret) = registry.create_key(&all, ADMIN_KEY_LABEL, Scopes::of(&[Scope::Admin]), None)?;
-    let written = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).and_then(|mut file| {
-        writeln!(file, "{}", secret.expose())?;
-        file.sync_all()
-    });
+    let written =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).and_then(|mut file| {
+            writeln!(file, "{}", secret.expose())?;
+            file.sync_all()
+        });
     written.with_context(|| format!("cannot write {}", path.display()))?;
     for key in earlier {
         registry.revoke_key(&all, key.id)?;

@@ -20,9 +20,7 @@ use crate::auth::{Authorizer, Denied, Grant, Key, Scope};
 use crate::config;
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, REVOCATION_WAIT_MAX, SECTION_SEARCH_MAX};
 use crate::log::{AppendError, Committed, Log, Section};
-use crate::message::{
-    DatasourceId, NameError, Offset, RecordFlags, Transport, check_topic, now_micros,
-};
+use crate::message::{DatasourceId, NameError, Offset, RecordFlags, Transport, check_topic, now_micros};
 use crate::observe::metrics::Metrics;
 
 /// Why a message was not let in. Each front turns it into its protocol's words in one function.
@@ -246,10 +244,7 @@ impl Intake {
     }
 
     fn busy(&self) -> Refusal {
-        Refusal::Busy {
-            in_flight_bytes_max: self.0.limits.in_flight_bytes_max,
-            retry_after: RETRY_AFTER,
-        }
+        Refusal::Busy { in_flight_bytes_max: self.0.limits.in_flight_bytes_max, retry_after: RETRY_AFTER }
     }
 }
 

@@ -83,13 +83,17 @@ fn check_config_fails_on_what_serve_would_fail_on_and_names_it() {
         ("[mqtt]\nlisten = \"nowhere\"\n", "listen"),
         ("[mqtt]\nreceive_maximum = 0\n", "mqtt.receive_maximum"),
         ("[trace]\nfilter = \"headgate=loud\"\n", "trace.filter"),
-        ("not toml", "TOML"),
     ] {
         let bad = file(dir.path(), "bad.toml", text);
         let said = fails(&mut headgate(&["check-config", &bad]));
         assert!(said.contains(named), "{text:?}: {said}");
         assert_eq!(fails(&mut headgate(&["serve", "--config", &bad])), said);
     }
+    let no_toml = file(dir.path(), "no.toml", "[mqtt]\nlisten = nowhere\n");
+    let output = run(&mut headgate(&["check-config", &no_toml]));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said.contains("line 2") && said.contains("no.toml"), "{said}");
     let missing = dir.path().join("missing.toml");
     assert!(fails(headgate(&["check-config"]).arg(missing)).contains("missing.toml"));
 }

@@ -5,6 +5,7 @@
 mod common;
 
 use std::collections::HashSet;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -50,22 +51,11 @@ impl SmallDisk {
 
     /// Takes room until `left` bytes are free.
     fn fill(&self, left: u64) {
-        use std::io::Write;
-        let free = || {
-            let used = String::from_utf8(
-                std::process::Command::new("df")
-                    .args(["--output=avail", "--block-size=1"])
-                    .arg(self.dir.path())
-                    .output()
-                    .expect("df runs")
-                    .stdout,
-            )
-            .expect("UTF-8");
-            used.split_whitespace().last().expect("a number").parse::<u64>().expect("a number")
-        };
         let mut filler = std::fs::File::create(self.dir.path().join("filler")).expect("made");
-        let bytes = usize::try_from(free().saturating_sub(left)).expect("small");
-        filler.write_all(&vec![0; bytes]).expect("there is room");
+        let chunk = vec![0; 64 << 10];
+        while filler.write_all(&chunk).is_ok() {}
+        let bytes = filler.metadata().expect("its size").len();
+        filler.set_len(bytes - left).expect("cut");
     }
 
     /// Gives that room back.

@@ -85,10 +85,23 @@ pub fn run(cli: Cli) -> ExitCode {
         Err(error) if out::is_reader_gone(&error) => ExitCode::from(READER_GONE),
         Err(error) => {
             // Not eprintln!, which panics when standard error is closed.
-            let _ = writeln!(std::io::stderr(), "headgate: {error:#}");
+            let _ = writeln!(std::io::stderr(), "headgate: {}", told(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and what caused it, each said once: some errors have their cause's words in their own.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(|cause| cause.to_string()) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(cause.trim()) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text.trim_end().to_owned()
 }
 
 #[cfg(test)]
@@ -100,6 +113,12 @@ mod tests {
     #[test]
     fn the_commands_and_their_options_do_not_contradict_each_other() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn each_cause_is_told_once() {
+        let error = anyhow::anyhow!("no such file").context("registry: no such file").context("starting");
+        assert_eq!(told(&error), "starting: registry: no such file");
     }
 
     #[test]

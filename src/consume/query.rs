@@ -387,9 +387,9 @@ mod tests {
                     12_345 => -2 * SECOND,
                     _ => 100_000,
                 };
-                let pick = |of: u64, salt: u64| {
-                    (offset.wrapping_mul(0x9E37_79B9).wrapping_add(salt) >> 7) as usize % of as usize
-                };
+                // Independent of one another: each from other bits of the same mixture.
+                let mixture = offset.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                let pick = |of: u64, bits: u64| usize::try_from((mixture >> (8 * bits)) % of).expect("small");
                 let mut record = record(offset, DATASOURCES[pick(3, 1)], TOPICS[pick(4, 2)], b"{\"t\": 1}");
                 record.key_id = KeyId([u8::try_from(pick(3, 3)).expect("small"); 6]);
                 record.transport = [Transport::Mqtt, Transport::Http][pick(2, 4)];

@@ -24,8 +24,11 @@ pub struct Rfc3339(pub TimeMicros);
 
 impl fmt::Display for Rfc3339 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let time = jiff::Timestamp::from_microsecond(self.0)
-            .unwrap_or_else(|_| if self.0 < 0 { jiff::Timestamp::MIN } else { jiff::Timestamp::MAX });
+        let time = jiff::Timestamp::from_microsecond(self.0).unwrap_or(if self.0 < 0 {
+            jiff::Timestamp::MIN
+        } else {
+            jiff::Timestamp::MAX
+        });
         write!(f, "{time:.6}")
     }
 }

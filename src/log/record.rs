@@ -12,9 +12,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::message::{
-    DatasourceId, KeyId, Lease, Offset, RecordFlags, RecordRef, TimeMicros, Transport,
-};
+use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 
 /// What the records of a section have in common, as it is kept.
 #[derive(Serialize, Deserialize)]
@@ -297,7 +295,8 @@ mod tests {
 
     fn section(datasource: &str, payloads: &[Vec<u8>]) -> Section {
         let id = DatasourceId::new(datasource).expect("slug");
-        let mut section = Section::new(id, KeyId([7; 6]), Lease::new(), Transport::Mqtt, 1_700_000_000_000_000);
+        let mut section =
+            Section::new(id, KeyId([7; 6]), Lease::new(), Transport::Mqtt, 1_700_000_000_000_000);
         for payload in payloads {
             section.push("spindle/temp", payload, "application/json", &[], RecordFlags::RETAIN);
         }

@@ -170,10 +170,8 @@ impl Segment {
         header[20..28].copy_from_slice(&created_at.to_le_bytes());
         let crc = crc32fast::hash(&header[..28]);
         header[28..].copy_from_slice(&crc.to_le_bytes());
-        let written = file
-            .write_all_at(&header, 0)
-            .and_then(|()| file.sync_data())
-            .and_then(|()| disk.sync_dir(dir));
+        let written =
+            file.write_all_at(&header, 0).and_then(|()| file.sync_data()).and_then(|()| disk.sync_dir(dir));
         if let Err(error) = written {
             // It holds nothing yet, and its name is needed for the next try.
             let _ = std::fs::remove_file(&path);
@@ -309,17 +307,23 @@ impl Segment {
                     position += header.frame_bytes();
                 }
                 Err(error @ FrameError::Io { .. }) => return Err(error),
-                Err(damage @ FrameError::Damaged { .. }) => match self.next_whole(position + 1, next_offset)? {
-                    Some((whole, header)) => {
-                        gaps.push(Gap { place: damage.to_string(), from: next_offset, to: header.first_offset });
-                        next_offset = header.first_offset;
-                        position = whole;
+                Err(damage @ FrameError::Damaged { .. }) => {
+                    match self.next_whole(position + 1, next_offset)? {
+                        Some((whole, header)) => {
+                            gaps.push(Gap {
+                                place: damage.to_string(),
+                                from: next_offset,
+                                to: header.first_offset,
+                            });
+                            next_offset = header.first_offset;
+                            position = whole;
+                        }
+                        None => {
+                            cut_bytes = self.written_bytes_from(position)?;
+                            break;
+                        }
                     }
-                    None => {
-                        cut_bytes = self.written_bytes_from(position)?;
-                        break;
-                    }
-                },
+                }
             }
         }
         if last {
@@ -335,7 +339,11 @@ impl Segment {
     }
 
     /// Reads and checks the frame at `position`, which has to begin with `offset`.
-    pub(super) fn read_frame(&self, position: u64, offset: Offset) -> Result<(FrameHeader, Batch), FrameError> {
+    pub(super) fn read_frame(
+        &self,
+        position: u64,
+        offset: Offset,
+    ) -> Result<(FrameHeader, Batch), FrameError> {
         let damaged = |what| FrameError::Damaged { path: self.path.clone(), position, what };
         let header = self.read_header(position)?.ok_or_else(|| damaged("no batch begins here"))?;
         if header.first_offset != offset {
@@ -363,7 +371,11 @@ impl Segment {
 
     /// The next place at or behind `position` where a whole frame with an offset of at least
     /// `offset` begins.
-    pub(super) fn next_whole(&self, position: u64, offset: Offset) -> Result<Option<(u64, FrameHeader)>, FrameError> {
+    pub(super) fn next_whole(
+        &self,
+        position: u64,
+        offset: Offset,
+    ) -> Result<Option<(u64, FrameHeader)>, FrameError> {
         let mut position = position;
         let mut window = vec![0; WALK_BYTES];
         loop {

@@ -57,7 +57,11 @@ impl SegmentFile for FaultyFile {
     }
 
     fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
-        if self.1.disk_is_full.load(Ordering::SeqCst) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        if self.1.disk_is_full.load(Ordering::SeqCst) {
+            Err(io::ErrorKind::StorageFull.into())
+        } else {
+            Ok(())
+        }
     }
 
     fn set_len(&self, bytes: u64) -> io::Result<()> {

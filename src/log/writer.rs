@@ -248,7 +248,9 @@ impl Writer {
         for (first_offset, segment) in removed {
             match std::fs::remove_file(segment.path()) {
                 Ok(()) => info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment"),
-                Err(error) => warn!(%error, path = %segment.path().display(), "retention cannot remove a segment"),
+                Err(error) => {
+                    warn!(%error, path = %segment.path().display(), "retention cannot remove a segment")
+                }
             }
         }
         if self.shared.disk_bytes() + incoming_bytes > self.config.retention_bytes {
@@ -281,11 +283,16 @@ impl Writer {
     fn give_up(&self, error: &AppendError, group: &mut Vec<Submission>, all: bool) {
         let now = Instant::now();
         let lasting = all || matches!(error, AppendError::Failed(_));
-        let waits = |s: &Submission| !lasting && s.give_up_at > now && s.sections.iter().any(|s| s.records() > 0);
+        let waits =
+            |s: &Submission| !lasting && s.give_up_at > now && s.sections.iter().any(|s| s.records() > 0);
         for submission in group.extract_if(.., |submission| !waits(submission)) {
             let nothing = submission.sections.iter().all(|section| section.records() == 0);
             let none = vec![None; submission.sections.len()];
-            submission.answer(if nothing { Ok(Committed { first_offsets: none }) } else { Err(error.clone()) });
+            submission.answer(if nothing {
+                Ok(Committed { first_offsets: none })
+            } else {
+                Err(error.clone())
+            });
         }
         for submission in self.shared.queue.take_expired(now) {
             submission.answer(Err(error.clone()));
@@ -301,9 +308,9 @@ impl Writer {
         put_body(&[], &mut frame);
         seal_frame(&mut frame, 0, self.next_offset, self.time_max);
         let sealed = self.write(&frame, self.next_offset, self.time_max);
-        let sealed = sealed.map_err(|e| e.to_string()).and_then(|()| {
-            self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string())
-        });
+        let sealed = sealed
+            .map_err(|e| e.to_string())
+            .and_then(|()| self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string()));
         if let Err(error) = sealed {
             // Without it the next start takes the end of the log for a crash, and loses nothing.
             warn!(error, "the log could not be sealed");

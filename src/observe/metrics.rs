@@ -8,7 +8,8 @@ use crate::message::Transport;
 
 /// Latencies from 50 µs to 10 s, about three buckets to a factor of ten.
 const SECONDS_BUCKETS: [f64; 16] = [
-    0.000_05, 0.000_1, 0.000_2, 0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
+    0.000_05, 0.000_1, 0.000_2, 0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
+    10.0,
 ];
 
 /// A gateway's metrics.
@@ -36,7 +37,10 @@ impl Metrics {
             use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
             describe_counter!("headgate_accepted_total", "Messages that were let in and are durable");
             describe_counter!("headgate_accepted_bytes_total", Unit::Bytes, "Payload bytes that were let in");
-            describe_counter!("headgate_refused_total", "Messages and connections that were refused, by cause");
+            describe_counter!(
+                "headgate_refused_total",
+                "Messages and connections that were refused, by cause"
+            );
             describe_histogram!("headgate_commit_seconds", Unit::Seconds, "From submission to durability");
             describe_gauge!("headgate_mqtt_connections", "MQTT connections whose key was accepted");
             describe_histogram!(

@@ -407,7 +407,7 @@ mod tests {
             "note||hello|1|2026-11-23T09:28:39.001000Z\nspindle/temp|t|21.5|0|2026-11-23T09:28:39.000000Z\n"
         );
         assert_eq!(
-            sqlite3("SELECT avg(payload ->> 't') FROM records WHERE topic = 'spindle/temp'"),
+            sqlite3("SELECT avg(json_extract(payload, '$.t')) FROM records WHERE topic = 'spindle/temp'"),
             "21.5\n"
         );
     }

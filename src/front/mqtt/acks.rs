@@ -6,8 +6,8 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use super::codec::Reason;
 use super::codec::write::{self, Form};
+use super::codec::{Reason, Version};
 use crate::intake::{Accepted, Admitted, Refusal};
 
 /// One QoS 1 message's answer.
@@ -57,7 +57,9 @@ impl Train {
                     let first = accepted.and_then(|a| a.first_offsets.get(*origin as usize));
                     match first {
                         Some(Some(_)) => write::puback(to, form, ack.packet_id, Reason::Success, None),
-                        // The key died between the check and the append: nothing was kept.
+                        // The key died between the check and the append: nothing was kept. MQTT 3.1.1
+                        // cannot say so, and says nothing: its connection closes with its key.
+                        _ if form.version != Version::V5 => {}
                         _ => write::puback(to, form, ack.packet_id, Reason::NotAuthorized, None),
                     }
                 }

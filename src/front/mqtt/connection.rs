@@ -215,7 +215,9 @@ impl Connection<'_> {
         }
         match batch.draft.filter(|draft| !draft.is_empty()).map(|draft| intake.try_admit(draft)) {
             Some(Ok(admitted)) => self.trains.push(Some(admitted), batch.train),
-            Some(Err(draft)) => self.blocked = Some(Blocked { admitting: self.admit(draft), train: batch.train }),
+            Some(Err(draft)) => {
+                self.blocked = Some(Blocked { admitting: self.admit(draft), train: batch.train })
+            }
             None if !batch.train.is_empty() => self.trains.push(None, batch.train),
             None => {}
         }
@@ -262,7 +264,8 @@ impl Connection<'_> {
         if self.may_read() && self.silence_max.is_some_and(|max| silent >= max) {
             return Some(Stop::Silent);
         }
-        (self.sent < self.out.len() && silent >= STUCK_MAX.max(self.silence_max.unwrap_or_default())).then_some(Stop::Stuck)
+        (self.sent < self.out.len() && silent >= STUCK_MAX.max(self.silence_max.unwrap_or_default()))
+            .then_some(Stop::Stuck)
     }
 
     /// What the client is told last, and counted with.
@@ -276,13 +279,17 @@ impl Connection<'_> {
                 metrics.refused(Transport::Mqtt, "protocol");
                 say(violation.reason, violation.text);
             }
-            Stop::End(End::Refused(Refusal::Denied(Denied::Revoked))) => say(Reason::AdministrativeAction, "the API key is no longer valid"),
+            Stop::End(End::Refused(Refusal::Denied(Denied::Revoked))) => {
+                say(Reason::AdministrativeAction, "the API key is no longer valid")
+            }
             Stop::End(End::Refused(refusal)) => say(reason_of(refusal), &refusal.to_string()),
             Stop::Transient(refusal) => {
                 metrics.refused(Transport::Mqtt, refusal.cause());
                 say(reason_of(refusal), &refusal.to_string());
             }
-            Stop::Close(Close::KeyDead) => say(Reason::AdministrativeAction, "the API key is no longer valid"),
+            Stop::Close(Close::KeyDead) => {
+                say(Reason::AdministrativeAction, "the API key is no longer valid")
+            }
             Stop::Close(Close::TakenOver) => say(Reason::SessionTakenOver, "the client connected again"),
             Stop::Close(Close::Drain) => say(Reason::ServerShuttingDown, "the gateway is shutting down"),
             Stop::Silent => say(Reason::KeepAliveTimeout, "nothing was heard for one and a half keep-alives"),

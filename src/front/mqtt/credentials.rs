@@ -40,7 +40,10 @@ pub(super) fn of_connect(connect: &Connect<'_>, authorizer: &Authorizer) -> Resu
 ///
 /// # Errors
 /// As [`of_connect`].
-pub(super) fn of_publish(properties: &Properties<'_>, authorizer: &Authorizer) -> Result<Option<Grant>, Denied> {
+pub(super) fn of_publish(
+    properties: &Properties<'_>,
+    authorizer: &Authorizer,
+) -> Result<Option<Grant>, Denied> {
     let mut keys = key_properties(properties);
     let Some(key) = keys.next() else { return Ok(None) };
     if keys.any(|other| other.trim_ascii() != key.trim_ascii()) {

@@ -64,9 +64,8 @@ pub(super) async fn shake(
         refuse(front, peer, "malformed_connect", &violation);
         answer(version, violation.reason, violation.text)
     })?;
-    let mut opened = open(front, peer, &connect).map_err(|(reason, words)| {
-        answer(Some(connect.version), reason, &words)
-    })?;
+    let mut opened = open(front, peer, &connect)
+        .map_err(|(reason, words)| answer(Some(connect.version), reason, &words))?;
     opened.early = buffer[bytes..].to_vec();
     Ok(opened)
 }

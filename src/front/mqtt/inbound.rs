@@ -1,8 +1,6 @@
 //! What a connected client sends: bytes to packets, PUBLISH packets to a draft and the answers it
 //! will be due.
 
-use std::collections::HashMap;
-
 use tracing::debug;
 
 use super::acks::Train;
@@ -15,7 +13,7 @@ use super::credentials;
 use crate::auth::{Denied, Grant, Scope};
 use crate::intake::{Draft, Incoming, Intake, Refusal};
 use crate::limits::MQTT_TOPIC_ALIAS_MAXIMUM;
-use crate::message::{NameError, RecordFlags, Transport};
+use crate::message::{RecordFlags, Transport};
 
 /// How a client's connection ends.
 #[derive(Debug)]
@@ -37,7 +35,7 @@ pub(super) struct Inbound {
     receive_maximum: u16,
     /// The beginning of a packet whose rest has not come yet.
     partial: Vec<u8>,
-    aliases: Option<Box<HashMap<u16, Box<str>>>>,
+    aliases: Aliases,
 }
 
 /// What one read has brought.
@@ -54,12 +52,25 @@ pub(super) struct Batch {
 
 impl Inbound {
     pub(super) fn new(grant: Grant, form: Form, packet_bytes_max: usize, receive_maximum: u16) -> Self {
-        Self { grant, form, packet_bytes_max, receive_maximum, partial: Vec::new(), aliases: None }
+        Self {
+            grant,
+            form,
+            packet_bytes_max,
+            receive_maximum,
+            partial: Vec::new(),
+            aliases: Aliases::default(),
+        }
     }
 
     /// Takes in what was read. Answers that need not wait are written to `out`; `unacknowledged`
     /// messages wait for theirs already.
-    pub(super) fn take(&mut self, mut bytes: &[u8], intake: &Intake, unacknowledged: usize, out: &mut Vec<u8>) -> Batch {
+    pub(super) fn take(
+        &mut self,
+        mut bytes: &[u8],
+        intake: &Intake,
+        unacknowledged: usize,
+        out: &mut Vec<u8>,
+    ) -> Batch {
         let mut read = Read {
             batch: Batch { draft: None, train: Train::default(), packets: 0, end: None },
             intake,
@@ -100,7 +111,11 @@ impl Inbound {
             };
             consumed += frame.bytes;
             read.batch.packets += 1;
-            if let Err(end) = frame.decode(self.form.version).map_err(End::Violation).and_then(|packet| self.packet(packet, rest.len(), read)) {
+            if let Err(end) = frame
+                .decode(self.form.version)
+                .map_err(End::Violation)
+                .and_then(|packet| self.packet(packet, rest.len(), read))
+            {
                 read.batch.end = Some(end);
             }
         }
@@ -129,7 +144,9 @@ impl Inbound {
             Packet::Disconnect(disconnect) => {
                 if disconnect.session_expiry_s.is_some_and(|s| s > 0) {
                     // The session's expiry was announced as 0 (section 3.14.2.2.2).
-                    return Err(End::Violation(Violation::protocol("a session expiry after none was agreed")));
+                    return Err(End::Violation(Violation::protocol(
+                        "a session expiry after none was agreed",
+                    )));
                 }
                 return Err(End::Client);
             }
@@ -138,7 +155,9 @@ impl Inbound {
                 return Err(End::Violation(Violation::protocol("AUTH without an authentication method")));
             }
             Packet::Puback(_) | Packet::Pubrec(_) | Packet::Pubrel(_) | Packet::Pubcomp(_) => {
-                return Err(End::Violation(Violation::protocol("an acknowledgement of nothing that was sent")));
+                return Err(End::Violation(Violation::protocol(
+                    "an acknowledgement of nothing that was sent",
+                )));
             }
         }
         Ok(())
@@ -159,13 +178,7 @@ impl Inbound {
                 text: "more unacknowledged messages than the receive maximum",
             }));
         }
-        let (topic, of_alias);
-        if publish.properties.is_empty() {
-            topic = publish.topic;
-        } else {
-            of_alias = self.resolve_alias(publish).map_err(End::Violation)?;
-            topic = of_alias.as_deref().unwrap_or(publish.topic);
-        }
+        let topic = self.aliases.resolve(publish).map_err(End::Violation)?;
         let first = read.batch.draft.is_none();
         let draft = read.batch.draft.get_or_insert_with(|| read.intake.draft(Transport::Mqtt));
         let pushed = push(draft, read.intake, &self.grant, topic, publish);
@@ -202,20 +215,34 @@ impl Inbound {
             _ => Ok(()),
         }
     }
+}
 
-    /// The topic of a PUBLISH with a topic alias: sets the alias or looks it up (section 3.3.2.3.4).
-    fn resolve_alias(&mut self, publish: &Publish<'_>) -> Result<Option<Box<str>>, Violation> {
+/// The topic aliases that a client has set: per alias, from 1 on, its topic.
+#[derive(Default)]
+struct Aliases(Vec<Option<Box<str>>>);
+
+impl Aliases {
+    /// The topic of a PUBLISH: its own, which it may set a topic alias to, or its alias's (section
+    /// 3.3.2.3.4).
+    fn resolve<'a>(&'a mut self, publish: &Publish<'a>) -> Result<&'a str, Violation> {
         let invalid = |text| Violation { reason: Reason::TopicAliasInvalid, text };
-        let Some(alias) = publish.properties.u16(TOPIC_ALIAS) else { return Ok(None) };
+        if publish.properties.is_empty() {
+            return Ok(publish.topic);
+        }
+        let Some(alias) = publish.properties.u16(TOPIC_ALIAS) else { return Ok(publish.topic) };
         if alias == 0 || alias > MQTT_TOPIC_ALIAS_MAXIMUM {
             return Err(invalid("a topic alias of 0 or over the maximum"));
         }
+        let place = usize::from(alias) - 1;
         if publish.topic.is_empty() {
-            let known = self.aliases.as_ref().and_then(|aliases| aliases.get(&alias));
-            return known.cloned().map(Some).ok_or(invalid("a topic alias that was not set"));
+            let known = self.0.get(place).and_then(Option::as_deref);
+            return known.ok_or(invalid("a topic alias that was not set"));
         }
-        self.aliases.get_or_insert_default().insert(alias, publish.topic.into());
-        Ok(None)
+        if self.0.len() <= place {
+            self.0.resize(place + 1, None);
+        }
+        self.0[place] = Some(publish.topic.into());
+        Ok(publish.topic)
     }
 }
 
@@ -229,7 +256,13 @@ struct Read<'a> {
 
 /// Checks one message and adds it to the draft, under the key that it brings or else the
 /// connection's.
-fn push(draft: &mut Draft, intake: &Intake, grant: &Grant, topic: &str, publish: &Publish<'_>) -> Result<usize, Refusal> {
+fn push(
+    draft: &mut Draft,
+    intake: &Intake,
+    grant: &Grant,
+    topic: &str,
+    publish: &Publish<'_>,
+) -> Result<usize, Refusal> {
     let flags = if publish.retain { RecordFlags::RETAIN } else { RecordFlags::default() };
     let payload = publish.payload;
     if publish.properties.is_empty() {
@@ -243,7 +276,8 @@ fn push(draft: &mut Draft, intake: &Intake, grant: &Grant, topic: &str, publish:
         match (id, value) {
             (CONTENT_TYPE, Value::Text(text)) => content_type = text,
             (_, Value::Pair(name, _)) if credentials::is_key_property(name) => {}
-            (PAYLOAD_FORMAT | MESSAGE_EXPIRY | RESPONSE_TOPIC | CORRELATION_DATA, _) | (_, Value::Pair(..)) => {
+            (PAYLOAD_FORMAT | MESSAGE_EXPIRY | RESPONSE_TOPIC | CORRELATION_DATA, _)
+            | (_, Value::Pair(..)) => {
                 properties.extend_from_slice(bytes);
             }
             _ => {}
@@ -269,7 +303,7 @@ fn missing_bytes(partial: &[u8], packet_bytes_max: usize) -> usize {
 pub(super) fn reason_of(refusal: &Refusal) -> Reason {
     match refusal {
         Refusal::Denied(_) | Refusal::NoDatasource(_) => Reason::NotAuthorized,
-        Refusal::Topic(NameError::TopicControl) | Refusal::Topic(_) | Refusal::DatasourceMissing => Reason::TopicNameInvalid,
+        Refusal::Topic(_) | Refusal::DatasourceMissing => Reason::TopicNameInvalid,
         Refusal::TooLarge { .. } => Reason::PacketTooLarge,
         Refusal::ContentType => Reason::PayloadFormatInvalid,
         Refusal::Busy { .. } | Refusal::Log(_) => Reason::ServerBusy,

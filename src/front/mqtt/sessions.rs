@@ -26,7 +26,12 @@ struct Clients {
 impl Sessions {
     /// Enters a client; an earlier connection of it is told to close. It leaves when the returned
     /// guard is dropped.
-    pub(super) fn enter(self: &Arc<Self>, datasource: DatasourceId, client_id: Arc<str>, control: Arc<Control>) -> Present {
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        datasource: DatasourceId,
+        client_id: Arc<str>,
+        control: Arc<Control>,
+    ) -> Present {
         let key = (datasource, client_id);
         let mut clients = self.locked();
         if clients.draining {

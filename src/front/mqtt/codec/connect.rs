@@ -1,8 +1,8 @@
 //! CONNECT (section 3.1): who a client is, with which key, and what it wants of the connection.
 
 use super::properties::{
-    AUTHENTICATION_DATA, AUTHENTICATION_METHOD, Allowed, MAXIMUM_PACKET_SIZE, Properties,
-    RECEIVE_MAXIMUM, REQUEST_PROBLEM_INFORMATION, SESSION_EXPIRY,
+    AUTHENTICATION_DATA, AUTHENTICATION_METHOD, Allowed, MAXIMUM_PACKET_SIZE, Properties, RECEIVE_MAXIMUM,
+    REQUEST_PROBLEM_INFORMATION, SESSION_EXPIRY,
 };
 use super::{Reader, Reason, Version, Violation};
 

@@ -142,7 +142,11 @@ impl<'a> Frame<'a> {
     /// [`Reason::MalformedPacket`] as soon as the fixed header breaks a rule, and
     /// [`Reason::PacketTooLarge`] as soon as the remaining length says that the packet takes more
     /// than `bytes_max`: neither waits for the rest.
-    pub fn split(buffer: &'a [u8], bytes_max: usize, version: Option<Version>) -> Result<Option<Self>, Violation> {
+    pub fn split(
+        buffer: &'a [u8],
+        bytes_max: usize,
+        version: Option<Version>,
+    ) -> Result<Option<Self>, Violation> {
         let Some((&first, rest)) = buffer.split_first() else { return Ok(None) };
         check_flags(first)?;
         let mut length = 0_usize;
@@ -156,7 +160,10 @@ impl<'a> Frame<'a> {
             }
             let header = 2 + i;
             if header + length > bytes_max {
-                return Err(Violation { reason: Reason::PacketTooLarge, text: "the packet is over the maximum packet size" });
+                return Err(Violation {
+                    reason: Reason::PacketTooLarge,
+                    text: "the packet is over the maximum packet size",
+                });
             }
             let bytes = header + length;
             return Ok(buffer.get(header..bytes).map(|body| Self { first, body, bytes }));
@@ -210,7 +217,9 @@ fn check_flags(first: u8) -> Result<(), Violation> {
     let flags = first & 0x0f;
     match (first >> 4, flags) {
         (3, _) if flags & 0b0110 == 0b0110 => Err(Violation::malformed("QoS 3 does not exist")),
-        (3, _) if flags & 0b1110 == 0b1000 => Err(Violation::malformed("a PUBLISH with QoS 0 cannot be a duplicate")),
+        (3, _) if flags & 0b1110 == 0b1000 => {
+            Err(Violation::malformed("a PUBLISH with QoS 0 cannot be a duplicate"))
+        }
         (3, _) | (6 | 8 | 10, 0b0010) => Ok(()),
         (6 | 8 | 10, _) => Err(Violation::malformed("the flags of the fixed header have to be 2")),
         (_, 0) => Ok(()),

@@ -212,10 +212,9 @@ fn check_value(id: u8, value: &Value<'_>) -> Result<(), Violation> {
         (RECEIVE_MAXIMUM | MAXIMUM_PACKET_SIZE | SUBSCRIPTION_IDENTIFIER, Value::Number(0)) => {
             Err(Violation::protocol("a property that cannot be 0 is 0"))
         }
-        (
-            PAYLOAD_FORMAT | REQUEST_PROBLEM_INFORMATION | REQUEST_RESPONSE_INFORMATION,
-            Value::Number(2..),
-        ) => Err(Violation::protocol("a property that is 0 or 1 is neither")),
+        (PAYLOAD_FORMAT | REQUEST_PROBLEM_INFORMATION | REQUEST_RESPONSE_INFORMATION, Value::Number(2..)) => {
+            Err(Violation::protocol("a property that is 0 or 1 is neither"))
+        }
         (RESPONSE_TOPIC, Value::Text(topic)) if topic.is_empty() || topic.contains(['+', '#']) => {
             Err(Violation::protocol("a response topic is a topic name, without wildcards"))
         }

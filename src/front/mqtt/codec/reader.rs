@@ -64,7 +64,9 @@ impl<'a> Reader<'a> {
             value |= u32::from(byte & 0x7f) << (7 * i);
             if byte & 0x80 == 0 {
                 if byte == 0 && i > 0 {
-                    return Err(Violation::malformed("a variable byte integer takes more bytes than it needs"));
+                    return Err(Violation::malformed(
+                        "a variable byte integer takes more bytes than it needs",
+                    ));
                 }
                 return Ok(value);
             }
@@ -89,6 +91,10 @@ impl<'a> Reader<'a> {
 
     /// Says that the packet ends here.
     pub(super) fn end(&self) -> Result<(), Violation> {
-        if self.rest.is_empty() { Ok(()) } else { Err(Violation::malformed("the packet goes on after its content")) }
+        if self.rest.is_empty() {
+            Ok(())
+        } else {
+            Err(Violation::malformed("the packet goes on after its content"))
+        }
     }
 }

@@ -35,12 +35,7 @@ fn publish(v5: bool, topic: &[u8], properties: &[u8], payload: &[u8]) -> Vec<u8>
     }
     body.extend_from_slice(payload);
     let mut packet = vec![0x32];
-    let mut length = body.len();
-    while length >= 0x80 {
-        packet.push((length & 0x7f) as u8 | 0x80);
-        length >>= 7;
-    }
-    packet.push(length as u8);
+    write::varint(&mut packet, body.len());
     packet.extend_from_slice(&body);
     packet
 }
@@ -153,7 +148,10 @@ fn a_connect_that_breaks_a_rule_is_refused_in_its_versions_form() {
     let id = [0, 1, b'c'];
     let v311 = Some(Version::V311);
     assert_eq!(connect_refused(&connect(b"MQTT", 3, 2, &id)), (v311, UnsupportedProtocolVersion));
-    assert_eq!(connect_refused(&connect(b"MQTT", 6, 2, &id)), (Some(Version::V5), UnsupportedProtocolVersion));
+    assert_eq!(
+        connect_refused(&connect(b"MQTT", 6, 2, &id)),
+        (Some(Version::V5), UnsupportedProtocolVersion)
+    );
     assert_eq!(connect_refused(&connect(b"HTTP", 4, 2, &id)), (None, UnsupportedProtocolVersion));
     // The reserved flag, will flags without a will, a password alone, bytes behind the end.
     for flags in [3, 0x0a, 0x22, 0x42] {
@@ -183,16 +181,15 @@ fn nearly_valid() -> impl Strategy<Value = (bool, Vec<u8>)> {
         Just(vec![0x26, 0, 1, b'k', 0, 1, b'v', 9, 0, 2, 1, 2]),
     ];
     let changes = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3);
-    (any::<bool>(), "[a-z/é]{1,12}", properties, prop::collection::vec(any::<u8>(), 0..200), changes).prop_map(
-        |(v5, topic, properties, payload, changes)| {
+    (any::<bool>(), "[a-z/é]{1,12}", properties, prop::collection::vec(any::<u8>(), 0..200), changes)
+        .prop_map(|(v5, topic, properties, payload, changes)| {
             let mut bytes = publish(v5, topic.as_bytes(), &properties, &payload);
             for (at, byte) in changes {
                 let at = at.index(bytes.len());
                 bytes[at] = byte;
             }
             (v5, bytes)
-        },
-    )
+        })
 }
 
 proptest! {

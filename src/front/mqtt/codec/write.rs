@@ -181,9 +181,9 @@ fn varint_bytes(value: usize) -> usize {
     }
 }
 
-fn varint(to: &mut Vec<u8>, mut value: usize) {
+pub(super) fn varint(to: &mut Vec<u8>, mut value: usize) {
     loop {
-        let low = (value & 0x7f) as u8;
+        let low = value.to_le_bytes()[0] & 0x7f;
         value >>= 7;
         if value == 0 {
             return to.push(low);
