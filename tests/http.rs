@@ -183,7 +183,8 @@ fn a_body_becomes_the_messages_that_its_type_says() {
     let source = gateway.create("press-4");
     let form = ("content-type", "application/x-www-form-urlencoded");
     let text = ("content-type", "text/plain; charset=utf-8");
-    let sent: [(&[(&str, &str)], &[u8], u64); 9] = [
+    type Sent<'a> = (&'a [(&'a str, &'a str)], &'a [u8], u64);
+    let sent: [Sent; 9] = [
         (&[JSON], br#"{"value": 21.50}"#, 1),
         (&[JSON], br#"[{"value": 1}, 2, "three"]"#, 3),
         (&[NDJSON], b"{\"value\": 4}\n\n{\"value\": 5}\n", 2),

@@ -46,10 +46,8 @@ fn rumqttc_v4(options: rumqttc::MqttOptions, count: usize) {
     }
     let mut acks = 0;
     while acks < count {
-        match connection.recv_timeout(PATIENCE).expect("in time").expect("no error") {
-            Event::Incoming(Packet::PubAck(_)) => acks += 1,
-            _ => {}
-        }
+        let event = connection.recv_timeout(PATIENCE).expect("in time").expect("no error");
+        acks += usize::from(matches!(event, Event::Incoming(Packet::PubAck(_))));
     }
     client.disconnect().expect("queued");
     while connection.recv_timeout(PATIENCE).is_ok_and(|event| event.is_ok()) {}
@@ -66,12 +64,10 @@ fn rumqttc_v5(options: rumqttc::v5::MqttOptions, count: usize) {
     }
     let mut acks = 0;
     while acks < count {
-        match connection.recv_timeout(PATIENCE).expect("in time").expect("no error") {
-            Event::Incoming(Packet::PubAck(ack)) => {
-                assert_eq!(ack.reason, PubAckReason::Success);
-                acks += 1;
-            }
-            _ => {}
+        let event = connection.recv_timeout(PATIENCE).expect("in time").expect("no error");
+        if let Event::Incoming(Packet::PubAck(ack)) = event {
+            assert_eq!(ack.reason, PubAckReason::Success);
+            acks += 1;
         }
     }
     client.disconnect().expect("queued");

@@ -20,8 +20,8 @@ use tracing::debug;
 
 use super::Front;
 use super::acks::Trains;
+use super::codec::Reason;
 use super::codec::write;
-use super::codec::{Reason, Version};
 use super::handshake::{self, Opened};
 use super::inbound::{End, Inbound, reason_of};
 use crate::auth::Denied;
@@ -34,6 +34,9 @@ use crate::message::Transport;
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
 /// How long a client may take to read its acknowledgements before it counts as gone.
 const STUCK_MAX: Duration = Duration::from_secs(30);
+/// The least and the most time between two looks at the clock.
+const CLOCK_STEP_MIN: Duration = Duration::from_millis(10);
+const CLOCK_STEP_MAX: Duration = Duration::from_secs(3600);
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MQTT_READ_BYTES].into());
@@ -82,6 +85,7 @@ async fn serve(front: &Arc<Front>, stream: &mut TcpStream, peer: SocketAddr, ope
         ended: None,
         out: answer,
         sent: 0,
+        stuck_since: None,
         silence_max,
         heard_at: Instant::now(),
     };
@@ -114,6 +118,8 @@ struct Connection<'a> {
     /// What is to be written, and how much of it was.
     out: Vec<u8>,
     sent: usize,
+    /// Since when the client has taken none of it.
+    stuck_since: Option<Instant>,
     silence_max: Option<Duration>,
     heard_at: Instant,
 }
@@ -160,6 +166,10 @@ impl Connection<'_> {
             let written = self.poll_flush(cx);
             if let Poll::Ready(Err(_)) = written {
                 return Poll::Ready(Stop::Io);
+            }
+            if written.is_pending() && self.stuck_since.is_none() {
+                self.stuck_since = Some(Instant::now());
+                clock.as_mut().reset(Instant::now() + self.next_look());
             }
             let finished = waiting.is_ready() && written.is_ready() && self.blocked.is_none();
             if self.ended.is_some() {
@@ -237,8 +247,7 @@ impl Connection<'_> {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.sent += n;
-            // A client that reads is there, even if it has nothing to say.
-            self.heard_at = self.heard_at.max(Instant::now() - STUCK_MAX);
+            self.stuck_since = None;
         }
         if !self.out.is_empty() {
             self.sent = 0;
@@ -253,19 +262,17 @@ impl Connection<'_> {
 
     /// When to look at the clock again.
     fn next_look(&self) -> Duration {
-        let silence = self.silence_max.unwrap_or(Duration::from_secs(3600));
-        let stuck = if self.out.is_empty() { Duration::MAX } else { STUCK_MAX };
-        silence.saturating_sub(self.heard_at.elapsed()).min(stuck).max(Duration::from_millis(10))
+        let silence =
+            self.silence_max.map_or(Duration::MAX, |max| max.saturating_sub(self.heard_at.elapsed()));
+        let stuck = self.stuck_since.map_or(Duration::MAX, |since| STUCK_MAX.saturating_sub(since.elapsed()));
+        silence.min(stuck).clamp(CLOCK_STEP_MIN, CLOCK_STEP_MAX)
     }
 
     fn look_at_the_clock(&self) -> Option<Stop> {
-        let silent = self.heard_at.elapsed();
-        // A client that is held back cannot be heard; one that does not read its answers can wait.
-        if self.may_read() && self.silence_max.is_some_and(|max| silent >= max) {
-            return Some(Stop::Silent);
-        }
-        (self.sent < self.out.len() && silent >= STUCK_MAX.max(self.silence_max.unwrap_or_default()))
-            .then_some(Stop::Stuck)
+        // A client that is held back cannot be heard.
+        let silent = self.may_read() && self.silence_max.is_some_and(|max| self.heard_at.elapsed() >= max);
+        let stuck = self.stuck_since.is_some_and(|since| since.elapsed() >= STUCK_MAX);
+        if silent { Some(Stop::Silent) } else { stuck.then_some(Stop::Stuck) }
     }
 
     /// What the client is told last, and counted with.
@@ -294,8 +301,7 @@ impl Connection<'_> {
             Stop::Close(Close::Drain) => say(Reason::ServerShuttingDown, "the gateway is shutting down"),
             Stop::Silent => say(Reason::KeepAliveTimeout, "nothing was heard for one and a half keep-alives"),
         }
-        // Half a packet in front of it would make no sense of it.
-        if self.inbound.form.version != Version::V5 { Vec::new() } else { out }
+        out
     }
 }
 
