@@ -653,15 +653,28 @@ fn http_2_is_spoken_too() {
     let gateway = Gateway::start(dir.path());
     let source = gateway.create("press-4");
     let url = format!("http://{}/v1/ingest/press-4", gateway.http);
-    let post = |key: &str| {
+    let post = |key: &str, body: &[u8]| {
         let seconds = PATIENCE.as_secs().to_string();
         let header = format!("X-API-Key: {key}");
-        let output = Command::new("curl")
+        let mut child = Command::new("curl")
             .args(["-s", "-m", &seconds, "--http2-prior-knowledge", "-w", " %{http_version} %{http_code}"])
-            .args(["-H", &header, "-d", "[1, 2]", &url])
-            .output();
-        String::from_utf8(output.expect("curl").stdout).expect("text")
+            .args(["-H", &header, "--data-binary", "@-", &url])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("curl");
+        let mut stdin = child.stdin.take().expect("piped");
+        std::io::Write::write_all(&mut stdin, body).expect("curl reads all before it sends");
+        drop(stdin);
+        String::from_utf8(child.wait_with_output().expect("it ends").stdout).expect("text")
     };
-    assert_eq!(post(&source.key), r#"{"accepted":2,"first_offset":0,"last_offset":1} 2 200"#);
-    assert!(post("nonsense").ends_with(" 2 401"));
+    let accepted = r#"{"accepted":2,"first_offset":0,"last_offset":1} 2 200"#;
+    assert_eq!(post(&source.key, b"[1, 2]"), accepted);
+    // A reset of the stream must not overtake the answer, whatever of the body is still to come.
+    for body in [&b"x"[..], &[b'x'; 300_000]] {
+        for _ in 0..10 {
+            let answer = post("nonsense", body);
+            assert!(answer.contains("/problems/unauthorized") && answer.ends_with(" 2 401"), "{answer:?}");
+        }
+    }
 }

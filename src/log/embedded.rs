@@ -80,6 +80,19 @@ impl Shared {
     }
 }
 
+/// Held by the writer's thread: whatever ends it, nobody is left waiting for an answer.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let failure = self.0.failure.get_or_init(|| "its writer panicked".into());
+            self.0.set_trouble(Some(AppendError::Failed(failure.clone()).to_string()));
+        }
+        self.0.queue.abandon();
+    }
+}
+
 /// Ends the writer when the last [`Log`] goes.
 struct Closer {
     shared: Arc<Shared>,
@@ -124,6 +137,8 @@ impl Log {
             return Err(OpenError::Corrupt(refusal(first, recovered.gaps.len())));
         }
         let current = segments.last_entry().expect("one was made if there was none").get().clone();
+        // Only now: a log that is refused is left as it was found.
+        current.cut()?;
         let shared = Arc::new(Shared {
             queue: Queue::default(),
             tail: Tail::new(recovered.next_offset),
@@ -145,7 +160,11 @@ impl Log {
             next_offset: recovered.next_offset,
             time_max: recovered.time_max,
         };
-        let writer = std::thread::Builder::new().name("log".to_owned()).spawn(move || writer.run())?;
+        let ended = Ended(shared.clone());
+        let writer = std::thread::Builder::new().name("log".to_owned()).spawn(move || {
+            let _ended = ended;
+            writer.run();
+        })?;
         let closer = Arc::new(Closer { shared: shared.clone(), writer: Mutex::new(Some(writer)) });
         Ok(Self { shared, closer })
     }
@@ -386,8 +405,7 @@ fn recover(segments: &Segments) -> Result<RecoveredLog, OpenError> {
             break;
         }
         read_bytes += segment.end();
-        let is_last = follower.is_none();
-        let mut found = segment.recover(is_last).map_err(|error| match error {
+        let mut found = segment.recover().map_err(|error| match error {
             FrameError::Io { path, source } => {
                 OpenError::Io(io::Error::new(source.kind(), format!("{}: {source}", path.display())))
             }
@@ -401,7 +419,7 @@ fn recover(segments: &Segments) -> Result<RecoveredLog, OpenError> {
                         bytes = found.cut_bytes,
                         path = %segment.path().display(),
                         next_offset = found.next_offset,
-                        "cut off a write that the last run did not finish and did not acknowledge"
+                        "the log ends in a write that the last run did not finish and did not acknowledge; it is cut off"
                     );
                 }
             }

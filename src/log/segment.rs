@@ -135,7 +135,7 @@ pub(super) struct Recovered {
     /// The newest `received_at` in it and before it.
     pub(super) time_max: TimeMicros,
     /// Bytes behind the last whole frame that are not zero: in the segment that was written last, a
-    /// torn write, which was cut off.
+    /// torn write.
     pub(super) cut_bytes: u64,
     /// Damaged places with whole frames behind them.
     pub(super) gaps: Vec<Gap>,
@@ -287,10 +287,10 @@ impl Segment {
 
     /// Reads the whole segment, checks every frame, and finds where it ends.
     ///
-    /// `last` is the segment that was written to when the process ended: there, what follows the
-    /// last whole frame is a write that was cut short and never acknowledged, and is cut off.
+    /// Changes nothing on the disk: see [`Segment::cut`].
+    ///
     /// Damage with whole frames behind it is a [`Gap`].
-    pub(super) fn recover(&self, last: bool) -> Result<Recovered, FrameError> {
+    pub(super) fn recover(&self) -> Result<Recovered, FrameError> {
         let mut index = Vec::new();
         let mut gaps = Vec::new();
         let mut position = HEADER_BYTES as u64;
@@ -326,16 +326,16 @@ impl Segment {
                 }
             }
         }
-        if last {
-            self.file
-                .set_len(position)
-                .and_then(|()| self.file.sync_data())
-                .map_err(|source| self.io(source))?;
-            self.allocated.store(position, Ordering::Relaxed);
-        }
         self.end.store(position, Ordering::Release);
         *self.index_locked() = Some(index);
         Ok(Recovered { next_offset, time_max, cut_bytes, gaps })
+    }
+
+    /// Cuts off, durably, what is behind the last whole frame: in the segment that was written to when
+    /// the process ended, a write that was never acknowledged, and allocated room.
+    pub(super) fn cut(&self) -> io::Result<()> {
+        self.trim()?;
+        self.file.sync_data()
     }
 
     /// Reads and checks the frame at `position`, which has to begin with `offset`.

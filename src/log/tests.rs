@@ -19,6 +19,7 @@ use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport,
 struct Faults {
     sync_fails: AtomicBool,
     disk_is_full: AtomicBool,
+    write_panics: AtomicBool,
 }
 
 struct FaultyDisk(Arc<Faults>);
@@ -41,6 +42,7 @@ impl SegmentFile for FaultyFile {
     }
 
     fn write_all_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
+        assert!(!self.1.write_panics.load(Ordering::SeqCst), "as a bug in the writer would");
         if self.1.disk_is_full.load(Ordering::SeqCst) {
             // As the kernel does: part of it is written.
             self.0.write_all_at(&bytes[..bytes.len() / 2], position)?;
@@ -177,6 +179,23 @@ fn after_a_failed_fdatasync_nothing_more_is_acknowledged_until_a_restart() {
 }
 
 #[test]
+fn a_writer_that_panics_leaves_nobody_waiting() {
+    let dir = TempDir::new().expect("temporary directory");
+    let faults = Arc::new(Faults::default());
+    let log = Log::open_on(Box::new(FaultyDisk(faults.clone())), dir.path(), &config()).expect("opens");
+    faults.write_panics.store(true, Ordering::SeqCst);
+    let lost = log.append(vec![section(&[b"x"], &Lease::new())], later());
+    assert!(!matches!(lost.blocking_recv(), Ok(Ok(_))));
+    let deadline = later();
+    while log.trouble().is_none() {
+        assert!(Instant::now() < deadline, "the panic is reported");
+        std::thread::yield_now();
+    }
+    let after = log.append(vec![section(&[b"x"], &Lease::new())], later());
+    assert!(matches!(after.blocking_recv(), Ok(Err(_))));
+}
+
+#[test]
 fn a_full_disk_is_waited_out_or_refused_and_loses_nothing() {
     let dir = TempDir::new().expect("temporary directory");
     let faults = Arc::new(Faults::default());
@@ -238,6 +257,7 @@ fn any_damaged_byte_in_the_middle_is_reported_and_never_passed_over_in_silence()
             Err(error) => panic!("byte {at}: {error}"),
             Ok(_) => panic!("byte {at}: damage went unnoticed"),
         }
+        assert_eq!(fs::read(&path).expect("readable"), damaged, "a log that is refused is left as it was");
         let accepting = config::Log { accept_corruption: true, ..config() };
         let log = Log::open(dir.path(), &accepting).expect("opens without the lost record");
         let kept: Vec<_> = [numbered(0..2), numbered(3..5)].concat();

@@ -79,6 +79,16 @@ impl Queue {
         self.ready.notify_one();
     }
 
+    /// Closes the queue and answers everybody in it: nobody will write any more.
+    pub(super) fn abandon(&self) {
+        let left = {
+            let mut waiting = self.locked();
+            waiting.closed = true;
+            std::mem::take(&mut waiting.submissions)
+        };
+        left.into_iter().for_each(|submission| submission.answer(Err(AppendError::Closed)));
+    }
+
     /// Moves what waits to `group`, up to the size of a batch, and waits for it if nothing does.
     /// Returns whether the queue is closed and empty.
     fn take(&self, group: &mut Vec<Submission>, wait: Duration) -> bool {

@@ -12,6 +12,7 @@ mod credentials;
 mod dashboard;
 mod ingest;
 mod keys;
+mod lent;
 mod manage;
 mod messages;
 mod probes;
@@ -42,6 +43,7 @@ use tracing::debug;
 use tracing::field::display;
 
 use self::body::BodyLimits;
+use self::lent::Lender;
 use self::problem::{Kind, Problem, Refused};
 use self::server::Peer;
 use crate::auth::{Datasource, Registry};
@@ -211,9 +213,20 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
     let method = request.method().clone();
     let has_body = !request.body().is_end_stream();
     let http1 = request.version() < Version::HTTP_2;
+    let (head, body) = request.into_parts();
+    let (body, lender) = if has_body && !http1 {
+        let (body, lender) = Lender::lend(body);
+        (body, Some(lender))
+    } else {
+        (body, None)
+    };
+    let request = Request::from_parts(head, body);
     let mut response = match credentials::refuse_in_url(request.uri()) {
         Ok(()) => next.run(request).await,
-        Err(problem) => problem.into_response(),
+        Err(problem) => {
+            drop(request);
+            problem.into_response()
+        }
     };
     let refused = response.extensions().get::<Refused>().copied();
     if let Some(Refused { cause, key_id, counted, .. }) = refused {
@@ -224,6 +237,11 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
         let status = response.status().as_u16();
         let (peer, key_id) = (peer.as_ref().map(|peer| display(peer.addr)), key_id.map(display));
         debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
+    }
+    if let Some(lender) = lender
+        && refused.is_some_and(|refused| !refused.body_read)
+    {
+        lender.discard().await;
     }
     let headers = response.headers_mut();
     if http1 && has_body && refused.is_some_and(|refused| !refused.body_read) {
