@@ -22,7 +22,7 @@ pub struct Metrics {
     pub commit_seconds: Histogram,
     /// Open MQTT connections whose key was accepted.
     pub mqtt_connections: Gauge,
-    /// From the call that ends a key to the last of its connections closed, in seconds.
+    /// From the end of a key, once it is durable, to the last of its connections closed, in seconds.
     pub revocation_seconds: Histogram,
 }
 
@@ -46,7 +46,7 @@ impl Metrics {
             describe_histogram!(
                 "headgate_revocation_seconds",
                 Unit::Seconds,
-                "From the call that ends a key to the last of its connections closed"
+                "From the end of a key, once it is durable, to the last of its connections closed"
             );
             describe_gauge!("headgate_log_next_offset", "The offset that the next record will get");
             describe_gauge!("headgate_log_first_offset", "The oldest offset in the log");
