@@ -10,12 +10,19 @@ use std::collections::HashMap;
 use std::fs;
 use std::hint::black_box;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use headgate::auth::{ApiKey, Authorizer, Denied, Digest, Registry, Scope};
+use headgate::auth::{Actor, ApiKey, Authorizer, Denied, Digest, Registry, Scope, Scopes};
+use headgate::message::DatasourceId;
 use rusqlite::{Connection, params};
+
+/// As the gateway has it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const KEYS: usize = 1_000_000;
 const KEYS_PER_DATASOURCE: usize = 1_000;
@@ -40,11 +47,14 @@ fn fill(dir: &Path, keys: &[Presented]) -> rusqlite::Result<()> {
     let mut connection = Connection::open(dir.join("registry.db"))?;
     let change = connection.transaction()?;
     {
-        let mut datasource = change.prepare("INSERT INTO datasources VALUES (?1, ?1, 0)")?;
+        let mut datasource =
+            change.prepare("INSERT INTO datasources (id, name, created_at) VALUES (?1, ?1, 0)")?;
         for i in 0..keys.len().div_ceil(KEYS_PER_DATASOURCE) {
             datasource.execute([format!("site-{i}")])?;
         }
-        let mut key = change.prepare("INSERT INTO keys VALUES (?1, ?2, 'ingest', '', 0, NULL, NULL)")?;
+        let mut key = change.prepare(
+            "INSERT INTO keys (digest, datasource, scopes, label, created_at) VALUES (?1, ?2, 'ingest', '', 0)",
+        )?;
         for (digest, i) in rows {
             key.execute(params![digest.0, format!("site-{i}")])?;
         }
@@ -63,6 +73,33 @@ fn resident_mib() -> usize {
 fn in_turn<'a, T>(all: &'a [T]) -> impl FnMut() -> &'a T {
     let mut keys = all.iter().cycle();
     move || keys.next().expect("not empty")
+}
+
+/// The pause after each change, so that there are some hundred a second.
+const BETWEEN_CHANGES: Duration = Duration::from_millis(2);
+
+/// Does something while another thread creates keys and revokes them again, each change on the disk before
+/// the next. Returns how many changes a second there were.
+fn while_keys_change(registry: &Registry, something: impl FnOnce()) -> f64 {
+    let done = AtomicBool::new(false);
+    let started = Instant::now();
+    let changes = thread::scope(|scope| {
+        let changing = scope.spawn(|| {
+            let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+            let mut changes = 0.0;
+            while !done.load(Ordering::Relaxed) {
+                let (key, _) = registry.create_key(&Actor::SYSTEM, &all, "", scopes, None).expect("created");
+                registry.revoke_key(&Actor::SYSTEM, &all, key.id).expect("revoked");
+                changes += 2.0;
+                thread::sleep(2 * BETWEEN_CHANGES);
+            }
+            changes
+        });
+        something();
+        done.store(true, Ordering::Relaxed);
+        changing.join().expect("changes do not fail")
+    });
+    changes / started.elapsed().as_secs_f64()
 }
 
 fn authorizer(criterion: &mut Criterion) {
@@ -96,6 +133,13 @@ fn authorizer(criterion: &mut Criterion) {
     group.bench_function("valid key", |bencher| {
         bencher.iter(|| authorizer.identify(black_box(next())).is_ok_and(|grant| grant.holds()));
     });
+    let mut next = in_turn(&keys);
+    let changes = while_keys_change(authorizer.registry(), || {
+        group.bench_function("valid key, while keys change", |bencher| {
+            bencher.iter(|| authorizer.identify(black_box(next())).is_ok_and(|grant| grant.holds()));
+        });
+    });
+    eprintln!("meanwhile {changes:.0} keys were created or revoked a second");
     let grant = authorizer.identify(&keys[0]).expect("valid");
     group.bench_function("grant asked again", |bencher| {
         bencher.iter(|| black_box(&grant).allows(Scope::Ingest, black_box("site-0")));
@@ -114,7 +158,7 @@ fn authorizer(criterion: &mut Criterion) {
     let plain = RwLock::new(plain);
     let plain_way = |key: &Presented| {
         let digest = blake3::derive_key("headgate 2026-11 api key digest", key);
-        plain.read().is_ok_and(|map| map.get(&digest).is_some_and(|key| key.lease.holds()))
+        plain.read().is_ok_and(|map| map.get(&digest).is_some_and(|key| key.holds()))
     };
     let mut next = in_turn(&keys);
     assert!(plain_way(next()));

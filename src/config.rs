@@ -12,7 +12,12 @@ use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
 use serde::{Deserialize, Serialize};
 
+use crate::auth::network::Network;
 use crate::limits;
+
+mod nats;
+
+pub use nats::{Nats, NatsCallout, NatsStream, Secret};
 
 /// Environment variables of the commands; they share the prefix and are no settings.
 const NOT_SETTINGS: [&str; 4] = ["url", "api_key", "api_key_file", "config"];
@@ -25,16 +30,20 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// How long a drain may take before what is left is closed, in milliseconds.
     pub drain_ms_max: u64,
-    /// MQTT over TCP.
+    /// MQTT over TCP, TLS and WebSocket.
     pub mqtt: Mqtt,
     /// HTTP: ingest, management, queries, metrics.
     pub http: Http,
+    /// Keys that are not good.
+    pub auth: Auth,
     /// What is let in, besides the key.
     pub intake: Intake,
     /// The durable log.
     pub log: Log,
     /// Where the storage consumer writes.
     pub storage: Storage,
+    /// Which NATS is used, and for what.
+    pub nats: Nats,
     /// What Headgate says about itself on standard error.
     pub trace: Trace,
 }
@@ -53,9 +62,48 @@ pub struct Mqtt {
     pub receive_maximum: u16,
     /// How long a new connection has to present its CONNECT, in milliseconds.
     pub connect_ms_max: u64,
+    /// How long a session lives on without its connection at most, in seconds.
+    pub session_expiry_s_max: u32,
     /// The longest keep-alive, in seconds; an MQTT 5 client that asks for more, or for none, is
     /// told this one.
     pub keep_alive_s_max: u16,
+    /// MQTT over TLS.
+    pub tls: MqttTls,
+}
+
+/// Whether a client has to have a certificate of its own, besides its API key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientCertificates {
+    /// Without one it is refused.
+    Required,
+    /// It need not present one; one that it presents has to be good.
+    Optional,
+}
+
+/// MQTT over TLS, served when there is a certificate. The limits are those of MQTT over TCP.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MqttTls {
+    /// Address and port; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// A file with the certificate and those that lead from it to its issuer (PEM); empty for none.
+    /// It may be replaced while the gateway runs, as may `key` and `client_ca`.
+    pub certificate: PathBuf,
+    /// A file with the certificate's private key (PEM).
+    pub key: PathBuf,
+    /// A file with the issuers of the clients' certificates (PEM); empty when clients are not asked
+    /// for one.
+    pub client_ca: PathBuf,
+    /// With a `client_ca`: whether a client has to have a certificate.
+    pub client_certificates: ClientCertificates,
+}
+
+impl MqttTls {
+    /// Whether there is a certificate to serve it with.
+    pub fn is_served(&self) -> bool {
+        !self.certificate.as_os_str().is_empty()
+    }
 }
 
 /// HTTP.
@@ -74,6 +122,18 @@ pub struct Http {
     pub body_ms_max: u64,
 }
 
+/// Keys that are not good.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// How many may come from one address (IPv6: from one /64) before it is told to wait.
+    pub failures_burst: u64,
+    /// How many a second after that.
+    pub failures_per_s: u64,
+    /// Addresses and networks that are never told to wait.
+    pub failures_exempt: Vec<Network>,
+}
+
 /// What is let in, besides the key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -85,6 +145,11 @@ pub struct Intake {
     pub in_flight_bytes_max: usize,
     /// How long a client is held back before it is told no, in milliseconds.
     pub hold_back_ms_max: u64,
+    /// How long the id that a message was sent with is known, in seconds: a message with the same
+    /// one is acknowledged and not kept again.
+    pub dedup_window_s: u64,
+    /// Message ids that are known at once; when there are more, the oldest leave before their time.
+    pub dedup_ids_max: usize,
 }
 
 /// When an append counts as kept.
@@ -97,10 +162,22 @@ pub enum Durability {
     Os,
 }
 
+/// What the log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogBackend {
+    /// Files in the data directory: one gateway.
+    Embedded,
+    /// `nats.stream` in JetStream: any number of gateways that keep nothing.
+    Jetstream,
+}
+
 /// The durable log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Log {
+    /// What the log is.
+    pub backend: LogBackend,
     /// When an append counts as kept, and is acknowledged.
     pub durability: Durability,
     /// The size of a segment file, in bytes.
@@ -108,7 +185,8 @@ pub struct Log {
     /// What the log may take on disk, in bytes. Reached: the oldest segments go, if they are
     /// stored; if they are not, nothing more is let in until they are.
     pub retention_bytes: u64,
-    /// How long a stored record stays in the log, in seconds; 0 is as long as there is room.
+    /// How long a stored record stays in the log, in seconds, and never less than
+    /// `intake.dedup_window_s`; 0 is as long as there is room.
     pub retention_s: u64,
     /// Start although records in the middle of the log cannot be read: they are reported, counted
     /// and passed over. Off, Headgate names the place and does not start.
@@ -168,7 +246,15 @@ impl Default for Config {
                 packet_bytes_max: limits::MQTT_PACKET_BYTES_MAX,
                 receive_maximum: limits::MQTT_RECEIVE_MAXIMUM,
                 connect_ms_max: 10_000,
+                session_expiry_s_max: 7 * 24 * 3_600,
                 keep_alive_s_max: 3_600,
+                tls: MqttTls {
+                    listen: loopback(8883),
+                    certificate: PathBuf::new(),
+                    key: PathBuf::new(),
+                    client_ca: PathBuf::new(),
+                    client_certificates: ClientCertificates::Required,
+                },
             },
             http: Http {
                 listen: loopback(8080),
@@ -177,12 +263,20 @@ impl Default for Config {
                 header_ms_max: 10_000,
                 body_ms_max: 60_000,
             },
+            auth: Auth {
+                failures_burst: limits::AUTH_FAILURES_BURST,
+                failures_per_s: limits::AUTH_FAILURES_PER_S,
+                failures_exempt: Vec::new(),
+            },
             intake: Intake {
                 payload_bytes_max: limits::PAYLOAD_BYTES_MAX,
                 in_flight_bytes_max: limits::IN_FLIGHT_BYTES_MAX,
                 hold_back_ms_max: 10_000,
+                dedup_window_s: limits::DEDUP_WINDOW_S,
+                dedup_ids_max: limits::DEDUP_IDS_MAX,
             },
             log: Log {
+                backend: LogBackend::Embedded,
                 durability: Durability::Fsync,
                 segment_bytes: limits::SEGMENT_BYTES,
                 retention_bytes: 16 << 30,
@@ -190,6 +284,7 @@ impl Default for Config {
                 accept_corruption: false,
             },
             storage: Storage { sink: SinkKind::Sqlite, nice: 10 },
+            nats: Nats::default(),
             trace: Trace { filter: "info".to_owned(), format: TraceFormat::Text },
         }
     }
@@ -204,6 +299,16 @@ pub enum ConfigError {
     /// A file that was named and is not there.
     #[error("configuration: there is no file {}", .0.display())]
     NoFile(PathBuf),
+    /// A file with a secret that cannot be read.
+    #[error("configuration: {key}: cannot read {}: {error}", file.display())]
+    Secret {
+        /// The key, with dots.
+        key: &'static str,
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
     /// A value that is of the right type and makes no sense.
     #[error("configuration: {key} is {value}: {rule}")]
     Value {
@@ -259,6 +364,31 @@ impl Config {
             "it has to be between 256 bytes and 4 MiB",
         )?;
         rule(
+            self.auth.failures_burst > 0,
+            "auth.failures_burst",
+            &self.auth.failures_burst,
+            "it has to be at least 1",
+        )?;
+        rule(
+            self.auth.failures_per_s > 0,
+            "auth.failures_per_s",
+            &self.auth.failures_per_s,
+            "it has to be at least 1",
+        )?;
+        let (tls, unset) = (&mqtt.tls, |path: &PathBuf| path.as_os_str().is_empty());
+        rule(
+            unset(&tls.certificate) == unset(&tls.key),
+            "mqtt.tls.key",
+            &format_args!("{:?}", tls.key),
+            "certificate and key are given together, or neither is",
+        )?;
+        rule(
+            unset(&tls.client_ca) || tls.is_served(),
+            "mqtt.tls.client_ca",
+            &format_args!("{:?}", tls.client_ca),
+            "it needs a certificate and a key",
+        )?;
+        rule(
             intake.payload_bytes_max <= limits::BATCH_BYTES_MAX / 2,
             "intake.payload_bytes_max",
             &intake.payload_bytes_max,
@@ -270,6 +400,18 @@ impl Config {
             "intake.in_flight_bytes_max",
             &intake.in_flight_bytes_max,
             "it has to be between 8 MiB and 2 GiB",
+        )?;
+        rule(
+            (1..=7 * 24 * 3_600).contains(&intake.dedup_window_s),
+            "intake.dedup_window_s",
+            &intake.dedup_window_s,
+            "it has to be between 1 second and 7 days",
+        )?;
+        rule(
+            (1..=100_000_000).contains(&intake.dedup_ids_max),
+            "intake.dedup_ids_max",
+            &intake.dedup_ids_max,
+            "it has to be between 1 and 100 million",
         )?;
         rule(
             http.body_bytes_max <= intake.in_flight_bytes_max / 2,
@@ -288,6 +430,37 @@ impl Config {
             "log.retention_bytes",
             &log.retention_bytes,
             "it has to be at least two segments (log.segment_bytes)",
+        )?;
+        let nats = &self.nats;
+        rule(
+            log.backend == LogBackend::Embedded || nats.is_used(),
+            "nats.servers",
+            &format_args!("{:?}", nats.servers),
+            "it has to name a server, as log.backend is \"jetstream\"",
+        )?;
+        rule(
+            !nats.callout.is_used() || nats.is_used(),
+            "nats.servers",
+            &format_args!("{:?}", nats.servers),
+            "it has to name a server, as nats.callout.issuer_seed_file is set",
+        )?;
+        rule(
+            !nats.callout.is_used() || !nats.callout.user.is_empty() && nats.callout.user != nats.user,
+            "nats.callout.user",
+            &format_args!("{:?}", nats.callout.user),
+            "it has to be a user of an account of its own, as nats.callout.issuer_seed_file is set",
+        )?;
+        rule(
+            (1..=5).contains(&nats.stream.replicas),
+            "nats.stream.replicas",
+            &nats.stream.replicas,
+            "it has to be between 1 and 5",
+        )?;
+        rule(
+            (10..=7 * 24 * 3_600).contains(&nats.callout.expiry_s),
+            "nats.callout.expiry_s",
+            &nats.callout.expiry_s,
+            "it has to be between 10 seconds and 7 days",
         )?;
         rule(self.storage.nice <= 19, "storage.nice", &self.storage.nice, "it has to be between 0 and 19")?;
         Ok(())
@@ -319,6 +492,21 @@ mod tests {
         std::fs::write(&file, "[mqtt]\nlissen = \"127.0.0.1:1\"\n").expect("written");
         let error = Config::load(Some(&file)).expect_err("misspelt").to_string();
         assert!(error.contains("lissen"), "{error}");
+    }
+
+    #[test]
+    fn a_certificate_needs_its_key_and_client_certificates_need_both() {
+        for (tls, key) in [
+            ("certificate = \"a.pem\"", "mqtt.tls.key"),
+            ("key = \"a.pem\"", "mqtt.tls.key"),
+            ("client_ca = \"a.pem\"", "mqtt.tls.client_ca"),
+        ] {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let file = dir.path().join("headgate.toml");
+            std::fs::write(&file, format!("[mqtt.tls]\n{tls}\n")).expect("written");
+            let error = Config::load(Some(&file)).expect_err("incomplete").to_string();
+            assert!(error.contains(key), "{error}");
+        }
     }
 
     #[test]

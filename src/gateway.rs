@@ -1,6 +1,8 @@
 //! The gateway, assembled: opens the data directory, binds every listener, then serves; and drains
 //! in the order in which a message goes, so that nothing that was accepted is left on the way.
 
+mod member;
+
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::net::SocketAddr;
@@ -10,41 +12,64 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use headgate_bridge_nats::Nats;
+use headgate_bridge_nats::connection::without_credentials;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::auth::{Authorizer, Registry, Scope, Scopes};
-use crate::config::{Config, Durability, SinkKind};
+use crate::auth::{Actor, Authorizer, Registry, Scope, Scopes, deadlines};
+use crate::config::{Config, Durability, LogBackend, SinkKind};
+use crate::consume::egress::Egress;
+use crate::consume::quarantine::Leaks;
 use crate::consume::query::Query;
 use crate::consume::storage::Storage;
-use crate::front::{http, mqtt};
+use crate::consume::subscriber::Subscribers;
+use crate::consume::subscriber::retained::Retained;
+use crate::consume::subscriber::sessions::{SessionStore, Stored};
+use crate::front::{http, mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::LISTEN_BACKLOG;
-use crate::log::Log;
-use crate::message::{DatasourceId, Offset};
+use crate::log::{EmbeddedLog, Log};
+use crate::message::DatasourceId;
 use crate::observe::metrics::Metrics;
+
+use member::{Joining, Member};
 
 /// The label of the key whose secret is in `admin.key`.
 const ADMIN_KEY_LABEL: &str = "admin.key";
-/// How often the metrics' histograms are folded, so that they stay small if nobody reads them.
-const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+/// How often the metrics' histograms are folded, so that they stay small if nobody reads them, and the
+/// use of keys is written down.
+const UPKEEP: Duration = Duration::from_secs(5);
 
 /// A running gateway.
 pub struct Gateway {
     /// Where MQTT is served.
     pub mqtt_addr: SocketAddr,
+    /// Where MQTT is served over TLS, if there is a certificate.
+    pub mqtt_tls_addr: Option<SocketAddr>,
     /// Where HTTP is served.
     pub http_addr: SocketAddr,
+    /// Where messages are taken in over NATS, if they are: the servers, as they may be shown.
+    pub nats_servers: Vec<String>,
     /// The file with the first admin key.
     pub admin_key_path: PathBuf,
-    log: Log,
+    log: Arc<dyn Log>,
+    subscribers: Arc<Subscribers>,
     storage: Option<Arc<Storage>>,
+    egress: Option<Arc<Egress>>,
     drain: CancellationToken,
     drain_max: Duration,
-    fronts: [JoinHandle<()>; 2],
+    fronts: Vec<JoinHandle<()>>,
+    /// Answers NATS whether its clients may connect.
+    callout: Option<nats::Callout>,
     upkeep: JoinHandle<()>,
+    /// Ends keys when their time has come.
+    deadlines: JoinHandle<()>,
+    registry: Arc<Registry>,
+    /// In a cluster.
+    member: Option<Member>,
     /// Held for as long as the data directory is in use.
     _lock: File,
 }
@@ -59,62 +84,170 @@ impl Gateway {
         let dir = &config.data_dir;
         raise_file_limit();
         let lock = lock_directory(dir)?;
-        let registry = Arc::new(Registry::open(dir)?);
         let admin_key_path = dir.join("admin.key");
-        ensure_admin_key(&registry, &admin_key_path)?;
-        let log = Log::open(dir, &config.log)?;
-        if config.log.durability == Durability::Os {
-            warn!("log.durability is \"os\": what is acknowledged does not survive a loss of power");
-        }
+        let mqtt_listener = listen(config.mqtt.listen).context("mqtt.listen")?;
+        let tls = match &config.mqtt.tls {
+            settings if settings.is_served() => {
+                let listener = listen(settings.listen).context("mqtt.tls.listen")?;
+                Some((listener, Arc::new(mqtt::Tls::load(settings.clone())?)))
+            }
+            _ => None,
+        };
+        let http_listener = listen(config.http.listen).context("http.listen")?;
+        let (mqtt_addr, http_addr) = (mqtt_listener.local_addr()?, http_listener.local_addr()?);
+        let mqtt_tls_addr = tls.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
+        check_whose(dir, config.log.backend)?;
+        let (mut member, registry, log, groups): (_, _, Arc<dyn Log>, _) = match config.log.backend {
+            LogBackend::Embedded => {
+                let registry = Arc::new(Registry::open(dir)?);
+                ensure_admin_key(&registry, &admin_key_path)?;
+                let log = EmbeddedLog::open(dir, &config.log, &config.intake)?;
+                if config.log.durability == Durability::Os {
+                    warn!("log.durability is \"os\": what is acknowledged does not survive a loss of power");
+                }
+                (None, registry, Arc::new(log), None)
+            }
+            LogBackend::Jetstream => {
+                info!(%http_addr, "joining the cluster; until then /readyz says what is waited for");
+                let joining = Joining::begin(&config).await?;
+                let joined = joining.join(&config);
+                let joined = http::until_ready(&http_listener, &config.http, joining.reason(), joined);
+                let (member, log) = joined.await?;
+                let registry = member.registry().clone();
+                let groups = member.groups(log.shared_places()).await?;
+                (Some((joining, member)), registry, Arc::new(log), Some(groups))
+            }
+        };
+        // Before whoever reads the log.
+        let leaks = match &member {
+            Some((_, member)) => Leaks::of_cluster(member.registry().clone(), log.clone()),
+            None => Leaks::open(dir, log.clone())?,
+        };
         let (storage, query) = match config.storage.sink {
             SinkKind::Sqlite => {
                 let storage = Storage::start(dir, &config.storage, log.clone())?;
                 (Some(Arc::new(storage)), Some(Query::open(dir)?))
             }
-            SinkKind::None => {
-                log.set_stored(Offset::MAX);
-                (None, None)
+            SinkKind::None => (None, None),
+        };
+        let hold = log.hold();
+        let retained = Retained::start(dir, log.clone(), move |offset| hold.set(offset))?;
+        let retained_too = retained.clone();
+        let (store, stored, claims) = match &member {
+            Some((joining, member)) => {
+                let opened = member.sessions(&config);
+                let opened = http::until_ready(&http_listener, &config.http, joining.reason(), opened);
+                let (store, claims) = opened.await?;
+                (store, Stored::default(), Some(claims))
+            }
+            None => {
+                let (store, stored) = SessionStore::open(dir)?;
+                (store, stored, None)
             }
         };
-        let mqtt_listener = listen(config.mqtt.listen).context("mqtt.listen")?;
-        let http_listener = listen(config.http.listen).context("http.listen")?;
-        let (mqtt_addr, http_addr) = (mqtt_listener.local_addr()?, http_listener.local_addr()?);
+        let subscribers = Arc::new(Subscribers::start(log.clone(), store, retained, groups)?);
+        let egress = egress(&config, &log).await?;
+        log.begin_retention();
 
         let metrics = Arc::new(Metrics::new());
-        let intake = Intake::new(Authorizer::new(registry), log.clone(), metrics.clone(), &config.intake);
+        let intake = Intake::new(
+            Authorizer::with(registry.clone(), &config.auth),
+            log.clone(),
+            metrics.clone(),
+            &config.intake,
+        );
+        if let Some((joining, member)) = &mut member {
+            let following = async {
+                member.follow(&intake).await?;
+                member.ensure_admin_key(&admin_key_path).await
+            };
+            http::until_ready(&http_listener, &config.http, joining.reason(), following).await?;
+        }
         let drain = CancellationToken::new();
+        // Before a key can die.
+        let callout = match &config.nats {
+            config if config.callout.is_used() => {
+                Some(nats::Callout::start(config, &intake, drain.clone()).await?)
+            }
+            _ => None,
+        };
+        let deadlines = tokio::spawn({
+            let intake = intake.clone();
+            deadlines::run(registry.clone(), move |dead, called| {
+                let intake = intake.clone();
+                async move { intake.settle(&dead, called).await }
+            })
+        });
+        let nats = match &config.nats {
+            nats if nats.is_used() && nats.ingest => {
+                let connection = nats.connection("ingest")?;
+                let front = nats::Front::connect(connection, &nats.stream.name, intake.clone(), None).await?;
+                Some(Arc::new(front))
+            }
+            _ => None,
+        };
+        let nats_servers = config.nats.servers.iter().filter(|_| nats.is_some());
+        let nats_servers: Vec<_> = nats_servers.map(|address| without_credentials(address)).collect();
+        let mqtt = config.mqtt.clone();
+        let acceptor =
+            mqtt::Acceptor::new(intake.clone(), subscribers.clone(), stored, claims, mqtt, drain.clone());
         let parts = http::Parts {
-            intake: intake.clone(),
+            intake,
             log: log.clone(),
             query,
+            leaks,
+            retained: retained_too,
             storage: storage.clone(),
+            egress: egress.clone(),
             metrics: metrics.clone(),
             config: config.http.clone(),
+            mqtt: acceptor.clone(),
             mqtt_addr,
+            mqtt_tls_addr,
             http_addr,
+            nats: nats.clone(),
+            nats_servers: nats_servers.clone(),
+            callout: callout.as_ref().map(|callout| callout.nats().clone()),
         };
-        let fronts = [
-            tokio::spawn(mqtt::serve(mqtt_listener, intake, config.mqtt.clone(), drain.clone())),
+        let mut fronts = vec![
+            tokio::spawn(mqtt::serve(acceptor, mqtt_listener, tls)),
             tokio::spawn(http::serve(http_listener, parts, drain.clone())),
         ];
-        let upkeep = tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(METRICS_UPKEEP).await;
-                metrics.upkeep();
+        if let Some(nats) = nats {
+            let drain = drain.clone();
+            fronts.push(tokio::spawn(async move { nats.serve(drain).await }));
+        }
+        let upkeep = tokio::spawn({
+            let registry = registry.clone();
+            async move {
+                loop {
+                    tokio::time::sleep(UPKEEP).await;
+                    metrics.upkeep();
+                    write_usage(&registry).await;
+                }
             }
         });
-        info!(%mqtt_addr, %http_addr, next_offset = log.next_offset(), "serving");
+        let next_offset = log.next_offset();
+        info!(%mqtt_addr, mqtt_tls_addr = mqtt_tls_addr.map(display), %http_addr, next_offset, "serving");
         let drain_max = config.drain_max();
         Ok(Gateway {
             mqtt_addr,
+            mqtt_tls_addr,
             http_addr,
+            nats_servers,
             admin_key_path,
             log,
+            subscribers,
             storage,
+            egress,
             drain,
             drain_max,
             fronts,
+            callout,
             upkeep,
+            deadlines,
+            registry,
+            member: member.map(|(_, member)| member),
             _lock: lock,
         })
     }
@@ -134,10 +267,49 @@ impl Gateway {
                 front.abort();
             }
         }
+        if let Some(callout) = self.callout.take()
+            && tokio::time::timeout_at(fronts_end, callout.drained()).await.is_err()
+        {
+            warn!("NATS did not take the last answers of auth callout");
+        }
+        self.deadlines.abort();
+        if tokio::time::timeout_at(fronts_end, self.subscribers.groups.close()).await.is_err() {
+            warn!("what members of groups had was not handed on; it comes to others in a while");
+        }
         self.log.close().await;
+        if let Some(member) = self.member.take() {
+            member.leave().await;
+        }
+        write_usage(&self.registry).await;
+        self.subscribers.retained.stop(deadline).await;
+        self.subscribers.store.close().await;
         if let Some(storage) = &self.storage {
             storage.stop(deadline).await;
         }
+        if let Some(egress) = &self.egress {
+            egress.stop(deadline).await;
+        }
+    }
+}
+
+/// Sends what the log keeps on to NATS, if there is any and the log is not there already. It has a
+/// connection of its own: what is caught up with would stand in the way of answers to devices.
+async fn egress(config: &Config, log: &Arc<dyn Log>) -> anyhow::Result<Option<Arc<Egress>>> {
+    let nats = &config.nats;
+    if !nats.is_used() || !nats.stream.enabled || config.log.backend != LogBackend::Embedded {
+        return Ok(None);
+    }
+    let nats = Nats::connect(&nats.connection("headgate stream")?).await?;
+    Ok(Some(Arc::new(Egress::start(&config.data_dir, config, nats, log.clone())?)))
+}
+
+/// Writes down what keys were used for.
+async fn write_usage(registry: &Arc<Registry>) {
+    let registry = registry.clone();
+    match tokio::task::spawn_blocking(move || registry.write_usage()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => warn!(%error, "the use of keys cannot be written down; trying again"),
+        Err(error) => warn!(%error, "the registry has failed"),
     }
 }
 
@@ -159,6 +331,21 @@ fn lock_directory(dir: &Path) -> anyhow::Result<File> {
     }
 }
 
+/// Sees to it that a data directory stays with the kind of log that it began with: what it has of records and
+/// sessions is by the offsets of that one.
+fn check_whose(dir: &Path, backend: LogBackend) -> anyhow::Result<()> {
+    let (other, words) = match backend {
+        LogBackend::Embedded => {
+            (member::NAME_FILE, "belongs to a gateway of a cluster (log.backend = \"jetstream\")")
+        }
+        LogBackend::Jetstream => ("log", "has a log of its own (log.backend = \"embedded\")"),
+    };
+    if dir.join(other).exists() {
+        bail!("the data directory {} {words}: use another one", dir.display());
+    }
+    Ok(())
+}
+
 /// Makes the admin key of a new data directory. If its file was removed, a new key takes the place
 /// of the one that was in it: that is how a lost or leaked one is replaced.
 fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
@@ -167,8 +354,9 @@ fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
     }
     let all = DatasourceId::all();
     let earlier: Vec<_> =
-        registry.keys(&all).into_iter().filter(|key| key.label == ADMIN_KEY_LABEL).collect();
-    let (key, secret) = registry.create_key(&all, ADMIN_KEY_LABEL, Scopes::of(&[Scope::Admin]), None)?;
+        registry.keys(&all).into_iter().filter(|key| *key.label == *ADMIN_KEY_LABEL).collect();
+    let admin = Scopes::of(&[Scope::Admin]);
+    let (key, secret) = registry.create_key(&Actor::SYSTEM, &all, ADMIN_KEY_LABEL, admin, None)?;
     let written =
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).and_then(|mut file| {
             writeln!(file, "{}", secret.expose())?;
@@ -176,7 +364,7 @@ fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
         });
     written.with_context(|| format!("cannot write {}", path.display()))?;
     for key in earlier {
-        registry.revoke_key(&all, key.id)?;
+        registry.revoke_key(&Actor::SYSTEM, &all, key.id)?;
     }
     info!(key_id = %key.id, path = %path.display(), "made an admin key");
     Ok(())

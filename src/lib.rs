@@ -4,11 +4,12 @@
 //!
 //! The modules stand in the order in which a message meets them.
 //!
-//! **Arrive.** A [`front`] speaks a protocol: MQTT or HTTP. It turns bytes into messages and
+//! **Arrive.** A [`front`] speaks a protocol: MQTT, HTTP or NATS. It turns bytes into messages and
 //! answers into that protocol's codes, and decides nothing.
 //!
 //! **Prove.** Every front hands what it read to the one door, [`intake`]. It asks [`auth`] what the
-//! presented key allows, checks topic and size, and turns messages into records.
+//! presented key allows and [`quota`] whether it is within its limits, checks topic and size, holds
+//! messages against their schema with [`validate`], and turns them into records.
 //!
 //! **Keep.** The [`log`] gives each record its offset and makes it durable, a batch at a time. Only
 //! then does the front say yes.
@@ -20,8 +21,10 @@
 
 pub mod front;
 pub mod intake;
+pub mod validate;
 
 pub mod auth;
+pub mod quota;
 
 pub mod log;
 
@@ -30,8 +33,11 @@ pub mod consume;
 pub mod observe;
 
 pub mod config;
+pub mod filter;
 pub mod limits;
 pub mod message;
+pub mod subject;
+pub mod time;
 
 pub mod gateway;
 

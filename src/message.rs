@@ -50,6 +50,12 @@ pub enum NameError {
     /// NUL or another control character, or a Unicode non-character.
     #[error("a topic holds no control characters")]
     TopicControl,
+    /// An API key, or its beginning.
+    #[error(
+        "a topic holds no API key: topics are stored and shown. Present it as user name or password or in \
+         a header; if this one is real, replace it"
+    )]
+    TopicKey,
     /// A topic that begins with `$`, which MQTT keeps for servers.
     #[error("topics that begin with '$' are reserved")]
     TopicReserved,
@@ -190,7 +196,8 @@ impl<'de> Deserialize<'de> for KeyId {
 }
 
 /// Checks a topic that is published to, as MQTT 5 section 4.7 has it and a little stricter: not
-/// empty, no wildcard, no control character, not reserved (`$…`), and within [`crate::limits`].
+/// empty, no wildcard, no control character, not reserved (`$…`), no API key, and within
+/// [`crate::limits`].
 ///
 /// # Errors
 /// The first rule that `topic` breaks.
@@ -203,15 +210,19 @@ pub fn check_topic(topic: &str) -> Result<(), NameError> {
         _ => {}
     }
     let mut levels = 1;
-    let mut ascii = true;
+    let (mut ascii, mut underscore) = (true, false);
     for &b in bytes {
         match b {
             b'+' | b'#' => return Err(NameError::TopicWildcard),
             0..0x20 | 0x7f => return Err(NameError::TopicControl),
             b'/' => levels += 1,
+            b'_' => underscore = true,
             0x80.. => ascii = false,
             _ => {}
         }
+    }
+    if underscore && holds_key(topic) {
+        return Err(NameError::TopicKey);
     }
     if levels > TOPIC_LEVELS_MAX {
         return Err(NameError::TopicTooDeep);
@@ -220,6 +231,12 @@ pub fn check_topic(topic: &str) -> Result<(), NameError> {
         return Err(NameError::TopicControl);
     }
     Ok(())
+}
+
+/// Whether a text holds what every API key begins with, in whatever case. Such a text is not stored,
+/// shown or logged.
+pub fn holds_key(text: &str) -> bool {
+    text.as_bytes().windows(4).any(|part| part.eq_ignore_ascii_case(b"hgk_"))
 }
 
 /// Unicode's 66 code points that are promised never to be characters (MQTT 5 section 1.5.4 lets a
@@ -301,10 +318,15 @@ pub struct RecordRef<'a> {
     pub key_id: KeyId,
     /// Which way it came.
     pub transport: Transport,
+    /// Which client published it: a hash of it, or 0 if that is not known.
+    pub publisher: u64,
     /// When its last byte was read from the socket.
     pub received_at: TimeMicros,
     /// How it was published.
     pub flags: RecordFlags,
+    /// What the gateway wrote down about it: why it is in quarantine, or what it was sent again from
+    /// (see [`crate::log::Note`]). Empty for all other records.
+    pub note: &'a [u8],
 }
 
 /// How a record was published: bits kept with it in the log.
@@ -315,10 +337,33 @@ pub struct RecordFlags(pub u8);
 impl RecordFlags {
     /// The publisher asked for the message to be retained.
     pub const RETAIN: RecordFlags = RecordFlags(1);
+    /// A will: the gateway published it for a client whose connection was lost.
+    pub const WILL: RecordFlags = RecordFlags(2);
+    /// The publisher asked for no acknowledgement (MQTT QoS 0), and a subscriber gets it with none.
+    pub const AT_MOST_ONCE: RecordFlags = RecordFlags(4);
+    /// It was not let in, and is kept in quarantine: no consumer but that is given it. It has a note.
+    pub const QUARANTINED: RecordFlags = RecordFlags(8);
+    /// It was in quarantine, and was sent through intake again. It has a note.
+    pub const REDRIVEN: RecordFlags = RecordFlags(16);
+
+    /// Both sets of bits.
+    pub fn with(self, other: RecordFlags) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// The bits that are not in `other`.
+    pub fn without(self, other: RecordFlags) -> Self {
+        Self(self.0 & !other.0)
+    }
 
     /// Whether every bit of `other` is set.
     pub fn contains(self, other: RecordFlags) -> bool {
         self.0 & other.0 == other.0
+    }
+
+    /// Whether the gateway wrote a note about the record.
+    pub fn has_note(self) -> bool {
+        self.0 & (Self::QUARANTINED.0 | Self::REDRIVEN.0) != 0
     }
 }
 

@@ -414,3 +414,41 @@ fn bench_fails_when_its_key_dies_under_it() {
     let status = wait_for("bench to give up", || child.0.try_wait().expect("our child"));
     assert_eq!(status.code(), Some(1));
 }
+
+#[test]
+fn a_schema_is_set_by_command_and_what_it_stopped_is_listed_and_redriven() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    let file = dir.path().join("schema.json");
+    std::fs::write(&file, "{\"type\": \"number\"}").expect("written");
+    let file = file.to_str().expect("a path of text");
+    let shown = prints(&mut to(&gateway, &["schema", "set", "press-4", file]));
+    assert!(shown.contains("\"version\": 1"), "{shown}");
+    prints(&mut publish(&gateway, &source.key, &["press-4", "spindle/rpm", "41"]));
+    let refused = run(&mut publish(&gateway, &source.key, &["press-4", "spindle/temp", "{}"]));
+    assert!(!String::from_utf8_lossy(&refused.stderr).contains(&source.key));
+    let listed = wait_for("the message to be in quarantine", || {
+        let listed = prints(&mut to(&gateway, &["quarantine", "list", "press-4", "--topic", "spindle/#"]));
+        listed.contains("spindle/temp").then_some(listed)
+    });
+    assert!(listed.contains("version 1") && !listed.contains("spindle/rpm"), "{listed}");
+    let answer = prints(&mut to(&gateway, &["quarantine", "redrive", "press-4"]));
+    assert!(answer.starts_with("0 let in, 0 let in before, 1 still failing"), "{answer}");
+    prints(&mut to(&gateway, &["schema", "clear", "press-4"]));
+    let answer = prints(&mut to(&gateway, &["quarantine", "redrive", "press-4"]));
+    assert!(answer.starts_with("1 let in, 0 let in before, 0 still failing"), "{answer}");
+    gateway.stored("press-4", 2);
+    let inferred: Value =
+        serde_json::from_str(&prints(&mut to(&gateway, &["schema", "infer", "press-4"]))).expect("JSON");
+    assert_eq!(inferred["type"], serde_json::json!(["integer", "object"]));
+
+    let since = ["--since", "2020-01-01T00:00:00Z"];
+    let quarantine = ["key", "quarantine", "press-4", &source.key_id];
+    let answer = prints(&mut to(&gateway, &[&quarantine[..], &since].concat()));
+    assert!(answer.starts_with("2 records that key"), "{answer}");
+    assert!(gateway.records("press-4").is_empty());
+    let answer = prints(&mut to(&gateway, &[&quarantine[..], &["--undo"]].concat()));
+    assert!(answer.starts_with("0 records that key"), "{answer}");
+    assert_eq!(gateway.records("press-4").len(), 2);
+}

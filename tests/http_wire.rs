@@ -222,8 +222,7 @@ fn a_client_that_does_not_read_its_answer_is_not_waited_for() {
 #[test]
 fn one_connection_too_many_waits_until_there_is_a_place() {
     let dir = scratch();
-    // The harness keeps one.
-    let gateway = Setup::on(dir.path()).set("http.connections_max", 3).start();
+    let gateway = Setup::on(dir.path()).set("http.connections_max", 2).start();
     let mut served = [0; 2].map(|_| Wire::open(gateway.http));
     for wire in &mut served {
         wire.head("GET", "/livez", &[]);

@@ -3,17 +3,28 @@
 //! It turns what a client presented into a [`Grant`] or a [`Denied`]. Fronts ask once for each
 //! connection or request and keep the grant; intake asks the grant about each message. The dearest
 //! answer is to a valid key, one hash and one lookup; a key whose checksum is wrong costs neither.
+//!
+//! How long a no takes tells nothing of how close a key was. The checksum is no secret. Behind it
+//! everything goes by the digest, which changes as a whole with any character of the key; and a key that
+//! was never given out and one that was revoked take the same one lookup.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{Digest, Key, Registry, Scope};
+use super::failures::Failures;
+use super::index::Found;
+use super::shape::Shape;
+use super::{Digest, Key, Registry, Scope, key};
+use crate::config;
 use crate::message::{DatasourceId, KeyId, Lease};
 
 /// Turns presented keys into grants. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Authorizer {
     registry: Arc<Registry>,
+    failures: Arc<Failures>,
 }
 
 /// What a valid key allows at this moment. Cheap to clone. It is only good while [`Grant::holds`]:
@@ -40,6 +51,13 @@ pub enum Denied {
     /// Its time is over.
     #[error("the API key has expired")]
     Expired,
+    /// Too many keys that were not good came from the same address. Said only to whoever has presented
+    /// another one.
+    #[error("too many API keys from this address were not good; wait {} s", retry_after.as_secs() + 1)]
+    TooManyFailures {
+        /// When to come again.
+        retry_after: Duration,
+    },
     /// Two different keys in one request.
     #[error("two different API keys were presented")]
     Ambiguous,
@@ -68,6 +86,7 @@ impl Denied {
             Denied::Unknown => "unknown_key",
             Denied::Revoked => "revoked_key",
             Denied::Expired => "expired_key",
+            Denied::TooManyFailures { .. } => "too_many_failures",
             Denied::Ambiguous => "ambiguous_key",
             Denied::OtherDatasource { .. } => "other_datasource",
             Denied::MissingScope { .. } => "missing_scope",
@@ -75,10 +94,98 @@ impl Denied {
     }
 }
 
+/// A presented key that gives no grant, and what may be told of it to an operator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejected {
+    /// Why.
+    pub denied: Denied,
+    /// The key, if it is one that was given out once.
+    pub key_id: Option<KeyId>,
+    /// What was presented, if it never was one.
+    pub shape: Option<Shape>,
+}
+
+impl From<Denied> for Rejected {
+    fn from(denied: Denied) -> Self {
+        Self { denied, key_id: None, shape: None }
+    }
+}
+
 impl Authorizer {
-    /// An authorizer over `registry`.
+    /// An authorizer over `registry`, at the default limits of failures.
     pub fn new(registry: Arc<Registry>) -> Self {
-        Self { registry }
+        Self::with(registry, &config::Config::default().auth)
+    }
+
+    /// An authorizer over `registry`.
+    pub fn with(registry: Arc<Registry>, config: &config::Auth) -> Self {
+        Self { registry, failures: Arc::new(Failures::new(config)) }
+    }
+
+    /// Which key is this, from that address? As [`Authorizer::identify`], and a key that is not good
+    /// counts against the address. Where there is none, as NATS gives none, it counts against nobody: one
+    /// bad client would otherwise keep the reason from all the others.
+    ///
+    /// # Errors
+    /// Those of [`Authorizer::identify`], or [`Denied::TooManyFailures`] instead of them.
+    pub fn identify_from(
+        &self,
+        presented: &[u8],
+        from: impl Into<Option<IpAddr>>,
+    ) -> Result<Grant, Rejected> {
+        self.identify(presented).map_err(|denied| self.rejected(denied, presented, from.into()))
+    }
+
+    /// Which key is among these, from that address? Next to a key, what does not look like one is a name,
+    /// or a password for somebody else; empty texts are none.
+    ///
+    /// # Errors
+    /// [`Denied::Ambiguous`] for two different keys, [`Denied::NoKey`] for nothing at all, and those of
+    /// [`Authorizer::identify_from`] for the one there is.
+    pub fn identify_among(&self, presented: &[&[u8]], from: IpAddr) -> Result<Grant, Rejected> {
+        let presented = || presented.iter().map(|text| text.trim_ascii()).filter(|text| !text.is_empty());
+        let keys = || presented().filter(|text| text.starts_with(key::PREFIX));
+        match keys().next().or_else(|| presented().next()) {
+            None => Err(Denied::NoKey.into()),
+            Some(key) if keys().any(|other| other != key) => Err(self.ambiguous_from(from)),
+            Some(key) => self.identify_from(key, from),
+        }
+    }
+
+    /// The grant of a key that somebody else has checked when it was presented, and now names by its id:
+    /// it is looked up, since it may have died.
+    ///
+    /// # Errors
+    /// [`Denied::Revoked`] if there is no such key any more, [`Denied::Expired`].
+    pub fn of_key(&self, datasource: &DatasourceId, id: KeyId) -> Result<Grant, Denied> {
+        match self.registry.key(datasource, id) {
+            None => Err(Denied::Revoked),
+            Some(key) if key.has_expired() => Err(Denied::Expired),
+            Some(key) => Ok(Grant(key)),
+        }
+    }
+
+    /// Counts two different keys in one request as one that is not good.
+    pub fn ambiguous_from(&self, from: impl Into<Option<IpAddr>>) -> Rejected {
+        self.rejected(Denied::Ambiguous, &[], from.into())
+    }
+
+    fn rejected(&self, denied: Denied, presented: &[u8], from: Option<IpAddr>) -> Rejected {
+        let (key_id, shape) = match denied {
+            Denied::Revoked | Denied::Expired => (Digest::of_presented(presented).map(|d| d.key_id()), None),
+            Denied::Malformed | Denied::Unknown => (None, Some(Shape::of(presented))),
+            _ => (None, None),
+        };
+        // Without a key nothing was guessed.
+        let denied = match (denied, from) {
+            (Denied::NoKey, _) => Denied::NoKey,
+            (denied, None) => denied,
+            (denied, Some(from)) => match self.failures.count(from) {
+                Ok(()) => denied,
+                Err(retry_after) => Denied::TooManyFailures { retry_after },
+            },
+        };
+        Rejected { denied, key_id, shape }
     }
 
     /// The registry behind it.
@@ -96,9 +203,10 @@ impl Authorizer {
             let nothing = presented.trim_ascii().is_empty();
             return Err(if nothing { Denied::NoKey } else { Denied::Malformed });
         };
-        let Some(key) = self.registry.find(&digest) else {
-            let revoked = self.registry.was_revoked(&digest);
-            return Err(if revoked { Denied::Revoked } else { Denied::Unknown });
+        let key = match self.registry.look_up(&digest) {
+            Some(Found::Key(key)) => key,
+            Some(Found::Revoked) => return Err(Denied::Revoked),
+            None => return Err(Denied::Unknown),
         };
         // The lease was good a moment ago, or the key would not have been found. Every use of the
         // grant looks at it; to look here as well would be one more miss of the cache among many keys.
@@ -129,7 +237,7 @@ impl Grant {
 
     /// Its lease.
     pub fn lease(&self) -> &Lease {
-        &self.0.lease
+        self.0.lease()
     }
 
     /// May it do `scope` in `datasource`? To ask for `*` is to ask for all of them, as who manages
@@ -160,7 +268,7 @@ impl Grant {
 
     fn check(&self) -> Result<(), Denied> {
         match &*self.0 {
-            key if !key.lease.holds() => Err(Denied::Revoked),
+            key if !key.holds() => Err(Denied::Revoked),
             key if key.has_expired() => Err(Denied::Expired),
             _ => Ok(()),
         }
@@ -186,7 +294,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::auth::{ApiKey, Scopes};
+    use crate::auth::{Actor, ApiKey, Scopes};
     use crate::message::now_micros;
 
     const HOUR: i64 = 3_600_000_000;
@@ -206,7 +314,7 @@ mod tests {
         let (_dir, authorizer) = empty();
         let (_, key, secret) = authorizer
             .registry()
-            .create_datasource(None, "a", Scopes::of(&[Scope::Ingest]))
+            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::of(&[Scope::Ingest]))
             .expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
         assert_eq!(grant.key_id(), key.id);
@@ -230,12 +338,12 @@ mod tests {
         let (_dir, authorizer) = empty();
         let (a, key, secret) = authorizer
             .registry()
-            .create_datasource(None, "a", Scopes::of(&[Scope::Ingest]))
+            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::of(&[Scope::Ingest]))
             .expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
         let kept = grant.clone();
         assert!(kept.holds());
-        authorizer.registry().revoke_key(&a.id, key.id).expect("revoked").expect("was live");
+        authorizer.registry().revoke_key(&Actor::SYSTEM, &a.id, key.id).expect("revoked").expect("was live");
         assert_eq!(identify(&authorizer, &secret).err(), Some(Denied::Revoked));
         assert!(!grant.holds() && !kept.holds() && !kept.lease().holds());
         assert_eq!(kept.allows(Scope::Ingest, "a"), Err(Denied::Revoked));
@@ -248,7 +356,10 @@ mod tests {
         let all = DatasourceId::all();
         let create = |expires_at| {
             let scopes = Scopes::of(&[Scope::Ingest]);
-            authorizer.registry().create_key(&all, "", scopes, Some(expires_at)).expect("created")
+            authorizer
+                .registry()
+                .create_key(&Actor::SYSTEM, &all, "", scopes, Some(expires_at))
+                .expect("created")
         };
         let (_, later) = create(now_micros() + HOUR);
         let grant = identify(&authorizer, &later).expect("not yet");
@@ -264,7 +375,8 @@ mod tests {
     fn a_key_opens_its_own_datasource_and_no_other() {
         let (_dir, authorizer) = empty();
         let every = Scopes::of(&Scope::ALL);
-        let (_, key, secret) = authorizer.registry().create_datasource(None, "a", every).expect("created");
+        let (_, key, secret) =
+            authorizer.registry().create_datasource(&Actor::SYSTEM, None, "a", every).expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
         assert_eq!(grant.allows(Scope::Ingest, "a"), Ok(()));
         // Not even with every scope, and not all of them either.
@@ -281,7 +393,7 @@ mod tests {
         let (_dir, authorizer) = empty();
         let (key, secret) = authorizer
             .registry()
-            .create_key(&DatasourceId::all(), "", Scopes::of(&[Scope::Subscribe]), None)
+            .create_key(&Actor::SYSTEM, &DatasourceId::all(), "", Scopes::of(&[Scope::Subscribe]), None)
             .expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
         for datasource in ["a", "b", "*"] {
@@ -298,7 +410,7 @@ mod tests {
         let (_dir, authorizer) = empty();
         let (_, key, secret) = authorizer
             .registry()
-            .create_datasource(None, "a", Scopes::of(&[Scope::Ingest]))
+            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::of(&[Scope::Ingest]))
             .expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
         assert_eq!(grant.allows(Scope::Admin, "b"), Err(Denied::OtherDatasource { key_id: key.id }));
@@ -306,6 +418,90 @@ mod tests {
             grant.allows(Scope::Subscribe, "a"),
             Err(Denied::MissingScope { key_id: key.id, scope: Scope::Subscribe })
         );
+    }
+
+    #[test]
+    fn a_good_key_is_let_in_where_too_many_others_came_from() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let registry = Arc::new(Registry::open(dir.path()).expect("opens"));
+        let auth = config::Auth { failures_burst: 2, failures_per_s: 1, failures_exempt: Vec::new() };
+        let authorizer = Authorizer::with(registry.clone(), &auth);
+        let all = DatasourceId::all();
+        let (key, secret) = registry
+            .create_key(&Actor::SYSTEM, &all, "", Scopes::of(&[Scope::Ingest]), None)
+            .expect("created");
+        let from: IpAddr = [203, 0, 113, 9].into();
+        let guess = || authorizer.identify_from(ApiKey::generate().expose().as_bytes(), from);
+        for _ in 0..2 {
+            let rejected = guess().err().map(|rejected| (rejected.denied, rejected.shape.is_some()));
+            assert_eq!(rejected, Some((Denied::Unknown, true)));
+        }
+        let too_many = |rejected: Rejected| matches!(rejected.denied, Denied::TooManyFailures { .. });
+        assert!(guess().is_err_and(too_many));
+        assert!(authorizer.identify_from(b"hgk_", from).is_err_and(too_many), "malformed");
+        assert!(authorizer.ambiguous_from(from).denied != Denied::Ambiguous);
+        // Nothing was presented, so nothing was guessed.
+        assert_eq!(authorizer.identify_from(b"", from).err(), Some(Denied::NoKey.into()));
+        let grant = authorizer.identify_from(secret.expose().as_bytes(), from).expect("a good key");
+        assert_eq!(grant.key_id(), key.id);
+    }
+
+    #[test]
+    fn a_key_is_found_among_names_and_passwords_and_two_keys_are_ambiguous() {
+        let (_dir, authorizer) = empty();
+        let from: IpAddr = [203, 0, 113, 9].into();
+        let create = || {
+            let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+            authorizer.registry().create_key(&Actor::SYSTEM, &all, "", scopes, None).expect("created")
+        };
+        let ((key, secret), (_, other)) = (create(), create());
+        let (secret, other) = (secret.expose().as_bytes(), other.expose().as_bytes());
+        let id = |presented: &[&[u8]]| match authorizer.identify_among(presented, from) {
+            Ok(grant) => Ok(grant.key_id()),
+            Err(rejected) => Err(rejected.denied),
+        };
+        for presented in [&[secret, b"", b""], &[b"device", secret, b""], &[b" ", b"", secret]] {
+            assert_eq!(id(presented), Ok(key.id));
+        }
+        assert_eq!(id(&[secret, secret]), Ok(key.id));
+        assert_eq!(id(&[secret, other]), Err(Denied::Ambiguous));
+        assert_eq!(id(&[b"device", b"hunter2"]), Err(Denied::Malformed));
+        assert_eq!(id(&[b"", b" ", b""]), Err(Denied::NoKey));
+        assert_eq!(id(&[]), Err(Denied::NoKey));
+    }
+
+    #[test]
+    fn a_key_that_is_named_by_its_id_is_good_for_as_long_as_it_lives() {
+        let (_dir, authorizer) = empty();
+        let scopes = Scopes::of(&[Scope::Ingest]);
+        let (a, key, _) =
+            authorizer.registry().create_datasource(&Actor::SYSTEM, None, "a", scopes).expect("created");
+        assert_eq!(authorizer.of_key(&a.id, key.id).expect("live").key_id(), key.id);
+        assert_eq!(authorizer.of_key(&DatasourceId::all(), key.id).err(), Some(Denied::Revoked));
+        authorizer.registry().revoke_key(&Actor::SYSTEM, &a.id, key.id).expect("revoked");
+        assert_eq!(authorizer.of_key(&a.id, key.id).err(), Some(Denied::Revoked));
+        let expires_at = Some(now_micros());
+        let (key, _) =
+            authorizer.registry().create_key(&Actor::SYSTEM, &a.id, "", scopes, expires_at).expect("created");
+        assert_eq!(authorizer.of_key(&a.id, key.id).err(), Some(Denied::Expired));
+    }
+
+    #[test]
+    fn of_a_revoked_key_the_id_is_told_and_of_an_unknown_one_the_shape() {
+        let (_dir, authorizer) = empty();
+        let all = DatasourceId::all();
+        let registry = authorizer.registry();
+        let (key, secret) = registry
+            .create_key(&Actor::SYSTEM, &all, "", Scopes::of(&[Scope::Ingest]), None)
+            .expect("created");
+        registry.revoke_key(&Actor::SYSTEM, &all, key.id).expect("revoked");
+        let from: IpAddr = [203, 0, 113, 9].into();
+        let rejected = authorizer.identify_from(secret.expose().as_bytes(), from).expect_err("revoked");
+        assert_eq!(rejected, Rejected { denied: Denied::Revoked, key_id: Some(key.id), shape: None });
+        let unknown = ApiKey::generate();
+        let rejected = authorizer.identify_from(unknown.expose().as_bytes(), from).expect_err("unknown");
+        assert_eq!((rejected.denied, rejected.key_id), (Denied::Unknown, None));
+        assert_eq!(rejected.shape, Some(Shape::of(unknown.expose().as_bytes())));
     }
 
     #[test]
@@ -319,6 +515,7 @@ mod tests {
             identify(&authorizer, &secret).expect_err("unknown"),
             Denied::Revoked,
             Denied::Expired,
+            Denied::TooManyFailures { retry_after: Duration::ZERO },
             Denied::Ambiguous,
             Denied::OtherDatasource { key_id },
             Denied::MissingScope { key_id, scope: Scope::Admin },

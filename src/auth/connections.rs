@@ -5,12 +5,15 @@
 //! and the set stays closed: a connection whose key was looked up just before, and which enters just
 //! after, is told to close as it enters. So no order of the two lets a connection outlive its key.
 
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
 use tokio::sync::Notify;
+
+use super::live::Key;
 
 /// Why a live connection has to close.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +33,10 @@ impl Close {
         [Close::KeyDead, Close::TakenOver, Close::Drain].into_iter().find(|why| *why as u8 == number)
     }
 }
+
+/// Ends connections that dead keys have opened and that are not in this process: those of NATS clients,
+/// which a nats-server has. It resolves when they are gone, or cannot be ended now.
+pub type Closer = Box<dyn Fn(&[Arc<Key>]) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
 /// One connection's ear: told once why to close, polled by the connection's task.
 #[derive(Debug, Default)]

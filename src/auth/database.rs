@@ -11,37 +11,56 @@
 //! program wrote into it would not reach the live view: a key that somebody deleted by hand would
 //! go on working. So it is refused, as is a second gateway on the same directory.
 //!
-//! **What is in it.** `user_version` is the version of the format, [`FORMAT`].
+//! **In a cluster** it is in memory alone ([`Database::in_memory`]), a copy of what all nodes have.
+//!
+//! **What is in it.** `user_version` is the version of the format, [`FORMAT`]. A file of an older one
+//! is brought up to it, step by step, in one transaction.
 //!
 //! ```sql
-//! datasources (id TEXT, name TEXT, created_at INTEGER)
+//! datasources (id TEXT, name TEXT, created_at INTEGER, limits TEXT, schemas TEXT)
 //! keys        (digest BLOB, datasource TEXT, scopes TEXT, label TEXT,
-//!              created_at INTEGER, expires_at INTEGER, revoked_at INTEGER)
+//!              created_at INTEGER, expires_at INTEGER, revoked_at INTEGER, ended TEXT,
+//!              replaces TEXT, replaced_by TEXT, grace_ends_at INTEGER, limits TEXT)
+//! usage       (key_id TEXT, accepted INTEGER, refused INTEGER, "offset" INTEGER, users TEXT)
+//! audit       (id INTEGER, at INTEGER, who TEXT, address TEXT, action TEXT, datasource TEXT,
+//!              key_id TEXT, what TEXT)
 //! ```
 //!
 //! Times are microseconds since the Unix epoch, in UTC. `scopes` reads `ingest,subscribe`. The
 //! datasource of a key for all of them is `*`. A key id is the first 6 bytes of the digest, and since
-//! digests are the primary key, looking for one is a search in their order. A revoked key's row
-//! stays: its id is in the records that it let in, and is never given to another key.
+//! digests are the primary key, looking for one is a search in their order; elsewhere it is written as
+//! people see it, in 12 hex characters. A revoked key's row stays: its id is in the records that it let
+//! in, and is never given to another key. `ended` says in a word why a key is no longer good.
+//! `limits`, `schemas`, `users` and `what` are JSON.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::types::{FromSql, FromSqlError};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
+use serde_json::value::RawValue;
 
-use super::registry::{Datasource, Key, RegistryError};
+use super::audit::{Entry, Page};
+use super::change::Change;
+use super::live::{Datasource, Rotation};
+use super::registry::RegistryError;
+use super::replica::{Replica, Revision};
+use super::rows::Row;
+use super::setting::Setting;
+use super::usage::Used;
 use super::{Digest, Scopes};
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 
-/// The version of the format that this file writes, and the only one there has been.
-const FORMAT: i64 = 1;
+/// The version of the format that this file writes. Versions before it are migrated.
+const FORMAT: i64 = STEPS.len() as i64;
 
-const SCHEMA: &str = "
-    CREATE TABLE datasources (
+/// What makes of each version the next one; the first makes it of an empty file.
+const STEPS: [&str; 2] = [
+    "CREATE TABLE datasources (
         id         TEXT PRIMARY KEY,
         name       TEXT NOT NULL,
         created_at INTEGER NOT NULL
@@ -55,13 +74,42 @@ const SCHEMA: &str = "
         expires_at INTEGER,
         revoked_at INTEGER
     ) STRICT, WITHOUT ROWID;
-    CREATE INDEX keys_of_datasource ON keys (datasource) WHERE revoked_at IS NULL;
-";
+    CREATE INDEX keys_of_datasource ON keys (datasource) WHERE revoked_at IS NULL;",
+    "ALTER TABLE datasources ADD COLUMN limits TEXT;
+    ALTER TABLE datasources ADD COLUMN schemas TEXT;
+    ALTER TABLE keys ADD COLUMN ended TEXT;
+    ALTER TABLE keys ADD COLUMN replaces TEXT;
+    ALTER TABLE keys ADD COLUMN replaced_by TEXT;
+    ALTER TABLE keys ADD COLUMN grace_ends_at INTEGER;
+    ALTER TABLE keys ADD COLUMN limits TEXT;
+    CREATE TABLE usage (
+        key_id   TEXT PRIMARY KEY,
+        accepted INTEGER NOT NULL,
+        refused  INTEGER NOT NULL,
+        \"offset\" INTEGER,
+        users    TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE audit (
+        id         INTEGER PRIMARY KEY,
+        at         INTEGER NOT NULL,
+        who        TEXT NOT NULL,
+        address    TEXT,
+        action     TEXT NOT NULL,
+        datasource TEXT,
+        key_id     TEXT,
+        what       TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX audit_by_time ON audit (at);",
+];
 
 /// The open database. Its user serialises all changes.
 pub(super) struct Database {
     connection: Connection,
     path: PathBuf,
+    /// The other nodes' registries, in a cluster.
+    replica: Option<Arc<dyn Replica>>,
+    /// The newest of their revisions that is in here.
+    applied: Revision,
 }
 
 /// One row of `keys`.
@@ -73,6 +121,10 @@ pub(super) struct StoredKey<'a> {
     pub(super) created_at: TimeMicros,
     pub(super) expires_at: Option<TimeMicros>,
     pub(super) revoked: bool,
+    /// It is not good any more, revoked or not.
+    pub(super) ended: bool,
+    pub(super) rotation: Rotation,
+    pub(super) limits: Option<&'a str>,
 }
 
 impl Database {
@@ -83,7 +135,7 @@ impl Database {
         create_private(dir, &path)
             .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
         let connection = connect(&path).map_err(|error| at_start(error, &path))?;
-        let mut database = Self { connection, path };
+        let mut database = Self { connection, path, replica: None, applied: 0 };
         let version = database.pragma::<i64>("user_version")?;
         if version > FORMAT {
             return Err(RegistryError::Newer { path: database.path, version, known: FORMAT });
@@ -92,17 +144,70 @@ impl Database {
         if pages != "ok" {
             return Err(RegistryError::Damaged { path: database.path, detail: pages });
         }
-        if version < FORMAT {
-            database.create_tables()?;
+        if let Ok(steps) = usize::try_from(version)
+            && steps < STEPS.len()
+        {
+            database.migrate(&STEPS[steps..])?;
         }
         Ok(database)
     }
 
-    fn create_tables(&mut self) -> Result<(), rusqlite::Error> {
+    /// One that is in memory alone, for a node of a cluster: what counts is what all nodes have.
+    pub(super) fn in_memory() -> Result<Self, RegistryError> {
+        let connection = Connection::open_in_memory()?;
+        let path = PathBuf::from("the cluster's registry");
+        let mut database = Self { connection, path, replica: None, applied: 0 };
+        database.migrate(&STEPS)?;
+        Ok(database)
+    }
+
+    /// From now on changes count when the other nodes have them.
+    pub(super) fn join(&mut self, replica: Arc<dyn Replica>) {
+        self.replica = Some(replica);
+    }
+
+    /// The newest revision of the cluster's registry that is in here.
+    pub(super) fn applied(&self) -> Revision {
+        self.applied
+    }
+
+    /// Takes over rows that other nodes have written up to a revision; `all`: in place of what there is.
+    pub(super) fn take_over(
+        &mut self,
+        rows: &[&Row],
+        revision: Revision,
+        all: bool,
+    ) -> Result<(), RegistryError> {
+        let transaction = self.connection.transaction()?;
+        if all {
+            transaction.execute_batch("DELETE FROM datasources; DELETE FROM keys; DELETE FROM audit")?;
+        }
+        for row in rows {
+            row.write(&transaction)?;
+        }
+        transaction.commit()?;
+        self.applied = revision;
+        Ok(())
+    }
+
+    /// There is nothing in the cluster's registry up to this revision that is not in here.
+    pub(super) fn caught_up(&mut self, revision: Revision) {
+        self.applied = self.applied.max(revision);
+    }
+
+    fn migrate(&mut self, steps: &[&str]) -> Result<(), rusqlite::Error> {
         let change = self.connection.transaction()?;
-        change.execute_batch(SCHEMA)?;
+        for step in steps {
+            change.execute_batch(step)?;
+        }
         change.pragma_update(None, "user_version", FORMAT)?;
         change.commit()
+    }
+
+    /// Begins a change, which counts once it is committed.
+    pub(super) fn begin(&mut self) -> Result<Change<'_>, RegistryError> {
+        let transaction = self.connection.transaction()?;
+        Ok(Change::new(transaction, self.replica.as_deref(), &mut self.applied))
     }
 
     fn pragma<T: FromSql>(&self, name: &str) -> Result<T, RegistryError> {
@@ -113,20 +218,36 @@ impl Database {
     /// Hands every datasource to `each`.
     pub(super) fn datasources(&self, mut each: impl FnMut(Datasource)) -> Result<(), RegistryError> {
         let mut read_all = || -> rusqlite::Result<()> {
-            let mut select = self.connection.prepare("SELECT id, name, created_at FROM datasources")?;
+            let mut select =
+                self.connection.prepare("SELECT id, name, created_at, limits, schemas FROM datasources")?;
             let mut rows = select.query([])?;
             while let Some(row) = rows.next()? {
                 let id = DatasourceId::new(row.get_ref(0)?.as_str()?).map_err(FromSqlError::other)?;
-                each(Datasource { id, name: row.get(1)?, created_at: row.get(2)? });
+                each(Datasource {
+                    id,
+                    name: row.get_ref(1)?.as_str()?.into(),
+                    created_at: row.get(2)?,
+                    limits: Setting::new(row.get_ref(3)?.as_str_or_null()?),
+                    schemas: Setting::new(row.get_ref(4)?.as_str_or_null()?),
+                });
             }
             Ok(())
         };
         read_all().map_err(|error| at_start(error, &self.path))
     }
 
+    /// How many datasources there are.
+    pub(super) fn datasource_count(&self) -> Result<usize, RegistryError> {
+        self.count("SELECT count(*) FROM datasources")
+    }
+
     /// How many keys there are, revoked ones included.
     pub(super) fn key_count(&self) -> Result<usize, RegistryError> {
-        let count = self.connection.query_row("SELECT count(*) FROM keys", [], |row| row.get::<_, i64>(0));
+        self.count("SELECT count(*) FROM keys")
+    }
+
+    fn count(&self, select: &str) -> Result<usize, RegistryError> {
+        let count = self.connection.query_row(select, [], |row| row.get::<_, i64>(0));
         let count = count.map_err(|error| at_start(error, &self.path))?;
         Ok(usize::try_from(count).expect("a count is not negative"))
     }
@@ -141,7 +262,8 @@ impl Database {
     {
         let mut read_all = || -> rusqlite::Result<()> {
             let mut select = self.connection.prepare(
-                "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at IS NOT NULL
+                "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at IS NOT NULL,
+                        limits, replaces, replaced_by, grace_ends_at, ended IS NOT NULL
                  FROM keys",
             )?;
             let mut rows = select.query([])?;
@@ -154,6 +276,15 @@ impl Database {
                     created_at: row.get(4)?,
                     expires_at: row.get(5)?,
                     revoked: row.get(6)?,
+                    ended: row.get(11)?,
+                    limits: row.get_ref(7)?.as_str_or_null()?,
+                    rotation: Rotation {
+                        replaces: row.get_ref(8)?.as_str_or_null()?.map(key_id).transpose()?,
+                        replaced_by: match row.get_ref(9)?.as_str_or_null()? {
+                            Some(id) => Some((key_id(id)?, row.get(10)?)),
+                            None => None,
+                        },
+                    },
                 };
                 each(stored).map_err(FromSqlError::other)?;
             }
@@ -172,75 +303,57 @@ impl Database {
         Ok(known)
     }
 
-    /// Adds a key, and with its first key a datasource.
-    pub(super) fn insert(
-        &mut self,
-        datasource: Option<&Datasource>,
-        key: &Key,
-        digest: &Digest,
-    ) -> Result<(), RegistryError> {
-        let change = self.connection.transaction()?;
-        if let Some(datasource) = datasource {
-            change
-                .prepare_cached("INSERT INTO datasources (id, name, created_at) VALUES (?1, ?2, ?3)")?
-                .execute(params![datasource.id.as_str(), datasource.name, datasource.created_at])?;
-        }
-        change
-            .prepare_cached(
-                "INSERT INTO keys (digest, datasource, scopes, label, created_at, expires_at)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-            )?
-            .execute(params![
-                digest.0,
-                key.datasource.as_str(),
-                key.scopes.to_string(),
-                key.label,
-                key.created_at,
-                key.expires_at,
-            ])?;
-        Ok(change.commit()?)
-    }
-
-    /// Revokes one key of a datasource: its digest, or `None` if there is no such live key.
-    pub(super) fn revoke(
-        &mut self,
-        datasource: &DatasourceId,
-        id: KeyId,
-        at: TimeMicros,
-    ) -> Result<Option<Digest>, RegistryError> {
+    /// When a key was revoked, and in a word why, if it was.
+    pub(super) fn end_of(&self, id: KeyId) -> Result<Option<(TimeMicros, Option<String>)>, RegistryError> {
         let (first, last) = digests_of(id);
-        // In a transaction of its own: that a statement with RETURNING was committed shows only
-        // after its last row, where the error could not be seen.
-        let change = self.connection.transaction()?;
-        let revoked = change
+        let ended = self
+            .connection
             .prepare_cached(
-                "UPDATE keys SET revoked_at = ?1 WHERE digest BETWEEN ?2 AND ?3 AND datasource = ?4
-                 AND revoked_at IS NULL RETURNING digest",
+                "SELECT revoked_at, ended FROM keys WHERE digest BETWEEN ?1 AND ?2 AND revoked_at IS NOT NULL",
             )?
-            .query_row(params![at, first, last, datasource.as_str()], |row| row.get(0).map(Digest))
+            .query_row(params![first, last], |row| Ok((row.get(0)?, row.get(1)?)))
             .optional()?;
-        change.commit()?;
-        Ok(revoked)
+        Ok(ended)
     }
 
-    /// Removes a datasource and revokes its keys: their digests.
-    pub(super) fn remove(
-        &mut self,
-        datasource: &DatasourceId,
-        at: TimeMicros,
-    ) -> Result<Vec<Digest>, RegistryError> {
-        let change = self.connection.transaction()?;
-        change
-            .prepare_cached("DELETE FROM datasources WHERE id = ?1")?
-            .execute(params![datasource.as_str()])?;
-        let revoked = change
-            .prepare_cached(
-                "UPDATE keys SET revoked_at = ?1 WHERE datasource = ?2 AND revoked_at IS NULL RETURNING digest",
-            )?
-            .query_map(params![at, datasource.as_str()], |row| row.get(0).map(Digest))?
-            .collect::<Result<_, _>>()?;
-        change.commit()?;
-        Ok(revoked)
+    /// What is stored of a key's use.
+    pub(super) fn usage(&self, id: KeyId) -> Result<Used, RegistryError> {
+        let mut select = self
+            .connection
+            .prepare_cached("SELECT accepted, refused, \"offset\", users FROM usage WHERE key_id = ?1")?;
+        let used = select.query_row([id.to_string()], |row| {
+            let users = serde_json::from_str(row.get_ref(3)?.as_str()?);
+            Ok(Used {
+                accepted: row.get::<_, i64>(0)?.unsigned_abs(),
+                refused: row.get::<_, i64>(1)?.unsigned_abs(),
+                offset: row.get::<_, Option<i64>>(2)?.map(i64::unsigned_abs),
+                users: users.map_err(FromSqlError::other)?,
+            })
+        });
+        Ok(used.optional()?.unwrap_or_default())
+    }
+
+    /// A page of the audit, oldest first.
+    pub(super) fn audited(&self, page: &Page) -> Result<Vec<Entry>, RegistryError> {
+        let mut select = self.connection.prepare_cached(
+            "SELECT id, at, who, address, action, datasource, key_id, what FROM audit
+             WHERE id > ?1 AND at >= ?2 AND at < ?3 ORDER BY id LIMIT ?4",
+        )?;
+        let limit = i64::try_from(page.limit).unwrap_or(i64::MAX);
+        let (from, to) = (page.from.unwrap_or(i64::MIN), page.to.unwrap_or(i64::MAX));
+        let entries = select.query_map(params![page.after, from, to, limit], |row| {
+            Ok(Entry {
+                id: row.get(0)?,
+                at: row.get(1)?,
+                who: row.get(2)?,
+                address: row.get(3)?,
+                action: row.get(4)?,
+                datasource: row.get(5)?,
+                key_id: row.get(6)?,
+                what: RawValue::from_string(row.get(7)?).map_err(FromSqlError::other)?,
+            })
+        })?;
+        Ok(entries.collect::<Result<_, _>>()?)
     }
 
     /// Makes every change fail from now on, as on a disk that has failed, or no more.
@@ -250,8 +363,13 @@ impl Database {
     }
 }
 
+/// A key id in a row.
+fn key_id(text: &str) -> Result<KeyId, FromSqlError> {
+    KeyId::parse(text).map_err(FromSqlError::other)
+}
+
 /// The first and the last digest that a key with this id could have.
-fn digests_of(id: KeyId) -> ([u8; 32], [u8; 32]) {
+pub(super) fn digests_of(id: KeyId) -> ([u8; 32], [u8; 32]) {
     let (mut first, mut last) = ([0; 32], [0xff; 32]);
     first[..id.0.len()].copy_from_slice(&id.0);
     last[..id.0.len()].copy_from_slice(&id.0);
@@ -301,7 +419,7 @@ fn at_start(error: rusqlite::Error, path: &Path) -> RegistryError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::auth::{ApiKey, Registry, Scope};
+    use crate::auth::{Actor, ApiKey, Registry, Scope};
 
     fn written_by_hand(dir: &Path, sql: &str) {
         let connection = Connection::open(dir.join("registry.db")).expect("opens");
@@ -349,11 +467,11 @@ mod tests {
     fn a_newer_format_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(Database::open(dir.path()).expect("opens"));
-        written_by_hand(dir.path(), "PRAGMA user_version = 2");
+        written_by_hand(dir.path(), "PRAGMA user_version = 3");
         let error = Database::open(dir.path()).err().expect("newer");
-        assert!(matches!(error, RegistryError::Newer { version: 2, known: 1, .. }), "{error}");
+        assert!(matches!(error, RegistryError::Newer { version: 3, known: 2, .. }), "{error}");
         let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
-        assert_eq!(version(&connection), 2);
+        assert_eq!(version(&connection), 3);
     }
 
     fn version(connection: &Connection) -> i64 {
@@ -375,7 +493,7 @@ mod tests {
         let registry = Registry::open(dir.path()).expect("opens");
         for _ in 0..200 {
             registry
-                .create_key(&DatasourceId::all(), "", Scopes::of(&[Scope::Ingest]), None)
+                .create_key(&Actor::SYSTEM, &DatasourceId::all(), "", Scopes::of(&[Scope::Ingest]), None)
                 .expect("created");
         }
         drop(registry);
@@ -399,7 +517,8 @@ mod tests {
 
     #[test]
     fn a_row_that_makes_no_sense_is_damage() {
-        let row = "INSERT INTO keys VALUES (zeroblob(32), '*', 'ingest', '', 0, NULL, NULL)";
+        let row = "INSERT INTO keys (digest, datasource, scopes, label, created_at)
+                   VALUES (zeroblob(32), '*', 'ingest', '', 0)";
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(Database::open(dir.path()).expect("opens"));
         written_by_hand(dir.path(), row);
@@ -407,7 +526,7 @@ mod tests {
         for (change, named) in [
             ("UPDATE keys SET datasource = 'gone'", "gone"),
             ("UPDATE keys SET datasource = '*', scopes = 'root'", "scopes"),
-            ("INSERT INTO datasources VALUES ('Not a slug', 'x', 0)", "datasource id"),
+            ("INSERT INTO datasources (id, name, created_at) VALUES ('Not a slug', 'x', 0)", "datasource id"),
         ] {
             written_by_hand(dir.path(), change);
             let error = Registry::open(dir.path()).expect_err("makes no sense");
@@ -420,9 +539,10 @@ mod tests {
     fn an_id_is_known_as_long_as_there_is_a_row_with_it() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let registry = Registry::open(dir.path()).expect("opens");
-        let (datasource, key, _) =
-            registry.create_datasource(None, "a", Scopes::of(&[Scope::Ingest])).expect("created");
-        registry.delete_datasource(&datasource.id).expect("deleted");
+        let (datasource, key, _) = registry
+            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::of(&[Scope::Ingest]))
+            .expect("created");
+        registry.delete_datasource(&Actor::SYSTEM, &datasource.id).expect("deleted");
         drop(registry);
         let database = Database::open(dir.path()).expect("opens");
         assert!(database.knows(key.id).expect("read"));

@@ -8,17 +8,16 @@
 //! would only give strangers a way to keep the processor busy.
 
 use std::fmt;
-use std::hash::{BuildHasher, Hasher};
 use std::sync::LazyLock;
 
 use blake3::hazmat::{ContextKey, HasherExt, hash_derive_key_context};
 use rand::TryRng;
 use rand::rngs::SysRng;
 
-use crate::message::KeyId;
+use crate::message::{KeyId, holds_key};
 
 /// What every key begins with.
-const PREFIX: &[u8; 4] = b"hgk_";
+pub(super) const PREFIX: &[u8; 4] = b"hgk_";
 /// 256 bits in base62: 62⁴³ is a little more than 2²⁵⁶.
 const SECRET_CHARS: usize = 43;
 /// 32 bits in base62.
@@ -26,7 +25,7 @@ const CHECKSUM_CHARS: usize = 6;
 /// Where the checksum begins: it covers all that stands before it.
 const CHECKSUM_AT: usize = PREFIX.len() + SECRET_CHARS;
 /// A whole key.
-const KEY_CHARS: usize = CHECKSUM_AT + CHECKSUM_CHARS;
+pub(super) const KEY_CHARS: usize = CHECKSUM_AT + CHECKSUM_CHARS;
 
 const _: () = assert!(KEY_CHARS == 53);
 
@@ -86,17 +85,7 @@ impl Digest {
     /// alphabet and checksum, and only then hashes. `None` when the form is wrong. Allocates nothing.
     pub fn of_presented(presented: &[u8]) -> Option<Digest> {
         let key = presented.trim_ascii();
-        if key.len() != KEY_CHARS || !key.starts_with(PREFIX) {
-            return None;
-        }
-        let (covered, checksum) = key.split_at(CHECKSUM_AT);
-        // Without an early end: the compiler then looks at many characters at once.
-        let base62 =
-            covered[PREFIX.len()..].iter().fold(true, |all, byte| all & byte.is_ascii_alphanumeric());
-        if !base62 || read_base62(checksum)? != u64::from(crc32fast::hash(covered)) {
-            return None;
-        }
-        Some(Self::of(key))
+        checksum_fits(key).then(|| Self::of(key))
     }
 
     fn of(key: &[u8]) -> Digest {
@@ -118,34 +107,31 @@ impl fmt::Debug for Digest {
     }
 }
 
-/// Takes a digest's own first bytes for its hash: a digest is uniform already, and nobody can choose
-/// one without searching for it.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct DigestHash;
-
-impl BuildHasher for DigestHash {
-    type Hasher = FirstBytes;
-
-    fn build_hasher(&self) -> FirstBytes {
-        FirstBytes(0)
+/// Whether a text may hold an API key, whole or without its beginning: `hgk_` in whatever case, or as
+/// many letters and digits in a row as a key has, of all three kinds. Such a text is not shown, logged or
+/// stored.
+pub fn is_in(text: &str) -> bool {
+    if holds_key(text) {
+        return true;
     }
+    text.as_bytes().split(|byte| !byte.is_ascii_alphanumeric()).any(|run| {
+        let has = |kind: fn(&u8) -> bool| run.iter().any(kind);
+        (40..=53).contains(&run.len())
+            && has(u8::is_ascii_digit)
+            && has(u8::is_ascii_lowercase)
+            && has(u8::is_ascii_uppercase)
+    })
 }
 
-pub(super) struct FirstBytes(u64);
-
-impl Hasher for FirstBytes {
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(first) = bytes.first_chunk() {
-            self.0 = u64::from_le_bytes(*first);
-        }
+/// Whether this, without white space around it, has a key's form and its checksum fits.
+pub(super) fn checksum_fits(key: &[u8]) -> bool {
+    if key.len() != KEY_CHARS || !key.starts_with(PREFIX) {
+        return false;
     }
-
-    /// An array hashes its length too, the same for every digest.
-    fn write_usize(&mut self, _length: usize) {}
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
+    let (covered, checksum) = key.split_at(CHECKSUM_AT);
+    // Without an early end: the compiler then looks at many characters at once.
+    let base62 = covered[PREFIX.len()..].iter().fold(true, |all, byte| all & byte.is_ascii_alphanumeric());
+    base62 && read_base62(checksum) == Some(u64::from(crc32fast::hash(covered)))
 }
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";

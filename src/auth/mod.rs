@@ -1,14 +1,38 @@
 //! Who may: keys, the registry of them, and the authorizer that turns a presented key into a grant
 //! or a denial.
 
+mod apply;
+pub mod audit;
 pub mod authorizer;
+mod change;
+mod changes;
+pub mod cluster;
 pub mod connections;
 mod database;
+pub mod deadlines;
+pub mod failures;
+mod first;
+mod index;
 pub mod key;
+mod leak;
+pub mod live;
+pub mod network;
 pub mod registry;
+mod replica;
+pub mod rotation;
+mod rows;
 pub mod scope;
+pub mod setting;
+pub mod shape;
+pub mod usage;
 
-pub use authorizer::{Authorizer, Denied, Grant};
+pub use audit::{Act, Actor};
+pub use authorizer::{Authorizer, Denied, Grant, Rejected};
 pub use key::{ApiKey, Digest};
-pub use registry::{Datasource, Key, Registry, RegistryError};
+pub use live::{Datasource, Key};
+pub use registry::{Registry, RegistryError};
+pub use rows::LeakRow;
 pub use scope::{Scope, Scopes};
+
+#[cfg(test)]
+mod tests;

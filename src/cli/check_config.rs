@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::out::Out;
 use crate::config::Config;
+use crate::front::mqtt;
 use crate::observe::trace;
 
 #[derive(Debug, clap::Args)]
@@ -16,8 +17,15 @@ pub(super) struct Args {
 pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     let config = Config::load(Some(&args.file))?;
     trace::filter(&config.trace)?;
+    let tls = &config.mqtt.tls;
+    if tls.is_served() {
+        mqtt::Tls::load(tls.clone())?;
+    }
     writeln!(out, "{}: OK", args.file.display())?;
     writeln!(out, "MQTT   {}", config.mqtt.listen)?;
+    if tls.is_served() {
+        writeln!(out, "MQTTS  {}", tls.listen)?;
+    }
     writeln!(out, "HTTP   {}", config.http.listen)?;
     writeln!(out, "data   {}", config.data_dir.display())?;
     Ok(())

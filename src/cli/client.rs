@@ -89,6 +89,11 @@ impl Client {
         self.answer(request.header("authorization", self.key.expose()).send_json(body))
     }
 
+    pub(super) fn put<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
+        let request = self.agent.put(format!("{}{path}", self.url));
+        self.answer(request.header("authorization", self.key.expose()).send_json(body))
+    }
+
     pub(super) fn delete(&self, path: &str) -> anyhow::Result<()> {
         let request = self.agent.delete(format!("{}{path}", self.url));
         self.success(request.header("authorization", self.key.expose()).call()).map(drop)

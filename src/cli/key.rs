@@ -1,4 +1,5 @@
-//! `headgate key`: more keys for a datasource, and the end of one, over the HTTP API.
+//! `headgate key`: more keys for a datasource, another one in the place of one, and the end of one, over
+//! the HTTP API.
 
 use std::io::Write;
 
@@ -8,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::client::Client;
 use super::datasource::{self, print_connect};
 use super::out::{Out, table};
+use super::quarantine;
 use crate::message::KeyId;
 
 #[derive(Debug, clap::Subcommand)]
@@ -29,13 +31,42 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// List a datasource's live keys, by their ids
+    /// List a datasource's live keys: what they are good for, and who uses them
     List {
-        /// The datasource's id
+        /// The datasource's id, or '*' for the keys for all
         datasource: String,
         /// Print the gateway's answer as JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Put another key in a key's place, which works on until the grace is over
+    Rotate {
+        /// The datasource's id, or '*' for a key for all
+        datasource: String,
+        /// The key's id, as `key list` shows it
+        key_id: String,
+        /// How long the old key still works: 30s, 90m, 24h, 7d; 0 for not at all
+        #[arg(long, value_name = "TIME", default_value = "24h", value_parser = seconds)]
+        grace: u64,
+        /// Before the grace is over: the old key lives on, and the new one is dead
+        #[arg(long, conflicts_with = "grace")]
+        undo: bool,
+        /// Print the gateway's answer as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put all that a leaked key let in since a time out of sight, of subscribers and in storage
+    Quarantine {
+        /// The datasource's id, or '*' for all that the key let in anywhere
+        datasource: String,
+        /// The key's id, as `key list` shows it
+        key_id: String,
+        /// Since when: 2026-11-23T09:00:00Z
+        #[arg(long, value_name = "TIME", required_unless_present = "undo")]
+        since: Option<String>,
+        /// Put it all back where it was
+        #[arg(long, conflicts_with = "since")]
+        undo: bool,
     },
     /// Revoke a key: it is dead and its connections are closed when this returns
     Revoke {
@@ -52,8 +83,53 @@ struct Key {
     id: String,
     label: String,
     scopes: Vec<String>,
+    state: String,
     created_at: String,
     expires_at: Option<String>,
+    grace_ends_at: Option<String>,
+    accepted: u64,
+    refused: u64,
+    connections: u64,
+    last_used: Option<User>,
+    users: Vec<User>,
+}
+
+/// Who has used a key.
+#[derive(Debug, Deserialize)]
+struct User {
+    client_id: Option<String>,
+    address: Option<String>,
+    transport: String,
+    at: String,
+    offset: Option<u64>,
+}
+
+impl Key {
+    /// What it is good for, and until when.
+    fn state(&self) -> String {
+        match (&self.grace_ends_at, &self.expires_at) {
+            (Some(until), _) => format!("{} until {until}", self.state),
+            (None, Some(at)) if self.state == "active" => format!("active until {at}"),
+            _ => self.state.clone(),
+        }
+    }
+}
+
+impl User {
+    fn told(&self) -> String {
+        let name = self.client_id.as_deref().or(self.address.as_deref()).unwrap_or("unknown");
+        let from = self.address.as_deref().filter(|_| self.client_id.is_some());
+        match from {
+            Some(address) => format!("{name} ({address}) {}", self.at),
+            None => format!("{name} {}", self.at),
+        }
+    }
+
+    fn last(&self) -> String {
+        let address = self.address.as_deref().unwrap_or("-");
+        let offset = self.offset.map_or_else(|| "-".to_owned(), |offset| offset.to_string());
+        format!("{}\n{} {address}\noffset {offset}", self.at, self.transport)
+    }
 }
 
 /// A key's text as the gateway shows it once. Shown by no `Debug`.
@@ -87,6 +163,21 @@ pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
             let answer: Value = client.get(&path(&datasource)?, &[])?;
             if as_json { Ok(writeln!(out, "{answer:#}")?) } else { list(answer, out) }
         }
+        Command::Rotate { datasource, key_id, grace, undo, json: as_json } => {
+            let key_id = KeyId::parse(&key_id)?;
+            let wanted = if undo { json!({ "undo": true }) } else { json!({ "grace_seconds": grace }) };
+            let answer: Value = client.post(&format!("{}/{key_id}/rotate", path(&datasource)?), &wanted)?;
+            match (as_json, undo) {
+                (true, _) => Ok(writeln!(out, "{answer:#}")?),
+                (false, true) => {
+                    Ok(writeln!(out, "key {key_id} of {datasource} lives on; the new one is dead")?)
+                }
+                (false, false) => rotated(answer, out),
+            }
+        }
+        Command::Quarantine { datasource, key_id, since, undo: _ } => {
+            quarantine::leak(&client, &path(&datasource)?, &key_id, since.as_deref(), out)
+        }
         Command::Revoke { datasource, key_id } => {
             let key_id = KeyId::parse(&key_id)?;
             client.delete(&format!("{}/{key_id}", path(&datasource)?))?;
@@ -115,15 +206,89 @@ fn created(answer: Value, out: &mut Out) -> anyhow::Result<()> {
     Ok(print_connect(&created.connect, out)?)
 }
 
+fn rotated(answer: Value, out: &mut Out) -> anyhow::Result<()> {
+    #[derive(Deserialize)]
+    struct Rotated {
+        key: NewKey,
+        replaced: Replaced,
+        #[serde(default)]
+        connect: Map<String, Value>,
+    }
+    #[derive(Deserialize)]
+    struct Replaced {
+        id: String,
+        grace_ends_at: String,
+    }
+    let rotated: Rotated = serde_json::from_value(answer)?;
+    rotated.key.print(out)?;
+    let Replaced { id, grace_ends_at } = rotated.replaced;
+    writeln!(out, "key {id} works until {grace_ends_at}")?;
+    Ok(print_connect(&rotated.connect, out)?)
+}
+
+/// A span of time, in seconds: a number, with `s`, `m`, `h` or `d` behind it.
+fn seconds(text: &str) -> Result<u64, String> {
+    let (number, unit) = match text.char_indices().last() {
+        Some((at, 's')) => (&text[..at], 1),
+        Some((at, 'm')) => (&text[..at], 60),
+        Some((at, 'h')) => (&text[..at], 3_600),
+        Some((at, 'd')) => (&text[..at], 24 * 3_600),
+        _ => (text, 1),
+    };
+    let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
+    seconds.ok_or_else(|| "give a number of seconds, or 90m, 24h, 7d".to_owned())
+}
+
 fn list(answer: Value, out: &mut Out) -> anyhow::Result<()> {
     #[derive(Deserialize)]
     struct List {
         keys: Vec<Key>,
     }
-    let mut rows = table(&["key id", "label", "scopes", "created", "expires"], &[]);
+    let columns = [
+        "key id",
+        "label",
+        "scopes",
+        "state",
+        "created",
+        "last used",
+        "accepted",
+        "refused",
+        "open",
+        "users",
+    ];
+    let mut rows = table(&columns, &[]);
     for key in serde_json::from_value::<List>(answer)?.keys {
-        let expires_at = key.expires_at.unwrap_or_else(|| "never".to_owned());
-        rows.add_row([key.id, key.label, key.scopes.join(", "), key.created_at, expires_at]);
+        let last_used = key.last_used.as_ref().map_or_else(|| "never".to_owned(), User::last);
+        let users: Vec<_> = key.users.iter().map(User::told).collect();
+        rows.add_row([
+            key.id.clone(),
+            key.label.clone(),
+            key.scopes.join(", "),
+            key.state(),
+            key.created_at.clone(),
+            last_used,
+            key.accepted.to_string(),
+            key.refused.to_string(),
+            key.connections.to_string(),
+            users.join("\n"),
+        ]);
     }
     Ok(writeln!(out, "{rows}")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::seconds;
+
+    #[test]
+    fn a_span_of_time_has_a_unit_or_is_in_seconds() {
+        for (text, expected) in
+            [("0", 0), ("90", 90), ("30s", 30), ("90m", 5_400), ("24h", 86_400), ("7d", 604_800)]
+        {
+            assert_eq!(seconds(text), Ok(expected), "{text}");
+        }
+        for bad in ["", "h", "-1h", "1.5h", "1w", "99999999999999999999d", "1é"] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -7,16 +7,21 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod audit;
 mod bench;
 mod check_config;
 mod client;
 mod datasource;
 mod demo;
 mod key;
+mod nats;
 mod out;
 mod publish;
+mod quarantine;
 mod records;
+mod refusals;
 mod replay;
+mod schema;
 mod serve;
 mod session;
 mod signals;
@@ -56,12 +61,25 @@ enum Command {
     /// Create, list and revoke the keys of a datasource
     #[command(subcommand)]
     Key(key::Command),
+    /// Show, infer and set the JSON Schemas that a datasource's messages have to meet
+    #[command(subcommand)]
+    Schema(schema::Command),
+    /// List what was not let through and why, and send it through again
+    #[command(subcommand)]
+    Quarantine(quarantine::Command),
+    /// Print who changed what, when and from where
+    Audit(audit::Args),
     /// Print a datasource's stored records
     Records(records::Args),
+    /// Print what was refused lately, why, and what to do about it
+    Refusals(refusals::Args),
     /// Publish a payload, or a line of standard input or of a file each, over MQTT
     Publish(publish::Args),
     /// Load a gateway over MQTT and report acknowledged messages per second and latency
     Bench(bench::Args),
+    /// Set NATS up, so that its clients connect with their API keys
+    #[command(subcommand)]
+    Nats(nats::Command),
     /// Read a configuration file, say what it sets or what is wrong with it
     CheckConfig(check_config::Args),
 }
@@ -75,9 +93,14 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Demo(args) => demo::run(args, &mut out),
         Command::Datasource(command) => datasource::run(command, &mut out),
         Command::Key(command) => key::run(command, &mut out),
+        Command::Schema(command) => schema::run(command, &mut out),
+        Command::Quarantine(command) => quarantine::run(command, &mut out),
+        Command::Audit(args) => audit::run(args, &mut out),
         Command::Records(args) => records::run(args, &mut out),
+        Command::Refusals(args) => refusals::run(args, &mut out),
         Command::Publish(args) => publish::run(args, &mut out),
         Command::Bench(args) => bench::run(args, &mut out),
+        Command::Nats(command) => nats::run(command, &mut out),
         Command::CheckConfig(args) => check_config::run(args, &mut out),
     };
     match done.and_then(|()| Ok(out.flush()?)) {

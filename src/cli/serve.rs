@@ -40,7 +40,12 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
 
 async fn serve(config: Config, out: &mut Out) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
-    let gateway = Gateway::start(config).await?;
+    // In a cluster it may have to wait for NATS.
+    let gateway = tokio::select! {
+        biased;
+        started = Gateway::start(config) => started?,
+        () = signals.asked() => return Ok(()),
+    };
     // Devices are served whether or not anybody reads these lines.
     if let Err(error) = announce(&gateway, out) {
         let error = anyhow::Error::new(error);
@@ -56,18 +61,25 @@ async fn serve(config: Config, out: &mut Out) -> anyhow::Result<()> {
 }
 
 /// One line per listener: where it is and how a client connects, then where the admin key is. The
-/// addresses are the words that begin with `mqtt://` and `http://`.
+/// addresses are the words that begin with `mqtt://`, `mqtts://`, `http://` and `nats://` or `tls://`.
 pub(super) fn announce(gateway: &Gateway, out: &mut Out) -> std::io::Result<()> {
     writeln!(
         out,
         "MQTT  mqtt://{}  3.1.1 and 5; the key as user name, password or user property \"authorization\"",
         gateway.mqtt_addr
     )?;
+    if let Some(addr) = gateway.mqtt_tls_addr {
+        writeln!(out, "MQTT  mqtts://{addr}  the same over TLS")?;
+    }
     writeln!(
         out,
         "HTTP  http://{}  dashboard; POST /v1/ingest/DATASOURCE[/TOPIC]; the key as \"Authorization: KEY\"",
         gateway.http_addr
     )?;
+    if !gateway.nats_servers.is_empty() {
+        let servers = gateway.nats_servers.join(",");
+        writeln!(out, "NATS  {servers}  ingest.DATASOURCE.TOPIC; the key as header \"Authorization: KEY\"")?;
+    }
     writeln!(out, "admin key  {}", gateway.admin_key_path.display())?;
     out.flush()
 }

@@ -12,10 +12,10 @@ use std::time::Duration;
 use rusqlite::types::Type;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 
-use super::filter::{FilterError, TopicFilter};
 use super::latest::{self, LatestPage};
 use super::sink::schema::{TIME_INDEX_OFFSETS, offset_of, sql_offset};
 use super::sink::sqlite::FILE_NAME;
+use crate::filter::{FilterError, TopicFilter};
 use crate::limits::{QUERIES_MAX, QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
 
@@ -139,7 +139,10 @@ impl Query {
     }
 
     /// Runs `read` on the database as it is at this moment, whatever storage writes meanwhile.
-    fn read<T>(&self, read: impl FnOnce(&Connection) -> Result<T, QueryError>) -> Result<T, QueryError> {
+    pub(super) fn read<T>(
+        &self,
+        read: impl FnOnce(&Connection) -> Result<T, QueryError>,
+    ) -> Result<T, QueryError> {
         let idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut connection = match idle {
             Some(connection) => connection,
@@ -164,7 +167,10 @@ fn open(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-fn datasource_id(connection: &Connection, datasource: &DatasourceId) -> rusqlite::Result<Option<i64>> {
+pub(super) fn datasource_id(
+    connection: &Connection,
+    datasource: &DatasourceId,
+) -> rusqlite::Result<Option<i64>> {
     connection
         .prepare_cached("SELECT id FROM datasources WHERE datasource = ?1")?
         .query_row([datasource.as_str()], |row| row.get(0))
@@ -298,11 +304,12 @@ struct Names<'q> {
     origins: HashMap<i64, Option<Origin>>,
 }
 
+/// What a record has in common with most others of its sender.
 #[derive(Clone)]
-struct Origin {
-    key_id: KeyId,
-    transport: Transport,
-    content_type: Arc<str>,
+pub(super) struct Origin {
+    pub(super) key_id: KeyId,
+    pub(super) transport: Transport,
+    pub(super) content_type: Arc<str>,
 }
 
 impl Names<'_> {
@@ -333,7 +340,7 @@ impl Names<'_> {
     }
 }
 
-fn origin_of(row: &Row<'_>) -> rusqlite::Result<Origin> {
+pub(super) fn origin_of(row: &Row<'_>) -> rusqlite::Result<Origin> {
     let unreadable = |column, error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error);
     let key_id = KeyId::parse(row.get_ref(0)?.as_str()?).map_err(|error| unreadable(0, error.into()))?;
     let name = row.get_ref(1)?.as_str()?;

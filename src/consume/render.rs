@@ -6,49 +6,21 @@ use std::fmt;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::Serialize;
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use crate::consume::query::{RecordsPage, StoredRecord};
 use crate::message::{Offset, TimeMicros, Transport};
+pub use crate::time::{Rfc3339, parse_time};
 
 /// How deep a payload may nest and still be shown as JSON. `serde_json` reads 128 levels and others
 /// no more than that; a page has a few of its own around the payload.
 const DEPTH_MAX: usize = 100;
 
-/// A point in time, shown as RFC 3339 in UTC with six fraction digits:
-/// `2026-11-23T09:28:39.000120Z`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Rfc3339(pub TimeMicros);
-
-impl fmt::Display for Rfc3339 {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let time = jiff::Timestamp::from_microsecond(self.0).unwrap_or(if self.0 < 0 {
-            jiff::Timestamp::MIN
-        } else {
-            jiff::Timestamp::MAX
-        });
-        write!(f, "{time:.6}")
-    }
-}
-
-impl Serialize for Rfc3339 {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
 /// The text of [`Rfc3339`].
 pub fn time(at: TimeMicros) -> String {
     Rfc3339(at).to_string()
-}
-
-/// Reads an RFC 3339 time with any offset; what is finer than a microsecond is cut off. `None` for
-/// any other text.
-pub fn parse_time(text: &str) -> Option<TimeMicros> {
-    let time: jiff::Timestamp = text.parse().ok()?;
-    Some(time.as_microsecond())
 }
 
 /// `text` without the white space around it, if it is JSON that every parser can read: nested no

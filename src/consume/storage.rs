@@ -4,19 +4,20 @@
 //! One thread reads what the log has behind the sink's cursor, stores it in one transaction, and
 //! begins again. Far behind, transactions are as big as is useful; at the tail they are small and
 //! paced, so that a record can be read back within milliseconds and a busy stream does not pay
-//! for a transaction per record. Whatever goes wrong, the log keeps the records: the thread says
-//! what the trouble is and tries again until it is over, and no acknowledgement waits for it.
+//! for a transaction per record. How the thread lives is in
+//! `follower.rs`.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
+use super::follower::{Consumer, Control, Next, Words};
 use super::sink::sqlite::{FILE_NAME, SinkError, SqliteSink};
 use crate::config;
-use crate::log::{Log, ReadError};
+use crate::log::{Hold, Log, ReadError};
 use crate::message::Offset;
 
 /// What one transaction takes from the log, about.
@@ -27,14 +28,19 @@ const PACE: Duration = Duration::from_millis(20);
 const SMALL_RECORDS: u64 = 4096;
 /// How often transactions are synced, so that the log may forget what they hold.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
-/// How long the thread waits for the log before it looks whether it is to stop.
-const WAIT_SLICE: Duration = Duration::from_millis(50);
-/// After trouble: the first wait before the next attempt, doubled each time up to the second.
-const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+
+const WORDS: Words = Words {
+    name: "storage",
+    down: "storage does not get on",
+    up: "storage gets on again",
+    late: "storage has not ended by its deadline; what is missing stays in the log",
+    patient: true,
+};
 
 /// The running storage consumer.
 pub struct Storage {
     shared: Arc<Shared>,
+    control: Arc<Control>,
 }
 
 /// Why storage could not start.
@@ -70,11 +76,10 @@ enum Trouble {
 /// What the thread and those who ask about it share.
 struct Shared {
     cursor: watch::Sender<Offset>,
-    ended: watch::Sender<bool>,
-    trouble: Mutex<Option<String>>,
-    /// When the thread has to have ended, once it is to end.
-    stop: Mutex<Option<Instant>>,
-    stop_changed: Condvar,
+    /// The version of the rules about leaked keys that what is stored is in accordance with.
+    withheld: watch::Sender<u64>,
+    /// What is not stored stays in the log, also when the thread has ended.
+    hold: Hold,
 }
 
 impl Storage {
@@ -82,7 +87,7 @@ impl Storage {
     ///
     /// # Errors
     /// [`StorageError`], when it would be wrong or impossible to store anything.
-    pub fn start(dir: &Path, config: &config::Storage, log: Log) -> Result<Self, StorageError> {
+    pub fn start(dir: &Path, config: &config::Storage, log: Arc<dyn Log>) -> Result<Self, StorageError> {
         let path = dir.join(FILE_NAME);
         let sink = SqliteSink::open(&path)?;
         let (stored, log_end) = (sink.cursor(), log.next_offset());
@@ -91,18 +96,20 @@ impl Storage {
         }
         let shared = Arc::new(Shared {
             cursor: watch::Sender::new(stored),
-            ended: watch::Sender::new(false),
-            trouble: Mutex::default(),
-            stop: Mutex::default(),
-            stop_changed: Condvar::new(),
+            withheld: watch::Sender::new(sink.withheld_version()),
+            hold: log.hold(),
         });
-        let follower = Follower { path, log, sink: Some(sink), shared: shared.clone(), synced_at: None };
-        let nice = config.nice;
-        std::thread::Builder::new().name("storage".to_owned()).spawn(move || {
-            lower_priority(nice);
-            follower.run();
-        })?;
-        Ok(Self { shared })
+        let control = Control::new(&WORDS);
+        let follower = Follower {
+            path,
+            log: log.clone(),
+            sink: Some(sink),
+            shared: shared.clone(),
+            synced_at: None,
+            nice: Some(config.nice),
+        };
+        control.start(follower, log)?;
+        Ok(Self { shared, control })
     }
 
     /// The first offset that is not stored yet.
@@ -112,7 +119,7 @@ impl Storage {
 
     /// Why storage does not get on, while it does not.
     pub fn trouble(&self) -> Option<String> {
-        lock(&self.shared.trouble).clone()
+        self.control.trouble()
     }
 
     /// Returns once every record below `offset` is stored. Never, if storage ends before.
@@ -121,71 +128,36 @@ impl Storage {
         let _ = self.shared.cursor.subscribe().wait_for(|cursor| *cursor >= offset).await;
     }
 
+    /// Returns once what is stored is in accordance with this version of the rules about leaked keys.
+    /// Never, if storage ends before.
+    pub async fn reconciled(&self, version: u64) {
+        let _ = self.shared.withheld.subscribe().wait_for(|stored| *stored >= version).await;
+    }
+
     /// Stores what is in the log already, within the deadline, and ends the thread. What was not
     /// stored by then is stored after the next start.
     pub async fn stop(&self, deadline: Instant) {
-        self.shared.stop_by(deadline);
-        let mut ended = self.shared.ended.subscribe();
-        let ended = ended.wait_for(|ended| *ended);
-        if tokio::time::timeout_at(deadline.into(), ended).await.is_err() {
-            warn!(
-                cursor = self.cursor(),
-                "storage has not ended by its deadline; what is missing stays in the log"
-            );
-        }
+        self.control.stop(deadline).await;
     }
 }
 
 impl Drop for Storage {
     /// The thread of a storage that nobody stopped ends after its present transaction.
     fn drop(&mut self) {
-        self.shared.stop_by(Instant::now());
+        self.control.stop_by(Instant::now());
     }
-}
-
-impl Shared {
-    fn stop_by(&self, deadline: Instant) {
-        let mut stop = lock(&self.stop);
-        *stop = Some(stop.map_or(deadline, |earlier| earlier.min(deadline)));
-        self.stop_changed.notify_all();
-    }
-
-    fn stop(&self) -> Option<Instant> {
-        *lock(&self.stop)
-    }
-
-    /// Waits for `time`, or until storage is to stop.
-    fn pause(&self, time: Duration) {
-        let running = |stop: &mut Option<Instant>| stop.is_none();
-        let _ = self.stop_changed.wait_timeout_while(lock(&self.stop), time, running);
-    }
-
-    /// Takes note of trouble, or of its end, and says so when that is news.
-    fn set_trouble(&self, trouble: Option<String>, cursor: Offset) {
-        let mut current = lock(&self.trouble);
-        if *current == trouble {
-            return;
-        }
-        match &trouble {
-            Some(trouble) => error!(cursor, "storage does not get on: {trouble}"),
-            None => info!(cursor, "storage gets on again"),
-        }
-        *current = trouble;
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The thread.
 struct Follower {
     path: PathBuf,
-    log: Log,
+    log: Arc<dyn Log>,
     /// Absent after an error that leaves its state in doubt.
     sink: Option<SqliteSink>,
     shared: Arc<Shared>,
     synced_at: Option<Instant>,
+    /// By how much the thread's priority is to be lowered, until it is.
+    nice: Option<u8>,
 }
 
 /// What a round has done.
@@ -194,52 +166,46 @@ enum Round {
     AtTail,
 }
 
-impl Follower {
-    fn run(mut self) {
-        let _ended = Ended(self.shared.clone());
-        let mut retry = RETRY.0;
-        loop {
-            let stop = self.shared.stop();
-            if stop.is_some_and(|deadline| deadline <= Instant::now()) {
-                break;
-            }
-            let begun = Instant::now();
-            match self.round() {
-                Ok(round) => {
-                    retry = RETRY.0;
-                    self.shared.set_trouble(None, *self.shared.cursor.borrow());
-                    match round {
-                        Round::AtTail if stop.is_some() => break,
-                        Round::AtTail => self.log.wait_blocking(*self.shared.cursor.borrow(), WAIT_SLICE),
-                        Round::Stored { records } if records < SMALL_RECORDS => {
-                            self.shared.pause(PACE.saturating_sub(begun.elapsed()));
-                        }
-                        Round::Stored { .. } => {}
-                    }
-                }
-                Err(trouble) => {
-                    let cursor = *self.shared.cursor.borrow();
-                    self.shared.set_trouble(Some(trouble.to_string()), cursor);
-                    if let Trouble::Sink(error) = trouble
-                        && !error.leaves_all_as_it_was()
-                    {
-                        self.sink = None;
-                    }
-                    // A pause ends at once when storage is to stop, and here something is waited for.
-                    if stop.is_some() {
-                        std::thread::sleep(RETRY.0)
-                    } else {
-                        self.shared.pause(retry)
-                    }
-                    retry = (retry * 2).min(RETRY.1);
-                }
-            }
+impl Consumer for Follower {
+    type Trouble = Trouble;
+
+    fn round(&mut self) -> Result<Next, Trouble> {
+        if let Some(nice) = self.nice.take() {
+            lower_priority(nice);
         }
-        self.end();
+        let begun = Instant::now();
+        let round = self.store();
+        if let Err(Trouble::Sink(error)) = &round
+            && !error.leaves_all_as_it_was()
+        {
+            self.sink = None;
+        }
+        Ok(match round? {
+            Round::AtTail => Next::AtTail,
+            Round::Stored { records } if records < SMALL_RECORDS => {
+                Next::Turn(PACE.saturating_sub(begun.elapsed()))
+            }
+            Round::Stored { .. } => Next::Again,
+        })
     }
 
+    fn cursor(&self) -> Offset {
+        *self.shared.cursor.borrow()
+    }
+
+    /// Leaves everything in the one file, if there is time and nobody else reads it.
+    fn end(self) {
+        let Some(mut sink) = self.sink else { return };
+        match sink.checkpoint() {
+            Ok(_) => self.shared.hold.set(sink.durable_cursor()),
+            Err(error) => warn!(%error, "the write-ahead log of records.db stays beside it"),
+        }
+    }
+}
+
+impl Follower {
     /// Stores what the log has behind the cursor, as much as goes in one transaction.
-    fn round(&mut self) -> Result<Round, Trouble> {
+    fn store(&mut self) -> Result<Round, Trouble> {
         let sink = match &mut self.sink {
             Some(sink) => sink,
             None => self.sink.insert(SqliteSink::open(&self.path)?),
@@ -247,6 +213,12 @@ impl Follower {
         let cursor = sink.cursor();
         let sync = self.synced_at.is_none_or(|at| at.elapsed() >= SYNC_EVERY);
         let first = self.log.first_offset();
+        let withheld = self.log.withheld();
+        if sink.withheld_version() < withheld.version() {
+            sink.reconcile(withheld)?;
+            self.shared.withheld.send_replace(sink.withheld_version());
+        }
+        sink.leave_out(withheld.now());
         if cursor < first {
             sink.store(std::iter::empty(), first, sync)?;
             error!(
@@ -266,33 +238,11 @@ impl Follower {
         }
         if sync {
             self.synced_at = Some(Instant::now());
-            self.log.set_stored(sink.durable_cursor());
+            self.shared.hold.set(sink.durable_cursor());
         }
         let stored = sink.cursor();
         self.shared.cursor.send_replace(stored);
         Ok(Round::Stored { records: stored - cursor })
-    }
-
-    /// Leaves everything in the one file, if there is time and nobody else reads it.
-    fn end(self) {
-        let Some(mut sink) = self.sink else { return };
-        match sink.checkpoint() {
-            Ok(_) => self.log.set_stored(sink.durable_cursor()),
-            Err(error) => warn!(%error, "the write-ahead log of records.db stays beside it"),
-        }
-    }
-}
-
-/// Says that the thread has ended, also when it has panicked.
-struct Ended(Arc<Shared>);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let cursor = *self.0.cursor.borrow();
-            self.0.set_trouble(Some("storage has ended by a panic, and needs a restart".to_owned()), cursor);
-        }
-        self.0.ended.send_replace(true);
     }
 }
 
@@ -318,7 +268,7 @@ mod tests {
 
     use super::*;
     use crate::config::{Config, Durability};
-    use crate::log::Section;
+    use crate::log::{EmbeddedLog, Section};
     use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, Transport, now_micros};
 
     const DEADLINE: Duration = Duration::from_secs(30);
@@ -332,18 +282,18 @@ mod tests {
         }
     }
 
-    fn open_log(dir: &Path) -> Log {
-        Log::open(dir, &log_config()).expect("opens")
+    fn open_log(dir: &Path) -> Arc<dyn Log> {
+        Arc::new(EmbeddedLog::open(dir, &log_config(), &Config::default().intake).expect("opens"))
     }
 
-    fn start(dir: &Path, log: &Log) -> Result<Storage, StorageError> {
+    fn start(dir: &Path, log: &Arc<dyn Log>) -> Result<Storage, StorageError> {
         Storage::start(dir, &config::Storage { nice: 5, ..Config::default().storage }, log.clone())
     }
 
     /// Appends `records` messages of 100 bytes in one commit.
-    async fn append(log: &Log, records: u64) {
+    async fn append(log: &Arc<dyn Log>, records: u64) {
         let id = DatasourceId::new("press-4").expect("slug");
-        let mut section = Section::new(id, KeyId([1; 6]), Lease::new(), Transport::Mqtt, now_micros());
+        let mut section = Section::new(id, KeyId([1; 6]), Lease::new(), Transport::Mqtt, 0, now_micros());
         for _ in 0..records {
             section.push("spindle/temp", &[b'1'; 100], "", b"", RecordFlags::default());
         }
@@ -399,12 +349,12 @@ mod tests {
             if round % 2 == 0 {
                 storage.stop(Instant::now() + DEADLINE).await;
                 assert_eq!(storage.cursor(), round * 302, "a stop within its deadline leaves nothing behind");
-                assert!(*storage.shared.ended.borrow());
+                assert!(storage.control.has_ended());
             } else {
                 // Dropped at whatever point it has reached; its thread must be gone before the next.
-                let shared = storage.shared.clone();
+                let control = storage.control.clone();
                 drop(storage);
-                until("the thread ends", || *shared.ended.borrow()).await;
+                until("the thread ends", || control.has_ended()).await;
             }
         }
         assert_eq!(offsets(dir.path()), (0..6 * 302).collect::<Vec<_>>());
@@ -458,7 +408,7 @@ mod tests {
         let begun = Instant::now();
         storage.stop(begun + Duration::from_millis(300)).await;
         assert!(begun.elapsed() < DEADLINE / 3, "{:?}", begun.elapsed());
-        until("the thread ends", || *storage.shared.ended.borrow()).await;
+        until("the thread ends", || storage.control.has_ended()).await;
         assert_eq!(storage.cursor(), 10);
         drop(other);
 
@@ -488,6 +438,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let log = open_log(dir.path());
         let storage = start(dir.path(), &log).expect("starts");
+        log.begin_retention();
         // Twice what the log may take: it has to let go of segments, and may only as it is told.
         for _ in 0..160 {
             append(&log, 1_000).await;

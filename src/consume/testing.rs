@@ -21,7 +21,9 @@ pub(super) fn record<'a>(
         properties: b"",
         key_id: KeyId([0x0a; 6]),
         transport: Transport::Mqtt,
+        publisher: 0,
         received_at: EPOCH + 1_000 * TimeMicros::try_from(offset).expect("a small offset"),
         flags: RecordFlags::default(),
+        note: b"",
     }
 }

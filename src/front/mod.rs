@@ -1,4 +1,6 @@
-//! The fronts: where connections come in.
+//! The fronts: where messages come in.
 
+mod credentials;
 pub mod http;
 pub mod mqtt;
+pub mod nats;

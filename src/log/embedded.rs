@@ -1,30 +1,32 @@
 //! The embedded log: segments in the data directory, one writer, any number of readers.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
-use tracing::{error, warn};
+use tracing::error;
 
 use super::disk::{Disk, FileSystem};
 use super::record::{Batch, Section};
-use super::segment::{FrameError, Gap, HEADER_BYTES, Seek, Segment};
+use super::recovery::{open_error, open_segments, recover, refusal};
+use super::retention::{Hold, Holds};
+use super::segment::{FrameError, Gap, Seek, Segment};
 use super::tail::Tail;
+use super::window::Window;
+use super::withheld::Withheld;
 use super::writer::{Queue, Submission, Writer};
-use super::{AppendError, Committed, OpenError, ReadError};
+use super::{AppendError, Committing, Listener, Log, OnceId, OpenError, ReadError, Task};
 use crate::config;
-use crate::limits::VERIFY_AT_START_BYTES;
 use crate::message::{Offset, TimeMicros};
 
-type Segments = BTreeMap<Offset, Arc<Segment>>;
+/// The segments of a log, by their first offsets.
+pub(super) type Segments = BTreeMap<Offset, Arc<Segment>>;
 
-/// The log. Cheap to clone; the writer ends after the last clone is gone, or with [`Log::close`].
-#[derive(Clone)]
-pub struct Log {
+/// The log in files. The writer ends with it, or with [`Log::close`].
+pub struct EmbeddedLog {
     shared: Arc<Shared>,
     closer: Arc<Closer>,
 }
@@ -33,15 +35,19 @@ pub struct Log {
 pub(super) struct Shared {
     pub(super) queue: Queue,
     pub(super) tail: Tail,
+    /// Told of each batch when it is durable, before those who wait for it are.
+    pub(super) listener: OnceLock<Listener>,
     /// The first write that failed for good.
     pub(super) failure: OnceLock<Arc<str>>,
     segments: RwLock<Segments>,
-    stored: AtomicU64,
+    pub(super) holds: Holds,
     trouble: Mutex<Option<String>>,
     accept_corruption: bool,
     /// First offsets of the damaged places that were reported, so that each is reported once.
     reported: Mutex<BTreeSet<Offset>>,
     lost_records: AtomicU64,
+    evicted_ids: Arc<AtomicU64>,
+    withheld: Arc<Withheld>,
 }
 
 impl Shared {
@@ -51,10 +57,6 @@ impl Shared {
 
     pub(super) fn segments_mut(&self) -> RwLockWriteGuard<'_, Segments> {
         self.segments.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn stored(&self) -> Offset {
-        self.stored.load(Ordering::Acquire)
     }
 
     pub(super) fn disk_bytes(&self) -> u64 {
@@ -93,7 +95,7 @@ impl Drop for Ended {
     }
 }
 
-/// Ends the writer when the last [`Log`] goes.
+/// Ends the writer when the log goes.
 struct Closer {
     shared: Arc<Shared>,
     writer: Mutex<Option<std::thread::JoinHandle<()>>>,
@@ -115,17 +117,23 @@ impl Drop for Closer {
     }
 }
 
-impl Log {
-    /// Opens or creates the log in `dir/log`, after reading through its newest part.
+impl EmbeddedLog {
+    /// Opens or creates the log in `dir/log`, after reading through its newest part. `dedup` says how
+    /// long, and how many, message ids are known.
     ///
     /// # Errors
     /// [`OpenError::Corrupt`] for damage with whole records behind it, or a format that is not
     /// known; [`OpenError::Io`] for the file system's.
-    pub fn open(dir: &Path, config: &config::Log) -> Result<Self, OpenError> {
-        Self::open_on(Box::new(FileSystem), dir, config)
+    pub fn open(dir: &Path, config: &config::Log, dedup: &config::Intake) -> Result<Self, OpenError> {
+        Self::open_on(Box::new(FileSystem), dir, config, dedup)
     }
 
-    pub(super) fn open_on(disk: Box<dyn Disk>, dir: &Path, config: &config::Log) -> Result<Self, OpenError> {
+    pub(super) fn open_on(
+        disk: Box<dyn Disk>,
+        dir: &Path,
+        config: &config::Log,
+        dedup: &config::Intake,
+    ) -> Result<Self, OpenError> {
         let dir = dir.join("log");
         std::fs::create_dir_all(&dir)?;
         let mut segments = open_segments(&*disk, &dir)?;
@@ -136,19 +144,32 @@ impl Log {
         if let (false, Some(first)) = (config.accept_corruption, recovered.gaps.first()) {
             return Err(OpenError::Corrupt(refusal(first, recovered.gaps.len())));
         }
-        let current = segments.last_entry().expect("one was made if there was none").get().clone();
+        let mut window = Window::new(dedup, config);
+        window.recover(segments.values()).map_err(open_error)?;
+        let mut current = segments.last_entry().expect("one was made if there was none").get().clone();
         // Only now: a log that is refused is left as it was found.
         current.cut()?;
+        if !current.is_newest_version() {
+            let next_offset = recovered.next_offset;
+            current = Arc::new(match next_offset > current.first_offset {
+                true => Segment::create(&*disk, &dir, next_offset)?,
+                false => current.renew()?,
+            });
+            segments.insert(next_offset, current.clone());
+        }
         let shared = Arc::new(Shared {
             queue: Queue::default(),
             tail: Tail::new(recovered.next_offset),
+            listener: OnceLock::new(),
             failure: OnceLock::new(),
             segments: RwLock::new(segments),
-            stored: AtomicU64::new(0),
+            holds: Holds::new(),
             trouble: Mutex::new(None),
             accept_corruption: config.accept_corruption,
             reported: Mutex::default(),
             lost_records: AtomicU64::new(0),
+            evicted_ids: window.evicted(),
+            withheld: Arc::default(),
         });
         recovered.gaps.iter().for_each(|gap| shared.report(gap));
         let writer = Writer {
@@ -159,6 +180,8 @@ impl Log {
             current,
             next_offset: recovered.next_offset,
             time_max: recovered.time_max,
+            window,
+            stay_s: dedup.dedup_window_s,
         };
         let ended = Ended(shared.clone());
         let writer = std::thread::Builder::new().name("log".to_owned()).spawn(move || {
@@ -169,99 +192,15 @@ impl Log {
         Ok(Self { shared, closer })
     }
 
-    /// Hands sections to the writer. The receiver resolves when their records are durable, or are
-    /// known not to be kept; until `give_up_at`, what passes by itself (a full disk, a budget that
-    /// storage is about to free) is waited out. Sections of one call stay together, in one batch.
-    pub fn append(
-        &self,
-        sections: Vec<Section>,
-        give_up_at: Instant,
-    ) -> oneshot::Receiver<Result<Committed, AppendError>> {
-        let (reply, committed) = oneshot::channel();
-        self.shared.queue.push(Submission { sections, give_up_at, reply });
-        committed
-    }
-
-    /// Returns when the writer has looked at the leases of everything that was appended before:
-    /// nothing comes in any more under a lease that ended before the call.
-    pub async fn barrier(&self) {
-        // Whatever the answer, it comes after what was queued before.
-        let _ = self.append(Vec::new(), Instant::now()).await;
-    }
-
-    /// The oldest offset that can be read.
-    pub fn first_offset(&self) -> Offset {
-        self.shared.segments().keys().next().copied().unwrap_or_default()
-    }
-
-    /// The offset that the next record will get: everything below it is durable.
-    pub fn next_offset(&self) -> Offset {
-        self.shared.tail.next_offset()
-    }
-
-    /// Follows [`Log::next_offset`].
-    pub fn subscribe(&self) -> watch::Receiver<Offset> {
-        self.shared.tail.subscribe()
-    }
-
-    /// The batches from the one that holds `from` on, about `bytes_max` of them, at least one;
-    /// none at the end. The first may begin below `from`; where damage was accepted, above it.
-    /// Blocks on the disk when `from` is not recent.
-    ///
-    /// # Errors
-    /// [`ReadError::Removed`] if retention has removed `from`, [`ReadError::Corrupt`] at a damaged
-    /// place (never passed over in silence), [`ReadError::Io`].
-    pub fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError> {
-        match self.shared.tail.read(from, bytes_max) {
-            Some(batches) => Ok(batches),
-            None => self.read_files(from, bytes_max),
-        }
-    }
-
-    /// Returns when there is a record at `offset`, or `timeout` is over.
-    pub fn wait_blocking(&self, offset: Offset, timeout: Duration) {
-        self.shared.tail.wait(offset, timeout);
-    }
-
-    /// An offset before which no record was received at or after `time`, close to the first that
-    /// was. Blocks on the disk.
-    ///
-    /// # Errors
-    /// [`ReadError::Io`].
-    pub fn offset_at(&self, time: TimeMicros) -> Result<Offset, ReadError> {
-        let segments: Vec<_> = self.shared.segments().values().cloned().collect();
-        let at = segments.partition_point(|segment| segment.created_at <= time);
-        match segments.get(at.saturating_sub(1)) {
-            Some(segment) => segment.offset_at(time).map_err(|e| self.read_error(&e)),
-            None => Ok(self.first_offset()),
-        }
-    }
-
-    /// Tells retention that everything below `offset` is stored, durably.
-    pub fn set_stored(&self, offset: Offset) {
-        self.shared.stored.store(offset, Ordering::Release);
-    }
-
-    /// Bytes that the log takes on disk.
-    pub fn disk_bytes(&self) -> u64 {
-        self.shared.disk_bytes()
-    }
-
     /// Records that were lost to damage and passed over because `log.accept_corruption` says so.
     pub fn lost_records(&self) -> u64 {
         self.shared.lost_records.load(Ordering::Relaxed)
     }
 
-    /// Why nothing can be appended, while nothing can.
-    pub fn trouble(&self) -> Option<String> {
-        self.shared.trouble()
-    }
-
-    /// Commits what waits, takes no more, and ends the writer.
-    pub async fn close(&self) {
-        let closer = self.closer.clone();
-        // The writer ends by itself; a runtime that is shutting down need not wait for it.
-        let _ = tokio::task::spawn_blocking(move || closer.close()).await;
+    fn submit(&self, sections: Vec<Section>, releases: Vec<OnceId>, give_up_at: Instant) -> Committing {
+        let (reply, committed) = oneshot::channel();
+        self.shared.queue.push(Submission { sections, releases, give_up_at, reply });
+        committed
     }
 
     fn read_files(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError> {
@@ -314,8 +253,9 @@ impl Log {
                 Ok((header, batch)) => {
                     offset = header.next_offset();
                     position += header.frame_bytes();
-                    bytes += batch.weight();
+                    // A frame without records is not counted: the read would end before `wanted`.
                     if header.records > 0 && offset > wanted {
+                        bytes += batch.weight();
                         batches.push(batch);
                     }
                 }
@@ -347,92 +287,95 @@ impl Log {
     }
 }
 
-/// What an operator needs to know about damage, and can do.
-fn refusal(gap: &Gap, places: usize) -> String {
-    let Gap { place, from, to } = gap;
-    let more = if places > 1 { format!(" ({} more places are damaged)", places - 1) } else { String::new() };
-    format!(
-        "{place}; the {} records from offset {from} to {} cannot be read, what follows can{more}. Restore the file from a \
-         copy, or set log.accept_corruption = true to go on without them",
-        to - from,
-        to.saturating_sub(1).max(*from),
-    )
-}
+impl Log for EmbeddedLog {
+    fn withheld(&self) -> &Arc<Withheld> {
+        &self.shared.withheld
+    }
 
-fn open_segments(disk: &dyn Disk, dir: &Path) -> Result<Segments, OpenError> {
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let path: PathBuf = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "log") {
-            paths.push(path);
+    /// Sections of one call stay together, in one batch.
+    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> Committing {
+        self.submit(sections, Vec::new(), give_up_at)
+    }
+
+    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> Committing {
+        self.submit(Vec::new(), ids, give_up_at)
+    }
+
+    /// Returns when the writer has looked at the leases of everything that was appended before.
+    fn barrier(&self) -> Task<'_, ()> {
+        // Whatever the answer, it comes after what was queued before.
+        let passed = self.append(Vec::new(), Instant::now());
+        Box::pin(async { drop(passed.await) })
+    }
+
+    fn first_offset(&self) -> Offset {
+        self.shared.segments().keys().next().copied().unwrap_or_default()
+    }
+
+    fn next_offset(&self) -> Offset {
+        self.shared.tail.next_offset()
+    }
+
+    fn subscribe(&self) -> watch::Receiver<Offset> {
+        self.shared.tail.subscribe()
+    }
+
+    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError> {
+        match self.shared.tail.read(from, bytes_max) {
+            Some(batches) => Ok(batches),
+            None => self.read_files(from, bytes_max),
         }
     }
-    paths.sort();
-    let mut segments = Segments::new();
-    let last = paths.last().cloned();
-    for path in paths {
-        match Segment::open(disk, &path) {
-            Ok(segment) => {
-                segments.insert(segment.first_offset, Arc::new(segment));
-            }
-            // A crash while the newest segment was made: its header was not durable, so no frame is.
-            Err(_) if Some(&path) == last.as_ref() && path.metadata()?.len() <= HEADER_BYTES as u64 => {
-                warn!(path = %path.display(), "removed a segment that a crash had left without a header");
-                std::fs::remove_file(&path)?;
-            }
-            Err(FrameError::Io { path, source }) => {
-                return Err(io::Error::new(source.kind(), format!("{}: {source}", path.display())).into());
-            }
-            Err(damage) => return Err(OpenError::Corrupt(damage.to_string())),
+
+    fn read_recent(&self, from: Offset, bytes_max: usize) -> Option<Vec<Batch>> {
+        self.shared.tail.read(from, bytes_max)
+    }
+
+    /// On the writer's thread.
+    fn listen(&self, listener: Listener) {
+        let _ = self.shared.listener.set(listener);
+    }
+
+    fn wait_blocking(&self, offset: Offset, timeout: Duration) {
+        self.shared.tail.wait(offset, timeout);
+    }
+
+    fn offset_at(&self, time: TimeMicros) -> Result<Offset, ReadError> {
+        let segments: Vec<_> = self.shared.segments().values().cloned().collect();
+        let at = segments.partition_point(|segment| segment.created_at <= time);
+        match segments.get(at.saturating_sub(1)) {
+            Some(segment) => segment.offset_at(time).map_err(|e| self.read_error(&e)),
+            None => Ok(self.first_offset()),
         }
     }
-    Ok(segments)
-}
 
-struct RecoveredLog {
-    next_offset: Offset,
-    time_max: TimeMicros,
-    gaps: Vec<Gap>,
-}
-
-/// Reads through the newest segments, from the last one back.
-fn recover(segments: &Segments) -> Result<RecoveredLog, OpenError> {
-    let mut result = RecoveredLog { next_offset: 0, time_max: TimeMicros::MIN, gaps: Vec::new() };
-    let mut follower = None;
-    let mut read_bytes = 0;
-    for segment in segments.values().rev() {
-        if read_bytes > VERIFY_AT_START_BYTES {
-            break;
-        }
-        read_bytes += segment.end();
-        let mut found = segment.recover().map_err(|error| match error {
-            FrameError::Io { path, source } => {
-                OpenError::Io(io::Error::new(source.kind(), format!("{}: {source}", path.display())))
-            }
-            damage @ FrameError::Damaged { .. } => OpenError::Corrupt(damage.to_string()),
-        })?;
-        match follower {
-            None => {
-                result.next_offset = found.next_offset;
-                if found.cut_bytes > 0 {
-                    warn!(
-                        bytes = found.cut_bytes,
-                        path = %segment.path().display(),
-                        next_offset = found.next_offset,
-                        "the log ends in a write that the last run did not finish and did not acknowledge; it is cut off"
-                    );
-                }
-            }
-            Some(follower) if follower != found.next_offset => {
-                let place = format!("{}: its end is missing", segment.path().display());
-                found.gaps.push(Gap { place, from: found.next_offset, to: follower });
-            }
-            Some(_) => {}
-        }
-        result.time_max = result.time_max.max(found.time_max);
-        found.gaps.append(&mut result.gaps);
-        result.gaps = found.gaps;
-        follower = Some(segment.first_offset);
+    fn hold(&self) -> Hold {
+        self.shared.holds.hold()
     }
-    Ok(result)
+
+    fn hold_with_room(&self) -> Hold {
+        self.shared.holds.hold_with_room()
+    }
+
+    fn begin_retention(&self) {
+        self.shared.holds.begin();
+    }
+
+    fn bytes(&self) -> u64 {
+        self.shared.disk_bytes()
+    }
+
+    fn evicted_ids(&self) -> u64 {
+        self.shared.evicted_ids.load(Ordering::Relaxed)
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.shared.trouble()
+    }
+
+    fn close(&self) -> Task<'_, ()> {
+        let closer = self.closer.clone();
+        // The writer ends by itself; a runtime that is shutting down need not wait for it.
+        Box::pin(async { drop(tokio::task::spawn_blocking(move || closer.close()).await) })
+    }
 }

@@ -1,25 +1,107 @@
 //! Retention: the oldest segments go when the log is over its size or they are over their age, but
-//! never before storage has what is in them.
+//! never while a consumer that holds them has not consumed what is in them. A consumer may also hold
+//! them only for as long as there is room.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::segment::Segment;
 use crate::config;
 use crate::message::{Offset, TimeMicros};
 
+/// Keeps what a consumer has not consumed yet: retention removes nothing at or above the lowest hold
+/// there is, or, of one that yields, nothing for its age alone. Dropped, it holds nothing any more.
+#[derive(Debug)]
+pub struct Hold(Arc<AtomicU64>);
+
+impl Hold {
+    /// Lets go of everything below `offset`, which the consumer has durably made use of.
+    pub fn set(&self, offset: Offset) {
+        self.0.store(offset, Ordering::Release);
+    }
+}
+
+/// The lowest holds there are: the offsets from which on something has to stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Held {
+    /// Whatever happens.
+    pub(super) firmly: Offset,
+    /// As long as there is room; never above the other.
+    pub(super) with_room: Offset,
+}
+
+/// The holds there are.
+pub(super) struct Holds {
+    firm: Mutex<Vec<Weak<AtomicU64>>>,
+    /// Those that yield when there is no room.
+    yielding: Mutex<Vec<Weak<AtomicU64>>>,
+    /// Until the consumers have taken theirs, everything is held.
+    first: Mutex<Option<Hold>>,
+}
+
+impl Holds {
+    pub(super) fn new() -> Self {
+        let holds = Self { firm: Mutex::default(), yielding: Mutex::default(), first: Mutex::default() };
+        *holds.first.lock().unwrap_or_else(PoisonError::into_inner) = Some(holds.hold());
+        holds
+    }
+
+    /// A hold of everything.
+    pub(super) fn hold(&self) -> Hold {
+        held_in(&self.firm)
+    }
+
+    /// A hold of everything for as long as there is room.
+    pub(super) fn hold_with_room(&self) -> Hold {
+        held_in(&self.yielding)
+    }
+
+    /// From here on only what consumers hold is held.
+    pub(super) fn begin(&self) {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// The offsets from which on nothing may be removed.
+    pub(super) fn lowest(&self) -> Held {
+        let firmly = lowest_of(&self.firm);
+        Held { firmly, with_room: lowest_of(&self.yielding).min(firmly) }
+    }
+}
+
+fn held_in(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Hold {
+    let hold = Hold(Arc::default());
+    holds.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&hold.0));
+    hold
+}
+
+fn lowest_of(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Offset {
+    let mut lowest = Offset::MAX;
+    holds.lock().unwrap_or_else(PoisonError::into_inner).retain(|hold| match hold.upgrade() {
+        Some(offset) => {
+            lowest = lowest.min(offset.load(Ordering::Acquire));
+            true
+        }
+        None => false,
+    });
+    lowest
+}
+
 /// How many of the oldest `segments` may go, so that `incoming_bytes` more fit into the budget.
 ///
-/// `stored` is the first offset that storage does not have. The newest segment always stays.
+/// Segments stay for `stay_s` at least if there is room: the window is read from them. `held` says what
+/// else has to stay, see [`Holds::lowest`]. The newest segment always stays.
 pub(super) fn removable(
     segments: &BTreeMap<Offset, Arc<Segment>>,
     config: &config::Log,
-    stored: Offset,
+    stay_s: u64,
+    held: Held,
     now: TimeMicros,
     incoming_bytes: u64,
 ) -> usize {
     let mut bytes: u64 = segments.values().map(|segment| segment.disk_bytes()).sum::<u64>() + incoming_bytes;
-    let age_max = i64::try_from(config.retention_s.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
+    let age_max_s = config.retention_s.max(stay_s);
+    let age_max = i64::try_from(age_max_s.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
     // A segment ends, in offsets and in time, where the next one begins.
     segments
         .values()
@@ -28,7 +110,79 @@ pub(super) fn removable(
             let over_size = bytes > config.retention_bytes;
             let over_age = config.retention_s > 0 && now.saturating_sub(next.created_at) > age_max;
             bytes -= segment.disk_bytes();
-            next.first_offset <= stored && (over_size || over_age)
+            let over_age = over_age && next.first_offset <= held.with_room;
+            next.first_offset <= held.firmly && (over_size || over_age)
         })
         .count()
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::super::disk::FileSystem;
+    use super::*;
+    use crate::config::Config;
+
+    const SECOND: TimeMicros = 1_000_000;
+
+    /// Three segments, of which each ended, in offsets and seconds, at the next multiple of ten.
+    fn segments(dir: &TempDir) -> BTreeMap<Offset, Arc<Segment>> {
+        let segment = |first_offset: Offset| {
+            let mut segment = Segment::create(&FileSystem, dir.path(), first_offset).expect("made");
+            segment.created_at = TimeMicros::try_from(first_offset).expect("small") * SECOND;
+            (first_offset, Arc::new(segment))
+        };
+        [0, 10, 20].map(segment).into()
+    }
+
+    #[test]
+    fn a_segment_over_its_age_goes_but_not_before_the_window_of_ids_has_passed_or_while_it_is_held() {
+        let dir = TempDir::new().expect("temporary directory");
+        let segments = segments(&dir);
+        let removable = |retention_s, stay_s, held, now| {
+            let config = config::Log { retention_s, ..Config::default().log };
+            let held = Held { firmly: held, with_room: held };
+            super::removable(&segments, &config, stay_s, held, now * SECOND, 0)
+        };
+        assert_eq!(removable(5, 1, Offset::MAX, 15), 0);
+        assert_eq!(removable(5, 1, Offset::MAX, 16), 1);
+        assert_eq!(removable(5, 1, Offset::MAX, 1_000), 2, "the newest stays");
+        assert_eq!(removable(5, 30, Offset::MAX, 40), 0);
+        assert_eq!(removable(5, 30, Offset::MAX, 41), 1);
+        assert_eq!(removable(5, 1, 19, 1_000), 1, "the second holds an offset that is needed");
+        assert_eq!(removable(0, 1, Offset::MAX, 1_000), 0, "no age");
+    }
+
+    #[test]
+    fn what_is_held_with_room_stays_over_its_age_and_goes_when_there_is_no_room() {
+        let dir = TempDir::new().expect("temporary directory");
+        let segments = segments(&dir);
+        let bytes: u64 = segments.values().map(|segment| segment.disk_bytes()).sum();
+        let removable = |retention_bytes, firmly, with_room| {
+            let config = config::Log { retention_s: 5, retention_bytes, ..Config::default().log };
+            super::removable(&segments, &config, 1, Held { firmly, with_room }, 1_000 * SECOND, 0)
+        };
+        assert_eq!(removable(bytes, Offset::MAX, 10), 1, "over its age, and the second is held");
+        assert_eq!(removable(bytes - 1, Offset::MAX, 0), 1, "no room for one of them");
+        assert_eq!(removable(0, Offset::MAX, 0), 2, "no room for any");
+        assert_eq!(removable(0, 10, 0), 1, "what is held firmly stays whatever room there is");
+    }
+
+    #[test]
+    fn the_lowest_hold_counts_and_one_that_was_dropped_does_not() {
+        let holds = Holds::new();
+        assert_eq!(holds.lowest().firmly, 0, "everything is held until retention begins");
+        let (a, b, yielding) = (holds.hold(), holds.hold(), holds.hold_with_room());
+        holds.begin();
+        yielding.set(8);
+        a.set(7);
+        assert_eq!(holds.lowest().firmly, 0);
+        b.set(9);
+        assert_eq!(holds.lowest(), Held { firmly: 7, with_room: 7 });
+        drop(a);
+        assert_eq!(holds.lowest(), Held { firmly: 9, with_room: 8 });
+        drop((b, yielding));
+        assert_eq!(holds.lowest(), Held { firmly: Offset::MAX, with_room: Offset::MAX });
+    }
 }

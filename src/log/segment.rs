@@ -12,88 +12,27 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 use super::disk::{Disk, SegmentFile};
+use super::frame::{FRAME_HEADER_BYTES, FRAME_MAGIC, FrameHeader, Version, frame_crc};
 use super::record::Batch;
-use crate::limits::IN_FLIGHT_BYTES_MAX;
 use crate::message::{Offset, TimeMicros, now_micros};
 
-/// The version of the format that this code writes, and the only one so far that it reads.
-pub(super) const FORMAT_VERSION: u16 = 1;
 /// Bytes of a segment's header.
 pub(super) const HEADER_BYTES: usize = 32;
-/// Bytes of a frame's header.
-pub(super) const FRAME_HEADER_BYTES: usize = 36;
 const SEGMENT_MAGIC: [u8; 8] = *b"headgate";
-const FRAME_MAGIC: [u8; 4] = *b"HGf1";
-/// A body that claims more was not written by this log.
-const BODY_BYTES_MAX: usize = 2 * IN_FLIGHT_BYTES_MAX + (1 << 20);
 /// File bytes between two entries of the sparse index.
 const INDEX_STEP_BYTES: u64 = 256 << 10;
 /// File bytes that a walk over frame headers reads at a time.
 const WALK_BYTES: usize = 64 << 10;
 
-/// A frame's header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct FrameHeader {
-    pub(super) body_bytes: u32,
-    crc: u32,
-    pub(super) records: u32,
-    pub(super) first_offset: Offset,
-    /// The newest `received_at` up to here.
-    pub(super) time_max: TimeMicros,
-}
-
-impl FrameHeader {
-    fn decode(bytes: &[u8]) -> Option<Self> {
-        let bytes: &[u8; FRAME_HEADER_BYTES] = bytes.get(..FRAME_HEADER_BYTES)?.try_into().ok()?;
-        let (magic, rest) = bytes.split_first_chunk::<4>()?;
-        let (body_bytes, rest) = rest.split_first_chunk::<4>()?;
-        let (crc, rest) = rest.split_first_chunk::<4>()?;
-        let (records, rest) = rest.split_first_chunk::<4>()?;
-        let (first_offset, rest) = rest.split_first_chunk::<8>()?;
-        let (time_max, _) = rest.split_first_chunk::<8>()?;
-        let header = Self {
-            body_bytes: u32::from_le_bytes(*body_bytes),
-            crc: u32::from_le_bytes(*crc),
-            records: u32::from_le_bytes(*records),
-            first_offset: Offset::from_le_bytes(*first_offset),
-            time_max: TimeMicros::from_le_bytes(*time_max),
-        };
-        (*magic == FRAME_MAGIC && header.body_bytes as usize <= BODY_BYTES_MAX).then_some(header)
-    }
-
-    /// Header and body, in bytes.
-    pub(super) fn frame_bytes(&self) -> u64 {
-        FRAME_HEADER_BYTES as u64 + u64::from(self.body_bytes)
-    }
-
-    pub(super) fn next_offset(&self) -> Offset {
-        self.first_offset + u64::from(self.records)
-    }
-
-    fn mark(&self, position: u64) -> Mark {
-        Mark { first_offset: self.first_offset, position, time_max: self.time_max }
-    }
-}
-
-/// Fills in the header of `frame`, whose body stands behind room for it.
-pub(super) fn seal_frame(frame: &mut [u8], records: u32, first_offset: Offset, time_max: TimeMicros) {
-    let body_bytes = u32::try_from(frame.len() - FRAME_HEADER_BYTES).expect("a commit is far below 4 GiB");
-    frame[0..4].copy_from_slice(&FRAME_MAGIC);
-    frame[4..8].copy_from_slice(&body_bytes.to_le_bytes());
-    frame[12..16].copy_from_slice(&records.to_le_bytes());
-    frame[16..24].copy_from_slice(&first_offset.to_le_bytes());
-    frame[24..32].copy_from_slice(&time_max.to_le_bytes());
-    frame[32..36].fill(0);
-    let crc = frame_crc(frame);
-    frame[8..12].copy_from_slice(&crc.to_le_bytes());
-}
-
-/// The checksum of a whole frame: everything but the checksum's own field.
-fn frame_crc(frame: &[u8]) -> u32 {
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(&frame[..8]);
-    crc.update(&frame[12..]);
-    crc.finalize()
+fn segment_header(first_offset: Offset, created_at: TimeMicros) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    header[..8].copy_from_slice(&SEGMENT_MAGIC);
+    header[8..10].copy_from_slice(&Version::NEWEST.to_bytes());
+    header[12..20].copy_from_slice(&first_offset.to_le_bytes());
+    header[20..28].copy_from_slice(&created_at.to_le_bytes());
+    let crc = crc32fast::hash(&header[..28]);
+    header[28..].copy_from_slice(&crc.to_le_bytes());
+    header
 }
 
 /// Why a place in a segment cannot be read as a frame.
@@ -102,6 +41,9 @@ pub(super) enum FrameError {
     /// What is there is not a frame, or its checksum does not match.
     #[error("{}, byte {position}: {what}", path.display())]
     Damaged { path: PathBuf, position: u64, what: &'static str },
+    /// What is there was written in a way that this version does not understand.
+    #[error("{}, byte {position}: {what} that this version of Headgate does not know", path.display())]
+    Newer { path: PathBuf, position: u64, what: &'static str },
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
 }
@@ -114,9 +56,16 @@ struct Mark {
     time_max: TimeMicros,
 }
 
+impl Mark {
+    fn of(header: &FrameHeader, position: u64) -> Self {
+        Self { first_offset: header.first_offset, position, time_max: header.time_max }
+    }
+}
+
 /// One file of the log.
 pub(super) struct Segment {
     pub(super) first_offset: Offset,
+    version: Version,
     path: PathBuf,
     file: Arc<dyn SegmentFile>,
     /// Where the frames end: bytes below are frames, and durable.
@@ -163,13 +112,7 @@ impl Segment {
         let path = Self::path_of(dir, first_offset);
         let file = disk.open(&path, true)?;
         let created_at = now_micros();
-        let mut header = [0; HEADER_BYTES];
-        header[..8].copy_from_slice(&SEGMENT_MAGIC);
-        header[8..10].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
-        header[12..20].copy_from_slice(&first_offset.to_le_bytes());
-        header[20..28].copy_from_slice(&created_at.to_le_bytes());
-        let crc = crc32fast::hash(&header[..28]);
-        header[28..].copy_from_slice(&crc.to_le_bytes());
+        let header = segment_header(first_offset, created_at);
         let written =
             file.write_all_at(&header, 0).and_then(|()| file.sync_data()).and_then(|()| disk.sync_dir(dir));
         if let Err(error) = written {
@@ -179,6 +122,7 @@ impl Segment {
         }
         Ok(Self {
             first_offset,
+            version: Version::NEWEST,
             path,
             file,
             end: AtomicU64::new(HEADER_BYTES as u64),
@@ -191,7 +135,7 @@ impl Segment {
     /// Opens an existing segment and reads its header, no more.
     ///
     /// # Errors
-    /// `Damaged` if the header is not one that this version writes.
+    /// `Newer` for a version that is not known, `Damaged` if there is no whole header.
     pub(super) fn open(disk: &dyn Disk, path: &Path) -> Result<Self, FrameError> {
         let io = |source| FrameError::Io { path: path.to_owned(), source };
         let damaged = |what| FrameError::Damaged { path: path.to_owned(), position: 0, what };
@@ -201,9 +145,10 @@ impl Segment {
             return Err(damaged("it does not begin with a segment's header"));
         }
         // The version comes before the checksum: a newer version may have another header.
-        if header[8..10] != FORMAT_VERSION.to_le_bytes() {
-            return Err(damaged("it was written in a format that this version of Headgate does not know"));
-        }
+        let Some(version) = Version::from_bytes([header[8], header[9]]) else {
+            let what = "it was written in a format";
+            return Err(FrameError::Newer { path: path.to_owned(), position: 0, what });
+        };
         if header[28..] != crc32fast::hash(&header[..28]).to_le_bytes() {
             return Err(damaged("its header's checksum does not match"));
         }
@@ -214,6 +159,7 @@ impl Segment {
         let len = file.len().map_err(io)?;
         Ok(Self {
             first_offset,
+            version,
             path: path.to_owned(),
             file,
             end: AtomicU64::new(len),
@@ -223,8 +169,37 @@ impl Segment {
         })
     }
 
+    /// Makes a segment without records one of the version that is written: its header is in one
+    /// sector, which the disk writes whole or not at all.
+    pub(super) fn renew(&self) -> io::Result<Self> {
+        let created_at = now_micros();
+        self.file.set_len(HEADER_BYTES as u64)?;
+        self.file.write_all_at(&segment_header(self.first_offset, created_at), 0)?;
+        self.file.sync_data()?;
+        Ok(Self {
+            first_offset: self.first_offset,
+            version: Version::NEWEST,
+            path: self.path.clone(),
+            file: self.file.clone(),
+            end: AtomicU64::new(HEADER_BYTES as u64),
+            allocated: AtomicU64::new(HEADER_BYTES as u64),
+            created_at,
+            index: Mutex::new(Some(Vec::new())),
+        })
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether frames can be added: those of an older version stay as they are.
+    pub(super) fn is_newest_version(&self) -> bool {
+        self.version == Version::NEWEST
+    }
+
+    /// Whether there is a frame in it.
+    pub(super) fn has_frames(&self) -> bool {
+        self.end() > HEADER_BYTES as u64
     }
 
     /// Where the next frame goes.
@@ -255,11 +230,11 @@ impl Segment {
         self.file.write_all_at(frame, end)
     }
 
-    /// Whether the disk has room for `bytes` more.
+    /// Whether the disk has room for `bytes` more. Asked again and again, it takes that room once.
     pub(super) fn probe(&self, bytes: u64) -> io::Result<()> {
-        let allocated = self.disk_bytes();
-        self.file.allocate(allocated, bytes)?;
-        self.allocated.store(allocated + bytes, Ordering::Relaxed);
+        let end = self.end();
+        self.file.allocate(end, bytes)?;
+        self.allocated.store(self.disk_bytes().max(end + bytes), Ordering::Relaxed);
         Ok(())
     }
 
@@ -301,12 +276,12 @@ impl Segment {
         while position < file_bytes {
             match self.read_frame(position, next_offset) {
                 Ok((header, _)) => {
-                    push_mark(&mut index, header.mark(position));
+                    push_mark(&mut index, Mark::of(&header, position));
                     time_max = header.time_max;
                     next_offset = header.next_offset();
                     position += header.frame_bytes();
                 }
-                Err(error @ FrameError::Io { .. }) => return Err(error),
+                Err(error @ (FrameError::Io { .. } | FrameError::Newer { .. })) => return Err(error),
                 Err(damage @ FrameError::Damaged { .. }) => {
                     match self.next_whole(position + 1, next_offset)? {
                         Some((whole, header)) => {
@@ -357,8 +332,13 @@ impl Segment {
         if frame_crc(&frame) != header.crc {
             return Err(damaged("the checksum of the batch here does not match"));
         }
+        let newer = || {
+            let what = "the batch here has a flag";
+            FrameError::Newer { path: self.path.clone(), position, what }
+        };
+        let flags = header.flags(self.version).ok_or_else(newer)?;
         let body = Bytes::from(frame).slice(FRAME_HEADER_BYTES..);
-        let batch = Batch::check(header.first_offset, header.records, body)
+        let batch = Batch::check(self.version, flags, header.first_offset, header.records, body)
             .ok_or_else(|| damaged("the batch here cannot be taken apart"))?;
         Ok((header, batch))
     }
@@ -386,9 +366,12 @@ impl Segment {
                     position += at as u64;
                     if let Some(header) = self.read_header(position)?
                         && header.first_offset >= offset
-                        && self.read_frame(position, header.first_offset).is_ok()
                     {
-                        return Ok(Some((position, header)));
+                        match self.read_frame(position, header.first_offset) {
+                            Ok(_) => return Ok(Some((position, header))),
+                            Err(error @ FrameError::Newer { .. }) => return Err(error),
+                            Err(_) => {}
+                        }
                     }
                     position += 1;
                 }
@@ -396,6 +379,41 @@ impl Segment {
                 None => position += (read - FRAME_MAGIC.len() + 1) as u64,
             }
         }
+    }
+
+    /// Hands the frames that have a once part to `visit`, in order, and `None` where frames are
+    /// missing, until it returns false. Of the other frames the headers are read alone.
+    pub(super) fn visit_once(&self, visit: &mut dyn FnMut(Option<Batch>) -> bool) -> Result<(), FrameError> {
+        if self.version == Version::V1 {
+            return Ok(());
+        }
+        let mut position = HEADER_BYTES as u64;
+        let mut next_offset = self.first_offset;
+        while position < self.end() {
+            let header = self.read_header(position)?.filter(|header| header.first_offset == next_offset);
+            let found = match header {
+                Some(header) if !header.has_once() => Ok((header, None)),
+                _ => self.read_frame(position, next_offset).map(|(header, batch)| (header, Some(batch))),
+            };
+            let go_on = match found {
+                Ok((header, batch)) => {
+                    position += header.frame_bytes();
+                    next_offset = header.next_offset();
+                    batch.is_none_or(|batch| visit(Some(batch)))
+                }
+                Err(FrameError::Damaged { .. }) => {
+                    let go_on = visit(None);
+                    let Some((whole, header)) = self.next_whole(position + 1, next_offset)? else { break };
+                    (position, next_offset) = (whole, header.first_offset);
+                    go_on
+                }
+                Err(error) => return Err(error),
+            };
+            if !go_on {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// How many bytes behind `position` were written to: up to the last that is not zero.
@@ -462,7 +480,7 @@ impl Segment {
         while position < self.end() {
             // What is no frame ends the index; reading on from there says so.
             let Some(header) = self.read_header(position)? else { break };
-            push_mark(&mut index, header.mark(position));
+            push_mark(&mut index, Mark::of(&header, position));
             position += header.frame_bytes();
         }
         *guard = Some(index);

@@ -11,23 +11,31 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
+use super::assembly::{Assembled, Assembly};
 use super::disk::Disk;
 use super::embedded::Shared;
-use super::record::{Batch, Section, put_body};
-use super::segment::{FRAME_HEADER_BYTES, HEADER_BYTES, Segment, seal_frame};
-use super::{AppendError, Committed, retention};
+use super::frame::{FRAME_HEADER_BYTES, FrameFlags, seal_frame};
+use super::once::{Once, OnceId, Stamp};
+use super::record::{Batch, Section};
+use super::segment::Segment;
+use super::window::Window;
+use super::{AppendError, Committed, Outcome, retention};
 use crate::config::{self, Durability};
-use crate::limits::{BATCH_BYTES_MAX, CLOCK_SKEW_MICROS_MAX, SEGMENT_ALLOCATE_BYTES};
+use crate::limits::{BATCH_BYTES_MAX, SEGMENT_ALLOCATE_BYTES};
 use crate::message::{Offset, TimeMicros, now_micros};
 
 /// How often an append that could not be made is tried again.
 const RETRY: Duration = Duration::from_millis(50);
 /// How often the writer looks after retention when nothing is appended.
 const IDLE: Duration = Duration::from_secs(1);
+/// What a once part takes besides releases and open exchanges, at most.
+const ONCE_BYTES: usize = 48;
 
-/// Sections of one caller, and the caller.
+/// What one caller wants kept and released, and the caller.
 pub(super) struct Submission {
     pub(super) sections: Vec<Section>,
+    /// After the sections.
+    pub(super) releases: Vec<OnceId>,
     /// Until then a transient failure is waited out.
     pub(super) give_up_at: Instant,
     pub(super) reply: oneshot::Sender<Result<Committed, AppendError>>,
@@ -35,7 +43,13 @@ pub(super) struct Submission {
 
 impl Submission {
     fn weight(&self) -> usize {
-        self.sections.iter().map(Section::weight).sum()
+        let sections: usize = self.sections.iter().map(Section::weight).sum();
+        sections + size_of_val(&*self.releases)
+    }
+
+    /// Whether there is nothing to make durable.
+    fn is_empty(&self) -> bool {
+        self.releases.is_empty() && self.sections.iter().all(|section| section.records() == 0)
     }
 
     /// Answers; a caller that has gone away is none the worse for it.
@@ -136,6 +150,10 @@ pub(super) struct Writer {
     pub(super) next_offset: Offset,
     /// The newest `received_at` so far.
     pub(super) time_max: TimeMicros,
+    /// What was kept under which id.
+    pub(super) window: Window,
+    /// How long segments stay at least, for the window to be read from: see [`retention`].
+    pub(super) stay_s: u64,
 }
 
 impl Writer {
@@ -154,11 +172,11 @@ impl Writer {
                 continue;
             }
             match self.commit(&mut group) {
-                Ok(offsets) => {
+                Ok(all) => {
                     self.recovered();
                     stalled = false;
-                    for (submission, first_offsets) in group.drain(..).zip(offsets) {
-                        submission.answer(Ok(Committed { first_offsets }));
+                    for (submission, outcomes) in group.drain(..).zip(all) {
+                        submission.answer(Ok(Committed { outcomes }));
                     }
                 }
                 Err(error) => {
@@ -172,71 +190,75 @@ impl Writer {
         self.seal();
     }
 
-    /// Puts one batch together from `group` and makes it durable. Returns, per submission, where
-    /// its sections' records are.
-    fn commit(&mut self, group: &mut [Submission]) -> Result<Vec<Vec<Option<Offset>>>, AppendError> {
+    /// Puts one batch together from `group` and makes it durable. Returns, per submission, what has
+    /// become of its sections.
+    fn commit(&mut self, group: &mut [Submission]) -> Result<Vec<Vec<Outcome>>, AppendError> {
         if let Some(failure) = self.shared.failure.get() {
             return Err(AppendError::Failed(failure.clone()));
         }
-        let first_offset = self.next_offset;
-        let mut next_offset = first_offset;
-        let mut time_max = self.time_max;
-        let mut weight = 0;
-        let mut offsets = Vec::with_capacity(group.len());
-        for submission in group.iter_mut() {
-            let place = |section: &mut Section| {
-                if section.records() == 0 || !section.lease.holds() {
-                    return None;
-                }
-                if (0..=CLOCK_SKEW_MICROS_MAX).contains(&time_max.saturating_sub(section.received_at)) {
-                    section.received_at = time_max;
-                }
-                time_max = time_max.max(section.received_at);
-                weight += section.weight();
-                let offset = next_offset;
-                next_offset += u64::from(section.records());
-                Some(offset)
-            };
-            offsets.push(submission.sections.iter_mut().map(place).collect::<Vec<_>>());
-        }
-        let records = u32::try_from(next_offset - first_offset).expect("in-flight bytes bound the records");
-        if records == 0 {
-            return Ok(offsets);
-        }
-        let sections = group.iter().flat_map(|submission| &submission.sections).zip(offsets.iter().flatten());
-        let live: Vec<&Section> = sections.filter(|(_, offset)| offset.is_some()).map(|(s, _)| s).collect();
-        let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + weight + 16);
-        frame.resize(FRAME_HEADER_BYTES, 0);
-        put_body(&live, &mut frame);
-        seal_frame(&mut frame, records, first_offset, time_max);
-        self.write(&frame, first_offset, time_max)?;
-        self.next_offset = next_offset;
+        let stamp = self.window.stamp();
+        self.window.expire(stamp);
+        let mut assembly = Assembly::new(&self.window, self.next_offset, self.time_max);
+        let outcomes: Vec<_> = group.iter_mut().map(|submission| assembly.take(submission)).collect();
+        let sections =
+            group.iter().flat_map(|submission| &submission.sections).zip(outcomes.iter().flatten());
+        let kept = sections.filter(|(_, outcome)| matches!(outcome, Outcome::Kept(_)));
+        let kept: Vec<&Section> = kept.map(|(section, _)| section).collect();
+        let Some(assembled) = assembly.finish(&kept) else { return Ok(outcomes) };
+        let time_max = assembled.time_max;
+        let batch = self.write(assembled, stamp)?;
+        self.next_offset = batch.next_offset();
         self.time_max = time_max;
-        let body = Bytes::from(frame).slice(FRAME_HEADER_BYTES..);
-        self.shared.tail.push(Batch::encoded(first_offset, records, body));
-        Ok(offsets)
+        self.window.learn(&batch);
+        if batch.next_offset() > batch.first_offset() {
+            self.shared.tail.push(batch.clone());
+            if let Some(listener) = self.shared.listener.get() {
+                listener(&batch);
+            }
+        }
+        Ok(outcomes)
     }
 
-    /// Writes a frame, in a new segment if it does not fit, and makes it durable.
-    fn write(&mut self, frame: &[u8], first_offset: Offset, time_max: TimeMicros) -> Result<(), AppendError> {
-        let frame_bytes = frame.len() as u64;
-        let holds_frames = self.current.end() > HEADER_BYTES as u64;
-        if holds_frames && self.current.end() + frame_bytes > self.config.segment_bytes {
+    /// Completes the frame of a batch, writes it, in a new segment if it does not fit, and makes it
+    /// durable.
+    fn write(&mut self, assembled: Assembled, stamp: Stamp) -> Result<Batch, AppendError> {
+        let Assembled { mut frame, records, time_max, has_retained, has_notes, has_ids, releases } =
+            assembled;
+        let first_offset = self.next_offset;
+        let bytes_max = (frame.len() + releases.len() + ONCE_BYTES) as u64;
+        // A segment is named by its first offset: without a record in it, it has no successor.
+        let may_end = self.current.has_frames() && first_offset > self.current.first_offset;
+        if may_end && self.current.end() + bytes_max > self.config.segment_bytes {
             self.roll(first_offset)?;
         }
+        let open = (!self.current.has_frames()).then(|| self.window.open());
+        let mut flags = FrameFlags::default();
+        if has_retained {
+            flags = flags.with(FrameFlags::RETAINED);
+        }
+        if has_notes {
+            flags = flags.with(FrameFlags::NOTED);
+        }
+        if has_ids || open.is_some() {
+            flags = flags.with(FrameFlags::ONCE);
+            Once::put(stamp, open.as_deref(), &releases, &mut frame);
+        }
+        seal_frame(&mut frame, flags, records, first_offset, time_max);
         let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
-        self.current.write(frame, step).map_err(|e| self.failed(e))?;
+        self.current.write(&frame, step).map_err(|e| self.failed(e))?;
         if self.config.durability == Durability::Fsync {
             self.current.sync().map_err(|e| self.poisoned(&e))?;
         }
-        self.current.advance(frame_bytes, first_offset, time_max);
-        Ok(())
+        self.current.advance(frame.len() as u64, first_offset, time_max);
+        let body = Bytes::from(frame).slice(FRAME_HEADER_BYTES..);
+        Ok(Batch::encoded(flags, first_offset, records, body))
     }
 
     /// Ends the current segment and begins the next one at `first_offset`.
     fn roll(&mut self, first_offset: Offset) -> Result<(), AppendError> {
-        self.make_room(self.config.segment_bytes)?;
+        // Room that was only taken ahead is not held against the budget.
         self.current.trim().map_err(|e| self.failed(e))?;
+        self.make_room(self.config.segment_bytes)?;
         if self.config.durability == Durability::Os {
             // At most one segment is ever at the mercy of a power failure.
             self.current.sync().map_err(|e| self.poisoned(&e))?;
@@ -251,8 +273,9 @@ impl Writer {
     fn make_room(&self, incoming_bytes: u64) -> Result<(), AppendError> {
         let removed: Vec<_> = {
             let mut segments = self.shared.segments_mut();
-            let stored = self.shared.stored();
-            let count = retention::removable(&segments, &self.config, stored, now_micros(), incoming_bytes);
+            let held = self.shared.holds.lowest();
+            let (config, stay_s, now) = (&self.config, self.stay_s, now_micros());
+            let count = retention::removable(&segments, config, stay_s, held, now, incoming_bytes);
             (0..count).filter_map(|_| segments.pop_first()).collect()
         };
         for (first_offset, segment) in removed {
@@ -274,6 +297,7 @@ impl Writer {
         if self.shared.failure.get().is_some() {
             return Ok(());
         }
+        self.window.expire(self.window.stamp());
         let result = if self.shared.trouble().is_some() {
             let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
             let room = self.current.probe(step).map_err(|e| self.failed(e));
@@ -293,16 +317,11 @@ impl Writer {
     fn give_up(&self, error: &AppendError, group: &mut Vec<Submission>, all: bool) {
         let now = Instant::now();
         let lasting = all || matches!(error, AppendError::Failed(_));
-        let waits =
-            |s: &Submission| !lasting && s.give_up_at > now && s.sections.iter().any(|s| s.records() > 0);
+        let waits = |s: &Submission| !lasting && s.give_up_at > now && !s.is_empty();
         for submission in group.extract_if(.., |submission| !waits(submission)) {
-            let nothing = submission.sections.iter().all(|section| section.records() == 0);
-            let none = vec![None; submission.sections.len()];
-            submission.answer(if nothing {
-                Ok(Committed { first_offsets: none })
-            } else {
-                Err(error.clone())
-            });
+            let nothing = Committed { outcomes: vec![Outcome::KeyDead; submission.sections.len()] };
+            let answer = if submission.is_empty() { Ok(nothing) } else { Err(error.clone()) };
+            submission.answer(answer);
         }
         for submission in self.shared.queue.take_expired(now) {
             submission.answer(Err(error.clone()));
@@ -314,13 +333,10 @@ impl Writer {
         if self.shared.failure.get().is_some() {
             return;
         }
-        let mut frame = vec![0; FRAME_HEADER_BYTES];
-        put_body(&[], &mut frame);
-        seal_frame(&mut frame, 0, self.next_offset, self.time_max);
-        let sealed = self.write(&frame, self.next_offset, self.time_max);
+        let sealed = self.write(Assembled::seal(self.time_max), self.window.stamp());
         let sealed = sealed
             .map_err(|e| e.to_string())
-            .and_then(|()| self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string()));
+            .and_then(|_| self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string()));
         if let Err(error) = sealed {
             // Without it the next start takes the end of the log for a crash, and loses nothing.
             warn!(error, "the log could not be sealed");

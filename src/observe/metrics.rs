@@ -18,10 +18,15 @@ pub struct Metrics {
     handle: PrometheusHandle,
     accepted: [Counter; 3],
     accepted_bytes: [Counter; 3],
+    duplicates: [Counter; 3],
     /// From submission to durability, per submission (a read of a socket or a request), in seconds.
     pub commit_seconds: Histogram,
     /// Open MQTT connections whose key was accepted.
     pub mqtt_connections: Gauge,
+    /// How often a connection was held back because of a limit.
+    pub held_back: Counter,
+    /// Records that retention removed before a subscriber had read them.
+    pub skipped: Counter,
     /// From the end of a key, once it is durable, to the last of its connections closed, in seconds.
     pub revocation_seconds: Histogram,
 }
@@ -33,13 +38,33 @@ impl Metrics {
             .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS);
         let recorder = buckets.expect("the list of buckets is not empty").build_recorder();
         let handle = recorder.handle();
-        let (accepted, accepted_bytes) = metrics::with_local_recorder(&recorder, || {
+        let (accepted, accepted_bytes, duplicates) = metrics::with_local_recorder(&recorder, || {
             use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
             describe_counter!("headgate_accepted_total", "Messages that were let in and are durable");
             describe_counter!("headgate_accepted_bytes_total", Unit::Bytes, "Payload bytes that were let in");
             describe_counter!(
+                "headgate_duplicates_total",
+                "Messages that were acknowledged and not kept again: their id was known"
+            );
+            describe_counter!(
+                "headgate_quarantined_total",
+                "Messages that did not meet their schema and are durable in quarantine"
+            );
+            describe_counter!(
+                "headgate_dedup_evicted_total",
+                "Message ids and QoS 2 exchanges that left the window early because there were too many"
+            );
+            describe_counter!(
                 "headgate_refused_total",
                 "Messages and connections that were refused, by cause"
+            );
+            describe_counter!(
+                "headgate_refusals_unlisted_total",
+                "Refusals that were counted and not listed in /v1/refusals, as listing would have waited"
+            );
+            describe_counter!(
+                "headgate_held_back_total",
+                "How often a connection was not read on because of a limit of its key or datasource"
             );
             describe_histogram!("headgate_commit_seconds", Unit::Seconds, "From submission to durability");
             describe_gauge!("headgate_mqtt_connections", "MQTT connections whose key was accepted");
@@ -48,22 +73,46 @@ impl Metrics {
                 Unit::Seconds,
                 "From the end of a key, once it is durable, to the last of its connections closed"
             );
+            describe_counter!(
+                "headgate_subscriber_skipped_total",
+                "Records, of any datasource, that retention removed before a subscriber had read them"
+            );
+            describe_gauge!(
+                "headgate_nats_connected",
+                "Whether the NATS that messages are taken from is there: 1, or 0"
+            );
             describe_gauge!("headgate_log_next_offset", "The offset that the next record will get");
             describe_gauge!("headgate_log_first_offset", "The oldest offset in the log");
             describe_gauge!("headgate_log_bytes", Unit::Bytes, "What the log takes on disk");
             describe_gauge!("headgate_storage_cursor", "The first offset that is not stored yet");
+            describe_gauge!("headgate_egress_cursor", "The first offset that is not on the NATS stream yet");
+            describe_gauge!("headgate_egress_lag_records", "Records that are not on the NATS stream yet");
+            describe_counter!("headgate_egress_sent_total", "Records that were sent to the NATS stream");
+            describe_counter!(
+                "headgate_egress_skipped_total",
+                "Records that will not be on the NATS stream, by reason: topic, size, or gone from the log"
+            );
             describe_gauge!("headgate_keys", "Live API keys");
             let all = [Transport::Mqtt, Transport::Http, Transport::Nats].map(Transport::as_str);
             (
                 all.map(|t| metrics::counter!("headgate_accepted_total", "transport" => t)),
                 all.map(|t| metrics::counter!("headgate_accepted_bytes_total", "transport" => t)),
+                all.map(|t| metrics::counter!("headgate_duplicates_total", "transport" => t)),
             )
         });
         let histogram = |name| metrics::with_local_recorder(&recorder, || metrics::histogram!(name));
         let gauge = |name| metrics::with_local_recorder(&recorder, || metrics::gauge!(name));
+        let skipped = metrics::with_local_recorder(&recorder, || {
+            metrics::counter!("headgate_subscriber_skipped_total")
+        });
+        let held_back =
+            metrics::with_local_recorder(&recorder, || metrics::counter!("headgate_held_back_total"));
         Self {
+            held_back,
+            skipped,
             accepted,
             accepted_bytes,
+            duplicates,
             commit_seconds: histogram("headgate_commit_seconds"),
             mqtt_connections: gauge("headgate_mqtt_connections"),
             revocation_seconds: histogram("headgate_revocation_seconds"),
@@ -78,8 +127,21 @@ impl Metrics {
         self.accepted_bytes[transport as usize].increment(bytes);
     }
 
-    /// A message or connection was refused.
-    pub fn refused(&self, transport: Transport, cause: &'static str) {
+    /// `records` messages were acknowledged and not kept again.
+    pub fn duplicates(&self, transport: Transport, records: u64) {
+        self.duplicates[transport as usize].increment(records);
+    }
+
+    /// `records` messages went into quarantine, durably.
+    pub fn quarantined(&self, transport: Transport, records: u64) {
+        metrics::with_local_recorder(&self.recorder, || {
+            metrics::counter!("headgate_quarantined_total", "transport" => transport.as_str())
+                .increment(records);
+        });
+    }
+
+    /// A message or connection was refused: [`Refusals::note`](super::refusals::Refusals::note) says so.
+    pub(super) fn refused(&self, transport: Transport, cause: &'static str) {
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause)
                 .increment(1);
@@ -89,6 +151,18 @@ impl Metrics {
     /// Sets a gauge that is read only when it is asked for.
     pub fn gauge(&self, name: &'static str, value: f64) {
         metrics::with_local_recorder(&self.recorder, || metrics::gauge!(name).set(value));
+    }
+
+    /// Sets a counter that is counted elsewhere.
+    pub fn counter(&self, name: &'static str, value: u64) {
+        metrics::with_local_recorder(&self.recorder, || metrics::counter!(name).absolute(value));
+    }
+
+    /// The same, of a counter with a label.
+    pub fn counter_of(&self, name: &'static str, label: (&'static str, &'static str), value: u64) {
+        metrics::with_local_recorder(&self.recorder, || {
+            metrics::counter!(name, label.0 => label.1).absolute(value);
+        });
     }
 
     /// Everything, in Prometheus' text format.

@@ -1,4 +1,7 @@
-//! What Headgate says about itself: metrics and structured logs, neither with a secret in it.
+//! What Headgate says about itself: metrics, the list of refusals and structured logs, none with a secret
+//! in it.
 
+mod advice;
 pub mod metrics;
+pub mod refusals;
 pub mod trace;

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use headgate::config::Config;
 use headgate::log::Log;
 
 /// A record, in the log or in storage.
@@ -16,7 +15,11 @@ pub struct Kept {
 
 /// Every record in the log of a gateway that has ended, in order.
 pub fn in_log(dir: &Path) -> Vec<Kept> {
-    let log = Log::open(dir, &Config::default().log).expect("the log opens");
+    records_of(&*super::cluster::log_of(dir))
+}
+
+/// Every record in a log, in order.
+pub fn records_of(log: &dyn Log) -> Vec<Kept> {
     let mut kept = Vec::new();
     let mut from = log.first_offset();
     while from < log.next_offset() {

@@ -71,42 +71,54 @@ pub fn mqtt_sender(
     window: u16,
 ) -> JoinHandle<Sent> {
     let (addr, key, ledger) = (gateway.mqtt, source.key.clone(), ledger.clone());
-    std::thread::spawn(move || {
-        let mut sent = Sent::default();
-        let mut wire = Wire::open(addr);
-        wire.send(&Connect::with_key(version, &key).packet());
-        let Next::Packet(_connack) = wire.next() else { return sent };
-        let mut under_way = HashMap::new();
-        let mut free: Vec<u16> = (1..=window).collect();
+    std::thread::spawn(move || publish_until_closed(Wire::open(addr), &key, &ledger, version, window))
+}
+
+/// As [`mqtt_sender`], on a connection that there is and on this thread.
+pub fn publish_until_closed(
+    mut wire: Wire,
+    key: &str,
+    ledger: &Ledger,
+    version: Version,
+    window: u16,
+) -> Sent {
+    let mut sent = Sent::default();
+    wire.send(&Connect::with_key(version, key).packet());
+    let Next::Packet(_connack) = wire.next() else { return sent };
+    let mut under_way = HashMap::new();
+    let mut free: Vec<u16> = (1..=window).collect();
+    loop {
+        let mut burst = Vec::new();
+        for packet_id in free.drain(..) {
+            let (n, payload) = ledger.message();
+            under_way.insert(packet_id, n);
+            burst.extend(publish(version, packet_id, "load", payload.to_string().as_bytes()));
+        }
+        wire.send(&burst);
+        // One ack is waited for; those that came with it are taken along.
+        let mut patience = PATIENCE;
         loop {
-            let mut burst = Vec::new();
-            for packet_id in free.drain(..) {
-                let (n, payload) = ledger.message();
-                under_way.insert(packet_id, n);
-                burst.extend(publish(version, packet_id, "load", payload.to_string().as_bytes()));
-            }
-            wire.send(&burst);
-            // One ack is waited for; those that came with it are taken along.
-            let mut patience = PATIENCE;
-            loop {
-                match wire.next_within(patience) {
-                    Next::Packet(frame) if frame.kind() == DISCONNECT => {
-                        sent.goodbye = Some(frame.reason().into());
-                    }
-                    Next::Packet(frame) => {
-                        assert_eq!((frame.kind(), frame.reason()), (PUBACK, 0), "{frame:?}");
-                        let n = under_way.remove(&frame.packet_id()).expect("an ack of what was sent");
-                        ledger.ack(&mut sent.acked, [n]);
-                        free.push(frame.packet_id());
-                        patience = Duration::ZERO;
-                    }
-                    Next::Silent if patience.is_zero() => break,
-                    Next::Silent => panic!("no ack of {} messages within {patience:?}", under_way.len()),
-                    Next::Closed => return sent,
+            match wire.next_within(patience) {
+                Next::Packet(frame) if frame.kind() == DISCONNECT => {
+                    sent.goodbye = Some(frame.reason().into());
                 }
+                // The key has died between the check and the log.
+                Next::Packet(frame) if frame.kind() == PUBACK && frame.reason() == 0x87 => {
+                    under_way.remove(&frame.packet_id()).expect("an answer to what was sent");
+                }
+                Next::Packet(frame) => {
+                    assert_eq!((frame.kind(), frame.reason()), (PUBACK, 0), "{frame:?}");
+                    let n = under_way.remove(&frame.packet_id()).expect("an ack of what was sent");
+                    ledger.ack(&mut sent.acked, [n]);
+                    free.push(frame.packet_id());
+                    patience = Duration::ZERO;
+                }
+                Next::Silent if patience.is_zero() => break,
+                Next::Silent => panic!("no ack of {} messages within {patience:?}", under_way.len()),
+                Next::Closed => return sent,
             }
         }
-    })
+    }
 }
 
 /// Posts `size` messages a request, one request after another, until one is not accepted.

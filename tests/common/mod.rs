@@ -1,19 +1,27 @@
 //! The harness of the integration tests: the real binary, started on a data directory and on free
 //! ports, and spoken to over its sockets alone. A gateway that a test leaves behind, by returning
 //! or by panicking, is killed.
+//!
+//! With `HEADGATE_TEST_LOG=jetstream` in the environment every gateway is one of a cluster: each data directory
+//! that a test uses has a nats-server of its own (`cluster.rs`), and the log is there.
 
 #![allow(dead_code, unreachable_pub, reason = "every test binary holds all of this and uses a part")]
 
+pub mod cluster;
 pub mod kept;
 pub mod load;
+pub mod nats;
+pub mod servers;
 pub mod steady;
+pub mod tls;
 pub mod wire;
+pub mod ws;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -50,8 +58,18 @@ pub struct Setup {
 impl Setup {
     /// On a data directory, at the defaults, on free ports.
     pub fn on(dir: &Path) -> Self {
+        let setup = Self::embedded_on(dir);
+        match cluster::server_of(dir) {
+            Some(url) => setup.set("log.backend", "jetstream").set("nats.servers", format!("[\"{url}\"]")),
+            None => setup,
+        }
+    }
+
+    /// The same, with the embedded log whatever the environment says: for a test of its files.
+    pub fn embedded_on(dir: &Path) -> Self {
         Self { dir: dir.to_owned(), env: BTreeMap::new() }
             .set("mqtt.listen", "127.0.0.1:0")
+            .set("mqtt.tls.listen", "127.0.0.1:0")
             .set("http.listen", "127.0.0.1:0")
     }
 
@@ -105,9 +123,10 @@ impl Setup {
         ];
         let process = Process { child, output, readers: readers.into() };
         let deadline = Instant::now() + PATIENCE;
-        let (mut mqtt, mut http) = (None, None);
+        let (mut mqtt, mut mqtts, mut http) = (None, None, None);
         while mqtt.is_none() || http.is_none() {
             match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.contains("mqtts://") => mqtts = loopback_address(&line),
                 Ok(line) if line.contains("MQTT") => mqtt = mqtt.or_else(|| loopback_address(&line)),
                 Ok(line) if line.contains("HTTP") => http = http.or_else(|| loopback_address(&line)),
                 Ok(_) => {}
@@ -119,7 +138,7 @@ impl Setup {
         }
         let mqtt = mqtt.expect("the loop ends with both");
         let http = http.expect("the loop ends with both");
-        let gateway = Gateway { process, mqtt, http, setup: self.clone(), agent: agent() };
+        let gateway = Gateway { process, mqtt, mqtts, http, setup: self.clone(), agent: agent() };
         wait_for("/readyz to say 200", || (gateway.get("/readyz", "").status == 200).then_some(()));
         Ok(gateway)
     }
@@ -153,12 +172,14 @@ fn loopback_address(line: &str) -> Option<SocketAddr> {
     rest[..end].trim_end_matches(['.', ':']).parse().ok()
 }
 
+/// It keeps no connection: the gateway closes those of a key as it ends, and a request that goes out over
+/// one at that moment gets no answer.
 fn agent() -> ureq::Agent {
-    ureq::Agent::config_builder()
-        .http_status_as_error(false)
-        .timeout_global(Some(PATIENCE))
-        .build()
-        .new_agent()
+    agent_config().max_idle_connections(0).build().new_agent()
+}
+
+fn agent_config() -> ureq::config::ConfigBuilder<ureq::typestate::AgentScope> {
+    ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE))
 }
 
 /// A child process whose output is kept. Killed when dropped.
@@ -239,6 +260,8 @@ pub struct Gateway {
     process: Process,
     /// Where it serves MQTT.
     pub mqtt: SocketAddr,
+    /// Where it serves MQTT over TLS, if it does.
+    pub mqtts: Option<SocketAddr>,
     /// Where it serves HTTP.
     pub http: SocketAddr,
     setup: Setup,
@@ -379,6 +402,11 @@ impl Gateway {
         })
     }
 
+    /// How many records there have ever been in the log.
+    pub fn records_in_log(&self) -> f64 {
+        self.metric("headgate_log_next_offset") - cluster::first_offset() as f64
+    }
+
     /// Waits until storage has everything that the log had when this was called.
     pub fn settle(&self) {
         let end = self.metric("headgate_log_next_offset");
@@ -400,6 +428,21 @@ impl Gateway {
         let sample = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         sample.map_or(0.0, |value| value.parse().expect("a number"))
     }
+}
+
+/// Runs a Python program with paho at hand.
+pub fn python(program: &str, arguments: &[&str]) -> Output {
+    let python = format!("{}/../venv/bin/python3", env!("CARGO_TARGET_TMPDIR"));
+    let output = Command::new(python).arg("-c").arg(program).args(arguments).output();
+    output.expect("there is an environment with paho (tests/run makes it)")
+}
+
+/// Runs a JavaScript program with mqtt.js at hand.
+pub fn node(program: &str, arguments: &[&str]) -> Output {
+    let modules = format!("{}/../node/node_modules", env!("CARGO_TARGET_TMPDIR"));
+    let output =
+        Command::new("node").arg("-e").arg(program).args(arguments).env("NODE_PATH", modules).output();
+    output.expect("there is Node.js with mqtt.js (tests/run installs it)")
 }
 
 /// One HTTP request to `addr`.
@@ -433,7 +476,7 @@ pub fn http(
     })
 }
 
-/// An agent of a test's own, for a thread that outlives a [`Gateway`].
+/// An agent of a test's own, for a thread that outlives a [`Gateway`]. It keeps its connections.
 pub fn http_agent() -> ureq::Agent {
-    agent()
+    agent_config().build().new_agent()
 }

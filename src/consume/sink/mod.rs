@@ -6,5 +6,6 @@
 
 mod ids;
 mod newest;
+pub mod quarantined;
 pub mod schema;
 pub mod sqlite;

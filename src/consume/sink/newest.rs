@@ -7,17 +7,19 @@
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use rusqlite::types::{self, ToSqlOutput, ValueRef};
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, Row, params};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::schema::sql_offset;
 use crate::consume::render;
-use crate::limits::{LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_VALUE_BYTES_MAX};
+use crate::limits::{
+    LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX, LATEST_VALUE_BYTES_MAX,
+};
 use crate::message::{Offset, RecordRef, TimeMicros};
 
 /// The newest values, by the topic's number in the database.
@@ -86,11 +88,6 @@ impl<'a> Newest<'a> {
             "INSERT INTO latest_values (topic_id, key, value, offset, received_us)
              VALUES (?1, ?2, ?3, ?4, ?5)",
         )?;
-        let mut forget = connection.prepare_cached(
-            "DELETE FROM latest_values WHERE topic_id = ?1 AND key IN (
-                SELECT key FROM latest_values WHERE topic_id = ?1 ORDER BY offset DESC, key LIMIT -1 OFFSET ?2
-             )",
-        )?;
         for (topic_id, topic) in self.topics {
             topic_row.execute(params![topic_id, sql_offset(topic.offset)])?;
             let mut added = false;
@@ -103,14 +100,106 @@ impl<'a> Newest<'a> {
                 }
             }
             if added {
-                forget.execute(params![
-                    topic_id,
-                    i64::try_from(LATEST_KEYS_PER_TOPIC_MAX).unwrap_or(i64::MAX)
-                ])?;
+                forget_oldest(connection, topic_id)?;
             }
         }
         Ok(())
     }
+}
+
+/// Forgets the values of a topic that came with records which are in `temp.moved` and no longer in
+/// `entries`, and looks among the [`LATEST_LOOK_BACK_MAX`] newest that are left for those that take
+/// their place.
+pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+    let mut wanted = connection
+        .prepare_cached(
+            "DELETE FROM latest_values WHERE topic_id = ?1 AND offset IN (SELECT offset FROM temp.moved)
+             RETURNING key",
+        )?
+        .query_map([topic_id], |row| row.get(0))?
+        .collect::<rusqlite::Result<HashSet<String>>>()?;
+    set_latest_offset(connection, topic_id)?;
+    let mut entries = connection.prepare_cached(
+        "SELECT offset, received_us, payload FROM entries WHERE topic_id = ?1 ORDER BY offset DESC LIMIT ?2",
+    )?;
+    let mut rows = entries.query([topic_id, i64::try_from(LATEST_LOOK_BACK_MAX).unwrap_or(i64::MAX)])?;
+    while !wanted.is_empty()
+        && let Some(row) = rows.next()?
+    {
+        put_values(connection, topic_id, row, |key| wanted.remove(key))?;
+    }
+    Ok(())
+}
+
+/// Takes in the values of a topic's records that are in `temp.moved` and in `entries` again, as far as
+/// they are newer than those that are there.
+pub(super) fn see_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+    set_latest_offset(connection, topic_id)?;
+    let mut entries = connection.prepare_cached(
+        "SELECT offset, received_us, payload FROM entries
+         WHERE topic_id = ?1 AND offset IN (SELECT offset FROM temp.moved) ORDER BY offset",
+    )?;
+    let mut rows = entries.query([topic_id])?;
+    while let Some(row) = rows.next()? {
+        put_values(connection, topic_id, row, |_| true)?;
+    }
+    forget_oldest(connection, topic_id)
+}
+
+fn set_latest_offset(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+    // -1 is no record's offset, and a topic without records is not shown.
+    let mut update = connection.prepare_cached(
+        "UPDATE topics SET latest_offset =
+             coalesce((SELECT max(offset) FROM entries WHERE topic_id = ?1), -1) WHERE id = ?1",
+    )?;
+    update.execute([topic_id])?;
+    Ok(())
+}
+
+/// Writes the values of one record, `offset, received_us, payload`, that are `wanted` and newer than
+/// what is there.
+fn put_values(
+    connection: &Connection,
+    topic_id: i64,
+    row: &Row<'_>,
+    mut wanted: impl FnMut(&str) -> bool,
+) -> rusqlite::Result<()> {
+    let mut put = connection.prepare_cached(
+        "INSERT INTO latest_values (topic_id, key, value, offset, received_us) VALUES (?1, ?2, ?3, ?4, ?5)
+         ON CONFLICT DO UPDATE SET value = excluded.value, offset = excluded.offset,
+             received_us = excluded.received_us
+         WHERE excluded.offset > latest_values.offset",
+    )?;
+    let (offset, received_at): (i64, TimeMicros) = (row.get(0)?, row.get(1)?);
+    let payload = row.get_ref(2)?;
+    let mut members = Vec::new();
+    let values = match payload {
+        ValueRef::Text(_) => {
+            let text = payload.as_str()?;
+            match read_members(text, &mut members) {
+                true => members.into_iter().map(|(key, value)| (key, Value::Text(value))).collect(),
+                false => vec![(Cow::Borrowed(""), Value::Text(text))],
+            }
+        }
+        payload => vec![(Cow::Borrowed(""), Value::Bytes(payload.as_bytes()?))],
+    };
+    for (key, value) in values {
+        if key.len() <= LATEST_KEY_BYTES_MAX && wanted(&key) {
+            put.execute(params![topic_id, key, value.to_sql(), offset, received_at])?;
+        }
+    }
+    Ok(())
+}
+
+/// Leaves a topic no more values than it keeps.
+fn forget_oldest(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+    let mut forget = connection.prepare_cached(
+        "DELETE FROM latest_values WHERE topic_id = ?1 AND key IN (
+            SELECT key FROM latest_values WHERE topic_id = ?1 ORDER BY offset DESC, key LIMIT -1 OFFSET ?2
+         )",
+    )?;
+    forget.execute(params![topic_id, i64::try_from(LATEST_KEYS_PER_TOPIC_MAX).unwrap_or(i64::MAX)])?;
+    Ok(())
 }
 
 impl<'a> Topic<'a> {

@@ -1,12 +1,15 @@
 //! The shape of `records.db`: what somebody who opens it with `sqlite3` finds.
 //!
-//! Two views are for reading, also while the gateway runs:
+//! Three views are for reading, also while the gateway runs:
 //!
 //! - `records`: `offset`, `datasource`, `topic`, `payload`, `content_type`, `key_id`, `transport`,
 //!   `received_at`, `received_us`. A payload is TEXT when it is UTF-8 without a NUL, else BLOB.
 //! - `latest`: `datasource`, `topic`, `key`, `value`, `offset`, `received_at`, `received_us`: the
 //!   newest value of each top-level key of a topic's JSON objects, and under the key `''` of its
 //!   other payloads.
+//!
+//! - `quarantine`: what is kept and not let through, with the columns of `records`, and why: `cause`
+//!   (`schema` or `key`), `keyword`, `pointer`, `detail`, `schema_version`, `redriven_offset`.
 //!
 //! `received_at` is RFC 3339 in UTC with microseconds, so that its order as text is its order in
 //! time; `received_us` is the same in microseconds since the Unix epoch.
@@ -19,11 +22,12 @@
 
 use rusqlite::Connection;
 
+use super::quarantined;
 use super::sqlite::SinkError;
 use crate::message::Offset;
 
 /// The version of this shape, kept in `user_version`.
-pub const FORMAT: i64 = 1;
+pub const FORMAT: i64 = 2;
 
 /// Offsets that one row of `time_index` covers.
 pub const TIME_INDEX_OFFSETS: u64 = 4096;
@@ -53,7 +57,7 @@ macro_rules! rfc3339 {
     };
 }
 
-/// Makes an empty database into this shape.
+/// Makes an empty database into format 1.
 const CREATE: &str = concat!(
     "
     -- The first offset that is not stored yet.
@@ -138,6 +142,24 @@ const CREATE: &str = concat!(
     "
 );
 
+/// What [`quarantined::CREATE`] makes, for reading. Makes format 1 into format 2.
+const CREATE_QUARANTINE_VIEW: &str = concat!(
+    "
+    CREATE VIEW quarantine AS
+    SELECT q.offset, d.datasource, t.topic, q.payload, o.content_type, o.key_id, o.transport,
+        ",
+    rfc3339!("q.received_us"),
+    " AS received_at, q.received_us, q.cause, q.keyword, q.pointer, q.detail, q.schema_version,
+        q.redriven_offset
+    FROM quarantined q
+    LEFT JOIN datasources d ON d.id = q.datasource_id
+    LEFT JOIN topics t ON t.id = q.topic_id
+    LEFT JOIN origins o ON o.id = q.origin_id;
+
+    PRAGMA user_version = 2;
+    "
+);
+
 /// Makes sure that the database behind `connection` has this shape; an empty one is given it.
 ///
 /// # Errors
@@ -146,7 +168,7 @@ pub(super) fn prepare(connection: &mut Connection) -> Result<(), SinkError> {
     let version = |c: &Connection| c.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
     match version(connection)? {
         FORMAT => return Ok(()),
-        0 => {}
+        0 | 1 => {}
         found => return Err(SinkError::Newer { found }),
     }
     let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
@@ -159,6 +181,28 @@ pub(super) fn prepare(connection: &mut Connection) -> Result<(), SinkError> {
         }
         transaction.execute_batch(CREATE)?;
     }
+    if version(&transaction)? == 1 {
+        transaction.execute_batch(quarantined::CREATE)?;
+        transaction.execute_batch(CREATE_QUARANTINE_VIEW)?;
+    }
     transaction.commit()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_of_format_1_becomes_one_of_format_2_with_what_is_in_it() {
+        let mut connection = Connection::open_in_memory().expect("opens");
+        connection.execute_batch(CREATE).expect("format 1");
+        connection.execute("UPDATE cursor SET next_offset = 41", []).expect("written");
+        prepare(&mut connection).expect("upgraded");
+        let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
+        assert_eq!(number("PRAGMA user_version"), FORMAT);
+        assert_eq!(number("SELECT next_offset FROM cursor"), 41);
+        assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
+        assert_eq!(number("SELECT version FROM withheld"), 0);
+    }
 }

@@ -17,8 +17,10 @@ use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
 
 use super::ids::Ids;
 use super::newest::Newest;
+use super::quarantined;
 use super::schema::{self, FORMAT, TIME_INDEX_OFFSETS, offset_of, sql_offset};
-use crate::message::{Offset, RecordRef, TimeMicros};
+use crate::log::{Change, LeftOut, Withheld};
+use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// The file's name in the data directory.
 pub const FILE_NAME: &str = "records.db";
@@ -85,6 +87,9 @@ pub struct SqliteSink {
     ids: Ids,
     cursor: Offset,
     durable_cursor: Offset,
+    /// The version of the rules about leaked keys that the tables are in accordance with.
+    withheld_version: u64,
+    left_out: LeftOut,
     /// Whether a transaction was begun and not committed: the numbers it gave do not exist.
     ids_uncertain: bool,
 }
@@ -109,7 +114,16 @@ impl SqliteSink {
         // What is there may be in the operating system's memory only. The first synced
         // transaction changes that, and until then the log keeps everything.
         let cursor = offset_of(cursor);
-        Ok(Self { connection, ids: Ids::default(), cursor, durable_cursor: 0, ids_uncertain: false })
+        let withheld_version = quarantined::version(&connection)?;
+        Ok(Self {
+            connection,
+            ids: Ids::default(),
+            cursor,
+            durable_cursor: 0,
+            withheld_version,
+            left_out: LeftOut::default(),
+            ids_uncertain: false,
+        })
     }
 
     /// The first offset that is not stored yet.
@@ -123,8 +137,37 @@ impl SqliteSink {
         self.durable_cursor
     }
 
+    /// The version of the rules about leaked keys that what is stored is in accordance with.
+    pub fn withheld_version(&self) -> u64 {
+        self.withheld_version
+    }
+
+    /// Says what goes into quarantine from now on because its key has leaked.
+    pub fn leave_out(&mut self, left_out: LeftOut) {
+        self.left_out = left_out;
+    }
+
+    /// Brings what is stored into accordance with the rules about leaked keys, in one transaction, which
+    /// is on the disk afterwards.
+    ///
+    /// # Errors
+    /// As [`SqliteSink::store`].
+    pub fn reconcile(&mut self, withheld: &Withheld) -> Result<(), SinkError> {
+        // In this order: what has changed meanwhile comes again.
+        let version = withheld.version();
+        let changes: Vec<Change> = withheld.changes_after(self.withheld_version);
+        let left_out = withheld.now();
+        self.connection.pragma_update(None, "synchronous", "FULL")?;
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        quarantined::reconcile(&transaction, &changes, &left_out, version)?;
+        transaction.commit()?;
+        self.withheld_version = version;
+        Ok(())
+    }
+
     /// Stores `records`, which are in order and below `next`, and moves the cursor to `next`: all
-    /// of it, or on an error nothing. Records below the cursor are there already and passed over.
+    /// of it, or on an error nothing. Records below the cursor are there already and passed over. Those
+    /// that are [left out](SqliteSink::leave_out) go into quarantine.
     /// With `sync`, this transaction and all before it are on the disk afterwards.
     ///
     /// # Errors
@@ -149,7 +192,8 @@ impl SqliteSink {
         if moved != 1 {
             return Err(SinkError::CursorMoved { expected: self.cursor });
         }
-        insert(&transaction, &mut self.ids, records.skip_while(|record| record.offset < self.cursor))?;
+        let records = records.skip_while(|record| record.offset < self.cursor);
+        insert(&transaction, &mut self.ids, &self.left_out, records)?;
         transaction.commit()?;
         self.ids_uncertain = false;
         self.cursor = next;
@@ -177,6 +221,7 @@ impl SqliteSink {
 fn insert<'a>(
     transaction: &Connection,
     ids: &mut Ids,
+    left_out: &LeftOut,
     records: impl Iterator<Item = RecordRef<'a>>,
 ) -> rusqlite::Result<()> {
     let mut newest = Newest::default();
@@ -190,6 +235,14 @@ fn insert<'a>(
         // Many a tool takes a TEXT to end at a NUL.
         let text = std::str::from_utf8(record.payload).ok().filter(|text| !text.contains('\0'));
         let payload = text.map_or(ValueRef::Blob(record.payload), ValueRef::from);
+        times.see(transaction, record.offset, record.received_at)?;
+        if left_out.contains(&record) {
+            quarantined::insert(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;
+            continue;
+        }
+        if record.flags.contains(RecordFlags::REDRIVEN) {
+            quarantined::note_redriven(transaction, &record)?;
+        }
         entry.execute(params![
             sql_offset(record.offset),
             row.datasource,
@@ -198,7 +251,6 @@ fn insert<'a>(
             record.received_at,
             ToSqlOutput::Borrowed(payload),
         ])?;
-        times.see(transaction, record.offset, record.received_at)?;
         newest.see(row.topic, &record, text);
     }
     times.write(transaction)?;
@@ -417,11 +469,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join(FILE_NAME);
         drop(open(dir.path()));
-        Connection::open(&path).and_then(|c| c.pragma_update(None, "user_version", 2)).expect("set");
+        Connection::open(&path).and_then(|c| c.pragma_update(None, "user_version", 3)).expect("set");
         let error = SqliteSink::open(&path).map(drop).expect_err("a newer format");
         assert_eq!(
             error.to_string(),
-            "records.db has format 2, and this Headgate knows formats up to 1: use a newer one"
+            "records.db has format 3, and this Headgate knows formats up to 2: use a newer one"
         );
 
         let path = dir.path().join("other.db");

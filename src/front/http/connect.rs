@@ -1,7 +1,7 @@
 //! The lines that connect a device: ready to paste into a shell in which `HEADGATE_API_KEY` is set.
 //! None of them holds the key, so that it gets into no history and no ticket.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use axum::http::HeaderMap;
 use axum::http::header::HOST;
@@ -21,6 +21,8 @@ pub(super) struct Connect {
     #[serde(skip_serializing_if = "Option::is_none")]
     python: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    nats: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     latest: Option<String>,
 }
 
@@ -28,11 +30,13 @@ impl Connect {
     /// The lines for a key of `datasource`, as seen by whoever sent `headers`.
     pub(super) fn new(datasource: &DatasourceId, scopes: Scopes, parts: &Parts, headers: &HeaderMap) -> Self {
         let address = Address::new(parts, headers);
-        let Address { http, mqtt_host, mqtt_port } = &address;
+        let Address { http, mqtt_host, mqtt_port, tls } = &address;
+        // With the issuers that the device's system knows; for others there is --cafile.
+        let (mosquitto_tls, paho_tls) = if *tls { (" --tls-use-os-certs", ", tls={}") } else { ("", "") };
         let publish = |line: String| scopes.allow(Scope::Ingest).then_some(line);
         Self {
             mosquitto_pub: publish(format!(
-                "mosquitto_pub -h {mqtt_host} -p {mqtt_port} -q 1 -u \"$HEADGATE_API_KEY\" \
+                "mosquitto_pub -h {mqtt_host} -p {mqtt_port}{mosquitto_tls} -q 1 -u \"$HEADGATE_API_KEY\" \
                  -t temperature -m '{{\"value\": 21.5}}'"
             )),
             curl: publish(format!(
@@ -42,9 +46,19 @@ impl Connect {
             python: publish(format!(
                 "python3 -c 'import os; from paho.mqtt import publish; \
                  publish.single(\"temperature\", \"{{\\\"value\\\": 21.5}}\", qos=1, \
-                 hostname=\"{mqtt_host}\", port={mqtt_port}, \
+                 hostname=\"{mqtt_host}\", port={mqtt_port}{paho_tls}, \
                  auth={{\"username\": os.environ[\"HEADGATE_API_KEY\"]}})'  # pip install paho-mqtt"
             )),
+            nats: nats_server(&parts.nats_servers).and_then(|server| {
+                let (user, header) = match parts.callout {
+                    Some(_) => ("NATS_USER=device NATS_PASSWORD=\"$HEADGATE_API_KEY\" ", ""),
+                    None => ("", " -H \"Authorization:$HEADGATE_API_KEY\""),
+                };
+                publish(format!(
+                    "{user}nats -s {server} req{header} \
+                     ingest.{datasource}.temperature '{{\"value\": 21.5}}'"
+                ))
+            }),
             latest: scopes.allow(Scope::Subscribe).then(|| {
                 format!(
                     "curl -H \"Authorization: Bearer $HEADGATE_API_KEY\" \
@@ -55,24 +69,47 @@ impl Connect {
     }
 }
 
+/// The first of the NATS servers whose address a shell takes as it is.
+fn nats_server(servers: &[String]) -> Option<String> {
+    servers.iter().find_map(|address| {
+        let (scheme, server) = address.split_once("://").unwrap_or(("nats", address));
+        (is_host(server) && is_host(scheme)).then(|| format!("{scheme}://{server}"))
+    })
+}
+
 /// Where the gateway is, in the words of the client that asked.
 struct Address {
     http: String,
     mqtt_host: String,
     mqtt_port: u16,
+    /// Whether that port is TLS.
+    tls: bool,
 }
 
 impl Address {
     fn new(parts: &Parts, headers: &HeaderMap) -> Self {
         let named = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
-        let mqtt = parts.mqtt_addr;
+        let (mqtt, tls) = mqtt_for(named, parts.mqtt_addr, parts.mqtt_tls_addr);
         // A listener on every address is reached under the name that the client just used.
         let mqtt_host = match named.map(hostname) {
             Some(name) if mqtt.ip().is_unspecified() => name.to_owned(),
             _ => reachable(mqtt).ip().to_string(),
         };
         let http = named.map_or_else(|| reachable(parts.http_addr).to_string(), str::to_owned);
-        Self { http, mqtt_host, mqtt_port: mqtt.port() }
+        Self { http, mqtt_host, mqtt_port: mqtt.port(), tls }
+    }
+}
+
+/// The MQTT listener for a client that reached HTTP as `host`, and whether it is TLS: the plain one,
+/// unless that is on loopback, TLS is not, and the client is elsewhere.
+fn mqtt_for(host: Option<&str>, plain: SocketAddr, tls: Option<SocketAddr>) -> (SocketAddr, bool) {
+    let here = |name: &str| name == "localhost" || name.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+    match tls {
+        Some(tls) if plain.ip().is_loopback() && !tls.ip().is_loopback() => match host.map(hostname) {
+            Some(name) if !here(name) => (tls, true),
+            _ => (plain, false),
+        },
+        _ => (plain, false),
     }
 }
 
@@ -111,6 +148,36 @@ mod tests {
         for bad in ["", "a b", "a;reboot", "$(reboot)", "a'b", "`a`", "-o", "a/b", "a\\b", "ä"] {
             assert!(!is_host(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn who_is_elsewhere_is_told_of_tls_where_that_alone_can_be_reached() {
+        let addr = |text: &str| text.parse::<SocketAddr>().expect("an address");
+        let (near, far) = (addr("127.0.0.1:1883"), addr("0.0.0.0:1883"));
+        let (near_tls, far_tls) = (addr("127.0.0.1:8883"), addr("0.0.0.0:8883"));
+        for (host, plain, tls, told) in [
+            (Some("gw.example:8080"), near, Some(far_tls), (far_tls, true)),
+            (Some("10.0.0.1:8080"), near, Some(far_tls), (far_tls, true)),
+            (Some("localhost:8080"), near, Some(far_tls), (near, false)),
+            (Some("127.0.0.1:8080"), near, Some(far_tls), (near, false)),
+            (Some("[::1]:8080"), near, Some(far_tls), (near, false)),
+            (None, near, Some(far_tls), (near, false)),
+            (Some("gw.example"), near, Some(near_tls), (near, false)),
+            (Some("gw.example"), far, Some(far_tls), (far, false)),
+            (Some("gw.example"), near, None, (near, false)),
+        ] {
+            assert_eq!(mqtt_for(host, plain, tls), told, "{host:?} {plain} {tls:?}");
+        }
+    }
+
+    #[test]
+    fn a_nats_server_is_named_that_a_shell_takes_as_it_is() {
+        let named = |server: &str| nats_server(&[server.to_owned()]);
+        assert_eq!(named("nats://nats.example:4222").as_deref(), Some("nats://nats.example:4222"));
+        assert_eq!(named("tls://10.0.0.1:4222").as_deref(), Some("tls://10.0.0.1:4222"));
+        assert_eq!(named("127.0.0.1").as_deref(), Some("nats://127.0.0.1"));
+        assert_eq!(named("nats://a;reboot"), None);
+        assert_eq!(nats_server(&[]), None);
     }
 
     #[test]

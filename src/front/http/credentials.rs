@@ -5,17 +5,15 @@
 use std::sync::Arc;
 
 use axum::extract::{FromRequestParts, Query};
-use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri};
 
 use super::Shared;
 use super::problem::{Kind, Problem};
-use crate::auth::{Denied, Grant, Scope};
-use crate::limits::PRESENTED_KEY_BYTES_MAX;
-
-/// The other header that a key may stand in.
-const X_API_KEY: &str = "x-api-key";
+use super::server::Peer;
+use crate::auth::{Actor, Denied, Grant, Scope};
+use crate::front::credentials;
+use crate::message::now_micros;
 
 /// Names of query parameters that are only ever given to carry a secret.
 const KEY_PARAMETERS: [&str; 7] =
@@ -24,10 +22,15 @@ const KEY_PARAMETERS: [&str; 7] =
 /// What every key begins with; anywhere in a query string it gives a key away.
 const KEY_PREFIX: &str = "hgk_";
 
-/// Who a request comes from: the grant of the key that it carries.
-pub(super) struct Caller(pub(super) Grant);
+/// Who a request comes from: the grant of the key that it carries, and the connection that it came on.
+pub(super) struct Caller(pub(super) Grant, pub(super) Peer);
 
 impl Caller {
+    /// The caller, as the audit is to have it.
+    pub(super) fn actor(&self) -> Actor {
+        Actor::key(self.0.key_id(), Some(self.1.addr.ip()))
+    }
+
     /// Lets the caller do `scope` in `datasource`, or says why not.
     pub(super) fn may(&self, scope: Scope, datasource: &str) -> Result<(), Problem> {
         Ok(self.0.allows(scope, datasource)?)
@@ -48,38 +51,32 @@ impl FromRequestParts<Arc<Shared>> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, shared: &Arc<Shared>) -> Result<Self, Problem> {
-        let key = presented(&parts.headers)?;
-        Ok(Self(shared.parts.intake.authorizer().identify(key)?))
+        let Some(peer) = parts.extensions.get::<Peer>() else {
+            return Err(Problem::internal(&"a request without the address it came from"));
+        };
+        let (authorizer, from) = (shared.parts.intake.authorizer(), peer.addr.ip());
+        let key = presented(&parts.headers).map_err(|denied| match denied {
+            Denied::Ambiguous => authorizer.ambiguous_from(from),
+            other => other.into(),
+        })?;
+        let grant = authorizer.identify_from(key, from)?;
+        if peer.keys.enter(grant.key())
+            && let Err(refusal) = shared.parts.intake.check_connections(&grant)
+        {
+            peer.keys.leave(grant.key_id());
+            return Err(refusal.into());
+        }
+        authorizer.registry().used(grant.key(), Some(&peer.client), now_micros(), None);
+        Ok(Self(grant, peer.clone()))
     }
 }
 
-/// The one key that the headers carry. The same key twice is one key.
+/// The one key that the headers carry.
 fn presented(headers: &HeaderMap) -> Result<&[u8], Denied> {
-    let authorization = headers.get_all(AUTHORIZATION).iter().map(|value| bearer(value.as_bytes()));
-    let x_api_key = headers.get_all(X_API_KEY).iter().map(|value| value.as_bytes().trim_ascii());
-    // An empty value is what an unset variable leaves behind: no key.
-    let mut keys = authorization.chain(x_api_key).filter(|key| !key.is_empty());
-    let key = keys.next().ok_or(Denied::NoKey)?;
-    if keys.any(|other| other != key) {
-        return Err(Denied::Ambiguous);
-    }
-    if key.len() > PRESENTED_KEY_BYTES_MAX {
-        return Err(Denied::Malformed);
-    }
-    Ok(key)
-}
-
-/// `KEY` and `Bearer KEY` are both the key; a scheme is written in any case (RFC 9110, 11.1).
-fn bearer(value: &[u8]) -> &[u8] {
-    let value = value.trim_ascii();
-    match value.split_at_checked(6) {
-        Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer") => match key {
-            [] => key,
-            [b' ' | b'\t', ..] => key.trim_ascii_start(),
-            _ => value,
-        },
-        _ => value,
-    }
+    // Names are in lower case here, and looked up as that.
+    let places = [credentials::AUTHORIZATION, credentials::X_API_KEY].into_iter();
+    let values = places.flat_map(|name| headers.get_all(name).iter().map(move |value| (name, value)));
+    credentials::one_key(values.filter_map(|(name, value)| credentials::key_in(name, value.as_bytes())))
 }
 
 /// Refuses a URL that carries what is, or is meant to be, an API key. URLs end up in the logs of
@@ -107,58 +104,19 @@ pub(super) fn refuse_in_url(uri: &Uri) -> Result<(), Problem> {
 mod tests {
     use super::*;
 
-    fn of(headers: &[(&'static str, &'static str)]) -> Result<String, Denied> {
-        let headers = headers.iter().map(|(name, value)| {
-            let name = axum::http::HeaderName::from_static(name);
-            (name, axum::http::HeaderValue::from_static(value))
-        });
-        presented(&headers.collect()).map(|key| String::from_utf8_lossy(key).into_owned())
-    }
-
     #[test]
-    fn a_key_may_stand_in_three_places() {
-        for header in [
-            ("authorization", "k"),
-            ("authorization", "Bearer k"),
-            ("authorization", "bEARER   k "),
-            ("authorization", "Bearer\tk"),
-            ("x-api-key", " k "),
-        ] {
-            assert_eq!(of(&[header]).as_deref(), Ok("k"), "{header:?}");
-        }
-        // A key that begins with the letters of a scheme is still a key.
-        assert_eq!(of(&[("authorization", "bearerk")]).as_deref(), Ok("bearerk"));
-    }
-
-    #[test]
-    fn the_same_key_twice_is_one_key_and_two_keys_are_refused() {
-        let twice = [("authorization", "Bearer k"), ("x-api-key", "k")];
-        assert_eq!(of(&twice).as_deref(), Ok("k"));
-        for two in
-            [[("authorization", "Bearer k"), ("x-api-key", "l")], [("x-api-key", "k"), ("x-api-key", "l")]]
-        {
-            assert_eq!(of(&two), Err(Denied::Ambiguous), "{two:?}");
-        }
-    }
-
-    #[test]
-    fn an_empty_header_is_no_key() {
-        for header in [("authorization", ""), ("authorization", "Bearer"), ("authorization", "Bearer ")] {
-            assert_eq!(of(&[header]), Err(Denied::NoKey), "{header:?}");
-        }
-        assert_eq!(of(&[]), Err(Denied::NoKey));
-        assert_eq!(of(&[("authorization", " "), ("x-api-key", "k")]).as_deref(), Ok("k"));
-    }
-
-    #[test]
-    fn a_presented_key_is_bounded() {
-        let key = |bytes| {
-            let value = axum::http::HeaderValue::from_str(&"k".repeat(bytes)).expect("letters");
-            let headers = [(AUTHORIZATION, value)].into_iter().collect();
-            presented(&headers).map(<[u8]>::len)
+    fn a_key_stands_in_either_header() {
+        let of = |headers: &[(&'static str, &'static str)]| {
+            let headers = headers.iter().map(|(name, value)| {
+                let name = axum::http::HeaderName::from_static(name);
+                (name, axum::http::HeaderValue::from_static(value))
+            });
+            presented(&headers.collect()).map(|key| String::from_utf8_lossy(key).into_owned())
         };
-        assert_eq!(key(PRESENTED_KEY_BYTES_MAX), Ok(PRESENTED_KEY_BYTES_MAX));
-        assert_eq!(key(PRESENTED_KEY_BYTES_MAX + 1), Err(Denied::Malformed));
+        assert_eq!(of(&[("authorization", "Bearer k"), ("x-api-key", "k")]).as_deref(), Ok("k"));
+        assert_eq!(of(&[("x-api-key", "k")]).as_deref(), Ok("k"));
+        assert_eq!(of(&[("authorization", "k"), ("x-api-key", "l")]), Err(Denied::Ambiguous));
+        assert_eq!(of(&[("x-key", "k")]), Err(Denied::NoKey));
     }
 
     #[test]

@@ -2,6 +2,15 @@
 //! taken apart (see [`super::messages`]), and all its messages go through intake as one draft: all
 //! of them are kept, at offsets that follow each other, or none. The answer comes when they are
 //! durable.
+//!
+//! Where one of them does not meet its schema, none is let in: the answer is 422 and names every
+//! message that fails, and those are in quarantine then, durably. The others are the client's to send
+//! again, with what it has mended; an `Idempotency-Key` is not used up by a request that failed.
+//!
+//! With an `Idempotency-Key` a request can be sent again when its answer was lost: as long as the key
+//! is known (`intake.dedup_window_s`), another request with it to the same datasource is answered as
+//! the first one was, and nothing is kept again. It is the key alone that tells: what else the second
+//! request says, and its body, is not compared with the first one's.
 
 use std::sync::Arc;
 
@@ -9,17 +18,24 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::body::{self, Received};
 use super::credentials::Caller;
+use super::limits::rate_headers;
 use super::messages::Messages;
 use super::problem::{Kind, Problem};
 use super::{InPath, Shared, off_the_runtime};
+use crate::auth::usage::Client;
 use crate::auth::{Grant, Scope};
-use crate::intake::{Draft, Incoming, Intake, Refusal};
-use crate::limits::HTTP_INLINE_BYTES_MAX;
+use crate::intake::{Draft, Incoming, Intake, Kept, Refusal, check_message_id};
+use crate::limits::{HTTP_INLINE_BYTES_MAX, VALIDATION_ERRORS_MAX};
+use crate::log::{Offsets, Reason};
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
+use crate::quota::Standing;
+
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// The topic of messages that were posted to a datasource without one.
 const TOPIC_DEFAULT: &str = "data";
@@ -27,9 +43,12 @@ const TOPIC_DEFAULT: &str = "data";
 /// Every message of the request is durable.
 #[derive(Debug, Serialize)]
 pub(super) struct Accepted {
-    accepted: u64,
+    accepted: u32,
     first_offset: Offset,
     last_offset: Offset,
+    /// The request's `Idempotency-Key` was known: these are the numbers of the first with it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    duplicate: bool,
 }
 
 /// `POST /v1/ingest/{datasource}`
@@ -38,7 +57,7 @@ pub(super) async fn to_datasource(
     caller: Caller,
     InPath(datasource): InPath<String>,
     request: Request,
-) -> Result<Json<Accepted>, Problem> {
+) -> Result<Response, Problem> {
     ingest(&shared, caller, &datasource, TOPIC_DEFAULT.to_owned(), request).await
 }
 
@@ -48,44 +67,50 @@ pub(super) async fn to_topic(
     caller: Caller,
     InPath((datasource, topic)): InPath<(String, String)>,
     request: Request,
-) -> Result<Json<Accepted>, Problem> {
+) -> Result<Response, Problem> {
     ingest(&shared, caller, &datasource, topic, request).await
 }
 
 async fn ingest(
     shared: &Shared,
-    Caller(grant): Caller,
+    Caller(grant, peer): Caller,
     datasource: &str,
     topic: String,
     request: Request,
-) -> Result<Json<Accepted>, Problem> {
-    grant.allows(Scope::Ingest, datasource)?;
+) -> Result<Response, Problem> {
+    grant.allows(Scope::Ingest, datasource).inspect_err(|_| shared.registry().refused(grant.key()))?;
     let datasource = shared.datasource(datasource)?.id.clone();
     let (parts, body) = request.into_parts();
     let content_type = content_type(&parts.headers)?;
+    let message_id = idempotency_key(&parts.headers)?;
     let body = body::read(&parts.headers, body, shared.body_limits(), &shared.bodies).await?;
 
     let intake = shared.parts.intake.clone();
-    let upload = Upload { grant, datasource, topic, content_type, body };
+    let client = peer.client;
+    let upload = Upload { grant, client, datasource, topic, content_type, message_id, body };
     let kept = async {
-        let (draft, upload) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
+        let ((draft, standing, failures), upload) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
             (upload.draft(&intake)?, upload)
         } else {
             let intake = intake.clone();
             off_the_runtime(move || Ok((upload.draft(&intake)?, upload))).await?
         };
-        let offsets = intake.submit(draft).await.map_err(|refusal| match &refusal {
+        let kept = intake.submit(draft).await.map_err(|refusal| match &refusal {
             // The key died on the way; intake counted each message then.
             Refusal::Denied(_) => Problem::from(refusal).counted(),
             _ => refusal.into(),
         })?;
         // Until here the body has counted as in memory, and with it the draft made of it.
         drop(upload);
-        offsets.ok_or_else(|| Problem::internal(&"a draft of messages came back without offsets"))
+        let kept = kept.ok_or_else(|| Problem::internal(&"a draft of messages came back without offsets"))?;
+        if failures.all == 0 { Ok((kept, standing)) } else { Err(failures.problem(&kept.offsets)) }
     };
-    let offsets = kept.await.map_err(Problem::body_read)?;
-    let (first_offset, last_offset) = offsets.into_inner();
-    Ok(Json(Accepted { accepted: last_offset - first_offset + 1, first_offset, last_offset }))
+    let (Kept { offsets, duplicate }, standing) = kept.await.map_err(Problem::body_read)?;
+    let (accepted, first_offset, last_offset) = (offsets.records(), offsets.first(), offsets.last());
+    let accepted = Accepted { accepted, first_offset, last_offset, duplicate };
+    let mut response = Json(accepted).into_response();
+    response.headers_mut().extend(standing.iter().flat_map(rate_headers));
+    Ok(response)
 }
 
 fn content_type(headers: &HeaderMap) -> Result<String, Problem> {
@@ -94,20 +119,108 @@ fn content_type(headers: &HeaderMap) -> Result<String, Problem> {
     text.map_err(|_| Problem::new(Kind::Malformed, "The Content-Type is not printable ASCII."))
 }
 
+/// The id that all the messages of a request have together. The IETF draft "The Idempotency-Key HTTP
+/// Header Field" has it in quotes; it is the same one without them.
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(Problem::new(Kind::Malformed, "The request has more than one Idempotency-Key."));
+    }
+    let text = std::str::from_utf8(value.as_bytes());
+    let text = text.map_err(|_| Problem::new(Kind::Malformed, "The Idempotency-Key is not UTF-8."))?;
+    let quoted = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    let id = quoted.unwrap_or(text);
+    check_message_id(id).map_err(|refusal| {
+        let words = format!("The Idempotency-Key cannot be used: {refusal}.");
+        Problem::new(Kind::Malformed, words).cause(refusal.cause())
+    })?;
+    Ok(Some(id.to_owned()))
+}
+
+/// The messages of a request that do not meet their schemas.
+#[derive(Default)]
+struct Failures {
+    /// How many.
+    all: usize,
+    /// The first of them.
+    listed: Vec<Failure>,
+}
+
+/// One of them, as the answer shows it.
+#[derive(Serialize)]
+struct Failure {
+    /// In the request's body.
+    pointer: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<u32>,
+    keyword: String,
+    detail: String,
+    schema_version: u32,
+    /// In quarantine.
+    offset: Offset,
+}
+
+impl Failures {
+    fn add(&mut self, messages: &Messages<'_>, index: usize, reason: Reason<'static>) {
+        if self.listed.len() < VALIDATION_ERRORS_MAX {
+            let (pointer, line) = messages.pointer(index, &reason.pointer);
+            let (keyword, detail) = (reason.keyword.into_owned(), reason.words.into_owned());
+            let schema_version = reason.schema_version;
+            self.listed.push(Failure { pointer, line, keyword, detail, schema_version, offset: 0 });
+        }
+        self.all += 1;
+    }
+
+    /// What the client is told once they are in quarantine, at these offsets.
+    fn problem(mut self, offsets: &Offsets) -> Problem {
+        for (nth, failure) in self.listed.iter_mut().enumerate() {
+            failure.offset = offsets.nth(nth);
+        }
+        let words = match (&self.listed[..], self.all) {
+            ([only], 1) => format!(
+                "{} (schema version {}). The message is in quarantine at offset {}; nothing of the \
+                 request was let in.",
+                only.detail, only.schema_version, only.offset
+            ),
+            (_, all) => format!(
+                "{all} messages do not meet their schema. They are in quarantine; nothing of the request \
+                 was let in."
+            ),
+        };
+        let pointer = self.listed.first().map(|first| first.pointer.clone()).unwrap_or_default();
+        let errors = serde_json::to_value(&self.listed).unwrap_or_default();
+        Problem::new(Kind::Validation, words)
+            .cause("schema")
+            .counted()
+            .with("pointer", pointer)
+            .with("quarantined", self.all)
+            .with("errors", errors)
+    }
+}
+
 /// A request whose body is there.
 struct Upload {
     grant: Grant,
+    client: Arc<Client>,
     datasource: DatasourceId,
     topic: String,
     content_type: String,
+    message_id: Option<String>,
     body: Received,
 }
 
 impl Upload {
-    /// The draft of all its messages.
-    fn draft(&self, intake: &Intake) -> Result<Draft, Problem> {
+    /// The draft of all its messages, or of those alone that fail, where some do; and how far their rate
+    /// is used after them, if they have one.
+    fn draft(&self, intake: &Intake) -> Result<(Draft, Option<Standing>, Failures), Problem> {
         let messages = Messages::split(&self.content_type, &self.body.bytes)?;
-        let mut draft = intake.draft(Transport::Http);
+        let mut draft = intake.draft(Transport::Http, 0);
+        draft.sent_by(&self.client);
+        self.message_id.iter().try_for_each(|id| draft.keep_once(id))?;
+        let mut failures = Failures::default();
+        let (count, bytes) = (messages.payloads.len() as u64, self.body.bytes.len() as u64);
+        let standing = draft.pay(&self.grant, &self.datasource, count, bytes)?;
         for (index, payload) in messages.payloads.iter().enumerate() {
             let message = Incoming {
                 topic: &self.topic,
@@ -115,11 +228,18 @@ impl Upload {
                 content_type: messages.content_type,
                 properties: &[],
                 flags: RecordFlags::default(),
+                message_id: None,
+                exchange: None,
             };
-            draft
-                .push(&self.grant, Some(&self.datasource), message)
-                .map_err(|refusal| messages.locate(index, refusal.into()))?;
+            match draft.push(&self.grant, Some(&self.datasource), message) {
+                Ok(_) => {}
+                Err(Refusal::Quarantined(quarantined)) => failures.add(&messages, index, quarantined.reason),
+                Err(refusal) => return Err(messages.locate(index, refusal.into())),
+            }
         }
-        Ok(draft)
+        if failures.all > 0 {
+            draft.keep_quarantined_only();
+        }
+        Ok((draft, standing, failures))
     }
 }

@@ -1,21 +1,26 @@
-//! Managing keys: create, list, revoke, for one datasource or, as `*`, for those of all of them. A
+//! Managing keys: create, list, rotate, revoke, for one datasource or, as `*`, for those of all of them. A
 //! key's secret is in the answer that creates it and nowhere else.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::connect::Connect;
 use super::credentials::Caller;
 use super::problem::{Kind, Problem};
-use super::{InPath, Shared, off_the_runtime};
-use crate::auth::{ApiKey, Key, Registry, Scope, Scopes};
-use crate::consume::render::{Rfc3339, parse_time};
-use crate::message::{DatasourceId, KeyId, now_micros};
+use super::{InPath, Shared, limits, off_the_runtime};
+use crate::auth::usage::{Used, User};
+use crate::auth::{ApiKey, Key, Scope, Scopes};
+use crate::limits::{GRACE_DEFAULT_S, GRACE_S_MAX, USAGE_KEYS_PER_CHANGE};
+use crate::message::{DatasourceId, KeyId, Offset, now_micros};
+use crate::quota::Limits;
+use crate::time::{Rfc3339, parse_time};
 
 /// What creating a key takes.
 #[derive(Deserialize)]
@@ -25,6 +30,8 @@ pub(super) struct Create {
     label: String,
     scopes: Option<Scopes>,
     expires_at: Option<String>,
+    #[serde(default)]
+    limits: Value,
 }
 
 /// What creating a key answers.
@@ -38,29 +45,129 @@ struct Created<'a> {
 /// What listing keys answers.
 #[derive(Serialize)]
 struct List<'a> {
-    keys: Vec<View<'a>>,
+    keys: Vec<Listed<'a>>,
+}
+
+/// What a key is good for now.
+#[derive(Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Standing {
+    /// Good, until it expires, if it does.
+    Active,
+    /// Good, and another key takes its place when its grace ends.
+    Rotating,
+    /// Its time is over.
+    Expired,
 }
 
 /// A key, as the API shows it.
 #[derive(Serialize)]
-struct View<'a> {
+pub(super) struct View<'a> {
     id: KeyId,
     label: &'a str,
     scopes: Scopes,
+    state: Standing,
     created_at: Rfc3339,
     expires_at: Option<Rfc3339>,
+    /// The key whose place it has taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replaces: Option<KeyId>,
+    /// The key that takes its place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replaced_by: Option<KeyId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grace_ends_at: Option<Rfc3339>,
+    /// Its own.
+    limits: Limits,
 }
 
 impl<'a> View<'a> {
-    fn of(key: &'a Key) -> Self {
+    pub(super) fn of(key: &'a Key) -> Self {
+        let rotation = key.rotation();
+        let (replaced_by, grace_ends_at) = rotation.replaced_by.unzip();
         Self {
             id: key.id,
             label: &key.label,
             scopes: key.scopes,
+            state: match replaced_by {
+                _ if key.has_expired() => Standing::Expired,
+                Some(_) => Standing::Rotating,
+                None => Standing::Active,
+            },
             created_at: Rfc3339(key.created_at),
-            expires_at: key.expires_at.map(Rfc3339),
+            expires_at: key.expires_at().map(Rfc3339),
+            replaces: rotation.replaces,
+            replaced_by,
+            grace_ends_at: grace_ends_at.map(Rfc3339),
+            limits: limits::shown(&key.limits),
         }
     }
+}
+
+/// A key and its use, as the list shows it.
+#[derive(Serialize)]
+struct Listed<'a> {
+    #[serde(flatten)]
+    key: View<'a>,
+    accepted: u64,
+    refused: u64,
+    /// Connections at this moment.
+    connections: usize,
+    last_used: Option<LastUsed<'a>>,
+    users: &'a [User],
+}
+
+/// When a key was last used: the newest of its users, and the newest record under it.
+#[derive(Serialize)]
+struct LastUsed<'a> {
+    #[serde(flatten)]
+    by: &'a User,
+    offset: Option<Offset>,
+}
+
+impl<'a> Listed<'a> {
+    fn of(key: &'a Key, used: &'a Used) -> Self {
+        Self {
+            key: View::of(key),
+            accepted: used.accepted,
+            refused: used.refused,
+            connections: key.connected(),
+            last_used: used.users.first().map(|by| LastUsed { by, offset: used.offset }),
+            users: &used.users,
+        }
+    }
+}
+
+/// What rotating a key takes.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Rotate {
+    grace_seconds: Option<u64>,
+    #[serde(default)]
+    undo: bool,
+}
+
+/// What rotating a key answers.
+#[derive(Serialize)]
+struct Rotated<'a> {
+    key: NewKey<'a>,
+    replaced: Replaced,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    connect: Option<Connect>,
+}
+
+/// The key whose place is taken.
+#[derive(Serialize)]
+struct Replaced {
+    id: KeyId,
+    grace_ends_at: Rfc3339,
+}
+
+/// What undoing it answers.
+#[derive(Serialize)]
+struct Undone<'a> {
+    key: View<'a>,
+    revoked: Option<KeyId>,
 }
 
 /// A key that was just created: the one time that its secret is shown.
@@ -87,7 +194,8 @@ pub(super) async fn create(
 ) -> Result<Response, Problem> {
     caller.may(Scope::Admin, &datasource)?;
     let datasource = owner(&shared, &datasource)?;
-    let Create { label, scopes, expires_at } = shared.read_json(request).await?;
+    let Create { label, scopes, expires_at, limits } = shared.read_json(request).await?;
+    let limits = limits::parse(&limits).map_err(Problem::body_read)?;
     let expires_at = match expires_at {
         None => None,
         Some(text) => {
@@ -101,7 +209,16 @@ pub(super) async fn create(
     let scopes = scopes.unwrap_or(Scopes::of(&[Scope::Ingest]));
     let registry = shared.registry().clone();
     let owner = datasource.clone();
-    let created = off_the_runtime(move || Ok(registry.create_key(&owner, &label, scopes, expires_at)?)).await;
+    let actor = caller.actor();
+    let created = off_the_runtime(move || {
+        let created = registry.create_key(&actor, &owner, &label, scopes, expires_at)?;
+        // Its secret is not given out yet: nobody has used it without them.
+        if !limits.is_empty() {
+            registry.set_key_limits(&actor, &owner, created.0.id, limits.text())?;
+        }
+        Ok(created)
+    });
+    let created = created.await;
     let (key, secret) = created.map_err(Problem::body_read)?;
     // A key for all datasources has no one place to connect to.
     let connect = (!datasource.is_all()).then(|| Connect::new(&datasource, scopes, &shared.parts, &headers));
@@ -116,9 +233,69 @@ pub(super) async fn list(
     InPath(datasource): InPath<String>,
 ) -> Result<Response, Problem> {
     caller.may(Scope::Admin, &datasource)?;
-    let keys = shared.registry().keys(&owner(&shared, &datasource)?);
-    let keys = keys.iter().map(|key| View::of(key)).collect();
-    Ok(Json(List { keys }).into_response())
+    let owner = owner(&shared, &datasource)?;
+    let listed = off_the_runtime(move || {
+        let keys = shared.registry().keys(&owner);
+        let mut used = Vec::with_capacity(keys.len());
+        // Changes of the registry wait meanwhile.
+        for some in keys.chunks(USAGE_KEYS_PER_CHANGE) {
+            used.extend(shared.registry().usage(some)?);
+        }
+        let keys = keys.iter().zip(&used).map(|(key, used)| Listed::of(key, used)).collect();
+        Ok(Json(List { keys }).into_response())
+    });
+    listed.await
+}
+
+/// `POST /v1/datasources/{datasource}/keys/{key_id}/rotate`: another key takes its place, or with
+/// `undo` no longer does.
+pub(super) async fn rotate(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    InPath((datasource, key_id)): InPath<(String, String)>,
+    headers: HeaderMap,
+    request: Request,
+) -> Result<Response, Problem> {
+    let called = Instant::now();
+    caller.may(Scope::Admin, &datasource)?;
+    let owner = owner(&shared, &datasource)?;
+    let key_id = KeyId::parse(&key_id)?;
+    let Rotate { grace_seconds, undo } = shared.read_json(request).await?;
+    let grace_seconds = match grace_seconds {
+        Some(_) if undo => {
+            let words = "To undo a rotation takes no grace_seconds.";
+            return Err(Problem::new(Kind::Malformed, words).with("pointer", "/grace_seconds").body_read());
+        }
+        Some(seconds) if seconds > GRACE_S_MAX => {
+            let words = format!("grace_seconds is {seconds}: it has to be {GRACE_S_MAX} at most.");
+            let problem = Problem::new(Kind::Malformed, words).with("limit", GRACE_S_MAX);
+            return Err(problem.with("pointer", "/grace_seconds").body_read());
+        }
+        seconds => seconds.unwrap_or(GRACE_DEFAULT_S),
+    };
+    let (registry, actor) = (shared.registry().clone(), caller.actor());
+    let of = owner.clone();
+    if undo {
+        let undone = off_the_runtime(move || Ok(registry.undo_rotation(&actor, &of, key_id)?)).await;
+        let undone = undone.map_err(Problem::body_read)?.ok_or_else(|| no_key(key_id).body_read())?;
+        let dead: Vec<_> = undone.dead.into_iter().collect();
+        shared.settle(&caller, &dead, called).await;
+        let body = Undone { key: View::of(&undone.key), revoked: dead.first().map(|key| key.id) };
+        return Ok(Json(body).into_response());
+    }
+    let grace = Duration::from_secs(grace_seconds);
+    let rotated = off_the_runtime(move || Ok(registry.rotate_key(&actor, &of, key_id, grace)?)).await;
+    let rotated = rotated.map_err(Problem::body_read)?.ok_or_else(|| no_key(key_id).body_read())?;
+    if let Some(dead) = rotated.dead {
+        shared.settle(&caller, &[dead], called).await;
+    }
+    let scopes = rotated.key.scopes;
+    let body = Rotated {
+        key: NewKey::of(&rotated.key, &rotated.secret),
+        replaced: Replaced { id: key_id, grace_ends_at: Rfc3339(rotated.grace_ends_at) },
+        connect: (!owner.is_all()).then(|| Connect::new(&owner, scopes, &shared.parts, &headers)),
+    };
+    Ok((StatusCode::CREATED, Json(body)).into_response())
 }
 
 /// `DELETE /v1/datasources/{datasource}/keys/{key_id}`: answers when the key is dead and nothing more
@@ -128,39 +305,23 @@ pub(super) async fn revoke(
     caller: Caller,
     InPath((datasource, key_id)): InPath<(String, String)>,
 ) -> Result<StatusCode, Problem> {
+    let called = Instant::now();
     caller.may(Scope::Admin, &datasource)?;
     let datasource = owner(&shared, &datasource)?;
     let key_id = KeyId::parse(&key_id)?;
-    let for_change = shared.clone();
-    let dead = off_the_runtime(move || {
-        let _one_at_a_time = for_change.revoking.lock().unwrap_or_else(PoisonError::into_inner);
-        let registry = for_change.registry();
-        if datasource.is_all() && is_last_admin(registry, key_id) {
-            let words = "This is the last admin key for all datasources; create another one first.";
-            return Err(Problem::new(Kind::Conflict, words).cause("last_admin_key"));
-        }
-        Ok(registry.revoke_key(&datasource, key_id)?)
-    });
-    match dead.await? {
-        Some(key) => {
-            shared.parts.intake.settle(&[key]).await;
-            Ok(StatusCode::NO_CONTENT)
-        }
-        None => {
-            Err(Problem::new(Kind::NotFound, format!("There is no key {key_id} here.")).cause("no_key_id"))
-        }
-    }
+    let (registry, actor) = (shared.registry().clone(), caller.actor());
+    let dead = off_the_runtime(move || Ok(registry.revoke_key(&actor, &datasource, key_id)?)).await?;
+    let dead = dead.ok_or_else(|| no_key(key_id))?;
+    shared.settle(&caller, &[dead], called).await;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn no_key(key_id: KeyId) -> Problem {
+    Problem::new(Kind::NotFound, format!("There is no key {key_id} here.")).cause("no_key_id")
 }
 
 /// What the keys of a path belong to: a datasource that there is, or all of them.
-fn owner(shared: &Shared, datasource: &str) -> Result<DatasourceId, Problem> {
+pub(super) fn owner(shared: &Shared, datasource: &str) -> Result<DatasourceId, Problem> {
     let all = DatasourceId::all();
     if datasource == all.as_str() { Ok(all) } else { Ok(shared.datasource(datasource)?.id.clone()) }
-}
-
-/// Whether without this key nobody could manage anything any more.
-fn is_last_admin(registry: &Registry, key_id: KeyId) -> bool {
-    let keys = registry.keys(&DatasourceId::all());
-    let mut admins = keys.iter().filter(|key| key.scopes.allow(Scope::Admin) && !key.has_expired());
-    admins.next().is_some_and(|key| key.id == key_id) && admins.next().is_none()
 }

@@ -2,6 +2,7 @@
 //! one datasource manages that one.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -9,15 +10,17 @@ use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::connect::Connect;
 use super::credentials::Caller;
 use super::keys::NewKey;
 use super::problem::Problem;
-use super::{InPath, Shared, off_the_runtime};
+use super::{InPath, Shared, limits, off_the_runtime, schema};
 use crate::auth::{Datasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
 use crate::message::DatasourceId;
+use crate::quota::Limits;
 
 /// What creating a datasource takes.
 #[derive(Deserialize)]
@@ -26,6 +29,10 @@ pub(super) struct Create {
     id: Option<String>,
     name: String,
     scopes: Option<Scopes>,
+    /// What the messages to all its topics have to meet.
+    schema: Option<Value>,
+    #[serde(default)]
+    limits: Value,
 }
 
 /// What creating a datasource answers.
@@ -44,16 +51,19 @@ struct List<'a> {
 
 /// A datasource, as the API shows it.
 #[derive(Serialize)]
-struct View<'a> {
+pub(super) struct View<'a> {
     id: &'a DatasourceId,
     name: &'a str,
     created_at: Rfc3339,
+    /// Of all its keys together.
+    limits: Limits,
 }
 
 impl<'a> View<'a> {
-    fn of(datasource: &'a Datasource) -> Self {
+    pub(super) fn of(datasource: &'a Datasource) -> Self {
         let created_at = Rfc3339(datasource.created_at);
-        Self { id: &datasource.id, name: &datasource.name, created_at }
+        let limits = limits::shown(&datasource.limits);
+        Self { id: &datasource.id, name: &datasource.name, created_at, limits }
     }
 }
 
@@ -65,7 +75,8 @@ pub(super) async fn create(
     request: Request,
 ) -> Result<Response, Problem> {
     caller.may_manage_all()?;
-    let Create { id, name, scopes } = shared.read_json(request).await?;
+    let Create { id, name, scopes, schema, limits } = shared.read_json(request).await?;
+    let limits = limits::parse(&limits).map_err(Problem::body_read)?;
     let id = match id {
         Some(id) => {
             Some(DatasourceId::new(&id).map_err(|e| Problem::from(e).with("pointer", "/id").body_read())?)
@@ -74,7 +85,20 @@ pub(super) async fn create(
     };
     let scopes = scopes.unwrap_or(Scopes::of(&[Scope::Ingest]));
     let registry = shared.registry().clone();
-    let created = off_the_runtime(move || Ok(registry.create_datasource(id, &name, scopes)?)).await;
+    let actor = caller.actor();
+    let rules = schema.map(schema::initial).transpose()?;
+    let created = off_the_runtime(move || {
+        let created = registry.create_datasource(&actor, id, &name, scopes)?;
+        // The secret of its key is not given out yet: nobody has used it without them.
+        if !limits.is_empty() {
+            registry.set_datasource_limits(&actor, &created.0.id, limits.text())?;
+        }
+        if let Some(rules) = rules {
+            schema::begin_with(&registry, &actor, &created.0, &rules)?;
+        }
+        Ok(created)
+    });
+    let created = created.await;
     let (datasource, key, secret) = created.map_err(Problem::body_read)?;
     let location = format!("/v1/datasources/{}", datasource.id);
     let body = Created {
@@ -110,10 +134,12 @@ pub(super) async fn delete(
     caller: Caller,
     InPath(id): InPath<String>,
 ) -> Result<StatusCode, Problem> {
+    let called = Instant::now();
     caller.may(Scope::Admin, &id)?;
     let datasource = shared.datasource(&id)?;
     let registry = shared.registry().clone();
-    let dead = off_the_runtime(move || Ok(registry.delete_datasource(&datasource.id)?)).await?;
-    shared.parts.intake.settle(&dead).await;
+    let actor = caller.actor();
+    let dead = off_the_runtime(move || Ok(registry.delete_datasource(&actor, &datasource.id)?)).await?;
+    shared.settle(&caller, &dead, called).await;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -66,6 +66,16 @@ impl<'a> Messages<'a> {
         }
     }
 
+    /// Where in the body a place within one of its messages is: as a JSON pointer, which for a body of
+    /// lines is one into the line whose number comes with it.
+    pub(super) fn pointer(&self, index: usize, within: &str) -> (String, Option<u32>) {
+        match &self.places {
+            Places::Whole => (within.to_owned(), None),
+            Places::Elements => (format!("/{index}{within}"), None),
+            Places::Lines(lines) => (within.to_owned(), lines.get(index).copied()),
+        }
+    }
+
     fn whole(content_type: &'a str, body: &'a [u8]) -> Self {
         Self { content_type, payloads: vec![body], places: Places::Whole }
     }

@@ -6,25 +6,34 @@
 //! handler; `credentials` says whose request it is before any of its body is read; then one handler
 //! of the table in [`routes`] runs. Whatever says no becomes a `problem`.
 
+mod audit;
 mod body;
 mod connect;
 mod credentials;
 mod dashboard;
 mod ingest;
 mod keys;
+mod leaks;
 mod lent;
+mod limits;
 mod manage;
 mod messages;
+mod presented;
 mod probes;
-mod problem;
+pub(super) mod problem;
+mod quarantine;
 mod query;
+mod refusals;
+mod schema;
 mod server;
 mod socket;
+mod waiting;
+mod websocket;
 
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::HttpBody;
@@ -35,6 +44,7 @@ use axum::http::{HeaderValue, Method, Version};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, on};
+use headgate_bridge_nats::Nats;
 use serde::de::DeserializeOwned;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -43,37 +53,64 @@ use tracing::debug;
 use tracing::field::display;
 
 use self::body::BodyLimits;
+use self::credentials::Caller;
 use self::lent::Lender;
 use self::problem::{Kind, Problem, Refused};
 use self::server::Peer;
-use crate::auth::{Datasource, Registry};
+use crate::auth::failures::Failures;
+use crate::auth::{Datasource, Key, Registry};
 use crate::config;
+use crate::consume::egress::Egress;
+use crate::consume::quarantine::Leaks;
 use crate::consume::query::Query;
 use crate::consume::storage::Storage;
+use crate::consume::subscriber::retained::Retained;
+use crate::front::{mqtt, nats};
 use crate::intake::Intake;
-use crate::limits::{HTTP_BODIES_BYTES_MAX, HTTP_MANAGE_BYTES_MAX, QUERIES_MAX};
+use crate::limits::{
+    HTTP_BODIES_BYTES_MAX, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S, QUERIES_MAX,
+};
 use crate::log::Log;
-use crate::message::Transport;
+use crate::message::{DatasourceId, Transport};
 use crate::observe::metrics::Metrics;
+use crate::observe::refusals::Note;
+
+pub use waiting::{Reason, until_ready};
 
 /// What the HTTP front works with.
 pub struct Parts {
     /// The door.
     pub intake: Intake,
     /// For offsets and health.
-    pub log: Log,
+    pub log: Arc<dyn Log>,
     /// Stored records, if there is storage.
     pub query: Option<Query>,
+    /// What leaked keys let in.
+    pub leaks: Leaks,
+    /// Retained messages, of which some may have been let in so.
+    pub retained: Retained,
     /// The storage consumer, if there is one.
     pub storage: Option<Arc<Storage>>,
+    /// What sends the stream on to NATS, if there is one.
+    pub egress: Option<Arc<Egress>>,
     /// For `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Limits.
     pub config: config::Http,
+    /// Takes in MQTT over WebSocket.
+    pub mqtt: mqtt::Acceptor,
     /// Where MQTT is served, for the lines that say how to connect.
     pub mqtt_addr: SocketAddr,
+    /// Where MQTT is served over TLS, if it is.
+    pub mqtt_tls_addr: Option<SocketAddr>,
     /// Where HTTP is served.
     pub http_addr: SocketAddr,
+    /// The NATS front, if there is one.
+    pub nats: Option<Arc<nats::Front>>,
+    /// The servers that it is on, for the lines that say how to connect.
+    pub nats_servers: Vec<String>,
+    /// The connection on which NATS asks about its clients, if API keys are NATS users.
+    pub callout: Option<Nats>,
 }
 
 /// Serves HTTP on `listener` until `drain` is cancelled; then accepts no more, and returns when the
@@ -84,7 +121,13 @@ pub async fn serve(listener: TcpListener, parts: Parts, drain: CancellationToken
         // Room for two of the largest, whatever the largest is.
         bodies: Arc::new(Semaphore::new(HTTP_BODIES_BYTES_MAX.max(2 * config.body_bytes_max))),
         queries: Semaphore::new(QUERIES_MAX),
-        revoking: Mutex::new(()),
+        setting_schemas: Mutex::new(()),
+        leak_reports: Failures::new(&config::Auth {
+            failures_burst: LEAK_REPORTS_BURST,
+            failures_per_s: LEAK_REPORTS_PER_S,
+            failures_exempt: Vec::new(),
+        }),
+        limiting: Mutex::new(()),
         drain: drain.clone(),
         parts,
     });
@@ -98,8 +141,12 @@ struct Shared {
     bodies: Arc<Semaphore>,
     /// A permit for each query that may run at once.
     queries: Semaphore,
-    /// Held while a key is looked at and revoked, so that of two last admin keys one stays.
-    revoking: Mutex<()>,
+    /// Leak reports, counted by the address that they came from.
+    leak_reports: Failures,
+    /// Held while limits are changed, so that none of two changes is lost.
+    limiting: Mutex<()>,
+    /// Held while the schemas of a datasource are looked at and set, so that no version is given twice.
+    setting_schemas: Mutex<()>,
     drain: CancellationToken,
 }
 
@@ -113,6 +160,13 @@ impl Shared {
         self.registry().datasource(id).ok_or_else(|| no_datasource(id))
     }
 
+    /// Waits until nothing more can come in under keys that a call has ended, and their connections are
+    /// gone, but for the caller's own, which is closed after its answer.
+    async fn settle(&self, caller: &Caller, dead: &[Arc<Key>], called: Instant) {
+        dead.iter().for_each(|key| caller.1.keys.leave(key.id));
+        self.parts.intake.settle(dead, called).await;
+    }
+
     fn body_limits(&self) -> BodyLimits {
         let config = &self.parts.config;
         let time_max = Duration::from_millis(config.body_ms_max);
@@ -122,8 +176,17 @@ impl Shared {
     /// A request that manages, read and understood. Fields that are not known are refused, because
     /// ignoring one would be promising what it asks for.
     async fn read_json<T: DeserializeOwned>(&self, request: Request) -> Result<T, Problem> {
+        self.read_json_up_to(request, HTTP_MANAGE_BYTES_MAX).await
+    }
+
+    /// The same, with another limit than most.
+    async fn read_json_up_to<T: DeserializeOwned>(
+        &self,
+        request: Request,
+        bytes_max: usize,
+    ) -> Result<T, Problem> {
         let (parts, body) = request.into_parts();
-        let limits = BodyLimits { bytes_max: HTTP_MANAGE_BYTES_MAX, setting: "", ..self.body_limits() };
+        let limits = BodyLimits { bytes_max, setting: "", ..self.body_limits() };
         let received = body::read(&parts.headers, body, limits, &self.bodies).await?;
         serde_json::from_slice(&received.bytes).map_err(|error| {
             Problem::new(Kind::Malformed, format!("The body cannot be used: {error}.")).body_read()
@@ -157,19 +220,32 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
         let filter = MethodFilter::try_from(method.clone()).expect("the table has standard methods alone");
         (method, path, on(filter, handler))
     }
-    let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
+    let (get, post, delete, put) = (Method::GET, Method::POST, Method::DELETE, Method::PUT);
+    let patch = Method::PATCH;
     vec![
         route(post.clone(), "/v1/ingest/{datasource}", ingest::to_datasource),
         route(post.clone(), "/v1/ingest/{datasource}/{*topic}", ingest::to_topic),
         route(post.clone(), "/v1/datasources", manage::create),
         route(get.clone(), "/v1/datasources", manage::list),
         route(get.clone(), "/v1/datasources/{datasource}", manage::show),
+        route(patch.clone(), "/v1/datasources/{datasource}", limits::of_datasource),
         route(delete.clone(), "/v1/datasources/{datasource}", manage::delete),
-        route(post, "/v1/datasources/{datasource}/keys", keys::create),
+        route(put, "/v1/datasources/{datasource}/schema", schema::set),
+        route(get.clone(), "/v1/datasources/{datasource}/schema", schema::show),
+        route(get.clone(), "/v1/datasources/{datasource}/quarantine", quarantine::list),
+        route(post.clone(), "/v1/datasources/{datasource}/quarantine/redrive", quarantine::redrive),
+        route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/quarantine", quarantine::leak),
+        route(post.clone(), "/v1/datasources/{datasource}/keys", keys::create),
         route(get.clone(), "/v1/datasources/{datasource}/keys", keys::list),
+        route(patch, "/v1/datasources/{datasource}/keys/{key_id}", limits::of_key),
         route(delete, "/v1/datasources/{datasource}/keys/{key_id}", keys::revoke),
+        route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/v1/refusals", refusals::list),
+        route(get.clone(), "/v1/audit", audit::list),
+        route(post.clone(), "/v1/leaks", leaks::report),
+        route(get.clone(), "/mqtt", websocket::open),
         route(get.clone(), "/livez", probes::live),
         route(get.clone(), "/readyz", probes::ready),
         route(get.clone(), "/metrics", probes::metrics),
@@ -211,6 +287,7 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
     let peer = request.extensions().get::<Peer>().cloned();
     let route = request.extensions().get::<MatchedPath>().cloned();
     let method = request.method().clone();
+    let datasource = datasource_in(request.uri().path()).to_owned();
     let has_body = !request.body().is_end_stream();
     let http1 = request.version() < Version::HTTP_2;
     let (head, body) = request.into_parts();
@@ -228,23 +305,32 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
             problem.into_response()
         }
     };
-    let refused = response.extensions().get::<Refused>().copied();
-    if let Some(Refused { cause, key_id, counted, .. }) = refused {
+    let refused = response.extensions_mut().remove::<Refused>();
+    if let Some(refused) = &refused {
+        let Refused { cause, key_id, counted, .. } = *refused;
         if !counted {
-            shared.parts.metrics.refused(Transport::Http, cause);
+            shared.parts.intake.refusals().note(Note {
+                address: peer.as_ref().map(|peer| peer.addr.ip()),
+                datasource: &datasource,
+                key_id,
+                key_shape: refused.key_shape,
+                limited: refused.limited.as_deref(),
+                ..Note::new(Transport::Http, cause, &refused.words)
+            });
         }
         let route = route.as_ref().map_or("-", MatchedPath::as_str);
         let status = response.status().as_u16();
         let (peer, key_id) = (peer.as_ref().map(|peer| display(peer.addr)), key_id.map(display));
         debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
     }
+    let unread = refused.is_some_and(|refused| !refused.body_read);
     if let Some(lender) = lender
-        && refused.is_some_and(|refused| !refused.body_read)
+        && unread
     {
         lender.discard().await;
     }
     let headers = response.headers_mut();
-    if http1 && has_body && refused.is_some_and(|refused| !refused.body_read) {
+    if http1 && has_body && unread {
         // What is left of the body stands where the next request would begin. Said here, so that the
         // client does not send one.
         if let Some(peer) = &peer {
@@ -255,6 +341,14 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
+}
+
+/// The datasource that a path names, or nothing.
+fn datasource_in(path: &str) -> &str {
+    let rest = ["/v1/ingest/", "/v1/datasources/"].iter().find_map(|prefix| path.strip_prefix(prefix));
+    let id = rest.map_or("", |rest| rest.split('/').next().unwrap_or(rest));
+    // Anything else may be written there, and is nobody's.
+    if DatasourceId::new(id).is_ok() { id } else { "" }
 }
 
 /// The parameters in a request's path, decoded; what cannot be decoded is a problem as any other.

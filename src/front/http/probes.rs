@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::Shared;
+use crate::consume::egress::Skipped;
 
 /// `GET /livez`: the process serves.
 pub(super) async fn live() -> &'static str {
@@ -26,17 +27,28 @@ struct Readiness {
     warnings: Vec<String>,
 }
 
-/// `GET /readyz`: messages can be taken and made durable. Trouble with storage is a warning alone,
-/// because devices are served all the same: the log keeps what storage has not taken yet.
+/// `GET /readyz`: messages can be taken and made durable. Trouble with storage or with the stream on NATS
+/// is a warning alone, because devices are served all the same: the log keeps what was not taken yet. So is
+/// a NATS that is away, as those who come by MQTT and HTTP are served.
 pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
     let draining = shared.drain.is_cancelled().then(|| "the gateway is shutting down".to_owned());
     let reasons: Vec<String> = shared.parts.log.trouble().into_iter().chain(draining).collect();
-    let warnings = shared.parts.storage.as_ref().and_then(|storage| storage.trouble());
+    let storage = shared.parts.storage.as_ref().and_then(|storage| storage.trouble());
+    let nats = shared.parts.nats.as_ref().and_then(|nats| nats.trouble());
+    let callout = || shared.parts.callout.as_ref().and_then(|callout| callout.trouble());
+    let nats = nats.or_else(callout);
+    let egress = shared.parts.egress.as_ref().and_then(|egress| egress.trouble());
+    let warnings = storage.into_iter().chain(nats).chain(egress).collect();
+    readiness(reasons, warnings)
+}
+
+/// What `/readyz` says.
+pub(super) fn readiness(reasons: Vec<String>, warnings: Vec<String>) -> Response {
     let (code, status) = match reasons.is_empty() {
         true => (StatusCode::OK, "ready"),
         false => (StatusCode::SERVICE_UNAVAILABLE, "unready"),
     };
-    (code, Json(Readiness { status, reasons, warnings: warnings.into_iter().collect() })).into_response()
+    (code, Json(Readiness { status, reasons, warnings })).into_response()
 }
 
 /// `GET /metrics`: everything that is counted, in Prometheus' text format.
@@ -46,10 +58,28 @@ pub(super) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
     let gauge = |name, value: u64| parts.metrics.gauge(name, value as f64);
     gauge("headgate_log_next_offset", parts.log.next_offset());
     gauge("headgate_log_first_offset", parts.log.first_offset());
-    gauge("headgate_log_bytes", parts.log.disk_bytes());
+    gauge("headgate_log_bytes", parts.log.bytes());
     gauge("headgate_keys", parts.intake.authorizer().registry().key_count() as u64);
+    parts.metrics.counter("headgate_dedup_evicted_total", parts.log.evicted_ids());
+    parts.metrics.counter("headgate_refusals_unlisted_total", parts.intake.refusals().unlisted());
+    if let Some(nats) = &parts.nats {
+        gauge("headgate_nats_connected", u64::from(nats.trouble().is_none()));
+    }
     if let Some(storage) = &parts.storage {
         gauge("headgate_storage_cursor", storage.cursor());
+    }
+    if let Some(egress) = &parts.egress {
+        let counts = egress.counts();
+        gauge("headgate_egress_cursor", counts.cursor());
+        gauge("headgate_egress_lag_records", parts.log.next_offset().saturating_sub(counts.cursor()));
+        parts.metrics.counter("headgate_egress_sent_total", counts.sent());
+        for why in Skipped::ALL {
+            parts.metrics.counter_of(
+                "headgate_egress_skipped_total",
+                ("reason", why.as_str()),
+                counts.skipped(why),
+            );
+        }
     }
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], parts.metrics.render()).into_response()
 }

@@ -1,26 +1,31 @@
 //! A problem: the one form of every HTTP answer that says no, an RFC 9457 problem document
-//! (`application/problem+json`). Whatever refuses a message on its way in, this file turns it into
+//! (`application/problem+json`), and of every NATS answer that does. Whatever refuses a message on its way in, this file turns it into
 //! a status, a type that a program can switch on, and words for the person who sent it.
 //!
 //! `type` is a stable reference, `/problems/too_large`: an identifier to compare, not a page to
 //! fetch, whose last part is a word that metrics use too. `title` goes with the type, `detail` with the one request. Further members carry what a
-//! client can act on: `limit`, `retry_after_seconds`, `scope`, `line`, `column`, `pointer`.
+//! client can act on: `limit`, `retry_after_seconds`, `scope`, `line`, `column`, `pointer`, `errors`.
 
 use std::time::Duration;
 
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::header::{
+    ACCEPT_ENCODING, CONNECTION, CONTENT_TYPE, RETRY_AFTER, SEC_WEBSOCKET_VERSION, UPGRADE, WWW_AUTHENTICATE,
+};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::auth::{Denied, RegistryError};
+use super::limits::rate_headers;
+use crate::auth::shape::Shape;
+use crate::auth::{Denied, RegistryError, Rejected};
 use crate::consume::query::QueryError;
 use crate::intake::Refusal;
 use crate::log::AppendError;
 use crate::message::{KeyId, NameError};
+use crate::quota::{Limit, Limited};
 
 /// When to come again, where nothing says better.
 const RETRY_AFTER_DEFAULT: Duration = Duration::from_secs(1);
@@ -43,13 +48,17 @@ pub(super) enum Kind {
     Conflict,
     TooLarge,
     ContentEncoding,
+    Validation,
+    UpgradeRequired,
+    OverLimit,
+    TooManyRequests,
     Internal,
     Unavailable,
 }
 
 impl Kind {
     #[cfg(test)]
-    pub(super) const ALL: [Kind; 13] = [
+    pub(super) const ALL: [Kind; 17] = [
         Kind::Malformed,
         Kind::Topic,
         Kind::Unauthorized,
@@ -61,6 +70,10 @@ impl Kind {
         Kind::Conflict,
         Kind::TooLarge,
         Kind::ContentEncoding,
+        Kind::Validation,
+        Kind::UpgradeRequired,
+        Kind::OverLimit,
+        Kind::TooManyRequests,
         Kind::Internal,
         Kind::Unavailable,
     ];
@@ -87,6 +100,18 @@ impl Kind {
                 "content_encoding",
                 "The content encoding is not supported",
             ),
+            Kind::Validation => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "validation", "A message does not meet its schema")
+            }
+            Kind::UpgradeRequired => {
+                (StatusCode::UPGRADE_REQUIRED, "upgrade_required", "Another protocol is spoken here")
+            }
+            Kind::OverLimit => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "over_limit", "A limit is reached that time does not help")
+            }
+            Kind::TooManyRequests => {
+                (StatusCode::TOO_MANY_REQUESTS, "too_many_requests", "A limit is reached for now")
+            }
             Kind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "The gateway has failed"),
             Kind::Unavailable => {
                 (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "It cannot be done right now")
@@ -97,7 +122,7 @@ impl Kind {
 
 /// One problem, on its way to the client. Boxed, so that a `Result` with it stays small.
 #[derive(Debug)]
-pub(super) struct Problem(Box<Inner>);
+pub(in crate::front) struct Problem(Box<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -110,12 +135,18 @@ struct Inner {
 
 /// What logs and metrics are told about a refused request; it travels as an extension of the
 /// response, and never to the client.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Refused {
     /// One word.
     pub(super) cause: &'static str,
-    /// The key, where a valid one was presented.
+    /// The same for people.
+    pub(super) words: String,
+    /// The key, where one was presented that was given out once.
     pub(super) key_id: Option<KeyId>,
+    /// The key, where it never was.
+    pub(super) key_shape: Option<Shape>,
+    /// The limit, if it was for one.
+    pub(super) limited: Option<Box<Limited>>,
     /// Whether the request's body had been read to its end. If it has not, the connection cannot
     /// carry another request.
     pub(super) body_read: bool,
@@ -127,9 +158,18 @@ impl Problem {
     /// A problem of a kind, with the words for this request.
     pub(super) fn new(kind: Kind, detail: impl Into<String>) -> Self {
         let (_, cause, _) = kind.spec();
-        let note = Refused { cause, key_id: None, body_read: false, counted: false };
+        let detail = detail.into();
+        let note = Refused {
+            cause,
+            words: detail.clone(),
+            key_id: None,
+            key_shape: None,
+            limited: None,
+            body_read: false,
+            counted: false,
+        };
         let retry_after = (kind == Kind::Unavailable).then_some(RETRY_AFTER_DEFAULT);
-        Self(Box::new(Inner { kind, detail: detail.into(), members: Map::new(), retry_after, note }))
+        Self(Box::new(Inner { kind, detail, members: Map::new(), retry_after, note }))
     }
 
     /// An error of ours, which an operator finds in the log and a client is told nothing about.
@@ -139,7 +179,7 @@ impl Problem {
     }
 
     /// With one more member.
-    pub(super) fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
+    pub(in crate::front) fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
         self.0.members.insert(name.to_owned(), value.into());
         self
     }
@@ -168,7 +208,23 @@ impl Problem {
         self
     }
 
-    fn retry_after(mut self, after: Duration) -> Self {
+    /// A limit of a key or datasource.
+    fn limited(limited: Box<Limited>, words: String) -> Self {
+        let kind = match limited.limit {
+            Limit::PayloadBytes => Kind::TooLarge,
+            Limit::Topics => Kind::OverLimit,
+            Limit::MessagesPerS | Limit::BytesPerS | Limit::Connections => Kind::TooManyRequests,
+        };
+        let mut problem = Self::new(kind, format!("This is {words}."))
+            .with("limit", limited.setting.max)
+            .with("limit_name", limited.limit.name())
+            .with("limit_of", limited.owner.to_string());
+        problem.0.note.limited = Some(limited);
+        problem
+    }
+
+    /// With when to come again.
+    pub(super) fn retry_after(mut self, after: Duration) -> Self {
         self.0.retry_after = Some(after);
         self
     }
@@ -176,6 +232,16 @@ impl Problem {
     fn key(mut self, key_id: KeyId) -> Self {
         self.0.note.key_id = Some(key_id);
         self
+    }
+
+    /// As it is told over NATS: the status, the title, the document, and when to come again.
+    pub(in crate::front) fn told(mut self) -> (u16, &'static str, Map<String, Value>, Option<Duration>) {
+        self.0.say_when();
+        let (status, _, title) = self.0.kind.spec();
+        let retry_after = self.0.retry_after;
+        let document = serde_json::to_value(self.0.document()).unwrap_or_default();
+        let document = if let Value::Object(document) = document { document } else { Map::new() };
+        (status.as_u16(), title, document, retry_after)
     }
 
     /// The kind.
@@ -187,27 +253,41 @@ impl Problem {
 
 /// A problem as it is written, its own members last.
 #[derive(Serialize)]
-struct Document {
+struct Document<'a> {
     r#type: String,
     title: &'static str,
     status: u16,
-    detail: String,
+    detail: &'a str,
     #[serde(flatten)]
-    members: Map<String, Value>,
+    members: &'a Map<String, Value>,
+}
+
+impl Inner {
+    fn document(&self) -> Document<'_> {
+        let (status, slug, title) = self.kind.spec();
+        let Self { detail, members, .. } = self;
+        Document { r#type: format!("/problems/{slug}"), title, status: status.as_u16(), detail, members }
+    }
+
+    /// Puts into words, and returns, in how many seconds to come again: whole ones, and never 0, which
+    /// would be an invitation to come again at once.
+    fn say_when(&mut self) -> Option<u64> {
+        let seconds = self.retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
+        let seconds = seconds.map(|seconds| seconds.max(1));
+        if let Some(seconds) = seconds {
+            self.members.insert("retry_after_seconds".to_owned(), seconds.into());
+        }
+        seconds
+    }
 }
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let Inner { kind, detail, mut members, retry_after, note } = *self.0;
-        let (status, slug, title) = kind.spec();
-        // Whole seconds, and never 0: that would be an invitation to come again at once.
-        let seconds = retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
-        if let Some(seconds) = seconds {
-            members.insert("retry_after_seconds".to_owned(), seconds.max(1).into());
-        }
-        let document =
-            Document { r#type: format!("/problems/{slug}"), title, status: status.as_u16(), detail, members };
-        let mut response = (status, Json(document)).into_response();
+        let mut inner = self.0;
+        let seconds = inner.say_when();
+        let (status, ..) = inner.kind.spec();
+        let mut response = (status, Json(inner.document())).into_response();
+        let Inner { kind, note, .. } = *inner;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if status == StatusCode::UNAUTHORIZED {
@@ -216,18 +296,37 @@ impl IntoResponse for Problem {
         if kind == Kind::ContentEncoding {
             headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip, zstd"));
         }
+        if kind == Kind::UpgradeRequired {
+            headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+            headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+            headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        }
         if let Some(seconds) = seconds {
-            headers.insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(limited) = &note.limited
+            && limited.limit.is_rate()
+        {
+            headers.extend(rate_headers(&limited.standing));
         }
         response.extensions_mut().insert(note);
         response
     }
 }
 
+impl From<Rejected> for Problem {
+    fn from(rejected: Rejected) -> Self {
+        let mut problem = Self::from(rejected.denied);
+        (problem.0.note.key_id, problem.0.note.key_shape) = (rejected.key_id, rejected.shape);
+        problem
+    }
+}
+
 impl From<Denied> for Problem {
     fn from(denied: Denied) -> Self {
         let cause = denied.cause();
-        match denied {
+        let words = denied.to_string();
+        let mut problem = match denied {
             Denied::NoKey | Denied::Malformed | Denied::Unknown | Denied::Expired | Denied::Revoked => {
                 Self::new(Kind::Unauthorized, UNAUTHORIZED)
             }
@@ -242,8 +341,13 @@ impl From<Denied> for Problem {
                 let words = format!("API key {key_id} lacks the scope {name}.");
                 Self::new(Kind::MissingScope, words).with("scope", name).key(key_id)
             }
-        }
-        .cause(cause)
+            Denied::TooManyFailures { retry_after } => {
+                Self::new(Kind::TooManyRequests, format!("{denied}.")).retry_after(retry_after)
+            }
+        };
+        // What the client is not told.
+        problem.0.note.words = words;
+        problem.cause(cause)
     }
 }
 
@@ -254,10 +358,19 @@ impl From<Refusal> for Problem {
         let retry_after = refusal.retry_after();
         let problem = match refusal {
             Refusal::Denied(denied) => denied.into(),
-            Refusal::Topic(_) | Refusal::DatasourceMissing => Self::new(Kind::Topic, words),
+            Refusal::Topic(_) | Refusal::DatasourceMissing | Refusal::Subject(_) => {
+                Self::new(Kind::Topic, words)
+            }
             Refusal::NoDatasource(_) => Self::new(Kind::NotFound, words),
             Refusal::TooLarge { bytes_max, .. } => Self::new(Kind::TooLarge, words).with("limit", bytes_max),
-            Refusal::ContentType => Self::new(Kind::Malformed, words),
+            Refusal::ContentType | Refusal::MessageId | Refusal::ReplySubject | Refusal::Header(_) => {
+                Self::new(Kind::Malformed, words)
+            }
+            Refusal::Quarantined(quarantined) => {
+                let pointer = quarantined.reason.pointer.into_owned();
+                Self::new(Kind::Validation, words).with("pointer", pointer)
+            }
+            Refusal::Limited(limited) => Self::limited(limited, words),
             Refusal::Busy { in_flight_bytes_max, .. } => {
                 Self::new(Kind::Unavailable, words).with("limit", in_flight_bytes_max)
             }
@@ -279,8 +392,13 @@ impl From<RegistryError> for Problem {
         let words = error.to_string();
         match error {
             RegistryError::Exists(_) => Self::new(Kind::Conflict, words),
+            RegistryError::Rotation(_) => Self::new(Kind::Conflict, words).cause("rotation"),
+            RegistryError::LastAdmin => Self::new(Kind::Conflict, words).cause("last_admin_key"),
             RegistryError::NoDatasource(_) => Self::new(Kind::NotFound, words),
             RegistryError::Name(_) => Self::new(Kind::Malformed, words),
+            RegistryError::TooLarge(_) => Self::new(Kind::TooLarge, words),
+            RegistryError::Away(_) => Self::new(Kind::Unavailable, words).cause("cluster_away"),
+            RegistryError::Overtaken => Self::new(Kind::Unavailable, words),
             _ => {
                 tracing::error!(error = words, "the registry could not be changed");
                 Self::new(Kind::Unavailable, "The registry cannot be written; nothing was changed.")

@@ -34,11 +34,6 @@ struct Parameters {
 impl Parameters {
     fn query(self, datasource: DatasourceId) -> Result<RecordsQuery, Problem> {
         let key_id = self.key_id.map(|id| KeyId::parse(&id)).transpose()?;
-        let limit = self.limit.unwrap_or(QUERY_RECORDS_DEFAULT);
-        if !(1..=QUERY_RECORDS_MAX).contains(&limit) {
-            let words = format!("limit is {limit}: it has to be between 1 and {QUERY_RECORDS_MAX}.");
-            return Err(Problem::new(Kind::Malformed, words).with("limit", QUERY_RECORDS_MAX));
-        }
         Ok(RecordsQuery {
             datasource,
             topic: self.topic,
@@ -46,12 +41,23 @@ impl Parameters {
             to: time("to", self.to)?,
             after_offset: self.after_offset,
             key_id,
-            limit,
+            limit: limit(self.limit)?,
         })
     }
 }
 
-fn time(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {
+/// How many records a page is to have.
+pub(super) fn limit(asked: Option<usize>) -> Result<usize, Problem> {
+    let limit = asked.unwrap_or(QUERY_RECORDS_DEFAULT);
+    if (1..=QUERY_RECORDS_MAX).contains(&limit) {
+        return Ok(limit);
+    }
+    let words = format!("limit is {limit}: it has to be between 1 and {QUERY_RECORDS_MAX}.");
+    Err(Problem::new(Kind::Malformed, words).with("limit", QUERY_RECORDS_MAX))
+}
+
+/// The time that a request gives under a name.
+pub(super) fn time(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {
     let Some(text) = text else { return Ok(None) };
     let time = parse_time(&text).ok_or_else(|| {
         let words = format!("{name} has to be a time as RFC 3339 has it: 2026-11-23T09:00:00Z.");
@@ -97,20 +103,26 @@ pub(super) async fn latest(
         .await
 }
 
-fn readable(shared: &Shared, caller: &Caller, datasource: &str) -> Result<DatasourceId, Problem> {
+/// The datasource whose records the caller wants to read, if it may.
+pub(super) fn readable(shared: &Shared, caller: &Caller, datasource: &str) -> Result<DatasourceId, Problem> {
     caller.may(Scope::Subscribe, datasource)?;
     Ok(shared.datasource(datasource)?.id.clone())
 }
 
+/// What is stored, if there is storage.
+pub(super) fn stored(shared: &Shared) -> Result<Query, Problem> {
+    shared.parts.query.clone().ok_or_else(|| {
+        let words = "Storage is off (storage.sink = \"none\"), so that no records can be read.";
+        Problem::new(Kind::NotFound, words).cause("no_storage")
+    })
+}
+
 /// Runs one query, when it is its turn.
-async fn run(
+pub(super) async fn run(
     shared: &Shared,
     query: impl FnOnce(&Query) -> Result<Response, QueryError> + Send + 'static,
 ) -> Result<Response, Problem> {
-    let Some(stored) = shared.parts.query.clone() else {
-        let words = "Storage is off (storage.sink = \"none\"), so that no records can be read.";
-        return Err(Problem::new(Kind::NotFound, words).cause("no_storage"));
-    };
+    let stored = stored(shared)?;
     let _turn = shared.queries.acquire().await.expect("the semaphore is never closed");
     off_the_runtime(move || Ok(query(&stored)?)).await
 }

@@ -5,6 +5,8 @@
 //! begun to send it; so one that is idle for as long is closed. Dropping the future of [`run`] ends every
 //! connection where it is.
 
+use std::convert::Infallible;
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -22,9 +24,12 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 use tracing::{debug, warn};
 
+use super::presented::Presented;
 use super::socket::Socket;
+use crate::auth::usage::Client;
 use crate::config;
 use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
+use crate::message::Transport;
 
 /// How long to wait before accepting again when the process has no file descriptor left.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
@@ -39,6 +44,10 @@ pub(super) struct Peer {
     pub(super) addr: SocketAddr,
     /// To be set when the request is answered before its body was read to the end.
     pub(super) unread: Arc<AtomicBool>,
+    /// The keys that the connection has presented.
+    pub(super) keys: Arc<Presented>,
+    /// The client, as it is told of a key's use.
+    pub(super) client: Arc<Client>,
 }
 
 /// Serves `router` on `listener` until `drain` is cancelled; returns when the requests that were
@@ -49,19 +58,30 @@ pub(super) async fn run(
     config: &config::Http,
     drain: CancellationToken,
 ) {
+    let mut connections = JoinSet::new();
+    tokio::select! {
+        biased;
+        () = drain.cancelled() => {}
+        never = accept_on(&listener, router, config, &drain, &mut connections) => match never {},
+    }
+    // From here on a connection is refused instead of accepted and left alone.
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Accepts connections for as long as it is polled, and serves `router` on each until `drain` is cancelled.
+pub(super) async fn accept_on(
+    listener: &TcpListener,
+    router: Router,
+    config: &config::Http,
+    drain: &CancellationToken,
+    connections: &mut JoinSet<()>,
+) -> Infallible {
     let permits = Arc::new(Semaphore::new(config.connections_max));
     let builder = Arc::new(builder(config));
-    let mut connections = JoinSet::new();
     loop {
-        let next = async {
-            let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
-            (permit, accept(&listener).await)
-        };
-        let (permit, (stream, peer)) = tokio::select! {
-            biased;
-            () = drain.cancelled() => break,
-            next = next => next,
-        };
+        let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let (stream, peer) = accept(listener).await;
         while connections.try_join_next().is_some() {}
         let (builder, router, drain) = (builder.clone(), router.clone(), drain.clone());
         let config = config.clone();
@@ -70,9 +90,6 @@ pub(super) async fn run(
             drop(permit);
         });
     }
-    // From here on a connection is refused instead of accepted and left alone.
-    drop(listener);
-    while connections.join_next().await.is_some() {}
 }
 
 /// The next connection, past any trouble with getting it.
@@ -132,21 +149,25 @@ async fn connection(
         debug!(%peer, %error, "TCP_NODELAY is not set");
     }
     let (spoken, unread) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let keys = Arc::new(Presented::default());
     let service = {
-        let (spoken, unread) = (spoken.clone(), unread.clone());
+        let client = Arc::new(Client::new(Transport::Http, Some(peer.ip()), None));
+        let from = Peer { addr: peer, unread: unread.clone(), keys: keys.clone(), client };
+        let spoken = spoken.clone();
         hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
             spoken.store(true, Ordering::Relaxed);
-            request.extensions_mut().insert(Peer { addr: peer, unread: unread.clone() });
+            request.extensions_mut().insert(from.clone());
             router.clone().call(request)
         })
     };
     let stall_max = Duration::from_millis(config.body_ms_max);
     let socket = TokioIo::new(Socket::new(stream, stall_max, unread));
-    let mut served = pin!(builder.serve_connection(socket, service));
+    let mut served = pin!(builder.serve_connection_with_upgrades(socket, service));
     // hyper's timeout begins once it is known which HTTP a client speaks; this one covers the
     // client that never says.
     let mut silence = pin!(tokio::time::sleep(Duration::from_millis(config.header_ms_max)));
-    let (mut listening, mut draining) = (true, false);
+    let mut key_dead = pin!(poll_fn(|cx| keys.control().poll_closed(cx)));
+    let (mut listening, mut closing) = (true, false);
     loop {
         tokio::select! {
             biased;
@@ -156,8 +177,13 @@ async fn connection(
                 }
                 return;
             }
-            () = drain.cancelled(), if !draining => {
-                draining = true;
+            // An idle connection ends at once, another one when what is under way is answered.
+            () = drain.cancelled(), if !closing => {
+                closing = true;
+                served.as_mut().graceful_shutdown();
+            }
+            _ = key_dead.as_mut(), if !closing => {
+                closing = true;
                 served.as_mut().graceful_shutdown();
             }
             () = silence.as_mut(), if listening => {

@@ -54,6 +54,11 @@ impl Socket {
         Self { stream, stall_max, timer: None, unread, writing: Writing::Free }
     }
 
+    /// The TCP stream, for another protocol to take over.
+    pub(super) fn into_stream(self) -> TcpStream {
+        self.stream
+    }
+
     fn start_timer(&mut self, after: Duration) {
         let deadline = Instant::now() + after;
         match &mut self.timer {

@@ -6,43 +6,115 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use super::codec::write::{self, Form};
+use super::codec::write::{self, Answer, Form};
 use super::codec::{Reason, Version};
-use crate::intake::{Accepted, Admitted, Refusal};
+use crate::consume::subscriber::sessions::SessionStoreError;
+use crate::intake::{Accepted, Admitted, Refusal, Released};
+use crate::log::{AppendError, Outcome};
 
-/// One QoS 1 message's answer.
+/// Resolves when the session that an exchange belongs to is on the disk.
+pub(super) type Stored = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
+
+/// What the answers to one read wait for.
+#[derive(Default)]
+pub(super) struct Waits {
+    /// Of its messages.
+    pub(super) admitted: Option<Admitted>,
+    /// Of its PUBRELs.
+    pub(super) released: Option<Released>,
+    pub(super) stored: Option<Stored>,
+    accepted: Option<Accepted>,
+}
+
+impl Waits {
+    pub(super) fn new(
+        admitted: Option<Admitted>,
+        released: Option<Released>,
+        stored: Option<Stored>,
+    ) -> Self {
+        Self { admitted, released, stored, accepted: None }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Refusal>> {
+        if let Some(admitted) = &mut self.admitted {
+            self.accepted = Some(ready!(Pin::new(admitted).poll(cx))?);
+            self.admitted = None;
+        }
+        if let Some(released) = &mut self.released {
+            ready!(Pin::new(released).poll(cx))?;
+            self.released = None;
+        }
+        if let Some(stored) = &mut self.stored {
+            let error = |error: SessionStoreError| AppendError::Failed(error.to_string().into());
+            ready!(stored.as_mut().poll(cx)).map_err(error)?;
+            self.stored = None;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// One answer: to a QoS 1 or QoS 2 message, or to a PUBREL.
 struct Ack {
     packet_id: u16,
+    answer: Answer,
     verdict: Verdict,
 }
 
 enum Verdict {
     /// On its way into the log, as part of this origin of the draft.
     Admitted { origin: u32 },
+    /// On its way into quarantine, as part of this origin of the draft, for a reason.
+    Quarantined { origin: u32, words: Box<str> },
     /// Refused for good.
     Refused(Box<(Reason, String)>),
+    /// A yes to what came before already, or to a PUBREL.
+    Done,
+    /// The answer to a PINGREQ: like the others it says that all before it is dealt with, QoS 0 too.
+    Pong,
 }
 
 /// The answers that one read's messages are due, in the order in which they came.
 #[derive(Default)]
 pub(super) struct Train {
     acks: Vec<Ack>,
+    unacknowledged: usize,
 }
 
 impl Train {
     /// A message went into the draft, as part of its `origin`.
-    pub(super) fn admitted(&mut self, packet_id: u16, origin: usize) {
+    pub(super) fn admitted(&mut self, answer: Answer, packet_id: u16, origin: usize) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
-        self.acks.push(Ack { packet_id, verdict: Verdict::Admitted { origin } });
+        self.unacknowledged += usize::from(answer == Answer::Puback);
+        self.acks.push(Ack { packet_id, answer, verdict: Verdict::Admitted { origin } });
+    }
+
+    /// A message went into the draft, as part of its `origin`, to be kept in quarantine.
+    pub(super) fn quarantined(&mut self, answer: Answer, packet_id: u16, origin: usize, words: String) {
+        let origin = u32::try_from(origin).unwrap_or(u32::MAX);
+        self.unacknowledged += usize::from(answer == Answer::Puback);
+        let verdict = Verdict::Quarantined { origin, words: words.into() };
+        self.acks.push(Ack { packet_id, answer, verdict });
     }
 
     /// A message was refused for good.
-    pub(super) fn refused(&mut self, packet_id: u16, reason: Reason, words: String) {
-        self.acks.push(Ack { packet_id, verdict: Verdict::Refused(Box::new((reason, words))) });
+    pub(super) fn refused(&mut self, answer: Answer, packet_id: u16, reason: Reason, words: String) {
+        self.unacknowledged += usize::from(answer == Answer::Puback);
+        self.acks.push(Ack { packet_id, answer, verdict: Verdict::Refused(Box::new((reason, words))) });
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.acks.len()
+    /// A yes, once everything before has its answer.
+    pub(super) fn done(&mut self, answer: Answer, packet_id: u16) {
+        self.acks.push(Ack { packet_id, answer, verdict: Verdict::Done });
+    }
+
+    /// A PINGREQ.
+    pub(super) fn ping(&mut self) {
+        self.acks.push(Ack { packet_id: 0, answer: Answer::Puback, verdict: Verdict::Pong });
+    }
+
+    /// How many QoS 1 messages are among those that are answered.
+    pub(super) fn unacknowledged(&self) -> usize {
+        self.unacknowledged
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -54,17 +126,33 @@ impl Train {
         for ack in &self.acks {
             match &ack.verdict {
                 Verdict::Admitted { origin } => {
-                    let first = accepted.and_then(|a| a.first_offsets.get(*origin as usize));
-                    match first {
-                        Some(Some(_)) => write::puback(to, form, ack.packet_id, Reason::Success, None),
+                    let outcome = accepted.and_then(|a| a.outcomes.get(*origin as usize));
+                    match outcome {
+                        Some(Outcome::Kept(_) | Outcome::Duplicate(_)) => {
+                            write::answer(to, form, ack.answer, ack.packet_id, Reason::Success, None)
+                        }
                         // The key died between the check and the append: nothing was kept. MQTT 3.1.1
                         // cannot say so, and says nothing: its connection closes with its key.
                         _ if form.version != Version::V5 => {}
-                        _ => write::puback(to, form, ack.packet_id, Reason::NotAuthorized, None),
+                        _ => write::answer(to, form, ack.answer, ack.packet_id, Reason::NotAuthorized, None),
                     }
                 }
+                Verdict::Quarantined { origin, words } => {
+                    let outcome = accepted.and_then(|a| a.outcomes.get(*origin as usize));
+                    let (reason, words) = match outcome {
+                        Some(Outcome::Kept(_) | Outcome::Duplicate(_)) => {
+                            (Reason::PayloadFormatInvalid, Some(&**words))
+                        }
+                        _ => (Reason::NotAuthorized, None),
+                    };
+                    write::answer(to, form, ack.answer, ack.packet_id, reason, words);
+                }
+                Verdict::Pong => write::pingresp(to),
+                Verdict::Done => {
+                    write::answer(to, form, ack.answer, ack.packet_id, Reason::Success, None);
+                }
                 Verdict::Refused(refused) => {
-                    write::puback(to, form, ack.packet_id, refused.0, Some(&refused.1));
+                    write::answer(to, form, ack.answer, ack.packet_id, refused.0, Some(&refused.1));
                 }
             }
         }
@@ -75,15 +163,15 @@ impl Train {
 /// (MQTT 5 section 4.6).
 #[derive(Default)]
 pub(super) struct Trains {
-    waiting: VecDeque<(Option<Admitted>, Train)>,
+    waiting: VecDeque<(Waits, Train)>,
     unacknowledged: usize,
 }
 
 impl Trains {
-    /// Adds a read's answers, and the draft that they wait for, if any of its messages went in.
-    pub(super) fn push(&mut self, admitted: Option<Admitted>, train: Train) {
-        self.unacknowledged += train.len();
-        self.waiting.push_back((admitted, train));
+    /// Adds a read's answers, and what they wait for.
+    pub(super) fn push(&mut self, waits: Waits, train: Train) {
+        self.unacknowledged += train.unacknowledged();
+        self.waiting.push_back((waits, train));
     }
 
     /// How many reads wait.
@@ -95,7 +183,7 @@ impl Trains {
         self.waiting.is_empty()
     }
 
-    /// How many messages wait for their answer.
+    /// How many QoS 1 messages wait for their answer.
     pub(super) fn unacknowledged(&self) -> usize {
         self.unacknowledged
     }
@@ -111,13 +199,10 @@ impl Trains {
         to: &mut Vec<u8>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Refusal>> {
-        while let Some((admitted, train)) = self.waiting.front_mut() {
-            let accepted = match admitted {
-                Some(admitted) => Some(ready!(Pin::new(admitted).poll(cx))?),
-                None => None,
-            };
-            train.write(accepted.as_ref(), form, to);
-            self.unacknowledged -= train.len();
+        while let Some((waits, train)) = self.waiting.front_mut() {
+            ready!(waits.poll(cx))?;
+            train.write(waits.accepted.as_ref(), form, to);
+            self.unacknowledged -= train.unacknowledged();
             self.waiting.pop_front();
         }
         if self.waiting.capacity() > 0 {

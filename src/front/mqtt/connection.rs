@@ -4,7 +4,7 @@
 //! What an idle connection holds is a few hundred bytes: sockets are read into a buffer that the
 //! threads own, and every queue is given back when it is empty.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -13,25 +13,28 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 use tracing::debug;
 
 use super::Front;
-use super::acks::Trains;
-use super::codec::Reason;
-use super::codec::write;
+use super::acks::{Stored, Train, Trains, Waits};
+use super::codec::Version;
+use super::delivery::Writer;
+use super::goodbye::{Stop, say_goodbye};
 use super::handshake::{self, Opened};
-use super::inbound::{End, Inbound, reason_of};
-use crate::auth::Denied;
-use crate::auth::connections::Close;
+use super::inbound::{End, Inbound};
+use super::outbound::Outbound;
+use super::session::Session;
+use super::sessions::Present;
+use super::stream::Stream;
+use super::subscribe::{self, Request, Services};
+use super::wills::Will;
+use crate::auth::connections::{Close, Entered};
+use crate::auth::{Denied, Scope};
 use crate::intake::{Admitted, Draft, Refusal};
 use crate::limits::{MQTT_READ_BYTES, MQTT_READS_IN_FLIGHT_MAX, MQTT_UNSENT_BYTES_MAX};
-use crate::message::Transport;
 
-/// How long a client may take to read what it is told last.
-const GOODBYE_MAX: Duration = Duration::from_secs(2);
 /// How long a client may take to read its acknowledgements before it counts as gone.
 const STUCK_MAX: Duration = Duration::from_secs(30);
 /// The least and the most time between two looks at the clock.
@@ -40,79 +43,82 @@ const CLOCK_STEP_MAX: Duration = Duration::from_secs(3600);
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MQTT_READ_BYTES].into());
+    /// What connections write into while they are served, one after the other.
+    static SPARE_BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// Serves one connection from its first byte to its last.
-pub(super) async fn run(front: &Arc<Front>, mut stream: TcpStream, peer: SocketAddr) {
-    // An answer waits for nothing but the disk.
-    let _ = stream.set_nodelay(true);
-    match handshake::shake(front, &mut stream, peer).await {
-        Err(answer) => say_goodbye(&mut stream, &answer).await,
+/// Serves one connection from its first byte to its last. Its CONNECT has to be there at `connect_by`.
+pub(super) async fn run(front: &Arc<Front>, mut stream: Stream, peer: SocketAddr, connect_by: Instant) {
+    // What is over soon is on the heap only while it lasts: an idle connection is small.
+    match Box::pin(handshake::shake(front, &mut stream, peer, connect_by)).await {
+        Err(answer) => Box::pin(say_goodbye(&mut stream, &answer)).await,
         Ok(opened) => {
             front.intake.metrics().mqtt_connections.increment(1);
-            let goodbye = serve(front, &mut stream, peer, opened).await;
+            let (goodbye, will) = serve(front, &mut stream, peer, opened).await;
             front.intake.metrics().mqtt_connections.decrement(1);
-            say_goodbye(&mut stream, &goodbye).await;
+            let publishing = async {
+                if let Some(will) = will {
+                    will.publish(&front.intake).await;
+                }
+            };
+            let last = async { tokio::join!(say_goodbye(&mut stream, &goodbye), publishing) };
+            Box::pin(last).await;
         }
     }
 }
 
-/// Why a connection stops being served.
-enum Stop {
-    /// The client ended it, or broke a rule.
-    End(End),
-    /// The key's death, a takeover, a shutdown.
-    Close(Close),
-    /// The log could not take what it brought, for too long.
-    Transient(Refusal),
-    /// It was silent for longer than its keep-alive allows.
-    Silent,
-    /// It does not read its acknowledgements.
-    Stuck,
-    /// The network.
-    Io,
+/// A session, and whether anything is sent for it.
+enum Sending {
+    /// It has no subscriptions, or its key may not have them served.
+    Nothing(Box<Session>),
+    Subscribed(Box<Outbound>),
 }
 
-/// Serves an opened connection; returns the last thing to be said to the client.
-async fn serve(front: &Arc<Front>, stream: &mut TcpStream, peer: SocketAddr, opened: Opened) -> Vec<u8> {
-    let Opened { inbound, entered, present, silence_max, early, answer } = opened;
-    let mut connection = Connection {
-        front,
-        stream,
-        inbound,
-        trains: Trains::default(),
-        blocked: None,
-        ended: None,
-        out: answer,
-        sent: 0,
-        stuck_since: None,
-        silence_max,
-        heard_at: Instant::now(),
-    };
-    if !early.is_empty() {
-        connection.take(&early);
-    }
-    drop(early);
+/// Resolves when it is a message's turn: whether it is paid for.
+type Held = Pin<Box<dyn Future<Output = Result<bool, Refusal>> + Send>>;
+type Requesting = Pin<Box<dyn Future<Output = (Box<Outbound>, Vec<u8>)> + Send>>;
+
+/// Serves an opened connection. Returns the last thing to be said to the client, and the will if that is
+/// to be published now.
+async fn serve(
+    front: &Arc<Front>,
+    stream: &mut Stream,
+    peer: SocketAddr,
+    opened: Box<Opened>,
+) -> (Vec<u8>, Option<Box<Will>>) {
+    let mut connection = Connection::begin(front, stream, opened);
     let stop = {
         let clock = tokio::time::sleep(connection.next_look());
         tokio::pin!(clock);
-        std::future::poll_fn(|cx| connection.poll(present.control(), clock.as_mut(), cx)).await
+        std::future::poll_fn(|cx| connection.poll(clock.as_mut(), cx)).await
     };
-    let goodbye = connection.goodbye(&stop);
-    debug!(%peer, client_id_bytes = present.client_id().len(), stop = %Told(&stop), "disconnected");
-    // The client has left before it is told: a call that waits for its key's connections to be
-    // gone does not wait for a client to read.
-    drop((entered, present));
-    goodbye
+    let client_id_bytes = connection.present.client_id().len();
+    debug!(%peer, client_id_bytes, %stop, "disconnected");
+    Box::pin(connection.end(stop)).await
 }
 
 struct Connection<'a> {
     front: &'a Arc<Front>,
-    stream: &'a mut TcpStream,
+    stream: &'a mut Stream,
+    /// The connection's place among its key's; it leaves before it says goodbye.
+    entered: Entered,
+    present: Present,
+    will: Option<Box<Will>>,
     inbound: Inbound,
     trains: Trains,
+    sending: Sending,
+    /// How many topic aliases and unacknowledged messages the client takes.
+    topic_alias_maximum: u16,
+    receive_maximum: u16,
+    /// Whether the session was waited for, if it has to be on the disk.
+    session_is_stored: bool,
+    /// A SUBSCRIBE or UNSUBSCRIBE that is being served, with the sending half; nothing is read or sent
+    /// for the session meanwhile.
+    requesting: Option<Requesting>,
     /// A draft for which intake has no room yet; nothing is read meanwhile.
-    blocked: Option<Blocked>,
+    blocked: Option<Box<Blocked>>,
+    /// The next message is over a rate of its key or datasource; nothing is read until it may go on.
+    held: Option<Held>,
     /// Nothing more is read: what is under way is finished first.
     ended: Option<End>,
     /// What is to be written, and how much of it was.
@@ -124,24 +130,125 @@ struct Connection<'a> {
     heard_at: Instant,
 }
 
+// Tens of thousands of them are idle at a time.
+const _: () = assert!(size_of::<Connection<'_>>() <= 768);
+
 struct Blocked {
     admitting: Pin<Box<dyn Future<Output = Result<Admitted, Refusal>> + Send>>,
-    train: super::acks::Train,
+    /// What else its answers wait for.
+    waits: Waits,
+    train: Train,
 }
 
-impl Connection<'_> {
-    /// One turn: answers that are due, then writing, then reading.
-    fn poll(
-        &mut self,
-        control: &crate::auth::connections::Control,
-        mut clock: Pin<&mut Sleep>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Stop> {
+impl<'a> Connection<'a> {
+    /// On the heap: a task that waits for its handshake, or says goodbye, is smaller for it.
+    fn begin(front: &'a Arc<Front>, stream: &'a mut Stream, opened: Box<Opened>) -> Box<Self> {
+        let Opened { session, early, .. } = *opened;
+        let mut connection = Box::new(Self {
+            front,
+            stream,
+            entered: opened.entered,
+            present: opened.present,
+            will: opened.will,
+            inbound: opened.inbound,
+            trains: Trains::default(),
+            blocked: None,
+            held: None,
+            sending: Sending::Nothing(Box::new(Session::new(0, 0))),
+            topic_alias_maximum: opened.topic_alias_maximum,
+            receive_maximum: opened.receive_maximum,
+            session_is_stored: false,
+            requesting: None,
+            ended: None,
+            out: opened.answer,
+            sent: 0,
+            stuck_since: None,
+            silence_max: opened.silence_max,
+            heard_at: Instant::now(),
+        });
+        let may_subscribe = connection.inbound.grant.has(Scope::Subscribe).is_ok();
+        if may_subscribe && (session.subscribed() > 0 || !session.flights.is_empty()) {
+            let outbound = connection.outbound(session);
+            connection.watch(&outbound);
+            connection.sending = Sending::Subscribed(outbound);
+        } else {
+            connection.sending = Sending::Nothing(Box::new(session));
+        }
+        if !early.is_empty() {
+            connection.take(&early);
+        }
+        connection
+    }
+
+    /// Hands back the session. Returns the last words, and the will if it is to be published now.
+    async fn end(mut self: Box<Self>, stop: Stop) -> (Vec<u8>, Option<Box<Will>>) {
+        let owed = self.out.split_off(self.sent.min(self.out.len()));
+        let goodbye = stop.last_words(&self.out, owed, &self.inbound, self.front.intake.refusals());
+        let Connection { front, entered, present, inbound, sending, requesting, mut will, .. } = *self;
+        // The client has left before it is told: a call that waits for its key's connections to be
+        // gone does not wait for a client to read.
+        drop(entered);
+        let abandoned = inbound.abandoned();
+        if !abandoned.is_empty() {
+            // Nobody waits for that: what is not released goes by itself in time.
+            drop(front.intake.release(&abandoned));
+        }
+        let mut session = match (requesting, sending) {
+            // What is being done to it is done first.
+            (Some(requesting), _) => requesting.await.0.into_session(),
+            (None, Sending::Subscribed(outbound)) => outbound.into_session(),
+            (None, Sending::Nothing(session)) => *session,
+        };
+        if let Stop::End(End::Goodbye(disconnect)) = &stop {
+            // Sections 3.14.2.1 and 3.14.2.2.2.
+            will = will.filter(|_| inbound.form.version == Version::V5 && disconnect.reason != 0);
+            if let Some(expiry_s) = disconnect.session_expiry_s {
+                session.expiry_s = expiry_s.min(front.config.session_expiry_s_max);
+            }
+        }
+        (goodbye, present.leave(session, will))
+    }
+
+    /// The sending half for a session.
+    fn outbound(&self, session: Session) -> Box<Outbound> {
+        let Inbound { grant, form, publisher, .. } = &self.inbound;
+        let names_datasource = grant.datasource().is_all();
+        Box::new(Outbound::new(
+            self.front.subscribers.clone(),
+            self.front.intake.metrics().clone(),
+            grant.datasource().clone(),
+            session,
+            Writer::new(*form, *publisher, names_datasource, self.topic_alias_maximum),
+            self.receive_maximum,
+        ))
+    }
+
+    /// Has it written from time to time how far a durable session is.
+    fn watch(&self, outbound: &Outbound) {
+        if outbound.session.is_durable() {
+            self.present.watch(outbound.session.uid, outbound.mailbox().clone());
+        }
+    }
+
+    fn poll(&mut self, clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Stop> {
+        if self.out.capacity() == 0 {
+            self.out = SPARE_BUFFER.take();
+        }
+        let polled = self.poll_turns(clock, cx);
+        if self.out.is_empty() && self.out.capacity() <= 2 * MQTT_UNSENT_BYTES_MAX {
+            // An idle connection holds no buffer.
+            SPARE_BUFFER.set(std::mem::take(&mut self.out));
+        }
+        polled
+    }
+
+    /// Turns of: answers that are due, then writing, then reading.
+    fn poll_turns(&mut self, mut clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Stop> {
         loop {
-            match control.poll_closed(cx) {
+            match self.present.control().poll_closed(cx) {
                 // What was handed over before the shutdown is finished and acknowledged.
                 Poll::Ready(Close::Drain) => {
-                    self.ended.get_or_insert(End::Client);
+                    self.ended.get_or_insert(End::Lost);
                     if self.trains.is_empty() && self.blocked.is_none() && self.sent == self.out.len() {
                         return Poll::Ready(Stop::Close(Close::Drain));
                     }
@@ -152,10 +259,23 @@ impl Connection<'_> {
             if let Some(blocked) = &mut self.blocked
                 && let Poll::Ready(admitted) = blocked.admitting.as_mut().poll(cx)
             {
-                let train = std::mem::take(&mut blocked.train);
+                let (mut waits, train) =
+                    (std::mem::take(&mut blocked.waits), std::mem::take(&mut blocked.train));
                 self.blocked = None;
                 match admitted {
-                    Ok(admitted) => self.trains.push(Some(admitted), train),
+                    Ok(admitted) => {
+                        waits.admitted = Some(admitted);
+                        self.trains.push(waits, train);
+                    }
+                    Err(refusal) => return Poll::Ready(Stop::Transient(refusal)),
+                }
+            }
+            if let Some(held) = &mut self.held
+                && let Poll::Ready(turn) = held.as_mut().poll(cx)
+            {
+                self.held = None;
+                match turn {
+                    Ok(paid) => self.inbound.go_on(paid),
                     Err(refusal) => return Poll::Ready(Stop::Transient(refusal)),
                 }
             }
@@ -163,10 +283,22 @@ impl Connection<'_> {
             if let Poll::Ready(Err(refusal)) = waiting {
                 return Poll::Ready(Stop::Transient(refusal));
             }
-            let written = self.poll_flush(cx);
-            if let Poll::Ready(Err(_)) = written {
-                return Poll::Ready(Stop::Io);
+            if let Some(requesting) = &mut self.requesting
+                && let Poll::Ready((outbound, answer)) = requesting.as_mut().poll(cx)
+            {
+                self.requesting = None;
+                self.out.extend_from_slice(&answer);
+                self.watch(&outbound);
+                self.sending = Sending::Subscribed(outbound);
             }
+            if self.inbound.is_paused() && self.ended.is_none() && self.may_read() {
+                self.take(&[]);
+                continue;
+            }
+            let written = match self.poll_send(cx) {
+                Ok(written) => written,
+                Err(stop) => return Poll::Ready(stop),
+            };
             if written.is_pending() && self.stuck_since.is_none() {
                 self.stuck_since = Some(Instant::now());
                 clock.as_mut().reset(Instant::now() + self.next_look());
@@ -174,7 +306,7 @@ impl Connection<'_> {
             let finished = waiting.is_ready() && written.is_ready() && self.blocked.is_none();
             if self.ended.is_some() {
                 if finished && let Some(end) = self.ended.take() {
-                    return Poll::Ready(if control.closed() == Some(Close::Drain) {
+                    return Poll::Ready(if self.present.control().closed() == Some(Close::Drain) {
                         Stop::Close(Close::Drain)
                     } else {
                         Stop::End(end)
@@ -196,9 +328,40 @@ impl Connection<'_> {
         }
     }
 
+    /// Writes what there is, and what the session's subscriptions bring, for as long as the client takes
+    /// it. Ready when everything is written.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Stop> {
+        loop {
+            let before = self.out.len();
+            if let (Sending::Subscribed(outbound), None, None) =
+                (&mut self.sending, &self.requesting, &self.ended)
+            {
+                let may = self.inbound.grant.has(Scope::Subscribe);
+                if matches!(may, Err(Denied::Revoked | Denied::Expired)) {
+                    return Err(Stop::Close(Close::KeyDead));
+                }
+                if may.is_ok()
+                    && let Poll::Ready(trouble) = outbound.poll_fill(before - self.sent, &mut self.out, cx)
+                {
+                    return Err(Stop::Trouble(trouble));
+                }
+            }
+            // Once that is written there is room again, also if there was none just now.
+            let something = !self.out.is_empty();
+            match self.poll_flush(cx) {
+                Poll::Ready(Ok(())) if something => {}
+                Poll::Ready(Ok(())) => return Ok(Poll::Ready(())),
+                Poll::Ready(Err(_)) => return Err(Stop::Io),
+                Poll::Pending => return Ok(Poll::Pending),
+            }
+        }
+    }
+
     /// Whether another read's worth of messages is welcome. While it is not, TCP tells the client.
     fn may_read(&self) -> bool {
         self.blocked.is_none()
+            && self.held.is_none()
+            && self.requesting.is_none()
             && self.trains.len() < MQTT_READS_IN_FLIGHT_MAX
             && self.out.len() - self.sent < MQTT_UNSENT_BYTES_MAX
     }
@@ -208,7 +371,7 @@ impl Connection<'_> {
             let mut read = ReadBuf::new(buffer);
             ready!(Pin::new(&mut *self.stream).poll_read(cx, &mut read))?;
             if read.filled().is_empty() {
-                self.ended = Some(End::Client);
+                self.ended = Some(End::Lost);
             } else {
                 self.take(read.filled());
             }
@@ -223,15 +386,66 @@ impl Connection<'_> {
         if batch.packets > 0 {
             self.heard_at = Instant::now();
         }
-        match batch.draft.filter(|draft| !draft.is_empty()).map(|draft| intake.try_admit(draft)) {
-            Some(Ok(admitted)) => self.trains.push(Some(admitted), batch.train),
-            Some(Err(draft)) => {
-                self.blocked = Some(Blocked { admitting: self.admit(draft), train: batch.train })
+        // Before the messages: the packet identifier of one may be that of another that is over.
+        let released = (!batch.releases.is_empty()).then(|| intake.release(&batch.releases));
+        let stored = if batch.opens_exchanges() { self.session_stored() } else { None };
+        let intake = &self.front.intake;
+        let draft = batch.draft.filter(|draft| !draft.is_empty());
+        let admitted = draft.map(|draft| intake.try_admit(draft));
+        match admitted {
+            Some(Ok(admitted)) => {
+                self.trains.push(Waits::new(Some(admitted), released, stored), batch.train);
             }
-            None if !batch.train.is_empty() => self.trains.push(None, batch.train),
+            Some(Err(draft)) => {
+                let waits = Waits::new(None, released, stored);
+                let admitting = self.admit(*draft);
+                self.blocked = Some(Box::new(Blocked { admitting, waits, train: batch.train }));
+            }
+            None if !batch.train.is_empty() => {
+                self.trains.push(Waits::new(None, released, stored), batch.train);
+            }
             None => {}
         }
+        if let Sending::Subscribed(outbound) = &mut self.sending {
+            batch.acknowledged.into_iter().for_each(|packet_id| outbound.acknowledged(packet_id));
+        }
+        if let Some(request) = batch.request {
+            self.request(request);
+        }
+        if let Some(limited) = batch.held {
+            let intake = self.front.intake.clone();
+            self.held = Some(Box::pin(async move { intake.turn(limited).await }));
+        }
         self.ended = batch.end;
+    }
+
+    /// The first exchange of a session that outlives its connection waits until the session is on the
+    /// disk: after a restart the same message is known by the session's number.
+    fn session_stored(&mut self) -> Option<Stored> {
+        if self.session_is_stored || self.inbound.is_ephemeral() {
+            return None;
+        }
+        self.session_is_stored = true;
+        // What was handed over before, the session among it, is written by then.
+        Some(Box::pin(self.front.subscribers.store.write(Vec::new())))
+    }
+
+    /// Begins to serve a SUBSCRIBE or UNSUBSCRIBE.
+    fn request(&mut self, request: Request) {
+        let nothing = Sending::Nothing(Box::new(Session::new(0, 0)));
+        let outbound = match std::mem::replace(&mut self.sending, nothing) {
+            Sending::Subscribed(outbound) => outbound,
+            Sending::Nothing(session) => self.outbound(*session),
+        };
+        let services = Services {
+            sessions: self.front.sessions.clone(),
+            subscribers: self.front.subscribers.clone(),
+            refusals: self.front.intake.refusals().clone(),
+            grant: self.inbound.grant.clone(),
+            form: self.inbound.form,
+            who: self.inbound.who.clone(),
+        };
+        self.requesting = Some(Box::pin(subscribe::serve(services, request, outbound)));
     }
 
     fn admit(&self, draft: Draft) -> Pin<Box<dyn Future<Output = Result<Admitted, Refusal>> + Send>> {
@@ -250,12 +464,11 @@ impl Connection<'_> {
             self.stuck_since = None;
         }
         if !self.out.is_empty() {
+            // What was taken may wait in a TLS record or a WebSocket frame.
+            ready!(Pin::new(&mut *self.stream).poll_flush(cx))?;
+            self.stuck_since = None;
             self.sent = 0;
             self.out.clear();
-            if self.trains.is_empty() {
-                // An idle connection holds no buffer.
-                self.out = Vec::new();
-            }
         }
         Poll::Ready(Ok(()))
     }
@@ -274,63 +487,4 @@ impl Connection<'_> {
         let stuck = self.stuck_since.is_some_and(|since| since.elapsed() >= STUCK_MAX);
         if silent { Some(Stop::Silent) } else { stuck.then_some(Stop::Stuck) }
     }
-
-    /// What the client is told last, and counted with.
-    fn goodbye(&mut self, stop: &Stop) -> Vec<u8> {
-        let metrics = self.front.intake.metrics();
-        let mut out = self.out.split_off(self.sent);
-        let mut say = |reason, words: &str| write::disconnect(&mut out, self.inbound.form, reason, words);
-        match stop {
-            Stop::End(End::Client) | Stop::Stuck | Stop::Io => {}
-            Stop::End(End::Violation(violation)) => {
-                metrics.refused(Transport::Mqtt, "protocol");
-                say(violation.reason, violation.text);
-            }
-            Stop::End(End::Refused(Refusal::Denied(Denied::Revoked))) => {
-                say(Reason::AdministrativeAction, "the API key is no longer valid")
-            }
-            Stop::End(End::Refused(refusal)) => say(reason_of(refusal), &refusal.to_string()),
-            Stop::Transient(refusal) => {
-                metrics.refused(Transport::Mqtt, refusal.cause());
-                say(reason_of(refusal), &refusal.to_string());
-            }
-            Stop::Close(Close::KeyDead) => {
-                say(Reason::AdministrativeAction, "the API key is no longer valid")
-            }
-            Stop::Close(Close::TakenOver) => say(Reason::SessionTakenOver, "the client connected again"),
-            Stop::Close(Close::Drain) => say(Reason::ServerShuttingDown, "the gateway is shutting down"),
-            Stop::Silent => say(Reason::KeepAliveTimeout, "nothing was heard for one and a half keep-alives"),
-        }
-        out
-    }
-}
-
-/// A [`Stop`] for the log.
-struct Told<'a>(&'a Stop);
-
-impl std::fmt::Display for Told<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0 {
-            Stop::End(End::Client) => f.write_str("the client left"),
-            Stop::End(End::Violation(violation)) => write!(f, "{violation}"),
-            Stop::End(End::Refused(refusal)) | Stop::Transient(refusal) => write!(f, "{refusal}"),
-            Stop::Close(why) => write!(f, "{why:?}"),
-            Stop::Silent => f.write_str("keep-alive"),
-            Stop::Stuck => f.write_str("the client does not read"),
-            Stop::Io => f.write_str("the network"),
-        }
-    }
-}
-
-/// Writes the last words and waits a moment until the client has them: closing with unread input
-/// would reset the connection, and the words might never arrive.
-async fn say_goodbye(stream: &mut TcpStream, words: &[u8]) {
-    let said = async {
-        if stream.write_all(words).await.is_err() || stream.shutdown().await.is_err() {
-            return;
-        }
-        let mut rest = [0; 512];
-        while matches!(stream.read(&mut rest).await, Ok(1..)) {}
-    };
-    let _ = tokio::time::timeout(GOODBYE_MAX, said).await;
 }

@@ -1,12 +1,11 @@
 //! Where an MQTT client presents its key: user name, password, or an MQTT 5 user property of a
 //! CONNECT (for the connection) or a PUBLISH (for that message).
 
+use std::net::IpAddr;
+
 use super::codec::Connect;
 use super::codec::properties::Properties;
-use crate::auth::{Authorizer, Denied, Grant};
-
-/// What an API key begins with: a user name without it is a name.
-const KEY_PREFIX: &[u8] = b"hgk_";
+use crate::auth::{Authorizer, Grant, Rejected};
 
 /// Whether a user property carries a key. Its value is a secret then.
 pub(super) fn is_key_property(name: &str) -> bool {
@@ -18,22 +17,19 @@ pub(super) fn key_properties<'a>(properties: &Properties<'a>) -> impl Iterator<I
     properties.user().filter(|(name, _)| is_key_property(name)).map(|(_, value)| bare(value).as_bytes())
 }
 
-/// The grant of the key that a CONNECT presents.
+/// The grant of the key that a CONNECT from that address presents.
 ///
 /// # Errors
-/// [`Denied::Ambiguous`] for two different keys, [`Denied::NoKey`] for none, and whatever the
-/// authorizer says of the one there is.
-pub(super) fn of_connect(connect: &Connect<'_>, authorizer: &Authorizer) -> Result<Grant, Denied> {
+/// Those of [`Authorizer::identify_among`].
+pub(super) fn of_connect(
+    connect: &Connect<'_>,
+    authorizer: &Authorizer,
+    from: IpAddr,
+) -> Result<Grant, Rejected> {
     let username = connect.username.map(str::as_bytes);
-    let named = username.into_iter().chain(connect.password).filter(|text| !text.trim_ascii().is_empty());
+    let named = username.into_iter().chain(connect.password);
     let presented: Vec<&[u8]> = named.chain(key_properties(&connect.properties)).collect();
-    // Next to a key, what does not look like one is a name or a password for somebody else.
-    let keys = || presented.iter().copied().filter(|text| text.trim_ascii_start().starts_with(KEY_PREFIX));
-    match keys().next().or(presented.first().copied()) {
-        None => Err(Denied::NoKey),
-        Some(key) if keys().any(|other| other.trim_ascii() != key.trim_ascii()) => Err(Denied::Ambiguous),
-        Some(key) => authorizer.identify(key),
-    }
+    authorizer.identify_among(&presented, from)
 }
 
 /// The grant of the key that a PUBLISH presents for itself, if it presents one.
@@ -43,13 +39,14 @@ pub(super) fn of_connect(connect: &Connect<'_>, authorizer: &Authorizer) -> Resu
 pub(super) fn of_publish(
     properties: &Properties<'_>,
     authorizer: &Authorizer,
-) -> Result<Option<Grant>, Denied> {
+    from: IpAddr,
+) -> Result<Option<Grant>, Rejected> {
     let mut keys = key_properties(properties);
     let Some(key) = keys.next() else { return Ok(None) };
     if keys.any(|other| other.trim_ascii() != key.trim_ascii()) {
-        return Err(Denied::Ambiguous);
+        return Err(authorizer.ambiguous_from(from));
     }
-    authorizer.identify(key).map(Some)
+    authorizer.identify_from(key, from).map(Some)
 }
 
 /// The key in the value of an `authorization` property: with or without a scheme in front.

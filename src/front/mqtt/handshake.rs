@@ -7,17 +7,26 @@ use std::time::Duration;
 
 use rand::TryRng;
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::Front;
 use super::codec::write::{self, Form, Limits};
 use super::codec::{Connect, Frame, Reason, Version, Violation};
 use super::credentials;
-use super::inbound::Inbound;
-use super::sessions::Present;
-use crate::auth::connections::{Control, Entered};
+use super::inbound::{Inbound, Who, reason_of};
+use super::session::Session;
+use super::sessions::{NotEntered, Present, Taken};
+use super::wills::Will;
+use crate::auth::connections::{Close, Control, Entered};
+use crate::auth::usage::Client;
+use crate::auth::{Denied, Rejected};
 use crate::limits::{CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_TOPIC_ALIAS_MAXIMUM};
-use crate::message::Transport;
+use crate::message::{DatasourceId, Transport, holds_key, now_micros};
+use crate::observe::refusals::Note;
+
+/// What a TLS client sends first. It has the upper half of a CONNECT.
+const TLS_HANDSHAKE: u8 = 0x16;
 
 /// A connection whose key was accepted.
 pub(super) struct Opened {
@@ -26,6 +35,12 @@ pub(super) struct Opened {
     pub(super) entered: Entered,
     /// The client's place among those that are connected.
     pub(super) present: Present,
+    pub(super) session: Session,
+    pub(super) will: Option<Box<Will>>,
+    /// How many topic aliases the client takes.
+    pub(super) topic_alias_maximum: u16,
+    /// How many unacknowledged messages the client takes.
+    pub(super) receive_maximum: u16,
     /// How long the client may be silent; `None` is for ever.
     pub(super) silence_max: Option<Duration>,
     /// What came in the same breath as the CONNECT.
@@ -34,26 +49,27 @@ pub(super) struct Opened {
     pub(super) answer: Vec<u8>,
 }
 
-/// Reads the CONNECT. `Err` is what the client is to be told, possibly nothing, before its
-/// connection is closed.
+/// Reads the CONNECT, which has to be there at `connect_by`. `Err` is what the client is to be told,
+/// possibly nothing, before its connection is closed.
 pub(super) async fn shake(
     front: &Arc<Front>,
     stream: &mut (impl AsyncRead + Unpin),
     peer: SocketAddr,
-) -> Result<Opened, Vec<u8>> {
-    let patience = Duration::from_millis(front.config.connect_ms_max);
-    let reading = tokio::time::timeout(patience, read_connect(stream));
+    connect_by: Instant,
+) -> Result<Box<Opened>, Vec<u8>> {
+    let reading = tokio::time::timeout_at(connect_by, read_connect(stream));
     let (buffer, bytes) = tokio::select! {
         () = front.drain.cancelled() => return Err(Vec::new()),
         read = reading => match read {
             Ok(Ok(read)) => read,
             Ok(Err(None)) => return Err(Vec::new()),
             Ok(Err(Some(violation))) => {
-                refuse(front, peer, "malformed_connect", &violation);
+                refuse(front, peer, Note::new(Transport::Mqtt, "malformed_connect", &violation));
                 return Err(Vec::new());
             }
             Err(_) => {
-                refuse(front, peer, "connect_timeout", &"no CONNECT within mqtt.connect_ms_max");
+                let words = "no CONNECT within mqtt.connect_ms_max";
+                refuse(front, peer, Note::new(Transport::Mqtt, "connect_timeout", &words));
                 return Err(Vec::new());
             }
         }
@@ -61,11 +77,12 @@ pub(super) async fn shake(
     let frame = Frame::split(&buffer, MQTT_CONNECT_BYTES_MAX, None);
     let frame = frame.ok().flatten().expect("a whole frame was read");
     let connect = frame.connect().map_err(|(version, violation)| {
-        refuse(front, peer, "malformed_connect", &violation);
-        answer(version, violation.reason, violation.text)
+        refuse(front, peer, Note::new(Transport::Mqtt, "malformed_connect", &violation));
+        answer(version, u32::MAX, violation.reason, violation.text)
     })?;
-    let mut opened = open(front, peer, &connect)
-        .map_err(|(reason, words)| answer(Some(connect.version), reason, &words))?;
+    let mut opened = open(front, peer, &connect).await.map_err(|(reason, words)| {
+        answer(Some(connect.version), connect.packet_bytes_max(), reason, &words)
+    })?;
     opened.early = buffer[bytes..].to_vec();
     Ok(opened)
 }
@@ -78,6 +95,9 @@ async fn read_connect(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Vec<u8>,
             Ok(0) | Err(_) => return Err(None),
             Ok(_) => {}
         }
+        if buffer[0] == TLS_HANDSHAKE {
+            return Err(Some(Violation::protocol("this is TLS, and plain MQTT is served here")));
+        }
         if buffer[0] >> 4 != 1 {
             return Err(Some(Violation::protocol("the first packet has to be a CONNECT")));
         }
@@ -89,25 +109,34 @@ async fn read_connect(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Vec<u8>,
 }
 
 /// Decides on a CONNECT, and enters the client if it is let in.
-fn open(front: &Arc<Front>, peer: SocketAddr, connect: &Connect<'_>) -> Result<Opened, (Reason, String)> {
+async fn open(
+    front: &Arc<Front>,
+    peer: SocketAddr,
+    connect: &Connect<'_>,
+) -> Result<Box<Opened>, (Reason, String)> {
     let config = &front.config;
+    let client = connect.client_id;
     let no = |cause: &'static str, reason: Reason, words: String| {
-        refuse(front, peer, cause, &words);
+        refuse(front, peer, Note { client, ..Note::new(Transport::Mqtt, cause, &words) });
         (reason, words)
     };
     if connect.wants_authentication() {
         let words = "present an API key: there is no extended authentication".to_owned();
         return Err(no("authentication_method", Reason::BadAuthenticationMethod, words));
     }
-    let grant = credentials::of_connect(connect, front.intake.authorizer()).map_err(|denied| {
-        refuse(front, peer, denied.cause(), &denied);
-        // One answer for all: it tells a stranger nothing.
-        (Reason::NotAuthorized, "no valid API key as user name, password or user property".to_owned())
+    let authorizer = front.intake.authorizer();
+    let grant = credentials::of_connect(connect, authorizer, peer.ip()).map_err(|rejected| {
+        let Rejected { denied, key_id, shape: key_shape } = rejected;
+        let note = Note::new(Transport::Mqtt, denied.cause(), &denied);
+        refuse(front, peer, Note { client, key_id, key_shape, ..note });
+        match denied {
+            Denied::TooManyFailures { .. } => (Reason::ConnectionRateExceeded, denied.to_string()),
+            // One answer for all others: it tells a stranger nothing.
+            _ => {
+                (Reason::NotAuthorized, "no valid API key as user name, password or user property".to_owned())
+            }
+        }
     })?;
-    if connect.will.is_some() {
-        let words = "will messages are not served yet".to_owned();
-        return Err(no("will", Reason::ImplementationSpecificError, words));
-    }
     let v5 = connect.version == Version::V5;
     let client_id = match connect.client_id {
         "" if connect.version == Version::V31 || !v5 && !connect.clean => {
@@ -119,58 +148,141 @@ fn open(front: &Arc<Front>, peer: SocketAddr, connect: &Connect<'_>) -> Result<O
             let words = format!("a client identifier has at most {CLIENT_ID_BYTES_MAX} bytes");
             return Err(no("client_id", Reason::ClientIdentifierNotValid, words));
         }
+        given if holds_key(given) => {
+            let words = "a client identifier is no place for an API key: present it as user name or password";
+            return Err(no("client_id", Reason::ClientIdentifierNotValid, words.to_owned()));
+        }
         given => given.to_owned(),
     };
     let keep_alive_s = match connect.keep_alive_s {
         asked if v5 && (asked == 0 || asked > config.keep_alive_s_max) => config.keep_alive_s_max,
         asked => asked,
     };
+    let publisher = publisher(grant.datasource(), &client_id);
+    let user = Arc::new(Client::new(Transport::Mqtt, Some(peer.ip()), Some(&client_id)));
+    let who = Arc::new(Who { address: peer.ip(), client: client_id.as_str().into(), user });
+    let about = |note: Note<'_>| {
+        let note = Note { client, key_id: Some(grant.key_id()), ..note };
+        refuse(front, peer, Note { datasource: grant.datasource().as_str(), ..note });
+    };
+    let will = connect.will.as_ref().map(|will| Will::new(will, &grant, &who, publisher, &front.intake));
+    let will = will.transpose().map_err(|refusal| {
+        about(Note { cause: "will", ..refusal.note(Transport::Mqtt) });
+        (reason_of(&refusal), format!("the will cannot be taken: {refusal}"))
+    })?;
     let form = Form {
         version: connect.version,
         reasons: connect.wants_reasons(),
         packet_bytes_max: connect.packet_bytes_max(),
     };
+    let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
+    let control = Arc::new(Control::default());
+    let entered = grant.key().connections().enter(control.clone());
+    let is_new = connect.client_id.is_empty();
+    let entering = front.sessions.enter(
+        grant.datasource(),
+        who.client.clone(),
+        control,
+        connect.clean,
+        is_new,
+        expiry_s,
+    );
+    let Taken { present, session, resumed } = entering.await.map_err(|not_entered| match not_entered {
+        NotEntered::Closed(why) => {
+            let (reason, words) = closed(why);
+            (reason, words.to_owned())
+        }
+        NotEntered::Unavailable(error) => {
+            let words = format!("whether the client has a session cannot be known now: {error}");
+            about(Note::new(Transport::Mqtt, "unavailable", &words));
+            (Reason::ServerUnavailable, words)
+        }
+    })?;
+    // Behind a connection that this one takes over, and that is gone by now.
+    if let Err(refusal) = front.intake.check_connections(&grant) {
+        about(refusal.note(Transport::Mqtt));
+        drop(entered);
+        present.leave(session, None);
+        return Err((reason_of(&refusal), refusal.to_string()));
+    }
+    front.intake.authorizer().registry().used(grant.key(), Some(&who.user), now_micros(), None);
     let mut answer = Vec::with_capacity(64);
     let limits = Limits {
         receive_maximum: config.receive_maximum,
         packet_bytes_max: u32::try_from(config.packet_bytes_max).unwrap_or(u32::MAX),
         topic_alias_maximum: MQTT_TOPIC_ALIAS_MAXIMUM,
         keep_alive_s: (keep_alive_s != connect.keep_alive_s).then_some(keep_alive_s),
-        client_id: connect.client_id.is_empty().then(|| client_id.clone()),
-        session_expiry_s: (connect.session_expiry_s() > 0).then_some(0),
+        client_id: connect.client_id.is_empty().then_some(client_id),
+        session_expiry_s: (connect.session_expiry_s() != expiry_s).then_some(expiry_s),
     };
-    write::connack(&mut answer, connect.version, &limits);
-
-    let control = Arc::new(Control::default());
-    let entered = grant.key().connections.enter(control.clone());
-    let present = front.sessions.enter(grant.datasource().clone(), client_id.into(), control);
-    debug!(%peer, key_id = %grant.key_id(), datasource = %grant.datasource(), version = ?connect.version, "connected");
-    Ok(Opened {
-        inbound: Inbound::new(grant, form, config.packet_bytes_max, config.receive_maximum),
+    write::connack(&mut answer, connect.version, resumed, &limits);
+    debug!(
+        %peer, key_id = %grant.key_id(), datasource = %grant.datasource(), version = ?connect.version, resumed,
+        "connected"
+    );
+    let receive_maximum = config.receive_maximum;
+    Ok(Box::new(Opened {
+        inbound: Inbound::new(
+            grant,
+            who,
+            form,
+            config.packet_bytes_max,
+            receive_maximum,
+            publisher,
+            &session,
+        ),
         entered,
         present,
+        session,
+        will: will.map(Box::new),
+        topic_alias_maximum: connect.topic_alias_maximum(),
+        receive_maximum: connect.receive_maximum(),
         // Section 3.1.2.10: one and a half times the keep-alive.
         silence_max: (keep_alive_s > 0).then(|| Duration::from_millis(1500 * u64::from(keep_alive_s))),
         early: Vec::new(),
         answer,
-    })
+    }))
 }
 
-/// Counts and tells of a refused connection. What a client calls itself is not told: it may be
+/// What a client is told whose connection has to close before it was taken in.
+fn closed(why: Close) -> (Reason, &'static str) {
+    match why {
+        Close::KeyDead => (Reason::NotAuthorized, "the API key is no longer valid"),
+        Close::TakenOver => (Reason::ServerBusy, "the client connected again"),
+        Close::Drain => (Reason::ServerUnavailable, "the gateway is shutting down"),
+    }
+}
+
+/// A client as the records that it publishes have it: a hash, never 0.
+fn publisher(datasource: &DatasourceId, client_id: &str) -> u64 {
+    let mut hash = blake3::Hasher::new();
+    hash.update(datasource.as_str().as_bytes()).update(&[0]).update(client_id.as_bytes());
+    let mut bytes = [0; 8];
+    hash.finalize_xof().fill(&mut bytes);
+    u64::from_le_bytes(bytes).max(1)
+}
+
+/// Reports a refused connection. What a client calls itself does not go into the log: it may be
 /// anything, even a key.
-fn refuse(front: &Front, peer: SocketAddr, cause: &'static str, why: &dyn std::fmt::Display) {
-    front.intake.metrics().refused(Transport::Mqtt, cause);
-    info!(%peer, cause, %why, "refused a connection");
+pub(super) fn refuse(front: &Front, peer: SocketAddr, note: Note<'_>) {
+    let Note { cause, words, key_id, .. } = note;
+    front.intake.refusals().note(Note { address: Some(peer.ip()), ..note });
+    // A flood writes no log.
+    if cause == (Denied::TooManyFailures { retry_after: Duration::ZERO }).cause() {
+        debug!(%peer, cause, "refused a connection");
+    } else {
+        info!(%peer, cause, key_id = key_id.map(display), why = %words, "refused a connection");
+    }
 }
 
 /// The CONNACK of a refusal; a client whose protocol is not even known is told nothing.
-fn answer(version: Option<Version>, reason: Reason, words: &str) -> Vec<u8> {
+fn answer(version: Option<Version>, packet_bytes_max: u32, reason: Reason, words: &str) -> Vec<u8> {
     let mut answer = Vec::new();
     match version {
         // MQTT 3.1.1 has return codes for these; anything else just closes (section 3.1.4).
         Some(Version::V311 | Version::V31)
             if matches!(reason, Reason::MalformedPacket | Reason::ProtocolError) => {}
-        Some(version) => write::connack_refused(&mut answer, version, reason, words),
+        Some(version) => write::connack_refused(&mut answer, version, packet_bytes_max, reason, words),
         None => {}
     }
     answer

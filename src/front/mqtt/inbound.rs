@@ -1,44 +1,96 @@
 //! What a connected client sends: bytes to packets, PUBLISH packets to a draft and the answers it
 //! will be due.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
 use tracing::debug;
 
 use super::acks::Train;
-use super::codec::properties::{
-    CONTENT_TYPE, CORRELATION_DATA, MESSAGE_EXPIRY, PAYLOAD_FORMAT, RESPONSE_TOPIC, TOPIC_ALIAS, Value,
-};
-use super::codec::write::{self, Form};
-use super::codec::{Frame, Packet, Publish, Reason, Version, Violation};
+use super::codec::properties::{TOPIC_ALIAS, forwarded};
+use super::codec::write::{self, Answer, Form};
+use super::codec::{Disconnect, Frame, Packet, Publish, Reason, Version, Violation};
 use super::credentials;
-use crate::auth::{Denied, Grant, Scope};
-use crate::intake::{Draft, Incoming, Intake, Refusal};
+use super::session::Session;
+use super::subscribe::{Request, Subscribing};
+use crate::auth::shape::Shape;
+use crate::auth::usage::Client;
+use crate::auth::{Denied, Grant, Rejected};
+use crate::intake::{Draft, Exchange, Incoming, Intake, Quarantined, Refusal};
 use crate::limits::MQTT_TOPIC_ALIAS_MAXIMUM;
-use crate::message::{RecordFlags, Transport};
+use crate::message::{KeyId, RecordFlags, Transport};
+use crate::observe::refusals::Note;
+use crate::quota::{Limit, Limited};
+
+/// The user property by which a message is known: another one with the same id is not kept again.
+const MESSAGE_ID: &str = "message-id";
 
 /// How a client's connection ends.
 #[derive(Debug)]
 pub(super) enum End {
-    /// It said goodbye, or closed.
-    Client,
+    /// It closed the connection without a word.
+    Lost,
+    /// It said goodbye.
+    Goodbye(Disconnect),
     /// It broke a rule.
     Violation(Violation),
     /// MQTT 3.1.1 has no other way to say no to a message.
     Refused(Refusal),
 }
 
+/// Who is connected: what is reported of a refusal.
+#[derive(Debug)]
+pub(super) struct Who {
+    pub(super) address: IpAddr,
+    /// What the client calls itself.
+    pub(super) client: Arc<str>,
+    /// The same, as it is told of a key's use.
+    pub(super) user: Arc<Client>,
+}
+
+impl Who {
+    /// A refusal, with what is known of whose it is.
+    pub(super) fn note<'a>(&'a self, grant: &'a Grant, note: Note<'a>) -> Note<'a> {
+        Note {
+            address: Some(self.address),
+            client: &self.client,
+            datasource: grant.datasource().as_str(),
+            key_id: Some(grant.key_id()),
+            ..note
+        }
+    }
+}
+
 /// The receiving half of a connection: what it knows between two reads.
 pub(super) struct Inbound {
     /// Of the connection's key.
     pub(super) grant: Grant,
+    pub(super) who: Arc<Who>,
     pub(super) form: Form,
     packet_bytes_max: usize,
     receive_maximum: u16,
+    /// The client, in the records that it publishes.
+    pub(super) publisher: u64,
+    /// Its session's number.
+    session: u64,
+    /// The session ends with the connection.
+    ephemeral: bool,
+    /// QoS 2: packet identifiers of messages that were taken in and not released yet, as far as this
+    /// connection knows. What an earlier one took in is known to the log.
+    exchanges: BTreeSet<u16>,
     /// The beginning of a packet whose rest has not come yet.
     partial: Vec<u8>,
+    /// There may be whole packets in it: a request that had to be served first came before them, or the
+    /// first of them is held back.
+    paused: bool,
+    /// The next message was held back, and has been taken from its rates.
+    paid: bool,
     aliases: Aliases,
 }
 
 /// What one read has brought.
+#[derive(Default)]
 pub(super) struct Batch {
     /// Messages that were let in.
     pub(super) draft: Option<Draft>,
@@ -46,39 +98,103 @@ pub(super) struct Batch {
     pub(super) train: Train,
     /// Whether a whole packet was among it: a sign of life.
     pub(super) packets: usize,
+    /// Packet identifiers of messages that the client acknowledges.
+    pub(super) acknowledged: Vec<u16>,
+    /// Nothing more is to be taken in until this is served.
+    pub(super) request: Option<Request>,
+    /// The next message is over a rate: nothing more is to be taken in until it is its turn.
+    pub(super) held: Option<Limited>,
+    /// QoS 2 exchanges that the client has released.
+    pub(super) releases: Vec<Exchange>,
+    /// QoS 2 exchanges that its messages open.
+    opened: Vec<u16>,
     /// Nothing more is to be read.
     pub(super) end: Option<End>,
 }
 
+impl Batch {
+    /// Whether QoS 2 messages are in the draft.
+    pub(super) fn opens_exchanges(&self) -> bool {
+        !self.opened.is_empty()
+    }
+}
+
 impl Inbound {
-    pub(super) fn new(grant: Grant, form: Form, packet_bytes_max: usize, receive_maximum: u16) -> Self {
+    pub(super) fn new(
+        grant: Grant,
+        who: Arc<Who>,
+        form: Form,
+        packet_bytes_max: usize,
+        receive_maximum: u16,
+        publisher: u64,
+        session: &Session,
+    ) -> Self {
         Self {
             grant,
+            who,
             form,
             packet_bytes_max,
             receive_maximum,
+            publisher,
+            session: session.uid,
+            ephemeral: !session.is_durable(),
+            exchanges: BTreeSet::new(),
             partial: Vec::new(),
+            paused: false,
+            paid: false,
             aliases: Aliases::default(),
         }
+    }
+
+    /// The exchanges that nobody will release any more, if the session ends with the connection.
+    pub(super) fn abandoned(&self) -> Vec<Exchange> {
+        let packet_ids = self.exchanges.iter().filter(|_| self.ephemeral);
+        packet_ids.map(|packet_id| self.exchange(*packet_id)).collect()
+    }
+
+    fn exchange(&self, packet_id: u16) -> Exchange {
+        Exchange { session: self.session, packet_id }
+    }
+
+    /// Whether its session ends with the connection.
+    pub(super) fn is_ephemeral(&self) -> bool {
+        self.ephemeral
+    }
+
+    /// Whether there is something to take in although nothing more was read.
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// It is the turn of the message that was held back; `paid`: it need not ask again.
+    pub(super) fn go_on(&mut self, paid: bool) {
+        self.paid = paid;
+    }
+
+    /// A refusal, with what is known of whose it is.
+    pub(super) fn note<'a>(&'a self, note: Note<'a>) -> Note<'a> {
+        self.who.note(&self.grant, note)
     }
 
     /// Takes in what was read. Answers that need not wait are written to `out`; `unacknowledged`
     /// messages wait for theirs already.
     pub(super) fn take(
         &mut self,
-        mut bytes: &[u8],
+        read_bytes: &[u8],
         intake: &Intake,
         unacknowledged: usize,
         out: &mut Vec<u8>,
     ) -> Batch {
-        let mut read = Read {
-            batch: Batch { draft: None, train: Train::default(), packets: 0, end: None },
-            intake,
-            unacknowledged,
-            out,
-        };
+        let mut read = Read { batch: Batch::default(), intake, unacknowledged, out };
+        let mut bytes = read_bytes;
+        let mut buffered;
+        if std::mem::take(&mut self.paused) {
+            buffered = std::mem::take(&mut self.partial);
+            buffered.extend_from_slice(bytes);
+            bytes = &buffered;
+        }
         // A packet that began in an earlier read is completed on its own; the rest is read in place.
-        while !self.partial.is_empty() && !bytes.is_empty() && read.batch.end.is_none() {
+        while !self.partial.is_empty() && !bytes.is_empty() && read.goes_on() {
             let mut partial = std::mem::take(&mut self.partial);
             let missing = missing_bytes(&partial, self.packet_bytes_max).min(bytes.len());
             let (rest_of_packet, after) = bytes.split_at(missing);
@@ -89,9 +205,13 @@ impl Inbound {
                 self.partial = partial;
             }
         }
-        if read.batch.end.is_none() && !bytes.is_empty() {
+        if read.goes_on() && !bytes.is_empty() {
             let consumed = self.packets(bytes, &mut read);
-            self.partial = bytes[consumed..].to_vec();
+            bytes = &bytes[consumed..];
+        }
+        self.paused = read.batch.request.is_some() || read.batch.held.is_some();
+        if read.batch.end.is_none() && !bytes.is_empty() {
+            self.partial.extend_from_slice(bytes);
         }
         read.batch
     }
@@ -99,7 +219,7 @@ impl Inbound {
     /// Handles the whole packets at the beginning of `bytes`; returns how many bytes those take.
     fn packets(&mut self, bytes: &[u8], read: &mut Read<'_>) -> usize {
         let mut consumed = 0;
-        while read.batch.end.is_none() {
+        while read.goes_on() {
             let rest = &bytes[consumed..];
             let frame = match Frame::split(rest, self.packet_bytes_max, Some(self.form.version)) {
                 Ok(Some(frame)) => frame,
@@ -118,6 +238,11 @@ impl Inbound {
             {
                 read.batch.end = Some(end);
             }
+            if read.batch.held.is_some() {
+                // It stays where it is, and is decoded again when it is its turn.
+                consumed -= frame.bytes;
+                read.batch.packets -= 1;
+            }
         }
         consumed
     }
@@ -125,54 +250,46 @@ impl Inbound {
     fn packet(&mut self, packet: Packet<'_>, bytes_left: usize, read: &mut Read<'_>) -> Result<(), End> {
         match packet {
             Packet::Publish(publish) => return self.publish(&publish, bytes_left, read),
-            Packet::Pingreq => write::pingresp(read.out),
+            Packet::Pingreq => read.batch.train.ping(),
             Packet::Subscribe(subscribe) => {
-                let filters = subscribe.filters.len();
-                let (reason, words) = match self.grant.has(Scope::Subscribe) {
-                    Err(denied) => (Reason::NotAuthorized, denied.to_string()),
-                    Ok(()) => (
-                        Reason::ImplementationSpecificError,
-                        "subscriptions are not served over MQTT yet; read records over HTTP".to_owned(),
-                    ),
-                };
-                read.intake.metrics().refused(Transport::Mqtt, "subscribe");
-                write::suback_refused(read.out, self.form, subscribe.packet_id, filters, reason, &words);
+                read.batch.request = Some(Request::Subscribe(Subscribing::from(&subscribe)));
             }
-            Packet::Unsubscribe(unsubscribe) => {
-                write::unsuback_none(read.out, self.form, unsubscribe.packet_id, unsubscribe.filters.len());
-            }
+            Packet::Unsubscribe(unsubscribe) => read.batch.request = Some(Request::from(&unsubscribe)),
             Packet::Disconnect(disconnect) => {
-                if disconnect.session_expiry_s.is_some_and(|s| s > 0) {
-                    // The session's expiry was announced as 0 (section 3.14.2.2.2).
+                if self.ephemeral && disconnect.session_expiry_s.is_some_and(|s| s > 0) {
+                    // Section 3.14.2.2.2.
                     return Err(End::Violation(Violation::protocol(
-                        "a session expiry after none was agreed",
+                        "a session expiry, and the session was to end with the connection",
                     )));
                 }
-                return Err(End::Client);
+                return Err(End::Goodbye(disconnect));
             }
             Packet::Connect => return Err(End::Violation(Violation::protocol("a second CONNECT"))),
             Packet::Auth => {
                 return Err(End::Violation(Violation::protocol("AUTH without an authentication method")));
             }
-            Packet::Puback(_) | Packet::Pubrec(_) | Packet::Pubrel(_) | Packet::Pubcomp(_) => {
-                return Err(End::Violation(Violation::protocol(
-                    "an acknowledgement of nothing that was sent",
-                )));
+            Packet::Puback(ack) => read.batch.acknowledged.push(ack.packet_id),
+            // Nothing is sent with QoS 2; what a client has from another server ends like this
+            // (section 4.3.3).
+            Packet::Pubrec(ack) => {
+                let reason = Reason::PacketIdentifierNotFound;
+                write::answer(read.out, self.form, Answer::Pubrel, ack.packet_id, reason, None);
             }
+            Packet::Pubcomp(_) => {}
+            Packet::Pubrel(ack) => self.pubrel(ack.packet_id, read),
         }
         Ok(())
     }
 
     fn publish(&mut self, publish: &Publish<'_>, bytes_left: usize, read: &mut Read<'_>) -> Result<(), End> {
-        if publish.qos == 2 {
-            return Err(End::Violation(Violation {
-                reason: Reason::QosNotSupported,
-                text: "QoS 2 is not served yet; QoS 1 is",
-            }));
+        if publish.qos == 2 && self.exchanges.contains(&publish.packet_id) {
+            // Sent again: its answer comes behind that of the first, if there was none yet.
+            read.batch.train.done(Answer::Pubrec, publish.packet_id);
+            return Ok(());
         }
         let v5 = self.form.version == Version::V5;
-        let unacknowledged = read.unacknowledged + read.batch.train.len();
-        if v5 && publish.qos == 1 && unacknowledged >= usize::from(self.receive_maximum) {
+        let unacknowledged = read.unacknowledged + read.batch.train.unacknowledged() + self.exchanges.len();
+        if v5 && publish.qos > 0 && unacknowledged >= usize::from(self.receive_maximum) {
             return Err(End::Violation(Violation {
                 reason: Reason::ReceiveMaximumExceeded,
                 text: "more unacknowledged messages than the receive maximum",
@@ -180,26 +297,94 @@ impl Inbound {
         }
         let topic = self.aliases.resolve(publish).map_err(End::Violation)?;
         let first = read.batch.draft.is_none();
-        let draft = read.batch.draft.get_or_insert_with(|| read.intake.draft(Transport::Mqtt));
-        let pushed = push(draft, read.intake, &self.grant, topic, publish);
+        let draft = read.batch.draft.get_or_insert_with(|| {
+            let mut draft = read.intake.draft(Transport::Mqtt, self.publisher);
+            if v5 {
+                draft.end_failed_exchanges();
+            }
+            draft.sent_by(&self.who.user);
+            draft
+        });
+        let exchange =
+            (publish.qos == 2).then_some(Exchange { session: self.session, packet_id: publish.packet_id });
+        if std::mem::take(&mut self.paid) {
+            draft.is_paid();
+        }
+        let from = self.who.address;
+        let pushed = push(draft, read.intake, &self.grant, from, topic, publish, exchange);
         match pushed {
             Ok(origin) => {
                 if first {
                     draft.reserve(bytes_left);
                 }
-                if publish.qos == 1 {
-                    read.batch.train.admitted(publish.packet_id, origin);
+                match publish.qos {
+                    0 => {}
+                    1 => read.batch.train.admitted(Answer::Puback, publish.packet_id, origin),
+                    _ => {
+                        self.exchanges.insert(publish.packet_id);
+                        read.batch.opened.push(publish.packet_id);
+                        read.batch.train.admitted(Answer::Pubrec, publish.packet_id, origin);
+                    }
                 }
                 Ok(())
             }
-            Err(refusal) => self.refuse(publish, refusal, read),
+            Err(Refused { refusal: Refusal::Quarantined(quarantined), .. }) => {
+                self.quarantined(publish, *quarantined, read);
+                Ok(())
+            }
+            Err(Refused { refusal: Refusal::Limited(limited), .. }) if limited.holds_back() => {
+                read.batch.held = Some(*limited);
+                Ok(())
+            }
+            Err(refused) => self.refuse(publish, refused, read),
         }
+    }
+
+    /// A message that goes into quarantine is answered when it is durable there: MQTT 5 says why, MQTT
+    /// 3.1.1 has no words for it and says yes.
+    fn quarantined(&mut self, publish: &Publish<'_>, quarantined: Quarantined, read: &mut Read<'_>) {
+        let Quarantined { origin, reason } = quarantined;
+        debug!(key_id = %self.grant.key_id(), %reason, "a message goes into quarantine");
+        let answer = match publish.qos {
+            0 => return,
+            1 => Answer::Puback,
+            _ => Answer::Pubrec,
+        };
+        if self.form.version == Version::V5 {
+            let words = format!("{reason}; it is kept in quarantine");
+            read.batch.train.quarantined(answer, publish.packet_id, origin, words);
+            return;
+        }
+        if publish.qos == 2 {
+            self.exchanges.insert(publish.packet_id);
+            read.batch.opened.push(publish.packet_id);
+        }
+        read.batch.train.admitted(answer, publish.packet_id, origin);
+    }
+
+    /// The client has its PUBREC, and will not send the message again (section 4.3.3).
+    fn pubrel(&mut self, packet_id: u16, read: &mut Read<'_>) {
+        let known = self.exchanges.remove(&packet_id);
+        // What came in the same breath as its message has not had a PUBREC.
+        if read.batch.opened.contains(&packet_id) || (!known && self.ephemeral) {
+            let reason = Reason::PacketIdentifierNotFound;
+            let words = "no message of this packet identifier waits to be released";
+            read.batch.train.refused(Answer::Pubcomp, packet_id, reason, words.to_owned());
+            return;
+        }
+        read.batch.releases.push(self.exchange(packet_id));
+        read.batch.train.done(Answer::Pubcomp, packet_id);
     }
 
     /// A no to one message: by its acknowledgement where the protocol has a place for it, by ending
     /// the connection where it has not. A QoS 0 message is dropped and counted.
-    fn refuse(&self, publish: &Publish<'_>, refusal: Refusal, read: &mut Read<'_>) -> Result<(), End> {
-        read.intake.metrics().refused(Transport::Mqtt, refusal.cause());
+    fn refuse(&self, publish: &Publish<'_>, refused: Refused, read: &mut Read<'_>) -> Result<(), End> {
+        let Refused { refusal, own_key } = refused;
+        let note = self.note(refusal.note(Transport::Mqtt));
+        read.intake.refusals().note(match own_key {
+            None => note,
+            Some((key_id, key_shape)) => Note { key_id, key_shape, ..note },
+        });
         debug!(key_id = %self.grant.key_id(), cause = refusal.cause(), %refusal, "refused a message");
         if self.form.version != Version::V5 {
             return Err(End::Refused(refusal));
@@ -208,8 +393,9 @@ impl Inbound {
             // The whole connection is at an end, not this message alone.
             (Refusal::Denied(Denied::Revoked), _) if !self.grant.holds() => Err(End::Refused(refusal)),
             (_, Reason::PacketTooLarge) => Err(End::Refused(refusal)),
-            (_, reason) if publish.qos == 1 => {
-                read.batch.train.refused(publish.packet_id, reason, refusal.to_string());
+            (_, reason) if publish.qos > 0 => {
+                let answer = if publish.qos == 1 { Answer::Puback } else { Answer::Pubrec };
+                read.batch.train.refused(answer, publish.packet_id, reason, refusal.to_string());
                 Ok(())
             }
             _ => Ok(()),
@@ -254,37 +440,67 @@ struct Read<'a> {
     out: &'a mut Vec<u8>,
 }
 
+impl Read<'_> {
+    /// Whether the next packet may be taken in.
+    fn goes_on(&self) -> bool {
+        self.batch.end.is_none() && self.batch.request.is_none() && self.batch.held.is_none()
+    }
+}
+
+/// A message that was refused.
+struct Refused {
+    refusal: Refusal,
+    /// What is known of the key that it brought, if it brought one.
+    own_key: Option<(Option<KeyId>, Option<Shape>)>,
+}
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal, own_key: None }
+    }
+}
+
+impl From<Rejected> for Refused {
+    fn from(rejected: Rejected) -> Self {
+        Self { refusal: rejected.denied.into(), own_key: Some((rejected.key_id, rejected.shape)) }
+    }
+}
+
 /// Checks one message and adds it to the draft, under the key that it brings or else the
 /// connection's.
 fn push(
     draft: &mut Draft,
     intake: &Intake,
     grant: &Grant,
+    from: IpAddr,
     topic: &str,
     publish: &Publish<'_>,
-) -> Result<usize, Refusal> {
-    let flags = if publish.retain { RecordFlags::RETAIN } else { RecordFlags::default() };
+    exchange: Option<Exchange>,
+) -> Result<usize, Refused> {
+    let mut flags = if publish.retain { RecordFlags::RETAIN } else { RecordFlags::default() };
+    if publish.qos == 0 {
+        flags = flags.with(RecordFlags::AT_MOST_ONCE);
+    }
     let payload = publish.payload;
     if publish.properties.is_empty() {
-        let message = Incoming { topic, payload, content_type: "", properties: &[], flags };
-        return draft.push(grant, None, message);
+        let message =
+            Incoming { topic, payload, content_type: "", properties: &[], flags, message_id: None, exchange };
+        return Ok(draft.push(grant, None, message)?);
     }
-    let own = credentials::of_publish(&publish.properties, intake.authorizer())?;
-    let mut content_type = "";
+    let own = credentials::of_publish(&publish.properties, intake.authorizer(), from)?;
     let mut properties = Vec::new();
-    for (id, value, bytes) in publish.properties.iter() {
-        match (id, value) {
-            (CONTENT_TYPE, Value::Text(text)) => content_type = text,
-            (_, Value::Pair(name, _)) if credentials::is_key_property(name) => {}
-            (PAYLOAD_FORMAT | MESSAGE_EXPIRY | RESPONSE_TOPIC | CORRELATION_DATA, _)
-            | (_, Value::Pair(..)) => {
-                properties.extend_from_slice(bytes);
-            }
-            _ => {}
-        }
-    }
-    let message = Incoming { topic, payload, content_type, properties: &properties, flags };
-    draft.push(own.as_ref().unwrap_or(grant), None, message)
+    let content_type = forwarded(&publish.properties, &mut properties, credentials::is_key_property);
+    let message = Incoming {
+        topic,
+        payload,
+        content_type,
+        properties: &properties,
+        flags,
+        message_id: publish.properties.user().find(|(name, _)| *name == MESSAGE_ID).map(|(_, id)| id),
+        exchange,
+    };
+    let pushed = draft.push(own.as_ref().unwrap_or(grant), None, message);
+    pushed.map_err(|refusal| Refused { refusal, own_key: own.map(|own| (Some(own.key_id()), None)) })
 }
 
 /// How many bytes the packet that `partial` begins still needs, as far as that is known.
@@ -302,10 +518,19 @@ fn missing_bytes(partial: &[u8], packet_bytes_max: usize) -> usize {
 /// MQTT 5's reason code for a refusal: the one place where the two meet.
 pub(super) fn reason_of(refusal: &Refusal) -> Reason {
     match refusal {
+        Refusal::Denied(Denied::TooManyFailures { .. }) => Reason::QuotaExceeded,
         Refusal::Denied(_) | Refusal::NoDatasource(_) => Reason::NotAuthorized,
-        Refusal::Topic(_) | Refusal::DatasourceMissing => Reason::TopicNameInvalid,
+        Refusal::Topic(_) | Refusal::DatasourceMissing | Refusal::Subject(_) => Reason::TopicNameInvalid,
         Refusal::TooLarge { .. } => Reason::PacketTooLarge,
-        Refusal::ContentType => Reason::PayloadFormatInvalid,
+        Refusal::ContentType | Refusal::Quarantined(_) => Reason::PayloadFormatInvalid,
+        Refusal::MessageId | Refusal::ReplySubject | Refusal::Header(_) => {
+            Reason::ImplementationSpecificError
+        }
+        Refusal::Limited(limited) => match limited.limit {
+            Limit::PayloadBytes => Reason::PacketTooLarge,
+            _ if limited.holds_back() => Reason::MessageRateTooHigh,
+            _ => Reason::QuotaExceeded,
+        },
         Refusal::Busy { .. } | Refusal::Log(_) => Reason::ServerBusy,
     }
 }

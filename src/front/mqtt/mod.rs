@@ -1,51 +1,218 @@
-//! The MQTT front: 3.1, 3.1.1 and 5 over TCP.
+//! The MQTT front: 3.1, 3.1.1 and 5 over TCP, TLS and WebSocket.
 //!
-//! A connection is one task. It [shakes hands](handshake), enters its key's connections and the
-//! [sessions], and then is [served](connection): each read of the socket is decoded in place and
-//! handed to intake as one draft; while the log makes it durable the next is read; the answers of a
-//! draft leave in one write.
+//! The [`Acceptor`] lets a connection in; one by WebSocket comes from the HTTP front, which knows the
+//! acceptor for that. From there on a connection is one task. It [shakes hands](handshake), enters
+//! its key's connections and the [sessions], and then is [served](connection): each read of the
+//! socket is decoded in place and handed to intake as one draft; while the log makes it durable the
+//! next is read; the answers of a draft leave in one write.
 
 mod acks;
 pub mod codec;
 mod connection;
 mod credentials;
+mod delivery;
+mod flights;
+mod goodbye;
 mod handshake;
 mod inbound;
+mod outbound;
+mod session;
 mod sessions;
+mod stream;
+mod subscribe;
+mod tls;
+mod websocket;
+mod wills;
 
+use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use bytes::Bytes;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use crate::config;
+use crate::consume::subscriber::Subscribers;
+use crate::consume::subscriber::sessions::Stored;
 use crate::intake::Intake;
+use crate::message::Transport;
+use crate::observe::refusals::Note;
+use handshake::refuse;
 use sessions::Sessions;
+use stream::Stream;
+use websocket::WebSocket;
+
+pub use sessions::claims::Claims;
+pub use tls::{Tls, TlsError};
 
 /// What every connection works with.
 pub(super) struct Front {
     intake: Intake,
     config: config::Mqtt,
     sessions: Arc<Sessions>,
+    subscribers: Arc<Subscribers>,
     drain: CancellationToken,
 }
 
-/// Serves MQTT on `listener` until `drain` is cancelled, then lets every connection send the
+/// Takes connections in, whatever carries them, as many as are allowed at once.
+#[derive(Clone)]
+pub struct Acceptor {
+    front: Arc<Front>,
+    permits: Arc<Semaphore>,
+    connections: TaskTracker,
+}
+
+impl Acceptor {
+    /// An acceptor whose connections end when `drain` is cancelled. `stored` are the sessions that
+    /// `subscribers` has kept; with `claims` they are shared with the other nodes of a cluster.
+    pub fn new(
+        intake: Intake,
+        subscribers: Arc<Subscribers>,
+        stored: Stored,
+        claims: Option<Claims>,
+        config: config::Mqtt,
+        drain: CancellationToken,
+    ) -> Self {
+        let permits = Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS)));
+        let sessions = Arc::new(Sessions::new(subscribers.clone(), intake.clone(), stored, claims));
+        let front = Arc::new(Front { intake, config, sessions, subscribers, drain });
+        Self { front, permits, connections: TaskTracker::new() }
+    }
+
+    /// A place for one connection; `None`, counted, when there are `mqtt.connections_max`.
+    pub fn admit(&self, peer: SocketAddr) -> Option<Admission> {
+        match self.permits.clone().try_acquire_owned() {
+            Ok(permit) => {
+                let connect_ms_max = self.front.config.connect_ms_max;
+                Some(Admission {
+                    front: self.front.clone(),
+                    connections: self.connections.clone(),
+                    permit,
+                    peer,
+                    connect_by: Instant::now() + Duration::from_millis(connect_ms_max),
+                })
+            }
+            Err(_) => {
+                let connections_max = self.front.config.connections_max;
+                let words = format!("there are mqtt.connections_max = {connections_max} connections");
+                let note = Note::new(Transport::Mqtt, "connections_max", &words);
+                self.front.intake.refusals().note(Note { address: Some(peer.ip()), ..note });
+                debug!(%peer, connections_max, "refused a connection: there are too many");
+                None
+            }
+        }
+    }
+}
+
+/// A place for one connection, which is served on a task of its own. The task keeps the place, and a
+/// drain waits for it.
+pub struct Admission {
+    front: Arc<Front>,
+    connections: TaskTracker,
+    permit: OwnedSemaphorePermit,
+    peer: SocketAddr,
+    connect_by: Instant,
+}
+
+impl Admission {
+    /// Serves a WebSocket, once `opened` has brought the connection, whose opening handshake is over by
+    /// then, and what was read behind it.
+    pub fn serve_websocket(self, opened: impl Future<Output = Option<(TcpStream, Bytes)>> + Send + 'static) {
+        let Self { front, connections, permit, peer, connect_by } = self;
+        connections.spawn(async move {
+            if let Ok(Some((tcp, early))) = timeout_at(connect_by, opened).await {
+                let websocket = Box::new(WebSocket::new(tcp, early, peer, front.clone()));
+                connection::run(&front, Stream::WebSocket(websocket), peer, connect_by).await;
+            } else {
+                debug!(%peer, "a WebSocket did not come about");
+            }
+            drop(permit);
+        });
+    }
+
+    fn serve_tcp(self, tcp: TcpStream) {
+        let Self { front, connections, permit, peer, connect_by } = self;
+        connections.spawn(async move {
+            connection::run(&front, Stream::Tcp(tcp), peer, connect_by).await;
+            drop(permit);
+        });
+    }
+
+    fn serve_tls(self, tcp: TcpStream, tls: Arc<Tls>) {
+        let Self { front, connections, permit, peer, connect_by } = self;
+        connections.spawn(async move {
+            if let Some(stream) = shake_tls(&front, tls, tcp, peer, connect_by).await {
+                connection::run(&front, Stream::Tls(stream), peer, connect_by).await;
+            }
+            drop(permit);
+        });
+    }
+}
+
+/// The TLS handshake; `None`, counted, when it fails.
+async fn shake_tls(
+    front: &Front,
+    tls: Arc<Tls>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    connect_by: Instant,
+) -> Option<Box<TlsStream<TcpStream>>> {
+    // It needs more room than the connection after it: on the heap only while it lasts.
+    let shaking = Box::pin(timeout_at(connect_by, tls.accept(tcp)));
+    match front.drain.run_until_cancelled(shaking).await? {
+        Ok(Ok(stream)) => return Some(Box::new(stream)),
+        Ok(Err(error)) => match tls::handshake_fault(&error) {
+            Some(fault) => refuse(front, peer, Note::new(Transport::Mqtt, "tls_handshake", &fault)),
+            None => debug!(%peer, "a client left in the TLS handshake"),
+        },
+        Err(_) => {
+            let words = "the TLS handshake was not over within mqtt.connect_ms_max";
+            refuse(front, peer, Note::new(Transport::Mqtt, "connect_timeout", &words));
+        }
+    }
+    None
+}
+
+/// Serves MQTT on `listener`, and over TLS where there is a listener for that, until the acceptor's
+/// `drain` is cancelled; then lets every connection, also those that came in by HTTP, send the
 /// acknowledgements that it owes, and returns when the last is closed.
-pub async fn serve(listener: TcpListener, intake: Intake, config: config::Mqtt, drain: CancellationToken) {
-    let permits = Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS)));
-    let connections = TaskTracker::new();
-    let front = Arc::new(Front { intake, config, sessions: Arc::default(), drain: drain.clone() });
+pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpListener, Arc<Tls>)>) {
+    let Acceptor { front, connections, .. } = &acceptor;
+    let keeping = tokio::spawn({
+        let (sessions, drain) = (front.sessions.clone(), front.drain.clone());
+        async move { sessions.run(drain).await }
+    });
+    let plain = accept(&listener, &acceptor, |admission, tcp| admission.serve_tcp(tcp));
+    match &tls {
+        None => front.drain.run_until_cancelled(plain).await,
+        Some((listener, tls)) => {
+            let encrypted =
+                accept(listener, &acceptor, |admission, tcp| admission.serve_tls(tcp, tls.clone()));
+            let all = async { tokio::join!(plain, encrypted, tls.clone().follow()).0 };
+            front.drain.run_until_cancelled(all).await
+        }
+    };
+    drop((listener, tls));
+    front.sessions.drain();
+    connections.close();
+    connections.wait().await;
+    if keeping.await.is_err() {
+        error!("the keeper of the sessions panicked");
+    }
+    front.sessions.finish().await;
+}
+
+/// Accepts connections, for as long as it is polled.
+async fn accept(listener: &TcpListener, acceptor: &Acceptor, serve: impl Fn(Admission, TcpStream)) {
     loop {
-        let accepted = tokio::select! {
-            () = drain.cancelled() => break,
-            accepted = listener.accept() => accepted,
-        };
-        let (stream, peer) = match accepted {
+        let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, mostly: others have to close before it gets better.
@@ -54,19 +221,9 @@ pub async fn serve(listener: TcpListener, intake: Intake, config: config::Mqtt, 
                 continue;
             }
         };
-        let Ok(permit) = permits.clone().try_acquire_owned() else {
-            front.intake.metrics().refused(crate::message::Transport::Mqtt, "connections_max");
-            debug!(%peer, connections_max = front.config.connections_max, "refused a connection: there are too many");
-            continue;
-        };
-        let front = front.clone();
-        connections.spawn(async move {
-            connection::run(&front, stream, peer).await;
-            drop(permit);
-        });
+        let Some(admission) = acceptor.admit(peer) else { continue };
+        // An answer waits for nothing but the disk.
+        let _ = tcp.set_nodelay(true);
+        serve(admission, tcp);
     }
-    drop(listener);
-    front.sessions.drain();
-    connections.close();
-    connections.wait().await;
 }

@@ -1,55 +1,408 @@
-//! Who is connected: one connection per client identifier within a datasource. A client that
-//! connects again takes over from its earlier connection; another datasource's client of the same
-//! name is another client.
+//! The sessions: who is connected, one connection per client identifier within a datasource, and
+//! what is kept of those who are away.
+//!
+//! A client that connects again takes over from its earlier connection, and waits until that has
+//! handed back the session. Another datasource's client of the same name is another client. Sessions
+//! that outlive their connection are kept on the disk too (`consume::subscriber::sessions`); how far
+//! each is in the log is written every second, and so a gateway that was killed sends a little again
+//! and leaves out nothing. In a cluster a client is one client on all nodes ([`claims`]).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
+use rand::TryRng;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use self::claims::{Claimed, Claims, When};
+pub(super) use self::present::Present;
+use super::session::{Session, Wanted};
+use super::wills::Will;
 use crate::auth::connections::{Close, Control};
-use crate::message::DatasourceId;
+use crate::consume::subscriber::sessions::bucket::Found;
+use crate::consume::subscriber::sessions::{Change, Stored, StoredGroup};
+use crate::consume::subscriber::{GroupKey, Mailbox, Subscribers};
+use crate::intake::Intake;
+use crate::message::{DatasourceId, Offset, now_micros};
+
+pub(super) mod claims;
+mod present;
+
+/// How often what is due is done, and how far everybody is is written.
+const TICK: Duration = Duration::from_secs(1);
 
 type ClientKey = (DatasourceId, Arc<str>);
 
-/// The connected clients.
-#[derive(Default)]
+/// Every client's session.
 pub(super) struct Sessions {
     clients: Mutex<Clients>,
+    subscribers: Arc<Subscribers>,
+    intake: Intake,
+    /// Wills on their way into the log.
+    wills: TaskTracker,
+    /// The clients are shared with other nodes.
+    claims: Option<Claims>,
 }
 
 #[derive(Default)]
 struct Clients {
-    connected: HashMap<ClientKey, Arc<Control>>,
+    entries: HashMap<ClientKey, Entry>,
+    /// When to look at which entry that is away.
+    due: BTreeMap<(Instant, u64), ClientKey>,
+    /// Tells two dates of the same instant apart.
+    dates: u64,
     /// No more are taken in.
     draining: bool,
+    /// The durable sessions with subscriptions that are connected: where each says how far it is, and
+    /// how far it was when that was last written.
+    watched: HashMap<u64, (Arc<Mailbox>, Offset)>,
+    written_groups: HashMap<GroupKey, Offset>,
+}
+
+#[derive(Default)]
+struct Entry {
+    connected: Option<Connected>,
+    away: Option<Box<Away>>,
+}
+
+struct Connected {
+    control: Arc<Control>,
+    /// Notified when it has left.
+    left: Arc<Notify>,
+    /// In a cluster.
+    shared: Option<Box<Held>>,
+}
+
+/// What a node of a cluster has to know of a client that it has.
+#[derive(Default)]
+struct Held {
+    /// The claim that it got the client by, or is about to. Of two the later one counts, also if the
+    /// earlier one comes late.
+    claim: Option<When>,
+    /// The session, as soon as there is one.
+    uid: u64,
+    /// Another node has the session.
+    lost: bool,
+}
+
+struct Away {
+    session: Session,
+    will: Option<(Box<Will>, Instant)>,
+    /// `None` is never.
+    expires_at: Option<Instant>,
+}
+
+/// A client that was let in.
+pub(super) struct Taken {
+    pub(super) present: Present,
+    pub(super) session: Session,
+    /// Whether the session was there before.
+    pub(super) resumed: bool,
+}
+
+/// Why a client could not be taken in.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum NotEntered {
+    /// Its connection has to close.
+    Closed(Close),
+    /// Whether it has a session, or what belongs to that, cannot be known now: why.
+    Unavailable(String),
 }
 
 impl Sessions {
-    /// Enters a client; an earlier connection of it is told to close. It leaves when the returned
-    /// guard is dropped.
-    pub(super) fn enter(
+    /// The sessions that were kept. With `claims` they are shared with other nodes.
+    pub(super) fn new(
+        subscribers: Arc<Subscribers>,
+        intake: Intake,
+        stored: Stored,
+        claims: Option<Claims>,
+    ) -> Self {
+        let wills = TaskTracker::new();
+        let sessions = Self { clients: Mutex::default(), subscribers, intake, wills, claims };
+        let groups: HashMap<GroupKey, Offset> = stored
+            .groups
+            .into_iter()
+            .map(|group| ((group.datasource, group.group.into(), group.filter.into()), group.cursor))
+            .collect();
+        let (now, now_micros) = (Instant::now(), now_micros());
+        let mut clients = sessions.locked();
+        for stored in stored.sessions {
+            let key: ClientKey = (stored.datasource.clone(), stored.client_id.as_str().into());
+            // A session that was connected when the gateway was killed is away from now on.
+            let away_s = stored.ended_at.map_or(0, |ended| now_micros.saturating_sub(ended) / 1_000_000);
+            let left_s = i64::from(stored.expiry_s) - away_s;
+            let expires_at = (stored.expiry_s != u32::MAX)
+                .then(|| now + Duration::from_secs(u64::try_from(left_s).unwrap_or(0)));
+            let session = Session::from_stored(stored);
+            for group in session.subscriptions.iter().flatten().filter_map(|s| group_of(&key.0, &s.filter)) {
+                let cursor = groups.get(&group).copied();
+                sessions.subscribers.groups.join_again(&group, session.uid, cursor);
+            }
+            clients.away(key, Away { session, will: None, expires_at });
+        }
+        drop(clients);
+        // A group whose last session was not there to leave it is at its end.
+        let there: HashMap<GroupKey, Offset> = sessions.subscribers.groups.cursors(0).into_iter().collect();
+        let orphans = groups.keys().filter(|key| !there.contains_key(*key)).map(|key| {
+            let (datasource, group, filter) = key.clone();
+            Change::RemoveGroup { datasource, group: group.into(), filter: filter.into() }
+        });
+        drop(sessions.subscribers.store.write(orphans.collect()));
+        sessions
+    }
+
+    /// Does what is due, and writes how far everybody is, until `drain` is cancelled.
+    pub(super) async fn run(self: &Arc<Self>, drain: CancellationToken) {
+        let sharing = async {
+            if let Some(claims) = &self.claims {
+                self.share(claims).await;
+            }
+        };
+        tokio::join!(drain.run_until_cancelled(sharing), self.keep(&drain));
+    }
+
+    async fn keep(&self, drain: &CancellationToken) {
+        while tokio::time::timeout(TICK, drain.cancelled()).await.is_err() {
+            self.do_what_is_due(Instant::now());
+            let changes = self.progress();
+            if !changes.is_empty() {
+                // The store says by itself when it cannot write.
+                let _ = self.subscribers.store.write(changes).await;
+            }
+        }
+    }
+
+    /// Whether the clients are shared with other nodes.
+    pub(super) fn are_shared(&self) -> bool {
+        self.claims.is_some()
+    }
+
+    /// Takes a client in: ends its earlier connection, and finds or makes its session. With `clean`
+    /// what there was of it ends. Of one that `is_new`, whose identifier nobody has had before, there is
+    /// nothing.
+    ///
+    /// # Errors
+    /// [`NotEntered`], in a cluster.
+    pub(super) async fn enter(
         self: &Arc<Self>,
-        datasource: DatasourceId,
+        datasource: &DatasourceId,
         client_id: Arc<str>,
         control: Arc<Control>,
-    ) -> Present {
-        let key = (datasource, client_id);
+        clean: bool,
+        is_new: bool,
+        expiry_s: u32,
+    ) -> Result<Taken, NotEntered> {
+        let key = (datasource.clone(), client_id);
+        let (away, at) = loop {
+            let left = {
+                let mut clients = self.locked();
+                if clients.draining {
+                    control.close(Close::Drain);
+                }
+                let entry = clients.entries.entry(key.clone()).or_default();
+                match &entry.connected {
+                    Some(earlier) => {
+                        earlier.control.close(Close::TakenOver);
+                        earlier.left.clone().notified_owned()
+                    }
+                    None => {
+                        let away = entry.away.take();
+                        // A client that was here last is nowhere else.
+                        let unknown = away.is_none() && !is_new;
+                        let shared = self.claims.as_ref().map(|claims| {
+                            let claim = unknown.then(|| claims.next());
+                            Box::new(Held { claim, ..Held::default() })
+                        });
+                        let at = shared.as_ref().and_then(|held| held.claim.clone());
+                        let (control, left) = (control.clone(), Arc::default());
+                        entry.connected = Some(Connected { control, left, shared });
+                        break (away, at);
+                    }
+                }
+            };
+            left.await;
+        };
+        let present = Present { sessions: self.clone(), key, control };
+        self.enter_alone(present, at, away, clean, expiry_s).await
+    }
+
+    /// As [`Sessions::enter`], after any earlier connection to this node.
+    async fn enter_alone(
+        &self,
+        present: Present,
+        at: Option<When>,
+        away: Option<Box<Away>>,
+        clean: bool,
+        expiry_s: u32,
+    ) -> Result<Taken, NotEntered> {
+        let key = &present.key;
+        let (earlier, found) = match (&self.claims, at) {
+            (Some(claims), Some(at)) => {
+                let claimed = Box::pin(self.claim(claims, &present, at, clean));
+                let Claimed { session, found } = claimed.await?;
+                (session, Some(found))
+            }
+            _ => (away.and_then(|away| self.resume(key, *away, clean)), None),
+        };
+        let resumed = earlier.is_some();
+        let session = self.begin(key, earlier, found, expiry_s);
+        if self.claims.is_some()
+            && let Some(entry) = self.locked().entries.get_mut(key)
+            && let Some(held) = entry.connected.as_mut().and_then(|connected| connected.shared.as_mut())
+        {
+            held.uid = session.uid;
+        }
+        Ok(Taken { present, session, resumed })
+    }
+
+    /// What a client that was here before goes on with.
+    fn resume(&self, key: &ClientKey, away: Away, clean: bool) -> Option<Session> {
+        let Away { session, will, .. } = away;
+        if !clean {
+            // It is back before its will was due.
+            return Some(session);
+        }
+        self.end(key, &session);
+        if let Some((will, _)) = will {
+            self.publish(will);
+        }
+        None
+    }
+
+    /// A client begins to be connected, with the session that it had or a new one. `found` is what the
+    /// bucket of a cluster has of it, if that had to be asked.
+    fn begin(
+        &self,
+        key: &ClientKey,
+        earlier: Option<Session>,
+        found: Option<Found>,
+        expiry_s: u32,
+    ) -> Session {
+        let mut session = earlier.unwrap_or_else(|| Session::new(new_uid(), expiry_s));
+        session.expiry_s = expiry_s;
+        let other = found.as_ref().and_then(|found| found.session.as_ref()).map(|session| session.uid);
+        let other = other.filter(|uid| *uid != session.uid);
+        let change = match (session.is_durable(), session.stored) {
+            (true, true) if found.is_none() => Change::Ended { uid: session.uid, ended_at: None, expiry_s },
+            (true, stored) => {
+                if !stored {
+                    session.position = self.subscribers.log.next_offset();
+                }
+                // Over the other one, if there is one.
+                Change::PutSession(session.to_stored(&key.0, &key.1))
+            }
+            (false, stored) => match other.or(stored.then_some(session.uid)) {
+                Some(uid) => Change::RemoveSession(uid),
+                None => return session,
+            },
+        };
+        session.stored = session.is_durable();
+        let changes = match found {
+            Some(found) => vec![Change::Found(Box::new(found)), change],
+            None => vec![change],
+        };
+        // In time: what follows and has to wait for the disk comes behind it.
+        drop(self.subscribers.store.write(changes));
+        session
+    }
+
+    /// A session is over, for good.
+    fn end(&self, key: &ClientKey, session: &Session) {
+        let mut changes: Vec<Change> =
+            session.stored.then_some(Change::RemoveSession(session.uid)).into_iter().collect();
+        for group in session.subscriptions.iter().flatten().filter_map(|s| group_of(&key.0, &s.filter)) {
+            changes.extend(self.leave_group(&group, session.uid));
+        }
+        if changes.is_empty() {
+            return;
+        }
+        drop(self.subscribers.store.write(changes));
+    }
+
+    /// A session gives up a group's subscription. Returns what is to be written of that.
+    pub(super) fn leave_group(&self, group: &GroupKey, uid: u64) -> Option<Change> {
+        let gone = self.subscribers.groups.leave(group, uid);
+        gone.then(|| {
+            self.locked().written_groups.remove(group);
+            let (datasource, name, filter) = group.clone();
+            Change::RemoveGroup { datasource, group: name.into(), filter: filter.into() }
+        })
+    }
+
+    /// Publishes a will by itself.
+    fn publish(&self, will: Box<Will>) {
+        let intake = self.intake.clone();
+        self.wills.spawn(async move { will.publish(&intake).await });
+    }
+
+    fn do_what_is_due(&self, now: Instant) {
+        let (mut wills, mut ended) = (Vec::new(), Vec::new());
         let mut clients = self.locked();
-        if clients.draining {
-            control.close(Close::Drain);
+        while let Some(first) = clients.due.first_entry().filter(|first| first.key().0 <= now) {
+            let key = first.remove();
+            let Some(entry) = clients.entries.get_mut(&key) else { continue };
+            let Some(away) = &mut entry.away else { continue };
+            wills.extend(away.will.take_if(|(_, due)| *due <= now).map(|(will, _)| will));
+            if away.expires_at.is_some_and(|at| at <= now)
+                && let Some(away) = clients.entries.remove(&key).and_then(|entry| entry.away)
+            {
+                // A session's end is the last moment for its will.
+                wills.extend(away.will.map(|(will, _)| will));
+                ended.push((key, away.session));
+            }
         }
-        let earlier = clients.connected.insert(key.clone(), control.clone());
         drop(clients);
-        if let Some(earlier) = earlier {
-            earlier.close(Close::TakenOver);
+        wills.into_iter().for_each(|will| self.publish(will));
+        for (key, session) in ended {
+            debug!(datasource = %key.0, "a session has expired");
+            self.end(&key, &session);
         }
-        Present { sessions: self.clone(), key, control }
+    }
+
+    /// What has changed of how far everybody is.
+    fn progress(&self) -> Vec<Change> {
+        let routed = self.subscribers.router.routed();
+        let mut clients = self.locked();
+        let Clients { watched, written_groups, .. } = &mut *clients;
+        let moved = watched.iter_mut().filter_map(|(uid, (mailbox, written))| {
+            let cursor = mailbox.cursor(routed);
+            let before = std::mem::replace(written, cursor);
+            (before != cursor).then_some(Change::Cursor { uid: *uid, cursor })
+        });
+        let mut changes: Vec<Change> = moved.collect();
+        for (key, cursor) in self.subscribers.groups.cursors(routed) {
+            if written_groups.insert(key.clone(), cursor) != Some(cursor) {
+                let (datasource, group, filter) = key;
+                let group = StoredGroup { datasource, group: group.into(), filter: filter.into(), cursor };
+                changes.push(Change::PutGroup(group));
+            }
+        }
+        changes
     }
 
     /// Tells every client, and every one that comes after, to close.
     pub(super) fn drain(&self) {
         let mut clients = self.locked();
         clients.draining = true;
-        clients.connected.values().for_each(|control| control.close(Close::Drain));
+        let connected = clients.entries.values().filter_map(|entry| entry.connected.as_ref());
+        connected.for_each(|connected| connected.control.close(Close::Drain));
+    }
+
+    /// After the last connection: publishes the wills that wait for their time, which would be lost,
+    /// and writes how far the groups are.
+    pub(super) async fn finish(&self) {
+        let waiting: Vec<Box<Will>> = {
+            let mut clients = self.locked();
+            let away = clients.entries.values_mut().filter_map(|entry| entry.away.as_mut());
+            away.filter_map(|away| away.will.take()).map(|(will, _)| will).collect()
+        };
+        waiting.into_iter().for_each(|will| self.publish(will));
+        self.wills.close();
+        self.wills.wait().await;
+        let _ = self.subscribers.store.write(self.progress()).await;
     }
 
     fn locked(&self) -> MutexGuard<'_, Clients> {
@@ -57,31 +410,28 @@ impl Sessions {
     }
 }
 
-/// A client's place among the [`Sessions`].
-pub(super) struct Present {
-    sessions: Arc<Sessions>,
-    key: ClientKey,
-    control: Arc<Control>,
-}
-
-impl Present {
-    /// The client identifier.
-    pub(super) fn client_id(&self) -> &str {
-        &self.key.1
-    }
-
-    /// What the connection is told.
-    pub(super) fn control(&self) -> &Control {
-        &self.control
-    }
-}
-
-impl Drop for Present {
-    fn drop(&mut self) {
-        let mut clients = self.sessions.locked();
-        // A later connection of the same client may have taken the place.
-        if clients.connected.get(&self.key).is_some_and(|present| Arc::ptr_eq(present, &self.control)) {
-            clients.connected.remove(&self.key);
+impl Clients {
+    fn away(&mut self, key: ClientKey, away: Away) {
+        let will = away.will.as_ref().map(|(_, due)| *due);
+        for due in [will, away.expires_at].into_iter().flatten() {
+            self.dates += 1;
+            self.due.insert((due, self.dates), key.clone());
         }
+        self.entries.entry(key).or_default().away = Some(Box::new(away));
     }
+}
+
+/// The group of a shared subscription.
+pub(super) fn group_of(datasource: &DatasourceId, filter: &str) -> Option<GroupKey> {
+    let wanted = Wanted::parse(filter)?;
+    Some((datasource.clone(), wanted.group?.into(), wanted.filter.as_str().into()))
+}
+
+/// A number that no other session has.
+fn new_uid() -> u64 {
+    let mut random = [0; 8];
+    if rand::rngs::SysRng.try_fill_bytes(&mut random).is_err() {
+        random = now_micros().to_le_bytes();
+    }
+    u64::from_le_bytes(random)
 }

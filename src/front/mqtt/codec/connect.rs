@@ -2,7 +2,7 @@
 
 use super::properties::{
     AUTHENTICATION_DATA, AUTHENTICATION_METHOD, Allowed, MAXIMUM_PACKET_SIZE, Properties, RECEIVE_MAXIMUM,
-    REQUEST_PROBLEM_INFORMATION, SESSION_EXPIRY,
+    REQUEST_PROBLEM_INFORMATION, SESSION_EXPIRY, TOPIC_ALIAS_MAXIMUM,
 };
 use super::{Reader, Reason, Version, Violation};
 
@@ -77,8 +77,10 @@ impl<'a> Connect<'a> {
         }
         let client_id = reader.text()?;
         let will = has_will.then(|| will(&mut reader, v5, will_qos, will_retain)).transpose()?;
-        let username = has_username.then(|| reader.text()).transpose()?;
-        let password = has_password.then(|| reader.binary()).transpose()?;
+        // In MQTT 3.1 the length goes before the flags: what is announced may be left out.
+        let is_there = |reader: &Reader<'_>| version != Version::V31 || !reader.is_empty();
+        let username = (has_username && is_there(&reader)).then(|| reader.text()).transpose()?;
+        let password = (has_password && is_there(&reader)).then(|| reader.binary()).transpose()?;
         reader.end()?;
         let clean = flags & 0x02 != 0;
         Ok(Self { version, clean, keep_alive_s, client_id, will, username, password, properties })
@@ -96,6 +98,11 @@ impl<'a> Connect<'a> {
     /// How many QoS 1 and 2 messages it takes unacknowledged.
     pub fn receive_maximum(&self) -> u16 {
         self.properties.u16(RECEIVE_MAXIMUM).unwrap_or(u16::MAX)
+    }
+
+    /// How many topic aliases it takes.
+    pub fn topic_alias_maximum(&self) -> u16 {
+        self.properties.u16(TOPIC_ALIAS_MAXIMUM).unwrap_or(0)
     }
 
     /// The largest packet that it takes, in bytes.
@@ -126,8 +133,8 @@ fn version(reader: &mut Reader<'_>) -> Result<(Version, u8), (Option<Version>, V
         ("MQTT", 4) => Version::V311,
         ("MQTT", 5) => Version::V5,
         ("MQTT", level) => {
-            // The refusal is in the nearest version's form.
-            let nearest = if level > 5 { Version::V5 } else { Version::V311 };
+            // The refusal is in the nearest version's form, the bridge's bit aside.
+            let nearest = if level & 0x7f > 4 { Version::V5 } else { Version::V311 };
             return Err((Some(nearest), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
         }
         ("MQIsdp", _) => {
@@ -142,6 +149,12 @@ fn version(reader: &mut Reader<'_>) -> Result<(Version, u8), (Option<Version>, V
 fn will<'a>(reader: &mut Reader<'a>, v5: bool, qos: u8, retain: bool) -> Result<Will<'a>, Violation> {
     let properties = if v5 { Properties::read(reader, Allowed::WILL)? } else { Properties::default() };
     let topic = reader.text()?;
+    if topic.is_empty() || topic.contains(['+', '#']) {
+        // MQTT 3.1.1 has no return code that fits: such a CONNECT gets no answer.
+        let reason = if v5 { Reason::TopicNameInvalid } else { Reason::MalformedPacket };
+        let text = "the topic of a will has at least one character, and no wildcards";
+        return Err(Violation { reason, text });
+    }
     let payload = reader.binary()?;
     Ok(Will { topic, payload, qos, retain, properties })
 }

@@ -36,6 +36,8 @@ pub enum Version {
 #[allow(missing_docs, reason = "the names are the specification's")]
 pub enum Reason {
     Success = 0x00,
+    PacketIdentifierNotFound = 0x92,
+    QuotaExceeded = 0x97,
     ImplementationSpecificError = 0x83,
     MalformedPacket = 0x81,
     ProtocolError = 0x82,
@@ -53,9 +55,11 @@ pub enum Reason {
     ReceiveMaximumExceeded = 0x93,
     TopicAliasInvalid = 0x94,
     PacketTooLarge = 0x95,
+    MessageRateTooHigh = 0x96,
     AdministrativeAction = 0x98,
     PayloadFormatInvalid = 0x99,
     QosNotSupported = 0x9B,
+    ConnectionRateExceeded = 0x9F,
 }
 
 /// What a client did that closes its connection: the reason code and, for people, what it was.
@@ -148,7 +152,7 @@ impl<'a> Frame<'a> {
         version: Option<Version>,
     ) -> Result<Option<Self>, Violation> {
         let Some((&first, rest)) = buffer.split_first() else { return Ok(None) };
-        check_flags(first)?;
+        check_flags(first, version)?;
         let mut length = 0_usize;
         for (i, &byte) in rest.iter().take(4).enumerate() {
             length |= usize::from(byte & 0x7f) << (7 * i);
@@ -156,7 +160,7 @@ impl<'a> Frame<'a> {
                 continue;
             }
             if byte == 0 && i > 0 && version == Some(Version::V5) {
-                return Err(Violation::malformed("the remaining length takes more bytes than it needs"));
+                return Err(OVERLONG);
             }
             let header = 2 + i;
             if header + length > bytes_max {
@@ -174,6 +178,19 @@ impl<'a> Frame<'a> {
         Ok(None)
     }
 
+    /// How many bytes the packet takes that begins `buffer`, also if not all of them are there; of packets
+    /// that were written here.
+    pub fn bytes_at(buffer: &[u8]) -> Option<usize> {
+        let mut length = 0_usize;
+        for (i, &byte) in buffer.get(1..)?.iter().take(4).enumerate() {
+            length |= usize::from(byte & 0x7f) << (7 * i);
+            if byte & 0x80 == 0 {
+                return Some(2 + i + length);
+            }
+        }
+        None
+    }
+
     /// Whether it is a CONNECT, the only packet that may come first.
     pub fn is_connect(&self) -> bool {
         self.first >> 4 == 1
@@ -182,7 +199,13 @@ impl<'a> Frame<'a> {
     /// Decodes the first packet of a connection. Also says which version it is of, even if it
     /// cannot be taken: the refusal is then in that version's form.
     pub fn connect(&self) -> Result<Connect<'a>, (Option<Version>, Violation)> {
-        Connect::decode(self.body)
+        let connect = Connect::decode(self.body)?;
+        // Before the version was known nothing could be said about this.
+        let header_bytes = self.bytes - self.body.len();
+        if connect.version == Version::V5 && header_bytes > 1 + write::varint_bytes(self.body.len()) {
+            return Err((Some(Version::V5), OVERLONG));
+        }
+        Ok(connect)
     }
 
     /// Decodes a packet of a client that has connected.
@@ -195,10 +218,10 @@ impl<'a> Frame<'a> {
         match self.first >> 4 {
             1 => Ok(Packet::Connect),
             3 => Publish::decode(self.first, self.body, v5).map(Packet::Publish),
-            4 => ack(reader, v5, Allowed::PUBACK).map(Packet::Puback),
-            5 => ack(reader, v5, Allowed::PUBACK).map(Packet::Pubrec),
-            6 => ack(reader, v5, Allowed::PUBACK).map(Packet::Pubrel),
-            7 => ack(reader, v5, Allowed::PUBACK).map(Packet::Pubcomp),
+            4 => ack(reader, v5, OF_A_MESSAGE).map(Packet::Puback),
+            5 => ack(reader, v5, OF_A_MESSAGE).map(Packet::Pubrec),
+            6 => ack(reader, v5, OF_A_PACKET_ID).map(Packet::Pubrel),
+            7 => ack(reader, v5, OF_A_PACKET_ID).map(Packet::Pubcomp),
             8 => Subscribe::decode(reader, version).map(Packet::Subscribe),
             10 => Unsubscribe::decode(reader, version).map(Packet::Unsubscribe),
             12 if self.body.is_empty() => Ok(Packet::Pingreq),
@@ -211,12 +234,21 @@ impl<'a> Frame<'a> {
     }
 }
 
+const OVERLONG: Violation = Violation::malformed("the remaining length takes more bytes than it needs");
+
+/// The reason codes of PUBACK and PUBREC (sections 3.4.2.1 and 3.5.2.1).
+const OF_A_MESSAGE: &[u8] = &[0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99];
+/// The reason codes of PUBREL and PUBCOMP (sections 3.6.2.1 and 3.7.2.1).
+const OF_A_PACKET_ID: &[u8] = &[0x00, 0x92];
+
 /// The flags of the fixed header that each packet type must have (section 2.1.3); PUBLISH carries
 /// its own in them.
-fn check_flags(first: u8) -> Result<(), Violation> {
+fn check_flags(first: u8, version: Option<Version>) -> Result<(), Violation> {
     let flags = first & 0x0f;
     match (first >> 4, flags) {
         (3, _) if flags & 0b0110 == 0b0110 => Err(Violation::malformed("QoS 3 does not exist")),
+        // MQTT 3.1 (section 2.1) marks every packet that is sent again, and does not forbid it at QoS 0.
+        (3, _) | (6 | 8 | 10, 0b1010) if version == Some(Version::V31) => Ok(()),
         (3, _) if flags & 0b1110 == 0b1000 => {
             Err(Violation::malformed("a PUBLISH with QoS 0 cannot be a duplicate"))
         }
@@ -227,13 +259,16 @@ fn check_flags(first: u8) -> Result<(), Violation> {
     }
 }
 
-fn ack(mut reader: Reader<'_>, v5: bool, allowed: Allowed) -> Result<Ack, Violation> {
+fn ack(mut reader: Reader<'_>, v5: bool, reasons: &[u8]) -> Result<Ack, Violation> {
     let packet_id = reader.packet_id()?;
     let mut reason = 0;
     if v5 && !reader.is_empty() {
         reason = reader.u8()?;
+        if !reasons.contains(&reason) {
+            return Err(Violation::protocol("an acknowledgement with a reason code that it cannot have"));
+        }
         if !reader.is_empty() {
-            Properties::read(&mut reader, allowed)?;
+            Properties::read(&mut reader, Allowed::PUBACK)?;
         }
     }
     reader.end()?;
@@ -246,7 +281,7 @@ fn disconnect(mut reader: Reader<'_>, v5: bool) -> Result<Disconnect, Violation>
         packet.reason = reader.u8()?;
         // Section 3.14.2.1, those that a client may send.
         if !matches!(packet.reason, 0x00 | 0x04 | 0x80..=0x83 | 0x90 | 0x93..=0x99) {
-            return Err(Violation::malformed("a DISCONNECT with a reason code that clients do not send"));
+            return Err(Violation::protocol("a DISCONNECT with a reason code that clients do not send"));
         }
         if !reader.is_empty() {
             let properties = Properties::read(&mut reader, Allowed::DISCONNECT)?;
@@ -260,7 +295,7 @@ fn disconnect(mut reader: Reader<'_>, v5: bool) -> Result<Disconnect, Violation>
 fn auth(mut reader: Reader<'_>) -> Result<(), Violation> {
     if !reader.is_empty() {
         if !matches!(reader.u8()?, 0x00 | 0x18 | 0x19) {
-            return Err(Violation::malformed("an AUTH with a reason code that does not exist"));
+            return Err(Violation::protocol("an AUTH with a reason code that does not exist"));
         }
         if !reader.is_empty() {
             Properties::read(&mut reader, Allowed::AUTH)?;

@@ -126,7 +126,13 @@ impl<'a> Properties<'a> {
             let (id, value) = property(&mut rest)?;
             let bit = 1_u64 << id;
             if allowed.0 & bit == 0 {
-                return Err(Violation::protocol("a property that this packet cannot have"));
+                return Err(match id {
+                    // One of a PUBLISH, but only of a server's (section 3.3.4).
+                    SUBSCRIPTION_IDENTIFIER if allowed.0 == Allowed::PUBLISH.0 => {
+                        Violation::protocol("only a server sends a subscription identifier with a message")
+                    }
+                    _ => Violation::malformed("a property that this packet cannot have"),
+                });
             }
             if seen & bit != 0 && id != USER_PROPERTY {
                 return Err(Violation::protocol("a property that can be given once is given twice"));
@@ -135,6 +141,11 @@ impl<'a> Properties<'a> {
             check_value(id, &value)?;
         }
         Ok(Self { bytes })
+    }
+
+    /// Properties that were read before, and kept in their wire form.
+    pub fn kept(bytes: &'a [u8]) -> Self {
+        Self { bytes }
     }
 
     /// All of them, in order, each with its identifier and its bytes on the wire.
@@ -173,6 +184,28 @@ impl<'a> Properties<'a> {
             _ => None,
         })
     }
+}
+
+/// Copies to `to` what of a message's properties its subscribers are given, in wire form and without
+/// the user properties for which `secret` holds. Returns the content type, which records have a place
+/// of their own for, or nothing.
+pub fn forwarded<'a>(
+    properties: &Properties<'a>,
+    to: &mut Vec<u8>,
+    secret: impl Fn(&str) -> bool,
+) -> &'a str {
+    let mut content_type = "";
+    for (id, value, bytes) in properties.iter() {
+        match (id, value) {
+            (CONTENT_TYPE, Value::Text(text)) => content_type = text,
+            (_, Value::Pair(name, _)) if secret(name) => {}
+            (PAYLOAD_FORMAT | MESSAGE_EXPIRY | RESPONSE_TOPIC | CORRELATION_DATA | USER_PROPERTY, _) => {
+                to.extend_from_slice(bytes);
+            }
+            _ => {}
+        }
+    }
+    content_type
 }
 
 fn property<'a>(reader: &mut Reader<'a>) -> Result<(u8, Value<'a>), Violation> {

@@ -1,7 +1,7 @@
 //! SUBSCRIBE (section 3.8) and UNSUBSCRIBE (section 3.10).
 
 use super::properties::{Allowed, Properties};
-use super::{Reader, Version, Violation};
+use super::{Reader, Reason, Version, Violation};
 
 /// A SUBSCRIBE.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl<'a> Subscribe<'a> {
             if v5 { Properties::read(&mut reader, Allowed::SUBSCRIBE)? } else { Properties::default() };
         let mut filters = Vec::new();
         while !reader.is_empty() {
-            let filter = reader.text()?;
+            let filter = filter(&mut reader)?;
             let options = reader.u8()?;
             let reserved = if v5 { 0xC0 } else { 0xFC };
             let qos = options & 3;
@@ -45,7 +45,8 @@ impl<'a> Subscribe<'a> {
                 return Err(Violation::malformed("reserved bits of a subscription's options are set"));
             }
             if qos == 3 {
-                return Err(Violation::malformed("QoS 3 does not exist"));
+                // Section 3.8.3.1; for 3.1.1 either is a reason to close.
+                return Err(Violation::protocol("QoS 3 does not exist"));
             }
             let retain_handling = if v5 { options >> 4 & 3 } else { 0 };
             if retain_handling == 3 {
@@ -82,11 +83,41 @@ impl<'a> Unsubscribe<'a> {
         }
         let mut filters = Vec::new();
         while !reader.is_empty() {
-            filters.push(reader.text()?);
+            filters.push(filter(&mut reader)?);
         }
         if filters.is_empty() {
             return Err(Violation::protocol("an UNSUBSCRIBE without a topic filter"));
         }
         Ok(Self { packet_id, filters })
     }
+}
+
+/// A topic filter: at least one character, wildcards only as whole levels, `#` only as the last
+/// (section 4.7), and behind `$share/` a name without wildcards and then a filter (section 4.8.2).
+fn filter<'a>(reader: &mut Reader<'a>) -> Result<&'a str, Violation> {
+    let whole = reader.text()?;
+    let invalid = |text| Err(Violation { reason: Reason::TopicFilterInvalid, text });
+    let mut filter = whole;
+    if let Some(shared) = whole.strip_prefix("$share/") {
+        let Some((name, behind)) = shared.split_once('/') else {
+            return invalid("a shared subscription has a name and a topic filter");
+        };
+        if name.is_empty() || name.contains(['+', '#']) {
+            return invalid("the name of a shared subscription has characters, and none is a wildcard");
+        }
+        filter = behind;
+    }
+    if filter.is_empty() {
+        return invalid("a topic filter needs at least one character");
+    }
+    let mut levels = filter.split('/').peekable();
+    while let Some(level) = levels.next() {
+        if level.len() > 1 && level.contains(['+', '#']) {
+            return invalid("a wildcard takes a whole level of a topic filter");
+        }
+        if level == "#" && levels.peek().is_some() {
+            return invalid("nothing comes behind # in a topic filter");
+        }
+    }
+    Ok(whole)
 }

@@ -114,7 +114,7 @@ fn a_publish_that_breaks_a_rule_is_refused_with_its_reason() {
     // Twice, unknown, of another packet, neither 0 nor 1, cut short, from a server alone.
     assert_eq!(v5(b"a", &[1, 1, 1, 1]), Reason::ProtocolError);
     assert_eq!(v5(b"a", &[0x7f, 0]), Reason::MalformedPacket);
-    assert_eq!(v5(b"a", &[0x11, 0, 0, 0, 1]), Reason::ProtocolError);
+    assert_eq!(v5(b"a", &[0x11, 0, 0, 0, 1]), Reason::MalformedPacket);
     assert_eq!(v5(b"a", &[1, 2]), Reason::ProtocolError);
     assert_eq!(v5(b"a", &[2, 0]), Reason::MalformedPacket);
     assert_eq!(v5(b"a", &[0x0b, 1]), Reason::ProtocolError);
@@ -132,7 +132,7 @@ fn a_subscribe_that_breaks_a_rule_is_refused_with_its_reason() {
         refused(&packet, Version::V5)
     };
     assert_eq!(v5(&[0]), Reason::ProtocolError);
-    assert_eq!(v5(&[0, 0, 1, b'a', 3]), Reason::MalformedPacket);
+    assert_eq!(v5(&[0, 0, 1, b'a', 3]), Reason::ProtocolError);
     assert_eq!(v5(&[0, 0, 1, b'a', 0x30]), Reason::ProtocolError);
     assert_eq!(v5(&[0, 0, 1, b'a', 0x40]), Reason::MalformedPacket);
     assert_eq!(v5(&[2, 0x0b, 0, 0, 1, b'a', 0]), Reason::ProtocolError);
@@ -169,7 +169,85 @@ fn a_connect_that_breaks_a_rule_is_refused_in_its_versions_form() {
     assert_eq!(v5(&[0x21, 0, 0]), ProtocolError);
     assert_eq!(v5(&[0x27, 0, 0, 0, 0]), ProtocolError);
     assert_eq!(v5(&[0x16, 0, 1, 1]), ProtocolError);
-    assert_eq!(v5(&[0x23, 0, 1]), ProtocolError);
+    assert_eq!(v5(&[0x23, 0, 1]), MalformedPacket);
+}
+
+#[test]
+fn a_topic_filter_has_its_wildcards_in_whole_levels_and_the_last_one_last() {
+    let subscribe = |filter: &str, version| {
+        let mut body = vec![0, 1];
+        body.extend(if version == Version::V5 { &[0][..] } else { &[] });
+        body.extend_from_slice(&[0, u8::try_from(filter.len()).expect("short")]);
+        body.extend_from_slice(filter.as_bytes());
+        body.push(1);
+        [vec![0x82, u8::try_from(body.len()).expect("short")], body].concat()
+    };
+    for version in [Version::V31, Version::V311, Version::V5] {
+        for good in
+            ["a", "/", "#", "+", "a/#", "+/+", "/+", "+/#", "a//b", "$share/g/#", "$share/g//", "$SYS/#"]
+        {
+            assert!(frame(&subscribe(good, version), version).is_ok(), "{good}");
+        }
+        for bad in
+            ["", "a#", "#/a", "a/#/b", "##", "a+", "+a/b", "a/b+/c", "$share/", "$share/g", "$share/g/"]
+        {
+            assert_eq!(refused(&subscribe(bad, version), version), Reason::TopicFilterInvalid, "{bad}");
+        }
+        for bad in ["$share//a", "$share/+/a", "$share/g#/a", "$share/g/a#"] {
+            assert_eq!(refused(&subscribe(bad, version), version), Reason::TopicFilterInvalid, "{bad}");
+        }
+    }
+}
+
+#[test]
+fn an_acknowledgement_carries_a_reason_code_of_its_own() {
+    for (first, good, bad) in [(0x40, 0x10, 0x92), (0x50, 0x97, 0x02), (0x62, 0x92, 0x10), (0x70, 0x92, 0x80)]
+    {
+        assert!(frame(&[first, 3, 0, 1, good], Version::V5).is_ok(), "{first:02x}");
+        assert_eq!(refused(&[first, 3, 0, 1, bad], Version::V5), Reason::ProtocolError, "{first:02x}");
+        assert_eq!(refused(&[first, 3, 0, 1, 0], Version::V311), Reason::MalformedPacket, "{first:02x}");
+    }
+}
+
+#[test]
+fn what_mqtt_3_1_allows_and_its_successors_do_not_is_taken_from_3_1_alone() {
+    // Marked as sent again; and DUP at QoS 0.
+    for bytes in [
+        &[0x6a, 2, 0, 1][..],
+        &[0x8a, 6, 0, 1, 0, 1, b'a', 1],
+        &[0xaa, 5, 0, 1, 0, 1, b'a'],
+        &[0x38, 3, 0, 1, b'a'],
+    ] {
+        assert!(frame(bytes, Version::V31).is_ok(), "{bytes:02x?}");
+        assert_eq!(refused(bytes, Version::V311), Reason::MalformedPacket, "{bytes:02x?}");
+    }
+    // A user name that is announced and left out.
+    let left_out = connect(b"MQIsdp", 3, 0x82, &[0, 1, b'c']);
+    let split = Frame::split(&left_out, 1 << 20, None).expect("a header").expect("whole");
+    assert_eq!(split.connect().expect("a CONNECT of 3.1").username, None);
+    assert_eq!(connect_refused(&connect(b"MQTT", 4, 0x82, &[0, 1, b'c'])).1, Reason::MalformedPacket);
+}
+
+#[test]
+fn a_connect_says_its_length_in_no_more_bytes_than_it_needs_since_mqtt_5() {
+    for (level, properties, is_refused) in [(4, &[][..], false), (5, &[0], true)] {
+        let mut bytes = connect(b"MQTT", level, 2, &[properties, &[0, 1, b'c']].concat());
+        bytes[1] |= 0x80;
+        bytes.insert(2, 0);
+        let split = Frame::split(&bytes, 1 << 20, None).expect("a header").expect("whole");
+        assert_eq!(split.connect().is_err(), is_refused, "level {level}");
+    }
+}
+
+#[test]
+fn a_will_names_a_topic() {
+    for topic in ["", "a/#", "+"] {
+        let will = [&[0, u8::try_from(topic.len()).expect("short")], topic.as_bytes(), &[0, 0]].concat();
+        let v311 = [&[0, 1, b'c'][..], &will].concat();
+        assert_eq!(connect_refused(&connect(b"MQTT", 4, 6, &v311)).1, Reason::MalformedPacket, "{topic}");
+        let v5 = [&[0, 0, 1, b'c', 0][..], &will].concat();
+        assert_eq!(connect_refused(&connect(b"MQTT", 5, 6, &v5)).1, Reason::TopicNameInvalid, "{topic}");
+    }
 }
 
 /// A frame that somebody may really send, and then up to two bytes of it changed.

@@ -1,9 +1,8 @@
 //! Writes the packets that a server sends, each to the end of a buffer.
 
 use super::properties::{
-    ASSIGNED_CLIENT_IDENTIFIER, MAXIMUM_PACKET_SIZE, MAXIMUM_QOS, REASON_STRING, RECEIVE_MAXIMUM,
-    SERVER_KEEP_ALIVE, SESSION_EXPIRY, SHARED_SUBSCRIPTION_AVAILABLE, SUBSCRIPTION_IDENTIFIER_AVAILABLE,
-    TOPIC_ALIAS_MAXIMUM, WILDCARD_SUBSCRIPTION_AVAILABLE,
+    ASSIGNED_CLIENT_IDENTIFIER, MAXIMUM_PACKET_SIZE, REASON_STRING, RECEIVE_MAXIMUM, SERVER_KEEP_ALIVE,
+    SESSION_EXPIRY, TOPIC_ALIAS_MAXIMUM, USER_PROPERTY,
 };
 use super::{Reason, Version};
 
@@ -35,20 +34,17 @@ pub struct Limits {
     pub session_expiry_s: Option<u32>,
 }
 
-/// A yes to a CONNECT.
-pub fn connack(to: &mut Vec<u8>, version: Version, limits: &Limits) {
+/// A yes to a CONNECT. `present`: there is a session to go on with. MQTT 3.1 has no place to say so.
+pub fn connack(to: &mut Vec<u8>, version: Version, present: bool, limits: &Limits) {
+    let present = u8::from(present && version != Version::V31);
     if version != Version::V5 {
-        to.extend_from_slice(&[0x20, 2, 0, 0]);
+        to.extend_from_slice(&[0x20, 2, present, 0]);
         return;
     }
     let mut properties = Vec::with_capacity(48);
     number(&mut properties, RECEIVE_MAXIMUM, &limits.receive_maximum.to_be_bytes());
     number(&mut properties, MAXIMUM_PACKET_SIZE, &limits.packet_bytes_max.to_be_bytes());
     number(&mut properties, TOPIC_ALIAS_MAXIMUM, &limits.topic_alias_maximum.to_be_bytes());
-    number(&mut properties, MAXIMUM_QOS, &[1]);
-    number(&mut properties, WILDCARD_SUBSCRIPTION_AVAILABLE, &[0]);
-    number(&mut properties, SUBSCRIPTION_IDENTIFIER_AVAILABLE, &[0]);
-    number(&mut properties, SHARED_SUBSCRIPTION_AVAILABLE, &[0]);
     if let Some(seconds) = limits.keep_alive_s {
         number(&mut properties, SERVER_KEEP_ALIVE, &seconds.to_be_bytes());
     }
@@ -58,14 +54,23 @@ pub fn connack(to: &mut Vec<u8>, version: Version, limits: &Limits) {
     if let Some(client_id) = &limits.client_id {
         text(&mut properties, ASSIGNED_CLIENT_IDENTIFIER, client_id);
     }
-    packet(to, 0x20, &[0, 0], Some(&properties), &[]);
+    packet(to, 0x20, &[present, 0], Some(&properties), &[]);
 }
 
-/// A no to a CONNECT: MQTT 5's reason and its words, or the nearest return code of 3.1.1.
-pub fn connack_refused(to: &mut Vec<u8>, version: Version, reason: Reason, words: &str) {
+/// A no to a CONNECT: MQTT 5's reason and its words, if a client that takes packets of
+/// `packet_bytes_max` can have them, or the nearest return code of 3.1.1.
+pub fn connack_refused(
+    to: &mut Vec<u8>,
+    version: Version,
+    packet_bytes_max: u32,
+    reason: Reason,
+    words: &str,
+) {
     if version == Version::V5 {
         let mut properties = Vec::new();
-        text(&mut properties, REASON_STRING, words);
+        if words.len() + 12 <= packet_bytes_max as usize {
+            text(&mut properties, REASON_STRING, words);
+        }
         packet(to, 0x20, &[0, reason as u8], Some(&properties), &[]);
         return;
     }
@@ -79,11 +84,32 @@ pub fn connack_refused(to: &mut Vec<u8>, version: Version, reason: Reason, words
     to.extend_from_slice(&[0x20, 2, 0, code]);
 }
 
-/// The answer to a QoS 1 message. MQTT 3.1.1 has no way to say no.
-pub fn puback(to: &mut Vec<u8>, form: Form, packet_id: u16, reason: Reason, words: Option<&str>) {
+/// The packets that answer a message or one another, by their first byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Answer {
+    /// To a QoS 1 message.
+    Puback = 0x40,
+    /// To a QoS 2 message.
+    Pubrec = 0x50,
+    /// To a PUBREC.
+    Pubrel = 0x62,
+    /// To a PUBREL.
+    Pubcomp = 0x70,
+}
+
+/// The answer to a message or a PUBREL. MQTT 3.1.1 has no way to say no.
+pub fn answer(
+    to: &mut Vec<u8>,
+    form: Form,
+    answer: Answer,
+    packet_id: u16,
+    reason: Reason,
+    words: Option<&str>,
+) {
     let [high, low] = packet_id.to_be_bytes();
     if reason == Reason::Success || form.version != Version::V5 {
-        to.extend_from_slice(&[0x40, 2, high, low]);
+        to.extend_from_slice(&[answer as u8, 2, high, low]);
         return;
     }
     let properties = words.filter(|_| form.reasons).map(|words| {
@@ -92,38 +118,81 @@ pub fn puback(to: &mut Vec<u8>, form: Form, packet_id: u16, reason: Reason, word
         properties
     });
     let properties = properties.filter(|p| p.len() + 9 <= form.packet_bytes_max as usize);
-    packet(to, 0x40, &[high, low, reason as u8], properties.as_deref(), &[]);
+    packet(to, answer as u8, &[high, low, reason as u8], properties.as_deref(), &[]);
 }
 
-/// The same answer to each of a SUBSCRIBE's filters.
-pub fn suback_refused(
-    to: &mut Vec<u8>,
-    form: Form,
-    packet_id: u16,
-    filters: usize,
-    reason: Reason,
-    words: &str,
-) {
+/// The answer to a SUBSCRIBE: per filter the QoS that is granted or the reason why not, and for
+/// people what is wrong.
+pub fn suback(to: &mut Vec<u8>, form: Form, packet_id: u16, codes: &[u8], words: Option<&str>) {
+    answers(to, form, 0x90, packet_id, codes, words);
+}
+
+/// The answer to an UNSUBSCRIBE, per filter. Before MQTT 5 it says nothing of them.
+pub fn unsuback(to: &mut Vec<u8>, form: Form, packet_id: u16, codes: &[u8]) {
+    let codes = if form.version == Version::V5 { codes } else { &[] };
+    answers(to, form, 0xB0, packet_id, codes, None);
+}
+
+fn answers(to: &mut Vec<u8>, form: Form, first: u8, packet_id: u16, codes: &[u8], words: Option<&str>) {
     let packet_id = packet_id.to_be_bytes();
     if form.version != Version::V5 {
-        packet(to, 0x90, &packet_id, None, &vec![0x80; filters]);
-        return;
+        return packet(to, first, &packet_id, None, codes);
     }
     let mut properties = Vec::new();
-    if form.reasons {
+    if let Some(words) =
+        words.filter(|words| form.reasons && words.len() + codes.len() + 16 <= form.packet_bytes_max as usize)
+    {
         text(&mut properties, REASON_STRING, words);
     }
-    packet(to, 0x90, &packet_id, Some(&properties), &vec![reason as u8; filters]);
+    packet(to, first, &packet_id, Some(&properties), codes);
 }
 
-/// The answer to an UNSUBSCRIBE of filters that were not subscribed.
-pub fn unsuback_none(to: &mut Vec<u8>, form: Form, packet_id: u16, filters: usize) {
-    const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
-    let packet_id = packet_id.to_be_bytes();
-    if form.version == Version::V5 {
-        packet(to, 0xB0, &packet_id, Some(&[]), &vec![NO_SUBSCRIPTION_EXISTED; filters]);
-    } else {
-        packet(to, 0xB0, &packet_id, None, &[]);
+/// A PUBLISH to a subscriber: the first byte, the topic's parts (none with an alias that is known), the
+/// packet identifier of QoS 1, the properties of MQTT 5, the payload.
+pub fn publish(
+    to: &mut Vec<u8>,
+    first: u8,
+    topic: &[&str],
+    packet_id: Option<u16>,
+    properties: Option<&[u8]>,
+    payload: &[u8],
+) {
+    let topic_bytes = topic.iter().map(|part| part.len()).sum();
+    let length = publish_length(topic_bytes, packet_id.is_some(), properties.map(<[u8]>::len), payload.len());
+    to.reserve(length + 5);
+    to.push(first);
+    varint(to, length);
+    to.extend_from_slice(&u16::try_from(topic_bytes).unwrap_or(u16::MAX).to_be_bytes());
+    topic.iter().for_each(|part| to.extend_from_slice(part.as_bytes()));
+    if let Some(packet_id) = packet_id {
+        to.extend_from_slice(&packet_id.to_be_bytes());
+    }
+    if let Some(properties) = properties {
+        varint(to, properties.len());
+        to.extend_from_slice(properties);
+    }
+    to.extend_from_slice(payload);
+}
+
+/// What such a PUBLISH takes in all, given the bytes of its parts.
+pub fn publish_bytes(topic: usize, acknowledged: bool, properties: Option<usize>, payload: usize) -> usize {
+    let length = publish_length(topic, acknowledged, properties, payload);
+    1 + varint_bytes(length) + length
+}
+
+/// Its remaining length.
+fn publish_length(topic: usize, acknowledged: bool, properties: Option<usize>, payload: usize) -> usize {
+    let properties = properties.map_or(0, |bytes| varint_bytes(bytes) + bytes);
+    2 + topic + if acknowledged { 2 } else { 0 } + properties + payload
+}
+
+/// A user property, as one of a packet's properties.
+pub fn user_property(to: &mut Vec<u8>, name: &str, value: &str) {
+    to.push(USER_PROPERTY);
+    for part in [name, value] {
+        // What is written here are names and numbers of our own.
+        to.extend_from_slice(&u16::try_from(part.len()).unwrap_or(u16::MAX).to_be_bytes());
+        to.extend_from_slice(part.as_bytes());
     }
 }
 
@@ -164,7 +233,8 @@ fn number(to: &mut Vec<u8>, id: u8, bytes: &[u8]) {
     to.extend_from_slice(bytes);
 }
 
-fn text(to: &mut Vec<u8>, id: u8, text: &str) {
+/// A text, as one of a packet's properties.
+pub fn text(to: &mut Vec<u8>, id: u8, text: &str) {
     // Our own words, and client identifiers within their limit, are far shorter.
     let bytes = &text.as_bytes()[..text.floor_char_boundary(usize::from(u16::MAX))];
     to.push(id);
@@ -172,7 +242,7 @@ fn text(to: &mut Vec<u8>, id: u8, text: &str) {
     to.extend_from_slice(bytes);
 }
 
-fn varint_bytes(value: usize) -> usize {
+pub(super) fn varint_bytes(value: usize) -> usize {
     match value {
         0..0x80 => 1,
         0x80..0x4000 => 2,
@@ -181,7 +251,8 @@ fn varint_bytes(value: usize) -> usize {
     }
 }
 
-pub(super) fn varint(to: &mut Vec<u8>, mut value: usize) {
+/// A variable byte integer (section 1.5.5).
+pub fn varint(to: &mut Vec<u8>, mut value: usize) {
     loop {
         let low = value.to_le_bytes()[0] & 0x7f;
         value >>= 7;

@@ -3,6 +3,7 @@
 //! before it.
 
 use crate::limits::TOPIC_BYTES_MAX;
+use crate::message::holds_key;
 
 /// A topic filter.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,7 +12,8 @@ pub struct TopicFilter(String);
 /// A text that is no topic filter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a topic filter has 1 to {TOPIC_BYTES_MAX} bytes; '+' stands alone in its level, '#' alone in the last one"
+    "a topic filter has 1 to {TOPIC_BYTES_MAX} bytes, none of them an API key's; '+' stands alone in its \
+     level, '#' alone in the last one"
 )]
 pub struct FilterError;
 
@@ -20,9 +22,9 @@ impl TopicFilter {
     ///
     /// # Errors
     /// [`FilterError`] when a wildcard shares its level or `#` is not the last one, and for a text
-    /// that is empty or longer than any topic.
+    /// that is empty, longer than any topic, or holds an API key: filters are stored.
     pub fn new(filter: &str) -> Result<Self, FilterError> {
-        if filter.is_empty() || filter.len() > TOPIC_BYTES_MAX {
+        if filter.is_empty() || filter.len() > TOPIC_BYTES_MAX || holds_key(filter) {
             return Err(FilterError);
         }
         let mut levels = filter.split('/').peekable();
@@ -37,6 +39,11 @@ impl TopicFilter {
             }
         }
         Ok(Self(filter.to_owned()))
+    }
+
+    /// As it was given.
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 
     /// The one topic that this filter names, if it has no wildcard.

@@ -1,0 +1,42 @@
+//! The seeds of auth callout, made anew.
+
+use std::fmt;
+
+use nkeys::{KeyPair, XKey};
+
+/// The seeds of auth callout, and what of each stands in the server's configuration.
+pub struct Seeds {
+    /// The seed that answers are signed with (`SA…`).
+    pub issuer: String,
+    /// Its public key (`A…`).
+    pub issuer_public: String,
+    /// The curve seed that requests are encrypted to (`SX…`).
+    pub curve: String,
+    /// Its public key (`X…`).
+    pub curve_public: String,
+}
+
+impl Seeds {
+    /// New ones, from the operating system's generator.
+    ///
+    /// # Errors
+    /// What nkeys says if one cannot be written as text.
+    pub fn generate() -> Result<Self, String> {
+        let (issuer, curve) = (KeyPair::new_account(), XKey::new());
+        Ok(Self {
+            issuer: issuer.seed().map_err(|error| error.to_string())?,
+            issuer_public: issuer.public_key(),
+            curve: curve.seed().map_err(|error| error.to_string())?,
+            curve_public: curve.public_key(),
+        })
+    }
+}
+
+impl fmt::Debug for Seeds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Seeds")
+            .field("issuer_public", &self.issuer_public)
+            .field("curve_public", &self.curve_public)
+            .finish_non_exhaustive()
+    }
+}

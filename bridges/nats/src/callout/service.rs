@@ -1,0 +1,165 @@
+//! The service that answers auth callout: it takes requests from a queue group, so that any number of
+//! gateways share them, has each judged, and sends the signed answer.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use async_nats::Message;
+use futures_util::StreamExt;
+use nkeys::{KeyPair, KeyPairType, XKey};
+use tokio::task::JoinSet;
+use tracing::{debug, warn};
+
+use super::jwt::{Request, RequestError};
+use super::{Doorman, Verdict};
+use crate::{Nats, NatsError};
+
+/// Where servers ask.
+const SUBJECT: &str = "$SYS.REQ.USER.AUTH";
+/// Whoever answers shares the requests with all others.
+const GROUP: &str = "headgate";
+/// The header with the curve key that a request is encrypted with.
+const XKEY_HEADER: &str = "Nats-Server-Xkey";
+/// Requests that are judged at once; more wait.
+const AT_ONCE_MAX: usize = 256;
+/// How often it is said that requests cannot be read: they may be many.
+const COMPLAIN: Duration = Duration::from_secs(10);
+
+/// Why auth callout cannot begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CalloutError {
+    /// The issuer's seed.
+    #[error("it holds no seed of an account (SA…)")]
+    IssuerSeed,
+    /// The curve seed.
+    #[error("it holds no curve seed (SX…)")]
+    CurveSeed,
+}
+
+/// Answers auth callout.
+pub struct Callout {
+    issuer: KeyPair,
+    xkey: Option<XKey>,
+    account: String,
+    doorman: Box<dyn Doorman>,
+    /// When it was last said that a request could not be read.
+    complained: Mutex<Option<Instant>>,
+}
+
+impl fmt::Debug for Callout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Callout").field("account", &self.account).finish_non_exhaustive()
+    }
+}
+
+impl Callout {
+    /// Checks the seeds. Clients that are let in are put in `account`.
+    ///
+    /// # Errors
+    /// [`CalloutError`] for a seed that is none of its kind.
+    pub fn new(
+        issuer_seed: &str,
+        curve_seed: Option<&str>,
+        account: &str,
+        doorman: impl Doorman,
+    ) -> Result<Self, CalloutError> {
+        let issuer = KeyPair::from_seed(issuer_seed.trim())
+            .ok()
+            .filter(|issuer| issuer.key_pair_type() == KeyPairType::Account)
+            .ok_or(CalloutError::IssuerSeed)?;
+        let xkey = curve_seed.map(|seed| XKey::from_seed(seed.trim())).transpose();
+        Ok(Self {
+            issuer,
+            xkey: xkey.map_err(|_| CalloutError::CurveSeed)?,
+            account: account.to_owned(),
+            doorman: Box::new(doorman),
+            complained: Mutex::new(None),
+        })
+    }
+
+    /// Answers what comes over `nats`, whose user is in the account that requests come to, until `stop`
+    /// resolves; what has come in by then is answered.
+    ///
+    /// # Errors
+    /// [`NatsError::Client`] if the subscription cannot be made at all. That NATS is away is no error.
+    pub async fn serve(self, nats: &Nats, stop: impl Future<Output = ()>) -> Result<(), NatsError> {
+        let client = nats.client();
+        let asked = client.queue_subscribe(SUBJECT, GROUP.to_owned()).await;
+        let mut asked = asked.map_err(|error| NatsError::Client(error.to_string()))?;
+        let callout = Arc::new(self);
+        let mut judged = JoinSet::new();
+        tokio::pin!(stop);
+        loop {
+            let message = tokio::select! {
+                message = asked.next() => message,
+                () = &mut stop => break,
+            };
+            let Some(message) = message else { break };
+            let (callout, client) = (callout.clone(), client.clone());
+            judged.spawn(async move { callout.answer(&client, &message).await });
+            while judged.try_join_next().is_some() {}
+            if judged.len() >= AT_ONCE_MAX {
+                judged.join_next().await;
+            }
+        }
+        // The last answers are on their way before the group has one member less.
+        while judged.join_next().await.is_some() {}
+        if let Err(error) = asked.unsubscribe().await {
+            debug!(%error, "auth callout");
+        }
+        let _ = tokio::time::timeout(Duration::from_secs(1), client.flush()).await;
+        Ok(())
+    }
+
+    async fn answer(&self, client: &async_nats::Client, message: &Message) {
+        let Some(reply) = &message.reply else { return };
+        let (request, sender) = match self.read(message) {
+            Ok(read) => read,
+            Err(error) => return self.complain(error),
+        };
+        let now_s = now_s();
+        let answer = match self.doorman.judge(&request.visitor) {
+            Verdict::Allow(permit) => request.allow(&self.issuer, &self.account, &permit, now_s),
+            Verdict::Deny(why) => request.deny(&self.issuer, &why, now_s),
+        };
+        let answer = match (answer, sender.as_ref().zip(self.xkey.as_ref())) {
+            (Ok(answer), None) => Ok(answer.into_bytes()),
+            (Ok(answer), Some((sender, xkey))) => xkey.seal(answer.as_bytes(), sender),
+            (Err(error), _) => Err(error),
+        };
+        match answer {
+            Ok(answer) => {
+                if let Err(error) = client.publish(reply.clone(), answer.into()).await {
+                    debug!(%error, "an answer of auth callout was not sent");
+                }
+            }
+            Err(error) => warn!(%error, "an answer of auth callout cannot be signed"),
+        }
+    }
+
+    /// The request, and the curve key of the server that has encrypted it, if it has.
+    fn read(&self, message: &Message) -> Result<(Request, Option<XKey>), RequestError> {
+        let sender = message.headers.as_ref().and_then(|headers| headers.get(XKEY_HEADER));
+        let Some(sender) = sender else { return Ok((Request::read(&message.payload, now_s())?, None)) };
+        let xkey = self.xkey.as_ref().ok_or(RequestError::Encrypted)?;
+        let sender = XKey::from_public_key(sender.as_str()).map_err(|_| RequestError::Form)?;
+        let opened = xkey.open(&message.payload, &sender).map_err(|_| RequestError::Sealed)?;
+        Ok((Request::read(&opened, now_s())?, Some(sender)))
+    }
+
+    /// Says that a request could not be read, and nothing of what it holds.
+    fn complain(&self, error: RequestError) {
+        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|at| at.elapsed() >= COMPLAIN) {
+            *last = Some(Instant::now());
+            warn!(%error, "NATS asks whether a client may connect, and cannot be answered");
+        }
+    }
+}
+
+/// Seconds since 1970.
+fn now_s() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
+}

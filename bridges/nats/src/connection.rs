@@ -1,0 +1,208 @@
+//! A connection to a NATS server or cluster. It is made in the background and comes back by itself, so
+//! that whoever uses it sees an absent NATS as something transient: [`Nats::trouble`] says what keeps it
+//! away.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_nats::{Client, ConnectOptions, Event};
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+
+/// The longest wait between two attempts to connect.
+const RECONNECT_MAX: Duration = Duration::from_secs(1);
+/// How often a server is asked whether it is there. One that leaves three questions unanswered is left for
+/// another: a host that is cut off closes no connection.
+const PING: Duration = Duration::from_secs(1);
+/// How long a server may take to let the client in.
+const CONNECT_MAX: Duration = Duration::from_secs(2);
+
+/// Where NATS is, and how to get in.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `nats://HOST:PORT` or `tls://HOST:PORT`, of one or more servers of a cluster.
+    pub servers: Vec<String>,
+    /// Who connects.
+    pub credentials: Credentials,
+    /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts.
+    pub ca: Option<PathBuf>,
+    /// What the connection is called in NATS' monitoring.
+    pub name: String,
+}
+
+/// Who connects to NATS.
+#[derive(Clone)]
+pub enum Credentials {
+    /// Nobody in particular.
+    None,
+    /// A user of the server's configuration.
+    Password {
+        /// The user.
+        user: String,
+        /// Its password.
+        password: String,
+    },
+    /// A `.creds` file, as `nsc` writes it.
+    File(PathBuf),
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Credentials::None => f.write_str("None"),
+            Credentials::Password { user, .. } => f.debug_tuple("Password").field(user).finish(),
+            Credentials::File(path) => f.debug_tuple("File").field(path).finish(),
+        }
+    }
+}
+
+/// Why a connection could not be set up. That NATS is not there is no reason.
+#[derive(Debug, thiserror::Error)]
+pub enum NatsError {
+    /// A server's address that is none.
+    #[error("{address:?} is not the address of a NATS server: {detail}")]
+    Address {
+        /// What was given.
+        address: String,
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// A file that cannot be read.
+    #[error("{}: {detail}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        detail: String,
+    },
+    /// Whatever else keeps the client from beginning.
+    #[error("NATS: {0}")]
+    Client(String),
+}
+
+/// A connection. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Nats {
+    client: Client,
+    trouble: Arc<Mutex<Option<String>>>,
+    /// How often it was connected.
+    connections: watch::Receiver<u64>,
+}
+
+impl Nats {
+    /// Begins to connect, and goes on until it is connected, now and after every loss.
+    ///
+    /// # Errors
+    /// [`NatsError`] for settings that can never work.
+    pub async fn connect(settings: &Settings) -> Result<Self, NatsError> {
+        let servers = settings.servers.iter().map(|address| without_credentials(address));
+        let servers = servers.collect::<Vec<_>>().join(",");
+        let addresses = settings.servers.iter().map(|address| {
+            address
+                .parse::<async_nats::ServerAddr>()
+                .map_err(|error| NatsError::Address { address: address.clone(), detail: error.to_string() })
+        });
+        let addresses = addresses.collect::<Result<Vec<_>, _>>()?;
+        let waiting = format!("not connected to NATS at {servers} yet");
+        let trouble = Arc::new(Mutex::new(Some(waiting)));
+        let seen = trouble.clone();
+        let (count, connections) = watch::channel(0);
+        let count = Arc::new(count);
+        let options = match &settings.credentials {
+            Credentials::None => ConnectOptions::new(),
+            Credentials::Password { user, password } => {
+                ConnectOptions::with_user_and_password(user.clone(), password.clone())
+            }
+            Credentials::File(path) => ConnectOptions::with_credentials_file(path)
+                .await
+                .map_err(|error| NatsError::File { path: path.clone(), detail: error.to_string() })?,
+        };
+        let mut options = options
+            .name(&settings.name)
+            .retry_on_initial_connect()
+            .ping_interval(PING)
+            .connection_timeout(CONNECT_MAX)
+            .reconnect_delay_callback(|attempts| {
+                Duration::from_millis(50 << attempts.min(5)).min(RECONNECT_MAX)
+            })
+            .event_callback(move |event| {
+                let (servers, seen, count) = (servers.clone(), seen.clone(), count.clone());
+                async move {
+                    note(&event, &servers, &seen);
+                    if matches!(event, Event::Connected) {
+                        count.send_modify(|count| *count += 1);
+                    }
+                }
+            });
+        if let Some(ca) = &settings.ca {
+            options = options.add_root_certificates(ca.clone());
+        }
+        let client =
+            options.connect(addresses).await.map_err(|error| NatsError::Client(error.to_string()))?;
+        Ok(Self { client, trouble, connections })
+    }
+
+    /// The client of the connection.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// How often it was connected: whoever waits for messages learns from it that some may be missing.
+    pub fn connections(&self) -> watch::Receiver<u64> {
+        self.connections.clone()
+    }
+
+    /// What keeps NATS away, while it is away.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A server's address as it may be shown: without the user and password that may stand in it.
+pub fn without_credentials(address: &str) -> String {
+    match (address.split_once("://"), address.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, server))) => format!("{scheme}://{server}"),
+        (None, Some((_, server))) => server.to_owned(),
+        (_, None) => address.to_owned(),
+    }
+}
+
+/// Takes note of what has become of the connection, and says it where an operator reads: once when it is
+/// lost, and not again for every attempt.
+fn note(event: &Event, servers: &str, seen: &Mutex<Option<String>>) {
+    let mut trouble = seen.lock().unwrap_or_else(PoisonError::into_inner);
+    match event {
+        Event::Connected => {
+            info!(servers, "connected to NATS");
+            *trouble = None;
+        }
+        Event::Disconnected => {
+            if trouble.is_none() {
+                warn!(servers, "NATS is away");
+            }
+            *trouble = Some(format!("NATS at {servers} is away"));
+        }
+        Event::ClientError(error) if trouble.is_some() => debug!(servers, %error, "NATS"),
+        Event::ClientError(error) => warn!(servers, %error, "NATS"),
+        Event::ServerError(error) => warn!(servers, %error, "NATS"),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_shown_without_user_and_password() {
+        for (address, shown) in [
+            ("nats://127.0.0.1:4222", "nats://127.0.0.1:4222"),
+            ("tls://u:p@w@nats.example:4222", "tls://nats.example:4222"),
+            ("u:p@nats.example", "nats.example"),
+            ("nats.example", "nats.example"),
+        ] {
+            assert_eq!(without_credentials(address), shown);
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! The ingress: what is published to a subject, on its way to an [`Inlet`], and the answers on their way
+//! back. One task takes everything that has come in since it last looked and hands it over as one batch;
+//! while that is being kept it goes on, so that load makes the batches larger.
+//!
+//! NATS does not wait for a subscriber that is slow, it cuts it off. So nothing here ever stops taking
+//! messages in: what is over the bounds is told so at once.
+//!
+//! The ingress has a connection of its own. Whoever may publish to the subject decides what is read
+//! here, and a message whose headers are not well-formed costs the client library its connection, or its
+//! life: async-nats 0.51 panics on a bare carriage return in a header. The ingress then connects again,
+//! and nothing else of the gateway's notices.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use async_nats::{Client, Subject, Subscriber};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
+use tokio::time::Instant;
+use tracing::{debug, warn};
+
+use crate::connection::{self, Nats, NatsError};
+use crate::inlet::{Answers, Inlet, Parcel, Verdict, Verdicts};
+
+/// The shortest wait before a connection that was lost for good is made anew.
+const ANEW: Duration = Duration::from_millis(50);
+/// How long the end of the subscription may take, and how long the last answers.
+const GOODBYE_MAX: Duration = Duration::from_secs(2);
+
+/// What is taken in, and how much of it at once.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The subject, with wildcards.
+    pub subject: String,
+    /// Of those that subscribe in the same group, on however many gateways, each message goes to one.
+    pub queue: String,
+    /// The stream in whose name is answered.
+    pub stream: String,
+    /// Messages in one batch at most.
+    pub batch_messages_max: usize,
+    /// And their bytes; one larger message is a batch of its own.
+    pub batch_bytes_max: usize,
+    /// Batches on their way to be kept at once.
+    pub batches_in_flight_max: usize,
+    /// Messages that wait for their batch; one more is told that there are too many.
+    pub waiting_messages_max: usize,
+    /// The same, in bytes.
+    pub waiting_bytes_max: usize,
+}
+
+/// The ingress of a subject.
+#[derive(Debug)]
+pub struct Ingress {
+    connection: connection::Settings,
+    settings: Settings,
+    nats: Mutex<Nats>,
+}
+
+/// Why a subscription is over.
+#[derive(Debug, PartialEq)]
+enum End {
+    /// It was asked to stop, and everything is answered.
+    Stopped,
+    /// The connection has gone, and does not come back by itself.
+    Lost,
+}
+
+impl Ingress {
+    /// Begins to connect. NATS need not be there.
+    ///
+    /// # Errors
+    /// [`NatsError`] for settings that can never work.
+    pub async fn connect(connection: connection::Settings, settings: Settings) -> Result<Self, NatsError> {
+        let nats = Mutex::new(Nats::connect(&connection).await?);
+        Ok(Self { connection, settings, nats })
+    }
+
+    /// What keeps NATS away, while it is away.
+    pub fn trouble(&self) -> Option<String> {
+        self.nats().trouble()
+    }
+
+    fn nats(&self) -> Nats {
+        self.nats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Hands everything that is published to the subject to `inlet`, until `stop` resolves. Then it takes
+    /// no more, and returns when what it took is answered.
+    pub async fn run(&self, inlet: &impl Inlet, stop: impl Future<Output = ()>) {
+        let mut stop = std::pin::pin!(stop);
+        let answers = Answers::of(&self.settings.stream);
+        loop {
+            let client = self.nats().client().clone();
+            if self.serve(&client, &answers, inlet, stop.as_mut()).await == End::Stopped {
+                return;
+            }
+            warn!(subject = self.settings.subject, "the connection to NATS was lost for good: a new one");
+            tokio::select! {
+                () = tokio::time::sleep(ANEW) => {}
+                () = &mut stop => return,
+            }
+            match Nats::connect(&self.connection).await {
+                Ok(nats) => *self.nats.lock().unwrap_or_else(PoisonError::into_inner) = nats,
+                Err(error) => warn!(%error, "cannot connect to NATS"),
+            }
+        }
+    }
+
+    async fn serve(
+        &self,
+        client: &Client,
+        answers: &Answers,
+        inlet: &impl Inlet,
+        mut stop: Pin<&mut impl Future<Output = ()>>,
+    ) -> End {
+        let Settings { subject, queue, .. } = &self.settings;
+        let mut subscription = match client.queue_subscribe(subject.clone(), queue.clone()).await {
+            Ok(subscription) => subscription,
+            Err(error) => {
+                warn!(subject, %error, "cannot subscribe");
+                return End::Lost;
+            }
+        };
+        let mut waiting = Waiting::default();
+        let mut arrived = Vec::new();
+        // A batch that is being handed over: the next comes behind it.
+        let mut handing = None;
+        // Those that are being kept, with where their answers go.
+        let mut keeping = FuturesOrdered::new();
+        // Answers on their way out. However slowly NATS takes them, what it brings is taken in.
+        let mut answering = None;
+        // Those to messages that were too many, and where they go.
+        let mut overflowed = (Vec::new(), Vec::new());
+        let (mut stopping, mut open) = (false, true);
+        let mut close_by = std::pin::pin!(tokio::time::sleep(GOODBYE_MAX));
+        loop {
+            if handing.is_none()
+                && keeping.len() < self.settings.batches_in_flight_max
+                && let Some((parcels, replies)) = waiting.batch(&self.settings)
+            {
+                handing = Some(Box::pin(async move { (inlet.deliver(parcels).await, replies) }));
+            }
+            if answering.is_none() && !overflowed.0.is_empty() {
+                let (verdicts, replies) = std::mem::take(&mut overflowed);
+                answering = Some(Box::pin(answer(client, answers, verdicts, replies)));
+            }
+            if !open && handing.is_none() && keeping.is_empty() && answering.is_none() {
+                break;
+            }
+            tokio::select! {
+                biased;
+                () = or_never(&mut answering) => answering = None,
+                Some((verdicts, replies)) = keeping.next(), if answering.is_none() && !keeping.is_empty() => {
+                    answering = Some(Box::pin(answer(client, answers, verdicts, replies)));
+                }
+                (verdicts, replies) = or_never(&mut handing) => {
+                    handing = None;
+                    keeping.push_back(kept(verdicts, replies));
+                }
+                goes_on = tokio::task::unconstrained(arrive(&mut subscription, &mut arrived, &self.settings)),
+                if open => {
+                    open = goes_on;
+                    for mut parcel in arrived.drain(..) {
+                        if waiting.has_room(&parcel, &self.settings) {
+                            waiting.push(parcel);
+                        } else if overflowed.0.len() < self.settings.batch_messages_max {
+                            overflowed.0.push(inlet.overflow(&parcel));
+                            overflowed.1.push(parcel.take_reply());
+                        } else {
+                            // There is no room for a no either: the sender hears nothing, and comes again.
+                            drop(inlet.overflow(&parcel));
+                        }
+                    }
+                }
+                () = &mut stop, if !stopping => {
+                    stopping = true;
+                    close_by.as_mut().reset(Instant::now() + GOODBYE_MAX);
+                    // What it has brought already comes first, and then the end; from a NATS that is away
+                    // neither comes.
+                    let ending = tokio::time::timeout(GOODBYE_MAX, subscription.drain());
+                    open = open && self.trouble().is_none() && matches!(ending.await, Ok(Ok(())));
+                }
+                () = &mut close_by, if stopping && open => open = false,
+            }
+        }
+        if !stopping {
+            return End::Lost;
+        }
+        if tokio::time::timeout(GOODBYE_MAX, client.flush()).await.is_err() {
+            debug!(subject, "the last answers may not have left");
+        }
+        End::Stopped
+    }
+}
+
+/// Messages that wait for their batch, in the order in which they came.
+#[derive(Default)]
+struct Waiting {
+    parcels: std::collections::VecDeque<Parcel>,
+    bytes: usize,
+}
+
+impl Waiting {
+    fn has_room(&self, parcel: &Parcel, settings: &Settings) -> bool {
+        self.parcels.len() < settings.waiting_messages_max
+            && self.bytes + parcel.weight() <= settings.waiting_bytes_max
+    }
+
+    fn push(&mut self, parcel: Parcel) {
+        self.bytes += parcel.weight();
+        self.parcels.push_back(parcel);
+    }
+
+    /// The next batch, and where the answers to its messages go.
+    fn batch(&mut self, settings: &Settings) -> Option<(Vec<Parcel>, Vec<Option<Subject>>)> {
+        let (mut parcels, mut replies) = (Vec::new(), Vec::new());
+        let mut bytes = 0;
+        while let Some(parcel) = self.parcels.front()
+            && parcels.len() < settings.batch_messages_max
+        {
+            bytes += parcel.weight();
+            if bytes > settings.batch_bytes_max && !parcels.is_empty() {
+                break;
+            }
+            let mut parcel = self.parcels.pop_front()?;
+            self.bytes -= parcel.weight();
+            replies.push(parcel.take_reply());
+            parcels.push(parcel);
+        }
+        (!parcels.is_empty()).then_some((parcels, replies))
+    }
+}
+
+/// Takes everything that has come in, a batch of it at most, waiting for the first. `false`: nothing
+/// comes any more.
+async fn arrive(subscription: &mut Subscriber, arrived: &mut Vec<Parcel>, settings: &Settings) -> bool {
+    std::future::poll_fn(|cx: &mut Context<'_>| {
+        loop {
+            match subscription.poll_next_unpin(cx) {
+                Poll::Ready(Some(message)) => {
+                    arrived.push(Parcel::new(message));
+                    if arrived.len() >= settings.batch_messages_max {
+                        return Poll::Ready(true);
+                    }
+                }
+                Poll::Ready(None) => return Poll::Ready(false),
+                Poll::Pending if arrived.is_empty() => return Poll::Pending,
+                Poll::Pending => return Poll::Ready(true),
+            }
+        }
+    })
+    .await
+}
+
+async fn or_never<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn kept(verdicts: Verdicts, replies: Vec<Option<Subject>>) -> (Vec<Verdict>, Vec<Option<Subject>>) {
+    (verdicts.await, replies)
+}
+
+/// Says what has become of messages to those who want to know.
+async fn answer(client: &Client, answers: &Answers, verdicts: Vec<Verdict>, replies: Vec<Option<Subject>>) {
+    for (verdict, reply) in verdicts.into_iter().zip(replies) {
+        let Some(reply) = reply else { continue };
+        let (headers, body) = answers.write(verdict);
+        let published = match headers {
+            Some(headers) => client.publish_with_headers(reply, headers, body).await,
+            None => client.publish(reply, body).await,
+        };
+        if let Err(error) = published {
+            debug!(%error, "an answer did not leave");
+        }
+    }
+}

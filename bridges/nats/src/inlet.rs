@@ -1,0 +1,225 @@
+//! The inlet: the contract between NATS and whoever lets messages in. Each message of a subject becomes
+//! a [`Parcel`]; the [`Inlet`] says what becomes of it, a [`Verdict`], which is answered to the message's
+//! reply subject as JetStream would answer, so that a client's `js.publish` works unchanged.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use async_nats::header::HeaderMap;
+use async_nats::{HeaderValue, Message};
+use bytes::Bytes;
+
+/// One message, as NATS brought it. It is not shown: a header of it is a key.
+pub struct Parcel {
+    message: Message,
+    reply: Reply,
+}
+
+/// Whether a message can be answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reply {
+    /// It names no reply subject: nobody waits for an answer.
+    Unwanted,
+    /// It is answered.
+    Wanted,
+    /// It asks for its answer to be published where nobody but its sender is to decide what is
+    /// published. It is not answered.
+    Elsewhere,
+}
+
+impl Parcel {
+    pub(crate) fn new(message: Message) -> Self {
+        let reply = match &message.reply {
+            None => Reply::Unwanted,
+            Some(reply) if reply.starts_with('_') => Reply::Wanted,
+            Some(_) => Reply::Elsewhere,
+        };
+        Self { message, reply }
+    }
+
+    /// The subject that it was published to.
+    pub fn subject(&self) -> &str {
+        &self.message.subject
+    }
+
+    /// The bytes.
+    pub fn payload(&self) -> &[u8] {
+        &self.message.payload
+    }
+
+    /// Its headers: names and values, a name as often as it has values, in no particular order of names.
+    pub fn headers(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.message.headers.iter().flat_map(HeaderMap::iter).flat_map(|(name, values)| {
+            let name: &str = name.as_ref();
+            values.iter().map(move |value| (name, value.as_str()))
+        })
+    }
+
+    /// Whether it can be answered.
+    ///
+    /// The answer is published with the gateway's own permissions, so a reply subject of the sender's
+    /// choice is a way to publish what the sender may not: into the validated stream, for one. Only
+    /// subjects that begin with `_` are answered: clients' inboxes (`_INBOX.…`), and what a server makes
+    /// of them on the way from another account (`_R_.…`).
+    pub fn reply(&self) -> Reply {
+        self.reply
+    }
+
+    /// Where its answer goes, if there is to be one.
+    pub(crate) fn take_reply(&mut self) -> Option<async_nats::Subject> {
+        self.message.reply.take().filter(|_| self.reply == Reply::Wanted)
+    }
+
+    /// What it takes in memory, in bytes, about.
+    pub(crate) fn weight(&self) -> usize {
+        size_of::<Message>() + self.message.length
+    }
+}
+
+/// What has become of a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is kept, durably.
+    Stored {
+        /// Its number.
+        seq: u64,
+        /// It was kept before.
+        duplicate: bool,
+    },
+    /// It is not kept, or not where its sender wanted it.
+    Refused(Box<Refused>),
+}
+
+/// A no, for the one who sent the message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// As HTTP has it: 401, 429.
+    pub code: u16,
+    /// In a few words.
+    pub text: String,
+    /// The whole answer, a JSON object. With a member `error` as JetStream's answers have it, a client's
+    /// `js.publish` makes a proper error of it.
+    pub body: Vec<u8>,
+    /// When the same message may be let in, if time helps.
+    pub retry_after: Option<Duration>,
+}
+
+/// What a batch of messages resolves to: a verdict for each, in their order.
+pub type Verdicts = Pin<Box<dyn Future<Output = Vec<Verdict>> + Send>>;
+
+/// Lets messages in.
+pub trait Inlet: Sync {
+    /// Takes messages in the order in which they came. It returns when they have their place, so that
+    /// what is delivered next comes behind them; what has become of them is known later.
+    fn deliver(&self, parcels: Vec<Parcel>) -> impl Future<Output = Verdicts> + Send;
+
+    /// More messages have come in than are held at once: what is said to one too many. NATS cannot be
+    /// told to wait.
+    fn overflow(&self, parcel: &Parcel) -> Verdict;
+}
+
+/// Writes verdicts as JetStream does.
+#[derive(Debug, Clone)]
+pub(crate) struct Answers {
+    /// `{"stream":"NAME","seq":`
+    stored: String,
+}
+
+impl Answers {
+    /// In the name of a stream.
+    pub(crate) fn of(stream: &str) -> Self {
+        Self { stored: format!("{{\"stream\":{},\"seq\":", serde_json::Value::from(stream)) }
+    }
+
+    /// The headers and the payload of an answer.
+    pub(crate) fn write(&self, verdict: Verdict) -> (Option<HeaderMap>, Bytes) {
+        match verdict {
+            Verdict::Stored { seq, duplicate } => {
+                (None, format!("{}{seq},\"duplicate\":{duplicate}}}", self.stored).into())
+            }
+            Verdict::Refused(refused) => {
+                let Refused { code, text, body, retry_after } = *refused;
+                let mut headers = HeaderMap::new();
+                // A line break would end the header.
+                let text: String = text.chars().filter(|c| !c.is_control()).collect();
+                headers.insert("Nats-Service-Error", text);
+                headers.insert("Nats-Service-Error-Code", HeaderValue::from(code));
+                headers.insert("Content-Type", "application/json");
+                if let Some(after) = retry_after {
+                    // Whole seconds, and never 0: that would be an invitation to come again at once.
+                    let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+                    headers.insert("Retry-After", HeaderValue::from(seconds.max(1)));
+                }
+                (Some(headers), body.into())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parcel(reply: Option<&str>) -> Parcel {
+        let mut headers = HeaderMap::new();
+        headers.append("X", "1");
+        headers.append("X", "2");
+        Parcel::new(Message {
+            subject: "ingest.press-4.temp".into(),
+            reply: reply.map(Into::into),
+            payload: Bytes::from_static(b"21.5"),
+            headers: Some(headers),
+            status: None,
+            description: None,
+            length: 40,
+        })
+    }
+
+    #[test]
+    fn a_yes_is_what_jetstream_says() {
+        let (headers, body) = Answers::of("headgate").write(Verdict::Stored { seq: 7, duplicate: true });
+        assert!(headers.is_none());
+        let ack: async_nats::jetstream::publish::PublishAck =
+            serde_json::from_slice(&body).expect("as a client reads it");
+        assert_eq!((ack.stream.as_str(), ack.sequence, ack.duplicate), ("headgate", 7, true));
+    }
+
+    #[test]
+    fn a_no_has_its_code_in_the_headers_and_no_line_break_from_a_text() {
+        let refused = Refused {
+            code: 429,
+            text: "too many\r\nX: y".to_owned(),
+            body: b"{}".to_vec(),
+            retry_after: Some(Duration::from_millis(1001)),
+        };
+        let (headers, _) = Answers::of("headgate").write(Verdict::Refused(Box::new(refused)));
+        let headers = headers.expect("headers");
+        let value = |name: &str| headers.get(name).map(HeaderValue::as_str);
+        assert_eq!(value("Nats-Service-Error"), Some("too manyX: y"));
+        assert_eq!(value("Nats-Service-Error-Code"), Some("429"));
+        assert_eq!(value("Retry-After"), Some("2"));
+    }
+
+    #[test]
+    fn an_answer_goes_to_an_inbox_and_nowhere_else() {
+        for (reply, answered) in [
+            (None, Reply::Unwanted),
+            (Some("_INBOX.abc.1"), Reply::Wanted),
+            (Some("_R_.abc.1"), Reply::Wanted),
+            (Some("stream.press-4.temp"), Reply::Elsewhere),
+            (Some("$KV.headgate-registry.key"), Reply::Elsewhere),
+            (Some("ingest.press-4.temp"), Reply::Elsewhere),
+        ] {
+            let mut parcel = parcel(reply);
+            assert_eq!(parcel.reply(), answered, "{reply:?}");
+            assert_eq!(parcel.take_reply().is_some(), answered == Reply::Wanted, "{reply:?}");
+        }
+    }
+
+    #[test]
+    fn a_header_is_there_as_often_as_it_has_values() {
+        let parcel = parcel(None);
+        assert_eq!(parcel.headers().collect::<Vec<_>>(), [("X", "1"), ("X", "2")]);
+    }
+}

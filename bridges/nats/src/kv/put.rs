@@ -1,0 +1,155 @@
+//! Writing rows of a bucket: all or none, and only if nobody else was first.
+
+use std::time::Duration;
+
+use async_nats::connection::State;
+use async_nats::jetstream::ErrorCode;
+use async_nats::jetstream::publish::PublishAck;
+use async_nats::jetstream::response::Response;
+use async_nats::{HeaderMap, Subscriber, header};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::{ANSWER_MAX, BATCH_ROWS_MAX, Bucket, DELETED, KvError, OPERATION, PAUSE, Revision};
+
+/// How long JetStream may take to say, if its answer was lost, whether it has written.
+const VERIFY_MAX: Duration = Duration::from_secs(5);
+
+/// One row that is to be written.
+#[derive(Debug, Clone)]
+pub struct Put {
+    /// Its key.
+    pub key: String,
+    /// What it is to hold; `None` deletes it.
+    pub value: Option<Bytes>,
+    /// The revision that it has to have now, 0 for a row that never was; `None`: whatever it has. A row
+    /// that was deleted has the revision at which it was.
+    pub expected: Option<Revision>,
+}
+
+impl Bucket {
+    /// Writes rows, all or none, and returns the revision of the last one; those before have the ones
+    /// before. `last` is how far the bucket may be (see [`Update::revision`](super::Update)): if anything
+    /// was written after, nothing is now.
+    ///
+    /// # Errors
+    /// [`KvError::Conflict`] if `last` or what a row expects is not so; [`KvError::TooLarge`] for a row that
+    /// does not fit in a message, or more than [`BATCH_ROWS_MAX`]; [`KvError::Away`] while NATS is, or if it
+    /// goes away meanwhile for so long that nobody can say whether it has written; [`KvError::Refused`]
+    /// for what JetStream does not take.
+    pub async fn put_all(&self, puts: &[Put], last: Option<Revision>) -> Result<Revision, KvError> {
+        let client = self.nats.client();
+        if puts.len() > BATCH_ROWS_MAX {
+            let text = format!("{} rows at once, and at most {BATCH_ROWS_MAX} fit", puts.len());
+            return Err(KvError::TooLarge(text));
+        }
+        // The client would keep it, and send it whenever it is connected again.
+        if client.connection_state() != State::Connected {
+            return Err(self.away());
+        }
+        let mut connections = self.nats.connections();
+        connections.mark_unchanged();
+        let inbox = client.new_inbox();
+        // As unique as an inbox, and short enough for a batch.
+        let id = inbox.rsplit('.').next().unwrap_or(&inbox).to_owned();
+        let mut answers = client.subscribe(inbox.clone()).await.map_err(|_| self.away())?;
+        for (place, put) in puts.iter().enumerate() {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::NATS_BATCH_ID, id.as_str());
+            headers.insert(header::NATS_BATCH_SEQUENCE, (place + 1).to_string());
+            if let Some(last) = last.filter(|_| place == 0) {
+                headers.insert(header::NATS_EXPECTED_LAST_SEQUENCE, last.to_string());
+            }
+            if let Some(expected) = put.expected {
+                headers.insert(header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string());
+            }
+            if put.value.is_none() {
+                headers.insert(OPERATION, DELETED);
+            }
+            if place + 1 == puts.len() {
+                headers.insert(header::NATS_BATCH_COMMIT, header::NATS_BATCH_COMMIT_FINAL);
+            }
+            let (subject, value) = (self.subject(&put.key), put.value.clone().unwrap_or_default());
+            let sent = client.publish_with_reply_and_headers(subject, inbox.clone(), headers, value);
+            sent.await.map_err(|error| match error.kind() {
+                // What was sent of the batch before is given up by the server after a while.
+                async_nats::PublishErrorKind::MaxPayloadExceeded => KvError::TooLarge(format!(
+                    "row {} is larger than a message of this NATS may be: {error}",
+                    put.key
+                )),
+                async_nats::PublishErrorKind::InvalidSubject => {
+                    KvError::Refused(format!("{:?} is not the key of a row", put.key))
+                }
+                async_nats::PublishErrorKind::Send => self.away(),
+            })?;
+        }
+        let Some(end) = puts.last() else { return Ok(last.unwrap_or_default()) };
+        let answer = tokio::select! {
+            answer = self.answer(&mut answers) => answer,
+            // It is lost, if there was one.
+            _ = connections.changed() => None,
+        };
+        match answer {
+            Some(answer) => answer,
+            None => self.verify(&end.key, &id).await,
+        }
+    }
+
+    /// What JetStream says to a batch; `None` if it says nothing in time.
+    async fn answer(&self, answers: &mut Subscriber) -> Option<Result<Revision, KvError>> {
+        let until = Instant::now() + ANSWER_MAX;
+        loop {
+            let answer = timeout_at(until, answers.next()).await.ok()??;
+            if answer.status.is_some() {
+                // Nobody takes messages of these subjects: JetStream is off, or has no leader now.
+                return Some(Err(KvError::Away(format!("bucket {}: JetStream does not answer", self.name))));
+            }
+            // Each row of a batch but the last is answered with nothing.
+            if answer.payload.is_empty() {
+                continue;
+            }
+            return Some(match serde_json::from_slice::<Response<PublishAck>>(&answer.payload) {
+                Ok(Response::Ok(ack)) => Ok(ack.sequence),
+                Ok(Response::Err { error }) => Err(match error.error_code() {
+                    ErrorCode::STREAM_WRONG_LAST_SEQUENCE
+                    | ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT => KvError::Conflict,
+                    // A leader that has just come knows nothing of what its predecessor was told.
+                    ErrorCode::ATOMIC_PUBLISH_INCOMPLETE_BATCH
+                    | ErrorCode::ATOMIC_PUBLISH_TOO_MANY_INFLIGHT => {
+                        KvError::Away(format!("bucket {}: {error}", self.name))
+                    }
+                    ErrorCode::ATOMIC_PUBLISH_TOO_LARGE_BATCH => KvError::TooLarge(error.to_string()),
+                    _ => super::of_server(format!("bucket {}: {error}", self.name), &error),
+                }),
+                Err(error) => Err(KvError::Refused(format!("bucket {}: {error}", self.name))),
+            });
+        }
+    }
+
+    /// Whether a batch has been written whose answer was lost.
+    async fn verify(&self, key: &str, id: &str) -> Result<Revision, KvError> {
+        let until = Instant::now() + VERIFY_MAX;
+        let subject = self.subject(key);
+        while Instant::now() < until {
+            if self.nats.client().connection_state() == State::Connected
+                && let Ok(Ok(found)) = timeout_at(until, self.last_of(&subject)).await
+            {
+                let of_batch = |headers: &HeaderMap| {
+                    headers.get(header::NATS_BATCH_ID).is_some_and(|found| found.as_str() == id)
+                };
+                return match found {
+                    Some((row, headers)) if of_batch(&headers) => Ok(row.revision),
+                    _ => Err(self.away()),
+                };
+            }
+            sleep(PAUSE).await;
+        }
+        Err(self.away())
+    }
+
+    pub(super) fn away(&self) -> KvError {
+        let trouble = self.nats.trouble();
+        KvError::Away(trouble.unwrap_or_else(|| format!("bucket {}: JetStream does not answer", self.name)))
+    }
+}

@@ -1,0 +1,21 @@
+//! NATS, as Headgate needs it. This crate knows NATS and nothing of keys, datasources or records: it owns
+//! a small contract, and the gateway depends on it.
+
+pub mod callout;
+pub mod cells;
+pub mod connection;
+pub mod ingress;
+pub mod inlet;
+pub mod kv;
+pub mod outlet;
+pub mod presence;
+pub mod stream;
+pub mod system;
+
+pub use async_nats::{HeaderMap, HeaderName};
+pub use cells::{Cell, CellError, Cells, CellsSettings};
+pub use connection::{Credentials, Nats, NatsError, Settings};
+pub use kv::{Bucket, BucketSettings, KvError};
+pub use outlet::{Last, Message, Outlet, OutletError, StreamSettings};
+pub use presence::Presence;
+pub use stream::{Stream, StreamError};

@@ -1,0 +1,496 @@
+//! An outlet: a JetStream stream that one writer sends messages into, in order, each once.
+//!
+//! The stream itself is the writer's memory. [`Outlet::open`] says what its last message is, so that the
+//! writer can go on behind it; and every message says which sequence it follows
+//! (`Nats-Expected-Last-Sequence`). Of a message that was lost on the way the next one therefore cannot
+//! be stored either, and a message that is sent again cannot be stored twice, whatever was lost, whoever
+//! was killed, whichever server leads: there is no hole and nothing out of order. After any error the
+//! outlet is closed; the writer opens it and learns how far it got.
+//!
+//! As a message can only be stored behind all those before it, one answer speaks for all of them. Most
+//! messages ask for none, so that NATS and this process have a small part of the work; the first one after
+//! opening always does, and is waited for alone, so that what the server has against a message is heard of
+//! that message.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_nats::client::PublishErrorKind;
+use async_nats::jetstream::context::{ContextBuilder, GetStreamErrorKind};
+use async_nats::jetstream::stream::{
+    Config, DiscardPolicy, LastRawMessageErrorKind, RetentionPolicy, StorageType, Stream,
+};
+use async_nats::jetstream::{Context, ErrorCode};
+use async_nats::{HeaderMap, HeaderName, StatusCode, Subscriber};
+use bytes::Bytes;
+use futures_util::{FutureExt, StreamExt};
+use serde::Deserialize;
+
+use crate::connection::Nats;
+
+/// How long opening waits for a connection that is about to be there, and how often it looks.
+const CONNECT_WAIT: Duration = Duration::from_millis(500);
+const CONNECT_LOOK: Duration = Duration::from_millis(10);
+/// How long an answer may take until it counts as lost.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// How often it is looked, while an answer is waited for, whether the connection is still the same.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Messages that may be under way at once, and their bytes. A server drops what a stream has not taken
+/// when that is more than 10,000 messages or 128 MiB.
+const WINDOW: (usize, usize) = (4096, 8 << 20);
+/// One message in so many that fit the window asks for an answer.
+const ANSWERS_PER_WINDOW: usize = 4;
+/// What the server's limit on a message is compared with, beside payload and headers: the first and last
+/// line of the headers, and the sequence that is added to them.
+const HEADERS_EXTRA_BYTES: usize = 80;
+
+const EXPECTED_LAST_SEQUENCE: HeaderName = HeaderName::from_static("Nats-Expected-Last-Sequence");
+
+/// A stream, as it is to be.
+#[derive(Debug, Clone)]
+pub struct StreamSettings {
+    /// What JetStream calls it.
+    pub name: String,
+    /// The subjects that are stored in it.
+    pub subjects: Vec<String>,
+    /// On how many servers each message is.
+    pub replicas: usize,
+    /// What it takes on each of them at most, in bytes, when it is made here; then the oldest messages go.
+    pub bytes_max: u64,
+    /// How long a `Nats-Msg-Id` is known, when it is made here.
+    pub duplicate_window: Duration,
+}
+
+/// One message of a stream.
+#[derive(Debug, Clone)]
+pub struct Message {
+    /// Under which it is stored.
+    pub subject: String,
+    /// What is said about it.
+    pub headers: HeaderMap,
+    /// Its bytes.
+    pub payload: Bytes,
+}
+
+/// How far a stream is.
+#[derive(Debug, Clone)]
+pub struct Last {
+    /// The sequence of the newest message there ever was; 0 if there was none.
+    pub sequence: u64,
+    /// The newest message that there is, and its sequence, which may be a lower one: newer ones may have
+    /// been deleted.
+    pub message: Option<(u64, Message)>,
+}
+
+/// Why nothing was sent.
+#[derive(Debug, thiserror::Error)]
+pub enum OutletError {
+    /// NATS is not there.
+    #[error("{0}")]
+    Away(String),
+    /// The stream is not as it is to be, and somebody may want it so.
+    #[error("the stream {stream} is configured differently: {detail}; it is left as it is")]
+    Differs {
+        /// Which.
+        stream: String,
+        /// What differs.
+        detail: String,
+    },
+    /// The stream cannot be made or read.
+    #[error("the stream {stream}: {detail}")]
+    Stream {
+        /// Which.
+        stream: String,
+        /// What JetStream says.
+        detail: String,
+    },
+    /// A message that this server takes from nobody. The outlet stays open.
+    #[error("a message of {bytes} bytes is larger than the server takes ({bytes_max})")]
+    TooLarge {
+        /// Its payload and headers.
+        bytes: usize,
+        /// The server's `max_payload`.
+        bytes_max: usize,
+    },
+    /// JetStream did not store a message.
+    #[error("the stream {stream} refuses a message to follow sequence {behind}: {detail}")]
+    Refused {
+        /// Which.
+        stream: String,
+        /// Behind which sequence it was to come.
+        behind: u64,
+        /// What JetStream says.
+        detail: String,
+    },
+    /// The connection was lost, or no answer came.
+    #[error("no answer from the stream {stream}: {detail}")]
+    Silent {
+        /// Which.
+        stream: String,
+        /// What has happened.
+        detail: &'static str,
+    },
+    /// Not opened, or closed by an error before.
+    #[error("the stream is not open")]
+    Closed,
+}
+
+/// A stream to send to.
+pub struct Outlet {
+    nats: Nats,
+    context: Context,
+    settings: StreamSettings,
+    flow: Option<Flow>,
+}
+
+/// What is under way on an open outlet.
+struct Flow {
+    /// Answers come to this subject and the sequence that was asked for.
+    inbox: String,
+    answers: Subscriber,
+    /// Which of the client's connections it is.
+    connection: u64,
+    /// The message that was given last: whether it asks for an answer shows when there is another one.
+    last: Option<Message>,
+    /// The sequences of the message that was given last, of the one that was sent last, and of the last
+    /// one that is stored.
+    given: u64,
+    sent: u64,
+    stored: u64,
+    /// Those that asked for an answer which has not come: sequence, and the bytes sent up to it.
+    asked: VecDeque<(u64, usize)>,
+    /// Sent since one asked.
+    unasked: (usize, usize),
+    /// Messages that may be under way: few at first.
+    window: usize,
+}
+
+/// What JetStream answers to a message.
+#[derive(Deserialize)]
+struct Answer {
+    #[serde(default)]
+    stream: String,
+    #[serde(default)]
+    seq: u64,
+    error: Option<async_nats::jetstream::Error>,
+}
+
+impl Message {
+    /// What the server's limit is compared with, in bytes, at most.
+    fn bytes(&self) -> usize {
+        let headers = self.headers.iter().flat_map(|(name, values)| {
+            values.iter().map(|value| AsRef::<str>::as_ref(name).len() + value.as_str().len() + 4)
+        });
+        headers.sum::<usize>() + HEADERS_EXTRA_BYTES + self.payload.len()
+    }
+}
+
+impl Outlet {
+    /// Of a stream that need not be there yet. To be called in a tokio runtime.
+    pub fn new(nats: Nats, settings: StreamSettings) -> Self {
+        let context = ContextBuilder::new().timeout(ANSWER_MAX).build(nats.client().clone());
+        Self { nats, context, settings, flow: None }
+    }
+
+    /// Makes the stream if there is none, and says how far it is. What is sent next follows that. What
+    /// was under way before may still be stored, once.
+    ///
+    /// # Errors
+    /// [`OutletError::Away`], [`OutletError::Differs`], [`OutletError::Stream`].
+    pub async fn open(&mut self) -> Result<Last, OutletError> {
+        self.flow = None;
+        let begun = tokio::time::Instant::now();
+        while let Some(trouble) = self.nats.trouble() {
+            if begun.elapsed() >= CONNECT_WAIT {
+                return Err(OutletError::Away(trouble));
+            }
+            tokio::time::sleep(CONNECT_LOOK).await;
+        }
+        let client = self.nats.client();
+        let connection = client.statistics().connects.load(Ordering::Acquire);
+        let inbox = client.new_inbox();
+        let answers = client.subscribe(format!("{inbox}.*")).await;
+        let answers = answers.map_err(|error| self.failed(&error))?;
+        let (stream, sequence, messages) = self.ensure().await?;
+        let message = if messages == 0 { None } else { self.newest(&stream, sequence).await? };
+        self.flow = Some(Flow {
+            inbox,
+            answers,
+            connection,
+            last: None,
+            given: sequence,
+            sent: sequence,
+            stored: sequence,
+            asked: VecDeque::new(),
+            unasked: (0, 0),
+            window: 1,
+        });
+        Ok(Last { sequence, message })
+    }
+
+    /// The stream, its last sequence, and how many messages it has.
+    async fn ensure(&self) -> Result<(Stream, u64, u64), OutletError> {
+        let name = &self.settings.name;
+        let stream = match self.context.get_stream(name).await {
+            Ok(stream) => stream,
+            Err(error) => {
+                let absent = matches!(
+                    error.kind(),
+                    GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND
+                );
+                if !absent {
+                    return Err(self.failed(&error));
+                }
+                let made = self.context.create_stream(self.config()).await;
+                made.map_err(|error| self.failed(&error))?
+            }
+        };
+        let info = stream.cached_info();
+        let differs = self.difference(&info.config);
+        if !differs.is_empty() {
+            return Err(OutletError::Differs { stream: name.clone(), detail: differs.join(", ") });
+        }
+        let (sequence, messages) = (info.state.last_sequence, info.state.messages);
+        Ok((stream, sequence, messages))
+    }
+
+    /// As it is made.
+    fn config(&self) -> Config {
+        let StreamSettings { name, subjects, replicas, bytes_max, duplicate_window } = self.settings.clone();
+        Config {
+            name,
+            subjects,
+            num_replicas: replicas,
+            max_bytes: i64::try_from(bytes_max).unwrap_or(i64::MAX),
+            duplicate_window,
+            retention: RetentionPolicy::Limits,
+            storage: StorageType::File,
+            discard: DiscardPolicy::Old,
+            allow_direct: true,
+            ..Config::default()
+        }
+    }
+
+    /// What about a stream that somebody has made keeps it from being this one. What it limits, and how
+    /// it is placed, is theirs to say.
+    fn difference(&self, config: &Config) -> Vec<String> {
+        let StreamSettings { subjects, replicas, .. } = &self.settings;
+        let mut differs = Vec::new();
+        let (mut have, mut want) = (config.subjects.clone(), subjects.clone());
+        have.sort();
+        want.sort();
+        if have != want {
+            differs.push(format!("its subjects are {have:?} and not {want:?}"));
+        }
+        if config.num_replicas < *replicas {
+            differs.push(format!("it has {} replicas and not {replicas}", config.num_replicas));
+        }
+        for (as_it_is_to_be, what) in [
+            (config.storage == StorageType::File, "it is not in files"),
+            (config.retention == RetentionPolicy::Limits, "its retention is not by limits"),
+            (config.mirror.is_none() && config.sources.is_none(), "it copies another stream"),
+            (config.subject_transform.is_none(), "it changes subjects"),
+            (!config.no_ack, "it does not acknowledge"),
+            (!config.sealed, "it is sealed"),
+        ] {
+            if !as_it_is_to_be {
+                differs.push(what.to_owned());
+            }
+        }
+        differs
+    }
+
+    /// The newest message there is. Asked of the leader: other servers may be behind.
+    async fn newest(&self, stream: &Stream, sequence: u64) -> Result<Option<(u64, Message)>, OutletError> {
+        let found = match stream.get_raw_message(sequence).await {
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => {
+                stream.get_last_raw_message_by_subject(">").await
+            }
+            found => found,
+        };
+        match found {
+            Ok(found) => {
+                let (sequence, subject) = (found.sequence, found.subject.to_string());
+                let message = Message { subject, headers: found.headers, payload: found.payload };
+                Ok(Some((sequence, message)))
+            }
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(self.failed(&error)),
+        }
+    }
+
+    /// Sends a message behind all those before it, and returns the sequence that it will be stored under.
+    /// Waits while too much is under way. The last message may stay here until [`Outlet::settle`].
+    ///
+    /// # Errors
+    /// [`OutletError::TooLarge`], and then the message is left out. All others close the outlet:
+    /// [`OutletError::Refused`], [`OutletError::Silent`], [`OutletError::Closed`].
+    pub async fn send(&mut self, message: Message) -> Result<u64, OutletError> {
+        let (bytes, bytes_max) = (message.bytes(), self.nats.client().max_payload());
+        if bytes > bytes_max {
+            return Err(OutletError::TooLarge { bytes, bytes_max });
+        }
+        let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
+        flow.given += 1;
+        let given = flow.given;
+        if let Some(before) = flow.last.replace(message) {
+            let sent = self.push(before, false).await;
+            self.open_after(sent)?;
+        }
+        Ok(given)
+    }
+
+    /// Returns once everything that was given is stored.
+    ///
+    /// # Errors
+    /// As [`Outlet::send`].
+    pub async fn settle(&mut self) -> Result<(), OutletError> {
+        let settled = self.push_and_wait().await;
+        self.open_after(settled)
+    }
+
+    /// Whether NATS is there, as far as is known: what was given while it is away would be sent when it is
+    /// back, whatever has become of it meanwhile.
+    ///
+    /// # Errors
+    /// [`OutletError::Away`], which closes the outlet.
+    pub fn check(&mut self) -> Result<(), OutletError> {
+        let away = self.nats.trouble().map_or(Ok(()), |trouble| Err(OutletError::Away(trouble)));
+        self.open_after(away)
+    }
+
+    /// The sequence up to which everything is known to be stored.
+    pub fn stored(&self) -> u64 {
+        self.flow.as_ref().map_or(0, |flow| flow.stored)
+    }
+
+    fn open_after<T>(&mut self, result: Result<T, OutletError>) -> Result<T, OutletError> {
+        if result.is_err() {
+            self.flow = None;
+        }
+        result
+    }
+
+    async fn push_and_wait(&mut self) -> Result<(), OutletError> {
+        let last = self.flow.as_mut().ok_or(OutletError::Closed)?.last.take();
+        if let Some(last) = last {
+            self.push(last, true).await?;
+        }
+        while self.flow.as_ref().is_some_and(|flow| flow.stored < flow.given) {
+            self.answer().await?;
+        }
+        Ok(())
+    }
+
+    /// Hands a message to the connection, and waits for answers if there is no room for the next one.
+    async fn push(&mut self, mut message: Message, ask: bool) -> Result<(), OutletError> {
+        let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
+        let bytes = message.bytes();
+        message.headers.insert(EXPECTED_LAST_SEQUENCE, flow.sent.to_string());
+        flow.sent += 1;
+        flow.unasked.0 += 1;
+        flow.unasked.1 += bytes;
+        let ask = ask
+            || flow.unasked.0 >= flow.window.div_ceil(ANSWERS_PER_WINDOW)
+            || flow.unasked.1 >= WINDOW.1 / ANSWERS_PER_WINDOW;
+        let client = self.nats.client();
+        let Message { subject, headers, payload } = message;
+        let published = if ask {
+            flow.asked.push_back((flow.sent, flow.unasked.1));
+            flow.unasked = (0, 0);
+            let reply = format!("{}.{}", flow.inbox, flow.sent);
+            let publish = client.publish_with_reply_and_headers(subject, reply, headers, payload);
+            tokio::time::timeout(ANSWER_MAX, publish).await
+        } else {
+            let publish = client.publish_with_headers(subject, headers, payload);
+            tokio::time::timeout(ANSWER_MAX, publish).await
+        };
+        match published {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) if error.kind() == PublishErrorKind::Send => return Err(self.silent(LOST)),
+            Ok(Err(error)) => return Err(self.failed(&error)),
+            Err(_) => return Err(self.silent("the connection takes nothing more")),
+        }
+        while self.is_full() {
+            self.answer().await?;
+        }
+        // What has come meanwhile makes room without a wait.
+        while ask && let Some(answer) = self.arrived() {
+            self.note(&answer)?;
+        }
+        Ok(())
+    }
+
+    /// Whether nothing more may be sent before there is an answer.
+    fn is_full(&self) -> bool {
+        self.flow.as_ref().is_some_and(|flow| {
+            let bytes: usize = flow.asked.iter().map(|(_, bytes)| bytes).sum();
+            let messages = usize::try_from(flow.sent - flow.stored).unwrap_or(usize::MAX);
+            messages >= flow.window || bytes + flow.unasked.1 >= WINDOW.1
+        })
+    }
+
+    /// An answer that is there already.
+    fn arrived(&mut self) -> Option<async_nats::Message> {
+        let flow = self.flow.as_mut()?;
+        if flow.asked.is_empty() { None } else { flow.answers.next().now_or_never().flatten() }
+    }
+
+    /// Waits for an answer and takes note of it.
+    async fn answer(&mut self) -> Result<(), OutletError> {
+        let statistics = self.nats.client().statistics();
+        let begun = tokio::time::Instant::now();
+        loop {
+            let away = self.nats.trouble();
+            let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
+            match tokio::time::timeout(LOOK_EVERY, flow.answers.next()).await {
+                Ok(Some(answer)) => return self.note(&answer),
+                Ok(None) => return Err(self.silent(LOST)),
+                Err(_) if away.is_some() => return Err(OutletError::Away(away.unwrap_or_default())),
+                Err(_) if statistics.connects.load(Ordering::Acquire) != flow.connection => {
+                    return Err(self.silent(LOST));
+                }
+                Err(_) if begun.elapsed() >= ANSWER_MAX => return Err(self.silent("none came in time")),
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn note(&mut self, answer: &async_nats::Message) -> Result<(), OutletError> {
+        let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
+        let asked = answer.subject.rsplit('.').next().and_then(|sequence| sequence.parse().ok());
+        let Some((expected, _)) = flow.asked.front().copied().filter(|(front, _)| Some(*front) == asked)
+        else {
+            // Answers come in the order of the messages: one is missing.
+            return Err(self.silent("one is missing"));
+        };
+        let name = &self.settings.name;
+        let refused =
+            |detail: String| Err(OutletError::Refused { stream: name.clone(), behind: expected - 1, detail });
+        if answer.status == Some(StatusCode::NO_RESPONDERS) {
+            return refused("there is no stream, or none that has a leader".to_owned());
+        }
+        match serde_json::from_slice(&answer.payload) {
+            Ok(Answer { error: Some(error), .. }) => refused(error.to_string()),
+            Ok(Answer { stream, seq, .. }) if stream == *name && seq == expected => {
+                flow.asked.pop_front();
+                flow.stored = expected;
+                flow.window = (flow.window * 2).min(WINDOW.0);
+                Ok(())
+            }
+            Ok(Answer { stream, seq, .. }) => refused(format!("it is in {stream:?} at sequence {seq}")),
+            Err(error) => refused(format!("its answer cannot be read: {error}")),
+        }
+    }
+
+    fn failed(&self, error: &dyn std::error::Error) -> OutletError {
+        OutletError::Stream { stream: self.settings.name.clone(), detail: error.to_string() }
+    }
+
+    fn silent(&self, detail: &'static str) -> OutletError {
+        OutletError::Silent { stream: self.settings.name.clone(), detail }
+    }
+}
+
+const LOST: &str = "the connection was lost";

@@ -1,0 +1,253 @@
+//! Presence: which nodes of a cluster there are, and asking all of them.
+//!
+//! Each node says once a second that it is there, on a subject of its own, and when it leaves, that it does.
+//! One that has been silent for [`SILENCE_MAX`] is gone. Who hears of a node for the first time answers at once,
+//! so that a node that has just come knows the others within a round trip.
+//!
+//! A node that has lost NATS hears nobody and is heard by nobody: whatever it must not go on doing without
+//! the others has to depend on NATS itself.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use tokio::sync::Notify;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout_at};
+
+use crate::connection::{Nats, NatsError};
+
+/// How often a node says that it is there.
+pub(crate) const BEAT: Duration = Duration::from_secs(1);
+/// A node that has been silent for this long is gone.
+pub const SILENCE_MAX: Duration = Duration::from_secs(3);
+/// A question may be lost with a connection: it is asked again after this.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
+/// The pause before a node that does not listen yet is asked again.
+const PAUSE: Duration = Duration::from_millis(20);
+
+const HERE: &[u8] = b"here";
+const GOODBYE: &[u8] = b"goodbye";
+
+/// What one node answered to a question.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// This.
+    Answer(Bytes),
+    /// Nothing: it has gone meanwhile.
+    Gone,
+    /// Nothing, although it is there.
+    Silent,
+}
+
+/// A node's place among the others. It leaves when this is dropped, see also [`Presence::leave`].
+#[derive(Debug)]
+pub struct Presence {
+    nats: Nats,
+    id: String,
+    /// What the subjects begin with that nodes are heard on.
+    prefix: String,
+    others: Arc<Others>,
+    task: AbortHandle,
+    served: Mutex<Vec<AbortHandle>>,
+}
+
+/// The other nodes that are there, and when each was last heard.
+#[derive(Debug, Default)]
+struct Others {
+    nodes: Mutex<HashMap<String, Instant>>,
+    changed: Notify,
+}
+
+impl Others {
+    fn nodes(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When this node is gone, if nothing more is heard of it; `None` if it is.
+    fn ends(&self, id: &str) -> Option<Instant> {
+        let heard = *self.nodes().get(id)?;
+        Some(heard + SILENCE_MAX).filter(|ends| *ends > Instant::now())
+    }
+
+    /// Returns when a node is gone.
+    async fn gone(&self, id: &str) {
+        loop {
+            let changed = self.changed.notified();
+            match self.ends(id) {
+                None => return,
+                Some(ends) => tokio::select! {
+                    () = sleep_until(ends) => {}
+                    () = changed => {}
+                },
+            }
+        }
+    }
+}
+
+impl Presence {
+    /// Announces this node: others hear it on `{prefix}.{id}`. The id has to be another one for each node and
+    /// each start, and fit in a subject. Needs a runtime.
+    ///
+    /// # Errors
+    /// [`NatsError::Client`] if the subject is none.
+    pub async fn start(nats: &Nats, prefix: &str, id: &str) -> Result<Self, NatsError> {
+        let failed = |error: async_nats::SubscribeError| NatsError::Client(error.to_string());
+        let mut heard = nats.client().subscribe(format!("{prefix}.*")).await.map_err(failed)?;
+        let others = Arc::<Others>::default();
+        let own = format!("{prefix}.{id}");
+        let (client, others_too, prefix_too) = (nats.client().clone(), others.clone(), prefix.to_owned());
+        let mut connections = nats.connections();
+        let task = tokio::spawn(async move {
+            let mut beat = interval(BEAT);
+            beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                let is_new = tokio::select! {
+                    _ = beat.tick() => true,
+                    // What was said while it was away is not said again.
+                    Ok(()) = connections.changed() => true,
+                    message = heard.next() => match message {
+                        Some(message) if *message.subject != *own => {
+                            hear(&others_too, &prefix_too, &message)
+                        }
+                        Some(_) => false,
+                        None => return,
+                    },
+                };
+                if is_new && client.connection_state() == async_nats::connection::State::Connected {
+                    // What fails is said again a second later.
+                    let _ = client.publish(own.clone(), Bytes::from_static(HERE)).await;
+                }
+            }
+        });
+        Ok(Self {
+            nats: nats.clone(),
+            id: id.to_owned(),
+            prefix: prefix.to_owned(),
+            others,
+            task: task.abort_handle(),
+            served: Mutex::default(),
+        })
+    }
+
+    /// This node's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The others that are there.
+    pub fn others(&self) -> Vec<String> {
+        let nodes = self.others.nodes();
+        let now = Instant::now();
+        nodes.iter().filter(|(_, heard)| **heard + SILENCE_MAX > now).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Asks every other node that is there, on `{subject}.{id}`, and waits for each until it answers, is gone, or
+    /// `limit` is over. A question may be asked more than once: answering it twice has to do no harm.
+    pub async fn ask_all(&self, subject: &str, body: Bytes, limit: Duration) -> Vec<(String, Reply)> {
+        let until = Instant::now() + limit;
+        let questions = self.others().into_iter().map(|id| {
+            let body = body.clone();
+            async move {
+                let subject = format!("{subject}.{id}");
+                let reply = tokio::select! {
+                    answer = self.ask(&subject, &body, until) => answer.map_or(Reply::Silent, Reply::Answer),
+                    () = self.others.gone(&id) => Reply::Gone,
+                };
+                (id, reply)
+            }
+        });
+        join_all(questions).await
+    }
+
+    /// Asks one until it answers or the time is over.
+    async fn ask(&self, subject: &str, body: &Bytes, until: Instant) -> Option<Bytes> {
+        let client = self.nats.client();
+        while Instant::now() < until {
+            let again_at = until.min(Instant::now() + ASK_AGAIN);
+            let asked = client.request(subject.to_owned(), body.clone());
+            match timeout_at(again_at, asked).await {
+                Ok(Ok(answer)) => return Some(answer.payload),
+                Ok(Err(_)) => sleep(PAUSE).await,
+                Err(_) => {}
+            }
+        }
+        None
+    }
+
+    /// Answers the questions that others ask on `subject` (see [`Presence::ask_all`]), each in a task of its
+    /// own, until this node leaves.
+    ///
+    /// # Errors
+    /// [`NatsError::Client`] if the subject is none.
+    pub async fn serve<A>(
+        &self,
+        subject: &str,
+        answer: impl Fn(Bytes) -> A + Send + 'static,
+    ) -> Result<(), NatsError>
+    where
+        A: Future<Output = Bytes> + Send + 'static,
+    {
+        let failed = |error: async_nats::SubscribeError| NatsError::Client(error.to_string());
+        let client = self.nats.client().clone();
+        let mut questions = client.subscribe(format!("{subject}.{}", self.id)).await.map_err(failed)?;
+        let task = tokio::spawn(async move {
+            let mut answering = JoinSet::new();
+            while let Some(question) = questions.next().await {
+                while answering.try_join_next().is_some() {}
+                let Some(reply) = question.reply else { continue };
+                let (client, answer) = (client.clone(), answer(question.payload));
+                answering.spawn(async move {
+                    // If the answer is lost, the question comes again.
+                    let _ = client.publish(reply, answer.await).await;
+                });
+            }
+        });
+        self.served.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
+        Ok(())
+    }
+
+    /// Tells the others that this node leaves, so that they do not wait for it. It is heard for a moment
+    /// longer if NATS is away.
+    pub async fn leave(&self) {
+        self.stop();
+        let (client, own) = (self.nats.client(), format!("{}.{}", self.prefix, self.id));
+        if client.publish(own, Bytes::from_static(GOODBYE)).await.is_ok() {
+            let _ = tokio::time::timeout(BEAT, client.flush()).await;
+        }
+    }
+
+    fn stop(&self) {
+        self.task.abort();
+        for served in self.served.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            served.abort();
+        }
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Takes note of what another node says. Whether it is new here.
+fn hear(others: &Others, prefix: &str, message: &async_nats::Message) -> bool {
+    let id = message.subject.strip_prefix(prefix).and_then(|id| id.strip_prefix('.'));
+    let Some(id) = id else { return false };
+    let mut nodes = others.nodes();
+    let now = Instant::now();
+    nodes.retain(|_, heard| *heard + SILENCE_MAX > now);
+    let is_new = if &*message.payload == GOODBYE {
+        nodes.remove(id);
+        false
+    } else {
+        nodes.insert(id.to_owned(), now).is_none()
+    };
+    drop(nodes);
+    others.changed.notify_waiters();
+    is_new
+}

@@ -1,0 +1,315 @@
+//! A stream as a log: messages in JetStream, in one order, each with a sequence of its own.
+//!
+//! A [`Publisher`] adds to it, many messages at once; a [`Follower`] is given all of them, in order and
+//! without a gap, whatever becomes of the connection meanwhile; of those who share a place in it
+//! ([`Stream::share`]) each message goes to one. What is older is read by
+//! [`Stream::get`], from any server that has it. The stream removes nothing by itself: who uses it
+//! decides what may go ([`Stream::purge_below`]), and until then a full one takes no more.
+
+mod follower;
+mod publisher;
+mod shared;
+
+use std::time::Duration;
+
+use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind, UpdateStreamErrorKind};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream as Handle};
+use async_nats::jetstream::{self, ErrorCode};
+use async_nats::{HeaderMap, Message, StatusCode, Subject, header};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::time::timeout;
+
+use crate::connection::Nats;
+
+pub use follower::Follower;
+pub use publisher::{Ack, Outgoing, PublishError, Publisher};
+pub use shared::{Receipt, SharedSettings, Taken, Taking};
+
+/// The place of a message in a stream. The first one is 1.
+pub type Sequence = u64;
+
+/// How long JetStream may take to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Messages that one request asks for, at most.
+const GET_MAX: usize = 1000;
+
+/// Which stream.
+#[derive(Debug, Clone)]
+pub struct StreamSettings {
+    /// Its name.
+    pub name: String,
+    /// What is published to it.
+    pub subjects: Vec<String>,
+    /// On how many servers each message is.
+    pub replicas: usize,
+    /// What it may take on disk, in bytes.
+    pub bytes_max: u64,
+    /// How long the id of a message (`Nats-Msg-Id`) is known.
+    pub duplicate_window: Duration,
+}
+
+/// Why a stream did not do what was asked.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StreamError {
+    /// NATS is away, or JetStream cannot answer for now.
+    #[error("{0}")]
+    Away(String),
+    /// There is a stream of the name, and it is one of another kind: what is in it would be lost or mistaken.
+    #[error(
+        "the stream {name} is there already and cannot be used: {detail}; remove it, or use another name"
+    )]
+    Unfit {
+        /// Its name.
+        name: String,
+        /// What of it is not as it has to be.
+        detail: String,
+    },
+    /// JetStream does not do it, now or later.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// What is in a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamState {
+    /// The sequence of the oldest message, or, of an empty stream, of the next one.
+    pub first: Sequence,
+    /// The sequence of the newest message that there ever was; 0 if there never was one.
+    pub last: Sequence,
+    /// How many messages there are.
+    pub messages: u64,
+    /// What they take, in bytes.
+    pub bytes: u64,
+}
+
+/// A message that is in a stream.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// Its place.
+    pub sequence: Sequence,
+    /// What it was published to.
+    pub subject: Subject,
+    /// Its headers, among which may be some of JetStream's.
+    pub headers: HeaderMap,
+    /// The bytes.
+    pub payload: Bytes,
+}
+
+/// A stream. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Stream {
+    nats: Nats,
+    handle: Handle<()>,
+    name: String,
+}
+
+impl Stream {
+    /// Opens a stream, or makes it. One that differs in its size, its replicas or its window of ids is
+    /// changed to what is wanted; one that differs in anything else is refused.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`] while NATS is; [`StreamError::Unfit`]; [`StreamError::Refused`] if JetStream
+    /// cannot have such a stream: it is off, has too little room, or too few servers for the replicas.
+    pub async fn open(nats: &Nats, settings: &StreamSettings) -> Result<Self, StreamError> {
+        if let Some(trouble) = nats.trouble() {
+            return Err(StreamError::Away(trouble));
+        }
+        let mut context = jetstream::new(nats.client().clone());
+        context.set_timeout(ANSWER_MAX);
+        let name = &settings.name;
+        let wanted = config(settings);
+        let found = context.get_or_create_stream(wanted.clone()).await.map_err(|error| {
+            let text = format!("stream {name}: {error}");
+            match error.kind() {
+                CreateStreamErrorKind::JetStream(error) => of_server(text, &error),
+                CreateStreamErrorKind::JetStreamUnavailable
+                | CreateStreamErrorKind::TimedOut
+                | CreateStreamErrorKind::Response
+                | CreateStreamErrorKind::ResponseParse => StreamError::Away(text),
+                _ => StreamError::Refused(text),
+            }
+        })?;
+        let is = &found.cached_info().config;
+        if let Some(detail) = unfit(is, &wanted) {
+            return Err(StreamError::Unfit { name: name.clone(), detail });
+        }
+        let sizes = |config: &Config| (config.num_replicas, config.max_bytes, config.duplicate_window);
+        if sizes(is) != sizes(&wanted) {
+            let (num_replicas, max_bytes, duplicate_window) = sizes(&wanted);
+            let changed = Config { num_replicas, max_bytes, duplicate_window, ..is.clone() };
+            context.update_stream(changed).await.map_err(|error| {
+                let text = format!("stream {name}: {error}");
+                match error.kind() {
+                    UpdateStreamErrorKind::JetStream(error) => of_server(text, &error),
+                    UpdateStreamErrorKind::TimedOut => StreamError::Away(text),
+                    _ => StreamError::Refused(text),
+                }
+            })?;
+            tracing::info!(stream = name, "the stream's size, replicas or window of ids were changed");
+        }
+        let handle = context.get_stream_no_info(name).await.map_err(|error| {
+            let text = format!("stream {name}: {error}");
+            match error.kind() {
+                GetStreamErrorKind::JetStream(error) => of_server(text, &error),
+                _ => StreamError::Refused(text),
+            }
+        })?;
+        Ok(Self { nats: nats.clone(), handle, name: name.clone() })
+    }
+
+    /// The connection that it is used over.
+    pub fn nats(&self) -> &Nats {
+        &self.nats
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What is in it now, as its leader says.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn state(&self) -> Result<StreamState, StreamError> {
+        let info = self.answered(self.handle.get_info()).await?;
+        let state = &info.map_err(|error| self.away(&error))?.state;
+        let (first, last) = (state.first_sequence, state.last_sequence);
+        let first = if state.messages == 0 { last + 1 } else { first };
+        Ok(StreamState { first, last, messages: state.messages, bytes: state.bytes })
+    }
+
+    /// The messages from a sequence on, in order: at most `max` of them (and a thousand), about `bytes_max`,
+    /// at least one. None if the server that answered has none there: it may be behind the others.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn get(
+        &self,
+        from: Sequence,
+        max: usize,
+        bytes_max: usize,
+    ) -> Result<Vec<Stored>, StreamError> {
+        let max = max.clamp(1, GET_MAX);
+        let request = if max == 1 {
+            serde_json::json!({ "seq": from.max(1), "batch": 1 })
+        } else {
+            serde_json::json!({ "seq": from.max(1), "batch": max, "max_bytes": bytes_max.max(1) })
+        };
+        self.direct(request, max).await
+    }
+
+    /// The sequence of the first message that was stored at or after a time (RFC 3339); `None` if there is
+    /// none.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn sequence_at(&self, time: &str) -> Result<Option<Sequence>, StreamError> {
+        let request = serde_json::json!({ "start_time": time, "batch": 1 });
+        Ok(self.direct(request, 1).await?.first().map(|message| message.sequence))
+    }
+
+    /// Asks whichever server has the stream for messages of it.
+    async fn direct(&self, request: serde_json::Value, max: usize) -> Result<Vec<Stored>, StreamError> {
+        let client = self.nats.client();
+        let inbox = client.new_inbox();
+        let mut answers = client.subscribe(inbox.clone()).await.map_err(|error| self.away(&error))?;
+        let subject = format!("$JS.API.DIRECT.GET.{}", self.name);
+        let sent = client.publish_with_reply(subject, inbox, request.to_string().into());
+        self.answered(sent).await?.map_err(|error| self.away(&error))?;
+        let mut found = Vec::with_capacity(max.min(64));
+        loop {
+            let Some(message) = self.answered(answers.next()).await? else {
+                return Err(self.away(&"the connection was closed"));
+            };
+            match message.status {
+                None => found.push(direct(message).ok_or_else(|| self.away(&"an answer that is none"))?),
+                Some(StatusCode::NO_RESPONDERS) => return Err(self.away(&"no server has it")),
+                // 204: that was all; 404: there is nothing.
+                Some(status) if matches!(status.as_u16(), 204 | 404) => return Ok(found),
+                Some(status) => {
+                    let why = message.description.as_deref().unwrap_or_default();
+                    return Err(self.away(&format_args!("{status} {why}")));
+                }
+            }
+        }
+    }
+
+    /// Removes all messages below a sequence.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn purge_below(&self, sequence: Sequence) -> Result<(), StreamError> {
+        let purge = self.handle.purge().sequence(sequence);
+        self.answered(purge.into_future()).await?.map_err(|error| self.away(&error))?;
+        Ok(())
+    }
+
+    async fn answered<T>(&self, answer: impl Future<Output = T>) -> Result<T, StreamError> {
+        timeout(ANSWER_MAX, answer).await.map_err(|_| self.away(&"JetStream does not answer"))
+    }
+
+    fn away(&self, detail: &dyn std::fmt::Display) -> StreamError {
+        let trouble = self.nats.trouble();
+        StreamError::Away(trouble.unwrap_or_else(|| format!("stream {}: {detail}", self.name)))
+    }
+}
+
+/// A message as it comes by a direct get, where JetStream says in headers what it is.
+fn direct(message: Message) -> Option<Stored> {
+    let headers = message.headers?;
+    let sequence = headers.get(header::NATS_SEQUENCE)?.as_str().parse().ok()?;
+    let subject = headers.get(header::NATS_SUBJECT)?.as_str().into();
+    Some(Stored { sequence, subject, headers, payload: message.payload })
+}
+
+fn config(settings: &StreamSettings) -> Config {
+    Config {
+        name: settings.name.clone(),
+        subjects: settings.subjects.clone(),
+        retention: RetentionPolicy::Limits,
+        storage: StorageType::File,
+        discard: DiscardPolicy::New,
+        num_replicas: settings.replicas,
+        max_bytes: i64::try_from(settings.bytes_max).unwrap_or(i64::MAX),
+        duplicate_window: settings.duplicate_window,
+        allow_direct: true,
+        ..Config::default()
+    }
+}
+
+/// What of a stream that is there is not as it has to be.
+fn unfit(is: &Config, wanted: &Config) -> Option<String> {
+    let (mut has, mut needs) = (is.subjects.clone(), wanted.subjects.clone());
+    has.sort();
+    needs.sort();
+    if has != needs {
+        return Some(format!("its subjects are {has:?} and have to be {needs:?}"));
+    }
+    let rules = [
+        (is.retention == wanted.retention, "its retention has to be \"limits\""),
+        (is.storage == wanted.storage, "its storage has to be \"file\""),
+        (is.discard == wanted.discard, "it has to discard new messages when it is full, not old ones"),
+        (is.max_age.is_zero(), "it must not remove messages for their age"),
+        (is.max_messages <= 0, "it must not have a greatest number of messages"),
+        (is.max_messages_per_subject <= 0, "it must not have a greatest number of messages per subject"),
+        (is.allow_direct, "it has to allow direct gets"),
+        (!is.no_ack, "it has to acknowledge messages"),
+        (!is.sealed && !is.deny_purge, "it must not be sealed, and purging must be allowed"),
+        (is.mirror.is_none() && is.sources.is_none(), "it must not mirror or source another stream"),
+        (is.subject_transform.is_none(), "it must not transform subjects"),
+    ];
+    rules.into_iter().find(|(holds, _)| !holds).map(|(_, rule)| rule.to_owned())
+}
+
+/// What an error of JetStream's means: with a 5xx it says what passes by itself, mostly.
+fn of_server(text: String, error: &jetstream::Error) -> StreamError {
+    match error.error_code() {
+        ErrorCode::STREAM_REPLICAS_NOT_SUPPORTED => StreamError::Refused(text),
+        // A cluster that has yet to find its servers.
+        ErrorCode::CLUSTER_NO_PEERS => StreamError::Away(text),
+        _ if error.code() >= 500 => StreamError::Away(text),
+        _ => StreamError::Refused(text),
+    }
+}

@@ -1,0 +1,239 @@
+//! A follower: is given every message of a stream from a sequence on, in order and without a gap.
+//!
+//! JetStream pushes them. A message that is missing, a silence longer than its heartbeats, or a new
+//! connection make the follower begin again where it is. One that knows by itself what comes next can
+//! pause.
+
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, push};
+use async_nats::{Message, StatusCode, Subscriber, header};
+use bytes::Bytes;
+use futures_util::{FutureExt, StreamExt};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+
+use super::{Sequence, Stored, Stream, StreamError};
+use crate::connection::Nats;
+
+/// How often JetStream says that it is there, if it has nothing else to say.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// The silence after which it counts as gone.
+const SILENCE_MAX: Duration = Duration::from_millis(1_600);
+/// How long JetStream keeps a consumer that nobody listens to.
+const CONSUMER_KEPT: Duration = Duration::from_secs(10);
+/// The pause before another attempt.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// A reader of a stream: call [`Follower::next`] in a loop.
+#[derive(Debug)]
+pub struct Follower {
+    stream: Stream,
+    /// Over which messages come.
+    nats: Nats,
+    /// The first sequence that was not handed out.
+    next: Sequence,
+    feed: Option<Feed>,
+    /// Why it cannot begin, as was said last.
+    trouble: Option<String>,
+}
+
+/// One push consumer.
+#[derive(Debug)]
+struct Feed {
+    /// The consumer's name.
+    name: String,
+    messages: Subscriber,
+    /// How many it has delivered.
+    delivered: u64,
+    connections: watch::Receiver<u64>,
+}
+
+/// What a message of a feed is.
+enum Taken {
+    /// One of the stream's.
+    Stored(Stored),
+    /// Nothing to hand out.
+    Nothing,
+    /// The sign that something is missing.
+    Broken,
+}
+
+impl Stream {
+    /// Follows the stream from a sequence on. Its messages come over `nats`, best a connection of their own:
+    /// on another they would stand in the way of the answers there.
+    pub fn follow(&self, from: Sequence, nats: &Nats) -> Follower {
+        Follower { stream: self.clone(), nats: nats.clone(), next: from.max(1), feed: None, trouble: None }
+    }
+}
+
+impl Follower {
+    /// The next message, when there is one: the first that the stream has behind the one before. While NATS
+    /// is away there is none. May be dropped and called again.
+    pub async fn next(&mut self) -> Stored {
+        loop {
+            let Some(feed) = &mut self.feed else {
+                match self.begin().await {
+                    Ok(feed) => {
+                        self.feed = Some(feed);
+                        if self.trouble.take().is_some() {
+                            tracing::info!(
+                                stream = self.stream.name,
+                                from = self.next,
+                                "the stream is followed again"
+                            );
+                        }
+                    }
+                    Err(error) => {
+                        let error = error.to_string();
+                        if self.trouble.as_ref() != Some(&error) {
+                            tracing::warn!(
+                                stream = self.stream.name,
+                                error,
+                                "the stream cannot be followed; trying again"
+                            );
+                            self.trouble = Some(error);
+                        }
+                        sleep(PAUSE).await;
+                    }
+                }
+                continue;
+            };
+            let message = tokio::select! {
+                message = timeout(SILENCE_MAX, feed.messages.next()) => message.ok().flatten(),
+                _ = feed.connections.changed() => None,
+            };
+            if let Some(stored) = self.take(message) {
+                return stored;
+            }
+        }
+    }
+
+    /// The next message, if it is here already.
+    pub fn try_next(&mut self) -> Option<Stored> {
+        while let Some(message) = self.feed.as_mut()?.messages.next().now_or_never() {
+            if let Some(stored) = self.take(message) {
+                return Some(stored);
+            }
+        }
+        None
+    }
+
+    /// Asks JetStream for nothing more, until [`Follower::next`] is called again.
+    pub fn pause(&mut self) {
+        if let Some(Feed { name, .. }) = self.feed.take() {
+            let stream = self.stream.clone();
+            // If it is not done, JetStream does it by itself in a while.
+            tokio::spawn(async move { stream.answered(stream.handle.delete_consumer(&name)).await.is_ok() });
+        }
+    }
+
+    /// Goes on at `next`.
+    pub fn seek(&mut self, next: Sequence) {
+        if self.next != next {
+            self.pause();
+            self.next = next;
+        }
+    }
+
+    /// Takes what has come of the feed, `None` being its end.
+    fn take(&mut self, message: Option<Message>) -> Option<Stored> {
+        let taken = match (message, &mut self.feed) {
+            (Some(message), Some(feed)) => feed.take(message, &self.nats),
+            _ => Taken::Broken,
+        };
+        match taken {
+            // A server that is behind the one before begins earlier than it was asked to.
+            Taken::Stored(stored) if stored.sequence >= self.next => {
+                self.next = stored.sequence + 1;
+                return Some(stored);
+            }
+            Taken::Stored(_) | Taken::Nothing => {}
+            Taken::Broken => self.feed = None,
+        }
+        None
+    }
+
+    async fn begin(&self) -> Result<Feed, StreamError> {
+        let stream = &self.stream;
+        let mut connections = self.nats.connections();
+        connections.mark_unchanged();
+        if let Some(trouble) = self.nats.trouble() {
+            return Err(StreamError::Away(trouble));
+        }
+        let client = self.nats.client();
+        let inbox = client.new_inbox();
+        let messages = client.subscribe(inbox.clone()).await.map_err(|error| stream.away(&error))?;
+        let config = push::Config {
+            deliver_subject: inbox,
+            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: self.next },
+            ack_policy: AckPolicy::None,
+            max_deliver: 1,
+            flow_control: true,
+            idle_heartbeat: HEARTBEAT,
+            num_replicas: 1,
+            memory_storage: true,
+            inactive_threshold: CONSUMER_KEPT,
+            ..push::Config::default()
+        };
+        let made = stream.answered(stream.handle.create_consumer(config)).await?;
+        let name = made.map_err(|error| stream.away(&error))?.cached_info().name.clone();
+        Ok(Feed { name, messages, delivered: 0, connections })
+    }
+}
+
+impl Feed {
+    fn take(&mut self, message: Message, nats: &Nats) -> Taken {
+        if message.status == Some(StatusCode::IDLE_HEARTBEAT) {
+            return self.heartbeat(&message, nats).unwrap_or(Taken::Broken);
+        }
+        if message.status.is_some() {
+            return Taken::Broken;
+        }
+        match message.reply.as_ref().and_then(|reply| places(reply)) {
+            Some((sequence, delivered)) if delivered == self.delivered + 1 => {
+                self.delivered = delivered;
+                let Message { subject, payload, headers, .. } = message;
+                Taken::Stored(Stored { sequence, subject, headers: headers.unwrap_or_default(), payload })
+            }
+            _ => Taken::Broken,
+        }
+    }
+
+    /// It has a reply if JetStream waits for us to keep up, or names it, if it does so already.
+    fn heartbeat(&self, message: &Message, nats: &Nats) -> Option<Taken> {
+        let stalled = message.headers.as_ref().and_then(|headers| headers.get("Nats-Consumer-Stalled"));
+        if let Some(reply) = message.reply.clone().or_else(|| Some(stalled?.as_str().into())) {
+            let client = nats.client().clone();
+            // If it cannot be sent, the connection is away, and the feed with it.
+            tokio::spawn(async move { client.publish(reply, Bytes::new()).await });
+            return Some(Taken::Nothing);
+        }
+        let last = message.headers.as_ref()?.get(header::NATS_LAST_CONSUMER)?;
+        Some(if last.as_str().parse() == Ok(self.delivered) { Taken::Nothing } else { Taken::Broken })
+    }
+}
+
+/// The sequence of a message in the stream and in its consumer, as its reply subject says: the tokens of
+/// `$JS.ACK.…` up to `{stream}.{consumer}.{delivered}.{stream sequence}.{consumer sequence}.{time}.{pending}`,
+/// behind the last of which there may be one more (ADR-15).
+pub(super) fn places(reply: &str) -> Option<(Sequence, u64)> {
+    let rest = reply.strip_prefix("$JS.ACK.")?;
+    // Stream, consumer; with a domain, that and the account's hash before.
+    let before = if rest.split('.').count() > 7 { 4 } else { 2 };
+    let mut tokens = rest.split('.').skip(before + 1);
+    Some((tokens.next()?.parse().ok()?, tokens.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_says_where_it_is_in_the_stream_and_in_its_consumer() {
+        assert_eq!(places("$JS.ACK.headgate.c1.1.1234.7.1700000000000000000.3"), Some((1234, 7)));
+        let with_domain = "$JS.ACK.hub.ACCOUNT.headgate.c1.1.1234.7.1700000000000000000.3.x9";
+        assert_eq!(places(with_domain), Some((1234, 7)));
+        assert_eq!(places("_INBOX.1.2"), None);
+    }
+}

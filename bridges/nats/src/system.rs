@@ -1,0 +1,184 @@
+//! The system account: which connections a user has, on every server of a cluster, and how they end.
+
+use std::time::Duration;
+
+use async_nats::Client;
+use futures_util::{StreamExt, future};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tracing::debug;
+
+use crate::Nats;
+
+/// How long servers may take to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(1);
+/// How long to wait for one more answer when it is not known how many servers there are.
+const QUIET: Duration = Duration::from_millis(300);
+/// Connections that a server names at once.
+const PAGE: usize = 1024;
+
+/// A connection, as the system account names it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Connection {
+    /// The server, by its public key.
+    pub server_id: String,
+    /// The connection's number in that server.
+    pub client_id: u64,
+}
+
+/// A connection to NATS of a user in the system account.
+#[derive(Debug, Clone)]
+pub struct System(Nats);
+
+#[derive(Deserialize)]
+struct Answer {
+    server: Server,
+    #[serde(default)]
+    data: Option<Data>,
+    #[serde(default)]
+    statsz: Option<Stats>,
+}
+
+#[derive(Deserialize)]
+struct Server {
+    id: String,
+}
+
+#[derive(Deserialize)]
+struct Data {
+    #[serde(default)]
+    connections: Vec<Connected>,
+}
+
+#[derive(Deserialize)]
+struct Connected {
+    cid: u64,
+    #[serde(default)]
+    authorized_user: String,
+}
+
+#[derive(Deserialize)]
+struct Stats {
+    #[serde(default)]
+    active_servers: usize,
+}
+
+impl System {
+    /// Over a connection whose user is in the system account.
+    pub fn new(nats: Nats) -> Self {
+        Self(nats)
+    }
+
+    /// What keeps NATS away, while it is away.
+    pub fn trouble(&self) -> Option<String> {
+        self.0.trouble()
+    }
+
+    /// Every connection of the account, with its user, on all servers. `None` if NATS is away.
+    pub async fn connections(&self, account: &str) -> Option<Vec<(String, Connection)>> {
+        let mut all = Vec::new();
+        for page in 0.. {
+            let query = json!({ "auth": true, "acc": account, "limit": PAGE, "offset": page * PAGE });
+            let found = self.ask(&query).await?;
+            let more = found.iter().any(|(_, connections)| connections.len() >= PAGE);
+            all.extend(found.into_iter().flat_map(|(server_id, connections)| {
+                connections.into_iter().map(move |one| {
+                    (one.authorized_user, Connection { server_id: server_id.clone(), client_id: one.cid })
+                })
+            }));
+            if !more {
+                break;
+            }
+        }
+        Some(all)
+    }
+
+    /// Ends every connection that the user has in the account, on whichever server. Returns when no
+    /// server has one any more: how many there were, or `None` if NATS went away meanwhile. Whoever lets
+    /// the user in again meanwhile can make that take for ever: bound it in time.
+    pub async fn end_all(&self, account: &str, user: &str) -> Option<usize> {
+        let mut ended = 0;
+        loop {
+            let query = json!({ "auth": true, "acc": account, "user": user, "limit": PAGE });
+            let found: Vec<_> = self
+                .ask(&query)
+                .await?
+                .into_iter()
+                .flat_map(|(server_id, connections)| {
+                    connections
+                        .into_iter()
+                        .map(move |one| Connection { server_id: server_id.clone(), client_id: one.cid })
+                })
+                .collect();
+            if found.is_empty() {
+                return Some(ended);
+            }
+            ended += found.len();
+            future::join_all(found.iter().map(|connection| self.end(connection))).await;
+        }
+    }
+
+    /// Ends one connection, also one that is about to be let in. Returns when its server has answered, or
+    /// after a second.
+    pub async fn end(&self, connection: &Connection) {
+        let subject = format!("$SYS.REQ.SERVER.{}.KICK", connection.server_id);
+        let payload = json!({ "cid": connection.client_id }).to_string();
+        let asked = self.0.client().request(subject, payload.into());
+        // A server or connection that is gone is what was wanted.
+        match tokio::time::timeout(ANSWER_MAX, asked).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => debug!(%error, "a connection was not ended"),
+            Err(_) => debug!("a server does not answer"),
+        }
+    }
+
+    /// The connections that each server names.
+    async fn ask(&self, query: &Value) -> Option<Vec<(String, Vec<Connected>)>> {
+        let answers = self.ask_all("CONNZ", query).await?;
+        let of_server = |Answer { server, data, .. }: Answer| {
+            (server.id, data.map_or_else(Vec::new, |data| data.connections))
+        };
+        Some(answers.into_iter().map(of_server).collect())
+    }
+
+    /// Asks every server, and waits until as many have answered as there are.
+    async fn ask_all(&self, what: &str, query: &Value) -> Option<Vec<Answer>> {
+        let client = self.0.client();
+        let inbox = client.new_inbox();
+        let mut answers = client.subscribe(inbox.clone()).await.ok()?;
+        let asked = format!("$SYS.REQ.SERVER.PING.{what}");
+        client.publish_with_reply(asked, inbox, query.to_string().into()).await.ok()?;
+        let count = self.server_count(client);
+        tokio::pin!(count);
+        let mut expected = None;
+        let mut got = Vec::new();
+        let give_up = tokio::time::Instant::now() + ANSWER_MAX;
+        loop {
+            if expected.is_some_and(|expected| got.len() >= expected) {
+                return Some(got);
+            }
+            let quiet = (tokio::time::Instant::now() + QUIET).min(give_up);
+            tokio::select! {
+                answer = answers.next() => match serde_json::from_slice(&answer?.payload) {
+                    Ok(answer) => got.push(answer),
+                    Err(error) => debug!(%error, "a server's answer cannot be read"),
+                },
+                servers = &mut count, if expected.is_none() => {
+                    // Without a count, silence says that all have answered.
+                    expected = Some(servers.unwrap_or(usize::MAX));
+                }
+                () = tokio::time::sleep_until(quiet) => {
+                    return if got.is_empty() { None } else { Some(got) };
+                }
+            }
+        }
+    }
+
+    /// How many servers there are, as one of them knows.
+    async fn server_count(&self, client: &Client) -> Option<usize> {
+        let asked = client.request("$SYS.REQ.SERVER.PING.STATSZ", "".into());
+        let answer = tokio::time::timeout(ANSWER_MAX, asked).await.ok()?.ok()?;
+        let answer: Answer = serde_json::from_slice(&answer.payload).ok()?;
+        answer.statsz.map(|stats| stats.active_servers).filter(|count| *count > 0)
+    }
+}

@@ -1,0 +1,354 @@
+//! The changes of the registry: each is durable and in the live view when it returns, and the audit
+//! tells of it. See `registry.rs` for what that promises. In a cluster each can also fail with
+//! [`RegistryError::Away`], [`RegistryError::Overtaken`] (both pass), [`RegistryError::TooLarge`] or
+//! [`RegistryError::Cluster`], and blocks until the other nodes have it.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::audit::{Act, Actor};
+use super::change::Ended;
+use super::database::Database;
+use super::key::ApiKey;
+use super::live::{Datasource, Key, NewKey, Rotation};
+use super::registry::{Registry, RegistryError};
+use super::setting::Setting;
+use super::{Scope, Scopes};
+use crate::limits::{DATASOURCE_ID_BYTES_MAX, NAME_BYTES_MAX};
+use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
+use crate::time::Rfc3339;
+
+impl Registry {
+    /// Creates a datasource and its first key; both are durable on return. Without an `id` one is
+    /// made from the name, with `-2`, `-3`, … behind it if it is taken.
+    ///
+    /// # Errors
+    /// [`RegistryError::Exists`] if the `id` is taken; [`RegistryError::Name`] if the name is blank,
+    /// too long or has control characters, if no id can be made from it, or if there are no scopes;
+    /// [`RegistryError::Database`] if it cannot be made durable.
+    pub fn create_datasource(
+        &self,
+        actor: &Actor,
+        id: Option<DatasourceId>,
+        name: &str,
+        scopes: Scopes,
+    ) -> Result<(Arc<Datasource>, Arc<Key>, ApiKey), RegistryError> {
+        let name = check_name("name", name)?;
+        if name.is_empty() {
+            return Err(RegistryError::Name("a datasource needs a name".to_owned()));
+        }
+        let (datasource, key, secret) = self.changing(|database| {
+            let id = match &id {
+                Some(id) if id.is_all() => {
+                    return Err(RegistryError::Name(
+                        "'*' means every datasource and cannot be one".to_owned(),
+                    ));
+                }
+                Some(id) if self.has_datasource(id.as_str()) => {
+                    return Err(RegistryError::Exists(id.clone()));
+                }
+                Some(id) => id.clone(),
+                None => self.free_id(name)?,
+            };
+            let datasource = Datasource {
+                id,
+                name: name.into(),
+                created_at: now_micros(),
+                limits: Setting::default(),
+                schemas: Setting::default(),
+            };
+            let (key, secret) = new_key(database, &datasource.id, "", scopes, None)?;
+            let change = database.begin()?;
+            change.insert_datasource(&datasource)?;
+            change.insert_key(&key, &secret.digest())?;
+            change.audit(
+                actor,
+                &Act {
+                    action: "datasource.created",
+                    datasource: Some(&datasource.id),
+                    key_id: Some(key.id),
+                    what: &json!({ "name": name, "scopes": scopes }),
+                },
+            )?;
+            change.commit()?;
+            let datasource = self.live.add_datasource(datasource);
+            let key = self.live.add_key(key, secret.digest());
+            Ok((datasource, key, secret))
+        })?;
+        tracing::info!(datasource = %datasource.id, key_id = %key.id, %scopes, "datasource created");
+        Ok((datasource, key, secret))
+    }
+
+    /// Creates a key of a datasource or of all of them ([`DatasourceId::all`]), durable on return.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Name`] if the label is too long or has
+    /// control characters, or if there are no scopes; [`RegistryError::Database`] if it cannot be
+    /// made durable.
+    pub fn create_key(
+        &self,
+        actor: &Actor,
+        datasource: &DatasourceId,
+        label: &str,
+        scopes: Scopes,
+        expires_at: Option<TimeMicros>,
+    ) -> Result<(Arc<Key>, ApiKey), RegistryError> {
+        let label = check_name("label", label)?;
+        let (key, secret) = self.changing(|database| {
+            self.check_owner(datasource)?;
+            let (key, secret) = new_key(database, datasource, label, scopes, expires_at)?;
+            let change = database.begin()?;
+            change.insert_key(&key, &secret.digest())?;
+            let what = json!({ "label": label, "scopes": scopes, "expires_at": expires_at.map(Rfc3339) });
+            change.audit(actor, &about_key("key.created", &key, &what))?;
+            change.commit()?;
+            Ok((self.live.add_key(key, secret.digest()), secret))
+        })?;
+        tracing::info!(%datasource, key_id = %key.id, %scopes, "key created");
+        Ok((key, secret))
+    }
+
+    /// Deletes a datasource and revokes its keys, durably; every key's lease has ended and its
+    /// connections are told to close before this returns. Returns those keys, to wait for.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable:
+    /// then the keys go on working.
+    pub fn delete_datasource(
+        &self,
+        actor: &Actor,
+        id: &DatasourceId,
+    ) -> Result<Vec<Arc<Key>>, RegistryError> {
+        let dead = self.changing(|database| {
+            if !self.has_datasource(id.as_str()) {
+                return Err(RegistryError::NoDatasource(id.to_string()));
+            }
+            let change = database.begin()?;
+            let digests = change.remove_datasource(id)?;
+            let keys: Vec<KeyId> = digests.iter().map(|digest| digest.key_id()).collect();
+            let what = json!({ "keys": keys });
+            let act = Act { action: "datasource.deleted", datasource: Some(id), key_id: None, what: &what };
+            change.audit(actor, &act)?;
+            change.commit()?;
+            self.live.datasources.pin().remove(id.as_str());
+            Ok(digests.iter().filter_map(|digest| self.live.kill(digest)).collect::<Vec<_>>())
+        })?;
+        tracing::info!(datasource = %id, keys = dead.len(), "datasource deleted");
+        Ok(dead)
+    }
+
+    /// Revokes one key, durably; its lease has ended and its connections are told to close before
+    /// this returns. Returns it, to wait for; `None` if the datasource has no such key (any more).
+    ///
+    /// # Errors
+    /// [`RegistryError::LastAdmin`]; [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it
+    /// cannot be made durable: then the key goes on working.
+    pub fn revoke_key(
+        &self,
+        actor: &Actor,
+        datasource: &DatasourceId,
+        id: KeyId,
+    ) -> Result<Option<Arc<Key>>, RegistryError> {
+        let dead = self.changing(|database| {
+            self.check_owner(datasource)?;
+            let Some(key) = self.live.key(datasource, id) else { return Ok(None) };
+            if self.is_last_admin(&key) {
+                return Err(RegistryError::LastAdmin);
+            }
+            let change = database.begin()?;
+            let digest = change.revoke(datasource, id, Ended::Revoked)?;
+            change.audit(actor, &about_key("key.revoked", &key, &json!({ "label": key.label })))?;
+            change.commit()?;
+            Ok(digest.and_then(|digest| self.live.kill(&digest)))
+        })?;
+        if dead.is_some() {
+            tracing::info!(%datasource, key_id = %id, "key revoked");
+        }
+        Ok(dead)
+    }
+
+    /// Sets the limits of a datasource, a JSON text that whoever enforces them has checked; `None`
+    /// for none of its own. They hold when this returns.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
+    pub fn set_datasource_limits(
+        &self,
+        actor: &Actor,
+        id: &DatasourceId,
+        limits: Option<String>,
+    ) -> Result<(), RegistryError> {
+        let limits = limits.as_deref();
+        let what = json!({ "limits": as_json(limits) });
+        let act =
+            Act { action: "datasource.limits_changed", datasource: Some(id), key_id: None, what: &what };
+        self.changing(|database| {
+            let datasource = self.existing(id)?;
+            let change = database.begin()?;
+            change.set_datasource_limits(id, limits)?;
+            change.audit(actor, &act)?;
+            change.commit()?;
+            datasource.limits.set(limits);
+            Ok(())
+        })
+    }
+
+    /// Sets the schemas of a datasource, a JSON text that whoever enforces them has checked; `None`
+    /// for none. They hold when this returns.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
+    pub fn set_datasource_schemas(
+        &self,
+        actor: &Actor,
+        id: &DatasourceId,
+        schemas: Option<String>,
+    ) -> Result<(), RegistryError> {
+        let schemas = schemas.as_deref();
+        let what = json!({ "schemas": as_json(schemas) });
+        let act =
+            Act { action: "datasource.schemas_changed", datasource: Some(id), key_id: None, what: &what };
+        self.changing(|database| {
+            let datasource = self.existing(id)?;
+            let change = database.begin()?;
+            change.set_datasource_schemas(id, schemas)?;
+            change.audit(actor, &act)?;
+            change.commit()?;
+            datasource.schemas.set(schemas);
+            Ok(())
+        })
+    }
+
+    /// Sets the limits of a key, a JSON text that whoever enforces them has checked; `None` for none
+    /// of its own. They hold when this returns. `false` if the datasource has no such key.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
+    pub fn set_key_limits(
+        &self,
+        actor: &Actor,
+        datasource: &DatasourceId,
+        id: KeyId,
+        limits: Option<String>,
+    ) -> Result<bool, RegistryError> {
+        let limits = limits.as_deref();
+        let what = json!({ "limits": as_json(limits) });
+        self.changing(|database| {
+            self.check_owner(datasource)?;
+            let Some(key) = self.live.key(datasource, id) else { return Ok(false) };
+            let change = database.begin()?;
+            change.set_key_limits(id, limits)?;
+            change.audit(actor, &about_key("key.limits_changed", &key, &what))?;
+            change.commit()?;
+            key.limits.set(limits);
+            Ok(true)
+        })
+    }
+
+    /// Tells the audit of what is changed elsewhere than in the registry. Durable on return.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`] if it cannot be made durable.
+    pub fn audit(&self, actor: &Actor, act: &Act<'_>) -> Result<(), RegistryError> {
+        self.changing(|database| {
+            let change = database.begin()?;
+            change.audit(actor, act)?;
+            change.commit()
+        })
+    }
+
+    fn existing(&self, id: &DatasourceId) -> Result<Arc<Datasource>, RegistryError> {
+        self.datasource(id.as_str()).ok_or_else(|| RegistryError::NoDatasource(id.to_string()))
+    }
+
+    /// Whether without this key nobody could manage everything any more. One that is about to retire
+    /// is none to rely on.
+    pub(super) fn is_last_admin(&self, key: &Key) -> bool {
+        let stays = |key: &Key| key.holds() && !key.has_expired() && key.rotation().replaced_by.is_none();
+        let others =
+            |other: &Arc<Key>| other.id != key.id && other.scopes.allow(Scope::Admin) && stays(other);
+        key.datasource.is_all()
+            && key.scopes.allow(Scope::Admin)
+            && !key.has_expired()
+            && !self.live.keys_of(&key.datasource).iter().any(others)
+    }
+
+    /// Keys belong to a datasource that there is, or to all of them.
+    pub(super) fn check_owner(&self, datasource: &DatasourceId) -> Result<(), RegistryError> {
+        if datasource.is_all() { Ok(()) } else { self.existing(datasource).map(drop) }
+    }
+
+    /// The first id made from `name` that is free.
+    fn free_id(&self, name: &str) -> Result<DatasourceId, RegistryError> {
+        let id = DatasourceId::from_name(name).ok_or_else(|| {
+            let text = "the name has no letter a-z or digit to make an id from: give an id as well";
+            RegistryError::Name(text.to_owned())
+        })?;
+        if !self.has_datasource(id.as_str()) {
+            return Ok(id);
+        }
+        let numbered = |number: u64| {
+            let suffix = format!("-{number}");
+            let room = DATASOURCE_ID_BYTES_MAX - suffix.len();
+            let stem = id.as_str().get(..room).unwrap_or(id.as_str()).trim_end_matches('-');
+            DatasourceId::new(&format!("{stem}{suffix}")).expect("a slug with a number is a slug")
+        };
+        let free = (2..).map(numbered).find(|id| !self.has_datasource(id.as_str()));
+        Ok(free.expect("there are more numbers than datasources"))
+    }
+}
+
+/// A key that is not in the registry yet, with an id that none has or had.
+pub(super) fn new_key(
+    database: &Database,
+    datasource: &DatasourceId,
+    label: &str,
+    scopes: Scopes,
+    expires_at: Option<TimeMicros>,
+) -> Result<(Key, ApiKey), RegistryError> {
+    if scopes.is_empty() {
+        return Err(RegistryError::Name("a key needs at least one scope".to_owned()));
+    }
+    // Ids have 48 bits: among a million keys, once in 280 million times.
+    let (digest, secret) = loop {
+        let secret = ApiKey::generate();
+        let digest = secret.digest();
+        if !database.knows(digest.key_id())? {
+            break (digest, secret);
+        }
+    };
+    let key = Key::from(NewKey {
+        digest,
+        datasource: datasource.clone(),
+        scopes,
+        label,
+        created_at: now_micros(),
+        expires_at,
+        rotation: Rotation::default(),
+        limits: None,
+    });
+    Ok((key, secret))
+}
+
+pub(super) fn about_key<'a>(action: &'static str, key: &'a Key, what: &'a Value) -> Act<'a> {
+    Act { action, datasource: Some(&key.datasource), key_id: Some(key.id), what }
+}
+
+/// A setting's text, as the audit tells of it. What is no JSON is told as text.
+fn as_json(text: Option<&str>) -> Value {
+    text.map_or(Value::Null, |text| serde_json::from_str(text).unwrap_or_else(|_| text.into()))
+}
+
+/// A name or label without the white space around it.
+fn check_name<'a>(what: &str, text: &'a str) -> Result<&'a str, RegistryError> {
+    let text = text.trim();
+    if text.len() > NAME_BYTES_MAX {
+        return Err(RegistryError::Name(format!("a {what} has at most {NAME_BYTES_MAX} bytes")));
+    }
+    // A line break or an escape would let a name forge lines of a table or a log.
+    if text.chars().any(char::is_control) {
+        return Err(RegistryError::Name(format!("a {what} holds no control characters")));
+    }
+    Ok(text)
+}

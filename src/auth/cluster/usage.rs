@@ -1,0 +1,79 @@
+//! What keys are used for on all nodes of a cluster: a KV bucket with a cell for each key, to which every
+//! node adds what it has seen. The bucket is another one than the registry's, and nobody watches it: use is
+//! told every few seconds and read when somebody asks.
+
+use std::sync::OnceLock;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use headgate_bridge_nats::Nats;
+use headgate_bridge_nats::cells::{CellError, Cells, CellsSettings};
+
+use super::super::registry::RegistryError;
+use super::super::usage::Used;
+use crate::limits::{CHANGE_ATTEMPTS_MAX, USAGE_READS_MAX};
+use crate::message::KeyId;
+
+/// The bucket.
+pub const USAGE_BUCKET: &str = "headgate-usage";
+
+/// The cells.
+#[derive(Debug, Clone)]
+pub(super) struct Usages(Cells);
+
+impl Usages {
+    /// Opens the bucket, or makes it on as many servers.
+    pub(super) async fn open(nats: &Nats, replicas: usize) -> Result<Self, CellError> {
+        let settings = CellsSettings { bucket: USAGE_BUCKET.to_owned(), replicas, age_max: None };
+        Cells::open(nats, &settings).await.map(Self)
+    }
+
+    /// What is known of these keys' use.
+    ///
+    /// # Errors
+    /// [`RegistryError::Away`].
+    pub(super) async fn read(&self, keys: &[KeyId]) -> Result<Vec<Used>, RegistryError> {
+        let read = keys.iter().map(|key| self.read_one(*key));
+        let read = stream::iter(read).buffered(USAGE_READS_MAX).map_ok(|(used, _)| used);
+        read.try_collect().await.map_err(|error: CellError| RegistryError::Away(error.to_string()))
+    }
+
+    /// Adds to what is known. Returns what could not be added, and why: after the first failure nothing more
+    /// is tried, as each attempt would have to be waited for.
+    pub(super) async fn add(&self, used: Vec<(KeyId, Used)>) -> Vec<(KeyId, Used, CellError)> {
+        let failure = OnceLock::new();
+        let failure = &failure;
+        let adding = used.into_iter().map(|(key, used)| async move {
+            if let Some(failed) = failure.get() {
+                return Some((key, used, CellError::clone(failed)));
+            }
+            let failed = self.add_one(key, &used).await.err()?;
+            Some((key, used, failure.get_or_init(|| failed).clone()))
+        });
+        let failed = stream::iter(adding).buffer_unordered(USAGE_READS_MAX);
+        failed.filter_map(std::future::ready).collect().await
+    }
+
+    async fn read_one(&self, key: KeyId) -> Result<(Used, u64), CellError> {
+        let cell = self.0.get(&key.to_string()).await?;
+        let used = cell.value.as_deref().map(serde_json::from_slice).transpose();
+        let used = used.unwrap_or_else(|error| {
+            tracing::warn!(key_id = %key, %error, "what is known of a key's use cannot be read: it begins anew");
+            None
+        });
+        Ok((used.unwrap_or_default(), cell.revision))
+    }
+
+    async fn add_one(&self, key: KeyId, later: &Used) -> Result<(), CellError> {
+        let mut attempts = 0;
+        loop {
+            let (mut used, revision) = self.read_one(key).await?;
+            used.add(later.clone());
+            let value = serde_json::to_vec(&used).expect("texts and numbers are JSON");
+            match self.0.put(&key.to_string(), Bytes::from(value), Some(revision), None).await {
+                Err(CellError::Changed) if attempts < CHANGE_ATTEMPTS_MAX => attempts += 1,
+                written => return written.map(drop),
+            }
+        }
+    }
+}

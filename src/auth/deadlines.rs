@@ -1,0 +1,209 @@
+//! The deadlines of keys: each that expires, or whose grace ends, ends at that moment, in the same way
+//! as a revoked one: its lease ends and its connections are told to close.
+//!
+//! Deadlines are times of the wall clock, which may be set. So whoever waits for one looks at the clock
+//! at least once a second ([`run`]); and a key that has ended stays so, also when the clock goes back. In a
+//! cluster each node ends keys by its own clock, and the first one writes it down for all.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::task::JoinSet;
+
+use super::audit::Actor;
+use super::change::Ended;
+use super::changes::about_key;
+use super::database::Database;
+use super::key::Digest;
+use super::live::{ENDED, Key};
+use super::registry::{Registry, RegistryError};
+use crate::message::{TimeMicros, now_micros};
+
+/// How often the clock is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// When to try again to write down that a key has ended.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+impl Registry {
+    /// The next time at which a key ends by itself.
+    fn next_deadline(&self) -> Option<TimeMicros> {
+        let deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+        deadlines.first().map(|(at, ..)| *at)
+    }
+
+    /// Ends every key whose time has come; their leases have ended and their connections are told to
+    /// close before this returns. Returns them, to wait for.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`] if that cannot be written down. They have ended all the same, as they
+    /// would after a restart, and the next call tries again.
+    fn end_due(&self) -> Result<Vec<Arc<Key>>, RegistryError> {
+        let now = now_micros();
+        // Of all attempts: what another node has written down meanwhile has ended all the same.
+        let mut all: Vec<Arc<Key>> = Vec::new();
+        self.changing_here(|database| {
+            let due: Vec<_> = {
+                let deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+                deadlines.iter().take_while(|(at, ..)| *at <= now).cloned().collect()
+            };
+            // A deadline that is no longer its key's was put off, or the key is gone.
+            let still_its = |key: &Arc<Key>, at| key.ends_at() == Some(at);
+            let ended: Vec<_> = due
+                .iter()
+                .filter_map(|(at, owner, id)| self.live.key(owner, *id).filter(|key| still_its(key, *at)))
+                .collect();
+            for key in &ended {
+                key.end();
+                if all.iter().all(|earlier| earlier.id != key.id) {
+                    all.push(Arc::clone(key));
+                }
+            }
+            let retired = if ended.is_empty() { Vec::new() } else { write_down(database, &ended)? };
+            for digest in &retired {
+                self.live.kill(digest);
+            }
+            for key in &ended {
+                key.ends_at.store(ENDED, Ordering::Release);
+                tracing::info!(key_id = %key.id, datasource = %key.datasource, "the time of an API key is over");
+            }
+            let mut deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+            for deadline in &due {
+                deadlines.remove(deadline);
+            }
+            Ok(())
+        })?;
+        Ok(all)
+    }
+}
+
+/// Writes down that keys have ended. Returns the digests of those that retire, which are revoked with that.
+fn write_down(database: &mut Database, ended: &[Arc<Key>]) -> Result<Vec<Digest>, RegistryError> {
+    let mut retired = Vec::new();
+    let change = database.begin()?;
+    for key in ended {
+        match key.rotation().replaced_by {
+            Some((by, grace_ends_at)) if key.ends_at() == Some(grace_ends_at) => {
+                retired.extend(change.revoke(&key.datasource, key.id, Ended::Rotated)?);
+                let what = json!({ "new_key": by });
+                change.audit(&Actor::SYSTEM, &about_key("key.retired", key, &what))?;
+            }
+            _ => {
+                change.expire(key.id)?;
+                change.audit(&Actor::SYSTEM, &about_key("key.expired", key, &json!({})))?;
+            }
+        }
+    }
+    change.commit()?;
+    Ok(retired)
+}
+
+/// Ends each key when its time has come, until it is dropped. `settle` waits until nothing more can come
+/// in under those that ended; it gets the moment at which they did.
+pub async fn run<S>(registry: Arc<Registry>, settle: impl Fn(Vec<Arc<Key>>, Instant) -> S)
+where
+    S: Future<Output = ()> + Send + 'static,
+{
+    let mut settling = JoinSet::new();
+    loop {
+        let (for_change, started) = (Arc::clone(&registry), Instant::now());
+        let is_due = registry.next_deadline().is_some_and(|at| at <= now_micros());
+        let mut wait = LOOK;
+        if is_due {
+            match tokio::task::spawn_blocking(move || for_change.end_due()).await {
+                Ok(Ok(dead)) if !dead.is_empty() => drop(settling.spawn(settle(dead, started))),
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(%error, "keys have ended, and that could not be written down");
+                    wait = TRY_AGAIN;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the registry has failed");
+                    wait = TRY_AGAIN;
+                }
+            }
+        }
+        while settling.try_join_next().is_some() {}
+        if let Some(at) = registry.next_deadline() {
+            let left = u64::try_from(at.saturating_sub(now_micros())).unwrap_or(0);
+            if left > 0 {
+                wait = wait.min(Duration::from_micros(left));
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = registry.live.deadline_set.notified() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::auth::{ApiKey, Scope, Scopes};
+    use crate::message::DatasourceId;
+
+    fn with_key(lasts: TimeMicros) -> (TempDir, Registry, Arc<Key>, ApiKey) {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let registry = Registry::open(dir.path()).expect("opens");
+        let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+        let expires_at = Some(now_micros() + lasts);
+        let (key, secret) =
+            registry.create_key(&Actor::SYSTEM, &all, "", scopes, expires_at).expect("created");
+        (dir, registry, key, secret)
+    }
+
+    #[test]
+    fn a_key_ends_when_its_time_has_come_and_not_before() {
+        let (_dir, registry, later, _) = with_key(60_000_000);
+        assert!(registry.end_due().expect("written").is_empty());
+        assert!(later.holds());
+        let (_dir, registry, now, _) = with_key(0);
+        let ended = registry.end_due().expect("written");
+        assert_eq!(ended.iter().map(|key| key.id).collect::<Vec<_>>(), [now.id]);
+        assert!(!now.holds());
+        assert!(registry.end_due().expect("written").is_empty(), "once");
+        assert_eq!(registry.next_deadline(), None);
+    }
+
+    #[test]
+    fn a_key_that_has_ended_stays_so_when_the_clock_is_set_back() {
+        let (dir, registry, key, secret) = with_key(0);
+        registry.end_due().expect("written");
+        // Before any time that a clock shows.
+        assert!(key.ends_at().is_some_and(|at| at < 0));
+        drop(registry);
+        let registry = Registry::open(dir.path()).expect("opens");
+        let key = registry.find(&secret.digest()).expect("listed still");
+        assert!(key.has_expired() && !key.holds());
+        assert!(key.ends_at().is_some_and(|at| at < 0));
+        assert_eq!(registry.next_deadline(), None);
+    }
+
+    #[test]
+    fn a_key_ends_also_when_that_cannot_be_written_down_and_it_is_tried_again() {
+        let (_dir, registry, key, _) = with_key(0);
+        registry.change().refuse_changes(true);
+        assert!(matches!(registry.end_due(), Err(RegistryError::Database(_))));
+        assert!(!key.holds() && key.has_expired());
+        registry.change().refuse_changes(false);
+        assert_eq!(registry.end_due().expect("written").len(), 1);
+    }
+
+    #[test]
+    fn a_grace_that_is_undone_ends_nothing() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let registry = Registry::open(dir.path()).expect("opens");
+        let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+        let (key, _) = registry.create_key(&Actor::SYSTEM, &all, "", scopes, None).expect("created");
+        let grace = Duration::from_secs(60);
+        let rotated = registry.rotate_key(&Actor::SYSTEM, &all, key.id, grace).expect("rotated");
+        let at = rotated.expect("there").grace_ends_at;
+        assert_eq!((registry.next_deadline(), key.ends_at()), (Some(at), Some(at)));
+        registry.undo_rotation(&Actor::SYSTEM, &all, key.id).expect("undone").expect("there");
+        assert_eq!(key.ends_at(), None);
+    }
+}

@@ -1,0 +1,105 @@
+//! Failed authentications, counted per source address. Who presents keys that are not good, again and
+//! again, is told to wait instead of what is wrong, and no line is logged for it.
+//!
+//! A good key is let in whoever has failed at the same address: behind one there may be a whole factory.
+//! So a key is looked up first (what cannot be a key costs neither hash nor lookup, see
+//! [`Digest::of_presented`](super::Digest::of_presented)), and only a failure is counted. To look up costs
+//! less than to count, and makes no guess likelier: a key has 256 bits.
+//!
+//! The counters are [`Bucket`]s in a fixed table, where an address has its place by a keyed hash. However
+//! many addresses there are, it takes the same memory and the same time, nothing is locked, and nobody
+//! can push another address out. Two addresses may have one place; all that comes of it is that one of
+//! them is told to wait early, when its key is not good anyway.
+
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use super::network::{Network, source_of};
+use crate::config;
+use crate::limits::AUTH_FAILURES_COUNTERS;
+use crate::quota::bucket::{Bucket, Moment, Rate};
+
+/// The counters.
+pub struct Failures {
+    counters: Box<[Bucket]>,
+    rate: Rate,
+    exempt: Vec<Network>,
+    hash: RandomState,
+}
+
+impl Failures {
+    /// No failures yet.
+    pub fn new(config: &config::Auth) -> Self {
+        Self {
+            counters: (0..AUTH_FAILURES_COUNTERS).map(|_| Bucket::default()).collect(),
+            rate: Rate { per_s: config.failures_per_s, burst: config.failures_burst },
+            exempt: config.failures_exempt.clone(),
+            hash: RandomState::new(),
+        }
+    }
+
+    /// Counts one.
+    ///
+    /// # Errors
+    /// How long to wait, if there were too many from there.
+    pub fn count(&self, from: IpAddr) -> Result<(), Duration> {
+        if self.exempt.iter().any(|network| network.contains(from)) {
+            return Ok(());
+        }
+        let hash = self.hash.hash_one(source_of(from));
+        let place = usize::try_from(hash % self.counters.len() as u64).expect("less than a length");
+        self.counters[place].take(self.rate, 1, Moment::now(), Duration::ZERO).map(drop)
+    }
+}
+
+impl fmt::Debug for Failures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Failures").field("rate", &self.rate).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failures(exempt: &[&str]) -> Failures {
+        let exempt = exempt.iter().map(|network| network.parse().expect("a network")).collect();
+        Failures::new(&config::Auth { failures_burst: 3, failures_per_s: 1, failures_exempt: exempt })
+    }
+
+    fn from(address: &str) -> IpAddr {
+        address.parse().expect("an address")
+    }
+
+    #[test]
+    fn after_the_burst_an_address_waits_and_others_do_not() {
+        let failures = failures(&[]);
+        for _ in 0..3 {
+            failures.count(from("203.0.113.9")).expect("within the burst");
+        }
+        let wait = failures.count(from("203.0.113.9")).expect_err("one above");
+        assert!(wait > Duration::ZERO && wait <= Duration::from_secs(1), "{wait:?}");
+        // One of a few others may share its place in the table, not all of them.
+        let others = (1..5).filter(|i| failures.count(from(&format!("198.51.100.{i}"))).is_ok());
+        assert!(others.count() >= 3);
+    }
+
+    #[test]
+    fn the_addresses_of_one_64_are_one() {
+        let failures = failures(&[]);
+        for i in 0..3 {
+            failures.count(from(&format!("2001:db8::{i}"))).expect("within the burst");
+        }
+        assert!(failures.count(from("2001:db8::ffff:1")).is_err());
+    }
+
+    #[test]
+    fn an_exempt_address_never_waits() {
+        let failures = failures(&["127.0.0.0/8"]);
+        for _ in 0..100 {
+            failures.count(from("127.0.0.1")).expect("exempt");
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! A leak report: somebody has found a key's secret where it does not belong, and says so. Whoever has
+//! the secret could do harm with it, so that no more than the secret is needed to revoke the key.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use serde_json::json;
+
+use super::audit::Actor;
+use super::change::Ended;
+use super::changes::about_key;
+use super::key::Digest;
+use super::live::Key;
+use super::registry::{Registry, RegistryError};
+use super::rows::LeakRow;
+use crate::time::Rfc3339;
+
+impl Registry {
+    /// Revokes the key with this digest, if there is one, as leaked. `url` is where it was found. The
+    /// audit's entry has the newest offset that is known to have come in under it. Returns the key, to
+    /// wait for.
+    ///
+    /// In a cluster it is dead here when this returns, and elsewhere a moment later: the answer to a report
+    /// waits for nobody.
+    ///
+    /// The last admin key for all datasources is not revoked: nobody could manage anything any more.
+    /// The log and the audit say so.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`] if it cannot be made durable: then the key goes on working.
+    pub fn revoke_leaked(
+        &self,
+        actor: &Actor,
+        digest: &Digest,
+        url: &str,
+    ) -> Result<Option<Arc<Key>>, RegistryError> {
+        let (outcome, _) = self.changing_here(|database| {
+            let Some(key) = self.live.find(digest).filter(|key| key.holds()) else { return Ok(None) };
+            let is_last_admin = self.is_last_admin(&key);
+            let used = self.usage_with(database, &key)?;
+            let last_used_at = used.users.first().map(|user| Rfc3339(user.at));
+            let what = json!({ "url": url, "last_offset": used.offset, "last_used_at": last_used_at });
+            let change = database.begin()?;
+            if is_last_admin {
+                change.audit(actor, &about_key("key.leaked_and_kept", &key, &what))?;
+                change.commit()?;
+                return Ok(Some((key, None)));
+            }
+            change.revoke(&key.datasource, key.id, Ended::Leaked)?;
+            change.audit(actor, &about_key("key.leaked", &key, &what))?;
+            change.commit()?;
+            Ok(Some((key, self.live.kill(digest))))
+        })?;
+        match outcome {
+            None => Ok(None),
+            Some((key, None)) => {
+                tracing::error!(
+                    key_id = %key.id,
+                    "the last admin key was reported as leaked and still works: create another one, then \
+                     revoke it"
+                );
+                Ok(None)
+            }
+            Some((key, dead)) => {
+                tracing::warn!(key_id = %key.id, datasource = %key.datasource, "a leaked API key was revoked");
+                Ok(dead)
+            }
+        }
+    }
+
+    /// Adds a change to the rules about what leaked keys have let in, for every node of the cluster; those
+    /// who follow them ([`Registry::follow_leaks`]) have it on return. Returns how many there are with it,
+    /// or `None` if there were `most` already.
+    ///
+    /// # Errors
+    /// Those of [`RegistryError`] that say why nothing has changed.
+    pub fn add_leak_rule(&self, row: &LeakRow, most: u64) -> Result<Option<u64>, RegistryError> {
+        self.changing(|database| {
+            let version = self.leaks().rows.len() as u64 + 1;
+            if version > most {
+                return Ok(None);
+            }
+            database.begin()?.commit_with(Some((version, row)))?;
+            self.learn_leak_rule(version, row.clone());
+            Ok(Some(version))
+        })
+    }
+
+    /// Hands every rule that there is to `each`, and whatever comes from now on, in the order of their
+    /// versions, which begin with 1.
+    pub fn follow_leaks(&self, each: impl Fn(&LeakRow) + Send + 'static) {
+        let mut leaks = self.leaks();
+        leaks.rows.iter().for_each(&each);
+        leaks.follower = Some(Box::new(each));
+    }
+
+    /// A rule that is everybody's now.
+    pub(super) fn learn_leak_rule(&self, version: u64, row: LeakRow) {
+        let mut leaks = self.leaks();
+        // One that this node has made comes back from the others, too.
+        if version != leaks.rows.len() as u64 + 1 {
+            return;
+        }
+        if let Some(follower) = &leaks.follower {
+            follower(&row);
+        }
+        leaks.rows.push(row);
+    }
+
+    fn leaks(&self) -> MutexGuard<'_, LeakRules> {
+        self.leaks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The rules about leaked keys that a cluster has, and who follows them on this node.
+#[derive(Default)]
+pub(super) struct LeakRules {
+    rows: Vec<LeakRow>,
+    follower: Option<Follower>,
+}
+
+/// Told of each rule.
+type Follower = Box<dyn Fn(&LeakRow) + Send>;

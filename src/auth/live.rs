@@ -1,0 +1,300 @@
+//! The live view: every datasource and key in memory, where a presented key is looked up. What is in
+//! it is on the disk already; only the registry's changes write to it.
+//!
+//! Looking up is free of locks. There may be a million keys, so a [`Key`] holds what every key has,
+//! and what few have stands behind one pointer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+
+use arc_swap::ArcSwapOption;
+use tokio::sync::Notify;
+
+use super::Scopes;
+use super::connections::{Close, Connections};
+use super::index::{Found, Index};
+use super::key::Digest;
+use super::setting::Setting;
+use super::usage::Usage;
+use crate::message::{DatasourceId, KeyId, Lease, TimeMicros, now_micros};
+
+/// The end of what has none.
+const NEVER: TimeMicros = TimeMicros::MAX;
+/// The end of what has ended: also a clock that is set back does not come before it.
+pub(super) const ENDED: TimeMicros = TimeMicros::MIN;
+
+/// One named stream of readings.
+#[derive(Debug)]
+pub struct Datasource {
+    /// The slug.
+    pub id: DatasourceId,
+    /// What a person calls it.
+    pub name: Box<str>,
+    /// When it was created.
+    pub created_at: TimeMicros,
+    /// The limits of all its keys together.
+    pub limits: Setting,
+    /// The schemas that its messages have to fit.
+    pub schemas: Setting,
+}
+
+/// One key, live: everything but its secret.
+///
+/// In this order: what a lookup reads stands together, behind the count of who holds the key, and so is
+/// waited for once.
+#[repr(C)]
+pub struct Key {
+    /// What is looked up.
+    pub(super) digest: Digest,
+    /// When it stops working by itself: as it expires, or earlier, if its grace ends.
+    pub(super) ends_at: AtomicI64,
+    /// What it has from its first use on: few of a million keys are in use.
+    opened: OnceLock<Box<Opened>>,
+    /// What it belongs to, or `*`.
+    pub datasource: DatasourceId,
+    /// What a person calls it, or empty.
+    pub label: Box<str>,
+    /// When it was created.
+    pub created_at: TimeMicros,
+    /// When it expires, or [`NEVER`].
+    pub(super) expires_at: TimeMicros,
+    /// Its part in a rotation, if it has one.
+    pub(super) rotation: ArcSwapOption<Rotation>,
+    /// Its own limits.
+    pub limits: Setting,
+    /// Its public handle; no other key has or had the same.
+    pub id: KeyId,
+    /// What it may be used for.
+    pub scopes: Scopes,
+}
+
+/// What a key has from its first use on.
+#[derive(Default)]
+struct Opened {
+    /// Whether it is still good.
+    lease: Lease,
+    /// Those that it has opened.
+    connections: Arc<Connections>,
+    /// What it was used for.
+    usage: Usage,
+}
+
+/// A key's part in rotations: each takes the place of another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rotation {
+    /// The key that this one takes the place of.
+    pub replaces: Option<KeyId>,
+    /// The key that takes the place of this one, and when this one's grace ends.
+    pub replaced_by: Option<(KeyId, TimeMicros)>,
+}
+
+impl Key {
+    /// When it expires, if it does.
+    pub fn expires_at(&self) -> Option<TimeMicros> {
+        (self.expires_at != NEVER).then_some(self.expires_at)
+    }
+
+    /// When it stops working by itself, if it does: as it expires, or as its grace ends.
+    pub fn ends_at(&self) -> Option<TimeMicros> {
+        let ends_at = self.ends_at.load(Ordering::Acquire);
+        (ends_at != NEVER).then_some(ends_at)
+    }
+
+    /// Whether its time is over.
+    pub fn has_expired(&self) -> bool {
+        self.ends_at().is_some_and(|ends_at| ends_at <= now_micros())
+    }
+
+    /// Whether it is still good. An atomic load or two; of its time nothing is said.
+    pub fn holds(&self) -> bool {
+        // One that nobody has used cannot have been ended either.
+        self.opened.get().is_none_or(|opened| opened.lease.holds())
+    }
+
+    /// Its lease, for those who hold on to it.
+    pub fn lease(&self) -> &Lease {
+        &self.opened().lease
+    }
+
+    /// Its live connections.
+    pub fn connections(&self) -> &Arc<Connections> {
+        &self.opened().connections
+    }
+
+    /// How many live connections it has.
+    pub fn connected(&self) -> usize {
+        self.opened.get().map_or(0, |opened| opened.connections.count())
+    }
+
+    /// The key is dead, for every holder, and its connections are told so.
+    pub(super) fn end(&self) {
+        // The lease first: it stops what is already past the lookup.
+        self.lease().end();
+        self.connections().close_all(Close::KeyDead);
+    }
+
+    /// What is to be told of its use.
+    pub(super) fn usage(&self) -> &Usage {
+        &self.opened().usage
+    }
+
+    /// What was told of its use, if anything was.
+    pub(super) fn used(&self) -> Option<&Usage> {
+        self.opened.get().map(|opened| &opened.usage)
+    }
+
+    fn opened(&self) -> &Opened {
+        self.opened.get_or_init(Box::default)
+    }
+
+    /// Its part in a rotation.
+    pub fn rotation(&self) -> Rotation {
+        self.rotation.load().as_deref().copied().unwrap_or_default()
+    }
+
+    /// Gives it a part in a rotation; what ends with the grace ends then, also for who holds it.
+    pub(super) fn set_rotation(&self, rotation: Rotation) {
+        let grace_ends_at = rotation.replaced_by.map_or(NEVER, |(_, at)| at);
+        let any = (rotation != Rotation::default()).then(|| Arc::new(rotation));
+        self.rotation.store(any);
+        self.ends_at.store(self.expires_at.min(grace_ends_at), Ordering::Release);
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Key")
+            .field("id", &self.id)
+            .field("datasource", &self.datasource)
+            .field("scopes", &self.scopes)
+            .field("label", &self.label)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a key is made of; the rest of it comes while it lives.
+pub(super) struct NewKey<'a> {
+    pub(super) digest: Digest,
+    pub(super) datasource: DatasourceId,
+    pub(super) scopes: Scopes,
+    pub(super) label: &'a str,
+    pub(super) created_at: TimeMicros,
+    pub(super) expires_at: Option<TimeMicros>,
+    pub(super) rotation: Rotation,
+    pub(super) limits: Option<&'a str>,
+}
+
+impl From<NewKey<'_>> for Key {
+    fn from(new: NewKey<'_>) -> Self {
+        let expires_at = new.expires_at.unwrap_or(NEVER);
+        let key = Self {
+            digest: new.digest,
+            id: new.digest.key_id(),
+            scopes: new.scopes,
+            datasource: new.datasource,
+            label: new.label.into(),
+            created_at: new.created_at,
+            expires_at,
+            ends_at: AtomicI64::new(expires_at),
+            rotation: ArcSwapOption::empty(),
+            limits: Setting::new(new.limits),
+            opened: OnceLock::new(),
+        };
+        if new.rotation != Rotation::default() {
+            key.set_rotation(new.rotation);
+        }
+        key
+    }
+}
+
+/// Every datasource and key.
+pub(super) struct Live {
+    /// Every key there is, and every one that was revoked.
+    pub(super) keys: Index,
+    pub(super) datasources: papaya::HashMap<DatasourceId, Arc<Datasource>>,
+    /// The keys that are not revoked, for those who manage them, with what finds each of them above.
+    pub(super) by_datasource: RwLock<BTreeMap<(DatasourceId, KeyId), Arc<Key>>>,
+    /// When keys end by themselves. One that is not its key's any more means nothing.
+    pub(super) deadlines: Mutex<BTreeSet<(TimeMicros, DatasourceId, KeyId)>>,
+    /// Notified of each new one.
+    pub(super) deadline_set: Notify,
+}
+
+impl Live {
+    /// The key with this digest, unless it is revoked; it may have expired.
+    pub(super) fn find(&self, digest: &Digest) -> Option<Arc<Key>> {
+        match self.keys.find(digest)? {
+            Found::Key(key) => Some(key),
+            Found::Revoked => None,
+        }
+    }
+
+    /// A key by its id.
+    pub(super) fn key(&self, datasource: &DatasourceId, id: KeyId) -> Option<Arc<Key>> {
+        let by_datasource = self.by_datasource.read().unwrap_or_else(PoisonError::into_inner);
+        by_datasource.get(&(datasource.clone(), id)).map(Arc::clone)
+    }
+
+    /// The keys of a datasource, by their ids.
+    pub(super) fn keys_of(&self, datasource: &DatasourceId) -> Vec<Arc<Key>> {
+        let first = (datasource.clone(), KeyId([0; 6]));
+        let last = (datasource.clone(), KeyId([0xff; 6]));
+        let by_datasource = self.by_datasource.read().unwrap_or_else(PoisonError::into_inner);
+        by_datasource.range(first..=last).map(|(_, key)| Arc::clone(key)).collect()
+    }
+
+    /// How many keys there are that are not revoked.
+    pub(super) fn key_count(&self) -> usize {
+        self.by_datasource.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// The datasource is on the disk.
+    pub(super) fn add_datasource(&self, datasource: Datasource) -> Arc<Datasource> {
+        let datasource = Arc::new(datasource);
+        self.datasources.pin().insert(datasource.id.clone(), Arc::clone(&datasource));
+        datasource
+    }
+
+    /// The key is on the disk.
+    pub(super) fn add_key(&self, key: Key, digest: Digest) -> Arc<Key> {
+        let key = Arc::new(key);
+        let place = (key.datasource.clone(), key.id);
+        self.by_datasource.write().unwrap_or_else(PoisonError::into_inner).insert(place, Arc::clone(&key));
+        self.keys.set(&digest, Some(Arc::clone(&key)));
+        self.watch(&key);
+        key
+    }
+
+    /// Sees to it that the key ends when its time comes.
+    pub(super) fn watch(&self, key: &Key) {
+        if let Some(at) = key.ends_at() {
+            let deadline = (at, key.datasource.clone(), key.id);
+            self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).insert(deadline);
+            self.deadline_set.notify_one();
+        }
+    }
+
+    /// The key is dead on the disk.
+    pub(super) fn kill(&self, digest: &Digest) -> Option<Arc<Key>> {
+        let key = self.find(digest)?;
+        key.end();
+        self.keys.set(digest, None);
+        let place = (key.datasource.clone(), key.id);
+        self.by_datasource.write().unwrap_or_else(PoisonError::into_inner).remove(&place);
+        Some(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_nobody_uses_costs_little() {
+        // A million keys in less than 400 MB leave no room for more.
+        assert!(size_of::<Key>() <= 136, "{}", size_of::<Key>());
+        assert!(size_of::<Datasource>() <= 64, "{}", size_of::<Datasource>());
+    }
+}

@@ -1,0 +1,134 @@
+//! The rotation of a key: another one takes its place, and for a time, the grace, both are good, so that
+//! every device can be given the new one before the old one retires. Until then it can be undone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::audit::Actor;
+use super::change::Ended;
+use super::changes::{about_key, new_key};
+use super::key::ApiKey;
+use super::live::{Key, Rotation};
+use super::registry::{Registry, RegistryError};
+use crate::message::{DatasourceId, KeyId, TimeMicros};
+use crate::time::Rfc3339;
+
+/// What a rotation has made.
+#[derive(Debug)]
+pub struct Rotated {
+    /// The new key: with scopes, label, limits and expiry of the old one.
+    pub key: Arc<Key>,
+    /// Its secret, to be shown once.
+    pub secret: ApiKey,
+    /// The old one, if it is dead already: to wait for.
+    pub dead: Option<Arc<Key>>,
+    /// When the old one's grace ends.
+    pub grace_ends_at: TimeMicros,
+}
+
+/// What the undoing of one has left.
+#[derive(Debug)]
+pub struct Undone {
+    /// The old key, which lives on.
+    pub key: Arc<Key>,
+    /// The new one, if it was still alive: to wait for.
+    pub dead: Option<Arc<Key>>,
+}
+
+impl Registry {
+    /// Makes a key that takes the place of another one, which works until `grace` is over: not at all
+    /// any more, if that is 0. Durable on return. `None` if the datasource has no such key.
+    ///
+    /// # Errors
+    /// [`RegistryError::Rotation`] if the key has expired or is being rotated already;
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
+    pub fn rotate_key(
+        &self,
+        actor: &Actor,
+        datasource: &DatasourceId,
+        id: KeyId,
+        grace: Duration,
+    ) -> Result<Option<Rotated>, RegistryError> {
+        let rotated = self.changing(|database| {
+            self.check_owner(datasource)?;
+            let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
+            if old.has_expired() {
+                return Err(RegistryError::Rotation(format!("key {id} has expired; create another one")));
+            }
+            let before = old.rotation();
+            if let Some((by, _)) = before.replaced_by {
+                return Err(RegistryError::Rotation(format!(
+                    "key {id} is being rotated already, to key {by}"
+                )));
+            }
+            let (new, secret) = new_key(database, datasource, &old.label, old.scopes, old.expires_at())?;
+            new.limits.set(old.limits.text().as_deref());
+            new.set_rotation(Rotation { replaces: Some(id), replaced_by: None });
+            let change = database.begin()?;
+            let grace_micros = TimeMicros::try_from(grace.as_micros()).unwrap_or(TimeMicros::MAX);
+            let grace_ends_at = change.at().saturating_add(grace_micros);
+            let after = Rotation { replaced_by: Some((new.id, grace_ends_at)), ..before };
+            change.insert_key(&new, &secret.digest())?;
+            change.set_rotation(id, after)?;
+            let digest = if grace.is_zero() { change.revoke(datasource, id, Ended::Rotated)? } else { None };
+            let what = json!({ "new_key": new.id, "grace_ends_at": Rfc3339(grace_ends_at) });
+            change.audit(actor, &about_key("key.rotated", &old, &what))?;
+            change.commit()?;
+            old.set_rotation(after);
+            let key = self.live.add_key(new, secret.digest());
+            let dead = digest.and_then(|digest| self.live.kill(&digest));
+            self.live.watch(&old);
+            Ok(Some(Rotated { key, secret, dead, grace_ends_at }))
+        })?;
+        if let Some(Rotated { key, .. }) = &rotated {
+            tracing::info!(%datasource, key_id = %id, new_key_id = %key.id, ?grace, "key rotated");
+        }
+        Ok(rotated)
+    }
+
+    /// Undoes a rotation before the old key's grace ends: the old one lives on, and the new one is dead
+    /// when this returns. `id` is the old one's. `None` if the datasource has no such key (any more).
+    ///
+    /// # Errors
+    /// [`RegistryError::Rotation`] if it is not being rotated, or the new one is itself;
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
+    pub fn undo_rotation(
+        &self,
+        actor: &Actor,
+        datasource: &DatasourceId,
+        id: KeyId,
+    ) -> Result<Option<Undone>, RegistryError> {
+        let undone = self.changing(|database| {
+            self.check_owner(datasource)?;
+            let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
+            let rotation = old.rotation();
+            // Past its end it is dead, even if that has not been written down yet.
+            let Some((new_id, _)) = rotation.replaced_by.filter(|_| old.holds() && !old.has_expired()) else {
+                return Err(RegistryError::Rotation(format!("key {id} is not being rotated")));
+            };
+            let new = self.live.key(datasource, new_id);
+            if let Some((by, _)) = new.as_ref().and_then(|new| new.rotation().replaced_by) {
+                return Err(RegistryError::Rotation(format!(
+                    "key {new_id}, which took its place, is being rotated to key {by}: undo that first"
+                )));
+            }
+            let change = database.begin()?;
+            let after = Rotation { replaced_by: None, ..rotation };
+            change.set_rotation(id, after)?;
+            let digest = change.revoke(datasource, new_id, Ended::Revoked)?;
+            change
+                .audit(actor, &about_key("key.rotation_undone", &old, &json!({ "revoked_key": new_id })))?;
+            change.commit()?;
+            old.set_rotation(after);
+            self.live.watch(&old);
+            let dead = digest.and_then(|digest| self.live.kill(&digest));
+            Ok(Some((Undone { key: old, dead }, new_id)))
+        })?;
+        Ok(undone.map(|(undone, new_id)| {
+            tracing::info!(%datasource, key_id = %id, revoked_key_id = %new_id, "rotation undone");
+            undone
+        }))
+    }
+}

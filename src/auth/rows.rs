@@ -1,0 +1,353 @@
+//! The registry's rows as the nodes of a cluster exchange them: a name and a JSON object each, of what the
+//! row of `registry.db` has. No row holds a secret: of a key there is its digest.
+//!
+//! ```text
+//! datasource.{id}     {"name", "created_at", "limits", "schemas"}
+//! key.{digest}        {"datasource", "scopes", "label", "created_at", "expires_at", "revoked_at", "ended",
+//!                      "replaces", "replaced_by", "grace_ends_at", "limits"}
+//! audit.{id}          {"at", "who", "address", "action", "datasource", "key_id", "what"}
+//! leak.{version}      {"datasource", "key_id", "since", "below", "at"}
+//! format              1
+//! ```
+//!
+//! The digest is written in 64 hex characters, an id or version in 12 digits. What is not there is left
+//! out. Times are microseconds since the Unix epoch; `limits`, `schemas` and `what` are JSON in a string, as
+//! it was given.
+
+use rusqlite::{Connection, OptionalExtension, params};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::Digest;
+use super::database::digests_of;
+use crate::message::{DatasourceId, KeyId, TimeMicros};
+
+/// The version of these rows that this Headgate writes, and the newest that it reads.
+pub(super) const FORMAT: u32 = 1;
+/// The name of the row that has it.
+pub(super) const FORMAT_NAME: &str = "format";
+
+/// One row, or `None` where there is none any more.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Row {
+    Datasource(DatasourceId, Option<DatasourceRow>),
+    Key(Digest, Option<KeyRow>),
+    Audit(i64, AuditRow),
+    Leak(u64, LeakRow),
+    Format(u32),
+}
+
+/// A datasource.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct DatasourceRow {
+    pub(super) name: String,
+    pub(super) created_at: TimeMicros,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) limits: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) schemas: Option<String>,
+}
+
+/// A key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct KeyRow {
+    pub(super) datasource: String,
+    pub(super) scopes: String,
+    pub(super) label: String,
+    pub(super) created_at: TimeMicros,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) expires_at: Option<TimeMicros>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) revoked_at: Option<TimeMicros>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) ended: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) replaces: Option<KeyId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) replaced_by: Option<KeyId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) grace_ends_at: Option<TimeMicros>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) limits: Option<String>,
+}
+
+/// An entry of the audit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct AuditRow {
+    at: TimeMicros,
+    who: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    address: Option<String>,
+    action: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    datasource: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key_id: Option<String>,
+    what: String,
+}
+
+/// A change of the rules about what leaked keys have let in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LeakRow {
+    /// Of this datasource, or of all of them (`*`).
+    #[serde(deserialize_with = "owner")]
+    pub datasource: DatasourceId,
+    /// The key that let it in.
+    pub key_id: KeyId,
+    /// Received at or after; without it, what was withheld is given back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<TimeMicros>,
+    /// With a lower offset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub below: Option<u64>,
+    /// When the change was made.
+    pub at: TimeMicros,
+}
+
+impl Row {
+    /// Its name among the rows.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Row::Datasource(id, _) => format!("datasource.{id}"),
+            Row::Key(digest, _) => format!("key.{}", blake3::Hash::from_bytes(digest.0).to_hex()),
+            Row::Audit(id, _) => format!("audit.{id:012}"),
+            Row::Leak(version, _) => format!("leak.{version:012}"),
+            Row::Format(_) => FORMAT_NAME.to_owned(),
+        }
+    }
+
+    /// What it holds.
+    pub(super) fn value(&self) -> Option<Vec<u8>> {
+        fn json(row: &impl Serialize) -> Vec<u8> {
+            serde_json::to_vec(row).expect("texts and numbers are JSON")
+        }
+        match self {
+            Row::Datasource(_, row) => row.as_ref().map(json),
+            Row::Key(_, row) => row.as_ref().map(json),
+            Row::Audit(_, row) => Some(json(row)),
+            Row::Leak(_, row) => Some(json(row)),
+            Row::Format(version) => Some(json(version)),
+        }
+    }
+
+    /// Reads a row. `None` for one of a kind that is not known here, or of which nothing can be taken away.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(super) fn parse(name: &str, value: Option<&[u8]>) -> Result<Option<Self>, String> {
+        fn json<'a, T: Deserialize<'a>>(value: &'a [u8]) -> Result<T, String> {
+            serde_json::from_slice(value).map_err(|error| error.to_string())
+        }
+        let (kind, rest) = name.split_once('.').unwrap_or((name, ""));
+        Ok(Some(match (kind, value) {
+            ("datasource", value) => {
+                let id = DatasourceId::new(rest).map_err(|error| error.to_string())?;
+                Row::Datasource(id, value.map(json).transpose()?)
+            }
+            ("key", value) => {
+                let digest = blake3::Hash::from_hex(rest).map_err(|error| error.to_string())?;
+                Row::Key(Digest(*digest.as_bytes()), value.map(json).transpose()?)
+            }
+            ("audit", Some(value)) => Row::Audit(number(rest)?, json(value)?),
+            ("leak", Some(value)) => Row::Leak(number(rest)?, json(value)?),
+            (FORMAT_NAME, Some(value)) => Row::Format(json(value)?),
+            _ => return Ok(None),
+        }))
+    }
+
+    /// A datasource's row as the database has it.
+    pub(super) fn of_datasource(connection: &Connection, id: &DatasourceId) -> rusqlite::Result<Self> {
+        let mut select = connection
+            .prepare_cached("SELECT name, created_at, limits, schemas FROM datasources WHERE id = ?1")?;
+        let row = select.query_row([id.as_str()], |row| {
+            Ok(DatasourceRow {
+                name: row.get(0)?,
+                created_at: row.get(1)?,
+                limits: row.get(2)?,
+                schemas: row.get(3)?,
+            })
+        });
+        Ok(Row::Datasource(id.clone(), row.optional()?))
+    }
+
+    /// A key's row as the database has it.
+    pub(super) fn of_key(connection: &Connection, id: KeyId) -> rusqlite::Result<Self> {
+        let mut select = connection.prepare_cached(
+            "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at, ended, replaces,
+                    replaced_by, grace_ends_at, limits
+             FROM keys WHERE digest BETWEEN ?1 AND ?2",
+        )?;
+        let (first, last) = digests_of(id);
+        let key_id = |text: Option<String>| {
+            let id = text.map(|text| KeyId::parse(&text)).transpose();
+            id.map_err(rusqlite::types::FromSqlError::other)
+        };
+        select.query_row(params![first, last], |row| {
+            let key = KeyRow {
+                datasource: row.get(1)?,
+                scopes: row.get(2)?,
+                label: row.get(3)?,
+                created_at: row.get(4)?,
+                expires_at: row.get(5)?,
+                revoked_at: row.get(6)?,
+                ended: row.get(7)?,
+                replaces: key_id(row.get(8)?)?,
+                replaced_by: key_id(row.get(9)?)?,
+                grace_ends_at: row.get(10)?,
+                limits: row.get(11)?,
+            };
+            Ok(Row::Key(Digest(row.get(0)?), Some(key)))
+        })
+    }
+
+    /// An entry of the audit as the database has it.
+    pub(super) fn of_audit(connection: &Connection, id: i64) -> rusqlite::Result<Self> {
+        let mut select = connection.prepare_cached(
+            "SELECT at, who, address, action, datasource, key_id, what FROM audit WHERE id = ?1",
+        )?;
+        select.query_row([id], |row| {
+            let entry = AuditRow {
+                at: row.get(0)?,
+                who: row.get(1)?,
+                address: row.get(2)?,
+                action: row.get(3)?,
+                datasource: row.get(4)?,
+                key_id: row.get(5)?,
+                what: row.get(6)?,
+            };
+            Ok(Row::Audit(id, entry))
+        })
+    }
+
+    /// Makes the database's row the same as this one.
+    pub(super) fn write(&self, connection: &Connection) -> rusqlite::Result<()> {
+        let changed = match self {
+            Row::Datasource(id, Some(row)) => connection
+                .prepare_cached("INSERT OR REPLACE INTO datasources VALUES (?1, ?2, ?3, ?4, ?5)")?
+                .execute(params![id.as_str(), row.name, row.created_at, row.limits, row.schemas]),
+            Row::Datasource(id, None) => {
+                connection.prepare_cached("DELETE FROM datasources WHERE id = ?1")?.execute([id.as_str()])
+            }
+            Row::Key(digest, Some(row)) => connection
+                .prepare_cached(
+                    "INSERT OR REPLACE INTO keys (digest, datasource, scopes, label, created_at, expires_at,
+                         revoked_at, ended, replaces, replaced_by, grace_ends_at, limits)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+                )?
+                .execute(params![
+                    digest.0,
+                    row.datasource,
+                    row.scopes,
+                    row.label,
+                    row.created_at,
+                    row.expires_at,
+                    row.revoked_at,
+                    row.ended,
+                    row.replaces.map(|id| id.to_string()),
+                    row.replaced_by.map(|id| id.to_string()),
+                    row.grace_ends_at,
+                    row.limits,
+                ]),
+            Row::Key(digest, None) => {
+                connection.prepare_cached("DELETE FROM keys WHERE digest = ?1")?.execute([digest.0])
+            }
+            Row::Audit(id, row) => connection
+                .prepare_cached("INSERT OR REPLACE INTO audit VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?
+                .execute(params![
+                    id,
+                    row.at,
+                    row.who,
+                    row.address,
+                    row.action,
+                    row.datasource,
+                    row.key_id,
+                    row.what
+                ]),
+            // Whoever holds the rules has them in memory.
+            Row::Leak(..) | Row::Format(_) => Ok(0),
+        };
+        changed.map(drop)
+    }
+}
+
+/// The id of a datasource, or `*`.
+fn owner<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DatasourceId, D::Error> {
+    let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+    let all = DatasourceId::all();
+    if text == all.as_str() { Ok(all) } else { DatasourceId::new(&text).map_err(serde::de::Error::custom) }
+}
+
+fn number<N: std::str::FromStr<Err = std::num::ParseIntError>>(text: &str) -> Result<N, String> {
+    text.parse().map_err(|error: std::num::ParseIntError| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key_row() -> KeyRow {
+        KeyRow {
+            datasource: "press-4".to_owned(),
+            scopes: "ingest".to_owned(),
+            label: "left".to_owned(),
+            created_at: 7,
+            expires_at: None,
+            revoked_at: None,
+            ended: None,
+            replaces: Some(KeyId([1; 6])),
+            replaced_by: None,
+            grace_ends_at: None,
+            limits: Some("{\"x\": 1}".to_owned()),
+        }
+    }
+
+    #[test]
+    fn a_row_is_read_back_as_it_was_written() {
+        let id = DatasourceId::new("press-4").expect("a slug");
+        let datasource =
+            DatasourceRow { name: "Press 4".to_owned(), created_at: 1, limits: None, schemas: None };
+        let leak = LeakRow {
+            datasource: DatasourceId::all(),
+            key_id: KeyId([2; 6]),
+            since: None,
+            below: None,
+            at: 3,
+        };
+        let entry = AuditRow {
+            at: 1,
+            who: "system".to_owned(),
+            address: None,
+            action: "key.created".to_owned(),
+            datasource: None,
+            key_id: None,
+            what: "{}".to_owned(),
+        };
+        for (row, name) in [
+            (Row::Datasource(id.clone(), Some(datasource)), "datasource.press-4".to_owned()),
+            (Row::Datasource(id, None), "datasource.press-4".to_owned()),
+            (Row::Key(Digest([0xab; 32]), Some(key_row())), format!("key.{}", "ab".repeat(32))),
+            (Row::Key(Digest([0xab; 32]), None), format!("key.{}", "ab".repeat(32))),
+            (Row::Audit(12, entry), "audit.000000000012".to_owned()),
+            (Row::Leak(3, leak), "leak.000000000003".to_owned()),
+            (Row::Format(1), "format".to_owned()),
+        ] {
+            assert_eq!(row.name(), name);
+            assert_eq!(Row::parse(&name, row.value().as_deref()), Ok(Some(row)));
+        }
+    }
+
+    #[test]
+    fn what_is_of_another_kind_is_left_alone_and_what_makes_no_sense_is_said() {
+        assert_eq!(Row::parse("session.x", Some(b"?")), Ok(None));
+        assert_eq!(Row::parse("audit.000000000001", None), Ok(None));
+        for (name, value) in [
+            ("datasource.Not a slug", "{}"),
+            ("key.12", "{}"),
+            ("datasource.a", "{\"name\": 1}"),
+            ("leak.x", "{}"),
+            ("leak.1", r#"{"datasource": "Not a slug", "key_id": "0a0b0c0d0e0f", "at": 1}"#),
+            ("format", "x"),
+        ] {
+            assert!(Row::parse(name, Some(value.as_bytes())).is_err(), "{name}");
+        }
+    }
+}

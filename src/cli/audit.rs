@@ -1,0 +1,78 @@
+//! `headgate audit`: who changed what in the gateway, when and from where, over the HTTP API.
+
+use std::io::Write;
+
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::client::Client;
+use super::out::{Out, table};
+
+/// What one request brings.
+const PAGE: &str = "1000";
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Nothing that happened before: 2026-11-23T12:00:00Z
+    #[arg(long, value_name = "TIME")]
+    from: Option<String>,
+    /// Nothing that happened then or later
+    #[arg(long, value_name = "TIME")]
+    to: Option<String>,
+    /// Print an entry a line as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Deserialize)]
+struct Page {
+    entries: Vec<Box<RawValue>>,
+    next: Option<i64>,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    at: String,
+    who: String,
+    address: Option<String>,
+    action: String,
+    datasource: Option<String>,
+    key_id: Option<String>,
+    what: Value,
+}
+
+pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+    let client = Client::from_environment()?;
+    let mut rows = table(&["at", "who", "from", "action", "datasource", "key id", "what"], &[]);
+    let mut after = 0;
+    loop {
+        let place = after.to_string();
+        let mut query = vec![("limit", PAGE), ("after", &place)];
+        query.extend(args.from.as_deref().map(|from| ("from", from)));
+        query.extend(args.to.as_deref().map(|to| ("to", to)));
+        let page: Page = client.get("/v1/audit", &query)?;
+        for entry in &page.entries {
+            if args.json {
+                writeln!(out, "{entry}")?;
+                continue;
+            }
+            let entry: Entry = serde_json::from_str(entry.get())?;
+            let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+            rows.add_row([
+                entry.at,
+                entry.who,
+                or_dash(entry.address),
+                entry.action,
+                or_dash(entry.datasource),
+                or_dash(entry.key_id),
+                entry.what.to_string(),
+            ]);
+        }
+        match page.next {
+            Some(next) => after = next,
+            None => break,
+        }
+    }
+    if args.json { Ok(()) } else { Ok(writeln!(out, "{rows}")?) }
+}

@@ -1,0 +1,18 @@
+//! `headgate nats`: what NATS and the gateway have to know of each other.
+
+use super::out::Out;
+
+mod server;
+mod setup;
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Write a nats-server's configuration in which API keys are users, and the gateway's beside it
+    Setup(setup::Args),
+}
+
+pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
+    match command {
+        Command::Setup(args) => setup::run(&args, out),
+    }
+}

@@ -1,0 +1,128 @@
+//! The configuration of a nats-server in which API keys are users. It has four accounts, so that nobody
+//! can do more than is meant for it (ARCHITECTURE.md says why each is there).
+
+use std::fmt;
+use std::net::SocketAddr;
+
+/// Where the server listens.
+#[derive(Debug, clap::Args)]
+pub(super) struct Listeners {
+    /// Where nats-server listens
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:4222")]
+    pub(super) listen: SocketAddr,
+    /// Where it listens for NATS over WebSocket, without TLS [default: it does not]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) websocket: Option<SocketAddr>,
+    /// Where it listens for MQTT 3.1.1 [default: it does not; Headgate's own MQTT says more and loses nothing]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) mqtt: Option<SocketAddr>,
+}
+
+/// A configuration. `Display` writes the whole of it, with the passwords.
+pub(super) struct Server<'a> {
+    /// Where it is, and JetStream's files will be.
+    pub(super) dir: &'a str,
+    pub(super) listeners: &'a Listeners,
+    /// The public key of the account that answers of auth callout are signed by.
+    pub(super) issuer: &'a str,
+    /// The public curve key that requests are encrypted to.
+    pub(super) curve: &'a str,
+    /// The password of user `headgate`.
+    pub(super) gateway: &'a str,
+    /// The password of user `callout`.
+    pub(super) callout: &'a str,
+    /// The password of user `system`.
+    pub(super) system: &'a str,
+}
+
+impl fmt::Display for Server<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { dir, listeners, issuer, curve, gateway, callout, system } = self;
+        let Listeners { listen, websocket, mqtt } = listeners;
+        write!(
+            f,
+            r#"# nats-server for Headgate, written by "headgate nats setup". It holds passwords.
+#
+#   nats-server --config {dir}/nats-server.conf
+#
+# Clients connect with their API key. In a cluster every server has the same accounts, a server_name of its own, and a
+# "cluster" part, which is not here.
+
+server_name: "n1"
+listen: "{listen}"
+
+jetstream {{
+  store_dir: "{dir}/jetstream"
+  # How often what was written is synced to disk. A single server that loses its power loses what came after; in a
+  # cluster the other replicas have it. "always" syncs each message, and is slow.
+  # sync_interval: "2m"
+}}
+
+# Over a network, clients need TLS, or their keys can be read on the way:
+# tls {{ cert_file: "…", key_file: "…" }}
+
+"#
+        )?;
+        let comment = |is_on: bool| if is_on { "" } else { "# " };
+        let (on, at) = (comment(websocket.is_some()), or(websocket, 8088));
+        writeln!(f, "# Clients that speak NATS over WebSocket.")?;
+        writeln!(f, "{on}websocket {{ listen: \"{at}\", no_tls: true }}\n")?;
+        let (on, at) = (comment(mqtt.is_some()), or(mqtt, 1884));
+        write!(
+            f,
+            r#"# Clients that speak MQTT 3.1.1. nats-server acknowledges what they publish once it has it, before the gateway does,
+# and also what they may not publish: point devices at Headgate's own MQTT instead wherever you can.
+{on}mqtt {{ listen: "{at}" }}
+
+accounts {{
+  # The gateways, and what they keep: the stream "headgate" with the validated stream. Backends that read it with
+  # JetStream are users here; each also has to be among the auth_users below.
+  HEADGATE {{
+    jetstream: enabled
+    users: [ {{ user: "headgate", password: "{gateway}" }} ]
+    exports: [ {{ stream: "stream.>", accounts: [ APP ] }} ]
+  }}
+
+  # The gateways again, and nobody else, ever: the API keys of clients that connect come here.
+  AUTH {{
+    users: [ {{ user: "callout", password: "{callout}" }} ]
+    exports: [ {{ service: "ingest.>", accounts: [ APP ] }} ]
+  }}
+
+  # Clients with an API key: each may do what its key allows, and is put here for it.
+  APP {{
+    # MQTT keeps its sessions in it.
+    jetstream: enabled
+    imports: [
+      # "share" has the server tell the gateway which key a message came under.
+      {{ service: {{ account: AUTH, subject: "ingest.>" }}, share: true }}
+      {{ stream: {{ account: HEADGATE, subject: "stream.>" }} }}
+    ]
+    # Nobody here makes a message of the validated stream, not even by naming it as the place for an answer.
+    mappings: {{ "stream.>": "denied.>" }}
+  }}
+
+  # Whoever ends connections.
+  SYS {{ users: [ {{ user: "system", password: "{system}" }} ] }}
+}}
+system_account: SYS
+
+authorization {{
+  # How long a client waits for a gateway to say whether its key is good, in seconds.
+  timeout: 2
+  auth_callout {{
+    issuer: {issuer}
+    account: AUTH
+    # Those who connect with the password above. Everybody else presents an API key.
+    auth_users: [ "headgate", "callout", "system" ]
+    xkey: {curve}
+  }}
+}}
+"#
+        )
+    }
+}
+
+fn or(address: &Option<SocketAddr>, port: u16) -> SocketAddr {
+    address.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], port)))
+}

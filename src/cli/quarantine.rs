@@ -1,0 +1,195 @@
+//! `headgate quarantine`: what is kept of a datasource and not let through, and sending it through
+//! intake again after the schema was mended.
+
+use std::io::Write;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+
+use super::client::Client;
+use super::datasource;
+use super::out::{Out, table};
+use crate::message::{KeyId, Offset};
+
+/// Characters of a payload that the table shows.
+const PAYLOAD_CHARS_MAX: usize = 60;
+/// Messages that are listed when nothing else is said.
+const LIMIT_DEFAULT: u64 = 100;
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// List what is in quarantine, oldest first, and why
+    List {
+        /// The datasource's id
+        datasource: String,
+        /// Only this topic, or the topics of an MQTT filter: 'spindle/#'
+        #[arg(long)]
+        topic: Option<String>,
+        /// Only messages received at or after this time: 2026-11-23T09:00:00Z
+        #[arg(long, value_name = "TIME")]
+        from: Option<String>,
+        /// Only messages behind this offset
+        #[arg(long, value_name = "OFFSET")]
+        after: Option<Offset>,
+        /// At most so many
+        #[arg(long, default_value_t = LIMIT_DEFAULT, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+        limit: u64,
+        /// Print the gateway's answer as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Send what meets its schema by now through intake again; however often, it comes in once
+    Redrive {
+        /// The datasource's id
+        datasource: String,
+        /// The offsets of the messages; all of them, if none is named
+        offsets: Vec<Offset>,
+        /// Only this topic, or the topics of an MQTT filter
+        #[arg(long)]
+        topic: Option<String>,
+    },
+}
+
+/// A page of the gateway's answer.
+#[derive(Deserialize)]
+struct Page {
+    records: Vec<Record>,
+    next: Option<Offset>,
+}
+
+/// What is shown of a message in quarantine.
+#[derive(Deserialize)]
+struct Record {
+    offset: Offset,
+    received_at: String,
+    topic: String,
+    payload: Box<RawValue>,
+    cause: String,
+    pointer: Option<String>,
+    detail: Option<String>,
+    schema_version: Option<u32>,
+    redriven_offset: Option<Offset>,
+}
+
+pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
+    let client = Client::from_environment()?;
+    match command {
+        Command::List { datasource, topic, from, after, limit, json } => {
+            let path = format!("{}/quarantine", datasource::path(&datasource)?);
+            let (limit, after) = (limit.to_string(), after.map(|after| after.to_string()));
+            let mut query = vec![("limit", limit.as_str())];
+            query.extend(topic.as_deref().map(|topic| ("topic", topic)));
+            query.extend(from.as_deref().map(|from| ("from", from)));
+            query.extend(after.as_deref().map(|after| ("after_offset", after)));
+            if json {
+                let answer: Box<RawValue> = client.get(&path, &query)?;
+                Ok(writeln!(out, "{answer}")?)
+            } else {
+                list(&client.get(&path, &query)?, out)
+            }
+        }
+        Command::Redrive { datasource, offsets, topic } => {
+            let path = format!("{}/quarantine/redrive", datasource::path(&datasource)?);
+            let mut wanted = json!({});
+            if !offsets.is_empty() {
+                wanted["ids"] = offsets.into();
+            }
+            if let Some(topic) = topic {
+                wanted["filter"] = topic.into();
+            }
+            redrive(&client, &path, &wanted, out)
+        }
+    }
+}
+
+fn list(page: &Page, out: &mut Out) -> anyhow::Result<()> {
+    let mut rows = table(&["offset", "received", "topic", "payload", "why", "let in at"], &[0, 5]);
+    for record in &page.records {
+        let why = match (&record.pointer, &record.detail, record.schema_version) {
+            (Some(pointer), Some(detail), Some(version)) => format!("{pointer} {detail} (version {version})"),
+            _ => record.cause.clone(),
+        };
+        let redriven = record.redriven_offset.map_or_else(String::new, |offset| offset.to_string());
+        let payload: String = record.payload.get().chars().take(PAYLOAD_CHARS_MAX).collect();
+        rows.add_row([
+            record.offset.to_string(),
+            record.received_at.clone(),
+            record.topic.clone(),
+            payload,
+            why.trim().to_owned(),
+            redriven,
+        ]);
+    }
+    writeln!(out, "{rows}")?;
+    match page.next {
+        Some(next) => Ok(writeln!(out, "more with --after {next}")?),
+        None => Ok(()),
+    }
+}
+
+/// Asks until there is no more.
+fn redrive(client: &Client, path: &str, wanted: &Value, out: &mut Out) -> anyhow::Result<()> {
+    #[derive(Deserialize)]
+    struct Answer {
+        redriven: u64,
+        duplicates: u64,
+        failing: u64,
+        errors: Vec<Failing>,
+        more: bool,
+    }
+    #[derive(Deserialize)]
+    struct Failing {
+        offset: Offset,
+        topic: String,
+        pointer: String,
+        detail: String,
+        schema_version: u32,
+    }
+    loop {
+        let answer: Answer = client.post(path, wanted)?;
+        let Answer { redriven, duplicates, failing, errors, more } = answer;
+        writeln!(out, "{redriven} let in, {duplicates} let in before, {failing} still failing")?;
+        for Failing { offset, topic, pointer, detail, schema_version } in &errors {
+            writeln!(out, "  {offset} {topic}: {pointer} {detail} (version {schema_version})")?;
+        }
+        // What fails comes again with each request: where nothing else came, asking again is no use.
+        if !more || redriven == 0 {
+            return Ok(());
+        }
+    }
+}
+
+/// `headgate key quarantine`: puts what a leaked key let in out of sight, or back in it.
+pub(super) fn leak(
+    client: &Client,
+    keys_path: &str,
+    key_id: &str,
+    since: Option<&str>,
+    out: &mut Out,
+) -> anyhow::Result<()> {
+    #[derive(Deserialize)]
+    struct Answer {
+        records: u64,
+        topics: Vec<Topic>,
+        last_offset: Option<Offset>,
+    }
+    #[derive(Deserialize)]
+    struct Topic {
+        datasource: String,
+        topic: String,
+        records: u64,
+    }
+    let key_id = KeyId::parse(key_id)?;
+    let wanted = since.map_or_else(|| json!({ "undo": true }), |since| json!({ "since": since }));
+    let answer: Answer = client.post(&format!("{keys_path}/{key_id}/quarantine"), &wanted)?;
+    let Answer { records, topics, last_offset } = answer;
+    writeln!(out, "{records} records that key {key_id} let in are in quarantine")?;
+    for Topic { datasource, topic, records } in topics {
+        writeln!(out, "  {records} of {datasource} {topic}")?;
+    }
+    match last_offset {
+        Some(offset) => Ok(writeln!(out, "the last that it wrote has offset {offset}")?),
+        None => Ok(()),
+    }
+}

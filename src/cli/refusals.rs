@@ -1,0 +1,88 @@
+//! `headgate refusals`: what was refused lately, to whom, why, and what to do about it.
+
+use std::io::Write;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::client::Client;
+use super::out::{Out, grouped, table};
+
+/// What to look for.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Only this MQTT client identifier
+    #[arg(long, value_name = "ID")]
+    client: Option<String>,
+    /// Only this IP address
+    #[arg(long, value_name = "IP")]
+    address: Option<String>,
+    /// Only this cause
+    #[arg(long)]
+    cause: Option<String>,
+    /// Only about this datasource
+    #[arg(long, value_name = "DS")]
+    datasource: Option<String>,
+    /// How many at most
+    #[arg(long, default_value_t = 50)]
+    limit: usize,
+    /// Print the gateway's answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct List {
+    refusals: Vec<Refusal>,
+    unlisted: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Refusal {
+    #[serde(default)]
+    address: String,
+    #[serde(default)]
+    client: String,
+    transport: String,
+    cause: String,
+    #[serde(default)]
+    datasource: String,
+    count: u64,
+    last_at: String,
+    advice: String,
+}
+
+pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+    let client = Client::from_environment()?;
+    let limit = args.limit.to_string();
+    let given = [
+        ("client", &args.client),
+        ("address", &args.address),
+        ("cause", &args.cause),
+        ("datasource", &args.datasource),
+    ];
+    let mut query: Vec<(&str, &str)> =
+        given.iter().filter_map(|(name, value)| Some((*name, value.as_deref()?))).collect();
+    query.push(("limit", &limit));
+    let answer: Value = client.get("/v1/refusals", &query)?;
+    if args.json { Ok(writeln!(out, "{answer:#}")?) } else { print(serde_json::from_value(answer)?, out) }
+}
+
+fn print(list: List, out: &mut Out) -> anyhow::Result<()> {
+    if list.refusals.is_empty() {
+        writeln!(out, "nothing of that kind was refused since the gateway was started")?;
+    } else {
+        let columns = ["last", "client", "address", "over", "datasource", "cause", "times", "what to do"];
+        let mut rows = table(&columns, &[6]);
+        for refusal in list.refusals {
+            let Refusal { address, client, transport, cause, datasource, count, last_at, advice } = refusal;
+            let count = grouped(count);
+            rows.add_row([last_at, client, address, transport, datasource, cause, count, advice]);
+        }
+        writeln!(out, "{rows}")?;
+    }
+    if list.unlisted > 0 {
+        writeln!(out, "{} more were counted and not listed, in a flood", grouped(list.unlisted))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! `headgate schema`: the JSON Schemas that a datasource's messages have to meet, and one inferred from
+//! what it has sent so far.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use super::client::Client;
+use super::datasource;
+use super::out::Out;
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Show the schemas that are enforced, with their versions
+    Show {
+        /// The datasource's id
+        datasource: String,
+    },
+    /// Print the schema that what is stored meets, ready for `schema set`
+    Infer {
+        /// The datasource's id
+        datasource: String,
+        /// One for each topic instead of one for all
+        #[arg(long)]
+        by_topic: bool,
+    },
+    /// Set what messages have to meet: a JSON Schema, or a list of {"filter", "schema"}
+    Set {
+        /// The datasource's id
+        datasource: String,
+        /// The file, or '-' for standard input
+        file: PathBuf,
+    },
+    /// Let every message in, whatever it holds
+    Clear {
+        /// The datasource's id
+        datasource: String,
+    },
+}
+
+pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
+    let client = Client::from_environment()?;
+    let path = |id: &str| Ok::<_, anyhow::Error>(format!("{}/schema", datasource::path(id)?));
+    let shown = match command {
+        Command::Show { datasource } => client.get::<Value>(&path(&datasource)?, &[])?["enforced"].take(),
+        Command::Infer { datasource, by_topic } => {
+            let mut answer: Value = client.get(&path(&datasource)?, &[])?;
+            answer[if by_topic { "by_topic" } else { "inferred" }].take()
+        }
+        Command::Set { datasource, file } => {
+            let written = read(&file)?;
+            // A schema is an object or a boolean.
+            let name = if written.is_array() { "schemas" } else { "schema" };
+            client.put::<Value>(&path(&datasource)?, &json!({ name: written }))?["enforced"].take()
+        }
+        Command::Clear { datasource } => {
+            client.put::<Value>(&path(&datasource)?, &json!({ "schemas": [] }))?["enforced"].take()
+        }
+    };
+    Ok(writeln!(out, "{shown:#}")?)
+}
+
+fn read(file: &Path) -> anyhow::Result<Value> {
+    let mut text = String::new();
+    if file == Path::new("-") {
+        std::io::stdin().read_to_string(&mut text).context("standard input")?;
+    } else {
+        text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    }
+    serde_json::from_str(&text).with_context(|| format!("{} is not JSON", file.display()))
+}

@@ -1,0 +1,503 @@
+//! Egress: the consumer that sends the validated stream on to NATS, on `stream.{datasource}.{topic}` of
+//! one JetStream stream.
+//!
+//! It keeps no cursor of its own. The stream's last message says which record it was, and whether it is
+//! one of this log; the next one behind it is sent next, whatever was killed or restored meanwhile. The
+//! outlet sees to it that nothing is stored twice, out of order or with a hole
+//! (`bridges/nats/src/outlet.rs`).
+//!
+//! What is in quarantine is left out, and so is what cannot go: a topic that is no subject, a message
+//! that is larger than NATS takes. Those are counted and named in the log.
+//!
+//! While NATS is away the log keeps what was not sent, for as long as there is room. When it has reached
+//! `log.retention_bytes`, devices go before: the oldest records leave unsent, which is reported and
+//! counted, and the next message that is sent says how many are missing before it (`Headgate-Skipped`).
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use headgate_bridge_nats::{Last, Nats, Outlet, OutletError, StreamSettings};
+use rand::rand_core::TryRng;
+use rand::rngs::SysRng;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tracing::{error, info, warn};
+
+use self::message::{is_message_of, message_of, offset_of};
+use super::follower::{Consumer, Control, Next, Words};
+use crate::config;
+use crate::limits::EGRESS_READ_BYTES;
+use crate::log::{Hold, Log, ReadError};
+use crate::message::{Offset, RecordRef};
+use crate::subject::Space;
+
+mod message;
+
+/// How long JetStream knows the ids of messages. What was under way when a connection broke arrives
+/// within that or not at all; for longer they would fill the server's memory while the log is caught up
+/// with.
+const DUPLICATE_WINDOW: Duration = Duration::from_secs(10);
+/// What cannot go is reported this often.
+const REPORT_EVERY: Duration = Duration::from_secs(60);
+/// The file that tells the log of a data directory from all others.
+const LOG_ID_FILE: &str = "log.id";
+
+const WORDS: Words = Words {
+    name: "egress",
+    down: "the stream on NATS does not get on",
+    up: "the stream on NATS gets on",
+    late: "the stream on NATS was not done by its deadline; the log has the rest",
+    // What was not sent is sent after the next start: NATS may be away for longer than any deadline.
+    patient: false,
+};
+
+/// The running consumer.
+pub struct Egress {
+    control: Arc<Control>,
+    stop: watch::Sender<Option<Instant>>,
+    counts: Arc<Counts>,
+}
+
+/// How far it is and what it has done since the start.
+#[derive(Default)]
+pub struct Counts {
+    cursor: AtomicU64,
+    sent: AtomicU64,
+    skipped: [AtomicU64; 3],
+}
+
+/// Why a record is not on the stream, other than that it is in quarantine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Skipped {
+    /// Its topic is no subject.
+    Topic,
+    /// It is larger than NATS takes.
+    Size,
+    /// It left the log before NATS was there to take it.
+    Gone,
+}
+
+impl Skipped {
+    /// All of them.
+    pub const ALL: [Skipped; 3] = [Skipped::Topic, Skipped::Size, Skipped::Gone];
+
+    /// The lower-case name, as in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Skipped::Topic => "topic",
+            Skipped::Size => "size",
+            Skipped::Gone => "gone",
+        }
+    }
+}
+
+impl Counts {
+    /// The first offset that is not on the stream yet.
+    pub fn cursor(&self) -> Offset {
+        self.cursor.load(Ordering::Acquire)
+    }
+
+    /// Records that were sent and stored.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Records that will not be on the stream, for this reason.
+    pub fn skipped(&self, why: Skipped) -> u64 {
+        self.skipped[why as usize].load(Ordering::Relaxed)
+    }
+}
+
+/// Why egress could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EgressError {
+    /// The log's id.
+    #[error("the stream on NATS: cannot read or make {}: {error}", path.display())]
+    LogId {
+        /// Where it is.
+        path: PathBuf,
+        /// The operating system's.
+        error: io::Error,
+    },
+    /// The thread.
+    #[error("the stream on NATS: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Why a round of the thread brought nothing.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Outlet(#[from] OutletError),
+    #[error(transparent)]
+    Log(#[from] ReadError),
+    #[error("the log has records from {0} on and gives none")]
+    Nothing(Offset),
+    #[error(
+        "the newest message of {stream} (sequence {sequence}) was not sent by this log: let nobody else \
+         publish there and delete it, or use another stream (nats.stream.name)"
+    )]
+    Foreign { stream: String, sequence: u64 },
+    #[error(
+        "the stream {stream} has records up to offset {offset}, and the log ends before {log_end}: it lacks \
+         what was sent from it. Use another stream (nats.stream.name), or delete this one to have it made \
+         again of what the log has"
+    )]
+    LogBehind { stream: String, offset: Offset, log_end: Offset },
+    #[error(
+        "the stream {stream} has another record at offset {offset} than the log: one of them was put back \
+         to an earlier state. Use another stream (nats.stream.name), or delete this one to have it made \
+         again of what the log has"
+    )]
+    Differs { stream: String, offset: Offset },
+    #[error("egress was not done by its deadline")]
+    Late,
+}
+
+impl Egress {
+    /// Starts the thread that follows the log into the stream. To be called in a tokio runtime. That NATS
+    /// is not there is waited for, now and later.
+    ///
+    /// # Errors
+    /// [`EgressError`].
+    pub fn start(
+        dir: &Path,
+        config: &config::Config,
+        nats: Nats,
+        log: Arc<dyn Log>,
+    ) -> Result<Self, EgressError> {
+        let stream = &config.nats.stream;
+        let settings = StreamSettings {
+            name: stream.name.clone(),
+            subjects: vec![Space::Stream.all(), Space::Quarantine.all()],
+            replicas: stream.replicas,
+            bytes_max: config.log.retention_bytes,
+            duplicate_window: DUPLICATE_WINDOW,
+        };
+        let path = dir.join(LOG_ID_FILE);
+        let log_id = log_id(&path).map_err(|error| EgressError::LogId { path, error })?;
+        let counts = Arc::new(Counts::default());
+        let stop = watch::Sender::new(None);
+        let follower = Follower {
+            log_id,
+            stream: stream.name.clone(),
+            hold: log.hold_with_room(),
+            log: log.clone(),
+            outlet: Outlet::new(nats, settings),
+            runtime: Handle::current(),
+            stop: stop.subscribe(),
+            counts: counts.clone(),
+            read: None,
+            under_way: VecDeque::new(),
+            stored: None,
+            gone: 0,
+            gone_counted: 0,
+            report: Report::default(),
+        };
+        let control = Control::new(&WORDS);
+        control.start(follower, log)?;
+        Ok(Self { control, stop, counts })
+    }
+
+    /// Why the stream does not get on, while it does not.
+    pub fn trouble(&self) -> Option<String> {
+        self.control.trouble()
+    }
+
+    /// How far it is and what it has done.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// Sends what is in the log already, within the deadline and if NATS is there, and ends the thread.
+    /// What was not sent by then is sent after the next start.
+    pub async fn stop(&self, deadline: Instant) {
+        self.stop.send_replace(Some(deadline));
+        self.control.stop(deadline).await;
+    }
+}
+
+impl Drop for Egress {
+    /// The thread of one that nobody stopped ends at once.
+    fn drop(&mut self) {
+        let now = Instant::now();
+        self.stop.send_replace(Some(now));
+        self.control.stop_by(now);
+    }
+}
+
+/// The thread.
+struct Follower {
+    log_id: String,
+    stream: String,
+    log: Arc<dyn Log>,
+    hold: Hold,
+    outlet: Outlet,
+    runtime: Handle,
+    stop: watch::Receiver<Option<Instant>>,
+    counts: Arc<Counts>,
+    /// The first offset that was not read from the log. `None` while the outlet is not open.
+    read: Option<Offset>,
+    /// What was sent and is not known to be stored: sequence and offset.
+    under_way: VecDeque<(u64, Offset)>,
+    /// The newest sequence that this process knows to be stored, and the offset behind what it was.
+    stored: Option<(u64, Offset)>,
+    /// Records that left the log unsent; the next message says so.
+    gone: u64,
+    /// The offset up to which those were counted.
+    gone_counted: Offset,
+    report: Report,
+}
+
+impl Consumer for Follower {
+    type Trouble = Trouble;
+
+    fn round(&mut self) -> Result<Next, Trouble> {
+        let runtime = self.runtime.clone();
+        let mut stop = self.stop.clone();
+        let round = runtime.block_on(async {
+            tokio::select! {
+                round = self.forward() => round,
+                () = deadline(&mut stop) => Err(Trouble::Late),
+            }
+        });
+        if round.is_err() {
+            self.read = None;
+        }
+        self.report.look();
+        round
+    }
+
+    fn cursor(&self) -> Offset {
+        // What the follower waits for is a record that was not read.
+        self.read.unwrap_or_else(|| self.counts.cursor())
+    }
+
+    fn end(self) {}
+}
+
+/// Returns when it is time to have ended.
+async fn deadline(stop: &mut watch::Receiver<Option<Instant>>) {
+    let at = match stop.wait_for(Option::is_some).await {
+        Ok(at) => *at,
+        Err(_) => None,
+    };
+    if let Some(at) = at {
+        tokio::time::sleep_until(at.into()).await;
+    }
+}
+
+impl Follower {
+    /// Sends what the log has behind the cursor, about as much as is read at a time.
+    async fn forward(&mut self) -> Result<Next, Trouble> {
+        let read = match self.read {
+            Some(read) => {
+                self.outlet.check()?;
+                read
+            }
+            None => self.open().await?,
+        };
+        let first = self.log.first_offset();
+        if read < first {
+            self.pass_over(read, first);
+        } else if read < self.log.next_offset() {
+            match self.log.read(read, EGRESS_READ_BYTES) {
+                // Just now; the next round finds it.
+                Err(ReadError::Removed { first, .. }) if first > read => return Ok(Next::Again),
+                batches => {
+                    let batches = batches?;
+                    let Some(last) = batches.last() else { return Err(Trouble::Nothing(read)) };
+                    let left_out = self.log.withheld().now();
+                    let records = batches.iter().flat_map(|batch| batch.records());
+                    for record in records.filter(|record| record.offset >= read) {
+                        if !left_out.contains(&record) {
+                            self.send(&record).await?;
+                        }
+                    }
+                    self.read = Some(last.next_offset());
+                }
+            }
+        } else if self.under_way.is_empty() {
+            return Ok(Next::AtTail);
+        } else {
+            self.outlet.settle().await?;
+        }
+        self.note_stored();
+        Ok(Next::Again)
+    }
+
+    /// Sends one record, unless it cannot go.
+    async fn send(&mut self, record: &RecordRef<'_>) -> Result<(), Trouble> {
+        let skipped = match message_of(record, &self.log_id, self.gone) {
+            Ok(message) => match self.outlet.send(message).await {
+                Ok(sequence) => {
+                    self.gone = 0;
+                    self.under_way.push_back((sequence, record.offset));
+                    return Ok(());
+                }
+                Err(error @ OutletError::TooLarge { .. }) => (Skipped::Size, error.to_string()),
+                Err(error) => return Err(error.into()),
+            },
+            Err(error) => (Skipped::Topic, error.to_string()),
+        };
+        let (why, detail) = skipped;
+        // Nothing before the cursor is counted a second time when it is read again.
+        if self.report.seen.is_none_or(|seen| record.offset > seen) {
+            self.report.seen = Some(record.offset);
+            self.counts.skipped[why as usize].fetch_add(1, Ordering::Relaxed);
+            self.report.add(record, detail);
+        }
+        Ok(())
+    }
+
+    /// Opens the outlet and finds the first record that is not on the stream.
+    async fn open(&mut self) -> Result<Offset, Trouble> {
+        let last = self.outlet.open().await?;
+        let next = match self.behind(&last)? {
+            Some(next) => next,
+            None => {
+                let first = self.log.first_offset();
+                if last.sequence > 0 {
+                    warn!(
+                        stream = self.stream,
+                        from = first,
+                        "the stream is empty and does not say how far it was; it gets all that the log has"
+                    );
+                }
+                first
+            }
+        };
+        // What was under way and is there is sent, although no answer said so.
+        let arrived = self.under_way.iter().take_while(|(_, offset)| *offset < next).count();
+        self.counts.sent.fetch_add(arrived as u64, Ordering::Relaxed);
+        self.under_way.clear();
+        self.gone = 0;
+        self.stored = Some((last.sequence, next));
+        self.reached(next);
+        self.read = Some(next);
+        info!(stream = self.stream, sequence = last.sequence, offset = next, "the stream on NATS is open");
+        Ok(next)
+    }
+
+    /// The offset behind the last record that is on the stream. `None` if it does not say.
+    fn behind(&self, last: &Last) -> Result<Option<Offset>, Trouble> {
+        let stream = || self.stream.clone();
+        // What was stored and deleted since is not sent again, as far as this process knows of it.
+        let known = self.stored.filter(|(sequence, _)| (1..=last.sequence).contains(sequence));
+        let Some((sequence, message)) = &last.message else { return Ok(known.map(|(_, next)| next)) };
+        let Some(offset) = offset_of(message, &self.log_id) else {
+            return Err(Trouble::Foreign { stream: stream(), sequence: *sequence });
+        };
+        let log_end = self.log.next_offset();
+        if offset >= log_end {
+            return Err(Trouble::LogBehind { stream: stream(), offset, log_end });
+        }
+        match self.log.read(offset, 1) {
+            Ok(batches) => {
+                let mut records = batches.iter().flat_map(|batch| batch.records());
+                let record = records.find(|record| record.offset == offset);
+                if record.is_some_and(|record| !is_message_of(message, &record, &self.log_id)) {
+                    return Err(Trouble::Differs { stream: stream(), offset });
+                }
+            }
+            Err(ReadError::Removed { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Some(known.map_or(offset + 1, |(_, next)| next.max(offset + 1))))
+    }
+
+    /// Goes on at `to`, where the log begins.
+    fn pass_over(&mut self, from: Offset, to: Offset) {
+        self.gone += to - from;
+        // After trouble the same are passed over again.
+        let news = to.saturating_sub(from.max(self.gone_counted));
+        if news > 0 {
+            let (stream, records) = (&self.stream, news);
+            error!(stream, from, to, records, "records have left the log before NATS took them");
+            self.counts.skipped[Skipped::Gone as usize].fetch_add(news, Ordering::Relaxed);
+            self.gone_counted = to;
+        }
+        self.read = Some(to);
+    }
+
+    /// Takes note of what is known to be stored.
+    fn note_stored(&mut self) {
+        let stored = self.outlet.stored();
+        let count = self.under_way.partition_point(|(sequence, _)| *sequence <= stored);
+        let newest = self.under_way.drain(..count).next_back();
+        if let Some((sequence, offset)) = newest {
+            self.stored = Some((sequence, offset + 1));
+            self.counts.sent.fetch_add(count as u64, Ordering::Relaxed);
+            self.reached(offset + 1);
+        }
+        if let (true, Some(read)) = (self.under_way.is_empty(), self.read) {
+            self.reached(read);
+        }
+    }
+
+    fn reached(&self, cursor: Offset) {
+        self.counts.cursor.store(cursor, Ordering::Release);
+        self.hold.set(cursor);
+    }
+}
+
+/// What could not go since the last report.
+#[derive(Default)]
+struct Report {
+    records: u64,
+    /// One of them.
+    example: String,
+    said_at: Option<Instant>,
+    /// The newest that was counted.
+    seen: Option<Offset>,
+}
+
+impl Report {
+    fn add(&mut self, record: &RecordRef<'_>, why: String) {
+        if self.records == 0 {
+            self.example.clear();
+            let RecordRef { offset, datasource, topic, .. } = record;
+            // Writing to a string does not fail.
+            let _ = write!(self.example, "{datasource} {topic:?} at offset {offset}: {why}");
+        }
+        self.records += 1;
+    }
+
+    /// Says what there is to say, once a minute.
+    fn look(&mut self) {
+        if self.records > 0 && self.said_at.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
+            let (records, example) = (self.records, &self.example);
+            warn!(records, example, "records cannot go to the stream on NATS");
+            self.records = 0;
+            self.said_at = Some(Instant::now());
+        }
+    }
+}
+
+/// What tells the log of a data directory from all others: made with the first use, and never changed.
+fn log_id(path: &Path) -> io::Result<String> {
+    match std::fs::read_to_string(path) {
+        Ok(text) if !text.trim().is_empty() => return Ok(text.trim().to_owned()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut random = [0; 6];
+    SysRng.try_fill_bytes(&mut random).map_err(io::Error::other)?;
+    let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    // Whole or not there: another id would make another log of it.
+    let new = path.with_extension("new");
+    let mut file = File::create(&new)?;
+    writeln!(file, "{id}")?;
+    file.sync_all()?;
+    std::fs::rename(&new, path)?;
+    if let Some(dir) = path.parent() {
+        File::open(dir)?.sync_all()?;
+    }
+    Ok(id)
+}

@@ -1,0 +1,117 @@
+//! A record as a message of the stream: its subject, and what else is known of it as headers.
+
+use std::fmt::Write;
+
+use bytes::Bytes;
+use headgate_bridge_nats::{HeaderName, Message};
+
+use crate::log::headers_of;
+use crate::message::{Offset, RecordRef};
+use crate::subject::{Space, SubjectError};
+
+const MESSAGE_ID: HeaderName = HeaderName::from_static("Nats-Msg-Id");
+const OFFSET: HeaderName = HeaderName::from_static("Headgate-Offset");
+const KEY_ID: HeaderName = HeaderName::from_static("Headgate-Key-Id");
+const RECEIVED_AT: HeaderName = HeaderName::from_static("Headgate-Received-At");
+const SKIPPED: HeaderName = HeaderName::from_static("Headgate-Skipped");
+
+/// The message that a record becomes. `log` tells the log from all others; `skipped` is how many records
+/// before this one were removed from the log before they were sent.
+///
+/// # Errors
+/// [`SubjectError`] for a record whose topic has no subject.
+pub(super) fn message_of(record: &RecordRef<'_>, log: &str, skipped: u64) -> Result<Message, SubjectError> {
+    let mut subject = String::with_capacity(16 + record.datasource.len() + record.topic.len());
+    Space::Stream.write_subject(record.datasource, record.topic, &mut subject)?;
+    let mut headers = headers_of(record);
+    headers.insert(MESSAGE_ID, message_id(log, record.offset));
+    headers.insert(OFFSET, record.offset.to_string());
+    if skipped > 0 {
+        headers.insert(SKIPPED, skipped.to_string());
+    }
+    Ok(Message { subject, headers, payload: Bytes::copy_from_slice(record.payload) })
+}
+
+fn message_id(log: &str, offset: Offset) -> String {
+    let mut id = String::with_capacity(log.len() + 21);
+    // Writing to a string does not fail.
+    let _ = write!(id, "{log}-{offset}");
+    id
+}
+
+/// The offset of the record that a message was made of, if it was by this log.
+pub(super) fn offset_of(message: &Message, log: &str) -> Option<Offset> {
+    let text = |name| message.headers.get(name).map(|value| value.as_str());
+    let offset = text(OFFSET)?.parse().ok()?;
+    (text(MESSAGE_ID)? == message_id(log, offset)).then_some(offset)
+}
+
+/// Whether this is what the record becomes.
+pub(super) fn is_message_of(message: &Message, record: &RecordRef<'_>, log: &str) -> bool {
+    message_of(record, log, 0).is_ok_and(|expected| {
+        let same = |name: HeaderName| message.headers.get(name.clone()) == expected.headers.get(name);
+        message.subject == expected.subject
+            && message.payload == expected.payload
+            && [MESSAGE_ID, KEY_ID, RECEIVED_AT].into_iter().all(same)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{KeyId, RecordFlags, Transport};
+
+    fn record<'a>(topic: &'a str, properties: &'a [u8]) -> RecordRef<'a> {
+        RecordRef {
+            offset: 41,
+            datasource: "press-4",
+            topic,
+            payload: b"21.5",
+            content_type: "text/plain",
+            properties,
+            key_id: KeyId([0xab; 6]),
+            transport: Transport::Http,
+            publisher: 7,
+            received_at: 1_700_000_000_000_001,
+            flags: RecordFlags::RETAIN,
+            note: &[],
+        }
+    }
+
+    #[test]
+    fn a_record_says_where_it_was_and_who_let_it_in() {
+        let message = message_of(&record("v1.2/temp", &[38, 0]), "log", 3).expect("crosses");
+        assert_eq!(message.subject, "stream.press-4.v1//2.temp");
+        for (name, value) in [
+            ("Nats-Msg-Id", "log-41"),
+            ("Content-Type", "text/plain"),
+            ("Headgate-Offset", "41"),
+            ("Headgate-Key-Id", "abababababab"),
+            ("Headgate-Received-At", "2023-11-14T22:13:20.000001Z"),
+            ("Headgate-Transport", "http"),
+            ("Headgate-Publisher", "0000000000000007"),
+            ("Headgate-Flags", "1"),
+            ("Headgate-Properties", "JgA="),
+            ("Headgate-Skipped", "3"),
+        ] {
+            assert_eq!(message.headers.get(name).map(|value| value.as_str()), Some(value), "{name}");
+        }
+        assert_eq!(message.headers.len(), 10);
+    }
+
+    #[test]
+    fn a_message_is_known_again_as_its_record_and_no_other() {
+        let one = record("t", &[]);
+        let message = message_of(&one, "log", 3).expect("crosses");
+        assert_eq!(offset_of(&message, "log"), Some(41));
+        assert_eq!(offset_of(&message, "other"), None, "another log's");
+        assert!(is_message_of(&message, &one, "log"));
+        assert!(!is_message_of(&message, &RecordRef { payload: b"21.6", ..one }, "log"));
+        assert!(!is_message_of(&message, &RecordRef { received_at: 1, ..one }, "log"));
+    }
+
+    #[test]
+    fn a_topic_that_is_no_subject_has_no_message() {
+        assert!(message_of(&record("a b", &[]), "log", 0).is_err());
+    }
+}

@@ -1,0 +1,213 @@
+//! A follower: a thread that reads the log behind a consumer's cursor, round after round.
+//!
+//! What a round does is the [`Consumer`]'s: storage writes a transaction, retained messages are brought
+//! up to date, the stream on NATS gets what is new. What all of them need is here: the pace, trouble
+//! that is said once and tried again until it is over, and an end within a deadline. Whatever goes
+//! wrong, the log keeps the records, and no acknowledgement waits for a consumer.
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tracing::{error, info, warn};
+
+use crate::log::Log;
+use crate::message::Offset;
+
+/// How long the thread waits for the log before it looks whether it is to stop.
+const WAIT_SLICE: Duration = Duration::from_millis(50);
+/// After trouble: the first wait before the next attempt, doubled each time up to the second.
+const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+
+/// What follows the log. All of it runs on the follower's thread.
+pub(super) trait Consumer: Send + 'static {
+    /// Why a round brought nothing.
+    type Trouble: fmt::Display;
+
+    /// Consumes what the log has behind the cursor, as much as is good at a time.
+    fn round(&mut self) -> Result<Next, Self::Trouble>;
+
+    /// The first offset that was not consumed.
+    fn cursor(&self) -> Offset;
+
+    /// Puts in order what is to be so after the last round.
+    fn end(self);
+}
+
+/// When the next round is.
+pub(super) enum Next {
+    /// There is nothing to consume: when there is.
+    AtTail,
+    /// After this time, or once somebody [waits](Control::want) for what was not consumed yet.
+    Turn(Duration),
+    /// Now.
+    Again,
+}
+
+/// What an operator reads about a consumer, and how it takes trouble.
+pub(super) struct Words {
+    /// The name of its thread.
+    pub(super) name: &'static str,
+    /// What trouble means; the trouble follows.
+    pub(super) down: &'static str,
+    /// That it is over.
+    pub(super) up: &'static str,
+    /// That it did not end by its deadline.
+    pub(super) late: &'static str,
+    /// Whether trouble while it stops is waited out, until the deadline, for the sake of what is in the
+    /// log already.
+    pub(super) patient: bool,
+}
+
+/// What the thread and those who ask about it share.
+pub(super) struct Control {
+    words: &'static Words,
+    trouble: Mutex<Option<String>>,
+    asked: Mutex<Asked>,
+    asked_more: Condvar,
+    ended: watch::Sender<bool>,
+}
+
+/// What is asked of the thread.
+#[derive(Default)]
+struct Asked {
+    /// Somebody waits until everything below this is consumed.
+    wanted: Offset,
+    /// When to have ended, once that is to be.
+    stop: Option<Instant>,
+}
+
+impl Control {
+    /// Of a thread that has not begun.
+    pub(super) fn new(words: &'static Words) -> Arc<Self> {
+        Arc::new(Self {
+            words,
+            trouble: Mutex::default(),
+            asked: Mutex::default(),
+            asked_more: Condvar::new(),
+            ended: watch::Sender::new(false),
+        })
+    }
+
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The operating system's, if it gives no thread.
+    pub(super) fn start(self: &Arc<Self>, consumer: impl Consumer, log: Arc<dyn Log>) -> io::Result<()> {
+        let control = self.clone();
+        let thread = std::thread::Builder::new().name(self.words.name.to_owned());
+        thread.spawn(move || control.run(consumer, &*log)).map(drop)
+    }
+
+    /// Why the consumer does not get on, while it does not.
+    pub(super) fn trouble(&self) -> Option<String> {
+        lock(&self.trouble).clone()
+    }
+
+    /// Lets the thread know that somebody waits until everything below `offset` is consumed.
+    pub(super) fn want(&self, offset: Offset) {
+        let mut asked = lock(&self.asked);
+        asked.wanted = asked.wanted.max(offset);
+        self.asked_more.notify_all();
+    }
+
+    /// Tells the thread to consume what is in the log already, within the deadline, and to end.
+    pub(super) fn stop_by(&self, deadline: Instant) {
+        let mut asked = lock(&self.asked);
+        asked.stop = Some(asked.stop.map_or(deadline, |earlier| earlier.min(deadline)));
+        self.asked_more.notify_all();
+    }
+
+    /// The same, and waits for it until the deadline.
+    pub(super) async fn stop(&self, deadline: Instant) {
+        self.stop_by(deadline);
+        let mut ended = self.ended.subscribe();
+        if tokio::time::timeout_at(deadline.into(), ended.wait_for(|ended| *ended)).await.is_err() {
+            warn!("{}", self.words.late);
+        }
+    }
+
+    /// When the thread is to have ended, once it is to end.
+    pub(super) fn stopping(&self) -> Option<Instant> {
+        lock(&self.asked).stop
+    }
+
+    /// Whether the thread has ended.
+    #[cfg(test)]
+    pub(super) fn has_ended(&self) -> bool {
+        *self.ended.borrow()
+    }
+
+    fn run<C: Consumer>(self: Arc<Self>, mut consumer: C, log: &dyn Log) {
+        let _ended = Ended(self.clone());
+        let mut retry = RETRY.0;
+        loop {
+            let stop = self.stopping();
+            if stop.is_some_and(|deadline| deadline <= Instant::now()) {
+                break;
+            }
+            match consumer.round() {
+                Ok(next) => {
+                    retry = RETRY.0;
+                    self.set_trouble(None, consumer.cursor());
+                    match next {
+                        Next::AtTail if stop.is_some() => break,
+                        Next::AtTail => log.wait_blocking(consumer.cursor(), WAIT_SLICE),
+                        Next::Turn(time) => self.pause(time, |asked| asked.wanted > consumer.cursor()),
+                        Next::Again => {}
+                    }
+                }
+                Err(trouble) => {
+                    self.set_trouble(Some(trouble.to_string()), consumer.cursor());
+                    match stop {
+                        Some(_) if !self.words.patient => break,
+                        // A pause ends at once when the thread is to end, and here something is waited for.
+                        Some(_) => std::thread::sleep(RETRY.0),
+                        None => self.pause(retry, |_| false),
+                    }
+                    retry = (retry * 2).min(RETRY.1);
+                }
+            }
+        }
+        consumer.end();
+    }
+
+    /// Waits for `time`, or until the thread is to end, or `enough`.
+    fn pause(&self, time: Duration, enough: impl Fn(&Asked) -> bool) {
+        let go_on = |asked: &mut Asked| asked.stop.is_none() && !enough(asked);
+        let _ = self.asked_more.wait_timeout_while(lock(&self.asked), time, go_on);
+    }
+
+    /// Takes note of trouble, or of its end, and says so when that is news.
+    fn set_trouble(&self, trouble: Option<String>, cursor: Offset) {
+        let mut current = lock(&self.trouble);
+        if *current == trouble {
+            return;
+        }
+        match &trouble {
+            Some(trouble) => error!(cursor, "{}: {trouble}", self.words.down),
+            None => info!(cursor, "{}", self.words.up),
+        }
+        *current = trouble;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Says that the thread has ended, also when it has panicked.
+struct Ended(Arc<Control>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let trouble = "the thread has ended by a panic, and needs a restart";
+            error!("{}: {trouble}", self.0.words.down);
+            *lock(&self.0.trouble) = Some(trouble.to_owned());
+        }
+        self.0.ended.send_replace(true);
+    }
+}

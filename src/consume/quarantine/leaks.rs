@@ -1,0 +1,219 @@
+//! The rules about leaked keys, kept in `DIR/quarantine.db` so that what was withheld once stays
+//! withheld across any end of the process. In a cluster they are in its registry: every node withholds the
+//! same, and calls each change by the same version.
+//!
+//! ```sql
+//! changes (version INTEGER, datasource TEXT, key_id BLOB, since_us INTEGER, below INTEGER, made_us INTEGER)
+//! ```
+//!
+//! Every change ever made, in order; a row without `since_us` and `below` gives back what earlier
+//! ones withhold. A change is on the disk first and counts in memory after, so that nothing that was
+//! said to be withheld is handed out after a crash.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rusqlite::{Connection, params};
+use tokio::runtime::Handle;
+
+use crate::auth::{LeakRow, Registry, RegistryError};
+use crate::consume::sink::schema::{offset_of, sql_offset};
+use crate::consume::subscriber::database::{DatabaseError, Kind};
+use crate::limits::LEAK_CHANGES_MAX;
+use crate::log::{AppendError, Change, Log, WithheldRule};
+use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
+
+/// The file's name in the data directory.
+const FILE_NAME: &str = "quarantine.db";
+
+const KIND: Kind = Kind {
+    format: 1,
+    exclusive: true,
+    schema: "
+        CREATE TABLE changes (
+            version    INTEGER PRIMARY KEY,
+            datasource TEXT NOT NULL,
+            key_id     BLOB NOT NULL,
+            since_us   INTEGER,
+            below      INTEGER,
+            made_us    INTEGER NOT NULL
+        ) STRICT;
+    ",
+};
+
+/// The rules about leaked keys: durable here, live in the log's [`Withheld`](crate::log::Withheld).
+pub struct Leaks {
+    log: Arc<dyn Log>,
+    kept: Kept,
+}
+
+/// Where they are durable.
+enum Kept {
+    /// In a file.
+    File {
+        path: PathBuf,
+        /// Locked by a change until it has reached the live rules too.
+        connection: Mutex<Connection>,
+    },
+    /// In the registry of the cluster, which tells of them.
+    Cluster { registry: Arc<Registry>, runtime: Handle },
+}
+
+/// Why a change was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum LeakError {
+    /// The database.
+    #[error("quarantine: {0}")]
+    Database(#[from] DatabaseError),
+    /// The cluster's registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// What is in the cluster's log cannot be said now.
+    #[error(transparent)]
+    Log(#[from] AppendError),
+    /// Too many.
+    #[error("keys were quarantined {LEAK_CHANGES_MAX} times; no more is kept")]
+    TooMany,
+}
+
+impl Leaks {
+    /// Opens `dir/quarantine.db`, or makes it, and lets the log's readers know what it says: to be called
+    /// before there are any.
+    ///
+    /// # Errors
+    /// [`DatabaseError`].
+    pub fn open(dir: &Path, log: Arc<dyn Log>) -> Result<Self, DatabaseError> {
+        let path = dir.join(FILE_NAME);
+        let connection = KIND.open(&path)?;
+        let read = || -> rusqlite::Result<()> {
+            let mut changes = connection
+                .prepare("SELECT datasource, key_id, since_us, below FROM changes ORDER BY version")?;
+            let mut rows = changes.query([])?;
+            while let Some(row) = rows.next()? {
+                let datasource = match row.get_ref(0)?.as_str()? {
+                    "*" => DatasourceId::all(),
+                    id => DatasourceId::new(id).map_err(rusqlite::types::FromSqlError::other)?,
+                };
+                let key_id = KeyId(row.get(1)?);
+                let rule: (Option<TimeMicros>, Option<i64>) = (row.get(2)?, row.get(3)?);
+                log.withheld().push(match rule {
+                    (Some(since), Some(below)) => {
+                        Change::Withhold(WithheldRule { datasource, key_id, since, below: offset_of(below) })
+                    }
+                    _ => Change::GiveBack(datasource, key_id),
+                });
+            }
+            Ok(())
+        };
+        read().map_err(|error| DatabaseError::of(&error, &path))?;
+        Ok(Self { log, kept: Kept::File { path, connection: Mutex::new(connection) } })
+    }
+
+    /// Lets the log's readers know what the registry of a cluster says, and will say: to be called before there
+    /// are any. Needs a runtime.
+    pub fn of_cluster(registry: Arc<Registry>, log: Arc<dyn Log>) -> Self {
+        let withheld = log.withheld().clone();
+        registry.follow_leaks(move |row| {
+            let LeakRow { datasource, key_id, .. } = row.clone();
+            withheld.push(match (row.since, row.below) {
+                (Some(since), Some(below)) => {
+                    Change::Withhold(WithheldRule { datasource, key_id, since, below })
+                }
+                _ => Change::GiveBack(datasource, key_id),
+            });
+        });
+        Self { log, kept: Kept::Cluster { registry, runtime: Handle::current() } }
+    }
+
+    /// Withholds what a key let in since a time: durably, and for every reader of the log from the moment
+    /// when this returns. What it lets in after, if it is still good, is not meant. Returns the version
+    /// that this makes. Blocks.
+    ///
+    /// # Errors
+    /// [`LeakError`]: then nothing has changed.
+    pub fn withhold(
+        &self,
+        datasource: &DatasourceId,
+        key_id: KeyId,
+        since: TimeMicros,
+    ) -> Result<u64, LeakError> {
+        let below = match &self.kept {
+            Kept::File { .. } => self.log.next_offset(),
+            // What other gateways have let in may not have come here yet.
+            Kept::Cluster { runtime, .. } => runtime.block_on(self.log.end())?,
+        };
+        let rule = WithheldRule { datasource: datasource.clone(), key_id, since, below };
+        self.change(Change::Withhold(rule))
+    }
+
+    /// Gives back what is withheld of a key in this datasource (or in all, if that was said). Returns the
+    /// version that this makes. Blocks.
+    ///
+    /// # Errors
+    /// [`LeakError`]: then nothing has changed.
+    pub fn give_back(&self, datasource: &DatasourceId, key_id: KeyId) -> Result<u64, LeakError> {
+        self.change(Change::GiveBack(datasource.clone(), key_id))
+    }
+
+    fn change(&self, change: Change) -> Result<u64, LeakError> {
+        let withheld = self.log.withheld();
+        let (datasource, key_id, since, below) = match &change {
+            Change::Withhold(rule) => (&rule.datasource, rule.key_id, Some(rule.since), Some(rule.below)),
+            Change::GiveBack(datasource, key_id) => (datasource, *key_id, None, None),
+        };
+        let (path, connection) = match &self.kept {
+            Kept::Cluster { registry, .. } => {
+                let row = LeakRow { datasource: datasource.clone(), key_id, since, below, at: now_micros() };
+                return registry.add_leak_rule(&row, LEAK_CHANGES_MAX)?.ok_or(LeakError::TooMany);
+            }
+            Kept::File { path, connection } => (path, connection),
+        };
+        let connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if withheld.version() >= LEAK_CHANGES_MAX {
+            return Err(LeakError::TooMany);
+        }
+        connection
+            .execute(
+                "INSERT INTO changes VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                params![
+                    sql_offset(withheld.version() + 1),
+                    datasource.as_str(),
+                    key_id.0,
+                    since,
+                    below.map(sql_offset),
+                    now_micros()
+                ],
+            )
+            .map_err(|error| DatabaseError::of(&error, path))?;
+        Ok(withheld.push(change))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::log::EmbeddedLog;
+
+    #[test]
+    fn what_was_withheld_is_withheld_after_a_restart_and_what_was_given_back_is_not() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let config = Config::default();
+        let open = || {
+            let log = EmbeddedLog::open(dir.path(), &config.log, &config.intake).expect("opens");
+            let log: Arc<dyn Log> = Arc::new(log);
+            (Leaks::open(dir.path(), log.clone()).expect("opens"), log)
+        };
+        let (leaks, _log) = open();
+        let datasource = DatasourceId::new("press-4").expect("a slug");
+        let (one, other) = (KeyId([1; 6]), KeyId([2; 6]));
+        assert_eq!(leaks.withhold(&datasource, one, 7).expect("kept"), 1);
+        assert_eq!(leaks.withhold(&DatasourceId::all(), other, 8).expect("kept"), 2);
+        assert_eq!(leaks.give_back(&datasource, one).expect("kept"), 3);
+        drop((leaks, _log));
+        let (_leaks, log) = open();
+        let rules: Vec<_> = log.withheld().now().rules().cloned().collect();
+        let expected = WithheldRule { datasource: DatasourceId::all(), key_id: other, since: 8, below: 0 };
+        assert_eq!((log.withheld().version(), rules), (3, vec![expected]));
+    }
+}

@@ -1,0 +1,309 @@
+//! Pages of what is in quarantine, each record with its reason. Bounded as pages of records are: by
+//! their number, their bytes, and by what was looked at for them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rusqlite::{Row, params};
+use serde::Serialize;
+
+use crate::consume::query::{Query, QueryError, StoredRecord, bytes_of, datasource_id, origin_of};
+use crate::consume::render::{RecordJson, record_json};
+use crate::consume::sink::quarantined::{CAUSE_LIMIT, CAUSE_SCHEMA};
+use crate::consume::sink::schema::{offset_of, sql_offset};
+use crate::filter::TopicFilter;
+use crate::limits::{QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX, TAIL_BYTES};
+use crate::log::{Log, ReadError};
+use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
+
+/// Which records.
+#[derive(Debug, Clone)]
+pub struct QuarantineQuery {
+    /// Whose.
+    pub datasource: DatasourceId,
+    /// A topic or an MQTT filter (`+`, `#`).
+    pub topic: Option<String>,
+    /// Received at or after.
+    pub from: Option<TimeMicros>,
+    /// Only records with a greater offset.
+    pub after_offset: Option<Offset>,
+    /// Only these.
+    pub offsets: Option<BTreeSet<Offset>>,
+    /// Only those that could be sent through intake again: they failed their schema, and were not sent
+    /// again yet.
+    pub redrivable: bool,
+    /// At most so many, and never more than [`QUERY_RECORDS_MAX`].
+    pub limit: usize,
+}
+
+/// What brought a record into quarantine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cause {
+    /// It does not meet its schema.
+    Schema,
+    /// It was over a limit.
+    Limit,
+    /// The key that let it in has leaked.
+    Key,
+}
+
+/// One record in quarantine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuarantinedRecord {
+    /// What it has in common with those that are let in.
+    pub record: StoredRecord,
+    /// What brought it here.
+    pub cause: Cause,
+    /// The keyword of its schema that it does not meet.
+    pub keyword: Option<String>,
+    /// Where in the message.
+    pub pointer: Option<String>,
+    /// The same in words.
+    pub detail: Option<String>,
+    /// The version of the schema.
+    pub schema_version: Option<u32>,
+    /// Where it is since it was sent through intake again and let in.
+    pub redriven_offset: Option<Offset>,
+    /// MQTT 5 properties in wire form.
+    pub properties: Vec<u8>,
+    /// Which client published it.
+    pub publisher: u64,
+    /// How it was published.
+    pub flags: RecordFlags,
+}
+
+impl QuarantinedRecord {
+    /// The record that it is in the log, without its note.
+    pub fn as_record<'a>(&'a self, datasource: &'a DatasourceId) -> RecordRef<'a> {
+        let StoredRecord { offset, topic, payload, content_type, key_id, transport, received_at } =
+            &self.record;
+        RecordRef {
+            offset: *offset,
+            datasource: datasource.as_str(),
+            topic,
+            payload,
+            content_type,
+            properties: &self.properties,
+            key_id: *key_id,
+            transport: *transport,
+            publisher: self.publisher,
+            received_at: *received_at,
+            flags: self.flags,
+            note: &[],
+        }
+    }
+}
+
+/// As the API shows it: the fields of a record, and those of the reason.
+impl Serialize for QuarantinedRecord {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Shown<'a> {
+            #[serde(flatten)]
+            record: RecordJson<'a>,
+            cause: Cause,
+            keyword: Option<&'a str>,
+            pointer: Option<&'a str>,
+            detail: Option<&'a str>,
+            schema_version: Option<u32>,
+            redriven_offset: Option<Offset>,
+        }
+        Shown {
+            record: record_json(&self.record),
+            cause: self.cause,
+            keyword: self.keyword.as_deref(),
+            pointer: self.pointer.as_deref(),
+            detail: self.detail.as_deref(),
+            schema_version: self.schema_version,
+            redriven_offset: self.redriven_offset,
+        }
+        .serialize(serializer)
+    }
+}
+
+/// A page of quarantine, and where the next one starts.
+#[derive(Debug, Default, Serialize)]
+pub struct QuarantinePage {
+    /// Ordered by offset. May be empty although there is a next page.
+    pub records: Vec<QuarantinedRecord>,
+    /// `after_offset` of the next page, if there may be one.
+    pub next: Option<Offset>,
+}
+
+/// What of a leaked key's records is in quarantine.
+#[derive(Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Leaked {
+    /// How many.
+    pub records: u64,
+    /// Of which topics, by datasource and name; no more than [`QUERY_RECORDS_MAX`] are listed.
+    pub topics: Vec<LeakedTopic>,
+    /// The last that the key has written of what is in quarantine, for whatever reason.
+    pub last_offset: Option<Offset>,
+}
+
+/// What of a leaked key's records is in quarantine, of one topic.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct LeakedTopic {
+    /// Whose.
+    pub datasource: String,
+    /// As the device wrote it.
+    pub topic: String,
+    /// How many.
+    pub records: u64,
+}
+
+impl Leaked {
+    /// The same where there is no storage: of what is in the log still. Blocks on the disk.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn in_log(log: &dyn Log, datasource: &DatasourceId, key_id: KeyId) -> Result<Self, ReadError> {
+        let left_out = log.withheld().now();
+        let mut topics: BTreeMap<(String, String), u64> = BTreeMap::new();
+        let mut leaked = Self::default();
+        let (mut offset, end) = (log.first_offset(), log.next_offset());
+        while offset < end && !left_out.is_nothing() {
+            let batches = log.read(offset, TAIL_BYTES)?;
+            let Some(last) = batches.last() else { break };
+            offset = last.next_offset();
+            for record in batches.iter().flat_map(|batch| batch.records()) {
+                let meant = datasource.is_all() || record.datasource == datasource.as_str();
+                if meant && record.key_id == key_id && left_out.withholds(&record) {
+                    leaked.records += 1;
+                    leaked.last_offset = Some(record.offset);
+                    *topics.entry((record.datasource.to_owned(), record.topic.to_owned())).or_default() += 1;
+                }
+            }
+        }
+        let topics = topics.into_iter().take(QUERY_RECORDS_MAX);
+        leaked.topics =
+            topics.map(|((datasource, topic), records)| LeakedTopic { datasource, topic, records }).collect();
+        Ok(leaked)
+    }
+}
+
+impl Query {
+    /// One page of quarantine, in the order of the offsets.
+    ///
+    /// # Errors
+    /// [`QueryError::Filter`] for a topic that is none; the database's.
+    pub fn quarantine(&self, query: &QuarantineQuery) -> Result<QuarantinePage, QueryError> {
+        let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
+        self.read(|connection| {
+            let mut page = QuarantinePage::default();
+            let Some(datasource) = datasource_id(connection, &query.datasource)? else { return Ok(page) };
+            let mut statement = connection.prepare_cached(
+                "SELECT o.key_id, o.transport, o.content_type, q.offset, q.received_us, t.topic, q.payload,
+                     q.cause, q.keyword, q.pointer, q.detail, q.schema_version, q.redriven_offset,
+                     q.properties, q.publisher, q.flags
+                 FROM quarantined q
+                 LEFT JOIN topics t ON t.id = q.topic_id
+                 LEFT JOIN origins o ON o.id = q.origin_id
+                 WHERE q.datasource_id = ?1 AND q.offset BETWEEN ?2 AND ?3 ORDER BY q.offset",
+            )?;
+            let named = query.offsets.as_ref();
+            let first = query.after_offset.map_or(0, |after| sql_offset(after).saturating_add(1));
+            let first = named.and_then(|named| named.first()).map_or(first, |&n| first.max(sql_offset(n)));
+            let last = named.map_or(i64::MAX, |named| named.last().map_or(-1, |&n| sql_offset(n)));
+            let limit = query.limit.clamp(1, QUERY_RECORDS_MAX);
+            let (mut scanned, mut bytes, mut at) = (0, 0, None);
+            let mut rows = statement.query(params![datasource, first, last])?;
+            while let Some(row) = rows.next()? {
+                if page.records.len() == limit || bytes >= QUERY_BYTES_MAX || scanned == QUERY_SCANNED_MAX {
+                    page.next = at;
+                    break;
+                }
+                let offset = offset_of(row.get(3)?);
+                (scanned, at) = (scanned + 1, Some(offset));
+                let unwanted = named.is_some_and(|named| !named.contains(&offset))
+                    || query.from.is_some_and(|from| row.get(4).is_ok_and(|at: TimeMicros| at < from))
+                    || filter.as_ref().is_some_and(|f| row.get_ref(5).is_ok_and(|t| !matches(f, t)));
+                if unwanted {
+                    continue;
+                }
+                let record = record_of(row)?;
+                let redrivable = record.cause != Cause::Key && record.redriven_offset.is_none();
+                if redrivable || !query.redrivable {
+                    bytes += record.record.payload.len() + record.record.topic.len();
+                    page.records.push(record);
+                }
+            }
+            Ok(page)
+        })
+    }
+
+    /// What of the records of a leaked key is in quarantine because of that; in one datasource, or in
+    /// all of them (`*`).
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn leaked(&self, datasource: &DatasourceId, key_id: KeyId) -> Result<Leaked, QueryError> {
+        self.read(|connection| {
+            let mut statement = connection.prepare_cached(
+                "SELECT d.datasource, t.topic, count(*)
+                 FROM quarantined q JOIN datasources d ON d.id = q.datasource_id JOIN topics t ON t.id = q.topic_id
+                 WHERE q.cause = 'key' AND q.origin_id IN (SELECT id FROM origins WHERE key_id = ?1)
+                 GROUP BY q.topic_id ORDER BY 1, 2",
+            )?;
+            let mut leaked = Leaked::default();
+            let of_one = match datasource.is_all() {
+                true => None,
+                false => datasource_id(connection, datasource)?.or(Some(-1)),
+            };
+            let mut rows = statement.query([key_id.to_string()])?;
+            while let Some(row) = rows.next()? {
+                let (of, topic): (String, String) = (row.get(0)?, row.get(1)?);
+                if !datasource.is_all() && datasource.as_str() != of {
+                    continue;
+                }
+                let records = offset_of(row.get(2)?);
+                leaked.records += records;
+                if leaked.topics.len() < QUERY_RECORDS_MAX {
+                    leaked.topics.push(LeakedTopic { datasource: of, topic, records });
+                }
+            }
+            let last: Option<i64> = connection
+                .prepare_cached(
+                    "SELECT max(q.offset) FROM quarantined q
+                     WHERE q.origin_id IN (SELECT id FROM origins WHERE key_id = ?1)
+                         AND q.datasource_id = coalesce(?2, q.datasource_id)",
+                )?
+                .query_row(params![key_id.to_string(), of_one], |row| row.get(0))?;
+            leaked.last_offset = last.map(offset_of);
+            Ok(leaked)
+        })
+    }
+}
+
+fn matches(filter: &TopicFilter, topic: rusqlite::types::ValueRef<'_>) -> bool {
+    topic.as_str().is_ok_and(|topic| filter.matches(topic))
+}
+
+fn record_of(row: &Row<'_>) -> rusqlite::Result<QuarantinedRecord> {
+    let origin = origin_of(row)?;
+    let cause = match row.get_ref(7)?.as_str()? {
+        CAUSE_SCHEMA => Cause::Schema,
+        CAUSE_LIMIT => Cause::Limit,
+        _ => Cause::Key,
+    };
+    Ok(QuarantinedRecord {
+        record: StoredRecord {
+            offset: offset_of(row.get(3)?),
+            topic: row.get(5)?,
+            payload: bytes_of(row, 6)?,
+            content_type: origin.content_type,
+            key_id: origin.key_id,
+            transport: origin.transport,
+            received_at: row.get(4)?,
+        },
+        cause,
+        keyword: row.get(8)?,
+        pointer: row.get(9)?,
+        detail: row.get(10)?,
+        schema_version: row.get(11)?,
+        redriven_offset: row.get::<_, Option<i64>>(12)?.map(offset_of),
+        properties: row.get(13)?,
+        publisher: row.get::<_, i64>(14)?.cast_unsigned(),
+        flags: RecordFlags(row.get(15)?),
+    })
+}

@@ -1,0 +1,412 @@
+//! Inference: the JSON Schema that what was stored of a datasource meets, ready to be enforced, and an
+//! example of a payload. It is made of the newest records, and of each says no more than what all of
+//! them have in common: their types, the members that none of them lacks, strings that are times, and
+//! strings that are always one of a few.
+//!
+//! Everything is bounded: the records that are looked at, how deep, how wide and how large the schema
+//! gets. Beyond a bound it says nothing, and so lets everything in.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::OnceLock;
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::query::{Query, QueryError, bytes_of, datasource_id};
+use crate::limits::{
+    INFERENCE_BYTES_MAX, INFERENCE_DEPTH_MAX, INFERENCE_EXAMPLE_BYTES_MAX, INFERENCE_KEY_BYTES_MAX,
+    INFERENCE_PARTS_MAX, INFERENCE_RECORDS_MAX, INFERENCE_TOPICS_MAX, SCHEMA_BYTES_MAX,
+};
+use crate::message::DatasourceId;
+use crate::validate::{Schema, Written};
+
+/// So many strings have to be seen, and so many times more than there are different ones, before they
+/// are taken to be always one of those.
+const CHOICE: (u64, u64) = (20, 4);
+/// Different strings that may be a choice, and the bytes of each.
+const CHOICE_MAX: (usize, usize) = (8, 64);
+
+/// What was inferred.
+#[derive(Debug, Default, Serialize)]
+pub struct Inference {
+    /// What every JSON payload met that was looked at, of whatever topic; `None` if there was none.
+    pub inferred: Option<Value>,
+    /// The newest of them that is not very long.
+    pub example: Option<Value>,
+    /// The same for each topic, as it may be set; no more than [`INFERENCE_TOPICS_MAX`].
+    pub by_topic: Vec<Written>,
+    /// An example for each of them, by topic.
+    pub examples: BTreeMap<String, Value>,
+    /// How many records were looked at.
+    pub records: usize,
+    /// How many of them are no JSON: no schema lets those in.
+    pub not_json: usize,
+}
+
+impl Query {
+    /// What can be inferred from the newest records of a datasource.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn inference(&self, datasource: &DatasourceId) -> Result<Inference, QueryError> {
+        self.read(|connection| {
+            let mut observed = Observed::default();
+            let Some(id) = datasource_id(connection, datasource)? else { return Ok(observed.infer()) };
+            let mut newest = connection.prepare_cached(
+                "SELECT t.topic, e.payload FROM entries e LEFT JOIN topics t ON t.id = e.topic_id
+                 WHERE e.datasource_id = ?1 ORDER BY e.offset DESC LIMIT ?2",
+            )?;
+            let mut bytes = 0;
+            let mut rows = newest.query([id, i64::try_from(INFERENCE_RECORDS_MAX).unwrap_or(i64::MAX)])?;
+            while bytes < INFERENCE_BYTES_MAX
+                && let Some(row) = rows.next()?
+            {
+                let payload = bytes_of(row, 1)?;
+                bytes += payload.len();
+                let topic: String = row.get(0)?;
+                observed.see(&topic, &payload);
+            }
+            Ok(observed.infer())
+        })
+    }
+}
+
+/// What was seen of a datasource.
+#[derive(Default)]
+struct Observed {
+    all: Examined,
+    topics: BTreeMap<String, Examined>,
+    records: usize,
+    not_json: usize,
+}
+
+/// Payloads that were seen together.
+#[derive(Default)]
+struct Examined {
+    shape: Shape,
+    parts: usize,
+    example: Option<Value>,
+}
+
+impl Observed {
+    /// Looks at the next payload; the newest comes first.
+    fn see(&mut self, topic: &str, payload: &[u8]) {
+        self.records += 1;
+        let Ok(value) = serde_json::from_slice::<Value>(payload) else {
+            self.not_json += 1;
+            return;
+        };
+        let short = payload.len() <= INFERENCE_EXAMPLE_BYTES_MAX;
+        self.all.see(&value, short);
+        if let Some(examined) = self.topics.get_mut(topic) {
+            examined.see(&value, short);
+        } else if self.topics.len() < INFERENCE_TOPICS_MAX {
+            self.topics.entry(topic.to_owned()).or_default().see(&value, short);
+        }
+    }
+
+    fn infer(self) -> Inference {
+        let mut inference = Inference {
+            inferred: (self.records > self.not_json).then(|| self.all.shape.to_schema()),
+            example: self.all.example,
+            records: self.records,
+            not_json: self.not_json,
+            ..Inference::default()
+        };
+        for (topic, Examined { shape, example, .. }) in self.topics {
+            inference.by_topic.push(Written { filter: topic.clone(), schema: shape.to_schema() });
+            inference.examples.extend(example.map(|example| (topic, example)));
+        }
+        inference
+    }
+}
+
+impl Examined {
+    fn see(&mut self, value: &Value, short: bool) {
+        self.shape.see(value, 0, &mut self.parts);
+        if short && self.example.is_none() {
+            self.example = Some(value.clone());
+        }
+    }
+}
+
+/// What the values at one place have in common.
+#[derive(Default)]
+struct Shape {
+    null: bool,
+    boolean: bool,
+    integer: bool,
+    number: bool,
+    strings: Option<Strings>,
+    /// Of the elements of all arrays.
+    elements: Option<Box<Shape>>,
+    objects: Option<Objects>,
+    /// It is not looked at any closer.
+    anything: bool,
+}
+
+#[derive(Default)]
+struct Strings {
+    seen: u64,
+    /// Those there are, as long as they are few and short.
+    choice: Option<BTreeSet<String>>,
+    all_times: bool,
+}
+
+#[derive(Default)]
+struct Objects {
+    seen: u64,
+    members: BTreeMap<String, Member>,
+}
+
+#[derive(Default)]
+struct Member {
+    seen: u64,
+    shape: Shape,
+}
+
+impl Shape {
+    /// Takes in one more value. `parts` counts what has been made of all values so far.
+    fn see(&mut self, value: &Value, depth: usize, parts: &mut usize) {
+        if depth == INFERENCE_DEPTH_MAX {
+            self.anything = true;
+            return;
+        }
+        match value {
+            Value::Null => self.null = true,
+            Value::Bool(_) => self.boolean = true,
+            Value::Number(number) if number.is_f64() => self.number = true,
+            Value::Number(_) => self.integer = true,
+            Value::String(text) => self.strings.get_or_insert_default().see(text),
+            Value::Array(elements) => {
+                let shape = self.elements.get_or_insert_default();
+                elements.iter().for_each(|element| shape.see(element, depth + 1, parts));
+            }
+            Value::Object(members) => {
+                let objects = self.objects.get_or_insert_default();
+                objects.seen += 1;
+                for (key, value) in members {
+                    if let Some(member) = objects.members.get_mut(key) {
+                        member.seen += 1;
+                        member.shape.see(value, depth + 1, parts);
+                    } else if *parts < INFERENCE_PARTS_MAX && key.len() <= INFERENCE_KEY_BYTES_MAX {
+                        *parts += 1;
+                        let member = objects.members.entry(key.clone()).or_default();
+                        member.seen = 1;
+                        member.shape.see(value, depth + 1, parts);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A schema that all of the values meet, and that can be enforced: as deep as fits.
+    fn to_schema(&self) -> Value {
+        let deepest = (1..=INFERENCE_DEPTH_MAX).rev().map(|depth| self.part(depth));
+        let mut fitting = deepest.filter(|schema| schema.to_string().len() <= SCHEMA_BYTES_MAX);
+        fitting.next().unwrap_or_else(|| json!({}))
+    }
+
+    fn part(&self, depth: usize) -> Value {
+        let types = self.types();
+        if self.anything || types.is_empty() || depth == 0 {
+            return json!({});
+        }
+        let mut schema = Map::new();
+        let only_strings = types == ["string"];
+        schema.insert(
+            "type".to_owned(),
+            match &types[..] {
+                [one] => json!(one),
+                several => json!(several),
+            },
+        );
+        if let Some(strings) = &self.strings {
+            if strings.all_times {
+                schema.insert("format".to_owned(), json!("date-time"));
+            } else if let Some(choice) = strings.choice().filter(|_| only_strings) {
+                schema.insert("enum".to_owned(), json!(choice));
+            }
+        }
+        if let Some(elements) = &self.elements {
+            schema.insert("items".to_owned(), elements.part(depth - 1));
+        }
+        if let Some(objects) = &self.objects {
+            let required: Vec<_> =
+                objects.members.iter().filter(|(_, m)| m.seen == objects.seen).map(|(key, _)| key).collect();
+            let members = objects.members.iter();
+            let properties: Map<_, _> =
+                members.map(|(key, member)| (key.clone(), member.shape.part(depth - 1))).collect();
+            schema.insert("properties".to_owned(), properties.into());
+            schema.insert("required".to_owned(), json!(required));
+        }
+        schema.into()
+    }
+
+    fn types(&self) -> Vec<&'static str> {
+        let types = [
+            ("null", self.null),
+            ("boolean", self.boolean),
+            // Every integer is a number too.
+            ("integer", self.integer && !self.number),
+            ("number", self.number),
+            ("string", self.strings.is_some()),
+            ("array", self.elements.is_some()),
+            ("object", self.objects.is_some()),
+        ];
+        types.into_iter().filter_map(|(name, seen)| seen.then_some(name)).collect()
+    }
+}
+
+impl Strings {
+    fn see(&mut self, text: &str) {
+        let first = self.seen == 0;
+        self.seen += 1;
+        self.all_times = (first || self.all_times) && is_time(text);
+        let choice = if first { Some(BTreeSet::new()) } else { self.choice.take() };
+        let (most, bytes_max) = CHOICE_MAX;
+        self.choice = choice.filter(|_| text.len() <= bytes_max).and_then(|mut choice| {
+            if !choice.contains(text) {
+                choice.insert(text.to_owned());
+            }
+            (choice.len() <= most).then_some(choice)
+        });
+    }
+
+    fn choice(&self) -> Option<&BTreeSet<String>> {
+        let (seen_min, times) = CHOICE;
+        let sure =
+            |choice: &&BTreeSet<String>| self.seen >= seen_min && self.seen >= times * choice.len() as u64;
+        self.choice.as_ref().filter(sure)
+    }
+}
+
+/// Whether a string is what the format `date-time` of a schema asks for, by the code that will ask.
+fn is_time(text: &str) -> bool {
+    static TIME: OnceLock<Option<Schema>> = OnceLock::new();
+    // Most strings are none, and do not begin like one.
+    let schema = || TIME.get_or_init(|| Schema::compile(json!({"format": "date-time"})).ok()).as_ref();
+    text.len() >= 20
+        && text.as_bytes()[0].is_ascii_digit()
+        && schema().is_some_and(|schema| schema.check(&json!(text)).is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn inferred(values: &[Value]) -> Value {
+        let mut observed = Observed::default();
+        values.iter().for_each(|value| observed.see("t", value.to_string().as_bytes()));
+        observed.infer().inferred.expect("there were some")
+    }
+
+    #[test]
+    fn what_all_have_in_common_is_inferred_and_no_more() {
+        let reading = |n: i32| {
+            json!({
+                "timestamp": format!("2013-12-02T21:{:02}:00Z", n % 60),
+                "value": if n % 2 == 0 { json!(n) } else { json!(f64::from(n) + 0.5) },
+                "unit": (["°F", "°C"][n as usize % 2]),
+                "note": format!("reading {n}"),
+                "fault": if n % 3 == 0 { Value::Null } else { json!(true) },
+                "axes": [1, 2, n],
+            })
+        };
+        let mut readings: Vec<Value> = (0..40).map(reading).collect();
+        readings[7].as_object_mut().expect("an object").remove("note");
+        assert_eq!(
+            inferred(&readings),
+            json!({
+                "type": "object",
+                "properties": {
+                    "timestamp": {"type": "string", "format": "date-time"},
+                    "value": {"type": "number"},
+                    "unit": {"type": "string", "enum": ["°C", "°F"]},
+                    "note": {"type": "string"},
+                    "fault": {"type": ["null", "boolean"]},
+                    "axes": {"type": "array", "items": {"type": "integer"}},
+                },
+                "required": ["axes", "fault", "timestamp", "unit", "value"],
+            })
+        );
+    }
+
+    #[test]
+    fn each_topic_has_a_schema_of_its_own_and_an_example() {
+        let mut observed = Observed::default();
+        for n in 0..10 {
+            observed.see("temp", format!("{n}").as_bytes());
+            observed.see("state", b"{\"on\": true}");
+            observed.see("raw", b"\xff");
+        }
+        let inference = observed.infer();
+        assert_eq!((inference.records, inference.not_json), (30, 10));
+        assert_eq!(
+            inference.inferred,
+            Some(json!({
+                "type": ["integer", "object"],
+                "properties": {"on": {"type": "boolean"}},
+                "required": ["on"],
+            }))
+        );
+        let filters: Vec<_> = inference.by_topic.iter().map(|written| written.filter.as_str()).collect();
+        assert_eq!(filters, ["state", "temp"]);
+        assert_eq!(inference.examples["temp"], json!(0), "the first that was seen: the newest");
+        let rules = crate::validate::Rules::default().replace(inference.by_topic).expect("can be set");
+        assert!(rules.check("temp", b"7").is_ok() && rules.check("temp", b"{}").is_err());
+    }
+
+    #[test]
+    fn a_schema_stays_within_what_can_be_enforced() {
+        let wide: Map<_, _> =
+            (0..10_000).map(|n| (format!("member-{n:05}"), json!({"x": {"y": n}}))).collect();
+        let deep = (0..50).fold(json!(1), |inner, _| json!({ "in": [inner] }));
+        for value in [Value::from(wide), deep, json!([[[]]]), json!({})] {
+            let schema = Schema::compile(inferred(std::slice::from_ref(&value))).expect("compiles");
+            assert_eq!(schema.check(&value), Ok(()));
+        }
+    }
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<u64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            "[a-c]{0,2}".prop_map(Value::from),
+            Just(json!("2013-12-02T21:15:00Z")),
+            Just(json!("2013-12-02T21:15:99Z")),
+            "\\PC{0,30}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(6, 40, 6, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+                prop::collection::btree_map("[a-d$/~]{0,2}|\\$ref|\\$id|\\$defs|enum", inner, 0..6)
+                    .prop_map(|members| Value::from(Map::from_iter(members))),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn an_inferred_schema_lets_in_all_that_it_was_inferred_from(
+            values in prop::collection::vec(any_json(), 1..40)
+        ) {
+            let source = inferred(&values);
+            let schema = Schema::compile(source.clone());
+            let schema = match schema {
+                Ok(schema) => schema,
+                Err(error) => return Err(TestCaseError::fail(format!("{error}: {source}"))),
+            };
+            for value in &values {
+                // As it comes back from its text, which is what a message is.
+                let value: Value = serde_json::from_str(&value.to_string()).expect("JSON");
+                prop_assert_eq!(schema.check(&value), Ok(()), "{} against {}", value, source);
+            }
+        }
+    }
+}

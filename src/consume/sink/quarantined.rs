@@ -1,0 +1,213 @@
+//! The table `quarantined` of `records.db`: what is kept and not let through, each with its reason.
+//!
+//! Three things bring a record here: it did not get past its schema (cause `schema`) or was over a limit
+//! (cause `limit`), and is here from the beginning; or the key that let it in has leaked (cause `key`;
+//! it is moved here from `entries`, or comes here at once if it was not stored yet when the rule was
+//! made). The last can be undone. A
+//! move, what it means for the newest values, and the version of the rules that it brings the
+//! database to are one transaction.
+
+use rusqlite::types::ToSqlOutput;
+use rusqlite::{Connection, params};
+
+use super::ids::RowIds;
+use super::newest;
+use super::schema::{offset_of, sql_offset};
+use crate::log::{Change, LeftOut, Note};
+use crate::message::{KeyId, RecordRef};
+
+/// The `cause` of a record that did not get past its schema.
+pub const CAUSE_SCHEMA: &str = "schema";
+/// The `cause` of a record that was over a limit whose policy that is.
+pub const CAUSE_LIMIT: &str = "limit";
+/// The `cause` of a record whose key has leaked.
+pub const CAUSE_KEY: &str = "key";
+
+/// What `schema.rs` adds to format 1 to make it format 2.
+pub(super) const CREATE: &str = "
+    -- What is kept and not let through. cause: 'schema', 'limit' or 'key'; keyword, pointer, detail and
+    -- schema_version say what of its schema a message did not meet. redriven_offset: where it is
+    -- since it was sent through intake again and let in.
+    CREATE TABLE quarantined (
+        offset          INTEGER PRIMARY KEY,
+        datasource_id   INTEGER NOT NULL,
+        topic_id        INTEGER NOT NULL,
+        origin_id       INTEGER NOT NULL,
+        received_us     INTEGER NOT NULL,
+        payload         NOT NULL,
+        properties      BLOB NOT NULL,
+        publisher       INTEGER NOT NULL,
+        flags           INTEGER NOT NULL,
+        cause           TEXT NOT NULL,
+        keyword         TEXT,
+        pointer         TEXT,
+        detail          TEXT,
+        schema_version  INTEGER,
+        redriven_offset INTEGER
+    );
+    CREATE INDEX quarantined_datasource ON quarantined (datasource_id);
+    CREATE INDEX quarantined_origin ON quarantined (origin_id);
+
+    -- The version of the rules about leaked keys that the tables are in accordance with.
+    CREATE TABLE withheld (
+        id      INTEGER PRIMARY KEY CHECK (id = 0),
+        version INTEGER NOT NULL
+    );
+    INSERT INTO withheld VALUES (0, 0);
+";
+
+/// The columns that a record has in both tables.
+const SHARED: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload";
+
+/// Takes a record into quarantine, in the transaction that `connection` is in.
+pub(super) fn insert(
+    connection: &Connection,
+    record: &RecordRef<'_>,
+    row: RowIds,
+    payload: ToSqlOutput<'_>,
+) -> rusqlite::Result<()> {
+    let (cause, reason) = match Note::decode(record.note) {
+        Some(Note::Quarantined(reason)) if reason.is_limit() => (CAUSE_LIMIT, Some(reason)),
+        Some(Note::Quarantined(reason)) => (CAUSE_SCHEMA, Some(reason)),
+        _ => (CAUSE_KEY, None),
+    };
+    connection
+        .prepare_cached(
+            "INSERT INTO quarantined (offset, datasource_id, topic_id, origin_id, received_us, payload,
+                 properties, publisher, flags, cause, keyword, pointer, detail, schema_version)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+        )?
+        .execute(params![
+            sql_offset(record.offset),
+            row.datasource,
+            row.topic,
+            row.origin,
+            record.received_at,
+            payload,
+            record.properties,
+            record.publisher.cast_signed(),
+            record.flags.0,
+            cause,
+            reason.as_ref().map(|reason| &*reason.keyword),
+            reason.as_ref().map(|reason| &*reason.pointer),
+            reason.as_ref().map(|reason| &*reason.words),
+            reason.as_ref().map(|reason| reason.schema_version),
+        ])?;
+    Ok(())
+}
+
+/// Notes of a record that was sent through intake again where it is now.
+pub(super) fn note_redriven(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<()> {
+    if let Some(Note::Redriven { offset, .. }) = Note::decode(record.note) {
+        connection
+            .prepare_cached("UPDATE quarantined SET redriven_offset = ?2 WHERE offset = ?1")?
+            .execute([sql_offset(offset), sql_offset(record.offset)])?;
+    }
+    Ok(())
+}
+
+/// The version of the rules that the tables are in accordance with.
+pub(super) fn version(connection: &Connection) -> rusqlite::Result<u64> {
+    connection.query_row("SELECT version FROM withheld", [], |row| row.get(0).map(offset_of))
+}
+
+/// Brings the tables into accordance with the rules, in the transaction that `connection` is in:
+/// `changes` are those since the version that they were at, and `left_out` is what holds now.
+pub(super) fn reconcile(
+    connection: &Connection,
+    changes: &[Change],
+    left_out: &LeftOut,
+    version: u64,
+) -> rusqlite::Result<()> {
+    connection.execute_batch(
+        "CREATE TEMP TABLE IF NOT EXISTS moved (offset INTEGER PRIMARY KEY, topic_id INTEGER NOT NULL)",
+    )?;
+    let mut keys: Vec<KeyId> = changes.iter().map(Change::key_id).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    for key_id in keys {
+        withhold(connection, key_id, left_out)?;
+        give_back(connection, key_id, left_out)?;
+    }
+    connection.execute("UPDATE withheld SET version = ?1", [sql_offset(version)])?;
+    Ok(())
+}
+
+/// Moves what rules about this key cover into quarantine.
+fn withhold(connection: &Connection, key_id: KeyId, left_out: &LeftOut) -> rusqlite::Result<()> {
+    connection.execute("DELETE FROM temp.moved", [])?;
+    for rule in left_out.rules().filter(|rule| rule.key_id == key_id) {
+        // No record before the first of these can be young enough, whatever the clock has done.
+        let first: Option<i64> = connection.query_row(
+            "SELECT min(first_offset) FROM time_index WHERE newest_us >= ?1",
+            [rule.since],
+            |row| row.get(0),
+        )?;
+        let Some(first) = first else { continue };
+        let common = "offset >= ?1 AND offset < ?2 AND received_us >= ?3
+             AND origin_id IN (SELECT id FROM origins WHERE key_id = ?4)";
+        let insert = "INSERT OR IGNORE INTO temp.moved SELECT offset, topic_id FROM entries WHERE";
+        let (below, key_id) = (sql_offset(rule.below), key_id.to_string());
+        if rule.datasource.is_all() {
+            connection.execute(&format!("{insert} {common}"), params![first, below, rule.since, key_id])?;
+        } else {
+            let of_one = "datasource_id = (SELECT id FROM datasources WHERE datasource = ?5) AND";
+            connection.execute(
+                &format!("{insert} {of_one} {common}"),
+                params![first, below, rule.since, key_id, rule.datasource.as_str()],
+            )?;
+        }
+    }
+    connection.execute(
+        &format!(
+            "INSERT INTO quarantined ({SHARED}, properties, publisher, flags, cause)
+             SELECT {SHARED}, x'', 0, 0, '{CAUSE_KEY}' FROM entries
+             WHERE offset IN (SELECT offset FROM temp.moved)"
+        ),
+        [],
+    )?;
+    connection.execute("DELETE FROM entries WHERE offset IN (SELECT offset FROM temp.moved)", [])?;
+    each_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))
+}
+
+/// Moves what no rule about this key covers any more back where it was.
+fn give_back(connection: &Connection, key_id: KeyId, left_out: &LeftOut) -> rusqlite::Result<()> {
+    connection.execute("DELETE FROM temp.moved", [])?;
+    {
+        let mut here = connection.prepare(&format!(
+            "SELECT q.offset, q.topic_id, q.received_us, d.datasource
+             FROM quarantined q JOIN datasources d ON d.id = q.datasource_id
+             WHERE q.cause = '{CAUSE_KEY}' AND q.origin_id IN (SELECT id FROM origins WHERE key_id = ?1)"
+        ))?;
+        let mut moved = connection.prepare("INSERT INTO temp.moved VALUES (?1, ?2)")?;
+        let mut rows = here.query([key_id.to_string()])?;
+        while let Some(row) = rows.next()? {
+            let (offset, topic_id): (i64, i64) = (row.get(0)?, row.get(1)?);
+            let datasource = row.get_ref(3)?;
+            if !left_out.covers(datasource.as_str()?, key_id, row.get(2)?, offset_of(offset)) {
+                moved.execute([offset, topic_id])?;
+            }
+        }
+    }
+    connection.execute(
+        &format!(
+            "INSERT INTO entries ({SHARED}) SELECT {SHARED} FROM quarantined
+             WHERE offset IN (SELECT offset FROM temp.moved)"
+        ),
+        [],
+    )?;
+    connection.execute("DELETE FROM quarantined WHERE offset IN (SELECT offset FROM temp.moved)", [])?;
+    each_topic(connection, |topic_id| newest::see_moved(connection, topic_id))
+}
+
+fn each_topic(
+    connection: &Connection,
+    mut work: impl FnMut(i64) -> rusqlite::Result<()>,
+) -> rusqlite::Result<()> {
+    let mut topics = connection.prepare("SELECT DISTINCT topic_id FROM temp.moved")?;
+    let mut rows = topics.query([])?;
+    while let Some(row) = rows.next()? {
+        work(row.get(0)?)?;
+    }
+    Ok(())
+}

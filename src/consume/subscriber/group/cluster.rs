@@ -1,0 +1,381 @@
+//! Groups of a cluster, whose members may be at any of its gateways: JetStream keeps the group's place in
+//! the log, and gives each record to one member.
+//!
+//! A member asks for as many records as it has room for. Those whose connection ends hand back what they
+//! have not dealt with; what a gateway had that was killed comes to others after some seconds.
+//!
+//! A group stays, where it is, for as long as any of its sessions might come back: JetStream is told how long
+//! that is as a session joins, so that it holds for those also that are never heard of again. When the last
+//! member has left of a group whose sessions all end with their connections, it is over at once.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use headgate_bridge_nats::presence::Reply;
+use headgate_bridge_nats::stream::Receipt;
+use headgate_bridge_nats::{NatsError, Presence};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio_util::task::TaskTracker;
+use tracing::warn;
+
+use super::{GroupKey, JoinError, Share};
+use crate::filter::TopicFilter;
+use crate::log::{Batch, Given, KEEP_EVERY, Place, ShareError, SharedPlaces, SharedRecords};
+use crate::message::{Offset, RecordRef};
+use crate::subject::Space;
+
+/// How long a group stays while nobody takes from it, beyond what its sessions do: members that are there,
+/// and take nothing for so long, count as gone.
+const KEPT: Duration = Duration::from_secs(3600);
+/// Records that a member asks for at once.
+const TAKEN_MAX: usize = 64;
+/// How long a member keeps what it hands on: so many leave at the same moment, as their gateway stops, and
+/// none of them is to be given it.
+const OTHERS_LEAVE: Duration = Duration::from_millis(100);
+/// The pause before another attempt.
+const PAUSE: Duration = Duration::from_millis(250);
+/// How long after somebody has left it is looked whether the group is over.
+const LEFT: Duration = Duration::from_millis(600);
+/// What other gateways are asked, with a group's name: has it members there?
+const QUESTION: &str = "headgate.groups";
+const NONE: &[u8] = b"none";
+const SOME: &[u8] = b"some";
+/// How long they may take to answer.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// The groups, as far as this gateway has to do with them.
+pub struct Groups {
+    places: SharedPlaces,
+    presence: Arc<Presence>,
+    here: Arc<Here>,
+    takers: TaskTracker,
+}
+
+/// How many members each group has at this gateway.
+#[derive(Default)]
+struct Here(Mutex<HashMap<String, usize>>);
+
+impl Here {
+    fn locked(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has(&self, group: &str) -> bool {
+        self.locked().contains_key(group)
+    }
+
+    fn leave(&self, group: &str) {
+        let mut here = self.locked();
+        if let Some(members) = here.get_mut(group) {
+            *members -= 1;
+            if *members == 0 {
+                here.remove(group);
+            }
+        }
+    }
+}
+
+/// The place of a group.
+#[derive(Clone)]
+struct Group {
+    places: SharedPlaces,
+    name: String,
+    subjects: Vec<String>,
+    /// With the datasource as its first level, for a key of all.
+    filter: TopicFilter,
+    of_all: bool,
+}
+
+/// A connected member.
+pub struct Member {
+    commands: mpsc::UnboundedSender<Command>,
+    records: mpsc::UnboundedReceiver<(Batch, Place)>,
+    places: SharedPlaces,
+    /// How many more were asked for.
+    asked: usize,
+}
+
+/// What a member's task is told.
+enum Command {
+    /// There is room for so many more.
+    Room(usize),
+    /// This one is dealt with.
+    Done(Offset),
+}
+
+impl Groups {
+    /// None, yet. Other gateways are told of those that will be here.
+    ///
+    /// # Errors
+    /// [`NatsError`]: the connection was closed for good.
+    pub async fn start(places: SharedPlaces, presence: Arc<Presence>) -> Result<Self, NatsError> {
+        let here = Arc::<Here>::default();
+        let here_too = here.clone();
+        let answer = move |group: Bytes| {
+            let has = std::str::from_utf8(&group).is_ok_and(|group| here_too.has(group));
+            std::future::ready(Bytes::from_static(if has { SOME } else { NONE }))
+        };
+        presence.serve(QUESTION, answer).await?;
+        Ok(Self { places, presence, here, takers: TaskTracker::new() })
+    }
+
+    /// Returns when what the members had that are gone is on its way to others.
+    pub(super) async fn close(&self) {
+        self.takers.close();
+        self.takers.wait().await;
+        self.places.flush().await;
+    }
+
+    pub(super) async fn join(
+        &self,
+        key: &GroupKey,
+        expiry_s: u32,
+        from: Option<Offset>,
+    ) -> Result<(), JoinError> {
+        let Some(group) = self.group(key) else { return Ok(()) };
+        let begin = from.unwrap_or_else(|| self.places.next_offset());
+        match group.open(begin, kept(expiry_s)).await? {
+            false if from.is_some() => Err(JoinError::Elsewhere),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn leave(&self, key: &GroupKey) {
+        let Some(Group { places, name, .. }) = self.group(key) else { return };
+        let (presence, here) = (self.presence.clone(), self.here.clone());
+        tokio::spawn(async move {
+            sleep(LEFT).await;
+            if here.has(&name) {
+                return;
+            }
+            let answers = presence.ask_all(QUESTION, Bytes::from(name.clone()), ANSWER_WAIT_MAX).await;
+            let is_none = |reply: &Reply| match reply {
+                Reply::Answer(answer) => answer == NONE,
+                Reply::Gone => true,
+                Reply::Silent => false,
+            };
+            if answers.iter().all(|(_, reply)| is_none(reply)) {
+                // If it cannot be now, it is over by itself some time later.
+                let _ = places.give_up(&name, KEPT).await;
+            }
+        });
+    }
+
+    pub(super) fn member(&self, key: &GroupKey, expiry_s: u32) -> Option<Member> {
+        let group = self.group(key)?;
+        let (commands, told) = mpsc::unbounded_channel();
+        let (given, records) = mpsc::unbounded_channel();
+        *self.here.locked().entry(group.name.clone()).or_default() += 1;
+        let (here, name) = (self.here.clone(), group.name.clone());
+        let taker = Taker::new(group, kept(expiry_s), given);
+        self.takers.spawn(async move {
+            taker.run(told).await;
+            here.leave(&name);
+        });
+        Some(Member { commands, records, places: self.places.clone(), asked: 0 })
+    }
+
+    /// `None` for a filter that no record of a cluster has the topic for.
+    fn group(&self, key: &GroupKey) -> Option<Group> {
+        let (datasource, group, filter) = key;
+        let of_all = datasource.is_all();
+        let subjects = Space::Stream.all_named((!of_all).then_some(datasource), filter);
+        if subjects.is_empty() {
+            return None;
+        }
+        let filter = TopicFilter::new(filter).ok()?;
+        let mut name = String::from("share-");
+        let mut hash = blake3::Hasher::new_derive_key("headgate 2026-11 name of a shared subscription");
+        for part in [datasource.as_str(), group, filter.as_str()] {
+            hash.update(part.as_bytes()).update(&[0]);
+        }
+        name.push_str(&hash.finalize().to_hex()[..32]);
+        Some(Group { places: self.places.clone(), name, subjects, filter, of_all })
+    }
+}
+
+/// How long a group is kept for a session of such an expiry; `None`: for ever.
+fn kept(expiry_s: u32) -> Option<Duration> {
+    (expiry_s != u32::MAX).then(|| Duration::from_secs(expiry_s.into()) + KEPT)
+}
+
+impl Group {
+    async fn open(&self, from: Offset, kept: Option<Duration>) -> Result<bool, ShareError> {
+        self.places.open(&self.name, self.subjects.clone(), from, kept).await
+    }
+
+    /// Asks for up to `max` records, after it was opened, if `open` says where it begins and for how long it is
+    /// kept. If that cannot be, it is over after a pause.
+    async fn ask(
+        self,
+        max: usize,
+        open: Option<(Offset, Option<Duration>)>,
+    ) -> Result<(SharedRecords, Instant), ShareError> {
+        let asked = async {
+            if let Some((begin, kept)) = open {
+                self.open(begin, kept).await?;
+            }
+            self.places.take(&self.name, max).await
+        };
+        match asked.await {
+            Ok(records) => Ok((records, Instant::now())),
+            Err(error) => {
+                sleep(PAUSE).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether a record is one of the group's: its subjects may say more.
+    fn matches(&self, record: &RecordRef<'_>) -> bool {
+        match self.of_all {
+            true => self.filter.matches(&format!("{}/{}", record.datasource, record.topic)),
+            false => self.filter.matches(record.topic),
+        }
+    }
+}
+
+impl Member {
+    pub(super) fn poll_take(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<Share> {
+        loop {
+            if self.asked == 0 {
+                self.asked = max.min(TAKEN_MAX);
+                let _ = self.commands.send(Command::Room(self.asked));
+            }
+            // The task ends with this.
+            let Some((batch, place)) = ready!(self.records.poll_recv(cx)) else { return Poll::Pending };
+            self.asked = self.asked.saturating_sub(1);
+            let is_withheld = self.places.withheld().now().withholds(&batch.reader().read(place));
+            if !is_withheld {
+                return Poll::Ready(Share::Records(batch, vec![place]));
+            }
+            self.acknowledge(place.offset);
+        }
+    }
+
+    pub(super) fn acknowledge(&self, offset: Offset) {
+        let _ = self.commands.send(Command::Done(offset));
+    }
+}
+
+/// Takes records for a member, and says what becomes of them.
+struct Taker {
+    group: Group,
+    kept: Option<Duration>,
+    given: mpsc::UnboundedSender<(Batch, Place)>,
+    /// Behind what it was given: where the group begins anew, should it be gone.
+    behind: Offset,
+    /// For how many there is room.
+    room: usize,
+    /// Records are being asked for. What was asked for comes, and so this is never given up halfway.
+    asking: Option<BoxFuture<'static, Result<(SharedRecords, Instant), ShareError>>>,
+    /// Those that were asked for, and when.
+    records: Option<(SharedRecords, Instant)>,
+    /// Given and not dealt with.
+    outstanding: BTreeMap<Offset, Receipt>,
+    /// Why it cannot take any, as was said last.
+    trouble: Option<String>,
+}
+
+impl Taker {
+    fn new(group: Group, kept: Option<Duration>, given: mpsc::UnboundedSender<(Batch, Place)>) -> Self {
+        let (behind, outstanding) = (group.places.next_offset(), BTreeMap::new());
+        Self { group, kept, given, behind, room: 0, asking: None, records: None, outstanding, trouble: None }
+    }
+
+    /// Runs until the member is gone; what it had goes to others then.
+    async fn run(mut self, mut told: mpsc::UnboundedReceiver<Command>) {
+        let mut keep = interval(KEEP_EVERY);
+        keep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // It may be gone, and whoever asks for what is not there gets no answer.
+        let mut is_open = false;
+        loop {
+            if self.room > 0 && self.asking.is_none() && self.records.is_none() {
+                let open = (!is_open).then_some((self.behind, self.kept));
+                self.asking = Some(Box::pin(self.group.clone().ask(self.room, open)));
+            }
+            tokio::select! {
+                command = told.recv() => match command {
+                    Some(Command::Room(room)) => self.room = room,
+                    Some(Command::Done(offset)) => {
+                        if let Some(receipt) = self.outstanding.remove(&offset) {
+                            receipt.done().await;
+                        }
+                    }
+                    None => break,
+                },
+                asked = of(&mut self.asking), if self.asking.is_some() => {
+                    self.asking = None;
+                    is_open = asked.is_ok();
+                    self.note(asked.as_ref().err());
+                    self.records = asked.ok();
+                }
+                given = next(&mut self.records), if self.records.is_some() => match given {
+                    Some(given) => self.give(given).await,
+                    None => if let Some((records, asked_at)) = self.records.take() {
+                        is_open = records.are_all();
+                        // It was refused: there are too many who wait, or there is no leader now.
+                        if !is_open && asked_at.elapsed() < PAUSE {
+                            self.asking = Some(Box::pin(async { sleep(PAUSE).await; Err(ShareError::refused()) }));
+                        }
+                    },
+                },
+                _ = keep.tick() => {
+                    for receipt in self.outstanding.values() {
+                        receipt.keep().await;
+                    }
+                }
+            }
+        }
+        if let Some(asking) = self.asking {
+            self.records = asking.await.ok();
+        }
+        let rest = match self.records {
+            Some((records, _)) => records.end().await,
+            None => Vec::new(),
+        };
+        if !self.outstanding.is_empty() || !rest.is_empty() {
+            sleep(OTHERS_LEAVE).await;
+        }
+        for receipt in self.outstanding.into_values().chain(rest) {
+            receipt.pass_on().await;
+        }
+    }
+
+    async fn give(&mut self, Given { batch, place, receipt }: Given) {
+        if !self.group.matches(&batch.reader().read(place)) {
+            receipt.done().await;
+            return;
+        }
+        self.behind = self.behind.max(place.offset + 1);
+        // A record that comes again, as nothing was heard of it for so long, is not given again.
+        if self.outstanding.insert(place.offset, receipt).is_none() {
+            self.room = self.room.saturating_sub(1);
+            let _ = self.given.send((batch, place));
+        }
+    }
+
+    fn note(&mut self, trouble: Option<&ShareError>) {
+        let trouble = trouble.map(ToString::to_string);
+        if let Some(trouble) = trouble.as_ref().filter(|_| self.trouble != trouble) {
+            warn!(trouble, "a member of a group of subscribers gets no records; trying again");
+        }
+        self.trouble = trouble;
+    }
+}
+
+async fn of<T>(asking: &mut Option<BoxFuture<'static, T>>) -> T {
+    match asking {
+        Some(asking) => asking.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn next(records: &mut Option<(SharedRecords, Instant)>) -> Option<Given> {
+    records.as_mut()?.0.next().await
+}

@@ -1,0 +1,331 @@
+//! Groups of this gateway, which keeps their places in the log itself.
+//!
+//! A group has one place in the log. A member that has room takes a few of the records that come
+//! next; those who wait for some take turns. What a member took and did not acknowledge before
+//! its connection ended is given to another.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Wake, Waker, ready};
+
+use tokio::task::JoinHandle;
+
+use super::super::feed::{Feed, Matched, Next, fetch};
+use super::super::router::Router;
+use super::{GroupKey, Share};
+use crate::limits::REFETCH_RECORDS;
+use crate::log::{Batch, Log, Place, ReadError};
+use crate::message::Offset;
+
+/// The groups that there are.
+pub struct Groups {
+    router: Router,
+    log: Arc<dyn Log>,
+    groups: Mutex<HashMap<GroupKey, Entry>>,
+    /// The next member's number.
+    member: AtomicU64,
+}
+
+struct Entry {
+    group: Arc<Group>,
+    /// The sessions that have the subscription, connected or not.
+    sessions: HashSet<u64>,
+}
+
+/// One group.
+struct Group {
+    log: Arc<dyn Log>,
+    state: Mutex<State>,
+    turns: Arc<Turns>,
+}
+
+struct State {
+    feed: Feed,
+    current: Option<Matched>,
+    /// Taken and not acknowledged, with the member that took it.
+    outstanding: BTreeMap<Offset, u64>,
+    /// Taken by members that are gone.
+    returned: BTreeSet<Offset>,
+    /// Those of them that were read again.
+    fetched: VecDeque<(Batch, Place)>,
+    fetching: Option<JoinHandle<Fetched>>,
+    members: usize,
+}
+
+/// What was asked for, and what was found.
+type Fetched = (Vec<Offset>, Result<Vec<Option<(Batch, Place)>>, ReadError>);
+
+/// The members that wait for records, in the order in which they began to.
+#[derive(Default)]
+struct Turns(Mutex<Waiting>);
+
+#[derive(Default)]
+struct Waiting {
+    members: VecDeque<(u64, Waker)>,
+    /// Somebody was told that there is something, and has not come for it.
+    told: bool,
+}
+
+impl Turns {
+    fn locked(&self) -> MutexGuard<'_, Waiting> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait(&self, member: u64, waker: &Waker) {
+        let mut waiting = self.locked();
+        match waiting.members.iter_mut().find(|(waiting, _)| *waiting == member) {
+            Some((_, present)) => present.clone_from(waker),
+            None => waiting.members.push_back((member, waker.clone())),
+        }
+    }
+
+    fn came(&self, member: u64) {
+        let mut waiting = self.locked();
+        waiting.told = false;
+        waiting.members.retain(|(waiting, _)| *waiting != member);
+    }
+
+    /// Tells the next one.
+    fn next(&self) {
+        let mut waiting = self.locked();
+        let next = waiting.members.pop_front();
+        waiting.told = next.is_some();
+        drop(waiting);
+        if let Some((_, waker)) = next {
+            waker.wake();
+        }
+    }
+
+    /// Tells the next one if the one that was told does not come.
+    fn pass(&self) {
+        if self.locked().told {
+            self.next();
+        }
+    }
+}
+
+impl Wake for Turns {
+    fn wake(self: Arc<Self>) {
+        self.next();
+    }
+}
+
+impl Groups {
+    /// None, yet.
+    pub fn new(router: Router, log: Arc<dyn Log>) -> Self {
+        Self { router, log, groups: Mutex::default(), member: AtomicU64::new(1) }
+    }
+
+    /// Says that `session` has the group's subscription. The first one makes the group: at `from`, or at
+    /// the end of the log. Returns where the group is; `None` if it is to begin at `from` and has
+    /// begun elsewhere.
+    pub fn join(&self, key: &GroupKey, session: u64, from: Option<Offset>) -> Option<Offset> {
+        let routed = self.router.routed();
+        let mut groups = self.locked();
+        if from.is_some() && groups.contains_key(key) {
+            return None;
+        }
+        let entry = groups.entry(key.clone()).or_insert_with(|| {
+            let (datasource, _, filter) = key;
+            let begin = from.unwrap_or_else(|| self.log.next_offset());
+            let mut feed = Feed::new(self.router.clone(), self.log.clone(), datasource, begin);
+            feed.set(0, filter, from);
+            Entry { group: Arc::new(Group::new(self.log.clone(), feed)), sessions: HashSet::new() }
+        });
+        entry.sessions.insert(session);
+        let cursor = entry.group.state().cursor(routed);
+        Some(cursor)
+    }
+
+    /// Says that `session` no longer has it. Returns whether the group is gone with it.
+    pub fn leave(&self, key: &GroupKey, session: u64) -> bool {
+        let mut groups = self.locked();
+        let Some(entry) = groups.get_mut(key) else { return false };
+        entry.sessions.remove(&session);
+        entry.sessions.is_empty() && groups.remove(key).is_some()
+    }
+
+    /// A connected member of a group that was joined.
+    pub fn member(&self, key: &GroupKey) -> Option<Member> {
+        let group = self.locked().get(key)?.group.clone();
+        group.state().members += 1;
+        Some(Member { group, id: self.member.fetch_add(1, Ordering::Relaxed) })
+    }
+
+    /// Per group the first record that is not dealt with. `routed` is how far the router was before.
+    pub fn cursors(&self, routed: Offset) -> Vec<(GroupKey, Offset)> {
+        let groups: Vec<_> =
+            self.locked().iter().map(|(key, entry)| (key.clone(), entry.group.clone())).collect();
+        groups.into_iter().map(|(key, group)| (key, group.state().cursor(routed))).collect()
+    }
+
+    fn locked(&self) -> MutexGuard<'_, HashMap<GroupKey, Entry>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Group {
+    fn new(log: Arc<dyn Log>, feed: Feed) -> Self {
+        let state = State {
+            feed,
+            current: None,
+            outstanding: BTreeMap::new(),
+            returned: BTreeSet::new(),
+            fetched: VecDeque::new(),
+            fetching: None,
+            members: 0,
+        };
+        Self { log, state: Mutex::new(state), turns: Arc::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// What members that are gone had taken, as soon as it was read again.
+    fn poll_returned(
+        &mut self,
+        log: &Arc<dyn Log>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<Share>, ReadError>> {
+        if self.fetched.is_empty() && self.fetching.is_none() {
+            let offsets: Vec<Offset> = self.returned.iter().copied().take(REFETCH_RECORDS).collect();
+            if offsets.is_empty() {
+                return Poll::Ready(Ok(None));
+            }
+            let log = log.clone();
+            self.fetching = Some(tokio::task::spawn_blocking(move || {
+                let found = fetch(&*log, &offsets);
+                (offsets, found)
+            }));
+        }
+        if let Some(fetching) = &mut self.fetching {
+            let done = ready!(Pin::new(fetching).poll(cx));
+            self.fetching = None;
+            let (asked, found) = done.map_err(|ended| ReadError::Io(ended.to_string().into()))?;
+            let mut gone = 0;
+            for (offset, found) in asked.into_iter().zip(found?) {
+                self.fetched.extend(found.or_else(|| {
+                    // What is not in the log any more cannot be given to anybody.
+                    self.returned.remove(&offset);
+                    gone += 1;
+                    None
+                }));
+            }
+            if gone > 0 {
+                return Poll::Ready(Ok(Some(Share::Skipped(gone))));
+            }
+        }
+        Poll::Ready(Ok(self.fetched.pop_front().map(|(batch, place)| {
+            self.returned.remove(&place.offset);
+            Share::Records(batch, vec![place])
+        })))
+    }
+
+    fn poll_take(
+        &mut self,
+        log: &Arc<dyn Log>,
+        max: usize,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Share, ReadError>> {
+        if let Some(share) = ready!(self.poll_returned(log, cx))? {
+            return Poll::Ready(Ok(share));
+        }
+        let matched = match &mut self.current {
+            Some(matched) => matched,
+            none => match ready!(self.feed.poll_next(cx))? {
+                Next::Skipped(records) => return Poll::Ready(Ok(Share::Skipped(records))),
+                Next::Matched(matched) => none.insert(matched),
+            },
+        };
+        let fair = matched.left().div_ceil(self.members.max(1));
+        let batch = matched.batch().clone();
+        let mut places = Vec::with_capacity(fair.min(max));
+        while places.len() < fair.min(max).max(1)
+            && let Some(hit) = matched.peek()
+        {
+            places.push(hit.place);
+            matched.advance();
+        }
+        if matched.left() == 0 {
+            self.current = None;
+        }
+        Poll::Ready(Ok(Share::Records(batch, places)))
+    }
+
+    /// The first record that is not dealt with.
+    fn cursor(&self, routed: Offset) -> Offset {
+        let next = self.current.as_ref().and_then(|matched| matched.peek()).map(|hit| hit.place.offset);
+        let low = [self.outstanding.keys().next().copied(), self.returned.first().copied(), next];
+        let mailbox = self.feed.mailbox();
+        mailbox.progress(self.feed.position(), true);
+        low.into_iter().flatten().fold(mailbox.cursor(routed), Offset::min)
+    }
+
+    fn has_more(&self) -> bool {
+        self.current.is_some() || !self.returned.is_empty()
+    }
+}
+
+/// A connected member. Leaves when it is dropped.
+pub struct Member {
+    group: Arc<Group>,
+    id: u64,
+}
+
+impl Member {
+    /// Up to `max` of the records that come next. They are this member's until it has
+    /// [acknowledged](Member::acknowledge) each.
+    ///
+    /// # Errors
+    /// [`ReadError`], as [`Feed::poll_next`].
+    pub fn poll_take(&self, max: usize, cx: &mut Context<'_>) -> Poll<Result<Share, ReadError>> {
+        let Group { log, turns, .. } = &*self.group;
+        let mut state = self.group.state();
+        turns.came(self.id);
+        // Before the look, so that nothing that comes between is missed.
+        turns.wait(self.id, cx.waker());
+        let waker = Waker::from(turns.clone());
+        let taken = ready!(state.poll_take(log, max, &mut Context::from_waker(&waker)));
+        turns.came(self.id);
+        if let Ok(Share::Records(_, places)) = &taken {
+            state.outstanding.extend(places.iter().map(|place| (place.offset, self.id)));
+        }
+        let more = state.has_more();
+        drop(state);
+        if more {
+            turns.next();
+        }
+        Poll::Ready(taken)
+    }
+
+    /// This one has no room now: whoever else waits may take its turn.
+    pub fn pass(&self) {
+        self.group.turns.pass();
+    }
+
+    /// A record that was taken is dealt with.
+    pub fn acknowledge(&self, offset: Offset) {
+        let mut state = self.group.state();
+        if state.outstanding.get(&offset) == Some(&self.id) {
+            state.outstanding.remove(&offset);
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let mut state = self.group.state();
+        state.members -= 1;
+        let State { outstanding, returned, .. } = &mut *state;
+        returned.extend(outstanding.extract_if(.., |_, member| *member == self.id).map(|(offset, _)| offset));
+        drop(state);
+        self.group.turns.came(self.id);
+        self.group.turns.next();
+    }
+}

@@ -1,0 +1,66 @@
+//! Subscribers: consumers of the live stream, each behind a cursor of its own. What they are given
+//! comes from the log, so that one that was away, or is slow, misses nothing.
+//!
+//! The [`router`] matches new records against all filters at once; a [`feed`] is one subscriber's
+//! place in the log, live or catching up; a [`group`] is a place that several share. [`retained`] has
+//! the newest retained message of each topic. [`sessions`] keeps on the disk what outlives a
+//! connection.
+
+pub mod feed;
+pub mod group;
+pub mod mailbox;
+pub mod retained;
+pub mod router;
+pub mod sessions;
+
+pub(in crate::consume) mod database;
+mod trie;
+
+#[cfg(test)]
+mod tests;
+
+pub use database::DatabaseError;
+pub use feed::{Feed, Hit, Matched, Next};
+pub use group::{ClusterGroups, GroupKey, Groups, JoinError, Member, Share};
+pub use mailbox::Mailbox;
+pub use router::Router;
+
+use std::sync::Arc;
+
+use crate::log::Log;
+use retained::Retained;
+use sessions::SessionStore;
+
+/// What the fronts need to serve subscribers.
+pub struct Subscribers {
+    /// What is read.
+    pub log: Arc<dyn Log>,
+    /// Who is told of what is new.
+    pub router: Router,
+    /// Subscriptions that are shared.
+    pub groups: Groups,
+    /// What outlives a connection.
+    pub store: SessionStore,
+    /// The newest retained message of each topic.
+    pub retained: Retained,
+}
+
+impl Subscribers {
+    /// Starts the router at the end of `log`. `groups` are those of a cluster, in one.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn start(
+        log: Arc<dyn Log>,
+        store: SessionStore,
+        retained: Retained,
+        groups: Option<ClusterGroups>,
+    ) -> std::io::Result<Self> {
+        let router = Router::start(&log)?;
+        let groups = match groups {
+            Some(groups) => Groups::Cluster(groups),
+            None => Groups::local(router.clone(), log.clone()),
+        };
+        Ok(Self { log, router, groups, store, retained })
+    }
+}

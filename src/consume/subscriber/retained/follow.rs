@@ -1,0 +1,297 @@
+//! The thread that follows the log into `retained.db`.
+//!
+//! Most of what it reads is not to be retained, and then it only notes in memory how far it has got;
+//! that is written once a second, and at the end. What is to be retained goes into a transaction
+//! at once if there was none for a while, and otherwise waits for its turn, so that a fleet that
+//! retains everything costs a part of the time and no more, and each topic is written once per turn.
+//! Somebody who waits for an offset does not wait for a turn. How the thread lives is in
+//! `consume/follower.rs`.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tracing::warn;
+
+use super::table::Table;
+use crate::consume::follower::{Consumer, Control, Next, Words};
+use crate::consume::subscriber::DatabaseError;
+use crate::log::{Batch, Log, ReadError};
+use crate::message::{Offset, RecordFlags, RecordRef};
+
+/// What one transaction takes from the log, about.
+const READ_BYTES: usize = 8 << 20;
+/// From the beginning of one transaction to that of the next, unless much waits: the least time, and
+/// the most that a large one is made to wait for.
+const PACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// One part in so many of the time may go to transactions.
+const PACE_SHARE: u32 = 5;
+/// The least time from one look at the log to the next, unless much waits.
+const LOOK_PACE: Duration = Duration::from_millis(10);
+/// How often the cursor is written and synced while there are records, so that the log may forget
+/// what is below it: as often as storage does, for the log waits for the slower of them.
+const SYNC_EVERY: Duration = Duration::from_secs(1);
+
+const WORDS: Words = Words {
+    name: "retained",
+    down: "retained messages are not up to date",
+    up: "retained messages are kept again",
+    late: "retained messages have not ended by their deadline; the log has the rest",
+    patient: true,
+};
+
+/// What the thread and those who ask about it share.
+pub(super) struct Shared {
+    progress: watch::Sender<Progress>,
+    /// Is told what is durable. Here, because what it holds back is to be held back also when the
+    /// thread has ended.
+    consumed: Mutex<Box<dyn Fn(Offset) + Send>>,
+    control: Arc<Control>,
+}
+
+/// How far the thread has got, and what there is then.
+#[derive(Clone, Copy)]
+struct Progress {
+    cursor: Offset,
+    empty: bool,
+    /// The rules about leaked keys that this is in accordance with.
+    withheld_version: u64,
+}
+
+impl Progress {
+    fn of(table: &Table) -> Self {
+        Self { cursor: table.cursor(), empty: table.is_empty(), withheld_version: table.withheld_version() }
+    }
+}
+
+impl Shared {
+    /// Of a thread that begins where `table` is.
+    pub(super) fn new(table: &Table, consumed: Box<dyn Fn(Offset) + Send>) -> Self {
+        let progress = Progress::of(table);
+        Self {
+            progress: watch::Sender::new(progress),
+            consumed: Mutex::new(consumed),
+            control: Control::new(&WORDS),
+        }
+    }
+
+    /// The thread's.
+    pub(super) fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
+    /// The first offset that is not consumed.
+    pub(super) fn cursor(&self) -> Offset {
+        self.progress.borrow().cursor
+    }
+
+    /// Whether nothing is retained at that offset.
+    pub(super) fn is_empty(&self) -> bool {
+        self.progress.borrow().empty
+    }
+
+    /// Returns once the cursor is at `offset` or beyond.
+    pub(super) async fn caught_up(&self, offset: Offset) {
+        if self.cursor() >= offset {
+            return;
+        }
+        self.control.want(offset);
+        // The sender is in `self`, so that waiting does not fail.
+        let _ = self.progress.subscribe().wait_for(|progress| progress.cursor >= offset).await;
+    }
+
+    /// Returns once the rules about leaked keys are followed that make this version.
+    pub(super) async fn reconciled(&self, version: u64) {
+        let _ = self.progress.subscribe().wait_for(|progress| progress.withheld_version >= version).await;
+    }
+}
+
+/// The thread.
+pub(super) struct Follower {
+    path: PathBuf,
+    /// Absent after an error that leaves its state in doubt.
+    table: Option<Table>,
+    log: Arc<dyn Log>,
+    shared: Arc<Shared>,
+    synced_at: Option<Instant>,
+    /// What `Shared::consumed` was told.
+    durable: Option<Offset>,
+}
+
+/// What a round has done.
+enum Round {
+    AtTail,
+    /// There is much more.
+    Behind,
+    /// Nearly all was read, and nothing had to be written.
+    Looked,
+    /// Nearly all was read and written.
+    Wrote,
+}
+
+/// Why a round of the thread brought nothing.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+    #[error(transparent)]
+    Log(#[from] ReadError),
+    #[error("the log has records from {0} on and gives none")]
+    Nothing(Offset),
+}
+
+fn is_retained(record: &RecordRef<'_>) -> bool {
+    record.flags.contains(RecordFlags::RETAIN)
+}
+
+impl Consumer for Follower {
+    type Trouble = Trouble;
+
+    fn round(&mut self) -> Result<Next, Trouble> {
+        let begun = Instant::now();
+        let round = self.consume();
+        if let Err(Trouble::Database(error)) = &round
+            && !error.leaves_all_as_it_was()
+        {
+            self.table = None;
+        }
+        let took = begun.elapsed();
+        Ok(match round? {
+            Round::AtTail => Next::AtTail,
+            Round::Behind => Next::Again,
+            Round::Looked => Next::Turn(LOOK_PACE.saturating_sub(took)),
+            Round::Wrote => {
+                let pace = (took * PACE_SHARE).clamp(PACE.0, PACE.1);
+                Next::Turn(pace.saturating_sub(took))
+            }
+        })
+    }
+
+    fn cursor(&self) -> Offset {
+        self.shared.cursor()
+    }
+
+    /// Leaves the cursor where it has got to, and everything in the one file if nobody reads it.
+    fn end(mut self) {
+        let cursor = self.shared.cursor();
+        if self.durable != Some(cursor)
+            && let Err(error) = self.write(std::iter::empty(), cursor, true)
+        {
+            warn!(%error, "retained messages: the next start reads a part of the log again");
+        }
+        if let Some(Err(error)) = self.table.map(|table| table.checkpoint()) {
+            warn!(%error, "the write-ahead log of retained.db stays beside it");
+        }
+    }
+}
+
+impl Follower {
+    /// A thread to be that goes on where `table` is.
+    pub(super) fn new(path: PathBuf, table: Table, log: Arc<dyn Log>, shared: Arc<Shared>) -> Self {
+        Self { path, table: Some(table), log, shared, synced_at: None, durable: None }
+    }
+
+    /// Consumes what the log has behind the cursor, as much as goes in one transaction.
+    fn consume(&mut self) -> Result<Round, Trouble> {
+        let withheld = self.log.withheld();
+        if self.shared.progress.borrow().withheld_version < withheld.version() {
+            self.rewind()?;
+            return Ok(Round::Behind);
+        }
+        let left_out = withheld.now();
+        let cursor = self.shared.cursor();
+        let sync = self.synced_at.is_none_or(|at| at.elapsed() >= SYNC_EVERY);
+        let first = self.log.first_offset();
+        if cursor < first {
+            self.pass_over(cursor, first)?;
+        } else if cursor < self.log.next_offset() {
+            let batches = match self.log.read(cursor, READ_BYTES) {
+                // Just now.
+                Err(ReadError::Removed { first, .. }) if first > cursor => {
+                    self.pass_over(cursor, first)?;
+                    return Ok(Round::Behind);
+                }
+                batches => batches?,
+            };
+            let Some(last) = batches.last() else { return Err(Trouble::Nothing(cursor)) };
+            let mut newest = HashMap::new();
+            for batch in batches.iter().filter(|batch| batch.has_retained()) {
+                for record in batch.records().filter(|record| {
+                    record.offset >= cursor && is_retained(record) && !left_out.contains(record)
+                }) {
+                    newest.insert((record.datasource, record.topic), record);
+                }
+            }
+            let written = sync || !newest.is_empty();
+            if written {
+                self.write(newest.into_values(), last.next_offset(), sync)?;
+            } else {
+                self.shared.progress.send_modify(|progress| progress.cursor = last.next_offset());
+            }
+            let bytes: usize = batches.iter().map(Batch::weight).sum();
+            return Ok(match written {
+                _ if bytes >= READ_BYTES / 2 => Round::Behind,
+                true => Round::Wrote,
+                false => Round::Looked,
+            });
+        } else if sync && self.durable != Some(cursor) {
+            self.write(std::iter::empty(), cursor, true)?;
+        } else {
+            return Ok(Round::AtTail);
+        }
+        Ok(Round::Behind)
+    }
+
+    /// Goes back to the beginning of the log, because what is left out has changed. Whoever waits for an
+    /// offset waits until the thread is there again.
+    fn rewind(&mut self) -> Result<(), DatabaseError> {
+        let withheld = self.log.withheld();
+        // In this order: what changes meanwhile comes again.
+        let version = withheld.version();
+        let (left_out, first) = (withheld.now(), self.log.first_offset());
+        let table = open(&mut self.table, &self.path)?;
+        table.rewind(first, &left_out, version).map_err(|error| DatabaseError::of(&error, &self.path))?;
+        self.shared.progress.send_replace(Progress::of(table));
+        self.durable = None;
+        Ok(())
+    }
+
+    /// Goes on at `to`, where the log begins.
+    fn pass_over(&mut self, from: Offset, to: Offset) -> Result<(), DatabaseError> {
+        self.write(std::iter::empty(), to, true)?;
+        warn!(
+            from,
+            to,
+            records = to - from,
+            "records are no longer in the log; what was to be retained of them is missing"
+        );
+        Ok(())
+    }
+
+    /// Writes `newest` and the cursor `next`, and lets everybody know.
+    fn write<'a>(
+        &mut self,
+        newest: impl Iterator<Item = RecordRef<'a>>,
+        next: Offset,
+        sync: bool,
+    ) -> Result<(), DatabaseError> {
+        let table = open(&mut self.table, &self.path)?;
+        table.write(newest, next, sync).map_err(|error| DatabaseError::of(&error, &self.path))?;
+        self.shared.progress.send_replace(Progress::of(table));
+        if sync {
+            self.synced_at = Some(Instant::now());
+            self.durable = Some(next);
+            self.shared.consumed.lock().unwrap_or_else(PoisonError::into_inner)(next);
+        }
+        Ok(())
+    }
+}
+
+fn open<'a>(table: &'a mut Option<Table>, path: &Path) -> Result<&'a mut Table, DatabaseError> {
+    match table {
+        Some(table) => Ok(table),
+        none => Ok(none.insert(Table::reopen(path)?)),
+    }
+}

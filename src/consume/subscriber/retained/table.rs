@@ -1,0 +1,234 @@
+//! `retained.db` itself: one row per topic that has a retained message, and how far in the log it has
+//! got.
+//!
+//! ```sql
+//! cursor   (id INTEGER, next_offset INTEGER)
+//! messages (id INTEGER, datasource TEXT, topic TEXT, offset INTEGER, received_us INTEGER, key_id BLOB,
+//!           transport TEXT, publisher INTEGER, flags INTEGER, content_type TEXT, properties BLOB, payload BLOB)
+//! ```
+//!
+//! A `publisher` is an unsigned number whose bits are kept.
+//!
+//! Rows are found by the index over datasource and topic, in the order of their bytes. It is apart
+//! from the rows, so that looking through many topics for a filter reads their names only.
+//!
+//! As in `records.db`, most transactions are not synced: after a loss of power the file may be back
+//! at an earlier one, with its cursor, and the log has the rest, because it is told only of
+//! cursors that are durable.
+
+use std::path::Path;
+
+use rusqlite::types::FromSqlError;
+use rusqlite::{Connection, Row, TransactionBehavior, params};
+
+use super::RetainedMessage;
+use crate::consume::sink::schema::{offset_of, sql_offset};
+use crate::consume::subscriber::database::{DatabaseError, Kind, checkpoint};
+use crate::log::LeftOut;
+use crate::message::{KeyId, Offset, RecordFlags, RecordRef, Transport};
+
+/// The file's name in the data directory.
+pub(super) const FILE_NAME: &str = "retained.db";
+
+const KIND: Kind = Kind {
+    format: 1,
+    exclusive: false,
+    // `withheld` may be missing in a database that was made without it: see `Table::of`.
+    schema: "
+        CREATE TABLE cursor (
+            id          INTEGER PRIMARY KEY CHECK (id = 0),
+            next_offset INTEGER NOT NULL
+        ) STRICT;
+        INSERT INTO cursor VALUES (0, 0);
+        CREATE TABLE messages (
+            id           INTEGER PRIMARY KEY,
+            datasource   TEXT NOT NULL,
+            topic        TEXT NOT NULL,
+            offset       INTEGER NOT NULL,
+            received_us  INTEGER NOT NULL,
+            key_id       BLOB NOT NULL,
+            transport    TEXT NOT NULL,
+            publisher    INTEGER NOT NULL,
+            flags        INTEGER NOT NULL,
+            content_type TEXT NOT NULL,
+            properties   BLOB NOT NULL,
+            payload      BLOB NOT NULL,
+            UNIQUE (datasource, topic)
+        ) STRICT;
+    ",
+};
+
+/// The columns of a message, in the order in which [`message_of`] reads them.
+macro_rules! columns {
+    () => {
+        "offset, datasource, topic, received_us, key_id, transport, publisher, flags, content_type, properties, payload"
+    };
+}
+
+/// The message with a number, unless it is too new.
+pub(super) const SELECT_MESSAGE: &str =
+    concat!("SELECT ", columns!(), " FROM messages WHERE id = ?1 AND offset < ?2");
+
+const PUT_MESSAGE: &str = concat!(
+    "INSERT INTO messages (",
+    columns!(),
+    ") VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+     ON CONFLICT (datasource, topic) DO UPDATE SET
+         offset = excluded.offset, received_us = excluded.received_us, key_id = excluded.key_id,
+         transport = excluded.transport, publisher = excluded.publisher, flags = excluded.flags, content_type = excluded.content_type,
+         properties = excluded.properties, payload = excluded.payload"
+);
+
+/// Which rules about leaked keys the messages are in accordance with.
+const WITHHELD: &str = "
+    CREATE TABLE IF NOT EXISTS withheld (
+        id      INTEGER PRIMARY KEY CHECK (id = 0),
+        version INTEGER NOT NULL
+    ) STRICT;
+    INSERT OR IGNORE INTO withheld VALUES (0, 0);
+";
+
+/// The open database, as the one who writes it has it.
+pub(super) struct Table {
+    connection: Connection,
+    cursor: Offset,
+    withheld_version: u64,
+    empty: bool,
+}
+
+impl Table {
+    /// Opens the database at `path`, or makes it.
+    pub(super) fn open(path: &Path) -> Result<Self, DatabaseError> {
+        Self::of(KIND.open(path)?).map_err(|error| DatabaseError::of(&error, path))
+    }
+
+    /// Opens it again after a transaction whose fate is unknown.
+    pub(super) fn reopen(path: &Path) -> Result<Self, DatabaseError> {
+        Self::of(KIND.reopen(path)?).map_err(|error| DatabaseError::of(&error, path))
+    }
+
+    fn of(connection: Connection) -> rusqlite::Result<Self> {
+        connection.execute_batch(WITHHELD)?;
+        let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
+        let withheld_version = connection.query_row("SELECT version FROM withheld", [], |row| row.get(0))?;
+        let empty = is_empty(&connection)?;
+        let withheld_version = offset_of(withheld_version);
+        Ok(Self { connection, cursor: offset_of(cursor), withheld_version, empty })
+    }
+
+    /// The first offset that was not consumed, as the last transaction has it.
+    pub(super) fn cursor(&self) -> Offset {
+        self.cursor
+    }
+
+    /// The version of the rules about leaked keys that the messages are in accordance with, once all of
+    /// the log is consumed.
+    pub(super) fn withheld_version(&self) -> u64 {
+        self.withheld_version
+    }
+
+    /// Takes away what is `left_out`, and goes back to `first` in the log: what was retained before it, and
+    /// what is no longer left out, is found there. On the disk afterwards.
+    pub(super) fn rewind(&mut self, first: Offset, left_out: &LeftOut, version: u64) -> rusqlite::Result<()> {
+        self.connection.pragma_update(None, "synchronous", "FULL")?;
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        for rule in left_out.rules() {
+            let datasource = (!rule.datasource.is_all()).then(|| rule.datasource.as_str());
+            transaction
+                .prepare_cached(
+                    "DELETE FROM messages WHERE key_id = ?1 AND received_us >= ?2 AND offset < ?3
+                         AND datasource = coalesce(?4, datasource)",
+                )?
+                .execute(params![rule.key_id.0, rule.since, sql_offset(rule.below), datasource])?;
+        }
+        let cursor = first.min(self.cursor);
+        transaction.execute("UPDATE cursor SET next_offset = ?1", [sql_offset(cursor)])?;
+        transaction.execute("UPDATE withheld SET version = ?1", [sql_offset(version)])?;
+        let empty = is_empty(&transaction)?;
+        transaction.commit()?;
+        (self.cursor, self.withheld_version, self.empty) = (cursor, version, empty);
+        Ok(())
+    }
+
+    /// Whether there is no message.
+    pub(super) fn is_empty(&self) -> bool {
+        self.empty
+    }
+
+    /// Writes what has become of topics by offset `next`: for each the newest record that was to be
+    /// retained. With `sync`, this transaction and all before it are on the disk afterwards.
+    pub(super) fn write<'a>(
+        &mut self,
+        newest: impl Iterator<Item = RecordRef<'a>>,
+        next: Offset,
+        sync: bool,
+    ) -> rusqlite::Result<()> {
+        self.connection.pragma_update(None, "synchronous", if sync { "FULL" } else { "NORMAL" })?;
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        {
+            let mut put = transaction.prepare_cached(PUT_MESSAGE)?;
+            let mut remove =
+                transaction.prepare_cached("DELETE FROM messages WHERE datasource = ?1 AND topic = ?2")?;
+            for record in newest {
+                if record.payload.is_empty() {
+                    remove.execute([record.datasource, record.topic])?;
+                    continue;
+                }
+                put.execute(params![
+                    sql_offset(record.offset),
+                    record.datasource,
+                    record.topic,
+                    record.received_at,
+                    record.key_id.0,
+                    record.transport.as_str(),
+                    record.publisher.cast_signed(),
+                    record.flags.0,
+                    record.content_type,
+                    record.properties,
+                    record.payload,
+                ])?;
+            }
+        }
+        transaction.execute("UPDATE cursor SET next_offset = ?1", [sql_offset(next)])?;
+        let empty = is_empty(&transaction)?;
+        transaction.commit()?;
+        (self.cursor, self.empty) = (next, empty);
+        Ok(())
+    }
+
+    /// Leaves everything in the one file, if nobody reads it at this moment. Says whether it did.
+    pub(super) fn checkpoint(&self) -> rusqlite::Result<bool> {
+        checkpoint(&self.connection)
+    }
+
+    /// Changes a setting, to make things go wrong.
+    #[cfg(test)]
+    pub(super) fn set(&self, pragma: &str, value: i64) {
+        self.connection.pragma_update(None, pragma, value).expect("a setting");
+    }
+}
+
+fn is_empty(connection: &Connection) -> rusqlite::Result<bool> {
+    connection.prepare_cached("SELECT NOT EXISTS (SELECT 1 FROM messages)")?.query_row([], |row| row.get(0))
+}
+
+/// The message in a row of [`SELECT_MESSAGE`].
+pub(super) fn message_of(row: &Row<'_>) -> rusqlite::Result<RetainedMessage> {
+    let name = row.get_ref(5)?.as_str()?;
+    let known = [Transport::Mqtt, Transport::Http, Transport::Nats];
+    let transport = known.into_iter().find(|transport| transport.as_str() == name);
+    let transport = transport.ok_or_else(|| FromSqlError::Other(format!("no transport: {name}").into()))?;
+    Ok(RetainedMessage {
+        offset: offset_of(row.get(0)?),
+        datasource: row.get(1)?,
+        topic: row.get(2)?,
+        received_at: row.get(3)?,
+        key_id: KeyId(row.get(4)?),
+        transport,
+        publisher: row.get::<_, i64>(6)?.cast_unsigned(),
+        flags: RecordFlags(row.get(7)?),
+        content_type: row.get(8)?,
+        properties: row.get(9)?,
+        payload: row.get(10)?,
+    })
+}

@@ -1,0 +1,491 @@
+//! Retained messages behind a real log: what is kept, what is found, and what a kill leaves.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use rusqlite::Connection;
+use tempfile::TempDir;
+
+use super::*;
+use crate::config::{self, Config, Durability};
+use crate::log::{EmbeddedLog, Section};
+use crate::message::{Lease, now_micros};
+
+const DEADLINE: Duration = Duration::from_secs(30);
+const ALL: Offset = Offset::MAX;
+
+fn directory() -> TempDir {
+    tempfile::tempdir().expect("temporary directory")
+}
+
+fn open_log(dir: &Path) -> Arc<dyn Log> {
+    let config = config::Log {
+        durability: Durability::Os,
+        segment_bytes: 1 << 20,
+        retention_bytes: 8 << 20,
+        ..Config::default().log
+    };
+    Arc::new(EmbeddedLog::open(dir, &config, &config::Config::default().intake).expect("opens"))
+}
+
+fn start(dir: &Path, log: &Arc<dyn Log>) -> Retained {
+    Retained::start(dir, log.clone(), |_| ()).expect("starts")
+}
+
+fn id(datasource: &str) -> DatasourceId {
+    DatasourceId::new(datasource).expect("slug")
+}
+
+fn filter(filter: &str) -> TopicFilter {
+    TopicFilter::new(filter).expect("a filter")
+}
+
+const RETAIN: RecordFlags = RecordFlags::RETAIN;
+const PLAIN: RecordFlags = RecordFlags(0);
+
+/// Appends messages (datasource, topic, payload, flags) in one commit.
+async fn append<'a>(
+    log: &Arc<dyn Log>,
+    messages: impl IntoIterator<Item = (&'a str, &'a str, &'a [u8], RecordFlags)>,
+) {
+    let mut sections: Vec<Section> = Vec::new();
+    for (datasource, topic, payload, flags) in messages {
+        if sections.last().is_none_or(|section| section.datasource.as_str() != datasource) {
+            let section = Section::new(
+                id(datasource),
+                KeyId([1; 6]),
+                Lease::new(),
+                Transport::Mqtt,
+                u64::MAX - 1,
+                now_micros(),
+            );
+            sections.push(section);
+        }
+        let section = sections.last_mut().expect("there is one");
+        section.push(topic, payload, "text/plain", &[0x01, 1], flags);
+    }
+    log.append(sections, Instant::now() + DEADLINE).await.expect("answered").expect("kept");
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < DEADLINE, "{what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn caught_up(retained: &Retained, log: &Arc<dyn Log>) {
+    let caught_up = retained.caught_up(log.next_offset());
+    tokio::time::timeout(DEADLINE, caught_up).await.expect("caught up in time");
+}
+
+/// All pages together.
+async fn found(
+    retained: &Retained,
+    log: &Arc<dyn Log>,
+    datasource: Option<&str>,
+    wanted: &str,
+    bytes_max: usize,
+) -> Vec<RetainedMessage> {
+    let (datasource, wanted) = (datasource.map(id), filter(wanted));
+    let (mut messages, mut after) = (Vec::new(), None);
+    loop {
+        let page = retained.page(datasource.as_ref(), &wanted, log.next_offset(), after, bytes_max).await;
+        let page = page.expect("a page");
+        messages.extend(page.messages);
+        match page.next {
+            Some(next) => after = Some(next),
+            None => return messages,
+        }
+    }
+}
+
+/// Of everything that is retained: datasource, topic and payload.
+async fn everything(retained: &Retained, log: &Arc<dyn Log>) -> Vec<(String, String, Vec<u8>)> {
+    let messages = found(retained, log, None, "#", 1 << 20).await;
+    messages.into_iter().map(|message| (message.datasource, message.topic, message.payload)).collect()
+}
+
+#[tokio::test]
+async fn a_topic_keeps_its_newest_retained_message_with_all_it_has() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    let will = RETAIN.with(RecordFlags::WILL);
+    append(&log, [("press-4", "a", &b"1"[..], RETAIN), ("press-4", "a", b"2", RETAIN)]).await;
+    append(&log, [("press-4", "a", &b"\xff\x003"[..], will), ("press-4", "a", b"4", PLAIN)]).await;
+    append(&log, [("press-4", "b", &b"5"[..], PLAIN), ("press-5", "a", b"6", RETAIN)]).await;
+    let messages = found(&retained, &log, Some("press-4"), "a", 1 << 20).await;
+    let [message] = &messages[..] else { panic!("{messages:?}") };
+    let batches = log.read(2, 1 << 20).expect("read");
+    let record = batches.iter().flat_map(|batch| batch.records()).find(|record| record.offset == 2);
+    assert_eq!(Some(message.as_record()), record);
+    assert_eq!((message.offset, message.flags), (2, will));
+    assert_eq!(found(&retained, &log, Some("press-4"), "b", 1 << 20).await, []);
+    assert_eq!(retained.trouble(), None);
+}
+
+#[tokio::test]
+async fn an_empty_payload_takes_the_message_away_and_only_with_the_flag() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    assert!(retained.is_empty());
+    append(&log, [("press-4", "a", &b"1"[..], RETAIN), ("press-4", "b", b"2", RETAIN)]).await;
+    append(&log, [("press-4", "a", &b""[..], PLAIN)]).await;
+    caught_up(&retained, &log).await;
+    assert!(!retained.is_empty());
+    assert_eq!(everything(&retained, &log).await.len(), 2);
+    append(&log, [("press-4", "a", &b""[..], RETAIN), ("press-4", "never", b"", RETAIN)]).await;
+    assert_eq!(everything(&retained, &log).await, [("press-4".into(), "b".into(), b"2".into())]);
+    // In one batch: away, there, away.
+    append(
+        &log,
+        [("press-4", "b", &b""[..], RETAIN), ("press-4", "b", b"3", RETAIN), ("press-4", "b", b"", RETAIN)],
+    )
+    .await;
+    caught_up(&retained, &log).await;
+    assert!(retained.is_empty());
+    assert_eq!(everything(&retained, &log).await, []);
+    retained.stop(Instant::now() + DEADLINE).await;
+    assert!(start(dir.path(), &log).is_empty());
+}
+
+#[tokio::test]
+async fn a_message_that_the_reader_of_the_log_is_given_is_not_given_twice() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    append(&log, [("press-4", "a", &b"1"[..], RETAIN), ("press-4", "b", b"2", RETAIN)]).await;
+    caught_up(&retained, &log).await;
+    for (below, topics) in [(0, &[][..]), (1, &["a"]), (2, &["a", "b"])] {
+        let page = retained.page(Some(&id("press-4")), &filter("#"), below, None, 1 << 20).await;
+        let page = page.expect("a page");
+        let found: Vec<_> = page.messages.iter().map(|message| message.topic.as_str()).collect();
+        assert_eq!(found, topics, "below {below}");
+        assert_eq!(page.next, None);
+    }
+}
+
+/// Topics whose bytes are in a different order from their levels among them.
+const TOPICS: [&str; 14] =
+    ["a", "a/", "a/b", "a/b/", "a/b/c", "a/b-1", "a/b0", "a//b", "a-b", "a0", "b/a", "/", "/a", "°/b"];
+const FILTERS: [&str; 20] = [
+    "#", "+", "+/+", "+/#", "a", "a/#", "a/+", "a/+/#", "a/b", "a/b/#", "a/b/+", "a/+/c", "+/b", "+/b/#",
+    "/#", "/+", "°/#", "a/b/c/#", "none/#", "none",
+];
+const DATASOURCES: [&str; 4] = ["a", "press-4", "press-40", "press-5"];
+
+#[tokio::test]
+async fn every_filter_finds_what_it_names_in_order_however_small_the_pages() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    let all: Vec<_> = DATASOURCES
+        .iter()
+        .flat_map(|datasource| TOPICS.iter().map(move |topic| (*datasource, *topic, &b"1"[..], RETAIN)))
+        .collect();
+    append(&log, all.iter().rev().copied()).await;
+    for wanted in FILTERS {
+        for bytes_max in [0, 20, 1 << 20] {
+            let mut expected: Vec<_> =
+                TOPICS.into_iter().filter(|topic| filter(wanted).matches(topic)).collect();
+            expected.sort_unstable();
+            let found = found(&retained, &log, Some("press-4"), wanted, bytes_max).await;
+            assert!(found.iter().all(|message| message.datasource == "press-4"));
+            let found: Vec<_> = found.iter().map(|message| message.topic.as_str()).collect();
+            assert_eq!(found, expected, "{wanted}");
+        }
+    }
+    assert_eq!(found(&retained, &log, Some("press-6"), "#", 1 << 20).await, []);
+}
+
+#[tokio::test]
+async fn over_all_datasources_the_datasource_is_the_first_level() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    let all: Vec<_> = DATASOURCES
+        .iter()
+        .flat_map(|datasource| TOPICS.iter().map(move |topic| (*datasource, *topic, &b"1"[..], RETAIN)))
+        .collect();
+    append(&log, all.iter().copied()).await;
+    let under = |level: &str| FILTERS.map(|filter| format!("{level}/{filter}"));
+    let filters = ["#", "+", "press-4", "none/#", "/#"].map(str::to_owned).into_iter();
+    let filters: Vec<_> = filters.chain(under("+")).chain(under("press-4")).chain(under("a")).collect();
+    let mut some = 0;
+    for wanted in filters {
+        for bytes_max in [0, 1 << 20] {
+            let mut expected: Vec<_> =
+                all.iter().map(|(datasource, topic, ..)| (*datasource, *topic)).collect();
+            expected.retain(|(datasource, topic)| filter(&wanted).matches(&format!("{datasource}/{topic}")));
+            expected.sort_unstable();
+            some += expected.len();
+            let found = found(&retained, &log, None, &wanted, bytes_max).await;
+            let found: Vec<_> =
+                found.iter().map(|found| (found.datasource.as_str(), found.topic.as_str())).collect();
+            assert_eq!(found, expected, "{wanted}");
+        }
+    }
+    assert!(some > 100, "{some}");
+    let page =
+        retained.page(Some(&DatasourceId::all()), &filter("press-4/a"), 1, None, 1).await.expect("a page");
+    assert_eq!(page.messages, [], "it came after offset 0");
+    let page = retained.page(Some(&DatasourceId::all()), &filter("a/a"), 1, None, 1).await.expect("a page");
+    assert_eq!(page.messages.len(), 1, "* is the same as none");
+}
+
+#[tokio::test]
+async fn twenty_thousand_topics_come_in_pages_of_the_size_that_was_asked_for() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    let topics: Vec<String> = (0..20_000).map(|n| format!("machine/{:03}/{n:05}", n % 200)).collect();
+    for topics in topics.chunks(1000) {
+        append(&log, topics.iter().map(|topic| ("press-4", topic.as_str(), &[b'x'; 80][..], RETAIN))).await;
+    }
+    caught_up(&retained, &log).await;
+    let (mut names, mut pages, mut after) = (Vec::new(), 0, None);
+    loop {
+        let page = retained
+            .page(Some(&id("press-4")), &filter("machine/#"), log.next_offset(), after, 64 << 10)
+            .await;
+        let page = page.expect("a page");
+        let bytes: usize = page.messages.iter().map(|message| message.payload.len()).sum();
+        assert!(bytes <= 64 << 10, "{bytes}");
+        names.extend(page.messages.into_iter().map(|message| message.topic));
+        pages += 1;
+        match page.next {
+            Some(next) => after = Some(next),
+            None => break,
+        }
+    }
+    let mut expected = topics.clone();
+    expected.sort_unstable();
+    assert_eq!(names, expected);
+    assert!((30..60).contains(&pages), "{pages} pages");
+    // One of two hundred, by a wildcard in the middle and by a prefix.
+    assert_eq!(found(&retained, &log, Some("press-4"), "machine/+/00007", 1 << 20).await.len(), 1);
+    assert_eq!(found(&retained, &log, Some("press-4"), "machine/007/+", 1 << 20).await.len(), 100);
+}
+
+/// Where a kill at this moment would leave the database.
+fn copy_as_killed(dir: &Path) -> TempDir {
+    let copy = directory();
+    for name in [FILE_NAME.to_owned(), format!("{FILE_NAME}-wal")] {
+        std::fs::copy(dir.join(&name), copy.path().join(&name)).expect("copied");
+    }
+    copy
+}
+
+#[tokio::test]
+async fn a_kill_at_any_moment_leaves_what_the_rest_of_the_log_makes_exact() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    let mut model = BTreeMap::new();
+    let mut killed = Vec::new();
+    for round in 0..40_u32 {
+        for n in 0..5 {
+            let mixed = (round * 5 + n).wrapping_mul(2_654_435_761) >> 8;
+            let topic = format!("t/{}", mixed % 11);
+            let flags = if mixed >> 8 & 3 == 0 { PLAIN } else { RETAIN };
+            let payload = if mixed >> 10 & 1 == 0 { String::new() } else { format!("{round}.{n}") };
+            append(&log, [("press-4", topic.as_str(), payload.as_bytes(), flags)]).await;
+            match (flags == RETAIN, payload.is_empty()) {
+                (true, true) => drop(model.remove(&topic)),
+                (true, false) => drop(model.insert(topic, payload.into_bytes())),
+                (false, _) => {}
+            }
+        }
+        caught_up(&retained, &log).await;
+        if round % 4 == 0 {
+            killed.push(copy_as_killed(dir.path()));
+        }
+    }
+    let expected: Vec<_> =
+        model.into_iter().map(|(topic, payload)| ("press-4".to_owned(), topic, payload)).collect();
+    assert!((3..11).contains(&expected.len()), "{expected:?}");
+    assert_eq!(everything(&retained, &log).await, expected);
+    for dir in killed {
+        let retained = start(dir.path(), &log);
+        assert_eq!(everything(&retained, &log).await, expected);
+    }
+    retained.stop(Instant::now() + DEADLINE).await;
+    assert_eq!(everything(&start(dir.path(), &log), &log).await, expected);
+}
+
+#[tokio::test]
+async fn a_stop_leaves_the_cursor_at_the_end_and_everything_in_one_file() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let durable: Arc<Mutex<Vec<Offset>>> = Arc::default();
+    let noted = durable.clone();
+    let consumed = move |offset| noted.lock().expect("not poisoned").push(offset);
+    let retained = Retained::start(dir.path(), log.clone(), consumed).expect("starts");
+    append(&log, [("press-4", "a", &b"1"[..], RETAIN)]).await;
+    caught_up(&retained, &log).await;
+    for _ in 0..50 {
+        append(&log, [("press-4", "a", &b"2"[..], PLAIN)]).await;
+    }
+    retained.stop(Instant::now() + DEADLINE).await;
+    let durable = durable.lock().expect("not poisoned").clone();
+    assert_eq!(durable.last(), Some(&51));
+    assert!(durable.is_sorted() && durable.len() < 20, "{durable:?}");
+    let copy = directory();
+    std::fs::copy(dir.path().join(FILE_NAME), copy.path().join(FILE_NAME)).expect("copied");
+    let table = Table::open(&copy.path().join(FILE_NAME)).expect("opens");
+    assert_eq!((table.cursor(), table.is_empty()), (51, false));
+}
+
+#[tokio::test]
+async fn what_retention_has_removed_is_passed_over() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    append(&log, [("press-4", "old", &b"1"[..], RETAIN)]).await;
+    log.begin_retention();
+    let payload = [b'x'; 1000];
+    while log.first_offset() == 0 {
+        append(&log, std::iter::repeat_n(("press-4", "a", &payload[..], PLAIN), 1000)).await;
+    }
+    append(&log, [("press-4", "new", &b"2"[..], RETAIN)]).await;
+    let retained = start(dir.path(), &log);
+    assert_eq!(everything(&retained, &log).await, [("press-4".into(), "new".into(), b"2".into())]);
+    assert_eq!(retained.trouble(), None);
+}
+
+#[tokio::test]
+async fn the_log_keeps_what_was_not_consumed() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let hold = log.hold();
+    let retained = Retained::start(dir.path(), log.clone(), move |offset| hold.set(offset)).expect("starts");
+    log.begin_retention();
+    // Three times what the log may take: it has to let go of segments, and may only as it is told.
+    let payload = [b'x'; 1000];
+    let topics: Vec<String> = (0..24).map(|n| format!("t/{n:02}")).collect();
+    for topic in &topics {
+        append(&log, [("press-4", topic.as_str(), &b"1"[..], RETAIN)]).await;
+        append(&log, std::iter::repeat_n(("press-4", "a", &payload[..], PLAIN), 1000)).await;
+    }
+    let found = everything(&retained, &log).await;
+    assert_eq!(found.into_iter().map(|(_, topic, _)| topic).collect::<Vec<_>>(), topics);
+    assert!(log.first_offset() > 0, "segments have gone");
+}
+
+#[tokio::test]
+async fn a_log_that_ends_before_the_cursor_is_refused() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    append(&log, std::iter::repeat_n(("press-4", "a", &b"1"[..], PLAIN), 10)).await;
+    start(dir.path(), &log).stop(Instant::now() + DEADLINE).await;
+    let other = directory();
+    let other_log = open_log(other.path());
+    let error = Retained::start(dir.path(), other_log, |_| ()).map(drop).expect_err("the log is behind");
+    assert!(matches!(error, RetainedError::LogBehind { consumed: 10, log_end: 0 }), "{error}");
+}
+
+#[tokio::test]
+async fn a_full_disk_delays_retained_messages_and_loses_none() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let path = dir.path().join(FILE_NAME);
+    let table = Table::open(&path).expect("opens");
+    table.set("max_page_count", 1);
+    let shared = Arc::new(Shared::new(&table, Box::new(|_| ())));
+    let follower = Follower::new(path.clone(), table, log.clone(), shared.clone());
+    shared.control().start(follower, log.clone()).expect("starts");
+    append(&log, [("press-4", "a", &[b'x'; 100_000][..], RETAIN), ("press-4", "b", b"2", RETAIN)]).await;
+    until("it says what the trouble is", || shared.control().trouble().is_some()).await;
+    let trouble = shared.control().trouble().unwrap_or_default();
+    assert!(trouble.contains("retained.db") && trouble.contains("the disk is full"), "{trouble}");
+    assert_eq!((shared.cursor(), shared.is_empty()), (0, true));
+    shared.control().stop(Instant::now() + Duration::from_millis(100)).await;
+    until("the thread ends", || shared.control().has_ended()).await;
+
+    // The bound was the connection's.
+    let retained = start(dir.path(), &log);
+    assert_eq!(everything(&retained, &log).await.len(), 2);
+}
+
+#[tokio::test]
+async fn after_an_error_of_another_kind_the_database_is_opened_again() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let path = dir.path().join(FILE_NAME);
+    let table = Table::open(&path).expect("opens");
+    table.set("query_only", 1);
+    let shared = Arc::new(Shared::new(&table, Box::new(|_| ())));
+    let follower = Follower::new(path.clone(), table, log.clone(), shared.clone());
+    shared.control().start(follower, log.clone()).expect("starts");
+    append(&log, [("press-4", "a", &b"1"[..], RETAIN)]).await;
+    tokio::time::timeout(DEADLINE, shared.caught_up(1)).await.expect("caught up in time");
+    until("the trouble is over", || shared.control().trouble().is_none()).await;
+    shared.control().stop(Instant::now() + DEADLINE).await;
+    until("the thread ends", || shared.control().has_ended()).await;
+    assert_eq!(everything(&start(dir.path(), &log), &log).await.len(), 1);
+}
+
+#[tokio::test]
+async fn looking_for_a_filter_reads_names_and_no_rows() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    start(dir.path(), &log).stop(Instant::now() + DEADLINE).await;
+    let connection = Connection::open(dir.path().join(FILE_NAME)).expect("opens");
+    let plan: String = connection
+        .query_row(&format!("EXPLAIN QUERY PLAN {}", page::SELECT_NAMES), ["", "", ""], |row| row.get(3))
+        .expect("a plan");
+    assert!(plan.contains("USING COVERING INDEX") && plan.contains("topic>? AND topic<?"), "{plan}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn a_table_holds_what_a_map_would(
+        transactions in prop::collection::vec(
+            prop::collection::vec((0..4_usize, prop::sample::select(vec!["", "1", "2"])), 0..6), 1..6,
+        ),
+    ) {
+        let dir = directory();
+        let path = dir.path().join(FILE_NAME);
+        let mut table = Table::open(&path).expect("opens");
+        let mut model = BTreeMap::new();
+        let mut offset = 0;
+        for messages in transactions {
+            let mut newest = BTreeMap::new();
+            for (topic, payload) in messages {
+                let message = RetainedMessage {
+                    offset,
+                    datasource: "press-4".to_owned(),
+                    topic: TOPICS[topic].to_owned(),
+                    payload: payload.into(),
+                    content_type: String::new(),
+                    properties: Vec::new(),
+                    key_id: KeyId([9; 6]),
+                    transport: Transport::Http,
+                    publisher: 1,
+                    received_at: -1,
+                    flags: RETAIN,
+                };
+                newest.insert(topic, message);
+                offset += 1;
+            }
+            table.write(newest.values().map(RetainedMessage::as_record), offset, false).expect("written");
+            for message in newest.into_values() {
+                if message.payload.is_empty() {
+                    model.remove(&message.topic);
+                } else {
+                    model.insert(message.topic.clone(), message);
+                }
+            }
+            prop_assert_eq!(table.is_empty(), model.is_empty());
+            let wanted = Wanted::new(None, &filter("#")).expect("something");
+            let page = Readers::new(path.clone()).page(&wanted, ALL, None, 1 << 20).expect("a page");
+            prop_assert_eq!(page, RetainedPage { messages: model.values().cloned().collect(), next: None });
+        }
+        prop_assert_eq!(Table::open(&path).expect("opens").cursor(), offset);
+    }
+}

@@ -1,0 +1,238 @@
+//! The router: follows the log's end and gives each new record to the live subscribers whose
+//! filters match it.
+//!
+//! One thread. A batch in which nobody is interested does not even wake it: the log's writer asks
+//! first whether anybody is, which takes one look per datasource in the batch. What matches a
+//! filter is put together once, however many subscribers have that filter.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::time::Duration;
+
+use tracing::error;
+
+use super::mailbox::{Mailbox, Routed};
+use super::trie::Trie;
+use crate::limits::ROUTE_BYTES;
+use crate::log::{Batch, Log, Place};
+use crate::message::Offset;
+
+/// How long the thread sleeps when nobody wakes it.
+const SLEEP: Duration = Duration::from_secs(3600);
+/// How long it waits after the log could not be read.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// The running router. Cheap to clone; its thread ends after the last clone.
+#[derive(Clone)]
+pub struct Router(Arc<Owner>);
+
+struct Owner {
+    shared: Arc<Shared>,
+    thread: std::thread::Thread,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::Release);
+        self.thread.unpark();
+    }
+}
+
+struct Shared {
+    routes: RwLock<Routes>,
+    /// Everything below is routed or being routed.
+    routing: AtomicU64,
+    /// Everything below is routed.
+    routed: AtomicU64,
+    ended: AtomicBool,
+}
+
+/// Who wants what.
+#[derive(Default)]
+struct Routes {
+    /// Per filter the number of its interest.
+    trie: Trie<u32>,
+    by_filter: HashMap<Box<str>, u32>,
+    interests: Vec<Interest>,
+    free: Vec<u32>,
+}
+
+/// A filter, and the subscribers that have it.
+struct Interest {
+    members: Vec<(Arc<Mailbox>, u32)>,
+}
+
+impl Shared {
+    fn routes(&self) -> RwLockReadGuard<'_, Routes> {
+        self.routes.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The batch is routed. Both this and the log's writer may say so of the same one.
+    fn pass(&self, batch: &Batch) {
+        self.routing.fetch_max(batch.next_offset(), Ordering::SeqCst);
+        self.routed.fetch_max(batch.next_offset(), Ordering::SeqCst);
+    }
+
+    fn routes_mut(&self) -> RwLockWriteGuard<'_, Routes> {
+        self.routes.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Router {
+    /// Starts the thread, at the end of `log`.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn start(log: &Arc<dyn Log>) -> std::io::Result<Self> {
+        let at = log.next_offset();
+        let shared = Arc::new(Shared {
+            routes: RwLock::default(),
+            routing: AtomicU64::new(at),
+            routed: AtomicU64::new(at),
+            ended: AtomicBool::new(false),
+        });
+        let thread = std::thread::Builder::new().name("router".to_owned()).spawn({
+            let (shared, log) = (shared.clone(), log.clone());
+            move || run(&shared, &*log)
+        })?;
+        let thread = thread.thread().clone();
+        let router = Self(Arc::new(Owner { shared, thread }));
+        let listener = Arc::downgrade(&router.0);
+        log.listen(Box::new(move |batch| Self::appended(&listener, batch)));
+        Ok(router)
+    }
+
+    /// Told by the log's writer of each batch, in order.
+    fn appended(router: &Weak<Owner>, batch: &Batch) {
+        let Some(owner) = router.upgrade() else { return };
+        let shared = &owner.shared;
+        // The log's writer waits for nobody here.
+        if let Ok(routes) = shared.routes.try_read()
+            && shared.routed.load(Ordering::SeqCst) == batch.first_offset()
+            && (routes.by_filter.is_empty()
+                || batch.sections().all(|section| routes.trie.of(section.datasource()).is_empty()))
+        {
+            shared.pass(batch);
+            return;
+        }
+        owner.thread.unpark();
+    }
+
+    /// Everything below this offset has been put where it belongs.
+    pub fn routed(&self) -> Offset {
+        self.0.shared.routed.load(Ordering::SeqCst)
+    }
+
+    /// Everything below this offset has been put where it belongs or is just being.
+    pub(super) fn routing(&self) -> Offset {
+        self.0.shared.routing.load(Ordering::SeqCst)
+    }
+
+    /// Routes what matches `filter` to `mailbox` from now on, as its `slot`. The filter's first level
+    /// is the datasource.
+    pub(super) fn subscribe(&self, filter: &str, mailbox: &Arc<Mailbox>, slot: u32) {
+        let mut guard = self.0.shared.routes_mut();
+        let routes = &mut *guard;
+        let interest = match routes.by_filter.get(filter) {
+            Some(&interest) => interest,
+            None => {
+                let interest = routes.free.pop().unwrap_or_else(|| {
+                    routes.interests.push(Interest { members: Vec::new() });
+                    u32::try_from(routes.interests.len() - 1).expect("fewer filters than 2³²")
+                });
+                routes.by_filter.insert(filter.into(), interest);
+                routes.trie.values(filter).push(interest);
+                interest
+            }
+        };
+        routes.interests[interest as usize].members.push((mailbox.clone(), slot));
+    }
+
+    /// No longer routes what matches `filter` to `mailbox`.
+    pub(super) fn unsubscribe(&self, filter: &str, mailbox: &Arc<Mailbox>) {
+        let mut guard = self.0.shared.routes_mut();
+        let routes = &mut *guard;
+        let Some(&interest) = routes.by_filter.get(filter) else { return };
+        let members = &mut routes.interests[interest as usize].members;
+        if let Some(at) = members.iter().position(|(member, _)| Arc::ptr_eq(member, mailbox)) {
+            members.swap_remove(at);
+        }
+        if members.is_empty() {
+            routes.interests[interest as usize].members = Vec::new();
+            routes.by_filter.remove(filter);
+            routes.trie.remove(filter, |value| *value == interest);
+            routes.free.push(interest);
+        }
+    }
+}
+
+/// The thread.
+fn run(shared: &Shared, log: &dyn Log) {
+    let mut scratch = Scratch::default();
+    while !shared.ended.load(Ordering::Acquire) {
+        let position = shared.routed.load(Ordering::SeqCst);
+        match log.read(position, ROUTE_BYTES) {
+            Ok(batches) if batches.is_empty() => std::thread::park_timeout(SLEEP),
+            Ok(batches) => batches.iter().for_each(|batch| scratch.route(shared, batch)),
+            Err(error) => {
+                // Live subscribers wait; those that read by themselves meet the same error.
+                error!(%error, position, "new records cannot be read for subscribers");
+                std::thread::sleep(RETRY);
+                let first = log.first_offset();
+                if first > position {
+                    shared.routing.fetch_max(first, Ordering::SeqCst);
+                    shared.routed.fetch_max(first, Ordering::SeqCst);
+                }
+            }
+        }
+    }
+}
+
+/// What routing a batch needs, kept from one to the next.
+#[derive(Default)]
+struct Scratch {
+    /// Per interest what matches it.
+    places: Vec<Vec<Place>>,
+    /// The interests that something matches.
+    touched: Vec<u32>,
+    wake: Vec<Arc<Mailbox>>,
+}
+
+impl Scratch {
+    fn route(&mut self, shared: &Shared, batch: &Batch) {
+        let routes = shared.routes();
+        shared.routing.fetch_max(batch.next_offset(), Ordering::SeqCst);
+        self.places.resize_with(routes.interests.len().max(self.places.len()), Vec::new);
+        for section in batch.sections() {
+            let starts = routes.trie.of(section.datasource());
+            if starts.is_empty() {
+                continue;
+            }
+            for (topic, place) in section.topics() {
+                starts.visit(topic, |&interest| {
+                    let places = &mut self.places[interest as usize];
+                    if places.is_empty() {
+                        self.touched.push(interest);
+                    }
+                    places.push(place);
+                });
+            }
+        }
+        for interest in self.touched.drain(..) {
+            let places: Arc<[Place]> = self.places[interest as usize].as_slice().into();
+            self.places[interest as usize].clear();
+            for (mailbox, slot) in &routes.interests[interest as usize].members {
+                let routed = Routed { batch: batch.clone(), slot: *slot, places: places.clone() };
+                if mailbox.put(routed) {
+                    self.wake.push(mailbox.clone());
+                }
+            }
+        }
+        drop(routes);
+        shared.pass(batch);
+        for mailbox in self.wake.drain(..) {
+            mailbox.wake();
+        }
+    }
+}

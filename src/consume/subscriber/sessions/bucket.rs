@@ -1,0 +1,148 @@
+//! The sessions of a cluster, in a KV bucket that all nodes share. A node loads none of them at its
+//! start: it [looks](Lookup) for that of a client when the client connects.
+//!
+//! | key | value ([`row`](super::row)) |
+//! |---|---|
+//! | `session.{client}` | the node that has the session, and the session, or that it has ended |
+//! | `cursors.{node}.{page}` | how far sessions of a node have got since their cells were written |
+//!
+//! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell,
+//! each time over the revision that it knows: the one that the client is connected to, or was last.
+//! When another node takes the client over it writes the cell, and what the former one writes after
+//! that, because it was cut off and does not know, is refused: it sees that the session has moved on, and
+//! that it has [lost](Lost) it. A node looks through its sessions for such a change by and by too.
+//!
+//! Sessions move on all the time, and so their cursors are apart: those of a node are gathered in a few
+//! pages, written every second. A cursor names the revision of its session's cell, and is of no
+//! account once that has another.
+
+use std::time::Duration;
+
+use headgate_bridge_nats::{Cell, CellError, Cells, CellsSettings, Nats};
+
+use super::row::{Moved, Row, decode};
+use super::{SessionStoreError, StoredSession};
+use crate::message::{DatasourceId, TimeMicros};
+
+pub(super) mod node;
+
+/// The bucket's name.
+const BUCKET_NAME: &str = "headgate-sessions";
+/// How much longer a cell stays than the longest session: as long as a live session's cell may
+/// have been left alone, and a day for whoever is late.
+const CELL_SPARE: Duration = Duration::from_secs(2 * 24 * 3_600);
+/// How many pages a node's cursors are in: about so many writes a second.
+const PAGES: usize = 64;
+/// A client, as the bucket knows it.
+type ClientHash = [u8; 16];
+
+/// Opens the bucket, or makes it, with each cell on so many servers. No session lasts longer than
+/// `expiry_s_max` seconds; `u32::MAX`: they last for ever.
+///
+/// # Errors
+/// [`CellError::Away`]; [`CellError::Refused`], if JetStream cannot have such a bucket.
+pub async fn open(nats: &Nats, replicas: usize, expiry_s_max: u32) -> Result<Cells, CellError> {
+    let longest = Duration::from_secs(u64::from(expiry_s_max)) + CELL_SPARE;
+    let age_max = (expiry_s_max != u32::MAX).then_some(longest);
+    Cells::open(nats, &CellsSettings { bucket: BUCKET_NAME.to_owned(), replicas, age_max }).await
+}
+
+/// A session that another node has taken over without asking: this one could not be asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lost {
+    /// The datasource of the client's key.
+    pub datasource: DatasourceId,
+    /// The client.
+    pub client_id: String,
+    /// The session that it had here.
+    pub uid: u64,
+}
+
+/// What the bucket has of a client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// The datasource of the client's key.
+    pub datasource: DatasourceId,
+    /// The client.
+    pub client_id: String,
+    /// What a change of it is written over.
+    pub revision: u64,
+    /// How often it has come to another node before.
+    pub moves: u64,
+    /// `None`: it has no session.
+    pub session: Option<StoredSession>,
+}
+
+/// Looks for the sessions that other nodes had. Cheap to clone.
+#[derive(Clone)]
+pub struct Lookup(Cells);
+
+impl Lookup {
+    /// Looks in this bucket.
+    pub fn new(cells: Cells) -> Self {
+        Self(cells)
+    }
+
+    /// Reads what there is of a client, as it was last acknowledged.
+    ///
+    /// # Errors
+    /// [`SessionStoreError::Bucket`], when that is not to be had.
+    pub async fn find(&self, datasource: &DatasourceId, client_id: &str) -> Result<Found, SessionStoreError> {
+        let Cell { revision, value } = self.0.get(&session_key(hash(datasource, client_id))).await?;
+        let (datasource, client_id) = (datasource.clone(), client_id.to_owned());
+        let mut nothing = Found { datasource, client_id, revision, moves: 0, session: None };
+        let Some(value) = value else { return Ok(nothing) };
+        let Some(Row { owner, moves, session }) = decode::<Row<'_>>(&value) else {
+            let words = "a session in the bucket is not as this Headgate writes it: use a newer one";
+            return Err(SessionStoreError::Bucket(words.into()));
+        };
+        nothing.moves = moves;
+        let Some(session) = session else { return Ok(nothing) };
+        let mut session = session.into_owned();
+        if (&session.datasource, &session.client_id) != (&nothing.datasource, &nothing.client_id) {
+            return Ok(nothing);
+        }
+        if session.ended_at.is_none() {
+            // Its node is gone, and did not say goodbye.
+            let page = self.0.get(&page_key(&owner, page_of(session.uid))).await?;
+            let moved: Vec<Moved> = page.value.and_then(|value| decode(&value)).unwrap_or_default();
+            let same = |moved: &&Moved| moved.uid == session.uid && moved.revision == revision;
+            session.cursor = moved.iter().find(same).map_or(session.cursor, |moved| moved.cursor);
+        }
+        Ok(Found { session: Some(session), ..nothing })
+    }
+}
+
+impl StoredSession {
+    /// Whether its time is over.
+    pub fn has_expired(&self, now: TimeMicros) -> bool {
+        let expiry = i64::from(self.expiry_s) * 1_000_000;
+        self.expiry_s != u32::MAX && self.ended_at.is_some_and(|ended| now.saturating_sub(ended) >= expiry)
+    }
+}
+
+impl From<CellError> for SessionStoreError {
+    fn from(error: CellError) -> Self {
+        SessionStoreError::Bucket(error.to_string().into())
+    }
+}
+
+fn hash(datasource: &DatasourceId, client_id: &str) -> ClientHash {
+    let mut hash = blake3::Hasher::new();
+    hash.update(datasource.as_str().as_bytes()).update(&[0]).update(client_id.as_bytes());
+    let mut bytes = [0; 16];
+    hash.finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+fn session_key(client: ClientHash) -> String {
+    format!("session.{:032x}", u128::from_be_bytes(client))
+}
+
+fn page_key(node: &str, page: usize) -> String {
+    format!("cursors.{node}.{page}")
+}
+
+fn page_of(uid: u64) -> usize {
+    usize::try_from(uid % PAGES as u64).unwrap_or(0)
+}

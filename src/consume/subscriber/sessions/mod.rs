@@ -1,0 +1,434 @@
+//! The session store: the MQTT sessions that outlive their connection (MQTT 5 section 4.1), kept in
+//! `DIR/sessions.db` so that they outlive the gateway too. A session is a cursor in the log and a
+//! set of subscriptions; what was delivered is in neither, the log has it.
+//!
+//! The live sessions are in memory, with those who serve them. Here is what a restart finds. One
+//! thread owns the database. Changes come over a channel; everything that waits goes into one
+//! transaction with one sync, and then everybody who waits for it is released. While the disk
+//! works the next changes gather, so a thousand clients that connect at once cost a few syncs.
+//!
+//! A transaction that fails is tried again, with all that came meanwhile, until it succeeds: no
+//! change is lost or overtaken by a later one. Who waits is told after [`WAIT_MAX`].
+//!
+//! In a cluster the [`bucket`] of all nodes takes the place of the database.
+
+use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use headgate_bridge_nats::Cells;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{oneshot, watch};
+use tracing::{error, info};
+
+use self::bucket::Lost;
+use self::bucket::node::NodeSessions;
+use self::pending::Pending;
+use self::place::{Database, Place};
+#[cfg(test)]
+use self::table::{FILE_NAME, Table};
+use super::DatabaseError;
+use crate::message::{DatasourceId, Offset, TimeMicros};
+
+pub mod bucket;
+mod pending;
+mod place;
+mod row;
+mod table;
+#[cfg(test)]
+mod tests;
+
+/// How long somebody waits for a change while transactions fail. The change stays queued.
+pub const WAIT_MAX: Duration = Duration::from_secs(3);
+/// How long a store that is closing goes on trying.
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(2);
+/// After a failed transaction: the first wait before the next attempt, doubled each time up to the
+/// second.
+const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// Calls of [`SessionStore::write`] that one transaction takes at most, so that the first of them
+/// does not wait for all who come while it gathers.
+const WRITES_MAX: usize = 16_384;
+
+/// A session as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredSession {
+    /// Its number: unlike its client id never used again.
+    pub uid: u64,
+    /// The datasource of the key that opened it; `*` for a key for all.
+    #[serde(deserialize_with = "row::datasource")]
+    pub datasource: DatasourceId,
+    /// Unique within the datasource.
+    pub client_id: String,
+    /// Seconds that it outlives its connection; `u32::MAX`: for ever.
+    pub expiry_s: u32,
+    /// When its connection ended. `None`: it was connected when this was written.
+    pub ended_at: Option<TimeMicros>,
+    /// Everything below is delivered.
+    pub cursor: Offset,
+    /// No two have the same filter. Loaded in the order of their filters.
+    pub subscriptions: Vec<StoredSubscription>,
+}
+
+/// One subscription of a session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredSubscription {
+    /// As the client gave it, with `$share/{group}/` if it is shared.
+    pub filter: String,
+    /// What was granted.
+    pub qos: u8,
+    /// Without what the client itself publishes.
+    pub no_local: bool,
+    /// The retain flag is handed on as it was published.
+    pub retain_as_published: bool,
+    /// What its messages are marked with.
+    pub identifier: Option<u32>,
+    /// It begins here.
+    pub from: Offset,
+}
+
+/// The place that a group of shared subscriptions has got to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredGroup {
+    /// The datasource of its members' keys, or `*`.
+    pub datasource: DatasourceId,
+    /// The name in `$share/{group}/{filter}`.
+    pub group: String,
+    /// The filter in it.
+    pub filter: String,
+    /// Everything below is delivered to one member or another.
+    pub cursor: Offset,
+}
+
+/// What the last run has left.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// In the order of their uid as a signed number.
+    pub sessions: Vec<StoredSession>,
+    /// In the order of datasource, name and filter.
+    pub groups: Vec<StoredGroup>,
+}
+
+/// A change of what is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// A session is new, or its subscriptions are: replaces all that is kept of it.
+    PutSession(StoredSession),
+    /// The session with this uid has ended for good.
+    RemoveSession(u64),
+    /// A session has got further. Nothing if there is none with this uid.
+    Cursor {
+        /// Which.
+        uid: u64,
+        /// Everything below is delivered.
+        cursor: Offset,
+    },
+    /// A session's connection has ended, or with `None` begun. Nothing if there is none with this uid.
+    Ended {
+        /// Which.
+        uid: u64,
+        /// When.
+        ended_at: Option<TimeMicros>,
+        /// Seconds that it stays; `u32::MAX`: for ever.
+        expiry_s: u32,
+    },
+    /// A group is new, or has got further.
+    PutGroup(StoredGroup),
+    /// A group has no members left.
+    RemoveGroup {
+        /// The datasource of its members' keys, or `*`.
+        datasource: DatasourceId,
+        /// Its name.
+        group: String,
+        /// Its filter.
+        filter: String,
+    },
+    /// In a cluster: what the bucket has of a client. What follows for that client is written over this.
+    Found(Box<bucket::Found>),
+    /// In a cluster: the session with this uid is another node's from now on. Nothing of it is written
+    /// here any more.
+    GivenUp(u64),
+}
+
+/// Why sessions could not be read, or a change is not known to be durable.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SessionStoreError {
+    /// The database. A change that was answered so is not lost: it is written when that is possible
+    /// again, unless the gateway is killed before.
+    #[error("sessions: {0}")]
+    Database(#[from] DatabaseError),
+    /// The bucket of the cluster, likewise; in words.
+    #[error("sessions: {0}")]
+    Bucket(Arc<str>),
+    /// The store has been closed.
+    #[error("sessions: the gateway is shutting down")]
+    Closed,
+}
+
+/// The running store. Cheap to clone; the thread ends after the last clone is gone, or with
+/// [`SessionStore::close`].
+#[derive(Clone)]
+pub struct SessionStore {
+    inbox: mpsc::Sender<Message>,
+    shared: Arc<Shared>,
+}
+
+/// What the thread and those who ask about it share.
+struct Shared {
+    trouble: Mutex<Option<String>>,
+    ended: watch::Sender<bool>,
+}
+
+/// What the thread is sent.
+enum Message {
+    Write(Vec<Change>, Waiter),
+    Close,
+    #[cfg(test)]
+    Meddle(Box<dyn FnOnce(&mut Table) + Send>),
+}
+
+/// Somebody who waits for changes to be durable.
+struct Waiter {
+    since: Instant,
+    reply: oneshot::Sender<Result<(), SessionStoreError>>,
+}
+
+impl SessionStore {
+    /// Opens `dir/sessions.db`, or makes it, reads what is there, and starts the thread that writes it.
+    ///
+    /// # Errors
+    /// [`SessionStoreError::Database`]: it is in use, newer, not ours, damaged, or cannot be read.
+    pub fn open(dir: &Path) -> Result<(Self, Stored), SessionStoreError> {
+        let (database, stored) = Database::open(dir)?;
+        let store = Self::start(Box::new(database)).map_err(|error| database_error(dir, &error))?;
+        Ok((store, stored))
+    }
+
+    /// Keeps the sessions of this `node` in the bucket that the cluster has for them, and starts the
+    /// thread that writes it. What another node has taken is told over the second of what it returns.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn in_bucket(
+        cells: Cells,
+        node: &str,
+    ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<Lost>)> {
+        let (lost, told) = tokio::sync::mpsc::unbounded_channel();
+        Ok((Self::start(Box::new(NodeSessions::new(cells, node, lost)))?, told))
+    }
+
+    fn start(place: Box<dyn Place>) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared { trouble: Mutex::default(), ended: watch::Sender::new(false) });
+        let (inbox, received) = mpsc::channel();
+        let writer = Writer {
+            place,
+            inbox: received,
+            pending: Pending::default(),
+            waiting: Vec::new(),
+            failure: None,
+            close_by: None,
+            shared: shared.clone(),
+        };
+        std::thread::Builder::new().name("sessions".to_owned()).spawn(move || writer.run())?;
+        Ok(Self { inbox, shared })
+    }
+
+    /// Queues `changes`, at once and in order, behind all that was queued before. The future resolves
+    /// when they are on the disk; they are written also if it is dropped.
+    ///
+    /// # Errors
+    /// [`SessionStoreError::Database`] when they could not be written for [`WAIT_MAX`]. They stay queued,
+    /// and whatever is queued later comes after them. [`SessionStoreError::Closed`] after
+    /// [`SessionStore::close`].
+    pub fn write(
+        &self,
+        changes: Vec<Change>,
+    ) -> impl Future<Output = Result<(), SessionStoreError>> + Send + 'static + use<> {
+        let (reply, written) = oneshot::channel();
+        // If the thread has ended, the reply goes down with the message, and that is the answer.
+        let _ = self.inbox.send(Message::Write(changes, Waiter { since: Instant::now(), reply }));
+        async move { written.await.unwrap_or(Err(SessionStoreError::Closed)) }
+    }
+
+    /// Writes what is queued, takes no more, and ends the thread. What cannot be written within
+    /// two seconds is given up.
+    pub async fn close(&self) {
+        let _ = self.inbox.send(Message::Close);
+        // The sender is in `self`, so that waiting does not fail.
+        let _ = self.shared.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+
+    /// Why nothing can be written, while nothing can.
+    pub fn trouble(&self) -> Option<String> {
+        self.shared.trouble().clone()
+    }
+
+    /// Does something to the database between two transactions.
+    #[cfg(test)]
+    fn meddle(&self, meddle: impl FnOnce(&mut Table) + Send + 'static) {
+        assert!(self.inbox.send(Message::Meddle(Box::new(meddle))).is_ok(), "the thread runs");
+    }
+}
+
+/// There is no thread for the database in `dir`.
+fn database_error(dir: &Path, error: &std::io::Error) -> DatabaseError {
+    let detail = format!("no thread for it: {error}").into();
+    DatabaseError::Failed { path: dir.join(table::FILE_NAME), detail }
+}
+
+impl Shared {
+    fn trouble(&self) -> MutexGuard<'_, Option<String>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of trouble, or of its end, and says so when that is news.
+    fn set_trouble(&self, trouble: Option<String>) {
+        let mut current = self.trouble();
+        if *current == trouble {
+            return;
+        }
+        match &trouble {
+            Some(trouble) => error!("sessions cannot be kept: {trouble}"),
+            None => info!("sessions are kept again"),
+        }
+        *current = trouble;
+    }
+}
+
+/// The thread.
+struct Writer {
+    place: Box<dyn Place>,
+    inbox: mpsc::Receiver<Message>,
+    pending: Pending,
+    waiting: Vec<Waiter>,
+    failure: Option<Failure>,
+    /// When to have ended, once that is to be.
+    close_by: Option<Instant>,
+    shared: Arc<Shared>,
+}
+
+/// The last transaction failed.
+struct Failure {
+    error: SessionStoreError,
+    pause: Duration,
+    retry_at: Instant,
+}
+
+impl Writer {
+    fn run(mut self) {
+        let _ended = Ended(self.shared.clone());
+        loop {
+            self.gather();
+            let now = Instant::now();
+            if self.failure.as_ref().is_none_or(|failure| failure.retry_at <= now) {
+                match self.commit() {
+                    Ok(()) => self.release(),
+                    Err(error) => self.fail(error),
+                }
+            }
+            self.disappoint();
+            if self.close_by.is_some_and(|deadline| self.pending.is_empty() || deadline <= Instant::now()) {
+                break;
+            }
+        }
+        if let Some(Failure { error, .. }) = self.failure {
+            error!(%error, "changes of sessions were not written before the end");
+            self.waiting.drain(..).for_each(|waiter| waiter.answer(Err(error.clone())));
+        }
+    }
+
+    /// Takes in what has come, and waits for something if there is nothing to do.
+    fn gather(&mut self) {
+        let first = match (&self.failure, self.close_by) {
+            (None, None) => match self.place.rest() {
+                None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(rest) => self.inbox.recv_timeout(rest),
+            },
+            (None, Some(_)) => self.inbox.try_recv().map_err(|_| RecvTimeoutError::Timeout),
+            (Some(failure), None) => {
+                self.inbox.recv_timeout(failure.retry_at.saturating_duration_since(Instant::now()))
+            }
+            (Some(failure), Some(_)) => {
+                std::thread::sleep(failure.retry_at.saturating_duration_since(Instant::now()));
+                self.inbox.try_recv().map_err(|_| RecvTimeoutError::Timeout)
+            }
+        };
+        match first {
+            Ok(message) => self.take(message),
+            Err(RecvTimeoutError::Timeout) => return,
+            Err(RecvTimeoutError::Disconnected) => return self.close(),
+        }
+        for _ in 1..WRITES_MAX {
+            match self.inbox.try_recv() {
+                Ok(message) => self.take(message),
+                Err(_) => break,
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Write(changes, waiter) => {
+                changes.into_iter().for_each(|change| self.pending.fold(change));
+                self.waiting.push(waiter);
+            }
+            Message::Close => self.close(),
+            #[cfg(test)]
+            Message::Meddle(meddle) => meddle(self.place.table().expect("a test meddles with what is open")),
+        }
+    }
+
+    fn close(&mut self) {
+        self.close_by.get_or_insert_with(|| Instant::now() + CLOSE_WAIT_MAX);
+    }
+
+    fn commit(&mut self) -> Result<(), SessionStoreError> {
+        if self.pending.is_empty() && self.place.rest().is_none_or(|rest| rest > Duration::ZERO) {
+            return Ok(());
+        }
+        self.place.write(&self.pending)
+    }
+
+    fn release(&mut self) {
+        self.pending = Pending::default();
+        // Before the answers: who has one finds no trouble any more.
+        if self.failure.take().is_some() {
+            self.shared.set_trouble(None);
+        }
+        self.waiting.drain(..).for_each(|waiter| waiter.answer(Ok(())));
+    }
+
+    fn fail(&mut self, error: SessionStoreError) {
+        self.shared.set_trouble(Some(error.to_string()));
+        let pause = self.failure.as_ref().map_or(RETRY.0, |failure| (failure.pause * 2).min(RETRY.1));
+        self.failure = Some(Failure { error, pause, retry_at: Instant::now() + pause });
+    }
+
+    /// Tells those who have waited long enough, in vain.
+    fn disappoint(&mut self) {
+        let Some(Failure { error, .. }) = &self.failure else { return };
+        for waiter in self.waiting.extract_if(.., |waiter| waiter.since.elapsed() >= WAIT_MAX) {
+            waiter.answer(Err(error.clone()));
+        }
+    }
+}
+
+impl Waiter {
+    fn answer(self, answer: Result<(), SessionStoreError>) {
+        // Many do not wait.
+        let _ = self.reply.send(answer);
+    }
+}
+
+/// Says that the thread has ended, also when it has panicked.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let trouble = "the session store has ended by a panic, and needs a restart";
+            self.0.set_trouble(Some(trouble.to_owned()));
+        }
+        self.0.ended.send_replace(true);
+    }
+}

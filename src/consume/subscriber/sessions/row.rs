@@ -1,0 +1,53 @@
+//! What is in a cell of the sessions' bucket: a byte that is the version of the format, and then
+//! [postcard](https://postcard.jamesmunns.com/wire-format).
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::StoredSession;
+use crate::message::{DatasourceId, Offset};
+
+const VERSION: u8 = 1;
+
+/// A client's cell.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Row<'a> {
+    /// The node that wrote it, and that has the session as long as nobody else has written.
+    pub(super) owner: Cow<'a, str>,
+    /// How often the session has come to another node.
+    pub(super) moves: u64,
+    /// `None`: it has ended.
+    pub(super) session: Option<Cow<'a, StoredSession>>,
+}
+
+/// How far a session is that has got further since its cell was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Moved {
+    pub(super) uid: u64,
+    /// The revision of the session's cell: of another one this says nothing.
+    pub(super) revision: u64,
+    pub(super) cursor: Offset,
+}
+
+pub(super) fn encode<T: Serialize>(value: &T) -> Bytes {
+    let bytes = postcard::to_extend(value, vec![VERSION]);
+    bytes.expect("plain values, into memory").into()
+}
+
+/// `None`: it is not what was written, or of a newer version.
+pub(super) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
+    match bytes.split_first()? {
+        (&VERSION, rest) => postcard::from_bytes(rest).ok(),
+        _ => None,
+    }
+}
+
+/// A datasource, which may be `*`.
+pub(super) fn datasource<'de, D: Deserializer<'de>>(from: D) -> Result<DatasourceId, D::Error> {
+    match Cow::<str>::deserialize(from)?.as_ref() {
+        "*" => Ok(DatasourceId::all()),
+        id => DatasourceId::new(id).map_err(serde::de::Error::custom),
+    }
+}

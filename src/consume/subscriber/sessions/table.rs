@@ -1,0 +1,243 @@
+//! `sessions.db` itself: its tables, read once at start, after that only written.
+//!
+//! ```sql
+//! sessions      (uid INTEGER, datasource TEXT, client_id TEXT, expiry_s INTEGER, ended_at INTEGER, cursor INTEGER)
+//! subscriptions (uid INTEGER, filter TEXT, qos INTEGER, no_local INTEGER, retain_as_published INTEGER,
+//!                identifier INTEGER, from_offset INTEGER)
+//! share_groups  (datasource TEXT, name TEXT, filter TEXT, cursor INTEGER)
+//! ```
+//!
+//! A `uid` is an unsigned number whose bits are kept. Times are microseconds since the Unix epoch.
+//! Nothing but the primary keys is constrained: a change that the database would never take would
+//! keep all later ones waiting.
+
+use std::path::{Path, PathBuf};
+
+use rusqlite::types::FromSqlError;
+use rusqlite::{Connection, Row, TransactionBehavior, params};
+
+use super::pending::{Pending, SessionChange};
+use super::{Stored, StoredGroup, StoredSession, StoredSubscription};
+use crate::consume::sink::schema::{offset_of, sql_offset};
+use crate::consume::subscriber::database::{DatabaseError, Kind};
+use crate::message::DatasourceId;
+
+/// The file's name in the data directory.
+pub(super) const FILE_NAME: &str = "sessions.db";
+
+const KIND: Kind = Kind {
+    format: 1,
+    exclusive: true,
+    schema: "
+        CREATE TABLE sessions (
+            uid        INTEGER PRIMARY KEY,
+            datasource TEXT NOT NULL,
+            client_id  TEXT NOT NULL,
+            expiry_s   INTEGER NOT NULL,
+            ended_at   INTEGER,
+            cursor     INTEGER NOT NULL
+        ) STRICT;
+        CREATE TABLE subscriptions (
+            uid                 INTEGER NOT NULL,
+            filter              TEXT NOT NULL,
+            qos                 INTEGER NOT NULL,
+            no_local            INTEGER NOT NULL,
+            retain_as_published INTEGER NOT NULL,
+            identifier          INTEGER,
+            from_offset         INTEGER NOT NULL,
+            PRIMARY KEY (uid, filter)
+        ) STRICT, WITHOUT ROWID;
+        CREATE TABLE share_groups (
+            datasource TEXT NOT NULL,
+            name       TEXT NOT NULL,
+            filter     TEXT NOT NULL,
+            cursor     INTEGER NOT NULL,
+            PRIMARY KEY (datasource, name, filter)
+        ) STRICT, WITHOUT ROWID;
+    ",
+};
+
+/// The open database.
+pub(super) struct Table {
+    connection: Connection,
+    path: PathBuf,
+}
+
+impl Table {
+    /// Opens `dir/sessions.db`, or makes it.
+    pub(super) fn open(dir: &Path) -> Result<Self, DatabaseError> {
+        let path = dir.join(FILE_NAME);
+        Ok(Self { connection: KIND.open(&path)?, path })
+    }
+
+    /// Opens it again after a transaction whose fate is unknown.
+    pub(super) fn reopen(dir: &Path) -> Result<Self, DatabaseError> {
+        let path = dir.join(FILE_NAME);
+        Ok(Self { connection: KIND.reopen(&path)?, path })
+    }
+
+    /// Reads all there is, its pages checked.
+    pub(super) fn load(&self) -> Result<Stored, DatabaseError> {
+        let damaged =
+            |detail: &str| DatabaseError::Damaged { path: self.path.clone(), detail: detail.into() };
+        let failed = |error: rusqlite::Error| DatabaseError::of(&error, &self.path);
+        let pages: String =
+            self.connection.pragma_query_value(None, "quick_check", |row| row.get(0)).map_err(failed)?;
+        if pages != "ok" {
+            return Err(damaged(&pages));
+        }
+        let (sessions, lonely) = self.sessions().map_err(failed)?;
+        if let Some(uid) = lonely {
+            return Err(damaged(&format!("a subscription of session {uid}, which is not there")));
+        }
+        Ok(Stored { sessions, groups: self.groups().map_err(failed)? })
+    }
+
+    /// The sessions, and the first uid that has subscriptions and no session.
+    fn sessions(&self) -> rusqlite::Result<(Vec<StoredSession>, Option<i64>)> {
+        let mut select = self.connection.prepare(
+            "SELECT uid, datasource, client_id, expiry_s, ended_at, cursor FROM sessions ORDER BY uid",
+        )?;
+        let mut select_subscriptions = self.connection.prepare(
+            "SELECT uid, filter, qos, no_local, retain_as_published, identifier, from_offset
+             FROM subscriptions ORDER BY uid, filter",
+        )?;
+        let mut sessions = Vec::new();
+        let mut subscription_rows = select_subscriptions.query([])?;
+        let mut subscription = subscription_rows.next()?.map(subscription_of).transpose()?;
+        let mut rows = select.query([])?;
+        while let Some(row) = rows.next()? {
+            let uid: i64 = row.get(0)?;
+            let mut session = StoredSession {
+                uid: uid.cast_unsigned(),
+                datasource: datasource_of(row, 1)?,
+                client_id: row.get(2)?,
+                expiry_s: row.get(3)?,
+                ended_at: row.get(4)?,
+                cursor: offset_of(row.get(5)?),
+                subscriptions: Vec::new(),
+            };
+            // Both come in the order of their uid.
+            while let Some((_, belongs)) = subscription.take_if(|(of, _)| *of == uid) {
+                session.subscriptions.push(belongs);
+                subscription = subscription_rows.next()?.map(subscription_of).transpose()?;
+            }
+            sessions.push(session);
+        }
+        Ok((sessions, subscription.map(|(uid, _)| uid)))
+    }
+
+    fn groups(&self) -> rusqlite::Result<Vec<StoredGroup>> {
+        let mut select = self.connection.prepare(
+            "SELECT datasource, name, filter, cursor FROM share_groups ORDER BY datasource, name, filter",
+        )?;
+        let groups = select.query_map([], |row| {
+            Ok(StoredGroup {
+                datasource: datasource_of(row, 0)?,
+                group: row.get(1)?,
+                filter: row.get(2)?,
+                cursor: offset_of(row.get(3)?),
+            })
+        })?;
+        groups.collect()
+    }
+
+    /// Writes all of `pending` in one transaction. It is on the disk afterwards.
+    pub(super) fn write(&mut self, pending: &Pending) -> Result<(), DatabaseError> {
+        write(&mut self.connection, pending).map_err(|error| DatabaseError::of(&error, &self.path))
+    }
+
+    /// Changes a setting, to make things go wrong.
+    #[cfg(test)]
+    pub(super) fn set(&self, pragma: &str, value: i64) {
+        self.connection.pragma_update(None, pragma, value).expect("a setting");
+    }
+}
+
+fn write(connection: &mut Connection, pending: &Pending) -> rusqlite::Result<()> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    {
+        let mut put =
+            transaction.prepare_cached("INSERT OR REPLACE INTO sessions VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
+        let mut subscribe = transaction
+            .prepare_cached("INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
+        let mut unsubscribe = transaction.prepare_cached("DELETE FROM subscriptions WHERE uid = ?1")?;
+        let mut remove = transaction.prepare_cached("DELETE FROM sessions WHERE uid = ?1")?;
+        let mut move_cursor = transaction.prepare_cached("UPDATE sessions SET cursor = ?2 WHERE uid = ?1")?;
+        let mut end =
+            transaction.prepare_cached("UPDATE sessions SET ended_at = ?2, expiry_s = ?3 WHERE uid = ?1")?;
+        for (uid, change) in &pending.sessions {
+            let uid = uid.cast_signed();
+            match change {
+                SessionChange::Put(session) => {
+                    put.execute(params![
+                        uid,
+                        session.datasource.as_str(),
+                        session.client_id,
+                        session.expiry_s,
+                        session.ended_at,
+                        sql_offset(session.cursor),
+                    ])?;
+                    unsubscribe.execute([uid])?;
+                    for subscription in &session.subscriptions {
+                        subscribe.execute(params![
+                            uid,
+                            subscription.filter,
+                            subscription.qos,
+                            subscription.no_local,
+                            subscription.retain_as_published,
+                            subscription.identifier,
+                            sql_offset(subscription.from),
+                        ])?;
+                    }
+                }
+                SessionChange::Update { cursor, ended } => {
+                    if let Some(cursor) = cursor {
+                        move_cursor.execute([uid, sql_offset(*cursor)])?;
+                    }
+                    if let Some((ended_at, expiry_s)) = ended {
+                        end.execute(params![uid, ended_at, expiry_s])?;
+                    }
+                }
+                SessionChange::Remove => {
+                    unsubscribe.execute([uid])?;
+                    remove.execute([uid])?;
+                }
+                // There is no other node.
+                SessionChange::GiveUp => {}
+            }
+        }
+        let mut put =
+            transaction.prepare_cached("INSERT OR REPLACE INTO share_groups VALUES (?1, ?2, ?3, ?4)")?;
+        let mut remove = transaction
+            .prepare_cached("DELETE FROM share_groups WHERE datasource = ?1 AND name = ?2 AND filter = ?3")?;
+        for ((datasource, group, filter), cursor) in &pending.groups {
+            match cursor {
+                Some(cursor) => {
+                    put.execute(params![datasource.as_str(), group, filter, sql_offset(*cursor)])?
+                }
+                None => remove.execute(params![datasource.as_str(), group, filter])?,
+            };
+        }
+    }
+    transaction.commit()
+}
+
+fn datasource_of(row: &Row<'_>, column: usize) -> rusqlite::Result<DatasourceId> {
+    match row.get_ref(column)?.as_str()? {
+        "*" => Ok(DatasourceId::all()),
+        id => DatasourceId::new(id).map_err(|error| FromSqlError::other(error).into()),
+    }
+}
+
+fn subscription_of(row: &Row<'_>) -> rusqlite::Result<(i64, StoredSubscription)> {
+    let subscription = StoredSubscription {
+        filter: row.get(1)?,
+        qos: row.get(2)?,
+        no_local: row.get(3)?,
+        retain_as_published: row.get(4)?,
+        identifier: row.get(5)?,
+        from: offset_of(row.get(6)?),
+    };
+    Ok((row.get(0)?, subscription))
+}

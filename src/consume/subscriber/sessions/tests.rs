@@ -1,0 +1,341 @@
+//! The session store against kills, full disks and files that were tampered with.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use rusqlite::Connection;
+use tempfile::TempDir;
+
+use super::*;
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+fn id(datasource: &str) -> DatasourceId {
+    DatasourceId::new(datasource).expect("slug")
+}
+
+fn subscription(filter: &str) -> StoredSubscription {
+    StoredSubscription {
+        filter: filter.to_owned(),
+        qos: 1,
+        no_local: false,
+        retain_as_published: false,
+        identifier: None,
+        from: 7,
+    }
+}
+
+fn session(uid: u64, filters: &[&str]) -> StoredSession {
+    StoredSession {
+        uid,
+        datasource: id("press-4"),
+        client_id: format!("client {uid}"),
+        expiry_s: 3600,
+        ended_at: None,
+        cursor: 5,
+        subscriptions: filters.iter().map(|filter| subscription(filter)).collect(),
+    }
+}
+
+fn group(name: &str, cursor: Offset) -> StoredGroup {
+    StoredGroup { datasource: id("press-4"), group: name.to_owned(), filter: "spindle/#".to_owned(), cursor }
+}
+
+fn open(dir: &Path) -> (SessionStore, Stored) {
+    SessionStore::open(dir).expect("opens")
+}
+
+async fn written(store: &SessionStore, changes: Vec<Change>) {
+    tokio::time::timeout(DEADLINE, store.write(changes)).await.expect("answered").expect("written");
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < DEADLINE, "{what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// What a start after a kill at this moment finds.
+fn as_killed(dir: &Path) -> Stored {
+    let copy = tempfile::tempdir().expect("temporary directory");
+    for file in std::fs::read_dir(dir).expect("readable") {
+        let file = file.expect("readable");
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).expect("copied");
+    }
+    open(copy.path()).1
+}
+
+fn directory() -> TempDir {
+    tempfile::tempdir().expect("temporary directory")
+}
+
+#[tokio::test]
+async fn everything_about_a_session_comes_back() {
+    let dir = directory();
+    let (store, stored) = open(dir.path());
+    assert_eq!(stored, Stored::default());
+    let one = StoredSession {
+        uid: u64::MAX,
+        datasource: DatasourceId::all(),
+        client_id: "a'b\u{1F600}".to_owned(),
+        expiry_s: u32::MAX,
+        ended_at: Some(1_795_426_119_000_000),
+        cursor: 1 << 60,
+        subscriptions: vec![
+            StoredSubscription {
+                filter: "$share/workers/+/spindle/#".to_owned(),
+                qos: 0,
+                no_local: true,
+                retain_as_published: true,
+                identifier: Some(268_435_455),
+                from: 1 << 59,
+            },
+            subscription("+/x"),
+        ],
+    };
+    let none = StoredSession { expiry_s: 0, ..session(0, &[]) };
+    let of_all = StoredGroup { datasource: DatasourceId::all(), ..group("workers", 9) };
+    let changes = vec![
+        Change::PutSession(one.clone()),
+        Change::PutSession(none.clone()),
+        Change::PutGroup(group("workers", 8)),
+        Change::PutGroup(of_all.clone()),
+    ];
+    written(&store, changes).await;
+    store.close().await;
+    let expected = Stored { sessions: vec![one, none], groups: vec![of_all, group("workers", 8)] };
+    assert_eq!(open(dir.path()).1, expected);
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_survives_a_kill_at_any_moment() {
+    let dir = directory();
+    let (store, _) = open(dir.path());
+    written(&store, vec![Change::PutSession(session(1, &["a", "b"]))]).await;
+    assert_eq!(as_killed(dir.path()).sessions, [session(1, &["a", "b"])]);
+    written(&store, vec![Change::PutSession(session(1, &["c"])), Change::PutGroup(group("g", 1))]).await;
+    let killed = as_killed(dir.path());
+    assert_eq!((killed.sessions, killed.groups), (vec![session(1, &["c"])], vec![group("g", 1)]));
+    let moved = vec![
+        Change::Cursor { uid: 1, cursor: 50 },
+        Change::Ended { uid: 1, ended_at: Some(99), expiry_s: 7 },
+        Change::PutGroup(group("g", 2)),
+    ];
+    written(&store, moved).await;
+    let expected = StoredSession { cursor: 50, ended_at: Some(99), expiry_s: 7, ..session(1, &["c"]) };
+    let killed = as_killed(dir.path());
+    assert_eq!((killed.sessions, killed.groups), (vec![expected], vec![group("g", 2)]));
+    let StoredGroup { datasource, group, filter, .. } = group("g", 2);
+    let removed = vec![Change::RemoveSession(1), Change::RemoveGroup { datasource, group, filter }];
+    written(&store, removed).await;
+    assert_eq!(as_killed(dir.path()), Stored::default());
+}
+
+#[tokio::test]
+async fn changes_of_a_session_that_is_not_there_do_nothing() {
+    let dir = directory();
+    let (store, _) = open(dir.path());
+    let late = || {
+        vec![
+            Change::Cursor { uid: 1, cursor: 50 },
+            Change::Ended { uid: 1, ended_at: None, expiry_s: 7 },
+            Change::RemoveSession(1),
+        ]
+    };
+    written(&store, late()).await;
+    // In the same transaction as the removal, and after it.
+    let removed = vec![Change::PutSession(session(1, &["a"])), Change::RemoveSession(1)];
+    written(&store, removed.into_iter().chain(late()).collect()).await;
+    written(&store, late()).await;
+    written(&store, Vec::new()).await;
+    assert_eq!(as_killed(dir.path()), Stored::default());
+}
+
+#[tokio::test]
+async fn a_change_that_nobody_waits_for_is_written() {
+    let dir = directory();
+    let (store, _) = open(dir.path());
+    drop(store.write(vec![Change::PutSession(session(1, &["a"]))]));
+    drop(store.write(vec![Change::Cursor { uid: 1, cursor: 6 }]));
+    // All clones are gone, and nobody has closed it: the thread finishes and lets go of the file.
+    drop(store);
+    assert_eq!(open(dir.path()).1.sessions, [StoredSession { cursor: 6, ..session(1, &["a"]) }]);
+}
+
+#[tokio::test]
+async fn a_closed_store_has_written_all_and_takes_no_more() {
+    let dir = directory();
+    let (store, _) = open(dir.path());
+    let waiting: Vec<_> =
+        (0..1000).map(|uid| store.write(vec![Change::PutSession(session(uid, &["a", "b/#"]))])).collect();
+    store.close().await;
+    for write in waiting {
+        assert_eq!(write.await, Ok(()));
+    }
+    let refused = store.write(vec![Change::RemoveSession(1)]).await;
+    assert_eq!(refused, Err(SessionStoreError::Closed));
+    store.close().await;
+    assert_eq!(open(dir.path()).1.sessions.len(), 1000);
+}
+
+#[tokio::test]
+async fn on_a_full_disk_waiters_are_told_and_their_changes_are_written_when_there_is_room() {
+    let dir = directory();
+    let (store, _) = open(dir.path());
+    written(&store, vec![Change::PutSession(session(1, &["a"]))]).await;
+    store.meddle(|table| table.set("max_page_count", 1));
+    let filters: Vec<String> = (0..2000).map(|n| format!("some/long/filter/{n:05}")).collect();
+    let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
+    let first = store.write(vec![Change::PutSession(session(2, &filters))]);
+    until("trouble is told", || store.trouble().is_some()).await;
+    let later = store.write(vec![Change::Cursor { uid: 2, cursor: 60 }, Change::RemoveSession(1)]);
+    let begun = Instant::now();
+    let error = tokio::time::timeout(DEADLINE, first).await.expect("answered").expect_err("no room");
+    assert!(begun.elapsed() >= WAIT_MAX / 2, "it waited {:?}", begun.elapsed());
+    assert!(matches!(error, SessionStoreError::Database(DatabaseError::DiskFull { .. })), "{error}");
+    assert!(error.to_string().contains("sessions.db"), "{error}");
+    assert_eq!(as_killed(dir.path()).sessions, [session(1, &["a"])]);
+
+    store.meddle(|table| table.set("max_page_count", 1_000_000));
+    // Whether the second one had waited long enough to be told is a matter of time.
+    let _ = tokio::time::timeout(DEADLINE, later).await.expect("answered");
+    written(&store, Vec::new()).await;
+    assert_eq!(store.trouble(), None);
+    assert_eq!(as_killed(dir.path()).sessions, [StoredSession { cursor: 60, ..session(2, &filters) }]);
+}
+
+#[tokio::test]
+async fn after_an_error_of_another_kind_the_database_is_opened_again() {
+    let dir = directory();
+    let (store, _) = open(dir.path());
+    store.meddle(|table| table.set("query_only", 1));
+    written(&store, vec![Change::PutSession(session(1, &["a"]))]).await;
+    assert_eq!(store.trouble(), None);
+    assert_eq!(as_killed(dir.path()).sessions, [session(1, &["a"])]);
+}
+
+#[tokio::test]
+async fn a_store_that_cannot_write_still_closes() {
+    let dir = directory();
+    let (store, _) = open(dir.path());
+    store.meddle(|table| table.set("max_page_count", 1));
+    let client_id = "c".repeat(100_000);
+    let write = store.write(vec![Change::PutSession(StoredSession { client_id, ..session(1, &[]) })]);
+    tokio::time::timeout(DEADLINE, store.close()).await.expect("closed in time");
+    let error = write.await.expect_err("no room");
+    assert!(matches!(error, SessionStoreError::Database(DatabaseError::DiskFull { .. })), "{error}");
+}
+
+#[tokio::test]
+async fn a_hundred_thousand_sessions_are_loaded_at_once() {
+    let dir = directory();
+    let (store, _) = open(dir.path());
+    let sessions = (0..100_000).map(|uid| Change::PutSession(session(uid, &["spindle/#", "+/temp"])));
+    written(&store, sessions.collect()).await;
+    store.close().await;
+    let begun = Instant::now();
+    let (_, stored) = open(dir.path());
+    let took = begun.elapsed();
+    assert_eq!(stored.sessions.len(), 100_000);
+    assert!(stored.sessions.iter().all(|session| session.subscriptions.len() == 2));
+    assert!(took < Duration::from_secs(10), "{took:?}");
+}
+
+#[test]
+fn a_database_that_makes_no_sense_is_refused_with_its_name() {
+    for (change, named) in [
+        ("INSERT INTO sessions VALUES (1, 'Not a slug', 'c', 0, NULL, 0)", "datasource id"),
+        ("INSERT INTO sessions VALUES (1, '*', 'c', -1, NULL, 0)", "-1"),
+        ("INSERT INTO subscriptions VALUES (3, 'a', 1, 0, 0, NULL, 0)", "session 3"),
+    ] {
+        let dir = directory();
+        drop(Table::open(dir.path()).expect("made"));
+        let connection = Connection::open(dir.path().join(FILE_NAME)).expect("opens");
+        connection.execute_batch(change).expect("runs");
+        drop(connection);
+        let error = SessionStore::open(dir.path()).map(drop).expect_err("makes no sense").to_string();
+        assert!(error.contains("sessions.db is damaged") && error.contains(named), "{error}");
+    }
+}
+
+/// What the store is to hold, the simplest way.
+#[derive(Default)]
+struct Model {
+    sessions: BTreeMap<u64, StoredSession>,
+    groups: BTreeMap<String, StoredGroup>,
+}
+
+impl Model {
+    fn apply(&mut self, change: Change) {
+        match change {
+            Change::PutSession(session) => drop(self.sessions.insert(session.uid, session)),
+            Change::RemoveSession(uid) => drop(self.sessions.remove(&uid)),
+            Change::Cursor { uid, cursor } => {
+                self.sessions.entry(uid).and_modify(|session| session.cursor = cursor);
+            }
+            Change::Ended { uid, ended_at, expiry_s } => {
+                self.sessions
+                    .entry(uid)
+                    .and_modify(|session| (session.ended_at, session.expiry_s) = (ended_at, expiry_s));
+            }
+            Change::PutGroup(group) => drop(self.groups.insert(group.group.clone(), group)),
+            Change::RemoveGroup { group, .. } => drop(self.groups.remove(&group)),
+            Change::Found(_) | Change::GivenUp(_) => {}
+        }
+    }
+
+    fn stored(&self) -> Stored {
+        Stored {
+            sessions: self.sessions.values().cloned().collect(),
+            groups: self.groups.values().cloned().collect(),
+        }
+    }
+}
+
+fn any_change() -> impl Strategy<Value = Change> {
+    let uid = 0..3_u64;
+    let filters = prop::sample::subsequence(vec!["a", "b/#", "c/+"], 0..=3);
+    let name = prop::sample::select(vec!["g", "h"]);
+    prop_oneof![
+        (uid.clone(), filters).prop_map(|(uid, filters)| Change::PutSession(session(uid, &filters))),
+        uid.clone().prop_map(Change::RemoveSession),
+        (uid.clone(), 10..100_u64).prop_map(|(uid, cursor)| Change::Cursor { uid, cursor }),
+        (uid, prop::option::of(any::<i64>()), any::<u32>())
+            .prop_map(|(uid, ended_at, expiry_s)| Change::Ended { uid, ended_at, expiry_s }),
+        (name.clone(), 0..100_u64).prop_map(|(name, cursor)| Change::PutGroup(group(name, cursor))),
+        name.prop_map(|name| {
+            let StoredGroup { datasource, group, filter, .. } = group(name, 0);
+            Change::RemoveGroup { datasource, group, filter }
+        }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn however_changes_are_gathered_the_last_ones_count(
+        transactions in prop::collection::vec(prop::collection::vec(any_change(), 0..8), 1..6),
+        twice in any::<bool>(),
+    ) {
+        let dir = directory();
+        let mut table = Table::open(dir.path()).expect("opens");
+        let mut model = Model::default();
+        for changes in transactions {
+            let mut pending = Pending::default();
+            for change in changes {
+                model.apply(change.clone());
+                pending.fold(change);
+            }
+            table.write(&pending).expect("written");
+            if twice {
+                // As after a commit that had succeeded and said that it had not.
+                table.write(&pending).expect("written");
+            }
+            prop_assert_eq!(table.load().expect("read"), model.stored());
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Feeds against a model, with the real log and the real router: whatever a subscriber's pace and
+//! wherever it begins, every record that matches comes out once and in the log's order.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+use tokio::time::timeout;
+
+use super::{Feed, Groups, Next, Router, Share};
+use crate::config::{Config, Log as LogConfig};
+use crate::limits::MAILBOX_BYTES_MAX;
+use crate::log::{EmbeddedLog, Log, Section};
+use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
+
+const SOON: Duration = Duration::from_secs(10);
+const DATASOURCES: [&str; 3] = ["a", "b", "c"];
+const TOPICS: [&str; 3] = ["x", "x/y", "z"];
+
+struct Scene {
+    log: Arc<dyn Log>,
+    router: Router,
+    _dir: TempDir,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let config = Config::default();
+        let log_config = LogConfig { durability: crate::config::Durability::Os, ..config.log };
+        let log = EmbeddedLog::open(dir.path(), &log_config, &config.intake).expect("opens");
+        let log: Arc<dyn Log> = Arc::new(log);
+        let router = Router::start(&log).expect("a thread");
+        Self { log, router, _dir: dir }
+    }
+
+    /// Appends records in one commit, one section each.
+    async fn append(&self, records: &[(usize, usize)], payload: &[u8]) {
+        let sections = records.iter().map(|&(datasource, topic)| {
+            let datasource = id(DATASOURCES[datasource]);
+            let mut section =
+                Section::new(datasource, KeyId([1; 6]), Lease::new(), Transport::Mqtt, 0, now_micros());
+            section.push(TOPICS[topic], payload, "", &[], RecordFlags::default());
+            section
+        });
+        let appended = self.log.append(sections.collect(), Instant::now() + SOON);
+        appended.await.expect("an answer").expect("appended");
+    }
+
+    fn feed(&self, datasource: &str, position: Offset) -> Feed {
+        let datasource = if datasource == "*" { DatasourceId::all() } else { id(datasource) };
+        Feed::new(self.router.clone(), self.log.clone(), &datasource, position)
+    }
+}
+
+fn id(datasource: &str) -> DatasourceId {
+    DatasourceId::new(datasource).expect("a slug")
+}
+
+/// The next records' offsets and slots; none if there are none for a while.
+async fn next(feed: &mut Feed, wait: Duration) -> Vec<(Offset, Vec<u32>)> {
+    let Ok(next) = timeout(wait, poll_fn(|cx| feed.poll_next(cx))).await else { return Vec::new() };
+    let Next::Matched(mut matched) = next.expect("the log is whole") else { panic!("nothing is removed") };
+    let mut records = Vec::new();
+    while let Some(hit) = matched.peek() {
+        let mut slots = hit.slots.to_vec();
+        slots.sort_unstable();
+        records.push((hit.place.offset, slots));
+        matched.advance();
+    }
+    records
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// So many commits of these records; large ones fill a mailbox.
+    Append { records: Vec<(usize, usize)>, commits: usize, large: bool },
+    /// The feed is asked so often.
+    Read(usize),
+    /// A filter is added, from here on or from an earlier record.
+    Subscribe { filter: usize, from: Option<u64> },
+    /// The first filter that there is is given up.
+    Unsubscribe,
+}
+
+/// Filters of a key of `a`, and what they match of [`TOPICS`].
+const FILTERS: [(&str, [bool; 3]); 4] =
+    [("x", [true, false, false]), ("#", [true; 3]), ("+", [true, false, true]), ("x/#", [true, true, false])];
+
+fn step() -> impl Strategy<Value = Step> {
+    let record = (0..DATASOURCES.len(), 0..TOPICS.len());
+    prop_oneof![
+        4 => (prop::collection::vec(record, 1..5), 1..6_usize, prop::bool::weighted(0.2))
+            .prop_map(|(records, commits, large)| Step::Append { records, commits, large }),
+        3 => (1..4_usize).prop_map(Step::Read),
+        2 => (0..FILTERS.len(), prop::option::weighted(0.3, 0..40_u64))
+            .prop_map(|(filter, from)| Step::Subscribe { filter, from }),
+        1 => Just(Step::Unsubscribe),
+    ]
+}
+
+/// What the feed has to give out: per filter its slot, where it begins, and all that was appended.
+#[derive(Default)]
+struct Model {
+    /// Per offset, whose topic it is, if it is one of `a`.
+    appended: Vec<Option<usize>>,
+    filters: Vec<(u32, usize, Offset)>,
+    position: Offset,
+}
+
+impl Model {
+    /// What comes next from the position on, up to the end.
+    fn rest(&self) -> Vec<(Offset, Vec<u32>)> {
+        let records = self.appended.iter().zip(0_u64..).skip(usize::try_from(self.position).expect("small"));
+        let matching = records.filter_map(|(topic, offset)| {
+            let matches = |(slot, filter, from): &(u32, usize, Offset)| {
+                (offset >= *from && FILTERS[*filter].1[(*topic)?]).then_some(*slot)
+            };
+            let mut slots: Vec<u32> = self.filters.iter().filter_map(matches).collect();
+            slots.sort_unstable();
+            (!slots.is_empty()).then_some((offset, slots))
+        });
+        matching.collect()
+    }
+}
+
+async fn run(steps: Vec<Step>) {
+    let scene = Scene::new();
+    let mut feed = scene.feed("a", 0);
+    let mut model = Model::default();
+    let large = vec![b'x'; MAILBOX_BYTES_MAX / 3];
+    for step in steps {
+        match step {
+            Step::Append { records, commits, large: is_large } => {
+                let payload: &[u8] = if is_large { &large } else { b"small" };
+                for _ in 0..commits {
+                    scene.append(&records, payload).await;
+                    let of_a = |&(datasource, topic): &(usize, usize)| (datasource == 0).then_some(topic);
+                    model.appended.extend(records.iter().map(of_a));
+                }
+            }
+            Step::Read(times) => {
+                for _ in 0..times {
+                    let expected = model.rest();
+                    if expected.is_empty() {
+                        break;
+                    }
+                    let records = next(&mut feed, SOON).await;
+                    assert!(!records.is_empty(), "{} records did not come", expected.len());
+                    assert_eq!(records, expected[..records.len()]);
+                    model.position = records.last().expect("not empty").0 + 1;
+                }
+            }
+            Step::Subscribe { filter, from } => {
+                if model.filters.iter().any(|(_, other, _)| *other == filter) {
+                    continue;
+                }
+                let slot = u32::try_from(filter).expect("few filters");
+                let end = model.appended.len() as u64;
+                let from = from.map(|from| from.min(end));
+                assert_eq!(feed.set(slot, FILTERS[filter].0, from), from.unwrap_or(end));
+                if let Some(from) = from.filter(|from| *from < model.position) {
+                    for (_, _, begin) in &mut model.filters {
+                        *begin = model.position.max(*begin);
+                    }
+                    model.position = from;
+                }
+                model.filters.push((slot, filter, from.unwrap_or(end)));
+            }
+            Step::Unsubscribe => {
+                if !model.filters.is_empty() {
+                    let (slot, ..) = model.filters.remove(0);
+                    feed.remove(slot);
+                }
+            }
+        }
+    }
+    // Whatever happened, the rest comes, and then nothing more.
+    loop {
+        let expected = model.rest();
+        if expected.is_empty() {
+            break;
+        }
+        let records = next(&mut feed, SOON).await;
+        assert_eq!(records, expected[..records.len()]);
+        assert!(!records.is_empty(), "{} records did not come", expected.len());
+        model.position = records.last().expect("not empty").0 + 1;
+    }
+    assert_eq!(next(&mut feed, Duration::from_millis(1)).await, []);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_feed_gives_out_what_matches_once_and_in_order_at_any_pace(
+        steps in prop::collection::vec(step(), 1..30),
+    ) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        runtime.expect("a runtime").block_on(run(steps));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_record_is_lost_between_catching_up_and_being_live() {
+    const RECORDS: u64 = 9_000;
+    let scene = std::sync::Arc::new(Scene::new());
+    let mut readers = Vec::new();
+    for n in 0..8_u64 {
+        let scene = scene.clone();
+        readers.push(tokio::spawn(async move {
+            // Each begins at another moment, in the past, while more is appended.
+            tokio::time::sleep(Duration::from_millis(3 * n)).await;
+            let mut feed = scene.feed("*", 0);
+            feed.set(0, "a/#", Some(0));
+            let mut seen = 0;
+            while seen < RECORDS {
+                for (offset, _) in next(&mut feed, SOON).await {
+                    assert_eq!(offset, seen);
+                    seen += 1;
+                }
+                // Behind again each time, so that going live meets the appends in every way.
+                feed.rewind(seen);
+            }
+        }));
+    }
+    for _ in 0..RECORDS / 3 {
+        scene.append(&[(0, 0), (0, 1), (0, 2)], b"x").await;
+    }
+    for reader in readers {
+        timeout(SOON, reader).await.expect("everything comes").expect("in order");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_member_that_left_had_taken_goes_to_another() {
+    let scene = Scene::new();
+    let groups = Groups::local(scene.router.clone(), scene.log.clone());
+    let key = (id("a"), "workers".into(), "#".into());
+    assert_eq!(groups.join(&key, 1, 0, None).await.expect("joined"), Some(0));
+    let [mut first, mut second] = [(); 2].map(|()| groups.member(&key, 0).expect("the group is there"));
+    scene.append(&[(0, 0); 20], b"x").await;
+    let take =
+        async |member: &mut super::Member| match timeout(SOON, poll_fn(|cx| member.poll_take(4, cx))).await {
+            Ok(Ok(Share::Records(_, places))) => places.iter().map(|place| place.offset).collect::<Vec<_>>(),
+            _ => panic!("records come"),
+        };
+    let taken = take(&mut first).await;
+    assert_eq!(groups.cursors(20), [(key.clone(), 0)], "nothing is dealt with yet");
+    for offset in &taken[1..] {
+        first.acknowledge(*offset);
+    }
+    drop(first);
+    let mut others = Vec::new();
+    while others.len() < 20 - taken.len() + 1 {
+        others.extend(take(&mut second).await);
+    }
+    others.sort_unstable();
+    let expected: Vec<u64> = (0..20).filter(|offset| !taken[1..].contains(offset)).collect();
+    assert_eq!(others, expected);
+    others.iter().for_each(|offset| second.acknowledge(*offset));
+    assert_eq!(groups.cursors(20), [(key.clone(), 20)]);
+    drop(second);
+    assert!(groups.leave(&key, 1), "the last session takes the group with it");
+}

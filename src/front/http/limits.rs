@@ -1,0 +1,116 @@
+//! Limits of keys and datasources over HTTP: setting them, and the headers that say how far a rate is
+//! used.
+
+use std::sync::{Arc, PoisonError};
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::credentials::Caller;
+use super::problem::{Kind, Problem};
+use super::{InPath, Shared, keys, manage, off_the_runtime};
+use crate::auth::Scope;
+use crate::auth::setting::Setting;
+use crate::intake::meters;
+use crate::message::KeyId;
+use crate::quota::{Limits, LimitsError, Owner, Standing};
+
+/// What a change takes: a JSON merge patch of what it is a change of.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Patch {
+    #[serde(default = "nothing")]
+    limits: Value,
+}
+
+/// A patch that leaves everything as it is.
+fn nothing() -> Value {
+    Value::Object(serde_json::Map::new())
+}
+
+/// `PATCH /v1/datasources/{datasource}`: answers when the limits hold, also for who is held back.
+pub(super) async fn of_datasource(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    InPath(id): InPath<String>,
+    request: Request,
+) -> Result<Response, Problem> {
+    caller.may(Scope::Admin, &id)?;
+    let id = shared.datasource(&id)?.id.clone();
+    let Patch { limits: patch } = shared.read_json(request).await?;
+    let actor = caller.actor();
+    let changed = off_the_runtime(move || {
+        let _one_at_a_time = shared.limiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let datasource = shared.datasource(id.as_str())?;
+        let limits = shown(&datasource.limits).patched(&patch)?;
+        let old = meters(&datasource.limits, || Owner::Datasource(id.clone()));
+        shared.registry().set_datasource_limits(&actor, &id, limits.text())?;
+        old.inspect(|old| old.replace());
+        Ok(Json(manage::View::of(&datasource)).into_response())
+    });
+    changed.await.map_err(Problem::body_read)
+}
+
+/// `PATCH /v1/datasources/{datasource}/keys/{key_id}`: answers when the limits hold, also for who is
+/// held back.
+pub(super) async fn of_key(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    InPath((datasource, key_id)): InPath<(String, String)>,
+    request: Request,
+) -> Result<Response, Problem> {
+    caller.may(Scope::Admin, &datasource)?;
+    let datasource = keys::owner(&shared, &datasource)?;
+    let key_id = KeyId::parse(&key_id)?;
+    let Patch { limits: patch } = shared.read_json(request).await?;
+    let actor = caller.actor();
+    let changed = off_the_runtime(move || {
+        let no_key =
+            || Problem::new(Kind::NotFound, format!("There is no key {key_id} here.")).cause("no_key_id");
+        let _one_at_a_time = shared.limiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = shared.registry().key(&datasource, key_id).ok_or_else(no_key)?;
+        let limits = shown(&key.limits).patched(&patch)?;
+        let old = meters(&key.limits, || Owner::Key(key_id));
+        if !shared.registry().set_key_limits(&actor, &datasource, key_id, limits.text())? {
+            return Err(no_key());
+        }
+        old.inspect(|old| old.replace());
+        Ok(Json(keys::View::of(&key)).into_response())
+    });
+    changed.await.map_err(Problem::body_read)
+}
+
+/// The limits that something is to be created with.
+pub(super) fn parse(limits: &Value) -> Result<Limits, Problem> {
+    Ok(Limits::from_json(limits)?)
+}
+
+/// The limits as they are set.
+pub(super) fn shown(limits: &Setting) -> Limits {
+    // What cannot be read is told of where it would limit something.
+    limits.text().and_then(|text| Limits::parse(&text).ok()).unwrap_or_default()
+}
+
+impl From<LimitsError> for Problem {
+    fn from(error: LimitsError) -> Self {
+        let words = format!("The limits cannot be used: {}.", error.words);
+        Self::new(Kind::Malformed, words).with("pointer", format!("/limits{}", error.pointer))
+    }
+}
+
+/// `X-RateLimit-Limit`: what may come at once when nothing is used (the burst), `X-RateLimit-Remaining`:
+/// what may come at once now, `X-RateLimit-Reset`: in how many seconds nothing is used any more. In
+/// messages, or in bytes where it was bytes that something was refused for.
+pub(super) fn rate_headers(standing: &Standing) -> [(HeaderName, HeaderValue); 3] {
+    let Standing { burst, left, full_in } = *standing;
+    let seconds = full_in.as_secs() + u64::from(full_in.subsec_nanos() > 0);
+    [
+        (HeaderName::from_static("x-ratelimit-limit"), HeaderValue::from(burst)),
+        (HeaderName::from_static("x-ratelimit-remaining"), HeaderValue::from(left)),
+        (HeaderName::from_static("x-ratelimit-reset"), HeaderValue::from(seconds)),
+    ]
+}

@@ -1,0 +1,54 @@
+//! What HTTP says while the gateway waits for something that it cannot serve without, such as a log that is
+//! elsewhere: it is alive, it is not ready, and whoever wants anything of it is to come again.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::probes::{self, readiness};
+use super::problem::{Kind, Problem};
+use super::server;
+use crate::config;
+use crate::limits::RETRY_AFTER;
+
+/// Says what is waited for.
+pub type Reason = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// Serves HTTP on `listener` until `ready` is, and returns what came of it. Connections are closed then; new
+/// ones wait until the listener is served again.
+pub async fn until_ready<T>(
+    listener: &TcpListener,
+    config: &config::Http,
+    reason: Reason,
+    ready: impl Future<Output = T>,
+) -> T {
+    let router = Router::new()
+        .route("/livez", get(probes::live))
+        .route("/readyz", get(unready))
+        .fallback(unavailable)
+        .with_state(reason);
+    let drain = CancellationToken::new();
+    let mut connections = JoinSet::new();
+    tokio::select! {
+        // Mostly it is ready at once, and nobody is served here.
+        biased;
+        ready = ready => ready,
+        never = server::accept_on(listener, router, config, &drain, &mut connections) => match never {},
+    }
+}
+
+async fn unready(State(reason): State<Reason>) -> Response {
+    readiness(vec![reason()], Vec::new())
+}
+
+async fn unavailable(State(reason): State<Reason>) -> Response {
+    Problem::new(Kind::Unavailable, format!("The gateway is starting: {}.", reason()))
+        .retry_after(RETRY_AFTER)
+        .into_response()
+}

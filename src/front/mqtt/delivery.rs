@@ -1,0 +1,333 @@
+//! A delivery: one record on its way to one client, as a PUBLISH packet.
+//!
+//! An MQTT 5 client is told where the record stands: behind the publisher's own properties come the
+//! user properties `offset`, `datasource`, `received-at` and `key-id`.
+
+use std::collections::HashMap;
+
+use super::codec::Version;
+use super::codec::properties::{
+    CONTENT_TYPE, MESSAGE_EXPIRY, Properties, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS, Value,
+};
+use super::codec::write::{self, Form};
+use super::session::Subscription;
+use crate::consume::render;
+use crate::limits::MQTT_TOPIC_ALIASES_SENT_MAX;
+use crate::message::{KeyId, RecordFlags, RecordRef, TimeMicros, now_micros};
+
+/// How one record goes to one client.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Delivery {
+    /// 0 or 1.
+    pub(super) qos: u8,
+    /// It was sent before, perhaps.
+    pub(super) dup: bool,
+    /// The retain flag.
+    pub(super) retain: bool,
+    /// Of the subscriptions that match.
+    pub(super) identifiers: Vec<u32>,
+    /// With QoS 1.
+    pub(super) packet_id: Option<u16>,
+}
+
+impl Delivery {
+    /// How a record goes out that matches `subscriptions`. `None` if it is not to, because it is the
+    /// subscriber's own.
+    pub(super) fn of<'a>(
+        subscriptions: impl Iterator<Item = &'a Subscription>,
+        record: &RecordRef<'_>,
+        publisher: u64,
+    ) -> Option<Self> {
+        let own = publisher != 0 && record.publisher == publisher;
+        let mut delivery = None;
+        for subscription in subscriptions.filter(|s| !(s.no_local && own)) {
+            let delivery = delivery.get_or_insert_with(Self::default);
+            delivery.qos = delivery.qos.max(subscription.qos);
+            delivery.retain |= subscription.retain_as_published;
+            delivery.identifiers.extend(subscription.identifier);
+        }
+        let mut delivery = delivery?;
+        delivery.retain &= record.flags.contains(RecordFlags::RETAIN);
+        if record.flags.contains(RecordFlags::AT_MOST_ONCE) {
+            delivery.qos = 0;
+        }
+        Some(delivery)
+    }
+}
+
+/// Writes PUBLISH packets to one client.
+pub(super) struct Writer {
+    form: Form,
+    /// The client, as the records that it published have it.
+    pub(super) publisher: u64,
+    /// Its key is for all datasources: topics have the datasource in front.
+    names_datasource: bool,
+    aliases: Aliases,
+    /// Records that retention has removed before they were sent, to be told with the next message.
+    pub(super) skipped: u64,
+    /// The properties of the packet that is being put together.
+    properties: Vec<u8>,
+    origin: Origin,
+}
+
+/// The properties that consecutive records mostly have in common, written once.
+#[derive(Default)]
+struct Origin {
+    of: Option<(String, TimeMicros, KeyId)>,
+    bytes: Vec<u8>,
+}
+
+/// The topics that have an alias, in this direction (section 3.3.2.3.4).
+struct Aliases {
+    by_topic: HashMap<String, u16>,
+    max: u16,
+}
+
+/// What stands in a packet for its topic.
+enum Topic {
+    Whole,
+    /// An alias that the client knows.
+    Alias,
+}
+
+impl Writer {
+    /// A writer for a client that takes up to `topic_alias_maximum` topic aliases.
+    pub(super) fn new(form: Form, publisher: u64, names_datasource: bool, topic_alias_maximum: u16) -> Self {
+        let max = topic_alias_maximum.min(MQTT_TOPIC_ALIASES_SENT_MAX);
+        Self {
+            form,
+            publisher,
+            names_datasource,
+            aliases: Aliases { by_topic: HashMap::new(), max },
+            skipped: 0,
+            properties: Vec::new(),
+            origin: Origin::default(),
+        }
+    }
+
+    /// Writes a record to the end of `out`. `packet_id` is asked for the identifier once it is certain
+    /// that the record goes out. Returns whether it did: one that has expired, or is larger than the
+    /// client takes, does not (sections 3.3.2.3.3 and 3.1.2.11.4).
+    pub(super) fn write(
+        &mut self,
+        record: &RecordRef<'_>,
+        delivery: &mut Delivery,
+        out: &mut Vec<u8>,
+        packet_id: impl FnOnce() -> u16,
+    ) -> bool {
+        let topic = [record.datasource, "/", record.topic];
+        let mut topic = if self.names_datasource { &topic[..] } else { &topic[2..] };
+        let v5 = self.form.version == Version::V5;
+        let mut without_own = 0;
+        if v5 {
+            let Some(bytes) = self.put_properties(record, delivery) else { return false };
+            without_own = bytes;
+        }
+        let topic_bytes = topic.iter().map(|part| part.len()).sum();
+        let fits = |properties: usize| {
+            let properties = v5.then_some(properties);
+            let bytes = write::publish_bytes(topic_bytes, delivery.qos > 0, properties, record.payload.len());
+            // With the room that an alias takes.
+            bytes + 3 <= self.form.packet_bytes_max as usize
+        };
+        if !fits(self.properties.len()) {
+            // What the gateway adds keeps no message from a client that would take it.
+            if !fits(without_own) {
+                return false;
+            }
+            self.properties.truncate(without_own);
+        }
+        if v5 && let Topic::Alias = self.alias(topic) {
+            topic = &[];
+        }
+        let properties = v5.then_some(&self.properties[..]);
+        if delivery.qos > 0 && delivery.packet_id.is_none() {
+            delivery.packet_id = Some(packet_id());
+        }
+        let first = 0x30 | u8::from(delivery.dup) << 3 | delivery.qos << 1 | u8::from(delivery.retain);
+        write::publish(out, first, topic, delivery.packet_id, properties, record.payload);
+        if v5 {
+            self.skipped = 0;
+        }
+        true
+    }
+
+    /// Puts the properties together; returns how many bytes they take without those that say where the
+    /// record stands. `None` if the message has expired.
+    fn put_properties(&mut self, record: &RecordRef<'_>, delivery: &Delivery) -> Option<usize> {
+        let to = &mut self.properties;
+        to.clear();
+        for (id, value, bytes) in Properties::kept(record.properties).iter() {
+            let Value::Number(expiry_s) = value else {
+                to.extend_from_slice(bytes);
+                continue;
+            };
+            if id != MESSAGE_EXPIRY {
+                to.extend_from_slice(bytes);
+                continue;
+            }
+            let waited_s = now_micros().saturating_sub(record.received_at).max(0) / 1_000_000;
+            let left_s = i64::from(expiry_s) - waited_s;
+            let Ok(left_s @ 1..) = u32::try_from(left_s) else { return None };
+            to.push(MESSAGE_EXPIRY);
+            to.extend_from_slice(&left_s.to_be_bytes());
+        }
+        if !record.content_type.is_empty() {
+            write::text(to, CONTENT_TYPE, record.content_type);
+        }
+        for identifier in &delivery.identifiers {
+            to.push(SUBSCRIPTION_IDENTIFIER);
+            write::varint(to, *identifier as usize);
+        }
+        if self.skipped > 0 {
+            write::user_property(to, "skipped", &self.skipped.to_string());
+        }
+        let without_own = to.len();
+        write::user_property(to, "offset", &record.offset.to_string());
+        self.origin.put(record, to);
+        Some(without_own)
+    }
+
+    /// Puts a topic alias with the other properties if the topic has or can get one.
+    fn alias(&mut self, topic: &[&str]) -> Topic {
+        let Aliases { by_topic, max } = &mut self.aliases;
+        if *max == 0 {
+            return Topic::Whole;
+        }
+        let whole = topic.concat();
+        let known = by_topic.len();
+        let (alias, topic) = match by_topic.get(&whole) {
+            Some(alias) => (*alias, Topic::Alias),
+            None if known < usize::from(*max) => {
+                let alias = u16::try_from(known + 1).expect("at most the maximum");
+                by_topic.insert(whole, alias);
+                (alias, Topic::Whole)
+            }
+            None => return Topic::Whole,
+        };
+        self.properties.push(TOPIC_ALIAS);
+        self.properties.extend_from_slice(&alias.to_be_bytes());
+        topic
+    }
+}
+
+impl Origin {
+    fn put(&mut self, record: &RecordRef<'_>, to: &mut Vec<u8>) {
+        let same = self.of.as_ref().is_some_and(|(datasource, received_at, key_id)| {
+            datasource == record.datasource && *received_at == record.received_at && *key_id == record.key_id
+        });
+        if !same {
+            self.of = Some((record.datasource.to_owned(), record.received_at, record.key_id));
+            self.bytes.clear();
+            write::user_property(&mut self.bytes, "datasource", record.datasource);
+            write::user_property(&mut self.bytes, "received-at", &render::time(record.received_at));
+            write::user_property(&mut self.bytes, "key-id", &record.key_id.to_string());
+        }
+        to.extend_from_slice(&self.bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::Transport;
+
+    fn record(flags: RecordFlags) -> RecordRef<'static> {
+        RecordRef {
+            offset: 41,
+            datasource: "press-4",
+            topic: "spindle/temp",
+            payload: b"21.5",
+            content_type: "",
+            properties: &[],
+            key_id: KeyId([1; 6]),
+            transport: Transport::Mqtt,
+            received_at: now_micros(),
+            flags,
+            note: &[],
+            publisher: 7,
+        }
+    }
+
+    fn subscription(qos: u8) -> Subscription {
+        Subscription {
+            filter: "#".to_owned(),
+            qos,
+            no_local: false,
+            retain_as_published: false,
+            identifier: None,
+            from: 0,
+        }
+    }
+
+    #[test]
+    fn a_record_goes_out_once_with_the_most_that_its_subscriptions_ask_for() {
+        let mut more = subscription(1);
+        more.identifier = Some(9);
+        more.retain_as_published = true;
+        let two = [subscription(0), more];
+        let delivery = Delivery::of(two.iter(), &record(RecordFlags::RETAIN), 0).expect("wanted");
+        let expected = Delivery { qos: 1, retain: true, identifiers: vec![9], ..Delivery::default() };
+        assert_eq!(delivery, expected);
+        let at_most_once = Delivery::of(two.iter(), &record(RecordFlags::AT_MOST_ONCE), 0).expect("wanted");
+        assert_eq!((at_most_once.qos, at_most_once.retain), (0, false));
+        assert_eq!(Delivery::of([].iter(), &record(RecordFlags::default()), 0), None);
+    }
+
+    #[test]
+    fn no_local_keeps_back_the_subscribers_own_records_and_no_others() {
+        let mut no_local = subscription(1);
+        no_local.no_local = true;
+        let own =
+            |publisher| Delivery::of([no_local.clone()].iter(), &record(RecordFlags::default()), publisher);
+        assert_eq!(own(7), None);
+        assert!(own(8).is_some());
+        let both = [no_local.clone(), subscription(0)];
+        assert!(Delivery::of(both.iter(), &record(RecordFlags::default()), 7).is_some_and(|d| d.qos == 0));
+    }
+
+    #[test]
+    fn what_does_not_fit_or_has_expired_is_not_sent_and_takes_no_identifier() {
+        let form = Form { version: Version::V5, reasons: true, packet_bytes_max: 300 };
+        let mut writer = Writer::new(form, 0, false, 0);
+        let mut out = Vec::new();
+        let mut send = |record: &RecordRef<'_>, out: &mut Vec<u8>| {
+            let mut delivery = Delivery { qos: 1, ..Delivery::default() };
+            writer.write(record, &mut delivery, out, || 5) && delivery.packet_id == Some(5)
+        };
+        let mut small = record(RecordFlags::default());
+        assert!(send(&small, &mut out));
+        let taken = out.len();
+        small.payload = &[0; 300];
+        assert!(!send(&small, &mut out));
+        small.payload = b"";
+        small.properties = &[MESSAGE_EXPIRY, 0, 0, 0, 10];
+        assert!(send(&small, &mut out));
+        small.received_at -= 11_000_000;
+        out.truncate(taken);
+        assert!(!send(&small, &mut out));
+        assert_eq!(out.len(), taken);
+    }
+
+    #[test]
+    fn a_topic_gets_an_alias_until_there_are_no_more() {
+        let form = Form { version: Version::V5, reasons: true, packet_bytes_max: u32::MAX };
+        let mut writer = Writer::new(form, 0, true, 1);
+        let mut sent = |topic| {
+            let mut out = Vec::new();
+            let mut record = record(RecordFlags::default());
+            record.topic = topic;
+            assert!(writer.write(&record, &mut Delivery::default(), &mut out, || 1));
+            out
+        };
+        let first = sent("a");
+        assert!(first.windows(9).any(|bytes| bytes == b"press-4/a"));
+        assert!(first.windows(3).any(|bytes| bytes == [TOPIC_ALIAS, 0, 1]));
+        let again = sent("a");
+        assert!(!again.windows(9).any(|bytes| bytes == b"press-4/a"));
+        assert!(again.windows(3).any(|bytes| bytes == [TOPIC_ALIAS, 0, 1]));
+        let other = sent("b");
+        assert!(other.windows(9).any(|bytes| bytes == b"press-4/b"));
+        assert!(!other.windows(3).any(|bytes| bytes[0] == TOPIC_ALIAS && bytes[1] == 0 && bytes[2] == 2));
+    }
+}

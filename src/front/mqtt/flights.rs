@@ -1,0 +1,160 @@
+//! Flights: the QoS 1 messages that a subscriber was sent and has not acknowledged, with their
+//! packet identifiers.
+//!
+//! Identifiers are given out in turn, so that the one of an acknowledgement says where in the queue
+//! its message is. They stay with the session: a client that comes back is sent the same messages
+//! with the same identifiers (MQTT 5 section 4.4).
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits::MQTT_FLIGHTS_MAX;
+use crate::message::Offset;
+
+/// Where a message that is in flight came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Source {
+    /// The session's own place in the log.
+    Log,
+    /// What was retained.
+    Retained,
+    /// The group of this subscription.
+    Group(u32),
+}
+
+/// One message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Flight {
+    pub(super) offset: Offset,
+    pub(super) source: Source,
+    acknowledged: bool,
+}
+
+/// The messages in flight, oldest first.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Flights {
+    /// The packet identifier of the first in the queue, or of the next to come.
+    first_id: u16,
+    queue: VecDeque<Flight>,
+    unacknowledged: usize,
+}
+
+impl Default for Flights {
+    fn default() -> Self {
+        Self { first_id: 1, queue: VecDeque::new(), unacknowledged: 0 }
+    }
+}
+
+impl Flights {
+    /// How many more may be sent to a client that takes `receive_maximum`.
+    pub(super) fn room(&self, receive_maximum: u16) -> usize {
+        let window = usize::from(receive_maximum).min(MQTT_FLIGHTS_MAX).saturating_sub(self.unacknowledged);
+        // One that is never acknowledged holds up those behind it in the end: the queue is bounded.
+        window.min((2 * MQTT_FLIGHTS_MAX).saturating_sub(self.queue.len()))
+    }
+
+    /// Adds a message and gives it its packet identifier.
+    pub(super) fn push(&mut self, offset: Offset, source: Source) -> u16 {
+        let id = self.id(self.queue.len());
+        self.queue.push_back(Flight { offset, source, acknowledged: false });
+        self.unacknowledged += 1;
+        id
+    }
+
+    /// The client has acknowledged a message. `None` if there is none of that identifier in flight.
+    pub(super) fn acknowledge(&mut self, packet_id: u16) -> Option<Flight> {
+        // Identifiers go from 1 to 65,535 and then from 1 again.
+        let from_first = (u32::from(packet_id) + 65_535 - u32::from(self.first_id)) % 65_535;
+        let flight = self.queue.get_mut(from_first as usize)?;
+        if packet_id == 0 || std::mem::replace(&mut flight.acknowledged, true) {
+            return None;
+        }
+        let flight = *flight;
+        self.unacknowledged -= 1;
+        while self.queue.front().is_some_and(|first| first.acknowledged) {
+            self.queue.pop_front();
+            self.first_id = self.id(1);
+        }
+        if self.queue.is_empty() {
+            // An idle connection holds no queue.
+            self.queue = VecDeque::new();
+        }
+        Some(flight)
+    }
+
+    /// Those that are not acknowledged, with their packet identifiers, oldest first.
+    pub(super) fn unacknowledged(&self) -> impl Iterator<Item = (u16, Flight)> {
+        let all = self.queue.iter().enumerate();
+        all.filter(|(_, flight)| !flight.acknowledged).map(|(nth, flight)| (self.id(nth), *flight))
+    }
+
+    /// The lowest offset of those from the session's own place in the log.
+    pub(super) fn lowest(&self) -> Option<Offset> {
+        let own = self.queue.iter().filter(|flight| !flight.acknowledged && flight.source == Source::Log);
+        own.map(|flight| flight.offset).min()
+    }
+
+    /// Whether they are as they can be, when somebody else has written them.
+    pub(super) fn are_sound(&self) -> bool {
+        let unacknowledged = self.queue.iter().filter(|flight| !flight.acknowledged).count();
+        self.first_id > 0
+            && self.queue.len() <= 2 * MQTT_FLIGHTS_MAX
+            && self.unacknowledged == unacknowledged
+            && self.queue.front().is_none_or(|first| !first.acknowledged)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.unacknowledged == 0
+    }
+
+    /// The packet identifier of the `nth` in the queue.
+    fn id(&self, nth: usize) -> u16 {
+        let id = (usize::from(self.first_id) - 1 + nth) % 65_535 + 1;
+        u16::try_from(id).expect("at most 65,535")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identifiers_go_round_and_each_finds_its_message() {
+        let mut flights = Flights::default();
+        let mut waiting = VecDeque::new();
+        for offset in 0..200_000 {
+            let id = flights.push(offset, Source::Log);
+            assert_ne!(id, 0);
+            waiting.push_back((id, offset));
+            if waiting.len() > 100 {
+                // Not quite in order.
+                let (id, offset) = waiting.remove(usize::from(id % 7)).expect("there are 100");
+                assert_eq!(flights.acknowledge(id).map(|flight| flight.offset), Some(offset));
+                assert_eq!(flights.acknowledge(id), None, "only once");
+            }
+            assert_eq!(flights.lowest(), waiting.iter().map(|(_, offset)| *offset).min());
+        }
+        let left: Vec<_> = flights.unacknowledged().map(|(id, flight)| (id, flight.offset)).collect();
+        assert_eq!(left, Vec::from(waiting));
+    }
+
+    #[test]
+    fn an_identifier_that_is_not_in_flight_is_nobodys() {
+        let mut flights = Flights::default();
+        assert_eq!(flights.acknowledge(1), None);
+        let id = flights.push(5, Source::Retained);
+        assert_eq!(flights.acknowledge(id + 1), None);
+        assert_eq!(flights.acknowledge(0), None);
+        assert!(flights.acknowledge(id).is_some() && flights.is_empty());
+    }
+
+    #[test]
+    fn no_more_are_in_flight_than_the_client_takes() {
+        let mut flights = Flights::default();
+        let ids: Vec<u16> = (0..3).map(|offset| flights.push(offset, Source::Log)).collect();
+        assert_eq!((flights.room(3), flights.room(4)), (0, 1));
+        flights.acknowledge(ids[1]);
+        assert_eq!(flights.room(3), 1);
+    }
+}

@@ -1,0 +1,505 @@
+//! The sending half of a connection: what its session is subscribed to, put into PUBLISH packets as
+//! fast as the client takes them.
+//!
+//! In this order: what was in flight when the client was last here, what is retained for a new
+//! subscription, and then the log, from the session's place on. Nothing is taken from the log
+//! that has no room: a slow client stays behind there, and costs what it holds and no more.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::task::JoinHandle;
+use tracing::warn;
+
+use super::delivery::{Delivery, Writer};
+use super::flights::{Flight, Source};
+use super::session::{Session, Subscription, Wanted};
+use crate::consume::subscriber::feed::fetch;
+use crate::consume::subscriber::retained::{RetainedAfter, RetainedError, RetainedPage};
+use crate::consume::subscriber::{Feed, Matched, Member, Next, Share, Subscribers};
+use crate::filter::TopicFilter;
+use crate::limits::{MQTT_UNSENT_BYTES_MAX, REFETCH_RECORDS, RETAINED_PAGE_BYTES};
+use crate::log::{Batch, Place, ReadError};
+use crate::message::{DatasourceId, Offset, RecordRef};
+use crate::observe::metrics::Metrics;
+
+/// Records that are read again.
+type Fetching = JoinHandle<Result<Vec<Option<(Batch, Place)>>, ReadError>>;
+/// A page of retained messages that is read.
+type Asking = Pin<Box<dyn Future<Output = Result<RetainedPage, RetainedError>> + Send>>;
+
+/// Why nothing more can be sent.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error(transparent)]
+    Log(#[from] ReadError),
+    #[error(transparent)]
+    Retained(#[from] RetainedError),
+}
+
+/// A connection's sending half.
+pub(super) struct Outbound {
+    subscribers: Arc<Subscribers>,
+    metrics: Arc<Metrics>,
+    pub(super) datasource: DatasourceId,
+    pub(super) session: Session,
+    writer: Writer,
+    /// How many unacknowledged messages the client takes.
+    receive_maximum: u16,
+    feed: Feed,
+    members: Vec<(u32, Member)>,
+    /// What is being written.
+    matched: Option<Matched>,
+    /// What groups have given: with the slot of the subscription.
+    shared: VecDeque<(u32, Batch, Place)>,
+    resending: Option<Resending>,
+    retained: VecDeque<Retained>,
+}
+
+/// Messages that were in flight when the session lost its connection.
+struct Resending {
+    flights: VecDeque<(u16, Flight)>,
+    fetching: Option<Fetching>,
+}
+
+/// What is retained for a new subscription.
+struct Retained {
+    slot: u32,
+    filter: TopicFilter,
+    /// What is newer comes from the log.
+    below: Offset,
+    after: Option<RetainedAfter>,
+    asking: Option<Asking>,
+    /// A page that was read, and how much of it was written.
+    page: Option<(RetainedPage, usize)>,
+}
+
+impl Outbound {
+    /// The sending half for a session, where that is in the log.
+    pub(super) fn new(
+        subscribers: Arc<Subscribers>,
+        metrics: Arc<Metrics>,
+        datasource: DatasourceId,
+        session: Session,
+        writer: Writer,
+        receive_maximum: u16,
+    ) -> Self {
+        let Subscribers { router, log, .. } = &*subscribers;
+        let end = log.next_offset();
+        let begin = if session.subscribed() > 0 { session.position.min(end) } else { end };
+        let mut feed = Feed::new(router.clone(), log.clone(), &datasource, begin);
+        let mut members = Vec::new();
+        for (slot, subscription) in session.subscriptions.iter().enumerate() {
+            let Some(subscription) = subscription else { continue };
+            let slot = u32::try_from(slot).expect("subscriptions are bounded");
+            match super::sessions::group_of(&datasource, &subscription.filter) {
+                Some(group) => {
+                    let member = subscribers.groups.member(&group, session.expiry_s);
+                    members.extend(member.map(|member| (slot, member)));
+                }
+                None => {
+                    // Also those that began before: the feed goes on where the session was.
+                    feed.set(slot, &subscription.filter, Some(subscription.from.max(begin)));
+                }
+            }
+        }
+        let flights: VecDeque<_> = session.flights.unacknowledged().collect();
+        let resending = (!flights.is_empty()).then_some(Resending { flights, fetching: None });
+        Self {
+            subscribers,
+            metrics,
+            datasource,
+            session,
+            writer,
+            receive_maximum,
+            feed,
+            members,
+            matched: None,
+            shared: VecDeque::new(),
+            resending,
+            retained: VecDeque::new(),
+        }
+    }
+
+    /// Where the session says how far it is.
+    pub(super) fn mailbox(&self) -> &Arc<crate::consume::subscriber::Mailbox> {
+        self.feed.mailbox()
+    }
+
+    /// Enters a subscription of one's own. `from` is where in the log it begins, if not at the end;
+    /// with `retained`, what is retained comes first.
+    pub(super) fn subscribe(
+        &mut self,
+        slot: usize,
+        filter: TopicFilter,
+        mut subscription: Subscription,
+        from: Option<Offset>,
+        retained: bool,
+    ) {
+        let at = u32::try_from(slot).expect("subscriptions are bounded");
+        let known = self.session.subscriptions[slot].is_some();
+        match (known, from) {
+            // The options change; nothing is lost or sent again meanwhile.
+            (true, None) => subscription.from = self.feed.from(at).unwrap_or_default(),
+            (false, None) => subscription.from = self.feed.set(at, filter.as_str(), None),
+            (_, from) => {
+                // What was found for the others is found again, on the way back.
+                self.give_back();
+                subscription.from = self.feed.set(at, filter.as_str(), from);
+                let lowest = self.session.flights.lowest().unwrap_or(Offset::MAX);
+                for (slot, other) in self.session.subscriptions.iter_mut().enumerate() {
+                    let from = u32::try_from(slot).ok().and_then(|slot| self.feed.from(slot));
+                    if let (Some(other), Some(from)) = (other, from) {
+                        other.from = from.min(lowest);
+                    }
+                }
+            }
+        }
+        if retained {
+            let below = if known { self.subscribers.log.next_offset() } else { subscription.from };
+            self.retained.retain(|job| job.slot != at);
+            self.retained.push_back(Retained {
+                slot: at,
+                filter,
+                below,
+                after: None,
+                asking: None,
+                page: None,
+            });
+        }
+        self.session.subscriptions[slot] = Some(subscription);
+        self.session.position = self.position();
+    }
+
+    /// Enters a subscription that is shared.
+    pub(super) fn share(&mut self, slot: usize, subscription: Subscription, member: Option<Member>) {
+        let at = u32::try_from(slot).expect("subscriptions are bounded");
+        if let Some(member) = member {
+            self.members.retain(|(present, _)| *present != at);
+            self.members.push((at, member));
+        }
+        self.session.subscriptions[slot] = Some(subscription);
+    }
+
+    /// Gives up a subscription.
+    pub(super) fn unsubscribe(&mut self, slot: usize) {
+        let at = u32::try_from(slot).expect("subscriptions are bounded");
+        self.session.subscriptions[slot] = None;
+        self.feed.remove(at);
+        self.retained.retain(|job| job.slot != at);
+        self.shared.retain(|(shared, ..)| *shared != at);
+        self.members.retain(|(member, _)| *member != at);
+    }
+
+    /// The client has acknowledged a message. Of one that it was not sent it says nothing.
+    pub(super) fn acknowledged(&mut self, packet_id: u16) {
+        if let Some(Flight { offset, source: Source::Group(slot), .. }) =
+            self.session.flights.acknowledge(packet_id)
+        {
+            self.group_acknowledged(slot, offset);
+        }
+    }
+
+    fn group_acknowledged(&self, slot: u32, offset: Offset) {
+        if let Some((_, member)) = self.members.iter().find(|(present, _)| *present == slot) {
+            member.acknowledge(offset);
+        }
+    }
+
+    /// Writes to `out` what there is, as long as fewer than [`MQTT_UNSENT_BYTES_MAX`] wait in it;
+    /// `unsent` of them do already. Pending when the rest waits: for the log, for the client, or for
+    /// room.
+    pub(super) fn poll_fill(
+        &mut self,
+        unsent: usize,
+        out: &mut Vec<u8>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Trouble> {
+        let room_until = out.len() + MQTT_UNSENT_BYTES_MAX.saturating_sub(unsent);
+        let filled = self.poll_all(room_until, out, cx);
+        if filled.is_pending() {
+            self.tell_progress();
+        }
+        filled
+    }
+
+    fn poll_all(&mut self, room_until: usize, out: &mut Vec<u8>, cx: &mut Context<'_>) -> Poll<Trouble> {
+        loop {
+            if out.len() >= room_until {
+                self.members.iter().for_each(|(_, member)| member.pass());
+                return Poll::Pending;
+            }
+            if self.resending.is_some() {
+                if let Err(trouble) = ready!(self.poll_resend(out, cx)) {
+                    return Poll::Ready(trouble);
+                }
+                continue;
+            }
+            if !self.retained.is_empty() {
+                if let Err(trouble) = ready!(self.poll_retained(room_until, out, cx)) {
+                    return Poll::Ready(trouble);
+                }
+                continue;
+            }
+            if let Some(mut matched) = self.matched.take() {
+                let more = self.write_matched(&mut matched, room_until, out);
+                if more {
+                    self.matched = Some(matched);
+                    if out.len() < room_until {
+                        // It waits for acknowledgements.
+                        self.members.iter().for_each(|(_, member)| member.pass());
+                        return Poll::Pending;
+                    }
+                }
+                continue;
+            }
+            match self.feed.poll_next(cx) {
+                Poll::Ready(Ok(Next::Matched(matched))) => {
+                    self.matched = Some(matched);
+                    continue;
+                }
+                Poll::Ready(Ok(Next::Skipped(records))) => {
+                    self.skipped(records);
+                    continue;
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(error.into()),
+                Poll::Pending => {}
+            }
+            match ready!(self.poll_shared(room_until, out, cx)) {
+                Ok(()) => {}
+                Err(error) => return Poll::Ready(error.into()),
+            }
+        }
+    }
+
+    /// Writes records of the log. Returns whether some are left.
+    fn write_matched(&mut self, matched: &mut Matched, room_until: usize, out: &mut Vec<u8>) -> bool {
+        let batch = matched.batch().clone();
+        let mut reader = batch.reader();
+        while let Some(hit) = matched.peek() {
+            if out.len() >= room_until {
+                return true;
+            }
+            let record = reader.read(hit.place);
+            let subscriptions =
+                hit.slots.iter().filter_map(|slot| self.session.subscriptions.get(*slot as usize)?.as_ref());
+            if let Some(mut delivery) = Delivery::of(subscriptions, &record, self.writer.publisher) {
+                let Self { writer, session: Session { flights, .. }, .. } = self;
+                if delivery.qos > 0 && flights.room(self.receive_maximum) == 0 {
+                    return true;
+                }
+                writer.write(&record, &mut delivery, out, || flights.push(record.offset, Source::Log));
+            }
+            matched.advance();
+        }
+        false
+    }
+
+    /// Takes from the groups in turn, and writes what they gave.
+    fn poll_shared(
+        &mut self,
+        room_until: usize,
+        out: &mut Vec<u8>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), ReadError>> {
+        while let Some((slot, batch, place)) = self.shared.front() {
+            let (slot, place) = (*slot, *place);
+            let room = self.session.flights.room(self.receive_maximum);
+            if room == 0 || out.len() >= room_until {
+                self.members.iter().for_each(|(_, member)| member.pass());
+                // With room in `out`, an acknowledgement is waited for; without, the loop above ends.
+                return if room == 0 { Poll::Pending } else { Poll::Ready(Ok(())) };
+            }
+            let record = batch.reader().read(place);
+            let subscription = self.session.subscriptions.get(slot as usize).and_then(Option::as_ref);
+            let in_flight = Delivery::of(subscription.into_iter(), &record, 0).is_some_and(|mut delivery| {
+                let flights = &mut self.session.flights;
+                let packet_id = || flights.push(record.offset, Source::Group(slot));
+                self.writer.write(&record, &mut delivery, out, packet_id) && delivery.qos > 0
+            });
+            if !in_flight {
+                self.group_acknowledged(slot, place.offset);
+            }
+            self.shared.pop_front();
+        }
+        let room = self.session.flights.room(self.receive_maximum).min(REFETCH_RECORDS);
+        if room == 0 {
+            self.members.iter().for_each(|(_, member)| member.pass());
+            return Poll::Pending;
+        }
+        for at in 0..self.members.len() {
+            let (slot, member) = &mut self.members[at];
+            match member.poll_take(room, cx) {
+                Poll::Pending => {}
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Ready(Ok(Share::Skipped(records))) => {
+                    self.skipped(records);
+                    return Poll::Ready(Ok(()));
+                }
+                Poll::Ready(Ok(Share::Records(batch, places))) => {
+                    let slot = *slot;
+                    self.shared.extend(places.into_iter().map(|place| (slot, batch.clone(), place)));
+                    // The next time another group comes first.
+                    self.members.rotate_left(at + 1);
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Sends what was in flight again, with the identifiers that it had.
+    fn poll_resend(&mut self, out: &mut Vec<u8>, cx: &mut Context<'_>) -> Poll<Result<(), Trouble>> {
+        let Some(resending) = &mut self.resending else { return Poll::Ready(Ok(())) };
+        let Some(fetching) = &mut resending.fetching else {
+            // Those of groups have gone to other members.
+            let (own, groups): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut resending.flights)
+                .into_iter()
+                .partition(|(_, flight)| !matches!(flight.source, Source::Group(_)));
+            for (packet_id, _) in groups {
+                self.session.flights.acknowledge(packet_id);
+            }
+            resending.flights = own;
+            let offsets: Vec<Offset> =
+                resending.flights.iter().take(REFETCH_RECORDS).map(|(_, flight)| flight.offset).collect();
+            if offsets.is_empty() {
+                self.resending = None;
+                return Poll::Ready(Ok(()));
+            }
+            let log = self.subscribers.log.clone();
+            resending.fetching = Some(tokio::task::spawn_blocking(move || fetch(&*log, &offsets)));
+            return Poll::Ready(Ok(()));
+        };
+        let done = ready!(Pin::new(fetching).poll(cx));
+        resending.fetching = None;
+        let found = done.unwrap_or_else(|ended| Err(ReadError::Io(ended.to_string().into())))?;
+        let again: Vec<_> = resending.flights.drain(..found.len()).zip(found).collect();
+        let mut gone = 0;
+        for ((packet_id, flight), found) in again {
+            let Some((batch, place)) = found else {
+                self.session.flights.acknowledge(packet_id);
+                gone += 1;
+                continue;
+            };
+            let record = batch.reader().read(place);
+            let mut delivery = Delivery { packet_id: Some(packet_id), ..self.again(&record, flight.source) };
+            if !self.writer.write(&record, &mut delivery, out, || packet_id) {
+                self.session.flights.acknowledge(packet_id);
+            }
+        }
+        if gone > 0 {
+            self.skipped(gone);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// How a record goes out that was in flight before.
+    fn again(&self, record: &RecordRef<'_>, source: Source) -> Delivery {
+        let whole = format!("{}/{}", record.datasource, record.topic);
+        let topic = if self.datasource.is_all() { &whole } else { record.topic };
+        let matches = |s: &&Subscription| {
+            Wanted::parse(&s.filter)
+                .is_some_and(|wanted| wanted.group.is_none() && wanted.filter.matches(topic))
+        };
+        let subscriptions = self.session.subscriptions.iter().flatten().filter(matches);
+        let delivery = Delivery::of(subscriptions, record, 0).unwrap_or_default();
+        let retain = delivery.retain || source == Source::Retained;
+        Delivery { qos: 1, dup: true, retain, ..delivery }
+    }
+
+    /// Sends what is retained for the oldest new subscription.
+    fn poll_retained(
+        &mut self,
+        room_until: usize,
+        out: &mut Vec<u8>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Trouble>> {
+        let Some(mut job) = self.retained.pop_front() else { return Poll::Ready(Ok(())) };
+        let Some((page, written)) = &mut job.page else {
+            let asking = job.asking.get_or_insert_with(|| {
+                let store = self.subscribers.retained.clone();
+                let datasource = (!self.datasource.is_all()).then(|| self.datasource.clone());
+                let (filter, below, after) = (job.filter.clone(), job.below, job.after.take());
+                Box::pin(async move {
+                    store.page(datasource.as_ref(), &filter, below, after, RETAINED_PAGE_BYTES).await
+                })
+            });
+            let asked = asking.as_mut().poll(cx);
+            if let Poll::Ready(page) = asked {
+                job.asking = None;
+                job.page = Some((page?, 0));
+            }
+            let waiting = job.asking.is_some();
+            self.retained.push_front(job);
+            return if waiting { Poll::Pending } else { Poll::Ready(Ok(())) };
+        };
+        let subscription = self.session.subscriptions.get(job.slot as usize).and_then(Option::as_ref);
+        while let Some(message) = page.messages.get(*written) {
+            let record = message.as_record();
+            if let Some(mut delivery) = Delivery::of(subscription.into_iter(), &record, self.writer.publisher)
+            {
+                delivery.retain = true;
+                let flights = &mut self.session.flights;
+                let waits = delivery.qos > 0 && flights.room(self.receive_maximum) == 0;
+                if waits || out.len() >= room_until {
+                    self.retained.push_front(job);
+                    return if waits { Poll::Pending } else { Poll::Ready(Ok(())) };
+                }
+                let packet_id = || flights.push(record.offset, Source::Retained);
+                self.writer.write(&record, &mut delivery, out, packet_id);
+            }
+            *written += 1;
+        }
+        job.after = page.next.take();
+        job.page = None;
+        if job.after.is_some() {
+            self.retained.push_front(job);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Retention has removed records that this session had not read: the client is told with its next
+    /// message, the operator now.
+    fn skipped(&mut self, records: u64) {
+        self.writer.skipped += records;
+        self.metrics.skipped.increment(records);
+        warn!(
+            datasource = %self.datasource, records, position = self.feed.position(),
+            "retention has removed records before a subscriber read them"
+        );
+    }
+
+    /// The first record that was not given out.
+    fn position(&self) -> Offset {
+        let next = self.matched.as_ref().and_then(|matched| matched.peek()).map(|hit| hit.place.offset);
+        next.unwrap_or_else(|| self.feed.position())
+    }
+
+    /// Says how far the session is, for when it is not here to say so.
+    fn tell_progress(&self) {
+        let position = self.position();
+        let cursor = self.session.flights.lowest().map_or(position, |lowest| lowest.min(position));
+        let all = self.matched.is_none() && self.session.flights.is_empty();
+        self.feed.mailbox().progress(cursor, all);
+    }
+
+    /// Drops what was taken from the log and is not written, as if it had not been read.
+    fn give_back(&mut self) {
+        if let Some(hit) = self.matched.take().as_ref().and_then(|matched| matched.peek()) {
+            self.feed.rewind(hit.place.offset);
+        }
+    }
+
+    /// The session, for the next connection.
+    pub(super) fn into_session(self) -> Session {
+        let routed = self.subscribers.router.routed();
+        let position = self.position();
+        // Live and with nothing to do, it is as far as the router is.
+        self.feed.mailbox().progress(position, self.matched.is_none());
+        let position = self.feed.mailbox().cursor(routed);
+        Session { position, ..self.session }
+    }
+}

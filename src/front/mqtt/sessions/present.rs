@@ -1,0 +1,96 @@
+//! A client's place among the sessions, for as long as it is connected.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::session::Session;
+use super::super::wills::Will;
+use super::{Away, ClientKey, Sessions};
+use crate::auth::connections::Control;
+use crate::consume::subscriber::Mailbox;
+use crate::consume::subscriber::sessions::Change;
+use crate::message::now_micros;
+
+/// A client's place among the [`Sessions`].
+pub(in super::super) struct Present {
+    pub(super) sessions: Arc<Sessions>,
+    pub(super) key: ClientKey,
+    pub(super) control: Arc<Control>,
+}
+
+impl Present {
+    /// The client identifier.
+    pub(in super::super) fn client_id(&self) -> &Arc<str> {
+        &self.key.1
+    }
+
+    /// What the connection is told.
+    pub(in super::super) fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// Whether another node has taken the session, which is none of this one's any more.
+    fn is_lost(&self) -> bool {
+        self.sessions.claims.is_some()
+            && self.sessions.locked().entries.get(&self.key).is_some_and(|entry| {
+                let shared = entry.connected.as_ref().and_then(|connected| connected.shared.as_ref());
+                shared.is_some_and(|held| held.lost)
+            })
+    }
+
+    /// Where a durable session says how far it is.
+    pub(in super::super) fn watch(&self, uid: u64, mailbox: Arc<Mailbox>) {
+        self.sessions.locked().watched.insert(uid, (mailbox, 0));
+    }
+
+    /// The connection is over: hands back its session. Returns the will, if it is to be published
+    /// now.
+    pub(in super::super) fn leave(self, session: Session, will: Option<Box<Will>>) -> Option<Box<Will>> {
+        let now = Instant::now();
+        if !session.is_durable() {
+            self.sessions.end(&self.key, &session);
+            return will;
+        }
+        let (uid, expiry_s) = (session.uid, session.expiry_s);
+        if self.is_lost() {
+            self.sessions.locked().watched.remove(&uid);
+            // The client is there already.
+            return will.filter(|will| will.delay_s == 0);
+        }
+        let changes = vec![
+            Change::Cursor { uid, cursor: session.cursor() },
+            Change::Ended { uid, ended_at: Some(now_micros()), expiry_s },
+        ];
+        drop(self.sessions.subscribers.store.write(changes));
+        let mut clients = self.sessions.locked();
+        clients.watched.remove(&uid);
+        let wait = |will: &Will| will.delay_s > 0 && !clients.draining;
+        let (later, now_due) = match will {
+            Some(will) if wait(&will) => (Some(will), None),
+            will => (None, will),
+        };
+        let later = later.map(|will| {
+            let due = now + Duration::from_secs(u64::from(will.delay_s));
+            (will, due)
+        });
+        let expires_at = (expiry_s != u32::MAX).then(|| now + Duration::from_secs(u64::from(expiry_s)));
+        clients.away(self.key.clone(), Away { session, will: later, expires_at });
+        drop(clients);
+        now_due
+    }
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        let mut clients = self.sessions.locked();
+        let Some(entry) = clients.entries.get_mut(&self.key) else { return };
+        let left = entry.connected.take().map(|connected| connected.left);
+        if entry.away.is_none() {
+            clients.entries.remove(&self.key);
+        }
+        drop(clients);
+        if let Some(left) = left {
+            left.notify_waiters();
+        }
+    }
+}

@@ -1,0 +1,534 @@
+//! A WebSocket that carries MQTT (RFC 6455; section 6 of MQTT 3.1.1 and 5): the bytes of its binary
+//! messages, one after another, are the client's byte stream. Where a message begins or ends means
+//! nothing.
+//!
+//! Frames are taken apart where they were read: what a read of the socket brought is unmasked and
+//! moved together in the reader's own buffer. So nothing is gathered here. A message may be as long
+//! as a client likes, no length that a stranger announces makes the gateway set memory aside, and an
+//! idle WebSocket holds no buffer.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use super::Front;
+use super::handshake::refuse;
+use crate::limits::WEBSOCKET_FRAME_BYTES_MAX;
+use crate::message::Transport;
+use crate::observe::refusals::Note;
+
+const CONTINUATION: u8 = 0x0;
+const TEXT: u8 = 0x1;
+const BINARY: u8 = 0x2;
+const CLOSE: u8 = 0x8;
+const PING: u8 = 0x9;
+const PONG: u8 = 0xA;
+
+/// The last frame of a message.
+const FIN: u8 = 0x80;
+/// The largest header: two bytes, a length of eight, a mask of four.
+const HEADER_BYTES_MAX: usize = 14;
+/// RFC 6455, section 5.5.
+const CONTROL_BYTES_MAX: usize = 125;
+
+/// Status codes of a close, RFC 6455 section 7.4.1.
+const NORMAL: u16 = 1000;
+const PROTOCOL_ERROR: u16 = 1002;
+const UNSUPPORTED_DATA: u16 = 1003;
+
+/// The server's side of a WebSocket, after its opening handshake, as a byte stream.
+///
+/// A ping is answered when the stream is read; the close frame is sent by a shutdown, with the
+/// status that fits: the client's own, or what it did wrong.
+pub(super) struct WebSocket {
+    tcp: TcpStream,
+    /// What the client sent right behind its opening handshake.
+    early: Bytes,
+    frames: Frames,
+    /// Frames on their way out, and how much of them is gone.
+    out: Vec<u8>,
+    sent: usize,
+    /// The payload of the newest ping that is not answered; older ones need no answer (5.5.3).
+    ping: Option<Vec<u8>>,
+    /// Nothing more is taken in: the client has closed, or broken a rule. The status to close with.
+    ended: Option<u16>,
+    /// Our close frame is on its way.
+    closing: bool,
+    peer: SocketAddr,
+    front: Arc<Front>,
+}
+
+impl WebSocket {
+    /// `early` is what was read from `tcp` behind the opening handshake.
+    pub(super) fn new(tcp: TcpStream, early: Bytes, peer: SocketAddr, front: Arc<Front>) -> Self {
+        Self {
+            tcp,
+            early: if early.is_empty() { Bytes::new() } else { early },
+            frames: Frames::default(),
+            out: Vec::new(),
+            sent: 0,
+            ping: None,
+            ended: None,
+            closing: false,
+            peer,
+            front,
+        }
+    }
+
+    /// Ready when every frame, and the answer to a ping, is with the kernel.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            while self.sent < self.out.len() {
+                let n = ready!(Pin::new(&mut self.tcp).poll_write(cx, &self.out[self.sent..]))?;
+                if n == 0 {
+                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                }
+                self.sent += n;
+            }
+            (self.out, self.sent) = (Vec::new(), 0);
+            let Some(ping) = self.ping.take() else { return Poll::Ready(Ok(())) };
+            put_frame(&mut self.out, PONG, &ping);
+        }
+    }
+
+    /// The next bytes of the socket, as they are.
+    fn poll_raw(&mut self, cx: &mut Context<'_>, space: &mut [u8]) -> Poll<io::Result<usize>> {
+        if !self.early.is_empty() {
+            let n = self.early.len().min(space.len());
+            self.early.copy_to_slice(&mut space[..n]);
+            if self.early.is_empty() {
+                // It held on to what HTTP read with.
+                self.early = Bytes::new();
+            }
+            return Poll::Ready(Ok(n));
+        }
+        let mut raw = ReadBuf::new(space);
+        ready!(Pin::new(&mut self.tcp).poll_read(cx, &mut raw))?;
+        Poll::Ready(Ok(raw.filled().len()))
+    }
+}
+
+impl AsyncRead for WebSocket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let space = buf.initialize_unfilled();
+        if space.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        loop {
+            if let Poll::Ready(Err(error)) = this.poll_send(cx) {
+                return Poll::Ready(Err(error));
+            }
+            if this.frames.closed {
+                return Poll::Ready(Ok(()));
+            }
+            let n = ready!(this.poll_raw(cx, space))?;
+            if n == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            if this.ended.is_some() {
+                // Behind a broken rule nothing has a meaning. It is read all the same, so that the
+                // close frame is not overtaken by a reset.
+                continue;
+            }
+            let took = match this.frames.take(&mut space[..n]) {
+                Ok(took) => took,
+                Err(fault) => {
+                    let note = Note::new(Transport::Mqtt, "websocket", &fault.text);
+                    refuse(&this.front, this.peer, note);
+                    this.ended = Some(fault.status);
+                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, fault.text)));
+                }
+            };
+            if took.ping.is_some() && !this.closing {
+                this.ping = took.ping;
+            }
+            this.ended = took.close;
+            if took.bytes > 0 {
+                buf.advance(took.bytes);
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl AsyncWrite for WebSocket {
+    /// What it takes it may still hold: a flush sends it.
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        ready!(this.poll_send(cx))?;
+        let taken = &bytes[..bytes.len().min(WEBSOCKET_FRAME_BYTES_MAX)];
+        if !taken.is_empty() {
+            put_frame(&mut this.out, BINARY, taken);
+            if let Poll::Ready(Err(error)) = this.poll_send(cx) {
+                return Poll::Ready(Err(error));
+            }
+        }
+        Poll::Ready(Ok(taken.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().poll_send(cx)
+    }
+
+    /// Sends the close frame behind everything else, and ends our half of the TCP connection.
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.closing {
+            this.closing = true;
+            // No frame may follow a close.
+            this.ping = None;
+            put_frame(&mut this.out, CLOSE, &this.ended.unwrap_or(NORMAL).to_be_bytes());
+        }
+        ready!(this.poll_send(cx))?;
+        Pin::new(&mut this.tcp).poll_shutdown(cx)
+    }
+}
+
+/// Appends a message of one frame, unmasked as a server's are.
+fn put_frame(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
+    let length = u16::try_from(payload.len()).expect("a frame of ours is at most WEBSOCKET_FRAME_BYTES_MAX");
+    out.reserve(4 + payload.len());
+    out.push(FIN | opcode);
+    match u8::try_from(length) {
+        Ok(short) if short < 126 => out.push(short),
+        _ => {
+            out.push(126);
+            out.extend_from_slice(&length.to_be_bytes());
+        }
+    }
+    out.extend_from_slice(payload);
+}
+
+/// A rule that the client broke.
+#[derive(Debug, PartialEq, Eq)]
+struct Fault {
+    status: u16,
+    text: &'static str,
+}
+
+impl Fault {
+    fn protocol(text: &'static str) -> Self {
+        Self { status: PROTOCOL_ERROR, text }
+    }
+}
+
+/// What was in some bytes of a client.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Took {
+    /// Bytes of binary messages, now at the front of the buffer.
+    bytes: usize,
+    /// The newest ping's payload.
+    ping: Option<Vec<u8>>,
+    /// The client closed; the status to answer with. What came behind was passed over.
+    close: Option<u16>,
+}
+
+/// A client's frames, wherever the reads of the socket cut them.
+#[derive(Default)]
+struct Frames {
+    /// A header that has not come whole.
+    header: [u8; HEADER_BYTES_MAX],
+    header_bytes: usize,
+    /// The frame whose payload is being read.
+    frame: Option<Frame>,
+    /// The payload of a control frame, as far as it has come.
+    control: Vec<u8>,
+    /// A message has begun and not ended.
+    in_message: bool,
+    /// The close frame has come.
+    closed: bool,
+}
+
+struct Frame {
+    opcode: u8,
+    /// Bytes of its payload that have not come.
+    left: u64,
+    /// Turned so that its first byte is for the next byte of the payload.
+    mask: [u8; 4],
+}
+
+impl Frames {
+    /// Takes in what came; the payload of binary messages is moved to the front of it.
+    fn take(&mut self, raw: &mut [u8]) -> Result<Took, Fault> {
+        let mut took = Took::default();
+        let mut at = 0;
+        loop {
+            let Some(frame) = &mut self.frame else {
+                let Some(&byte) = raw.get(at) else { return Ok(took) };
+                at += 1;
+                self.frame = self.header_byte(byte)?;
+                continue;
+            };
+            let here = raw.len() - at;
+            let n = usize::try_from(frame.left).map_or(here, |left| left.min(here));
+            frame.left -= n as u64;
+            unmask(&mut raw[at..at + n], &mut frame.mask);
+            if frame.opcode >= CLOSE {
+                self.control.extend_from_slice(&raw[at..at + n]);
+            } else {
+                raw.copy_within(at..at + n, took.bytes);
+                took.bytes += n;
+            }
+            at += n;
+            if frame.left > 0 {
+                return Ok(took);
+            }
+            let opcode = frame.opcode;
+            self.frame = None;
+            let control = std::mem::take(&mut self.control);
+            match opcode {
+                PING => took.ping = Some(control),
+                CLOSE => {
+                    self.closed = true;
+                    took.close = Some(status_of(&control)?);
+                    return Ok(took);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes in a header's next byte; returns the frame when the header is whole.
+    fn header_byte(&mut self, byte: u8) -> Result<Option<Frame>, Fault> {
+        self.header[self.header_bytes] = byte;
+        self.header_bytes += 1;
+        if self.header_bytes == 1 {
+            self.check_first(byte)?;
+            return Ok(None);
+        }
+        let (opcode, short) = (self.header[0] & 0x0F, self.header[1] & 0x7F);
+        if self.header_bytes == 2 {
+            if self.header[1] & 0x80 == 0 {
+                return Err(Fault::protocol("a client's frame has to be masked"));
+            }
+            if opcode >= CLOSE && usize::from(short) > CONTROL_BYTES_MAX {
+                return Err(Fault::protocol("a control frame has at most 125 bytes"));
+            }
+        }
+        let length_bytes = match short {
+            126 => 2,
+            127 => 8,
+            _ => 0,
+        };
+        if self.header_bytes < 2 + length_bytes + 4 {
+            return Ok(None);
+        }
+        let (length, mask) = self.header[2..self.header_bytes].split_at(length_bytes);
+        let long = length.iter().fold(0, |n: u64, &byte| n << 8 | u64::from(byte));
+        let left = match short {
+            126 if long < 126 => return Err(Fault::protocol("a frame's length is longer than it need be")),
+            127 if long <= u64::from(u16::MAX) || long >> 63 != 0 => {
+                return Err(Fault::protocol("a frame's length of eight bytes is out of range"));
+            }
+            126 | 127 => long,
+            short => u64::from(short),
+        };
+        let mask = [mask[0], mask[1], mask[2], mask[3]];
+        self.header_bytes = 0;
+        Ok(Some(Frame { opcode, left, mask }))
+    }
+
+    fn check_first(&mut self, byte: u8) -> Result<(), Fault> {
+        let fin = byte & FIN != 0;
+        if byte & 0x70 != 0 {
+            return Err(Fault::protocol("a reserved bit is set, and no extension was agreed on"));
+        }
+        match byte & 0x0F {
+            // [MQTT-6.0.0-1]
+            TEXT => Err(Fault { status: UNSUPPORTED_DATA, text: "a text frame: MQTT is in binary frames" }),
+            BINARY if self.in_message => {
+                Err(Fault::protocol("a message began before the one before it had ended"))
+            }
+            CONTINUATION if !self.in_message => {
+                Err(Fault::protocol("a continuation of a message that had not begun"))
+            }
+            BINARY | CONTINUATION => {
+                self.in_message = !fin;
+                Ok(())
+            }
+            CLOSE | PING | PONG if fin => Ok(()),
+            CLOSE | PING | PONG => Err(Fault::protocol("a control frame cannot be in pieces")),
+            _ => Err(Fault::protocol("a frame of a type that is reserved")),
+        }
+    }
+}
+
+/// The status to answer a client's close frame with: its own.
+fn status_of(payload: &[u8]) -> Result<u16, Fault> {
+    match payload {
+        [] => Ok(NORMAL),
+        &[high, low, ..] => match u16::from_be_bytes([high, low]) {
+            status @ (1000..=1003 | 1007..=1014 | 3000..=4999) => Ok(status),
+            _ => Err(Fault::protocol("a close with a status that may not be sent")),
+        },
+        _ => Err(Fault::protocol("a close with half a status")),
+    }
+}
+
+/// Takes the mask off, and turns the mask for the bytes that come after.
+fn unmask(bytes: &mut [u8], mask: &mut [u8; 4]) {
+    let [a, b, c, d] = *mask;
+    let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
+    mask.rotate_left(bytes.len() % 4);
+    let (words, rest) = bytes.as_chunks_mut::<8>();
+    for word in words {
+        *word = (u64::from_ne_bytes(*word) ^ wide).to_ne_bytes();
+    }
+    for (byte, mask) in rest.iter_mut().zip([a, b, c, d, a, b, c]) {
+        *byte ^= mask;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A client's frame, masked.
+    fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
+        let mask = [0x12, 0x34, 0x56, 0x78];
+        let mut out = vec![first];
+        match payload.len() {
+            n @ 0..126 => out.push(0x80 | u8::try_from(n).expect("below 126")),
+            n @ 126..=0xFFFF => {
+                out.push(0x80 | 126);
+                out.extend(u16::try_from(n).expect("two bytes").to_be_bytes());
+            }
+            n => {
+                out.push(0x80 | 127);
+                out.extend((n as u64).to_be_bytes());
+            }
+        }
+        out.extend(mask);
+        out.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+        out
+    }
+
+    /// The data, the pings, and the end.
+    type Taken = (Vec<u8>, Vec<Vec<u8>>, Result<Option<u16>, Fault>);
+
+    /// What comes of `bytes` when they are read `step` at a time.
+    fn taken(bytes: &[u8], step: usize) -> Taken {
+        let (mut frames, mut data, mut pings) = (Frames::default(), Vec::new(), Vec::new());
+        for piece in bytes.chunks(step) {
+            let mut piece = piece.to_vec();
+            match frames.take(&mut piece) {
+                Ok(took) => {
+                    data.extend_from_slice(&piece[..took.bytes]);
+                    pings.extend(took.ping);
+                    if took.close.is_some() {
+                        return (data, pings, Ok(took.close));
+                    }
+                }
+                Err(fault) => return (data, pings, Err(fault)),
+            }
+        }
+        (data, pings, Ok(None))
+    }
+
+    #[test]
+    fn the_status_says_what_a_client_did_wrong() {
+        let unmasked = [FIN | BINARY, 1, 0];
+        let long_ping = frame(FIN | PING, &[0; 126]);
+        let wide_16 = [FIN | BINARY, 0x80 | 126, 0, 125];
+        let wide_64 = [FIN | BINARY, 0x80 | 127, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF];
+        let huge = [FIN | BINARY, 0x80 | 127, 0x80, 0, 0, 0, 0, 0, 0, 0];
+        let mask = [0; 4];
+        let twice = [frame(BINARY, b"a"), frame(FIN | BINARY, b"b")].concat();
+        for (bytes, status) in [
+            (frame(FIN | TEXT, b"hello"), 1003),
+            (frame(TEXT, b"hello"), 1003),
+            (unmasked.to_vec(), 1002),
+            (long_ping, 1002),
+            ([&wide_16[..], &mask].concat(), 1002),
+            ([&wide_64[..], &mask].concat(), 1002),
+            ([&huge[..], &mask].concat(), 1002),
+            (twice, 1002),
+            (frame(FIN | CONTINUATION, b"a"), 1002),
+            (frame(PING, b""), 1002),
+            (frame(FIN | 0x40 | BINARY, b"a"), 1002),
+            (frame(FIN | 0x3, b""), 1002),
+            (frame(FIN | 0xB, b""), 1002),
+            (frame(FIN | CLOSE, &[3]), 1002),
+            (frame(FIN | CLOSE, &1005u16.to_be_bytes()), 1002),
+        ] {
+            for step in [1, bytes.len()] {
+                let (_, _, end) = taken(&bytes, step);
+                assert_eq!(end.map_err(|fault| fault.status), Err(status), "{bytes:02x?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_close_is_answered_with_its_own_status_and_ends_the_stream() {
+        let bytes = |payload: &[u8]| [frame(FIN | BINARY, b"last"), frame(FIN | CLOSE, payload)].concat();
+        for (payload, status) in [(&b""[..], 1000), (&[0x03, 0xE9][..], 1001), (b"\x0F\xA0bye", 4000)] {
+            let behind = [bytes(payload), frame(FIN | BINARY, b"too late")].concat();
+            for step in [1, 3, behind.len()] {
+                assert_eq!(taken(&behind, step), (b"last".to_vec(), Vec::new(), Ok(Some(status))));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn messages_come_out_as_they_went_in_however_they_are_cut(
+            messages in prop::collection::vec(
+                (prop::collection::vec(any::<u8>(), 0..300), 1usize..4, any::<bool>()), 0..8),
+            step in 1usize..400,
+            large in prop::bool::weighted(0.05),
+        ) {
+            let (mut wire, mut sent, mut pings) = (Vec::new(), Vec::new(), 0);
+            for (payload, pieces, ping) in &messages {
+                let payload = if large { payload.repeat(400) } else { payload.clone() };
+                let length = payload.len().div_ceil(*pieces).max(1);
+                let mut parts: Vec<&[u8]> = payload.chunks(length).collect();
+                if parts.is_empty() {
+                    parts.push(&[]);
+                }
+                for (i, part) in parts.iter().enumerate() {
+                    let fin = if i + 1 == parts.len() { FIN } else { 0 };
+                    wire.extend(frame(fin | if i == 0 { BINARY } else { CONTINUATION }, part));
+                    if *ping {
+                        // Between the pieces of a message, as section 5.4 allows.
+                        wire.extend(frame(FIN | PING, b"there?"));
+                        wire.extend(frame(FIN | PONG, b"unasked"));
+                        pings += 1;
+                    }
+                }
+                sent.extend(payload);
+            }
+            let (data, answered, end) = taken(&wire, step);
+            prop_assert_eq!(data, sent);
+            prop_assert_eq!(end, Ok(None));
+            prop_assert_eq!(answered.is_empty(), pings == 0);
+            prop_assert!(answered.len() <= pings && answered.iter().all(|ping| ping == b"there?"));
+        }
+
+        #[test]
+        fn our_frames_are_as_long_as_they_say(length in 0usize..=WEBSOCKET_FRAME_BYTES_MAX) {
+            let mut out = Vec::new();
+            put_frame(&mut out, BINARY, &vec![7; length]);
+            let header = if length < 126 { 2 } else { 4 };
+            prop_assert_eq!(out.len(), header + length);
+            let said = if header == 2 { usize::from(out[1]) } else { usize::from(u16::from_be_bytes([out[2], out[3]])) };
+            prop_assert_eq!((out[0], said), (FIN | BINARY, length));
+        }
+
+        #[test]
+        fn garbage_is_a_fault_or_data_and_never_a_panic(
+            bytes in prop::collection::vec(any::<u8>(), 0..200), step in 1usize..64,
+        ) {
+            let (data, _, _) = taken(&bytes, step);
+            prop_assert!(data.len() <= bytes.len());
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! A will: the message that a client leaves with its CONNECT, to be published when its connection is
+//! lost (MQTT 5 section 3.1.2.5). It goes through intake as any other message, under the key that
+//! the client connected with: when that is dead by then, the will is refused.
+
+use std::sync::Arc;
+
+use tracing::info;
+
+use super::codec::connect;
+use super::codec::properties::{WILL_DELAY, forwarded};
+use super::credentials;
+use super::inbound::Who;
+use crate::auth::Grant;
+use crate::intake::{Draft, Incoming, Intake, Refusal};
+use crate::message::{RecordFlags, Transport};
+
+/// A will that intake would take.
+pub(super) struct Will {
+    grant: Grant,
+    who: Arc<Who>,
+    topic: String,
+    payload: Vec<u8>,
+    content_type: String,
+    properties: Vec<u8>,
+    flags: RecordFlags,
+    publisher: u64,
+    /// How long after the loss of the connection it is published, in seconds.
+    pub(super) delay_s: u32,
+}
+
+impl Will {
+    /// Takes a will out of a CONNECT.
+    ///
+    /// # Errors
+    /// What intake would refuse it for.
+    pub(super) fn new(
+        will: &connect::Will<'_>,
+        grant: &Grant,
+        who: &Arc<Who>,
+        publisher: u64,
+        intake: &Intake,
+    ) -> Result<Self, Refusal> {
+        let mut flags = RecordFlags::WILL;
+        if will.retain {
+            flags = flags.with(RecordFlags::RETAIN);
+        }
+        if will.qos == 0 {
+            flags = flags.with(RecordFlags::AT_MOST_ONCE);
+        }
+        let mut properties = Vec::new();
+        let content_type = forwarded(&will.properties, &mut properties, credentials::is_key_property);
+        let will = Self {
+            grant: grant.clone(),
+            who: who.clone(),
+            topic: will.topic.to_owned(),
+            payload: will.payload.to_owned(),
+            content_type: content_type.to_owned(),
+            properties,
+            flags,
+            publisher,
+            delay_s: will.properties.u32(WILL_DELAY).unwrap_or(0),
+        };
+        will.draft(intake, true)?;
+        Ok(will)
+    }
+
+    /// Publishes it; returns when it is durable, or refused.
+    pub(super) async fn publish(self, intake: &Intake) {
+        if let Err(refusal) = self.submit(intake).await {
+            intake.refusals().note(self.who.note(&self.grant, refusal.note(Transport::Mqtt)));
+            info!(key_id = %self.grant.key_id(), cause = refusal.cause(), %refusal, "a will was refused");
+        }
+    }
+
+    async fn submit(&self, intake: &Intake) -> Result<(), Refusal> {
+        let mut paid = false;
+        let draft = loop {
+            match self.draft(intake, paid) {
+                Err(Refusal::Limited(limited)) if limited.holds_back() => {
+                    paid = intake.turn(*limited).await?;
+                }
+                drafted => break drafted?,
+            }
+        };
+        intake.submit(draft).await.map(drop)
+    }
+
+    /// `paid`: it is not counted against a rate.
+    fn draft(&self, intake: &Intake, paid: bool) -> Result<Draft, Refusal> {
+        let mut draft = intake.draft(Transport::Mqtt, self.publisher);
+        draft.sent_by(&self.who.user);
+        if paid {
+            draft.is_paid();
+        }
+        let message = Incoming {
+            topic: &self.topic,
+            payload: &self.payload,
+            content_type: &self.content_type,
+            properties: &self.properties,
+            flags: self.flags,
+            message_id: None,
+            exchange: None,
+        };
+        match draft.push(&self.grant, None, message) {
+            // It is in the draft, and in quarantine is where it is to go.
+            Ok(_) | Err(Refusal::Quarantined(_)) => Ok(draft),
+            Err(refusal) => Err(refusal),
+        }
+    }
+}

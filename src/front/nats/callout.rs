@@ -1,0 +1,254 @@
+//! API keys as NATS users: nats-server asks, for each client that connects, whether the key that it
+//! presents is good, and is told what the client may do: publish its datasource's messages in, with the
+//! scope `ingest`, and subscribe to its datasource's stream, with the scope `subscribe`. Nothing else:
+//! what a client publishes is let in by intake like everything, under the key that the server attests
+//! (`attested.rs`), and a key that dies loses its connections (`kick.rs`).
+
+use std::fmt::Display;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use headgate_bridge_nats::callout::{self, Doorman, Permit, Verdict, Visitor};
+use headgate_bridge_nats::system::{Connection, System};
+use headgate_bridge_nats::{Nats, NatsError};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info};
+
+use super::Front;
+use super::attested::{Attestation, name_of};
+use super::kick::{Kicker, LetIn};
+use crate::auth::usage::Client;
+use crate::auth::{Denied, Grant, Rejected, Scope};
+use crate::config::{self, ConfigError};
+use crate::intake::Intake;
+use crate::limits::NATS_SUBSCRIPTIONS_MAX;
+use crate::message::{Transport, now_micros};
+use crate::observe::refusals::Note;
+
+/// The one answer to a stranger: it tells nothing.
+const NO: &str = "no valid API key as user name, password or token";
+
+/// What a client of nats-server speaks.
+const CLIENTS: [&str; 3] = ["nats", "mqtt", "websocket"];
+
+/// Why auth callout cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum CalloutError {
+    /// A seed's file that cannot be read.
+    #[error("{setting}: {}: {error}", path.display())]
+    File {
+        /// The setting that names it.
+        setting: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// A seed that is none.
+    #[error("nats.callout: {} or {}: {error}", issuer.display(), curve.display())]
+    Seed {
+        /// The file of the issuer's seed.
+        issuer: PathBuf,
+        /// The file of the curve seed.
+        curve: PathBuf,
+        /// Which of the two, and what is wrong.
+        error: callout::CalloutError,
+    },
+    /// A password's file.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The connections.
+    #[error(transparent)]
+    Nats(#[from] NatsError),
+}
+
+/// Auth callout, at work until its drain.
+#[derive(Debug)]
+pub struct Callout {
+    nats: Nats,
+    service: JoinHandle<()>,
+    /// Lets in what the clients publish.
+    front: Option<JoinHandle<()>>,
+    watch: Option<JoinHandle<()>>,
+}
+
+impl Callout {
+    /// Begins to answer, to let in what the clients publish, and to end the connections of dead keys. NATS
+    /// need not be there. After `drain` nothing more is answered; other gateways do.
+    ///
+    /// # Errors
+    /// [`CalloutError`] for seeds, passwords and addresses that can never work.
+    pub async fn start(
+        config: &config::Nats,
+        intake: &Intake,
+        drain: CancellationToken,
+    ) -> Result<Self, CalloutError> {
+        let settings = &config.callout;
+        let issuer = read("nats.callout.issuer_seed_file", &settings.issuer_seed_file)?;
+        let has_curve = !settings.xkey_seed_file.as_os_str().is_empty();
+        let curve =
+            has_curve.then(|| read("nats.callout.xkey_seed_file", &settings.xkey_seed_file)).transpose()?;
+        let let_in = Arc::new(LetIn::default());
+        let door = Door {
+            intake: intake.clone(),
+            let_in: let_in.clone(),
+            expiry_s: i64::try_from(settings.expiry_s).unwrap_or(i64::MAX),
+            shared_inbox: settings.shared_inbox,
+        };
+        let service = callout::Callout::new(&issuer, curve.as_deref(), &settings.account, door);
+        let service = service.map_err(|error| CalloutError::Seed {
+            issuer: settings.issuer_seed_file.clone(),
+            curve: settings.xkey_seed_file.clone(),
+            error,
+        })?;
+        let nats = Nats::connect(&config.callout_connection("auth callout")?).await?;
+        let front = if config.ingest {
+            // A connection of its own: what clients publish is not to hold up those that connect.
+            let connection = config.callout_connection("ingest by key")?;
+            let attestation = Some(Attestation::of_account(&settings.account));
+            let front = Front::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
+            let drain = drain.clone();
+            Some(tokio::spawn(async move { front.serve(drain).await }))
+        } else {
+            None
+        };
+        let watch = if settings.system_user.is_empty() {
+            info!(
+                "no nats.callout.system_user: NATS connections of dead keys end when their permission expires"
+            );
+            None
+        } else {
+            let system = System::new(Nats::connect(&config.system_connection("ends connections")?).await?);
+            let authorizer = intake.authorizer().clone();
+            let kicker = Kicker::new(system, &settings.account, let_in, authorizer);
+            let closer = kicker.clone();
+            intake.close_also_by(Box::new(move |dead| {
+                let (closer, dead) = (closer.clone(), dead.to_vec());
+                Box::pin(async move { closer.close(&dead).await })
+            }));
+            Some(tokio::spawn(kicker.watch()))
+        };
+        let over = nats.clone();
+        let service = tokio::spawn(async move {
+            if let Err(error) = service.serve(&over, drain.cancelled()).await {
+                error!(%error, "auth callout is not answered");
+            }
+        });
+        Ok(Self { nats, service, front, watch })
+    }
+
+    /// The connection on which it is asked.
+    pub fn nats(&self) -> &Nats {
+        &self.nats
+    }
+
+    /// Returns when the last request and the last message are answered that came in before the drain.
+    pub async fn drained(self) {
+        let _ = self.service.await;
+        if let Some(front) = self.front {
+            let _ = front.await;
+        }
+        if let Some(watch) = self.watch {
+            watch.abort();
+        }
+    }
+}
+
+fn read(setting: &'static str, file: &Path) -> Result<String, CalloutError> {
+    let text = std::fs::read_to_string(file);
+    text.map_err(|error| CalloutError::File { setting, path: file.to_owned(), error })
+}
+
+/// Decides who may connect to NATS.
+struct Door {
+    intake: Intake,
+    let_in: Arc<LetIn>,
+    expiry_s: i64,
+    shared_inbox: bool,
+}
+
+impl Doorman for Door {
+    fn judge(&self, visitor: &Visitor) -> Verdict {
+        // What cannot be read as an address counts as one.
+        let address = visitor.host.parse().unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+        if !CLIENTS.contains(&visitor.kind.as_str()) {
+            let words = "only a client may present an API key, not another server";
+            let note = Note::new(Transport::Nats, "connection_type", &words);
+            let client = visitor.name.as_str();
+            self.intake.refusals().note(Note { address: Some(address), client, ..note });
+            debug!(%address, "a NATS server wants in as a client: refused");
+            return Verdict::Deny(words.to_owned());
+        }
+        let authorizer = self.intake.authorizer();
+        let presented = [&visitor.user, &visitor.password, &visitor.token].map(|text| text.as_bytes());
+        let grant = match authorizer.identify_among(&presented, address) {
+            Ok(grant) => grant,
+            Err(rejected) => return self.no(visitor, address, &rejected),
+        };
+        let key = grant.key();
+        // Remembered first, and asked again after: whoever ends the key in between finds it.
+        let connection = Connection { server_id: visitor.server_id.clone(), client_id: visitor.client_id };
+        self.let_in.remember(key.id, connection);
+        if !grant.holds() {
+            let rejected = Rejected { denied: Denied::Revoked, key_id: Some(key.id), shape: None };
+            return self.no(visitor, address, &rejected);
+        }
+        let name = (!visitor.name.is_empty()).then_some(visitor.name.as_str());
+        let client = Arc::new(Client::new(Transport::Nats, Some(address), name));
+        authorizer.registry().used(key, Some(&client), now_micros(), None);
+        debug!(%address, key_id = %key.id, datasource = %key.datasource, kind = visitor.kind, "let into NATS");
+        Verdict::Allow(self.permit(&grant))
+    }
+}
+
+impl Door {
+    fn permit(&self, grant: &Grant) -> Permit {
+        let key = grant.key();
+        let datasource = if key.datasource.is_all() { "" } else { key.datasource.as_str() };
+        let under = |root: &str| match datasource {
+            "" => format!("{root}.>"),
+            datasource => format!("{root}.{datasource}.>"),
+        };
+        let parent = |root: &str| under(root).trim_end_matches(".>").to_owned();
+        let (mut publish, mut subscribe) = (Vec::new(), Vec::new());
+        if key.scopes.allow(Scope::Ingest) {
+            publish.push(under("ingest"));
+            subscribe.push(format!("_INBOX_{}.>", key.id));
+            if self.shared_inbox {
+                subscribe.push("_INBOX.>".to_owned());
+            }
+        }
+        if key.scopes.allow(Scope::Subscribe) {
+            subscribe.push(under("stream"));
+            // MQTT's `stream/press-4/#` asks for its parent as well (MQTT 3.1.1 section 4.7.1.2).
+            subscribe.push(parent("stream"));
+        }
+        let soon_s = (now_micros() / 1_000_000).saturating_add(self.expiry_s);
+        let expires_at_s = key.ends_at().map_or(soon_s, |at| soon_s.min(at / 1_000_000));
+        let subscriptions_max = NATS_SUBSCRIPTIONS_MAX;
+        Permit { name: name_of(key), publish, subscribe, expires_at_s, subscriptions_max }
+    }
+
+    fn no(&self, visitor: &Visitor, address: IpAddr, rejected: &Rejected) -> Verdict {
+        let Rejected { denied, key_id, shape } = rejected;
+        let note = Note::new(Transport::Nats, denied.cause(), denied);
+        let client = visitor.name.as_str();
+        let about = Note { address: Some(address), client, key_id: *key_id, key_shape: *shape, ..note };
+        self.intake.refusals().note(about);
+        let key_id = key_id.as_ref().map(display);
+        // A flood writes no log.
+        if let Denied::TooManyFailures { .. } = denied {
+            debug!(%address, cause = denied.cause(), "refused a NATS client");
+            return Verdict::Deny(denied.to_string());
+        }
+        info!(%address, cause = denied.cause(), key_id, why = %denied, "refused a NATS client");
+        Verdict::Deny(NO.to_owned())
+    }
+}
+
+fn display(what: &impl Display) -> tracing::field::DisplayValue<&impl Display> {
+    tracing::field::display(what)
+}

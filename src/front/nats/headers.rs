@@ -1,0 +1,154 @@
+//! What the headers of a NATS message say, besides its key: its id, its media type, and what its sender
+//! has added of its own, which goes on to subscribers as MQTT 5 user properties.
+
+use crate::front::credentials::key_in;
+use crate::front::mqtt::codec::write::user_property;
+use crate::intake::Refusal;
+use crate::limits::NATS_HEADERS_BYTES_MAX;
+use crate::message::{holds_key, is_noncharacter};
+
+/// By which a message is known: another one with the same id is not kept again.
+const MESSAGE_ID: &str = "Nats-Msg-Id";
+const CONTENT_TYPE: &str = "Content-Type";
+/// The stream that a client expects to answer.
+const EXPECTED_STREAM: &str = "Nats-Expected-Stream";
+/// What else a client can ask JetStream for: a yes would promise it.
+const NOT_DONE: [&str; 9] = [
+    EXPECTED_STREAM,
+    "Nats-Expected-Last-Sequence",
+    "Nats-Expected-Last-Subject-Sequence",
+    "Nats-Expected-Last-Msg-Id",
+    "Nats-Rollup",
+    "Nats-TTL",
+    "Nats-Batch-Id",
+    "Nats-Incr",
+    "Nats-Schedule",
+];
+
+/// What a message's headers say.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Headers<'a> {
+    /// The media type, or nothing.
+    pub(super) content_type: &'a str,
+    pub(super) message_id: Option<&'a str>,
+    /// What is the sender's own, in MQTT 5's wire form: as much as [`NATS_HEADERS_BYTES_MAX`], by name.
+    /// What MQTT cannot carry is left out, as is what only a gateway says (`Headgate-…`), or a server
+    /// (`Nats-…`).
+    pub(super) properties: Vec<u8>,
+}
+
+impl<'a> Headers<'a> {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// [`Refusal::Header`] for one that asks for what is not done here.
+    pub(super) fn read(
+        headers: impl Iterator<Item = (&'a str, &'a str)>,
+        stream: &str,
+    ) -> Result<Self, Refusal> {
+        let mut read = Self::default();
+        let mut own = Vec::new();
+        for (name, value) in headers {
+            if begins(name, "Nats-") {
+                if name.eq_ignore_ascii_case(MESSAGE_ID) {
+                    read.message_id = Some(value);
+                } else if let Some(asked) = NOT_DONE.iter().find(|known| name.eq_ignore_ascii_case(known))
+                    && !(*asked == EXPECTED_STREAM && value == stream)
+                {
+                    return Err(Refusal::Header(asked));
+                }
+            } else if name.eq_ignore_ascii_case(CONTENT_TYPE) {
+                read.content_type = value;
+            } else if key_in(name, b"").is_none() && !is_reserved(name) && crosses(name, value) {
+                own.push((name, value));
+            }
+        }
+        // They come in no order.
+        own.sort_by_key(|(name, _)| *name);
+        for (name, value) in own {
+            if read.properties.len() + 5 + name.len() + value.len() <= NATS_HEADERS_BYTES_MAX {
+                user_property(&mut read.properties, name, value);
+            }
+        }
+        Ok(read)
+    }
+}
+
+/// What only a gateway says, or a server's MQTT.
+fn is_reserved(name: &str) -> bool {
+    begins(name, "Headgate-") || begins(name, "Nmqtt-")
+}
+
+fn begins(name: &str, prefix: &str) -> bool {
+    name.get(..prefix.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(prefix))
+}
+
+/// Whether a header can be a user property, and may: none that a subscriber's client would choke on, and
+/// none with a secret in it.
+fn crosses(name: &str, value: &str) -> bool {
+    let plain = |text: &str| !text.chars().any(|c| c.is_control() || is_noncharacter(c)) && !holds_key(text);
+    plain(name) && plain(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read<'a>(headers: &[(&'a str, &'a str)]) -> Result<Headers<'a>, Refusal> {
+        Headers::read(headers.iter().copied(), "headgate")
+    }
+
+    fn properties(pairs: &[(&str, &str)]) -> Vec<u8> {
+        let mut properties = Vec::new();
+        pairs.iter().for_each(|(name, value)| user_property(&mut properties, name, value));
+        properties
+    }
+
+    #[test]
+    fn what_is_known_has_its_place_and_the_rest_are_user_properties() {
+        let headers = read(&[
+            ("unit", "°C"),
+            ("Nats-Msg-Id", "a"),
+            ("content-type", "application/json"),
+            ("Nats-Expected-Stream", "headgate"),
+            ("line", "3"),
+        ]);
+        let expected = Headers {
+            content_type: "application/json",
+            message_id: Some("a"),
+            properties: properties(&[("line", "3"), ("unit", "°C")]),
+        };
+        assert_eq!(headers.expect("nothing is asked for"), expected);
+    }
+
+    #[test]
+    fn no_secret_goes_on_and_nothing_that_only_a_gateway_or_a_server_says() {
+        let headers = read(&[
+            ("authorization", "Bearer hgk_secret"),
+            ("X-Api-Key", "hgk_secret"),
+            ("x", "HGK_secret"),
+            ("hgk_secret", "x"),
+            ("headgate-key-id", "0123456789ab"),
+            ("Headgate-Flags", "4"),
+            ("nats-trace", "x"),
+            ("bell", "\u{7}"),
+        ]);
+        assert_eq!(headers.expect("nothing is asked for"), Headers::default());
+    }
+
+    #[test]
+    fn what_jetstream_alone_does_is_refused_by_name() {
+        for (name, value) in [("nats-rollup", "sub"), ("Nats-TTL", "1"), ("Nats-Expected-Stream", "other")] {
+            let Err(Refusal::Header(named)) = read(&[(name, value)]) else { panic!("{name}") };
+            assert!(named.eq_ignore_ascii_case(name), "{named}");
+        }
+    }
+
+    #[test]
+    fn own_headers_are_bounded() {
+        let longest = "x".repeat(NATS_HEADERS_BYTES_MAX - 6);
+        let kept = |value: &str| read(&[("b", value), ("c", "1")]).expect("read").properties;
+        assert_eq!(kept(&longest), properties(&[("b", &longest)]));
+        assert_eq!(kept(&format!("{longest}x")), properties(&[("c", "1")]));
+    }
+}

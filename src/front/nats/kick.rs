@@ -1,0 +1,155 @@
+//! The end of connections whose key is dead. A nats-server has them, not the gateway, and keeps them until
+//! their permission expires; so whoever ends a key has the servers asked, through the system account,
+//! which connections are called after it, and has each of them ended.
+//!
+//! What the servers say is the whole truth but for one moment: a client that was let in just now is not
+//! called after its key yet. So those that were are remembered for a while ([`LetIn`]), and ended by their
+//! number in their server as well. And while NATS is away nothing can be ended: then, and at every start,
+//! all connections are looked through once it is there.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures_util::stream::{self, StreamExt};
+use headgate_bridge_nats::system::{Connection, System};
+use tracing::{info, warn};
+
+use super::attested::{key_of, name_of};
+use crate::auth::{Authorizer, Key};
+use crate::limits::{LET_IN_FOR, LET_IN_MAX};
+use crate::message::KeyId;
+
+/// How often it is looked whether NATS is back.
+const LOOK: Duration = Duration::from_millis(500);
+/// Keys whose connections are asked for at once.
+const AT_ONCE: usize = 16;
+
+/// Connections that were let in just now.
+#[derive(Debug, Default)]
+pub(super) struct LetIn(Mutex<VecDeque<(Instant, KeyId, Connection)>>);
+
+impl LetIn {
+    /// Remembers one, before its server is told that it is let in.
+    pub(super) fn remember(&self, key: KeyId, connection: Connection) {
+        let now = Instant::now();
+        let mut let_in = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while let_in.len() >= LET_IN_MAX
+            || let_in.front().is_some_and(|(at, ..)| now.duration_since(*at) > LET_IN_FOR)
+        {
+            let_in.pop_front();
+        }
+        let_in.push_back((now, key, connection));
+    }
+
+    fn of(&self, keys: &HashSet<KeyId>) -> Vec<Connection> {
+        let let_in = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_keys = let_in.iter().filter(|(_, key, _)| keys.contains(key));
+        of_keys.map(|(_, _, connection)| connection.clone()).collect()
+    }
+}
+
+/// Ends the connections of dead keys.
+#[derive(Debug)]
+pub(super) struct Kicker {
+    system: System,
+    account: String,
+    let_in: Arc<LetIn>,
+    authorizer: Authorizer,
+    /// Set when a connection may have been missed.
+    missed: AtomicBool,
+}
+
+impl Kicker {
+    pub(super) fn new(
+        system: System,
+        account: &str,
+        let_in: Arc<LetIn>,
+        authorizer: Authorizer,
+    ) -> Arc<Self> {
+        // Also at a start: a gateway that ended a key may have ended itself before it got so far.
+        let missed = AtomicBool::new(true);
+        Arc::new(Self { system, account: account.to_owned(), let_in, authorizer, missed })
+    }
+
+    /// Ends every connection of the dead keys. Returns when the servers have none left, or NATS is away:
+    /// then it is made good when NATS is back.
+    pub(super) async fn close(&self, dead: &[Arc<Key>]) {
+        if self.system.trouble().is_some() {
+            return self.put_off();
+        }
+        let keys: HashSet<KeyId> = dead.iter().map(|key| key.id).collect();
+        let just_now = self.let_in.of(&keys);
+        let names: Vec<String> = dead.iter().map(|key| name_of(key)).collect();
+        let asked = stream::iter(names)
+            .map(|name| async move { self.system.end_all(&self.account, &name).await })
+            .buffer_unordered(AT_ONCE)
+            .collect::<Vec<Option<usize>>>();
+        let ((), ended) = tokio::join!(self.end(just_now), asked);
+        if ended.iter().any(Option::is_none) {
+            self.missed.store(true, Ordering::Release);
+            warn!(
+                "NATS is away: connections of dead keys end when it is back, and what they send is refused"
+            );
+        }
+        let count: usize = ended.iter().flatten().sum();
+        if count > 0 {
+            info!(count, "closed NATS connections of dead keys");
+        }
+    }
+
+    fn put_off(&self) {
+        self.missed.store(true, Ordering::Release);
+        warn!("NATS is away: connections of dead keys end when it is back, and what they send is refused");
+    }
+
+    /// Looks through all connections whenever some may have been missed. Never returns.
+    pub(super) async fn watch(self: Arc<Self>) {
+        loop {
+            let is_away = self.system.trouble().is_some();
+            if is_away || self.missed.swap(false, Ordering::AcqRel) && !self.sweep().await {
+                self.missed.store(true, Ordering::Release);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Ends all connections that are called after a key that is dead. `false` if NATS went away.
+    async fn sweep(&self) -> bool {
+        let Some(all) = self.system.connections(&self.account).await else { return false };
+        let is_dead = |user: &str| {
+            key_of(user).is_some_and(|(datasource, id)| self.authorizer.of_key(&datasource, id).is_err())
+        };
+        let dead: Vec<_> = all.into_iter().filter(|(user, _)| is_dead(user)).map(|(_, one)| one).collect();
+        if !dead.is_empty() {
+            info!(count = dead.len(), "closing NATS connections of keys that have died meanwhile");
+        }
+        self.end(dead).await;
+        true
+    }
+
+    async fn end(&self, connections: Vec<Connection>) {
+        let each = |one: Connection| async move { self.system.end(&one).await };
+        stream::iter(connections).for_each_concurrent(AT_ONCE, each).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn those_that_were_let_in_are_remembered_by_their_key_and_no_more_than_there_is_room_for() {
+        let let_in = LetIn::default();
+        let one = |client_id| Connection { server_id: "N1".to_owned(), client_id };
+        let key = |n: u8| KeyId([n; 6]);
+        for client_id in 0..LET_IN_MAX as u64 {
+            let_in.remember(key(1), one(client_id));
+        }
+        let_in.remember(key(2), one(7));
+        assert_eq!(let_in.of(&HashSet::from([key(2)])), [one(7)]);
+        assert_eq!(let_in.of(&HashSet::from([key(1), key(2)])).len(), LET_IN_MAX);
+        assert!(let_in.of(&HashSet::from([key(3)])).is_empty());
+    }
+}

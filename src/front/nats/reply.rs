@@ -1,0 +1,72 @@
+//! The answers to those whose message was not let in: HTTP's problem documents, with the same status for
+//! the same reason, and with a member `error` as JetStream's answers have it, which makes a client's
+//! `js.publish` fail with the code and the words.
+
+use headgate_bridge_nats::inlet::{Refused, Verdict};
+use serde_json::{Value, json};
+
+use crate::front::http::problem::Problem;
+
+/// What is said to the sender.
+pub(super) fn refused(problem: impl Into<Problem>) -> Verdict {
+    let (code, title, mut document, retry_after) = problem.into().told();
+    let detail = document.get("detail").cloned().unwrap_or_default();
+    // nats-py takes exactly these.
+    document.insert("error".to_owned(), json!({ "code": code, "err_code": code, "description": detail }));
+    let body = Value::Object(document).to_string().into_bytes();
+    Verdict::Refused(Box::new(Refused { code, text: title.to_owned(), body, retry_after }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use async_nats::jetstream::response::Response;
+
+    use super::*;
+    use crate::auth::{Denied, Scope};
+    use crate::intake::Refusal;
+    use crate::log::AppendError;
+    use crate::message::{KeyId, NameError};
+    use crate::subject::SubjectError;
+
+    #[test]
+    fn a_refusal_has_the_status_that_it_has_over_http() {
+        let key_id = KeyId([7; 6]);
+        let busy = Refusal::Busy { in_flight_bytes_max: 1, retry_after: Duration::from_secs(5) };
+        for (refusal, code) in [
+            (Denied::NoKey.into(), 401),
+            (Denied::Unknown.into(), 401),
+            (Denied::OtherDatasource { key_id }.into(), 401),
+            (Denied::MissingScope { key_id, scope: Scope::Ingest }.into(), 403),
+            (Refusal::NoDatasource("x".to_owned()), 404),
+            (NameError::TopicEmpty.into(), 400),
+            (SubjectError::EmptyLevel.into(), 400),
+            (Refusal::ReplySubject, 400),
+            (Refusal::Header("Nats-Rollup"), 400),
+            (Refusal::TooLarge { bytes: 2, bytes_max: 1, limit: "intake.payload_bytes_max" }, 413),
+            (busy, 503),
+            (AppendError::DiskFull.into(), 503),
+        ] {
+            let words = refusal.to_string();
+            let transient = refusal.is_transient();
+            let Verdict::Refused(refused) = refused(refusal) else { panic!("{words}") };
+            assert_eq!(refused.code, code, "{words}");
+            assert_eq!(refused.retry_after.is_some(), transient, "{words}");
+        }
+    }
+
+    #[test]
+    fn its_body_is_a_problem_and_what_jetstream_would_say() {
+        let refusal = Refusal::TooLarge { bytes: 2, bytes_max: 1, limit: "intake.payload_bytes_max" };
+        let words = refusal.to_string();
+        let Verdict::Refused(refused) = refused(refusal) else { panic!("a no") };
+        let document: Value = serde_json::from_slice(&refused.body).expect("JSON");
+        assert_eq!((&document["type"], &document["limit"]), (&json!("/problems/too_large"), &json!(1)));
+        let response: Response<async_nats::jetstream::publish::PublishAck> =
+            serde_json::from_slice(&refused.body).expect("as a client reads it");
+        let Response::Err { error } = response else { panic!("{document}") };
+        assert_eq!(error.code(), 413);
+        assert!(error.to_string().contains(&words), "{error}");
+    }
+}

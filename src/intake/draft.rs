@@ -1,0 +1,400 @@
+//! A draft: the messages of one read of a socket or of one request, checked one by one against key,
+//! limits and schema, and encoded, on their way to the log together.
+
+use std::sync::Arc;
+
+use crate::auth::usage::Client;
+use crate::auth::{Denied, Grant, Key, Scope};
+use crate::limits::{CONTENT_TYPE_BYTES_MAX, SECTION_SEARCH_MAX};
+use crate::log::{self, OnceId, Reason, Section};
+use crate::message::{
+    DatasourceId, KeyId, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
+};
+use crate::quota::{Limited, Quota, Standing};
+use crate::time::Rfc3339;
+use crate::validate::Validation;
+
+use super::refusal::reason_of;
+use super::{Incoming, Intake, Refusal, check_message_id};
+
+/// A message that goes into quarantine.
+#[derive(Debug, Clone)]
+pub struct Quarantined {
+    /// Which of the draft's origins it is of, as [`Draft::push`] returns it.
+    pub origin: usize,
+    /// Why.
+    pub reason: Reason<'static>,
+}
+
+/// What becomes of a message that is in quarantine and sent again.
+#[derive(Debug)]
+pub enum Redriven {
+    /// It is an origin of the draft, the last one so far.
+    Added,
+    /// It stays where it is: this is what it does not meet.
+    Fails(Box<Reason<'static>>),
+}
+
+/// Messages that were checked and encoded, and are not handed to the log yet.
+pub struct Draft {
+    pub(super) intake: Intake,
+    pub(super) transport: Transport,
+    pub(super) publisher: u64,
+    pub(super) received_at: i64,
+    /// Of all its messages together.
+    pub(super) message_id: Option<String>,
+    pub(super) ends_failed_exchanges: bool,
+    /// What the newest message was held against, and whose it was.
+    pub(super) validation: Option<(DatasourceId, Validation)>,
+    pub(super) client: Option<Arc<Client>>,
+    pub(super) sections: Vec<Section>,
+    /// Per section: whose it is.
+    pub(super) keys: Vec<Arc<Key>>,
+    /// How many of the next messages have been taken from their rates.
+    pub(super) paid: u64,
+    /// The limit that all of them are over, and go into quarantine for.
+    pub(super) over: Option<Box<Limited>>,
+    /// What the newest messages go by, and whose they were.
+    pub(super) quota: Option<(KeyId, DatasourceId, Option<Box<Quota>>)>,
+}
+
+impl Draft {
+    /// Says that the client is told of a message that goes into quarantine, and that this ends the
+    /// message's QoS 2 exchange (MQTT 5 section 4.3.3): its packet id may then be another message's.
+    pub fn end_failed_exchanges(&mut self) {
+        self.ends_failed_exchanges = true;
+    }
+
+    /// Gives all the messages of the draft, of which there is none yet, one id together: they are kept
+    /// once, or known by it all of them.
+    ///
+    /// # Errors
+    /// [`Refusal::MessageId`].
+    pub fn keep_once(&mut self, message_id: &str) -> Result<(), Refusal> {
+        check_message_id(message_id)?;
+        self.message_id = Some(message_id.to_owned());
+        Ok(())
+    }
+
+    /// Says who has sent it, for those who look after its key.
+    pub fn sent_by(&mut self, client: &Arc<Client>) {
+        self.client = Some(client.clone());
+    }
+
+    /// The next message has waited for its turn, and is not counted against a rate again.
+    pub fn is_paid(&mut self) {
+        self.paid = 1;
+    }
+
+    /// Takes all the messages that the draft is to have, of one key and datasource, from their rates
+    /// together: one more than the burst would never be let in. Returns how far the rate of messages is
+    /// used then, if there is one.
+    ///
+    /// # Errors
+    /// [`Refusal::Limited`]; nothing is taken then.
+    pub fn pay(
+        &mut self,
+        grant: &Grant,
+        datasource: &DatasourceId,
+        messages: u64,
+        bytes: u64,
+    ) -> Result<Option<Standing>, Refusal> {
+        self.paid = messages;
+        let Some(quota) = self.intake.quota(grant, datasource) else { return Ok(None) };
+        match quota.take(messages, bytes, self.intake.hold_back(self.transport)) {
+            Err(limited) if limited.quarantines() => self.over = Some(Box::new(limited)),
+            taken => taken?,
+        }
+        Ok(quota.standing())
+    }
+
+    /// Checks one message against what its key and datasource are limited to. `paid`: it has been taken
+    /// from their rates already.
+    fn meter(
+        &mut self,
+        grant: &Grant,
+        datasource: &DatasourceId,
+        topic: &str,
+        bytes: usize,
+        paid: bool,
+    ) -> Result<(), Refusal> {
+        let known = self.quota.as_ref();
+        if known.is_none_or(|(key, of, _)| *key != grant.key_id() || of != datasource) {
+            let quota = self.intake.quota(grant, datasource);
+            self.quota = Some((grant.key_id(), datasource.clone(), quota.map(Box::new)));
+        }
+        let Some((_, _, Some(quota))) = &self.quota else { return Ok(()) };
+        quota.check(datasource, topic, bytes)?;
+        if !paid {
+            quota.take(1, bytes as u64, self.intake.hold_back(self.transport))?;
+        }
+        Ok(())
+    }
+
+    /// Checks one message against `grant` and adds it. `datasource` is the one that the front's
+    /// address names; `None` takes the key's own or, for a `*` key, the topic's first level.
+    /// Returns which of the draft's origins the message is of: an index into
+    /// [`Accepted::outcomes`]. A message with an id or exchange of its own is an origin of its own.
+    ///
+    /// # Errors
+    /// Every permanent [`Refusal`], and [`Refusal::Limited`]: a message that it holds back is to be pushed
+    /// again after its [`Intake::turn`]. After [`Refusal::Quarantined`], the message is in the draft all
+    /// the same, on its way into quarantine: it may be answered when the draft is durable.
+    pub fn push(
+        &mut self,
+        grant: &Grant,
+        datasource: Option<&DatasourceId>,
+        message: Incoming<'_>,
+    ) -> Result<usize, Refusal> {
+        let pushed = self.let_in(grant, datasource, message);
+        match &pushed {
+            Err(Refusal::Limited(limited)) if limited.holds_back() => {}
+            Err(_) => self.intake.0.authorizer.registry().refused(grant.key()),
+            Ok(_) => {}
+        }
+        pushed
+    }
+
+    fn let_in(
+        &mut self,
+        grant: &Grant,
+        datasource: Option<&DatasourceId>,
+        message: Incoming<'_>,
+    ) -> Result<usize, Refusal> {
+        let paid = self.paid > 0;
+        self.paid = self.paid.saturating_sub(1);
+        if !grant.holds() {
+            return Err(Denied::Revoked.into());
+        }
+        let mut topic = message.topic;
+        let named;
+        let datasource = if grant.datasource().is_all() {
+            let id = match datasource {
+                Some(id) => id.as_str(),
+                None => {
+                    let (id, rest) = topic.split_once('/').ok_or(Refusal::DatasourceMissing)?;
+                    topic = rest;
+                    id
+                }
+            };
+            grant.has(Scope::Ingest)?;
+            if holds_key(id) {
+                return Err(NameError::TopicKey.into());
+            }
+            let found = self.intake.0.authorizer.registry().datasource(id);
+            named = found.ok_or_else(|| Refusal::NoDatasource(id.chars().take(64).collect()))?;
+            &named.id
+        } else {
+            let own = grant.datasource();
+            grant.allows(Scope::Ingest, datasource.unwrap_or(own).as_str())?;
+            own
+        };
+        check_topic(topic)?;
+        self.intake.0.log.check_topic(topic)?;
+        let bytes_max = self.intake.0.limits.payload_bytes_max;
+        if message.payload.len() > bytes_max {
+            let (bytes, limit) = (message.payload.len(), "intake.payload_bytes_max");
+            return Err(Refusal::TooLarge { bytes, bytes_max, limit });
+        }
+        self.intake.0.log.check_size(message.payload.len(), message.properties.len())?;
+        let content_type = message.content_type;
+        if content_type.len() > CONTENT_TYPE_BYTES_MAX || content_type.chars().any(char::is_control) {
+            return Err(Refusal::ContentType);
+        }
+        let metered = match &self.over {
+            Some(limited) => Err((**limited).clone().into()),
+            None => self.meter(grant, datasource, topic, message.payload.len(), paid),
+        };
+        match metered {
+            Err(Refusal::Limited(limited)) if limited.quarantines() => {
+                let message = Incoming { topic, ..message };
+                return Err(self.quarantine(grant, datasource, message, reason_of(&limited))?);
+            }
+            metered => metered?,
+        }
+        match self.validation(datasource).check(topic, message.payload) {
+            Ok(()) => {
+                let at = self.section_for(grant, datasource, &message, false)?;
+                let Incoming { payload, properties, flags, .. } = message;
+                self.sections[at].push(topic, payload, content_type, properties, flags);
+                Ok(at)
+            }
+            Err(reason) => Err(self.quarantine(grant, datasource, Incoming { topic, ..message }, *reason)?),
+        }
+    }
+
+    /// The schemas of a datasource. Looked up once for a draft, which is made of one read.
+    fn validation(&mut self, datasource: &DatasourceId) -> &Validation {
+        let known = self.validation.take().filter(|(of, _)| of == datasource);
+        let (_, validation) = self.validation.insert(known.unwrap_or_else(|| {
+            let registry = self.intake.0.authorizer.registry();
+            let found = registry.of_datasource(datasource.as_str(), |found| Validation::of(&found.schemas));
+            (datasource.clone(), found.unwrap_or_default())
+        }));
+        validation
+    }
+
+    /// Adds a message that was checked, but for what a schema says, to what goes into quarantine.
+    #[cold]
+    fn quarantine(
+        &mut self,
+        grant: &Grant,
+        datasource: &DatasourceId,
+        mut message: Incoming<'_>,
+        reason: Reason<'static>,
+    ) -> Result<Refusal, Refusal> {
+        if self.ends_failed_exchanges {
+            message.exchange = None;
+        }
+        let origin = self.section_for(grant, datasource, &message, true)?;
+        let note = log::Note::Quarantined(reason);
+        let Incoming { topic, payload, content_type, properties, flags, .. } = message;
+        let flags = flags.with(note.flag());
+        let section = &mut self.sections[origin];
+        section.push_noted(topic, payload, content_type, properties, flags, &note.encode());
+        let log::Note::Quarantined(reason) = note else { unreachable!("it was made above") };
+        Ok(Refusal::Quarantined(Box::new(Quarantined { origin, reason })))
+    }
+
+    /// Adds a message that is in quarantine, to be let in if it meets its schema now; `grant` is of who
+    /// asks for it. It becomes a record of the key, transport and client that it came from, received
+    /// now; its note and its MQTT 5 user properties `redriven-from` and `first-received-at` say where it
+    /// was and since when. It is not retained, as what came after it may be. However often it is sent,
+    /// it is kept once: it has an id that no client can give.
+    ///
+    /// # Errors
+    /// [`Refusal::Denied`].
+    pub fn redrive(
+        &mut self,
+        grant: &Grant,
+        datasource: &DatasourceId,
+        record: &RecordRef<'_>,
+    ) -> Result<Redriven, Refusal> {
+        grant.allows(Scope::Admin, datasource.as_str())?;
+        if let Err(reason) = self.validation(datasource).check(record.topic, record.payload) {
+            return Ok(Redriven::Fails(reason));
+        }
+        let (offset, received_at) = (record.offset, record.received_at);
+        let note = log::Note::Redriven { offset, received_at };
+        let mut properties = record.properties.to_vec();
+        put_user_property(&mut properties, "redriven-from", &offset.to_string());
+        put_user_property(&mut properties, "first-received-at", &Rfc3339(received_at).to_string());
+        let mut section = Section::new(
+            datasource.clone(),
+            record.key_id,
+            grant.lease().clone(),
+            record.transport,
+            record.publisher,
+            self.received_at,
+        );
+        section.keep_once(OnceId::of_message(datasource, &format!("\u{1}redrive-{offset}")));
+        let flags = record.flags.without(RecordFlags::QUARANTINED).without(RecordFlags::RETAIN);
+        let RecordRef { topic, payload, content_type, .. } = *record;
+        section.push_noted(
+            topic,
+            payload,
+            content_type,
+            &properties,
+            flags.with(note.flag()),
+            &note.encode(),
+        );
+        self.sections.push(section);
+        self.keys.push(grant.key().clone());
+        Ok(Redriven::Added)
+    }
+
+    /// Leaves out all but what goes into quarantine.
+    pub fn keep_quarantined_only(&mut self) {
+        let is_quarantined = |section: &Section| section.quarantined().0 > 0;
+        let mut sections = self.sections.iter();
+        self.keys.retain(|_| sections.next().is_some_and(is_quarantined));
+        self.sections.retain(is_quarantined);
+    }
+
+    /// The section that a message belongs to. What goes into quarantine has sections of its own.
+    fn section_for(
+        &mut self,
+        grant: &Grant,
+        datasource: &DatasourceId,
+        message: &Incoming<'_>,
+        quarantined: bool,
+    ) -> Result<usize, Refusal> {
+        if message.message_id.is_none() && message.exchange.is_none() {
+            Ok(self.section(grant, datasource, quarantined))
+        } else {
+            self.section_once(grant, datasource, message)
+        }
+    }
+
+    /// The section for records of this origin. Only the newest few are looked at: most connections
+    /// have one origin, and a further section costs little.
+    fn section(&mut self, grant: &Grant, datasource: &DatasourceId, quarantined: bool) -> usize {
+        let key_id = grant.key_id();
+        // The draft's id is for what is let in: the client may send it again when it is mended.
+        let once_for_all = self.message_id.as_deref().filter(|_| !quarantined);
+        // What is kept once is judged as a whole, and takes nothing else in.
+        let takes_more =
+            |s: &Section| (once_for_all.is_some() || !s.is_once()) && (s.quarantined().0 > 0) == quarantined;
+        let same = |s: &Section| s.key_id == key_id && s.datasource == *datasource && takes_more(s);
+        let recent = self.sections.iter().enumerate().rev().take(SECTION_SEARCH_MAX);
+        if let Some((at, _)) = recent.into_iter().find(|(_, section)| same(section)) {
+            return at;
+        }
+        let message_id = once_for_all.map(|id| OnceId::of_message(datasource, id));
+        let mut section = self.new_section(grant, datasource);
+        message_id.into_iter().for_each(|id| section.keep_once(id));
+        self.sections.push(section);
+        self.keys.push(grant.key().clone());
+        self.sections.len() - 1
+    }
+
+    /// A section for one message that has an id or an exchange.
+    fn section_once(
+        &mut self,
+        grant: &Grant,
+        datasource: &DatasourceId,
+        message: &Incoming<'_>,
+    ) -> Result<usize, Refusal> {
+        message.message_id.map_or(Ok(()), check_message_id)?;
+        let mut section = self.new_section(grant, datasource);
+        section.reserve(message.topic.len() + message.payload.len() + message.properties.len() + 64);
+        if let Some(id) = message.message_id {
+            section.keep_once(OnceId::of_message(datasource, id));
+        }
+        if let Some(exchange) = message.exchange {
+            section.keep_once(exchange.id());
+        }
+        self.sections.push(section);
+        self.keys.push(grant.key().clone());
+        Ok(self.sections.len() - 1)
+    }
+
+    fn new_section(&self, grant: &Grant, datasource: &DatasourceId) -> Section {
+        let (lease, key_id) = (grant.lease().clone(), grant.key_id());
+        let (transport, publisher, received_at) = (self.transport, self.publisher, self.received_at);
+        Section::new(datasource.clone(), key_id, lease, transport, publisher, received_at)
+    }
+
+    /// Makes room for about `bytes` of messages of one origin, to be called before the first is
+    /// added.
+    pub fn reserve(&mut self, bytes: usize) {
+        if let Some(section) = self.sections.last_mut().filter(|section| !section.is_once()) {
+            section.reserve(bytes);
+        }
+    }
+
+    /// Whether it holds no message.
+    pub fn is_empty(&self) -> bool {
+        self.sections.is_empty()
+    }
+}
+
+/// Adds a user property to MQTT 5 properties in wire form (MQTT 5 sections 2.2.2.2 and 1.5.7).
+fn put_user_property(properties: &mut Vec<u8>, name: &str, value: &str) {
+    properties.push(0x26);
+    for text in [name, value] {
+        let length = u16::try_from(text.len()).expect("an offset and a time are short");
+        properties.extend_from_slice(&length.to_be_bytes());
+        properties.extend_from_slice(text.as_bytes());
+    }
+}

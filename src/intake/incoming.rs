@@ -1,0 +1,53 @@
+//! One message on its way in, as a front read it, with what makes it known when it comes again.
+
+use crate::limits::MESSAGE_ID_BYTES_MAX;
+use crate::log::OnceId;
+use crate::message::RecordFlags;
+
+use super::Refusal;
+
+/// One message, as a front read it.
+#[derive(Clone, Copy)]
+pub struct Incoming<'a> {
+    /// Relative to the key's datasource; for a `*` key with the datasource in front, unless the
+    /// front's address names it.
+    pub topic: &'a str,
+    /// The bytes.
+    pub payload: &'a [u8],
+    /// The media type, or empty.
+    pub content_type: &'a str,
+    /// MQTT 5 properties to hand on, in wire form, or empty.
+    pub properties: &'a [u8],
+    /// How it was published.
+    pub flags: RecordFlags,
+    /// The id that its sender gave it, if any: for `intake.dedup_window_s`, another message with it in
+    /// the same datasource is not kept again.
+    pub message_id: Option<&'a str>,
+    /// The exchange that it opens, with QoS 2: until that is released, the message is not kept again.
+    pub exchange: Option<Exchange>,
+}
+
+/// A QoS 2 exchange: from a PUBLISH, sent as often as it takes, to its PUBREL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exchange {
+    /// The number of the session, unique among all there ever were.
+    pub session: u64,
+    /// The message's packet id in it.
+    pub packet_id: u16,
+}
+
+impl Exchange {
+    pub(super) fn id(self) -> OnceId {
+        OnceId::of_exchange(self.session, self.packet_id)
+    }
+}
+
+/// Checks an id that a client gave a message: 1 to [`MESSAGE_ID_BYTES_MAX`] bytes, none of them of a
+/// control character.
+///
+/// # Errors
+/// [`Refusal::MessageId`].
+pub fn check_message_id(id: &str) -> Result<(), Refusal> {
+    let fits = (1..=MESSAGE_ID_BYTES_MAX).contains(&id.len()) && !id.chars().any(char::is_control);
+    if fits { Ok(()) } else { Err(Refusal::MessageId) }
+}

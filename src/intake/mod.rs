@@ -1,0 +1,406 @@
+//! The one door: every front hands it what it has read, and nothing gets into the log any other
+//! way.
+//!
+//! A front gathers the messages of one read in a [`Draft`]; each is checked against the grant of
+//! the key that came with it as it is added. [`Intake::admit`] waits until there is room, hands the
+//! draft to the log, and gives back an [`Admitted`], which resolves when the log has made it
+//! durable: only then may a front say yes. The front may go on reading meanwhile.
+
+mod admitted;
+mod draft;
+mod incoming;
+mod refusal;
+
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tracing::{info, warn};
+
+use crate::auth::connections::Closer;
+use crate::auth::setting::Setting;
+use crate::auth::{Authorizer, Denied, Grant, Key};
+use crate::config;
+use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX};
+use crate::log::{AppendError, Log, Outcome, Section};
+use crate::message::{DatasourceId, Transport, now_micros};
+use crate::observe::metrics::Metrics;
+use crate::observe::refusals::Refusals;
+use crate::quota::{Limited, Meters, Owner, Quota};
+
+use admitted::Counts;
+
+pub use admitted::{Accepted, Admitted, Kept, Released};
+pub use draft::{Draft, Quarantined, Redriven};
+pub use incoming::{Exchange, Incoming, check_message_id};
+pub use refusal::Refusal;
+
+/// How often a gateway that was without its cluster looks whether it has caught up.
+const BEHIND_LOOK: Duration = Duration::from_millis(10);
+
+/// The door. Cheap to clone.
+#[derive(Clone)]
+pub struct Intake(Arc<Door>);
+
+struct Door {
+    authorizer: Authorizer,
+    log: Arc<dyn Log>,
+    refusals: Arc<Refusals>,
+    metrics: Arc<Metrics>,
+    limits: config::Intake,
+    /// A permit per byte that may be on its way into the log.
+    room: Arc<Semaphore>,
+    /// Ends the connections of dead keys that others have.
+    closer: OnceLock<Closer>,
+}
+
+impl Intake {
+    /// The door in front of `log`.
+    pub fn new(
+        authorizer: Authorizer,
+        log: Arc<dyn Log>,
+        metrics: Arc<Metrics>,
+        limits: &config::Intake,
+    ) -> Self {
+        let room = Arc::new(Semaphore::new(limits.in_flight_bytes_max));
+        let refusals = Arc::new(Refusals::new(metrics.clone()));
+        let closer = OnceLock::new();
+        Self(Arc::new(Door { authorizer, log, refusals, metrics, limits: limits.clone(), room, closer }))
+    }
+
+    /// Where everything that is refused is reported.
+    pub fn refusals(&self) -> &Arc<Refusals> {
+        &self.0.refusals
+    }
+
+    /// Who may.
+    pub fn authorizer(&self) -> &Authorizer {
+        &self.0.authorizer
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.0.metrics
+    }
+
+    /// What is let in, besides the key.
+    pub fn limits(&self) -> &config::Intake {
+        &self.0.limits
+    }
+
+    /// An empty draft for messages that came in at one moment: one read of a socket, one request.
+    /// `publisher` is a hash of the client that sent them, or 0 if it is not known.
+    pub fn draft(&self, transport: Transport, publisher: u64) -> Draft {
+        let intake = self.clone();
+        let received_at = now_micros();
+        Draft {
+            intake,
+            transport,
+            publisher,
+            received_at,
+            message_id: None,
+            ends_failed_exchanges: false,
+            validation: None,
+            client: None,
+            sections: Vec::new(),
+            keys: Vec::new(),
+            paid: 0,
+            over: None,
+            quota: None,
+        }
+    }
+
+    /// Waits until a message that is held back may go on, for as long as clients are held back.
+    /// `true`: what it takes is taken, see [`Draft::is_paid`].
+    ///
+    /// # Errors
+    /// [`Refusal::Limited`] if that takes too long.
+    pub async fn turn(&self, limited: Limited) -> Result<bool, Refusal> {
+        self.0.metrics.held_back.increment(1);
+        let patience = Duration::from_millis(self.0.limits.hold_back_ms_max);
+        Ok(limited.turn(patience).await?)
+    }
+
+    /// What messages of the key in the datasource go by; `None` when neither is limited.
+    fn quota(&self, grant: &Grant, datasource: &DatasourceId) -> Option<Quota> {
+        let key = grant.key();
+        let of_key = meters(&key.limits, || Owner::Key(key.id));
+        let registry = self.0.authorizer.registry();
+        let of_datasource = registry.of_datasource(datasource.as_str(), |datasource| {
+            meters(&datasource.limits, || Owner::Datasource(datasource.id.clone()))
+        });
+        Quota::new(of_key, of_datasource.flatten())
+    }
+
+    /// Checks whether the key may have as many connections as it has with the one that has just been
+    /// entered, and its datasource too. Connections of keys for all datasources count for none.
+    ///
+    /// # Errors
+    /// [`Refusal::Limited`].
+    pub fn check_connections(&self, grant: &Grant) -> Result<(), Refusal> {
+        let Some(quota) = self.quota(grant, grant.datasource()) else { return Ok(()) };
+        let of_key = || grant.key().connected();
+        let of_datasource = || {
+            let keys = self.0.authorizer.registry().keys(grant.datasource());
+            keys.iter().map(|key| key.connected()).sum()
+        };
+        Ok(quota.check_connections(of_key, of_datasource)?)
+    }
+
+    /// Hands a draft to the log as soon as there is room for it. MQTT clients are held back while
+    /// there is none; the others, which are told when to come again, for a second at most.
+    ///
+    /// # Errors
+    /// [`Refusal::Busy`] if there is no room for `intake.hold_back_ms_max`; [`AppendError::Away`] if this
+    /// gateway has been without its cluster for too long to know which keys are good.
+    pub async fn admit(&self, draft: Draft) -> Result<Admitted, Refusal> {
+        let draft = match self.try_admit(draft) {
+            Ok(admitted) => return Ok(admitted),
+            Err(draft) => *draft,
+        };
+        let patience = self.hold_back(draft.transport).max(Duration::from_secs(1));
+        let until = tokio::time::Instant::now() + patience;
+        while self.may_be_behind() {
+            if tokio::time::Instant::now() >= until {
+                let text = "this gateway has lost NATS and may not know yet which keys are dead";
+                return Err(AppendError::Away(text.into()).into());
+            }
+            tokio::time::sleep(BEHIND_LOOK).await;
+        }
+        let waiting = self.0.room.clone().acquire_many_owned(self.permits(&draft));
+        match tokio::time::timeout_at(until, waiting).await {
+            Ok(Ok(room)) => Ok(self.append(draft, room)),
+            Ok(Err(_)) => Err(AppendError::Closed.into()),
+            Err(_) => Err(self.busy()),
+        }
+    }
+
+    /// Whether a key may be dead of which that is not known here.
+    fn may_be_behind(&self) -> bool {
+        self.0.authorizer.registry().may_be_behind()
+    }
+
+    /// Hands a draft to the log if there is room for it now, and gives it back if there is not.
+    pub fn try_admit(&self, draft: Draft) -> Result<Admitted, Box<Draft>> {
+        if self.may_be_behind() {
+            return Err(Box::new(draft));
+        }
+        match self.0.room.clone().try_acquire_many_owned(self.permits(&draft)) {
+            Ok(room) => Ok(self.append(draft, room)),
+            Err(_) => Err(Box::new(draft)),
+        }
+    }
+
+    fn append(&self, draft: Draft, room: OwnedSemaphorePermit) -> Admitted {
+        let started = Instant::now();
+        let records = draft.sections.iter().map(Counts::of).collect();
+        let give_up_at = started + self.hold_back(draft.transport);
+        let committed = self.0.log.append(draft.sections, give_up_at);
+        let metrics = self.0.metrics.clone();
+        let refusals = self.0.refusals.clone();
+        Admitted {
+            committed,
+            started,
+            records,
+            keys: draft.keys,
+            client: draft.client,
+            received_at: draft.received_at,
+            registry: self.0.authorizer.registry().clone(),
+            transport: draft.transport,
+            metrics,
+            refusals,
+            _room: room,
+        }
+    }
+
+    /// Ends QoS 2 exchanges: what resolves `Ok` is durable, and a message that opens one of them again
+    /// is a new one. Meanwhile the client is held back as by [`Intake::admit`].
+    pub fn release(&self, exchanges: &[Exchange]) -> Released {
+        let ids = exchanges.iter().map(|exchange| exchange.id()).collect();
+        Released(self.0.log.release(ids, Instant::now() + self.hold_back(Transport::Mqtt)))
+    }
+
+    /// A draft larger than all the room there is goes in alone.
+    fn permits(&self, draft: &Draft) -> u32 {
+        let weight: usize = draft.sections.iter().map(Section::weight).sum();
+        u32::try_from(weight.min(self.0.limits.in_flight_bytes_max)).unwrap_or(u32::MAX)
+    }
+
+    /// Admits a draft and waits until it is durable. `Ok` has the offsets of its records, which
+    /// have to be of one origin; `None` for a draft without messages.
+    ///
+    /// # Errors
+    /// Every transient [`Refusal`], and [`Denied::Revoked`] if the key died on the way.
+    pub async fn submit(&self, draft: Draft) -> Result<Option<Kept>, Refusal> {
+        if draft.sections.iter().all(|section| section.records() == 0) {
+            return Ok(None);
+        }
+        let accepted = self.admit(draft).await?.await?;
+        match accepted.outcomes.into_iter().next() {
+            Some(Outcome::Kept(offsets)) => Ok(Some(Kept { offsets, duplicate: false })),
+            Some(Outcome::Duplicate(offsets)) => Ok(Some(Kept { offsets, duplicate: true })),
+            Some(Outcome::KeyDead) | None => Err(Denied::Revoked.into()),
+        }
+    }
+
+    /// Has `closer` end the connections of dead keys that are not among a key's own. To be called once,
+    /// before the first key dies.
+    pub fn close_also_by(&self, closer: Closer) {
+        let _ = self.0.closer.set(closer);
+    }
+
+    /// Waits until nothing more can come in under these dead keys and their connections are gone,
+    /// the latter for [`REVOCATION_WAIT_MAX`] at most. `called` is when they were to end: from then on
+    /// the time is taken that it took.
+    pub async fn settle(&self, dead: &[Arc<Key>], called: Instant) {
+        let gone = async {
+            // Those first that have to be told: it takes a while.
+            if let Some(closer) = self.0.closer.get() {
+                closer(dead).await;
+            }
+            for key in dead {
+                key.connections().gone().await;
+            }
+        };
+        let ((), gone) = tokio::join!(self.0.log.barrier(), tokio::time::timeout(REVOCATION_WAIT_MAX, gone));
+        if gone.is_err() {
+            let left: usize = dead.iter().map(|key| key.connected()).sum();
+            warn!(left, "connections of a dead key are slow to close; nothing they send is let in");
+        }
+        self.0.metrics.revocation_seconds.record(called.elapsed());
+        for key in dead {
+            info!(key_id = %key.id, datasource = %key.datasource, "an API key is dead");
+        }
+    }
+
+    /// How long a client of `transport` waits for what passes by itself.
+    fn hold_back(&self, transport: Transport) -> Duration {
+        match transport {
+            Transport::Mqtt => Duration::from_millis(self.0.limits.hold_back_ms_max),
+            Transport::Http | Transport::Nats => Duration::ZERO,
+        }
+    }
+
+    /// What is said to one message too many, where a client cannot be held back.
+    pub fn busy(&self) -> Refusal {
+        Refusal::Busy { in_flight_bytes_max: self.0.limits.in_flight_bytes_max, retry_after: RETRY_AFTER }
+    }
+}
+
+/// The meters of an owner that is limited, which stand beside its limits.
+pub fn meters(limits: &Setting, owner: impl FnOnce() -> Owner) -> Option<Arc<Meters>> {
+    limits.is_set().then(|| limits.made(|text| Meters::read(owner(), text)))
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::auth::{Actor, Registry, Scope, Scopes};
+    use crate::config::Config;
+    use crate::limits::MESSAGE_ID_BYTES_MAX;
+    use crate::log::{EmbeddedLog, Offsets};
+    use crate::message::{Offset, RecordFlags};
+
+    /// An intake with a log of its own, and a grant for datasource `press-4`.
+    fn intake() -> (TempDir, Intake, Grant) {
+        let dir = TempDir::new().expect("temporary directory");
+        let registry = Arc::new(Registry::open(dir.path()).expect("opens"));
+        let scopes = Scopes::of(&[Scope::Ingest]);
+        let (_, _, secret) =
+            registry.create_datasource(&Actor::SYSTEM, None, "press-4", scopes).expect("created");
+        let config = Config::default();
+        let log = EmbeddedLog::open(dir.path(), &config.log, &config.intake).expect("opens");
+        let log = Arc::new(log);
+        let authorizer = Authorizer::new(registry);
+        let grant = authorizer.identify(secret.expose().as_bytes()).expect("a valid key");
+        (dir, Intake::new(authorizer, log, Arc::new(Metrics::new()), &config.intake), grant)
+    }
+
+    fn message<'a>(message_id: Option<&'a str>, exchange: Option<Exchange>) -> Incoming<'a> {
+        let (flags, payload) = (RecordFlags::default(), b"1");
+        Incoming { topic: "t", payload, content_type: "", properties: &[], flags, message_id, exchange }
+    }
+
+    /// One message was kept.
+    fn one_at(offset: Offset) -> Outcome {
+        Outcome::Kept(Offsets::run(offset, 1))
+    }
+
+    /// Pushes messages into one draft and returns, per message, what has become of it.
+    async fn publish(intake: &Intake, grant: &Grant, messages: &[Incoming<'_>]) -> Vec<Outcome> {
+        let mut draft = intake.draft(Transport::Mqtt, 7);
+        let push = |message: &Incoming<'_>| draft.push(grant, None, *message).expect("let in");
+        let origins: Vec<usize> = messages.iter().map(push).collect();
+        let accepted = intake.admit(draft).await.expect("room").await.expect("kept");
+        origins.into_iter().map(|origin| accepted.outcomes[origin].clone()).collect()
+    }
+
+    #[tokio::test]
+    async fn only_messages_with_an_id_are_origins_of_their_own_and_each_is_judged_alone() {
+        let (_dir, intake, grant) = intake();
+        let plain = message(None, None);
+        let outcomes = publish(
+            &intake,
+            &grant,
+            &[plain, message(Some("a"), None), plain, message(Some("b"), None), message(Some("a"), None)],
+        )
+        .await;
+        let [first, Outcome::Kept(a), third, Outcome::Kept(_), Outcome::Duplicate(earlier)] = &outcomes[..]
+        else {
+            panic!("{outcomes:?}")
+        };
+        assert_eq!(first, third, "those without an id share an origin");
+        assert_eq!((earlier, earlier.records()), (a, 1));
+        assert_eq!(intake.0.log.next_offset(), 4);
+        let metrics = intake.metrics().render();
+        assert!(metrics.contains("headgate_accepted_total{transport=\"mqtt\"} 4"), "{metrics}");
+        assert!(metrics.contains("headgate_duplicates_total{transport=\"mqtt\"} 1"), "{metrics}");
+    }
+
+    #[tokio::test]
+    async fn a_message_id_is_the_same_over_every_transport() {
+        let (_dir, intake, grant) = intake();
+        let kept = publish(&intake, &grant, &[message(Some("a"), None)]).await;
+        assert_eq!(kept, [one_at(0)]);
+        let mut request = intake.draft(Transport::Http, 0);
+        request.keep_once("a").expect("a good id");
+        for _ in 0..3 {
+            request.push(&grant, None, message(None, None)).expect("let in");
+        }
+        let kept = intake.submit(request).await.expect("answered").expect("there were messages");
+        assert_eq!((kept.offsets, kept.duplicate), (Offsets::run(0, 1), true));
+    }
+
+    #[tokio::test]
+    async fn an_exchange_is_kept_once_until_it_is_released() {
+        let (_dir, intake, grant) = intake();
+        let exchange = Exchange { session: 1, packet_id: 5 };
+        let others = [Exchange { session: 2, ..exchange }, Exchange { packet_id: 6, ..exchange }];
+        let opened = message(None, Some(exchange));
+        assert_eq!(publish(&intake, &grant, &[opened]).await, [one_at(0)]);
+        let again = publish(&intake, &grant, &[opened]).await;
+        assert!(matches!(again[..], [Outcome::Duplicate(_)]), "{again:?}");
+        for (n, other) in others.into_iter().enumerate() {
+            let kept = publish(&intake, &grant, &[message(None, Some(other))]).await;
+            assert_eq!(kept, [one_at(1 + n as u64)]);
+        }
+        intake.release(&[exchange, exchange]).await.expect("released");
+        assert_eq!(publish(&intake, &grant, &[opened]).await, [one_at(3)]);
+    }
+
+    #[tokio::test]
+    async fn a_message_id_has_1_to_128_printable_bytes() {
+        let (_dir, intake, grant) = intake();
+        let (longest, too_long) = ("a".repeat(MESSAGE_ID_BYTES_MAX), "a".repeat(MESSAGE_ID_BYTES_MAX + 1));
+        let mut draft = intake.draft(Transport::Mqtt, 0);
+        for good in ["a", " ", "°C", &longest] {
+            assert!(draft.push(&grant, None, message(Some(good), None)).is_ok(), "{good:?}");
+        }
+        for bad in ["", "a\0", "a\nb", "\u{85}", &too_long] {
+            let refused = draft.push(&grant, None, message(Some(bad), None));
+            assert!(matches!(refused, Err(Refusal::MessageId)), "{bad:?}");
+        }
+    }
+}

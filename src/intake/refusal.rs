@@ -1,0 +1,158 @@
+//! A refusal: why a message was not let in, with what an operator needs to act on it. Each front turns it
+//! into its protocol's words in one function.
+
+use std::time::Duration;
+
+use crate::auth::Denied;
+use crate::limits::{CONTENT_TYPE_BYTES_MAX, MESSAGE_ID_BYTES_MAX, RETRY_AFTER};
+use crate::log::{AppendError, Reason, RecordTooLarge};
+use crate::message::{NameError, Transport};
+use crate::observe::refusals::Note;
+use crate::quota::{Limit, Limited};
+use crate::subject::SubjectError;
+
+use super::Quarantined;
+
+/// Why a message was not let in. Each front turns it into its protocol's words in one function.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Refusal {
+    /// The key does not allow it.
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    /// The topic cannot be used.
+    #[error("{0}")]
+    Topic(#[from] NameError),
+    /// A `*` key has to name a datasource, and there is no such.
+    #[error("there is no datasource {0:?}")]
+    NoDatasource(String),
+    /// A `*` key has to name a datasource in front of the topic.
+    #[error("a key for all datasources publishes to {{datasource}}/{{topic}}")]
+    DatasourceMissing,
+    /// A NATS subject that stands for no topic.
+    #[error("{0}")]
+    Subject(#[from] SubjectError),
+    /// A NATS message whose answer was to go to a subject of the sender's choice, where the gateway would
+    /// publish it with permissions that the sender may not have.
+    #[error("its reply subject is no inbox (_INBOX.…): nothing is published there, so it is not let in")]
+    ReplySubject,
+    /// A header of a NATS message that asks for what is not done here.
+    #[error("the header {0} asks for what only JetStream itself does; send the message without it")]
+    Header(&'static str),
+    /// A payload over the limit.
+    #[error("a payload of {bytes} bytes is over the limit of {bytes_max} ({limit})")]
+    TooLarge {
+        /// What came.
+        bytes: usize,
+        /// What is taken.
+        bytes_max: usize,
+        /// What limits it.
+        limit: &'static str,
+    },
+    /// A media type that is too long or holds control characters.
+    #[error("a content type is at most {CONTENT_TYPE_BYTES_MAX} bytes of printable text")]
+    ContentType,
+    /// A message id that is empty, too long or holds control characters.
+    #[error("a message id is 1 to {MESSAGE_ID_BYTES_MAX} bytes of printable text")]
+    MessageId,
+    /// It does not meet its schema, or is over a limit whose policy that is. It is in the draft, and goes
+    /// into quarantine with the rest.
+    #[error("{}; it is kept in quarantine", .0.reason)]
+    Quarantined(Box<Quarantined>),
+    /// A limit of the key or the datasource. Transient where it holds back.
+    #[error("{0}")]
+    Limited(Box<Limited>),
+    /// Transient: too much is on its way into the log, for longer than a client is held back.
+    #[error(
+        "more than {in_flight_bytes_max} bytes (intake.in_flight_bytes_max) are waiting to be written; try again in {} s",
+        retry_after.as_secs()
+    )]
+    Busy {
+        /// The limit.
+        in_flight_bytes_max: usize,
+        /// When to come again.
+        retry_after: Duration,
+    },
+    /// Transient: the log cannot take it.
+    #[error("{0}")]
+    Log(#[from] AppendError),
+}
+
+impl Refusal {
+    /// Whether the same message may be let in later: then it must not be consumed.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Refusal::Limited(limited) => limited.holds_back(),
+            other => matches!(other, Refusal::Busy { .. } | Refusal::Log(_)),
+        }
+    }
+
+    /// When to come again, for a transient one.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Refusal::Busy { retry_after, .. } => Some(*retry_after),
+            Refusal::Denied(Denied::TooManyFailures { retry_after }) => Some(*retry_after),
+            Refusal::Limited(limited) if limited.limit.is_rate() => Some(limited.wait),
+            Refusal::Limited(limited) if limited.limit == Limit::Connections => Some(RETRY_AFTER),
+            Refusal::Log(_) => Some(RETRY_AFTER),
+            _ => None,
+        }
+    }
+
+    /// One word for metrics and logs.
+    pub fn cause(&self) -> &'static str {
+        match self {
+            Refusal::Denied(denied) => denied.cause(),
+            Refusal::Topic(_) | Refusal::DatasourceMissing | Refusal::Subject(_) => "topic",
+            Refusal::ReplySubject => "reply_subject",
+            Refusal::Header(_) => "header",
+            Refusal::NoDatasource(_) => "no_datasource",
+            Refusal::TooLarge { .. } => "too_large",
+            Refusal::ContentType => "content_type",
+            Refusal::MessageId => "message_id",
+            Refusal::Quarantined(quarantined) if quarantined.reason.is_limit() => "limit_quarantine",
+            Refusal::Quarantined(_) => "schema",
+            Refusal::Limited(limited) => match limited.limit {
+                Limit::MessagesPerS => "limit_messages_per_s",
+                Limit::BytesPerS => "limit_bytes_per_s",
+                Limit::Connections => "limit_connections",
+                Limit::PayloadBytes => "limit_payload_bytes",
+                Limit::Topics => "limit_topics",
+            },
+            Refusal::Busy { .. } => "busy",
+            Refusal::Log(AppendError::DiskFull) => "disk_full",
+            Refusal::Log(AppendError::Budget { .. }) => "log_budget",
+            Refusal::Log(AppendError::Failed(_)) => "log_failed",
+            Refusal::Log(AppendError::Away(_)) => "log_away",
+            Refusal::Log(AppendError::Unknown(_)) => "log_unknown",
+            Refusal::Log(AppendError::Closed) => "shutting_down",
+        }
+    }
+
+    /// What is reported of it, as far as it says that itself.
+    pub fn note(&self, transport: Transport) -> Note<'_> {
+        let limited = if let Refusal::Limited(limited) = self { Some(&**limited) } else { None };
+        Note { limited, ..Note::new(transport, self.cause(), self) }
+    }
+}
+
+impl From<RecordTooLarge> for Refusal {
+    fn from(RecordTooLarge { bytes, bytes_max, limit }: RecordTooLarge) -> Self {
+        Refusal::TooLarge { bytes, bytes_max, limit }
+    }
+}
+
+impl From<Limited> for Refusal {
+    fn from(limited: Limited) -> Self {
+        Refusal::Limited(Box::new(limited))
+    }
+}
+
+/// Why a message is in quarantine that is over a limit.
+pub(super) fn reason_of(limited: &Limited) -> Reason<'static> {
+    Reason {
+        keyword: Reason::LIMIT.into(),
+        pointer: "".into(),
+        words: limited.to_string().into(),
+        schema_version: 0,
+    }
+}

@@ -1,0 +1,138 @@
+//! An assembly: one batch as it is put together out of what waits for the writer. It decides, section
+//! by section, what goes in at which offset, what was kept before, and what belongs to a dead key.
+
+use std::collections::HashMap;
+
+use super::Outcome;
+use super::frame::FRAME_HEADER_BYTES;
+use super::once::{Earlier, OnceId, put_release};
+use super::record::{Section, put_body};
+use super::window::Window;
+use super::writer::Submission;
+use crate::limits::CLOCK_SKEW_MICROS_MAX;
+use crate::message::{Offset, TimeMicros};
+
+/// What of a batch is known while it is put together.
+pub(super) struct Assembly<'a> {
+    window: &'a Window,
+    /// Ids of this batch: what entered with it, `None` for what it releases. The window learns of
+    /// them when the batch is durable.
+    ids: HashMap<OnceId, Option<Earlier>>,
+    releases: Vec<u8>,
+    first_offset: Offset,
+    next_offset: Offset,
+    time_max: TimeMicros,
+    /// About how many bytes its sections take.
+    weight: usize,
+    /// How many sections are in it.
+    sections: u32,
+    has_retained: bool,
+    has_notes: bool,
+}
+
+/// A batch that is ready to be written.
+pub(super) struct Assembled {
+    /// Room for a frame's header, and behind it what is kept.
+    pub(super) frame: Vec<u8>,
+    pub(super) records: u32,
+    /// The newest `received_at` in it and before it.
+    pub(super) time_max: TimeMicros,
+    /// Whether one of its records is to be retained.
+    pub(super) has_retained: bool,
+    /// Whether one of its records has a note.
+    pub(super) has_notes: bool,
+    /// Whether something becomes of an id with it.
+    pub(super) has_ids: bool,
+    /// What it releases, as [`Once`](super::once::Once) has it.
+    pub(super) releases: Vec<u8>,
+}
+
+impl Assembled {
+    /// What a clean shutdown writes: no records, and what time it is for the window.
+    pub(super) fn seal(time_max: TimeMicros) -> Self {
+        let mut frame = vec![0; FRAME_HEADER_BYTES];
+        put_body(&[], &mut frame);
+        let (has_retained, has_notes, has_ids) = (false, false, true);
+        Self { frame, records: 0, time_max, has_retained, has_notes, has_ids, releases: Vec::new() }
+    }
+}
+
+impl<'a> Assembly<'a> {
+    /// An empty batch that begins at `first_offset`.
+    pub(super) fn new(window: &'a Window, first_offset: Offset, time_max: TimeMicros) -> Self {
+        Self {
+            window,
+            ids: HashMap::new(),
+            releases: Vec::new(),
+            first_offset,
+            next_offset: first_offset,
+            time_max,
+            weight: 0,
+            sections: 0,
+            has_retained: false,
+            has_notes: false,
+        }
+    }
+
+    /// Takes in what is to be kept of a submission, and says what becomes of each of its sections.
+    pub(super) fn take(&mut self, submission: &mut Submission) -> Vec<Outcome> {
+        let outcomes = submission.sections.iter_mut().map(|section| self.place(section)).collect();
+        for id in &submission.releases {
+            if self.known(*id).is_some() {
+                put_release(self.sections, *id, &mut self.releases);
+                self.ids.insert(*id, None);
+            }
+        }
+        outcomes
+    }
+
+    /// Gives a section its offset, if it is to be kept.
+    fn place(&mut self, section: &mut Section) -> Outcome {
+        if section.records() == 0 || !section.lease.holds() {
+            return Outcome::KeyDead;
+        }
+        if let Some(earlier) = section.once().find_map(|id| self.known(id)) {
+            return Outcome::Duplicate(earlier.into());
+        }
+        if (0..=CLOCK_SKEW_MICROS_MAX).contains(&self.time_max.saturating_sub(section.received_at)) {
+            section.received_at = self.time_max;
+        }
+        let kept = Earlier { first_offset: self.next_offset, records: section.records() };
+        self.ids.extend(section.once().map(|id| (id, Some(kept))));
+        self.time_max = self.time_max.max(section.received_at);
+        self.weight += section.weight();
+        self.sections += 1;
+        self.has_retained |= section.has_retained();
+        self.has_notes |= section.has_notes();
+        self.next_offset += u64::from(section.records());
+        Outcome::Kept(kept.into())
+    }
+
+    /// What was kept under an id, in this batch or before it.
+    fn known(&self, id: OnceId) -> Option<Earlier> {
+        match self.ids.get(&id) {
+            Some(in_this_batch) => *in_this_batch,
+            None => self.window.get(id),
+        }
+    }
+
+    /// The batch, of the sections that were given an offset; `None` if there is nothing in it.
+    pub(super) fn finish(self, kept: &[&Section]) -> Option<Assembled> {
+        if kept.is_empty() && self.releases.is_empty() {
+            return None;
+        }
+        let records = u32::try_from(self.next_offset - self.first_offset);
+        let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + self.weight + 16);
+        frame.resize(FRAME_HEADER_BYTES, 0);
+        put_body(kept, &mut frame);
+        Some(Assembled {
+            frame,
+            records: records.expect("in-flight bytes bound the records"),
+            time_max: self.time_max,
+            has_retained: self.has_retained,
+            has_notes: self.has_notes,
+            has_ids: !self.ids.is_empty(),
+            releases: self.releases,
+        })
+    }
+}

@@ -1,0 +1,141 @@
+//! A frame: what one commit adds to a segment, a header and a body. The body is a
+//! [`Batch`](super::record::Batch)'s; the module docs of [`crate::log`] have both byte by byte.
+
+use crate::limits::IN_FLIGHT_BYTES_MAX;
+use crate::message::{Offset, TimeMicros};
+
+/// Bytes of a frame's header.
+pub(super) const FRAME_HEADER_BYTES: usize = 36;
+/// What every frame begins with, in every version.
+pub(super) const FRAME_MAGIC: [u8; 4] = *b"HGf1";
+/// A body that claims more was not written by this log.
+const BODY_BYTES_MAX: usize = 2 * IN_FLIGHT_BYTES_MAX + (1 << 20);
+
+/// A version of the format. Each segment has its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Version {
+    V1 = 1,
+    V2 = 2,
+}
+
+impl Version {
+    /// The one that is written.
+    pub(super) const NEWEST: Version = Version::V2;
+
+    pub(super) fn from_bytes(bytes: [u8; 2]) -> Option<Self> {
+        [Version::V1, Version::V2].into_iter().find(|version| version.to_bytes() == bytes)
+    }
+
+    pub(super) fn to_bytes(self) -> [u8; 2] {
+        (self as u16).to_le_bytes()
+    }
+}
+
+/// What a frame's header says about its contents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct FrameFlags(u32);
+
+impl FrameFlags {
+    /// A record has [`RecordFlags::RETAIN`](crate::message::RecordFlags::RETAIN).
+    pub(super) const RETAINED: FrameFlags = FrameFlags(1);
+    /// Behind the records is a [`Once`](super::once::Once).
+    pub(super) const ONCE: FrameFlags = FrameFlags(2);
+    /// A record has a note.
+    pub(super) const NOTED: FrameFlags = FrameFlags(4);
+    /// All that there are.
+    const KNOWN: FrameFlags = Self::RETAINED.with(Self::ONCE).with(Self::NOTED);
+
+    pub(super) const fn with(self, other: FrameFlags) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    pub(super) fn contains(self, other: FrameFlags) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// A frame's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FrameHeader {
+    pub(super) body_bytes: u32,
+    /// Of the whole frame, see [`frame_crc`].
+    pub(super) crc: u32,
+    pub(super) records: u32,
+    pub(super) first_offset: Offset,
+    /// The newest `received_at` up to here.
+    pub(super) time_max: TimeMicros,
+    flags: FrameFlags,
+}
+
+impl FrameHeader {
+    /// Reads a header. `None` if the bytes are not the beginning of one, or too few.
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; FRAME_HEADER_BYTES] = bytes.get(..FRAME_HEADER_BYTES)?.try_into().ok()?;
+        let (magic, rest) = bytes.split_first_chunk::<4>()?;
+        let (body_bytes, rest) = rest.split_first_chunk::<4>()?;
+        let (crc, rest) = rest.split_first_chunk::<4>()?;
+        let (records, rest) = rest.split_first_chunk::<4>()?;
+        let (first_offset, rest) = rest.split_first_chunk::<8>()?;
+        let (time_max, rest) = rest.split_first_chunk::<8>()?;
+        let (flags, _) = rest.split_first_chunk::<4>()?;
+        let header = Self {
+            body_bytes: u32::from_le_bytes(*body_bytes),
+            crc: u32::from_le_bytes(*crc),
+            records: u32::from_le_bytes(*records),
+            first_offset: Offset::from_le_bytes(*first_offset),
+            time_max: TimeMicros::from_le_bytes(*time_max),
+            flags: FrameFlags(u32::from_le_bytes(*flags)),
+        };
+        (*magic == FRAME_MAGIC && header.body_bytes as usize <= BODY_BYTES_MAX).then_some(header)
+    }
+
+    /// Header and body, in bytes.
+    pub(super) fn frame_bytes(&self) -> u64 {
+        FRAME_HEADER_BYTES as u64 + u64::from(self.body_bytes)
+    }
+
+    pub(super) fn next_offset(&self) -> Offset {
+        self.first_offset + u64::from(self.records)
+    }
+
+    /// Whether the frame has a once part.
+    pub(super) fn has_once(&self) -> bool {
+        self.flags.contains(FrameFlags::ONCE)
+    }
+
+    /// What the frame holds; `None` if that is more than this code knows of.
+    pub(super) fn flags(&self, version: Version) -> Option<FrameFlags> {
+        match version {
+            // It does not say which records are to be retained: any may be.
+            Version::V1 => (self.flags == FrameFlags::default()).then_some(FrameFlags::RETAINED),
+            Version::V2 => FrameFlags::KNOWN.contains(self.flags).then_some(self.flags),
+        }
+    }
+}
+
+/// Fills in the header of `frame`, whose body stands behind room for it.
+pub(super) fn seal_frame(
+    frame: &mut [u8],
+    flags: FrameFlags,
+    records: u32,
+    first_offset: Offset,
+    time_max: TimeMicros,
+) {
+    let body_bytes = u32::try_from(frame.len() - FRAME_HEADER_BYTES).expect("a commit is far below 4 GiB");
+    frame[0..4].copy_from_slice(&FRAME_MAGIC);
+    frame[4..8].copy_from_slice(&body_bytes.to_le_bytes());
+    frame[12..16].copy_from_slice(&records.to_le_bytes());
+    frame[16..24].copy_from_slice(&first_offset.to_le_bytes());
+    frame[24..32].copy_from_slice(&time_max.to_le_bytes());
+    frame[32..36].copy_from_slice(&flags.0.to_le_bytes());
+    let crc = frame_crc(frame);
+    frame[8..12].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// The checksum of a whole frame: everything but the checksum's own field.
+pub(super) fn frame_crc(frame: &[u8]) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&frame[..8]);
+    crc.update(&frame[12..]);
+    crc.finalize()
+}

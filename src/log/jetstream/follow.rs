@@ -1,0 +1,270 @@
+//! Following: every message of the stream, from whichever gateway, into this node's tail, where readers
+//! find it and the router is told of it.
+//!
+//! JetStream pushes them. A gateway that appends much, and does so alone, would be sent all that it has just
+//! sent, which costs it and the servers as much as to append it; so it then takes its own records as they
+//! are acknowledged ([`own`](super::own)). What another gateway appends meanwhile is missing among them, and
+//! is so found within milliseconds: then, and when it appends little, it is JetStream that pushes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use headgate_bridge_nats::stream::{Follower, Stored};
+use tokio::sync::mpsc;
+use tokio::time::sleep_until;
+use tracing::{debug, warn};
+
+use super::Shared;
+use super::message::{LastTime, decode};
+use super::own::Run;
+use crate::log::{Batch, Section};
+use crate::message::Offset;
+
+/// Messages that are put together at once, and their bytes.
+const BATCH_MESSAGES_MAX: usize = 1024;
+const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Records a second that are much to append.
+const MUCH: u64 = 1000;
+/// Of a hundred records of the stream, how many are this gateway's if it appends alone.
+const ALONE_PERCENT: u64 = 99;
+/// How often it is looked whether it does.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is looked whether it still appends much.
+const LOOK_ALONE_EVERY: Duration = Duration::from_millis(100);
+/// How long a record may be missing among its own before it counts as another's: acknowledgements may
+/// overtake each other.
+const MISSING_MAX: Duration = Duration::from_millis(5);
+/// How long it is not tried again to do without JetStream, after there were records of others: at first, and
+/// at most, which is also how long it has to last to be tried anew at once.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// Runs that are kept while they cannot be used.
+const RUNS_MAX: usize = 1024;
+
+/// The task: follows for as long as the log is open.
+pub(super) struct Follow {
+    shared: Arc<Shared>,
+    follower: Follower,
+    own: mpsc::Receiver<Run>,
+    /// Its own records are taken as they are acknowledged, and the follower pauses.
+    alone_since: Option<Instant>,
+    /// Own records behind those that are in the tail.
+    runs: BTreeMap<Offset, Run>,
+    /// Since when the next one of them has been missing.
+    missing_since: Option<Instant>,
+    /// When it was looked last, how far the stream was and how many records of it were its own.
+    looked: (Instant, Offset, u64),
+    /// When it is tried to be alone, and how long after a failure.
+    try_at: Instant,
+    pause: Duration,
+    stored: Vec<Stored>,
+}
+
+impl Follow {
+    /// One that begins where the tail ends.
+    pub(super) fn new(shared: Arc<Shared>, follower: Follower, own: mpsc::Receiver<Run>) -> Self {
+        let now = Instant::now();
+        let looked = (now, shared.tail.next_offset(), 0);
+        Self {
+            shared,
+            follower,
+            own,
+            alone_since: None,
+            runs: BTreeMap::new(),
+            missing_since: None,
+            looked,
+            try_at: now,
+            pause: PAUSE.0,
+            stored: Vec::new(),
+        }
+    }
+
+    /// Runs until it is ended.
+    pub(super) async fn run(mut self) {
+        loop {
+            let look_at =
+                self.looked.0 + if self.alone_since.is_some() { LOOK_ALONE_EVERY } else { LOOK_EVERY };
+            let missing_at = self.missing_since.map(|since| since + MISSING_MAX);
+            let until = missing_at.into_iter().fold(look_at, Instant::min);
+            // Else there is nothing to look for until a message comes; and a follower that is called again and
+            // again does not notice that it hears nothing.
+            let looks = self.alone_since.is_some() || self.shared.own.wanted.load(Ordering::Relaxed);
+            tokio::select! {
+                message = self.follower.next(), if self.alone_since.is_none() => self.take(message),
+                // Its sender is the appender's, which may end before.
+                Some(run) = self.own.recv() => self.keep(run),
+                () = sleep_until(until.into()), if looks => {}
+            }
+            self.join();
+            let now = Instant::now();
+            if self.missing_since.is_some_and(|since| since + MISSING_MAX <= now) {
+                self.follow("there are records of others");
+            }
+            if look_at <= now {
+                self.look(now);
+            }
+        }
+    }
+
+    fn next_offset(&self) -> Offset {
+        self.shared.tail.next_offset()
+    }
+
+    /// Takes a message, and all that have come with it; but nothing from where its own records go on.
+    fn take(&mut self, message: Stored) {
+        let end = self.runs.first_key_value().map_or(Offset::MAX, |(first, _)| *first);
+        let (mut bytes, mut message) = (0, Some(message));
+        while let Some(stored) = message.take_if(|stored| stored.sequence < end) {
+            bytes += stored.payload.len();
+            self.stored.push(stored);
+            if self.stored.len() < BATCH_MESSAGES_MAX && bytes < BATCH_BYTES_MAX {
+                message = self.follower.try_next();
+            }
+        }
+        let at_end = message.is_some();
+        let mut stored = std::mem::take(&mut self.stored);
+        for batch in gather(&stored, self.next_offset(), &self.shared) {
+            self.push(batch);
+        }
+        stored.clear();
+        self.stored = stored;
+        // What the stream does not have.
+        if at_end && self.next_offset() < end {
+            self.push(Batch::nothing_below(end));
+        }
+    }
+
+    /// Keeps a run of its own records until what comes before is there.
+    fn keep(&mut self, run: Run) {
+        if self.shared.own.wanted.load(Ordering::Relaxed) && run.first >= self.next_offset() {
+            self.runs.insert(run.first, run);
+        }
+    }
+
+    /// Goes on with its own records, if they are the next ones.
+    fn join(&mut self) {
+        let mut next = self.next_offset();
+        while let Some(entry) = self.runs.first_entry()
+            && *entry.key() <= next
+        {
+            let run = entry.remove();
+            if run.first < next {
+                continue;
+            }
+            if self.alone_since.is_none() {
+                debug!(offset = next, "this gateway appends alone; the stream is not followed");
+                self.alone_since = Some(Instant::now());
+                self.follower.pause();
+            }
+            next = run.next;
+            self.push(Batch::gather(run.first, &run.sections));
+        }
+        self.missing_since = match self.runs.is_empty() || self.alone_since.is_none() {
+            true => None,
+            false => self.missing_since.or_else(|| Some(Instant::now())),
+        };
+        if self.runs.len() > RUNS_MAX {
+            self.follow("its own records do not follow each other");
+        }
+    }
+
+    /// Looks whether it appends much and alone.
+    fn look(&mut self, now: Instant) {
+        let (looked_at, from, own_before) = self.looked;
+        let (next, own) = (self.next_offset(), self.shared.own.appended.load(Ordering::Relaxed));
+        self.looked = (now, next, own);
+        let millis = u64::try_from((now - looked_at).as_millis()).unwrap_or(u64::MAX);
+        let (all, own) = (next.saturating_sub(from), own - own_before);
+        let much = own * 1000 >= MUCH * millis;
+        if self.alone_since.is_some() {
+            if !much {
+                self.follow("it appends little");
+                (self.try_at, self.pause) = (now + PAUSE.0, PAUSE.0);
+            }
+        } else if self.shared.own.wanted.load(Ordering::Relaxed) {
+            self.follow("its own records did not come before the stream's");
+        } else if much && own * 100 >= all * ALONE_PERCENT && self.try_at <= now {
+            self.shared.own.wanted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Lets JetStream push, from here on.
+    fn follow(&mut self, why: &'static str) {
+        let (now, next) = (Instant::now(), self.next_offset());
+        if let Some(since) = self.alone_since.take() {
+            debug!(offset = next, why, "the stream is followed");
+            if now - since >= PAUSE.1 {
+                self.pause = PAUSE.0;
+            }
+        }
+        self.shared.own.wanted.store(false, Ordering::Relaxed);
+        self.follower.seek(next);
+        self.runs.clear();
+        self.missing_since = None;
+        self.looked = (now, next, self.shared.own.appended.load(Ordering::Relaxed));
+        self.try_at = now + self.pause;
+        self.pause = (2 * self.pause).min(PAUSE.1);
+    }
+
+    /// Puts a batch into the tail, and tells who listens.
+    fn push(&self, batch: Batch) {
+        self.shared.tail.push(batch.clone());
+        if let Some(listener) = self.shared.listener.get() {
+            listener(&batch);
+        }
+    }
+}
+
+/// The batches that messages make up, in order, of which `next` is the first that there could be. What is
+/// missing before one, and what is no record, is passed over by a batch without records.
+pub(super) fn gather(messages: &[Stored], mut next: Offset, shared: &Shared) -> Vec<Batch> {
+    let mut batches = Vec::new();
+    let mut sections: Vec<Section> = Vec::new();
+    let mut last_time = LastTime::default();
+    let mut first = next;
+    // The first offset behind what the batches say.
+    let mut said = next;
+    for message in messages {
+        if message.sequence > next {
+            flush(&mut sections, first, &mut said, &mut batches);
+        }
+        next = message.sequence + 1;
+        let begins = sections.is_empty();
+        if decode(message, &mut last_time, &mut sections) {
+            if begins {
+                first = message.sequence;
+                if first > said {
+                    batches.push(Batch::nothing_below(first));
+                }
+            }
+            continue;
+        }
+        let seen = shared.foreign.fetch_add(1, Ordering::Relaxed);
+        if seen.is_power_of_two() || seen == 0 {
+            let (stream, sequence) = (shared.stream.name(), message.sequence);
+            warn!(
+                stream,
+                sequence,
+                messages = seen + 1,
+                "a message of the stream is no record of Headgate's; it is passed over"
+            );
+        }
+        flush(&mut sections, first, &mut said, &mut batches);
+    }
+    flush(&mut sections, first, &mut said, &mut batches);
+    if next > said {
+        batches.push(Batch::nothing_below(next));
+    }
+    batches
+}
+
+/// Makes a batch of what has been gathered.
+fn flush(sections: &mut Vec<Section>, first: Offset, said: &mut Offset, batches: &mut Vec<Batch>) {
+    if !sections.is_empty() {
+        let batch = Batch::gather(first, sections);
+        *said = batch.next_offset();
+        batches.push(batch);
+        sections.clear();
+    }
+}

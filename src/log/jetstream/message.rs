@@ -1,0 +1,287 @@
+//! A record as a message of the stream, and back: its subject says whose it is and its topic, its payload
+//! is the payload, and what else is known of it stands in headers, so that any client of NATS can make
+//! use of it.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use headgate_bridge_nats::stream::{Outgoing, Stored};
+use headgate_bridge_nats::{HeaderMap, HeaderName};
+
+use crate::log::{OnceId, Section};
+use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, RecordRef, TimeMicros, Transport};
+use crate::subject::{Space, SubjectError, topic_of};
+use crate::time::{Rfc3339, parse_time};
+
+const MESSAGE_ID: HeaderName = HeaderName::from_static("Nats-Msg-Id");
+const CONTENT_TYPE: HeaderName = HeaderName::from_static("Content-Type");
+const KEY_ID: HeaderName = HeaderName::from_static("Headgate-Key-Id");
+const RECEIVED_AT: HeaderName = HeaderName::from_static("Headgate-Received-At");
+const TRANSPORT: HeaderName = HeaderName::from_static("Headgate-Transport");
+const PUBLISHER: HeaderName = HeaderName::from_static("Headgate-Publisher");
+const FLAGS: HeaderName = HeaderName::from_static("Headgate-Flags");
+const PROPERTIES: HeaderName = HeaderName::from_static("Headgate-Properties");
+const NOTE: HeaderName = HeaderName::from_static("Headgate-Note");
+/// Of the first of several messages that one id was given to: how many they are.
+const TOGETHER: HeaderName = HeaderName::from_static("Headgate-Together");
+
+/// What all headers but those of properties and note take at most, in bytes.
+pub(super) const HEADERS_BYTES_MAX: usize = 1024;
+
+/// The headers of a record that any message of it has.
+pub fn headers_of(record: &RecordRef<'_>) -> HeaderMap {
+    let mut headers = origin(record.key_id, record.received_at, record.transport, record.publisher);
+    add_own(record, &mut headers);
+    headers
+}
+
+/// The headers that all records of a section have. They are made once for it: to write a time and to find
+/// a place for each header costs more than all else that becomes of a message here.
+pub(super) fn headers_of_section(section: &Section) -> HeaderMap {
+    origin(section.key_id, section.received_at, section.transport, section.publisher)
+}
+
+fn origin(key_id: KeyId, received_at: TimeMicros, transport: Transport, publisher: u64) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(KEY_ID, key_id.to_string());
+    headers.insert(RECEIVED_AT, Rfc3339(received_at).to_string());
+    headers.insert(TRANSPORT, transport.as_str());
+    if publisher != 0 {
+        headers.insert(PUBLISHER, format!("{publisher:016x}"));
+    }
+    headers
+}
+
+/// Adds the headers that a record has for itself.
+fn add_own(record: &RecordRef<'_>, headers: &mut HeaderMap) {
+    if !record.content_type.is_empty() {
+        headers.insert(CONTENT_TYPE, record.content_type);
+    }
+    if record.flags.0 != 0 {
+        headers.insert(FLAGS, record.flags.0.to_string());
+    }
+    for (name, bytes) in [(PROPERTIES, record.properties), (NOTE, record.note)] {
+        if !bytes.is_empty() {
+            headers.insert(name, STANDARD.encode(bytes));
+        }
+    }
+}
+
+/// The message of a record. `headers` are its section's ([`headers_of_section`]); `id` is what it is kept once
+/// under; `together`, how many messages that was given to, on the first of them.
+///
+/// # Errors
+/// [`SubjectError`] for a topic that is no subject.
+pub(super) fn encode(
+    record: &RecordRef<'_>,
+    headers: &HeaderMap,
+    id: Option<String>,
+    together: Option<u32>,
+) -> Result<Outgoing, SubjectError> {
+    let space = match record.flags.contains(RecordFlags::QUARANTINED) {
+        true => Space::Quarantine,
+        false => Space::Stream,
+    };
+    let mut subject = String::with_capacity(16 + record.datasource.len() + record.topic.len());
+    space.write_subject(record.datasource, record.topic, &mut subject)?;
+    let mut headers = headers.clone();
+    add_own(record, &mut headers);
+    if let Some(id) = id {
+        headers.insert(MESSAGE_ID, id);
+    }
+    if let Some(together) = together {
+        headers.insert(TOGETHER, together.to_string());
+    }
+    Ok(Outgoing { subject, headers, payload: Bytes::copy_from_slice(record.payload) })
+}
+
+/// The id of a message in the stream: that of its section, and, of several, its place among them.
+pub(super) fn id_of(once: OnceId, generation: Option<u64>, nth: u32) -> String {
+    use std::fmt::Write;
+    let mut id = String::with_capacity(64);
+    for byte in once.as_bytes() {
+        // Writing to a string does not fail.
+        let _ = write!(id, "{byte:02x}");
+    }
+    if let Some(generation) = generation {
+        let _ = write!(id, ".{generation:016x}");
+    }
+    if nth > 0 {
+        let _ = write!(id, "-{nth}");
+    }
+    id
+}
+
+/// How many messages the id of this one was given to.
+pub(super) fn together(message: &Stored) -> u32 {
+    text(&message.headers, TOGETHER).and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// A time as it was last read: those that stand together were mostly received together, and to read one is
+/// dear.
+#[derive(Debug, Default)]
+pub(super) struct LastTime {
+    text: String,
+    time: TimeMicros,
+}
+
+impl LastTime {
+    fn read(&mut self, text: &str) -> Option<TimeMicros> {
+        if self.text != text {
+            self.time = parse_time(text)?;
+            text.clone_into(&mut self.text);
+        }
+        Some(self.time)
+    }
+}
+
+/// Adds the record that a message is to `sections`: to the last one, if it came in with what is in that.
+/// `false`: it is none that a gateway has written.
+pub(super) fn decode(message: &Stored, last_time: &mut LastTime, sections: &mut Vec<Section>) -> bool {
+    take(message, last_time, sections).is_some()
+}
+
+fn take(message: &Stored, last_time: &mut LastTime, sections: &mut Vec<Section>) -> Option<()> {
+    let headers = &message.headers;
+    let flags = RecordFlags(text(headers, FLAGS).map_or(Some(0), |text| text.parse().ok())?);
+    let space = match flags.contains(RecordFlags::QUARANTINED) {
+        true => Space::Quarantine,
+        false => Space::Stream,
+    };
+    let (datasource, tokens) = space.split(message.subject.as_str()).ok()?;
+    let topic = topic_of(tokens).ok()?;
+    let key_id = KeyId::parse(text(headers, KEY_ID)?).ok()?;
+    let received_at = last_time.read(text(headers, RECEIVED_AT)?)?;
+    let transport = transport_of(text(headers, TRANSPORT)?)?;
+    let publisher = text(headers, PUBLISHER).map_or(Some(0), |text| u64::from_str_radix(text, 16).ok())?;
+    let bytes = |name| text(headers, name).map_or(Some(Vec::new()), |text| STANDARD.decode(text).ok());
+    let (properties, note) = (bytes(PROPERTIES)?, bytes(NOTE)?);
+    if note.is_empty() == flags.has_note() {
+        return None;
+    }
+    let content_type = text(headers, CONTENT_TYPE).unwrap_or_default();
+    let same = |section: &Section| {
+        section.received_at == received_at
+            && section.key_id == key_id
+            && section.publisher == publisher
+            && section.transport == transport
+            && section.datasource.as_str() == datasource
+    };
+    let section = match sections.last_mut().is_some_and(|last| same(last)) {
+        true => sections.last_mut()?,
+        false => {
+            let datasource = DatasourceId::new(datasource).ok()?;
+            // What is in the log has been let in.
+            let lease = Lease::new();
+            sections.push(Section::new(datasource, key_id, lease, transport, publisher, received_at));
+            sections.last_mut()?
+        }
+    };
+    match flags.has_note() {
+        true => section.push_noted(&topic, &message.payload, content_type, &properties, flags, &note),
+        false => section.push(&topic, &message.payload, content_type, &properties, flags),
+    }
+    Some(())
+}
+
+fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
+    headers.get(name).map(|value| value.as_str())
+}
+
+fn transport_of(name: &str) -> Option<Transport> {
+    [Transport::Mqtt, Transport::Http, Transport::Nats].into_iter().find(|known| known.as_str() == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::{Batch, Note};
+
+    fn record<'a>(flags: RecordFlags, note: &'a [u8]) -> RecordRef<'a> {
+        RecordRef {
+            offset: 7,
+            datasource: "press-4",
+            topic: "v1.2/temp",
+            payload: &[0xff, 0, 1],
+            content_type: "text/plain; charset=\"utf-8\"",
+            properties: &[38, 0, 1, b'a', 0, 1, b'b'],
+            key_id: KeyId([0xab; 6]),
+            transport: Transport::Http,
+            publisher: 0x1234,
+            received_at: 1_700_000_000_000_001,
+            flags,
+            note,
+        }
+    }
+
+    fn encoded(record: &RecordRef<'_>) -> Outgoing {
+        let headers = origin(record.key_id, record.received_at, record.transport, record.publisher);
+        encode(record, &headers, None, None).expect("crosses")
+    }
+
+    fn decoded(message: &Stored, sections: &mut Vec<Section>) -> bool {
+        decode(message, &mut LastTime::default(), sections)
+    }
+
+    fn stored(outgoing: Outgoing, sequence: u64) -> Stored {
+        let Outgoing { subject, headers, payload } = outgoing;
+        Stored { sequence, subject: subject.into(), headers, payload }
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was() {
+        let note = Note::Redriven { offset: 3, received_at: 9 }.encode();
+        for (flags, note) in [
+            (RecordFlags::default(), &[][..]),
+            (RecordFlags::RETAIN.with(RecordFlags::AT_MOST_ONCE), &[]),
+            (RecordFlags::QUARANTINED, &note),
+            (RecordFlags::REDRIVEN, &note),
+        ] {
+            let record = record(flags, note);
+            let message = stored(encoded(&record), 7);
+            let quarantined = flags.contains(RecordFlags::QUARANTINED);
+            let subject = if quarantined { "quarantine" } else { "stream" };
+            assert_eq!(message.subject.as_str(), format!("{subject}.press-4.v1//2.temp"));
+            let mut sections = Vec::new();
+            assert!(decoded(&message, &mut sections), "{flags:?}");
+            let batch = Batch::gather(7, &sections);
+            assert_eq!(batch.records().collect::<Vec<_>>(), [record]);
+            assert_eq!(batch.has_retained(), flags.contains(RecordFlags::RETAIN));
+        }
+    }
+
+    #[test]
+    fn records_that_came_in_together_share_a_section() {
+        let mut sections = Vec::new();
+        let one = record(RecordFlags::default(), &[]);
+        for record in [one, one, RecordRef { publisher: 0, ..one }] {
+            assert!(decoded(&stored(encoded(&record), 1), &mut sections));
+        }
+        assert_eq!(sections.iter().map(Section::records).collect::<Vec<_>>(), [2, 1]);
+    }
+
+    #[test]
+    fn what_no_gateway_has_written_is_no_record() {
+        let message = || stored(encoded(&record(RecordFlags::default(), &[])), 1);
+        let refused = |change: &dyn Fn(&mut Stored)| {
+            let mut message = message();
+            change(&mut message);
+            !decoded(&message, &mut Vec::new())
+        };
+        assert!(refused(&|message| message.headers = HeaderMap::new()));
+        assert!(refused(&|message| message.headers.insert(KEY_ID, "no key id")));
+        assert!(refused(&|message| message.headers.insert(RECEIVED_AT, "yesterday")));
+        assert!(refused(&|message| message.headers.insert(FLAGS, "8")));
+        assert!(refused(&|message| message.subject = "quarantine.press-4.temp".into()));
+        assert!(refused(&|message| message.subject = "stream.PRESS.temp".into()));
+        assert!(!refused(&|_| ()));
+    }
+
+    #[test]
+    fn an_id_says_its_generation_and_its_place() {
+        let id = OnceId::of_exchange(7, 1);
+        assert_eq!(id_of(id, None, 0), "8e1b7787ea734b53a348721263441a88");
+        assert_eq!(id_of(id, Some(255), 0), "8e1b7787ea734b53a348721263441a88.00000000000000ff");
+        assert_eq!(id_of(id, None, 3), "8e1b7787ea734b53a348721263441a88-3");
+    }
+}

@@ -1,0 +1,318 @@
+//! What is kept once in a cluster. JetStream knows the ids of messages for its window
+//! (`intake.dedup_window_s`), and that is all that a message id needs. A QoS 2 exchange is known until it is
+//! released, and its id is another message's then. So its id in the stream has a *generation*, which every
+//! release replaces: rows of the bucket `headgate-once`, which each node watches. A release is durable
+//! there before it is answered, and [`Once::sync`] waits until this node knows of all of them.
+//!
+//! A row may go once no message of an earlier generation can be known any more, or else an id without one
+//! would be taken for the one of before the first release. That is a window after it was written. While
+//! messages are published with a generation its row has to stay at least as long as JetStream knows
+//! them, as one of them may come again: so a row that is older than [`FRESH`] when its generation is used
+//! is written again. It stays for a window and [`STAYS`] more.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use headgate_bridge_nats::kv::{Put, Revision, Seen, Update};
+use headgate_bridge_nats::{Bucket, BucketSettings, KvError, Nats};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::log::{AppendError, Committed, OnceId};
+use crate::message::{TimeMicros, now_micros};
+
+/// The bucket.
+const BUCKET: &str = "headgate-once";
+/// How old a row may be whose generation is used.
+const FRESH: Duration = Duration::from_secs(60);
+/// For how long a row stays after the window has passed: [`FRESH`], and what clocks differ by.
+const STAYS: Duration = Duration::from_secs(120);
+/// Rows that are written at once.
+const ROWS_MAX: usize = 500;
+/// How long the first reading of the bucket may take.
+const OPEN_MAX: Duration = Duration::from_secs(30);
+/// How long a node may take to catch up with the others.
+const SYNC_MAX: Duration = Duration::from_secs(5);
+/// The pause before another attempt.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// What a release is answered with.
+pub(super) type Reply = oneshot::Sender<Result<Committed, AppendError>>;
+
+/// The generations of exchanges, as this node knows them.
+pub(super) struct Once {
+    known: Arc<RwLock<HashMap<OnceId, Generation>>>,
+    seen: Seen,
+    work: mpsc::UnboundedSender<Work>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+/// What an exchange's id has behind it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Generation {
+    /// The number.
+    pub(super) number: u64,
+    /// When its row was written.
+    at: TimeMicros,
+    revision: Revision,
+}
+
+impl Generation {
+    /// Whether its row has to be written again when it is used.
+    pub(super) fn is_stale(self) -> bool {
+        let age = now_micros().saturating_sub(self.at);
+        age > i64::try_from(FRESH.as_micros()).unwrap_or(i64::MAX)
+    }
+
+    fn encode(self) -> Bytes {
+        let mut bytes = self.number.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&self.at.to_le_bytes());
+        bytes.into()
+    }
+
+    fn decode(bytes: &[u8], revision: Revision) -> Option<Self> {
+        let (number, at) = bytes.split_first_chunk()?;
+        let at = TimeMicros::from_le_bytes(at.try_into().ok()?);
+        Some(Self { number: u64::from_le_bytes(*number), at, revision })
+    }
+}
+
+enum Work {
+    Release { ids: Vec<OnceId>, give_up_at: Instant, reply: Reply },
+    Refresh { id: OnceId, generation: Generation, done: oneshot::Sender<Result<(), AppendError>> },
+}
+
+impl Once {
+    /// Opens the bucket and reads it.
+    ///
+    /// # Errors
+    /// [`KvError`].
+    pub(super) async fn open(nats: &Nats, replicas: usize, window: Duration) -> Result<Self, KvError> {
+        let age_max = Some(window + STAYS);
+        let settings = BucketSettings { name: BUCKET.to_owned(), replicas, age_max };
+        let bucket = Bucket::open(nats, &settings).await?;
+        let known = Arc::new(RwLock::new(HashMap::new()));
+        let mut watch = bucket.watch();
+        let seen = watch.seen();
+        let away = |_| KvError::Away(format!("bucket {BUCKET}: it cannot be read"));
+        let mut update = timeout(OPEN_MAX, watch.next()).await.map_err(away)?;
+        let watcher = known.clone();
+        let watching = tokio::spawn(async move {
+            loop {
+                take(&watcher, update);
+                update = watch.next().await;
+            }
+        });
+        let (work, waiting) = mpsc::unbounded_channel();
+        let writing = tokio::spawn(write(bucket, known.clone(), waiting));
+        // From here on the first rows are dealt with.
+        seen.sync(SYNC_MAX).await?;
+        Ok(Self { known, seen, work, tasks: [watching, writing] })
+    }
+
+    /// The generation of an exchange, if it has one.
+    pub(super) fn generation(&self, id: OnceId) -> Option<Generation> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner).get(&id).copied()
+    }
+
+    /// Ends exchanges: their ids are those of other messages when it is answered.
+    pub(super) fn release(&self, ids: Vec<OnceId>, give_up_at: std::time::Instant, reply: Reply) {
+        // Without the task, whoever waits learns that the log is closed.
+        let _ = self.work.send(Work::Release { ids, give_up_at: give_up_at.into(), reply });
+    }
+
+    /// Writes a stale row again.
+    pub(super) fn refresh(
+        &self,
+        id: OnceId,
+        generation: Generation,
+    ) -> oneshot::Receiver<Result<(), AppendError>> {
+        let (done, refreshed) = oneshot::channel();
+        let _ = self.work.send(Work::Refresh { id, generation, done });
+        refreshed
+    }
+
+    /// Waits until this node knows of every release that was answered before.
+    ///
+    /// # Errors
+    /// [`AppendError::Away`].
+    pub(super) async fn sync(&self) -> Result<(), AppendError> {
+        self.seen.sync(SYNC_MAX).await.map_err(away)?;
+        Ok(())
+    }
+}
+
+impl Drop for Once {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// Takes in what has changed.
+fn take(known: &RwLock<HashMap<OnceId, Generation>>, update: Update) {
+    let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+    if update.all {
+        known.clear();
+    }
+    for row in update.rows {
+        learn(&mut known, &row.key, row.value.as_deref(), row.revision);
+    }
+}
+
+/// Takes in what a row says, unless something newer is known.
+fn learn(known: &mut HashMap<OnceId, Generation>, key: &str, value: Option<&[u8]>, revision: Revision) {
+    let Some(id) = OnceId::from_hex(key) else { return };
+    if known.get(&id).is_some_and(|newer| newer.revision >= revision) {
+        return;
+    }
+    match value.and_then(|value| Generation::decode(value, revision)) {
+        Some(generation) => _ = known.insert(id, generation),
+        None => _ = known.remove(&id),
+    }
+}
+
+/// Writes rows: as many releases at once as there are.
+async fn write(
+    bucket: Bucket,
+    known: Arc<RwLock<HashMap<OnceId, Generation>>>,
+    mut waiting: mpsc::UnboundedReceiver<Work>,
+) {
+    let mut taken = Vec::new();
+    while waiting.recv_many(&mut taken, ROWS_MAX).await > 0 {
+        let mut releases = Vec::new();
+        for work in taken.drain(..) {
+            match work {
+                Work::Release { ids, give_up_at, reply } => releases.push((ids, give_up_at, reply)),
+                Work::Refresh { id, generation, done } => {
+                    let _ = done.send(refresh(&bucket, &known, id, generation).await);
+                }
+            }
+        }
+        let mut left = releases.into_iter().peekable();
+        while left.peek().is_some() {
+            let mut rows = 0;
+            let mut group = Vec::new();
+            while let Some(release) = left.next_if(|(ids, ..)| rows == 0 || rows + ids.len() <= ROWS_MAX) {
+                rows += release.0.len();
+                group.push(release);
+            }
+            release(&bucket, &known, group).await;
+        }
+    }
+}
+
+/// Writes the rows of some releases, and answers them.
+async fn release(
+    bucket: &Bucket,
+    known: &RwLock<HashMap<OnceId, Generation>>,
+    mut group: Vec<(Vec<OnceId>, Instant, Reply)>,
+) {
+    while !group.is_empty() {
+        let at = now_micros();
+        let mut rows: Vec<(OnceId, Generation)> = Vec::new();
+        let mut seen = std::collections::HashSet::new();
+        for id in group.iter().flat_map(|(ids, ..)| ids).filter(|id| seen.insert(**id)) {
+            rows.push((*id, Generation { number: unique(), at, revision: 0 }));
+        }
+        let mut written = Ok(());
+        for rows in rows.chunks(ROWS_MAX) {
+            let puts: Vec<Put> = rows
+                .iter()
+                .map(|(id, generation)| Put {
+                    key: id.to_hex(),
+                    value: Some(generation.encode()),
+                    expected: None,
+                })
+                .collect();
+            match bucket.put_all(&puts, None).await {
+                Ok(last) => {
+                    let first = last + 1 - rows.len() as Revision;
+                    let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+                    for ((id, generation), revision) in rows.iter().zip(first..) {
+                        if known.get(id).is_none_or(|newer| newer.revision < revision) {
+                            known.insert(*id, Generation { revision, ..*generation });
+                        }
+                    }
+                }
+                Err(error) => written = Err(error),
+            }
+        }
+        let Err(error) = written else {
+            for (.., reply) in group {
+                let _ = reply.send(Ok(Committed { outcomes: Vec::new() }));
+            }
+            return;
+        };
+        let (error, now) = (away(error), Instant::now());
+        for (.., reply) in group.extract_if(.., |(_, give_up_at, _)| *give_up_at <= now) {
+            let _ = reply.send(Err(error.clone()));
+        }
+        if !group.is_empty() {
+            sleep(RETRY).await;
+        }
+    }
+}
+
+/// Writes a row again, unless somebody else has.
+async fn refresh(
+    bucket: &Bucket,
+    known: &RwLock<HashMap<OnceId, Generation>>,
+    id: OnceId,
+    generation: Generation,
+) -> Result<(), AppendError> {
+    let fresh = Generation { at: now_micros(), ..generation };
+    let put = Put { key: id.to_hex(), value: Some(fresh.encode()), expected: Some(generation.revision) };
+    match bucket.put_all(&[put], None).await {
+        Ok(revision) => {
+            let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+            if known.get(&id).is_none_or(|newer| newer.revision < revision) {
+                known.insert(id, Generation { revision, ..fresh });
+            }
+            Ok(())
+        }
+        // What is there now is newer.
+        Err(KvError::Conflict) => Ok(()),
+        Err(error) => Err(away(error)),
+    }
+}
+
+fn away(error: KvError) -> AppendError {
+    AppendError::Away(error.to_string().into())
+}
+
+/// A number that no other release has.
+fn unique() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    // Keyed anew by the operating system for each.
+    RandomState::new().hash_one(now_micros())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_says_a_generation_and_a_newer_one_stays() {
+        let id = OnceId::of_exchange(1, 1);
+        let row = |number| Generation { number, at: 7, revision: 0 }.encode();
+        let mut known = HashMap::new();
+        learn(&mut known, &id.to_hex(), Some(&row(1)), 5);
+        learn(&mut known, &id.to_hex(), Some(&row(2)), 4);
+        assert_eq!(known.get(&id).map(|found| (found.number, found.at, found.revision)), Some((1, 7, 5)));
+        learn(&mut known, &id.to_hex(), None, 6);
+        assert!(known.is_empty());
+        learn(&mut known, "no id", Some(&row(1)), 7);
+        assert!(known.is_empty());
+    }
+
+    #[test]
+    fn a_generation_is_fresh_for_a_minute() {
+        let aged =
+            |seconds: i64| Generation { number: 1, at: now_micros() - seconds * 1_000_000, revision: 1 };
+        assert!(!aged(50).is_stale());
+        assert!(aged(70).is_stale());
+    }
+}

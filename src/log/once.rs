@@ -1,0 +1,243 @@
+//! What is kept once: the ids under which a section is known, and the part of a frame that says
+//! what has become of them.
+//!
+//! A message may come with an id that its sender gave it, so that sending it again does not keep it
+//! again; and every QoS 2 message has one until its exchange is over. Both are hashed into an
+//! [`OnceId`]. What is known under which id at a moment is the writer's `Window`; it can be built
+//! again from what the frames say.
+
+use serde::{Deserialize, Serialize};
+
+use super::Offsets;
+use super::record::put;
+use crate::message::{DatasourceId, Offset, TimeMicros};
+
+/// Domain separation of the two kinds of id; never change them, they are on disk.
+const MESSAGE_CONTEXT: &str = "headgate 2026-11 once: datasource and message id";
+const EXCHANGE_CONTEXT: &str = "headgate 2026-11 once: session and packet id";
+
+/// The bit of the first byte that tells an exchange from a message.
+const EXCHANGE_BIT: u8 = 0x80;
+
+/// What a section is known under: 127 bits of a hash, and one that says which kind it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OnceId([u8; Self::BYTES]);
+
+impl OnceId {
+    /// Bytes of an id.
+    pub(super) const BYTES: usize = 16;
+
+    /// Of a message that its sender gave an id: known for a window of time.
+    pub fn of_message(datasource: &DatasourceId, message_id: &str) -> Self {
+        let mut hash = blake3::Hasher::new_derive_key(MESSAGE_CONTEXT);
+        // A slug holds no NUL, so that the two cannot run into each other.
+        hash.update(datasource.as_str().as_bytes()).update(&[0]).update(message_id.as_bytes());
+        let mut id = Self::cut(&hash);
+        id.0[0] &= !EXCHANGE_BIT;
+        id
+    }
+
+    /// Of a QoS 2 exchange, by its session's number and packet id: known until it is released.
+    pub fn of_exchange(session: u64, packet_id: u16) -> Self {
+        let mut hash = blake3::Hasher::new_derive_key(EXCHANGE_CONTEXT);
+        hash.update(&session.to_le_bytes()).update(&packet_id.to_le_bytes());
+        let mut id = Self::cut(&hash);
+        id.0[0] |= EXCHANGE_BIT;
+        id
+    }
+
+    fn cut(hash: &blake3::Hasher) -> Self {
+        let mut id = [0; Self::BYTES];
+        hash.finalize_xof().fill(&mut id);
+        Self(id)
+    }
+
+    /// Whether it is of a QoS 2 exchange.
+    pub(super) fn is_exchange(self) -> bool {
+        self.0[0] & EXCHANGE_BIT != 0
+    }
+
+    /// As lower-case hex.
+    pub(super) fn to_hex(self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Reads what [`OnceId::to_hex`] wrote.
+    pub(super) fn from_hex(text: &str) -> Option<Self> {
+        let mut id = [0; Self::BYTES];
+        for (at, byte) in id.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(text.get(2 * at..2 * at + 2)?, 16).ok()?;
+        }
+        (text.len() == 2 * Self::BYTES).then_some(Self(id))
+    }
+
+    pub(super) fn as_bytes(&self) -> &[u8; Self::BYTES] {
+        &self.0
+    }
+
+    /// The ids in `bytes`, which stand one behind the other.
+    pub(super) fn all_in(bytes: &[u8]) -> impl Iterator<Item = OnceId> {
+        bytes.as_chunks().0.iter().map(|id| Self(*id))
+    }
+}
+
+/// Where a frame stands in the window's time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Stamp {
+    /// How many message ids had ever entered the window before it.
+    pub(super) entered: u64,
+    /// Microseconds since the log was made, as a clock that nobody can set has counted them; while
+    /// no gateway ran, as the wall clock has.
+    pub(super) clock: u64,
+    /// The wall clock then.
+    pub(super) wall: TimeMicros,
+}
+
+impl Stamp {
+    /// The window's clock in whole seconds: 136 years of them.
+    pub(super) fn seconds(self) -> u32 {
+        u32::try_from(self.clock / 1_000_000).unwrap_or(u32::MAX)
+    }
+}
+
+/// The part of a frame behind its records: there if a section has ids, if ids are released, and in
+/// the first frame of a segment and the one that a clean shutdown writes.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Once<'a> {
+    /// When the frame was written, and what there was before it.
+    pub(super) stamp: Stamp,
+    /// In a segment's first frame: the exchanges that were open before it.
+    #[serde(borrow, with = "serde_bytes")]
+    open: Option<&'a [u8]>,
+    #[serde(borrow, with = "serde_bytes")]
+    releases: &'a [u8],
+}
+
+/// Bytes of an entry of [`Once::open`].
+pub(super) const OPEN_BYTES: usize = OnceId::BYTES + 16;
+/// Bytes of an entry of [`Once::releases`].
+const RELEASE_BYTES: usize = OnceId::BYTES + 4;
+
+/// What is known under an id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) id: OnceId,
+    /// Where the section that was kept is.
+    pub(super) kept: Earlier,
+    /// When it was kept, in whole seconds of the window's clock.
+    pub(super) since_s: u32,
+}
+
+/// What was kept before under the same id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Earlier {
+    /// The offset of its first record.
+    pub(super) first_offset: Offset,
+    /// How many records it has.
+    pub(super) records: u32,
+}
+
+impl From<Earlier> for Offsets {
+    fn from(earlier: Earlier) -> Self {
+        Offsets::run(earlier.first_offset, earlier.records)
+    }
+}
+
+impl<'a> Once<'a> {
+    /// The part at the beginning of `bytes`, and what is behind it.
+    pub(super) fn take(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let (once, rest) = postcard::take_from_bytes::<Self>(bytes).ok()?;
+        let whole = once.open.is_none_or(|open| open.len() % OPEN_BYTES == 0)
+            && once.releases.len() % RELEASE_BYTES == 0;
+        whole.then_some((once, rest))
+    }
+
+    /// Writes it: `open` and `releases` as [`put_open`] and [`put_release`] have made them.
+    pub(super) fn put(stamp: Stamp, open: Option<&[u8]>, releases: &[u8], to: &mut Vec<u8>) {
+        put(&Once { stamp, open, releases }, to);
+    }
+
+    /// The exchanges that were open before the frame, oldest first, if it says so.
+    pub(super) fn open(&self) -> Option<impl Iterator<Item = Entry> + use<'a>> {
+        let entry = |bytes: &[u8; OPEN_BYTES]| {
+            const WHOLE: &str = "16 + 8 + 4 + 4 bytes";
+            let (id, rest) = bytes.split_first_chunk().expect(WHOLE);
+            let (first_offset, rest) = rest.split_first_chunk().expect(WHOLE);
+            let (records, rest) = rest.split_first_chunk().expect(WHOLE);
+            let kept = Earlier {
+                first_offset: Offset::from_le_bytes(*first_offset),
+                records: u32::from_le_bytes(*records),
+            };
+            let since_s = u32::from_le_bytes(*rest.first_chunk().expect(WHOLE));
+            Entry { id: OnceId(*id), kept, since_s }
+        };
+        self.open.map(|open| open.as_chunks().0.iter().map(entry))
+    }
+
+    /// The ids that the frame releases, each with the number of the frame's sections before it.
+    pub(super) fn releases(&self) -> impl Iterator<Item = (u32, OnceId)> + use<'a> {
+        self.releases.as_chunks::<RELEASE_BYTES>().0.iter().map(|bytes| {
+            let (sections, id) = bytes.split_first_chunk().expect("4 of 20 bytes");
+            (u32::from_le_bytes(*sections), OnceId(*id.first_chunk().expect("16 bytes")))
+        })
+    }
+}
+
+/// Writes an entry of [`Once::open`].
+pub(super) fn put_open(entry: &Entry, to: &mut Vec<u8>) {
+    to.extend_from_slice(entry.id.as_bytes());
+    to.extend_from_slice(&entry.kept.first_offset.to_le_bytes());
+    to.extend_from_slice(&entry.kept.records.to_le_bytes());
+    to.extend_from_slice(&entry.since_s.to_le_bytes());
+}
+
+/// Writes an entry of [`Once::releases`]: `id` is released behind so many of the frame's sections.
+pub(super) fn put_release(sections: u32, id: OnceId, to: &mut Vec<u8>) {
+    to.extend_from_slice(&sections.to_le_bytes());
+    to.extend_from_slice(id.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The ids are on disk: what made one has to make it again after every change.
+    #[test]
+    fn an_id_is_made_the_same_way_for_ever_and_shows_its_kind() {
+        let press = DatasourceId::new("press-4").expect("slug");
+        let oven = DatasourceId::new("oven").expect("slug");
+        let message = OnceId::of_message(&press, "reading-1");
+        let exchange = OnceId::of_exchange(7, 1);
+        assert!(!message.is_exchange() && exchange.is_exchange());
+        assert_ne!(message, OnceId::of_message(&oven, "reading-1"));
+        assert_ne!(exchange, OnceId::of_exchange(7, 2));
+        assert_ne!(exchange, OnceId::of_exchange(8, 1));
+        assert_eq!(
+            format!("{:02x?}", message.0),
+            "[56, f5, 9a, ca, 83, 3e, 4a, a8, e1, ca, 61, bc, 92, d7, 10, 76]"
+        );
+        assert_eq!(
+            format!("{:02x?}", exchange.0),
+            "[8e, 1b, 77, 87, ea, 73, 4b, 53, a3, 48, 72, 12, 63, 44, 1a, 88]"
+        );
+    }
+
+    #[test]
+    fn a_once_part_gives_back_what_was_put_in_and_a_cut_one_is_refused() {
+        let id = OnceId::of_exchange(7, 1);
+        let entry = Entry { id, kept: Earlier { first_offset: 1 << 40, records: 1 }, since_s: 3_000_000_000 };
+        let (mut open, mut releases, mut bytes) = (Vec::new(), Vec::new(), Vec::new());
+        put_open(&entry, &mut open);
+        put_release(5, id, &mut releases);
+        let stamp = Stamp { entered: 1 << 50, clock: u64::MAX, wall: -1 };
+        Once::put(stamp, Some(&open), &releases, &mut bytes);
+        let (once, rest) = Once::take(&bytes).expect("whole");
+        assert!(rest.is_empty());
+        assert_eq!(once.stamp, stamp);
+        assert_eq!(once.open().map(Iterator::collect::<Vec<_>>), Some(vec![entry]));
+        assert_eq!(once.releases().collect::<Vec<_>>(), [(5, id)]);
+        for cut in 0..bytes.len() {
+            assert!(Once::take(&bytes[..cut]).is_none(), "cut at {cut}");
+        }
+    }
+}

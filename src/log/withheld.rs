@@ -1,0 +1,182 @@
+//! Withheld records: those that are in the log and that nobody who reads it is given any more, because
+//! the key that let them in has leaked.
+//!
+//! The log does not change what it has written. Instead there are rules, mostly none, and each
+//! consumer asks about what it has read before it hands it on. Who keeps a copy of records (storage,
+//! retained messages) learns of [changes](Change) by their version and corrects what it has; it notes
+//! the version in the transaction that does, so that a change counts everywhere after any crash.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
+
+/// Which records: those that a key let in during a time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WithheldRule {
+    /// Of this datasource, or of all of them (`*`).
+    pub datasource: DatasourceId,
+    /// The key that let them in.
+    pub key_id: KeyId,
+    /// Received at or after.
+    pub since: TimeMicros,
+    /// With a lower offset: the log's end when the rule was made.
+    pub below: Offset,
+}
+
+impl WithheldRule {
+    /// Whether this record is one of them.
+    pub fn covers(&self, datasource: &str, key_id: KeyId, received_at: TimeMicros, offset: Offset) -> bool {
+        self.key_id == key_id
+            && offset < self.below
+            && received_at >= self.since
+            && (self.datasource.is_all() || self.datasource.as_str() == datasource)
+    }
+}
+
+/// One change of the rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// One more.
+    Withhold(WithheldRule),
+    /// All those of this key in this datasource (or in all, `*`) are no more.
+    GiveBack(DatasourceId, KeyId),
+}
+
+impl Change {
+    /// The key whose records it is about.
+    pub fn key_id(&self) -> KeyId {
+        match self {
+            Change::Withhold(rule) => rule.key_id,
+            Change::GiveBack(_, key_id) => *key_id,
+        }
+    }
+}
+
+/// The rules that hold, and how they came about.
+#[derive(Debug, Default)]
+pub struct Withheld {
+    /// How many changes there have been. Of 0 nothing more is read.
+    version: AtomicU64,
+    state: RwLock<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    changes: Vec<Change>,
+    rules: Arc<[WithheldRule]>,
+}
+
+impl Withheld {
+    /// The next change: it counts for whoever asks from now on. Returns the version that it makes.
+    pub fn push(&self, change: Change) -> u64 {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let mut rules = state.rules.to_vec();
+        match &change {
+            Change::Withhold(rule) => rules.push(rule.clone()),
+            Change::GiveBack(datasource, key_id) => {
+                rules.retain(|rule| rule.key_id != *key_id || rule.datasource != *datasource);
+            }
+        }
+        state.rules = rules.into();
+        state.changes.push(change);
+        let version = state.changes.len() as u64;
+        self.version.store(version, Ordering::Release);
+        version
+    }
+
+    /// How many changes there have been.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// The changes behind a version.
+    pub fn changes_after(&self, version: u64) -> Vec<Change> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let behind = usize::try_from(version).ok().and_then(|behind| state.changes.get(behind..));
+        behind.unwrap_or_default().to_vec()
+    }
+
+    /// What is left out at this moment. One atomic load if there never was a rule.
+    pub fn now(&self) -> LeftOut {
+        if self.version() == 0 {
+            return LeftOut(None);
+        }
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        LeftOut((!state.rules.is_empty()).then(|| state.rules.clone()))
+    }
+}
+
+/// What is left out at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct LeftOut(Option<Arc<[WithheldRule]>>);
+
+impl LeftOut {
+    /// Whether there is no rule, so that nothing is withheld.
+    pub fn is_nothing(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Whether the record is one that a rule withholds.
+    pub fn withholds(&self, record: &RecordRef<'_>) -> bool {
+        self.covers(record.datasource, record.key_id, record.received_at, record.offset)
+    }
+
+    /// The same, of what is known of it.
+    pub fn covers(&self, datasource: &str, key_id: KeyId, received_at: TimeMicros, offset: Offset) -> bool {
+        self.rules().any(|rule| rule.covers(datasource, key_id, received_at, offset))
+    }
+
+    /// Whether the record is to be handed to no consumer but quarantine: it is withheld, or did not
+    /// get past its schema.
+    pub fn contains(&self, record: &RecordRef<'_>) -> bool {
+        record.flags.contains(RecordFlags::QUARANTINED) || self.withholds(record)
+    }
+
+    /// The rules.
+    pub fn rules(&self) -> impl Iterator<Item = &WithheldRule> {
+        self.0.iter().flat_map(|rules| rules.iter())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(datasource: &str, since: TimeMicros, below: Offset) -> WithheldRule {
+        let datasource = match datasource {
+            "*" => DatasourceId::all(),
+            id => DatasourceId::new(id).expect("a slug"),
+        };
+        WithheldRule { datasource, key_id: KeyId([1; 6]), since, below }
+    }
+
+    #[test]
+    fn a_rule_is_for_one_key_from_a_time_to_an_offset() {
+        let withheld = Withheld::default();
+        assert!(withheld.now().is_nothing());
+        assert_eq!(withheld.push(Change::Withhold(rule("a", 100, 50))), 1);
+        let now = withheld.now();
+        assert!(now.covers("a", KeyId([1; 6]), 100, 49));
+        assert!(!now.covers("a", KeyId([1; 6]), 99, 49), "before the time");
+        assert!(!now.covers("a", KeyId([1; 6]), 100, 50), "after the rule was made");
+        assert!(!now.covers("a", KeyId([2; 6]), 100, 49), "another key");
+        assert!(!now.covers("b", KeyId([1; 6]), 100, 49), "another datasource");
+    }
+
+    #[test]
+    fn what_is_given_back_is_what_was_withheld_there() {
+        let withheld = Withheld::default();
+        withheld.push(Change::Withhold(rule("a", 100, 50)));
+        withheld.push(Change::Withhold(rule("*", 200, 60)));
+        let given_back = Change::GiveBack(DatasourceId::new("a").expect("a slug"), KeyId([1; 6]));
+        assert_eq!(withheld.push(given_back.clone()), 3);
+        let now = withheld.now();
+        assert!(!now.covers("a", KeyId([1; 6]), 150, 10));
+        assert!(now.covers("a", KeyId([1; 6]), 200, 10), "the other rule still holds");
+        assert_eq!(withheld.changes_after(2), [given_back]);
+        assert_eq!(withheld.changes_after(9), []);
+        withheld.push(Change::GiveBack(DatasourceId::all(), KeyId([1; 6])));
+        assert!(withheld.now().is_nothing());
+    }
+}

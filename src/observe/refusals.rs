@@ -1,0 +1,401 @@
+//! Refusals: what was refused lately, to whom and why, so that a person can find out what is wrong with
+//! a device that does not get in. Whoever refuses anything calls [`Refusals::note`]: that counts it in
+//! the metrics, and lists it here.
+//!
+//! The list is of sources, not of events: a client that fails the same way a million times is one entry
+//! with a count, its first and its last time. It is kept in memory, in a fixed number of parts, each
+//! with a lock of its own. An address is always in the same part, so that a flood from one pushes
+//! out few of the others; in a full part the source that was silent for longest goes.
+//!
+//! Nobody waits here. A thread that finds its part locked goes on without listing, and the metric
+//! `headgate_refusals_unlisted_total` says how often that was so. In a flood the entry's count is
+//! therefore a lower bound; `headgate_refused_total` is always exact.
+//!
+//! **No secret.** What a client calls itself, or says otherwise, may be a key: what looks like one is not
+//! kept ([`key::is_in`]). Of a key that is not known there is its [`Shape`] alone.
+
+use std::fmt::{self, Write};
+use std::hash::{BuildHasher, RandomState};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::time::Duration;
+
+use super::metrics::Metrics;
+use crate::auth::key;
+use crate::auth::network::source_of;
+use crate::auth::shape::Shape;
+use crate::limits::{REFUSALS_CLIENT_BYTES_MAX, REFUSALS_PER_SHARD_MAX, REFUSALS_SHARDS};
+use crate::message::{KeyId, TimeMicros, Transport, now_micros};
+use crate::quota::Limited;
+
+/// What stands in the place of a text that looks like a key.
+const HIDDEN: &str = "(not shown: it looks like an API key)";
+/// What is kept of a refusal's words, in bytes.
+const WORDS_BYTES_MAX: usize = 240;
+
+/// One refusal, as it is reported.
+#[derive(Clone, Copy)]
+pub struct Note<'a> {
+    /// Which way it came.
+    pub transport: Transport,
+    /// One word, as in metrics.
+    pub cause: &'static str,
+    /// The same for people; it may say what the client sent.
+    pub words: &'a dyn fmt::Display,
+    /// Where it came from, if that is known.
+    pub address: Option<IpAddr>,
+    /// What the client calls itself, or nothing.
+    pub client: &'a str,
+    /// The datasource that it was about, or nothing.
+    pub datasource: &'a str,
+    /// The key, if it was given out once.
+    pub key_id: Option<KeyId>,
+    /// The key, if it never was.
+    pub key_shape: Option<Shape>,
+    /// The limit, if it was for one.
+    pub limited: Option<&'a Limited>,
+}
+
+impl<'a> Note<'a> {
+    /// A refusal of which nothing more is known.
+    pub fn new(transport: Transport, cause: &'static str, words: &'a dyn fmt::Display) -> Self {
+        Self {
+            transport,
+            cause,
+            words,
+            address: None,
+            client: "",
+            datasource: "",
+            key_id: None,
+            key_shape: None,
+            limited: None,
+        }
+    }
+}
+
+/// A limit that something was refused for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OverLimit {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is set to.
+    pub max: u64,
+    /// Whose it is, in words.
+    pub owner: String,
+    /// How long it would have been to wait, the last time.
+    pub wait: Duration,
+}
+
+/// One source of refusals.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Which way it came.
+    pub transport: Transport,
+    /// One word.
+    pub cause: &'static str,
+    /// The same for people, of the last one.
+    pub words: String,
+    /// Where it came from.
+    pub address: Option<IpAddr>,
+    /// What the client calls itself, or nothing.
+    pub client: String,
+    /// The datasource, or nothing.
+    pub datasource: String,
+    /// The key, if it was given out once.
+    pub key_id: Option<KeyId>,
+    /// The key, if it never was.
+    pub key_shape: Option<Shape>,
+    /// The limit.
+    pub limit: Option<OverLimit>,
+    /// How many there were, at least.
+    pub count: u64,
+    /// When the first was.
+    pub first_at: TimeMicros,
+    /// When the last was.
+    pub last_at: TimeMicros,
+}
+
+/// Which entries are wanted; what is `None` does not matter.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// Of this client.
+    pub client: Option<String>,
+    /// From this address.
+    pub address: Option<IpAddr>,
+    /// For this cause.
+    pub cause: Option<String>,
+    /// About this datasource.
+    pub datasource: Option<String>,
+}
+
+impl Filter {
+    fn takes(&self, entry: &Entry) -> bool {
+        fn same<T: PartialEq + ?Sized>(wanted: Option<&T>, is: &T) -> bool {
+            wanted.is_none_or(|wanted| wanted == is)
+        }
+        same(self.client.as_deref(), entry.client.as_str())
+            && self.address.is_none_or(|wanted| entry.address == Some(wanted.to_canonical()))
+            && same(self.cause.as_deref(), entry.cause)
+            && same(self.datasource.as_deref(), entry.datasource.as_str())
+    }
+}
+
+/// Counts refusals, and lists the newest.
+pub struct Refusals {
+    metrics: Arc<Metrics>,
+    shards: [Mutex<Shard>; REFUSALS_SHARDS],
+    hash: RandomState,
+    /// How many were counted and not listed.
+    unlisted: AtomicU64,
+}
+
+/// Sources, and their hashes at the same places: to look for one reads the hashes alone.
+#[derive(Default)]
+struct Shard {
+    hashes: Vec<u64>,
+    entries: Vec<Entry>,
+}
+
+impl Refusals {
+    /// None yet.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        let shards = std::array::from_fn(|_| Mutex::default());
+        Self { metrics, shards, hash: RandomState::new(), unlisted: AtomicU64::new(0) }
+    }
+
+    /// Something was refused: counts it, and lists it unless that would mean to wait.
+    pub fn note(&self, note: Note<'_>) {
+        self.metrics.refused(note.transport, note.cause);
+        let address = note.address.map(|address| address.to_canonical());
+        let client = Shown { text: note.client, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
+        let Note { transport, cause, key_id, key_shape, .. } = note;
+        let datasource = Shown { text: note.datasource, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
+        let source = (address, client.text, transport, cause, datasource.text, key_id);
+        let hash = self.hash.hash_one(source);
+        let place = self.hash.hash_one(address.map(source_of)) % REFUSALS_SHARDS as u64;
+        let place = usize::try_from(place).expect("less than REFUSALS_SHARDS");
+        let mut shard = match self.shards[place].try_lock() {
+            Ok(shard) => shard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                self.unlisted.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+        };
+        let entry = shard.entry(hash, || Entry {
+            transport,
+            cause,
+            words: String::new(),
+            address,
+            client: client.to_string(),
+            datasource: datasource.to_string(),
+            key_id,
+            key_shape,
+            limit: None,
+            count: 0,
+            first_at: now_micros(),
+            last_at: 0,
+        });
+        entry.count += 1;
+        entry.last_at = now_micros();
+        entry.key_shape = key_shape;
+        entry.limit = note.limited.map(|limited| OverLimit {
+            name: limited.limit.name(),
+            max: limited.setting.max,
+            owner: limited.owner.to_string(),
+            wait: limited.wait,
+        });
+        entry.words.clear();
+        if write!(entry.words, "{}", note.words).is_err() {
+            entry.words.clear();
+        }
+        let words = Shown { text: &entry.words, bytes_max: WORDS_BYTES_MAX };
+        if !words.is_plain() {
+            entry.words = words.to_string();
+        }
+    }
+
+    /// The newest that `filter` takes, at most `count_max` of them.
+    pub fn newest(&self, filter: &Filter, count_max: usize) -> Vec<Entry> {
+        let mut found = Vec::new();
+        for shard in &self.shards {
+            let shard = shard.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            found.extend(shard.entries.iter().filter(|entry| filter.takes(entry)).cloned());
+        }
+        found.sort_by_key(|entry| std::cmp::Reverse(entry.last_at));
+        found.truncate(count_max);
+        found
+    }
+
+    /// How many were counted and not listed.
+    pub fn unlisted(&self) -> u64 {
+        self.unlisted.load(Ordering::Relaxed)
+    }
+}
+
+impl Shard {
+    /// The entry of a source, in the place of the one that was silent for longest if there are too many.
+    fn entry(&mut self, hash: u64, new: impl FnOnce() -> Entry) -> &mut Entry {
+        let known = self.hashes.iter().position(|&known| known == hash);
+        let at = known.unwrap_or_else(|| {
+            if self.entries.len() < REFUSALS_PER_SHARD_MAX {
+                self.hashes.push(hash);
+                self.entries.push(new());
+                return self.entries.len() - 1;
+            }
+            let silent = self.entries.iter().enumerate().min_by_key(|(_, entry)| entry.last_at);
+            let at = silent.map_or(0, |(at, _)| at);
+            self.hashes[at] = hash;
+            self.entries[at] = new();
+            at
+        });
+        &mut self.entries[at]
+    }
+}
+
+/// A text that somebody else chose, as it may be shown: cut, without control characters, and not at
+/// all if it looks like a key.
+struct Shown<'a> {
+    text: &'a str,
+    bytes_max: usize,
+}
+
+impl Shown<'_> {
+    /// Whether it is shown as it is.
+    fn is_plain(&self) -> bool {
+        self.text.len() <= self.bytes_max
+            && !self.text.chars().any(char::is_control)
+            && !key::is_in(self.text)
+    }
+}
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if key::is_in(self.text) {
+            return f.write_str(HIDDEN);
+        }
+        let cut = self.text.floor_char_boundary(self.bytes_max);
+        for c in self.text[..cut].chars() {
+            f.write_char(if c.is_control() { '\u{fffd}' } else { c })?;
+        }
+        if cut < self.text.len() { f.write_str("…") } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::ApiKey;
+
+    fn refusals() -> Refusals {
+        Refusals::new(Arc::new(Metrics::new()))
+    }
+
+    fn note<'a>(address: [u8; 4], client: &'a str) -> Note<'a> {
+        Note { address: Some(address.into()), client, ..Note::new(Transport::Mqtt, "topic", &"a bad topic") }
+    }
+
+    #[test]
+    fn a_source_is_one_entry_that_counts() {
+        let refusals = refusals();
+        for _ in 0..3 {
+            refusals.note(note([10, 0, 0, 1], "press"));
+        }
+        refusals.note(note([10, 0, 0, 1], "saw"));
+        refusals.note(note([10, 0, 0, 2], "press"));
+        let all = refusals.newest(&Filter::default(), 10);
+        assert_eq!(all.len(), 3);
+        assert!(all.is_sorted_by_key(|entry| std::cmp::Reverse(entry.last_at)));
+        let filter = Filter {
+            client: Some("press".to_owned()),
+            address: Some([10, 0, 0, 1].into()),
+            ..Filter::default()
+        };
+        let found = refusals.newest(&filter, 10);
+        assert_eq!(found.iter().map(|entry| entry.count).collect::<Vec<_>>(), [3]);
+        assert!(found[0].first_at <= found[0].last_at && found[0].words == "a bad topic");
+        assert_eq!(refusals.newest(&Filter::default(), 2).len(), 2);
+        let other = Filter { cause: Some("no_key".to_owned()), ..Filter::default() };
+        assert!(refusals.newest(&other, 10).is_empty());
+        assert!(
+            refusals
+                .metrics
+                .render()
+                .contains("headgate_refused_total{transport=\"mqtt\",cause=\"topic\"} 5")
+        );
+    }
+
+    #[test]
+    fn a_flood_from_one_address_takes_no_more_than_its_part() {
+        let refusals = refusals();
+        refusals.note(note([10, 0, 0, 1], "quiet"));
+        for i in 0..10_000 {
+            refusals.note(note([10, 0, 0, 2], &format!("client-{i}")));
+        }
+        let all = refusals.newest(&Filter::default(), usize::MAX);
+        assert!(all.len() <= REFUSALS_PER_SHARD_MAX + 1, "{}", all.len());
+        let newest = Filter { client: Some("client-9999".to_owned()), ..Filter::default() };
+        assert_eq!(refusals.newest(&newest, 1).len(), 1);
+    }
+
+    #[test]
+    fn all_addresses_together_are_bounded() {
+        let refusals = refusals();
+        for i in 0..20_000_u16 {
+            let [a, b] = i.to_be_bytes();
+            refusals.note(note([10, 0, a, b], ""));
+        }
+        let all = refusals.newest(&Filter::default(), usize::MAX);
+        assert_eq!(all.len(), REFUSALS_SHARDS * REFUSALS_PER_SHARD_MAX);
+    }
+
+    #[test]
+    fn threads_never_wait_and_every_refusal_is_counted_or_listed() {
+        let refusals = refusals();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..1_000).for_each(|_| refusals.note(note([10, 0, 0, 1], "press"))));
+            }
+        });
+        let listed = refusals.newest(&Filter::default(), 1)[0].count;
+        assert_eq!(listed + refusals.unlisted(), 4_000);
+        assert!(refusals.metrics.render().contains("cause=\"topic\"} 4000"));
+    }
+
+    #[test]
+    fn what_looks_like_a_key_is_not_kept() {
+        let refusals = refusals();
+        let generated = ApiKey::generate();
+        let secret = generated.expose();
+        for client in [secret, &format!("x{secret}y"), &secret.to_uppercase(), &secret[4..], &secret[..12]] {
+            let words = format!("there is no datasource {client:?}");
+            let note = Note { words: &words, datasource: client, ..note([10, 0, 0, 1], client) };
+            refusals.note(note);
+        }
+        let all = refusals.newest(&Filter::default(), 10);
+        assert_eq!(all.len(), 5);
+        for entry in all {
+            assert_eq!((entry.client.as_str(), entry.datasource.as_str()), (HIDDEN, HIDDEN));
+            assert!(
+                !format!("{entry:?}").to_lowercase().contains(&secret[4..12].to_lowercase()),
+                "{entry:?}"
+            );
+        }
+        for plain in ["press-4", "sensor_0123456789", &"0123456789abcdef".repeat(4), ""] {
+            assert!(!key::is_in(plain), "{plain}");
+        }
+    }
+
+    #[test]
+    fn what_a_client_calls_itself_is_cut_and_cannot_move_the_cursor() {
+        let refusals = refusals();
+        let long = "ä".repeat(REFUSALS_CLIENT_BYTES_MAX);
+        refusals.note(note([10, 0, 0, 1], &long));
+        refusals.note(note([10, 0, 0, 2], "a\u{1b}[2Jb"));
+        let clients: Vec<_> =
+            refusals.newest(&Filter::default(), 2).into_iter().map(|entry| entry.client).collect();
+        assert!(clients.iter().all(|client| client.len() <= REFUSALS_CLIENT_BYTES_MAX + 3));
+        assert!(clients.iter().all(|client| !client.contains('\u{1b}')), "{clients:?}");
+    }
+}

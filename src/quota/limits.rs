@@ -1,0 +1,315 @@
+//! The limits of a key or a datasource: what may be set, as the API has it in JSON.
+//!
+//! ```json
+//! {"messages_per_s": {"max": 100, "burst": 200, "policy": "hold_back"}, "payload_bytes": 4096}
+//! ```
+//!
+//! A number alone is the `max`. A rate has a `burst`, what may come at once: one second's worth if it is
+//! not given. The [`Policy`] says what becomes of a message over a rate.
+
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value, json};
+
+use super::bucket::Rate;
+use crate::limits::{LIMIT_MAX, LIMIT_TOPICS_MAX};
+
+/// What can be limited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Limit {
+    /// Messages a second.
+    MessagesPerS,
+    /// Bytes of payload a second.
+    BytesPerS,
+    /// Connections at once.
+    Connections,
+    /// The largest payload of one message, in bytes.
+    PayloadBytes,
+    /// Different topics.
+    Topics,
+}
+
+impl Limit {
+    /// All of them, in the order in which they are shown.
+    pub const ALL: [Limit; 5] =
+        [Limit::MessagesPerS, Limit::BytesPerS, Limit::Connections, Limit::PayloadBytes, Limit::Topics];
+
+    /// The name in the API, in metrics and in words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Limit::MessagesPerS => "messages_per_s",
+            Limit::BytesPerS => "bytes_per_s",
+            Limit::Connections => "connections",
+            Limit::PayloadBytes => "payload_bytes",
+            Limit::Topics => "topics",
+        }
+    }
+
+    /// Whether it is so much a second, which time alone makes good again.
+    pub fn is_rate(self) -> bool {
+        matches!(self, Limit::MessagesPerS | Limit::BytesPerS)
+    }
+
+    fn max(self) -> u64 {
+        if self == Limit::Topics { LIMIT_TOPICS_MAX } else { LIMIT_MAX }
+    }
+}
+
+/// What becomes of a message over a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    /// It waits: its connection is not read until it may go on. Over HTTP, which cannot wait, as
+    /// [`Policy::Reject`]. For rates, and their default.
+    HoldBack,
+    /// It is refused.
+    Reject,
+    /// It is kept in quarantine.
+    Quarantine,
+}
+
+impl Policy {
+    const ALL: [Policy; 3] = [Policy::HoldBack, Policy::Reject, Policy::Quarantine];
+
+    /// The name in the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::HoldBack => "hold_back",
+            Policy::Reject => "reject",
+            Policy::Quarantine => "quarantine",
+        }
+    }
+
+    /// Whether it may be set for `limit`: the one place that says so.
+    fn check(self, limit: Limit) -> Result<(), &'static str> {
+        match self {
+            Policy::Reject => Ok(()),
+            Policy::Quarantine if limit != Limit::Connections => Ok(()),
+            Policy::HoldBack if limit.is_rate() => Ok(()),
+            Policy::HoldBack => {
+                Err("only messages_per_s and bytes_per_s can hold back: time makes them good")
+            }
+            Policy::Quarantine => Err("messages are quarantined, not connections"),
+        }
+    }
+}
+
+/// One limit, as it is set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setting {
+    /// The most there may be.
+    pub max: u64,
+    /// Of a rate: what may come at once.
+    pub burst: u64,
+    /// What becomes of what is over it.
+    pub policy: Policy,
+}
+
+impl Setting {
+    /// A rate's bucket.
+    pub(super) fn rate(self) -> Rate {
+        Rate { per_s: self.max, burst: self.burst }
+    }
+}
+
+/// The limits of one key or datasource; what is not set is not limited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Limits([Option<Setting>; Limit::ALL.len()]);
+
+/// Limits that cannot be set.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("limits{pointer}: {words}")]
+pub struct LimitsError {
+    /// Where in the limits, as a JSON pointer.
+    pub pointer: String,
+    /// What is wrong there.
+    pub words: String,
+}
+
+impl Limits {
+    /// One of them.
+    pub fn get(&self, limit: Limit) -> Option<Setting> {
+        self.0[limit as usize]
+    }
+
+    /// Whether nothing is limited.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(Option::is_none)
+    }
+
+    /// Reads the text that the registry keeps.
+    ///
+    /// # Errors
+    /// As [`Limits::from_json`].
+    pub fn parse(text: &str) -> Result<Self, LimitsError> {
+        let fault =
+            |error: serde_json::Error| LimitsError { pointer: String::new(), words: error.to_string() };
+        Self::from_json(&serde_json::from_str(text).map_err(fault)?)
+    }
+
+    /// The text that the registry is to keep: none for no limits.
+    pub fn text(&self) -> Option<String> {
+        (!self.is_empty()).then(|| self.to_json().to_string())
+    }
+
+    /// Reads what is stored or sent: an object, or `null` for no limits.
+    ///
+    /// # Errors
+    /// [`LimitsError`] for a name that is not known, and for a value that is out of range or of
+    /// another type.
+    pub fn from_json(value: &Value) -> Result<Self, LimitsError> {
+        Self::default().patched(value)
+    }
+
+    /// These limits with `patch` over them, as a JSON merge patch (RFC 7396) has it: what it does not
+    /// name stays, `null` takes a limit away, or all of them.
+    ///
+    /// # Errors
+    /// As [`Limits::from_json`].
+    pub fn patched(mut self, patch: &Value) -> Result<Self, LimitsError> {
+        let fault =
+            |pointer: &str, words: &str| LimitsError { pointer: pointer.to_owned(), words: words.to_owned() };
+        let settings = match patch {
+            Value::Null => return Ok(Self::default()),
+            Value::Object(settings) => settings,
+            _ => return Err(fault("", "they have to be an object, or null for none")),
+        };
+        for (name, value) in settings {
+            let Some(limit) = Limit::ALL.into_iter().find(|limit| limit.name() == name) else {
+                let names = Limit::ALL.map(Limit::name).join(", ");
+                return Err(fault("", &format!("there is one that is not known; there are {names}")));
+            };
+            let at = |member: &str| format!("/{name}{member}");
+            let stated = self.get(limit);
+            self.0[limit as usize] = match value {
+                Value::Null => None,
+                Value::Number(_) => {
+                    Some(setting(limit, None, &Map::from_iter([("max".to_owned(), value.clone())])))
+                }
+                Value::Object(members) => Some(setting(limit, stated, members)),
+                _ => return Err(fault(&at(""), "it has to be a whole number, an object with max, or null")),
+            }
+            .transpose()
+            .map_err(|(member, words)| fault(&at(member), &words))?;
+        }
+        Ok(self)
+    }
+
+    /// As the API shows them and the registry keeps them.
+    pub fn to_json(&self) -> Value {
+        let set = Limit::ALL.into_iter().filter_map(|limit| Some((limit, self.get(limit)?)));
+        let shown = set.map(|(limit, Setting { max, burst, policy })| {
+            let setting = match limit.is_rate() {
+                true => json!({ "max": max, "burst": burst, "policy": policy.name() }),
+                false => json!({ "max": max, "policy": policy.name() }),
+            };
+            (limit.name().to_owned(), setting)
+        });
+        Value::Object(shown.collect())
+    }
+}
+
+impl Serialize for Limits {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        self.to_json().serialize(s)
+    }
+}
+
+/// One limit from its members, over what it was; `Err` says which member is wrong and why.
+fn setting(
+    limit: Limit,
+    stated: Option<Setting>,
+    members: &Map<String, Value>,
+) -> Result<Setting, (&'static str, String)> {
+    let known = |name: &str| matches!(name, "max" | "policy") || name == "burst" && limit.is_rate();
+    if !members.keys().all(|name| known(name)) {
+        let burst = if limit.is_rate() { ", burst" } else { "" };
+        return Err(("", format!("its members are max{burst} and policy")));
+    }
+    let number = |name: &'static str, pointer, default: Option<u64>| match members.get(name) {
+        None => default.ok_or((pointer, format!("it has to be between 1 and {}", limit.max()))),
+        Some(value) => value
+            .as_u64()
+            .filter(|number| (1..=limit.max()).contains(number))
+            .ok_or((pointer, format!("it has to be a whole number between 1 and {}", limit.max()))),
+    };
+    let max = number("max", "/max", stated.map(|s| s.max))?;
+    // A burst that was not chosen goes with the rate.
+    let chosen = stated.filter(|s| s.burst != s.max).map(|s| s.burst);
+    let burst = number("burst", "/burst", Some(chosen.unwrap_or(max)))?;
+    let policy = match members.get("policy") {
+        None => stated.map_or(if limit.is_rate() { Policy::HoldBack } else { Policy::Reject }, |s| s.policy),
+        Some(value) => Policy::ALL
+            .into_iter()
+            .find(|policy| value.as_str() == Some(policy.name()))
+            .ok_or_else(|| ("/policy", "it has to be hold_back, reject or quarantine".to_owned()))?,
+    };
+    policy.check(limit).map_err(|words| ("/policy", words.to_owned()))?;
+    Ok(Setting { max, burst, policy })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(value: Value) -> Result<Limits, LimitsError> {
+        Limits::from_json(&value)
+    }
+
+    #[test]
+    fn a_number_alone_is_the_max_and_the_rest_is_default() {
+        let limits = limits(json!({ "messages_per_s": 100, "topics": 5 })).expect("good");
+        let rate = limits.get(Limit::MessagesPerS).expect("set");
+        assert_eq!((rate.max, rate.burst, rate.policy), (100, 100, Policy::HoldBack));
+        assert_eq!(limits.get(Limit::Topics).expect("set").policy, Policy::Reject);
+        assert_eq!(limits.get(Limit::BytesPerS), None);
+    }
+
+    #[test]
+    fn what_is_shown_reads_back_as_it_was() {
+        let set = limits(json!({
+            "messages_per_s": { "max": 10, "burst": 30, "policy": "reject" },
+            "bytes_per_s": 1000,
+            "connections": { "max": 2 },
+            "payload_bytes": 512,
+            "topics": LIMIT_TOPICS_MAX,
+        }))
+        .expect("good");
+        assert_eq!(limits(set.to_json()), Ok(set));
+        assert_eq!(limits(Value::Null), Ok(Limits::default()));
+    }
+
+    #[test]
+    fn a_patch_changes_what_it_names_and_null_takes_away() {
+        let set = limits(json!({ "messages_per_s": 10, "topics": 5 })).expect("good");
+        let patched = set.patched(&json!({ "topics": null, "payload_bytes": 7 })).expect("good");
+        assert_eq!(patched, limits(json!({ "messages_per_s": 10, "payload_bytes": 7 })).expect("good"));
+        let rejecting = set.patched(&json!({ "messages_per_s": { "policy": "reject" } })).expect("good");
+        let rate = rejecting.get(Limit::MessagesPerS).expect("set");
+        assert_eq!((rate.max, rate.burst, rate.policy), (10, 10, Policy::Reject));
+        let faster = rejecting.patched(&json!({ "messages_per_s": { "max": 20 } })).expect("good");
+        assert_eq!(faster.get(Limit::MessagesPerS).expect("set").burst, 20, "it goes with the rate");
+        assert!(set.patched(&Value::Null).expect("good").is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_set_is_refused_at_its_place() {
+        for (value, pointer) in [
+            (json!(7), ""),
+            (json!({ "message_per_s": 1 }), ""),
+            (json!({ "messages_per_s": "1" }), "/messages_per_s"),
+            (json!({ "messages_per_s": 0 }), "/messages_per_s/max"),
+            (json!({ "messages_per_s": 1.5 }), "/messages_per_s/max"),
+            (json!({ "messages_per_s": -1 }), "/messages_per_s/max"),
+            (json!({ "messages_per_s": {} }), "/messages_per_s/max"),
+            (json!({ "messages_per_s": { "max": 1, "burst": 0 } }), "/messages_per_s/burst"),
+            (json!({ "messages_per_s": { "max": 1, "policy": "drop" } }), "/messages_per_s/policy"),
+            (json!({ "connections": { "max": 1, "policy": "quarantine" } }), "/connections/policy"),
+            (json!({ "topics": { "max": 1, "policy": "hold_back" } }), "/topics/policy"),
+            (json!({ "topics": { "max": 1, "burst": 1 } }), "/topics"),
+            (json!({ "topics": LIMIT_TOPICS_MAX + 1 }), "/topics/max"),
+            (json!({ "bytes_per_s": LIMIT_MAX + 1 }), "/bytes_per_s/max"),
+        ] {
+            assert_eq!(limits(value.clone()).map_err(|e| e.pointer), Err(pointer.to_owned()), "{value}");
+        }
+        assert!(limits(json!({ "topics": LIMIT_TOPICS_MAX, "bytes_per_s": LIMIT_MAX })).is_ok());
+    }
+}

@@ -1,0 +1,411 @@
+//! A quota: what a key or a datasource may use, and what it has used. Intake asks it about every
+//! message behind the authorizer and before the log, and the MQTT front about every connection.
+//!
+//! A key or datasource that has [`Limits`] has [`Meters`], which stand beside the limits in the registry's
+//! live view; the others have nothing. All connections of a key share its meters; nothing about them is
+//! locked. When limits are changed, new meters take the place of the old ones, also for connections that
+//! live and for who is held back.
+//!
+//! What is used is in memory. A change of the limits and a restart begin with full buckets and no topic
+//! seen.
+
+pub mod bucket;
+pub mod limits;
+mod topics;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use self::bucket::{Bucket, Moment};
+pub use self::limits::{Limit, Limits, LimitsError, Policy, Setting};
+use self::topics::Topics;
+use crate::message::{DatasourceId, KeyId};
+
+/// Whose limits they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Owner {
+    /// One key's.
+    Key(KeyId),
+    /// One datasource's: of all its keys together, and of keys for all datasources in it.
+    Datasource(DatasourceId),
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Owner::Key(id) => write!(f, "API key {id}"),
+            Owner::Datasource(id) => write!(f, "datasource {id}"),
+        }
+    }
+}
+
+/// A message or connection that is over a limit.
+#[derive(Debug, Clone)]
+pub struct Limited {
+    /// Which limit.
+    pub limit: Limit,
+    /// How it is set.
+    pub setting: Setting,
+    /// Whose it is.
+    pub owner: Owner,
+    /// How long until it may go on; zero where time does not help.
+    pub wait: Duration,
+    /// What of the limit is left.
+    pub standing: Standing,
+    /// What it would take is set aside for it: after the wait it goes on without asking again.
+    reserved: bool,
+    /// Cancelled when the limits are set anew.
+    replaced: CancellationToken,
+}
+
+impl Limited {
+    /// Whether it is to wait instead of being refused.
+    pub fn holds_back(&self) -> bool {
+        self.setting.policy == Policy::HoldBack
+    }
+
+    /// Whether it is to be kept in quarantine instead of being refused.
+    pub fn quarantines(&self) -> bool {
+        self.setting.policy == Policy::Quarantine
+    }
+
+    /// Waits for its turn, but for no longer than `patience`. `Ok(true)`: it is its turn, and what it
+    /// takes is taken. `Ok(false)`: the limits have changed, and it has to ask again.
+    ///
+    /// # Errors
+    /// Itself, when its turn does not come within `patience`.
+    pub async fn turn(self, patience: Duration) -> Result<bool, Self> {
+        let wait = if self.reserved { self.wait } else { patience };
+        match tokio::time::timeout(wait, self.replaced.cancelled()).await {
+            Ok(()) => Ok(false),
+            Err(_) if self.reserved => Ok(true),
+            Err(_) => Err(self),
+        }
+    }
+}
+
+impl fmt::Display for Limited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Limited { limit, setting, owner, wait, .. } = self;
+        write!(f, "over the limit {} {} of {owner}", limit.name(), setting.max)?;
+        if !wait.is_zero() {
+            write!(f, "; wait {}", Seconds(*wait))?;
+        }
+        Ok(())
+    }
+}
+
+/// A duration for people: `0.4 s`, rounded up, so that who comes after it is not too early.
+struct Seconds(Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tenths = self.0.as_millis().div_ceil(100).max(1);
+        write!(f, "{}.{} s", tenths / 10, tenths % 10)
+    }
+}
+
+/// How far a rate is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// What may come at once when nothing is used.
+    pub burst: u64,
+    /// What may come at once now.
+    pub left: u64,
+    /// When nothing is used any more.
+    pub full_in: Duration,
+}
+
+/// The limits of one owner, and what it has used.
+#[derive(Debug)]
+pub struct Meters {
+    owner: Owner,
+    limits: Limits,
+    messages: Bucket,
+    bytes: Bucket,
+    topics: Topics,
+    /// Cancelled when others take their place.
+    replaced: CancellationToken,
+}
+
+impl Meters {
+    /// Meters for `limits`, of which nothing is used.
+    pub fn new(owner: Owner, limits: Limits) -> Self {
+        Self {
+            owner,
+            limits,
+            messages: Bucket::default(),
+            bytes: Bucket::default(),
+            topics: Topics::default(),
+            replaced: CancellationToken::new(),
+        }
+    }
+
+    /// Meters for limits as the registry keeps them: JSON that was checked when it was set. What cannot
+    /// be read all the same is told in the log, and limits nothing.
+    pub fn read(owner: Owner, text: Option<&str>) -> Self {
+        let limits = text.map_or(Ok(Limits::default()), Limits::parse).unwrap_or_else(|error| {
+            tracing::error!(%owner, %error, "the limits that are kept cannot be read; nothing is limited");
+            Limits::default()
+        });
+        Self::new(owner, limits)
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Others have taken their place: whoever is held back asks those.
+    pub fn replace(&self) {
+        self.replaced.cancel();
+    }
+
+    fn bucket(&self, limit: Limit) -> &Bucket {
+        if limit == Limit::BytesPerS { &self.bytes } else { &self.messages }
+    }
+
+    fn standing(&self, limit: Limit, setting: Setting, now: Moment) -> Standing {
+        match limit {
+            Limit::MessagesPerS | Limit::BytesPerS => {
+                let (bucket, rate) = (self.bucket(limit), setting.rate());
+                Standing { burst: setting.burst, left: bucket.left(rate, now), full_in: bucket.full_in(now) }
+            }
+            Limit::Topics => Standing {
+                burst: setting.max,
+                left: setting.max.saturating_sub(self.topics.count()),
+                full_in: Duration::ZERO,
+            },
+            Limit::Connections | Limit::PayloadBytes => {
+                Standing { burst: setting.max, left: 0, full_in: Duration::ZERO }
+            }
+        }
+    }
+
+    fn limited(&self, limit: Limit, setting: Setting, wait: Duration, reserved: bool) -> Limited {
+        let (owner, replaced) = (self.owner.clone(), self.replaced.clone());
+        let standing = self.standing(limit, setting, Moment::now());
+        Limited { limit, setting, owner, wait, standing, reserved, replaced }
+    }
+
+    /// Says no if `used` of a limit that is no rate is more than it allows.
+    fn check(&self, limit: Limit, used: u64) -> Result<(), Limited> {
+        match self.limits.get(limit) {
+            Some(setting) if used > setting.max => Err(self.limited(limit, setting, Duration::ZERO, false)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The meters that a message of one key in one datasource goes by.
+#[derive(Debug, Clone)]
+pub struct Quota([Option<Arc<Meters>>; 2]);
+
+impl Quota {
+    /// Goes by the meters of the key and of the datasource, if there are any.
+    pub fn new(key: Option<Arc<Meters>>, datasource: Option<Arc<Meters>>) -> Option<Self> {
+        (key.is_some() || datasource.is_some()).then_some(Self([key, datasource]))
+    }
+
+    fn meters(&self) -> impl Iterator<Item = &Meters> {
+        self.0.iter().flatten().map(Arc::as_ref)
+    }
+
+    /// Checks the size of a payload, and the topic, which is remembered.
+    ///
+    /// # Errors
+    /// [`Limited`], which no waiting helps.
+    pub fn check(&self, datasource: &DatasourceId, topic: &str, payload_bytes: usize) -> Result<(), Limited> {
+        for meters in self.meters() {
+            meters.check(Limit::PayloadBytes, payload_bytes as u64)?;
+        }
+        for meters in self.meters() {
+            if let Some(setting) = meters.limits.get(Limit::Topics)
+                && !meters.topics.admits(datasource.as_str(), topic, setting.max)
+            {
+                return Err(meters.limited(Limit::Topics, setting, Duration::ZERO, false));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes messages and their bytes from every rate that there is. Who can wait waits for at most
+    /// `patience` where the policy is to hold back; its share is set aside then.
+    ///
+    /// # Errors
+    /// [`Limited`]: by the first limit that it cannot wait for, and then nothing is taken; or by the
+    /// one that it has to wait longest for.
+    pub fn take(&self, messages: u64, bytes: u64, patience: Duration) -> Result<(), Limited> {
+        let now = Moment::now();
+        let rates = || {
+            let units = [(Limit::MessagesPerS, messages), (Limit::BytesPerS, bytes)];
+            self.meters().flat_map(move |meters| {
+                let set = move |(limit, units)| Some((meters, limit, meters.limits.get(limit)?, units));
+                units.into_iter().filter_map(set)
+            })
+        };
+        let mut longest: Option<(&Meters, Limit, Setting, Duration)> = None;
+        for (taken, (meters, limit, setting, units)) in rates().enumerate() {
+            let patience = if setting.policy == Policy::HoldBack { patience } else { Duration::ZERO };
+            match meters.bucket(limit).take(setting.rate(), units, now, patience) {
+                Ok(wait) if wait.is_zero() => {}
+                Ok(wait) => {
+                    if longest.is_none_or(|(.., longest)| wait > longest) {
+                        longest = Some((meters, limit, setting, wait));
+                    }
+                }
+                Err(wait) => {
+                    for (meters, limit, setting, units) in rates().take(taken) {
+                        meters.bucket(limit).give_back(setting.rate(), units);
+                    }
+                    return Err(meters.limited(limit, setting, wait, false));
+                }
+            }
+        }
+        match longest {
+            None => Ok(()),
+            Some((meters, limit, setting, wait)) => Err(meters.limited(limit, setting, wait, true)),
+        }
+    }
+
+    /// How far the rate of messages is used: of the key's and the datasource's the one with less left.
+    pub fn standing(&self) -> Option<Standing> {
+        let now = Moment::now();
+        let of = |meters: &Meters| {
+            Some(meters.standing(Limit::MessagesPerS, meters.limits.get(Limit::MessagesPerS)?, now))
+        };
+        self.meters().filter_map(of).min_by_key(|standing| standing.left)
+    }
+
+    /// Checks how many connections are open, those of the key and those of the datasource.
+    ///
+    /// # Errors
+    /// [`Limited`].
+    pub fn check_connections(
+        &self,
+        of_key: impl Fn() -> usize,
+        of_datasource: impl Fn() -> usize,
+    ) -> Result<(), Limited> {
+        for meters in self.meters().filter(|meters| meters.limits.get(Limit::Connections).is_some()) {
+            let open = if matches!(meters.owner, Owner::Key(_)) { of_key() } else { of_datasource() };
+            meters.check(Limit::Connections, open as u64)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const KEY: KeyId = KeyId([7; 6]);
+
+    fn datasource() -> DatasourceId {
+        DatasourceId::new("a").expect("a slug")
+    }
+
+    fn meters(owner: Owner, value: &Value) -> Option<Arc<Meters>> {
+        let limits = Limits::from_json(value).expect("good limits");
+        Some(Arc::new(Meters::new(owner, limits)))
+    }
+
+    fn of_key(value: &Value) -> Quota {
+        Quota::new(meters(Owner::Key(KEY), value), None).expect("limited")
+    }
+
+    #[test]
+    fn who_is_not_limited_has_no_quota() {
+        assert!(Quota::new(None, None).is_none());
+        let quota = Quota::new(None, meters(Owner::Datasource(datasource()), &json!({ "topics": 1 })));
+        assert!(quota.expect("limited").standing().is_none(), "it has no rate");
+    }
+
+    #[test]
+    fn a_refusal_names_the_limit_its_value_the_owner_and_the_wait() {
+        let quota = of_key(&json!({ "messages_per_s": { "max": 2, "burst": 1, "policy": "reject" } }));
+        quota.take(1, 0, Duration::ZERO).expect("the burst");
+        let limited = quota.take(1, 0, Duration::MAX).expect_err("one above");
+        let words = limited.to_string();
+        assert_eq!(words, "over the limit messages_per_s 2 of API key 070707070707; wait 0.5 s");
+        assert!(!limited.holds_back() && !limited.reserved);
+        assert_eq!((limited.standing.burst, limited.standing.left), (1, 0));
+    }
+
+    #[test]
+    fn what_one_limit_refuses_is_not_taken_from_the_others() {
+        let key = meters(Owner::Key(KEY), &json!({ "messages_per_s": 1_000, "bytes_per_s": 1_000_000 }));
+        let one = json!({ "messages_per_s": { "max": 1, "policy": "reject" } });
+        let quota = Quota::new(key, meters(Owner::Datasource(datasource()), &one)).expect("limited");
+        quota.take(1, 10, Duration::ZERO).expect("the burst");
+        for _ in 0..2_000 {
+            let limited = quota.take(1, 10, Duration::ZERO).expect_err("over");
+            assert_eq!(limited.owner, Owner::Datasource(datasource()));
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_held_back_goes_on_when_it_is_its_turn() {
+        let quota = of_key(&json!({ "messages_per_s": { "max": 20, "burst": 1 } }));
+        let began = std::time::Instant::now();
+        quota.take(1, 0, Duration::ZERO).expect("the burst");
+        let patience = Duration::from_secs(30);
+        let limited = quota.take(1, 0, patience).expect_err("it has to wait");
+        assert!(limited.holds_back() && limited.reserved);
+        assert!(limited.turn(patience).await.expect("its turn comes"));
+        assert!(began.elapsed() >= Duration::from_millis(50), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn who_would_wait_too_long_is_told_after_the_patience() {
+        let quota = of_key(&json!({ "messages_per_s": { "max": 1, "burst": 1 } }));
+        quota.take(60, 0, Duration::ZERO).expect("a full bucket lets in more than the burst, and it is owed");
+        let patience = Duration::from_millis(50);
+        let limited = quota.take(1, 0, patience).expect_err("a minute away");
+        let began = std::time::Instant::now();
+        let limited = limited.turn(patience).await.expect_err("not within the patience");
+        assert!(began.elapsed() >= patience);
+        assert!(limited.wait > Duration::from_secs(50), "{:?}", limited.wait);
+    }
+
+    #[tokio::test]
+    async fn who_is_held_back_asks_again_when_the_limits_change() {
+        let meters = meters(Owner::Key(KEY), &json!({ "messages_per_s": 1 })).expect("limited");
+        let quota = Quota::new(Some(meters.clone()), None).expect("limited");
+        quota.take(60, 0, Duration::ZERO).expect("a full bucket");
+        let limited = quota.take(1, 0, Duration::ZERO).expect_err("a minute away");
+        meters.replace();
+        assert!(!limited.turn(Duration::MAX).await.expect("the limits have changed"));
+    }
+
+    #[test]
+    fn limits_that_cannot_be_read_limit_nothing() {
+        for text in ["", "{", "{\"speed\": 1}"] {
+            assert!(Meters::read(Owner::Key(KEY), Some(text)).limits().is_empty(), "{text}");
+        }
+        assert!(!Meters::read(Owner::Key(KEY), Some("{\"topics\": 1}")).limits().is_empty());
+    }
+
+    #[test]
+    fn payload_topics_and_connections_hold_at_the_limit_and_one_above() {
+        let quota = of_key(&json!({ "payload_bytes": 4, "topics": 1, "connections": 2 }));
+        quota.check(&datasource(), "t", 4).expect("at the limit");
+        let over = |result: Result<(), Limited>| result.expect_err("one above").limit;
+        assert_eq!(over(quota.check(&datasource(), "u", 5)), Limit::PayloadBytes);
+        assert_eq!(over(quota.check(&datasource(), "u", 4)), Limit::Topics);
+        quota.check_connections(|| 2, || 100).expect("at the limit, and the datasource has none");
+        assert_eq!(over(quota.check_connections(|| 3, || 0)), Limit::Connections);
+    }
+
+    #[test]
+    fn waits_are_told_in_tenths_rounded_up() {
+        for (ms, words) in [(0, "0.1 s"), (100, "0.1 s"), (101, "0.2 s"), (400, "0.4 s"), (12_340, "12.4 s")]
+        {
+            assert_eq!(Seconds(Duration::from_millis(ms)).to_string(), words);
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The different topics that have been seen: 8 bytes each, never more of them than the limit lets in.
+//!
+//! A topic is known by a keyed hash of 64 bits, so that nobody can choose two topics that are taken for
+//! one; by chance that happens to one in about 10¹⁴ pairs. What was let in once stays: to count anew,
+//! set the limit again. It begins empty when the gateway starts.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Mutex, PoisonError};
+
+/// The set.
+#[derive(Debug, Default)]
+pub(super) struct Topics {
+    seen: papaya::HashSet<u64>,
+    hash: RandomState,
+    /// Held while one is added, so that the count is right; looking up waits for nobody.
+    adding: Mutex<()>,
+}
+
+impl Topics {
+    /// Whether `topic` of `datasource` is among the first `max` that were seen.
+    pub(super) fn admits(&self, datasource: &str, topic: &str, max: u64) -> bool {
+        let hash = self.hash.hash_one((datasource, topic));
+        if self.seen.pin().contains(&hash) {
+            return true;
+        }
+        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = self.seen.pin();
+        let fits = (seen.len() as u64) < max || seen.contains(&hash);
+        if fits {
+            seen.insert(hash);
+        }
+        fits
+    }
+
+    /// How many were seen.
+    pub(super) fn count(&self) -> u64 {
+        self.seen.pin().len() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_ones_stay_and_no_further_one_is_let_in() {
+        let topics = Topics::default();
+        for _ in 0..3 {
+            assert!(topics.admits("a", "t/1", 2) && topics.admits("a", "t/2", 2));
+            assert!(!topics.admits("a", "t/3", 2), "one above");
+            assert!(!topics.admits("b", "t/1", 2), "another datasource's is another topic");
+        }
+        assert_eq!(topics.count(), 2);
+        assert!(topics.admits("a", "t/3", 3), "after the limit was raised");
+    }
+
+    #[test]
+    fn threads_together_let_in_as_many_as_the_limit() {
+        let topics = Topics::default();
+        let admitted: usize = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|thread| {
+                    let topics = &topics;
+                    scope.spawn(move || {
+                        (0..200).filter(|i| topics.admits("a", &format!("{thread}/{i}"), 100)).count()
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).sum()
+        });
+        assert_eq!((admitted, topics.count()), (100, 100));
+    }
+}

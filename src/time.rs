@@ -1,0 +1,37 @@
+//! Points in time, as people read and write them: RFC 3339 in UTC. Inside, a time is
+//! [`TimeMicros`].
+
+use std::fmt;
+
+use serde::{Serialize, Serializer};
+
+use crate::message::TimeMicros;
+
+/// A point in time, shown as RFC 3339 in UTC with six fraction digits:
+/// `2026-11-23T09:28:39.000120Z`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rfc3339(pub TimeMicros);
+
+impl fmt::Display for Rfc3339 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = jiff::Timestamp::from_microsecond(self.0).unwrap_or(if self.0 < 0 {
+            jiff::Timestamp::MIN
+        } else {
+            jiff::Timestamp::MAX
+        });
+        write!(f, "{time:.6}")
+    }
+}
+
+impl Serialize for Rfc3339 {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// Reads an RFC 3339 time with any offset; what is finer than a microsecond is cut off. `None` for
+/// any other text.
+pub fn parse_time(text: &str) -> Option<TimeMicros> {
+    let time: jiff::Timestamp = text.parse().ok()?;
+    Some(time.as_microsecond())
+}

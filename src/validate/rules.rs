@@ -1,0 +1,241 @@
+//! The rules of one datasource: which topics have to meet which schema. They are kept in the registry
+//! as JSON and compiled when they are set and when the gateway starts.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::schema::{Schema, SchemaError, cut};
+use crate::filter::TopicFilter;
+use crate::limits::SCHEMA_RULES_MAX;
+use crate::log::Reason;
+
+/// The rules of a datasource, in the order in which they are tried.
+#[derive(Debug, Default)]
+pub struct Rules {
+    rules: Vec<Rule>,
+    /// The highest version that a rule of the datasource has or had.
+    last_version: u32,
+}
+
+/// A topic filter, and what the messages to its topics have to meet.
+#[derive(Debug)]
+pub struct Rule {
+    /// Which topics.
+    pub filter: TopicFilter,
+    /// When it became what it is: no other rule of the datasource has or had the same.
+    pub version: u32,
+    /// What they have to meet.
+    pub schema: Schema,
+}
+
+/// A rule as it is written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Written {
+    /// The topics; all of them, if it is left out.
+    #[serde(default = "all_topics")]
+    pub filter: String,
+    /// The JSON Schema.
+    pub schema: Value,
+}
+
+impl Written {
+    /// One rule, for every topic.
+    pub fn for_all(schema: Value) -> Vec<Self> {
+        vec![Self { filter: all_topics(), schema }]
+    }
+}
+
+fn all_topics() -> String {
+    "#".to_owned()
+}
+
+/// Why rules cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RulesError {
+    /// Too many.
+    #[error("a datasource has at most {SCHEMA_RULES_MAX} schemas")]
+    TooMany,
+    /// A filter that is none.
+    #[error("{0}")]
+    Filter(String),
+    /// A rule that can never count.
+    #[error("the filter {0:?} comes twice; the first one that matches a topic is the one that counts")]
+    Twice(String),
+    /// A schema that is none.
+    #[error("the schema for {filter:?} cannot be used: {error}")]
+    Schema {
+        /// Whose.
+        filter: String,
+        /// Why not.
+        error: SchemaError,
+    },
+    /// Not what this code wrote.
+    #[error("the schemas that the registry has cannot be read: {0}")]
+    Unreadable(String),
+}
+
+/// As the registry keeps it.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    last_version: u32,
+    rules: Vec<KeptRule>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct KeptRule {
+    filter: String,
+    version: u32,
+    schema: Value,
+}
+
+impl Rules {
+    /// The rules that take the place of `self`: those that are as before keep their versions, the
+    /// others have a new one.
+    ///
+    /// # Errors
+    /// [`RulesError`], for the first rule that cannot be used.
+    pub fn replace(&self, written: Vec<Written>) -> Result<Self, RulesError> {
+        let version = self.last_version.saturating_add(1);
+        let mut last_version = self.last_version;
+        let mut kept = Vec::with_capacity(written.len());
+        for Written { filter, schema } in written {
+            let same = |rule: &&Rule| rule.filter.as_str() == filter && *rule.schema.source() == schema;
+            let version = self.rules.iter().find(same).map_or(version, |rule| rule.version);
+            last_version = last_version.max(version);
+            kept.push(KeptRule { filter, version, schema });
+        }
+        Self::compile(Kept { last_version, rules: kept })
+    }
+
+    /// Reads what [`Rules::to_kept`] wrote.
+    ///
+    /// # Errors
+    /// [`RulesError`], if it was written by something else.
+    pub fn from_kept(kept: &str) -> Result<Self, RulesError> {
+        let kept = serde_json::from_str(kept).map_err(|error| RulesError::Unreadable(error.to_string()))?;
+        Self::compile(kept)
+    }
+
+    /// Reads what the registry has of a datasource.
+    pub(super) fn of_text(kept: Option<&str>) -> Result<Self, RulesError> {
+        kept.map_or(Ok(Self::default()), |kept| {
+            Self::from_kept(kept).map_err(|error| RulesError::Unreadable(error.to_string()))
+        })
+    }
+
+    /// For the registry.
+    pub fn to_kept(&self) -> String {
+        let rules = self.rules.iter().map(|rule| KeptRule {
+            filter: rule.filter.as_str().to_owned(),
+            version: rule.version,
+            schema: rule.schema.source().clone(),
+        });
+        let kept = Kept { last_version: self.last_version, rules: rules.collect() };
+        serde_json::to_string(&kept).expect("JSON values and text are JSON")
+    }
+
+    fn compile(kept: Kept) -> Result<Self, RulesError> {
+        if kept.rules.len() > SCHEMA_RULES_MAX {
+            return Err(RulesError::TooMany);
+        }
+        let mut rules: Vec<Rule> = Vec::with_capacity(kept.rules.len());
+        for KeptRule { filter, version, schema } in kept.rules {
+            let filter = TopicFilter::new(&filter)
+                .map_err(|error| RulesError::Filter(format!("{}: {error}", cut(&filter))))?;
+            if rules.iter().any(|rule| rule.filter == filter) {
+                return Err(RulesError::Twice(filter.as_str().to_owned()));
+            }
+            let schema = Schema::compile(schema)
+                .map_err(|error| RulesError::Schema { filter: filter.as_str().to_owned(), error })?;
+            rules.push(Rule { filter, version, schema });
+        }
+        Ok(Self { rules, last_version: kept.last_version })
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.rules.is_empty()
+    }
+
+    /// In the order in which they are tried.
+    pub fn iter(&self) -> impl Iterator<Item = &Rule> {
+        self.rules.iter()
+    }
+
+    /// Holds a message against the first rule whose filter matches its topic.
+    ///
+    /// # Errors
+    /// Why it goes into quarantine.
+    pub fn check(&self, topic: &str, payload: &[u8]) -> Result<(), Box<Reason<'static>>> {
+        let Some(rule) = self.rules.iter().find(|rule| rule.filter.matches(topic)) else { return Ok(()) };
+        let checked = match serde_json::from_slice::<Value>(payload) {
+            Ok(value) => rule.schema.check(&value),
+            Err(error) => Err(Box::new(Reason {
+                keyword: "json".into(),
+                pointer: "".into(),
+                words: cut(&format!("the payload is not JSON, and there is a schema for it: {error}")).into(),
+                schema_version: 0,
+            })),
+        };
+        checked.map_err(|mut reason| {
+            reason.schema_version = rule.version;
+            reason
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn rule(filter: &str, kind: &str) -> Written {
+        Written { filter: filter.to_owned(), schema: json!({ "type": kind }) }
+    }
+
+    fn versions(rules: &Rules) -> Vec<u32> {
+        rules.iter().map(|rule| rule.version).collect()
+    }
+
+    #[test]
+    fn the_first_rule_that_matches_counts_and_no_other() {
+        let rules = Rules::default()
+            .replace(vec![rule("spindle/temp", "number"), rule("spindle/#", "object")])
+            .expect("rules");
+        assert_eq!(rules.check("spindle/temp", b"21.5"), Ok(()));
+        assert_eq!(rules.check("spindle/rpm", b"{}"), Ok(()));
+        assert_eq!(rules.check("door", b"not JSON at all"), Ok(()), "no rule is for it");
+        let reason = rules.check("spindle/temp", b"{}").expect_err("no number");
+        assert_eq!((&*reason.keyword, reason.schema_version), ("type", 1));
+        let reason = rules.check("spindle/rpm", b"\xff").expect_err("no JSON");
+        assert_eq!((&*reason.keyword, &*reason.pointer), ("json", ""));
+    }
+
+    #[test]
+    fn a_version_names_one_schema_for_ever() {
+        let first = Rules::default().replace(vec![rule("a", "number"), rule("b", "string")]).expect("rules");
+        assert_eq!(versions(&first), [1, 1]);
+        let second = first.replace(vec![rule("b", "string"), rule("a", "object")]).expect("rules");
+        assert_eq!(versions(&second), [1, 2], "the one that stayed kept its own");
+        let none = second.replace(vec![]).expect("rules");
+        assert!(none.is_empty());
+        let third = Rules::from_kept(&none.to_kept()).expect("reads back");
+        let third = third.replace(vec![rule("a", "object")]).expect("rules");
+        assert_eq!(versions(&third), [3], "also what was taken away is not used again");
+        let again = Rules::from_kept(&third.to_kept()).expect("reads back");
+        assert_eq!(versions(&again), [3]);
+    }
+
+    #[test]
+    fn rules_that_cannot_count_or_are_none_are_refused() {
+        let refused = |written| Rules::default().replace(written).expect_err("refused");
+        assert!(matches!(refused(vec![rule("a/#/b", "number")]), RulesError::Filter(_)));
+        assert!(matches!(refused(vec![rule("a", "number"), rule("a", "string")]), RulesError::Twice(_)));
+        assert!(matches!(refused(vec![rule("a", "flaot")]), RulesError::Schema { .. }));
+        let many = |n| (0..n).map(|n| rule(&format!("t/{n}"), "number")).collect::<Vec<_>>();
+        assert!(Rules::default().replace(many(SCHEMA_RULES_MAX)).is_ok());
+        assert_eq!(refused(many(SCHEMA_RULES_MAX + 1)), RulesError::TooMany);
+    }
+}

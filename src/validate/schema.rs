@@ -1,0 +1,367 @@
+//! One JSON Schema (draft 2020-12), compiled.
+//!
+//! Holding a message against a schema takes a time that the schema bounds: patterns run on an engine
+//! whose time is linear in the text (so there are no look-arounds and no back-references), and
+//! references may neither lead out of the schema, nor into themselves, nor unfold into more than
+//! [`SCHEMA_NODES_MAX`] subschemas. No file is read and nothing is fetched.
+
+use std::collections::HashMap;
+
+use jsonschema::{Draft, PatternOptions, Validator};
+use serde_json::Value;
+
+use crate::limits::{
+    REASON_BYTES_MAX, SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, SCHEMA_NODES_MAX, SCHEMA_REGEX_BYTES_MAX,
+};
+use crate::log::Reason;
+
+/// The one draft that there is; what `$schema` may say.
+const DRAFT: &str = "https://json-schema.org/draft/2020-12/schema";
+
+/// Why a schema cannot be used. The text is for the person who wrote it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SchemaError {
+    /// Neither an object nor a boolean.
+    #[error("a JSON Schema is an object, true or false")]
+    NoSchema,
+    /// Too many bytes.
+    #[error("a schema has at most {SCHEMA_BYTES_MAX} bytes")]
+    TooLarge,
+    /// Nested too deep.
+    #[error("a schema nests at most {SCHEMA_DEPTH_MAX} levels deep")]
+    TooDeep,
+    /// It unfolds into too much.
+    #[error("with every $ref unfolded the schema has more than {SCHEMA_NODES_MAX} parts")]
+    TooCostly,
+    /// Another draft.
+    #[error("$schema is {0:?}; only draft 2020-12 is understood ({DRAFT:?})")]
+    Draft(String),
+    /// A reference that leads out of the schema.
+    #[error(
+        "{pointer}: {reference:?} is not in this schema. References to files and URLs are not followed: put what they name under $defs and write \"#/$defs/NAME\""
+    )]
+    Remote {
+        /// Where in the schema, as a JSON pointer.
+        pointer: String,
+        /// What it names.
+        reference: String,
+    },
+    /// A reference to a part of the schema that is not there.
+    #[error("{pointer}: there is nothing at {reference:?}")]
+    Dangling {
+        /// Where in the schema, as a JSON pointer.
+        pointer: String,
+        /// What it names.
+        reference: String,
+    },
+    /// A reference that leads back to itself.
+    #[error(
+        "{pointer}: {reference:?} leads back to itself; a schema that contains itself has no bound to the time it takes"
+    )]
+    Recursive {
+        /// Where in the schema, as a JSON pointer.
+        pointer: String,
+        /// What it names.
+        reference: String,
+    },
+    /// A keyword that is not taken.
+    #[error("{pointer}: {keyword} is not supported")]
+    Keyword {
+        /// Where in the schema, as a JSON pointer.
+        pointer: String,
+        /// Which.
+        keyword: &'static str,
+    },
+    /// What the compiler says.
+    #[error("{pointer}: {words}")]
+    Invalid {
+        /// Where in the schema, as a JSON pointer.
+        pointer: String,
+        /// Why.
+        words: String,
+    },
+}
+
+/// A schema, ready to hold messages against.
+pub struct Schema {
+    source: Value,
+    validator: Validator,
+}
+
+impl Schema {
+    /// Checks and compiles a schema.
+    ///
+    /// # Errors
+    /// [`SchemaError`]: the first thing that is wrong with it.
+    pub fn compile(source: Value) -> Result<Self, SchemaError> {
+        if !source.is_object() && !source.is_boolean() {
+            return Err(SchemaError::NoSchema);
+        }
+        if source.to_string().len() > SCHEMA_BYTES_MAX {
+            return Err(SchemaError::TooLarge);
+        }
+        if let Some(draft) = source.get("$schema")
+            && draft.as_str().is_none_or(|draft| draft.trim_end_matches('#') != DRAFT)
+        {
+            return Err(SchemaError::Draft(draft.as_str().unwrap_or_default().chars().take(100).collect()));
+        }
+        let mut cost = Cost { root: &source, known: HashMap::new(), open: Vec::new() };
+        cost.of(&source, &mut String::new(), 0)?;
+        let patterns =
+            PatternOptions::regex().size_limit(SCHEMA_REGEX_BYTES_MAX).dfa_size_limit(SCHEMA_REGEX_BYTES_MAX);
+        let options = jsonschema::options()
+            .with_draft(Draft::Draft202012)
+            .should_validate_formats(true)
+            .with_pattern_options(patterns)
+            .offline();
+        let validator = options.build(&source).map_err(|error| SchemaError::Invalid {
+            pointer: error.instance_path().to_string(),
+            words: cut(&error.to_string()),
+        })?;
+        Ok(Self { source, validator })
+    }
+
+    /// As it was given.
+    pub fn source(&self) -> &Value {
+        &self.source
+    }
+
+    /// Holds a value against it.
+    ///
+    /// # Errors
+    /// The first thing that the value does not meet. Its `schema_version` is left at 0.
+    pub fn check(&self, value: &Value) -> Result<(), Box<Reason<'static>>> {
+        self.validator.validate(value).map_err(|error| {
+            Box::new(Reason {
+                keyword: error.kind().keyword().to_owned().into(),
+                pointer: cut(&error.instance_path().to_string()).into(),
+                words: cut(&error.to_string()).into(),
+                schema_version: 0,
+            })
+        })
+    }
+}
+
+impl std::fmt::Debug for Schema {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Schema").field(&self.source).finish()
+    }
+}
+
+/// At most [`REASON_BYTES_MAX`] of a text, without control characters: it goes into headers and reason
+/// strings, and may quote the message.
+pub(super) fn cut(text: &str) -> String {
+    let mut out = String::with_capacity(text.len().min(REASON_BYTES_MAX));
+    for c in text.chars().map(|c| if c.is_control() || crate::message::is_noncharacter(c) { ' ' } else { c })
+    {
+        if out.len() + c.len_utf8() > REASON_BYTES_MAX - '…'.len_utf8() {
+            out.push('…');
+            break;
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// Counts what a schema comes to with every reference unfolded. It looks into all of its values, also
+/// into those (`enum`, `const`) that are no schemas: what is called `$ref` there is taken for one.
+struct Cost<'a> {
+    root: &'a Value,
+    /// What the targets of references come to.
+    known: HashMap<&'a str, usize>,
+    /// The references that are being unfolded.
+    open: Vec<&'a str>,
+}
+
+impl<'a> Cost<'a> {
+    fn of(&mut self, value: &'a Value, pointer: &mut String, depth: usize) -> Result<usize, SchemaError> {
+        if depth > SCHEMA_DEPTH_MAX {
+            return Err(SchemaError::TooDeep);
+        }
+        let mut parts = 1_usize;
+        let at = pointer.len();
+        match value {
+            Value::Object(members) => {
+                for (key, member) in members {
+                    pointer.push('/');
+                    pointer.push_str(&key.replace('~', "~0").replace('/', "~1"));
+                    parts = parts.saturating_add(match (key.as_str(), member) {
+                        ("$ref", Value::String(reference)) => self.unfold(reference, pointer)?,
+                        ("$dynamicRef" | "$dynamicAnchor", Value::String(_)) => {
+                            let pointer = std::mem::take(pointer);
+                            return Err(SchemaError::Keyword { pointer, keyword: "$dynamicRef" });
+                        }
+                        ("$anchor", Value::String(_)) => {
+                            let pointer = std::mem::take(pointer);
+                            return Err(SchemaError::Keyword { pointer, keyword: "$anchor" });
+                        }
+                        // A base for references; without it they mean what they say.
+                        ("$id", Value::String(_)) if depth > 0 => {
+                            let pointer = std::mem::take(pointer);
+                            return Err(SchemaError::Keyword {
+                                pointer,
+                                keyword: "$id in a part of a schema",
+                            });
+                        }
+                        // Counted where it is referred to.
+                        ("$defs", defs) => {
+                            self.of(defs, pointer, depth + 1)?;
+                            0
+                        }
+                        _ => self.of(member, pointer, depth + 1)?,
+                    });
+                    pointer.truncate(at);
+                }
+            }
+            Value::Array(elements) => {
+                for (index, element) in elements.iter().enumerate() {
+                    pointer.push_str(&format!("/{index}"));
+                    parts = parts.saturating_add(self.of(element, pointer, depth + 1)?);
+                    pointer.truncate(at);
+                }
+            }
+            _ => {}
+        }
+        if parts > SCHEMA_NODES_MAX { Err(SchemaError::TooCostly) } else { Ok(parts) }
+    }
+
+    fn unfold(&mut self, reference: &'a str, at: &str) -> Result<usize, SchemaError> {
+        let (pointer, named) = (at.to_owned(), reference.chars().take(200).collect());
+        let Some(target) = reference.strip_prefix('#') else {
+            return Err(SchemaError::Remote { pointer, reference: named });
+        };
+        if self.open.contains(&reference) || target.is_empty() {
+            return Err(SchemaError::Recursive { pointer, reference: named });
+        }
+        if let Some(parts) = self.known.get(reference) {
+            return Ok(*parts);
+        }
+        let Some(value) = self.root.pointer(target) else {
+            return Err(SchemaError::Dangling { pointer, reference: named });
+        };
+        self.open.push(reference);
+        // The depth of the whole is bounded by the references that are open and the text's own depth.
+        let parts = self.of(value, &mut target.to_owned(), self.open.len())?;
+        self.open.pop();
+        self.known.insert(reference, parts);
+        Ok(parts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn refused(source: Value) -> SchemaError {
+        Schema::compile(source).expect_err("not to be used")
+    }
+
+    #[test]
+    fn a_value_fails_where_and_for_what_it_does() {
+        let schema = Schema::compile(json!({
+            "type": "object",
+            "required": ["timestamp", "value"],
+            "properties": {
+                "value": {"type": "number", "maximum": 200},
+                "timestamp": {"type": "string", "format": "date-time"},
+                "unit": {"type": "string", "pattern": "^°[CF]$"},
+            },
+        }))
+        .expect("compiles");
+        let good = json!({"timestamp": "2013-12-02T21:15:00Z", "value": 73.9, "unit": "°F"});
+        assert_eq!(schema.check(&good), Ok(()));
+        for (pointer, value, at, keyword) in [
+            ("/value", json!(300), "/value", "maximum"),
+            ("/value", json!("73.9"), "/value", "type"),
+            ("/timestamp", json!("yesterday"), "/timestamp", "format"),
+            ("/unit", json!("K"), "/unit", "pattern"),
+            ("", json!({"value": 1}), "", "required"),
+            ("", json!([]), "", "type"),
+        ] {
+            let mut bad = good.clone();
+            *bad.pointer_mut(pointer).expect("is there") = value;
+            let reason = schema.check(&bad).expect_err("bad");
+            assert_eq!((&*reason.pointer, &*reason.keyword), (at, keyword), "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_reference_stays_within_its_schema_and_leads_to_an_end() {
+        let defs = |to: &str| json!({"$ref": to, "$defs": {"a": {"type": "string"}}});
+        assert!(Schema::compile(defs("#/$defs/a")).is_ok());
+        for remote in ["https://example.com/s.json", "s.json", "file:///etc/passwd", "//example.com/s#/a"] {
+            let error = refused(defs(remote));
+            let SchemaError::Remote { pointer, reference } = &error else { panic!("{error}") };
+            assert_eq!((pointer.as_str(), reference.as_str()), ("/$ref", remote));
+        }
+        assert!(matches!(refused(defs("#/$defs/b")), SchemaError::Dangling { .. }));
+        assert!(matches!(refused(defs("#")), SchemaError::Recursive { .. }));
+        let circle = json!({"$defs": {
+            "a": {"properties": {"x": {"$ref": "#/$defs/b"}}},
+            "b": {"items": {"$ref": "#/$defs/a"}},
+        }});
+        assert!(matches!(refused(circle), SchemaError::Recursive { .. }));
+        // Up to where it stands itself.
+        let up = json!({"properties": {"x": {"$ref": "#/properties"}}});
+        assert!(matches!(refused(up), SchemaError::Recursive { .. }));
+    }
+
+    #[test]
+    fn a_schema_is_bounded_in_bytes_depth_and_what_it_unfolds_into() {
+        let long = |bytes: usize| json!({"title": "x".repeat(bytes - r#"{"title":""}"#.len())});
+        assert!(Schema::compile(long(SCHEMA_BYTES_MAX)).is_ok());
+        assert_eq!(refused(long(SCHEMA_BYTES_MAX + 1)), SchemaError::TooLarge);
+
+        let deep = |levels| (0..levels).fold(json!({}), |inner, _| json!({ "not": inner }));
+        assert!(Schema::compile(deep(SCHEMA_DEPTH_MAX)).is_ok());
+        assert_eq!(refused(deep(SCHEMA_DEPTH_MAX + 1)), SchemaError::TooDeep);
+
+        // Each twice the one before: 2²⁰ ways through 20 definitions.
+        let mut defs = serde_json::Map::new();
+        defs.insert("d0".to_owned(), json!({"type": "string"}));
+        for level in 1..=20 {
+            let half = json!({"$ref": format!("#/$defs/d{}", level - 1)});
+            defs.insert(format!("d{level}"), json!({"anyOf": [half, half]}));
+        }
+        assert_eq!(refused(json!({"$ref": "#/$defs/d20", "$defs": defs})), SchemaError::TooCostly);
+    }
+
+    #[test]
+    fn a_pattern_runs_in_linear_time_or_is_refused() {
+        for pattern in ["^(?=a)", r"(a)\1", "("] {
+            let error = refused(json!({ "pattern": pattern }));
+            assert!(matches!(error, SchemaError::Invalid { .. }), "{pattern}: {error}");
+        }
+        assert!(matches!(refused(json!({"pattern": "(a{1000}){1000}"})), SchemaError::Invalid { .. }));
+        // What takes a backtracking engine for ever.
+        let schema = Schema::compile(json!({"pattern": "^(a+)+$"})).expect("compiles");
+        let text = json!(format!("{}b", "a".repeat(100_000)));
+        let began = std::time::Instant::now();
+        assert!(schema.check(&text).is_err());
+        assert!(began.elapsed() < std::time::Duration::from_secs(2));
+    }
+
+    #[test]
+    fn other_drafts_and_what_is_no_schema_are_refused() {
+        assert!(Schema::compile(json!({ "$schema": DRAFT })).is_ok());
+        assert!(Schema::compile(json!(true)).is_ok());
+        let old = json!({"$schema": "http://json-schema.org/draft-07/schema#"});
+        assert!(matches!(refused(old), SchemaError::Draft(_)));
+        for none in [json!(1), json!("x"), json!([]), json!(null)] {
+            assert_eq!(refused(none), SchemaError::NoSchema);
+        }
+        let error = refused(json!({"properties": {"a": {"type": "flaot"}}}));
+        let SchemaError::Invalid { pointer, .. } = &error else { panic!("{error}") };
+        assert_eq!(pointer, "/properties/a/type");
+    }
+
+    #[test]
+    fn words_are_cut_to_what_a_reason_string_holds() {
+        let schema = Schema::compile(json!({"type": "number"})).expect("compiles");
+        let reason = schema.check(&json!("€\n".repeat(10_000))).expect_err("a string");
+        assert!(reason.words.len() <= REASON_BYTES_MAX && reason.words.ends_with('…'), "{reason}");
+        assert!(!reason.words.chars().any(char::is_control));
+    }
+}
