@@ -200,6 +200,15 @@ pub trait Log: Send + Sync {
         Box::pin(std::future::ready(Ok(self.next_offset())))
     }
 
+    /// Returns when [`Log::next_offset`] is `offset`, or behind all that any gateway of the log was told is
+    /// kept before the call, if that is less.
+    ///
+    /// # Errors
+    /// [`AppendError::Away`] if that cannot be known now, or takes too long.
+    fn catch_up(&self, _offset: Offset) -> Task<'_, Result<(), AppendError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Follows [`Log::next_offset`].
     fn subscribe(&self) -> watch::Receiver<Offset>;
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde_json::json;
 use tempfile::TempDir;
 
-use common::nats::NatsServer;
+use common::nats::{NatsServer, nats_py};
 use common::wire::{
     CONNACK, Connect, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL,
     SESSION_EXPIRY, SUBACK,
@@ -45,6 +45,15 @@ impl Cluster {
         let key = created["key"]["secret"].as_str().expect("a secret").to_owned();
         (Self { nats, key, _dirs: dirs }, a, b)
     }
+}
+
+/// Has JetStream send the stream no more to the gateway that came last, and tell it nothing.
+fn cut_off_the_last(nats: &NatsServer, gateways: usize) {
+    let body = "consumers = await js.consumers_info('headgate')\n\
+                if len(consumers) < int(sys.argv[2]): sys.exit('not yet')\n\
+                await js.delete_consumer('headgate', max(consumers, key=lambda c: c.created).name)";
+    let cut_off = || nats_py(&nats.url(), body, &[&gateways.to_string()]).status.success().then_some(());
+    wait_for("every gateway to be sent the stream", cut_off);
 }
 
 /// Lets a gateway go on, or keeps it from it.
@@ -134,6 +143,26 @@ fn a_client_that_comes_to_another_gateway_goes_on_there_and_is_closed_where_it_w
         );
         assert_eq!(on_a.next_within(SILENCE), Next::Silent);
     }
+}
+
+/// The client goes on where it was also if the gateway that it comes to has yet to hear of what it was given.
+#[test]
+fn a_session_that_comes_to_a_gateway_which_is_behind_waits_until_that_has_caught_up() {
+    let (cluster, a, b) = Cluster::two();
+    let client = staying(V5, &cluster.key, "c");
+    let mut publisher = Wire::login(a.mqtt, V311, &cluster.key);
+    let (mut on_a, _) = connected(&a, &client);
+    subscribed(&mut on_a, V5, "a");
+    cut_off_the_last(&cluster.nats, 2);
+    published(&mut publisher, 0..5);
+    assert_eq!((0..5).map(|_| received(&mut on_a, V5)).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    on_a.send(&PINGREQ);
+    on_a.packet(PINGRESP);
+    let (mut on_b, present) = connected(&b, &client);
+    assert!(present);
+    published(&mut publisher, 5..10);
+    assert_eq!((5..10).map(|_| received(&mut on_b, V5)).collect::<Vec<_>>(), [5, 6, 7, 8, 9]);
+    assert_eq!(on_b.next_within(SILENCE), Next::Silent);
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use headgate::config::LogBackend;
 use headgate::log::{AppendError, OpenError, Outcome};
+use headgate::message::Offset;
 
 use crate::common::nats::nats_py;
 use crate::stage::{
@@ -71,12 +72,12 @@ fn what_a_gateway_appends_alone_is_not_sent_back_to_it() {
             }
             appended
         });
-        let alone = || until("it to be sent no more", || stage.consumers() == 1);
+        let alone = || until("it to be sent no more", || stage.consumers().len() == 1);
         alone();
         for _ in 0..3 {
             seen(kept(&**two, &[b"two"]).last());
         }
-        until("it to be sent what others append", || stage.consumers() == 2);
+        until("it to be sent what others append", || stage.consumers().len() == 2);
         alone();
         done.store(true, Ordering::Relaxed);
         assert!(busy.join().expect("it appends") >= 1000);
@@ -87,6 +88,23 @@ fn what_a_gateway_appends_alone_is_not_sent_back_to_it() {
     assert_eq!(all.iter().filter(|(_, payload)| payload == b"two").count(), 3);
     assert!(*told.lock().expect("nobody panics") == all, "each once, in the order of the stream");
     assert!(read_all(&**one, 0).expect("readable") == all, "in memory too");
+}
+
+/// JetStream does not say that it has stopped to send.
+#[test]
+fn a_gateway_that_is_sent_nothing_more_notices_and_whoever_needs_what_is_missing_waits() {
+    let stage = stage();
+    let one = stage.open();
+    until("the first to be sent what comes", || stage.consumers().len() == 1);
+    let of_one = stage.consumers();
+    let two = next(&stage);
+    until("the second to be, too", || stage.consumers().len() == 2);
+    stage.consumers().iter().filter(|name| !of_one.contains(name)).for_each(|name| stage.end_consumer(name));
+    let last = kept(&**one, &[b"a", b"b"]).last();
+    assert!(two.next_offset() <= last, "it has been sent nothing");
+    stage.block_on(two.catch_up(Offset::MAX)).expect("it catches up");
+    assert_eq!(two.next_offset(), last + 1);
+    assert_eq!(payloads(&read_all(&**two, 0).expect("readable")), [b"a", b"b"]);
 }
 
 #[test]

@@ -98,14 +98,25 @@ impl Stage {
         self.runtime.block_on(future)
     }
 
-    /// How many consumers the stream has: who is sent what it takes.
-    pub(crate) fn consumers(&self) -> u64 {
+    /// The consumers that the stream has: who is sent what it takes.
+    pub(crate) fn consumers(&self) -> Vec<String> {
+        let answer = self.ask_jetstream("CONSUMER.NAMES.headgate");
+        let names = answer["consumers"].as_array().into_iter().flatten();
+        names.map(|name| name.as_str().expect("a name").to_owned()).collect()
+    }
+
+    /// Ends one of them. Whoever it was for is not told.
+    pub(crate) fn end_consumer(&self, name: &str) {
+        let answer = self.ask_jetstream(&format!("CONSUMER.DELETE.headgate.{name}"));
+        assert_eq!(answer["success"], true, "{answer}");
+    }
+
+    fn ask_jetstream(&self, what: &str) -> serde_json::Value {
         self.block_on(async {
             let nats = self.connect().await;
-            let subject = "$JS.API.CONSUMER.NAMES.headgate";
+            let subject = format!("$JS.API.{what}");
             let answer = nats.client().request(subject, Vec::new().into()).await.expect("an answer");
-            let answer: serde_json::Value = serde_json::from_slice(&answer.payload).expect("JSON");
-            answer["total"].as_u64().expect("a number")
+            serde_json::from_slice(&answer.payload).expect("JSON")
         })
     }
 

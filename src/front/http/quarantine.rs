@@ -127,8 +127,7 @@ pub(super) async fn redrive(
         return Err(Problem::new(Kind::TooLarge, words).with("limit", QUERY_RECORDS_MAX).body_read());
     }
     // Storage notes what was sent again; what it has not seen yet would be sent once more.
-    let end = shared.parts.log.next_offset();
-    stored_up_to(&shared, end).await.map_err(Problem::body_read)?;
+    stored_up_to_now(&shared).await.map_err(Problem::body_read)?;
     let stored = query::stored(&shared).map_err(Problem::body_read)?;
     let mut answer = RedriveAnswer::default();
     let mut query = QuarantineQuery {
@@ -245,9 +244,8 @@ pub(super) async fn leak(
     });
     let version = version.await.map_err(Problem::body_read)?;
     tracing::warn!(%datasource, %key_id, undo, "what a key let in was put into quarantine, or taken out");
-    let end = shared.parts.log.next_offset();
     in_time(shared.parts.retained.reconciled(version)).await.map_err(Problem::body_read)?;
-    stored_up_to(&shared, end).await.map_err(Problem::body_read)?;
+    stored_up_to_now(&shared).await.map_err(Problem::body_read)?;
     if let Some(storage) = &shared.parts.storage {
         in_time(storage.reconciled(version)).await.map_err(Problem::body_read)?;
     }
@@ -260,10 +258,13 @@ pub(super) async fn leak(
     Ok(Json(LeakAnswer { key_id, since: since.map(Rfc3339), leaked }).into_response())
 }
 
-/// Waits until storage has everything below an offset.
-async fn stored_up_to(shared: &Shared, end: Offset) -> Result<(), Problem> {
+/// Waits until storage has everything that is kept by now, by whichever gateway.
+async fn stored_up_to_now(shared: &Shared) -> Result<(), Problem> {
+    let log = &shared.parts.log;
+    let caught_up = log.catch_up(Offset::MAX).await;
+    caught_up.map_err(|error| Problem::new(Kind::Unavailable, format!("{error}.")))?;
     match &shared.parts.storage {
-        Some(storage) => in_time(storage.stored(end)).await,
+        Some(storage) => in_time(storage.stored(log.next_offset())).await,
         None => Ok(()),
     }
 }

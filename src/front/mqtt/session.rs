@@ -91,6 +91,12 @@ impl Session {
         self.flights.lowest().map_or(self.position, |lowest| lowest.min(self.position))
     }
 
+    /// How far it reaches: it knows of no offset from here on.
+    pub(super) fn reaches(&self) -> Offset {
+        let begin = self.subscriptions.iter().flatten().map(|subscription| subscription.from);
+        begin.fold(self.position, Offset::max)
+    }
+
     /// Whether it lives on without a connection.
     pub(super) fn is_durable(&self) -> bool {
         self.expiry_s > 0

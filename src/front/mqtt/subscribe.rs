@@ -205,6 +205,10 @@ impl Services {
             Ok(Some(replay)) => {
                 let (log, datasource) = (self.subscribers.log.clone(), self.grant.datasource().clone());
                 let (replay, filter) = (*replay, wanted.filter.clone());
+                // In a cluster others may have appended what this gateway has yet to hear of.
+                let reaches = if let Replay::Offset(offset) = replay { offset } else { Offset::MAX };
+                let caught_up = log.catch_up(reaches).await;
+                caught_up.map_err(|e| No(Reason::ImplementationSpecificError, e.to_string()))?;
                 let found = tokio::task::spawn_blocking(move || begin(&*log, &datasource, &filter, replay));
                 let found = found.await.unwrap_or_else(|e| Err(ReadError::Io(e.to_string().into())));
                 Some(found.map_err(|e| No(Reason::ImplementationSpecificError, e.to_string()))?)

@@ -67,6 +67,8 @@ pub use share::{Given, KEEP_EVERY, ShareError, SharedPlaces, SharedRecords};
 
 /// How often it is looked whether the stream is there, and how large it is.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long somebody waits until this gateway has followed what others have appended.
+const CATCH_UP_MAX: Duration = Duration::from_secs(3);
 
 /// The log in a cluster. It ends with the last handle.
 pub struct JetstreamLog {
@@ -306,6 +308,26 @@ impl Log for JetstreamLog {
         Box::pin(async move {
             let state = self.shared.stream.state().await;
             state.map(|state| state.last + 1).map_err(|error| AppendError::Away(error.to_string().into()))
+        })
+    }
+
+    fn catch_up(&self, offset: Offset) -> Task<'_, Result<(), AppendError>> {
+        Box::pin(async move {
+            if self.next_offset() >= offset {
+                return Ok(());
+            }
+            let end = self.end().await?.min(offset);
+            let mut followed = self.shared.tail.subscribe();
+            let caught_up = followed.wait_for(|next| *next >= end);
+            match tokio::time::timeout(CATCH_UP_MAX, caught_up).await {
+                // The sender is in `shared`, so that waiting does not fail.
+                Ok(_) => Ok(()),
+                Err(_) => {
+                    let next = self.next_offset();
+                    let words = format!("this gateway has followed the stream to {next} only, of {end}");
+                    Err(AppendError::Away(words.into()))
+                }
+            }
         })
     }
 

@@ -204,9 +204,12 @@ impl Sessions {
             Some(handed) => Session::from_handed(handed),
             None => Session::from_stored(kept),
         });
-        if session.is_some() {
-            // Which of its QoS 2 messages are released is known before the first of them comes again.
-            self.subscribers.log.sync().await.map_err(unavailable)?;
+        if let Some(session) = &session {
+            let log = &self.subscribers.log;
+            // Which of its QoS 2 messages are released is known before the first of them comes again, and what
+            // was given out elsewhere is here too: the session goes on behind it.
+            let (released, caught_up) = tokio::join!(log.sync(), log.catch_up(session.reaches()));
+            released.and(caught_up).map_err(unavailable)?;
         }
         Ok(Claimed { session, found })
     }
