@@ -119,7 +119,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 pub use embedded::EmbeddedLog;
-pub use jetstream::{Given, JetstreamLog, KEEP_EVERY, ShareError, SharedPlaces, SharedRecords, headers_of};
+pub use jetstream::{
+    Given, JetstreamLog, KEEP_EVERY, ShareError, SharedPlace, SharedPlaces, SharedRecords, headers_of,
+};
 pub use note::{Note, Reason};
 pub use offsets::Offsets;
 pub use once::OnceId;

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::common::wire::{
-    Connect, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBLISH, SUBACK, UNSUBACK,
+    Connect, DISCONNECT, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBLISH, SESSION_EXPIRY, SUBACK, UNSUBACK,
     Version::{V5, V311},
-    Wire, ack, subscribe_with, unsubscribe, user_property,
+    Wire, ack, four_bytes, frame, subscribe_with, unsubscribe, user_property,
 };
 use crate::common::{PATIENCE, wait_for};
 use crate::{Cluster, SILENCE, connected, next_message, number, published, received, staying, subscribed};
@@ -78,6 +78,45 @@ fn a_record_goes_to_one_member_wherever_its_members_are() {
 }
 
 #[test]
+fn what_retention_removed_before_anybody_took_it_is_told_to_one_member() {
+    let (cluster, a, b) = Cluster::two_that_retain(4 << 20);
+    let away = staying(V5, &cluster.key, "away");
+    let (mut wire, _) = connected(&a, &away);
+    subscribed(&mut wire, V5, FILTER);
+    drop(wire);
+    // Nothing comes to this one that could be removed.
+    let other = staying(V5, &cluster.key, "other");
+    let (mut wire, _) = connected(&a, &other);
+    subscribed(&mut wire, V5, "$share/workers/rare");
+    drop(wire);
+    let mut publisher = Wire::login(a.mqtt, V311, &cluster.key);
+    for _ in 0..100 {
+        assert_eq!(publisher.publish(V311, 1, "a", &[b'x'; 100_000]), 0);
+    }
+    assert_eq!(publisher.publish(V311, 1, "rare", b"1"), 0);
+    let mut late = Wire::login(b.mqtt, V5, &cluster.key);
+    let from = user_property("from-offset", "1");
+    late.send(&subscribe_with(V5, 1, &[("$share/late/a", 1)], &from));
+    assert_eq!(late.packet(SUBACK).codes(V5), [1]);
+    let (mut wire, _) = connected(&b, &away);
+    for wire in [&mut late, &mut wire] {
+        let first = next_message(wire, V5);
+        let offset: u64 = first.user("offset").expect("an offset").parse().expect("a number");
+        assert!(offset > 1, "retention has removed some");
+        assert_eq!(first.user("skipped"), Some((offset - 1).to_string()));
+        wire.send(&ack(PUBACK, first.packet_id));
+        for _ in offset + 1..=100 {
+            let message = next_message(wire, V5);
+            assert_eq!(message.user("skipped"), None, "told once");
+            wire.send(&ack(PUBACK, message.packet_id));
+        }
+    }
+    let (mut wire, _) = connected(&a, &other);
+    assert_eq!(next_message(&mut wire, V5).user("skipped"), None);
+    assert!(b.output().contains("retention has removed records before a subscriber read them"));
+}
+
+#[test]
 fn a_group_is_over_when_its_last_member_has_left_whose_session_does_not_stay() {
     let (cluster, a, b) = Cluster::two();
     let (on_a, mut on_b) = (member(&a, &cluster), member(&b, &cluster));
@@ -112,6 +151,32 @@ fn groups(cluster: &Cluster) -> usize {
     let names = api(cluster, "CONSUMER.NAMES.headgate", "/consumers");
     let names = names.as_array().expect("names").iter().filter_map(|name| name.as_str());
     names.filter(|name| name.starts_with("share-")).count()
+}
+
+/// A client may say as it leaves that its session stays for longer than it said before.
+#[test]
+fn a_group_stays_as_long_as_the_longest_of_its_sessions() {
+    const HOUR: u64 = 3600;
+    let (cluster, a, _b) = Cluster::two();
+    let kept_s = || {
+        let names = api(&cluster, "CONSUMER.NAMES.headgate", "/consumers");
+        let mut names = names.as_array().expect("names").iter().filter_map(|name| name.as_str());
+        let name = names.find(|name| name.starts_with("share-")).expect("a group");
+        let info = format!("CONSUMER.INFO.headgate.{name}");
+        api(&cluster, &info, "/config/inactive_threshold").as_u64().expect("a time") / 1_000_000_000
+    };
+    let staying_s = |seconds| Connect {
+        properties: four_bytes(SESSION_EXPIRY, seconds),
+        ..staying(V5, &cluster.key, &format!("for {seconds} s"))
+    };
+    for (seconds, expected) in [(60, HOUR + 60), (30, HOUR + 60), (90, HOUR + 90)] {
+        let (mut wire, _) = connected(&a, &staying_s(seconds));
+        subscribed(&mut wire, V5, FILTER);
+        assert_eq!(kept_s(), expected);
+    }
+    let (mut wire, _) = connected(&a, &staying_s(30));
+    wire.send(&frame(DISCONNECT << 4, &[&[0, 5][..], &four_bytes(SESSION_EXPIRY, 7200)].concat()));
+    wait_for("the group to stay for longer", || (kept_s() == 3 * HOUR).then_some(()));
 }
 
 #[test]

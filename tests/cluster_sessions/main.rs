@@ -32,13 +32,18 @@ struct Cluster {
 impl Cluster {
     /// One with two gateways, and a key that may publish and subscribe.
     fn two() -> (Self, Gateway, Gateway) {
+        // JetStream makes no stream that the disk has no room for.
+        Self::two_that_retain(256 << 20)
+    }
+
+    /// As [`Cluster::two`], with a log of so many bytes.
+    fn two_that_retain(bytes: u64) -> (Self, Gateway, Gateway) {
         let nats = NatsServer::start();
         let dirs = [scratch(), scratch()];
         let [a, b] = dirs.each_ref().map(|dir| {
             let servers = format!("[{:?}]", nats.url());
             let setup = Setup::on(dir.path()).set("log.backend", "jetstream").set("nats.servers", servers);
-            // JetStream makes no stream that the disk has no room for.
-            setup.set("log.retention_bytes", 256 << 20).start()
+            setup.set("log.segment_bytes", 1 << 20).set("log.retention_bytes", bytes).start()
         });
         let body = json!({ "id": "press-4", "name": "press-4", "scopes": ["ingest", "subscribe"] });
         let created = a.post("/v1/datasources", &a.admin_key(), &body).json();

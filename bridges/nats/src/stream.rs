@@ -24,7 +24,7 @@ use crate::connection::Nats;
 
 pub use follower::Follower;
 pub use publisher::{Ack, Outgoing, PublishError, Publisher};
-pub use shared::{Receipt, SharedSettings, Taken, Taking};
+pub use shared::{Receipt, SharedPlace, SharedSettings, Taken, Taking};
 
 /// The place of a message in a stream. The first one is 1.
 pub type Sequence = u64;

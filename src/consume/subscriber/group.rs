@@ -91,6 +91,14 @@ impl Groups {
         }
     }
 
+    /// Says that a session which has joined a group outlives its connection by so many seconds, more than it
+    /// said then.
+    pub fn stay(&self, key: &GroupKey, expiry_s: u32) {
+        if let Self::Cluster(groups) = self {
+            groups.stay(key, expiry_s);
+        }
+    }
+
     /// A connected member of a group that was joined, for a session that outlives its connection by `expiry_s`
     /// seconds.
     pub fn member(&self, key: &GroupKey, expiry_s: u32) -> Option<Member> {

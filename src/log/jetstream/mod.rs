@@ -62,6 +62,7 @@ use crate::config::Config;
 use crate::message::{Offset, TimeMicros};
 use crate::subject::{Space, SubjectError, check_crosses};
 
+pub use headgate_bridge_nats::stream::SharedPlace;
 pub use message::headers_of;
 pub use share::{Given, KEEP_EVERY, ShareError, SharedPlaces, SharedRecords};
 

@@ -150,6 +150,8 @@ impl Retention {
         if end <= state.first {
             return Ok(());
         }
+        // Those who read behind a cursor see it themselves.
+        stream.note_skipped(end).await?;
         let purged = timeout(Duration::from_secs(30), stream.purge_below(end)).await;
         purged.unwrap_or_else(|_| Err(StreamError::Away("purging takes long".to_owned())))?;
         info!(below = end, "retention removed the oldest records of the stream");

@@ -2,10 +2,11 @@
 //! and to another if that one's gateway is gone or it does not deal with it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use headgate_bridge_nats::StreamError;
-use headgate_bridge_nats::stream::{Receipt, SharedSettings, Taking};
+use headgate_bridge_nats::stream::{Receipt, SharedPlace, SharedSettings, Taking};
 
 use super::Shared;
 use super::message::{LastTime, decode};
@@ -56,8 +57,13 @@ impl SharedPlaces {
         &self.shared.withheld
     }
 
+    /// The oldest offset, as far as is known.
+    pub fn first_offset(&self) -> Offset {
+        self.shared.first_offset.load(Ordering::Acquire)
+    }
+
     /// Makes a place that begins at `from`, or finds it, wherever that is then. It stays for as long as somebody
-    /// takes from it, and as `kept` says after that; `None`: for ever. Returns whether it was made.
+    /// takes from it, and as `kept` says after that; `None`: for ever.
     ///
     /// # Errors
     /// [`ShareError`].
@@ -67,7 +73,7 @@ impl SharedPlaces {
         subjects: Vec<String>,
         from: Offset,
         kept: Option<Duration>,
-    ) -> Result<bool, ShareError> {
+    ) -> Result<SharedPlace, ShareError> {
         let (name, redelivered_after) = (name.to_owned(), REDELIVERED_AFTER);
         let settings = SharedSettings { name, subjects, from, redelivered_after, kept };
         Ok(self.shared.stream.share(&settings).await?)
@@ -79,6 +85,15 @@ impl SharedPlaces {
     /// [`ShareError`].
     pub async fn give_up(&self, name: &str, kept: Duration) -> Result<(), ShareError> {
         Ok(self.shared.stream.give_up_shared(name, kept).await?)
+    }
+
+    /// Somebody is to be told how many records retention has removed before anybody took them. Returns how
+    /// many; 0 if another was told.
+    ///
+    /// # Errors
+    /// [`ShareError`].
+    pub async fn told_of_skipped(&self, name: &str) -> Result<u64, ShareError> {
+        Ok(self.shared.stream.told_of_skipped(name).await?)
     }
 
     /// Returns when NATS has been told all that was said of records.

@@ -2,9 +2,10 @@
 //! if that one does not say that it has dealt with it. JetStream keeps the place, as a durable pull
 //! consumer; who takes from it may be anywhere.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, FromConsumer, pull};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, FromConsumer, Info as ConsumerInfo, pull};
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::ConsumerCreateStrictErrorKind;
 use async_nats::{Message, StatusCode, Subject, Subscriber};
@@ -25,9 +26,12 @@ const SILENCE_MAX: Duration = Duration::from_millis(3_200);
 /// How long it may take until JetStream knows that somebody takes no more.
 const REST_MAX: Duration = Duration::from_millis(500);
 /// Messages that are given out and not dealt with, of one place; then nobody is given any.
-const OUTSTANDING_MAX: i64 = 20_000;
+const OUTSTANDING_MAX: i64 = 1_000_000;
 /// How many may wait for messages of one place; one more is told to come again.
 const WAITING_MAX: i64 = 65_536;
+/// Where in the metadata of a place's consumer it stands how many messages were removed before anybody took
+/// them, and below which sequence.
+const SKIPPED: &str = "headgate-skipped";
 
 /// Where a shared place is.
 #[derive(Debug, Clone)]
@@ -42,6 +46,15 @@ pub struct SharedSettings {
     pub redelivered_after: Duration,
     /// How long it stays while nobody takes from it; `None`: for ever. What it has already is not made less.
     pub kept: Option<Duration>,
+}
+
+/// A shared place that is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedPlace {
+    /// It was not there before.
+    pub is_new: bool,
+    /// How many messages were removed before anybody took them, and nobody was told of yet.
+    pub skipped: u64,
 }
 
 /// Messages that were asked for, as they come.
@@ -73,34 +86,31 @@ pub struct Receipt {
 }
 
 impl Stream {
-    /// Makes a shared place, or finds it: then where it is counts, and not `from`. Returns whether it was
-    /// made.
+    /// Makes a shared place, or finds it: then where it is counts, and not `from`.
     ///
     /// # Errors
     /// [`StreamError::Away`]; [`StreamError::Refused`] for subjects that JetStream does not take.
-    pub async fn share(&self, settings: &SharedSettings) -> Result<bool, StreamError> {
+    pub async fn share(&self, settings: &SharedSettings) -> Result<SharedPlace, StreamError> {
         let name = &settings.name;
         loop {
             match self.answered(self.handle.consumer_info(name)).await? {
                 Ok(info) => {
+                    let skipped = Skipped::of(&info).map_or(0, |skipped| skipped.messages);
                     let is = info.config.inactive_threshold;
                     let wanted = settings.kept.unwrap_or_default();
                     if !is.is_zero() && (wanted.is_zero() || wanted > is) {
-                        let is = pull::Config::try_from_consumer_config(info.config);
-                        let is = is.map_err(|error| StreamError::Refused(error.to_string()))?;
-                        let config = pull::Config { inactive_threshold: wanted, ..is };
-                        let changed = self.answered(self.handle.update_consumer(config)).await?;
-                        changed.map_err(|error| self.away(&error))?;
+                        self.change(info, |config| config.inactive_threshold = wanted).await?;
                     }
-                    return Ok(false);
+                    return Ok(SharedPlace { is_new: false, skipped });
                 }
                 Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => {}
                 Err(error) => return Err(self.away(&error)),
             }
+            let from = settings.from.max(1);
             let config = pull::Config {
                 durable_name: Some(name.clone()),
                 filter_subjects: settings.subjects.clone(),
-                deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: settings.from.max(1) },
+                deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from },
                 ack_policy: AckPolicy::Explicit,
                 ack_wait: settings.redelivered_after,
                 max_ack_pending: OUTSTANDING_MAX,
@@ -109,7 +119,18 @@ impl Stream {
                 ..pull::Config::default()
             };
             match self.answered(self.handle.create_consumer_strict(config)).await? {
-                Ok(_) => return Ok(true),
+                Ok(info) => {
+                    let below = self.state().await?.first;
+                    let skipped = below.saturating_sub(from);
+                    if skipped > 0 {
+                        let noted = Skipped { messages: skipped, below };
+                        self.change(info.cached_info().clone(), |config| {
+                            config.metadata.extend(noted.into_metadata())
+                        })
+                        .await?;
+                    }
+                    return Ok(SharedPlace { is_new: true, skipped });
+                }
                 // Somebody else has made it meanwhile.
                 Err(error) if error.kind() == ConsumerCreateStrictErrorKind::AlreadyExists => {}
                 Err(error) => match error.kind() {
@@ -140,6 +161,68 @@ impl Stream {
         Ok(())
     }
 
+    /// Says that somebody was told of what was removed. Returns how many that were: whoever says so a second
+    /// time gets 0.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn told_of_skipped(&self, name: &str) -> Result<u64, StreamError> {
+        let info = match self.answered(self.handle.consumer_info(name)).await? {
+            Ok(info) => info,
+            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(0),
+            Err(error) => return Err(self.away(&error)),
+        };
+        let Some(Skipped { messages: messages @ 1.., below }) = Skipped::of(&info) else { return Ok(0) };
+        let told = Skipped { messages: 0, below };
+        self.change(info, |config| config.metadata.extend(told.into_metadata())).await?;
+        Ok(messages)
+    }
+
+    /// Before the messages below a sequence are removed: notes with each shared place how many of them nobody
+    /// has taken from it, for whoever takes next. Counted are all messages, once there is one for the place.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn note_skipped(&self, below: Sequence) -> Result<(), StreamError> {
+        let mut consumers = self.handle.consumers();
+        while let Some(info) = self.answered(consumers.next()).await? {
+            let info = info.map_err(|error| self.away(&error))?;
+            // Those that the stream is only followed with keep no place.
+            if info.config.durable_name.is_none() || info.num_pending == 0 {
+                continue;
+            }
+            let noted = Skipped::of(&info).unwrap_or_default();
+            let next = noted.below.max(info.delivered.stream_sequence + 1);
+            let mut first = below;
+            for subject in std::iter::once(&info.config.filter_subject).chain(&info.config.filter_subjects) {
+                if next < below && !subject.is_empty() {
+                    let request = serde_json::json!({ "seq": next, "next_by_subj": subject, "batch": 1 });
+                    let found = self.direct(request, 1).await?;
+                    first = found.first().map_or(first, |message| first.min(message.sequence));
+                }
+            }
+            let messages = (below - first).min(info.num_pending);
+            if messages > 0 {
+                let noted = Skipped { messages: noted.messages + messages, below };
+                self.change(info, |config| config.metadata.extend(noted.into_metadata())).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn change(
+        &self,
+        info: ConsumerInfo,
+        change: impl FnOnce(&mut pull::Config),
+    ) -> Result<(), StreamError> {
+        let config = pull::Config::try_from_consumer_config(info.config);
+        let mut config = config.map_err(|error| StreamError::Refused(error.to_string()))?;
+        change(&mut config);
+        let changed = self.answered(self.handle.update_consumer(config)).await?;
+        changed.map_err(|error| self.away(&error))?;
+        Ok(())
+    }
+
     /// Asks a shared place for up to `max` messages.
     ///
     /// # Errors
@@ -161,6 +244,26 @@ impl Stream {
         let heard_at = Instant::now();
         let until = heard_at + WAIT + SILENCE_MAX;
         Ok(Taking { nats: self.nats.clone(), messages, left: max, until, heard_at })
+    }
+}
+
+/// What was removed before anybody took it, in the metadata of a place's consumer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Skipped {
+    /// How many, of which nobody was told.
+    messages: u64,
+    /// Below this they are counted.
+    below: Sequence,
+}
+
+impl Skipped {
+    fn of(info: &ConsumerInfo) -> Option<Self> {
+        let (messages, below) = info.config.metadata.get(SKIPPED)?.split_once(' ')?;
+        Some(Self { messages: messages.parse().ok()?, below: below.parse().ok()? })
+    }
+
+    fn into_metadata(self) -> HashMap<String, String> {
+        HashMap::from([(SKIPPED.to_owned(), format!("{} {}", self.messages, self.below))])
     }
 }
 

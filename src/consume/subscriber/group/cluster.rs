@@ -25,7 +25,7 @@ use tracing::warn;
 
 use super::{GroupKey, JoinError, Share};
 use crate::filter::TopicFilter;
-use crate::log::{Batch, Given, KEEP_EVERY, Place, ShareError, SharedPlaces, SharedRecords};
+use crate::log::{Given, KEEP_EVERY, ShareError, SharedPlace, SharedPlaces, SharedRecords};
 use crate::message::{Offset, RecordRef};
 use crate::subject::Space;
 
@@ -94,10 +94,18 @@ struct Group {
 /// A connected member.
 pub struct Member {
     commands: mpsc::UnboundedSender<Command>,
-    records: mpsc::UnboundedReceiver<(Batch, Place)>,
+    given: mpsc::UnboundedReceiver<Share>,
     places: SharedPlaces,
     /// How many more were asked for.
     asked: usize,
+}
+
+/// Records that were asked for.
+struct Asked {
+    /// So many were removed before anybody took them.
+    skipped: u64,
+    records: SharedRecords,
+    at: Instant,
 }
 
 /// What a member's task is told.
@@ -139,10 +147,20 @@ impl Groups {
     ) -> Result<(), JoinError> {
         let Some(group) = self.group(key) else { return Ok(()) };
         let begin = from.unwrap_or_else(|| self.places.next_offset());
-        match group.open(begin, kept(expiry_s)).await? {
-            false if from.is_some() => Err(JoinError::Elsewhere),
+        let place = group.open(begin, kept(expiry_s)).await?;
+        match from {
+            Some(_) if !place.is_new => Err(JoinError::Elsewhere),
             _ => Ok(()),
         }
+    }
+
+    pub(super) fn stay(&self, key: &GroupKey, expiry_s: u32) {
+        let Some(group) = self.group(key) else { return };
+        self.takers.spawn(async move {
+            if let Err(error) = group.open(group.places.next_offset(), kept(expiry_s)).await {
+                warn!(%error, "a group of subscribers may be over before its last session is");
+            }
+        });
     }
 
     pub(super) fn leave(&self, key: &GroupKey) {
@@ -169,15 +187,15 @@ impl Groups {
     pub(super) fn member(&self, key: &GroupKey, expiry_s: u32) -> Option<Member> {
         let group = self.group(key)?;
         let (commands, told) = mpsc::unbounded_channel();
-        let (given, records) = mpsc::unbounded_channel();
+        let (give, given) = mpsc::unbounded_channel();
         *self.here.locked().entry(group.name.clone()).or_default() += 1;
         let (here, name) = (self.here.clone(), group.name.clone());
-        let taker = Taker::new(group, kept(expiry_s), given);
+        let taker = Taker::new(group, kept(expiry_s), give);
         self.takers.spawn(async move {
             taker.run(told).await;
             here.leave(&name);
         });
-        Some(Member { commands, records, places: self.places.clone(), asked: 0 })
+        Some(Member { commands, given, places: self.places.clone(), asked: 0 })
     }
 
     /// `None` for a filter that no record of a cluster has the topic for.
@@ -205,25 +223,27 @@ fn kept(expiry_s: u32) -> Option<Duration> {
 }
 
 impl Group {
-    async fn open(&self, from: Offset, kept: Option<Duration>) -> Result<bool, ShareError> {
+    async fn open(&self, from: Offset, kept: Option<Duration>) -> Result<SharedPlace, ShareError> {
         self.places.open(&self.name, self.subjects.clone(), from, kept).await
     }
 
     /// Asks for up to `max` records, after it was opened, if `open` says where it begins and for how long it is
     /// kept. If that cannot be, it is over after a pause.
-    async fn ask(
-        self,
-        max: usize,
-        open: Option<(Offset, Option<Duration>)>,
-    ) -> Result<(SharedRecords, Instant), ShareError> {
+    async fn ask(self, max: usize, open: Option<(Offset, Option<Duration>)>) -> Result<Asked, ShareError> {
         let asked = async {
+            let mut skipped = 0;
             if let Some((begin, kept)) = open {
-                self.open(begin, kept).await?;
+                skipped = self.open(begin, kept).await?.skipped;
             }
-            self.places.take(&self.name, max).await
+            let records = self.places.take(&self.name, max).await?;
+            if skipped > 0 {
+                // Of several members who found it one tells it. If NATS is away, it is for the next time.
+                skipped = self.places.told_of_skipped(&self.name).await.unwrap_or(0);
+            }
+            Ok(Asked { skipped, records, at: Instant::now() })
         };
         match asked.await {
-            Ok(records) => Ok((records, Instant::now())),
+            Ok(asked) => Ok(asked),
             Err(error) => {
                 sleep(PAUSE).await;
                 Err(error)
@@ -248,13 +268,16 @@ impl Member {
                 let _ = self.commands.send(Command::Room(self.asked));
             }
             // The task ends with this.
-            let Some((batch, place)) = ready!(self.records.poll_recv(cx)) else { return Poll::Pending };
-            self.asked = self.asked.saturating_sub(1);
-            let is_withheld = self.places.withheld().now().withholds(&batch.reader().read(place));
-            if !is_withheld {
-                return Poll::Ready(Share::Records(batch, vec![place]));
+            let Some(given) = ready!(self.given.poll_recv(cx)) else { return Poll::Pending };
+            let Share::Records(batch, places) = &given else { return Poll::Ready(given) };
+            self.asked = self.asked.saturating_sub(places.len());
+            let left_out = self.places.withheld().now();
+            let mut reader = batch.reader();
+            match places.iter().find(|place| left_out.withholds(&reader.read(**place))) {
+                None => return Poll::Ready(given),
+                // They come one by one.
+                Some(withheld) => self.acknowledge(withheld.offset),
             }
-            self.acknowledge(place.offset);
         }
     }
 
@@ -267,15 +290,15 @@ impl Member {
 struct Taker {
     group: Group,
     kept: Option<Duration>,
-    given: mpsc::UnboundedSender<(Batch, Place)>,
+    give: mpsc::UnboundedSender<Share>,
     /// Behind what it was given: where the group begins anew, should it be gone.
     behind: Offset,
     /// For how many there is room.
     room: usize,
     /// Records are being asked for. What was asked for comes, and so this is never given up halfway.
-    asking: Option<BoxFuture<'static, Result<(SharedRecords, Instant), ShareError>>>,
-    /// Those that were asked for, and when.
-    records: Option<(SharedRecords, Instant)>,
+    asking: Option<BoxFuture<'static, Result<Asked, ShareError>>>,
+    /// Those that were asked for.
+    records: Option<Asked>,
     /// Given and not dealt with.
     outstanding: BTreeMap<Offset, Receipt>,
     /// Why it cannot take any, as was said last.
@@ -283,9 +306,9 @@ struct Taker {
 }
 
 impl Taker {
-    fn new(group: Group, kept: Option<Duration>, given: mpsc::UnboundedSender<(Batch, Place)>) -> Self {
+    fn new(group: Group, kept: Option<Duration>, give: mpsc::UnboundedSender<Share>) -> Self {
         let (behind, outstanding) = (group.places.next_offset(), BTreeMap::new());
-        Self { group, kept, given, behind, room: 0, asking: None, records: None, outstanding, trouble: None }
+        Self { group, kept, give, behind, room: 0, asking: None, records: None, outstanding, trouble: None }
     }
 
     /// Runs until the member is gone; what it had goes to others then.
@@ -294,8 +317,12 @@ impl Taker {
         keep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // It may be gone, and whoever asks for what is not there gets no answer.
         let mut is_open = false;
+        let mut first_offset = 0;
         loop {
             if self.room > 0 && self.asking.is_none() && self.records.is_none() {
+                // Retention may have removed what nobody has taken.
+                let first_before = std::mem::replace(&mut first_offset, self.group.places.first_offset());
+                is_open &= first_before == first_offset;
                 let open = (!is_open).then_some((self.behind, self.kept));
                 self.asking = Some(Box::pin(self.group.clone().ask(self.room, open)));
             }
@@ -313,14 +340,17 @@ impl Taker {
                     self.asking = None;
                     is_open = asked.is_ok();
                     self.note(asked.as_ref().err());
+                    if let Ok(Asked { skipped: skipped @ 1.., .. }) = asked {
+                        let _ = self.give.send(Share::Skipped(skipped));
+                    }
                     self.records = asked.ok();
                 }
                 given = next(&mut self.records), if self.records.is_some() => match given {
                     Some(given) => self.give(given).await,
-                    None => if let Some((records, asked_at)) = self.records.take() {
+                    None => if let Some(Asked { records, at, .. }) = self.records.take() {
                         is_open = records.are_all();
                         // It was refused: there are too many who wait, or there is no leader now.
-                        if !is_open && asked_at.elapsed() < PAUSE {
+                        if !is_open && at.elapsed() < PAUSE {
                             self.asking = Some(Box::pin(async { sleep(PAUSE).await; Err(ShareError::refused()) }));
                         }
                     },
@@ -334,9 +364,15 @@ impl Taker {
         }
         if let Some(asking) = self.asking {
             self.records = asking.await.ok();
+            if let Some(Asked { skipped: skipped @ 1.., .. }) = self.records {
+                warn!(
+                    skipped,
+                    "retention has removed records before a group read them, and its member has left"
+                );
+            }
         }
         let rest = match self.records {
-            Some((records, _)) => records.end().await,
+            Some(Asked { records, .. }) => records.end().await,
             None => Vec::new(),
         };
         if !self.outstanding.is_empty() || !rest.is_empty() {
@@ -356,7 +392,7 @@ impl Taker {
         // A record that comes again, as nothing was heard of it for so long, is not given again.
         if self.outstanding.insert(place.offset, receipt).is_none() {
             self.room = self.room.saturating_sub(1);
-            let _ = self.given.send((batch, place));
+            let _ = self.give.send(Share::Records(batch, vec![place]));
         }
     }
 
@@ -376,6 +412,6 @@ async fn of<T>(asking: &mut Option<BoxFuture<'static, T>>) -> T {
     }
 }
 
-async fn next(records: &mut Option<(SharedRecords, Instant)>) -> Option<Given> {
-    records.as_mut()?.0.next().await
+async fn next(asked: &mut Option<Asked>) -> Option<Given> {
+    asked.as_mut()?.records.next().await
 }

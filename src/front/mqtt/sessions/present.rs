@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::super::session::Session;
 use super::super::wills::Will;
-use super::{Away, ClientKey, Sessions};
+use super::{Away, ClientKey, Sessions, group_of};
 use crate::auth::connections::Control;
 use crate::consume::subscriber::Mailbox;
 use crate::consume::subscriber::sessions::Change;
@@ -41,6 +41,13 @@ impl Present {
     /// Where a durable session says how far it is.
     pub(in super::super) fn watch(&self, uid: u64, mailbox: Arc<Mailbox>) {
         self.sessions.locked().watched.insert(uid, (mailbox, 0));
+    }
+
+    /// The session is to outlive its connection by more than was said as it joined its groups.
+    pub(in super::super) fn stays_longer(&self, session: &Session, expiry_s: u32) {
+        for group in session.subscriptions.iter().flatten().filter_map(|s| group_of(&self.key.0, &s.filter)) {
+            self.sessions.subscribers.groups.stay(&group, expiry_s);
+        }
     }
 
     /// The connection is over: hands back its session. Returns the will, if it is to be published
