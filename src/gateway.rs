@@ -97,7 +97,7 @@ impl Gateway {
         let (mqtt_addr, http_addr) = (mqtt_listener.local_addr()?, http_listener.local_addr()?);
         let mqtt_tls_addr = tls.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
         check_whose(dir, config.log.backend)?;
-        let (mut member, registry, log, groups): (_, _, Arc<dyn Log>, _) = match config.log.backend {
+        let (mut member, registry, log, places): (_, _, Arc<dyn Log>, _) = match config.log.backend {
             LogBackend::Embedded => {
                 let registry = Arc::new(Registry::open(dir)?);
                 ensure_admin_key(&registry, &admin_key_path)?;
@@ -114,8 +114,8 @@ impl Gateway {
                 let joined = http::until_ready(&http_listener, &config.http, joining.reason(), joined);
                 let (member, log) = joined.await?;
                 let registry = member.registry().clone();
-                let groups = member.groups(log.shared_places()).await?;
-                (Some((joining, member)), registry, Arc::new(log), Some(groups))
+                let places = log.shared_places();
+                (Some((joining, member)), registry, Arc::new(log), Some(places))
             }
         };
         // Before whoever reads the log.
@@ -133,16 +133,16 @@ impl Gateway {
         let hold = log.hold();
         let retained = Retained::start(dir, log.clone(), move |offset| hold.set(offset))?;
         let retained_too = retained.clone();
-        let (store, stored, claims) = match &member {
-            Some((joining, member)) => {
-                let opened = member.sessions(&config);
+        let (store, stored, claims, groups) = match member.as_ref().zip(places) {
+            Some(((joining, member), places)) => {
+                let opened = member.sessions(&config, places);
                 let opened = http::until_ready(&http_listener, &config.http, joining.reason(), opened);
-                let (store, claims) = opened.await?;
-                (store, Stored::default(), Some(claims))
+                let (store, claims, groups) = opened.await?;
+                (store, Stored::default(), Some(claims), Some(groups))
             }
             None => {
                 let (store, stored) = SessionStore::open(dir)?;
-                (store, stored, None)
+                (store, stored, None, None)
             }
         };
         let subscribers = Arc::new(Subscribers::start(log.clone(), store, retained, groups)?);

@@ -21,7 +21,7 @@ use crate::auth::{ApiKey, Registry, RegistryError};
 use crate::config::Config;
 use crate::consume::subscriber::ClusterGroups;
 use crate::consume::subscriber::sessions::SessionStore;
-use crate::consume::subscriber::sessions::bucket::{self, Lookup};
+use crate::consume::subscriber::sessions::bucket::{self, GroupRolls, Lookup};
 use crate::front::http::Reason;
 use crate::front::mqtt::Claims;
 use crate::intake::Intake;
@@ -169,12 +169,16 @@ impl Member {
         }
     }
 
-    /// Where MQTT sessions are kept, and what clients are shared with the other members by. While NATS is away
-    /// this waits.
+    /// Where MQTT sessions are kept, what clients are shared with the other members by, and the groups of
+    /// subscribers, whose members are anywhere in the cluster. While NATS is away this waits.
     ///
     /// # Errors
     /// In words for an operator: JetStream cannot keep them.
-    pub(super) async fn sessions(&self, config: &Config) -> anyhow::Result<(SessionStore, Claims)> {
+    pub(super) async fn sessions(
+        &self,
+        config: &Config,
+        places: SharedPlaces,
+    ) -> anyhow::Result<(SessionStore, Claims, ClusterGroups)> {
         let (replicas, expiry_s_max) = (config.nats.stream.replicas, config.mqtt.session_expiry_s_max);
         let cells = loop {
             match bucket::open(&self.nats, replicas, expiry_s_max).await {
@@ -182,17 +186,10 @@ impl Member {
                 opened => break opened.context("the bucket of MQTT sessions")?,
             }
         };
-        let lookup = Lookup::new(cells.clone());
+        let (lookup, rolls) = (Lookup::new(cells.clone()), GroupRolls::new(cells.clone()));
         let (store, lost) = SessionStore::in_bucket(cells, self.presence.id())?;
-        Ok((store, Claims::new(self.presence.clone(), lookup, lost)))
-    }
-
-    /// Groups of subscribers, whose members are anywhere in the cluster.
-    ///
-    /// # Errors
-    /// The connection was closed for good.
-    pub(super) async fn groups(&self, places: SharedPlaces) -> anyhow::Result<ClusterGroups> {
-        Ok(ClusterGroups::start(places, self.presence.clone()).await?)
+        let groups = ClusterGroups::start(places, rolls, self.presence.clone()).await?;
+        Ok((store, Claims::new(self.presence.clone(), lookup, lost), groups))
     }
 
     /// Leaves: the others wait for this member no more. To be called when nothing can come in any more.

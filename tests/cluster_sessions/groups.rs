@@ -153,6 +153,45 @@ fn groups(cluster: &Cluster) -> usize {
     names.filter(|name| name.starts_with("share-")).count()
 }
 
+/// Also of sessions that stay, and also when the gateway is gone that they were at.
+#[test]
+fn a_group_is_over_when_its_last_session_gives_it_up_or_ends() {
+    let (cluster, a, b) = Cluster::two();
+    let clients = ["one", "two"].map(|name| staying(V5, &cluster.key, name));
+    let joined = |gateway, nth: usize| {
+        let (mut wire, _) = connected(gateway, &clients[nth]);
+        subscribed(&mut wire, V5, FILTER);
+        wire
+    };
+    let over = || wait_for("the group to be over", || (groups(&cluster) == 0).then_some(()));
+    let stays = || {
+        std::thread::sleep(Duration::from_secs(2));
+        assert_eq!(groups(&cluster), 1);
+    };
+    let (mut one, two) = (joined(&a, 0), joined(&b, 1));
+    drop(two);
+    one.send(&unsubscribe(V5, 2, &[FILTER]));
+    one.packet(UNSUBACK);
+    stays();
+    let (mut two, present) = connected(&a, &clients[1]);
+    assert!(present);
+    two.send(&unsubscribe(V5, 2, &[FILTER]));
+    two.packet(UNSUBACK);
+    over();
+
+    // It ends with its connection after all; and another comes anew.
+    let mut one = joined(&a, 0);
+    one.send(&frame(DISCONNECT << 4, &[&[0, 5][..], &four_bytes(SESSION_EXPIRY, 0)].concat()));
+    over();
+    drop(joined(&b, 0));
+    stays();
+    b.kill();
+    let clean = Connect { clean: true, ..clients[0].clone() };
+    let (_one, present) = connected(&a, &clean);
+    assert!(!present);
+    over();
+}
+
 /// A client may say as it leaves that its session stays for longer than it said before.
 #[test]
 fn a_group_stays_as_long_as_the_longest_of_its_sessions() {

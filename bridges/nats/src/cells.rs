@@ -10,6 +10,7 @@ use async_nats::jetstream::context::{ContextBuilder, PublishErrorKind, UpdateStr
 use async_nats::jetstream::stream::{Config, DiscardPolicy, LastRawMessageErrorKind, StorageType, Stream};
 use async_nats::{HeaderMap, HeaderValue};
 use bytes::Bytes;
+use futures_util::StreamExt;
 
 use crate::kv::{at_open, of_server};
 use crate::{KvError, Nats};
@@ -167,6 +168,29 @@ impl Cells {
             Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Err(CellError::Changed),
             Err(error) => Err(CellError::Away(error.to_string())),
         }
+    }
+
+    /// Removes a cell, of which nothing stays: of two who write and remove it the later one counts.
+    ///
+    /// # Errors
+    /// [`CellError::Away`].
+    pub async fn remove(&self, key: &str) -> Result<(), CellError> {
+        let purged = self.stream.purge().filter(self.subject(key)).into_future();
+        let purged = tokio::time::timeout(ANSWER_WAIT_MAX, purged).await.map_err(|_| late())?;
+        purged.map(|_| ()).map_err(|error| CellError::Away(error.to_string()))
+    }
+
+    /// Whether there is a cell below this part of a key.
+    ///
+    /// # Errors
+    /// [`CellError::Away`].
+    pub async fn any_below(&self, part: &str) -> Result<bool, CellError> {
+        let cells = async {
+            let mut subjects = self.stream.info_with_subjects(self.subject(&format!("{part}.>"))).await?;
+            Ok::<_, async_nats::Error>(subjects.next().await.transpose()?.is_some())
+        };
+        let found = tokio::time::timeout(ANSWER_WAIT_MAX, cells).await.map_err(|_| late())?;
+        found.map_err(|error| CellError::Away(error.to_string()))
     }
 
     fn subject(&self, key: &str) -> String {

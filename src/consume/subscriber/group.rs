@@ -10,12 +10,23 @@ pub use cluster::Groups as ClusterGroups;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use headgate_bridge_nats::CellError;
+
 use super::router::Router;
 use crate::log::{Batch, Log, Place, ReadError, ShareError};
 use crate::message::{DatasourceId, Offset};
 
 /// Which group: the datasource of its members' keys, its name, its filter.
 pub type GroupKey = (DatasourceId, Box<str>, Box<str>);
+
+/// A session, as far as its groups have to know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupSession {
+    /// No other session has or had the same.
+    pub uid: u64,
+    /// How many seconds it outlives its connection; 0: it ends with it, `u32::MAX`: it stays for ever.
+    pub expiry_s: u32,
+}
 
 /// What a member is given.
 pub enum Share {
@@ -36,6 +47,9 @@ pub enum JoinError {
     /// Its place cannot be reached now.
     #[error("the group cannot be joined now: {0}")]
     Unavailable(#[from] ShareError),
+    /// That it stays cannot be written now.
+    #[error("the group cannot be joined now: {0}")]
+    Unwritten(#[from] CellError),
 }
 
 /// The groups that there are.
@@ -52,8 +66,7 @@ impl Groups {
         Self::Local(local::Groups::new(router, log))
     }
 
-    /// Says that the session `uid`, which outlives its connection by `expiry_s` seconds, has the group's
-    /// subscription. The first one makes the group: at `from`, or at the end of the log. Returns where the
+    /// Says that a session has the group's subscription. The first one makes the group: at `from`, or at the end of the log. Returns where the
     /// group is, if that is to be kept here.
     ///
     /// # Errors
@@ -61,13 +74,12 @@ impl Groups {
     pub async fn join(
         &self,
         key: &GroupKey,
-        uid: u64,
-        expiry_s: u32,
+        of: GroupSession,
         from: Option<Offset>,
     ) -> Result<Option<Offset>, JoinError> {
         match self {
-            Self::Local(groups) => groups.join(key, uid, from).map(Some).ok_or(JoinError::Elsewhere),
-            Self::Cluster(groups) => groups.join(key, expiry_s, from).await.map(|()| None),
+            Self::Local(groups) => groups.join(key, of.uid, from).map(Some).ok_or(JoinError::Elsewhere),
+            Self::Cluster(groups) => groups.join(key, of, from).await.map(|()| None),
         }
     }
 
@@ -79,32 +91,30 @@ impl Groups {
         }
     }
 
-    /// Says that the session `uid` no longer has it. Returns whether the group is gone with it, and is not to
-    /// be kept any more.
-    pub fn leave(&self, key: &GroupKey, uid: u64) -> bool {
+    /// Says that the session `uid`, which ever was to outlive its connection or never, no longer has it. Returns
+    /// whether the group is gone with it, and is not to be kept any more.
+    pub fn leave(&self, key: &GroupKey, uid: u64, ever_stayed: bool) -> bool {
         match self {
             Self::Local(groups) => groups.leave(key, uid),
             Self::Cluster(groups) => {
-                groups.leave(key);
+                groups.leave(key, uid, ever_stayed);
                 false
             }
         }
     }
 
-    /// Says that a session which has joined a group outlives its connection by so many seconds, more than it
-    /// said then.
-    pub fn stay(&self, key: &GroupKey, expiry_s: u32) {
+    /// Says that a session which has joined a group outlives its connection by more than it said then.
+    pub fn stay(&self, key: &GroupKey, of: GroupSession) {
         if let Self::Cluster(groups) = self {
-            groups.stay(key, expiry_s);
+            groups.stay(key, of);
         }
     }
 
-    /// A connected member of a group that was joined, for a session that outlives its connection by `expiry_s`
-    /// seconds.
-    pub fn member(&self, key: &GroupKey, expiry_s: u32) -> Option<Member> {
+    /// A connected member of a group that its session has joined.
+    pub fn member(&self, key: &GroupKey, of: GroupSession) -> Option<Member> {
         match self {
             Self::Local(groups) => groups.member(key).map(Member::Local),
-            Self::Cluster(groups) => groups.member(key, expiry_s).map(Member::Cluster),
+            Self::Cluster(groups) => groups.member(key, of).map(Member::Cluster),
         }
     }
 

@@ -21,7 +21,7 @@ mod tests;
 
 pub use database::DatabaseError;
 pub use feed::{Feed, Hit, Matched, Next};
-pub use group::{ClusterGroups, GroupKey, Groups, JoinError, Member, Share};
+pub use group::{ClusterGroups, GroupKey, GroupSession, Groups, JoinError, Member, Share};
 pub use mailbox::Mailbox;
 pub use router::Router;
 

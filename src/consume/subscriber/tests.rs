@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use super::{Feed, Groups, Next, Router, Share};
+use super::{Feed, GroupSession, Groups, Next, Router, Share};
 use crate::config::{Config, Log as LogConfig};
 use crate::limits::MAILBOX_BYTES_MAX;
 use crate::log::{EmbeddedLog, Log, Section};
@@ -239,8 +239,9 @@ async fn what_a_member_that_left_had_taken_goes_to_another() {
     let scene = Scene::new();
     let groups = Groups::local(scene.router.clone(), scene.log.clone());
     let key = (id("a"), "workers".into(), "#".into());
-    assert_eq!(groups.join(&key, 1, 0, None).await.expect("joined"), Some(0));
-    let [mut first, mut second] = [(); 2].map(|()| groups.member(&key, 0).expect("the group is there"));
+    let of = GroupSession { uid: 1, expiry_s: 0 };
+    assert_eq!(groups.join(&key, of, None).await.expect("joined"), Some(0));
+    let [mut first, mut second] = [(); 2].map(|()| groups.member(&key, of).expect("the group is there"));
     scene.append(&[(0, 0); 20], b"x").await;
     let take =
         async |member: &mut super::Member| match timeout(SOON, poll_fn(|cx| member.poll_take(4, cx))).await {
@@ -263,5 +264,5 @@ async fn what_a_member_that_left_had_taken_goes_to_another() {
     others.iter().for_each(|offset| second.acknowledge(*offset));
     assert_eq!(groups.cursors(20), [(key.clone(), 20)]);
     drop(second);
-    assert!(groups.leave(&key, 1), "the last session takes the group with it");
+    assert!(groups.leave(&key, 1, false), "the last session takes the group with it");
 }

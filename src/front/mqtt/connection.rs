@@ -203,11 +203,11 @@ impl<'a> Connection<'a> {
             // Sections 3.14.2.1 and 3.14.2.2.2.
             will = will.filter(|_| inbound.form.version == Version::V5 && disconnect.reason != 0);
             if let Some(expiry_s) = disconnect.session_expiry_s {
-                let expiry_s = expiry_s.min(front.config.session_expiry_s_max);
-                if expiry_s > session.expiry_s {
-                    present.stays_longer(&session, expiry_s);
+                let before = session.expiry_s;
+                session.expiry_s = expiry_s.min(front.config.session_expiry_s_max);
+                if session.expiry_s > before {
+                    present.stays_longer(&session);
                 }
-                session.expiry_s = expiry_s;
             }
         }
         (goodbye, present.leave(session, will))

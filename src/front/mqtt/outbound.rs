@@ -97,7 +97,7 @@ impl Outbound {
             let slot = u32::try_from(slot).expect("subscriptions are bounded");
             match super::sessions::group_of(&datasource, &subscription.filter) {
                 Some(group) => {
-                    let member = subscribers.groups.member(&group, session.expiry_s);
+                    let member = subscribers.groups.member(&group, session.of_groups());
                     members.extend(member.map(|member| (slot, member)));
                 }
                 None => {

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::flights::Flights;
+use crate::consume::subscriber::GroupSession;
 use crate::consume::subscriber::sessions::{StoredSession, StoredSubscription};
 use crate::filter::TopicFilter;
 use crate::message::{DatasourceId, Offset};
@@ -18,6 +19,8 @@ pub(super) struct Session {
     pub(super) expiry_s: u32,
     /// It is on the disk, or on its way there.
     pub(super) stored: bool,
+    /// It was to outlive a connection, at some time.
+    pub(super) ever_stayed: bool,
     /// By slot. What is given up leaves a gap, so that a slot stays the same subscription's.
     pub(super) subscriptions: Vec<Option<Subscription>>,
     /// Everything below is given out, if perhaps not acknowledged; as it was when the last connection
@@ -83,7 +86,8 @@ impl Session {
     /// A session without anything, of which no other has the `uid`.
     pub(super) fn new(uid: u64, expiry_s: u32) -> Self {
         let flights = Flights::default();
-        Self { uid, expiry_s, stored: false, subscriptions: Vec::new(), position: 0, flights }
+        let (stored, ever_stayed, subscriptions) = (false, expiry_s > 0, Vec::new());
+        Self { uid, expiry_s, stored, ever_stayed, subscriptions, position: 0, flights }
     }
 
     /// The first record that is not dealt with.
@@ -95,6 +99,11 @@ impl Session {
     pub(super) fn reaches(&self) -> Offset {
         let begin = self.subscriptions.iter().flatten().map(|subscription| subscription.from);
         begin.fold(self.position, Offset::max)
+    }
+
+    /// What its groups have to know of it.
+    pub(super) fn of_groups(&self) -> GroupSession {
+        GroupSession { uid: self.uid, expiry_s: self.expiry_s }
     }
 
     /// Whether it lives on without a connection.
@@ -158,6 +167,7 @@ impl Session {
             uid: stored.uid,
             expiry_s: stored.expiry_s,
             stored: true,
+            ever_stayed: true,
             subscriptions: subscriptions.collect(),
             position: stored.cursor,
             flights: Flights::default(),

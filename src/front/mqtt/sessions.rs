@@ -283,6 +283,7 @@ impl Sessions {
     ) -> Session {
         let mut session = earlier.unwrap_or_else(|| Session::new(new_uid(), expiry_s));
         session.expiry_s = expiry_s;
+        session.ever_stayed |= session.is_durable();
         let other = found.as_ref().and_then(|found| found.session.as_ref()).map(|session| session.uid);
         let other = other.filter(|uid| *uid != session.uid);
         let change = match (session.is_durable(), session.stored) {
@@ -314,7 +315,7 @@ impl Sessions {
         let mut changes: Vec<Change> =
             session.stored.then_some(Change::RemoveSession(session.uid)).into_iter().collect();
         for group in session.subscriptions.iter().flatten().filter_map(|s| group_of(&key.0, &s.filter)) {
-            changes.extend(self.leave_group(&group, session.uid));
+            changes.extend(self.leave_group(&group, session));
         }
         if changes.is_empty() {
             return;
@@ -323,8 +324,8 @@ impl Sessions {
     }
 
     /// A session gives up a group's subscription. Returns what is to be written of that.
-    pub(super) fn leave_group(&self, group: &GroupKey, uid: u64) -> Option<Change> {
-        let gone = self.subscribers.groups.leave(group, uid);
+    pub(super) fn leave_group(&self, group: &GroupKey, session: &Session) -> Option<Change> {
+        let gone = self.subscribers.groups.leave(group, session.uid, session.ever_stayed);
         gone.then(|| {
             self.locked().written_groups.remove(group);
             let (datasource, name, filter) = group.clone();

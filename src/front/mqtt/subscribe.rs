@@ -240,8 +240,8 @@ impl Services {
                 let datasource = outbound.datasource.clone();
                 let key: GroupKey = (datasource, group.into(), wanted.filter.as_str().into());
                 let groups = &self.subscribers.groups;
-                let expiry_s = outbound.session.expiry_s;
-                let cursor = groups.join(&key, outbound.session.uid, expiry_s, from).await;
+                let of = outbound.session.of_groups();
+                let cursor = groups.join(&key, of, from).await;
                 let cursor = cursor.map_err(|e| No(Reason::ImplementationSpecificError, e.to_string()))?;
                 if let Some(cursor) = cursor.filter(|_| outbound.session.is_durable()) {
                     let (datasource, group, filter) = key.clone();
@@ -250,7 +250,7 @@ impl Services {
                     changes.push(Change::PutGroup(group));
                 }
                 let slot = known.unwrap_or_else(|| outbound.session.free_slot());
-                let member = if new { groups.member(&key, expiry_s) } else { None };
+                let member = if new { groups.member(&key, of) } else { None };
                 outbound.share(slot, subscription, member);
                 Ok((slot, new))
             }
@@ -265,7 +265,7 @@ impl Services {
             let Some(slot) = outbound.session.find(filter) else { return NO_SUBSCRIPTION_EXISTED };
             outbound.unsubscribe(slot);
             if let Some(group) = super::sessions::group_of(&outbound.datasource, filter) {
-                changes.extend(self.sessions.leave_group(&group, outbound.session.uid));
+                changes.extend(self.sessions.leave_group(&group, &outbound.session));
             }
             Reason::Success as u8
         };

@@ -79,12 +79,12 @@ impl SharedPlaces {
         Ok(self.shared.stream.share(&settings).await?)
     }
 
-    /// Gives up a place, if nobody takes from it and it would not be kept for longer than `kept`.
+    /// Gives up a place, if nobody takes from it.
     ///
     /// # Errors
     /// [`ShareError`].
-    pub async fn give_up(&self, name: &str, kept: Duration) -> Result<(), ShareError> {
-        Ok(self.shared.stream.give_up_shared(name, kept).await?)
+    pub async fn give_up(&self, name: &str) -> Result<(), ShareError> {
+        Ok(self.shared.stream.give_up_shared(name).await?)
     }
 
     /// Somebody is to be told how many records retention has removed before anybody took them. Returns how

@@ -143,18 +143,17 @@ impl Stream {
         }
     }
 
-    /// Gives up a shared place, if nobody takes from it and it would not be kept for longer than `kept`.
+    /// Gives up a shared place, if nobody takes from it.
     ///
     /// # Errors
     /// [`StreamError::Away`].
-    pub async fn give_up_shared(&self, name: &str, kept: Duration) -> Result<(), StreamError> {
+    pub async fn give_up_shared(&self, name: &str) -> Result<(), StreamError> {
         let info = match self.answered(self.handle.consumer_info(name)).await? {
             Ok(info) => info,
             Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(self.away(&error)),
         };
-        let is_kept = info.config.inactive_threshold;
-        if info.num_waiting == 0 && !is_kept.is_zero() && is_kept <= kept {
+        if info.num_waiting == 0 {
             let deleted = self.answered(self.handle.delete_consumer(name)).await?;
             deleted.map_err(|error| self.away(&error))?;
         }

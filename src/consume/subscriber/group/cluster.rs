@@ -4,9 +4,9 @@
 //! A member asks for as many records as it has room for. Those whose connection ends hand back what they
 //! have not dealt with; what a gateway had that was killed comes to others after some seconds.
 //!
-//! A group stays, where it is, for as long as any of its sessions might come back: JetStream is told how long
-//! that is as a session joins, so that it holds for those also that are never heard of again. When the last
-//! member has left of a group whose sessions all end with their connections, it is over at once.
+//! A group is over when the last session gives up its subscription, or ends. Those that outlive their
+//! connections are on a roll, in the bucket that sessions are in; of the others each gateway knows its own.
+//! JetStream is told too how long the sessions stay, for those that are never heard of again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,13 +17,14 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use headgate_bridge_nats::presence::Reply;
 use headgate_bridge_nats::stream::Receipt;
-use headgate_bridge_nats::{NatsError, Presence};
+use headgate_bridge_nats::{CellError, NatsError, Presence};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::task::TaskTracker;
-use tracing::warn;
+use tracing::{debug, warn};
 
-use super::{GroupKey, JoinError, Share};
+use super::super::sessions::bucket::GroupRolls;
+use super::{GroupKey, GroupSession, JoinError, Share};
 use crate::filter::TopicFilter;
 use crate::log::{Given, KEEP_EVERY, ShareError, SharedPlace, SharedPlaces, SharedRecords};
 use crate::message::{Offset, RecordRef};
@@ -41,6 +42,8 @@ const OTHERS_LEAVE: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_millis(250);
 /// How long after somebody has left it is looked whether the group is over.
 const LEFT: Duration = Duration::from_millis(600);
+/// How often it is said that a session which is there has a group.
+const ROLL_AGAIN: Duration = Duration::from_secs(12 * 3_600);
 /// What other gateways are asked, with a group's name: has it members there?
 const QUESTION: &str = "headgate.groups";
 const NONE: &[u8] = b"none";
@@ -51,9 +54,10 @@ const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
 /// The groups, as far as this gateway has to do with them.
 pub struct Groups {
     places: SharedPlaces,
+    rolls: GroupRolls,
     presence: Arc<Presence>,
     here: Arc<Here>,
-    takers: TaskTracker,
+    tasks: TaskTracker,
 }
 
 /// How many members each group has at this gateway.
@@ -121,7 +125,11 @@ impl Groups {
     ///
     /// # Errors
     /// [`NatsError`]: the connection was closed for good.
-    pub async fn start(places: SharedPlaces, presence: Arc<Presence>) -> Result<Self, NatsError> {
+    pub async fn start(
+        places: SharedPlaces,
+        rolls: GroupRolls,
+        presence: Arc<Presence>,
+    ) -> Result<Self, NatsError> {
         let here = Arc::<Here>::default();
         let here_too = here.clone();
         let answer = move |group: Bytes| {
@@ -129,70 +137,86 @@ impl Groups {
             std::future::ready(Bytes::from_static(if has { SOME } else { NONE }))
         };
         presence.serve(QUESTION, answer).await?;
-        Ok(Self { places, presence, here, takers: TaskTracker::new() })
+        Ok(Self { places, rolls, presence, here, tasks: TaskTracker::new() })
     }
 
     /// Returns when what the members had that are gone is on its way to others.
     pub(super) async fn close(&self) {
-        self.takers.close();
-        self.takers.wait().await;
+        self.tasks.close();
+        self.tasks.wait().await;
         self.places.flush().await;
     }
 
     pub(super) async fn join(
         &self,
         key: &GroupKey,
-        expiry_s: u32,
+        of: GroupSession,
         from: Option<Offset>,
     ) -> Result<(), JoinError> {
         let Some(group) = self.group(key) else { return Ok(()) };
         let begin = from.unwrap_or_else(|| self.places.next_offset());
-        let place = group.open(begin, kept(expiry_s)).await?;
-        match from {
-            Some(_) if !place.is_new => Err(JoinError::Elsewhere),
-            _ => Ok(()),
+        let place = group.open(begin, kept(of)).await?;
+        if from.is_some() && !place.is_new {
+            return Err(JoinError::Elsewhere);
         }
+        if of.stays() {
+            self.rolls.enter(&group.name, of.uid).await?;
+        }
+        Ok(())
     }
 
-    pub(super) fn stay(&self, key: &GroupKey, expiry_s: u32) {
+    pub(super) fn stay(&self, key: &GroupKey, of: GroupSession) {
         let Some(group) = self.group(key) else { return };
-        self.takers.spawn(async move {
-            if let Err(error) = group.open(group.places.next_offset(), kept(expiry_s)).await {
+        self.tasks.spawn(async move {
+            if let Err(error) = group.open(group.places.next_offset(), kept(of)).await {
                 warn!(%error, "a group of subscribers may be over before its last session is");
             }
         });
     }
 
-    pub(super) fn leave(&self, key: &GroupKey) {
+    pub(super) fn leave(&self, key: &GroupKey, uid: u64, ever_stayed: bool) {
         let Some(Group { places, name, .. }) = self.group(key) else { return };
-        let (presence, here) = (self.presence.clone(), self.here.clone());
+        let (presence, here, rolls) = (self.presence.clone(), self.here.clone(), self.rolls.clone());
         tokio::spawn(async move {
-            sleep(LEFT).await;
-            if here.has(&name) {
-                return;
-            }
-            let answers = presence.ask_all(QUESTION, Bytes::from(name.clone()), ANSWER_WAIT_MAX).await;
-            let is_none = |reply: &Reply| match reply {
-                Reply::Answer(answer) => answer == NONE,
-                Reply::Gone => true,
-                Reply::Silent => false,
+            let over = async {
+                if ever_stayed {
+                    rolls.strike(&name, uid).await?;
+                }
+                sleep(LEFT).await;
+                if here.has(&name) {
+                    return Ok::<_, CellError>(false);
+                }
+                let answers = presence.ask_all(QUESTION, Bytes::from(name.clone()), ANSWER_WAIT_MAX).await;
+                let is_none = |reply: &Reply| match reply {
+                    Reply::Answer(answer) => answer == NONE,
+                    Reply::Gone => true,
+                    Reply::Silent => false,
+                };
+                Ok(answers.iter().all(|(_, reply)| is_none(reply)) && rolls.is_empty(&name).await?)
             };
-            if answers.iter().all(|(_, reply)| is_none(reply)) {
+            match over.await {
+                Ok(false) => {}
                 // If it cannot be now, it is over by itself some time later.
-                let _ = places.give_up(&name, KEPT).await;
+                Ok(true) => _ = places.give_up(&name).await,
+                Err(error) => debug!(%error, "whether a group of subscribers is over cannot be known now"),
             }
         });
     }
 
-    pub(super) fn member(&self, key: &GroupKey, expiry_s: u32) -> Option<Member> {
+    pub(super) fn member(&self, key: &GroupKey, of: GroupSession) -> Option<Member> {
         let group = self.group(key)?;
         let (commands, told) = mpsc::unbounded_channel();
         let (give, given) = mpsc::unbounded_channel();
         *self.here.locked().entry(group.name.clone()).or_default() += 1;
         let (here, name) = (self.here.clone(), group.name.clone());
-        let taker = Taker::new(group, kept(expiry_s), give);
-        self.takers.spawn(async move {
-            taker.run(told).await;
+        let rolls = self.rolls.clone();
+        let taker = Taker::new(group, kept(of), give);
+        self.tasks.spawn(async move {
+            let staying = stay_on_roll(rolls, name.clone(), of);
+            tokio::select! {
+                () = taker.run(told) => {}
+                () = staying => {}
+            }
             here.leave(&name);
         });
         Some(Member { commands, given, places: self.places.clone(), asked: 0 })
@@ -217,9 +241,26 @@ impl Groups {
     }
 }
 
-/// How long a group is kept for a session of such an expiry; `None`: for ever.
-fn kept(expiry_s: u32) -> Option<Duration> {
-    (expiry_s != u32::MAX).then(|| Duration::from_secs(expiry_s.into()) + KEPT)
+/// How long a group is kept for a session; `None`: for ever.
+fn kept(of: GroupSession) -> Option<Duration> {
+    (of.expiry_s != u32::MAX).then(|| Duration::from_secs(of.expiry_s.into()) + KEPT)
+}
+
+/// Says again and again that a session has the group, so that it is on its roll for as long as the session
+/// stays. Never returns.
+async fn stay_on_roll(rolls: GroupRolls, group: String, of: GroupSession) {
+    while of.stays() {
+        let entered = rolls.enter(&group, of.uid).await;
+        sleep(if entered.is_ok() { ROLL_AGAIN } else { LEFT }).await;
+    }
+    std::future::pending().await
+}
+
+impl GroupSession {
+    /// Whether it outlives its connection.
+    fn stays(self) -> bool {
+        self.expiry_s > 0
+    }
 }
 
 impl Group {

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `session.{client}` | the node that has the session, and the session, or that it has ended |
 //! | `cursors.{node}.{page}` | how far sessions of a node have got since their cells were written |
+//! | `group.{group}.{session}` | nothing more: a session that stays has the subscription of this group |
 //!
 //! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell,
 //! each time over the revision that it knows: the one that the client is connected to, or was last.
@@ -18,6 +19,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use headgate_bridge_nats::{Cell, CellError, Cells, CellsSettings, Nats};
 
 use super::row::{Moved, Row, decode};
@@ -111,6 +113,46 @@ impl Lookup {
         }
         Ok(Found { session: Some(session), ..nothing })
     }
+}
+
+/// Which groups the sessions have that stay without their connections. Cheap to clone.
+#[derive(Clone)]
+pub struct GroupRolls(Cells);
+
+impl GroupRolls {
+    /// In this bucket.
+    pub fn new(cells: Cells) -> Self {
+        Self(cells)
+    }
+
+    /// Enters a session, or says that it still is.
+    ///
+    /// # Errors
+    /// [`CellError::Away`].
+    pub async fn enter(&self, group: &str, uid: u64) -> Result<(), CellError> {
+        self.0.put(&roll_key(group, uid), Bytes::from_static(b"in"), None, None).await?;
+        Ok(())
+    }
+
+    /// Strikes a session off.
+    ///
+    /// # Errors
+    /// [`CellError::Away`].
+    pub async fn strike(&self, group: &str, uid: u64) -> Result<(), CellError> {
+        self.0.remove(&roll_key(group, uid)).await
+    }
+
+    /// Whether there is none.
+    ///
+    /// # Errors
+    /// [`CellError::Away`].
+    pub async fn is_empty(&self, group: &str) -> Result<bool, CellError> {
+        Ok(!self.0.any_below(&format!("group.{group}")).await?)
+    }
+}
+
+fn roll_key(group: &str, uid: u64) -> String {
+    format!("group.{group}.{uid:016x}")
 }
 
 impl StoredSession {

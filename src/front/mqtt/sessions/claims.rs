@@ -21,7 +21,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::{debug, warn};
 
 use super::super::session::{HandedOver, Session};
-use super::{Away, ClientKey, Connected, Held, NotEntered, Present, Sessions};
+use super::{Away, ClientKey, Connected, Held, NotEntered, Present, Sessions, group_of};
 use crate::auth::connections::{Close, Control};
 use crate::consume::subscriber::sessions::Change;
 use crate::consume::subscriber::sessions::bucket::{Found, Lookup, Lost};
@@ -199,6 +199,12 @@ impl Sessions {
         }
         let found = claims.lookup.find(&key.0, &key.1).await.map_err(unavailable)?;
         let kept = found.session.clone().filter(|session| !clean && !session.has_expired(now_micros()));
+        if let Some(over) = found.session.as_ref().filter(|_| kept.is_none()) {
+            // Its node is gone, else that would have ended it.
+            for group in over.subscriptions.iter().filter_map(|s| group_of(&key.0, &s.filter)) {
+                self.subscribers.groups.leave(&group, over.uid, true);
+            }
+        }
         // Who had it last has written it before it answered, and knows more than it has written.
         let session = kept.map(|kept| match handed.into_iter().find(|handed| handed.is(&kept)) {
             Some(handed) => Session::from_handed(handed),

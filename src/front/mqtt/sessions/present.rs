@@ -44,9 +44,9 @@ impl Present {
     }
 
     /// The session is to outlive its connection by more than was said as it joined its groups.
-    pub(in super::super) fn stays_longer(&self, session: &Session, expiry_s: u32) {
+    pub(in super::super) fn stays_longer(&self, session: &Session) {
         for group in session.subscriptions.iter().flatten().filter_map(|s| group_of(&self.key.0, &s.filter)) {
-            self.sessions.subscribers.groups.stay(&group, expiry_s);
+            self.sessions.subscribers.groups.stay(&group, session.of_groups());
         }
     }
 
