@@ -56,7 +56,9 @@ fn what_was_acknowledged_survives_every_kill_and_is_stored_once() {
             acked.extend(sent.acked);
         }
     }
-    setup.start().stop();
+    let gateway = setup.start();
+    gateway.settle();
+    gateway.stop();
 
     let in_log = kept::in_log(dir.path());
     let in_storage = kept::in_storage(dir.path());

@@ -180,6 +180,9 @@ fn a_full_disk(sink: &str) {
     assert_eq!(answer.status, 200, "{}", answer.text());
     acked.push(n);
 
+    if sink == "sqlite" {
+        gateway.settle();
+    }
     let exit = gateway.stop();
     assert!(exit.output.contains("the disk is full"), "the log says so too:\n{}", exit.output);
     let kept = in_log(&disk.path());

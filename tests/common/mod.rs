@@ -407,12 +407,16 @@ impl Gateway {
         self.metric("headgate_log_next_offset") - cluster::first_offset() as f64
     }
 
-    /// Waits until storage has everything that the log had when this was called.
+    /// Waits until storage has everything that the log had when this was called, for as long as it gets on.
     pub fn settle(&self) {
         let end = self.metric("headgate_log_next_offset");
-        wait_for("storage to reach the end of the log", || {
-            (self.metric("headgate_storage_cursor") >= end).then_some(())
-        });
+        let mut cursor = self.metric("headgate_storage_cursor");
+        while cursor < end {
+            cursor = wait_for("storage to get on towards the end of the log", || {
+                let now = self.metric("headgate_storage_cursor");
+                (now > cursor || now >= end).then_some(now)
+            });
+        }
     }
 
     /// `/metrics`, as text.
