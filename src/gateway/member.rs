@@ -186,7 +186,7 @@ impl Member {
                 opened => break opened.context("the bucket of MQTT sessions")?,
             }
         };
-        let (lookup, rolls) = (Lookup::new(cells.clone()), GroupRolls::new(cells.clone()));
+        let (lookup, rolls) = (Lookup::new(cells.clone()), GroupRolls::start(cells.clone()));
         let (store, lost) = SessionStore::in_bucket(cells, self.presence.id())?;
         let groups = ClusterGroups::start(places, rolls, self.presence.clone()).await?;
         Ok((store, Claims::new(self.presence.clone(), lookup, lost), groups))

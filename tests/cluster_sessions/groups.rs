@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use crate::common::nats::nats_py;
 use crate::common::wire::{
     Connect, DISCONNECT, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBLISH, SESSION_EXPIRY, SUBACK, UNSUBACK,
     Version::{V5, V311},
@@ -89,6 +90,11 @@ fn what_retention_removed_before_anybody_took_it_is_told_to_one_member() {
     let (mut wire, _) = connected(&a, &other);
     subscribed(&mut wire, V5, "$share/workers/rare");
     drop(wire);
+    // What consumers others have is theirs to look after.
+    let body = "await js.subscribe('stream.>', durable='push', deliver_policy='all', cb=lambda m: None)\n\
+                await js.pull_subscribe('stream.>', durable='pull')";
+    let made = nats_py(&cluster.nats.url(), body, &[]);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     let mut publisher = Wire::login(a.mqtt, V311, &cluster.key);
     for _ in 0..100 {
         assert_eq!(publisher.publish(V311, 1, "a", &[b'x'; 100_000]), 0);

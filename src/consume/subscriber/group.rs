@@ -28,6 +28,13 @@ pub struct GroupSession {
     pub expiry_s: u32,
 }
 
+impl GroupSession {
+    /// Whether it outlives its connection.
+    fn stays(self) -> bool {
+        self.expiry_s > 0
+    }
+}
+
 /// What a member is given.
 pub enum Share {
     /// Records of one batch.
@@ -66,8 +73,8 @@ impl Groups {
         Self::Local(local::Groups::new(router, log))
     }
 
-    /// Says that a session has the group's subscription. The first one makes the group: at `from`, or at the end of the log. Returns where the
-    /// group is, if that is to be kept here.
+    /// Says that a session has the group's subscription. The first one makes the group: at `from`, or at the end
+    /// of the log. Returns where the group is, if that is to be kept here.
     ///
     /// # Errors
     /// [`JoinError`].

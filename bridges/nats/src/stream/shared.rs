@@ -116,6 +116,7 @@ impl Stream {
                 max_ack_pending: OUTSTANDING_MAX,
                 max_waiting: WAITING_MAX,
                 inactive_threshold: settings.kept.unwrap_or_default(),
+                metadata: Skipped::default().into_metadata(),
                 ..pull::Config::default()
             };
             match self.answered(self.handle.create_consumer_strict(config)).await? {
@@ -186,11 +187,8 @@ impl Stream {
         let mut consumers = self.handle.consumers();
         while let Some(info) = self.answered(consumers.next()).await? {
             let info = info.map_err(|error| self.away(&error))?;
-            // Those that the stream is only followed with keep no place.
-            if info.config.durable_name.is_none() || info.num_pending == 0 {
-                continue;
-            }
-            let noted = Skipped::of(&info).unwrap_or_default();
+            // Others, which whoever uses NATS may have made, are left alone.
+            let Some(noted) = Skipped::of(&info).filter(|_| info.num_pending > 0) else { continue };
             let next = noted.below.max(info.delivered.stream_sequence + 1);
             let mut first = below;
             for subject in std::iter::once(&info.config.filter_subject).chain(&info.config.filter_subjects) {

@@ -177,10 +177,11 @@ impl Groups {
     pub(super) fn leave(&self, key: &GroupKey, uid: u64, ever_stayed: bool) {
         let Some(Group { places, name, .. }) = self.group(key) else { return };
         let (presence, here, rolls) = (self.presence.clone(), self.here.clone(), self.rolls.clone());
+        let struck = ever_stayed.then(|| rolls.strike(&name, uid));
         tokio::spawn(async move {
             let over = async {
-                if ever_stayed {
-                    rolls.strike(&name, uid).await?;
+                if let Some(struck) = struck {
+                    struck.await?;
                 }
                 sleep(LEFT).await;
                 if here.has(&name) {
@@ -209,13 +210,15 @@ impl Groups {
         let (give, given) = mpsc::unbounded_channel();
         *self.here.locked().entry(group.name.clone()).or_default() += 1;
         let (here, name) = (self.here.clone(), group.name.clone());
+        // Before whatever is said when the member is gone.
+        let entered = of.stays().then(|| self.rolls.enter(&name, of.uid));
         let rolls = self.rolls.clone();
         let taker = Taker::new(group, kept(of), give);
         self.tasks.spawn(async move {
-            let staying = stay_on_roll(rolls, name.clone(), of);
             tokio::select! {
+                biased;
                 () = taker.run(told) => {}
-                () = staying => {}
+                () = stay_on_roll(rolls, &name, of, entered) => {}
             }
             here.leave(&name);
         });
@@ -246,20 +249,19 @@ fn kept(of: GroupSession) -> Option<Duration> {
     (of.expiry_s != u32::MAX).then(|| Duration::from_secs(of.expiry_s.into()) + KEPT)
 }
 
-/// Says again and again that a session has the group, so that it is on its roll for as long as the session
-/// stays. Never returns.
-async fn stay_on_roll(rolls: GroupRolls, group: String, of: GroupSession) {
-    while of.stays() {
-        let entered = rolls.enter(&group, of.uid).await;
-        sleep(if entered.is_ok() { ROLL_AGAIN } else { LEFT }).await;
-    }
-    std::future::pending().await
-}
-
-impl GroupSession {
-    /// Whether it outlives its connection.
-    fn stays(self) -> bool {
-        self.expiry_s > 0
+/// Says again and again that a session has the group, so that it is on its roll for as long as it stays. Never
+/// returns.
+async fn stay_on_roll(
+    rolls: GroupRolls,
+    group: &str,
+    of: GroupSession,
+    entered: Option<impl Future<Output = Result<(), CellError>>>,
+) {
+    let Some(entered) = entered else { return std::future::pending().await };
+    let mut result = entered.await;
+    loop {
+        sleep(if result.is_ok() { ROLL_AGAIN } else { LEFT }).await;
+        result = rolls.enter(group, of.uid).await;
     }
 }
 

@@ -19,7 +19,6 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use headgate_bridge_nats::{Cell, CellError, Cells, CellsSettings, Nats};
 
 use super::row::{Moved, Row, decode};
@@ -27,6 +26,9 @@ use super::{SessionStoreError, StoredSession};
 use crate::message::{DatasourceId, TimeMicros};
 
 pub(super) mod node;
+mod rolls;
+
+pub use rolls::GroupRolls;
 
 /// The bucket's name.
 const BUCKET_NAME: &str = "headgate-sessions";
@@ -113,46 +115,6 @@ impl Lookup {
         }
         Ok(Found { session: Some(session), ..nothing })
     }
-}
-
-/// Which groups the sessions have that stay without their connections. Cheap to clone.
-#[derive(Clone)]
-pub struct GroupRolls(Cells);
-
-impl GroupRolls {
-    /// In this bucket.
-    pub fn new(cells: Cells) -> Self {
-        Self(cells)
-    }
-
-    /// Enters a session, or says that it still is.
-    ///
-    /// # Errors
-    /// [`CellError::Away`].
-    pub async fn enter(&self, group: &str, uid: u64) -> Result<(), CellError> {
-        self.0.put(&roll_key(group, uid), Bytes::from_static(b"in"), None, None).await?;
-        Ok(())
-    }
-
-    /// Strikes a session off.
-    ///
-    /// # Errors
-    /// [`CellError::Away`].
-    pub async fn strike(&self, group: &str, uid: u64) -> Result<(), CellError> {
-        self.0.remove(&roll_key(group, uid)).await
-    }
-
-    /// Whether there is none.
-    ///
-    /// # Errors
-    /// [`CellError::Away`].
-    pub async fn is_empty(&self, group: &str) -> Result<bool, CellError> {
-        Ok(!self.0.any_below(&format!("group.{group}")).await?)
-    }
-}
-
-fn roll_key(group: &str, uid: u64) -> String {
-    format!("group.{group}.{uid:016x}")
 }
 
 impl StoredSession {
