@@ -64,7 +64,7 @@ pub enum Groups {
     /// Of this gateway alone.
     Local(local::Groups),
     /// Of all gateways of a cluster.
-    Cluster(cluster::Groups),
+    Cluster(Box<cluster::Groups>),
 }
 
 impl Groups {

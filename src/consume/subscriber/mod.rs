@@ -58,7 +58,7 @@ impl Subscribers {
     ) -> std::io::Result<Self> {
         let router = Router::start(&log)?;
         let groups = match groups {
-            Some(groups) => Groups::Cluster(groups),
+            Some(groups) => Groups::Cluster(Box::new(groups)),
             None => Groups::local(router.clone(), log.clone()),
         };
         Ok(Self { log, router, groups, store, retained })

@@ -1,0 +1,245 @@
+//! A member of a group of a cluster: asks JetStream for as many records as it has room for, and says what
+//! becomes of each.
+
+use std::collections::BTreeMap;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use headgate_bridge_nats::stream::Receipt;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tracing::warn;
+
+use super::super::Share;
+use super::Group;
+use crate::log::{Given, KEEP_EVERY, ShareError, SharedPlaces, SharedRecords};
+use crate::message::Offset;
+
+/// Records that a member asks for at once.
+const TAKEN_MAX: usize = 64;
+/// How long a member keeps what it hands on: so many leave at the same moment, as their gateway stops, and
+/// none of them is to be given it.
+const OTHERS_LEAVE: Duration = Duration::from_millis(100);
+/// The pause before another attempt.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// A connected member.
+pub struct Member {
+    commands: mpsc::UnboundedSender<Command>,
+    given: mpsc::UnboundedReceiver<Share>,
+    places: SharedPlaces,
+    /// How many more were asked for.
+    asked: usize,
+}
+
+/// Records that were asked for.
+struct Asked {
+    /// So many were removed before anybody took them.
+    skipped: u64,
+    records: SharedRecords,
+    at: Instant,
+}
+
+/// What a member's task is told.
+enum Command {
+    /// There is room for so many more.
+    Room(usize),
+    /// This one is dealt with.
+    Done(Offset),
+}
+
+impl Group {
+    /// Asks for up to `max` records, after it was opened, if `open` says where it begins and for how long it is
+    /// kept. If that cannot be, it is over after a pause.
+    async fn ask(self, max: usize, open: Option<(Offset, Option<Duration>)>) -> Result<Asked, ShareError> {
+        let asked = async {
+            let mut skipped = 0;
+            if let Some((begin, kept)) = open {
+                skipped = self.open(begin, kept).await?.skipped;
+            }
+            let records = self.places.take(&self.name, max).await?;
+            if skipped > 0 {
+                // Of several members who found it one tells it. If NATS is away, it is for the next time.
+                skipped = self.places.told_of_skipped(&self.name).await.unwrap_or(0);
+            }
+            Ok(Asked { skipped, records, at: Instant::now() })
+        };
+        match asked.await {
+            Ok(asked) => Ok(asked),
+            Err(error) => {
+                sleep(PAUSE).await;
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Member {
+    /// A member of a group that is kept for so long on its account; and its task, which ends when all that it had
+    /// is on its way to others, after the member is dropped.
+    pub(super) fn of(
+        group: Group,
+        kept: Option<Duration>,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (commands, told) = mpsc::unbounded_channel();
+        let (give, given) = mpsc::unbounded_channel();
+        let places = group.places.clone();
+        let taker = Taker::new(group, kept, give).run(told);
+        (Self { commands, given, places, asked: 0 }, taker)
+    }
+
+    pub(in super::super) fn poll_take(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<Share> {
+        loop {
+            if self.asked == 0 {
+                self.asked = max.min(TAKEN_MAX);
+                let _ = self.commands.send(Command::Room(self.asked));
+            }
+            // The task ends with this.
+            let Some(given) = ready!(self.given.poll_recv(cx)) else { return Poll::Pending };
+            let Share::Records(batch, places) = &given else { return Poll::Ready(given) };
+            self.asked = self.asked.saturating_sub(places.len());
+            let left_out = self.places.withheld().now();
+            let mut reader = batch.reader();
+            match places.iter().find(|place| left_out.withholds(&reader.read(**place))) {
+                None => return Poll::Ready(given),
+                // They come one by one.
+                Some(withheld) => self.acknowledge(withheld.offset),
+            }
+        }
+    }
+
+    pub(in super::super) fn acknowledge(&self, offset: Offset) {
+        let _ = self.commands.send(Command::Done(offset));
+    }
+}
+
+/// Takes records for a member, and says what becomes of them.
+struct Taker {
+    group: Group,
+    kept: Option<Duration>,
+    give: mpsc::UnboundedSender<Share>,
+    /// Behind what it was given: where the group begins anew, should it be gone.
+    behind: Offset,
+    /// For how many there is room.
+    room: usize,
+    /// Records are being asked for. What was asked for comes, and so this is never given up halfway.
+    asking: Option<BoxFuture<'static, Result<Asked, ShareError>>>,
+    /// Those that were asked for.
+    records: Option<Asked>,
+    /// Given and not dealt with.
+    outstanding: BTreeMap<Offset, Receipt>,
+    /// Why it cannot take any, as was said last.
+    trouble: Option<String>,
+}
+
+impl Taker {
+    fn new(group: Group, kept: Option<Duration>, give: mpsc::UnboundedSender<Share>) -> Self {
+        let (behind, outstanding) = (group.places.next_offset(), BTreeMap::new());
+        Self { group, kept, give, behind, room: 0, asking: None, records: None, outstanding, trouble: None }
+    }
+
+    /// Runs until the member is gone; what it had goes to others then.
+    async fn run(mut self, mut told: mpsc::UnboundedReceiver<Command>) {
+        let mut keep = interval(KEEP_EVERY);
+        keep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // It may be gone, and whoever asks for what is not there gets no answer.
+        let mut is_open = false;
+        let mut first_offset = 0;
+        loop {
+            if self.room > 0 && self.asking.is_none() && self.records.is_none() {
+                // Retention may have removed what nobody has taken.
+                let first_before = std::mem::replace(&mut first_offset, self.group.places.first_offset());
+                is_open &= first_before == first_offset;
+                let open = (!is_open).then_some((self.behind, self.kept));
+                self.asking = Some(Box::pin(self.group.clone().ask(self.room, open)));
+            }
+            tokio::select! {
+                command = told.recv() => match command {
+                    Some(Command::Room(room)) => self.room = room,
+                    Some(Command::Done(offset)) => {
+                        if let Some(receipt) = self.outstanding.remove(&offset) {
+                            receipt.done().await;
+                        }
+                    }
+                    None => break,
+                },
+                asked = of(&mut self.asking), if self.asking.is_some() => {
+                    self.asking = None;
+                    is_open = asked.is_ok();
+                    self.note(asked.as_ref().err());
+                    if let Ok(Asked { skipped: skipped @ 1.., .. }) = asked {
+                        let _ = self.give.send(Share::Skipped(skipped));
+                    }
+                    self.records = asked.ok();
+                }
+                given = next(&mut self.records), if self.records.is_some() => match given {
+                    Some(given) => self.give(given).await,
+                    None => if let Some(Asked { records, at, .. }) = self.records.take() {
+                        is_open = records.are_all();
+                        // It was refused: there are too many who wait, or there is no leader now.
+                        if !is_open && at.elapsed() < PAUSE {
+                            self.asking = Some(Box::pin(async { sleep(PAUSE).await; Err(ShareError::refused()) }));
+                        }
+                    },
+                },
+                _ = keep.tick() => {
+                    for receipt in self.outstanding.values() {
+                        receipt.keep().await;
+                    }
+                }
+            }
+        }
+        if let Some(asking) = self.asking {
+            self.records = asking.await.ok();
+            if let Some(Asked { skipped: skipped @ 1.., .. }) = self.records {
+                warn!(
+                    skipped,
+                    "retention has removed records before a group read them, and its member has left"
+                );
+            }
+        }
+        let rest = match self.records {
+            Some(Asked { records, .. }) => records.end().await,
+            None => Vec::new(),
+        };
+        if !self.outstanding.is_empty() || !rest.is_empty() {
+            sleep(OTHERS_LEAVE).await;
+        }
+        for receipt in self.outstanding.into_values().chain(rest) {
+            receipt.pass_on().await;
+        }
+    }
+
+    async fn give(&mut self, Given { batch, place, receipt }: Given) {
+        if !self.group.matches(&batch.reader().read(place)) {
+            receipt.done().await;
+            return;
+        }
+        self.behind = self.behind.max(place.offset + 1);
+        // A record that comes again, as nothing was heard of it for so long, is not given again.
+        if self.outstanding.insert(place.offset, receipt).is_none() {
+            self.room = self.room.saturating_sub(1);
+            let _ = self.give.send(Share::Records(batch, vec![place]));
+        }
+    }
+
+    fn note(&mut self, trouble: Option<&ShareError>) {
+        let trouble = trouble.map(ToString::to_string);
+        if let Some(trouble) = trouble.as_ref().filter(|_| self.trouble != trouble) {
+            warn!(trouble, "a member of a group of subscribers gets no records; trying again");
+        }
+        self.trouble = trouble;
+    }
+}
+
+async fn of<T>(asking: &mut Option<BoxFuture<'static, T>>) -> T {
+    match asking {
+        Some(asking) => asking.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn next(asked: &mut Option<Asked>) -> Option<Given> {
+    asked.as_mut()?.records.next().await
+}
