@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use super::Outcome;
 use super::frame::FRAME_HEADER_BYTES;
 use super::once::{Earlier, OnceId, put_release};
-use super::record::{Section, put_body};
+use super::section::{Section, put_body};
 use super::window::Window;
 use super::writer::Submission;
 use crate::limits::CLOCK_SKEW_MICROS_MAX;

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 use tracing::error;
 
+use super::batch::Batch;
 use super::disk::{Disk, FileSystem};
-use super::record::{Batch, Section};
 use super::recovery::{open_error, open_segments, recover, refusal};
 use super::retention::{Hold, Holds};
+use super::section::Section;
 use super::segment::{FrameError, Gap, Seek, Segment};
 use super::tail::Tail;
 use super::window::Window;

@@ -1,5 +1,5 @@
 //! A frame: what one commit adds to a segment, a header and a body. The body is a
-//! [`Batch`](super::record::Batch)'s; the module docs of [`crate::log`] have both byte by byte.
+//! [`Batch`](super::batch::Batch)'s; the module docs of [`crate::log`] have both byte by byte.
 
 use crate::limits::IN_FLIGHT_BYTES_MAX;
 use crate::message::{Offset, TimeMicros};

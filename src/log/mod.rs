@@ -92,6 +92,7 @@
 //! a message that is kept twice is better than one that is taken for another and lost.
 
 mod assembly;
+mod batch;
 mod disk;
 mod embedded;
 mod frame;
@@ -102,6 +103,7 @@ mod once;
 mod record;
 mod recovery;
 mod retention;
+mod section;
 mod segment;
 mod shelf;
 mod tail;
@@ -118,6 +120,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
+pub use batch::{Batch, Place, Reader, Records, SectionRef};
 pub use embedded::EmbeddedLog;
 pub use jetstream::{
     Given, JetstreamLog, KEEP_EVERY, ShareError, SharedPlace, SharedPlaces, SharedRecords, headers_of,
@@ -125,8 +128,8 @@ pub use jetstream::{
 pub use note::{Note, Reason};
 pub use offsets::Offsets;
 pub use once::OnceId;
-pub use record::{Batch, Place, Reader, Records, Section, SectionRef};
 pub use retention::Hold;
+pub use section::Section;
 pub use withheld::{Change, LeftOut, Withheld, WithheldRule};
 
 use crate::message::{Offset, TimeMicros};

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
+use super::batch::Batch;
 use super::disk::{Disk, SegmentFile};
 use super::frame::{FRAME_HEADER_BYTES, FRAME_MAGIC, FrameHeader, Version, frame_crc};
-use super::record::Batch;
 use crate::message::{Offset, TimeMicros, now_micros};
 
 /// Bytes of a segment's header.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use super::record::Batch;
+use super::batch::Batch;
 use crate::limits::TAIL_BYTES_MAX;
 use crate::message::Offset;
 

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
+use super::batch::Batch;
 use super::once::{Earlier, Entry, OPEN_BYTES, OnceId, Stamp, put_open};
-use super::record::Batch;
 use super::segment::{FrameError, Segment};
 use super::shelf::Shelf;
 use crate::config;

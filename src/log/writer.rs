@@ -12,11 +12,12 @@ use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
 use super::assembly::{Assembled, Assembly};
+use super::batch::Batch;
 use super::disk::Disk;
 use super::embedded::Shared;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags, seal_frame};
 use super::once::{Once, OnceId, Stamp};
-use super::record::{Batch, Section};
+use super::section::Section;
 use super::segment::Segment;
 use super::window::Window;
 use super::{AppendError, Committed, Outcome, retention};

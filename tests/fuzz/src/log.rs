@@ -2,6 +2,8 @@
 
 use bytes::Bytes;
 
+#[path = "../../../src/log/batch.rs"]
+mod batch;
 #[path = "../../../src/log/frame.rs"]
 mod frame;
 #[path = "../../../src/log/offsets.rs"]
@@ -10,10 +12,12 @@ mod offsets;
 mod once;
 #[path = "../../../src/log/record.rs"]
 mod record;
+#[path = "../../../src/log/section.rs"]
+mod section;
 
+use batch::Batch;
 use frame::{FrameFlags, FrameHeader, Version};
 use offsets::Offsets;
-use record::Batch;
 
 /// Checks bytes as a batch's body, and reads all that it lets through in every way there is. The first
 /// byte has the version and the flags, the second how many records there should be.

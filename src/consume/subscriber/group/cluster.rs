@@ -32,7 +32,7 @@ use crate::subject::Space;
 
 /// How long a group stays while nobody takes from it, beyond what its sessions do: members that are there,
 /// and take nothing for so long, count as gone.
-const KEPT: Duration = Duration::from_secs(3600);
+const KEPT: Duration = Duration::from_secs(24 * 3_600);
 /// How long after somebody has left it is looked whether the group is over.
 const LEFT: Duration = Duration::from_millis(600);
 /// How often it is said that a session which is there has a group.
