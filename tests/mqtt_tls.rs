@@ -180,7 +180,7 @@ fn a_client_needs_a_certificate_of_the_issuer_that_is_named_and_its_key_as_well(
     }
     assert_eq!(scene.gateway.stored("press-4", 2).len(), 2);
     wait_for("the refusals to be counted", || (scene.refused("tls_handshake") == 4.0).then_some(()));
-    assert!(scene.gateway.output().contains("presents no certificate"), "{}", scene.gateway.output());
+    scene.gateway.says("presents no certificate");
 
     let device = Identity { certificate: device.into(), key: device_key.into() };
     let client = TlsClient::connect(scene.addr(), &scene.issuer, Some(&device)).expect("a handshake");
@@ -434,7 +434,7 @@ fn a_client_that_speaks_the_other_protocol_is_closed_counted_and_told_of() {
         closed_with_at_most_an_alert(&mut wire);
         wait_for("it to be counted", || (scene.refused("tls_handshake") == before + 1.0).then_some(()));
     }
-    assert!(scene.gateway.output().contains("it is not TLS that the client speaks"));
+    scene.gateway.says("it is not TLS that the client speaks");
 
     // A record of handshake that announces more than any has: 16 MiB of a ClientHello.
     let mut wire = Wire::open(scene.addr());
@@ -449,7 +449,7 @@ fn a_client_that_speaks_the_other_protocol_is_closed_counted_and_told_of() {
     let refused = TlsClient::connect(scene.gateway.mqtt, &scene.issuer, None);
     assert!(refused.is_err(), "plain MQTT is served there");
     wait_for("it to be counted", || (scene.refused("malformed_connect") == before + 1.0).then_some(()));
-    assert!(scene.gateway.output().contains("this is TLS"), "{}", scene.gateway.output());
+    scene.gateway.says("this is TLS");
     assert!(!scene.gateway.output().contains(&scene.source.key));
 }
 

@@ -254,7 +254,7 @@ fn a_topic_that_is_no_subject_is_left_out_and_counted_and_what_follows_it_comes(
     assert_eq!((skipped(&gateway, "topic"), skipped(&gateway, "size")), (3.0, 1.0));
     assert_eq!(gateway.metric("headgate_egress_sent_total"), 2.0);
     assert_eq!(gateway.metric("headgate_egress_lag_records"), 0.0);
-    assert!(gateway.output().contains("cannot go to the stream on NATS"), "it is said");
+    gateway.says("cannot go to the stream on NATS");
     // The last record of the log is one that cannot go: a start does not stumble over it.
     gateway.kill();
     let gateway = setup(dir.path(), &[nats.url()]).start();
@@ -541,7 +541,7 @@ fn what_leaves_the_log_unsent_stops_no_device_and_is_told() {
     assert!(stream[1..].windows(2).all(|pair| pair[1].offset() == pair[0].offset() + 1), "no other gap");
     let gone = gateway.metric("headgate_egress_skipped_total{reason=\"gone\"}");
     assert_eq!(gone.to_string(), missing.to_string());
-    assert!(gateway.output().contains("records have left the log before NATS took them"));
+    gateway.says("records have left the log before NATS took them");
 }
 
 /// Copies a directory with all that is in it.

@@ -284,6 +284,11 @@ impl Gateway {
         self.process.output()
     }
 
+    /// Waits until it has printed these words: what it prints comes here a little later.
+    pub fn says(&self, words: &str) {
+        wait_for(&format!("the gateway to say {words:?}"), || self.output().contains(words).then_some(()));
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.process.child.id()
