@@ -9,6 +9,7 @@ pub mod inlet;
 pub mod kv;
 pub mod outlet;
 pub mod presence;
+mod pushed;
 pub mod stream;
 pub mod system;
 

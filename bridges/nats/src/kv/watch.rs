@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, push};
+use async_nats::jetstream::consumer::DeliverPolicy;
 use async_nats::jetstream::{self};
 use async_nats::{StatusCode, Subscriber, header};
 use bytes::Bytes;
@@ -20,17 +20,12 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::{Bucket, KvError, PAUSE, Revision, Row, is_deleted};
 use crate::presence::{self, BEAT};
+use crate::pushed::{self, SILENCE_MAX};
 
-/// How often JetStream says that it is there, if it has nothing else to say.
-const HEARTBEAT: Duration = Duration::from_millis(500);
-/// The silence after which it counts as gone.
-const SILENCE_MAX: Duration = Duration::from_millis(1_600);
 /// The silence after which a watch may be behind. The others of a cluster wait longer for a node that
 /// is silent: who is told that all have heard of a change can rely on it.
 const CURRENT_MAX: Duration = Duration::from_secs(2);
 const _: () = assert!(CURRENT_MAX.as_millis() + BEAT.as_millis() <= presence::SILENCE_MAX.as_millis());
-/// How long JetStream keeps a consumer that nobody listens to.
-const CONSUMER_KEPT: Duration = Duration::from_secs(10);
 
 /// A step from one state of the bucket to a later one.
 #[derive(Debug)]
@@ -211,21 +206,11 @@ impl Watch {
         let client = bucket.nats.client();
         let inbox = client.new_inbox();
         let messages = client.subscribe(inbox.clone()).await.map_err(|error| away(error.to_string()))?;
-        let config = push::Config {
-            deliver_subject: inbox,
-            deliver_policy: match self.position {
-                0 => DeliverPolicy::All,
-                position => DeliverPolicy::ByStartSequence { start_sequence: position + 1 },
-            },
-            ack_policy: AckPolicy::None,
-            max_deliver: 1,
-            flow_control: true,
-            idle_heartbeat: HEARTBEAT,
-            num_replicas: 1,
-            memory_storage: true,
-            inactive_threshold: CONSUMER_KEPT,
-            ..push::Config::default()
+        let from = match self.position {
+            0 => DeliverPolicy::All,
+            position => DeliverPolicy::ByStartSequence { start_sequence: position + 1 },
         };
+        let config = pushed::consumer(inbox, from);
         let consumer =
             bucket.stream.create_consumer(config).await.map_err(|error| away(error.to_string()))?;
         let info = consumer.cached_info();
@@ -249,10 +234,7 @@ impl Watch {
         let feed = self.feed.as_mut()?;
         self.pulse.heard();
         if message.status == Some(StatusCode::IDLE_HEARTBEAT) {
-            // It has a reply if JetStream waits for us to keep up, or names it, if it does so already.
-            let stalled = message.headers.as_ref().and_then(|headers| headers.get("Nats-Consumer-Stalled"));
-            let reply = message.reply.clone().or_else(|| Some(stalled?.as_str().into()));
-            if let Some(reply) = reply {
+            if let Some(reply) = pushed::flow_reply(&message) {
                 self.bucket.nats.client().publish(reply, Bytes::new()).await.ok()?;
                 return Some(false);
             }

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, push};
+use async_nats::jetstream::consumer::DeliverPolicy;
 use async_nats::{Message, StatusCode, Subscriber, header};
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
@@ -15,13 +15,8 @@ use tokio::time::{sleep, timeout};
 
 use super::{Sequence, Stored, Stream, StreamError};
 use crate::connection::Nats;
+use crate::pushed::{self, SILENCE_MAX};
 
-/// How often JetStream says that it is there, if it has nothing else to say.
-const HEARTBEAT: Duration = Duration::from_millis(500);
-/// The silence after which it counts as gone.
-const SILENCE_MAX: Duration = Duration::from_millis(1_600);
-/// How long JetStream keeps a consumer that nobody listens to.
-const CONSUMER_KEPT: Duration = Duration::from_secs(10);
 /// The pause before another attempt.
 const PAUSE: Duration = Duration::from_millis(250);
 
@@ -164,18 +159,8 @@ impl Follower {
         let client = self.nats.client();
         let inbox = client.new_inbox();
         let messages = client.subscribe(inbox.clone()).await.map_err(|error| stream.away(&error))?;
-        let config = push::Config {
-            deliver_subject: inbox,
-            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: self.next },
-            ack_policy: AckPolicy::None,
-            max_deliver: 1,
-            flow_control: true,
-            idle_heartbeat: HEARTBEAT,
-            num_replicas: 1,
-            memory_storage: true,
-            inactive_threshold: CONSUMER_KEPT,
-            ..push::Config::default()
-        };
+        let from = DeliverPolicy::ByStartSequence { start_sequence: self.next };
+        let config = pushed::consumer(inbox, from);
         let made = stream.answered(stream.handle.create_consumer(config)).await?;
         let name = made.map_err(|error| stream.away(&error))?.cached_info().name.clone();
         Ok(Feed { name, messages, delivered: 0, connections })
@@ -200,10 +185,8 @@ impl Feed {
         }
     }
 
-    /// It has a reply if JetStream waits for us to keep up, or names it, if it does so already.
     fn heartbeat(&self, message: &Message, nats: &Nats) -> Option<Taken> {
-        let stalled = message.headers.as_ref().and_then(|headers| headers.get("Nats-Consumer-Stalled"));
-        if let Some(reply) = message.reply.clone().or_else(|| Some(stalled?.as_str().into())) {
+        if let Some(reply) = pushed::flow_reply(message) {
             let client = nats.client().clone();
             // If it cannot be sent, the connection is away, and the feed with it.
             tokio::spawn(async move { client.publish(reply, Bytes::new()).await });
