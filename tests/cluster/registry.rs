@@ -54,7 +54,11 @@ impl Node {
             }
         };
         let follow = tokio::spawn(follow.run(settle)).abort_handle();
-        soon(registry.caught_up()).await.expect("caught up");
+        // It gives up after five seconds in which JetStream did not answer, as a busy machine may have it.
+        let deadline = Instant::now() + SOON;
+        while let Err(error) = registry.caught_up().await {
+            assert!(Instant::now() < deadline, "not caught up: {error}");
+        }
         Self { registry, presence, settled, follow }
     }
 
@@ -611,19 +615,25 @@ async fn a_node_joins_a_cluster_of_a_thousand_datasources_at_once() {
         let scopes = Scopes::of(&[Scope::Ingest]);
         for n in 0..DATASOURCES {
             let id = slug(&format!("machine-{n}"));
-            registry.create_datasource(&ACTOR, Some(id.clone()), "a machine", scopes).expect("created");
-            registry.create_key(&ACTOR, &id, "", scopes, None).expect("created");
+            let deadline = Instant::now() + SOON;
+            loop {
+                match registry.create_datasource(&ACTOR, Some(id.clone()), "a machine", scopes) {
+                    // What JetStream did not answer in time it may have written.
+                    Ok(_) | Err(RegistryError::Exists(_)) => break,
+                    Err(RegistryError::Away(_)) if Instant::now() < deadline => {}
+                    Err(error) => panic!("{id}: {error}"),
+                }
+            }
         }
         started.elapsed()
     });
     let made_in = made.await.expect("no panic");
     let started = Instant::now();
     let b = Node::join(&server, "b").await;
-    eprintln!(
-        "{DATASOURCES} datasources with two keys each: made in {made_in:?}, joined in {:?}",
-        started.elapsed()
-    );
-    assert_eq!(b.registry.key_count(), 2 * DATASOURCES);
+    let joined_in = started.elapsed();
+    // All of it comes at once, and not one after the other as it was made.
+    assert!(joined_in < made_in / 2, "made in {made_in:?}, joined in {joined_in:?}");
+    assert_eq!(b.registry.key_count(), DATASOURCES);
     assert_eq!(a.seen(), b.seen());
 }
 

@@ -6,6 +6,7 @@ mod groups;
 
 use std::time::Duration;
 
+use headgate_bridge_nats::presence;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -179,7 +180,7 @@ fn a_gateway_that_was_killed_leaves_its_sessions_to_the_others() {
     for n in 0..50 {
         assert_eq!(received(&mut on_a, V5), n);
     }
-    // Its cursor is written once a second.
+    // Its cursor is written once a second, and where it is cannot be seen from outside.
     std::thread::sleep(Duration::from_millis(2_500));
     published(&mut publisher, 50..60);
     for n in 50..55 {
@@ -386,8 +387,8 @@ fn a_gateway_that_could_not_be_asked_closes_the_connection_when_it_can() {
     for n in 0..10 {
         assert_eq!(received(&mut on_b, V5), n);
     }
-    // Until the others do not even know it any more.
-    std::thread::sleep(Duration::from_secs(4));
+    // Until the others do not even know it any more: that is a time without a word, and has to pass.
+    std::thread::sleep(presence::SILENCE_MAX + Duration::from_millis(200));
     signal(&a, libc::SIGCONT);
     let taken_over = wait_for("the old connection to end", || match on_a.next() {
         Next::Packet(frame) if frame.kind() == PUBLISH => None,

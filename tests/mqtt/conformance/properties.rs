@@ -68,14 +68,15 @@ fn a_message_that_has_expired_is_not_delivered_and_the_time_of_others_runs() {
     // The exchange of a QoS 2 message goes on whatever becomes of the message.
     publisher.send(&Message::new("a", "short, too").at(2, 500).with(&four_bytes(MESSAGE_EXPIRY, 1)));
     publisher.answered(PUBREC, 500);
-    std::thread::sleep(Duration::from_millis(2100));
+    // Longer than the short ones live: a time, which has to pass.
+    std::thread::sleep(Duration::from_millis(1200));
     publisher.wire.send(&ack(PUBREL, 500));
     publisher.answered(PUBCOMP, 500);
     let mut subscriber = stage.connect(&hello);
     let messages = subscriber.all_so_far(&mut publisher);
     assert_eq!(payloads(&messages), ["long", "for ever"]);
     let left = messages[0].number(MESSAGE_EXPIRY).expect("what is left of it");
-    assert!((90..=98).contains(&left), "{left}");
+    assert!((90..=99).contains(&left), "{left}");
     assert_eq!(messages[1].number(MESSAGE_EXPIRY), None);
 }
 

@@ -168,6 +168,7 @@ fn a_session_ends_when_its_expiry_has_passed_after_the_connection() {
     leave(&with_expiry("shortened", Some(3600)), Some(goodbye(1)));
     leave(&with_expiry("prolonged", Some(1)), Some(goodbye(3600)));
     leave(&with_expiry("as it was", Some(3600)), Some(vec![0xE0, 0]));
+    // A time, which has to pass: whoever looks whether a session is there resumes it.
     std::thread::sleep(PASSED);
     for (id, there) in [
         ("ends", false),
