@@ -32,16 +32,16 @@ pub fn check(method: &str, target: &str, answer: &Answer) {
 }
 
 /// What differs, as the end of a sentence.
-fn compare(method: &str, target: &str, answer: &Answer) -> Result<(), String> {
+pub fn compare(method: &str, target: &str, answer: &Answer) -> Result<(), String> {
     let path = target.split('?').next().unwrap_or(target);
     // The answer to HEAD is that to GET without its body.
     let wanted = if method == "HEAD" { "get".to_owned() } else { method.to_lowercase() };
     let status = answer.status.to_string();
     let operation = operations(path).map(|(path, operations)| (path, operations.get(&wanted)));
     let (place, response) = match operation {
-        // A key in the URL is refused wherever that leads.
-        Some((_, None)) if [401, 405].contains(&answer.status) => problem("a method that there is not"),
-        None if [401, 404].contains(&answer.status) => problem("a path that there is not"),
+        // A key in the URL is refused wherever that leads, and a gateway that starts says so to everybody.
+        Some((_, None)) if [401, 405, 503].contains(&answer.status) => problem("a method that there is not"),
+        None if [401, 404, 503].contains(&answer.status) => problem("a path that there is not"),
         None => return Err("has no such path".to_owned()),
         Some((path, None)) => return Err(format!("has no {wanted} {path}")),
         Some((path, Some(operation))) => {

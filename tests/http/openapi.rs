@@ -6,7 +6,9 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use crate::common::openapi;
+use serde_json::{Value, json};
+
+use crate::common::{Answer, openapi};
 
 /// JSON in which no object has a key twice: of two, others take the last without a word.
 struct Unambiguous;
@@ -75,4 +77,41 @@ fn nothing_is_described_twice() {
             .expect_err("twice")
             .contains("\"b\" is there twice")
     );
+}
+
+#[test]
+fn an_answer_that_is_not_described_is_noticed() {
+    let differs = |method: &str, path: &str, status: u16, media_type: &str, body: Value| {
+        let headers = [("content-type".to_owned(), media_type.to_owned())].into();
+        let answer = Answer { status, headers, body: body.to_string().into_bytes() };
+        openapi::compare(method, path, &answer).is_err()
+    };
+    let json = "application/json";
+    let accepted = json!({ "accepted": 1, "first_offset": 0, "last_offset": 0 });
+    let path = "/v1/ingest/press-4/spindle/temp?x";
+    assert!(!differs("POST", path, 200, json, accepted.clone()));
+    assert!(differs("GET", path, 200, json, accepted.clone()), "a method that there is not");
+    assert!(differs("POST", "/v2/ingest/press-4", 200, json, accepted.clone()), "a path that there is not");
+    assert!(differs("POST", path, 201, json, accepted.clone()), "another status");
+    assert!(differs("POST", path, 200, "text/plain", accepted.clone()), "another media type");
+    let mut body = accepted.clone();
+    body["more"] = 1.into();
+    assert!(differs("POST", path, 200, json, body), "a field that is not described");
+    let mut body = accepted;
+    body["accepted"] = "1".into();
+    assert!(differs("POST", path, 200, json, body), "a field of another type");
+
+    let key = json!({ "id": "0123456789ab", "label": "", "scopes": ["ingest"], "state": "active",
+        "created_at": "2026-11-23T09:28:39.000120Z", "expires_at": null, "limits": {}, "accepted": 0,
+        "refused": 0, "connections": 0, "last_used": null, "users": [] });
+    let keys = |key: &Value| json!({ "keys": [key] });
+    let path = "/v1/datasources/press-4/keys";
+    assert!(!differs("GET", path, 200, json, keys(&key)));
+    for (field, value) in
+        [("secret", json!("hgk_")), ("created_at", json!("yesterday")), ("last_used", json!({}))]
+    {
+        let mut key = key.clone();
+        key[field] = value;
+        assert!(differs("GET", path, 200, json, keys(&key)), "{field}");
+    }
 }
