@@ -1,7 +1,7 @@
-//! The authorizer among a million keys: what a valid key costs, what a wrong one costs, and how long
-//! and how much memory a gateway with so many keys takes to start.
+//! The authorizer with a million keys: the cost of a valid key and of a wrong one, and the time and
+//! memory that a gateway with so many keys needs to start.
 //!
-//! Beside it, in the same run, what one would write first: `blake3::derive_key` and a standard
+//! The same run compares it with the obvious implementation: `blake3::derive_key` and a standard
 //! `HashMap` behind a lock.
 
 #![allow(missing_docs, reason = "criterion's macros make an undocumented function")]
@@ -20,7 +20,7 @@ use headgate::auth::{Actor, ApiKey, Authorizer, Denied, Digest, Registry, Scope,
 use headgate::message::DatasourceId;
 use rusqlite::{Connection, params};
 
-/// As the gateway has it.
+/// The gateway's own allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -37,8 +37,8 @@ fn digest(key: &Presented) -> Digest {
     Digest::of_presented(key).expect("a key")
 }
 
-/// Writes the keys into a registry's file in one transaction: through the registry each would be
-/// synced to the disk for itself.
+/// Writes the keys into a registry's file in one transaction: the registry itself would sync each
+/// key to the disk.
 fn fill(dir: &Path, keys: &[Presented]) -> rusqlite::Result<()> {
     drop(Registry::open(dir).expect("a new registry"));
     let mut rows: Vec<_> =
@@ -69,17 +69,17 @@ fn resident_mib() -> usize {
     pages * 4 / 1024
 }
 
-/// The next of `all` at each call, round and round: no key is in the processor's cache from before.
+/// Returns the next of `all` at each call, cyclically, so that no key is still in the processor's cache.
 fn in_turn<'a, T>(all: &'a [T]) -> impl FnMut() -> &'a T {
     let mut keys = all.iter().cycle();
     move || keys.next().expect("not empty")
 }
 
-/// The pause after each change, so that there are some hundred a second.
+/// The pause per change, for some hundred changes a second.
 const BETWEEN_CHANGES: Duration = Duration::from_millis(2);
 
-/// Does something while another thread creates keys and revokes them again, each change on the disk before
-/// the next. Returns how many changes a second there were.
+/// Runs `something` while another thread creates and revokes keys, each change on disk before the next.
+/// Returns the changes per second.
 fn while_keys_change(registry: &Registry, something: impl FnOnce()) -> f64 {
     let done = AtomicBool::new(false);
     let started = Instant::now();
@@ -103,7 +103,7 @@ fn while_keys_change(registry: &Registry, something: impl FnOnce()) -> f64 {
 }
 
 fn authorizer(criterion: &mut Criterion) {
-    // `cargo test` runs this as well, only to see that it works.
+    // `cargo test` runs this too, only to check that it works: few keys are enough then.
     let measured = std::env::args().any(|argument| argument == "--bench");
     let keys: Vec<_> = (0..if measured { KEYS } else { 2_000 }).map(|_| presented()).collect();
     let dir = tempfile::tempdir().expect("temporary directory");

@@ -1,8 +1,8 @@
-//! What an operator can set: defaults, then a TOML file, then the environment
-//! (`HEADGATE_MQTT__LISTEN=127.0.0.1:1883`), each over the one before. A key that does not exist is
-//! an error, so that a misspelt limit is not a limit that is silently absent.
+//! The configuration: defaults, then a TOML file, then the environment
+//! (`HEADGATE_MQTT__LISTEN=127.0.0.1:1883`); a later source overrides an earlier one. An unknown key is an
+//! error, so that a misspelt limit is not silently absent.
 //!
-//! `config/headgate.toml` shows every key at its default; a test holds the two together.
+//! `config/headgate.toml` shows every key at its default; a test compares the two.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -19,30 +19,30 @@ mod nats;
 
 pub use nats::{Nats, NatsCallout, NatsStream, Secret};
 
-/// Environment variables of the commands; they share the prefix and are no settings.
+/// Environment variables of the commands: they have the same prefix but are no settings.
 const NOT_SETTINGS: [&str; 4] = ["url", "api_key", "api_key_file", "config"];
 
 /// The whole configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Where everything that must survive a restart is kept: log, registry, stored records.
+    /// The directory of everything that must survive a restart: log, registry, stored records.
     pub data_dir: PathBuf,
-    /// How long a drain may take before what is left is closed, in milliseconds.
+    /// How long a drain may take before the remaining connections are closed, in milliseconds.
     pub drain_ms_max: u64,
     /// MQTT over TCP, TLS and WebSocket.
     pub mqtt: Mqtt,
     /// HTTP: ingest, management, queries, metrics.
     pub http: Http,
-    /// Keys that are not good.
+    /// How bad API keys are limited.
     pub auth: Auth,
-    /// What is let in, besides the key.
+    /// The limits of intake.
     pub intake: Intake,
     /// The durable log.
     pub log: Log,
     /// Where the storage consumer writes.
     pub storage: Storage,
-    /// Which NATS is used, and for what.
+    /// Which NATS is used, and what for.
     pub nats: Nats,
     /// What Headgate says about itself on standard error.
     pub trace: Trace,
@@ -54,15 +54,15 @@ pub struct Config {
 pub struct Mqtt {
     /// Address and port; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// Connections at once; one more is refused by closing it.
+    /// The most connections; one more is closed at once.
     pub connections_max: usize,
-    /// The largest packet taken, in bytes.
+    /// The largest packet accepted, in bytes.
     pub packet_bytes_max: usize,
     /// QoS 1 messages that a client may have unacknowledged.
     pub receive_maximum: u16,
-    /// How long a new connection has to present its CONNECT, in milliseconds.
+    /// How long a new connection may take to send its CONNECT, in milliseconds.
     pub connect_ms_max: u64,
-    /// How long a session lives on without its connection at most, in seconds.
+    /// The longest that a session may outlive its connection, in seconds.
     pub session_expiry_s_max: u32,
     /// The longest keep-alive, in seconds; an MQTT 5 client that asks for more, or for none, is
     /// told this one.
@@ -71,13 +71,13 @@ pub struct Mqtt {
     pub tls: MqttTls,
 }
 
-/// Whether a client has to have a certificate of its own, besides its API key.
+/// Whether a client needs a certificate of its own, besides its API key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClientCertificates {
-    /// Without one it is refused.
+    /// A client without a certificate is refused.
     Required,
-    /// It need not present one; one that it presents has to be good.
+    /// A client may come without a certificate; one that it presents has to be valid.
     Optional,
 }
 
@@ -87,20 +87,20 @@ pub enum ClientCertificates {
 pub struct MqttTls {
     /// Address and port; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// A file with the certificate and those that lead from it to its issuer (PEM); empty for none.
-    /// It may be replaced while the gateway runs, as may `key` and `client_ca`.
+    /// A file with the certificate and its chain (PEM); empty for none. It may be replaced while the gateway
+    /// runs, as may `key` and `client_ca`.
     pub certificate: PathBuf,
     /// A file with the certificate's private key (PEM).
     pub key: PathBuf,
     /// A file with the issuers of the clients' certificates (PEM); empty when clients are not asked
     /// for one.
     pub client_ca: PathBuf,
-    /// With a `client_ca`: whether a client has to have a certificate.
+    /// With a `client_ca`: whether a client needs a certificate.
     pub client_certificates: ClientCertificates,
 }
 
 impl MqttTls {
-    /// Whether there is a certificate to serve it with.
+    /// Whether MQTT over TLS is served: there is a certificate.
     pub fn is_served(&self) -> bool {
         !self.certificate.as_os_str().is_empty()
     }
@@ -112,7 +112,7 @@ impl MqttTls {
 pub struct Http {
     /// Address and port; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// Connections at once; one more waits in the kernel's queue.
+    /// The most connections; one more waits in the kernel's queue.
     pub connections_max: usize,
     /// The largest request body, after decompression, in bytes.
     pub body_bytes_max: usize,
@@ -122,37 +122,37 @@ pub struct Http {
     pub body_ms_max: u64,
 }
 
-/// Keys that are not good.
+/// How bad API keys are limited.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Auth {
-    /// How many may come from one address (IPv6: from one /64) before it is told to wait.
+    /// How many bad keys one address (IPv6: one /64) may present before it is told to wait.
     pub failures_burst: u64,
-    /// How many a second after that.
+    /// How many a second it may present after that.
     pub failures_per_s: u64,
     /// Addresses and networks that are never told to wait.
     pub failures_exempt: Vec<Network>,
 }
 
-/// What is let in, besides the key.
+/// The limits of intake.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Intake {
     /// The largest payload of one message, in bytes.
     pub payload_bytes_max: usize,
-    /// Bytes that may be on their way into the log at once; a connection that brings more is held
-    /// back until there is room.
+    /// The most bytes on their way into the log; a connection that brings more is held back until there is
+    /// room.
     pub in_flight_bytes_max: usize,
-    /// How long a client is held back before it is told no, in milliseconds.
+    /// How long a client is held back before it is refused, in milliseconds.
     pub hold_back_ms_max: u64,
-    /// How long the id that a message was sent with is known, in seconds: a message with the same
-    /// one is acknowledged and not kept again.
+    /// How long a message id is remembered, in seconds: a second message with the same id is acknowledged
+    /// and not kept again.
     pub dedup_window_s: u64,
-    /// Message ids that are known at once; when there are more, the oldest leave before their time.
+    /// The most message ids that are remembered; beyond that the oldest are forgotten early.
     pub dedup_ids_max: usize,
 }
 
-/// When an append counts as kept.
+/// When an append counts as durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
@@ -162,13 +162,13 @@ pub enum Durability {
     Os,
 }
 
-/// What the log is.
+/// Where the log is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogBackend {
-    /// Files in the data directory: one gateway.
+    /// In files of the data directory: for a single gateway.
     Embedded,
-    /// `nats.stream` in JetStream: any number of gateways that keep nothing.
+    /// In JetStream, as `nats.stream`: for any number of gateways, which keep nothing themselves.
     Jetstream,
 }
 
@@ -176,30 +176,30 @@ pub enum LogBackend {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Log {
-    /// What the log is.
+    /// Where the log is kept.
     pub backend: LogBackend,
-    /// When an append counts as kept, and is acknowledged.
+    /// When an append counts as durable, and is acknowledged.
     pub durability: Durability,
     /// The size of a segment file, in bytes.
     pub segment_bytes: u64,
-    /// What the log may take on disk, in bytes. Reached: the oldest segments go, if they are
-    /// stored; if they are not, nothing more is let in until they are.
+    /// The log's maximum size on disk, in bytes. At that size the oldest segments are removed once they are
+    /// stored; until then no more messages are admitted.
     pub retention_bytes: u64,
-    /// How long a stored record stays in the log, in seconds, and never less than
-    /// `intake.dedup_window_s`; 0 is as long as there is room.
+    /// How long a stored record stays in the log, in seconds, at least `intake.dedup_window_s`; 0: as long as
+    /// there is room.
     pub retention_s: u64,
-    /// Start although records in the middle of the log cannot be read: they are reported, counted
-    /// and passed over. Off, Headgate names the place and does not start.
+    /// Whether to start although records in the middle of the log are unreadable: they are reported, counted
+    /// and skipped. If off, Headgate names the place and does not start.
     pub accept_corruption: bool,
 }
 
-/// The kinds of storage there are.
+/// The kinds of storage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SinkKind {
     /// `records.db` in the data directory.
     Sqlite,
-    /// The log alone; `records` and `latest` are then not served.
+    /// None beside the log; `records` and `latest` are then not served.
     None,
 }
 
@@ -209,18 +209,18 @@ pub enum SinkKind {
 pub struct Storage {
     /// The kind of database.
     pub sink: SinkKind,
-    /// How much lower than the rest the storage thread's priority is (nice, 0 to 19): when the
-    /// processors are all busy, devices come first and storage catches up after.
+    /// The niceness of the storage thread (0 to 19): when all processors are busy, devices come first and
+    /// storage catches up later.
     pub nice: u8,
 }
 
-/// How Headgate's own log lines look.
+/// The format of Headgate's own log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TraceFormat {
-    /// A line for people.
+    /// Lines for people.
     Text,
-    /// A JSON object a line.
+    /// One JSON object a line.
     Json,
 }
 
@@ -236,6 +236,7 @@ pub struct Trace {
 
 impl Default for Config {
     fn default() -> Self {
+        // Loopback everywhere: reaching the gateway from a network has to be an operator's decision.
         let loopback = |port| SocketAddr::from(([127, 0, 0, 1], port));
         Self {
             data_dir: PathBuf::from("headgate-data"),
@@ -290,13 +291,13 @@ impl Default for Config {
     }
 }
 
-/// Why a configuration cannot be used. The text names the key and where it was set.
+/// Why a configuration cannot be used. The text names the key.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A file that does not parse, an unknown key, a value of the wrong type.
     #[error("configuration: {0}")]
     Read(#[from] Box<figment::Error>),
-    /// A file that was named and is not there.
+    /// A named file that does not exist.
     #[error("configuration: there is no file {}", .0.display())]
     NoFile(PathBuf),
     /// A file with a secret that cannot be read.
@@ -309,7 +310,7 @@ pub enum ConfigError {
         /// Why.
         error: std::io::Error,
     },
-    /// A value that is of the right type and makes no sense.
+    /// A value of the right type that breaks a rule.
     #[error("configuration: {key} is {value}: {rule}")]
     Value {
         /// The key, with dots.
@@ -341,6 +342,7 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
+        // Each rule names one key, even if it compares two, so that an error tells which setting to change.
         let rule = |holds: bool, key, value: &dyn std::fmt::Display, rule| {
             if holds { Ok(()) } else { Err(ConfigError::Value { key, value: value.to_string(), rule }) }
         };
@@ -480,7 +482,7 @@ mod tests {
     fn the_shipped_file_shows_every_key_at_its_default() {
         let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/headgate.toml");
         let text = std::fs::read_to_string(&shipped).expect("config/headgate.toml is readable");
-        // Without the defaults under it: a key that the file leaves out is then an error.
+        // Without the defaults, so that a key missing in the file is an error.
         let config: Config = Figment::from(Toml::string(&text)).extract().expect("every key is there");
         assert_eq!(config, Config::default());
     }

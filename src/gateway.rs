@@ -1,5 +1,5 @@
-//! The gateway, assembled: opens the data directory, binds every listener, then serves; and drains
-//! in the order in which a message goes, so that nothing that was accepted is left on the way.
+//! Assembles the gateway: opens the data directory, binds every listener, then serves. It drains in the
+//! order of a message's path, so that no accepted message is left behind.
 
 mod member;
 
@@ -39,19 +39,19 @@ use member::{Joining, Member};
 
 /// The label of the key whose secret is in `admin.key`.
 const ADMIN_KEY_LABEL: &str = "admin.key";
-/// How often the metrics' histograms are folded, so that they stay small if nobody reads them, and the
-/// use of keys is written down.
+/// How often the gateway folds the metrics' histograms, so that they stay small if nobody reads them,
+/// and saves key usage.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// A running gateway.
 pub struct Gateway {
     /// Where MQTT is served.
     pub mqtt_addr: SocketAddr,
-    /// Where MQTT is served over TLS, if there is a certificate.
+    /// Where MQTT is served over TLS, if a certificate is configured.
     pub mqtt_tls_addr: Option<SocketAddr>,
     /// Where HTTP is served.
     pub http_addr: SocketAddr,
-    /// Where messages are taken in over NATS, if they are: the servers, as they may be shown.
+    /// The NATS servers that messages are ingested from, without credentials; empty without NATS ingest.
     pub nats_servers: Vec<String>,
     /// The file with the first admin key.
     pub admin_key_path: PathBuf,
@@ -62,13 +62,13 @@ pub struct Gateway {
     drain: CancellationToken,
     drain_max: Duration,
     fronts: Vec<JoinHandle<()>>,
-    /// Answers NATS whether its clients may connect.
+    /// Tells NATS whether its clients may connect (auth callout).
     callout: Option<nats::Callout>,
     upkeep: JoinHandle<()>,
-    /// Ends keys when their time has come.
+    /// Ends keys when they expire.
     deadlines: JoinHandle<()>,
     registry: Arc<Registry>,
-    /// In a cluster.
+    /// `None` without a cluster.
     member: Option<Member>,
     /// Held for as long as the data directory is in use.
     _lock: File,
@@ -78,8 +78,8 @@ impl Gateway {
     /// Opens the data directory, binds every listener, and serves.
     ///
     /// # Errors
-    /// What could not be opened or bound, in words for an operator: another gateway uses the
-    /// directory, the log is damaged, a port is taken.
+    /// What could not be opened or bound, worded for an operator: another gateway uses the directory,
+    /// the log is damaged, a port is taken.
     pub async fn start(config: Config) -> anyhow::Result<Gateway> {
         let dir = &config.data_dir;
         raise_file_limit();
@@ -118,7 +118,7 @@ impl Gateway {
                 (Some((joining, member)), registry, Arc::new(log), Some(places))
             }
         };
-        // Before whoever reads the log.
+        // Opened before any consumer reads the log: it decides which records they may see.
         let leaks = match &member {
             Some((_, member)) => Leaks::of_cluster(member.registry().clone(), log.clone()),
             None => Leaks::open(dir, log.clone())?,
@@ -164,7 +164,7 @@ impl Gateway {
             http::until_ready(&http_listener, &config.http, joining.reason(), following).await?;
         }
         let drain = CancellationToken::new();
-        // Before a key can die.
+        // Started before anything can end a key, so that it disconnects the NATS clients of every dead key.
         let callout = match &config.nats {
             config if config.callout.is_used() => {
                 Some(nats::Callout::start(config, &intake, drain.clone()).await?)
@@ -259,7 +259,7 @@ impl Gateway {
         let deadline = started + self.drain_max;
         self.drain.cancel();
         self.upkeep.abort();
-        // A client that does not go costs the fronts their share of the time, not storage's.
+        // A client that does not disconnect uses up the fronts' share of the time, not storage's.
         let fronts_end = tokio::time::Instant::from_std(started + self.drain_max / 2);
         for front in &mut self.fronts {
             if tokio::time::timeout_at(fronts_end, &mut *front).await.is_err() {
@@ -274,7 +274,7 @@ impl Gateway {
         }
         self.deadlines.abort();
         if tokio::time::timeout_at(fronts_end, self.subscribers.groups.close()).await.is_err() {
-            warn!("what members of groups had was not handed on; it comes to others in a while");
+            warn!("group members' records were not handed over; other members get them later");
         }
         self.log.close().await;
         if let Some(member) = self.member.take() {
@@ -292,8 +292,8 @@ impl Gateway {
     }
 }
 
-/// Sends what the log keeps on to NATS, if there is any and the log is not there already. It has a
-/// connection of its own: what is caught up with would stand in the way of answers to devices.
+/// Starts egress to NATS, if NATS is configured and the log is not in NATS already. Egress has its own
+/// connection: catching up would otherwise delay answers to devices.
 async fn egress(config: &Config, log: &Arc<dyn Log>) -> anyhow::Result<Option<Arc<Egress>>> {
     let nats = &config.nats;
     if !nats.is_used() || !nats.stream.enabled || config.log.backend != LogBackend::Embedded {
@@ -303,17 +303,17 @@ async fn egress(config: &Config, log: &Arc<dyn Log>) -> anyhow::Result<Option<Ar
     Ok(Some(Arc::new(Egress::start(&config.data_dir, config, nats, log.clone())?)))
 }
 
-/// Writes down what keys were used for.
+/// Saves key usage.
 async fn write_usage(registry: &Arc<Registry>) {
     let registry = registry.clone();
     match tokio::task::spawn_blocking(move || registry.write_usage()).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => warn!(%error, "the use of keys cannot be written down; trying again"),
+        Ok(Err(error)) => warn!(%error, "key usage cannot be saved; trying again"),
         Err(error) => warn!(%error, "the registry has failed"),
     }
 }
 
-/// Makes the directory, for its owner alone, and sees to it that no other gateway uses it.
+/// Creates the directory, readable by its owner only, and ensures that no other gateway uses it.
 fn lock_directory(dir: &Path) -> anyhow::Result<File> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.with_context(|| format!("cannot make the data directory {}", dir.display()))?;
@@ -331,8 +331,8 @@ fn lock_directory(dir: &Path) -> anyhow::Result<File> {
     }
 }
 
-/// Sees to it that a data directory stays with the kind of log that it began with: what it has of records and
-/// sessions is by the offsets of that one.
+/// Ensures that a data directory keeps the log backend that it was created with: its records and sessions
+/// refer to that log's offsets.
 fn check_whose(dir: &Path, backend: LogBackend) -> anyhow::Result<()> {
     let (other, words) = match backend {
         LogBackend::Embedded => {
@@ -346,8 +346,8 @@ fn check_whose(dir: &Path, backend: LogBackend) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes the admin key of a new data directory. If its file was removed, a new key takes the place
-/// of the one that was in it: that is how a lost or leaked one is replaced.
+/// Creates the admin key of a new data directory. If an operator removed the file, a new key replaces
+/// the old one: this is how a lost or leaked admin key is replaced.
 fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
     if path.exists() {
         return Ok(());
@@ -377,7 +377,7 @@ fn listen(addr: SocketAddr) -> anyhow::Result<TcpListener> {
     Ok(socket.listen(LISTEN_BACKLOG)?)
 }
 
-/// Takes as many file descriptors as the system gives: each connection is one.
+/// Raises the limit on open files to the system's maximum: each connection needs one.
 fn raise_file_limit() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both calls get a valid pointer to a struct that lives across them.

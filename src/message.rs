@@ -1,8 +1,8 @@
-//! The words that everything else is said in: what a client sends, under which names, and what
-//! it becomes once it has been let in.
+//! The types that all other modules share: what a client sends, the names it uses, and the record that
+//! an accepted message becomes.
 //!
-//! A message arrives at a front with a [`Topic`] and a payload; intake turns it into a record,
-//! which the log gives an [`Offset`]. Nothing in this file does I/O.
+//! A message arrives at a front with a topic and a payload. Intake turns it into a record, and the log
+//! gives the record an [`Offset`]. Nothing in this file does I/O.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -44,7 +44,7 @@ pub enum NameError {
     /// The topic has more than [`TOPIC_LEVELS_MAX`] levels.
     #[error("a topic has at most {TOPIC_LEVELS_MAX} levels")]
     TopicTooDeep,
-    /// `+` or `#`: those select topics, they do not name one.
+    /// `+` or `#`: these select topics and cannot name one.
     #[error("'+' and '#' are wildcards and cannot be part of a topic that is published to")]
     TopicWildcard,
     /// NUL or another control character, or a Unicode non-character.
@@ -63,7 +63,7 @@ pub enum NameError {
 
 /// The id of a datasource: a slug, `[a-z0-9-]{1,63}`.
 ///
-/// The one value that no client can create is [`DatasourceId::all`], `*`, which only a key carries.
+/// No client can create [`DatasourceId::all`], `*`; only keys carry it.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DatasourceId(Arc<str>);
 
@@ -81,7 +81,7 @@ impl DatasourceId {
     }
 
     /// The slug made from a person's name for a datasource: `Press 4, hall B` → `press-4-hall-b`.
-    /// `None` when the name holds no ASCII letter or digit to make one of.
+    /// `None` when the name holds no ASCII letter or digit.
     pub fn from_name(name: &str) -> Option<Self> {
         let mut slug = String::with_capacity(name.len());
         for c in name.chars() {
@@ -139,7 +139,7 @@ impl Serialize for DatasourceId {
 }
 
 /// The public handle of a key: the first 6 bytes of its digest, shown as 12 hex characters.
-/// Safe to log: it finds a key in the registry, and opens nothing.
+/// Safe to log: it identifies a key in the registry and grants nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyId(pub [u8; 6]);
 
@@ -195,7 +195,7 @@ impl<'de> Deserialize<'de> for KeyId {
     }
 }
 
-/// Checks a topic that is published to, as MQTT 5 section 4.7 has it and a little stricter: not
+/// Checks a topic that is published to, slightly more strictly than MQTT 5 section 4.7: not
 /// empty, no wildcard, no control character, not reserved (`$…`), no API key, and within
 /// [`crate::limits`].
 ///
@@ -233,20 +233,19 @@ pub fn check_topic(topic: &str) -> Result<(), NameError> {
     Ok(())
 }
 
-/// Whether a text holds what every API key begins with, in whatever case. Such a text is not stored,
+/// Whether a text contains the prefix of every API key, in any case. Such a text is never stored,
 /// shown or logged.
 pub fn holds_key(text: &str) -> bool {
     text.as_bytes().windows(4).any(|part| part.eq_ignore_ascii_case(b"hgk_"))
 }
 
-/// Unicode's 66 code points that are promised never to be characters (MQTT 5 section 1.5.4 lets a
-/// server refuse them).
+/// Whether `c` is one of Unicode's 66 noncharacters (MQTT 5 section 1.5.4 lets a server refuse them).
 pub fn is_noncharacter(c: char) -> bool {
     let code = u32::from(c);
     (0xFDD0..=0xFDEF).contains(&code) || code & 0xFFFE == 0xFFFE
 }
 
-/// Which way a message came in.
+/// The protocol that a message came in over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
@@ -269,9 +268,9 @@ impl Transport {
     }
 }
 
-/// Says whether a key is still good. One per key, shared by the registry, every connection that
-/// the key opened and every message on its way into the log: once it has ended, nothing that
-/// holds it gets any further.
+/// Tells whether a key is still valid. Each key has one, shared by the registry, every connection that
+/// the key opened and every message on its way into the log. Once it has ended, none of them gets any
+/// further.
 #[derive(Debug, Clone)]
 pub struct Lease(Arc<AtomicBool>);
 
@@ -281,12 +280,12 @@ impl Lease {
         Self(Arc::new(AtomicBool::new(true)))
     }
 
-    /// Whether the key is still good. One atomic load.
+    /// Whether the key is still valid. One atomic load.
     pub fn holds(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
 
-    /// The key is dead, for every holder, from now on.
+    /// Ends the key for every holder, from now on.
     pub fn end(&self) {
         self.0.store(false, Ordering::Release);
     }
@@ -298,38 +297,38 @@ impl Default for Lease {
     }
 }
 
-/// One record, as a consumer sees it: borrowed from the batch that it was read in.
+/// One record as a consumer sees it, borrowed from the batch that it was read in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecordRef<'a> {
-    /// Its place in the log.
+    /// The record's place in the log.
     pub offset: Offset,
-    /// Whose reading it is.
+    /// The datasource's id.
     pub datasource: &'a str,
-    /// As the device wrote it, relative to its datasource.
+    /// The topic as the device wrote it, relative to its datasource.
     pub topic: &'a str,
     /// The bytes the device sent.
     pub payload: &'a [u8],
     /// The media type the client gave, or empty.
     pub content_type: &'a str,
-    /// The other MQTT 5 properties that a subscriber is to be given (user properties, response
-    /// topic, correlation data, …), in their wire form without the length in front; or empty.
+    /// The other MQTT 5 properties for subscribers (user properties, response topic, correlation
+    /// data, …), in wire form without the length prefix; or empty.
     pub properties: &'a [u8],
     /// The key that let it in.
     pub key_id: KeyId,
-    /// Which way it came.
+    /// The protocol that it came in over.
     pub transport: Transport,
-    /// Which client published it: a hash of it, or 0 if that is not known.
+    /// A hash of the client that published it, or 0 if unknown.
     pub publisher: u64,
-    /// When its last byte was read from the socket.
+    /// When the front read its last byte from the socket.
     pub received_at: TimeMicros,
     /// How it was published.
     pub flags: RecordFlags,
-    /// What the gateway wrote down about it: why it is in quarantine, or what it was sent again from
+    /// The gateway's note: why it is in quarantine, or which quarantined record it was redriven from
     /// (see [`crate::log::Note`]). Empty for all other records.
     pub note: &'a [u8],
 }
 
-/// How a record was published: bits kept with it in the log.
+/// How a record was published, as bits stored with it in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RecordFlags(pub u8);
@@ -339,11 +338,11 @@ impl RecordFlags {
     pub const RETAIN: RecordFlags = RecordFlags(1);
     /// A will: the gateway published it for a client whose connection was lost.
     pub const WILL: RecordFlags = RecordFlags(2);
-    /// The publisher asked for no acknowledgement (MQTT QoS 0), and a subscriber gets it with none.
+    /// The publisher asked for no acknowledgement (MQTT QoS 0); subscribers get it at QoS 0 too.
     pub const AT_MOST_ONCE: RecordFlags = RecordFlags(4);
-    /// It was not let in, and is kept in quarantine: no consumer but that is given it. It has a note.
+    /// It failed validation and is in quarantine: only the quarantine consumer gets it. It has a note.
     pub const QUARANTINED: RecordFlags = RecordFlags(8);
-    /// It was in quarantine, and was sent through intake again. It has a note.
+    /// It was in quarantine and went through intake again. It has a note.
     pub const REDRIVEN: RecordFlags = RecordFlags(16);
 
     /// Both sets of bits.

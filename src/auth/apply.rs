@@ -1,6 +1,6 @@
-//! Applying what other nodes of a cluster have changed: rows into this node's database, and from there into
-//! its live view, by what is different. A key that is revoked elsewhere dies here as it would by a call
-//! to this node: its lease ends, and its connections are told to close.
+//! Applies the changes of other cluster nodes: writes their rows to this node's database, and updates its
+//! live view with the differences. A key that is revoked elsewhere dies here as if this node had revoked
+//! it: its lease ends, and its connections are told to close.
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
@@ -16,12 +16,12 @@ use super::setting::Setting;
 use crate::message::DatasourceId;
 
 impl Registry {
-    /// Applies rows, each with its revision, that the cluster's registry has up to `revision`; with `all` it
-    /// has no others. Returns the keys that have died by it, to wait for.
+    /// Applies rows of the cluster's registry up to `revision`, each with its own revision. With `all`, these
+    /// are all the rows there are. Returns the keys that died, whose connections the caller waits for.
     ///
     /// # Errors
-    /// [`RegistryError::Database`], and [`RegistryError::Cluster`] for rows of a newer format: the live view is
-    /// as it was then.
+    /// [`RegistryError::Database`], and [`RegistryError::Cluster`] for rows of a newer format. The live view
+    /// is then unchanged.
     pub(super) fn apply(
         &self,
         rows: &[(Revision, Row)],
@@ -30,7 +30,7 @@ impl Registry {
     ) -> Result<Vec<Arc<Key>>, RegistryError> {
         let mut database = self.change();
         let applied = if all { 0 } else { database.applied() };
-        // What this node has changed itself comes back, too.
+        // This node's own changes come back from the cluster too; skip those.
         let rows: Vec<&Row> =
             rows.iter().filter(|(revision, _)| *revision > applied).map(|(_, row)| row).collect();
         if rows.is_empty() && !all {
@@ -42,7 +42,7 @@ impl Registry {
         }
         database.take_over(&rows, revision, all)?;
         let mut dead = if all { self.forget_all_but(&rows) } else { Vec::new() };
-        // Keys come after the datasources that they belong to.
+        // Datasources first: a key needs the datasource that it belongs to.
         for row in &rows {
             if let Row::Datasource(id, row) = row {
                 self.apply_datasource(id, row.as_ref());
@@ -69,7 +69,7 @@ impl Registry {
                 take_over(&known.limits, row.limits.as_deref());
                 take_over(&known.schemas, row.schemas.as_deref());
             }
-            // Also one that was deleted and created again meanwhile.
+            // Includes a datasource that was deleted and created again meanwhile.
             _ => {
                 let limits = Setting::new(row.limits.as_deref());
                 let schemas = Setting::new(row.schemas.as_deref());
@@ -85,7 +85,7 @@ impl Registry {
         }
     }
 
-    /// Returns the key if it dies by that.
+    /// Applies one key's row. Returns the key if it died.
     fn apply_key(&self, digest: &Digest, row: Option<&KeyRow>) -> Option<Arc<Key>> {
         let known = self.live.keys.find(digest);
         let Some(row) = row.filter(|row| row.revoked_at.is_none()) else {
@@ -97,7 +97,7 @@ impl Registry {
             return Some(dead);
         };
         match known {
-            // What is revoked stays so.
+            // A revoked key stays revoked.
             Some(Found::Revoked) => None,
             Some(Found::Key(key)) => {
                 take_over(&key.limits, row.limits.as_deref());
@@ -135,7 +135,7 @@ impl Registry {
         let datasource = if row.datasource == all.as_str() {
             all
         } else {
-            // Shares the text of the id with the datasource.
+            // Shares the id's text with the datasource, to save memory.
             let owner = self.datasource(&row.datasource);
             owner.ok_or_else(|| format!("there is no datasource {:?}", row.datasource))?.id.clone()
         };
@@ -151,7 +151,7 @@ impl Registry {
         }))
     }
 
-    /// Whatever is not among these rows has never been: its keys die.
+    /// Removes everything that these rows do not have. Returns the keys that died.
     fn forget_all_but(&self, rows: &[&Row]) -> Vec<Arc<Key>> {
         let (mut datasources, mut keys) = (HashSet::new(), HashSet::new());
         for row in rows {
@@ -173,17 +173,18 @@ impl Registry {
     }
 }
 
-/// Whether rows of this format can be read.
+/// Checks that this version can read rows of this format.
 pub(super) fn check_format(version: u32) -> Result<(), RegistryError> {
     if version <= FORMAT {
         return Ok(());
     }
     Err(RegistryError::Cluster(format!(
-        "the cluster's has format {version} and this Headgate reads up to {FORMAT}: start the newer one"
+        "the cluster's registry has format {version} and this Headgate reads up to {FORMAT}: start the \
+         newer one"
     )))
 }
 
-/// Another text, unless it is the same: what was made of it, and what that counts, stays then.
+/// Sets the text if it differs. An unchanged one keeps its cached value and the state in it.
 fn take_over(setting: &Setting, text: Option<&str>) {
     if setting.text().as_deref() != text {
         setting.set(text);

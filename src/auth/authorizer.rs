@@ -1,12 +1,12 @@
 //! The authorizer: what does this key allow, now?
 //!
 //! It turns what a client presented into a [`Grant`] or a [`Denied`]. Fronts ask once for each
-//! connection or request and keep the grant; intake asks the grant about each message. The dearest
-//! answer is to a valid key, one hash and one lookup; a key whose checksum is wrong costs neither.
+//! connection or request and keep the grant; intake checks the grant for each message. A valid key costs
+//! most, one hash and one lookup; a key with a wrong checksum costs neither.
 //!
-//! How long a no takes tells nothing of how close a key was. The checksum is no secret. Behind it
-//! everything goes by the digest, which changes as a whole with any character of the key; and a key that
-//! was never given out and one that was revoked take the same one lookup.
+//! The time that a denial takes does not reveal how close a guess was. The checksum is not secret. All
+//! further checks use the digest, which changes completely with any character of the key, and an unknown
+//! key takes the same one lookup as a revoked one.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -27,58 +27,57 @@ pub struct Authorizer {
     failures: Arc<Failures>,
 }
 
-/// What a valid key allows at this moment. Cheap to clone. It is only good while [`Grant::holds`]:
-/// whoever keeps one asks again before each use.
+/// What a valid key allows at this moment. Cheap to clone. It is valid only while [`Grant::holds`]: check
+/// that again before each use.
 #[derive(Clone)]
 pub struct Grant(Arc<Key>);
 
-/// Why a key does not allow what was asked. All but the last two get one answer on the wire, so that
-/// a stranger learns nothing; logs and metrics tell them apart by [`Denied::cause`].
+/// Why a key does not allow an operation. All but the last two look the same on the wire, so that a
+/// stranger learns nothing; logs and metrics distinguish them by [`Denied::cause`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
     /// No key was presented.
     #[error("no API key was presented")]
     NoKey,
-    /// It does not have a key's form, or its checksum is wrong.
+    /// The text does not have a key's form, or its checksum is wrong.
     #[error("the API key is malformed")]
     Malformed,
-    /// There has been no such key.
+    /// No such key has ever existed.
     #[error("the API key is not known")]
     Unknown,
-    /// It was revoked, or its datasource deleted.
+    /// The key was revoked, or its datasource deleted.
     #[error("the API key has been revoked")]
     Revoked,
-    /// Its time is over.
+    /// The key has expired, or its grace period has ended.
     #[error("the API key has expired")]
     Expired,
-    /// Too many keys that were not good came from the same address. Said only to whoever has presented
-    /// another one.
+    /// Too many bad keys came from the same address. Returned only for another bad key.
     #[error("too many API keys from this address were not good; wait {} s", retry_after.as_secs() + 1)]
     TooManyFailures {
-        /// When to come again.
+        /// How long to wait before the next attempt.
         retry_after: Duration,
     },
-    /// Two different keys in one request.
+    /// One request presented two different keys.
     #[error("two different API keys were presented")]
     Ambiguous,
-    /// The key is good, and belongs to another datasource.
+    /// The key is valid, but belongs to another datasource.
     #[error("API key {key_id} does not belong to this datasource")]
     OtherDatasource {
         /// The key that was presented.
         key_id: KeyId,
     },
-    /// The key is good, and lacks the scope.
+    /// The key is valid, but lacks the scope.
     #[error("API key {key_id} lacks the scope {scope}")]
     MissingScope {
         /// The key that was presented.
         key_id: KeyId,
-        /// What it would need.
+        /// The missing scope.
         scope: Scope,
     },
 }
 
 impl Denied {
-    /// One word for metrics and logs; it never changes its meaning.
+    /// A label for metrics and logs, whose meaning never changes.
     pub fn cause(&self) -> &'static str {
         match self {
             Denied::NoKey => "no_key",
@@ -94,14 +93,14 @@ impl Denied {
     }
 }
 
-/// A presented key that gives no grant, and what may be told of it to an operator.
+/// A presented key that gives no grant, with what an operator may know about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejected {
-    /// Why.
+    /// The reason.
     pub denied: Denied,
-    /// The key, if it is one that was given out once.
+    /// The key's id, if the key was once valid.
     pub key_id: Option<KeyId>,
-    /// What was presented, if it never was one.
+    /// The shape of the presented text, if it was never a valid key.
     pub shape: Option<Shape>,
 }
 
@@ -112,22 +111,21 @@ impl From<Denied> for Rejected {
 }
 
 impl Authorizer {
-    /// An authorizer over `registry`, at the default limits of failures.
+    /// An authorizer over `registry` with the default limits for failures.
     pub fn new(registry: Arc<Registry>) -> Self {
         Self::with(registry, &config::Config::default().auth)
     }
 
-    /// An authorizer over `registry`.
+    /// An authorizer over `registry` with these limits for failures.
     pub fn with(registry: Arc<Registry>, config: &config::Auth) -> Self {
         Self { registry, failures: Arc::new(Failures::new(config)) }
     }
 
-    /// Which key is this, from that address? As [`Authorizer::identify`], and a key that is not good
-    /// counts against the address. Where there is none, as NATS gives none, it counts against nobody: one
-    /// bad client would otherwise keep the reason from all the others.
+    /// As [`Authorizer::identify`], and counts a bad key against the address. Without an address, as for
+    /// NATS clients, nothing is counted: one bad client would otherwise hide the reason from all others.
     ///
     /// # Errors
-    /// Those of [`Authorizer::identify`], or [`Denied::TooManyFailures`] instead of them.
+    /// Those of [`Authorizer::identify`], or [`Denied::TooManyFailures`] in their place.
     pub fn identify_from(
         &self,
         presented: &[u8],
@@ -136,12 +134,12 @@ impl Authorizer {
         self.identify(presented).map_err(|denied| self.rejected(denied, presented, from.into()))
     }
 
-    /// Which key is among these, from that address? Next to a key, what does not look like one is a name,
-    /// or a password for somebody else; empty texts are none.
+    /// As [`Authorizer::identify_from`], for the one key among several texts. If one of them looks like a
+    /// key, the others may be a user name or an unrelated password, and are ignored; so are empty texts.
     ///
     /// # Errors
-    /// [`Denied::Ambiguous`] for two different keys, [`Denied::NoKey`] for nothing at all, and those of
-    /// [`Authorizer::identify_from`] for the one there is.
+    /// [`Denied::Ambiguous`] for two different keys, [`Denied::NoKey`] if all texts are empty, and those of
+    /// [`Authorizer::identify_from`] for the key that was found.
     pub fn identify_among(&self, presented: &[&[u8]], from: IpAddr) -> Result<Grant, Rejected> {
         let presented = || presented.iter().map(|text| text.trim_ascii()).filter(|text| !text.is_empty());
         let keys = || presented().filter(|text| text.starts_with(key::PREFIX));
@@ -152,11 +150,11 @@ impl Authorizer {
         }
     }
 
-    /// The grant of a key that somebody else has checked when it was presented, and now names by its id:
-    /// it is looked up, since it may have died.
+    /// The grant of a key that was checked elsewhere when it was presented, and is now named by its id. It is
+    /// looked up because it may have died meanwhile.
     ///
     /// # Errors
-    /// [`Denied::Revoked`] if there is no such key any more, [`Denied::Expired`].
+    /// [`Denied::Revoked`] if the key no longer exists, [`Denied::Expired`].
     pub fn of_key(&self, datasource: &DatasourceId, id: KeyId) -> Result<Grant, Denied> {
         match self.registry.key(datasource, id) {
             None => Err(Denied::Revoked),
@@ -165,7 +163,7 @@ impl Authorizer {
         }
     }
 
-    /// Counts two different keys in one request as one that is not good.
+    /// Counts two different keys in one request as one bad key.
     pub fn ambiguous_from(&self, from: impl Into<Option<IpAddr>>) -> Rejected {
         self.rejected(Denied::Ambiguous, &[], from.into())
     }
@@ -176,7 +174,7 @@ impl Authorizer {
             Denied::Malformed | Denied::Unknown => (None, Some(Shape::of(presented))),
             _ => (None, None),
         };
-        // Without a key nothing was guessed.
+        // A client that presents no key is not guessing, so that is not counted.
         let denied = match (denied, from) {
             (Denied::NoKey, _) => Denied::NoKey,
             (denied, None) => denied,
@@ -188,15 +186,15 @@ impl Authorizer {
         Rejected { denied, key_id, shape }
     }
 
-    /// The registry behind it.
+    /// The registry that keys are looked up in.
     pub fn registry(&self) -> &Arc<Registry> {
         &self.registry
     }
 
-    /// Which key is this? Says nothing about what it may do.
+    /// Identifies a presented key. Does not check what the key may do.
     ///
     /// # Errors
-    /// [`Denied::NoKey`] for nothing but white space, [`Denied::Malformed`] for what cannot be a key
+    /// [`Denied::NoKey`] for an empty or blank text, [`Denied::Malformed`] for a text that cannot be a key
     /// (decided before any lookup), [`Denied::Unknown`], [`Denied::Revoked`] or [`Denied::Expired`].
     pub fn identify(&self, presented: &[u8]) -> Result<Grant, Denied> {
         let Some(digest) = Digest::of_presented(presented) else {
@@ -208,8 +206,8 @@ impl Authorizer {
             Some(Found::Revoked) => return Err(Denied::Revoked),
             None => return Err(Denied::Unknown),
         };
-        // The lease was good a moment ago, or the key would not have been found. Every use of the
-        // grant looks at it; to look here as well would be one more miss of the cache among many keys.
+        // The lease was valid a moment ago, or the lookup would have failed. Every use of the grant
+        // checks it; checking it here too would cost one more cache miss.
         if key.has_expired() { Err(Denied::Expired) } else { Ok(Grant(key)) }
     }
 }
@@ -230,22 +228,22 @@ impl Grant {
         &self.0.datasource
     }
 
-    /// Whether it is still good: one atomic load, and for a key that expires a look at the clock.
+    /// Whether the grant is still valid: one atomic load, and a clock read for a key that expires.
     pub fn holds(&self) -> bool {
         self.check().is_ok()
     }
 
-    /// Its lease.
+    /// The key's lease.
     pub fn lease(&self) -> &Lease {
         self.0.lease()
     }
 
-    /// May it do `scope` in `datasource`? To ask for `*` is to ask for all of them, as who manages
-    /// datasources must: a key of one datasource is not enough, whatever its scopes. Whether there
-    /// is such a datasource is not asked here.
+    /// Checks that the key allows `scope` in `datasource`. `*` means all datasources, which managing them
+    /// requires: a key of one datasource is then not enough, whatever its scopes. Does not check that the
+    /// datasource exists.
     ///
     /// # Errors
-    /// [`Denied::Revoked`] or [`Denied::Expired`] if it holds no longer; then
+    /// [`Denied::Revoked`] or [`Denied::Expired`] if the grant is no longer valid; then
     /// [`Denied::OtherDatasource`], then [`Denied::MissingScope`].
     pub fn allows(&self, scope: Scope, datasource: &str) -> Result<(), Denied> {
         self.check()?;
@@ -256,10 +254,10 @@ impl Grant {
         self.check_scope(scope)
     }
 
-    /// May it do `scope` at all, in the datasource that it belongs to?
+    /// Checks that the key allows `scope` in the datasource that it belongs to.
     ///
     /// # Errors
-    /// [`Denied::Revoked`] or [`Denied::Expired`] if it holds no longer; then
+    /// [`Denied::Revoked`] or [`Denied::Expired`] if the grant is no longer valid; then
     /// [`Denied::MissingScope`].
     pub fn has(&self, scope: Scope) -> Result<(), Denied> {
         self.check()?;

@@ -1,7 +1,6 @@
-//! A change of the registry on its way to the disk: one transaction, of statements and the audit's
-//! entry that tells of them. It counts when it is committed, and not at all before. In a cluster that is
-//! when all nodes have its rows: they are read from the transaction, published, and only then is that
-//! committed.
+//! A change of the registry on its way to the disk: one transaction of statements and the audit entry
+//! that describes them. It takes effect when it is committed, and not before. In a cluster its rows are
+//! first read from the open transaction and published to all nodes; only then is it committed.
 
 use std::cell::RefCell;
 
@@ -18,7 +17,7 @@ use super::rows::{LeakRow, Row};
 use super::usage::Used;
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 
-/// Why a key is no longer good, as the registry's file has it.
+/// Why a key has ended, as stored in the registry's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
     /// An operator revoked it.
@@ -42,20 +41,20 @@ impl Ended {
     }
 }
 
-/// One transaction.
+/// One open transaction on the registry.
 pub(super) struct Change<'a> {
     transaction: Transaction<'a>,
     at: TimeMicros,
-    /// Whoever has to have it too.
+    /// The cluster that it is published to, if there is one.
     replica: Option<&'a dyn Replica>,
     /// The newest revision that is in the database.
     applied: &'a mut Revision,
-    /// What is to be published.
+    /// The rows to publish.
     touched: RefCell<Vec<Touched>>,
 }
 
-/// A row that a change has written. In the order in which they are published, if they are too many for one
-/// batch: keys that die with their datasource before it.
+/// A row that a change has written. The variants are in the order of publication, which matters if the rows
+/// need more than one batch: keys that die with their datasource come before it.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Touched {
     Key(KeyId),
@@ -79,12 +78,12 @@ impl<'a> Change<'a> {
         }
     }
 
-    /// When it is made.
+    /// The time of the change.
     pub(super) fn at(&self) -> TimeMicros {
         self.at
     }
 
-    /// Adds a datasource, without limits and schemas.
+    /// Inserts a datasource without limits and schemas.
     pub(super) fn insert_datasource(&self, datasource: &Datasource) -> rusqlite::Result<()> {
         let mut insert = self
             .transaction
@@ -94,7 +93,7 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Adds a key.
+    /// Inserts a key.
     pub(super) fn insert_key(&self, key: &Key, digest: &Digest) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT INTO keys (digest, datasource, scopes, label, created_at, expires_at, limits, replaces)
@@ -114,7 +113,7 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Revokes one key of a datasource: its digest, or `None` if there is no such live key.
+    /// Revokes one key of a datasource. Returns its digest, or `None` if there is no such live key.
     pub(super) fn revoke(
         &self,
         datasource: &DatasourceId,
@@ -134,7 +133,7 @@ impl<'a> Change<'a> {
         Ok(digest)
     }
 
-    /// Writes down that a key has expired. Its row is otherwise as it was: it was not revoked.
+    /// Marks a key as expired. The rest of its row stays: it was not revoked.
     pub(super) fn expire(&self, id: KeyId) -> rusqlite::Result<()> {
         let (first, last) = digests_of(id);
         let mut update = self.transaction.prepare_cached(
@@ -145,7 +144,7 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Removes a datasource and revokes its keys: their digests.
+    /// Removes a datasource and revokes its keys. Returns their digests.
     pub(super) fn remove_datasource(&self, datasource: &DatasourceId) -> rusqlite::Result<Vec<Digest>> {
         self.transaction
             .prepare_cached("DELETE FROM datasources WHERE id = ?1")?
@@ -198,7 +197,7 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Gives a key its part in a rotation.
+    /// Sets a key's part in a rotation.
     pub(super) fn set_rotation(&self, id: KeyId, rotation: Rotation) -> rusqlite::Result<()> {
         let (first, last) = digests_of(id);
         let (replaced_by, grace_ends_at) = rotation.replaced_by.unzip();
@@ -213,7 +212,7 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Replaces what is stored of a key's use.
+    /// Replaces the stored usage of a key.
     pub(super) fn set_usage(&self, id: KeyId, used: &Used) -> Result<(), RegistryError> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT OR REPLACE INTO usage (key_id, accepted, refused, \"offset\", users)
@@ -231,14 +230,14 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Tells the audit.
+    /// Adds an entry to the audit.
     pub(super) fn audit(&self, actor: &Actor, act: &Act<'_>) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT INTO audit (at, who, address, action, datasource, key_id, what)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )?;
-        // SQLite gives it the next higher id. In a cluster all changes are in one order, and each node has
-        // all that were before: so no other node has given the same one.
+        // SQLite assigns the next higher id. A cluster has one order of changes, and each node has all the
+        // earlier ones, so no other node has assigned the same id.
         insert.execute(params![
             self.at,
             actor.who.to_string(),
@@ -252,16 +251,16 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Makes it count.
+    /// Publishes the change in a cluster, and commits it.
     ///
     /// # Errors
-    /// [`RegistryError::Database`]: then nothing has changed. In a cluster also what
-    /// [`Replica::publish`] says.
+    /// [`RegistryError::Database`]; nothing has then changed. In a cluster also the errors of
+    /// [`Replica::publish`].
     pub(super) fn commit(self) -> Result<(), RegistryError> {
         self.commit_with(None)
     }
 
-    /// The same, with a change of the rules about leaked keys.
+    /// As `commit`, with a rule about a leaked key.
     pub(super) fn commit_with(self, leak: Option<(u64, &LeakRow)>) -> Result<(), RegistryError> {
         let mut revision = *self.applied;
         if let Some(replica) = self.replica {
@@ -276,8 +275,8 @@ impl<'a> Change<'a> {
                 Touched::Leak => leak.map(|(version, row)| Ok(Row::Leak(version, row.clone()))),
             });
             let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
-            // If a later part fails, those before count all the same: their rows come back as if
-            // another node had made them, and the change can be made again.
+            // If a later batch fails, the earlier ones stand: their rows come back as if another node
+            // had written them, and the change can be retried.
             for rows in rows.chunks(BATCH_ROWS_MAX) {
                 revision = replica.publish(rows, revision)?;
             }

@@ -1,6 +1,6 @@
-//! The changes of the registry: each is durable and in the live view when it returns, and the audit
-//! tells of it. See `registry.rs` for what that promises. In a cluster each can also fail with
-//! [`RegistryError::Away`], [`RegistryError::Overtaken`] (both pass), [`RegistryError::TooLarge`] or
+//! The changes of the registry. Each is durable, in the live view and in the audit when it returns; see
+//! `registry.rs` for what that guarantees. In a cluster each can also fail with
+//! [`RegistryError::Away`] or [`RegistryError::Overtaken`] (both transient), [`RegistryError::TooLarge`] or
 //! [`RegistryError::Cluster`], and blocks until the other nodes have it.
 
 use std::sync::Arc;
@@ -20,8 +20,8 @@ use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 use crate::time::Rfc3339;
 
 impl Registry {
-    /// Creates a datasource and its first key; both are durable on return. Without an `id` one is
-    /// made from the name, with `-2`, `-3`, … behind it if it is taken.
+    /// Creates a datasource and its first key; both are durable on return. Without an `id`, one is
+    /// derived from the name, with a suffix `-2`, `-3`, … if it is taken.
     ///
     /// # Errors
     /// [`RegistryError::Exists`] if the `id` is taken; [`RegistryError::Name`] if the name is blank,
@@ -39,6 +39,7 @@ impl Registry {
             return Err(RegistryError::Name("a datasource needs a name".to_owned()));
         }
         let (datasource, key, secret) = self.changing(|database| {
+            // Inside the change: only there can no other change take the id.
             let id = match &id {
                 Some(id) if id.is_all() => {
                     return Err(RegistryError::Name(
@@ -109,12 +110,13 @@ impl Registry {
         Ok((key, secret))
     }
 
-    /// Deletes a datasource and revokes its keys, durably; every key's lease has ended and its
-    /// connections are told to close before this returns. Returns those keys, to wait for.
+    /// Deletes a datasource and revokes its keys, durably. Before this returns, every key's lease has
+    /// ended and its connections are told to close. Returns those keys, whose connections the caller
+    /// waits for.
     ///
     /// # Errors
-    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable:
-    /// then the keys go on working.
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable; the
+    /// keys then keep working.
     pub fn delete_datasource(
         &self,
         actor: &Actor,
@@ -138,12 +140,13 @@ impl Registry {
         Ok(dead)
     }
 
-    /// Revokes one key, durably; its lease has ended and its connections are told to close before
-    /// this returns. Returns it, to wait for; `None` if the datasource has no such key (any more).
+    /// Revokes one key, durably. Before this returns, its lease has ended and its connections are told to
+    /// close. Returns the key, whose connections the caller waits for, or `None` if the datasource has no
+    /// such live key.
     ///
     /// # Errors
     /// [`RegistryError::LastAdmin`]; [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it
-    /// cannot be made durable: then the key goes on working.
+    /// cannot be made durable; the key then keeps working.
     pub fn revoke_key(
         &self,
         actor: &Actor,
@@ -168,8 +171,8 @@ impl Registry {
         Ok(dead)
     }
 
-    /// Sets the limits of a datasource, a JSON text that whoever enforces them has checked; `None`
-    /// for none of its own. They hold when this returns.
+    /// Sets the limits of a datasource, a JSON text that the caller has validated; `None` for no limits
+    /// of its own. They are in force when this returns.
     ///
     /// # Errors
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
@@ -194,8 +197,8 @@ impl Registry {
         })
     }
 
-    /// Sets the schemas of a datasource, a JSON text that whoever enforces them has checked; `None`
-    /// for none. They hold when this returns.
+    /// Sets the schemas of a datasource, a JSON text that the caller has validated; `None` for none. They
+    /// are in force when this returns.
     ///
     /// # Errors
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
@@ -220,8 +223,8 @@ impl Registry {
         })
     }
 
-    /// Sets the limits of a key, a JSON text that whoever enforces them has checked; `None` for none
-    /// of its own. They hold when this returns. `false` if the datasource has no such key.
+    /// Sets the limits of a key, a JSON text that the caller has validated; `None` for no limits of its
+    /// own. They are in force when this returns. Returns `false` if the datasource has no such key.
     ///
     /// # Errors
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
@@ -246,7 +249,7 @@ impl Registry {
         })
     }
 
-    /// Tells the audit of what is changed elsewhere than in the registry. Durable on return.
+    /// Adds an audit entry for a change outside the registry. Durable on return.
     ///
     /// # Errors
     /// [`RegistryError::Database`] if it cannot be made durable.
@@ -262,8 +265,8 @@ impl Registry {
         self.datasource(id.as_str()).ok_or_else(|| RegistryError::NoDatasource(id.to_string()))
     }
 
-    /// Whether without this key nobody could manage everything any more. One that is about to retire
-    /// is none to rely on.
+    /// Whether this is the last key that can manage everything. Keys that are being rotated out do not
+    /// count as others.
     pub(super) fn is_last_admin(&self, key: &Key) -> bool {
         let stays = |key: &Key| key.holds() && !key.has_expired() && key.rotation().replaced_by.is_none();
         let others =
@@ -274,12 +277,12 @@ impl Registry {
             && !self.live.keys_of(&key.datasource).iter().any(others)
     }
 
-    /// Keys belong to a datasource that there is, or to all of them.
+    /// Checks that the owner of a key exists: a datasource, or `*` for all of them.
     pub(super) fn check_owner(&self, datasource: &DatasourceId) -> Result<(), RegistryError> {
         if datasource.is_all() { Ok(()) } else { self.existing(datasource).map(drop) }
     }
 
-    /// The first id made from `name` that is free.
+    /// The first free id derived from `name`.
     fn free_id(&self, name: &str) -> Result<DatasourceId, RegistryError> {
         let id = DatasourceId::from_name(name).ok_or_else(|| {
             let text = "the name has no letter a-z or digit to make an id from: give an id as well";
@@ -299,7 +302,7 @@ impl Registry {
     }
 }
 
-/// A key that is not in the registry yet, with an id that none has or had.
+/// Generates a key that is not in the registry yet, with an id that no key has or had.
 pub(super) fn new_key(
     database: &Database,
     datasource: &DatasourceId,
@@ -310,7 +313,7 @@ pub(super) fn new_key(
     if scopes.is_empty() {
         return Err(RegistryError::Name("a key needs at least one scope".to_owned()));
     }
-    // Ids have 48 bits: among a million keys, once in 280 million times.
+    // Ids have 48 bits: with a million keys, about one in 280 million collides.
     let (digest, secret) = loop {
         let secret = ApiKey::generate();
         let digest = secret.digest();
@@ -335,18 +338,18 @@ pub(super) fn about_key<'a>(action: &'static str, key: &'a Key, what: &'a Value)
     Act { action, datasource: Some(&key.datasource), key_id: Some(key.id), what }
 }
 
-/// A setting's text, as the audit tells of it. What is no JSON is told as text.
+/// A setting's text as it is written to the audit. Text that is not JSON becomes a string.
 fn as_json(text: Option<&str>) -> Value {
     text.map_or(Value::Null, |text| serde_json::from_str(text).unwrap_or_else(|_| text.into()))
 }
 
-/// A name or label without the white space around it.
+/// Checks a name or label. Returns it without surrounding white space.
 fn check_name<'a>(what: &str, text: &'a str) -> Result<&'a str, RegistryError> {
     let text = text.trim();
     if text.len() > NAME_BYTES_MAX {
         return Err(RegistryError::Name(format!("a {what} has at most {NAME_BYTES_MAX} bytes")));
     }
-    // A line break or an escape would let a name forge lines of a table or a log.
+    // A line break or an escape sequence could forge lines of a table or a log.
     if text.chars().any(char::is_control) {
         return Err(RegistryError::Name(format!("a {what} holds no control characters")));
     }

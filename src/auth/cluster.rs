@@ -1,17 +1,18 @@
-//! The registry of a cluster: the KV bucket [`BUCKET`], which every node watches and of which each has a copy in
-//! memory (`rows.rs` says what is in it).
+//! The registry of a cluster: the KV bucket [`BUCKET`], which every node watches and copies into memory.
+//! `rows.rs` describes its rows.
 //!
-//! **Changes are in one order.** A node publishes a change as one atomic batch, on the condition that the
-//! bucket has nothing newer than what that node has applied. So each change was checked against all that
-//! were before it, on whichever node they were made, and of two at once the second is told so, catches up
-//! and is checked again. That is why the ids of the audit and the versions of leak rules are the same
-//! everywhere, and why no key can be made for a datasource that is being deleted elsewhere.
+//! **Changes have one order.** A node publishes a change as one atomic batch, on the condition that the
+//! bucket has nothing newer than what that node has applied. So each change was checked against all
+//! earlier ones, from whichever node. The second of two concurrent changes is rejected; its node catches
+//! up and checks it again. That is why audit ids and versions of leak rules are the same on all nodes, and
+//! why no key can be created for a datasource that is being deleted elsewhere.
 //!
-//! **A change counts everywhere before its call returns.** The node that made it asks every other one that is
-//! there ([`Presence`]) on [`SETTLE`]; each answers when it has applied it, and nothing more can come in under
-//! the keys that died by it. A node that does not answer is waited for as long as it is there, five seconds at
-//! most. One that has lost NATS hears of nothing; but it cannot append anything either, because the log
-//! is there, and when it is back nothing is let in before it has caught up ([`Registry::may_be_behind`]).
+//! **A change takes effect everywhere before its call returns.** The node that made it asks every other
+//! present node ([`Presence`]) on [`SETTLE`]. Each answers when it has applied the change and nothing more
+//! can be accepted under the keys that died. The wait for a node ends when it answers or is gone, after
+//! five seconds at most. A node without NATS hears of no change, but cannot append anything either,
+//! because the log is on NATS. When it is back, it accepts nothing until it has caught up
+//! ([`Registry::may_be_behind`]).
 
 mod usage;
 
@@ -41,36 +42,36 @@ use usage::Usages;
 
 pub use usage::USAGE_BUCKET;
 
-/// The bucket.
+/// The KV bucket of the cluster's registry.
 pub const BUCKET: &str = "headgate-registry";
-/// What a node's own subject begins with, on which it says that it is there.
+/// Prefix of the subject on which a node announces its presence.
 pub const NODES: &str = "headgate.node";
-/// What the subjects begin with on which a node is asked whether it has applied a revision.
+/// Prefix of the subjects on which a node is asked whether it has settled a revision.
 pub const SETTLE: &str = "headgate.settle";
 
-/// The pause before NATS is tried again.
+/// The pause before another attempt to reach NATS.
 const PAUSE: Duration = Duration::from_millis(250);
-/// The pause before a change of another node is applied again that could not be.
+/// The pause before another attempt to apply a change of another node.
 const APPLY_AGAIN: Duration = Duration::from_secs(1);
 
-/// A node's registry as it joins its cluster.
+/// The registry of a node that has joined its cluster.
 pub struct Joined {
-    /// The registry, with all that the cluster's had at this moment.
+    /// The registry, with everything that the cluster's had at this moment.
     pub registry: Arc<Registry>,
-    /// The node among the others.
+    /// The node's presence among the others.
     pub presence: Arc<Presence>,
-    /// Keeps it up to date; to be run, before anything is let in.
+    /// Keeps the registry up to date. Must run before any message is accepted.
     pub follow: Follow,
 }
 
-/// What keeps a node's registry up to date.
+/// Keeps a node's registry up to date.
 pub struct Follow {
     registry: Arc<Registry>,
     watch: Watch,
     progress: Arc<Progress>,
 }
 
-/// The bucket, and the node that changes it.
+/// The cluster's registry as seen by the node that changes it.
 #[derive(Debug)]
 struct Cluster {
     bucket: Bucket,
@@ -80,14 +81,15 @@ struct Cluster {
     runtime: Handle,
 }
 
-/// Up to where a node has applied what was changed, and settled it.
+/// How far a node has applied and settled the cluster's changes.
 #[derive(Debug, Default)]
 struct Progress(watch::Sender<Reached>);
 
 #[derive(Debug, Default)]
 struct Reached {
     applied: Revision,
-    /// Updates whose dead keys may still have messages on their way, by what was applied before each.
+    /// Number of updates whose dead keys may still have messages in flight, by the revision that was
+    /// applied before each.
     settling: BTreeMap<Revision, usize>,
 }
 
@@ -99,22 +101,22 @@ impl Reached {
 
 impl Progress {
     async fn settled(&self, revision: Revision) {
-        // The sender is held here: it does not go.
+        // Cannot fail: `self` holds the sender.
         let _ = self.0.subscribe().wait_for(|reached| reached.settled() >= revision).await;
     }
 }
 
 impl Registry {
-    /// Joins a cluster as the node `id`: opens its bucket, or makes it on as many servers, and reads it. While NATS
-    /// is away this waits.
+    /// Joins a cluster as the node `id`: opens its bucket, or creates it with `replicas` replicas, and reads
+    /// it. Waits while NATS is away.
     ///
     /// # Errors
-    /// [`RegistryError::Cluster`] if JetStream cannot have such a bucket, or what is in it cannot be read.
+    /// [`RegistryError::Cluster`] if JetStream cannot create the bucket, or its rows cannot be read.
     pub async fn join(nats: &Nats, replicas: usize, id: &str) -> Result<Joined, RegistryError> {
         let settings = BucketSettings { name: BUCKET.to_owned(), replicas, age_max: None };
         let bucket = once_there(|| Bucket::open(nats, &settings)).await?;
         let usages = once_there(|| async {
-            // Whatever it says may pass.
+            // Treats every error as transient, so that it is tried again.
             Usages::open(nats, replicas).await.map_err(|error| KvError::Away(error.to_string()))
         });
         let usages = usages.await?;
@@ -131,7 +133,7 @@ impl Registry {
                 let value = format.value().map(Bytes::from);
                 let put = Put { key: format.name(), value, expected: Some(0) };
                 match bucket.put_all(&[put], None).await {
-                    // Another node has just done it. What else may be wrong, the first change will say.
+                    // Another node may just have written it. The first change reports any other trouble.
                     Ok(_) | Err(KvError::Conflict | KvError::Away(_)) => {}
                     Err(error) => return Err(error.into()),
                 }
@@ -160,7 +162,8 @@ impl Registry {
             Ok::<_, RegistryError>(registry)
         });
         let registry = registry.await.map_err(|error| RegistryError::Cluster(error.to_string()))??;
-        // From now on others wait for this node; before, it would keep them waiting while it reads.
+        // Only now announce this node: the others wait for it from here on, and would have had to wait
+        // while it was reading.
         let failed = |error: NatsError| RegistryError::Cluster(error.to_string());
         let presence = Arc::new(Presence::start(nats, NODES, id).await.map_err(failed)?);
         let answers = progress.clone();
@@ -168,7 +171,7 @@ impl Registry {
             let progress = answers.clone();
             async move {
                 let revision = std::str::from_utf8(&asked).ok().and_then(|text| text.parse().ok());
-                // A question that nobody of this version asks waits for nothing.
+                // An unreadable question, as from another version, is answered at once.
                 progress.settled(revision.unwrap_or(0)).await;
                 Bytes::new()
             }
@@ -185,14 +188,14 @@ impl Registry {
         Ok(Joined { follow: Follow { registry: registry.clone(), watch, progress }, registry, presence })
     }
 
-    /// Whether this node may not know yet that a key is dead: it has lost NATS for so long that the others do
-    /// not wait for it any more, and has not caught up. Nothing is to be let in meanwhile. A few atomic loads.
+    /// Whether this node may have missed that a key died: it was without NATS for so long that the others no
+    /// longer wait for it, and has not caught up yet. Nothing may be accepted meanwhile. A few atomic loads.
     pub fn may_be_behind(&self) -> bool {
         self.replica.as_ref().is_some_and(|replica| !replica.is_current())
     }
 
-    /// Returns when this node has applied whatever the cluster had changed before. At once, if there is no
-    /// cluster.
+    /// Waits until this node has applied all changes that the cluster had made before the call. Returns at
+    /// once without a cluster.
     ///
     /// # Errors
     /// [`RegistryError::Away`] if that takes too long.
@@ -204,8 +207,8 @@ impl Registry {
 }
 
 impl Follow {
-    /// Applies whatever other nodes change, until it is dropped. `settle` waits until nothing more can come in
-    /// under keys that died by that.
+    /// Applies the changes of other nodes until it is dropped. `settle` waits until nothing more can be
+    /// accepted under the keys that died.
     pub async fn run<S>(mut self, settle: impl Fn(Vec<Arc<Key>>) -> S)
     where
         S: Future<Output = ()> + Send + 'static,
@@ -243,13 +246,13 @@ impl Follow {
         }
     }
 
-    /// Applies one update, however long that takes: a revocation must not be left out.
+    /// Applies one update, and retries until it succeeds: a revocation must not be skipped.
     async fn apply(&self, update: Update) -> Vec<Arc<Key>> {
         let (revision, all) = (update.revision, update.all);
         let update = Arc::new(update);
         loop {
             let (registry, update) = (self.registry.clone(), update.clone());
-            // It waits for changes that this node is making.
+            // Blocking, because it waits for this node's own changes.
             let applied =
                 tokio::task::spawn_blocking(move || registry.apply(&parse(&update)?, revision, all));
             let error = match applied.await {
@@ -257,7 +260,7 @@ impl Follow {
                 Ok(Err(error)) => error.to_string(),
                 Err(error) => error.to_string(),
             };
-            tracing::error!(error, "what the cluster has changed cannot be applied; trying again");
+            tracing::error!(error, "a change of the cluster's registry cannot be applied; trying again");
             tokio::time::sleep(APPLY_AGAIN).await;
         }
     }
@@ -282,7 +285,7 @@ impl Replica for Cluster {
                 tracing::warn!(
                     node,
                     revision,
-                    "a node does not say that it has applied a change of the registry"
+                    "a node has not confirmed a change of the registry"
                 );
             }
         }
@@ -318,7 +321,7 @@ impl From<KvError> for RegistryError {
     }
 }
 
-/// Opens something as soon as NATS is there.
+/// Calls `open` until NATS can be reached.
 async fn once_there<T, O>(mut open: impl FnMut() -> O) -> Result<T, RegistryError>
 where
     O: Future<Output = Result<T, KvError>>,
@@ -338,14 +341,13 @@ where
     }
 }
 
-/// The rows of an update. One that cannot be read is said and stands for the whole: what it changes is not
-/// known.
+/// Parses the rows of an update. An unreadable row fails the whole update, because its effect is unknown.
 fn parse(update: &Update) -> Result<Vec<(Revision, Row)>, RegistryError> {
     let mut rows = Vec::with_capacity(update.rows.len());
     for row in &update.rows {
         match Row::parse(&row.key, row.value.as_deref()) {
             Ok(Some(parsed)) => rows.push((row.revision, parsed)),
-            Ok(None) => tracing::warn!(row = row.key, "the cluster's registry has a row of another kind"),
+            Ok(None) => tracing::warn!(row = row.key, "the cluster's registry has a row of an unknown kind"),
             Err(detail) => {
                 return Err(RegistryError::Cluster(format!(
                     "row {} of the bucket {BUCKET} cannot be read: {detail}",

@@ -1,9 +1,9 @@
 //! The live connections that a key has opened, so that they can be closed when it dies.
 //!
 //! A front makes a [`Control`] for each connection and enters it into its key's [`Connections`]
-//! before it serves the first message. When the registry revokes the key it closes the whole set,
-//! and the set stays closed: a connection whose key was looked up just before, and which enters just
-//! after, is told to close as it enters. So no order of the two lets a connection outlive its key.
+//! before it serves the first message. When the registry revokes the key it closes the whole set, and
+//! the set stays closed: a connection whose key was looked up just before, but which enters just after,
+//! is told to close as it enters. So a connection cannot outlive its key, whichever comes first.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -19,7 +19,7 @@ use super::live::Key;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Close {
-    /// The key that opened it is revoked, expired, or its datasource deleted.
+    /// The connection's key was revoked or has expired, or its datasource was deleted.
     KeyDead = 1,
     /// The same client connected again.
     TakenOver = 2,
@@ -28,40 +28,40 @@ pub enum Close {
 }
 
 impl Close {
-    /// The reason with this number; 0 is none.
+    /// The reason with this number; `None` for 0.
     fn from_number(number: u8) -> Option<Close> {
         [Close::KeyDead, Close::TakenOver, Close::Drain].into_iter().find(|why| *why as u8 == number)
     }
 }
 
-/// Ends connections that dead keys have opened and that are not in this process: those of NATS clients,
-/// which a nats-server has. It resolves when they are gone, or cannot be ended now.
+/// Ends connections of dead keys outside this process: those of NATS clients, which a nats-server holds.
+/// Resolves when they are gone, or cannot be ended now.
 pub type Closer = Box<dyn Fn(&[Arc<Key>]) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
-/// One connection's ear: told once why to close, polled by the connection's task.
+/// Tells one connection to close, once and with a reason. The connection's task polls it.
 #[derive(Debug, Default)]
 pub struct Control {
-    /// A [`Close`] as its number, or 0.
+    /// A [`Close`] as a number, or 0.
     why: AtomicU8,
     task: AtomicWaker,
 }
 
 impl Control {
-    /// Tells the connection to close. The first reason stands.
+    /// Tells the connection to close. The first reason is kept.
     pub fn close(&self, why: Close) {
         if self.why.compare_exchange(0, why as u8, Ordering::AcqRel, Ordering::Acquire).is_ok() {
             self.task.wake();
         }
     }
 
-    /// The reason, once there is one; otherwise registers the task's waker. One task polls: a second
-    /// one would take the first one's place.
+    /// The reason, once there is one; otherwise registers the task's waker. Only one task may poll: a
+    /// second one would replace the first one's waker.
     pub fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<Close> {
         if let Some(why) = self.closed() {
             return Poll::Ready(why);
         }
         self.task.register(cx.waker());
-        // Again: a `close` between the look above and the registration found nobody to wake.
+        // Checked again: a `close` between the check above and the registration found no waker.
         self.closed().map_or(Poll::Pending, Poll::Ready)
     }
 
@@ -73,14 +73,14 @@ impl Control {
 
 /// The live connections of one key.
 ///
-/// There may be a million keys, few of them connected, and tens of thousands of connections behind
-/// one key: a set without connections is one small allocation, a connection costs 12 bytes in it.
+/// There may be a million keys, few of them connected, and one key may have tens of thousands of
+/// connections. An empty set is one small allocation, and each connection adds 12 bytes.
 #[derive(Debug, Default)]
 pub struct Connections(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Set by [`Connections::close_all`], for good.
+    /// Set by [`Connections::close_all`] and never reset.
     closed: Option<Close>,
     /// Present while anyone is connected.
     live: Option<Box<Live>>,
@@ -96,8 +96,8 @@ struct Live {
 }
 
 impl Connections {
-    /// Enters a connection; it leaves when the returned guard is dropped. If the set has been closed
-    /// the connection is told so at once.
+    /// Enters a connection; it leaves when the returned guard is dropped. If the set is closed, the
+    /// connection is told to close at once.
     #[must_use = "the connection leaves when this is dropped"]
     pub fn enter(self: &Arc<Self>, control: Arc<Control>) -> Entered {
         let mut state = self.state();
@@ -121,29 +121,28 @@ impl Connections {
         Entered { connections: Arc::clone(self), place }
     }
 
-    /// How many there are.
+    /// The number of connections in the set.
     pub fn count(&self) -> usize {
         self.state().live.as_ref().map_or(0, |live| live.places.len() - live.free.len())
     }
 
-    /// Tells every one to close, for `why`, and everyone who enters from now on. The first reason
-    /// stands.
+    /// Tells every connection to close, and every one that enters later. The first reason is kept.
     pub fn close_all(&self, why: Close) {
         let mut state = self.state();
         let why = *state.closed.get_or_insert(why);
         let live: Vec<_> =
             state.live.iter().flat_map(|live| &live.places).flatten().map(Arc::clone).collect();
-        // Waking a task can drop it, and what it holds: also an `Entered`, which locks this set.
+        // Unlocked first: waking a task can drop it, and with it an `Entered`, which locks this set.
         drop(state);
         for control in live {
             control.close(why);
         }
     }
 
-    /// Returns when there is none left.
+    /// Waits until the set is empty.
     pub async fn gone(&self) {
         loop {
-            // Registered while the set is locked, so that the last one cannot leave unnoticed.
+            // Registered while the set is locked, so that the last connection cannot leave unnoticed.
             let gone = match &self.state().live {
                 None => return,
                 Some(live) => Arc::clone(&live.gone).notified_owned(),
@@ -153,7 +152,7 @@ impl Connections {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it is locked, save for a failed allocation, which ends the process.
+        // Nothing panics under this lock except a failed allocation, which ends the process.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

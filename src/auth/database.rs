@@ -1,20 +1,20 @@
-//! `registry.db`: the registry on disk, in SQLite. Read once, at start; after that only written,
-//! when a datasource or a key is created or taken away. No message's path touches it.
+//! `registry.db`: the registry on disk, in SQLite. Datasources and keys are read once, at start; after
+//! that the file is written with each change. The path of a message never touches it.
 //!
-//! **When a change counts.** Each change is one transaction, and is on the disk when the call that
-//! makes it returns. That is `journal_mode = WAL` with `synchronous = FULL`: the commit is one append
+//! **Durability.** Each change is one transaction, and is on the disk when the call that makes it
+//! returns. That is `journal_mode = WAL` with `synchronous = FULL`: the commit is one append
 //! to `registry.db-wal` and one sync of it. (`WAL` with `NORMAL` syncs only at checkpoints; `DELETE`
 //! with `FULL` commits by unlinking the journal and leaves that unsynced, so that a loss of power can
 //! bring a revoked key back, and with `EXTRA` a commit takes four syncs instead of one.)
 //!
-//! **One owner.** The file is locked (`locking_mode = EXCLUSIVE`) as long as it is open. What another
-//! program wrote into it would not reach the live view: a key that somebody deleted by hand would
-//! go on working. So it is refused, as is a second gateway on the same directory.
+//! **One owner.** The file is locked (`locking_mode = EXCLUSIVE`) as long as it is open. A write by
+//! another program would not reach the live view: a key that somebody deleted by hand would keep
+//! working. So other programs are locked out, as is a second gateway on the same directory.
 //!
-//! **In a cluster** it is in memory alone ([`Database::in_memory`]), a copy of what all nodes have.
+//! **In a cluster** the database is only in memory ([`Database::in_memory`]), a copy that every node has.
 //!
-//! **What is in it.** `user_version` is the version of the format, [`FORMAT`]. A file of an older one
-//! is brought up to it, step by step, in one transaction.
+//! **Format.** `user_version` is the version of the format, [`FORMAT`]. A file of an older version is
+//! migrated step by step, in one transaction.
 //!
 //! ```sql
 //! datasources (id TEXT, name TEXT, created_at INTEGER, limits TEXT, schemas TEXT)
@@ -27,11 +27,10 @@
 //! ```
 //!
 //! Times are microseconds since the Unix epoch, in UTC. `scopes` reads `ingest,subscribe`. The
-//! datasource of a key for all of them is `*`. A key id is the first 6 bytes of the digest, and since
-//! digests are the primary key, looking for one is a search in their order; elsewhere it is written as
-//! people see it, in 12 hex characters. A revoked key's row stays: its id is in the records that it let
-//! in, and is never given to another key. `ended` says in a word why a key is no longer good.
-//! `limits`, `schemas`, `users` and `what` are JSON.
+//! datasource of a key for all of them is `*`. A key id is the first 6 bytes of the digest, which is
+//! the primary key, so an id is found by a range search; other columns hold ids as 12 hex characters. A
+//! revoked key's row stays: its id is in the records written under it, and is never given to another
+//! key. `ended` is one word that says why a key ended. `limits`, `schemas`, `users` and `what` are JSON.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
@@ -55,10 +54,10 @@ use super::usage::Used;
 use super::{Digest, Scopes};
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 
-/// The version of the format that this file writes. Versions before it are migrated.
+/// The version of the format that this code writes. Older versions are migrated.
 const FORMAT: i64 = STEPS.len() as i64;
 
-/// What makes of each version the next one; the first makes it of an empty file.
+/// One migration from each version to the next; the first starts from an empty file.
 const STEPS: [&str; 2] = [
     "CREATE TABLE datasources (
         id         TEXT PRIMARY KEY,
@@ -102,13 +101,13 @@ const STEPS: [&str; 2] = [
     CREATE INDEX audit_by_time ON audit (at);",
 ];
 
-/// The open database. Its user serialises all changes.
+/// The open database. The registry serialises all changes.
 pub(super) struct Database {
     connection: Connection,
     path: PathBuf,
     /// The other nodes' registries, in a cluster.
     replica: Option<Arc<dyn Replica>>,
-    /// The newest of their revisions that is in here.
+    /// The newest cluster revision that this database has.
     applied: Revision,
 }
 
@@ -121,15 +120,15 @@ pub(super) struct StoredKey<'a> {
     pub(super) created_at: TimeMicros,
     pub(super) expires_at: Option<TimeMicros>,
     pub(super) revoked: bool,
-    /// It is not good any more, revoked or not.
+    /// The key has ended, whether it was revoked or expired.
     pub(super) ended: bool,
     pub(super) rotation: Rotation,
     pub(super) limits: Option<&'a str>,
 }
 
 impl Database {
-    /// Opens `dir/registry.db`, or creates it, readable by its owner only; checks its version and
-    /// its pages.
+    /// Opens or creates `dir/registry.db`, readable by its owner only, and checks its version and its
+    /// pages.
     pub(super) fn open(dir: &Path) -> Result<Self, RegistryError> {
         let path = dir.join("registry.db");
         create_private(dir, &path)
@@ -152,7 +151,7 @@ impl Database {
         Ok(database)
     }
 
-    /// One that is in memory alone, for a node of a cluster: what counts is what all nodes have.
+    /// An in-memory database for a node of a cluster, whose durable registry is the bucket.
     pub(super) fn in_memory() -> Result<Self, RegistryError> {
         let connection = Connection::open_in_memory()?;
         let path = PathBuf::from("the cluster's registry");
@@ -161,17 +160,17 @@ impl Database {
         Ok(database)
     }
 
-    /// From now on changes count when the other nodes have them.
+    /// Publishes every later change to the cluster before it is committed.
     pub(super) fn join(&mut self, replica: Arc<dyn Replica>) {
         self.replica = Some(replica);
     }
 
-    /// The newest revision of the cluster's registry that is in here.
+    /// The newest cluster revision that this database has.
     pub(super) fn applied(&self) -> Revision {
         self.applied
     }
 
-    /// Takes over rows that other nodes have written up to a revision; `all`: in place of what there is.
+    /// Writes the rows of other nodes up to a revision. With `all`, they replace all existing rows.
     pub(super) fn take_over(
         &mut self,
         rows: &[&Row],
@@ -190,7 +189,7 @@ impl Database {
         Ok(())
     }
 
-    /// There is nothing in the cluster's registry up to this revision that is not in here.
+    /// Notes that this database has everything in the cluster's registry up to this revision.
     pub(super) fn caught_up(&mut self, revision: Revision) {
         self.applied = self.applied.max(revision);
     }
@@ -204,7 +203,7 @@ impl Database {
         change.commit()
     }
 
-    /// Begins a change, which counts once it is committed.
+    /// Begins a change, which takes effect when it is committed.
     pub(super) fn begin(&mut self) -> Result<Change<'_>, RegistryError> {
         let transaction = self.connection.transaction()?;
         Ok(Change::new(transaction, self.replica.as_deref(), &mut self.applied))
@@ -215,7 +214,7 @@ impl Database {
         value.map_err(|error| at_start(error, &self.path))
     }
 
-    /// Hands every datasource to `each`.
+    /// Calls `each` with every datasource.
     pub(super) fn datasources(&self, mut each: impl FnMut(Datasource)) -> Result<(), RegistryError> {
         let mut read_all = || -> rusqlite::Result<()> {
             let mut select =
@@ -236,12 +235,12 @@ impl Database {
         read_all().map_err(|error| at_start(error, &self.path))
     }
 
-    /// How many datasources there are.
+    /// The number of datasources.
     pub(super) fn datasource_count(&self) -> Result<usize, RegistryError> {
         self.count("SELECT count(*) FROM datasources")
     }
 
-    /// How many keys there are, revoked ones included.
+    /// The number of keys, revoked ones included.
     pub(super) fn key_count(&self) -> Result<usize, RegistryError> {
         self.count("SELECT count(*) FROM keys")
     }
@@ -252,7 +251,7 @@ impl Database {
         Ok(usize::try_from(count).expect("a count is not negative"))
     }
 
-    /// Hands every key to `each`, which says so if one cannot be.
+    /// Calls `each` with every key. An error of `each` means that the row makes no sense: damage.
     pub(super) fn keys<E>(
         &self,
         mut each: impl FnMut(StoredKey<'_>) -> Result<(), E>,
@@ -293,7 +292,7 @@ impl Database {
         read_all().map_err(|error| at_start(error, &self.path))
     }
 
-    /// Whether there is or was a key with this id.
+    /// Whether a key with this id exists or existed.
     pub(super) fn knows(&self, id: KeyId) -> Result<bool, RegistryError> {
         let (first, last) = digests_of(id);
         let known = self
@@ -303,7 +302,7 @@ impl Database {
         Ok(known)
     }
 
-    /// When a key was revoked, and in a word why, if it was.
+    /// When a key was revoked and, in one word, why. `None` if it was not revoked.
     pub(super) fn end_of(&self, id: KeyId) -> Result<Option<(TimeMicros, Option<String>)>, RegistryError> {
         let (first, last) = digests_of(id);
         let ended = self
@@ -316,7 +315,7 @@ impl Database {
         Ok(ended)
     }
 
-    /// What is stored of a key's use.
+    /// The stored usage of a key.
     pub(super) fn usage(&self, id: KeyId) -> Result<Used, RegistryError> {
         let mut select = self
             .connection
@@ -356,19 +355,19 @@ impl Database {
         Ok(entries.collect::<Result<_, _>>()?)
     }
 
-    /// Makes every change fail from now on, as on a disk that has failed, or no more.
+    /// Makes every change fail as on a failed disk, or succeed again.
     #[cfg(test)]
     pub(super) fn refuse_changes(&self, refuse: bool) {
         self.connection.pragma_update(None, "query_only", refuse).expect("a setting");
     }
 }
 
-/// A key id in a row.
+/// Parses a key id from a column.
 fn key_id(text: &str) -> Result<KeyId, FromSqlError> {
     KeyId::parse(text).map_err(FromSqlError::other)
 }
 
-/// The first and the last digest that a key with this id could have.
+/// The first and the last digest that a key with this id can have.
 pub(super) fn digests_of(id: KeyId) -> ([u8; 32], [u8; 32]) {
     let (mut first, mut last) = ([0; 32], [0xff; 32]);
     first[..id.0.len()].copy_from_slice(&id.0);
@@ -376,11 +375,11 @@ pub(super) fn digests_of(id: KeyId) -> ([u8; 32], [u8; 32]) {
     (first, last)
 }
 
-/// Makes the file, empty, if there is none, so that it is never readable by others, not even for a
-/// moment. SQLite gives the files beside it the same mode.
+/// Creates an empty file if there is none, so that others can never read it, not even for a moment.
+/// SQLite gives its WAL files the same mode.
 fn create_private(dir: &Path, path: &Path) -> io::Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-        // The name has to be on the disk as well as what will be in the file.
+        // The directory entry has to be durable as well as the contents.
         Ok(_) => File::open(dir)?.sync_all(),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             fs::set_permissions(path, Permissions::from_mode(0o600))
@@ -392,23 +391,23 @@ fn create_private(dir: &Path, path: &Path) -> io::Result<()> {
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    // For somebody who is looking into the file at this moment.
+    // Another program may be reading the file at this moment.
     connection.busy_timeout(Duration::from_secs(1))?;
     connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
     connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    // Takes the lock, which is then kept.
+    // Takes the exclusive lock, which is held from then on.
     connection.execute_batch("BEGIN EXCLUSIVE; COMMIT")?;
     Ok(connection)
 }
 
-/// What an error means to an operator who starts a gateway.
+/// Translates an error of SQLite for an operator who starts a gateway.
 fn at_start(error: rusqlite::Error, path: &Path) -> RegistryError {
     match error.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
             RegistryError::InUse { path: path.to_owned() }
         }
-        // No code: the pages are in order, and hold something that Headgate never writes.
+        // No code: the pages are intact, but hold something that Headgate never writes.
         None | Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
             RegistryError::Damaged { path: path.to_owned(), detail: error.to_string() }
         }

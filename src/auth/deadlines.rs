@@ -1,9 +1,9 @@
-//! The deadlines of keys: each that expires, or whose grace ends, ends at that moment, in the same way
-//! as a revoked one: its lease ends and its connections are told to close.
+//! The deadlines of keys: a key ends when it expires or its grace period ends, in the same way as a
+//! revoked key: its lease ends and its connections are told to close.
 //!
-//! Deadlines are times of the wall clock, which may be set. So whoever waits for one looks at the clock
-//! at least once a second ([`run`]); and a key that has ended stays so, also when the clock goes back. In a
-//! cluster each node ends keys by its own clock, and the first one writes it down for all.
+//! Deadlines are wall clock times, and the clock may be set. So the task that waits for them ([`run`])
+//! checks the clock at least once a second, and a key that has ended stays ended even if the clock goes
+//! back. In a cluster each node ends keys by its own clock, and the first one records it for all.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -21,34 +21,34 @@ use super::live::{ENDED, Key};
 use super::registry::{Registry, RegistryError};
 use crate::message::{TimeMicros, now_micros};
 
-/// How often the clock is looked at.
+/// How often the clock is checked.
 const LOOK: Duration = Duration::from_secs(1);
-/// When to try again to write down that a key has ended.
+/// The pause before another attempt to record that keys have ended.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
 impl Registry {
-    /// The next time at which a key ends by itself.
+    /// The earliest time at which a key ends by itself.
     fn next_deadline(&self) -> Option<TimeMicros> {
         let deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
         deadlines.first().map(|(at, ..)| *at)
     }
 
-    /// Ends every key whose time has come; their leases have ended and their connections are told to
-    /// close before this returns. Returns them, to wait for.
+    /// Ends every key whose deadline has passed. Before this returns, their leases have ended and their
+    /// connections are told to close. Returns the keys, whose connections the caller waits for.
     ///
     /// # Errors
-    /// [`RegistryError::Database`] if that cannot be written down. They have ended all the same, as they
+    /// [`RegistryError::Database`] if the end cannot be recorded. The keys have ended all the same, as they
     /// would after a restart, and the next call tries again.
     fn end_due(&self) -> Result<Vec<Arc<Key>>, RegistryError> {
         let now = now_micros();
-        // Of all attempts: what another node has written down meanwhile has ended all the same.
+        // Collects over all attempts: a key whose end another node has recorded meanwhile ended here too.
         let mut all: Vec<Arc<Key>> = Vec::new();
         self.changing_here(|database| {
             let due: Vec<_> = {
                 let deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
                 deadlines.iter().take_while(|(at, ..)| *at <= now).cloned().collect()
             };
-            // A deadline that is no longer its key's was put off, or the key is gone.
+            // A deadline that differs from its key's is stale: it was moved, or the key is gone.
             let still_its = |key: &Arc<Key>, at| key.ends_at() == Some(at);
             let ended: Vec<_> = due
                 .iter()
@@ -66,7 +66,7 @@ impl Registry {
             }
             for key in &ended {
                 key.ends_at.store(ENDED, Ordering::Release);
-                tracing::info!(key_id = %key.id, datasource = %key.datasource, "the time of an API key is over");
+                tracing::info!(key_id = %key.id, datasource = %key.datasource, "an API key has ended");
             }
             let mut deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
             for deadline in &due {
@@ -78,7 +78,7 @@ impl Registry {
     }
 }
 
-/// Writes down that keys have ended. Returns the digests of those that retire, which are revoked with that.
+/// Records that keys have ended. Returns the digests of those whose grace period ended: they are revoked.
 fn write_down(database: &mut Database, ended: &[Arc<Key>]) -> Result<Vec<Digest>, RegistryError> {
     let mut retired = Vec::new();
     let change = database.begin()?;
@@ -99,8 +99,8 @@ fn write_down(database: &mut Database, ended: &[Arc<Key>]) -> Result<Vec<Digest>
     Ok(retired)
 }
 
-/// Ends each key when its time has come, until it is dropped. `settle` waits until nothing more can come
-/// in under those that ended; it gets the moment at which they did.
+/// Ends each key at its deadline, until dropped. `settle` waits until nothing more can be accepted under the
+/// ended keys; it gets the moment at which they ended.
 pub async fn run<S>(registry: Arc<Registry>, settle: impl Fn(Vec<Arc<Key>>, Instant) -> S)
 where
     S: Future<Output = ()> + Send + 'static,
@@ -115,7 +115,7 @@ where
                 Ok(Ok(dead)) if !dead.is_empty() => drop(settling.spawn(settle(dead, started))),
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => {
-                    tracing::error!(%error, "keys have ended, and that could not be written down");
+                    tracing::error!(%error, "keys have ended, but that could not be recorded");
                     wait = TRY_AGAIN;
                 }
                 Err(error) => {

@@ -1,15 +1,15 @@
-//! Failed authentications, counted per source address. Who presents keys that are not good, again and
-//! again, is told to wait instead of what is wrong, and no line is logged for it.
+//! Failed authentications, counted per source address. A client that keeps presenting bad keys is told
+//! to wait instead of being told what is wrong, and nothing is logged for it.
 //!
-//! A good key is let in whoever has failed at the same address: behind one there may be a whole factory.
-//! So a key is looked up first (what cannot be a key costs neither hash nor lookup, see
-//! [`Digest::of_presented`](super::Digest::of_presented)), and only a failure is counted. To look up costs
-//! less than to count, and makes no guess likelier: a key has 256 bits.
+//! A valid key is accepted even if others have failed at the same address: a whole factory may share it.
+//! So a key is looked up first (a malformed key costs neither hash nor lookup, see
+//! [`Digest::of_presented`](super::Digest::of_presented)), and only a failure is counted. A lookup is
+//! cheaper than a count and helps nobody to guess: a key has 256 bits.
 //!
-//! The counters are [`Bucket`]s in a fixed table, where an address has its place by a keyed hash. However
-//! many addresses there are, it takes the same memory and the same time, nothing is locked, and nobody
-//! can push another address out. Two addresses may have one place; all that comes of it is that one of
-//! them is told to wait early, when its key is not good anyway.
+//! The counters are [`Bucket`]s in a fixed table, indexed by a keyed hash of the address. However many
+//! addresses there are, memory and time stay the same, nothing is locked, and no address can evict
+//! another. Two addresses may share a bucket; then one of them is told to wait early, which it only
+//! sees when its key is bad anyway.
 
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
@@ -21,7 +21,7 @@ use crate::config;
 use crate::limits::AUTH_FAILURES_COUNTERS;
 use crate::quota::bucket::{Bucket, Moment, Rate};
 
-/// The counters.
+/// The counters of failed authentications.
 pub struct Failures {
     counters: Box<[Bucket]>,
     rate: Rate,
@@ -40,10 +40,10 @@ impl Failures {
         }
     }
 
-    /// Counts one.
+    /// Counts one failure from this address.
     ///
     /// # Errors
-    /// How long to wait, if there were too many from there.
+    /// How long to wait, if the address has exceeded its limit.
     pub fn count(&self, from: IpAddr) -> Result<(), Duration> {
         if self.exempt.iter().any(|network| network.contains(from)) {
             return Ok(());

@@ -1,5 +1,5 @@
-//! The first admin key of a cluster. A registry in a data directory gets one when its gateway makes the
-//! directory; that of a cluster gets one from the node that comes first, and every later one finds it.
+//! The first admin key of a cluster. A registry in a data directory gets its first admin key when the
+//! gateway creates the directory. In a cluster the first node creates it, and every later node finds it.
 
 use std::io;
 use std::sync::Arc;
@@ -15,12 +15,12 @@ use super::{Scope, Scopes};
 use crate::message::DatasourceId;
 
 impl Registry {
-    /// Makes an admin key for all datasources, unless there is one: then `None`. `keep` has to have put its secret
-    /// where somebody finds it before the key counts; of two nodes that do this at once one gets `None`, and
-    /// its secret is nobody's key.
+    /// Creates an admin key for all datasources. Returns `None` if there is one already. `keep` stores the
+    /// secret where an operator finds it, before the key becomes valid. If two nodes call this at once, one
+    /// of them gets `None`, and the secret that it stored belongs to no key.
     ///
     /// # Errors
-    /// [`RegistryError::Io`] if `keep` fails; those that say why nothing has changed.
+    /// [`RegistryError::Io`] if `keep` fails; any other [`RegistryError`] if the key cannot be created.
     pub fn create_first_admin(
         &self,
         label: &str,

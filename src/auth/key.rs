@@ -3,9 +3,9 @@
 //! A key is `hgk_`, then 256 random bits as 43 base62 characters, then the CRC-32 of all of that as
 //! 6 more. The checksum keeps no secret: it lets [`Digest::of_presented`] turn away a mistyped or
 //! made-up key before anything is hashed or looked up, and lets a secret scanner tell a leaked key
-//! from a chance match. Of a key, Headgate keeps only its [`Digest`]. A key has 256 bits that nobody
-//! chose, so a plain fast hash protects it: there is no dictionary to try, and a slow password hash
-//! would only give strangers a way to keep the processor busy.
+//! from a chance match. Headgate stores only a key's [`Digest`]. A key has 256 random bits, so a
+//! plain fast hash protects it: there is no dictionary to try, and a slow password hash would only
+//! give strangers a way to keep the processor busy.
 
 use std::fmt;
 use std::sync::LazyLock;
@@ -16,20 +16,20 @@ use rand::rngs::SysRng;
 
 use crate::message::{KeyId, holds_key};
 
-/// What every key begins with.
+/// The prefix of every key.
 pub(super) const PREFIX: &[u8; 4] = b"hgk_";
 /// 256 bits in base62: 62⁴³ is a little more than 2²⁵⁶.
 const SECRET_CHARS: usize = 43;
 /// 32 bits in base62.
 const CHECKSUM_CHARS: usize = 6;
-/// Where the checksum begins: it covers all that stands before it.
+/// Offset of the checksum, which covers everything before it.
 const CHECKSUM_AT: usize = PREFIX.len() + SECRET_CHARS;
-/// A whole key.
+/// Length of a whole key.
 pub(super) const KEY_CHARS: usize = CHECKSUM_AT + CHECKSUM_CHARS;
 
 const _: () = assert!(KEY_CHARS == 53);
 
-/// Sets these digests apart from every other use of BLAKE3. To change it is to forget every key.
+/// Separates these digests from every other use of BLAKE3. A change here invalidates every stored key.
 const CONTEXT: &str = "headgate 2026-11 api key digest";
 
 /// The context, hashed once: `blake3::derive_key` hashes it again at every call, which doubles the
@@ -59,12 +59,12 @@ impl ApiKey {
         Self(text.iter().copied().map(char::from).collect())
     }
 
-    /// The secret's text: for the one answer that shows it.
+    /// The secret's text, for the one response that shows it.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// What is kept of it.
+    /// The digest that is stored in place of the secret.
     pub fn digest(&self) -> Digest {
         Digest::of(self.0.as_bytes())
     }
@@ -76,7 +76,7 @@ impl fmt::Debug for ApiKey {
     }
 }
 
-/// What is kept of a key: BLAKE3 in key derivation mode, 32 bytes.
+/// The stored form of a key: BLAKE3 in key derivation mode, 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Digest(pub [u8; 32]);
 
@@ -94,7 +94,7 @@ impl Digest {
         Digest(*hasher.finalize().as_bytes())
     }
 
-    /// The public handle.
+    /// The key id: the digest's first 6 bytes, safe to log.
     pub fn key_id(&self) -> KeyId {
         let [a, b, c, d, e, f, ..] = self.0;
         KeyId([a, b, c, d, e, f])
@@ -107,9 +107,9 @@ impl fmt::Debug for Digest {
     }
 }
 
-/// Whether a text may hold an API key, whole or without its beginning: `hgk_` in whatever case, or as
-/// many letters and digits in a row as a key has, of all three kinds. Such a text is not shown, logged or
-/// stored.
+/// Whether a text may contain an API key, with or without its prefix: `hgk_` in any case, or a run of
+/// letters and digits that is as long as a key and has digits, lower case and upper case. Such a text is
+/// not shown, logged or stored.
 pub fn is_in(text: &str) -> bool {
     if holds_key(text) {
         return true;
@@ -123,21 +123,21 @@ pub fn is_in(text: &str) -> bool {
     })
 }
 
-/// Whether this, without white space around it, has a key's form and its checksum fits.
+/// Whether an already trimmed text has a key's form and a matching checksum.
 pub(super) fn checksum_fits(key: &[u8]) -> bool {
     if key.len() != KEY_CHARS || !key.starts_with(PREFIX) {
         return false;
     }
     let (covered, checksum) = key.split_at(CHECKSUM_AT);
-    // Without an early end: the compiler then looks at many characters at once.
+    // No early exit, so that the compiler can vectorize the loop.
     let base62 = covered[PREFIX.len()..].iter().fold(true, |all, byte| all & byte.is_ascii_alphanumeric());
     base62 && read_base62(checksum) == Some(u64::from(crc32fast::hash(covered)))
 }
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
-/// Fills `digits` with the big-endian number `number`, most significant digit first. The caller
-/// gives enough digits for any number of that many bytes.
+/// Writes the big-endian `number` into `digits`, most significant digit first. The caller provides
+/// enough digits for any number of that many bytes.
 fn write_base62<const N: usize>(mut number: [u8; N], digits: &mut [u8]) {
     for digit in digits.iter_mut().rev() {
         let mut remainder = 0;
@@ -155,7 +155,7 @@ fn write_base62<const N: usize>(mut number: [u8; N], digits: &mut [u8]) {
     debug_assert!(number.iter().all(|&byte| byte == 0), "enough digits for the number");
 }
 
-/// The number that at most 10 base62 digits write (62¹⁰ is below 2⁶⁴), or `None` for any other byte.
+/// Decodes at most 10 base62 digits (62¹⁰ is below 2⁶⁴). `None` if any byte is not a base62 digit.
 fn read_base62(digits: &[u8]) -> Option<u64> {
     debug_assert!(digits.len() <= 10);
     digits.iter().try_fold(0, |number, &digit| {

@@ -1,5 +1,5 @@
-//! A leak report: somebody has found a key's secret where it does not belong, and says so. Whoever has
-//! the secret could do harm with it, so that no more than the secret is needed to revoke the key.
+//! A leak report: somebody found a key's secret where it does not belong. Whoever has the secret can
+//! misuse the key, so the secret alone is enough to revoke it.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
@@ -15,18 +15,18 @@ use super::rows::LeakRow;
 use crate::time::Rfc3339;
 
 impl Registry {
-    /// Revokes the key with this digest, if there is one, as leaked. `url` is where it was found. The
-    /// audit's entry has the newest offset that is known to have come in under it. Returns the key, to
-    /// wait for.
+    /// Revokes the key with this digest, if there is one, as leaked. `url` is where it was found. The audit
+    /// entry has the newest known offset that was written under the key. Returns the dead key, whose
+    /// connections the caller waits for.
     ///
-    /// In a cluster it is dead here when this returns, and elsewhere a moment later: the answer to a report
-    /// waits for nobody.
+    /// In a cluster the key is dead on this node when this returns, and on the others a moment later: the
+    /// response to a report does not wait for them.
     ///
-    /// The last admin key for all datasources is not revoked: nobody could manage anything any more.
-    /// The log and the audit say so.
+    /// The last admin key for all datasources is not revoked, because nobody could manage anything any
+    /// more. The log and the audit report that instead.
     ///
     /// # Errors
-    /// [`RegistryError::Database`] if it cannot be made durable: then the key goes on working.
+    /// [`RegistryError::Database`] if the change cannot be made durable; the key then keeps working.
     pub fn revoke_leaked(
         &self,
         actor: &Actor,
@@ -67,12 +67,12 @@ impl Registry {
         }
     }
 
-    /// Adds a change to the rules about what leaked keys have let in, for every node of the cluster; those
-    /// who follow them ([`Registry::follow_leaks`]) have it on return. Returns how many there are with it,
-    /// or `None` if there were `most` already.
+    /// Adds a rule about the records of a leaked key, for every node of the cluster. Followers
+    /// ([`Registry::follow_leaks`]) have it when this returns. Returns the number of rules, or `None` if
+    /// there were `most` already.
     ///
     /// # Errors
-    /// Those of [`RegistryError`] that say why nothing has changed.
+    /// A [`RegistryError`] if the rule could not be added.
     pub fn add_leak_rule(&self, row: &LeakRow, most: u64) -> Result<Option<u64>, RegistryError> {
         self.changing(|database| {
             let version = self.leaks().rows.len() as u64 + 1;
@@ -85,18 +85,18 @@ impl Registry {
         })
     }
 
-    /// Hands every rule that there is to `each`, and whatever comes from now on, in the order of their
-    /// versions, which begin with 1.
+    /// Calls `each` with every existing rule and every later one, in the order of their versions, which
+    /// begin with 1.
     pub fn follow_leaks(&self, each: impl Fn(&LeakRow) + Send + 'static) {
         let mut leaks = self.leaks();
         leaks.rows.iter().for_each(&each);
         leaks.follower = Some(Box::new(each));
     }
 
-    /// A rule that is everybody's now.
+    /// Adds a rule that the cluster has accepted, and passes it to the follower.
     pub(super) fn learn_leak_rule(&self, version: u64, row: LeakRow) {
         let mut leaks = self.leaks();
-        // One that this node has made comes back from the others, too.
+        // A rule that this node added also comes back from the cluster.
         if version != leaks.rows.len() as u64 + 1 {
             return;
         }
@@ -111,12 +111,12 @@ impl Registry {
     }
 }
 
-/// The rules about leaked keys that a cluster has, and who follows them on this node.
+/// The cluster's rules about leaked keys, and the follower of them on this node.
 #[derive(Default)]
 pub(super) struct LeakRules {
     rows: Vec<LeakRow>,
     follower: Option<Follower>,
 }
 
-/// Told of each rule.
+/// Called with each rule.
 type Follower = Box<dyn Fn(&LeakRow) + Send>;

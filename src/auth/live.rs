@@ -1,8 +1,8 @@
-//! The live view: every datasource and key in memory, where a presented key is looked up. What is in
-//! it is on the disk already; only the registry's changes write to it.
+//! The live view: every datasource and key in memory, where a presented key is looked up. Its contents
+//! are on the disk already; only the registry's changes write to it.
 //!
-//! Looking up is free of locks. There may be a million keys, so a [`Key`] holds what every key has,
-//! and what few have stands behind one pointer.
+//! Lookups are lock-free. There may be a million keys, so a [`Key`] holds only what every key has;
+//! what few keys have is behind one pointer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -20,9 +20,9 @@ use super::setting::Setting;
 use super::usage::Usage;
 use crate::message::{DatasourceId, KeyId, Lease, TimeMicros, now_micros};
 
-/// The end of what has none.
+/// The end of a key that has none.
 const NEVER: TimeMicros = TimeMicros::MAX;
-/// The end of what has ended: also a clock that is set back does not come before it.
+/// The end of a key that has ended: no clock that is set back can be before it.
 pub(super) const ENDED: TimeMicros = TimeMicros::MIN;
 
 /// One named stream of readings.
@@ -30,31 +30,31 @@ pub(super) const ENDED: TimeMicros = TimeMicros::MIN;
 pub struct Datasource {
     /// The slug.
     pub id: DatasourceId,
-    /// What a person calls it.
+    /// The display name.
     pub name: Box<str>,
     /// When it was created.
     pub created_at: TimeMicros,
-    /// The limits of all its keys together.
+    /// The limits that all its keys share.
     pub limits: Setting,
-    /// The schemas that its messages have to fit.
+    /// The schemas that its messages must match.
     pub schemas: Setting,
 }
 
 /// One key, live: everything but its secret.
 ///
-/// In this order: what a lookup reads stands together, behind the count of who holds the key, and so is
-/// waited for once.
+/// The order of the fields matters: those that a lookup reads come first, next to the reference count of
+/// the `Arc`, so that they cost one cache miss.
 #[repr(C)]
 pub struct Key {
-    /// What is looked up.
+    /// The digest that is looked up.
     pub(super) digest: Digest,
-    /// When it stops working by itself: as it expires, or earlier, if its grace ends.
+    /// When the key ends by itself: at its expiry, or at the end of its grace period if that is earlier.
     pub(super) ends_at: AtomicI64,
-    /// What it has from its first use on: few of a million keys are in use.
+    /// State created on first use: few of a million keys are in use.
     opened: OnceLock<Box<Opened>>,
-    /// What it belongs to, or `*`.
+    /// The datasource that it belongs to, or `*`.
     pub datasource: DatasourceId,
-    /// What a person calls it, or empty.
+    /// The display name, or empty.
     pub label: Box<str>,
     /// When it was created.
     pub created_at: TimeMicros,
@@ -62,31 +62,31 @@ pub struct Key {
     pub(super) expires_at: TimeMicros,
     /// Its part in a rotation, if it has one.
     pub(super) rotation: ArcSwapOption<Rotation>,
-    /// Its own limits.
+    /// The key's own limits.
     pub limits: Setting,
-    /// Its public handle; no other key has or had the same.
+    /// The public handle; no other key has or had the same one.
     pub id: KeyId,
     /// What it may be used for.
     pub scopes: Scopes,
 }
 
-/// What a key has from its first use on.
+/// The state of a key that is created on first use.
 #[derive(Default)]
 struct Opened {
-    /// Whether it is still good.
+    /// Whether the key is still valid.
     lease: Lease,
-    /// Those that it has opened.
+    /// The connections that it has opened.
     connections: Arc<Connections>,
-    /// What it was used for.
+    /// The usage that is not yet written.
     usage: Usage,
 }
 
-/// A key's part in rotations: each takes the place of another one.
+/// A key's part in rotations, in each of which one key replaces another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Rotation {
-    /// The key that this one takes the place of.
+    /// The key that this one replaces.
     pub replaces: Option<KeyId>,
-    /// The key that takes the place of this one, and when this one's grace ends.
+    /// The key that replaces this one, and when this one's grace period ends.
     pub replaced_by: Option<(KeyId, TimeMicros)>,
 }
 
@@ -96,24 +96,24 @@ impl Key {
         (self.expires_at != NEVER).then_some(self.expires_at)
     }
 
-    /// When it stops working by itself, if it does: as it expires, or as its grace ends.
+    /// When the key ends by itself, if it does: at its expiry or at the end of its grace period.
     pub fn ends_at(&self) -> Option<TimeMicros> {
         let ends_at = self.ends_at.load(Ordering::Acquire);
         (ends_at != NEVER).then_some(ends_at)
     }
 
-    /// Whether its time is over.
+    /// Whether its end has passed.
     pub fn has_expired(&self) -> bool {
         self.ends_at().is_some_and(|ends_at| ends_at <= now_micros())
     }
 
-    /// Whether it is still good. An atomic load or two; of its time nothing is said.
+    /// Whether its lease is still valid: an atomic load or two. Does not check the clock.
     pub fn holds(&self) -> bool {
-        // One that nobody has used cannot have been ended either.
+        // Ending a key creates this state, so a key without it has not ended.
         self.opened.get().is_none_or(|opened| opened.lease.holds())
     }
 
-    /// Its lease, for those who hold on to it.
+    /// Its lease, for holders that check it again later.
     pub fn lease(&self) -> &Lease {
         &self.opened().lease
     }
@@ -123,24 +123,24 @@ impl Key {
         &self.opened().connections
     }
 
-    /// How many live connections it has.
+    /// The number of its live connections.
     pub fn connected(&self) -> usize {
         self.opened.get().map_or(0, |opened| opened.connections.count())
     }
 
-    /// The key is dead, for every holder, and its connections are told so.
+    /// Ends the key for every holder, and tells its connections to close.
     pub(super) fn end(&self) {
-        // The lease first: it stops what is already past the lookup.
+        // The lease first: it stops messages that are already past the lookup.
         self.lease().end();
         self.connections().close_all(Close::KeyDead);
     }
 
-    /// What is to be told of its use.
+    /// Its usage, to be added to. Creates it on first use.
     pub(super) fn usage(&self) -> &Usage {
         &self.opened().usage
     }
 
-    /// What was told of its use, if anything was.
+    /// Its usage, if it was ever used.
     pub(super) fn used(&self) -> Option<&Usage> {
         self.opened.get().map(|opened| &opened.usage)
     }
@@ -154,7 +154,7 @@ impl Key {
         self.rotation.load().as_deref().copied().unwrap_or_default()
     }
 
-    /// Gives it a part in a rotation; what ends with the grace ends then, also for who holds it.
+    /// Sets its part in a rotation, and its end with it: every holder of the key sees the new end.
     pub(super) fn set_rotation(&self, rotation: Rotation) {
         let grace_ends_at = rotation.replaced_by.map_or(NEVER, |(_, at)| at);
         let any = (rotation != Rotation::default()).then(|| Arc::new(rotation));
@@ -174,7 +174,7 @@ impl fmt::Debug for Key {
     }
 }
 
-/// What a key is made of; the rest of it comes while it lives.
+/// The attributes of a key at its creation; it gets the rest during its life.
 pub(super) struct NewKey<'a> {
     pub(super) digest: Digest,
     pub(super) datasource: DatasourceId,
@@ -211,14 +211,14 @@ impl From<NewKey<'_>> for Key {
 
 /// Every datasource and key.
 pub(super) struct Live {
-    /// Every key there is, and every one that was revoked.
+    /// Every key, revoked ones included.
     pub(super) keys: Index,
     pub(super) datasources: papaya::HashMap<DatasourceId, Arc<Datasource>>,
-    /// The keys that are not revoked, for those who manage them, with what finds each of them above.
+    /// The keys that are not revoked by datasource and id, for key management.
     pub(super) by_datasource: RwLock<BTreeMap<(DatasourceId, KeyId), Arc<Key>>>,
-    /// When keys end by themselves. One that is not its key's any more means nothing.
+    /// When keys end by themselves. A deadline that differs from its key's end is stale and ignored.
     pub(super) deadlines: Mutex<BTreeSet<(TimeMicros, DatasourceId, KeyId)>>,
-    /// Notified of each new one.
+    /// Notified of each new deadline.
     pub(super) deadline_set: Notify,
 }
 
@@ -245,19 +245,19 @@ impl Live {
         by_datasource.range(first..=last).map(|(_, key)| Arc::clone(key)).collect()
     }
 
-    /// How many keys there are that are not revoked.
+    /// The number of keys that are not revoked.
     pub(super) fn key_count(&self) -> usize {
         self.by_datasource.read().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// The datasource is on the disk.
+    /// Adds a datasource that is already on the disk.
     pub(super) fn add_datasource(&self, datasource: Datasource) -> Arc<Datasource> {
         let datasource = Arc::new(datasource);
         self.datasources.pin().insert(datasource.id.clone(), Arc::clone(&datasource));
         datasource
     }
 
-    /// The key is on the disk.
+    /// Adds a key that is already on the disk.
     pub(super) fn add_key(&self, key: Key, digest: Digest) -> Arc<Key> {
         let key = Arc::new(key);
         let place = (key.datasource.clone(), key.id);
@@ -267,7 +267,7 @@ impl Live {
         key
     }
 
-    /// Sees to it that the key ends when its time comes.
+    /// Schedules the key's end, if it has one.
     pub(super) fn watch(&self, key: &Key) {
         if let Some(at) = key.ends_at() {
             let deadline = (at, key.datasource.clone(), key.id);
@@ -276,7 +276,7 @@ impl Live {
         }
     }
 
-    /// The key is dead on the disk.
+    /// Ends and removes a key that is already dead on the disk.
     pub(super) fn kill(&self, digest: &Digest) -> Option<Arc<Key>> {
         let key = self.find(digest)?;
         key.end();

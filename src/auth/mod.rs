@@ -1,5 +1,5 @@
-//! Who may: keys, the registry of them, and the authorizer that turns a presented key into a grant
-//! or a denial.
+//! Authorization: API keys, the registry of datasources and keys, and the authorizer that turns a
+//! presented key into a grant or a denial.
 
 mod apply;
 pub mod audit;

@@ -1,4 +1,4 @@
-//! A network: one address, or all that begin with the same bits, `10.0.0.0/8`.
+//! A network: one IP address, or all addresses with a common prefix such as `10.0.0.0/8`.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -6,21 +6,21 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Addresses with a common beginning.
+/// An IP address with the length of its prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {
     first: IpAddr,
-    /// How many bits are common.
+    /// The length of the prefix.
     bits: u8,
 }
 
-/// Text that is no network.
+/// The text is not a network.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is neither an address nor a network as 10.0.0.0/8")]
+#[error("{0:?} is neither an address nor a network such as 10.0.0.0/8")]
 pub struct NotANetwork(String);
 
 impl Network {
-    /// Whether `address` is in it. An IPv4 address is the same in the form that IPv6 has for it.
+    /// Whether the network contains `address`. An IPv4-mapped IPv6 address counts as the IPv4 address.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.first, address.to_canonical()) {
             (IpAddr::V4(first), IpAddr::V4(address)) => {
@@ -36,8 +36,8 @@ impl Network {
     }
 }
 
-/// What stands for the source of a connection: an IPv4 address, or the /64 that an IPv6 address is in,
-/// as whoever has one such address has all of that.
+/// The address that identifies the source of a connection: the IPv4 address, or the /64 of an IPv6
+/// address, because a host usually controls its whole /64.
 pub fn source_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),

@@ -1,5 +1,5 @@
-//! The rotation of a key: another one takes its place, and for a time, the grace, both are good, so that
-//! every device can be given the new one before the old one retires. Until then it can be undone.
+//! The rotation of a key: a new key replaces it, and for a grace period both are valid, so that every
+//! device can get the new key before the old one retires. Until then the rotation can be undone.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,31 +15,31 @@ use super::registry::{Registry, RegistryError};
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 use crate::time::Rfc3339;
 
-/// What a rotation has made.
+/// The result of a rotation.
 #[derive(Debug)]
 pub struct Rotated {
-    /// The new key: with scopes, label, limits and expiry of the old one.
+    /// The new key, with the scopes, label, limits and expiry of the old one.
     pub key: Arc<Key>,
     /// Its secret, to be shown once.
     pub secret: ApiKey,
-    /// The old one, if it is dead already: to wait for.
+    /// The old key, if it is dead already. The caller waits for its connections.
     pub dead: Option<Arc<Key>>,
-    /// When the old one's grace ends.
+    /// When the old key's grace period ends.
     pub grace_ends_at: TimeMicros,
 }
 
-/// What the undoing of one has left.
+/// The result of undoing a rotation.
 #[derive(Debug)]
 pub struct Undone {
-    /// The old key, which lives on.
+    /// The old key, which stays valid.
     pub key: Arc<Key>,
-    /// The new one, if it was still alive: to wait for.
+    /// The new key, if it was still alive. The caller waits for its connections.
     pub dead: Option<Arc<Key>>,
 }
 
 impl Registry {
-    /// Makes a key that takes the place of another one, which works until `grace` is over: not at all
-    /// any more, if that is 0. Durable on return. `None` if the datasource has no such key.
+    /// Creates a key that replaces another one. The old key works until `grace` is over; with a grace of 0
+    /// it dies at once. Durable on return. `None` if the datasource has no such key.
     ///
     /// # Errors
     /// [`RegistryError::Rotation`] if the key has expired or is being rotated already;
@@ -88,11 +88,11 @@ impl Registry {
         Ok(rotated)
     }
 
-    /// Undoes a rotation before the old key's grace ends: the old one lives on, and the new one is dead
-    /// when this returns. `id` is the old one's. `None` if the datasource has no such key (any more).
+    /// Undoes a rotation before the old key's grace period ends: the old key stays valid, and the new one
+    /// is dead when this returns. `id` is the old key's. `None` if the datasource has no such live key.
     ///
     /// # Errors
-    /// [`RegistryError::Rotation`] if it is not being rotated, or the new one is itself;
+    /// [`RegistryError::Rotation`] if the key is not being rotated, or the new key is itself being rotated;
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
     pub fn undo_rotation(
         &self,
@@ -104,7 +104,7 @@ impl Registry {
             self.check_owner(datasource)?;
             let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
             let rotation = old.rotation();
-            // Past its end it is dead, even if that has not been written down yet.
+            // Past its end the key is dead, even if that is not on the disk yet.
             let Some((new_id, _)) = rotation.replaced_by.filter(|_| old.holds() && !old.has_expired()) else {
                 return Err(RegistryError::Rotation(format!("key {id} is not being rotated")));
             };

@@ -1,5 +1,5 @@
-//! The registry's rows as the nodes of a cluster exchange them: a name and a JSON object each, of what the
-//! row of `registry.db` has. No row holds a secret: of a key there is its digest.
+//! The registry's rows as the nodes of a cluster exchange them: each is a name and a JSON object with the
+//! columns of the row in `registry.db`. No row holds a secret: a key is represented by its digest.
 //!
 //! ```text
 //! datasource.{id}     {"name", "created_at", "limits", "schemas"}
@@ -10,9 +10,8 @@
 //! format              1
 //! ```
 //!
-//! The digest is written in 64 hex characters, an id or version in 12 digits. What is not there is left
-//! out. Times are microseconds since the Unix epoch; `limits`, `schemas` and `what` are JSON in a string, as
-//! it was given.
+//! A digest has 64 hex characters, an id or version 12 digits. Absent values are left out. Times are
+//! microseconds since the Unix epoch; `limits`, `schemas` and `what` are JSON in a string, as given.
 
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -23,10 +22,10 @@ use crate::message::{DatasourceId, KeyId, TimeMicros};
 
 /// The version of these rows that this Headgate writes, and the newest that it reads.
 pub(super) const FORMAT: u32 = 1;
-/// The name of the row that has it.
+/// The name of the row that holds the format version.
 pub(super) const FORMAT_NAME: &str = "format";
 
-/// One row, or `None` where there is none any more.
+/// One row; `None` inside a variant means that the row was deleted.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Row {
     Datasource(DatasourceId, Option<DatasourceRow>),
@@ -36,7 +35,7 @@ pub(super) enum Row {
     Format(u32),
 }
 
-/// A datasource.
+/// The row of a datasource.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct DatasourceRow {
     pub(super) name: String,
@@ -47,7 +46,7 @@ pub(super) struct DatasourceRow {
     pub(super) schemas: Option<String>,
 }
 
-/// A key.
+/// The row of a key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct KeyRow {
     pub(super) datasource: String,
@@ -70,7 +69,7 @@ pub(super) struct KeyRow {
     pub(super) limits: Option<String>,
 }
 
-/// An entry of the audit.
+/// The row of an audit entry.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct AuditRow {
     at: TimeMicros,
@@ -85,26 +84,26 @@ pub(super) struct AuditRow {
     what: String,
 }
 
-/// A change of the rules about what leaked keys have let in.
+/// One rule about the records of a leaked key: it withholds them or gives them back.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LeakRow {
-    /// Of this datasource, or of all of them (`*`).
+    /// Applies to records of this datasource, or of all of them (`*`).
     #[serde(deserialize_with = "owner")]
     pub datasource: DatasourceId,
-    /// The key that let it in.
+    /// Applies to records written under this key.
     pub key_id: KeyId,
-    /// Received at or after; without it, what was withheld is given back.
+    /// Withholds records received at or after this time; without it, withheld records are given back.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<TimeMicros>,
-    /// With a lower offset.
+    /// Applies only to records with a lower offset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub below: Option<u64>,
-    /// When the change was made.
+    /// When the rule was added.
     pub at: TimeMicros,
 }
 
 impl Row {
-    /// Its name among the rows.
+    /// The row's name in the bucket.
     pub(super) fn name(&self) -> String {
         match self {
             Row::Datasource(id, _) => format!("datasource.{id}"),
@@ -115,7 +114,7 @@ impl Row {
         }
     }
 
-    /// What it holds.
+    /// The row's JSON, or `None` for a deleted row.
     pub(super) fn value(&self) -> Option<Vec<u8>> {
         fn json(row: &impl Serialize) -> Vec<u8> {
             serde_json::to_vec(row).expect("texts and numbers are JSON")
@@ -129,10 +128,10 @@ impl Row {
         }
     }
 
-    /// Reads a row. `None` for one of a kind that is not known here, or of which nothing can be taken away.
+    /// Parses a row. `None` for an unknown kind, and for the deletion of a row that cannot be deleted.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// What is wrong with the row.
     pub(super) fn parse(name: &str, value: Option<&[u8]>) -> Result<Option<Self>, String> {
         fn json<'a, T: Deserialize<'a>>(value: &'a [u8]) -> Result<T, String> {
             serde_json::from_slice(value).map_err(|error| error.to_string())
@@ -154,7 +153,7 @@ impl Row {
         }))
     }
 
-    /// A datasource's row as the database has it.
+    /// Reads a datasource's row from the database.
     pub(super) fn of_datasource(connection: &Connection, id: &DatasourceId) -> rusqlite::Result<Self> {
         let mut select = connection
             .prepare_cached("SELECT name, created_at, limits, schemas FROM datasources WHERE id = ?1")?;
@@ -169,7 +168,7 @@ impl Row {
         Ok(Row::Datasource(id.clone(), row.optional()?))
     }
 
-    /// A key's row as the database has it.
+    /// Reads a key's row from the database.
     pub(super) fn of_key(connection: &Connection, id: KeyId) -> rusqlite::Result<Self> {
         let mut select = connection.prepare_cached(
             "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at, ended, replaces,
@@ -199,7 +198,7 @@ impl Row {
         })
     }
 
-    /// An entry of the audit as the database has it.
+    /// Reads an audit entry from the database.
     pub(super) fn of_audit(connection: &Connection, id: i64) -> rusqlite::Result<Self> {
         let mut select = connection.prepare_cached(
             "SELECT at, who, address, action, datasource, key_id, what FROM audit WHERE id = ?1",
@@ -218,7 +217,7 @@ impl Row {
         })
     }
 
-    /// Makes the database's row the same as this one.
+    /// Writes this row to the database, or deletes it there.
     pub(super) fn write(&self, connection: &Connection) -> rusqlite::Result<()> {
         let changed = match self {
             Row::Datasource(id, Some(row)) => connection
@@ -262,14 +261,14 @@ impl Row {
                     row.key_id,
                     row.what
                 ]),
-            // Whoever holds the rules has them in memory.
+            // Leak rules are kept in memory only, and the format is only checked.
             Row::Leak(..) | Row::Format(_) => Ok(0),
         };
         changed.map(drop)
     }
 }
 
-/// The id of a datasource, or `*`.
+/// Deserializes the id of a datasource, or `*`.
 fn owner<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DatasourceId, D::Error> {
     let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
     let all = DatasourceId::all();

@@ -1,4 +1,4 @@
-//! A scope: one kind of thing that a key may be used for, and the set of them that a key has.
+//! A scope: one kind of operation that a key permits, and the set of scopes that a key has.
 
 use std::fmt;
 use std::str::FromStr;
@@ -41,7 +41,7 @@ impl fmt::Display for Scope {
     }
 }
 
-/// A text that names no scope, or a list that names none at all.
+/// The text is not a scope, or the list is empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the scopes of a key are one or more of ingest, subscribe and admin")]
 pub struct ScopeError;
@@ -54,8 +54,8 @@ impl FromStr for Scope {
     }
 }
 
-/// A set of [`Scope`]s; as JSON a list, `["ingest", "subscribe"]`, as text `ingest,subscribe`. What
-/// is read from JSON or text has at least one.
+/// A set of [`Scope`]s: a list in JSON, `["ingest", "subscribe"]`, and `ingest,subscribe` as text. A set
+/// parsed from JSON or text has at least one scope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scopes(u8);
 
@@ -70,7 +70,7 @@ impl Scopes {
         self.0 & (scope.bit() | Scope::Admin.bit()) != 0
     }
 
-    /// Whether there is no scope in it: such a key could do nothing.
+    /// Whether the set has no scope. A key with an empty set could do nothing.
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }

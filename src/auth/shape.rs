@@ -1,12 +1,11 @@
-//! The shape of a presented key that was not good: as much as may be told of it. A length that is right
-//! or not, whether it begins as keys do, and whether its checksum fits: none of the characters that
-//! make a key.
+//! The shape of a rejected key: everything about it that may be shown to an operator. It says whether
+//! the length, the prefix and the checksum are right, and reveals none of the key's characters.
 
 use serde::Serialize;
 
 use super::key::{KEY_CHARS, PREFIX, checksum_fits};
 
-/// How long it is, white space around it left out.
+/// The length of what was presented, without surrounding white space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Length {
@@ -22,25 +21,25 @@ pub enum Length {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Checksum {
-    /// They are: it is a key of some gateway, of this one once, or a forgery.
+    /// They match: a key of another gateway, a former key of this one, or a forgery.
     Right,
-    /// They are not: it is misspelt, cut, or made up.
+    /// They do not match: the key is mistyped, truncated or made up.
     Wrong,
 }
 
-/// The shape.
+/// What may be shown of a rejected key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Shape {
-    /// How long it is.
+    /// The length, compared with a key's.
     pub length: Length,
     /// Whether it begins with `hgk_`.
     pub prefix: bool,
-    /// Whether its checksum fits.
+    /// Whether the checksum matches.
     pub checksum: Checksum,
 }
 
 impl Shape {
-    /// Of what was presented.
+    /// The shape of a presented text.
     pub fn of(presented: &[u8]) -> Self {
         let key = presented.trim_ascii();
         let length = match key.len() {

@@ -1,4 +1,4 @@
-//! The registry, from outside: what a change has done when it returns, and what is there after a restart.
+//! Tests of the registry's public interface: the effect of a change when it returns and after a restart.
 
 use std::sync::Arc;
 use std::thread;
@@ -30,7 +30,7 @@ fn slug(id: &str) -> DatasourceId {
     DatasourceId::new(id).expect("a slug")
 }
 
-/// What a datasource is, to compare.
+/// The attributes of a datasource, for comparison.
 fn told(datasource: impl AsRef<Datasource>) -> (String, String, TimeMicros) {
     let datasource = datasource.as_ref();
     (datasource.id.to_string(), datasource.name.to_string(), datasource.created_at)

@@ -1,9 +1,10 @@
-//! The usage of a key: how much came in under it, when and from where it was last used, and by whom.
+//! The usage of a key: how many messages were accepted under it, and when, from where and by whom it was
+//! last used.
 //!
-//! It is told once for each draft or request, never for each message, and kept in memory; what has
-//! changed is added to the registry's file every few seconds, so that a crash loses a few seconds of it
-//! and a message's path never waits for the disk. Only keys that are used have one. In a cluster it is
-//! added to what all nodes have seen (`cluster/usage.rs`).
+//! It is recorded in memory once for each draft or request, never for each message. Changes are added to
+//! the registry's file every few seconds, so a crash loses a few seconds of it and the path of a message
+//! never waits for the disk. Only used keys have one. In a cluster it is added to the usage on all nodes
+//! (`cluster/usage.rs`).
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,16 +23,16 @@ use crate::time::Rfc3339;
 /// Who uses a key: one connection, or one sender of requests.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Client {
-    /// What it calls itself, where the protocol has that. Never a key, see [`Client::new`].
+    /// The client id, where the protocol has one. Never a key, see [`Client::new`].
     pub client_id: Option<Box<str>>,
-    /// Where it is.
+    /// The source address.
     pub address: Option<IpAddr>,
-    /// How it speaks.
+    /// The transport.
     pub transport: Transport,
 }
 
 impl Client {
-    /// A client. An id that holds what looks like a key is not kept: some present their key as id.
+    /// A client. Drops an id that looks like a key, because some clients present their key as their id.
     pub fn new(transport: Transport, address: Option<IpAddr>, client_id: Option<&str>) -> Self {
         let client_id = client_id.filter(|id| !super::key::is_in(id)).map(Box::from);
         Self { client_id, address, transport }
@@ -41,30 +42,30 @@ impl Client {
 /// When one client last used a key.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct User {
-    /// Which client.
+    /// The client.
     #[serde(flatten, serialize_with = "of_client", deserialize_with = "a_client")]
     pub client: Arc<Client>,
-    /// When, in microseconds since the Unix epoch.
+    /// When it last used the key, in microseconds since the Unix epoch.
     #[serde(serialize_with = "as_rfc3339", deserialize_with = "of_rfc3339")]
     pub at: TimeMicros,
 }
 
-/// What is known of a key's use.
+/// The usage of a key: all of it, or the part that is to be added to what is stored.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Used {
-    /// Messages that came in under it, or part of them, if they are yet to be added to what is stored.
+    /// Messages that were accepted under the key.
     pub accepted: u64,
-    /// Messages and requests that were refused although the key was good.
+    /// Messages and requests that were refused although the key was valid.
     pub refused: u64,
     /// The offset of the newest record.
     pub offset: Option<Offset>,
-    /// Those who used it last, the newest first, [`USERS_PER_KEY_MAX`] at most.
+    /// The clients that used it last, newest first, [`USERS_PER_KEY_MAX`] at most.
     pub users: Vec<User>,
 }
 
 impl Used {
-    /// `client` comes to stand in front.
+    /// Moves `client` to the front of the users.
     fn saw(&mut self, client: &Arc<Client>, at: TimeMicros) {
         let same = |user: &User| Arc::ptr_eq(&user.client, client) || user.client == *client;
         match self.users.iter().position(same) {
@@ -77,7 +78,7 @@ impl Used {
         self.users[0].at = at;
     }
 
-    /// Adds what happened later, or on another node.
+    /// Adds usage that happened later, or on another node.
     pub(super) fn add(&mut self, later: Used) {
         self.accepted += later.accepted;
         self.refused += later.refused;
@@ -96,12 +97,12 @@ impl Used {
     }
 }
 
-/// The part of a key's use that is not on the disk yet.
+/// The part of a key's usage that is not yet on the disk.
 #[derive(Debug, Default)]
 pub(super) struct Usage {
     refused: AtomicU64,
     pending: Mutex<Used>,
-    /// Whether the key is among those that are to be written.
+    /// Whether the key is in the list of keys to write.
     noted: AtomicBool,
 }
 
@@ -116,8 +117,8 @@ impl Usage {
         used
     }
 
-    /// What was taken, and could not be written. Its key goes back to the list of those that are noted,
-    /// perhaps twice: that does no harm.
+    /// Puts back usage that could not be written. The caller puts the key back in the list of keys to write,
+    /// perhaps twice, which does no harm.
     fn put_back(&self, mut earlier: Used) {
         let mut pending = self.pending();
         earlier.add(std::mem::take(&mut *pending));
@@ -132,12 +133,12 @@ impl Usage {
     }
 }
 
-/// The keys whose use is yet to be written.
+/// The keys whose usage is yet to be written.
 pub(super) type Noted = Mutex<Vec<Arc<Key>>>;
 
 impl Registry {
-    /// `client` has used the key at `at`: so many messages of it `came_in`, the newest at that offset.
-    /// Once for each draft or request, not for each message.
+    /// Records that `client` used the key at `at`. `came_in` is the number of accepted messages and the
+    /// newest offset. To be called once for each draft or request, not for each message.
     pub fn used(
         &self,
         key: &Arc<Key>,
@@ -158,7 +159,7 @@ impl Registry {
         self.note(key, usage);
     }
 
-    /// A message or request under the key was refused.
+    /// Records that a message or request under the key was refused.
     pub fn refused(&self, key: &Arc<Key>) {
         let usage = key.usage();
         usage.refused.fetch_add(1, Ordering::Relaxed);
@@ -171,8 +172,7 @@ impl Registry {
         }
     }
 
-    /// What is known of a key's use, up to now; in a cluster, what other nodes have seen in the last
-    /// seconds may be missing.
+    /// The usage of keys up to now. In a cluster, the last few seconds of other nodes may be missing.
     ///
     /// # Errors
     /// [`RegistryError::Database`] if it cannot be read; [`RegistryError::Away`] in a cluster without NATS.
@@ -186,15 +186,15 @@ impl Registry {
             }
             return Ok(used);
         }
-        // Held throughout: what is being written is neither missed nor counted twice.
+        // Held throughout, so that usage being written is neither missed nor counted twice.
         let database = self.change();
         keys.iter().map(|key| self.usage_with(&database, key)).collect()
     }
 
-    /// What is known of one key's use, by who has the database.
+    /// The usage of one key, for a caller that has locked the database.
     pub(super) fn usage_with(&self, database: &Database, key: &Key) -> Result<Used, RegistryError> {
         let mut used = match &self.replica {
-            // Better less than nothing: whoever asks here has something to do that must be done.
+            // On an error continue with what this node knows: the caller's change must not fail for this.
             Some(replica) => replica.usage(&[key.id]).unwrap_or_default().pop().unwrap_or_default(),
             None => database.usage(key.id)?,
         };
@@ -204,20 +204,20 @@ impl Registry {
         Ok(used)
     }
 
-    /// In a cluster, held while use is read or added: what is being added is neither missed nor counted twice.
+    /// In a cluster, held while usage is read or added, so that none is missed or counted twice.
     fn adding_usage(&self) -> MutexGuard<'_, ()> {
         self.adding_usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds what is pending to what is on the disk, or in the cluster. To be called every few seconds, and at
-    /// the end.
+    /// Adds pending usage to the stored one, on the disk or in the cluster. To be called every few
+    /// seconds and at shutdown.
     ///
     /// # Errors
-    /// [`RegistryError::Database`] or [`RegistryError::Away`] if it cannot be written: it is then pending still.
+    /// [`RegistryError::Database`] or [`RegistryError::Away`] if it cannot be written; it then stays pending.
     pub fn write_usage(&self) -> Result<(), RegistryError> {
         let mut noted = std::mem::take(&mut *self.noted.lock().unwrap_or_else(PoisonError::into_inner));
         while !noted.is_empty() {
-            // Other changes are let in between.
+            // In chunks, so that other changes can run in between.
             let some = noted.split_off(noted.len().saturating_sub(USAGE_KEYS_PER_CHANGE));
             if let Err(error) = self.write_usage_of(&some) {
                 noted.extend(some);
@@ -240,7 +240,7 @@ impl Registry {
             let change = database.begin()?;
             for (key, mut used) in keys.iter().zip(stored) {
                 let usage = key.used().expect("a key that is noted was used");
-                // Before it is taken: what comes after notes the key again.
+                // Cleared before `take`, so that any later use puts the key in the list again.
                 usage.noted.store(false, Ordering::Release);
                 let pending = usage.take();
                 taken.push(pending.clone());

@@ -9,7 +9,7 @@ use serde_json::value::RawValue;
 use super::client::Client;
 use super::out::{Out, table};
 
-/// What one request brings.
+/// Entries that one request asks for.
 const PAGE: &str = "1000";
 
 #[derive(Debug, clap::Args)]

@@ -1,4 +1,4 @@
-//! `headgate check-config`: what `serve` would make of a configuration file, without serving.
+//! `headgate check-config`: checks a configuration file as `serve` would, without serving.
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! A running gateway, as the commands see it: its HTTP API and the key they present to it.
+//! The commands' client of a running gateway: its HTTP API and the key to present to it.
 
 use std::env;
 use std::fmt;
@@ -15,8 +15,8 @@ use ureq::{Agent, Body};
 
 use crate::config::Config;
 
-/// How long one request may take. A page of records is there in milliseconds; creating a
-/// datasource waits for a disk.
+/// How long one request may take. A page of records takes milliseconds; creating a datasource waits
+/// for a disk.
 const REQUEST_MAX: Duration = Duration::from_secs(60);
 
 /// The HTTP API of a gateway, with a key for it.
@@ -27,7 +27,7 @@ pub(super) struct Client {
     key: Secret,
 }
 
-/// A key's text on its way to the gateway. Shown by nothing.
+/// A key's text on its way to the gateway. It has no `Debug` or `Display`.
 #[derive(Clone)]
 pub(super) struct Secret(String);
 
@@ -36,13 +36,13 @@ impl Secret {
         Self(text.trim().to_owned())
     }
 
-    /// The text: for the message that presents it.
+    /// The text, for presenting it to the gateway.
     pub(super) fn expose(&self) -> &str {
         &self.0
     }
 }
 
-/// What the gateway says when it does not do what was asked: a problem document (RFC 9457).
+/// The gateway's answer when it refuses a request: a problem document (RFC 9457).
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Problem {
@@ -66,12 +66,12 @@ impl fmt::Display for Problem {
 impl std::error::Error for Problem {}
 
 impl Client {
-    /// The gateway at `url` (`http://host:port`), with this key.
+    /// A client of the gateway at `url` (`http://host:port`), with this key.
     pub(super) fn new(url: &str, key: Secret) -> Self {
         Self { agent: agent(url), url: url.trim_end_matches('/').to_owned(), key }
     }
 
-    /// The gateway of `HEADGATE_URL` with the key of the environment.
+    /// A client of the gateway at `HEADGATE_URL`, with the environment's key.
     pub(super) fn from_environment() -> anyhow::Result<Self> {
         let url = gateway_url()?;
         let (key, _) = key_from_environment(&url)?;
@@ -111,7 +111,7 @@ impl Client {
         answered: Result<Response<Body>, ureq::Error>,
     ) -> anyhow::Result<T> {
         let mut response = self.success(answered)?;
-        // A page of records may well be over ureq's own limit; its size is bounded by what we asked for.
+        // A page of records may exceed ureq's own limit; our request bounds its size.
         let body = response.body_mut().with_config().limit(u64::MAX);
         body.read_json().context("the gateway's answer is not what was expected")
     }
@@ -122,15 +122,15 @@ impl Client {
     }
 }
 
-/// An agent that hands back every status as an answer. One that talks to this machine asks no
-/// proxy, whatever the environment says.
+/// An agent that returns every status as an answer. For a gateway on this machine it ignores the
+/// environment's proxy.
 pub(super) fn agent(url: &str) -> Agent {
     let config = Agent::config_builder().http_status_as_error(false).timeout_global(Some(REQUEST_MAX));
     let config = if is_loopback(url) { config.proxy(None) } else { config };
     config.build().new_agent()
 }
 
-/// What an answer that is no success says.
+/// Reads the problem from an answer that is no success.
 pub(super) fn problem(mut response: Response<Body>) -> Problem {
     let status = response.status().as_u16();
     let mut problem: Problem = response.body_mut().read_json().unwrap_or_default();
@@ -156,8 +156,8 @@ pub(super) enum KeySource {
     AdminKey,
 }
 
-/// The key to present to the gateway at `url`. A gateway's own `admin.key` is taken only for a
-/// gateway on this machine: a key is not sent to a stranger because nobody named another one.
+/// The key to present to the gateway at `url`. The local `admin.key` is used only for a gateway on
+/// this machine: without an explicit key, it must not be sent to another host.
 pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(Secret, KeySource)> {
     if let Some(key) = named_key()? {
         return Ok((key, KeySource::Environment));
@@ -177,7 +177,7 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(Secret, KeySour
     }
 }
 
-/// The key that the environment names, if it names one.
+/// The key that the environment names, if any.
 pub(super) fn named_key() -> anyhow::Result<Option<Secret>> {
     if let Ok(key) = env::var("HEADGATE_API_KEY") {
         return Ok(Some(Secret::new(&key)));

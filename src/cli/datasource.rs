@@ -1,4 +1,4 @@
-//! `headgate datasource`: what may publish, and the first key of each, over the HTTP API.
+//! `headgate datasource`: manages datasources, each created with its first key, over the HTTP API.
 
 use std::io::{self, Write};
 
@@ -11,7 +11,7 @@ use super::key::NewKey;
 use super::out::{Out, table};
 use crate::message::DatasourceId;
 
-/// In a data directory that has been used before an id may be taken: so many are tried.
+/// Ids to try: in a data directory that was used before, the first ones may be taken.
 const IDS_MAX: u32 = 1_000;
 
 #[derive(Debug, clap::Subcommand)]
@@ -87,7 +87,7 @@ pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-/// A datasource's place in the API. Checks the id first: it is part of a path.
+/// A datasource's path in the API. Checks the id first, because it becomes part of the path.
 pub(super) fn path(id: &str) -> anyhow::Result<String> {
     Ok(format!("/v1/datasources/{}", DatasourceId::new(id)?))
 }
@@ -123,7 +123,7 @@ pub(super) fn print_connect(connect: &Map<String, Value>, out: &mut Out) -> io::
     Ok(())
 }
 
-/// Creates a datasource for a command's own use, with this id, or with a number behind it if it is
+/// Creates a datasource for a command's own use, with this id, or with a number appended if it is
 /// taken. Returns its id and key.
 pub(super) fn create_as(admin: &Client, id: &str, name: &str) -> anyhow::Result<(String, Secret)> {
     for number in 1..=IDS_MAX {
@@ -167,7 +167,7 @@ fn show(client: &Client, id: &str, as_json: bool, out: &mut Out) -> anyhow::Resu
     Ok(())
 }
 
-/// A line per value of the answer, whatever the gateway tells about a datasource.
+/// Adds a row for each value of the answer, so that new fields of the gateway's show up as well.
 fn describe(name: &str, value: &Value, rows: &mut comfy_table::Table) {
     match value {
         Value::Object(fields) => {

@@ -1,5 +1,5 @@
-//! `headgate key`: more keys for a datasource, another one in the place of one, and the end of one, over
-//! the HTTP API.
+//! `headgate key`: creates, lists, rotates, quarantines and revokes a datasource's keys, over the HTTP
+//! API.
 
 use std::io::Write;
 
@@ -55,7 +55,7 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Put all that a leaked key let in since a time out of sight, of subscribers and in storage
+    /// Quarantine all that a leaked key let in since a time: subscribers and storage no longer show it
     Quarantine {
         /// The datasource's id, or '*' for all that the key let in anywhere
         datasource: String,
@@ -77,7 +77,7 @@ pub(super) enum Command {
     },
 }
 
-/// A key in the gateway's answers, but for its secret.
+/// A key in the gateway's answers, without its secret.
 #[derive(Debug, Deserialize)]
 struct Key {
     id: String,
@@ -105,7 +105,7 @@ struct User {
 }
 
 impl Key {
-    /// What it is good for, and until when.
+    /// Its state, and until when it lasts.
     fn state(&self) -> String {
         match (&self.grace_ends_at, &self.expires_at) {
             (Some(until), _) => format!("{} until {until}", self.state),
@@ -132,7 +132,7 @@ impl User {
     }
 }
 
-/// A key's text as the gateway shows it once. Shown by no `Debug`.
+/// A new key with its secret, which the gateway shows only once. It has no `Debug`.
 #[derive(Deserialize)]
 pub(super) struct NewKey {
     pub(super) id: String,
@@ -186,7 +186,7 @@ pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-/// Where a datasource's keys are; `*` has some too: those that are good for every datasource.
+/// The API path of a datasource's keys. `*` has keys too: those for every datasource.
 fn path(datasource: &str) -> anyhow::Result<String> {
     match datasource {
         "*" => Ok("/v1/datasources/*/keys".to_owned()),
@@ -226,7 +226,7 @@ fn rotated(answer: Value, out: &mut Out) -> anyhow::Result<()> {
     Ok(print_connect(&rotated.connect, out)?)
 }
 
-/// A span of time, in seconds: a number, with `s`, `m`, `h` or `d` behind it.
+/// Parses a span of time into seconds: a number, optionally followed by `s`, `m`, `h` or `d`.
 fn seconds(text: &str) -> Result<u64, String> {
     let (number, unit) = match text.char_indices().last() {
         Some((at, 's')) => (&text[..at], 1),

@@ -1,6 +1,6 @@
-//! The commands. `serve` and `demo` run a gateway; the others talk to a running one over HTTP or
-//! MQTT, as any client does, with a key from the environment or a file, never from the command
-//! line, where every user of the machine could read it.
+//! The commands. `serve` and `demo` run a gateway; the others talk to a running one over HTTP or MQTT,
+//! as any client does. Their key comes from the environment or a file, never from the command line,
+//! where every user of the machine could read it.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -28,7 +28,7 @@ mod signals;
 
 use out::Out;
 
-/// Exit code of a command whose reader has gone: as if SIGPIPE had ended it.
+/// Exit code of a command whose output was closed, as if SIGPIPE had ended it.
 const READER_GONE: u8 = 141;
 
 /// A gateway between devices and backends: a message is let in by its datasource's API key, and
@@ -114,7 +114,7 @@ pub fn run(cli: Cli) -> ExitCode {
     }
 }
 
-/// An error and what caused it, each said once: some errors have their cause's words in their own.
+/// An error and its causes, each said once: some errors repeat their cause in their own text.
 fn told(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(|cause| cause.to_string()) {

@@ -1,4 +1,4 @@
-//! `headgate publish`: sends a payload, or many, as a device would: over MQTT, at QoS 1, and says
+//! `headgate publish`: sends one or more payloads as a device would, over MQTT at QoS 1, and reports
 //! how many the gateway has acknowledged.
 
 use std::fs::File;
@@ -21,7 +21,7 @@ use super::replay::{end, replay};
 use super::session::{Dialect, Session, WINDOW};
 use crate::message::check_topic;
 
-/// MQTT's own port, where a gateway listens unless it is told otherwise.
+/// MQTT's standard port, where a gateway listens by default.
 const MQTT_PORT: u16 = 1883;
 
 #[derive(Debug, clap::Args)]
@@ -76,9 +76,9 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The topic as it goes over the wire. A datasource's own key is a mountpoint: its topics are
-/// relative. A key for all datasources names one first; the gateway says which kind ours is, in
-/// that only such a key may look at the datasource.
+/// The topic as it goes over the wire. With a datasource's own key, topics are relative to it. With a
+/// key for all datasources, the topic begins with the datasource's id. Only the latter may read the
+/// datasource over HTTP, so that the gateway's answer tells which kind the key is.
 fn wire_topic(url: &str, key: &Secret, datasource: &str, topic: &str) -> anyhow::Result<String> {
     let looked = Client::new(url, key.clone()).get::<Value>(&datasource::path(datasource)?, &[]);
     match looked {
@@ -105,7 +105,7 @@ fn resolve(addr: Option<String>, url: &str) -> anyhow::Result<SocketAddr> {
     }
 }
 
-/// A bar over the lines of a file; drawn only on a terminal.
+/// A progress bar over the lines of a file, drawn only on a terminal.
 fn progress(file: &Path) -> anyhow::Result<ProgressBar> {
     let lines = lines(Box::new(open(file)?)).count();
     let bar = ProgressBar::new(lines as u64);
@@ -117,7 +117,7 @@ fn open(file: &Path) -> anyhow::Result<BufReader<File>> {
     Ok(BufReader::new(File::open(file).with_context(|| file.display().to_string())?))
 }
 
-/// The lines of `input`, without their ends; blank ones are no payload.
+/// The lines of `input`, without line ends; skips empty ones.
 fn lines(input: Box<dyn BufRead + Send>) -> impl Iterator<Item = io::Result<Vec<u8>>> + Send {
     let lines = input.split(b'\n').map(|line| {
         line.map(|mut line| {
@@ -130,8 +130,8 @@ fn lines(input: Box<dyn BufRead + Send>) -> impl Iterator<Item = io::Result<Vec<
     lines.filter(|line| !line.as_ref().is_ok_and(Vec::is_empty))
 }
 
-/// The payloads as they come. A line may be long in coming (`tail -f | headgate publish`), and what
-/// was sent before it is to be acknowledged meanwhile: so a thread of its own reads.
+/// The payloads as they arrive. A thread of its own reads them: the next line may take long
+/// (`tail -f | headgate publish`), and acknowledgements have to be received meanwhile.
 fn payloads(
     payload: Option<String>,
     file: Option<&Path>,
@@ -150,7 +150,7 @@ fn payloads(
             }
         }
     };
-    // Not joined: at a refusal it may still wait for standard input, and ends with the process.
+    // Not joined: after a refusal it may still wait for standard input. It ends with the process.
     thread::Builder::new().name("payloads".to_owned()).spawn(read)?;
     Ok(stream::poll_fn(move |cx| receive.poll_recv(cx)))
 }

@@ -1,5 +1,5 @@
-//! `headgate quarantine`: what is kept of a datasource and not let through, and sending it through
-//! intake again after the schema was mended.
+//! `headgate quarantine`: lists a datasource's quarantined messages, and redrives them through intake
+//! after the schema was fixed.
 
 use std::io::Write;
 
@@ -14,7 +14,7 @@ use crate::message::{KeyId, Offset};
 
 /// Characters of a payload that the table shows.
 const PAYLOAD_CHARS_MAX: usize = 60;
-/// Messages that are listed when nothing else is said.
+/// Messages that are listed by default.
 const LIMIT_DEFAULT: u64 = 100;
 
 #[derive(Debug, clap::Subcommand)]
@@ -58,7 +58,7 @@ struct Page {
     next: Option<Offset>,
 }
 
-/// What is shown of a message in quarantine.
+/// The fields that are shown of a message in quarantine.
 #[derive(Deserialize)]
 struct Record {
     offset: Offset,
@@ -128,7 +128,7 @@ fn list(page: &Page, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-/// Asks until there is no more.
+/// Redrives page by page until nothing more is redriven.
 fn redrive(client: &Client, path: &str, wanted: &Value, out: &mut Out) -> anyhow::Result<()> {
     #[derive(Deserialize)]
     struct Answer {
@@ -153,14 +153,14 @@ fn redrive(client: &Client, path: &str, wanted: &Value, out: &mut Out) -> anyhow
         for Failing { offset, topic, pointer, detail, schema_version } in &errors {
             writeln!(out, "  {offset} {topic}: {pointer} {detail} (version {schema_version})")?;
         }
-        // What fails comes again with each request: where nothing else came, asking again is no use.
+        // Each request tries the failing messages again. If nothing else came, another one is useless.
         if !more || redriven == 0 {
             return Ok(());
         }
     }
 }
 
-/// `headgate key quarantine`: puts what a leaked key let in out of sight, or back in it.
+/// `headgate key quarantine`: quarantines the records that a leaked key let in, or restores them.
 pub(super) fn leak(
     client: &Client,
     keys_path: &str,

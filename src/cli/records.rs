@@ -1,4 +1,4 @@
-//! `headgate records`: what storage holds of a datasource, page by page, oldest first.
+//! `headgate records`: prints a datasource's stored records, page by page, oldest first.
 
 use std::io::{self, Write};
 
@@ -10,7 +10,7 @@ use super::datasource;
 use super::out::{Out, table};
 use crate::message::Offset;
 
-/// Records asked for at once. A table prints after each page, so that a long answer starts early.
+/// Records per request. Each page prints its own table, so that a long answer starts early.
 const PAGE: u64 = 1_000;
 /// Characters of a payload that a table shows; the other formats show all.
 const PAYLOAD_CHARS_MAX: usize = 100;
@@ -50,10 +50,10 @@ struct Page {
     next: Option<Offset>,
 }
 
-/// A record, as the gateway wrote it: digit for digit what the device sent, where that was JSON.
+/// A record as the gateway wrote it. A JSON payload has the digits that the device sent.
 pub(super) type Record = Box<RawValue>;
 
-/// What is shown of a record in columns.
+/// The columns that are shown of a record.
 #[derive(Deserialize)]
 struct Columns<'a> {
     offset: Offset,
@@ -72,7 +72,7 @@ impl Columns<'_> {
         serde_json::from_str(record.get())
     }
 
-    /// The payload: text without quotes, anything else as JSON.
+    /// The payload: a JSON string without its quotes, anything else as JSON.
     fn payload(&self) -> String {
         serde_json::from_str(self.payload.get()).unwrap_or_else(|_| self.payload.get().to_owned())
     }
@@ -122,7 +122,7 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     })
 }
 
-/// Hands every page of at most `limit` records to `page`, at least one, which may be empty.
+/// Calls `page` with each page, `limit` records in all at most; at least once, maybe with no records.
 pub(super) fn for_each_page(
     client: &Client,
     datasource: &str,
@@ -151,7 +151,7 @@ pub(super) fn for_each_page(
     }
 }
 
-/// Cuts a long payload for a table, and keeps out of it what would move the cursor.
+/// Truncates a long payload for a table, and replaces control characters, which could move the cursor.
 fn shorten(payload: &str) -> String {
     let mut short: String = payload
         .chars()
@@ -164,7 +164,7 @@ fn shorten(payload: &str) -> String {
     short
 }
 
-/// One line of CSV (RFC 4180): what holds a comma, a quote or a line break is quoted.
+/// Writes one line of CSV (RFC 4180); a cell with a comma, a quote or a line break is quoted.
 fn csv(record: &Columns<'_>, out: &mut impl Write) -> io::Result<()> {
     write!(out, "{},{}", record.offset, record.received_at)?;
     let payload = record.payload();

@@ -1,4 +1,4 @@
-//! `headgate refusals`: what was refused lately, to whom, why, and what to do about it.
+//! `headgate refusals`: prints recent refusals: whom, why, and what to do about each.
 
 use std::io::Write;
 

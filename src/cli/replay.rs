@@ -1,5 +1,5 @@
-//! Sends many messages over one [`Session`], a window of them unacknowledged at a time, and counts
-//! the acknowledgements itself: what it reports is what a device would know.
+//! Sends many messages over one [`Session`], with a window of them unacknowledged, and counts the
+//! acknowledgements itself: it reports what a device would know.
 
 use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 
 use super::session::{Session, Step, WINDOW};
 
-/// The longest latency that is told apart, in nanoseconds; longer ones count as this.
+/// The longest latency that is recorded, in nanoseconds; longer ones count as this.
 const LATENCY_NS_MAX: u64 = 60_000_000_000;
 /// How long a message may wait for its acknowledgement.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
@@ -36,7 +36,7 @@ impl Default for Tally {
 }
 
 impl Tally {
-    /// `messages` were acknowledged together, `latency` after they were sent.
+    /// Records that `messages` were acknowledged together, `latency` after they were sent.
     pub(super) fn acked(&mut self, messages: u64, latency: Duration) {
         self.acked += messages;
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
@@ -49,8 +49,8 @@ pub(super) fn latencies() -> Histogram<u64> {
     Histogram::new_with_bounds(1, LATENCY_NS_MAX, 3).expect("1 ns to 60 s with 3 digits is a range")
 }
 
-/// What is on its way: published and not sent yet, oldest first; then, by packet id, sent and not
-/// acknowledged yet.
+/// The messages on their way: `queued` are published and not sent yet, oldest first; `in_flight` are
+/// sent and not acknowledged yet, by packet id.
 #[derive(Default)]
 struct Flow {
     queued: VecDeque<Instant>,
@@ -64,18 +64,18 @@ impl Flow {
         self.all_published && self.queued.is_empty() && self.in_flight.is_empty()
     }
 
-    /// Since when the oldest message that the gateway has not answered is on its way.
+    /// When the oldest unacknowledged message was published.
     fn oldest(&self) -> Option<Instant> {
         self.in_flight.values().chain(self.queued.front()).min().copied()
     }
 }
 
-/// Publishes every payload to `topic` as it comes and returns when all are acknowledged. `acked` is
-/// called with each acknowledgement.
+/// Publishes every payload to `topic` as it arrives and returns when all are acknowledged. Calls
+/// `acked` for each acknowledgement.
 ///
 /// # Errors
-/// The first payload that cannot be read or is refused, or the connection's end; the text says how many were
-/// acknowledged until then.
+/// The first payload that cannot be read or is refused, or the connection's end; the text says how many
+/// were acknowledged until then.
 pub(super) async fn replay(
     session: &mut Session,
     topic: &str,
@@ -84,7 +84,7 @@ pub(super) async fn replay(
 ) -> anyhow::Result<Tally> {
     let flow = Mutex::new(Flow::default());
     let flow = || flow.lock().unwrap_or_else(PoisonError::into_inner);
-    // Opened with the connection: to make it is no part of a message's latency.
+    // The window opens once connected, so that connecting does not count as a message's latency.
     let window = Semaphore::new(0);
     let publisher = session.publisher();
     let publish = async {
@@ -118,7 +118,7 @@ pub(super) async fn replay(
                 }
                 Step::Refused(_, why) => bail!("refused: {why}"),
                 Step::Connected => window.add_permits(WINDOW.into()),
-                // A ping and its answer, at the latest.
+                // Keep-alive pings bring the loop here even if the gateway sends nothing else.
                 Step::Disconnected | Step::Other => {
                     if flow.oldest().is_some_and(|since| since.elapsed() > SILENCE_MAX) {
                         bail!("a message was not acknowledged in {SILENCE_MAX:?}");
@@ -130,7 +130,7 @@ pub(super) async fn replay(
             }
         }
     };
-    // Receiving is given up only when there is nothing left to receive.
+    // Once all is published, receiving goes on until every message is acknowledged.
     let mut receive = pin!(receive);
     let done = tokio::select! {
         biased;
@@ -146,11 +146,11 @@ pub(super) async fn replay(
     Ok(tally)
 }
 
-/// Ends a session in order: the gateway has been sent a DISCONNECT when the connection is closed.
+/// Ends a session cleanly: sends a DISCONNECT before the connection is closed.
 pub(super) async fn end(mut session: Session) -> anyhow::Result<()> {
     session.publisher().disconnect()?;
     let gone = async { while !matches!(session.step().await, Ok(Step::Disconnected) | Err(_)) {} };
-    // Everything is acknowledged: whether the goodbye arrives is of no consequence.
+    // Everything is acknowledged, so that a lost DISCONNECT does no harm.
     let _ = tokio::time::timeout(SILENCE_MAX, gone).await;
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! `headgate schema`: the JSON Schemas that a datasource's messages have to meet, and one inferred from
-//! what it has sent so far.
+//! `headgate schema`: shows and sets the JSON Schemas of a datasource's messages, and infers one from
+//! its stored records.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
         }
         Command::Set { datasource, file } => {
             let written = read(&file)?;
-            // A schema is an object or a boolean.
+            // A list holds one schema per filter; a schema itself is an object or a boolean.
             let name = if written.is_array() { "schemas" } else { "schema" };
             client.put::<Value>(&path(&datasource)?, &json!({ name: written }))?["enforced"].take()
         }

@@ -1,4 +1,4 @@
-//! `headgate serve`: the gateway, in the foreground, until SIGTERM or Ctrl-C.
+//! `headgate serve`: runs the gateway in the foreground until SIGTERM or Ctrl-C.
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::gateway::Gateway;
 use crate::observe::trace;
 
-/// After the drain, what may still hold a thread (a query of somebody who has gone) gets this long.
+/// How long a thread may still run after the drain, for example a query of a disconnected client.
 pub(super) const THREADS_END_MAX: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
@@ -40,7 +40,7 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
 
 async fn serve(config: Config, out: &mut Out) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
-    // In a cluster it may have to wait for NATS.
+    // In a cluster the start may have to wait for NATS.
     let gateway = tokio::select! {
         biased;
         started = Gateway::start(config) => started?,
@@ -60,8 +60,8 @@ async fn serve(config: Config, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One line per listener: where it is and how a client connects, then where the admin key is. The
-/// addresses are the words that begin with `mqtt://`, `mqtts://`, `http://` and `nats://` or `tls://`.
+/// Prints one line per listener with its address and how a client connects, then the admin key's path.
+/// The addresses are the words that begin with `mqtt://`, `mqtts://`, `http://` and `nats://` or `tls://`.
 pub(super) fn announce(gateway: &Gateway, out: &mut Out) -> std::io::Result<()> {
     writeln!(
         out,
@@ -84,7 +84,7 @@ pub(super) fn announce(gateway: &Gateway, out: &mut Out) -> std::io::Result<()> 
     out.flush()
 }
 
-/// Where to reach a listener from this machine: one that listens on every address is on loopback.
+/// A listener's address as seen from this machine: loopback if it listens on every address.
 pub(super) fn reachable(listener: SocketAddr) -> SocketAddr {
     let ip = match listener.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),

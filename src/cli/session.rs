@@ -1,5 +1,5 @@
-//! One MQTT connection of a client, in either version of the protocol, as rumqttc speaks it: it
-//! publishes at QoS 1 and tells which message was acknowledged.
+//! One MQTT connection of a client, in either version of the protocol, over rumqttc. It publishes at
+//! QoS 1 and reports which message was acknowledged.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::client::Secret;
 /// How many messages may be unacknowledged at once.
 pub(super) const WINDOW: u16 = 100;
 
-/// Seconds of silence after which the server may drop the connection.
+/// The silence after which the server may drop the connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
 /// Which version of MQTT, and how the key is presented in it.
@@ -29,7 +29,7 @@ pub(super) struct Session {
     events: Events,
 }
 
-/// The end of a session that takes messages.
+/// The sending end of a session.
 #[derive(Clone)]
 pub(super) enum Publisher {
     V311(rumqttc::AsyncClient),
@@ -46,22 +46,22 @@ enum Events {
 pub(super) enum Step {
     /// The key was accepted.
     Connected,
-    /// The oldest message that was not sent yet has gone out under this packet id.
+    /// The oldest unsent message was sent, with this packet id.
     Sent(u16),
     /// The gateway has this message on disk.
     Acked(u16),
-    /// The gateway has said no to this message.
+    /// The gateway refused this message, for this reason.
     Refused(u16, String),
     /// Our DISCONNECT has gone out.
     Disconnected,
-    /// Nothing that concerns a message.
+    /// An event that concerns no message.
     Other,
 }
 
 /// Why a connection ended, or was not made.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SessionError {
-    /// The gateway said no, in the protocol's words.
+    /// The gateway refused; the text is the protocol's reason.
     #[error("refused: {0}")]
     Refused(String),
     /// Anything else.
@@ -95,15 +95,15 @@ impl Session {
         }
     }
 
-    /// What messages are handed to.
+    /// The sending end, to publish messages with.
     pub(super) fn publisher(&self) -> Publisher {
         self.publisher.clone()
     }
 
-    /// Connects, sends and receives until something has happened. After an error the session is
-    /// over: rumqttc would connect anew, with a clean session, and forget what was not acknowledged.
+    /// Connects, sends and receives until something has happened. After an error the session is over:
+    /// rumqttc would reconnect with a clean session and forget unacknowledged messages.
     ///
-    /// Not to be cancelled while a message is on its way out, it would be lost.
+    /// Do not cancel this while a message is being sent: the message would be lost.
     pub(super) async fn step(&mut self) -> Result<Step, SessionError> {
         match &mut self.events {
             Events::V311(events) => v311_step(events.poll().await),
@@ -113,7 +113,7 @@ impl Session {
 }
 
 impl Publisher {
-    /// Queues a message at QoS 1. There is room for [`WINDOW`] that are not sent yet.
+    /// Queues a message at QoS 1. The queue holds up to [`WINDOW`] unsent messages.
     pub(super) fn publish(&self, topic: &str, payload: Vec<u8>) -> Result<(), SessionError> {
         match self {
             Self::V311(client) => client
@@ -125,7 +125,7 @@ impl Publisher {
         }
     }
 
-    /// Queues a DISCONNECT behind what is queued already.
+    /// Queues a DISCONNECT behind the messages already queued.
     pub(super) fn disconnect(&self) -> Result<(), SessionError> {
         match self {
             Self::V311(client) => {

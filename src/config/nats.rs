@@ -1,4 +1,4 @@
-//! `[nats]`: which NATS the gateway uses, and for what. Without servers it uses none.
+//! `[nats]`: which NATS the gateway uses, and what for. Without servers it uses none.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,13 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::ConfigError;
 
-/// NATS.
+/// The NATS that the gateway uses.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Nats {
-    /// `nats://HOST:PORT` or `tls://HOST:PORT`, of one or more servers of a cluster; none: NATS is not
-    /// used.
+    /// `nats://HOST:PORT` or `tls://HOST:PORT` of one or more servers of a cluster; empty: no NATS.
     pub servers: Vec<String>,
-    /// The user of the server's configuration that the gateway connects as; empty for none.
+    /// The user in the server's configuration as which the gateway connects; empty for none.
     pub user: String,
     /// Its password.
     pub password: Secret,
@@ -25,7 +24,7 @@ pub struct Nats {
     pub credentials: PathBuf,
     /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts.
     pub ca: PathBuf,
-    /// Messages on `ingest.{datasource}.{topic}` are let in.
+    /// Whether messages on `ingest.{datasource}.{topic}` are admitted.
     pub ingest: bool,
     /// The validated stream.
     pub stream: NatsStream,
@@ -38,11 +37,11 @@ pub struct Nats {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NatsStream {
-    /// Whether records are sent on to it; as the log it is always there.
+    /// Whether records are sent to it. With `log.backend = "jetstream"` it always exists.
     pub enabled: bool,
-    /// What JetStream calls it.
+    /// Its name in JetStream.
     pub name: String,
-    /// On how many servers each record is.
+    /// How many servers hold each record.
     pub replicas: usize,
 }
 
@@ -50,44 +49,43 @@ pub struct NatsStream {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NatsCallout {
-    /// A file with the account's seed that answers are signed with (`SA…`); empty: no auth callout.
+    /// A file with the account's seed that signs the answers (`SA…`); empty: no auth callout.
     pub issuer_seed_file: PathBuf,
-    /// A file with the curve seed that requests are encrypted to (`SX…`); empty: they are not.
+    /// A file with the curve seed to which requests are encrypted (`SX…`); empty: no encryption.
     pub xkey_seed_file: PathBuf,
-    /// The account that clients with an API key are in.
+    /// The account of clients with an API key.
     pub account: String,
-    /// A user of the account that requests come to, and what clients publish: one that is the gateways'
-    /// alone, so not that of `nats.user`.
+    /// A user of the account that receives the requests and what clients publish. That account belongs to the
+    /// gateways alone, so it is not that of `nats.user`.
     pub user: String,
     /// Its password.
     pub password: Secret,
     /// A file with its password, instead of it.
     pub password_file: PathBuf,
-    /// A user of the system account, to end connections of dead keys as; empty: they end when their
+    /// A user of the system account, for ending the connections of dead keys. If empty, they end when their
     /// permission expires, and what they publish until then is refused.
     pub system_user: String,
     /// Its password.
     pub system_password: Secret,
     /// A file with its password, instead of it.
     pub system_password_file: PathBuf,
-    /// How long a client's permission lasts at most, in seconds; it connects again then.
+    /// The longest that a client's permission lasts, in seconds; then the client has to reconnect.
     pub expiry_s: u64,
-    /// Whether clients may use the inbox that NATS clients use by themselves, `_INBOX.>`. It is one for
-    /// all: whoever has a key can then see the answers to others. Each may use an inbox of its own in any
-    /// case, `_INBOX_{key id}.>`.
+    /// Whether clients may use the default inbox of NATS clients, `_INBOX.>`. All clients share it, so each
+    /// can see the answers to the others. A client may always use the inbox of its own key,
+    /// `_INBOX_{key id}.>`.
     pub shared_inbox: bool,
 }
 
 impl Nats {
-    /// Whether there is any to use.
+    /// Whether NATS is used.
     pub fn is_used(&self) -> bool {
         !self.servers.is_empty()
     }
 }
 
 impl Nats {
-    /// How to connect. `name` is what the connection is for: what it is called in NATS' monitoring begins
-    /// with `headgate`.
+    /// How to connect. `name` says what the connection is for; NATS' monitoring shows it after `headgate`.
     ///
     /// # Errors
     /// [`ConfigError::Secret`] if the password's file cannot be read.
@@ -104,7 +102,7 @@ impl Nats {
         Ok(self.settings(credentials, name))
     }
 
-    /// How to connect to the account that requests of auth callout come to.
+    /// How to connect to the account that receives the requests of auth callout.
     ///
     /// # Errors
     /// [`ConfigError::Secret`] if the password's file cannot be read.
@@ -165,12 +163,12 @@ impl Default for Nats {
     }
 }
 
-/// A secret of the configuration: shown nowhere.
+/// A secret of the configuration. Neither `Debug` nor serialization shows it.
 #[derive(Clone, PartialEq, Eq, Default, Deserialize)]
 pub struct Secret(String);
 
 impl Secret {
-    /// The secret itself, for whoever it is to be presented to.
+    /// The secret itself, for presenting it.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -180,7 +178,7 @@ impl Secret {
         self.0.is_empty()
     }
 
-    /// The secret itself, or what is in `file` if one is named; `key` is the file's setting.
+    /// The secret itself, or the content of `file` if one is named; `key` is the file's setting.
     ///
     /// # Errors
     /// [`ConfigError::Secret`] if it cannot be read.

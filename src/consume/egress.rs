@@ -1,17 +1,16 @@
 //! Egress: the consumer that sends the validated stream on to NATS, on `stream.{datasource}.{topic}` of
 //! one JetStream stream.
 //!
-//! It keeps no cursor of its own. The stream's last message says which record it was, and whether it is
-//! one of this log; the next one behind it is sent next, whatever was killed or restored meanwhile. The
-//! outlet sees to it that nothing is stored twice, out of order or with a hole
-//! (`bridges/nats/src/outlet.rs`).
+//! It keeps no cursor of its own. The stream's last message names its record and the log that it came
+//! from; egress resumes with the record after it, whatever was killed or restored meanwhile. The outlet
+//! ensures that nothing is stored twice, out of order or with a gap (`bridges/nats/src/outlet.rs`).
 //!
-//! What is in quarantine is left out, and so is what cannot go: a topic that is no subject, a message
-//! that is larger than NATS takes. Those are counted and named in the log.
+//! Egress leaves out records in quarantine, and records that it cannot send: the topic is no valid
+//! subject, or the message is larger than NATS takes. It counts the latter and logs an example.
 //!
-//! While NATS is away the log keeps what was not sent, for as long as there is room. When it has reached
-//! `log.retention_bytes`, devices go before: the oldest records leave unsent, which is reported and
-//! counted, and the next message that is sent says how many are missing before it (`Headgate-Skipped`).
+//! While NATS is away the log keeps unsent records for as long as there is room. At `log.retention_bytes`
+//! devices take precedence: the log removes the oldest records unsent, egress logs and counts them, and
+//! the next message says how many are missing before it (`Headgate-Skipped`).
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -39,21 +38,20 @@ use crate::subject::Space;
 
 mod message;
 
-/// How long JetStream knows the ids of messages. What was under way when a connection broke arrives
-/// within that or not at all; for longer they would fill the server's memory while the log is caught up
-/// with.
+/// How long JetStream remembers message ids. A message in flight when a connection broke arrives within
+/// this time or not at all. A longer window would fill the server's memory while egress catches up.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(10);
-/// What cannot go is reported this often.
+/// How often records that cannot be sent are logged, at most.
 const REPORT_EVERY: Duration = Duration::from_secs(60);
-/// The file that tells the log of a data directory from all others.
+/// The file with the id that distinguishes the log of this data directory from all others.
 const LOG_ID_FILE: &str = "log.id";
 
 const WORDS: Words = Words {
     name: "egress",
-    down: "the stream on NATS does not get on",
-    up: "the stream on NATS gets on",
-    late: "the stream on NATS was not done by its deadline; the log has the rest",
-    // What was not sent is sent after the next start: NATS may be away for longer than any deadline.
+    down: "egress to NATS is failing",
+    up: "egress to NATS has recovered",
+    late: "egress to NATS did not finish by its deadline; the log has the rest",
+    // NATS may be away for longer than any deadline; the next start sends the rest.
     patient: false,
 };
 
@@ -64,7 +62,7 @@ pub struct Egress {
     counts: Arc<Counts>,
 }
 
-/// How far it is and what it has done since the start.
+/// The position of egress and its counts since the start.
 #[derive(Default)]
 pub struct Counts {
     cursor: AtomicU64,
@@ -75,11 +73,11 @@ pub struct Counts {
 /// Why a record is not on the stream, other than that it is in quarantine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Skipped {
-    /// Its topic is no subject.
+    /// Its topic is no valid subject.
     Topic,
     /// It is larger than NATS takes.
     Size,
-    /// It left the log before NATS was there to take it.
+    /// The log removed it before NATS could take it.
     Gone,
 }
 
@@ -117,7 +115,7 @@ impl Counts {
 /// Why egress could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum EgressError {
-    /// The log's id.
+    /// The log's id could not be read or written.
     #[error("the stream on NATS: cannot read or make {}: {error}", path.display())]
     LogId {
         /// Where it is.
@@ -125,12 +123,12 @@ pub enum EgressError {
         /// The operating system's.
         error: io::Error,
     },
-    /// The thread.
+    /// The thread could not be started.
     #[error("the stream on NATS: {0}")]
     Io(#[from] io::Error),
 }
 
-/// Why a round of the thread brought nothing.
+/// Why a round of the thread failed.
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
     #[error(transparent)]
@@ -156,13 +154,13 @@ enum Trouble {
          again of what the log has"
     )]
     Differs { stream: String, offset: Offset },
-    #[error("egress was not done by its deadline")]
+    #[error("egress did not finish by its deadline")]
     Late,
 }
 
 impl Egress {
-    /// Starts the thread that follows the log into the stream. To be called in a tokio runtime. That NATS
-    /// is not there is waited for, now and later.
+    /// Starts the thread that follows the log into the stream. Must be called in a tokio runtime. NATS need
+    /// not be there: the thread waits for it, now and later.
     ///
     /// # Errors
     /// [`EgressError`].
@@ -205,18 +203,18 @@ impl Egress {
         Ok(Self { control, stop, counts })
     }
 
-    /// Why the stream does not get on, while it does not.
+    /// The present error, while egress fails.
     pub fn trouble(&self) -> Option<String> {
         self.control.trouble()
     }
 
-    /// How far it is and what it has done.
+    /// The position of egress and its counts.
     pub fn counts(&self) -> &Counts {
         &self.counts
     }
 
-    /// Sends what is in the log already, within the deadline and if NATS is there, and ends the thread.
-    /// What was not sent by then is sent after the next start.
+    /// Sends what the log already has, within the deadline and if NATS is there, and ends the thread. The
+    /// next start sends the rest.
     pub async fn stop(&self, deadline: Instant) {
         self.stop.send_replace(Some(deadline));
         self.control.stop(deadline).await;
@@ -224,7 +222,7 @@ impl Egress {
 }
 
 impl Drop for Egress {
-    /// The thread of one that nobody stopped ends at once.
+    /// Ends the thread at once if nobody has stopped it.
     fn drop(&mut self) {
         let now = Instant::now();
         self.stop.send_replace(Some(now));
@@ -244,13 +242,13 @@ struct Follower {
     counts: Arc<Counts>,
     /// The first offset that was not read from the log. `None` while the outlet is not open.
     read: Option<Offset>,
-    /// What was sent and is not known to be stored: sequence and offset.
+    /// Sequence and offset of what was sent and is not known to be stored.
     under_way: VecDeque<(u64, Offset)>,
-    /// The newest sequence that this process knows to be stored, and the offset behind what it was.
+    /// The newest sequence that this process knows to be stored, and the offset after its record.
     stored: Option<(u64, Offset)>,
-    /// Records that left the log unsent; the next message says so.
+    /// Records that the log removed unsent; the next message reports them.
     gone: u64,
-    /// The offset up to which those were counted.
+    /// Removed records below this offset are counted already.
     gone_counted: Offset,
     report: Report,
 }
@@ -275,14 +273,14 @@ impl Consumer for Follower {
     }
 
     fn cursor(&self) -> Offset {
-        // What the follower waits for is a record that was not read.
+        // The follower waits for the first record that was not read.
         self.read.unwrap_or_else(|| self.counts.cursor())
     }
 
     fn end(self) {}
 }
 
-/// Returns when it is time to have ended.
+/// Returns at the deadline for the end. Pends until one is set.
 async fn deadline(stop: &mut watch::Receiver<Option<Instant>>) {
     let at = match stop.wait_for(Option::is_some).await {
         Ok(at) => *at,
@@ -294,7 +292,7 @@ async fn deadline(stop: &mut watch::Receiver<Option<Instant>>) {
 }
 
 impl Follower {
-    /// Sends what the log has behind the cursor, about as much as is read at a time.
+    /// Sends the next records of the log, about one read's worth.
     async fn forward(&mut self) -> Result<Next, Trouble> {
         let read = match self.read {
             Some(read) => {
@@ -308,7 +306,7 @@ impl Follower {
             self.pass_over(read, first);
         } else if read < self.log.next_offset() {
             match self.log.read(read, EGRESS_READ_BYTES) {
-                // Just now; the next round finds it.
+                // Retention removed it just now; the next round skips it.
                 Err(ReadError::Removed { first, .. }) if first > read => return Ok(Next::Again),
                 batches => {
                     let batches = batches?;
@@ -332,7 +330,7 @@ impl Follower {
         Ok(Next::Again)
     }
 
-    /// Sends one record, unless it cannot go.
+    /// Sends one record, or counts why it cannot be sent.
     async fn send(&mut self, record: &RecordRef<'_>) -> Result<(), Trouble> {
         let skipped = match message_of(record, &self.log_id, self.gone) {
             Ok(message) => match self.outlet.send(message).await {
@@ -347,7 +345,7 @@ impl Follower {
             Err(error) => (Skipped::Topic, error.to_string()),
         };
         let (why, detail) = skipped;
-        // Nothing before the cursor is counted a second time when it is read again.
+        // A record that is read again after an error is counted only once.
         if self.report.seen.is_none_or(|seen| record.offset > seen) {
             self.report.seen = Some(record.offset);
             self.counts.skipped[why as usize].fetch_add(1, Ordering::Relaxed);
@@ -373,7 +371,7 @@ impl Follower {
                 first
             }
         };
-        // What was under way and is there is sent, although no answer said so.
+        // Messages in flight that the stream has were sent, although no answer said so.
         let arrived = self.under_way.iter().take_while(|(_, offset)| *offset < next).count();
         self.counts.sent.fetch_add(arrived as u64, Ordering::Relaxed);
         self.under_way.clear();
@@ -385,10 +383,10 @@ impl Follower {
         Ok(next)
     }
 
-    /// The offset behind the last record that is on the stream. `None` if it does not say.
+    /// The offset after the last record on the stream. `None` if the stream does not say.
     fn behind(&self, last: &Last) -> Result<Option<Offset>, Trouble> {
         let stream = || self.stream.clone();
-        // What was stored and deleted since is not sent again, as far as this process knows of it.
+        // What was stored and then deleted is not sent again, as far as this process knows of it.
         let known = self.stored.filter(|(sequence, _)| (1..=last.sequence).contains(sequence));
         let Some((sequence, message)) = &last.message else { return Ok(known.map(|(_, next)| next)) };
         let Some(offset) = offset_of(message, &self.log_id) else {
@@ -412,10 +410,10 @@ impl Follower {
         Ok(Some(known.map_or(offset + 1, |(_, next)| next.max(offset + 1))))
     }
 
-    /// Goes on at `to`, where the log begins.
+    /// Resumes at `to`, where the log begins.
     fn pass_over(&mut self, from: Offset, to: Offset) {
         self.gone += to - from;
-        // After trouble the same are passed over again.
+        // After an error the same records are skipped again, and not counted twice.
         let news = to.saturating_sub(from.max(self.gone_counted));
         if news > 0 {
             let (stream, records) = (&self.stream, news);
@@ -426,7 +424,7 @@ impl Follower {
         self.read = Some(to);
     }
 
-    /// Takes note of what is known to be stored.
+    /// Moves what is known to be stored out of `under_way`.
     fn note_stored(&mut self) {
         let stored = self.outlet.stored();
         let count = self.under_way.partition_point(|(sequence, _)| *sequence <= stored);
@@ -447,14 +445,14 @@ impl Follower {
     }
 }
 
-/// What could not go since the last report.
+/// Records that could not be sent since the last report.
 #[derive(Default)]
 struct Report {
     records: u64,
     /// One of them.
     example: String,
     said_at: Option<Instant>,
-    /// The newest that was counted.
+    /// The newest offset that was counted.
     seen: Option<Offset>,
 }
 
@@ -469,7 +467,7 @@ impl Report {
         self.records += 1;
     }
 
-    /// Says what there is to say, once a minute.
+    /// Logs what could not be sent, at most once a minute.
     fn look(&mut self) {
         if self.records > 0 && self.said_at.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
             let (records, example) = (self.records, &self.example);
@@ -480,7 +478,7 @@ impl Report {
     }
 }
 
-/// What tells the log of a data directory from all others: made with the first use, and never changed.
+/// The id that distinguishes this log from all others: made at its first use and never changed.
 fn log_id(path: &Path) -> io::Result<String> {
     match std::fs::read_to_string(path) {
         Ok(text) if !text.trim().is_empty() => return Ok(text.trim().to_owned()),
@@ -490,7 +488,7 @@ fn log_id(path: &Path) -> io::Result<String> {
     let mut random = [0; 6];
     SysRng.try_fill_bytes(&mut random).map_err(io::Error::other)?;
     let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-    // Whole or not there: another id would make another log of it.
+    // Written whole or not at all: with another id the stream would take this for another log.
     let new = path.with_extension("new");
     let mut file = File::create(&new)?;
     writeln!(file, "{id}")?;

@@ -1,8 +1,8 @@
 //! A follower: a thread that reads the log behind a consumer's cursor, round after round.
 //!
-//! What a round does is the [`Consumer`]'s: storage writes a transaction, retained messages are brought
-//! up to date, the stream on NATS gets what is new. What all of them need is here: the pace, trouble
-//! that is said once and tried again until it is over, and an end within a deadline. Whatever goes
+//! The [`Consumer`] decides what a round does: storage writes a transaction, retained messages are brought
+//! up to date, the stream on NATS gets new records. This file has what all of them need: the pace, errors
+//! that are logged once and retried until they are over, and an end within a deadline. Whatever goes
 //! wrong, the log keeps the records, and no acknowledgement waits for a consumer.
 
 use std::fmt;
@@ -16,48 +16,48 @@ use tracing::{error, info, warn};
 use crate::log::Log;
 use crate::message::Offset;
 
-/// How long the thread waits for the log before it looks whether it is to stop.
+/// How long the thread waits for the log before it checks whether it should stop.
 const WAIT_SLICE: Duration = Duration::from_millis(50);
-/// After trouble: the first wait before the next attempt, doubled each time up to the second.
+/// The first and the longest pause after a failed round; it doubles each time.
 const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
 
-/// What follows the log. All of it runs on the follower's thread.
+/// Consumes the log. All methods run on the follower's thread.
 pub(super) trait Consumer: Send + 'static {
-    /// Why a round brought nothing.
+    /// Why a round failed.
     type Trouble: fmt::Display;
 
-    /// Consumes what the log has behind the cursor, as much as is good at a time.
+    /// Consumes the next records of the log, as many as suit one round.
     fn round(&mut self) -> Result<Next, Self::Trouble>;
 
     /// The first offset that was not consumed.
     fn cursor(&self) -> Offset;
 
-    /// Puts in order what is to be so after the last round.
+    /// Cleans up after the last round.
     fn end(self);
 }
 
 /// When the next round is.
 pub(super) enum Next {
-    /// There is nothing to consume: when there is.
+    /// When the log has more: everything is consumed.
     AtTail,
-    /// After this time, or once somebody [waits](Control::want) for what was not consumed yet.
+    /// After this time, or once somebody [waits](Control::want) for a record that is not consumed yet.
     Turn(Duration),
     /// Now.
     Again,
 }
 
-/// What an operator reads about a consumer, and how it takes trouble.
+/// What the log says about a consumer, and how it treats errors while it stops.
 pub(super) struct Words {
     /// The name of its thread.
     pub(super) name: &'static str,
-    /// What trouble means; the trouble follows.
+    /// What an error means for the operator; the error follows.
     pub(super) down: &'static str,
-    /// That it is over.
+    /// That the error is over.
     pub(super) up: &'static str,
     /// That it did not end by its deadline.
     pub(super) late: &'static str,
-    /// Whether trouble while it stops is waited out, until the deadline, for the sake of what is in the
-    /// log already.
+    /// Whether it retries until the deadline when a round fails while it stops, to consume what the log
+    /// already has.
     pub(super) patient: bool,
 }
 
@@ -70,17 +70,17 @@ pub(super) struct Control {
     ended: watch::Sender<bool>,
 }
 
-/// What is asked of the thread.
+/// What others want of the thread.
 #[derive(Default)]
 struct Asked {
     /// Somebody waits until everything below this is consumed.
     wanted: Offset,
-    /// When to have ended, once that is to be.
+    /// The deadline, once the thread is to end.
     stop: Option<Instant>,
 }
 
 impl Control {
-    /// Of a thread that has not begun.
+    /// For a thread that has not started yet.
     pub(super) fn new(words: &'static Words) -> Arc<Self> {
         Arc::new(Self {
             words,
@@ -101,26 +101,26 @@ impl Control {
         thread.spawn(move || control.run(consumer, &*log)).map(drop)
     }
 
-    /// Why the consumer does not get on, while it does not.
+    /// The present error, while rounds fail.
     pub(super) fn trouble(&self) -> Option<String> {
         lock(&self.trouble).clone()
     }
 
-    /// Lets the thread know that somebody waits until everything below `offset` is consumed.
+    /// Tells the thread that somebody waits until everything below `offset` is consumed.
     pub(super) fn want(&self, offset: Offset) {
         let mut asked = lock(&self.asked);
         asked.wanted = asked.wanted.max(offset);
         self.asked_more.notify_all();
     }
 
-    /// Tells the thread to consume what is in the log already, within the deadline, and to end.
+    /// Tells the thread to consume what the log already has, within the deadline, and to end.
     pub(super) fn stop_by(&self, deadline: Instant) {
         let mut asked = lock(&self.asked);
         asked.stop = Some(asked.stop.map_or(deadline, |earlier| earlier.min(deadline)));
         self.asked_more.notify_all();
     }
 
-    /// The same, and waits for it until the deadline.
+    /// As [`Control::stop_by`], and waits for the end until the deadline.
     pub(super) async fn stop(&self, deadline: Instant) {
         self.stop_by(deadline);
         let mut ended = self.ended.subscribe();
@@ -129,7 +129,7 @@ impl Control {
         }
     }
 
-    /// When the thread is to have ended, once it is to end.
+    /// The deadline by which the thread should end, once it is told to.
     pub(super) fn stopping(&self) -> Option<Instant> {
         lock(&self.asked).stop
     }
@@ -163,7 +163,7 @@ impl Control {
                     self.set_trouble(Some(trouble.to_string()), consumer.cursor());
                     match stop {
                         Some(_) if !self.words.patient => break,
-                        // A pause ends at once when the thread is to end, and here something is waited for.
+                        // `pause` returns at once while the thread is to end, so it would spin here.
                         Some(_) => std::thread::sleep(RETRY.0),
                         None => self.pause(retry, |_| false),
                     }
@@ -174,13 +174,13 @@ impl Control {
         consumer.end();
     }
 
-    /// Waits for `time`, or until the thread is to end, or `enough`.
+    /// Waits for `time`, or until the thread is to end or `enough` holds.
     fn pause(&self, time: Duration, enough: impl Fn(&Asked) -> bool) {
         let go_on = |asked: &mut Asked| asked.stop.is_none() && !enough(asked);
         let _ = self.asked_more.wait_timeout_while(lock(&self.asked), time, go_on);
     }
 
-    /// Takes note of trouble, or of its end, and says so when that is news.
+    /// Notes an error, or its end, and logs it when it has changed.
     fn set_trouble(&self, trouble: Option<String>, cursor: Offset) {
         let mut current = lock(&self.trouble);
         if *current == trouble {
@@ -198,7 +198,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Says that the thread has ended, also when it has panicked.
+/// Marks the thread as ended when it is dropped, also after a panic.
 struct Ended(Arc<Control>);
 
 impl Drop for Ended {

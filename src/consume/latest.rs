@@ -1,5 +1,5 @@
 //! The newest value of each topic and of each top-level key of its JSON objects: what a twin of the
-//! machine would show. Storage keeps it up to date with the records; here it is read.
+//! machine would show. Storage keeps these up to date; this file reads them.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ use crate::message::{DatasourceId, Offset, TimeMicros};
 /// The newest values of a datasource, or of some of its topics if it has very many.
 #[derive(Debug, Serialize)]
 pub struct LatestPage {
-    /// Whose.
+    /// The datasource of the topics.
     pub datasource: DatasourceId,
     /// Ordered by name.
     pub topics: Vec<Latest>,
@@ -30,27 +30,27 @@ pub struct LatestPage {
 pub struct Latest {
     /// As the device wrote it.
     pub topic: String,
-    /// Of the newest record.
+    /// The offset of the newest record.
     pub offset: Offset,
-    /// When that was received.
+    /// When that record was received.
     pub received_at: TimeMicros,
-    /// What it holds.
+    /// Its payload.
     pub payload: Vec<u8>,
     /// Its media type, or empty.
     pub content_type: String,
-    /// The newest value of each top-level key of the topic's JSON objects; of the key `""` for
-    /// payloads that are no object.
+    /// The newest value of each top-level key of the topic's JSON objects. Other payloads are the value of
+    /// the key `""`.
     pub values: BTreeMap<String, LatestValue>,
 }
 
 /// The newest value of one key.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LatestValue {
-    /// JSON, or the bytes that were sent; `None` if it was too long to be copied out of its record.
+    /// JSON, or the bytes that were sent. `None` if the value was too long to be kept.
     pub value: Option<Vec<u8>>,
-    /// Of the record that it came with.
+    /// The offset of the record that it came with.
     pub offset: Offset,
-    /// When that was received.
+    /// When that record was received.
     pub received_at: TimeMicros,
 }
 
@@ -73,8 +73,8 @@ impl Serialize for Latest {
     }
 }
 
-/// `{"value", "offset", "received_at"}`, with `"value_encoding": "base64"` beside bytes that are no
-/// text, and `"omitted": true` beside the `null` that stands for a value too long to be copied.
+/// `{"value", "offset", "received_at"}`, with `"value_encoding": "base64"` beside bytes that are not
+/// text, and `"omitted": true` beside the `null` that stands for a value too long to be kept.
 impl Serialize for LatestValue {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let value = self.value.as_deref().map(Payload::of);
@@ -101,7 +101,7 @@ pub(super) fn read(
     after: Option<&str>,
     page: &mut LatestPage,
 ) -> rusqlite::Result<()> {
-    // Every topic sorts after the empty one, which none is.
+    // No topic is empty, so every topic sorts after the empty string.
     let after = after.unwrap_or_default();
     let mut topics = connection.prepare_cached(
         "SELECT t.id, t.topic, e.offset, e.received_us, e.payload, o.content_type
@@ -155,7 +155,7 @@ mod tests {
     use crate::limits::{LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_VALUE_BYTES_MAX};
     use crate::message::RecordRef;
 
-    /// Stores each of `transactions`, whose records follow one another, and reads what is latest.
+    /// Stores each of `transactions`, whose records are consecutive, and reads the latest values.
     fn latest_after(transactions: &[Vec<RecordRef<'_>>]) -> LatestPage {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut sink = SqliteSink::open(&dir.path().join(FILE_NAME)).expect("opens");

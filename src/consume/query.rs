@@ -1,8 +1,8 @@
-//! Queries: reading what is stored, a page at a time, while storage goes on writing.
+//! Queries: reading stored records, a page at a time, while storage keeps writing.
 //!
-//! A page is bounded three ways: by the records it holds, by their bytes, and by the records that
-//! were looked at for it. The last is for filters that few records pass: their pages may be short
-//! or empty and still have a next one, so that no request reads a whole database.
+//! Three bounds limit a page: its records, their bytes, and the records scanned for it. The last bound
+//! is for filters that few records pass: their pages may be short or empty and still have a next one, so
+//! that no request scans a whole database.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -22,22 +22,22 @@ use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
 /// How long a query waits while another process has the whole database locked.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
-/// Reads `records.db`. Blocking: call it where blocking is allowed. Cheap to clone.
+/// Reads `records.db`. Blocks, so call it where blocking is allowed. Cheap to clone.
 #[derive(Clone)]
 pub struct Query {
     pool: Arc<Pool>,
 }
 
-/// Connections that nobody uses at the moment.
+/// Connections that no query uses at the moment.
 struct Pool {
     path: PathBuf,
     idle: Mutex<Vec<Connection>>,
 }
 
-/// Which records.
+/// Which records to read.
 #[derive(Debug, Clone)]
 pub struct RecordsQuery {
-    /// Whose.
+    /// The datasource of the records.
     pub datasource: DatasourceId,
     /// A topic or an MQTT filter (`+`, `#`).
     pub topic: Option<String>,
@@ -49,7 +49,7 @@ pub struct RecordsQuery {
     pub after_offset: Option<Offset>,
     /// Only records let in by this key.
     pub key_id: Option<KeyId>,
-    /// At most so many, and never more than [`QUERY_RECORDS_MAX`].
+    /// At most this many, and never more than [`QUERY_RECORDS_MAX`].
     pub limit: usize,
 }
 
@@ -60,13 +60,13 @@ pub struct StoredRecord {
     pub offset: Offset,
     /// As the device wrote it.
     pub topic: Arc<str>,
-    /// The bytes.
+    /// The bytes that the device sent.
     pub payload: Vec<u8>,
     /// The media type, or empty.
     pub content_type: Arc<str>,
     /// The key that let it in.
     pub key_id: KeyId,
-    /// Which way it came.
+    /// The transport that it came by.
     pub transport: Transport,
     /// When it was received.
     pub received_at: TimeMicros,
@@ -84,19 +84,19 @@ pub struct RecordsPage {
 /// Why a query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
-    /// The topic asked for is none.
+    /// The topic in the query is neither a topic nor a filter.
     #[error("topic: {0}")]
     Filter(#[from] FilterError),
-    /// The database.
+    /// The database could not be read.
     #[error("query: {0}")]
     Database(#[from] rusqlite::Error),
 }
 
 impl Query {
-    /// Over `dir/records.db`, which storage has made.
+    /// Opens `dir/records.db`, which storage has made.
     ///
     /// # Errors
-    /// [`QueryError::Database`] if it is not there or not readable.
+    /// [`QueryError::Database`] if the file is missing or unreadable.
     pub fn open(dir: &Path) -> Result<Self, QueryError> {
         let query = Self { pool: Arc::new(Pool { path: dir.join(FILE_NAME), idle: Mutex::default() }) };
         query
@@ -107,7 +107,7 @@ impl Query {
     /// One page of records, in the order of their offsets.
     ///
     /// # Errors
-    /// [`QueryError::Filter`] for a topic that is none; the database's.
+    /// [`QueryError::Filter`] for a topic that is not valid; [`QueryError::Database`].
     pub fn records(&self, query: &RecordsQuery) -> Result<RecordsPage, QueryError> {
         let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
         self.read(|connection| {
@@ -118,11 +118,10 @@ impl Query {
         })
     }
 
-    /// The newest values of a datasource's topics, in the order of the topics' names, from the one
-    /// after `after_topic` on.
+    /// The newest values of a datasource's topics, ordered by topic name, starting after `after_topic`.
     ///
     /// # Errors
-    /// The database's.
+    /// [`QueryError::Database`].
     pub fn latest(
         &self,
         datasource: &DatasourceId,
@@ -138,7 +137,7 @@ impl Query {
         })
     }
 
-    /// Runs `read` on the database as it is at this moment, whatever storage writes meanwhile.
+    /// Runs `read` on a snapshot of the database, whatever storage writes meanwhile.
     pub(super) fn read<T>(
         &self,
         read: impl FnOnce(&Connection) -> Result<T, QueryError>,
@@ -177,7 +176,7 @@ pub(super) fn datasource_id(
         .optional()
 }
 
-/// Which index to go along, and from where to where.
+/// Which index to scan, and its first and last offset.
 struct Scan {
     along: Along,
     first: i64,
@@ -190,7 +189,7 @@ enum Along {
 }
 
 impl Scan {
-    /// `None` if there is nothing to find.
+    /// Chooses index and range. `None` if no record can match.
     fn plan(
         connection: &Connection,
         query: &RecordsQuery,
@@ -249,6 +248,7 @@ impl Scan {
         let (mut scanned, mut bytes, mut last) = (0, 0, None);
         let mut statement = connection.prepare_cached(sql)?;
         let mut rows = statement.query([id, self.first, self.last])?;
+        // Cheap conditions come first, so that a row that fails them costs no look-up and no payload copy.
         while let Some(row) = rows.next()? {
             if page.records.len() == limit || bytes >= QUERY_BYTES_MAX || scanned == QUERY_SCANNED_MAX {
                 page.next = last;
@@ -280,8 +280,8 @@ impl Scan {
     }
 }
 
-/// The records of a datasource, and those of a topic. SQLite keeps the rows of an index entry in the
-/// order of their keys, which are the offsets.
+/// The records of a datasource, and those of a topic. SQLite orders the rows of one index entry by their
+/// keys, which are the offsets, so that neither query sorts.
 const PAGE_SQL: [&str; 2] = [
     "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
      WHERE datasource_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
@@ -294,8 +294,8 @@ pub(super) fn bytes_of(row: &Row<'_>, column: usize) -> rusqlite::Result<Vec<u8>
     Ok(row.get_ref(column)?.as_bytes()?.to_vec())
 }
 
-/// The names that the rows of one page refer to, each looked up once; `None` for those that the
-/// query does not want.
+/// The names that the rows of one page refer to, each looked up once. `None` stands for a name that the
+/// query excludes.
 struct Names<'q> {
     connection: &'q Connection,
     filter: Option<&'q TopicFilter>,
@@ -304,7 +304,7 @@ struct Names<'q> {
     origins: HashMap<i64, Option<Origin>>,
 }
 
-/// What a record has in common with most others of its sender.
+/// The columns that most records of one sender share.
 #[derive(Clone)]
 pub(super) struct Origin {
     pub(super) key_id: KeyId,
@@ -394,7 +394,7 @@ mod tests {
                     12_345 => -2 * SECOND,
                     _ => 100_000,
                 };
-                // Independent of one another: each from other bits of the same mixture.
+                // Independent of each other: each from other bits of the same hash.
                 let mixture = offset.wrapping_mul(0x9E37_79B9_7F4A_7C15);
                 let pick = |of: u64, bits: u64| usize::try_from((mixture >> (8 * bits)) % of).expect("small");
                 let mut record = record(offset, DATASOURCES[pick(3, 1)], TOPICS[pick(4, 2)], b"{\"t\": 1}");
@@ -417,7 +417,7 @@ mod tests {
             (Some(EPOCH + 300 * SECOND), None),
             (None, Some(EPOCH + 500 * SECOND)),
             (Some(EPOCH + 1_200 * SECOND), Some(EPOCH + 1_234 * SECOND)),
-            // An hour that came twice, and one that never did.
+            // An hour that occurred twice, and one that never occurred.
             (Some(EPOCH - 2_700 * SECOND), Some(EPOCH - 2_600 * SECOND)),
             (Some(EPOCH + 40_000 * SECOND), Some(EPOCH + 50_000 * SECOND)),
         ];

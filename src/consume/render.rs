@@ -1,5 +1,5 @@
-//! How stored things look from outside: payloads as JSON where they are JSON, times as RFC 3339. One
-//! place, so that a record looks the same wherever it is shown.
+//! The outward form of stored data: payloads as JSON where they are JSON, times as RFC 3339. It is
+//! defined once, so that a record looks the same wherever it is shown.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -14,8 +14,8 @@ use crate::consume::query::{RecordsPage, StoredRecord};
 use crate::message::{Offset, TimeMicros, Transport};
 pub use crate::time::{Rfc3339, parse_time};
 
-/// How deep a payload may nest and still be shown as JSON. `serde_json` reads 128 levels and others
-/// no more than that; a page has a few of its own around the payload.
+/// How deep a payload may nest and still be shown as JSON. `serde_json` reads 128 levels and few parsers
+/// read more; a page adds a few levels around the payload.
 const DEPTH_MAX: usize = 100;
 
 /// The text of [`Rfc3339`].
@@ -23,9 +23,9 @@ pub fn time(at: TimeMicros) -> String {
     Rfc3339(at).to_string()
 }
 
-/// `text` without the white space around it, if it is JSON that every parser can read: nested no
-/// deeper than 100 levels, its numbers within `f64`, its strings whole Unicode. JSON that only
-/// some can read is not worth a page that the others then cannot.
+/// `text` without the white space around it, if it is JSON that every parser can read: nested at most
+/// 100 levels, numbers within `f64`, strings of valid Unicode. One payload that some parsers reject
+/// would make the whole page unreadable for them.
 pub fn json(text: &str) -> Option<&str> {
     let mut json = serde_json::Deserializer::from_str(text);
     let plain = Plain { depth: 0 }.deserialize(&mut json).and_then(|()| json.end()).is_ok();
@@ -45,7 +45,7 @@ pub enum Payload<'a> {
 }
 
 impl<'a> Payload<'a> {
-    /// The form for these bytes.
+    /// The outward form of these bytes.
     pub fn of(bytes: &'a [u8]) -> Self {
         let Ok(text) = std::str::from_utf8(bytes) else {
             return Payload::Base64(BASE64.encode(bytes));
@@ -53,14 +53,14 @@ impl<'a> Payload<'a> {
         one_line_json(text).map_or(Payload::Text(text), Payload::Json)
     }
 
-    /// What `payload_encoding` says: `base64`, or nothing.
+    /// The value of `payload_encoding`: `base64`, or none.
     pub fn encoding(&self) -> Option<&'static str> {
         matches!(self, Payload::Base64(_)).then_some("base64")
     }
 }
 
-/// JSON keeps line breaks only between its tokens, so that blanks can stand for them. Protocols
-/// that separate by lines (SSE, NDJSON) can then carry it.
+/// Replaces line breaks by blanks: valid JSON has them only between tokens. Protocols that separate by
+/// lines (SSE, NDJSON) can then carry it.
 fn one_line_json(text: &str) -> Option<Cow<'_, RawValue>> {
     let json = json(text)?;
     if json.contains(['\n', '\r']) {
@@ -107,7 +107,7 @@ pub struct PageJson<'a> {
     next: Option<Offset>,
 }
 
-/// `{"records": […], "next"}`: every record as [`record_json`] has it, and where the next page begins.
+/// `{"records": […], "next"}`: every record as by [`record_json`], and where the next page begins.
 pub fn page_json(page: &RecordsPage) -> PageJson<'_> {
     PageJson { records: page.records.iter().map(record_json).collect(), next: page.next }
 }
@@ -117,7 +117,7 @@ pub(super) fn given(content_type: &str) -> Option<&str> {
     (!content_type.is_empty()).then_some(content_type)
 }
 
-/// Walks through JSON and fails where a parser might.
+/// Walks through JSON and fails where some parser might.
 struct Plain {
     depth: usize,
 }
@@ -200,7 +200,7 @@ mod tests {
         for no_time in ["", "yesterday", "2026-11-23", "2026-11-23T09:28:39", "1795426119"] {
             assert_eq!(parse_time(no_time), None, "{no_time:?}");
         }
-        // Further off than a calendar goes: shown as its end, not as a failure.
+        // Beyond the calendar's range: shown as its end, not as an error.
         assert!(Rfc3339(i64::MAX).to_string().starts_with("9999-"));
         assert!(Rfc3339(i64::MIN).to_string().starts_with("-"));
     }

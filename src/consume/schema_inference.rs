@@ -1,10 +1,9 @@
-//! Inference: the JSON Schema that what was stored of a datasource meets, ready to be enforced, and an
-//! example of a payload. It is made of the newest records, and of each says no more than what all of
-//! them have in common: their types, the members that none of them lacks, strings that are times, and
-//! strings that are always one of a few.
+//! Inference: a JSON Schema that the newest stored records of a datasource meet, ready to be enforced,
+//! and an example payload. The schema states only what all of these records have in common: their types,
+//! the members that every one has, strings that are times, and strings that take only a few values.
 //!
-//! Everything is bounded: the records that are looked at, how deep, how wide and how large the schema
-//! gets. Beyond a bound it says nothing, and so lets everything in.
+//! Everything is bounded: the records examined and the depth, width and size of the schema. Beyond a
+//! bound the schema states nothing, and so accepts everything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
@@ -20,34 +19,34 @@ use crate::limits::{
 use crate::message::DatasourceId;
 use crate::validate::{Schema, Written};
 
-/// So many strings have to be seen, and so many times more than there are different ones, before they
-/// are taken to be always one of those.
+/// The least number of strings, and the least ratio of strings to different ones, before an `enum` is
+/// inferred.
 const CHOICE: (u64, u64) = (20, 4);
-/// Different strings that may be a choice, and the bytes of each.
+/// The most values of an inferred `enum`, and the most bytes of each.
 const CHOICE_MAX: (usize, usize) = (8, 64);
 
-/// What was inferred.
+/// The result of an inference.
 #[derive(Debug, Default, Serialize)]
 pub struct Inference {
-    /// What every JSON payload met that was looked at, of whatever topic; `None` if there was none.
+    /// A schema that every examined JSON payload of every topic meets; `None` if there was none.
     pub inferred: Option<Value>,
-    /// The newest of them that is not very long.
+    /// The newest payload that is not very long.
     pub example: Option<Value>,
-    /// The same for each topic, as it may be set; no more than [`INFERENCE_TOPICS_MAX`].
+    /// A schema for each topic, in the form in which it is set; no more than [`INFERENCE_TOPICS_MAX`].
     pub by_topic: Vec<Written>,
-    /// An example for each of them, by topic.
+    /// An example payload for each of them, by topic.
     pub examples: BTreeMap<String, Value>,
-    /// How many records were looked at.
+    /// How many records were examined.
     pub records: usize,
-    /// How many of them are no JSON: no schema lets those in.
+    /// How many of them are not JSON: no schema accepts those.
     pub not_json: usize,
 }
 
 impl Query {
-    /// What can be inferred from the newest records of a datasource.
+    /// Infers schemas from the newest records of a datasource.
     ///
     /// # Errors
-    /// The database's.
+    /// [`QueryError::Database`].
     pub fn inference(&self, datasource: &DatasourceId) -> Result<Inference, QueryError> {
         self.read(|connection| {
             let mut observed = Observed::default();
@@ -71,7 +70,7 @@ impl Query {
     }
 }
 
-/// What was seen of a datasource.
+/// What the payloads of a datasource have shown so far.
 #[derive(Default)]
 struct Observed {
     all: Examined,
@@ -80,7 +79,7 @@ struct Observed {
     not_json: usize,
 }
 
-/// Payloads that were seen together.
+/// What a set of payloads has in common, with an example.
 #[derive(Default)]
 struct Examined {
     shape: Shape,
@@ -89,7 +88,7 @@ struct Examined {
 }
 
 impl Observed {
-    /// Looks at the next payload; the newest comes first.
+    /// Adds the next payload; the newest comes first.
     fn see(&mut self, topic: &str, payload: &[u8]) {
         self.records += 1;
         let Ok(value) = serde_json::from_slice::<Value>(payload) else {
@@ -138,17 +137,17 @@ struct Shape {
     integer: bool,
     number: bool,
     strings: Option<Strings>,
-    /// Of the elements of all arrays.
+    /// The shape of the elements of all arrays.
     elements: Option<Box<Shape>>,
     objects: Option<Objects>,
-    /// It is not looked at any closer.
+    /// Values at this depth are not examined: any is accepted.
     anything: bool,
 }
 
 #[derive(Default)]
 struct Strings {
     seen: u64,
-    /// Those there are, as long as they are few and short.
+    /// The different strings, as long as they are few and short.
     choice: Option<BTreeSet<String>>,
     all_times: bool,
 }
@@ -166,7 +165,7 @@ struct Member {
 }
 
 impl Shape {
-    /// Takes in one more value. `parts` counts what has been made of all values so far.
+    /// Adds one more value. `parts` counts the members recorded for all values so far.
     fn see(&mut self, value: &Value, depth: usize, parts: &mut usize) {
         if depth == INFERENCE_DEPTH_MAX {
             self.anything = true;
@@ -200,7 +199,7 @@ impl Shape {
         }
     }
 
-    /// A schema that all of the values meet, and that can be enforced: as deep as fits.
+    /// A schema that all of the values meet, as deep as the size limit of schemas allows.
     fn to_schema(&self) -> Value {
         let deepest = (1..=INFERENCE_DEPTH_MAX).rev().map(|depth| self.part(depth));
         let mut fitting = deepest.filter(|schema| schema.to_string().len() <= SCHEMA_BYTES_MAX);
@@ -281,10 +280,10 @@ impl Strings {
     }
 }
 
-/// Whether a string is what the format `date-time` of a schema asks for, by the code that will ask.
+/// Whether a string meets the schema format `date-time`, as the validator will judge it.
 fn is_time(text: &str) -> bool {
     static TIME: OnceLock<Option<Schema>> = OnceLock::new();
-    // Most strings are none, and do not begin like one.
+    // A cheap test first: most strings are no times and do not begin like one.
     let schema = || TIME.get_or_init(|| Schema::compile(json!({"format": "date-time"})).ok()).as_ref();
     text.len() >= 20
         && text.as_bytes()[0].is_ascii_digit()
@@ -403,7 +402,7 @@ mod tests {
                 Err(error) => return Err(TestCaseError::fail(format!("{error}: {source}"))),
             };
             for value in &values {
-                // As it comes back from its text, which is what a message is.
+                // Parsed from its text, as a message would be.
                 let value: Value = serde_json::from_str(&value.to_string()).expect("JSON");
                 prop_assert_eq!(schema.check(&value), Ok(()), "{} against {}", value, source);
             }

@@ -1,11 +1,9 @@
-//! Storage: the consumer that every record goes through, on its way from the log into
-//! `records.db`.
+//! Storage: the consumer that writes every record of the log into `records.db`.
 //!
-//! One thread reads what the log has behind the sink's cursor, stores it in one transaction, and
-//! begins again. Far behind, transactions are as big as is useful; at the tail they are small and
-//! paced, so that a record can be read back within milliseconds and a busy stream does not pay
-//! for a transaction per record. How the thread lives is in
-//! `follower.rs`.
+//! One thread reads the log from the sink's cursor, stores what it has read in one transaction, and
+//! repeats. Far behind, transactions are as large as is useful. At the tail they are small and paced, so
+//! that a record can be read back within milliseconds and a busy stream does not pay for a transaction
+//! per record. `follower.rs` runs the thread.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,20 +18,20 @@ use crate::config;
 use crate::log::{Hold, Log, ReadError};
 use crate::message::Offset;
 
-/// What one transaction takes from the log, about.
+/// About how much of the log one transaction takes.
 const TRANSACTION_BYTES: usize = 8 << 20;
-/// The least time from the beginning of one small transaction to that of the next.
+/// The least time between the starts of two small transactions.
 const PACE: Duration = Duration::from_millis(20);
-/// A transaction of fewer records is small.
+/// A transaction of fewer records than this is small.
 const SMALL_RECORDS: u64 = 4096;
-/// How often transactions are synced, so that the log may forget what they hold.
+/// How often a transaction is synced, so that the log may remove what it holds.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 
 const WORDS: Words = Words {
     name: "storage",
-    down: "storage does not get on",
-    up: "storage gets on again",
-    late: "storage has not ended by its deadline; what is missing stays in the log",
+    down: "storage is failing",
+    up: "storage has recovered",
+    late: "storage did not finish by its deadline; the log has the rest",
     patient: true,
 };
 
@@ -46,10 +44,10 @@ pub struct Storage {
 /// Why storage could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
-    /// The database: it cannot be opened, or is not one that this Headgate can write.
+    /// The database cannot be opened, or this Headgate cannot write it.
     #[error("storage: {0}")]
     Sink(#[from] SinkError),
-    /// The sink is further than the log: the log has lost records, or is another one.
+    /// The sink is ahead of the log: the log has lost records, or is another one.
     #[error("storage: records.db holds everything up to offset {stored}, but the log ends at {log_end}")]
     LogBehind {
         /// The first offset that is not stored.
@@ -57,12 +55,12 @@ pub enum StorageError {
         /// The first offset that the log does not have.
         log_end: Offset,
     },
-    /// The thread.
+    /// The thread could not be started.
     #[error("storage: {0}")]
     Io(#[from] std::io::Error),
 }
 
-/// Why a round of the thread brought nothing.
+/// Why a round of the thread failed.
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
     #[error(transparent)]
@@ -76,9 +74,9 @@ enum Trouble {
 /// What the thread and those who ask about it share.
 struct Shared {
     cursor: watch::Sender<Offset>,
-    /// The version of the rules about leaked keys that what is stored is in accordance with.
+    /// The version of the rules about leaked keys that the stored records follow.
     withheld: watch::Sender<u64>,
-    /// What is not stored stays in the log, also when the thread has ended.
+    /// Keeps records that are not stored in the log, even after the thread has ended.
     hold: Hold,
 }
 
@@ -86,7 +84,7 @@ impl Storage {
     /// Opens `dir/records.db` and starts the thread that follows the log into it.
     ///
     /// # Errors
-    /// [`StorageError`], when it would be wrong or impossible to store anything.
+    /// [`StorageError`], when storing would be wrong or impossible.
     pub fn start(dir: &Path, config: &config::Storage, log: Arc<dyn Log>) -> Result<Self, StorageError> {
         let path = dir.join(FILE_NAME);
         let sink = SqliteSink::open(&path)?;
@@ -117,32 +115,32 @@ impl Storage {
         *self.shared.cursor.borrow()
     }
 
-    /// Why storage does not get on, while it does not.
+    /// The present error, while storage fails.
     pub fn trouble(&self) -> Option<String> {
         self.control.trouble()
     }
 
-    /// Returns once every record below `offset` is stored. Never, if storage ends before.
+    /// Returns once every record below `offset` is stored; never, if storage ends first.
     pub async fn stored(&self, offset: Offset) {
         // The sender is in `self`, so that waiting does not fail.
         let _ = self.shared.cursor.subscribe().wait_for(|cursor| *cursor >= offset).await;
     }
 
-    /// Returns once what is stored is in accordance with this version of the rules about leaked keys.
-    /// Never, if storage ends before.
+    /// Returns once the stored records follow this version of the rules about leaked keys; never, if storage
+    /// ends first.
     pub async fn reconciled(&self, version: u64) {
         let _ = self.shared.withheld.subscribe().wait_for(|stored| *stored >= version).await;
     }
 
-    /// Stores what is in the log already, within the deadline, and ends the thread. What was not
-    /// stored by then is stored after the next start.
+    /// Stores what the log already has, within the deadline, and ends the thread. The next start stores
+    /// the rest.
     pub async fn stop(&self, deadline: Instant) {
         self.control.stop(deadline).await;
     }
 }
 
 impl Drop for Storage {
-    /// The thread of a storage that nobody stopped ends after its present transaction.
+    /// Ends the thread after its present transaction if nobody has stopped it.
     fn drop(&mut self) {
         self.control.stop_by(Instant::now());
     }
@@ -152,11 +150,11 @@ impl Drop for Storage {
 struct Follower {
     path: PathBuf,
     log: Arc<dyn Log>,
-    /// Absent after an error that leaves its state in doubt.
+    /// `None` after an error that leaves its state in doubt.
     sink: Option<SqliteSink>,
     shared: Arc<Shared>,
     synced_at: Option<Instant>,
-    /// By how much the thread's priority is to be lowered, until it is.
+    /// By how much to lower the thread's priority; `None` once that is done.
     nice: Option<u8>,
 }
 
@@ -193,7 +191,7 @@ impl Consumer for Follower {
         *self.shared.cursor.borrow()
     }
 
-    /// Leaves everything in the one file, if there is time and nobody else reads it.
+    /// Copies the write-ahead log into the one file, if nobody else reads it.
     fn end(self) {
         let Some(mut sink) = self.sink else { return };
         match sink.checkpoint() {
@@ -204,7 +202,7 @@ impl Consumer for Follower {
 }
 
 impl Follower {
-    /// Stores what the log has behind the cursor, as much as goes in one transaction.
+    /// Stores the next records of the log, as many as one transaction takes.
     fn store(&mut self) -> Result<Round, Trouble> {
         let sink = match &mut self.sink {
             Some(sink) => sink,
@@ -351,7 +349,7 @@ mod tests {
                 assert_eq!(storage.cursor(), round * 302, "a stop within its deadline leaves nothing behind");
                 assert!(storage.control.has_ended());
             } else {
-                // Dropped at whatever point it has reached; its thread must be gone before the next.
+                // Dropped at an arbitrary point; its thread must have ended before the next start.
                 let control = storage.control.clone();
                 drop(storage);
                 until("the thread ends", || control.has_ended()).await;
@@ -439,7 +437,7 @@ mod tests {
         let log = open_log(dir.path());
         let storage = start(dir.path(), &log).expect("starts");
         log.begin_retention();
-        // Twice what the log may take: it has to let go of segments, and may only as it is told.
+        // Twice what the log may hold: it must remove segments, and may remove only what is stored.
         for _ in 0..160 {
             append(&log, 1_000).await;
         }
@@ -447,7 +445,7 @@ mod tests {
         assert!(log.first_offset() > 0, "segments have gone");
         assert_eq!(offsets(dir.path()), (0..160_000).collect::<Vec<_>>());
 
-        // A database that was taken away does not bring them back: storage goes on with what is left.
+        // Without its database storage cannot restore them: it continues with what the log has left.
         storage.stop(Instant::now() + DEADLINE).await;
         let empty = tempfile::tempdir().expect("temporary directory");
         let storage = start(empty.path(), &log).expect("starts");

@@ -4,13 +4,13 @@
 use crate::auth::Denied;
 use crate::limits::PRESENTED_KEY_BYTES_MAX;
 
-/// One header that a key may stand in.
+/// The standard header that carries a key.
 pub(super) const AUTHORIZATION: &str = "authorization";
-/// The other.
+/// The alternative header that carries a key.
 pub(super) const X_API_KEY: &str = "x-api-key";
 
-/// What a header presents as a key, if it is one that a key may stand in. A header's name is written in
-/// any case.
+/// The key that a header presents, or `None` for a header that carries no key. Header names are
+/// case-insensitive.
 pub(super) fn key_in<'a>(name: &str, value: &'a [u8]) -> Option<&'a [u8]> {
     if name.eq_ignore_ascii_case(AUTHORIZATION) {
         Some(bearer(value))
@@ -19,12 +19,12 @@ pub(super) fn key_in<'a>(name: &str, value: &'a [u8]) -> Option<&'a [u8]> {
     }
 }
 
-/// The one key among those that headers present. The same key twice is one key; an empty one is what an
-/// unset variable leaves behind, and none.
+/// The one key among those that headers present. The same key twice counts as one. An empty value counts
+/// as no key: an unset shell variable leaves one behind.
 ///
 /// # Errors
-/// [`Denied::NoKey`], [`Denied::Ambiguous`] for two different ones, and [`Denied::Malformed`] for one that
-/// is too long to be looked at.
+/// [`Denied::NoKey`], [`Denied::Ambiguous`] for two different keys, and [`Denied::Malformed`] for a key
+/// over [`PRESENTED_KEY_BYTES_MAX`].
 pub(super) fn one_key<'a>(keys: impl Iterator<Item = &'a [u8]>) -> Result<&'a [u8], Denied> {
     let mut keys = keys.filter(|key| !key.is_empty());
     let key = keys.next().ok_or(Denied::NoKey)?;
@@ -37,7 +37,7 @@ pub(super) fn one_key<'a>(keys: impl Iterator<Item = &'a [u8]>) -> Result<&'a [u
     Ok(key)
 }
 
-/// `KEY` and `Bearer KEY` are both the key; a scheme is written in any case (RFC 9110, 11.1).
+/// `KEY` and `Bearer KEY` are both the key; the scheme is case-insensitive (RFC 9110, 11.1).
 fn bearer(value: &[u8]) -> &[u8] {
     let value = value.trim_ascii();
     match value.split_at_checked(6) {

@@ -1,5 +1,5 @@
 //! A gateway as a member of its cluster: its connection to NATS, the registry that it shares with the other
-//! members, and its place among them.
+//! members, and its presence among them.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -27,16 +27,16 @@ use crate::front::mqtt::Claims;
 use crate::intake::Intake;
 use crate::log::{JetstreamLog, OpenError, SharedPlaces};
 
-/// The pause before another attempt at what NATS was away for.
+/// The pause before a retry while NATS is unreachable.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// The file with what the gateway of a data directory is called in its cluster.
+/// The file with the gateway's name in its cluster.
 pub(super) const NAME_FILE: &str = "node";
 
-/// A gateway that is about to be a member.
+/// A gateway that is joining its cluster.
 pub(super) struct Joining {
     nats: Nats,
-    /// What it waited for last, besides NATS itself.
+    /// What it last waited for, other than NATS itself.
     waits_for: Arc<Mutex<String>>,
 }
 
@@ -44,13 +44,13 @@ impl Joining {
     /// Begins to connect.
     ///
     /// # Errors
-    /// In words for an operator: settings that can never work.
+    /// Settings that can never work, worded for an operator.
     pub(super) async fn begin(config: &Config) -> anyhow::Result<Self> {
         let nats = Nats::connect(&config.nats.connection("headgate cluster")?).await?;
         Ok(Self { nats, waits_for: Arc::new(Mutex::new("the cluster's registry is being read".to_owned())) })
     }
 
-    /// What is waited for.
+    /// What it is waiting for, as `/readyz` reports it.
     pub(super) fn reason(&self) -> Reason {
         let (nats, waits_for) = (self.nats.clone(), self.waits_for.clone());
         Arc::new(move || {
@@ -59,15 +59,15 @@ impl Joining {
         })
     }
 
-    /// Joins the cluster and opens its log. While NATS is away this waits.
+    /// Joins the cluster and opens its log. Waits while NATS is unreachable.
     ///
     /// # Errors
-    /// In words for an operator: settings that can never work, a registry that cannot be read, a stream
+    /// Worded for an operator: settings that can never work, a registry that cannot be read, a stream
     /// that cannot be used.
     pub(super) async fn join(&self, config: &Config) -> anyhow::Result<(Member, JetstreamLog)> {
         let name = name_of(&config.data_dir)?;
         let member = Member::join(&self.nats, config).await?;
-        // A connection of its own, as it has the most to do.
+        // The log has its own connection because it carries the most traffic.
         let nats = Nats::connect(&config.nats.connection("headgate log")?).await?;
         let following = Nats::connect(&config.nats.connection("headgate log, following")?).await?;
         loop {
@@ -82,7 +82,7 @@ impl Joining {
     }
 }
 
-/// What the gateway of a data directory is called, now and after every restart.
+/// The gateway's name in the cluster, kept in its data directory across restarts.
 fn name_of(dir: &Path) -> anyhow::Result<String> {
     let path = dir.join(NAME_FILE);
     match std::fs::read_to_string(&path) {
@@ -103,24 +103,24 @@ fn random_name() -> anyhow::Result<String> {
     Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// A member.
+/// A gateway that has joined its cluster.
 pub(super) struct Member {
     nats: Nats,
-    /// It among the others.
+    /// Makes this gateway known to the other members.
     presence: Arc<Presence>,
     registry: Arc<Registry>,
-    /// Applies what others change; before it runs, what it is to run.
+    /// Applies the other members' changes, once [`Member::follow`] has spawned it.
     follow: Option<Follow>,
     following: Option<JoinHandle<()>>,
 }
 
 impl Member {
-    /// Joins the cluster. While NATS is away this waits.
+    /// Joins the cluster. Waits while NATS is unreachable.
     ///
     /// # Errors
-    /// In words for an operator: settings that can never work, a registry that cannot be read.
+    /// Worded for an operator: settings that can never work, a registry that cannot be read.
     async fn join(nats: &Nats, config: &Config) -> anyhow::Result<Self> {
-        // Another one at each start: nobody waits for the gateway that was here before.
+        // A new id at each start: no member waits for the process that ran here before.
         let id = random_name()?;
         let Joined { registry, presence, follow } =
             Registry::join(nats, config.nats.stream.replicas, &id).await?;
@@ -132,8 +132,8 @@ impl Member {
         &self.registry
     }
 
-    /// Begins to apply what other members change, and returns once whatever was changed before has been: only
-    /// then may anything be let in. While NATS is away this waits.
+    /// Begins to apply other members' changes and returns once all earlier changes are applied: only
+    /// then may the gateway accept messages. Waits while NATS is unreachable.
     ///
     /// # Errors
     /// The registry has failed.
@@ -154,8 +154,8 @@ impl Member {
         }
     }
 
-    /// Sees to it that there is an admin key: a cluster that has none gets one, whose secret goes to `path`.
-    /// While NATS is away this waits.
+    /// Ensures that the cluster has an admin key: if it has none, creates one and writes its secret to
+    /// `path`. Waits while NATS is unreachable.
     ///
     /// # Errors
     /// The file cannot be written, or the registry has failed.
@@ -169,11 +169,11 @@ impl Member {
         }
     }
 
-    /// Where MQTT sessions are kept, what clients are shared with the other members by, and the groups of
-    /// subscribers, whose members are anywhere in the cluster. While NATS is away this waits.
+    /// Opens the store of MQTT sessions, the claims that move clients between members, and the groups of
+    /// subscribers, whose members may be on any gateway. Waits while NATS is unreachable.
     ///
     /// # Errors
-    /// In words for an operator: JetStream cannot keep them.
+    /// JetStream cannot store them; worded for an operator.
     pub(super) async fn sessions(
         &self,
         config: &Config,
@@ -192,7 +192,8 @@ impl Member {
         Ok((store, Claims::new(self.presence.clone(), lookup, lost), groups))
     }
 
-    /// Leaves: the others wait for this member no more. To be called when nothing can come in any more.
+    /// Leaves the cluster: the others no longer wait for this member. Call it only once the gateway accepts
+    /// no more messages.
     pub(super) async fn leave(self) {
         self.presence.leave().await;
         if let Some(following) = self.following {
@@ -210,7 +211,7 @@ fn first_admin_key(registry: &Registry, path: &Path) -> Result<(), RegistryError
     if !matches!(made, Ok(Some(_)))
         && let Some(path) = written
     {
-        // It has become nobody's key. If it stays, that does no harm.
+        // The key was not created, so its secret opens nothing. A leftover file does no harm.
         let _ = std::fs::remove_file(path);
     }
     match made? {
@@ -224,7 +225,7 @@ fn first_admin_key(registry: &Registry, path: &Path) -> Result<(), RegistryError
     Ok(())
 }
 
-/// Writes a secret for its owner alone. What is there already is of a registry that there is no more.
+/// Writes a secret, readable by its owner only. A file already there belongs to a registry that is gone.
 fn write_secret(path: &Path, secret: &ApiKey) -> io::Result<()> {
     let beside = PathBuf::from(format!("{}.new", path.display()));
     let _ = std::fs::remove_file(&beside);

@@ -1,4 +1,4 @@
-//! An admitted draft: on its way into the log, and what is counted and answered when it is there.
+//! An admitted draft: on its way into the log, with what is counted and answered when it is durable.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -17,13 +17,13 @@ use crate::observe::refusals::{Note, Refusals};
 
 use super::Refusal;
 
-/// A draft on its way into the log: resolves when it is durable, or is known not to be kept.
+/// A draft on its way into the log. Resolves when it is durable, or known not to be kept.
 pub struct Admitted {
     pub(super) committed: oneshot::Receiver<Result<Committed, AppendError>>,
     pub(super) started: Instant,
-    /// Per section.
+    /// What each section holds.
     pub(super) records: Vec<Counts>,
-    /// Per section: whose it is.
+    /// The key of each section.
     pub(super) keys: Vec<Arc<Key>>,
     pub(super) client: Option<Arc<Client>>,
     pub(super) received_at: TimeMicros,
@@ -34,9 +34,9 @@ pub struct Admitted {
     pub(super) _room: OwnedSemaphorePermit,
 }
 
-/// What of a section is counted when it is durable.
+/// The numbers of a section that metrics count when it is durable.
 pub(super) struct Counts {
-    /// Messages that are let in, and the bytes of their payloads.
+    /// Messages that are let in, and their payload bytes.
     accepted: (u32, u64),
     /// Messages that go into quarantine.
     quarantined: u32,
@@ -50,7 +50,7 @@ impl Counts {
 }
 
 impl Admitted {
-    /// Tells of the use of a key.
+    /// Reports the use of a key to the registry.
     fn used(&self, came_in: Option<(&Arc<Key>, u64, Offset)>) {
         if let Some((key, messages, offset)) = came_in {
             self.registry.used(key, self.client.as_ref(), self.received_at, Some((messages, offset)));
@@ -60,15 +60,15 @@ impl Admitted {
 
 /// A draft that is durable.
 pub struct Accepted {
-    /// Per origin: what has become of it.
+    /// The outcome for each origin.
     pub outcomes: Vec<Outcome>,
 }
 
-/// A draft of one origin that is durable.
+/// The offsets of a durable draft of one origin.
 pub struct Kept {
-    /// Of its records, or of those that were kept before under its id.
+    /// Offsets of its records, or of those that were kept before under its id.
     pub offsets: Offsets,
-    /// Whether they were kept before.
+    /// Whether these were kept before.
     pub duplicate: bool,
 }
 
@@ -76,11 +76,11 @@ impl Future for Admitted {
     type Output = Result<Accepted, Refusal>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        // A writer that is gone without an answer has ended with the gateway.
+        // A writer that is gone without an answer ended because the gateway is shutting down.
         let committed = ready!(Pin::new(&mut self.committed).poll(cx)).unwrap_or(Err(AppendError::Closed))?;
         self.metrics.commit_seconds.record(self.started.elapsed());
         let (mut records, mut bytes, mut duplicates, mut quarantined) = (0, 0, 0, 0);
-        // Of sections of one key that stand together: how many messages, and the newest's offset.
+        // Consecutive sections of one key are reported together: messages, and the newest offset.
         let mut came_in: Option<(&Arc<Key>, u64, Offset)> = None;
         for ((Counts { accepted: (n, payload_bytes), quarantined: m }, key), outcome) in
             self.records.iter().zip(&self.keys).zip(&committed.outcomes)
@@ -118,7 +118,7 @@ impl Future for Admitted {
     }
 }
 
-/// Exchanges on their way to be released: resolves when that is durable, or is known not to be.
+/// A release of exchanges on its way into the log. Resolves when it is durable, or known not to be.
 pub struct Released(pub(super) oneshot::Receiver<Result<Committed, AppendError>>);
 
 impl Future for Released {

@@ -1,5 +1,5 @@
-//! A draft: the messages of one read of a socket or of one request, checked one by one against key,
-//! limits and schema, and encoded, on their way to the log together.
+//! A draft: the messages of one read of a socket or of one request. Each is checked against key, limits
+//! and schema, and encoded; all of them go to the log together.
 
 use std::sync::Arc;
 
@@ -20,53 +20,53 @@ use super::{Incoming, Intake, Refusal, check_message_id};
 /// A message that goes into quarantine.
 #[derive(Debug, Clone)]
 pub struct Quarantined {
-    /// Which of the draft's origins it is of, as [`Draft::push`] returns it.
+    /// Its origin in the draft, as [`Draft::push`] returns it.
     pub origin: usize,
-    /// Why.
+    /// Why it is in quarantine.
     pub reason: Reason<'static>,
 }
 
-/// What becomes of a message that is in quarantine and sent again.
+/// The outcome for a quarantined message that is sent again.
 #[derive(Debug)]
 pub enum Redriven {
-    /// It is an origin of the draft, the last one so far.
+    /// It is in the draft, as the last origin so far.
     Added,
-    /// It stays where it is: this is what it does not meet.
+    /// It stays in quarantine: it still fails, for this reason.
     Fails(Box<Reason<'static>>),
 }
 
-/// Messages that were checked and encoded, and are not handed to the log yet.
+/// Messages that are checked and encoded, but not handed to the log yet.
 pub struct Draft {
     pub(super) intake: Intake,
     pub(super) transport: Transport,
     pub(super) publisher: u64,
     pub(super) received_at: i64,
-    /// Of all its messages together.
+    /// The id that all its messages share.
     pub(super) message_id: Option<String>,
     pub(super) ends_failed_exchanges: bool,
-    /// What the newest message was held against, and whose it was.
+    /// The schemas that the newest message was checked against, and the datasource that they are of.
     pub(super) validation: Option<(DatasourceId, Validation)>,
     pub(super) client: Option<Arc<Client>>,
     pub(super) sections: Vec<Section>,
-    /// Per section: whose it is.
+    /// The key of each section.
     pub(super) keys: Vec<Arc<Key>>,
-    /// How many of the next messages have been taken from their rates.
+    /// How many of the next messages have been charged to their rates already.
     pub(super) paid: u64,
-    /// The limit that all of them are over, and go into quarantine for.
+    /// The limit that all messages exceed, for which they go into quarantine.
     pub(super) over: Option<Box<Limited>>,
-    /// What the newest messages go by, and whose they were.
+    /// The quota that the newest message was checked against, with its key and datasource.
     pub(super) quota: Option<(KeyId, DatasourceId, Option<Box<Quota>>)>,
 }
 
 impl Draft {
-    /// Says that the client is told of a message that goes into quarantine, and that this ends the
-    /// message's QoS 2 exchange (MQTT 5 section 4.3.3): its packet id may then be another message's.
+    /// Declares that the client is told when a message goes into quarantine, which ends the message's
+    /// QoS 2 exchange (MQTT 5 section 4.3.3): its packet id may be used for another message then.
     pub fn end_failed_exchanges(&mut self) {
         self.ends_failed_exchanges = true;
     }
 
-    /// Gives all the messages of the draft, of which there is none yet, one id together: they are kept
-    /// once, or known by it all of them.
+    /// Gives all messages of the draft one common id, before the first is added: either all of them are
+    /// kept, or all are duplicates.
     ///
     /// # Errors
     /// [`Refusal::MessageId`].
@@ -76,22 +76,22 @@ impl Draft {
         Ok(())
     }
 
-    /// Says who has sent it, for those who look after its key.
+    /// Sets the client that sent it, for the usage of its key.
     pub fn sent_by(&mut self, client: &Arc<Client>) {
         self.client = Some(client.clone());
     }
 
-    /// The next message has waited for its turn, and is not counted against a rate again.
+    /// Marks that the next message has waited for its turn, so that it is not charged to a rate again.
     pub fn is_paid(&mut self) {
         self.paid = 1;
     }
 
-    /// Takes all the messages that the draft is to have, of one key and datasource, from their rates
-    /// together: one more than the burst would never be let in. Returns how far the rate of messages is
-    /// used then, if there is one.
+    /// Charges all messages that the draft will have, of one key and datasource, to their rates at once.
+    /// One by one, a message beyond the burst would never be let in. Returns how much of the message rate
+    /// is used then, if there is one.
     ///
     /// # Errors
-    /// [`Refusal::Limited`]; nothing is taken then.
+    /// [`Refusal::Limited`]; nothing is charged then.
     pub fn pay(
         &mut self,
         grant: &Grant,
@@ -108,8 +108,8 @@ impl Draft {
         Ok(quota.standing())
     }
 
-    /// Checks one message against what its key and datasource are limited to. `paid`: it has been taken
-    /// from their rates already.
+    /// Checks one message against the limits of its key and datasource. `paid`: it was charged to their
+    /// rates already.
     fn meter(
         &mut self,
         grant: &Grant,
@@ -133,13 +133,13 @@ impl Draft {
 
     /// Checks one message against `grant` and adds it. `datasource` is the one that the front's
     /// address names; `None` takes the key's own or, for a `*` key, the topic's first level.
-    /// Returns which of the draft's origins the message is of: an index into
-    /// [`Accepted::outcomes`]. A message with an id or exchange of its own is an origin of its own.
+    /// Returns the origin of the message: an index into [`Accepted::outcomes`]. A message with an id or
+    /// exchange of its own is an origin of its own.
     ///
     /// # Errors
-    /// Every permanent [`Refusal`], and [`Refusal::Limited`]: a message that it holds back is to be pushed
-    /// again after its [`Intake::turn`]. After [`Refusal::Quarantined`], the message is in the draft all
-    /// the same, on its way into quarantine: it may be answered when the draft is durable.
+    /// Every permanent [`Refusal`], and [`Refusal::Limited`]: a message that is held back has to be pushed
+    /// again after its [`Intake::turn`]. After [`Refusal::Quarantined`], the message is in the draft
+    /// nevertheless, on its way into quarantine: it may be answered when the draft is durable.
     pub fn push(
         &mut self,
         grant: &Grant,
@@ -177,6 +177,8 @@ impl Draft {
                     id
                 }
             };
+            // The scope is checked before the datasource is looked up, so that a key without it cannot find
+            // out which datasources exist.
             grant.has(Scope::Ingest)?;
             if holds_key(id) {
                 return Err(NameError::TopicKey.into());
@@ -201,6 +203,8 @@ impl Draft {
         if content_type.len() > CONTENT_TYPE_BYTES_MAX || content_type.chars().any(char::is_control) {
             return Err(Refusal::ContentType);
         }
+        // The rates come after the checks that no waiting helps, so that what those refuse is not charged.
+        // The schema comes last, because it costs most.
         let metered = match &self.over {
             Some(limited) => Err((**limited).clone().into()),
             None => self.meter(grant, datasource, topic, message.payload.len(), paid),
@@ -223,7 +227,7 @@ impl Draft {
         }
     }
 
-    /// The schemas of a datasource. Looked up once for a draft, which is made of one read.
+    /// The schemas of a datasource. Looked up once per draft while the datasource stays the same.
     fn validation(&mut self, datasource: &DatasourceId) -> &Validation {
         let known = self.validation.take().filter(|(of, _)| of == datasource);
         let (_, validation) = self.validation.insert(known.unwrap_or_else(|| {
@@ -234,7 +238,7 @@ impl Draft {
         validation
     }
 
-    /// Adds a message that was checked, but for what a schema says, to what goes into quarantine.
+    /// Adds a message for quarantine: it failed its schema or a limit, and passed the checks before those.
     #[cold]
     fn quarantine(
         &mut self,
@@ -256,11 +260,11 @@ impl Draft {
         Ok(Refusal::Quarantined(Box::new(Quarantined { origin, reason })))
     }
 
-    /// Adds a message that is in quarantine, to be let in if it meets its schema now; `grant` is of who
-    /// asks for it. It becomes a record of the key, transport and client that it came from, received
-    /// now; its note and its MQTT 5 user properties `redriven-from` and `first-received-at` say where it
-    /// was and since when. It is not retained, as what came after it may be. However often it is sent,
-    /// it is kept once: it has an id that no client can give.
+    /// Adds a message from quarantine if it meets its schema now; `grant` belongs to the admin who asks.
+    /// It becomes a record of its original key, transport and client, received now. Its note and its
+    /// MQTT 5 user properties `redriven-from` and `first-received-at` say where it was and since when. It
+    /// is not retained, because a newer message may be. However often it is sent, it is kept once: it has
+    /// an id that no client can choose.
     ///
     /// # Errors
     /// [`Refusal::Denied`].
@@ -303,7 +307,7 @@ impl Draft {
         Ok(Redriven::Added)
     }
 
-    /// Leaves out all but what goes into quarantine.
+    /// Drops every message that does not go into quarantine.
     pub fn keep_quarantined_only(&mut self) {
         let is_quarantined = |section: &Section| section.quarantined().0 > 0;
         let mut sections = self.sections.iter();
@@ -311,7 +315,7 @@ impl Draft {
         self.sections.retain(is_quarantined);
     }
 
-    /// The section that a message belongs to. What goes into quarantine has sections of its own.
+    /// The section that a message belongs to. Quarantined messages have sections of their own.
     fn section_for(
         &mut self,
         grant: &Grant,
@@ -326,13 +330,13 @@ impl Draft {
         }
     }
 
-    /// The section for records of this origin. Only the newest few are looked at: most connections
-    /// have one origin, and a further section costs little.
+    /// The section for records of this origin. Only the newest few sections are searched: most connections
+    /// have one origin, and one more section costs little.
     fn section(&mut self, grant: &Grant, datasource: &DatasourceId, quarantined: bool) -> usize {
         let key_id = grant.key_id();
-        // The draft's id is for what is let in: the client may send it again when it is mended.
+        // Quarantined messages do not use up the draft's id: the client may send it again, corrected.
         let once_for_all = self.message_id.as_deref().filter(|_| !quarantined);
-        // What is kept once is judged as a whole, and takes nothing else in.
+        // A section with an id is kept or dropped as a whole, so it takes no other message.
         let takes_more =
             |s: &Section| (once_for_all.is_some() || !s.is_once()) && (s.quarantined().0 > 0) == quarantined;
         let same = |s: &Section| s.key_id == key_id && s.datasource == *datasource && takes_more(s);
@@ -375,8 +379,7 @@ impl Draft {
         Section::new(datasource.clone(), key_id, lease, transport, publisher, received_at)
     }
 
-    /// Makes room for about `bytes` of messages of one origin, to be called before the first is
-    /// added.
+    /// Reserves room for about `bytes` of messages of one origin in the newest section.
     pub fn reserve(&mut self, bytes: usize) {
         if let Some(section) = self.sections.last_mut().filter(|section| !section.is_once()) {
             section.reserve(bytes);

@@ -1,10 +1,9 @@
-//! The one door: every front hands it what it has read, and nothing gets into the log any other
-//! way.
+//! Intake: every front hands its messages to it, and there is no other way into the log.
 //!
-//! A front gathers the messages of one read in a [`Draft`]; each is checked against the grant of
-//! the key that came with it as it is added. [`Intake::admit`] waits until there is room, hands the
-//! draft to the log, and gives back an [`Admitted`], which resolves when the log has made it
-//! durable: only then may a front say yes. The front may go on reading meanwhile.
+//! A front gathers the messages of one read in a [`Draft`], which checks each against the grant of its
+//! key as it is added. [`Intake::admit`] waits until there is room, hands the draft to the log, and
+//! returns an [`Admitted`], which resolves when the log has made it durable: only then may a front
+//! acknowledge. The front may go on reading meanwhile.
 
 mod admitted;
 mod draft;
@@ -35,10 +34,10 @@ pub use draft::{Draft, Quarantined, Redriven};
 pub use incoming::{Exchange, Incoming, check_message_id};
 pub use refusal::Refusal;
 
-/// How often a gateway that was without its cluster looks whether it has caught up.
+/// How often a gateway that was cut off from its cluster checks whether it has caught up.
 const BEHIND_LOOK: Duration = Duration::from_millis(10);
 
-/// The door. Cheap to clone.
+/// The one way into the log. Cheap to clone.
 #[derive(Clone)]
 pub struct Intake(Arc<Door>);
 
@@ -48,14 +47,14 @@ struct Door {
     refusals: Arc<Refusals>,
     metrics: Arc<Metrics>,
     limits: config::Intake,
-    /// A permit per byte that may be on its way into the log.
+    /// A permit for each byte that may be on its way into the log.
     room: Arc<Semaphore>,
-    /// Ends the connections of dead keys that others have.
+    /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
     closer: OnceLock<Closer>,
 }
 
 impl Intake {
-    /// The door in front of `log`.
+    /// An intake that appends to `log`.
     pub fn new(
         authorizer: Authorizer,
         log: Arc<dyn Log>,
@@ -68,27 +67,27 @@ impl Intake {
         Self(Arc::new(Door { authorizer, log, refusals, metrics, limits: limits.clone(), room, closer }))
     }
 
-    /// Where everything that is refused is reported.
+    /// Where every refusal is reported.
     pub fn refusals(&self) -> &Arc<Refusals> {
         &self.0.refusals
     }
 
-    /// Who may.
+    /// The authorizer.
     pub fn authorizer(&self) -> &Authorizer {
         &self.0.authorizer
     }
 
-    /// What is counted.
+    /// The metrics.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.0.metrics
     }
 
-    /// What is let in, besides the key.
+    /// The configured limits on messages.
     pub fn limits(&self) -> &config::Intake {
         &self.0.limits
     }
 
-    /// An empty draft for messages that came in at one moment: one read of a socket, one request.
+    /// An empty draft for messages received at one moment: one read of a socket, or one request.
     /// `publisher` is a hash of the client that sent them, or 0 if it is not known.
     pub fn draft(&self, transport: Transport, publisher: u64) -> Draft {
         let intake = self.clone();
@@ -110,8 +109,8 @@ impl Intake {
         }
     }
 
-    /// Waits until a message that is held back may go on, for as long as clients are held back.
-    /// `true`: what it takes is taken, see [`Draft::is_paid`].
+    /// Waits until a message that is held back may go on, for `intake.hold_back_ms_max` at most. `true`:
+    /// it was charged to its rates already, see [`Draft::is_paid`].
     ///
     /// # Errors
     /// [`Refusal::Limited`] if that takes too long.
@@ -121,7 +120,7 @@ impl Intake {
         Ok(limited.turn(patience).await?)
     }
 
-    /// What messages of the key in the datasource go by; `None` when neither is limited.
+    /// The quota for messages of the key in the datasource; `None` when neither is limited.
     fn quota(&self, grant: &Grant, datasource: &DatasourceId) -> Option<Quota> {
         let key = grant.key();
         let of_key = meters(&key.limits, || Owner::Key(key.id));
@@ -132,8 +131,8 @@ impl Intake {
         Quota::new(of_key, of_datasource.flatten())
     }
 
-    /// Checks whether the key may have as many connections as it has with the one that has just been
-    /// entered, and its datasource too. Connections of keys for all datasources count for none.
+    /// Checks the connection limits of the key and of its datasource, after a connection was entered.
+    /// Connections of keys for all datasources count for no datasource.
     ///
     /// # Errors
     /// [`Refusal::Limited`].
@@ -147,8 +146,8 @@ impl Intake {
         Ok(quota.check_connections(of_key, of_datasource)?)
     }
 
-    /// Hands a draft to the log as soon as there is room for it. MQTT clients are held back while
-    /// there is none; the others, which are told when to come again, for a second at most.
+    /// Hands a draft to the log as soon as there is room for it. While there is none, MQTT clients are
+    /// held back; the others wait for a second at most, and are then told when to come again.
     ///
     /// # Errors
     /// [`Refusal::Busy`] if there is no room for `intake.hold_back_ms_max`; [`AppendError::Away`] if this
@@ -175,7 +174,7 @@ impl Intake {
         }
     }
 
-    /// Whether a key may be dead of which that is not known here.
+    /// Whether a key may have died without this gateway knowing it yet.
     fn may_be_behind(&self) -> bool {
         self.0.authorizer.registry().may_be_behind()
     }
@@ -213,24 +212,24 @@ impl Intake {
         }
     }
 
-    /// Ends QoS 2 exchanges: what resolves `Ok` is durable, and a message that opens one of them again
-    /// is a new one. Meanwhile the client is held back as by [`Intake::admit`].
+    /// Releases QoS 2 exchanges. Once it resolves `Ok`, the release is durable, and a message that opens
+    /// one of them again is a new message. The client is held back meanwhile, as in [`Intake::admit`].
     pub fn release(&self, exchanges: &[Exchange]) -> Released {
         let ids = exchanges.iter().map(|exchange| exchange.id()).collect();
         Released(self.0.log.release(ids, Instant::now() + self.hold_back(Transport::Mqtt)))
     }
 
-    /// A draft larger than all the room there is goes in alone.
+    /// The permits for a draft. One that is larger than all the room takes every permit and goes alone.
     fn permits(&self, draft: &Draft) -> u32 {
         let weight: usize = draft.sections.iter().map(Section::weight).sum();
         u32::try_from(weight.min(self.0.limits.in_flight_bytes_max)).unwrap_or(u32::MAX)
     }
 
-    /// Admits a draft and waits until it is durable. `Ok` has the offsets of its records, which
-    /// have to be of one origin; `None` for a draft without messages.
+    /// Admits a draft and waits until it is durable. `Ok` has the offsets of its records, which must be of
+    /// one origin; `None` for a draft without messages.
     ///
     /// # Errors
-    /// Every transient [`Refusal`], and [`Denied::Revoked`] if the key died on the way.
+    /// Every transient [`Refusal`], and [`Denied::Revoked`] if the key died meanwhile.
     pub async fn submit(&self, draft: Draft) -> Result<Option<Kept>, Refusal> {
         if draft.sections.iter().all(|section| section.records() == 0) {
             return Ok(None);
@@ -243,18 +242,18 @@ impl Intake {
         }
     }
 
-    /// Has `closer` end the connections of dead keys that are not among a key's own. To be called once,
-    /// before the first key dies.
+    /// Sets what closes connections of dead keys that the registry does not count. Call it once, before
+    /// the first key dies.
     pub fn close_also_by(&self, closer: Closer) {
         let _ = self.0.closer.set(closer);
     }
 
-    /// Waits until nothing more can come in under these dead keys and their connections are gone,
-    /// the latter for [`REVOCATION_WAIT_MAX`] at most. `called` is when they were to end: from then on
-    /// the time is taken that it took.
+    /// Waits until nothing more can come in under these dead keys, and until their connections are closed,
+    /// the latter for [`REVOCATION_WAIT_MAX`] at most. `called` is when their end was requested; the
+    /// metric of revocation times counts from there.
     pub async fn settle(&self, dead: &[Arc<Key>], called: Instant) {
         let gone = async {
-            // Those first that have to be told: it takes a while.
+            // The closer comes first, because it takes longest.
             if let Some(closer) = self.0.closer.get() {
                 closer(dead).await;
             }
@@ -273,7 +272,7 @@ impl Intake {
         }
     }
 
-    /// How long a client of `transport` waits for what passes by itself.
+    /// How long a client of `transport` is held back for a transient cause.
     fn hold_back(&self, transport: Transport) -> Duration {
         match transport {
             Transport::Mqtt => Duration::from_millis(self.0.limits.hold_back_ms_max),
@@ -281,13 +280,13 @@ impl Intake {
         }
     }
 
-    /// What is said to one message too many, where a client cannot be held back.
+    /// The refusal for a draft without room, where a client cannot be held back.
     pub fn busy(&self) -> Refusal {
         Refusal::Busy { in_flight_bytes_max: self.0.limits.in_flight_bytes_max, retry_after: RETRY_AFTER }
     }
 }
 
-/// The meters of an owner that is limited, which stand beside its limits.
+/// The meters of an owner, which are kept beside its limits; `None` if it has no limits.
 pub fn meters(limits: &Setting, owner: impl FnOnce() -> Owner) -> Option<Arc<Meters>> {
     limits.is_set().then(|| limits.made(|text| Meters::read(owner(), text)))
 }

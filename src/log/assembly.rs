@@ -1,5 +1,5 @@
-//! An assembly: one batch as it is put together out of what waits for the writer. It decides, section
-//! by section, what goes in at which offset, what was kept before, and what belongs to a dead key.
+//! An assembly: one batch while it is put together from the waiting submissions. It decides, section
+//! by section, which offset it gets, whether it was kept before, and whether its key is dead.
 
 use std::collections::HashMap;
 
@@ -12,17 +12,17 @@ use super::writer::Submission;
 use crate::limits::CLOCK_SKEW_MICROS_MAX;
 use crate::message::{Offset, TimeMicros};
 
-/// What of a batch is known while it is put together.
+/// A batch while it is put together.
 pub(super) struct Assembly<'a> {
     window: &'a Window,
-    /// Ids of this batch: what entered with it, `None` for what it releases. The window learns of
-    /// them when the batch is durable.
+    /// Ids of this batch: what it keeps under each, `None` for a released one. The window learns of
+    /// them only when the batch is durable.
     ids: HashMap<OnceId, Option<Earlier>>,
     releases: Vec<u8>,
     first_offset: Offset,
     next_offset: Offset,
     time_max: TimeMicros,
-    /// About how many bytes its sections take.
+    /// The approximate size of its sections, in bytes.
     weight: usize,
     /// How many sections are in it.
     sections: u32,
@@ -32,7 +32,7 @@ pub(super) struct Assembly<'a> {
 
 /// A batch that is ready to be written.
 pub(super) struct Assembled {
-    /// Room for a frame's header, and behind it what is kept.
+    /// Room for a frame's header, then the body.
     pub(super) frame: Vec<u8>,
     pub(super) records: u32,
     /// The newest `received_at` in it and before it.
@@ -41,14 +41,14 @@ pub(super) struct Assembled {
     pub(super) has_retained: bool,
     /// Whether one of its records has a note.
     pub(super) has_notes: bool,
-    /// Whether something becomes of an id with it.
+    /// Whether it keeps or releases an id.
     pub(super) has_ids: bool,
-    /// What it releases, as [`Once`](super::once::Once) has it.
+    /// The releases, encoded for [`Once`](super::once::Once).
     pub(super) releases: Vec<u8>,
 }
 
 impl Assembled {
-    /// What a clean shutdown writes: no records, and what time it is for the window.
+    /// The batch of a clean shutdown: no records, only the time for the window.
     pub(super) fn seal(time_max: TimeMicros) -> Self {
         let mut frame = vec![0; FRAME_HEADER_BYTES];
         put_body(&[], &mut frame);
@@ -74,7 +74,7 @@ impl<'a> Assembly<'a> {
         }
     }
 
-    /// Takes in what is to be kept of a submission, and says what becomes of each of its sections.
+    /// Adds a submission, and returns the outcome of each of its sections.
     pub(super) fn take(&mut self, submission: &mut Submission) -> Vec<Outcome> {
         let outcomes = submission.sections.iter_mut().map(|section| self.place(section)).collect();
         for id in &submission.releases {
@@ -86,7 +86,7 @@ impl<'a> Assembly<'a> {
         outcomes
     }
 
-    /// Gives a section its offset, if it is to be kept.
+    /// Gives a section its offset, unless its key is dead or it is a duplicate.
     fn place(&mut self, section: &mut Section) -> Outcome {
         if section.records() == 0 || !section.lease.holds() {
             return Outcome::KeyDead;
@@ -116,7 +116,7 @@ impl<'a> Assembly<'a> {
         }
     }
 
-    /// The batch, of the sections that were given an offset; `None` if there is nothing in it.
+    /// Builds the batch from the sections that were given an offset; `None` if there is nothing in it.
     pub(super) fn finish(self, kept: &[&Section]) -> Option<Assembled> {
         if kept.is_empty() && self.releases.is_empty() {
             return None;

@@ -1,4 +1,4 @@
-//! Records on their way out of the log. A [`Batch`] is what one commit holds: the heads of its sections, then the
+//! Records as consumers read them. A [`Batch`] holds one commit: the heads of its sections, then the
 //! records of all of them. A consumer that wants one datasource reads the heads and skips the rest.
 
 use bytes::Bytes;
@@ -26,7 +26,7 @@ impl Batch {
         Self { version: Version::NEWEST, flags, first_offset, records, body }
     }
 
-    /// A batch of what these sections hold.
+    /// A batch of the records of these sections.
     pub(super) fn gather(first_offset: Offset, sections: &[Section]) -> Self {
         let mut flags = FrameFlags::default();
         if sections.iter().any(Section::has_retained) {
@@ -41,13 +41,13 @@ impl Batch {
         Self::encoded(flags, first_offset, records, body.into())
     }
 
-    /// A batch without records, which says that there are none from wherever its reader is up to an offset.
+    /// A batch without records. It tells a reader that there are none below `offset`.
     pub(super) fn nothing_below(offset: Offset) -> Self {
         Self::gather(offset, &[])
     }
 
-    /// A batch whose body comes from a disk: every length in it is checked, so that reading its
-    /// records cannot fail later. `None` if it is not a body that was written here.
+    /// A batch whose body comes from a disk. Checks every length in it, so that reading its
+    /// records cannot fail later. `None` if Headgate did not write this body.
     pub(super) fn check(
         version: Version,
         flags: FrameFlags,
@@ -91,27 +91,27 @@ impl Batch {
         self.first_offset + u64::from(self.records)
     }
 
-    /// Whether one of its records may be one to retain; a consumer of those may pass over the others.
+    /// Whether one of its records may be retained; a consumer of retained records may skip other batches.
     pub fn has_retained(&self) -> bool {
         self.flags.contains(FrameFlags::RETAINED)
     }
 
-    /// Whether one of its records may have a note; a consumer of those may pass over the others.
+    /// Whether one of its records may have a note; a consumer of notes may skip other batches.
     pub fn has_notes(&self) -> bool {
         self.flags.contains(FrameFlags::NOTED)
     }
 
-    /// What it takes in memory, in bytes.
+    /// Its size in memory, in bytes.
     pub fn weight(&self) -> usize {
         self.body.len()
     }
 
-    /// Its records, in order, those in quarantine among them.
+    /// Its records, in order, including those in quarantine.
     pub fn records(&self) -> Records<'_> {
         Records { sections: self.heads(), current: None, offset: self.first_offset }
     }
 
-    /// Its sections, in order. What a consumer does not want is passed over without being decoded.
+    /// Its sections, in order. A consumer skips a section without decoding its records.
     pub fn sections(&self) -> impl Iterator<Item = SectionRef<'_>> {
         let mut sections = self.heads();
         let mut first_offset = self.first_offset;
@@ -133,7 +133,7 @@ impl Batch {
         section.topics().map(|(_, place)| place).find(|place| place.offset == offset)
     }
 
-    /// What has become of ids with this batch, if anything has.
+    /// The ids that this batch keeps and releases, if it has a once part.
     pub(super) fn once(&self) -> Option<Once<'_>> {
         self.flags.contains(FrameFlags::ONCE).then(|| {
             let mut sections = self.heads();
@@ -153,7 +153,7 @@ impl Batch {
         Sections::of(self.version, &self.body).expect(CHECKED)
     }
 
-    /// Where `rest`, a part of the body up to its end or another part's beginning, begins.
+    /// The position in the body where `rest`, a slice of it, begins.
     fn position(&self, rest: &[u8]) -> u32 {
         let position = rest.as_ptr() as usize - self.body.as_ptr() as usize;
         u32::try_from(position).expect("a commit is far below 4 GiB")
@@ -172,7 +172,7 @@ pub struct SectionRef<'a> {
 }
 
 impl<'a> SectionRef<'a> {
-    /// Whose records they are.
+    /// The datasource of its records.
     pub fn datasource(&self) -> &'a str {
         self.head.datasource
     }
@@ -192,7 +192,7 @@ impl<'a> SectionRef<'a> {
         self.head.records
     }
 
-    /// The ids that it is kept once under.
+    /// The ids under which it is kept once.
     pub(super) fn once(&self) -> impl Iterator<Item = OnceId> + use<'a> {
         OnceId::all_in(self.head.once)
     }
@@ -211,7 +211,7 @@ impl<'a> SectionRef<'a> {
     }
 }
 
-/// Where in a [`Batch`] a record is.
+/// The place of a record in a [`Batch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     /// Its offset.
@@ -220,7 +220,7 @@ pub struct Place {
     record_at: u32,
 }
 
-/// Reads single records of a [`Batch`]. Consecutive ones of one section share the work for its head.
+/// Reads single records of a [`Batch`]. Consecutive reads in one section decode its head once.
 pub struct Reader<'a> {
     batch: &'a Batch,
     head: Option<(u32, SectionHead<'a>)>,
@@ -241,12 +241,12 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The sections of a body, one after the other: heads and records advance together.
+/// Iterates over the sections of a body: heads and records advance together.
 struct Sections<'a> {
     version: Version,
     left: usize,
     heads: &'a [u8],
-    /// The records of the sections that are left, and what is behind them.
+    /// The records of the remaining sections, then the once part if there is one.
     records: &'a [u8],
 }
 

@@ -26,17 +26,17 @@ use crate::message::{Offset, TimeMicros};
 /// The segments of a log, by their first offsets.
 pub(super) type Segments = BTreeMap<Offset, Arc<Segment>>;
 
-/// The log in files. The writer ends with it, or with [`Log::close`].
+/// The log in files. Dropping it, or [`Log::close`], ends the writer.
 pub struct EmbeddedLog {
     shared: Arc<Shared>,
     closer: Arc<Closer>,
 }
 
-/// What the writer and the readers have in common.
+/// The state that the writer and the readers share.
 pub(super) struct Shared {
     pub(super) queue: Queue,
     pub(super) tail: Tail,
-    /// Told of each batch when it is durable, before those who wait for it are.
+    /// Called with each durable batch, before its submissions are answered.
     pub(super) listener: OnceLock<Listener>,
     /// The first write that failed for good.
     pub(super) failure: OnceLock<Arc<str>>,
@@ -44,7 +44,7 @@ pub(super) struct Shared {
     pub(super) holds: Holds,
     trouble: Mutex<Option<String>>,
     accept_corruption: bool,
-    /// First offsets of the damaged places that were reported, so that each is reported once.
+    /// First offsets of the damaged places reported so far, so that each is reported once.
     reported: Mutex<BTreeSet<Offset>>,
     lost_records: AtomicU64,
     evicted_ids: Arc<AtomicU64>,
@@ -68,12 +68,12 @@ impl Shared {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Returns what it was before.
+    /// Sets the trouble and returns the previous one.
     pub(super) fn set_trouble(&self, trouble: Option<String>) -> Option<String> {
         std::mem::replace(&mut *self.trouble.lock().unwrap_or_else(PoisonError::into_inner), trouble)
     }
 
-    /// Says, once, that records are lost and that the log goes on without them.
+    /// Reports a gap, once: its records are lost and the log goes on without them.
     fn report(&self, gap: &Gap) {
         if self.reported.lock().unwrap_or_else(PoisonError::into_inner).insert(gap.from) {
             let lost = gap.to - gap.from;
@@ -83,7 +83,7 @@ impl Shared {
     }
 }
 
-/// Held by the writer's thread: whatever ends it, nobody is left waiting for an answer.
+/// A drop guard in the writer's thread: however the thread ends, every caller gets an answer.
 struct Ended(Arc<Shared>);
 
 impl Drop for Ended {
@@ -96,7 +96,7 @@ impl Drop for Ended {
     }
 }
 
-/// Ends the writer when the log goes.
+/// Ends the writer when the log is dropped.
 struct Closer {
     shared: Arc<Shared>,
     writer: Mutex<Option<std::thread::JoinHandle<()>>>,
@@ -119,12 +119,12 @@ impl Drop for Closer {
 }
 
 impl EmbeddedLog {
-    /// Opens or creates the log in `dir/log`, after reading through its newest part. `dedup` says how
-    /// long, and how many, message ids are known.
+    /// Opens or creates the log in `dir/log`, and verifies its newest part. `dedup` bounds how long, and
+    /// how many, message ids stay known.
     ///
     /// # Errors
-    /// [`OpenError::Corrupt`] for damage with whole records behind it, or a format that is not
-    /// known; [`OpenError::Io`] for the file system's.
+    /// [`OpenError::Corrupt`] for damage with whole records behind it, or an unknown format;
+    /// [`OpenError::Io`] for an error of the file system.
     pub fn open(dir: &Path, config: &config::Log, dedup: &config::Intake) -> Result<Self, OpenError> {
         Self::open_on(Box::new(FileSystem), dir, config, dedup)
     }
@@ -148,7 +148,7 @@ impl EmbeddedLog {
         let mut window = Window::new(dedup, config);
         window.recover(segments.values()).map_err(open_error)?;
         let mut current = segments.last_entry().expect("one was made if there was none").get().clone();
-        // Only now: a log that is refused is left as it was found.
+        // Only now does opening change files: a refused log stays as it was found.
         current.cut()?;
         if !current.is_newest_version() {
             let next_offset = recovered.next_offset;
@@ -193,7 +193,7 @@ impl EmbeddedLog {
         Ok(Self { shared, closer })
     }
 
-    /// Records that were lost to damage and passed over because `log.accept_corruption` says so.
+    /// Records lost to damage and skipped because `log.accept_corruption` allows it.
     pub fn lost_records(&self) -> u64 {
         self.shared.lost_records.load(Ordering::Relaxed)
     }
@@ -222,7 +222,7 @@ impl EmbeddedLog {
             if !batches.is_empty() || end >= durable {
                 return Ok(batches);
             }
-            // The segment ends before `wanted`: its successor begins there, or records are missing.
+            // The segment ends before `wanted`: either the next one begins there, or records are missing.
             match next_segment {
                 Some(next) if next == end => wanted = next,
                 Some(next) => {
@@ -235,7 +235,7 @@ impl EmbeddedLog {
         }
     }
 
-    /// Reads what `segment` has from `wanted` on. Returns the offset behind what it saw.
+    /// Reads the batches of `segment` from `wanted` on. Returns the offset behind the last frame it read.
     fn read_segment(
         &self,
         segment: &Segment,
@@ -254,13 +254,13 @@ impl EmbeddedLog {
                 Ok((header, batch)) => {
                     offset = header.next_offset();
                     position += header.frame_bytes();
-                    // A frame without records is not counted: the read would end before `wanted`.
+                    // Frames without records do not count, or the read could end before `wanted`.
                     if header.records > 0 && offset > wanted {
                         bytes += batch.weight();
                         batches.push(batch);
                     }
                 }
-                // What is whole is delivered first; the next read begins at the damage.
+                // Whole batches are delivered first; the next read begins at the damage.
                 Err(FrameError::Damaged { .. }) if !batches.is_empty() => break,
                 Err(damage @ FrameError::Damaged { .. }) => {
                     let whole = segment.next_whole(position + 1, offset).map_err(|e| self.read_error(&e))?;
@@ -293,7 +293,7 @@ impl Log for EmbeddedLog {
         &self.shared.withheld
     }
 
-    /// Sections of one call stay together, in one batch.
+    /// All sections of one call go into one batch.
     fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> Committing {
         self.submit(sections, Vec::new(), give_up_at)
     }
@@ -302,9 +302,9 @@ impl Log for EmbeddedLog {
         self.submit(Vec::new(), ids, give_up_at)
     }
 
-    /// Returns when the writer has looked at the leases of everything that was appended before.
+    /// Returns when the writer has checked the leases of all earlier appends.
     fn barrier(&self) -> Task<'_, ()> {
-        // Whatever the answer, it comes after what was queued before.
+        // Any answer to an empty append comes after everything queued before it.
         let passed = self.append(Vec::new(), Instant::now());
         Box::pin(async { drop(passed.await) })
     }
@@ -332,7 +332,7 @@ impl Log for EmbeddedLog {
         self.shared.tail.read(from, bytes_max)
     }
 
-    /// On the writer's thread.
+    /// Runs the listener on the writer's thread.
     fn listen(&self, listener: Listener) {
         let _ = self.shared.listener.set(listener);
     }
@@ -376,7 +376,7 @@ impl Log for EmbeddedLog {
 
     fn close(&self) -> Task<'_, ()> {
         let closer = self.closer.clone();
-        // The writer ends by itself; a runtime that is shutting down need not wait for it.
+        // The writer ends by itself, so a runtime that shuts down need not wait for it.
         Box::pin(async { drop(tokio::task::spawn_blocking(move || closer.close()).await) })
     }
 }

@@ -1,17 +1,17 @@
-//! A frame: what one commit adds to a segment, a header and a body. The body is a
-//! [`Batch`](super::batch::Batch)'s; the module docs of [`crate::log`] have both byte by byte.
+//! A frame: what one commit adds to a segment, a header and the body of a
+//! [`Batch`](super::batch::Batch). The module docs of [`crate::log`] have both byte by byte.
 
 use crate::limits::IN_FLIGHT_BYTES_MAX;
 use crate::message::{Offset, TimeMicros};
 
 /// Bytes of a frame's header.
 pub(super) const FRAME_HEADER_BYTES: usize = 36;
-/// What every frame begins with, in every version.
+/// The first bytes of every frame, in every version.
 pub(super) const FRAME_MAGIC: [u8; 4] = *b"HGf1";
-/// A body that claims more was not written by this log.
+/// This log writes no larger body: a header that claims more is not a frame's.
 const BODY_BYTES_MAX: usize = 2 * IN_FLIGHT_BYTES_MAX + (1 << 20);
 
-/// A version of the format. Each segment has its own.
+/// A version of the format on disk. Each segment has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Version {
     V1 = 1,
@@ -19,7 +19,7 @@ pub(super) enum Version {
 }
 
 impl Version {
-    /// The one that is written.
+    /// The version of new segments.
     pub(super) const NEWEST: Version = Version::V2;
 
     pub(super) fn from_bytes(bytes: [u8; 2]) -> Option<Self> {
@@ -42,7 +42,7 @@ impl FrameFlags {
     pub(super) const ONCE: FrameFlags = FrameFlags(2);
     /// A record has a note.
     pub(super) const NOTED: FrameFlags = FrameFlags(4);
-    /// All that there are.
+    /// All flags of this version.
     const KNOWN: FrameFlags = Self::RETAINED.with(Self::ONCE).with(Self::NOTED);
 
     pub(super) const fn with(self, other: FrameFlags) -> Self {
@@ -58,17 +58,17 @@ impl FrameFlags {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FrameHeader {
     pub(super) body_bytes: u32,
-    /// Of the whole frame, see [`frame_crc`].
+    /// The checksum of the whole frame, see [`frame_crc`].
     pub(super) crc: u32,
     pub(super) records: u32,
     pub(super) first_offset: Offset,
-    /// The newest `received_at` up to here.
+    /// The newest `received_at` of this and all earlier frames.
     pub(super) time_max: TimeMicros,
     flags: FrameFlags,
 }
 
 impl FrameHeader {
-    /// Reads a header. `None` if the bytes are not the beginning of one, or too few.
+    /// Reads a header. `None` if the bytes are too few or not a header.
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; FRAME_HEADER_BYTES] = bytes.get(..FRAME_HEADER_BYTES)?.try_into().ok()?;
         let (magic, rest) = bytes.split_first_chunk::<4>()?;
@@ -103,17 +103,17 @@ impl FrameHeader {
         self.flags.contains(FrameFlags::ONCE)
     }
 
-    /// What the frame holds; `None` if that is more than this code knows of.
+    /// What the frame holds; `None` if a flag is unknown in this version.
     pub(super) fn flags(&self, version: Version) -> Option<FrameFlags> {
         match version {
-            // It does not say which records are to be retained: any may be.
+            // Version 1 does not say whether a frame has retained records: any frame may.
             Version::V1 => (self.flags == FrameFlags::default()).then_some(FrameFlags::RETAINED),
             Version::V2 => FrameFlags::KNOWN.contains(self.flags).then_some(self.flags),
         }
     }
 }
 
-/// Fills in the header of `frame`, whose body stands behind room for it.
+/// Fills in the header of `frame`, which has room for it before the body.
 pub(super) fn seal_frame(
     frame: &mut [u8],
     flags: FrameFlags,
@@ -132,7 +132,7 @@ pub(super) fn seal_frame(
     frame[8..12].copy_from_slice(&crc.to_le_bytes());
 }
 
-/// The checksum of a whole frame: everything but the checksum's own field.
+/// The checksum of a whole frame, without the checksum field itself.
 pub(super) fn frame_crc(frame: &[u8]) -> u32 {
     let mut crc = crc32fast::Hasher::new();
     crc.update(&frame[..8]);

@@ -1,10 +1,9 @@
-//! A note: what the gateway wrote down about a record beside what its sender gave. It stands behind
-//! the record in the log, so that a message and the reason why it is in quarantine are durable in the
-//! same write.
+//! A note: what the gateway adds to a record beside what its sender gave. The log stores it behind
+//! the record, so that one write makes both a message and the reason of its quarantine durable.
 //!
-//! Which records have one is said by their flags, [`RecordFlags::QUARANTINED`] and
-//! [`RecordFlags::REDRIVEN`]. On disk a note is postcard: the number of its kind, then its fields in
-//! their order here. Kinds may be added at the end and nothing else may change.
+//! The flags [`RecordFlags::QUARANTINED`] and [`RecordFlags::REDRIVEN`] mark a record with a note.
+//! On disk a note is postcard: the number of its kind, then its fields in the order below. Kinds may
+//! be added at the end; nothing else may change.
 
 use std::borrow::Cow;
 
@@ -13,17 +12,17 @@ use serde::{Deserialize, Serialize};
 use super::record::put;
 use crate::message::{Offset, RecordFlags, TimeMicros};
 
-/// What the gateway wrote down about a record.
+/// What the gateway adds to a record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Note<'a> {
     /// Why it is in quarantine.
     #[serde(borrow)]
     Quarantined(Reason<'a>),
-    /// It was in quarantine, and was sent through intake again.
+    /// It was in quarantine, and went through intake again.
     Redriven {
-        /// Where in the log it is as it was first sent.
+        /// The offset of the original record.
         offset: Offset,
-        /// When it was first received.
+        /// When the original was received.
         received_at: TimeMicros,
     },
 }
@@ -31,45 +30,44 @@ pub enum Note<'a> {
 /// Why a message is in quarantine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reason<'a> {
-    /// The schema's keyword that the message does not meet, `json` if it is no JSON at all, or
-    /// [`Reason::LIMIT`].
+    /// The schema keyword that the message violates, `json` if it is not JSON, or [`Reason::LIMIT`].
     #[serde(borrow)]
     pub keyword: Cow<'a, str>,
-    /// Where in the message: a JSON pointer (RFC 6901), empty for the whole of it.
+    /// Where in the message: a JSON pointer (RFC 6901), empty for the whole message.
     #[serde(borrow)]
     pub pointer: Cow<'a, str>,
-    /// The same in words, for its sender.
+    /// The violation in words, for the sender.
     #[serde(borrow)]
     pub words: Cow<'a, str>,
-    /// The version of the datasource's schema that it was held against; 0 if there was none.
+    /// The schema version that it was validated against; 0 if there was none.
     pub schema_version: u32,
 }
 
 impl Reason<'_> {
-    /// The keyword of a message that is over a limit; no schema has one of that name.
+    /// The keyword of a message over a limit; JSON Schema has no such keyword.
     pub const LIMIT: &'static str = "limit";
 
-    /// Whether it is a limit that the message is over, and no schema that it does not meet.
+    /// Whether the message is over a limit, rather than in violation of a schema.
     pub fn is_limit(&self) -> bool {
         self.keyword == Self::LIMIT
     }
 }
 
 impl<'a> Note<'a> {
-    /// Reads what [`Note::encode`] wrote. `None` for anything else, such as a kind that a later
-    /// Headgate has added.
+    /// Reads what [`Note::encode`] wrote. `None` for anything else, such as a kind from a newer
+    /// Headgate.
     pub fn decode(bytes: &'a [u8]) -> Option<Self> {
         postcard::from_bytes(bytes).ok()
     }
 
-    /// As it stands in the log.
+    /// Encodes the note for the log.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         put(self, &mut bytes);
         bytes
     }
 
-    /// The flag that a record with this note has.
+    /// The flag of a record with this note.
     pub fn flag(&self) -> RecordFlags {
         match self {
             Note::Quarantined(_) => RecordFlags::QUARANTINED,

@@ -1,4 +1,4 @@
-//! The offsets of a section that was appended: where its records are in the log.
+//! The offsets of an appended section: where its records are in the log.
 
 use std::sync::Arc;
 
@@ -9,17 +9,17 @@ use crate::message::Offset;
 pub struct Offsets {
     first: Offset,
     records: u32,
-    /// Of each record, where they do not follow each other: others append to the same log.
+    /// The offset of each record, unless they are consecutive: other gateways append to the same log.
     each: Option<Arc<[Offset]>>,
 }
 
 impl Offsets {
-    /// So many that follow each other.
+    /// `records` consecutive offsets.
     pub fn run(first: Offset, records: u32) -> Self {
         Self { first, records, each: None }
     }
 
-    /// These, in the order of the records.
+    /// The given offsets, in the order of the records.
     pub fn of(each: &[Offset]) -> Self {
         let first = each.first().copied().unwrap_or_default();
         let follow = each.iter().zip(first..).all(|(offset, expected)| *offset == expected);
@@ -32,17 +32,17 @@ impl Offsets {
         self.records
     }
 
-    /// The first record's.
+    /// The first record's offset.
     pub fn first(&self) -> Offset {
         self.first
     }
 
-    /// The last record's.
+    /// The last record's offset.
     pub fn last(&self) -> Offset {
         self.nth(self.records.saturating_sub(1) as usize)
     }
 
-    /// That of one of the records, counted from 0.
+    /// The offset of one record, counted from 0.
     pub fn nth(&self, nth: usize) -> Offset {
         match &self.each {
             Some(each) => each.get(nth).or(each.last()).copied().unwrap_or(self.first),

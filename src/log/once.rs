@@ -1,10 +1,9 @@
-//! What is kept once: the ids under which a section is known, and the part of a frame that says
-//! what has become of them.
+//! Keeping a section once: the ids under which a section is known, and the part of a frame that
+//! records them.
 //!
-//! A message may come with an id that its sender gave it, so that sending it again does not keep it
-//! again; and every QoS 2 message has one until its exchange is over. Both are hashed into an
-//! [`OnceId`]. What is known under which id at a moment is the writer's `Window`; it can be built
-//! again from what the frames say.
+//! A sender may give a message an id, so that a repetition is not kept again; and every QoS 2
+//! message has an id until its exchange is over. Both are hashed into an
+//! [`OnceId`]. The writer's `Window` says which ids are known now; it can be rebuilt from the frames.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,14 +11,14 @@ use super::Offsets;
 use super::record::put;
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
-/// Domain separation of the two kinds of id; never change them, they are on disk.
+/// Domain separation of the two kinds of id. Never change them: the ids are on disk.
 const MESSAGE_CONTEXT: &str = "headgate 2026-11 once: datasource and message id";
 const EXCHANGE_CONTEXT: &str = "headgate 2026-11 once: session and packet id";
 
 /// The bit of the first byte that tells an exchange from a message.
 const EXCHANGE_BIT: u8 = 0x80;
 
-/// What a section is known under: 127 bits of a hash, and one that says which kind it is.
+/// The id of a section: 127 bits of a hash, and one bit for the kind of id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OnceId([u8; Self::BYTES]);
 
@@ -27,7 +26,7 @@ impl OnceId {
     /// Bytes of an id.
     pub(super) const BYTES: usize = 16;
 
-    /// Of a message that its sender gave an id: known for a window of time.
+    /// The id of a message, from the id that its sender gave it: known for a window of time.
     pub fn of_message(datasource: &DatasourceId, message_id: &str) -> Self {
         let mut hash = blake3::Hasher::new_derive_key(MESSAGE_CONTEXT);
         // A slug holds no NUL, so that the two cannot run into each other.
@@ -37,7 +36,7 @@ impl OnceId {
         id
     }
 
-    /// Of a QoS 2 exchange, by its session's number and packet id: known until it is released.
+    /// The id of a QoS 2 exchange, from its session's number and packet id: known until released.
     pub fn of_exchange(session: u64, packet_id: u16) -> Self {
         let mut hash = blake3::Hasher::new_derive_key(EXCHANGE_CONTEXT);
         hash.update(&session.to_le_bytes()).update(&packet_id.to_le_bytes());
@@ -52,7 +51,7 @@ impl OnceId {
         Self(id)
     }
 
-    /// Whether it is of a QoS 2 exchange.
+    /// Whether it belongs to a QoS 2 exchange.
     pub(super) fn is_exchange(self) -> bool {
         self.0[0] & EXCHANGE_BIT != 0
     }
@@ -75,21 +74,21 @@ impl OnceId {
         &self.0
     }
 
-    /// The ids in `bytes`, which stand one behind the other.
+    /// The ids in `bytes`, one after the other.
     pub(super) fn all_in(bytes: &[u8]) -> impl Iterator<Item = OnceId> {
         bytes.as_chunks().0.iter().map(|id| Self(*id))
     }
 }
 
-/// Where a frame stands in the window's time.
+/// The window's counters when a frame was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Stamp {
     /// How many message ids had ever entered the window before it.
     pub(super) entered: u64,
-    /// Microseconds since the log was made, as a clock that nobody can set has counted them; while
-    /// no gateway ran, as the wall clock has.
+    /// Microseconds since the log was made, by a monotonic clock while a gateway ran and by the wall
+    /// clock in between.
     pub(super) clock: u64,
-    /// The wall clock then.
+    /// The wall clock at that time.
     pub(super) wall: TimeMicros,
 }
 
@@ -100,11 +99,11 @@ impl Stamp {
     }
 }
 
-/// The part of a frame behind its records: there if a section has ids, if ids are released, and in
-/// the first frame of a segment and the one that a clean shutdown writes.
+/// The part of a frame behind its records. A frame has one if it keeps or releases ids, if it is the
+/// first of a segment, and if a clean shutdown wrote it.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Once<'a> {
-    /// When the frame was written, and what there was before it.
+    /// The window's counters when the frame was written.
     pub(super) stamp: Stamp,
     /// In a segment's first frame: the exchanges that were open before it.
     #[serde(borrow, with = "serde_bytes")]
@@ -118,17 +117,17 @@ pub(super) const OPEN_BYTES: usize = OnceId::BYTES + 16;
 /// Bytes of an entry of [`Once::releases`].
 const RELEASE_BYTES: usize = OnceId::BYTES + 4;
 
-/// What is known under an id.
+/// An id and the section that was kept under it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) id: OnceId,
-    /// Where the section that was kept is.
+    /// Where the kept section is.
     pub(super) kept: Earlier,
     /// When it was kept, in whole seconds of the window's clock.
     pub(super) since_s: u32,
 }
 
-/// What was kept before under the same id.
+/// The records of a section that was kept under an id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Earlier {
     /// The offset of its first record.
@@ -144,7 +143,7 @@ impl From<Earlier> for Offsets {
 }
 
 impl<'a> Once<'a> {
-    /// The part at the beginning of `bytes`, and what is behind it.
+    /// The part at the beginning of `bytes`, and the bytes behind it.
     pub(super) fn take(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
         let (once, rest) = postcard::take_from_bytes::<Self>(bytes).ok()?;
         let whole = once.open.is_none_or(|open| open.len() % OPEN_BYTES == 0)
@@ -152,12 +151,12 @@ impl<'a> Once<'a> {
         whole.then_some((once, rest))
     }
 
-    /// Writes it: `open` and `releases` as [`put_open`] and [`put_release`] have made them.
+    /// Writes a once part: `open` and `releases` come from [`put_open`] and [`put_release`].
     pub(super) fn put(stamp: Stamp, open: Option<&[u8]>, releases: &[u8], to: &mut Vec<u8>) {
         put(&Once { stamp, open, releases }, to);
     }
 
-    /// The exchanges that were open before the frame, oldest first, if it says so.
+    /// The exchanges that were open before the frame, oldest first, if the frame lists them.
     pub(super) fn open(&self) -> Option<impl Iterator<Item = Entry> + use<'a>> {
         let entry = |bytes: &[u8; OPEN_BYTES]| {
             const WHOLE: &str = "16 + 8 + 4 + 4 bytes";
@@ -191,7 +190,7 @@ pub(super) fn put_open(entry: &Entry, to: &mut Vec<u8>) {
     to.extend_from_slice(&entry.since_s.to_le_bytes());
 }
 
-/// Writes an entry of [`Once::releases`]: `id` is released behind so many of the frame's sections.
+/// Writes an entry of [`Once::releases`]: `id` is released after `sections` sections of the frame.
 pub(super) fn put_release(sections: u32, id: OnceId, to: &mut Vec<u8>) {
     to.extend_from_slice(&sections.to_le_bytes());
     to.extend_from_slice(id.as_bytes());
@@ -201,7 +200,7 @@ pub(super) fn put_release(sections: u32, id: OnceId, to: &mut Vec<u8>) {
 mod tests {
     use super::*;
 
-    /// The ids are on disk: what made one has to make it again after every change.
+    /// The ids are on disk: the same input has to give the same id for ever.
     #[test]
     fn an_id_is_made_the_same_way_for_ever_and_shows_its_kind() {
         let press = DatasourceId::new("press-4").expect("slug");

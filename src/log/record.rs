@@ -1,13 +1,13 @@
-//! Records as bytes: a section's head, which what its records have in common stands in once, and the records
-//! themselves, as [postcard](https://postcard.jamesmunns.com/wire-format): varints, and lengths before text and
-//! bytes. The module docs of [`crate::log`] have the layout.
+//! Records as bytes: a section's head, which holds what its records share, and the records
+//! themselves, as [postcard](https://postcard.jamesmunns.com/wire-format): varints, and lengths before
+//! text and bytes. The module docs of [`crate::log`] have the layout.
 
 use serde::{Deserialize, Serialize};
 
 use super::frame::Version;
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 
-/// What the records of a section have in common, as it is kept.
+/// What the records of a section share, as the log stores it.
 #[derive(Serialize, Deserialize)]
 pub(super) struct SectionHead<'a> {
     pub(super) datasource: &'a str,
@@ -15,14 +15,14 @@ pub(super) struct SectionHead<'a> {
     pub(super) transport: Transport,
     pub(super) publisher: u64,
     pub(super) received_at: TimeMicros,
-    /// The ids that the section is kept once under, one behind the other; mostly none.
+    /// The ids under which the section is kept once, one after the other; usually none.
     #[serde(borrow, with = "serde_bytes")]
     pub(super) once: &'a [u8],
     pub(super) records: u32,
     pub(super) bytes: u32,
 }
 
-/// As version 1 of the format has it.
+/// The head in version 1 of the format.
 #[derive(Deserialize)]
 struct SectionHeadV1<'a> {
     datasource: &'a str,
@@ -41,7 +41,7 @@ impl<'a> From<SectionHeadV1<'a>> for SectionHead<'a> {
 }
 
 impl<'a> SectionHead<'a> {
-    /// The head at the beginning of `bytes`, and what is behind it.
+    /// The head at the beginning of `bytes`, and the bytes behind it.
     pub(super) fn take(version: Version, bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
         let taken = match version {
             Version::V1 => {
@@ -53,7 +53,7 @@ impl<'a> SectionHead<'a> {
     }
 }
 
-/// One record, as it is kept.
+/// One record, as the log stores it.
 #[derive(Serialize, Deserialize)]
 pub(super) struct RecordBody<'a> {
     pub(super) flags: RecordFlags,
@@ -63,13 +63,13 @@ pub(super) struct RecordBody<'a> {
     pub(super) properties: &'a [u8],
     #[serde(borrow, with = "serde_bytes")]
     pub(super) payload: &'a [u8],
-    /// Stands behind the rest, and only where the flags say so.
+    /// Encoded after the other fields, and only if the flags say so.
     #[serde(skip)]
     pub(super) note: &'a [u8],
 }
 
 impl<'a> RecordBody<'a> {
-    /// The record at the beginning of `bytes`, and what is behind it.
+    /// The record at the beginning of `bytes`, and the bytes behind it.
     pub(super) fn take(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
         let (mut record, rest) = postcard::take_from_bytes::<Self>(bytes).ok()?;
         if !record.flags.has_note() {
@@ -107,7 +107,7 @@ pub(super) fn put(value: &(impl Serialize + ?Sized), to: &mut Vec<u8>) {
         .expect("a vector takes all, and every length is known before it is written");
 }
 
-/// A record as consumers see it: what it has of its own, and what its section says.
+/// A record as consumers see it: its own fields and those of its section's head.
 pub(super) fn record_of<'a>(head: &SectionHead<'a>, record: RecordBody<'a>, offset: Offset) -> RecordRef<'a> {
     RecordRef {
         offset,

@@ -1,5 +1,5 @@
-//! Recovery: what opening a log does before anything is appended. It finds the segments, reads through
-//! the newest of them, and tells a write that a crash cut short from damage.
+//! Recovery: what opening a log does before anything is appended. It finds the segments, verifies
+//! the newest of them, and tells a torn write from damage.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,14 +14,14 @@ use super::segment::{FrameError, Gap, HEADER_BYTES, Segment};
 use crate::limits::VERIFY_AT_START_BYTES;
 use crate::message::{Offset, TimeMicros};
 
-/// What an operator needs to know about damage, and can do.
+/// Describes damage for an operator: what is lost and what to do.
 pub(super) fn refusal(gap: &Gap, places: usize) -> String {
     let Gap { place, from, to } = gap;
     let more = if places > 1 { format!(" ({} more places are damaged)", places - 1) } else { String::new() };
     let lost = match to - from {
-        0 => format!("no records are missing before offset {to}, but what was said of message ids"),
+        0 => format!("no records before offset {to} are missing, but changes to message ids are"),
         lost => {
-            format!("the {lost} records from offset {from} to {} cannot be read, what follows can", to - 1)
+            format!("the {lost} records from offset {from} to {} cannot be read, later ones can", to - 1)
         }
     };
     format!(
@@ -29,7 +29,7 @@ pub(super) fn refusal(gap: &Gap, places: usize) -> String {
     )
 }
 
-/// Why a segment keeps the log from being opened.
+/// The error of opening the log, from that of one segment.
 pub(super) fn open_error(error: FrameError) -> OpenError {
     match error {
         FrameError::Io { path, source } => {
@@ -39,7 +39,7 @@ pub(super) fn open_error(error: FrameError) -> OpenError {
     }
 }
 
-/// Opens every segment in `dir`, without reading more than headers.
+/// Opens every segment in `dir`, reading only their headers.
 pub(super) fn open_segments(disk: &dyn Disk, dir: &Path) -> Result<Segments, OpenError> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(dir)? {
@@ -56,7 +56,7 @@ pub(super) fn open_segments(disk: &dyn Disk, dir: &Path) -> Result<Segments, Ope
             Ok(segment) => {
                 segments.insert(segment.first_offset, Arc::new(segment));
             }
-            // A crash while the newest segment was made: its header was not durable, so no frame is.
+            // A crash interrupted making the newest segment: without a durable header it has no frame.
             Err(FrameError::Damaged { .. })
                 if Some(&path) == last.as_ref() && path.metadata()?.len() <= HEADER_BYTES as u64 =>
             {
@@ -79,7 +79,7 @@ pub(super) struct RecoveredLog {
     pub(super) gaps: Vec<Gap>,
 }
 
-/// Reads through the newest segments, from the last one back.
+/// Verifies the newest segments, from the last one back.
 pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, OpenError> {
     let mut result = RecoveredLog { next_offset: 0, time_max: TimeMicros::MIN, gaps: Vec::new() };
     let mut follower = None;

@@ -1,6 +1,6 @@
-//! Retention: the oldest segments go when the log is over its size or they are over their age, but
-//! never while a consumer that holds them has not consumed what is in them. A consumer may also hold
-//! them only for as long as there is room.
+//! Retention: removes the oldest segments when the log is over its size or they are over their age, but
+//! never while a consumer holds them because it has not consumed them. A consumer may also hold
+//! them only while there is room.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,33 +10,33 @@ use super::segment::Segment;
 use crate::config;
 use crate::message::{Offset, TimeMicros};
 
-/// Keeps what a consumer has not consumed yet: retention removes nothing at or above the lowest hold
-/// there is, or, of one that yields, nothing for its age alone. Dropped, it holds nothing any more.
+/// Keeps what a consumer has not consumed yet: retention removes nothing at or above the lowest firm
+/// hold, and nothing at or above the lowest yielding one for its age alone. Dropping it ends it.
 #[derive(Debug)]
 pub struct Hold(Arc<AtomicU64>);
 
 impl Hold {
-    /// Lets go of everything below `offset`, which the consumer has durably made use of.
+    /// Releases everything below `offset`, which the consumer has durably processed.
     pub fn set(&self, offset: Offset) {
         self.0.store(offset, Ordering::Release);
     }
 }
 
-/// The lowest holds there are: the offsets from which on something has to stay.
+/// The lowest holds: the offsets from which on records have to stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Held {
-    /// Whatever happens.
+    /// Unconditionally.
     pub(super) firmly: Offset,
-    /// As long as there is room; never above the other.
+    /// While there is room; never above `firmly`.
     pub(super) with_room: Offset,
 }
 
-/// The holds there are.
+/// All holds of a log.
 pub(super) struct Holds {
     firm: Mutex<Vec<Weak<AtomicU64>>>,
-    /// Those that yield when there is no room.
+    /// Holds that yield when there is no room.
     yielding: Mutex<Vec<Weak<AtomicU64>>>,
-    /// Until the consumers have taken theirs, everything is held.
+    /// Holds everything until the consumers have their own holds.
     first: Mutex<Option<Hold>>,
 }
 
@@ -52,12 +52,12 @@ impl Holds {
         held_in(&self.firm)
     }
 
-    /// A hold of everything for as long as there is room.
+    /// A hold of everything while there is room.
     pub(super) fn hold_with_room(&self) -> Hold {
         held_in(&self.yielding)
     }
 
-    /// From here on only what consumers hold is held.
+    /// Ends the initial hold: from here on only the consumers' holds count.
     pub(super) fn begin(&self) {
         self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
@@ -89,8 +89,8 @@ fn lowest_of(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Offset {
 
 /// How many of the oldest `segments` may go, so that `incoming_bytes` more fit into the budget.
 ///
-/// Segments stay for `stay_s` at least if there is room: the window is read from them. `held` says what
-/// else has to stay, see [`Holds::lowest`]. The newest segment always stays.
+/// While there is room, segments stay for at least `stay_s`, because the window is rebuilt from them.
+/// `held` says what else has to stay, see [`Holds::lowest`]. The newest segment always stays.
 pub(super) fn removable(
     segments: &BTreeMap<Offset, Arc<Segment>>,
     config: &config::Log,

@@ -1,5 +1,5 @@
 //! Messages on their way into the log. A [`Section`] holds those of one origin (datasource, key, transport,
-//! moment); a front fills one per read of its socket, so what the messages share is written once.
+//! time). A front fills one per read of its socket, so that what the messages share is stored once.
 
 use super::once::OnceId;
 use super::record::{RecordBody, SectionHead, put, record_of};
@@ -7,24 +7,24 @@ use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, RecordRef, TimeMic
 
 /// Messages of one origin, encoded, on their way into the log.
 pub struct Section {
-    /// Whose they are.
+    /// The datasource of the messages.
     pub datasource: DatasourceId,
     /// The key that let them in.
     pub key_id: KeyId,
     /// Ends when that key dies; the writer then leaves the section out.
     pub lease: Lease,
-    /// Which way they came.
+    /// The transport they came over.
     pub transport: Transport,
-    /// Which client they came from: a hash of it, or 0 if that is not known.
+    /// A hash of the client they came from, or 0 if that is unknown.
     pub publisher: u64,
     /// When they were read from their socket.
     pub received_at: TimeMicros,
-    /// The ids that it is kept once under, one behind the other.
+    /// The ids under which it is kept once, one after the other.
     once: Vec<u8>,
     records: u32,
     payload_bytes: u64,
     retained: bool,
-    /// Of its messages and bytes of payload, those that go into quarantine.
+    /// Messages and payload bytes that go into quarantine.
     quarantined: (u32, u64),
     noted: bool,
     bytes: Vec<u8>,
@@ -62,12 +62,12 @@ impl Section {
         self.once.extend_from_slice(id.as_bytes());
     }
 
-    /// Whether it has ids to be kept once under.
+    /// Whether it has ids under which it is kept once.
     pub fn is_once(&self) -> bool {
         !self.once.is_empty()
     }
 
-    /// The ids that it is to be kept once under.
+    /// The ids under which it is kept once.
     pub(super) fn once(&self) -> impl Iterator<Item = OnceId> {
         OnceId::all_in(&self.once)
     }
@@ -93,7 +93,7 @@ impl Section {
         self.payload_bytes += payload.len() as u64;
     }
 
-    /// As [`Section::push`], for a message whose flags say that it has a note.
+    /// Like [`Section::push`], for a message whose flags say that it has a note.
     pub fn push_noted(
         &mut self,
         topic: &str,
@@ -113,13 +113,13 @@ impl Section {
         }
     }
 
-    /// A section of the same origin, as what is in the log: without messages, without an end.
+    /// An empty section of the same origin with a lease that never ends: its records are in the log.
     pub(super) fn without_records(&self) -> Self {
         let Self { datasource, key_id, transport, publisher, received_at, .. } = self;
         Self::new(datasource.clone(), *key_id, Lease::new(), *transport, *publisher, *received_at)
     }
 
-    /// Whether what is in `other` could be in this one.
+    /// Whether the messages of `other` could be in this section.
     pub(super) fn has_origin_of(&self, other: &Self) -> bool {
         self.received_at == other.received_at
             && self.key_id == other.key_id
@@ -128,7 +128,7 @@ impl Section {
             && self.datasource == other.datasource
     }
 
-    /// Adds a message as it is in another section. Returns how many bytes that takes.
+    /// Adds a copy of a message from another section. Returns its encoded size in bytes.
     pub(super) fn push_copy(&mut self, record: RecordRef<'_>) -> usize {
         let before = self.bytes.len();
         let RecordRef { topic, payload, content_type, properties, flags, note, .. } = record;
@@ -164,7 +164,7 @@ impl Section {
         self.retained
     }
 
-    /// Where in it each of its records begins, for [`Section::record`].
+    /// The position where each of its records begins, for [`Section::record`].
     pub(super) fn places(&self) -> Vec<u32> {
         let mut rest = &self.bytes[..];
         let place = |_| {
@@ -181,7 +181,7 @@ impl Section {
         record_of(&self.head(), record, 0)
     }
 
-    /// What it takes in memory and, about, on disk, in bytes.
+    /// Its size in memory, and approximately on disk, in bytes.
     pub fn weight(&self) -> usize {
         self.bytes.len() + self.once.len() + self.datasource.as_str().len() + 40
     }
@@ -202,7 +202,7 @@ impl Section {
 
 const ENCODED: &str = "the section has encoded it itself";
 
-/// Writes the body of a batch as far as its records go: the number of sections, their heads, their
+/// Writes the body of a batch without the once part: the number of sections, their heads, their
 /// records.
 pub(super) fn put_body(sections: &[&Section], to: &mut Vec<u8>) {
     put(&sections.len(), to);

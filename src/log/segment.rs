@@ -1,8 +1,8 @@
 //! A segment: one file of the log, a header and then frames, each frame one batch. The module docs
 //! of [`crate::log`] have the layout byte by byte.
 //!
-//! Frames are found by walking from one header to the next. A sparse index, built as a segment is
-//! written or first read, lets a walk start near the offset that is wanted.
+//! A reader walks from one frame header to the next. A sparse index, built as a segment is
+//! written or first read, lets the walk start near the wanted offset.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -38,10 +38,10 @@ fn segment_header(first_offset: Offset, created_at: TimeMicros) -> [u8; HEADER_B
 /// Why a place in a segment cannot be read as a frame.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FrameError {
-    /// What is there is not a frame, or its checksum does not match.
+    /// The bytes are not a frame, or the checksum does not match.
     #[error("{}, byte {position}: {what}", path.display())]
     Damaged { path: PathBuf, position: u64, what: &'static str },
-    /// What is there was written in a way that this version does not understand.
+    /// A newer version wrote the frame in a way that this one does not understand.
     #[error("{}, byte {position}: {what} that this version of Headgate does not know", path.display())]
     Newer { path: PathBuf, position: u64, what: &'static str },
     #[error("{}: {source}", path.display())]
@@ -68,11 +68,11 @@ pub(super) struct Segment {
     version: Version,
     path: PathBuf,
     file: Arc<dyn SegmentFile>,
-    /// Where the frames end: bytes below are frames, and durable.
+    /// Where the frames end: all bytes below are durable frames.
     end: AtomicU64,
     /// Bytes that the file takes on disk.
     allocated: AtomicU64,
-    /// When it was made, and so: when the segment before it ended.
+    /// When it was made, which is when the segment before it ended.
     pub(super) created_at: TimeMicros,
     index: Mutex<Option<Vec<Mark>>>,
 }
@@ -169,8 +169,8 @@ impl Segment {
         })
     }
 
-    /// Makes a segment without records one of the version that is written: its header is in one
-    /// sector, which the disk writes whole or not at all.
+    /// Turns a segment without records into one of the newest version. This is safe because the header
+    /// lies in one sector, which the disk writes whole or not at all.
     pub(super) fn renew(&self) -> io::Result<Self> {
         let created_at = now_micros();
         self.file.set_len(HEADER_BYTES as u64)?;
@@ -192,7 +192,7 @@ impl Segment {
         &self.path
     }
 
-    /// Whether frames can be added: those of an older version stay as they are.
+    /// Whether frames can be added: segments of an older version never change.
     pub(super) fn is_newest_version(&self) -> bool {
         self.version == Version::NEWEST
     }
@@ -207,20 +207,20 @@ impl Segment {
         self.end.load(Ordering::Acquire)
     }
 
-    /// What it takes on disk.
+    /// Its size on disk, in bytes.
     pub(super) fn disk_bytes(&self) -> u64 {
         self.allocated.load(Ordering::Relaxed)
     }
 
-    /// Writes a frame at the end, without making it durable: [`Segment::sync`], then
-    /// [`Segment::advance`]. Room is taken `step` bytes at a time.
+    /// Writes a frame at the end, without making it durable: call [`Segment::sync`], then
+    /// [`Segment::advance`]. Allocates `step` bytes at a time.
     pub(super) fn write(&self, frame: &[u8], step: u64) -> io::Result<()> {
         let end = self.end();
         let needed = end + frame.len() as u64;
         let allocated = self.disk_bytes();
         if needed > allocated {
             let room = (needed - allocated).next_multiple_of(step);
-            // Close to the disk's end there may be room for the frame, if not for a whole step.
+            // A nearly full disk may have room for the frame, if not for a whole step.
             let taken = match self.file.allocate(allocated, room) {
                 Ok(()) => room,
                 Err(_) => self.file.allocate(allocated, needed - allocated).map(|()| needed - allocated)?,
@@ -230,7 +230,7 @@ impl Segment {
         self.file.write_all_at(frame, end)
     }
 
-    /// Whether the disk has room for `bytes` more. Asked again and again, it takes that room once.
+    /// Fails unless the disk has room for `bytes` more. Repeated calls allocate that room only once.
     pub(super) fn probe(&self, bytes: u64) -> io::Result<()> {
         let end = self.end();
         self.file.allocate(end, bytes)?;
@@ -243,7 +243,7 @@ impl Segment {
         self.file.sync_data()
     }
 
-    /// Counts a frame that was written at the end as part of the segment.
+    /// Makes the frame that was just written part of the segment.
     pub(super) fn advance(&self, frame_bytes: u64, first_offset: Offset, time_max: TimeMicros) {
         let position = self.end();
         if let Some(index) = self.index_locked().as_mut() {
@@ -260,11 +260,8 @@ impl Segment {
         Ok(())
     }
 
-    /// Reads the whole segment, checks every frame, and finds where it ends.
-    ///
-    /// Changes nothing on the disk: see [`Segment::cut`].
-    ///
-    /// Damage with whole frames behind it is a [`Gap`].
+    /// Reads the whole segment, checks every frame, and finds where it ends. Damage with whole frames
+    /// behind it is a [`Gap`]. Changes nothing on the disk: see [`Segment::cut`].
     pub(super) fn recover(&self) -> Result<Recovered, FrameError> {
         let mut index = Vec::new();
         let mut gaps = Vec::new();
@@ -306,14 +303,14 @@ impl Segment {
         Ok(Recovered { next_offset, time_max, cut_bytes, gaps })
     }
 
-    /// Cuts off, durably, what is behind the last whole frame: in the segment that was written to when
-    /// the process ended, a write that was never acknowledged, and allocated room.
+    /// Durably cuts off everything behind the last whole frame: allocated room and, after a crash, a
+    /// write that was never acknowledged.
     pub(super) fn cut(&self) -> io::Result<()> {
         self.trim()?;
         self.file.sync_data()
     }
 
-    /// Reads and checks the frame at `position`, which has to begin with `offset`.
+    /// Reads and checks the frame at `position`, whose first offset must be `offset`.
     pub(super) fn read_frame(
         &self,
         position: u64,
@@ -349,8 +346,7 @@ impl Segment {
         Ok(FrameHeader::decode(&bytes[..read]))
     }
 
-    /// The next place at or behind `position` where a whole frame with an offset of at least
-    /// `offset` begins.
+    /// Finds the next whole frame at or behind `position` whose first offset is at least `offset`.
     pub(super) fn next_whole(
         &self,
         position: u64,
@@ -381,8 +377,8 @@ impl Segment {
         }
     }
 
-    /// Hands the frames that have a once part to `visit`, in order, and `None` where frames are
-    /// missing, until it returns false. Of the other frames the headers are read alone.
+    /// Calls `visit` with each frame that has a once part, in order, and with `None` where frames are
+    /// missing, until it returns false. Reads only the headers of the other frames.
     pub(super) fn visit_once(&self, visit: &mut dyn FnMut(Option<Batch>) -> bool) -> Result<(), FrameError> {
         if self.version == Version::V1 {
             return Ok(());
@@ -416,7 +412,7 @@ impl Segment {
         Ok(())
     }
 
-    /// How many bytes behind `position` were written to: up to the last that is not zero.
+    /// How many bytes behind `position` were written: up to the last that is not zero.
     fn written_bytes_from(&self, position: u64) -> Result<u64, FrameError> {
         let mut written = 0;
         let mut at = position;
@@ -433,7 +429,7 @@ impl Segment {
         }
     }
 
-    /// Where the frame that holds `offset` begins.
+    /// Finds where the frame that holds `offset` begins.
     pub(super) fn seek(&self, offset: Offset) -> Result<Seek, FrameError> {
         self.build_index()?;
         let start = {
@@ -459,13 +455,13 @@ impl Segment {
         Ok(Seek::End { next_offset })
     }
 
-    /// The first offset whose batch has a `time_max` of at least `time`, as the sparse index has
-    /// it: no record before it was received at or after `time`.
+    /// The first offset, at the precision of the sparse index, whose batch has a `time_max` of at least
+    /// `time`: no record before it was received at or after `time`.
     pub(super) fn offset_at(&self, time: TimeMicros) -> Result<Offset, FrameError> {
         self.build_index()?;
         let index = self.index_locked();
         let marks = index.as_deref().unwrap_or_default();
-        // A mark speaks for its own frame only; those up to the next mark may be newer.
+        // A mark covers its own frame only; frames before the next mark may be newer.
         let at = marks.partition_point(|mark| mark.time_max < time);
         Ok(at.checked_sub(1).map_or(self.first_offset, |at| marks[at].first_offset))
     }
@@ -478,7 +474,7 @@ impl Segment {
         let mut index = Vec::new();
         let mut position = HEADER_BYTES as u64;
         while position < self.end() {
-            // What is no frame ends the index; reading on from there says so.
+            // A broken header ends the index; a read from there reports the damage.
             let Some(header) = self.read_header(position)? else { break };
             push_mark(&mut index, Mark::of(&header, position));
             position += header.frame_bytes();
@@ -498,10 +494,9 @@ impl Segment {
 
 /// What [`Segment::seek`] found.
 pub(super) enum Seek {
-    /// At `position` a frame that begins with `offset` should begin, and holds what was wanted, or
-    /// is damaged.
+    /// The frame at `position`, with first offset `offset`, holds the wanted record or is damaged.
     At { position: u64, offset: Offset },
-    /// The segment ends before it; its last record is the one before `next_offset`.
+    /// The segment ends before the wanted record; its last record is the one before `next_offset`.
     End { next_offset: Offset },
 }
 

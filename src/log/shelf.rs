@@ -1,5 +1,5 @@
-//! A shelf: what is known under ids of one kind. It holds its entries in the order in which they came
-//! and finds them by their id. An entry takes 32 bytes, and 5 to be found.
+//! A shelf: the known ids of one kind. It keeps its entries in order of arrival and finds them by id.
+//! An entry takes 32 bytes, and 5 more in the hash table.
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
@@ -9,25 +9,25 @@ use hashbrown::HashTable;
 
 use super::once::{Entry, OnceId};
 
-/// Entries for whose room it is not worth looking after it.
+/// Unused room below this many entries is not worth freeing.
 const TIDY_MIN: usize = 1024;
 
-/// Entries of one kind, in the order in which they came, and found by their id.
+/// Entries of one kind, in order of arrival, found by their id.
 pub(super) struct Shelf {
     age_max_s: u64,
     pub(super) len_max: usize,
-    /// Oldest first. One that was removed from the middle has no records until it is the oldest; the
-    /// oldest is never such a one.
+    /// Oldest first. A removed entry stays in the middle, with 0 records, until it reaches the front,
+    /// where [`Shelf::tidy`] drops it.
     entries: VecDeque<Entry>,
-    /// How many have left `entries` at its front. Wraps around.
+    /// How many entries have left at the front. Wraps around.
     gone: u32,
-    /// Per id the number of its entry, counted from the first that was ever there.
+    /// The number of each id's entry, counted from the first entry ever.
     numbers: HashTable<u32>,
     hasher: RandomState,
 }
 
 impl Shelf {
-    /// An empty one, for entries of this age at most, and for so many of them.
+    /// An empty shelf for at most `len_max` entries, each at most `age_max` old.
     pub(super) fn new(age_max: Duration, len_max: usize) -> Self {
         Self {
             age_max_s: age_max.as_secs(),
@@ -56,7 +56,7 @@ impl Shelf {
         found.map(|number| at(*number))
     }
 
-    /// Adds an entry, as the newest. One with the same id makes room for it.
+    /// Adds an entry as the newest. It replaces one with the same id.
     pub(super) fn insert(&mut self, entry: Entry) {
         self.remove(entry.id);
         self.entries.push_back(entry);
@@ -89,13 +89,13 @@ impl Shelf {
         *self = Self::new(Duration::from_secs(self.age_max_s), self.len_max);
     }
 
-    /// Whether an entry from then is too old now; both are seconds of the window's clock.
+    /// Whether an entry from `since_s` is too old at `now_s`; both are seconds of the window's clock.
     pub(super) fn is_over_age(&self, since_s: u32, now_s: u32) -> bool {
         u64::from(now_s.saturating_sub(since_s)) > self.age_max_s
     }
 
-    /// Lets go of what is over its age, and of the oldest where there are too many; returns how many
-    /// those were.
+    /// Removes entries over their age, then evicts the oldest if there are too many; returns how many
+    /// it evicted.
     pub(super) fn expire(&mut self, now_s: u32) -> u64 {
         while let Some(oldest) = self.entries.front()
             && self.is_over_age(oldest.since_s, now_s)
@@ -112,14 +112,14 @@ impl Shelf {
         evicted
     }
 
-    /// Gives back the room of what was removed.
+    /// Frees the room of removed entries.
     fn tidy(&mut self) {
         while self.entries.front().is_some_and(|entry| entry.kept.records == 0) {
             self.entries.pop_front();
             self.gone = self.gone.wrapping_add(1);
         }
         let len = self.len();
-        // Both cost as much as what has been removed since the last time.
+        // Compacting and shrinking cost no more than the removals since the last time did.
         if self.entries.len() > 2 * len + TIDY_MIN {
             self.entries.retain(|entry| entry.kept.records > 0);
             self.gone = 0;

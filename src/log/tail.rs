@@ -1,5 +1,5 @@
-//! The newest batches, in memory: what consumers that keep up are served from, and what they wait
-//! on.
+//! The tail: the newest batches, in memory. It serves consumers that keep up, and they wait on it for
+//! the next batch.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -39,12 +39,12 @@ impl Tail {
         *self.next_offset.borrow()
     }
 
-    /// Follows [`Tail::next_offset`].
+    /// Watches [`Tail::next_offset`].
     pub(super) fn subscribe(&self) -> watch::Receiver<Offset> {
         self.next_offset.subscribe()
     }
 
-    /// Takes in a batch that is durable now; the oldest make room for it.
+    /// Adds a durable batch; the oldest batches make room for it.
     pub(super) fn push(&self, batch: Batch) {
         let next_offset = batch.next_offset();
         let mut recent = self.locked();
@@ -61,8 +61,8 @@ impl Tail {
         self.next_offset.send_replace(next_offset);
     }
 
-    /// The batches from the one that holds `from` on, up to about `bytes_max`, at least one; empty
-    /// at the end. `None` if `from` is older than what is in memory.
+    /// Batches, starting with the one that holds `from`: up to about `bytes_max` bytes, at least one
+    /// batch; empty at the end. `None` if `from` is older than the batches in memory.
     pub(super) fn read(&self, from: Offset, bytes_max: usize) -> Option<Vec<Batch>> {
         let recent = self.locked();
         if from >= recent.next_offset {

@@ -18,7 +18,7 @@ use super::{
 use crate::config::{self, Config};
 use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
 
-/// What a test makes go wrong.
+/// The faults that a test injects.
 #[derive(Default)]
 struct Faults {
     sync_fails: AtomicBool,
@@ -48,7 +48,7 @@ impl SegmentFile for FaultyFile {
     fn write_all_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
         assert!(!self.1.write_panics.load(Ordering::SeqCst), "as a bug in the writer would");
         if self.1.disk_is_full.load(Ordering::SeqCst) {
-            // As the kernel does: part of it is written.
+            // Like the kernel, writes a part before it fails.
             self.0.write_all_at(&bytes[..bytes.len() / 2], position)?;
             return Err(io::ErrorKind::StorageFull.into());
         }
@@ -184,7 +184,7 @@ fn after_a_failed_fdatasync_nothing_more_is_acknowledged_until_a_restart() {
     append(&log, &[b"0"]).expect("kept");
     faults.sync_fails.store(true, Ordering::SeqCst);
     assert!(matches!(append(&log, &[b"lost"]), Err(AppendError::Failed(_))));
-    // The disk is well again, but what it did with the pages that failed is not known.
+    // The disk works again, but the state of the pages that failed is unknown.
     faults.sync_fails.store(false, Ordering::SeqCst);
     assert!(matches!(append(&log, &[b"lost"]), Err(AppendError::Failed(_))));
     assert!(log.trouble().is_some_and(|trouble| trouble.contains("cannot be written")));
@@ -416,7 +416,7 @@ fn copy_of(fixture: &str) -> TempDir {
     dir
 }
 
-/// Version 1, written on 2026-11-23: three records, sealed. Whatever comes after has to read it.
+/// Version 1, written on 2026-11-23: three records, sealed. Every later version has to read it.
 #[test]
 fn a_log_of_version_1_is_still_read() {
     let dir = copy_of("log-v1");
@@ -439,7 +439,7 @@ fn a_log_of_version_1_is_still_read() {
 }
 
 /// Version 2, written on 2026-11-23: a commit of two sections, one of a QoS 2 message, its release,
-/// and the seal. Whatever comes after has to read it.
+/// and the seal. Every later version has to read it.
 #[test]
 fn a_log_of_version_2_is_still_read() {
     let dir = copy_of("log-v2");
@@ -466,7 +466,7 @@ fn a_log_of_version_2_is_still_read() {
     assert_eq!((last.key_id, last.received_at), (KeyId([9; 6]), 1_795_426_119_000_002));
     assert_eq!(batches.iter().map(Batch::has_retained).collect::<Vec<_>>(), [true, false]);
 
-    // What it says of ids, whose time may be over.
+    // Its once part, whose ids may have expired.
     let message = |id| OnceId::of_message(&DatasourceId::new("press-4").expect("slug"), id);
     let (mut kept, mut released) = (Vec::new(), Vec::new());
     let path = super::segment::Segment::path_of(&dir.path().join("log"), 0);
@@ -510,7 +510,7 @@ fn a_log_of_version_1_goes_on_in_a_segment_of_version_2() {
 fn a_segment_of_version_1_without_records_becomes_one_of_version_2() {
     let dir = copy_of("log-v1");
     let path = super::segment::Segment::path_of(&dir.path().join("log"), 0);
-    // Its header alone, as a kill leaves it right after it was made.
+    // Only a header, as a kill leaves a segment right after it was made.
     let frozen = fs::read(&path).expect("readable");
     fs::write(&path, &frozen[..super::segment::HEADER_BYTES]).expect("writable");
     let log = open(dir.path(), &config()).expect("opens");
@@ -592,7 +592,7 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// The log against the simplest thing that behaves like it: a vector of payload lengths.
+    /// Compares the log with the simplest model of it: a vector of payload lengths.
     #[test]
     fn the_log_behaves_as_a_vector(steps in prop::collection::vec(step(), 1..40)) {
         let dir = TempDir::new().expect("temporary directory");

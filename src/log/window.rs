@@ -1,15 +1,15 @@
-//! The window: what is known, at this moment, under which once id. The writer asks it before it
-//! keeps a section that has ids, and tells it after the batch is durable, so that it always says
-//! what the frames on the disk say: whatever is in it can be read from them again.
+//! The window: the once ids that are known now. The writer asks it before it keeps a section with
+//! ids, and updates it only after the batch is durable. So the window always agrees with the frames
+//! on disk and can be rebuilt from them.
 //!
-//! Ids of messages leave after a time, and when there are too many; those of QoS 2 exchanges when
-//! they are released or, if their client never comes back, after much longer. An id takes about 50
-//! bytes of memory: 32 for its entry, 5 to find it, and what both leave free to grow.
+//! A message id leaves when it is too old or there are too many. The id of a QoS 2 exchange leaves when
+//! it is released or, if the client never comes back, after much longer. An id takes about 50
+//! bytes of memory: 32 for its entry, 5 in the hash table, and the spare capacity of both.
 //!
-//! Time is that of a clock which nobody sets: it runs with the process, and over a restart it goes on
-//! by what the wall clock says has passed since the newest frame that has ids, or stands still if that
-//! has been set back. So a clock that is set while the gateway runs lets no id leave early or late; one
-//! that is set forward while it does not run counts as time that has passed.
+//! The window has its own clock, which nobody can set. It runs with the process. Over a restart it
+//! advances by the wall-clock time since the newest frame with a once part, or stands still if the wall
+//! clock was set back. So setting the clock while the gateway runs expires no id early or late; setting
+//! it forward while the gateway is down counts as time passed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,24 +25,24 @@ use crate::config;
 use crate::limits::{EXCHANGE_AGE_MAX, EXCHANGES_OPEN_MAX};
 use crate::message::{TimeMicros, now_micros};
 
-/// How often it is said that ids have to leave early.
+/// The least time between two warnings about evicted ids.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
-/// What is known under which id.
+/// The known ids.
 pub(super) struct Window {
     messages: Shelf,
     exchanges: Shelf,
     clock: Clock,
     /// How many message ids have ever entered.
     entered: u64,
-    /// Ids that had to leave because there were too many.
+    /// Ids evicted because there were too many.
     evicted: Arc<AtomicU64>,
     warned_at: Option<Instant>,
 }
 
 impl Window {
-    /// An empty one. `log` bounds the open exchanges as well: each segment begins with all of them,
-    /// and they are to take a quarter of it at most.
+    /// An empty window. `log` also bounds the open exchanges: each segment begins with all of them,
+    /// and they may take at most a quarter of it.
     pub(super) fn new(dedup: &config::Intake, log: &config::Log) -> Self {
         let in_segment = usize::try_from(log.segment_bytes / 4).unwrap_or(usize::MAX) / OPEN_BYTES;
         let exchanges_max = EXCHANGES_OPEN_MAX.min(in_segment);
@@ -56,10 +56,10 @@ impl Window {
         }
     }
 
-    /// Takes in what the frames of `segments`, oldest first, say, as far back as it matters.
+    /// Rebuilds the window from the frames of `segments` (oldest first), as far back as needed.
     ///
     /// # Errors
-    /// What keeps a segment from being read. Damage does not.
+    /// [`FrameError`] if a segment cannot be read. Damage is no error here.
     pub(super) fn recover<'a>(
         &mut self,
         segments: impl DoubleEndedIterator<Item = &'a Arc<Segment>>,
@@ -74,7 +74,7 @@ impl Window {
                 let stamp = frame.and_then(|batch| batch.once().map(|once| once.stamp));
                 began = began.or(stamp);
                 newest = stamp.or(newest);
-                // Of an older segment it is enough to know how it began.
+                // For an older segment the first stamp is enough.
                 last.is_none() || began.is_none()
             })?;
             if last.is_none()
@@ -93,10 +93,10 @@ impl Window {
         for segment in needed.into_iter().rev() {
             segment.visit_once(&mut |frame| {
                 match frame {
-                    // What left early was counted and reported when it did.
+                    // These evictions were counted and reported when they happened.
                     Some(batch) => _ = self.replay(&batch),
-                    // Releases may be among what is missing. A message that is kept twice is better
-                    // than one that is taken for another and lost.
+                    // A release may be missing. Keeping a message twice is better than taking it for
+                    // another and losing it.
                     None => self.exchanges.clear(),
                 }
                 true
@@ -106,18 +106,18 @@ impl Window {
         Ok(())
     }
 
-    /// Where a frame that is written now stands.
+    /// The stamp of a frame written now.
     pub(super) fn stamp(&self) -> Stamp {
         Stamp { entered: self.entered, clock: self.clock.now(), wall: now_micros() }
     }
 
-    /// Takes in what a frame says that was just made durable.
+    /// Updates the window from a frame that has just become durable.
     pub(super) fn learn(&mut self, batch: &Batch) {
         let evicted = self.replay(batch);
         self.report(evicted);
     }
 
-    /// Takes in what a durable frame says. Returns how many ids had to leave early for it.
+    /// Applies a durable frame. Returns how many ids it evicted.
     fn replay(&mut self, batch: &Batch) -> u64 {
         let Some(once) = batch.once() else { return 0 };
         if let Some(open) = once.open() {
@@ -146,32 +146,32 @@ impl Window {
         self.trim(once.stamp)
     }
 
-    /// What was kept under an id, if it is known.
+    /// The records kept under an id, if it is known.
     pub(super) fn get(&self, id: OnceId) -> Option<Earlier> {
         let shelf = if id.is_exchange() { &self.exchanges } else { &self.messages };
         shelf.get(id).map(|entry| entry.kept)
     }
 
-    /// The exchanges that are open, as [`Once`](super::once::Once) has them.
+    /// The open exchanges, encoded for [`Once`](super::once::Once).
     pub(super) fn open(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.exchanges.len() * OPEN_BYTES);
         self.exchanges.iter().for_each(|entry| put_open(entry, &mut bytes));
         bytes
     }
 
-    /// Lets go of what is too old at `now`.
+    /// Removes ids that are too old at `now`, evicts excess ones, and reports those.
     pub(super) fn expire(&mut self, now: Stamp) {
         let evicted = self.trim(now);
         self.report(evicted);
     }
 
-    /// Lets go of what is too old at `now`, and of the oldest where there are too many; returns how
-    /// many those were.
+    /// Removes ids that are too old at `now` and evicts the oldest if there are too many; returns how
+    /// many it evicted.
     fn trim(&mut self, now: Stamp) -> u64 {
         self.messages.expire(now.seconds()) + self.exchanges.expire(now.seconds())
     }
 
-    /// Counts ids that had to leave early, and says so now and then.
+    /// Counts evicted ids, and warns about them at intervals.
     fn report(&mut self, evicted: u64) {
         if evicted == 0 {
             return;
@@ -184,37 +184,37 @@ impl Window {
                 messages_max = self.messages.len_max,
                 exchanges_max = self.exchanges.len_max,
                 "too many message ids (intake.dedup_ids_max) or QoS 2 exchanges are known; the oldest leave early, \
-                 and what is sent again under them is kept again"
+                 and a message sent again under one of them is kept again"
             );
         }
     }
 
-    /// Counts the ids that had to leave because there were too many.
+    /// The counter of ids evicted because there were too many.
     pub(super) fn evicted(&self) -> Arc<AtomicU64> {
         self.evicted.clone()
     }
 }
 
-/// The clock that the window's time is told by.
+/// The window's clock.
 struct Clock {
-    /// What it said at `started`, in microseconds.
+    /// Its value at `started`, in microseconds.
     base: u64,
     started: Instant,
 }
 
 impl Clock {
-    /// One that begins now.
+    /// A clock that starts at 0 now.
     fn new() -> Self {
         Self { base: 0, started: Instant::now() }
     }
 
-    /// One that goes on from where it last was, now that the wall clock says `wall`.
+    /// A clock that continues from `last`, given the present wall clock.
     fn resume(last: Stamp, wall: TimeMicros) -> Self {
         let passed = u64::try_from(wall.saturating_sub(last.wall)).unwrap_or(0);
         Self { base: last.clock.saturating_add(passed), started: Instant::now() }
     }
 
-    /// What it says now, in microseconds.
+    /// Its present value, in microseconds.
     fn now(&self) -> u64 {
         let passed = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.base.saturating_add(passed)

@@ -1,5 +1,5 @@
-//! The writer: one thread that owns the end of the log. It drains everything that waits into one
-//! batch, makes it durable, and releases everybody whose records are in it.
+//! The writer: one thread that owns the end of the log. It drains all waiting submissions into one
+//! batch, makes it durable, and answers each of them.
 
 use std::collections::VecDeque;
 use std::io;
@@ -25,19 +25,19 @@ use crate::config::{self, Durability};
 use crate::limits::{BATCH_BYTES_MAX, SEGMENT_ALLOCATE_BYTES};
 use crate::message::{Offset, TimeMicros, now_micros};
 
-/// How often an append that could not be made is tried again.
+/// The pause before a failed append is tried again.
 const RETRY: Duration = Duration::from_millis(50);
-/// How often the writer looks after retention when nothing is appended.
+/// How often the writer runs retention when nothing is appended.
 const IDLE: Duration = Duration::from_secs(1);
-/// What a once part takes besides releases and open exchanges, at most.
+/// The largest size of a once part without releases and open exchanges.
 const ONCE_BYTES: usize = 48;
 
-/// What one caller wants kept and released, and the caller.
+/// What one caller wants to append and release.
 pub(super) struct Submission {
     pub(super) sections: Vec<Section>,
-    /// After the sections.
+    /// Released after the sections.
     pub(super) releases: Vec<OnceId>,
-    /// Until then a transient failure is waited out.
+    /// Until then the writer waits out a transient failure.
     pub(super) give_up_at: Instant,
     pub(super) reply: oneshot::Sender<Result<Committed, AppendError>>,
 }
@@ -53,13 +53,13 @@ impl Submission {
         self.releases.is_empty() && self.sections.iter().all(|section| section.records() == 0)
     }
 
-    /// Answers; a caller that has gone away is none the worse for it.
+    /// Answers the caller, if it still waits.
     fn answer(self, result: Result<Committed, AppendError>) {
         let _ = self.reply.send(result);
     }
 }
 
-/// What waits for the writer.
+/// Submissions that wait for the writer.
 #[derive(Default)]
 pub(super) struct Queue {
     state: Mutex<Waiting>,
@@ -88,13 +88,13 @@ impl Queue {
         }
     }
 
-    /// Takes no more; the writer ends when it has worked off what is there.
+    /// Closes the queue; the writer ends once it has committed what waits.
     pub(super) fn close(&self) {
         self.locked().closed = true;
         self.ready.notify_one();
     }
 
-    /// Closes the queue and answers everybody in it: nobody will write any more.
+    /// Closes the queue and answers every submission in it: there is no writer any more.
     pub(super) fn abandon(&self) {
         let left = {
             let mut waiting = self.locked();
@@ -104,8 +104,8 @@ impl Queue {
         left.into_iter().for_each(|submission| submission.answer(Err(AppendError::Closed)));
     }
 
-    /// Moves what waits to `group`, up to the size of a batch, and waits for it if nothing does.
-    /// Returns whether the queue is closed and empty.
+    /// Moves waiting submissions to `group`, up to the size of a batch; waits up to `wait` if there are
+    /// none. Returns whether the queue is closed and empty.
     fn take(&self, group: &mut Vec<Submission>, wait: Duration) -> bool {
         let mut waiting = self.locked();
         if waiting.submissions.is_empty() && !waiting.closed {
@@ -123,7 +123,7 @@ impl Queue {
         waiting.closed && waiting.submissions.is_empty()
     }
 
-    /// Takes out what will wait no longer at `now`.
+    /// Takes out the submissions whose time to give up has come.
     fn take_expired(&self, now: Instant) -> Vec<Submission> {
         let mut waiting = self.locked();
         if waiting.submissions.iter().all(|s| s.give_up_at > now) {
@@ -146,14 +146,15 @@ pub(super) struct Writer {
     pub(super) disk: Box<dyn Disk>,
     pub(super) dir: PathBuf,
     pub(super) config: config::Log,
-    /// The segment that is written to.
+    /// The segment that receives new frames.
     pub(super) current: Arc<Segment>,
     pub(super) next_offset: Offset,
     /// The newest `received_at` so far.
     pub(super) time_max: TimeMicros,
-    /// What was kept under which id.
+    /// The known ids.
     pub(super) window: Window,
-    /// How long segments stay at least, for the window to be read from: see [`retention`].
+    /// The least age of a segment that retention may remove, so that the window can be rebuilt: see
+    /// [`retention`].
     pub(super) stay_s: u64,
 }
 
@@ -191,8 +192,8 @@ impl Writer {
         self.seal();
     }
 
-    /// Puts one batch together from `group` and makes it durable. Returns, per submission, what has
-    /// become of its sections.
+    /// Puts one batch together from `group` and makes it durable. Returns, per submission, the outcomes
+    /// of its sections.
     fn commit(&mut self, group: &mut [Submission]) -> Result<Vec<Vec<Outcome>>, AppendError> {
         if let Some(failure) = self.shared.failure.get() {
             return Err(AppendError::Failed(failure.clone()));
@@ -220,14 +221,14 @@ impl Writer {
         Ok(outcomes)
     }
 
-    /// Completes the frame of a batch, writes it, in a new segment if it does not fit, and makes it
+    /// Completes the frame of a batch, writes it (to a new segment if it does not fit), and makes it
     /// durable.
     fn write(&mut self, assembled: Assembled, stamp: Stamp) -> Result<Batch, AppendError> {
         let Assembled { mut frame, records, time_max, has_retained, has_notes, has_ids, releases } =
             assembled;
         let first_offset = self.next_offset;
         let bytes_max = (frame.len() + releases.len() + ONCE_BYTES) as u64;
-        // A segment is named by its first offset: without a record in it, it has no successor.
+        // A segment is named by its first offset, so one without records can have no successor.
         let may_end = self.current.has_frames() && first_offset > self.current.first_offset;
         if may_end && self.current.end() + bytes_max > self.config.segment_bytes {
             self.roll(first_offset)?;
@@ -257,11 +258,11 @@ impl Writer {
 
     /// Ends the current segment and begins the next one at `first_offset`.
     fn roll(&mut self, first_offset: Offset) -> Result<(), AppendError> {
-        // Room that was only taken ahead is not held against the budget.
+        // Preallocated room must not count against the budget.
         self.current.trim().map_err(|e| self.failed(e))?;
         self.make_room(self.config.segment_bytes)?;
         if self.config.durability == Durability::Os {
-            // At most one segment is ever at the mercy of a power failure.
+            // So that a power failure can damage the newest segment only.
             self.current.sync().map_err(|e| self.poisoned(&e))?;
         }
         let segment = Segment::create(&*self.disk, &self.dir, first_offset).map_err(|e| self.failed(e))?;
@@ -270,7 +271,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Removes the segments that retention lets go, and says whether `incoming_bytes` fit then.
+    /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit.
     fn make_room(&self, incoming_bytes: u64) -> Result<(), AppendError> {
         let removed: Vec<_> = {
             let mut segments = self.shared.segments_mut();
@@ -293,7 +294,7 @@ impl Writer {
         Ok(())
     }
 
-    /// What is due when nothing is appended: retention, and whether a trouble is over.
+    /// Idle work: retention, and checking whether a trouble is over.
     fn look_after(&mut self) -> Result<(), AppendError> {
         if self.shared.failure.get().is_some() {
             return Ok(());
@@ -304,7 +305,7 @@ impl Writer {
             let room = self.current.probe(step).map_err(|e| self.failed(e));
             room.and_then(|()| self.make_room(0))
         } else {
-            // Over the budget is no trouble until something is to be written.
+            // Being over the budget is no trouble until something is to be written.
             let _ = self.make_room(0);
             Ok(())
         };
@@ -314,7 +315,7 @@ impl Writer {
         result
     }
 
-    /// Answers those that will wait no longer; with `all`, everybody.
+    /// Answers the submissions that wait no longer; with `all`, every one.
     fn give_up(&self, error: &AppendError, group: &mut Vec<Submission>, all: bool) {
         let now = Instant::now();
         let lasting = all || matches!(error, AppendError::Failed(_));
@@ -329,7 +330,7 @@ impl Writer {
         }
     }
 
-    /// Writes the empty frame that tells a clean shutdown from a torn write.
+    /// Writes the empty frame that marks a clean shutdown.
     fn seal(&mut self) {
         if self.shared.failure.get().is_some() {
             return;
@@ -339,12 +340,12 @@ impl Writer {
             .map_err(|e| e.to_string())
             .and_then(|_| self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string()));
         if let Err(error) = sealed {
-            // Without it the next start takes the end of the log for a crash, and loses nothing.
+            // Harmless: the next start only takes the end of the log for a crash.
             warn!(error, "the log could not be sealed");
         }
     }
 
-    /// What a failed write means: a full disk can be waited out, anything else cannot.
+    /// The error for a failed write: a full disk is transient, anything else is not.
     fn failed(&self, error: io::Error) -> AppendError {
         use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
         match error.kind() {
@@ -353,7 +354,7 @@ impl Writer {
         }
     }
 
-    /// The log cannot be trusted with more: nothing is acknowledged from here on.
+    /// Marks the log as failed: nothing is acknowledged from here on.
     fn poisoned(&self, error: &io::Error) -> AppendError {
         let text: Arc<str> = format!("{}: {error}", self.current.path().display()).into();
         AppendError::Failed(self.shared.failure.get_or_init(|| text).clone())

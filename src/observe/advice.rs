@@ -1,10 +1,10 @@
-//! Advice: what a person can do about a refusal, in a sentence.
+//! Advice: what an operator can do about a refusal, in one sentence.
 
 use super::refusals::Entry;
 use crate::auth::shape::{Checksum, Length, Shape};
 
 impl Entry {
-    /// What to do about it. `end` says how its key came to its end, if it is revoked.
+    /// What to do about it. `end` says how its key ended, if it was revoked.
     pub fn advice(&self, end: Option<&str>) -> String {
         let key = self.key_id.map_or_else(|| "the key".to_owned(), |id| format!("key {id}"));
         if let Some(limit) = &self.limit {
@@ -14,6 +14,8 @@ impl Entry {
             }
             return words + ", or raise the limit";
         }
+        // The match is on the metrics' word for the cause, because entries keep nothing else; a cause that is
+        // missing here falls back to the words of the refusal itself.
         let fixed = match self.cause {
             "revoked_key" => {
                 let end = end.unwrap_or("was revoked");
@@ -27,7 +29,7 @@ impl Entry {
             "missing_scope" => return format!("{key} lacks a scope: create a key with it"),
             "no_key" => "send a key: as MQTT user name or password, or in an Authorization header",
             "too_many_failures" => {
-                "too many keys from there were not good: find the client with the bad key, or set auth.failures_exempt"
+                "too many invalid keys came from this address: find the client with the bad key, or set auth.failures_exempt"
             }
             "ambiguous_key" => "it presented two different keys: it has to send one",
             "key_in_url" => "a key stood in a URL, which is kept in logs on the way: rotate it if it is real",
@@ -36,7 +38,7 @@ impl Entry {
                 "a NATS message is answered in its sender's inbox: use the client's request or js.publish"
             }
             "connection_type" => {
-                "a NATS server wants in as a leaf node: give it a user of its own in nats-server's configuration"
+                "a NATS server tried to connect as a leaf node: give it a user of its own in nats-server's configuration"
             }
             "header" => "JetStream's own headers are not taken: send the message without the one named",
             "no_datasource" => "create the datasource, or correct its name in the topic",

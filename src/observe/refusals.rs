@@ -1,18 +1,18 @@
-//! Refusals: what was refused lately, to whom and why, so that a person can find out what is wrong with
-//! a device that does not get in. Whoever refuses anything calls [`Refusals::note`]: that counts it in
-//! the metrics, and lists it here.
+//! Refusals: what was refused lately, to whom and why, so that an operator can find out what is wrong with
+//! a device that does not get in. Every stage that refuses calls [`Refusals::note`], which counts the
+//! refusal in the metrics and lists it here.
 //!
-//! The list is of sources, not of events: a client that fails the same way a million times is one entry
-//! with a count, its first and its last time. It is kept in memory, in a fixed number of parts, each
-//! with a lock of its own. An address is always in the same part, so that a flood from one pushes
-//! out few of the others; in a full part the source that was silent for longest goes.
+//! The list has sources, not events: a client that fails the same way a million times is one entry with a
+//! count, its first and its last time. It is in memory, in a fixed number of shards, each with a lock of
+//! its own. An address always has the same shard, so that a flood from one address evicts few of the
+//! others. A full shard evicts the source that was silent for longest.
 //!
-//! Nobody waits here. A thread that finds its part locked goes on without listing, and the metric
-//! `headgate_refusals_unlisted_total` says how often that was so. In a flood the entry's count is
-//! therefore a lower bound; `headgate_refused_total` is always exact.
+//! Nobody waits here. A thread that finds its shard locked does not list the refusal, and the metric
+//! `headgate_refusals_unlisted_total` counts how often. So in a flood the count of an entry is a lower
+//! bound; `headgate_refused_total` is always exact.
 //!
-//! **No secret.** What a client calls itself, or says otherwise, may be a key: what looks like one is not
-//! kept ([`key::is_in`]). Of a key that is not known there is its [`Shape`] alone.
+//! **No secret.** A client's name, or other text from it, may be a key: text that looks like one is not
+//! kept ([`key::is_in`]). For an unknown key only its [`Shape`] is kept.
 
 use std::fmt::{self, Write};
 use std::hash::{BuildHasher, RandomState};
@@ -29,9 +29,9 @@ use crate::limits::{REFUSALS_CLIENT_BYTES_MAX, REFUSALS_PER_SHARD_MAX, REFUSALS_
 use crate::message::{KeyId, TimeMicros, Transport, now_micros};
 use crate::quota::Limited;
 
-/// What stands in the place of a text that looks like a key.
+/// Replaces a text that looks like a key.
 const HIDDEN: &str = "(not shown: it looks like an API key)";
-/// What is kept of a refusal's words, in bytes.
+/// The most that is kept of a refusal's words, in bytes.
 const WORDS_BYTES_MAX: usize = 240;
 
 /// One refusal, as it is reported.
@@ -41,24 +41,24 @@ pub struct Note<'a> {
     pub transport: Transport,
     /// One word, as in metrics.
     pub cause: &'static str,
-    /// The same for people; it may say what the client sent.
+    /// The cause in words, for people; may quote the client.
     pub words: &'a dyn fmt::Display,
     /// Where it came from, if that is known.
     pub address: Option<IpAddr>,
-    /// What the client calls itself, or nothing.
+    /// The name that the client gives itself, or empty.
     pub client: &'a str,
-    /// The datasource that it was about, or nothing.
+    /// The datasource that it was about, or empty.
     pub datasource: &'a str,
-    /// The key, if it was given out once.
+    /// The id of the key, if it was ever given out.
     pub key_id: Option<KeyId>,
-    /// The key, if it never was.
+    /// The shape of the key, if it was never given out.
     pub key_shape: Option<Shape>,
-    /// The limit, if it was for one.
+    /// The limit that was exceeded, if any.
     pub limited: Option<&'a Limited>,
 }
 
 impl<'a> Note<'a> {
-    /// A refusal of which nothing more is known.
+    /// A refusal without further details.
     pub fn new(transport: Transport, cause: &'static str, words: &'a dyn fmt::Display) -> Self {
         Self {
             transport,
@@ -74,7 +74,7 @@ impl<'a> Note<'a> {
     }
 }
 
-/// A limit that something was refused for.
+/// The exceeded limit of a refusal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OverLimit {
     /// Its name.
@@ -83,7 +83,7 @@ pub struct OverLimit {
     pub max: u64,
     /// Whose it is, in words.
     pub owner: String,
-    /// How long it would have been to wait, the last time.
+    /// How long the wait would have been, the last time.
     pub wait: Duration,
 }
 
@@ -94,19 +94,19 @@ pub struct Entry {
     pub transport: Transport,
     /// One word.
     pub cause: &'static str,
-    /// The same for people, of the last one.
+    /// The cause of the last refusal in words, for people.
     pub words: String,
     /// Where it came from.
     pub address: Option<IpAddr>,
-    /// What the client calls itself, or nothing.
+    /// The name that the client gives itself, or empty.
     pub client: String,
-    /// The datasource, or nothing.
+    /// The datasource, or empty.
     pub datasource: String,
-    /// The key, if it was given out once.
+    /// The id of the key, if it was ever given out.
     pub key_id: Option<KeyId>,
-    /// The key, if it never was.
+    /// The shape of the key, if it was never given out.
     pub key_shape: Option<Shape>,
-    /// The limit.
+    /// The limit that was exceeded, if any.
     pub limit: Option<OverLimit>,
     /// How many there were, at least.
     pub count: u64,
@@ -116,7 +116,7 @@ pub struct Entry {
     pub last_at: TimeMicros,
 }
 
-/// Which entries are wanted; what is `None` does not matter.
+/// Selects entries; a `None` matches everything.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
     /// Of this client.
@@ -150,7 +150,7 @@ pub struct Refusals {
     unlisted: AtomicU64,
 }
 
-/// Sources, and their hashes at the same places: to look for one reads the hashes alone.
+/// Sources, and their hashes at the same positions, so that a search reads only the hashes.
 #[derive(Default)]
 struct Shard {
     hashes: Vec<u64>,
@@ -158,13 +158,13 @@ struct Shard {
 }
 
 impl Refusals {
-    /// None yet.
+    /// An empty list.
     pub fn new(metrics: Arc<Metrics>) -> Self {
         let shards = std::array::from_fn(|_| Mutex::default());
         Self { metrics, shards, hash: RandomState::new(), unlisted: AtomicU64::new(0) }
     }
 
-    /// Something was refused: counts it, and lists it unless that would mean to wait.
+    /// Counts a refusal, and lists it unless that would have to wait for a lock.
     pub fn note(&self, note: Note<'_>) {
         self.metrics.refused(note.transport, note.cause);
         let address = note.address.map(|address| address.to_canonical());
@@ -178,6 +178,7 @@ impl Refusals {
         let mut shard = match self.shards[place].try_lock() {
             Ok(shard) => shard,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // A refusal must stay cheap in a flood, so nobody waits for the lock.
             Err(TryLockError::WouldBlock) => {
                 self.unlisted.fetch_add(1, Ordering::Relaxed);
                 return;
@@ -216,7 +217,7 @@ impl Refusals {
         }
     }
 
-    /// The newest that `filter` takes, at most `count_max` of them.
+    /// The newest entries that match `filter`, at most `count_max`.
     pub fn newest(&self, filter: &Filter, count_max: usize) -> Vec<Entry> {
         let mut found = Vec::new();
         for shard in &self.shards {
@@ -235,7 +236,7 @@ impl Refusals {
 }
 
 impl Shard {
-    /// The entry of a source, in the place of the one that was silent for longest if there are too many.
+    /// The entry of a source. A new one replaces the source that was silent for longest, if there is no room.
     fn entry(&mut self, hash: u64, new: impl FnOnce() -> Entry) -> &mut Entry {
         let known = self.hashes.iter().position(|&known| known == hash);
         let at = known.unwrap_or_else(|| {
@@ -254,15 +255,15 @@ impl Shard {
     }
 }
 
-/// A text that somebody else chose, as it may be shown: cut, without control characters, and not at
-/// all if it looks like a key.
+/// Untrusted text in a form that may be shown: cut, without control characters, and replaced if it looks
+/// like a key.
 struct Shown<'a> {
     text: &'a str,
     bytes_max: usize,
 }
 
 impl Shown<'_> {
-    /// Whether it is shown as it is.
+    /// Whether it can be shown unchanged.
     fn is_plain(&self) -> bool {
         self.text.len() <= self.bytes_max
             && !self.text.chars().any(char::is_control)

@@ -1,5 +1,5 @@
-//! Structured logs on standard error: which lines are written (a filter) and how they look (text
-//! for people, or a JSON object a line). Standard output belongs to the commands.
+//! Structured logs on standard error: which lines are written (a filter) and their format (text for
+//! people, or one JSON object per line). Standard output belongs to the commands.
 
 use std::io::IsTerminal;
 
@@ -11,20 +11,20 @@ use crate::config::{Trace, TraceFormat};
 /// Why the logs could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
-    /// `trace.filter` is not a filter.
+    /// `trace.filter` cannot be parsed.
     #[error("trace.filter is {filter:?}: {source}; try \"info\" or \"warn,headgate=debug\"")]
     Filter {
-        /// What was set.
+        /// The configured text.
         filter: String,
         /// What is wrong with it.
         source: ParseError,
     },
-    /// The process has logs already; there is one receiver of them.
+    /// The logs of this process were set up before; a process can have only one receiver.
     #[error("the logs of this process are set up already")]
     Twice,
 }
 
-/// Reads `trace.filter` without using it.
+/// Parses `trace.filter` without applying it.
 ///
 /// # Errors
 /// [`TraceError::Filter`].
@@ -34,7 +34,7 @@ pub fn filter(trace: &Trace) -> Result<EnvFilter, TraceError> {
         .map_err(|source| TraceError::Filter { filter: trace.filter.clone(), source })
 }
 
-/// Sends what this process logs to standard error, from now on.
+/// Sends the logs of this process to standard error from now on.
 ///
 /// # Errors
 /// [`TraceError`]: a filter that cannot be read, or a second call.

@@ -1,11 +1,11 @@
-//! The limits of a key or a datasource: what may be set, as the API has it in JSON.
+//! The limits of a key or a datasource, and their JSON form in the API.
 //!
 //! ```json
 //! {"messages_per_s": {"max": 100, "burst": 200, "policy": "hold_back"}, "payload_bytes": 4096}
 //! ```
 //!
-//! A number alone is the `max`. A rate has a `burst`, what may come at once: one second's worth if it is
-//! not given. The [`Policy`] says what becomes of a message over a rate.
+//! A number alone is the `max`. A rate has a `burst`, the most that may come at once; its default is one
+//! second's worth. The [`Policy`] says what happens to a message over the limit.
 
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
@@ -33,7 +33,7 @@ impl Limit {
     pub const ALL: [Limit; 5] =
         [Limit::MessagesPerS, Limit::BytesPerS, Limit::Connections, Limit::PayloadBytes, Limit::Topics];
 
-    /// The name in the API, in metrics and in words.
+    /// The name in the API, in metrics and in messages.
     pub fn name(self) -> &'static str {
         match self {
             Limit::MessagesPerS => "messages_per_s",
@@ -44,7 +44,7 @@ impl Limit {
         }
     }
 
-    /// Whether it is so much a second, which time alone makes good again.
+    /// Whether it is an amount per second, so that waiting helps.
     pub fn is_rate(self) -> bool {
         matches!(self, Limit::MessagesPerS | Limit::BytesPerS)
     }
@@ -54,11 +54,11 @@ impl Limit {
     }
 }
 
-/// What becomes of a message over a limit.
+/// What happens to a message over a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Policy {
-    /// It waits: its connection is not read until it may go on. Over HTTP, which cannot wait, as
-    /// [`Policy::Reject`]. For rates, and their default.
+    /// It waits: its connection is not read until it may go on. HTTP and NATS clients are not held back:
+    /// for them it is as [`Policy::Reject`]. Only for rates, whose default it is.
     HoldBack,
     /// It is refused.
     Reject,
@@ -78,43 +78,43 @@ impl Policy {
         }
     }
 
-    /// Whether it may be set for `limit`: the one place that says so.
+    /// Checks that it may be set for `limit`. The only place that decides this.
     fn check(self, limit: Limit) -> Result<(), &'static str> {
         match self {
             Policy::Reject => Ok(()),
             Policy::Quarantine if limit != Limit::Connections => Ok(()),
             Policy::HoldBack if limit.is_rate() => Ok(()),
             Policy::HoldBack => {
-                Err("only messages_per_s and bytes_per_s can hold back: time makes them good")
+                Err("only messages_per_s and bytes_per_s can hold back: waiting helps only there")
             }
             Policy::Quarantine => Err("messages are quarantined, not connections"),
         }
     }
 }
 
-/// One limit, as it is set.
+/// The setting of one limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Setting {
     /// The most there may be.
     pub max: u64,
-    /// Of a rate: what may come at once.
+    /// For a rate: the most that may come at once.
     pub burst: u64,
-    /// What becomes of what is over it.
+    /// What happens to a message over it.
     pub policy: Policy,
 }
 
 impl Setting {
-    /// A rate's bucket.
+    /// The rate for a bucket.
     pub(super) fn rate(self) -> Rate {
         Rate { per_s: self.max, burst: self.burst }
     }
 }
 
-/// The limits of one key or datasource; what is not set is not limited.
+/// The limits of one key or datasource. Those that are not set do not limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Limits([Option<Setting>; Limit::ALL.len()]);
 
-/// Limits that cannot be set.
+/// Why limits cannot be set.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("limits{pointer}: {words}")]
 pub struct LimitsError {
@@ -125,7 +125,7 @@ pub struct LimitsError {
 }
 
 impl Limits {
-    /// One of them.
+    /// The setting of one limit, if it is set.
     pub fn get(&self, limit: Limit) -> Option<Setting> {
         self.0[limit as usize]
     }
@@ -145,12 +145,12 @@ impl Limits {
         Self::from_json(&serde_json::from_str(text).map_err(fault)?)
     }
 
-    /// The text that the registry is to keep: none for no limits.
+    /// The text for the registry: `None` for no limits.
     pub fn text(&self) -> Option<String> {
         (!self.is_empty()).then(|| self.to_json().to_string())
     }
 
-    /// Reads what is stored or sent: an object, or `null` for no limits.
+    /// Parses the JSON of the registry or of a request: an object, or `null` for no limits.
     ///
     /// # Errors
     /// [`LimitsError`] for a name that is not known, and for a value that is out of range or of
@@ -159,8 +159,8 @@ impl Limits {
         Self::default().patched(value)
     }
 
-    /// These limits with `patch` over them, as a JSON merge patch (RFC 7396) has it: what it does not
-    /// name stays, `null` takes a limit away, or all of them.
+    /// Applies `patch` as a JSON merge patch (RFC 7396): limits that it does not name stay, and `null`
+    /// removes one limit, or all of them.
     ///
     /// # Errors
     /// As [`Limits::from_json`].
@@ -175,7 +175,7 @@ impl Limits {
         for (name, value) in settings {
             let Some(limit) = Limit::ALL.into_iter().find(|limit| limit.name() == name) else {
                 let names = Limit::ALL.map(Limit::name).join(", ");
-                return Err(fault("", &format!("there is one that is not known; there are {names}")));
+                return Err(fault("", &format!("one of them is not known; the limits are {names}")));
             };
             let at = |member: &str| format!("/{name}{member}");
             let stated = self.get(limit);
@@ -193,7 +193,7 @@ impl Limits {
         Ok(self)
     }
 
-    /// As the API shows them and the registry keeps them.
+    /// The JSON form of the API and the registry.
     pub fn to_json(&self) -> Value {
         let set = Limit::ALL.into_iter().filter_map(|limit| Some((limit, self.get(limit)?)));
         let shown = set.map(|(limit, Setting { max, burst, policy })| {
@@ -213,7 +213,7 @@ impl Serialize for Limits {
     }
 }
 
-/// One limit from its members, over what it was; `Err` says which member is wrong and why.
+/// Parses one limit, with its old setting as the default; `Err` says which member is wrong and why.
 fn setting(
     limit: Limit,
     stated: Option<Setting>,
@@ -232,7 +232,7 @@ fn setting(
             .ok_or((pointer, format!("it has to be a whole number between 1 and {}", limit.max()))),
     };
     let max = number("max", "/max", stated.map(|s| s.max))?;
-    // A burst that was not chosen goes with the rate.
+    // A burst that was never chosen follows the rate.
     let chosen = stated.filter(|s| s.burst != s.max).map(|s| s.burst);
     let burst = number("burst", "/burst", Some(chosen.unwrap_or(max)))?;
     let policy = match members.get("policy") {

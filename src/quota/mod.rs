@@ -1,13 +1,12 @@
-//! A quota: what a key or a datasource may use, and what it has used. Intake asks it about every
-//! message behind the authorizer and before the log, and the MQTT front about every connection.
+//! A quota: what a key or a datasource may use, and what it has used. Intake checks it for every message,
+//! between the authorizer and the log, and the fronts for every connection.
 //!
-//! A key or datasource that has [`Limits`] has [`Meters`], which stand beside the limits in the registry's
-//! live view; the others have nothing. All connections of a key share its meters; nothing about them is
-//! locked. When limits are changed, new meters take the place of the old ones, also for connections that
-//! live and for who is held back.
+//! A key or datasource that has [`Limits`] has [`Meters`], which are kept beside the limits in the
+//! registry's live view. All connections of a key share its meters, without a lock. When limits change,
+//! new meters replace the old ones, also for live connections and for messages that are held back.
 //!
-//! What is used is in memory. A change of the limits and a restart begin with full buckets and no topic
-//! seen.
+//! Usage is only in memory. After a change of the limits or a restart, buckets are full and no topic has
+//! been seen.
 
 pub mod bucket;
 pub mod limits;
@@ -24,12 +23,12 @@ pub use self::limits::{Limit, Limits, LimitsError, Policy, Setting};
 use self::topics::Topics;
 use crate::message::{DatasourceId, KeyId};
 
-/// Whose limits they are.
+/// The owner of limits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Owner {
-    /// One key's.
+    /// One key.
     Key(KeyId),
-    /// One datasource's: of all its keys together, and of keys for all datasources in it.
+    /// One datasource: all its keys together, and keys for all datasources that publish to it.
     Datasource(DatasourceId),
 }
 
@@ -45,38 +44,38 @@ impl fmt::Display for Owner {
 /// A message or connection that is over a limit.
 #[derive(Debug, Clone)]
 pub struct Limited {
-    /// Which limit.
+    /// The limit.
     pub limit: Limit,
-    /// How it is set.
+    /// Its setting.
     pub setting: Setting,
-    /// Whose it is.
+    /// Its owner.
     pub owner: Owner,
-    /// How long until it may go on; zero where time does not help.
+    /// How long until it may go on; zero if waiting does not help.
     pub wait: Duration,
-    /// What of the limit is left.
+    /// How much of the limit is left.
     pub standing: Standing,
-    /// What it would take is set aside for it: after the wait it goes on without asking again.
+    /// Its units are taken already: after the wait it goes on without another check.
     reserved: bool,
-    /// Cancelled when the limits are set anew.
+    /// Cancelled when the limits are changed.
     replaced: CancellationToken,
 }
 
 impl Limited {
-    /// Whether it is to wait instead of being refused.
+    /// Whether the policy is to wait instead of refusing.
     pub fn holds_back(&self) -> bool {
         self.setting.policy == Policy::HoldBack
     }
 
-    /// Whether it is to be kept in quarantine instead of being refused.
+    /// Whether the policy is quarantine instead of refusing.
     pub fn quarantines(&self) -> bool {
         self.setting.policy == Policy::Quarantine
     }
 
-    /// Waits for its turn, but for no longer than `patience`. `Ok(true)`: it is its turn, and what it
-    /// takes is taken. `Ok(false)`: the limits have changed, and it has to ask again.
+    /// Waits for its turn, but for no longer than `patience`. `Ok(true)`: it may go on, and its units are
+    /// taken. `Ok(false)`: the limits have changed, and it has to be checked again.
     ///
     /// # Errors
-    /// Itself, when its turn does not come within `patience`.
+    /// Itself, if its turn does not come within `patience`.
     pub async fn turn(self, patience: Duration) -> Result<bool, Self> {
         let wait = if self.reserved { self.wait } else { patience };
         match tokio::time::timeout(wait, self.replaced.cancelled()).await {
@@ -98,7 +97,7 @@ impl fmt::Display for Limited {
     }
 }
 
-/// A duration for people: `0.4 s`, rounded up, so that who comes after it is not too early.
+/// A duration for people: `0.4 s`, rounded up, so that a client that waits for it is not too early.
 struct Seconds(Duration);
 
 impl fmt::Display for Seconds {
@@ -108,14 +107,14 @@ impl fmt::Display for Seconds {
     }
 }
 
-/// How far a rate is used.
+/// How much of a limit is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Standing {
     /// What may come at once when nothing is used.
     pub burst: u64,
     /// What may come at once now.
     pub left: u64,
-    /// When nothing is used any more.
+    /// How long until nothing is used any more.
     pub full_in: Duration,
 }
 
@@ -127,12 +126,12 @@ pub struct Meters {
     messages: Bucket,
     bytes: Bucket,
     topics: Topics,
-    /// Cancelled when others take their place.
+    /// Cancelled when other meters replace these.
     replaced: CancellationToken,
 }
 
 impl Meters {
-    /// Meters for `limits`, of which nothing is used.
+    /// Meters for `limits`, with nothing used.
     pub fn new(owner: Owner, limits: Limits) -> Self {
         Self {
             owner,
@@ -144,8 +143,8 @@ impl Meters {
         }
     }
 
-    /// Meters for limits as the registry keeps them: JSON that was checked when it was set. What cannot
-    /// be read all the same is told in the log, and limits nothing.
+    /// Meters for limits as the registry keeps them: JSON that was checked when it was set. Text that
+    /// cannot be parsed nevertheless is logged, and limits nothing.
     pub fn read(owner: Owner, text: Option<&str>) -> Self {
         let limits = text.map_or(Ok(Limits::default()), Limits::parse).unwrap_or_else(|error| {
             tracing::error!(%owner, %error, "the limits that are kept cannot be read; nothing is limited");
@@ -159,7 +158,7 @@ impl Meters {
         &self.limits
     }
 
-    /// Others have taken their place: whoever is held back asks those.
+    /// Marks that other meters replace these: messages that are held back are checked against those.
     pub fn replace(&self) {
         self.replaced.cancel();
     }
@@ -191,7 +190,7 @@ impl Meters {
         Limited { limit, setting, owner, wait, standing, reserved, replaced }
     }
 
-    /// Says no if `used` of a limit that is no rate is more than it allows.
+    /// Fails if `used` is more than a limit allows that is not a rate.
     fn check(&self, limit: Limit, used: u64) -> Result<(), Limited> {
         match self.limits.get(limit) {
             Some(setting) if used > setting.max => Err(self.limited(limit, setting, Duration::ZERO, false)),
@@ -200,12 +199,12 @@ impl Meters {
     }
 }
 
-/// The meters that a message of one key in one datasource goes by.
+/// The meters that apply to a message of one key in one datasource.
 #[derive(Debug, Clone)]
 pub struct Quota([Option<Arc<Meters>>; 2]);
 
 impl Quota {
-    /// Goes by the meters of the key and of the datasource, if there are any.
+    /// The quota of a key and a datasource; `None` if neither has meters.
     pub fn new(key: Option<Arc<Meters>>, datasource: Option<Arc<Meters>>) -> Option<Self> {
         (key.is_some() || datasource.is_some()).then_some(Self([key, datasource]))
     }
@@ -214,10 +213,10 @@ impl Quota {
         self.0.iter().flatten().map(Arc::as_ref)
     }
 
-    /// Checks the size of a payload, and the topic, which is remembered.
+    /// Checks the size of a payload and the topic, and remembers the topic as seen.
     ///
     /// # Errors
-    /// [`Limited`], which no waiting helps.
+    /// [`Limited`], for which waiting does not help.
     pub fn check(&self, datasource: &DatasourceId, topic: &str, payload_bytes: usize) -> Result<(), Limited> {
         for meters in self.meters() {
             meters.check(Limit::PayloadBytes, payload_bytes as u64)?;
@@ -232,12 +231,12 @@ impl Quota {
         Ok(())
     }
 
-    /// Takes messages and their bytes from every rate that there is. Who can wait waits for at most
-    /// `patience` where the policy is to hold back; its share is set aside then.
+    /// Takes messages and their bytes from every rate. Where the policy is to hold back, units that come
+    /// within `patience` are reserved for the caller, who has to wait for them.
     ///
     /// # Errors
-    /// [`Limited`]: by the first limit that it cannot wait for, and then nothing is taken; or by the
-    /// one that it has to wait longest for.
+    /// [`Limited`]: by the first limit whose wait is over `patience`, and then nothing is taken; or, with
+    /// the units reserved, by the limit with the longest wait.
     pub fn take(&self, messages: u64, bytes: u64, patience: Duration) -> Result<(), Limited> {
         let now = Moment::now();
         let rates = || {
@@ -271,7 +270,7 @@ impl Quota {
         }
     }
 
-    /// How far the rate of messages is used: of the key's and the datasource's the one with less left.
+    /// How much of the message rate is used: the key's or the datasource's, whichever has less left.
     pub fn standing(&self) -> Option<Standing> {
         let now = Moment::now();
         let of = |meters: &Meters| {
@@ -280,7 +279,7 @@ impl Quota {
         self.meters().filter_map(of).min_by_key(|standing| standing.left)
     }
 
-    /// Checks how many connections are open, those of the key and those of the datasource.
+    /// Checks the number of open connections, of the key and of the datasource.
     ///
     /// # Errors
     /// [`Limited`].

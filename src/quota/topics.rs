@@ -1,23 +1,23 @@
-//! The different topics that have been seen: 8 bytes each, never more of them than the limit lets in.
+//! The different topics that were seen: 8 bytes each, never more than the limit allows.
 //!
-//! A topic is known by a keyed hash of 64 bits, so that nobody can choose two topics that are taken for
-//! one; by chance that happens to one in about 10¹⁴ pairs. What was let in once stays: to count anew,
-//! set the limit again. It begins empty when the gateway starts.
+//! A topic is represented by a keyed hash of 64 bits, so that nobody can construct two topics that count
+//! as one; by chance that happens to one in about 10¹⁴ pairs. A topic that was let in stays: to count
+//! anew, set the limit again. The set is empty when the gateway starts.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Mutex, PoisonError};
 
-/// The set.
+/// The set of topics that were seen.
 #[derive(Debug, Default)]
 pub(super) struct Topics {
     seen: papaya::HashSet<u64>,
     hash: RandomState,
-    /// Held while one is added, so that the count is right; looking up waits for nobody.
+    /// Held while a topic is added, so that the count is exact. A lookup takes no lock.
     adding: Mutex<()>,
 }
 
 impl Topics {
-    /// Whether `topic` of `datasource` is among the first `max` that were seen.
+    /// Adds `topic` of `datasource` if there is room. Returns whether it is among the first `max` seen.
     pub(super) fn admits(&self, datasource: &str, topic: &str, max: u64) -> bool {
         let hash = self.hash.hash_one((datasource, topic));
         if self.seen.pin().contains(&hash) {

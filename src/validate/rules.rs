@@ -1,5 +1,5 @@
-//! The rules of one datasource: which topics have to meet which schema. They are kept in the registry
-//! as JSON and compiled when they are set and when the gateway starts.
+//! The rules of one datasource: which topics have to meet which schema. The registry keeps them as JSON,
+//! and they are compiled when they are set and when the gateway starts.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -9,30 +9,30 @@ use crate::filter::TopicFilter;
 use crate::limits::SCHEMA_RULES_MAX;
 use crate::log::Reason;
 
-/// The rules of a datasource, in the order in which they are tried.
+/// The rules of a datasource, in the order in which filters are matched.
 #[derive(Debug, Default)]
 pub struct Rules {
     rules: Vec<Rule>,
-    /// The highest version that a rule of the datasource has or had.
+    /// The highest version that a rule of the datasource has or ever had.
     last_version: u32,
 }
 
-/// A topic filter, and what the messages to its topics have to meet.
+/// A topic filter, and the schema for messages to its topics.
 #[derive(Debug)]
 pub struct Rule {
-    /// Which topics.
+    /// The topics that it applies to.
     pub filter: TopicFilter,
-    /// When it became what it is: no other rule of the datasource has or had the same.
+    /// Its version, which no other rule of the datasource has or ever had.
     pub version: u32,
-    /// What they have to meet.
+    /// The schema that messages have to meet.
     pub schema: Schema,
 }
 
-/// A rule as it is written.
+/// A rule as a request states it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Written {
-    /// The topics; all of them, if it is left out.
+    /// The topic filter; all topics if it is left out.
     #[serde(default = "all_topics")]
     pub filter: String,
     /// The JSON Schema.
@@ -40,7 +40,7 @@ pub struct Written {
 }
 
 impl Written {
-    /// One rule, for every topic.
+    /// A list of one rule, for every topic.
     pub fn for_all(schema: Value) -> Vec<Self> {
         vec![Self { filter: all_topics(), schema }]
     }
@@ -56,26 +56,26 @@ pub enum RulesError {
     /// Too many.
     #[error("a datasource has at most {SCHEMA_RULES_MAX} schemas")]
     TooMany,
-    /// A filter that is none.
+    /// A filter that cannot be parsed.
     #[error("{0}")]
     Filter(String),
-    /// A rule that can never count.
+    /// A filter that occurs twice: the second rule could never count.
     #[error("the filter {0:?} comes twice; the first one that matches a topic is the one that counts")]
     Twice(String),
-    /// A schema that is none.
+    /// A schema that cannot be used.
     #[error("the schema for {filter:?} cannot be used: {error}")]
     Schema {
-        /// Whose.
+        /// The filter of its rule.
         filter: String,
         /// Why not.
         error: SchemaError,
     },
-    /// Not what this code wrote.
+    /// Text that this code has not written.
     #[error("the schemas that the registry has cannot be read: {0}")]
     Unreadable(String),
 }
 
-/// As the registry keeps it.
+/// The form of the rules in the registry.
 #[derive(Serialize, Deserialize)]
 struct Kept {
     last_version: u32,
@@ -90,8 +90,7 @@ struct KeptRule {
 }
 
 impl Rules {
-    /// The rules that take the place of `self`: those that are as before keep their versions, the
-    /// others have a new one.
+    /// The rules that replace `self`. Unchanged rules keep their versions; the others get a new one.
     ///
     /// # Errors
     /// [`RulesError`], for the first rule that cannot be used.
@@ -108,23 +107,23 @@ impl Rules {
         Self::compile(Kept { last_version, rules: kept })
     }
 
-    /// Reads what [`Rules::to_kept`] wrote.
+    /// Parses the output of [`Rules::to_kept`].
     ///
     /// # Errors
-    /// [`RulesError`], if it was written by something else.
+    /// [`RulesError`], if the text is anything else.
     pub fn from_kept(kept: &str) -> Result<Self, RulesError> {
         let kept = serde_json::from_str(kept).map_err(|error| RulesError::Unreadable(error.to_string()))?;
         Self::compile(kept)
     }
 
-    /// Reads what the registry has of a datasource.
+    /// Parses the text that the registry has for a datasource.
     pub(super) fn of_text(kept: Option<&str>) -> Result<Self, RulesError> {
         kept.map_or(Ok(Self::default()), |kept| {
             Self::from_kept(kept).map_err(|error| RulesError::Unreadable(error.to_string()))
         })
     }
 
-    /// For the registry.
+    /// The JSON text for the registry.
     pub fn to_kept(&self) -> String {
         let rules = self.rules.iter().map(|rule| KeptRule {
             filter: rule.filter.as_str().to_owned(),
@@ -153,20 +152,20 @@ impl Rules {
         Ok(Self { rules, last_version: kept.last_version })
     }
 
-    /// Whether there is none.
+    /// Whether there are no rules.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
     }
 
-    /// In the order in which they are tried.
+    /// The rules, in the order in which filters are matched.
     pub fn iter(&self) -> impl Iterator<Item = &Rule> {
         self.rules.iter()
     }
 
-    /// Holds a message against the first rule whose filter matches its topic.
+    /// Checks a message against the first rule whose filter matches its topic.
     ///
     /// # Errors
-    /// Why it goes into quarantine.
+    /// Why the message goes into quarantine.
     pub fn check(&self, topic: &str, payload: &[u8]) -> Result<(), Box<Reason<'static>>> {
         let Some(rule) = self.rules.iter().find(|rule| rule.filter.matches(topic)) else { return Ok(()) };
         let checked = match serde_json::from_slice::<Value>(payload) {

@@ -1,9 +1,9 @@
 //! One JSON Schema (draft 2020-12), compiled.
 //!
-//! Holding a message against a schema takes a time that the schema bounds: patterns run on an engine
-//! whose time is linear in the text (so there are no look-arounds and no back-references), and
-//! references may neither lead out of the schema, nor into themselves, nor unfold into more than
-//! [`SCHEMA_NODES_MAX`] subschemas. No file is read and nothing is fetched.
+//! The time to check a message is bounded by the schema. Patterns run on an engine whose time is linear in
+//! the text (so there are no look-arounds and no back-references). References must not lead out of the
+//! schema, nor into themselves, nor unfold into more than [`SCHEMA_NODES_MAX`] subschemas. No file is read
+//! and nothing is fetched.
 
 use std::collections::HashMap;
 
@@ -15,25 +15,25 @@ use crate::limits::{
 };
 use crate::log::Reason;
 
-/// The one draft that there is; what `$schema` may say.
+/// The only supported draft, as `$schema` may name it.
 const DRAFT: &str = "https://json-schema.org/draft/2020-12/schema";
 
 /// Why a schema cannot be used. The text is for the person who wrote it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SchemaError {
-    /// Neither an object nor a boolean.
+    /// The JSON is neither an object nor a boolean.
     #[error("a JSON Schema is an object, true or false")]
     NoSchema,
-    /// Too many bytes.
+    /// It has too many bytes.
     #[error("a schema has at most {SCHEMA_BYTES_MAX} bytes")]
     TooLarge,
-    /// Nested too deep.
+    /// It nests too deep.
     #[error("a schema nests at most {SCHEMA_DEPTH_MAX} levels deep")]
     TooDeep,
-    /// It unfolds into too much.
+    /// It unfolds into too many parts.
     #[error("with every $ref unfolded the schema has more than {SCHEMA_NODES_MAX} parts")]
     TooCostly,
-    /// Another draft.
+    /// It names another draft.
     #[error("$schema is {0:?}; only draft 2020-12 is understood ({DRAFT:?})")]
     Draft(String),
     /// A reference that leads out of the schema.
@@ -56,7 +56,7 @@ pub enum SchemaError {
     },
     /// A reference that leads back to itself.
     #[error(
-        "{pointer}: {reference:?} leads back to itself; a schema that contains itself has no bound to the time it takes"
+        "{pointer}: {reference:?} leads back to itself; a schema that contains itself could take unbounded time"
     )]
     Recursive {
         /// Where in the schema, as a JSON pointer.
@@ -64,25 +64,25 @@ pub enum SchemaError {
         /// What it names.
         reference: String,
     },
-    /// A keyword that is not taken.
+    /// A keyword that is not supported.
     #[error("{pointer}: {keyword} is not supported")]
     Keyword {
         /// Where in the schema, as a JSON pointer.
         pointer: String,
-        /// Which.
+        /// The keyword.
         keyword: &'static str,
     },
-    /// What the compiler says.
+    /// The schema compiler reports an error.
     #[error("{pointer}: {words}")]
     Invalid {
         /// Where in the schema, as a JSON pointer.
         pointer: String,
-        /// Why.
+        /// The error.
         words: String,
     },
 }
 
-/// A schema, ready to hold messages against.
+/// A compiled schema.
 pub struct Schema {
     source: Value,
     validator: Validator,
@@ -92,7 +92,7 @@ impl Schema {
     /// Checks and compiles a schema.
     ///
     /// # Errors
-    /// [`SchemaError`]: the first thing that is wrong with it.
+    /// [`SchemaError`]: the first error in it.
     pub fn compile(source: Value) -> Result<Self, SchemaError> {
         if !source.is_object() && !source.is_boolean() {
             return Err(SchemaError::NoSchema);
@@ -121,15 +121,15 @@ impl Schema {
         Ok(Self { source, validator })
     }
 
-    /// As it was given.
+    /// The JSON that it was compiled from.
     pub fn source(&self) -> &Value {
         &self.source
     }
 
-    /// Holds a value against it.
+    /// Checks a value.
     ///
     /// # Errors
-    /// The first thing that the value does not meet. Its `schema_version` is left at 0.
+    /// The first violation. Its `schema_version` is left at 0.
     pub fn check(&self, value: &Value) -> Result<(), Box<Reason<'static>>> {
         self.validator.validate(value).map_err(|error| {
             Box::new(Reason {
@@ -163,13 +163,13 @@ pub(super) fn cut(text: &str) -> String {
     out
 }
 
-/// Counts what a schema comes to with every reference unfolded. It looks into all of its values, also
-/// into those (`enum`, `const`) that are no schemas: what is called `$ref` there is taken for one.
+/// Counts the parts of a schema with every reference unfolded. It visits all values, even those that are
+/// not schemas (`enum`, `const`): a member named `$ref` counts as a reference there too.
 struct Cost<'a> {
     root: &'a Value,
-    /// What the targets of references come to.
+    /// The number of parts of each target that was unfolded.
     known: HashMap<&'a str, usize>,
-    /// The references that are being unfolded.
+    /// The references that are being unfolded, outermost first.
     open: Vec<&'a str>,
 }
 
@@ -195,7 +195,7 @@ impl<'a> Cost<'a> {
                             let pointer = std::mem::take(pointer);
                             return Err(SchemaError::Keyword { pointer, keyword: "$anchor" });
                         }
-                        // A base for references; without it they mean what they say.
+                        // An `$id` would change the base of references; without it they resolve as written.
                         ("$id", Value::String(_)) if depth > 0 => {
                             let pointer = std::mem::take(pointer);
                             return Err(SchemaError::Keyword {
@@ -240,7 +240,7 @@ impl<'a> Cost<'a> {
             return Err(SchemaError::Dangling { pointer, reference: named });
         };
         self.open.push(reference);
-        // The depth of the whole is bounded by the references that are open and the text's own depth.
+        // Starting at the number of open references bounds the recursion over all of them together.
         let parts = self.of(value, &mut target.to_owned(), self.open.len())?;
         self.open.pop();
         self.known.insert(reference, parts);

@@ -1,6 +1,5 @@
-//! A connection to a NATS server or cluster. It is made in the background and comes back by itself, so
-//! that whoever uses it sees an absent NATS as something transient: [`Nats::trouble`] says what keeps it
-//! away.
+//! A connection to a NATS server or cluster. It connects in the background and reconnects by itself, so that
+//! an absent NATS is a transient state to its users. [`Nats::trouble`] says why NATS is absent.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,29 +11,29 @@ use tracing::{debug, info, warn};
 
 /// The longest wait between two attempts to connect.
 const RECONNECT_MAX: Duration = Duration::from_secs(1);
-/// How often a server is asked whether it is there. One that leaves three questions unanswered is left for
-/// another: a host that is cut off closes no connection.
+/// How often the client pings its server. After three missing answers it connects to another server: a host
+/// that is cut off closes no connection.
 const PING: Duration = Duration::from_secs(1);
-/// How long a server may take to let the client in.
+/// How long a server may take to accept the client.
 const CONNECT_MAX: Duration = Duration::from_secs(2);
 
-/// Where NATS is, and how to get in.
+/// Where NATS is, and how to authenticate.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// `nats://HOST:PORT` or `tls://HOST:PORT`, of one or more servers of a cluster.
     pub servers: Vec<String>,
-    /// Who connects.
+    /// How to authenticate.
     pub credentials: Credentials,
     /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts.
     pub ca: Option<PathBuf>,
-    /// What the connection is called in NATS' monitoring.
+    /// The connection's name in NATS' monitoring.
     pub name: String,
 }
 
-/// Who connects to NATS.
+/// How a connection authenticates to NATS.
 #[derive(Clone)]
 pub enum Credentials {
-    /// Nobody in particular.
+    /// Not at all.
     None,
     /// A user of the server's configuration.
     Password {
@@ -57,10 +56,10 @@ impl std::fmt::Debug for Credentials {
     }
 }
 
-/// Why a connection could not be set up. That NATS is not there is no reason.
+/// Why a connection could not be set up. An absent NATS is not an error.
 #[derive(Debug, thiserror::Error)]
 pub enum NatsError {
-    /// A server's address that is none.
+    /// An invalid server address.
     #[error("{address:?} is not the address of a NATS server: {detail}")]
     Address {
         /// What was given.
@@ -76,7 +75,7 @@ pub enum NatsError {
         /// Why.
         detail: String,
     },
-    /// Whatever else keeps the client from beginning.
+    /// Any other error that keeps the client from starting.
     #[error("NATS: {0}")]
     Client(String),
 }
@@ -86,12 +85,12 @@ pub enum NatsError {
 pub struct Nats {
     client: Client,
     trouble: Arc<Mutex<Option<String>>>,
-    /// How often it was connected.
+    /// How many times it has connected.
     connections: watch::Receiver<u64>,
 }
 
 impl Nats {
-    /// Begins to connect, and goes on until it is connected, now and after every loss.
+    /// Begins to connect, and retries without end, now and after every loss of the connection.
     ///
     /// # Errors
     /// [`NatsError`] for settings that can never work.
@@ -143,12 +142,12 @@ impl Nats {
         Ok(Self { client, trouble, connections })
     }
 
-    /// The client of the connection.
+    /// The client library's handle.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
-    /// How often it was connected: whoever waits for messages learns from it that some may be missing.
+    /// How many times it has connected. After a change, a subscriber may have missed messages.
     pub fn connections(&self) -> watch::Receiver<u64> {
         self.connections.clone()
     }
@@ -159,7 +158,7 @@ impl Nats {
     }
 }
 
-/// A server's address as it may be shown: without the user and password that may stand in it.
+/// A server's address without the user and password that it may contain, for logs.
 pub fn without_credentials(address: &str) -> String {
     match (address.split_once("://"), address.rsplit_once('@')) {
         (Some((scheme, _)), Some((_, server))) => format!("{scheme}://{server}"),
@@ -168,8 +167,7 @@ pub fn without_credentials(address: &str) -> String {
     }
 }
 
-/// Takes note of what has become of the connection, and says it where an operator reads: once when it is
-/// lost, and not again for every attempt.
+/// Records and logs an event of the connection. A loss is logged once, not at every attempt to reconnect.
 fn note(event: &Event, servers: &str, seen: &Mutex<Option<String>>) {
     let mut trouble = seen.lock().unwrap_or_else(PoisonError::into_inner);
     match event {

@@ -1,14 +1,14 @@
-//! The ingress: what is published to a subject, on its way to an [`Inlet`], and the answers on their way
-//! back. One task takes everything that has come in since it last looked and hands it over as one batch;
-//! while that is being kept it goes on, so that load makes the batches larger.
+//! The ingress: carries what is published to a subject to an [`Inlet`], and the answers back. One task takes
+//! everything that has arrived since its last turn and hands it over as one batch. It continues while that
+//! batch is being stored, so that load makes the batches larger.
 //!
-//! NATS does not wait for a subscriber that is slow, it cuts it off. So nothing here ever stops taking
-//! messages in: what is over the bounds is told so at once.
+//! NATS does not wait for a slow subscriber but cuts it off. So the ingress never stops receiving: a message
+//! over the bounds is refused at once.
 //!
-//! The ingress has a connection of its own. Whoever may publish to the subject decides what is read
-//! here, and a message whose headers are not well-formed costs the client library its connection, or its
-//! life: async-nats 0.51 panics on a bare carriage return in a header. The ingress then connects again,
-//! and nothing else of the gateway's notices.
+//! The ingress has a connection of its own, because its publishers control what the client library parses. A
+//! message with malformed headers costs the library its connection, or even its task: async-nats 0.51 panics
+//! on a bare carriage return in a header. The ingress then connects again, and the rest of the gateway is not
+//! affected.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -25,27 +25,27 @@ use tracing::{debug, warn};
 use crate::connection::{self, Nats, NatsError};
 use crate::inlet::{Answers, Inlet, Parcel, Verdict, Verdicts};
 
-/// The shortest wait before a connection that was lost for good is made anew.
+/// The pause before a new connection replaces one that the client library gave up.
 const ANEW: Duration = Duration::from_millis(50);
-/// How long the end of the subscription may take, and how long the last answers.
+/// How long the drain of the subscription may take, and then the last answers.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
-/// What is taken in, and how much of it at once.
+/// What an ingress receives, and its bounds.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The subject, with wildcards.
     pub subject: String,
-    /// Of those that subscribe in the same group, on however many gateways, each message goes to one.
+    /// The queue group: each message goes to one of its subscribers, on however many gateways.
     pub queue: String,
-    /// The stream in whose name is answered.
+    /// The stream name in the answers.
     pub stream: String,
-    /// Messages in one batch at most.
+    /// The most messages in one batch.
     pub batch_messages_max: usize,
-    /// And their bytes; one larger message is a batch of its own.
+    /// The most bytes in one batch; a larger message is a batch of its own.
     pub batch_bytes_max: usize,
-    /// Batches on their way to be kept at once.
+    /// Batches that may be on their way to storage at the same time.
     pub batches_in_flight_max: usize,
-    /// Messages that wait for their batch; one more is told that there are too many.
+    /// Messages that may wait for a batch; one more is refused as too many.
     pub waiting_messages_max: usize,
     /// The same, in bytes.
     pub waiting_bytes_max: usize,
@@ -59,17 +59,17 @@ pub struct Ingress {
     nats: Mutex<Nats>,
 }
 
-/// Why a subscription is over.
+/// Why a subscription ended.
 #[derive(Debug, PartialEq)]
 enum End {
-    /// It was asked to stop, and everything is answered.
+    /// It was told to stop, and everything is answered.
     Stopped,
-    /// The connection has gone, and does not come back by itself.
+    /// The client library gave up the connection.
     Lost,
 }
 
 impl Ingress {
-    /// Begins to connect. NATS need not be there.
+    /// Begins to connect. NATS may be away.
     ///
     /// # Errors
     /// [`NatsError`] for settings that can never work.
@@ -87,8 +87,8 @@ impl Ingress {
         self.nats.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Hands everything that is published to the subject to `inlet`, until `stop` resolves. Then it takes
-    /// no more, and returns when what it took is answered.
+    /// Hands everything that is published to the subject to `inlet` until `stop` resolves. Then it receives
+    /// no more, and returns once everything received is answered.
     pub async fn run(&self, inlet: &impl Inlet, stop: impl Future<Output = ()>) {
         let mut stop = std::pin::pin!(stop);
         let answers = Answers::of(&self.settings.stream);
@@ -126,13 +126,13 @@ impl Ingress {
         };
         let mut waiting = Waiting::default();
         let mut arrived = Vec::new();
-        // A batch that is being handed over: the next comes behind it.
+        // The batch being handed over. There is one at a time, so that messages keep their order.
         let mut handing = None;
-        // Those that are being kept, with where their answers go.
+        // Batches being stored, with the reply subjects of their messages.
         let mut keeping = FuturesOrdered::new();
-        // Answers on their way out. However slowly NATS takes them, what it brings is taken in.
+        // Answers on their way out: a future of its own, so that a slow NATS does not stop the receiving.
         let mut answering = None;
-        // Those to messages that were too many, and where they go.
+        // Verdicts on messages that were too many, with their reply subjects.
         let mut overflowed = (Vec::new(), Vec::new());
         let (mut stopping, mut open) = (false, true);
         let mut close_by = std::pin::pin!(tokio::time::sleep(GOODBYE_MAX));
@@ -170,7 +170,7 @@ impl Ingress {
                             overflowed.0.push(inlet.overflow(&parcel));
                             overflowed.1.push(parcel.take_reply());
                         } else {
-                            // There is no room for a no either: the sender hears nothing, and comes again.
+                            // No room for a refusal either: the sender gets no answer, and tries again.
                             drop(inlet.overflow(&parcel));
                         }
                     }
@@ -178,8 +178,8 @@ impl Ingress {
                 () = &mut stop, if !stopping => {
                     stopping = true;
                     close_by.as_mut().reset(Instant::now() + GOODBYE_MAX);
-                    // What it has brought already comes first, and then the end; from a NATS that is away
-                    // neither comes.
+                    // A drain still delivers what has arrived, and then ends the subscription. If NATS is
+                    // away, neither would ever happen.
                     let ending = tokio::time::timeout(GOODBYE_MAX, subscription.drain());
                     open = open && self.trouble().is_none() && matches!(ending.await, Ok(Ok(())));
                 }
@@ -190,13 +190,13 @@ impl Ingress {
             return End::Lost;
         }
         if tokio::time::timeout(GOODBYE_MAX, client.flush()).await.is_err() {
-            debug!(subject, "the last answers may not have left");
+            debug!(subject, "the last answers may not have been sent");
         }
         End::Stopped
     }
 }
 
-/// Messages that wait for their batch, in the order in which they came.
+/// Messages that wait for their batch, in the order of their arrival.
 #[derive(Default)]
 struct Waiting {
     parcels: std::collections::VecDeque<Parcel>,
@@ -214,7 +214,7 @@ impl Waiting {
         self.parcels.push_back(parcel);
     }
 
-    /// The next batch, and where the answers to its messages go.
+    /// Takes the next batch, and the reply subjects of its messages.
     fn batch(&mut self, settings: &Settings) -> Option<(Vec<Parcel>, Vec<Option<Subject>>)> {
         let (mut parcels, mut replies) = (Vec::new(), Vec::new());
         let mut bytes = 0;
@@ -234,8 +234,7 @@ impl Waiting {
     }
 }
 
-/// Takes everything that has come in, a batch of it at most, waiting for the first. `false`: nothing
-/// comes any more.
+/// Waits for a message and takes all that have arrived, at most a batch. `false`: the subscription is over.
 async fn arrive(subscription: &mut Subscriber, arrived: &mut Vec<Parcel>, settings: &Settings) -> bool {
     std::future::poll_fn(|cx: &mut Context<'_>| {
         loop {
@@ -266,7 +265,7 @@ async fn kept(verdicts: Verdicts, replies: Vec<Option<Subject>>) -> (Vec<Verdict
     (verdicts.await, replies)
 }
 
-/// Says what has become of messages to those who want to know.
+/// Publishes the verdicts to the senders that asked for an answer.
 async fn answer(client: &Client, answers: &Answers, verdicts: Vec<Verdict>, replies: Vec<Option<Subject>>) {
     for (verdict, reply) in verdicts.into_iter().zip(replies) {
         let Some(reply) = reply else { continue };
@@ -276,7 +275,7 @@ async fn answer(client: &Client, answers: &Answers, verdicts: Vec<Verdict>, repl
             None => client.publish(reply, body).await,
         };
         if let Err(error) = published {
-            debug!(%error, "an answer did not leave");
+            debug!(%error, "an answer was not sent");
         }
     }
 }

@@ -1,6 +1,6 @@
-//! The inlet: the contract between NATS and whoever lets messages in. Each message of a subject becomes
-//! a [`Parcel`]; the [`Inlet`] says what becomes of it, a [`Verdict`], which is answered to the message's
-//! reply subject as JetStream would answer, so that a client's `js.publish` works unchanged.
+//! The inlet: the contract between NATS and the code that admits messages. Each message of a subject becomes
+//! a [`Parcel`], and the [`Inlet`] gives a [`Verdict`] on it. The answer on the message's reply subject has
+//! the form of JetStream's, so that a client's `js.publish` works unchanged.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -10,7 +10,7 @@ use async_nats::header::HeaderMap;
 use async_nats::{HeaderValue, Message};
 use bytes::Bytes;
 
-/// One message, as NATS brought it. It is not shown: a header of it is a key.
+/// One message from NATS. It has no `Debug`: a header holds the API key.
 pub struct Parcel {
     message: Message,
     reply: Reply,
@@ -19,12 +19,12 @@ pub struct Parcel {
 /// Whether a message can be answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reply {
-    /// It names no reply subject: nobody waits for an answer.
+    /// It has no reply subject: no sender waits for an answer.
     Unwanted,
-    /// It is answered.
+    /// It has a reply subject that may be answered.
     Wanted,
-    /// It asks for its answer to be published where nobody but its sender is to decide what is
-    /// published. It is not answered.
+    /// Its reply subject is no inbox. An answer there could be a message that the sender may not publish, so
+    /// there is none.
     Elsewhere,
 }
 
@@ -43,7 +43,7 @@ impl Parcel {
         &self.message.subject
     }
 
-    /// The bytes.
+    /// Its payload.
     pub fn payload(&self) -> &[u8] {
         &self.message.payload
     }
@@ -58,68 +58,67 @@ impl Parcel {
 
     /// Whether it can be answered.
     ///
-    /// The answer is published with the gateway's own permissions, so a reply subject of the sender's
-    /// choice is a way to publish what the sender may not: into the validated stream, for one. Only
-    /// subjects that begin with `_` are answered: clients' inboxes (`_INBOX.…`), and what a server makes
-    /// of them on the way from another account (`_R_.…`).
+    /// The gateway publishes the answer with its own permissions. An arbitrary reply subject would let the
+    /// sender publish where it may not, such as into the validated stream. Only subjects that begin with `_`
+    /// are answered: clients' inboxes (`_INBOX.…`), and what a server makes of them on the way from another
+    /// account (`_R_.…`).
     pub fn reply(&self) -> Reply {
         self.reply
     }
 
-    /// Where its answer goes, if there is to be one.
+    /// Takes the reply subject, if it may be answered.
     pub(crate) fn take_reply(&mut self) -> Option<async_nats::Subject> {
         self.message.reply.take().filter(|_| self.reply == Reply::Wanted)
     }
 
-    /// What it takes in memory, in bytes, about.
+    /// Its approximate size in memory, in bytes.
     pub(crate) fn weight(&self) -> usize {
         size_of::<Message>() + self.message.length
     }
 }
 
-/// What has become of a message.
+/// The outcome for a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is kept, durably.
+    /// It is stored durably.
     Stored {
-        /// Its number.
+        /// Its sequence number.
         seq: u64,
-        /// It was kept before.
+        /// It was stored earlier, under the same id.
         duplicate: bool,
     },
-    /// It is not kept, or not where its sender wanted it.
+    /// It is not stored, or only in quarantine.
     Refused(Box<Refused>),
 }
 
-/// A no, for the one who sent the message.
+/// A refusal, as the sender is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {
-    /// As HTTP has it: 401, 429.
+    /// An HTTP status code: 401, 429.
     pub code: u16,
-    /// In a few words.
+    /// A short text.
     pub text: String,
-    /// The whole answer, a JSON object. With a member `error` as JetStream's answers have it, a client's
-    /// `js.publish` makes a proper error of it.
+    /// The whole answer, a JSON object. A member `error` like that of JetStream's answers makes a client's
+    /// `js.publish` fail with a proper error.
     pub body: Vec<u8>,
-    /// When the same message may be let in, if time helps.
+    /// After how long a retry may succeed; `None`: it cannot.
     pub retry_after: Option<Duration>,
 }
 
-/// What a batch of messages resolves to: a verdict for each, in their order.
+/// Resolves to one verdict for each message of a batch, in their order.
 pub type Verdicts = Pin<Box<dyn Future<Output = Vec<Verdict>> + Send>>;
 
-/// Lets messages in.
+/// Admits messages.
 pub trait Inlet: Sync {
-    /// Takes messages in the order in which they came. It returns when they have their place, so that
-    /// what is delivered next comes behind them; what has become of them is known later.
+    /// Takes messages in the order of their arrival. It returns when their order is fixed, so that the next
+    /// batch follows them; the returned future gives the verdicts later.
     fn deliver(&self, parcels: Vec<Parcel>) -> impl Future<Output = Verdicts> + Send;
 
-    /// More messages have come in than are held at once: what is said to one too many. NATS cannot be
-    /// told to wait.
+    /// The verdict on a message for which there is no room: NATS has no way to make a publisher wait.
     fn overflow(&self, parcel: &Parcel) -> Verdict;
 }
 
-/// Writes verdicts as JetStream does.
+/// Encodes verdicts as JetStream encodes its answers.
 #[derive(Debug, Clone)]
 pub(crate) struct Answers {
     /// `{"stream":"NAME","seq":`
@@ -127,7 +126,7 @@ pub(crate) struct Answers {
 }
 
 impl Answers {
-    /// In the name of a stream.
+    /// Answers in the name of a stream.
     pub(crate) fn of(stream: &str) -> Self {
         Self { stored: format!("{{\"stream\":{},\"seq\":", serde_json::Value::from(stream)) }
     }
@@ -147,7 +146,7 @@ impl Answers {
                 headers.insert("Nats-Service-Error-Code", HeaderValue::from(code));
                 headers.insert("Content-Type", "application/json");
                 if let Some(after) = retry_after {
-                    // Whole seconds, and never 0: that would be an invitation to come again at once.
+                    // Whole seconds, rounded up and never 0: 0 would invite an immediate retry.
                     let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
                     headers.insert("Retry-After", HeaderValue::from(seconds.max(1)));
                 }

@@ -1,10 +1,10 @@
-//! A bucket: rows that every node of a cluster has in common, in JetStream, laid out as NATS' key-value
-//! stores are (ADR-8), so that `nats kv` shows it.
+//! A bucket: rows in JetStream that all nodes of a cluster share. It has the layout of NATS' key-value
+//! stores (ADR-8), so that `nats kv` can show it.
 //!
 //! A row has a key, a value, and a revision: the place in the bucket's stream where it was last written.
-//! Only the newest value of a row is kept. What belongs together is written together, all or nothing
-//! ([`Bucket::put_all`], by JetStream's atomic batches, nats-server 2.12), and on the condition that nobody
-//! else was first. Whoever needs to know all rows at all times watches them ([`Bucket::watch`]).
+//! Only the newest value of a row is kept. [`Bucket::put_all`] writes related rows all or none, with
+//! JetStream's atomic batches (nats-server 2.12), and only if no other writer was first. A node that needs
+//! all rows at all times watches the bucket ([`Bucket::watch`]).
 
 mod put;
 mod watch;
@@ -26,47 +26,46 @@ use crate::connection::Nats;
 pub use put::Put;
 pub use watch::{Seen, Update, Watch};
 
-/// The place of a row in its bucket's stream: whatever was written later has a higher one. The first is 1.
+/// The place of a row in its bucket's stream. A later write has a higher revision. The first is 1.
 pub type Revision = u64;
 
-/// Rows in one atomic batch, at most: nats-server's own limit.
+/// The most rows in one atomic batch: nats-server's own limit.
 pub const BATCH_ROWS_MAX: usize = 1000;
 
 const OPERATION: &str = "KV-Operation";
 const DELETED: &str = "DEL";
-/// How long JetStream may take to answer. An answer that was lost with a connection never comes.
+/// How long JetStream may take to answer. An answer that is lost with a connection never comes.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
-/// The pause before it is asked again.
+/// The pause before JetStream is asked again.
 const PAUSE: Duration = Duration::from_millis(100);
-/// For how long a message's id is known at the least; the bucket gives none.
+/// The stream's duplicate window, unless rows live shorter. It has no effect: rows carry no message id.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
 
-/// Which bucket.
+/// What a bucket is to be like.
 #[derive(Debug, Clone)]
 pub struct BucketSettings {
     /// Its name: letters, digits, `-` and `_`.
     pub name: String,
-    /// On how many servers it is.
+    /// How many servers hold it.
     pub replicas: usize,
-    /// How long a row stays that nobody writes again; for good, if there is none. Who watches hears of its
-    /// end as of any other.
+    /// How long a row stays after its last write; `None`: forever. Watchers see its end as a deletion.
     pub age_max: Option<Duration>,
 }
 
 /// Why a bucket did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum KvError {
-    /// What was written is not as it was expected to be: somebody else was first. Nothing has changed.
+    /// Another writer was first: the bucket or a row is not at the expected revision. Nothing has changed.
     #[error("somebody else has changed it first")]
     Conflict,
-    /// NATS is away, or JetStream cannot answer for now. What was to be written may have been written all
-    /// the same, if it was on its way.
+    /// NATS is away, or JetStream cannot answer now. A write that was already on its way may have been
+    /// stored.
     #[error("{0}")]
     Away(String),
-    /// It is more than a NATS message or a batch may hold. Nothing has changed.
+    /// The write is larger than a NATS message or a batch may be. Nothing has changed.
     #[error("{0}")]
     TooLarge(String),
-    /// JetStream does not do it, now or later.
+    /// JetStream refuses it, and a retry does not help.
     #[error("{0}")]
     Refused(String),
 }
@@ -92,7 +91,7 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// Opens a bucket, or makes it.
+    /// Opens a bucket, and creates it if there is none.
     ///
     /// # Errors
     /// [`KvError::Away`] while NATS is; [`KvError::Refused`] if JetStream cannot have such a bucket: it is
@@ -136,7 +135,7 @@ impl Bucket {
         Ok(self.last_of(&self.subject(key)).await?.map(|(row, _)| row))
     }
 
-    /// The newest row of a subject, and its headers. From the stream's leader, so that it is as new as can be.
+    /// The newest row of a subject, and its headers. The stream's leader is asked: replicas may be behind.
     async fn last_of(&self, subject: &str) -> Result<Option<(Row, HeaderMap)>, KvError> {
         match self.stream.get_last_raw_message_by_subject(subject).await {
             Ok(message) => {
@@ -151,8 +150,8 @@ impl Bucket {
         }
     }
 
-    /// How far the bucket is: the revision of the newest row that is there, and that of the newest that ever
-    /// was.
+    /// How far the bucket is: the revision of the newest row that exists, and the newest revision ever
+    /// written.
     async fn end(&self) -> Result<(Revision, Revision), KvError> {
         let info = self.stream.get_info().await;
         let info = info.map_err(|error| KvError::Away(format!("bucket {}: {error}", self.name)))?;
@@ -170,7 +169,7 @@ impl Bucket {
     }
 }
 
-/// Whether a message is the mark of a row that is gone.
+/// Whether a message marks its row as deleted.
 fn is_deleted(headers: Option<&HeaderMap>) -> bool {
     headers.is_some_and(|headers| {
         let operation = headers.get(OPERATION).map(|value| value.as_str());
@@ -212,11 +211,11 @@ pub(crate) fn at_open(name: &str, error: &CreateStreamError) -> KvError {
     }
 }
 
-/// What an error of JetStream's means: with a 5xx it says what passes by itself, mostly.
+/// Classifies an error of JetStream. A 5xx is transient, with the exceptions below.
 pub(crate) fn of_server(text: String, error: &jetstream::Error) -> KvError {
     match error.error_code() {
         ErrorCode::STREAM_REPLICAS_NOT_SUPPORTED => KvError::Refused(text),
-        // A cluster that has yet to find its servers.
+        // The cluster has not found its servers yet.
         ErrorCode::CLUSTER_NO_PEERS => KvError::Away(text),
         _ if error.code() >= 500 => KvError::Away(text),
         _ => KvError::Refused(text),

@@ -1,5 +1,5 @@
-//! NATS, as Headgate needs it. This crate knows NATS and nothing of keys, datasources or records: it owns
-//! a small contract, and the gateway depends on it.
+//! NATS, as Headgate needs it. This crate knows NATS and nothing of keys, datasources or records. It owns a
+//! small contract, and the gateway depends on it.
 
 pub mod callout;
 pub mod cells;

@@ -1,16 +1,14 @@
-//! An outlet: a JetStream stream that one writer sends messages into, in order, each once.
+//! An outlet: a JetStream stream to which one writer sends messages, in order, each once.
 //!
-//! The stream itself is the writer's memory. [`Outlet::open`] says what its last message is, so that the
-//! writer can go on behind it; and every message says which sequence it follows
-//! (`Nats-Expected-Last-Sequence`). Of a message that was lost on the way the next one therefore cannot
-//! be stored either, and a message that is sent again cannot be stored twice, whatever was lost, whoever
-//! was killed, whichever server leads: there is no hole and nothing out of order. After any error the
-//! outlet is closed; the writer opens it and learns how far it got.
+//! The stream itself is the writer's cursor. [`Outlet::open`] returns its last message, so that the writer
+//! can continue after it. Every message names the sequence that it follows (`Nats-Expected-Last-Sequence`).
+//! If a message is lost, JetStream refuses all messages after it; if one is sent again, it refuses the
+//! second copy. So there are no holes, duplicates or reorderings, whatever is lost, killed, or elected
+//! leader. After any error the outlet is closed. The writer opens it again and learns how far it got.
 //!
-//! As a message can only be stored behind all those before it, one answer speaks for all of them. Most
-//! messages ask for none, so that NATS and this process have a small part of the work; the first one after
-//! opening always does, and is waited for alone, so that what the server has against a message is heard of
-//! that message.
+//! A message is stored only after all messages before it, so one answer confirms all of them. Most messages
+//! ask for no answer, which saves work on both sides. The first one after opening always does, and the writer
+//! waits for it alone, so that a refusal by the server concerns that very message.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -29,67 +27,67 @@ use serde::Deserialize;
 
 use crate::connection::Nats;
 
-/// How long opening waits for a connection that is about to be there, and how often it looks.
+/// How long opening waits for a connection, and how often it checks.
 const CONNECT_WAIT: Duration = Duration::from_millis(500);
 const CONNECT_LOOK: Duration = Duration::from_millis(10);
-/// How long an answer may take until it counts as lost.
+/// How long an answer may take before it counts as lost.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
-/// How often it is looked, while an answer is waited for, whether the connection is still the same.
+/// How often a wait for an answer checks that the connection is still the same.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Messages that may be under way at once, and their bytes. A server drops what a stream has not taken
-/// when that is more than 10,000 messages or 128 MiB.
+/// The most messages under way, and the most bytes. A server drops messages that a stream has not taken yet
+/// when they are more than 10,000 or 128 MiB.
 const WINDOW: (usize, usize) = (4096, 8 << 20);
-/// One message in so many that fit the window asks for an answer.
+/// How many messages of a full window ask for an answer.
 const ANSWERS_PER_WINDOW: usize = 4;
-/// What the server's limit on a message is compared with, beside payload and headers: the first and last
-/// line of the headers, and the sequence that is added to them.
+/// Bytes that count toward the server's message limit beside payload and headers: the first and last line of
+/// the headers, and the expected sequence that is added to them.
 const HEADERS_EXTRA_BYTES: usize = 80;
 
 const EXPECTED_LAST_SEQUENCE: HeaderName = HeaderName::from_static("Nats-Expected-Last-Sequence");
 
-/// A stream, as it is to be.
+/// What a stream is to be like.
 #[derive(Debug, Clone)]
 pub struct StreamSettings {
-    /// What JetStream calls it.
+    /// Its name in JetStream.
     pub name: String,
-    /// The subjects that are stored in it.
+    /// The subjects that it stores.
     pub subjects: Vec<String>,
-    /// On how many servers each message is.
+    /// How many servers hold each message.
     pub replicas: usize,
-    /// What it takes on each of them at most, in bytes, when it is made here; then the oldest messages go.
+    /// Its maximum size on each server, in bytes, if it is created here; beyond that the oldest messages go.
     pub bytes_max: u64,
-    /// How long a `Nats-Msg-Id` is known, when it is made here.
+    /// How long it remembers a `Nats-Msg-Id`, if it is created here.
     pub duplicate_window: Duration,
 }
 
-/// One message of a stream.
+/// A message of a stream.
 #[derive(Debug, Clone)]
 pub struct Message {
-    /// Under which it is stored.
+    /// The subject under which it is stored.
     pub subject: String,
-    /// What is said about it.
+    /// Its headers.
     pub headers: HeaderMap,
-    /// Its bytes.
+    /// Its payload.
     pub payload: Bytes,
 }
 
 /// How far a stream is.
 #[derive(Debug, Clone)]
 pub struct Last {
-    /// The sequence of the newest message there ever was; 0 if there was none.
+    /// The sequence of the newest message ever stored; 0 if there was none.
     pub sequence: u64,
-    /// The newest message that there is, and its sequence, which may be a lower one: newer ones may have
-    /// been deleted.
+    /// The newest message that exists, with its sequence. That may be lower: newer messages may have been
+    /// deleted.
     pub message: Option<(u64, Message)>,
 }
 
-/// Why nothing was sent.
+/// Why a message was not sent or the stream not opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OutletError {
-    /// NATS is not there.
+    /// NATS is away.
     #[error("{0}")]
     Away(String),
-    /// The stream is not as it is to be, and somebody may want it so.
+    /// An existing stream has another configuration, which may be intended by its owner.
     #[error("the stream {stream} is configured differently: {detail}; it is left as it is")]
     Differs {
         /// Which.
@@ -97,7 +95,7 @@ pub enum OutletError {
         /// What differs.
         detail: String,
     },
-    /// The stream cannot be made or read.
+    /// The stream cannot be created or read.
     #[error("the stream {stream}: {detail}")]
     Stream {
         /// Which.
@@ -105,10 +103,10 @@ pub enum OutletError {
         /// What JetStream says.
         detail: String,
     },
-    /// A message that this server takes from nobody. The outlet stays open.
+    /// The message is over the server's size limit. The outlet stays open.
     #[error("a message of {bytes} bytes is larger than the server takes ({bytes_max})")]
     TooLarge {
-        /// Its payload and headers.
+        /// The size of its payload and headers.
         bytes: usize,
         /// The server's `max_payload`.
         bytes_max: usize,
@@ -118,7 +116,7 @@ pub enum OutletError {
     Refused {
         /// Which.
         stream: String,
-        /// Behind which sequence it was to come.
+        /// The sequence that it was to follow.
         behind: u64,
         /// What JetStream says.
         detail: String,
@@ -131,7 +129,7 @@ pub enum OutletError {
         /// What has happened.
         detail: &'static str,
     },
-    /// Not opened, or closed by an error before.
+    /// It was not opened, or an earlier error closed it.
     #[error("the stream is not open")]
     Closed,
 }
@@ -144,29 +142,28 @@ pub struct Outlet {
     flow: Option<Flow>,
 }
 
-/// What is under way on an open outlet.
+/// The messages under way on an open outlet.
 struct Flow {
-    /// Answers come to this subject and the sequence that was asked for.
+    /// Answers arrive on this subject, followed by the sequence of the message.
     inbox: String,
     answers: Subscriber,
-    /// Which of the client's connections it is.
+    /// The client's connect count at opening: another value means a reconnect.
     connection: u64,
-    /// The message that was given last: whether it asks for an answer shows when there is another one.
+    /// The last message given, held back: whether it asks for an answer depends on the next one.
     last: Option<Message>,
-    /// The sequences of the message that was given last, of the one that was sent last, and of the last
-    /// one that is stored.
+    /// The sequences of the last message given, the last one sent, and the last one known to be stored.
     given: u64,
     sent: u64,
     stored: u64,
-    /// Those that asked for an answer which has not come: sequence, and the bytes sent up to it.
+    /// The messages whose answer is outstanding: their sequence, and the bytes sent up to it.
     asked: VecDeque<(u64, usize)>,
-    /// Sent since one asked.
+    /// Messages and bytes sent since the last one that asked for an answer.
     unasked: (usize, usize),
-    /// Messages that may be under way: few at first.
+    /// Messages that may be under way: 1 at first, doubled by each answer.
     window: usize,
 }
 
-/// What JetStream answers to a message.
+/// JetStream's answer to a message.
 #[derive(Deserialize)]
 struct Answer {
     #[serde(default)]
@@ -177,7 +174,7 @@ struct Answer {
 }
 
 impl Message {
-    /// What the server's limit is compared with, in bytes, at most.
+    /// An upper bound of the size that the server compares with its limit, in bytes.
     fn bytes(&self) -> usize {
         let headers = self.headers.iter().flat_map(|(name, values)| {
             values.iter().map(|value| AsRef::<str>::as_ref(name).len() + value.as_str().len() + 4)
@@ -187,14 +184,14 @@ impl Message {
 }
 
 impl Outlet {
-    /// Of a stream that need not be there yet. To be called in a tokio runtime.
+    /// Makes a closed outlet; the stream need not exist yet. Must be called in a tokio runtime.
     pub fn new(nats: Nats, settings: StreamSettings) -> Self {
         let context = ContextBuilder::new().timeout(ANSWER_MAX).build(nats.client().clone());
         Self { nats, context, settings, flow: None }
     }
 
-    /// Makes the stream if there is none, and says how far it is. What is sent next follows that. What
-    /// was under way before may still be stored, once.
+    /// Creates the stream if there is none, and says how far it is. The next message follows that. Messages
+    /// that were under way before may still be stored, once.
     ///
     /// # Errors
     /// [`OutletError::Away`], [`OutletError::Differs`], [`OutletError::Stream`].
@@ -255,7 +252,7 @@ impl Outlet {
         Ok((stream, sequence, messages))
     }
 
-    /// As it is made.
+    /// The configuration of a new stream.
     fn config(&self) -> Config {
         let StreamSettings { name, subjects, replicas, bytes_max, duplicate_window } = self.settings.clone();
         Config {
@@ -272,8 +269,7 @@ impl Outlet {
         }
     }
 
-    /// What about a stream that somebody has made keeps it from being this one. What it limits, and how
-    /// it is placed, is theirs to say.
+    /// What makes an existing stream unusable here. Its limits and its placement are up to its owner.
     fn difference(&self, config: &Config) -> Vec<String> {
         let StreamSettings { subjects, replicas, .. } = &self.settings;
         let mut differs = Vec::new();
@@ -301,7 +297,7 @@ impl Outlet {
         differs
     }
 
-    /// The newest message there is. Asked of the leader: other servers may be behind.
+    /// The newest message, from the leader: other servers may be behind.
     async fn newest(&self, stream: &Stream, sequence: u64) -> Result<Option<(u64, Message)>, OutletError> {
         let found = match stream.get_raw_message(sequence).await {
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => {
@@ -320,8 +316,8 @@ impl Outlet {
         }
     }
 
-    /// Sends a message behind all those before it, and returns the sequence that it will be stored under.
-    /// Waits while too much is under way. The last message may stay here until [`Outlet::settle`].
+    /// Sends a message after all those before it, and returns the sequence that it will have. Waits while too
+    /// much is under way. The last message may stay here until [`Outlet::settle`].
     ///
     /// # Errors
     /// [`OutletError::TooLarge`], and then the message is left out. All others close the outlet:
@@ -341,7 +337,7 @@ impl Outlet {
         Ok(given)
     }
 
-    /// Returns once everything that was given is stored.
+    /// Waits until everything that was given is stored.
     ///
     /// # Errors
     /// As [`Outlet::send`].
@@ -350,8 +346,8 @@ impl Outlet {
         self.open_after(settled)
     }
 
-    /// Whether NATS is there, as far as is known: what was given while it is away would be sent when it is
-    /// back, whatever has become of it meanwhile.
+    /// Checks that NATS is connected. The client would send a message given while NATS is away after the
+    /// reconnect, when it may be stale.
     ///
     /// # Errors
     /// [`OutletError::Away`], which closes the outlet.
@@ -383,7 +379,7 @@ impl Outlet {
         Ok(())
     }
 
-    /// Hands a message to the connection, and waits for answers if there is no room for the next one.
+    /// Hands a message to the connection, and waits for answers while there is no room for the next one.
     async fn push(&mut self, mut message: Message, ask: bool) -> Result<(), OutletError> {
         let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
         let bytes = message.bytes();
@@ -415,14 +411,14 @@ impl Outlet {
         while self.is_full() {
             self.answer().await?;
         }
-        // What has come meanwhile makes room without a wait.
+        // Answers that have arrived meanwhile make room without a wait.
         while ask && let Some(answer) = self.arrived() {
             self.note(&answer)?;
         }
         Ok(())
     }
 
-    /// Whether nothing more may be sent before there is an answer.
+    /// Whether the next message has to wait for an answer.
     fn is_full(&self) -> bool {
         self.flow.as_ref().is_some_and(|flow| {
             let bytes: usize = flow.asked.iter().map(|(_, bytes)| bytes).sum();
@@ -431,13 +427,13 @@ impl Outlet {
         })
     }
 
-    /// An answer that is there already.
+    /// An answer that has arrived already.
     fn arrived(&mut self) -> Option<async_nats::Message> {
         let flow = self.flow.as_mut()?;
         if flow.asked.is_empty() { None } else { flow.answers.next().now_or_never().flatten() }
     }
 
-    /// Waits for an answer and takes note of it.
+    /// Waits for an answer and handles it.
     async fn answer(&mut self) -> Result<(), OutletError> {
         let statistics = self.nats.client().statistics();
         let begun = tokio::time::Instant::now();
@@ -462,7 +458,7 @@ impl Outlet {
         let asked = answer.subject.rsplit('.').next().and_then(|sequence| sequence.parse().ok());
         let Some((expected, _)) = flow.asked.front().copied().filter(|(front, _)| Some(*front) == asked)
         else {
-            // Answers come in the order of the messages: one is missing.
+            // Answers arrive in the order of the messages, so one is missing.
             return Err(self.silent("one is missing"));
         };
         let name = &self.settings.name;

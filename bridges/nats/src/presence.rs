@@ -1,11 +1,11 @@
-//! Presence: which nodes of a cluster there are, and asking all of them.
+//! Presence: which nodes of a cluster are alive, and requests to all of them.
 //!
-//! Each node says once a second that it is there, on a subject of its own, and when it leaves, that it does.
-//! One that has been silent for [`SILENCE_MAX`] is gone. Who hears of a node for the first time answers at once,
-//! so that a node that has just come knows the others within a round trip.
+//! Each node announces itself once a second on a subject of its own, and says goodbye when it leaves. A node
+//! that is silent for [`SILENCE_MAX`] is gone. A node that hears another for the first time announces itself
+//! at once, so that a new node knows the others within a round trip.
 //!
-//! A node that has lost NATS hears nobody and is heard by nobody: whatever it must not go on doing without
-//! the others has to depend on NATS itself.
+//! A node that has lost NATS neither hears the others nor is heard. Whatever it must not do without the
+//! others has to depend on NATS itself.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,42 +20,42 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 
 use crate::connection::{Nats, NatsError};
 
-/// How often a node says that it is there.
+/// How often a node announces itself.
 pub(crate) const BEAT: Duration = Duration::from_secs(1);
 /// A node that has been silent for this long is gone.
 pub const SILENCE_MAX: Duration = Duration::from_secs(3);
-/// A question may be lost with a connection: it is asked again after this.
+/// How long to wait for an answer before asking again: a question may be lost with a connection.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
-/// The pause before a node that does not listen yet is asked again.
+/// The pause before asking a node again that does not subscribe yet.
 const PAUSE: Duration = Duration::from_millis(20);
 
 const HERE: &[u8] = b"here";
 const GOODBYE: &[u8] = b"goodbye";
 
-/// What one node answered to a question.
+/// The reply of one node to a question.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
-    /// This.
+    /// The node answered.
     Answer(Bytes),
-    /// Nothing: it has gone meanwhile.
+    /// No answer: the node has gone meanwhile.
     Gone,
-    /// Nothing, although it is there.
+    /// No answer, although the node is alive.
     Silent,
 }
 
-/// A node's place among the others. It leaves when this is dropped, see also [`Presence::leave`].
+/// This node's membership among the others. A drop ends it without a goodbye; [`Presence::leave`] says one.
 #[derive(Debug)]
 pub struct Presence {
     nats: Nats,
     id: String,
-    /// What the subjects begin with that nodes are heard on.
+    /// The prefix of the subjects on which nodes announce themselves.
     prefix: String,
     others: Arc<Others>,
     task: AbortHandle,
     served: Mutex<Vec<AbortHandle>>,
 }
 
-/// The other nodes that are there, and when each was last heard.
+/// The other nodes that are alive, and when each was last heard.
 #[derive(Debug, Default)]
 struct Others {
     nodes: Mutex<HashMap<String, Instant>>,
@@ -67,13 +67,13 @@ impl Others {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// When this node is gone, if nothing more is heard of it; `None` if it is.
+    /// When the node counts as gone unless it is heard again; `None` if it is gone already.
     fn ends(&self, id: &str) -> Option<Instant> {
         let heard = *self.nodes().get(id)?;
         Some(heard + SILENCE_MAX).filter(|ends| *ends > Instant::now())
     }
 
-    /// Returns when a node is gone.
+    /// Waits until a node is gone.
     async fn gone(&self, id: &str) {
         loop {
             let changed = self.changed.notified();
@@ -89,11 +89,11 @@ impl Others {
 }
 
 impl Presence {
-    /// Announces this node: others hear it on `{prefix}.{id}`. The id has to be another one for each node and
-    /// each start, and fit in a subject. Needs a runtime.
+    /// Announces this node on `{prefix}.{id}`. The id has to be unique for each node and each start, and one
+    /// token of a subject. Must be called in a tokio runtime.
     ///
     /// # Errors
-    /// [`NatsError::Client`] if the subject is none.
+    /// [`NatsError::Client`] if the subject is invalid.
     pub async fn start(nats: &Nats, prefix: &str, id: &str) -> Result<Self, NatsError> {
         let failed = |error: async_nats::SubscribeError| NatsError::Client(error.to_string());
         let mut heard = nats.client().subscribe(format!("{prefix}.*")).await.map_err(failed)?;
@@ -107,7 +107,7 @@ impl Presence {
             loop {
                 let is_new = tokio::select! {
                     _ = beat.tick() => true,
-                    // What was said while it was away is not said again.
+                    // Announcements made while the connection was away are lost: announce again.
                     Ok(()) = connections.changed() => true,
                     message = heard.next() => match message {
                         Some(message) if *message.subject != *own => {
@@ -118,7 +118,7 @@ impl Presence {
                     },
                 };
                 if is_new && client.connection_state() == async_nats::connection::State::Connected {
-                    // What fails is said again a second later.
+                    // A failed announcement is repeated by the next beat.
                     let _ = client.publish(own.clone(), Bytes::from_static(HERE)).await;
                 }
             }
@@ -138,15 +138,15 @@ impl Presence {
         &self.id
     }
 
-    /// The others that are there.
+    /// The other nodes that are alive.
     pub fn others(&self) -> Vec<String> {
         let nodes = self.others.nodes();
         let now = Instant::now();
         nodes.iter().filter(|(_, heard)| **heard + SILENCE_MAX > now).map(|(id, _)| id.clone()).collect()
     }
 
-    /// Asks every other node that is there, on `{subject}.{id}`, and waits for each until it answers, is gone, or
-    /// `limit` is over. A question may be asked more than once: answering it twice has to do no harm.
+    /// Asks every other live node on `{subject}.{id}`. Waits for each until it answers, is gone, or `limit`
+    /// is over. A question may arrive more than once, so its handling has to be idempotent.
     pub async fn ask_all(&self, subject: &str, body: Bytes, limit: Duration) -> Vec<(String, Reply)> {
         let until = Instant::now() + limit;
         let questions = self.others().into_iter().map(|id| {
@@ -163,7 +163,7 @@ impl Presence {
         join_all(questions).await
     }
 
-    /// Asks one until it answers or the time is over.
+    /// Asks one node until it answers or the time is over.
     async fn ask(&self, subject: &str, body: &Bytes, until: Instant) -> Option<Bytes> {
         let client = self.nats.client();
         while Instant::now() < until {
@@ -178,11 +178,11 @@ impl Presence {
         None
     }
 
-    /// Answers the questions that others ask on `subject` (see [`Presence::ask_all`]), each in a task of its
-    /// own, until this node leaves.
+    /// Answers the questions of others on `subject` (see [`Presence::ask_all`]), each in a task of its own,
+    /// until this node leaves.
     ///
     /// # Errors
-    /// [`NatsError::Client`] if the subject is none.
+    /// [`NatsError::Client`] if the subject is invalid.
     pub async fn serve<A>(
         &self,
         subject: &str,
@@ -201,7 +201,7 @@ impl Presence {
                 let Some(reply) = question.reply else { continue };
                 let (client, answer) = (client.clone(), answer(question.payload));
                 answering.spawn(async move {
-                    // If the answer is lost, the question comes again.
+                    // If the answer is lost, the node asks again.
                     let _ = client.publish(reply, answer.await).await;
                 });
             }
@@ -210,8 +210,8 @@ impl Presence {
         Ok(())
     }
 
-    /// Tells the others that this node leaves, so that they do not wait for it. It is heard for a moment
-    /// longer if NATS is away.
+    /// Tells the others that this node leaves, so that they do not wait for it. If NATS is away, they count
+    /// it as alive for up to [`SILENCE_MAX`] longer.
     pub async fn leave(&self) {
         self.stop();
         let (client, own) = (self.nats.client(), format!("{}.{}", self.prefix, self.id));
@@ -234,7 +234,7 @@ impl Drop for Presence {
     }
 }
 
-/// Takes note of what another node says. Whether it is new here.
+/// Records an announcement or goodbye of another node. Returns whether the node is new.
 fn hear(others: &Others, prefix: &str, message: &async_nats::Message) -> bool {
     let id = message.subject.strip_prefix(prefix).and_then(|id| id.strip_prefix('.'));
     let Some(id) = id else { return false };

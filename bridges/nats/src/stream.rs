@@ -1,10 +1,9 @@
-//! A stream as a log: messages in JetStream, in one order, each with a sequence of its own.
+//! A JetStream stream as a log: messages in one order, each with its own sequence.
 //!
-//! A [`Publisher`] adds to it, many messages at once; a [`Follower`] is given all of them, in order and
-//! without a gap, whatever becomes of the connection meanwhile; of those who share a place in it
-//! ([`Stream::share`]) each message goes to one. What is older is read by
-//! [`Stream::get`], from any server that has it. The stream removes nothing by itself: who uses it
-//! decides what may go ([`Stream::purge_below`]), and until then a full one takes no more.
+//! A [`Publisher`] adds messages, many at once. A [`Follower`] receives all messages, in order and without a
+//! gap, across losses of the connection. Members of a shared place ([`Stream::share`]) divide the messages
+//! among them. [`Stream::get`] reads older messages, from any server that has them. The stream removes
+//! nothing by itself: its user decides what may go ([`Stream::purge_below`]), and a full one takes no more.
 
 mod follower;
 mod publisher;
@@ -26,73 +25,73 @@ pub use follower::Follower;
 pub use publisher::{Ack, Outgoing, PublishError, Publisher};
 pub use shared::{Receipt, SharedPlace, SharedSettings, Taken, Taking};
 
-/// The place of a message in a stream. The first one is 1.
+/// The place of a message in a stream. The first is 1.
 pub type Sequence = u64;
 
 /// How long JetStream may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
-/// Messages that one request asks for, at most.
+/// The most messages that one request asks for.
 const GET_MAX: usize = 1000;
 
-/// Which stream.
+/// What a stream is to be like.
 #[derive(Debug, Clone)]
 pub struct StreamSettings {
     /// Its name.
     pub name: String,
-    /// What is published to it.
+    /// The subjects that it stores.
     pub subjects: Vec<String>,
-    /// On how many servers each message is.
+    /// How many servers hold each message.
     pub replicas: usize,
-    /// What it may take on disk, in bytes.
+    /// Its maximum size on disk, in bytes.
     pub bytes_max: u64,
-    /// How long the id of a message (`Nats-Msg-Id`) is known.
+    /// How long the stream remembers the id of a message (`Nats-Msg-Id`).
     pub duplicate_window: Duration,
 }
 
 /// Why a stream did not do what was asked.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StreamError {
-    /// NATS is away, or JetStream cannot answer for now.
+    /// NATS is away, or JetStream cannot answer now.
     #[error("{0}")]
     Away(String),
-    /// There is a stream of the name, and it is one of another kind: what is in it would be lost or mistaken.
+    /// A stream of this name has an incompatible configuration: its messages would be lost or misread.
     #[error(
         "the stream {name} is there already and cannot be used: {detail}; remove it, or use another name"
     )]
     Unfit {
         /// Its name.
         name: String,
-        /// What of it is not as it has to be.
+        /// What is incompatible.
         detail: String,
     },
-    /// JetStream does not do it, now or later.
+    /// JetStream refuses it, and a retry does not help.
     #[error("{0}")]
     Refused(String),
 }
 
-/// What is in a stream.
+/// What a stream holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamState {
     /// The sequence of the oldest message, or, of an empty stream, of the next one.
     pub first: Sequence,
-    /// The sequence of the newest message that there ever was; 0 if there never was one.
+    /// The sequence of the newest message ever stored; 0 if there was none.
     pub last: Sequence,
-    /// How many messages there are.
+    /// The number of messages.
     pub messages: u64,
-    /// What they take, in bytes.
+    /// Their size, in bytes.
     pub bytes: u64,
 }
 
-/// A message that is in a stream.
+/// A message in a stream.
 #[derive(Debug, Clone)]
 pub struct Stored {
     /// Its place.
     pub sequence: Sequence,
-    /// What it was published to.
+    /// The subject that it was published to.
     pub subject: Subject,
-    /// Its headers, among which may be some of JetStream's.
+    /// Its headers, which may include some of JetStream's.
     pub headers: HeaderMap,
-    /// The bytes.
+    /// Its payload.
     pub payload: Bytes,
 }
 
@@ -105,12 +104,12 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Opens a stream, or makes it. One that differs in its size, its replicas or its window of ids is
-    /// changed to what is wanted; one that differs in anything else is refused.
+    /// Opens a stream, and creates it if there is none. A different size, number of replicas or duplicate
+    /// window is changed to the wanted one; any other incompatible setting is an error.
     ///
     /// # Errors
-    /// [`StreamError::Away`] while NATS is; [`StreamError::Unfit`]; [`StreamError::Refused`] if JetStream
-    /// cannot have such a stream: it is off, has too little room, or too few servers for the replicas.
+    /// [`StreamError::Away`] while NATS is away; [`StreamError::Unfit`]; [`StreamError::Refused`] if
+    /// JetStream cannot have such a stream: it is off, has too little room, or too few servers.
     pub async fn open(nats: &Nats, settings: &StreamSettings) -> Result<Self, StreamError> {
         if let Some(trouble) = nats.trouble() {
             return Err(StreamError::Away(trouble));
@@ -146,7 +145,7 @@ impl Stream {
                     _ => StreamError::Refused(text),
                 }
             })?;
-            tracing::info!(stream = name, "the stream's size, replicas or window of ids were changed");
+            tracing::info!(stream = name, "changed the stream's size, replicas or duplicate window");
         }
         let handle = context.get_stream_no_info(name).await.map_err(|error| {
             let text = format!("stream {name}: {error}");
@@ -158,7 +157,7 @@ impl Stream {
         Ok(Self { nats: nats.clone(), handle, name: name.clone() })
     }
 
-    /// The connection that it is used over.
+    /// The connection to the stream.
     pub fn nats(&self) -> &Nats {
         &self.nats
     }
@@ -168,7 +167,7 @@ impl Stream {
         &self.name
     }
 
-    /// What is in it now, as its leader says.
+    /// What it holds now, according to its leader.
     ///
     /// # Errors
     /// [`StreamError::Away`].
@@ -180,8 +179,8 @@ impl Stream {
         Ok(StreamState { first, last, messages: state.messages, bytes: state.bytes })
     }
 
-    /// The messages from a sequence on, in order: at most `max` of them (and a thousand), about `bytes_max`,
-    /// at least one. None if the server that answered has none there: it may be behind the others.
+    /// The messages from a sequence on, in order: at most `max` (and a thousand), about `bytes_max` bytes, at
+    /// least one. Empty if the server that answers has none there: it may lag behind the others.
     ///
     /// # Errors
     /// [`StreamError::Away`].
@@ -200,8 +199,7 @@ impl Stream {
         self.direct(request, max).await
     }
 
-    /// The sequence of the first message that was stored at or after a time (RFC 3339); `None` if there is
-    /// none.
+    /// The sequence of the first message stored at or after a time (RFC 3339); `None` if there is none.
     ///
     /// # Errors
     /// [`StreamError::Away`].
@@ -210,7 +208,7 @@ impl Stream {
         Ok(self.direct(request, 1).await?.first().map(|message| message.sequence))
     }
 
-    /// Asks whichever server has the stream for messages of it.
+    /// Asks any server that has the stream for messages (direct get).
     async fn direct(&self, request: serde_json::Value, max: usize) -> Result<Vec<Stored>, StreamError> {
         let client = self.nats.client();
         let inbox = client.new_inbox();
@@ -226,7 +224,7 @@ impl Stream {
             match message.status {
                 None => found.push(direct(message).ok_or_else(|| self.away(&"an answer that is none"))?),
                 Some(StatusCode::NO_RESPONDERS) => return Err(self.away(&"no server has it")),
-                // 204: that was all; 404: there is nothing.
+                // 204: end of the batch; 404: no message matches.
                 Some(status) if matches!(status.as_u16(), 204 | 404) => return Ok(found),
                 Some(status) => {
                     let why = message.description.as_deref().unwrap_or_default();
@@ -256,7 +254,7 @@ impl Stream {
     }
 }
 
-/// A message as it comes by a direct get, where JetStream says in headers what it is.
+/// Decodes an answer to a direct get: its headers carry the message's sequence and subject.
 fn direct(message: Message) -> Option<Stored> {
     let headers = message.headers?;
     let sequence = headers.get(header::NATS_SEQUENCE)?.as_str().parse().ok()?;
@@ -279,7 +277,7 @@ fn config(settings: &StreamSettings) -> Config {
     }
 }
 
-/// What of a stream that is there is not as it has to be.
+/// The first setting of an existing stream that is incompatible with the wanted one.
 fn unfit(is: &Config, wanted: &Config) -> Option<String> {
     let (mut has, mut needs) = (is.subjects.clone(), wanted.subjects.clone());
     has.sort();
@@ -303,11 +301,11 @@ fn unfit(is: &Config, wanted: &Config) -> Option<String> {
     rules.into_iter().find(|(holds, _)| !holds).map(|(_, rule)| rule.to_owned())
 }
 
-/// What an error of JetStream's means: with a 5xx it says what passes by itself, mostly.
+/// Classifies an error of JetStream. A 5xx is transient, with the exceptions below.
 fn of_server(text: String, error: &jetstream::Error) -> StreamError {
     match error.error_code() {
         ErrorCode::STREAM_REPLICAS_NOT_SUPPORTED => StreamError::Refused(text),
-        // A cluster that has yet to find its servers.
+        // The cluster has not found its servers yet.
         ErrorCode::CLUSTER_NO_PEERS => StreamError::Away(text),
         _ if error.code() >= 500 => StreamError::Away(text),
         _ => StreamError::Refused(text),

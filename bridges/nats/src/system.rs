@@ -1,4 +1,4 @@
-//! The system account: which connections a user has, on every server of a cluster, and how they end.
+//! The system account: lists the connections of users on every server of a cluster, and ends them.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ use crate::Nats;
 
 /// How long servers may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
-/// How long to wait for one more answer when it is not known how many servers there are.
+/// How long to wait for one more answer while the number of servers is unknown.
 const QUIET: Duration = Duration::from_millis(300);
-/// Connections that a server names at once.
+/// Connections in one page of a server's answer.
 const PAGE: usize = 1024;
 
-/// A connection, as the system account names it.
+/// A client's connection, as the system account identifies it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Connection {
     /// The server, by its public key.
@@ -26,7 +26,7 @@ pub struct Connection {
     pub client_id: u64,
 }
 
-/// A connection to NATS of a user in the system account.
+/// A connection to NATS as a user of the system account.
 #[derive(Debug, Clone)]
 pub struct System(Nats);
 
@@ -64,7 +64,7 @@ struct Stats {
 }
 
 impl System {
-    /// Over a connection whose user is in the system account.
+    /// Uses a connection whose user is in the system account.
     pub fn new(nats: Nats) -> Self {
         Self(nats)
     }
@@ -93,9 +93,9 @@ impl System {
         Some(all)
     }
 
-    /// Ends every connection that the user has in the account, on whichever server. Returns when no
-    /// server has one any more: how many there were, or `None` if NATS went away meanwhile. Whoever lets
-    /// the user in again meanwhile can make that take for ever: bound it in time.
+    /// Ends every connection of the user in the account, on all servers. Returns once no server has one: how
+    /// many there were, or `None` if NATS went away. It does not end while the user keeps being admitted
+    /// again, so the caller has to bound it in time.
     pub async fn end_all(&self, account: &str, user: &str) -> Option<usize> {
         let mut ended = 0;
         loop {
@@ -118,13 +118,13 @@ impl System {
         }
     }
 
-    /// Ends one connection, also one that is about to be let in. Returns when its server has answered, or
+    /// Ends one connection, even one that is about to be admitted. Returns when its server has answered, or
     /// after a second.
     pub async fn end(&self, connection: &Connection) {
         let subject = format!("$SYS.REQ.SERVER.{}.KICK", connection.server_id);
         let payload = json!({ "cid": connection.client_id }).to_string();
         let asked = self.0.client().request(subject, payload.into());
-        // A server or connection that is gone is what was wanted.
+        // A server or connection that is gone already is as good.
         match tokio::time::timeout(ANSWER_MAX, asked).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => debug!(%error, "a connection was not ended"),
@@ -132,7 +132,7 @@ impl System {
         }
     }
 
-    /// The connections that each server names.
+    /// Asks each server for its connections.
     async fn ask(&self, query: &Value) -> Option<Vec<(String, Vec<Connected>)>> {
         let answers = self.ask_all("CONNZ", query).await?;
         let of_server = |Answer { server, data, .. }: Answer| {
@@ -141,7 +141,7 @@ impl System {
         Some(answers.into_iter().map(of_server).collect())
     }
 
-    /// Asks every server, and waits until as many have answered as there are.
+    /// Asks every server, and waits until all have answered.
     async fn ask_all(&self, what: &str, query: &Value) -> Option<Vec<Answer>> {
         let client = self.0.client();
         let inbox = client.new_inbox();
@@ -164,7 +164,7 @@ impl System {
                     Err(error) => debug!(%error, "a server's answer cannot be read"),
                 },
                 servers = &mut count, if expected.is_none() => {
-                    // Without a count, silence says that all have answered.
+                    // Without a count, a silence means that all have answered.
                     expected = Some(servers.unwrap_or(usize::MAX));
                 }
                 () = tokio::time::sleep_until(quiet) => {
@@ -174,7 +174,7 @@ impl System {
         }
     }
 
-    /// How many servers there are, as one of them knows.
+    /// The number of servers, as one of them reports it.
     async fn server_count(&self, client: &Client) -> Option<usize> {
         let asked = client.request("$SYS.REQ.SERVER.PING.STATSZ", "".into());
         let answer = tokio::time::timeout(ANSWER_MAX, asked).await.ok()?.ok()?;

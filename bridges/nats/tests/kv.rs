@@ -26,7 +26,7 @@ fn delete(key: &str) -> Put {
     Put { key: key.to_owned(), value: None, expected: None }
 }
 
-/// What a watch has been told that there is.
+/// The rows that a watch has reported.
 #[derive(Default)]
 struct Copy(BTreeMap<String, Bytes>);
 
@@ -67,7 +67,7 @@ async fn rows_are_written_together_or_not_at_all() {
     let nats = server.connect().await;
     let bucket = bucket(&nats).await;
     assert_eq!(bucket.put_all(&[put("a.1", "x"), put("a.2", "y")], Some(0)).await.expect("written"), 2);
-    // Somebody was first, for all rows and for one of them.
+    // Another writer was first: for the whole bucket, and for one row.
     let stale = bucket.put_all(&[put("a.1", "z"), put("a.3", "z")], Some(1)).await;
     assert!(matches!(stale, Err(KvError::Conflict)), "{stale:?}");
     let taken = Put { expected: Some(0), ..put("a.2", "z") };
@@ -132,7 +132,7 @@ async fn a_watch_goes_on_without_a_gap_after_a_restart_of_nats() {
             last = bucket.put_all(&rows, Some(last)).await.expect("written");
         }
         server.kill();
-        // Until it is known, one that writes waits to learn whether it has.
+        // While the outcome is unknown, the writer waits for it.
         while nats.trouble().is_none() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -169,7 +169,7 @@ async fn a_watch_that_is_far_behind_gets_states_that_there_were() {
     let bucket = bucket(&nats).await;
     let mut watch = bucket.watch();
     let mut copy = Copy::of(&mut watch).await;
-    // Two rows that are always the same.
+    // Two rows that always have the same value.
     let writer = tokio::spawn({
         let bucket = bucket.clone();
         async move {

@@ -42,7 +42,7 @@ async fn nodes_know_each_other_at_once_and_who_leaves_is_gone() {
     c.leave().await;
     knows(&a, &["b"]).await;
     assert!(started.elapsed() < Duration::from_millis(800));
-    // Dropped without a word, as by a kill.
+    // Dropped without a goodbye, as by a kill.
     drop(b);
     knows(&a, &[]).await;
     assert!(started.elapsed() < SILENCE_MAX + Duration::from_secs(2));
@@ -74,7 +74,7 @@ async fn every_other_node_is_asked_and_waited_for_as_long_as_it_is_there() {
     let answer = |text: &'static str| Reply::Answer(Bytes::from_static(text.as_bytes()));
     let (replies, a) = ask(SOON).await;
     assert_eq!(replies, [answer("b hello"), answer("c hello")]);
-    // One that listens to nothing, and is there.
+    // A node that is alive and answers nothing.
     let d = node(&server, "d").await;
     knows(&a, &["b", "c", "d"]).await;
     let replies = soon(a.ask_all("test.ask", Bytes::new(), Duration::from_secs(1))).await;
@@ -84,7 +84,7 @@ async fn every_other_node_is_asked_and_waited_for_as_long_as_it_is_there() {
     let (replies, ()) = tokio::join!(soon(a.ask_all("test.ask", Bytes::new(), SOON)), d.leave());
     assert!(replies.contains(&("d".to_owned(), Reply::Gone)), "{replies:?}");
     assert!(started.elapsed() < SILENCE_MAX);
-    // Whoever has lost NATS has lost everybody.
+    // A node that has lost NATS has lost all others.
     server.kill();
     knows(&a, &[]).await;
     server.restart();

@@ -1,6 +1,6 @@
-//! A gateway of the benchmark's own: another process of this program, with a data directory that is
-//! gone afterwards, so that `headgate bench` works by itself and the generator's work is not mixed
-//! with the gateway's.
+//! The benchmark's own gateway: another process of this program with a temporary data directory, so
+//! that `headgate bench` needs no running gateway and the generator's work stays apart from the
+//! gateway's.
 
 use std::env;
 use std::io::{BufRead, BufReader};
@@ -81,7 +81,7 @@ impl OwnGateway {
 }
 
 impl Drop for OwnGateway {
-    /// Kills it: it has nothing to drain, what it holds is removed with its directory.
+    /// Kills the gateway without a drain: its data is removed with the directory.
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -1,9 +1,9 @@
-//! The load: connections that each keep a window of messages unacknowledged, on one thread, so that
-//! the generator takes little of the machine that it shares with what it measures.
+//! The load: connections that each keep a window of unacknowledged messages. All run on one thread, so
+//! that the generator takes little of the machine that it shares with the measured gateway.
 //!
-//! A window is refilled with one write per read. Time is taken once per write and once per read: a
-//! message's latency runs from just before the write that held it to just after the read that held
-//! its acknowledgement.
+//! One write per read refills a window. The clock is read once per write and once per read: a message's
+//! latency runs from just before the write that held it to just after the read that held its
+//! acknowledgement.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -27,16 +27,16 @@ use crate::cli::signals::Signals;
 const CONNECTING_MAX: usize = 64;
 /// How long a connection may take to be accepted.
 const CONNECT_MAX: Duration = Duration::from_secs(30);
-/// How long what is unacknowledged at the end is waited for.
+/// How long to wait at the end for unacknowledged messages.
 const DRAIN_MAX: Duration = Duration::from_secs(15);
-/// Bytes that a connection has ready and not written, at most.
+/// Encoded bytes that a connection has not written yet, at most.
 const OUT_BYTES_MAX: usize = 256 << 10;
-/// What one read takes at most.
+/// Bytes that one read takes at most.
 const READ_BYTES: usize = 32 << 10;
-/// QoS 0: fences that may be unanswered, so that the next batch is on its way when one comes back.
+/// QoS 0: unanswered fences. With two, the next batch is already on its way when a fence comes back.
 const FENCES_MAX: usize = 2;
 
-/// What to load, and with what.
+/// The target and the shape of the load.
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     pub(super) addr: SocketAddr,
@@ -49,13 +49,13 @@ pub(super) struct Plan {
     pub(super) measure: Duration,
 }
 
-/// What came of it.
+/// The result of a load.
 pub(super) struct Measured {
-    /// Messages that were acknowledged while it was measured.
+    /// Messages that were acknowledged during the measurement.
     pub(super) acked: u64,
-    /// How long that was.
+    /// How long the measurement took.
     pub(super) elapsed: Duration,
-    /// Of those messages (QoS 0: of their fences), in nanoseconds.
+    /// Latencies of those messages (QoS 0: of their fences), in nanoseconds.
     pub(super) latency: Histogram<u64>,
     /// The window in use: the server may have asked for a smaller one.
     pub(super) window: u16,
@@ -105,7 +105,7 @@ pub(super) fn run(plan: Plan, key: &str) -> anyhow::Result<Measured> {
 }
 
 async fn load(plan: Plan, key: &str) -> anyhow::Result<Measured> {
-    // Ended by a signal, the process would leave its own gateway and that one's directory behind.
+    // Without this, a signal would end the process and leave its gateway and directory behind.
     let mut signals = Signals::listen()?;
     let (connections, warmup, measure) = (plan.connections, plan.warmup, plan.measure);
     let shared = Rc::new(Shared {
@@ -135,13 +135,13 @@ async fn load(plan: Plan, key: &str) -> anyhow::Result<Measured> {
             connection.run(&phase).await
         });
     }
-    // The first connection that ends before it should decides.
+    // The first connection that ends too early decides the error.
     let failed = async |tasks: &mut JoinSet<anyhow::Result<()>>| match tasks.join_next().await {
         Some(Ok(Ok(()))) | None => anyhow::anyhow!("a connection ended early"),
         Some(Ok(Err(error))) => error,
         Some(Err(error)) => error.into(),
     };
-    let all = u32::try_from(connections).context("so many connections")?;
+    let all = u32::try_from(connections).context("too many connections")?;
     let timeline = async {
         let _all = connected.acquire_many(all).await?;
         phase.send_replace(Phase::Send);
@@ -179,12 +179,12 @@ async fn load(plan: Plan, key: &str) -> anyhow::Result<Measured> {
     })
 }
 
-/// One client.
+/// One client's connection.
 struct Connection {
     shared: Rc<Shared>,
     stream: TcpStream,
     template: Template,
-    /// Bytes to write, of which `written` are.
+    /// Bytes to write; the first `written` of them have been.
     out: Vec<u8>,
     written: usize,
     /// The beginning of a packet whose end has not come yet.
@@ -192,7 +192,7 @@ struct Connection {
     flight: Flight,
 }
 
-/// What is unacknowledged.
+/// The unacknowledged messages.
 enum Flight {
     /// QoS 1: which packet ids are free, and when each of the others was sent.
     Acks { free: Vec<u16>, sent_ns: Vec<u64> },
@@ -270,7 +270,7 @@ impl Connection {
         }
     }
 
-    /// Waits until there is something to read, or room for what is to be written.
+    /// Waits until there is something to read, or room to write if bytes are pending.
     async fn ready(&self) -> io::Result<()> {
         let interest =
             if self.out.is_empty() { Interest::READABLE } else { Interest::READABLE | Interest::WRITABLE };
@@ -311,7 +311,7 @@ impl Connection {
         self.shared.in_flight.set(self.shared.in_flight.get() + messages);
     }
 
-    /// Writes what the socket takes.
+    /// Writes as much as the socket takes.
     fn write(&mut self) -> io::Result<()> {
         while self.written < self.out.len() {
             match self.stream.try_write(&self.out[self.written..]) {
@@ -326,7 +326,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads what is there, which may be nothing.
+    /// Reads what is available, which may be nothing.
     fn read(&self, buffer: &mut [u8]) -> anyhow::Result<usize> {
         match self.stream.try_read(buffer) {
             Ok(0) => bail!("the gateway closed a connection"),
@@ -336,7 +336,7 @@ impl Connection {
         }
     }
 
-    /// Takes every whole packet in `bytes`, and keeps the rest for the next read.
+    /// Handles every whole packet in `bytes` and keeps the rest for the next read.
     fn take(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         let now = self.shared.now();
         let mut rest = bytes;
@@ -351,7 +351,7 @@ impl Connection {
     fn packet(&mut self, packet: &Packet<'_>, now: u64) -> anyhow::Result<()> {
         match (packet.kind, packet.body, &mut self.flight) {
             (wire::PUBACK, [high, low, reason @ ..], Flight::Acks { free, sent_ns }) => {
-                // 0x10 says that nobody subscribes: accepted all the same.
+                // 0x10 means no matching subscribers: the message was still accepted.
                 let code = reason.first().copied().unwrap_or(0);
                 ensure!(code < 0x80, "a message was refused with code 0x{code:02x}{}", wire::meaning(code));
                 let packet_id = u16::from_be_bytes([*high, *low]);
@@ -374,7 +374,7 @@ impl Connection {
     }
 }
 
-/// A reading of `bytes` bytes: JSON, if it is long enough to be.
+/// A payload of `bytes` bytes, which is JSON if that is long enough.
 fn payload(bytes: usize) -> Vec<u8> {
     const HEAD: &str = r#"{"value":73.96,"text":""#;
     const TAIL: &str = r#""}"#;

@@ -88,7 +88,7 @@ fn resolve(addr: &str) -> anyhow::Result<SocketAddr> {
     found.next().with_context(|| format!("{addr} has no address"))
 }
 
-/// The latencies that are reported: the share of messages that is at most so late.
+/// The latency quantiles that are reported, with their column names.
 const QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0)];
 
 #[allow(clippy::cast_precision_loss, reason = "a rate, of which a few digits count")]

@@ -1,6 +1,6 @@
-//! The few MQTT packets that a load generator needs, with as little work per message as can be: a
-//! PUBLISH is copied from a template, an acknowledgement is two bytes to look at. A client library
-//! would measure itself.
+//! The few MQTT packets that a load generator needs, with as little work per message as possible: a
+//! PUBLISH is copied from a template, an acknowledgement takes two bytes to check. With a client
+//! library the benchmark would measure that library.
 
 use anyhow::{Context, bail, ensure};
 
@@ -10,16 +10,16 @@ pub(super) const PUBACK: u8 = 0x40;
 pub(super) const PINGRESP: u8 = 0xd0;
 pub(super) const DISCONNECT: u8 = 0xe0;
 
-/// Asks the server for a [`PINGRESP`], which comes after everything that was sent before.
+/// Asks the server for a [`PINGRESP`], which it sends after handling everything sent before.
 pub(super) const PINGREQ: [u8; 2] = [0xc0, 0];
-/// The client's goodbye, good in both versions.
+/// The client's DISCONNECT, valid in both versions.
 pub(super) const GOODBYE: [u8; 2] = [0xe0, 0];
 
 /// Seconds of silence after which the server may drop us.
 const KEEP_ALIVE_S: u16 = 60;
-/// The longest packet that a server has reason to send to a client that subscribes to nothing.
+/// The longest packet that a server may send to a client without subscriptions.
 const PACKET_BYTES_MAX: usize = 64 << 10;
-/// Which MQTT 5 property says how many messages may be unacknowledged.
+/// The id of the MQTT 5 property that bounds unacknowledged messages.
 const RECEIVE_MAXIMUM: u8 = 0x21;
 
 /// A CONNECT with a clean session and the key as user name.
@@ -38,7 +38,7 @@ pub(super) fn connect(protocol: u8, client_id: &str, key: &str) -> Vec<u8> {
     packet(0x10, &body)
 }
 
-/// A PUBLISH that is sent again and again, with another packet id each time.
+/// A PUBLISH that is sent repeatedly, each time with another packet id.
 pub(super) struct Template {
     bytes: Vec<u8>,
     packet_id_at: usize,
@@ -78,14 +78,14 @@ pub(super) struct Packet<'a> {
     /// One of the constants above.
     pub(super) kind: u8,
     pub(super) body: &'a [u8],
-    /// How many bytes it takes in all.
+    /// The whole packet's length in bytes.
     pub(super) length: usize,
 }
 
-/// The packet that `bytes` begin with, once it is there as a whole.
+/// The first packet in `bytes`; `None` until it is complete.
 ///
 /// # Errors
-/// A length that no server has reason to send.
+/// A length that is malformed or longer than a server has reason to send.
 pub(super) fn first_packet(bytes: &[u8]) -> anyhow::Result<Option<Packet<'_>>> {
     let mut remaining = 0;
     for index in 1..=4 {
@@ -102,10 +102,10 @@ pub(super) fn first_packet(bytes: &[u8]) -> anyhow::Result<Option<Packet<'_>>> {
     bail!("the server sends a packet whose length is malformed")
 }
 
-/// Reads a CONNACK: how many messages may be unacknowledged.
+/// Reads a CONNACK and returns how many messages may be unacknowledged.
 ///
 /// # Errors
-/// The connection was refused; the text has the code.
+/// The packet is no valid CONNACK, or refuses the connection; the text has the code.
 pub(super) fn accepted(protocol: u8, packet: &Packet<'_>) -> anyhow::Result<u16> {
     ensure!(packet.kind == CONNACK, "the server answers CONNECT with a packet of type {}", packet.kind >> 4);
     let code = *packet.body.get(1).context("the server sends a CONNACK that is too short")?;
@@ -116,9 +116,9 @@ pub(super) fn accepted(protocol: u8, packet: &Packet<'_>) -> anyhow::Result<u16>
     receive_maximum(packet.body.get(2..).unwrap_or_default()).context("the server sends a malformed CONNACK")
 }
 
-/// Finds the receive maximum in a CONNACK's properties; without it, it is 65,535.
+/// Finds the receive maximum in a CONNACK's properties; the default is 65,535.
 fn receive_maximum(properties: &[u8]) -> Option<u16> {
-    // Its length fits one byte unless the server writes us a letter; the digits are skipped then.
+    // The properties' length takes one byte, or more if the server sends long texts. Skip it.
     let digits = properties.iter().position(|digit| digit & 0x80 == 0)? + 1;
     let mut rest = properties.get(digits..)?;
     while let [id, value @ ..] = rest {
@@ -137,7 +137,7 @@ fn receive_maximum(properties: &[u8]) -> Option<u16> {
     Some(u16::MAX)
 }
 
-/// What a refusal's code means, for the codes that a load generator meets.
+/// The meaning of a refusal's code, for the codes that a load generator meets.
 pub(super) fn meaning(code: u8) -> &'static str {
     match code {
         0x05 | 0x87 => " (not authorized)",

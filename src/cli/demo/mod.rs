@@ -1,6 +1,7 @@
-//! `headgate demo`: the whole way on real input. Starts a gateway, creates a datasource for each of
-//! five recorded sensors, replays all their readings through real clients over real sockets while
-//! strangers try to get in, reads everything back from storage, and says whether it is all there.
+//! `headgate demo`: the whole path of a message, on real input. Starts a gateway, creates a datasource
+//! for each of five recorded sensors, and replays all their readings through real clients over real
+//! sockets while strangers try to get in. Then reads everything back from storage and checks that it
+//! is complete.
 
 mod report;
 mod senders;
@@ -30,9 +31,9 @@ use crate::config::{Config, SinkKind};
 use crate::gateway::Gateway;
 use crate::observe::trace;
 
-/// How long storage may take to hold everything that was acknowledged.
+/// How long storage may take to hold every acknowledged reading.
 const STORED_MAX: Duration = Duration::from_secs(60);
-/// How often storage is asked how far it is.
+/// The pause between two looks at storage's cursor.
 const LOOK: Duration = Duration::from_millis(5);
 
 #[derive(Debug, clap::Args)]
@@ -63,17 +64,17 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     shown
 }
 
-/// The configuration that was asked for. With none asked for, what is at its default gives way to
-/// what can run anywhere, beside anything: free ports, a temporary directory, few log lines.
+/// The configuration that the arguments ask for. Where they ask for nothing, defaults are replaced so
+/// that the demo runs anywhere: free ports, a temporary directory, few log lines.
 fn configure(args: Args) -> anyhow::Result<(Config, Option<TempDir>)> {
     let mut config = Config::load(args.config.as_deref())?;
     let default = Config::default();
     if config.trace == default.trace {
-        // Every stranger is worth a line to an operator; here they are counted in the report.
+        // An operator wants a log line for each stranger; here the report counts them.
         config.trace.filter = "error,rumqttc=off".to_owned();
     }
     if config.auth == default.auth {
-        // The strangers try more often than anybody should, and are to be told each time why.
+        // The strangers fail more often than the limit allows, and each must be told the real reason.
         config.auth.failures_exempt =
             ["127.0.0.0/8", "::1"].iter().map(|network| network.parse()).collect::<Result<_, _>>()?;
     }
@@ -115,7 +116,7 @@ async fn demo(config: Config, once: bool, out: &mut Out) -> anyhow::Result<()> {
     shown
 }
 
-/// Everything between start and stop.
+/// Replays, reads back and reports: everything between the gateway's start and stop.
 async fn show(gateway: &Gateway, out: &mut Out) -> anyhow::Result<()> {
     serve::announce(gateway, out)?;
     let gate = Gate {
@@ -127,6 +128,7 @@ async fn show(gateway: &Gateway, out: &mut Out) -> anyhow::Result<()> {
     let admin = Client::new(&gate.http, Secret::new(&key));
 
     let readings = SENSORS.iter().map(|sensor| sensor.readings().count() as u64).sum();
+    // The log may hold records of an earlier run: only what this run adds is compared.
     let (begin, datasources) = {
         let admin = admin.clone();
         spawn_blocking(move || anyhow::Ok((log_end(&admin)?, create_all(&admin)?))).await??
@@ -211,15 +213,15 @@ fn log_end(admin: &Client) -> anyhow::Result<u64> {
     gauge(&admin.text("/metrics")?, "headgate_log_next_offset")
 }
 
-/// A whole number out of Prometheus' text format.
+/// Reads a whole number from Prometheus' text format.
 fn gauge(metrics: &str, name: &str) -> anyhow::Result<u64> {
     let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     let value = value.with_context(|| format!("the gateway has no metric {name}"))?;
     value.trim().parse().with_context(|| format!("{name} is {value:?}"))
 }
 
-/// Reads all of a datasource's records, compares each with what its sensor has recorded, and reads
-/// its newest reading.
+/// Reads all of a datasource's records, compares each with its sensor's recording, and reads the
+/// newest reading.
 fn read_back(admin: &Client, sensor: Sensor, id: &str) -> anyhow::Result<Stored> {
     let mut sent = sensor.readings();
     let mut comparison = Comparison::default();
@@ -241,7 +243,7 @@ struct Latest {
     topics: [Payload; 1],
 }
 
-/// What a stored record holds, as the gateway writes it.
+/// A stored record's payload, as the gateway writes it.
 #[derive(Deserialize)]
 struct Payload {
     payload: Box<RawValue>,

@@ -1,4 +1,4 @@
-//! What the demo found out: the tables at its end, and whether everything is as it has to be.
+//! The demo's result: the tables at its end, and the check that nothing is missing or too much.
 
 use std::io::{self, Write};
 
@@ -22,19 +22,19 @@ pub(super) struct Row {
 pub(super) struct Stored {
     /// How many records.
     pub(super) records: u64,
-    /// The place of the first record that is not the reading that was sent there.
+    /// The position of the first record that differs from the reading sent at that position.
     pub(super) first_difference: Option<u64>,
     /// The newest reading, as the gateway gives it.
     pub(super) newest: String,
-    /// Whether that is the recording's last.
+    /// Whether `newest` is the recording's last reading.
     pub(super) newest_is_last: bool,
 }
 
-/// Everything.
+/// The whole report.
 pub(super) struct Report {
     pub(super) rows: Vec<Row>,
     pub(super) refused: Refused,
-    /// Records that are in the log although nobody was told that they were accepted.
+    /// Records in the log that no client got an acknowledgement for.
     pub(super) unaccounted: i128,
 }
 
@@ -72,10 +72,10 @@ impl Report {
         out.flush()
     }
 
-    /// Whether everything that was sent is acknowledged and stored as it was sent, and nothing else is.
+    /// Checks that every reading sent is acknowledged and stored unchanged, and that nothing else is.
     ///
     /// # Errors
-    /// The first thing that is not so.
+    /// The first deviation.
     pub(super) fn check(&self, readings: u64) -> anyhow::Result<()> {
         for Row { sensor, tally, stored } in &self.rows {
             let (id, sent) = (sensor.id, tally.sent);
@@ -106,7 +106,7 @@ fn quantiles(latencies: &Histogram<u64>) -> (String, String) {
     (latency(latencies.value_at_quantile(0.5)), latency(latencies.value_at_quantile(0.99)))
 }
 
-/// Compares what storage gives back with what was sent, record by record.
+/// Compares stored records with the readings sent, one by one.
 #[derive(Default)]
 pub(super) struct Comparison {
     records: u64,
@@ -114,8 +114,8 @@ pub(super) struct Comparison {
 }
 
 impl Comparison {
-    /// The next stored payload, and the reading that was sent in its place, if any was. They have to
-    /// be the same text: storage gives back what was sent, digit for digit.
+    /// Compares the next stored payload with the reading sent at its position, if any. They have to be
+    /// the same text: storage returns what was sent, digit for digit.
     pub(super) fn record(&mut self, payload: &str, sent: Option<Reading>) {
         if sent.is_none_or(|sent| sent.payload() != payload) {
             self.first_difference.get_or_insert(self.records);
@@ -123,7 +123,7 @@ impl Comparison {
         self.records += 1;
     }
 
-    /// All records were compared, and this is the newest reading as the gateway gives it.
+    /// Ends the comparison; `newest` is the newest reading as the gateway gives it.
     pub(super) fn finish(self, newest: String, last: Option<Reading>) -> Stored {
         let newest_is_last = last.is_some_and(|last| last.payload() == newest);
         Stored { records: self.records, first_difference: self.first_difference, newest, newest_is_last }

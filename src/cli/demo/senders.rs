@@ -22,17 +22,17 @@ use crate::cli::session::{Dialect, Session};
 /// The topic of every reading, relative to its datasource.
 pub(super) const TOPIC: &str = "reading";
 
-/// Over HTTP a device sends one reading by itself, then so many in one request, and so on.
+/// Readings in one HTTP request. A device alternates between one reading and so many.
 const ARRAY_READINGS: usize = 50;
 
-/// Where the gateway is.
+/// The gateway's addresses.
 #[derive(Debug, Clone)]
 pub(super) struct Gate {
     pub(super) mqtt: SocketAddr,
     pub(super) http: String,
 }
 
-/// A bar for each sensor (drawn only on a terminal), and how many readings are acknowledged in all.
+/// A progress bar for each sensor (drawn only on a terminal), and the total of acknowledged readings.
 #[derive(Clone, Default)]
 pub(super) struct Progress {
     pub(super) bars: MultiProgress,
@@ -58,7 +58,7 @@ impl Progress {
     }
 }
 
-/// Sends all of a sensor's readings in its way, and returns when all are acknowledged.
+/// Sends all of a sensor's readings over its transport, and returns when all are acknowledged.
 pub(super) async fn send(
     sensor: Sensor,
     datasource: String,
@@ -87,7 +87,7 @@ pub(super) async fn send(
     sent.with_context(|| format!("{} over {}", sensor.id, sensor.way.describe()))
 }
 
-/// MQTT's version in this way, unless it is HTTP.
+/// The MQTT dialect of `way`; `None` for HTTP.
 pub(super) fn dialect(way: Way) -> Option<Dialect> {
     match way {
         Way::Mqtt311 => Some(Dialect::V311),
@@ -132,7 +132,7 @@ fn post_all(
     Ok(tally)
 }
 
-/// One request with readings, the key (if any) where `way` has it.
+/// Sends one request with readings, the key (if any) placed as `way` says.
 pub(super) fn post(
     agent: &Agent,
     gate: &Gate,

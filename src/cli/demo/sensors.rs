@@ -1,19 +1,19 @@
-//! The sensors of the demo: five recordings of real ones, built into the command so that it runs
-//! anywhere (where they come from is told in `tests/fixtures/sensors/README.md`).
+//! The sensors of the demo: recordings of five real ones, built into the command so that it runs
+//! anywhere (`tests/fixtures/sensors/README.md` names their source).
 
-/// A recorded sensor, and how its device talks to the gateway.
+/// A recorded sensor and the transport that its device uses.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sensor {
     /// The id of its datasource.
     pub(super) id: &'static str,
     /// What people call it.
     pub(super) name: &'static str,
-    /// Which client sends it.
+    /// How its device sends readings.
     pub(super) way: Way,
     csv: &'static str,
 }
 
-/// A protocol and a place in it for the key.
+/// A protocol, and where in it the key is presented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     /// MQTT 3.1.1, the key as user name.
@@ -50,14 +50,14 @@ impl Way {
 /// One line of a recording.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Reading {
-    /// As recorded, local time without a zone.
+    /// Local time without a zone, as recorded.
     pub(super) timestamp: &'static str,
     /// The digits as recorded.
     pub(super) value: &'static str,
 }
 
 impl Reading {
-    /// The message: JSON, the value with the digits it was recorded with.
+    /// The message as JSON, with the value's digits as recorded.
     pub(super) fn payload(self) -> String {
         format!(r#"{{"timestamp": "{}", "value": {}}}"#, self.timestamp, self.value)
     }
@@ -77,7 +77,7 @@ macro_rules! recording {
     };
 }
 
-/// All five.
+/// All five sensors.
 pub(super) const SENSORS: [Sensor; 5] = [
     Sensor {
         id: "machine-temperature",

@@ -1,5 +1,5 @@
-//! The clients of the demo that must not get in: a key that was never given out, a misspelt one, the
-//! key of a deleted datasource, and none at all. Each aims a reading at a datasource that exists.
+//! The demo's clients that must not get in: with a key that was never issued, with a misspelt one, with
+//! the key of a deleted datasource, and without a key. Each sends a reading to an existing datasource.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,16 +13,16 @@ use crate::cli::client::{self, Client, Secret};
 use crate::cli::datasource;
 use crate::cli::session::{Dialect, Session, SessionError, Step};
 
-/// How often every stranger tries, spread over the whole replay.
+/// How many times each stranger tries, spread over the whole replay.
 const ROUNDS: u64 = 5;
-/// How often a stranger looks whether it is its turn.
+/// The pause between two checks for a stranger's turn.
 const LOOK: Duration = Duration::from_millis(2);
 /// How long an attempt may take.
 const ATTEMPT_MAX: Duration = Duration::from_secs(30);
-/// What MQTT answers to a key that is not good: 5 in 3.1.1, 0x87 in 5.
+/// MQTT's answer to an invalid key: 5 in 3.1.1, 0x87 in 5.
 const NOT_AUTHORIZED: &str = "NotAuthorized";
 
-/// What MQTT 5 says to a connection whose key has died: 0x98.
+/// MQTT 5's reason for closing a connection whose key is dead: 0x98.
 const KEY_DEAD: &str = "AdministrativeAction";
 
 /// Why a stranger must not get in.
@@ -50,7 +50,7 @@ impl Cause {
 /// Refused attempts, over MQTT and over HTTP, by cause.
 pub(super) type Refused = BTreeMap<Cause, [u64; 2]>;
 
-/// The keys that are not good, and where the strangers aim.
+/// The invalid keys, and the datasource that the strangers send to.
 pub(super) struct Strangers {
     gate: Gate,
     aim: String,
@@ -62,8 +62,8 @@ pub(super) struct Strangers {
 }
 
 impl Strangers {
-    /// Makes the bad keys. For one of them a datasource is created, a client connects with its key,
-    /// and the datasource is deleted: that client must be cut off at once.
+    /// Makes the invalid keys. For one of them it creates a datasource, connects a client with its key,
+    /// and deletes the datasource: the gateway must disconnect that client at once.
     pub(super) async fn prepare(
         admin: &Client,
         gate: Gate,
@@ -97,7 +97,7 @@ impl Strangers {
         })
     }
 
-    /// Tries everything, again and again while the devices send.
+    /// Tries each key over each transport, in rounds, while the devices send.
     pub(super) async fn run(mut self, progress: Progress, readings: u64) -> anyhow::Result<Refused> {
         for round in 0..ROUNDS {
             while progress.acked() < readings * round / ROUNDS {
@@ -110,7 +110,7 @@ impl Strangers {
                     (Cause::Deleted, Some(self.deleted.clone())),
                     (Cause::NoKey, None),
                 ] {
-                    // Without a key the three ways of HTTP are the same.
+                    // Without a key, the three HTTP variants send the same request.
                     if key.is_none() && matches!(way, Way::HttpBearer | Way::HttpApiKey) {
                         continue;
                     }
@@ -128,7 +128,7 @@ impl Strangers {
         self.refused.entry(cause).or_default()[usize::from(!way.is_mqtt())] += 1;
     }
 
-    /// One attempt; an error if it is not refused as it should be.
+    /// Makes one attempt; an error if it is not refused as it should be.
     async fn attempt(&self, way: Way, key: Option<Secret>) -> anyhow::Result<()> {
         match dialect(way) {
             Some(dialect) => {
@@ -166,7 +166,7 @@ impl Strangers {
     }
 }
 
-/// Waits for the gateway to end a connection because its key is dead: it must have done so already.
+/// Checks that the gateway has ended a connection because its key is dead.
 async fn cut_off(mut session: Session) -> anyhow::Result<()> {
     let ended = async {
         loop {
@@ -184,7 +184,7 @@ async fn cut_off(mut session: Session) -> anyhow::Result<()> {
     }
 }
 
-/// The key with its tenth character changed: its checksum does not fit any more.
+/// The key with its tenth character changed, so that its checksum no longer matches.
 fn misspell(key: &Secret) -> Secret {
     let wrong = |(index, c): (usize, char)| match (index, c) {
         (9, 'x') => 'y',

@@ -1,4 +1,4 @@
-//! `headgate nats`: what NATS and the gateway have to know of each other.
+//! `headgate nats`: sets up NATS and the gateway to work together.
 
 use super::out::Out;
 

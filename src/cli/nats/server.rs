@@ -1,5 +1,5 @@
-//! The configuration of a nats-server in which API keys are users. It has four accounts, so that nobody
-//! can do more than is meant for it (ARCHITECTURE.md says why each is there).
+//! The configuration of a nats-server in which API keys are users. Its four accounts keep each party to its
+//! own permissions (ARCHITECTURE.md gives the reason for each).
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -18,14 +18,14 @@ pub(super) struct Listeners {
     pub(super) mqtt: Option<SocketAddr>,
 }
 
-/// A configuration. `Display` writes the whole of it, with the passwords.
+/// A nats-server configuration. `Display` writes all of it, including the passwords.
 pub(super) struct Server<'a> {
-    /// Where it is, and JetStream's files will be.
+    /// The directory of the configuration and of JetStream's files.
     pub(super) dir: &'a str,
     pub(super) listeners: &'a Listeners,
-    /// The public key of the account that answers of auth callout are signed by.
+    /// The public key of the account that signs the answers of auth callout.
     pub(super) issuer: &'a str,
-    /// The public curve key that requests are encrypted to.
+    /// The public curve key to which requests are encrypted.
     pub(super) curve: &'a str,
     /// The password of user `headgate`.
     pub(super) gateway: &'a str,
@@ -63,6 +63,7 @@ jetstream {{
 
 "#
         )?;
+        // A listener that is off is written too, commented out, so that an operator can turn it on later.
         let comment = |is_on: bool| if is_on { "" } else { "# " };
         let (on, at) = (comment(websocket.is_some()), or(websocket, 8088));
         writeln!(f, "# Clients that speak NATS over WebSocket.")?;

@@ -1,5 +1,5 @@
-//! `headgate nats setup`: makes the seeds and passwords that a nats-server and the gateway share, and
-//! writes the configuration of both. No secret is printed; each is in a file that its owner alone can read.
+//! `headgate nats setup`: generates the seeds and passwords that a nats-server and the gateway share, and
+//! writes the configuration of both. It prints no secret; each is in a file that only its owner can read.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -50,7 +50,7 @@ pub(super) fn run(args: &Args, out: &mut Out) -> anyhow::Result<()> {
     for file in &files {
         write(&dir.join(file.name), &file.text)?;
     }
-    // What was written is what is used: better found out now.
+    // Load the written file, so that a mistake shows now and not at the first start.
     Config::load(Some(&dir.join("headgate.toml")))?;
     let port = args.listeners.listen;
     writeln!(
@@ -115,14 +115,14 @@ fn files(dir: &str, listeners: &Listeners) -> anyhow::Result<Vec<Written>> {
     ])
 }
 
-/// 256 bits from the operating system's generator, as 43 characters that need no quoting anywhere.
+/// 256 bits from the operating system's random generator, as 43 characters that need no quoting anywhere.
 fn password() -> anyhow::Result<String> {
     let mut bits = [0; 32];
     SysRng.try_fill_bytes(&mut bits).context("the operating system's random generator")?;
     Ok(URL_SAFE_NO_PAD.encode(bits))
 }
 
-/// Writes a file for its owner alone, whole or not at all.
+/// Writes a file with mode 0600, whole or not at all.
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     let new = path.with_extension("new");
     let written = std::fs::remove_file(&new)

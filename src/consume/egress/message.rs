@@ -1,4 +1,4 @@
-//! A record as a message of the stream: its subject, and what else is known of it as headers.
+//! A record as a message of the stream: its subject, payload, and everything else in headers.
 
 use std::fmt::Write;
 
@@ -15,11 +15,11 @@ const KEY_ID: HeaderName = HeaderName::from_static("Headgate-Key-Id");
 const RECEIVED_AT: HeaderName = HeaderName::from_static("Headgate-Received-At");
 const SKIPPED: HeaderName = HeaderName::from_static("Headgate-Skipped");
 
-/// The message that a record becomes. `log` tells the log from all others; `skipped` is how many records
-/// before this one were removed from the log before they were sent.
+/// The message for a record. `log` is the id of the log; `skipped` is how many records right before this
+/// one were removed from the log unsent.
 ///
 /// # Errors
-/// [`SubjectError`] for a record whose topic has no subject.
+/// [`SubjectError`] for a record whose topic is no valid subject.
 pub(super) fn message_of(record: &RecordRef<'_>, log: &str, skipped: u64) -> Result<Message, SubjectError> {
     let mut subject = String::with_capacity(16 + record.datasource.len() + record.topic.len());
     Space::Stream.write_subject(record.datasource, record.topic, &mut subject)?;
@@ -39,14 +39,14 @@ fn message_id(log: &str, offset: Offset) -> String {
     id
 }
 
-/// The offset of the record that a message was made of, if it was by this log.
+/// The offset of the record in a message, if the message came from this log.
 pub(super) fn offset_of(message: &Message, log: &str) -> Option<Offset> {
     let text = |name| message.headers.get(name).map(|value| value.as_str());
     let offset = text(OFFSET)?.parse().ok()?;
     (text(MESSAGE_ID)? == message_id(log, offset)).then_some(offset)
 }
 
-/// Whether this is what the record becomes.
+/// Whether `message` is the message for this record, whatever it says was skipped.
 pub(super) fn is_message_of(message: &Message, record: &RecordRef<'_>, log: &str) -> bool {
     message_of(record, log, 0).is_ok_and(|expected| {
         let same = |name: HeaderName| message.headers.get(name.clone()) == expected.headers.get(name);

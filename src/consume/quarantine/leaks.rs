@@ -1,14 +1,14 @@
-//! The rules about leaked keys, kept in `DIR/quarantine.db` so that what was withheld once stays
-//! withheld across any end of the process. In a cluster they are in its registry: every node withholds the
-//! same, and calls each change by the same version.
+//! The rules about leaked keys. They are in `DIR/quarantine.db`, so that withheld records stay withheld
+//! however the process ends. In a cluster they are in its registry: every node withholds the same records
+//! and gives each change the same version.
 //!
 //! ```sql
 //! changes (version INTEGER, datasource TEXT, key_id BLOB, since_us INTEGER, below INTEGER, made_us INTEGER)
 //! ```
 //!
-//! Every change ever made, in order; a row without `since_us` and `below` gives back what earlier
-//! ones withhold. A change is on the disk first and counts in memory after, so that nothing that was
-//! said to be withheld is handed out after a crash.
+//! The table has every change ever made, in order; a row without `since_us` and `below` gives back what
+//! earlier rows withhold. A change is on the disk before it takes effect in memory, so that nothing that
+//! was reported as withheld is handed out after a crash.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -47,38 +47,38 @@ pub struct Leaks {
     kept: Kept,
 }
 
-/// Where they are durable.
+/// Where the rules are durable.
 enum Kept {
     /// In a file.
     File {
         path: PathBuf,
-        /// Locked by a change until it has reached the live rules too.
+        /// A change holds the lock until it has reached the live rules too.
         connection: Mutex<Connection>,
     },
-    /// In the registry of the cluster, which tells of them.
+    /// In the registry of the cluster, which reports changes of all nodes.
     Cluster { registry: Arc<Registry>, runtime: Handle },
 }
 
 /// Why a change was not made.
 #[derive(Debug, thiserror::Error)]
 pub enum LeakError {
-    /// The database.
+    /// The database could not be written.
     #[error("quarantine: {0}")]
     Database(#[from] DatabaseError),
-    /// The cluster's registry.
+    /// The cluster's registry could not be written.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// What is in the cluster's log cannot be said now.
+    /// The end of the cluster's log cannot be determined now.
     #[error(transparent)]
     Log(#[from] AppendError),
-    /// Too many.
-    #[error("keys were quarantined {LEAK_CHANGES_MAX} times; no more is kept")]
+    /// There are too many changes.
+    #[error("keys were quarantined {LEAK_CHANGES_MAX} times; no more changes can be kept")]
     TooMany,
 }
 
 impl Leaks {
-    /// Opens `dir/quarantine.db`, or makes it, and lets the log's readers know what it says: to be called
-    /// before there are any.
+    /// Opens `dir/quarantine.db`, or makes it, and applies its rules to the log. Call it before the log has
+    /// readers.
     ///
     /// # Errors
     /// [`DatabaseError`].
@@ -109,8 +109,8 @@ impl Leaks {
         Ok(Self { log, kept: Kept::File { path, connection: Mutex::new(connection) } })
     }
 
-    /// Lets the log's readers know what the registry of a cluster says, and will say: to be called before there
-    /// are any. Needs a runtime.
+    /// Applies the rules of the cluster's registry, present and future, to the log. Call it before the log
+    /// has readers, in a runtime.
     pub fn of_cluster(registry: Arc<Registry>, log: Arc<dyn Log>) -> Self {
         let withheld = log.withheld().clone();
         registry.follow_leaks(move |row| {
@@ -125,12 +125,12 @@ impl Leaks {
         Self { log, kept: Kept::Cluster { registry, runtime: Handle::current() } }
     }
 
-    /// Withholds what a key let in since a time: durably, and for every reader of the log from the moment
-    /// when this returns. What it lets in after, if it is still good, is not meant. Returns the version
-    /// that this makes. Blocks.
+    /// Withholds what a key let in since a time: durably, and from every reader of the log once this
+    /// returns. Records that the key lets in later, if it is still valid, are not covered. Returns the new
+    /// version of the rules. Blocks.
     ///
     /// # Errors
-    /// [`LeakError`]: then nothing has changed.
+    /// [`LeakError`]; nothing has changed then.
     pub fn withhold(
         &self,
         datasource: &DatasourceId,
@@ -139,18 +139,18 @@ impl Leaks {
     ) -> Result<u64, LeakError> {
         let below = match &self.kept {
             Kept::File { .. } => self.log.next_offset(),
-            // What other gateways have let in may not have come here yet.
+            // Records of other gateways may not have arrived here yet.
             Kept::Cluster { runtime, .. } => runtime.block_on(self.log.end())?,
         };
         let rule = WithheldRule { datasource: datasource.clone(), key_id, since, below };
         self.change(Change::Withhold(rule))
     }
 
-    /// Gives back what is withheld of a key in this datasource (or in all, if that was said). Returns the
-    /// version that this makes. Blocks.
+    /// Gives back what is withheld of a key in this datasource, or in all (`*`). Returns the new version of
+    /// the rules. Blocks.
     ///
     /// # Errors
-    /// [`LeakError`]: then nothing has changed.
+    /// [`LeakError`]; nothing has changed then.
     pub fn give_back(&self, datasource: &DatasourceId, key_id: KeyId) -> Result<u64, LeakError> {
         self.change(Change::GiveBack(datasource.clone(), key_id))
     }

@@ -1,5 +1,5 @@
-//! Pages of what is in quarantine, each record with its reason. Bounded as pages of records are: by
-//! their number, their bytes, and by what was looked at for them.
+//! Pages of quarantine, each record with its reason. The same bounds hold as for pages of records: their
+//! number, their bytes, and the records scanned.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,10 +15,10 @@ use crate::limits::{QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX, TAIL_
 use crate::log::{Log, ReadError};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 
-/// Which records.
+/// Which records to read.
 #[derive(Debug, Clone)]
 pub struct QuarantineQuery {
-    /// Whose.
+    /// The datasource of the records.
     pub datasource: DatasourceId,
     /// A topic or an MQTT filter (`+`, `#`).
     pub topic: Option<String>,
@@ -26,12 +26,12 @@ pub struct QuarantineQuery {
     pub from: Option<TimeMicros>,
     /// Only records with a greater offset.
     pub after_offset: Option<Offset>,
-    /// Only these.
+    /// Only records with one of these offsets.
     pub offsets: Option<BTreeSet<Offset>>,
-    /// Only those that could be sent through intake again: they failed their schema, and were not sent
-    /// again yet.
+    /// Only those that can be sent through intake again: not withheld for their key, and not sent again
+    /// yet.
     pub redrivable: bool,
-    /// At most so many, and never more than [`QUERY_RECORDS_MAX`].
+    /// At most this many, and never more than [`QUERY_RECORDS_MAX`].
     pub limit: usize,
 }
 
@@ -50,30 +50,30 @@ pub enum Cause {
 /// One record in quarantine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuarantinedRecord {
-    /// What it has in common with those that are let in.
+    /// The fields that it shares with stored records.
     pub record: StoredRecord,
     /// What brought it here.
     pub cause: Cause,
-    /// The keyword of its schema that it does not meet.
+    /// The keyword of the schema that it fails.
     pub keyword: Option<String>,
-    /// Where in the message.
+    /// Where in the message, as a JSON pointer.
     pub pointer: Option<String>,
-    /// The same in words.
+    /// The reason in words.
     pub detail: Option<String>,
     /// The version of the schema.
     pub schema_version: Option<u32>,
-    /// Where it is since it was sent through intake again and let in.
+    /// Its new offset, once it was sent through intake again and let in.
     pub redriven_offset: Option<Offset>,
     /// MQTT 5 properties in wire form.
     pub properties: Vec<u8>,
-    /// Which client published it.
+    /// The client that published it.
     pub publisher: u64,
     /// How it was published.
     pub flags: RecordFlags,
 }
 
 impl QuarantinedRecord {
-    /// The record that it is in the log, without its note.
+    /// The record as it is in the log, without its note.
     pub fn as_record<'a>(&'a self, datasource: &'a DatasourceId) -> RecordRef<'a> {
         let StoredRecord { offset, topic, payload, content_type, key_id, transport, received_at } =
             &self.record;
@@ -94,7 +94,7 @@ impl QuarantinedRecord {
     }
 }
 
-/// As the API shows it: the fields of a record, and those of the reason.
+/// The API's form: the fields of a record, and those of the reason.
 impl Serialize for QuarantinedRecord {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
@@ -130,21 +130,21 @@ pub struct QuarantinePage {
     pub next: Option<Offset>,
 }
 
-/// What of a leaked key's records is in quarantine.
+/// The records of a leaked key that are in quarantine.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Leaked {
     /// How many.
     pub records: u64,
-    /// Of which topics, by datasource and name; no more than [`QUERY_RECORDS_MAX`] are listed.
+    /// Their topics, ordered by datasource and name; no more than [`QUERY_RECORDS_MAX`] are listed.
     pub topics: Vec<LeakedTopic>,
-    /// The last that the key has written of what is in quarantine, for whatever reason.
+    /// The newest record of the key in quarantine, for whatever reason.
     pub last_offset: Option<Offset>,
 }
 
-/// What of a leaked key's records is in quarantine, of one topic.
+/// The quarantined records of a leaked key in one topic.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub struct LeakedTopic {
-    /// Whose.
+    /// The datasource of the topic.
     pub datasource: String,
     /// As the device wrote it.
     pub topic: String,
@@ -153,7 +153,7 @@ pub struct LeakedTopic {
 }
 
 impl Leaked {
-    /// The same where there is no storage: of what is in the log still. Blocks on the disk.
+    /// Counts them in the log, where there is no storage. Blocks on the disk.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -186,7 +186,7 @@ impl Query {
     /// One page of quarantine, in the order of the offsets.
     ///
     /// # Errors
-    /// [`QueryError::Filter`] for a topic that is none; the database's.
+    /// [`QueryError::Filter`] for a topic that is not valid; [`QueryError::Database`].
     pub fn quarantine(&self, query: &QuarantineQuery) -> Result<QuarantinePage, QueryError> {
         let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
         self.read(|connection| {
@@ -232,11 +232,10 @@ impl Query {
         })
     }
 
-    /// What of the records of a leaked key is in quarantine because of that; in one datasource, or in
-    /// all of them (`*`).
+    /// The records that are in quarantine because this key has leaked, in one datasource or in all (`*`).
     ///
     /// # Errors
-    /// The database's.
+    /// [`QueryError::Database`].
     pub fn leaked(&self, datasource: &DatasourceId, key_id: KeyId) -> Result<Leaked, QueryError> {
         self.read(|connection| {
             let mut statement = connection.prepare_cached(

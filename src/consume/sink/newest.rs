@@ -2,8 +2,8 @@
 //! changes a thousand times in it is written once.
 //!
 //! A payload that is a JSON object gives a value to each of its top-level keys; any other payload is
-//! itself the value, of the key `""`. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: for
-//! one more, the one goes that has not come for longest.
+//! itself the value of the key `""`. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: one
+//! more replaces the key whose value is oldest.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
@@ -22,21 +22,21 @@ use crate::limits::{
 };
 use crate::message::{Offset, RecordRef, TimeMicros};
 
-/// The newest values, by the topic's number in the database.
+/// The newest values, by the topic's row id.
 #[derive(Default)]
 pub(super) struct Newest<'a> {
     topics: HashMap<i64, Topic<'a>>,
-    /// The members of the object that is being looked at; kept for its allocation.
+    /// The members of the present object; kept for its allocation.
     members: Vec<(Cow<'a, str>, &'a str)>,
 }
 
 /// The newest values of one topic.
 #[derive(Default)]
 struct Topic<'a> {
-    /// Of its newest record.
+    /// The offset of its newest record.
     offset: Offset,
     values: Vec<Newer<'a>>,
-    /// Where in `values` a key is.
+    /// The position of each key in `values`.
     places: HashMap<Cow<'a, str>, usize>,
 }
 
@@ -48,7 +48,7 @@ struct Newer<'a> {
     received_at: TimeMicros,
 }
 
-/// A value, as it stands in the payload.
+/// A value as the payload has it.
 #[derive(Clone, Copy)]
 enum Value<'a> {
     /// JSON or other text.
@@ -58,7 +58,7 @@ enum Value<'a> {
 }
 
 impl<'a> Newest<'a> {
-    /// Looks at the next record; its payload is `text`, if it is text.
+    /// Adds the next record; `text` is its payload, if it is text.
     pub(super) fn see(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
         let topic = self.topics.entry(topic_id).or_default();
         topic.offset = record.offset;
@@ -73,7 +73,7 @@ impl<'a> Newest<'a> {
         }
     }
 
-    /// Writes what was seen, in the transaction that `connection` is in.
+    /// Writes the gathered values, in the transaction that `connection` is in.
     ///
     /// # Errors
     /// The database's.
@@ -107,9 +107,8 @@ impl<'a> Newest<'a> {
     }
 }
 
-/// Forgets the values of a topic that came with records which are in `temp.moved` and no longer in
-/// `entries`, and looks among the [`LATEST_LOOK_BACK_MAX`] newest that are left for those that take
-/// their place.
+/// Forgets the values of a topic whose records are in `temp.moved` and no longer in `entries`, and looks
+/// for their replacements in the [`LATEST_LOOK_BACK_MAX`] newest records that are left.
 pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     let mut wanted = connection
         .prepare_cached(
@@ -131,8 +130,8 @@ pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::
     Ok(())
 }
 
-/// Takes in the values of a topic's records that are in `temp.moved` and in `entries` again, as far as
-/// they are newer than those that are there.
+/// Restores the values of a topic's records that are in `temp.moved` and back in `entries`, where they are
+/// newer than the present values.
 pub(super) fn see_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     set_latest_offset(connection, topic_id)?;
     let mut entries = connection.prepare_cached(
@@ -156,8 +155,8 @@ fn set_latest_offset(connection: &Connection, topic_id: i64) -> rusqlite::Result
     Ok(())
 }
 
-/// Writes the values of one record, `offset, received_us, payload`, that are `wanted` and newer than
-/// what is there.
+/// Writes those values of one record (`offset, received_us, payload`) that are `wanted` and newer than the
+/// present ones.
 fn put_values(
     connection: &Connection,
     topic_id: i64,
@@ -191,7 +190,7 @@ fn put_values(
     Ok(())
 }
 
-/// Leaves a topic no more values than it keeps.
+/// Deletes a topic's oldest values beyond [`LATEST_KEYS_PER_TOPIC_MAX`].
 fn forget_oldest(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     let mut forget = connection.prepare_cached(
         "DELETE FROM latest_values WHERE topic_id = ?1 AND key IN (
@@ -203,8 +202,8 @@ fn forget_oldest(connection: &Connection, topic_id: i64) -> rusqlite::Result<()>
 }
 
 impl<'a> Topic<'a> {
-    /// Takes a value. Objects of one topic mostly have the same keys in the same order, so the
-    /// key is looked for first at the `place` where it stands in its object.
+    /// Sets the value of a key. Objects of one topic mostly have the same keys in the same order, so the
+    /// search begins at the key's `place` in its object.
     fn set(&mut self, place: usize, key: Cow<'a, str>, value: Value<'a>, record: &RecordRef<'a>) {
         if key.len() > LATEST_KEY_BYTES_MAX {
             return;
@@ -230,7 +229,7 @@ impl<'a> Topic<'a> {
         }
     }
 
-    /// No more values than a topic keeps.
+    /// The newest values, no more than [`LATEST_KEYS_PER_TOPIC_MAX`].
     fn into_newest(self) -> Vec<Newer<'a>> {
         let mut values = self.values;
         if values.len() > LATEST_KEYS_PER_TOPIC_MAX {
@@ -242,7 +241,7 @@ impl<'a> Topic<'a> {
 }
 
 impl<'a> Value<'a> {
-    /// As `latest_values` has it: JSON, a BLOB, or NULL for what is too long.
+    /// The form in `latest_values`: JSON, a BLOB, or NULL for a value that is too long.
     fn to_sql(self) -> ToSqlOutput<'a> {
         match self {
             Value::Text(text) if text.len() <= LATEST_VALUE_BYTES_MAX => match render::json(text) {
@@ -257,8 +256,8 @@ impl<'a> Value<'a> {
     }
 }
 
-/// Reads the members of a JSON object, and says whether `text` is one. No value is looked into
-/// any further than it takes to find its end.
+/// Reads the members of a JSON object. Returns whether `text` is one. Values are parsed only as far as
+/// needed to find their end.
 fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, &'a str)>) -> bool {
     members.clear();
     if !text.trim_start().starts_with('{') {

@@ -1,11 +1,9 @@
-//! The table `quarantined` of `records.db`: what is kept and not let through, each with its reason.
+//! The table `quarantined` of `records.db`: records that are kept and not passed on, each with its reason.
 //!
-//! Three things bring a record here: it did not get past its schema (cause `schema`) or was over a limit
-//! (cause `limit`), and is here from the beginning; or the key that let it in has leaked (cause `key`;
-//! it is moved here from `entries`, or comes here at once if it was not stored yet when the rule was
-//! made). The last can be undone. A
-//! move, what it means for the newest values, and the version of the rules that it brings the
-//! database to are one transaction.
+//! A record is here for one of three causes. With `schema` it failed its schema, with `limit` it was over
+//! a limit, and it is here from the beginning. With `key` the key that let it in has leaked: it is moved
+//! here from `entries`, or is stored here if the rule is older than its storage. Only `key` can be undone.
+//! A move, its effect on the newest values, and the new version of the rules are one transaction.
 
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, params};
@@ -16,9 +14,9 @@ use super::schema::{offset_of, sql_offset};
 use crate::log::{Change, LeftOut, Note};
 use crate::message::{KeyId, RecordRef};
 
-/// The `cause` of a record that did not get past its schema.
+/// The `cause` of a record that failed its schema.
 pub const CAUSE_SCHEMA: &str = "schema";
-/// The `cause` of a record that was over a limit whose policy that is.
+/// The `cause` of a record that was over a limit whose policy is quarantine.
 pub const CAUSE_LIMIT: &str = "limit";
 /// The `cause` of a record whose key has leaked.
 pub const CAUSE_KEY: &str = "key";
@@ -59,7 +57,7 @@ pub(super) const CREATE: &str = "
 /// The columns that a record has in both tables.
 const SHARED: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload";
 
-/// Takes a record into quarantine, in the transaction that `connection` is in.
+/// Stores a record in quarantine, in the transaction that `connection` is in.
 pub(super) fn insert(
     connection: &Connection,
     record: &RecordRef<'_>,
@@ -96,7 +94,7 @@ pub(super) fn insert(
     Ok(())
 }
 
-/// Notes of a record that was sent through intake again where it is now.
+/// Notes with the quarantined record the new offset of one that was sent through intake again.
 pub(super) fn note_redriven(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<()> {
     if let Some(Note::Redriven { offset, .. }) = Note::decode(record.note) {
         connection
@@ -106,13 +104,13 @@ pub(super) fn note_redriven(connection: &Connection, record: &RecordRef<'_>) -> 
     Ok(())
 }
 
-/// The version of the rules that the tables are in accordance with.
+/// The version of the rules about leaked keys that the tables follow.
 pub(super) fn version(connection: &Connection) -> rusqlite::Result<u64> {
     connection.query_row("SELECT version FROM withheld", [], |row| row.get(0).map(offset_of))
 }
 
-/// Brings the tables into accordance with the rules, in the transaction that `connection` is in:
-/// `changes` are those since the version that they were at, and `left_out` is what holds now.
+/// Makes the tables follow the rules, in the transaction that `connection` is in. `changes` are those
+/// since the version that the tables followed; `left_out` holds the present rules.
 pub(super) fn reconcile(
     connection: &Connection,
     changes: &[Change],
@@ -133,11 +131,11 @@ pub(super) fn reconcile(
     Ok(())
 }
 
-/// Moves what rules about this key cover into quarantine.
+/// Moves records that rules about this key cover into quarantine.
 fn withhold(connection: &Connection, key_id: KeyId, left_out: &LeftOut) -> rusqlite::Result<()> {
     connection.execute("DELETE FROM temp.moved", [])?;
     for rule in left_out.rules().filter(|rule| rule.key_id == key_id) {
-        // No record before the first of these can be young enough, whatever the clock has done.
+        // No earlier record can be young enough, even if the clock was set back.
         let first: Option<i64> = connection.query_row(
             "SELECT min(first_offset) FROM time_index WHERE newest_us >= ?1",
             [rule.since],
@@ -170,7 +168,7 @@ fn withhold(connection: &Connection, key_id: KeyId, left_out: &LeftOut) -> rusql
     each_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))
 }
 
-/// Moves what no rule about this key covers any more back where it was.
+/// Moves records that no rule about this key covers any more back to `entries`.
 fn give_back(connection: &Connection, key_id: KeyId, left_out: &LeftOut) -> rusqlite::Result<()> {
     connection.execute("DELETE FROM temp.moved", [])?;
     {

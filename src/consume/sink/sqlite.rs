@@ -1,13 +1,13 @@
-//! `records.db`: the sink that is one SQLite file. [`schema`](super::schema) says what is in it.
+//! `records.db`: the sink that is one SQLite file. [`schema`](super::schema) describes its tables.
 //!
-//! One transaction takes a run of records, the cursor behind them, and the newest values they
-//! bring. SQLite's write-ahead log makes it whole or absent after a kill at any moment, and lets
-//! others read while it is written.
+//! One transaction writes a run of records, the cursor after them, and the newest values that they
+//! bring. SQLite's write-ahead log makes it whole or absent after a kill at any moment, and lets others
+//! read meanwhile.
 //!
-//! Most transactions are not synced: they survive a kill of the process, and after a loss of power
-//! the file may be back at an earlier one, its cursor included. The log has what came after,
-//! because it is told only of cursors that are [durable](SqliteSink::durable_cursor). So storage
-//! costs the disk that acknowledgements wait for a sync a second, not one per transaction.
+//! Most transactions are not synced. They survive a kill of the process; after a loss of power the file
+//! may be back at an earlier one, its cursor included. The log still has what came after, because it is
+//! told only [durable](SqliteSink::durable_cursor) cursors. So storage costs the disk that
+//! acknowledgements wait for one sync a second, not one per transaction.
 
 use std::path::Path;
 use std::time::Duration;
@@ -24,15 +24,15 @@ use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// The file's name in the data directory.
 pub const FILE_NAME: &str = "records.db";
-/// Pages of the write-ahead log (of 4 KiB) after which it is copied into the database.
+/// Pages (of 4 KiB) of the write-ahead log after which SQLite copies it into the database.
 const CHECKPOINT_PAGES: i64 = 8 << 10;
-/// What the file of the write-ahead log shrinks to after a reader has kept it from being copied.
+/// The size to which the write-ahead log shrinks after a reader has delayed its copying.
 const WAL_BYTES_KEPT: i64 = 64 << 20;
-/// Memory for database pages, in KiB: the pages that one transaction changes fit in it.
+/// The cache for database pages, in KiB: the pages that one transaction changes fit in it.
 const CACHE_KIB: i64 = 32 << 10;
-/// How long SQLite waits for another process's lock before it says so, at every transaction.
+/// How long each transaction waits for another process's lock before it fails.
 const LOCK_WAIT: Duration = Duration::from_millis(250);
-/// The same while it is opened, when nothing can be done without it.
+/// How long the opening waits for it: without the database there is nothing to do.
 const LOCK_WAIT_AT_OPEN: Duration = Duration::from_secs(5);
 
 /// Why the sink did not take records, or could not be opened.
@@ -44,7 +44,7 @@ pub enum SinkError {
     /// The file system has no room for it.
     #[error("records.db cannot grow: the disk is full")]
     DiskFull,
-    /// SQLite could not do it.
+    /// Another error of SQLite's.
     #[error("records.db: {0}")]
     Database(rusqlite::Error),
     /// A later Headgate wrote it.
@@ -53,10 +53,10 @@ pub enum SinkError {
         /// Its `user_version`.
         found: i64,
     },
-    /// Somebody else's database.
+    /// It is not Headgate's database.
     #[error("records.db is an SQLite database that Headgate has not made")]
     Foreign,
-    /// Somebody else has moved the cursor.
+    /// Another process has moved the cursor.
     #[error("records.db is written by another process: its cursor is no longer {expected}")]
     CursorMoved {
         /// Where this sink left it.
@@ -75,22 +75,22 @@ impl From<rusqlite::Error> for SinkError {
 }
 
 impl SinkError {
-    /// Whether the sink can go on being used, and nothing of the transaction is there.
+    /// Whether the transaction left no trace and the sink can still be used.
     pub fn leaves_all_as_it_was(&self) -> bool {
         matches!(self, SinkError::Locked | SinkError::DiskFull)
     }
 }
 
-/// The open database, and where in the log it has got to.
+/// The open database and its cursor in the log.
 pub struct SqliteSink {
     connection: Connection,
     ids: Ids,
     cursor: Offset,
     durable_cursor: Offset,
-    /// The version of the rules about leaked keys that the tables are in accordance with.
+    /// The version of the rules about leaked keys that the tables follow.
     withheld_version: u64,
     left_out: LeftOut,
-    /// Whether a transaction was begun and not committed: the numbers it gave do not exist.
+    /// A transaction was begun and not committed: ids that it inserted do not exist.
     ids_uncertain: bool,
 }
 
@@ -98,8 +98,8 @@ impl SqliteSink {
     /// Opens the database at `path`, or makes it.
     ///
     /// # Errors
-    /// [`SinkError::Newer`] and [`SinkError::Foreign`] for one that is not ours to write, and
-    /// whatever else keeps it from being opened.
+    /// [`SinkError::Newer`] and [`SinkError::Foreign`] for one that this Headgate must not write, and any
+    /// other error that keeps it from being opened.
     pub fn open(path: &Path) -> Result<Self, SinkError> {
         let mut connection = Connection::open(path)?;
         connection.busy_timeout(LOCK_WAIT_AT_OPEN)?;
@@ -111,8 +111,8 @@ impl SqliteSink {
         schema::prepare(&mut connection)?;
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
         connection.busy_timeout(LOCK_WAIT)?;
-        // What is there may be in the operating system's memory only. The first synced
-        // transaction changes that, and until then the log keeps everything.
+        // The stored records may be in the operating system's memory only. Until the first synced
+        // transaction the durable cursor stays 0, so that the log keeps everything.
         let cursor = offset_of(cursor);
         let withheld_version = quarantined::version(&connection)?;
         Ok(Self {
@@ -131,29 +131,28 @@ impl SqliteSink {
         self.cursor
     }
 
-    /// The same, counting only what a loss of power would leave: what this says will never be
-    /// asked of the log again.
+    /// The cursor as a loss of power would leave it: the sink never needs the log below this.
     pub fn durable_cursor(&self) -> Offset {
         self.durable_cursor
     }
 
-    /// The version of the rules about leaked keys that what is stored is in accordance with.
+    /// The version of the rules about leaked keys that the stored records follow.
     pub fn withheld_version(&self) -> u64 {
         self.withheld_version
     }
 
-    /// Says what goes into quarantine from now on because its key has leaked.
+    /// Sets what goes into quarantine from now on because its key has leaked.
     pub fn leave_out(&mut self, left_out: LeftOut) {
         self.left_out = left_out;
     }
 
-    /// Brings what is stored into accordance with the rules about leaked keys, in one transaction, which
-    /// is on the disk afterwards.
+    /// Makes the stored records follow the rules about leaked keys, in one transaction that is on the disk
+    /// afterwards.
     ///
     /// # Errors
     /// As [`SqliteSink::store`].
     pub fn reconcile(&mut self, withheld: &Withheld) -> Result<(), SinkError> {
-        // In this order: what has changed meanwhile comes again.
+        // The version first: a change that comes meanwhile is applied again by the next call.
         let version = withheld.version();
         let changes: Vec<Change> = withheld.changes_after(self.withheld_version);
         let left_out = withheld.now();
@@ -165,15 +164,15 @@ impl SqliteSink {
         Ok(())
     }
 
-    /// Stores `records`, which are in order and below `next`, and moves the cursor to `next`: all
-    /// of it, or on an error nothing. Records below the cursor are there already and passed over. Those
-    /// that are [left out](SqliteSink::leave_out) go into quarantine.
+    /// Stores `records`, which are in order and below `next`, and moves the cursor to `next`, all or
+    /// nothing. Skips records below the cursor: they are stored already. Those that are
+    /// [left out](SqliteSink::leave_out) go into quarantine.
     /// With `sync`, this transaction and all before it are on the disk afterwards.
     ///
     /// # Errors
-    /// [`SinkError::Locked`] after a quarter of a second, [`SinkError::DiskFull`], and whatever else
-    /// SQLite meets with. Unless the error [says otherwise](SinkError::leaves_all_as_it_was), the sink
-    /// is then to be opened again, because the transaction may be there after all.
+    /// [`SinkError::Locked`] after a quarter of a second, [`SinkError::DiskFull`], and other errors of
+    /// SQLite's. Unless the error [says otherwise](SinkError::leaves_all_as_it_was), open the sink again:
+    /// the transaction may have been committed after all.
     pub fn store<'a>(
         &mut self,
         records: impl Iterator<Item = RecordRef<'a>>,
@@ -203,8 +202,8 @@ impl SqliteSink {
         Ok(())
     }
 
-    /// Copies the write-ahead log into the database and syncs it, so that what is stored is in the
-    /// one file. Says whether it could: another process that reads keeps it from it.
+    /// Copies the write-ahead log into the database and syncs it, so that everything is in one file.
+    /// Returns whether it could: a process that reads prevents it.
     ///
     /// # Errors
     /// SQLite's.
@@ -232,7 +231,7 @@ fn insert<'a>(
     )?;
     for record in records {
         let row = ids.of(transaction, &record)?;
-        // Many a tool takes a TEXT to end at a NUL.
+        // Many tools end a TEXT at a NUL, so that such a payload is stored as a BLOB.
         let text = std::str::from_utf8(record.payload).ok().filter(|text| !text.contains('\0'));
         let payload = text.map_or(ValueRef::Blob(record.payload), ValueRef::from);
         times.see(transaction, record.offset, record.received_at)?;
@@ -257,7 +256,7 @@ fn insert<'a>(
     newest.write(transaction)
 }
 
-/// The row of `time_index` that the records at hand belong to.
+/// The row of `time_index` for the present records: its first offset, oldest and newest time.
 #[derive(Default)]
 struct Times {
     row: Option<(Offset, TimeMicros, TimeMicros)>,
@@ -314,7 +313,7 @@ mod tests {
         (offsets, offset_of(cursor.expect("reads")))
     }
 
-    /// The files as a kill at this moment would leave them.
+    /// A copy of the files as a kill at this moment would leave them.
     fn copy_as_killed(dir: &Path) -> tempfile::TempDir {
         let copy = tempfile::tempdir().expect("temporary directory");
         for file in std::fs::read_dir(dir).expect("readable") {
@@ -354,14 +353,14 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut sink = open(dir.path());
         sink.store([record(0, "press-4", "a", PAYLOAD)].into_iter(), 1, false).expect("stored");
-        // An offset that comes twice is a violation in the middle of the transaction.
+        // A repeated offset is a constraint violation in the middle of the transaction.
         let broken = [record(1, "press-5", "b", PAYLOAD), record(1, "press-6", "c", PAYLOAD)];
         let error = sink.store(broken.into_iter(), 2, false).expect_err("twice the same offset");
         assert!(!error.leaves_all_as_it_was(), "{error}");
         assert_eq!(sink.cursor(), 1);
         assert_eq!(content(dir.path()), (vec![0], 1));
 
-        // The numbers that were given to press-5 and b were rolled back with it.
+        // The ids of press-5 and b were rolled back with it.
         let good = [record(1, "press-7", "d", PAYLOAD), record(2, "press-5", "b", PAYLOAD)];
         sink.store(good.into_iter(), 3, false).expect("stored");
         let connection = Connection::open(dir.path().join(FILE_NAME)).expect("opens");

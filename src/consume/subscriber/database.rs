@@ -1,10 +1,9 @@
-//! A database of what subscribers leave behind: an SQLite file in the data directory, opened here
-//! and checked before anything in it is believed. [`sessions`](super::sessions) and
-//! [`retained`](super::retained) each have one.
+//! A database of subscribers' state: an SQLite file in the data directory, checked when it is opened.
+//! [`sessions`](super::sessions) and [`retained`](super::retained) each have one.
 //!
-//! Both are in SQLite's write-ahead mode: a transaction is there whole or not at all after a kill at
-//! any moment. `user_version` is the version of the format. One that is newer is refused, and so is
-//! a database that somebody else has made.
+//! Both use SQLite's write-ahead log: after a kill at any moment a transaction is there whole or not at
+//! all. `user_version` is the version of the format. A newer format is refused, and so is a database that
+//! Headgate has not made.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,8 +11,8 @@ use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
-/// How long SQLite waits for a lock: somebody looks into the file at this moment, or the gateway
-/// that had it has not quite ended.
+/// How long SQLite waits for a lock: another process may be reading the file, or the previous gateway may
+/// not have quite ended.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
 /// Why a database of subscribers' state could not be opened, read or written. Each names the file.
@@ -29,18 +28,18 @@ pub enum DatabaseError {
         /// The newest format that is known here.
         known: i64,
     },
-    /// Somebody else's database.
+    /// It is not Headgate's database.
     #[error("{} is an SQLite database that Headgate has not made", path.display())]
     Foreign {
         /// The file.
         path: PathBuf,
     },
-    /// It does not hold what Headgate wrote.
+    /// Its content is not what Headgate wrote.
     #[error("{} is damaged ({detail}): restore it from a backup, or move it away to begin without it", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What was found.
+        /// What is wrong.
         detail: Arc<str>,
     },
     /// Another process holds it locked.
@@ -55,7 +54,7 @@ pub enum DatabaseError {
         /// The file.
         path: PathBuf,
     },
-    /// SQLite or the operating system could not do it.
+    /// Another error of SQLite's or the operating system's.
     #[error("{}: {detail}", path.display())]
     Failed {
         /// The file.
@@ -66,13 +65,13 @@ pub enum DatabaseError {
 }
 
 impl DatabaseError {
-    /// What an error of SQLite's means for the file at `path`.
+    /// Classifies an error of SQLite's for the file at `path`.
     pub(in crate::consume) fn of(error: &rusqlite::Error, path: &Path) -> Self {
         let (path, detail) = (path.to_owned(), error.to_string().into());
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::InUse { path },
             Some(ErrorCode::DiskFull) => Self::DiskFull { path },
-            // No code: the pages are in order, and hold something that Headgate never writes.
+            // No code: the pages are intact and hold something that Headgate never writes.
             None | Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
                 Self::Damaged { path, detail }
             }
@@ -80,7 +79,7 @@ impl DatabaseError {
         }
     }
 
-    /// Whether the connection can go on being used, and nothing of the transaction is there.
+    /// Whether the transaction left no trace and the connection can still be used.
     pub(in crate::consume) fn leaves_all_as_it_was(&self) -> bool {
         matches!(self, Self::InUse { .. } | Self::DiskFull { .. })
     }
@@ -90,7 +89,7 @@ impl DatabaseError {
 pub(in crate::consume) struct Kind {
     /// The version of its format, above 0.
     pub(in crate::consume) format: i64,
-    /// Makes an empty database into one.
+    /// The statements that turn an empty database into one of this kind.
     pub(in crate::consume) schema: &'static str,
     /// Whether the one connection keeps everybody else out.
     pub(in crate::consume) exclusive: bool,
@@ -101,7 +100,7 @@ impl Kind {
     /// until the caller says otherwise.
     ///
     /// # Errors
-    /// [`DatabaseError`], when it is not there to be written by this Headgate.
+    /// [`DatabaseError`], when this Headgate cannot or must not write it.
     pub(in crate::consume) fn open(&self, path: &Path) -> Result<Connection, DatabaseError> {
         let failed = |error: rusqlite::Error| DatabaseError::of(&error, path);
         let mut connection = self.connect(path).map_err(failed)?;
@@ -115,10 +114,9 @@ impl Kind {
         Ok(connection)
     }
 
-    /// As [`Kind::open`], after a transaction that failed in a way that leaves in doubt what the disk
-    /// has of the write-ahead log: that a later sync succeeds says nothing about pages that the
-    /// kernel gave up on. So what the log holds is copied into the database and synced there
-    /// before anything is built on it.
+    /// As [`Kind::open`], after a failed transaction that leaves in doubt what the disk has of the
+    /// write-ahead log: a later successful sync says nothing about pages that the kernel gave up on. So
+    /// this copies the write-ahead log into the database and syncs it there before anything relies on it.
     ///
     /// # Errors
     /// [`DatabaseError`].
@@ -149,7 +147,7 @@ impl Kind {
         Ok(connection)
     }
 
-    /// Gives a database that has no version its tables. `false` if it has some already.
+    /// Creates the tables in a database without a version. `false` if it has tables already.
     fn create(&self, connection: &mut Connection) -> rusqlite::Result<bool> {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let empty = "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)";
@@ -167,8 +165,8 @@ fn version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, "user_version", |row| row.get(0))
 }
 
-/// Copies the write-ahead log into the database and syncs it. Says whether it could: a connection
-/// that reads keeps it from it.
+/// Copies the write-ahead log into the database and syncs it. Returns whether it could: a connection that
+/// reads prevents it.
 pub(in crate::consume) fn checkpoint(connection: &Connection) -> rusqlite::Result<bool> {
     connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0)).map(|busy| !busy)
 }

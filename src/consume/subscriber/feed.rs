@@ -1,9 +1,9 @@
 //! A feed: one subscriber's place in the log, and what comes next for its filters.
 //!
-//! A subscriber that keeps up is live: the router puts what matches into its [`Mailbox`]. One that
-//! does not, or that begins in the past, is behind: the feed reads the log itself, each batch
-//! once, and is live again when it has reached the end. Which of the two it is makes no difference
-//! to what comes out: every record that matches, once, in the log's order.
+//! A subscriber that keeps up is live: the router puts matching records into its [`Mailbox`]. One that
+//! does not keep up, or begins in the past, is behind: the feed reads the log itself, each batch once,
+//! and is live again when it reaches the end. Both give the same output: every record that matches, once,
+//! in the log's order.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -20,7 +20,7 @@ use crate::limits::CATCH_UP_BYTES;
 use crate::log::{Batch, Log, Place, ReadError, Withheld};
 use crate::message::{DatasourceId, Offset};
 
-/// Records of one batch that match, in order.
+/// The matching records of one batch, in order.
 pub struct Matched {
     batch: Batch,
     hits: Hits,
@@ -28,7 +28,7 @@ pub struct Matched {
     withheld: Arc<Withheld>,
 }
 
-/// One record of a [`Matched`]: where it is, and which of the filters match it, by their slots.
+/// One record of a [`Matched`]: its place, and the slots of the filters that match it.
 pub struct Hit<'a> {
     /// Where in [`Matched::batch`].
     pub place: Place,
@@ -37,19 +37,19 @@ pub struct Hit<'a> {
 }
 
 enum Hits {
-    /// One filter has them all: shared by every subscriber of that filter.
+    /// One filter matches them all. Every subscriber of that filter shares the places.
     One([u32; 1], Arc<[Place]>),
-    /// Per record, where its slots are.
+    /// Each record with the position of its first slot, and the slots of all records.
     Many(Vec<(Place, u32)>, Vec<u32>),
 }
 
 impl Matched {
-    /// What the records are in.
+    /// The batch of the records.
     pub fn batch(&self) -> &Batch {
         &self.batch
     }
 
-    /// The next one, which stays until [`Matched::advance`].
+    /// The next record. It stays the next until [`Matched::advance`].
     pub fn peek(&self) -> Option<Hit<'_>> {
         let at = self.given_from(self.next)?;
         Some(match &self.hits {
@@ -62,12 +62,12 @@ impl Matched {
         })
     }
 
-    /// Goes on to the one after.
+    /// Moves past the next record.
     pub fn advance(&mut self) {
         self.next = self.given_from(self.next).map_or(self.hits.len(), |at| at + 1);
     }
 
-    /// How many are left.
+    /// How many records are left.
     pub fn left(&self) -> usize {
         match self.withheld.now() {
             left_out if left_out.is_nothing() => self.hits.len() - self.next,
@@ -79,8 +79,8 @@ impl Matched {
         self.given_from(self.next).is_some()
     }
 
-    /// The first from `at` on that is not withheld because its key has leaked. Asked at the last moment,
-    /// as what was matched may wait for a slow subscriber.
+    /// The first record from `at` on that is not withheld because its key has leaked. This is checked at the
+    /// last moment, because matches may wait for a slow subscriber.
     fn given_from(&self, at: usize) -> Option<usize> {
         let left_out = self.withheld.now();
         if left_out.is_nothing() {
@@ -95,7 +95,7 @@ impl Matched {
 pub enum Next {
     /// Records.
     Matched(Matched),
-    /// Retention has removed records, of whatever datasource, before they were read: so many.
+    /// Retention has removed this many records, of any datasource, before they were read.
     Skipped(u64),
 }
 
@@ -103,7 +103,7 @@ pub enum Next {
 struct Slot {
     /// With the datasource as its first level.
     filter: Box<str>,
-    /// Records below this are not wanted.
+    /// The first record wanted.
     from: Offset,
 }
 
@@ -111,11 +111,11 @@ struct Slot {
 pub struct Feed {
     router: Router,
     log: Arc<dyn Log>,
-    /// The key's: `None` for a key of all, whose filters name the datasource.
+    /// The datasource of the key. `None` for a key for all, whose filters name the datasource.
     datasource: Option<DatasourceId>,
     mailbox: Arc<Mailbox>,
     slots: Vec<Option<Slot>>,
-    /// Everything below is given out.
+    /// Everything below this is given out.
     position: Offset,
     mode: Mode,
 }
@@ -123,7 +123,7 @@ pub struct Feed {
 enum Mode {
     Live,
     Behind {
-        /// Batches that were read and not looked at.
+        /// Batches that were read and not matched yet.
         read: VecDeque<Batch>,
         /// The filters, for matching.
         trie: Trie<u32>,
@@ -145,7 +145,7 @@ impl Feed {
         }
     }
 
-    /// Where it tells how far it is.
+    /// The mailbox, where the subscriber reports how far it is.
     pub fn mailbox(&self) -> &Arc<Mailbox> {
         &self.mailbox
     }
@@ -155,9 +155,9 @@ impl Feed {
         self.position
     }
 
-    /// Sets the filter of a slot. `from` is the first record wanted, or `None` for whatever is appended
-    /// from now on. If that is in the past, the whole feed goes back there, and what the other
-    /// filters have given out is not given out again. Returns the offset that it begins at.
+    /// Sets the filter of a slot. `from` is the first record wanted, or `None` for records appended from now
+    /// on. If it is in the past, the whole feed goes back there, and the other filters do not give out their
+    /// records again. Returns the offset at which the filter begins.
     pub fn set(&mut self, slot: u32, filter: &str, from: Option<Offset>) -> Offset {
         self.remove(slot);
         let filter: Box<str> = match &self.datasource {
@@ -165,7 +165,7 @@ impl Feed {
             None => filter.into(),
         };
         self.router.subscribe(&filter, &self.mailbox, slot);
-        // Only now: whatever is appended from here on is routed.
+        // Read the end after subscribing: every record from here on is routed.
         let end = self.log.next_offset();
         let from = from.map_or(end, |from| from.min(end));
         let at = slot as usize;
@@ -186,14 +186,14 @@ impl Feed {
         from
     }
 
-    /// Goes back to a record that was given out, which then comes again.
+    /// Goes back to a record that was given out, which is then given out again.
     pub fn rewind(&mut self, to: Offset) {
         self.position = self.position.min(to);
         self.mailbox.go_behind();
         self.mode = Mode::behind();
     }
 
-    /// Gives up a slot's filter.
+    /// Removes a slot's filter.
     pub fn remove(&mut self, slot: u32) {
         if let Some(slot) = self.slots.get_mut(slot as usize).and_then(Option::take) {
             self.router.unsubscribe(&slot.filter, &self.mailbox);
@@ -203,7 +203,7 @@ impl Feed {
         }
     }
 
-    /// Where a slot's filter begins: nothing below is given out for it.
+    /// Where a slot's filter begins.
     pub fn from(&self, slot: u32) -> Option<Offset> {
         self.slots.get(slot as usize)?.as_ref().map(|slot| slot.from)
     }
@@ -257,7 +257,7 @@ impl Feed {
                         Ok(batches) if batches.is_empty() => self.try_live(),
                         Ok(batches) => {
                             *read = batches.into();
-                            // Whoever reads for long lets the others have a turn.
+                            // A feed that reads much yields to other tasks between batches.
                             cx.waker().wake_by_ref();
                             return Poll::Pending;
                         }
@@ -273,7 +273,7 @@ impl Feed {
         }
     }
 
-    /// At the end of the log: lets the router do the work from here on, unless it is further already.
+    /// At the end of the log: lets the router take over, unless it has already routed more.
     fn try_live(&mut self) {
         self.mailbox.go_live();
         if self.router.routing() > self.position {
@@ -283,7 +283,7 @@ impl Feed {
         }
     }
 
-    /// Puts what the filters have of one batch into one order.
+    /// Merges the matches of all filters in one batch into log order.
     fn merge(&mut self, mut routed: Vec<Routed>) -> Option<Matched> {
         let batch = routed.first()?.batch.clone();
         let begin = self.position;
@@ -338,7 +338,7 @@ impl Hits {
         }
     }
 
-    /// Of records and slots, in order; a record that several filters match comes several times.
+    /// Builds hits from ordered pairs of record and slot; a record has one pair per matching filter.
     fn of(all: impl Iterator<Item = (Place, u32)>) -> Option<Self> {
         let (mut places, mut slots): (Vec<(Place, u32)>, Vec<u32>) = Default::default();
         for (place, slot) in all {
@@ -362,7 +362,7 @@ fn fill(trie: &mut Trie<u32>, slots: &[Option<Slot>]) {
     }
 }
 
-/// What of a batch the filters match, from `begin` on.
+/// The records of a batch, from `begin` on, that the filters match.
 fn matching(trie: &Trie<u32>, slots: &[Option<Slot>], batch: &Batch, begin: Offset) -> Option<Hits> {
     let from = |slot: u32| slots.get(slot as usize).and_then(Option::as_ref).map(|slot| slot.from);
     let mut all = Vec::new();
@@ -382,8 +382,8 @@ fn matching(trie: &Trie<u32>, slots: &[Option<Slot>], batch: &Batch, begin: Offs
     Hits::of(all.into_iter())
 }
 
-/// Reads single records, wherever they are: per offset the batch that has it and its place, or `None`
-/// if retention has removed it or it is withheld. The offsets are in order. Blocks on the disk.
+/// Reads single records. For each offset, in the given order, returns the batch and the place in it, or
+/// `None` if retention has removed the record or it is withheld. `offsets` ascend. Blocks on the disk.
 ///
 /// # Errors
 /// [`ReadError`] for damage and the file system's errors.

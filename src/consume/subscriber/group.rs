@@ -1,6 +1,6 @@
-//! Groups: subscribers that share one subscription (`$share/{group}/{filter}`), so that each record
-//! goes to one of them. The place in the log that they share is kept [by the gateway](local), or in a
-//! cluster [by JetStream](cluster).
+//! Groups: subscribers that share one subscription (`$share/{group}/{filter}`), so that each record goes
+//! to one of them. [The gateway](local) keeps the group's place in the log, or in a cluster
+//! [JetStream](cluster) does.
 
 mod cluster;
 mod local;
@@ -16,20 +16,20 @@ use super::router::Router;
 use crate::log::{Batch, Log, Place, ReadError, ShareError};
 use crate::message::{DatasourceId, Offset};
 
-/// Which group: the datasource of its members' keys, its name, its filter.
+/// A group's identity: the datasource of its members' keys, its name, its filter.
 pub type GroupKey = (DatasourceId, Box<str>, Box<str>);
 
-/// A session, as far as its groups have to know it.
+/// What the groups of a session know about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GroupSession {
-    /// No other session has or had the same.
+    /// Unique among all sessions, past ones included.
     pub uid: u64,
-    /// How many seconds it outlives its connection; 0: it ends with it, `u32::MAX`: it stays for ever.
+    /// How many seconds it outlives its connection. 0: it ends with it; `u32::MAX`: it stays for ever.
     pub expiry_s: u32,
 }
 
 impl GroupSession {
-    /// Whether it outlives its connection.
+    /// Whether the session outlives its connection.
     fn stays(self) -> bool {
         self.expiry_s > 0
     }
@@ -39,42 +39,42 @@ impl GroupSession {
 pub enum Share {
     /// Records of one batch.
     Records(Batch, Vec<Place>),
-    /// Retention has removed so many records before the group read them.
+    /// Retention has removed this many records before the group read them.
     Skipped(u64),
 }
 
-/// Why a session is not one of a group's.
+/// Why a session could not join a group.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    /// It is to begin somewhere, and the group is elsewhere already.
+    /// It asked for a start in the past, and the group has started already.
     #[error(
-        "the group is there already, and goes on where it is: only its first member can begin in the past"
+        "the group exists already and continues where it is: only its first member can begin in the past"
     )]
     Elsewhere,
-    /// Its place cannot be reached now.
+    /// The group's place in the log is not available now.
     #[error("the group cannot be joined now: {0}")]
     Unavailable(#[from] ShareError),
-    /// That it stays cannot be written now.
+    /// The session cannot be entered in the group's roll now.
     #[error("the group cannot be joined now: {0}")]
     Unwritten(#[from] CellError),
 }
 
-/// The groups that there are.
+/// All groups.
 pub enum Groups {
-    /// Of this gateway alone.
+    /// On this gateway alone.
     Local(local::Groups),
-    /// Of all gateways of a cluster.
+    /// On all gateways of a cluster.
     Cluster(Box<cluster::Groups>),
 }
 
 impl Groups {
-    /// None, yet, of this gateway alone.
+    /// No groups yet, on this gateway alone.
     pub fn local(router: Router, log: Arc<dyn Log>) -> Self {
         Self::Local(local::Groups::new(router, log))
     }
 
-    /// Says that a session has the group's subscription. The first one makes the group: at `from`, or at the end
-    /// of the log. Returns where the group is, if that is to be kept here.
+    /// Adds a session to a group. The first session creates the group, at `from` or at the end of the log.
+    /// Returns the group's offset if this gateway has to keep it.
     ///
     /// # Errors
     /// [`JoinError`].
@@ -90,16 +90,16 @@ impl Groups {
         }
     }
 
-    /// As [`Groups::join`], of a session that was kept, with where its group was kept to be.
+    /// As [`Groups::join`], for a stored session; `cursor` is the stored offset of its group.
     pub fn join_again(&self, key: &GroupKey, uid: u64, cursor: Option<Offset>) {
         if let Self::Local(groups) = self {
-            // The first of its sessions puts the group where it was; the others find it there.
+            // The first session of the group restores its offset; the others join it there.
             let _ = groups.join(key, uid, cursor).or_else(|| groups.join(key, uid, None));
         }
     }
 
-    /// Says that the session `uid`, which ever was to outlive its connection or never, no longer has it. Returns
-    /// whether the group is gone with it, and is not to be kept any more.
+    /// Removes the session `uid` from a group. `ever_stayed` says whether the session was ever to outlive its
+    /// connection. Returns whether the group has ended and is no longer to be kept.
     pub fn leave(&self, key: &GroupKey, uid: u64, ever_stayed: bool) -> bool {
         match self {
             Self::Local(groups) => groups.leave(key, uid),
@@ -110,14 +110,14 @@ impl Groups {
         }
     }
 
-    /// Says that a session which has joined a group outlives its connection by more than it said then.
+    /// Extends how long a session that has joined a group outlives its connection.
     pub fn stay(&self, key: &GroupKey, of: GroupSession) {
         if let Self::Cluster(groups) = self {
             groups.stay(key, of);
         }
     }
 
-    /// A connected member of a group that its session has joined.
+    /// Connects a member to a group that its session has joined.
     pub fn member(&self, key: &GroupKey, of: GroupSession) -> Option<Member> {
         match self {
             Self::Local(groups) => groups.member(key).map(Member::Local),
@@ -125,15 +125,15 @@ impl Groups {
         }
     }
 
-    /// Returns when what members had that are gone can be given to others: to be called after the last one.
+    /// Returns once records that departed members held can go to others. Call it after the last one has left.
     pub async fn close(&self) {
         if let Self::Cluster(groups) = self {
             groups.close().await;
         }
     }
 
-    /// Per group that is kept here the first record that is not dealt with. `routed` is how far the router was
-    /// before.
+    /// For each group that this gateway keeps, the first record that is not dealt with. `routed` is the
+    /// router's offset from before this call.
     pub fn cursors(&self, routed: Offset) -> Vec<(GroupKey, Offset)> {
         match self {
             Self::Local(groups) => groups.cursors(routed),
@@ -151,8 +151,8 @@ pub enum Member {
 }
 
 impl Member {
-    /// Up to `max` of the records that come next. They are this member's until it has
-    /// [acknowledged](Member::acknowledge) each.
+    /// Takes up to `max` of the next records. Each is this member's until it has
+    /// [acknowledged](Member::acknowledge) it.
     ///
     /// # Errors
     /// [`ReadError`], as [`Feed::poll_next`](super::Feed::poll_next).
@@ -163,14 +163,14 @@ impl Member {
         }
     }
 
-    /// This one has no room now: whoever else waits may take its turn.
+    /// Passes the turn on: this member has no room now.
     pub fn pass(&self) {
         if let Self::Local(member) = self {
             member.pass();
         }
     }
 
-    /// A record that was taken is dealt with.
+    /// Marks a record that was taken as dealt with.
     pub fn acknowledge(&self, offset: Offset) {
         match self {
             Self::Local(member) => member.acknowledge(offset),

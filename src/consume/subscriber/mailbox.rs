@@ -1,8 +1,7 @@
-//! A mailbox: where the router puts what a live subscriber is to be given, and where the
-//! subscriber's task finds it.
+//! A mailbox: the router puts records for a live subscriber in, and the subscriber's task takes them out.
 //!
-//! It is bounded. A subscriber that does not empty it in time falls behind: the router puts nothing
-//! more in, and the subscriber goes on from the log by itself (see [`super::feed`]).
+//! It is bounded. A subscriber that does not empty it in time falls behind: the router puts nothing more
+//! in, and the subscriber continues from the log (see [`super::feed`]).
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +21,7 @@ pub(super) struct Routed {
     pub(super) places: Arc<[Place]>,
 }
 
-/// One subscriber's.
+/// One subscriber's mailbox.
 #[derive(Default)]
 pub struct Mailbox {
     state: Mutex<State>,
@@ -31,28 +30,28 @@ pub struct Mailbox {
 
 #[derive(Default)]
 struct State {
-    /// The router puts in what it routes.
+    /// Whether the router puts records in.
     live: bool,
-    /// Whatever was routed has been dealt with to the end.
+    /// Whether the subscriber has dealt with everything that was routed.
     idle: bool,
     queue: VecDeque<Routed>,
     /// What the queued batches take in memory.
     bytes: usize,
-    /// The first record that has not been dealt with, as the subscriber last said.
+    /// The first record that the subscriber has not dealt with, as it last reported.
     cursor: Offset,
 }
 
-/// What there is for a live subscriber.
+/// What a live subscriber finds in its mailbox.
 pub(super) enum Taken {
-    /// All that matches of one batch, in the order of the filters' routing.
+    /// All matches in one batch, in the order in which its filters were routed.
     Batch(Vec<Routed>),
-    /// Nothing, and nothing will be put in: go on from the log.
+    /// Nothing, and nothing will be put in: continue from the log.
     Behind,
 }
 
 impl Mailbox {
-    /// Puts in what matches one filter. Returns whether the subscriber is to be [woken](Mailbox::wake)
-    /// when the whole batch is routed.
+    /// Puts in the matches of one filter. Returns whether to [wake](Mailbox::wake) the subscriber once the
+    /// whole batch is routed.
     pub(super) fn put(&self, routed: Routed) -> bool {
         let mut state = self.state();
         if !state.live {
@@ -77,8 +76,8 @@ impl Mailbox {
         self.task.wake();
     }
 
-    /// Takes out what there is of the oldest batch, if that is below `routed`: the rest of a batch
-    /// may still be on its way in.
+    /// Takes out the oldest batch if it is below `routed`. Otherwise more of that batch may still be put
+    /// in.
     pub(super) fn poll_take(&self, routed: impl Fn() -> Offset, cx: &mut Context<'_>) -> Poll<Taken> {
         if let Poll::Ready(taken) = self.take(routed()) {
             return Poll::Ready(taken);
@@ -105,12 +104,12 @@ impl Mailbox {
         Poll::Ready(Taken::Batch(batch))
     }
 
-    /// From now on, what is routed is put in.
+    /// Lets the router put records in from now on.
     pub(super) fn go_live(&self) {
         self.state().live = true;
     }
 
-    /// From now on nothing is put in, and what is there is dropped.
+    /// Lets the router put nothing in from now on, and drops what is there.
     pub(super) fn go_behind(&self) {
         let mut state = self.state();
         state.live = false;
@@ -119,7 +118,7 @@ impl Mailbox {
         state.bytes = 0;
     }
 
-    /// The subscriber says how far it is: everything below `cursor` is dealt with; with `all`,
+    /// Sets how far the subscriber is: everything below `cursor` is dealt with. With `all`, so is
     /// everything that it was given.
     pub fn progress(&self, cursor: Offset, all: bool) {
         let mut state = self.state();
@@ -127,7 +126,7 @@ impl Mailbox {
         state.idle = all && state.live && state.queue.is_empty();
     }
 
-    /// The first record that has not been dealt with. `routed` is how far the router was before.
+    /// The first record that is not dealt with. `routed` is the router's offset from before this call.
     pub fn cursor(&self, routed: Offset) -> Offset {
         let state = self.state();
         if state.idle { routed.max(state.cursor) } else { state.cursor }

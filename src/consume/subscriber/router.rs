@@ -1,9 +1,9 @@
 //! The router: follows the log's end and gives each new record to the live subscribers whose
 //! filters match it.
 //!
-//! One thread. A batch in which nobody is interested does not even wake it: the log's writer asks
-//! first whether anybody is, which takes one look per datasource in the batch. What matches a
-//! filter is put together once, however many subscribers have that filter.
+//! It is one thread. A batch that no subscriber wants does not even wake it: the log's writer checks that
+//! first, with one look-up per datasource in the batch. The records that match a filter are collected
+//! once, however many subscribers have that filter.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,9 +18,9 @@ use crate::limits::ROUTE_BYTES;
 use crate::log::{Batch, Log, Place};
 use crate::message::Offset;
 
-/// How long the thread sleeps when nobody wakes it.
+/// How long the thread sleeps at most when nobody wakes it.
 const SLEEP: Duration = Duration::from_secs(3600);
-/// How long it waits after the log could not be read.
+/// How long the thread pauses after the log could not be read.
 const RETRY: Duration = Duration::from_millis(200);
 
 /// The running router. Cheap to clone; its thread ends after the last clone.
@@ -48,10 +48,10 @@ struct Shared {
     ended: AtomicBool,
 }
 
-/// Who wants what.
+/// Which subscribers want what.
 #[derive(Default)]
 struct Routes {
-    /// Per filter the number of its interest.
+    /// The index in `interests` for each filter.
     trie: Trie<u32>,
     by_filter: HashMap<Box<str>, u32>,
     interests: Vec<Interest>,
@@ -68,7 +68,7 @@ impl Shared {
         self.routes.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The batch is routed. Both this and the log's writer may say so of the same one.
+    /// Marks the batch as routed. The thread and the log's writer may both do so for one batch.
     fn pass(&self, batch: &Batch) {
         self.routing.fetch_max(batch.next_offset(), Ordering::SeqCst);
         self.routed.fetch_max(batch.next_offset(), Ordering::SeqCst);
@@ -103,11 +103,11 @@ impl Router {
         Ok(router)
     }
 
-    /// Told by the log's writer of each batch, in order.
+    /// The log's writer calls this for each batch, in order.
     fn appended(router: &Weak<Owner>, batch: &Batch) {
         let Some(owner) = router.upgrade() else { return };
         let shared = &owner.shared;
-        // The log's writer waits for nobody here.
+        // `try_read`: the log's writer must not wait here.
         if let Ok(routes) = shared.routes.try_read()
             && shared.routed.load(Ordering::SeqCst) == batch.first_offset()
             && (routes.by_filter.is_empty()
@@ -119,12 +119,12 @@ impl Router {
         owner.thread.unpark();
     }
 
-    /// Everything below this offset has been put where it belongs.
+    /// Everything below this offset is routed.
     pub fn routed(&self) -> Offset {
         self.0.shared.routed.load(Ordering::SeqCst)
     }
 
-    /// Everything below this offset has been put where it belongs or is just being.
+    /// Everything below this offset is routed or being routed.
     pub(super) fn routing(&self) -> Offset {
         self.0.shared.routing.load(Ordering::SeqCst)
     }
@@ -176,7 +176,7 @@ fn run(shared: &Shared, log: &dyn Log) {
             Ok(batches) if batches.is_empty() => std::thread::park_timeout(SLEEP),
             Ok(batches) => batches.iter().for_each(|batch| scratch.route(shared, batch)),
             Err(error) => {
-                // Live subscribers wait; those that read by themselves meet the same error.
+                // Live subscribers wait; those that read the log themselves get the same error.
                 error!(%error, position, "new records cannot be read for subscribers");
                 std::thread::sleep(RETRY);
                 let first = log.first_offset();
@@ -189,10 +189,10 @@ fn run(shared: &Shared, log: &dyn Log) {
     }
 }
 
-/// What routing a batch needs, kept from one to the next.
+/// Buffers for routing a batch, kept from one to the next.
 #[derive(Default)]
 struct Scratch {
-    /// Per interest what matches it.
+    /// The matching places of each interest.
     places: Vec<Vec<Place>>,
     /// The interests that something matches.
     touched: Vec<u32>,

@@ -1,5 +1,5 @@
-//! Feeds against a model, with the real log and the real router: whatever a subscriber's pace and
-//! wherever it begins, every record that matches comes out once and in the log's order.
+//! Feeds against a model, with the real log and router: whatever a subscriber's pace and start, every
+//! record that matches comes out once and in the log's order.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -75,13 +75,13 @@ async fn next(feed: &mut Feed, wait: Duration) -> Vec<(Offset, Vec<u32>)> {
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// So many commits of these records; large ones fill a mailbox.
+    /// This many commits of these records; large ones fill a mailbox.
     Append { records: Vec<(usize, usize)>, commits: usize, large: bool },
-    /// The feed is asked so often.
+    /// The feed is polled this often.
     Read(usize),
     /// A filter is added, from here on or from an earlier record.
     Subscribe { filter: usize, from: Option<u64> },
-    /// The first filter that there is is given up.
+    /// The first filter is removed.
     Unsubscribe,
 }
 
@@ -101,10 +101,10 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the feed has to give out: per filter its slot, where it begins, and all that was appended.
+/// What the feed has to give out: each filter's slot and start, and all appended records.
 #[derive(Default)]
 struct Model {
-    /// Per offset, whose topic it is, if it is one of `a`.
+    /// For each offset the topic of its record, if the record is one of `a`.
     appended: Vec<Option<usize>>,
     filters: Vec<(u32, usize, Offset)>,
     position: Offset,
@@ -177,7 +177,7 @@ async fn run(steps: Vec<Step>) {
             }
         }
     }
-    // Whatever happened, the rest comes, and then nothing more.
+    // Whatever the steps were, the feed gives out the rest and then nothing more.
     loop {
         let expected = model.rest();
         if expected.is_empty() {
@@ -211,7 +211,7 @@ async fn no_record_is_lost_between_catching_up_and_being_live() {
     for n in 0..8_u64 {
         let scene = scene.clone();
         readers.push(tokio::spawn(async move {
-            // Each begins at another moment, in the past, while more is appended.
+            // Each begins at another moment and in the past, while more records are appended.
             tokio::time::sleep(Duration::from_millis(3 * n)).await;
             let mut feed = scene.feed("*", 0);
             feed.set(0, "a/#", Some(0));
@@ -221,7 +221,7 @@ async fn no_record_is_lost_between_catching_up_and_being_live() {
                     assert_eq!(offset, seen);
                     seen += 1;
                 }
-                // Behind again each time, so that going live meets the appends in every way.
+                // Goes behind each time, so that going live interleaves with appends in many ways.
                 feed.rewind(seen);
             }
         }));

@@ -1,12 +1,12 @@
-//! A trie of topic filters: which of very many filters match a topic, without asking each.
+//! A trie of topic filters: finds the filters that match a topic without testing each.
 //!
-//! Its levels are those of filters, with the datasource as the first one: the filter `spindle/#` of a
-//! key of `press-4` stands at `press-4/spindle/#`. So a section of the log whose datasource nobody
-//! asks for is passed over after one look.
+//! Its levels are those of the filters, with the datasource as the first: the filter `spindle/#` of a key
+//! of `press-4` is at `press-4/spindle/#`. So one look-up is enough to skip a section of the log whose
+//! datasource no filter names.
 
 use std::collections::HashMap;
 
-/// Filters, each with the values that were entered under it.
+/// Filters, each with the values entered under it.
 pub(super) struct Trie<T> {
     root: Node<T>,
 }
@@ -15,9 +15,9 @@ struct Node<T> {
     children: HashMap<Box<str>, Node<T>>,
     /// The child for `+`.
     any: Option<Box<Node<T>>>,
-    /// Of the filters that end here.
+    /// The values of filters that end here.
     here: Vec<T>,
-    /// Of the filters that go on with `#`: they match this level too.
+    /// The values of filters that continue with `#`: they match this level too.
     below: Vec<T>,
 }
 
@@ -32,7 +32,7 @@ impl<T> Node<T> {
         self.children.is_empty() && self.any.is_none() && self.here.is_empty() && self.below.is_empty()
     }
 
-    /// Its child for a filter's level, made if it is not there.
+    /// The child for a filter's level, created if missing.
     fn child(&mut self, level: &str) -> &mut Node<T> {
         match level {
             "+" => self.any.get_or_insert_default(),
@@ -49,7 +49,7 @@ impl<T> Node<T> {
         }
     }
 
-    /// Takes values out of a filter, and with them the nodes that nothing is left in.
+    /// Removes values of a filter, and the nodes that become empty.
     fn remove<'l>(&mut self, mut levels: impl Iterator<Item = &'l str>, gone: &mut dyn FnMut(&T) -> bool) {
         match levels.next() {
             None => self.here.retain(|value| !gone(value)),
@@ -106,12 +106,12 @@ impl<T> Trie<T> {
         self.root.values(filter.split('/'))
     }
 
-    /// Takes the values for which `gone` holds out of `filter`.
+    /// Removes the values of `filter` for which `gone` holds.
     pub(super) fn remove(&mut self, filter: &str, mut gone: impl FnMut(&T) -> bool) {
         self.root.remove(filter.split('/'), &mut gone);
     }
 
-    /// Where the filters are that can match a topic of `datasource`.
+    /// The filters that can match a topic of `datasource`.
     pub(super) fn of(&self, datasource: &str) -> Starts<'_, T> {
         Starts {
             all: &self.root.below,

@@ -1,5 +1,5 @@
-//! The audit over HTTP: who changed what, when and from where. As pages of JSON, or as NDJSON to keep
-//! elsewhere.
+//! The audit over HTTP: who changed what, when and from where; as pages of JSON, or as NDJSON for another
+//! system to keep.
 
 use std::sync::Arc;
 
@@ -37,11 +37,11 @@ enum Format {
     Ndjson,
 }
 
-/// What reading the audit answers.
+/// The answer to reading the audit.
 #[derive(Serialize)]
 struct List<'a> {
     entries: Vec<View<'a>>,
-    /// What to give as `after` for those that follow, if there may be some.
+    /// The `after` of the next page, if there may be one.
     next: Option<i64>,
 }
 
@@ -97,7 +97,7 @@ pub(super) async fn list(
 fn time(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {
     let Some(text) = text else { return Ok(None) };
     let time = parse_time(&text).ok_or_else(|| {
-        let words = format!("{name} has to be a time as RFC 3339 has it: 2026-11-23T09:28:39Z.");
+        let words = format!("{name} has to be an RFC 3339 time such as 2026-11-23T09:28:39Z.");
         Problem::new(Kind::Malformed, words).with("parameter", name)
     })?;
     Ok(Some(time))

@@ -1,10 +1,10 @@
-//! A request's body, read to its end: undone of its content encoding (gzip, zstd), and never more
-//! of it in memory than the limit on one body and the limit on all of them together allow, however
-//! small a compressed one looked from outside.
+//! A request's body, read to its end and decoded from its content encoding (gzip, zstd). The limit on
+//! one body and the limit on all bodies together apply to what is in memory, so that a small compressed
+//! body cannot expand past them.
 //!
-//! Decompression is `async-compression` itself rather than a layer around the service, because the
-//! layer stops at the end of a gzip body's first member, which would acknowledge the rest of it
-//! unread, and lets a zstd body ask for a window of 128 MiB.
+//! Decompression uses `async-compression` directly rather than a layer around the service. The layer
+//! stops at the end of a gzip body's first member, which would acknowledge the rest of it unread, and
+//! it lets a zstd body ask for a window of 128 MiB.
 
 use std::io;
 use std::pin::Pin;
@@ -24,21 +24,21 @@ use tokio_util::io::{ReaderStream, StreamReader};
 use super::problem::{Kind, Problem};
 use crate::limits::ZSTD_WINDOW_LOG_MAX;
 
-/// How much a decoder gives out at a time.
+/// The size of the chunks that a decoder produces.
 const DECODED_BYTES: usize = 32 << 10;
 
-/// What one body may take.
+/// The limits on one body.
 #[derive(Clone, Copy)]
 pub(super) struct BodyLimits {
     /// Bytes, on the wire and decompressed.
     pub(super) bytes_max: usize,
     /// The key in the configuration that sets it, or empty.
     pub(super) setting: &'static str,
-    /// Until its last byte is there.
+    /// How long it may take until its last byte has arrived.
     pub(super) time_max: Duration,
 }
 
-/// A body that was read, and the room that it takes among all bodies in memory until it is dropped.
+/// A body that was read. Until it is dropped it holds its permits of the memory for all bodies.
 pub(super) struct Received {
     pub(super) bytes: Bytes,
     _room: Option<OwnedSemaphorePermit>,
@@ -97,7 +97,7 @@ type Chunks = Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
 
 /// The body's chunks as they were before they were encoded.
 fn decode(encoding: Encoding, body: Body, limits: BodyLimits) -> Chunks {
-    // What arrives is limited as well: an encoded body can go on for ever and decode to nothing.
+    // The encoded bytes are limited as well: an encoded body can be endless and decode to nothing.
     let mut arrived = 0;
     let raw = body.into_data_stream().map(move |chunk| {
         let chunk = chunk.map_err(io::Error::other)?;
@@ -141,7 +141,7 @@ async fn collect(mut chunks: Chunks, limits: BodyLimits, room: &Arc<Semaphore>) 
         if bytes.len() + chunk.len() > limits.bytes_max {
             return Err(too_large(limits));
         }
-        // Bodies that are half there cannot wait for each other's room, so one of them has to go.
+        // Two bodies that are half read would wait for each other's room for ever: refuse one instead.
         let permits = u32::try_from(chunk.len()).map_err(|_| too_large(limits))?;
         let more = room.clone().try_acquire_many_owned(permits).map_err(|_| {
             Problem::new(Kind::Unavailable, "Too many request bodies are in memory already; try again.")

@@ -1,5 +1,5 @@
-//! The lines that connect a device: ready to paste into a shell in which `HEADGATE_API_KEY` is set.
-//! None of them holds the key, so that it gets into no history and no ticket.
+//! Command lines that connect a device, ready to paste into a shell in which `HEADGATE_API_KEY` is set.
+//! None of them contains the key, so that it gets into no shell history and no ticket.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,7 +11,7 @@ use super::Parts;
 use crate::auth::{Scope, Scopes};
 use crate::message::DatasourceId;
 
-/// A line for each client; only those that the key's scopes are good for.
+/// A line for each client. Lines that the key's scopes do not allow are left out.
 #[derive(Debug, Serialize)]
 pub(super) struct Connect {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -31,7 +31,7 @@ impl Connect {
     pub(super) fn new(datasource: &DatasourceId, scopes: Scopes, parts: &Parts, headers: &HeaderMap) -> Self {
         let address = Address::new(parts, headers);
         let Address { http, mqtt_host, mqtt_port, tls } = &address;
-        // With the issuers that the device's system knows; for others there is --cafile.
+        // Trusts the certificate authorities of the device's system; for others there is --cafile.
         let (mosquitto_tls, paho_tls) = if *tls { (" --tls-use-os-certs", ", tls={}") } else { ("", "") };
         let publish = |line: String| scopes.allow(Scope::Ingest).then_some(line);
         Self {
@@ -69,7 +69,7 @@ impl Connect {
     }
 }
 
-/// The first of the NATS servers whose address a shell takes as it is.
+/// The first NATS server whose address holds nothing that a shell would interpret.
 fn nats_server(servers: &[String]) -> Option<String> {
     servers.iter().find_map(|address| {
         let (scheme, server) = address.split_once("://").unwrap_or(("nats", address));
@@ -77,7 +77,7 @@ fn nats_server(servers: &[String]) -> Option<String> {
     })
 }
 
-/// Where the gateway is, in the words of the client that asked.
+/// Where the gateway is, as seen by the client that asked.
 struct Address {
     http: String,
     mqtt_host: String,
@@ -90,7 +90,7 @@ impl Address {
     fn new(parts: &Parts, headers: &HeaderMap) -> Self {
         let named = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
         let (mqtt, tls) = mqtt_for(named, parts.mqtt_addr, parts.mqtt_tls_addr);
-        // A listener on every address is reached under the name that the client just used.
+        // A listener on every address can be reached under the name that the client has just used.
         let mqtt_host = match named.map(hostname) {
             Some(name) if mqtt.ip().is_unspecified() => name.to_owned(),
             _ => reachable(mqtt).ip().to_string(),
@@ -100,8 +100,8 @@ impl Address {
     }
 }
 
-/// The MQTT listener for a client that reached HTTP as `host`, and whether it is TLS: the plain one,
-/// unless that is on loopback, TLS is not, and the client is elsewhere.
+/// The MQTT listener for a client that reached HTTP as `host`, and whether it is TLS. It is the plain
+/// one, unless that is on loopback, the TLS one is not, and the client is on another machine.
 fn mqtt_for(host: Option<&str>, plain: SocketAddr, tls: Option<SocketAddr>) -> (SocketAddr, bool) {
     let here = |name: &str| name == "localhost" || name.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
     match tls {
@@ -122,7 +122,7 @@ fn reachable(addr: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Whether a `Host` header holds nothing that means something to a shell.
+/// Whether a `Host` header holds nothing that a shell would interpret.
 fn is_host(host: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':' | b'[' | b']');
     !host.is_empty() && host.len() <= 255 && host.bytes().all(plain) && !host.starts_with('-')

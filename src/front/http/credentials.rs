@@ -1,6 +1,6 @@
 //! Credentials: the API key that a request carries, in `Authorization` or `X-API-Key`, and the
-//! [`Caller`] that it makes the request come from. A handler that takes a `Caller` runs only for a
-//! key that is good at this moment, and before any of the body has been read.
+//! [`Caller`] that it identifies. A handler that takes a `Caller` runs only for a key that is valid at
+//! this moment, and before any of the body has been read.
 
 use std::sync::Arc;
 
@@ -15,29 +15,29 @@ use crate::auth::{Actor, Denied, Grant, Scope};
 use crate::front::credentials;
 use crate::message::now_micros;
 
-/// Names of query parameters that are only ever given to carry a secret.
+/// Names of query parameters that have no other use than to carry a secret.
 const KEY_PARAMETERS: [&str; 7] =
     ["key", "api_key", "apikey", "token", "access_token", "authorization", "x-api-key"];
 
-/// What every key begins with; anywhere in a query string it gives a key away.
+/// What every key begins with. Anywhere in a query string it means that a key is there.
 const KEY_PREFIX: &str = "hgk_";
 
-/// Who a request comes from: the grant of the key that it carries, and the connection that it came on.
+/// Who sent a request: the grant of its key, and its connection.
 pub(super) struct Caller(pub(super) Grant, pub(super) Peer);
 
 impl Caller {
-    /// The caller, as the audit is to have it.
+    /// The caller, as the audit records it.
     pub(super) fn actor(&self) -> Actor {
         Actor::key(self.0.key_id(), Some(self.1.addr.ip()))
     }
 
-    /// Lets the caller do `scope` in `datasource`, or says why not.
+    /// Checks that the caller has `scope` in `datasource`.
     pub(super) fn may(&self, scope: Scope, datasource: &str) -> Result<(), Problem> {
         Ok(self.0.allows(scope, datasource)?)
     }
 
-    /// Lets the caller manage what belongs to no single datasource, or says why not. The caller has
-    /// named no datasource here, so there is none whose existence could be kept from it.
+    /// Checks that the caller may manage what belongs to no single datasource. The request names no
+    /// datasource, so the answer cannot reveal whether one exists.
     pub(super) fn may_manage_all(&self) -> Result<(), Problem> {
         self.0.has(Scope::Admin)?;
         match self.0.datasource().is_all() {
@@ -73,17 +73,17 @@ impl FromRequestParts<Arc<Shared>> for Caller {
 
 /// The one key that the headers carry.
 fn presented(headers: &HeaderMap) -> Result<&[u8], Denied> {
-    // Names are in lower case here, and looked up as that.
+    // Both names are in lower case, as the lookup expects.
     let places = [credentials::AUTHORIZATION, credentials::X_API_KEY].into_iter();
     let values = places.flat_map(|name| headers.get_all(name).iter().map(move |value| (name, value)));
     credentials::one_key(values.filter_map(|(name, value)| credentials::key_in(name, value.as_bytes())))
 }
 
-/// Refuses a URL that carries what is, or is meant to be, an API key. URLs end up in the logs of
-/// every proxy on the way, so that such a key has to be taken for known.
+/// Refuses a URL that carries what is, or is meant to be, an API key. URLs end up in the logs of every
+/// proxy on the way, so such a key has to be considered leaked.
 pub(super) fn refuse_in_url(uri: &Uri) -> Result<(), Problem> {
     let Ok(Query(pairs)) = Query::<Vec<(String, String)>>::try_from_uri(uri) else {
-        return Ok(()); // Cannot be taken apart: whoever reads the parameters will say so.
+        return Ok(()); // The query string cannot be parsed: the handler that reads it reports that.
     };
     let is_key = |(name, value): &(String, String)| {
         KEY_PARAMETERS.iter().any(|parameter| name.eq_ignore_ascii_case(parameter))

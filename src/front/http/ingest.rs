@@ -1,16 +1,15 @@
-//! Ingest: messages by HTTP POST. The key is checked before any of the body is read, the body is
-//! taken apart (see [`super::messages`]), and all its messages go through intake as one draft: all
-//! of them are kept, at offsets that follow each other, or none. The answer comes when they are
-//! durable.
+//! Ingest: messages by HTTP POST. The key is checked before any of the body is read, the body is split
+//! into messages (see [`super::messages`]), and all of them go through intake as one draft. Either all
+//! are kept, at consecutive offsets, or none is. The answer comes when they are durable.
 //!
-//! Where one of them does not meet its schema, none is let in: the answer is 422 and names every
-//! message that fails, and those are in quarantine then, durably. The others are the client's to send
-//! again, with what it has mended; an `Idempotency-Key` is not used up by a request that failed.
+//! If one message does not meet its schema, none is let in: the answer is 422 and names the messages that
+//! fail, which are durable in quarantine by then. The client has to send the others again, with those that
+//! it has corrected; a request that failed does not use up its `Idempotency-Key`.
 //!
 //! With an `Idempotency-Key` a request can be sent again when its answer was lost: as long as the key
 //! is known (`intake.dedup_window_s`), another request with it to the same datasource is answered as
-//! the first one was, and nothing is kept again. It is the key alone that tells: what else the second
-//! request says, and its body, is not compared with the first one's.
+//! the first one was, and nothing is kept again. Only the key counts: the body and the other headers of
+//! the second request are not compared with the first.
 
 use std::sync::Arc;
 
@@ -37,16 +36,16 @@ use crate::quota::Standing;
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
-/// The topic of messages that were posted to a datasource without one.
+/// The topic of messages that are posted to a datasource without a topic.
 const TOPIC_DEFAULT: &str = "data";
 
-/// Every message of the request is durable.
+/// The answer to a request whose messages are all durable.
 #[derive(Debug, Serialize)]
 pub(super) struct Accepted {
     accepted: u32,
     first_offset: Offset,
     last_offset: Offset,
-    /// The request's `Idempotency-Key` was known: these are the numbers of the first with it.
+    /// Whether the `Idempotency-Key` was known: then the numbers are those of the first request with it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     duplicate: bool,
 }
@@ -96,11 +95,11 @@ async fn ingest(
             off_the_runtime(move || Ok((upload.draft(&intake)?, upload))).await?
         };
         let kept = intake.submit(draft).await.map_err(|refusal| match &refusal {
-            // The key died on the way; intake counted each message then.
+            // The key died meanwhile; intake has counted each message already.
             Refusal::Denied(_) => Problem::from(refusal).counted(),
             _ => refusal.into(),
         })?;
-        // Until here the body has counted as in memory, and with it the draft made of it.
+        // Holds the permits of the body until here, because the draft made of it is in memory as well.
         drop(upload);
         let kept = kept.ok_or_else(|| Problem::internal(&"a draft of messages came back without offsets"))?;
         if failures.all == 0 { Ok((kept, standing)) } else { Err(failures.problem(&kept.offsets)) }
@@ -119,8 +118,8 @@ fn content_type(headers: &HeaderMap) -> Result<String, Problem> {
     text.map_err(|_| Problem::new(Kind::Malformed, "The Content-Type is not printable ASCII."))
 }
 
-/// The id that all the messages of a request have together. The IETF draft "The Idempotency-Key HTTP
-/// Header Field" has it in quotes; it is the same one without them.
+/// The id that all messages of a request share. The IETF draft "The Idempotency-Key HTTP Header Field"
+/// puts it in quotes; the id is the same without them.
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
     let Some(value) = values.next() else { return Ok(None) };
@@ -141,23 +140,23 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
 /// The messages of a request that do not meet their schemas.
 #[derive(Default)]
 struct Failures {
-    /// How many.
+    /// How many there are.
     all: usize,
-    /// The first of them.
+    /// Details of the first ones.
     listed: Vec<Failure>,
 }
 
-/// One of them, as the answer shows it.
+/// A message that failed, as the answer shows it.
 #[derive(Serialize)]
 struct Failure {
-    /// In the request's body.
+    /// Where in the request's body.
     pointer: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     line: Option<u32>,
     keyword: String,
     detail: String,
     schema_version: u32,
-    /// In quarantine.
+    /// Its offset in quarantine.
     offset: Offset,
 }
 
@@ -172,7 +171,7 @@ impl Failures {
         self.all += 1;
     }
 
-    /// What the client is told once they are in quarantine, at these offsets.
+    /// The answer to the client, once the messages are in quarantine at these offsets.
     fn problem(mut self, offsets: &Offsets) -> Problem {
         for (nth, failure) in self.listed.iter_mut().enumerate() {
             failure.offset = offsets.nth(nth);
@@ -199,7 +198,7 @@ impl Failures {
     }
 }
 
-/// A request whose body is there.
+/// A request whose body was read.
 struct Upload {
     grant: Grant,
     client: Arc<Client>,
@@ -211,8 +210,8 @@ struct Upload {
 }
 
 impl Upload {
-    /// The draft of all its messages, or of those alone that fail, where some do; and how far their rate
-    /// is used after them, if they have one.
+    /// The draft of all its messages, or of only those that fail, if any does; and how much of their rate
+    /// is used then, if they have one.
     fn draft(&self, intake: &Intake) -> Result<(Draft, Option<Standing>, Failures), Problem> {
         let messages = Messages::split(&self.content_type, &self.body.bytes)?;
         let mut draft = intake.draft(Transport::Http, 0);

@@ -1,5 +1,5 @@
-//! Managing keys: create, list, rotate, revoke, for one datasource or, as `*`, for those of all of them. A
-//! key's secret is in the answer that creates it and nowhere else.
+//! Managing keys: create, list, rotate, revoke; those of one datasource or, as `*`, those for all
+//! datasources. A key's secret is in the answer that creates it and nowhere else.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ use crate::message::{DatasourceId, KeyId, Offset, now_micros};
 use crate::quota::Limits;
 use crate::time::{Rfc3339, parse_time};
 
-/// What creating a key takes.
+/// The body of a request that creates a key.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Create {
@@ -34,7 +34,7 @@ pub(super) struct Create {
     limits: Value,
 }
 
-/// What creating a key answers.
+/// The answer to creating a key.
 #[derive(Serialize)]
 struct Created<'a> {
     key: NewKey<'a>,
@@ -42,21 +42,21 @@ struct Created<'a> {
     connect: Option<Connect>,
 }
 
-/// What listing keys answers.
+/// The answer to listing keys.
 #[derive(Serialize)]
 struct List<'a> {
     keys: Vec<Listed<'a>>,
 }
 
-/// What a key is good for now.
+/// The state of a key.
 #[derive(Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Standing {
-    /// Good, until it expires, if it does.
+    /// Valid until it expires, if it ever does.
     Active,
-    /// Good, and another key takes its place when its grace ends.
+    /// Valid until its grace ends; then another key takes its place.
     Rotating,
-    /// Its time is over.
+    /// Past its expiry.
     Expired,
 }
 
@@ -69,15 +69,15 @@ pub(super) struct View<'a> {
     state: Standing,
     created_at: Rfc3339,
     expires_at: Option<Rfc3339>,
-    /// The key whose place it has taken.
+    /// The key that it replaces.
     #[serde(skip_serializing_if = "Option::is_none")]
     replaces: Option<KeyId>,
-    /// The key that takes its place.
+    /// The key that replaces it.
     #[serde(skip_serializing_if = "Option::is_none")]
     replaced_by: Option<KeyId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     grace_ends_at: Option<Rfc3339>,
-    /// Its own.
+    /// The limits of the key itself, without those of its datasource.
     limits: Limits,
 }
 
@@ -111,7 +111,7 @@ struct Listed<'a> {
     key: View<'a>,
     accepted: u64,
     refused: u64,
-    /// Connections at this moment.
+    /// Open connections at this moment.
     connections: usize,
     last_used: Option<LastUsed<'a>>,
     users: &'a [User],
@@ -138,7 +138,7 @@ impl<'a> Listed<'a> {
     }
 }
 
-/// What rotating a key takes.
+/// The body of a request that rotates a key.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Rotate {
@@ -147,7 +147,7 @@ pub(super) struct Rotate {
     undo: bool,
 }
 
-/// What rotating a key answers.
+/// The answer to rotating a key.
 #[derive(Serialize)]
 struct Rotated<'a> {
     key: NewKey<'a>,
@@ -156,21 +156,21 @@ struct Rotated<'a> {
     connect: Option<Connect>,
 }
 
-/// The key whose place is taken.
+/// The key that was replaced.
 #[derive(Serialize)]
 struct Replaced {
     id: KeyId,
     grace_ends_at: Rfc3339,
 }
 
-/// What undoing it answers.
+/// The answer to undoing a rotation.
 #[derive(Serialize)]
 struct Undone<'a> {
     key: View<'a>,
     revoked: Option<KeyId>,
 }
 
-/// A key that was just created: the one time that its secret is shown.
+/// A new key with its secret, which is shown only this once.
 #[derive(Serialize)]
 pub(super) struct NewKey<'a> {
     #[serde(flatten)]
@@ -201,7 +201,7 @@ pub(super) async fn create(
         Some(text) => {
             let time = parse_time(&text).filter(|&time| time > now_micros());
             Some(time.ok_or_else(|| {
-                let words = "A key expires at a time to come, as RFC 3339 has it: 2027-01-31T12:00:00Z.";
+                let words = "expires_at has to be a future RFC 3339 time such as 2027-01-31T12:00:00Z.";
                 Problem::new(Kind::Malformed, words).with("pointer", "/expires_at").body_read()
             })?)
         }
@@ -212,7 +212,7 @@ pub(super) async fn create(
     let actor = caller.actor();
     let created = off_the_runtime(move || {
         let created = registry.create_key(&actor, &owner, &label, scopes, expires_at)?;
-        // Its secret is not given out yet: nobody has used it without them.
+        // The secret is not given out yet, so nobody can have used the key without its limits.
         if !limits.is_empty() {
             registry.set_key_limits(&actor, &owner, created.0.id, limits.text())?;
         }
@@ -220,7 +220,7 @@ pub(super) async fn create(
     });
     let created = created.await;
     let (key, secret) = created.map_err(Problem::body_read)?;
-    // A key for all datasources has no one place to connect to.
+    // A key for all datasources has no single datasource to connect to.
     let connect = (!datasource.is_all()).then(|| Connect::new(&datasource, scopes, &shared.parts, &headers));
     let body = Created { key: NewKey::of(&key, &secret), connect };
     Ok((StatusCode::CREATED, Json(body)).into_response())
@@ -237,7 +237,7 @@ pub(super) async fn list(
     let listed = off_the_runtime(move || {
         let keys = shared.registry().keys(&owner);
         let mut used = Vec::with_capacity(keys.len());
-        // Changes of the registry wait meanwhile.
+        // Changes of the registry wait during each read, so usage is read in small chunks.
         for some in keys.chunks(USAGE_KEYS_PER_CHANGE) {
             used.extend(shared.registry().usage(some)?);
         }
@@ -247,8 +247,8 @@ pub(super) async fn list(
     listed.await
 }
 
-/// `POST /v1/datasources/{datasource}/keys/{key_id}/rotate`: another key takes its place, or with
-/// `undo` no longer does.
+/// `POST /v1/datasources/{datasource}/keys/{key_id}/rotate`: replaces the key by a new one, or with `undo`
+/// takes that back.
 pub(super) async fn rotate(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
@@ -263,7 +263,7 @@ pub(super) async fn rotate(
     let Rotate { grace_seconds, undo } = shared.read_json(request).await?;
     let grace_seconds = match grace_seconds {
         Some(_) if undo => {
-            let words = "To undo a rotation takes no grace_seconds.";
+            let words = "grace_seconds cannot be given together with undo.";
             return Err(Problem::new(Kind::Malformed, words).with("pointer", "/grace_seconds").body_read());
         }
         Some(seconds) if seconds > GRACE_S_MAX => {
@@ -298,8 +298,8 @@ pub(super) async fn rotate(
     Ok((StatusCode::CREATED, Json(body)).into_response())
 }
 
-/// `DELETE /v1/datasources/{datasource}/keys/{key_id}`: answers when the key is dead and nothing more
-/// can come in under it.
+/// `DELETE /v1/datasources/{datasource}/keys/{key_id}`: answers once the key is dead and nothing more can
+/// come in under it.
 pub(super) async fn revoke(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
@@ -320,7 +320,7 @@ fn no_key(key_id: KeyId) -> Problem {
     Problem::new(Kind::NotFound, format!("There is no key {key_id} here.")).cause("no_key_id")
 }
 
-/// What the keys of a path belong to: a datasource that there is, or all of them.
+/// The owner of the keys that a path names: an existing datasource, or all of them (`*`).
 pub(super) fn owner(shared: &Shared, datasource: &str) -> Result<DatasourceId, Problem> {
     let all = DatasourceId::all();
     if datasource == all.as_str() { Ok(all) } else { Ok(shared.datasource(datasource)?.id.clone()) }

@@ -1,6 +1,6 @@
-//! Leak reports: somebody has found API keys where they do not belong, and sends them here. Each that is
-//! live is revoked. It takes no key to do so, and the answer is the same whatever was sent, and comes
-//! after the same time: it does not tell whether there was such a key.
+//! Leak reports: somebody has found API keys where they do not belong, and sends them here. Each live one
+//! is revoked. A report needs no key. The answer is the same whatever was sent, and comes after the same
+//! time, so that it does not tell whether a key exists.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use crate::auth::audit::{Actor, Who};
 use crate::auth::{Digest, Key};
 use crate::limits::{HTTP_MANAGE_BYTES_MAX, LEAK_URL_BYTES_MAX, LEAKS_PER_REPORT_MAX};
 
-/// When a report is answered. To revoke a key takes a few milliseconds.
+/// How long after its arrival a report is answered: well above the few milliseconds that a revocation takes.
 const ANSWER_AFTER: Duration = Duration::from_millis(200);
 
 /// A report, as GitHub's secret scanning sends it, or one secret alone.
@@ -31,7 +31,7 @@ enum Report {
     One(One),
 }
 
-/// GitHub says what kind of secret it takes it for, and more; that does not matter here.
+/// One secret in GitHub's form. Its further members, such as the kind of secret, are not needed here.
 #[derive(Deserialize)]
 struct Found {
     token: String,
@@ -78,25 +78,25 @@ pub(super) async fn report(
         match dead.await {
             Ok(dead) if !dead.is_empty() => settle(&shared, &peer, dead, called),
             Ok(_) => {}
-            // Not told to whoever asks, as it would tell that there is a key.
+            // The client is not told of the error: that would reveal that the key exists.
             Err(problem) => drop(problem),
         }
     };
     tokio::join!(revoking, tokio::time::sleep(ANSWER_AFTER));
-    let words = "What is a live API key of this gateway is revoked. Understood are \
+    let words = "Live API keys of this gateway are revoked. The accepted forms are \
                  [{\"token\": …, \"url\": …}, …] and {\"secret\": …, \"url\": …}.";
     Ok((StatusCode::ACCEPTED, Json(json!({ "detail": words }))).into_response())
 }
 
-/// Waits for the connections of the dead keys behind the answer's back, which comes at its time.
+/// Waits for the connections of the dead keys in a task of its own, so that the answer is not delayed.
 fn settle(shared: &Arc<Shared>, peer: &Peer, dead: Vec<Arc<Key>>, called: Instant) {
     dead.iter().for_each(|key| peer.keys.leave(key.id));
     let intake = shared.parts.intake.clone();
-    // Bounded in time; the keys are dead already.
+    // Nobody awaits the task: it is bounded in time, and the keys are dead already.
     tokio::spawn(async move { intake.settle(&dead, called).await });
 }
 
-/// Where it was found, as the audit is to have it: not without end, and without the key itself.
+/// Where the key was found, for the audit: cut to a bounded length, and without the key itself.
 fn told(url: Option<&str>) -> String {
     let url = url.unwrap_or_default();
     if crate::auth::key::is_in(url) {

@@ -1,4 +1,4 @@
-//! Limits of keys and datasources over HTTP: setting them, and the headers that say how far a rate is
+//! Limits of keys and datasources over HTTP: setting them, and the headers that say how much of a rate is
 //! used.
 
 use std::sync::{Arc, PoisonError};
@@ -19,7 +19,7 @@ use crate::intake::meters;
 use crate::message::KeyId;
 use crate::quota::{Limits, LimitsError, Owner, Standing};
 
-/// What a change takes: a JSON merge patch of what it is a change of.
+/// The body of a change: a JSON merge patch of the key or datasource.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Patch {
@@ -27,12 +27,12 @@ struct Patch {
     limits: Value,
 }
 
-/// A patch that leaves everything as it is.
+/// A patch that changes nothing.
 fn nothing() -> Value {
     Value::Object(serde_json::Map::new())
 }
 
-/// `PATCH /v1/datasources/{datasource}`: answers when the limits hold, also for who is held back.
+/// `PATCH /v1/datasources/{datasource}`: answers once the limits apply, also to clients that are held back.
 pub(super) async fn of_datasource(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
@@ -55,8 +55,8 @@ pub(super) async fn of_datasource(
     changed.await.map_err(Problem::body_read)
 }
 
-/// `PATCH /v1/datasources/{datasource}/keys/{key_id}`: answers when the limits hold, also for who is
-/// held back.
+/// `PATCH /v1/datasources/{datasource}/keys/{key_id}`: answers once the limits apply, also to clients that
+/// are held back.
 pub(super) async fn of_key(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
@@ -84,14 +84,14 @@ pub(super) async fn of_key(
     changed.await.map_err(Problem::body_read)
 }
 
-/// The limits that something is to be created with.
+/// Parses the limits in a request that creates a key or datasource.
 pub(super) fn parse(limits: &Value) -> Result<Limits, Problem> {
     Ok(Limits::from_json(limits)?)
 }
 
-/// The limits as they are set.
+/// The limits that are set now.
 pub(super) fn shown(limits: &Setting) -> Limits {
-    // What cannot be read is told of where it would limit something.
+    // Limits that cannot be read are logged where they are enforced.
     limits.text().and_then(|text| Limits::parse(&text).ok()).unwrap_or_default()
 }
 
@@ -102,9 +102,9 @@ impl From<LimitsError> for Problem {
     }
 }
 
-/// `X-RateLimit-Limit`: what may come at once when nothing is used (the burst), `X-RateLimit-Remaining`:
-/// what may come at once now, `X-RateLimit-Reset`: in how many seconds nothing is used any more. In
-/// messages, or in bytes where it was bytes that something was refused for.
+/// `X-RateLimit-Limit`: what may come at once when nothing is used (the burst). `X-RateLimit-Remaining`:
+/// what may come at once now. `X-RateLimit-Reset`: in how many seconds the whole burst is available again.
+/// The first two are in messages, or in bytes if the refusal was for a limit in bytes.
 pub(super) fn rate_headers(standing: &Standing) -> [(HeaderName, HeaderValue); 3] {
     let Standing { burst, left, full_in } = *standing;
     let seconds = full_in.as_secs() + u64::from(full_in.subsec_nanos() > 0);

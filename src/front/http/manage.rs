@@ -22,20 +22,20 @@ use crate::consume::render::Rfc3339;
 use crate::message::DatasourceId;
 use crate::quota::Limits;
 
-/// What creating a datasource takes.
+/// The body of a request that creates a datasource.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Create {
     id: Option<String>,
     name: String,
     scopes: Option<Scopes>,
-    /// What the messages to all its topics have to meet.
+    /// The schema for messages to all its topics.
     schema: Option<Value>,
     #[serde(default)]
     limits: Value,
 }
 
-/// What creating a datasource answers.
+/// The answer to creating a datasource.
 #[derive(Serialize)]
 struct Created<'a> {
     datasource: View<'a>,
@@ -43,7 +43,7 @@ struct Created<'a> {
     connect: Connect,
 }
 
-/// What listing datasources answers.
+/// The answer to listing datasources.
 #[derive(Serialize)]
 struct List<'a> {
     datasources: Vec<View<'a>>,
@@ -55,7 +55,7 @@ pub(super) struct View<'a> {
     id: &'a DatasourceId,
     name: &'a str,
     created_at: Rfc3339,
-    /// Of all its keys together.
+    /// The limits on all its keys together.
     limits: Limits,
 }
 
@@ -89,7 +89,7 @@ pub(super) async fn create(
     let rules = schema.map(schema::initial).transpose()?;
     let created = off_the_runtime(move || {
         let created = registry.create_datasource(&actor, id, &name, scopes)?;
-        // The secret of its key is not given out yet: nobody has used it without them.
+        // The secret is not given out yet, so nobody can have used the key without its limits.
         if !limits.is_empty() {
             registry.set_datasource_limits(&actor, &created.0.id, limits.text())?;
         }
@@ -127,7 +127,7 @@ pub(super) async fn show(
     Ok(Json(View::of(&*shared.datasource(&id)?)).into_response())
 }
 
-/// `DELETE /v1/datasources/{datasource}`: answers when its keys are dead and nothing more can come in
+/// `DELETE /v1/datasources/{datasource}`: answers once its keys are dead and nothing more can come in
 /// under them.
 pub(super) async fn delete(
     State(shared): State<Arc<Shared>>,

@@ -1,5 +1,5 @@
-//! Messages of a request: its body taken apart by content type, each message exactly the bytes that
-//! the client wrote for it.
+//! Messages of a request: its body split by content type. Each message is exactly the bytes that the
+//! client wrote for it.
 //!
 //! | `Content-Type` | messages |
 //! |---|---|
@@ -8,9 +8,9 @@
 //! | none, or `application/x-www-form-urlencoded` (what `curl -d` says) | a JSON object or array as `application/json`; anything else is one, as it is |
 //! | any other | one, as it is |
 //!
-//! A message out of JSON has the content type `application/json`. A request without a single
-//! message (`[]`, no line, an empty body where JSON was announced) is malformed, as there would be
-//! no offset to answer with; an empty body of any other type is one empty message, as in MQTT.
+//! A message from a JSON body has the content type `application/json`. A request without any
+//! message (`[]`, no line, an empty body where JSON was announced) is malformed, because there would
+//! be no offset to answer with. An empty body of any other type is one empty message, as in MQTT.
 
 use serde::Deserializer;
 use serde::de::{IgnoredAny, SeqAccess, Visitor};
@@ -24,14 +24,14 @@ const JSON: &str = "application/json";
 /// The messages of one body, borrowed from it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Messages<'a> {
-    /// The media type of each of them, or empty.
+    /// The media type of every message, or empty.
     pub(super) content_type: &'a str,
-    /// What each of them is.
+    /// One payload for each message.
     pub(super) payloads: Vec<&'a [u8]>,
     places: Places,
 }
 
-/// How the place of a message in its body is told.
+/// How an error names the place of a message in its body.
 #[derive(Debug, PartialEq, Eq)]
 enum Places {
     Whole,
@@ -40,7 +40,7 @@ enum Places {
 }
 
 impl<'a> Messages<'a> {
-    /// Takes `body` apart. `content_type` is as the client sent it, or empty.
+    /// Splits `body` into messages. `content_type` is as the client sent it, or empty.
     pub(super) fn split(content_type: &'a str, body: &'a [u8]) -> Result<Self, Problem> {
         let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         match essence.as_str() {
@@ -54,7 +54,7 @@ impl<'a> Messages<'a> {
         }
     }
 
-    /// Says in `problem` which message it is about, where there are several.
+    /// Adds to `problem` which message it is about, if the body can hold several.
     pub(super) fn locate(&self, index: usize, problem: Problem) -> Problem {
         match &self.places {
             Places::Whole => problem,
@@ -66,8 +66,8 @@ impl<'a> Messages<'a> {
         }
     }
 
-    /// Where in the body a place within one of its messages is: as a JSON pointer, which for a body of
-    /// lines is one into the line whose number comes with it.
+    /// Translates a JSON pointer within one message into one within the body. In a body of lines the
+    /// pointer stays relative to the line, whose number is returned with it.
     pub(super) fn pointer(&self, index: usize, within: &str) -> (String, Option<u32>) {
         match &self.places {
             Places::Whole => (within.to_owned(), None),
@@ -127,8 +127,8 @@ fn is_json(body: &[u8]) -> bool {
     serde_json::from_slice::<&RawValue>(body).is_ok()
 }
 
-/// Collects an array's elements, each as it is written, and stops keeping them, though not
-/// checking them, at the first that is too many.
+/// Collects an array's elements, each as it is written. After the first one too many it goes on
+/// checking elements, but keeps none.
 struct Elements;
 
 impl<'de> Visitor<'de> for Elements {

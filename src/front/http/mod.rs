@@ -1,10 +1,9 @@
-//! The HTTP front: messages by POST, datasources and keys, stored records, health, and a page to
-//! look at. It speaks HTTP and decides nothing: what a key allows is the authorizer's business, what
-//! is kept is intake's.
+//! The HTTP front: messages by POST, datasources and keys, stored records, health, and a dashboard.
+//! It speaks HTTP and decides nothing: the authorizer decides what a key allows, intake what is kept.
 //!
-//! A request comes in through `server` (and its `socket`); `answer` below stands around every
-//! handler; `credentials` says whose request it is before any of its body is read; then one handler
-//! of the table in [`routes`] runs. Whatever says no becomes a `problem`.
+//! A request comes in through `server` (and its `socket`); `answer` below wraps every handler;
+//! `credentials` identifies the caller before any of the body is read; then one handler of the table
+//! in [`routes`] runs. Every refusal becomes a `problem`.
 
 mod audit;
 mod body;
@@ -79,25 +78,25 @@ pub use waiting::{Reason, until_ready};
 
 /// What the HTTP front works with.
 pub struct Parts {
-    /// The door.
+    /// Where messages are handed in.
     pub intake: Intake,
     /// For offsets and health.
     pub log: Arc<dyn Log>,
     /// Stored records, if there is storage.
     pub query: Option<Query>,
-    /// What leaked keys let in.
+    /// The rules for records that leaked keys let in.
     pub leaks: Leaks,
-    /// Retained messages, of which some may have been let in so.
+    /// Retained messages: those that a leaked key let in are withheld too.
     pub retained: Retained,
     /// The storage consumer, if there is one.
     pub storage: Option<Arc<Storage>>,
-    /// What sends the stream on to NATS, if there is one.
+    /// The egress consumer, which sends records to NATS, if there is one.
     pub egress: Option<Arc<Egress>>,
     /// For `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Limits.
     pub config: config::Http,
-    /// Takes in MQTT over WebSocket.
+    /// Takes over connections that carry MQTT over WebSocket.
     pub mqtt: mqtt::Acceptor,
     /// Where MQTT is served, for the lines that say how to connect.
     pub mqtt_addr: SocketAddr,
@@ -107,18 +106,18 @@ pub struct Parts {
     pub http_addr: SocketAddr,
     /// The NATS front, if there is one.
     pub nats: Option<Arc<nats::Front>>,
-    /// The servers that it is on, for the lines that say how to connect.
+    /// Addresses of the NATS servers, for the lines that say how to connect.
     pub nats_servers: Vec<String>,
     /// The connection on which NATS asks about its clients, if API keys are NATS users.
     pub callout: Option<Nats>,
 }
 
-/// Serves HTTP on `listener` until `drain` is cancelled; then accepts no more, and returns when the
-/// requests under way are answered. Dropping the future ends them where they are.
+/// Serves HTTP on `listener` until `drain` is cancelled; then accepts no more connections, and returns
+/// when the requests under way are answered. Dropping the future aborts them.
 pub async fn serve(listener: TcpListener, parts: Parts, drain: CancellationToken) {
     let config = parts.config.clone();
     let shared = Arc::new(Shared {
-        // Room for two of the largest, whatever the largest is.
+        // Room for at least two bodies of the largest size that is configured.
         bodies: Arc::new(Semaphore::new(HTTP_BODIES_BYTES_MAX.max(2 * config.body_bytes_max))),
         queries: Semaphore::new(QUERIES_MAX),
         setting_schemas: Mutex::new(()),
@@ -141,11 +140,11 @@ struct Shared {
     bodies: Arc<Semaphore>,
     /// A permit for each query that may run at once.
     queries: Semaphore,
-    /// Leak reports, counted by the address that they came from.
+    /// Counts leak reports by source address.
     leak_reports: Failures,
-    /// Held while limits are changed, so that none of two changes is lost.
+    /// Held while limits are changed, so that of two concurrent changes neither is lost.
     limiting: Mutex<()>,
-    /// Held while the schemas of a datasource are looked at and set, so that no version is given twice.
+    /// Held while the schemas of a datasource are read and set, so that no version number is used twice.
     setting_schemas: Mutex<()>,
     drain: CancellationToken,
 }
@@ -155,13 +154,13 @@ impl Shared {
         self.parts.intake.authorizer().registry()
     }
 
-    /// The datasource that a path names. To be asked only for a caller who may know.
+    /// The datasource that a path names. Call it only after the caller is authorized for that id.
     fn datasource(&self, id: &str) -> Result<Arc<Datasource>, Problem> {
         self.registry().datasource(id).ok_or_else(|| no_datasource(id))
     }
 
-    /// Waits until nothing more can come in under keys that a call has ended, and their connections are
-    /// gone, but for the caller's own, which is closed after its answer.
+    /// Waits until nothing more can come in under keys that a call has ended and their connections are
+    /// closed. The caller's own connection is not waited for: it closes after this answer.
     async fn settle(&self, caller: &Caller, dead: &[Arc<Key>], called: Instant) {
         dead.iter().for_each(|key| caller.1.keys.leave(key.id));
         self.parts.intake.settle(dead, called).await;
@@ -173,13 +172,13 @@ impl Shared {
         BodyLimits { bytes_max: config.body_bytes_max, setting: "http.body_bytes_max", time_max }
     }
 
-    /// A request that manages, read and understood. Fields that are not known are refused, because
-    /// ignoring one would be promising what it asks for.
+    /// Reads and parses the body of a management request. Unknown fields are refused: to ignore one
+    /// would promise what it asks for.
     async fn read_json<T: DeserializeOwned>(&self, request: Request) -> Result<T, Problem> {
         self.read_json_up_to(request, HTTP_MANAGE_BYTES_MAX).await
     }
 
-    /// The same, with another limit than most.
+    /// As [`Shared::read_json`], with a limit of its own.
     async fn read_json_up_to<T: DeserializeOwned>(
         &self,
         request: Request,
@@ -199,14 +198,14 @@ fn no_datasource(id: &str) -> Problem {
     Problem::new(Kind::NotFound, format!("There is no datasource {id:?}.")).cause("no_datasource")
 }
 
-/// Runs what waits for a disk, or computes for long, on a thread that may.
+/// Runs work that waits for a disk, or computes for long, on a blocking thread.
 async fn off_the_runtime<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?
 }
 
-/// Every route there is. `openapi.json` lists the same; a test holds the two together.
+/// Every route. `openapi.json` lists the same; a test compares the two.
 fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
     fn route<H, T>(
         method: Method,
@@ -280,9 +279,8 @@ async fn openapi() -> impl IntoResponse {
     ([(CONTENT_TYPE, "application/json")], include_str!("openapi.json"))
 }
 
-/// Stands around every request: refuses a key in its URL, counts and logs a refusal, and sets the
-/// headers that every answer has. It logs the route, not the path, in which a client may have put
-/// anything.
+/// Wraps every handler: refuses a key in the URL, counts and logs a refusal, and sets the headers that
+/// every answer has. It logs the route and not the path, because a client may put anything into a path.
 async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<Peer>().cloned();
     let route = request.extensions().get::<MatchedPath>().cloned();
@@ -331,8 +329,8 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
     }
     let headers = response.headers_mut();
     if http1 && has_body && unread {
-        // What is left of the body stands where the next request would begin. Said here, so that the
-        // client does not send one.
+        // The unread rest of the body is where the next request would begin. Announce the close, so that
+        // the client sends no further request on this connection.
         if let Some(peer) = &peer {
             peer.unread.store(true, Ordering::Relaxed);
         }
@@ -343,15 +341,15 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
     response
 }
 
-/// The datasource that a path names, or nothing.
+/// The datasource that a path names, or an empty string.
 fn datasource_in(path: &str) -> &str {
     let rest = ["/v1/ingest/", "/v1/datasources/"].iter().find_map(|prefix| path.strip_prefix(prefix));
     let id = rest.map_or("", |rest| rest.split('/').next().unwrap_or(rest));
-    // Anything else may be written there, and is nobody's.
+    // A path may hold anything there; what is not a valid id belongs to no datasource.
     if DatasourceId::new(id).is_ok() { id } else { "" }
 }
 
-/// The parameters in a request's path, decoded; what cannot be decoded is a problem as any other.
+/// The parameters in a request's path, decoded. A path that cannot be decoded becomes a [`Problem`].
 struct InPath<T>(T);
 
 impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Shared>> for InPath<T> {

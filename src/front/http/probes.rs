@@ -1,5 +1,5 @@
-//! Probes: is the process alive, can it take messages, and how is it doing. None needs a key; none
-//! says anything about a datasource or a key.
+//! Probes: whether the process is alive, whether it can take messages, and its metrics. They need no key,
+//! and they reveal nothing about a single datasource or key.
 
 use std::sync::Arc;
 
@@ -27,9 +27,9 @@ struct Readiness {
     warnings: Vec<String>,
 }
 
-/// `GET /readyz`: messages can be taken and made durable. Trouble with storage or with the stream on NATS
-/// is a warning alone, because devices are served all the same: the log keeps what was not taken yet. So is
-/// a NATS that is away, as those who come by MQTT and HTTP are served.
+/// `GET /readyz`: messages can be taken and made durable. Trouble with storage or egress is only a
+/// warning, because devices are still served: the log keeps what these have not read yet. A lost NATS
+/// connection is only a warning too, because clients of MQTT and HTTP are still served.
 pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
     let draining = shared.drain.is_cancelled().then(|| "the gateway is shutting down".to_owned());
     let reasons: Vec<String> = shared.parts.log.trouble().into_iter().chain(draining).collect();
@@ -42,7 +42,7 @@ pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
     readiness(reasons, warnings)
 }
 
-/// What `/readyz` says.
+/// The answer of `/readyz`.
 pub(super) fn readiness(reasons: Vec<String>, warnings: Vec<String>) -> Response {
     let (code, status) = match reasons.is_empty() {
         true => (StatusCode::OK, "ready"),
@@ -51,7 +51,7 @@ pub(super) fn readiness(reasons: Vec<String>, warnings: Vec<String>) -> Response
     (code, Json(Readiness { status, reasons, warnings })).into_response()
 }
 
-/// `GET /metrics`: everything that is counted, in Prometheus' text format.
+/// `GET /metrics`: every metric, in Prometheus' text format.
 pub(super) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
     let parts = &shared.parts;
     #[expect(clippy::cast_precision_loss, reason = "a metric is an f64; exact up to 2^53")]

@@ -1,10 +1,11 @@
-//! A problem: the one form of every HTTP answer that says no, an RFC 9457 problem document
-//! (`application/problem+json`), and of every NATS answer that does. Whatever refuses a message on its way in, this file turns it into
-//! a status, a type that a program can switch on, and words for the person who sent it.
+//! A problem: the one form of every refusal over HTTP, an RFC 9457 problem document
+//! (`application/problem+json`), and of every refusal over NATS. This file is the only place that turns
+//! an error into a status, a type that a program can switch on, and words for the person who sent it.
 //!
-//! `type` is a stable reference, `/problems/too_large`: an identifier to compare, not a page to
-//! fetch, whose last part is a word that metrics use too. `title` goes with the type, `detail` with the one request. Further members carry what a
-//! client can act on: `limit`, `retry_after_seconds`, `scope`, `line`, `column`, `pointer`, `errors`.
+//! `type` is a stable reference, `/problems/too_large`: an identifier to compare, not a page to fetch.
+//! Its last part is a word that metrics use too. `title` goes with the type, `detail` with the one request.
+//! Further members carry what a client can act on: `limit`, `retry_after_seconds`, `scope`, `line`,
+//! `column`, `pointer`, `errors`.
 
 use std::time::Duration;
 
@@ -27,14 +28,14 @@ use crate::log::AppendError;
 use crate::message::{KeyId, NameError};
 use crate::quota::{Limit, Limited};
 
-/// When to come again, where nothing says better.
+/// When to come again, where the error does not say.
 const RETRY_AFTER_DEFAULT: Duration = Duration::from_secs(1);
 
-/// What a stranger, a key of another datasource and a dead key are all told, word for word.
+/// The same words for a stranger, a key of another datasource and a dead key, so that they reveal nothing.
 const UNAUTHORIZED: &str = "Send a valid API key of this datasource in a header: \
     'Authorization: Bearer KEY', 'Authorization: KEY' or 'X-API-Key: KEY'.";
 
-/// The kinds of problem there are. A kind's slug is the last part of its `type`.
+/// The kinds of problem. A kind's slug is the last part of its `type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Malformed,
@@ -85,7 +86,7 @@ impl Kind {
             Kind::Topic => (StatusCode::BAD_REQUEST, "topic", "The topic cannot be used"),
             Kind::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "A valid API key is needed"),
             Kind::KeyInUrl => {
-                (StatusCode::UNAUTHORIZED, "key_in_url", "An API key does not belong into a URL")
+                (StatusCode::UNAUTHORIZED, "key_in_url", "An API key does not belong in a URL")
             }
             Kind::MissingScope => (StatusCode::FORBIDDEN, "missing_scope", "The API key lacks a scope"),
             Kind::NotFound => (StatusCode::NOT_FOUND, "not_found", "There is nothing here"),
@@ -107,7 +108,7 @@ impl Kind {
                 (StatusCode::UPGRADE_REQUIRED, "upgrade_required", "Another protocol is spoken here")
             }
             Kind::OverLimit => {
-                (StatusCode::UNPROCESSABLE_ENTITY, "over_limit", "A limit is reached that time does not help")
+                (StatusCode::UNPROCESSABLE_ENTITY, "over_limit", "A limit is reached; waiting does not help")
             }
             Kind::TooManyRequests => {
                 (StatusCode::TOO_MANY_REQUESTS, "too_many_requests", "A limit is reached for now")
@@ -133,29 +134,29 @@ struct Inner {
     note: Refused,
 }
 
-/// What logs and metrics are told about a refused request; it travels as an extension of the
-/// response, and never to the client.
+/// What logs and metrics record about a refused request. It travels as an extension of the response, and
+/// never to the client.
 #[derive(Debug, Clone)]
 pub(super) struct Refused {
     /// One word.
     pub(super) cause: &'static str,
-    /// The same for people.
+    /// The cause in words, for people.
     pub(super) words: String,
-    /// The key, where one was presented that was given out once.
+    /// The id of the presented key, if it was ever given out.
     pub(super) key_id: Option<KeyId>,
-    /// The key, where it never was.
+    /// The shape of the presented key, if it was never given out.
     pub(super) key_shape: Option<Shape>,
-    /// The limit, if it was for one.
+    /// The limit that was exceeded, if any.
     pub(super) limited: Option<Box<Limited>>,
-    /// Whether the request's body had been read to its end. If it has not, the connection cannot
-    /// carry another request.
+    /// Whether the request's body was read to its end. If not, the connection cannot carry another
+    /// request.
     pub(super) body_read: bool,
     /// Whether intake has counted it already, message by message.
     pub(super) counted: bool,
 }
 
 impl Problem {
-    /// A problem of a kind, with the words for this request.
+    /// A problem of a kind, with the detail for this request.
     pub(super) fn new(kind: Kind, detail: impl Into<String>) -> Self {
         let (_, cause, _) = kind.spec();
         let detail = detail.into();
@@ -172,43 +173,43 @@ impl Problem {
         Self(Box::new(Inner { kind, detail, members: Map::new(), retry_after, note }))
     }
 
-    /// An error of ours, which an operator finds in the log and a client is told nothing about.
+    /// An internal error: the log has it for the operator, and the client learns nothing about it.
     pub(super) fn internal(error: &dyn std::fmt::Display) -> Self {
         tracing::error!(%error, "an HTTP request failed");
         Self::new(Kind::Internal, "The gateway's own log says more.")
     }
 
-    /// With one more member.
+    /// Adds a member to the document.
     pub(in crate::front) fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
         self.0.members.insert(name.to_owned(), value.into());
         self
     }
 
-    /// A key that is good for one datasource, where one for all of them is needed.
+    /// The key is for one datasource, and the request needs a key for all of them.
     pub(super) fn one_datasource(key_id: KeyId) -> Self {
         let words = format!("API key {key_id} is for one datasource; this needs a key for all of them.");
         Self::new(Kind::MissingScope, words).cause("other_datasource").key(key_id)
     }
 
-    /// With another cause for metrics than the kind's slug.
+    /// Sets another cause for metrics than the kind's slug.
     pub(super) fn cause(mut self, cause: &'static str) -> Self {
         self.0.note.cause = cause;
         self
     }
 
-    /// After the body was read to its end.
+    /// Marks that the body was read to its end.
     pub(super) fn body_read(mut self) -> Self {
         self.0.note.body_read = true;
         self
     }
 
-    /// After intake has counted it.
+    /// Marks that intake has counted the refusal.
     pub(super) fn counted(mut self) -> Self {
         self.0.note.counted = true;
         self
     }
 
-    /// A limit of a key or datasource.
+    /// The problem for an exceeded limit of a key or datasource.
     fn limited(limited: Box<Limited>, words: String) -> Self {
         let kind = match limited.limit {
             Limit::PayloadBytes => Kind::TooLarge,
@@ -223,7 +224,7 @@ impl Problem {
         problem
     }
 
-    /// With when to come again.
+    /// Sets when the client may come again.
     pub(super) fn retry_after(mut self, after: Duration) -> Self {
         self.0.retry_after = Some(after);
         self
@@ -234,7 +235,7 @@ impl Problem {
         self
     }
 
-    /// As it is told over NATS: the status, the title, the document, and when to come again.
+    /// The form for a NATS reply: the status, the title, the document, and when to come again.
     pub(in crate::front) fn told(mut self) -> (u16, &'static str, Map<String, Value>, Option<Duration>) {
         self.0.say_when();
         let (status, _, title) = self.0.kind.spec();
@@ -244,14 +245,14 @@ impl Problem {
         (status.as_u16(), title, document, retry_after)
     }
 
-    /// The kind.
+    /// Its kind.
     #[cfg(test)]
     pub(super) fn kind(&self) -> Kind {
         self.0.kind
     }
 }
 
-/// A problem as it is written, its own members last.
+/// The JSON document of a problem, its own members last.
 #[derive(Serialize)]
 struct Document<'a> {
     r#type: String,
@@ -269,8 +270,8 @@ impl Inner {
         Document { r#type: format!("/problems/{slug}"), title, status: status.as_u16(), detail, members }
     }
 
-    /// Puts into words, and returns, in how many seconds to come again: whole ones, and never 0, which
-    /// would be an invitation to come again at once.
+    /// Adds `retry_after_seconds` to the members, and returns it: in whole seconds, and never 0, which
+    /// would invite the client to come again at once.
     fn say_when(&mut self) -> Option<u64> {
         let seconds = self.retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
         let seconds = seconds.map(|seconds| seconds.max(1));
@@ -331,7 +332,7 @@ impl From<Denied> for Problem {
                 Self::new(Kind::Unauthorized, UNAUTHORIZED)
             }
             Denied::OtherDatasource { key_id } => Self::new(Kind::Unauthorized, UNAUTHORIZED).key(key_id),
-            // This follows from the request alone and says nothing about either key.
+            // These words may be specific: they follow from the request alone and reveal nothing about a key.
             Denied::Ambiguous => Self::new(
                 Kind::Unauthorized,
                 "The request carries two different API keys. Send one, in one header.",
@@ -345,7 +346,7 @@ impl From<Denied> for Problem {
                 Self::new(Kind::TooManyRequests, format!("{denied}.")).retry_after(retry_after)
             }
         };
-        // What the client is not told.
+        // For logs and metrics only; the client is not told.
         problem.0.note.words = words;
         problem.cause(cause)
     }
@@ -436,8 +437,8 @@ impl From<PathRejection> for Problem {
 
 impl From<QueryRejection> for Problem {
     fn from(rejection: QueryRejection) -> Self {
-        // "Failed to deserialize query string: unknown field `x`, expected one of …": the second
-        // half is what a person needs.
+        // "Failed to deserialize query string: unknown field `x`, expected one of …": only the part after
+        // the colon helps a person.
         let words = rejection.body_text();
         let words = words.split_once(": ").map_or(words.as_str(), |(_, reason)| reason);
         Self::new(Kind::Malformed, format!("The query string cannot be used: {words}"))

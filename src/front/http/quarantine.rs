@@ -1,9 +1,9 @@
-//! Quarantine over HTTP: look at it, send messages through intake again after a schema was mended, and
-//! put there what a leaked key has let in.
+//! Quarantine over HTTP: list it, send messages through intake again after a schema was corrected
+//! (redrive), and quarantine what a leaked key has let in.
 //!
 //! A message is sent again under the authority of the admin who asks, and becomes a record of the key
-//! that let it in at first. It is kept once, however often it is sent: within the window of message
-//! ids because it has one, and after that because storage has noted it.
+//! that it first came with. It is kept once, however often it is sent: within the deduplication window by
+//! its message id, and after that because storage has noted it.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ use crate::limits::{QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX
 use crate::log::{Outcome, Reason};
 use crate::message::{KeyId, Offset, Transport, now_micros};
 
-/// How long a request waits for storage to have what it is about.
+/// How long a request waits until storage has caught up.
 const STORAGE_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// The query string of `quarantine`.
@@ -64,8 +64,8 @@ pub(super) async fn list(
     run(&shared, move |stored| Ok(Json(stored.quarantine(&query)?).into_response())).await
 }
 
-/// What is to be sent again: the messages with these offsets, those of these topics, or both at once;
-/// everything, if neither is said.
+/// Which messages to send again: those with these offsets, those whose topic matches the filter, or those
+/// that meet both; everything, if neither is given.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Redrive {
@@ -73,18 +73,18 @@ struct Redrive {
     filter: Option<String>,
 }
 
-/// What has become of it.
+/// The outcome of a redrive.
 #[derive(Default, Serialize)]
 struct RedriveAnswer {
-    /// Let in now.
+    /// Messages let in now.
     redriven: u64,
-    /// Let in before.
+    /// Messages that an earlier redrive let in.
     duplicates: u64,
-    /// Not let in: they stay where they are.
+    /// Messages that still fail: they stay in quarantine.
     failing: u64,
-    /// The first of those that fail.
+    /// Details of the first messages that fail.
     errors: Vec<Failing>,
-    /// Whether there may be more, to be asked for again.
+    /// Whether there may be more: the client has to ask again.
     more: bool,
 }
 
@@ -126,7 +126,7 @@ pub(super) async fn redrive(
         let words = format!("One request names at most {QUERY_RECORDS_MAX} messages.");
         return Err(Problem::new(Kind::TooLarge, words).with("limit", QUERY_RECORDS_MAX).body_read());
     }
-    // Storage notes what was sent again; what it has not seen yet would be sent once more.
+    // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here.
     stored_up_to_now(&shared).await.map_err(Problem::body_read)?;
     let stored = query::stored(&shared).map_err(Problem::body_read)?;
     let mut answer = RedriveAnswer::default();
@@ -148,6 +148,7 @@ pub(super) async fn redrive(
         let left_out = shared.parts.log.withheld().now();
         for parked in &page.records {
             let record = parked.as_record(&datasource);
+            // What a leaked key let in must not come back through a redrive.
             if left_out.withholds(&record) {
                 continue;
             }
@@ -192,7 +193,7 @@ pub(super) async fn redrive(
     Ok(Json(answer).into_response())
 }
 
-/// What quarantining what a key has let in takes.
+/// The body of a request that quarantines what a key has let in.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Leak {
@@ -201,18 +202,18 @@ struct Leak {
     undo: bool,
 }
 
-/// What has become of it.
+/// The answer to quarantining what a key has let in, or to undoing it.
 #[derive(Serialize)]
 struct LeakAnswer {
     key_id: KeyId,
-    /// From when on; `None` when it was undone.
+    /// From which time on; `None` when it was undone.
     since: Option<Rfc3339>,
     #[serde(flatten)]
     leaked: Leaked,
 }
 
-/// `POST /v1/datasources/{datasource}/keys/{key_id}/quarantine`: answers when what the key let in is out
-/// of everybody's sight, or back in it.
+/// `POST /v1/datasources/{datasource}/keys/{key_id}/quarantine`: answers once the records of the key are
+/// withheld from every reader, or given back to them.
 pub(super) async fn leak(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
@@ -225,7 +226,7 @@ pub(super) async fn leak(
     let Leak { since, undo } = shared.read_json(request).await?;
     let since = time("since", since).map_err(Problem::body_read)?;
     if since.is_some() == undo || since.is_some_and(|since| since > now_micros()) {
-        let words = "Say since when, a time that has been: {\"since\": \"2026-11-23T09:00:00Z\"}; or {\"undo\": true}.";
+        let words = "Give a past time as since: {\"since\": \"2026-11-23T09:00:00Z\"}; or {\"undo\": true}.";
         return Err(Problem::new(Kind::Malformed, words).with("pointer", "/since").body_read());
     }
     let (for_change, of, actor) = (shared.clone(), datasource.clone(), caller.actor());
@@ -233,7 +234,8 @@ pub(super) async fn leak(
         let leaks = &for_change.parts.leaks;
         let action = if undo { "key.records_given_back" } else { "key.records_quarantined" };
         let what = json!({ "since": since.map(Rfc3339) });
-        // First: an entry for what then fails is better than a change that nobody made.
+        // The audit entry comes first: an entry for a change that then fails is better than a change
+        // without an entry.
         for_change
             .registry()
             .audit(&actor, &Act { action, datasource: Some(&of), key_id: Some(key_id), what: &what })?;
@@ -258,7 +260,7 @@ pub(super) async fn leak(
     Ok(Json(LeakAnswer { key_id, since: since.map(Rfc3339), leaked }).into_response())
 }
 
-/// Waits until storage has everything that is kept by now, by whichever gateway.
+/// Waits until storage has everything that any gateway has kept by now.
 async fn stored_up_to_now(shared: &Shared) -> Result<(), Problem> {
     let log = &shared.parts.log;
     let caught_up = log.catch_up(Offset::MAX).await;

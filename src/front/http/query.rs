@@ -1,5 +1,5 @@
-//! Queries: what is stored of a datasource, as pages of records and as the newest values. Reading
-//! the database waits for the disk, so it happens on a thread that may, and only so many at once.
+//! Queries: the stored records of a datasource, as pages and as the newest values. A query waits for the
+//! disk, so it runs on a blocking thread, and only a limited number runs at once.
 
 use std::sync::Arc;
 
@@ -18,8 +18,8 @@ use crate::consume::render::{self, parse_time};
 use crate::limits::{QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros};
 
-/// The query string of `records`; one that is not known is refused, as a filter that is not applied
-/// would return what was not asked for.
+/// The query string of `records`. An unknown parameter is refused: a filter that is not applied would
+/// return records that were not asked for.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parameters {
@@ -46,7 +46,7 @@ impl Parameters {
     }
 }
 
-/// How many records a page is to have.
+/// How many records a page may have.
 pub(super) fn limit(asked: Option<usize>) -> Result<usize, Problem> {
     let limit = asked.unwrap_or(QUERY_RECORDS_DEFAULT);
     if (1..=QUERY_RECORDS_MAX).contains(&limit) {
@@ -56,11 +56,11 @@ pub(super) fn limit(asked: Option<usize>) -> Result<usize, Problem> {
     Err(Problem::new(Kind::Malformed, words).with("limit", QUERY_RECORDS_MAX))
 }
 
-/// The time that a request gives under a name.
+/// Parses the time in the parameter `name`.
 pub(super) fn time(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {
     let Some(text) = text else { return Ok(None) };
     let time = parse_time(&text).ok_or_else(|| {
-        let words = format!("{name} has to be a time as RFC 3339 has it: 2026-11-23T09:00:00Z.");
+        let words = format!("{name} has to be an RFC 3339 time such as 2026-11-23T09:00:00Z.");
         Problem::new(Kind::Malformed, words)
     });
     time.map(Some)
@@ -77,7 +77,7 @@ pub(super) async fn records(
     let QueryString(parameters) = QueryString::<Parameters>::try_from_uri(&uri)?;
     let query = parameters.query(datasource)?;
     run(&shared, move |stored| {
-        // Not by way of a `Value`: payloads are shown digit for digit.
+        // Not through a `Value`, which could change the digits of a number in a payload.
         Ok(Json(render::page_json(&stored.records(&query)?)).into_response())
     })
     .await
@@ -103,13 +103,13 @@ pub(super) async fn latest(
         .await
 }
 
-/// The datasource whose records the caller wants to read, if it may.
+/// The datasource whose records are to be read, if the caller may read them.
 pub(super) fn readable(shared: &Shared, caller: &Caller, datasource: &str) -> Result<DatasourceId, Problem> {
     caller.may(Scope::Subscribe, datasource)?;
     Ok(shared.datasource(datasource)?.id.clone())
 }
 
-/// What is stored, if there is storage.
+/// The stored records, if there is storage.
 pub(super) fn stored(shared: &Shared) -> Result<Query, Problem> {
     shared.parts.query.clone().ok_or_else(|| {
         let words = "Storage is off (storage.sink = \"none\"), so that no records can be read.";
@@ -117,7 +117,7 @@ pub(super) fn stored(shared: &Shared) -> Result<Query, Problem> {
     })
 }
 
-/// Runs one query, when it is its turn.
+/// Runs one query, as soon as fewer than the maximum are running.
 pub(super) async fn run(
     shared: &Shared,
     query: impl FnOnce(&Query) -> Result<Response, QueryError> + Send + 'static,

@@ -1,5 +1,5 @@
-//! Refusals: what was refused lately, and what to do about it, for who manages the gateway or the one
-//! datasource that is asked for.
+//! Refusals over HTTP: what was refused lately, and what to do about it; for admins of the gateway, or of
+//! the one datasource that is asked for.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry::Vacant;
@@ -22,9 +22,9 @@ use crate::limits::{REFUSALS_DEFAULT, REFUSALS_PER_SHARD_MAX, REFUSALS_SHARDS};
 use crate::message::{KeyId, Transport};
 use crate::observe::refusals::{Entry, Filter, OverLimit};
 
-/// The cause of refusals whose key has come to an end.
+/// The cause of refusals for a revoked key.
 const REVOKED: &str = "revoked_key";
-/// As many as there can be.
+/// The most entries that can exist.
 const COUNT_MAX: usize = REFUSALS_SHARDS * REFUSALS_PER_SHARD_MAX;
 
 #[derive(Deserialize)]
@@ -37,15 +37,15 @@ struct Parameters {
     limit: Option<usize>,
 }
 
-/// What listing refusals answers.
+/// The answer to listing refusals.
 #[derive(Serialize)]
 struct List<'a> {
     refusals: Vec<View<'a>>,
-    /// How many were counted and are in no entry, since the start of the gateway.
+    /// How many refusals since the start of the gateway were counted but are in no entry.
     unlisted: u64,
 }
 
-/// One source of refusals; what is not known is left out.
+/// One source of refusals. Unknown members are left out.
 #[derive(Serialize)]
 struct View<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]

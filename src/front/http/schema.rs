@@ -1,5 +1,5 @@
-//! The schemas of a datasource: which are enforced, set and read, and what could be, inferred from what
-//! was stored. Whoever may read records may read both; setting needs an admin key.
+//! The schemas of a datasource: sets and reads those that are enforced, and proposes schemas inferred from
+//! stored records. A key that may read records may read both; setting needs an admin key.
 
 use std::sync::{Arc, PoisonError};
 
@@ -17,8 +17,8 @@ use crate::consume::schema_inference::Inference;
 use crate::limits::HTTP_SCHEMAS_BYTES_MAX;
 use crate::validate::{Rules, RulesError, Validation, Written};
 
-/// What setting schemas takes: `schema` for one that is for every topic, or `schemas` for a list, of
-/// which the first whose filter matches a message's topic counts.
+/// The body of a request that sets schemas: `schema` for one schema for every topic, or `schemas` for a
+/// list, in which the first entry whose filter matches a message's topic counts.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Set {
@@ -47,7 +47,7 @@ impl<'a> Enforced<'a> {
     }
 }
 
-/// `PUT /v1/datasources/{datasource}/schema`: the next message meets them when this answers.
+/// `PUT /v1/datasources/{datasource}/schema`: once this answers, every message is checked against them.
 pub(super) async fn set(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
@@ -80,11 +80,11 @@ pub(super) async fn set(
     .map_err(Problem::body_read)
 }
 
-/// The rules that would take the place of a datasource's.
+/// The rules that replace those of a datasource.
 fn replace(datasource: &Datasource, written: Vec<Written>) -> Result<Rules, Problem> {
     let validation = Validation::of(&datasource.schemas);
     let none = Rules::default();
-    // What cannot be read is given up for what is asked for.
+    // Rules that cannot be read are dropped: the new ones replace them anyway.
     let before = validation.rules().ok().flatten().unwrap_or(&none);
     Ok(before.replace(written)?)
 }
@@ -94,12 +94,12 @@ fn put(registry: &Registry, actor: &Actor, datasource: &Datasource, rules: &Rule
     Ok(registry.set_datasource_schemas(actor, &datasource.id, Some(rules.to_kept()))?)
 }
 
-/// The rules that a datasource is to begin with, checked before it is made.
+/// The first rules of a datasource, checked before it is created.
 pub(super) fn initial(schema: Value) -> Result<Rules, Problem> {
     Ok(Rules::default().replace(Written::for_all(schema))?)
 }
 
-/// Gives a new datasource its rules.
+/// Sets the rules of a new datasource.
 pub(super) fn begin_with(
     registry: &Registry,
     actor: &Actor,

@@ -1,9 +1,9 @@
-//! The server: accepts connections, as many as are allowed at once, speaks HTTP/1.1 or HTTP/2 on
-//! each, and ends them in a drain once the requests under way are answered.
+//! The server: accepts connections up to a limit, speaks HTTP/1.1 or HTTP/2 on each, and ends them in a
+//! drain once the requests under way are answered.
 //!
-//! A connection has `http.header_ms_max` for a request's header, from the moment at which it could have
-//! begun to send it; so one that is idle for as long is closed. Dropping the future of [`run`] ends every
-//! connection where it is.
+//! A connection has `http.header_ms_max` for a request's header, counted from the moment at which it could
+//! have begun to send it. So a connection that is idle for as long is closed. Dropping the future of
+//! [`run`] aborts every connection.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -38,20 +38,20 @@ const HTTP2_PING: Duration = Duration::from_secs(20);
 /// What an HTTP/2 client may send of one body, and of all, before any of it is read.
 const HTTP2_WINDOW_BYTES: u32 = 256 << 10;
 
-/// Where a request came from: an extension of every request.
+/// The connection that a request came on: an extension of every request.
 #[derive(Debug, Clone)]
 pub(super) struct Peer {
     pub(super) addr: SocketAddr,
-    /// To be set when the request is answered before its body was read to the end.
+    /// Set when the request is answered before its body was read to the end.
     pub(super) unread: Arc<AtomicBool>,
     /// The keys that the connection has presented.
     pub(super) keys: Arc<Presented>,
-    /// The client, as it is told of a key's use.
+    /// The client, as the usage of its key records it.
     pub(super) client: Arc<Client>,
 }
 
-/// Serves `router` on `listener` until `drain` is cancelled; returns when the requests that were
-/// under way then are answered.
+/// Serves `router` on `listener` until `drain` is cancelled; returns when the requests under way at that
+/// moment are answered.
 pub(super) async fn run(
     listener: TcpListener,
     router: Router,
@@ -64,7 +64,7 @@ pub(super) async fn run(
         () = drain.cancelled() => {}
         never = accept_on(&listener, router, config, &drain, &mut connections) => match never {},
     }
-    // From here on a connection is refused instead of accepted and left alone.
+    // From here on the kernel refuses connections, instead of accepting them and leaving them unserved.
     drop(listener);
     while connections.join_next().await.is_some() {}
 }
@@ -92,7 +92,7 @@ pub(super) async fn accept_on(
     }
 }
 
-/// The next connection, past any trouble with getting it.
+/// The next connection; retries after any error.
 async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     let mut warned = false;
     loop {
@@ -110,7 +110,7 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     }
 }
 
-/// Whether the error is that of a connection which was gone before it was accepted.
+/// Whether the error concerns one connection only, which was gone before it was accepted.
 fn is_of_one_connection(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
@@ -135,7 +135,7 @@ fn builder(config: &config::Http) -> auto::Builder<TokioExecutor> {
     builder
 }
 
-/// One connection, to its end.
+/// Serves one connection to its end.
 async fn connection(
     stream: TcpStream,
     peer: SocketAddr,
@@ -144,7 +144,7 @@ async fn connection(
     config: &config::Http,
     drain: CancellationToken,
 ) {
-    // An answer is one small write; waiting for more to send would only delay it.
+    // An answer is one small write; Nagle's algorithm would only delay it.
     if let Err(error) = stream.set_nodelay(true) {
         debug!(%peer, %error, "TCP_NODELAY is not set");
     }
@@ -163,8 +163,8 @@ async fn connection(
     let stall_max = Duration::from_millis(config.body_ms_max);
     let socket = TokioIo::new(Socket::new(stream, stall_max, unread));
     let mut served = pin!(builder.serve_connection_with_upgrades(socket, service));
-    // hyper's timeout begins once it is known which HTTP a client speaks; this one covers the
-    // client that never says.
+    // hyper's timeout begins once it knows which HTTP version the client speaks; this one covers a client
+    // that never sends anything.
     let mut silence = pin!(tokio::time::sleep(Duration::from_millis(config.header_ms_max)));
     let mut key_dead = pin!(poll_fn(|cx| keys.control().poll_closed(cx)));
     let (mut listening, mut closing) = (true, false);
@@ -177,7 +177,7 @@ async fn connection(
                 }
                 return;
             }
-            // An idle connection ends at once, another one when what is under way is answered.
+            // An idle connection ends at once, a busy one when its requests are answered.
             () = drain.cancelled(), if !closing => {
                 closing = true;
                 served.as_mut().graceful_shutdown();

@@ -1,11 +1,11 @@
-//! A socket that HTTP is served on: a TCP stream that does not wait for ever for a client that
-//! does not read, and that closes in a way that lets a client read what it was told.
+//! A socket that HTTP is served on: a TCP stream that does not wait for ever for a client that does not
+//! read, and that closes so that the client can still read the answer.
 //!
-//! A request is often answered before its body has been read: a wrong key is refused, and the body
-//! is nobody's business. Closing such a socket makes the kernel send a reset, which can overtake the
-//! answer; the client then sees a broken connection instead of the reason. So a close first shuts
-//! down its own direction, then reads and throws away a little of what still comes, as RFC 9112
-//! (9.6) advises. A close with nothing unread does not wait: that would only hold up a drain.
+//! A request is often answered before its body has been read: a wrong key is refused by its header
+//! alone. Closing such a socket makes the kernel send a reset, which can overtake the answer; the client
+//! then sees a broken connection instead of the reason. So a close first shuts down its own direction,
+//! then reads and discards a little of what still arrives, as RFC 9112 (9.6) advises. A close with
+//! nothing unread does not wait: that would only delay a drain.
 
 use std::io;
 use std::pin::Pin;
@@ -20,7 +20,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::limits::HTTP_LINGER_BYTES_MAX;
 
-/// How long a close goes on reading.
+/// How long a close goes on reading and discarding.
 const LINGER_MAX: Duration = Duration::from_secs(2);
 
 /// A connection's socket.
@@ -28,20 +28,20 @@ pub(super) struct Socket {
     stream: TcpStream,
     /// How long a write may wait for the client to read anything at all.
     stall_max: Duration,
-    /// Made when a write has to wait, or the close goes on reading; reused after.
+    /// Created when a write first has to wait or a close goes on reading; reused afterwards.
     timer: Option<Pin<Box<Sleep>>>,
-    /// Whether a request was answered before its body's end.
+    /// Whether a request was answered before its body was read to the end.
     unread: Arc<AtomicBool>,
     writing: Writing,
 }
 
-/// What the sending half is doing, and with it what the timer is for.
+/// The state of the sending half, which also says what the timer is for.
 #[derive(PartialEq, Eq)]
 enum Writing {
     Free,
     /// The client does not read; the timer ends the wait.
     Stalled,
-    /// Our half is shut down, so many bytes are still read and thrown away; the timer ends that.
+    /// Our half is shut down; up to so many bytes are still read and discarded. The timer ends that.
     Lingering {
         bytes_left: usize,
     },
@@ -74,7 +74,7 @@ impl Socket {
         }
     }
 
-    /// Holds the outcome of a write against the clock.
+    /// Fails a write that has waited for `stall_max`.
     fn watch(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if written.is_ready() {
             self.writing = Writing::Free;
@@ -122,8 +122,8 @@ impl AsyncWrite for Socket {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
-    /// With something unread, resolves when the client has closed its half too, or [`LINGER_MAX`] or
-    /// [`HTTP_LINGER_BYTES_MAX`] is over.
+    /// If a body is unread, resolves when the client has closed its half too, or when [`LINGER_MAX`] or
+    /// [`HTTP_LINGER_BYTES_MAX`] is exceeded.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if !matches!(self.writing, Writing::Lingering { .. }) {
             ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;

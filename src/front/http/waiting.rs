@@ -1,5 +1,5 @@
-//! What HTTP says while the gateway waits for something that it cannot serve without, such as a log that is
-//! elsewhere: it is alive, it is not ready, and whoever wants anything of it is to come again.
+//! HTTP while the gateway waits for something that it cannot serve without, such as the log of a cluster:
+//! it is alive, it is not ready, and every other request is told to come again.
 
 use std::sync::Arc;
 
@@ -17,11 +17,11 @@ use super::server;
 use crate::config;
 use crate::limits::RETRY_AFTER;
 
-/// Says what is waited for.
+/// Says what the gateway waits for.
 pub type Reason = Arc<dyn Fn() -> String + Send + Sync>;
 
-/// Serves HTTP on `listener` until `ready` is, and returns what came of it. Connections are closed then; new
-/// ones wait until the listener is served again.
+/// Serves HTTP on `listener` until `ready` resolves, and returns its output. Connections are closed then;
+/// new ones wait until the listener is served again.
 pub async fn until_ready<T>(
     listener: &TcpListener,
     config: &config::Http,
@@ -36,7 +36,7 @@ pub async fn until_ready<T>(
     let drain = CancellationToken::new();
     let mut connections = JoinSet::new();
     tokio::select! {
-        // Mostly it is ready at once, and nobody is served here.
+        // Mostly `ready` resolves at once; polled first, so that then nobody is served here.
         biased;
         ready = ready => ready,
         never = server::accept_on(listener, router, config, &drain, &mut connections) => match never {},

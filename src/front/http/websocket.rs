@@ -1,9 +1,9 @@
-//! `GET /mqtt`: the opening handshake of a WebSocket (RFC 6455, section 4) that is to carry MQTT. Once
-//! it is answered the connection belongs to the MQTT front, and counts there and not here.
+//! `GET /mqtt`: the opening handshake of a WebSocket (RFC 6455, section 4) that will carry MQTT. Once
+//! it is answered, the connection belongs to the MQTT front, and counts there and not here.
 //!
-//! The `Origin` is not looked at: pages of other sites may connect. Checking it keeps a site from
-//! using what a browser sends by itself, cookies above all, and there is no such thing here. The key
-//! is in the CONNECT, and only who knows it can put it there.
+//! The `Origin` is not checked: pages of other sites may connect. The check would protect what a browser
+//! sends by itself, above all cookies, and there is no such thing here. The key is in the CONNECT, and
+//! only a client that knows it can put it there.
 
 use std::sync::Arc;
 
@@ -29,10 +29,10 @@ use super::problem::{Kind, Problem};
 use super::server::Peer;
 use super::socket::Socket;
 
-/// The subprotocols that are served: MQTT's name, and the one that clients of MQTT 3.1 knew. Both
-/// stand for the same, as the CONNECT says the version.
+/// The subprotocols that are served: MQTT's name, and the name that clients of MQTT 3.1 use. They mean
+/// the same here, because the CONNECT states the version.
 const SUBPROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
-/// What RFC 6455 (1.3) has a server put behind the client's key.
+/// The GUID that a server appends to the client's key (RFC 6455, 1.3).
 const ACCEPT_SUFFIX: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// Answers the handshake, and hands the connection to the MQTT front.
@@ -59,17 +59,17 @@ pub(super) async fn open(
     Ok(response)
 }
 
-/// The connection, once the answer is sent, and what the client sent behind its request.
+/// The connection, once the answer is sent, and the bytes that the client sent after its request.
 async fn taken_over(upgrade: OnUpgrade) -> Option<(TcpStream, Bytes)> {
     let upgraded = upgrade.await.ok()?;
     let parts = downcast::<TokioIo<Socket>>(upgraded).ok()?;
     Some((parts.io.into_inner().into_stream(), parts.read_buf))
 }
 
-/// What a client's handshake comes to.
+/// What a client's handshake offers, checked.
 #[derive(Debug, PartialEq)]
 struct Offer {
-    /// The proof that its key was read.
+    /// The proof that the server has read the `Sec-WebSocket-Key`.
     accept: HeaderValue,
     subprotocol: &'static str,
 }
@@ -89,7 +89,7 @@ impl Offer {
             );
         }
         if headers.get(SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
-            return upgrade("The version of WebSocket that is served is 13.");
+            return upgrade("Only version 13 of WebSocket is served.");
         }
         let key = headers.get(SEC_WEBSOCKET_KEY).map(HeaderValue::as_bytes).unwrap_or_default();
         if BASE64_STANDARD.decode(key).map_or(0, |key| key.len()) != 16 {
@@ -106,7 +106,7 @@ impl Offer {
     }
 }
 
-/// The words of a header that is a list, over all the lines that it is spread over.
+/// The elements of a list header, over all lines that it spans.
 fn tokens(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &str> {
     let lines = headers.get_all(name).into_iter().filter_map(|line| line.to_str().ok());
     lines.flat_map(|line| line.split(',')).map(str::trim)

@@ -1,5 +1,5 @@
-//! Answers that wait for durability: the messages of one read, and the acknowledgements that they
-//! are due once the log has them.
+//! Answers that wait for durability: the acknowledgements for the messages of each read, sent once
+//! the log has the messages.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -12,16 +12,17 @@ use crate::consume::subscriber::sessions::SessionStoreError;
 use crate::intake::{Accepted, Admitted, Refusal, Released};
 use crate::log::{AppendError, Outcome};
 
-/// Resolves when the session that an exchange belongs to is on the disk.
+/// Resolves when the session of an exchange is on disk.
 pub(super) type Stored = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
 
-/// What the answers to one read wait for.
+/// What the answers to one read wait for before they are sent.
 #[derive(Default)]
 pub(super) struct Waits {
-    /// Of its messages.
+    /// The log has the messages.
     pub(super) admitted: Option<Admitted>,
-    /// Of its PUBRELs.
+    /// The log has the releases of the PUBRELs.
     pub(super) released: Option<Released>,
+    /// The session is on disk.
     pub(super) stored: Option<Stored>,
     accepted: Option<Accepted>,
 }
@@ -61,19 +62,19 @@ struct Ack {
 }
 
 enum Verdict {
-    /// On its way into the log, as part of this origin of the draft.
+    /// The message goes into the log, as part of this origin of the draft.
     Admitted { origin: u32 },
-    /// On its way into quarantine, as part of this origin of the draft, for a reason.
+    /// The message goes into quarantine, as part of this origin of the draft, for the reason in `words`.
     Quarantined { origin: u32, words: Box<str> },
-    /// Refused for good.
+    /// The message is refused for good.
     Refused(Box<(Reason, String)>),
-    /// A yes to what came before already, or to a PUBREL.
+    /// Success, for a message that was sent before or for a PUBREL.
     Done,
-    /// The answer to a PINGREQ: like the others it says that all before it is dealt with, QoS 0 too.
+    /// The answer to a PINGREQ. It says that every earlier message, also QoS 0, has been handled.
     Pong,
 }
 
-/// The answers that one read's messages are due, in the order in which they came.
+/// The answers to the messages of one read, in the order of the messages.
 #[derive(Default)]
 pub(super) struct Train {
     acks: Vec<Ack>,
@@ -81,14 +82,14 @@ pub(super) struct Train {
 }
 
 impl Train {
-    /// A message went into the draft, as part of its `origin`.
+    /// Adds the answer to a message that is in the draft, as part of its `origin`.
     pub(super) fn admitted(&mut self, answer: Answer, packet_id: u16, origin: usize) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
         self.unacknowledged += usize::from(answer == Answer::Puback);
         self.acks.push(Ack { packet_id, answer, verdict: Verdict::Admitted { origin } });
     }
 
-    /// A message went into the draft, as part of its `origin`, to be kept in quarantine.
+    /// Adds the answer to a message that is in the draft for quarantine, as part of its `origin`.
     pub(super) fn quarantined(&mut self, answer: Answer, packet_id: u16, origin: usize, words: String) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
         self.unacknowledged += usize::from(answer == Answer::Puback);
@@ -96,23 +97,23 @@ impl Train {
         self.acks.push(Ack { packet_id, answer, verdict });
     }
 
-    /// A message was refused for good.
+    /// Adds the answer to a message that was refused for good.
     pub(super) fn refused(&mut self, answer: Answer, packet_id: u16, reason: Reason, words: String) {
         self.unacknowledged += usize::from(answer == Answer::Puback);
         self.acks.push(Ack { packet_id, answer, verdict: Verdict::Refused(Box::new((reason, words))) });
     }
 
-    /// A yes, once everything before has its answer.
+    /// Adds a success, which is sent after every earlier answer.
     pub(super) fn done(&mut self, answer: Answer, packet_id: u16) {
         self.acks.push(Ack { packet_id, answer, verdict: Verdict::Done });
     }
 
-    /// A PINGREQ.
+    /// Adds the answer to a PINGREQ.
     pub(super) fn ping(&mut self) {
         self.acks.push(Ack { packet_id: 0, answer: Answer::Puback, verdict: Verdict::Pong });
     }
 
-    /// How many QoS 1 messages are among those that are answered.
+    /// How many of the answers are to QoS 1 messages.
     pub(super) fn unacknowledged(&self) -> usize {
         self.unacknowledged
     }
@@ -132,7 +133,7 @@ impl Train {
                             write::answer(to, form, ack.answer, ack.packet_id, Reason::Success, None)
                         }
                         // The key died between the check and the append: nothing was kept. MQTT 3.1.1
-                        // cannot say so, and says nothing: its connection closes with its key.
+                        // cannot express that, and gets no answer: the key's connections close.
                         _ if form.version != Version::V5 => {}
                         _ => write::answer(to, form, ack.answer, ack.packet_id, Reason::NotAuthorized, None),
                     }
@@ -159,7 +160,7 @@ impl Train {
     }
 }
 
-/// The trains that wait, oldest first. Answers leave in the order in which the messages came
+/// The reads whose answers wait, oldest first. Answers leave in the order of the messages
 /// (MQTT 5 section 4.6).
 #[derive(Default)]
 pub(super) struct Trains {
@@ -168,13 +169,13 @@ pub(super) struct Trains {
 }
 
 impl Trains {
-    /// Adds a read's answers, and what they wait for.
+    /// Adds the answers to one read, and what they wait for.
     pub(super) fn push(&mut self, waits: Waits, train: Train) {
         self.unacknowledged += train.unacknowledged();
         self.waiting.push_back((waits, train));
     }
 
-    /// How many reads wait.
+    /// How many reads wait for their answers.
     pub(super) fn len(&self) -> usize {
         self.waiting.len()
     }
@@ -188,11 +189,10 @@ impl Trains {
         self.unacknowledged
     }
 
-    /// Writes the answers that are due to `to`. Ready when none waits any more.
+    /// Writes the answers that are due to `to`. Ready when no answer waits.
     ///
     /// # Errors
-    /// The transient refusal of a draft: none of its messages, and none that came after, may be
-    /// answered.
+    /// The transient refusal of a draft. Neither its messages nor any later ones may be answered.
     pub(super) fn poll_write(
         &mut self,
         form: Form,

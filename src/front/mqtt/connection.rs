@@ -1,8 +1,8 @@
-//! A connection being served: one task, one loop that reads, hands over, answers, and listens for
-//! the reasons to stop.
+//! A served connection: one task with one loop that reads, hands messages to intake, answers, and
+//! watches for the reasons to stop.
 //!
-//! What an idle connection holds is a few hundred bytes: sockets are read into a buffer that the
-//! threads own, and every queue is given back when it is empty.
+//! An idle connection holds a few hundred bytes: sockets are read into a buffer that each thread owns,
+//! and every queue is freed when it is empty.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -35,21 +35,21 @@ use crate::auth::{Denied, Scope};
 use crate::intake::{Admitted, Draft, Refusal};
 use crate::limits::{MQTT_READ_BYTES, MQTT_READS_IN_FLIGHT_MAX, MQTT_UNSENT_BYTES_MAX};
 
-/// How long a client may take to read its acknowledgements before it counts as gone.
+/// How long a client may read nothing of what it is sent before it counts as gone.
 const STUCK_MAX: Duration = Duration::from_secs(30);
-/// The least and the most time between two looks at the clock.
+/// The shortest and the longest time between two checks of the clock.
 const CLOCK_STEP_MIN: Duration = Duration::from_millis(10);
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(3600);
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MQTT_READ_BYTES].into());
-    /// What connections write into while they are served, one after the other.
+    /// The output buffer that the thread's connections use in turn.
     static SPARE_BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// Serves one connection from its first byte to its last. Its CONNECT has to be there at `connect_by`.
+/// Serves one connection from its first byte to its last. The CONNECT has to arrive by `connect_by`.
 pub(super) async fn run(front: &Arc<Front>, mut stream: Stream, peer: SocketAddr, connect_by: Instant) {
-    // What is over soon is on the heap only while it lasts: an idle connection is small.
+    // Short phases are boxed, so that they take no room in an idle connection's task.
     match Box::pin(handshake::shake(front, &mut stream, peer, connect_by)).await {
         Err(answer) => Box::pin(say_goodbye(&mut stream, &answer)).await,
         Ok(opened) => {
@@ -67,19 +67,19 @@ pub(super) async fn run(front: &Arc<Front>, mut stream: Stream, peer: SocketAddr
     }
 }
 
-/// A session, and whether anything is sent for it.
+/// A session, with or without a sending half.
 enum Sending {
-    /// It has no subscriptions, or its key may not have them served.
+    /// The session has no subscriptions, or its key may not subscribe.
     Nothing(Box<Session>),
     Subscribed(Box<Outbound>),
 }
 
-/// Resolves when it is a message's turn: whether it is paid for.
+/// Resolves when it is the held message's turn, to whether it is already counted against its rates.
 type Held = Pin<Box<dyn Future<Output = Result<bool, Refusal>> + Send>>;
 type Requesting = Pin<Box<dyn Future<Output = (Box<Outbound>, Vec<u8>)> + Send>>;
 
-/// Serves an opened connection. Returns the last thing to be said to the client, and the will if that is
-/// to be published now.
+/// Serves an opened connection. Returns the last bytes to send, and the will if it is to be published
+/// now.
 async fn serve(
     front: &Arc<Front>,
     stream: &mut Stream,
@@ -100,48 +100,48 @@ async fn serve(
 struct Connection<'a> {
     front: &'a Arc<Front>,
     stream: &'a mut Stream,
-    /// The connection's place among its key's; it leaves before it says goodbye.
+    /// The connection's registration with its key; dropped before the goodbye.
     entered: Entered,
     present: Present,
     will: Option<Box<Will>>,
     inbound: Inbound,
     trains: Trains,
     sending: Sending,
-    /// How many topic aliases and unacknowledged messages the client takes.
+    /// How many topic aliases and unacknowledged messages the client accepts.
     topic_alias_maximum: u16,
     receive_maximum: u16,
-    /// Whether the session was waited for, if it has to be on the disk.
+    /// Whether an exchange already waits for the session to be on disk.
     session_is_stored: bool,
-    /// A SUBSCRIBE or UNSUBSCRIBE that is being served, with the sending half; nothing is read or sent
-    /// for the session meanwhile.
+    /// The SUBSCRIBE or UNSUBSCRIBE in progress, which has the sending half; nothing is read or sent for
+    /// the session meanwhile.
     requesting: Option<Requesting>,
     /// A draft for which intake has no room yet; nothing is read meanwhile.
     blocked: Option<Box<Blocked>>,
     /// The next message is over a rate of its key or datasource; nothing is read until it may go on.
     held: Option<Held>,
-    /// Nothing more is read: what is under way is finished first.
+    /// Set when nothing more is read; work in progress is finished first.
     ended: Option<End>,
-    /// What is to be written, and how much of it was.
+    /// The output, and how many of its bytes were sent.
     out: Vec<u8>,
     sent: usize,
-    /// Since when the client has taken none of it.
+    /// Since when the client has taken none of the output.
     stuck_since: Option<Instant>,
     silence_max: Option<Duration>,
     heard_at: Instant,
 }
 
-// Tens of thousands of them are idle at a time.
+// Tens of thousands of connections are idle at a time.
 const _: () = assert!(size_of::<Connection<'_>>() <= 768);
 
 struct Blocked {
     admitting: Pin<Box<dyn Future<Output = Result<Admitted, Refusal>> + Send>>,
-    /// What else its answers wait for.
+    /// What else the answers wait for.
     waits: Waits,
     train: Train,
 }
 
 impl<'a> Connection<'a> {
-    /// On the heap: a task that waits for its handshake, or says goodbye, is smaller for it.
+    /// Boxed, so that the task is small during the handshake and the goodbye.
     fn begin(front: &'a Arc<Front>, stream: &'a mut Stream, opened: Box<Opened>) -> Box<Self> {
         let Opened { session, early, .. } = *opened;
         let mut connection = Box::new(Self {
@@ -180,21 +180,21 @@ impl<'a> Connection<'a> {
         connection
     }
 
-    /// Hands back the session. Returns the last words, and the will if it is to be published now.
+    /// Hands back the session. Returns the last bytes, and the will if it is to be published now.
     async fn end(mut self: Box<Self>, stop: Stop) -> (Vec<u8>, Option<Box<Will>>) {
         let owed = self.out.split_off(self.sent.min(self.out.len()));
         let goodbye = stop.last_words(&self.out, owed, &self.inbound, self.front.intake.refusals());
         let Connection { front, entered, present, inbound, sending, requesting, mut will, .. } = *self;
-        // The client has left before it is told: a call that waits for its key's connections to be
-        // gone does not wait for a client to read.
+        // Before the goodbye: whoever waits for the key's connections to end must not wait for a client
+        // that does not read.
         drop(entered);
         let abandoned = inbound.abandoned();
         if !abandoned.is_empty() {
-            // Nobody waits for that: what is not released goes by itself in time.
+            // Not awaited: an exchange that is not released expires by itself.
             drop(front.intake.release(&abandoned));
         }
         let mut session = match (requesting, sending) {
-            // What is being done to it is done first.
+            // A request in progress is finished first.
             (Some(requesting), _) => requesting.await.0.into_session(),
             (None, Sending::Subscribed(outbound)) => outbound.into_session(),
             (None, Sending::Nothing(session)) => *session,
@@ -227,7 +227,7 @@ impl<'a> Connection<'a> {
         ))
     }
 
-    /// Has it written from time to time how far a durable session is.
+    /// Has a durable session's cursor written regularly.
     fn watch(&self, outbound: &Outbound) {
         if outbound.session.is_durable() {
             self.present.watch(outbound.session.uid, outbound.mailbox().clone());
@@ -240,17 +240,17 @@ impl<'a> Connection<'a> {
         }
         let polled = self.poll_turns(clock, cx);
         if self.out.is_empty() && self.out.capacity() <= 2 * MQTT_UNSENT_BYTES_MAX {
-            // An idle connection holds no buffer.
+            // An idle connection holds no buffer; a larger one than usual is freed.
             SPARE_BUFFER.set(std::mem::take(&mut self.out));
         }
         polled
     }
 
-    /// Turns of: answers that are due, then writing, then reading.
+    /// Loops over: answers that are due, then writing, then reading.
     fn poll_turns(&mut self, mut clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Stop> {
         loop {
             match self.present.control().poll_closed(cx) {
-                // What was handed over before the shutdown is finished and acknowledged.
+                // Drafts handed over before the shutdown are finished and acknowledged.
                 Poll::Ready(Close::Drain) => {
                     self.ended.get_or_insert(End::Lost);
                     if self.trains.is_empty() && self.blocked.is_none() && self.sent == self.out.len() {
@@ -332,8 +332,8 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Writes what there is, and what the session's subscriptions bring, for as long as the client takes
-    /// it. Ready when everything is written.
+    /// Writes the output, and messages for the session's subscriptions, as long as the client takes them.
+    /// Ready when everything is written.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Stop> {
         loop {
             let before = self.out.len();
@@ -350,7 +350,7 @@ impl<'a> Connection<'a> {
                     return Err(Stop::Trouble(trouble));
                 }
             }
-            // Once that is written there is room again, also if there was none just now.
+            // A complete flush makes room, so the sending half is asked again.
             let something = !self.out.is_empty();
             match self.poll_flush(cx) {
                 Poll::Ready(Ok(())) if something => {}
@@ -361,7 +361,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Whether another read's worth of messages is welcome. While it is not, TCP tells the client.
+    /// Whether another read may be taken in. While it may not, TCP's flow control holds the client back.
     fn may_read(&self) -> bool {
         self.blocked.is_none()
             && self.held.is_none()
@@ -383,14 +383,14 @@ impl<'a> Connection<'a> {
         })
     }
 
-    /// Takes in what was read, and hands the messages in it to intake.
+    /// Decodes bytes that were read, and hands their messages to intake.
     fn take(&mut self, bytes: &[u8]) {
         let intake = &self.front.intake;
         let batch = self.inbound.take(bytes, intake, self.trains.unacknowledged(), &mut self.out);
         if batch.packets > 0 {
             self.heard_at = Instant::now();
         }
-        // Before the messages: the packet identifier of one may be that of another that is over.
+        // Releases go first: a message may reuse the packet identifier of a released exchange.
         let released = (!batch.releases.is_empty()).then(|| intake.release(&batch.releases));
         let stored = if batch.opens_exchanges() { self.session_stored() } else { None };
         let intake = &self.front.intake;
@@ -423,14 +423,14 @@ impl<'a> Connection<'a> {
         self.ended = batch.end;
     }
 
-    /// The first exchange of a session that outlives its connection waits until the session is on the
-    /// disk: after a restart the same message is known by the session's number.
+    /// Makes the first exchange of a durable session wait until the session is on disk: after a restart a
+    /// repeated message is recognized by the session's number.
     fn session_stored(&mut self) -> Option<Stored> {
         if self.session_is_stored || self.inbound.is_ephemeral() {
             return None;
         }
         self.session_is_stored = true;
-        // What was handed over before, the session among it, is written by then.
+        // The store writes in order: an empty write resolves after the session is written.
         Some(Box::pin(self.front.subscribers.store.write(Vec::new())))
     }
 
@@ -468,7 +468,7 @@ impl<'a> Connection<'a> {
             self.stuck_since = None;
         }
         if !self.out.is_empty() {
-            // What was taken may wait in a TLS record or a WebSocket frame.
+            // The bytes may still wait in a TLS record or a WebSocket frame.
             ready!(Pin::new(&mut *self.stream).poll_flush(cx))?;
             self.stuck_since = None;
             self.sent = 0;
@@ -477,7 +477,7 @@ impl<'a> Connection<'a> {
         Poll::Ready(Ok(()))
     }
 
-    /// When to look at the clock again.
+    /// The time until the clock has to be checked again.
     fn next_look(&self) -> Duration {
         let silence =
             self.silence_max.map_or(Duration::MAX, |max| max.saturating_sub(self.heard_at.elapsed()));
@@ -486,7 +486,7 @@ impl<'a> Connection<'a> {
     }
 
     fn look_at_the_clock(&self) -> Option<Stop> {
-        // A client that is held back cannot be heard.
+        // While reading is held back, silence is not the client's fault.
         let silent = self.may_read() && self.silence_max.is_some_and(|max| self.heard_at.elapsed() >= max);
         let stuck = self.stuck_since.is_some_and(|since| since.elapsed() >= STUCK_MAX);
         if silent { Some(Stop::Silent) } else { stuck.then_some(Stop::Stuck) }

@@ -7,17 +7,17 @@ use super::codec::Connect;
 use super::codec::properties::Properties;
 use crate::auth::{Authorizer, Grant, Rejected};
 
-/// Whether a user property carries a key. Its value is a secret then.
+/// Whether a user property carries a key, so that its value is a secret.
 pub(super) fn is_key_property(name: &str) -> bool {
     name.eq_ignore_ascii_case("authorization") || name.eq_ignore_ascii_case("x-api-key")
 }
 
-/// The keys among user properties.
+/// The keys in the user properties.
 pub(super) fn key_properties<'a>(properties: &Properties<'a>) -> impl Iterator<Item = &'a [u8]> + use<'a> {
     properties.user().filter(|(name, _)| is_key_property(name)).map(|(_, value)| bare(value).as_bytes())
 }
 
-/// The grant of the key that a CONNECT from that address presents.
+/// The grant of the key that a CONNECT from the address `from` presents.
 ///
 /// # Errors
 /// Those of [`Authorizer::identify_among`].
@@ -49,7 +49,7 @@ pub(super) fn of_publish(
     authorizer.identify_from(key, from).map(Some)
 }
 
-/// The key in the value of an `authorization` property: with or without a scheme in front.
+/// The key in an `authorization` property's value, which may begin with a scheme.
 fn bare(value: &str) -> &str {
     let value = value.trim();
     match value.split_once(' ') {

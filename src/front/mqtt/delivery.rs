@@ -1,6 +1,6 @@
 //! A delivery: one record on its way to one client, as a PUBLISH packet.
 //!
-//! An MQTT 5 client is told where the record stands: behind the publisher's own properties come the
+//! An MQTT 5 client also gets the record's metadata: the publisher's own properties are followed by the
 //! user properties `offset`, `datasource`, `received-at` and `key-id`.
 
 use std::collections::HashMap;
@@ -20,19 +20,19 @@ use crate::message::{KeyId, RecordFlags, RecordRef, TimeMicros, now_micros};
 pub(super) struct Delivery {
     /// 0 or 1.
     pub(super) qos: u8,
-    /// It was sent before, perhaps.
+    /// The DUP flag: it may have been sent before.
     pub(super) dup: bool,
     /// The retain flag.
     pub(super) retain: bool,
-    /// Of the subscriptions that match.
+    /// The identifiers of the matching subscriptions.
     pub(super) identifiers: Vec<u32>,
-    /// With QoS 1.
+    /// `Some` with QoS 1.
     pub(super) packet_id: Option<u16>,
 }
 
 impl Delivery {
-    /// How a record goes out that matches `subscriptions`. `None` if it is not to, because it is the
-    /// subscriber's own.
+    /// How a record that matches `subscriptions` is delivered. `None` if it is not, because the subscriber
+    /// published it and asked for no-local.
     pub(super) fn of<'a>(
         subscriptions: impl Iterator<Item = &'a Subscription>,
         record: &RecordRef<'_>,
@@ -58,32 +58,32 @@ impl Delivery {
 /// Writes PUBLISH packets to one client.
 pub(super) struct Writer {
     form: Form,
-    /// The client, as the records that it published have it.
+    /// The client's hash, as in the records that it published.
     pub(super) publisher: u64,
-    /// Its key is for all datasources: topics have the datasource in front.
+    /// The key is for all datasources, so topics begin with the datasource.
     names_datasource: bool,
     aliases: Aliases,
-    /// Records that retention has removed before they were sent, to be told with the next message.
+    /// How many records retention removed before they were sent; reported with the next message.
     pub(super) skipped: u64,
-    /// The properties of the packet that is being put together.
+    /// The properties of the packet that is being written.
     properties: Vec<u8>,
     origin: Origin,
 }
 
-/// The properties that consecutive records mostly have in common, written once.
+/// The encoded properties that consecutive records mostly share.
 #[derive(Default)]
 struct Origin {
     of: Option<(String, TimeMicros, KeyId)>,
     bytes: Vec<u8>,
 }
 
-/// The topics that have an alias, in this direction (section 3.3.2.3.4).
+/// The topic aliases that the server has set (section 3.3.2.3.4).
 struct Aliases {
     by_topic: HashMap<String, u16>,
     max: u16,
 }
 
-/// What stands in a packet for its topic.
+/// How a packet names its topic.
 enum Topic {
     Whole,
     /// An alias that the client knows.
@@ -105,9 +105,9 @@ impl Writer {
         }
     }
 
-    /// Writes a record to the end of `out`. `packet_id` is asked for the identifier once it is certain
-    /// that the record goes out. Returns whether it did: one that has expired, or is larger than the
-    /// client takes, does not (sections 3.3.2.3.3 and 3.1.2.11.4).
+    /// Appends a record to `out`. Calls `packet_id` only once it is certain that the record is sent.
+    /// Returns whether it is: a record that has expired, or is larger than the client accepts, is not
+    /// (sections 3.3.2.3.3 and 3.1.2.11.4).
     pub(super) fn write(
         &mut self,
         record: &RecordRef<'_>,
@@ -127,11 +127,11 @@ impl Writer {
         let fits = |properties: usize| {
             let properties = v5.then_some(properties);
             let bytes = write::publish_bytes(topic_bytes, delivery.qos > 0, properties, record.payload.len());
-            // With the room that an alias takes.
+            // Three bytes for a topic alias.
             bytes + 3 <= self.form.packet_bytes_max as usize
         };
         if !fits(self.properties.len()) {
-            // What the gateway adds keeps no message from a client that would take it.
+            // The gateway's own properties must not make a message too large for the client.
             if !fits(without_own) {
                 return false;
             }
@@ -152,8 +152,8 @@ impl Writer {
         true
     }
 
-    /// Puts the properties together; returns how many bytes they take without those that say where the
-    /// record stands. `None` if the message has expired.
+    /// Writes the properties. Returns how many bytes they take without the gateway's own. `None` if the
+    /// message has expired.
     fn put_properties(&mut self, record: &RecordRef<'_>, delivery: &Delivery) -> Option<usize> {
         let to = &mut self.properties;
         to.clear();
@@ -188,7 +188,7 @@ impl Writer {
         Some(without_own)
     }
 
-    /// Puts a topic alias with the other properties if the topic has or can get one.
+    /// Adds a topic alias to the properties if the topic has or can get one.
     fn alias(&mut self, topic: &[&str]) -> Topic {
         let Aliases { by_topic, max } = &mut self.aliases;
         if *max == 0 {

@@ -1,9 +1,9 @@
 //! Flights: the QoS 1 messages that a subscriber was sent and has not acknowledged, with their
 //! packet identifiers.
 //!
-//! Identifiers are given out in turn, so that the one of an acknowledgement says where in the queue
-//! its message is. They stay with the session: a client that comes back is sent the same messages
-//! with the same identifiers (MQTT 5 section 4.4).
+//! Identifiers are assigned in sequence, so the identifier in an acknowledgement gives the message's
+//! position in the queue. They stay with the session: a client that reconnects is sent the same
+//! messages with the same identifiers (MQTT 5 section 4.4).
 
 use std::collections::VecDeque;
 
@@ -15,15 +15,15 @@ use crate::message::Offset;
 /// Where a message that is in flight came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Source {
-    /// The session's own place in the log.
+    /// The session's own feed.
     Log,
-    /// What was retained.
+    /// The retained messages.
     Retained,
-    /// The group of this subscription.
+    /// The group of the subscription in this slot.
     Group(u32),
 }
 
-/// One message.
+/// One message in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Flight {
     pub(super) offset: Offset,
@@ -34,7 +34,7 @@ pub(super) struct Flight {
 /// The messages in flight, oldest first.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Flights {
-    /// The packet identifier of the first in the queue, or of the next to come.
+    /// The packet identifier of the first message in the queue, or of the next one if it is empty.
     first_id: u16,
     queue: VecDeque<Flight>,
     unacknowledged: usize,
@@ -47,14 +47,14 @@ impl Default for Flights {
 }
 
 impl Flights {
-    /// How many more may be sent to a client that takes `receive_maximum`.
+    /// How many more messages a client with this `receive_maximum` may be sent.
     pub(super) fn room(&self, receive_maximum: u16) -> usize {
         let window = usize::from(receive_maximum).min(MQTT_FLIGHTS_MAX).saturating_sub(self.unacknowledged);
-        // One that is never acknowledged holds up those behind it in the end: the queue is bounded.
+        // Acknowledged messages stay behind an unacknowledged one: this bounds the queue.
         window.min((2 * MQTT_FLIGHTS_MAX).saturating_sub(self.queue.len()))
     }
 
-    /// Adds a message and gives it its packet identifier.
+    /// Adds a message and returns its packet identifier.
     pub(super) fn push(&mut self, offset: Offset, source: Source) -> u16 {
         let id = self.id(self.queue.len());
         self.queue.push_back(Flight { offset, source, acknowledged: false });
@@ -62,9 +62,9 @@ impl Flights {
         id
     }
 
-    /// The client has acknowledged a message. `None` if there is none of that identifier in flight.
+    /// Marks a message as acknowledged. `None` if no message with that identifier is in flight.
     pub(super) fn acknowledge(&mut self, packet_id: u16) -> Option<Flight> {
-        // Identifiers go from 1 to 65,535 and then from 1 again.
+        // Identifiers run from 1 to 65,535 and wrap to 1.
         let from_first = (u32::from(packet_id) + 65_535 - u32::from(self.first_id)) % 65_535;
         let flight = self.queue.get_mut(from_first as usize)?;
         if packet_id == 0 || std::mem::replace(&mut flight.acknowledged, true) {
@@ -83,19 +83,19 @@ impl Flights {
         Some(flight)
     }
 
-    /// Those that are not acknowledged, with their packet identifiers, oldest first.
+    /// The unacknowledged messages with their packet identifiers, oldest first.
     pub(super) fn unacknowledged(&self) -> impl Iterator<Item = (u16, Flight)> {
         let all = self.queue.iter().enumerate();
         all.filter(|(_, flight)| !flight.acknowledged).map(|(nth, flight)| (self.id(nth), *flight))
     }
 
-    /// The lowest offset of those from the session's own place in the log.
+    /// The lowest unacknowledged offset from the session's own feed.
     pub(super) fn lowest(&self) -> Option<Offset> {
         let own = self.queue.iter().filter(|flight| !flight.acknowledged && flight.source == Source::Log);
         own.map(|flight| flight.offset).min()
     }
 
-    /// Whether they are as they can be, when somebody else has written them.
+    /// Whether the fields agree; they may come from another node.
     pub(super) fn are_sound(&self) -> bool {
         let unacknowledged = self.queue.iter().filter(|flight| !flight.acknowledged).count();
         self.first_id > 0
@@ -108,7 +108,7 @@ impl Flights {
         self.unacknowledged == 0
     }
 
-    /// The packet identifier of the `nth` in the queue.
+    /// The packet identifier of the `nth` message in the queue.
     fn id(&self, nth: usize) -> u16 {
         let id = (usize::from(self.first_id) - 1 + nth) % 65_535 + 1;
         u16::try_from(id).expect("at most 65,535")

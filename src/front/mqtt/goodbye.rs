@@ -1,4 +1,4 @@
-//! A goodbye: why a connection ends, and the last thing that the client is told.
+//! A goodbye: the reason why a connection ends, and the last packet that the client is sent.
 
 use std::time::Duration;
 
@@ -15,30 +15,30 @@ use crate::intake::Refusal;
 use crate::message::Transport;
 use crate::observe::refusals::{Note, Refusals};
 
-/// How long a client may take to read what it is told last.
+/// How long a client may take to read its last packets.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
-/// Why a connection stops being served.
+/// The reason why the gateway stops serving a connection.
 pub(super) enum Stop {
-    /// The client ended it, or broke a rule.
+    /// The client ended the connection, or broke a rule.
     End(End),
-    /// The key's death, a takeover, a shutdown.
+    /// The key died, another connection took over, or the gateway shuts down.
     Close(Close),
-    /// The log could not take what it brought, or a limit let it not go on, for too long.
+    /// The log could not take the client's messages, or a limit held them back, for too long.
     Transient(Refusal),
-    /// It was silent for longer than its keep-alive allows.
+    /// The client was silent for longer than its keep-alive allows.
     Silent,
-    /// It does not read what it is sent.
+    /// The client does not read what it is sent.
     Stuck,
-    /// What it is subscribed to cannot be read.
+    /// The records for the client's subscriptions cannot be read.
     Trouble(Trouble),
-    /// The network.
+    /// The network failed.
     Io,
 }
 
 impl Stop {
-    /// What the client is told last, and reported with: behind the rest of what it is `owed`, of which
-    /// `sent` went out before.
+    /// The last bytes for the client: the rest of what it is `owed`, then the reason. `sent` is what went
+    /// out before. Also reports the refusal, if this is one.
     pub(super) fn last_words(
         &self,
         sent: &[u8],
@@ -93,8 +93,8 @@ impl std::fmt::Display for Stop {
     }
 }
 
-/// What of `owed` a client whose key is dead still gets: the rest of the packet that it has the beginning
-/// of in `sent`, and the answers to what it brought. Messages, which it may no longer see, are left out.
+/// Filters `owed` for a client whose key is dead. The rest of a packet that began in `sent` stays, and so
+/// do the answers to the client's packets. Messages, which the client may no longer see, are left out.
 fn without_messages(sent: &[u8], owed: &[u8]) -> Vec<u8> {
     const PUBLISH: u8 = 3;
     let all = [sent, owed].concat();
@@ -110,8 +110,8 @@ fn without_messages(sent: &[u8], owed: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Writes the last words and waits a moment until the client has them: closing with unread input
-/// would reset the connection, and the words might never arrive.
+/// Writes the last packets and reads until the client closes, for a limited time. A close with
+/// unread input would reset the connection, and the packets might never arrive.
 pub(super) async fn say_goodbye(stream: &mut Stream, words: &[u8]) {
     let said = async {
         if stream.write_all(words).await.is_err() || stream.shutdown().await.is_err() {

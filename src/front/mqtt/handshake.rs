@@ -1,5 +1,5 @@
-//! The handshake: from a stranger's first byte to a connection with a grant, or a refusal that says
-//! why.
+//! The handshake: from a connection's first byte to a connection with a grant, or to a refusal with its
+//! reason.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,32 +25,32 @@ use crate::limits::{CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_TOPIC_ALIA
 use crate::message::{DatasourceId, Transport, holds_key, now_micros};
 use crate::observe::refusals::Note;
 
-/// What a TLS client sends first. It has the upper half of a CONNECT.
+/// The first byte of a TLS client. Its upper half is that of a CONNECT.
 const TLS_HANDSHAKE: u8 = 0x16;
 
 /// A connection whose key was accepted.
 pub(super) struct Opened {
     pub(super) inbound: Inbound,
-    /// The connection's place among its key's.
+    /// The connection's registration with its key.
     pub(super) entered: Entered,
-    /// The client's place among those that are connected.
+    /// The client's entry among the sessions.
     pub(super) present: Present,
     pub(super) session: Session,
     pub(super) will: Option<Box<Will>>,
-    /// How many topic aliases the client takes.
+    /// How many topic aliases the client accepts.
     pub(super) topic_alias_maximum: u16,
-    /// How many unacknowledged messages the client takes.
+    /// How many unacknowledged messages the client accepts.
     pub(super) receive_maximum: u16,
-    /// How long the client may be silent; `None` is for ever.
+    /// How long the client may be silent; `None` means without limit.
     pub(super) silence_max: Option<Duration>,
-    /// What came in the same breath as the CONNECT.
+    /// Bytes that were read together with the CONNECT.
     pub(super) early: Vec<u8>,
     /// The CONNACK.
     pub(super) answer: Vec<u8>,
 }
 
-/// Reads the CONNECT, which has to be there at `connect_by`. `Err` is what the client is to be told,
-/// possibly nothing, before its connection is closed.
+/// Reads the CONNECT, which has to arrive by `connect_by`, and decides on it. `Err` holds the bytes to
+/// send, possibly none, before the connection is closed.
 pub(super) async fn shake(
     front: &Arc<Front>,
     stream: &mut (impl AsyncRead + Unpin),
@@ -87,7 +87,7 @@ pub(super) async fn shake(
     Ok(opened)
 }
 
-/// Reads until there is a whole first packet. `Err(None)` is a connection that ended before.
+/// Reads until the first packet is complete. `Err(None)` means that the connection ended before that.
 async fn read_connect(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Vec<u8>, usize), Option<Violation>> {
     let mut buffer = Vec::new();
     loop {
@@ -108,7 +108,7 @@ async fn read_connect(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Vec<u8>,
     }
 }
 
-/// Decides on a CONNECT, and enters the client if it is let in.
+/// Decides on a CONNECT, and enters the client among the sessions if it is let in.
 async fn open(
     front: &Arc<Front>,
     peer: SocketAddr,
@@ -131,7 +131,7 @@ async fn open(
         refuse(front, peer, Note { client, key_id, key_shape, ..note });
         match denied {
             Denied::TooManyFailures { .. } => (Reason::ConnectionRateExceeded, denied.to_string()),
-            // One answer for all others: it tells a stranger nothing.
+            // All other denials get the same answer, which tells a stranger nothing.
             _ => {
                 (Reason::NotAuthorized, "no valid API key as user name, password or user property".to_owned())
             }
@@ -165,6 +165,7 @@ async fn open(
         let note = Note { client, key_id: Some(grant.key_id()), ..note };
         refuse(front, peer, Note { datasource: grant.datasource().as_str(), ..note });
     };
+    // Checked now, so that the client hears of a bad will while it can still be told.
     let will = connect.will.as_ref().map(|will| Will::new(will, &grant, &who, publisher, &front.intake));
     let will = will.transpose().map_err(|refusal| {
         about(Note { cause: "will", ..refusal.note(Transport::Mqtt) });
@@ -177,6 +178,7 @@ async fn open(
     };
     let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
     let control = Arc::new(Control::default());
+    // Before the session: a key that dies while the session is fetched has to close this connection too.
     let entered = grant.key().connections().enter(control.clone());
     let is_new = connect.client_id.is_empty();
     let entering = front.sessions.enter(
@@ -193,12 +195,12 @@ async fn open(
             (reason, words.to_owned())
         }
         NotEntered::Unavailable(error) => {
-            let words = format!("whether the client has a session cannot be known now: {error}");
+            let words = format!("the client's session cannot be looked up now: {error}");
             about(Note::new(Transport::Mqtt, "unavailable", &words));
             (Reason::ServerUnavailable, words)
         }
     })?;
-    // Behind a connection that this one takes over, and that is gone by now.
+    // Checked last, because an earlier connection of this client has left by now and no longer counts.
     if let Err(refusal) = front.intake.check_connections(&grant) {
         about(refusal.note(Transport::Mqtt));
         drop(entered);
@@ -244,7 +246,7 @@ async fn open(
     }))
 }
 
-/// What a client is told whose connection has to close before it was taken in.
+/// The answer to a client whose connection has to close before it is let in.
 fn closed(why: Close) -> (Reason, &'static str) {
     match why {
         Close::KeyDead => (Reason::NotAuthorized, "the API key is no longer valid"),
@@ -253,7 +255,7 @@ fn closed(why: Close) -> (Reason, &'static str) {
     }
 }
 
-/// A client as the records that it publishes have it: a hash, never 0.
+/// The hash by which records identify the client that published them; never 0.
 fn publisher(datasource: &DatasourceId, client_id: &str) -> u64 {
     let mut hash = blake3::Hasher::new();
     hash.update(datasource.as_str().as_bytes()).update(&[0]).update(client_id.as_bytes());
@@ -262,12 +264,12 @@ fn publisher(datasource: &DatasourceId, client_id: &str) -> u64 {
     u64::from_le_bytes(bytes).max(1)
 }
 
-/// Reports a refused connection. What a client calls itself does not go into the log: it may be
-/// anything, even a key.
+/// Reports a refused connection. The client identifier does not go into the process's log, because it
+/// may be anything, even a key.
 pub(super) fn refuse(front: &Front, peer: SocketAddr, note: Note<'_>) {
     let Note { cause, words, key_id, .. } = note;
     front.intake.refusals().note(Note { address: Some(peer.ip()), ..note });
-    // A flood writes no log.
+    // A flood of attempts must not flood the log.
     if cause == (Denied::TooManyFailures { retry_after: Duration::ZERO }).cause() {
         debug!(%peer, cause, "refused a connection");
     } else {
@@ -275,11 +277,11 @@ pub(super) fn refuse(front: &Front, peer: SocketAddr, note: Note<'_>) {
     }
 }
 
-/// The CONNACK of a refusal; a client whose protocol is not even known is told nothing.
+/// The CONNACK of a refusal; empty if the client's protocol version is unknown.
 fn answer(version: Option<Version>, packet_bytes_max: u32, reason: Reason, words: &str) -> Vec<u8> {
     let mut answer = Vec::new();
     match version {
-        // MQTT 3.1.1 has return codes for these; anything else just closes (section 3.1.4).
+        // MQTT 3.1.1 has no return code for these: the connection just closes (section 3.1.4).
         Some(Version::V311 | Version::V31)
             if matches!(reason, Reason::MalformedPacket | Reason::ProtocolError) => {}
         Some(version) => write::connack_refused(&mut answer, version, packet_bytes_max, reason, words),
@@ -288,10 +290,10 @@ fn answer(version: Option<Version>, packet_bytes_max: u32, reason: Reason, words
     answer
 }
 
-/// An identifier for a client that has none.
+/// Makes an identifier for a client that gave none.
 fn assigned_client_id() -> String {
     let mut random = [0; 12];
-    // Not a secret: if the generator is not to be had, the clock keeps two clients apart.
+    // Not a secret: if the generator fails, the clock keeps two clients apart.
     if rand::rngs::SysRng.try_fill_bytes(&mut random).is_err() {
         random[..8].copy_from_slice(&crate::message::now_micros().to_le_bytes());
     }

@@ -1,5 +1,5 @@
-//! What a connected client sends: bytes to packets, PUBLISH packets to a draft and the answers it
-//! will be due.
+//! The receiving half of a connection: decodes bytes to packets, and puts PUBLISH packets into a draft
+//! with the answers that they are due.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -23,34 +23,34 @@ use crate::message::{KeyId, RecordFlags, Transport};
 use crate::observe::refusals::Note;
 use crate::quota::{Limit, Limited};
 
-/// The user property by which a message is known: another one with the same id is not kept again.
+/// The user property with a message's id: a second message with the same id is not kept again.
 const MESSAGE_ID: &str = "message-id";
 
 /// How a client's connection ends.
 #[derive(Debug)]
 pub(super) enum End {
-    /// It closed the connection without a word.
+    /// The client closed the connection without a DISCONNECT.
     Lost,
-    /// It said goodbye.
+    /// The client sent a DISCONNECT.
     Goodbye(Disconnect),
-    /// It broke a rule.
+    /// The client broke a rule of the protocol.
     Violation(Violation),
-    /// MQTT 3.1.1 has no other way to say no to a message.
+    /// A message was refused, and the protocol has no other way to say so (MQTT 3.1.1).
     Refused(Refusal),
 }
 
-/// Who is connected: what is reported of a refusal.
+/// The connected client, as a refusal reports it.
 #[derive(Debug)]
 pub(super) struct Who {
     pub(super) address: IpAddr,
-    /// What the client calls itself.
+    /// The client identifier.
     pub(super) client: Arc<str>,
-    /// The same, as it is told of a key's use.
+    /// The same, as the record of a key's use has it.
     pub(super) user: Arc<Client>,
 }
 
 impl Who {
-    /// A refusal, with what is known of whose it is.
+    /// Adds the client's identity to the note of a refusal.
     pub(super) fn note<'a>(&'a self, grant: &'a Grant, note: Note<'a>) -> Note<'a> {
         Note {
             address: Some(self.address),
@@ -62,58 +62,58 @@ impl Who {
     }
 }
 
-/// The receiving half of a connection: what it knows between two reads.
+/// The receiving half of a connection: its state between two reads.
 pub(super) struct Inbound {
-    /// Of the connection's key.
+    /// The grant of the connection's key.
     pub(super) grant: Grant,
     pub(super) who: Arc<Who>,
     pub(super) form: Form,
     packet_bytes_max: usize,
     receive_maximum: u16,
-    /// The client, in the records that it publishes.
+    /// The client's hash, as in the records that it publishes.
     pub(super) publisher: u64,
-    /// Its session's number.
+    /// The session's number.
     session: u64,
     /// The session ends with the connection.
     ephemeral: bool,
-    /// QoS 2: packet identifiers of messages that were taken in and not released yet, as far as this
-    /// connection knows. What an earlier one took in is known to the log.
+    /// QoS 2: the packet identifiers of messages that this connection accepted and that are not released
+    /// yet. The log knows those of earlier connections.
     exchanges: BTreeSet<u16>,
-    /// The beginning of a packet whose rest has not come yet.
+    /// The beginning of a packet whose rest has not arrived yet.
     partial: Vec<u8>,
-    /// There may be whole packets in it: a request that had to be served first came before them, or the
-    /// first of them is held back.
+    /// `partial` may hold whole packets, because a request before them had to be served first or the first
+    /// of them is held back.
     paused: bool,
-    /// The next message was held back, and has been taken from its rates.
+    /// The next message was held back, and is already counted against its rates.
     paid: bool,
     aliases: Aliases,
 }
 
-/// What one read has brought.
+/// What one read of the socket held.
 #[derive(Default)]
 pub(super) struct Batch {
-    /// Messages that were let in.
+    /// The accepted messages.
     pub(super) draft: Option<Draft>,
-    /// The answers that are due when the draft is durable.
+    /// The answers to send when the draft is durable.
     pub(super) train: Train,
-    /// Whether a whole packet was among it: a sign of life.
+    /// How many whole packets were in it; any is a sign of life.
     pub(super) packets: usize,
-    /// Packet identifiers of messages that the client acknowledges.
+    /// The packet identifiers of the client's PUBACKs.
     pub(super) acknowledged: Vec<u16>,
-    /// Nothing more is to be taken in until this is served.
+    /// A request to be served before anything more is taken in.
     pub(super) request: Option<Request>,
-    /// The next message is over a rate: nothing more is to be taken in until it is its turn.
+    /// The next message is over this limit: nothing more is taken in until its turn comes.
     pub(super) held: Option<Limited>,
-    /// QoS 2 exchanges that the client has released.
+    /// The QoS 2 exchanges that the client has released.
     pub(super) releases: Vec<Exchange>,
-    /// QoS 2 exchanges that its messages open.
+    /// The packet identifiers of QoS 2 exchanges that the messages open.
     opened: Vec<u16>,
-    /// Nothing more is to be read.
+    /// Set if nothing more is to be read.
     pub(super) end: Option<End>,
 }
 
 impl Batch {
-    /// Whether QoS 2 messages are in the draft.
+    /// Whether the draft has QoS 2 messages.
     pub(super) fn opens_exchanges(&self) -> bool {
         !self.opened.is_empty()
     }
@@ -146,7 +146,7 @@ impl Inbound {
         }
     }
 
-    /// The exchanges that nobody will release any more, if the session ends with the connection.
+    /// The exchanges that nobody can release any more, if the session ends with the connection.
     pub(super) fn abandoned(&self) -> Vec<Exchange> {
         let packet_ids = self.exchanges.iter().filter(|_| self.ephemeral);
         packet_ids.map(|packet_id| self.exchange(*packet_id)).collect()
@@ -156,28 +156,28 @@ impl Inbound {
         Exchange { session: self.session, packet_id }
     }
 
-    /// Whether its session ends with the connection.
+    /// Whether the session ends with the connection.
     pub(super) fn is_ephemeral(&self) -> bool {
         self.ephemeral
     }
 
-    /// Whether there is something to take in although nothing more was read.
+    /// Whether packets that were read wait to be taken in.
     pub(super) fn is_paused(&self) -> bool {
         self.paused
     }
 
-    /// It is the turn of the message that was held back; `paid`: it need not ask again.
+    /// Lets the held message go on. With `paid` it is already counted against its rates.
     pub(super) fn go_on(&mut self, paid: bool) {
         self.paid = paid;
     }
 
-    /// A refusal, with what is known of whose it is.
+    /// Adds the client's identity to the note of a refusal.
     pub(super) fn note<'a>(&'a self, note: Note<'a>) -> Note<'a> {
         self.who.note(&self.grant, note)
     }
 
-    /// Takes in what was read. Answers that need not wait are written to `out`; `unacknowledged`
-    /// messages wait for theirs already.
+    /// Decodes what was read. Answers that need not wait are written to `out`; `unacknowledged` earlier
+    /// messages still wait for theirs.
     pub(super) fn take(
         &mut self,
         read_bytes: &[u8],
@@ -239,7 +239,7 @@ impl Inbound {
                 read.batch.end = Some(end);
             }
             if read.batch.held.is_some() {
-                // It stays where it is, and is decoded again when it is its turn.
+                // The packet stays in the buffer, and is decoded again when its turn comes.
                 consumed -= frame.bytes;
                 read.batch.packets -= 1;
             }
@@ -259,7 +259,7 @@ impl Inbound {
                 if self.ephemeral && disconnect.session_expiry_s.is_some_and(|s| s > 0) {
                     // Section 3.14.2.2.2.
                     return Err(End::Violation(Violation::protocol(
-                        "a session expiry, and the session was to end with the connection",
+                        "a session expiry for a session that ends with its connection",
                     )));
                 }
                 return Err(End::Goodbye(disconnect));
@@ -269,8 +269,8 @@ impl Inbound {
                 return Err(End::Violation(Violation::protocol("AUTH without an authentication method")));
             }
             Packet::Puback(ack) => read.batch.acknowledged.push(ack.packet_id),
-            // Nothing is sent with QoS 2; what a client has from another server ends like this
-            // (section 4.3.3).
+            // The gateway sends nothing with QoS 2: this ends an exchange that the client began with
+            // another server (section 4.3.3).
             Packet::Pubrec(ack) => {
                 let reason = Reason::PacketIdentifierNotFound;
                 write::answer(read.out, self.form, Answer::Pubrel, ack.packet_id, reason, None);
@@ -283,7 +283,7 @@ impl Inbound {
 
     fn publish(&mut self, publish: &Publish<'_>, bytes_left: usize, read: &mut Read<'_>) -> Result<(), End> {
         if publish.qos == 2 && self.exchanges.contains(&publish.packet_id) {
-            // Sent again: its answer comes behind that of the first, if there was none yet.
+            // A repetition. Its answer comes after that of the first, so it cannot precede durability.
             read.batch.train.done(Answer::Pubrec, publish.packet_id);
             return Ok(());
         }
@@ -340,8 +340,8 @@ impl Inbound {
         }
     }
 
-    /// A message that goes into quarantine is answered when it is durable there: MQTT 5 says why, MQTT
-    /// 3.1.1 has no words for it and says yes.
+    /// Answers a quarantined message once it is durable there: in MQTT 5 with the reason, in MQTT 3.1.1,
+    /// which has no way to refuse a message, with a success.
     fn quarantined(&mut self, publish: &Publish<'_>, quarantined: Quarantined, read: &mut Read<'_>) {
         let Quarantined { origin, reason } = quarantined;
         debug!(key_id = %self.grant.key_id(), %reason, "a message goes into quarantine");
@@ -362,13 +362,13 @@ impl Inbound {
         read.batch.train.admitted(answer, publish.packet_id, origin);
     }
 
-    /// The client has its PUBREC, and will not send the message again (section 4.3.3).
+    /// Handles a PUBREL: the client has the PUBREC, and will not send the message again (section 4.3.3).
     fn pubrel(&mut self, packet_id: u16, read: &mut Read<'_>) {
         let known = self.exchanges.remove(&packet_id);
-        // What came in the same breath as its message has not had a PUBREC.
+        // The PUBREC is not sent yet if the PUBREL came in the same read as its message.
         if read.batch.opened.contains(&packet_id) || (!known && self.ephemeral) {
             let reason = Reason::PacketIdentifierNotFound;
-            let words = "no message of this packet identifier waits to be released";
+            let words = "no message with this packet identifier waits for its release";
             read.batch.train.refused(Answer::Pubcomp, packet_id, reason, words.to_owned());
             return;
         }
@@ -376,8 +376,8 @@ impl Inbound {
         read.batch.train.done(Answer::Pubcomp, packet_id);
     }
 
-    /// A no to one message: by its acknowledgement where the protocol has a place for it, by ending
-    /// the connection where it has not. A QoS 0 message is dropped and counted.
+    /// Refuses one message: in its acknowledgement if the protocol version has a reason code, otherwise by
+    /// ending the connection. A QoS 0 message is dropped and counted.
     fn refuse(&self, publish: &Publish<'_>, refused: Refused, read: &mut Read<'_>) -> Result<(), End> {
         let Refused { refusal, own_key } = refused;
         let note = self.note(refusal.note(Transport::Mqtt));
@@ -390,7 +390,7 @@ impl Inbound {
             return Err(End::Refused(refusal));
         }
         match (&refusal, reason_of(&refusal)) {
-            // The whole connection is at an end, not this message alone.
+            // The connection's own key is dead, so the connection ends and not only this message.
             (Refusal::Denied(Denied::Revoked), _) if !self.grant.holds() => Err(End::Refused(refusal)),
             (_, Reason::PacketTooLarge) => Err(End::Refused(refusal)),
             (_, reason) if publish.qos > 0 => {
@@ -403,12 +403,12 @@ impl Inbound {
     }
 }
 
-/// The topic aliases that a client has set: per alias, from 1 on, its topic.
+/// The topics of the aliases that a client has set, from alias 1 on.
 #[derive(Default)]
 struct Aliases(Vec<Option<Box<str>>>);
 
 impl Aliases {
-    /// The topic of a PUBLISH: its own, which it may set a topic alias to, or its alias's (section
+    /// The topic of a PUBLISH: its own, for which it may set an alias, or that of its alias (section
     /// 3.3.2.3.4).
     fn resolve<'a>(&'a mut self, publish: &Publish<'a>) -> Result<&'a str, Violation> {
         let invalid = |text| Violation { reason: Reason::TopicAliasInvalid, text };
@@ -432,7 +432,7 @@ impl Aliases {
     }
 }
 
-/// One read of a socket, under way.
+/// One read of the socket that is being handled.
 struct Read<'a> {
     batch: Batch,
     intake: &'a Intake,
@@ -450,7 +450,7 @@ impl Read<'_> {
 /// A message that was refused.
 struct Refused {
     refusal: Refusal,
-    /// What is known of the key that it brought, if it brought one.
+    /// What is known about the message's own key, if it has one.
     own_key: Option<(Option<KeyId>, Option<Shape>)>,
 }
 
@@ -466,7 +466,7 @@ impl From<Rejected> for Refused {
     }
 }
 
-/// Checks one message and adds it to the draft, under the key that it brings or else the
+/// Checks one message and adds it to the draft, under its own key if it has one, otherwise under the
 /// connection's.
 fn push(
     draft: &mut Draft,
@@ -503,7 +503,7 @@ fn push(
     pushed.map_err(|refusal| Refused { refusal, own_key: own.map(|own| (Some(own.key_id()), None)) })
 }
 
-/// How many bytes the packet that `partial` begins still needs, as far as that is known.
+/// How many more bytes the packet in `partial` needs; 1 while its length is not known.
 fn missing_bytes(partial: &[u8], packet_bytes_max: usize) -> usize {
     let mut length = 0_usize;
     for (i, &byte) in partial.iter().skip(1).take(4).enumerate() {
@@ -515,7 +515,7 @@ fn missing_bytes(partial: &[u8], packet_bytes_max: usize) -> usize {
     1
 }
 
-/// MQTT 5's reason code for a refusal: the one place where the two meet.
+/// The MQTT 5 reason code of a refusal; no other place maps the two.
 pub(super) fn reason_of(refusal: &Refusal) -> Reason {
     match refusal {
         Refusal::Denied(Denied::TooManyFailures { .. }) => Reason::QuotaExceeded,

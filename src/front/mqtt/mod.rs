@@ -1,10 +1,10 @@
 //! The MQTT front: 3.1, 3.1.1 and 5 over TCP, TLS and WebSocket.
 //!
-//! The [`Acceptor`] lets a connection in; one by WebSocket comes from the HTTP front, which knows the
-//! acceptor for that. From there on a connection is one task. It [shakes hands](handshake), enters
-//! its key's connections and the [sessions], and then is [served](connection): each read of the
-//! socket is decoded in place and handed to intake as one draft; while the log makes it durable the
-//! next is read; the answers of a draft leave in one write.
+//! The [`Acceptor`] admits connections; the HTTP front passes WebSocket connections to it. Each
+//! admitted connection is one task. The task [shakes hands](handshake), registers with its key's
+//! connections and with the [sessions], and is then [served](connection): each read of the socket is
+//! decoded in place and handed to intake as one draft; the next read proceeds while the log makes the
+//! draft durable; the answers to one draft leave in one write.
 
 mod acks;
 pub mod codec;
@@ -52,7 +52,7 @@ use websocket::WebSocket;
 pub use sessions::claims::Claims;
 pub use tls::{Tls, TlsError};
 
-/// What every connection works with.
+/// The state that all connections share.
 pub(super) struct Front {
     intake: Intake,
     config: config::Mqtt,
@@ -61,7 +61,7 @@ pub(super) struct Front {
     drain: CancellationToken,
 }
 
-/// Takes connections in, whatever carries them, as many as are allowed at once.
+/// Admits connections of every transport, up to `mqtt.connections_max` at once.
 #[derive(Clone)]
 pub struct Acceptor {
     front: Arc<Front>,
@@ -70,8 +70,8 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// An acceptor whose connections end when `drain` is cancelled. `stored` are the sessions that
-    /// `subscribers` has kept; with `claims` they are shared with the other nodes of a cluster.
+    /// An acceptor whose connections end when `drain` is cancelled. `stored` holds the sessions that
+    /// `subscribers` has kept; with `claims`, all nodes of a cluster share them.
     pub fn new(
         intake: Intake,
         subscribers: Arc<Subscribers>,
@@ -86,7 +86,7 @@ impl Acceptor {
         Self { front, permits, connections: TaskTracker::new() }
     }
 
-    /// A place for one connection; `None`, counted, when there are `mqtt.connections_max`.
+    /// Reserves a place for one connection. At `mqtt.connections_max` counts a refusal and returns `None`.
     pub fn admit(&self, peer: SocketAddr) -> Option<Admission> {
         match self.permits.clone().try_acquire_owned() {
             Ok(permit) => {
@@ -101,7 +101,7 @@ impl Acceptor {
             }
             Err(_) => {
                 let connections_max = self.front.config.connections_max;
-                let words = format!("there are mqtt.connections_max = {connections_max} connections");
+                let words = format!("mqtt.connections_max = {connections_max} connections are open");
                 let note = Note::new(Transport::Mqtt, "connections_max", &words);
                 self.front.intake.refusals().note(Note { address: Some(peer.ip()), ..note });
                 debug!(%peer, connections_max, "refused a connection: there are too many");
@@ -111,8 +111,8 @@ impl Acceptor {
     }
 }
 
-/// A place for one connection, which is served on a task of its own. The task keeps the place, and a
-/// drain waits for it.
+/// A reserved place for one connection. The connection's task holds the place until it ends, and a
+/// drain waits for the task.
 pub struct Admission {
     front: Arc<Front>,
     connections: TaskTracker,
@@ -122,8 +122,8 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// Serves a WebSocket, once `opened` has brought the connection, whose opening handshake is over by
-    /// then, and what was read behind it.
+    /// Serves a WebSocket. `opened` resolves after the opening handshake, to the connection and the bytes
+    /// that were read behind the handshake.
     pub fn serve_websocket(self, opened: impl Future<Output = Option<(TcpStream, Bytes)>> + Send + 'static) {
         let Self { front, connections, permit, peer, connect_by } = self;
         connections.spawn(async move {
@@ -131,7 +131,7 @@ impl Admission {
                 let websocket = Box::new(WebSocket::new(tcp, early, peer, front.clone()));
                 connection::run(&front, Stream::WebSocket(websocket), peer, connect_by).await;
             } else {
-                debug!(%peer, "a WebSocket did not come about");
+                debug!(%peer, "a WebSocket handshake did not complete");
             }
             drop(permit);
         });
@@ -156,7 +156,7 @@ impl Admission {
     }
 }
 
-/// The TLS handshake; `None`, counted, when it fails.
+/// Performs the TLS handshake. Returns `None` if it fails, and counts the failure.
 async fn shake_tls(
     front: &Front,
     tls: Arc<Tls>,
@@ -164,7 +164,7 @@ async fn shake_tls(
     peer: SocketAddr,
     connect_by: Instant,
 ) -> Option<Box<TlsStream<TcpStream>>> {
-    // It needs more room than the connection after it: on the heap only while it lasts.
+    // The handshake needs more memory than the connection: it is on the heap only while it lasts.
     let shaking = Box::pin(timeout_at(connect_by, tls.accept(tcp)));
     match front.drain.run_until_cancelled(shaking).await? {
         Ok(Ok(stream)) => return Some(Box::new(stream)),
@@ -180,9 +180,9 @@ async fn shake_tls(
     None
 }
 
-/// Serves MQTT on `listener`, and over TLS where there is a listener for that, until the acceptor's
-/// `drain` is cancelled; then lets every connection, also those that came in by HTTP, send the
-/// acknowledgements that it owes, and returns when the last is closed.
+/// Serves MQTT on `listener`, and over TLS if there is a TLS listener, until the acceptor's `drain` is
+/// cancelled. Then every connection, including those from HTTP, sends the acknowledgements that it
+/// owes. Returns when the last connection is closed.
 pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpListener, Arc<Tls>)>) {
     let Acceptor { front, connections, .. } = &acceptor;
     let keeping = tokio::spawn({
@@ -204,7 +204,7 @@ pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpLi
     connections.close();
     connections.wait().await;
     if keeping.await.is_err() {
-        error!("the keeper of the sessions panicked");
+        error!("the session keeper panicked");
     }
     front.sessions.finish().await;
 }
@@ -215,14 +215,14 @@ async fn accept(listener: &TcpListener, acceptor: &Acceptor, serve: impl Fn(Admi
         let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of file descriptors, mostly: others have to close before it gets better.
+                // Mostly out of file descriptors: a retry helps only after other connections have closed.
                 warn!(%error, "cannot accept an MQTT connection");
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             }
         };
         let Some(admission) = acceptor.admit(peer) else { continue };
-        // An answer waits for nothing but the disk.
+        // Acknowledgements are small; Nagle's algorithm would delay them.
         let _ = tcp.set_nodelay(true);
         serve(admission, tcp);
     }

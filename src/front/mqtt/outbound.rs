@@ -1,9 +1,9 @@
-//! The sending half of a connection: what its session is subscribed to, put into PUBLISH packets as
-//! fast as the client takes them.
+//! The sending half of a connection: turns the records that match its session's subscriptions into
+//! PUBLISH packets, as fast as the client takes them.
 //!
-//! In this order: what was in flight when the client was last here, what is retained for a new
-//! subscription, and then the log, from the session's place on. Nothing is taken from the log
-//! that has no room: a slow client stays behind there, and costs what it holds and no more.
+//! The order is: messages in flight from the last connection, then messages retained for a new
+//! subscription, then the log from the session's position on. A record is taken from the log only when
+//! there is room for it, so a slow client falls behind in the log and costs no memory.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -26,12 +26,12 @@ use crate::log::{Batch, Place, ReadError};
 use crate::message::{DatasourceId, Offset, RecordRef};
 use crate::observe::metrics::Metrics;
 
-/// Records that are read again.
+/// A task that reads records in flight again.
 type Fetching = JoinHandle<Result<Vec<Option<(Batch, Place)>>, ReadError>>;
-/// A page of retained messages that is read.
+/// A read of one page of retained messages.
 type Asking = Pin<Box<dyn Future<Output = Result<RetainedPage, RetainedError>> + Send>>;
 
-/// Why nothing more can be sent.
+/// Why no more messages can be sent.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Trouble {
     #[error(transparent)]
@@ -47,38 +47,38 @@ pub(super) struct Outbound {
     pub(super) datasource: DatasourceId,
     pub(super) session: Session,
     writer: Writer,
-    /// How many unacknowledged messages the client takes.
+    /// How many unacknowledged messages the client accepts.
     receive_maximum: u16,
     feed: Feed,
     members: Vec<(u32, Member)>,
-    /// What is being written.
+    /// The matched records that are being written.
     matched: Option<Matched>,
-    /// What groups have given: with the slot of the subscription.
+    /// Records from groups, each with its subscription's slot.
     shared: VecDeque<(u32, Batch, Place)>,
     resending: Option<Resending>,
     retained: VecDeque<Retained>,
 }
 
-/// Messages that were in flight when the session lost its connection.
+/// The messages that were in flight when the last connection ended.
 struct Resending {
     flights: VecDeque<(u16, Flight)>,
     fetching: Option<Fetching>,
 }
 
-/// What is retained for a new subscription.
+/// The retained messages for a new subscription.
 struct Retained {
     slot: u32,
     filter: TopicFilter,
-    /// What is newer comes from the log.
+    /// Newer messages come from the log.
     below: Offset,
     after: Option<RetainedAfter>,
     asking: Option<Asking>,
-    /// A page that was read, and how much of it was written.
+    /// A page, and how many of its messages were written.
     page: Option<(RetainedPage, usize)>,
 }
 
 impl Outbound {
-    /// The sending half for a session, where that is in the log.
+    /// The sending half for a session, at the session's position in the log.
     pub(super) fn new(
         subscribers: Arc<Subscribers>,
         metrics: Arc<Metrics>,
@@ -101,7 +101,7 @@ impl Outbound {
                     members.extend(member.map(|member| (slot, member)));
                 }
                 None => {
-                    // Also those that began before: the feed goes on where the session was.
+                    // Never before `begin`: the feed continues from the session's position.
                     feed.set(slot, &subscription.filter, Some(subscription.from.max(begin)));
                 }
             }
@@ -124,13 +124,13 @@ impl Outbound {
         }
     }
 
-    /// Where the session says how far it is.
+    /// The mailbox, through which the session reports its cursor.
     pub(super) fn mailbox(&self) -> &Arc<crate::consume::subscriber::Mailbox> {
         self.feed.mailbox()
     }
 
-    /// Enters a subscription of one's own. `from` is where in the log it begins, if not at the end;
-    /// with `retained`, what is retained comes first.
+    /// Adds or replaces a subscription that is not shared. `from` is where in the log it begins, if not at
+    /// the end. With `retained`, retained messages are sent first.
     pub(super) fn subscribe(
         &mut self,
         slot: usize,
@@ -142,11 +142,11 @@ impl Outbound {
         let at = u32::try_from(slot).expect("subscriptions are bounded");
         let known = self.session.subscriptions[slot].is_some();
         match (known, from) {
-            // The options change; nothing is lost or sent again meanwhile.
+            // Only the options change: the subscription keeps its start in the log.
             (true, None) => subscription.from = self.feed.from(at).unwrap_or_default(),
             (false, None) => subscription.from = self.feed.set(at, filter.as_str(), None),
             (_, from) => {
-                // What was found for the others is found again, on the way back.
+                // The feed goes back to `from`, and will match these records again for all subscriptions.
                 self.give_back();
                 subscription.from = self.feed.set(at, filter.as_str(), from);
                 let lowest = self.session.flights.lowest().unwrap_or(Offset::MAX);
@@ -174,7 +174,7 @@ impl Outbound {
         self.session.position = self.position();
     }
 
-    /// Enters a subscription that is shared.
+    /// Adds or replaces a shared subscription.
     pub(super) fn share(&mut self, slot: usize, subscription: Subscription, member: Option<Member>) {
         let at = u32::try_from(slot).expect("subscriptions are bounded");
         if let Some(member) = member {
@@ -184,7 +184,7 @@ impl Outbound {
         self.session.subscriptions[slot] = Some(subscription);
     }
 
-    /// Gives up a subscription.
+    /// Removes a subscription.
     pub(super) fn unsubscribe(&mut self, slot: usize) {
         let at = u32::try_from(slot).expect("subscriptions are bounded");
         self.session.subscriptions[slot] = None;
@@ -194,7 +194,7 @@ impl Outbound {
         self.members.retain(|(member, _)| *member != at);
     }
 
-    /// The client has acknowledged a message. Of one that it was not sent it says nothing.
+    /// Handles a PUBACK. An unknown packet identifier is ignored.
     pub(super) fn acknowledged(&mut self, packet_id: u16) {
         if let Some(Flight { offset, source: Source::Group(slot), .. }) =
             self.session.flights.acknowledge(packet_id)
@@ -209,9 +209,9 @@ impl Outbound {
         }
     }
 
-    /// Writes to `out` what there is, as long as fewer than [`MQTT_UNSENT_BYTES_MAX`] wait in it;
-    /// `unsent` of them do already. Pending when the rest waits: for the log, for the client, or for
-    /// room.
+    /// Writes packets to `out` until [`MQTT_UNSENT_BYTES_MAX`] bytes are unsent; `unsent` bytes already
+    /// are. Pending while it waits for the log, for acknowledgements, or for room. Ready on an error
+    /// only.
     pub(super) fn poll_fill(
         &mut self,
         unsent: usize,
@@ -249,7 +249,7 @@ impl Outbound {
                 if more {
                     self.matched = Some(matched);
                     if out.len() < room_until {
-                        // It waits for acknowledgements.
+                        // The receive maximum is reached; groups may serve other members meanwhile.
                         self.members.iter().for_each(|(_, member)| member.pass());
                         return Poll::Pending;
                     }
@@ -275,7 +275,7 @@ impl Outbound {
         }
     }
 
-    /// Writes records of the log. Returns whether some are left.
+    /// Writes matched records of the log. Returns whether some are left.
     fn write_matched(&mut self, matched: &mut Matched, room_until: usize, out: &mut Vec<u8>) -> bool {
         let batch = matched.batch().clone();
         let mut reader = batch.reader();
@@ -298,7 +298,7 @@ impl Outbound {
         false
     }
 
-    /// Takes from the groups in turn, and writes what they gave.
+    /// Takes records from the groups in turn, and writes them.
     fn poll_shared(
         &mut self,
         room_until: usize,
@@ -310,7 +310,7 @@ impl Outbound {
             let room = self.session.flights.room(self.receive_maximum);
             if room == 0 || out.len() >= room_until {
                 self.members.iter().for_each(|(_, member)| member.pass());
-                // With room in `out`, an acknowledgement is waited for; without, the loop above ends.
+                // Pending waits for an acknowledgement. Ready without room in `out` ends the caller's loop.
                 return if room == 0 { Poll::Pending } else { Poll::Ready(Ok(())) };
             }
             let record = batch.reader().read(place);
@@ -342,7 +342,7 @@ impl Outbound {
                 Poll::Ready(Ok(Share::Records(batch, places))) => {
                     let slot = *slot;
                     self.shared.extend(places.into_iter().map(|place| (slot, batch.clone(), place)));
-                    // The next time another group comes first.
+                    // The next call asks another group first, so that no group starves.
                     self.members.rotate_left(at + 1);
                     return Poll::Ready(Ok(()));
                 }
@@ -351,11 +351,11 @@ impl Outbound {
         Poll::Pending
     }
 
-    /// Sends what was in flight again, with the identifiers that it had.
+    /// Sends the messages in flight again, with the same packet identifiers.
     fn poll_resend(&mut self, out: &mut Vec<u8>, cx: &mut Context<'_>) -> Poll<Result<(), Trouble>> {
         let Some(resending) = &mut self.resending else { return Poll::Ready(Ok(())) };
         let Some(fetching) = &mut resending.fetching else {
-            // Those of groups have gone to other members.
+            // Messages of groups have gone to other members.
             let (own, groups): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut resending.flights)
                 .into_iter()
                 .partition(|(_, flight)| !matches!(flight.source, Source::Group(_)));
@@ -396,7 +396,7 @@ impl Outbound {
         Poll::Ready(Ok(()))
     }
 
-    /// How a record goes out that was in flight before.
+    /// How a record is delivered again.
     fn again(&self, record: &RecordRef<'_>, source: Source) -> Delivery {
         let whole = format!("{}/{}", record.datasource, record.topic);
         let topic = if self.datasource.is_all() { &whole } else { record.topic };
@@ -410,7 +410,7 @@ impl Outbound {
         Delivery { qos: 1, dup: true, retain, ..delivery }
     }
 
-    /// Sends what is retained for the oldest new subscription.
+    /// Sends the retained messages for the oldest new subscription.
     fn poll_retained(
         &mut self,
         room_until: usize,
@@ -461,8 +461,8 @@ impl Outbound {
         Poll::Ready(Ok(()))
     }
 
-    /// Retention has removed records that this session had not read: the client is told with its next
-    /// message, the operator now.
+    /// Reports records that retention removed before this session read them: to the client with its next
+    /// message, to the operator at once.
     fn skipped(&mut self, records: u64) {
         self.writer.skipped += records;
         self.metrics.skipped.increment(records);
@@ -472,13 +472,13 @@ impl Outbound {
         );
     }
 
-    /// The first record that was not given out.
+    /// The first record that was not sent.
     fn position(&self) -> Offset {
         let next = self.matched.as_ref().and_then(|matched| matched.peek()).map(|hit| hit.place.offset);
         next.unwrap_or_else(|| self.feed.position())
     }
 
-    /// Says how far the session is, for when it is not here to say so.
+    /// Reports the session's progress, to be written and to outlive the connection.
     fn tell_progress(&self) {
         let position = self.position();
         let cursor = self.session.flights.lowest().map_or(position, |lowest| lowest.min(position));
@@ -486,18 +486,18 @@ impl Outbound {
         self.feed.mailbox().progress(cursor, all);
     }
 
-    /// Drops what was taken from the log and is not written, as if it had not been read.
+    /// Returns records that were taken from the feed but not written.
     fn give_back(&mut self) {
         if let Some(hit) = self.matched.take().as_ref().and_then(|matched| matched.peek()) {
             self.feed.rewind(hit.place.offset);
         }
     }
 
-    /// The session, for the next connection.
+    /// Gives the session back, for the next connection.
     pub(super) fn into_session(self) -> Session {
         let routed = self.subscribers.router.routed();
         let position = self.position();
-        // Live and with nothing to do, it is as far as the router is.
+        // A live session with nothing to send has reached the router's position.
         self.feed.mailbox().progress(position, self.matched.is_none());
         let position = self.feed.mailbox().cursor(routed);
         Session { position, ..self.session }

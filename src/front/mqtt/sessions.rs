@@ -1,11 +1,11 @@
-//! The sessions: who is connected, one connection per client identifier within a datasource, and
-//! what is kept of those who are away.
+//! The sessions: the connected clients, one connection per client identifier within a datasource,
+//! and the sessions of clients that are away.
 //!
-//! A client that connects again takes over from its earlier connection, and waits until that has
-//! handed back the session. Another datasource's client of the same name is another client. Sessions
-//! that outlive their connection are kept on the disk too (`consume::subscriber::sessions`); how far
-//! each is in the log is written every second, and so a gateway that was killed sends a little again
-//! and leaves out nothing. In a cluster a client is one client on all nodes ([`claims`]).
+//! A client that connects again takes over from its earlier connection, and waits until that one has
+//! handed back the session. The same identifier in another datasource is another client. Sessions
+//! that outlive their connection are also on disk (`consume::subscriber::sessions`). Their cursors are
+//! written every second, so a gateway that was killed sends a few messages again and skips none. In a
+//! cluster a client is one client on all nodes ([`claims`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,33 +31,33 @@ use crate::message::{DatasourceId, Offset, now_micros};
 pub(super) mod claims;
 mod present;
 
-/// How often what is due is done, and how far everybody is is written.
+/// How often due wills and expiries are handled, and cursors are written.
 const TICK: Duration = Duration::from_secs(1);
 
 type ClientKey = (DatasourceId, Arc<str>);
 
-/// Every client's session.
+/// All clients and their sessions.
 pub(super) struct Sessions {
     clients: Mutex<Clients>,
     subscribers: Arc<Subscribers>,
     intake: Intake,
     /// Wills on their way into the log.
     wills: TaskTracker,
-    /// The clients are shared with other nodes.
+    /// `Some` if the clients are shared with other nodes.
     claims: Option<Claims>,
 }
 
 #[derive(Default)]
 struct Clients {
     entries: HashMap<ClientKey, Entry>,
-    /// When to look at which entry that is away.
+    /// When a will or an expiry of an away client is due.
     due: BTreeMap<(Instant, u64), ClientKey>,
-    /// Tells two dates of the same instant apart.
+    /// A counter that keeps two due times at the same instant apart.
     dates: u64,
-    /// No more are taken in.
+    /// No more clients are let in.
     draining: bool,
-    /// The durable sessions with subscriptions that are connected: where each says how far it is, and
-    /// how far it was when that was last written.
+    /// The connected durable sessions with subscriptions: the mailbox that reports the session's cursor,
+    /// and the cursor that was last written.
     watched: HashMap<u64, (Arc<Mailbox>, Offset)>,
     written_groups: HashMap<GroupKey, Offset>,
 }
@@ -70,28 +70,28 @@ struct Entry {
 
 struct Connected {
     control: Arc<Control>,
-    /// Notified when it has left.
+    /// Notified when the connection has left.
     left: Arc<Notify>,
-    /// In a cluster.
+    /// `Some` in a cluster.
     shared: Option<Box<Held>>,
 }
 
-/// What a node of a cluster has to know of a client that it has.
+/// What a cluster node knows about a client that is connected to it.
 #[derive(Default)]
 struct Held {
-    /// The claim that it got the client by, or is about to. Of two the later one counts, also if the
-    /// earlier one comes late.
+    /// The claim by which this node got the client, or is about to. The later of two claims counts, even
+    /// if the earlier one arrives last.
     claim: Option<When>,
-    /// The session, as soon as there is one.
+    /// The session's number, once there is a session.
     uid: u64,
-    /// Another node has the session.
+    /// Another node has taken the session.
     lost: bool,
 }
 
 struct Away {
     session: Session,
     will: Option<(Box<Will>, Instant)>,
-    /// `None` is never.
+    /// `None`: never.
     expires_at: Option<Instant>,
 }
 
@@ -99,21 +99,21 @@ struct Away {
 pub(super) struct Taken {
     pub(super) present: Present,
     pub(super) session: Session,
-    /// Whether the session was there before.
+    /// Whether the session existed before.
     pub(super) resumed: bool,
 }
 
-/// Why a client could not be taken in.
+/// Why a client could not be let in.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum NotEntered {
-    /// Its connection has to close.
+    /// The client's connection has to close.
     Closed(Close),
-    /// Whether it has a session, or what belongs to that, cannot be known now: why.
+    /// The session, or the log that it needs, cannot be read now; with the reason.
     Unavailable(String),
 }
 
 impl Sessions {
-    /// The sessions that were kept. With `claims` they are shared with other nodes.
+    /// Restores the stored sessions. With `claims` they are shared with other nodes.
     pub(super) fn new(
         subscribers: Arc<Subscribers>,
         intake: Intake,
@@ -131,7 +131,7 @@ impl Sessions {
         let mut clients = sessions.locked();
         for stored in stored.sessions {
             let key: ClientKey = (stored.datasource.clone(), stored.client_id.as_str().into());
-            // A session that was connected when the gateway was killed is away from now on.
+            // A session without an end was connected when the gateway was killed: it counts as away from now.
             let away_s = stored.ended_at.map_or(0, |ended| now_micros.saturating_sub(ended) / 1_000_000);
             let left_s = i64::from(stored.expiry_s) - away_s;
             let expires_at = (stored.expiry_s != u32::MAX)
@@ -144,7 +144,7 @@ impl Sessions {
             clients.away(key, Away { session, will: None, expires_at });
         }
         drop(clients);
-        // A group whose last session was not there to leave it is at its end.
+        // A group without sessions can be left by nobody any more: it ends here.
         let there: HashMap<GroupKey, Offset> = sessions.subscribers.groups.cursors(0).into_iter().collect();
         let orphans = groups.keys().filter(|key| !there.contains_key(*key)).map(|key| {
             let (datasource, group, filter) = key.clone();
@@ -154,7 +154,7 @@ impl Sessions {
         sessions
     }
 
-    /// Does what is due, and writes how far everybody is, until `drain` is cancelled.
+    /// Handles due wills and expiries, and writes cursors, until `drain` is cancelled.
     pub(super) async fn run(self: &Arc<Self>, drain: CancellationToken) {
         let sharing = async {
             if let Some(claims) = &self.claims {
@@ -169,20 +169,20 @@ impl Sessions {
             self.do_what_is_due(Instant::now());
             let changes = self.progress();
             if !changes.is_empty() {
-                // The store says by itself when it cannot write.
+                // The store itself reports that it cannot write.
                 let _ = self.subscribers.store.write(changes).await;
             }
         }
     }
 
-    /// Whether the clients are shared with other nodes.
+    /// Whether other nodes share the clients.
     pub(super) fn are_shared(&self) -> bool {
         self.claims.is_some()
     }
 
-    /// Takes a client in: ends its earlier connection, and finds or makes its session. With `clean`
-    /// what there was of it ends. Of one that `is_new`, whose identifier nobody has had before, there is
-    /// nothing.
+    /// Lets a client in: ends its earlier connection, and finds or makes its session. With `clean` an
+    /// existing session ends. A client that `is_new` has an identifier that nobody had before, so no
+    /// session is looked for.
     ///
     /// # Errors
     /// [`NotEntered`], in a cluster.
@@ -210,7 +210,7 @@ impl Sessions {
                     }
                     None => {
                         let away = entry.away.take();
-                        // A client that was here last is nowhere else.
+                        // A client that was last on this node is on no other: only an unknown one is claimed.
                         let unknown = away.is_none() && !is_new;
                         let shared = self.claims.as_ref().map(|claims| {
                             let claim = unknown.then(|| claims.next());
@@ -229,7 +229,7 @@ impl Sessions {
         self.enter_alone(present, at, away, clean, expiry_s).await
     }
 
-    /// As [`Sessions::enter`], after any earlier connection to this node.
+    /// Continues [`Sessions::enter`] once no earlier connection to this node is left.
     async fn enter_alone(
         &self,
         present: Present,
@@ -258,11 +258,11 @@ impl Sessions {
         Ok(Taken { present, session, resumed })
     }
 
-    /// What a client that was here before goes on with.
+    /// The session with which a client that was on this node continues.
     fn resume(&self, key: &ClientKey, away: Away, clean: bool) -> Option<Session> {
         let Away { session, will, .. } = away;
         if !clean {
-            // It is back before its will was due.
+            // The client is back before its will was due, so the will is dropped.
             return Some(session);
         }
         self.end(key, &session);
@@ -272,8 +272,8 @@ impl Sessions {
         None
     }
 
-    /// A client begins to be connected, with the session that it had or a new one. `found` is what the
-    /// bucket of a cluster has of it, if that had to be asked.
+    /// Begins a connection's session: the earlier one or a new one. `found` is the bucket's cell of the
+    /// client, if the cluster's bucket was asked.
     fn begin(
         &self,
         key: &ClientKey,
@@ -292,7 +292,7 @@ impl Sessions {
                 if !stored {
                     session.position = self.subscribers.log.next_offset();
                 }
-                // Over the other one, if there is one.
+                // This overwrites the other session, if there is one.
                 Change::PutSession(session.to_stored(&key.0, &key.1))
             }
             (false, stored) => match other.or(stored.then_some(session.uid)) {
@@ -305,12 +305,12 @@ impl Sessions {
             Some(found) => vec![Change::Found(Box::new(found)), change],
             None => vec![change],
         };
-        // In time: what follows and has to wait for the disk comes behind it.
+        // Not awaited: the store writes in order, so a later write that is awaited covers this one.
         drop(self.subscribers.store.write(changes));
         session
     }
 
-    /// A session is over, for good.
+    /// Ends a session for good, on the disk and in its groups.
     fn end(&self, key: &ClientKey, session: &Session) {
         let mut changes: Vec<Change> =
             session.stored.then_some(Change::RemoveSession(session.uid)).into_iter().collect();
@@ -323,7 +323,7 @@ impl Sessions {
         drop(self.subscribers.store.write(changes));
     }
 
-    /// A session gives up a group's subscription. Returns what is to be written of that.
+    /// Takes a session out of a group. Returns the change to write, if the group ends with that.
     pub(super) fn leave_group(&self, group: &GroupKey, session: &Session) -> Option<Change> {
         let gone = self.subscribers.groups.leave(group, session.uid, session.ever_stayed);
         gone.then(|| {
@@ -333,7 +333,7 @@ impl Sessions {
         })
     }
 
-    /// Publishes a will by itself.
+    /// Publishes a will on a task of its own.
     fn publish(&self, will: Box<Will>) {
         let intake = self.intake.clone();
         self.wills.spawn(async move { will.publish(&intake).await });
@@ -350,7 +350,7 @@ impl Sessions {
             if away.expires_at.is_some_and(|at| at <= now)
                 && let Some(away) = clients.entries.remove(&key).and_then(|entry| entry.away)
             {
-                // A session's end is the last moment for its will.
+                // A will is due at the latest when its session ends (MQTT 5 section 3.1.3.2.2).
                 wills.extend(away.will.map(|(will, _)| will));
                 ended.push((key, away.session));
             }
@@ -363,7 +363,7 @@ impl Sessions {
         }
     }
 
-    /// What has changed of how far everybody is.
+    /// The cursors of sessions and groups that have moved since they were last written.
     fn progress(&self) -> Vec<Change> {
         let routed = self.subscribers.router.routed();
         let mut clients = self.locked();
@@ -384,7 +384,7 @@ impl Sessions {
         changes
     }
 
-    /// Tells every client, and every one that comes after, to close.
+    /// Closes every connection, including those that come later.
     pub(super) fn drain(&self) {
         let mut clients = self.locked();
         clients.draining = true;
@@ -392,8 +392,8 @@ impl Sessions {
         connected.for_each(|connected| connected.control.close(Close::Drain));
     }
 
-    /// After the last connection: publishes the wills that wait for their time, which would be lost,
-    /// and writes how far the groups are.
+    /// Runs after the last connection: publishes the delayed wills, which would otherwise be lost, and
+    /// writes the groups' cursors.
     pub(super) async fn finish(&self) {
         let waiting: Vec<Box<Will>> = {
             let mut clients = self.locked();
@@ -422,13 +422,13 @@ impl Clients {
     }
 }
 
-/// The group of a shared subscription.
+/// The group of a filter, if it is a shared subscription.
 pub(super) fn group_of(datasource: &DatasourceId, filter: &str) -> Option<GroupKey> {
     let wanted = Wanted::parse(filter)?;
     Some((datasource.clone(), wanted.group?.into(), wanted.filter.as_str().into()))
 }
 
-/// A number that no other session has.
+/// A random number, to tell this session from every other.
 fn new_uid() -> u64 {
     let mut random = [0; 8];
     if rand::rngs::SysRng.try_fill_bytes(&mut random).is_err() {

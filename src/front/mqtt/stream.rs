@@ -1,5 +1,5 @@
-//! What carries a client's bytes. The protocol is the same over each; a connection does not ask
-//! which one it has.
+//! The transport of a client's bytes: TCP, TLS or WebSocket. MQTT is the same over each, and a
+//! connection does not know which one it has.
 
 use std::io;
 use std::pin::Pin;
@@ -15,13 +15,13 @@ use super::websocket::WebSocket;
 pub(super) enum Stream {
     /// MQTT straight on TCP.
     Tcp(TcpStream),
-    /// Over TLS.
+    /// MQTT over TLS.
     Tls(Box<TlsStream<TcpStream>>),
-    /// In the binary messages of a WebSocket.
+    /// MQTT in the binary messages of a WebSocket.
     WebSocket(Box<WebSocket>),
 }
 
-// A connection over TCP does not pay for what the others hold.
+// A TCP connection must not pay for the size of the other transports.
 const _: () = assert!(size_of::<Stream>() <= size_of::<TcpStream>() + size_of::<usize>());
 
 impl AsyncRead for Stream {

@@ -1,7 +1,7 @@
-//! SUBSCRIBE and UNSUBSCRIBE: what a client asks for, what it is granted, and the answer, which waits
-//! until a session that outlives its connection has it on the disk.
+//! SUBSCRIBE and UNSUBSCRIBE: the request, the decision, and the answer. The answer of a durable session
+//! waits until the subscription is on disk.
 //!
-//! The user properties `from-offset`, `from-time` and `tail` of a SUBSCRIBE begin in the past.
+//! The user properties `from-offset`, `from-time` and `tail` make a SUBSCRIBE begin in the past.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ use crate::log::{Log, ReadError};
 use crate::message::{DatasourceId, Offset, TimeMicros, Transport};
 use crate::observe::refusals::{Note, Refusals};
 
-/// A SUBSCRIBE or an UNSUBSCRIBE, out of the buffer that it was read in.
+/// A SUBSCRIBE or an UNSUBSCRIBE, copied out of the read buffer.
 pub(super) enum Request {
     Subscribe(Subscribing),
     Unsubscribe { packet_id: u16, filters: Vec<String> },
@@ -36,7 +36,7 @@ pub(super) struct Subscribing {
     replay: Result<Option<Replay>, &'static str>,
 }
 
-/// One of its filters.
+/// One filter of a SUBSCRIBE.
 pub(super) struct Asked {
     filter: String,
     qos: u8,
@@ -45,12 +45,12 @@ pub(super) struct Asked {
     retain_handling: u8,
 }
 
-/// Where in the past to begin.
+/// Where in the past a subscription begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Replay {
     Offset(Offset),
     Time(TimeMicros),
-    /// So many records of those that match.
+    /// The last so many matching records.
     Tail(u64),
 }
 
@@ -62,13 +62,13 @@ impl Replay {
                 "from-offset" => Self::Offset(value.parse().map_err(|_| "from-offset is a whole number")?),
                 "from-time" => Self::Time(
                     render::parse_time(value)
-                        .ok_or("from-time is a time as RFC 3339 has it, 2026-11-23T09:00:00Z")?,
+                        .ok_or("from-time is an RFC 3339 time such as 2026-11-23T09:00:00Z")?,
                 ),
                 "tail" => Self::Tail(value.parse().map_err(|_| "tail is a number of records")?),
                 _ => continue,
             };
             if replay.replace(parsed).is_some() {
-                return Err("one of from-offset, from-time and tail");
+                return Err("give only one of from-offset, from-time and tail");
             }
         }
         Ok(replay)
@@ -100,10 +100,10 @@ impl From<&Unsubscribe<'_>> for Request {
     }
 }
 
-/// Why a filter is not granted: the reason code, and words for people.
+/// Why a filter is not granted: the reason code and the reason string.
 struct No(Reason, String);
 
-/// What a request is answered with.
+/// What serving a request needs.
 pub(super) struct Services {
     pub(super) sessions: Arc<Sessions>,
     pub(super) subscribers: Arc<Subscribers>,
@@ -113,7 +113,7 @@ pub(super) struct Services {
     pub(super) who: Arc<Who>,
 }
 
-/// Does what `request` asks for. Returns the answer.
+/// Serves `request`. Returns the sending half, and the answer to send.
 pub(super) async fn serve(
     services: Services,
     request: Request,
@@ -135,7 +135,7 @@ pub(super) async fn serve(
 }
 
 impl Services {
-    /// Per filter the code of the SUBACK, and words for the first that is refused.
+    /// Returns the SUBACK's code for each filter, and the reason string of the first refusal.
     async fn subscribe(&self, asked: &Subscribing, outbound: &mut Outbound) -> (Vec<u8>, Option<String>) {
         let mut changes = Vec::new();
         let (mut granted, mut words) = (Vec::with_capacity(asked.filters.len()), None);
@@ -153,7 +153,7 @@ impl Services {
         if granted.iter().any(Result::is_ok)
             && let Err(error) = self.keep(outbound, changes).await
         {
-            // What is not on the disk was not granted.
+            // A subscription that is not on disk is not granted: a restart would lose it.
             words.get_or_insert(error);
             for grant in &mut granted {
                 if let Ok((slot, new, _)) = *grant {
@@ -173,7 +173,7 @@ impl Services {
         (granted.iter().map(code).collect(), words)
     }
 
-    /// Enters one subscription. Returns its slot, and whether it is new.
+    /// Adds one subscription. Returns its slot, and whether it is new.
     async fn grant_one(
         &self,
         asked: &Subscribing,
@@ -205,7 +205,7 @@ impl Services {
             Ok(Some(replay)) => {
                 let (log, datasource) = (self.subscribers.log.clone(), self.grant.datasource().clone());
                 let (replay, filter) = (*replay, wanted.filter.clone());
-                // In a cluster others may have appended what this gateway has yet to hear of.
+                // In a cluster other gateways may have appended records that this one has not followed yet.
                 let reaches = if let Replay::Offset(offset) = replay { offset } else { Offset::MAX };
                 let caught_up = log.catch_up(reaches).await;
                 caught_up.map_err(|e| No(Reason::ImplementationSpecificError, e.to_string()))?;
@@ -224,6 +224,8 @@ impl Services {
             from: 0,
         };
         let new = known.is_none();
+        // A group has one cursor for all its members, so a shared subscription goes through the group and
+        // gets no retained messages (MQTT 5 section 4.8.2); any other one has its own place in the feed.
         match wanted.group {
             None => {
                 let retained = match filter.retain_handling {
@@ -257,7 +259,7 @@ impl Services {
         }
     }
 
-    /// Per filter the code of the UNSUBACK.
+    /// Returns the UNSUBACK's code for each filter.
     async fn unsubscribe(&self, filters: &[String], outbound: &mut Outbound) -> Vec<u8> {
         const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
         let mut changes = Vec::new();
@@ -270,13 +272,13 @@ impl Services {
             Reason::Success as u8
         };
         let codes: Vec<u8> = filters.iter().map(&mut one).collect();
-        // If it cannot be written now it is with the next change; until then a restart would bring the
+        // A failed write is made good by the session's next one; until then a restart would bring the
         // subscription back.
         let _ = self.keep(outbound, changes).await;
         codes
     }
 
-    /// Returns when a durable session is on the disk as it is now.
+    /// Returns when the present state of a durable session is on disk.
     async fn keep(&self, outbound: &mut Outbound, mut changes: Vec<Change>) -> Result<(), String> {
         if !outbound.session.is_durable() {
             return Ok(());
@@ -297,9 +299,10 @@ fn begin(
 ) -> Result<Offset, ReadError> {
     let (first, end) = (log.first_offset(), log.next_offset());
     match replay {
-        // What retention has removed is told to the client as skipped.
+        // Records that retention has removed are reported to the client as skipped.
         Replay::Offset(offset) => Ok(offset.min(end)),
         Replay::Time(time) => {
+            // `offset_at` is only close to the record, and never behind it: the scan begins there.
             let mut offset = log.offset_at(time)?.max(first);
             loop {
                 let batches = log.read(offset, TAIL_BYTES)?;
@@ -321,7 +324,7 @@ fn begin(
                 true => filter.matches(&format!("{}/{}", record.datasource, record.topic)),
                 false => record.datasource == datasource.as_str() && filter.matches(record.topic),
             };
-            // Twice as far back each time, until there are enough or there is no more.
+            // Doubles the distance until enough records match or the log's beginning is reached.
             let mut back = wanted.max(1024);
             loop {
                 let begin = end.saturating_sub(back).max(first);

@@ -1,10 +1,10 @@
-//! TLS on the MQTT front: the certificate in service, and its replacement while connections live.
+//! TLS on the MQTT front: the certificate in service, and its replacement without a restart.
 //!
-//! The files are read again every few seconds and compared by content, so that it does not matter
-//! how they are replaced: written over, renamed into place, or behind a symlink that is turned
-//! round. What can be used goes into service for the connections that come; those that are there
-//! keep what they shook hands with. What cannot be used (a half-written file, a key that belongs to
-//! the next certificate) is reported once, and the old one stays in service.
+//! The files are read every few seconds and compared by content, so it does not matter how they are
+//! replaced: overwritten, renamed into place, or behind a symlink that changes its target. Valid files
+//! go into service for new connections; existing connections keep the certificate of their handshake.
+//! Invalid files (a half-written file, a key that belongs to the next certificate) are reported once,
+//! and the old certificate stays in service.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -25,9 +25,9 @@ use tracing::{info, warn};
 
 use crate::config::{ClientCertificates, MqttTls};
 
-/// How often the files are looked at.
+/// How often the files are checked for changes.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// MQTT's name in the protocol negotiation (RFC 7301). A client need not offer any.
+/// MQTT's name in ALPN (RFC 7301). A client need not offer any protocol.
 const ALPN: &[u8] = b"mqtt";
 
 /// A file of the TLS settings that cannot be used.
@@ -38,7 +38,7 @@ pub struct TlsError {
     pub setting: &'static str,
     /// The file.
     pub file: PathBuf,
-    /// What is wrong with it. Nothing of a key's file is in it.
+    /// What is wrong with the file. It quotes nothing from the file, which may be a key's.
     pub reason: String,
 }
 
@@ -46,12 +46,12 @@ pub struct TlsError {
 pub struct Tls {
     settings: MqttTls,
     in_service: RwLock<Arc<ServerConfig>>,
-    /// What the files held when they were last looked at.
+    /// The digest of the files' contents at the start.
     seen: Fingerprint,
 }
 
 impl Tls {
-    /// Reads the files of the settings, which name a certificate.
+    /// Reads the files that the settings name, which include a certificate.
     ///
     /// # Errors
     /// The file that cannot be read or used, and why.
@@ -62,25 +62,25 @@ impl Tls {
         Ok(Self { settings, in_service: RwLock::new(Arc::new(in_service)), seen })
     }
 
-    /// Shakes hands with a client, by the certificate that is in service now.
+    /// Performs the handshake with a client, with the certificate that is now in service.
     pub(super) async fn accept(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         let config = self.in_service.read().unwrap_or_else(PoisonError::into_inner).clone();
         TlsAcceptor::from(config).accept(tcp).await
     }
 
-    /// Keeps up with the files, for as long as it is polled.
+    /// Follows changes of the files for as long as it is polled.
     pub(super) async fn follow(self: Arc<Self>) {
         let mut seen = self.seen;
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
             let tls = self.clone();
-            // The files may be anywhere, also on a network that is slow today.
+            // Blocking: the files may be on a slow network file system.
             let looked = tokio::task::spawn_blocking(move || tls.look(seen)).await;
             seen = looked.unwrap_or(seen);
         }
     }
 
-    /// Looks at the files, and puts what is new and of use into service.
+    /// Reads the files, and puts them into service if they have changed and are valid.
     fn look(&self, seen: Fingerprint) -> Fingerprint {
         let files = Files::read(&self.settings);
         let now = fingerprint(&files);
@@ -100,7 +100,7 @@ impl Tls {
     }
 }
 
-/// What the files hold, or why they cannot be read, as a digest: keys are not kept to be compared.
+/// A digest of the files' contents, or of the read error. A digest, so that no key is kept to compare.
 type Fingerprint = blake3::Hash;
 
 fn fingerprint(files: &Result<Files, TlsError>) -> Fingerprint {
@@ -122,7 +122,7 @@ fn fingerprint(files: &Result<Files, TlsError>) -> Fingerprint {
 struct Files {
     certificate: Vec<u8>,
     key: Vec<u8>,
-    /// Empty where none is asked for.
+    /// Empty if no client certificates are asked for.
     client_ca: Vec<u8>,
 }
 
@@ -197,7 +197,7 @@ fn identity(settings: &MqttTls, files: &Files, provider: &CryptoProvider) -> Res
     }
 }
 
-/// Every certificate in a file, of which there has to be one.
+/// All certificates in a file, at least one.
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, &'static str> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match found {
@@ -207,7 +207,7 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, &'static str
     }
 }
 
-/// What is wrong with a PEM file, without anything that stands in it.
+/// What is wrong with a PEM file, without quoting its contents.
 fn pem_fault(error: &pem::Error) -> &'static str {
     match error {
         pem::Error::MissingSectionEnd { .. } => "it ends in the middle of a PEM section",
@@ -219,13 +219,13 @@ fn pem_fault(error: &pem::Error) -> &'static str {
 fn in_words(error: &rustls::Error) -> String {
     let words = error.to_string();
     match words.contains("UnsupportedCertVersion") {
-        // What `openssl x509 -req` makes when it is given no extensions.
+        // `openssl x509 -req` without extensions makes these.
         true => "it is of X.509 version 1, and version 3 is needed".to_owned(),
         false => words,
     }
 }
 
-/// Why a handshake failed, for the operator; `None` for a client that just left.
+/// Why a handshake failed, for the operator; `None` if the client just left.
 pub(super) fn handshake_fault(error: &io::Error) -> Option<String> {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
         Some(rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)) => {

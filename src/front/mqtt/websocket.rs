@@ -1,11 +1,9 @@
-//! A WebSocket that carries MQTT (RFC 6455; section 6 of MQTT 3.1.1 and 5): the bytes of its binary
-//! messages, one after another, are the client's byte stream. Where a message begins or ends means
-//! nothing.
+//! A WebSocket that carries MQTT (RFC 6455; section 6 of MQTT 3.1.1 and 5). The payloads of its binary
+//! messages, concatenated, are the client's byte stream; message boundaries mean nothing.
 //!
-//! Frames are taken apart where they were read: what a read of the socket brought is unmasked and
-//! moved together in the reader's own buffer. So nothing is gathered here. A message may be as long
-//! as a client likes, no length that a stranger announces makes the gateway set memory aside, and an
-//! idle WebSocket holds no buffer.
+//! Frames are decoded in place: the bytes of one socket read are unmasked and moved together in the
+//! reader's own buffer. Nothing is collected here, so a message may have any length, a length that a
+//! stranger announces allocates nothing, and an idle WebSocket holds no buffer.
 
 use std::io;
 use std::net::SocketAddr;
@@ -34,7 +32,7 @@ const PONG: u8 = 0xA;
 const FIN: u8 = 0x80;
 /// The largest header: two bytes, a length of eight, a mask of four.
 const HEADER_BYTES_MAX: usize = 14;
-/// RFC 6455, section 5.5.
+/// The largest payload of a control frame: RFC 6455, section 5.5.
 const CONTROL_BYTES_MAX: usize = 125;
 
 /// Status codes of a close, RFC 6455 section 7.4.1.
@@ -44,19 +42,19 @@ const UNSUPPORTED_DATA: u16 = 1003;
 
 /// The server's side of a WebSocket, after its opening handshake, as a byte stream.
 ///
-/// A ping is answered when the stream is read; the close frame is sent by a shutdown, with the
-/// status that fits: the client's own, or what it did wrong.
+/// Reading the stream answers pings. A shutdown sends the close frame, with the client's own status or
+/// that of the rule it broke.
 pub(super) struct WebSocket {
     tcp: TcpStream,
-    /// What the client sent right behind its opening handshake.
+    /// Bytes that the client sent right behind its opening handshake.
     early: Bytes,
     frames: Frames,
-    /// Frames on their way out, and how much of them is gone.
+    /// Outgoing frames, and how many of their bytes were sent.
     out: Vec<u8>,
     sent: usize,
-    /// The payload of the newest ping that is not answered; older ones need no answer (5.5.3).
+    /// The payload of the newest unanswered ping; older ones need no answer (section 5.5.3).
     ping: Option<Vec<u8>>,
-    /// Nothing more is taken in: the client has closed, or broken a rule. The status to close with.
+    /// The status to close with. `Some` ends the input: the client has closed or broken a rule.
     ended: Option<u16>,
     /// Our close frame is on its way.
     closing: bool,
@@ -81,7 +79,7 @@ impl WebSocket {
         }
     }
 
-    /// Ready when every frame, and the answer to a ping, is with the kernel.
+    /// Ready when the kernel has every frame, including the answer to a ping.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             while self.sent < self.out.len() {
@@ -97,13 +95,13 @@ impl WebSocket {
         }
     }
 
-    /// The next bytes of the socket, as they are.
+    /// The socket's next bytes, still framed.
     fn poll_raw(&mut self, cx: &mut Context<'_>, space: &mut [u8]) -> Poll<io::Result<usize>> {
         if !self.early.is_empty() {
             let n = self.early.len().min(space.len());
             self.early.copy_to_slice(&mut space[..n]);
             if self.early.is_empty() {
-                // It held on to what HTTP read with.
+                // Frees the buffer of the HTTP connection, which `early` shares.
                 self.early = Bytes::new();
             }
             return Poll::Ready(Ok(n));
@@ -133,8 +131,8 @@ impl AsyncRead for WebSocket {
                 return Poll::Ready(Ok(()));
             }
             if this.ended.is_some() {
-                // Behind a broken rule nothing has a meaning. It is read all the same, so that the
-                // close frame is not overtaken by a reset.
+                // Input after a violation is ignored. It is still read, because unread input would
+                // make the close a reset, and the close frame might be lost.
                 continue;
             }
             let took = match this.frames.take(&mut space[..n]) {
@@ -159,7 +157,7 @@ impl AsyncRead for WebSocket {
 }
 
 impl AsyncWrite for WebSocket {
-    /// What it takes it may still hold: a flush sends it.
+    /// Accepted bytes may still be buffered; a flush sends them.
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         ready!(this.poll_send(cx))?;
@@ -177,7 +175,7 @@ impl AsyncWrite for WebSocket {
         self.get_mut().poll_send(cx)
     }
 
-    /// Sends the close frame behind everything else, and ends our half of the TCP connection.
+    /// Sends the close frame after all other frames, and closes our half of the TCP connection.
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if !this.closing {
@@ -191,7 +189,7 @@ impl AsyncWrite for WebSocket {
     }
 }
 
-/// Appends a message of one frame, unmasked as a server's are.
+/// Appends a message as one frame, unmasked because it is a server's.
 fn put_frame(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
     let length = u16::try_from(payload.len()).expect("a frame of ours is at most WEBSOCKET_FRAME_BYTES_MAX");
     out.reserve(4 + payload.len());
@@ -206,7 +204,7 @@ fn put_frame(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
     out.extend_from_slice(payload);
 }
 
-/// A rule that the client broke.
+/// A violation of the WebSocket protocol by the client.
 #[derive(Debug, PartialEq, Eq)]
 struct Fault {
     status: u16,
@@ -219,43 +217,43 @@ impl Fault {
     }
 }
 
-/// What was in some bytes of a client.
+/// What a run of the client's bytes held.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Took {
-    /// Bytes of binary messages, now at the front of the buffer.
+    /// How many bytes of binary messages are now at the front of the buffer.
     bytes: usize,
     /// The newest ping's payload.
     ping: Option<Vec<u8>>,
-    /// The client closed; the status to answer with. What came behind was passed over.
+    /// The status to answer a close frame with. Bytes behind the close frame are ignored.
     close: Option<u16>,
 }
 
-/// A client's frames, wherever the reads of the socket cut them.
+/// Decodes a client's frames, wherever the socket's reads cut them.
 #[derive(Default)]
 struct Frames {
-    /// A header that has not come whole.
+    /// A header that is not complete yet.
     header: [u8; HEADER_BYTES_MAX],
     header_bytes: usize,
     /// The frame whose payload is being read.
     frame: Option<Frame>,
-    /// The payload of a control frame, as far as it has come.
+    /// The payload of a control frame, as far as it has arrived.
     control: Vec<u8>,
-    /// A message has begun and not ended.
+    /// A message has begun and has not ended.
     in_message: bool,
-    /// The close frame has come.
+    /// The close frame has arrived.
     closed: bool,
 }
 
 struct Frame {
     opcode: u8,
-    /// Bytes of its payload that have not come.
+    /// How many bytes of the payload are still missing.
     left: u64,
-    /// Turned so that its first byte is for the next byte of the payload.
+    /// Rotated so that its first byte applies to the payload's next byte.
     mask: [u8; 4],
 }
 
 impl Frames {
-    /// Takes in what came; the payload of binary messages is moved to the front of it.
+    /// Decodes `raw` and moves the payload of binary messages to its front.
     fn take(&mut self, raw: &mut [u8]) -> Result<Took, Fault> {
         let mut took = Took::default();
         let mut at = 0;
@@ -295,7 +293,7 @@ impl Frames {
         }
     }
 
-    /// Takes in a header's next byte; returns the frame when the header is whole.
+    /// Adds a header's next byte. Returns the frame when the header is complete.
     fn header_byte(&mut self, byte: u8) -> Result<Option<Frame>, Fault> {
         self.header[self.header_bytes] = byte;
         self.header_bytes += 1;
@@ -344,10 +342,10 @@ impl Frames {
             // [MQTT-6.0.0-1]
             TEXT => Err(Fault { status: UNSUPPORTED_DATA, text: "a text frame: MQTT is in binary frames" }),
             BINARY if self.in_message => {
-                Err(Fault::protocol("a message began before the one before it had ended"))
+                Err(Fault::protocol("a new message began inside an unfinished message"))
             }
             CONTINUATION if !self.in_message => {
-                Err(Fault::protocol("a continuation of a message that had not begun"))
+                Err(Fault::protocol("a continuation without a message that has begun"))
             }
             BINARY | CONTINUATION => {
                 self.in_message = !fin;
@@ -372,7 +370,7 @@ fn status_of(payload: &[u8]) -> Result<u16, Fault> {
     }
 }
 
-/// Takes the mask off, and turns the mask for the bytes that come after.
+/// Unmasks `bytes`, and rotates the mask for the bytes that follow.
 fn unmask(bytes: &mut [u8], mask: &mut [u8; 4]) {
     let [a, b, c, d] = *mask;
     let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);

@@ -1,6 +1,6 @@
-//! A will: the message that a client leaves with its CONNECT, to be published when its connection is
-//! lost (MQTT 5 section 3.1.2.5). It goes through intake as any other message, under the key that
-//! the client connected with: when that is dead by then, the will is refused.
+//! A will: the message in a client's CONNECT that is published when the connection is lost (MQTT 5
+//! section 3.1.2.5). It goes through intake like any other message, under the key that the client
+//! connected with. If that key is dead by then, the will is refused.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::auth::Grant;
 use crate::intake::{Draft, Incoming, Intake, Refusal};
 use crate::message::{RecordFlags, Transport};
 
-/// A will that intake would take.
+/// A will that has passed intake's checks.
 pub(super) struct Will {
     grant: Grant,
     who: Arc<Who>,
@@ -24,15 +24,15 @@ pub(super) struct Will {
     properties: Vec<u8>,
     flags: RecordFlags,
     publisher: u64,
-    /// How long after the loss of the connection it is published, in seconds.
+    /// The delay between the loss of the connection and the publication, in seconds.
     pub(super) delay_s: u32,
 }
 
 impl Will {
-    /// Takes a will out of a CONNECT.
+    /// Makes a will from a CONNECT, and checks it.
     ///
     /// # Errors
-    /// What intake would refuse it for.
+    /// The refusal with which intake would answer the will.
     pub(super) fn new(
         will: &connect::Will<'_>,
         grant: &Grant,
@@ -64,7 +64,7 @@ impl Will {
         Ok(will)
     }
 
-    /// Publishes it; returns when it is durable, or refused.
+    /// Publishes the will. Returns when it is durable or refused.
     pub(super) async fn publish(self, intake: &Intake) {
         if let Err(refusal) = self.submit(intake).await {
             intake.refusals().note(self.who.note(&self.grant, refusal.note(Transport::Mqtt)));
@@ -85,7 +85,7 @@ impl Will {
         intake.submit(draft).await.map(drop)
     }
 
-    /// `paid`: it is not counted against a rate.
+    /// With `paid`, the will is not counted against a rate.
     fn draft(&self, intake: &Intake, paid: bool) -> Result<Draft, Refusal> {
         let mut draft = intake.draft(Transport::Mqtt, self.publisher);
         draft.sent_by(&self.who.user);
@@ -102,7 +102,7 @@ impl Will {
             exchange: None,
         };
         match draft.push(&self.grant, None, message) {
-            // It is in the draft, and in quarantine is where it is to go.
+            // A quarantined will is in the draft too, and is kept in quarantine.
             Ok(_) | Err(Refusal::Quarantined(_)) => Ok(draft),
             Err(refusal) => Err(refusal),
         }

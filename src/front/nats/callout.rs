@@ -1,8 +1,7 @@
-//! API keys as NATS users: nats-server asks, for each client that connects, whether the key that it
-//! presents is good, and is told what the client may do: publish its datasource's messages in, with the
-//! scope `ingest`, and subscribe to its datasource's stream, with the scope `subscribe`. Nothing else:
-//! what a client publishes is let in by intake like everything, under the key that the server attests
-//! (`attested.rs`), and a key that dies loses its connections (`kick.rs`).
+//! API keys as NATS users. For each client that connects, nats-server asks whether its key is good, and gets
+//! the client's permissions: the scope `ingest` may publish messages of the key's datasource, and the scope
+//! `subscribe` may subscribe to its stream. Intake checks what the client publishes, like any message, under
+//! the key that the server attests (`attested.rs`). A key that dies loses its connections (`kick.rs`).
 
 use std::fmt::Display;
 use std::io;
@@ -28,13 +27,13 @@ use crate::limits::NATS_SUBSCRIPTIONS_MAX;
 use crate::message::{Transport, now_micros};
 use crate::observe::refusals::Note;
 
-/// The one answer to a stranger: it tells nothing.
+/// The only denial text for a bad key: it does not say what is wrong with the key.
 const NO: &str = "no valid API key as user name, password or token";
 
-/// What a client of nats-server speaks.
+/// The kinds of connection that may present an API key.
 const CLIENTS: [&str; 3] = ["nats", "mqtt", "websocket"];
 
-/// Why auth callout cannot begin.
+/// Why auth callout cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum CalloutError {
     /// A seed's file that cannot be read.
@@ -47,7 +46,7 @@ pub enum CalloutError {
         /// Why.
         error: io::Error,
     },
-    /// A seed that is none.
+    /// A file without a valid seed.
     #[error("nats.callout: {} or {}: {error}", issuer.display(), curve.display())]
     Seed {
         /// The file of the issuer's seed.
@@ -57,27 +56,27 @@ pub enum CalloutError {
         /// Which of the two, and what is wrong.
         error: callout::CalloutError,
     },
-    /// A password's file.
+    /// A password's file that cannot be read.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The connections.
+    /// A connection that cannot be set up.
     #[error(transparent)]
     Nats(#[from] NatsError),
 }
 
-/// Auth callout, at work until its drain.
+/// The running tasks of auth callout.
 #[derive(Debug)]
 pub struct Callout {
     nats: Nats,
     service: JoinHandle<()>,
-    /// Lets in what the clients publish.
+    /// Admits what the clients publish.
     front: Option<JoinHandle<()>>,
     watch: Option<JoinHandle<()>>,
 }
 
 impl Callout {
-    /// Begins to answer, to let in what the clients publish, and to end the connections of dead keys. NATS
-    /// need not be there. After `drain` nothing more is answered; other gateways do.
+    /// Starts to answer requests, to admit what the clients publish, and to end the connections of dead keys.
+    /// NATS may be away. After `drain` this gateway answers no more; other gateways do.
     ///
     /// # Errors
     /// [`CalloutError`] for seeds, passwords and addresses that can never work.
@@ -106,7 +105,7 @@ impl Callout {
         })?;
         let nats = Nats::connect(&config.callout_connection("auth callout")?).await?;
         let front = if config.ingest {
-            // A connection of its own: what clients publish is not to hold up those that connect.
+            // A connection of its own, so that published messages do not delay clients that connect.
             let connection = config.callout_connection("ingest by key")?;
             let attestation = Some(Attestation::of_account(&settings.account));
             let front = Front::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
@@ -134,18 +133,18 @@ impl Callout {
         let over = nats.clone();
         let service = tokio::spawn(async move {
             if let Err(error) = service.serve(&over, drain.cancelled()).await {
-                error!(%error, "auth callout is not answered");
+                error!(%error, "auth callout requests are not answered");
             }
         });
         Ok(Self { nats, service, front, watch })
     }
 
-    /// The connection on which it is asked.
+    /// The connection on which the requests arrive.
     pub fn nats(&self) -> &Nats {
         &self.nats
     }
 
-    /// Returns when the last request and the last message are answered that came in before the drain.
+    /// Waits until all requests and messages that arrived before the drain are answered.
     pub async fn drained(self) {
         let _ = self.service.await;
         if let Some(front) = self.front {
@@ -172,14 +171,14 @@ struct Door {
 
 impl Doorman for Door {
     fn judge(&self, visitor: &Visitor) -> Verdict {
-        // What cannot be read as an address counts as one.
+        // All unreadable hosts share one address, so that its failure limit applies to them too.
         let address = visitor.host.parse().unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         if !CLIENTS.contains(&visitor.kind.as_str()) {
             let words = "only a client may present an API key, not another server";
             let note = Note::new(Transport::Nats, "connection_type", &words);
             let client = visitor.name.as_str();
             self.intake.refusals().note(Note { address: Some(address), client, ..note });
-            debug!(%address, "a NATS server wants in as a client: refused");
+            debug!(%address, "refused a NATS server that connects as a client");
             return Verdict::Deny(words.to_owned());
         }
         let authorizer = self.intake.authorizer();
@@ -189,7 +188,8 @@ impl Doorman for Door {
             Err(rejected) => return self.no(visitor, address, &rejected),
         };
         let key = grant.key();
-        // Remembered first, and asked again after: whoever ends the key in between finds it.
+        // Remember the connection before the second check of the grant: a revocation in between then either
+        // finds the connection or is seen by the check.
         let connection = Connection { server_id: visitor.server_id.clone(), client_id: visitor.client_id };
         self.let_in.remember(key.id, connection);
         if !grant.holds() {
@@ -223,7 +223,7 @@ impl Door {
         }
         if key.scopes.allow(Scope::Subscribe) {
             subscribe.push(under("stream"));
-            // MQTT's `stream/press-4/#` asks for its parent as well (MQTT 3.1.1 section 4.7.1.2).
+            // The MQTT filter `stream/press-4/#` includes its parent level (MQTT 3.1.1 section 4.7.1.2).
             subscribe.push(parent("stream"));
         }
         let soon_s = (now_micros() / 1_000_000).saturating_add(self.expiry_s);
@@ -239,7 +239,7 @@ impl Door {
         let about = Note { address: Some(address), client, key_id: *key_id, key_shape: *shape, ..note };
         self.intake.refusals().note(about);
         let key_id = key_id.as_ref().map(display);
-        // A flood writes no log.
+        // A flood of bad keys must not flood the log.
         if let Denied::TooManyFailures { .. } = denied {
             debug!(%address, cause = denied.cause(), "refused a NATS client");
             return Verdict::Deny(denied.to_string());

@@ -1,5 +1,5 @@
-//! What the headers of a NATS message say, besides its key: its id, its media type, and what its sender
-//! has added of its own, which goes on to subscribers as MQTT 5 user properties.
+//! The headers of a NATS message, besides its key: its id, its media type, and the sender's own headers,
+//! which subscribers receive as MQTT 5 user properties.
 
 use crate::front::credentials::key_in;
 use crate::front::mqtt::codec::write::user_property;
@@ -7,12 +7,12 @@ use crate::intake::Refusal;
 use crate::limits::NATS_HEADERS_BYTES_MAX;
 use crate::message::{holds_key, is_noncharacter};
 
-/// By which a message is known: another one with the same id is not kept again.
+/// The message id: a second message with the same id is not kept again.
 const MESSAGE_ID: &str = "Nats-Msg-Id";
 const CONTENT_TYPE: &str = "Content-Type";
-/// The stream that a client expects to answer.
+/// The stream from which a client expects the answer.
 const EXPECTED_STREAM: &str = "Nats-Expected-Stream";
-/// What else a client can ask JetStream for: a yes would promise it.
+/// Requests to JetStream that Headgate does not serve: accepting the message would promise them.
 const NOT_DONE: [&str; 9] = [
     EXPECTED_STREAM,
     "Nats-Expected-Last-Sequence",
@@ -25,23 +25,23 @@ const NOT_DONE: [&str; 9] = [
     "Nats-Schedule",
 ];
 
-/// What a message's headers say.
+/// The headers of a message, read.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Headers<'a> {
-    /// The media type, or nothing.
+    /// The media type; empty if none.
     pub(super) content_type: &'a str,
     pub(super) message_id: Option<&'a str>,
-    /// What is the sender's own, in MQTT 5's wire form: as much as [`NATS_HEADERS_BYTES_MAX`], by name.
-    /// What MQTT cannot carry is left out, as is what only a gateway says (`Headgate-…`), or a server
-    /// (`Nats-…`).
+    /// The sender's own headers in MQTT 5's wire form, sorted by name, up to [`NATS_HEADERS_BYTES_MAX`].
+    /// Headers that MQTT cannot carry are left out, and those reserved for gateways (`Headgate-…`) and
+    /// servers (`Nats-…`).
     pub(super) properties: Vec<u8>,
 }
 
 impl<'a> Headers<'a> {
-    /// Reads them.
+    /// Reads the headers of a message.
     ///
     /// # Errors
-    /// [`Refusal::Header`] for one that asks for what is not done here.
+    /// [`Refusal::Header`] for a header that asks for something unsupported.
     pub(super) fn read(
         headers: impl Iterator<Item = (&'a str, &'a str)>,
         stream: &str,
@@ -63,7 +63,7 @@ impl<'a> Headers<'a> {
                 own.push((name, value));
             }
         }
-        // They come in no order.
+        // The headers arrive in no particular order: sort, so that the same ones give the same record.
         own.sort_by_key(|(name, _)| *name);
         for (name, value) in own {
             if read.properties.len() + 5 + name.len() + value.len() <= NATS_HEADERS_BYTES_MAX {
@@ -74,7 +74,7 @@ impl<'a> Headers<'a> {
     }
 }
 
-/// What only a gateway says, or a server's MQTT.
+/// Whether a name is reserved for gateways, or for a server's MQTT.
 fn is_reserved(name: &str) -> bool {
     begins(name, "Headgate-") || begins(name, "Nmqtt-")
 }
@@ -83,8 +83,7 @@ fn begins(name: &str, prefix: &str) -> bool {
     name.get(..prefix.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(prefix))
 }
 
-/// Whether a header can be a user property, and may: none that a subscriber's client would choke on, and
-/// none with a secret in it.
+/// Whether a header may become a user property: valid in MQTT, and without a secret.
 fn crosses(name: &str, value: &str) -> bool {
     let plain = |text: &str| !text.chars().any(|c| c.is_control() || is_noncharacter(c)) && !holds_key(text);
     plain(name) && plain(value)

@@ -1,5 +1,4 @@
-//! Whose a message is: the grant of the key that one of its headers presents, or of the one that the
-//! server attests.
+//! The grant of a message: that of the key in one of its headers, or of the key that the server attests.
 
 use headgate_bridge_nats::inlet::Parcel;
 
@@ -7,12 +6,12 @@ use super::attested::{Attestation, Sender};
 use crate::auth::{Authorizer, Denied, Grant, Rejected};
 use crate::front::credentials::{key_in, one_key};
 
-/// The grant of the key that a message carries; of one that carries none, where servers attest, the grant
-/// of the key that its sender was let in with. Nothing else that it says of itself is believed.
+/// The grant of the key that a message carries. Without a key, and with an `attestation`, the grant of the
+/// key that its sender was admitted with. No other header is trusted.
 ///
 /// # Errors
-/// [`Denied::NoKey`], [`Denied::Ambiguous`] for two different keys, and whatever the authorizer says of
-/// the one there is. None of it counts against anybody.
+/// [`Denied::NoKey`], [`Denied::Ambiguous`] for two different keys, and the authorizer's denial of a single
+/// key. None of them counts toward an address's failure limit, since the address is not known.
 pub(super) fn of(
     parcel: &Parcel,
     authorizer: &Authorizer,

@@ -1,7 +1,7 @@
-//! Ingest: a batch of NATS messages becomes one draft, and what becomes of that the answers.
+//! Ingest: turns a batch of NATS messages into one draft, and the draft's outcome into the answers.
 //!
-//! NATS cannot be told to wait, so nobody is held back: what HTTP answers with 429 or 503 is answered so
-//! here, and the sender comes again.
+//! A publisher on NATS cannot be held back. Where HTTP answers 429 or 503, this front does the same, and the
+//! sender tries again.
 
 use std::sync::Arc;
 
@@ -21,22 +21,22 @@ use crate::message::{DatasourceId, KeyId, RecordFlags, Transport};
 use crate::observe::refusals::Note;
 use crate::subject::{Space, topic_of};
 
-/// Lets messages in.
+/// Admits the messages of NATS.
 pub(super) struct Ingest {
     intake: Intake,
-    /// The stream in whose name is answered.
+    /// The stream name in the answers.
     stream: String,
-    /// Who sends them, as far as NATS says: somebody on it.
+    /// The client on record: NATS does not tell one sender from another.
     client: Arc<Client>,
-    /// Who sends those that carry no key, if a server's word for it can be trusted.
+    /// How to find the sender of a message without a key, if servers attest it.
     attestation: Option<Attestation>,
 }
 
-/// What a message of a batch is due.
+/// What the answer to a message of a batch depends on.
 enum Due {
-    /// It is in the draft: so many others are before it in this origin of it.
+    /// It is in the draft, at this place among the messages of this origin.
     Admitted { origin: usize, place: usize },
-    /// The same, on its way into quarantine, and told so.
+    /// The same, but it goes into quarantine, and the sender is told so.
     Quarantined { origin: usize, place: usize, problem: Problem },
     /// It was refused.
     Refused(Verdict),
@@ -55,10 +55,10 @@ impl From<Rejected> for Refusing {
     }
 }
 
-/// Messages on their way into one draft.
+/// A draft under construction.
 struct Batch {
     draft: Draft,
-    /// Per origin of the draft: how many messages are in it.
+    /// The number of messages for each origin of the draft.
     counts: Vec<usize>,
 }
 
@@ -79,7 +79,7 @@ impl Ingest {
         Self { intake, stream: stream.to_owned(), client, attestation }
     }
 
-    /// Checks one message and adds it to the draft, or reports why not.
+    /// Checks one message and adds it to the draft, or reports its refusal.
     fn take(&self, batch: &mut Batch, parcel: &Parcel) -> Due {
         match self.push(&mut batch.draft, parcel) {
             Ok(origin) => Due::Admitted { origin, place: batch.place(origin) },
@@ -111,7 +111,7 @@ impl Ingest {
         let addressed = address(&grant, parcel);
         let read = addressed.and_then(|to| Ok((to, Headers::read(parcel.headers(), &self.stream)?)));
         let ((datasource, topic), headers) = read.map_err(|refusal| {
-            // What the draft refuses is counted there.
+            // Refusals by the draft are counted there; these come before it.
             self.intake.authorizer().registry().refused(grant.key());
             refusing(refusal)
         })?;
@@ -135,7 +135,7 @@ impl Inlet for Ingest {
         draft.sent_by(&self.client);
         let mut batch = Batch { draft, counts: Vec::new() };
         let due: Vec<Due> = parcels.iter().map(|parcel| self.take(&mut batch, parcel)).collect();
-        // They are in the draft: what waits for the disk is held once.
+        // The draft has copies: free the originals before the wait for the disk.
         drop(parcels);
         let admitted = match batch.draft {
             draft if draft.is_empty() => None,
@@ -160,7 +160,7 @@ impl Inlet for Ingest {
 }
 
 impl Due {
-    /// What a message is told, now that it is known what has become of its draft.
+    /// The verdict on a message, given the outcome of its draft.
     fn settle(self, accepted: &Result<Accepted, Refusal>, intake: &Intake) -> Verdict {
         let (origin, place, problem) = match self {
             Due::Refused(verdict) => return verdict,
@@ -176,9 +176,9 @@ impl Due {
         };
         let (seq, duplicate) = match outcome {
             Some(Outcome::Kept(offsets)) => (offsets.nth(place), false),
-            // With an id it is alone.
+            // A message with an id has an origin of its own.
             Some(Outcome::Duplicate(earlier)) => (earlier.first(), true),
-            // The key died on the way; intake has counted it.
+            // The key died before the write; intake has counted it.
             Some(Outcome::KeyDead) | None => return reply::refused(Refusal::from(Denied::Revoked)),
         };
         match problem {
@@ -188,11 +188,11 @@ impl Due {
     }
 }
 
-/// Where a message goes: the datasource and the topic that its subject names, if its key may publish
-/// there and the sender be answered.
+/// The datasource and the topic that a message's subject names, if its key may publish there and its reply
+/// subject is acceptable.
 fn address(grant: &Grant, parcel: &Parcel) -> Result<(DatasourceId, String), Refusal> {
     let (named, tokens) = Space::Ingest.split(parcel.subject())?;
-    // Before anything else is said about the subject.
+    // Check the grant first: without it the sender learns nothing else about the subject.
     grant.allows(Scope::Ingest, named)?;
     let own = grant.datasource();
     let datasource = if own.as_str() == named { own.clone() } else { DatasourceId::new(named)? };
@@ -202,7 +202,7 @@ fn address(grant: &Grant, parcel: &Parcel) -> Result<(DatasourceId, String), Ref
     Ok((datasource, topic_of(tokens)?))
 }
 
-/// The datasource that a subject names, or nothing: anything else may be written there.
+/// The datasource that a subject names; empty if it is no valid id, as a sender may write anything there.
 fn datasource_in(subject: &str) -> &str {
     let named = Space::Ingest.split(subject).map_or("", |(datasource, _)| datasource);
     if DatasourceId::new(named).is_ok() { named } else { "" }

@@ -1,11 +1,11 @@
-//! The end of connections whose key is dead. A nats-server has them, not the gateway, and keeps them until
-//! their permission expires; so whoever ends a key has the servers asked, through the system account,
-//! which connections are called after it, and has each of them ended.
+//! Ends the NATS connections of dead keys. The connections belong to a nats-server, which keeps them until
+//! their permission expires. So when a key ends, the gateway asks the servers, through the system account,
+//! for the connections with the key's user name, and ends each of them.
 //!
-//! What the servers say is the whole truth but for one moment: a client that was let in just now is not
-//! called after its key yet. So those that were are remembered for a while ([`LetIn`]), and ended by their
-//! number in their server as well. And while NATS is away nothing can be ended: then, and at every start,
-//! all connections are looked through once it is there.
+//! The servers' lists lack one thing: a client that was admitted just now does not have its user name yet.
+//! [`LetIn`] remembers such connections for a while, so that they are ended by their number in their server
+//! as well. While NATS is away no connection can be ended. So after an absence, and at every start, the
+//! gateway checks all connections once NATS is back.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,17 +21,17 @@ use crate::auth::{Authorizer, Key};
 use crate::limits::{LET_IN_FOR, LET_IN_MAX};
 use crate::message::KeyId;
 
-/// How often it is looked whether NATS is back.
+/// How often to check whether NATS is back.
 const LOOK: Duration = Duration::from_millis(500);
-/// Keys whose connections are asked for at once.
+/// Keys, or connections, that are dealt with at the same time.
 const AT_ONCE: usize = 16;
 
-/// Connections that were let in just now.
+/// Connections that were admitted recently.
 #[derive(Debug, Default)]
 pub(super) struct LetIn(Mutex<VecDeque<(Instant, KeyId, Connection)>>);
 
 impl LetIn {
-    /// Remembers one, before its server is told that it is let in.
+    /// Remembers a connection. Must be called before its server hears that it is admitted.
     pub(super) fn remember(&self, key: KeyId, connection: Connection) {
         let now = Instant::now();
         let mut let_in = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -68,13 +68,13 @@ impl Kicker {
         let_in: Arc<LetIn>,
         authorizer: Authorizer,
     ) -> Arc<Self> {
-        // Also at a start: a gateway that ended a key may have ended itself before it got so far.
+        // True at a start: the gateway may have stopped between the end of a key and that of its connections.
         let missed = AtomicBool::new(true);
         Arc::new(Self { system, account: account.to_owned(), let_in, authorizer, missed })
     }
 
-    /// Ends every connection of the dead keys. Returns when the servers have none left, or NATS is away:
-    /// then it is made good when NATS is back.
+    /// Ends every connection of the dead keys. Returns when the servers have none left. If NATS is away it
+    /// returns at once, and [`Kicker::watch`] ends them when NATS is back.
     pub(super) async fn close(&self, dead: &[Arc<Key>]) {
         if self.system.trouble().is_some() {
             return self.put_off();
@@ -104,7 +104,7 @@ impl Kicker {
         warn!("NATS is away: connections of dead keys end when it is back, and what they send is refused");
     }
 
-    /// Looks through all connections whenever some may have been missed. Never returns.
+    /// Checks all connections whenever some may have been missed. Never returns.
     pub(super) async fn watch(self: Arc<Self>) {
         loop {
             let is_away = self.system.trouble().is_some();
@@ -115,7 +115,7 @@ impl Kicker {
         }
     }
 
-    /// Ends all connections that are called after a key that is dead. `false` if NATS went away.
+    /// Ends all connections with the user name of a dead key. `false` if NATS went away.
     async fn sweep(&self) -> bool {
         let Some(all) = self.system.connections(&self.account).await else { return false };
         let is_dead = |user: &str| {

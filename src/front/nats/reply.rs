@@ -1,17 +1,17 @@
-//! The answers to those whose message was not let in: HTTP's problem documents, with the same status for
-//! the same reason, and with a member `error` as JetStream's answers have it, which makes a client's
-//! `js.publish` fail with the code and the words.
+//! The answers to refused messages: HTTP's problem documents, with the same status for the same reason. A
+//! member `error` like that of JetStream's answers makes a client's `js.publish` fail with the code and the
+//! text.
 
 use headgate_bridge_nats::inlet::{Refused, Verdict};
 use serde_json::{Value, json};
 
 use crate::front::http::problem::Problem;
 
-/// What is said to the sender.
+/// The verdict that tells a sender of its refusal.
 pub(super) fn refused(problem: impl Into<Problem>) -> Verdict {
     let (code, title, mut document, retry_after) = problem.into().told();
     let detail = document.get("detail").cloned().unwrap_or_default();
-    // nats-py takes exactly these.
+    // nats-py accepts exactly these members.
     document.insert("error".to_owned(), json!({ "code": code, "err_code": code, "description": detail }));
     let body = Value::Object(document).to_string().into_bytes();
     Verdict::Refused(Box::new(Refused { code, text: title.to_owned(), body, retry_after }))

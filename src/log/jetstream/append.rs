@@ -1,18 +1,18 @@
-//! Appending: one task that owns everything on its way into the stream. It publishes message after message
-//! without waiting for the one before, as many at once as [`IN_FLIGHT_MAX`], and answers each append when
-//! all its messages are acknowledged, in whatever order that is.
+//! Appending: one task that owns everything on its way into the stream. It pipelines messages, up to
+//! [`IN_FLIGHT_MAX`] at once, and answers each append when all its messages are acknowledged. The
+//! acknowledgements may arrive in any order.
 //!
-//! What JetStream says it has not stored (NATS is away, the stream has no leader, it is full) is published
-//! again, before anything newer, until its append gives up. So the order of messages is that of the appends,
-//! but for a moment at which some are refused and later ones, already on their way, are not.
+//! The task publishes a message again if JetStream says that it has not stored it (NATS is away, the
+//! stream has no leader, it is full): before anything newer, until its append gives up. So messages are
+//! in the order of the appends, except when some are refused while later ones are already in flight.
 //!
-//! Of what was on its way when the answer was lost nobody knows. A message with an id is published again:
-//! the id says whether it was there. One without would be kept twice; its append fails as
+//! If the answer to a message is lost, its outcome is unknown. A message with an id is published again,
+//! and the id says whether it was stored. One without an id could be stored twice, so its append fails as
 //! [`AppendError::Unknown`], and its client decides.
 //!
-//! An append is answered when this node's [follower](super::follow) has its records too, so that what was
-//! acknowledged can be read here. It comes to that at the same moment, mostly; a follower that does not
-//! get on for [`BEHIND_MAX`] is not waited for.
+//! An append is answered when this node's [follower](super::follow) has its records too, so that every
+//! acknowledged record can be read here. Usually both happen at the same time; a follower that makes no
+//! progress for [`BEHIND_MAX`] is not waited for.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -34,77 +34,77 @@ use super::own::Own;
 use crate::log::{AppendError, Committed, Offsets, OnceId, Section};
 use crate::message::{Offset, Transport};
 
-/// Messages on their way at once. A server refuses what a stream has not taken when that is more than
-/// 10,000, of all gateways together.
+/// Messages in flight at once. A server refuses more than 10,000 messages that a stream has not yet
+/// stored, from all gateways together.
 const IN_FLIGHT_MAX: usize = 4096;
 /// How long JetStream may take to acknowledge a message.
 const ACK_MAX: Duration = Duration::from_secs(5);
-/// How often what was refused is published again.
+/// The pause before refused messages are published again.
 const RETRY: Duration = Duration::from_millis(100);
-/// How long the follower may stand still before nobody waits for it.
+/// How long the follower may stand still before appends no longer wait for it.
 const BEHIND_MAX: Duration = Duration::from_millis(500);
 
-/// What the task is told.
+/// A command to the task.
 pub(super) enum Command {
-    /// Keep these.
+    /// Append sections.
     Append(Submission),
-    /// Say when everything before is settled.
+    /// Reply when every earlier append is settled.
     Barrier(oneshot::Sender<()>),
-    /// Settle what is there, and end.
+    /// Settle all appends, and end.
     Close,
 }
 
-/// Sections that are to be kept, and who wants that.
+/// Sections to append, and their caller.
 pub(super) struct Submission {
     pub(super) sections: Vec<Section>,
-    /// Until then what passes by itself is waited out.
+    /// Until then the task waits out a transient failure.
     pub(super) give_up_at: Instant,
     pub(super) reply: Reply,
 }
 
-/// Who waits for an append.
+/// The caller of an append.
 pub(super) type Reply = oneshot::Sender<Result<Committed, AppendError>>;
 
-/// What the task learns from others on the side.
+/// The result of a side request of the task.
 enum Learnt {
     /// How many records were kept before together with the first of a section.
     Earlier { place: Place, first: Offset, records: Option<u32> },
-    /// A row of `headgate-once` was written again, or not.
+    /// A row of `headgate-once` was rewritten, or could not be.
     Refreshed { append: u64, result: Result<(), AppendError> },
 }
 
-/// An append whose messages are all there, and which the follower has yet to see.
+/// An append whose messages are all stored, but which the follower has not reached.
 struct Waiting {
     committed: Committed,
     reply: Reply,
 }
 
-/// The task.
+/// The appending task.
 pub(super) struct Appender {
     shared: Arc<Shared>,
     commands: mpsc::UnboundedReceiver<Command>,
     publisher: Publisher<Place>,
     own: Own,
-    /// Those that are not settled.
+    /// Appends that are not settled.
     open: Appends,
-    /// What is to be published, in order; what was refused comes before it.
+    /// Messages to publish, in order; the refused ones come before them.
     queue: VecDeque<Place>,
     refused: BTreeSet<Place>,
     /// Why nothing is published for now, and until when.
     blocked: Option<(AppendError, Instant)>,
-    /// Who waits for all appends below a number.
+    /// Callers that wait for all appends below a number.
     barriers: VecDeque<(u64, oneshot::Sender<()>)>,
     learning: FuturesUnordered<BoxFuture<'static, Learnt>>,
-    /// By the last offset of each.
+    /// Appends that wait for the follower, by their last offset.
     waiting: BTreeMap<(Offset, u64), Waiting>,
-    /// How far the follower is, and when it last got on, or began to be waited for.
+    /// The follower's offset, and when it last moved or an append began to wait for it.
     followed: Offset,
     got_on_at: Instant,
     closing: bool,
 }
 
 impl Appender {
-    /// One without anything to do.
+    /// A task without appends.
     ///
     /// # Errors
     /// [`StreamError::Away`]: the connection was closed for good.
@@ -132,7 +132,7 @@ impl Appender {
         })
     }
 
-    /// Runs until it is told to end and everything is settled.
+    /// Runs until it is closed and every append is settled.
     pub(super) async fn run(mut self) {
         let mut followed = self.shared.tail.subscribe();
         loop {
@@ -155,7 +155,7 @@ impl Appender {
                     }
                     self.own.hand_over();
                 }
-                // The sender is in `shared`, so that waiting does not fail.
+                // Never fails: the sender is in `shared`.
                 _ = followed.changed(), if !self.waiting.is_empty() => {}
                 Some(learnt) = self.learning.next(), if !self.learning.is_empty() => self.learn(learnt),
                 command = self.commands.recv(), if !self.closing => {
@@ -200,14 +200,14 @@ impl Appender {
             Command::Close => {
                 self.closing = true;
                 self.commands.close();
-                // What passes by itself is not waited out any more.
+                // From now on transient failures are not waited out.
                 let now = Instant::now();
                 self.open.iter_mut().for_each(|open| open.give_up_at = now);
             }
         }
     }
 
-    /// Takes in an append.
+    /// Queues the messages of an append.
     fn begin(&mut self, Submission { sections, give_up_at, reply }: Submission) {
         let append = self.open.next_number();
         let mut left = 0;
@@ -228,7 +228,7 @@ impl Appender {
             let once = once.map(|(id, generation)| (id, generation.map(|generation| generation.number)));
             let records = if dead { 0 } else { section.records() };
             left += records as usize;
-            // Of several with one id the first says whether they are known.
+            // The first of several records with one id tells whether all are known.
             let at_once = if once.is_some() { records.min(1) } else { records };
             let place = |record| Place { append, section: nth, record, again: false };
             self.queue.extend((0..at_once).map(place));
@@ -250,21 +250,21 @@ impl Appender {
         self.finish(append);
     }
 
-    /// What a section is kept once under. The id of a message is the one of both that its sender repeats
-    /// with the exchange.
+    /// The id under which a section is kept once. A message id takes precedence over an exchange's: a
+    /// sender that repeats the exchange repeats it too.
     fn once_of(&self, section: &Section) -> Option<(OnceId, Option<super::once::Generation>)> {
         let id = section.once().find(|id| !id.is_exchange()).or_else(|| section.once().next())?;
         let generation = if id.is_exchange() { self.shared.once.generation(id) } else { None };
         Some((id, generation))
     }
 
-    /// Publishes what may be.
+    /// Publishes queued messages, as many as may be in flight.
     async fn pump(&mut self) {
         while self.blocked.is_none() && self.publisher.in_flight() < IN_FLIGHT_MAX {
             let Some(place) = self.refused.pop_first().or_else(|| self.queue.pop_front()) else { return };
             let Some(open) = self.open.get_mut(place.append) else { continue };
             let progress = &mut open.sections[place.section as usize];
-            // Right before it is published: from its end on nothing comes in under a lease.
+            // Checked right before publishing, so that nothing enters under a lease that has ended.
             progress.dead |= !progress.section.lease.holds();
             if progress.dead || open.error.is_some() {
                 let stands_for = progress.stands_for(place);
@@ -285,7 +285,7 @@ impl Appender {
         }
     }
 
-    /// Takes note of what has become of a message.
+    /// Records the outcome of a message.
     fn settle(&mut self, place: Place, result: Result<Ack, PublishError>) {
         let Some(open) = self.open.get_mut(place.append) else { return };
         let progress = &mut open.sections[place.section as usize];
@@ -299,7 +299,7 @@ impl Appender {
                 }
                 progress.duplicates += usize::from(known);
                 let is_first = place.record == 0 && progress.once.is_some_and(|(id, _)| !id.is_exchange());
-                // Who sends over MQTT is not told of offsets, and of one message there is nothing to ask.
+                // MQTT clients get no offsets, and a single message has no others to look up.
                 let asks = progress.offsets.len() > 1 || progress.section.transport != Transport::Mqtt;
                 let of_several = progress.stands_for(place) > 1;
                 self.shared.set_append_trouble(None);
@@ -343,14 +343,14 @@ impl Appender {
         }
     }
 
-    /// The rest of a section whose first record says that it may go.
+    /// Queues the rest of a section after the outcome of its first record allows it.
     fn add_rest(&mut self, Place { append, section, .. }: Place) {
         let Some(open) = self.open.get_mut(append) else { return };
         let records = open.sections[section as usize].section.records();
         self.refused.extend((1..records).map(|record| Place { append, section, record, again: false }));
     }
 
-    /// Asks how many records were kept before under an id that several now come with.
+    /// Looks up how many records were kept before under the id of a section with several.
     fn ask_earlier(&mut self, place: Place, first: Offset) {
         let stream = self.shared.stream.clone();
         self.learning.push(Box::pin(async move {
@@ -374,13 +374,13 @@ impl Appender {
                 let progress = &mut open.sections[place.section as usize];
                 let asked = progress.section.records();
                 match records {
-                    // It is another one, and the id alone counts.
+                    // A different section with the same id: the id alone decides.
                     Some(records) if records != asked => {
                         progress.earlier = Some(Offsets::run(first, records));
                         self.done(place.append, asked as usize);
                     }
-                    // Most likely all of it is there; if the gateway that sent it ended on the way, this
-                    // is how the rest comes in.
+                    // Usually all of it is stored. If its gateway ended halfway, this publishes the
+                    // rest.
                     _ => {
                         self.add_rest(place);
                         self.done(place.append, 1);
@@ -390,7 +390,7 @@ impl Appender {
         }
     }
 
-    /// Fails what has waited for long enough, now that nothing can be published for this reason.
+    /// Fails the appends that have waited long enough, with the error that blocks publishing.
     fn give_up(&mut self, error: &AppendError, now: Instant) {
         let open = &mut self.open;
         let mut failed = Vec::new();
@@ -408,7 +408,7 @@ impl Appender {
         failed.into_iter().for_each(|(append, messages)| self.done(append, messages));
     }
 
-    /// So many messages more of an append are settled.
+    /// Counts `messages` more of an append as settled.
     fn done(&mut self, append: u64, messages: usize) {
         if let Some(open) = self.open.get_mut(append) {
             open.left = open.left.saturating_sub(messages);
@@ -443,7 +443,7 @@ impl Appender {
         }
     }
 
-    /// Answers those whose records the follower has: all below `next_offset`.
+    /// Answers the appends that the follower has reached: all below `next_offset`.
     fn release_waiting(&mut self, next_offset: Offset) {
         while let Some(first) = self.waiting.first_entry()
             && first.key().0 < next_offset

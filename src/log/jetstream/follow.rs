@@ -1,10 +1,10 @@
-//! Following: every message of the stream, from whichever gateway, into this node's tail, where readers
-//! find it and the router is told of it.
+//! Following: brings every message of the stream, from any gateway, into this node's tail, which serves
+//! the readers and the router.
 //!
-//! JetStream pushes them. A gateway that appends much, and does so alone, would be sent all that it has just
-//! sent, which costs it and the servers as much as to append it; so it then takes its own records as they
-//! are acknowledged ([`own`](super::own)). What another gateway appends meanwhile is missing among them, and
-//! is so found within milliseconds: then, and when it appends little, it is JetStream that pushes.
+//! Usually JetStream pushes the messages. But a gateway that appends much, and alone, would receive
+//! everything it has just sent, at the same cost to it and the servers as the append. It then takes its
+//! own records as they are acknowledged ([`own`](super::own)). A record of another gateway shows within
+//! milliseconds as a gap among them. Then, or when this gateway appends little, JetStream pushes again.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,47 +22,47 @@ use super::own::Run;
 use crate::log::{Batch, Section};
 use crate::message::Offset;
 
-/// Messages that are put together at once, and their bytes.
+/// Messages that make up one batch, and their bytes.
 const BATCH_MESSAGES_MAX: usize = 1024;
 const BATCH_BYTES_MAX: usize = 1 << 20;
-/// Records a second that are much to append.
+/// A gateway that appends this many records a second appends much.
 const MUCH: u64 = 1000;
-/// Of a hundred records of the stream, how many are this gateway's if it appends alone.
+/// A gateway appends alone if it appends at least this share of the stream's records.
 const ALONE_PERCENT: u64 = 99;
-/// How often it is looked whether it does.
+/// How often to check whether this gateway appends much and alone.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How often it is looked whether it still appends much.
+/// How often to check whether it still appends much.
 const LOOK_ALONE_EVERY: Duration = Duration::from_millis(100);
-/// How long a record may be missing among its own before it counts as another's: acknowledgements may
-/// overtake each other.
+/// How long a record may be missing among the gateway's own before it counts as another's:
+/// acknowledgements may overtake each other.
 const MISSING_MAX: Duration = Duration::from_millis(5);
-/// How long it is not tried again to do without JetStream, after there were records of others: at first, and
-/// at most, which is also how long it has to last to be tried anew at once.
+/// The pause before the next attempt to do without JetStream after records of others came: the first,
+/// and the longest. An attempt that lasts as long as the longest resets the pause to the first.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-/// Runs that are kept while they cannot be used.
+/// Runs that are held until the records before them arrive.
 const RUNS_MAX: usize = 1024;
 
-/// The task: follows for as long as the log is open.
+/// The following task: runs for as long as the log is open.
 pub(super) struct Follow {
     shared: Arc<Shared>,
     follower: Follower,
     own: mpsc::Receiver<Run>,
-    /// Its own records are taken as they are acknowledged, and the follower pauses.
+    /// Since when it takes its own records as they are acknowledged, while the follower pauses.
     alone_since: Option<Instant>,
     /// Own records behind those that are in the tail.
     runs: BTreeMap<Offset, Run>,
-    /// Since when the next one of them has been missing.
+    /// Since when the record before the first of `runs` has been missing.
     missing_since: Option<Instant>,
-    /// When it was looked last, how far the stream was and how many records of it were its own.
+    /// The last check: its time, the stream's end, and the number of own records.
     looked: (Instant, Offset, u64),
-    /// When it is tried to be alone, and how long after a failure.
+    /// When to try next to do without JetStream, and the pause after a failure.
     try_at: Instant,
     pause: Duration,
     stored: Vec<Stored>,
 }
 
 impl Follow {
-    /// One that begins where the tail ends.
+    /// A task that begins where the tail ends.
     pub(super) fn new(shared: Arc<Shared>, follower: Follower, own: mpsc::Receiver<Run>) -> Self {
         let now = Instant::now();
         let looked = (now, shared.tail.next_offset(), 0);
@@ -80,19 +80,19 @@ impl Follow {
         }
     }
 
-    /// Runs until it is ended.
+    /// Runs until it is aborted.
     pub(super) async fn run(mut self) {
         loop {
             let look_at =
                 self.looked.0 + if self.alone_since.is_some() { LOOK_ALONE_EVERY } else { LOOK_EVERY };
             let missing_at = self.missing_since.map(|since| since + MISSING_MAX);
             let until = missing_at.into_iter().fold(look_at, Instant::min);
-            // Else there is nothing to look for until a message comes; and a follower that is called again and
-            // again does not notice that it hears nothing.
+            // Otherwise there is nothing to check before a message comes; and a follower whose `next` is
+            // restarted again and again never notices that it hears nothing.
             let looks = self.alone_since.is_some() || self.shared.own.wanted.load(Ordering::Relaxed);
             tokio::select! {
                 message = self.follower.next(), if self.alone_since.is_none() => self.take(message),
-                // Its sender is the appender's, which may end before.
+                // The appender owns the sender and may end first.
                 Some(run) = self.own.recv() => self.keep(run),
                 () = sleep_until(until.into()), if looks => {}
             }
@@ -111,7 +111,7 @@ impl Follow {
         self.shared.tail.next_offset()
     }
 
-    /// Takes a message, and all that have come with it; but nothing from where its own records go on.
+    /// Takes a message and all that have come with it, up to where the gateway's own records continue.
     fn take(&mut self, message: Stored) {
         let end = self.runs.first_key_value().map_or(Offset::MAX, |(first, _)| *first);
         let (mut bytes, mut message) = (0, Some(message));
@@ -129,20 +129,20 @@ impl Follow {
         }
         stored.clear();
         self.stored = stored;
-        // What the stream does not have.
+        // The stream has no records between here and `end`.
         if at_end && self.next_offset() < end {
             self.push(Batch::nothing_below(end));
         }
     }
 
-    /// Keeps a run of its own records until what comes before is there.
+    /// Keeps a run of own records until the records before it arrive.
     fn keep(&mut self, run: Run) {
         if self.shared.own.wanted.load(Ordering::Relaxed) && run.first >= self.next_offset() {
             self.runs.insert(run.first, run);
         }
     }
 
-    /// Goes on with its own records, if they are the next ones.
+    /// Moves own records into the tail, if they are the next ones.
     fn join(&mut self) {
         let mut next = self.next_offset();
         while let Some(entry) = self.runs.first_entry()
@@ -169,7 +169,7 @@ impl Follow {
         }
     }
 
-    /// Looks whether it appends much and alone.
+    /// Checks whether this gateway appends much and alone.
     fn look(&mut self, now: Instant) {
         let (looked_at, from, own_before) = self.looked;
         let (next, own) = (self.next_offset(), self.shared.own.appended.load(Ordering::Relaxed));
@@ -189,7 +189,7 @@ impl Follow {
         }
     }
 
-    /// Lets JetStream push, from here on.
+    /// Lets JetStream push again from here on.
     fn follow(&mut self, why: &'static str) {
         let (now, next) = (Instant::now(), self.next_offset());
         if let Some(since) = self.alone_since.take() {
@@ -207,7 +207,7 @@ impl Follow {
         self.pause = (2 * self.pause).min(PAUSE.1);
     }
 
-    /// Puts a batch into the tail, and tells who listens.
+    /// Puts a batch into the tail, and calls the listener.
     fn push(&self, batch: Batch) {
         self.shared.tail.push(batch.clone());
         if let Some(listener) = self.shared.listener.get() {
@@ -216,14 +216,14 @@ impl Follow {
     }
 }
 
-/// The batches that messages make up, in order, of which `next` is the first that there could be. What is
-/// missing before one, and what is no record, is passed over by a batch without records.
+/// Gathers messages into batches, in order; `next` is the first possible offset. A batch without records
+/// covers missing messages and messages that are not records.
 pub(super) fn gather(messages: &[Stored], mut next: Offset, shared: &Shared) -> Vec<Batch> {
     let mut batches = Vec::new();
     let mut sections: Vec<Section> = Vec::new();
     let mut last_time = LastTime::default();
     let mut first = next;
-    // The first offset behind what the batches say.
+    // The offset behind all that the batches cover.
     let mut said = next;
     for message in messages {
         if message.sequence > next {
@@ -247,7 +247,7 @@ pub(super) fn gather(messages: &[Stored], mut next: Offset, shared: &Shared) -> 
                 stream,
                 sequence,
                 messages = seen + 1,
-                "a message of the stream is no record of Headgate's; it is passed over"
+                "a message of the stream is not a record of Headgate; it is skipped"
             );
         }
         flush(&mut sections, first, &mut said, &mut batches);
@@ -259,7 +259,7 @@ pub(super) fn gather(messages: &[Stored], mut next: Offset, shared: &Shared) -> 
     batches
 }
 
-/// Makes a batch of what has been gathered.
+/// Makes a batch of the gathered sections.
 fn flush(sections: &mut Vec<Section>, first: Offset, said: &mut Offset, batches: &mut Vec<Batch>) {
     if !sections.is_empty() {
         let batch = Batch::gather(first, sections);

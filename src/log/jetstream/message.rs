@@ -1,6 +1,5 @@
-//! A record as a message of the stream, and back: its subject says whose it is and its topic, its payload
-//! is the payload, and what else is known of it stands in headers, so that any client of NATS can make
-//! use of it.
+//! A record as a message of the stream, and back. The subject holds the datasource and the topic, the
+//! payload is the payload, and headers hold the rest, so that any NATS client can use it.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -22,21 +21,21 @@ const PUBLISHER: HeaderName = HeaderName::from_static("Headgate-Publisher");
 const FLAGS: HeaderName = HeaderName::from_static("Headgate-Flags");
 const PROPERTIES: HeaderName = HeaderName::from_static("Headgate-Properties");
 const NOTE: HeaderName = HeaderName::from_static("Headgate-Note");
-/// Of the first of several messages that one id was given to: how many they are.
+/// On the first of several messages that share one id: how many they are.
 const TOGETHER: HeaderName = HeaderName::from_static("Headgate-Together");
 
-/// What all headers but those of properties and note take at most, in bytes.
+/// The largest size of all headers except properties and note, in bytes.
 pub(super) const HEADERS_BYTES_MAX: usize = 1024;
 
-/// The headers of a record that any message of it has.
+/// The headers of every message of a record.
 pub fn headers_of(record: &RecordRef<'_>) -> HeaderMap {
     let mut headers = origin(record.key_id, record.received_at, record.transport, record.publisher);
     add_own(record, &mut headers);
     headers
 }
 
-/// The headers that all records of a section have. They are made once for it: to write a time and to find
-/// a place for each header costs more than all else that becomes of a message here.
+/// The headers that all records of a section share. They are made once per section, because formatting a
+/// time and inserting headers is the largest cost of a message here.
 pub(super) fn headers_of_section(section: &Section) -> HeaderMap {
     origin(section.key_id, section.received_at, section.transport, section.publisher)
 }
@@ -52,7 +51,7 @@ fn origin(key_id: KeyId, received_at: TimeMicros, transport: Transport, publishe
     headers
 }
 
-/// Adds the headers that a record has for itself.
+/// Adds the headers that belong to a single record.
 fn add_own(record: &RecordRef<'_>, headers: &mut HeaderMap) {
     if !record.content_type.is_empty() {
         headers.insert(CONTENT_TYPE, record.content_type);
@@ -67,11 +66,11 @@ fn add_own(record: &RecordRef<'_>, headers: &mut HeaderMap) {
     }
 }
 
-/// The message of a record. `headers` are its section's ([`headers_of_section`]); `id` is what it is kept once
-/// under; `together`, how many messages that was given to, on the first of them.
+/// Encodes a record as a message. `headers` are its section's ([`headers_of_section`]), `id` is its id in
+/// the stream, and `together`, on the first message only, says how many share the id.
 ///
 /// # Errors
-/// [`SubjectError`] for a topic that is no subject.
+/// [`SubjectError`] for a topic that is not a subject.
 pub(super) fn encode(
     record: &RecordRef<'_>,
     headers: &HeaderMap,
@@ -95,7 +94,7 @@ pub(super) fn encode(
     Ok(Outgoing { subject, headers, payload: Bytes::copy_from_slice(record.payload) })
 }
 
-/// The id of a message in the stream: that of its section, and, of several, its place among them.
+/// The id of a message in the stream: its section's id and, unless it is the first, its place there.
 pub(super) fn id_of(once: OnceId, generation: Option<u64>, nth: u32) -> String {
     use std::fmt::Write;
     let mut id = String::with_capacity(64);
@@ -112,13 +111,13 @@ pub(super) fn id_of(once: OnceId, generation: Option<u64>, nth: u32) -> String {
     id
 }
 
-/// How many messages the id of this one was given to.
+/// How many messages share the id of this one.
 pub(super) fn together(message: &Stored) -> u32 {
     text(&message.headers, TOGETHER).and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
-/// A time as it was last read: those that stand together were mostly received together, and to read one is
-/// dear.
+/// The last parsed time: neighbouring messages usually have the same time, and parsing one is
+/// expensive.
 #[derive(Debug, Default)]
 pub(super) struct LastTime {
     text: String,
@@ -135,8 +134,8 @@ impl LastTime {
     }
 }
 
-/// Adds the record that a message is to `sections`: to the last one, if it came in with what is in that.
-/// `false`: it is none that a gateway has written.
+/// Decodes a message into a record and adds it to `sections`: to the last one if it has the same origin.
+/// `false` if no gateway wrote the message.
 pub(super) fn decode(message: &Stored, last_time: &mut LastTime, sections: &mut Vec<Section>) -> bool {
     take(message, last_time, sections).is_some()
 }
@@ -171,7 +170,7 @@ fn take(message: &Stored, last_time: &mut LastTime, sections: &mut Vec<Section>)
         true => sections.last_mut()?,
         false => {
             let datasource = DatasourceId::new(datasource).ok()?;
-            // What is in the log has been let in.
+            // A record in the log was accepted: its lease never ends.
             let lease = Lease::new();
             sections.push(Section::new(datasource, key_id, lease, transport, publisher, received_at));
             sections.last_mut()?

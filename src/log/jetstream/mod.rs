@@ -1,28 +1,28 @@
-//! The log in a cluster: a stream in NATS' JetStream, on as many of its servers as it has replicas. Any number
-//! of gateways append to it and read it, and none of them keeps it. A record is a message
-//! (`message.rs`), its offset is the message's sequence.
+//! The log in a cluster: a stream in NATS JetStream, on as many servers as it has replicas. Any number
+//! of gateways append to it and read it, and none of them stores it. A record is a message
+//! (`message.rs`), and its offset is the message's sequence.
 //!
 //! - Appending (`append.rs`): pipelined; an append is answered when JetStream has acknowledged its messages.
-//! - Following (`follow.rs`): what any gateway has appended comes into this one's tail, from which readers
-//!   that keep up and the router are served. What it has appended itself it has already (`own.rs`).
-//! - Reading (`read.rs`): what is older comes from the servers.
-//! - Ids (`once.rs`): those of messages are JetStream's own, for its window; those of QoS 2 exchanges have
+//! - Following (`follow.rs`): brings the records of all gateways into this one's tail, which serves the
+//!   router and readers that keep up. A gateway's own records need not travel back (`own.rs`).
+//! - Reading (`read.rs`): older records come from the servers.
+//! - Ids (`once.rs`): JetStream knows the ids of messages for its window; the ids of QoS 2 exchanges have
 //!   generations.
-//! - Sharing (`share.rs`): places of which each record goes to one reader.
-//! - Retention (`retention.rs`): by the gateways, as only they know what is stored.
+//! - Sharing (`share.rs`): shared places in the log, where each record goes to one reader.
+//! - Retention (`retention.rs`): by the gateways, because only they know what is stored.
 //!
 //! # Promises, where they differ from the embedded log's
 //!
 //! - Offsets go up, and there may be gaps: a section's records need not follow each other, as other
 //!   gateways append meanwhile.
-//! - An append that has resolved `Ok` is in the stream: on a majority of its replicas. JetStream itself
-//!   syncs its files every two minutes (`sync_interval`), so that what makes a record outlive a loss of
-//!   power is that it is on several servers.
-//! - Of an append of several messages that fails some may be kept: each is a message of its own. Sent again
-//!   with an id, what is missing comes in and the rest does not come in twice.
-//! - `received_at` is the time of the gateway that read the message, and goes as that one's clock.
-//! - An id of which JetStream is asked after the append was lost with its connection counts as kept, also
-//!   where it was there before.
+//! - An append that has resolved `Ok` is in the stream, on a majority of its replicas. JetStream
+//!   syncs its files only every two minutes (`sync_interval`), so a record survives a power failure because
+//!   it is on several servers.
+//! - A failed append of several messages may have kept some of them, as each is a separate message. If it is
+//!   sent again with an id, only the missing ones are added.
+//! - `received_at` comes from the clock of the gateway that read the message.
+//! - When the connection is lost during an append and its ids are published again, an id that JetStream
+//!   knows counts as kept by this append, even if it was there before.
 
 mod append;
 mod follow;
@@ -66,26 +66,26 @@ pub use headgate_bridge_nats::stream::SharedPlace;
 pub use message::headers_of;
 pub use share::{Given, KEEP_EVERY, ShareError, SharedPlaces, SharedRecords};
 
-/// How often it is looked whether the stream is there, and how large it is.
+/// How often to check that the stream is there, and how large it is.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How long somebody waits until this gateway has followed what others have appended.
+/// How long a caller waits for this gateway to follow what others have appended.
 const CATCH_UP_MAX: Duration = Duration::from_secs(3);
 
-/// The log in a cluster. It ends with the last handle.
+/// The log in a cluster. Dropping it ends its tasks.
 pub struct JetstreamLog {
     shared: Arc<Shared>,
     commands: mpsc::UnboundedSender<Command>,
     appender: Mutex<Option<JoinHandle<()>>>,
     follower: JoinHandle<()>,
     others: [JoinHandle<()>; 2],
-    /// Where reading is done, for threads that wait for it.
+    /// Runs the reads of blocking threads.
     runtime: Handle,
 }
 
-/// What the tasks and the readers have in common.
+/// The state that the tasks and the readers share.
 struct Shared {
     stream: Stream,
-    /// The connection that the stream is followed over.
+    /// The connection for following the stream.
     following: Nats,
     once: Once,
     tail: Tail,
@@ -97,21 +97,21 @@ struct Shared {
     first_offset: AtomicU64,
     bytes: AtomicU64,
     retention_bytes: u64,
-    /// Messages that are no records.
+    /// How many messages of the stream are not records.
     foreign: AtomicU64,
-    /// Somebody found the stream full.
+    /// Notified when an append finds the stream full.
     room_wanted: Notify,
-    /// Of a message nobody knows what has become of it: it may be on its way still.
+    /// The outcome of a message is unknown: it may still be on its way.
     lost_track: AtomicBool,
     trouble: Trouble,
 }
 
-/// What this gateway appends itself.
+/// The records that this gateway appends itself.
 #[derive(Default)]
 struct Appended {
-    /// How many records it has.
+    /// How many it has appended.
     appended: AtomicU64,
-    /// Whether they are taken from here ([`own`]).
+    /// Whether the follower wants them ([`own`]).
     wanted: AtomicBool,
 }
 
@@ -120,14 +120,14 @@ struct Appended {
 struct Trouble {
     /// Whether there is any.
     any: AtomicBool,
-    /// What an append was told, until one succeeds.
+    /// The error of the last failed append, until one succeeds.
     of_append: Mutex<Option<String>>,
-    /// What the stream was found to be like.
+    /// The error of the last check of the stream.
     of_stream: Mutex<Option<String>>,
 }
 
 impl Shared {
-    /// Takes note of why an append failed, or that one did not.
+    /// Notes why an append failed, or `None` after one that succeeded.
     fn set_append_trouble(&self, trouble: Option<String>) {
         let trouble_of = &self.trouble;
         if trouble.is_none() && !trouble_of.any.load(Ordering::Acquire) {
@@ -145,7 +145,7 @@ impl Shared {
     }
 
     fn note_state(&self, state: &StreamState) {
-        // A stream that nothing was removed from begins at 1, and nothing is missing below.
+        // An untouched stream begins at 1, and no record is missing below that.
         let first = if state.first <= 1 { 0 } else { state.first };
         self.first_offset.fetch_max(first, Ordering::AcqRel);
         self.bytes.store(state.bytes, Ordering::Relaxed);
@@ -153,13 +153,13 @@ impl Shared {
 }
 
 impl JetstreamLog {
-    /// Opens the stream and the buckets beside it, and begins to follow it at its end. `node` is what this
-    /// gateway is called in the cluster, now and after a restart. What is followed comes over a connection of
-    /// its own, so that it does not stand in the way of acknowledgements.
+    /// Opens the stream and its buckets, and begins to follow the stream at its end. `node` is this
+    /// gateway's name in the cluster, the same after a restart. Following has a separate connection
+    /// (`following`), so that it does not delay acknowledgements.
     ///
     /// # Errors
-    /// [`OpenError::Away`] while NATS is or cannot answer, so that it may be tried again;
-    /// [`OpenError::Refused`] if JetStream does not have such a stream, or has another one of that name.
+    /// [`OpenError::Away`] while NATS cannot be reached or does not answer: try again.
+    /// [`OpenError::Refused`] if JetStream cannot have such a stream, or has a different one of that name.
     pub async fn open(nats: &Nats, following: &Nats, config: &Config, node: &str) -> Result<Self, OpenError> {
         let (name, replicas) = (config.nats.stream.name.clone(), config.nats.stream.replicas);
         let window = Duration::from_secs(config.intake.dedup_window_s);
@@ -203,12 +203,12 @@ impl JetstreamLog {
         Ok(Self { shared, commands, appender, follower, others, runtime })
     }
 
-    /// Places in it that gateways share.
+    /// The shared places of this log.
     pub fn shared_places(&self) -> SharedPlaces {
         SharedPlaces::of(self.shared.clone())
     }
 
-    /// Runs a reading task for a thread that waits for it.
+    /// Runs a read on the runtime and blocks until it ends.
     fn wait_for<T: Send + 'static>(
         &self,
         reading: impl Future<Output = Result<T, ReadError>> + Send + 'static,
@@ -219,7 +219,7 @@ impl JetstreamLog {
     }
 }
 
-/// Looks now and then whether the stream is there.
+/// Checks at intervals whether the stream is there.
 async fn look_after(shared: Arc<Shared>) {
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
@@ -253,10 +253,10 @@ impl Log for JetstreamLog {
         }
     }
 
-    /// Each record is a message of its own: of a call that fails some may be kept.
+    /// Each record is a separate message: a failed call may have kept some of them.
     fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> Committing {
         let (reply, committed) = oneshot::channel();
-        // Without the task, the receiver says that the log is closed.
+        // If the task has ended, the log is closed.
         if let Err(refused) = self.commands.send(Command::Append(Submission { sections, give_up_at, reply }))
             && let Command::Append(submission) = refused.0
         {
@@ -271,8 +271,8 @@ impl Log for JetstreamLog {
         committed
     }
 
-    /// Returns when everything that was appended before is acknowledged or has failed. While NATS is away, what
-    /// was on its way when it went may come in yet, and this does not return.
+    /// Returns when every earlier append is acknowledged or has failed. It does not return while NATS is
+    /// away and messages in flight at the loss may still arrive.
     fn barrier(&self) -> Task<'_, ()> {
         let (reply, passed) = oneshot::channel();
         let sent = self.commands.send(Command::Barrier(reply));
@@ -282,8 +282,8 @@ impl Log for JetstreamLog {
             }
             let (lost_track, stream) = (&self.shared.lost_track, &self.shared.stream);
             if lost_track.load(Ordering::Acquire) {
-                // Behind everything that the connection was given before; the answer, behind what the server
-                // was.
+                // A flush comes after all that the connection was given; the stream's answer comes after
+                // all that the server received.
                 while stream.nats().client().flush().await.is_err() || stream.state().await.is_err() {
                     tokio::time::sleep(LOOK_EVERY).await;
                 }
@@ -304,7 +304,7 @@ impl Log for JetstreamLog {
         self.shared.tail.next_offset()
     }
 
-    /// The stream's, as its leader has it.
+    /// The end of the stream, from its leader.
     fn end(&self) -> Task<'_, Result<Offset, AppendError>> {
         Box::pin(async move {
             let state = self.shared.stream.state().await;
@@ -321,11 +321,11 @@ impl Log for JetstreamLog {
             let mut followed = self.shared.tail.subscribe();
             let caught_up = followed.wait_for(|next| *next >= end);
             match tokio::time::timeout(CATCH_UP_MAX, caught_up).await {
-                // The sender is in `shared`, so that waiting does not fail.
+                // Never fails: the sender is in `shared`.
                 Ok(_) => Ok(()),
                 Err(_) => {
                     let next = self.next_offset();
-                    let words = format!("this gateway has followed the stream to {next} only, of {end}");
+                    let words = format!("this gateway has followed the stream only to {next} of {end}");
                     Err(AppendError::Away(words.into()))
                 }
             }
@@ -344,14 +344,14 @@ impl Log for JetstreamLog {
     }
 
     fn read_recent(&self, from: Offset, bytes_max: usize) -> Option<Vec<Batch>> {
-        // There is none at 0, in any stream.
+        // A stream has no message at 0.
         if from == 0 && self.first_offset() == 0 && self.next_offset() == 1 {
             return Some(vec![Batch::nothing_below(1)]);
         }
         self.shared.tail.read(from, bytes_max)
     }
 
-    /// On the task that follows the stream.
+    /// Runs the listener on the task that follows the stream.
     fn listen(&self, listener: Listener) {
         let _ = self.shared.listener.set(listener);
     }
@@ -392,7 +392,7 @@ impl Log for JetstreamLog {
             {
                 warn!("the log's appender has failed");
             }
-            // What others append from here on is for the next start: consumers that are to end do.
+            // Stopped so that consumers can end: later records of other gateways wait for the next start.
             self.follower.abort();
         })
     }

@@ -1,14 +1,14 @@
-//! What is kept once in a cluster. JetStream knows the ids of messages for its window
-//! (`intake.dedup_window_s`), and that is all that a message id needs. A QoS 2 exchange is known until it is
-//! released, and its id is another message's then. So its id in the stream has a *generation*, which every
-//! release replaces: rows of the bucket `headgate-once`, which each node watches. A release is durable
-//! there before it is answered, and [`Once::sync`] waits until this node knows of all of them.
+//! Keeping a section once in a cluster. For a message id it is enough that JetStream knows it for its
+//! window (`intake.dedup_window_s`). The id of a QoS 2 exchange is known until the exchange is released;
+//! then the next message uses the same id. So the id in the stream has a *generation*, which every
+//! release replaces. Generations are rows of the bucket `headgate-once`, which each node watches. A release
+//! is durable there before it is answered, and [`Once::sync`] waits until this node knows all of them.
 //!
-//! A row may go once no message of an earlier generation can be known any more, or else an id without one
-//! would be taken for the one of before the first release. That is a window after it was written. While
-//! messages are published with a generation its row has to stay at least as long as JetStream knows
-//! them, as one of them may come again: so a row that is older than [`FRESH`] when its generation is used
-//! is written again. It stays for a window and [`STAYS`] more.
+//! A row may expire only when JetStream knows no message of an earlier generation any more. Otherwise an
+//! id without a generation would match a message from before the first release. That takes one window
+//! after the row was written. While messages use a generation, its row must outlive JetStream's memory of
+//! them, because one may be repeated. So a row older than [`FRESH`] is rewritten when its generation is
+//! used. A row stays for a window and [`STAYS`] more.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -24,13 +24,13 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::log::{AppendError, Committed, OnceId};
 use crate::message::{TimeMicros, now_micros};
 
-/// The bucket.
+/// The name of the bucket.
 const BUCKET: &str = "headgate-once";
-/// How old a row may be whose generation is used.
+/// A row older than this is rewritten when its generation is used.
 const FRESH: Duration = Duration::from_secs(60);
-/// For how long a row stays after the window has passed: [`FRESH`], and what clocks differ by.
+/// How long a row stays beyond the window: [`FRESH`], and the difference between clocks.
 const STAYS: Duration = Duration::from_secs(120);
-/// Rows that are written at once.
+/// Rows that are written together.
 const ROWS_MAX: usize = 500;
 /// How long the first reading of the bucket may take.
 const OPEN_MAX: Duration = Duration::from_secs(30);
@@ -39,7 +39,7 @@ const SYNC_MAX: Duration = Duration::from_secs(5);
 /// The pause before another attempt.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// What a release is answered with.
+/// The caller of a release.
 pub(super) type Reply = oneshot::Sender<Result<Committed, AppendError>>;
 
 /// The generations of exchanges, as this node knows them.
@@ -50,10 +50,10 @@ pub(super) struct Once {
     tasks: [JoinHandle<()>; 2],
 }
 
-/// What an exchange's id has behind it.
+/// The generation of an exchange's id.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Generation {
-    /// The number.
+    /// A number that no other generation has.
     pub(super) number: u64,
     /// When its row was written.
     at: TimeMicros,
@@ -61,7 +61,7 @@ pub(super) struct Generation {
 }
 
 impl Generation {
-    /// Whether its row has to be written again when it is used.
+    /// Whether its row has to be rewritten when it is used.
     pub(super) fn is_stale(self) -> bool {
         let age = now_micros().saturating_sub(self.at);
         age > i64::try_from(FRESH.as_micros()).unwrap_or(i64::MAX)
@@ -108,7 +108,7 @@ impl Once {
         });
         let (work, waiting) = mpsc::unbounded_channel();
         let writing = tokio::spawn(write(bucket, known.clone(), waiting));
-        // From here on the first rows are dealt with.
+        // The watching task has applied the first rows when this returns.
         seen.sync(SYNC_MAX).await?;
         Ok(Self { known, seen, work, tasks: [watching, writing] })
     }
@@ -118,13 +118,13 @@ impl Once {
         self.known.read().unwrap_or_else(PoisonError::into_inner).get(&id).copied()
     }
 
-    /// Ends exchanges: their ids are those of other messages when it is answered.
+    /// Ends exchanges: once answered, their ids belong to new messages.
     pub(super) fn release(&self, ids: Vec<OnceId>, give_up_at: std::time::Instant, reply: Reply) {
-        // Without the task, whoever waits learns that the log is closed.
+        // If the task has ended, the dropped reply says that the log is closed.
         let _ = self.work.send(Work::Release { ids, give_up_at: give_up_at.into(), reply });
     }
 
-    /// Writes a stale row again.
+    /// Rewrites a stale row.
     pub(super) fn refresh(
         &self,
         id: OnceId,
@@ -135,7 +135,7 @@ impl Once {
         refreshed
     }
 
-    /// Waits until this node knows of every release that was answered before.
+    /// Waits until this node knows every release that was answered before.
     ///
     /// # Errors
     /// [`AppendError::Away`].
@@ -151,7 +151,7 @@ impl Drop for Once {
     }
 }
 
-/// Takes in what has changed.
+/// Applies an update of the bucket.
 fn take(known: &RwLock<HashMap<OnceId, Generation>>, update: Update) {
     let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
     if update.all {
@@ -162,7 +162,7 @@ fn take(known: &RwLock<HashMap<OnceId, Generation>>, update: Update) {
     }
 }
 
-/// Takes in what a row says, unless something newer is known.
+/// Applies a row, unless a newer revision is known.
 fn learn(known: &mut HashMap<OnceId, Generation>, key: &str, value: Option<&[u8]>, revision: Revision) {
     let Some(id) = OnceId::from_hex(key) else { return };
     if known.get(&id).is_some_and(|newer| newer.revision >= revision) {
@@ -174,7 +174,7 @@ fn learn(known: &mut HashMap<OnceId, Generation>, key: &str, value: Option<&[u8]
     }
 }
 
-/// Writes rows: as many releases at once as there are.
+/// Writes rows, with all waiting releases together.
 async fn write(
     bucket: Bucket,
     known: Arc<RwLock<HashMap<OnceId, Generation>>>,
@@ -204,7 +204,7 @@ async fn write(
     }
 }
 
-/// Writes the rows of some releases, and answers them.
+/// Writes the rows of a group of releases, and answers them.
 async fn release(
     bucket: &Bucket,
     known: &RwLock<HashMap<OnceId, Generation>>,
@@ -256,7 +256,7 @@ async fn release(
     }
 }
 
-/// Writes a row again, unless somebody else has.
+/// Rewrites a row, unless another node has.
 async fn refresh(
     bucket: &Bucket,
     known: &RwLock<HashMap<OnceId, Generation>>,
@@ -273,7 +273,7 @@ async fn refresh(
             }
             Ok(())
         }
-        // What is there now is newer.
+        // The row is newer already.
         Err(KvError::Conflict) => Ok(()),
         Err(error) => Err(away(error)),
     }
@@ -286,7 +286,7 @@ fn away(error: KvError) -> AppendError {
 /// A number that no other release has.
 fn unique() -> u64 {
     use std::hash::{BuildHasher, RandomState};
-    // Keyed anew by the operating system for each.
+    // Each `RandomState` has new random keys.
     RandomState::new().hash_one(now_micros())
 }
 

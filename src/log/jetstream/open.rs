@@ -1,4 +1,4 @@
-//! Appends that are on their way into the stream: what is known of each section and each of its messages.
+//! Appends on their way into the stream: the state of each section and each of its messages.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -9,53 +9,53 @@ use super::append::Reply;
 use crate::log::{AppendError, Committed, Offsets, OnceId, Outcome, Section};
 use crate::message::Offset;
 
-/// The appends that are not settled, by their numbers, of which the first is `first`.
+/// The appends that are not settled, numbered from `first` on.
 #[derive(Default)]
 pub(super) struct Appends {
     open: VecDeque<Option<Open>>,
     first: u64,
 }
 
-/// One message.
+/// Identifies one message of an append.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Place {
     /// The number of its append.
     pub(super) append: u64,
     pub(super) section: u32,
     pub(super) record: u32,
-    /// It may have been stored by an earlier attempt.
+    /// Whether an earlier attempt may have stored it.
     pub(super) again: bool,
 }
 
 /// An append that is not settled.
 pub(super) struct Open {
     pub(super) sections: Vec<Progress>,
-    /// Messages and rows whose fate is not known.
+    /// Messages and rows whose outcome is not known yet.
     pub(super) left: usize,
     pub(super) error: Option<AppendError>,
     pub(super) give_up_at: Instant,
     pub(super) reply: Reply,
 }
 
-/// How far a section is.
+/// The state of one section.
 pub(super) struct Progress {
     pub(super) section: Section,
-    /// What all its messages have in common.
+    /// The headers that all its messages share.
     pub(super) headers: HeaderMap,
-    /// Where its records are in it.
+    /// The positions of its records in the section.
     pub(super) places: Vec<u32>,
-    /// Its id, with the generation that an exchange's has.
+    /// Its id, with the generation if it is an exchange's.
     pub(super) once: Option<(OnceId, Option<u64>)>,
-    /// Per record: where it is, once it is.
+    /// The offset of each record that is stored; 0 before.
     pub(super) offsets: Vec<Offset>,
     pub(super) duplicates: usize,
-    /// What was kept before under its id, where that is not as many records.
+    /// The records kept before under its id, if their number differs.
     pub(super) earlier: Option<Offsets>,
     pub(super) dead: bool,
 }
 
 impl Appends {
-    /// The number that the next one gets.
+    /// The number of the next append.
     pub(super) fn next_number(&self) -> u64 {
         self.first + self.open.len() as u64
     }
@@ -70,22 +70,22 @@ impl Appends {
         self.open.is_empty()
     }
 
-    /// Takes one in. It has the number that was the next one's.
+    /// Adds an append under [`Appends::next_number`].
     pub(super) fn push(&mut self, open: Open) {
         self.open.push_back(Some(open));
     }
 
-    /// The one with a number, while it is not settled.
+    /// The append with this number, while it is not settled.
     pub(super) fn get_mut(&mut self, append: u64) -> Option<&mut Open> {
         self.slot(append)?.as_mut()
     }
 
-    /// All of them.
+    /// All appends that are not settled.
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Open> {
         self.open.iter_mut().flatten()
     }
 
-    /// Lets go of one, if nothing of it is left to be known.
+    /// Removes an append, if all its outcomes are known.
     pub(super) fn take_settled(&mut self, append: u64) -> Option<Open> {
         let settled = self.slot(append)?.take_if(|open| open.left == 0);
         while let Some(None) = self.open.front() {
@@ -102,7 +102,7 @@ impl Appends {
 }
 
 impl Open {
-    /// Who waits for it, and what he is to be told. If it was kept, also the last offset of it.
+    /// The caller and the answer; for a kept append also its last offset.
     pub(super) fn settle(self) -> (Reply, Result<(Committed, Offset), AppendError>) {
         let Self { sections, error, reply, .. } = self;
         if let Some(error) = error {
@@ -115,13 +115,13 @@ impl Open {
 }
 
 impl Progress {
-    /// How many records wait for what becomes of the one at `place`, with it: of several with one id, all
-    /// for the first.
+    /// How many records, itself included, depend on the outcome of the one at `place`: the first of several
+    /// with one id stands for all of them.
     pub(super) fn stands_for(&self, place: Place) -> usize {
         if self.once.is_some() && place.record == 0 { self.offsets.len() } else { 1 }
     }
 
-    /// What has become of it.
+    /// The outcome of the section.
     fn outcome(self) -> Outcome {
         match self.earlier {
             _ if self.dead => Outcome::KeyDead,

@@ -1,4 +1,4 @@
-//! Reading what is not in memory any more: by direct gets, which any server of the stream answers.
+//! Reading records that are no longer in memory, by direct gets, which any server of the stream answers.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,14 +12,14 @@ use crate::log::{Batch, ReadError};
 use crate::message::{Offset, TimeMicros};
 use crate::time::Rfc3339;
 
-/// What a message takes at least, about: how many are asked for is found from the bytes that are wanted.
+/// The approximate least size of a message: turns a number of bytes into a number of messages to ask for.
 const MESSAGE_BYTES_MIN: usize = 128;
-/// How often a server that is behind the others is given time, and how much.
+/// How many attempts a server that lags behind the others gets, and the pause between them.
 const BEHIND: (u32, Duration) = (20, Duration::from_millis(100));
-/// By how much the clocks of a gateway and of the servers may differ where a time is looked for.
+/// How far the clocks of a gateway and the servers may differ when a time is looked up.
 const CLOCKS_DIFFER_MICROS: i64 = 10_000_000;
 
-/// What is from an offset on that is below what has been followed.
+/// Reads from an offset below the end of the tail.
 pub(super) async fn read(
     shared: Arc<Shared>,
     from: Offset,
@@ -51,8 +51,8 @@ pub(super) async fn read(
     Err(ReadError::Away(format!("no server of stream {} has {from} yet", shared.stream.name()).into()))
 }
 
-/// An offset before which nothing was received at or after a time. JetStream knows when a message was
-/// stored, which is a little later.
+/// An offset before which no record was received at or after a time. JetStream only knows when it stored a
+/// message, which is a little later.
 pub(super) async fn offset_at(shared: Arc<Shared>, time: TimeMicros) -> Result<Offset, ReadError> {
     let time = Rfc3339(time.saturating_sub(CLOCKS_DIFFER_MICROS)).to_string();
     let found = shared.stream.sequence_at(&time).await.map_err(away)?;

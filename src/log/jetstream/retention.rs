@@ -1,7 +1,7 @@
 //! Retention in a cluster: JetStream removes nothing by itself, as it does not know what is stored. Each
-//! node says how far its consumers are, in the bucket `headgate-cursors`, and any of them removes what is
-//! over its age or its size and below all of these. A node that has said nothing for a day does not count
-//! any more.
+//! node publishes how far its consumers are in the bucket `headgate-cursors`. Any node removes records
+//! that are over the age or the size and below all cursors. A node that has published nothing for a day
+//! no longer counts.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,22 +18,22 @@ use crate::config;
 use crate::message::{Offset, now_micros};
 use crate::time::Rfc3339;
 
-/// The bucket.
+/// The name of the bucket.
 const BUCKET: &str = "headgate-cursors";
-/// For how long a node counts that says nothing more.
+/// How long a silent node still counts.
 const NODE_AGE_MAX: Duration = Duration::from_secs(24 * 3_600);
-/// How often it says so at least.
+/// The longest time after which a node publishes its cursor again, even if it has not moved.
 const SAY_EVERY: Duration = Duration::from_secs(3_600);
-/// How often it is looked after, and how long after somebody has asked for room.
+/// How often retention runs, and how soon after an append has asked for room.
 const EVERY: Duration = Duration::from_secs(5);
 const SOON: Duration = Duration::from_millis(200);
-/// From how much of its size on the oldest goes, and how much is to be left then, in percent.
+/// Removal starts above the first percentage of the size and goes down to the second.
 const FULL_PERCENT: (u64, u64) = (90, 80);
 
-/// By node, from which offset on it needs the log.
+/// The offset from which on each node needs the log.
 type Cursors = HashMap<String, Offset>;
 
-/// Keeps up with what the nodes say; `None` until all of it is known.
+/// Watches the cursors of all nodes; `None` until all of them are known.
 async fn watch(bucket: Bucket, cursors: Arc<Mutex<Option<Cursors>>>) {
     let mut watch = bucket.watch();
     loop {
@@ -53,16 +53,16 @@ async fn watch(bucket: Bucket, cursors: Arc<Mutex<Option<Cursors>>>) {
     }
 }
 
-/// Looks after it for as long as the log is open.
+/// The retention task: runs for as long as the log is open.
 pub(super) struct Retention {
     shared: Arc<Shared>,
     bucket: Bucket,
-    /// What this node is called in the bucket.
+    /// This node's key in the bucket.
     node: String,
     config: config::Log,
-    /// Nothing goes for its age before, in seconds.
+    /// The least age at which a record may be removed for its age, in seconds.
     stay_s: u64,
-    /// What this node has said last, and when.
+    /// The cursor that this node published last, and when.
     said: Option<(Offset, Instant)>,
 }
 
@@ -86,7 +86,7 @@ impl Retention {
 
     pub(super) async fn run(mut self) {
         let cursors = Arc::new(Mutex::new(None));
-        // On its own, so that it gets on whatever else there is to do.
+        // A separate task, so that slow removals do not hold it up.
         let mut watching = JoinSet::new();
         watching.spawn(watch(self.bucket.clone(), cursors.clone()));
         let mut due = Instant::now();
@@ -97,10 +97,10 @@ impl Retention {
             }
             due = Instant::now() + EVERY;
             if let Err(error) = self.say().await {
-                warn!(%error, "the other nodes are not told how far the consumers of this one are");
+                warn!(%error, "retention cannot tell the other nodes how far this node's consumers are");
                 continue;
             }
-            // Its own row may be on its way back still.
+            // This node's row may not have come back yet, so its own value counts.
             let own = self.said.map_or(0, |(cursor, _)| cursor);
             let held =
                 cursors.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|cursors: &Cursors| {
@@ -110,12 +110,12 @@ impl Retention {
             if let Some(held) = held
                 && let Err(error) = self.remove(held).await
             {
-                warn!(%error, "retention cannot look after the stream");
+                warn!(%error, "retention cannot remove records from the stream");
             }
         }
     }
 
-    /// Tells the others from where on this node needs the log.
+    /// Publishes the offset from which on this node needs the log.
     async fn say(&mut self) -> Result<(), KvError> {
         let lowest = self.shared.holds.lowest().firmly.min(self.shared.tail.next_offset());
         if self.said.is_some_and(|(cursor, at)| cursor == lowest && at.elapsed() < SAY_EVERY) {
@@ -127,7 +127,7 @@ impl Retention {
         Ok(())
     }
 
-    /// Removes what is over its age or size, and below `held`.
+    /// Removes records that are over the age or the size, and below `held`.
     async fn remove(&self, held: Offset) -> Result<(), StreamError> {
         let stream = &self.shared.stream;
         let state = stream.state().await?;
@@ -140,7 +140,7 @@ impl Retention {
             end = stream.sequence_at(&time).await?.unwrap_or(state.last + 1);
         }
         if state.bytes > self.config.retention_bytes / 100 * FULL_PERCENT.0 {
-            // As if all messages were of one size.
+            // An estimate: it assumes that all messages have the same size.
             let excess = state.bytes - self.config.retention_bytes / 100 * FULL_PERCENT.1;
             let messages =
                 u128::from(state.last + 1 - state.first) * u128::from(excess) / u128::from(state.bytes);
@@ -150,7 +150,7 @@ impl Retention {
         if end <= state.first {
             return Ok(());
         }
-        // Those who read behind a cursor see it themselves.
+        // Shared places cannot see the removal themselves; readers with a cursor can.
         stream.note_skipped(end).await?;
         let purged = timeout(Duration::from_secs(30), stream.purge_below(end)).await;
         purged.unwrap_or_else(|_| Err(StreamError::Away("purging takes long".to_owned())))?;

@@ -1,4 +1,4 @@
-//! What is kept once: message ids and QoS 2 exchanges against repetition, restarts, kills, failures,
+//! Keeping once: message ids and QoS 2 exchanges against repetition, restarts, kills, failures,
 //! damage, retention and time.
 
 use std::collections::{BTreeMap, HashMap};
@@ -68,7 +68,7 @@ fn the_same_id_again_is_answered_with_the_offsets_of_the_first_also_after_a_rest
     assert_eq!(keep(&log, vec![once(&[message(1)], 3)]), [kept(1, 3)]);
     assert_eq!(keep(&log, vec![once(&[exchange(1)], 1)]), [kept(4, 1)]);
     for ended in ["not at all", "by a kill", "cleanly"] {
-        // Whatever else comes with it: the id alone counts.
+        // The id alone decides, whatever else differs.
         assert_eq!(keep(&log, vec![once(&[message(1)], 1)]), [duplicate(1, 3)], "ended {ended}");
         assert_eq!(keep(&log, vec![once(&[message(2), exchange(1)], 1)]), [duplicate(4, 1)]);
         match ended {
@@ -136,7 +136,7 @@ fn an_exchange_is_known_until_it_is_released_and_no_reader_sees_that() {
     append(&log, &[b"last"]).expect("kept");
     kill(dir.path(), log);
     let log = open(dir.path(), &config()).expect("opens");
-    // However little is read at a time: six hundred frames without a record are in the way.
+    // Even the smallest read has to get past six hundred frames without a record.
     let batches = log.read(next_offset, 1).expect("readable");
     assert_eq!(batches.first().map(Batch::first_offset), Some(next_offset));
     assert_eq!(read_all(&log, 0).expect("readable").len() as u64, next_offset + 1);
@@ -269,7 +269,7 @@ enum Step {
     Together(Vec<Result<Vec<u16>, u16>>),
     Reopen,
     Kill,
-    /// An append that a kill interrupts, so much of its frame being on the disk.
+    /// An append that a kill interrupts with part of its frame on the disk.
     Torn(Vec<Vec<u16>>, prop::sample::Index),
 }
 
@@ -295,7 +295,7 @@ fn id_of(number: u16) -> OnceId {
     if number < 16 { message(number.into()) } else { exchange(number) }
 }
 
-/// Room of which one segment of the model holds a few batches.
+/// Payload bytes such that a segment of the model holds a few batches.
 const PADDING: usize = 600;
 
 fn padded(ids: &[u16]) -> Section {
@@ -305,7 +305,7 @@ fn padded(ids: &[u16]) -> Section {
     section
 }
 
-/// The simplest thing that behaves like the log: what is known under which id.
+/// The simplest model of the log: which ids are known.
 #[derive(Clone, Default)]
 struct Model {
     known: HashMap<u16, Offset>,

@@ -1,11 +1,11 @@
-//! The tokens of auth callout: a request is read and its signature checked, an answer is written and
-//! signed. A token is `header.claims.signature`, each in base64url without padding; the signature is
+//! The tokens of auth callout: reads requests and checks their signatures, writes and signs
+//! answers. A token is `header.claims.signature`, each in base64url without padding; the signature is
 //! ed25519 over the first two, by the key that the claims name as `iss` (nkeys; see nats-io/jwt, v2).
 //!
-//! What of a request is checked: that it is one, that its time is not over, that the server which it
-//! names has signed it. Which servers are the right ones is not known here: whoever can publish in the
-//! account that requests come to could ask whether a key is good, and would learn that alone, since the
-//! answer is good for the server it names and the one-time key of the request.
+//! A request is checked for its form, its expiry, and the signature of the server that it names. This module
+//! does not know which servers are genuine. So anyone who can publish in the account of the requests can ask
+//! whether a key is good. They learn nothing else: the answer is valid only for the named server and the
+//! one-time key of the request.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -15,37 +15,37 @@ use serde_json::json;
 
 use super::{Permit, Visitor};
 
-/// The header of every token that is written.
+/// The header of every token that this module writes.
 const HEADER: &str = r#"{"typ":"JWT","alg":"ed25519-nkey"}"#;
-/// Whom a request is for.
+/// The audience of a request.
 const REQUEST_AUDIENCE: &str = "nats-authorization-request";
-/// The ways in which a client that was let in may be connected.
+/// The connection types that an admitted client may use.
 const CONNECTION_TYPES: [&str; 3] = ["STANDARD", "WEBSOCKET", "MQTT"];
 
-/// Why a request cannot be answered. It tells nothing of what is in the request.
+/// Why a request cannot be answered. The text repeats nothing of the request, which holds secrets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RequestError {
-    /// It is no token of the form, or lacks what a request has.
+    /// It is no well-formed token, or lacks a field of a request.
     #[error("it is no authorization request")]
     Form,
-    /// The server that it names has not signed it.
+    /// The server that it names did not sign it.
     #[error("its signature is not that of the server which it names")]
     Signature,
-    /// The client that it is about is not waiting any more.
-    #[error("its time is over: are the clocks of NATS and the gateway the same?")]
+    /// It has expired: the client no longer waits.
+    #[error("it has expired: do the clocks of NATS and the gateway agree?")]
     Expired,
-    /// It is encrypted, and there is no key to open it with.
+    /// It is encrypted, and no curve seed is configured.
     #[error("it is encrypted, and no curve seed is configured")]
     Encrypted,
-    /// The curve key that is configured does not open it.
+    /// It is encrypted to another curve key than the configured one.
     #[error("it is encrypted to another curve key than the configured one")]
     Sealed,
 }
 
-/// A request that its server has signed.
+/// A request with a valid signature of its server.
 pub(super) struct Request {
     pub(super) visitor: Visitor,
-    /// The key that the answer has to be about: made for this request alone.
+    /// The one-time public key of the user: the subject of the answer.
     user_nkey: String,
 }
 
@@ -106,7 +106,10 @@ struct Header {
 }
 
 impl Request {
-    /// Reads a request, at `now_s` seconds since 1970.
+    /// Reads a request and checks its signature and expiry, at `now_s` seconds since 1970.
+    ///
+    /// # Errors
+    /// [`RequestError`]; not `Encrypted` or `Sealed`, which come earlier.
     pub(super) fn read(token: &[u8], now_s: i64) -> Result<Self, RequestError> {
         let token = std::str::from_utf8(token).map_err(|_| RequestError::Form)?;
         let (signed, signature) = token.rsplit_once('.').ok_or(RequestError::Form)?;
@@ -175,7 +178,7 @@ impl Request {
         self.answer(issuer, "jwt", &user, now_s)
     }
 
-    /// The answer that does not let it in.
+    /// The answer that refuses the client.
     pub(super) fn deny(
         &self,
         issuer: &KeyPair,
@@ -204,7 +207,7 @@ impl Request {
     }
 }
 
-/// Permissions for these subjects and no others. NATS reads an empty list as everything.
+/// Permissions for these subjects and no others. An empty list would mean everything to NATS.
 fn allow_only(subjects: &[String]) -> serde_json::Value {
     if subjects.is_empty() { json!({ "deny": [">"] }) } else { json!({ "allow": subjects }) }
 }

@@ -1,10 +1,10 @@
-//! The seeds of auth callout, made anew.
+//! Generates the seeds of auth callout.
 
 use std::fmt;
 
 use nkeys::{KeyPair, XKey};
 
-/// The seeds of auth callout, and what of each stands in the server's configuration.
+/// The seeds of auth callout, with the public keys for the server's configuration.
 pub struct Seeds {
     /// The seed that answers are signed with (`SA…`).
     pub issuer: String,
@@ -17,10 +17,10 @@ pub struct Seeds {
 }
 
 impl Seeds {
-    /// New ones, from the operating system's generator.
+    /// Generates new seeds with the operating system's random generator.
     ///
     /// # Errors
-    /// What nkeys says if one cannot be written as text.
+    /// The text of nkeys' error if a seed cannot be encoded.
     pub fn generate() -> Result<Self, String> {
         let (issuer, curve) = (KeyPair::new_account(), XKey::new());
         Ok(Self {

@@ -1,5 +1,5 @@
-//! The service that answers auth callout: it takes requests from a queue group, so that any number of
-//! gateways share them, has each judged, and sends the signed answer.
+//! The service that answers auth callout. It takes requests from a queue group, so that any number of
+//! gateways share them, lets the authorizer decide, and sends the signed answer.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,18 +15,18 @@ use super::jwt::{Request, RequestError};
 use super::{Doorman, Verdict};
 use crate::{Nats, NatsError};
 
-/// Where servers ask.
+/// The subject of the servers' requests.
 const SUBJECT: &str = "$SYS.REQ.USER.AUTH";
-/// Whoever answers shares the requests with all others.
+/// The queue group in which all gateways share the requests.
 const GROUP: &str = "headgate";
-/// The header with the curve key that a request is encrypted with.
+/// The header with the public curve key of the server that encrypted a request.
 const XKEY_HEADER: &str = "Nats-Server-Xkey";
-/// Requests that are judged at once; more wait.
+/// Requests that are decided at the same time; more wait.
 const AT_ONCE_MAX: usize = 256;
-/// How often it is said that requests cannot be read: they may be many.
+/// The shortest time between two warnings about unreadable requests: there may be many.
 const COMPLAIN: Duration = Duration::from_secs(10);
 
-/// Why auth callout cannot begin.
+/// Which seed of auth callout is not usable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum CalloutError {
     /// The issuer's seed.
@@ -43,7 +43,7 @@ pub struct Callout {
     xkey: Option<XKey>,
     account: String,
     doorman: Box<dyn Doorman>,
-    /// When it was last said that a request could not be read.
+    /// When the last warning about an unreadable request was logged.
     complained: Mutex<Option<Instant>>,
 }
 
@@ -54,7 +54,7 @@ impl fmt::Debug for Callout {
 }
 
 impl Callout {
-    /// Checks the seeds. Clients that are let in are put in `account`.
+    /// Checks the seeds. Admitted clients join `account`.
     ///
     /// # Errors
     /// [`CalloutError`] for a seed that is none of its kind.
@@ -78,11 +78,11 @@ impl Callout {
         })
     }
 
-    /// Answers what comes over `nats`, whose user is in the account that requests come to, until `stop`
-    /// resolves; what has come in by then is answered.
+    /// Answers the requests on `nats`, whose user is in the account of the requests, until `stop` resolves.
+    /// Requests that have arrived by then are still answered.
     ///
     /// # Errors
-    /// [`NatsError::Client`] if the subscription cannot be made at all. That NATS is away is no error.
+    /// [`NatsError::Client`] if the subscription is impossible. An absent NATS is not an error.
     pub async fn serve(self, nats: &Nats, stop: impl Future<Output = ()>) -> Result<(), NatsError> {
         let client = nats.client();
         let asked = client.queue_subscribe(SUBJECT, GROUP.to_owned()).await;
@@ -103,7 +103,7 @@ impl Callout {
                 judged.join_next().await;
             }
         }
-        // The last answers are on their way before the group has one member less.
+        // Leave the queue group only after the last answers are under way.
         while judged.join_next().await.is_some() {}
         if let Err(error) = asked.unsubscribe().await {
             debug!(%error, "auth callout");
@@ -131,14 +131,14 @@ impl Callout {
         match answer {
             Ok(answer) => {
                 if let Err(error) = client.publish(reply.clone(), answer.into()).await {
-                    debug!(%error, "an answer of auth callout was not sent");
+                    debug!(%error, "auth callout: an answer was not sent");
                 }
             }
-            Err(error) => warn!(%error, "an answer of auth callout cannot be signed"),
+            Err(error) => warn!(%error, "auth callout: an answer cannot be signed"),
         }
     }
 
-    /// The request, and the curve key of the server that has encrypted it, if it has.
+    /// Reads the request, and the curve key of the server if the request is encrypted.
     fn read(&self, message: &Message) -> Result<(Request, Option<XKey>), RequestError> {
         let sender = message.headers.as_ref().and_then(|headers| headers.get(XKEY_HEADER));
         let Some(sender) = sender else { return Ok((Request::read(&message.payload, now_s())?, None)) };
@@ -148,12 +148,12 @@ impl Callout {
         Ok((Request::read(&opened, now_s())?, Some(sender)))
     }
 
-    /// Says that a request could not be read, and nothing of what it holds.
+    /// Warns, at most every ten seconds, about an unreadable request, without its content.
     fn complain(&self, error: RequestError) {
         let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
         if last.is_none_or(|at| at.elapsed() >= COMPLAIN) {
             *last = Some(Instant::now());
-            warn!(%error, "NATS asks whether a client may connect, and cannot be answered");
+            warn!(%error, "auth callout: a request cannot be answered");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Writing rows of a bucket: all or none, and only if nobody else was first.
+//! Writes rows of a bucket: all or none, and only if no other writer was first.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{ANSWER_MAX, BATCH_ROWS_MAX, Bucket, DELETED, KvError, OPERATION, PAUSE, Revision};
 
-/// How long JetStream may take to say, if its answer was lost, whether it has written.
+/// How long to try to find out whether a batch was written, after its answer was lost.
 const VERIFY_MAX: Duration = Duration::from_secs(5);
 
 /// One row that is to be written.
@@ -23,28 +23,28 @@ pub struct Put {
     pub key: String,
     /// What it is to hold; `None` deletes it.
     pub value: Option<Bytes>,
-    /// The revision that it has to have now, 0 for a row that never was; `None`: whatever it has. A row
-    /// that was deleted has the revision at which it was.
+    /// The revision that the row has to have now; 0: it never existed; `None`: any. A deleted row has the
+    /// revision of its deletion.
     pub expected: Option<Revision>,
 }
 
 impl Bucket {
-    /// Writes rows, all or none, and returns the revision of the last one; those before have the ones
-    /// before. `last` is how far the bucket may be (see [`Update::revision`](super::Update)): if anything
-    /// was written after, nothing is now.
+    /// Writes rows, all or none, and returns the revision of the last one; the rows before it have the
+    /// revisions before it. `last` is the newest revision that the bucket may have (see
+    /// [`Update::revision`](super::Update)): if there is a newer one, nothing is written.
     ///
     /// # Errors
-    /// [`KvError::Conflict`] if `last` or what a row expects is not so; [`KvError::TooLarge`] for a row that
-    /// does not fit in a message, or more than [`BATCH_ROWS_MAX`]; [`KvError::Away`] while NATS is, or if it
-    /// goes away meanwhile for so long that nobody can say whether it has written; [`KvError::Refused`]
-    /// for what JetStream does not take.
+    /// [`KvError::Conflict`] if `last` or a row's expected revision does not match; [`KvError::TooLarge`] for
+    /// a row that does not fit in a message, or more than [`BATCH_ROWS_MAX`]; [`KvError::Away`] while NATS is
+    /// away, or if it goes away for so long that the outcome stays unknown; [`KvError::Refused`] for what
+    /// JetStream does not take.
     pub async fn put_all(&self, puts: &[Put], last: Option<Revision>) -> Result<Revision, KvError> {
         let client = self.nats.client();
         if puts.len() > BATCH_ROWS_MAX {
             let text = format!("{} rows at once, and at most {BATCH_ROWS_MAX} fit", puts.len());
             return Err(KvError::TooLarge(text));
         }
-        // The client would keep it, and send it whenever it is connected again.
+        // The client would buffer the batch and send it after a reconnect, long after the caller gave up.
         if client.connection_state() != State::Connected {
             return Err(self.away());
         }
@@ -73,7 +73,7 @@ impl Bucket {
             let (subject, value) = (self.subject(&put.key), put.value.clone().unwrap_or_default());
             let sent = client.publish_with_reply_and_headers(subject, inbox.clone(), headers, value);
             sent.await.map_err(|error| match error.kind() {
-                // What was sent of the batch before is given up by the server after a while.
+                // The server drops the unfinished batch after a while.
                 async_nats::PublishErrorKind::MaxPayloadExceeded => KvError::TooLarge(format!(
                     "row {} is larger than a message of this NATS may be: {error}",
                     put.key
@@ -87,7 +87,7 @@ impl Bucket {
         let Some(end) = puts.last() else { return Ok(last.unwrap_or_default()) };
         let answer = tokio::select! {
             answer = self.answer(&mut answers) => answer,
-            // It is lost, if there was one.
+            // An answer that was under way is lost with the connection.
             _ = connections.changed() => None,
         };
         match answer {
@@ -96,16 +96,16 @@ impl Bucket {
         }
     }
 
-    /// What JetStream says to a batch; `None` if it says nothing in time.
+    /// JetStream's answer to a batch; `None` if none comes in time.
     async fn answer(&self, answers: &mut Subscriber) -> Option<Result<Revision, KvError>> {
         let until = Instant::now() + ANSWER_MAX;
         loop {
             let answer = timeout_at(until, answers.next()).await.ok()??;
             if answer.status.is_some() {
-                // Nobody takes messages of these subjects: JetStream is off, or has no leader now.
+                // No responders: JetStream is off, or the stream has no leader now.
                 return Some(Err(KvError::Away(format!("bucket {}: JetStream does not answer", self.name))));
             }
-            // Each row of a batch but the last is answered with nothing.
+            // JetStream answers every row of a batch except the last with an empty message.
             if answer.payload.is_empty() {
                 continue;
             }
@@ -114,7 +114,7 @@ impl Bucket {
                 Ok(Response::Err { error }) => Err(match error.error_code() {
                     ErrorCode::STREAM_WRONG_LAST_SEQUENCE
                     | ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT => KvError::Conflict,
-                    // A leader that has just come knows nothing of what its predecessor was told.
+                    // A new leader does not know the rows that its predecessor received.
                     ErrorCode::ATOMIC_PUBLISH_INCOMPLETE_BATCH
                     | ErrorCode::ATOMIC_PUBLISH_TOO_MANY_INFLIGHT => {
                         KvError::Away(format!("bucket {}: {error}", self.name))
@@ -127,7 +127,7 @@ impl Bucket {
         }
     }
 
-    /// Whether a batch has been written whose answer was lost.
+    /// Finds out whether a batch was written although its answer was lost: the last row names its batch.
     async fn verify(&self, key: &str, id: &str) -> Result<Revision, KvError> {
         let until = Instant::now() + VERIFY_MAX;
         let subject = self.subject(key);

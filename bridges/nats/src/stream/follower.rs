@@ -1,8 +1,7 @@
-//! A follower: is given every message of a stream from a sequence on, in order and without a gap.
+//! A follower: receives every message of a stream from a sequence on, in order and without a gap.
 //!
-//! JetStream pushes them. A message that is missing, a silence longer than its heartbeats, or a new
-//! connection make the follower begin again where it is. One that knows by itself what comes next can
-//! pause.
+//! JetStream pushes the messages. After a missing message, a missing heartbeat or a reconnect, the follower
+//! makes a new consumer where it stands. A caller that knows the next messages already can pause it.
 
 use std::time::Duration;
 
@@ -24,12 +23,12 @@ const PAUSE: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub struct Follower {
     stream: Stream,
-    /// Over which messages come.
+    /// The connection that carries the messages.
     nats: Nats,
-    /// The first sequence that was not handed out.
+    /// The first sequence that was not handed out yet.
     next: Sequence,
     feed: Option<Feed>,
-    /// Why it cannot begin, as was said last.
+    /// The last logged reason why it cannot follow.
     trouble: Option<String>,
 }
 
@@ -39,32 +38,32 @@ struct Feed {
     /// The consumer's name.
     name: String,
     messages: Subscriber,
-    /// How many it has delivered.
+    /// How many messages it has delivered.
     delivered: u64,
     connections: watch::Receiver<u64>,
 }
 
-/// What a message of a feed is.
+/// What a pushed message turned out to be.
 enum Taken {
-    /// One of the stream's.
+    /// A message of the stream.
     Stored(Stored),
     /// Nothing to hand out.
     Nothing,
-    /// The sign that something is missing.
+    /// Something is missing: the consumer is of no more use.
     Broken,
 }
 
 impl Stream {
-    /// Follows the stream from a sequence on. Its messages come over `nats`, best a connection of their own:
-    /// on another they would stand in the way of the answers there.
+    /// Follows the stream from a sequence on. Messages arrive over `nats`, best a connection of its own: on a
+    /// shared one they would delay the answers.
     pub fn follow(&self, from: Sequence, nats: &Nats) -> Follower {
         Follower { stream: self.clone(), nats: nats.clone(), next: from.max(1), feed: None, trouble: None }
     }
 }
 
 impl Follower {
-    /// The next message, when there is one: the first that the stream has behind the one before. While NATS
-    /// is away there is none. May be dropped and called again.
+    /// Waits for the next message: the first one after the previous one. While NATS is away there is none.
+    /// Cancel-safe.
     pub async fn next(&mut self) -> Stored {
         loop {
             let Some(feed) = &mut self.feed else {
@@ -75,7 +74,7 @@ impl Follower {
                             tracing::info!(
                                 stream = self.stream.name,
                                 from = self.next,
-                                "the stream is followed again"
+                                "following the stream again"
                             );
                         }
                     }
@@ -85,7 +84,7 @@ impl Follower {
                             tracing::warn!(
                                 stream = self.stream.name,
                                 error,
-                                "the stream cannot be followed; trying again"
+                                "cannot follow the stream; trying again"
                             );
                             self.trouble = Some(error);
                         }
@@ -104,7 +103,7 @@ impl Follower {
         }
     }
 
-    /// The next message, if it is here already.
+    /// The next message, if it has arrived already.
     pub fn try_next(&mut self) -> Option<Stored> {
         while let Some(message) = self.feed.as_mut()?.messages.next().now_or_never() {
             if let Some(stored) = self.take(message) {
@@ -114,16 +113,16 @@ impl Follower {
         None
     }
 
-    /// Asks JetStream for nothing more, until [`Follower::next`] is called again.
+    /// Stops the delivery until [`Follower::next`] is called again.
     pub fn pause(&mut self) {
         if let Some(Feed { name, .. }) = self.feed.take() {
             let stream = self.stream.clone();
-            // If it is not done, JetStream does it by itself in a while.
+            // If this fails, JetStream removes the idle consumer by itself.
             tokio::spawn(async move { stream.answered(stream.handle.delete_consumer(&name)).await.is_ok() });
         }
     }
 
-    /// Goes on at `next`.
+    /// Continues at `next`.
     pub fn seek(&mut self, next: Sequence) {
         if self.next != next {
             self.pause();
@@ -131,14 +130,14 @@ impl Follower {
         }
     }
 
-    /// Takes what has come of the feed, `None` being its end.
+    /// Handles a message of the feed; `None` is its end.
     fn take(&mut self, message: Option<Message>) -> Option<Stored> {
         let taken = match (message, &mut self.feed) {
             (Some(message), Some(feed)) => feed.take(message, &self.nats),
             _ => Taken::Broken,
         };
         match taken {
-            // A server that is behind the one before begins earlier than it was asked to.
+            // A server that lags behind the previous one starts earlier than it was asked to.
             Taken::Stored(stored) if stored.sequence >= self.next => {
                 self.next = stored.sequence + 1;
                 return Some(stored);
@@ -188,7 +187,7 @@ impl Feed {
     fn heartbeat(&self, message: &Message, nats: &Nats) -> Option<Taken> {
         if let Some(reply) = pushed::flow_reply(message) {
             let client = nats.client().clone();
-            // If it cannot be sent, the connection is away, and the feed with it.
+            // If this cannot be sent, the connection is lost, and the feed with it.
             tokio::spawn(async move { client.publish(reply, Bytes::new()).await });
             return Some(Taken::Nothing);
         }
@@ -197,12 +196,12 @@ impl Feed {
     }
 }
 
-/// The sequence of a message in the stream and in its consumer, as its reply subject says: the tokens of
-/// `$JS.ACK.…` up to `{stream}.{consumer}.{delivered}.{stream sequence}.{consumer sequence}.{time}.{pending}`,
-/// behind the last of which there may be one more (ADR-15).
+/// The sequences of a message in the stream and in its consumer, from its reply subject: `$JS.ACK.` and the
+/// tokens `{stream}.{consumer}.{delivered}.{stream sequence}.{consumer sequence}.{time}.{pending}`, possibly
+/// with one more at the end (ADR-15).
 pub(super) fn places(reply: &str) -> Option<(Sequence, u64)> {
     let rest = reply.strip_prefix("$JS.ACK.")?;
-    // Stream, consumer; with a domain, that and the account's hash before.
+    // Stream and consumer; a domain and the account's hash may precede them.
     let before = if rest.split('.').count() > 7 { 4 } else { 2 };
     let mut tokens = rest.split('.').skip(before + 1);
     Some((tokens.next()?.parse().ok()?, tokens.next()?.parse().ok()?))

@@ -1,5 +1,5 @@
-//! A publisher: adds messages to streams, many at once. It says of each what has become of it, as soon as
-//! that is known and in whatever order.
+//! A publisher: adds messages to streams, many at once. It reports the outcome of each as soon as it is
+//! known, in any order.
 
 use std::collections::VecDeque;
 use std::pin::pin;
@@ -16,39 +16,39 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::{Sequence, StreamError};
 use crate::connection::Nats;
 
-/// How long a message may wait to be handed to the connection.
+/// How long a message may wait for room in the connection's buffer.
 const SEND_MAX: Duration = Duration::from_secs(1);
 
-/// A message that is to be added.
+/// A message to publish.
 #[derive(Debug)]
 pub struct Outgoing {
-    /// One of the stream's.
+    /// A subject of the stream.
     pub subject: String,
-    /// Its headers; with `Nats-Msg-Id`, it is added only if none with that id was lately.
+    /// Its headers. With `Nats-Msg-Id` it is added only if the duplicate window has no message of that id.
     pub headers: HeaderMap,
-    /// The bytes.
+    /// Its payload.
     pub payload: Bytes,
 }
 
-/// A message is in the stream.
+/// JetStream's confirmation that a message is in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ack {
-    /// Where.
+    /// Its sequence.
     pub sequence: Sequence,
-    /// It was there before, under the same id.
+    /// It was stored earlier, under the same id.
     pub duplicate: bool,
 }
 
 /// Why a message was not added, or may not have been.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
-    /// It was not added: NATS is away, or the stream takes nothing for now.
+    /// It was not added: NATS is away, or the stream takes no messages now.
     #[error("{0}")]
     Away(String),
-    /// It was not added: the stream is as large as it may be.
+    /// It was not added: the stream has reached its maximum size.
     #[error("{0}")]
     Full(String),
-    /// It was not added: JetStream does not take it, now or later.
+    /// It was not added: JetStream refuses it, and a retry does not help.
     #[error("{0}")]
     Refused(String),
     /// It may or may not have been added.
@@ -56,16 +56,16 @@ pub enum PublishError {
     Unknown(String),
 }
 
-/// Adds messages to streams. `T` is what the caller knows a message by.
+/// Adds messages to streams. `T` is the caller's tag for a message.
 #[derive(Debug)]
 pub struct Publisher<T> {
     nats: Nats,
-    /// What the reply subjects begin with; behind it is the number of the message.
+    /// The prefix of the reply subjects; the message's number follows it.
     inbox: String,
     acks: Subscriber,
     ack_max: Duration,
-    /// The messages whose ack is missing, oldest first, with when they were sent; those in between that
-    /// have theirs are `None`. The first has the number `first`.
+    /// The messages that wait for their ack, oldest first, with the time of sending; `None` for those in
+    /// between that have it. The front has the number `first`.
     waiting: VecDeque<Option<(T, Instant)>>,
     first: u64,
     in_flight: usize,
@@ -92,7 +92,7 @@ struct Failure<'a> {
 }
 
 impl<T> Publisher<T> {
-    /// One without messages. What has not been acknowledged for `ack_max` is [`PublishError::Unknown`].
+    /// Makes an empty publisher. A message without an ack after `ack_max` is [`PublishError::Unknown`].
     ///
     /// # Errors
     /// [`StreamError::Away`]: the connection was closed for good.
@@ -109,14 +109,14 @@ impl<T> Publisher<T> {
         self.in_flight
     }
 
-    /// Hands a message to the connection; what becomes of it is told by [`Publisher::next`] under `tag`.
+    /// Hands a message to the connection. [`Publisher::next`] reports its outcome under `tag`.
     ///
     /// # Errors
     /// The tag, and why the message was not sent: [`PublishError::Away`], or [`PublishError::Refused`] if
-    /// it is larger than NATS takes, or its subject is none.
+    /// it is larger than NATS takes, or its subject is invalid.
     pub async fn send(&mut self, tag: T, message: Outgoing) -> Result<(), (T, PublishError)> {
         let client = self.nats.client();
-        // The client would keep it, and send it whenever it is connected again.
+        // The client would buffer the message and send it after a reconnect, when the caller has given up.
         if client.connection_state() != State::Connected {
             return Err((tag, self.away()));
         }
@@ -124,7 +124,7 @@ impl<T> Publisher<T> {
         let reply = format!("{}{number}", self.inbox);
         let Outgoing { subject, headers, payload } = message;
         let mut sent = pin!(client.publish_with_reply_and_headers(subject, reply, headers, payload));
-        // Almost always there is room at once.
+        // There is almost always room at once: then no timer is needed.
         let sent = match sent.as_mut().now_or_never() {
             Some(sent) => Ok(sent),
             None => timeout(SEND_MAX, sent).await,
@@ -146,8 +146,7 @@ impl<T> Publisher<T> {
         }
     }
 
-    /// What has become of a message. Never returns while none is in flight. May be dropped and called
-    /// again.
+    /// Waits for the outcome of a message. Never returns while none is in flight. Cancel-safe.
     pub async fn next(&mut self) -> (T, Result<Ack, PublishError>) {
         loop {
             if let Some(settled) = self.try_next() {
@@ -155,7 +154,7 @@ impl<T> Publisher<T> {
             }
             let oldest = self.waiting.front().and_then(Option::as_ref);
             let Some(until) = oldest.map(|(_, sent)| *sent + self.ack_max) else {
-                // None is in flight: an ack that is late is thrown away.
+                // None is in flight: drop late acks.
                 self.acks.next().await;
                 continue;
             };
@@ -176,7 +175,7 @@ impl<T> Publisher<T> {
         }
     }
 
-    /// The same, if it is known already.
+    /// The outcome of a message, if one is known already.
     pub fn try_next(&mut self) -> Option<(T, Result<Ack, PublishError>)> {
         loop {
             let message = self.acks.next().now_or_never()??;
@@ -186,7 +185,7 @@ impl<T> Publisher<T> {
         }
     }
 
-    /// Takes an ack. `None` if it is of no message that waits for one.
+    /// Handles an ack. `None` if no message waits for it.
     fn settle(&mut self, message: &Message) -> Option<(T, Result<Ack, PublishError>)> {
         let number = message.subject.as_str().strip_prefix(self.inbox.as_str())?.parse().ok()?;
         let (tag, _) = self.take(number)?;
@@ -209,10 +208,10 @@ impl<T> Publisher<T> {
     }
 }
 
-/// What an ack says.
+/// Decodes an ack.
 fn outcome(message: &Message) -> Result<Ack, PublishError> {
     if message.status == Some(StatusCode::NO_RESPONDERS) {
-        // Nobody takes messages of these subjects: JetStream is off, or the stream has no leader now.
+        // No responders: JetStream is off, or the stream has no leader now.
         let text = "the stream has no leader, or JetStream is off";
         return Err(PublishError::Away(text.to_owned()));
     }
@@ -227,7 +226,7 @@ fn outcome(message: &Message) -> Result<Ack, PublishError> {
             let text = description.into_owned();
             Err(match code {
                 _ if full => PublishError::Full(text),
-                // What is too much for the moment (429), and what the server lacks for now.
+                // Transient: too many requests (429), or a failure of the server.
                 429 | 500.. => PublishError::Away(text),
                 _ => PublishError::Refused(text),
             })

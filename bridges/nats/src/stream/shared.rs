@@ -1,6 +1,5 @@
-//! A shared place in a stream: each of its messages goes to one of those who take from it, and to another
-//! if that one does not say that it has dealt with it. JetStream keeps the place, as a durable pull
-//! consumer; who takes from it may be anywhere.
+//! A shared place in a stream: each message goes to one member, and to another one if the first does not
+//! confirm it. JetStream keeps the place as a durable pull consumer, so members may be on any node.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -17,68 +16,67 @@ use super::follower::places;
 use super::{Sequence, Stored, Stream, StreamError};
 use crate::connection::Nats;
 
-/// How long JetStream lets one who takes wait for messages, before he has to ask again.
+/// How long a pull request waits for messages before the member has to ask again.
 const WAIT: Duration = Duration::from_secs(20);
-/// How often it says meanwhile that it is there.
+/// How often JetStream sends a heartbeat to a waiting pull request.
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// The silence after which it counts as gone.
+/// A pull request that is silent for longer counts as lost: three heartbeats are missing.
 const SILENCE_MAX: Duration = Duration::from_millis(3_200);
-/// How long it may take until JetStream knows that somebody takes no more.
+/// How long the end of a pull request may take to reach JetStream.
 const REST_MAX: Duration = Duration::from_millis(500);
-/// Messages that are given out and not dealt with, of one place; then nobody is given any.
+/// Unconfirmed messages of one place; at this number JetStream delivers no more.
 const OUTSTANDING_MAX: i64 = 1_000_000;
-/// How many may wait for messages of one place; one more is told to come again.
+/// Pull requests that may wait at one place; JetStream refuses one more.
 const WAITING_MAX: i64 = 65_536;
-/// Where in the metadata of a place's consumer it stands how many messages were removed before anybody took
-/// them, and below which sequence.
+/// The metadata key of a place's consumer that holds a [`Skipped`].
 const SKIPPED: &str = "headgate-skipped";
 
-/// Where a shared place is.
+/// What a shared place is to be like.
 #[derive(Debug, Clone)]
 pub struct SharedSettings {
     /// Its name: letters, digits, `-`.
     pub name: String,
-    /// The subjects of its messages, with wildcards; no two of them match the same.
+    /// The subjects of its messages, with wildcards; they must not overlap.
     pub subjects: Vec<String>,
-    /// Where it begins, if it is not there yet.
+    /// Where it begins, if it has to be created.
     pub from: Sequence,
-    /// After how long a message that was not dealt with goes to another.
+    /// After how long an unconfirmed message goes to another member.
     pub redelivered_after: Duration,
-    /// How long it stays while nobody takes from it; `None`: for ever. What it has already is not made less.
+    /// How long it stays without members; `None`: forever. An existing place's time is never shortened.
     pub kept: Option<Duration>,
 }
 
-/// A shared place that is there.
+/// A shared place that exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SharedPlace {
-    /// It was not there before.
+    /// Whether this call created it.
     pub is_new: bool,
-    /// How many messages were removed before anybody took them, and nobody was told of yet.
+    /// How many messages retention removed before any member took them, and no client was told of yet.
     pub skipped: u64,
 }
 
-/// Messages that were asked for, as they come.
+/// A pull request: the messages that it asked for, as they arrive.
 #[derive(Debug)]
 pub struct Taking {
     nats: Nats,
     messages: Subscriber,
     left: usize,
     until: Instant,
-    /// When JetStream was heard last.
+    /// When JetStream was last heard.
     heard_at: Instant,
 }
 
-/// One of them.
+/// One delivered message.
 #[derive(Debug)]
 pub struct Taken {
-    /// What it is.
+    /// The message.
     pub stored: Stored,
-    /// What is to be said of it.
+    /// How to confirm it.
     pub receipt: Receipt,
 }
 
-/// What JetStream waits to be told of a message that it has given out. Without it, the message goes to
-/// another after a while.
+/// The confirmation that JetStream expects for a delivered message. Without it, the message goes to another
+/// member after a while.
 #[derive(Debug)]
 pub struct Receipt {
     nats: Nats,
@@ -86,7 +84,7 @@ pub struct Receipt {
 }
 
 impl Stream {
-    /// Makes a shared place, or finds it: then where it is counts, and not `from`.
+    /// Opens a shared place, and creates it if there is none. An existing place stays where it is.
     ///
     /// # Errors
     /// [`StreamError::Away`]; [`StreamError::Refused`] for subjects that JetStream does not take.
@@ -132,7 +130,7 @@ impl Stream {
                     }
                     return Ok(SharedPlace { is_new: true, skipped });
                 }
-                // Somebody else has made it meanwhile.
+                // Another node has created it meanwhile: read it again.
                 Err(error) if error.kind() == ConsumerCreateStrictErrorKind::AlreadyExists => {}
                 Err(error) => match error.kind() {
                     ConsumerCreateStrictErrorKind::JetStream(of) => {
@@ -144,7 +142,7 @@ impl Stream {
         }
     }
 
-    /// Gives up a shared place, if nobody takes from it.
+    /// Deletes a shared place, unless a pull request waits there.
     ///
     /// # Errors
     /// [`StreamError::Away`].
@@ -161,8 +159,8 @@ impl Stream {
         Ok(())
     }
 
-    /// Says that somebody was told of what was removed. Returns how many that were: whoever says so a second
-    /// time gets 0.
+    /// Marks the removed messages as reported to a client. Returns how many there were; a second call
+    /// returns 0.
     ///
     /// # Errors
     /// [`StreamError::Away`].
@@ -178,8 +176,9 @@ impl Stream {
         Ok(messages)
     }
 
-    /// Before the messages below a sequence are removed: notes with each shared place how many of them nobody
-    /// has taken from it, for whoever takes next. Counted are all messages, once there is one for the place.
+    /// Must be called before the messages below a sequence are removed. Records with each shared place how
+    /// many of them no member has taken, for the next member to report. From the first message that matches
+    /// the place's subjects on, all messages count, whatever their subject.
     ///
     /// # Errors
     /// [`StreamError::Away`].
@@ -187,7 +186,7 @@ impl Stream {
         let mut consumers = self.handle.consumers();
         while let Some(info) = self.answered(consumers.next()).await? {
             let info = info.map_err(|error| self.away(&error))?;
-            // Others, which whoever uses NATS may have made, are left alone.
+            // Consumers without this metadata belong to other users of NATS.
             let Some(noted) = Skipped::of(&info).filter(|_| info.num_pending > 0) else { continue };
             let next = noted.below.max(info.delivered.stream_sequence + 1);
             let mut first = below;
@@ -244,12 +243,12 @@ impl Stream {
     }
 }
 
-/// What was removed before anybody took it, in the metadata of a place's consumer.
+/// The messages that were removed before any member took them, in the metadata of a place's consumer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Skipped {
-    /// How many, of which nobody was told.
+    /// How many were not reported to a client yet.
     messages: u64,
-    /// Below this they are counted.
+    /// The sequence below which removed messages are counted.
     below: Sequence,
 }
 
@@ -265,8 +264,8 @@ impl Skipped {
 }
 
 impl Taking {
-    /// The next message, when there is one; `None` when no more come, and it is to be asked again. May be
-    /// dropped and called again.
+    /// Waits for the next message; `None` when the request is over and the caller has to ask again.
+    /// Cancel-safe.
     pub async fn next(&mut self) -> Option<Taken> {
         while self.left > 0 {
             let silent = self.until.min(self.heard_at + SILENCE_MAX);
@@ -274,7 +273,7 @@ impl Taking {
             self.heard_at = Instant::now();
             match message.status {
                 Some(StatusCode::IDLE_HEARTBEAT) => {}
-                // That was all for now, or there is no such place any more: who asks again is told.
+                // The request is over, or the place is gone; the next request tells which.
                 Some(_) => return None,
                 None => {
                     self.left -= 1;
@@ -287,13 +286,13 @@ impl Taking {
         None
     }
 
-    /// Whether all that were asked for have come.
+    /// Whether all messages that were asked for have arrived.
     pub fn is_full(&self) -> bool {
         self.left == 0
     }
 
-    /// Takes no more, which JetStream knows when this returns. What it sent a moment before and did not arrive
-    /// goes to others after a while; returned is what did.
+    /// Ends the request, and returns the receipts of messages that arrived unread. Messages still under way
+    /// go to other members after a while.
     pub async fn end(mut self) -> Vec<Receipt> {
         let mut rest = Vec::new();
         while let Some(Some(message)) = self.messages.next().now_or_never() {
@@ -312,7 +311,7 @@ impl Taking {
         rest
     }
 
-    /// `None` if it is no message of the stream.
+    /// Decodes a delivered message; `None` if it is none of the stream's.
     fn taken(&self, message: Message) -> Option<Taken> {
         let Message { subject, payload, headers, reply, .. } = message;
         let reply = reply?;
@@ -323,23 +322,23 @@ impl Taking {
 }
 
 impl Receipt {
-    /// The message is dealt with.
+    /// Confirms the message.
     pub async fn done(self) {
         self.say(b"+ACK").await;
     }
 
-    /// It is not going to be: it goes to another at once.
+    /// Rejects the message: it goes to another member at once.
     pub async fn pass_on(self) {
         self.say(b"-NAK").await;
     }
 
-    /// It is being dealt with, which takes its time.
+    /// Asks for more time to deal with the message.
     pub async fn keep(&self) {
         self.say(b"+WPI").await;
     }
 
     async fn say(&self, what: &'static [u8]) {
-        // If it cannot be sent, the message goes to another in a while.
+        // If this cannot be sent, the message goes to another member after a while.
         let _ = self.nats.client().publish(self.reply.clone(), Bytes::from_static(what)).await;
     }
 }

@@ -1,4 +1,4 @@
-//! A nats-server for tests: on a free port, with JetStream; killed and started again as the test likes.
+//! A nats-server for tests: on a free port, with JetStream. A test can kill it and start it again.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary holds all of this and uses a part")]
 
@@ -24,7 +24,7 @@ impl Server {
     /// Starts one.
     pub fn start() -> Self {
         let dir = tempfile::tempdir().expect("temporary directory");
-        // Free now, and asked for again after each kill.
+        // The port is free now, and is used again after each kill.
         let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
         let mut server = Self { dir, port: port.expect("a free port").port(), child: None };
         server.restart();
@@ -52,7 +52,7 @@ impl Server {
         child.wait().expect("our child can be waited for");
     }
 
-    /// A connection to it that stands.
+    /// An established connection to it.
     pub async fn connect(&self) -> Nats {
         let nats = self.begin_to_connect().await;
         let deadline = Instant::now() + SOON;
@@ -63,7 +63,7 @@ impl Server {
         nats
     }
 
-    /// A connection to it, once it is there.
+    /// A connection to it that may not be established yet.
     pub async fn begin_to_connect(&self) -> Nats {
         let settings = Settings {
             servers: vec![format!("nats://127.0.0.1:{}", self.port)],
@@ -84,13 +84,13 @@ impl Drop for Server {
     }
 }
 
-/// The one that `tests/run` has installed, or one in `PATH`.
+/// The nats-server that `tests/run` installed, or one in `PATH`.
 fn binary() -> PathBuf {
     let installed = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../venv/bin/nats-server");
     if installed.exists() { installed } else { PathBuf::from("nats-server") }
 }
 
-/// What comes of it, within [`SOON`].
+/// The result of a future, within [`SOON`].
 pub async fn soon<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(SOON, what).await.expect("happens soon")
 }

@@ -1,12 +1,12 @@
-//! Groups of a cluster, whose members may be at any of its gateways: JetStream keeps the group's place in
-//! the log, and gives each record to one member.
+//! Groups of a cluster, whose members may be on any gateway: JetStream keeps the group's place in the log
+//! and gives each record to one member.
 //!
-//! A member asks for as many records as it has room for. Those whose connection ends hand back what they
-//! have not dealt with; what a gateway had that was killed comes to others after some seconds.
+//! A member asks for as many records as it has room for. When its connection ends, it hands back the
+//! records that it has not dealt with. Records of a killed gateway go to others after some seconds.
 //!
-//! A group is over when the last session gives up its subscription, or ends. Those that outlive their
-//! connections are on a roll, in the bucket that sessions are in; of the others each gateway knows its own.
-//! JetStream is told too how long the sessions stay, for those that are never heard of again.
+//! A group ends when its last session unsubscribes or ends. Sessions that outlive their connections are on
+//! a roll in the bucket of sessions; each gateway knows its other sessions. JetStream also knows how long
+//! the sessions stay, to end groups of sessions that never return.
 
 mod member;
 
@@ -30,21 +30,21 @@ use crate::log::{ShareError, SharedPlace, SharedPlaces};
 use crate::message::{Offset, RecordRef};
 use crate::subject::Space;
 
-/// How long a group stays while nobody takes from it, beyond what its sessions do: members that are there,
-/// and take nothing for so long, count as gone.
+/// How much longer than its sessions a group stays while nobody takes from it. Connected members that take
+/// nothing for this long count as gone.
 const KEPT: Duration = Duration::from_secs(24 * 3_600);
-/// How long after somebody has left it is looked whether the group is over.
+/// How long after a member has left the gateway checks whether the group is over.
 const LEFT: Duration = Duration::from_millis(600);
-/// How often it is said that a session which is there has a group.
+/// How often a connected session's entry in the roll is renewed.
 const ROLL_AGAIN: Duration = Duration::from_secs(12 * 3_600);
-/// What other gateways are asked, with a group's name: has it members there?
+/// The question to other gateways, sent with a group's name: has the group members there?
 const QUESTION: &str = "headgate.groups";
 const NONE: &[u8] = b"none";
 const SOME: &[u8] = b"some";
-/// How long they may take to answer.
+/// How long other gateways may take to answer.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
 
-/// The groups, as far as this gateway has to do with them.
+/// The groups of the cluster, as this gateway sees them.
 pub struct Groups {
     places: SharedPlaces,
     rolls: GroupRolls,
@@ -53,7 +53,7 @@ pub struct Groups {
     tasks: TaskTracker,
 }
 
-/// How many members each group has at this gateway.
+/// How many members each group has on this gateway.
 #[derive(Default)]
 struct Here(Mutex<HashMap<String, usize>>);
 
@@ -77,19 +77,19 @@ impl Here {
     }
 }
 
-/// The place of a group.
+/// A group and its place in the log.
 #[derive(Clone)]
 struct Group {
     places: SharedPlaces,
     name: String,
     subjects: Vec<String>,
-    /// With the datasource as its first level, for a key of all.
+    /// Begins with the datasource as its first level if `of_all`.
     filter: TopicFilter,
     of_all: bool,
 }
 
 impl Groups {
-    /// None, yet. Other gateways are told of those that will be here.
+    /// No groups yet. From now on other gateways can ask about groups on this one.
     ///
     /// # Errors
     /// [`NatsError`]: the connection was closed for good.
@@ -108,7 +108,7 @@ impl Groups {
         Ok(Self { places, rolls, presence, here, tasks: TaskTracker::new() })
     }
 
-    /// Returns when what the members had that are gone is on its way to others.
+    /// Returns once the records that departed members held are on their way to others.
     pub(super) async fn close(&self) {
         self.tasks.close();
         self.tasks.wait().await;
@@ -165,7 +165,7 @@ impl Groups {
             };
             match over.await {
                 Ok(false) => {}
-                // If it cannot be now, it is over by itself some time later.
+                // If this fails, JetStream ends the group by itself later.
                 Ok(true) => _ = places.give_up(&name).await,
                 Err(error) => debug!(%error, "whether a group of subscribers is over cannot be known now"),
             }
@@ -176,7 +176,7 @@ impl Groups {
         let group = self.group(key)?;
         *self.here.locked().entry(group.name.clone()).or_default() += 1;
         let (here, name) = (self.here.clone(), group.name.clone());
-        // Before whatever is said when the member is gone.
+        // Entered now, so that it is queued before anything said when the member leaves.
         let entered = of.stays().then(|| self.rolls.enter(&name, of.uid));
         let rolls = self.rolls.clone();
         let (member, taker) = Member::of(group, kept(of));
@@ -191,7 +191,7 @@ impl Groups {
         Some(member)
     }
 
-    /// `None` for a filter that no record of a cluster has the topic for.
+    /// `None` for a filter that no record of a cluster can match.
     fn group(&self, key: &GroupKey) -> Option<Group> {
         let (datasource, group, filter) = key;
         let of_all = datasource.is_all();
@@ -210,13 +210,12 @@ impl Groups {
     }
 }
 
-/// How long a group is kept for a session; `None`: for ever.
+/// How long a group is kept for a session. `None`: for ever.
 fn kept(of: GroupSession) -> Option<Duration> {
     (of.expiry_s != u32::MAX).then(|| Duration::from_secs(of.expiry_s.into()) + KEPT)
 }
 
-/// Says again and again that a session has the group, so that it is on its roll for as long as it stays. Never
-/// returns.
+/// Renews a session's entry in the group's roll for as long as the session is connected. Never returns.
 async fn stay_on_roll(
     rolls: GroupRolls,
     group: &str,
@@ -236,7 +235,7 @@ impl Group {
         self.places.open(&self.name, self.subjects.clone(), from, kept).await
     }
 
-    /// Whether a record is one of the group's: its subjects may say more.
+    /// Whether a record is one of the group's. Its subjects may match more records than its filter.
     fn matches(&self, record: &RecordRef<'_>) -> bool {
         match self.of_all {
             true => self.filter.matches(&format!("{}/{}", record.datasource, record.topic)),

@@ -1,8 +1,8 @@
-//! Groups of this gateway, which keeps their places in the log itself.
+//! Groups on this gateway, which keeps their places in the log itself.
 //!
-//! A group has one place in the log. A member that has room takes a few of the records that come
-//! next; those who wait for some take turns. What a member took and did not acknowledge before
-//! its connection ended is given to another.
+//! A group has one place in the log. A member that has room takes a few of the next records; members that
+//! wait take turns. Records that a member took and did not acknowledge before its connection ended go to
+//! another.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::future::Future;
@@ -20,7 +20,7 @@ use crate::limits::REFETCH_RECORDS;
 use crate::log::{Batch, Log, Place, ReadError};
 use crate::message::Offset;
 
-/// The groups that there are.
+/// The groups on this gateway.
 pub struct Groups {
     router: Router,
     log: Arc<dyn Log>,
@@ -45,27 +45,27 @@ struct Group {
 struct State {
     feed: Feed,
     current: Option<Matched>,
-    /// Taken and not acknowledged, with the member that took it.
+    /// Records that are taken and not acknowledged, with the member that took them.
     outstanding: BTreeMap<Offset, u64>,
-    /// Taken by members that are gone.
+    /// Records taken by members that have left.
     returned: BTreeSet<Offset>,
-    /// Those of them that were read again.
+    /// Those of them that were read from the log again.
     fetched: VecDeque<(Batch, Place)>,
     fetching: Option<JoinHandle<Fetched>>,
     members: usize,
 }
 
-/// What was asked for, and what was found.
+/// The offsets that were read again, and the result.
 type Fetched = (Vec<Offset>, Result<Vec<Option<(Batch, Place)>>, ReadError>);
 
-/// The members that wait for records, in the order in which they began to.
+/// The members that wait for records, in the order in which they began to wait.
 #[derive(Default)]
 struct Turns(Mutex<Waiting>);
 
 #[derive(Default)]
 struct Waiting {
     members: VecDeque<(u64, Waker)>,
-    /// Somebody was told that there is something, and has not come for it.
+    /// A member was woken and has not polled yet.
     told: bool,
 }
 
@@ -88,7 +88,7 @@ impl Turns {
         waiting.members.retain(|(waiting, _)| *waiting != member);
     }
 
-    /// Tells the next one.
+    /// Wakes the next member.
     fn next(&self) {
         let mut waiting = self.locked();
         let next = waiting.members.pop_front();
@@ -99,7 +99,7 @@ impl Turns {
         }
     }
 
-    /// Tells the next one if the one that was told does not come.
+    /// Wakes the next member in place of one that was woken and takes nothing.
     fn pass(&self) {
         if self.locked().told {
             self.next();
@@ -114,14 +114,13 @@ impl Wake for Turns {
 }
 
 impl Groups {
-    /// None, yet.
+    /// No groups yet.
     pub fn new(router: Router, log: Arc<dyn Log>) -> Self {
         Self { router, log, groups: Mutex::default(), member: AtomicU64::new(1) }
     }
 
-    /// Says that `session` has the group's subscription. The first one makes the group: at `from`, or at
-    /// the end of the log. Returns where the group is; `None` if it is to begin at `from` and has
-    /// begun elsewhere.
+    /// Adds `session` to a group. The first session creates the group, at `from` or at the end of the log.
+    /// Returns the group's offset; `None` if `from` is given and the group exists already.
     pub fn join(&self, key: &GroupKey, session: u64, from: Option<Offset>) -> Option<Offset> {
         let routed = self.router.routed();
         let mut groups = self.locked();
@@ -140,7 +139,7 @@ impl Groups {
         Some(cursor)
     }
 
-    /// Says that `session` no longer has it. Returns whether the group is gone with it.
+    /// Removes `session` from a group. Returns whether the group has ended with it.
     pub fn leave(&self, key: &GroupKey, session: u64) -> bool {
         let mut groups = self.locked();
         let Some(entry) = groups.get_mut(key) else { return false };
@@ -148,14 +147,15 @@ impl Groups {
         entry.sessions.is_empty() && groups.remove(key).is_some()
     }
 
-    /// A connected member of a group that was joined.
+    /// Connects a member to a group that its session has joined.
     pub fn member(&self, key: &GroupKey) -> Option<Member> {
         let group = self.locked().get(key)?.group.clone();
         group.state().members += 1;
         Some(Member { group, id: self.member.fetch_add(1, Ordering::Relaxed) })
     }
 
-    /// Per group the first record that is not dealt with. `routed` is how far the router was before.
+    /// For each group the first record that is not dealt with. `routed` is the router's offset from before
+    /// this call.
     pub fn cursors(&self, routed: Offset) -> Vec<(GroupKey, Offset)> {
         let groups: Vec<_> =
             self.locked().iter().map(|(key, entry)| (key.clone(), entry.group.clone())).collect();
@@ -187,7 +187,7 @@ impl Group {
 }
 
 impl State {
-    /// What members that are gone had taken, as soon as it was read again.
+    /// The next record that a departed member had taken, once it is read from the log again.
     fn poll_returned(
         &mut self,
         log: &Arc<dyn Log>,
@@ -211,7 +211,7 @@ impl State {
             let mut gone = 0;
             for (offset, found) in asked.into_iter().zip(found?) {
                 self.fetched.extend(found.or_else(|| {
-                    // What is not in the log any more cannot be given to anybody.
+                    // Retention has removed it, so that no member can have it.
                     self.returned.remove(&offset);
                     gone += 1;
                     None
@@ -279,8 +279,8 @@ pub struct Member {
 }
 
 impl Member {
-    /// Up to `max` of the records that come next. They are this member's until it has
-    /// [acknowledged](Member::acknowledge) each.
+    /// Takes up to `max` of the next records. Each is this member's until it has
+    /// [acknowledged](Member::acknowledge) it.
     ///
     /// # Errors
     /// [`ReadError`], as [`Feed::poll_next`].
@@ -288,7 +288,7 @@ impl Member {
         let Group { log, turns, .. } = &*self.group;
         let mut state = self.group.state();
         turns.came(self.id);
-        // Before the look, so that nothing that comes between is missed.
+        // Before polling, so that a wake-up in between is not missed.
         turns.wait(self.id, cx.waker());
         let waker = Waker::from(turns.clone());
         let taken = ready!(state.poll_take(log, max, &mut Context::from_waker(&waker)));
@@ -304,12 +304,12 @@ impl Member {
         Poll::Ready(taken)
     }
 
-    /// This one has no room now: whoever else waits may take its turn.
+    /// Passes the turn on: this member has no room now.
     pub fn pass(&self) {
         self.group.turns.pass();
     }
 
-    /// A record that was taken is dealt with.
+    /// Marks a record that was taken as dealt with.
     pub fn acknowledge(&self, offset: Offset) {
         let mut state = self.group.state();
         if state.outstanding.get(&offset) == Some(&self.id) {

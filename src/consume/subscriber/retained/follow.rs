@@ -1,11 +1,10 @@
 //! The thread that follows the log into `retained.db`.
 //!
-//! Most of what it reads is not to be retained, and then it only notes in memory how far it has got;
-//! that is written once a second, and at the end. What is to be retained goes into a transaction
-//! at once if there was none for a while, and otherwise waits for its turn, so that a fleet that
-//! retains everything costs a part of the time and no more, and each topic is written once per turn.
-//! Somebody who waits for an offset does not wait for a turn. How the thread lives is in
-//! `consume/follower.rs`.
+//! Most records are not to be retained. For those it moves the cursor in memory only, and writes the
+//! cursor once a second and at the end. A message to be retained is written at once if there was no
+//! transaction for a while, and otherwise waits for the next, so that a fleet that retains everything
+//! costs a bounded part of the time and each topic is written once per transaction. A caller that waits
+//! for an offset makes the thread write at once. `consume/follower.rs` runs the thread.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -21,42 +20,42 @@ use crate::consume::subscriber::DatabaseError;
 use crate::log::{Batch, Log, ReadError};
 use crate::message::{Offset, RecordFlags, RecordRef};
 
-/// What one transaction takes from the log, about.
+/// About how much of the log one transaction takes.
 const READ_BYTES: usize = 8 << 20;
-/// From the beginning of one transaction to that of the next, unless much waits: the least time, and
-/// the most that a large one is made to wait for.
+/// The least time between the starts of two transactions, and the most that a long one delays the next,
+/// unless much waits in the log.
 const PACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// One part in so many of the time may go to transactions.
+/// Transactions may take one part in this many of the time.
 const PACE_SHARE: u32 = 5;
-/// The least time from one look at the log to the next, unless much waits.
+/// The least time between two reads of the log, unless much waits in it.
 const LOOK_PACE: Duration = Duration::from_millis(10);
-/// How often the cursor is written and synced while there are records, so that the log may forget
-/// what is below it: as often as storage does, for the log waits for the slower of them.
+/// How often the cursor is written and synced while records arrive, so that the log may remove what is
+/// below it. As often as storage does, because the log waits for the slower of the two.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 
 const WORDS: Words = Words {
     name: "retained",
     down: "retained messages are not up to date",
-    up: "retained messages are kept again",
-    late: "retained messages have not ended by their deadline; the log has the rest",
+    up: "retained messages are kept up to date again",
+    late: "retained messages did not finish by their deadline; the log has the rest",
     patient: true,
 };
 
 /// What the thread and those who ask about it share.
 pub(super) struct Shared {
     progress: watch::Sender<Progress>,
-    /// Is told what is durable. Here, because what it holds back is to be held back also when the
-    /// thread has ended.
+    /// Called with the offset that is durable. It is here, not in the thread, because its hold on the log
+    /// must outlast the thread.
     consumed: Mutex<Box<dyn Fn(Offset) + Send>>,
     control: Arc<Control>,
 }
 
-/// How far the thread has got, and what there is then.
+/// The thread's cursor, and the state of the table at that cursor.
 #[derive(Clone, Copy)]
 struct Progress {
     cursor: Offset,
     empty: bool,
-    /// The rules about leaked keys that this is in accordance with.
+    /// The version of the rules about leaked keys that the table follows.
     withheld_version: u64,
 }
 
@@ -67,7 +66,7 @@ impl Progress {
 }
 
 impl Shared {
-    /// Of a thread that begins where `table` is.
+    /// For a thread that begins at the cursor of `table`.
     pub(super) fn new(table: &Table, consumed: Box<dyn Fn(Offset) + Send>) -> Self {
         let progress = Progress::of(table);
         Self {
@@ -77,7 +76,7 @@ impl Shared {
         }
     }
 
-    /// The thread's.
+    /// The control of the thread.
     pub(super) fn control(&self) -> &Arc<Control> {
         &self.control
     }
@@ -102,7 +101,7 @@ impl Shared {
         let _ = self.progress.subscribe().wait_for(|progress| progress.cursor >= offset).await;
     }
 
-    /// Returns once the rules about leaked keys are followed that make this version.
+    /// Returns once the table follows this version of the rules about leaked keys.
     pub(super) async fn reconciled(&self, version: u64) {
         let _ = self.progress.subscribe().wait_for(|progress| progress.withheld_version >= version).await;
     }
@@ -111,12 +110,12 @@ impl Shared {
 /// The thread.
 pub(super) struct Follower {
     path: PathBuf,
-    /// Absent after an error that leaves its state in doubt.
+    /// `None` after an error that leaves its state in doubt.
     table: Option<Table>,
     log: Arc<dyn Log>,
     shared: Arc<Shared>,
     synced_at: Option<Instant>,
-    /// What `Shared::consumed` was told.
+    /// The offset with which `Shared::consumed` was last called.
     durable: Option<Offset>,
 }
 
@@ -131,7 +130,7 @@ enum Round {
     Wrote,
 }
 
-/// Why a round of the thread brought nothing.
+/// Why a round of the thread failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Trouble {
     #[error(transparent)]
@@ -173,7 +172,7 @@ impl Consumer for Follower {
         self.shared.cursor()
     }
 
-    /// Leaves the cursor where it has got to, and everything in the one file if nobody reads it.
+    /// Writes the cursor, and copies the write-ahead log into the one file if nobody else reads it.
     fn end(mut self) {
         let cursor = self.shared.cursor();
         if self.durable != Some(cursor)
@@ -188,12 +187,12 @@ impl Consumer for Follower {
 }
 
 impl Follower {
-    /// A thread to be that goes on where `table` is.
+    /// A thread, not started yet, that continues at the cursor of `table`.
     pub(super) fn new(path: PathBuf, table: Table, log: Arc<dyn Log>, shared: Arc<Shared>) -> Self {
         Self { path, table: Some(table), log, shared, synced_at: None, durable: None }
     }
 
-    /// Consumes what the log has behind the cursor, as much as goes in one transaction.
+    /// Consumes the next records of the log, as many as one transaction takes.
     fn consume(&mut self) -> Result<Round, Trouble> {
         let withheld = self.log.withheld();
         if self.shared.progress.borrow().withheld_version < withheld.version() {
@@ -208,7 +207,7 @@ impl Follower {
             self.pass_over(cursor, first)?;
         } else if cursor < self.log.next_offset() {
             let batches = match self.log.read(cursor, READ_BYTES) {
-                // Just now.
+                // Retention removed it just now.
                 Err(ReadError::Removed { first, .. }) if first > cursor => {
                     self.pass_over(cursor, first)?;
                     return Ok(Round::Behind);
@@ -244,11 +243,11 @@ impl Follower {
         Ok(Round::Behind)
     }
 
-    /// Goes back to the beginning of the log, because what is left out has changed. Whoever waits for an
-    /// offset waits until the thread is there again.
+    /// Goes back to the beginning of the log, because the rules about what to leave out have changed. Those
+    /// who wait for an offset wait until the thread reaches it again.
     fn rewind(&mut self) -> Result<(), DatabaseError> {
         let withheld = self.log.withheld();
-        // In this order: what changes meanwhile comes again.
+        // The version first: a change that comes meanwhile is applied again by the next round.
         let version = withheld.version();
         let (left_out, first) = (withheld.now(), self.log.first_offset());
         let table = open(&mut self.table, &self.path)?;
@@ -258,7 +257,7 @@ impl Follower {
         Ok(())
     }
 
-    /// Goes on at `to`, where the log begins.
+    /// Resumes at `to`, where the log begins.
     fn pass_over(&mut self, from: Offset, to: Offset) -> Result<(), DatabaseError> {
         self.write(std::iter::empty(), to, true)?;
         warn!(
@@ -270,7 +269,7 @@ impl Follower {
         Ok(())
     }
 
-    /// Writes `newest` and the cursor `next`, and lets everybody know.
+    /// Writes `newest` and the cursor `next`, and wakes those who wait for it.
     fn write<'a>(
         &mut self,
         newest: impl Iterator<Item = RecordRef<'a>>,

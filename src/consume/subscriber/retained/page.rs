@@ -1,9 +1,8 @@
-//! Finding the retained messages that a filter names, a page at a time, while the follower goes on
-//! writing.
+//! Finding the retained messages that match a filter, a page at a time, while the follower keeps writing.
 //!
-//! What a filter names lies in a few ranges of the index over datasource and topic: an exact filter
-//! is one look-up, `a/b/#` the topic `a/b` and everything that begins with `a/b/`. In between, topics
-//! are looked through by name, and no page looks at more than [`QUERY_SCANNED_MAX`] of them.
+//! The matches of a filter lie in a few ranges of the index over datasource and topic: an exact filter is
+//! one look-up, `a/b/#` is the topic `a/b` and every topic that begins with `a/b/`. Within a range topics
+//! are matched by name, and no page scans more than [`QUERY_SCANNED_MAX`] of them.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -23,24 +22,24 @@ use crate::message::{DatasourceId, Offset};
 /// How long a reader waits while another process has the whole database locked.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
-/// Names in a range, and the numbers of their rows; from the index alone.
+/// The topics in a range, with their row ids; read from the index alone.
 pub(super) const SELECT_NAMES: &str =
     "SELECT topic, id FROM messages WHERE datasource = ?1 AND topic >= ?2 AND topic < ?3 ORDER BY topic";
 
-/// Connections that only read. Blocking: to be used where that is allowed.
+/// Read-only connections. Blocks, so use it where blocking is allowed.
 pub(super) struct Readers {
     path: PathBuf,
-    /// Those that nobody uses at the moment.
+    /// Connections that nobody uses at the moment.
     idle: Mutex<Vec<Connection>>,
 }
 
 impl Readers {
-    /// Readers of the database at `path`, none of which is open yet.
+    /// Readers of the database at `path`. None is open yet.
     pub(super) fn new(path: PathBuf) -> Self {
         Self { path, idle: Mutex::default() }
     }
 
-    /// One page, from the database as it is at this moment.
+    /// One page, from a snapshot of the database.
     pub(super) fn page(
         &self,
         wanted: &Wanted,
@@ -77,14 +76,14 @@ impl Readers {
     }
 }
 
-/// What is asked for.
+/// Which messages a page is to have.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Wanted {
-    /// Whose messages; `None`: everybody's.
+    /// The datasource of the messages; `None`: all datasources.
     datasource: Option<String>,
-    /// In which the topics lie; in order, and apart from each other.
+    /// The ranges that hold the topics; in order and disjoint.
     ranges: Vec<Range>,
-    /// Which of those topics.
+    /// Selects topics within the ranges.
     filter: TopicFilter,
 }
 
@@ -97,18 +96,18 @@ struct Range {
 }
 
 impl Wanted {
-    /// What `filter` names: topics of `datasource`, or without one (or with `*`) topics with their
-    /// datasource as the first level. `None` if there can be no such topic.
+    /// Selects the topics of `datasource` that match. Without a datasource (or with `*`) `filter` has the
+    /// datasource as its first level. `None` if no topic can match.
     pub(super) fn new(datasource: Option<&DatasourceId>, filter: &TopicFilter) -> Option<Self> {
         if let Some(datasource) = datasource.filter(|datasource| !datasource.is_all()) {
             return Some(Self::over(Some(datasource.as_str()), filter.clone()));
         }
         match filter.as_str().split_once('/') {
-            // What is behind a level is a filter again.
+            // The rest of a filter after a level is itself a filter.
             Some(("+", rest)) => Some(Self::over(None, TopicFilter::new(rest).ok()?)),
             Some((datasource, rest)) => Some(Self::over(Some(datasource), TopicFilter::new(rest).ok()?)),
             None if filter.as_str() == "#" => Some(Self::over(None, filter.clone())),
-            // A datasource alone is no topic.
+            // A datasource without a topic below it matches nothing.
             None => None,
         }
     }
@@ -120,7 +119,7 @@ impl Wanted {
 
 impl Range {
     fn only(topic: &str) -> Self {
-        // No string lies between one and the same with a NUL behind it.
+        // No string lies between a string and the same string followed by a NUL.
         Self { from: topic.to_owned(), to: Some(format!("{topic}\0")) }
     }
 
@@ -130,19 +129,19 @@ impl Range {
         Self { from: format!("{level}/"), to: Some(format!("{level}0")) }
     }
 
-    /// The narrowest ranges that hold what `filter` names.
+    /// The narrowest ranges that hold all matches of `filter`.
     fn all_of(filter: &str) -> Vec<Self> {
         let Some(wildcard) = filter.find(['+', '#']) else { return vec![Self::only(filter)] };
-        // A wildcard stands alone in its level, so that a slash is before it.
+        // A wildcard fills its level, so that a slash precedes it.
         match filter[..wildcard].strip_suffix('/') {
             None => vec![Self { from: String::new(), to: None }],
-            // `#` names the level before it too.
+            // `#` matches the level before it too.
             Some(level) if &filter[wildcard..] == "#" => vec![Self::only(level), Self::under(level)],
             Some(level) => vec![Self::under(level)],
         }
     }
 
-    /// As SQLite compares it: every BLOB is greater than any TEXT.
+    /// The end for SQLite's comparison. An empty BLOB stands for no end: every BLOB is greater than any TEXT.
     fn end(&self) -> ToSqlOutput<'_> {
         ToSqlOutput::Borrowed(self.to.as_deref().map_or(ValueRef::Blob(b""), ValueRef::from))
     }
@@ -189,7 +188,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Looks through `range` from behind `at` on, and moves `at`. `false` if the page ends here.
+    /// Scans `range` after `at`, and moves `at`. Returns `false` if the page ends here.
     fn range(&mut self, range: &Range, at: &mut RetainedAfter) -> rusqlite::Result<bool> {
         let mut names = self.connection.prepare_cached(SELECT_NAMES)?;
         let mut message = self.connection.prepare_cached(SELECT_MESSAGE)?;

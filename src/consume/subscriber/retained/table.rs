@@ -1,20 +1,19 @@
-//! `retained.db` itself: one row per topic that has a retained message, and how far in the log it has
-//! got.
+//! `retained.db` itself: one row per topic that has a retained message, and the cursor in the log.
 //!
 //! ```sql
 //! cursor   (id INTEGER, next_offset INTEGER)
 //! messages (id INTEGER, datasource TEXT, topic TEXT, offset INTEGER, received_us INTEGER, key_id BLOB,
-//!           transport TEXT, publisher INTEGER, flags INTEGER, content_type TEXT, properties BLOB, payload BLOB)
+//!           transport TEXT, publisher INTEGER, flags INTEGER, content_type TEXT, properties BLOB,
+//!           payload BLOB)
 //! ```
 //!
-//! A `publisher` is an unsigned number whose bits are kept.
+//! A `publisher` is an unsigned number, stored as the signed number with the same bits.
 //!
-//! Rows are found by the index over datasource and topic, in the order of their bytes. It is apart
-//! from the rows, so that looking through many topics for a filter reads their names only.
+//! The index over datasource and topic, in byte order, finds the rows. It is separate from them, so that
+//! matching many topics against a filter reads their names only.
 //!
-//! As in `records.db`, most transactions are not synced: after a loss of power the file may be back
-//! at an earlier one, with its cursor, and the log has the rest, because it is told only of
-//! cursors that are durable.
+//! As in `records.db`, most transactions are not synced. After a loss of power the file may be back at an
+//! earlier one, with its cursor; the log has the rest, because it is told only durable cursors.
 
 use std::path::Path;
 
@@ -65,7 +64,7 @@ macro_rules! columns {
     };
 }
 
-/// The message with a number, unless it is too new.
+/// The message with a row id, unless it is too new.
 pub(super) const SELECT_MESSAGE: &str =
     concat!("SELECT ", columns!(), " FROM messages WHERE id = ?1 AND offset < ?2");
 
@@ -79,7 +78,7 @@ const PUT_MESSAGE: &str = concat!(
          properties = excluded.properties, payload = excluded.payload"
 );
 
-/// Which rules about leaked keys the messages are in accordance with.
+/// The version of the rules about leaked keys that the messages follow.
 const WITHHELD: &str = "
     CREATE TABLE IF NOT EXISTS withheld (
         id      INTEGER PRIMARY KEY CHECK (id = 0),
@@ -88,7 +87,7 @@ const WITHHELD: &str = "
     INSERT OR IGNORE INTO withheld VALUES (0, 0);
 ";
 
-/// The open database, as the one who writes it has it.
+/// The open database, for its only writer.
 pub(super) struct Table {
     connection: Connection,
     cursor: Offset,
@@ -102,7 +101,7 @@ impl Table {
         Self::of(KIND.open(path)?).map_err(|error| DatabaseError::of(&error, path))
     }
 
-    /// Opens it again after a transaction whose fate is unknown.
+    /// Opens it again after a transaction whose outcome is unknown.
     pub(super) fn reopen(path: &Path) -> Result<Self, DatabaseError> {
         Self::of(KIND.reopen(path)?).map_err(|error| DatabaseError::of(&error, path))
     }
@@ -116,19 +115,18 @@ impl Table {
         Ok(Self { connection, cursor: offset_of(cursor), withheld_version, empty })
     }
 
-    /// The first offset that was not consumed, as the last transaction has it.
+    /// The first offset that was not consumed, as of the last transaction.
     pub(super) fn cursor(&self) -> Offset {
         self.cursor
     }
 
-    /// The version of the rules about leaked keys that the messages are in accordance with, once all of
-    /// the log is consumed.
+    /// The version of the rules about leaked keys that the messages follow once the whole log is consumed.
     pub(super) fn withheld_version(&self) -> u64 {
         self.withheld_version
     }
 
-    /// Takes away what is `left_out`, and goes back to `first` in the log: what was retained before it, and
-    /// what is no longer left out, is found there. On the disk afterwards.
+    /// Deletes messages that are `left_out` and moves the cursor back to `first`: the messages that they had
+    /// replaced, and those no longer left out, are found in the log again. On the disk afterwards.
     pub(super) fn rewind(&mut self, first: Offset, left_out: &LeftOut, version: u64) -> rusqlite::Result<()> {
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -155,8 +153,8 @@ impl Table {
         self.empty
     }
 
-    /// Writes what has become of topics by offset `next`: for each the newest record that was to be
-    /// retained. With `sync`, this transaction and all before it are on the disk afterwards.
+    /// Writes the newest retained record of each changed topic, and the cursor `next`. With `sync`, this
+    /// transaction and all before it are on the disk afterwards.
     pub(super) fn write<'a>(
         &mut self,
         newest: impl Iterator<Item = RecordRef<'a>>,
@@ -196,12 +194,12 @@ impl Table {
         Ok(())
     }
 
-    /// Leaves everything in the one file, if nobody reads it at this moment. Says whether it did.
+    /// Copies the write-ahead log into the one file. Returns whether it could: a reader prevents it.
     pub(super) fn checkpoint(&self) -> rusqlite::Result<bool> {
         checkpoint(&self.connection)
     }
 
-    /// Changes a setting, to make things go wrong.
+    /// Changes a pragma, to provoke errors.
     #[cfg(test)]
     pub(super) fn set(&self, pragma: &str, value: i64) {
         self.connection.pragma_update(None, pragma, value).expect("a setting");

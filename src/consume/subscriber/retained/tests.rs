@@ -1,4 +1,4 @@
-//! Retained messages behind a real log: what is kept, what is found, and what a kill leaves.
+//! Retained messages with a real log: what is kept, what is found, and what a kill leaves.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -102,7 +102,7 @@ async fn found(
     }
 }
 
-/// Of everything that is retained: datasource, topic and payload.
+/// Datasource, topic and payload of every retained message.
 async fn everything(retained: &Retained, log: &Arc<dyn Log>) -> Vec<(String, String, Vec<u8>)> {
     let messages = found(retained, log, None, "#", 1 << 20).await;
     messages.into_iter().map(|message| (message.datasource, message.topic, message.payload)).collect()
@@ -363,7 +363,7 @@ async fn the_log_keeps_what_was_not_consumed() {
     let hold = log.hold();
     let retained = Retained::start(dir.path(), log.clone(), move |offset| hold.set(offset)).expect("starts");
     log.begin_retention();
-    // Three times what the log may take: it has to let go of segments, and may only as it is told.
+    // Three times what the log may hold: it must remove segments, and may remove only what is consumed.
     let payload = [b'x'; 1000];
     let topics: Vec<String> = (0..24).map(|n| format!("t/{n:02}")).collect();
     for topic in &topics {
@@ -405,7 +405,7 @@ async fn a_full_disk_delays_retained_messages_and_loses_none() {
     shared.control().stop(Instant::now() + Duration::from_millis(100)).await;
     until("the thread ends", || shared.control().has_ended()).await;
 
-    // The bound was the connection's.
+    // The bound was a setting of the closed connection.
     let retained = start(dir.path(), &log);
     assert_eq!(everything(&retained, &log).await.len(), 2);
 }

@@ -1,21 +1,21 @@
-//! The sessions of a cluster, in a KV bucket that all nodes share. A node loads none of them at its
-//! start: it [looks](Lookup) for that of a client when the client connects.
+//! The sessions of a cluster, in a KV bucket that all nodes share. A node loads none of them at its start:
+//! it [reads](Lookup) a client's session when the client connects.
 //!
 //! | key | value ([`row`](super::row)) |
 //! |---|---|
-//! | `session.{client}` | the node that has the session, and the session, or that it has ended |
-//! | `cursors.{node}.{page}` | how far sessions of a node have got since their cells were written |
-//! | `group.{group}.{session}` | nothing more: a session that stays has the subscription of this group |
+//! | `session.{client}` | the node that has the session, and the session unless it has ended |
+//! | `cursors.{node}.{page}` | cursors of a node's sessions that have moved since their cells were written |
+//! | `group.{group}.{session}` | a mark: a session that outlives its connection is in this group |
 //!
 //! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell,
-//! each time over the revision that it knows: the one that the client is connected to, or was last.
-//! When another node takes the client over it writes the cell, and what the former one writes after
-//! that, because it was cut off and does not know, is refused: it sees that the session has moved on, and
-//! that it has [lost](Lost) it. A node looks through its sessions for such a change by and by too.
+//! each time over the revision that it knows: the node that the client is connected to, or was last. A node
+//! that takes the client over writes the cell. If the former node was cut off and does not know, its next
+//! write is refused, and it learns that it has [lost](Lost) the session. A node also checks all its cells
+//! for such a change, a few at a time.
 //!
-//! Sessions move on all the time, and so their cursors are apart: those of a node are gathered in a few
-//! pages, written every second. A cursor names the revision of its session's cell, and is of no
-//! account once that has another.
+//! Cursors move all the time, so they are not in the cells: those of a node are gathered in a few pages,
+//! written every second. A cursor names the revision of its session's cell, and is void once the cell has
+//! another.
 
 use std::time::Duration;
 
@@ -32,16 +32,16 @@ pub use rolls::GroupRolls;
 
 /// The bucket's name.
 const BUCKET_NAME: &str = "headgate-sessions";
-/// How much longer a cell stays than the longest session: as long as a live session's cell may
-/// have been left alone, and a day for whoever is late.
+/// How much longer a cell stays than the longest session: the longest time between two writes of a live
+/// session's cell, and a day of margin.
 const CELL_SPARE: Duration = Duration::from_secs(2 * 24 * 3_600);
-/// How many pages a node's cursors are in: about so many writes a second.
+/// How many pages hold a node's cursors. This bounds the writes a second.
 const PAGES: usize = 64;
 /// A client, as the bucket knows it.
 type ClientHash = [u8; 16];
 
-/// Opens the bucket, or makes it, with each cell on so many servers. No session lasts longer than
-/// `expiry_s_max` seconds; `u32::MAX`: they last for ever.
+/// Opens the bucket, or makes it, with `replicas` copies of each cell. No session lasts longer than
+/// `expiry_s_max` seconds; `u32::MAX`: sessions may last for ever.
 ///
 /// # Errors
 /// [`CellError::Away`]; [`CellError::Refused`], if JetStream cannot have such a bucket.
@@ -51,7 +51,7 @@ pub async fn open(nats: &Nats, replicas: usize, expiry_s_max: u32) -> Result<Cel
     Cells::open(nats, &CellsSettings { bucket: BUCKET_NAME.to_owned(), replicas, age_max }).await
 }
 
-/// A session that another node has taken over without asking: this one could not be asked.
+/// A session that another node has taken over without asking, because this node could not be reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lost {
     /// The datasource of the client's key.
@@ -69,28 +69,28 @@ pub struct Found {
     pub datasource: DatasourceId,
     /// The client.
     pub client_id: String,
-    /// What a change of it is written over.
+    /// The revision that a change of the cell is written over.
     pub revision: u64,
-    /// How often it has come to another node before.
+    /// How often the session has moved to another node.
     pub moves: u64,
-    /// `None`: it has no session.
+    /// `None`: the client has no session.
     pub session: Option<StoredSession>,
 }
 
-/// Looks for the sessions that other nodes had. Cheap to clone.
+/// Reads sessions of any node from the bucket. Cheap to clone.
 #[derive(Clone)]
 pub struct Lookup(Cells);
 
 impl Lookup {
-    /// Looks in this bucket.
+    /// A lookup in this bucket.
     pub fn new(cells: Cells) -> Self {
         Self(cells)
     }
 
-    /// Reads what there is of a client, as it was last acknowledged.
+    /// Reads a client's session, as it was last acknowledged.
     ///
     /// # Errors
-    /// [`SessionStoreError::Bucket`], when that is not to be had.
+    /// [`SessionStoreError::Bucket`], when it cannot be read.
     pub async fn find(&self, datasource: &DatasourceId, client_id: &str) -> Result<Found, SessionStoreError> {
         let Cell { revision, value } = self.0.get(&session_key(hash(datasource, client_id))).await?;
         let (datasource, client_id) = (datasource.clone(), client_id.to_owned());
@@ -107,7 +107,7 @@ impl Lookup {
             return Ok(nothing);
         }
         if session.ended_at.is_none() {
-            // Its node is gone, and did not say goodbye.
+            // Its node ended without writing the cell, so the newest cursor is in the node's page.
             let page = self.0.get(&page_key(&owner, page_of(session.uid))).await?;
             let moved: Vec<Moved> = page.value.and_then(|value| decode(&value)).unwrap_or_default();
             let same = |moved: &&Moved| moved.uid == session.uid && moved.revision == revision;
@@ -118,7 +118,7 @@ impl Lookup {
 }
 
 impl StoredSession {
-    /// Whether its time is over.
+    /// Whether the session has expired at `now`.
     pub fn has_expired(&self, now: TimeMicros) -> bool {
         let expiry = i64::from(self.expiry_s) * 1_000_000;
         self.expiry_s != u32::MAX && self.ended_at.is_some_and(|ended| now.saturating_sub(ended) >= expiry)

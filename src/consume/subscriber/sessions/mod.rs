@@ -1,16 +1,16 @@
 //! The session store: the MQTT sessions that outlive their connection (MQTT 5 section 4.1), kept in
-//! `DIR/sessions.db` so that they outlive the gateway too. A session is a cursor in the log and a
-//! set of subscriptions; what was delivered is in neither, the log has it.
+//! `DIR/sessions.db` so that they outlive the gateway too. A session is a cursor in the log and a set of
+//! subscriptions; the messages themselves are in the log.
 //!
-//! The live sessions are in memory, with those who serve them. Here is what a restart finds. One
-//! thread owns the database. Changes come over a channel; everything that waits goes into one
-//! transaction with one sync, and then everybody who waits for it is released. While the disk
-//! works the next changes gather, so a thousand clients that connect at once cost a few syncs.
+//! Live sessions are in memory, with the tasks that serve them; the store has what a restart needs. One
+//! thread owns the database. Changes come over a channel. All waiting changes go into one transaction with
+//! one sync, which then releases all their waiters. Meanwhile the next changes gather, so that a thousand
+//! clients that connect at once cost a few syncs.
 //!
-//! A transaction that fails is tried again, with all that came meanwhile, until it succeeds: no
-//! change is lost or overtaken by a later one. Who waits is told after [`WAIT_MAX`].
+//! A failed transaction is retried, together with later changes, until it succeeds: no change is lost or
+//! overtaken by a later one. Waiters get the error after [`WAIT_MAX`].
 //!
-//! In a cluster the [`bucket`] of all nodes takes the place of the database.
+//! In a cluster the [`bucket`] of all nodes replaces the database.
 
 use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -39,32 +39,31 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-/// How long somebody waits for a change while transactions fail. The change stays queued.
+/// How long a caller waits for a change while transactions fail. The change stays queued.
 pub const WAIT_MAX: Duration = Duration::from_secs(3);
-/// How long a store that is closing goes on trying.
+/// How long a store that is closing keeps retrying.
 const CLOSE_WAIT_MAX: Duration = Duration::from_secs(2);
-/// After a failed transaction: the first wait before the next attempt, doubled each time up to the
-/// second.
+/// The first and the longest pause after a failed transaction; it doubles each time.
 const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// Calls of [`SessionStore::write`] that one transaction takes at most, so that the first of them
-/// does not wait for all who come while it gathers.
+/// The most calls of [`SessionStore::write`] in one transaction, so that the first of them does not wait
+/// for an endless stream of later ones.
 const WRITES_MAX: usize = 16_384;
 
-/// A session as it is kept.
+/// A session as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredSession {
-    /// Its number: unlike its client id never used again.
+    /// Its number. Unlike a client id, it is never used again.
     pub uid: u64,
     /// The datasource of the key that opened it; `*` for a key for all.
     #[serde(deserialize_with = "row::datasource")]
     pub datasource: DatasourceId,
     /// Unique within the datasource.
     pub client_id: String,
-    /// Seconds that it outlives its connection; `u32::MAX`: for ever.
+    /// How many seconds it outlives its connection; `u32::MAX`: for ever.
     pub expiry_s: u32,
     /// When its connection ended. `None`: it was connected when this was written.
     pub ended_at: Option<TimeMicros>,
-    /// Everything below is delivered.
+    /// Everything below this offset is delivered.
     pub cursor: Offset,
     /// No two have the same filter. Loaded in the order of their filters.
     pub subscriptions: Vec<StoredSubscription>,
@@ -75,19 +74,19 @@ pub struct StoredSession {
 pub struct StoredSubscription {
     /// As the client gave it, with `$share/{group}/` if it is shared.
     pub filter: String,
-    /// What was granted.
+    /// The granted QoS.
     pub qos: u8,
-    /// Without what the client itself publishes.
+    /// Whether the client's own messages are left out.
     pub no_local: bool,
-    /// The retain flag is handed on as it was published.
+    /// Whether messages keep the retain flag with which they were published.
     pub retain_as_published: bool,
-    /// What its messages are marked with.
+    /// The subscription identifier that its messages carry.
     pub identifier: Option<u32>,
-    /// It begins here.
+    /// The offset at which it begins.
     pub from: Offset,
 }
 
-/// The place that a group of shared subscriptions has got to.
+/// The cursor of a group of shared subscriptions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredGroup {
     /// The datasource of its members' keys, or `*`.
@@ -100,7 +99,7 @@ pub struct StoredGroup {
     pub cursor: Offset,
 }
 
-/// What the last run has left.
+/// What the last run has stored.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stored {
     /// In the order of their uid as a signed number.
@@ -109,21 +108,22 @@ pub struct Stored {
     pub groups: Vec<StoredGroup>,
 }
 
-/// A change of what is kept.
+/// A change of what is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
-    /// A session is new, or its subscriptions are: replaces all that is kept of it.
+    /// A session is new, or its subscriptions have changed. Replaces everything stored of it.
     PutSession(StoredSession),
     /// The session with this uid has ended for good.
     RemoveSession(u64),
-    /// A session has got further. Nothing if there is none with this uid.
+    /// A session's cursor has moved. Does nothing if there is no session with this uid.
     Cursor {
         /// Which.
         uid: u64,
         /// Everything below is delivered.
         cursor: Offset,
     },
-    /// A session's connection has ended, or with `None` begun. Nothing if there is none with this uid.
+    /// A session's connection has ended, or begun with `None`. Does nothing if there is no session with this
+    /// uid.
     Ended {
         /// Which.
         uid: u64,
@@ -132,7 +132,7 @@ pub enum Change {
         /// Seconds that it stays; `u32::MAX`: for ever.
         expiry_s: u32,
     },
-    /// A group is new, or has got further.
+    /// A group is new, or its cursor has moved.
     PutGroup(StoredGroup),
     /// A group has no members left.
     RemoveGroup {
@@ -143,21 +143,21 @@ pub enum Change {
         /// Its filter.
         filter: String,
     },
-    /// In a cluster: what the bucket has of a client. What follows for that client is written over this.
+    /// In a cluster: what the bucket has of a client. Later changes of that client are written over this.
     Found(Box<bucket::Found>),
-    /// In a cluster: the session with this uid is another node's from now on. Nothing of it is written
-    /// here any more.
+    /// In a cluster: the session with this uid belongs to another node from now on. This node writes
+    /// nothing of it any more.
     GivenUp(u64),
 }
 
 /// Why sessions could not be read, or a change is not known to be durable.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SessionStoreError {
-    /// The database. A change that was answered so is not lost: it is written when that is possible
-    /// again, unless the gateway is killed before.
+    /// The database failed. The change is not lost: it is written once that is possible again, unless the
+    /// gateway is killed first.
     #[error("sessions: {0}")]
     Database(#[from] DatabaseError),
-    /// The bucket of the cluster, likewise; in words.
+    /// The bucket of the cluster failed; likewise. The reason is in words.
     #[error("sessions: {0}")]
     Bucket(Arc<str>),
     /// The store has been closed.
@@ -165,7 +165,7 @@ pub enum SessionStoreError {
     Closed,
 }
 
-/// The running store. Cheap to clone; the thread ends after the last clone is gone, or with
+/// The running store. Cheap to clone; the thread ends after the last clone is dropped, or with
 /// [`SessionStore::close`].
 #[derive(Clone)]
 pub struct SessionStore {
@@ -187,7 +187,7 @@ enum Message {
     Meddle(Box<dyn FnOnce(&mut Table) + Send>),
 }
 
-/// Somebody who waits for changes to be durable.
+/// A caller that waits for changes to be durable.
 struct Waiter {
     since: Instant,
     reply: oneshot::Sender<Result<(), SessionStoreError>>,
@@ -204,8 +204,8 @@ impl SessionStore {
         Ok((store, stored))
     }
 
-    /// Keeps the sessions of this `node` in the bucket that the cluster has for them, and starts the
-    /// thread that writes it. What another node has taken is told over the second of what it returns.
+    /// Starts a store that keeps the sessions of this `node` in the cluster's bucket. The returned receiver
+    /// gets the sessions that another node has taken over.
     ///
     /// # Errors
     /// The system has no thread to give.
@@ -245,20 +245,20 @@ impl SessionStore {
         changes: Vec<Change>,
     ) -> impl Future<Output = Result<(), SessionStoreError>> + Send + 'static + use<> {
         let (reply, written) = oneshot::channel();
-        // If the thread has ended, the reply goes down with the message, and that is the answer.
+        // If the thread has ended, the reply is dropped with the message, which means `Closed`.
         let _ = self.inbox.send(Message::Write(changes, Waiter { since: Instant::now(), reply }));
         async move { written.await.unwrap_or(Err(SessionStoreError::Closed)) }
     }
 
-    /// Writes what is queued, takes no more, and ends the thread. What cannot be written within
-    /// two seconds is given up.
+    /// Writes what is queued, accepts no more, and ends the thread. Gives up on what cannot be written
+    /// within two seconds.
     pub async fn close(&self) {
         let _ = self.inbox.send(Message::Close);
         // The sender is in `self`, so that waiting does not fail.
         let _ = self.shared.ended.subscribe().wait_for(|ended| *ended).await;
     }
 
-    /// Why nothing can be written, while nothing can.
+    /// The present error, while nothing can be written.
     pub fn trouble(&self) -> Option<String> {
         self.shared.trouble().clone()
     }
@@ -270,7 +270,7 @@ impl SessionStore {
     }
 }
 
-/// There is no thread for the database in `dir`.
+/// The error of a thread that could not be started for the database in `dir`.
 fn database_error(dir: &Path, error: &std::io::Error) -> DatabaseError {
     let detail = format!("no thread for it: {error}").into();
     DatabaseError::Failed { path: dir.join(table::FILE_NAME), detail }
@@ -281,7 +281,7 @@ impl Shared {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of trouble, or of its end, and says so when that is news.
+    /// Notes an error, or its end, and logs it when it has changed.
     fn set_trouble(&self, trouble: Option<String>) {
         let mut current = self.trouble();
         if *current == trouble {
@@ -302,12 +302,12 @@ struct Writer {
     pending: Pending,
     waiting: Vec<Waiter>,
     failure: Option<Failure>,
-    /// When to have ended, once that is to be.
+    /// The deadline for the end, once the store is closing.
     close_by: Option<Instant>,
     shared: Arc<Shared>,
 }
 
-/// The last transaction failed.
+/// The failure of the last transaction, and when to retry.
 struct Failure {
     error: SessionStoreError,
     pause: Duration,
@@ -337,7 +337,7 @@ impl Writer {
         }
     }
 
-    /// Takes in what has come, and waits for something if there is nothing to do.
+    /// Receives all waiting messages, and waits for one if there is nothing to do.
     fn gather(&mut self) {
         let first = match (&self.failure, self.close_by) {
             (None, None) => match self.place.rest() {
@@ -391,7 +391,7 @@ impl Writer {
 
     fn release(&mut self) {
         self.pending = Pending::default();
-        // Before the answers: who has one finds no trouble any more.
+        // Before the answers, so that whoever has one sees no error any more.
         if self.failure.take().is_some() {
             self.shared.set_trouble(None);
         }
@@ -404,7 +404,7 @@ impl Writer {
         self.failure = Some(Failure { error, pause, retry_at: Instant::now() + pause });
     }
 
-    /// Tells those who have waited long enough, in vain.
+    /// Answers callers that have waited for [`WAIT_MAX`] with the error.
     fn disappoint(&mut self) {
         let Some(Failure { error, .. }) = &self.failure else { return };
         for waiter in self.waiting.extract_if(.., |waiter| waiter.since.elapsed() >= WAIT_MAX) {
@@ -415,12 +415,12 @@ impl Writer {
 
 impl Waiter {
     fn answer(self, answer: Result<(), SessionStoreError>) {
-        // Many do not wait.
+        // Many callers do not wait, and have dropped the receiver.
         let _ = self.reply.send(answer);
     }
 }
 
-/// Says that the thread has ended, also when it has panicked.
+/// Marks the thread as ended when it is dropped, also after a panic.
 struct Ended(Arc<Shared>);
 
 impl Drop for Ended {

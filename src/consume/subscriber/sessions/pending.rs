@@ -1,9 +1,9 @@
-//! What is to be written next: changes, gathered so that each session and each group is written
-//! once, however often it has changed since the last transaction.
+//! The changes to write next, gathered so that each session and each group is written once, however often
+//! it has changed since the last transaction.
 //!
-//! Changes of one session are folded in the order in which they came; sessions and groups do not
-//! depend on each other, so nothing else has an order. What a fold holds is bounded by the sessions
-//! and groups there are, also while the disk is full, and writing it twice does no harm.
+//! Changes of one session are folded in the order in which they came. Sessions and groups do not depend on
+//! each other, so nothing else has an order. The number of sessions and groups bounds what is gathered,
+//! even while the disk is full, and writing it twice does no harm.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -12,14 +12,14 @@ use super::bucket::Found;
 use super::{Change, StoredGroup, StoredSession};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
-/// What is to become of one session.
+/// The gathered change of one session.
 #[derive(Debug, PartialEq)]
 pub(super) enum SessionChange {
     /// The row and its subscriptions are replaced.
     Put(StoredSession),
-    /// Some fields of the row change, if there is one.
+    /// Some fields of the row change, if there is a row.
     Update { cursor: Option<Offset>, ended: Option<(Option<TimeMicros>, u32)> },
-    /// It goes, with its subscriptions.
+    /// The row and its subscriptions are removed.
     Remove,
     /// Another node has it.
     GiveUp,
@@ -31,10 +31,10 @@ pub(super) type GroupKey = (DatasourceId, String, String);
 /// The changes of the next transaction.
 #[derive(Debug, Default)]
 pub(super) struct Pending {
-    /// In a cluster: what the changes of these clients' sessions are written over.
+    /// In a cluster: the cells that changes of these clients' sessions are written over.
     pub(super) found: Vec<Found>,
     pub(super) sessions: BTreeMap<u64, SessionChange>,
-    /// Their cursors, or `None` for those that go.
+    /// The cursors of groups, or `None` for groups to remove.
     pub(super) groups: BTreeMap<GroupKey, Option<Offset>>,
 }
 
@@ -43,7 +43,7 @@ impl Pending {
         self.found.is_empty() && self.sessions.is_empty() && self.groups.is_empty()
     }
 
-    /// Takes in what came after everything that is there already.
+    /// Adds a change that came after all those added before.
     pub(super) fn fold(&mut self, change: Change) {
         match change {
             Change::PutSession(session) => {

@@ -1,4 +1,4 @@
-//! Where sessions are kept: a database of this gateway's own, or in a cluster the bucket that all nodes
+//! Where sessions are kept: in this gateway's own database, or in a cluster in the bucket that all nodes
 //! share ([`bucket`](super::bucket)).
 
 use std::path::{Path, PathBuf};
@@ -8,17 +8,17 @@ use super::pending::Pending;
 use super::table::Table;
 use super::{SessionStoreError, Stored};
 
-/// One such place. The store's thread owns it.
+/// Where the store's thread, which owns it, writes sessions.
 pub(super) trait Place: Send {
     /// Writes all of `pending`, which is durable afterwards.
     ///
     /// # Errors
-    /// It was not written, or in part, or that is not known. It is written again then, with what came
-    /// after it.
+    /// It was not written, written in part, or the outcome is unknown. The caller writes it again, with
+    /// later changes.
     fn write(&mut self, pending: &Pending) -> Result<(), SessionStoreError>;
 
-    /// For how long it needs nothing when there is nothing to write; `None`: for ever. After that it is
-    /// to be written all the same.
+    /// How long it may go without a write when nothing is pending; `None`: for ever. After that it must be
+    /// written even so.
     fn rest(&self) -> Option<Duration> {
         None
     }
@@ -33,7 +33,7 @@ pub(super) trait Place: Send {
 /// `sessions.db`.
 pub(super) struct Database {
     dir: PathBuf,
-    /// Absent after an error that leaves its state in doubt.
+    /// `None` after an error that leaves its state in doubt.
     table: Option<Table>,
 }
 

@@ -1,15 +1,16 @@
-//! `sessions.db` itself: its tables, read once at start, after that only written.
+//! `sessions.db` itself: its tables, read once at the start and then only written.
 //!
 //! ```sql
-//! sessions      (uid INTEGER, datasource TEXT, client_id TEXT, expiry_s INTEGER, ended_at INTEGER, cursor INTEGER)
+//! sessions      (uid INTEGER, datasource TEXT, client_id TEXT, expiry_s INTEGER, ended_at INTEGER,
+//!                cursor INTEGER)
 //! subscriptions (uid INTEGER, filter TEXT, qos INTEGER, no_local INTEGER, retain_as_published INTEGER,
 //!                identifier INTEGER, from_offset INTEGER)
 //! share_groups  (datasource TEXT, name TEXT, filter TEXT, cursor INTEGER)
 //! ```
 //!
-//! A `uid` is an unsigned number whose bits are kept. Times are microseconds since the Unix epoch.
-//! Nothing but the primary keys is constrained: a change that the database would never take would
-//! keep all later ones waiting.
+//! A `uid` is an unsigned number, stored as the signed number with the same bits. Times are microseconds
+//! since the Unix epoch. There are no constraints but the primary keys: a change that the database always
+//! refused would block all later ones.
 
 use std::path::{Path, PathBuf};
 
@@ -70,13 +71,13 @@ impl Table {
         Ok(Self { connection: KIND.open(&path)?, path })
     }
 
-    /// Opens it again after a transaction whose fate is unknown.
+    /// Opens it again after a transaction whose outcome is unknown.
     pub(super) fn reopen(dir: &Path) -> Result<Self, DatabaseError> {
         let path = dir.join(FILE_NAME);
         Ok(Self { connection: KIND.reopen(&path)?, path })
     }
 
-    /// Reads all there is, its pages checked.
+    /// Checks the pages of the database and reads everything.
     pub(super) fn load(&self) -> Result<Stored, DatabaseError> {
         let damaged =
             |detail: &str| DatabaseError::Damaged { path: self.path.clone(), detail: detail.into() };
@@ -117,7 +118,7 @@ impl Table {
                 cursor: offset_of(row.get(5)?),
                 subscriptions: Vec::new(),
             };
-            // Both come in the order of their uid.
+            // Both queries are ordered by uid.
             while let Some((_, belongs)) = subscription.take_if(|(of, _)| *of == uid) {
                 session.subscriptions.push(belongs);
                 subscription = subscription_rows.next()?.map(subscription_of).transpose()?;
@@ -147,7 +148,7 @@ impl Table {
         write(&mut self.connection, pending).map_err(|error| DatabaseError::of(&error, &self.path))
     }
 
-    /// Changes a setting, to make things go wrong.
+    /// Changes a pragma, to provoke errors.
     #[cfg(test)]
     pub(super) fn set(&self, pragma: &str, value: i64) {
         self.connection.pragma_update(None, pragma, value).expect("a setting");
@@ -203,7 +204,7 @@ fn write(connection: &mut Connection, pending: &Pending) -> rusqlite::Result<()>
                     unsubscribe.execute([uid])?;
                     remove.execute([uid])?;
                 }
-                // There is no other node.
+                // A gateway with a database has no other nodes.
                 SessionChange::GiveUp => {}
             }
         }

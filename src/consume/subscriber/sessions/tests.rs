@@ -261,7 +261,7 @@ fn a_database_that_makes_no_sense_is_refused_with_its_name() {
     }
 }
 
-/// What the store is to hold, the simplest way.
+/// A simple model of what the store should hold.
 #[derive(Default)]
 struct Model {
     sessions: BTreeMap<u64, StoredSession>,
@@ -332,7 +332,7 @@ proptest! {
             }
             table.write(&pending).expect("written");
             if twice {
-                // As after a commit that had succeeded and said that it had not.
+                // As after a commit that succeeded but reported an error.
                 table.write(&pending).expect("written");
             }
             prop_assert_eq!(table.load().expect("read"), model.stored());

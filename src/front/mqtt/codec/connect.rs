@@ -1,4 +1,4 @@
-//! CONNECT (section 3.1): who a client is, with which key, and what it wants of the connection.
+//! CONNECT (section 3.1): the client's identifier and key, and its wishes for the connection.
 
 use super::properties::{
     AUTHENTICATION_DATA, AUTHENTICATION_METHOD, Allowed, MAXIMUM_PACKET_SIZE, Properties, RECEIVE_MAXIMUM,
@@ -9,19 +9,19 @@ use super::{Reader, Reason, Version, Violation};
 /// A CONNECT.
 #[derive(Debug)]
 pub struct Connect<'a> {
-    /// Of the protocol.
+    /// The protocol version.
     pub version: Version,
     /// Clean session, or clean start.
     pub clean: bool,
-    /// In seconds; 0 is none.
+    /// The keep-alive in seconds; 0 means none.
     pub keep_alive_s: u16,
-    /// As the client gave it; may be empty.
+    /// The client identifier as given; may be empty.
     pub client_id: &'a str,
-    /// To be published when the connection is lost.
+    /// The message to publish when the connection is lost.
     pub will: Option<Will<'a>>,
-    /// If there is one.
+    /// The user name, if given.
     pub username: Option<&'a str>,
-    /// If there is one.
+    /// The password, if given.
     pub password: Option<&'a [u8]>,
     /// MQTT 5.
     pub properties: Properties<'a>,
@@ -30,21 +30,20 @@ pub struct Connect<'a> {
 /// A CONNECT's will.
 #[derive(Debug)]
 pub struct Will<'a> {
-    /// Where to.
+    /// The topic to publish to.
     pub topic: &'a str,
-    /// What.
+    /// The message.
     pub payload: &'a [u8],
     /// 0 to 2.
     pub qos: u8,
-    /// Whether it is to be retained.
+    /// The retain flag.
     pub retain: bool,
     /// MQTT 5.
     pub properties: Properties<'a>,
 }
 
 impl<'a> Connect<'a> {
-    /// Decodes a CONNECT's body. With an error goes the version that it is of, if it is known by
-    /// then.
+    /// Decodes a CONNECT's body. An error comes with the packet's version, if it is known by then.
     pub(super) fn decode(body: &'a [u8]) -> Result<Self, (Option<Version>, Violation)> {
         let mut reader = Reader::new(body);
         let (version, flags) = version(&mut reader)?;
@@ -63,7 +62,7 @@ impl<'a> Connect<'a> {
             return Err(Violation::malformed("QoS 3 does not exist"));
         }
         if !has_will && (will_qos != 0 || will_retain) {
-            return Err(Violation::malformed("flags of a will, and no will"));
+            return Err(Violation::malformed("will flags are set without a will"));
         }
         if has_password && !has_username && !v5 {
             return Err(Violation::malformed("a password without a user name"));
@@ -77,7 +76,7 @@ impl<'a> Connect<'a> {
         }
         let client_id = reader.text()?;
         let will = has_will.then(|| will(&mut reader, v5, will_qos, will_retain)).transpose()?;
-        // In MQTT 3.1 the length goes before the flags: what is announced may be left out.
+        // In MQTT 3.1 the length has precedence over the flags: an announced field may be missing.
         let is_there = |reader: &Reader<'_>| version != Version::V31 || !reader.is_empty();
         let username = (has_username && is_there(&reader)).then(|| reader.text()).transpose()?;
         let password = (has_password && is_there(&reader)).then(|| reader.binary()).transpose()?;
@@ -86,7 +85,7 @@ impl<'a> Connect<'a> {
         Ok(Self { version, clean, keep_alive_s, client_id, will, username, password, properties })
     }
 
-    /// In seconds; 0 ends the session with the connection, `u32::MAX` never ends it.
+    /// The session expiry in seconds; 0 ends the session with the connection, `u32::MAX` never.
     pub fn session_expiry_s(&self) -> u32 {
         match self.version {
             Version::V5 => self.properties.u32(SESSION_EXPIRY).unwrap_or(0),
@@ -95,45 +94,45 @@ impl<'a> Connect<'a> {
         }
     }
 
-    /// How many QoS 1 and 2 messages it takes unacknowledged.
+    /// How many unacknowledged QoS 1 and 2 messages the client accepts.
     pub fn receive_maximum(&self) -> u16 {
         self.properties.u16(RECEIVE_MAXIMUM).unwrap_or(u16::MAX)
     }
 
-    /// How many topic aliases it takes.
+    /// How many topic aliases the client accepts.
     pub fn topic_alias_maximum(&self) -> u16 {
         self.properties.u16(TOPIC_ALIAS_MAXIMUM).unwrap_or(0)
     }
 
-    /// The largest packet that it takes, in bytes.
+    /// The largest packet that the client accepts, in bytes.
     pub fn packet_bytes_max(&self) -> u32 {
         self.properties.u32(MAXIMUM_PACKET_SIZE).unwrap_or(u32::MAX)
     }
 
-    /// Whether it wants reason strings.
+    /// Whether the client wants reason strings.
     pub fn wants_reasons(&self) -> bool {
         self.properties.u32(REQUEST_PROBLEM_INFORMATION) != Some(0)
     }
 
-    /// Whether it wants extended authentication.
+    /// Whether the client wants extended authentication.
     pub fn wants_authentication(&self) -> bool {
         self.properties.iter().any(|(id, _, _)| id == AUTHENTICATION_METHOD)
     }
 }
 
-/// Protocol name, level and connect flags.
+/// Reads the protocol name, the level and the connect flags.
 fn version(reader: &mut Reader<'_>) -> Result<(Version, u8), (Option<Version>, Violation)> {
     let unknown = |violation| (None, violation);
     let unsupported = |text| Violation { reason: Reason::UnsupportedProtocolVersion, text };
     let name = reader.text().map_err(unknown)?;
     let level = reader.u8().map_err(unknown)?;
     let version = match (name, level) {
-        // The top bit marks a bridge in some implementations; it is no version of the protocol.
+        // Some implementations set the top bit to mark a bridge; that is not a protocol version.
         ("MQIsdp", 3) => Version::V31,
         ("MQTT", 4) => Version::V311,
         ("MQTT", 5) => Version::V5,
         ("MQTT", level) => {
-            // The refusal is in the nearest version's form, the bridge's bit aside.
+            // The refusal is in the nearest version's form, ignoring the bridge bit.
             let nearest = if level & 0x7f > 4 { Version::V5 } else { Version::V311 };
             return Err((Some(nearest), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
         }

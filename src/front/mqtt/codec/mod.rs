@@ -1,9 +1,9 @@
-//! MQTT packets as bytes: a strict reader of what clients send, and a writer of what they are sent.
+//! MQTT packets as bytes: a strict reader of clients' packets, and a writer of the server's.
 //!
-//! This is the gate: a frame that the specification forbids is turned away here, with the reason
-//! code that the specification gives for it, and nothing behind it sees it. Packets are decoded in
-//! place: texts and payloads borrow from the socket's buffer. Section numbers are those of MQTT 5.0
-//! (OASIS, 2019), which also says what 3.1.1 says, unless noted.
+//! This is the gate: a frame that the specification forbids is rejected here, with the reason code that
+//! the specification gives, and no other module sees it. Packets are decoded in place: texts and
+//! payloads borrow from the socket's buffer. Section numbers are those of MQTT 5.0 (OASIS, 2019); 3.1.1
+//! has the same rule unless noted.
 
 pub mod connect;
 pub mod properties;
@@ -19,7 +19,7 @@ pub use connect::Connect;
 pub use publish::Publish;
 pub use subscribe::{Subscribe, Unsubscribe};
 
-/// The protocol's versions, told apart by CONNECT.
+/// The protocol versions; CONNECT says which one a client speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
     /// 3.1, `MQIsdp`.
@@ -62,13 +62,13 @@ pub enum Reason {
     ConnectionRateExceeded = 0x9F,
 }
 
-/// What a client did that closes its connection: the reason code and, for people, what it was.
+/// A violation that closes the connection: the reason code and a description.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{text}")]
 pub struct Violation {
-    /// What an MQTT 5 client is told.
+    /// The reason code for an MQTT 5 client.
     pub reason: Reason,
-    /// The same, in words.
+    /// The description, for people.
     pub text: &'static str,
 }
 
@@ -78,20 +78,20 @@ impl Violation {
         Self { reason: Reason::MalformedPacket, text }
     }
 
-    /// They parse, and are not allowed (0x82).
+    /// The bytes parse, but are not allowed (0x82).
     pub(super) const fn protocol(text: &'static str) -> Self {
         Self { reason: Reason::ProtocolError, text }
     }
 }
 
-/// What a client can send, once it is connected.
+/// A packet from a connected client.
 #[derive(Debug)]
 pub enum Packet<'a> {
     /// A second CONNECT, which ends the connection.
     Connect,
     /// A message.
     Publish(Publish<'a>),
-    /// An answer to a message that the client was sent; QoS 1.
+    /// QoS 1, the answer to a message that the client was sent.
     Puback(Ack),
     /// QoS 2, a receiver's first answer.
     Pubrec(Ack),
@@ -114,23 +114,23 @@ pub enum Packet<'a> {
 /// PUBACK, PUBREC, PUBREL or PUBCOMP from a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ack {
-    /// Of the message.
+    /// The identifier of the message.
     pub packet_id: u16,
-    /// Below 0x80 is a yes.
+    /// Success below 0x80.
     pub reason: u8,
 }
 
 /// DISCONNECT from a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Disconnect {
-    /// 0 for a normal end, 0x04 if the will is to be published all the same.
+    /// 0 for a normal end, 0x04 if the will is to be published anyway.
     pub reason: u8,
     /// A new session expiry interval, in seconds.
     pub session_expiry_s: Option<u32>,
 }
 
-/// A whole packet in a buffer: the first byte, what follows the remaining length, and the bytes it
-/// takes in all.
+/// A whole packet in a buffer: its first byte, what follows the remaining length, and its size in
+/// bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Frame<'a> {
     first: u8,
@@ -140,12 +140,12 @@ pub struct Frame<'a> {
 }
 
 impl<'a> Frame<'a> {
-    /// Finds the packet at the beginning of `buffer`. `Ok(None)` if it is not all there yet.
+    /// Finds the packet at the beginning of `buffer`. `Ok(None)` if it is not complete yet.
     ///
     /// # Errors
     /// [`Reason::MalformedPacket`] as soon as the fixed header breaks a rule, and
-    /// [`Reason::PacketTooLarge`] as soon as the remaining length says that the packet takes more
-    /// than `bytes_max`: neither waits for the rest.
+    /// [`Reason::PacketTooLarge`] as soon as the remaining length shows that the packet takes more
+    /// than `bytes_max`. Neither waits for the rest.
     pub fn split(
         buffer: &'a [u8],
         bytes_max: usize,
@@ -178,8 +178,8 @@ impl<'a> Frame<'a> {
         Ok(None)
     }
 
-    /// How many bytes the packet takes that begins `buffer`, also if not all of them are there; of packets
-    /// that were written here.
+    /// The size in bytes of the packet at the beginning of `buffer`, even if it is not complete. For
+    /// packets that this codec wrote: nothing is checked.
     pub fn bytes_at(buffer: &[u8]) -> Option<usize> {
         let mut length = 0_usize;
         for (i, &byte) in buffer.get(1..)?.iter().take(4).enumerate() {
@@ -196,11 +196,11 @@ impl<'a> Frame<'a> {
         self.first >> 4 == 1
     }
 
-    /// Decodes the first packet of a connection. Also says which version it is of, even if it
-    /// cannot be taken: the refusal is then in that version's form.
+    /// Decodes the first packet of a connection. An error comes with the packet's version, if known, so
+    /// that the refusal can be in that version's form.
     pub fn connect(&self) -> Result<Connect<'a>, (Option<Version>, Violation)> {
         let connect = Connect::decode(self.body)?;
-        // Before the version was known nothing could be said about this.
+        // Only MQTT 5 forbids this, so it is checked once the version is known.
         let header_bytes = self.bytes - self.body.len();
         if connect.version == Version::V5 && header_bytes > 1 + write::varint_bytes(self.body.len()) {
             return Err((Some(Version::V5), OVERLONG));
@@ -211,7 +211,7 @@ impl<'a> Frame<'a> {
     /// Decodes a packet of a client that has connected.
     ///
     /// # Errors
-    /// The first rule that it breaks.
+    /// The first rule that the packet breaks.
     pub fn decode(&self, version: Version) -> Result<Packet<'a>, Violation> {
         let v5 = version == Version::V5;
         let reader = Reader::new(self.body);
@@ -241,13 +241,13 @@ const OF_A_MESSAGE: &[u8] = &[0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x
 /// The reason codes of PUBREL and PUBCOMP (sections 3.6.2.1 and 3.7.2.1).
 const OF_A_PACKET_ID: &[u8] = &[0x00, 0x92];
 
-/// The flags of the fixed header that each packet type must have (section 2.1.3); PUBLISH carries
-/// its own in them.
+/// Checks the flags of the fixed header, which each packet type but PUBLISH prescribes (section
+/// 2.1.3).
 fn check_flags(first: u8, version: Option<Version>) -> Result<(), Violation> {
     let flags = first & 0x0f;
     match (first >> 4, flags) {
         (3, _) if flags & 0b0110 == 0b0110 => Err(Violation::malformed("QoS 3 does not exist")),
-        // MQTT 3.1 (section 2.1) marks every packet that is sent again, and does not forbid it at QoS 0.
+        // MQTT 3.1 (section 2.1) marks every repeated packet as a duplicate, and allows that at QoS 0.
         (3, _) | (6 | 8 | 10, 0b1010) if version == Some(Version::V31) => Ok(()),
         (3, _) if flags & 0b1110 == 0b1000 => {
             Err(Violation::malformed("a PUBLISH with QoS 0 cannot be a duplicate"))
@@ -279,7 +279,7 @@ fn disconnect(mut reader: Reader<'_>, v5: bool) -> Result<Disconnect, Violation>
     let mut packet = Disconnect { reason: 0, session_expiry_s: None };
     if v5 && !reader.is_empty() {
         packet.reason = reader.u8()?;
-        // Section 3.14.2.1, those that a client may send.
+        // The codes that a client may send: section 3.14.2.1.
         if !matches!(packet.reason, 0x00 | 0x04 | 0x80..=0x83 | 0x90 | 0x93..=0x99) {
             return Err(Violation::protocol("a DISCONNECT with a reason code that clients do not send"));
         }

@@ -1,5 +1,5 @@
-//! MQTT 5 properties (section 2.2.2): checked as a whole when a packet is read, looked at one by
-//! one after.
+//! MQTT 5 properties (section 2.2.2): all checked when a packet is read, then looked up one by one
+//! without further checks.
 
 use super::{Reader, Violation};
 
@@ -106,7 +106,7 @@ pub enum Value<'a> {
     Pair(&'a str, &'a str),
 }
 
-/// A packet's properties: every one of them is known to be allowed and well-formed.
+/// A packet's properties, each checked to be allowed and well-formed.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Properties<'a> {
     bytes: &'a [u8],
@@ -116,7 +116,7 @@ impl<'a> Properties<'a> {
     /// Reads and checks the properties at `reader`.
     ///
     /// # Errors
-    /// Malformed ones, and those that are not `allowed` or come twice (section 2.2.2.2).
+    /// A property that is malformed, not `allowed`, or repeated (section 2.2.2.2).
     pub(super) fn read(reader: &mut Reader<'a>, allowed: Allowed) -> Result<Self, Violation> {
         let length = reader.varint()?;
         let bytes = reader.bytes(length as usize)?;
@@ -127,7 +127,7 @@ impl<'a> Properties<'a> {
             let bit = 1_u64 << id;
             if allowed.0 & bit == 0 {
                 return Err(match id {
-                    // One of a PUBLISH, but only of a server's (section 3.3.4).
+                    // Allowed in a PUBLISH, but only from a server (section 3.3.4).
                     SUBSCRIPTION_IDENTIFIER if allowed.0 == Allowed::PUBLISH.0 => {
                         Violation::protocol("only a server sends a subscription identifier with a message")
                     }
@@ -143,28 +143,28 @@ impl<'a> Properties<'a> {
         Ok(Self { bytes })
     }
 
-    /// Properties that were read before, and kept in their wire form.
+    /// Properties in wire form that were checked before.
     pub fn kept(bytes: &'a [u8]) -> Self {
         Self { bytes }
     }
 
-    /// All of them, in order, each with its identifier and its bytes on the wire.
+    /// All properties in order: identifier, value, and bytes on the wire.
     pub fn iter(&self) -> impl Iterator<Item = (u8, Value<'a>, &'a [u8])> + use<'a> {
         let mut rest = Reader::new(self.bytes);
         std::iter::from_fn(move || {
             let before = rest.rest();
-            // They were read once without an error.
+            // An error cannot occur: the properties were checked before.
             let (id, value) = property(&mut rest).ok()?;
             Some((id, value, &before[..before.len() - rest.rest().len()]))
         })
     }
 
-    /// Whether there are none.
+    /// Whether there are no properties.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
 
-    /// A property that is a number.
+    /// The value of a number property.
     pub fn u32(&self, id: u8) -> Option<u32> {
         self.iter().find_map(|(found, value, _)| match value {
             Value::Number(number) if found == id => Some(number),
@@ -172,7 +172,7 @@ impl<'a> Properties<'a> {
         })
     }
 
-    /// A number property that takes one or two bytes on the wire.
+    /// The value of a number property that takes one or two bytes on the wire.
     pub fn u16(&self, id: u8) -> Option<u16> {
         self.u32(id).and_then(|number| u16::try_from(number).ok())
     }
@@ -186,9 +186,9 @@ impl<'a> Properties<'a> {
     }
 }
 
-/// Copies to `to` what of a message's properties its subscribers are given, in wire form and without
-/// the user properties for which `secret` holds. Returns the content type, which records have a place
-/// of their own for, or nothing.
+/// Copies the properties that subscribers get to `to`, in wire form, without the user properties for
+/// which `secret` holds. Returns the content type, which records keep in a field of its own, or an empty
+/// text.
 pub fn forwarded<'a>(
     properties: &Properties<'a>,
     to: &mut Vec<u8>,
@@ -239,7 +239,7 @@ fn property<'a>(reader: &mut Reader<'a>) -> Result<(u8, Value<'a>), Violation> {
     Ok((id, value))
 }
 
-/// The values that a property cannot have.
+/// Rejects values that a property cannot have.
 fn check_value(id: u8, value: &Value<'_>) -> Result<(), Violation> {
     match (id, value) {
         (RECEIVE_MAXIMUM | MAXIMUM_PACKET_SIZE | SUBSCRIPTION_IDENTIFIER, Value::Number(0)) => {

@@ -1,4 +1,4 @@
-//! PUBLISH (section 3.3), the packet that nearly all traffic consists of.
+//! PUBLISH (section 3.3), the packet that makes up nearly all traffic.
 
 use super::properties::{Allowed, Properties, TOPIC_ALIAS};
 use super::{Reader, Reason, Violation};
@@ -6,15 +6,15 @@ use super::{Reader, Reason, Violation};
 /// A PUBLISH from a client.
 #[derive(Debug)]
 pub struct Publish<'a> {
-    /// Sent before, perhaps.
+    /// The DUP flag: it may have been sent before.
     pub dup: bool,
     /// 0 to 2.
     pub qos: u8,
-    /// To be retained.
+    /// The retain flag.
     pub retain: bool,
-    /// May be empty in MQTT 5, with a topic alias.
+    /// The topic; may be empty in MQTT 5, with a topic alias.
     pub topic: &'a str,
-    /// With QoS 1 and 2; otherwise 0.
+    /// The packet identifier with QoS 1 and 2; otherwise 0.
     pub packet_id: u16,
     /// MQTT 5.
     pub properties: Properties<'a>,

@@ -1,8 +1,8 @@
-//! Reads MQTT's data types (section 1.5) from a packet's body, and fails instead of reading past it.
+//! Reads MQTT's data types (section 1.5) from a packet's body; reading past its end is an error.
 
 use super::Violation;
 
-/// A place in a packet's body.
+/// A position in a packet's body.
 #[derive(Clone)]
 pub(super) struct Reader<'a> {
     rest: &'a [u8],
@@ -19,7 +19,7 @@ impl<'a> Reader<'a> {
         self.rest.is_empty()
     }
 
-    /// What is left.
+    /// The bytes that are left.
     pub(super) fn rest(&self) -> &'a [u8] {
         self.rest
     }
@@ -56,7 +56,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A variable byte integer, in no more bytes than it needs (section 1.5.5).
+    /// A variable byte integer, which must take no more bytes than it needs (section 1.5.5).
     pub(super) fn varint(&mut self) -> Result<u32, Violation> {
         let mut value = 0;
         for i in 0..4 {
@@ -74,13 +74,13 @@ impl<'a> Reader<'a> {
         Err(Violation::malformed("a variable byte integer takes more than four bytes"))
     }
 
-    /// Binary data with its length in front.
+    /// Length-prefixed binary data.
     pub(super) fn binary(&mut self) -> Result<&'a [u8], Violation> {
         let n = self.u16()?;
         self.bytes(usize::from(n))
     }
 
-    /// Text with its length in front: UTF-8, without U+0000 (section 1.5.4).
+    /// Length-prefixed text: UTF-8 without U+0000 (section 1.5.4).
     pub(super) fn text(&mut self) -> Result<&'a str, Violation> {
         let bytes = self.binary()?;
         if bytes.contains(&0) {
@@ -89,12 +89,12 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(bytes).map_err(|_| Violation::malformed("a text is not UTF-8"))
     }
 
-    /// Says that the packet ends here.
+    /// Checks that the packet ends here.
     pub(super) fn end(&self) -> Result<(), Violation> {
         if self.rest.is_empty() {
             Ok(())
         } else {
-            Err(Violation::malformed("the packet goes on after its content"))
+            Err(Violation::malformed("the packet has bytes after its content"))
         }
     }
 }

@@ -10,22 +10,22 @@ pub struct Subscribe<'a> {
     pub packet_id: u16,
     /// MQTT 5.
     pub properties: Properties<'a>,
-    /// At least one.
+    /// The topic filters, at least one.
     pub filters: Vec<Filter<'a>>,
 }
 
 /// One of a SUBSCRIBE's topic filters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Filter<'a> {
-    /// With its wildcards, and `$share/{group}/` in front if it is shared.
+    /// The filter with its wildcards, and with the prefix `$share/{group}/` if it is shared.
     pub filter: &'a str,
     /// The highest QoS wanted, 0 to 2.
     pub qos: u8,
     /// The subscriber's own messages are not wanted.
     pub no_local: bool,
-    /// The retain flag is wanted as the message was published with.
+    /// Messages keep the retain flag with which they were published.
     pub retain_as_published: bool,
-    /// 0: retained messages at once, 1: only if the subscription is new, 2: not.
+    /// When retained messages are sent: 0 always, 1 only if the subscription is new, 2 never.
     pub retain_handling: u8,
 }
 
@@ -45,7 +45,7 @@ impl<'a> Subscribe<'a> {
                 return Err(Violation::malformed("reserved bits of a subscription's options are set"));
             }
             if qos == 3 {
-                // Section 3.8.3.1; for 3.1.1 either is a reason to close.
+                // Section 3.8.3.1. In 3.1.1 every violation just closes the connection.
                 return Err(Violation::protocol("QoS 3 does not exist"));
             }
             let retain_handling = if v5 { options >> 4 & 3 } else { 0 };
@@ -71,7 +71,7 @@ impl<'a> Subscribe<'a> {
 pub struct Unsubscribe<'a> {
     /// For the answer.
     pub packet_id: u16,
-    /// At least one.
+    /// The topic filters, at least one.
     pub filters: Vec<&'a str>,
 }
 
@@ -92,8 +92,8 @@ impl<'a> Unsubscribe<'a> {
     }
 }
 
-/// A topic filter: at least one character, wildcards only as whole levels, `#` only as the last
-/// (section 4.7), and behind `$share/` a name without wildcards and then a filter (section 4.8.2).
+/// Reads a topic filter: at least one character, wildcards only as whole levels, `#` only as the last
+/// (section 4.7), and after `$share/` a name without wildcards and then a filter (section 4.8.2).
 fn filter<'a>(reader: &mut Reader<'a>) -> Result<&'a str, Violation> {
     let whole = reader.text()?;
     let invalid = |text| Err(Violation { reason: Reason::TopicFilterInvalid, text });

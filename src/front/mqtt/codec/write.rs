@@ -1,4 +1,4 @@
-//! Writes the packets that a server sends, each to the end of a buffer.
+//! Writes the packets that a server sends; each function appends to a buffer.
 
 use super::properties::{
     ASSIGNED_CLIENT_IDENTIFIER, MAXIMUM_PACKET_SIZE, REASON_STRING, RECEIVE_MAXIMUM, SERVER_KEEP_ALIVE,
@@ -6,35 +6,35 @@ use super::properties::{
 };
 use super::{Reason, Version};
 
-/// What a client is told, and how much of it may be said in words.
+/// How packets to a client have to look: its version, and how much text it takes.
 #[derive(Debug, Clone, Copy)]
 pub struct Form {
     /// The protocol's version.
     pub version: Version,
     /// Whether the client wants reason strings with answers to its messages.
     pub reasons: bool,
-    /// The largest packet that the client takes, in bytes.
+    /// The largest packet that the client accepts, in bytes.
     pub packet_bytes_max: u32,
 }
 
 /// The limits that a CONNACK announces to an MQTT 5 client.
 #[derive(Debug, Clone, Default)]
 pub struct Limits {
-    /// Messages of QoS 1 that it may have unacknowledged.
+    /// How many QoS 1 and 2 messages the client may have unacknowledged.
     pub receive_maximum: u16,
-    /// The largest packet taken, in bytes.
+    /// The largest packet that the server accepts, in bytes.
     pub packet_bytes_max: u32,
-    /// Topic aliases that it may set.
+    /// How many topic aliases the client may set.
     pub topic_alias_maximum: u16,
-    /// The keep-alive that it has to use, in seconds, if not its own.
+    /// The keep-alive that the client has to use, in seconds, if not its own.
     pub keep_alive_s: Option<u16>,
-    /// The client identifier made for it, if it gave none.
+    /// The assigned client identifier, if the client gave none.
     pub client_id: Option<String>,
-    /// The session's expiry, in seconds, if not the one it asked for.
+    /// The session's expiry, in seconds, if not the one that the client asked for.
     pub session_expiry_s: Option<u32>,
 }
 
-/// A yes to a CONNECT. `present`: there is a session to go on with. MQTT 3.1 has no place to say so.
+/// Accepts a CONNECT. `present` is the session present flag, which MQTT 3.1 does not have.
 pub fn connack(to: &mut Vec<u8>, version: Version, present: bool, limits: &Limits) {
     let present = u8::from(present && version != Version::V31);
     if version != Version::V5 {
@@ -57,8 +57,8 @@ pub fn connack(to: &mut Vec<u8>, version: Version, present: bool, limits: &Limit
     packet(to, 0x20, &[present, 0], Some(&properties), &[]);
 }
 
-/// A no to a CONNECT: MQTT 5's reason and its words, if a client that takes packets of
-/// `packet_bytes_max` can have them, or the nearest return code of 3.1.1.
+/// Refuses a CONNECT: with MQTT 5's reason code, and the reason string if it fits `packet_bytes_max`, or
+/// with the nearest return code of 3.1.1.
 pub fn connack_refused(
     to: &mut Vec<u8>,
     version: Version,
@@ -98,7 +98,7 @@ pub enum Answer {
     Pubcomp = 0x70,
 }
 
-/// The answer to a message or a PUBREL. MQTT 3.1.1 has no way to say no.
+/// The answer to a message or a PUBREL. MQTT 3.1.1 can only say success.
 pub fn answer(
     to: &mut Vec<u8>,
     form: Form,
@@ -121,13 +121,13 @@ pub fn answer(
     packet(to, answer as u8, &[high, low, reason as u8], properties.as_deref(), &[]);
 }
 
-/// The answer to a SUBSCRIBE: per filter the QoS that is granted or the reason why not, and for
-/// people what is wrong.
+/// The answer to a SUBSCRIBE: for each filter the granted QoS or the reason code, and in `words` a
+/// reason string.
 pub fn suback(to: &mut Vec<u8>, form: Form, packet_id: u16, codes: &[u8], words: Option<&str>) {
     answers(to, form, 0x90, packet_id, codes, words);
 }
 
-/// The answer to an UNSUBSCRIBE, per filter. Before MQTT 5 it says nothing of them.
+/// The answer to an UNSUBSCRIBE, with a code for each filter since MQTT 5.
 pub fn unsuback(to: &mut Vec<u8>, form: Form, packet_id: u16, codes: &[u8]) {
     let codes = if form.version == Version::V5 { codes } else { &[] };
     answers(to, form, 0xB0, packet_id, codes, None);
@@ -147,7 +147,7 @@ fn answers(to: &mut Vec<u8>, form: Form, first: u8, packet_id: u16, codes: &[u8]
     packet(to, first, &packet_id, Some(&properties), codes);
 }
 
-/// A PUBLISH to a subscriber: the first byte, the topic's parts (none with an alias that is known), the
+/// A PUBLISH to a subscriber: the first byte, the topic's parts (none if the client knows the alias), the
 /// packet identifier of QoS 1, the properties of MQTT 5, the payload.
 pub fn publish(
     to: &mut Vec<u8>,
@@ -174,13 +174,13 @@ pub fn publish(
     to.extend_from_slice(payload);
 }
 
-/// What such a PUBLISH takes in all, given the bytes of its parts.
+/// The size of a PUBLISH in bytes, given the sizes of its parts.
 pub fn publish_bytes(topic: usize, acknowledged: bool, properties: Option<usize>, payload: usize) -> usize {
     let length = publish_length(topic, acknowledged, properties, payload);
     1 + varint_bytes(length) + length
 }
 
-/// Its remaining length.
+/// The remaining length of a PUBLISH.
 fn publish_length(topic: usize, acknowledged: bool, properties: Option<usize>, payload: usize) -> usize {
     let properties = properties.map_or(0, |bytes| varint_bytes(bytes) + bytes);
     2 + topic + if acknowledged { 2 } else { 0 } + properties + payload
@@ -190,7 +190,7 @@ fn publish_length(topic: usize, acknowledged: bool, properties: Option<usize>, p
 pub fn user_property(to: &mut Vec<u8>, name: &str, value: &str) {
     to.push(USER_PROPERTY);
     for part in [name, value] {
-        // What is written here are names and numbers of our own.
+        // Only the gateway's own short names and values are written here.
         to.extend_from_slice(&u16::try_from(part.len()).unwrap_or(u16::MAX).to_be_bytes());
         to.extend_from_slice(part.as_bytes());
     }
@@ -201,7 +201,7 @@ pub fn pingresp(to: &mut Vec<u8>) {
     to.extend_from_slice(&[0xD0, 0]);
 }
 
-/// Why the server closes the connection. MQTT 3.1.1 has no such packet: nothing is written.
+/// A DISCONNECT with its reason. MQTT 3.1.1 has no such packet from a server: nothing is written.
 pub fn disconnect(to: &mut Vec<u8>, form: Form, reason: Reason, words: &str) {
     if form.version != Version::V5 {
         return;
@@ -212,7 +212,7 @@ pub fn disconnect(to: &mut Vec<u8>, form: Form, reason: Reason, words: &str) {
     packet(to, 0xE0, &[reason as u8], fits.then_some(properties.as_slice()), &[]);
 }
 
-/// Fixed header, `head`, the properties with their length if there are any, `tail`.
+/// Writes the fixed header, `head`, the properties (if any) with their length, and `tail`.
 fn packet(to: &mut Vec<u8>, first: u8, head: &[u8], properties: Option<&[u8]>, tail: &[u8]) {
     let mut length = head.len() + tail.len();
     if let Some(properties) = properties {
@@ -235,7 +235,7 @@ fn number(to: &mut Vec<u8>, id: u8, bytes: &[u8]) {
 
 /// A text, as one of a packet's properties.
 pub fn text(to: &mut Vec<u8>, id: u8, text: &str) {
-    // Our own words, and client identifiers within their limit, are far shorter.
+    // Reason strings and client identifiers are far shorter than the limit of 65,535 bytes.
     let bytes = &text.as_bytes()[..text.floor_char_boundary(usize::from(u16::MAX))];
     to.push(id);
     to.extend_from_slice(&u16::try_from(bytes.len()).unwrap_or(u16::MAX).to_be_bytes());

@@ -1,11 +1,11 @@
-//! Claims: in a cluster a client may come to any node, whatever node it was at before. The node that
-//! it comes to claims it: it asks the others, and whoever has the client, connected or away, lets go
-//! of it and hands over its session. What nobody has is in the [bucket](Lookup), if anywhere: its
-//! node is gone, or could not be reached.
+//! Claims: in a cluster a client may connect to any node, whichever node it used before. The node that
+//! the client connects to claims it: it asks the other nodes, and the one that has the client, connected
+//! or away, releases it and hands over its session. A session that no node has is in the
+//! [bucket](Lookup), if it exists: its node is gone or could not be reached.
 //!
-//! Of two nodes that claim a client at the same moment the later one gets it. A node that has heard of a
-//! claim makes only later ones, whatever its clock says, so that a client that comes again after an
-//! answer is never the earlier one.
+//! If two nodes claim a client at the same moment, the later claim wins. A node that has heard of a claim
+//! makes only later ones, whatever its clock says, so a client that connects again after an answer
+//! always has the later claim.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -27,54 +27,54 @@ use crate::consume::subscriber::sessions::Change;
 use crate::consume::subscriber::sessions::bucket::{Found, Lookup, Lost};
 use crate::message::{DatasourceId, now_micros};
 
-/// What nodes are asked on.
+/// The subject on which nodes receive claims.
 const SUBJECT: &str = "headgate.claim";
-/// How long a node may take to let go of a client. After that the bucket decides.
+/// How long a node may take to release a client. After that the bucket decides.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
-/// How long an answer is kept at least, for a question that is asked again.
+/// How long an answer is kept at least, in case the claim is sent again.
 const ANSWERED_FOR: Duration = Duration::from_secs(5);
 
-/// The order of claims.
+/// A claim's place in the order of all claims.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(super) struct When {
     time: i64,
     node: String,
 }
 
-/// What the other nodes are asked.
+/// The question to the other nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Claim {
     at: When,
     datasource: String,
     client_id: String,
-    /// What there is of the session is to end.
+    /// An existing session is to end.
     clean: bool,
 }
 
-/// What a node answers.
+/// A node's answer to a claim.
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
-    /// It does not have the client, or not any more.
+    /// The node does not have the client, or no longer.
     Nothing,
-    /// It has the client, or is about to get it, by a later claim.
+    /// The node has the client, or is about to get it, by a later claim.
     Later,
-    /// This is the client's session, which it does not have any more.
+    /// The client's session, which the node has given up.
     Session(Box<HandedOver>),
 }
 
-/// An answer, as soon as it is there.
+/// An answer that may still be in the making.
 type Answering = Arc<OnceCell<Bytes>>;
 
-/// What was answered lately: a question may be asked again, and its session is gone by then.
+/// The latest answers: a claim may be sent again after its session was handed over.
 struct Answered {
-    /// Since when the newer ones come.
+    /// When `newer` was begun.
     since: Instant,
     newer: HashMap<Claim, Answering>,
     older: HashMap<Claim, Answering>,
 }
 
 impl Answered {
-    /// What this question is answered with, if somebody has begun to answer it: otherwise by whoever asks.
+    /// The answer to a claim. The caller fills the cell if nobody has begun to.
     fn answering(&mut self, claim: Claim) -> Answering {
         if self.since.elapsed() >= ANSWERED_FOR {
             self.older = std::mem::take(&mut self.newer);
@@ -85,19 +85,19 @@ impl Answered {
     }
 }
 
-/// What a node needs to share its clients with others.
+/// What a node needs to share its clients with other nodes.
 pub struct Claims {
     presence: Arc<Presence>,
     lookup: Lookup,
     lost: Mutex<Option<UnboundedReceiver<Lost>>>,
-    /// The time of the latest claim that was made or heard of.
+    /// The time of the latest claim that this node has made or heard of.
     latest: AtomicI64,
     answered: Mutex<Answered>,
 }
 
 impl Claims {
-    /// Shares them with those that `presence` knows. `lookup` is where the sessions are that nobody has, and
-    /// over `lost` comes what others have taken without asking.
+    /// Shares the clients with the nodes that `presence` knows. `lookup` finds the sessions that no node
+    /// has. `lost` brings the sessions that other nodes have taken without asking.
     pub fn new(presence: Arc<Presence>, lookup: Lookup, lost: UnboundedReceiver<Lost>) -> Self {
         let answered = Answered { since: Instant::now(), newer: HashMap::new(), older: HashMap::new() };
         Self {
@@ -109,7 +109,7 @@ impl Claims {
         }
     }
 
-    /// A claim that is later than all that were heard of.
+    /// A stamp that is later than every claim heard of so far.
     pub(super) fn next(&self) -> When {
         let now = now_micros();
         let later = |latest: i64| now.max(latest + 1);
@@ -119,17 +119,17 @@ impl Claims {
     }
 }
 
-/// What a claim has brought.
+/// The result of a claim.
 pub(super) struct Claimed {
     /// The client's session.
     pub(super) session: Option<Session>,
-    /// What the bucket has of it, to be written over.
+    /// The client's cell in the bucket, to be overwritten.
     pub(super) found: Found,
 }
 
 impl Sessions {
-    /// Answers the claims of other nodes from now on, and gives up what they have taken otherwise. Returns
-    /// when nothing more can be taken: never, mostly.
+    /// Answers the claims of other nodes, and gives up sessions that they took without asking. Normally
+    /// never returns.
     pub(super) async fn share(self: &Arc<Self>, claims: &Claims) {
         let this = Arc::downgrade(self);
         let served = claims.presence.serve(SUBJECT, move |question| {
@@ -142,7 +142,7 @@ impl Sessions {
             }
         });
         if let Err(error) = served.await {
-            warn!(%error, "other nodes cannot ask for clients that are connected here");
+            warn!(%error, "other nodes cannot claim clients of this node");
         }
         let lost = claims.lost.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(mut lost) = lost else { return };
@@ -151,7 +151,7 @@ impl Sessions {
         }
     }
 
-    /// Gets a client that is not here from wherever it is.
+    /// Gets a client's session from another node or from the bucket.
     ///
     /// # Errors
     /// [`NotEntered`].
@@ -164,7 +164,7 @@ impl Sessions {
     ) -> Result<Claimed, NotEntered> {
         tokio::select! {
             biased;
-            // Not to be waited for: who claims it later waits for this one to leave.
+            // First, and at once: a later claim waits for this client to leave.
             why = poll_fn(|cx| present.control.poll_closed(cx)) => Err(NotEntered::Closed(why)),
             claimed = self.claim_for_long(claims, &present.key, at, clean) => claimed,
         }
@@ -179,7 +179,7 @@ impl Sessions {
     ) -> Result<Claimed, NotEntered> {
         let (datasource, client_id) = (key.0.as_str().to_owned(), key.1.as_ref().to_owned());
         let question = encode(&Claim { at, datasource, client_id, clean });
-        // What was written here of an earlier session has to be in the bucket before that is read.
+        // Pending writes of an earlier session have to reach the bucket before it is read.
         let written = self.subscribers.store.write(Vec::new());
         let asked = claims.presence.ask_all(SUBJECT, question, ANSWER_WAIT_MAX);
         let (written, answers) = tokio::join!(written, asked);
@@ -191,29 +191,29 @@ impl Sessions {
                     Some(Answer::Later) => return Err(NotEntered::Closed(Close::TakenOver)),
                     Some(Answer::Session(session)) => handed.push(*session),
                     Some(Answer::Nothing) => {}
-                    None => warn!(node, "a node has answered in words that are not known here"),
+                    None => warn!(node, "a node sent an answer to a claim that cannot be decoded"),
                 },
-                // What it had, or has, is in the bucket, a second old at most.
-                Reply::Gone | Reply::Silent => debug!(node, "a node has not answered for a client"),
+                // The bucket has that node's sessions, at most a second old.
+                Reply::Gone | Reply::Silent => debug!(node, "a node has not answered a claim"),
             }
         }
         let found = claims.lookup.find(&key.0, &key.1).await.map_err(unavailable)?;
         let kept = found.session.clone().filter(|session| !clean && !session.has_expired(now_micros()));
         if let Some(over) = found.session.as_ref().filter(|_| kept.is_none()) {
-            // Its node is gone, else that would have ended it.
+            // The session's node is gone; otherwise it would have ended the session itself.
             for group in over.subscriptions.iter().filter_map(|s| group_of(&key.0, &s.filter)) {
                 self.subscribers.groups.leave(&group, over.uid, true);
             }
         }
-        // Who had it last has written it before it answered, and knows more than it has written.
+        // A node writes its session before it answers, and its answer holds more than the bucket.
         let session = kept.map(|kept| match handed.into_iter().find(|handed| handed.is(&kept)) {
             Some(handed) => Session::from_handed(handed),
             None => Session::from_stored(kept),
         });
         if let Some(session) = &session {
             let log = &self.subscribers.log;
-            // Which of its QoS 2 messages are released is known before the first of them comes again, and what
-            // was given out elsewhere is here too: the session goes on behind it.
+            // The session continues behind what another node has delivered, so this node's log has to reach
+            // that far, and has to know the released QoS 2 messages before one is sent again.
             let (released, caught_up) = tokio::join!(log.sync(), log.catch_up(session.reaches()));
             released.and(caught_up).map_err(unavailable)?;
         }
@@ -230,7 +230,7 @@ impl Sessions {
         answering.get_or_init(|| async { encode(&self.let_go(&claim).await) }).await.clone()
     }
 
-    /// Lets another node have a client.
+    /// Releases a client to the node that claims it.
     async fn let_go(self: &Arc<Self>, claim: &Claim) -> Answer {
         let datasource = match claim.datasource.as_str() {
             "*" => Ok(DatasourceId::all()),
@@ -256,8 +256,8 @@ impl Sessions {
                         connected.left.clone().notified_owned()
                     }
                     None => {
-                        // Whoever comes now waits as for a connection, until what there is of the session has
-                        // been written.
+                        // This entry makes a new connection wait, as for an earlier one, until the session
+                        // has been written.
                         let (control, left) = (Arc::<Control>::default(), Arc::default());
                         let held = Held { claim: Some(claim.at.clone()), ..Held::default() };
                         let away = entry.away.take();
@@ -279,8 +279,8 @@ impl Sessions {
             }
         }
         let store = &self.subscribers.store;
-        // Whatever becomes of the answer, the bucket has the session as it is now. If that cannot be written, the
-        // other node cannot read it.
+        // If the answer is lost, the claiming node reads the session from the bucket. An error needs no
+        // handling: a bucket that cannot be written cannot be read by the other node either.
         let _ = store.write(Vec::new()).await;
         if claim.clean {
             return Answer::Nothing;
@@ -289,7 +289,7 @@ impl Sessions {
         Answer::Session(Box::new(session.into_handed(&key.0, &key.1)))
     }
 
-    /// Another node has a client of this one.
+    /// Gives up a session that another node has taken.
     fn lose(&self, lost: Lost) {
         let key: ClientKey = (lost.datasource, lost.client_id.into());
         let mut clients = self.locked();

@@ -11,7 +11,7 @@ use crate::consume::subscriber::Mailbox;
 use crate::consume::subscriber::sessions::Change;
 use crate::message::now_micros;
 
-/// A client's place among the [`Sessions`].
+/// A connected client's entry in [`Sessions`]; dropping it lets the next connection in.
 pub(in super::super) struct Present {
     pub(super) sessions: Arc<Sessions>,
     pub(super) key: ClientKey,
@@ -24,12 +24,12 @@ impl Present {
         &self.key.1
     }
 
-    /// What the connection is told.
+    /// The signal that closes this connection.
     pub(in super::super) fn control(&self) -> &Control {
         &self.control
     }
 
-    /// Whether another node has taken the session, which is none of this one's any more.
+    /// Whether another node has taken the session.
     fn is_lost(&self) -> bool {
         self.sessions.claims.is_some()
             && self.sessions.locked().entries.get(&self.key).is_some_and(|entry| {
@@ -38,19 +38,19 @@ impl Present {
             })
     }
 
-    /// Where a durable session says how far it is.
+    /// Has the cursor that `mailbox` reports written every second.
     pub(in super::super) fn watch(&self, uid: u64, mailbox: Arc<Mailbox>) {
         self.sessions.locked().watched.insert(uid, (mailbox, 0));
     }
 
-    /// The session is to outlive its connection by more than was said as it joined its groups.
+    /// Tells the session's groups that it now outlives its connection for longer.
     pub(in super::super) fn stays_longer(&self, session: &Session) {
         for group in session.subscriptions.iter().flatten().filter_map(|s| group_of(&self.key.0, &s.filter)) {
             self.sessions.subscribers.groups.stay(&group, session.of_groups());
         }
     }
 
-    /// The connection is over: hands back its session. Returns the will, if it is to be published
+    /// Hands back the session at the end of the connection. Returns the will if it is to be published
     /// now.
     pub(in super::super) fn leave(self, session: Session, will: Option<Box<Will>>) -> Option<Box<Will>> {
         let now = Instant::now();
@@ -61,7 +61,7 @@ impl Present {
         let (uid, expiry_s) = (session.uid, session.expiry_s);
         if self.is_lost() {
             self.sessions.locked().watched.remove(&uid);
-            // The client is there already.
+            // The client is connected to that node already: a delayed will is dropped.
             return will.filter(|will| will.delay_s == 0);
         }
         let changes = vec![

@@ -1,5 +1,5 @@
-//! A member of a group of a cluster: asks JetStream for as many records as it has room for, and says what
-//! becomes of each.
+//! A member of a group of a cluster: asks JetStream for as many records as it has room for, and reports the
+//! outcome of each.
 
 use std::collections::BTreeMap;
 use std::task::{Context, Poll, ready};
@@ -16,10 +16,10 @@ use super::Group;
 use crate::log::{Given, KEEP_EVERY, ShareError, SharedPlaces, SharedRecords};
 use crate::message::Offset;
 
-/// Records that a member asks for at once.
+/// How many records a member asks for at once, at most.
 const TAKEN_MAX: usize = 64;
-/// How long a member keeps what it hands on: so many leave at the same moment, as their gateway stops, and
-/// none of them is to be given it.
+/// How long a leaving member waits before it hands records back. When a gateway stops, many members leave
+/// at once, and none of them should be given these records.
 const OTHERS_LEAVE: Duration = Duration::from_millis(100);
 /// The pause before another attempt.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -29,29 +29,29 @@ pub struct Member {
     commands: mpsc::UnboundedSender<Command>,
     given: mpsc::UnboundedReceiver<Share>,
     places: SharedPlaces,
-    /// How many more were asked for.
+    /// How many records were asked for and not given yet.
     asked: usize,
 }
 
-/// Records that were asked for.
+/// The answer to a request for records.
 struct Asked {
-    /// So many were removed before anybody took them.
+    /// This many were removed before any member took them.
     skipped: u64,
     records: SharedRecords,
     at: Instant,
 }
 
-/// What a member's task is told.
+/// A member's message to its task.
 enum Command {
-    /// There is room for so many more.
+    /// There is room for this many records.
     Room(usize),
-    /// This one is dealt with.
+    /// The record at this offset is dealt with.
     Done(Offset),
 }
 
 impl Group {
-    /// Asks for up to `max` records, after it was opened, if `open` says where it begins and for how long it is
-    /// kept. If that cannot be, it is over after a pause.
+    /// Asks for up to `max` records. Opens the group first if `open` gives where it begins and how long it is
+    /// kept. On an error, returns after a pause.
     async fn ask(self, max: usize, open: Option<(Offset, Option<Duration>)>) -> Result<Asked, ShareError> {
         let asked = async {
             let mut skipped = 0;
@@ -60,7 +60,7 @@ impl Group {
             }
             let records = self.places.take(&self.name, max).await?;
             if skipped > 0 {
-                // Of several members who found it one tells it. If NATS is away, it is for the next time.
+                // Several members may see it, and one reports it. If NATS is away, a later request does.
                 skipped = self.places.told_of_skipped(&self.name).await.unwrap_or(0);
             }
             Ok(Asked { skipped, records, at: Instant::now() })
@@ -76,8 +76,8 @@ impl Group {
 }
 
 impl Member {
-    /// A member of a group that is kept for so long on its account; and its task, which ends when all that it had
-    /// is on its way to others, after the member is dropped.
+    /// A member, for which the group is `kept` this long, and its task. After the member is dropped, the task
+    /// hands its records on to others and ends.
     pub(super) fn of(
         group: Group,
         kept: Option<Duration>,
@@ -95,7 +95,7 @@ impl Member {
                 self.asked = max.min(TAKEN_MAX);
                 let _ = self.commands.send(Command::Room(self.asked));
             }
-            // The task ends with this.
+            // The channel ends only when the task ends, with this member.
             let Some(given) = ready!(self.given.poll_recv(cx)) else { return Poll::Pending };
             let Share::Records(batch, places) = &given else { return Poll::Ready(given) };
             self.asked = self.asked.saturating_sub(places.len());
@@ -103,7 +103,7 @@ impl Member {
             let mut reader = batch.reader();
             match places.iter().find(|place| left_out.withholds(&reader.read(**place))) {
                 None => return Poll::Ready(given),
-                // They come one by one.
+                // Acknowledge it and go on: each share has one record.
                 Some(withheld) => self.acknowledge(withheld.offset),
             }
         }
@@ -114,22 +114,22 @@ impl Member {
     }
 }
 
-/// Takes records for a member, and says what becomes of them.
+/// Takes records for a member, and reports the outcome of each.
 struct Taker {
     group: Group,
     kept: Option<Duration>,
     give: mpsc::UnboundedSender<Share>,
-    /// Behind what it was given: where the group begins anew, should it be gone.
+    /// The offset after the last record given: where the group begins again, should it be gone.
     behind: Offset,
-    /// For how many there is room.
+    /// How many records there is room for.
     room: usize,
-    /// Records are being asked for. What was asked for comes, and so this is never given up halfway.
+    /// The request under way. It is never dropped halfway, because its records arrive in any case.
     asking: Option<BoxFuture<'static, Result<Asked, ShareError>>>,
-    /// Those that were asked for.
+    /// The records of the last request.
     records: Option<Asked>,
-    /// Given and not dealt with.
+    /// Records that were given and not dealt with.
     outstanding: BTreeMap<Offset, Receipt>,
-    /// Why it cannot take any, as was said last.
+    /// The error that was last logged, while it can take no records.
     trouble: Option<String>,
 }
 
@@ -139,16 +139,16 @@ impl Taker {
         Self { group, kept, give, behind, room: 0, asking: None, records: None, outstanding, trouble: None }
     }
 
-    /// Runs until the member is gone; what it had goes to others then.
+    /// Runs until the member is gone, and then passes its records on to others.
     async fn run(mut self, mut told: mpsc::UnboundedReceiver<Command>) {
         let mut keep = interval(KEEP_EVERY);
         keep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // It may be gone, and whoever asks for what is not there gets no answer.
+        // JetStream does not answer requests for a group that is gone, so open it first when in doubt.
         let mut is_open = false;
         let mut first_offset = 0;
         loop {
             if self.room > 0 && self.asking.is_none() && self.records.is_none() {
-                // Retention may have removed what nobody has taken.
+                // Retention may have removed records that nobody had taken; opening the group finds out.
                 let first_before = std::mem::replace(&mut first_offset, self.group.places.first_offset());
                 is_open &= first_before == first_offset;
                 let open = (!is_open).then_some((self.behind, self.kept));
@@ -177,7 +177,7 @@ impl Taker {
                     Some(given) => self.give(given).await,
                     None => if let Some(Asked { records, at, .. }) = self.records.take() {
                         is_open = records.are_all();
-                        // It was refused: there are too many who wait, or there is no leader now.
+                        // Refused: too many members wait, or there is no leader now.
                         if !is_open && at.elapsed() < PAUSE {
                             self.asking = Some(Box::pin(async { sleep(PAUSE).await; Err(ShareError::refused()) }));
                         }
@@ -217,7 +217,7 @@ impl Taker {
             return;
         }
         self.behind = self.behind.max(place.offset + 1);
-        // A record that comes again, as nothing was heard of it for so long, is not given again.
+        // JetStream sends a record again when it hears nothing of it for long; give it only once.
         if self.outstanding.insert(place.offset, receipt).is_none() {
             self.room = self.room.saturating_sub(1);
             let _ = self.give.send(Share::Records(batch, vec![place]));

@@ -1,5 +1,5 @@
-//! A node's own sessions in the bucket: what is to be written of them, over what, and whether they are
-//! still this node's.
+//! A node's own sessions in the bucket: what to write, over which revision, and whether a session still
+//! belongs to this node.
 
 use std::borrow::Cow;
 use std::cmp::Ordering as CmpOrdering;
@@ -20,61 +20,61 @@ use super::super::row::{Moved, Row, decode, encode};
 use super::super::{SessionStoreError, StoredSession};
 use super::{ClientHash, Found, Lost, PAGES, hash, page_key, page_of, session_key};
 
-/// Cells that are read or written at once.
+/// How many cells are read or written at once.
 const CELLS_AT_ONCE: usize = 256;
-/// How long it is remembered that a session has ended: longer than anybody takes to write a cell that
-/// was read before.
+/// How long the cell of an ended session stays: longer than any node takes from reading a cell to writing
+/// it.
 const ENDED_FOR: Duration = Duration::from_secs(600);
 /// A live session's cell is written again after this time, so that it does not age away.
 const REFRESH: Duration = Duration::from_secs(12 * 3_600);
-/// How often some cells are looked at, whether they are still this node's.
+/// How often the node checks whether some of its cells are still its own.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// In how many such looks all are seen.
+/// In how many such checks all cells are covered.
 const LOOKS: usize = 60;
-/// How many are seen in one look after trouble, when somebody may have taken over what was ours.
+/// How many cells one check covers after an error, when another node may have taken sessions over.
 const HASTY_LOOK: usize = 1024;
-/// How often the cells that others have changed are read again in one write.
+/// How often one write reads cells again that others have changed.
 const ROUNDS_MAX: usize = 8;
 
-/// This node's sessions, as they are to be in the bucket.
+/// This node's sessions, as the bucket should have them.
 pub(in super::super) struct NodeSessions {
     cells: Cells,
     runtime: Handle,
     node: String,
     mine: BTreeMap<ClientHash, Mine>,
     clients: HashMap<u64, ClientHash>,
-    /// Those whose cells are to be written.
+    /// The clients whose cells are to be written.
     changed: BTreeSet<ClientHash>,
     pages: Vec<Page>,
     lost: mpsc::UnboundedSender<Lost>,
-    /// When somebody looks next, after whom, and how many are to be looked at in haste.
+    /// When the next check is, the client after which it begins, and how many cells to check in haste.
     look_at: Instant,
     looked_at: ClientHash,
     hasty: usize,
-    /// How often there has been a connection.
+    /// The number of connections to NATS so far. A new one means that the node may have been cut off.
     connects: u64,
 }
 
 /// A client of this node.
 struct Mine {
-    /// Of its cell.
+    /// The revision of the client's cell.
     revision: u64,
-    /// How often it has come to another node, this one included.
+    /// How often the session has moved to another node, this one included.
     moves: u64,
     session: Option<StoredSession>,
-    /// When this node wrote it last; `None`: it has not.
+    /// When this node last wrote the cell; `None`: never.
     written_at: Option<Instant>,
 }
 
 #[derive(Default)]
 struct Page {
-    /// The sessions that have got further since their cells were written.
+    /// The sessions whose cursors have moved since their cells were written.
     moved: BTreeSet<u64>,
     changed: bool,
 }
 
 impl NodeSessions {
-    /// None, yet.
+    /// No sessions yet.
     pub(in super::super) fn new(cells: Cells, node: &str, lost: mpsc::UnboundedSender<Lost>) -> Self {
         let connects = connects(&cells);
         Self {
@@ -93,7 +93,7 @@ impl NodeSessions {
         }
     }
 
-    /// Notes what is to be in the bucket. To note it twice does no harm.
+    /// Applies changes to what the bucket should have. Applying them twice does no harm.
     fn note(&mut self, pending: &Pending) {
         for Found { datasource, client_id, revision, moves, session } in &pending.found {
             let client = hash(datasource, client_id);
@@ -162,7 +162,7 @@ impl NodeSessions {
         self.changed.insert(client);
     }
 
-    /// Nothing of this client is this node's any more.
+    /// Removes everything that this node has of a client.
     fn forget(&mut self, client: ClientHash) -> Option<StoredSession> {
         self.changed.remove(&client);
         let session = self.mine.remove(&client)?.session?;
@@ -171,11 +171,11 @@ impl NodeSessions {
         Some(session)
     }
 
-    /// Another node has this client.
+    /// Removes a client that another node has taken over, and reports it.
     fn lose(&mut self, client: ClientHash) {
         if let Some(StoredSession { datasource, client_id, uid, .. }) = self.forget(client) {
             debug!(%datasource, "another node has taken a session over");
-            // Nobody may be there any more to be told.
+            // The receiver may be gone already.
             let _ = self.lost.send(Lost { datasource, client_id, uid });
         }
     }
@@ -191,7 +191,7 @@ impl NodeSessions {
         Err(CellError::Changed)
     }
 
-    /// Writes what has changed. Returns those clients whose cells somebody else has changed.
+    /// Writes the changed cells. Returns the clients whose cells another node has changed.
     async fn write_cells(&mut self) -> Result<Vec<ClientHash>, CellError> {
         let Self { cells, node, mine, changed, .. } = self;
         let writes = changed.iter().filter_map(|client| {
@@ -220,7 +220,7 @@ impl NodeSessions {
         (mine.revision, mine.written_at) = (revision, Some(Instant::now()));
         match &mine.session {
             Some(session) => {
-                // Its cursor is in the cell.
+                // The cell has the cursor, so the page need not.
                 self.pages[page_of(session.uid)].moved.remove(&session.uid);
             }
             None => {
@@ -229,9 +229,8 @@ impl NodeSessions {
         }
     }
 
-    /// Sees what has become of cells that have another revision than the one known here: a write of one's
-    /// own whose answer was lost, a late one of the node that had the session before, or somebody who
-    /// has taken it.
+    /// Checks cells that have another revision than the one known here. The cause may be an own write whose
+    /// answer was lost, a late write of the node that had the session before, or a takeover by another node.
     async fn look_again(&mut self, clients: Vec<ClientHash>) -> Result<(), CellError> {
         let cells = &self.cells;
         let reads =
@@ -246,9 +245,9 @@ impl NodeSessions {
                     CmpOrdering::Equal => row.owner == self.node.as_str(),
                     CmpOrdering::Greater => false,
                 },
-                // A newer Headgate has it.
+                // A node with a newer Headgate has written it.
                 Some(None) => false,
-                // Somebody's word that it had ended has gone; what this node wrote does not go.
+                // Only the cell of an ended session expires, and a cell that this node wrote does not.
                 None => mine.written_at.is_none(),
             };
             if still_ours {
@@ -260,7 +259,7 @@ impl NodeSessions {
         Ok(())
     }
 
-    /// Writes how far the sessions are that have got further.
+    /// Writes the pages with moved cursors.
     async fn write_pages(&mut self) -> Result<(), CellError> {
         let Self { cells, node, mine, clients, pages, .. } = self;
         let changed = pages.iter().enumerate().filter(|(_, page)| page.changed);
@@ -284,7 +283,7 @@ impl NodeSessions {
         failed.map_or(Ok(()), Err)
     }
 
-    /// Looks at some of the cells, whether they are still this node's and not too old.
+    /// Checks whether some of the cells are still this node's, and refreshes old ones.
     async fn look(&mut self) -> Result<(), CellError> {
         if self.look_at > Instant::now() {
             return Ok(());
@@ -332,7 +331,7 @@ impl Place for NodeSessions {
             self.look().await
         });
         written.map_err(|error| {
-            // Whatever became of it, somebody may have taken over meanwhile.
+            // Another node may have taken sessions over meanwhile, whatever became of this write.
             self.hasty = self.mine.len();
             error.into()
         })
@@ -343,7 +342,7 @@ impl Place for NodeSessions {
     }
 }
 
-/// How often there has been a connection to NATS.
+/// The number of connections to NATS so far.
 fn connects(cells: &Cells) -> u64 {
     cells.nats().client().statistics().connects.load(std::sync::atomic::Ordering::Relaxed)
 }

@@ -1,5 +1,5 @@
-//! The rolls of groups: which of them the sessions have that stay without their connections. One task writes
-//! them, so that what is said of a session last is what stays.
+//! The rolls of groups: which sessions that outlive their connections are in which group. One task writes
+//! them, so that the last change of a session's entry takes effect last.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -9,17 +9,17 @@ use futures_util::future::join_all;
 use headgate_bridge_nats::{CellError, Cells};
 use tokio::sync::{mpsc, oneshot};
 
-/// Changes that are written at once.
+/// How many changes are written at once, at most.
 const AT_ONCE: usize = 256;
 
-/// The rolls. Cheap to clone; the task ends after the last clone is gone.
+/// The rolls. Cheap to clone; the task ends after the last clone is dropped.
 #[derive(Clone)]
 pub struct GroupRolls {
     cells: Cells,
     changes: mpsc::UnboundedSender<Change>,
 }
 
-/// A session is on a roll from now on, or is not.
+/// An entry or removal of a session in a roll.
 struct Change {
     key: String,
     is_on: bool,
@@ -29,15 +29,15 @@ struct Change {
 type Written = oneshot::Sender<Result<(), CellError>>;
 
 impl GroupRolls {
-    /// In this bucket. Needs a runtime.
+    /// Starts the task that writes rolls to this bucket. Needs a runtime.
     pub fn start(cells: Cells) -> Self {
         let (changes, told) = mpsc::unbounded_channel();
         tokio::spawn(write(cells.clone(), told));
         Self { cells, changes }
     }
 
-    /// Enters a session, or says that it still is there: at once, behind what was said before. The future
-    /// resolves when that is written, which it is also if it is dropped.
+    /// Enters a session or renews its entry. Queued at once, behind earlier changes. The future resolves when
+    /// the entry is written, which happens even if the future is dropped.
     ///
     /// # Errors
     /// [`CellError::Away`].
@@ -45,7 +45,7 @@ impl GroupRolls {
         self.change(group, uid, true)
     }
 
-    /// Strikes a session off, as [`GroupRolls::enter`].
+    /// Removes a session from the roll, in the way of [`GroupRolls::enter`].
     ///
     /// # Errors
     /// [`CellError::Away`].
@@ -53,7 +53,7 @@ impl GroupRolls {
         self.change(group, uid, false)
     }
 
-    /// Whether there is none.
+    /// Whether the group's roll has no session.
     ///
     /// # Errors
     /// [`CellError::Away`].
@@ -79,7 +79,7 @@ impl GroupRolls {
 async fn write(cells: Cells, mut changes: mpsc::UnboundedReceiver<Change>) {
     let mut waiting = Vec::new();
     while changes.recv_many(&mut waiting, AT_ONCE).await > 0 {
-        // Of one session the last counts.
+        // The last change of each session counts.
         let mut last: HashMap<String, (bool, Vec<Written>)> = HashMap::new();
         for Change { key, is_on, written } in waiting.drain(..) {
             let change = last.entry(key).or_default();
