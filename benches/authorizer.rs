@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use headgate::auth::{Actor, ApiKey, Authorizer, Denied, Digest, Registry, Scope, Scopes};
+use headgate::auth::{Actor, ApiKey, Authorizer, Digest, GrantDenial, Registry, Scope, Scopes};
 use headgate::message::DatasourceId;
 use rusqlite::{Connection, params};
 
@@ -34,7 +34,7 @@ fn presented() -> Presented {
 }
 
 fn digest(key: &Presented) -> Digest {
-    Digest::of_presented(key).expect("a key")
+    Digest::from_presented(key).expect("a key")
 }
 
 /// Writes the keys into a registry's file in one transaction: the registry itself would sync each
@@ -85,7 +85,7 @@ fn while_keys_change(registry: &Registry, something: impl FnOnce()) -> f64 {
     let started = Instant::now();
     let changes = thread::scope(|scope| {
         let changing = scope.spawn(|| {
-            let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+            let (all, scopes) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Ingest]));
             let mut changes = 0.0;
             while !done.load(Ordering::Relaxed) {
                 let (key, _) = registry.create_key(&Actor::SYSTEM, &all, "", scopes, None).expect("created");
@@ -128,7 +128,7 @@ fn authorizer(criterion: &mut Criterion) {
 
     let mut group = criterion.benchmark_group("authorizer");
     let mut next = in_turn(&keys);
-    group.bench_function("digest", |bencher| bencher.iter(|| Digest::of_presented(black_box(next()))));
+    group.bench_function("digest", |bencher| bencher.iter(|| Digest::from_presented(black_box(next()))));
     let mut next = in_turn(&keys);
     group.bench_function("valid key", |bencher| {
         bencher.iter(|| authorizer.identify(black_box(next())).is_ok_and(|grant| grant.holds()));
@@ -145,7 +145,7 @@ fn authorizer(criterion: &mut Criterion) {
         bencher.iter(|| black_box(&grant).allows(Scope::Ingest, black_box("site-0")));
     });
     for (name, wrong, denied) in
-        [("unknown key", &unknown, Denied::Unknown), ("mistyped key", &mistyped, Denied::Malformed)]
+        [("unknown key", &unknown, GrantDenial::Unknown), ("mistyped key", &mistyped, GrantDenial::Malformed)]
     {
         let mut next = in_turn(wrong);
         assert_eq!(authorizer.identify(next()).err(), Some(denied));

@@ -17,10 +17,10 @@ use crate::limits;
 
 mod nats;
 
-pub use nats::{Nats, NatsCallout, NatsStream, Secret};
+pub use nats::{ConfigSecret, NatsCalloutConfig, NatsConfig, NatsStreamConfig};
 
 /// Environment variables of the commands: they have the same prefix but are no settings.
-const NOT_SETTINGS: [&str; 4] = ["url", "api_key", "api_key_file", "config"];
+const COMMAND_ENV_VARS: [&str; 4] = ["url", "api_key", "api_key_file", "config"];
 
 /// The whole configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,27 +31,27 @@ pub struct Config {
     /// How long a drain may take before the remaining connections are closed, in milliseconds.
     pub drain_ms_max: u64,
     /// MQTT over TCP, TLS and WebSocket.
-    pub mqtt: Mqtt,
+    pub mqtt: MqttConfig,
     /// HTTP: ingest, management, queries, metrics.
-    pub http: Http,
+    pub http: HttpConfig,
     /// How bad API keys are limited.
-    pub auth: Auth,
+    pub auth: AuthConfig,
     /// The limits of intake.
-    pub intake: Intake,
+    pub intake: IntakeConfig,
     /// The durable log.
-    pub log: Log,
+    pub log: LogConfig,
     /// Where the storage consumer writes.
-    pub storage: Storage,
+    pub storage: StorageConfig,
     /// Which NATS is used, and what for.
-    pub nats: Nats,
+    pub nats: NatsConfig,
     /// What Headgate says about itself on standard error.
-    pub trace: Trace,
+    pub trace: TraceConfig,
 }
 
 /// MQTT over TCP.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Mqtt {
+pub struct MqttConfig {
     /// Address and port; port 0 takes a free one.
     pub listen: SocketAddr,
     /// The most connections; one more is closed at once.
@@ -68,7 +68,7 @@ pub struct Mqtt {
     /// told this one.
     pub keep_alive_s_max: u16,
     /// MQTT over TLS.
-    pub tls: MqttTls,
+    pub tls: MqttTlsConfig,
 }
 
 /// Whether a client needs a certificate of its own, besides its API key.
@@ -84,7 +84,7 @@ pub enum ClientCertificates {
 /// MQTT over TLS, served when there is a certificate. The limits are those of MQTT over TCP.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct MqttTls {
+pub struct MqttTlsConfig {
     /// Address and port; port 0 takes a free one.
     pub listen: SocketAddr,
     /// A file with the certificate and its chain (PEM); empty for none. It may be replaced while the gateway
@@ -99,7 +99,7 @@ pub struct MqttTls {
     pub client_certificates: ClientCertificates,
 }
 
-impl MqttTls {
+impl MqttTlsConfig {
     /// Whether MQTT over TLS is served: there is a certificate.
     pub fn is_served(&self) -> bool {
         !self.certificate.as_os_str().is_empty()
@@ -109,7 +109,7 @@ impl MqttTls {
 /// HTTP.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Http {
+pub struct HttpConfig {
     /// Address and port; port 0 takes a free one.
     pub listen: SocketAddr,
     /// The most connections; one more waits in the kernel's queue.
@@ -125,7 +125,7 @@ pub struct Http {
 /// How bad API keys are limited.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Auth {
+pub struct AuthConfig {
     /// How many bad keys one address (IPv6: one /64) may present before it is told to wait.
     pub failures_burst: u64,
     /// How many a second it may present after that.
@@ -137,7 +137,7 @@ pub struct Auth {
 /// The limits of intake.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Intake {
+pub struct IntakeConfig {
     /// The largest payload of one message, in bytes.
     pub payload_bytes_max: usize,
     /// The most bytes on their way into the log; a connection that brings more is held back until there is
@@ -175,7 +175,7 @@ pub enum LogBackend {
 /// The durable log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Log {
+pub struct LogConfig {
     /// Where the log is kept.
     pub backend: LogBackend,
     /// When an append counts as durable, and is acknowledged.
@@ -206,7 +206,7 @@ pub enum SinkKind {
 /// Where the storage consumer writes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Storage {
+pub struct StorageConfig {
     /// The kind of database.
     pub sink: SinkKind,
     /// The niceness of the storage thread (0 to 19): when all processors are busy, devices come first and
@@ -227,7 +227,7 @@ pub enum TraceFormat {
 /// What Headgate says about itself on standard error.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Trace {
+pub struct TraceConfig {
     /// A filter as `tracing-subscriber` reads it: `info`, `headgate=debug`.
     pub filter: String,
     /// Text or JSON.
@@ -241,7 +241,7 @@ impl Default for Config {
         Self {
             data_dir: PathBuf::from("headgate-data"),
             drain_ms_max: 10_000,
-            mqtt: Mqtt {
+            mqtt: MqttConfig {
                 listen: loopback(1883),
                 connections_max: 100_000,
                 packet_bytes_max: limits::MQTT_PACKET_BYTES_MAX,
@@ -249,7 +249,7 @@ impl Default for Config {
                 connect_ms_max: 10_000,
                 session_expiry_s_max: 7 * 24 * 3_600,
                 keep_alive_s_max: 3_600,
-                tls: MqttTls {
+                tls: MqttTlsConfig {
                     listen: loopback(8883),
                     certificate: PathBuf::new(),
                     key: PathBuf::new(),
@@ -257,26 +257,26 @@ impl Default for Config {
                     client_certificates: ClientCertificates::Required,
                 },
             },
-            http: Http {
+            http: HttpConfig {
                 listen: loopback(8080),
                 connections_max: 10_000,
                 body_bytes_max: limits::HTTP_BODY_BYTES_MAX,
                 header_ms_max: 10_000,
                 body_ms_max: 60_000,
             },
-            auth: Auth {
+            auth: AuthConfig {
                 failures_burst: limits::AUTH_FAILURES_BURST,
                 failures_per_s: limits::AUTH_FAILURES_PER_S,
                 failures_exempt: Vec::new(),
             },
-            intake: Intake {
+            intake: IntakeConfig {
                 payload_bytes_max: limits::PAYLOAD_BYTES_MAX,
                 in_flight_bytes_max: limits::IN_FLIGHT_BYTES_MAX,
                 hold_back_ms_max: 10_000,
                 dedup_window_s: limits::DEDUP_WINDOW_S,
                 dedup_ids_max: limits::DEDUP_IDS_MAX,
             },
-            log: Log {
+            log: LogConfig {
                 backend: LogBackend::Embedded,
                 durability: Durability::Fsync,
                 segment_bytes: limits::SEGMENT_BYTES,
@@ -284,9 +284,9 @@ impl Default for Config {
                 retention_s: 7 * 24 * 3_600,
                 accept_corruption: false,
             },
-            storage: Storage { sink: SinkKind::Sqlite, nice: 10 },
-            nats: Nats::default(),
-            trace: Trace { filter: "info".to_owned(), format: TraceFormat::Text },
+            storage: StorageConfig { sink: SinkKind::Sqlite, nice: 10 },
+            nats: NatsConfig::default(),
+            trace: TraceConfig { filter: "info".to_owned(), format: TraceFormat::Text },
         }
     }
 }
@@ -335,7 +335,7 @@ impl Config {
             }
             figment = figment.merge(Toml::file_exact(file));
         }
-        let settings = Env::prefixed("HEADGATE_").ignore(&NOT_SETTINGS).split("__");
+        let settings = Env::prefixed("HEADGATE_").ignore(&COMMAND_ENV_VARS).split("__");
         let config: Config = figment.merge(settings).extract().map_err(Box::new)?;
         config.check()?;
         Ok(config)

@@ -22,12 +22,12 @@ use tracing::{info, warn};
 use crate::auth::{Actor, Authorizer, Registry, Scope, Scopes, deadlines};
 use crate::config::{Config, Durability, LogBackend, SinkKind};
 use crate::consume::egress::Egress;
-use crate::consume::quarantine::Leaks;
-use crate::consume::query::Query;
-use crate::consume::storage::Storage;
+use crate::consume::quarantine::QuarantineLeakRules;
+use crate::consume::query::RecordsReader;
+use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::Subscribers;
-use crate::consume::subscriber::retained::Retained;
-use crate::consume::subscriber::sessions::{SessionStore, Stored};
+use crate::consume::subscriber::retained::RetainedStore;
+use crate::consume::subscriber::sessions::{SessionStore, StoredSessions};
 use crate::front::{http, mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::LISTEN_BACKLOG;
@@ -35,13 +35,13 @@ use crate::log::{EmbeddedLog, Log};
 use crate::message::DatasourceId;
 use crate::observe::metrics::Metrics;
 
-use member::{Joining, Member};
+use member::{ClusterMember, JoiningMember};
 
 /// The label of the key whose secret is in `admin.key`.
 const ADMIN_KEY_LABEL: &str = "admin.key";
 /// How often the gateway folds the metrics' histograms, so that they stay small if nobody reads them,
 /// and saves key usage.
-const UPKEEP: Duration = Duration::from_secs(5);
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A running gateway.
 pub struct Gateway {
@@ -57,19 +57,19 @@ pub struct Gateway {
     pub admin_key_path: PathBuf,
     log: Arc<dyn Log>,
     subscribers: Arc<Subscribers>,
-    storage: Option<Arc<Storage>>,
+    storage: Option<Arc<StorageConsumer>>,
     egress: Option<Arc<Egress>>,
     drain: CancellationToken,
     drain_max: Duration,
     fronts: Vec<JoinHandle<()>>,
     /// Tells NATS whether its clients may connect (auth callout).
-    callout: Option<nats::Callout>,
+    callout: Option<nats::NatsKeyCallout>,
     upkeep: JoinHandle<()>,
     /// Ends keys when they expire.
     deadlines: JoinHandle<()>,
     registry: Arc<Registry>,
     /// `None` without a cluster.
-    member: Option<Member>,
+    member: Option<ClusterMember>,
     /// Held for as long as the data directory is in use.
     _lock: File,
 }
@@ -96,7 +96,7 @@ impl Gateway {
         let http_listener = listen(config.http.listen).context("http.listen")?;
         let (mqtt_addr, http_addr) = (mqtt_listener.local_addr()?, http_listener.local_addr()?);
         let mqtt_tls_addr = tls.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
-        check_whose(dir, config.log.backend)?;
+        check_log_backend(dir, config.log.backend)?;
         let (mut member, registry, log, places): (_, _, Arc<dyn Log>, _) = match config.log.backend {
             LogBackend::Embedded => {
                 let registry = Arc::new(Registry::open(dir)?);
@@ -109,9 +109,9 @@ impl Gateway {
             }
             LogBackend::Jetstream => {
                 info!(%http_addr, "joining the cluster; until then /readyz says what is waited for");
-                let joining = Joining::begin(&config).await?;
+                let joining = JoiningMember::begin(&config).await?;
                 let joined = joining.join(&config);
-                let joined = http::until_ready(&http_listener, &config.http, joining.reason(), joined);
+                let joined = http::serve_until_ready(&http_listener, &config.http, joining.reason(), joined);
                 let (member, log) = joined.await?;
                 let registry = member.registry().clone();
                 let places = log.shared_places();
@@ -120,25 +120,25 @@ impl Gateway {
         };
         // Opened before any consumer reads the log: it decides which records they may see.
         let leaks = match &member {
-            Some((_, member)) => Leaks::of_cluster(member.registry().clone(), log.clone()),
-            None => Leaks::open(dir, log.clone())?,
+            Some((_, member)) => QuarantineLeakRules::in_cluster(member.registry().clone(), log.clone()),
+            None => QuarantineLeakRules::open(dir, log.clone())?,
         };
         let (storage, query) = match config.storage.sink {
             SinkKind::Sqlite => {
-                let storage = Storage::start(dir, &config.storage, log.clone())?;
-                (Some(Arc::new(storage)), Some(Query::open(dir)?))
+                let storage = StorageConsumer::start(dir, &config.storage, log.clone())?;
+                (Some(Arc::new(storage)), Some(RecordsReader::open(dir)?))
             }
             SinkKind::None => (None, None),
         };
         let hold = log.hold();
-        let retained = Retained::start(dir, log.clone(), move |offset| hold.set(offset))?;
+        let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
         let retained_too = retained.clone();
         let (store, stored, claims, groups) = match member.as_ref().zip(places) {
             Some(((joining, member), places)) => {
-                let opened = member.sessions(&config, places);
-                let opened = http::until_ready(&http_listener, &config.http, joining.reason(), opened);
+                let opened = member.open_sessions(&config, places);
+                let opened = http::serve_until_ready(&http_listener, &config.http, joining.reason(), opened);
                 let (store, claims, groups) = opened.await?;
-                (store, Stored::default(), Some(claims), Some(groups))
+                (store, StoredSessions::default(), Some(claims), Some(groups))
             }
             None => {
                 let (store, stored) = SessionStore::open(dir)?;
@@ -146,12 +146,12 @@ impl Gateway {
             }
         };
         let subscribers = Arc::new(Subscribers::start(log.clone(), store, retained, groups)?);
-        let egress = egress(&config, &log).await?;
+        let egress = start_egress(&config, &log).await?;
         log.begin_retention();
 
         let metrics = Arc::new(Metrics::new());
         let intake = Intake::new(
-            Authorizer::with(registry.clone(), &config.auth),
+            Authorizer::with_config(registry.clone(), &config.auth),
             log.clone(),
             metrics.clone(),
             &config.intake,
@@ -161,13 +161,13 @@ impl Gateway {
                 member.follow(&intake).await?;
                 member.ensure_admin_key(&admin_key_path).await
             };
-            http::until_ready(&http_listener, &config.http, joining.reason(), following).await?;
+            http::serve_until_ready(&http_listener, &config.http, joining.reason(), following).await?;
         }
         let drain = CancellationToken::new();
         // Started before anything can end a key, so that it disconnects the NATS clients of every dead key.
         let callout = match &config.nats {
             config if config.callout.is_used() => {
-                Some(nats::Callout::start(config, &intake, drain.clone()).await?)
+                Some(nats::NatsKeyCallout::start(config, &intake, drain.clone()).await?)
             }
             _ => None,
         };
@@ -181,7 +181,8 @@ impl Gateway {
         let nats = match &config.nats {
             nats if nats.is_used() && nats.ingest => {
                 let connection = nats.connection("ingest")?;
-                let front = nats::Front::connect(connection, &nats.stream.name, intake.clone(), None).await?;
+                let front =
+                    nats::NatsFront::connect(connection, &nats.stream.name, intake.clone(), None).await?;
                 Some(Arc::new(front))
             }
             _ => None,
@@ -191,7 +192,7 @@ impl Gateway {
         let mqtt = config.mqtt.clone();
         let acceptor =
             mqtt::Acceptor::new(intake.clone(), subscribers.clone(), stored, claims, mqtt, drain.clone());
-        let parts = http::Parts {
+        let parts = http::HttpFrontParts {
             intake,
             log: log.clone(),
             query,
@@ -221,7 +222,7 @@ impl Gateway {
             let registry = registry.clone();
             async move {
                 loop {
-                    tokio::time::sleep(UPKEEP).await;
+                    tokio::time::sleep(UPKEEP_INTERVAL).await;
                     metrics.upkeep();
                     write_usage(&registry).await;
                 }
@@ -294,7 +295,7 @@ impl Gateway {
 
 /// Starts egress to NATS, if NATS is configured and the log is not in NATS already. Egress has its own
 /// connection: catching up would otherwise delay answers to devices.
-async fn egress(config: &Config, log: &Arc<dyn Log>) -> anyhow::Result<Option<Arc<Egress>>> {
+async fn start_egress(config: &Config, log: &Arc<dyn Log>) -> anyhow::Result<Option<Arc<Egress>>> {
     let nats = &config.nats;
     if !nats.is_used() || !nats.stream.enabled || config.log.backend != LogBackend::Embedded {
         return Ok(None);
@@ -333,10 +334,10 @@ fn lock_directory(dir: &Path) -> anyhow::Result<File> {
 
 /// Ensures that a data directory keeps the log backend that it was created with: its records and sessions
 /// refer to that log's offsets.
-fn check_whose(dir: &Path, backend: LogBackend) -> anyhow::Result<()> {
+fn check_log_backend(dir: &Path, backend: LogBackend) -> anyhow::Result<()> {
     let (other, words) = match backend {
         LogBackend::Embedded => {
-            (member::NAME_FILE, "belongs to a gateway of a cluster (log.backend = \"jetstream\")")
+            (member::NODE_NAME_FILE, "belongs to a gateway of a cluster (log.backend = \"jetstream\")")
         }
         LogBackend::Jetstream => ("log", "has a log of its own (log.backend = \"embedded\")"),
     };
@@ -355,7 +356,7 @@ fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
     let all = DatasourceId::all();
     let earlier: Vec<_> =
         registry.keys(&all).into_iter().filter(|key| *key.label == *ADMIN_KEY_LABEL).collect();
-    let admin = Scopes::of(&[Scope::Admin]);
+    let admin = Scopes::from_slice(&[Scope::Admin]);
     let (key, secret) = registry.create_key(&Actor::SYSTEM, &all, ADMIN_KEY_LABEL, admin, None)?;
     let written =
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).and_then(|mut file| {

@@ -74,7 +74,7 @@ pub const CLUSTER_FILTERS_BYTES_MAX: usize = 512 << 10;
 /// Payload bytes of retained messages that a subscriber gets at a time.
 pub const RETAINED_PAGE_BYTES: usize = 256 << 10;
 /// Bytes of the log read at a time to find where a replay begins.
-pub const TAIL_BYTES: usize = 4 << 20;
+pub const TAIL_READ_BYTES: usize = 4 << 20;
 /// Records that `tail` goes back at most.
 pub const TAIL_RECORDS_MAX: u64 = 1_000_000;
 
@@ -114,9 +114,9 @@ pub const EXCHANGE_AGE_MAX: std::time::Duration = std::time::Duration::from_secs
 pub const NATS_SUBSCRIPTIONS_MAX: u32 = 1024;
 /// Recently admitted NATS clients that are remembered, so that they can be disconnected even before
 /// their server has registered them.
-pub const LET_IN_MAX: usize = 1 << 16;
+pub const NATS_LET_IN_CLIENTS_MAX: usize = 1 << 16;
 /// How long those clients are remembered: far longer than any server waits for a callout's answer.
-pub const LET_IN_FOR: std::time::Duration = std::time::Duration::from_secs(60);
+pub const NATS_LET_IN_AGE_MAX: std::time::Duration = std::time::Duration::from_secs(60);
 /// NATS messages that go through intake as one draft.
 pub const NATS_BATCH_MESSAGES_MAX: usize = 1024;
 /// Bytes of such a draft; a larger message gets its own.

@@ -324,7 +324,7 @@ pub struct RecordRef<'a> {
     /// How it was published.
     pub flags: RecordFlags,
     /// The gateway's note: why it is in quarantine, or which quarantined record it was redriven from
-    /// (see [`crate::log::Note`]). Empty for all other records.
+    /// (see [`crate::log::RecordNote`]). Empty for all other records.
     pub note: &'a [u8],
 }
 

@@ -13,7 +13,7 @@ use crate::message::DatasourceId;
 
 /// The first token of a subject, which tells its purpose. A subject is `{space}.{datasource}.{topic}`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Space {
+pub enum SubjectSpace {
     /// Messages from devices.
     Ingest,
     /// The validated stream.
@@ -43,13 +43,13 @@ pub enum SubjectError {
     Incomplete,
 }
 
-impl Space {
+impl SubjectSpace {
     /// The token.
     pub fn as_str(self) -> &'static str {
         match self {
-            Space::Ingest => "ingest",
-            Space::Stream => "stream",
-            Space::Quarantine => "quarantine",
+            SubjectSpace::Ingest => "ingest",
+            SubjectSpace::Stream => "stream",
+            SubjectSpace::Quarantine => "quarantine",
         }
     }
 
@@ -77,7 +77,7 @@ impl Space {
     }
 
     /// The wildcard for all subjects of a datasource: `{space}.{datasource}.>`.
-    pub fn all_of(self, datasource: &DatasourceId) -> String {
+    pub fn datasource_wildcard(self, datasource: &DatasourceId) -> String {
         let mut subject = String::new();
         // Writing to a string does not fail.
         let _ = write!(subject, "{}.{datasource}.>", self.as_str());
@@ -85,14 +85,14 @@ impl Space {
     }
 
     /// The wildcard for all subjects of the space: `{space}.>`.
-    pub fn all(self) -> String {
+    pub fn space_wildcard(self) -> String {
         format!("{}.>", self.as_str())
     }
 
     /// The subject wildcards for the topics that an MQTT filter matches. They do not overlap, and together
     /// may match more than the filter. The filter is one within the datasource; without a datasource, its
     /// first level matches datasources. Empty if the filter matches no topic that crosses.
-    pub fn all_named(self, datasource: Option<&DatasourceId>, filter: &str) -> Vec<String> {
+    pub fn filter_wildcards(self, datasource: Option<&DatasourceId>, filter: &str) -> Vec<String> {
         let mut subject = self.as_str().to_owned();
         if let Some(datasource) = datasource {
             // Writing to a string does not fail.
@@ -115,7 +115,7 @@ impl Space {
         vec![subject]
     }
 
-    /// Splits a subject of this space into its datasource and the tokens of its topic, for [`topic_of`].
+    /// Splits a subject of this space into its datasource and the tokens of its topic, for [`topic_from_tokens`].
     /// Checks neither of them.
     ///
     /// # Errors
@@ -136,7 +136,7 @@ impl Space {
 ///
 /// # Errors
 /// [`SubjectError`] if it cannot.
-pub fn check_crosses(topic: &str) -> Result<(), SubjectError> {
+pub fn check_topic_has_subject(topic: &str) -> Result<(), SubjectError> {
     topic.split('/').try_for_each(check_level)
 }
 
@@ -174,7 +174,7 @@ pub fn write_tokens(topic: &str, to: &mut String) -> Result<(), SubjectError> {
 ///
 /// # Errors
 /// [`SubjectError`] for tokens that no topic maps to.
-pub fn topic_of(tokens: &str) -> Result<String, SubjectError> {
+pub fn topic_from_tokens(tokens: &str) -> Result<String, SubjectError> {
     let mut topic = String::with_capacity(tokens.len());
     for token in tokens.split('.') {
         match token {
@@ -234,7 +234,7 @@ mod tests {
             ("°C/temp", "°C.temp"),
         ] {
             assert_eq!(tokens_of(topic).as_deref(), Ok(tokens), "{topic:?}");
-            assert_eq!(topic_of(tokens).as_deref(), Ok(topic), "{tokens:?}");
+            assert_eq!(topic_from_tokens(tokens).as_deref(), Ok(topic), "{tokens:?}");
         }
     }
 
@@ -252,7 +252,7 @@ mod tests {
             (None, "+/spindle", &["stream.*.spindle"]),
             (None, "press-4/#", &["stream.press-4", "stream.press-4.>"]),
         ] {
-            assert_eq!(Space::Stream.all_named(of, filter), subjects, "{filter:?}");
+            assert_eq!(SubjectSpace::Stream.filter_wildcards(of, filter), subjects, "{filter:?}");
         }
     }
 
@@ -292,22 +292,26 @@ mod tests {
             (">", Wildcard),
             ("a b", Space),
         ] {
-            assert_eq!(topic_of(tokens), Err(why), "{tokens:?}");
+            assert_eq!(topic_from_tokens(tokens), Err(why), "{tokens:?}");
         }
     }
 
     #[test]
     fn a_subject_names_datasource_and_topic() {
         let press = DatasourceId::new("press-4").expect("a slug");
-        let subject = Space::Stream.subject(&press, "spindle/temp").expect("crosses");
+        let subject = SubjectSpace::Stream.subject(&press, "spindle/temp").expect("crosses");
         assert_eq!(subject, "stream.press-4.spindle.temp");
-        assert_eq!(Space::Stream.split(&subject), Ok(("press-4", "spindle.temp")));
-        assert_eq!(Space::Ingest.all_of(&press), "ingest.press-4.>");
-        assert_eq!(Space::Ingest.all(), "ingest.>");
+        assert_eq!(SubjectSpace::Stream.split(&subject), Ok(("press-4", "spindle.temp")));
+        assert_eq!(SubjectSpace::Ingest.datasource_wildcard(&press), "ingest.press-4.>");
+        assert_eq!(SubjectSpace::Ingest.space_wildcard(), "ingest.>");
         for incomplete in
             ["", "stream", "stream.", "stream.a", "stream.a.", "stream..a", "streams.a.b", "ingest.a.b"]
         {
-            assert_eq!(Space::Stream.split(incomplete), Err(SubjectError::Incomplete), "{incomplete:?}");
+            assert_eq!(
+                SubjectSpace::Stream.split(incomplete),
+                Err(SubjectError::Incomplete),
+                "{incomplete:?}"
+            );
         }
     }
 
@@ -315,13 +319,13 @@ mod tests {
         #[test]
         fn a_topic_that_crosses_comes_back_as_it_was(topic in "[a-c./ *>°]{0,12}") {
             if let Ok(tokens) = tokens_of(&topic) {
-                prop_assert_eq!(topic_of(&tokens), Ok(topic));
+                prop_assert_eq!(topic_from_tokens(&tokens), Ok(topic));
             }
         }
 
         #[test]
         fn a_subject_that_crosses_comes_back_as_it_was(tokens in "[a-c./ *>°]{0,12}") {
-            if let Ok(topic) = topic_of(&tokens) {
+            if let Ok(topic) = topic_from_tokens(&tokens) {
                 prop_assert_eq!(tokens_of(&topic), Ok(tokens));
             }
         }

@@ -13,7 +13,7 @@ use crate::message::{DatasourceId, KeyId, TimeMicros};
 
 /// On whose behalf a change is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Who {
+pub enum ActorIdentity {
     /// Somebody with this key.
     Key(KeyId),
     /// The gateway itself: a deadline has passed, or it starts for the first time.
@@ -22,12 +22,12 @@ pub enum Who {
     LeakReport,
 }
 
-impl fmt::Display for Who {
+impl fmt::Display for ActorIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Who::Key(key_id) => fmt::Display::fmt(key_id, f),
-            Who::System => f.write_str("system"),
-            Who::LeakReport => f.write_str("leak report"),
+            ActorIdentity::Key(key_id) => fmt::Display::fmt(key_id, f),
+            ActorIdentity::System => f.write_str("system"),
+            ActorIdentity::LeakReport => f.write_str("leak report"),
         }
     }
 }
@@ -36,24 +36,24 @@ impl fmt::Display for Who {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Actor {
     /// The identity.
-    pub who: Who,
+    pub who: ActorIdentity,
     /// The source address of the request, if there is one.
     pub address: Option<IpAddr>,
 }
 
 impl Actor {
     /// The gateway itself.
-    pub const SYSTEM: Actor = Actor { who: Who::System, address: None };
+    pub const SYSTEM: Actor = Actor { who: ActorIdentity::System, address: None };
 
     /// Somebody with this key.
     pub fn key(key_id: KeyId, address: Option<IpAddr>) -> Self {
-        Self { who: Who::Key(key_id), address }
+        Self { who: ActorIdentity::Key(key_id), address }
     }
 }
 
 /// What was done, as it is written to the audit.
 #[derive(Debug, Clone, Copy)]
-pub struct Act<'a> {
+pub struct AuditEvent<'a> {
     /// A noun, a dot and a past participle: `key.created`. Programs compare it.
     pub action: &'static str,
     /// The datasource that was changed, or `*`.
@@ -66,7 +66,7 @@ pub struct Act<'a> {
 
 /// One entry as read from the database.
 #[derive(Debug, Serialize)]
-pub struct Entry {
+pub struct AuditEntry {
     /// Increases with each entry.
     pub id: i64,
     /// When it happened.
@@ -88,12 +88,12 @@ pub struct Entry {
 
 /// A query for entries, oldest first.
 #[derive(Debug, Clone, Copy)]
-pub struct Page {
+pub struct AuditQuery {
     /// Only entries at or after this time.
     pub from: Option<TimeMicros>,
     /// Only entries before this time.
     pub to: Option<TimeMicros>,
-    /// Only entries with a higher [`Entry::id`].
+    /// Only entries with a higher [`AuditEntry::id`].
     pub after: i64,
     /// Maximum number of entries.
     pub limit: usize,

@@ -4,22 +4,22 @@
 
 use std::cell::RefCell;
 
-use headgate_bridge_nats::kv::BATCH_ROWS_MAX;
+use headgate_bridge_nats::kv::KV_BATCH_ROWS_MAX;
 use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::Digest;
-use super::audit::{Act, Actor};
-use super::database::digests_of;
+use super::audit::{Actor, AuditEvent};
+use super::database::digest_range;
 use super::live::{Datasource, Key, Rotation};
 use super::registry::RegistryError;
-use super::replica::{Replica, Revision};
-use super::rows::{LeakRow, Row};
-use super::usage::Used;
+use super::replica::{RegistryReplica, RegistryRevision};
+use super::rows::{LeakRow, RegistryRow};
+use super::usage::KeyUsage;
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 
 /// Why a key has ended, as stored in the registry's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ended {
+pub(super) enum KeyEndReason {
     /// An operator revoked it.
     Revoked,
     /// Its datasource was deleted.
@@ -30,56 +30,56 @@ pub(super) enum Ended {
     Leaked,
 }
 
-impl Ended {
+impl KeyEndReason {
     fn as_str(self) -> &'static str {
         match self {
-            Ended::Revoked => "revoked",
-            Ended::Deleted => "deleted",
-            Ended::Rotated => "rotated",
-            Ended::Leaked => "leaked",
+            KeyEndReason::Revoked => "revoked",
+            KeyEndReason::Deleted => "deleted",
+            KeyEndReason::Rotated => "rotated",
+            KeyEndReason::Leaked => "leaked",
         }
     }
 }
 
 /// One open transaction on the registry.
-pub(super) struct Change<'a> {
+pub(super) struct RegistryTransaction<'a> {
     transaction: Transaction<'a>,
     at: TimeMicros,
     /// The cluster that it is published to, if there is one.
-    replica: Option<&'a dyn Replica>,
+    replica: Option<&'a dyn RegistryReplica>,
     /// The newest revision that is in the database.
-    applied: &'a mut Revision,
+    applied: &'a mut RegistryRevision,
     /// The rows to publish.
-    touched: RefCell<Vec<Touched>>,
+    touched: RefCell<Vec<TouchedRow>>,
 }
 
 /// A row that a change has written. The variants are in the order of publication, which matters if the rows
 /// need more than one batch: keys that die with their datasource come before it.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Touched {
+enum TouchedRow {
     Key(KeyId),
     Datasource(DatasourceId),
     Leak,
     Audit(i64),
 }
 
-impl<'a> Change<'a> {
+impl<'a> RegistryTransaction<'a> {
     pub(super) fn new(
         transaction: Transaction<'a>,
-        replica: Option<&'a dyn Replica>,
-        applied: &'a mut Revision,
+        replica: Option<&'a dyn RegistryReplica>,
+        applied: &'a mut RegistryRevision,
     ) -> Self {
         Self { transaction, at: now_micros(), replica, applied, touched: RefCell::default() }
     }
 
-    fn touched(&self, row: Touched) {
+    fn touched(&self, row: TouchedRow) {
         if self.replica.is_some() {
             self.touched.borrow_mut().push(row);
         }
     }
 
     /// The time of the change.
-    pub(super) fn at(&self) -> TimeMicros {
+    pub(super) fn made_at(&self) -> TimeMicros {
         self.at
     }
 
@@ -89,7 +89,7 @@ impl<'a> Change<'a> {
             .transaction
             .prepare_cached("INSERT INTO datasources (id, name, created_at) VALUES (?1, ?2, ?3)")?;
         insert.execute(params![datasource.id.as_str(), datasource.name, datasource.created_at])?;
-        self.touched(Touched::Datasource(datasource.id.clone()));
+        self.touched(TouchedRow::Datasource(datasource.id.clone()));
         Ok(())
     }
 
@@ -109,7 +109,7 @@ impl<'a> Change<'a> {
             key.limits.text(),
             key.rotation().replaces.map(|id| id.to_string()),
         ])?;
-        self.touched(Touched::Key(key.id));
+        self.touched(TouchedRow::Key(key.id));
         Ok(())
     }
 
@@ -118,9 +118,9 @@ impl<'a> Change<'a> {
         &self,
         datasource: &DatasourceId,
         id: KeyId,
-        why: Ended,
+        why: KeyEndReason,
     ) -> rusqlite::Result<Option<Digest>> {
-        let (first, last) = digests_of(id);
+        let (first, last) = digest_range(id);
         let mut update = self.transaction.prepare_cached(
             "UPDATE keys SET revoked_at = ?1, ended = ?5 WHERE digest BETWEEN ?2 AND ?3 AND datasource = ?4
              AND revoked_at IS NULL RETURNING digest",
@@ -128,19 +128,19 @@ impl<'a> Change<'a> {
         let parameters = params![self.at, first, last, datasource.as_str(), why.as_str()];
         let digest = update.query_row(parameters, |row| row.get(0).map(Digest)).optional()?;
         if digest.is_some() {
-            self.touched(Touched::Key(id));
+            self.touched(TouchedRow::Key(id));
         }
         Ok(digest)
     }
 
     /// Marks a key as expired. The rest of its row stays: it was not revoked.
     pub(super) fn expire(&self, id: KeyId) -> rusqlite::Result<()> {
-        let (first, last) = digests_of(id);
+        let (first, last) = digest_range(id);
         let mut update = self.transaction.prepare_cached(
             "UPDATE keys SET ended = 'expired' WHERE digest BETWEEN ?1 AND ?2 AND revoked_at IS NULL",
         )?;
         update.execute(params![first, last])?;
-        self.touched(Touched::Key(id));
+        self.touched(TouchedRow::Key(id));
         Ok(())
     }
 
@@ -153,11 +153,11 @@ impl<'a> Change<'a> {
             "UPDATE keys SET revoked_at = ?1, ended = ?3 WHERE datasource = ?2 AND revoked_at IS NULL
              RETURNING digest",
         )?;
-        let parameters = params![self.at, datasource.as_str(), Ended::Deleted.as_str()];
+        let parameters = params![self.at, datasource.as_str(), KeyEndReason::Deleted.as_str()];
         let digests: Vec<Digest> =
             update.query_map(parameters, |row| row.get(0).map(Digest))?.collect::<Result<_, _>>()?;
-        digests.iter().for_each(|digest| self.touched(Touched::Key(digest.key_id())));
-        self.touched(Touched::Datasource(datasource.clone()));
+        digests.iter().for_each(|digest| self.touched(TouchedRow::Key(digest.key_id())));
+        self.touched(TouchedRow::Datasource(datasource.clone()));
         Ok(digests)
     }
 
@@ -170,7 +170,7 @@ impl<'a> Change<'a> {
         let mut update =
             self.transaction.prepare_cached("UPDATE datasources SET limits = ?2 WHERE id = ?1")?;
         update.execute(params![datasource.as_str(), limits])?;
-        self.touched(Touched::Datasource(datasource.clone()));
+        self.touched(TouchedRow::Datasource(datasource.clone()));
         Ok(())
     }
 
@@ -183,23 +183,23 @@ impl<'a> Change<'a> {
         let mut update =
             self.transaction.prepare_cached("UPDATE datasources SET schemas = ?2 WHERE id = ?1")?;
         update.execute(params![datasource.as_str(), schemas])?;
-        self.touched(Touched::Datasource(datasource.clone()));
+        self.touched(TouchedRow::Datasource(datasource.clone()));
         Ok(())
     }
 
     /// Sets the limits of a key.
     pub(super) fn set_key_limits(&self, id: KeyId, limits: Option<&str>) -> rusqlite::Result<()> {
-        let (first, last) = digests_of(id);
+        let (first, last) = digest_range(id);
         let mut update =
             self.transaction.prepare_cached("UPDATE keys SET limits = ?3 WHERE digest BETWEEN ?1 AND ?2")?;
         update.execute(params![first, last, limits])?;
-        self.touched(Touched::Key(id));
+        self.touched(TouchedRow::Key(id));
         Ok(())
     }
 
     /// Sets a key's part in a rotation.
     pub(super) fn set_rotation(&self, id: KeyId, rotation: Rotation) -> rusqlite::Result<()> {
-        let (first, last) = digests_of(id);
+        let (first, last) = digest_range(id);
         let (replaced_by, grace_ends_at) = rotation.replaced_by.unzip();
         let mut update = self.transaction.prepare_cached(
             "UPDATE keys SET replaces = ?3, replaced_by = ?4, grace_ends_at = ?5
@@ -208,12 +208,12 @@ impl<'a> Change<'a> {
         let replaces = rotation.replaces.map(|id| id.to_string());
         let replaced_by = replaced_by.map(|id: KeyId| id.to_string());
         update.execute(params![first, last, replaces, replaced_by, grace_ends_at])?;
-        self.touched(Touched::Key(id));
+        self.touched(TouchedRow::Key(id));
         Ok(())
     }
 
     /// Replaces the stored usage of a key.
-    pub(super) fn set_usage(&self, id: KeyId, used: &Used) -> Result<(), RegistryError> {
+    pub(super) fn set_usage(&self, id: KeyId, used: &KeyUsage) -> Result<(), RegistryError> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT OR REPLACE INTO usage (key_id, accepted, refused, \"offset\", users)
              VALUES (?1, ?2, ?3, ?4, ?5)",
@@ -231,7 +231,7 @@ impl<'a> Change<'a> {
     }
 
     /// Adds an entry to the audit.
-    pub(super) fn audit(&self, actor: &Actor, act: &Act<'_>) -> rusqlite::Result<()> {
+    pub(super) fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT INTO audit (at, who, address, action, datasource, key_id, what)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
@@ -247,7 +247,7 @@ impl<'a> Change<'a> {
             act.key_id.map(|id| id.to_string()),
             act.what.to_string(),
         ])?;
-        self.touched(Touched::Audit(self.transaction.last_insert_rowid()));
+        self.touched(TouchedRow::Audit(self.transaction.last_insert_rowid()));
         Ok(())
     }
 
@@ -255,7 +255,7 @@ impl<'a> Change<'a> {
     ///
     /// # Errors
     /// [`RegistryError::Database`]; nothing has then changed. In a cluster also the errors of
-    /// [`Replica::publish`].
+    /// [`RegistryReplica::publish`].
     pub(super) fn commit(self) -> Result<(), RegistryError> {
         self.commit_with(None)
     }
@@ -265,19 +265,19 @@ impl<'a> Change<'a> {
         let mut revision = *self.applied;
         if let Some(replica) = self.replica {
             let mut touched = self.touched.take();
-            touched.extend(leak.map(|_| Touched::Leak));
+            touched.extend(leak.map(|_| TouchedRow::Leak));
             touched.sort_unstable();
             touched.dedup();
             let rows = touched.iter().filter_map(|row| match row {
-                Touched::Key(id) => Some(Row::of_key(&self.transaction, *id)),
-                Touched::Datasource(id) => Some(Row::of_datasource(&self.transaction, id)),
-                Touched::Audit(id) => Some(Row::of_audit(&self.transaction, *id)),
-                Touched::Leak => leak.map(|(version, row)| Ok(Row::Leak(version, row.clone()))),
+                TouchedRow::Key(id) => Some(RegistryRow::read_key(&self.transaction, *id)),
+                TouchedRow::Datasource(id) => Some(RegistryRow::read_datasource(&self.transaction, id)),
+                TouchedRow::Audit(id) => Some(RegistryRow::read_audit(&self.transaction, *id)),
+                TouchedRow::Leak => leak.map(|(version, row)| Ok(RegistryRow::Leak(version, row.clone()))),
             });
             let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
             // If a later batch fails, the earlier ones stand: their rows come back as if another node
             // had written them, and the change can be retried.
-            for rows in rows.chunks(BATCH_ROWS_MAX) {
+            for rows in rows.chunks(KV_BATCH_ROWS_MAX) {
                 revision = replica.publish(rows, revision)?;
             }
         }

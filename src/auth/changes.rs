@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::audit::{Act, Actor};
-use super::change::Ended;
-use super::database::Database;
+use super::audit::{Actor, AuditEvent};
+use super::change::KeyEndReason;
+use super::database::RegistryDatabase;
 use super::key::ApiKey;
-use super::live::{Datasource, Key, NewKey, Rotation};
+use super::live::{Datasource, Key, KeyAttributes, Rotation};
 use super::registry::{Registry, RegistryError};
-use super::setting::Setting;
+use super::setting::JsonSetting;
 use super::{Scope, Scopes};
 use crate::limits::{DATASOURCE_ID_BYTES_MAX, NAME_BYTES_MAX};
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
@@ -24,7 +24,7 @@ impl Registry {
     /// derived from the name, with a suffix `-2`, `-3`, … if it is taken.
     ///
     /// # Errors
-    /// [`RegistryError::Exists`] if the `id` is taken; [`RegistryError::Name`] if the name is blank,
+    /// [`RegistryError::Exists`] if the `id` is taken; [`RegistryError::InvalidName`] if the name is blank,
     /// too long or has control characters, if no id can be made from it, or if there are no scopes;
     /// [`RegistryError::Database`] if it cannot be made durable.
     pub fn create_datasource(
@@ -36,13 +36,13 @@ impl Registry {
     ) -> Result<(Arc<Datasource>, Arc<Key>, ApiKey), RegistryError> {
         let name = check_name("name", name)?;
         if name.is_empty() {
-            return Err(RegistryError::Name("a datasource needs a name".to_owned()));
+            return Err(RegistryError::InvalidName("a datasource needs a name".to_owned()));
         }
-        let (datasource, key, secret) = self.changing(|database| {
+        let (datasource, key, secret) = self.make_change(|database| {
             // Inside the change: only there can no other change take the id.
             let id = match &id {
                 Some(id) if id.is_all() => {
-                    return Err(RegistryError::Name(
+                    return Err(RegistryError::InvalidName(
                         "'*' means every datasource and cannot be one".to_owned(),
                     ));
                 }
@@ -56,16 +56,16 @@ impl Registry {
                 id,
                 name: name.into(),
                 created_at: now_micros(),
-                limits: Setting::default(),
-                schemas: Setting::default(),
+                limits: JsonSetting::default(),
+                schemas: JsonSetting::default(),
             };
-            let (key, secret) = new_key(database, &datasource.id, "", scopes, None)?;
+            let (key, secret) = generate_key(database, &datasource.id, "", scopes, None)?;
             let change = database.begin()?;
             change.insert_datasource(&datasource)?;
             change.insert_key(&key, &secret.digest())?;
             change.audit(
                 actor,
-                &Act {
+                &AuditEvent {
                     action: "datasource.created",
                     datasource: Some(&datasource.id),
                     key_id: Some(key.id),
@@ -84,7 +84,7 @@ impl Registry {
     /// Creates a key of a datasource or of all of them ([`DatasourceId::all`]), durable on return.
     ///
     /// # Errors
-    /// [`RegistryError::NoDatasource`]; [`RegistryError::Name`] if the label is too long or has
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::InvalidName`] if the label is too long or has
     /// control characters, or if there are no scopes; [`RegistryError::Database`] if it cannot be
     /// made durable.
     pub fn create_key(
@@ -96,13 +96,13 @@ impl Registry {
         expires_at: Option<TimeMicros>,
     ) -> Result<(Arc<Key>, ApiKey), RegistryError> {
         let label = check_name("label", label)?;
-        let (key, secret) = self.changing(|database| {
+        let (key, secret) = self.make_change(|database| {
             self.check_owner(datasource)?;
-            let (key, secret) = new_key(database, datasource, label, scopes, expires_at)?;
+            let (key, secret) = generate_key(database, datasource, label, scopes, expires_at)?;
             let change = database.begin()?;
             change.insert_key(&key, &secret.digest())?;
             let what = json!({ "label": label, "scopes": scopes, "expires_at": expires_at.map(Rfc3339) });
-            change.audit(actor, &about_key("key.created", &key, &what))?;
+            change.audit(actor, &key_audit_event("key.created", &key, &what))?;
             change.commit()?;
             Ok((self.live.add_key(key, secret.digest()), secret))
         })?;
@@ -122,7 +122,7 @@ impl Registry {
         actor: &Actor,
         id: &DatasourceId,
     ) -> Result<Vec<Arc<Key>>, RegistryError> {
-        let dead = self.changing(|database| {
+        let dead = self.make_change(|database| {
             if !self.has_datasource(id.as_str()) {
                 return Err(RegistryError::NoDatasource(id.to_string()));
             }
@@ -130,7 +130,8 @@ impl Registry {
             let digests = change.remove_datasource(id)?;
             let keys: Vec<KeyId> = digests.iter().map(|digest| digest.key_id()).collect();
             let what = json!({ "keys": keys });
-            let act = Act { action: "datasource.deleted", datasource: Some(id), key_id: None, what: &what };
+            let act =
+                AuditEvent { action: "datasource.deleted", datasource: Some(id), key_id: None, what: &what };
             change.audit(actor, &act)?;
             change.commit()?;
             self.live.datasources.pin().remove(id.as_str());
@@ -153,15 +154,15 @@ impl Registry {
         datasource: &DatasourceId,
         id: KeyId,
     ) -> Result<Option<Arc<Key>>, RegistryError> {
-        let dead = self.changing(|database| {
+        let dead = self.make_change(|database| {
             self.check_owner(datasource)?;
             let Some(key) = self.live.key(datasource, id) else { return Ok(None) };
             if self.is_last_admin(&key) {
                 return Err(RegistryError::LastAdmin);
             }
             let change = database.begin()?;
-            let digest = change.revoke(datasource, id, Ended::Revoked)?;
-            change.audit(actor, &about_key("key.revoked", &key, &json!({ "label": key.label })))?;
+            let digest = change.revoke(datasource, id, KeyEndReason::Revoked)?;
+            change.audit(actor, &key_audit_event("key.revoked", &key, &json!({ "label": key.label })))?;
             change.commit()?;
             Ok(digest.and_then(|digest| self.live.kill(&digest)))
         })?;
@@ -183,11 +184,15 @@ impl Registry {
         limits: Option<String>,
     ) -> Result<(), RegistryError> {
         let limits = limits.as_deref();
-        let what = json!({ "limits": as_json(limits) });
-        let act =
-            Act { action: "datasource.limits_changed", datasource: Some(id), key_id: None, what: &what };
-        self.changing(|database| {
-            let datasource = self.existing(id)?;
+        let what = json!({ "limits": setting_as_json(limits) });
+        let act = AuditEvent {
+            action: "datasource.limits_changed",
+            datasource: Some(id),
+            key_id: None,
+            what: &what,
+        };
+        self.make_change(|database| {
+            let datasource = self.existing_datasource(id)?;
             let change = database.begin()?;
             change.set_datasource_limits(id, limits)?;
             change.audit(actor, &act)?;
@@ -209,11 +214,15 @@ impl Registry {
         schemas: Option<String>,
     ) -> Result<(), RegistryError> {
         let schemas = schemas.as_deref();
-        let what = json!({ "schemas": as_json(schemas) });
-        let act =
-            Act { action: "datasource.schemas_changed", datasource: Some(id), key_id: None, what: &what };
-        self.changing(|database| {
-            let datasource = self.existing(id)?;
+        let what = json!({ "schemas": setting_as_json(schemas) });
+        let act = AuditEvent {
+            action: "datasource.schemas_changed",
+            datasource: Some(id),
+            key_id: None,
+            what: &what,
+        };
+        self.make_change(|database| {
+            let datasource = self.existing_datasource(id)?;
             let change = database.begin()?;
             change.set_datasource_schemas(id, schemas)?;
             change.audit(actor, &act)?;
@@ -236,13 +245,13 @@ impl Registry {
         limits: Option<String>,
     ) -> Result<bool, RegistryError> {
         let limits = limits.as_deref();
-        let what = json!({ "limits": as_json(limits) });
-        self.changing(|database| {
+        let what = json!({ "limits": setting_as_json(limits) });
+        self.make_change(|database| {
             self.check_owner(datasource)?;
             let Some(key) = self.live.key(datasource, id) else { return Ok(false) };
             let change = database.begin()?;
             change.set_key_limits(id, limits)?;
-            change.audit(actor, &about_key("key.limits_changed", &key, &what))?;
+            change.audit(actor, &key_audit_event("key.limits_changed", &key, &what))?;
             change.commit()?;
             key.limits.set(limits);
             Ok(true)
@@ -253,15 +262,15 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Database`] if it cannot be made durable.
-    pub fn audit(&self, actor: &Actor, act: &Act<'_>) -> Result<(), RegistryError> {
-        self.changing(|database| {
+    pub fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> Result<(), RegistryError> {
+        self.make_change(|database| {
             let change = database.begin()?;
             change.audit(actor, act)?;
             change.commit()
         })
     }
 
-    fn existing(&self, id: &DatasourceId) -> Result<Arc<Datasource>, RegistryError> {
+    fn existing_datasource(&self, id: &DatasourceId) -> Result<Arc<Datasource>, RegistryError> {
         self.datasource(id.as_str()).ok_or_else(|| RegistryError::NoDatasource(id.to_string()))
     }
 
@@ -279,14 +288,14 @@ impl Registry {
 
     /// Checks that the owner of a key exists: a datasource, or `*` for all of them.
     pub(super) fn check_owner(&self, datasource: &DatasourceId) -> Result<(), RegistryError> {
-        if datasource.is_all() { Ok(()) } else { self.existing(datasource).map(drop) }
+        if datasource.is_all() { Ok(()) } else { self.existing_datasource(datasource).map(drop) }
     }
 
     /// The first free id derived from `name`.
     fn free_id(&self, name: &str) -> Result<DatasourceId, RegistryError> {
         let id = DatasourceId::from_name(name).ok_or_else(|| {
             let text = "the name has no letter a-z or digit to make an id from: give an id as well";
-            RegistryError::Name(text.to_owned())
+            RegistryError::InvalidName(text.to_owned())
         })?;
         if !self.has_datasource(id.as_str()) {
             return Ok(id);
@@ -303,25 +312,25 @@ impl Registry {
 }
 
 /// Generates a key that is not in the registry yet, with an id that no key has or had.
-pub(super) fn new_key(
-    database: &Database,
+pub(super) fn generate_key(
+    database: &RegistryDatabase,
     datasource: &DatasourceId,
     label: &str,
     scopes: Scopes,
     expires_at: Option<TimeMicros>,
 ) -> Result<(Key, ApiKey), RegistryError> {
     if scopes.is_empty() {
-        return Err(RegistryError::Name("a key needs at least one scope".to_owned()));
+        return Err(RegistryError::InvalidName("a key needs at least one scope".to_owned()));
     }
     // Ids have 48 bits: with a million keys, about one in 280 million collides.
     let (digest, secret) = loop {
         let secret = ApiKey::generate();
         let digest = secret.digest();
-        if !database.knows(digest.key_id())? {
+        if !database.has_key_id(digest.key_id())? {
             break (digest, secret);
         }
     };
-    let key = Key::from(NewKey {
+    let key = Key::from(KeyAttributes {
         digest,
         datasource: datasource.clone(),
         scopes,
@@ -334,12 +343,12 @@ pub(super) fn new_key(
     Ok((key, secret))
 }
 
-pub(super) fn about_key<'a>(action: &'static str, key: &'a Key, what: &'a Value) -> Act<'a> {
-    Act { action, datasource: Some(&key.datasource), key_id: Some(key.id), what }
+pub(super) fn key_audit_event<'a>(action: &'static str, key: &'a Key, what: &'a Value) -> AuditEvent<'a> {
+    AuditEvent { action, datasource: Some(&key.datasource), key_id: Some(key.id), what }
 }
 
 /// A setting's text as it is written to the audit. Text that is not JSON becomes a string.
-fn as_json(text: Option<&str>) -> Value {
+fn setting_as_json(text: Option<&str>) -> Value {
     text.map_or(Value::Null, |text| serde_json::from_str(text).unwrap_or_else(|_| text.into()))
 }
 
@@ -347,11 +356,11 @@ fn as_json(text: Option<&str>) -> Value {
 fn check_name<'a>(what: &str, text: &'a str) -> Result<&'a str, RegistryError> {
     let text = text.trim();
     if text.len() > NAME_BYTES_MAX {
-        return Err(RegistryError::Name(format!("a {what} has at most {NAME_BYTES_MAX} bytes")));
+        return Err(RegistryError::InvalidName(format!("a {what} has at most {NAME_BYTES_MAX} bytes")));
     }
     // A line break or an escape sequence could forge lines of a table or a log.
     if text.chars().any(char::is_control) {
-        return Err(RegistryError::Name(format!("a {what} holds no control characters")));
+        return Err(RegistryError::InvalidName(format!("a {what} holds no control characters")));
     }
     Ok(text)
 }

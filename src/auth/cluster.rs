@@ -1,4 +1,4 @@
-//! The registry of a cluster: the KV bucket [`BUCKET`], which every node watches and copies into memory.
+//! The registry of a cluster: the KV bucket [`REGISTRY_BUCKET`], which every node watches and copies into memory.
 //! `rows.rs` describes its rows.
 //!
 //! **Changes have one order.** A node publishes a change as one atomic batch, on the condition that the
@@ -8,7 +8,7 @@
 //! why no key can be created for a datasource that is being deleted elsewhere.
 //!
 //! **A change takes effect everywhere before its call returns.** The node that made it asks every other
-//! present node ([`Presence`]) on [`SETTLE`]. Each answers when it has applied the change and nothing more
+//! present node ([`Presence`]) on [`SETTLE_SUBJECT_PREFIX`]. Each answers when it has applied the change and nothing more
 //! can be accepted under the keys that died. The wait for a node ends when it answers or is gone, after
 //! five seconds at most. A node without NATS hears of no change, but cannot append anything either,
 //! because the log is on NATS. When it is back, it accepts nothing until it has caught up
@@ -21,88 +21,88 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use headgate_bridge_nats::kv::{Put, Seen, Update, Watch};
-use headgate_bridge_nats::presence::Reply;
-use headgate_bridge_nats::{Bucket, BucketSettings, KvError, Nats, NatsError, Presence};
+use headgate_bridge_nats::kv::{KvPut, KvUpdate, KvWatch, KvWatchProgress};
+use headgate_bridge_nats::presence::NodeReply;
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats, NatsError, Presence};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::apply::check_format;
-use super::database::Database;
+use super::apply::check_rows_format;
+use super::database::RegistryDatabase;
 use super::live::Key;
 use super::registry::{Registry, RegistryError};
-use super::replica::{Replica, Revision};
-use super::rows::{FORMAT, Row};
-use super::usage::Used;
+use super::replica::{RegistryReplica, RegistryRevision};
+use super::rows::{REGISTRY_ROWS_FORMAT, RegistryRow};
+use super::usage::KeyUsage;
 use crate::limits::{CATCH_UP_MAX, REVOCATION_WAIT_MAX};
 use crate::message::KeyId;
 
-use usage::Usages;
+use usage::KeyUsageCells;
 
 pub use usage::USAGE_BUCKET;
 
 /// The KV bucket of the cluster's registry.
-pub const BUCKET: &str = "headgate-registry";
+pub const REGISTRY_BUCKET: &str = "headgate-registry";
 /// Prefix of the subject on which a node announces its presence.
-pub const NODES: &str = "headgate.node";
+pub const NODE_SUBJECT_PREFIX: &str = "headgate.node";
 /// Prefix of the subjects on which a node is asked whether it has settled a revision.
-pub const SETTLE: &str = "headgate.settle";
+pub const SETTLE_SUBJECT_PREFIX: &str = "headgate.settle";
 
 /// The pause before another attempt to reach NATS.
-const PAUSE: Duration = Duration::from_millis(250);
+const REGISTRY_OPEN_RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// The pause before another attempt to apply a change of another node.
-const APPLY_AGAIN: Duration = Duration::from_secs(1);
+const REGISTRY_APPLY_RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// The registry of a node that has joined its cluster.
-pub struct Joined {
+pub struct JoinedRegistry {
     /// The registry, with everything that the cluster's had at this moment.
     pub registry: Arc<Registry>,
     /// The node's presence among the others.
     pub presence: Arc<Presence>,
     /// Keeps the registry up to date. Must run before any message is accepted.
-    pub follow: Follow,
+    pub follow: RegistryFollower,
 }
 
 /// Keeps a node's registry up to date.
-pub struct Follow {
+pub struct RegistryFollower {
     registry: Arc<Registry>,
-    watch: Watch,
-    progress: Arc<Progress>,
+    watch: KvWatch,
+    progress: Arc<RegistryProgress>,
 }
 
 /// The cluster's registry as seen by the node that changes it.
 #[derive(Debug)]
-struct Cluster {
-    bucket: Bucket,
-    seen: Seen,
-    usages: Usages,
+struct RegistryCluster {
+    bucket: KvBucket,
+    seen: KvWatchProgress,
+    usages: KeyUsageCells,
     presence: OnceLock<Arc<Presence>>,
     runtime: Handle,
 }
 
 /// How far a node has applied and settled the cluster's changes.
 #[derive(Debug, Default)]
-struct Progress(watch::Sender<Reached>);
+struct RegistryProgress(watch::Sender<RegistryProgressState>);
 
 #[derive(Debug, Default)]
-struct Reached {
-    applied: Revision,
+struct RegistryProgressState {
+    applied: RegistryRevision,
     /// Number of updates whose dead keys may still have messages in flight, by the revision that was
     /// applied before each.
-    settling: BTreeMap<Revision, usize>,
+    settling: BTreeMap<RegistryRevision, usize>,
 }
 
-impl Reached {
-    fn settled(&self) -> Revision {
+impl RegistryProgressState {
+    fn settled_revision(&self) -> RegistryRevision {
         self.settling.first_key_value().map_or(self.applied, |(before, _)| *before)
     }
 }
 
-impl Progress {
-    async fn settled(&self, revision: Revision) {
+impl RegistryProgress {
+    async fn wait_settled(&self, revision: RegistryRevision) {
         // Cannot fail: `self` holds the sender.
-        let _ = self.0.subscribe().wait_for(|reached| reached.settled() >= revision).await;
+        let _ = self.0.subscribe().wait_for(|reached| reached.settled_revision() >= revision).await;
     }
 }
 
@@ -112,26 +112,26 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Cluster`] if JetStream cannot create the bucket, or its rows cannot be read.
-    pub async fn join(nats: &Nats, replicas: usize, id: &str) -> Result<Joined, RegistryError> {
-        let settings = BucketSettings { name: BUCKET.to_owned(), replicas, age_max: None };
-        let bucket = once_there(|| Bucket::open(nats, &settings)).await?;
-        let usages = once_there(|| async {
+    pub async fn join(nats: &Nats, replicas: usize, id: &str) -> Result<JoinedRegistry, RegistryError> {
+        let settings = KvBucketSettings { name: REGISTRY_BUCKET.to_owned(), replicas, age_max: None };
+        let bucket = open_when_reachable(|| KvBucket::open(nats, &settings)).await?;
+        let usages = open_when_reachable(|| async {
             // Treats every error as transient, so that it is tried again.
-            Usages::open(nats, replicas).await.map_err(|error| KvError::Away(error.to_string()))
+            KeyUsageCells::open(nats, replicas).await.map_err(|error| KvError::Away(error.to_string()))
         });
         let usages = usages.await?;
         let mut watch = bucket.watch();
         let first = watch.next().await;
-        let rows = parse(&first)?;
+        let rows = parse_update(&first)?;
         match rows
             .iter()
-            .find_map(|(_, row)| if let Row::Format(version) = row { Some(*version) } else { None })
+            .find_map(|(_, row)| if let RegistryRow::Format(version) = row { Some(*version) } else { None })
         {
-            Some(version) => check_format(version)?,
+            Some(version) => check_rows_format(version)?,
             None => {
-                let format = Row::Format(FORMAT);
+                let format = RegistryRow::Format(REGISTRY_ROWS_FORMAT);
                 let value = format.value().map(Bytes::from);
-                let put = Put { key: format.name(), value, expected: Some(0) };
+                let put = KvPut { key: format.name(), value, expected: Some(0) };
                 match bucket.put_all(&[put], None).await {
                     // Another node may just have written it. The first change reports any other trouble.
                     Ok(_) | Err(KvError::Conflict | KvError::Away(_)) => {}
@@ -139,9 +139,9 @@ impl Registry {
                 }
             }
         }
-        let progress = Arc::<Progress>::default();
+        let progress = Arc::<RegistryProgress>::default();
         progress.0.send_modify(|reached| reached.applied = first.revision);
-        let cluster = Arc::new(Cluster {
+        let cluster = Arc::new(RegistryCluster {
             bucket,
             seen: watch.seen(),
             usages,
@@ -150,12 +150,12 @@ impl Registry {
         });
         let replica = cluster.clone();
         let registry = tokio::task::spawn_blocking(move || {
-            let mut database = Database::in_memory()?;
-            let all: Vec<&Row> = rows.iter().map(|(_, row)| row).collect();
+            let mut database = RegistryDatabase::in_memory()?;
+            let all: Vec<&RegistryRow> = rows.iter().map(|(_, row)| row).collect();
             database.take_over(&all, first.revision, true)?;
-            let registry = Registry::of(database, Some(replica))?;
+            let registry = Registry::from_database(database, Some(replica))?;
             for (_, row) in rows {
-                if let Row::Leak(version, row) = row {
+                if let RegistryRow::Leak(version, row) = row {
                     registry.learn_leak_rule(version, row);
                 }
             }
@@ -165,18 +165,18 @@ impl Registry {
         // Only now announce this node: the others wait for it from here on, and would have had to wait
         // while it was reading.
         let failed = |error: NatsError| RegistryError::Cluster(error.to_string());
-        let presence = Arc::new(Presence::start(nats, NODES, id).await.map_err(failed)?);
+        let presence = Arc::new(Presence::start(nats, NODE_SUBJECT_PREFIX, id).await.map_err(failed)?);
         let answers = progress.clone();
         let answer = move |asked: Bytes| {
             let progress = answers.clone();
             async move {
                 let revision = std::str::from_utf8(&asked).ok().and_then(|text| text.parse().ok());
                 // An unreadable question, as from another version, is answered at once.
-                progress.settled(revision.unwrap_or(0)).await;
+                progress.wait_settled(revision.unwrap_or(0)).await;
                 Bytes::new()
             }
         };
-        presence.serve(SETTLE, answer).await.map_err(failed)?;
+        presence.serve(SETTLE_SUBJECT_PREFIX, answer).await.map_err(failed)?;
         let _ = cluster.presence.set(presence.clone());
         let registry = Arc::new(registry);
         tracing::info!(
@@ -185,7 +185,11 @@ impl Registry {
             keys = registry.key_count(),
             "joined the cluster's registry"
         );
-        Ok(Joined { follow: Follow { registry: registry.clone(), watch, progress }, registry, presence })
+        Ok(JoinedRegistry {
+            follow: RegistryFollower { registry: registry.clone(), watch, progress },
+            registry,
+            presence,
+        })
     }
 
     /// Whether this node may have missed that a key died: it was without NATS for so long that the others no
@@ -206,7 +210,7 @@ impl Registry {
     }
 }
 
-impl Follow {
+impl RegistryFollower {
     /// Applies the changes of other nodes until it is dropped. `settle` waits until nothing more can be
     /// accepted under the keys that died.
     pub async fn run<S>(mut self, settle: impl Fn(Vec<Arc<Key>>) -> S)
@@ -247,46 +251,51 @@ impl Follow {
     }
 
     /// Applies one update, and retries until it succeeds: a revocation must not be skipped.
-    async fn apply(&self, update: Update) -> Vec<Arc<Key>> {
+    async fn apply(&self, update: KvUpdate) -> Vec<Arc<Key>> {
         let (revision, all) = (update.revision, update.all);
         let update = Arc::new(update);
         loop {
             let (registry, update) = (self.registry.clone(), update.clone());
             // Blocking, because it waits for this node's own changes.
             let applied =
-                tokio::task::spawn_blocking(move || registry.apply(&parse(&update)?, revision, all));
+                tokio::task::spawn_blocking(move || registry.apply(&parse_update(&update)?, revision, all));
             let error = match applied.await {
                 Ok(Ok(dead)) => return dead,
                 Ok(Err(error)) => error.to_string(),
                 Err(error) => error.to_string(),
             };
             tracing::error!(error, "a change of the cluster's registry cannot be applied; trying again");
-            tokio::time::sleep(APPLY_AGAIN).await;
+            tokio::time::sleep(REGISTRY_APPLY_RETRY_PAUSE).await;
         }
     }
 }
 
-impl Replica for Cluster {
-    fn publish(&self, rows: &[Row], after: Revision) -> Result<Revision, RegistryError> {
-        let put = |row: &Row| Put { key: row.name(), value: row.value().map(Bytes::from), expected: None };
-        let puts: Vec<Put> = rows.iter().map(put).collect();
+impl RegistryReplica for RegistryCluster {
+    fn publish(
+        &self,
+        rows: &[RegistryRow],
+        after: RegistryRevision,
+    ) -> Result<RegistryRevision, RegistryError> {
+        let put = |row: &RegistryRow| KvPut {
+            key: row.name(),
+            value: row.value().map(Bytes::from),
+            expected: None,
+        };
+        let puts: Vec<KvPut> = rows.iter().map(put).collect();
         Ok(self.runtime.block_on(self.bucket.put_all(&puts, Some(after)))?)
     }
 
-    fn catch_up(&self) -> Result<Revision, RegistryError> {
+    fn catch_up(&self) -> Result<RegistryRevision, RegistryError> {
         Ok(self.runtime.block_on(self.seen.sync(CATCH_UP_MAX))?)
     }
 
-    fn everywhere(&self, revision: Revision) {
+    fn wait_everywhere(&self, revision: RegistryRevision) {
         let Some(presence) = self.presence.get() else { return };
-        let asked = presence.ask_all(SETTLE, Bytes::from(revision.to_string()), REVOCATION_WAIT_MAX);
+        let asked =
+            presence.ask_all(SETTLE_SUBJECT_PREFIX, Bytes::from(revision.to_string()), REVOCATION_WAIT_MAX);
         for (node, reply) in self.runtime.block_on(asked) {
-            if reply == Reply::Silent {
-                tracing::warn!(
-                    node,
-                    revision,
-                    "a node has not confirmed a change of the registry"
-                );
+            if reply == NodeReply::Silent {
+                tracing::warn!(node, revision, "a node has not confirmed a change of the registry");
             }
         }
     }
@@ -295,11 +304,11 @@ impl Replica for Cluster {
         self.seen.is_current()
     }
 
-    fn usage(&self, keys: &[KeyId]) -> Result<Vec<Used>, RegistryError> {
+    fn usage(&self, keys: &[KeyId]) -> Result<Vec<KeyUsage>, RegistryError> {
         self.runtime.block_on(self.usages.read(keys))
     }
 
-    fn add_usage(&self, used: Vec<(KeyId, Used)>) -> (Vec<(KeyId, Used)>, Result<(), RegistryError>) {
+    fn add_usage(&self, used: Vec<(KeyId, KeyUsage)>) -> (Vec<(KeyId, KeyUsage)>, Result<(), RegistryError>) {
         let mut added = Ok(());
         let left = self.runtime.block_on(self.usages.add(used));
         let left = left.into_iter().map(|(key, used, error)| {
@@ -322,7 +331,7 @@ impl From<KvError> for RegistryError {
 }
 
 /// Calls `open` until NATS can be reached.
-async fn once_there<T, O>(mut open: impl FnMut() -> O) -> Result<T, RegistryError>
+async fn open_when_reachable<T, O>(mut open: impl FnMut() -> O) -> Result<T, RegistryError>
 where
     O: Future<Output = Result<T, KvError>>,
 {
@@ -334,7 +343,7 @@ where
                     tracing::warn!(trouble, "waiting for the cluster's registry");
                     said = trouble;
                 }
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(REGISTRY_OPEN_RETRY_PAUSE).await;
             }
             opened => return Ok(opened?),
         }
@@ -342,15 +351,15 @@ where
 }
 
 /// Parses the rows of an update. An unreadable row fails the whole update, because its effect is unknown.
-fn parse(update: &Update) -> Result<Vec<(Revision, Row)>, RegistryError> {
+fn parse_update(update: &KvUpdate) -> Result<Vec<(RegistryRevision, RegistryRow)>, RegistryError> {
     let mut rows = Vec::with_capacity(update.rows.len());
     for row in &update.rows {
-        match Row::parse(&row.key, row.value.as_deref()) {
+        match RegistryRow::parse(&row.key, row.value.as_deref()) {
             Ok(Some(parsed)) => rows.push((row.revision, parsed)),
             Ok(None) => tracing::warn!(row = row.key, "the cluster's registry has a row of an unknown kind"),
             Err(detail) => {
                 return Err(RegistryError::Cluster(format!(
-                    "row {} of the bucket {BUCKET} cannot be read: {detail}",
+                    "row {} of the bucket {REGISTRY_BUCKET} cannot be read: {detail}",
                     row.key
                 )));
             }

@@ -3,10 +3,10 @@
 //!
 //! A valid key is accepted even if others have failed at the same address: a whole factory may share it.
 //! So a key is looked up first (a malformed key costs neither hash nor lookup, see
-//! [`Digest::of_presented`](super::Digest::of_presented)), and only a failure is counted. A lookup is
+//! [`Digest::of_presented`](super::Digest::from_presented)), and only a failure is counted. A lookup is
 //! cheaper than a count and helps nobody to guess: a key has 256 bits.
 //!
-//! The counters are [`Bucket`]s in a fixed table, indexed by a keyed hash of the address. However many
+//! The counters are [`RateBucket`]s in a fixed table, indexed by a keyed hash of the address. However many
 //! addresses there are, memory and time stay the same, nothing is locked, and no address can evict
 //! another. Two addresses may share a bucket; then one of them is told to wait early, which it only
 //! sees when its key is bad anyway.
@@ -19,21 +19,21 @@ use std::time::Duration;
 use super::network::{Network, source_of};
 use crate::config;
 use crate::limits::AUTH_FAILURES_COUNTERS;
-use crate::quota::bucket::{Bucket, Moment, Rate};
+use crate::quota::bucket::{Moment, Rate, RateBucket};
 
 /// The counters of failed authentications.
-pub struct Failures {
-    counters: Box<[Bucket]>,
+pub struct AuthFailures {
+    counters: Box<[RateBucket]>,
     rate: Rate,
     exempt: Vec<Network>,
     hash: RandomState,
 }
 
-impl Failures {
+impl AuthFailures {
     /// No failures yet.
-    pub fn new(config: &config::Auth) -> Self {
+    pub fn new(config: &config::AuthConfig) -> Self {
         Self {
-            counters: (0..AUTH_FAILURES_COUNTERS).map(|_| Bucket::default()).collect(),
+            counters: (0..AUTH_FAILURES_COUNTERS).map(|_| RateBucket::default()).collect(),
             rate: Rate { per_s: config.failures_per_s, burst: config.failures_burst },
             exempt: config.failures_exempt.clone(),
             hash: RandomState::new(),
@@ -54,7 +54,7 @@ impl Failures {
     }
 }
 
-impl fmt::Debug for Failures {
+impl fmt::Debug for AuthFailures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Failures").field("rate", &self.rate).finish_non_exhaustive()
     }
@@ -64,9 +64,13 @@ impl fmt::Debug for Failures {
 mod tests {
     use super::*;
 
-    fn failures(exempt: &[&str]) -> Failures {
+    fn failures(exempt: &[&str]) -> AuthFailures {
         let exempt = exempt.iter().map(|network| network.parse().expect("a network")).collect();
-        Failures::new(&config::Auth { failures_burst: 3, failures_per_s: 1, failures_exempt: exempt })
+        AuthFailures::new(&config::AuthConfig {
+            failures_burst: 3,
+            failures_per_s: 1,
+            failures_exempt: exempt,
+        })
     }
 
     fn from(address: &str) -> IpAddr {

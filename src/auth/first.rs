@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::audit::Actor;
-use super::changes::{about_key, new_key};
+use super::changes::{generate_key, key_audit_event};
 use super::key::ApiKey;
 use super::live::Key;
 use super::registry::{Registry, RegistryError};
@@ -26,19 +26,19 @@ impl Registry {
         label: &str,
         mut keep: impl FnMut(&ApiKey) -> io::Result<()>,
     ) -> Result<Option<Arc<Key>>, RegistryError> {
-        let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Admin]));
-        self.changing(|database| {
+        let (all, scopes) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Admin]));
+        self.make_change(|database| {
             let manages =
                 |key: &Arc<Key>| key.scopes.allow(Scope::Admin) && key.holds() && !key.has_expired();
             if self.live.keys_of(&all).iter().any(manages) {
                 return Ok(None);
             }
-            let (key, secret) = new_key(database, &all, label, scopes, None)?;
+            let (key, secret) = generate_key(database, &all, label, scopes, None)?;
             keep(&secret)?;
             let change = database.begin()?;
             change.insert_key(&key, &secret.digest())?;
             let what = json!({ "label": label, "scopes": scopes });
-            change.audit(&Actor::SYSTEM, &about_key("key.created", &key, &what))?;
+            change.audit(&Actor::SYSTEM, &key_audit_event("key.created", &key, &what))?;
             change.commit()?;
             Ok(Some(self.live.add_key(key, secret.digest())))
         })

@@ -21,24 +21,24 @@ use super::key::Digest;
 use super::live::Key;
 
 /// The smallest number of slots in a table.
-const SLOTS_MIN: usize = 64;
+const KEY_SLOTS_MIN: usize = 64;
 /// The size of a huge page, where the system has them.
-const HUGE_PAGE: usize = 2 << 20;
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// The smallest table for which huge pages are requested.
-const HUGE_PAGES_FROM_BYTES: usize = 2 * HUGE_PAGE;
+const HUGE_PAGES_TABLE_BYTES_MIN: usize = 2 * HUGE_PAGE_BYTES;
 /// The smallest number of keys that makes a huge page worthwhile: a quarter of what would fit.
-const HUGE_PAGE_FROM_KEYS: usize = HUGE_PAGE / (4 * size_of::<Key>());
+const HUGE_PAGE_KEYS_MIN: usize = HUGE_PAGE_BYTES / (4 * size_of::<Key>());
 
 /// Keys by their digests, revoked ones among them.
-pub(super) struct Index {
+pub(super) struct KeyIndex {
     collector: Collector,
-    table: AtomicPtr<Table>,
+    table: AtomicPtr<KeyTable>,
     /// The number of slots in use. Locked by every change.
     used: Mutex<usize>,
 }
 
 /// The result of looking up a digest.
-pub(super) enum Found {
+pub(super) enum KeyLookup {
     /// The key, which may have expired.
     Key(Arc<Key>),
     /// The key existed and was revoked.
@@ -46,37 +46,37 @@ pub(super) enum Found {
 }
 
 /// The slots; their number is a power of two.
-struct Table(Box<[Slot]>);
+struct KeyTable(Box<[KeySlot]>);
 
 /// Empty as long as `key` is null.
 #[derive(Default)]
-struct Slot {
+struct KeySlot {
     /// The digest's first bytes. No two keys share them, because they begin with the key's id. Written once,
     /// before `key`.
     head: AtomicU64,
-    /// From [`Arc::into_raw`], or [`REVOKED`].
+    /// From [`Arc::into_raw`], or [`REVOKED_KEY`].
     key: AtomicPtr<Key>,
 }
 
 /// Marks a revoked key. Never dereferenced.
-const REVOKED: *mut Key = ptr::without_provenance_mut(align_of::<Key>());
+const REVOKED_KEY: *mut Key = ptr::without_provenance_mut(align_of::<Key>());
 
-impl Index {
+impl KeyIndex {
     /// An empty index with room for this many digests.
     pub(super) fn with_capacity(digests: usize) -> Self {
-        let table = Box::into_raw(Box::new(Table::for_digests(digests)));
+        let table = Box::into_raw(Box::new(KeyTable::for_digests(digests)));
         Self { collector: Collector::new(), table: AtomicPtr::new(table), used: Mutex::new(0) }
     }
 
     /// Looks up a digest.
-    pub(super) fn find(&self, digest: &Digest) -> Option<Found> {
+    pub(super) fn find(&self, digest: &Digest) -> Option<KeyLookup> {
         let guard = self.collector.enter();
         let table = guard.protect(&self.table, Ordering::Acquire);
         // SAFETY: a table exists from the beginning, and is retired only after it was replaced; the guard
         // keeps it alive until this returns.
         let table = unsafe { &*table };
-        let head = head_of(digest);
-        for slot in table.from(head) {
+        let head = digest_head(digest);
+        for slot in table.slots_from(head) {
             let key = guard.protect(&slot.key, Ordering::Acquire);
             if key.is_null() {
                 return None;
@@ -84,15 +84,15 @@ impl Index {
             if slot.head.load(Ordering::Relaxed) != head {
                 continue;
             }
-            if key == REVOKED {
-                return Some(Found::Revoked);
+            if key == REVOKED_KEY {
+                return Some(KeyLookup::Revoked);
             }
-            // SAFETY: a pointer that is neither null nor `REVOKED` came from `Arc::into_raw`, and its
-            // reference count is released only by `retired`, which cannot run while the guard lives.
+            // SAFETY: a pointer that is neither null nor `REVOKED_KEY` came from `Arc::into_raw`, and its
+            // reference count is released only by `release_key`, which cannot run while the guard lives.
             unsafe {
                 if (*key).digest == *digest {
                     Arc::increment_strong_count(key);
-                    return Some(Found::Key(Arc::from_raw(key)));
+                    return Some(KeyLookup::Key(Arc::from_raw(key)));
                 }
             }
         }
@@ -115,22 +115,22 @@ impl Index {
             unsafe { guard.defer_retire(table, reclaim::boxed) };
             table = larger;
         }
-        let head = head_of(digest);
+        let head = digest_head(digest);
         // SAFETY: as above.
-        let slots = unsafe { &*table }.from(head);
+        let slots = unsafe { &*table }.slots_from(head);
         let mut free = slots.map(|slot| (slot, slot.key.load(Ordering::Relaxed)));
         let (slot, before) = free
             .find(|(slot, key)| key.is_null() || slot.head.load(Ordering::Relaxed) == head)
             .expect("half of the slots are empty");
-        let after = key.map_or(REVOKED, |key| Arc::into_raw(key).cast_mut());
+        let after = key.map_or(REVOKED_KEY, |key| Arc::into_raw(key).cast_mut());
         if before.is_null() {
             slot.head.store(head, Ordering::Relaxed);
             *used += 1;
         }
         slot.key.store(after, Ordering::Release);
-        if !before.is_null() && before != REVOKED {
+        if !before.is_null() && before != REVOKED_KEY {
             // SAFETY: it came from `Arc::into_raw`, and no later reader finds it.
-            unsafe { guard.defer_retire(before, retired) };
+            unsafe { guard.defer_retire(before, release_key) };
         }
     }
 
@@ -142,24 +142,24 @@ impl Index {
         // SAFETY: as in `find`.
         let keys = unsafe { &*table }.0.iter().map(|slot| slot.key.load(Ordering::Acquire));
         let mut keys_of_page = HashMap::<_, usize>::new();
-        for key in keys.filter(|key| !key.is_null() && *key != REVOKED) {
-            *keys_of_page.entry(key.map_addr(|at| at - at % HUGE_PAGE)).or_default() += 1;
+        for key in keys.filter(|key| !key.is_null() && *key != REVOKED_KEY) {
+            *keys_of_page.entry(key.map_addr(|at| at - at % HUGE_PAGE_BYTES)).or_default() += 1;
         }
         for (page, keys) in keys_of_page {
-            if keys >= HUGE_PAGE_FROM_KEYS {
-                collapse(page.cast());
+            if keys >= HUGE_PAGE_KEYS_MIN {
+                collapse_huge_page(page.cast());
             }
         }
     }
 }
 
-impl Drop for Index {
+impl Drop for KeyIndex {
     fn drop(&mut self) {
         // SAFETY: `&mut self` excludes all others, and the table came from `Box::into_raw`.
         let table = unsafe { Box::from_raw(*self.table.get_mut()) };
         for slot in table.0 {
             let key = slot.key.into_inner();
-            if !key.is_null() && key != REVOKED {
+            if !key.is_null() && key != REVOKED_KEY {
                 // SAFETY: it came from `Arc::into_raw`.
                 drop(unsafe { Arc::from_raw(key) });
             }
@@ -167,25 +167,25 @@ impl Drop for Index {
     }
 }
 
-impl Table {
+impl KeyTable {
     fn for_digests(digests: usize) -> Self {
-        let slots = (2 * digests).next_power_of_two().max(SLOTS_MIN);
-        let layout = Layout::array::<Slot>(slots).expect("a table is far smaller than memory can be");
+        let slots = (2 * digests).next_power_of_two().max(KEY_SLOTS_MIN);
+        let layout = Layout::array::<KeySlot>(slots).expect("a table is far smaller than memory can be");
         // SAFETY: the layout is not empty; a slot of zeros is an empty slot; the box owns the allocation and
         // has the same layout.
         let slots = unsafe {
-            let first = alloc_zeroed(layout).cast::<Slot>();
+            let first = alloc_zeroed(layout).cast::<KeySlot>();
             if first.is_null() {
                 handle_alloc_error(layout);
             }
-            in_huge_pages(first.cast(), layout.size());
+            advise_huge_pages(first.cast(), layout.size());
             Box::from_raw(ptr::slice_from_raw_parts_mut(first, slots))
         };
         Self(slots)
     }
 
     /// All slots in probing order, beginning at the slot for these first bytes of a digest.
-    fn from(&self, head: u64) -> impl Iterator<Item = &Slot> {
+    fn slots_from(&self, head: u64) -> impl Iterator<Item = &KeySlot> {
         let mask = self.0.len() - 1;
         #[expect(clippy::cast_possible_truncation, reason = "any bits of it will do")]
         let first = head as usize;
@@ -205,7 +205,7 @@ impl Table {
             if key.is_null() {
                 continue;
             }
-            let empty = larger.from(head).find(|slot| slot.key.load(Ordering::Relaxed).is_null());
+            let empty = larger.slots_from(head).find(|slot| slot.key.load(Ordering::Relaxed).is_null());
             let empty = empty.expect("it is larger");
             empty.head.store(head, Ordering::Relaxed);
             empty.key.store(key, Ordering::Relaxed);
@@ -216,12 +216,12 @@ impl Table {
 
 /// Requests huge pages for memory that nobody has touched yet: with more small pages than the TLB holds,
 /// translating an address costs as much as reading it. Has no effect if no huge pages are available.
-fn in_huge_pages(first: *mut libc::c_void, bytes: usize) {
+fn advise_huge_pages(first: *mut libc::c_void, bytes: usize) {
     #[cfg(target_os = "linux")]
     {
-        const PAGE: usize = 4096;
-        let skipped = first.addr().next_multiple_of(PAGE) - first.addr();
-        if let Some(bytes) = bytes.checked_sub(skipped).filter(|bytes| *bytes >= HUGE_PAGES_FROM_BYTES) {
+        const SMALL_PAGE_BYTES: usize = 4096;
+        let skipped = first.addr().next_multiple_of(SMALL_PAGE_BYTES) - first.addr();
+        if let Some(bytes) = bytes.checked_sub(skipped).filter(|bytes| *bytes >= HUGE_PAGES_TABLE_BYTES_MIN) {
             // SAFETY: the range is within the allocation, and the advice does not change its contents.
             unsafe { libc::madvise(first.byte_add(skipped), bytes, libc::MADV_HUGEPAGE) };
         }
@@ -229,11 +229,11 @@ fn in_huge_pages(first: *mut libc::c_void, bytes: usize) {
 }
 
 /// Moves this range of small pages into one huge page, with all that is in it. Has no effect if that fails.
-fn collapse(page: *mut libc::c_void) {
+fn collapse_huge_page(page: *mut libc::c_void) {
     #[cfg(target_os = "linux")]
     // SAFETY: the advice does not change the contents, and has no effect where no memory is mapped.
     unsafe {
-        libc::madvise(page, HUGE_PAGE, libc::MADV_COLLAPSE);
+        libc::madvise(page, HUGE_PAGE_BYTES, libc::MADV_COLLAPSE);
     }
     #[cfg(not(target_os = "linux"))]
     let _ = page;
@@ -243,13 +243,13 @@ fn collapse(page: *mut libc::c_void) {
 ///
 /// # Safety
 /// `key` came from [`Arc::into_raw`] and is not used again.
-unsafe fn retired(key: *mut Key, _collector: &Collector) {
+unsafe fn release_key(key: *mut Key, _collector: &Collector) {
     // SAFETY: as the caller says.
     drop(unsafe { Arc::from_raw(key) });
 }
 
 /// The digest's first bytes serve as its hash: they are uniform, and only brute force finds a chosen one.
-fn head_of(digest: &Digest) -> u64 {
+fn digest_head(digest: &Digest) -> u64 {
     u64::from_le_bytes(*digest.0.first_chunk().expect("32 bytes"))
 }
 
@@ -262,14 +262,14 @@ mod tests {
 
     use super::*;
     use crate::auth::Scopes;
-    use crate::auth::live::{NewKey, Rotation};
+    use crate::auth::live::{KeyAttributes, Rotation};
     use crate::message::DatasourceId;
 
     fn key(digest: Digest) -> Arc<Key> {
-        Arc::new(Key::from(NewKey {
+        Arc::new(Key::from(KeyAttributes {
             digest,
             datasource: DatasourceId::all(),
-            scopes: Scopes::of(&[]),
+            scopes: Scopes::from_slice(&[]),
             label: "",
             created_at: 0,
             expires_at: None,
@@ -285,10 +285,10 @@ mod tests {
         digest
     }
 
-    fn is_what(found: Option<Found>, expected: Option<&Option<Arc<Key>>>) -> bool {
+    fn is_what(found: Option<KeyLookup>, expected: Option<&Option<Arc<Key>>>) -> bool {
         match (found, expected) {
-            (None, None) | (Some(Found::Revoked), Some(None)) => true,
-            (Some(Found::Key(found)), Some(Some(expected))) => Arc::ptr_eq(&found, expected),
+            (None, None) | (Some(KeyLookup::Revoked), Some(None)) => true,
+            (Some(KeyLookup::Key(found)), Some(Some(expected))) => Arc::ptr_eq(&found, expected),
             _ => false,
         }
     }
@@ -296,7 +296,7 @@ mod tests {
     proptest! {
         #[test]
         fn it_says_what_a_map_would(changes in prop::collection::vec((0..400_u16, any::<bool>()), 0..600)) {
-            let (index, mut map) = (Index::with_capacity(0), HashMap::new());
+            let (index, mut map) = (KeyIndex::with_capacity(0), HashMap::new());
             for (number, revoked) in changes {
                 let digest = digest(number);
                 let key = (!revoked).then(|| key(digest));
@@ -312,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_digest_that_begins_like_a_key_s_is_another() {
-        let index = Index::with_capacity(1);
+        let index = KeyIndex::with_capacity(1);
         let mut like = digest(7);
         index.set(&like, Some(key(like)));
         like.0[31] = 1;
@@ -322,7 +322,7 @@ mod tests {
     #[test]
     fn keys_are_let_go_when_they_are_revoked_and_when_the_index_goes() {
         let keys: Vec<_> = (0..500).map(|number| key(digest(number))).collect();
-        let index = Index::with_capacity(10);
+        let index = KeyIndex::with_capacity(10);
         for key in &keys {
             index.set(&key.digest, Some(Arc::clone(key)));
         }
@@ -336,7 +336,7 @@ mod tests {
 
     #[test]
     fn lookups_beside_changes_find_each_key_or_that_it_was_revoked() {
-        let index = Index::with_capacity(0);
+        let index = KeyIndex::with_capacity(0);
         let done = AtomicBool::new(false);
         index.set(&digest(0), Some(key(digest(0))));
         std::thread::scope(|scope| {
@@ -347,7 +347,7 @@ mod tests {
                         // Changes come in order: behind one that is there all are.
                         for number in 0..=newest {
                             let found = index.find(&digest(number)).expect("was there before");
-                            if let Found::Key(key) = found {
+                            if let KeyLookup::Key(key) = found {
                                 assert_eq!(key.digest, digest(number));
                                 seen += 1;
                             }

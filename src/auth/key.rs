@@ -1,7 +1,7 @@
 //! An API key: its form, its digest, and nothing that could show it by accident.
 //!
 //! A key is `hgk_`, then 256 random bits as 43 base62 characters, then the CRC-32 of all of that as
-//! 6 more. The checksum keeps no secret: it lets [`Digest::of_presented`] turn away a mistyped or
+//! 6 more. The checksum keeps no secret: it lets [`Digest::from_presented`] turn away a mistyped or
 //! made-up key before anything is hashed or looked up, and lets a secret scanner tell a leaked key
 //! from a chance match. Headgate stores only a key's [`Digest`]. A key has 256 random bits, so a
 //! plain fast hash protects it: there is no dictionary to try, and a slow password hash would only
@@ -17,24 +17,24 @@ use rand::rngs::SysRng;
 use crate::message::{KeyId, holds_key};
 
 /// The prefix of every key.
-pub(super) const PREFIX: &[u8; 4] = b"hgk_";
+pub(super) const API_KEY_PREFIX: &[u8; 4] = b"hgk_";
 /// 256 bits in base62: 62⁴³ is a little more than 2²⁵⁶.
 const SECRET_CHARS: usize = 43;
 /// 32 bits in base62.
 const CHECKSUM_CHARS: usize = 6;
 /// Offset of the checksum, which covers everything before it.
-const CHECKSUM_AT: usize = PREFIX.len() + SECRET_CHARS;
+const KEY_CHECKSUM_AT: usize = API_KEY_PREFIX.len() + SECRET_CHARS;
 /// Length of a whole key.
-pub(super) const KEY_CHARS: usize = CHECKSUM_AT + CHECKSUM_CHARS;
+pub(super) const KEY_CHARS: usize = KEY_CHECKSUM_AT + CHECKSUM_CHARS;
 
 const _: () = assert!(KEY_CHARS == 53);
 
 /// Separates these digests from every other use of BLAKE3. A change here invalidates every stored key.
-const CONTEXT: &str = "headgate 2026-11 api key digest";
+const DIGEST_CONTEXT: &str = "headgate 2026-11 api key digest";
 
 /// The context, hashed once: `blake3::derive_key` hashes it again at every call, which doubles the
 /// price of a key (84 ns instead of 172 ns; cloning a prepared hasher, all 1,920 bytes of it, 107 ns).
-static CONTEXT_KEY: LazyLock<ContextKey> = LazyLock::new(|| hash_derive_key_context(CONTEXT));
+static DIGEST_CONTEXT_KEY: LazyLock<ContextKey> = LazyLock::new(|| hash_derive_key_context(DIGEST_CONTEXT));
 
 /// A key's secret. Shown once, at creation; `Debug` shows no part of it.
 pub struct ApiKey(String);
@@ -52,10 +52,10 @@ impl ApiKey {
 
     fn from_bits(bits: [u8; 32]) -> Self {
         let mut text = [0; KEY_CHARS];
-        text[..PREFIX.len()].copy_from_slice(PREFIX);
-        write_base62(bits, &mut text[PREFIX.len()..CHECKSUM_AT]);
-        let checksum = crc32fast::hash(&text[..CHECKSUM_AT]);
-        write_base62(checksum.to_be_bytes(), &mut text[CHECKSUM_AT..]);
+        text[..API_KEY_PREFIX.len()].copy_from_slice(API_KEY_PREFIX);
+        write_base62(bits, &mut text[API_KEY_PREFIX.len()..KEY_CHECKSUM_AT]);
+        let checksum = crc32fast::hash(&text[..KEY_CHECKSUM_AT]);
+        write_base62(checksum.to_be_bytes(), &mut text[KEY_CHECKSUM_AT..]);
         Self(text.iter().copied().map(char::from).collect())
     }
 
@@ -66,7 +66,7 @@ impl ApiKey {
 
     /// The digest that is stored in place of the secret.
     pub fn digest(&self) -> Digest {
-        Digest::of(self.0.as_bytes())
+        Digest::hash_key(self.0.as_bytes())
     }
 }
 
@@ -83,13 +83,13 @@ pub struct Digest(pub [u8; 32]);
 impl Digest {
     /// The digest of a presented key: trims ASCII white space around it, checks length, prefix,
     /// alphabet and checksum, and only then hashes. `None` when the form is wrong. Allocates nothing.
-    pub fn of_presented(presented: &[u8]) -> Option<Digest> {
+    pub fn from_presented(presented: &[u8]) -> Option<Digest> {
         let key = presented.trim_ascii();
-        checksum_fits(key).then(|| Self::of(key))
+        is_well_formed(key).then(|| Self::hash_key(key))
     }
 
-    fn of(key: &[u8]) -> Digest {
-        let mut hasher = blake3::Hasher::new_from_context_key(&CONTEXT_KEY);
+    fn hash_key(key: &[u8]) -> Digest {
+        let mut hasher = blake3::Hasher::new_from_context_key(&DIGEST_CONTEXT_KEY);
         hasher.update(key);
         Digest(*hasher.finalize().as_bytes())
     }
@@ -110,7 +110,7 @@ impl fmt::Debug for Digest {
 /// Whether a text may contain an API key, with or without its prefix: `hgk_` in any case, or a run of
 /// letters and digits that is as long as a key and has digits, lower case and upper case. Such a text is
 /// not shown, logged or stored.
-pub fn is_in(text: &str) -> bool {
+pub fn may_hold_key(text: &str) -> bool {
     if holds_key(text) {
         return true;
     }
@@ -124,17 +124,18 @@ pub fn is_in(text: &str) -> bool {
 }
 
 /// Whether an already trimmed text has a key's form and a matching checksum.
-pub(super) fn checksum_fits(key: &[u8]) -> bool {
-    if key.len() != KEY_CHARS || !key.starts_with(PREFIX) {
+pub(super) fn is_well_formed(key: &[u8]) -> bool {
+    if key.len() != KEY_CHARS || !key.starts_with(API_KEY_PREFIX) {
         return false;
     }
-    let (covered, checksum) = key.split_at(CHECKSUM_AT);
+    let (covered, checksum) = key.split_at(KEY_CHECKSUM_AT);
     // No early exit, so that the compiler can vectorize the loop.
-    let base62 = covered[PREFIX.len()..].iter().fold(true, |all, byte| all & byte.is_ascii_alphanumeric());
+    let base62 =
+        covered[API_KEY_PREFIX.len()..].iter().fold(true, |all, byte| all & byte.is_ascii_alphanumeric());
     base62 && read_base62(checksum) == Some(u64::from(crc32fast::hash(covered)))
 }
 
-const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+const BASE62_DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
 /// Writes the big-endian `number` into `digits`, most significant digit first. The caller provides
 /// enough digits for any number of that many bytes.
@@ -150,7 +151,7 @@ fn write_base62<const N: usize>(mut number: [u8; N], digits: &mut [u8]) {
             }
             remainder = part % 62;
         }
-        *digit = BASE62[usize::from(remainder)];
+        *digit = BASE62_DIGITS[usize::from(remainder)];
     }
     debug_assert!(number.iter().all(|&byte| byte == 0), "enough digits for the number");
 }
@@ -179,7 +180,7 @@ mod tests {
     fn read_256_bits(digits: &[u8]) -> Option<[u8; 32]> {
         let mut number = [0u8; 32];
         for digit in digits {
-            let mut carry = u32::try_from(BASE62.iter().position(|c| c == digit)?).ok()?;
+            let mut carry = u32::try_from(BASE62_DIGITS.iter().position(|c| c == digit)?).ok()?;
             for byte in number.iter_mut().rev() {
                 carry += u32::from(*byte) * 62;
                 *byte = carry.to_le_bytes()[0];
@@ -200,7 +201,7 @@ mod tests {
         assert!(text.starts_with("hgk_"));
         assert!(text[4..].bytes().all(|b| b.is_ascii_alphanumeric()));
         assert_ne!(text, ApiKey::generate().expose());
-        assert_eq!(Digest::of_presented(text.as_bytes()), Some(key.digest()));
+        assert_eq!(Digest::from_presented(text.as_bytes()), Some(key.digest()));
     }
 
     #[test]
@@ -215,7 +216,7 @@ mod tests {
             "hgk_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp10qvaDx"
         );
         let key = ApiKey::from_bits([7; 32]);
-        assert_eq!(key.digest().0, blake3::derive_key(CONTEXT, key.expose().as_bytes()));
+        assert_eq!(key.digest().0, blake3::derive_key(DIGEST_CONTEXT, key.expose().as_bytes()));
         assert_eq!(key.digest().key_id().to_string(), blake3::Hash::from(key.digest().0).to_hex()[..12]);
     }
 
@@ -227,7 +228,7 @@ mod tests {
             let original = text[place];
             for other in (0..=255).filter(|&other| other != original) {
                 text[place] = other;
-                assert_eq!(Digest::of_presented(&text), None, "{other:#x} at {place}");
+                assert_eq!(Digest::from_presented(&text), None, "{other:#x} at {place}");
             }
         }
     }
@@ -236,14 +237,14 @@ mod tests {
     fn a_key_of_another_length_is_malformed_even_with_a_right_checksum() {
         let key = ApiKey::from_bits([1; 32]);
         let text = key.expose();
-        assert_eq!(Digest::of_presented(&text.as_bytes()[..52]), None);
-        assert_eq!(Digest::of_presented(format!("{text}0").as_bytes()), None);
+        assert_eq!(Digest::from_presented(&text.as_bytes()[..52]), None);
+        assert_eq!(Digest::from_presented(format!("{text}0").as_bytes()), None);
         for secret_chars in [SECRET_CHARS - 1, SECRET_CHARS + 1] {
             let mut text = format!("hgk_{}", "a".repeat(secret_chars)).into_bytes();
             let mut checksum = [0; CHECKSUM_CHARS];
             write_base62(crc32fast::hash(&text).to_be_bytes(), &mut checksum);
             text.extend(checksum);
-            assert_eq!(Digest::of_presented(&text), None, "{secret_chars} characters");
+            assert_eq!(Digest::from_presented(&text), None, "{secret_chars} characters");
         }
     }
 
@@ -258,7 +259,7 @@ mod tests {
             write_base62(crc32fast::hash(covered.as_bytes()).to_be_bytes(), &mut checksum);
             let text = [covered.as_bytes(), checksum.as_slice()].concat();
             assert_eq!(text.len(), KEY_CHARS);
-            assert_eq!(Digest::of_presented(&text), None, "{covered}");
+            assert_eq!(Digest::from_presented(&text), None, "{covered}");
         }
     }
 
@@ -266,11 +267,11 @@ mod tests {
     fn white_space_around_a_key_is_no_part_of_it_and_inside_it_is_an_error() {
         let key = ApiKey::from_bits([9; 32]);
         let text = key.expose();
-        assert_eq!(Digest::of_presented(format!(" \t{text}\r\n").as_bytes()), Some(key.digest()));
+        assert_eq!(Digest::from_presented(format!(" \t{text}\r\n").as_bytes()), Some(key.digest()));
         let (a, b) = text.split_at(20);
-        assert_eq!(Digest::of_presented(format!("{a} {b}").as_bytes()), None);
-        assert_eq!(Digest::of_presented(b" "), None);
-        assert_eq!(Digest::of_presented(b""), None);
+        assert_eq!(Digest::from_presented(format!("{a} {b}").as_bytes()), None);
+        assert_eq!(Digest::from_presented(b" "), None);
+        assert_eq!(Digest::from_presented(b""), None);
     }
 
     #[test]
@@ -289,8 +290,8 @@ mod tests {
         #[test]
         fn the_characters_of_a_key_write_its_256_bits(bits: [u8; 32]) {
             let key = ApiKey::from_bits(bits);
-            prop_assert_eq!(read_256_bits(&key.expose().as_bytes()[4..CHECKSUM_AT]), Some(bits));
-            prop_assert_eq!(Digest::of_presented(key.expose().as_bytes()), Some(key.digest()));
+            prop_assert_eq!(read_256_bits(&key.expose().as_bytes()[4..KEY_CHECKSUM_AT]), Some(bits));
+            prop_assert_eq!(Digest::from_presented(key.expose().as_bytes()), Some(key.digest()));
         }
 
         #[test]
@@ -303,8 +304,8 @@ mod tests {
         #[test]
         fn no_bytes_are_too_strange_to_be_presented(bytes: Vec<u8>, tail in prop::collection::vec(any::<u8>(), 49)) {
             // A random CRC-32 fits one time in 2³²; not in this test.
-            prop_assert_eq!(Digest::of_presented(&bytes), None);
-            prop_assert_eq!(Digest::of_presented(&[PREFIX.as_slice(), &tail].concat()), None);
+            prop_assert_eq!(Digest::from_presented(&bytes), None);
+            prop_assert_eq!(Digest::from_presented(&[API_KEY_PREFIX.as_slice(), &tail].concat()), None);
         }
     }
 }

@@ -6,8 +6,8 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use serde_json::json;
 
 use super::audit::Actor;
-use super::change::Ended;
-use super::changes::about_key;
+use super::change::KeyEndReason;
+use super::changes::key_audit_event;
 use super::key::Digest;
 use super::live::Key;
 use super::registry::{Registry, RegistryError};
@@ -33,20 +33,20 @@ impl Registry {
         digest: &Digest,
         url: &str,
     ) -> Result<Option<Arc<Key>>, RegistryError> {
-        let (outcome, _) = self.changing_here(|database| {
+        let (outcome, _) = self.make_change_here(|database| {
             let Some(key) = self.live.find(digest).filter(|key| key.holds()) else { return Ok(None) };
             let is_last_admin = self.is_last_admin(&key);
-            let used = self.usage_with(database, &key)?;
+            let used = self.usage_in(database, &key)?;
             let last_used_at = used.users.first().map(|user| Rfc3339(user.at));
             let what = json!({ "url": url, "last_offset": used.offset, "last_used_at": last_used_at });
             let change = database.begin()?;
             if is_last_admin {
-                change.audit(actor, &about_key("key.leaked_and_kept", &key, &what))?;
+                change.audit(actor, &key_audit_event("key.leaked_and_kept", &key, &what))?;
                 change.commit()?;
                 return Ok(Some((key, None)));
             }
-            change.revoke(&key.datasource, key.id, Ended::Leaked)?;
-            change.audit(actor, &about_key("key.leaked", &key, &what))?;
+            change.revoke(&key.datasource, key.id, KeyEndReason::Leaked)?;
+            change.audit(actor, &key_audit_event("key.leaked", &key, &what))?;
             change.commit()?;
             Ok(Some((key, self.live.kill(digest))))
         })?;
@@ -68,13 +68,13 @@ impl Registry {
     }
 
     /// Adds a rule about the records of a leaked key, for every node of the cluster. Followers
-    /// ([`Registry::follow_leaks`]) have it when this returns. Returns the number of rules, or `None` if
+    /// ([`Registry::follow_leak_rules`]) have it when this returns. Returns the number of rules, or `None` if
     /// there were `most` already.
     ///
     /// # Errors
     /// A [`RegistryError`] if the rule could not be added.
     pub fn add_leak_rule(&self, row: &LeakRow, most: u64) -> Result<Option<u64>, RegistryError> {
-        self.changing(|database| {
+        self.make_change(|database| {
             let version = self.leaks().rows.len() as u64 + 1;
             if version > most {
                 return Ok(None);
@@ -87,7 +87,7 @@ impl Registry {
 
     /// Calls `each` with every existing rule and every later one, in the order of their versions, which
     /// begin with 1.
-    pub fn follow_leaks(&self, each: impl Fn(&LeakRow) + Send + 'static) {
+    pub fn follow_leak_rules(&self, each: impl Fn(&LeakRow) + Send + 'static) {
         let mut leaks = self.leaks();
         leaks.rows.iter().for_each(&each);
         leaks.follower = Some(Box::new(each));
@@ -115,8 +115,8 @@ impl Registry {
 #[derive(Default)]
 pub(super) struct LeakRules {
     rows: Vec<LeakRow>,
-    follower: Option<Follower>,
+    follower: Option<LeakRuleFollower>,
 }
 
 /// Called with each rule.
-type Follower = Box<dyn Fn(&LeakRow) + Send>;
+type LeakRuleFollower = Box<dyn Fn(&LeakRow) + Send>;

@@ -13,17 +13,17 @@ use arc_swap::ArcSwapOption;
 use tokio::sync::Notify;
 
 use super::Scopes;
-use super::connections::{Close, Connections};
-use super::index::{Found, Index};
+use super::connections::{CloseReason, KeyConnections};
+use super::index::{KeyIndex, KeyLookup};
 use super::key::Digest;
-use super::setting::Setting;
-use super::usage::Usage;
+use super::setting::JsonSetting;
+use super::usage::PendingKeyUsage;
 use crate::message::{DatasourceId, KeyId, Lease, TimeMicros, now_micros};
 
 /// The end of a key that has none.
-const NEVER: TimeMicros = TimeMicros::MAX;
+const TIME_NEVER: TimeMicros = TimeMicros::MAX;
 /// The end of a key that has ended: no clock that is set back can be before it.
-pub(super) const ENDED: TimeMicros = TimeMicros::MIN;
+pub(super) const TIME_ENDED: TimeMicros = TimeMicros::MIN;
 
 /// One named stream of readings.
 #[derive(Debug)]
@@ -35,9 +35,9 @@ pub struct Datasource {
     /// When it was created.
     pub created_at: TimeMicros,
     /// The limits that all its keys share.
-    pub limits: Setting,
+    pub limits: JsonSetting,
     /// The schemas that its messages must match.
-    pub schemas: Setting,
+    pub schemas: JsonSetting,
 }
 
 /// One key, live: everything but its secret.
@@ -51,19 +51,19 @@ pub struct Key {
     /// When the key ends by itself: at its expiry, or at the end of its grace period if that is earlier.
     pub(super) ends_at: AtomicI64,
     /// State created on first use: few of a million keys are in use.
-    opened: OnceLock<Box<Opened>>,
+    opened: OnceLock<Box<KeyUseState>>,
     /// The datasource that it belongs to, or `*`.
     pub datasource: DatasourceId,
     /// The display name, or empty.
     pub label: Box<str>,
     /// When it was created.
     pub created_at: TimeMicros,
-    /// When it expires, or [`NEVER`].
+    /// When it expires, or [`TIME_NEVER`].
     pub(super) expires_at: TimeMicros,
     /// Its part in a rotation, if it has one.
     pub(super) rotation: ArcSwapOption<Rotation>,
     /// The key's own limits.
-    pub limits: Setting,
+    pub limits: JsonSetting,
     /// The public handle; no other key has or had the same one.
     pub id: KeyId,
     /// What it may be used for.
@@ -72,13 +72,13 @@ pub struct Key {
 
 /// The state of a key that is created on first use.
 #[derive(Default)]
-struct Opened {
+struct KeyUseState {
     /// Whether the key is still valid.
     lease: Lease,
     /// The connections that it has opened.
-    connections: Arc<Connections>,
+    connections: Arc<KeyConnections>,
     /// The usage that is not yet written.
-    usage: Usage,
+    usage: PendingKeyUsage,
 }
 
 /// A key's part in rotations, in each of which one key replaces another.
@@ -93,13 +93,13 @@ pub struct Rotation {
 impl Key {
     /// When it expires, if it does.
     pub fn expires_at(&self) -> Option<TimeMicros> {
-        (self.expires_at != NEVER).then_some(self.expires_at)
+        (self.expires_at != TIME_NEVER).then_some(self.expires_at)
     }
 
     /// When the key ends by itself, if it does: at its expiry or at the end of its grace period.
     pub fn ends_at(&self) -> Option<TimeMicros> {
         let ends_at = self.ends_at.load(Ordering::Acquire);
-        (ends_at != NEVER).then_some(ends_at)
+        (ends_at != TIME_NEVER).then_some(ends_at)
     }
 
     /// Whether its end has passed.
@@ -119,12 +119,12 @@ impl Key {
     }
 
     /// Its live connections.
-    pub fn connections(&self) -> &Arc<Connections> {
+    pub fn connections(&self) -> &Arc<KeyConnections> {
         &self.opened().connections
     }
 
     /// The number of its live connections.
-    pub fn connected(&self) -> usize {
+    pub fn connection_count(&self) -> usize {
         self.opened.get().map_or(0, |opened| opened.connections.count())
     }
 
@@ -132,20 +132,20 @@ impl Key {
     pub(super) fn end(&self) {
         // The lease first: it stops messages that are already past the lookup.
         self.lease().end();
-        self.connections().close_all(Close::KeyDead);
+        self.connections().close_all(CloseReason::KeyDead);
     }
 
     /// Its usage, to be added to. Creates it on first use.
-    pub(super) fn usage(&self) -> &Usage {
+    pub(super) fn usage(&self) -> &PendingKeyUsage {
         &self.opened().usage
     }
 
     /// Its usage, if it was ever used.
-    pub(super) fn used(&self) -> Option<&Usage> {
+    pub(super) fn recorded_usage(&self) -> Option<&PendingKeyUsage> {
         self.opened.get().map(|opened| &opened.usage)
     }
 
-    fn opened(&self) -> &Opened {
+    fn opened(&self) -> &KeyUseState {
         self.opened.get_or_init(Box::default)
     }
 
@@ -156,7 +156,7 @@ impl Key {
 
     /// Sets its part in a rotation, and its end with it: every holder of the key sees the new end.
     pub(super) fn set_rotation(&self, rotation: Rotation) {
-        let grace_ends_at = rotation.replaced_by.map_or(NEVER, |(_, at)| at);
+        let grace_ends_at = rotation.replaced_by.map_or(TIME_NEVER, |(_, at)| at);
         let any = (rotation != Rotation::default()).then(|| Arc::new(rotation));
         self.rotation.store(any);
         self.ends_at.store(self.expires_at.min(grace_ends_at), Ordering::Release);
@@ -175,7 +175,7 @@ impl fmt::Debug for Key {
 }
 
 /// The attributes of a key at its creation; it gets the rest during its life.
-pub(super) struct NewKey<'a> {
+pub(super) struct KeyAttributes<'a> {
     pub(super) digest: Digest,
     pub(super) datasource: DatasourceId,
     pub(super) scopes: Scopes,
@@ -186,9 +186,9 @@ pub(super) struct NewKey<'a> {
     pub(super) limits: Option<&'a str>,
 }
 
-impl From<NewKey<'_>> for Key {
-    fn from(new: NewKey<'_>) -> Self {
-        let expires_at = new.expires_at.unwrap_or(NEVER);
+impl From<KeyAttributes<'_>> for Key {
+    fn from(new: KeyAttributes<'_>) -> Self {
+        let expires_at = new.expires_at.unwrap_or(TIME_NEVER);
         let key = Self {
             digest: new.digest,
             id: new.digest.key_id(),
@@ -199,7 +199,7 @@ impl From<NewKey<'_>> for Key {
             expires_at,
             ends_at: AtomicI64::new(expires_at),
             rotation: ArcSwapOption::empty(),
-            limits: Setting::new(new.limits),
+            limits: JsonSetting::new(new.limits),
             opened: OnceLock::new(),
         };
         if new.rotation != Rotation::default() {
@@ -210,9 +210,9 @@ impl From<NewKey<'_>> for Key {
 }
 
 /// Every datasource and key.
-pub(super) struct Live {
+pub(super) struct LiveRegistry {
     /// Every key, revoked ones included.
-    pub(super) keys: Index,
+    pub(super) keys: KeyIndex,
     pub(super) datasources: papaya::HashMap<DatasourceId, Arc<Datasource>>,
     /// The keys that are not revoked by datasource and id, for key management.
     pub(super) by_datasource: RwLock<BTreeMap<(DatasourceId, KeyId), Arc<Key>>>,
@@ -222,12 +222,12 @@ pub(super) struct Live {
     pub(super) deadline_set: Notify,
 }
 
-impl Live {
+impl LiveRegistry {
     /// The key with this digest, unless it is revoked; it may have expired.
     pub(super) fn find(&self, digest: &Digest) -> Option<Arc<Key>> {
         match self.keys.find(digest)? {
-            Found::Key(key) => Some(key),
-            Found::Revoked => None,
+            KeyLookup::Key(key) => Some(key),
+            KeyLookup::Revoked => None,
         }
     }
 

@@ -26,8 +26,8 @@ pub mod setting;
 pub mod shape;
 pub mod usage;
 
-pub use audit::{Act, Actor};
-pub use authorizer::{Authorizer, Denied, Grant, Rejected};
+pub use audit::{Actor, AuditEvent};
+pub use authorizer::{Authorizer, Grant, GrantDenial, RejectedKey};
 pub use key::{ApiKey, Digest};
 pub use live::{Datasource, Key};
 pub use registry::{Registry, RegistryError};

@@ -17,7 +17,7 @@ pub struct Network {
 /// The text is not a network.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is neither an address nor a network such as 10.0.0.0/8")]
-pub struct NotANetwork(String);
+pub struct NetworkParseError(String);
 
 impl Network {
     /// Whether the network contains `address`. An IPv4-mapped IPv6 address counts as the IPv4 address.
@@ -46,10 +46,10 @@ pub fn source_of(address: IpAddr) -> IpAddr {
 }
 
 impl FromStr for Network {
-    type Err = NotANetwork;
+    type Err = NetworkParseError;
 
-    fn from_str(text: &str) -> Result<Self, NotANetwork> {
-        let no = || NotANetwork(text.to_owned());
+    fn from_str(text: &str) -> Result<Self, NetworkParseError> {
+        let no = || NetworkParseError(text.to_owned());
         let (address, bits) = match text.split_once('/') {
             Some((address, bits)) => (address, Some(bits.parse().map_err(|_| no())?)),
             None => (text, None),
@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn what_is_no_network_is_said_back() {
         for bad in ["", "10.0.0", "10.0.0.0/33", "::/129", "10.0.0.0/", "localhost", "10.0.0.0/-1"] {
-            assert_eq!(bad.parse::<Network>(), Err(NotANetwork(bad.to_owned())));
+            assert_eq!(bad.parse::<Network>(), Err(NetworkParseError(bad.to_owned())));
         }
     }
 

@@ -22,14 +22,14 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use tokio::sync::Notify;
 
-use super::audit::{Entry, Page};
-use super::database::Database;
-use super::index::{Found, Index};
+use super::audit::{AuditEntry, AuditQuery};
+use super::database::RegistryDatabase;
+use super::index::{KeyIndex, KeyLookup};
 use super::key::Digest;
 use super::leak::LeakRules;
-use super::live::{Datasource, ENDED, Key, Live, NewKey};
-use super::replica::{Replica, Revision};
-use super::usage::Noted;
+use super::live::{Datasource, Key, KeyAttributes, LiveRegistry, TIME_ENDED};
+use super::replica::{RegistryReplica, RegistryRevision};
+use super::usage::UnwrittenUsageKeys;
 use crate::limits::CHANGE_ATTEMPTS_MAX;
 use crate::message::{DatasourceId, KeyId};
 use crate::time::Rfc3339;
@@ -51,7 +51,7 @@ pub enum RegistryError {
     LastAdmin,
     /// The id, name, label or set of scopes cannot be used.
     #[error("{0}")]
-    Name(String),
+    InvalidName(String),
     /// A newer Headgate wrote the file.
     #[error(
         "registry: {} has format {version} and this Headgate reads up to {known}: start the newer one",
@@ -107,14 +107,14 @@ pub enum RegistryError {
 /// Datasources and keys: the database and the live view.
 pub struct Registry {
     /// Locked by a change until it has reached the live view too.
-    database: Mutex<Database>,
-    pub(super) live: Live,
+    database: Mutex<RegistryDatabase>,
+    pub(super) live: LiveRegistry,
     /// Keys whose usage is not yet on the disk.
-    pub(super) noted: Noted,
+    pub(super) noted: UnwrittenUsageKeys,
     /// See [`Registry::usage`].
     pub(super) adding_usage: Mutex<()>,
     /// The registries of the other nodes, in a cluster.
-    pub(super) replica: Option<Arc<dyn Replica>>,
+    pub(super) replica: Option<Arc<dyn RegistryReplica>>,
     /// The cluster's rules about leaked keys.
     pub(super) leaks: Mutex<LeakRules>,
 }
@@ -127,26 +127,26 @@ impl Registry {
     /// [`RegistryError::Newer`], [`RegistryError::Damaged`] or [`RegistryError::InUse`], each naming
     /// the file; [`RegistryError::Io`] or [`RegistryError::Database`] if it cannot be read or made.
     pub fn open(dir: &Path) -> Result<Self, RegistryError> {
-        Self::of(Database::open(dir)?, None)
+        Self::from_database(RegistryDatabase::open(dir)?, None)
     }
 
     /// Builds the live view from a database.
-    pub(super) fn of(
-        mut database: Database,
-        replica: Option<Arc<dyn Replica>>,
+    pub(super) fn from_database(
+        mut database: RegistryDatabase,
+        replica: Option<Arc<dyn RegistryReplica>>,
     ) -> Result<Self, RegistryError> {
         if let Some(replica) = &replica {
             database.join(replica.clone());
         }
         let datasources = papaya::HashMap::with_capacity(database.datasource_count()?);
-        database.datasources(|datasource| {
+        database.for_each_datasource(|datasource| {
             datasources.pin().insert(datasource.id.clone(), Arc::new(datasource));
         })?;
 
-        let keys = Index::with_capacity(database.key_count()?);
+        let keys = KeyIndex::with_capacity(database.key_count()?);
         let (mut by_datasource, mut deadlines) = (Vec::new(), BTreeSet::new());
         let all = DatasourceId::all();
-        database.keys(|stored| {
+        database.for_each_key(|stored| {
             let known = datasources.pin();
             if stored.revoked {
                 keys.set(&stored.digest, None);
@@ -159,7 +159,7 @@ impl Registry {
                 None if stored.datasource == all.as_str() => all.clone(),
                 None => return Err(RegistryError::NoDatasource(stored.datasource.to_owned())),
             };
-            let key = Arc::new(Key::from(NewKey {
+            let key = Arc::new(Key::from(KeyAttributes {
                 digest: stored.digest,
                 datasource: datasource.clone(),
                 scopes: stored.scopes,
@@ -171,7 +171,7 @@ impl Registry {
             }));
             if stored.ended {
                 key.end();
-                key.ends_at.store(ENDED, Ordering::Relaxed);
+                key.ends_at.store(TIME_ENDED, Ordering::Relaxed);
             } else if let Some(at) = key.ends_at() {
                 deadlines.insert((at, datasource.clone(), id));
             }
@@ -183,12 +183,12 @@ impl Registry {
         keys.gather();
         let by_datasource = RwLock::new(by_datasource.into_iter().collect());
         let deadlines = Mutex::new(deadlines);
-        let live = Live { keys, datasources, by_datasource, deadlines, deadline_set: Notify::new() };
+        let live = LiveRegistry { keys, datasources, by_datasource, deadlines, deadline_set: Notify::new() };
         let database = Mutex::new(database);
         Ok(Self {
             database,
             live,
-            noted: Noted::default(),
+            noted: UnwrittenUsageKeys::default(),
             adding_usage: Mutex::default(),
             replica,
             leaks: Mutex::default(),
@@ -202,7 +202,7 @@ impl Registry {
 
     /// Calls `what` with one datasource. Meant for the path of a message: it touches no reference count
     /// that other threads share.
-    pub fn of_datasource<T>(&self, id: &str, what: impl FnOnce(&Datasource) -> T) -> Option<T> {
+    pub fn with_datasource<T>(&self, id: &str, what: impl FnOnce(&Datasource) -> T) -> Option<T> {
         self.live.datasources.pin().get(id).map(|datasource| what(datasource))
     }
 
@@ -237,7 +237,7 @@ impl Registry {
     }
 
     /// Looks up a digest, among revoked keys too.
-    pub(super) fn look_up(&self, digest: &Digest) -> Option<Found> {
+    pub(super) fn look_up(&self, digest: &Digest) -> Option<KeyLookup> {
         self.live.keys.find(digest)
     }
 
@@ -248,7 +248,7 @@ impl Registry {
 
     /// Whether a key with this digest existed and was revoked.
     pub fn was_revoked(&self, digest: &Digest) -> bool {
-        matches!(self.look_up(digest), Some(Found::Revoked))
+        matches!(self.look_up(digest), Some(KeyLookup::Revoked))
     }
 
     /// How a key ended, as text for people: `was revoked at 2026-11-23T09:28:39.000120Z`. `None` for a key
@@ -256,8 +256,8 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Database`] if it cannot be read.
-    pub fn end_of(&self, id: KeyId) -> Result<Option<String>, RegistryError> {
-        let Some((at, why)) = self.change().end_of(id)? else { return Ok(None) };
+    pub fn describe_revocation(&self, id: KeyId) -> Result<Option<String>, RegistryError> {
+        let Some((at, why)) = self.lock_database().revocation_of(id)? else { return Ok(None) };
         let how = match why.as_deref() {
             Some("deleted") => "died with its datasource, which was deleted",
             Some("rotated") => "was rotated, and its grace ended",
@@ -271,38 +271,38 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Database`] if it cannot be read.
-    pub fn audited(&self, page: &Page) -> Result<Vec<Entry>, RegistryError> {
-        self.change().audited(page)
+    pub fn audit_entries(&self, page: &AuditQuery) -> Result<Vec<AuditEntry>, RegistryError> {
+        self.lock_database().audit_entries(page)
     }
 
     /// Makes a change: `make` writes to the database, and then updates the live view. In a cluster `make`
     /// runs again from its beginning if another node's change came first, and every other node has the
     /// change when this returns.
-    pub(super) fn changing<T>(
+    pub(super) fn make_change<T>(
         &self,
-        make: impl FnMut(&mut Database) -> Result<T, RegistryError>,
+        make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
     ) -> Result<T, RegistryError> {
-        let (made, revision) = self.changing_here(make)?;
+        let (made, revision) = self.make_change_here(make)?;
         if let Some(replica) = &self.replica {
-            replica.everywhere(revision);
+            replica.wait_everywhere(revision);
         }
         Ok(made)
     }
 
-    /// As [`Registry::changing`], but without waiting for the other nodes. Also returns the revision that
+    /// As [`Registry::make_change`], but without waiting for the other nodes. Also returns the revision that
     /// they will reach.
-    pub(super) fn changing_here<T>(
+    pub(super) fn make_change_here<T>(
         &self,
-        mut make: impl FnMut(&mut Database) -> Result<T, RegistryError>,
-    ) -> Result<(T, Revision), RegistryError> {
+        mut make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
+    ) -> Result<(T, RegistryRevision), RegistryError> {
         for _ in 0..CHANGE_ATTEMPTS_MAX {
-            let mut database = self.change();
+            let mut database = self.lock_database();
             match (make(&mut database), &self.replica) {
                 (Err(RegistryError::Overtaken), Some(replica)) => {
                     // Unlocked, because applying the changes of other nodes needs the database.
                     drop(database);
                     let revision = replica.catch_up()?;
-                    self.change().caught_up(revision);
+                    self.lock_database().caught_up(revision);
                 }
                 (made, _) => return Ok((made?, database.applied())),
             }
@@ -311,7 +311,7 @@ impl Registry {
     }
 
     /// Locks the database. Every change holds this lock until it has reached the live view.
-    pub(super) fn change(&self) -> MutexGuard<'_, Database> {
+    pub(super) fn lock_database(&self) -> MutexGuard<'_, RegistryDatabase> {
         // After a panic between disk and live view the two may differ, so no more changes are allowed.
         self.database.lock().expect("no change of the registry has panicked halfway")
     }

@@ -1,18 +1,18 @@
 //! The interface between a registry and its cluster. Without a cluster there is none, and a change takes
-//! effect when it is on the disk. In a cluster it takes effect when the [`Replica`] has accepted it.
+//! effect when it is on the disk. In a cluster it takes effect when the [`RegistryReplica`] has accepted it.
 
 use std::fmt;
 
 use super::registry::RegistryError;
-use super::rows::Row;
-use super::usage::Used;
+use super::rows::RegistryRow;
+use super::usage::KeyUsage;
 use crate::message::KeyId;
 
 /// The position of a change in the order of all nodes' changes.
-pub(super) type Revision = u64;
+pub(super) type RegistryRevision = u64;
 
 /// The registry that all nodes of a cluster share. Its calls block.
-pub(super) trait Replica: fmt::Debug + Send + Sync {
+pub(super) trait RegistryReplica: fmt::Debug + Send + Sync {
     /// Publishes the rows of one change to all nodes, all or none, if `after` is still the newest revision.
     /// Returns the new revision.
     ///
@@ -20,18 +20,22 @@ pub(super) trait Replica: fmt::Debug + Send + Sync {
     /// [`RegistryError::Overtaken`] if it is not; [`RegistryError::Away`] if the outcome is unknown: the
     /// change may still arrive, like one of another node; [`RegistryError::TooLarge`] and
     /// [`RegistryError::Cluster`] if it can never succeed.
-    fn publish(&self, rows: &[Row], after: Revision) -> Result<Revision, RegistryError>;
+    fn publish(
+        &self,
+        rows: &[RegistryRow],
+        after: RegistryRevision,
+    ) -> Result<RegistryRevision, RegistryError>;
 
     /// Waits until this node has applied everything that any node had published before the call. Returns the
     /// newest revision.
     ///
     /// # Errors
     /// [`RegistryError::Away`] if that takes too long.
-    fn catch_up(&self) -> Result<Revision, RegistryError>;
+    fn catch_up(&self) -> Result<RegistryRevision, RegistryError>;
 
     /// Waits until every other node has applied a revision, and can accept nothing more under a key that died
     /// by it. Bounded in time.
-    fn everywhere(&self, revision: Revision);
+    fn wait_everywhere(&self, revision: RegistryRevision);
 
     /// Whether this node has applied everything published until a moment ago. A few atomic loads.
     fn is_current(&self) -> bool;
@@ -40,8 +44,8 @@ pub(super) trait Replica: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// [`RegistryError::Away`] if it cannot be read now.
-    fn usage(&self, keys: &[KeyId]) -> Result<Vec<Used>, RegistryError>;
+    fn usage(&self, keys: &[KeyId]) -> Result<Vec<KeyUsage>, RegistryError>;
 
     /// Adds to the usage of keys. Returns what could not be added, and the error of one failure.
-    fn add_usage(&self, used: Vec<(KeyId, Used)>) -> (Vec<(KeyId, Used)>, Result<(), RegistryError>);
+    fn add_usage(&self, used: Vec<(KeyId, KeyUsage)>) -> (Vec<(KeyId, KeyUsage)>, Result<(), RegistryError>);
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::audit::Actor;
-use super::change::Ended;
-use super::changes::{about_key, new_key};
+use super::change::KeyEndReason;
+use super::changes::{generate_key, key_audit_event};
 use super::key::ApiKey;
 use super::live::{Key, Rotation};
 use super::registry::{Registry, RegistryError};
@@ -17,7 +17,7 @@ use crate::time::Rfc3339;
 
 /// The result of a rotation.
 #[derive(Debug)]
-pub struct Rotated {
+pub struct KeyRotationOutcome {
     /// The new key, with the scopes, label, limits and expiry of the old one.
     pub key: Arc<Key>,
     /// Its secret, to be shown once.
@@ -30,7 +30,7 @@ pub struct Rotated {
 
 /// The result of undoing a rotation.
 #[derive(Debug)]
-pub struct Undone {
+pub struct KeyRotationUndoOutcome {
     /// The old key, which stays valid.
     pub key: Arc<Key>,
     /// The new key, if it was still alive. The caller waits for its connections.
@@ -50,8 +50,8 @@ impl Registry {
         datasource: &DatasourceId,
         id: KeyId,
         grace: Duration,
-    ) -> Result<Option<Rotated>, RegistryError> {
-        let rotated = self.changing(|database| {
+    ) -> Result<Option<KeyRotationOutcome>, RegistryError> {
+        let rotated = self.make_change(|database| {
             self.check_owner(datasource)?;
             let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
             if old.has_expired() {
@@ -63,26 +63,27 @@ impl Registry {
                     "key {id} is being rotated already, to key {by}"
                 )));
             }
-            let (new, secret) = new_key(database, datasource, &old.label, old.scopes, old.expires_at())?;
+            let (new, secret) = generate_key(database, datasource, &old.label, old.scopes, old.expires_at())?;
             new.limits.set(old.limits.text().as_deref());
             new.set_rotation(Rotation { replaces: Some(id), replaced_by: None });
             let change = database.begin()?;
             let grace_micros = TimeMicros::try_from(grace.as_micros()).unwrap_or(TimeMicros::MAX);
-            let grace_ends_at = change.at().saturating_add(grace_micros);
+            let grace_ends_at = change.made_at().saturating_add(grace_micros);
             let after = Rotation { replaced_by: Some((new.id, grace_ends_at)), ..before };
             change.insert_key(&new, &secret.digest())?;
             change.set_rotation(id, after)?;
-            let digest = if grace.is_zero() { change.revoke(datasource, id, Ended::Rotated)? } else { None };
+            let digest =
+                if grace.is_zero() { change.revoke(datasource, id, KeyEndReason::Rotated)? } else { None };
             let what = json!({ "new_key": new.id, "grace_ends_at": Rfc3339(grace_ends_at) });
-            change.audit(actor, &about_key("key.rotated", &old, &what))?;
+            change.audit(actor, &key_audit_event("key.rotated", &old, &what))?;
             change.commit()?;
             old.set_rotation(after);
             let key = self.live.add_key(new, secret.digest());
             let dead = digest.and_then(|digest| self.live.kill(&digest));
             self.live.watch(&old);
-            Ok(Some(Rotated { key, secret, dead, grace_ends_at }))
+            Ok(Some(KeyRotationOutcome { key, secret, dead, grace_ends_at }))
         })?;
-        if let Some(Rotated { key, .. }) = &rotated {
+        if let Some(KeyRotationOutcome { key, .. }) = &rotated {
             tracing::info!(%datasource, key_id = %id, new_key_id = %key.id, ?grace, "key rotated");
         }
         Ok(rotated)
@@ -99,8 +100,8 @@ impl Registry {
         actor: &Actor,
         datasource: &DatasourceId,
         id: KeyId,
-    ) -> Result<Option<Undone>, RegistryError> {
-        let undone = self.changing(|database| {
+    ) -> Result<Option<KeyRotationUndoOutcome>, RegistryError> {
+        let undone = self.make_change(|database| {
             self.check_owner(datasource)?;
             let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
             let rotation = old.rotation();
@@ -117,14 +118,16 @@ impl Registry {
             let change = database.begin()?;
             let after = Rotation { replaced_by: None, ..rotation };
             change.set_rotation(id, after)?;
-            let digest = change.revoke(datasource, new_id, Ended::Revoked)?;
-            change
-                .audit(actor, &about_key("key.rotation_undone", &old, &json!({ "revoked_key": new_id })))?;
+            let digest = change.revoke(datasource, new_id, KeyEndReason::Revoked)?;
+            change.audit(
+                actor,
+                &key_audit_event("key.rotation_undone", &old, &json!({ "revoked_key": new_id })),
+            )?;
             change.commit()?;
             old.set_rotation(after);
             self.live.watch(&old);
             let dead = digest.and_then(|digest| self.live.kill(&digest));
-            Ok(Some((Undone { key: old, dead }, new_id)))
+            Ok(Some((KeyRotationUndoOutcome { key: old, dead }, new_id)))
         })?;
         Ok(undone.map(|(undone, new_id)| {
             tracing::info!(%datasource, key_id = %id, revoked_key_id = %new_id, "rotation undone");

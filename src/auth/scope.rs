@@ -61,7 +61,7 @@ pub struct Scopes(u8);
 
 impl Scopes {
     /// The set of the given scopes.
-    pub fn of(scopes: &[Scope]) -> Self {
+    pub fn from_slice(scopes: &[Scope]) -> Self {
         Self(scopes.iter().fold(0, |bits, scope| bits | scope.bit()))
     }
 
@@ -109,7 +109,7 @@ impl Serialize for Scopes {
 
 impl<'de> Deserialize<'de> for Scopes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let scopes = Scopes::of(&Vec::<Scope>::deserialize(deserializer)?);
+        let scopes = Scopes::from_slice(&Vec::<Scope>::deserialize(deserializer)?);
         if scopes.is_empty() { Err(serde::de::Error::custom(ScopeError)) } else { Ok(scopes) }
     }
 }
@@ -121,17 +121,17 @@ mod tests {
     #[test]
     fn admin_implies_the_other_scopes_and_no_other_scope_implies_any() {
         for scope in Scope::ALL {
-            assert!(Scopes::of(&[Scope::Admin]).allow(scope));
-            assert!(!Scopes::of(&[]).allow(scope));
+            assert!(Scopes::from_slice(&[Scope::Admin]).allow(scope));
+            assert!(!Scopes::from_slice(&[]).allow(scope));
         }
-        assert!(Scopes::of(&[Scope::Ingest]).allow(Scope::Ingest));
-        assert!(!Scopes::of(&[Scope::Ingest]).allow(Scope::Subscribe));
-        assert!(!Scopes::of(&[Scope::Ingest, Scope::Subscribe]).allow(Scope::Admin));
+        assert!(Scopes::from_slice(&[Scope::Ingest]).allow(Scope::Ingest));
+        assert!(!Scopes::from_slice(&[Scope::Ingest]).allow(Scope::Subscribe));
+        assert!(!Scopes::from_slice(&[Scope::Ingest, Scope::Subscribe]).allow(Scope::Admin));
     }
 
     #[test]
     fn scopes_are_a_list_in_json_and_a_comma_separated_list_in_text() {
-        let both = Scopes::of(&[Scope::Subscribe, Scope::Ingest]);
+        let both = Scopes::from_slice(&[Scope::Subscribe, Scope::Ingest]);
         assert_eq!(serde_json::to_string(&both).expect("serialises"), r#"["ingest","subscribe"]"#);
         assert_eq!(serde_json::from_str::<Scopes>(r#"["subscribe","ingest"]"#).expect("a list"), both);
         assert_eq!(both.to_string(), "ingest,subscribe");

@@ -12,20 +12,20 @@ use arc_swap::ArcSwapOption;
 
 /// An optional text and the value made from it. Takes eight bytes until the first use.
 #[derive(Default)]
-pub struct Setting(ArcSwapOption<Stated>);
+pub struct JsonSetting(ArcSwapOption<SettingText>);
 
 /// One version of the text, with its cached value.
 #[derive(Default)]
-struct Stated {
+struct SettingText {
     text: Option<Arc<str>>,
     made: OnceLock<Arc<dyn Any + Send + Sync>>,
 }
 
-impl Setting {
+impl JsonSetting {
     /// A setting with this text.
     pub(super) fn new(text: Option<&str>) -> Self {
         // Allocates nothing for an unset one: most are unset, and there may be millions.
-        Self(ArcSwapOption::from(text.map(|text| stated(Some(text.into())))))
+        Self(ArcSwapOption::from(text.map(|text| new_setting_text(Some(text.into())))))
     }
 
     /// Whether there is a text.
@@ -48,7 +48,7 @@ impl Setting {
     pub fn made<T: Send + Sync + 'static>(&self, make: impl FnOnce(Option<&str>) -> T) -> Arc<T> {
         if self.0.load().is_none() {
             // Another thread may have stored one meanwhile, or even a text: that one wins.
-            self.0.compare_and_swap(&None::<Arc<Stated>>, Some(stated(None)));
+            self.0.compare_and_swap(&None::<Arc<SettingText>>, Some(new_setting_text(None)));
         }
         let stated = self.0.load();
         let stated = stated.as_ref().expect("once stored, it is only ever replaced");
@@ -58,15 +58,15 @@ impl Setting {
 
     /// Replaces or removes the text, and drops the value made from the old one.
     pub(super) fn set(&self, text: Option<&str>) {
-        self.0.store(Some(stated(text.map(Arc::from))));
+        self.0.store(Some(new_setting_text(text.map(Arc::from))));
     }
 }
 
-fn stated(text: Option<Arc<str>>) -> Arc<Stated> {
-    Arc::new(Stated { text, made: OnceLock::new() })
+fn new_setting_text(text: Option<Arc<str>>) -> Arc<SettingText> {
+    Arc::new(SettingText { text, made: OnceLock::new() })
 }
 
-impl fmt::Debug for Setting {
+impl fmt::Debug for JsonSetting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Setting").field(&self.text()).finish()
     }
@@ -78,7 +78,7 @@ mod tests {
 
     #[test]
     fn a_text_is_read_once_and_again_after_a_change() {
-        let setting = Setting::new(Some("1"));
+        let setting = JsonSetting::new(Some("1"));
         let parse = |text: Option<&str>| text.map(|text| text.parse::<u32>().expect("a number"));
         let first = setting.made(parse);
         assert_eq!(*first, Some(1));
@@ -88,7 +88,7 @@ mod tests {
         assert_eq!(*setting.made(parse), Some(2));
         assert!(setting.is_set());
         setting.set(None);
-        assert!(!setting.is_set() && !Setting::default().is_set());
+        assert!(!setting.is_set() && !JsonSetting::default().is_set());
         assert_eq!(setting.text(), None);
         assert_eq!(*setting.made(parse), None);
         assert_eq!(*first, Some(1), "who holds the earlier one goes on with it");
@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn what_is_made_of_no_text_is_kept_too() {
-        let setting = Setting::default();
+        let setting = JsonSetting::default();
         let first = setting.made(|text| text.map(str::len));
         assert_eq!(*first, None);
         assert!(Arc::ptr_eq(&first, &setting.made(|_| Some(0_usize))));
@@ -104,6 +104,6 @@ mod tests {
 
     #[test]
     fn a_setting_that_is_not_set_costs_little() {
-        assert_eq!(size_of::<Setting>(), 8);
+        assert_eq!(size_of::<JsonSetting>(), 8);
     }
 }

@@ -3,12 +3,12 @@
 
 use serde::Serialize;
 
-use super::key::{KEY_CHARS, PREFIX, checksum_fits};
+use super::key::{API_KEY_PREFIX, KEY_CHARS, is_well_formed};
 
 /// The length of what was presented, without surrounding white space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Length {
+pub enum KeyLength {
     /// Shorter than a key.
     TooShort,
     /// As long as a key.
@@ -20,7 +20,7 @@ pub enum Length {
 /// Whether the last characters are the checksum of those before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Checksum {
+pub enum KeyChecksum {
     /// They match: a key of another gateway, a former key of this one, or a forgery.
     Right,
     /// They do not match: the key is mistyped, truncated or made up.
@@ -29,26 +29,26 @@ pub enum Checksum {
 
 /// What may be shown of a rejected key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Shape {
+pub struct KeyShape {
     /// The length, compared with a key's.
-    pub length: Length,
+    pub length: KeyLength,
     /// Whether it begins with `hgk_`.
     pub prefix: bool,
     /// Whether the checksum matches.
-    pub checksum: Checksum,
+    pub checksum: KeyChecksum,
 }
 
-impl Shape {
+impl KeyShape {
     /// The shape of a presented text.
-    pub fn of(presented: &[u8]) -> Self {
+    pub fn from_presented(presented: &[u8]) -> Self {
         let key = presented.trim_ascii();
         let length = match key.len() {
-            KEY_CHARS => Length::Right,
-            ..KEY_CHARS => Length::TooShort,
-            _ => Length::TooLong,
+            KEY_CHARS => KeyLength::Right,
+            ..KEY_CHARS => KeyLength::TooShort,
+            _ => KeyLength::TooLong,
         };
-        let checksum = if checksum_fits(key) { Checksum::Right } else { Checksum::Wrong };
-        Self { length, prefix: key.starts_with(PREFIX), checksum }
+        let checksum = if is_well_formed(key) { KeyChecksum::Right } else { KeyChecksum::Wrong };
+        Self { length, prefix: key.starts_with(API_KEY_PREFIX), checksum }
     }
 }
 
@@ -62,17 +62,17 @@ mod tests {
         let key = ApiKey::generate();
         let text = key.expose();
         let shape = |text: &str| {
-            let Shape { length, prefix, checksum } = Shape::of(text.as_bytes());
+            let KeyShape { length, prefix, checksum } = KeyShape::from_presented(text.as_bytes());
             (length, prefix, checksum)
         };
-        assert_eq!(shape(text), (Length::Right, true, Checksum::Right));
-        assert_eq!(shape(&format!(" {text}\n")), (Length::Right, true, Checksum::Right));
-        assert_eq!(shape(&text[..52]), (Length::TooShort, true, Checksum::Wrong));
-        assert_eq!(shape(&format!("{text}x")), (Length::TooLong, true, Checksum::Wrong));
-        assert_eq!(shape(&text[4..]), (Length::TooShort, false, Checksum::Wrong));
+        assert_eq!(shape(text), (KeyLength::Right, true, KeyChecksum::Right));
+        assert_eq!(shape(&format!(" {text}\n")), (KeyLength::Right, true, KeyChecksum::Right));
+        assert_eq!(shape(&text[..52]), (KeyLength::TooShort, true, KeyChecksum::Wrong));
+        assert_eq!(shape(&format!("{text}x")), (KeyLength::TooLong, true, KeyChecksum::Wrong));
+        assert_eq!(shape(&text[4..]), (KeyLength::TooShort, false, KeyChecksum::Wrong));
         let swapped =
             format!("{}{}", &text[..47], if text.ends_with("000000") { "111111" } else { "000000" });
-        assert_eq!(shape(&swapped), (Length::Right, true, Checksum::Wrong));
-        assert_eq!(shape("secret"), (Length::TooShort, false, Checksum::Wrong));
+        assert_eq!(shape(&swapped), (KeyLength::Right, true, KeyChecksum::Wrong));
+        assert_eq!(shape("secret"), (KeyLength::TooShort, false, KeyChecksum::Wrong));
     }
 }

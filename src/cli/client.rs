@@ -21,17 +21,17 @@ const REQUEST_MAX: Duration = Duration::from_secs(60);
 
 /// The HTTP API of a gateway, with a key for it.
 #[derive(Clone)]
-pub(super) struct Client {
+pub(super) struct ApiClient {
     agent: Agent,
     url: String,
-    key: Secret,
+    key: KeySecret,
 }
 
 /// A key's text on its way to the gateway. It has no `Debug` or `Display`.
 #[derive(Clone)]
-pub(super) struct Secret(String);
+pub(super) struct KeySecret(String);
 
-impl Secret {
+impl KeySecret {
     pub(super) fn new(text: &str) -> Self {
         Self(text.trim().to_owned())
     }
@@ -45,14 +45,14 @@ impl Secret {
 /// The gateway's answer when it refuses a request: a problem document (RFC 9457).
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Problem {
+pub(super) struct ProblemAnswer {
     /// The HTTP status.
     pub(super) status: u16,
     title: String,
     detail: String,
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for ProblemAnswer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "refused: ")?;
         match (self.title.as_str(), self.detail.as_str()) {
@@ -63,11 +63,11 @@ impl fmt::Display for Problem {
     }
 }
 
-impl std::error::Error for Problem {}
+impl std::error::Error for ProblemAnswer {}
 
-impl Client {
+impl ApiClient {
     /// A client of the gateway at `url` (`http://host:port`), with this key.
-    pub(super) fn new(url: &str, key: Secret) -> Self {
+    pub(super) fn new(url: &str, key: KeySecret) -> Self {
         Self { agent: agent(url), url: url.trim_end_matches('/').to_owned(), key }
     }
 
@@ -81,17 +81,17 @@ impl Client {
     pub(super) fn get<T: DeserializeOwned>(&self, path: &str, query: &[(&str, &str)]) -> anyhow::Result<T> {
         let request =
             self.agent.get(format!("{}{path}", self.url)).header("authorization", self.key.expose());
-        self.answer(request.query_pairs(query.iter().copied()).call())
+        self.read_answer(request.query_pairs(query.iter().copied()).call())
     }
 
     pub(super) fn post<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
         let request = self.agent.post(format!("{}{path}", self.url));
-        self.answer(request.header("authorization", self.key.expose()).send_json(body))
+        self.read_answer(request.header("authorization", self.key.expose()).send_json(body))
     }
 
     pub(super) fn put<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
         let request = self.agent.put(format!("{}{path}", self.url));
-        self.answer(request.header("authorization", self.key.expose()).send_json(body))
+        self.read_answer(request.header("authorization", self.key.expose()).send_json(body))
     }
 
     pub(super) fn delete(&self, path: &str) -> anyhow::Result<()> {
@@ -106,7 +106,7 @@ impl Client {
         response.body_mut().read_to_string().context("the gateway's answer broke off")
     }
 
-    fn answer<T: DeserializeOwned>(
+    fn read_answer<T: DeserializeOwned>(
         &self,
         answered: Result<Response<Body>, ureq::Error>,
     ) -> anyhow::Result<T> {
@@ -131,9 +131,9 @@ pub(super) fn agent(url: &str) -> Agent {
 }
 
 /// Reads the problem from an answer that is no success.
-pub(super) fn problem(mut response: Response<Body>) -> Problem {
+pub(super) fn problem(mut response: Response<Body>) -> ProblemAnswer {
     let status = response.status().as_u16();
-    let mut problem: Problem = response.body_mut().read_json().unwrap_or_default();
+    let mut problem: ProblemAnswer = response.body_mut().read_json().unwrap_or_default();
     problem.status = status;
     problem
 }
@@ -158,7 +158,7 @@ pub(super) enum KeySource {
 
 /// The key to present to the gateway at `url`. The local `admin.key` is used only for a gateway on
 /// this machine: without an explicit key, it must not be sent to another host.
-pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(Secret, KeySource)> {
+pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(KeySecret, KeySource)> {
     if let Some(key) = named_key()? {
         return Ok((key, KeySource::Environment));
     }
@@ -168,7 +168,7 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(Secret, KeySour
     let data_dir = env::var_os("HEADGATE_DATA_DIR").map_or_else(|| Config::default().data_dir, PathBuf::from);
     let file = data_dir.join("admin.key");
     match std::fs::read_to_string(&file) {
-        Ok(text) => Ok((Secret::new(&text), KeySource::AdminKey)),
+        Ok(text) => Ok((KeySecret::new(&text), KeySource::AdminKey)),
         Err(error) => bail!(
             "no API key: neither HEADGATE_API_KEY nor HEADGATE_API_KEY_FILE is set, and {} cannot be read ({error}); \
              HEADGATE_DATA_DIR says where the gateway keeps its data",
@@ -178,14 +178,14 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(Secret, KeySour
 }
 
 /// The key that the environment names, if any.
-pub(super) fn named_key() -> anyhow::Result<Option<Secret>> {
+pub(super) fn named_key() -> anyhow::Result<Option<KeySecret>> {
     if let Ok(key) = env::var("HEADGATE_API_KEY") {
-        return Ok(Some(Secret::new(&key)));
+        return Ok(Some(KeySecret::new(&key)));
     }
     let Some(file) = env::var_os("HEADGATE_API_KEY_FILE") else { return Ok(None) };
     let text = std::fs::read_to_string(&file)
         .with_context(|| format!("HEADGATE_API_KEY_FILE: {}", PathBuf::from(&file).display()))?;
-    Ok(Some(Secret::new(&text)))
+    Ok(Some(KeySecret::new(&text)))
 }
 
 /// Whether `url` is on this machine's loopback.
@@ -213,7 +213,8 @@ mod tests {
 
     #[test]
     fn a_problem_is_told_in_its_own_words() {
-        let problem = |text| serde_json::from_str::<Problem>(text).expect("a problem document").to_string();
+        let problem =
+            |text| serde_json::from_str::<ProblemAnswer>(text).expect("a problem document").to_string();
         assert_eq!(
             problem(r#"{"status":404,"title":"No such datasource","detail":"there is no x"}"#),
             "refused: No such datasource: there is no x"

@@ -13,15 +13,15 @@ use indicatif::ProgressState;
 use indicatif::style::{ProgressStyle, TemplateError};
 
 /// Buffered standard output. Commands flush it when output has to appear at once; `run` does at the end.
-pub(crate) struct Out(BufWriter<StdoutLock<'static>>);
+pub(crate) struct CommandOutput(BufWriter<StdoutLock<'static>>);
 
-impl Out {
+impl CommandOutput {
     pub(super) fn new() -> Self {
         Self(BufWriter::new(io::stdout().lock()))
     }
 }
 
-impl Write for Out {
+impl Write for CommandOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.write(bytes).map_err(mark)
     }
@@ -73,7 +73,7 @@ pub(super) fn table(columns: &[&str], right: &[usize]) -> Table {
 }
 
 /// The style of a progress bar; adds `{rate}`, messages per second, to indicatif's placeholders.
-pub(super) fn progress(template: &str) -> Result<ProgressStyle, TemplateError> {
+pub(super) fn progress_style(template: &str) -> Result<ProgressStyle, TemplateError> {
     let rate = |state: &ProgressState, to: &mut dyn fmt::Write| {
         // Nothing can be done about a rate that cannot be shown.
         let _ = write!(to, "{:.0}/s", state.per_sec());

@@ -5,7 +5,7 @@ use std::io;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Exit code after a second request to end, as shells give it for SIGINT.
-const INTERRUPTED: i32 = 130;
+const INTERRUPTED_EXIT_CODE: i32 = 130;
 
 /// Listens for requests to end from its creation on: a signal that comes before the call of
 /// [`Signals::asked`] is not lost.
@@ -31,7 +31,7 @@ impl Signals {
     pub(super) async fn finish(mut self, drain: impl Future<Output = ()>) {
         tokio::select! {
             () = drain => {}
-            () = self.asked() => std::process::exit(INTERRUPTED),
+            () = self.asked() => std::process::exit(INTERRUPTED_EXIT_CODE),
         }
     }
 }

@@ -21,32 +21,32 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::{Last, Nats, Outlet, OutletError, StreamSettings};
+use headgate_bridge_nats::{Nats, Outlet, OutletError, OutletPosition, OutletStreamSettings};
 use rand::rand_core::TryRng;
 use rand::rngs::SysRng;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 
-use self::message::{is_message_of, message_of, offset_of};
-use super::follower::{Consumer, Control, Next, Words};
+use self::message::{is_message_of_record, message_of_record, record_offset_of};
+use super::follower::{Consumer, FollowerControl, FollowerProfile, NextRound};
 use crate::config;
 use crate::limits::EGRESS_READ_BYTES;
-use crate::log::{Hold, Log, ReadError};
+use crate::log::{Hold, Log, LogReadError};
 use crate::message::{Offset, RecordRef};
-use crate::subject::Space;
+use crate::subject::SubjectSpace;
 
 mod message;
 
 /// How long JetStream remembers message ids. A message in flight when a connection broke arrives within
 /// this time or not at all. A longer window would fill the server's memory while egress catches up.
-const DUPLICATE_WINDOW: Duration = Duration::from_secs(10);
+const EGRESS_DUPLICATE_WINDOW: Duration = Duration::from_secs(10);
 /// How often records that cannot be sent are logged, at most.
-const REPORT_EVERY: Duration = Duration::from_secs(60);
+const EGRESS_REPORT_INTERVAL: Duration = Duration::from_secs(60);
 /// The file with the id that distinguishes the log of this data directory from all others.
 const LOG_ID_FILE: &str = "log.id";
 
-const WORDS: Words = Words {
+const EGRESS_PROFILE: FollowerProfile = FollowerProfile {
     name: "egress",
     down: "egress to NATS is failing",
     up: "egress to NATS has recovered",
@@ -57,14 +57,14 @@ const WORDS: Words = Words {
 
 /// The running consumer.
 pub struct Egress {
-    control: Arc<Control>,
+    control: Arc<FollowerControl>,
     stop: watch::Sender<Option<Instant>>,
-    counts: Arc<Counts>,
+    counts: Arc<EgressCounts>,
 }
 
 /// The position of egress and its counts since the start.
 #[derive(Default)]
-pub struct Counts {
+pub struct EgressCounts {
     cursor: AtomicU64,
     sent: AtomicU64,
     skipped: [AtomicU64; 3],
@@ -72,7 +72,7 @@ pub struct Counts {
 
 /// Why a record is not on the stream, other than that it is in quarantine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Skipped {
+pub enum EgressSkipReason {
     /// Its topic is no valid subject.
     Topic,
     /// It is larger than NATS takes.
@@ -81,21 +81,22 @@ pub enum Skipped {
     Gone,
 }
 
-impl Skipped {
+impl EgressSkipReason {
     /// All of them.
-    pub const ALL: [Skipped; 3] = [Skipped::Topic, Skipped::Size, Skipped::Gone];
+    pub const ALL: [EgressSkipReason; 3] =
+        [EgressSkipReason::Topic, EgressSkipReason::Size, EgressSkipReason::Gone];
 
     /// The lower-case name, as in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
-            Skipped::Topic => "topic",
-            Skipped::Size => "size",
-            Skipped::Gone => "gone",
+            EgressSkipReason::Topic => "topic",
+            EgressSkipReason::Size => "size",
+            EgressSkipReason::Gone => "gone",
         }
     }
 }
 
-impl Counts {
+impl EgressCounts {
     /// The first offset that is not on the stream yet.
     pub fn cursor(&self) -> Offset {
         self.cursor.load(Ordering::Acquire)
@@ -107,7 +108,7 @@ impl Counts {
     }
 
     /// Records that will not be on the stream, for this reason.
-    pub fn skipped(&self, why: Skipped) -> u64 {
+    pub fn skipped(&self, why: EgressSkipReason) -> u64 {
         self.skipped[why as usize].load(Ordering::Relaxed)
     }
 }
@@ -130,18 +131,18 @@ pub enum EgressError {
 
 /// Why a round of the thread failed.
 #[derive(Debug, thiserror::Error)]
-enum Trouble {
+enum EgressRoundError {
     #[error(transparent)]
     Outlet(#[from] OutletError),
     #[error(transparent)]
-    Log(#[from] ReadError),
+    Log(#[from] LogReadError),
     #[error("the log has records from {0} on and gives none")]
-    Nothing(Offset),
+    NoRecords(Offset),
     #[error(
         "the newest message of {stream} (sequence {sequence}) was not sent by this log: let nobody else \
          publish there and delete it, or use another stream (nats.stream.name)"
     )]
-    Foreign { stream: String, sequence: u64 },
+    ForeignMessage { stream: String, sequence: u64 },
     #[error(
         "the stream {stream} has records up to offset {offset}, and the log ends before {log_end}: it lacks \
          what was sent from it. Use another stream (nats.stream.name), or delete this one to have it made \
@@ -153,7 +154,7 @@ enum Trouble {
          to an earlier state. Use another stream (nats.stream.name), or delete this one to have it made \
          again of what the log has"
     )]
-    Differs { stream: String, offset: Offset },
+    RecordDiffers { stream: String, offset: Offset },
     #[error("egress did not finish by its deadline")]
     Late,
 }
@@ -171,18 +172,18 @@ impl Egress {
         log: Arc<dyn Log>,
     ) -> Result<Self, EgressError> {
         let stream = &config.nats.stream;
-        let settings = StreamSettings {
+        let settings = OutletStreamSettings {
             name: stream.name.clone(),
-            subjects: vec![Space::Stream.all(), Space::Quarantine.all()],
+            subjects: vec![SubjectSpace::Stream.space_wildcard(), SubjectSpace::Quarantine.space_wildcard()],
             replicas: stream.replicas,
             bytes_max: config.log.retention_bytes,
-            duplicate_window: DUPLICATE_WINDOW,
+            duplicate_window: EGRESS_DUPLICATE_WINDOW,
         };
         let path = dir.join(LOG_ID_FILE);
-        let log_id = log_id(&path).map_err(|error| EgressError::LogId { path, error })?;
-        let counts = Arc::new(Counts::default());
+        let log_id = read_or_create_log_id(&path).map_err(|error| EgressError::LogId { path, error })?;
+        let counts = Arc::new(EgressCounts::default());
         let stop = watch::Sender::new(None);
-        let follower = Follower {
+        let follower = EgressFollower {
             log_id,
             stream: stream.name.clone(),
             hold: log.hold_with_room(),
@@ -196,9 +197,9 @@ impl Egress {
             stored: None,
             gone: 0,
             gone_counted: 0,
-            report: Report::default(),
+            report: EgressSkipReport::default(),
         };
-        let control = Control::new(&WORDS);
+        let control = FollowerControl::new(&EGRESS_PROFILE);
         control.start(follower, log)?;
         Ok(Self { control, stop, counts })
     }
@@ -209,7 +210,7 @@ impl Egress {
     }
 
     /// The position of egress and its counts.
-    pub fn counts(&self) -> &Counts {
+    pub fn counts(&self) -> &EgressCounts {
         &self.counts
     }
 
@@ -231,7 +232,7 @@ impl Drop for Egress {
 }
 
 /// The thread.
-struct Follower {
+struct EgressFollower {
     log_id: String,
     stream: String,
     log: Arc<dyn Log>,
@@ -239,7 +240,7 @@ struct Follower {
     outlet: Outlet,
     runtime: Handle,
     stop: watch::Receiver<Option<Instant>>,
-    counts: Arc<Counts>,
+    counts: Arc<EgressCounts>,
     /// The first offset that was not read from the log. `None` while the outlet is not open.
     read: Option<Offset>,
     /// Sequence and offset of what was sent and is not known to be stored.
@@ -250,25 +251,25 @@ struct Follower {
     gone: u64,
     /// Removed records below this offset are counted already.
     gone_counted: Offset,
-    report: Report,
+    report: EgressSkipReport,
 }
 
-impl Consumer for Follower {
-    type Trouble = Trouble;
+impl Consumer for EgressFollower {
+    type RoundError = EgressRoundError;
 
-    fn round(&mut self) -> Result<Next, Trouble> {
+    fn round(&mut self) -> Result<NextRound, EgressRoundError> {
         let runtime = self.runtime.clone();
         let mut stop = self.stop.clone();
         let round = runtime.block_on(async {
             tokio::select! {
                 round = self.forward() => round,
-                () = deadline(&mut stop) => Err(Trouble::Late),
+                () = wait_for_deadline(&mut stop) => Err(EgressRoundError::Late),
             }
         });
         if round.is_err() {
             self.read = None;
         }
-        self.report.look();
+        self.report.warn_if_due();
         round
     }
 
@@ -281,7 +282,7 @@ impl Consumer for Follower {
 }
 
 /// Returns at the deadline for the end. Pends until one is set.
-async fn deadline(stop: &mut watch::Receiver<Option<Instant>>) {
+async fn wait_for_deadline(stop: &mut watch::Receiver<Option<Instant>>) {
     let at = match stop.wait_for(Option::is_some).await {
         Ok(at) => *at,
         Err(_) => None,
@@ -291,9 +292,9 @@ async fn deadline(stop: &mut watch::Receiver<Option<Instant>>) {
     }
 }
 
-impl Follower {
+impl EgressFollower {
     /// Sends the next records of the log, about one read's worth.
-    async fn forward(&mut self) -> Result<Next, Trouble> {
+    async fn forward(&mut self) -> Result<NextRound, EgressRoundError> {
         let read = match self.read {
             Some(read) => {
                 self.outlet.check()?;
@@ -303,14 +304,14 @@ impl Follower {
         };
         let first = self.log.first_offset();
         if read < first {
-            self.pass_over(read, first);
+            self.skip_removed(read, first);
         } else if read < self.log.next_offset() {
             match self.log.read(read, EGRESS_READ_BYTES) {
                 // Retention removed it just now; the next round skips it.
-                Err(ReadError::Removed { first, .. }) if first > read => return Ok(Next::Again),
+                Err(LogReadError::Removed { first, .. }) if first > read => return Ok(NextRound::Again),
                 batches => {
                     let batches = batches?;
-                    let Some(last) = batches.last() else { return Err(Trouble::Nothing(read)) };
+                    let Some(last) = batches.last() else { return Err(EgressRoundError::NoRecords(read)) };
                     let left_out = self.log.withheld().now();
                     let records = batches.iter().flat_map(|batch| batch.records());
                     for record in records.filter(|record| record.offset >= read) {
@@ -322,27 +323,27 @@ impl Follower {
                 }
             }
         } else if self.under_way.is_empty() {
-            return Ok(Next::AtTail);
+            return Ok(NextRound::AtTail);
         } else {
             self.outlet.settle().await?;
         }
         self.note_stored();
-        Ok(Next::Again)
+        Ok(NextRound::Again)
     }
 
     /// Sends one record, or counts why it cannot be sent.
-    async fn send(&mut self, record: &RecordRef<'_>) -> Result<(), Trouble> {
-        let skipped = match message_of(record, &self.log_id, self.gone) {
+    async fn send(&mut self, record: &RecordRef<'_>) -> Result<(), EgressRoundError> {
+        let skipped = match message_of_record(record, &self.log_id, self.gone) {
             Ok(message) => match self.outlet.send(message).await {
                 Ok(sequence) => {
                     self.gone = 0;
                     self.under_way.push_back((sequence, record.offset));
                     return Ok(());
                 }
-                Err(error @ OutletError::TooLarge { .. }) => (Skipped::Size, error.to_string()),
+                Err(error @ OutletError::TooLarge { .. }) => (EgressSkipReason::Size, error.to_string()),
                 Err(error) => return Err(error.into()),
             },
-            Err(error) => (Skipped::Topic, error.to_string()),
+            Err(error) => (EgressSkipReason::Topic, error.to_string()),
         };
         let (why, detail) = skipped;
         // A record that is read again after an error is counted only once.
@@ -355,9 +356,9 @@ impl Follower {
     }
 
     /// Opens the outlet and finds the first record that is not on the stream.
-    async fn open(&mut self) -> Result<Offset, Trouble> {
+    async fn open(&mut self) -> Result<Offset, EgressRoundError> {
         let last = self.outlet.open().await?;
-        let next = match self.behind(&last)? {
+        let next = match self.resume_offset(&last)? {
             Some(next) => next,
             None => {
                 let first = self.log.first_offset();
@@ -377,48 +378,48 @@ impl Follower {
         self.under_way.clear();
         self.gone = 0;
         self.stored = Some((last.sequence, next));
-        self.reached(next);
+        self.set_cursor(next);
         self.read = Some(next);
         info!(stream = self.stream, sequence = last.sequence, offset = next, "the stream on NATS is open");
         Ok(next)
     }
 
     /// The offset after the last record on the stream. `None` if the stream does not say.
-    fn behind(&self, last: &Last) -> Result<Option<Offset>, Trouble> {
+    fn resume_offset(&self, last: &OutletPosition) -> Result<Option<Offset>, EgressRoundError> {
         let stream = || self.stream.clone();
         // What was stored and then deleted is not sent again, as far as this process knows of it.
         let known = self.stored.filter(|(sequence, _)| (1..=last.sequence).contains(sequence));
         let Some((sequence, message)) = &last.message else { return Ok(known.map(|(_, next)| next)) };
-        let Some(offset) = offset_of(message, &self.log_id) else {
-            return Err(Trouble::Foreign { stream: stream(), sequence: *sequence });
+        let Some(offset) = record_offset_of(message, &self.log_id) else {
+            return Err(EgressRoundError::ForeignMessage { stream: stream(), sequence: *sequence });
         };
         let log_end = self.log.next_offset();
         if offset >= log_end {
-            return Err(Trouble::LogBehind { stream: stream(), offset, log_end });
+            return Err(EgressRoundError::LogBehind { stream: stream(), offset, log_end });
         }
         match self.log.read(offset, 1) {
             Ok(batches) => {
                 let mut records = batches.iter().flat_map(|batch| batch.records());
                 let record = records.find(|record| record.offset == offset);
-                if record.is_some_and(|record| !is_message_of(message, &record, &self.log_id)) {
-                    return Err(Trouble::Differs { stream: stream(), offset });
+                if record.is_some_and(|record| !is_message_of_record(message, &record, &self.log_id)) {
+                    return Err(EgressRoundError::RecordDiffers { stream: stream(), offset });
                 }
             }
-            Err(ReadError::Removed { .. }) => {}
+            Err(LogReadError::Removed { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         Ok(Some(known.map_or(offset + 1, |(_, next)| next.max(offset + 1))))
     }
 
     /// Resumes at `to`, where the log begins.
-    fn pass_over(&mut self, from: Offset, to: Offset) {
+    fn skip_removed(&mut self, from: Offset, to: Offset) {
         self.gone += to - from;
         // After an error the same records are skipped again, and not counted twice.
         let news = to.saturating_sub(from.max(self.gone_counted));
         if news > 0 {
             let (stream, records) = (&self.stream, news);
             error!(stream, from, to, records, "records have left the log before NATS took them");
-            self.counts.skipped[Skipped::Gone as usize].fetch_add(news, Ordering::Relaxed);
+            self.counts.skipped[EgressSkipReason::Gone as usize].fetch_add(news, Ordering::Relaxed);
             self.gone_counted = to;
         }
         self.read = Some(to);
@@ -432,14 +433,14 @@ impl Follower {
         if let Some((sequence, offset)) = newest {
             self.stored = Some((sequence, offset + 1));
             self.counts.sent.fetch_add(count as u64, Ordering::Relaxed);
-            self.reached(offset + 1);
+            self.set_cursor(offset + 1);
         }
         if let (true, Some(read)) = (self.under_way.is_empty(), self.read) {
-            self.reached(read);
+            self.set_cursor(read);
         }
     }
 
-    fn reached(&self, cursor: Offset) {
+    fn set_cursor(&self, cursor: Offset) {
         self.counts.cursor.store(cursor, Ordering::Release);
         self.hold.set(cursor);
     }
@@ -447,7 +448,7 @@ impl Follower {
 
 /// Records that could not be sent since the last report.
 #[derive(Default)]
-struct Report {
+struct EgressSkipReport {
     records: u64,
     /// One of them.
     example: String,
@@ -456,7 +457,7 @@ struct Report {
     seen: Option<Offset>,
 }
 
-impl Report {
+impl EgressSkipReport {
     fn add(&mut self, record: &RecordRef<'_>, why: String) {
         if self.records == 0 {
             self.example.clear();
@@ -468,8 +469,8 @@ impl Report {
     }
 
     /// Logs what could not be sent, at most once a minute.
-    fn look(&mut self) {
-        if self.records > 0 && self.said_at.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
+    fn warn_if_due(&mut self) {
+        if self.records > 0 && self.said_at.is_none_or(|at| at.elapsed() >= EGRESS_REPORT_INTERVAL) {
             let (records, example) = (self.records, &self.example);
             warn!(records, example, "records cannot go to the stream on NATS");
             self.records = 0;
@@ -479,7 +480,7 @@ impl Report {
 }
 
 /// The id that distinguishes this log from all others: made at its first use and never changed.
-fn log_id(path: &Path) -> io::Result<String> {
+fn read_or_create_log_id(path: &Path) -> io::Result<String> {
     match std::fs::read_to_string(path) {
         Ok(text) if !text.trim().is_empty() => return Ok(text.trim().to_owned()),
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

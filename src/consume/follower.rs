@@ -17,17 +17,17 @@ use crate::log::Log;
 use crate::message::Offset;
 
 /// How long the thread waits for the log before it checks whether it should stop.
-const WAIT_SLICE: Duration = Duration::from_millis(50);
+const FOLLOWER_WAIT_SLICE: Duration = Duration::from_millis(50);
 /// The first and the longest pause after a failed round; it doubles each time.
-const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+const FOLLOWER_RETRY_PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
 
 /// Consumes the log. All methods run on the follower's thread.
 pub(super) trait Consumer: Send + 'static {
     /// Why a round failed.
-    type Trouble: fmt::Display;
+    type RoundError: fmt::Display;
 
     /// Consumes the next records of the log, as many as suit one round.
-    fn round(&mut self) -> Result<Next, Self::Trouble>;
+    fn round(&mut self) -> Result<NextRound, Self::RoundError>;
 
     /// The first offset that was not consumed.
     fn cursor(&self) -> Offset;
@@ -37,17 +37,17 @@ pub(super) trait Consumer: Send + 'static {
 }
 
 /// When the next round is.
-pub(super) enum Next {
+pub(super) enum NextRound {
     /// When the log has more: everything is consumed.
     AtTail,
-    /// After this time, or once somebody [waits](Control::want) for a record that is not consumed yet.
-    Turn(Duration),
+    /// After this time, or once somebody [waits](FollowerControl::request_offset) for a record that is not consumed yet.
+    After(Duration),
     /// Now.
     Again,
 }
 
 /// What the log says about a consumer, and how it treats errors while it stops.
-pub(super) struct Words {
+pub(super) struct FollowerProfile {
     /// The name of its thread.
     pub(super) name: &'static str,
     /// What an error means for the operator; the error follows.
@@ -62,26 +62,26 @@ pub(super) struct Words {
 }
 
 /// What the thread and those who ask about it share.
-pub(super) struct Control {
-    words: &'static Words,
+pub(super) struct FollowerControl {
+    words: &'static FollowerProfile,
     trouble: Mutex<Option<String>>,
-    asked: Mutex<Asked>,
+    asked: Mutex<FollowerRequests>,
     asked_more: Condvar,
     ended: watch::Sender<bool>,
 }
 
 /// What others want of the thread.
 #[derive(Default)]
-struct Asked {
+struct FollowerRequests {
     /// Somebody waits until everything below this is consumed.
     wanted: Offset,
     /// The deadline, once the thread is to end.
     stop: Option<Instant>,
 }
 
-impl Control {
+impl FollowerControl {
     /// For a thread that has not started yet.
-    pub(super) fn new(words: &'static Words) -> Arc<Self> {
+    pub(super) fn new(words: &'static FollowerProfile) -> Arc<Self> {
         Arc::new(Self {
             words,
             trouble: Mutex::default(),
@@ -107,7 +107,7 @@ impl Control {
     }
 
     /// Tells the thread that somebody waits until everything below `offset` is consumed.
-    pub(super) fn want(&self, offset: Offset) {
+    pub(super) fn request_offset(&self, offset: Offset) {
         let mut asked = lock(&self.asked);
         asked.wanted = asked.wanted.max(offset);
         self.asked_more.notify_all();
@@ -120,7 +120,7 @@ impl Control {
         self.asked_more.notify_all();
     }
 
-    /// As [`Control::stop_by`], and waits for the end until the deadline.
+    /// As [`FollowerControl::stop_by`], and waits for the end until the deadline.
     pub(super) async fn stop(&self, deadline: Instant) {
         self.stop_by(deadline);
         let mut ended = self.ended.subscribe();
@@ -130,7 +130,7 @@ impl Control {
     }
 
     /// The deadline by which the thread should end, once it is told to.
-    pub(super) fn stopping(&self) -> Option<Instant> {
+    pub(super) fn stop_deadline(&self) -> Option<Instant> {
         lock(&self.asked).stop
     }
 
@@ -141,22 +141,22 @@ impl Control {
     }
 
     fn run<C: Consumer>(self: Arc<Self>, mut consumer: C, log: &dyn Log) {
-        let _ended = Ended(self.clone());
-        let mut retry = RETRY.0;
+        let _ended = FollowerEndGuard(self.clone());
+        let mut retry = FOLLOWER_RETRY_PAUSES.0;
         loop {
-            let stop = self.stopping();
+            let stop = self.stop_deadline();
             if stop.is_some_and(|deadline| deadline <= Instant::now()) {
                 break;
             }
             match consumer.round() {
                 Ok(next) => {
-                    retry = RETRY.0;
+                    retry = FOLLOWER_RETRY_PAUSES.0;
                     self.set_trouble(None, consumer.cursor());
                     match next {
-                        Next::AtTail if stop.is_some() => break,
-                        Next::AtTail => log.wait_blocking(consumer.cursor(), WAIT_SLICE),
-                        Next::Turn(time) => self.pause(time, |asked| asked.wanted > consumer.cursor()),
-                        Next::Again => {}
+                        NextRound::AtTail if stop.is_some() => break,
+                        NextRound::AtTail => log.wait_blocking(consumer.cursor(), FOLLOWER_WAIT_SLICE),
+                        NextRound::After(time) => self.pause(time, |asked| asked.wanted > consumer.cursor()),
+                        NextRound::Again => {}
                     }
                 }
                 Err(trouble) => {
@@ -164,10 +164,10 @@ impl Control {
                     match stop {
                         Some(_) if !self.words.patient => break,
                         // `pause` returns at once while the thread is to end, so it would spin here.
-                        Some(_) => std::thread::sleep(RETRY.0),
+                        Some(_) => std::thread::sleep(FOLLOWER_RETRY_PAUSES.0),
                         None => self.pause(retry, |_| false),
                     }
-                    retry = (retry * 2).min(RETRY.1);
+                    retry = (retry * 2).min(FOLLOWER_RETRY_PAUSES.1);
                 }
             }
         }
@@ -175,8 +175,8 @@ impl Control {
     }
 
     /// Waits for `time`, or until the thread is to end or `enough` holds.
-    fn pause(&self, time: Duration, enough: impl Fn(&Asked) -> bool) {
-        let go_on = |asked: &mut Asked| asked.stop.is_none() && !enough(asked);
+    fn pause(&self, time: Duration, enough: impl Fn(&FollowerRequests) -> bool) {
+        let go_on = |asked: &mut FollowerRequests| asked.stop.is_none() && !enough(asked);
         let _ = self.asked_more.wait_timeout_while(lock(&self.asked), time, go_on);
     }
 
@@ -199,9 +199,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Marks the thread as ended when it is dropped, also after a panic.
-struct Ended(Arc<Control>);
+struct FollowerEndGuard(Arc<FollowerControl>);
 
-impl Drop for Ended {
+impl Drop for FollowerEndGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let trouble = "the thread has ended by a panic, and needs a restart";

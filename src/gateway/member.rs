@@ -16,31 +16,31 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 use super::ADMIN_KEY_LABEL;
-use crate::auth::cluster::{Follow, Joined};
+use crate::auth::cluster::{JoinedRegistry, RegistryFollower};
 use crate::auth::{ApiKey, Registry, RegistryError};
 use crate::config::Config;
-use crate::consume::subscriber::ClusterGroups;
+use crate::consume::subscriber::ClusterShareGroups;
 use crate::consume::subscriber::sessions::SessionStore;
-use crate::consume::subscriber::sessions::bucket::{self, GroupRolls, Lookup};
-use crate::front::http::Reason;
-use crate::front::mqtt::Claims;
+use crate::consume::subscriber::sessions::bucket::{self, GroupRolls, SessionLookup};
+use crate::front::http::UnreadyReason;
+use crate::front::mqtt::ClientClaims;
 use crate::intake::Intake;
-use crate::log::{JetstreamLog, OpenError, SharedPlaces};
+use crate::log::{JetstreamLog, LogOpenError, SharedPlaces};
 
 /// The pause before a retry while NATS is unreachable.
-const PAUSE: Duration = Duration::from_millis(250);
+const CLUSTER_RETRY_PAUSE: Duration = Duration::from_millis(250);
 
 /// The file with the gateway's name in its cluster.
-pub(super) const NAME_FILE: &str = "node";
+pub(super) const NODE_NAME_FILE: &str = "node";
 
 /// A gateway that is joining its cluster.
-pub(super) struct Joining {
+pub(super) struct JoiningMember {
     nats: Nats,
     /// What it last waited for, other than NATS itself.
     waits_for: Arc<Mutex<String>>,
 }
 
-impl Joining {
+impl JoiningMember {
     /// Begins to connect.
     ///
     /// # Errors
@@ -51,7 +51,7 @@ impl Joining {
     }
 
     /// What it is waiting for, as `/readyz` reports it.
-    pub(super) fn reason(&self) -> Reason {
+    pub(super) fn reason(&self) -> UnreadyReason {
         let (nats, waits_for) = (self.nats.clone(), self.waits_for.clone());
         Arc::new(move || {
             let of_cluster = || waits_for.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -64,27 +64,27 @@ impl Joining {
     /// # Errors
     /// Worded for an operator: settings that can never work, a registry that cannot be read, a stream
     /// that cannot be used.
-    pub(super) async fn join(&self, config: &Config) -> anyhow::Result<(Member, JetstreamLog)> {
-        let name = name_of(&config.data_dir)?;
-        let member = Member::join(&self.nats, config).await?;
+    pub(super) async fn join(&self, config: &Config) -> anyhow::Result<(ClusterMember, JetstreamLog)> {
+        let name = node_name(&config.data_dir)?;
+        let member = ClusterMember::join(&self.nats, config).await?;
         // The log has its own connection because it carries the most traffic.
         let nats = Nats::connect(&config.nats.connection("headgate log")?).await?;
         let following = Nats::connect(&config.nats.connection("headgate log, following")?).await?;
         loop {
             let error = match JetstreamLog::open(&nats, &following, config, &name).await {
                 Ok(log) => return Ok((member, log)),
-                Err(error @ OpenError::Away(_)) => error,
+                Err(error @ LogOpenError::Away(_)) => error,
                 Err(error) => return Err(error.into()),
             };
             *self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
         }
     }
 }
 
 /// The gateway's name in the cluster, kept in its data directory across restarts.
-fn name_of(dir: &Path) -> anyhow::Result<String> {
-    let path = dir.join(NAME_FILE);
+fn node_name(dir: &Path) -> anyhow::Result<String> {
+    let path = dir.join(NODE_NAME_FILE);
     match std::fs::read_to_string(&path) {
         Ok(name) => Ok(name.trim().to_owned()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -104,17 +104,17 @@ fn random_name() -> anyhow::Result<String> {
 }
 
 /// A gateway that has joined its cluster.
-pub(super) struct Member {
+pub(super) struct ClusterMember {
     nats: Nats,
     /// Makes this gateway known to the other members.
     presence: Arc<Presence>,
     registry: Arc<Registry>,
-    /// Applies the other members' changes, once [`Member::follow`] has spawned it.
-    follow: Option<Follow>,
+    /// Applies the other members' changes, once [`ClusterMember::follow`] has spawned it.
+    follow: Option<RegistryFollower>,
     following: Option<JoinHandle<()>>,
 }
 
-impl Member {
+impl ClusterMember {
     /// Joins the cluster. Waits while NATS is unreachable.
     ///
     /// # Errors
@@ -122,7 +122,7 @@ impl Member {
     async fn join(nats: &Nats, config: &Config) -> anyhow::Result<Self> {
         // A new id at each start: no member waits for the process that ran here before.
         let id = random_name()?;
-        let Joined { registry, presence, follow } =
+        let JoinedRegistry { registry, presence, follow } =
             Registry::join(nats, config.nats.stream.replicas, &id).await?;
         Ok(Self { nats: nats.clone(), presence, registry, follow: Some(follow), following: None })
     }
@@ -148,7 +148,7 @@ impl Member {
         }
         loop {
             match self.registry.caught_up().await {
-                Err(RegistryError::Away(_)) => tokio::time::sleep(PAUSE).await,
+                Err(RegistryError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
                 caught_up => return Ok(caught_up?),
             }
         }
@@ -163,7 +163,9 @@ impl Member {
         loop {
             let (registry, for_file) = (self.registry.clone(), path.to_owned());
             match tokio::task::spawn_blocking(move || first_admin_key(&registry, &for_file)).await? {
-                Err(RegistryError::Away(_) | RegistryError::Overtaken) => tokio::time::sleep(PAUSE).await,
+                Err(RegistryError::Away(_) | RegistryError::Overtaken) => {
+                    tokio::time::sleep(CLUSTER_RETRY_PAUSE).await
+                }
                 made => return made.with_context(|| format!("the admin key in {}", path.display())),
             }
         }
@@ -174,22 +176,22 @@ impl Member {
     ///
     /// # Errors
     /// JetStream cannot store them; worded for an operator.
-    pub(super) async fn sessions(
+    pub(super) async fn open_sessions(
         &self,
         config: &Config,
         places: SharedPlaces,
-    ) -> anyhow::Result<(SessionStore, Claims, ClusterGroups)> {
+    ) -> anyhow::Result<(SessionStore, ClientClaims, ClusterShareGroups)> {
         let (replicas, expiry_s_max) = (config.nats.stream.replicas, config.mqtt.session_expiry_s_max);
         let cells = loop {
-            match bucket::open(&self.nats, replicas, expiry_s_max).await {
-                Err(CellError::Away(_)) => tokio::time::sleep(PAUSE).await,
+            match bucket::open_sessions_bucket(&self.nats, replicas, expiry_s_max).await {
+                Err(CellError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
                 opened => break opened.context("the bucket of MQTT sessions")?,
             }
         };
-        let (lookup, rolls) = (Lookup::new(cells.clone()), GroupRolls::start(cells.clone()));
+        let (lookup, rolls) = (SessionLookup::new(cells.clone()), GroupRolls::start(cells.clone()));
         let (store, lost) = SessionStore::in_bucket(cells, self.presence.id())?;
-        let groups = ClusterGroups::start(places, rolls, self.presence.clone()).await?;
-        Ok((store, Claims::new(self.presence.clone(), lookup, lost), groups))
+        let groups = ClusterShareGroups::start(places, rolls, self.presence.clone()).await?;
+        Ok((store, ClientClaims::new(self.presence.clone(), lookup, lost), groups))
     }
 
     /// Leaves the cluster: the others no longer wait for this member. Call it only once the gateway accepts

@@ -3,36 +3,36 @@
 
 use std::sync::Arc;
 
-use crate::auth::usage::Client;
-use crate::auth::{Denied, Grant, Key, Scope};
+use crate::auth::usage::KeyClient;
+use crate::auth::{Grant, GrantDenial, Key, Scope};
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, SECTION_SEARCH_MAX};
-use crate::log::{self, OnceId, Reason, Section};
+use crate::log::{self, OnceId, QuarantineReason, Section};
 use crate::message::{
     DatasourceId, KeyId, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
 };
-use crate::quota::{Limited, Quota, Standing};
+use crate::quota::{LimitExceeded, Quota, QuotaStanding};
 use crate::time::Rfc3339;
 use crate::validate::Validation;
 
-use super::refusal::reason_of;
-use super::{Incoming, Intake, Refusal, check_message_id};
+use super::refusal::quarantine_reason;
+use super::{IncomingMessage, Intake, Refusal, check_message_id};
 
 /// A message that goes into quarantine.
 #[derive(Debug, Clone)]
-pub struct Quarantined {
+pub struct QuarantinedMessage {
     /// Its origin in the draft, as [`Draft::push`] returns it.
     pub origin: usize,
     /// Why it is in quarantine.
-    pub reason: Reason<'static>,
+    pub reason: QuarantineReason<'static>,
 }
 
 /// The outcome for a quarantined message that is sent again.
 #[derive(Debug)]
-pub enum Redriven {
+pub enum RedriveOutcome {
     /// It is in the draft, as the last origin so far.
     Added,
     /// It stays in quarantine: it still fails, for this reason.
-    Fails(Box<Reason<'static>>),
+    Fails(Box<QuarantineReason<'static>>),
 }
 
 /// Messages that are checked and encoded, but not handed to the log yet.
@@ -46,14 +46,14 @@ pub struct Draft {
     pub(super) ends_failed_exchanges: bool,
     /// The schemas that the newest message was checked against, and the datasource that they are of.
     pub(super) validation: Option<(DatasourceId, Validation)>,
-    pub(super) client: Option<Arc<Client>>,
+    pub(super) client: Option<Arc<KeyClient>>,
     pub(super) sections: Vec<Section>,
     /// The key of each section.
     pub(super) keys: Vec<Arc<Key>>,
     /// How many of the next messages have been charged to their rates already.
     pub(super) paid: u64,
     /// The limit that all messages exceed, for which they go into quarantine.
-    pub(super) over: Option<Box<Limited>>,
+    pub(super) over: Option<Box<LimitExceeded>>,
     /// The quota that the newest message was checked against, with its key and datasource.
     pub(super) quota: Option<(KeyId, DatasourceId, Option<Box<Quota>>)>,
 }
@@ -77,12 +77,12 @@ impl Draft {
     }
 
     /// Sets the client that sent it, for the usage of its key.
-    pub fn sent_by(&mut self, client: &Arc<Client>) {
+    pub fn set_client(&mut self, client: &Arc<KeyClient>) {
         self.client = Some(client.clone());
     }
 
     /// Marks that the next message has waited for its turn, so that it is not charged to a rate again.
-    pub fn is_paid(&mut self) {
+    pub fn mark_paid(&mut self) {
         self.paid = 1;
     }
 
@@ -98,11 +98,11 @@ impl Draft {
         datasource: &DatasourceId,
         messages: u64,
         bytes: u64,
-    ) -> Result<Option<Standing>, Refusal> {
+    ) -> Result<Option<QuotaStanding>, Refusal> {
         self.paid = messages;
         let Some(quota) = self.intake.quota(grant, datasource) else { return Ok(None) };
         match quota.take(messages, bytes, self.intake.hold_back(self.transport)) {
-            Err(limited) if limited.quarantines() => self.over = Some(Box::new(limited)),
+            Err(limited) if limited.is_for_quarantine() => self.over = Some(Box::new(limited)),
             taken => taken?,
         }
         Ok(quota.standing())
@@ -110,7 +110,7 @@ impl Draft {
 
     /// Checks one message against the limits of its key and datasource. `paid`: it was charged to their
     /// rates already.
-    fn meter(
+    fn check_quota(
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
@@ -138,33 +138,33 @@ impl Draft {
     ///
     /// # Errors
     /// Every permanent [`Refusal`], and [`Refusal::Limited`]: a message that is held back has to be pushed
-    /// again after its [`Intake::turn`]. After [`Refusal::Quarantined`], the message is in the draft
+    /// again after its [`Intake::wait_turn`]. After [`Refusal::Quarantined`], the message is in the draft
     /// nevertheless, on its way into quarantine: it may be answered when the draft is durable.
     pub fn push(
         &mut self,
         grant: &Grant,
         datasource: Option<&DatasourceId>,
-        message: Incoming<'_>,
+        message: IncomingMessage<'_>,
     ) -> Result<usize, Refusal> {
-        let pushed = self.let_in(grant, datasource, message);
+        let pushed = self.check_and_add(grant, datasource, message);
         match &pushed {
-            Err(Refusal::Limited(limited)) if limited.holds_back() => {}
-            Err(_) => self.intake.0.authorizer.registry().refused(grant.key()),
+            Err(Refusal::Limited(limited)) if limited.is_held_back() => {}
+            Err(_) => self.intake.0.authorizer.registry().note_refusal(grant.key()),
             Ok(_) => {}
         }
         pushed
     }
 
-    fn let_in(
+    fn check_and_add(
         &mut self,
         grant: &Grant,
         datasource: Option<&DatasourceId>,
-        message: Incoming<'_>,
+        message: IncomingMessage<'_>,
     ) -> Result<usize, Refusal> {
         let paid = self.paid > 0;
         self.paid = self.paid.saturating_sub(1);
         if !grant.holds() {
-            return Err(Denied::Revoked.into());
+            return Err(GrantDenial::Revoked.into());
         }
         let mut topic = message.topic;
         let named;
@@ -179,7 +179,7 @@ impl Draft {
             };
             // The scope is checked before the datasource is looked up, so that a key without it cannot find
             // out which datasources exist.
-            grant.has(Scope::Ingest)?;
+            grant.allows_scope(Scope::Ingest)?;
             if holds_key(id) {
                 return Err(NameError::TopicKey.into());
             }
@@ -207,23 +207,25 @@ impl Draft {
         // The schema comes last, because it costs most.
         let metered = match &self.over {
             Some(limited) => Err((**limited).clone().into()),
-            None => self.meter(grant, datasource, topic, message.payload.len(), paid),
+            None => self.check_quota(grant, datasource, topic, message.payload.len(), paid),
         };
         match metered {
-            Err(Refusal::Limited(limited)) if limited.quarantines() => {
-                let message = Incoming { topic, ..message };
-                return Err(self.quarantine(grant, datasource, message, reason_of(&limited))?);
+            Err(Refusal::Limited(limited)) if limited.is_for_quarantine() => {
+                let message = IncomingMessage { topic, ..message };
+                return Err(self.quarantine(grant, datasource, message, quarantine_reason(&limited))?);
             }
             metered => metered?,
         }
         match self.validation(datasource).check(topic, message.payload) {
             Ok(()) => {
                 let at = self.section_for(grant, datasource, &message, false)?;
-                let Incoming { payload, properties, flags, .. } = message;
+                let IncomingMessage { payload, properties, flags, .. } = message;
                 self.sections[at].push(topic, payload, content_type, properties, flags);
                 Ok(at)
             }
-            Err(reason) => Err(self.quarantine(grant, datasource, Incoming { topic, ..message }, *reason)?),
+            Err(reason) => {
+                Err(self.quarantine(grant, datasource, IncomingMessage { topic, ..message }, *reason)?)
+            }
         }
     }
 
@@ -232,7 +234,8 @@ impl Draft {
         let known = self.validation.take().filter(|(of, _)| of == datasource);
         let (_, validation) = self.validation.insert(known.unwrap_or_else(|| {
             let registry = self.intake.0.authorizer.registry();
-            let found = registry.of_datasource(datasource.as_str(), |found| Validation::of(&found.schemas));
+            let found = registry
+                .with_datasource(datasource.as_str(), |found| Validation::from_setting(&found.schemas));
             (datasource.clone(), found.unwrap_or_default())
         }));
         validation
@@ -244,20 +247,20 @@ impl Draft {
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
-        mut message: Incoming<'_>,
-        reason: Reason<'static>,
+        mut message: IncomingMessage<'_>,
+        reason: QuarantineReason<'static>,
     ) -> Result<Refusal, Refusal> {
         if self.ends_failed_exchanges {
             message.exchange = None;
         }
         let origin = self.section_for(grant, datasource, &message, true)?;
-        let note = log::Note::Quarantined(reason);
-        let Incoming { topic, payload, content_type, properties, flags, .. } = message;
+        let note = log::RecordNote::Quarantined(reason);
+        let IncomingMessage { topic, payload, content_type, properties, flags, .. } = message;
         let flags = flags.with(note.flag());
         let section = &mut self.sections[origin];
         section.push_noted(topic, payload, content_type, properties, flags, &note.encode());
-        let log::Note::Quarantined(reason) = note else { unreachable!("it was made above") };
-        Ok(Refusal::Quarantined(Box::new(Quarantined { origin, reason })))
+        let log::RecordNote::Quarantined(reason) = note else { unreachable!("it was made above") };
+        Ok(Refusal::Quarantined(Box::new(QuarantinedMessage { origin, reason })))
     }
 
     /// Adds a message from quarantine if it meets its schema now; `grant` belongs to the admin who asks.
@@ -273,13 +276,13 @@ impl Draft {
         grant: &Grant,
         datasource: &DatasourceId,
         record: &RecordRef<'_>,
-    ) -> Result<Redriven, Refusal> {
+    ) -> Result<RedriveOutcome, Refusal> {
         grant.allows(Scope::Admin, datasource.as_str())?;
         if let Err(reason) = self.validation(datasource).check(record.topic, record.payload) {
-            return Ok(Redriven::Fails(reason));
+            return Ok(RedriveOutcome::Fails(reason));
         }
         let (offset, received_at) = (record.offset, record.received_at);
-        let note = log::Note::Redriven { offset, received_at };
+        let note = log::RecordNote::Redriven { offset, received_at };
         let mut properties = record.properties.to_vec();
         put_user_property(&mut properties, "redriven-from", &offset.to_string());
         put_user_property(&mut properties, "first-received-at", &Rfc3339(received_at).to_string());
@@ -304,7 +307,7 @@ impl Draft {
         );
         self.sections.push(section);
         self.keys.push(grant.key().clone());
-        Ok(Redriven::Added)
+        Ok(RedriveOutcome::Added)
     }
 
     /// Drops every message that does not go into quarantine.
@@ -320,7 +323,7 @@ impl Draft {
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
-        message: &Incoming<'_>,
+        message: &IncomingMessage<'_>,
         quarantined: bool,
     ) -> Result<usize, Refusal> {
         if message.message_id.is_none() && message.exchange.is_none() {
@@ -337,8 +340,9 @@ impl Draft {
         // Quarantined messages do not use up the draft's id: the client may send it again, corrected.
         let once_for_all = self.message_id.as_deref().filter(|_| !quarantined);
         // A section with an id is kept or dropped as a whole, so it takes no other message.
-        let takes_more =
-            |s: &Section| (once_for_all.is_some() || !s.is_once()) && (s.quarantined().0 > 0) == quarantined;
+        let takes_more = |s: &Section| {
+            (once_for_all.is_some() || !s.has_once_ids()) && (s.quarantined().0 > 0) == quarantined
+        };
         let same = |s: &Section| s.key_id == key_id && s.datasource == *datasource && takes_more(s);
         let recent = self.sections.iter().enumerate().rev().take(SECTION_SEARCH_MAX);
         if let Some((at, _)) = recent.into_iter().find(|(_, section)| same(section)) {
@@ -357,7 +361,7 @@ impl Draft {
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
-        message: &Incoming<'_>,
+        message: &IncomingMessage<'_>,
     ) -> Result<usize, Refusal> {
         message.message_id.map_or(Ok(()), check_message_id)?;
         let mut section = self.new_section(grant, datasource);
@@ -366,7 +370,7 @@ impl Draft {
             section.keep_once(OnceId::of_message(datasource, id));
         }
         if let Some(exchange) = message.exchange {
-            section.keep_once(exchange.id());
+            section.keep_once(exchange.once_id());
         }
         self.sections.push(section);
         self.keys.push(grant.key().clone());
@@ -381,7 +385,7 @@ impl Draft {
 
     /// Reserves room for about `bytes` of messages of one origin in the newest section.
     pub fn reserve(&mut self, bytes: usize) {
-        if let Some(section) = self.sections.last_mut().filter(|section| !section.is_once()) {
+        if let Some(section) = self.sections.last_mut().filter(|section| !section.has_once_ids()) {
             section.reserve(bytes);
         }
     }

@@ -8,7 +8,7 @@ use super::Refusal;
 
 /// One message, as a front read it.
 #[derive(Clone, Copy)]
-pub struct Incoming<'a> {
+pub struct IncomingMessage<'a> {
     /// Relative to the key's datasource. For a `*` key it begins with the datasource, unless the front's
     /// address names that.
     pub topic: &'a str,
@@ -37,7 +37,7 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    pub(super) fn id(self) -> OnceId {
+    pub(super) fn once_id(self) -> OnceId {
         OnceId::of_exchange(self.session, self.packet_id)
     }
 }

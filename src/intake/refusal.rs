@@ -2,22 +2,22 @@
 
 use std::time::Duration;
 
-use crate::auth::Denied;
+use crate::auth::GrantDenial;
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, MESSAGE_ID_BYTES_MAX, RETRY_AFTER};
-use crate::log::{AppendError, Reason, RecordTooLarge};
+use crate::log::{AppendError, QuarantineReason, RecordTooLarge};
 use crate::message::{NameError, Transport};
-use crate::observe::refusals::Note;
-use crate::quota::{Limit, Limited};
+use crate::observe::refusals::RefusalNote;
+use crate::quota::{Limit, LimitExceeded};
 use crate::subject::SubjectError;
 
-use super::Quarantined;
+use super::QuarantinedMessage;
 
 /// Why a message was not let in. Each front translates it into its protocol in one function.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Refusal {
     /// The key does not allow the message.
     #[error(transparent)]
-    Denied(#[from] Denied),
+    Denied(#[from] GrantDenial),
     /// The topic cannot be used.
     #[error("{0}")]
     Topic(#[from] NameError),
@@ -56,10 +56,10 @@ pub enum Refusal {
     /// It does not meet its schema, or exceeds a limit whose policy is quarantine. It is in the draft
     /// nevertheless, and goes into quarantine with it.
     #[error("{}; it is kept in quarantine", .0.reason)]
-    Quarantined(Box<Quarantined>),
+    Quarantined(Box<QuarantinedMessage>),
     /// A limit of the key or the datasource. Transient if its policy is to hold back.
     #[error("{0}")]
-    Limited(Box<Limited>),
+    Limited(Box<LimitExceeded>),
     /// Transient: too many bytes are on their way into the log, for longer than a client is held back.
     #[error(
         "more than {in_flight_bytes_max} bytes (intake.in_flight_bytes_max) are waiting to be written; try again in {} s",
@@ -80,7 +80,7 @@ impl Refusal {
     /// Whether the same message may be let in later: then the refusal must not consume it.
     pub fn is_transient(&self) -> bool {
         match self {
-            Refusal::Limited(limited) => limited.holds_back(),
+            Refusal::Limited(limited) => limited.is_held_back(),
             other => matches!(other, Refusal::Busy { .. } | Refusal::Log(_)),
         }
     }
@@ -89,7 +89,7 @@ impl Refusal {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Refusal::Busy { retry_after, .. } => Some(*retry_after),
-            Refusal::Denied(Denied::TooManyFailures { retry_after }) => Some(*retry_after),
+            Refusal::Denied(GrantDenial::TooManyFailures { retry_after }) => Some(*retry_after),
             Refusal::Limited(limited) if limited.limit.is_rate() => Some(limited.wait),
             Refusal::Limited(limited) if limited.limit == Limit::Connections => Some(RETRY_AFTER),
             Refusal::Log(_) => Some(RETRY_AFTER),
@@ -128,9 +128,9 @@ impl Refusal {
     }
 
     /// The note to report it with; the caller adds who was refused.
-    pub fn note(&self, transport: Transport) -> Note<'_> {
+    pub fn note(&self, transport: Transport) -> RefusalNote<'_> {
         let limited = if let Refusal::Limited(limited) = self { Some(&**limited) } else { None };
-        Note { limited, ..Note::new(transport, self.cause(), self) }
+        RefusalNote { limited, ..RefusalNote::new(transport, self.cause(), self) }
     }
 }
 
@@ -140,16 +140,16 @@ impl From<RecordTooLarge> for Refusal {
     }
 }
 
-impl From<Limited> for Refusal {
-    fn from(limited: Limited) -> Self {
+impl From<LimitExceeded> for Refusal {
+    fn from(limited: LimitExceeded) -> Self {
         Refusal::Limited(Box::new(limited))
     }
 }
 
 /// The quarantine reason of a message that exceeds a limit.
-pub(super) fn reason_of(limited: &Limited) -> Reason<'static> {
-    Reason {
-        keyword: Reason::LIMIT.into(),
+pub(super) fn quarantine_reason(limited: &LimitExceeded) -> QuarantineReason<'static> {
+    QuarantineReason {
+        keyword: QuarantineReason::LIMIT.into(),
         pointer: "".into(),
         words: limited.to_string().into(),
         schema_version: 0,

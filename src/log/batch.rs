@@ -3,8 +3,8 @@
 
 use bytes::Bytes;
 
-use super::frame::{FrameFlags, Version};
-use super::once::{Once, OnceId};
+use super::frame::{FrameFlags, LogFormatVersion};
+use super::once::{OnceId, OncePart};
 use super::record::{RecordBody, SectionHead, record_of};
 use super::section::{Section, put_body};
 use crate::message::{Offset, RecordFlags, RecordRef};
@@ -12,7 +12,7 @@ use crate::message::{Offset, RecordFlags, RecordRef};
 /// One commit of the log: records with consecutive offsets. Cheap to clone.
 #[derive(Clone)]
 pub struct Batch {
-    version: Version,
+    version: LogFormatVersion,
     flags: FrameFlags,
     first_offset: Offset,
     records: u32,
@@ -23,7 +23,7 @@ pub struct Batch {
 impl Batch {
     /// A batch whose body this process has just encoded.
     pub(super) fn encoded(flags: FrameFlags, first_offset: Offset, records: u32, body: Bytes) -> Self {
-        Self { version: Version::NEWEST, flags, first_offset, records, body }
+        Self { version: LogFormatVersion::NEWEST, flags, first_offset, records, body }
     }
 
     /// A batch of the records of these sections.
@@ -49,13 +49,13 @@ impl Batch {
     /// A batch whose body comes from a disk. Checks every length in it, so that reading its
     /// records cannot fail later. `None` if Headgate did not write this body.
     pub(super) fn check(
-        version: Version,
+        version: LogFormatVersion,
         flags: FrameFlags,
         first_offset: Offset,
         records: u32,
         body: Bytes,
     ) -> Option<Self> {
-        let mut sections = Sections::of(version, &body)?;
+        let mut sections = BodySections::parse(version, &body)?;
         let mut seen = 0_u32;
         let mut ids = false;
         let mut noted = false;
@@ -73,7 +73,7 @@ impl Batch {
             seen = seen.checked_add(head.records)?;
         }
         let once = flags.contains(FrameFlags::ONCE);
-        let behind = if once { Once::take(sections.records)?.1 } else { sections.records };
+        let behind = if once { OncePart::take(sections.records)?.1 } else { sections.records };
         let whole = behind.is_empty()
             && seen == records
             && (once || !ids)
@@ -128,29 +128,29 @@ impl Batch {
     }
 
     /// Where the record at `offset` is, if it is in this batch and not in quarantine.
-    pub fn place(&self, offset: Offset) -> Option<Place> {
+    pub fn place(&self, offset: Offset) -> Option<RecordPlace> {
         let section = self.sections().find(|section| offset < section.next_offset())?;
         section.topics().map(|(_, place)| place).find(|place| place.offset == offset)
     }
 
     /// The ids that this batch keeps and releases, if it has a once part.
-    pub(super) fn once(&self) -> Option<Once<'_>> {
+    pub(super) fn once(&self) -> Option<OncePart<'_>> {
         self.flags.contains(FrameFlags::ONCE).then(|| {
             let mut sections = self.heads();
             while sections.left > 0 {
                 sections.take().expect(CHECKED);
             }
-            Once::take(sections.records).expect(CHECKED).0
+            OncePart::take(sections.records).expect(CHECKED).0
         })
     }
 
-    /// Reads single records, by their [`Place`].
-    pub fn reader(&self) -> Reader<'_> {
-        Reader { batch: self, head: None }
+    /// Reads single records, by their [`RecordPlace`].
+    pub fn reader(&self) -> BatchReader<'_> {
+        BatchReader { batch: self, head: None }
     }
 
-    fn heads(&self) -> Sections<'_> {
-        Sections::of(self.version, &self.body).expect(CHECKED)
+    fn heads(&self) -> BodySections<'_> {
+        BodySections::parse(self.version, &self.body).expect(CHECKED)
     }
 
     /// The position in the body where `rest`, a slice of it, begins.
@@ -194,18 +194,18 @@ impl<'a> SectionRef<'a> {
 
     /// The ids under which it is kept once.
     pub(super) fn once(&self) -> impl Iterator<Item = OnceId> + use<'a> {
-        OnceId::all_in(self.head.once)
+        OnceId::parse_all(self.head.once)
     }
 
     /// The topic of each record that is not in quarantine, its offset, and where in the batch it is.
-    pub fn topics(&self) -> impl Iterator<Item = (&'a str, Place)> {
+    pub fn topics(&self) -> impl Iterator<Item = (&'a str, RecordPlace)> {
         let (head_at, first_offset, batch) = (self.head_at, self.first_offset, self.batch);
         let mut rest = self.bytes;
         (0..self.head.records).filter_map(move |nth| {
             let record_at = batch.position(rest);
             let (record, after) = RecordBody::take(rest).expect(CHECKED);
             rest = after;
-            let place = Place { offset: first_offset + u64::from(nth), head_at, record_at };
+            let place = RecordPlace { offset: first_offset + u64::from(nth), head_at, record_at };
             (!record.flags.contains(RecordFlags::QUARANTINED)).then_some((record.topic, place))
         })
     }
@@ -213,7 +213,7 @@ impl<'a> SectionRef<'a> {
 
 /// The place of a record in a [`Batch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct RecordPlace {
     /// Its offset.
     pub offset: Offset,
     head_at: u32,
@@ -221,14 +221,14 @@ pub struct Place {
 }
 
 /// Reads single records of a [`Batch`]. Consecutive reads in one section decode its head once.
-pub struct Reader<'a> {
+pub struct BatchReader<'a> {
     batch: &'a Batch,
     head: Option<(u32, SectionHead<'a>)>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> BatchReader<'a> {
     /// The record at a place that this batch gave.
-    pub fn read(&mut self, place: Place) -> RecordRef<'a> {
+    pub fn read(&mut self, place: RecordPlace) -> RecordRef<'a> {
         let body = &self.batch.body;
         if self.head.as_ref().is_none_or(|(at, _)| *at != place.head_at) {
             let head = SectionHead::take(self.batch.version, &body[place.head_at as usize..]);
@@ -242,17 +242,17 @@ impl<'a> Reader<'a> {
 }
 
 /// Iterates over the sections of a body: heads and records advance together.
-struct Sections<'a> {
-    version: Version,
+struct BodySections<'a> {
+    version: LogFormatVersion,
     left: usize,
     heads: &'a [u8],
     /// The records of the remaining sections, then the once part if there is one.
     records: &'a [u8],
 }
 
-impl<'a> Sections<'a> {
+impl<'a> BodySections<'a> {
     /// Finds where the heads end and the records begin.
-    fn of(version: Version, body: &'a [u8]) -> Option<Self> {
+    fn parse(version: LogFormatVersion, body: &'a [u8]) -> Option<Self> {
         let (left, heads) = postcard::take_from_bytes::<usize>(body).ok()?;
         let mut rest = heads;
         for _ in 0..left {
@@ -273,7 +273,7 @@ impl<'a> Sections<'a> {
 
 /// The records of a [`Batch`], in order.
 pub struct Records<'a> {
-    sections: Sections<'a>,
+    sections: BodySections<'a>,
     current: Option<(SectionHead<'a>, &'a [u8])>,
     offset: Offset,
 }
@@ -325,7 +325,7 @@ mod tests {
     }
 
     fn checked(first_offset: Offset, records: u32, body: Bytes) -> Option<Batch> {
-        Batch::check(Version::V2, FrameFlags::default(), first_offset, records, body)
+        Batch::check(LogFormatVersion::V2, FrameFlags::default(), first_offset, records, body)
     }
 
     #[test]

@@ -11,15 +11,15 @@ use tracing::error;
 
 use super::batch::Batch;
 use super::disk::{Disk, FileSystem};
-use super::recovery::{open_error, open_segments, recover, refusal};
+use super::recovery::{damage_report, open_error, open_segments, recover};
 use super::retention::{Hold, Holds};
 use super::section::Section;
-use super::segment::{FrameError, Gap, Seek, Segment};
+use super::segment::{FrameError, LogGap, SeekOutcome, Segment};
 use super::tail::Tail;
-use super::window::Window;
-use super::withheld::Withheld;
-use super::writer::{Queue, Submission, Writer};
-use super::{AppendError, Committing, Listener, Log, OnceId, OpenError, ReadError, Task};
+use super::window::DedupWindow;
+use super::withheld::WithheldRules;
+use super::writer::{LogWriter, WriterQueue, WriterSubmission};
+use super::{AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit};
 use crate::config;
 use crate::message::{Offset, TimeMicros};
 
@@ -28,16 +28,16 @@ pub(super) type Segments = BTreeMap<Offset, Arc<Segment>>;
 
 /// The log in files. Dropping it, or [`Log::close`], ends the writer.
 pub struct EmbeddedLog {
-    shared: Arc<Shared>,
-    closer: Arc<Closer>,
+    shared: Arc<EmbeddedLogShared>,
+    closer: Arc<WriterCloser>,
 }
 
 /// The state that the writer and the readers share.
-pub(super) struct Shared {
-    pub(super) queue: Queue,
+pub(super) struct EmbeddedLogShared {
+    pub(super) queue: WriterQueue,
     pub(super) tail: Tail,
     /// Called with each durable batch, before its submissions are answered.
-    pub(super) listener: OnceLock<Listener>,
+    pub(super) listener: OnceLock<BatchListener>,
     /// The first write that failed for good.
     pub(super) failure: OnceLock<Arc<str>>,
     segments: RwLock<Segments>,
@@ -48,10 +48,10 @@ pub(super) struct Shared {
     reported: Mutex<BTreeSet<Offset>>,
     lost_records: AtomicU64,
     evicted_ids: Arc<AtomicU64>,
-    withheld: Arc<Withheld>,
+    withheld: Arc<WithheldRules>,
 }
 
-impl Shared {
+impl EmbeddedLogShared {
     fn segments(&self) -> RwLockReadGuard<'_, Segments> {
         self.segments.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -74,7 +74,7 @@ impl Shared {
     }
 
     /// Reports a gap, once: its records are lost and the log goes on without them.
-    fn report(&self, gap: &Gap) {
+    fn report_gap(&self, gap: &LogGap) {
         if self.reported.lock().unwrap_or_else(PoisonError::into_inner).insert(gap.from) {
             let lost = gap.to - gap.from;
             self.lost_records.fetch_add(lost, Ordering::Relaxed);
@@ -84,9 +84,9 @@ impl Shared {
 }
 
 /// A drop guard in the writer's thread: however the thread ends, every caller gets an answer.
-struct Ended(Arc<Shared>);
+struct WriterExitGuard(Arc<EmbeddedLogShared>);
 
-impl Drop for Ended {
+impl Drop for WriterExitGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let failure = self.0.failure.get_or_init(|| "its writer panicked".into());
@@ -97,12 +97,12 @@ impl Drop for Ended {
 }
 
 /// Ends the writer when the log is dropped.
-struct Closer {
-    shared: Arc<Shared>,
+struct WriterCloser {
+    shared: Arc<EmbeddedLogShared>,
     writer: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
-impl Closer {
+impl WriterCloser {
     fn close(&self) {
         self.shared.queue.close();
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -112,7 +112,7 @@ impl Closer {
     }
 }
 
-impl Drop for Closer {
+impl Drop for WriterCloser {
     fn drop(&mut self) {
         self.close();
     }
@@ -123,18 +123,22 @@ impl EmbeddedLog {
     /// how many, message ids stay known.
     ///
     /// # Errors
-    /// [`OpenError::Corrupt`] for damage with whole records behind it, or an unknown format;
-    /// [`OpenError::Io`] for an error of the file system.
-    pub fn open(dir: &Path, config: &config::Log, dedup: &config::Intake) -> Result<Self, OpenError> {
+    /// [`LogOpenError::Corrupt`] for damage with whole records behind it, or an unknown format;
+    /// [`LogOpenError::Io`] for an error of the file system.
+    pub fn open(
+        dir: &Path,
+        config: &config::LogConfig,
+        dedup: &config::IntakeConfig,
+    ) -> Result<Self, LogOpenError> {
         Self::open_on(Box::new(FileSystem), dir, config, dedup)
     }
 
     pub(super) fn open_on(
         disk: Box<dyn Disk>,
         dir: &Path,
-        config: &config::Log,
-        dedup: &config::Intake,
-    ) -> Result<Self, OpenError> {
+        config: &config::LogConfig,
+        dedup: &config::IntakeConfig,
+    ) -> Result<Self, LogOpenError> {
         let dir = dir.join("log");
         std::fs::create_dir_all(&dir)?;
         let mut segments = open_segments(&*disk, &dir)?;
@@ -143,9 +147,9 @@ impl EmbeddedLog {
         }
         let recovered = recover(&segments)?;
         if let (false, Some(first)) = (config.accept_corruption, recovered.gaps.first()) {
-            return Err(OpenError::Corrupt(refusal(first, recovered.gaps.len())));
+            return Err(LogOpenError::Corrupt(damage_report(first, recovered.gaps.len())));
         }
-        let mut window = Window::new(dedup, config);
+        let mut window = DedupWindow::new(dedup, config);
         window.recover(segments.values()).map_err(open_error)?;
         let mut current = segments.last_entry().expect("one was made if there was none").get().clone();
         // Only now does opening change files: a refused log stays as it was found.
@@ -158,8 +162,8 @@ impl EmbeddedLog {
             });
             segments.insert(next_offset, current.clone());
         }
-        let shared = Arc::new(Shared {
-            queue: Queue::default(),
+        let shared = Arc::new(EmbeddedLogShared {
+            queue: WriterQueue::default(),
             tail: Tail::new(recovered.next_offset),
             listener: OnceLock::new(),
             failure: OnceLock::new(),
@@ -172,8 +176,8 @@ impl EmbeddedLog {
             evicted_ids: window.evicted(),
             withheld: Arc::default(),
         });
-        recovered.gaps.iter().for_each(|gap| shared.report(gap));
-        let writer = Writer {
+        recovered.gaps.iter().for_each(|gap| shared.report_gap(gap));
+        let writer = LogWriter {
             shared: shared.clone(),
             disk,
             dir,
@@ -184,12 +188,12 @@ impl EmbeddedLog {
             window,
             stay_s: dedup.dedup_window_s,
         };
-        let ended = Ended(shared.clone());
+        let ended = WriterExitGuard(shared.clone());
         let writer = std::thread::Builder::new().name("log".to_owned()).spawn(move || {
             let _ended = ended;
             writer.run();
         })?;
-        let closer = Arc::new(Closer { shared: shared.clone(), writer: Mutex::new(Some(writer)) });
+        let closer = Arc::new(WriterCloser { shared: shared.clone(), writer: Mutex::new(Some(writer)) });
         Ok(Self { shared, closer })
     }
 
@@ -198,13 +202,13 @@ impl EmbeddedLog {
         self.shared.lost_records.load(Ordering::Relaxed)
     }
 
-    fn submit(&self, sections: Vec<Section>, releases: Vec<OnceId>, give_up_at: Instant) -> Committing {
+    fn submit(&self, sections: Vec<Section>, releases: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
-        self.shared.queue.push(Submission { sections, releases, give_up_at, reply });
+        self.shared.queue.push(WriterSubmission { sections, releases, give_up_at, reply });
         committed
     }
 
-    fn read_files(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError> {
+    fn read_files(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
         let durable = self.next_offset();
         let mut wanted = from;
         loop {
@@ -215,7 +219,7 @@ impl EmbeddedLog {
                 (found, next)
             };
             let Some(segment) = segment else {
-                return Err(ReadError::Removed { wanted, first: self.first_offset() });
+                return Err(LogReadError::Removed { wanted, first: self.first_offset() });
             };
             let mut batches = Vec::new();
             let end = self.read_segment(&segment, wanted, durable, bytes_max, &mut batches)?;
@@ -227,7 +231,7 @@ impl EmbeddedLog {
                 Some(next) if next == end => wanted = next,
                 Some(next) => {
                     let place = format!("{}: its end is missing", segment.path().display());
-                    self.pass_over(Gap { place, from: end, to: next })?;
+                    self.pass_over(LogGap { place, from: end, to: next })?;
                     wanted = next;
                 }
                 None => return Ok(batches),
@@ -243,10 +247,10 @@ impl EmbeddedLog {
         durable: Offset,
         bytes_max: usize,
         batches: &mut Vec<Batch>,
-    ) -> Result<Offset, ReadError> {
+    ) -> Result<Offset, LogReadError> {
         let (mut position, mut offset) = match segment.seek(wanted).map_err(|e| self.read_error(&e))? {
-            Seek::At { position, offset } => (position, offset),
-            Seek::End { next_offset } => return Ok(next_offset),
+            SeekOutcome::At { position, offset } => (position, offset),
+            SeekOutcome::End { next_offset } => return Ok(next_offset),
         };
         let mut bytes = 0;
         while bytes < bytes_max && offset < durable && position < segment.end() {
@@ -263,9 +267,14 @@ impl EmbeddedLog {
                 // Whole batches are delivered first; the next read begins at the damage.
                 Err(FrameError::Damaged { .. }) if !batches.is_empty() => break,
                 Err(damage @ FrameError::Damaged { .. }) => {
-                    let whole = segment.next_whole(position + 1, offset).map_err(|e| self.read_error(&e))?;
+                    let whole =
+                        segment.next_whole_frame(position + 1, offset).map_err(|e| self.read_error(&e))?;
                     let Some((next, header)) = whole else { return Ok(offset) };
-                    self.pass_over(Gap { place: damage.to_string(), from: offset, to: header.first_offset })?;
+                    self.pass_over(LogGap {
+                        place: damage.to_string(),
+                        from: offset,
+                        to: header.first_offset,
+                    })?;
                     (position, offset) = (next, header.first_offset);
                 }
                 Err(error) => return Err(self.read_error(&error)),
@@ -274,36 +283,40 @@ impl EmbeddedLog {
         Ok(offset)
     }
 
-    fn pass_over(&self, gap: Gap) -> Result<(), ReadError> {
+    fn pass_over(&self, gap: LogGap) -> Result<(), LogReadError> {
         if !self.shared.accept_corruption {
-            return Err(ReadError::Corrupt(refusal(&gap, 1).into()));
+            return Err(LogReadError::Corrupt(damage_report(&gap, 1).into()));
         }
-        self.shared.report(&gap);
+        self.shared.report_gap(&gap);
         Ok(())
     }
 
-    fn read_error(&self, error: &FrameError) -> ReadError {
+    fn read_error(&self, error: &FrameError) -> LogReadError {
         let text = error.to_string().into();
-        if matches!(error, FrameError::Io { .. }) { ReadError::Io(text) } else { ReadError::Corrupt(text) }
+        if matches!(error, FrameError::Io { .. }) {
+            LogReadError::Io(text)
+        } else {
+            LogReadError::Corrupt(text)
+        }
     }
 }
 
 impl Log for EmbeddedLog {
-    fn withheld(&self) -> &Arc<Withheld> {
+    fn withheld(&self) -> &Arc<WithheldRules> {
         &self.shared.withheld
     }
 
     /// All sections of one call go into one batch.
-    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> Committing {
+    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> PendingCommit {
         self.submit(sections, Vec::new(), give_up_at)
     }
 
-    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> Committing {
+    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         self.submit(Vec::new(), ids, give_up_at)
     }
 
     /// Returns when the writer has checked the leases of all earlier appends.
-    fn barrier(&self) -> Task<'_, ()> {
+    fn barrier(&self) -> LogFuture<'_, ()> {
         // Any answer to an empty append comes after everything queued before it.
         let passed = self.append(Vec::new(), Instant::now());
         Box::pin(async { drop(passed.await) })
@@ -321,7 +334,7 @@ impl Log for EmbeddedLog {
         self.shared.tail.subscribe()
     }
 
-    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError> {
+    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
         match self.shared.tail.read(from, bytes_max) {
             Some(batches) => Ok(batches),
             None => self.read_files(from, bytes_max),
@@ -333,7 +346,7 @@ impl Log for EmbeddedLog {
     }
 
     /// Runs the listener on the writer's thread.
-    fn listen(&self, listener: Listener) {
+    fn listen(&self, listener: BatchListener) {
         let _ = self.shared.listener.set(listener);
     }
 
@@ -341,7 +354,7 @@ impl Log for EmbeddedLog {
         self.shared.tail.wait(offset, timeout);
     }
 
-    fn offset_at(&self, time: TimeMicros) -> Result<Offset, ReadError> {
+    fn offset_at(&self, time: TimeMicros) -> Result<Offset, LogReadError> {
         let segments: Vec<_> = self.shared.segments().values().cloned().collect();
         let at = segments.partition_point(|segment| segment.created_at <= time);
         match segments.get(at.saturating_sub(1)) {
@@ -374,7 +387,7 @@ impl Log for EmbeddedLog {
         self.shared.trouble()
     }
 
-    fn close(&self) -> Task<'_, ()> {
+    fn close(&self) -> LogFuture<'_, ()> {
         let closer = self.closer.clone();
         // The writer ends by itself, so a runtime that shuts down need not wait for it.
         Box::pin(async { drop(tokio::task::spawn_blocking(move || closer.close()).await) })

@@ -13,17 +13,17 @@ const BODY_BYTES_MAX: usize = 2 * IN_FLIGHT_BYTES_MAX + (1 << 20);
 
 /// A version of the format on disk. Each segment has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Version {
+pub(super) enum LogFormatVersion {
     V1 = 1,
     V2 = 2,
 }
 
-impl Version {
+impl LogFormatVersion {
     /// The version of new segments.
-    pub(super) const NEWEST: Version = Version::V2;
+    pub(super) const NEWEST: LogFormatVersion = LogFormatVersion::V2;
 
     pub(super) fn from_bytes(bytes: [u8; 2]) -> Option<Self> {
-        [Version::V1, Version::V2].into_iter().find(|version| version.to_bytes() == bytes)
+        [LogFormatVersion::V1, LogFormatVersion::V2].into_iter().find(|version| version.to_bytes() == bytes)
     }
 
     pub(super) fn to_bytes(self) -> [u8; 2] {
@@ -38,7 +38,7 @@ pub(super) struct FrameFlags(u32);
 impl FrameFlags {
     /// A record has [`RecordFlags::RETAIN`](crate::message::RecordFlags::RETAIN).
     pub(super) const RETAINED: FrameFlags = FrameFlags(1);
-    /// Behind the records is a [`Once`](super::once::Once).
+    /// Behind the records is a [`Once`](super::once::OncePart).
     pub(super) const ONCE: FrameFlags = FrameFlags(2);
     /// A record has a note.
     pub(super) const NOTED: FrameFlags = FrameFlags(4);
@@ -104,11 +104,11 @@ impl FrameHeader {
     }
 
     /// What the frame holds; `None` if a flag is unknown in this version.
-    pub(super) fn flags(&self, version: Version) -> Option<FrameFlags> {
+    pub(super) fn flags(&self, version: LogFormatVersion) -> Option<FrameFlags> {
         match version {
             // Version 1 does not say whether a frame has retained records: any frame may.
-            Version::V1 => (self.flags == FrameFlags::default()).then_some(FrameFlags::RETAINED),
-            Version::V2 => FrameFlags::KNOWN.contains(self.flags).then_some(self.flags),
+            LogFormatVersion::V1 => (self.flags == FrameFlags::default()).then_some(FrameFlags::RETAINED),
+            LogFormatVersion::V2 => FrameFlags::KNOWN.contains(self.flags).then_some(self.flags),
         }
     }
 }

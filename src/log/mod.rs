@@ -119,34 +119,35 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
-pub use batch::{Batch, Place, Reader, Records, SectionRef};
+pub use batch::{Batch, BatchReader, RecordPlace, Records, SectionRef};
 pub use embedded::EmbeddedLog;
 pub use jetstream::{
-    Given, JetstreamLog, KEEP_EVERY, ShareError, SharedPlace, SharedPlaces, SharedRecords, headers_of,
+    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
+    SharedRecords, headers_of_record,
 };
-pub use note::{Note, Reason};
+pub use note::{QuarantineReason, RecordNote};
 pub use offsets::Offsets;
 pub use once::OnceId;
 pub use retention::Hold;
 pub use section::Section;
-pub use withheld::{Change, LeftOut, Withheld, WithheldRule};
+pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
 
 use crate::message::{Offset, TimeMicros};
 use crate::subject::SubjectError;
 
 /// The future of a log operation that has to wait.
-pub type Task<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+pub type LogFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Resolves with the outcome of an append or a release.
-pub type Committing = oneshot::Receiver<Result<Committed, AppendError>>;
+pub type PendingCommit = oneshot::Receiver<Result<CommitOutcome, AppendError>>;
 
 /// Receives each new batch: see [`Log::listen`].
-pub type Listener = Box<dyn Fn(&Batch) + Send + Sync>;
+pub type BatchListener = Box<dyn Fn(&Batch) + Send + Sync>;
 
 /// A log, shared as an `Arc<dyn Log>`. A method waits only where its documentation says so.
 pub trait Log: Send + Sync {
     /// The records that no reader may see.
-    fn withheld(&self) -> &Arc<Withheld>;
+    fn withheld(&self) -> &Arc<WithheldRules>;
 
     /// Checks whether this log can store a topic that [`check_topic`](crate::message::check_topic) has
     /// passed: not every topic can be a NATS subject.
@@ -169,21 +170,21 @@ pub trait Log: Send + Sync {
     /// Appends sections. The receiver resolves when their records are durable, or are known not to
     /// be kept. Until `give_up_at` the log waits out transient failures (a full disk, a budget that
     /// storage is about to free, a cluster that is away).
-    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> Committing;
+    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> PendingCommit;
 
     /// Ends QoS 2 exchanges: once the receiver resolves `Ok` their ids are unknown, also after any
     /// crash. Unknown ids are ignored. A release takes no offset.
-    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> Committing;
+    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit;
 
     /// Returns when the outcome of every earlier append on this gateway is settled: no more records
     /// enter under a lease that ended before the call.
-    fn barrier(&self) -> Task<'_, ()>;
+    fn barrier(&self) -> LogFuture<'_, ()>;
 
     /// Returns when this gateway knows every release that any gateway had answered before the call.
     ///
     /// # Errors
     /// [`AppendError`], transient.
-    fn sync(&self) -> Task<'_, Result<(), AppendError>> {
+    fn sync(&self) -> LogFuture<'_, Result<(), AppendError>> {
         Box::pin(std::future::ready(Ok(())))
     }
 
@@ -199,7 +200,7 @@ pub trait Log: Send + Sync {
     ///
     /// # Errors
     /// [`AppendError::Away`] if the log cannot be asked now.
-    fn end(&self) -> Task<'_, Result<Offset, AppendError>> {
+    fn end(&self) -> LogFuture<'_, Result<Offset, AppendError>> {
         Box::pin(std::future::ready(Ok(self.next_offset())))
     }
 
@@ -207,7 +208,7 @@ pub trait Log: Send + Sync {
     ///
     /// # Errors
     /// [`AppendError::Away`] if the log cannot be asked now, or takes too long.
-    fn catch_up(&self, _offset: Offset) -> Task<'_, Result<(), AppendError>> {
+    fn catch_up(&self, _offset: Offset) -> LogFuture<'_, Result<(), AppendError>> {
         Box::pin(std::future::ready(Ok(())))
     }
 
@@ -220,16 +221,16 @@ pub trait Log: Send + Sync {
     /// the network when `from` is not recent.
     ///
     /// # Errors
-    /// [`ReadError::Removed`] if retention has removed `from`, [`ReadError::Corrupt`] at a damaged
-    /// place (never skipped silently), [`ReadError::Io`], [`ReadError::Away`].
-    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError>;
+    /// [`LogReadError::Removed`] if retention has removed `from`, [`LogReadError::Corrupt`] at a damaged
+    /// place (never skipped silently), [`LogReadError::Io`], [`LogReadError::Away`].
+    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError>;
 
     /// Like [`Log::read`], but never blocks: `None` if `from` is not in memory.
     fn read_recent(&self, from: Offset, bytes_max: usize) -> Option<Vec<Batch>>;
 
     /// Calls `listener` with each batch, in order, once it can be read. The call runs on the log's own
     /// thread or task, so it must not wait. Only the first listener counts.
-    fn listen(&self, listener: Listener);
+    fn listen(&self, listener: BatchListener);
 
     /// Blocks until there is a record at `offset`, or `timeout` is over.
     fn wait_blocking(&self, offset: Offset, timeout: Duration);
@@ -238,8 +239,8 @@ pub trait Log: Send + Sync {
     /// Blocks as [`Log::read`] does.
     ///
     /// # Errors
-    /// [`ReadError::Io`], [`ReadError::Away`].
-    fn offset_at(&self, time: TimeMicros) -> Result<Offset, ReadError>;
+    /// [`LogReadError::Io`], [`LogReadError::Away`].
+    fn offset_at(&self, time: TimeMicros) -> Result<Offset, LogReadError>;
 
     /// A hold for a consumer that must see every record: retention keeps what it has not consumed. At
     /// first it holds everything, see [`Hold::set`].
@@ -268,7 +269,7 @@ pub trait Log: Send + Sync {
     fn trouble(&self) -> Option<String>;
 
     /// Stops taking appends, commits the waiting ones, and ends.
-    fn close(&self) -> Task<'_, ()>;
+    fn close(&self) -> LogFuture<'_, ()>;
 }
 
 /// A record that is larger than a log takes.
@@ -284,14 +285,14 @@ pub struct RecordTooLarge {
 
 /// The outcome of an append that is durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Committed {
+pub struct CommitOutcome {
     /// Per section.
-    pub outcomes: Vec<Outcome>,
+    pub outcomes: Vec<SectionOutcome>,
 }
 
 /// The outcome of one section.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum SectionOutcome {
     /// The section is in the log, at these offsets.
     Kept(Offsets),
     /// Not kept again: a section with one of its ids is already durable, at these offsets.
@@ -331,7 +332,7 @@ pub enum AppendError {
 
 /// Why the log cannot be read.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum ReadError {
+pub enum LogReadError {
     /// Retention has removed the offset.
     #[error("offset {wanted} is no longer in the log, which begins at {first}")]
     Removed {
@@ -353,7 +354,7 @@ pub enum ReadError {
 
 /// Why the log could not be opened.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub enum LogOpenError {
     /// Some bytes are not what was written. The text names the place and the lost offsets.
     #[error("the log is damaged: {0}")]
     Corrupt(String),

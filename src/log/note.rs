@@ -9,15 +9,15 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use super::record::put;
+use super::record::put_postcard;
 use crate::message::{Offset, RecordFlags, TimeMicros};
 
 /// What the gateway adds to a record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Note<'a> {
+pub enum RecordNote<'a> {
     /// Why it is in quarantine.
     #[serde(borrow)]
-    Quarantined(Reason<'a>),
+    Quarantined(QuarantineReason<'a>),
     /// It was in quarantine, and went through intake again.
     Redriven {
         /// The offset of the original record.
@@ -29,8 +29,8 @@ pub enum Note<'a> {
 
 /// Why a message is in quarantine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reason<'a> {
-    /// The schema keyword that the message violates, `json` if it is not JSON, or [`Reason::LIMIT`].
+pub struct QuarantineReason<'a> {
+    /// The schema keyword that the message violates, `json` if it is not JSON, or [`QuarantineReason::LIMIT`].
     #[serde(borrow)]
     pub keyword: Cow<'a, str>,
     /// Where in the message: a JSON pointer (RFC 6901), empty for the whole message.
@@ -43,7 +43,7 @@ pub struct Reason<'a> {
     pub schema_version: u32,
 }
 
-impl Reason<'_> {
+impl QuarantineReason<'_> {
     /// The keyword of a message over a limit; JSON Schema has no such keyword.
     pub const LIMIT: &'static str = "limit";
 
@@ -53,8 +53,8 @@ impl Reason<'_> {
     }
 }
 
-impl<'a> Note<'a> {
-    /// Reads what [`Note::encode`] wrote. `None` for anything else, such as a kind from a newer
+impl<'a> RecordNote<'a> {
+    /// Reads what [`RecordNote::encode`] wrote. `None` for anything else, such as a kind from a newer
     /// Headgate.
     pub fn decode(bytes: &'a [u8]) -> Option<Self> {
         postcard::from_bytes(bytes).ok()
@@ -63,22 +63,22 @@ impl<'a> Note<'a> {
     /// Encodes the note for the log.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        put(self, &mut bytes);
+        put_postcard(self, &mut bytes);
         bytes
     }
 
     /// The flag of a record with this note.
     pub fn flag(&self) -> RecordFlags {
         match self {
-            Note::Quarantined(_) => RecordFlags::QUARANTINED,
-            Note::Redriven { .. } => RecordFlags::REDRIVEN,
+            RecordNote::Quarantined(_) => RecordFlags::QUARANTINED,
+            RecordNote::Redriven { .. } => RecordFlags::REDRIVEN,
         }
     }
 }
 
-impl std::fmt::Display for Reason<'_> {
+impl std::fmt::Display for QuarantineReason<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Reason { keyword, pointer, words, schema_version } = self;
+        let QuarantineReason { keyword, pointer, words, schema_version } = self;
         if self.is_limit() {
             return f.write_str(words);
         }
@@ -92,17 +92,17 @@ mod tests {
 
     #[test]
     fn a_note_comes_back_as_it_was_written() {
-        let reason = Reason {
+        let reason = QuarantineReason {
             keyword: "maximum".into(),
             pointer: "/value".into(),
             words: "300 is greater than the maximum of 200".into(),
             schema_version: 7,
         };
-        for note in [Note::Quarantined(reason), Note::Redriven { offset: 41, received_at: -1 }] {
+        for note in [RecordNote::Quarantined(reason), RecordNote::Redriven { offset: 41, received_at: -1 }] {
             let bytes = note.encode();
-            assert_eq!(Note::decode(&bytes).as_ref(), Some(&note));
-            assert_eq!(Note::decode(&bytes[..bytes.len() - 1]), None);
+            assert_eq!(RecordNote::decode(&bytes).as_ref(), Some(&note));
+            assert_eq!(RecordNote::decode(&bytes[..bytes.len() - 1]), None);
         }
-        assert_eq!(Note::decode(&[9, 9]), None, "a kind that is not known yet");
+        assert_eq!(RecordNote::decode(&[9, 9]), None, "a kind that is not known yet");
     }
 }

@@ -15,12 +15,12 @@ pub struct Offsets {
 
 impl Offsets {
     /// `records` consecutive offsets.
-    pub fn run(first: Offset, records: u32) -> Self {
+    pub fn consecutive(first: Offset, records: u32) -> Self {
         Self { first, records, each: None }
     }
 
     /// The given offsets, in the order of the records.
-    pub fn of(each: &[Offset]) -> Self {
+    pub fn from_each(each: &[Offset]) -> Self {
         let first = each.first().copied().unwrap_or_default();
         let follow = each.iter().zip(first..).all(|(offset, expected)| *offset == expected);
         let records = u32::try_from(each.len()).expect("in-flight bytes bound the records");
@@ -57,10 +57,10 @@ mod tests {
 
     #[test]
     fn offsets_are_those_of_each_record_whether_they_follow_each_other_or_not() {
-        assert_eq!(Offsets::of(&[7, 8, 9]), Offsets::run(7, 3));
-        let apart = Offsets::of(&[7, 9, 12]);
+        assert_eq!(Offsets::from_each(&[7, 8, 9]), Offsets::consecutive(7, 3));
+        let apart = Offsets::from_each(&[7, 9, 12]);
         assert_eq!((apart.first(), apart.last(), apart.records()), (7, 12, 3));
         assert_eq!((0..3).map(|nth| apart.nth(nth)).collect::<Vec<_>>(), [7, 9, 12]);
-        assert_eq!(Offsets::run(7, 3).last(), 9);
+        assert_eq!(Offsets::consecutive(7, 3).last(), 9);
     }
 }

@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Offsets;
-use super::record::put;
+use super::record::put_postcard;
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
 /// Domain separation of the two kinds of id. Never change them: the ids are on disk.
@@ -31,7 +31,7 @@ impl OnceId {
         let mut hash = blake3::Hasher::new_derive_key(MESSAGE_CONTEXT);
         // A slug holds no NUL, so that the two cannot run into each other.
         hash.update(datasource.as_str().as_bytes()).update(&[0]).update(message_id.as_bytes());
-        let mut id = Self::cut(&hash);
+        let mut id = Self::from_hash(&hash);
         id.0[0] &= !EXCHANGE_BIT;
         id
     }
@@ -40,12 +40,12 @@ impl OnceId {
     pub fn of_exchange(session: u64, packet_id: u16) -> Self {
         let mut hash = blake3::Hasher::new_derive_key(EXCHANGE_CONTEXT);
         hash.update(&session.to_le_bytes()).update(&packet_id.to_le_bytes());
-        let mut id = Self::cut(&hash);
+        let mut id = Self::from_hash(&hash);
         id.0[0] |= EXCHANGE_BIT;
         id
     }
 
-    fn cut(hash: &blake3::Hasher) -> Self {
+    fn from_hash(hash: &blake3::Hasher) -> Self {
         let mut id = [0; Self::BYTES];
         hash.finalize_xof().fill(&mut id);
         Self(id)
@@ -75,14 +75,14 @@ impl OnceId {
     }
 
     /// The ids in `bytes`, one after the other.
-    pub(super) fn all_in(bytes: &[u8]) -> impl Iterator<Item = OnceId> {
+    pub(super) fn parse_all(bytes: &[u8]) -> impl Iterator<Item = OnceId> {
         bytes.as_chunks().0.iter().map(|id| Self(*id))
     }
 }
 
 /// The window's counters when a frame was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Stamp {
+pub(super) struct WindowStamp {
     /// How many message ids had ever entered the window before it.
     pub(super) entered: u64,
     /// Microseconds since the log was made, by a monotonic clock while a gateway ran and by the wall
@@ -92,7 +92,7 @@ pub(super) struct Stamp {
     pub(super) wall: TimeMicros,
 }
 
-impl Stamp {
+impl WindowStamp {
     /// The window's clock in whole seconds: 136 years of them.
     pub(super) fn seconds(self) -> u32 {
         u32::try_from(self.clock / 1_000_000).unwrap_or(u32::MAX)
@@ -102,9 +102,9 @@ impl Stamp {
 /// The part of a frame behind its records. A frame has one if it keeps or releases ids, if it is the
 /// first of a segment, and if a clean shutdown wrote it.
 #[derive(Serialize, Deserialize)]
-pub(super) struct Once<'a> {
+pub(super) struct OncePart<'a> {
     /// The window's counters when the frame was written.
-    pub(super) stamp: Stamp,
+    pub(super) stamp: WindowStamp,
     /// In a segment's first frame: the exchanges that were open before it.
     #[serde(borrow, with = "serde_bytes")]
     open: Option<&'a [u8]>,
@@ -112,85 +112,85 @@ pub(super) struct Once<'a> {
     releases: &'a [u8],
 }
 
-/// Bytes of an entry of [`Once::open`].
-pub(super) const OPEN_BYTES: usize = OnceId::BYTES + 16;
-/// Bytes of an entry of [`Once::releases`].
-const RELEASE_BYTES: usize = OnceId::BYTES + 4;
+/// Bytes of an entry of [`OncePart::open`].
+pub(super) const OPEN_EXCHANGE_BYTES: usize = OnceId::BYTES + 16;
+/// Bytes of an entry of [`OncePart::releases`].
+const RELEASED_ID_BYTES: usize = OnceId::BYTES + 4;
 
 /// An id and the section that was kept under it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct OnceEntry {
     pub(super) id: OnceId,
     /// Where the kept section is.
-    pub(super) kept: Earlier,
+    pub(super) kept: KeptRange,
     /// When it was kept, in whole seconds of the window's clock.
     pub(super) since_s: u32,
 }
 
 /// The records of a section that was kept under an id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Earlier {
+pub(super) struct KeptRange {
     /// The offset of its first record.
     pub(super) first_offset: Offset,
     /// How many records it has.
     pub(super) records: u32,
 }
 
-impl From<Earlier> for Offsets {
-    fn from(earlier: Earlier) -> Self {
-        Offsets::run(earlier.first_offset, earlier.records)
+impl From<KeptRange> for Offsets {
+    fn from(earlier: KeptRange) -> Self {
+        Offsets::consecutive(earlier.first_offset, earlier.records)
     }
 }
 
-impl<'a> Once<'a> {
+impl<'a> OncePart<'a> {
     /// The part at the beginning of `bytes`, and the bytes behind it.
     pub(super) fn take(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
         let (once, rest) = postcard::take_from_bytes::<Self>(bytes).ok()?;
-        let whole = once.open.is_none_or(|open| open.len() % OPEN_BYTES == 0)
-            && once.releases.len() % RELEASE_BYTES == 0;
+        let whole = once.open.is_none_or(|open| open.len() % OPEN_EXCHANGE_BYTES == 0)
+            && once.releases.len() % RELEASED_ID_BYTES == 0;
         whole.then_some((once, rest))
     }
 
-    /// Writes a once part: `open` and `releases` come from [`put_open`] and [`put_release`].
-    pub(super) fn put(stamp: Stamp, open: Option<&[u8]>, releases: &[u8], to: &mut Vec<u8>) {
-        put(&Once { stamp, open, releases }, to);
+    /// Writes a once part: `open` and `releases` come from [`put_open_exchange`] and [`put_release`].
+    pub(super) fn put(stamp: WindowStamp, open: Option<&[u8]>, releases: &[u8], to: &mut Vec<u8>) {
+        put_postcard(&OncePart { stamp, open, releases }, to);
     }
 
     /// The exchanges that were open before the frame, oldest first, if the frame lists them.
-    pub(super) fn open(&self) -> Option<impl Iterator<Item = Entry> + use<'a>> {
-        let entry = |bytes: &[u8; OPEN_BYTES]| {
+    pub(super) fn open(&self) -> Option<impl Iterator<Item = OnceEntry> + use<'a>> {
+        let entry = |bytes: &[u8; OPEN_EXCHANGE_BYTES]| {
             const WHOLE: &str = "16 + 8 + 4 + 4 bytes";
             let (id, rest) = bytes.split_first_chunk().expect(WHOLE);
             let (first_offset, rest) = rest.split_first_chunk().expect(WHOLE);
             let (records, rest) = rest.split_first_chunk().expect(WHOLE);
-            let kept = Earlier {
+            let kept = KeptRange {
                 first_offset: Offset::from_le_bytes(*first_offset),
                 records: u32::from_le_bytes(*records),
             };
             let since_s = u32::from_le_bytes(*rest.first_chunk().expect(WHOLE));
-            Entry { id: OnceId(*id), kept, since_s }
+            OnceEntry { id: OnceId(*id), kept, since_s }
         };
         self.open.map(|open| open.as_chunks().0.iter().map(entry))
     }
 
     /// The ids that the frame releases, each with the number of the frame's sections before it.
     pub(super) fn releases(&self) -> impl Iterator<Item = (u32, OnceId)> + use<'a> {
-        self.releases.as_chunks::<RELEASE_BYTES>().0.iter().map(|bytes| {
+        self.releases.as_chunks::<RELEASED_ID_BYTES>().0.iter().map(|bytes| {
             let (sections, id) = bytes.split_first_chunk().expect("4 of 20 bytes");
             (u32::from_le_bytes(*sections), OnceId(*id.first_chunk().expect("16 bytes")))
         })
     }
 }
 
-/// Writes an entry of [`Once::open`].
-pub(super) fn put_open(entry: &Entry, to: &mut Vec<u8>) {
+/// Writes an entry of [`OncePart::open`].
+pub(super) fn put_open_exchange(entry: &OnceEntry, to: &mut Vec<u8>) {
     to.extend_from_slice(entry.id.as_bytes());
     to.extend_from_slice(&entry.kept.first_offset.to_le_bytes());
     to.extend_from_slice(&entry.kept.records.to_le_bytes());
     to.extend_from_slice(&entry.since_s.to_le_bytes());
 }
 
-/// Writes an entry of [`Once::releases`]: `id` is released after `sections` sections of the frame.
+/// Writes an entry of [`OncePart::releases`]: `id` is released after `sections` sections of the frame.
 pub(super) fn put_release(sections: u32, id: OnceId, to: &mut Vec<u8>) {
     to.extend_from_slice(&sections.to_le_bytes());
     to.extend_from_slice(id.as_bytes());
@@ -224,19 +224,20 @@ mod tests {
     #[test]
     fn a_once_part_gives_back_what_was_put_in_and_a_cut_one_is_refused() {
         let id = OnceId::of_exchange(7, 1);
-        let entry = Entry { id, kept: Earlier { first_offset: 1 << 40, records: 1 }, since_s: 3_000_000_000 };
+        let entry =
+            OnceEntry { id, kept: KeptRange { first_offset: 1 << 40, records: 1 }, since_s: 3_000_000_000 };
         let (mut open, mut releases, mut bytes) = (Vec::new(), Vec::new(), Vec::new());
-        put_open(&entry, &mut open);
+        put_open_exchange(&entry, &mut open);
         put_release(5, id, &mut releases);
-        let stamp = Stamp { entered: 1 << 50, clock: u64::MAX, wall: -1 };
-        Once::put(stamp, Some(&open), &releases, &mut bytes);
-        let (once, rest) = Once::take(&bytes).expect("whole");
+        let stamp = WindowStamp { entered: 1 << 50, clock: u64::MAX, wall: -1 };
+        OncePart::put(stamp, Some(&open), &releases, &mut bytes);
+        let (once, rest) = OncePart::take(&bytes).expect("whole");
         assert!(rest.is_empty());
         assert_eq!(once.stamp, stamp);
         assert_eq!(once.open().map(Iterator::collect::<Vec<_>>), Some(vec![entry]));
         assert_eq!(once.releases().collect::<Vec<_>>(), [(5, id)]);
         for cut in 0..bytes.len() {
-            assert!(Once::take(&bytes[..cut]).is_none(), "cut at {cut}");
+            assert!(OncePart::take(&bytes[..cut]).is_none(), "cut at {cut}");
         }
     }
 }

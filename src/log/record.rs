@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::frame::Version;
+use super::frame::LogFormatVersion;
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 
 /// What the records of a section share, as the log stores it.
@@ -42,12 +42,12 @@ impl<'a> From<SectionHeadV1<'a>> for SectionHead<'a> {
 
 impl<'a> SectionHead<'a> {
     /// The head at the beginning of `bytes`, and the bytes behind it.
-    pub(super) fn take(version: Version, bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
+    pub(super) fn take(version: LogFormatVersion, bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
         let taken = match version {
-            Version::V1 => {
+            LogFormatVersion::V1 => {
                 postcard::take_from_bytes::<SectionHeadV1>(bytes).map(|(h, rest)| (h.into(), rest))
             }
-            Version::V2 => postcard::take_from_bytes(bytes),
+            LogFormatVersion::V2 => postcard::take_from_bytes(bytes),
         };
         taken.ok()
     }
@@ -82,9 +82,9 @@ impl<'a> RecordBody<'a> {
 }
 
 /// Lets postcard write to the end of a vector.
-struct Appender<'a>(&'a mut Vec<u8>);
+struct VecFlavor<'a>(&'a mut Vec<u8>);
 
-impl postcard::ser_flavors::Flavor for Appender<'_> {
+impl postcard::ser_flavors::Flavor for VecFlavor<'_> {
     type Output = ();
 
     fn try_push(&mut self, byte: u8) -> postcard::Result<()> {
@@ -102,8 +102,8 @@ impl postcard::ser_flavors::Flavor for Appender<'_> {
     }
 }
 
-pub(super) fn put(value: &(impl Serialize + ?Sized), to: &mut Vec<u8>) {
-    postcard::serialize_with_flavor(value, Appender(to))
+pub(super) fn put_postcard(value: &(impl Serialize + ?Sized), to: &mut Vec<u8>) {
+    postcard::serialize_with_flavor(value, VecFlavor(to))
         .expect("a vector takes all, and every length is known before it is written");
 }
 

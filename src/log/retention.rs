@@ -24,7 +24,7 @@ impl Hold {
 
 /// The lowest holds: the offsets from which on records have to stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Held {
+pub(super) struct LowestHolds {
     /// Unconditionally.
     pub(super) firmly: Offset,
     /// While there is room; never above `firmly`.
@@ -49,12 +49,12 @@ impl Holds {
 
     /// A hold of everything.
     pub(super) fn hold(&self) -> Hold {
-        held_in(&self.firm)
+        new_hold_in(&self.firm)
     }
 
     /// A hold of everything while there is room.
     pub(super) fn hold_with_room(&self) -> Hold {
-        held_in(&self.yielding)
+        new_hold_in(&self.yielding)
     }
 
     /// Ends the initial hold: from here on only the consumers' holds count.
@@ -63,19 +63,19 @@ impl Holds {
     }
 
     /// The offsets from which on nothing may be removed.
-    pub(super) fn lowest(&self) -> Held {
-        let firmly = lowest_of(&self.firm);
-        Held { firmly, with_room: lowest_of(&self.yielding).min(firmly) }
+    pub(super) fn lowest(&self) -> LowestHolds {
+        let firmly = lowest_hold_in(&self.firm);
+        LowestHolds { firmly, with_room: lowest_hold_in(&self.yielding).min(firmly) }
     }
 }
 
-fn held_in(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Hold {
+fn new_hold_in(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Hold {
     let hold = Hold(Arc::default());
     holds.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&hold.0));
     hold
 }
 
-fn lowest_of(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Offset {
+fn lowest_hold_in(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Offset {
     let mut lowest = Offset::MAX;
     holds.lock().unwrap_or_else(PoisonError::into_inner).retain(|hold| match hold.upgrade() {
         Some(offset) => {
@@ -93,9 +93,9 @@ fn lowest_of(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Offset {
 /// `held` says what else has to stay, see [`Holds::lowest`]. The newest segment always stays.
 pub(super) fn removable(
     segments: &BTreeMap<Offset, Arc<Segment>>,
-    config: &config::Log,
+    config: &config::LogConfig,
     stay_s: u64,
-    held: Held,
+    held: LowestHolds,
     now: TimeMicros,
     incoming_bytes: u64,
 ) -> usize {
@@ -141,8 +141,8 @@ mod tests {
         let dir = TempDir::new().expect("temporary directory");
         let segments = segments(&dir);
         let removable = |retention_s, stay_s, held, now| {
-            let config = config::Log { retention_s, ..Config::default().log };
-            let held = Held { firmly: held, with_room: held };
+            let config = config::LogConfig { retention_s, ..Config::default().log };
+            let held = LowestHolds { firmly: held, with_room: held };
             super::removable(&segments, &config, stay_s, held, now * SECOND, 0)
         };
         assert_eq!(removable(5, 1, Offset::MAX, 15), 0);
@@ -160,8 +160,8 @@ mod tests {
         let segments = segments(&dir);
         let bytes: u64 = segments.values().map(|segment| segment.disk_bytes()).sum();
         let removable = |retention_bytes, firmly, with_room| {
-            let config = config::Log { retention_s: 5, retention_bytes, ..Config::default().log };
-            super::removable(&segments, &config, 1, Held { firmly, with_room }, 1_000 * SECOND, 0)
+            let config = config::LogConfig { retention_s: 5, retention_bytes, ..Config::default().log };
+            super::removable(&segments, &config, 1, LowestHolds { firmly, with_room }, 1_000 * SECOND, 0)
         };
         assert_eq!(removable(bytes, Offset::MAX, 10), 1, "over its age, and the second is held");
         assert_eq!(removable(bytes - 1, Offset::MAX, 0), 1, "no room for one of them");
@@ -179,10 +179,10 @@ mod tests {
         a.set(7);
         assert_eq!(holds.lowest().firmly, 0);
         b.set(9);
-        assert_eq!(holds.lowest(), Held { firmly: 7, with_room: 7 });
+        assert_eq!(holds.lowest(), LowestHolds { firmly: 7, with_room: 7 });
         drop(a);
-        assert_eq!(holds.lowest(), Held { firmly: 9, with_room: 8 });
+        assert_eq!(holds.lowest(), LowestHolds { firmly: 9, with_room: 8 });
         drop((b, yielding));
-        assert_eq!(holds.lowest(), Held { firmly: Offset::MAX, with_room: Offset::MAX });
+        assert_eq!(holds.lowest(), LowestHolds { firmly: Offset::MAX, with_room: Offset::MAX });
     }
 }

@@ -2,7 +2,7 @@
 //! time). A front fills one per read of its socket, so that what the messages share is stored once.
 
 use super::once::OnceId;
-use super::record::{RecordBody, SectionHead, put, record_of};
+use super::record::{RecordBody, SectionHead, put_postcard, record_of};
 use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, RecordRef, TimeMicros, Transport};
 
 /// Messages of one origin, encoded, on their way into the log.
@@ -63,13 +63,13 @@ impl Section {
     }
 
     /// Whether it has ids under which it is kept once.
-    pub fn is_once(&self) -> bool {
+    pub fn has_once_ids(&self) -> bool {
         !self.once.is_empty()
     }
 
     /// The ids under which it is kept once.
     pub(super) fn once(&self) -> impl Iterator<Item = OnceId> {
-        OnceId::all_in(&self.once)
+        OnceId::parse_all(&self.once)
     }
 
     /// Makes room for `bytes` more, so that filling the section allocates once.
@@ -87,7 +87,10 @@ impl Section {
         properties: &[u8],
         flags: RecordFlags,
     ) {
-        put(&RecordBody { flags, topic, content_type, properties, payload, note: &[] }, &mut self.bytes);
+        put_postcard(
+            &RecordBody { flags, topic, content_type, properties, payload, note: &[] },
+            &mut self.bytes,
+        );
         self.retained |= flags.contains(RecordFlags::RETAIN);
         self.records += 1;
         self.payload_bytes += payload.len() as u64;
@@ -105,7 +108,7 @@ impl Section {
     ) {
         debug_assert!(flags.has_note(), "a note without its flag would be taken for the next record");
         self.push(topic, payload, content_type, properties, flags);
-        put(serde_bytes::Bytes::new(note), &mut self.bytes);
+        put_postcard(serde_bytes::Bytes::new(note), &mut self.bytes);
         self.noted = true;
         if flags.contains(RecordFlags::QUARANTINED) {
             self.quarantined.0 += 1;
@@ -205,9 +208,9 @@ const ENCODED: &str = "the section has encoded it itself";
 /// Writes the body of a batch without the once part: the number of sections, their heads, their
 /// records.
 pub(super) fn put_body(sections: &[&Section], to: &mut Vec<u8>) {
-    put(&sections.len(), to);
+    put_postcard(&sections.len(), to);
     for section in sections {
-        put(&section.head(), to);
+        put_postcard(&section.head(), to);
     }
     for section in sections {
         to.extend_from_slice(&section.bytes);

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use hashbrown::HashTable;
 
-use super::once::{Entry, OnceId};
+use super::once::{OnceEntry, OnceId};
 
 /// Unused room below this many entries is not worth freeing.
-const TIDY_MIN: usize = 1024;
+const TIDY_ENTRIES_MIN: usize = 1024;
 
 /// Entries of one kind, in order of arrival, found by their id.
 pub(super) struct Shelf {
@@ -18,7 +18,7 @@ pub(super) struct Shelf {
     pub(super) len_max: usize,
     /// Oldest first. A removed entry stays in the middle, with 0 records, until it reaches the front,
     /// where [`Shelf::tidy`] drops it.
-    entries: VecDeque<Entry>,
+    entries: VecDeque<OnceEntry>,
     /// How many entries have left at the front. Wraps around.
     gone: u32,
     /// The number of each id's entry, counted from the first entry ever.
@@ -45,19 +45,19 @@ impl Shelf {
     }
 
     /// The entries, oldest first.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &OnceEntry> {
         self.entries.iter().filter(|entry| entry.kept.records > 0)
     }
 
     /// The entry with an id.
-    pub(super) fn get(&self, id: OnceId) -> Option<&Entry> {
+    pub(super) fn get(&self, id: OnceId) -> Option<&OnceEntry> {
         let at = |number: u32| &self.entries[number.wrapping_sub(self.gone) as usize];
         let found = self.numbers.find(self.hasher.hash_one(id), |number| at(*number).id == id);
         found.map(|number| at(*number))
     }
 
     /// Adds an entry as the newest. It replaces one with the same id.
-    pub(super) fn insert(&mut self, entry: Entry) {
+    pub(super) fn insert(&mut self, entry: OnceEntry) {
         self.remove(entry.id);
         self.entries.push_back(entry);
         self.number_newest();
@@ -68,7 +68,7 @@ impl Shelf {
         let Self { entries, gone, numbers, hasher, .. } = self;
         let last = entries.len() - 1;
         let number = gone.wrapping_add(u32::try_from(last).expect("len_max is far below 2^32"));
-        let hash = |entry: &Entry| hasher.hash_one(entry.id);
+        let hash = |entry: &OnceEntry| hasher.hash_one(entry.id);
         let hash_of = |number: &u32| hash(&entries[number.wrapping_sub(*gone) as usize]);
         numbers.insert_unique(hash(&entries[last]), number, hash_of);
     }
@@ -120,7 +120,7 @@ impl Shelf {
         }
         let len = self.len();
         // Compacting and shrinking cost no more than the removals since the last time did.
-        if self.entries.len() > 2 * len + TIDY_MIN {
+        if self.entries.len() > 2 * len + TIDY_ENTRIES_MIN {
             self.entries.retain(|entry| entry.kept.records > 0);
             self.gone = 0;
             self.numbers.clear();
@@ -130,7 +130,7 @@ impl Shelf {
                 self.number_newest();
             }
         }
-        if self.entries.capacity() > 4 * len + 4 * TIDY_MIN {
+        if self.entries.capacity() > 4 * len + 4 * TIDY_ENTRIES_MIN {
             let Self { entries, gone, numbers, hasher, .. } = self;
             entries.shrink_to(2 * len);
             numbers.shrink_to(2 * len, |number| {
@@ -143,14 +143,14 @@ impl Shelf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log::once::Earlier;
+    use crate::log::once::KeptRange;
 
     fn id(n: u16) -> OnceId {
         OnceId::of_exchange(1, n)
     }
 
-    fn entry(n: u16, since_s: u32) -> Entry {
-        Entry { id: id(n), kept: Earlier { first_offset: n.into(), records: 1 }, since_s }
+    fn entry(n: u16, since_s: u32) -> OnceEntry {
+        OnceEntry { id: id(n), kept: KeptRange { first_offset: n.into(), records: 1 }, since_s }
     }
 
     #[test]
@@ -184,7 +184,7 @@ mod tests {
             shelf.insert(entry(n, 0));
             shelf.remove(id(n));
         }
-        assert!(shelf.entries.capacity() <= 4 * TIDY_MIN + 8, "{}", shelf.entries.capacity());
+        assert!(shelf.entries.capacity() <= 4 * TIDY_ENTRIES_MIN + 8, "{}", shelf.entries.capacity());
         assert_eq!(shelf.get(id(0)), Some(&entry(0, 0)));
         assert_eq!(shelf.len(), 1);
     }

@@ -13,12 +13,12 @@ use crate::message::Offset;
 
 /// The newest durable batches and the offset behind them.
 pub(super) struct Tail {
-    recent: Mutex<Recent>,
+    recent: Mutex<RecentBatches>,
     grown: Condvar,
     next_offset: watch::Sender<Offset>,
 }
 
-struct Recent {
+struct RecentBatches {
     batches: VecDeque<Batch>,
     bytes: usize,
     next_offset: Offset,
@@ -28,7 +28,7 @@ impl Tail {
     /// An empty tail of a log whose next record gets `next_offset`.
     pub(super) fn new(next_offset: Offset) -> Self {
         Self {
-            recent: Mutex::new(Recent { batches: VecDeque::new(), bytes: 0, next_offset }),
+            recent: Mutex::new(RecentBatches { batches: VecDeque::new(), bytes: 0, next_offset }),
             grown: Condvar::new(),
             next_offset: watch::Sender::new(next_offset),
         }
@@ -96,7 +96,7 @@ impl Tail {
         }
     }
 
-    fn locked(&self) -> MutexGuard<'_, Recent> {
+    fn locked(&self) -> MutexGuard<'_, RecentBatches> {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

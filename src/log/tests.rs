@@ -13,7 +13,8 @@ use tempfile::TempDir;
 
 use super::disk::{Disk, FileSystem, SegmentFile};
 use super::{
-    AppendError, Batch, Committed, EmbeddedLog, Log, Offsets, OnceId, OpenError, Outcome, ReadError, Section,
+    AppendError, Batch, CommitOutcome, EmbeddedLog, Log, LogOpenError, LogReadError, Offsets, OnceId,
+    Section, SectionOutcome,
 };
 use crate::config::{self, Config};
 use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
@@ -79,15 +80,15 @@ impl SegmentFile for FaultyFile {
     }
 }
 
-fn config() -> config::Log {
+fn config() -> config::LogConfig {
     Config::default().log
 }
 
-fn open(dir: &Path, config: &config::Log) -> Result<EmbeddedLog, OpenError> {
+fn open(dir: &Path, config: &config::LogConfig) -> Result<EmbeddedLog, LogOpenError> {
     EmbeddedLog::open(dir, config, &Config::default().intake)
 }
 
-fn open_faulty(faults: &Arc<Faults>, dir: &Path) -> Result<EmbeddedLog, OpenError> {
+fn open_faulty(faults: &Arc<Faults>, dir: &Path) -> Result<EmbeddedLog, LogOpenError> {
     let disk = Box::new(FaultyDisk(faults.clone()));
     EmbeddedLog::open_on(disk, dir, &config(), &Config::default().intake)
 }
@@ -101,8 +102,8 @@ fn section(payloads: &[&[u8]], lease: &Lease) -> Section {
     section
 }
 
-fn kept(first: Offset, records: u32) -> Outcome {
-    Outcome::Kept(Offsets::run(first, records))
+fn kept(first: Offset, records: u32) -> SectionOutcome {
+    SectionOutcome::Kept(Offsets::consecutive(first, records))
 }
 
 fn later() -> Instant {
@@ -110,13 +111,13 @@ fn later() -> Instant {
 }
 
 /// Appends one section and waits for it.
-fn append(log: &EmbeddedLog, payloads: &[&[u8]]) -> Result<Committed, AppendError> {
+fn append(log: &EmbeddedLog, payloads: &[&[u8]]) -> Result<CommitOutcome, AppendError> {
     let appended = log.append(vec![section(payloads, &Lease::new())], later());
     appended.blocking_recv().expect("the writer answers")
 }
 
 /// Everything from `from` on, as offsets and payloads.
-fn read_all(log: &EmbeddedLog, from: Offset) -> Result<Vec<(Offset, Vec<u8>)>, ReadError> {
+fn read_all(log: &EmbeddedLog, from: Offset) -> Result<Vec<(Offset, Vec<u8>)>, LogReadError> {
     let mut seen = Vec::new();
     let mut next = from;
     loop {
@@ -150,7 +151,7 @@ fn killed_after(dir: &Path, records: u64) -> PathBuf {
 /// Where each frame of a segment begins, and where the last one ends.
 fn frame_starts(path: &Path) -> Vec<usize> {
     let bytes = fs::read(path).expect("readable");
-    let mut starts = vec![super::segment::HEADER_BYTES];
+    let mut starts = vec![super::segment::SEGMENT_HEADER_BYTES];
     loop {
         let at = starts[starts.len() - 1];
         if bytes.get(at..at + 4) != Some(b"HGf1") {
@@ -268,14 +269,14 @@ fn any_damaged_byte_in_the_middle_is_reported_and_never_passed_over_in_silence()
         damaged[at] ^= 0x40;
         fs::write(&path, &damaged).expect("writable");
         match open(dir.path(), &config()) {
-            Err(OpenError::Corrupt(text)) => {
+            Err(LogOpenError::Corrupt(text)) => {
                 assert!(text.contains(".log") && text.contains("offset 2 "), "byte {at}: {text}");
             }
             Err(error) => panic!("byte {at}: {error}"),
             Ok(_) => panic!("byte {at}: damage went unnoticed"),
         }
         assert_eq!(fs::read(&path).expect("readable"), damaged, "a log that is refused is left as it was");
-        let accepting = config::Log { accept_corruption: true, ..config() };
+        let accepting = config::LogConfig { accept_corruption: true, ..config() };
         let log = open(dir.path(), &accepting).expect("opens without the lost record");
         let kept: Vec<_> = [numbered(0..2), numbered(3..5)].concat();
         assert_eq!(read_all(&log, 0).expect("readable"), kept, "byte {at}");
@@ -295,7 +296,7 @@ fn damage_to_the_last_record_of_a_log_that_was_closed_is_no_torn_write() {
     let mut bytes = fs::read(&path).expect("readable");
     bytes[starts[2] - 1] ^= 1;
     fs::write(&path, bytes).expect("writable");
-    assert!(matches!(open(dir.path(), &config()), Err(OpenError::Corrupt(_))));
+    assert!(matches!(open(dir.path(), &config()), Err(LogOpenError::Corrupt(_))));
 }
 
 #[test]
@@ -306,9 +307,9 @@ fn a_format_of_the_future_is_refused_and_left_alone() {
     bytes[8] = 3;
     fs::write(&path, &bytes).expect("writable");
     // Also when it has no frame yet.
-    for bytes in [&bytes[..], &bytes[..super::segment::HEADER_BYTES]] {
+    for bytes in [&bytes[..], &bytes[..super::segment::SEGMENT_HEADER_BYTES]] {
         fs::write(&path, bytes).expect("writable");
-        let Err(OpenError::Corrupt(text)) = open(dir.path(), &config()) else { panic!("opened") };
+        let Err(LogOpenError::Corrupt(text)) = open(dir.path(), &config()) else { panic!("opened") };
         assert!(text.contains("format"), "{text}");
         assert_eq!(fs::read(&path).expect("readable"), bytes);
     }
@@ -322,14 +323,14 @@ fn nothing_comes_in_under_a_lease_that_has_ended() {
     dead.end();
     let sections = vec![section(&[b"x", b"y"], &dead), section(&[b"0"], &alive)];
     let committed = log.append(sections, later()).blocking_recv().expect("answered").expect("kept");
-    assert_eq!(committed.outcomes, [Outcome::KeyDead, kept(0, 1)]);
+    assert_eq!(committed.outcomes, [SectionOutcome::KeyDead, kept(0, 1)]);
     assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..1));
 }
 
 #[test]
 fn retention_removes_what_no_consumer_holds_and_holds_back_what_one_does() {
     let dir = TempDir::new().expect("temporary directory");
-    let small = config::Log { segment_bytes: 64 << 10, retention_bytes: 256 << 10, ..config() };
+    let small = config::LogConfig { segment_bytes: 64 << 10, retention_bytes: 256 << 10, ..config() };
     let log = open(dir.path(), &small).expect("opens");
     let (storage, other) = (log.hold(), log.hold());
     log.begin_retention();
@@ -376,7 +377,7 @@ fn retention_removes_what_no_consumer_holds_and_holds_back_what_one_does() {
 #[test]
 fn before_retention_begins_nothing_is_removed() {
     let dir = TempDir::new().expect("temporary directory");
-    let small = config::Log { segment_bytes: 64 << 10, retention_bytes: 128 << 10, ..config() };
+    let small = config::LogConfig { segment_bytes: 64 << 10, retention_bytes: 128 << 10, ..config() };
     let log = open(dir.path(), &small).expect("opens");
     let payload = vec![7; 16 << 10];
     let append = || log.append(vec![section(&[&payload], &Lease::new())], Instant::now()).blocking_recv();
@@ -512,7 +513,7 @@ fn a_segment_of_version_1_without_records_becomes_one_of_version_2() {
     let path = super::segment::Segment::path_of(&dir.path().join("log"), 0);
     // Only a header, as a kill leaves a segment right after it was made.
     let frozen = fs::read(&path).expect("readable");
-    fs::write(&path, &frozen[..super::segment::HEADER_BYTES]).expect("writable");
+    fs::write(&path, &frozen[..super::segment::SEGMENT_HEADER_BYTES]).expect("writable");
     let log = open(dir.path(), &config()).expect("opens");
     assert_eq!(append(&log, &[b"0"]).expect("kept").outcomes, [kept(0, 1)]);
     drop(log);
@@ -540,8 +541,8 @@ fn a_frame_with_a_flag_of_the_future_is_refused_also_at_the_end_and_left_alone()
         newer[frame.start + 8..frame.start + 12].copy_from_slice(&crc.to_le_bytes());
         fs::write(&path, &newer).expect("writable");
         for accept_corruption in [false, true] {
-            let config = config::Log { accept_corruption, ..config() };
-            let Err(OpenError::Corrupt(text)) = open(dir.path(), &config) else { panic!("opened") };
+            let config = config::LogConfig { accept_corruption, ..config() };
+            let Err(LogOpenError::Corrupt(text)) = open(dir.path(), &config) else { panic!("opened") };
             assert!(text.contains("does not know"), "{text}");
         }
         assert_eq!(fs::read(&path).expect("readable"), newer);
@@ -596,7 +597,7 @@ proptest! {
     #[test]
     fn the_log_behaves_as_a_vector(steps in prop::collection::vec(step(), 1..40)) {
         let dir = TempDir::new().expect("temporary directory");
-        let small = config::Log { segment_bytes: 8 << 10, retention_bytes: 1 << 30, ..config() };
+        let small = config::LogConfig { segment_bytes: 8 << 10, retention_bytes: 1 << 30, ..config() };
         let mut log = open(dir.path(), &small).expect("opens");
         let mut model: Vec<usize> = Vec::new();
         for step in steps {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use super::batch::Batch;
-use super::once::{Earlier, Entry, OPEN_BYTES, OnceId, Stamp, put_open};
+use super::once::{KeptRange, OPEN_EXCHANGE_BYTES, OnceEntry, OnceId, WindowStamp, put_open_exchange};
 use super::segment::{FrameError, Segment};
 use super::shelf::Shelf;
 use crate::config;
@@ -26,13 +26,13 @@ use crate::limits::{EXCHANGE_AGE_MAX, EXCHANGES_OPEN_MAX};
 use crate::message::{TimeMicros, now_micros};
 
 /// The least time between two warnings about evicted ids.
-const WARN_EVERY: Duration = Duration::from_secs(60);
+const EVICTION_WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The known ids.
-pub(super) struct Window {
+pub(super) struct DedupWindow {
     messages: Shelf,
     exchanges: Shelf,
-    clock: Clock,
+    clock: WindowClock,
     /// How many message ids have ever entered.
     entered: u64,
     /// Ids evicted because there were too many.
@@ -40,16 +40,16 @@ pub(super) struct Window {
     warned_at: Option<Instant>,
 }
 
-impl Window {
+impl DedupWindow {
     /// An empty window. `log` also bounds the open exchanges: each segment begins with all of them,
     /// and they may take at most a quarter of it.
-    pub(super) fn new(dedup: &config::Intake, log: &config::Log) -> Self {
-        let in_segment = usize::try_from(log.segment_bytes / 4).unwrap_or(usize::MAX) / OPEN_BYTES;
+    pub(super) fn new(dedup: &config::IntakeConfig, log: &config::LogConfig) -> Self {
+        let in_segment = usize::try_from(log.segment_bytes / 4).unwrap_or(usize::MAX) / OPEN_EXCHANGE_BYTES;
         let exchanges_max = EXCHANGES_OPEN_MAX.min(in_segment);
         Self {
             messages: Shelf::new(Duration::from_secs(dedup.dedup_window_s), dedup.dedup_ids_max),
             exchanges: Shelf::new(EXCHANGE_AGE_MAX, exchanges_max),
-            clock: Clock::new(),
+            clock: WindowClock::new(),
             entered: 0,
             evicted: Arc::default(),
             warned_at: None,
@@ -65,7 +65,7 @@ impl Window {
         segments: impl DoubleEndedIterator<Item = &'a Arc<Segment>>,
     ) -> Result<(), FrameError> {
         let mut needed = Vec::new();
-        let mut last: Option<Stamp> = None;
+        let mut last: Option<WindowStamp> = None;
         for segment in segments.rev() {
             needed.push(segment);
             let mut began = None;
@@ -80,7 +80,7 @@ impl Window {
             if last.is_none()
                 && let Some(newest) = newest
             {
-                self.clock = Clock::resume(newest, now_micros());
+                self.clock = WindowClock::resume(newest, now_micros());
                 last = Some(newest);
             }
             let (Some(began), Some(last)) = (began, last) else { continue };
@@ -107,8 +107,8 @@ impl Window {
     }
 
     /// The stamp of a frame written now.
-    pub(super) fn stamp(&self) -> Stamp {
-        Stamp { entered: self.entered, clock: self.clock.now(), wall: now_micros() }
+    pub(super) fn stamp(&self) -> WindowStamp {
+        WindowStamp { entered: self.entered, clock: self.clock.now(), wall: now_micros() }
     }
 
     /// Updates the window from a frame that has just become durable.
@@ -131,7 +131,7 @@ impl Window {
             while let Some((_, id)) = releases.next_if(|(sections, _)| *sections <= nth) {
                 self.exchanges.remove(id);
             }
-            let kept = Earlier { first_offset: section.first_offset(), records: section.records() };
+            let kept = KeptRange { first_offset: section.first_offset(), records: section.records() };
             for id in section.once() {
                 let shelf = if id.is_exchange() {
                     &mut self.exchanges
@@ -139,7 +139,7 @@ impl Window {
                     self.entered += 1;
                     &mut self.messages
                 };
-                shelf.insert(Entry { id, kept, since_s });
+                shelf.insert(OnceEntry { id, kept, since_s });
             }
         }
         releases.for_each(|(_, id)| self.exchanges.remove(id));
@@ -147,27 +147,27 @@ impl Window {
     }
 
     /// The records kept under an id, if it is known.
-    pub(super) fn get(&self, id: OnceId) -> Option<Earlier> {
+    pub(super) fn get(&self, id: OnceId) -> Option<KeptRange> {
         let shelf = if id.is_exchange() { &self.exchanges } else { &self.messages };
         shelf.get(id).map(|entry| entry.kept)
     }
 
-    /// The open exchanges, encoded for [`Once`](super::once::Once).
+    /// The open exchanges, encoded for [`Once`](super::once::OncePart).
     pub(super) fn open(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.exchanges.len() * OPEN_BYTES);
-        self.exchanges.iter().for_each(|entry| put_open(entry, &mut bytes));
+        let mut bytes = Vec::with_capacity(self.exchanges.len() * OPEN_EXCHANGE_BYTES);
+        self.exchanges.iter().for_each(|entry| put_open_exchange(entry, &mut bytes));
         bytes
     }
 
     /// Removes ids that are too old at `now`, evicts excess ones, and reports those.
-    pub(super) fn expire(&mut self, now: Stamp) {
+    pub(super) fn expire(&mut self, now: WindowStamp) {
         let evicted = self.trim(now);
         self.report(evicted);
     }
 
     /// Removes ids that are too old at `now` and evicts the oldest if there are too many; returns how
     /// many it evicted.
-    fn trim(&mut self, now: Stamp) -> u64 {
+    fn trim(&mut self, now: WindowStamp) -> u64 {
         self.messages.expire(now.seconds()) + self.exchanges.expire(now.seconds())
     }
 
@@ -177,7 +177,7 @@ impl Window {
             return;
         }
         self.evicted.fetch_add(evicted, Ordering::Relaxed);
-        if self.warned_at.is_none_or(|at| at.elapsed() > WARN_EVERY) {
+        if self.warned_at.is_none_or(|at| at.elapsed() > EVICTION_WARN_INTERVAL) {
             self.warned_at = Some(Instant::now());
             warn!(
                 evicted = self.evicted.load(Ordering::Relaxed),
@@ -196,20 +196,20 @@ impl Window {
 }
 
 /// The window's clock.
-struct Clock {
+struct WindowClock {
     /// Its value at `started`, in microseconds.
     base: u64,
     started: Instant,
 }
 
-impl Clock {
+impl WindowClock {
     /// A clock that starts at 0 now.
     fn new() -> Self {
         Self { base: 0, started: Instant::now() }
     }
 
     /// A clock that continues from `last`, given the present wall clock.
-    fn resume(last: Stamp, wall: TimeMicros) -> Self {
+    fn resume(last: WindowStamp, wall: TimeMicros) -> Self {
         let passed = u64::try_from(wall.saturating_sub(last.wall)).unwrap_or(0);
         Self { base: last.clock.saturating_add(passed), started: Instant::now() }
     }
@@ -227,8 +227,8 @@ mod tests {
 
     #[test]
     fn the_clock_goes_on_over_a_restart_and_never_back() {
-        let last = Stamp { entered: 0, clock: 5_000_000, wall: 1_000_000_000 };
-        let seconds = |wall| Clock::resume(last, wall).now() / 1_000_000;
+        let last = WindowStamp { entered: 0, clock: 5_000_000, wall: 1_000_000_000 };
+        let seconds = |wall| WindowClock::resume(last, wall).now() / 1_000_000;
         assert_eq!(seconds(1_000_000_000), 5);
         assert_eq!(seconds(1_060_000_000), 65);
         assert_eq!(seconds(0), 5, "the wall clock was set back");

@@ -3,7 +3,7 @@
 //!
 //! The log never rewrites records. Instead it has rules, usually none, and each consumer checks
 //! the records that it reads against them before it delivers them. A consumer that keeps a copy of
-//! records (storage, retained messages) learns of [changes](Change) by their version and corrects its
+//! records (storage, retained messages) learns of [changes](WithheldChange) by their version and corrects its
 //! copy. The same transaction notes the version, so that no crash can lose a change.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,45 +36,45 @@ impl WithheldRule {
 
 /// One change of the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum WithheldChange {
     /// Adds a rule.
     Withhold(WithheldRule),
     /// Removes all rules of this key for this datasource (or for all, `*`).
     GiveBack(DatasourceId, KeyId),
 }
 
-impl Change {
+impl WithheldChange {
     /// The key whose records it concerns.
     pub fn key_id(&self) -> KeyId {
         match self {
-            Change::Withhold(rule) => rule.key_id,
-            Change::GiveBack(_, key_id) => *key_id,
+            WithheldChange::Withhold(rule) => rule.key_id,
+            WithheldChange::GiveBack(_, key_id) => *key_id,
         }
     }
 }
 
 /// The rules in force, and the changes that led to them.
 #[derive(Debug, Default)]
-pub struct Withheld {
+pub struct WithheldRules {
     /// How many changes there have been. While it is 0 a reader need not take the lock.
     version: AtomicU64,
-    state: RwLock<State>,
+    state: RwLock<WithheldState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    changes: Vec<Change>,
+struct WithheldState {
+    changes: Vec<WithheldChange>,
     rules: Arc<[WithheldRule]>,
 }
 
-impl Withheld {
+impl WithheldRules {
     /// Applies the next change, for every check from now on. Returns the new version.
-    pub fn push(&self, change: Change) -> u64 {
+    pub fn push(&self, change: WithheldChange) -> u64 {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let mut rules = state.rules.to_vec();
         match &change {
-            Change::Withhold(rule) => rules.push(rule.clone()),
-            Change::GiveBack(datasource, key_id) => {
+            WithheldChange::Withhold(rule) => rules.push(rule.clone()),
+            WithheldChange::GiveBack(datasource, key_id) => {
                 rules.retain(|rule| rule.key_id != *key_id || rule.datasource != *datasource);
             }
         }
@@ -91,27 +91,27 @@ impl Withheld {
     }
 
     /// The changes after a version.
-    pub fn changes_after(&self, version: u64) -> Vec<Change> {
+    pub fn changes_after(&self, version: u64) -> Vec<WithheldChange> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         let behind = usize::try_from(version).ok().and_then(|behind| state.changes.get(behind..));
         behind.unwrap_or_default().to_vec()
     }
 
     /// The rules at this moment. Costs one atomic load if there never was a rule.
-    pub fn now(&self) -> LeftOut {
+    pub fn now(&self) -> WithheldSnapshot {
         if self.version() == 0 {
-            return LeftOut(None);
+            return WithheldSnapshot(None);
         }
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        LeftOut((!state.rules.is_empty()).then(|| state.rules.clone()))
+        WithheldSnapshot((!state.rules.is_empty()).then(|| state.rules.clone()))
     }
 }
 
 /// The rules at one moment.
 #[derive(Debug, Clone, Default)]
-pub struct LeftOut(Option<Arc<[WithheldRule]>>);
+pub struct WithheldSnapshot(Option<Arc<[WithheldRule]>>);
 
-impl LeftOut {
+impl WithheldSnapshot {
     /// Whether there is no rule, so that nothing is withheld.
     pub fn is_nothing(&self) -> bool {
         self.0.is_none()
@@ -152,9 +152,9 @@ mod tests {
 
     #[test]
     fn a_rule_is_for_one_key_from_a_time_to_an_offset() {
-        let withheld = Withheld::default();
+        let withheld = WithheldRules::default();
         assert!(withheld.now().is_nothing());
-        assert_eq!(withheld.push(Change::Withhold(rule("a", 100, 50))), 1);
+        assert_eq!(withheld.push(WithheldChange::Withhold(rule("a", 100, 50))), 1);
         let now = withheld.now();
         assert!(now.covers("a", KeyId([1; 6]), 100, 49));
         assert!(!now.covers("a", KeyId([1; 6]), 99, 49), "before the time");
@@ -165,17 +165,17 @@ mod tests {
 
     #[test]
     fn what_is_given_back_is_what_was_withheld_there() {
-        let withheld = Withheld::default();
-        withheld.push(Change::Withhold(rule("a", 100, 50)));
-        withheld.push(Change::Withhold(rule("*", 200, 60)));
-        let given_back = Change::GiveBack(DatasourceId::new("a").expect("a slug"), KeyId([1; 6]));
+        let withheld = WithheldRules::default();
+        withheld.push(WithheldChange::Withhold(rule("a", 100, 50)));
+        withheld.push(WithheldChange::Withhold(rule("*", 200, 60)));
+        let given_back = WithheldChange::GiveBack(DatasourceId::new("a").expect("a slug"), KeyId([1; 6]));
         assert_eq!(withheld.push(given_back.clone()), 3);
         let now = withheld.now();
         assert!(!now.covers("a", KeyId([1; 6]), 150, 10));
         assert!(now.covers("a", KeyId([1; 6]), 200, 10), "the other rule still holds");
         assert_eq!(withheld.changes_after(2), [given_back]);
         assert_eq!(withheld.changes_after(9), []);
-        withheld.push(Change::GiveBack(DatasourceId::all(), KeyId([1; 6])));
+        withheld.push(WithheldChange::GiveBack(DatasourceId::all(), KeyId([1; 6])));
         assert!(withheld.now().is_nothing());
     }
 }

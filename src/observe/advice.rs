@@ -1,9 +1,9 @@
 //! Advice: what an operator can do about a refusal, in one sentence.
 
-use super::refusals::Entry;
-use crate::auth::shape::{Checksum, Length, Shape};
+use super::refusals::RefusalEntry;
+use crate::auth::shape::{KeyChecksum, KeyLength, KeyShape};
 
-impl Entry {
+impl RefusalEntry {
     /// What to do about it. `end` says how its key ended, if it was revoked.
     pub fn advice(&self, end: Option<&str>) -> String {
         let key = self.key_id.map_or_else(|| "the key".to_owned(), |id| format!("key {id}"));
@@ -22,7 +22,7 @@ impl Entry {
                 return format!("{key} {end}: give the client one that is live");
             }
             "expired_key" => return format!("{key} has expired: give the client a new one"),
-            "malformed_key" | "unknown_key" => return self.about_an_unknown_key(),
+            "malformed_key" | "unknown_key" => return self.unknown_key_advice(),
             "other_datasource" => {
                 return format!("{key} is good for another datasource: check the address or the topic");
             }
@@ -69,19 +69,19 @@ impl Entry {
         fixed.to_owned()
     }
 
-    fn about_an_unknown_key(&self) -> String {
+    fn unknown_key_advice(&self) -> String {
         let words = match self.key_shape {
-            Some(Shape { prefix: false, .. }) => {
+            Some(KeyShape { prefix: false, .. }) => {
                 "what it sent is no Headgate key: those begin with hgk_. Check which secret it was given"
             }
-            Some(Shape { length: Length::TooShort, .. }) => {
+            Some(KeyShape { length: KeyLength::TooShort, .. }) => {
                 "the key is cut short: copy all of its 53 characters"
             }
-            Some(Shape { length: Length::TooLong, .. }) => {
+            Some(KeyShape { length: KeyLength::TooLong, .. }) => {
                 "there is something behind the key: it has 53 characters"
             }
-            Some(Shape { checksum: Checksum::Wrong, .. }) => "the key is misspelt: copy it again",
-            Some(Shape { checksum: Checksum::Right, .. }) => {
+            Some(KeyShape { checksum: KeyChecksum::Wrong, .. }) => "the key is misspelt: copy it again",
+            Some(KeyShape { checksum: KeyChecksum::Right, .. }) => {
                 "the key is well-formed and was never given out here: is it another gateway's?"
             }
             None => "the key is not known",

@@ -124,18 +124,18 @@ impl Metrics {
     }
 
     /// Counts `records` messages with `bytes` of payload that were let in and are durable.
-    pub fn accepted(&self, transport: Transport, records: u64, bytes: u64) {
+    pub fn count_accepted(&self, transport: Transport, records: u64, bytes: u64) {
         self.accepted[transport as usize].increment(records);
         self.accepted_bytes[transport as usize].increment(bytes);
     }
 
     /// Counts `records` messages that were acknowledged and not kept again.
-    pub fn duplicates(&self, transport: Transport, records: u64) {
+    pub fn count_duplicates(&self, transport: Transport, records: u64) {
         self.duplicates[transport as usize].increment(records);
     }
 
     /// Counts `records` messages that are durable in quarantine.
-    pub fn quarantined(&self, transport: Transport, records: u64) {
+    pub fn count_quarantined(&self, transport: Transport, records: u64) {
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!("headgate_quarantined_total", "transport" => transport.as_str())
                 .increment(records);
@@ -143,7 +143,7 @@ impl Metrics {
     }
 
     /// Counts a refused message or connection, for [`Refusals::note`](super::refusals::Refusals::note).
-    pub(super) fn refused(&self, transport: Transport, cause: &'static str) {
+    pub(super) fn count_refused(&self, transport: Transport, cause: &'static str) {
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause)
                 .increment(1);
@@ -151,17 +151,17 @@ impl Metrics {
     }
 
     /// Sets a gauge whose value is read only when metrics are rendered.
-    pub fn gauge(&self, name: &'static str, value: f64) {
+    pub fn set_gauge(&self, name: &'static str, value: f64) {
         metrics::with_local_recorder(&self.recorder, || metrics::gauge!(name).set(value));
     }
 
     /// Sets a counter that is counted elsewhere.
-    pub fn counter(&self, name: &'static str, value: u64) {
+    pub fn set_counter(&self, name: &'static str, value: u64) {
         metrics::with_local_recorder(&self.recorder, || metrics::counter!(name).absolute(value));
     }
 
     /// Sets a counter with a label that is counted elsewhere.
-    pub fn counter_of(&self, name: &'static str, label: (&'static str, &'static str), value: u64) {
+    pub fn set_labelled_counter(&self, name: &'static str, label: (&'static str, &'static str), value: u64) {
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!(name, label.0 => label.1).absolute(value);
         });

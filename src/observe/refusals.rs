@@ -12,7 +12,7 @@
 //! bound; `headgate_refused_total` is always exact.
 //!
 //! **No secret.** A client's name, or other text from it, may be a key: text that looks like one is not
-//! kept ([`key::is_in`]). For an unknown key only its [`Shape`] is kept.
+//! kept ([`key::may_hold_key`]). For an unknown key only its [`KeyShape`] is kept.
 
 use std::fmt::{self, Write};
 use std::hash::{BuildHasher, RandomState};
@@ -24,19 +24,19 @@ use std::time::Duration;
 use super::metrics::Metrics;
 use crate::auth::key;
 use crate::auth::network::source_of;
-use crate::auth::shape::Shape;
+use crate::auth::shape::KeyShape;
 use crate::limits::{REFUSALS_CLIENT_BYTES_MAX, REFUSALS_PER_SHARD_MAX, REFUSALS_SHARDS};
 use crate::message::{KeyId, TimeMicros, Transport, now_micros};
-use crate::quota::Limited;
+use crate::quota::LimitExceeded;
 
 /// Replaces a text that looks like a key.
-const HIDDEN: &str = "(not shown: it looks like an API key)";
+const HIDDEN_KEY_WORDS: &str = "(not shown: it looks like an API key)";
 /// The most that is kept of a refusal's words, in bytes.
-const WORDS_BYTES_MAX: usize = 240;
+const REFUSAL_WORDS_BYTES_MAX: usize = 240;
 
 /// One refusal, as it is reported.
 #[derive(Clone, Copy)]
-pub struct Note<'a> {
+pub struct RefusalNote<'a> {
     /// Which way it came.
     pub transport: Transport,
     /// One word, as in metrics.
@@ -52,12 +52,12 @@ pub struct Note<'a> {
     /// The id of the key, if it was ever given out.
     pub key_id: Option<KeyId>,
     /// The shape of the key, if it was never given out.
-    pub key_shape: Option<Shape>,
+    pub key_shape: Option<KeyShape>,
     /// The limit that was exceeded, if any.
-    pub limited: Option<&'a Limited>,
+    pub limited: Option<&'a LimitExceeded>,
 }
 
-impl<'a> Note<'a> {
+impl<'a> RefusalNote<'a> {
     /// A refusal without further details.
     pub fn new(transport: Transport, cause: &'static str, words: &'a dyn fmt::Display) -> Self {
         Self {
@@ -89,7 +89,7 @@ pub struct OverLimit {
 
 /// One source of refusals.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub struct RefusalEntry {
     /// Which way it came.
     pub transport: Transport,
     /// One word.
@@ -105,7 +105,7 @@ pub struct Entry {
     /// The id of the key, if it was ever given out.
     pub key_id: Option<KeyId>,
     /// The shape of the key, if it was never given out.
-    pub key_shape: Option<Shape>,
+    pub key_shape: Option<KeyShape>,
     /// The limit that was exceeded, if any.
     pub limit: Option<OverLimit>,
     /// How many there were, at least.
@@ -118,7 +118,7 @@ pub struct Entry {
 
 /// Selects entries; a `None` matches everything.
 #[derive(Debug, Clone, Default)]
-pub struct Filter {
+pub struct RefusalFilter {
     /// Of this client.
     pub client: Option<String>,
     /// From this address.
@@ -129,8 +129,8 @@ pub struct Filter {
     pub datasource: Option<String>,
 }
 
-impl Filter {
-    fn takes(&self, entry: &Entry) -> bool {
+impl RefusalFilter {
+    fn matches(&self, entry: &RefusalEntry) -> bool {
         fn same<T: PartialEq + ?Sized>(wanted: Option<&T>, is: &T) -> bool {
             wanted.is_none_or(|wanted| wanted == is)
         }
@@ -144,7 +144,7 @@ impl Filter {
 /// Counts refusals, and lists the newest.
 pub struct Refusals {
     metrics: Arc<Metrics>,
-    shards: [Mutex<Shard>; REFUSALS_SHARDS],
+    shards: [Mutex<RefusalShard>; REFUSALS_SHARDS],
     hash: RandomState,
     /// How many were counted and not listed.
     unlisted: AtomicU64,
@@ -152,9 +152,9 @@ pub struct Refusals {
 
 /// Sources, and their hashes at the same positions, so that a search reads only the hashes.
 #[derive(Default)]
-struct Shard {
+struct RefusalShard {
     hashes: Vec<u64>,
-    entries: Vec<Entry>,
+    entries: Vec<RefusalEntry>,
 }
 
 impl Refusals {
@@ -165,12 +165,12 @@ impl Refusals {
     }
 
     /// Counts a refusal, and lists it unless that would have to wait for a lock.
-    pub fn note(&self, note: Note<'_>) {
-        self.metrics.refused(note.transport, note.cause);
+    pub fn note(&self, note: RefusalNote<'_>) {
+        self.metrics.count_refused(note.transport, note.cause);
         let address = note.address.map(|address| address.to_canonical());
-        let client = Shown { text: note.client, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
-        let Note { transport, cause, key_id, key_shape, .. } = note;
-        let datasource = Shown { text: note.datasource, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
+        let client = RedactedText { text: note.client, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
+        let RefusalNote { transport, cause, key_id, key_shape, .. } = note;
+        let datasource = RedactedText { text: note.datasource, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
         let source = (address, client.text, transport, cause, datasource.text, key_id);
         let hash = self.hash.hash_one(source);
         let place = self.hash.hash_one(address.map(source_of)) % REFUSALS_SHARDS as u64;
@@ -184,7 +184,7 @@ impl Refusals {
                 return;
             }
         };
-        let entry = shard.entry(hash, || Entry {
+        let entry = shard.entry_or_replace(hash, || RefusalEntry {
             transport,
             cause,
             words: String::new(),
@@ -211,18 +211,18 @@ impl Refusals {
         if write!(entry.words, "{}", note.words).is_err() {
             entry.words.clear();
         }
-        let words = Shown { text: &entry.words, bytes_max: WORDS_BYTES_MAX };
+        let words = RedactedText { text: &entry.words, bytes_max: REFUSAL_WORDS_BYTES_MAX };
         if !words.is_plain() {
             entry.words = words.to_string();
         }
     }
 
     /// The newest entries that match `filter`, at most `count_max`.
-    pub fn newest(&self, filter: &Filter, count_max: usize) -> Vec<Entry> {
+    pub fn newest(&self, filter: &RefusalFilter, count_max: usize) -> Vec<RefusalEntry> {
         let mut found = Vec::new();
         for shard in &self.shards {
             let shard = shard.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            found.extend(shard.entries.iter().filter(|entry| filter.takes(entry)).cloned());
+            found.extend(shard.entries.iter().filter(|entry| filter.matches(entry)).cloned());
         }
         found.sort_by_key(|entry| std::cmp::Reverse(entry.last_at));
         found.truncate(count_max);
@@ -235,9 +235,9 @@ impl Refusals {
     }
 }
 
-impl Shard {
+impl RefusalShard {
     /// The entry of a source. A new one replaces the source that was silent for longest, if there is no room.
-    fn entry(&mut self, hash: u64, new: impl FnOnce() -> Entry) -> &mut Entry {
+    fn entry_or_replace(&mut self, hash: u64, new: impl FnOnce() -> RefusalEntry) -> &mut RefusalEntry {
         let known = self.hashes.iter().position(|&known| known == hash);
         let at = known.unwrap_or_else(|| {
             if self.entries.len() < REFUSALS_PER_SHARD_MAX {
@@ -257,24 +257,24 @@ impl Shard {
 
 /// Untrusted text in a form that may be shown: cut, without control characters, and replaced if it looks
 /// like a key.
-struct Shown<'a> {
+struct RedactedText<'a> {
     text: &'a str,
     bytes_max: usize,
 }
 
-impl Shown<'_> {
+impl RedactedText<'_> {
     /// Whether it can be shown unchanged.
     fn is_plain(&self) -> bool {
         self.text.len() <= self.bytes_max
             && !self.text.chars().any(char::is_control)
-            && !key::is_in(self.text)
+            && !key::may_hold_key(self.text)
     }
 }
 
-impl fmt::Display for Shown<'_> {
+impl fmt::Display for RedactedText<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if key::is_in(self.text) {
-            return f.write_str(HIDDEN);
+        if key::may_hold_key(self.text) {
+            return f.write_str(HIDDEN_KEY_WORDS);
         }
         let cut = self.text.floor_char_boundary(self.bytes_max);
         for c in self.text[..cut].chars() {
@@ -293,8 +293,12 @@ mod tests {
         Refusals::new(Arc::new(Metrics::new()))
     }
 
-    fn note<'a>(address: [u8; 4], client: &'a str) -> Note<'a> {
-        Note { address: Some(address.into()), client, ..Note::new(Transport::Mqtt, "topic", &"a bad topic") }
+    fn note<'a>(address: [u8; 4], client: &'a str) -> RefusalNote<'a> {
+        RefusalNote {
+            address: Some(address.into()),
+            client,
+            ..RefusalNote::new(Transport::Mqtt, "topic", &"a bad topic")
+        }
     }
 
     #[test]
@@ -305,19 +309,19 @@ mod tests {
         }
         refusals.note(note([10, 0, 0, 1], "saw"));
         refusals.note(note([10, 0, 0, 2], "press"));
-        let all = refusals.newest(&Filter::default(), 10);
+        let all = refusals.newest(&RefusalFilter::default(), 10);
         assert_eq!(all.len(), 3);
         assert!(all.is_sorted_by_key(|entry| std::cmp::Reverse(entry.last_at)));
-        let filter = Filter {
+        let filter = RefusalFilter {
             client: Some("press".to_owned()),
             address: Some([10, 0, 0, 1].into()),
-            ..Filter::default()
+            ..RefusalFilter::default()
         };
         let found = refusals.newest(&filter, 10);
         assert_eq!(found.iter().map(|entry| entry.count).collect::<Vec<_>>(), [3]);
         assert!(found[0].first_at <= found[0].last_at && found[0].words == "a bad topic");
-        assert_eq!(refusals.newest(&Filter::default(), 2).len(), 2);
-        let other = Filter { cause: Some("no_key".to_owned()), ..Filter::default() };
+        assert_eq!(refusals.newest(&RefusalFilter::default(), 2).len(), 2);
+        let other = RefusalFilter { cause: Some("no_key".to_owned()), ..RefusalFilter::default() };
         assert!(refusals.newest(&other, 10).is_empty());
         assert!(
             refusals
@@ -334,9 +338,9 @@ mod tests {
         for i in 0..10_000 {
             refusals.note(note([10, 0, 0, 2], &format!("client-{i}")));
         }
-        let all = refusals.newest(&Filter::default(), usize::MAX);
+        let all = refusals.newest(&RefusalFilter::default(), usize::MAX);
         assert!(all.len() <= REFUSALS_PER_SHARD_MAX + 1, "{}", all.len());
-        let newest = Filter { client: Some("client-9999".to_owned()), ..Filter::default() };
+        let newest = RefusalFilter { client: Some("client-9999".to_owned()), ..RefusalFilter::default() };
         assert_eq!(refusals.newest(&newest, 1).len(), 1);
     }
 
@@ -347,7 +351,7 @@ mod tests {
             let [a, b] = i.to_be_bytes();
             refusals.note(note([10, 0, a, b], ""));
         }
-        let all = refusals.newest(&Filter::default(), usize::MAX);
+        let all = refusals.newest(&RefusalFilter::default(), usize::MAX);
         assert_eq!(all.len(), REFUSALS_SHARDS * REFUSALS_PER_SHARD_MAX);
     }
 
@@ -359,7 +363,7 @@ mod tests {
                 scope.spawn(|| (0..1_000).for_each(|_| refusals.note(note([10, 0, 0, 1], "press"))));
             }
         });
-        let listed = refusals.newest(&Filter::default(), 1)[0].count;
+        let listed = refusals.newest(&RefusalFilter::default(), 1)[0].count;
         assert_eq!(listed + refusals.unlisted(), 4_000);
         assert!(refusals.metrics.render().contains("cause=\"topic\"} 4000"));
     }
@@ -371,20 +375,23 @@ mod tests {
         let secret = generated.expose();
         for client in [secret, &format!("x{secret}y"), &secret.to_uppercase(), &secret[4..], &secret[..12]] {
             let words = format!("there is no datasource {client:?}");
-            let note = Note { words: &words, datasource: client, ..note([10, 0, 0, 1], client) };
+            let note = RefusalNote { words: &words, datasource: client, ..note([10, 0, 0, 1], client) };
             refusals.note(note);
         }
-        let all = refusals.newest(&Filter::default(), 10);
+        let all = refusals.newest(&RefusalFilter::default(), 10);
         assert_eq!(all.len(), 5);
         for entry in all {
-            assert_eq!((entry.client.as_str(), entry.datasource.as_str()), (HIDDEN, HIDDEN));
+            assert_eq!(
+                (entry.client.as_str(), entry.datasource.as_str()),
+                (HIDDEN_KEY_WORDS, HIDDEN_KEY_WORDS)
+            );
             assert!(
                 !format!("{entry:?}").to_lowercase().contains(&secret[4..12].to_lowercase()),
                 "{entry:?}"
             );
         }
         for plain in ["press-4", "sensor_0123456789", &"0123456789abcdef".repeat(4), ""] {
-            assert!(!key::is_in(plain), "{plain}");
+            assert!(!key::may_hold_key(plain), "{plain}");
         }
     }
 
@@ -395,7 +402,7 @@ mod tests {
         refusals.note(note([10, 0, 0, 1], &long));
         refusals.note(note([10, 0, 0, 2], "a\u{1b}[2Jb"));
         let clients: Vec<_> =
-            refusals.newest(&Filter::default(), 2).into_iter().map(|entry| entry.client).collect();
+            refusals.newest(&RefusalFilter::default(), 2).into_iter().map(|entry| entry.client).collect();
         assert!(clients.iter().all(|client| client.len() <= REFUSALS_CLIENT_BYTES_MAX + 3));
         assert!(clients.iter().all(|client| !client.contains('\u{1b}')), "{clients:?}");
     }

@@ -6,7 +6,7 @@ use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 
-use crate::config::{Trace, TraceFormat};
+use crate::config::{TraceConfig, TraceFormat};
 
 /// Why the logs could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +28,7 @@ pub enum TraceError {
 ///
 /// # Errors
 /// [`TraceError::Filter`].
-pub fn filter(trace: &Trace) -> Result<EnvFilter, TraceError> {
+pub fn parse_filter(trace: &TraceConfig) -> Result<EnvFilter, TraceError> {
     EnvFilter::builder()
         .parse(&trace.filter)
         .map_err(|source| TraceError::Filter { filter: trace.filter.clone(), source })
@@ -38,9 +38,9 @@ pub fn filter(trace: &Trace) -> Result<EnvFilter, TraceError> {
 ///
 /// # Errors
 /// [`TraceError`]: a filter that cannot be read, or a second call.
-pub fn init(trace: &Trace) -> Result<(), TraceError> {
+pub fn init(trace: &TraceConfig) -> Result<(), TraceError> {
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let lines = tracing_subscriber::fmt().with_env_filter(filter(trace)?).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt().with_env_filter(parse_filter(trace)?).with_writer(std::io::stderr);
     match trace.format {
         TraceFormat::Text => lines.with_ansi(colours).try_init(),
         TraceFormat::Json => lines.json().flatten_event(true).try_init(),
@@ -52,20 +52,20 @@ pub fn init(trace: &Trace) -> Result<(), TraceError> {
 mod tests {
     use super::*;
 
-    fn with(filter: &str) -> Trace {
-        Trace { filter: filter.to_owned(), format: TraceFormat::Text }
+    fn with(filter: &str) -> TraceConfig {
+        TraceConfig { filter: filter.to_owned(), format: TraceFormat::Text }
     }
 
     #[test]
     fn a_bad_filter_is_an_error_that_shows_it() {
-        let error = filter(&with("headgate=loud")).expect_err("there is no level loud").to_string();
+        let error = parse_filter(&with("headgate=loud")).expect_err("there is no level loud").to_string();
         assert!(error.contains("trace.filter") && error.contains("headgate=loud"), "{error}");
     }
 
     #[test]
     fn filters_of_levels_and_modules_are_read() {
         for good in ["", "off", "info", "warn,headgate=debug", "headgate::log=trace"] {
-            assert!(filter(&with(good)).is_ok(), "{good:?}");
+            assert!(parse_filter(&with(good)).is_ok(), "{good:?}");
         }
     }
 }

@@ -49,12 +49,12 @@ impl Rate {
 
 /// The bucket. Each call passes its rate.
 #[derive(Debug, Default)]
-pub struct Bucket {
+pub struct RateBucket {
     /// When it is full again.
     full_at: AtomicU64,
 }
 
-impl Bucket {
+impl RateBucket {
     /// Takes `units`, if they are available within `patience` from `now`. More than the burst counts as
     /// available when the bucket is full, and leaves the bucket in debt. `Ok` says how long to wait before
     /// using them, `Err` how long the wait would have been: nothing is taken then.
@@ -152,7 +152,7 @@ mod tests {
             steps in prop::collection::vec((0_u64..3_000 * MS, 1_u64..80), 1..60),
         ) {
             let rate = Rate { per_s, burst };
-            let (bucket, mut model) = (Bucket::default(), Model::new(rate));
+            let (bucket, mut model) = (RateBucket::default(), Model::new(rate));
             let mut now = 0;
             for (later, units) in steps {
                 now += later;
@@ -179,7 +179,7 @@ mod tests {
         #[test]
         fn what_is_given_back_can_be_taken_again(burst in 1_u64..50, units in 1_u64..50) {
             let rate = Rate { per_s: 7, burst };
-            let bucket = Bucket::default();
+            let bucket = RateBucket::default();
             let now = Moment(1_000 * MS);
             prop_assume!(units <= burst);
             bucket.take(rate, units, now, Duration::ZERO).expect("it is full");
@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn who_waits_has_its_turn_in_order() {
         let rate = Rate { per_s: 10, burst: 1 };
-        let bucket = Bucket::default();
+        let bucket = RateBucket::default();
         let waits: Vec<_> = (0..4)
             .map(|_| bucket.take(rate, 1, Moment(0), Duration::from_millis(250)).map(|wait| wait.as_millis()))
             .collect();
@@ -205,7 +205,7 @@ mod tests {
     #[test]
     fn threads_together_get_the_burst_and_no_more() {
         let rate = Rate { per_s: 1, burst: 1_000 };
-        let bucket = Bucket::default();
+        let bucket = RateBucket::default();
         let got: usize = std::thread::scope(|scope| {
             let take =
                 || (0..1_000).filter(|_| bucket.take(rate, 1, Moment(0), Duration::ZERO).is_ok()).count();
@@ -217,11 +217,11 @@ mod tests {
 
     #[test]
     fn the_largest_numbers_do_not_overflow() {
-        let bucket = Bucket::default();
+        let bucket = RateBucket::default();
         let slow = Rate { per_s: 1, burst: u64::MAX };
         assert!(bucket.take(slow, u64::MAX, Moment(5), Duration::MAX).is_ok());
         assert!(bucket.take(slow, 1, Moment(5), Duration::ZERO).is_err());
         let fast = Rate { per_s: u64::MAX, burst: u64::MAX };
-        assert!(Bucket::default().take(fast, u64::MAX, Moment(5), Duration::ZERO).is_ok());
+        assert!(RateBucket::default().take(fast, u64::MAX, Moment(5), Duration::ZERO).is_ok());
     }
 }

@@ -1,7 +1,7 @@
 //! Validation: the schemas, if any, that the messages of a datasource have to meet.
 //!
 //! Intake checks each message here on its way in. A message that does not meet its schema is not let in:
-//! it goes into quarantine, with the [`Reason`].
+//! it goes into quarantine, with the [`QuarantineReason`].
 //!
 //! A datasource has a list of [`rules`]: a topic filter and a schema each. **Only the first rule whose
 //! filter matches the topic counts**; so narrow filters come first and `#` comes last. A message whose
@@ -17,11 +17,11 @@ pub mod schema;
 
 use std::sync::Arc;
 
-pub use rules::{Rule, Rules, RulesError, Written};
+pub use rules::{Rule, Rules, RulesError, WrittenRule};
 pub use schema::{Schema, SchemaError};
 
-use crate::auth::setting::Setting;
-use crate::log::Reason;
+use crate::auth::setting::JsonSetting;
+use crate::log::QuarantineReason;
 
 /// A snapshot of the rules of one datasource.
 #[derive(Clone, Default)]
@@ -29,8 +29,8 @@ pub struct Validation(Option<Arc<Result<Rules, RulesError>>>);
 
 impl Validation {
     /// The rules in the schemas of a datasource. Compiles them if nobody has since they were set.
-    pub fn of(schemas: &Setting) -> Self {
-        let made = schemas.is_set().then(|| schemas.made(Rules::of_text));
+    pub fn from_setting(schemas: &JsonSetting) -> Self {
+        let made = schemas.is_set().then(|| schemas.made(Rules::from_registry_text));
         Self(made)
     }
 
@@ -47,14 +47,14 @@ impl Validation {
     /// # Errors
     /// Why the message goes into quarantine. If the rules cannot be read, every message does: it can be
     /// let in from there, but a message that was let in wrongly could not be taken back.
-    pub fn check(&self, topic: &str, payload: &[u8]) -> Result<(), Box<Reason<'static>>> {
+    pub fn check(&self, topic: &str, payload: &[u8]) -> Result<(), Box<QuarantineReason<'static>>> {
         let Some(rules) = &self.0 else { return Ok(()) };
         match &**rules {
             Ok(rules) => rules.check(topic, payload),
-            Err(error) => Err(Box::new(Reason {
+            Err(error) => Err(Box::new(QuarantineReason {
                 keyword: "schema".into(),
                 pointer: "".into(),
-                words: schema::cut(&error.to_string()).into(),
+                words: schema::cut_reason_text(&error.to_string()).into(),
                 schema_version: 0,
             })),
         }

@@ -4,10 +4,10 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::schema::{Schema, SchemaError, cut};
+use super::schema::{Schema, SchemaError, cut_reason_text};
 use crate::filter::TopicFilter;
 use crate::limits::SCHEMA_RULES_MAX;
-use crate::log::Reason;
+use crate::log::QuarantineReason;
 
 /// The rules of a datasource, in the order in which filters are matched.
 #[derive(Debug, Default)]
@@ -31,7 +31,7 @@ pub struct Rule {
 /// A rule as a request states it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Written {
+pub struct WrittenRule {
     /// The topic filter; all topics if it is left out.
     #[serde(default = "all_topics")]
     pub filter: String,
@@ -39,7 +39,7 @@ pub struct Written {
     pub schema: Value,
 }
 
-impl Written {
+impl WrittenRule {
     /// A list of one rule, for every topic.
     pub fn for_all(schema: Value) -> Vec<Self> {
         vec![Self { filter: all_topics(), schema }]
@@ -77,13 +77,13 @@ pub enum RulesError {
 
 /// The form of the rules in the registry.
 #[derive(Serialize, Deserialize)]
-struct Kept {
+struct StoredRules {
     last_version: u32,
-    rules: Vec<KeptRule>,
+    rules: Vec<StoredRule>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct KeptRule {
+struct StoredRule {
     filter: String,
     version: u32,
     schema: Value,
@@ -94,54 +94,54 @@ impl Rules {
     ///
     /// # Errors
     /// [`RulesError`], for the first rule that cannot be used.
-    pub fn replace(&self, written: Vec<Written>) -> Result<Self, RulesError> {
+    pub fn replace(&self, written: Vec<WrittenRule>) -> Result<Self, RulesError> {
         let version = self.last_version.saturating_add(1);
         let mut last_version = self.last_version;
         let mut kept = Vec::with_capacity(written.len());
-        for Written { filter, schema } in written {
+        for WrittenRule { filter, schema } in written {
             let same = |rule: &&Rule| rule.filter.as_str() == filter && *rule.schema.source() == schema;
             let version = self.rules.iter().find(same).map_or(version, |rule| rule.version);
             last_version = last_version.max(version);
-            kept.push(KeptRule { filter, version, schema });
+            kept.push(StoredRule { filter, version, schema });
         }
-        Self::compile(Kept { last_version, rules: kept })
+        Self::compile(StoredRules { last_version, rules: kept })
     }
 
-    /// Parses the output of [`Rules::to_kept`].
+    /// Parses the output of [`Rules::to_stored_json`].
     ///
     /// # Errors
     /// [`RulesError`], if the text is anything else.
-    pub fn from_kept(kept: &str) -> Result<Self, RulesError> {
+    pub fn from_stored_json(kept: &str) -> Result<Self, RulesError> {
         let kept = serde_json::from_str(kept).map_err(|error| RulesError::Unreadable(error.to_string()))?;
         Self::compile(kept)
     }
 
     /// Parses the text that the registry has for a datasource.
-    pub(super) fn of_text(kept: Option<&str>) -> Result<Self, RulesError> {
+    pub(super) fn from_registry_text(kept: Option<&str>) -> Result<Self, RulesError> {
         kept.map_or(Ok(Self::default()), |kept| {
-            Self::from_kept(kept).map_err(|error| RulesError::Unreadable(error.to_string()))
+            Self::from_stored_json(kept).map_err(|error| RulesError::Unreadable(error.to_string()))
         })
     }
 
     /// The JSON text for the registry.
-    pub fn to_kept(&self) -> String {
-        let rules = self.rules.iter().map(|rule| KeptRule {
+    pub fn to_stored_json(&self) -> String {
+        let rules = self.rules.iter().map(|rule| StoredRule {
             filter: rule.filter.as_str().to_owned(),
             version: rule.version,
             schema: rule.schema.source().clone(),
         });
-        let kept = Kept { last_version: self.last_version, rules: rules.collect() };
+        let kept = StoredRules { last_version: self.last_version, rules: rules.collect() };
         serde_json::to_string(&kept).expect("JSON values and text are JSON")
     }
 
-    fn compile(kept: Kept) -> Result<Self, RulesError> {
+    fn compile(kept: StoredRules) -> Result<Self, RulesError> {
         if kept.rules.len() > SCHEMA_RULES_MAX {
             return Err(RulesError::TooMany);
         }
         let mut rules: Vec<Rule> = Vec::with_capacity(kept.rules.len());
-        for KeptRule { filter, version, schema } in kept.rules {
+        for StoredRule { filter, version, schema } in kept.rules {
             let filter = TopicFilter::new(&filter)
-                .map_err(|error| RulesError::Filter(format!("{}: {error}", cut(&filter))))?;
+                .map_err(|error| RulesError::Filter(format!("{}: {error}", cut_reason_text(&filter))))?;
             if rules.iter().any(|rule| rule.filter == filter) {
                 return Err(RulesError::Twice(filter.as_str().to_owned()));
             }
@@ -166,14 +166,17 @@ impl Rules {
     ///
     /// # Errors
     /// Why the message goes into quarantine.
-    pub fn check(&self, topic: &str, payload: &[u8]) -> Result<(), Box<Reason<'static>>> {
+    pub fn check(&self, topic: &str, payload: &[u8]) -> Result<(), Box<QuarantineReason<'static>>> {
         let Some(rule) = self.rules.iter().find(|rule| rule.filter.matches(topic)) else { return Ok(()) };
         let checked = match serde_json::from_slice::<Value>(payload) {
             Ok(value) => rule.schema.check(&value),
-            Err(error) => Err(Box::new(Reason {
+            Err(error) => Err(Box::new(QuarantineReason {
                 keyword: "json".into(),
                 pointer: "".into(),
-                words: cut(&format!("the payload is not JSON, and there is a schema for it: {error}")).into(),
+                words: cut_reason_text(&format!(
+                    "the payload is not JSON, and there is a schema for it: {error}"
+                ))
+                .into(),
                 schema_version: 0,
             })),
         };
@@ -190,8 +193,8 @@ mod tests {
 
     use super::*;
 
-    fn rule(filter: &str, kind: &str) -> Written {
-        Written { filter: filter.to_owned(), schema: json!({ "type": kind }) }
+    fn rule(filter: &str, kind: &str) -> WrittenRule {
+        WrittenRule { filter: filter.to_owned(), schema: json!({ "type": kind }) }
     }
 
     fn versions(rules: &Rules) -> Vec<u32> {
@@ -220,10 +223,10 @@ mod tests {
         assert_eq!(versions(&second), [1, 2], "the one that stayed kept its own");
         let none = second.replace(vec![]).expect("rules");
         assert!(none.is_empty());
-        let third = Rules::from_kept(&none.to_kept()).expect("reads back");
+        let third = Rules::from_stored_json(&none.to_stored_json()).expect("reads back");
         let third = third.replace(vec![rule("a", "object")]).expect("rules");
         assert_eq!(versions(&third), [3], "also what was taken away is not used again");
-        let again = Rules::from_kept(&third.to_kept()).expect("reads back");
+        let again = Rules::from_stored_json(&third.to_stored_json()).expect("reads back");
         assert_eq!(versions(&again), [3]);
     }
 

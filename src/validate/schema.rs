@@ -13,10 +13,10 @@ use serde_json::Value;
 use crate::limits::{
     REASON_BYTES_MAX, SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, SCHEMA_NODES_MAX, SCHEMA_REGEX_BYTES_MAX,
 };
-use crate::log::Reason;
+use crate::log::QuarantineReason;
 
 /// The only supported draft, as `$schema` may name it.
-const DRAFT: &str = "https://json-schema.org/draft/2020-12/schema";
+const SCHEMA_DRAFT_URL: &str = "https://json-schema.org/draft/2020-12/schema";
 
 /// Why a schema cannot be used. The text is for the person who wrote it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -34,7 +34,7 @@ pub enum SchemaError {
     #[error("with every $ref unfolded the schema has more than {SCHEMA_NODES_MAX} parts")]
     TooCostly,
     /// It names another draft.
-    #[error("$schema is {0:?}; only draft 2020-12 is understood ({DRAFT:?})")]
+    #[error("$schema is {0:?}; only draft 2020-12 is understood ({SCHEMA_DRAFT_URL:?})")]
     Draft(String),
     /// A reference that leads out of the schema.
     #[error(
@@ -101,12 +101,12 @@ impl Schema {
             return Err(SchemaError::TooLarge);
         }
         if let Some(draft) = source.get("$schema")
-            && draft.as_str().is_none_or(|draft| draft.trim_end_matches('#') != DRAFT)
+            && draft.as_str().is_none_or(|draft| draft.trim_end_matches('#') != SCHEMA_DRAFT_URL)
         {
             return Err(SchemaError::Draft(draft.as_str().unwrap_or_default().chars().take(100).collect()));
         }
-        let mut cost = Cost { root: &source, known: HashMap::new(), open: Vec::new() };
-        cost.of(&source, &mut String::new(), 0)?;
+        let mut cost = SchemaCost { root: &source, known: HashMap::new(), open: Vec::new() };
+        cost.count_parts(&source, &mut String::new(), 0)?;
         let patterns =
             PatternOptions::regex().size_limit(SCHEMA_REGEX_BYTES_MAX).dfa_size_limit(SCHEMA_REGEX_BYTES_MAX);
         let options = jsonschema::options()
@@ -116,7 +116,7 @@ impl Schema {
             .offline();
         let validator = options.build(&source).map_err(|error| SchemaError::Invalid {
             pointer: error.instance_path().to_string(),
-            words: cut(&error.to_string()),
+            words: cut_reason_text(&error.to_string()),
         })?;
         Ok(Self { source, validator })
     }
@@ -130,12 +130,12 @@ impl Schema {
     ///
     /// # Errors
     /// The first violation. Its `schema_version` is left at 0.
-    pub fn check(&self, value: &Value) -> Result<(), Box<Reason<'static>>> {
+    pub fn check(&self, value: &Value) -> Result<(), Box<QuarantineReason<'static>>> {
         self.validator.validate(value).map_err(|error| {
-            Box::new(Reason {
+            Box::new(QuarantineReason {
                 keyword: error.kind().keyword().to_owned().into(),
-                pointer: cut(&error.instance_path().to_string()).into(),
-                words: cut(&error.to_string()).into(),
+                pointer: cut_reason_text(&error.instance_path().to_string()).into(),
+                words: cut_reason_text(&error.to_string()).into(),
                 schema_version: 0,
             })
         })
@@ -150,7 +150,7 @@ impl std::fmt::Debug for Schema {
 
 /// At most [`REASON_BYTES_MAX`] of a text, without control characters: it goes into headers and reason
 /// strings, and may quote the message.
-pub(super) fn cut(text: &str) -> String {
+pub(super) fn cut_reason_text(text: &str) -> String {
     let mut out = String::with_capacity(text.len().min(REASON_BYTES_MAX));
     for c in text.chars().map(|c| if c.is_control() || crate::message::is_noncharacter(c) { ' ' } else { c })
     {
@@ -165,7 +165,7 @@ pub(super) fn cut(text: &str) -> String {
 
 /// Counts the parts of a schema with every reference unfolded. It visits all values, even those that are
 /// not schemas (`enum`, `const`): a member named `$ref` counts as a reference there too.
-struct Cost<'a> {
+struct SchemaCost<'a> {
     root: &'a Value,
     /// The number of parts of each target that was unfolded.
     known: HashMap<&'a str, usize>,
@@ -173,8 +173,13 @@ struct Cost<'a> {
     open: Vec<&'a str>,
 }
 
-impl<'a> Cost<'a> {
-    fn of(&mut self, value: &'a Value, pointer: &mut String, depth: usize) -> Result<usize, SchemaError> {
+impl<'a> SchemaCost<'a> {
+    fn count_parts(
+        &mut self,
+        value: &'a Value,
+        pointer: &mut String,
+        depth: usize,
+    ) -> Result<usize, SchemaError> {
         if depth > SCHEMA_DEPTH_MAX {
             return Err(SchemaError::TooDeep);
         }
@@ -205,10 +210,10 @@ impl<'a> Cost<'a> {
                         }
                         // Counted where it is referred to.
                         ("$defs", defs) => {
-                            self.of(defs, pointer, depth + 1)?;
+                            self.count_parts(defs, pointer, depth + 1)?;
                             0
                         }
-                        _ => self.of(member, pointer, depth + 1)?,
+                        _ => self.count_parts(member, pointer, depth + 1)?,
                     });
                     pointer.truncate(at);
                 }
@@ -216,7 +221,7 @@ impl<'a> Cost<'a> {
             Value::Array(elements) => {
                 for (index, element) in elements.iter().enumerate() {
                     pointer.push_str(&format!("/{index}"));
-                    parts = parts.saturating_add(self.of(element, pointer, depth + 1)?);
+                    parts = parts.saturating_add(self.count_parts(element, pointer, depth + 1)?);
                     pointer.truncate(at);
                 }
             }
@@ -241,7 +246,7 @@ impl<'a> Cost<'a> {
         };
         self.open.push(reference);
         // Starting at the number of open references bounds the recursion over all of them together.
-        let parts = self.of(value, &mut target.to_owned(), self.open.len())?;
+        let parts = self.count_parts(value, &mut target.to_owned(), self.open.len())?;
         self.open.pop();
         self.known.insert(reference, parts);
         Ok(parts)
@@ -345,7 +350,7 @@ mod tests {
 
     #[test]
     fn other_drafts_and_what_is_no_schema_are_refused() {
-        assert!(Schema::compile(json!({ "$schema": DRAFT })).is_ok());
+        assert!(Schema::compile(json!({ "$schema": SCHEMA_DRAFT_URL })).is_ok());
         assert!(Schema::compile(json!(true)).is_ok());
         let old = json!({"$schema": "http://json-schema.org/draft-07/schema#"});
         assert!(matches!(refused(old), SchemaError::Draft(_)));

@@ -12,13 +12,13 @@ use async_nats::{HeaderMap, HeaderValue};
 use bytes::Bytes;
 use futures_util::StreamExt;
 
-use crate::kv::{at_open, of_server};
+use crate::kv::{kv_error_of_create, kv_error_of_jetstream};
 use crate::{KvError, Nats};
 
 /// How long one read or write may take before it counts as failed.
-const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
+const CELL_ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Writes that may wait for their ack at the same time; one more waits for room.
-const WRITES_MAX: usize = 1024;
+const CELL_WRITES_IN_FLIGHT_MAX: usize = 1024;
 
 /// What a bucket of cells is like.
 #[derive(Debug, Clone)]
@@ -81,7 +81,8 @@ impl Cells {
         if let Some(trouble) = nats.trouble() {
             return Err(CellError::Away(trouble));
         }
-        let builder = ContextBuilder::new().max_ack_inflight(WRITES_MAX).timeout(ANSWER_WAIT_MAX);
+        let builder =
+            ContextBuilder::new().max_ack_inflight(CELL_WRITES_IN_FLIGHT_MAX).timeout(CELL_ANSWER_WAIT_MAX);
         let jetstream = builder.build(nats.client().clone());
         let prefix = format!("$KV.{}.", settings.bucket);
         // The configuration of a KV bucket, so that any client can read it; cells may also have a TTL.
@@ -101,13 +102,13 @@ impl Cells {
         };
         let name = &settings.bucket;
         let found = jetstream.get_or_create_stream(config.clone()).await;
-        let stream = found.map_err(|error| at_open(name, &error))?;
+        let stream = found.map_err(|error| kv_error_of_create(name, &error))?;
         let is = &stream.cached_info().config;
         if (is.num_replicas, is.max_age) != (config.num_replicas, config.max_age) {
             jetstream.update_stream(config).await.map_err(|error| {
                 let text = format!("bucket {name}: {error}");
                 match error.kind() {
-                    UpdateStreamErrorKind::JetStream(error) => of_server(text, &error).into(),
+                    UpdateStreamErrorKind::JetStream(error) => kv_error_of_jetstream(text, &error).into(),
                     UpdateStreamErrorKind::TimedOut => CellError::Away(text),
                     _ => CellError::Refused(text),
                 }
@@ -128,7 +129,7 @@ impl Cells {
     pub async fn get(&self, key: &str) -> Result<Cell, CellError> {
         let subject = self.subject(key);
         let read = self.stream.get_last_raw_message_by_subject(&subject);
-        match tokio::time::timeout(ANSWER_WAIT_MAX, read).await.map_err(|_| late())? {
+        match tokio::time::timeout(CELL_ANSWER_WAIT_MAX, read).await.map_err(|_| cell_timeout_error())? {
             Ok(message) => {
                 let value = (!message.payload.is_empty()).then_some(message.payload);
                 Ok(Cell { revision: message.sequence, value })
@@ -163,7 +164,7 @@ impl Cells {
             let sent = self.jetstream.publish_with_headers(self.subject(key), headers, value).await?;
             sent.await
         };
-        match tokio::time::timeout(ANSWER_WAIT_MAX, written).await.map_err(|_| late())? {
+        match tokio::time::timeout(CELL_ANSWER_WAIT_MAX, written).await.map_err(|_| cell_timeout_error())? {
             Ok(acknowledged) => Ok(acknowledged.sequence),
             Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Err(CellError::Changed),
             Err(error) => Err(CellError::Away(error.to_string())),
@@ -176,7 +177,8 @@ impl Cells {
     /// [`CellError::Away`].
     pub async fn remove(&self, key: &str) -> Result<(), CellError> {
         let purged = self.stream.purge().filter(self.subject(key)).into_future();
-        let purged = tokio::time::timeout(ANSWER_WAIT_MAX, purged).await.map_err(|_| late())?;
+        let purged =
+            tokio::time::timeout(CELL_ANSWER_WAIT_MAX, purged).await.map_err(|_| cell_timeout_error())?;
         purged.map(|_| ()).map_err(|error| CellError::Away(error.to_string()))
     }
 
@@ -184,12 +186,13 @@ impl Cells {
     ///
     /// # Errors
     /// [`CellError::Away`].
-    pub async fn any_below(&self, part: &str) -> Result<bool, CellError> {
+    pub async fn has_any_below(&self, part: &str) -> Result<bool, CellError> {
         let cells = async {
             let mut subjects = self.stream.info_with_subjects(self.subject(&format!("{part}.>"))).await?;
             Ok::<_, async_nats::Error>(subjects.next().await.transpose()?.is_some())
         };
-        let found = tokio::time::timeout(ANSWER_WAIT_MAX, cells).await.map_err(|_| late())?;
+        let found =
+            tokio::time::timeout(CELL_ANSWER_WAIT_MAX, cells).await.map_err(|_| cell_timeout_error())?;
         found.map_err(|error| CellError::Away(error.to_string()))
     }
 
@@ -198,6 +201,6 @@ impl Cells {
     }
 }
 
-fn late() -> CellError {
-    CellError::Away(format!("no answer within {} s", ANSWER_WAIT_MAX.as_secs()))
+fn cell_timeout_error() -> CellError {
+    CellError::Away(format!("no answer within {} s", CELL_ANSWER_WAIT_MAX.as_secs()))
 }

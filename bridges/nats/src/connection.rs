@@ -10,20 +10,20 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 /// The longest wait between two attempts to connect.
-const RECONNECT_MAX: Duration = Duration::from_secs(1);
+const NATS_RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How often the client pings its server. After three missing answers it connects to another server: a host
 /// that is cut off closes no connection.
-const PING: Duration = Duration::from_secs(1);
+const NATS_PING_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a server may take to accept the client.
-const CONNECT_MAX: Duration = Duration::from_secs(2);
+const NATS_CONNECT_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Where NATS is, and how to authenticate.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct NatsSettings {
     /// `nats://HOST:PORT` or `tls://HOST:PORT`, of one or more servers of a cluster.
     pub servers: Vec<String>,
     /// How to authenticate.
-    pub credentials: Credentials,
+    pub credentials: NatsCredentials,
     /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts.
     pub ca: Option<PathBuf>,
     /// The connection's name in NATS' monitoring.
@@ -32,7 +32,7 @@ pub struct Settings {
 
 /// How a connection authenticates to NATS.
 #[derive(Clone)]
-pub enum Credentials {
+pub enum NatsCredentials {
     /// Not at all.
     None,
     /// A user of the server's configuration.
@@ -46,12 +46,12 @@ pub enum Credentials {
     File(PathBuf),
 }
 
-impl std::fmt::Debug for Credentials {
+impl std::fmt::Debug for NatsCredentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Credentials::None => f.write_str("None"),
-            Credentials::Password { user, .. } => f.debug_tuple("Password").field(user).finish(),
-            Credentials::File(path) => f.debug_tuple("File").field(path).finish(),
+            NatsCredentials::None => f.write_str("None"),
+            NatsCredentials::Password { user, .. } => f.debug_tuple("Password").field(user).finish(),
+            NatsCredentials::File(path) => f.debug_tuple("File").field(path).finish(),
         }
     }
 }
@@ -94,7 +94,7 @@ impl Nats {
     ///
     /// # Errors
     /// [`NatsError`] for settings that can never work.
-    pub async fn connect(settings: &Settings) -> Result<Self, NatsError> {
+    pub async fn connect(settings: &NatsSettings) -> Result<Self, NatsError> {
         let servers = settings.servers.iter().map(|address| without_credentials(address));
         let servers = servers.collect::<Vec<_>>().join(",");
         let addresses = settings.servers.iter().map(|address| {
@@ -109,26 +109,26 @@ impl Nats {
         let (count, connections) = watch::channel(0);
         let count = Arc::new(count);
         let options = match &settings.credentials {
-            Credentials::None => ConnectOptions::new(),
-            Credentials::Password { user, password } => {
+            NatsCredentials::None => ConnectOptions::new(),
+            NatsCredentials::Password { user, password } => {
                 ConnectOptions::with_user_and_password(user.clone(), password.clone())
             }
-            Credentials::File(path) => ConnectOptions::with_credentials_file(path)
+            NatsCredentials::File(path) => ConnectOptions::with_credentials_file(path)
                 .await
                 .map_err(|error| NatsError::File { path: path.clone(), detail: error.to_string() })?,
         };
         let mut options = options
             .name(&settings.name)
             .retry_on_initial_connect()
-            .ping_interval(PING)
-            .connection_timeout(CONNECT_MAX)
+            .ping_interval(NATS_PING_INTERVAL)
+            .connection_timeout(NATS_CONNECT_WAIT_MAX)
             .reconnect_delay_callback(|attempts| {
-                Duration::from_millis(50 << attempts.min(5)).min(RECONNECT_MAX)
+                Duration::from_millis(50 << attempts.min(5)).min(NATS_RECONNECT_PAUSE_MAX)
             })
             .event_callback(move |event| {
                 let (servers, seen, count) = (servers.clone(), seen.clone(), count.clone());
                 async move {
-                    note(&event, &servers, &seen);
+                    note_connection_event(&event, &servers, &seen);
                     if matches!(event, Event::Connected) {
                         count.send_modify(|count| *count += 1);
                     }
@@ -168,7 +168,7 @@ pub fn without_credentials(address: &str) -> String {
 }
 
 /// Records and logs an event of the connection. A loss is logged once, not at every attempt to reconnect.
-fn note(event: &Event, servers: &str, seen: &Mutex<Option<String>>) {
+fn note_connection_event(event: &Event, servers: &str, seen: &Mutex<Option<String>>) {
     let mut trouble = seen.lock().unwrap_or_else(PoisonError::into_inner);
     match event {
         Event::Connected => {

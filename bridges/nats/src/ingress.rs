@@ -23,16 +23,16 @@ use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use crate::connection::{self, Nats, NatsError};
-use crate::inlet::{Answers, Inlet, Parcel, Verdict, Verdicts};
+use crate::inlet::{Inlet, InletAnswerWriter, InletVerdict, InletVerdicts, Parcel};
 
 /// The pause before a new connection replaces one that the client library gave up.
-const ANEW: Duration = Duration::from_millis(50);
+const INGRESS_RECONNECT_PAUSE: Duration = Duration::from_millis(50);
 /// How long the drain of the subscription may take, and then the last answers.
-const GOODBYE_MAX: Duration = Duration::from_secs(2);
+const INGRESS_DRAIN_MAX: Duration = Duration::from_secs(2);
 
 /// What an ingress receives, and its bounds.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct IngressSettings {
     /// The subject, with wildcards.
     pub subject: String,
     /// The queue group: each message goes to one of its subscribers, on however many gateways.
@@ -54,14 +54,14 @@ pub struct Settings {
 /// The ingress of a subject.
 #[derive(Debug)]
 pub struct Ingress {
-    connection: connection::Settings,
-    settings: Settings,
+    connection: connection::NatsSettings,
+    settings: IngressSettings,
     nats: Mutex<Nats>,
 }
 
 /// Why a subscription ended.
 #[derive(Debug, PartialEq)]
-enum End {
+enum SubscriptionEnd {
     /// It was told to stop, and everything is answered.
     Stopped,
     /// The client library gave up the connection.
@@ -73,7 +73,10 @@ impl Ingress {
     ///
     /// # Errors
     /// [`NatsError`] for settings that can never work.
-    pub async fn connect(connection: connection::Settings, settings: Settings) -> Result<Self, NatsError> {
+    pub async fn connect(
+        connection: connection::NatsSettings,
+        settings: IngressSettings,
+    ) -> Result<Self, NatsError> {
         let nats = Mutex::new(Nats::connect(&connection).await?);
         Ok(Self { connection, settings, nats })
     }
@@ -91,15 +94,15 @@ impl Ingress {
     /// no more, and returns once everything received is answered.
     pub async fn run(&self, inlet: &impl Inlet, stop: impl Future<Output = ()>) {
         let mut stop = std::pin::pin!(stop);
-        let answers = Answers::of(&self.settings.stream);
+        let answers = InletAnswerWriter::for_stream(&self.settings.stream);
         loop {
             let client = self.nats().client().clone();
-            if self.serve(&client, &answers, inlet, stop.as_mut()).await == End::Stopped {
+            if self.serve(&client, &answers, inlet, stop.as_mut()).await == SubscriptionEnd::Stopped {
                 return;
             }
             warn!(subject = self.settings.subject, "the connection to NATS was lost for good: a new one");
             tokio::select! {
-                () = tokio::time::sleep(ANEW) => {}
+                () = tokio::time::sleep(INGRESS_RECONNECT_PAUSE) => {}
                 () = &mut stop => return,
             }
             match Nats::connect(&self.connection).await {
@@ -112,19 +115,19 @@ impl Ingress {
     async fn serve(
         &self,
         client: &Client,
-        answers: &Answers,
+        answers: &InletAnswerWriter,
         inlet: &impl Inlet,
         mut stop: Pin<&mut impl Future<Output = ()>>,
-    ) -> End {
-        let Settings { subject, queue, .. } = &self.settings;
+    ) -> SubscriptionEnd {
+        let IngressSettings { subject, queue, .. } = &self.settings;
         let mut subscription = match client.queue_subscribe(subject.clone(), queue.clone()).await {
             Ok(subscription) => subscription,
             Err(error) => {
                 warn!(subject, %error, "cannot subscribe");
-                return End::Lost;
+                return SubscriptionEnd::Lost;
             }
         };
-        let mut waiting = Waiting::default();
+        let mut waiting = WaitingParcels::default();
         let mut arrived = Vec::new();
         // The batch being handed over. There is one at a time, so that messages keep their order.
         let mut handing = None;
@@ -135,17 +138,17 @@ impl Ingress {
         // Verdicts on messages that were too many, with their reply subjects.
         let mut overflowed = (Vec::new(), Vec::new());
         let (mut stopping, mut open) = (false, true);
-        let mut close_by = std::pin::pin!(tokio::time::sleep(GOODBYE_MAX));
+        let mut close_by = std::pin::pin!(tokio::time::sleep(INGRESS_DRAIN_MAX));
         loop {
             if handing.is_none()
                 && keeping.len() < self.settings.batches_in_flight_max
-                && let Some((parcels, replies)) = waiting.batch(&self.settings)
+                && let Some((parcels, replies)) = waiting.take_batch(&self.settings)
             {
                 handing = Some(Box::pin(async move { (inlet.deliver(parcels).await, replies) }));
             }
             if answering.is_none() && !overflowed.0.is_empty() {
                 let (verdicts, replies) = std::mem::take(&mut overflowed);
-                answering = Some(Box::pin(answer(client, answers, verdicts, replies)));
+                answering = Some(Box::pin(publish_answers(client, answers, verdicts, replies)));
             }
             if !open && handing.is_none() && keeping.is_empty() && answering.is_none() {
                 break;
@@ -154,13 +157,13 @@ impl Ingress {
                 biased;
                 () = or_never(&mut answering) => answering = None,
                 Some((verdicts, replies)) = keeping.next(), if answering.is_none() && !keeping.is_empty() => {
-                    answering = Some(Box::pin(answer(client, answers, verdicts, replies)));
+                    answering = Some(Box::pin(publish_answers(client, answers, verdicts, replies)));
                 }
                 (verdicts, replies) = or_never(&mut handing) => {
                     handing = None;
-                    keeping.push_back(kept(verdicts, replies));
+                    keeping.push_back(await_verdicts(verdicts, replies));
                 }
-                goes_on = tokio::task::unconstrained(arrive(&mut subscription, &mut arrived, &self.settings)),
+                goes_on = tokio::task::unconstrained(receive_arrived(&mut subscription, &mut arrived, &self.settings)),
                 if open => {
                     open = goes_on;
                     for mut parcel in arrived.drain(..) {
@@ -177,34 +180,34 @@ impl Ingress {
                 }
                 () = &mut stop, if !stopping => {
                     stopping = true;
-                    close_by.as_mut().reset(Instant::now() + GOODBYE_MAX);
+                    close_by.as_mut().reset(Instant::now() + INGRESS_DRAIN_MAX);
                     // A drain still delivers what has arrived, and then ends the subscription. If NATS is
                     // away, neither would ever happen.
-                    let ending = tokio::time::timeout(GOODBYE_MAX, subscription.drain());
+                    let ending = tokio::time::timeout(INGRESS_DRAIN_MAX, subscription.drain());
                     open = open && self.trouble().is_none() && matches!(ending.await, Ok(Ok(())));
                 }
                 () = &mut close_by, if stopping && open => open = false,
             }
         }
         if !stopping {
-            return End::Lost;
+            return SubscriptionEnd::Lost;
         }
-        if tokio::time::timeout(GOODBYE_MAX, client.flush()).await.is_err() {
+        if tokio::time::timeout(INGRESS_DRAIN_MAX, client.flush()).await.is_err() {
             debug!(subject, "the last answers may not have been sent");
         }
-        End::Stopped
+        SubscriptionEnd::Stopped
     }
 }
 
 /// Messages that wait for their batch, in the order of their arrival.
 #[derive(Default)]
-struct Waiting {
+struct WaitingParcels {
     parcels: std::collections::VecDeque<Parcel>,
     bytes: usize,
 }
 
-impl Waiting {
-    fn has_room(&self, parcel: &Parcel, settings: &Settings) -> bool {
+impl WaitingParcels {
+    fn has_room(&self, parcel: &Parcel, settings: &IngressSettings) -> bool {
         self.parcels.len() < settings.waiting_messages_max
             && self.bytes + parcel.weight() <= settings.waiting_bytes_max
     }
@@ -215,7 +218,7 @@ impl Waiting {
     }
 
     /// Takes the next batch, and the reply subjects of its messages.
-    fn batch(&mut self, settings: &Settings) -> Option<(Vec<Parcel>, Vec<Option<Subject>>)> {
+    fn take_batch(&mut self, settings: &IngressSettings) -> Option<(Vec<Parcel>, Vec<Option<Subject>>)> {
         let (mut parcels, mut replies) = (Vec::new(), Vec::new());
         let mut bytes = 0;
         while let Some(parcel) = self.parcels.front()
@@ -235,7 +238,11 @@ impl Waiting {
 }
 
 /// Waits for a message and takes all that have arrived, at most a batch. `false`: the subscription is over.
-async fn arrive(subscription: &mut Subscriber, arrived: &mut Vec<Parcel>, settings: &Settings) -> bool {
+async fn receive_arrived(
+    subscription: &mut Subscriber,
+    arrived: &mut Vec<Parcel>,
+    settings: &IngressSettings,
+) -> bool {
     std::future::poll_fn(|cx: &mut Context<'_>| {
         loop {
             match subscription.poll_next_unpin(cx) {
@@ -261,12 +268,20 @@ async fn or_never<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
     }
 }
 
-async fn kept(verdicts: Verdicts, replies: Vec<Option<Subject>>) -> (Vec<Verdict>, Vec<Option<Subject>>) {
+async fn await_verdicts(
+    verdicts: InletVerdicts,
+    replies: Vec<Option<Subject>>,
+) -> (Vec<InletVerdict>, Vec<Option<Subject>>) {
     (verdicts.await, replies)
 }
 
 /// Publishes the verdicts to the senders that asked for an answer.
-async fn answer(client: &Client, answers: &Answers, verdicts: Vec<Verdict>, replies: Vec<Option<Subject>>) {
+async fn publish_answers(
+    client: &Client,
+    answers: &InletAnswerWriter,
+    verdicts: Vec<InletVerdict>,
+    replies: Vec<Option<Subject>>,
+) {
     for (verdict, reply) in verdicts.into_iter().zip(replies) {
         let Some(reply) = reply else { continue };
         let (headers, body) = answers.write(verdict);

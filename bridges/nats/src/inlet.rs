@@ -1,5 +1,5 @@
 //! The inlet: the contract between NATS and the code that admits messages. Each message of a subject becomes
-//! a [`Parcel`], and the [`Inlet`] gives a [`Verdict`] on it. The answer on the message's reply subject has
+//! a [`Parcel`], and the [`Inlet`] gives a [`InletVerdict`] on it. The answer on the message's reply subject has
 //! the form of JetStream's, so that a client's `js.publish` works unchanged.
 
 use std::future::Future;
@@ -13,12 +13,12 @@ use bytes::Bytes;
 /// One message from NATS. It has no `Debug`: a header holds the API key.
 pub struct Parcel {
     message: Message,
-    reply: Reply,
+    reply: NatsReplyPolicy,
 }
 
 /// Whether a message can be answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reply {
+pub enum NatsReplyPolicy {
     /// It has no reply subject: no sender waits for an answer.
     Unwanted,
     /// It has a reply subject that may be answered.
@@ -31,9 +31,9 @@ pub enum Reply {
 impl Parcel {
     pub(crate) fn new(message: Message) -> Self {
         let reply = match &message.reply {
-            None => Reply::Unwanted,
-            Some(reply) if reply.starts_with('_') => Reply::Wanted,
-            Some(_) => Reply::Elsewhere,
+            None => NatsReplyPolicy::Unwanted,
+            Some(reply) if reply.starts_with('_') => NatsReplyPolicy::Wanted,
+            Some(_) => NatsReplyPolicy::Elsewhere,
         };
         Self { message, reply }
     }
@@ -62,13 +62,13 @@ impl Parcel {
     /// sender publish where it may not, such as into the validated stream. Only subjects that begin with `_`
     /// are answered: clients' inboxes (`_INBOX.…`), and what a server makes of them on the way from another
     /// account (`_R_.…`).
-    pub fn reply(&self) -> Reply {
+    pub fn reply(&self) -> NatsReplyPolicy {
         self.reply
     }
 
     /// Takes the reply subject, if it may be answered.
     pub(crate) fn take_reply(&mut self) -> Option<async_nats::Subject> {
-        self.message.reply.take().filter(|_| self.reply == Reply::Wanted)
+        self.message.reply.take().filter(|_| self.reply == NatsReplyPolicy::Wanted)
     }
 
     /// Its approximate size in memory, in bytes.
@@ -79,7 +79,7 @@ impl Parcel {
 
 /// The outcome for a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum InletVerdict {
     /// It is stored durably.
     Stored {
         /// Its sequence number.
@@ -88,12 +88,12 @@ pub enum Verdict {
         duplicate: bool,
     },
     /// It is not stored, or only in quarantine.
-    Refused(Box<Refused>),
+    Refused(Box<InletRefusal>),
 }
 
 /// A refusal, as the sender is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refused {
+pub struct InletRefusal {
     /// An HTTP status code: 401, 429.
     pub code: u16,
     /// A short text.
@@ -106,39 +106,39 @@ pub struct Refused {
 }
 
 /// Resolves to one verdict for each message of a batch, in their order.
-pub type Verdicts = Pin<Box<dyn Future<Output = Vec<Verdict>> + Send>>;
+pub type InletVerdicts = Pin<Box<dyn Future<Output = Vec<InletVerdict>> + Send>>;
 
 /// Admits messages.
 pub trait Inlet: Sync {
     /// Takes messages in the order of their arrival. It returns when their order is fixed, so that the next
     /// batch follows them; the returned future gives the verdicts later.
-    fn deliver(&self, parcels: Vec<Parcel>) -> impl Future<Output = Verdicts> + Send;
+    fn deliver(&self, parcels: Vec<Parcel>) -> impl Future<Output = InletVerdicts> + Send;
 
     /// The verdict on a message for which there is no room: NATS has no way to make a publisher wait.
-    fn overflow(&self, parcel: &Parcel) -> Verdict;
+    fn overflow(&self, parcel: &Parcel) -> InletVerdict;
 }
 
 /// Encodes verdicts as JetStream encodes its answers.
 #[derive(Debug, Clone)]
-pub(crate) struct Answers {
+pub(crate) struct InletAnswerWriter {
     /// `{"stream":"NAME","seq":`
     stored: String,
 }
 
-impl Answers {
+impl InletAnswerWriter {
     /// Answers in the name of a stream.
-    pub(crate) fn of(stream: &str) -> Self {
+    pub(crate) fn for_stream(stream: &str) -> Self {
         Self { stored: format!("{{\"stream\":{},\"seq\":", serde_json::Value::from(stream)) }
     }
 
     /// The headers and the payload of an answer.
-    pub(crate) fn write(&self, verdict: Verdict) -> (Option<HeaderMap>, Bytes) {
+    pub(crate) fn write(&self, verdict: InletVerdict) -> (Option<HeaderMap>, Bytes) {
         match verdict {
-            Verdict::Stored { seq, duplicate } => {
+            InletVerdict::Stored { seq, duplicate } => {
                 (None, format!("{}{seq},\"duplicate\":{duplicate}}}", self.stored).into())
             }
-            Verdict::Refused(refused) => {
-                let Refused { code, text, body, retry_after } = *refused;
+            InletVerdict::Refused(refused) => {
+                let InletRefusal { code, text, body, retry_after } = *refused;
                 let mut headers = HeaderMap::new();
                 // A line break would end the header.
                 let text: String = text.chars().filter(|c| !c.is_control()).collect();
@@ -177,7 +177,8 @@ mod tests {
 
     #[test]
     fn a_yes_is_what_jetstream_says() {
-        let (headers, body) = Answers::of("headgate").write(Verdict::Stored { seq: 7, duplicate: true });
+        let (headers, body) =
+            InletAnswerWriter::for_stream("headgate").write(InletVerdict::Stored { seq: 7, duplicate: true });
         assert!(headers.is_none());
         let ack: async_nats::jetstream::publish::PublishAck =
             serde_json::from_slice(&body).expect("as a client reads it");
@@ -186,13 +187,14 @@ mod tests {
 
     #[test]
     fn a_no_has_its_code_in_the_headers_and_no_line_break_from_a_text() {
-        let refused = Refused {
+        let refused = InletRefusal {
             code: 429,
             text: "too many\r\nX: y".to_owned(),
             body: b"{}".to_vec(),
             retry_after: Some(Duration::from_millis(1001)),
         };
-        let (headers, _) = Answers::of("headgate").write(Verdict::Refused(Box::new(refused)));
+        let (headers, _) =
+            InletAnswerWriter::for_stream("headgate").write(InletVerdict::Refused(Box::new(refused)));
         let headers = headers.expect("headers");
         let value = |name: &str| headers.get(name).map(HeaderValue::as_str);
         assert_eq!(value("Nats-Service-Error"), Some("too manyX: y"));
@@ -203,16 +205,16 @@ mod tests {
     #[test]
     fn an_answer_goes_to_an_inbox_and_nowhere_else() {
         for (reply, answered) in [
-            (None, Reply::Unwanted),
-            (Some("_INBOX.abc.1"), Reply::Wanted),
-            (Some("_R_.abc.1"), Reply::Wanted),
-            (Some("stream.press-4.temp"), Reply::Elsewhere),
-            (Some("$KV.headgate-registry.key"), Reply::Elsewhere),
-            (Some("ingest.press-4.temp"), Reply::Elsewhere),
+            (None, NatsReplyPolicy::Unwanted),
+            (Some("_INBOX.abc.1"), NatsReplyPolicy::Wanted),
+            (Some("_R_.abc.1"), NatsReplyPolicy::Wanted),
+            (Some("stream.press-4.temp"), NatsReplyPolicy::Elsewhere),
+            (Some("$KV.headgate-registry.key"), NatsReplyPolicy::Elsewhere),
+            (Some("ingest.press-4.temp"), NatsReplyPolicy::Elsewhere),
         ] {
             let mut parcel = parcel(reply);
             assert_eq!(parcel.reply(), answered, "{reply:?}");
-            assert_eq!(parcel.take_reply().is_some(), answered == Reply::Wanted, "{reply:?}");
+            assert_eq!(parcel.take_reply().is_some(), answered == NatsReplyPolicy::Wanted, "{reply:?}");
         }
     }
 

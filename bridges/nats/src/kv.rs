@@ -2,9 +2,9 @@
 //! stores (ADR-8), so that `nats kv` can show it.
 //!
 //! A row has a key, a value, and a revision: the place in the bucket's stream where it was last written.
-//! Only the newest value of a row is kept. [`Bucket::put_all`] writes related rows all or none, with
+//! Only the newest value of a row is kept. [`KvBucket::put_all`] writes related rows all or none, with
 //! JetStream's atomic batches (nats-server 2.12), and only if no other writer was first. A node that needs
-//! all rows at all times watches the bucket ([`Bucket::watch`]).
+//! all rows at all times watches the bucket ([`KvBucket::watch`]).
 
 mod put;
 mod watch;
@@ -23,27 +23,27 @@ use bytes::Bytes;
 
 use crate::connection::Nats;
 
-pub use put::Put;
-pub use watch::{Seen, Update, Watch};
+pub use put::KvPut;
+pub use watch::{KvUpdate, KvWatch, KvWatchProgress};
 
 /// The place of a row in its bucket's stream. A later write has a higher revision. The first is 1.
-pub type Revision = u64;
+pub type KvRevision = u64;
 
 /// The most rows in one atomic batch: nats-server's own limit.
-pub const BATCH_ROWS_MAX: usize = 1000;
+pub const KV_BATCH_ROWS_MAX: usize = 1000;
 
-const OPERATION: &str = "KV-Operation";
-const DELETED: &str = "DEL";
+const KV_OPERATION_HEADER: &str = "KV-Operation";
+const KV_OPERATION_DELETE: &str = "DEL";
 /// How long JetStream may take to answer. An answer that is lost with a connection never comes.
-const ANSWER_MAX: Duration = Duration::from_secs(2);
+const KV_ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
 /// The pause before JetStream is asked again.
-const PAUSE: Duration = Duration::from_millis(100);
+const KV_RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// The stream's duplicate window, unless rows live shorter. It has no effect: rows carry no message id.
-const DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
+const KV_DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
 
 /// What a bucket is to be like.
 #[derive(Debug, Clone)]
-pub struct BucketSettings {
+pub struct KvBucketSettings {
     /// Its name: letters, digits, `-` and `_`.
     pub name: String,
     /// How many servers hold it.
@@ -72,46 +72,48 @@ pub enum KvError {
 
 /// One row.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row {
+pub struct KvRow {
     /// Its key: letters, digits, `-`, `_`, `/`, `=`, and `.` between its parts.
     pub key: String,
     /// What it holds; `None`: it was deleted.
     pub value: Option<Bytes>,
     /// Where it was written.
-    pub revision: Revision,
+    pub revision: KvRevision,
 }
 
 /// A bucket. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Bucket {
+pub struct KvBucket {
     nats: Nats,
     context: Context,
     stream: Stream<()>,
     name: String,
 }
 
-impl Bucket {
+impl KvBucket {
     /// Opens a bucket, and creates it if there is none.
     ///
     /// # Errors
     /// [`KvError::Away`] while NATS is; [`KvError::Refused`] if JetStream cannot have such a bucket: it is
     /// off, has too few servers for the replicas, or is older than 2.12.
-    pub async fn open(nats: &Nats, settings: &BucketSettings) -> Result<Self, KvError> {
+    pub async fn open(nats: &Nats, settings: &KvBucketSettings) -> Result<Self, KvError> {
         if let Some(trouble) = nats.trouble() {
             return Err(KvError::Away(trouble));
         }
-        let context = ContextBuilder::new().timeout(ANSWER_MAX).build(nats.client().clone());
+        let context = ContextBuilder::new().timeout(KV_ANSWER_WAIT_MAX).build(nats.client().clone());
         let name = &settings.name;
-        let wanted = config(settings);
-        let found =
-            context.get_or_create_stream(wanted.clone()).await.map_err(|error| at_open(name, &error))?;
+        let wanted = kv_stream_config(settings);
+        let found = context
+            .get_or_create_stream(wanted.clone())
+            .await
+            .map_err(|error| kv_error_of_create(name, &error))?;
         let is = &found.cached_info().config;
         if (is.num_replicas, is.max_age) != (wanted.num_replicas, wanted.max_age) || !is.allow_atomic_publish
         {
             context.update_stream(wanted).await.map_err(|error| {
                 let text = format!("bucket {name}: {error}");
                 match error.kind() {
-                    UpdateStreamErrorKind::JetStream(error) => of_server(text, &error),
+                    UpdateStreamErrorKind::JetStream(error) => kv_error_of_jetstream(text, &error),
                     UpdateStreamErrorKind::TimedOut => KvError::Away(text),
                     _ => KvError::Refused(text),
                 }
@@ -131,17 +133,17 @@ impl Bucket {
     ///
     /// # Errors
     /// [`KvError::Away`].
-    pub async fn get(&self, key: &str) -> Result<Option<Row>, KvError> {
+    pub async fn get(&self, key: &str) -> Result<Option<KvRow>, KvError> {
         Ok(self.last_of(&self.subject(key)).await?.map(|(row, _)| row))
     }
 
     /// The newest row of a subject, and its headers. The stream's leader is asked: replicas may be behind.
-    async fn last_of(&self, subject: &str) -> Result<Option<(Row, HeaderMap)>, KvError> {
+    async fn last_of(&self, subject: &str) -> Result<Option<(KvRow, HeaderMap)>, KvError> {
         match self.stream.get_last_raw_message_by_subject(subject).await {
             Ok(message) => {
                 let key = self.key(&message.subject).to_owned();
                 let value = (!is_deleted(Some(&message.headers))).then_some(message.payload);
-                Ok(Some((Row { key, value, revision: message.sequence }, message.headers)))
+                Ok(Some((KvRow { key, value, revision: message.sequence }, message.headers)))
             }
             Err(error) => match error.kind() {
                 LastRawMessageErrorKind::NoMessageFound => Ok(None),
@@ -152,7 +154,7 @@ impl Bucket {
 
     /// How far the bucket is: the revision of the newest row that exists, and the newest revision ever
     /// written.
-    async fn end(&self) -> Result<(Revision, Revision), KvError> {
+    async fn end_revisions(&self) -> Result<(KvRevision, KvRevision), KvError> {
         let info = self.stream.get_info().await;
         let info = info.map_err(|error| KvError::Away(format!("bucket {}: {error}", self.name)))?;
         let last = self.last_of(&self.subject(">")).await?.map_or(0, |(row, _)| row.revision);
@@ -172,12 +174,13 @@ impl Bucket {
 /// Whether a message marks its row as deleted.
 fn is_deleted(headers: Option<&HeaderMap>) -> bool {
     headers.is_some_and(|headers| {
-        let operation = headers.get(OPERATION).map(|value| value.as_str());
-        matches!(operation, Some(DELETED | "PURGE")) || headers.get(header::NATS_MARKER_REASON).is_some()
+        let operation = headers.get(KV_OPERATION_HEADER).map(|value| value.as_str());
+        matches!(operation, Some(KV_OPERATION_DELETE | "PURGE"))
+            || headers.get(header::NATS_MARKER_REASON).is_some()
     })
 }
 
-fn config(settings: &BucketSettings) -> Config {
+fn kv_stream_config(settings: &KvBucketSettings) -> Config {
     let age_max = settings.age_max.unwrap_or_default();
     Config {
         name: format!("KV_{}", settings.name),
@@ -188,7 +191,11 @@ fn config(settings: &BucketSettings) -> Config {
         max_messages_per_subject: 1,
         max_age: age_max,
         num_replicas: settings.replicas,
-        duplicate_window: if age_max.is_zero() { DUPLICATE_WINDOW } else { DUPLICATE_WINDOW.min(age_max) },
+        duplicate_window: if age_max.is_zero() {
+            KV_DUPLICATE_WINDOW
+        } else {
+            KV_DUPLICATE_WINDOW.min(age_max)
+        },
         allow_rollup: true,
         deny_delete: true,
         allow_direct: true,
@@ -199,10 +206,10 @@ fn config(settings: &BucketSettings) -> Config {
     }
 }
 
-pub(crate) fn at_open(name: &str, error: &CreateStreamError) -> KvError {
+pub(crate) fn kv_error_of_create(name: &str, error: &CreateStreamError) -> KvError {
     let text = format!("bucket {name}: {error}");
     match error.kind() {
-        CreateStreamErrorKind::JetStream(error) => of_server(text, &error),
+        CreateStreamErrorKind::JetStream(error) => kv_error_of_jetstream(text, &error),
         CreateStreamErrorKind::JetStreamUnavailable
         | CreateStreamErrorKind::TimedOut
         | CreateStreamErrorKind::Response
@@ -212,7 +219,7 @@ pub(crate) fn at_open(name: &str, error: &CreateStreamError) -> KvError {
 }
 
 /// Classifies an error of JetStream. A 5xx is transient, with the exceptions below.
-pub(crate) fn of_server(text: String, error: &jetstream::Error) -> KvError {
+pub(crate) fn kv_error_of_jetstream(text: String, error: &jetstream::Error) -> KvError {
     match error.error_code() {
         ErrorCode::STREAM_REPLICAS_NOT_SUPPORTED => KvError::Refused(text),
         // The cluster has not found its servers yet.

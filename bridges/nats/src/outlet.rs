@@ -28,15 +28,15 @@ use serde::Deserialize;
 use crate::connection::Nats;
 
 /// How long opening waits for a connection, and how often it checks.
-const CONNECT_WAIT: Duration = Duration::from_millis(500);
-const CONNECT_LOOK: Duration = Duration::from_millis(10);
+const OUTLET_CONNECT_WAIT_MAX: Duration = Duration::from_millis(500);
+const OUTLET_CONNECT_POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// How long an answer may take before it counts as lost.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
+const OUTLET_ANSWER_WAIT_MAX: Duration = Duration::from_secs(5);
 /// How often a wait for an answer checks that the connection is still the same.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const OUTLET_CONNECTION_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// The most messages under way, and the most bytes. A server drops messages that a stream has not taken yet
 /// when they are more than 10,000 or 128 MiB.
-const WINDOW: (usize, usize) = (4096, 8 << 20);
+const OUTLET_WINDOW_MAX: (usize, usize) = (4096, 8 << 20);
 /// How many messages of a full window ask for an answer.
 const ANSWERS_PER_WINDOW: usize = 4;
 /// Bytes that count toward the server's message limit beside payload and headers: the first and last line of
@@ -47,7 +47,7 @@ const EXPECTED_LAST_SEQUENCE: HeaderName = HeaderName::from_static("Nats-Expecte
 
 /// What a stream is to be like.
 #[derive(Debug, Clone)]
-pub struct StreamSettings {
+pub struct OutletStreamSettings {
     /// Its name in JetStream.
     pub name: String,
     /// The subjects that it stores.
@@ -62,7 +62,7 @@ pub struct StreamSettings {
 
 /// A message of a stream.
 #[derive(Debug, Clone)]
-pub struct Message {
+pub struct OutletMessage {
     /// The subject under which it is stored.
     pub subject: String,
     /// Its headers.
@@ -73,12 +73,12 @@ pub struct Message {
 
 /// How far a stream is.
 #[derive(Debug, Clone)]
-pub struct Last {
+pub struct OutletPosition {
     /// The sequence of the newest message ever stored; 0 if there was none.
     pub sequence: u64,
     /// The newest message that exists, with its sequence. That may be lower: newer messages may have been
     /// deleted.
-    pub message: Option<(u64, Message)>,
+    pub message: Option<(u64, OutletMessage)>,
 }
 
 /// Why a message was not sent or the stream not opened.
@@ -138,19 +138,19 @@ pub enum OutletError {
 pub struct Outlet {
     nats: Nats,
     context: Context,
-    settings: StreamSettings,
-    flow: Option<Flow>,
+    settings: OutletStreamSettings,
+    flow: Option<OutletFlow>,
 }
 
 /// The messages under way on an open outlet.
-struct Flow {
+struct OutletFlow {
     /// Answers arrive on this subject, followed by the sequence of the message.
     inbox: String,
     answers: Subscriber,
     /// The client's connect count at opening: another value means a reconnect.
     connection: u64,
     /// The last message given, held back: whether it asks for an answer depends on the next one.
-    last: Option<Message>,
+    last: Option<OutletMessage>,
     /// The sequences of the last message given, the last one sent, and the last one known to be stored.
     given: u64,
     sent: u64,
@@ -165,7 +165,7 @@ struct Flow {
 
 /// JetStream's answer to a message.
 #[derive(Deserialize)]
-struct Answer {
+struct OutletAnswer {
     #[serde(default)]
     stream: String,
     #[serde(default)]
@@ -173,7 +173,7 @@ struct Answer {
     error: Option<async_nats::jetstream::Error>,
 }
 
-impl Message {
+impl OutletMessage {
     /// An upper bound of the size that the server compares with its limit, in bytes.
     fn bytes(&self) -> usize {
         let headers = self.headers.iter().flat_map(|(name, values)| {
@@ -185,8 +185,8 @@ impl Message {
 
 impl Outlet {
     /// Makes a closed outlet; the stream need not exist yet. Must be called in a tokio runtime.
-    pub fn new(nats: Nats, settings: StreamSettings) -> Self {
-        let context = ContextBuilder::new().timeout(ANSWER_MAX).build(nats.client().clone());
+    pub fn new(nats: Nats, settings: OutletStreamSettings) -> Self {
+        let context = ContextBuilder::new().timeout(OUTLET_ANSWER_WAIT_MAX).build(nats.client().clone());
         Self { nats, context, settings, flow: None }
     }
 
@@ -195,23 +195,23 @@ impl Outlet {
     ///
     /// # Errors
     /// [`OutletError::Away`], [`OutletError::Differs`], [`OutletError::Stream`].
-    pub async fn open(&mut self) -> Result<Last, OutletError> {
+    pub async fn open(&mut self) -> Result<OutletPosition, OutletError> {
         self.flow = None;
         let begun = tokio::time::Instant::now();
         while let Some(trouble) = self.nats.trouble() {
-            if begun.elapsed() >= CONNECT_WAIT {
+            if begun.elapsed() >= OUTLET_CONNECT_WAIT_MAX {
                 return Err(OutletError::Away(trouble));
             }
-            tokio::time::sleep(CONNECT_LOOK).await;
+            tokio::time::sleep(OUTLET_CONNECT_POLL_INTERVAL).await;
         }
         let client = self.nats.client();
         let connection = client.statistics().connects.load(Ordering::Acquire);
         let inbox = client.new_inbox();
         let answers = client.subscribe(format!("{inbox}.*")).await;
-        let answers = answers.map_err(|error| self.failed(&error))?;
+        let answers = answers.map_err(|error| self.stream_error(&error))?;
         let (stream, sequence, messages) = self.ensure().await?;
         let message = if messages == 0 { None } else { self.newest(&stream, sequence).await? };
-        self.flow = Some(Flow {
+        self.flow = Some(OutletFlow {
             inbox,
             answers,
             connection,
@@ -223,7 +223,7 @@ impl Outlet {
             unasked: (0, 0),
             window: 1,
         });
-        Ok(Last { sequence, message })
+        Ok(OutletPosition { sequence, message })
     }
 
     /// The stream, its last sequence, and how many messages it has.
@@ -237,10 +237,10 @@ impl Outlet {
                     GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND
                 );
                 if !absent {
-                    return Err(self.failed(&error));
+                    return Err(self.stream_error(&error));
                 }
                 let made = self.context.create_stream(self.config()).await;
-                made.map_err(|error| self.failed(&error))?
+                made.map_err(|error| self.stream_error(&error))?
             }
         };
         let info = stream.cached_info();
@@ -254,7 +254,8 @@ impl Outlet {
 
     /// The configuration of a new stream.
     fn config(&self) -> Config {
-        let StreamSettings { name, subjects, replicas, bytes_max, duplicate_window } = self.settings.clone();
+        let OutletStreamSettings { name, subjects, replicas, bytes_max, duplicate_window } =
+            self.settings.clone();
         Config {
             name,
             subjects,
@@ -271,7 +272,7 @@ impl Outlet {
 
     /// What makes an existing stream unusable here. Its limits and its placement are up to its owner.
     fn difference(&self, config: &Config) -> Vec<String> {
-        let StreamSettings { subjects, replicas, .. } = &self.settings;
+        let OutletStreamSettings { subjects, replicas, .. } = &self.settings;
         let mut differs = Vec::new();
         let (mut have, mut want) = (config.subjects.clone(), subjects.clone());
         have.sort();
@@ -298,7 +299,11 @@ impl Outlet {
     }
 
     /// The newest message, from the leader: other servers may be behind.
-    async fn newest(&self, stream: &Stream, sequence: u64) -> Result<Option<(u64, Message)>, OutletError> {
+    async fn newest(
+        &self,
+        stream: &Stream,
+        sequence: u64,
+    ) -> Result<Option<(u64, OutletMessage)>, OutletError> {
         let found = match stream.get_raw_message(sequence).await {
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => {
                 stream.get_last_raw_message_by_subject(">").await
@@ -308,11 +313,11 @@ impl Outlet {
         match found {
             Ok(found) => {
                 let (sequence, subject) = (found.sequence, found.subject.to_string());
-                let message = Message { subject, headers: found.headers, payload: found.payload };
+                let message = OutletMessage { subject, headers: found.headers, payload: found.payload };
                 Ok(Some((sequence, message)))
             }
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
-            Err(error) => Err(self.failed(&error)),
+            Err(error) => Err(self.stream_error(&error)),
         }
     }
 
@@ -322,7 +327,7 @@ impl Outlet {
     /// # Errors
     /// [`OutletError::TooLarge`], and then the message is left out. All others close the outlet:
     /// [`OutletError::Refused`], [`OutletError::Silent`], [`OutletError::Closed`].
-    pub async fn send(&mut self, message: Message) -> Result<u64, OutletError> {
+    pub async fn send(&mut self, message: OutletMessage) -> Result<u64, OutletError> {
         let (bytes, bytes_max) = (message.bytes(), self.nats.client().max_payload());
         if bytes > bytes_max {
             return Err(OutletError::TooLarge { bytes, bytes_max });
@@ -332,7 +337,7 @@ impl Outlet {
         let given = flow.given;
         if let Some(before) = flow.last.replace(message) {
             let sent = self.push(before, false).await;
-            self.open_after(sent)?;
+            self.close_on_error(sent)?;
         }
         Ok(given)
     }
@@ -343,7 +348,7 @@ impl Outlet {
     /// As [`Outlet::send`].
     pub async fn settle(&mut self) -> Result<(), OutletError> {
         let settled = self.push_and_wait().await;
-        self.open_after(settled)
+        self.close_on_error(settled)
     }
 
     /// Checks that NATS is connected. The client would send a message given while NATS is away after the
@@ -353,7 +358,7 @@ impl Outlet {
     /// [`OutletError::Away`], which closes the outlet.
     pub fn check(&mut self) -> Result<(), OutletError> {
         let away = self.nats.trouble().map_or(Ok(()), |trouble| Err(OutletError::Away(trouble)));
-        self.open_after(away)
+        self.close_on_error(away)
     }
 
     /// The sequence up to which everything is known to be stored.
@@ -361,7 +366,7 @@ impl Outlet {
         self.flow.as_ref().map_or(0, |flow| flow.stored)
     }
 
-    fn open_after<T>(&mut self, result: Result<T, OutletError>) -> Result<T, OutletError> {
+    fn close_on_error<T>(&mut self, result: Result<T, OutletError>) -> Result<T, OutletError> {
         if result.is_err() {
             self.flow = None;
         }
@@ -374,13 +379,13 @@ impl Outlet {
             self.push(last, true).await?;
         }
         while self.flow.as_ref().is_some_and(|flow| flow.stored < flow.given) {
-            self.answer().await?;
+            self.await_answer().await?;
         }
         Ok(())
     }
 
     /// Hands a message to the connection, and waits for answers while there is no room for the next one.
-    async fn push(&mut self, mut message: Message, ask: bool) -> Result<(), OutletError> {
+    async fn push(&mut self, mut message: OutletMessage, ask: bool) -> Result<(), OutletError> {
         let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
         let bytes = message.bytes();
         message.headers.insert(EXPECTED_LAST_SEQUENCE, flow.sent.to_string());
@@ -389,31 +394,33 @@ impl Outlet {
         flow.unasked.1 += bytes;
         let ask = ask
             || flow.unasked.0 >= flow.window.div_ceil(ANSWERS_PER_WINDOW)
-            || flow.unasked.1 >= WINDOW.1 / ANSWERS_PER_WINDOW;
+            || flow.unasked.1 >= OUTLET_WINDOW_MAX.1 / ANSWERS_PER_WINDOW;
         let client = self.nats.client();
-        let Message { subject, headers, payload } = message;
+        let OutletMessage { subject, headers, payload } = message;
         let published = if ask {
             flow.asked.push_back((flow.sent, flow.unasked.1));
             flow.unasked = (0, 0);
             let reply = format!("{}.{}", flow.inbox, flow.sent);
             let publish = client.publish_with_reply_and_headers(subject, reply, headers, payload);
-            tokio::time::timeout(ANSWER_MAX, publish).await
+            tokio::time::timeout(OUTLET_ANSWER_WAIT_MAX, publish).await
         } else {
             let publish = client.publish_with_headers(subject, headers, payload);
-            tokio::time::timeout(ANSWER_MAX, publish).await
+            tokio::time::timeout(OUTLET_ANSWER_WAIT_MAX, publish).await
         };
         match published {
             Ok(Ok(())) => {}
-            Ok(Err(error)) if error.kind() == PublishErrorKind::Send => return Err(self.silent(LOST)),
-            Ok(Err(error)) => return Err(self.failed(&error)),
-            Err(_) => return Err(self.silent("the connection takes nothing more")),
+            Ok(Err(error)) if error.kind() == PublishErrorKind::Send => {
+                return Err(self.silent_error(CONNECTION_LOST_DETAIL));
+            }
+            Ok(Err(error)) => return Err(self.stream_error(&error)),
+            Err(_) => return Err(self.silent_error("the connection takes nothing more")),
         }
         while self.is_full() {
-            self.answer().await?;
+            self.await_answer().await?;
         }
         // Answers that have arrived meanwhile make room without a wait.
-        while ask && let Some(answer) = self.arrived() {
-            self.note(&answer)?;
+        while ask && let Some(answer) = self.try_next_answer() {
+            self.note_answer(&answer)?;
         }
         Ok(())
     }
@@ -423,43 +430,45 @@ impl Outlet {
         self.flow.as_ref().is_some_and(|flow| {
             let bytes: usize = flow.asked.iter().map(|(_, bytes)| bytes).sum();
             let messages = usize::try_from(flow.sent - flow.stored).unwrap_or(usize::MAX);
-            messages >= flow.window || bytes + flow.unasked.1 >= WINDOW.1
+            messages >= flow.window || bytes + flow.unasked.1 >= OUTLET_WINDOW_MAX.1
         })
     }
 
     /// An answer that has arrived already.
-    fn arrived(&mut self) -> Option<async_nats::Message> {
+    fn try_next_answer(&mut self) -> Option<async_nats::Message> {
         let flow = self.flow.as_mut()?;
         if flow.asked.is_empty() { None } else { flow.answers.next().now_or_never().flatten() }
     }
 
     /// Waits for an answer and handles it.
-    async fn answer(&mut self) -> Result<(), OutletError> {
+    async fn await_answer(&mut self) -> Result<(), OutletError> {
         let statistics = self.nats.client().statistics();
         let begun = tokio::time::Instant::now();
         loop {
             let away = self.nats.trouble();
             let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
-            match tokio::time::timeout(LOOK_EVERY, flow.answers.next()).await {
-                Ok(Some(answer)) => return self.note(&answer),
-                Ok(None) => return Err(self.silent(LOST)),
+            match tokio::time::timeout(OUTLET_CONNECTION_CHECK_INTERVAL, flow.answers.next()).await {
+                Ok(Some(answer)) => return self.note_answer(&answer),
+                Ok(None) => return Err(self.silent_error(CONNECTION_LOST_DETAIL)),
                 Err(_) if away.is_some() => return Err(OutletError::Away(away.unwrap_or_default())),
                 Err(_) if statistics.connects.load(Ordering::Acquire) != flow.connection => {
-                    return Err(self.silent(LOST));
+                    return Err(self.silent_error(CONNECTION_LOST_DETAIL));
                 }
-                Err(_) if begun.elapsed() >= ANSWER_MAX => return Err(self.silent("none came in time")),
+                Err(_) if begun.elapsed() >= OUTLET_ANSWER_WAIT_MAX => {
+                    return Err(self.silent_error("none came in time"));
+                }
                 Err(_) => {}
             }
         }
     }
 
-    fn note(&mut self, answer: &async_nats::Message) -> Result<(), OutletError> {
+    fn note_answer(&mut self, answer: &async_nats::Message) -> Result<(), OutletError> {
         let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
         let asked = answer.subject.rsplit('.').next().and_then(|sequence| sequence.parse().ok());
         let Some((expected, _)) = flow.asked.front().copied().filter(|(front, _)| Some(*front) == asked)
         else {
             // Answers arrive in the order of the messages, so one is missing.
-            return Err(self.silent("one is missing"));
+            return Err(self.silent_error("one is missing"));
         };
         let name = &self.settings.name;
         let refused =
@@ -468,25 +477,25 @@ impl Outlet {
             return refused("there is no stream, or none that has a leader".to_owned());
         }
         match serde_json::from_slice(&answer.payload) {
-            Ok(Answer { error: Some(error), .. }) => refused(error.to_string()),
-            Ok(Answer { stream, seq, .. }) if stream == *name && seq == expected => {
+            Ok(OutletAnswer { error: Some(error), .. }) => refused(error.to_string()),
+            Ok(OutletAnswer { stream, seq, .. }) if stream == *name && seq == expected => {
                 flow.asked.pop_front();
                 flow.stored = expected;
-                flow.window = (flow.window * 2).min(WINDOW.0);
+                flow.window = (flow.window * 2).min(OUTLET_WINDOW_MAX.0);
                 Ok(())
             }
-            Ok(Answer { stream, seq, .. }) => refused(format!("it is in {stream:?} at sequence {seq}")),
+            Ok(OutletAnswer { stream, seq, .. }) => refused(format!("it is in {stream:?} at sequence {seq}")),
             Err(error) => refused(format!("its answer cannot be read: {error}")),
         }
     }
 
-    fn failed(&self, error: &dyn std::error::Error) -> OutletError {
+    fn stream_error(&self, error: &dyn std::error::Error) -> OutletError {
         OutletError::Stream { stream: self.settings.name.clone(), detail: error.to_string() }
     }
 
-    fn silent(&self, detail: &'static str) -> OutletError {
+    fn silent_error(&self, detail: &'static str) -> OutletError {
         OutletError::Silent { stream: self.settings.name.clone(), detail }
     }
 }
 
-const LOST: &str = "the connection was lost";
+const CONNECTION_LOST_DETAIL: &str = "the connection was lost";

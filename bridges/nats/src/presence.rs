@@ -1,7 +1,7 @@
 //! Presence: which nodes of a cluster are alive, and requests to all of them.
 //!
 //! Each node announces itself once a second on a subject of its own, and says goodbye when it leaves. A node
-//! that is silent for [`SILENCE_MAX`] is gone. A node that hears another for the first time announces itself
+//! that is silent for [`PRESENCE_SILENCE_MAX`] is gone. A node that hears another for the first time announces itself
 //! at once, so that a new node knows the others within a round trip.
 //!
 //! A node that has lost NATS neither hears the others nor is heard. Whatever it must not do without the
@@ -21,20 +21,20 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 use crate::connection::{Nats, NatsError};
 
 /// How often a node announces itself.
-pub(crate) const BEAT: Duration = Duration::from_secs(1);
+pub(crate) const PRESENCE_BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// A node that has been silent for this long is gone.
-pub const SILENCE_MAX: Duration = Duration::from_secs(3);
+pub const PRESENCE_SILENCE_MAX: Duration = Duration::from_secs(3);
 /// How long to wait for an answer before asking again: a question may be lost with a connection.
-const ASK_AGAIN: Duration = Duration::from_millis(500);
+const NODE_ASK_TIMEOUT: Duration = Duration::from_millis(500);
 /// The pause before asking a node again that does not subscribe yet.
-const PAUSE: Duration = Duration::from_millis(20);
+const NODE_ASK_RETRY_PAUSE: Duration = Duration::from_millis(20);
 
-const HERE: &[u8] = b"here";
-const GOODBYE: &[u8] = b"goodbye";
+const HERE_PAYLOAD: &[u8] = b"here";
+const GOODBYE_PAYLOAD: &[u8] = b"goodbye";
 
 /// The reply of one node to a question.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Reply {
+pub enum NodeReply {
     /// The node answered.
     Answer(Bytes),
     /// No answer: the node has gone meanwhile.
@@ -50,34 +50,34 @@ pub struct Presence {
     id: String,
     /// The prefix of the subjects on which nodes announce themselves.
     prefix: String,
-    others: Arc<Others>,
+    others: Arc<OtherNodes>,
     task: AbortHandle,
     served: Mutex<Vec<AbortHandle>>,
 }
 
 /// The other nodes that are alive, and when each was last heard.
 #[derive(Debug, Default)]
-struct Others {
+struct OtherNodes {
     nodes: Mutex<HashMap<String, Instant>>,
     changed: Notify,
 }
 
-impl Others {
+impl OtherNodes {
     fn nodes(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// When the node counts as gone unless it is heard again; `None` if it is gone already.
-    fn ends(&self, id: &str) -> Option<Instant> {
+    fn gone_at(&self, id: &str) -> Option<Instant> {
         let heard = *self.nodes().get(id)?;
-        Some(heard + SILENCE_MAX).filter(|ends| *ends > Instant::now())
+        Some(heard + PRESENCE_SILENCE_MAX).filter(|ends| *ends > Instant::now())
     }
 
     /// Waits until a node is gone.
-    async fn gone(&self, id: &str) {
+    async fn wait_until_gone(&self, id: &str) {
         loop {
             let changed = self.changed.notified();
-            match self.ends(id) {
+            match self.gone_at(id) {
                 None => return,
                 Some(ends) => tokio::select! {
                     () = sleep_until(ends) => {}
@@ -97,12 +97,12 @@ impl Presence {
     pub async fn start(nats: &Nats, prefix: &str, id: &str) -> Result<Self, NatsError> {
         let failed = |error: async_nats::SubscribeError| NatsError::Client(error.to_string());
         let mut heard = nats.client().subscribe(format!("{prefix}.*")).await.map_err(failed)?;
-        let others = Arc::<Others>::default();
+        let others = Arc::<OtherNodes>::default();
         let own = format!("{prefix}.{id}");
         let (client, others_too, prefix_too) = (nats.client().clone(), others.clone(), prefix.to_owned());
         let mut connections = nats.connections();
         let task = tokio::spawn(async move {
-            let mut beat = interval(BEAT);
+            let mut beat = interval(PRESENCE_BEAT_INTERVAL);
             beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 let is_new = tokio::select! {
@@ -111,7 +111,7 @@ impl Presence {
                     Ok(()) = connections.changed() => true,
                     message = heard.next() => match message {
                         Some(message) if *message.subject != *own => {
-                            hear(&others_too, &prefix_too, &message)
+                            note_presence(&others_too, &prefix_too, &message)
                         }
                         Some(_) => false,
                         None => return,
@@ -119,7 +119,7 @@ impl Presence {
                 };
                 if is_new && client.connection_state() == async_nats::connection::State::Connected {
                     // A failed announcement is repeated by the next beat.
-                    let _ = client.publish(own.clone(), Bytes::from_static(HERE)).await;
+                    let _ = client.publish(own.clone(), Bytes::from_static(HERE_PAYLOAD)).await;
                 }
             }
         });
@@ -142,20 +142,24 @@ impl Presence {
     pub fn others(&self) -> Vec<String> {
         let nodes = self.others.nodes();
         let now = Instant::now();
-        nodes.iter().filter(|(_, heard)| **heard + SILENCE_MAX > now).map(|(id, _)| id.clone()).collect()
+        nodes
+            .iter()
+            .filter(|(_, heard)| **heard + PRESENCE_SILENCE_MAX > now)
+            .map(|(id, _)| id.clone())
+            .collect()
     }
 
     /// Asks every other live node on `{subject}.{id}`. Waits for each until it answers, is gone, or `limit`
     /// is over. A question may arrive more than once, so its handling has to be idempotent.
-    pub async fn ask_all(&self, subject: &str, body: Bytes, limit: Duration) -> Vec<(String, Reply)> {
+    pub async fn ask_all(&self, subject: &str, body: Bytes, limit: Duration) -> Vec<(String, NodeReply)> {
         let until = Instant::now() + limit;
         let questions = self.others().into_iter().map(|id| {
             let body = body.clone();
             async move {
                 let subject = format!("{subject}.{id}");
                 let reply = tokio::select! {
-                    answer = self.ask(&subject, &body, until) => answer.map_or(Reply::Silent, Reply::Answer),
-                    () = self.others.gone(&id) => Reply::Gone,
+                    answer = self.ask(&subject, &body, until) => answer.map_or(NodeReply::Silent, NodeReply::Answer),
+                    () = self.others.wait_until_gone(&id) => NodeReply::Gone,
                 };
                 (id, reply)
             }
@@ -167,11 +171,11 @@ impl Presence {
     async fn ask(&self, subject: &str, body: &Bytes, until: Instant) -> Option<Bytes> {
         let client = self.nats.client();
         while Instant::now() < until {
-            let again_at = until.min(Instant::now() + ASK_AGAIN);
+            let again_at = until.min(Instant::now() + NODE_ASK_TIMEOUT);
             let asked = client.request(subject.to_owned(), body.clone());
             match timeout_at(again_at, asked).await {
                 Ok(Ok(answer)) => return Some(answer.payload),
-                Ok(Err(_)) => sleep(PAUSE).await,
+                Ok(Err(_)) => sleep(NODE_ASK_RETRY_PAUSE).await,
                 Err(_) => {}
             }
         }
@@ -211,12 +215,12 @@ impl Presence {
     }
 
     /// Tells the others that this node leaves, so that they do not wait for it. If NATS is away, they count
-    /// it as alive for up to [`SILENCE_MAX`] longer.
+    /// it as alive for up to [`PRESENCE_SILENCE_MAX`] longer.
     pub async fn leave(&self) {
         self.stop();
         let (client, own) = (self.nats.client(), format!("{}.{}", self.prefix, self.id));
-        if client.publish(own, Bytes::from_static(GOODBYE)).await.is_ok() {
-            let _ = tokio::time::timeout(BEAT, client.flush()).await;
+        if client.publish(own, Bytes::from_static(GOODBYE_PAYLOAD)).await.is_ok() {
+            let _ = tokio::time::timeout(PRESENCE_BEAT_INTERVAL, client.flush()).await;
         }
     }
 
@@ -235,13 +239,13 @@ impl Drop for Presence {
 }
 
 /// Records an announcement or goodbye of another node. Returns whether the node is new.
-fn hear(others: &Others, prefix: &str, message: &async_nats::Message) -> bool {
+fn note_presence(others: &OtherNodes, prefix: &str, message: &async_nats::Message) -> bool {
     let id = message.subject.strip_prefix(prefix).and_then(|id| id.strip_prefix('.'));
     let Some(id) = id else { return false };
     let mut nodes = others.nodes();
     let now = Instant::now();
-    nodes.retain(|_, heard| *heard + SILENCE_MAX > now);
-    let is_new = if &*message.payload == GOODBYE {
+    nodes.retain(|_, heard| *heard + PRESENCE_SILENCE_MAX > now);
+    let is_new = if &*message.payload == GOODBYE_PAYLOAD {
         nodes.remove(id);
         false
     } else {

@@ -7,24 +7,24 @@ use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, push};
 use async_nats::{Message, Subject};
 
 /// How often JetStream sends a heartbeat while there are no messages.
-const HEARTBEAT: Duration = Duration::from_millis(500);
+const PUSH_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 /// A consumer that is silent for longer counts as lost: three heartbeats are missing.
-pub(crate) const SILENCE_MAX: Duration = Duration::from_millis(1_600);
+pub(crate) const PUSH_SILENCE_MAX: Duration = Duration::from_millis(1_600);
 /// How long JetStream keeps a consumer that nobody listens to.
-const CONSUMER_KEPT: Duration = Duration::from_secs(10);
+const PUSH_CONSUMER_INACTIVE_MAX: Duration = Duration::from_secs(10);
 
 /// A consumer that pushes to `inbox` from where `from` says.
-pub(crate) fn consumer(inbox: String, from: DeliverPolicy) -> push::Config {
+pub(crate) fn push_consumer_config(inbox: String, from: DeliverPolicy) -> push::Config {
     push::Config {
         deliver_subject: inbox,
         deliver_policy: from,
         ack_policy: AckPolicy::None,
         max_deliver: 1,
         flow_control: true,
-        idle_heartbeat: HEARTBEAT,
+        idle_heartbeat: PUSH_HEARTBEAT_INTERVAL,
         num_replicas: 1,
         memory_storage: true,
-        inactive_threshold: CONSUMER_KEPT,
+        inactive_threshold: PUSH_CONSUMER_INACTIVE_MAX,
         ..push::Config::default()
     }
 }

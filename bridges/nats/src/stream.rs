@@ -1,9 +1,9 @@
 //! A JetStream stream as a log: messages in one order, each with its own sequence.
 //!
-//! A [`Publisher`] adds messages, many at once. A [`Follower`] receives all messages, in order and without a
-//! gap, across losses of the connection. Members of a shared place ([`Stream::share`]) divide the messages
-//! among them. [`Stream::get`] reads older messages, from any server that has them. The stream removes
-//! nothing by itself: its user decides what may go ([`Stream::purge_below`]), and a full one takes no more.
+//! A [`StreamPublisher`] adds messages, many at once. A [`StreamFollower`] receives all messages, in order and without a
+//! gap, across losses of the connection. Members of a shared place ([`JetstreamStream::share`]) divide the messages
+//! among them. [`JetstreamStream::get`] reads older messages, from any server that has them. The stream removes
+//! nothing by itself: its user decides what may go ([`JetstreamStream::purge_below`]), and a full one takes no more.
 
 mod follower;
 mod publisher;
@@ -21,21 +21,21 @@ use tokio::time::timeout;
 
 use crate::connection::Nats;
 
-pub use follower::Follower;
-pub use publisher::{Ack, Outgoing, PublishError, Publisher};
-pub use shared::{Receipt, SharedPlace, SharedSettings, Taken, Taking};
+pub use follower::StreamFollower;
+pub use publisher::{JetstreamAck, OutgoingMessage, PublishError, StreamPublisher};
+pub use shared::{DeliveryReceipt, SharedDelivery, SharedPlace, SharedPull, SharedSettings};
 
 /// The place of a message in a stream. The first is 1.
-pub type Sequence = u64;
+pub type StreamSequence = u64;
 
 /// How long JetStream may take to answer.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
+const STREAM_ANSWER_WAIT_MAX: Duration = Duration::from_secs(5);
 /// The most messages that one request asks for.
-const GET_MAX: usize = 1000;
+const STREAM_GET_MESSAGES_MAX: usize = 1000;
 
 /// What a stream is to be like.
 #[derive(Debug, Clone)]
-pub struct StreamSettings {
+pub struct JetstreamSettings {
     /// Its name.
     pub name: String,
     /// The subjects that it stores.
@@ -73,9 +73,9 @@ pub enum StreamError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamState {
     /// The sequence of the oldest message, or, of an empty stream, of the next one.
-    pub first: Sequence,
+    pub first: StreamSequence,
     /// The sequence of the newest message ever stored; 0 if there was none.
-    pub last: Sequence,
+    pub last: StreamSequence,
     /// The number of messages.
     pub messages: u64,
     /// Their size, in bytes.
@@ -84,9 +84,9 @@ pub struct StreamState {
 
 /// A message in a stream.
 #[derive(Debug, Clone)]
-pub struct Stored {
+pub struct StoredMessage {
     /// Its place.
-    pub sequence: Sequence,
+    pub sequence: StreamSequence,
     /// The subject that it was published to.
     pub subject: Subject,
     /// Its headers, which may include some of JetStream's.
@@ -97,31 +97,31 @@ pub struct Stored {
 
 /// A stream. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Stream {
+pub struct JetstreamStream {
     nats: Nats,
     handle: Handle<()>,
     name: String,
 }
 
-impl Stream {
+impl JetstreamStream {
     /// Opens a stream, and creates it if there is none. A different size, number of replicas or duplicate
     /// window is changed to the wanted one; any other incompatible setting is an error.
     ///
     /// # Errors
     /// [`StreamError::Away`] while NATS is away; [`StreamError::Unfit`]; [`StreamError::Refused`] if
     /// JetStream cannot have such a stream: it is off, has too little room, or too few servers.
-    pub async fn open(nats: &Nats, settings: &StreamSettings) -> Result<Self, StreamError> {
+    pub async fn open(nats: &Nats, settings: &JetstreamSettings) -> Result<Self, StreamError> {
         if let Some(trouble) = nats.trouble() {
             return Err(StreamError::Away(trouble));
         }
         let mut context = jetstream::new(nats.client().clone());
-        context.set_timeout(ANSWER_MAX);
+        context.set_timeout(STREAM_ANSWER_WAIT_MAX);
         let name = &settings.name;
-        let wanted = config(settings);
+        let wanted = stream_config(settings);
         let found = context.get_or_create_stream(wanted.clone()).await.map_err(|error| {
             let text = format!("stream {name}: {error}");
             match error.kind() {
-                CreateStreamErrorKind::JetStream(error) => of_server(text, &error),
+                CreateStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
                 CreateStreamErrorKind::JetStreamUnavailable
                 | CreateStreamErrorKind::TimedOut
                 | CreateStreamErrorKind::Response
@@ -130,7 +130,7 @@ impl Stream {
             }
         })?;
         let is = &found.cached_info().config;
-        if let Some(detail) = unfit(is, &wanted) {
+        if let Some(detail) = stream_config_mismatch(is, &wanted) {
             return Err(StreamError::Unfit { name: name.clone(), detail });
         }
         let sizes = |config: &Config| (config.num_replicas, config.max_bytes, config.duplicate_window);
@@ -140,7 +140,7 @@ impl Stream {
             context.update_stream(changed).await.map_err(|error| {
                 let text = format!("stream {name}: {error}");
                 match error.kind() {
-                    UpdateStreamErrorKind::JetStream(error) => of_server(text, &error),
+                    UpdateStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
                     UpdateStreamErrorKind::TimedOut => StreamError::Away(text),
                     _ => StreamError::Refused(text),
                 }
@@ -150,7 +150,7 @@ impl Stream {
         let handle = context.get_stream_no_info(name).await.map_err(|error| {
             let text = format!("stream {name}: {error}");
             match error.kind() {
-                GetStreamErrorKind::JetStream(error) => of_server(text, &error),
+                GetStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
                 _ => StreamError::Refused(text),
             }
         })?;
@@ -172,8 +172,8 @@ impl Stream {
     /// # Errors
     /// [`StreamError::Away`].
     pub async fn state(&self) -> Result<StreamState, StreamError> {
-        let info = self.answered(self.handle.get_info()).await?;
-        let state = &info.map_err(|error| self.away(&error))?.state;
+        let info = self.await_answer(self.handle.get_info()).await?;
+        let state = &info.map_err(|error| self.away_error(&error))?.state;
         let (first, last) = (state.first_sequence, state.last_sequence);
         let first = if state.messages == 0 { last + 1 } else { first };
         Ok(StreamState { first, last, messages: state.messages, bytes: state.bytes })
@@ -186,49 +186,56 @@ impl Stream {
     /// [`StreamError::Away`].
     pub async fn get(
         &self,
-        from: Sequence,
+        from: StreamSequence,
         max: usize,
         bytes_max: usize,
-    ) -> Result<Vec<Stored>, StreamError> {
-        let max = max.clamp(1, GET_MAX);
+    ) -> Result<Vec<StoredMessage>, StreamError> {
+        let max = max.clamp(1, STREAM_GET_MESSAGES_MAX);
         let request = if max == 1 {
             serde_json::json!({ "seq": from.max(1), "batch": 1 })
         } else {
             serde_json::json!({ "seq": from.max(1), "batch": max, "max_bytes": bytes_max.max(1) })
         };
-        self.direct(request, max).await
+        self.direct_get(request, max).await
     }
 
     /// The sequence of the first message stored at or after a time (RFC 3339); `None` if there is none.
     ///
     /// # Errors
     /// [`StreamError::Away`].
-    pub async fn sequence_at(&self, time: &str) -> Result<Option<Sequence>, StreamError> {
+    pub async fn sequence_at(&self, time: &str) -> Result<Option<StreamSequence>, StreamError> {
         let request = serde_json::json!({ "start_time": time, "batch": 1 });
-        Ok(self.direct(request, 1).await?.first().map(|message| message.sequence))
+        Ok(self.direct_get(request, 1).await?.first().map(|message| message.sequence))
     }
 
     /// Asks any server that has the stream for messages (direct get).
-    async fn direct(&self, request: serde_json::Value, max: usize) -> Result<Vec<Stored>, StreamError> {
+    async fn direct_get(
+        &self,
+        request: serde_json::Value,
+        max: usize,
+    ) -> Result<Vec<StoredMessage>, StreamError> {
         let client = self.nats.client();
         let inbox = client.new_inbox();
-        let mut answers = client.subscribe(inbox.clone()).await.map_err(|error| self.away(&error))?;
+        let mut answers = client.subscribe(inbox.clone()).await.map_err(|error| self.away_error(&error))?;
         let subject = format!("$JS.API.DIRECT.GET.{}", self.name);
         let sent = client.publish_with_reply(subject, inbox, request.to_string().into());
-        self.answered(sent).await?.map_err(|error| self.away(&error))?;
+        self.await_answer(sent).await?.map_err(|error| self.away_error(&error))?;
         let mut found = Vec::with_capacity(max.min(64));
         loop {
-            let Some(message) = self.answered(answers.next()).await? else {
-                return Err(self.away(&"the connection was closed"));
+            let Some(message) = self.await_answer(answers.next()).await? else {
+                return Err(self.away_error(&"the connection was closed"));
             };
             match message.status {
-                None => found.push(direct(message).ok_or_else(|| self.away(&"an answer that is none"))?),
-                Some(StatusCode::NO_RESPONDERS) => return Err(self.away(&"no server has it")),
+                None => found.push(
+                    stored_from_direct_get(message)
+                        .ok_or_else(|| self.away_error(&"an answer that is none"))?,
+                ),
+                Some(StatusCode::NO_RESPONDERS) => return Err(self.away_error(&"no server has it")),
                 // 204: end of the batch; 404: no message matches.
                 Some(status) if matches!(status.as_u16(), 204 | 404) => return Ok(found),
                 Some(status) => {
                     let why = message.description.as_deref().unwrap_or_default();
-                    return Err(self.away(&format_args!("{status} {why}")));
+                    return Err(self.away_error(&format_args!("{status} {why}")));
                 }
             }
         }
@@ -238,31 +245,33 @@ impl Stream {
     ///
     /// # Errors
     /// [`StreamError::Away`].
-    pub async fn purge_below(&self, sequence: Sequence) -> Result<(), StreamError> {
+    pub async fn purge_below(&self, sequence: StreamSequence) -> Result<(), StreamError> {
         let purge = self.handle.purge().sequence(sequence);
-        self.answered(purge.into_future()).await?.map_err(|error| self.away(&error))?;
+        self.await_answer(purge.into_future()).await?.map_err(|error| self.away_error(&error))?;
         Ok(())
     }
 
-    async fn answered<T>(&self, answer: impl Future<Output = T>) -> Result<T, StreamError> {
-        timeout(ANSWER_MAX, answer).await.map_err(|_| self.away(&"JetStream does not answer"))
+    async fn await_answer<T>(&self, answer: impl Future<Output = T>) -> Result<T, StreamError> {
+        timeout(STREAM_ANSWER_WAIT_MAX, answer)
+            .await
+            .map_err(|_| self.away_error(&"JetStream does not answer"))
     }
 
-    fn away(&self, detail: &dyn std::fmt::Display) -> StreamError {
+    fn away_error(&self, detail: &dyn std::fmt::Display) -> StreamError {
         let trouble = self.nats.trouble();
         StreamError::Away(trouble.unwrap_or_else(|| format!("stream {}: {detail}", self.name)))
     }
 }
 
 /// Decodes an answer to a direct get: its headers carry the message's sequence and subject.
-fn direct(message: Message) -> Option<Stored> {
+fn stored_from_direct_get(message: Message) -> Option<StoredMessage> {
     let headers = message.headers?;
     let sequence = headers.get(header::NATS_SEQUENCE)?.as_str().parse().ok()?;
     let subject = headers.get(header::NATS_SUBJECT)?.as_str().into();
-    Some(Stored { sequence, subject, headers, payload: message.payload })
+    Some(StoredMessage { sequence, subject, headers, payload: message.payload })
 }
 
-fn config(settings: &StreamSettings) -> Config {
+fn stream_config(settings: &JetstreamSettings) -> Config {
     Config {
         name: settings.name.clone(),
         subjects: settings.subjects.clone(),
@@ -278,7 +287,7 @@ fn config(settings: &StreamSettings) -> Config {
 }
 
 /// The first setting of an existing stream that is incompatible with the wanted one.
-fn unfit(is: &Config, wanted: &Config) -> Option<String> {
+fn stream_config_mismatch(is: &Config, wanted: &Config) -> Option<String> {
     let (mut has, mut needs) = (is.subjects.clone(), wanted.subjects.clone());
     has.sort();
     needs.sort();
@@ -302,7 +311,7 @@ fn unfit(is: &Config, wanted: &Config) -> Option<String> {
 }
 
 /// Classifies an error of JetStream. A 5xx is transient, with the exceptions below.
-fn of_server(text: String, error: &jetstream::Error) -> StreamError {
+fn stream_error_of_jetstream(text: String, error: &jetstream::Error) -> StreamError {
     match error.error_code() {
         ErrorCode::STREAM_REPLICAS_NOT_SUPPORTED => StreamError::Refused(text),
         // The cluster has not found its servers yet.

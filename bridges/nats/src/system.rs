@@ -11,15 +11,15 @@ use tracing::debug;
 use crate::Nats;
 
 /// How long servers may take to answer.
-const ANSWER_MAX: Duration = Duration::from_secs(1);
+const SYSTEM_ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
 /// How long to wait for one more answer while the number of servers is unknown.
-const QUIET: Duration = Duration::from_millis(300);
+const SYSTEM_ANSWER_QUIET: Duration = Duration::from_millis(300);
 /// Connections in one page of a server's answer.
-const PAGE: usize = 1024;
+const CONNZ_PAGE_CONNECTIONS: usize = 1024;
 
 /// A client's connection, as the system account identifies it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Connection {
+pub struct NatsClientConnection {
     /// The server, by its public key.
     pub server_id: String,
     /// The connection's number in that server.
@@ -28,42 +28,42 @@ pub struct Connection {
 
 /// A connection to NATS as a user of the system account.
 #[derive(Debug, Clone)]
-pub struct System(Nats);
+pub struct SystemAccount(Nats);
 
 #[derive(Deserialize)]
-struct Answer {
-    server: Server,
+struct SystemAnswer {
+    server: SystemServer,
     #[serde(default)]
-    data: Option<Data>,
+    data: Option<ConnzData>,
     #[serde(default)]
-    statsz: Option<Stats>,
+    statsz: Option<StatszData>,
 }
 
 #[derive(Deserialize)]
-struct Server {
+struct SystemServer {
     id: String,
 }
 
 #[derive(Deserialize)]
-struct Data {
+struct ConnzData {
     #[serde(default)]
-    connections: Vec<Connected>,
+    connections: Vec<ConnzConnection>,
 }
 
 #[derive(Deserialize)]
-struct Connected {
+struct ConnzConnection {
     cid: u64,
     #[serde(default)]
     authorized_user: String,
 }
 
 #[derive(Deserialize)]
-struct Stats {
+struct StatszData {
     #[serde(default)]
     active_servers: usize,
 }
 
-impl System {
+impl SystemAccount {
     /// Uses a connection whose user is in the system account.
     pub fn new(nats: Nats) -> Self {
         Self(nats)
@@ -75,15 +75,18 @@ impl System {
     }
 
     /// Every connection of the account, with its user, on all servers. `None` if NATS is away.
-    pub async fn connections(&self, account: &str) -> Option<Vec<(String, Connection)>> {
+    pub async fn connections(&self, account: &str) -> Option<Vec<(String, NatsClientConnection)>> {
         let mut all = Vec::new();
         for page in 0.. {
-            let query = json!({ "auth": true, "acc": account, "limit": PAGE, "offset": page * PAGE });
-            let found = self.ask(&query).await?;
-            let more = found.iter().any(|(_, connections)| connections.len() >= PAGE);
+            let query = json!({ "auth": true, "acc": account, "limit": CONNZ_PAGE_CONNECTIONS, "offset": page * CONNZ_PAGE_CONNECTIONS });
+            let found = self.ask_connections(&query).await?;
+            let more = found.iter().any(|(_, connections)| connections.len() >= CONNZ_PAGE_CONNECTIONS);
             all.extend(found.into_iter().flat_map(|(server_id, connections)| {
                 connections.into_iter().map(move |one| {
-                    (one.authorized_user, Connection { server_id: server_id.clone(), client_id: one.cid })
+                    (
+                        one.authorized_user,
+                        NatsClientConnection { server_id: server_id.clone(), client_id: one.cid },
+                    )
                 })
             }));
             if !more {
@@ -99,15 +102,17 @@ impl System {
     pub async fn end_all(&self, account: &str, user: &str) -> Option<usize> {
         let mut ended = 0;
         loop {
-            let query = json!({ "auth": true, "acc": account, "user": user, "limit": PAGE });
+            let query =
+                json!({ "auth": true, "acc": account, "user": user, "limit": CONNZ_PAGE_CONNECTIONS });
             let found: Vec<_> = self
-                .ask(&query)
+                .ask_connections(&query)
                 .await?
                 .into_iter()
                 .flat_map(|(server_id, connections)| {
-                    connections
-                        .into_iter()
-                        .map(move |one| Connection { server_id: server_id.clone(), client_id: one.cid })
+                    connections.into_iter().map(move |one| NatsClientConnection {
+                        server_id: server_id.clone(),
+                        client_id: one.cid,
+                    })
                 })
                 .collect();
             if found.is_empty() {
@@ -120,12 +125,12 @@ impl System {
 
     /// Ends one connection, even one that is about to be admitted. Returns when its server has answered, or
     /// after a second.
-    pub async fn end(&self, connection: &Connection) {
+    pub async fn end(&self, connection: &NatsClientConnection) {
         let subject = format!("$SYS.REQ.SERVER.{}.KICK", connection.server_id);
         let payload = json!({ "cid": connection.client_id }).to_string();
         let asked = self.0.client().request(subject, payload.into());
         // A server or connection that is gone already is as good.
-        match tokio::time::timeout(ANSWER_MAX, asked).await {
+        match tokio::time::timeout(SYSTEM_ANSWER_WAIT_MAX, asked).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => debug!(%error, "a connection was not ended"),
             Err(_) => debug!("a server does not answer"),
@@ -133,16 +138,16 @@ impl System {
     }
 
     /// Asks each server for its connections.
-    async fn ask(&self, query: &Value) -> Option<Vec<(String, Vec<Connected>)>> {
-        let answers = self.ask_all("CONNZ", query).await?;
-        let of_server = |Answer { server, data, .. }: Answer| {
+    async fn ask_connections(&self, query: &Value) -> Option<Vec<(String, Vec<ConnzConnection>)>> {
+        let answers = self.ask_all_servers("CONNZ", query).await?;
+        let of_server = |SystemAnswer { server, data, .. }: SystemAnswer| {
             (server.id, data.map_or_else(Vec::new, |data| data.connections))
         };
         Some(answers.into_iter().map(of_server).collect())
     }
 
     /// Asks every server, and waits until all have answered.
-    async fn ask_all(&self, what: &str, query: &Value) -> Option<Vec<Answer>> {
+    async fn ask_all_servers(&self, what: &str, query: &Value) -> Option<Vec<SystemAnswer>> {
         let client = self.0.client();
         let inbox = client.new_inbox();
         let mut answers = client.subscribe(inbox.clone()).await.ok()?;
@@ -152,12 +157,12 @@ impl System {
         tokio::pin!(count);
         let mut expected = None;
         let mut got = Vec::new();
-        let give_up = tokio::time::Instant::now() + ANSWER_MAX;
+        let give_up = tokio::time::Instant::now() + SYSTEM_ANSWER_WAIT_MAX;
         loop {
             if expected.is_some_and(|expected| got.len() >= expected) {
                 return Some(got);
             }
-            let quiet = (tokio::time::Instant::now() + QUIET).min(give_up);
+            let quiet = (tokio::time::Instant::now() + SYSTEM_ANSWER_QUIET).min(give_up);
             tokio::select! {
                 answer = answers.next() => match serde_json::from_slice(&answer?.payload) {
                     Ok(answer) => got.push(answer),
@@ -177,8 +182,8 @@ impl System {
     /// The number of servers, as one of them reports it.
     async fn server_count(&self, client: &Client) -> Option<usize> {
         let asked = client.request("$SYS.REQ.SERVER.PING.STATSZ", "".into());
-        let answer = tokio::time::timeout(ANSWER_MAX, asked).await.ok()?.ok()?;
-        let answer: Answer = serde_json::from_slice(&answer.payload).ok()?;
+        let answer = tokio::time::timeout(SYSTEM_ANSWER_WAIT_MAX, asked).await.ok()?.ok()?;
+        let answer: SystemAnswer = serde_json::from_slice(&answer.payload).ok()?;
         answer.statsz.map(|stats| stats.active_servers).filter(|count| *count > 0)
     }
 }

@@ -10,7 +10,7 @@ use headgate_bridge_nats::Nats;
 use headgate_bridge_nats::cells::{CellError, Cells, CellsSettings};
 
 use super::super::registry::RegistryError;
-use super::super::usage::Used;
+use super::super::usage::KeyUsage;
 use crate::limits::{CHANGE_ATTEMPTS_MAX, USAGE_READS_MAX};
 use crate::message::KeyId;
 
@@ -19,9 +19,9 @@ pub const USAGE_BUCKET: &str = "headgate-usage";
 
 /// The usage cells of all keys.
 #[derive(Debug, Clone)]
-pub(super) struct Usages(Cells);
+pub(super) struct KeyUsageCells(Cells);
 
-impl Usages {
+impl KeyUsageCells {
     /// Opens the bucket, or creates it with `replicas` replicas.
     pub(super) async fn open(nats: &Nats, replicas: usize) -> Result<Self, CellError> {
         let settings = CellsSettings { bucket: USAGE_BUCKET.to_owned(), replicas, age_max: None };
@@ -32,7 +32,7 @@ impl Usages {
     ///
     /// # Errors
     /// [`RegistryError::Away`] if a cell cannot be read.
-    pub(super) async fn read(&self, keys: &[KeyId]) -> Result<Vec<Used>, RegistryError> {
+    pub(super) async fn read(&self, keys: &[KeyId]) -> Result<Vec<KeyUsage>, RegistryError> {
         let read = keys.iter().map(|key| self.read_one(*key));
         let read = stream::iter(read).buffered(USAGE_READS_MAX).map_ok(|(used, _)| used);
         read.try_collect().await.map_err(|error: CellError| RegistryError::Away(error.to_string()))
@@ -40,7 +40,7 @@ impl Usages {
 
     /// Adds usage to the cells. Returns what could not be added, and why. After the first failure nothing
     /// more is tried, because each attempt could wait for its timeout.
-    pub(super) async fn add(&self, used: Vec<(KeyId, Used)>) -> Vec<(KeyId, Used, CellError)> {
+    pub(super) async fn add(&self, used: Vec<(KeyId, KeyUsage)>) -> Vec<(KeyId, KeyUsage, CellError)> {
         let failure = OnceLock::new();
         let failure = &failure;
         let adding = used.into_iter().map(|(key, used)| async move {
@@ -54,7 +54,7 @@ impl Usages {
         failed.filter_map(std::future::ready).collect().await
     }
 
-    async fn read_one(&self, key: KeyId) -> Result<(Used, u64), CellError> {
+    async fn read_one(&self, key: KeyId) -> Result<(KeyUsage, u64), CellError> {
         let cell = self.0.get(&key.to_string()).await?;
         let used = cell.value.as_deref().map(serde_json::from_slice).transpose();
         let used = used.unwrap_or_else(|error| {
@@ -64,7 +64,7 @@ impl Usages {
         Ok((used.unwrap_or_default(), cell.revision))
     }
 
-    async fn add_one(&self, key: KeyId, later: &Used) -> Result<(), CellError> {
+    async fn add_one(&self, key: KeyId, later: &KeyUsage) -> Result<(), CellError> {
         let mut attempts = 0;
         loop {
             let (mut used, revision) = self.read_one(key).await?;

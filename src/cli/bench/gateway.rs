@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use anyhow::{Context, bail};
 use tempfile::TempDir;
 
-use crate::cli::client::{Client, Secret};
+use crate::cli::client::{ApiClient, KeySecret};
 use crate::cli::datasource;
 
 /// A running gateway, ended when this is dropped.
@@ -21,7 +21,7 @@ pub(super) struct OwnGateway {
     data_dir: TempDir,
     pub(super) mqtt: SocketAddr,
     /// A key of a datasource made for the benchmark.
-    pub(super) key: Secret,
+    pub(super) key: KeySecret,
 }
 
 impl OwnGateway {
@@ -44,14 +44,14 @@ impl OwnGateway {
             child,
             lines: BufReader::new(stdout),
             mqtt: SocketAddr::from(([127, 0, 0, 1], 0)),
-            key: Secret::new(""),
+            key: KeySecret::new(""),
             data_dir,
         };
         let http = gateway.read_addresses()?;
         let admin =
             std::fs::read_to_string(gateway.data_dir.path().join("admin.key")).context("admin.key")?;
-        let admin = Client::new(&http, Secret::new(&admin));
-        (_, gateway.key) = datasource::create_as(&admin, "bench", "Benchmark")?;
+        let admin = ApiClient::new(&http, KeySecret::new(&admin));
+        (_, gateway.key) = datasource::create_for_command(&admin, "bench", "Benchmark")?;
         Ok(gateway)
     }
 

@@ -9,13 +9,13 @@ pub(super) struct Sensor {
     /// What people call it.
     pub(super) name: &'static str,
     /// How its device sends readings.
-    pub(super) way: Way,
+    pub(super) way: SensorTransport,
     csv: &'static str,
 }
 
 /// A protocol, and where in it the key is presented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum SensorTransport {
     /// MQTT 3.1.1, the key as user name.
     Mqtt311,
     /// MQTT 5, the key as user property of CONNECT.
@@ -28,22 +28,27 @@ pub(super) enum Way {
     HttpApiKey,
 }
 
-impl Way {
-    pub(super) const ALL: [Way; 5] =
-        [Way::Mqtt311, Way::Mqtt5, Way::HttpPlain, Way::HttpBearer, Way::HttpApiKey];
+impl SensorTransport {
+    pub(super) const ALL: [SensorTransport; 5] = [
+        SensorTransport::Mqtt311,
+        SensorTransport::Mqtt5,
+        SensorTransport::HttpPlain,
+        SensorTransport::HttpBearer,
+        SensorTransport::HttpApiKey,
+    ];
 
     pub(super) fn describe(self) -> &'static str {
         match self {
-            Way::Mqtt311 => "MQTT 3.1.1, key as user name",
-            Way::Mqtt5 => "MQTT 5, key as user property",
-            Way::HttpPlain => "HTTP, Authorization: KEY",
-            Way::HttpBearer => "HTTP, Authorization: Bearer KEY",
-            Way::HttpApiKey => "HTTP, X-API-Key: KEY",
+            SensorTransport::Mqtt311 => "MQTT 3.1.1, key as user name",
+            SensorTransport::Mqtt5 => "MQTT 5, key as user property",
+            SensorTransport::HttpPlain => "HTTP, Authorization: KEY",
+            SensorTransport::HttpBearer => "HTTP, Authorization: Bearer KEY",
+            SensorTransport::HttpApiKey => "HTTP, X-API-Key: KEY",
         }
     }
 
     pub(super) fn is_mqtt(self) -> bool {
-        matches!(self, Way::Mqtt311 | Way::Mqtt5)
+        matches!(self, SensorTransport::Mqtt311 | SensorTransport::Mqtt5)
     }
 }
 
@@ -82,31 +87,31 @@ pub(super) const SENSORS: [Sensor; 5] = [
     Sensor {
         id: "machine-temperature",
         name: "Machine temperature (°F), up to its failure",
-        way: Way::Mqtt311,
+        way: SensorTransport::Mqtt311,
         csv: recording!("machine_temperature_system_failure.csv"),
     },
     Sensor {
         id: "ambient-temperature",
         name: "Office ambient temperature (°F)",
-        way: Way::Mqtt5,
+        way: SensorTransport::Mqtt5,
         csv: recording!("ambient_temperature_system_failure.csv"),
     },
     Sensor {
         id: "lane-occupancy-6005",
         name: "Road sensor 6005: lane occupancy (%)",
-        way: Way::HttpPlain,
+        way: SensorTransport::HttpPlain,
         csv: recording!("occupancy_6005.csv"),
     },
     Sensor {
         id: "speed-6005",
         name: "Road sensor 6005: speed (mph)",
-        way: Way::HttpBearer,
+        way: SensorTransport::HttpBearer,
         csv: recording!("speed_6005.csv"),
     },
     Sensor {
         id: "travel-time-387",
         name: "Road segment 387: travel time (s)",
-        way: Way::HttpApiKey,
+        way: SensorTransport::HttpApiKey,
         csv: recording!("TravelTime_387.csv"),
     },
 ];

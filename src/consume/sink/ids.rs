@@ -10,7 +10,7 @@ use crate::message::{KeyId, RecordRef, Transport};
 
 /// How many names are remembered. Beyond that, all are forgotten and read again: clients may invent topics
 /// without end, which must not cost memory for ever.
-const REMEMBERED_MAX: usize = 200_000;
+const REMEMBERED_IDS_MAX: usize = 200_000;
 
 /// The row ids that one record refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,20 +21,20 @@ pub(super) struct RowIds {
 }
 
 /// One datasource and those of its topics that are remembered.
-struct Datasource {
+struct RememberedDatasource {
     id: i64,
     topics: HashMap<Box<str>, i64>,
 }
 
 /// The remembered row ids.
 #[derive(Default)]
-pub(super) struct Ids {
-    datasources: HashMap<Box<str>, Datasource>,
+pub(super) struct RememberedIds {
+    datasources: HashMap<Box<str>, RememberedDatasource>,
     origins: HashMap<(KeyId, Transport), HashMap<Box<str>, i64>>,
     remembered: usize,
 }
 
-impl Ids {
+impl RememberedIds {
     /// Forgets everything. Call this when a transaction that may have inserted names was not committed:
     /// their ids do not exist.
     pub(super) fn clear(&mut self) {
@@ -46,14 +46,18 @@ impl Ids {
     ///
     /// # Errors
     /// The database's.
-    pub(super) fn of(&mut self, connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<RowIds> {
-        match self.remembered(record) {
+    pub(super) fn row_ids(
+        &mut self,
+        connection: &Connection,
+        record: &RecordRef<'_>,
+    ) -> rusqlite::Result<RowIds> {
+        match self.find_remembered(record) {
             Some(ids) => Ok(ids),
-            None => self.ask(connection, record),
+            None => self.read_or_insert(connection, record),
         }
     }
 
-    fn remembered(&self, record: &RecordRef<'_>) -> Option<RowIds> {
+    fn find_remembered(&self, record: &RecordRef<'_>) -> Option<RowIds> {
         let datasource = self.datasources.get(record.datasource)?;
         let topic = *datasource.topics.get(record.topic)?;
         let origins = self.origins.get(&(record.key_id, record.transport))?;
@@ -62,8 +66,12 @@ impl Ids {
     }
 
     #[cold]
-    fn ask(&mut self, connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<RowIds> {
-        if self.remembered >= REMEMBERED_MAX {
+    fn read_or_insert(
+        &mut self,
+        connection: &Connection,
+        record: &RecordRef<'_>,
+    ) -> rusqlite::Result<RowIds> {
+        if self.remembered >= REMEMBERED_IDS_MAX {
             self.clear();
         }
         // An upper bound: at most one of each is new.
@@ -106,7 +114,7 @@ impl Ids {
         let known = self
             .datasources
             .entry(record.datasource.into())
-            .or_insert_with(|| Datasource { id: datasource, topics: HashMap::new() });
+            .or_insert_with(|| RememberedDatasource { id: datasource, topics: HashMap::new() });
         known.topics.insert(record.topic.into(), topic);
         let origins = self.origins.entry((record.key_id, record.transport)).or_default();
         origins.insert(record.content_type.into(), origin);

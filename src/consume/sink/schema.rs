@@ -27,7 +27,7 @@ use super::sqlite::SinkError;
 use crate::message::Offset;
 
 /// The version of this schema, kept in `user_version`.
-pub const FORMAT: i64 = 2;
+pub const RECORDS_FORMAT: i64 = 2;
 
 /// Offsets that one row of `time_index` covers.
 pub const TIME_INDEX_OFFSETS: u64 = 4096;
@@ -39,7 +39,7 @@ pub fn sql_offset(offset: Offset) -> i64 {
 }
 
 /// The inverse of [`sql_offset`].
-pub fn offset_of(sql: i64) -> Offset {
+pub fn offset_from_sql(sql: i64) -> Offset {
     u64::try_from(sql).unwrap_or(0)
 }
 
@@ -58,7 +58,7 @@ macro_rules! rfc3339 {
 }
 
 /// Turns an empty database into format 1.
-const CREATE: &str = concat!(
+const CREATE_RECORDS_TABLES: &str = concat!(
     "
     -- The first offset that is not stored yet.
     CREATE TABLE cursor (
@@ -142,7 +142,7 @@ const CREATE: &str = concat!(
     "
 );
 
-/// The view of what [`quarantined::CREATE`] makes. Completes the step from format 1 to format 2.
+/// The view of what [`quarantined::CREATE_QUARANTINED_TABLES`] makes. Completes the step from format 1 to format 2.
 const CREATE_QUARANTINE_VIEW: &str = concat!(
     "
     CREATE VIEW quarantine AS
@@ -167,7 +167,7 @@ const CREATE_QUARANTINE_VIEW: &str = concat!(
 pub(super) fn prepare(connection: &mut Connection) -> Result<(), SinkError> {
     let version = |c: &Connection| c.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
     match version(connection)? {
-        FORMAT => return Ok(()),
+        RECORDS_FORMAT => return Ok(()),
         0 | 1 => {}
         found => return Err(SinkError::Newer { found }),
     }
@@ -179,10 +179,10 @@ pub(super) fn prepare(connection: &mut Connection) -> Result<(), SinkError> {
         if objects > 0 {
             return Err(SinkError::Foreign);
         }
-        transaction.execute_batch(CREATE)?;
+        transaction.execute_batch(CREATE_RECORDS_TABLES)?;
     }
     if version(&transaction)? == 1 {
-        transaction.execute_batch(quarantined::CREATE)?;
+        transaction.execute_batch(quarantined::CREATE_QUARANTINED_TABLES)?;
         transaction.execute_batch(CREATE_QUARANTINE_VIEW)?;
     }
     transaction.commit()?;
@@ -196,11 +196,11 @@ mod tests {
     #[test]
     fn a_database_of_format_1_becomes_one_of_format_2_with_what_is_in_it() {
         let mut connection = Connection::open_in_memory().expect("opens");
-        connection.execute_batch(CREATE).expect("format 1");
+        connection.execute_batch(CREATE_RECORDS_TABLES).expect("format 1");
         connection.execute("UPDATE cursor SET next_offset = 41", []).expect("written");
         prepare(&mut connection).expect("upgraded");
         let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
-        assert_eq!(number("PRAGMA user_version"), FORMAT);
+        assert_eq!(number("PRAGMA user_version"), RECORDS_FORMAT);
         assert_eq!(number("SELECT next_offset FROM cursor"), 41);
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);

@@ -13,7 +13,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
 /// How long SQLite waits for a lock: another process may be reading the file, or the previous gateway may
 /// not have quite ended.
-const LOCK_WAIT: Duration = Duration::from_secs(2);
+const SUBSCRIBER_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Why a database of subscribers' state could not be opened, read or written. Each names the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -66,7 +66,7 @@ pub enum DatabaseError {
 
 impl DatabaseError {
     /// Classifies an error of SQLite's for the file at `path`.
-    pub(in crate::consume) fn of(error: &rusqlite::Error, path: &Path) -> Self {
+    pub(in crate::consume) fn from_sqlite(error: &rusqlite::Error, path: &Path) -> Self {
         let (path, detail) = (path.to_owned(), error.to_string().into());
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::InUse { path },
@@ -80,13 +80,13 @@ impl DatabaseError {
     }
 
     /// Whether the transaction left no trace and the connection can still be used.
-    pub(in crate::consume) fn leaves_all_as_it_was(&self) -> bool {
+    pub(in crate::consume) fn is_clean_rollback(&self) -> bool {
         matches!(self, Self::InUse { .. } | Self::DiskFull { .. })
     }
 }
 
 /// One kind of database.
-pub(in crate::consume) struct Kind {
+pub(in crate::consume) struct DatabaseKind {
     /// The version of its format, above 0.
     pub(in crate::consume) format: i64,
     /// The statements that turn an empty database into one of this kind.
@@ -95,16 +95,16 @@ pub(in crate::consume) struct Kind {
     pub(in crate::consume) exclusive: bool,
 }
 
-impl Kind {
+impl DatabaseKind {
     /// Opens the database at `path`, or makes it. Its transactions are synced before they count
     /// until the caller says otherwise.
     ///
     /// # Errors
     /// [`DatabaseError`], when this Headgate cannot or must not write it.
     pub(in crate::consume) fn open(&self, path: &Path) -> Result<Connection, DatabaseError> {
-        let failed = |error: rusqlite::Error| DatabaseError::of(&error, path);
+        let failed = |error: rusqlite::Error| DatabaseError::from_sqlite(&error, path);
         let mut connection = self.connect(path).map_err(failed)?;
-        let version = version(&connection).map_err(failed)?;
+        let version = read_user_version(&connection).map_err(failed)?;
         if version > self.format {
             return Err(DatabaseError::Newer { path: path.to_owned(), version, known: self.format });
         }
@@ -114,7 +114,7 @@ impl Kind {
         Ok(connection)
     }
 
-    /// As [`Kind::open`], after a failed transaction that leaves in doubt what the disk has of the
+    /// As [`DatabaseKind::open`], after a failed transaction that leaves in doubt what the disk has of the
     /// write-ahead log: a later successful sync says nothing about pages that the kernel gave up on. So
     /// this copies the write-ahead log into the database and syncs it there before anything relies on it.
     ///
@@ -125,7 +125,7 @@ impl Kind {
         match checkpoint(&connection) {
             Ok(true) => Ok(connection),
             Ok(false) => Err(DatabaseError::InUse { path: path.to_owned() }),
-            Err(error) => Err(DatabaseError::of(&error, path)),
+            Err(error) => Err(DatabaseError::from_sqlite(&error, path)),
         }
     }
 
@@ -134,7 +134,7 @@ impl Kind {
             | OpenFlags::SQLITE_OPEN_CREATE
             | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(path, flags)?;
-        connection.busy_timeout(LOCK_WAIT)?;
+        connection.busy_timeout(SUBSCRIBER_LOCK_WAIT_MAX)?;
         if self.exclusive {
             connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         }
@@ -161,7 +161,7 @@ impl Kind {
     }
 }
 
-fn version(connection: &Connection) -> rusqlite::Result<i64> {
+fn read_user_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, "user_version", |row| row.get(0))
 }
 
@@ -175,7 +175,8 @@ pub(in crate::consume) fn checkpoint(connection: &Connection) -> rusqlite::Resul
 mod tests {
     use super::*;
 
-    const KIND: Kind = Kind { format: 3, schema: "CREATE TABLE things (thing TEXT) STRICT", exclusive: true };
+    const KIND: DatabaseKind =
+        DatabaseKind { format: 3, schema: "CREATE TABLE things (thing TEXT) STRICT", exclusive: true };
 
     fn by_hand(path: &Path, sql: &str) {
         Connection::open(path).and_then(|connection| connection.execute_batch(sql)).expect("runs");
@@ -191,7 +192,7 @@ mod tests {
         let connection = KIND.reopen(&path).expect("found");
         let things: i64 =
             connection.query_row("SELECT count(*) FROM things", [], |row| row.get(0)).expect("read");
-        assert_eq!((things, version(&connection).expect("read")), (1, 3));
+        assert_eq!((things, read_user_version(&connection).expect("read")), (1, 3));
     }
 
     #[test]
@@ -199,7 +200,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("things.db");
         std::fs::write(&path, b"").expect("written");
-        assert_eq!(KIND.open(&path).map(|connection| version(&connection).expect("read")), Ok(3));
+        assert_eq!(KIND.open(&path).map(|connection| read_user_version(&connection).expect("read")), Ok(3));
     }
 
     #[test]
@@ -210,7 +211,7 @@ mod tests {
         by_hand(&newer, "PRAGMA user_version = 4");
         let error = KIND.open(&newer).expect_err("newer");
         assert_eq!(error, DatabaseError::Newer { path: newer.clone(), version: 4, known: 3 });
-        assert_eq!(version(&Connection::open(&newer).expect("opens")), Ok(4));
+        assert_eq!(read_user_version(&Connection::open(&newer).expect("opens")), Ok(4));
 
         let foreign = dir.path().join("foreign.db");
         by_hand(&foreign, "CREATE TABLE mine (x)");

@@ -5,7 +5,7 @@
 mod cluster;
 mod local;
 
-pub use cluster::Groups as ClusterGroups;
+pub use cluster::ClusterShareGroups;
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -13,11 +13,11 @@ use std::task::{Context, Poll};
 use headgate_bridge_nats::CellError;
 
 use super::router::Router;
-use crate::log::{Batch, Log, Place, ReadError, ShareError};
+use crate::log::{Batch, Log, LogReadError, RecordPlace, ShareError};
 use crate::message::{DatasourceId, Offset};
 
 /// A group's identity: the datasource of its members' keys, its name, its filter.
-pub type GroupKey = (DatasourceId, Box<str>, Box<str>);
+pub type ShareGroupKey = (DatasourceId, Box<str>, Box<str>);
 
 /// What the groups of a session know about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,22 +30,22 @@ pub struct GroupSession {
 
 impl GroupSession {
     /// Whether the session outlives its connection.
-    fn stays(self) -> bool {
+    fn outlives_connection(self) -> bool {
         self.expiry_s > 0
     }
 }
 
 /// What a member is given.
-pub enum Share {
+pub enum ShareDelivery {
     /// Records of one batch.
-    Records(Batch, Vec<Place>),
+    Records(Batch, Vec<RecordPlace>),
     /// Retention has removed this many records before the group read them.
     Skipped(u64),
 }
 
 /// Why a session could not join a group.
 #[derive(Debug, thiserror::Error)]
-pub enum JoinError {
+pub enum GroupJoinError {
     /// It asked for a start in the past, and the group has started already.
     #[error(
         "the group exists already and continues where it is: only its first member can begin in the past"
@@ -60,38 +60,38 @@ pub enum JoinError {
 }
 
 /// All groups.
-pub enum Groups {
+pub enum ShareGroups {
     /// On this gateway alone.
-    Local(local::Groups),
+    Local(local::LocalShareGroups),
     /// On all gateways of a cluster.
-    Cluster(Box<cluster::Groups>),
+    Cluster(Box<cluster::ClusterShareGroups>),
 }
 
-impl Groups {
+impl ShareGroups {
     /// No groups yet, on this gateway alone.
     pub fn local(router: Router, log: Arc<dyn Log>) -> Self {
-        Self::Local(local::Groups::new(router, log))
+        Self::Local(local::LocalShareGroups::new(router, log))
     }
 
     /// Adds a session to a group. The first session creates the group, at `from` or at the end of the log.
     /// Returns the group's offset if this gateway has to keep it.
     ///
     /// # Errors
-    /// [`JoinError`].
+    /// [`GroupJoinError`].
     pub async fn join(
         &self,
-        key: &GroupKey,
+        key: &ShareGroupKey,
         of: GroupSession,
         from: Option<Offset>,
-    ) -> Result<Option<Offset>, JoinError> {
+    ) -> Result<Option<Offset>, GroupJoinError> {
         match self {
-            Self::Local(groups) => groups.join(key, of.uid, from).map(Some).ok_or(JoinError::Elsewhere),
+            Self::Local(groups) => groups.join(key, of.uid, from).map(Some).ok_or(GroupJoinError::Elsewhere),
             Self::Cluster(groups) => groups.join(key, of, from).await.map(|()| None),
         }
     }
 
-    /// As [`Groups::join`], for a stored session; `cursor` is the stored offset of its group.
-    pub fn join_again(&self, key: &GroupKey, uid: u64, cursor: Option<Offset>) {
+    /// As [`ShareGroups::join`], for a stored session; `cursor` is the stored offset of its group.
+    pub fn rejoin(&self, key: &ShareGroupKey, uid: u64, cursor: Option<Offset>) {
         if let Self::Local(groups) = self {
             // The first session of the group restores its offset; the others join it there.
             let _ = groups.join(key, uid, cursor).or_else(|| groups.join(key, uid, None));
@@ -100,7 +100,7 @@ impl Groups {
 
     /// Removes the session `uid` from a group. `ever_stayed` says whether the session was ever to outlive its
     /// connection. Returns whether the group has ended and is no longer to be kept.
-    pub fn leave(&self, key: &GroupKey, uid: u64, ever_stayed: bool) -> bool {
+    pub fn leave(&self, key: &ShareGroupKey, uid: u64, ever_stayed: bool) -> bool {
         match self {
             Self::Local(groups) => groups.leave(key, uid),
             Self::Cluster(groups) => {
@@ -111,17 +111,17 @@ impl Groups {
     }
 
     /// Extends how long a session that has joined a group outlives its connection.
-    pub fn stay(&self, key: &GroupKey, of: GroupSession) {
+    pub fn extend_stay(&self, key: &ShareGroupKey, of: GroupSession) {
         if let Self::Cluster(groups) = self {
-            groups.stay(key, of);
+            groups.extend_stay(key, of);
         }
     }
 
     /// Connects a member to a group that its session has joined.
-    pub fn member(&self, key: &GroupKey, of: GroupSession) -> Option<Member> {
+    pub fn member(&self, key: &ShareGroupKey, of: GroupSession) -> Option<ShareMember> {
         match self {
-            Self::Local(groups) => groups.member(key).map(Member::Local),
-            Self::Cluster(groups) => groups.member(key, of).map(Member::Cluster),
+            Self::Local(groups) => groups.member(key).map(ShareMember::Local),
+            Self::Cluster(groups) => groups.member(key, of).map(ShareMember::Cluster),
         }
     }
 
@@ -134,7 +134,7 @@ impl Groups {
 
     /// For each group that this gateway keeps, the first record that is not dealt with. `routed` is the
     /// router's offset from before this call.
-    pub fn cursors(&self, routed: Offset) -> Vec<(GroupKey, Offset)> {
+    pub fn cursors(&self, routed: Offset) -> Vec<(ShareGroupKey, Offset)> {
         match self {
             Self::Local(groups) => groups.cursors(routed),
             Self::Cluster(_) => Vec::new(),
@@ -143,20 +143,24 @@ impl Groups {
 }
 
 /// A connected member. Leaves when it is dropped.
-pub enum Member {
+pub enum ShareMember {
     /// Of a group of this gateway.
-    Local(local::Member),
+    Local(local::LocalShareMember),
     /// Of a group of a cluster.
-    Cluster(cluster::Member),
+    Cluster(cluster::ClusterShareMember),
 }
 
-impl Member {
+impl ShareMember {
     /// Takes up to `max` of the next records. Each is this member's until it has
-    /// [acknowledged](Member::acknowledge) it.
+    /// [acknowledged](ShareMember::acknowledge) it.
     ///
     /// # Errors
-    /// [`ReadError`], as [`Feed::poll_next`](super::Feed::poll_next).
-    pub fn poll_take(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<Result<Share, ReadError>> {
+    /// [`LogReadError`], as [`Feed::poll_next`](super::SubscriberFeed::poll_next).
+    pub fn poll_take(
+        &mut self,
+        max: usize,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<ShareDelivery, LogReadError>> {
         match self {
             Self::Local(member) => member.poll_take(max, cx),
             Self::Cluster(member) => member.poll_take(max, cx).map(Ok),
@@ -164,9 +168,9 @@ impl Member {
     }
 
     /// Passes the turn on: this member has no room now.
-    pub fn pass(&self) {
+    pub fn pass_turn(&self) {
         if let Self::Local(member) = self {
-            member.pass();
+            member.pass_turn();
         }
     }
 

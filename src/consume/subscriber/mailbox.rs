@@ -10,31 +10,31 @@ use std::task::{Context, Poll};
 use futures_util::task::AtomicWaker;
 
 use crate::limits::MAILBOX_BYTES_MAX;
-use crate::log::{Batch, Place};
+use crate::log::{Batch, RecordPlace};
 use crate::message::Offset;
 
 /// Records of one batch that match one filter.
-pub(super) struct Routed {
+pub(super) struct RoutedRecords {
     pub(super) batch: Batch,
     /// Which of the subscriber's filters.
     pub(super) slot: u32,
-    pub(super) places: Arc<[Place]>,
+    pub(super) places: Arc<[RecordPlace]>,
 }
 
 /// One subscriber's mailbox.
 #[derive(Default)]
 pub struct Mailbox {
-    state: Mutex<State>,
+    state: Mutex<MailboxState>,
     task: AtomicWaker,
 }
 
 #[derive(Default)]
-struct State {
+struct MailboxState {
     /// Whether the router puts records in.
     live: bool,
     /// Whether the subscriber has dealt with everything that was routed.
     idle: bool,
-    queue: VecDeque<Routed>,
+    queue: VecDeque<RoutedRecords>,
     /// What the queued batches take in memory.
     bytes: usize,
     /// The first record that the subscriber has not dealt with, as it last reported.
@@ -42,9 +42,9 @@ struct State {
 }
 
 /// What a live subscriber finds in its mailbox.
-pub(super) enum Taken {
+pub(super) enum MailboxContents {
     /// All matches in one batch, in the order in which its filters were routed.
-    Batch(Vec<Routed>),
+    Batch(Vec<RoutedRecords>),
     /// Nothing, and nothing will be put in: continue from the log.
     Behind,
 }
@@ -52,7 +52,7 @@ pub(super) enum Taken {
 impl Mailbox {
     /// Puts in the matches of one filter. Returns whether to [wake](Mailbox::wake) the subscriber once the
     /// whole batch is routed.
-    pub(super) fn put(&self, routed: Routed) -> bool {
+    pub(super) fn put(&self, routed: RoutedRecords) -> bool {
         let mut state = self.state();
         if !state.live {
             return false;
@@ -78,7 +78,11 @@ impl Mailbox {
 
     /// Takes out the oldest batch if it is below `routed`. Otherwise more of that batch may still be put
     /// in.
-    pub(super) fn poll_take(&self, routed: impl Fn() -> Offset, cx: &mut Context<'_>) -> Poll<Taken> {
+    pub(super) fn poll_take(
+        &self,
+        routed: impl Fn() -> Offset,
+        cx: &mut Context<'_>,
+    ) -> Poll<MailboxContents> {
         if let Poll::Ready(taken) = self.take(routed()) {
             return Poll::Ready(taken);
         }
@@ -86,22 +90,22 @@ impl Mailbox {
         self.take(routed())
     }
 
-    fn take(&self, routed: Offset) -> Poll<Taken> {
+    fn take(&self, routed: Offset) -> Poll<MailboxContents> {
         let mut state = self.state();
         let Some(first) = state.queue.front().map(|routed| routed.batch.clone()) else {
-            return if state.live { Poll::Pending } else { Poll::Ready(Taken::Behind) };
+            return if state.live { Poll::Pending } else { Poll::Ready(MailboxContents::Behind) };
         };
         if first.next_offset() > routed {
             return Poll::Pending;
         }
-        let of_first = |r: &Routed| r.batch.first_offset() == first.first_offset();
+        let of_first = |r: &RoutedRecords| r.batch.first_offset() == first.first_offset();
         let count = state.queue.iter().take_while(|r| of_first(r)).count();
         let batch = state.queue.drain(..count).collect();
         state.bytes -= first.weight();
         if state.queue.is_empty() && state.queue.capacity() > 64 {
             state.queue = VecDeque::new();
         }
-        Poll::Ready(Taken::Batch(batch))
+        Poll::Ready(MailboxContents::Batch(batch))
     }
 
     /// Lets the router put records in from now on.
@@ -120,7 +124,7 @@ impl Mailbox {
 
     /// Sets how far the subscriber is: everything below `cursor` is dealt with. With `all`, so is
     /// everything that it was given.
-    pub fn progress(&self, cursor: Offset, all: bool) {
+    pub fn set_progress(&self, cursor: Offset, all: bool) {
         let mut state = self.state();
         state.cursor = cursor;
         state.idle = all && state.live && state.queue.is_empty();
@@ -132,7 +136,7 @@ impl Mailbox {
         if state.idle { routed.max(state.cursor) } else { state.cursor }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, MailboxState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

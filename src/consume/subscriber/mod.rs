@@ -19,15 +19,17 @@ mod trie;
 mod tests;
 
 pub use database::DatabaseError;
-pub use feed::{Feed, Hit, Matched, Next};
-pub use group::{ClusterGroups, GroupKey, GroupSession, Groups, JoinError, Member, Share};
+pub use feed::{FeedItem, FilterHit, MatchedRecords, SubscriberFeed};
+pub use group::{
+    ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
+};
 pub use mailbox::Mailbox;
 pub use router::Router;
 
 use std::sync::Arc;
 
 use crate::log::Log;
-use retained::Retained;
+use retained::RetainedStore;
 use sessions::SessionStore;
 
 /// What the fronts need to serve subscribers.
@@ -37,11 +39,11 @@ pub struct Subscribers {
     /// Routes new records to subscribers.
     pub router: Router,
     /// The groups of shared subscriptions.
-    pub groups: Groups,
+    pub groups: ShareGroups,
     /// The sessions that outlive their connection.
     pub store: SessionStore,
     /// The newest retained message of each topic.
-    pub retained: Retained,
+    pub retained: RetainedStore,
 }
 
 impl Subscribers {
@@ -52,13 +54,13 @@ impl Subscribers {
     pub fn start(
         log: Arc<dyn Log>,
         store: SessionStore,
-        retained: Retained,
-        groups: Option<ClusterGroups>,
+        retained: RetainedStore,
+        groups: Option<ClusterShareGroups>,
     ) -> std::io::Result<Self> {
         let router = Router::start(&log)?;
         let groups = match groups {
-            Some(groups) => Groups::Cluster(Box::new(groups)),
-            None => Groups::local(router.clone(), log.clone()),
+            Some(groups) => ShareGroups::Cluster(Box::new(groups)),
+            None => ShareGroups::local(router.clone(), log.clone()),
         };
         Ok(Self { log, router, groups, store, retained })
     }

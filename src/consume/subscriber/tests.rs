@@ -9,8 +9,8 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use super::{Feed, GroupSession, Groups, Next, Router, Share};
-use crate::config::{Config, Log as LogConfig};
+use super::{FeedItem, GroupSession, Router, ShareDelivery, ShareGroups, SubscriberFeed};
+use crate::config::{Config, LogConfig};
 use crate::limits::MAILBOX_BYTES_MAX;
 use crate::log::{EmbeddedLog, Log, Section};
 use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
@@ -49,9 +49,9 @@ impl Scene {
         appended.await.expect("an answer").expect("appended");
     }
 
-    fn feed(&self, datasource: &str, position: Offset) -> Feed {
+    fn feed(&self, datasource: &str, position: Offset) -> SubscriberFeed {
         let datasource = if datasource == "*" { DatasourceId::all() } else { id(datasource) };
-        Feed::new(self.router.clone(), self.log.clone(), &datasource, position)
+        SubscriberFeed::new(self.router.clone(), self.log.clone(), &datasource, position)
     }
 }
 
@@ -60,9 +60,11 @@ fn id(datasource: &str) -> DatasourceId {
 }
 
 /// The next records' offsets and slots; none if there are none for a while.
-async fn next(feed: &mut Feed, wait: Duration) -> Vec<(Offset, Vec<u32>)> {
+async fn next(feed: &mut SubscriberFeed, wait: Duration) -> Vec<(Offset, Vec<u32>)> {
     let Ok(next) = timeout(wait, poll_fn(|cx| feed.poll_next(cx))).await else { return Vec::new() };
-    let Next::Matched(mut matched) = next.expect("the log is whole") else { panic!("nothing is removed") };
+    let FeedItem::Matched(mut matched) = next.expect("the log is whole") else {
+        panic!("nothing is removed")
+    };
     let mut records = Vec::new();
     while let Some(hit) = matched.peek() {
         let mut slots = hit.slots.to_vec();
@@ -160,7 +162,7 @@ async fn run(steps: Vec<Step>) {
                 let slot = u32::try_from(filter).expect("few filters");
                 let end = model.appended.len() as u64;
                 let from = from.map(|from| from.min(end));
-                assert_eq!(feed.set(slot, FILTERS[filter].0, from), from.unwrap_or(end));
+                assert_eq!(feed.set_filter(slot, FILTERS[filter].0, from), from.unwrap_or(end));
                 if let Some(from) = from.filter(|from| *from < model.position) {
                     for (_, _, begin) in &mut model.filters {
                         *begin = model.position.max(*begin);
@@ -172,7 +174,7 @@ async fn run(steps: Vec<Step>) {
             Step::Unsubscribe => {
                 if !model.filters.is_empty() {
                     let (slot, ..) = model.filters.remove(0);
-                    feed.remove(slot);
+                    feed.remove_filter(slot);
                 }
             }
         }
@@ -214,7 +216,7 @@ async fn no_record_is_lost_between_catching_up_and_being_live() {
             // Each begins at another moment and in the past, while more records are appended.
             tokio::time::sleep(Duration::from_millis(3 * n)).await;
             let mut feed = scene.feed("*", 0);
-            feed.set(0, "a/#", Some(0));
+            feed.set_filter(0, "a/#", Some(0));
             let mut seen = 0;
             while seen < RECORDS {
                 for (offset, _) in next(&mut feed, SOON).await {
@@ -237,15 +239,19 @@ async fn no_record_is_lost_between_catching_up_and_being_live() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_member_that_left_had_taken_goes_to_another() {
     let scene = Scene::new();
-    let groups = Groups::local(scene.router.clone(), scene.log.clone());
+    let groups = ShareGroups::local(scene.router.clone(), scene.log.clone());
     let key = (id("a"), "workers".into(), "#".into());
     let of = GroupSession { uid: 1, expiry_s: 0 };
     assert_eq!(groups.join(&key, of, None).await.expect("joined"), Some(0));
     let [mut first, mut second] = [(); 2].map(|()| groups.member(&key, of).expect("the group is there"));
     scene.append(&[(0, 0); 20], b"x").await;
     let take =
-        async |member: &mut super::Member| match timeout(SOON, poll_fn(|cx| member.poll_take(4, cx))).await {
-            Ok(Ok(Share::Records(_, places))) => places.iter().map(|place| place.offset).collect::<Vec<_>>(),
+        async |member: &mut super::ShareMember| match timeout(SOON, poll_fn(|cx| member.poll_take(4, cx)))
+            .await
+        {
+            Ok(Ok(ShareDelivery::Records(_, places))) => {
+                places.iter().map(|place| place.offset).collect::<Vec<_>>()
+            }
             _ => panic!("records come"),
         };
     let taken = take(&mut first).await;

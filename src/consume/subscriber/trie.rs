@@ -8,32 +8,32 @@ use std::collections::HashMap;
 
 /// Filters, each with the values entered under it.
 pub(super) struct Trie<T> {
-    root: Node<T>,
+    root: TrieNode<T>,
 }
 
-struct Node<T> {
-    children: HashMap<Box<str>, Node<T>>,
+struct TrieNode<T> {
+    children: HashMap<Box<str>, TrieNode<T>>,
     /// The child for `+`.
-    any: Option<Box<Node<T>>>,
+    any: Option<Box<TrieNode<T>>>,
     /// The values of filters that end here.
     here: Vec<T>,
     /// The values of filters that continue with `#`: they match this level too.
     below: Vec<T>,
 }
 
-impl<T> Default for Node<T> {
+impl<T> Default for TrieNode<T> {
     fn default() -> Self {
         Self { children: HashMap::new(), any: None, here: Vec::new(), below: Vec::new() }
     }
 }
 
-impl<T> Node<T> {
+impl<T> TrieNode<T> {
     fn is_empty(&self) -> bool {
         self.children.is_empty() && self.any.is_none() && self.here.is_empty() && self.below.is_empty()
     }
 
     /// The child for a filter's level, created if missing.
-    fn child(&mut self, level: &str) -> &mut Node<T> {
+    fn child(&mut self, level: &str) -> &mut TrieNode<T> {
         match level {
             "+" => self.any.get_or_insert_default(),
             level => self.children.entry(level.into()).or_default(),
@@ -91,7 +91,7 @@ impl<T> Node<T> {
 
 impl<T> Default for Trie<T> {
     fn default() -> Self {
-        Self { root: Node::default() }
+        Self { root: TrieNode::default() }
     }
 }
 
@@ -112,8 +112,8 @@ impl<T> Trie<T> {
     }
 
     /// The filters that can match a topic of `datasource`.
-    pub(super) fn of(&self, datasource: &str) -> Starts<'_, T> {
-        Starts {
+    pub(super) fn for_datasource(&self, datasource: &str) -> DatasourceFilters<'_, T> {
+        DatasourceFilters {
             all: &self.root.below,
             named: self.root.children.get(datasource),
             any: self.root.any.as_deref(),
@@ -122,13 +122,13 @@ impl<T> Trie<T> {
 }
 
 /// The parts of a [`Trie`] that concern one datasource.
-pub(super) struct Starts<'a, T> {
+pub(super) struct DatasourceFilters<'a, T> {
     all: &'a [T],
-    named: Option<&'a Node<T>>,
-    any: Option<&'a Node<T>>,
+    named: Option<&'a TrieNode<T>>,
+    any: Option<&'a TrieNode<T>>,
 }
 
-impl<T> Starts<'_, T> {
+impl<T> DatasourceFilters<'_, T> {
     /// Whether no filter can match.
     pub(super) fn is_empty(&self) -> bool {
         self.all.is_empty() && self.named.is_none() && self.any.is_none()
@@ -152,7 +152,7 @@ mod tests {
 
     fn found(trie: &Trie<usize>, datasource: &str, topic: &str) -> Vec<usize> {
         let mut values = Vec::new();
-        trie.of(datasource).visit(topic, |value| values.push(*value));
+        trie.for_datasource(datasource).visit(topic, |value| values.push(*value));
         values.sort_unstable();
         values
     }
@@ -179,7 +179,7 @@ mod tests {
                         .filter(|n| TopicFilter::new(&filters[*n]).expect("a filter").matches(&whole))
                         .collect();
                     prop_assert_eq!(&found(&trie, datasource, &topic), &matching);
-                    prop_assert!(matching.is_empty() || !trie.of(datasource).is_empty());
+                    prop_assert!(matching.is_empty() || !trie.for_datasource(datasource).is_empty());
                 }
             }
         }

@@ -10,7 +10,7 @@ use rand::rngs::SysRng;
 use super::problem::Problem;
 
 /// The page; each answer replaces `{{nonce}}` by its own nonce.
-const PAGE: &str = include_str!("dashboard.html");
+const DASHBOARD_HTML: &str = include_str!("dashboard.html");
 
 /// `GET /`
 ///
@@ -29,5 +29,5 @@ pub(super) async fn page() -> Result<impl IntoResponse, Problem> {
         (CONTENT_SECURITY_POLICY, policy),
         (REFERRER_POLICY, "no-referrer".to_owned()),
     ];
-    Ok((headers, PAGE.replace("{{nonce}}", &nonce)))
+    Ok((headers, DASHBOARD_HTML.replace("{{nonce}}", &nonce)))
 }

@@ -20,19 +20,19 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use super::body::{self, Received};
+use super::body::{self, ReceivedBody};
 use super::credentials::Caller;
 use super::limits::rate_headers;
-use super::messages::Messages;
-use super::problem::{Kind, Problem};
-use super::{InPath, Shared, off_the_runtime};
-use crate::auth::usage::Client;
+use super::messages::RequestMessages;
+use super::problem::{Problem, ProblemKind};
+use super::{HttpFrontState, PathParameters, run_blocking};
+use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
-use crate::intake::{Draft, Incoming, Intake, Kept, Refusal, check_message_id};
+use crate::intake::{Draft, DurableOffsets, IncomingMessage, Intake, Refusal, check_message_id};
 use crate::limits::{HTTP_INLINE_BYTES_MAX, VALIDATION_ERRORS_MAX};
-use crate::log::{Offsets, Reason};
+use crate::log::{Offsets, QuarantineReason};
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
-use crate::quota::Standing;
+use crate::quota::QuotaStanding;
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
@@ -41,7 +41,7 @@ const TOPIC_DEFAULT: &str = "data";
 
 /// The answer to a request whose messages are all durable.
 #[derive(Debug, Serialize)]
-pub(super) struct Accepted {
+pub(super) struct IngestResponse {
     accepted: u32,
     first_offset: Offset,
     last_offset: Offset,
@@ -52,9 +52,9 @@ pub(super) struct Accepted {
 
 /// `POST /v1/ingest/{datasource}`
 pub(super) async fn to_datasource(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(datasource): InPath<String>,
+    PathParameters(datasource): PathParameters<String>,
     request: Request,
 ) -> Result<Response, Problem> {
     ingest(&shared, caller, &datasource, TOPIC_DEFAULT.to_owned(), request).await
@@ -62,22 +62,22 @@ pub(super) async fn to_datasource(
 
 /// `POST /v1/ingest/{datasource}/{topic…}`
 pub(super) async fn to_topic(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath((datasource, topic)): InPath<(String, String)>,
+    PathParameters((datasource, topic)): PathParameters<(String, String)>,
     request: Request,
 ) -> Result<Response, Problem> {
     ingest(&shared, caller, &datasource, topic, request).await
 }
 
 async fn ingest(
-    shared: &Shared,
+    shared: &HttpFrontState,
     Caller(grant, peer): Caller,
     datasource: &str,
     topic: String,
     request: Request,
 ) -> Result<Response, Problem> {
-    grant.allows(Scope::Ingest, datasource).inspect_err(|_| shared.registry().refused(grant.key()))?;
+    grant.allows(Scope::Ingest, datasource).inspect_err(|_| shared.registry().note_refusal(grant.key()))?;
     let datasource = shared.datasource(datasource)?.id.clone();
     let (parts, body) = request.into_parts();
     let content_type = content_type(&parts.headers)?;
@@ -92,21 +92,21 @@ async fn ingest(
             (upload.draft(&intake)?, upload)
         } else {
             let intake = intake.clone();
-            off_the_runtime(move || Ok((upload.draft(&intake)?, upload))).await?
+            run_blocking(move || Ok((upload.draft(&intake)?, upload))).await?
         };
         let kept = intake.submit(draft).await.map_err(|refusal| match &refusal {
             // The key died meanwhile; intake has counted each message already.
-            Refusal::Denied(_) => Problem::from(refusal).counted(),
+            Refusal::Denied(_) => Problem::from(refusal).already_counted(),
             _ => refusal.into(),
         })?;
         // Holds the permits of the body until here, because the draft made of it is in memory as well.
         drop(upload);
         let kept = kept.ok_or_else(|| Problem::internal(&"a draft of messages came back without offsets"))?;
-        if failures.all == 0 { Ok((kept, standing)) } else { Err(failures.problem(&kept.offsets)) }
+        if failures.all == 0 { Ok((kept, standing)) } else { Err(failures.into_problem(&kept.offsets)) }
     };
-    let (Kept { offsets, duplicate }, standing) = kept.await.map_err(Problem::body_read)?;
+    let (DurableOffsets { offsets, duplicate }, standing) = kept.await.map_err(Problem::after_body_read)?;
     let (accepted, first_offset, last_offset) = (offsets.records(), offsets.first(), offsets.last());
-    let accepted = Accepted { accepted, first_offset, last_offset, duplicate };
+    let accepted = IngestResponse { accepted, first_offset, last_offset, duplicate };
     let mut response = Json(accepted).into_response();
     response.headers_mut().extend(standing.iter().flat_map(rate_headers));
     Ok(response)
@@ -115,7 +115,7 @@ async fn ingest(
 fn content_type(headers: &HeaderMap) -> Result<String, Problem> {
     let Some(value) = headers.get(CONTENT_TYPE) else { return Ok(String::new()) };
     let text = value.to_str().map(str::to_owned);
-    text.map_err(|_| Problem::new(Kind::Malformed, "The Content-Type is not printable ASCII."))
+    text.map_err(|_| Problem::new(ProblemKind::Malformed, "The Content-Type is not printable ASCII."))
 }
 
 /// The id that all messages of a request share. The IETF draft "The Idempotency-Key HTTP Header Field"
@@ -124,31 +124,31 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
     let Some(value) = values.next() else { return Ok(None) };
     if values.next().is_some() {
-        return Err(Problem::new(Kind::Malformed, "The request has more than one Idempotency-Key."));
+        return Err(Problem::new(ProblemKind::Malformed, "The request has more than one Idempotency-Key."));
     }
     let text = std::str::from_utf8(value.as_bytes());
-    let text = text.map_err(|_| Problem::new(Kind::Malformed, "The Idempotency-Key is not UTF-8."))?;
+    let text = text.map_err(|_| Problem::new(ProblemKind::Malformed, "The Idempotency-Key is not UTF-8."))?;
     let quoted = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
     let id = quoted.unwrap_or(text);
     check_message_id(id).map_err(|refusal| {
         let words = format!("The Idempotency-Key cannot be used: {refusal}.");
-        Problem::new(Kind::Malformed, words).cause(refusal.cause())
+        Problem::new(ProblemKind::Malformed, words).with_cause(refusal.cause())
     })?;
     Ok(Some(id.to_owned()))
 }
 
 /// The messages of a request that do not meet their schemas.
 #[derive(Default)]
-struct Failures {
+struct IngestFailures {
     /// How many there are.
     all: usize,
     /// Details of the first ones.
-    listed: Vec<Failure>,
+    listed: Vec<IngestFailure>,
 }
 
 /// A message that failed, as the answer shows it.
 #[derive(Serialize)]
-struct Failure {
+struct IngestFailure {
     /// Where in the request's body.
     pointer: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -160,19 +160,19 @@ struct Failure {
     offset: Offset,
 }
 
-impl Failures {
-    fn add(&mut self, messages: &Messages<'_>, index: usize, reason: Reason<'static>) {
+impl IngestFailures {
+    fn add(&mut self, messages: &RequestMessages<'_>, index: usize, reason: QuarantineReason<'static>) {
         if self.listed.len() < VALIDATION_ERRORS_MAX {
             let (pointer, line) = messages.pointer(index, &reason.pointer);
             let (keyword, detail) = (reason.keyword.into_owned(), reason.words.into_owned());
             let schema_version = reason.schema_version;
-            self.listed.push(Failure { pointer, line, keyword, detail, schema_version, offset: 0 });
+            self.listed.push(IngestFailure { pointer, line, keyword, detail, schema_version, offset: 0 });
         }
         self.all += 1;
     }
 
     /// The answer to the client, once the messages are in quarantine at these offsets.
-    fn problem(mut self, offsets: &Offsets) -> Problem {
+    fn into_problem(mut self, offsets: &Offsets) -> Problem {
         for (nth, failure) in self.listed.iter_mut().enumerate() {
             failure.offset = offsets.nth(nth);
         }
@@ -189,9 +189,9 @@ impl Failures {
         };
         let pointer = self.listed.first().map(|first| first.pointer.clone()).unwrap_or_default();
         let errors = serde_json::to_value(&self.listed).unwrap_or_default();
-        Problem::new(Kind::Validation, words)
-            .cause("schema")
-            .counted()
+        Problem::new(ProblemKind::Validation, words)
+            .with_cause("schema")
+            .already_counted()
             .with("pointer", pointer)
             .with("quarantined", self.all)
             .with("errors", errors)
@@ -201,27 +201,27 @@ impl Failures {
 /// A request whose body was read.
 struct Upload {
     grant: Grant,
-    client: Arc<Client>,
+    client: Arc<KeyClient>,
     datasource: DatasourceId,
     topic: String,
     content_type: String,
     message_id: Option<String>,
-    body: Received,
+    body: ReceivedBody,
 }
 
 impl Upload {
     /// The draft of all its messages, or of only those that fail, if any does; and how much of their rate
     /// is used then, if they have one.
-    fn draft(&self, intake: &Intake) -> Result<(Draft, Option<Standing>, Failures), Problem> {
-        let messages = Messages::split(&self.content_type, &self.body.bytes)?;
+    fn draft(&self, intake: &Intake) -> Result<(Draft, Option<QuotaStanding>, IngestFailures), Problem> {
+        let messages = RequestMessages::split(&self.content_type, &self.body.bytes)?;
         let mut draft = intake.draft(Transport::Http, 0);
-        draft.sent_by(&self.client);
+        draft.set_client(&self.client);
         self.message_id.iter().try_for_each(|id| draft.keep_once(id))?;
-        let mut failures = Failures::default();
+        let mut failures = IngestFailures::default();
         let (count, bytes) = (messages.payloads.len() as u64, self.body.bytes.len() as u64);
         let standing = draft.pay(&self.grant, &self.datasource, count, bytes)?;
         for (index, payload) in messages.payloads.iter().enumerate() {
-            let message = Incoming {
+            let message = IncomingMessage {
                 topic: &self.topic,
                 payload,
                 content_type: messages.content_type,

@@ -18,19 +18,19 @@ use tokio::sync::oneshot;
 use crate::limits::HTTP_LINGER_BYTES_MAX;
 
 /// How long the rest of an unread body is waited for.
-const LINGER_MAX: Duration = Duration::from_secs(2);
+const LENT_BODY_LINGER_MAX: Duration = Duration::from_secs(2);
 
 /// The lender: receives the body when the handler has dropped it.
-pub(super) struct Lender(oneshot::Receiver<Body>);
+pub(super) struct BodyLender(oneshot::Receiver<Body>);
 
-impl Lender {
+impl BodyLender {
     /// Lends `body`.
     pub(super) fn lend(body: Body) -> (Body, Self) {
         let (back, returned) = oneshot::channel();
-        (Body::new(Lent { body, back: Some(back) }), Self(returned))
+        (Body::new(LentBody { body, back: Some(back) }), Self(returned))
     }
 
-    /// Reads and discards the rest of the body, for at most [`HTTP_LINGER_BYTES_MAX`] and [`LINGER_MAX`].
+    /// Reads and discards the rest of the body, for at most [`HTTP_LINGER_BYTES_MAX`] and [`LENT_BODY_LINGER_MAX`].
     /// Reads nothing if the handler still has the body.
     pub(super) async fn discard(mut self) {
         let Ok(body) = self.0.try_recv() else { return };
@@ -45,16 +45,16 @@ impl Lender {
             }
         };
         // Whether the rest came in time or not, the answer goes out now.
-        let _ = tokio::time::timeout(LINGER_MAX, rest).await;
+        let _ = tokio::time::timeout(LENT_BODY_LINGER_MAX, rest).await;
     }
 }
 
-struct Lent {
+struct LentBody {
     body: Body,
     back: Option<oneshot::Sender<Body>>,
 }
 
-impl Drop for Lent {
+impl Drop for LentBody {
     fn drop(&mut self) {
         if let Some(back) = self.back.take() {
             // The receiver is gone if the request was accepted.
@@ -63,7 +63,7 @@ impl Drop for Lent {
     }
 }
 
-impl HttpBody for Lent {
+impl HttpBody for LentBody {
     type Data = Bytes;
     type Error = axum::Error;
 

@@ -1,7 +1,7 @@
 //! The HTTP front: messages by POST, datasources and keys, stored records, health, and a dashboard.
 //! It speaks HTTP and decides nothing: the authorizer decides what a key allows, intake what is kept.
 //!
-//! A request comes in through `server` (and its `socket`); `answer` below wraps every handler;
+//! A request comes in through `server` (and its `socket`); `request_middleware` below wraps every handler;
 //! `credentials` identifies the caller before any of the body is read; then one handler of the table
 //! in [`routes`] runs. Every refusal becomes a `problem`.
 
@@ -53,17 +53,17 @@ use tracing::field::display;
 
 use self::body::BodyLimits;
 use self::credentials::Caller;
-use self::lent::Lender;
-use self::problem::{Kind, Problem, Refused};
-use self::server::Peer;
-use crate::auth::failures::Failures;
+use self::lent::BodyLender;
+use self::problem::{Problem, ProblemKind, RefusedRequest};
+use self::server::HttpPeer;
+use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
 use crate::config;
 use crate::consume::egress::Egress;
-use crate::consume::quarantine::Leaks;
-use crate::consume::query::Query;
-use crate::consume::storage::Storage;
-use crate::consume::subscriber::retained::Retained;
+use crate::consume::quarantine::QuarantineLeakRules;
+use crate::consume::query::RecordsReader;
+use crate::consume::storage::StorageConsumer;
+use crate::consume::subscriber::retained::RetainedStore;
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
@@ -72,30 +72,30 @@ use crate::limits::{
 use crate::log::Log;
 use crate::message::{DatasourceId, Transport};
 use crate::observe::metrics::Metrics;
-use crate::observe::refusals::Note;
+use crate::observe::refusals::RefusalNote;
 
-pub use waiting::{Reason, until_ready};
+pub use waiting::{UnreadyReason, serve_until_ready};
 
 /// What the HTTP front works with.
-pub struct Parts {
+pub struct HttpFrontParts {
     /// Where messages are handed in.
     pub intake: Intake,
     /// For offsets and health.
     pub log: Arc<dyn Log>,
     /// Stored records, if there is storage.
-    pub query: Option<Query>,
+    pub query: Option<RecordsReader>,
     /// The rules for records that leaked keys let in.
-    pub leaks: Leaks,
+    pub leaks: QuarantineLeakRules,
     /// Retained messages: those that a leaked key let in are withheld too.
-    pub retained: Retained,
+    pub retained: RetainedStore,
     /// The storage consumer, if there is one.
-    pub storage: Option<Arc<Storage>>,
+    pub storage: Option<Arc<StorageConsumer>>,
     /// The egress consumer, which sends records to NATS, if there is one.
     pub egress: Option<Arc<Egress>>,
     /// For `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Limits.
-    pub config: config::Http,
+    pub config: config::HttpConfig,
     /// Takes over connections that carry MQTT over WebSocket.
     pub mqtt: mqtt::Acceptor,
     /// Where MQTT is served, for the lines that say how to connect.
@@ -105,7 +105,7 @@ pub struct Parts {
     /// Where HTTP is served.
     pub http_addr: SocketAddr,
     /// The NATS front, if there is one.
-    pub nats: Option<Arc<nats::Front>>,
+    pub nats: Option<Arc<nats::NatsFront>>,
     /// Addresses of the NATS servers, for the lines that say how to connect.
     pub nats_servers: Vec<String>,
     /// The connection on which NATS asks about its clients, if API keys are NATS users.
@@ -114,14 +114,14 @@ pub struct Parts {
 
 /// Serves HTTP on `listener` until `drain` is cancelled; then accepts no more connections, and returns
 /// when the requests under way are answered. Dropping the future aborts them.
-pub async fn serve(listener: TcpListener, parts: Parts, drain: CancellationToken) {
+pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(HttpFrontState {
         // Room for at least two bodies of the largest size that is configured.
         bodies: Arc::new(Semaphore::new(HTTP_BODIES_BYTES_MAX.max(2 * config.body_bytes_max))),
         queries: Semaphore::new(QUERIES_MAX),
         setting_schemas: Mutex::new(()),
-        leak_reports: Failures::new(&config::Auth {
+        leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
             failures_per_s: LEAK_REPORTS_PER_S,
             failures_exempt: Vec::new(),
@@ -134,14 +134,14 @@ pub async fn serve(listener: TcpListener, parts: Parts, drain: CancellationToken
 }
 
 /// What every handler may use.
-struct Shared {
-    parts: Parts,
+struct HttpFrontState {
+    parts: HttpFrontParts,
     /// A permit for each byte of request bodies that may be in memory.
     bodies: Arc<Semaphore>,
     /// A permit for each query that may run at once.
     queries: Semaphore,
     /// Counts leak reports by source address.
-    leak_reports: Failures,
+    leak_reports: AuthFailures,
     /// Held while limits are changed, so that of two concurrent changes neither is lost.
     limiting: Mutex<()>,
     /// Held while the schemas of a datasource are read and set, so that no version number is used twice.
@@ -149,7 +149,7 @@ struct Shared {
     drain: CancellationToken,
 }
 
-impl Shared {
+impl HttpFrontState {
     fn registry(&self) -> &Arc<Registry> {
         self.parts.intake.authorizer().registry()
     }
@@ -178,7 +178,7 @@ impl Shared {
         self.read_json_up_to(request, HTTP_MANAGE_BYTES_MAX).await
     }
 
-    /// As [`Shared::read_json`], with a limit of its own.
+    /// As [`HttpFrontState::read_json`], with a limit of its own.
     async fn read_json_up_to<T: DeserializeOwned>(
         &self,
         request: Request,
@@ -188,32 +188,33 @@ impl Shared {
         let limits = BodyLimits { bytes_max, setting: "", ..self.body_limits() };
         let received = body::read(&parts.headers, body, limits, &self.bodies).await?;
         serde_json::from_slice(&received.bytes).map_err(|error| {
-            Problem::new(Kind::Malformed, format!("The body cannot be used: {error}.")).body_read()
+            Problem::new(ProblemKind::Malformed, format!("The body cannot be used: {error}."))
+                .after_body_read()
         })
     }
 }
 
 fn no_datasource(id: &str) -> Problem {
     let id: String = id.chars().take(64).collect();
-    Problem::new(Kind::NotFound, format!("There is no datasource {id:?}.")).cause("no_datasource")
+    Problem::new(ProblemKind::NotFound, format!("There is no datasource {id:?}.")).with_cause("no_datasource")
 }
 
 /// Runs work that waits for a disk, or computes for long, on a blocking thread.
-async fn off_the_runtime<T: Send + 'static>(
+async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?
 }
 
 /// Every route. `openapi.json` lists the same; a test compares the two.
-fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
+fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
     fn route<H, T>(
         method: Method,
         path: &'static str,
         handler: H,
-    ) -> (Method, &'static str, MethodRouter<Arc<Shared>>)
+    ) -> (Method, &'static str, MethodRouter<Arc<HttpFrontState>>)
     where
-        H: axum::handler::Handler<T, Arc<Shared>>,
+        H: axum::handler::Handler<T, Arc<HttpFrontState>>,
         T: 'static,
     {
         let filter = MethodFilter::try_from(method.clone()).expect("the table has standard methods alone");
@@ -227,16 +228,20 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
         route(post.clone(), "/v1/datasources", manage::create),
         route(get.clone(), "/v1/datasources", manage::list),
         route(get.clone(), "/v1/datasources/{datasource}", manage::show),
-        route(patch.clone(), "/v1/datasources/{datasource}", limits::of_datasource),
+        route(patch.clone(), "/v1/datasources/{datasource}", limits::patch_datasource_limits),
         route(delete.clone(), "/v1/datasources/{datasource}", manage::delete),
         route(put, "/v1/datasources/{datasource}/schema", schema::set),
         route(get.clone(), "/v1/datasources/{datasource}/schema", schema::show),
         route(get.clone(), "/v1/datasources/{datasource}/quarantine", quarantine::list),
         route(post.clone(), "/v1/datasources/{datasource}/quarantine/redrive", quarantine::redrive),
-        route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/quarantine", quarantine::leak),
+        route(
+            post.clone(),
+            "/v1/datasources/{datasource}/keys/{key_id}/quarantine",
+            quarantine::quarantine_key_records,
+        ),
         route(post.clone(), "/v1/datasources/{datasource}/keys", keys::create),
         route(get.clone(), "/v1/datasources/{datasource}/keys", keys::list),
-        route(patch, "/v1/datasources/{datasource}/keys/{key_id}", limits::of_key),
+        route(patch, "/v1/datasources/{datasource}/keys/{key_id}", limits::patch_key_limits),
         route(delete, "/v1/datasources/{datasource}/keys/{key_id}", keys::revoke),
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
@@ -253,23 +258,23 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
     ]
 }
 
-fn router(shared: Arc<Shared>) -> Router {
+fn router(shared: Arc<HttpFrontState>) -> Router {
     let routes = routes().into_iter();
     routes
         .fold(Router::new(), |router, (_, path, handler)| router.route(path, handler))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(middleware::from_fn_with_state(shared.clone(), answer))
+        .layer(middleware::from_fn_with_state(shared.clone(), request_middleware))
         .with_state(shared)
 }
 
 async fn no_route() -> Problem {
-    Problem::new(Kind::NotFound, "There is no such path; /openapi.json lists those that there are.")
+    Problem::new(ProblemKind::NotFound, "There is no such path; /openapi.json lists those that there are.")
 }
 
 async fn no_method(method: Method) -> Problem {
     Problem::new(
-        Kind::MethodNotAllowed,
+        ProblemKind::MethodNotAllowed,
         format!("{method} is not allowed here; the Allow header says what is."),
     )
 }
@@ -281,8 +286,12 @@ async fn openapi() -> impl IntoResponse {
 
 /// Wraps every handler: refuses a key in the URL, counts and logs a refusal, and sets the headers that
 /// every answer has. It logs the route and not the path, because a client may put anything into a path.
-async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
-    let peer = request.extensions().get::<Peer>().cloned();
+async fn request_middleware(
+    State(shared): State<Arc<HttpFrontState>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let peer = request.extensions().get::<HttpPeer>().cloned();
     let route = request.extensions().get::<MatchedPath>().cloned();
     let method = request.method().clone();
     let datasource = datasource_in(request.uri().path()).to_owned();
@@ -290,30 +299,30 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
     let http1 = request.version() < Version::HTTP_2;
     let (head, body) = request.into_parts();
     let (body, lender) = if has_body && !http1 {
-        let (body, lender) = Lender::lend(body);
+        let (body, lender) = BodyLender::lend(body);
         (body, Some(lender))
     } else {
         (body, None)
     };
     let request = Request::from_parts(head, body);
-    let mut response = match credentials::refuse_in_url(request.uri()) {
+    let mut response = match credentials::refuse_key_in_url(request.uri()) {
         Ok(()) => next.run(request).await,
         Err(problem) => {
             drop(request);
             problem.into_response()
         }
     };
-    let refused = response.extensions_mut().remove::<Refused>();
+    let refused = response.extensions_mut().remove::<RefusedRequest>();
     if let Some(refused) = &refused {
-        let Refused { cause, key_id, counted, .. } = *refused;
+        let RefusedRequest { cause, key_id, counted, .. } = *refused;
         if !counted {
-            shared.parts.intake.refusals().note(Note {
+            shared.parts.intake.refusals().note(RefusalNote {
                 address: peer.as_ref().map(|peer| peer.addr.ip()),
                 datasource: &datasource,
                 key_id,
                 key_shape: refused.key_shape,
                 limited: refused.limited.as_deref(),
-                ..Note::new(Transport::Http, cause, &refused.words)
+                ..RefusalNote::new(Transport::Http, cause, &refused.words)
             });
         }
         let route = route.as_ref().map_or("-", MatchedPath::as_str);
@@ -350,12 +359,15 @@ fn datasource_in(path: &str) -> &str {
 }
 
 /// The parameters in a request's path, decoded. A path that cannot be decoded becomes a [`Problem`].
-struct InPath<T>(T);
+struct PathParameters<T>(T);
 
-impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Shared>> for InPath<T> {
+impl<T: DeserializeOwned + Send> FromRequestParts<Arc<HttpFrontState>> for PathParameters<T> {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut RequestParts, shared: &Arc<Shared>) -> Result<Self, Problem> {
+    async fn from_request_parts(
+        parts: &mut RequestParts,
+        shared: &Arc<HttpFrontState>,
+    ) -> Result<Self, Problem> {
         let Path(parameters) = Path::from_request_parts(parts, shared).await?;
         Ok(Self(parameters))
     }
@@ -393,7 +405,7 @@ mod tests {
         let openapi = described();
         let listed = openapi["components"]["schemas"]["Problem"]["properties"]["type"]["enum"].clone();
         let listed: Vec<String> = serde_json::from_value(listed).expect("a list of types");
-        let all = Kind::ALL.map(|kind| format!("/problems/{}", kind.spec().1));
+        let all = ProblemKind::ALL.map(|kind| format!("/problems/{}", kind.spec().1));
         assert_eq!(listed, all);
     }
 }

@@ -7,22 +7,22 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::auth::Key;
-use crate::auth::connections::{Control, Entered};
+use crate::auth::connections::{ConnectionControl, KeyConnectionGuard};
 use crate::limits::HTTP_KEYS_PER_CONNECTION_MAX;
 use crate::message::KeyId;
 
 /// The keys of one connection.
 #[derive(Debug, Default)]
-pub(super) struct Presented {
+pub(super) struct PresentedKeys {
     /// Through which a dead key tells the connection to close.
-    control: Arc<Control>,
+    control: Arc<ConnectionControl>,
     /// The most recently used last.
-    keys: Mutex<Vec<(KeyId, Entered)>>,
+    keys: Mutex<Vec<(KeyId, KeyConnectionGuard)>>,
 }
 
-impl Presented {
+impl PresentedKeys {
     /// Where the connection learns that it has to close.
-    pub(super) fn control(&self) -> &Control {
+    pub(super) fn control(&self) -> &ConnectionControl {
         &self.control
     }
 
@@ -54,7 +54,7 @@ impl Presented {
         drop(left);
     }
 
-    fn keys(&self) -> MutexGuard<'_, Vec<(KeyId, Entered)>> {
+    fn keys(&self) -> MutexGuard<'_, Vec<(KeyId, KeyConnectionGuard)>> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -11,21 +11,21 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::probes::{self, readiness};
-use super::problem::{Kind, Problem};
+use super::probes::{self, readiness_response};
+use super::problem::{Problem, ProblemKind};
 use super::server;
 use crate::config;
 use crate::limits::RETRY_AFTER;
 
 /// Says what the gateway waits for.
-pub type Reason = Arc<dyn Fn() -> String + Send + Sync>;
+pub type UnreadyReason = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// Serves HTTP on `listener` until `ready` resolves, and returns its output. Connections are closed then;
 /// new ones wait until the listener is served again.
-pub async fn until_ready<T>(
+pub async fn serve_until_ready<T>(
     listener: &TcpListener,
-    config: &config::Http,
-    reason: Reason,
+    config: &config::HttpConfig,
+    reason: UnreadyReason,
     ready: impl Future<Output = T>,
 ) -> T {
     let router = Router::new()
@@ -43,12 +43,12 @@ pub async fn until_ready<T>(
     }
 }
 
-async fn unready(State(reason): State<Reason>) -> Response {
-    readiness(vec![reason()], Vec::new())
+async fn unready(State(reason): State<UnreadyReason>) -> Response {
+    readiness_response(vec![reason()], Vec::new())
 }
 
-async fn unavailable(State(reason): State<Reason>) -> Response {
-    Problem::new(Kind::Unavailable, format!("The gateway is starting: {}.", reason()))
-        .retry_after(RETRY_AFTER)
+async fn unavailable(State(reason): State<UnreadyReason>) -> Response {
+    Problem::new(ProblemKind::Unavailable, format!("The gateway is starting: {}.", reason()))
+        .with_retry_after(RETRY_AFTER)
         .into_response()
 }

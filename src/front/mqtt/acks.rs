@@ -6,32 +6,32 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use super::codec::write::{self, Answer, Form};
-use super::codec::{Reason, Version};
+use super::codec::write::{self, AckKind, PacketForm};
+use super::codec::{MqttVersion, ReasonCode};
 use crate::consume::subscriber::sessions::SessionStoreError;
-use crate::intake::{Accepted, Admitted, Refusal, Released};
-use crate::log::{AppendError, Outcome};
+use crate::intake::{AdmittedDraft, DurableDraft, PendingRelease, Refusal};
+use crate::log::{AppendError, SectionOutcome};
 
 /// Resolves when the session of an exchange is on disk.
-pub(super) type Stored = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
+pub(super) type SessionStoreWait = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
 
 /// What the answers to one read wait for before they are sent.
 #[derive(Default)]
-pub(super) struct Waits {
+pub(super) struct AckWaits {
     /// The log has the messages.
-    pub(super) admitted: Option<Admitted>,
+    pub(super) admitted: Option<AdmittedDraft>,
     /// The log has the releases of the PUBRELs.
-    pub(super) released: Option<Released>,
+    pub(super) released: Option<PendingRelease>,
     /// The session is on disk.
-    pub(super) stored: Option<Stored>,
-    accepted: Option<Accepted>,
+    pub(super) stored: Option<SessionStoreWait>,
+    accepted: Option<DurableDraft>,
 }
 
-impl Waits {
+impl AckWaits {
     pub(super) fn new(
-        admitted: Option<Admitted>,
-        released: Option<Released>,
-        stored: Option<Stored>,
+        admitted: Option<AdmittedDraft>,
+        released: Option<PendingRelease>,
+        stored: Option<SessionStoreWait>,
     ) -> Self {
         Self { admitted, released, stored, accepted: None }
     }
@@ -55,19 +55,19 @@ impl Waits {
 }
 
 /// One answer: to a QoS 1 or QoS 2 message, or to a PUBREL.
-struct Ack {
+struct MessageAck {
     packet_id: u16,
-    answer: Answer,
-    verdict: Verdict,
+    answer: AckKind,
+    verdict: AckVerdict,
 }
 
-enum Verdict {
+enum AckVerdict {
     /// The message goes into the log, as part of this origin of the draft.
     Admitted { origin: u32 },
     /// The message goes into quarantine, as part of this origin of the draft, for the reason in `words`.
     Quarantined { origin: u32, words: Box<str> },
     /// The message is refused for good.
-    Refused(Box<(Reason, String)>),
+    Refused(Box<(ReasonCode, String)>),
     /// Success, for a message that was sent before or for a PUBREL.
     Done,
     /// The answer to a PINGREQ. It says that every earlier message, also QoS 0, has been handled.
@@ -76,41 +76,51 @@ enum Verdict {
 
 /// The answers to the messages of one read, in the order of the messages.
 #[derive(Default)]
-pub(super) struct Train {
-    acks: Vec<Ack>,
+pub(super) struct ReadAcks {
+    acks: Vec<MessageAck>,
     unacknowledged: usize,
 }
 
-impl Train {
+impl ReadAcks {
     /// Adds the answer to a message that is in the draft, as part of its `origin`.
-    pub(super) fn admitted(&mut self, answer: Answer, packet_id: u16, origin: usize) {
+    pub(super) fn push_admitted(&mut self, answer: AckKind, packet_id: u16, origin: usize) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
-        self.unacknowledged += usize::from(answer == Answer::Puback);
-        self.acks.push(Ack { packet_id, answer, verdict: Verdict::Admitted { origin } });
+        self.unacknowledged += usize::from(answer == AckKind::Puback);
+        self.acks.push(MessageAck { packet_id, answer, verdict: AckVerdict::Admitted { origin } });
     }
 
     /// Adds the answer to a message that is in the draft for quarantine, as part of its `origin`.
-    pub(super) fn quarantined(&mut self, answer: Answer, packet_id: u16, origin: usize, words: String) {
+    pub(super) fn push_quarantined(&mut self, answer: AckKind, packet_id: u16, origin: usize, words: String) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
-        self.unacknowledged += usize::from(answer == Answer::Puback);
-        let verdict = Verdict::Quarantined { origin, words: words.into() };
-        self.acks.push(Ack { packet_id, answer, verdict });
+        self.unacknowledged += usize::from(answer == AckKind::Puback);
+        let verdict = AckVerdict::Quarantined { origin, words: words.into() };
+        self.acks.push(MessageAck { packet_id, answer, verdict });
     }
 
     /// Adds the answer to a message that was refused for good.
-    pub(super) fn refused(&mut self, answer: Answer, packet_id: u16, reason: Reason, words: String) {
-        self.unacknowledged += usize::from(answer == Answer::Puback);
-        self.acks.push(Ack { packet_id, answer, verdict: Verdict::Refused(Box::new((reason, words))) });
+    pub(super) fn push_refused(
+        &mut self,
+        answer: AckKind,
+        packet_id: u16,
+        reason: ReasonCode,
+        words: String,
+    ) {
+        self.unacknowledged += usize::from(answer == AckKind::Puback);
+        self.acks.push(MessageAck {
+            packet_id,
+            answer,
+            verdict: AckVerdict::Refused(Box::new((reason, words))),
+        });
     }
 
     /// Adds a success, which is sent after every earlier answer.
-    pub(super) fn done(&mut self, answer: Answer, packet_id: u16) {
-        self.acks.push(Ack { packet_id, answer, verdict: Verdict::Done });
+    pub(super) fn push_done(&mut self, answer: AckKind, packet_id: u16) {
+        self.acks.push(MessageAck { packet_id, answer, verdict: AckVerdict::Done });
     }
 
     /// Adds the answer to a PINGREQ.
-    pub(super) fn ping(&mut self) {
-        self.acks.push(Ack { packet_id: 0, answer: Answer::Puback, verdict: Verdict::Pong });
+    pub(super) fn push_pong(&mut self) {
+        self.acks.push(MessageAck { packet_id: 0, answer: AckKind::Puback, verdict: AckVerdict::Pong });
     }
 
     /// How many of the answers are to QoS 1 messages.
@@ -122,38 +132,45 @@ impl Train {
         self.acks.is_empty()
     }
 
-    fn write(&self, accepted: Option<&Accepted>, form: Form, to: &mut Vec<u8>) {
+    fn write(&self, accepted: Option<&DurableDraft>, form: PacketForm, to: &mut Vec<u8>) {
         to.reserve(4 * self.acks.len());
         for ack in &self.acks {
             match &ack.verdict {
-                Verdict::Admitted { origin } => {
+                AckVerdict::Admitted { origin } => {
                     let outcome = accepted.and_then(|a| a.outcomes.get(*origin as usize));
                     match outcome {
-                        Some(Outcome::Kept(_) | Outcome::Duplicate(_)) => {
-                            write::answer(to, form, ack.answer, ack.packet_id, Reason::Success, None)
+                        Some(SectionOutcome::Kept(_) | SectionOutcome::Duplicate(_)) => {
+                            write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None)
                         }
                         // The key died between the check and the append: nothing was kept. MQTT 3.1.1
                         // cannot express that, and gets no answer: the key's connections close.
-                        _ if form.version != Version::V5 => {}
-                        _ => write::answer(to, form, ack.answer, ack.packet_id, Reason::NotAuthorized, None),
+                        _ if form.version != MqttVersion::V5 => {}
+                        _ => write::message_ack(
+                            to,
+                            form,
+                            ack.answer,
+                            ack.packet_id,
+                            ReasonCode::NotAuthorized,
+                            None,
+                        ),
                     }
                 }
-                Verdict::Quarantined { origin, words } => {
+                AckVerdict::Quarantined { origin, words } => {
                     let outcome = accepted.and_then(|a| a.outcomes.get(*origin as usize));
                     let (reason, words) = match outcome {
-                        Some(Outcome::Kept(_) | Outcome::Duplicate(_)) => {
-                            (Reason::PayloadFormatInvalid, Some(&**words))
+                        Some(SectionOutcome::Kept(_) | SectionOutcome::Duplicate(_)) => {
+                            (ReasonCode::PayloadFormatInvalid, Some(&**words))
                         }
-                        _ => (Reason::NotAuthorized, None),
+                        _ => (ReasonCode::NotAuthorized, None),
                     };
-                    write::answer(to, form, ack.answer, ack.packet_id, reason, words);
+                    write::message_ack(to, form, ack.answer, ack.packet_id, reason, words);
                 }
-                Verdict::Pong => write::pingresp(to),
-                Verdict::Done => {
-                    write::answer(to, form, ack.answer, ack.packet_id, Reason::Success, None);
+                AckVerdict::Pong => write::pingresp(to),
+                AckVerdict::Done => {
+                    write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None);
                 }
-                Verdict::Refused(refused) => {
-                    write::answer(to, form, ack.answer, ack.packet_id, refused.0, Some(&refused.1));
+                AckVerdict::Refused(refused) => {
+                    write::message_ack(to, form, ack.answer, ack.packet_id, refused.0, Some(&refused.1));
                 }
             }
         }
@@ -163,14 +180,14 @@ impl Train {
 /// The reads whose answers wait, oldest first. Answers leave in the order of the messages
 /// (MQTT 5 section 4.6).
 #[derive(Default)]
-pub(super) struct Trains {
-    waiting: VecDeque<(Waits, Train)>,
+pub(super) struct PendingAcks {
+    waiting: VecDeque<(AckWaits, ReadAcks)>,
     unacknowledged: usize,
 }
 
-impl Trains {
+impl PendingAcks {
     /// Adds the answers to one read, and what they wait for.
-    pub(super) fn push(&mut self, waits: Waits, train: Train) {
+    pub(super) fn push(&mut self, waits: AckWaits, train: ReadAcks) {
         self.unacknowledged += train.unacknowledged();
         self.waiting.push_back((waits, train));
     }
@@ -195,7 +212,7 @@ impl Trains {
     /// The transient refusal of a draft. Neither its messages nor any later ones may be answered.
     pub(super) fn poll_write(
         &mut self,
-        form: Form,
+        form: PacketForm,
         to: &mut Vec<u8>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Refusal>> {

@@ -14,7 +14,7 @@ use crate::message::Offset;
 
 /// Where a message that is in flight came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Source {
+pub(super) enum FlightSource {
     /// The session's own feed.
     Log,
     /// The retained messages.
@@ -25,9 +25,9 @@ pub(super) enum Source {
 
 /// One message in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Flight {
+pub(super) struct MqttFlight {
     pub(super) offset: Offset,
-    pub(super) source: Source,
+    pub(super) source: FlightSource,
     acknowledged: bool,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct Flight {
 pub(super) struct Flights {
     /// The packet identifier of the first message in the queue, or of the next one if it is empty.
     first_id: u16,
-    queue: VecDeque<Flight>,
+    queue: VecDeque<MqttFlight>,
     unacknowledged: usize,
 }
 
@@ -55,15 +55,15 @@ impl Flights {
     }
 
     /// Adds a message and returns its packet identifier.
-    pub(super) fn push(&mut self, offset: Offset, source: Source) -> u16 {
-        let id = self.id(self.queue.len());
-        self.queue.push_back(Flight { offset, source, acknowledged: false });
+    pub(super) fn push(&mut self, offset: Offset, source: FlightSource) -> u16 {
+        let id = self.packet_id_at(self.queue.len());
+        self.queue.push_back(MqttFlight { offset, source, acknowledged: false });
         self.unacknowledged += 1;
         id
     }
 
     /// Marks a message as acknowledged. `None` if no message with that identifier is in flight.
-    pub(super) fn acknowledge(&mut self, packet_id: u16) -> Option<Flight> {
+    pub(super) fn acknowledge(&mut self, packet_id: u16) -> Option<MqttFlight> {
         // Identifiers run from 1 to 65,535 and wrap to 1.
         let from_first = (u32::from(packet_id) + 65_535 - u32::from(self.first_id)) % 65_535;
         let flight = self.queue.get_mut(from_first as usize)?;
@@ -74,7 +74,7 @@ impl Flights {
         self.unacknowledged -= 1;
         while self.queue.front().is_some_and(|first| first.acknowledged) {
             self.queue.pop_front();
-            self.first_id = self.id(1);
+            self.first_id = self.packet_id_at(1);
         }
         if self.queue.is_empty() {
             // An idle connection holds no queue.
@@ -84,19 +84,20 @@ impl Flights {
     }
 
     /// The unacknowledged messages with their packet identifiers, oldest first.
-    pub(super) fn unacknowledged(&self) -> impl Iterator<Item = (u16, Flight)> {
+    pub(super) fn unacknowledged(&self) -> impl Iterator<Item = (u16, MqttFlight)> {
         let all = self.queue.iter().enumerate();
-        all.filter(|(_, flight)| !flight.acknowledged).map(|(nth, flight)| (self.id(nth), *flight))
+        all.filter(|(_, flight)| !flight.acknowledged).map(|(nth, flight)| (self.packet_id_at(nth), *flight))
     }
 
     /// The lowest unacknowledged offset from the session's own feed.
-    pub(super) fn lowest(&self) -> Option<Offset> {
-        let own = self.queue.iter().filter(|flight| !flight.acknowledged && flight.source == Source::Log);
+    pub(super) fn lowest_log_offset(&self) -> Option<Offset> {
+        let own =
+            self.queue.iter().filter(|flight| !flight.acknowledged && flight.source == FlightSource::Log);
         own.map(|flight| flight.offset).min()
     }
 
     /// Whether the fields agree; they may come from another node.
-    pub(super) fn are_sound(&self) -> bool {
+    pub(super) fn is_consistent(&self) -> bool {
         let unacknowledged = self.queue.iter().filter(|flight| !flight.acknowledged).count();
         self.first_id > 0
             && self.queue.len() <= 2 * MQTT_FLIGHTS_MAX
@@ -109,7 +110,7 @@ impl Flights {
     }
 
     /// The packet identifier of the `nth` message in the queue.
-    fn id(&self, nth: usize) -> u16 {
+    fn packet_id_at(&self, nth: usize) -> u16 {
         let id = (usize::from(self.first_id) - 1 + nth) % 65_535 + 1;
         u16::try_from(id).expect("at most 65,535")
     }
@@ -124,7 +125,7 @@ mod tests {
         let mut flights = Flights::default();
         let mut waiting = VecDeque::new();
         for offset in 0..200_000 {
-            let id = flights.push(offset, Source::Log);
+            let id = flights.push(offset, FlightSource::Log);
             assert_ne!(id, 0);
             waiting.push_back((id, offset));
             if waiting.len() > 100 {
@@ -133,7 +134,7 @@ mod tests {
                 assert_eq!(flights.acknowledge(id).map(|flight| flight.offset), Some(offset));
                 assert_eq!(flights.acknowledge(id), None, "only once");
             }
-            assert_eq!(flights.lowest(), waiting.iter().map(|(_, offset)| *offset).min());
+            assert_eq!(flights.lowest_log_offset(), waiting.iter().map(|(_, offset)| *offset).min());
         }
         let left: Vec<_> = flights.unacknowledged().map(|(id, flight)| (id, flight.offset)).collect();
         assert_eq!(left, Vec::from(waiting));
@@ -143,7 +144,7 @@ mod tests {
     fn an_identifier_that_is_not_in_flight_is_nobodys() {
         let mut flights = Flights::default();
         assert_eq!(flights.acknowledge(1), None);
-        let id = flights.push(5, Source::Retained);
+        let id = flights.push(5, FlightSource::Retained);
         assert_eq!(flights.acknowledge(id + 1), None);
         assert_eq!(flights.acknowledge(0), None);
         assert!(flights.acknowledge(id).is_some() && flights.is_empty());
@@ -152,7 +153,7 @@ mod tests {
     #[test]
     fn no_more_are_in_flight_than_the_client_takes() {
         let mut flights = Flights::default();
-        let ids: Vec<u16> = (0..3).map(|offset| flights.push(offset, Source::Log)).collect();
+        let ids: Vec<u16> = (0..3).map(|offset| flights.push(offset, FlightSource::Log)).collect();
         assert_eq!((flights.room(3), flights.room(4)), (0, 1));
         flights.acknowledge(ids[1]);
         assert_eq!(flights.room(3), 1);

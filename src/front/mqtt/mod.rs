@@ -40,22 +40,22 @@ use tracing::{debug, error, warn};
 
 use crate::config;
 use crate::consume::subscriber::Subscribers;
-use crate::consume::subscriber::sessions::Stored;
+use crate::consume::subscriber::sessions::StoredSessions;
 use crate::intake::Intake;
 use crate::message::Transport;
-use crate::observe::refusals::Note;
-use handshake::refuse;
+use crate::observe::refusals::RefusalNote;
+use handshake::report_refused_connection;
 use sessions::Sessions;
-use stream::Stream;
+use stream::ClientStream;
 use websocket::WebSocket;
 
-pub use sessions::claims::Claims;
+pub use sessions::claims::ClientClaims;
 pub use tls::{Tls, TlsError};
 
 /// The state that all connections share.
-pub(super) struct Front {
+pub(super) struct MqttFront {
     intake: Intake,
-    config: config::Mqtt,
+    config: config::MqttConfig,
     sessions: Arc<Sessions>,
     subscribers: Arc<Subscribers>,
     drain: CancellationToken,
@@ -64,7 +64,7 @@ pub(super) struct Front {
 /// Admits connections of every transport, up to `mqtt.connections_max` at once.
 #[derive(Clone)]
 pub struct Acceptor {
-    front: Arc<Front>,
+    front: Arc<MqttFront>,
     permits: Arc<Semaphore>,
     connections: TaskTracker,
 }
@@ -75,14 +75,14 @@ impl Acceptor {
     pub fn new(
         intake: Intake,
         subscribers: Arc<Subscribers>,
-        stored: Stored,
-        claims: Option<Claims>,
-        config: config::Mqtt,
+        stored: StoredSessions,
+        claims: Option<ClientClaims>,
+        config: config::MqttConfig,
         drain: CancellationToken,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS)));
         let sessions = Arc::new(Sessions::new(subscribers.clone(), intake.clone(), stored, claims));
-        let front = Arc::new(Front { intake, config, sessions, subscribers, drain });
+        let front = Arc::new(MqttFront { intake, config, sessions, subscribers, drain });
         Self { front, permits, connections: TaskTracker::new() }
     }
 
@@ -102,8 +102,8 @@ impl Acceptor {
             Err(_) => {
                 let connections_max = self.front.config.connections_max;
                 let words = format!("mqtt.connections_max = {connections_max} connections are open");
-                let note = Note::new(Transport::Mqtt, "connections_max", &words);
-                self.front.intake.refusals().note(Note { address: Some(peer.ip()), ..note });
+                let note = RefusalNote::new(Transport::Mqtt, "connections_max", &words);
+                self.front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
                 debug!(%peer, connections_max, "refused a connection: there are too many");
                 None
             }
@@ -114,7 +114,7 @@ impl Acceptor {
 /// A reserved place for one connection. The connection's task holds the place until it ends, and a
 /// drain waits for the task.
 pub struct Admission {
-    front: Arc<Front>,
+    front: Arc<MqttFront>,
     connections: TaskTracker,
     permit: OwnedSemaphorePermit,
     peer: SocketAddr,
@@ -129,7 +129,7 @@ impl Admission {
         connections.spawn(async move {
             if let Ok(Some((tcp, early))) = timeout_at(connect_by, opened).await {
                 let websocket = Box::new(WebSocket::new(tcp, early, peer, front.clone()));
-                connection::run(&front, Stream::WebSocket(websocket), peer, connect_by).await;
+                connection::run(&front, ClientStream::WebSocket(websocket), peer, connect_by).await;
             } else {
                 debug!(%peer, "a WebSocket handshake did not complete");
             }
@@ -140,7 +140,7 @@ impl Admission {
     fn serve_tcp(self, tcp: TcpStream) {
         let Self { front, connections, permit, peer, connect_by } = self;
         connections.spawn(async move {
-            connection::run(&front, Stream::Tcp(tcp), peer, connect_by).await;
+            connection::run(&front, ClientStream::Tcp(tcp), peer, connect_by).await;
             drop(permit);
         });
     }
@@ -148,8 +148,8 @@ impl Admission {
     fn serve_tls(self, tcp: TcpStream, tls: Arc<Tls>) {
         let Self { front, connections, permit, peer, connect_by } = self;
         connections.spawn(async move {
-            if let Some(stream) = shake_tls(&front, tls, tcp, peer, connect_by).await {
-                connection::run(&front, Stream::Tls(stream), peer, connect_by).await;
+            if let Some(stream) = accept_tls(&front, tls, tcp, peer, connect_by).await {
+                connection::run(&front, ClientStream::Tls(stream), peer, connect_by).await;
             }
             drop(permit);
         });
@@ -157,8 +157,8 @@ impl Admission {
 }
 
 /// Performs the TLS handshake. Returns `None` if it fails, and counts the failure.
-async fn shake_tls(
-    front: &Front,
+async fn accept_tls(
+    front: &MqttFront,
     tls: Arc<Tls>,
     tcp: TcpStream,
     peer: SocketAddr,
@@ -169,12 +169,20 @@ async fn shake_tls(
     match front.drain.run_until_cancelled(shaking).await? {
         Ok(Ok(stream)) => return Some(Box::new(stream)),
         Ok(Err(error)) => match tls::handshake_fault(&error) {
-            Some(fault) => refuse(front, peer, Note::new(Transport::Mqtt, "tls_handshake", &fault)),
+            Some(fault) => report_refused_connection(
+                front,
+                peer,
+                RefusalNote::new(Transport::Mqtt, "tls_handshake", &fault),
+            ),
             None => debug!(%peer, "a client left in the TLS handshake"),
         },
         Err(_) => {
             let words = "the TLS handshake was not over within mqtt.connect_ms_max";
-            refuse(front, peer, Note::new(Transport::Mqtt, "connect_timeout", &words));
+            report_refused_connection(
+                front,
+                peer,
+                RefusalNote::new(Transport::Mqtt, "connect_timeout", &words),
+            );
         }
     }
     None
@@ -189,13 +197,14 @@ pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpLi
         let (sessions, drain) = (front.sessions.clone(), front.drain.clone());
         async move { sessions.run(drain).await }
     });
-    let plain = accept(&listener, &acceptor, |admission, tcp| admission.serve_tcp(tcp));
+    let plain = accept_connections(&listener, &acceptor, |admission, tcp| admission.serve_tcp(tcp));
     match &tls {
         None => front.drain.run_until_cancelled(plain).await,
         Some((listener, tls)) => {
-            let encrypted =
-                accept(listener, &acceptor, |admission, tcp| admission.serve_tls(tcp, tls.clone()));
-            let all = async { tokio::join!(plain, encrypted, tls.clone().follow()).0 };
+            let encrypted = accept_connections(listener, &acceptor, |admission, tcp| {
+                admission.serve_tls(tcp, tls.clone())
+            });
+            let all = async { tokio::join!(plain, encrypted, tls.clone().follow_files()).0 };
             front.drain.run_until_cancelled(all).await
         }
     };
@@ -210,7 +219,11 @@ pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpLi
 }
 
 /// Accepts connections, for as long as it is polled.
-async fn accept(listener: &TcpListener, acceptor: &Acceptor, serve: impl Fn(Admission, TcpStream)) {
+async fn accept_connections(
+    listener: &TcpListener,
+    acceptor: &Acceptor,
+    serve: impl Fn(Admission, TcpStream),
+) {
     loop {
         let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,

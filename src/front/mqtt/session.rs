@@ -11,7 +11,7 @@ use crate::message::{DatasourceId, Offset};
 
 /// One client's session.
 #[derive(Debug)]
-pub(super) struct Session {
+pub(super) struct MqttSession {
     /// A number that no other session has or had.
     pub(super) uid: u64,
     /// How long the session outlives its connection, in seconds: 0 not at all, `u32::MAX` without
@@ -45,16 +45,16 @@ pub(super) struct Subscription {
 
 /// A session on its way to another node.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct HandedOver {
+pub(super) struct SessionHandover {
     session: StoredSession,
     position: Offset,
     flights: Flights,
 }
 
-impl HandedOver {
+impl SessionHandover {
     /// Whether this is the latest state of the stored session. It is not if the node that hands it over
     /// was cut off while another node had the session.
-    pub(super) fn is(&self, kept: &StoredSession) -> bool {
+    pub(super) fn is_latest_of(&self, kept: &StoredSession) -> bool {
         let of = |session: &StoredSession| (session.uid, session.cursor);
         of(&self.session) == of(kept) && self.session.subscriptions == kept.subscriptions
     }
@@ -62,13 +62,13 @@ impl HandedOver {
 
 /// A parsed subscription filter: `$share/{group}/{filter}` or a plain topic filter.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Wanted {
+pub(super) struct SubscriptionFilter {
     /// The group's name, if the subscription is shared.
     pub(super) group: Option<String>,
     pub(super) filter: TopicFilter,
 }
 
-impl Wanted {
+impl SubscriptionFilter {
     /// `None` if the topic filter or the group's name is not valid (sections 4.7 and 4.8.2).
     pub(super) fn parse(text: &str) -> Option<Self> {
         let Some(shared) = text.strip_prefix("$share/") else {
@@ -82,7 +82,7 @@ impl Wanted {
     }
 }
 
-impl Session {
+impl MqttSession {
     /// An empty session. No other session may have the same `uid`.
     pub(super) fn new(uid: u64, expiry_s: u32) -> Self {
         let flights = Flights::default();
@@ -92,17 +92,17 @@ impl Session {
 
     /// The first record that is not sent or not acknowledged.
     pub(super) fn cursor(&self) -> Offset {
-        self.flights.lowest().map_or(self.position, |lowest| lowest.min(self.position))
+        self.flights.lowest_log_offset().map_or(self.position, |lowest| lowest.min(self.position))
     }
 
     /// The end of the offsets that the session refers to.
-    pub(super) fn reaches(&self) -> Offset {
+    pub(super) fn end_offset(&self) -> Offset {
         let begin = self.subscriptions.iter().flatten().map(|subscription| subscription.from);
         begin.fold(self.position, Offset::max)
     }
 
     /// What groups have to know about the session.
-    pub(super) fn of_groups(&self) -> GroupSession {
+    pub(super) fn group_session(&self) -> GroupSession {
         GroupSession { uid: self.uid, expiry_s: self.expiry_s }
     }
 
@@ -112,7 +112,7 @@ impl Session {
     }
 
     /// The slot of the subscription with exactly this filter.
-    pub(super) fn find(&self, filter: &str) -> Option<usize> {
+    pub(super) fn find_slot(&self, filter: &str) -> Option<usize> {
         self.subscriptions.iter().position(|s| s.as_ref().is_some_and(|s| s.filter == filter))
     }
 
@@ -125,7 +125,7 @@ impl Session {
     }
 
     /// How many subscriptions the session has.
-    pub(super) fn subscribed(&self) -> usize {
+    pub(super) fn subscription_count(&self) -> usize {
         self.subscriptions.iter().flatten().count()
     }
 
@@ -175,16 +175,16 @@ impl Session {
     }
 
     /// What another node needs to continue the session.
-    pub(super) fn into_handed(self, datasource: &DatasourceId, client_id: &str) -> HandedOver {
+    pub(super) fn into_handover(self, datasource: &DatasourceId, client_id: &str) -> SessionHandover {
         let session = self.to_stored(datasource, client_id);
-        HandedOver { session, position: self.position, flights: self.flights }
+        SessionHandover { session, position: self.position, flights: self.flights }
     }
 
     /// Restores a session from another node, which, unlike the disk, knows the messages in flight.
-    pub(super) fn from_handed(handed: HandedOver) -> Self {
-        let HandedOver { session, position, flights } = handed;
+    pub(super) fn from_handover(handed: SessionHandover) -> Self {
+        let SessionHandover { session, position, flights } = handed;
         let kept = Self::from_stored(session);
-        if flights.are_sound() { Self { position, flights, ..kept } } else { kept }
+        if flights.is_consistent() { Self { position, flights, ..kept } } else { kept }
     }
 }
 
@@ -194,14 +194,14 @@ mod tests {
 
     #[test]
     fn a_shared_subscription_names_a_group_and_a_filter() {
-        let parsed = Wanted::parse("$share/workers/a/+").expect("shared");
+        let parsed = SubscriptionFilter::parse("$share/workers/a/+").expect("shared");
         assert_eq!(parsed.group.as_deref(), Some("workers"));
         assert_eq!(parsed.filter, TopicFilter::new("a/+").expect("a filter"));
-        assert_eq!(Wanted::parse("a/#").expect("plain").group, None);
+        assert_eq!(SubscriptionFilter::parse("a/#").expect("plain").group, None);
         for bad in
             ["$share/workers", "$share/workers/", "$share//a", "$share/w+/a", "$share/#/a", "$share/w/a#", ""]
         {
-            assert_eq!(Wanted::parse(bad), None, "{bad:?}");
+            assert_eq!(SubscriptionFilter::parse(bad), None, "{bad:?}");
         }
     }
 }

@@ -17,14 +17,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use self::claims::{Claimed, Claims, When};
-pub(super) use self::present::Present;
-use super::session::{Session, Wanted};
-use super::wills::Will;
-use crate::auth::connections::{Close, Control};
-use crate::consume::subscriber::sessions::bucket::Found;
-use crate::consume::subscriber::sessions::{Change, Stored, StoredGroup};
-use crate::consume::subscriber::{GroupKey, Mailbox, Subscribers};
+use self::claims::{ClaimStamp, ClaimedSession, ClientClaims};
+pub(super) use self::present::ClientGuard;
+use super::session::{MqttSession, SubscriptionFilter};
+use super::wills::MqttWill;
+use crate::auth::connections::{CloseReason, ConnectionControl};
+use crate::consume::subscriber::sessions::bucket::FoundSession;
+use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup, StoredSessions};
+use crate::consume::subscriber::{Mailbox, ShareGroupKey, Subscribers};
 use crate::intake::Intake;
 use crate::message::{DatasourceId, Offset, now_micros};
 
@@ -32,24 +32,24 @@ pub(super) mod claims;
 mod present;
 
 /// How often due wills and expiries are handled, and cursors are written.
-const TICK: Duration = Duration::from_secs(1);
+const SESSIONS_TICK: Duration = Duration::from_secs(1);
 
 type ClientKey = (DatasourceId, Arc<str>);
 
 /// All clients and their sessions.
 pub(super) struct Sessions {
-    clients: Mutex<Clients>,
+    clients: Mutex<SessionClients>,
     subscribers: Arc<Subscribers>,
     intake: Intake,
     /// Wills on their way into the log.
     wills: TaskTracker,
     /// `Some` if the clients are shared with other nodes.
-    claims: Option<Claims>,
+    claims: Option<ClientClaims>,
 }
 
 #[derive(Default)]
-struct Clients {
-    entries: HashMap<ClientKey, Entry>,
+struct SessionClients {
+    entries: HashMap<ClientKey, ClientEntry>,
     /// When a will or an expiry of an away client is due.
     due: BTreeMap<(Instant, u64), ClientKey>,
     /// A counter that keeps two due times at the same instant apart.
@@ -59,55 +59,55 @@ struct Clients {
     /// The connected durable sessions with subscriptions: the mailbox that reports the session's cursor,
     /// and the cursor that was last written.
     watched: HashMap<u64, (Arc<Mailbox>, Offset)>,
-    written_groups: HashMap<GroupKey, Offset>,
+    written_groups: HashMap<ShareGroupKey, Offset>,
 }
 
 #[derive(Default)]
-struct Entry {
-    connected: Option<Connected>,
-    away: Option<Box<Away>>,
+struct ClientEntry {
+    connected: Option<ConnectedClient>,
+    away: Option<Box<AwayClient>>,
 }
 
-struct Connected {
-    control: Arc<Control>,
+struct ConnectedClient {
+    control: Arc<ConnectionControl>,
     /// Notified when the connection has left.
     left: Arc<Notify>,
     /// `Some` in a cluster.
-    shared: Option<Box<Held>>,
+    shared: Option<Box<ClusterClientState>>,
 }
 
 /// What a cluster node knows about a client that is connected to it.
 #[derive(Default)]
-struct Held {
+struct ClusterClientState {
     /// The claim by which this node got the client, or is about to. The later of two claims counts, even
     /// if the earlier one arrives last.
-    claim: Option<When>,
+    claim: Option<ClaimStamp>,
     /// The session's number, once there is a session.
     uid: u64,
     /// Another node has taken the session.
     lost: bool,
 }
 
-struct Away {
-    session: Session,
-    will: Option<(Box<Will>, Instant)>,
+struct AwayClient {
+    session: MqttSession,
+    will: Option<(Box<MqttWill>, Instant)>,
     /// `None`: never.
     expires_at: Option<Instant>,
 }
 
 /// A client that was let in.
-pub(super) struct Taken {
-    pub(super) present: Present,
-    pub(super) session: Session,
+pub(super) struct EnteredClient {
+    pub(super) present: ClientGuard,
+    pub(super) session: MqttSession,
     /// Whether the session existed before.
     pub(super) resumed: bool,
 }
 
 /// Why a client could not be let in.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum NotEntered {
+pub(super) enum EnterError {
     /// The client's connection has to close.
-    Closed(Close),
+    Closed(CloseReason),
     /// The session, or the log that it needs, cannot be read now; with the reason.
     Unavailable(String),
 }
@@ -117,18 +117,18 @@ impl Sessions {
     pub(super) fn new(
         subscribers: Arc<Subscribers>,
         intake: Intake,
-        stored: Stored,
-        claims: Option<Claims>,
+        stored: StoredSessions,
+        claims: Option<ClientClaims>,
     ) -> Self {
         let wills = TaskTracker::new();
         let sessions = Self { clients: Mutex::default(), subscribers, intake, wills, claims };
-        let groups: HashMap<GroupKey, Offset> = stored
+        let groups: HashMap<ShareGroupKey, Offset> = stored
             .groups
             .into_iter()
             .map(|group| ((group.datasource, group.group.into(), group.filter.into()), group.cursor))
             .collect();
         let (now, now_micros) = (Instant::now(), now_micros());
-        let mut clients = sessions.locked();
+        let mut clients = sessions.lock_clients();
         for stored in stored.sessions {
             let key: ClientKey = (stored.datasource.clone(), stored.client_id.as_str().into());
             // A session without an end was connected when the gateway was killed: it counts as away from now.
@@ -136,19 +136,22 @@ impl Sessions {
             let left_s = i64::from(stored.expiry_s) - away_s;
             let expires_at = (stored.expiry_s != u32::MAX)
                 .then(|| now + Duration::from_secs(u64::try_from(left_s).unwrap_or(0)));
-            let session = Session::from_stored(stored);
-            for group in session.subscriptions.iter().flatten().filter_map(|s| group_of(&key.0, &s.filter)) {
+            let session = MqttSession::from_stored(stored);
+            for group in
+                session.subscriptions.iter().flatten().filter_map(|s| shared_group_key(&key.0, &s.filter))
+            {
                 let cursor = groups.get(&group).copied();
-                sessions.subscribers.groups.join_again(&group, session.uid, cursor);
+                sessions.subscribers.groups.rejoin(&group, session.uid, cursor);
             }
-            clients.away(key, Away { session, will: None, expires_at });
+            clients.put_away(key, AwayClient { session, will: None, expires_at });
         }
         drop(clients);
         // A group without sessions can be left by nobody any more: it ends here.
-        let there: HashMap<GroupKey, Offset> = sessions.subscribers.groups.cursors(0).into_iter().collect();
+        let there: HashMap<ShareGroupKey, Offset> =
+            sessions.subscribers.groups.cursors(0).into_iter().collect();
         let orphans = groups.keys().filter(|key| !there.contains_key(*key)).map(|key| {
             let (datasource, group, filter) = key.clone();
-            Change::RemoveGroup { datasource, group: group.into(), filter: filter.into() }
+            SessionStoreChange::RemoveGroup { datasource, group: group.into(), filter: filter.into() }
         });
         drop(sessions.subscribers.store.write(orphans.collect()));
         sessions
@@ -158,16 +161,16 @@ impl Sessions {
     pub(super) async fn run(self: &Arc<Self>, drain: CancellationToken) {
         let sharing = async {
             if let Some(claims) = &self.claims {
-                self.share(claims).await;
+                self.serve_claims(claims).await;
             }
         };
-        tokio::join!(drain.run_until_cancelled(sharing), self.keep(&drain));
+        tokio::join!(drain.run_until_cancelled(sharing), self.run_ticks(&drain));
     }
 
-    async fn keep(&self, drain: &CancellationToken) {
-        while tokio::time::timeout(TICK, drain.cancelled()).await.is_err() {
-            self.do_what_is_due(Instant::now());
-            let changes = self.progress();
+    async fn run_ticks(&self, drain: &CancellationToken) {
+        while tokio::time::timeout(SESSIONS_TICK, drain.cancelled()).await.is_err() {
+            self.run_due(Instant::now());
+            let changes = self.cursor_changes();
             if !changes.is_empty() {
                 // The store itself reports that it cannot write.
                 let _ = self.subscribers.store.write(changes).await;
@@ -176,7 +179,7 @@ impl Sessions {
     }
 
     /// Whether other nodes share the clients.
-    pub(super) fn are_shared(&self) -> bool {
+    pub(super) fn is_clustered(&self) -> bool {
         self.claims.is_some()
     }
 
@@ -185,27 +188,27 @@ impl Sessions {
     /// session is looked for.
     ///
     /// # Errors
-    /// [`NotEntered`], in a cluster.
+    /// [`EnterError`], in a cluster.
     pub(super) async fn enter(
         self: &Arc<Self>,
         datasource: &DatasourceId,
         client_id: Arc<str>,
-        control: Arc<Control>,
+        control: Arc<ConnectionControl>,
         clean: bool,
         is_new: bool,
         expiry_s: u32,
-    ) -> Result<Taken, NotEntered> {
+    ) -> Result<EnteredClient, EnterError> {
         let key = (datasource.clone(), client_id);
         let (away, at) = loop {
             let left = {
-                let mut clients = self.locked();
+                let mut clients = self.lock_clients();
                 if clients.draining {
-                    control.close(Close::Drain);
+                    control.close(CloseReason::Drain);
                 }
                 let entry = clients.entries.entry(key.clone()).or_default();
                 match &entry.connected {
                     Some(earlier) => {
-                        earlier.control.close(Close::TakenOver);
+                        earlier.control.close(CloseReason::TakenOver);
                         earlier.left.clone().notified_owned()
                     }
                     None => {
@@ -213,96 +216,98 @@ impl Sessions {
                         // A client that was last on this node is on no other: only an unknown one is claimed.
                         let unknown = away.is_none() && !is_new;
                         let shared = self.claims.as_ref().map(|claims| {
-                            let claim = unknown.then(|| claims.next());
-                            Box::new(Held { claim, ..Held::default() })
+                            let claim = unknown.then(|| claims.next_stamp());
+                            Box::new(ClusterClientState { claim, ..ClusterClientState::default() })
                         });
                         let at = shared.as_ref().and_then(|held| held.claim.clone());
                         let (control, left) = (control.clone(), Arc::default());
-                        entry.connected = Some(Connected { control, left, shared });
+                        entry.connected = Some(ConnectedClient { control, left, shared });
                         break (away, at);
                     }
                 }
             };
             left.await;
         };
-        let present = Present { sessions: self.clone(), key, control };
-        self.enter_alone(present, at, away, clean, expiry_s).await
+        let present = ClientGuard { sessions: self.clone(), key, control };
+        self.enter_after_earlier(present, at, away, clean, expiry_s).await
     }
 
     /// Continues [`Sessions::enter`] once no earlier connection to this node is left.
-    async fn enter_alone(
+    async fn enter_after_earlier(
         &self,
-        present: Present,
-        at: Option<When>,
-        away: Option<Box<Away>>,
+        present: ClientGuard,
+        at: Option<ClaimStamp>,
+        away: Option<Box<AwayClient>>,
         clean: bool,
         expiry_s: u32,
-    ) -> Result<Taken, NotEntered> {
+    ) -> Result<EnteredClient, EnterError> {
         let key = &present.key;
         let (earlier, found) = match (&self.claims, at) {
             (Some(claims), Some(at)) => {
                 let claimed = Box::pin(self.claim(claims, &present, at, clean));
-                let Claimed { session, found } = claimed.await?;
+                let ClaimedSession { session, found } = claimed.await?;
                 (session, Some(found))
             }
             _ => (away.and_then(|away| self.resume(key, *away, clean)), None),
         };
         let resumed = earlier.is_some();
-        let session = self.begin(key, earlier, found, expiry_s);
+        let session = self.begin_session(key, earlier, found, expiry_s);
         if self.claims.is_some()
-            && let Some(entry) = self.locked().entries.get_mut(key)
+            && let Some(entry) = self.lock_clients().entries.get_mut(key)
             && let Some(held) = entry.connected.as_mut().and_then(|connected| connected.shared.as_mut())
         {
             held.uid = session.uid;
         }
-        Ok(Taken { present, session, resumed })
+        Ok(EnteredClient { present, session, resumed })
     }
 
     /// The session with which a client that was on this node continues.
-    fn resume(&self, key: &ClientKey, away: Away, clean: bool) -> Option<Session> {
-        let Away { session, will, .. } = away;
+    fn resume(&self, key: &ClientKey, away: AwayClient, clean: bool) -> Option<MqttSession> {
+        let AwayClient { session, will, .. } = away;
         if !clean {
             // The client is back before its will was due, so the will is dropped.
             return Some(session);
         }
-        self.end(key, &session);
+        self.end_session(key, &session);
         if let Some((will, _)) = will {
-            self.publish(will);
+            self.spawn_will(will);
         }
         None
     }
 
     /// Begins a connection's session: the earlier one or a new one. `found` is the bucket's cell of the
     /// client, if the cluster's bucket was asked.
-    fn begin(
+    fn begin_session(
         &self,
         key: &ClientKey,
-        earlier: Option<Session>,
-        found: Option<Found>,
+        earlier: Option<MqttSession>,
+        found: Option<FoundSession>,
         expiry_s: u32,
-    ) -> Session {
-        let mut session = earlier.unwrap_or_else(|| Session::new(new_uid(), expiry_s));
+    ) -> MqttSession {
+        let mut session = earlier.unwrap_or_else(|| MqttSession::new(new_session_uid(), expiry_s));
         session.expiry_s = expiry_s;
         session.ever_stayed |= session.is_durable();
         let other = found.as_ref().and_then(|found| found.session.as_ref()).map(|session| session.uid);
         let other = other.filter(|uid| *uid != session.uid);
         let change = match (session.is_durable(), session.stored) {
-            (true, true) if found.is_none() => Change::Ended { uid: session.uid, ended_at: None, expiry_s },
+            (true, true) if found.is_none() => {
+                SessionStoreChange::SetEnded { uid: session.uid, ended_at: None, expiry_s }
+            }
             (true, stored) => {
                 if !stored {
                     session.position = self.subscribers.log.next_offset();
                 }
                 // This overwrites the other session, if there is one.
-                Change::PutSession(session.to_stored(&key.0, &key.1))
+                SessionStoreChange::PutSession(session.to_stored(&key.0, &key.1))
             }
             (false, stored) => match other.or(stored.then_some(session.uid)) {
-                Some(uid) => Change::RemoveSession(uid),
+                Some(uid) => SessionStoreChange::RemoveSession(uid),
                 None => return session,
             },
         };
         session.stored = session.is_durable();
         let changes = match found {
-            Some(found) => vec![Change::Found(Box::new(found)), change],
+            Some(found) => vec![SessionStoreChange::Found(Box::new(found)), change],
             None => vec![change],
         };
         // Not awaited: the store writes in order, so a later write that is awaited covers this one.
@@ -311,10 +316,12 @@ impl Sessions {
     }
 
     /// Ends a session for good, on the disk and in its groups.
-    fn end(&self, key: &ClientKey, session: &Session) {
-        let mut changes: Vec<Change> =
-            session.stored.then_some(Change::RemoveSession(session.uid)).into_iter().collect();
-        for group in session.subscriptions.iter().flatten().filter_map(|s| group_of(&key.0, &s.filter)) {
+    fn end_session(&self, key: &ClientKey, session: &MqttSession) {
+        let mut changes: Vec<SessionStoreChange> =
+            session.stored.then_some(SessionStoreChange::RemoveSession(session.uid)).into_iter().collect();
+        for group in
+            session.subscriptions.iter().flatten().filter_map(|s| shared_group_key(&key.0, &s.filter))
+        {
             changes.extend(self.leave_group(&group, session));
         }
         if changes.is_empty() {
@@ -324,24 +331,28 @@ impl Sessions {
     }
 
     /// Takes a session out of a group. Returns the change to write, if the group ends with that.
-    pub(super) fn leave_group(&self, group: &GroupKey, session: &Session) -> Option<Change> {
+    pub(super) fn leave_group(
+        &self,
+        group: &ShareGroupKey,
+        session: &MqttSession,
+    ) -> Option<SessionStoreChange> {
         let gone = self.subscribers.groups.leave(group, session.uid, session.ever_stayed);
         gone.then(|| {
-            self.locked().written_groups.remove(group);
+            self.lock_clients().written_groups.remove(group);
             let (datasource, name, filter) = group.clone();
-            Change::RemoveGroup { datasource, group: name.into(), filter: filter.into() }
+            SessionStoreChange::RemoveGroup { datasource, group: name.into(), filter: filter.into() }
         })
     }
 
     /// Publishes a will on a task of its own.
-    fn publish(&self, will: Box<Will>) {
+    fn spawn_will(&self, will: Box<MqttWill>) {
         let intake = self.intake.clone();
         self.wills.spawn(async move { will.publish(&intake).await });
     }
 
-    fn do_what_is_due(&self, now: Instant) {
+    fn run_due(&self, now: Instant) {
         let (mut wills, mut ended) = (Vec::new(), Vec::new());
-        let mut clients = self.locked();
+        let mut clients = self.lock_clients();
         while let Some(first) = clients.due.first_entry().filter(|first| first.key().0 <= now) {
             let key = first.remove();
             let Some(entry) = clients.entries.get_mut(&key) else { continue };
@@ -356,29 +367,29 @@ impl Sessions {
             }
         }
         drop(clients);
-        wills.into_iter().for_each(|will| self.publish(will));
+        wills.into_iter().for_each(|will| self.spawn_will(will));
         for (key, session) in ended {
             debug!(datasource = %key.0, "a session has expired");
-            self.end(&key, &session);
+            self.end_session(&key, &session);
         }
     }
 
     /// The cursors of sessions and groups that have moved since they were last written.
-    fn progress(&self) -> Vec<Change> {
-        let routed = self.subscribers.router.routed();
-        let mut clients = self.locked();
-        let Clients { watched, written_groups, .. } = &mut *clients;
+    fn cursor_changes(&self) -> Vec<SessionStoreChange> {
+        let routed = self.subscribers.router.routed_offset();
+        let mut clients = self.lock_clients();
+        let SessionClients { watched, written_groups, .. } = &mut *clients;
         let moved = watched.iter_mut().filter_map(|(uid, (mailbox, written))| {
             let cursor = mailbox.cursor(routed);
             let before = std::mem::replace(written, cursor);
-            (before != cursor).then_some(Change::Cursor { uid: *uid, cursor })
+            (before != cursor).then_some(SessionStoreChange::MoveCursor { uid: *uid, cursor })
         });
-        let mut changes: Vec<Change> = moved.collect();
+        let mut changes: Vec<SessionStoreChange> = moved.collect();
         for (key, cursor) in self.subscribers.groups.cursors(routed) {
             if written_groups.insert(key.clone(), cursor) != Some(cursor) {
                 let (datasource, group, filter) = key;
                 let group = StoredGroup { datasource, group: group.into(), filter: filter.into(), cursor };
-                changes.push(Change::PutGroup(group));
+                changes.push(SessionStoreChange::PutGroup(group));
             }
         }
         changes
@@ -386,33 +397,33 @@ impl Sessions {
 
     /// Closes every connection, including those that come later.
     pub(super) fn drain(&self) {
-        let mut clients = self.locked();
+        let mut clients = self.lock_clients();
         clients.draining = true;
         let connected = clients.entries.values().filter_map(|entry| entry.connected.as_ref());
-        connected.for_each(|connected| connected.control.close(Close::Drain));
+        connected.for_each(|connected| connected.control.close(CloseReason::Drain));
     }
 
     /// Runs after the last connection: publishes the delayed wills, which would otherwise be lost, and
     /// writes the groups' cursors.
     pub(super) async fn finish(&self) {
-        let waiting: Vec<Box<Will>> = {
-            let mut clients = self.locked();
+        let waiting: Vec<Box<MqttWill>> = {
+            let mut clients = self.lock_clients();
             let away = clients.entries.values_mut().filter_map(|entry| entry.away.as_mut());
             away.filter_map(|away| away.will.take()).map(|(will, _)| will).collect()
         };
-        waiting.into_iter().for_each(|will| self.publish(will));
+        waiting.into_iter().for_each(|will| self.spawn_will(will));
         self.wills.close();
         self.wills.wait().await;
-        let _ = self.subscribers.store.write(self.progress()).await;
+        let _ = self.subscribers.store.write(self.cursor_changes()).await;
     }
 
-    fn locked(&self) -> MutexGuard<'_, Clients> {
+    fn lock_clients(&self) -> MutexGuard<'_, SessionClients> {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Clients {
-    fn away(&mut self, key: ClientKey, away: Away) {
+impl SessionClients {
+    fn put_away(&mut self, key: ClientKey, away: AwayClient) {
         let will = away.will.as_ref().map(|(_, due)| *due);
         for due in [will, away.expires_at].into_iter().flatten() {
             self.dates += 1;
@@ -423,13 +434,13 @@ impl Clients {
 }
 
 /// The group of a filter, if it is a shared subscription.
-pub(super) fn group_of(datasource: &DatasourceId, filter: &str) -> Option<GroupKey> {
-    let wanted = Wanted::parse(filter)?;
+pub(super) fn shared_group_key(datasource: &DatasourceId, filter: &str) -> Option<ShareGroupKey> {
+    let wanted = SubscriptionFilter::parse(filter)?;
     Some((datasource.clone(), wanted.group?.into(), wanted.filter.as_str().into()))
 }
 
 /// A random number, to tell this session from every other.
-fn new_uid() -> u64 {
+fn new_session_uid() -> u64 {
     let mut random = [0; 8];
     if rand::rngs::SysRng.try_fill_bytes(&mut random).is_err() {
         random = now_micros().to_le_bytes();

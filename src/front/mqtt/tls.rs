@@ -23,12 +23,12 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 
-use crate::config::{ClientCertificates, MqttTls};
+use crate::config::{ClientCertificates, MqttTlsConfig};
 
 /// How often the files are checked for changes.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const TLS_FILES_CHECK_EVERY: Duration = Duration::from_secs(2);
 /// MQTT's name in ALPN (RFC 7301). A client need not offer any protocol.
-const ALPN: &[u8] = b"mqtt";
+const MQTT_ALPN: &[u8] = b"mqtt";
 
 /// A file of the TLS settings that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,10 +44,10 @@ pub struct TlsError {
 
 /// The certificate in service.
 pub struct Tls {
-    settings: MqttTls,
+    settings: MqttTlsConfig,
     in_service: RwLock<Arc<ServerConfig>>,
     /// The digest of the files' contents at the start.
-    seen: Fingerprint,
+    seen: TlsFilesDigest,
 }
 
 impl Tls {
@@ -55,9 +55,9 @@ impl Tls {
     ///
     /// # Errors
     /// The file that cannot be read or used, and why.
-    pub fn load(settings: MqttTls) -> Result<Self, TlsError> {
-        let files = Files::read(&settings);
-        let seen = fingerprint(&files);
+    pub fn load(settings: MqttTlsConfig) -> Result<Self, TlsError> {
+        let files = TlsFiles::read(&settings);
+        let seen = tls_files_digest(&files);
         let in_service = server_config(&settings, &files?)?;
         Ok(Self { settings, in_service: RwLock::new(Arc::new(in_service)), seen })
     }
@@ -69,21 +69,21 @@ impl Tls {
     }
 
     /// Follows changes of the files for as long as it is polled.
-    pub(super) async fn follow(self: Arc<Self>) {
+    pub(super) async fn follow_files(self: Arc<Self>) {
         let mut seen = self.seen;
         loop {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(TLS_FILES_CHECK_EVERY).await;
             let tls = self.clone();
             // Blocking: the files may be on a slow network file system.
-            let looked = tokio::task::spawn_blocking(move || tls.look(seen)).await;
+            let looked = tokio::task::spawn_blocking(move || tls.reload_changed(seen)).await;
             seen = looked.unwrap_or(seen);
         }
     }
 
     /// Reads the files, and puts them into service if they have changed and are valid.
-    fn look(&self, seen: Fingerprint) -> Fingerprint {
-        let files = Files::read(&self.settings);
-        let now = fingerprint(&files);
+    fn reload_changed(&self, seen: TlsFilesDigest) -> TlsFilesDigest {
+        let files = TlsFiles::read(&self.settings);
+        let now = tls_files_digest(&files);
         if now == seen {
             return now;
         }
@@ -101,12 +101,12 @@ impl Tls {
 }
 
 /// A digest of the files' contents, or of the read error. A digest, so that no key is kept to compare.
-type Fingerprint = blake3::Hash;
+type TlsFilesDigest = blake3::Hash;
 
-fn fingerprint(files: &Result<Files, TlsError>) -> Fingerprint {
+fn tls_files_digest(files: &Result<TlsFiles, TlsError>) -> TlsFilesDigest {
     let mut hasher = blake3::Hasher::new();
     match files {
-        Ok(Files { certificate, key, client_ca }) => {
+        Ok(TlsFiles { certificate, key, client_ca }) => {
             for file in [certificate, key, client_ca] {
                 hasher.update(&(file.len() as u64).to_be_bytes()).update(file);
             }
@@ -119,17 +119,17 @@ fn fingerprint(files: &Result<Files, TlsError>) -> Fingerprint {
 }
 
 /// The files as they were at one moment.
-struct Files {
+struct TlsFiles {
     certificate: Vec<u8>,
     key: Vec<u8>,
     /// Empty if no client certificates are asked for.
     client_ca: Vec<u8>,
 }
 
-impl Files {
-    fn read(settings: &MqttTls) -> Result<Self, TlsError> {
+impl TlsFiles {
+    fn read(settings: &MqttTlsConfig) -> Result<Self, TlsError> {
         let read = |setting, file: &Path| {
-            std::fs::read(file).map_err(|error| unusable(setting, file, error.to_string()))
+            std::fs::read(file).map_err(|error| unusable_tls_file(setting, file, error.to_string()))
         };
         let client_ca = match settings.client_ca.as_os_str().is_empty() {
             true => Vec::new(),
@@ -143,23 +143,23 @@ impl Files {
     }
 }
 
-fn unusable(setting: &'static str, file: &Path, reason: impl Into<String>) -> TlsError {
+fn unusable_tls_file(setting: &'static str, file: &Path, reason: impl Into<String>) -> TlsError {
     TlsError { setting, file: file.to_owned(), reason: reason.into() }
 }
 
-fn server_config(settings: &MqttTls, files: &Files) -> Result<ServerConfig, TlsError> {
+fn server_config(settings: &MqttTlsConfig, files: &TlsFiles) -> Result<ServerConfig, TlsError> {
     let provider = Arc::new(default_provider());
-    let identity = identity(settings, files, &provider)?;
+    let identity = certified_key(settings, files, &provider)?;
     let versions =
         ServerConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
     let builder = versions.expect("ring has cipher suites for TLS 1.2 and 1.3");
     let builder = if settings.client_ca.as_os_str().is_empty() {
         builder.with_no_client_auth()
     } else {
-        let no = |reason: String| unusable("mqtt.tls.client_ca", &settings.client_ca, reason);
+        let no = |reason: String| unusable_tls_file("mqtt.tls.client_ca", &settings.client_ca, reason);
         let mut roots = RootCertStore::empty();
         for certificate in certificates(&files.client_ca).map_err(|reason| no(reason.to_owned()))? {
-            roots.add(certificate).map_err(|error| no(in_words(&error)))?;
+            roots.add(certificate).map_err(|error| no(describe_tls_error(&error)))?;
         }
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
         let verifier = match settings.client_certificates {
@@ -169,14 +169,19 @@ fn server_config(settings: &MqttTls, files: &Files) -> Result<ServerConfig, TlsE
         builder.with_client_cert_verifier(verifier.build().map_err(|error| no(error.to_string()))?)
     };
     let mut config = builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(identity)));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![MQTT_ALPN.to_vec()];
     Ok(config)
 }
 
 /// The certificate chain with its key.
-fn identity(settings: &MqttTls, files: &Files, provider: &CryptoProvider) -> Result<CertifiedKey, TlsError> {
-    let no_certificate = |reason: String| unusable("mqtt.tls.certificate", &settings.certificate, reason);
-    let no_key = |reason: &str| unusable("mqtt.tls.key", &settings.key, reason);
+fn certified_key(
+    settings: &MqttTlsConfig,
+    files: &TlsFiles,
+    provider: &CryptoProvider,
+) -> Result<CertifiedKey, TlsError> {
+    let no_certificate =
+        |reason: String| unusable_tls_file("mqtt.tls.certificate", &settings.certificate, reason);
+    let no_key = |reason: &str| unusable_tls_file("mqtt.tls.key", &settings.key, reason);
     let chain = certificates(&files.certificate).map_err(|reason| no_certificate(reason.to_owned()))?;
     let key = PrivateKeyDer::from_pem_slice(&files.key).map_err(|error| match error {
         pem::Error::NoItemsFound => no_key("there is no private key in it (PEM, without a passphrase)"),
@@ -193,7 +198,7 @@ fn identity(settings: &MqttTls, files: &Files, provider: &CryptoProvider) -> Res
             let certificate = settings.certificate.display();
             Err(no_key(&format!("it is not the key of the certificate in {certificate}")))
         }
-        Err(error) => Err(no_certificate(in_words(&error))),
+        Err(error) => Err(no_certificate(describe_tls_error(&error))),
     }
 }
 
@@ -216,7 +221,7 @@ fn pem_fault(error: &pem::Error) -> &'static str {
     }
 }
 
-fn in_words(error: &rustls::Error) -> String {
+fn describe_tls_error(error: &rustls::Error) -> String {
     let words = error.to_string();
     match words.contains("UnsupportedCertVersion") {
         // `openssl x509 -req` without extensions makes these.

@@ -7,17 +7,17 @@ use std::sync::Arc;
 use tracing::info;
 
 use super::codec::connect;
-use super::codec::properties::{WILL_DELAY, forwarded};
+use super::codec::properties::{WILL_DELAY, forward_properties};
 use super::credentials;
-use super::inbound::Who;
+use super::inbound::ClientIdentity;
 use crate::auth::Grant;
-use crate::intake::{Draft, Incoming, Intake, Refusal};
+use crate::intake::{Draft, IncomingMessage, Intake, Refusal};
 use crate::message::{RecordFlags, Transport};
 
 /// A will that has passed intake's checks.
-pub(super) struct Will {
+pub(super) struct MqttWill {
     grant: Grant,
-    who: Arc<Who>,
+    who: Arc<ClientIdentity>,
     topic: String,
     payload: Vec<u8>,
     content_type: String,
@@ -28,15 +28,15 @@ pub(super) struct Will {
     pub(super) delay_s: u32,
 }
 
-impl Will {
+impl MqttWill {
     /// Makes a will from a CONNECT, and checks it.
     ///
     /// # Errors
     /// The refusal with which intake would answer the will.
     pub(super) fn new(
-        will: &connect::Will<'_>,
+        will: &connect::ConnectWill<'_>,
         grant: &Grant,
-        who: &Arc<Who>,
+        who: &Arc<ClientIdentity>,
         publisher: u64,
         intake: &Intake,
     ) -> Result<Self, Refusal> {
@@ -48,7 +48,8 @@ impl Will {
             flags = flags.with(RecordFlags::AT_MOST_ONCE);
         }
         let mut properties = Vec::new();
-        let content_type = forwarded(&will.properties, &mut properties, credentials::is_key_property);
+        let content_type =
+            forward_properties(&will.properties, &mut properties, credentials::is_key_property);
         let will = Self {
             grant: grant.clone(),
             who: who.clone(),
@@ -76,8 +77,8 @@ impl Will {
         let mut paid = false;
         let draft = loop {
             match self.draft(intake, paid) {
-                Err(Refusal::Limited(limited)) if limited.holds_back() => {
-                    paid = intake.turn(*limited).await?;
+                Err(Refusal::Limited(limited)) if limited.is_held_back() => {
+                    paid = intake.wait_turn(*limited).await?;
                 }
                 drafted => break drafted?,
             }
@@ -88,11 +89,11 @@ impl Will {
     /// With `paid`, the will is not counted against a rate.
     fn draft(&self, intake: &Intake, paid: bool) -> Result<Draft, Refusal> {
         let mut draft = intake.draft(Transport::Mqtt, self.publisher);
-        draft.sent_by(&self.who.user);
+        draft.set_client(&self.who.user);
         if paid {
-            draft.is_paid();
+            draft.mark_paid();
         }
-        let message = Incoming {
+        let message = IncomingMessage {
             topic: &self.topic,
             payload: &self.payload,
             content_type: &self.content_type,

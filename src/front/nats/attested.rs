@@ -19,7 +19,7 @@ use crate::message::{DatasourceId, KeyId};
 
 /// The header in which a server names the sender of a message from a service import (nats-server's
 /// `ClientInfoHdr`).
-const REQUEST_INFO: &str = "Nats-Request-Info";
+const REQUEST_INFO_HEADER: &str = "Nats-Request-Info";
 
 /// Trust in the senders that servers attest on a connection.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ pub struct Attestation {
 
 /// The attested sender of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Sender {
+pub(super) struct AttestedSender {
     /// The datasource of its key, or `*`.
     pub datasource: DatasourceId,
     /// Its key, which may be dead by now.
@@ -59,28 +59,31 @@ impl Attestation {
 
     /// The sender of the message with these headers. `None` if no server attests one: the message came from
     /// another account, from a user of the server's configuration, or not through an import.
-    pub(super) fn sender<'a>(&self, headers: impl Iterator<Item = (&'a str, &'a str)>) -> Option<Sender> {
+    pub(super) fn sender<'a>(
+        &self,
+        headers: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Option<AttestedSender> {
         // A server writes the header once, in this spelling. Another spelling is the client's header, and of
         // two headers one would be.
-        let mut said = headers.filter(|(name, _)| *name == REQUEST_INFO);
+        let mut said = headers.filter(|(name, _)| *name == REQUEST_INFO_HEADER);
         let (Some((_, said)), None) = (said.next(), said.next()) else { return None };
         let info: RequestInfo<'_> = serde_json::from_str(said).ok()?;
         if *info.acc != *self.account {
             return None;
         }
-        let (datasource, key_id) = key_of(&info.user)?;
-        Some(Sender { datasource, key_id, address: info.host.parse().ok() })
+        let (datasource, key_id) = key_of_nats_user(&info.user)?;
+        Some(AttestedSender { datasource, key_id, address: info.host.parse().ok() })
     }
 }
 
 /// The NATS user name of a client with this key: `press-4/0123456789ab`. No user of the servers'
 /// configuration should have such a name.
-pub(super) fn name_of(key: &Key) -> String {
+pub(super) fn nats_user_of_key(key: &Key) -> String {
     format!("{}/{}", key.datasource, key.id)
 }
 
-/// The datasource and key id in a NATS user name; the inverse of [`name_of`].
-pub(super) fn key_of(name: &str) -> Option<(DatasourceId, KeyId)> {
+/// The datasource and key id in a NATS user name; the inverse of [`nats_user_of_key`].
+pub(super) fn key_of_nats_user(name: &str) -> Option<(DatasourceId, KeyId)> {
     let (datasource, key_id) = name.split_once('/')?;
     let all = DatasourceId::all();
     let datasource = if datasource == all.as_str() { all } else { DatasourceId::new(datasource).ok()? };
@@ -94,37 +97,37 @@ mod tests {
     const INFO: &str = r#"{"start":"2026-11-26T01:11:05.773213057Z","host":"203.0.113.9","id":10,"acc":"APP",
         "user":"press-4/0123456789ab","lang":"python3","rtt":282330,"server":"n1","kind":"Client"}"#;
 
-    fn sender(headers: &[(&str, &str)]) -> Option<Sender> {
+    fn sender(headers: &[(&str, &str)]) -> Option<AttestedSender> {
         Attestation::of_account("APP").sender(headers.iter().copied())
     }
 
     #[test]
     fn a_sender_is_whom_the_server_names() {
-        let expected = Sender {
+        let expected = AttestedSender {
             datasource: DatasourceId::new("press-4").expect("a slug"),
             key_id: KeyId::parse("0123456789ab").expect("an id"),
             address: Some([203, 0, 113, 9].into()),
         };
-        assert_eq!(sender(&[("X", "1"), (REQUEST_INFO, INFO)]), Some(expected));
+        assert_eq!(sender(&[("X", "1"), (REQUEST_INFO_HEADER, INFO)]), Some(expected));
     }
 
     #[test]
     fn nobody_else_s_word_counts() {
         assert_eq!(sender(&[]), None);
         assert_eq!(sender(&[("nats-request-info", INFO)]), None);
-        assert_eq!(sender(&[(REQUEST_INFO, INFO), (REQUEST_INFO, INFO)]), None);
-        assert_eq!(sender(&[(REQUEST_INFO, &INFO.replace("APP", "OTHER"))]), None);
+        assert_eq!(sender(&[(REQUEST_INFO_HEADER, INFO), (REQUEST_INFO_HEADER, INFO)]), None);
+        assert_eq!(sender(&[(REQUEST_INFO_HEADER, &INFO.replace("APP", "OTHER"))]), None);
         for user in ["", "reader", "press-4/", "press-4/0123456789AB", "Press/0123456789ab", "a/b/c", "hgk_x"]
         {
             let info = INFO.replace("press-4/0123456789ab", user);
-            assert_eq!(sender(&[(REQUEST_INFO, &info)]), None, "{user}");
+            assert_eq!(sender(&[(REQUEST_INFO_HEADER, &info)]), None, "{user}");
         }
-        assert_eq!(sender(&[(REQUEST_INFO, r#"{"acc":"APP"}"#)]), None);
+        assert_eq!(sender(&[(REQUEST_INFO_HEADER, r#"{"acc":"APP"}"#)]), None);
     }
 
     #[test]
     fn a_name_is_read_back() {
-        let (datasource, key_id) = key_of("*/0123456789ab").expect("a key for all datasources");
+        let (datasource, key_id) = key_of_nats_user("*/0123456789ab").expect("a key for all datasources");
         assert!(datasource.is_all());
         assert_eq!(key_id.to_string(), "0123456789ab");
     }

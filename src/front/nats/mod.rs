@@ -20,42 +20,42 @@ mod reply;
 
 use headgate_bridge_nats::NatsError;
 use headgate_bridge_nats::connection;
-use headgate_bridge_nats::ingress::{Ingress, Settings};
+use headgate_bridge_nats::ingress::{Ingress, IngressSettings};
 use tokio_util::sync::CancellationToken;
 
 pub use self::attested::Attestation;
-pub use self::callout::Callout;
-use self::ingest::Ingest;
+pub use self::callout::NatsKeyCallout;
+use self::ingest::NatsIngest;
 use crate::intake::Intake;
 use crate::limits::{
     NATS_BATCH_BYTES_MAX, NATS_BATCH_MESSAGES_MAX, NATS_BATCHES_IN_FLIGHT_MAX, NATS_WAITING_MESSAGES_MAX,
 };
-use crate::subject::Space;
+use crate::subject::SubjectSpace;
 
 /// The queue group of all gateways.
-const QUEUE: &str = "headgate";
+const NATS_INGEST_QUEUE_GROUP: &str = "headgate";
 
 /// The NATS front.
-pub struct Front {
+pub struct NatsFront {
     ingress: Ingress,
-    ingest: Ingest,
+    ingest: NatsIngest,
 }
 
-impl Front {
+impl NatsFront {
     /// Begins to connect. NATS may be away; messages arrive once it is back. Answers name `stream`. With an
     /// `attestation`, a message without a key belongs to the key that the server attests.
     ///
     /// # Errors
     /// [`NatsError`] for settings that can never work.
     pub async fn connect(
-        connection: connection::Settings,
+        connection: connection::NatsSettings,
         stream: &str,
         intake: Intake,
         attestation: Option<Attestation>,
     ) -> Result<Self, NatsError> {
-        let settings = Settings {
-            subject: Space::Ingest.all(),
-            queue: QUEUE.to_owned(),
+        let settings = IngressSettings {
+            subject: SubjectSpace::Ingest.space_wildcard(),
+            queue: NATS_INGEST_QUEUE_GROUP.to_owned(),
             stream: stream.to_owned(),
             batch_messages_max: NATS_BATCH_MESSAGES_MAX,
             batch_bytes_max: NATS_BATCH_BYTES_MAX,
@@ -64,7 +64,7 @@ impl Front {
             waiting_bytes_max: intake.limits().in_flight_bytes_max,
         };
         let ingress = Ingress::connect(connection, settings).await?;
-        Ok(Self { ingress, ingest: Ingest::new(intake, stream, attestation) })
+        Ok(Self { ingress, ingest: NatsIngest::new(intake, stream, attestation) })
     }
 
     /// What keeps NATS away, while it is away.

@@ -38,43 +38,43 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::stream::{StreamSettings, StreamState};
-use headgate_bridge_nats::{KvError, Nats, Stream, StreamError};
+use headgate_bridge_nats::stream::{JetstreamSettings, StreamState};
+use headgate_bridge_nats::{JetstreamStream, KvError, Nats, StreamError};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use self::append::{Appender, Command, Submission};
-use self::follow::Follow;
-use self::message::HEADERS_BYTES_MAX;
-use self::once::Once;
+use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
+use self::follow::JetstreamLogFollower;
+use self::message::JETSTREAM_HEADERS_BYTES_MAX;
+use self::once::ExchangeGenerations;
 use self::own::own;
-use self::retention::Retention;
+use self::retention::StreamRetention;
 use super::retention::{Hold, Holds};
 use super::tail::Tail;
-use super::withheld::Withheld;
+use super::withheld::WithheldRules;
 use super::{
-    AppendError, Batch, Committing, Listener, Log, OnceId, OpenError, ReadError, RecordTooLarge, Section,
-    Task,
+    AppendError, Batch, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit,
+    RecordTooLarge, Section,
 };
 use crate::config::Config;
 use crate::message::{Offset, TimeMicros};
-use crate::subject::{Space, SubjectError, check_crosses};
+use crate::subject::{SubjectError, SubjectSpace, check_topic_has_subject};
 
 pub use headgate_bridge_nats::stream::SharedPlace;
-pub use message::headers_of;
-pub use share::{Given, KEEP_EVERY, ShareError, SharedPlaces, SharedRecords};
+pub use message::headers_of_record;
+pub use share::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
 
 /// How often to check that the stream is there, and how large it is.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const STREAM_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a caller waits for this gateway to follow what others have appended.
-const CATCH_UP_MAX: Duration = Duration::from_secs(3);
+const FOLLOW_CATCH_UP_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The log in a cluster. Dropping it ends its tasks.
 pub struct JetstreamLog {
-    shared: Arc<Shared>,
-    commands: mpsc::UnboundedSender<Command>,
+    shared: Arc<JetstreamLogShared>,
+    commands: mpsc::UnboundedSender<AppenderCommand>,
     appender: Mutex<Option<JoinHandle<()>>>,
     follower: JoinHandle<()>,
     others: [JoinHandle<()>; 2],
@@ -83,16 +83,16 @@ pub struct JetstreamLog {
 }
 
 /// The state that the tasks and the readers share.
-struct Shared {
-    stream: Stream,
+struct JetstreamLogShared {
+    stream: JetstreamStream,
     /// The connection for following the stream.
     following: Nats,
-    once: Once,
+    once: ExchangeGenerations,
     tail: Tail,
-    own: Appended,
-    listener: OnceLock<Listener>,
+    own: OwnAppends,
+    listener: OnceLock<BatchListener>,
     holds: Holds,
-    withheld: Arc<Withheld>,
+    withheld: Arc<WithheldRules>,
     /// The oldest offset, as far as is known.
     first_offset: AtomicU64,
     bytes: AtomicU64,
@@ -103,12 +103,12 @@ struct Shared {
     room_wanted: Notify,
     /// The outcome of a message is unknown: it may still be on its way.
     lost_track: AtomicBool,
-    trouble: Trouble,
+    trouble: JetstreamLogTrouble,
 }
 
 /// The records that this gateway appends itself.
 #[derive(Default)]
-struct Appended {
+struct OwnAppends {
     /// How many it has appended.
     appended: AtomicU64,
     /// Whether the follower wants them ([`own`]).
@@ -117,7 +117,7 @@ struct Appended {
 
 /// Why nothing can be appended.
 #[derive(Default)]
-struct Trouble {
+struct JetstreamLogTrouble {
     /// Whether there is any.
     any: AtomicBool,
     /// The error of the last failed append, until one succeeds.
@@ -126,7 +126,7 @@ struct Trouble {
     of_stream: Mutex<Option<String>>,
 }
 
-impl Shared {
+impl JetstreamLogShared {
     /// Notes why an append failed, or `None` after one that succeeded.
     fn set_append_trouble(&self, trouble: Option<String>) {
         let trouble_of = &self.trouble;
@@ -158,25 +158,30 @@ impl JetstreamLog {
     /// (`following`), so that it does not delay acknowledgements.
     ///
     /// # Errors
-    /// [`OpenError::Away`] while NATS cannot be reached or does not answer: try again.
-    /// [`OpenError::Refused`] if JetStream cannot have such a stream, or has a different one of that name.
-    pub async fn open(nats: &Nats, following: &Nats, config: &Config, node: &str) -> Result<Self, OpenError> {
+    /// [`LogOpenError::Away`] while NATS cannot be reached or does not answer: try again.
+    /// [`LogOpenError::Refused`] if JetStream cannot have such a stream, or has a different one of that name.
+    pub async fn open(
+        nats: &Nats,
+        following: &Nats,
+        config: &Config,
+        node: &str,
+    ) -> Result<Self, LogOpenError> {
         let (name, replicas) = (config.nats.stream.name.clone(), config.nats.stream.replicas);
         let window = Duration::from_secs(config.intake.dedup_window_s);
-        let settings = StreamSettings {
+        let settings = JetstreamSettings {
             name,
-            subjects: vec![Space::Stream.all(), Space::Quarantine.all()],
+            subjects: vec![SubjectSpace::Stream.space_wildcard(), SubjectSpace::Quarantine.space_wildcard()],
             replicas,
             bytes_max: config.log.retention_bytes,
             duplicate_window: window,
         };
-        let stream = Stream::open(nats, &settings).await?;
-        let once = Once::open(nats, replicas, window).await?;
+        let stream = JetstreamStream::open(nats, &settings).await?;
+        let once = ExchangeGenerations::open(nats, replicas, window).await?;
         let state = stream.state().await?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(JetstreamLogShared {
             once,
             tail: Tail::new(state.last + 1),
-            own: Appended::default(),
+            own: OwnAppends::default(),
             listener: OnceLock::new(),
             holds: Holds::new(),
             withheld: Arc::default(),
@@ -186,43 +191,44 @@ impl JetstreamLog {
             foreign: AtomicU64::new(0),
             room_wanted: Notify::new(),
             lost_track: AtomicBool::new(false),
-            trouble: Trouble::default(),
+            trouble: JetstreamLogTrouble::default(),
             following: following.clone(),
             stream,
         });
         shared.note_state(&state);
         let (log, stay_s) = (config.log.clone(), config.intake.dedup_window_s);
-        let retention = Retention::open(nats, replicas, shared.clone(), node, log, stay_s).await?;
+        let retention = StreamRetention::open(nats, replicas, shared.clone(), node, log, stay_s).await?;
         let (commands, waiting) = mpsc::unbounded_channel();
         let (own, runs) = own(shared.clone());
-        let appender = tokio::spawn(Appender::new(shared.clone(), waiting, own).await?.run());
+        let appender = tokio::spawn(JetstreamAppender::new(shared.clone(), waiting, own).await?.run());
         let follower = shared.stream.follow(state.last + 1, following);
-        let follower = tokio::spawn(Follow::new(shared.clone(), follower, runs).run());
-        let others = [tokio::spawn(retention.run()), tokio::spawn(look_after(shared.clone()))];
+        let follower = tokio::spawn(JetstreamLogFollower::new(shared.clone(), follower, runs).run());
+        let others = [tokio::spawn(retention.run()), tokio::spawn(watch_stream_state(shared.clone()))];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })
     }
 
     /// The shared places of this log.
     pub fn shared_places(&self) -> SharedPlaces {
-        SharedPlaces::of(self.shared.clone())
+        SharedPlaces::new(self.shared.clone())
     }
 
     /// Runs a read on the runtime and blocks until it ends.
-    fn wait_for<T: Send + 'static>(
+    fn block_on_read<T: Send + 'static>(
         &self,
-        reading: impl Future<Output = Result<T, ReadError>> + Send + 'static,
-    ) -> Result<T, ReadError> {
+        reading: impl Future<Output = Result<T, LogReadError>> + Send + 'static,
+    ) -> Result<T, LogReadError> {
         let (done, read) = oneshot::channel();
         self.runtime.spawn(async move { done.send(reading.await) });
-        read.blocking_recv().unwrap_or_else(|_| Err(ReadError::Away("the gateway is shutting down".into())))
+        read.blocking_recv()
+            .unwrap_or_else(|_| Err(LogReadError::Away("the gateway is shutting down".into())))
     }
 }
 
 /// Checks at intervals whether the stream is there.
-async fn look_after(shared: Arc<Shared>) {
+async fn watch_stream_state(shared: Arc<JetstreamLogShared>) {
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(STREAM_CHECK_INTERVAL).await;
         let trouble = match shared.stream.state().await {
             Ok(state) => {
                 shared.note_state(&state);
@@ -235,18 +241,18 @@ async fn look_after(shared: Arc<Shared>) {
 }
 
 impl Log for JetstreamLog {
-    fn withheld(&self) -> &Arc<Withheld> {
+    fn withheld(&self) -> &Arc<WithheldRules> {
         &self.shared.withheld
     }
 
     fn check_topic(&self, topic: &str) -> Result<(), SubjectError> {
-        check_crosses(topic)
+        check_topic_has_subject(topic)
     }
 
     fn check_size(&self, payload: usize, properties: usize) -> Result<(), RecordTooLarge> {
         let bytes_max = self.shared.stream.nats().client().max_payload();
         // Properties are base64 in a header.
-        let bytes = payload + properties.div_ceil(3) * 4 + HEADERS_BYTES_MAX;
+        let bytes = payload + properties.div_ceil(3) * 4 + JETSTREAM_HEADERS_BYTES_MAX;
         match bytes > bytes_max {
             true => Err(RecordTooLarge { bytes, bytes_max, limit: "max_payload of nats-server" }),
             false => Ok(()),
@@ -254,18 +260,19 @@ impl Log for JetstreamLog {
     }
 
     /// Each record is a separate message: a failed call may have kept some of them.
-    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> Committing {
+    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
         // If the task has ended, the log is closed.
-        if let Err(refused) = self.commands.send(Command::Append(Submission { sections, give_up_at, reply }))
-            && let Command::Append(submission) = refused.0
+        if let Err(refused) =
+            self.commands.send(AppenderCommand::Append(JetstreamSubmission { sections, give_up_at, reply }))
+            && let AppenderCommand::Append(submission) = refused.0
         {
             let _ = submission.reply.send(Err(AppendError::Closed));
         }
         committed
     }
 
-    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> Committing {
+    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
         self.shared.once.release(ids, give_up_at, reply);
         committed
@@ -273,9 +280,9 @@ impl Log for JetstreamLog {
 
     /// Returns when every earlier append is acknowledged or has failed. It does not return while NATS is
     /// away and messages in flight at the loss may still arrive.
-    fn barrier(&self) -> Task<'_, ()> {
+    fn barrier(&self) -> LogFuture<'_, ()> {
         let (reply, passed) = oneshot::channel();
-        let sent = self.commands.send(Command::Barrier(reply));
+        let sent = self.commands.send(AppenderCommand::Barrier(reply));
         Box::pin(async move {
             if sent.is_ok() {
                 drop(passed.await);
@@ -285,14 +292,14 @@ impl Log for JetstreamLog {
                 // A flush comes after all that the connection was given; the stream's answer comes after
                 // all that the server received.
                 while stream.nats().client().flush().await.is_err() || stream.state().await.is_err() {
-                    tokio::time::sleep(LOOK_EVERY).await;
+                    tokio::time::sleep(STREAM_CHECK_INTERVAL).await;
                 }
                 lost_track.store(false, Ordering::Release);
             }
         })
     }
 
-    fn sync(&self) -> Task<'_, Result<(), AppendError>> {
+    fn sync(&self) -> LogFuture<'_, Result<(), AppendError>> {
         Box::pin(self.shared.once.sync())
     }
 
@@ -305,14 +312,14 @@ impl Log for JetstreamLog {
     }
 
     /// The end of the stream, from its leader.
-    fn end(&self) -> Task<'_, Result<Offset, AppendError>> {
+    fn end(&self) -> LogFuture<'_, Result<Offset, AppendError>> {
         Box::pin(async move {
             let state = self.shared.stream.state().await;
             state.map(|state| state.last + 1).map_err(|error| AppendError::Away(error.to_string().into()))
         })
     }
 
-    fn catch_up(&self, offset: Offset) -> Task<'_, Result<(), AppendError>> {
+    fn catch_up(&self, offset: Offset) -> LogFuture<'_, Result<(), AppendError>> {
         Box::pin(async move {
             if self.next_offset() >= offset {
                 return Ok(());
@@ -320,7 +327,7 @@ impl Log for JetstreamLog {
             let end = self.end().await?.min(offset);
             let mut followed = self.shared.tail.subscribe();
             let caught_up = followed.wait_for(|next| *next >= end);
-            match tokio::time::timeout(CATCH_UP_MAX, caught_up).await {
+            match tokio::time::timeout(FOLLOW_CATCH_UP_TIMEOUT, caught_up).await {
                 // Never fails: the sender is in `shared`.
                 Ok(_) => Ok(()),
                 Err(_) => {
@@ -336,10 +343,10 @@ impl Log for JetstreamLog {
         self.shared.tail.subscribe()
     }
 
-    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError> {
+    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
         match self.read_recent(from, bytes_max) {
             Some(batches) => Ok(batches),
-            None => self.wait_for(read::read(self.shared.clone(), from, bytes_max)),
+            None => self.block_on_read(read::read_from_servers(self.shared.clone(), from, bytes_max)),
         }
     }
 
@@ -352,7 +359,7 @@ impl Log for JetstreamLog {
     }
 
     /// Runs the listener on the task that follows the stream.
-    fn listen(&self, listener: Listener) {
+    fn listen(&self, listener: BatchListener) {
         let _ = self.shared.listener.set(listener);
     }
 
@@ -360,8 +367,8 @@ impl Log for JetstreamLog {
         self.shared.tail.wait(offset, timeout);
     }
 
-    fn offset_at(&self, time: TimeMicros) -> Result<Offset, ReadError> {
-        self.wait_for(read::offset_at(self.shared.clone(), time))
+    fn offset_at(&self, time: TimeMicros) -> Result<Offset, LogReadError> {
+        self.block_on_read(read::offset_at_server_time(self.shared.clone(), time))
     }
 
     fn hold(&self) -> Hold {
@@ -383,9 +390,9 @@ impl Log for JetstreamLog {
         nats.or_else(|| of(&trouble.of_stream)).or_else(|| of(&trouble.of_append))
     }
 
-    fn close(&self) -> Task<'_, ()> {
+    fn close(&self) -> LogFuture<'_, ()> {
         let appender = self.appender.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let _ = self.commands.send(Command::Close);
+        let _ = self.commands.send(AppenderCommand::Close);
         Box::pin(async move {
             if let Some(appender) = appender
                 && appender.await.is_err()
@@ -408,20 +415,20 @@ impl Drop for JetstreamLog {
     }
 }
 
-impl From<StreamError> for OpenError {
+impl From<StreamError> for LogOpenError {
     fn from(error: StreamError) -> Self {
         match error {
-            StreamError::Away(text) => OpenError::Away(text),
-            refused => OpenError::Refused(refused.to_string()),
+            StreamError::Away(text) => LogOpenError::Away(text),
+            refused => LogOpenError::Refused(refused.to_string()),
         }
     }
 }
 
-impl From<KvError> for OpenError {
+impl From<KvError> for LogOpenError {
     fn from(error: KvError) -> Self {
         match error {
-            KvError::Away(text) => OpenError::Away(text),
-            refused => OpenError::Refused(refused.to_string()),
+            KvError::Away(text) => LogOpenError::Away(text),
+            refused => LogOpenError::Refused(refused.to_string()),
         }
     }
 }

@@ -5,20 +5,20 @@ use std::time::Instant;
 
 use headgate_bridge_nats::HeaderMap;
 
-use super::append::Reply;
-use crate::log::{AppendError, Committed, Offsets, OnceId, Outcome, Section};
+use super::append::AppendReply;
+use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section, SectionOutcome};
 use crate::message::Offset;
 
 /// The appends that are not settled, numbered from `first` on.
 #[derive(Default)]
-pub(super) struct Appends {
-    open: VecDeque<Option<Open>>,
+pub(super) struct PendingAppends {
+    open: VecDeque<Option<PendingAppend>>,
     first: u64,
 }
 
 /// Identifies one message of an append.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(super) struct PendingMessage {
     /// The number of its append.
     pub(super) append: u64,
     pub(super) section: u32,
@@ -28,17 +28,17 @@ pub(super) struct Place {
 }
 
 /// An append that is not settled.
-pub(super) struct Open {
-    pub(super) sections: Vec<Progress>,
+pub(super) struct PendingAppend {
+    pub(super) sections: Vec<SectionProgress>,
     /// Messages and rows whose outcome is not known yet.
     pub(super) left: usize,
     pub(super) error: Option<AppendError>,
     pub(super) give_up_at: Instant,
-    pub(super) reply: Reply,
+    pub(super) reply: AppendReply,
 }
 
 /// The state of one section.
-pub(super) struct Progress {
+pub(super) struct SectionProgress {
     pub(super) section: Section,
     /// The headers that all its messages share.
     pub(super) headers: HeaderMap,
@@ -54,7 +54,7 @@ pub(super) struct Progress {
     pub(super) dead: bool,
 }
 
-impl Appends {
+impl PendingAppends {
     /// The number of the next append.
     pub(super) fn next_number(&self) -> u64 {
         self.first + self.open.len() as u64
@@ -70,23 +70,23 @@ impl Appends {
         self.open.is_empty()
     }
 
-    /// Adds an append under [`Appends::next_number`].
-    pub(super) fn push(&mut self, open: Open) {
+    /// Adds an append under [`PendingAppends::next_number`].
+    pub(super) fn push(&mut self, open: PendingAppend) {
         self.open.push_back(Some(open));
     }
 
     /// The append with this number, while it is not settled.
-    pub(super) fn get_mut(&mut self, append: u64) -> Option<&mut Open> {
+    pub(super) fn get_mut(&mut self, append: u64) -> Option<&mut PendingAppend> {
         self.slot(append)?.as_mut()
     }
 
     /// All appends that are not settled.
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Open> {
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut PendingAppend> {
         self.open.iter_mut().flatten()
     }
 
     /// Removes an append, if all its outcomes are known.
-    pub(super) fn take_settled(&mut self, append: u64) -> Option<Open> {
+    pub(super) fn take_settled(&mut self, append: u64) -> Option<PendingAppend> {
         let settled = self.slot(append)?.take_if(|open| open.left == 0);
         while let Some(None) = self.open.front() {
             self.open.pop_front();
@@ -95,39 +95,41 @@ impl Appends {
         settled
     }
 
-    fn slot(&mut self, append: u64) -> Option<&mut Option<Open>> {
+    fn slot(&mut self, append: u64) -> Option<&mut Option<PendingAppend>> {
         let at = usize::try_from(append.checked_sub(self.first)?).ok()?;
         self.open.get_mut(at)
     }
 }
 
-impl Open {
+impl PendingAppend {
     /// The caller and the answer; for a kept append also its last offset.
-    pub(super) fn settle(self) -> (Reply, Result<(Committed, Offset), AppendError>) {
+    pub(super) fn settle(self) -> (AppendReply, Result<(CommitOutcome, Offset), AppendError>) {
         let Self { sections, error, reply, .. } = self;
         if let Some(error) = error {
             return (reply, Err(error));
         }
         let last = sections.iter().flat_map(|progress| &progress.offsets).max().copied().unwrap_or_default();
-        let outcomes = sections.into_iter().map(Progress::outcome).collect();
-        (reply, Ok((Committed { outcomes }, last)))
+        let outcomes = sections.into_iter().map(SectionProgress::outcome).collect();
+        (reply, Ok((CommitOutcome { outcomes }, last)))
     }
 }
 
-impl Progress {
+impl SectionProgress {
     /// How many records, itself included, depend on the outcome of the one at `place`: the first of several
     /// with one id stands for all of them.
-    pub(super) fn stands_for(&self, place: Place) -> usize {
+    pub(super) fn stands_for(&self, place: PendingMessage) -> usize {
         if self.once.is_some() && place.record == 0 { self.offsets.len() } else { 1 }
     }
 
     /// The outcome of the section.
-    fn outcome(self) -> Outcome {
+    fn outcome(self) -> SectionOutcome {
         match self.earlier {
-            _ if self.dead => Outcome::KeyDead,
-            Some(earlier) => Outcome::Duplicate(earlier),
-            None if self.duplicates == self.offsets.len() => Outcome::Duplicate(Offsets::of(&self.offsets)),
-            None => Outcome::Kept(Offsets::of(&self.offsets)),
+            _ if self.dead => SectionOutcome::KeyDead,
+            Some(earlier) => SectionOutcome::Duplicate(earlier),
+            None if self.duplicates == self.offsets.len() => {
+                SectionOutcome::Duplicate(Offsets::from_each(&self.offsets))
+            }
+            None => SectionOutcome::Kept(Offsets::from_each(&self.offsets)),
         }
     }
 }

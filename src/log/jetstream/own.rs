@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use tokio::sync::mpsc;
 
-use super::Shared;
+use super::JetstreamLogShared;
 use crate::log::Section;
 use crate::message::Offset;
 
@@ -15,10 +15,10 @@ use crate::message::Offset;
 const RUN_RECORDS_MAX: u64 = 1024;
 const RUN_BYTES_MAX: usize = 1 << 20;
 /// Runs that wait for the follower. A run that finds no room is dropped, and so comes from the stream.
-const RUNS_MAX: usize = 256;
+const QUEUED_RUNS_MAX: usize = 256;
 
 /// Consecutive records of the stream.
-pub(super) struct Run {
+pub(super) struct OwnRun {
     pub(super) first: Offset,
     /// The offset behind the last record.
     pub(super) next: Offset,
@@ -27,30 +27,30 @@ pub(super) struct Run {
 }
 
 /// Puts runs together.
-pub(super) struct Own {
-    shared: Arc<Shared>,
-    runs: mpsc::Sender<Run>,
-    run: Option<Run>,
+pub(super) struct OwnRunCollector {
+    shared: Arc<JetstreamLogShared>,
+    runs: mpsc::Sender<OwnRun>,
+    run: Option<OwnRun>,
 }
 
 /// Creates the collector of runs and the receiver of complete ones.
-pub(super) fn own(shared: Arc<Shared>) -> (Own, mpsc::Receiver<Run>) {
-    let (runs, taken) = mpsc::channel(RUNS_MAX);
-    (Own { shared, runs, run: None }, taken)
+pub(super) fn own(shared: Arc<JetstreamLogShared>) -> (OwnRunCollector, mpsc::Receiver<OwnRun>) {
+    let (runs, taken) = mpsc::channel(QUEUED_RUNS_MAX);
+    (OwnRunCollector { shared, runs, run: None }, taken)
 }
 
-impl Own {
+impl OwnRunCollector {
     /// Adds the record at `place` in `section`, which is stored at `offset`.
-    pub(super) fn add(&mut self, offset: Offset, section: &Section, place: u32) {
+    pub(super) fn add_record(&mut self, offset: Offset, section: &Section, place: u32) {
         self.shared.own.appended.fetch_add(1, Ordering::Relaxed);
         if !self.shared.own.wanted.load(Ordering::Relaxed) {
             return;
         }
-        let full = |run: &Run| run.next - run.first >= RUN_RECORDS_MAX || run.bytes >= RUN_BYTES_MAX;
+        let full = |run: &OwnRun| run.next - run.first >= RUN_RECORDS_MAX || run.bytes >= RUN_BYTES_MAX;
         if self.run.as_ref().is_some_and(|run| run.next != offset || full(run)) {
             self.hand_over();
         }
-        let none = || Run { first: offset, next: offset, sections: Vec::new(), bytes: 0 };
+        let none = || OwnRun { first: offset, next: offset, sections: Vec::new(), bytes: 0 };
         let run = self.run.get_or_insert_with(none);
         if !run.sections.last().is_some_and(|last| last.has_origin_of(section)) {
             run.sections.push(section.without_records());

@@ -7,34 +7,34 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use headgate_bridge_nats::kv::Put;
-use headgate_bridge_nats::{Bucket, BucketSettings, KvError, Nats, StreamError};
+use headgate_bridge_nats::kv::KvPut;
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats, StreamError};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
-use super::Shared;
+use super::JetstreamLogShared;
 use crate::config;
 use crate::message::{Offset, now_micros};
 use crate::time::Rfc3339;
 
 /// The name of the bucket.
-const BUCKET: &str = "headgate-cursors";
+const CURSORS_BUCKET_NAME: &str = "headgate-cursors";
 /// How long a silent node still counts.
 const NODE_AGE_MAX: Duration = Duration::from_secs(24 * 3_600);
 /// The longest time after which a node publishes its cursor again, even if it has not moved.
-const SAY_EVERY: Duration = Duration::from_secs(3_600);
+const CURSOR_ANNOUNCE_INTERVAL: Duration = Duration::from_secs(3_600);
 /// How often retention runs, and how soon after an append has asked for room.
-const EVERY: Duration = Duration::from_secs(5);
-const SOON: Duration = Duration::from_millis(200);
+const RETENTION_INTERVAL: Duration = Duration::from_secs(5);
+const RETENTION_WANTED_DELAY: Duration = Duration::from_millis(200);
 /// Removal starts above the first percentage of the size and goes down to the second.
-const FULL_PERCENT: (u64, u64) = (90, 80);
+const RETENTION_FULL_PERCENT: (u64, u64) = (90, 80);
 
 /// The offset from which on each node needs the log.
-type Cursors = HashMap<String, Offset>;
+type NodeCursors = HashMap<String, Offset>;
 
 /// Watches the cursors of all nodes; `None` until all of them are known.
-async fn watch(bucket: Bucket, cursors: Arc<Mutex<Option<Cursors>>>) {
+async fn watch_cursors(bucket: KvBucket, cursors: Arc<Mutex<Option<NodeCursors>>>) {
     let mut watch = bucket.watch();
     loop {
         let update = watch.next().await;
@@ -54,19 +54,19 @@ async fn watch(bucket: Bucket, cursors: Arc<Mutex<Option<Cursors>>>) {
 }
 
 /// The retention task: runs for as long as the log is open.
-pub(super) struct Retention {
-    shared: Arc<Shared>,
-    bucket: Bucket,
+pub(super) struct StreamRetention {
+    shared: Arc<JetstreamLogShared>,
+    bucket: KvBucket,
     /// This node's key in the bucket.
     node: String,
-    config: config::Log,
+    config: config::LogConfig,
     /// The least age at which a record may be removed for its age, in seconds.
     stay_s: u64,
     /// The cursor that this node published last, and when.
     said: Option<(Offset, Instant)>,
 }
 
-impl Retention {
+impl StreamRetention {
     /// Opens the bucket.
     ///
     /// # Errors
@@ -74,13 +74,14 @@ impl Retention {
     pub(super) async fn open(
         nats: &Nats,
         replicas: usize,
-        shared: Arc<Shared>,
+        shared: Arc<JetstreamLogShared>,
         node: &str,
-        config: config::Log,
+        config: config::LogConfig,
         stay_s: u64,
     ) -> Result<Self, KvError> {
-        let settings = BucketSettings { name: BUCKET.to_owned(), replicas, age_max: Some(NODE_AGE_MAX) };
-        let bucket = Bucket::open(nats, &settings).await?;
+        let settings =
+            KvBucketSettings { name: CURSORS_BUCKET_NAME.to_owned(), replicas, age_max: Some(NODE_AGE_MAX) };
+        let bucket = KvBucket::open(nats, &settings).await?;
         Ok(Self { shared, bucket, node: node.to_owned(), config, stay_s, said: None })
     }
 
@@ -88,27 +89,28 @@ impl Retention {
         let cursors = Arc::new(Mutex::new(None));
         // A separate task, so that slow removals do not hold it up.
         let mut watching = JoinSet::new();
-        watching.spawn(watch(self.bucket.clone(), cursors.clone()));
+        watching.spawn(watch_cursors(self.bucket.clone(), cursors.clone()));
         let mut due = Instant::now();
         loop {
             tokio::select! {
                 () = sleep_until(due) => {}
-                () = self.shared.room_wanted.notified() => sleep(SOON).await,
+                () = self.shared.room_wanted.notified() => sleep(RETENTION_WANTED_DELAY).await,
             }
-            due = Instant::now() + EVERY;
-            if let Err(error) = self.say().await {
+            due = Instant::now() + RETENTION_INTERVAL;
+            if let Err(error) = self.announce_cursor().await {
                 warn!(%error, "retention cannot tell the other nodes how far this node's consumers are");
                 continue;
             }
             // This node's row may not have come back yet, so its own value counts.
             let own = self.said.map_or(0, |(cursor, _)| cursor);
-            let held =
-                cursors.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|cursors: &Cursors| {
+            let held = cursors.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(
+                |cursors: &NodeCursors| {
                     let others = cursors.iter().filter(|(node, _)| **node != self.node);
                     others.map(|(_, cursor)| *cursor).chain([own]).min().unwrap_or(0)
-                });
+                },
+            );
             if let Some(held) = held
-                && let Err(error) = self.remove(held).await
+                && let Err(error) = self.remove_expired(held).await
             {
                 warn!(%error, "retention cannot remove records from the stream");
             }
@@ -116,19 +118,19 @@ impl Retention {
     }
 
     /// Publishes the offset from which on this node needs the log.
-    async fn say(&mut self) -> Result<(), KvError> {
+    async fn announce_cursor(&mut self) -> Result<(), KvError> {
         let lowest = self.shared.holds.lowest().firmly.min(self.shared.tail.next_offset());
-        if self.said.is_some_and(|(cursor, at)| cursor == lowest && at.elapsed() < SAY_EVERY) {
+        if self.said.is_some_and(|(cursor, at)| cursor == lowest && at.elapsed() < CURSOR_ANNOUNCE_INTERVAL) {
             return Ok(());
         }
-        let put = Put { key: self.node.clone(), value: Some(lowest.to_string().into()), expected: None };
+        let put = KvPut { key: self.node.clone(), value: Some(lowest.to_string().into()), expected: None };
         self.bucket.put_all(&[put], None).await?;
         self.said = Some((lowest, Instant::now()));
         Ok(())
     }
 
     /// Removes records that are over the age or the size, and below `held`.
-    async fn remove(&self, held: Offset) -> Result<(), StreamError> {
+    async fn remove_expired(&self, held: Offset) -> Result<(), StreamError> {
         let stream = &self.shared.stream;
         let state = stream.state().await?;
         self.shared.note_state(&state);
@@ -139,9 +141,9 @@ impl Retention {
             let time = Rfc3339(now_micros().saturating_sub(age_max)).to_string();
             end = stream.sequence_at(&time).await?.unwrap_or(state.last + 1);
         }
-        if state.bytes > self.config.retention_bytes / 100 * FULL_PERCENT.0 {
+        if state.bytes > self.config.retention_bytes / 100 * RETENTION_FULL_PERCENT.0 {
             // An estimate: it assumes that all messages have the same size.
-            let excess = state.bytes - self.config.retention_bytes / 100 * FULL_PERCENT.1;
+            let excess = state.bytes - self.config.retention_bytes / 100 * RETENTION_FULL_PERCENT.1;
             let messages =
                 u128::from(state.last + 1 - state.first) * u128::from(excess) / u128::from(state.bytes);
             end = end.max(state.first + u64::try_from(messages).unwrap_or(0));

@@ -6,22 +6,22 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use headgate_bridge_nats::StreamError;
-use headgate_bridge_nats::stream::{Receipt, SharedPlace, SharedSettings, Taking};
+use headgate_bridge_nats::stream::{DeliveryReceipt, SharedPlace, SharedPull, SharedSettings};
 
-use super::Shared;
-use super::message::{LastTime, decode};
-use crate::log::{Batch, Place, Withheld};
+use super::JetstreamLogShared;
+use super::message::{ParsedTimeCache, decode_message};
+use crate::log::{Batch, RecordPlace, WithheldRules};
 use crate::message::Offset;
 
 /// After this silence about a record its gateway counts as killed, and the record goes to another taker.
-const REDELIVERED_AFTER: Duration = Duration::from_secs(6);
+const SHARED_REDELIVERY_DELAY: Duration = Duration::from_secs(6);
 /// How often a taker has to report that it still works on a record.
-pub const KEEP_EVERY: Duration = Duration::from_secs(2);
+pub const SHARED_KEEP_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The shared places of a log. Cheap to clone.
 #[derive(Clone)]
 pub struct SharedPlaces {
-    shared: Arc<Shared>,
+    shared: Arc<JetstreamLogShared>,
 }
 
 /// Why a place cannot be used now.
@@ -30,20 +30,20 @@ pub struct SharedPlaces {
 pub struct ShareError(String);
 
 /// Requested records, as they arrive.
-pub struct SharedRecords(Taking);
+pub struct SharedRecords(SharedPull);
 
 /// One record from a shared place.
-pub struct Given {
+pub struct DeliveredRecord {
     /// The batch that holds it.
     pub batch: Batch,
     /// Its place in the batch.
-    pub place: Place,
+    pub place: RecordPlace,
     /// Reports to JetStream what became of it.
-    pub receipt: Receipt,
+    pub receipt: DeliveryReceipt,
 }
 
 impl SharedPlaces {
-    pub(super) fn of(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(shared: Arc<JetstreamLogShared>) -> Self {
         Self { shared }
     }
 
@@ -53,7 +53,7 @@ impl SharedPlaces {
     }
 
     /// The records that no reader may see.
-    pub fn withheld(&self) -> &Arc<Withheld> {
+    pub fn withheld(&self) -> &Arc<WithheldRules> {
         &self.shared.withheld
     }
 
@@ -74,7 +74,7 @@ impl SharedPlaces {
         from: Offset,
         kept: Option<Duration>,
     ) -> Result<SharedPlace, ShareError> {
-        let (name, redelivered_after) = (name.to_owned(), REDELIVERED_AFTER);
+        let (name, redelivered_after) = (name.to_owned(), SHARED_REDELIVERY_DELAY);
         let settings = SharedSettings { name, subjects, from, redelivered_after, kept };
         Ok(self.shared.stream.share(&settings).await?)
     }
@@ -93,7 +93,7 @@ impl SharedPlaces {
     /// # Errors
     /// [`ShareError`].
     pub async fn told_of_skipped(&self, name: &str) -> Result<u64, ShareError> {
-        Ok(self.shared.stream.told_of_skipped(name).await?)
+        Ok(self.shared.stream.mark_skipped_told(name).await?)
     }
 
     /// Returns when all receipts have been sent to NATS.
@@ -114,14 +114,14 @@ impl SharedPlaces {
 impl SharedRecords {
     /// Waits for the next record; `None` when no more come and the caller has to ask again. Safe to drop
     /// and call again.
-    pub async fn next(&mut self) -> Option<Given> {
+    pub async fn next(&mut self) -> Option<DeliveredRecord> {
         loop {
             let taken = self.0.next().await?;
             let mut sections = Vec::new();
-            if decode(&taken.stored, &mut LastTime::default(), &mut sections) {
+            if decode_message(&taken.stored, &mut ParsedTimeCache::default(), &mut sections) {
                 let batch = Batch::gather(taken.stored.sequence, &sections);
                 if let Some(place) = batch.place(taken.stored.sequence) {
-                    return Some(Given { batch, place, receipt: taken.receipt });
+                    return Some(DeliveredRecord { batch, place, receipt: taken.receipt });
                 }
             }
             // No gateway wrote this message; `follow` warns about it.
@@ -130,13 +130,13 @@ impl SharedRecords {
     }
 
     /// Whether all requested records have arrived.
-    pub fn are_all(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         self.0.is_full()
     }
 
     /// Ends the request; JetStream knows when this returns. Records that it sent just before and that did not
     /// arrive go to other takers after a while. Returns the receipts of those that did arrive.
-    pub async fn end(self) -> Vec<Receipt> {
+    pub async fn end(self) -> Vec<DeliveryReceipt> {
         self.0.end().await
     }
 }

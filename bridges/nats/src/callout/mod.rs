@@ -6,7 +6,7 @@
 //! a user: its account, name, permissions and expiry. Both are NATS' kind of JSON Web Token ([`jwt`]), and
 //! may be encrypted with curve keys.
 //!
-//! [`Callout`] does all of that and leaves the decision to a [`Doorman`]. **A request holds the secret that
+//! [`CalloutService`] does all of that and leaves the decision to a [`CalloutAuthorizer`]. **A request holds the secret that
 //! the client presents: nothing here logs it, and `Debug` does not show it.**
 
 mod jwt;
@@ -15,18 +15,18 @@ mod service;
 
 use std::fmt;
 
-pub use jwt::RequestError;
-pub use seeds::Seeds;
-pub use service::{Callout, CalloutError};
+pub use jwt::CalloutRequestError;
+pub use seeds::CalloutSeeds;
+pub use service::{CalloutSeedError, CalloutService};
 
 /// Decides who may connect.
-pub trait Doorman: Send + Sync + 'static {
+pub trait CalloutAuthorizer: Send + Sync + 'static {
     /// Decides whether the client may connect. The client waits for it, so it must not block.
-    fn judge(&self, visitor: &Visitor) -> Verdict;
+    fn judge(&self, visitor: &ConnectingClient) -> CalloutVerdict;
 }
 
 /// A client that wants to connect.
-pub struct Visitor {
+pub struct ConnectingClient {
     /// The user name that it presents; empty if none, or with a token.
     pub user: String,
     /// The password, or empty.
@@ -36,7 +36,7 @@ pub struct Visitor {
     /// The address that it connects from, as the server sees it.
     pub host: String,
     /// What it is: a client that speaks `nats`, `mqtt` or `websocket`, or a server (`leafnode`). The
-    /// [`Doorman`] has to check it: nats-server 2.15 does not enforce the allowed connection types of the
+    /// [`CalloutAuthorizer`] has to check it: nats-server 2.15 does not enforce the allowed connection types of the
     /// user in an answer.
     pub kind: String,
     /// Its own name: that of a NATS connection, or the MQTT client identifier; or empty.
@@ -47,7 +47,7 @@ pub struct Visitor {
     pub client_id: u64,
 }
 
-impl fmt::Debug for Visitor {
+impl fmt::Debug for ConnectingClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Not the name either: a client may have put its secret there.
         f.debug_struct("Visitor")
@@ -61,16 +61,16 @@ impl fmt::Debug for Visitor {
 
 /// The decision about a connecting client.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum CalloutVerdict {
     /// It may connect.
-    Allow(Permit),
+    Allow(ClientPermit),
     /// It may not. The text goes to the server's log; the client is told no reason.
     Deny(String),
 }
 
 /// What an admitted client may do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Permit {
+pub struct ClientPermit {
     /// The name that replaces what it presented, in the server's log and monitoring and in what the server
     /// attests of its messages. Never empty.
     pub name: String,

@@ -5,7 +5,7 @@ use std::fmt;
 use nkeys::{KeyPair, XKey};
 
 /// The seeds of auth callout, with the public keys for the server's configuration.
-pub struct Seeds {
+pub struct CalloutSeeds {
     /// The seed that answers are signed with (`SA…`).
     pub issuer: String,
     /// Its public key (`A…`).
@@ -16,7 +16,7 @@ pub struct Seeds {
     pub curve_public: String,
 }
 
-impl Seeds {
+impl CalloutSeeds {
     /// Generates new seeds with the operating system's random generator.
     ///
     /// # Errors
@@ -32,7 +32,7 @@ impl Seeds {
     }
 }
 
-impl fmt::Debug for Seeds {
+impl fmt::Debug for CalloutSeeds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Seeds")
             .field("issuer_public", &self.issuer_public)

@@ -11,24 +11,24 @@ use nkeys::{KeyPair, KeyPairType, XKey};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::jwt::{Request, RequestError};
-use super::{Doorman, Verdict};
+use super::jwt::{CalloutRequest, CalloutRequestError};
+use super::{CalloutAuthorizer, CalloutVerdict};
 use crate::{Nats, NatsError};
 
 /// The subject of the servers' requests.
-const SUBJECT: &str = "$SYS.REQ.USER.AUTH";
+const CALLOUT_SUBJECT: &str = "$SYS.REQ.USER.AUTH";
 /// The queue group in which all gateways share the requests.
-const GROUP: &str = "headgate";
+const CALLOUT_QUEUE_GROUP: &str = "headgate";
 /// The header with the public curve key of the server that encrypted a request.
 const XKEY_HEADER: &str = "Nats-Server-Xkey";
 /// Requests that are decided at the same time; more wait.
-const AT_ONCE_MAX: usize = 256;
+const CALLOUT_REQUESTS_AT_ONCE_MAX: usize = 256;
 /// The shortest time between two warnings about unreadable requests: there may be many.
-const COMPLAIN: Duration = Duration::from_secs(10);
+const CALLOUT_COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Which seed of auth callout is not usable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum CalloutError {
+pub enum CalloutSeedError {
     /// The issuer's seed.
     #[error("it holds no seed of an account (SA…)")]
     IssuerSeed,
@@ -38,40 +38,40 @@ pub enum CalloutError {
 }
 
 /// Answers auth callout.
-pub struct Callout {
+pub struct CalloutService {
     issuer: KeyPair,
     xkey: Option<XKey>,
     account: String,
-    doorman: Box<dyn Doorman>,
+    doorman: Box<dyn CalloutAuthorizer>,
     /// When the last warning about an unreadable request was logged.
     complained: Mutex<Option<Instant>>,
 }
 
-impl fmt::Debug for Callout {
+impl fmt::Debug for CalloutService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Callout").field("account", &self.account).finish_non_exhaustive()
     }
 }
 
-impl Callout {
+impl CalloutService {
     /// Checks the seeds. Admitted clients join `account`.
     ///
     /// # Errors
-    /// [`CalloutError`] for a seed that is none of its kind.
+    /// [`CalloutSeedError`] for a seed that is none of its kind.
     pub fn new(
         issuer_seed: &str,
         curve_seed: Option<&str>,
         account: &str,
-        doorman: impl Doorman,
-    ) -> Result<Self, CalloutError> {
+        doorman: impl CalloutAuthorizer,
+    ) -> Result<Self, CalloutSeedError> {
         let issuer = KeyPair::from_seed(issuer_seed.trim())
             .ok()
             .filter(|issuer| issuer.key_pair_type() == KeyPairType::Account)
-            .ok_or(CalloutError::IssuerSeed)?;
+            .ok_or(CalloutSeedError::IssuerSeed)?;
         let xkey = curve_seed.map(|seed| XKey::from_seed(seed.trim())).transpose();
         Ok(Self {
             issuer,
-            xkey: xkey.map_err(|_| CalloutError::CurveSeed)?,
+            xkey: xkey.map_err(|_| CalloutSeedError::CurveSeed)?,
             account: account.to_owned(),
             doorman: Box::new(doorman),
             complained: Mutex::new(None),
@@ -85,7 +85,7 @@ impl Callout {
     /// [`NatsError::Client`] if the subscription is impossible. An absent NATS is not an error.
     pub async fn serve(self, nats: &Nats, stop: impl Future<Output = ()>) -> Result<(), NatsError> {
         let client = nats.client();
-        let asked = client.queue_subscribe(SUBJECT, GROUP.to_owned()).await;
+        let asked = client.queue_subscribe(CALLOUT_SUBJECT, CALLOUT_QUEUE_GROUP.to_owned()).await;
         let mut asked = asked.map_err(|error| NatsError::Client(error.to_string()))?;
         let callout = Arc::new(self);
         let mut judged = JoinSet::new();
@@ -99,7 +99,7 @@ impl Callout {
             let (callout, client) = (callout.clone(), client.clone());
             judged.spawn(async move { callout.answer(&client, &message).await });
             while judged.try_join_next().is_some() {}
-            if judged.len() >= AT_ONCE_MAX {
+            if judged.len() >= CALLOUT_REQUESTS_AT_ONCE_MAX {
                 judged.join_next().await;
             }
         }
@@ -114,14 +114,14 @@ impl Callout {
 
     async fn answer(&self, client: &async_nats::Client, message: &Message) {
         let Some(reply) = &message.reply else { return };
-        let (request, sender) = match self.read(message) {
+        let (request, sender) = match self.read_request(message) {
             Ok(read) => read,
             Err(error) => return self.complain(error),
         };
         let now_s = now_s();
         let answer = match self.doorman.judge(&request.visitor) {
-            Verdict::Allow(permit) => request.allow(&self.issuer, &self.account, &permit, now_s),
-            Verdict::Deny(why) => request.deny(&self.issuer, &why, now_s),
+            CalloutVerdict::Allow(permit) => request.allow(&self.issuer, &self.account, &permit, now_s),
+            CalloutVerdict::Deny(why) => request.deny(&self.issuer, &why, now_s),
         };
         let answer = match (answer, sender.as_ref().zip(self.xkey.as_ref())) {
             (Ok(answer), None) => Ok(answer.into_bytes()),
@@ -139,19 +139,21 @@ impl Callout {
     }
 
     /// Reads the request, and the curve key of the server if the request is encrypted.
-    fn read(&self, message: &Message) -> Result<(Request, Option<XKey>), RequestError> {
+    fn read_request(&self, message: &Message) -> Result<(CalloutRequest, Option<XKey>), CalloutRequestError> {
         let sender = message.headers.as_ref().and_then(|headers| headers.get(XKEY_HEADER));
-        let Some(sender) = sender else { return Ok((Request::read(&message.payload, now_s())?, None)) };
-        let xkey = self.xkey.as_ref().ok_or(RequestError::Encrypted)?;
-        let sender = XKey::from_public_key(sender.as_str()).map_err(|_| RequestError::Form)?;
-        let opened = xkey.open(&message.payload, &sender).map_err(|_| RequestError::Sealed)?;
-        Ok((Request::read(&opened, now_s())?, Some(sender)))
+        let Some(sender) = sender else {
+            return Ok((CalloutRequest::read(&message.payload, now_s())?, None));
+        };
+        let xkey = self.xkey.as_ref().ok_or(CalloutRequestError::Encrypted)?;
+        let sender = XKey::from_public_key(sender.as_str()).map_err(|_| CalloutRequestError::Form)?;
+        let opened = xkey.open(&message.payload, &sender).map_err(|_| CalloutRequestError::Sealed)?;
+        Ok((CalloutRequest::read(&opened, now_s())?, Some(sender)))
     }
 
     /// Warns, at most every ten seconds, about an unreadable request, without its content.
-    fn complain(&self, error: RequestError) {
+    fn complain(&self, error: CalloutRequestError) {
         let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.is_none_or(|at| at.elapsed() >= COMPLAIN) {
+        if last.is_none_or(|at| at.elapsed() >= CALLOUT_COMPLAINT_INTERVAL) {
             *last = Some(Instant::now());
             warn!(%error, "auth callout: a request cannot be answered");
         }

@@ -11,49 +11,52 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::{ANSWER_MAX, BATCH_ROWS_MAX, Bucket, DELETED, KvError, OPERATION, PAUSE, Revision};
+use super::{
+    KV_ANSWER_WAIT_MAX, KV_BATCH_ROWS_MAX, KV_OPERATION_DELETE, KV_OPERATION_HEADER, KV_RETRY_PAUSE,
+    KvBucket, KvError, KvRevision,
+};
 
 /// How long to try to find out whether a batch was written, after its answer was lost.
-const VERIFY_MAX: Duration = Duration::from_secs(5);
+const KV_VERIFY_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// One row that is to be written.
 #[derive(Debug, Clone)]
-pub struct Put {
+pub struct KvPut {
     /// Its key.
     pub key: String,
     /// What it is to hold; `None` deletes it.
     pub value: Option<Bytes>,
     /// The revision that the row has to have now; 0: it never existed; `None`: any. A deleted row has the
     /// revision of its deletion.
-    pub expected: Option<Revision>,
+    pub expected: Option<KvRevision>,
 }
 
-impl Bucket {
+impl KvBucket {
     /// Writes rows, all or none, and returns the revision of the last one; the rows before it have the
     /// revisions before it. `last` is the newest revision that the bucket may have (see
-    /// [`Update::revision`](super::Update)): if there is a newer one, nothing is written.
+    /// [`Update::revision`](super::KvUpdate)): if there is a newer one, nothing is written.
     ///
     /// # Errors
     /// [`KvError::Conflict`] if `last` or a row's expected revision does not match; [`KvError::TooLarge`] for
-    /// a row that does not fit in a message, or more than [`BATCH_ROWS_MAX`]; [`KvError::Away`] while NATS is
+    /// a row that does not fit in a message, or more than [`KV_BATCH_ROWS_MAX`]; [`KvError::Away`] while NATS is
     /// away, or if it goes away for so long that the outcome stays unknown; [`KvError::Refused`] for what
     /// JetStream does not take.
-    pub async fn put_all(&self, puts: &[Put], last: Option<Revision>) -> Result<Revision, KvError> {
+    pub async fn put_all(&self, puts: &[KvPut], last: Option<KvRevision>) -> Result<KvRevision, KvError> {
         let client = self.nats.client();
-        if puts.len() > BATCH_ROWS_MAX {
-            let text = format!("{} rows at once, and at most {BATCH_ROWS_MAX} fit", puts.len());
+        if puts.len() > KV_BATCH_ROWS_MAX {
+            let text = format!("{} rows at once, and at most {KV_BATCH_ROWS_MAX} fit", puts.len());
             return Err(KvError::TooLarge(text));
         }
         // The client would buffer the batch and send it after a reconnect, long after the caller gave up.
         if client.connection_state() != State::Connected {
-            return Err(self.away());
+            return Err(self.away_error());
         }
         let mut connections = self.nats.connections();
         connections.mark_unchanged();
         let inbox = client.new_inbox();
         // As unique as an inbox, and short enough for a batch.
         let id = inbox.rsplit('.').next().unwrap_or(&inbox).to_owned();
-        let mut answers = client.subscribe(inbox.clone()).await.map_err(|_| self.away())?;
+        let mut answers = client.subscribe(inbox.clone()).await.map_err(|_| self.away_error())?;
         for (place, put) in puts.iter().enumerate() {
             let mut headers = HeaderMap::new();
             headers.insert(header::NATS_BATCH_ID, id.as_str());
@@ -65,7 +68,7 @@ impl Bucket {
                 headers.insert(header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string());
             }
             if put.value.is_none() {
-                headers.insert(OPERATION, DELETED);
+                headers.insert(KV_OPERATION_HEADER, KV_OPERATION_DELETE);
             }
             if place + 1 == puts.len() {
                 headers.insert(header::NATS_BATCH_COMMIT, header::NATS_BATCH_COMMIT_FINAL);
@@ -81,12 +84,12 @@ impl Bucket {
                 async_nats::PublishErrorKind::InvalidSubject => {
                     KvError::Refused(format!("{:?} is not the key of a row", put.key))
                 }
-                async_nats::PublishErrorKind::Send => self.away(),
+                async_nats::PublishErrorKind::Send => self.away_error(),
             })?;
         }
         let Some(end) = puts.last() else { return Ok(last.unwrap_or_default()) };
         let answer = tokio::select! {
-            answer = self.answer(&mut answers) => answer,
+            answer = self.await_batch_ack(&mut answers) => answer,
             // An answer that was under way is lost with the connection.
             _ = connections.changed() => None,
         };
@@ -97,8 +100,8 @@ impl Bucket {
     }
 
     /// JetStream's answer to a batch; `None` if none comes in time.
-    async fn answer(&self, answers: &mut Subscriber) -> Option<Result<Revision, KvError>> {
-        let until = Instant::now() + ANSWER_MAX;
+    async fn await_batch_ack(&self, answers: &mut Subscriber) -> Option<Result<KvRevision, KvError>> {
+        let until = Instant::now() + KV_ANSWER_WAIT_MAX;
         loop {
             let answer = timeout_at(until, answers.next()).await.ok()??;
             if answer.status.is_some() {
@@ -120,7 +123,7 @@ impl Bucket {
                         KvError::Away(format!("bucket {}: {error}", self.name))
                     }
                     ErrorCode::ATOMIC_PUBLISH_TOO_LARGE_BATCH => KvError::TooLarge(error.to_string()),
-                    _ => super::of_server(format!("bucket {}: {error}", self.name), &error),
+                    _ => super::kv_error_of_jetstream(format!("bucket {}: {error}", self.name), &error),
                 }),
                 Err(error) => Err(KvError::Refused(format!("bucket {}: {error}", self.name))),
             });
@@ -128,8 +131,8 @@ impl Bucket {
     }
 
     /// Finds out whether a batch was written although its answer was lost: the last row names its batch.
-    async fn verify(&self, key: &str, id: &str) -> Result<Revision, KvError> {
-        let until = Instant::now() + VERIFY_MAX;
+    async fn verify(&self, key: &str, id: &str) -> Result<KvRevision, KvError> {
+        let until = Instant::now() + KV_VERIFY_WAIT_MAX;
         let subject = self.subject(key);
         while Instant::now() < until {
             if self.nats.client().connection_state() == State::Connected
@@ -140,15 +143,15 @@ impl Bucket {
                 };
                 return match found {
                     Some((row, headers)) if of_batch(&headers) => Ok(row.revision),
-                    _ => Err(self.away()),
+                    _ => Err(self.away_error()),
                 };
             }
-            sleep(PAUSE).await;
+            sleep(KV_RETRY_PAUSE).await;
         }
-        Err(self.away())
+        Err(self.away_error())
     }
 
-    pub(super) fn away(&self) -> KvError {
+    pub(super) fn away_error(&self) -> KvError {
         let trouble = self.nats.trouble();
         KvError::Away(trouble.unwrap_or_else(|| format!("bucket {}: JetStream does not answer", self.name)))
     }

@@ -3,7 +3,7 @@
 //!
 //! JetStream pushes the bucket's stream from the watch's position. After a missing message, a missing
 //! heartbeat or a reconnect, the watch makes a new consumer at that position. The bucket keeps only the
-//! newest value of a row, so a late reader misses overwritten values. Rows therefore come in [`Update`]s:
+//! newest value of a row, so a late reader misses overwritten values. Rows therefore come in [`KvUpdate`]s:
 //! each takes the reader from one state that the bucket had to a later one, and never splits a batch.
 
 use std::sync::Arc;
@@ -18,57 +18,60 @@ use futures_util::StreamExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::{Bucket, KvError, PAUSE, Revision, Row, is_deleted};
-use crate::presence::{self, BEAT};
-use crate::pushed::{self, SILENCE_MAX};
+use super::{KV_RETRY_PAUSE, KvBucket, KvError, KvRevision, KvRow, is_deleted};
+use crate::presence::{self, PRESENCE_BEAT_INTERVAL};
+use crate::pushed::{self, PUSH_SILENCE_MAX};
 
 /// A watch that is silent for longer may be behind. Other nodes wait longer than this for a silent node, so
 /// that "all nodes know of a change" includes a node that is cut off.
-const CURRENT_MAX: Duration = Duration::from_secs(2);
-const _: () = assert!(CURRENT_MAX.as_millis() + BEAT.as_millis() <= presence::SILENCE_MAX.as_millis());
+const KV_WATCH_SILENCE_MAX: Duration = Duration::from_secs(2);
+const _: () = assert!(
+    KV_WATCH_SILENCE_MAX.as_millis() + PRESENCE_BEAT_INTERVAL.as_millis()
+        <= presence::PRESENCE_SILENCE_MAX.as_millis()
+);
 
 /// A step from one state of the bucket to a later one.
 #[derive(Debug)]
-pub struct Update {
+pub struct KvUpdate {
     /// The rows that are different now, oldest first.
-    pub rows: Vec<Row>,
+    pub rows: Vec<KvRow>,
     /// The bucket's revision after them.
-    pub revision: Revision,
+    pub revision: KvRevision,
     /// Whether these are all rows of the bucket. True for the first update, and again only if another bucket
     /// of the same name replaced this one.
     pub all: bool,
 }
 
-/// A reader of a bucket: call [`Watch::next`] in a loop.
+/// A reader of a bucket: call [`KvWatch::next`] in a loop.
 #[derive(Debug)]
-pub struct Watch {
-    bucket: Bucket,
-    feed: Option<Feed>,
+pub struct KvWatch {
+    bucket: KvBucket,
+    feed: Option<KvWatchFeed>,
     /// When the bucket was created; another time means another bucket.
     created: Option<i128>,
     /// Rows received that do not complete a state yet.
-    rows: Vec<Row>,
+    rows: Vec<KvRow>,
     /// The revision of the newest row received.
-    position: Revision,
+    position: KvRevision,
     /// Rows up to this revision have been handed out.
-    handed_out: Revision,
+    handed_out: KvRevision,
     /// Whether all rows have been received once.
     loaded: bool,
     /// The bucket's revision when that load began.
-    load_to: Revision,
+    load_to: KvRevision,
     /// Whether no revision is missing between the last update and `position`.
     gapless: bool,
     /// Whether the row at `position` is the last of its batch.
     ends_batch: bool,
-    seen: watch::Sender<Revision>,
-    pulse: Arc<Pulse>,
+    seen: watch::Sender<KvRevision>,
+    pulse: Arc<KvWatchPulse>,
     /// The bucket's revision after the last silence: from here on the watch is current.
-    current_from: Revision,
+    current_from: KvRevision,
 }
 
 /// When a watch last heard from JetStream.
 #[derive(Debug)]
-struct Pulse {
+struct KvWatchPulse {
     began: Instant,
     /// In milliseconds since `began`.
     heard_at: AtomicU64,
@@ -76,21 +79,22 @@ struct Pulse {
     caught_up: AtomicBool,
 }
 
-impl Pulse {
-    fn heard(&self) {
+impl KvWatchPulse {
+    fn note_heard(&self) {
         let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.heard_at.store(now, Ordering::Release);
     }
 
     fn was_silent(&self) -> bool {
         let silence = self.began.elapsed().as_millis();
-        silence.saturating_sub(self.heard_at.load(Ordering::Acquire).into()) > CURRENT_MAX.as_millis()
+        silence.saturating_sub(self.heard_at.load(Ordering::Acquire).into())
+            > KV_WATCH_SILENCE_MAX.as_millis()
     }
 }
 
 /// One push consumer.
 #[derive(Debug)]
-struct Feed {
+struct KvWatchFeed {
     messages: Subscriber,
     /// How many messages it has delivered.
     delivered: u64,
@@ -99,16 +103,16 @@ struct Feed {
 
 /// How far the reader of a watch is. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Seen {
-    bucket: Bucket,
-    seen: watch::Receiver<Revision>,
-    pulse: Arc<Pulse>,
+pub struct KvWatchProgress {
+    bucket: KvBucket,
+    seen: watch::Receiver<KvRevision>,
+    pulse: Arc<KvWatchPulse>,
 }
 
-impl Bucket {
+impl KvBucket {
     /// Watches all rows.
-    pub fn watch(&self) -> Watch {
-        Watch {
+    pub fn watch(&self) -> KvWatch {
+        KvWatch {
             bucket: self.clone(),
             feed: None,
             created: None,
@@ -120,7 +124,7 @@ impl Bucket {
             gapless: true,
             ends_batch: true,
             seen: watch::Sender::new(0),
-            pulse: Arc::new(Pulse {
+            pulse: Arc::new(KvWatchPulse {
                 began: Instant::now(),
                 heard_at: AtomicU64::new(0),
                 caught_up: AtomicBool::new(false),
@@ -130,15 +134,19 @@ impl Bucket {
     }
 }
 
-impl Watch {
+impl KvWatch {
     /// A handle that tells other tasks how far the reader is.
-    pub fn seen(&self) -> Seen {
-        Seen { bucket: self.bucket.clone(), seen: self.seen.subscribe(), pulse: self.pulse.clone() }
+    pub fn seen(&self) -> KvWatchProgress {
+        KvWatchProgress {
+            bucket: self.bucket.clone(),
+            seen: self.seen.subscribe(),
+            pulse: self.pulse.clone(),
+        }
     }
 
     /// Waits for the next update; the first has all rows. The call confirms that the reader has dealt with
     /// the update before. While NATS is away there is none. Cancel-safe.
-    pub async fn next(&mut self) -> Update {
+    pub async fn next(&mut self) -> KvUpdate {
         if self.loaded {
             self.seen.send_replace(self.handed_out);
         }
@@ -159,17 +167,17 @@ impl Watch {
                     Ok(false) => {}
                     Err(error) => {
                         tracing::warn!(bucket = self.bucket.name, %error, "the bucket cannot be watched; trying again");
-                        sleep(PAUSE).await;
+                        sleep(KV_RETRY_PAUSE).await;
                     }
                 }
                 continue;
             };
             let message = tokio::select! {
-                message = timeout(SILENCE_MAX, feed.messages.next()) => message.ok().flatten(),
+                message = timeout(PUSH_SILENCE_MAX, feed.messages.next()) => message.ok().flatten(),
                 _ = feed.connections.changed() => None,
             };
             let is_whole = match message {
-                Some(message) => self.take(message).await,
+                Some(message) => self.take_message(message).await,
                 None => None,
             };
             match is_whole {
@@ -198,7 +206,7 @@ impl Watch {
             self.pulse.caught_up.store(false, Ordering::Release);
         }
         if !self.pulse.caught_up.load(Ordering::Acquire) {
-            self.current_from = bucket.end().await?.0;
+            self.current_from = bucket.end_revisions().await?.0;
         }
         if !self.loaded {
             self.load_to = self.current_from;
@@ -210,12 +218,12 @@ impl Watch {
             0 => DeliverPolicy::All,
             position => DeliverPolicy::ByStartSequence { start_sequence: position + 1 },
         };
-        let config = pushed::consumer(inbox, from);
+        let config = pushed::push_consumer_config(inbox, from);
         let consumer =
             bucket.stream.create_consumer(config).await.map_err(|error| away(error.to_string()))?;
         let info = consumer.cached_info();
-        self.feed = Some(Feed { messages, delivered: 0, connections });
-        self.pulse.heard();
+        self.feed = Some(KvWatchFeed { messages, delivered: 0, connections });
+        self.pulse.note_heard();
         let nothing_more = info.num_pending == 0 && info.delivered.stream_sequence >= self.position;
         let is_due = !self.rows.is_empty() || !self.loaded;
         if nothing_more && !self.loaded && self.position == 0 {
@@ -227,13 +235,13 @@ impl Watch {
 
     /// Takes a message. `Some(true)`: the rows at hand are a state to hand out; `None`: the consumer has
     /// lost something.
-    async fn take(&mut self, message: async_nats::Message) -> Option<bool> {
+    async fn take_message(&mut self, message: async_nats::Message) -> Option<bool> {
         // Messages buffered over a silence are old, and would make the watch look current.
         if self.pulse.was_silent() {
             return None;
         }
         let feed = self.feed.as_mut()?;
-        self.pulse.heard();
+        self.pulse.note_heard();
         if message.status == Some(StatusCode::IDLE_HEARTBEAT) {
             if let Some(reply) = pushed::flow_reply(&message) {
                 self.bucket.nats.client().publish(reply, Bytes::new()).await.ok()?;
@@ -263,7 +271,7 @@ impl Watch {
             self.position = revision;
             let value = (!is_deleted(headers)).then(|| message.message.payload.clone());
             let key = self.bucket.key(&message.message.subject).to_owned();
-            self.rows.push(Row { key, value, revision });
+            self.rows.push(KvRow { key, value, revision });
         } else if self.rows.is_empty() {
             return Some(false);
         }
@@ -274,31 +282,31 @@ impl Watch {
         Some(is_state && self.ends_batch)
     }
 
-    fn hand_out(&mut self) -> Update {
+    fn hand_out(&mut self) -> KvUpdate {
         let all = !self.loaded;
         (self.loaded, self.gapless, self.handed_out) = (true, true, self.position);
         let mut rows = std::mem::take(&mut self.rows);
         if all {
             rows.retain(|row| row.value.is_some());
         }
-        Update { rows, revision: self.handed_out, all }
+        KvUpdate { rows, revision: self.handed_out, all }
     }
 }
 
-impl Seen {
+impl KvWatchProgress {
     /// Waits until the reader has dealt with everything written before this call. Returns the bucket's
     /// revision.
     ///
     /// # Errors
     /// [`KvError::Away`] if that takes longer than `limit`, or while NATS is away.
-    pub async fn sync(&self, limit: Duration) -> Result<Revision, KvError> {
+    pub async fn sync(&self, limit: Duration) -> Result<KvRevision, KvError> {
         let until = Instant::now() + limit;
         let reached = async {
             let mut connections = self.bucket.nats.connections();
             loop {
                 connections.mark_unchanged();
                 let asked = tokio::select! {
-                    asked = self.bucket.end() => asked,
+                    asked = self.bucket.end_revisions() => asked,
                     _ = connections.changed() => continue,
                 };
                 match asked {
@@ -306,12 +314,12 @@ impl Seen {
                         self.reach(last).await;
                         return Ok(end);
                     }
-                    Err(KvError::Away(_)) => sleep(PAUSE).await,
+                    Err(KvError::Away(_)) => sleep(KV_RETRY_PAUSE).await,
                     Err(error) => return Err(error),
                 }
             }
         };
-        timeout_at(until, reached).await.unwrap_or_else(|_| Err(self.bucket.away()))
+        timeout_at(until, reached).await.unwrap_or_else(|_| Err(self.bucket.away_error()))
     }
 
     /// Whether the reader has dealt with everything written until a moment ago. `false` after two seconds of
@@ -321,7 +329,7 @@ impl Seen {
     }
 
     /// Waits until the reader has dealt with a revision.
-    pub async fn reach(&self, revision: Revision) {
+    pub async fn reach(&self, revision: KvRevision) {
         let mut seen = self.seen.clone();
         if seen.wait_for(|seen| *seen >= revision).await.is_err() {
             // The watch was dropped: the node is shutting down.

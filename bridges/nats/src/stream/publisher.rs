@@ -13,15 +13,15 @@ use futures_util::{FutureExt, StreamExt};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::{Sequence, StreamError};
+use super::{StreamError, StreamSequence};
 use crate::connection::Nats;
 
 /// How long a message may wait for room in the connection's buffer.
-const SEND_MAX: Duration = Duration::from_secs(1);
+const PUBLISH_SEND_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// A message to publish.
 #[derive(Debug)]
-pub struct Outgoing {
+pub struct OutgoingMessage {
     /// A subject of the stream.
     pub subject: String,
     /// Its headers. With `Nats-Msg-Id` it is added only if the duplicate window has no message of that id.
@@ -32,9 +32,9 @@ pub struct Outgoing {
 
 /// JetStream's confirmation that a message is in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ack {
+pub struct JetstreamAck {
     /// Its sequence.
-    pub sequence: Sequence,
+    pub sequence: StreamSequence,
     /// It was stored earlier, under the same id.
     pub duplicate: bool,
 }
@@ -58,7 +58,7 @@ pub enum PublishError {
 
 /// Adds messages to streams. `T` is the caller's tag for a message.
 #[derive(Debug)]
-pub struct Publisher<T> {
+pub struct StreamPublisher<T> {
     nats: Nats,
     /// The prefix of the reply subjects; the message's number follows it.
     inbox: String,
@@ -72,17 +72,17 @@ pub struct Publisher<T> {
 }
 
 #[derive(Deserialize)]
-struct Answer<'a> {
+struct PublishAnswer<'a> {
     #[serde(default)]
-    seq: Sequence,
+    seq: StreamSequence,
     #[serde(default)]
     duplicate: bool,
     #[serde(borrow)]
-    error: Option<Failure<'a>>,
+    error: Option<PublishAnswerError<'a>>,
 }
 
 #[derive(Deserialize)]
-struct Failure<'a> {
+struct PublishAnswerError<'a> {
     #[serde(default)]
     err_code: u64,
     #[serde(default, borrow)]
@@ -91,7 +91,7 @@ struct Failure<'a> {
     code: u16,
 }
 
-impl<T> Publisher<T> {
+impl<T> StreamPublisher<T> {
     /// Makes an empty publisher. A message without an ack after `ack_max` is [`PublishError::Unknown`].
     ///
     /// # Errors
@@ -109,12 +109,12 @@ impl<T> Publisher<T> {
         self.in_flight
     }
 
-    /// Hands a message to the connection. [`Publisher::next`] reports its outcome under `tag`.
+    /// Hands a message to the connection. [`StreamPublisher::next`] reports its outcome under `tag`.
     ///
     /// # Errors
     /// The tag, and why the message was not sent: [`PublishError::Away`], or [`PublishError::Refused`] if
     /// it is larger than NATS takes, or its subject is invalid.
-    pub async fn send(&mut self, tag: T, message: Outgoing) -> Result<(), (T, PublishError)> {
+    pub async fn send(&mut self, tag: T, message: OutgoingMessage) -> Result<(), (T, PublishError)> {
         let client = self.nats.client();
         // The client would buffer the message and send it after a reconnect, when the caller has given up.
         if client.connection_state() != State::Connected {
@@ -122,12 +122,12 @@ impl<T> Publisher<T> {
         }
         let number = self.first + self.waiting.len() as u64;
         let reply = format!("{}{number}", self.inbox);
-        let Outgoing { subject, headers, payload } = message;
+        let OutgoingMessage { subject, headers, payload } = message;
         let mut sent = pin!(client.publish_with_reply_and_headers(subject, reply, headers, payload));
         // There is almost always room at once: then no timer is needed.
         let sent = match sent.as_mut().now_or_never() {
             Some(sent) => Ok(sent),
-            None => timeout(SEND_MAX, sent).await,
+            None => timeout(PUBLISH_SEND_WAIT_MAX, sent).await,
         };
         match sent {
             Ok(Ok(())) => {
@@ -147,7 +147,7 @@ impl<T> Publisher<T> {
     }
 
     /// Waits for the outcome of a message. Never returns while none is in flight. Cancel-safe.
-    pub async fn next(&mut self) -> (T, Result<Ack, PublishError>) {
+    pub async fn next(&mut self) -> (T, Result<JetstreamAck, PublishError>) {
         loop {
             if let Some(settled) = self.try_next() {
                 return settled;
@@ -166,7 +166,7 @@ impl<T> Publisher<T> {
                     }
                 }
                 () = sleep_until(until) => {
-                    if let Some((tag, _)) = self.take(self.first) {
+                    if let Some((tag, _)) = self.take_waiting(self.first) {
                         let text = format!("JetStream has not acknowledged a message in {:?}", self.ack_max);
                         return (tag, Err(PublishError::Unknown(text)));
                     }
@@ -176,7 +176,7 @@ impl<T> Publisher<T> {
     }
 
     /// The outcome of a message, if one is known already.
-    pub fn try_next(&mut self) -> Option<(T, Result<Ack, PublishError>)> {
+    pub fn try_next(&mut self) -> Option<(T, Result<JetstreamAck, PublishError>)> {
         loop {
             let message = self.acks.next().now_or_never()??;
             if let Some(settled) = self.settle(&message) {
@@ -186,13 +186,13 @@ impl<T> Publisher<T> {
     }
 
     /// Handles an ack. `None` if no message waits for it.
-    fn settle(&mut self, message: &Message) -> Option<(T, Result<Ack, PublishError>)> {
+    fn settle(&mut self, message: &Message) -> Option<(T, Result<JetstreamAck, PublishError>)> {
         let number = message.subject.as_str().strip_prefix(self.inbox.as_str())?.parse().ok()?;
-        let (tag, _) = self.take(number)?;
-        Some((tag, outcome(message)))
+        let (tag, _) = self.take_waiting(number)?;
+        Some((tag, ack_outcome(message)))
     }
 
-    fn take(&mut self, number: u64) -> Option<(T, Instant)> {
+    fn take_waiting(&mut self, number: u64) -> Option<(T, Instant)> {
         let at = usize::try_from(number.checked_sub(self.first)?).ok()?;
         let taken = self.waiting.get_mut(at)?.take();
         self.in_flight -= usize::from(taken.is_some());
@@ -209,18 +209,18 @@ impl<T> Publisher<T> {
 }
 
 /// Decodes an ack.
-fn outcome(message: &Message) -> Result<Ack, PublishError> {
+fn ack_outcome(message: &Message) -> Result<JetstreamAck, PublishError> {
     if message.status == Some(StatusCode::NO_RESPONDERS) {
         // No responders: JetStream is off, or the stream has no leader now.
         let text = "the stream has no leader, or JetStream is off";
         return Err(PublishError::Away(text.to_owned()));
     }
-    let answer: Answer<'_> = serde_json::from_slice(&message.payload)
+    let answer: PublishAnswer<'_> = serde_json::from_slice(&message.payload)
         .map_err(|error| PublishError::Unknown(format!("an ack that cannot be read: {error}")))?;
     match answer.error {
-        None if answer.seq > 0 => Ok(Ack { sequence: answer.seq, duplicate: answer.duplicate }),
+        None if answer.seq > 0 => Ok(JetstreamAck { sequence: answer.seq, duplicate: answer.duplicate }),
         None => Err(PublishError::Unknown("an ack without a sequence".to_owned())),
-        Some(Failure { err_code, description, code }) => {
+        Some(PublishAnswerError { err_code, description, code }) => {
             let full = ErrorCode(err_code) == ErrorCode::STREAM_STORE_FAILED
                 && description.contains("maximum bytes");
             let text = description.into_owned();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::{Credentials, Nats, Settings};
+use headgate_bridge_nats::{Nats, NatsCredentials, NatsSettings};
 use tempfile::TempDir;
 
 /// How long anything in a test may take.
@@ -65,9 +65,9 @@ impl Server {
 
     /// A connection to it that may not be established yet.
     pub async fn begin_to_connect(&self) -> Nats {
-        let settings = Settings {
+        let settings = NatsSettings {
             servers: vec![format!("nats://127.0.0.1:{}", self.port)],
-            credentials: Credentials::None,
+            credentials: NatsCredentials::None,
             ca: None,
             name: "test".to_owned(),
         };

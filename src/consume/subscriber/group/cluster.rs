@@ -10,59 +10,59 @@
 
 mod member;
 
-pub(super) use member::Member;
+pub(super) use member::ClusterShareMember;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use headgate_bridge_nats::presence::Reply;
+use headgate_bridge_nats::presence::NodeReply;
 use headgate_bridge_nats::{CellError, NatsError, Presence};
 use tokio::time::sleep;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::super::sessions::bucket::GroupRolls;
-use super::{GroupKey, GroupSession, JoinError};
+use super::{GroupJoinError, GroupSession, ShareGroupKey};
 use crate::filter::TopicFilter;
 use crate::log::{ShareError, SharedPlace, SharedPlaces};
 use crate::message::{Offset, RecordRef};
-use crate::subject::Space;
+use crate::subject::SubjectSpace;
 
 /// How much longer than its sessions a group stays while nobody takes from it. Connected members that take
 /// nothing for this long count as gone.
-const KEPT: Duration = Duration::from_secs(24 * 3_600);
+const GROUP_IDLE_EXTRA: Duration = Duration::from_secs(24 * 3_600);
 /// How long after a member has left the gateway checks whether the group is over.
-const LEFT: Duration = Duration::from_millis(600);
+const GROUP_OVER_CHECK_DELAY: Duration = Duration::from_millis(600);
 /// How often a connected session's entry in the roll is renewed.
-const ROLL_AGAIN: Duration = Duration::from_secs(12 * 3_600);
+const ROLL_REFRESH_INTERVAL: Duration = Duration::from_secs(12 * 3_600);
 /// The question to other gateways, sent with a group's name: has the group members there?
-const QUESTION: &str = "headgate.groups";
-const NONE: &[u8] = b"none";
-const SOME: &[u8] = b"some";
+const GROUP_MEMBERS_QUESTION: &str = "headgate.groups";
+const ANSWER_NO_MEMBERS: &[u8] = b"none";
+const ANSWER_HAS_MEMBERS: &[u8] = b"some";
 /// How long other gateways may take to answer.
-const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
+const GROUP_ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// The groups of the cluster, as this gateway sees them.
-pub struct Groups {
+pub struct ClusterShareGroups {
     places: SharedPlaces,
     rolls: GroupRolls,
     presence: Arc<Presence>,
-    here: Arc<Here>,
+    here: Arc<LocalMemberCounts>,
     tasks: TaskTracker,
 }
 
 /// How many members each group has on this gateway.
 #[derive(Default)]
-struct Here(Mutex<HashMap<String, usize>>);
+struct LocalMemberCounts(Mutex<HashMap<String, usize>>);
 
-impl Here {
+impl LocalMemberCounts {
     fn locked(&self) -> MutexGuard<'_, HashMap<String, usize>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn has(&self, group: &str) -> bool {
+    fn has_members(&self, group: &str) -> bool {
         self.locked().contains_key(group)
     }
 
@@ -79,7 +79,7 @@ impl Here {
 
 /// A group and its place in the log.
 #[derive(Clone)]
-struct Group {
+struct ClusterShareGroup {
     places: SharedPlaces,
     name: String,
     subjects: Vec<String>,
@@ -88,7 +88,7 @@ struct Group {
     of_all: bool,
 }
 
-impl Groups {
+impl ClusterShareGroups {
     /// No groups yet. From now on other gateways can ask about groups on this one.
     ///
     /// # Errors
@@ -98,13 +98,13 @@ impl Groups {
         rolls: GroupRolls,
         presence: Arc<Presence>,
     ) -> Result<Self, NatsError> {
-        let here = Arc::<Here>::default();
+        let here = Arc::<LocalMemberCounts>::default();
         let here_too = here.clone();
         let answer = move |group: Bytes| {
-            let has = std::str::from_utf8(&group).is_ok_and(|group| here_too.has(group));
-            std::future::ready(Bytes::from_static(if has { SOME } else { NONE }))
+            let has = std::str::from_utf8(&group).is_ok_and(|group| here_too.has_members(group));
+            std::future::ready(Bytes::from_static(if has { ANSWER_HAS_MEMBERS } else { ANSWER_NO_MEMBERS }))
         };
-        presence.serve(QUESTION, answer).await?;
+        presence.serve(GROUP_MEMBERS_QUESTION, answer).await?;
         Ok(Self { places, rolls, presence, here, tasks: TaskTracker::new() })
     }
 
@@ -117,33 +117,33 @@ impl Groups {
 
     pub(super) async fn join(
         &self,
-        key: &GroupKey,
+        key: &ShareGroupKey,
         of: GroupSession,
         from: Option<Offset>,
-    ) -> Result<(), JoinError> {
+    ) -> Result<(), GroupJoinError> {
         let Some(group) = self.group(key) else { return Ok(()) };
         let begin = from.unwrap_or_else(|| self.places.next_offset());
-        let place = group.open(begin, kept(of)).await?;
+        let place = group.open(begin, group_lifetime(of)).await?;
         if from.is_some() && !place.is_new {
-            return Err(JoinError::Elsewhere);
+            return Err(GroupJoinError::Elsewhere);
         }
-        if of.stays() {
+        if of.outlives_connection() {
             self.rolls.enter(&group.name, of.uid).await?;
         }
         Ok(())
     }
 
-    pub(super) fn stay(&self, key: &GroupKey, of: GroupSession) {
+    pub(super) fn extend_stay(&self, key: &ShareGroupKey, of: GroupSession) {
         let Some(group) = self.group(key) else { return };
         self.tasks.spawn(async move {
-            if let Err(error) = group.open(group.places.next_offset(), kept(of)).await {
+            if let Err(error) = group.open(group.places.next_offset(), group_lifetime(of)).await {
                 warn!(%error, "a group of subscribers may be over before its last session is");
             }
         });
     }
 
-    pub(super) fn leave(&self, key: &GroupKey, uid: u64, ever_stayed: bool) {
-        let Some(Group { places, name, .. }) = self.group(key) else { return };
+    pub(super) fn leave(&self, key: &ShareGroupKey, uid: u64, ever_stayed: bool) {
+        let Some(ClusterShareGroup { places, name, .. }) = self.group(key) else { return };
         let (presence, here, rolls) = (self.presence.clone(), self.here.clone(), self.rolls.clone());
         let struck = ever_stayed.then(|| rolls.strike(&name, uid));
         tokio::spawn(async move {
@@ -151,15 +151,17 @@ impl Groups {
                 if let Some(struck) = struck {
                     struck.await?;
                 }
-                sleep(LEFT).await;
-                if here.has(&name) {
+                sleep(GROUP_OVER_CHECK_DELAY).await;
+                if here.has_members(&name) {
                     return Ok::<_, CellError>(false);
                 }
-                let answers = presence.ask_all(QUESTION, Bytes::from(name.clone()), ANSWER_WAIT_MAX).await;
-                let is_none = |reply: &Reply| match reply {
-                    Reply::Answer(answer) => answer == NONE,
-                    Reply::Gone => true,
-                    Reply::Silent => false,
+                let answers = presence
+                    .ask_all(GROUP_MEMBERS_QUESTION, Bytes::from(name.clone()), GROUP_ANSWER_WAIT_MAX)
+                    .await;
+                let is_none = |reply: &NodeReply| match reply {
+                    NodeReply::Answer(answer) => answer == ANSWER_NO_MEMBERS,
+                    NodeReply::Gone => true,
+                    NodeReply::Silent => false,
                 };
                 Ok(answers.iter().all(|(_, reply)| is_none(reply)) && rolls.is_empty(&name).await?)
             };
@@ -172,14 +174,14 @@ impl Groups {
         });
     }
 
-    pub(super) fn member(&self, key: &GroupKey, of: GroupSession) -> Option<Member> {
+    pub(super) fn member(&self, key: &ShareGroupKey, of: GroupSession) -> Option<ClusterShareMember> {
         let group = self.group(key)?;
         *self.here.locked().entry(group.name.clone()).or_default() += 1;
         let (here, name) = (self.here.clone(), group.name.clone());
         // Entered now, so that it is queued before anything said when the member leaves.
-        let entered = of.stays().then(|| self.rolls.enter(&name, of.uid));
+        let entered = of.outlives_connection().then(|| self.rolls.enter(&name, of.uid));
         let rolls = self.rolls.clone();
-        let (member, taker) = Member::of(group, kept(of));
+        let (member, taker) = ClusterShareMember::new_with_task(group, group_lifetime(of));
         self.tasks.spawn(async move {
             tokio::select! {
                 biased;
@@ -192,10 +194,10 @@ impl Groups {
     }
 
     /// `None` for a filter that no record of a cluster can match.
-    fn group(&self, key: &GroupKey) -> Option<Group> {
+    fn group(&self, key: &ShareGroupKey) -> Option<ClusterShareGroup> {
         let (datasource, group, filter) = key;
         let of_all = datasource.is_all();
-        let subjects = Space::Stream.all_named((!of_all).then_some(datasource), filter);
+        let subjects = SubjectSpace::Stream.filter_wildcards((!of_all).then_some(datasource), filter);
         if subjects.is_empty() {
             return None;
         }
@@ -206,13 +208,13 @@ impl Groups {
             hash.update(part.as_bytes()).update(&[0]);
         }
         name.push_str(&hash.finalize().to_hex()[..32]);
-        Some(Group { places: self.places.clone(), name, subjects, filter, of_all })
+        Some(ClusterShareGroup { places: self.places.clone(), name, subjects, filter, of_all })
     }
 }
 
 /// How long a group is kept for a session. `None`: for ever.
-fn kept(of: GroupSession) -> Option<Duration> {
-    (of.expiry_s != u32::MAX).then(|| Duration::from_secs(of.expiry_s.into()) + KEPT)
+fn group_lifetime(of: GroupSession) -> Option<Duration> {
+    (of.expiry_s != u32::MAX).then(|| Duration::from_secs(of.expiry_s.into()) + GROUP_IDLE_EXTRA)
 }
 
 /// Renews a session's entry in the group's roll for as long as the session is connected. Never returns.
@@ -225,12 +227,12 @@ async fn stay_on_roll(
     let Some(entered) = entered else { return std::future::pending().await };
     let mut result = entered.await;
     loop {
-        sleep(if result.is_ok() { ROLL_AGAIN } else { LEFT }).await;
+        sleep(if result.is_ok() { ROLL_REFRESH_INTERVAL } else { GROUP_OVER_CHECK_DELAY }).await;
         result = rolls.enter(group, of.uid).await;
     }
 }
 
-impl Group {
+impl ClusterShareGroup {
     async fn open(&self, from: Offset, kept: Option<Duration>) -> Result<SharedPlace, ShareError> {
         self.places.open(&self.name, self.subjects.clone(), from, kept).await
     }

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use self::follow::{Follower, Shared};
-use self::page::{Readers, Wanted};
-use self::table::{FILE_NAME, Table};
+use self::follow::{RetainedFollower, RetainedFollowerState};
+use self::page::{RetainedReaders, RetainedSelection};
+use self::table::{RETAINED_FILE_NAME, RetainedTable};
 use super::DatabaseError;
 use crate::filter::TopicFilter;
 use crate::limits::QUERIES_MAX;
@@ -29,7 +29,7 @@ mod table;
 mod tests;
 
 /// How long a page waits for the thread to consume what comes before it in the log.
-const BEHIND_WAIT_MAX: Duration = Duration::from_secs(10);
+const RETAINED_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// A retained message, with the fields of its record.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,12 +94,12 @@ pub struct RetainedPage {
     /// Ordered by datasource and topic. May be few or none although there is a next page.
     pub messages: Vec<RetainedMessage>,
     /// Where the next page begins, if there may be one.
-    pub next: Option<RetainedAfter>,
+    pub next: Option<RetainedPageStart>,
 }
 
 /// A place between two pages.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RetainedAfter {
+pub struct RetainedPageStart {
     datasource: String,
     /// The last topic that was scanned; empty before the first.
     topic: String,
@@ -112,9 +112,7 @@ pub enum RetainedError {
     #[error("retained messages: {0}")]
     Database(#[from] DatabaseError),
     /// The database is ahead of the log: the log has lost records, or is another one.
-    #[error(
-        "retained messages: {FILE_NAME} is at offset {consumed}, but the log ends at {log_end}"
-    )]
+    #[error("retained messages: {RETAINED_FILE_NAME} is at offset {consumed}, but the log ends at {log_end}")]
     LogBehind {
         /// The first offset that was not consumed.
         consumed: Offset,
@@ -137,20 +135,20 @@ pub enum RetainedError {
 }
 
 /// The running consumer, and the handle to query it. Cheap to clone; the thread ends after the last clone
-/// is dropped, or with [`Retained::stop`].
+/// is dropped, or with [`RetainedStore::stop`].
 #[derive(Clone)]
-pub struct Retained {
-    handle: Arc<Handle>,
+pub struct RetainedStore {
+    handle: Arc<RetainedHandle>,
 }
 
-struct Handle {
-    shared: Arc<Shared>,
-    readers: Readers,
+struct RetainedHandle {
+    shared: Arc<RetainedFollowerState>,
+    readers: RetainedReaders,
     /// Limits how many pages are read at once.
     permits: Arc<Semaphore>,
 }
 
-impl Retained {
+impl RetainedStore {
     /// Opens `dir/retained.db`, or makes it, and starts the thread that follows the log into it.
     /// Whenever more is durable, `consumed` is called with the offset below which everything is: the log
     /// need not keep that for this consumer. What `consumed` owns lives as long as this.
@@ -162,20 +160,20 @@ impl Retained {
         log: Arc<dyn Log>,
         consumed: impl Fn(Offset) + Send + 'static,
     ) -> Result<Self, RetainedError> {
-        let path = dir.join(FILE_NAME);
-        let table = Table::open(&path)?;
+        let path = dir.join(RETAINED_FILE_NAME);
+        let table = RetainedTable::open(&path)?;
         let (cursor, log_end) = (table.cursor(), log.next_offset());
         if cursor > log_end {
             return Err(RetainedError::LogBehind { consumed: cursor, log_end });
         }
-        let shared = Arc::new(Shared::new(&table, Box::new(consumed)));
-        let follower = Follower::new(path.clone(), table, log.clone(), shared.clone());
+        let shared = Arc::new(RetainedFollowerState::new(&table, Box::new(consumed)));
+        let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
         shared.control().start(follower, log).map_err(|error| DatabaseError::Failed {
             path: path.clone(),
             detail: format!("no thread for it: {error}").into(),
         })?;
         let permits = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok(Self { handle: Arc::new(Handle { shared, readers: Readers::new(path), permits }) })
+        Ok(Self { handle: Arc::new(RetainedHandle { shared, readers: RetainedReaders::new(path), permits }) })
     }
 
     /// One page of the matching retained messages, ordered by datasource and topic. Only messages with an
@@ -194,10 +192,10 @@ impl Retained {
         datasource: Option<&DatasourceId>,
         filter: &TopicFilter,
         below: Offset,
-        after: Option<RetainedAfter>,
+        after: Option<RetainedPageStart>,
         bytes_max: usize,
     ) -> Result<RetainedPage, RetainedError> {
-        if tokio::time::timeout(BEHIND_WAIT_MAX, self.caught_up(below)).await.is_err() {
+        if tokio::time::timeout(RETAINED_WAIT_MAX, self.wait_caught_up(below)).await.is_err() {
             let trouble = self.trouble().unwrap_or_else(|| "there is much to read".to_owned());
             return Err(RetainedError::Behind {
                 consumed: self.handle.shared.cursor(),
@@ -205,7 +203,7 @@ impl Retained {
                 trouble,
             });
         }
-        let wanted = match Wanted::new(datasource, filter) {
+        let wanted = match RetainedSelection::new(datasource, filter) {
             Some(wanted) if !self.is_empty() => wanted,
             _ => return Ok(RetainedPage::default()),
         };
@@ -219,17 +217,17 @@ impl Retained {
     }
 
     /// Returns once everything below `offset` is consumed; never, if the thread ends first.
-    pub async fn caught_up(&self, offset: Offset) {
-        self.handle.shared.caught_up(offset).await;
+    pub async fn wait_caught_up(&self, offset: Offset) {
+        self.handle.shared.wait_caught_up(offset).await;
     }
 
     /// Returns once this version of the rules about leaked keys is applied to what is handed out; never, if
     /// the thread ends first.
-    pub async fn reconciled(&self, version: u64) {
-        self.handle.shared.reconciled(version).await;
+    pub async fn wait_reconciled(&self, version: u64) {
+        self.handle.shared.wait_reconciled(version).await;
     }
 
-    /// Whether nothing is retained of what is consumed so far. After [`Retained::caught_up`] the answer is
+    /// Whether nothing is retained of what is consumed so far. After [`RetainedStore::wait_caught_up`] the answer is
     /// exact for everything below that offset. Costs next to nothing.
     pub fn is_empty(&self) -> bool {
         self.handle.shared.is_empty()
@@ -247,7 +245,7 @@ impl Retained {
     }
 }
 
-impl Drop for Handle {
+impl Drop for RetainedHandle {
     /// Ends the thread after its present transaction if nobody has stopped it.
     fn drop(&mut self) {
         self.shared.control().stop_by(Instant::now());

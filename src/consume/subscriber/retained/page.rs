@@ -11,8 +11,8 @@ use std::time::Duration;
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
-use super::table::{SELECT_MESSAGE, message_of};
-use super::{RetainedAfter, RetainedPage};
+use super::table::{SELECT_RETAINED_MESSAGE, retained_message_of_row};
+use super::{RetainedPage, RetainedPageStart};
 use crate::consume::sink::schema::sql_offset;
 use crate::consume::subscriber::DatabaseError;
 use crate::filter::TopicFilter;
@@ -20,20 +20,20 @@ use crate::limits::{QUERIES_MAX, QUERY_SCANNED_MAX};
 use crate::message::{DatasourceId, Offset};
 
 /// How long a reader waits while another process has the whole database locked.
-const LOCK_WAIT: Duration = Duration::from_secs(2);
+const RETAINED_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// The topics in a range, with their row ids; read from the index alone.
-pub(super) const SELECT_NAMES: &str =
+pub(super) const SELECT_RETAINED_TOPICS: &str =
     "SELECT topic, id FROM messages WHERE datasource = ?1 AND topic >= ?2 AND topic < ?3 ORDER BY topic";
 
 /// Read-only connections. Blocks, so use it where blocking is allowed.
-pub(super) struct Readers {
+pub(super) struct RetainedReaders {
     path: PathBuf,
     /// Connections that nobody uses at the moment.
     idle: Mutex<Vec<Connection>>,
 }
 
-impl Readers {
+impl RetainedReaders {
     /// Readers of the database at `path`. None is open yet.
     pub(super) fn new(path: PathBuf) -> Self {
         Self { path, idle: Mutex::default() }
@@ -42,13 +42,13 @@ impl Readers {
     /// One page, from a snapshot of the database.
     pub(super) fn page(
         &self,
-        wanted: &Wanted,
+        wanted: &RetainedSelection,
         below: Offset,
-        after: Option<RetainedAfter>,
+        after: Option<RetainedPageStart>,
         bytes_max: usize,
     ) -> Result<RetainedPage, DatabaseError> {
-        self.read(|connection| Scan::new(connection, wanted, below, bytes_max).page(after))
-            .map_err(|error| DatabaseError::of(&error, &self.path))
+        self.read(|connection| RetainedScan::new(connection, wanted, below, bytes_max).page(after))
+            .map_err(|error| DatabaseError::from_sqlite(&error, &self.path))
     }
 
     fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
@@ -71,31 +71,31 @@ impl Readers {
     fn open(&self) -> rusqlite::Result<Connection> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&self.path, flags)?;
-        connection.busy_timeout(LOCK_WAIT)?;
+        connection.busy_timeout(RETAINED_LOCK_WAIT_MAX)?;
         Ok(connection)
     }
 }
 
 /// Which messages a page is to have.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Wanted {
+pub(super) struct RetainedSelection {
     /// The datasource of the messages; `None`: all datasources.
     datasource: Option<String>,
     /// The ranges that hold the topics; in order and disjoint.
-    ranges: Vec<Range>,
+    ranges: Vec<TopicRange>,
     /// Selects topics within the ranges.
     filter: TopicFilter,
 }
 
 /// Topics from one, inclusive, to another, exclusive.
 #[derive(Debug, PartialEq, Eq)]
-struct Range {
+struct TopicRange {
     from: String,
     /// `None`: to the last.
     to: Option<String>,
 }
 
-impl Wanted {
+impl RetainedSelection {
     /// Selects the topics of `datasource` that match. Without a datasource (or with `*`) `filter` has the
     /// datasource as its first level. `None` if no topic can match.
     pub(super) fn new(datasource: Option<&DatasourceId>, filter: &TopicFilter) -> Option<Self> {
@@ -113,11 +113,15 @@ impl Wanted {
     }
 
     fn over(datasource: Option<&str>, filter: TopicFilter) -> Self {
-        Self { datasource: datasource.map(str::to_owned), ranges: Range::all_of(filter.as_str()), filter }
+        Self {
+            datasource: datasource.map(str::to_owned),
+            ranges: TopicRange::all_of(filter.as_str()),
+            filter,
+        }
     }
 }
 
-impl Range {
+impl TopicRange {
     fn only(topic: &str) -> Self {
         // No string lies between a string and the same string followed by a NUL.
         Self { from: topic.to_owned(), to: Some(format!("{topic}\0")) }
@@ -142,15 +146,15 @@ impl Range {
     }
 
     /// The end for SQLite's comparison. An empty BLOB stands for no end: every BLOB is greater than any TEXT.
-    fn end(&self) -> ToSqlOutput<'_> {
+    fn end_bound(&self) -> ToSqlOutput<'_> {
         ToSqlOutput::Borrowed(self.to.as_deref().map_or(ValueRef::Blob(b""), ValueRef::from))
     }
 }
 
 /// One page in the making.
-struct Scan<'a> {
+struct RetainedScan<'a> {
     connection: &'a Connection,
-    wanted: &'a Wanted,
+    wanted: &'a RetainedSelection,
     below: i64,
     bytes_max: usize,
     page: RetainedPage,
@@ -158,16 +162,21 @@ struct Scan<'a> {
     scanned: usize,
 }
 
-impl<'a> Scan<'a> {
-    fn new(connection: &'a Connection, wanted: &'a Wanted, below: Offset, bytes_max: usize) -> Self {
+impl<'a> RetainedScan<'a> {
+    fn new(
+        connection: &'a Connection,
+        wanted: &'a RetainedSelection,
+        below: Offset,
+        bytes_max: usize,
+    ) -> Self {
         let below = sql_offset(below);
         Self { connection, wanted, below, bytes_max, page: RetainedPage::default(), bytes: 0, scanned: 0 }
     }
 
-    fn page(mut self, after: Option<RetainedAfter>) -> rusqlite::Result<RetainedPage> {
+    fn page(mut self, after: Option<RetainedPageStart>) -> rusqlite::Result<RetainedPage> {
         let mut at = match (after, &self.wanted.datasource) {
             (Some(after), _) => after,
-            (None, Some(datasource)) => start_of(datasource.clone()),
+            (None, Some(datasource)) => start_of_datasource(datasource.clone()),
             (None, None) => match self.next_datasource("")? {
                 Some(first) => first,
                 None => return Ok(self.page),
@@ -175,7 +184,7 @@ impl<'a> Scan<'a> {
         };
         loop {
             for range in &self.wanted.ranges {
-                if !self.range(range, &mut at)? {
+                if !self.scan_range(range, &mut at)? {
                     self.page.next = Some(at);
                     return Ok(self.page);
                 }
@@ -189,11 +198,12 @@ impl<'a> Scan<'a> {
     }
 
     /// Scans `range` after `at`, and moves `at`. Returns `false` if the page ends here.
-    fn range(&mut self, range: &Range, at: &mut RetainedAfter) -> rusqlite::Result<bool> {
-        let mut names = self.connection.prepare_cached(SELECT_NAMES)?;
-        let mut message = self.connection.prepare_cached(SELECT_MESSAGE)?;
+    fn scan_range(&mut self, range: &TopicRange, at: &mut RetainedPageStart) -> rusqlite::Result<bool> {
+        let mut names = self.connection.prepare_cached(SELECT_RETAINED_TOPICS)?;
+        let mut message = self.connection.prepare_cached(SELECT_RETAINED_MESSAGE)?;
         let behind = format!("{}\0", at.topic);
-        let mut rows = names.query(params![at.datasource, range.from.as_str().max(&behind), range.end()])?;
+        let mut rows =
+            names.query(params![at.datasource, range.from.as_str().max(&behind), range.end_bound()])?;
         loop {
             if self.scanned >= QUERY_SCANNED_MAX || self.bytes >= self.bytes_max.max(1) {
                 return Ok(false);
@@ -204,25 +214,26 @@ impl<'a> Scan<'a> {
             at.topic.push_str(topic);
             self.scanned += 1;
             if self.wanted.filter.matches(topic) {
-                let found =
-                    message.query_row(params![row.get::<_, i64>(1)?, self.below], message_of).optional()?;
+                let found = message
+                    .query_row(params![row.get::<_, i64>(1)?, self.below], retained_message_of_row)
+                    .optional()?;
                 self.bytes += found.as_ref().map_or(0, |found| found.weight());
                 self.page.messages.extend(found);
             }
         }
     }
 
-    fn next_datasource(&mut self, after: &str) -> rusqlite::Result<Option<RetainedAfter>> {
+    fn next_datasource(&mut self, after: &str) -> rusqlite::Result<Option<RetainedPageStart>> {
         self.scanned += 1;
         self.connection
             .prepare_cached(
                 "SELECT datasource FROM messages WHERE datasource > ?1 ORDER BY datasource LIMIT 1",
             )?
-            .query_row([after], |row| row.get(0).map(start_of))
+            .query_row([after], |row| row.get(0).map(start_of_datasource))
             .optional()
     }
 }
 
-fn start_of(datasource: String) -> RetainedAfter {
-    RetainedAfter { datasource, topic: String::new() }
+fn start_of_datasource(datasource: String) -> RetainedPageStart {
+    RetainedPageStart { datasource, topic: String::new() }
 }

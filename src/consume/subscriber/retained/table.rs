@@ -21,18 +21,18 @@ use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, Row, TransactionBehavior, params};
 
 use super::RetainedMessage;
-use crate::consume::sink::schema::{offset_of, sql_offset};
-use crate::consume::subscriber::database::{DatabaseError, Kind, checkpoint};
-use crate::log::LeftOut;
+use crate::consume::sink::schema::{offset_from_sql, sql_offset};
+use crate::consume::subscriber::database::{DatabaseError, DatabaseKind, checkpoint};
+use crate::log::WithheldSnapshot;
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef, Transport};
 
 /// The file's name in the data directory.
-pub(super) const FILE_NAME: &str = "retained.db";
+pub(super) const RETAINED_FILE_NAME: &str = "retained.db";
 
-const KIND: Kind = Kind {
+const RETAINED_DATABASE: DatabaseKind = DatabaseKind {
     format: 1,
     exclusive: false,
-    // `withheld` may be missing in a database that was made without it: see `Table::of`.
+    // `withheld` may be missing in a database that was made without it: see `RetainedTable::from_connection`.
     schema: "
         CREATE TABLE cursor (
             id          INTEGER PRIMARY KEY CHECK (id = 0),
@@ -57,7 +57,7 @@ const KIND: Kind = Kind {
     ",
 };
 
-/// The columns of a message, in the order in which [`message_of`] reads them.
+/// The columns of a message, in the order in which [`retained_message_of_row`] reads them.
 macro_rules! columns {
     () => {
         "offset, datasource, topic, received_us, key_id, transport, publisher, flags, content_type, properties, payload"
@@ -65,10 +65,10 @@ macro_rules! columns {
 }
 
 /// The message with a row id, unless it is too new.
-pub(super) const SELECT_MESSAGE: &str =
+pub(super) const SELECT_RETAINED_MESSAGE: &str =
     concat!("SELECT ", columns!(), " FROM messages WHERE id = ?1 AND offset < ?2");
 
-const PUT_MESSAGE: &str = concat!(
+const PUT_RETAINED_MESSAGE: &str = concat!(
     "INSERT INTO messages (",
     columns!(),
     ") VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
@@ -79,7 +79,7 @@ const PUT_MESSAGE: &str = concat!(
 );
 
 /// The version of the rules about leaked keys that the messages follow.
-const WITHHELD: &str = "
+const CREATE_WITHHELD_TABLE: &str = "
     CREATE TABLE IF NOT EXISTS withheld (
         id      INTEGER PRIMARY KEY CHECK (id = 0),
         version INTEGER NOT NULL
@@ -88,31 +88,33 @@ const WITHHELD: &str = "
 ";
 
 /// The open database, for its only writer.
-pub(super) struct Table {
+pub(super) struct RetainedTable {
     connection: Connection,
     cursor: Offset,
     withheld_version: u64,
     empty: bool,
 }
 
-impl Table {
+impl RetainedTable {
     /// Opens the database at `path`, or makes it.
     pub(super) fn open(path: &Path) -> Result<Self, DatabaseError> {
-        Self::of(KIND.open(path)?).map_err(|error| DatabaseError::of(&error, path))
+        Self::from_connection(RETAINED_DATABASE.open(path)?)
+            .map_err(|error| DatabaseError::from_sqlite(&error, path))
     }
 
     /// Opens it again after a transaction whose outcome is unknown.
     pub(super) fn reopen(path: &Path) -> Result<Self, DatabaseError> {
-        Self::of(KIND.reopen(path)?).map_err(|error| DatabaseError::of(&error, path))
+        Self::from_connection(RETAINED_DATABASE.reopen(path)?)
+            .map_err(|error| DatabaseError::from_sqlite(&error, path))
     }
 
-    fn of(connection: Connection) -> rusqlite::Result<Self> {
-        connection.execute_batch(WITHHELD)?;
+    fn from_connection(connection: Connection) -> rusqlite::Result<Self> {
+        connection.execute_batch(CREATE_WITHHELD_TABLE)?;
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
         let withheld_version = connection.query_row("SELECT version FROM withheld", [], |row| row.get(0))?;
         let empty = is_empty(&connection)?;
-        let withheld_version = offset_of(withheld_version);
-        Ok(Self { connection, cursor: offset_of(cursor), withheld_version, empty })
+        let withheld_version = offset_from_sql(withheld_version);
+        Ok(Self { connection, cursor: offset_from_sql(cursor), withheld_version, empty })
     }
 
     /// The first offset that was not consumed, as of the last transaction.
@@ -127,7 +129,12 @@ impl Table {
 
     /// Deletes messages that are `left_out` and moves the cursor back to `first`: the messages that they had
     /// replaced, and those no longer left out, are found in the log again. On the disk afterwards.
-    pub(super) fn rewind(&mut self, first: Offset, left_out: &LeftOut, version: u64) -> rusqlite::Result<()> {
+    pub(super) fn rewind(
+        &mut self,
+        first: Offset,
+        left_out: &WithheldSnapshot,
+        version: u64,
+    ) -> rusqlite::Result<()> {
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         for rule in left_out.rules() {
@@ -164,7 +171,7 @@ impl Table {
         self.connection.pragma_update(None, "synchronous", if sync { "FULL" } else { "NORMAL" })?;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         {
-            let mut put = transaction.prepare_cached(PUT_MESSAGE)?;
+            let mut put = transaction.prepare_cached(PUT_RETAINED_MESSAGE)?;
             let mut remove =
                 transaction.prepare_cached("DELETE FROM messages WHERE datasource = ?1 AND topic = ?2")?;
             for record in newest {
@@ -210,14 +217,14 @@ fn is_empty(connection: &Connection) -> rusqlite::Result<bool> {
     connection.prepare_cached("SELECT NOT EXISTS (SELECT 1 FROM messages)")?.query_row([], |row| row.get(0))
 }
 
-/// The message in a row of [`SELECT_MESSAGE`].
-pub(super) fn message_of(row: &Row<'_>) -> rusqlite::Result<RetainedMessage> {
+/// The message in a row of [`SELECT_RETAINED_MESSAGE`].
+pub(super) fn retained_message_of_row(row: &Row<'_>) -> rusqlite::Result<RetainedMessage> {
     let name = row.get_ref(5)?.as_str()?;
     let known = [Transport::Mqtt, Transport::Http, Transport::Nats];
     let transport = known.into_iter().find(|transport| transport.as_str() == name);
     let transport = transport.ok_or_else(|| FromSqlError::Other(format!("no transport: {name}").into()))?;
     Ok(RetainedMessage {
-        offset: offset_of(row.get(0)?),
+        offset: offset_from_sql(row.get(0)?),
         datasource: row.get(1)?,
         topic: row.get(2)?,
         received_at: row.get(3)?,

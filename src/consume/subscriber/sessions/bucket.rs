@@ -1,5 +1,5 @@
 //! The sessions of a cluster, in a KV bucket that all nodes share. A node loads none of them at its start:
-//! it [reads](Lookup) a client's session when the client connects.
+//! it [reads](SessionLookup) a client's session when the client connects.
 //!
 //! | key | value ([`row`](super::row)) |
 //! |---|---|
@@ -10,7 +10,7 @@
 //! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell,
 //! each time over the revision that it knows: the node that the client is connected to, or was last. A node
 //! that takes the client over writes the cell. If the former node was cut off and does not know, its next
-//! write is refused, and it learns that it has [lost](Lost) the session. A node also checks all its cells
+//! write is refused, and it learns that it has [lost](LostSession) the session. A node also checks all its cells
 //! for such a change, a few at a time.
 //!
 //! Cursors move all the time, so they are not in the cells: those of a node are gathered in a few pages,
@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use headgate_bridge_nats::{Cell, CellError, Cells, CellsSettings, Nats};
 
-use super::row::{Moved, Row, decode};
+use super::row::{CursorMove, SessionRow, decode};
 use super::{SessionStoreError, StoredSession};
 use crate::message::{DatasourceId, TimeMicros};
 
@@ -31,12 +31,12 @@ mod rolls;
 pub use rolls::GroupRolls;
 
 /// The bucket's name.
-const BUCKET_NAME: &str = "headgate-sessions";
+const SESSIONS_BUCKET_NAME: &str = "headgate-sessions";
 /// How much longer a cell stays than the longest session: the longest time between two writes of a live
 /// session's cell, and a day of margin.
 const CELL_SPARE: Duration = Duration::from_secs(2 * 24 * 3_600);
 /// How many pages hold a node's cursors. This bounds the writes a second.
-const PAGES: usize = 64;
+const CURSOR_PAGES: usize = 64;
 /// A client, as the bucket knows it.
 type ClientHash = [u8; 16];
 
@@ -45,15 +45,19 @@ type ClientHash = [u8; 16];
 ///
 /// # Errors
 /// [`CellError::Away`]; [`CellError::Refused`], if JetStream cannot have such a bucket.
-pub async fn open(nats: &Nats, replicas: usize, expiry_s_max: u32) -> Result<Cells, CellError> {
+pub async fn open_sessions_bucket(
+    nats: &Nats,
+    replicas: usize,
+    expiry_s_max: u32,
+) -> Result<Cells, CellError> {
     let longest = Duration::from_secs(u64::from(expiry_s_max)) + CELL_SPARE;
     let age_max = (expiry_s_max != u32::MAX).then_some(longest);
-    Cells::open(nats, &CellsSettings { bucket: BUCKET_NAME.to_owned(), replicas, age_max }).await
+    Cells::open(nats, &CellsSettings { bucket: SESSIONS_BUCKET_NAME.to_owned(), replicas, age_max }).await
 }
 
 /// A session that another node has taken over without asking, because this node could not be reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Lost {
+pub struct LostSession {
     /// The datasource of the client's key.
     pub datasource: DatasourceId,
     /// The client.
@@ -64,7 +68,7 @@ pub struct Lost {
 
 /// What the bucket has of a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Found {
+pub struct FoundSession {
     /// The datasource of the client's key.
     pub datasource: DatasourceId,
     /// The client.
@@ -79,9 +83,9 @@ pub struct Found {
 
 /// Reads sessions of any node from the bucket. Cheap to clone.
 #[derive(Clone)]
-pub struct Lookup(Cells);
+pub struct SessionLookup(Cells);
 
-impl Lookup {
+impl SessionLookup {
     /// A lookup in this bucket.
     pub fn new(cells: Cells) -> Self {
         Self(cells)
@@ -91,12 +95,16 @@ impl Lookup {
     ///
     /// # Errors
     /// [`SessionStoreError::Bucket`], when it cannot be read.
-    pub async fn find(&self, datasource: &DatasourceId, client_id: &str) -> Result<Found, SessionStoreError> {
-        let Cell { revision, value } = self.0.get(&session_key(hash(datasource, client_id))).await?;
+    pub async fn find(
+        &self,
+        datasource: &DatasourceId,
+        client_id: &str,
+    ) -> Result<FoundSession, SessionStoreError> {
+        let Cell { revision, value } = self.0.get(&session_key(client_hash(datasource, client_id))).await?;
         let (datasource, client_id) = (datasource.clone(), client_id.to_owned());
-        let mut nothing = Found { datasource, client_id, revision, moves: 0, session: None };
+        let mut nothing = FoundSession { datasource, client_id, revision, moves: 0, session: None };
         let Some(value) = value else { return Ok(nothing) };
-        let Some(Row { owner, moves, session }) = decode::<Row<'_>>(&value) else {
+        let Some(SessionRow { owner, moves, session }) = decode::<SessionRow<'_>>(&value) else {
             let words = "a session in the bucket is not as this Headgate writes it: use a newer one";
             return Err(SessionStoreError::Bucket(words.into()));
         };
@@ -108,12 +116,12 @@ impl Lookup {
         }
         if session.ended_at.is_none() {
             // Its node ended without writing the cell, so the newest cursor is in the node's page.
-            let page = self.0.get(&page_key(&owner, page_of(session.uid))).await?;
-            let moved: Vec<Moved> = page.value.and_then(|value| decode(&value)).unwrap_or_default();
-            let same = |moved: &&Moved| moved.uid == session.uid && moved.revision == revision;
+            let page = self.0.get(&page_key(&owner, page_of_uid(session.uid))).await?;
+            let moved: Vec<CursorMove> = page.value.and_then(|value| decode(&value)).unwrap_or_default();
+            let same = |moved: &&CursorMove| moved.uid == session.uid && moved.revision == revision;
             session.cursor = moved.iter().find(same).map_or(session.cursor, |moved| moved.cursor);
         }
-        Ok(Found { session: Some(session), ..nothing })
+        Ok(FoundSession { session: Some(session), ..nothing })
     }
 }
 
@@ -131,7 +139,7 @@ impl From<CellError> for SessionStoreError {
     }
 }
 
-fn hash(datasource: &DatasourceId, client_id: &str) -> ClientHash {
+fn client_hash(datasource: &DatasourceId, client_id: &str) -> ClientHash {
     let mut hash = blake3::Hasher::new();
     hash.update(datasource.as_str().as_bytes()).update(&[0]).update(client_id.as_bytes());
     let mut bytes = [0; 16];
@@ -147,6 +155,6 @@ fn page_key(node: &str, page: usize) -> String {
     format!("cursors.{node}.{page}")
 }
 
-fn page_of(uid: u64) -> usize {
-    usize::try_from(uid % PAGES as u64).unwrap_or(0)
+fn page_of_uid(uid: u64) -> usize {
+    usize::try_from(uid % CURSOR_PAGES as u64).unwrap_or(0)
 }

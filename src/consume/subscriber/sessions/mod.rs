@@ -8,7 +8,7 @@
 //! clients that connect at once cost a few syncs.
 //!
 //! A failed transaction is retried, together with later changes, until it succeeds: no change is lost or
-//! overtaken by a later one. Waiters get the error after [`WAIT_MAX`].
+//! overtaken by a later one. Waiters get the error after [`SESSION_WRITE_WAIT_MAX`].
 //!
 //! In a cluster the [`bucket`] of all nodes replaces the database.
 
@@ -22,12 +22,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info};
 
-use self::bucket::Lost;
+use self::bucket::LostSession;
 use self::bucket::node::NodeSessions;
-use self::pending::Pending;
-use self::place::{Database, Place};
+use self::pending::PendingSessionChanges;
+use self::place::{SessionBackend, SessionDatabase};
 #[cfg(test)]
-use self::table::{FILE_NAME, Table};
+use self::table::{SESSIONS_FILE_NAME, SessionTable};
 use super::DatabaseError;
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
@@ -40,14 +40,14 @@ mod table;
 mod tests;
 
 /// How long a caller waits for a change while transactions fail. The change stays queued.
-pub const WAIT_MAX: Duration = Duration::from_secs(3);
+pub const SESSION_WRITE_WAIT_MAX: Duration = Duration::from_secs(3);
 /// How long a store that is closing keeps retrying.
-const CLOSE_WAIT_MAX: Duration = Duration::from_secs(2);
+const SESSION_CLOSE_WAIT_MAX: Duration = Duration::from_secs(2);
 /// The first and the longest pause after a failed transaction; it doubles each time.
-const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+const SESSION_RETRY_PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// The most calls of [`SessionStore::write`] in one transaction, so that the first of them does not wait
 /// for an endless stream of later ones.
-const WRITES_MAX: usize = 16_384;
+const SESSION_WRITES_PER_TRANSACTION_MAX: usize = 16_384;
 
 /// A session as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,7 +101,7 @@ pub struct StoredGroup {
 
 /// What the last run has stored.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Stored {
+pub struct StoredSessions {
     /// In the order of their uid as a signed number.
     pub sessions: Vec<StoredSession>,
     /// In the order of datasource, name and filter.
@@ -110,13 +110,13 @@ pub struct Stored {
 
 /// A change of what is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum SessionStoreChange {
     /// A session is new, or its subscriptions have changed. Replaces everything stored of it.
     PutSession(StoredSession),
     /// The session with this uid has ended for good.
     RemoveSession(u64),
     /// A session's cursor has moved. Does nothing if there is no session with this uid.
-    Cursor {
+    MoveCursor {
         /// Which.
         uid: u64,
         /// Everything below is delivered.
@@ -124,7 +124,7 @@ pub enum Change {
     },
     /// A session's connection has ended, or begun with `None`. Does nothing if there is no session with this
     /// uid.
-    Ended {
+    SetEnded {
         /// Which.
         uid: u64,
         /// When.
@@ -144,10 +144,10 @@ pub enum Change {
         filter: String,
     },
     /// In a cluster: what the bucket has of a client. Later changes of that client are written over this.
-    Found(Box<bucket::Found>),
+    Found(Box<bucket::FoundSession>),
     /// In a cluster: the session with this uid belongs to another node from now on. This node writes
     /// nothing of it any more.
-    GivenUp(u64),
+    GiveUpSession(u64),
 }
 
 /// Why sessions could not be read, or a change is not known to be durable.
@@ -169,26 +169,26 @@ pub enum SessionStoreError {
 /// [`SessionStore::close`].
 #[derive(Clone)]
 pub struct SessionStore {
-    inbox: mpsc::Sender<Message>,
-    shared: Arc<Shared>,
+    inbox: mpsc::Sender<SessionStoreMessage>,
+    shared: Arc<SessionStoreState>,
 }
 
 /// What the thread and those who ask about it share.
-struct Shared {
+struct SessionStoreState {
     trouble: Mutex<Option<String>>,
     ended: watch::Sender<bool>,
 }
 
 /// What the thread is sent.
-enum Message {
-    Write(Vec<Change>, Waiter),
+enum SessionStoreMessage {
+    Write(Vec<SessionStoreChange>, SessionWriteWaiter),
     Close,
     #[cfg(test)]
-    Meddle(Box<dyn FnOnce(&mut Table) + Send>),
+    Meddle(Box<dyn FnOnce(&mut SessionTable) + Send>),
 }
 
 /// A caller that waits for changes to be durable.
-struct Waiter {
+struct SessionWriteWaiter {
     since: Instant,
     reply: oneshot::Sender<Result<(), SessionStoreError>>,
 }
@@ -198,9 +198,9 @@ impl SessionStore {
     ///
     /// # Errors
     /// [`SessionStoreError::Database`]: it is in use, newer, not ours, damaged, or cannot be read.
-    pub fn open(dir: &Path) -> Result<(Self, Stored), SessionStoreError> {
-        let (database, stored) = Database::open(dir)?;
-        let store = Self::start(Box::new(database)).map_err(|error| database_error(dir, &error))?;
+    pub fn open(dir: &Path) -> Result<(Self, StoredSessions), SessionStoreError> {
+        let (database, stored) = SessionDatabase::open(dir)?;
+        let store = Self::start(Box::new(database)).map_err(|error| thread_error(dir, &error))?;
         Ok((store, stored))
     }
 
@@ -212,18 +212,19 @@ impl SessionStore {
     pub fn in_bucket(
         cells: Cells,
         node: &str,
-    ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<Lost>)> {
+    ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<LostSession>)> {
         let (lost, told) = tokio::sync::mpsc::unbounded_channel();
         Ok((Self::start(Box::new(NodeSessions::new(cells, node, lost)))?, told))
     }
 
-    fn start(place: Box<dyn Place>) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { trouble: Mutex::default(), ended: watch::Sender::new(false) });
+    fn start(place: Box<dyn SessionBackend>) -> std::io::Result<Self> {
+        let shared =
+            Arc::new(SessionStoreState { trouble: Mutex::default(), ended: watch::Sender::new(false) });
         let (inbox, received) = mpsc::channel();
-        let writer = Writer {
+        let writer = SessionWriter {
             place,
             inbox: received,
-            pending: Pending::default(),
+            pending: PendingSessionChanges::default(),
             waiting: Vec::new(),
             failure: None,
             close_by: None,
@@ -237,23 +238,25 @@ impl SessionStore {
     /// when they are on the disk; they are written also if it is dropped.
     ///
     /// # Errors
-    /// [`SessionStoreError::Database`] when they could not be written for [`WAIT_MAX`]. They stay queued,
+    /// [`SessionStoreError::Database`] when they could not be written for [`SESSION_WRITE_WAIT_MAX`]. They stay queued,
     /// and whatever is queued later comes after them. [`SessionStoreError::Closed`] after
     /// [`SessionStore::close`].
     pub fn write(
         &self,
-        changes: Vec<Change>,
+        changes: Vec<SessionStoreChange>,
     ) -> impl Future<Output = Result<(), SessionStoreError>> + Send + 'static + use<> {
         let (reply, written) = oneshot::channel();
         // If the thread has ended, the reply is dropped with the message, which means `Closed`.
-        let _ = self.inbox.send(Message::Write(changes, Waiter { since: Instant::now(), reply }));
+        let _ = self
+            .inbox
+            .send(SessionStoreMessage::Write(changes, SessionWriteWaiter { since: Instant::now(), reply }));
         async move { written.await.unwrap_or(Err(SessionStoreError::Closed)) }
     }
 
     /// Writes what is queued, accepts no more, and ends the thread. Gives up on what cannot be written
     /// within two seconds.
     pub async fn close(&self) {
-        let _ = self.inbox.send(Message::Close);
+        let _ = self.inbox.send(SessionStoreMessage::Close);
         // The sender is in `self`, so that waiting does not fail.
         let _ = self.shared.ended.subscribe().wait_for(|ended| *ended).await;
     }
@@ -265,18 +268,18 @@ impl SessionStore {
 
     /// Does something to the database between two transactions.
     #[cfg(test)]
-    fn meddle(&self, meddle: impl FnOnce(&mut Table) + Send + 'static) {
-        assert!(self.inbox.send(Message::Meddle(Box::new(meddle))).is_ok(), "the thread runs");
+    fn meddle(&self, meddle: impl FnOnce(&mut SessionTable) + Send + 'static) {
+        assert!(self.inbox.send(SessionStoreMessage::Meddle(Box::new(meddle))).is_ok(), "the thread runs");
     }
 }
 
 /// The error of a thread that could not be started for the database in `dir`.
-fn database_error(dir: &Path, error: &std::io::Error) -> DatabaseError {
+fn thread_error(dir: &Path, error: &std::io::Error) -> DatabaseError {
     let detail = format!("no thread for it: {error}").into();
-    DatabaseError::Failed { path: dir.join(table::FILE_NAME), detail }
+    DatabaseError::Failed { path: dir.join(table::SESSIONS_FILE_NAME), detail }
 }
 
-impl Shared {
+impl SessionStoreState {
     fn trouble(&self) -> MutexGuard<'_, Option<String>> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -296,27 +299,27 @@ impl Shared {
 }
 
 /// The thread.
-struct Writer {
-    place: Box<dyn Place>,
-    inbox: mpsc::Receiver<Message>,
-    pending: Pending,
-    waiting: Vec<Waiter>,
-    failure: Option<Failure>,
+struct SessionWriter {
+    place: Box<dyn SessionBackend>,
+    inbox: mpsc::Receiver<SessionStoreMessage>,
+    pending: PendingSessionChanges,
+    waiting: Vec<SessionWriteWaiter>,
+    failure: Option<SessionWriteFailure>,
     /// The deadline for the end, once the store is closing.
     close_by: Option<Instant>,
-    shared: Arc<Shared>,
+    shared: Arc<SessionStoreState>,
 }
 
 /// The failure of the last transaction, and when to retry.
-struct Failure {
+struct SessionWriteFailure {
     error: SessionStoreError,
     pause: Duration,
     retry_at: Instant,
 }
 
-impl Writer {
+impl SessionWriter {
     fn run(mut self) {
-        let _ended = Ended(self.shared.clone());
+        let _ended = SessionWriterEndGuard(self.shared.clone());
         loop {
             self.gather();
             let now = Instant::now();
@@ -326,12 +329,12 @@ impl Writer {
                     Err(error) => self.fail(error),
                 }
             }
-            self.disappoint();
+            self.fail_overdue_waiters();
             if self.close_by.is_some_and(|deadline| self.pending.is_empty() || deadline <= Instant::now()) {
                 break;
             }
         }
-        if let Some(Failure { error, .. }) = self.failure {
+        if let Some(SessionWriteFailure { error, .. }) = self.failure {
             error!(%error, "changes of sessions were not written before the end");
             self.waiting.drain(..).for_each(|waiter| waiter.answer(Err(error.clone())));
         }
@@ -340,7 +343,7 @@ impl Writer {
     /// Receives all waiting messages, and waits for one if there is nothing to do.
     fn gather(&mut self) {
         let first = match (&self.failure, self.close_by) {
-            (None, None) => match self.place.rest() {
+            (None, None) => match self.place.idle_time() {
                 None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(rest) => self.inbox.recv_timeout(rest),
             },
@@ -358,7 +361,7 @@ impl Writer {
             Err(RecvTimeoutError::Timeout) => return,
             Err(RecvTimeoutError::Disconnected) => return self.close(),
         }
-        for _ in 1..WRITES_MAX {
+        for _ in 1..SESSION_WRITES_PER_TRANSACTION_MAX {
             match self.inbox.try_recv() {
                 Ok(message) => self.take(message),
                 Err(_) => break,
@@ -366,31 +369,33 @@ impl Writer {
         }
     }
 
-    fn take(&mut self, message: Message) {
+    fn take(&mut self, message: SessionStoreMessage) {
         match message {
-            Message::Write(changes, waiter) => {
+            SessionStoreMessage::Write(changes, waiter) => {
                 changes.into_iter().for_each(|change| self.pending.fold(change));
                 self.waiting.push(waiter);
             }
-            Message::Close => self.close(),
+            SessionStoreMessage::Close => self.close(),
             #[cfg(test)]
-            Message::Meddle(meddle) => meddle(self.place.table().expect("a test meddles with what is open")),
+            SessionStoreMessage::Meddle(meddle) => {
+                meddle(self.place.table().expect("a test meddles with what is open"))
+            }
         }
     }
 
     fn close(&mut self) {
-        self.close_by.get_or_insert_with(|| Instant::now() + CLOSE_WAIT_MAX);
+        self.close_by.get_or_insert_with(|| Instant::now() + SESSION_CLOSE_WAIT_MAX);
     }
 
     fn commit(&mut self) -> Result<(), SessionStoreError> {
-        if self.pending.is_empty() && self.place.rest().is_none_or(|rest| rest > Duration::ZERO) {
+        if self.pending.is_empty() && self.place.idle_time().is_none_or(|rest| rest > Duration::ZERO) {
             return Ok(());
         }
         self.place.write(&self.pending)
     }
 
     fn release(&mut self) {
-        self.pending = Pending::default();
+        self.pending = PendingSessionChanges::default();
         // Before the answers, so that whoever has one sees no error any more.
         if self.failure.take().is_some() {
             self.shared.set_trouble(None);
@@ -400,20 +405,23 @@ impl Writer {
 
     fn fail(&mut self, error: SessionStoreError) {
         self.shared.set_trouble(Some(error.to_string()));
-        let pause = self.failure.as_ref().map_or(RETRY.0, |failure| (failure.pause * 2).min(RETRY.1));
-        self.failure = Some(Failure { error, pause, retry_at: Instant::now() + pause });
+        let pause = self
+            .failure
+            .as_ref()
+            .map_or(SESSION_RETRY_PAUSES.0, |failure| (failure.pause * 2).min(SESSION_RETRY_PAUSES.1));
+        self.failure = Some(SessionWriteFailure { error, pause, retry_at: Instant::now() + pause });
     }
 
-    /// Answers callers that have waited for [`WAIT_MAX`] with the error.
-    fn disappoint(&mut self) {
-        let Some(Failure { error, .. }) = &self.failure else { return };
-        for waiter in self.waiting.extract_if(.., |waiter| waiter.since.elapsed() >= WAIT_MAX) {
+    /// Answers callers that have waited for [`SESSION_WRITE_WAIT_MAX`] with the error.
+    fn fail_overdue_waiters(&mut self) {
+        let Some(SessionWriteFailure { error, .. }) = &self.failure else { return };
+        for waiter in self.waiting.extract_if(.., |waiter| waiter.since.elapsed() >= SESSION_WRITE_WAIT_MAX) {
             waiter.answer(Err(error.clone()));
         }
     }
 }
 
-impl Waiter {
+impl SessionWriteWaiter {
     fn answer(self, answer: Result<(), SessionStoreError>) {
         // Many callers do not wait, and have dropped the receiver.
         let _ = self.reply.send(answer);
@@ -421,9 +429,9 @@ impl Waiter {
 }
 
 /// Marks the thread as ended when it is dropped, also after a panic.
-struct Ended(Arc<Shared>);
+struct SessionWriterEndGuard(Arc<SessionStoreState>);
 
-impl Drop for Ended {
+impl Drop for SessionWriterEndGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let trouble = "the session store has ended by a panic, and needs a restart";

@@ -9,11 +9,11 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::StoredSession;
 use crate::message::{DatasourceId, Offset};
 
-const VERSION: u8 = 1;
+const SESSION_ROW_VERSION: u8 = 1;
 
 /// A client's cell.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Row<'a> {
+pub(super) struct SessionRow<'a> {
     /// The node that wrote the cell. It has the session until another node writes the cell.
     pub(super) owner: Cow<'a, str>,
     /// How often the session has moved to another node.
@@ -24,7 +24,7 @@ pub(super) struct Row<'a> {
 
 /// The cursor of a session that has moved since its cell was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Moved {
+pub(super) struct CursorMove {
     pub(super) uid: u64,
     /// The revision of the session's cell. The cursor is void if the cell has another.
     pub(super) revision: u64,
@@ -32,14 +32,14 @@ pub(super) struct Moved {
 }
 
 pub(super) fn encode<T: Serialize>(value: &T) -> Bytes {
-    let bytes = postcard::to_extend(value, vec![VERSION]);
+    let bytes = postcard::to_extend(value, vec![SESSION_ROW_VERSION]);
     bytes.expect("plain values, into memory").into()
 }
 
 /// `None`: the bytes are damaged, or of a newer version.
 pub(super) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
     match bytes.split_first()? {
-        (&VERSION, rest) => postcard::from_bytes(rest).ok(),
+        (&SESSION_ROW_VERSION, rest) => postcard::from_bytes(rest).ok(),
         _ => None,
     }
 }

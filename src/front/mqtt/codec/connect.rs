@@ -1,16 +1,16 @@
 //! CONNECT (section 3.1): the client's identifier and key, and its wishes for the connection.
 
 use super::properties::{
-    AUTHENTICATION_DATA, AUTHENTICATION_METHOD, Allowed, MAXIMUM_PACKET_SIZE, Properties, RECEIVE_MAXIMUM,
-    REQUEST_PROBLEM_INFORMATION, SESSION_EXPIRY, TOPIC_ALIAS_MAXIMUM,
+    AUTHENTICATION_DATA, AUTHENTICATION_METHOD, AllowedProperties, MAXIMUM_PACKET_SIZE, Properties,
+    RECEIVE_MAXIMUM, REQUEST_PROBLEM_INFORMATION, SESSION_EXPIRY, TOPIC_ALIAS_MAXIMUM,
 };
-use super::{Reader, Reason, Version, Violation};
+use super::{MqttVersion, PacketReader, ReasonCode, Violation};
 
 /// A CONNECT.
 #[derive(Debug)]
-pub struct Connect<'a> {
+pub struct ConnectPacket<'a> {
     /// The protocol version.
-    pub version: Version,
+    pub version: MqttVersion,
     /// Clean session, or clean start.
     pub clean: bool,
     /// The keep-alive in seconds; 0 means none.
@@ -18,7 +18,7 @@ pub struct Connect<'a> {
     /// The client identifier as given; may be empty.
     pub client_id: &'a str,
     /// The message to publish when the connection is lost.
-    pub will: Option<Will<'a>>,
+    pub will: Option<ConnectWill<'a>>,
     /// The user name, if given.
     pub username: Option<&'a str>,
     /// The password, if given.
@@ -29,7 +29,7 @@ pub struct Connect<'a> {
 
 /// A CONNECT's will.
 #[derive(Debug)]
-pub struct Will<'a> {
+pub struct ConnectWill<'a> {
     /// The topic to publish to.
     pub topic: &'a str,
     /// The message.
@@ -42,20 +42,24 @@ pub struct Will<'a> {
     pub properties: Properties<'a>,
 }
 
-impl<'a> Connect<'a> {
+impl<'a> ConnectPacket<'a> {
     /// Decodes a CONNECT's body. An error comes with the packet's version, if it is known by then.
-    pub(super) fn decode(body: &'a [u8]) -> Result<Self, (Option<Version>, Violation)> {
-        let mut reader = Reader::new(body);
-        let (version, flags) = version(&mut reader)?;
-        Self::after_version(reader, version, flags).map_err(|violation| (Some(version), violation))
+    pub(super) fn decode(body: &'a [u8]) -> Result<Self, (Option<MqttVersion>, Violation)> {
+        let mut reader = PacketReader::new(body);
+        let (version, flags) = read_version(&mut reader)?;
+        Self::decode_after_version(reader, version, flags).map_err(|violation| (Some(version), violation))
     }
 
-    fn after_version(mut reader: Reader<'a>, version: Version, flags: u8) -> Result<Self, Violation> {
-        let v5 = version == Version::V5;
+    fn decode_after_version(
+        mut reader: PacketReader<'a>,
+        version: MqttVersion,
+        flags: u8,
+    ) -> Result<Self, Violation> {
+        let v5 = version == MqttVersion::V5;
         let (has_username, has_password) = (flags & 0x80 != 0, flags & 0x40 != 0);
         let (will_retain, will_qos, has_will) = (flags & 0x20 != 0, flags >> 3 & 3, flags & 0x04 != 0);
         // MQTT 3.1 says nothing about the reserved bit.
-        if flags & 0x01 != 0 && version != Version::V31 {
+        if flags & 0x01 != 0 && version != MqttVersion::V31 {
             return Err(Violation::malformed("the reserved connect flag is set"));
         }
         if will_qos == 3 {
@@ -68,19 +72,22 @@ impl<'a> Connect<'a> {
             return Err(Violation::malformed("a password without a user name"));
         }
         let keep_alive_s = reader.u16()?;
-        let properties =
-            if v5 { Properties::read(&mut reader, Allowed::CONNECT)? } else { Properties::default() };
+        let properties = if v5 {
+            Properties::read(&mut reader, AllowedProperties::CONNECT)?
+        } else {
+            Properties::default()
+        };
         let has = |wanted| properties.iter().any(|(id, _, _)| id == wanted);
         if has(AUTHENTICATION_DATA) && !has(AUTHENTICATION_METHOD) {
             return Err(Violation::protocol("authentication data without an authentication method"));
         }
         let client_id = reader.text()?;
-        let will = has_will.then(|| will(&mut reader, v5, will_qos, will_retain)).transpose()?;
+        let will = has_will.then(|| read_will(&mut reader, v5, will_qos, will_retain)).transpose()?;
         // In MQTT 3.1 the length has precedence over the flags: an announced field may be missing.
-        let is_there = |reader: &Reader<'_>| version != Version::V31 || !reader.is_empty();
+        let is_there = |reader: &PacketReader<'_>| version != MqttVersion::V31 || !reader.is_empty();
         let username = (has_username && is_there(&reader)).then(|| reader.text()).transpose()?;
         let password = (has_password && is_there(&reader)).then(|| reader.binary()).transpose()?;
-        reader.end()?;
+        reader.expect_end()?;
         let clean = flags & 0x02 != 0;
         Ok(Self { version, clean, keep_alive_s, client_id, will, username, password, properties })
     }
@@ -88,7 +95,7 @@ impl<'a> Connect<'a> {
     /// The session expiry in seconds; 0 ends the session with the connection, `u32::MAX` never.
     pub fn session_expiry_s(&self) -> u32 {
         match self.version {
-            Version::V5 => self.properties.u32(SESSION_EXPIRY).unwrap_or(0),
+            MqttVersion::V5 => self.properties.u32(SESSION_EXPIRY).unwrap_or(0),
             _ if self.clean => 0,
             _ => u32::MAX,
         }
@@ -121,23 +128,25 @@ impl<'a> Connect<'a> {
 }
 
 /// Reads the protocol name, the level and the connect flags.
-fn version(reader: &mut Reader<'_>) -> Result<(Version, u8), (Option<Version>, Violation)> {
+fn read_version(
+    reader: &mut PacketReader<'_>,
+) -> Result<(MqttVersion, u8), (Option<MqttVersion>, Violation)> {
     let unknown = |violation| (None, violation);
-    let unsupported = |text| Violation { reason: Reason::UnsupportedProtocolVersion, text };
+    let unsupported = |text| Violation { reason: ReasonCode::UnsupportedProtocolVersion, text };
     let name = reader.text().map_err(unknown)?;
     let level = reader.u8().map_err(unknown)?;
     let version = match (name, level) {
         // Some implementations set the top bit to mark a bridge; that is not a protocol version.
-        ("MQIsdp", 3) => Version::V31,
-        ("MQTT", 4) => Version::V311,
-        ("MQTT", 5) => Version::V5,
+        ("MQIsdp", 3) => MqttVersion::V31,
+        ("MQTT", 4) => MqttVersion::V311,
+        ("MQTT", 5) => MqttVersion::V5,
         ("MQTT", level) => {
             // The refusal is in the nearest version's form, ignoring the bridge bit.
-            let nearest = if level & 0x7f > 4 { Version::V5 } else { Version::V311 };
+            let nearest = if level & 0x7f > 4 { MqttVersion::V5 } else { MqttVersion::V311 };
             return Err((Some(nearest), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
         }
         ("MQIsdp", _) => {
-            return Err((Some(Version::V311), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
+            return Err((Some(MqttVersion::V311), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
         }
         _ => return Err((None, unsupported("the protocol's name is neither MQTT nor MQIsdp"))),
     };
@@ -145,15 +154,21 @@ fn version(reader: &mut Reader<'_>) -> Result<(Version, u8), (Option<Version>, V
     Ok((version, flags))
 }
 
-fn will<'a>(reader: &mut Reader<'a>, v5: bool, qos: u8, retain: bool) -> Result<Will<'a>, Violation> {
-    let properties = if v5 { Properties::read(reader, Allowed::WILL)? } else { Properties::default() };
+fn read_will<'a>(
+    reader: &mut PacketReader<'a>,
+    v5: bool,
+    qos: u8,
+    retain: bool,
+) -> Result<ConnectWill<'a>, Violation> {
+    let properties =
+        if v5 { Properties::read(reader, AllowedProperties::WILL)? } else { Properties::default() };
     let topic = reader.text()?;
     if topic.is_empty() || topic.contains(['+', '#']) {
         // MQTT 3.1.1 has no return code that fits: such a CONNECT gets no answer.
-        let reason = if v5 { Reason::TopicNameInvalid } else { Reason::MalformedPacket };
+        let reason = if v5 { ReasonCode::TopicNameInvalid } else { ReasonCode::MalformedPacket };
         let text = "the topic of a will has at least one character, and no wildcards";
         return Err(Violation { reason, text });
     }
     let payload = reader.binary()?;
-    Ok(Will { topic, payload, qos, retain, properties })
+    Ok(ConnectWill { topic, payload, qos, retain, properties })
 }

@@ -12,16 +12,16 @@ mod reader;
 pub mod subscribe;
 pub mod write;
 
-use properties::{Allowed, Properties};
-use reader::Reader;
+use properties::{AllowedProperties, Properties};
+use reader::PacketReader;
 
-pub use connect::Connect;
-pub use publish::Publish;
-pub use subscribe::{Subscribe, Unsubscribe};
+pub use connect::ConnectPacket;
+pub use publish::PublishPacket;
+pub use subscribe::{SubscribePacket, UnsubscribePacket};
 
 /// The protocol versions; CONNECT says which one a client speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Version {
+pub enum MqttVersion {
     /// 3.1, `MQIsdp`.
     V31,
     /// 3.1.1.
@@ -34,7 +34,7 @@ pub enum Version {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 #[allow(missing_docs, reason = "the names are the specification's")]
-pub enum Reason {
+pub enum ReasonCode {
     Success = 0x00,
     PacketIdentifierNotFound = 0x92,
     QuotaExceeded = 0x97,
@@ -67,7 +67,7 @@ pub enum Reason {
 #[error("{text}")]
 pub struct Violation {
     /// The reason code for an MQTT 5 client.
-    pub reason: Reason,
+    pub reason: ReasonCode,
     /// The description, for people.
     pub text: &'static str,
 }
@@ -75,45 +75,45 @@ pub struct Violation {
 impl Violation {
     /// The bytes do not parse (0x81).
     pub(super) const fn malformed(text: &'static str) -> Self {
-        Self { reason: Reason::MalformedPacket, text }
+        Self { reason: ReasonCode::MalformedPacket, text }
     }
 
     /// The bytes parse, but are not allowed (0x82).
     pub(super) const fn protocol(text: &'static str) -> Self {
-        Self { reason: Reason::ProtocolError, text }
+        Self { reason: ReasonCode::ProtocolError, text }
     }
 }
 
 /// A packet from a connected client.
 #[derive(Debug)]
-pub enum Packet<'a> {
+pub enum MqttPacket<'a> {
     /// A second CONNECT, which ends the connection.
     Connect,
     /// A message.
-    Publish(Publish<'a>),
+    Publish(PublishPacket<'a>),
     /// QoS 1, the answer to a message that the client was sent.
-    Puback(Ack),
+    Puback(AckPacket),
     /// QoS 2, a receiver's first answer.
-    Pubrec(Ack),
+    Pubrec(AckPacket),
     /// QoS 2, a sender's second packet.
-    Pubrel(Ack),
+    Pubrel(AckPacket),
     /// QoS 2, a receiver's second answer.
-    Pubcomp(Ack),
+    Pubcomp(AckPacket),
     /// Topic filters to subscribe.
-    Subscribe(Subscribe<'a>),
+    Subscribe(SubscribePacket<'a>),
     /// Topic filters to give up.
-    Unsubscribe(Unsubscribe<'a>),
+    Unsubscribe(UnsubscribePacket<'a>),
     /// A sign of life.
     Pingreq,
     /// The client ends the connection.
-    Disconnect(Disconnect),
+    Disconnect(DisconnectPacket),
     /// Extended authentication, which is not supported.
     Auth,
 }
 
 /// PUBACK, PUBREC, PUBREL or PUBCOMP from a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ack {
+pub struct AckPacket {
     /// The identifier of the message.
     pub packet_id: u16,
     /// Success below 0x80.
@@ -122,7 +122,7 @@ pub struct Ack {
 
 /// DISCONNECT from a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Disconnect {
+pub struct DisconnectPacket {
     /// 0 for a normal end, 0x04 if the will is to be published anyway.
     pub reason: u8,
     /// A new session expiry interval, in seconds.
@@ -132,24 +132,24 @@ pub struct Disconnect {
 /// A whole packet in a buffer: its first byte, what follows the remaining length, and its size in
 /// bytes.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Frame<'a> {
+pub struct MqttFrame<'a> {
     first: u8,
     body: &'a [u8],
     /// Header and body, in bytes.
     pub bytes: usize,
 }
 
-impl<'a> Frame<'a> {
+impl<'a> MqttFrame<'a> {
     /// Finds the packet at the beginning of `buffer`. `Ok(None)` if it is not complete yet.
     ///
     /// # Errors
-    /// [`Reason::MalformedPacket`] as soon as the fixed header breaks a rule, and
-    /// [`Reason::PacketTooLarge`] as soon as the remaining length shows that the packet takes more
+    /// [`ReasonCode::MalformedPacket`] as soon as the fixed header breaks a rule, and
+    /// [`ReasonCode::PacketTooLarge`] as soon as the remaining length shows that the packet takes more
     /// than `bytes_max`. Neither waits for the rest.
     pub fn split(
         buffer: &'a [u8],
         bytes_max: usize,
-        version: Option<Version>,
+        version: Option<MqttVersion>,
     ) -> Result<Option<Self>, Violation> {
         let Some((&first, rest)) = buffer.split_first() else { return Ok(None) };
         check_flags(first, version)?;
@@ -159,13 +159,13 @@ impl<'a> Frame<'a> {
             if byte & 0x80 != 0 {
                 continue;
             }
-            if byte == 0 && i > 0 && version == Some(Version::V5) {
-                return Err(OVERLONG);
+            if byte == 0 && i > 0 && version == Some(MqttVersion::V5) {
+                return Err(OVERLONG_LENGTH);
             }
             let header = 2 + i;
             if header + length > bytes_max {
                 return Err(Violation {
-                    reason: Reason::PacketTooLarge,
+                    reason: ReasonCode::PacketTooLarge,
                     text: "the packet is over the maximum packet size",
                 });
             }
@@ -180,7 +180,7 @@ impl<'a> Frame<'a> {
 
     /// The size in bytes of the packet at the beginning of `buffer`, even if it is not complete. For
     /// packets that this codec wrote: nothing is checked.
-    pub fn bytes_at(buffer: &[u8]) -> Option<usize> {
+    pub fn packet_bytes(buffer: &[u8]) -> Option<usize> {
         let mut length = 0_usize;
         for (i, &byte) in buffer.get(1..)?.iter().take(4).enumerate() {
             length |= usize::from(byte & 0x7f) << (7 * i);
@@ -198,12 +198,12 @@ impl<'a> Frame<'a> {
 
     /// Decodes the first packet of a connection. An error comes with the packet's version, if known, so
     /// that the refusal can be in that version's form.
-    pub fn connect(&self) -> Result<Connect<'a>, (Option<Version>, Violation)> {
-        let connect = Connect::decode(self.body)?;
+    pub fn connect(&self) -> Result<ConnectPacket<'a>, (Option<MqttVersion>, Violation)> {
+        let connect = ConnectPacket::decode(self.body)?;
         // Only MQTT 5 forbids this, so it is checked once the version is known.
         let header_bytes = self.bytes - self.body.len();
-        if connect.version == Version::V5 && header_bytes > 1 + write::varint_bytes(self.body.len()) {
-            return Err((Some(Version::V5), OVERLONG));
+        if connect.version == MqttVersion::V5 && header_bytes > 1 + write::varint_bytes(self.body.len()) {
+            return Err((Some(MqttVersion::V5), OVERLONG_LENGTH));
         }
         Ok(connect)
     }
@@ -212,43 +212,44 @@ impl<'a> Frame<'a> {
     ///
     /// # Errors
     /// The first rule that the packet breaks.
-    pub fn decode(&self, version: Version) -> Result<Packet<'a>, Violation> {
-        let v5 = version == Version::V5;
-        let reader = Reader::new(self.body);
+    pub fn decode(&self, version: MqttVersion) -> Result<MqttPacket<'a>, Violation> {
+        let v5 = version == MqttVersion::V5;
+        let reader = PacketReader::new(self.body);
         match self.first >> 4 {
-            1 => Ok(Packet::Connect),
-            3 => Publish::decode(self.first, self.body, v5).map(Packet::Publish),
-            4 => ack(reader, v5, OF_A_MESSAGE).map(Packet::Puback),
-            5 => ack(reader, v5, OF_A_MESSAGE).map(Packet::Pubrec),
-            6 => ack(reader, v5, OF_A_PACKET_ID).map(Packet::Pubrel),
-            7 => ack(reader, v5, OF_A_PACKET_ID).map(Packet::Pubcomp),
-            8 => Subscribe::decode(reader, version).map(Packet::Subscribe),
-            10 => Unsubscribe::decode(reader, version).map(Packet::Unsubscribe),
-            12 if self.body.is_empty() => Ok(Packet::Pingreq),
+            1 => Ok(MqttPacket::Connect),
+            3 => PublishPacket::decode(self.first, self.body, v5).map(MqttPacket::Publish),
+            4 => decode_ack(reader, v5, MESSAGE_ACK_REASONS).map(MqttPacket::Puback),
+            5 => decode_ack(reader, v5, MESSAGE_ACK_REASONS).map(MqttPacket::Pubrec),
+            6 => decode_ack(reader, v5, RELEASE_REASONS).map(MqttPacket::Pubrel),
+            7 => decode_ack(reader, v5, RELEASE_REASONS).map(MqttPacket::Pubcomp),
+            8 => SubscribePacket::decode(reader, version).map(MqttPacket::Subscribe),
+            10 => UnsubscribePacket::decode(reader, version).map(MqttPacket::Unsubscribe),
+            12 if self.body.is_empty() => Ok(MqttPacket::Pingreq),
             12 => Err(Violation::malformed("a PINGREQ has no content")),
-            14 => disconnect(reader, v5).map(Packet::Disconnect),
-            15 if v5 => auth(reader).map(|()| Packet::Auth),
+            14 => decode_disconnect(reader, v5).map(MqttPacket::Disconnect),
+            15 if v5 => decode_auth(reader).map(|()| MqttPacket::Auth),
             0 | 15 => Err(Violation::malformed("packet type 0, and 15 before MQTT 5, are reserved")),
             _ => Err(Violation::protocol("only a server may send this packet")),
         }
     }
 }
 
-const OVERLONG: Violation = Violation::malformed("the remaining length takes more bytes than it needs");
+const OVERLONG_LENGTH: Violation =
+    Violation::malformed("the remaining length takes more bytes than it needs");
 
 /// The reason codes of PUBACK and PUBREC (sections 3.4.2.1 and 3.5.2.1).
-const OF_A_MESSAGE: &[u8] = &[0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99];
+const MESSAGE_ACK_REASONS: &[u8] = &[0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99];
 /// The reason codes of PUBREL and PUBCOMP (sections 3.6.2.1 and 3.7.2.1).
-const OF_A_PACKET_ID: &[u8] = &[0x00, 0x92];
+const RELEASE_REASONS: &[u8] = &[0x00, 0x92];
 
 /// Checks the flags of the fixed header, which each packet type but PUBLISH prescribes (section
 /// 2.1.3).
-fn check_flags(first: u8, version: Option<Version>) -> Result<(), Violation> {
+fn check_flags(first: u8, version: Option<MqttVersion>) -> Result<(), Violation> {
     let flags = first & 0x0f;
     match (first >> 4, flags) {
         (3, _) if flags & 0b0110 == 0b0110 => Err(Violation::malformed("QoS 3 does not exist")),
         // MQTT 3.1 (section 2.1) marks every repeated packet as a duplicate, and allows that at QoS 0.
-        (3, _) | (6 | 8 | 10, 0b1010) if version == Some(Version::V31) => Ok(()),
+        (3, _) | (6 | 8 | 10, 0b1010) if version == Some(MqttVersion::V31) => Ok(()),
         (3, _) if flags & 0b1110 == 0b1000 => {
             Err(Violation::malformed("a PUBLISH with QoS 0 cannot be a duplicate"))
         }
@@ -259,7 +260,7 @@ fn check_flags(first: u8, version: Option<Version>) -> Result<(), Violation> {
     }
 }
 
-fn ack(mut reader: Reader<'_>, v5: bool, reasons: &[u8]) -> Result<Ack, Violation> {
+fn decode_ack(mut reader: PacketReader<'_>, v5: bool, reasons: &[u8]) -> Result<AckPacket, Violation> {
     let packet_id = reader.packet_id()?;
     let mut reason = 0;
     if v5 && !reader.is_empty() {
@@ -268,15 +269,15 @@ fn ack(mut reader: Reader<'_>, v5: bool, reasons: &[u8]) -> Result<Ack, Violatio
             return Err(Violation::protocol("an acknowledgement with a reason code that it cannot have"));
         }
         if !reader.is_empty() {
-            Properties::read(&mut reader, Allowed::PUBACK)?;
+            Properties::read(&mut reader, AllowedProperties::PUBACK)?;
         }
     }
-    reader.end()?;
-    Ok(Ack { packet_id, reason })
+    reader.expect_end()?;
+    Ok(AckPacket { packet_id, reason })
 }
 
-fn disconnect(mut reader: Reader<'_>, v5: bool) -> Result<Disconnect, Violation> {
-    let mut packet = Disconnect { reason: 0, session_expiry_s: None };
+fn decode_disconnect(mut reader: PacketReader<'_>, v5: bool) -> Result<DisconnectPacket, Violation> {
+    let mut packet = DisconnectPacket { reason: 0, session_expiry_s: None };
     if v5 && !reader.is_empty() {
         packet.reason = reader.u8()?;
         // The codes that a client may send: section 3.14.2.1.
@@ -284,24 +285,24 @@ fn disconnect(mut reader: Reader<'_>, v5: bool) -> Result<Disconnect, Violation>
             return Err(Violation::protocol("a DISCONNECT with a reason code that clients do not send"));
         }
         if !reader.is_empty() {
-            let properties = Properties::read(&mut reader, Allowed::DISCONNECT)?;
+            let properties = Properties::read(&mut reader, AllowedProperties::DISCONNECT)?;
             packet.session_expiry_s = properties.u32(properties::SESSION_EXPIRY);
         }
     }
-    reader.end()?;
+    reader.expect_end()?;
     Ok(packet)
 }
 
-fn auth(mut reader: Reader<'_>) -> Result<(), Violation> {
+fn decode_auth(mut reader: PacketReader<'_>) -> Result<(), Violation> {
     if !reader.is_empty() {
         if !matches!(reader.u8()?, 0x00 | 0x18 | 0x19) {
             return Err(Violation::protocol("an AUTH with a reason code that does not exist"));
         }
         if !reader.is_empty() {
-            Properties::read(&mut reader, Allowed::AUTH)?;
+            Properties::read(&mut reader, AllowedProperties::AUTH)?;
         }
     }
-    reader.end()
+    reader.expect_end()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! MQTT 5 properties (section 2.2.2): all checked when a packet is read, then looked up one by one
 //! without further checks.
 
-use super::{Reader, Violation};
+use super::{PacketReader, Violation};
 
 /// Property identifiers.
 #[allow(missing_docs, reason = "the names are the specification's")]
@@ -35,11 +35,11 @@ pub use ids::*;
 
 /// The properties that a packet may have.
 #[derive(Clone, Copy)]
-pub struct Allowed(u64);
+pub struct AllowedProperties(u64);
 
-impl Allowed {
+impl AllowedProperties {
     /// CONNECT.
-    pub const CONNECT: Allowed = Allowed::of(&[
+    pub const CONNECT: AllowedProperties = AllowedProperties::from_ids(&[
         SESSION_EXPIRY,
         RECEIVE_MAXIMUM,
         MAXIMUM_PACKET_SIZE,
@@ -51,7 +51,7 @@ impl Allowed {
         AUTHENTICATION_DATA,
     ]);
     /// The will in a CONNECT.
-    pub const WILL: Allowed = Allowed::of(&[
+    pub const WILL: AllowedProperties = AllowedProperties::from_ids(&[
         WILL_DELAY,
         PAYLOAD_FORMAT,
         MESSAGE_EXPIRY,
@@ -61,7 +61,7 @@ impl Allowed {
         USER_PROPERTY,
     ]);
     /// PUBLISH from a client.
-    pub const PUBLISH: Allowed = Allowed::of(&[
+    pub const PUBLISH: AllowedProperties = AllowedProperties::from_ids(&[
         PAYLOAD_FORMAT,
         MESSAGE_EXPIRY,
         TOPIC_ALIAS,
@@ -71,18 +71,24 @@ impl Allowed {
         CONTENT_TYPE,
     ]);
     /// PUBACK, PUBREC, PUBREL, PUBCOMP.
-    pub const PUBACK: Allowed = Allowed::of(&[REASON_STRING, USER_PROPERTY]);
+    pub const PUBACK: AllowedProperties = AllowedProperties::from_ids(&[REASON_STRING, USER_PROPERTY]);
     /// SUBSCRIBE.
-    pub const SUBSCRIBE: Allowed = Allowed::of(&[SUBSCRIPTION_IDENTIFIER, USER_PROPERTY]);
+    pub const SUBSCRIBE: AllowedProperties =
+        AllowedProperties::from_ids(&[SUBSCRIPTION_IDENTIFIER, USER_PROPERTY]);
     /// UNSUBSCRIBE.
-    pub const UNSUBSCRIBE: Allowed = Allowed::of(&[USER_PROPERTY]);
+    pub const UNSUBSCRIBE: AllowedProperties = AllowedProperties::from_ids(&[USER_PROPERTY]);
     /// DISCONNECT from a client.
-    pub const DISCONNECT: Allowed = Allowed::of(&[SESSION_EXPIRY, REASON_STRING, USER_PROPERTY]);
+    pub const DISCONNECT: AllowedProperties =
+        AllowedProperties::from_ids(&[SESSION_EXPIRY, REASON_STRING, USER_PROPERTY]);
     /// AUTH.
-    pub const AUTH: Allowed =
-        Allowed::of(&[AUTHENTICATION_METHOD, AUTHENTICATION_DATA, REASON_STRING, USER_PROPERTY]);
+    pub const AUTH: AllowedProperties = AllowedProperties::from_ids(&[
+        AUTHENTICATION_METHOD,
+        AUTHENTICATION_DATA,
+        REASON_STRING,
+        USER_PROPERTY,
+    ]);
 
-    const fn of(ids: &[u8]) -> Self {
+    const fn from_ids(ids: &[u8]) -> Self {
         let mut set = 0;
         let mut i = 0;
         while i < ids.len() {
@@ -95,7 +101,7 @@ impl Allowed {
 
 /// One property's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Value<'a> {
+pub enum PropertyValue<'a> {
     /// One, two or four bytes, or a variable byte integer.
     Number(u32),
     /// UTF-8 text.
@@ -117,18 +123,18 @@ impl<'a> Properties<'a> {
     ///
     /// # Errors
     /// A property that is malformed, not `allowed`, or repeated (section 2.2.2.2).
-    pub(super) fn read(reader: &mut Reader<'a>, allowed: Allowed) -> Result<Self, Violation> {
+    pub(super) fn read(reader: &mut PacketReader<'a>, allowed: AllowedProperties) -> Result<Self, Violation> {
         let length = reader.varint()?;
         let bytes = reader.bytes(length as usize)?;
         let mut seen = 0_u64;
-        let mut rest = Reader::new(bytes);
+        let mut rest = PacketReader::new(bytes);
         while !rest.is_empty() {
-            let (id, value) = property(&mut rest)?;
+            let (id, value) = read_property(&mut rest)?;
             let bit = 1_u64 << id;
             if allowed.0 & bit == 0 {
                 return Err(match id {
                     // Allowed in a PUBLISH, but only from a server (section 3.3.4).
-                    SUBSCRIPTION_IDENTIFIER if allowed.0 == Allowed::PUBLISH.0 => {
+                    SUBSCRIPTION_IDENTIFIER if allowed.0 == AllowedProperties::PUBLISH.0 => {
                         Violation::protocol("only a server sends a subscription identifier with a message")
                     }
                     _ => Violation::malformed("a property that this packet cannot have"),
@@ -144,17 +150,17 @@ impl<'a> Properties<'a> {
     }
 
     /// Properties in wire form that were checked before.
-    pub fn kept(bytes: &'a [u8]) -> Self {
+    pub fn from_wire(bytes: &'a [u8]) -> Self {
         Self { bytes }
     }
 
     /// All properties in order: identifier, value, and bytes on the wire.
-    pub fn iter(&self) -> impl Iterator<Item = (u8, Value<'a>, &'a [u8])> + use<'a> {
-        let mut rest = Reader::new(self.bytes);
+    pub fn iter(&self) -> impl Iterator<Item = (u8, PropertyValue<'a>, &'a [u8])> + use<'a> {
+        let mut rest = PacketReader::new(self.bytes);
         std::iter::from_fn(move || {
             let before = rest.rest();
             // An error cannot occur: the properties were checked before.
-            let (id, value) = property(&mut rest).ok()?;
+            let (id, value) = read_property(&mut rest).ok()?;
             Some((id, value, &before[..before.len() - rest.rest().len()]))
         })
     }
@@ -167,7 +173,7 @@ impl<'a> Properties<'a> {
     /// The value of a number property.
     pub fn u32(&self, id: u8) -> Option<u32> {
         self.iter().find_map(|(found, value, _)| match value {
-            Value::Number(number) if found == id => Some(number),
+            PropertyValue::Number(number) if found == id => Some(number),
             _ => None,
         })
     }
@@ -180,7 +186,7 @@ impl<'a> Properties<'a> {
     /// The user properties: names and values.
     pub fn user(&self) -> impl Iterator<Item = (&'a str, &'a str)> + use<'a> {
         self.iter().filter_map(|(_, value, _)| match value {
-            Value::Pair(name, value) => Some((name, value)),
+            PropertyValue::Pair(name, value) => Some((name, value)),
             _ => None,
         })
     }
@@ -189,7 +195,7 @@ impl<'a> Properties<'a> {
 /// Copies the properties that subscribers get to `to`, in wire form, without the user properties for
 /// which `secret` holds. Returns the content type, which records keep in a field of its own, or an empty
 /// text.
-pub fn forwarded<'a>(
+pub fn forward_properties<'a>(
     properties: &Properties<'a>,
     to: &mut Vec<u8>,
     secret: impl Fn(&str) -> bool,
@@ -197,8 +203,8 @@ pub fn forwarded<'a>(
     let mut content_type = "";
     for (id, value, bytes) in properties.iter() {
         match (id, value) {
-            (CONTENT_TYPE, Value::Text(text)) => content_type = text,
-            (_, Value::Pair(name, _)) if secret(name) => {}
+            (CONTENT_TYPE, PropertyValue::Text(text)) => content_type = text,
+            (_, PropertyValue::Pair(name, _)) if secret(name) => {}
             (PAYLOAD_FORMAT | MESSAGE_EXPIRY | RESPONSE_TOPIC | CORRELATION_DATA | USER_PROPERTY, _) => {
                 to.extend_from_slice(bytes);
             }
@@ -208,7 +214,7 @@ pub fn forwarded<'a>(
     content_type
 }
 
-fn property<'a>(reader: &mut Reader<'a>) -> Result<(u8, Value<'a>), Violation> {
+fn read_property<'a>(reader: &mut PacketReader<'a>) -> Result<(u8, PropertyValue<'a>), Violation> {
     const UNKNOWN: Violation = Violation::malformed("a property that does not exist");
     let id = u8::try_from(reader.varint()?).map_err(|_| UNKNOWN)?;
     let value = match id {
@@ -219,36 +225,39 @@ fn property<'a>(reader: &mut Reader<'a>) -> Result<(u8, Value<'a>), Violation> {
         | 0x25
         | WILDCARD_SUBSCRIPTION_AVAILABLE
         | SUBSCRIPTION_IDENTIFIER_AVAILABLE
-        | SHARED_SUBSCRIPTION_AVAILABLE => Value::Number(reader.u8()?.into()),
+        | SHARED_SUBSCRIPTION_AVAILABLE => PropertyValue::Number(reader.u8()?.into()),
         SERVER_KEEP_ALIVE | RECEIVE_MAXIMUM | TOPIC_ALIAS_MAXIMUM | TOPIC_ALIAS => {
-            Value::Number(reader.u16()?.into())
+            PropertyValue::Number(reader.u16()?.into())
         }
-        MESSAGE_EXPIRY | SESSION_EXPIRY | WILL_DELAY | MAXIMUM_PACKET_SIZE => Value::Number(reader.u32()?),
-        SUBSCRIPTION_IDENTIFIER => Value::Number(reader.varint()?),
+        MESSAGE_EXPIRY | SESSION_EXPIRY | WILL_DELAY | MAXIMUM_PACKET_SIZE => {
+            PropertyValue::Number(reader.u32()?)
+        }
+        SUBSCRIPTION_IDENTIFIER => PropertyValue::Number(reader.varint()?),
         CONTENT_TYPE
         | RESPONSE_TOPIC
         | ASSIGNED_CLIENT_IDENTIFIER
         | AUTHENTICATION_METHOD
         | 0x1A
         | 0x1C
-        | REASON_STRING => Value::Text(reader.text()?),
-        CORRELATION_DATA | AUTHENTICATION_DATA => Value::Binary(reader.binary()?),
-        USER_PROPERTY => Value::Pair(reader.text()?, reader.text()?),
+        | REASON_STRING => PropertyValue::Text(reader.text()?),
+        CORRELATION_DATA | AUTHENTICATION_DATA => PropertyValue::Binary(reader.binary()?),
+        USER_PROPERTY => PropertyValue::Pair(reader.text()?, reader.text()?),
         _ => return Err(UNKNOWN),
     };
     Ok((id, value))
 }
 
 /// Rejects values that a property cannot have.
-fn check_value(id: u8, value: &Value<'_>) -> Result<(), Violation> {
+fn check_value(id: u8, value: &PropertyValue<'_>) -> Result<(), Violation> {
     match (id, value) {
-        (RECEIVE_MAXIMUM | MAXIMUM_PACKET_SIZE | SUBSCRIPTION_IDENTIFIER, Value::Number(0)) => {
+        (RECEIVE_MAXIMUM | MAXIMUM_PACKET_SIZE | SUBSCRIPTION_IDENTIFIER, PropertyValue::Number(0)) => {
             Err(Violation::protocol("a property that cannot be 0 is 0"))
         }
-        (PAYLOAD_FORMAT | REQUEST_PROBLEM_INFORMATION | REQUEST_RESPONSE_INFORMATION, Value::Number(2..)) => {
-            Err(Violation::protocol("a property that is 0 or 1 is neither"))
-        }
-        (RESPONSE_TOPIC, Value::Text(topic)) if topic.is_empty() || topic.contains(['+', '#']) => {
+        (
+            PAYLOAD_FORMAT | REQUEST_PROBLEM_INFORMATION | REQUEST_RESPONSE_INFORMATION,
+            PropertyValue::Number(2..),
+        ) => Err(Violation::protocol("a property that is 0 or 1 is neither")),
+        (RESPONSE_TOPIC, PropertyValue::Text(topic)) if topic.is_empty() || topic.contains(['+', '#']) => {
             Err(Violation::protocol("a response topic is a topic name, without wildcards"))
         }
         _ => Ok(()),

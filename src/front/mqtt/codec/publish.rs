@@ -1,11 +1,11 @@
 //! PUBLISH (section 3.3), the packet that makes up nearly all traffic.
 
-use super::properties::{Allowed, Properties, TOPIC_ALIAS};
-use super::{Reader, Reason, Violation};
+use super::properties::{AllowedProperties, Properties, TOPIC_ALIAS};
+use super::{PacketReader, ReasonCode, Violation};
 
 /// A PUBLISH from a client.
 #[derive(Debug)]
-pub struct Publish<'a> {
+pub struct PublishPacket<'a> {
     /// The DUP flag: it may have been sent before.
     pub dup: bool,
     /// 0 to 2.
@@ -22,20 +22,23 @@ pub struct Publish<'a> {
     pub payload: &'a [u8],
 }
 
-impl<'a> Publish<'a> {
+impl<'a> PublishPacket<'a> {
     pub(super) fn decode(first: u8, body: &'a [u8], v5: bool) -> Result<Self, Violation> {
-        let mut reader = Reader::new(body);
+        let mut reader = PacketReader::new(body);
         let qos = first >> 1 & 3;
         let topic = reader.text()?;
         if topic.contains(['+', '#']) {
             return Err(Violation {
-                reason: Reason::TopicNameInvalid,
+                reason: ReasonCode::TopicNameInvalid,
                 text: "the topic of a PUBLISH cannot have wildcards",
             });
         }
         let packet_id = if qos > 0 { reader.packet_id()? } else { 0 };
-        let properties =
-            if v5 { Properties::read(&mut reader, Allowed::PUBLISH)? } else { Properties::default() };
+        let properties = if v5 {
+            Properties::read(&mut reader, AllowedProperties::PUBLISH)?
+        } else {
+            Properties::default()
+        };
         if topic.is_empty() {
             if !v5 {
                 return Err(Violation::malformed("a topic needs at least one character"));

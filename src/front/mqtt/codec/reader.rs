@@ -4,13 +4,13 @@ use super::Violation;
 
 /// A position in a packet's body.
 #[derive(Clone)]
-pub(super) struct Reader<'a> {
+pub(super) struct PacketReader<'a> {
     rest: &'a [u8],
 }
 
-const SHORT: Violation = Violation::malformed("the packet ends before its content does");
+const CUT_SHORT: Violation = Violation::malformed("the packet ends before its content does");
 
-impl<'a> Reader<'a> {
+impl<'a> PacketReader<'a> {
     pub(super) fn new(body: &'a [u8]) -> Self {
         Self { rest: body }
     }
@@ -25,25 +25,25 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn bytes(&mut self, n: usize) -> Result<&'a [u8], Violation> {
-        let (bytes, rest) = self.rest.split_at_checked(n).ok_or(SHORT)?;
+        let (bytes, rest) = self.rest.split_at_checked(n).ok_or(CUT_SHORT)?;
         self.rest = rest;
         Ok(bytes)
     }
 
     pub(super) fn u8(&mut self) -> Result<u8, Violation> {
-        let (&byte, rest) = self.rest.split_first().ok_or(SHORT)?;
+        let (&byte, rest) = self.rest.split_first().ok_or(CUT_SHORT)?;
         self.rest = rest;
         Ok(byte)
     }
 
     pub(super) fn u16(&mut self) -> Result<u16, Violation> {
-        let (bytes, rest) = self.rest.split_first_chunk().ok_or(SHORT)?;
+        let (bytes, rest) = self.rest.split_first_chunk().ok_or(CUT_SHORT)?;
         self.rest = rest;
         Ok(u16::from_be_bytes(*bytes))
     }
 
     pub(super) fn u32(&mut self) -> Result<u32, Violation> {
-        let (bytes, rest) = self.rest.split_first_chunk().ok_or(SHORT)?;
+        let (bytes, rest) = self.rest.split_first_chunk().ok_or(CUT_SHORT)?;
         self.rest = rest;
         Ok(u32::from_be_bytes(*bytes))
     }
@@ -90,7 +90,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Checks that the packet ends here.
-    pub(super) fn end(&self) -> Result<(), Violation> {
+    pub(super) fn expect_end(&self) -> Result<(), Violation> {
         if self.rest.is_empty() {
             Ok(())
         } else {

@@ -1,22 +1,22 @@
 //! SUBSCRIBE (section 3.8) and UNSUBSCRIBE (section 3.10).
 
-use super::properties::{Allowed, Properties};
-use super::{Reader, Reason, Version, Violation};
+use super::properties::{AllowedProperties, Properties};
+use super::{MqttVersion, PacketReader, ReasonCode, Violation};
 
 /// A SUBSCRIBE.
 #[derive(Debug)]
-pub struct Subscribe<'a> {
+pub struct SubscribePacket<'a> {
     /// For the answer.
     pub packet_id: u16,
     /// MQTT 5.
     pub properties: Properties<'a>,
     /// The topic filters, at least one.
-    pub filters: Vec<Filter<'a>>,
+    pub filters: Vec<SubscribeFilter<'a>>,
 }
 
 /// One of a SUBSCRIBE's topic filters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Filter<'a> {
+pub struct SubscribeFilter<'a> {
     /// The filter with its wildcards, and with the prefix `$share/{group}/` if it is shared.
     pub filter: &'a str,
     /// The highest QoS wanted, 0 to 2.
@@ -29,19 +29,22 @@ pub struct Filter<'a> {
     pub retain_handling: u8,
 }
 
-impl<'a> Subscribe<'a> {
-    pub(super) fn decode(mut reader: Reader<'a>, version: Version) -> Result<Self, Violation> {
-        let v5 = version == Version::V5;
+impl<'a> SubscribePacket<'a> {
+    pub(super) fn decode(mut reader: PacketReader<'a>, version: MqttVersion) -> Result<Self, Violation> {
+        let v5 = version == MqttVersion::V5;
         let packet_id = reader.packet_id()?;
-        let properties =
-            if v5 { Properties::read(&mut reader, Allowed::SUBSCRIBE)? } else { Properties::default() };
+        let properties = if v5 {
+            Properties::read(&mut reader, AllowedProperties::SUBSCRIBE)?
+        } else {
+            Properties::default()
+        };
         let mut filters = Vec::new();
         while !reader.is_empty() {
-            let filter = filter(&mut reader)?;
+            let filter = read_filter(&mut reader)?;
             let options = reader.u8()?;
             let reserved = if v5 { 0xC0 } else { 0xFC };
             let qos = options & 3;
-            if options & reserved != 0 && version != Version::V31 {
+            if options & reserved != 0 && version != MqttVersion::V31 {
                 return Err(Violation::malformed("reserved bits of a subscription's options are set"));
             }
             if qos == 3 {
@@ -57,7 +60,7 @@ impl<'a> Subscribe<'a> {
                 return Err(Violation::protocol("a shared subscription cannot have no-local"));
             }
             let retain_as_published = v5 && options & 8 != 0;
-            filters.push(Filter { filter, qos, no_local, retain_as_published, retain_handling });
+            filters.push(SubscribeFilter { filter, qos, no_local, retain_as_published, retain_handling });
         }
         if filters.is_empty() {
             return Err(Violation::protocol("a SUBSCRIBE without a topic filter"));
@@ -68,22 +71,22 @@ impl<'a> Subscribe<'a> {
 
 /// An UNSUBSCRIBE.
 #[derive(Debug)]
-pub struct Unsubscribe<'a> {
+pub struct UnsubscribePacket<'a> {
     /// For the answer.
     pub packet_id: u16,
     /// The topic filters, at least one.
     pub filters: Vec<&'a str>,
 }
 
-impl<'a> Unsubscribe<'a> {
-    pub(super) fn decode(mut reader: Reader<'a>, version: Version) -> Result<Self, Violation> {
+impl<'a> UnsubscribePacket<'a> {
+    pub(super) fn decode(mut reader: PacketReader<'a>, version: MqttVersion) -> Result<Self, Violation> {
         let packet_id = reader.packet_id()?;
-        if version == Version::V5 {
-            Properties::read(&mut reader, Allowed::UNSUBSCRIBE)?;
+        if version == MqttVersion::V5 {
+            Properties::read(&mut reader, AllowedProperties::UNSUBSCRIBE)?;
         }
         let mut filters = Vec::new();
         while !reader.is_empty() {
-            filters.push(filter(&mut reader)?);
+            filters.push(read_filter(&mut reader)?);
         }
         if filters.is_empty() {
             return Err(Violation::protocol("an UNSUBSCRIBE without a topic filter"));
@@ -94,9 +97,9 @@ impl<'a> Unsubscribe<'a> {
 
 /// Reads a topic filter: at least one character, wildcards only as whole levels, `#` only as the last
 /// (section 4.7), and after `$share/` a name without wildcards and then a filter (section 4.8.2).
-fn filter<'a>(reader: &mut Reader<'a>) -> Result<&'a str, Violation> {
+fn read_filter<'a>(reader: &mut PacketReader<'a>) -> Result<&'a str, Violation> {
     let whole = reader.text()?;
-    let invalid = |text| Err(Violation { reason: Reason::TopicFilterInvalid, text });
+    let invalid = |text| Err(Violation { reason: ReasonCode::TopicFilterInvalid, text });
     let mut filter = whole;
     if let Some(shared) = whole.strip_prefix("$share/") {
         let Some((name, behind)) = shared.split_once('/') else {

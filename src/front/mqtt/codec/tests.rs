@@ -9,14 +9,14 @@ use tokio_util::codec::Decoder;
 use super::properties::TOPIC_ALIAS;
 use super::*;
 
-fn frame(bytes: &[u8], version: Version) -> Result<Option<Packet<'_>>, Violation> {
-    match Frame::split(bytes, 1 << 20, Some(version))? {
+fn frame(bytes: &[u8], version: MqttVersion) -> Result<Option<MqttPacket<'_>>, Violation> {
+    match MqttFrame::split(bytes, 1 << 20, Some(version))? {
         Some(frame) => frame.decode(version).map(Some),
         None => Ok(None),
     }
 }
 
-fn refused(bytes: &[u8], version: Version) -> Reason {
+fn refused(bytes: &[u8], version: MqttVersion) -> ReasonCode {
     match frame(bytes, version) {
         Err(violation) => violation.reason,
         other => panic!("{bytes:02x?} was taken as {other:?}"),
@@ -50,8 +50,8 @@ fn connect(name: &[u8], level: u8, flags: u8, rest: &[u8]) -> Vec<u8> {
     packet
 }
 
-fn connect_refused(bytes: &[u8]) -> (Option<Version>, Reason) {
-    let frame = Frame::split(bytes, 1 << 20, None).expect("a header").expect("whole");
+fn connect_refused(bytes: &[u8]) -> (Option<MqttVersion>, ReasonCode) {
+    let frame = MqttFrame::split(bytes, 1 << 20, None).expect("a header").expect("whole");
     let (version, violation) = frame.connect().expect_err("a CONNECT that is not allowed");
     (version, violation.reason)
 }
@@ -59,10 +59,10 @@ fn connect_refused(bytes: &[u8]) -> (Option<Version>, Reason) {
 #[test]
 fn a_publish_is_read_in_place() {
     for (version, bytes) in [
-        (Version::V311, publish(false, b"a/b", b"", b"21.5")),
-        (Version::V5, publish(true, b"a/b", &[TOPIC_ALIAS, 0, 3], b"21.5")),
+        (MqttVersion::V311, publish(false, b"a/b", b"", b"21.5")),
+        (MqttVersion::V5, publish(true, b"a/b", &[TOPIC_ALIAS, 0, 3], b"21.5")),
     ] {
-        let Ok(Some(Packet::Publish(read))) = frame(&bytes, version) else { panic!("not a PUBLISH") };
+        let Ok(Some(MqttPacket::Publish(read))) = frame(&bytes, version) else { panic!("not a PUBLISH") };
         assert_eq!((read.topic, read.packet_id, read.qos, read.payload), ("a/b", 7, 1, &b"21.5"[..]));
     }
 }
@@ -71,57 +71,58 @@ fn a_publish_is_read_in_place() {
 fn a_packet_that_is_not_all_there_is_waited_for() {
     let whole = publish(true, b"topic", b"", &[1; 300]);
     for cut in 0..whole.len() {
-        assert_eq!(Frame::split(&whole[..cut], 1 << 20, Some(Version::V5)), Ok(None), "{cut}");
+        assert_eq!(MqttFrame::split(&whole[..cut], 1 << 20, Some(MqttVersion::V5)), Ok(None), "{cut}");
     }
 }
 
 #[test]
 fn a_length_over_the_maximum_is_refused_before_the_rest_comes() {
     let claim = [0x30, 0xff, 0xff, 0xff, 0x7f];
-    assert_eq!(refused(&claim, Version::V311), Reason::PacketTooLarge);
+    assert_eq!(refused(&claim, MqttVersion::V311), ReasonCode::PacketTooLarge);
     let at = publish(false, b"a", b"", b"");
-    assert!(Frame::split(&at, at.len(), Some(Version::V311)).is_ok_and(|frame| frame.is_some()));
-    assert!(Frame::split(&at, at.len() - 1, Some(Version::V311)).is_err());
+    assert!(MqttFrame::split(&at, at.len(), Some(MqttVersion::V311)).is_ok_and(|frame| frame.is_some()));
+    assert!(MqttFrame::split(&at, at.len() - 1, Some(MqttVersion::V311)).is_err());
 }
 
 #[test]
 fn what_the_fixed_header_forbids_is_malformed() {
     for first in [0x11_u8, 0x36, 0x37, 0x38, 0x41, 0x60, 0x63, 0x80, 0xa0, 0xc1, 0xe1, 0x01] {
-        assert_eq!(refused(&[first, 0], Version::V5), Reason::MalformedPacket, "{first:02x}");
+        assert_eq!(refused(&[first, 0], MqttVersion::V5), ReasonCode::MalformedPacket, "{first:02x}");
     }
-    assert_eq!(refused(&[0x30, 0x80, 0x80, 0x80, 0x80, 1], Version::V311), Reason::MalformedPacket);
-    assert_eq!(refused(&[0xc0, 0x80, 0x00], Version::V5), Reason::MalformedPacket);
-    assert_eq!(refused(&[0xc0, 1, 0], Version::V311), Reason::MalformedPacket);
-    assert_eq!(refused(&[0x00, 0], Version::V5), Reason::MalformedPacket);
-    assert_eq!(refused(&[0xf0, 0], Version::V311), Reason::MalformedPacket);
+    assert_eq!(refused(&[0x30, 0x80, 0x80, 0x80, 0x80, 1], MqttVersion::V311), ReasonCode::MalformedPacket);
+    assert_eq!(refused(&[0xc0, 0x80, 0x00], MqttVersion::V5), ReasonCode::MalformedPacket);
+    assert_eq!(refused(&[0xc0, 1, 0], MqttVersion::V311), ReasonCode::MalformedPacket);
+    assert_eq!(refused(&[0x00, 0], MqttVersion::V5), ReasonCode::MalformedPacket);
+    assert_eq!(refused(&[0xf0, 0], MqttVersion::V311), ReasonCode::MalformedPacket);
 }
 
 #[test]
 fn packets_that_only_a_server_sends_are_protocol_errors() {
     for first in [0x20, 0x90, 0xb0, 0xd0] {
-        assert_eq!(refused(&[first, 0], Version::V5), Reason::ProtocolError, "{first:02x}");
+        assert_eq!(refused(&[first, 0], MqttVersion::V5), ReasonCode::ProtocolError, "{first:02x}");
     }
 }
 
 #[test]
 fn a_publish_that_breaks_a_rule_is_refused_with_its_reason() {
-    let v5 = |topic: &[u8], properties: &[u8]| refused(&publish(true, topic, properties, b""), Version::V5);
-    assert_eq!(v5(b"a\0b", b""), Reason::MalformedPacket);
-    assert_eq!(v5(b"\xff", b""), Reason::MalformedPacket);
-    assert_eq!(v5(b"\xed\xa0\x80", b""), Reason::MalformedPacket);
-    assert_eq!(v5(b"a/#", b""), Reason::TopicNameInvalid);
-    assert_eq!(v5(b"", b""), Reason::ProtocolError);
+    let v5 =
+        |topic: &[u8], properties: &[u8]| refused(&publish(true, topic, properties, b""), MqttVersion::V5);
+    assert_eq!(v5(b"a\0b", b""), ReasonCode::MalformedPacket);
+    assert_eq!(v5(b"\xff", b""), ReasonCode::MalformedPacket);
+    assert_eq!(v5(b"\xed\xa0\x80", b""), ReasonCode::MalformedPacket);
+    assert_eq!(v5(b"a/#", b""), ReasonCode::TopicNameInvalid);
+    assert_eq!(v5(b"", b""), ReasonCode::ProtocolError);
     // Twice, unknown, of another packet, neither 0 nor 1, cut short, from a server alone.
-    assert_eq!(v5(b"a", &[1, 1, 1, 1]), Reason::ProtocolError);
-    assert_eq!(v5(b"a", &[0x7f, 0]), Reason::MalformedPacket);
-    assert_eq!(v5(b"a", &[0x11, 0, 0, 0, 1]), Reason::MalformedPacket);
-    assert_eq!(v5(b"a", &[1, 2]), Reason::ProtocolError);
-    assert_eq!(v5(b"a", &[2, 0]), Reason::MalformedPacket);
-    assert_eq!(v5(b"a", &[0x0b, 1]), Reason::ProtocolError);
-    assert_eq!(v5(b"a", &[8, 0, 1, b'#']), Reason::ProtocolError);
-    assert_eq!(refused(&publish(false, b"", b"", b""), Version::V311), Reason::MalformedPacket);
-    assert_eq!(refused(&[0x32, 5, 0, 1, b'a', 0, 0], Version::V311), Reason::MalformedPacket);
-    assert_eq!(refused(&[0x32, 3, 0, 1, b'a'], Version::V311), Reason::MalformedPacket);
+    assert_eq!(v5(b"a", &[1, 1, 1, 1]), ReasonCode::ProtocolError);
+    assert_eq!(v5(b"a", &[0x7f, 0]), ReasonCode::MalformedPacket);
+    assert_eq!(v5(b"a", &[0x11, 0, 0, 0, 1]), ReasonCode::MalformedPacket);
+    assert_eq!(v5(b"a", &[1, 2]), ReasonCode::ProtocolError);
+    assert_eq!(v5(b"a", &[2, 0]), ReasonCode::MalformedPacket);
+    assert_eq!(v5(b"a", &[0x0b, 1]), ReasonCode::ProtocolError);
+    assert_eq!(v5(b"a", &[8, 0, 1, b'#']), ReasonCode::ProtocolError);
+    assert_eq!(refused(&publish(false, b"", b"", b""), MqttVersion::V311), ReasonCode::MalformedPacket);
+    assert_eq!(refused(&[0x32, 5, 0, 1, b'a', 0, 0], MqttVersion::V311), ReasonCode::MalformedPacket);
+    assert_eq!(refused(&[0x32, 3, 0, 1, b'a'], MqttVersion::V311), ReasonCode::MalformedPacket);
 }
 
 #[test]
@@ -129,28 +130,28 @@ fn a_subscribe_that_breaks_a_rule_is_refused_with_its_reason() {
     let v5 = |rest: &[u8]| {
         let mut packet = vec![0x82, u8::try_from(rest.len() + 2).expect("short"), 0, 1];
         packet.extend_from_slice(rest);
-        refused(&packet, Version::V5)
+        refused(&packet, MqttVersion::V5)
     };
-    assert_eq!(v5(&[0]), Reason::ProtocolError);
-    assert_eq!(v5(&[0, 0, 1, b'a', 3]), Reason::ProtocolError);
-    assert_eq!(v5(&[0, 0, 1, b'a', 0x30]), Reason::ProtocolError);
-    assert_eq!(v5(&[0, 0, 1, b'a', 0x40]), Reason::MalformedPacket);
-    assert_eq!(v5(&[2, 0x0b, 0, 0, 1, b'a', 0]), Reason::ProtocolError);
+    assert_eq!(v5(&[0]), ReasonCode::ProtocolError);
+    assert_eq!(v5(&[0, 0, 1, b'a', 3]), ReasonCode::ProtocolError);
+    assert_eq!(v5(&[0, 0, 1, b'a', 0x30]), ReasonCode::ProtocolError);
+    assert_eq!(v5(&[0, 0, 1, b'a', 0x40]), ReasonCode::MalformedPacket);
+    assert_eq!(v5(&[2, 0x0b, 0, 0, 1, b'a', 0]), ReasonCode::ProtocolError);
     let no_local_shared = [&[0, 0, 10][..], b"$share/g/a", &[4]].concat();
-    assert_eq!(v5(&no_local_shared), Reason::ProtocolError);
-    assert_eq!(refused(&[0x82, 6, 0, 1, 0, 1, b'a', 4], Version::V311), Reason::MalformedPacket);
-    assert_eq!(refused(&[0xa2, 2, 0, 1], Version::V311), Reason::ProtocolError);
+    assert_eq!(v5(&no_local_shared), ReasonCode::ProtocolError);
+    assert_eq!(refused(&[0x82, 6, 0, 1, 0, 1, b'a', 4], MqttVersion::V311), ReasonCode::MalformedPacket);
+    assert_eq!(refused(&[0xa2, 2, 0, 1], MqttVersion::V311), ReasonCode::ProtocolError);
 }
 
 #[test]
 fn a_connect_that_breaks_a_rule_is_refused_in_its_versions_form() {
-    use Reason::{MalformedPacket, ProtocolError, UnsupportedProtocolVersion};
+    use ReasonCode::{MalformedPacket, ProtocolError, UnsupportedProtocolVersion};
     let id = [0, 1, b'c'];
-    let v311 = Some(Version::V311);
+    let v311 = Some(MqttVersion::V311);
     assert_eq!(connect_refused(&connect(b"MQTT", 3, 2, &id)), (v311, UnsupportedProtocolVersion));
     assert_eq!(
         connect_refused(&connect(b"MQTT", 6, 2, &id)),
-        (Some(Version::V5), UnsupportedProtocolVersion)
+        (Some(MqttVersion::V5), UnsupportedProtocolVersion)
     );
     assert_eq!(connect_refused(&connect(b"HTTP", 4, 2, &id)), (None, UnsupportedProtocolVersion));
     // The reserved flag, will flags without a will, a password alone, bytes behind the end.
@@ -176,13 +177,13 @@ fn a_connect_that_breaks_a_rule_is_refused_in_its_versions_form() {
 fn a_topic_filter_has_its_wildcards_in_whole_levels_and_the_last_one_last() {
     let subscribe = |filter: &str, version| {
         let mut body = vec![0, 1];
-        body.extend(if version == Version::V5 { &[0][..] } else { &[] });
+        body.extend(if version == MqttVersion::V5 { &[0][..] } else { &[] });
         body.extend_from_slice(&[0, u8::try_from(filter.len()).expect("short")]);
         body.extend_from_slice(filter.as_bytes());
         body.push(1);
         [vec![0x82, u8::try_from(body.len()).expect("short")], body].concat()
     };
-    for version in [Version::V31, Version::V311, Version::V5] {
+    for version in [MqttVersion::V31, MqttVersion::V311, MqttVersion::V5] {
         for good in
             ["a", "/", "#", "+", "a/#", "+/+", "/+", "+/#", "a//b", "$share/g/#", "$share/g//", "$SYS/#"]
         {
@@ -191,10 +192,10 @@ fn a_topic_filter_has_its_wildcards_in_whole_levels_and_the_last_one_last() {
         for bad in
             ["", "a#", "#/a", "a/#/b", "##", "a+", "+a/b", "a/b+/c", "$share/", "$share/g", "$share/g/"]
         {
-            assert_eq!(refused(&subscribe(bad, version), version), Reason::TopicFilterInvalid, "{bad}");
+            assert_eq!(refused(&subscribe(bad, version), version), ReasonCode::TopicFilterInvalid, "{bad}");
         }
         for bad in ["$share//a", "$share/+/a", "$share/g#/a", "$share/g/a#"] {
-            assert_eq!(refused(&subscribe(bad, version), version), Reason::TopicFilterInvalid, "{bad}");
+            assert_eq!(refused(&subscribe(bad, version), version), ReasonCode::TopicFilterInvalid, "{bad}");
         }
     }
 }
@@ -203,9 +204,17 @@ fn a_topic_filter_has_its_wildcards_in_whole_levels_and_the_last_one_last() {
 fn an_acknowledgement_carries_a_reason_code_of_its_own() {
     for (first, good, bad) in [(0x40, 0x10, 0x92), (0x50, 0x97, 0x02), (0x62, 0x92, 0x10), (0x70, 0x92, 0x80)]
     {
-        assert!(frame(&[first, 3, 0, 1, good], Version::V5).is_ok(), "{first:02x}");
-        assert_eq!(refused(&[first, 3, 0, 1, bad], Version::V5), Reason::ProtocolError, "{first:02x}");
-        assert_eq!(refused(&[first, 3, 0, 1, 0], Version::V311), Reason::MalformedPacket, "{first:02x}");
+        assert!(frame(&[first, 3, 0, 1, good], MqttVersion::V5).is_ok(), "{first:02x}");
+        assert_eq!(
+            refused(&[first, 3, 0, 1, bad], MqttVersion::V5),
+            ReasonCode::ProtocolError,
+            "{first:02x}"
+        );
+        assert_eq!(
+            refused(&[first, 3, 0, 1, 0], MqttVersion::V311),
+            ReasonCode::MalformedPacket,
+            "{first:02x}"
+        );
     }
 }
 
@@ -218,14 +227,14 @@ fn what_mqtt_3_1_allows_and_its_successors_do_not_is_taken_from_3_1_alone() {
         &[0xaa, 5, 0, 1, 0, 1, b'a'],
         &[0x38, 3, 0, 1, b'a'],
     ] {
-        assert!(frame(bytes, Version::V31).is_ok(), "{bytes:02x?}");
-        assert_eq!(refused(bytes, Version::V311), Reason::MalformedPacket, "{bytes:02x?}");
+        assert!(frame(bytes, MqttVersion::V31).is_ok(), "{bytes:02x?}");
+        assert_eq!(refused(bytes, MqttVersion::V311), ReasonCode::MalformedPacket, "{bytes:02x?}");
     }
     // A user name that is announced and left out.
     let left_out = connect(b"MQIsdp", 3, 0x82, &[0, 1, b'c']);
-    let split = Frame::split(&left_out, 1 << 20, None).expect("a header").expect("whole");
+    let split = MqttFrame::split(&left_out, 1 << 20, None).expect("a header").expect("whole");
     assert_eq!(split.connect().expect("a CONNECT of 3.1").username, None);
-    assert_eq!(connect_refused(&connect(b"MQTT", 4, 0x82, &[0, 1, b'c'])).1, Reason::MalformedPacket);
+    assert_eq!(connect_refused(&connect(b"MQTT", 4, 0x82, &[0, 1, b'c'])).1, ReasonCode::MalformedPacket);
 }
 
 #[test]
@@ -234,7 +243,7 @@ fn a_connect_says_its_length_in_no_more_bytes_than_it_needs_since_mqtt_5() {
         let mut bytes = connect(b"MQTT", level, 2, &[properties, &[0, 1, b'c']].concat());
         bytes[1] |= 0x80;
         bytes.insert(2, 0);
-        let split = Frame::split(&bytes, 1 << 20, None).expect("a header").expect("whole");
+        let split = MqttFrame::split(&bytes, 1 << 20, None).expect("a header").expect("whole");
         assert_eq!(split.connect().is_err(), is_refused, "level {level}");
     }
 }
@@ -244,9 +253,9 @@ fn a_will_names_a_topic() {
     for topic in ["", "a/#", "+"] {
         let will = [&[0, u8::try_from(topic.len()).expect("short")], topic.as_bytes(), &[0, 0]].concat();
         let v311 = [&[0, 1, b'c'][..], &will].concat();
-        assert_eq!(connect_refused(&connect(b"MQTT", 4, 6, &v311)).1, Reason::MalformedPacket, "{topic}");
+        assert_eq!(connect_refused(&connect(b"MQTT", 4, 6, &v311)).1, ReasonCode::MalformedPacket, "{topic}");
         let v5 = [&[0, 0, 1, b'c', 0][..], &will].concat();
-        assert_eq!(connect_refused(&connect(b"MQTT", 5, 6, &v5)).1, Reason::TopicNameInvalid, "{topic}");
+        assert_eq!(connect_refused(&connect(b"MQTT", 5, 6, &v5)).1, ReasonCode::TopicNameInvalid, "{topic}");
     }
 }
 
@@ -275,10 +284,10 @@ proptest! {
 
     #[test]
     fn noise_is_refused_or_waited_for_and_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
-        for version in [Version::V31, Version::V311, Version::V5] {
+        for version in [MqttVersion::V31, MqttVersion::V311, MqttVersion::V5] {
             let _ = frame(&bytes, version);
         }
-        if let Ok(Some(first)) = Frame::split(&bytes, 1 << 20, None) {
+        if let Ok(Some(first)) = MqttFrame::split(&bytes, 1 << 20, None) {
             prop_assert!(first.bytes <= bytes.len());
             let _ = first.connect();
         }
@@ -286,8 +295,8 @@ proptest! {
 
     #[test]
     fn what_the_gate_lets_through_another_codec_reads_alike((is_v5, bytes) in nearly_valid()) {
-        let version = if is_v5 { Version::V5 } else { Version::V311 };
-        let Ok(Some(Packet::Publish(ours))) = frame(&bytes, version) else { return Ok(()) };
+        let version = if is_v5 { MqttVersion::V5 } else { MqttVersion::V311 };
+        let Ok(Some(MqttPacket::Publish(ours))) = frame(&bytes, version) else { return Ok(()) };
         let mut buffer = BytesMut::from(&bytes[..]);
         let theirs = if is_v5 {
             match v5::Codec::new(1 << 20, 1 << 20).decode(&mut buffer) {
@@ -302,7 +311,7 @@ proptest! {
         };
         // It refuses a topic alias or an expiry of 0 here; the gate's caller does after.
         let Some(theirs) = theirs else {
-            prop_assert!(ours.properties.iter().any(|(_, value, _)| value == properties::Value::Number(0)));
+            prop_assert!(ours.properties.iter().any(|(_, value, _)| value == properties::PropertyValue::Number(0)));
             return Ok(());
         };
         prop_assert_eq!(ours.topic, &*theirs.topic);

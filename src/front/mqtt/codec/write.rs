@@ -4,13 +4,13 @@ use super::properties::{
     ASSIGNED_CLIENT_IDENTIFIER, MAXIMUM_PACKET_SIZE, REASON_STRING, RECEIVE_MAXIMUM, SERVER_KEEP_ALIVE,
     SESSION_EXPIRY, TOPIC_ALIAS_MAXIMUM, USER_PROPERTY,
 };
-use super::{Reason, Version};
+use super::{MqttVersion, ReasonCode};
 
 /// How packets to a client have to look: its version, and how much text it takes.
 #[derive(Debug, Clone, Copy)]
-pub struct Form {
+pub struct PacketForm {
     /// The protocol's version.
-    pub version: Version,
+    pub version: MqttVersion,
     /// Whether the client wants reason strings with answers to its messages.
     pub reasons: bool,
     /// The largest packet that the client accepts, in bytes.
@@ -19,7 +19,7 @@ pub struct Form {
 
 /// The limits that a CONNACK announces to an MQTT 5 client.
 #[derive(Debug, Clone, Default)]
-pub struct Limits {
+pub struct ConnackLimits {
     /// How many QoS 1 and 2 messages the client may have unacknowledged.
     pub receive_maximum: u16,
     /// The largest packet that the server accepts, in bytes.
@@ -35,24 +35,24 @@ pub struct Limits {
 }
 
 /// Accepts a CONNECT. `present` is the session present flag, which MQTT 3.1 does not have.
-pub fn connack(to: &mut Vec<u8>, version: Version, present: bool, limits: &Limits) {
-    let present = u8::from(present && version != Version::V31);
-    if version != Version::V5 {
+pub fn connack(to: &mut Vec<u8>, version: MqttVersion, present: bool, limits: &ConnackLimits) {
+    let present = u8::from(present && version != MqttVersion::V31);
+    if version != MqttVersion::V5 {
         to.extend_from_slice(&[0x20, 2, present, 0]);
         return;
     }
     let mut properties = Vec::with_capacity(48);
-    number(&mut properties, RECEIVE_MAXIMUM, &limits.receive_maximum.to_be_bytes());
-    number(&mut properties, MAXIMUM_PACKET_SIZE, &limits.packet_bytes_max.to_be_bytes());
-    number(&mut properties, TOPIC_ALIAS_MAXIMUM, &limits.topic_alias_maximum.to_be_bytes());
+    number_property(&mut properties, RECEIVE_MAXIMUM, &limits.receive_maximum.to_be_bytes());
+    number_property(&mut properties, MAXIMUM_PACKET_SIZE, &limits.packet_bytes_max.to_be_bytes());
+    number_property(&mut properties, TOPIC_ALIAS_MAXIMUM, &limits.topic_alias_maximum.to_be_bytes());
     if let Some(seconds) = limits.keep_alive_s {
-        number(&mut properties, SERVER_KEEP_ALIVE, &seconds.to_be_bytes());
+        number_property(&mut properties, SERVER_KEEP_ALIVE, &seconds.to_be_bytes());
     }
     if let Some(seconds) = limits.session_expiry_s {
-        number(&mut properties, SESSION_EXPIRY, &seconds.to_be_bytes());
+        number_property(&mut properties, SESSION_EXPIRY, &seconds.to_be_bytes());
     }
     if let Some(client_id) = &limits.client_id {
-        text(&mut properties, ASSIGNED_CLIENT_IDENTIFIER, client_id);
+        text_property(&mut properties, ASSIGNED_CLIENT_IDENTIFIER, client_id);
     }
     packet(to, 0x20, &[present, 0], Some(&properties), &[]);
 }
@@ -61,24 +61,24 @@ pub fn connack(to: &mut Vec<u8>, version: Version, present: bool, limits: &Limit
 /// with the nearest return code of 3.1.1.
 pub fn connack_refused(
     to: &mut Vec<u8>,
-    version: Version,
+    version: MqttVersion,
     packet_bytes_max: u32,
-    reason: Reason,
+    reason: ReasonCode,
     words: &str,
 ) {
-    if version == Version::V5 {
+    if version == MqttVersion::V5 {
         let mut properties = Vec::new();
         if words.len() + 12 <= packet_bytes_max as usize {
-            text(&mut properties, REASON_STRING, words);
+            text_property(&mut properties, REASON_STRING, words);
         }
         packet(to, 0x20, &[0, reason as u8], Some(&properties), &[]);
         return;
     }
     // MQTT 3.1.1, section 3.2.2.3.
     let code = match reason {
-        Reason::UnsupportedProtocolVersion => 1,
-        Reason::ClientIdentifierNotValid => 2,
-        Reason::NotAuthorized => 5,
+        ReasonCode::UnsupportedProtocolVersion => 1,
+        ReasonCode::ClientIdentifierNotValid => 2,
+        ReasonCode::NotAuthorized => 5,
         _ => 3,
     };
     to.extend_from_slice(&[0x20, 2, 0, code]);
@@ -87,7 +87,7 @@ pub fn connack_refused(
 /// The packets that answer a message or one another, by their first byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Answer {
+pub enum AckKind {
     /// To a QoS 1 message.
     Puback = 0x40,
     /// To a QoS 2 message.
@@ -99,22 +99,22 @@ pub enum Answer {
 }
 
 /// The answer to a message or a PUBREL. MQTT 3.1.1 can only say success.
-pub fn answer(
+pub fn message_ack(
     to: &mut Vec<u8>,
-    form: Form,
-    answer: Answer,
+    form: PacketForm,
+    answer: AckKind,
     packet_id: u16,
-    reason: Reason,
+    reason: ReasonCode,
     words: Option<&str>,
 ) {
     let [high, low] = packet_id.to_be_bytes();
-    if reason == Reason::Success || form.version != Version::V5 {
+    if reason == ReasonCode::Success || form.version != MqttVersion::V5 {
         to.extend_from_slice(&[answer as u8, 2, high, low]);
         return;
     }
     let properties = words.filter(|_| form.reasons).map(|words| {
         let mut properties = Vec::new();
-        text(&mut properties, REASON_STRING, words);
+        text_property(&mut properties, REASON_STRING, words);
         properties
     });
     let properties = properties.filter(|p| p.len() + 9 <= form.packet_bytes_max as usize);
@@ -123,26 +123,33 @@ pub fn answer(
 
 /// The answer to a SUBSCRIBE: for each filter the granted QoS or the reason code, and in `words` a
 /// reason string.
-pub fn suback(to: &mut Vec<u8>, form: Form, packet_id: u16, codes: &[u8], words: Option<&str>) {
-    answers(to, form, 0x90, packet_id, codes, words);
+pub fn suback(to: &mut Vec<u8>, form: PacketForm, packet_id: u16, codes: &[u8], words: Option<&str>) {
+    filter_codes(to, form, 0x90, packet_id, codes, words);
 }
 
 /// The answer to an UNSUBSCRIBE, with a code for each filter since MQTT 5.
-pub fn unsuback(to: &mut Vec<u8>, form: Form, packet_id: u16, codes: &[u8]) {
-    let codes = if form.version == Version::V5 { codes } else { &[] };
-    answers(to, form, 0xB0, packet_id, codes, None);
+pub fn unsuback(to: &mut Vec<u8>, form: PacketForm, packet_id: u16, codes: &[u8]) {
+    let codes = if form.version == MqttVersion::V5 { codes } else { &[] };
+    filter_codes(to, form, 0xB0, packet_id, codes, None);
 }
 
-fn answers(to: &mut Vec<u8>, form: Form, first: u8, packet_id: u16, codes: &[u8], words: Option<&str>) {
+fn filter_codes(
+    to: &mut Vec<u8>,
+    form: PacketForm,
+    first: u8,
+    packet_id: u16,
+    codes: &[u8],
+    words: Option<&str>,
+) {
     let packet_id = packet_id.to_be_bytes();
-    if form.version != Version::V5 {
+    if form.version != MqttVersion::V5 {
         return packet(to, first, &packet_id, None, codes);
     }
     let mut properties = Vec::new();
     if let Some(words) =
         words.filter(|words| form.reasons && words.len() + codes.len() + 16 <= form.packet_bytes_max as usize)
     {
-        text(&mut properties, REASON_STRING, words);
+        text_property(&mut properties, REASON_STRING, words);
     }
     packet(to, first, &packet_id, Some(&properties), codes);
 }
@@ -202,12 +209,12 @@ pub fn pingresp(to: &mut Vec<u8>) {
 }
 
 /// A DISCONNECT with its reason. MQTT 3.1.1 has no such packet from a server: nothing is written.
-pub fn disconnect(to: &mut Vec<u8>, form: Form, reason: Reason, words: &str) {
-    if form.version != Version::V5 {
+pub fn disconnect(to: &mut Vec<u8>, form: PacketForm, reason: ReasonCode, words: &str) {
+    if form.version != MqttVersion::V5 {
         return;
     }
     let mut properties = Vec::new();
-    text(&mut properties, REASON_STRING, words);
+    text_property(&mut properties, REASON_STRING, words);
     let fits = properties.len() + 8 <= form.packet_bytes_max as usize;
     packet(to, 0xE0, &[reason as u8], fits.then_some(properties.as_slice()), &[]);
 }
@@ -228,13 +235,13 @@ fn packet(to: &mut Vec<u8>, first: u8, head: &[u8], properties: Option<&[u8]>, t
     to.extend_from_slice(tail);
 }
 
-fn number(to: &mut Vec<u8>, id: u8, bytes: &[u8]) {
+fn number_property(to: &mut Vec<u8>, id: u8, bytes: &[u8]) {
     to.push(id);
     to.extend_from_slice(bytes);
 }
 
 /// A text, as one of a packet's properties.
-pub fn text(to: &mut Vec<u8>, id: u8, text: &str) {
+pub fn text_property(to: &mut Vec<u8>, id: u8, text: &str) {
     // Reason strings and client identifiers are far shorter than the limit of 65,535 bytes.
     let bytes = &text.as_bytes()[..text.floor_char_boundary(usize::from(u16::MAX))];
     to.push(id);

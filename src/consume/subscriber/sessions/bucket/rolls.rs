@@ -10,29 +10,29 @@ use headgate_bridge_nats::{CellError, Cells};
 use tokio::sync::{mpsc, oneshot};
 
 /// How many changes are written at once, at most.
-const AT_ONCE: usize = 256;
+const ROLL_CHANGES_PER_WRITE_MAX: usize = 256;
 
 /// The rolls. Cheap to clone; the task ends after the last clone is dropped.
 #[derive(Clone)]
 pub struct GroupRolls {
     cells: Cells,
-    changes: mpsc::UnboundedSender<Change>,
+    changes: mpsc::UnboundedSender<RollChange>,
 }
 
 /// An entry or removal of a session in a roll.
-struct Change {
+struct RollChange {
     key: String,
     is_on: bool,
-    written: Written,
+    written: RollWrittenSender,
 }
 
-type Written = oneshot::Sender<Result<(), CellError>>;
+type RollWrittenSender = oneshot::Sender<Result<(), CellError>>;
 
 impl GroupRolls {
     /// Starts the task that writes rolls to this bucket. Needs a runtime.
     pub fn start(cells: Cells) -> Self {
         let (changes, told) = mpsc::unbounded_channel();
-        tokio::spawn(write(cells.clone(), told));
+        tokio::spawn(write_rolls(cells.clone(), told));
         Self { cells, changes }
     }
 
@@ -58,7 +58,7 @@ impl GroupRolls {
     /// # Errors
     /// [`CellError::Away`].
     pub async fn is_empty(&self, group: &str) -> Result<bool, CellError> {
-        Ok(!self.cells.any_below(&format!("group.{group}")).await?)
+        Ok(!self.cells.has_any_below(&format!("group.{group}")).await?)
     }
 
     fn change(
@@ -69,19 +69,19 @@ impl GroupRolls {
     ) -> impl Future<Output = Result<(), CellError>> + use<> {
         let (written, result) = oneshot::channel();
         let key = format!("group.{group}.{uid:016x}");
-        let _ = self.changes.send(Change { key, is_on, written });
+        let _ = self.changes.send(RollChange { key, is_on, written });
         async move {
             result.await.unwrap_or_else(|_| Err(CellError::Away("the gateway is shutting down".to_owned())))
         }
     }
 }
 
-async fn write(cells: Cells, mut changes: mpsc::UnboundedReceiver<Change>) {
+async fn write_rolls(cells: Cells, mut changes: mpsc::UnboundedReceiver<RollChange>) {
     let mut waiting = Vec::new();
-    while changes.recv_many(&mut waiting, AT_ONCE).await > 0 {
+    while changes.recv_many(&mut waiting, ROLL_CHANGES_PER_WRITE_MAX).await > 0 {
         // The last change of each session counts.
-        let mut last: HashMap<String, (bool, Vec<Written>)> = HashMap::new();
-        for Change { key, is_on, written } in waiting.drain(..) {
+        let mut last: HashMap<String, (bool, Vec<RollWrittenSender>)> = HashMap::new();
+        for RollChange { key, is_on, written } in waiting.drain(..) {
             let change = last.entry(key).or_default();
             change.0 = is_on;
             change.1.push(written);
