@@ -34,11 +34,11 @@ pub mod observe;
 
 pub mod config;
 pub mod filter;
-pub mod limits;
-pub mod message;
 pub mod subject;
 pub mod time;
 
 pub mod gateway;
 
 pub mod cli;
+
+pub use headgate_format::{limits, message};

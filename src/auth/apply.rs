@@ -3,8 +3,8 @@
 //! it: its lease ends, and its connections are told to close.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use super::Digest;
 use super::index::KeyLookup;
@@ -167,7 +167,7 @@ impl Registry {
         for id in known.keys().filter(|id| !datasources.contains(id.as_str())) {
             known.remove(id.as_str());
         }
-        let by_datasource = self.live.by_datasource.read().unwrap_or_else(PoisonError::into_inner);
+        let by_datasource = self.live.by_datasource.read();
         let live = by_datasource.values().map(|key| key.digest);
         let gone: Vec<Digest> = live.filter(|digest| !keys.contains(&digest.0)).collect();
         drop(by_datasource);

@@ -5,9 +5,10 @@
 //! the set stays closed: a connection whose key was looked up just before, but which enters just after,
 //! is told to close as it enters. So a connection cannot outlive its key, whichever comes first.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
@@ -156,7 +157,7 @@ impl KeyConnections {
 
     fn state(&self) -> MutexGuard<'_, KeyConnectionsState> {
         // Nothing panics under this lock except a failed allocation, which ends the process.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 
@@ -308,7 +309,7 @@ mod tests {
         struct Leaves(Mutex<Option<KeyConnectionGuard>>);
         impl Wake for Leaves {
             fn wake(self: Arc<Self>) {
-                drop(self.0.lock().expect("not poisoned").take());
+                drop(self.0.lock().take());
             }
         }
         let key = Arc::new(KeyConnections::default());

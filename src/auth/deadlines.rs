@@ -5,8 +5,8 @@
 //! checks the clock at least once a second, and a key that has ended stays ended even if the clock goes
 //! back. In a cluster each node ends keys by its own clock, and the first one records it for all.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -29,7 +29,7 @@ const DEADLINE_WRITE_RETRY_PAUSE: Duration = Duration::from_secs(5);
 impl Registry {
     /// The earliest time at which a key ends by itself.
     fn next_deadline(&self) -> Option<TimeMicros> {
-        let deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+        let deadlines = self.live.deadlines.lock();
         deadlines.first().map(|(at, ..)| *at)
     }
 
@@ -45,7 +45,7 @@ impl Registry {
         let mut all: Vec<Arc<Key>> = Vec::new();
         self.make_change_here(|database| {
             let due: Vec<_> = {
-                let deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+                let deadlines = self.live.deadlines.lock();
                 deadlines.iter().take_while(|(at, ..)| *at <= now).cloned().collect()
             };
             // A deadline that differs from its key's is stale: it was moved, or the key is gone.
@@ -68,7 +68,7 @@ impl Registry {
                 key.ends_at.store(TIME_ENDED, Ordering::Release);
                 tracing::info!(key_id = %key.id, datasource = %key.datasource, "an API key has ended");
             }
-            let mut deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut deadlines = self.live.deadlines.lock();
             for deadline in &due {
                 deadlines.remove(deadline);
             }

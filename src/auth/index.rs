@@ -9,11 +9,12 @@
 //! good: it points to the key, or marks it as revoked. Readers take no lock. Changes are made one at a
 //! time; [`seize`] frees removed keys and outgrown tables when no reader can hold them any more.
 
+use parking_lot::Mutex;
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::collections::HashMap;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use seize::{Collector, Guard, reclaim};
 
@@ -103,7 +104,7 @@ impl KeyIndex {
     /// has returned sees the change.
     pub(super) fn set(&self, digest: &Digest, key: Option<Arc<Key>>) {
         debug_assert!(key.as_ref().is_none_or(|key| key.digest == *digest), "a key stands at its own digest");
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used = self.used.lock();
         let guard = self.collector.enter();
         let mut table = guard.protect(&self.table, Ordering::Acquire);
         // SAFETY: as in `find`; and nobody else replaces the table while `used` is locked.

@@ -1,7 +1,8 @@
 //! A leak report: somebody found a key's secret where it does not belong. Whoever has the secret can
 //! misuse the key, so the secret alone is enough to revoke it.
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use parking_lot::MutexGuard;
+use std::sync::Arc;
 
 use serde_json::json;
 
@@ -107,7 +108,7 @@ impl Registry {
     }
 
     fn leaks(&self) -> MutexGuard<'_, LeakRules> {
-        self.leaks.lock().unwrap_or_else(PoisonError::into_inner)
+        self.leaks.lock()
     }
 }
 

@@ -4,10 +4,11 @@
 //! Lookups are lock-free. There may be a million keys, so a [`Key`] holds only what every key has;
 //! what few keys have is behind one pointer.
 
+use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::Notify;
@@ -233,7 +234,7 @@ impl LiveRegistry {
 
     /// A key by its id.
     pub(super) fn key(&self, datasource: &DatasourceId, id: KeyId) -> Option<Arc<Key>> {
-        let by_datasource = self.by_datasource.read().unwrap_or_else(PoisonError::into_inner);
+        let by_datasource = self.by_datasource.read();
         by_datasource.get(&(datasource.clone(), id)).map(Arc::clone)
     }
 
@@ -241,13 +242,13 @@ impl LiveRegistry {
     pub(super) fn keys_of(&self, datasource: &DatasourceId) -> Vec<Arc<Key>> {
         let first = (datasource.clone(), KeyId([0; 6]));
         let last = (datasource.clone(), KeyId([0xff; 6]));
-        let by_datasource = self.by_datasource.read().unwrap_or_else(PoisonError::into_inner);
+        let by_datasource = self.by_datasource.read();
         by_datasource.range(first..=last).map(|(_, key)| Arc::clone(key)).collect()
     }
 
     /// The number of keys that are not revoked.
     pub(super) fn key_count(&self) -> usize {
-        self.by_datasource.read().unwrap_or_else(PoisonError::into_inner).len()
+        self.by_datasource.read().len()
     }
 
     /// Adds a datasource that is already on the disk.
@@ -261,7 +262,7 @@ impl LiveRegistry {
     pub(super) fn add_key(&self, key: Key, digest: Digest) -> Arc<Key> {
         let key = Arc::new(key);
         let place = (key.datasource.clone(), key.id);
-        self.by_datasource.write().unwrap_or_else(PoisonError::into_inner).insert(place, Arc::clone(&key));
+        self.by_datasource.write().insert(place, Arc::clone(&key));
         self.keys.set(&digest, Some(Arc::clone(&key)));
         self.watch(&key);
         key
@@ -271,7 +272,7 @@ impl LiveRegistry {
     pub(super) fn watch(&self, key: &Key) {
         if let Some(at) = key.ends_at() {
             let deadline = (at, key.datasource.clone(), key.id);
-            self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).insert(deadline);
+            self.deadlines.lock().insert(deadline);
             self.deadline_set.notify_one();
         }
     }
@@ -282,7 +283,7 @@ impl LiveRegistry {
         key.end();
         self.keys.set(digest, None);
         let place = (key.datasource.clone(), key.id);
-        self.by_datasource.write().unwrap_or_else(PoisonError::into_inner).remove(&place);
+        self.by_datasource.write().remove(&place);
         Some(key)
     }
 }

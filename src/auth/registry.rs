@@ -18,8 +18,9 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{self, Arc};
 
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
 use super::audit::{AuditEntry, AuditQuery};
@@ -106,8 +107,9 @@ pub enum RegistryError {
 
 /// Datasources and keys: the database and the live view.
 pub struct Registry {
-    /// Locked by a change until it has reached the live view too.
-    database: Mutex<RegistryDatabase>,
+    /// Locked by a change until it has reached the live view too. The one lock that a panic poisons: no
+    /// change starts from half of another one.
+    database: sync::Mutex<RegistryDatabase>,
     pub(super) live: LiveRegistry,
     /// Keys whose usage is not yet on the disk.
     pub(super) noted: UnwrittenUsageKeys,
@@ -184,7 +186,7 @@ impl Registry {
         let by_datasource = RwLock::new(by_datasource.into_iter().collect());
         let deadlines = Mutex::new(deadlines);
         let live = LiveRegistry { keys, datasources, by_datasource, deadlines, deadline_set: Notify::new() };
-        let database = Mutex::new(database);
+        let database = sync::Mutex::new(database);
         Ok(Self {
             database,
             live,
@@ -311,7 +313,7 @@ impl Registry {
     }
 
     /// Locks the database. Every change holds this lock until it has reached the live view.
-    pub(super) fn lock_database(&self) -> MutexGuard<'_, RegistryDatabase> {
+    pub(super) fn lock_database(&self) -> sync::MutexGuard<'_, RegistryDatabase> {
         // After a panic between disk and live view the two may differ, so no more changes are allowed.
         self.database.lock().expect("no change of the registry has panicked halfway")
     }

@@ -6,9 +6,10 @@
 //! never waits for the disk. Only used keys have one. In a cluster it is added to the usage on all nodes
 //! (`cluster/usage.rs`).
 
+use parking_lot::{Mutex, MutexGuard};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -108,7 +109,7 @@ pub(super) struct PendingKeyUsage {
 
 impl PendingKeyUsage {
     fn pending(&self) -> MutexGuard<'_, KeyUsage> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pending.lock()
     }
 
     fn take(&self) -> KeyUsage {
@@ -168,7 +169,7 @@ impl Registry {
 
     fn note(&self, key: &Arc<Key>, usage: &PendingKeyUsage) {
         if !usage.noted.swap(true, Ordering::AcqRel) {
-            self.noted.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(key));
+            self.noted.lock().push(Arc::clone(key));
         }
     }
 
@@ -206,7 +207,7 @@ impl Registry {
 
     /// In a cluster, held while usage is read or added, so that none is missed or counted twice.
     fn adding_usage(&self) -> MutexGuard<'_, ()> {
-        self.adding_usage.lock().unwrap_or_else(PoisonError::into_inner)
+        self.adding_usage.lock()
     }
 
     /// Adds pending usage to the stored one, on the disk or in the cluster. To be called every few
@@ -215,13 +216,13 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Database`] or [`RegistryError::Away`] if it cannot be written; it then stays pending.
     pub fn write_usage(&self) -> Result<(), RegistryError> {
-        let mut noted = std::mem::take(&mut *self.noted.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut noted = std::mem::take(&mut *self.noted.lock());
         while !noted.is_empty() {
             // In chunks, so that other changes can run in between.
             let some = noted.split_off(noted.len().saturating_sub(USAGE_KEYS_PER_CHANGE));
             if let Err(error) = self.write_usage_of(&some) {
                 noted.extend(some);
-                self.noted.lock().unwrap_or_else(PoisonError::into_inner).append(&mut noted);
+                self.noted.lock().append(&mut noted);
                 return Err(error);
             }
         }

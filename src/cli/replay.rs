@@ -1,9 +1,9 @@
 //! Sends many messages over one [`MqttClientSession`], with a window of them unacknowledged, and counts the
 //! acknowledgements itself: it reports what a device would know.
 
+use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -83,7 +83,7 @@ pub(super) async fn replay(
     mut acked: impl FnMut(),
 ) -> anyhow::Result<Tally> {
     let flow = Mutex::new(ReplayFlow::default());
-    let flow = || flow.lock().unwrap_or_else(PoisonError::into_inner);
+    let flow = || flow.lock();
     // The window opens once connected, so that connecting does not count as a message's latency.
     let window = Semaphore::new(0);
     let publisher = session.publisher();

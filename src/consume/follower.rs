@@ -5,9 +5,10 @@
 //! that are logged once and retried until they are over, and an end within a deadline. Whatever goes
 //! wrong, the log keeps the records, and no acknowledgement waits for a consumer.
 
+use parking_lot::{Condvar, Mutex};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -103,19 +104,19 @@ impl FollowerControl {
 
     /// The present error, while rounds fail.
     pub(super) fn trouble(&self) -> Option<String> {
-        lock(&self.trouble).clone()
+        self.trouble.lock().clone()
     }
 
     /// Tells the thread that somebody waits until everything below `offset` is consumed.
     pub(super) fn request_offset(&self, offset: Offset) {
-        let mut asked = lock(&self.asked);
+        let mut asked = self.asked.lock();
         asked.wanted = asked.wanted.max(offset);
         self.asked_more.notify_all();
     }
 
     /// Tells the thread to consume what the log already has, within the deadline, and to end.
     pub(super) fn stop_by(&self, deadline: Instant) {
-        let mut asked = lock(&self.asked);
+        let mut asked = self.asked.lock();
         asked.stop = Some(asked.stop.map_or(deadline, |earlier| earlier.min(deadline)));
         self.asked_more.notify_all();
     }
@@ -131,7 +132,7 @@ impl FollowerControl {
 
     /// The deadline by which the thread should end, once it is told to.
     pub(super) fn stop_deadline(&self) -> Option<Instant> {
-        lock(&self.asked).stop
+        self.asked.lock().stop
     }
 
     /// Whether the thread has ended.
@@ -177,12 +178,12 @@ impl FollowerControl {
     /// Waits for `time`, or until the thread is to end or `enough` holds.
     fn pause(&self, time: Duration, enough: impl Fn(&FollowerRequests) -> bool) {
         let go_on = |asked: &mut FollowerRequests| asked.stop.is_none() && !enough(asked);
-        let _ = self.asked_more.wait_timeout_while(lock(&self.asked), time, go_on);
+        self.asked_more.wait_while_for(&mut self.asked.lock(), go_on, time);
     }
 
     /// Notes an error, or its end, and logs it when it has changed.
     fn set_trouble(&self, trouble: Option<String>, cursor: Offset) {
-        let mut current = lock(&self.trouble);
+        let mut current = self.trouble.lock();
         if *current == trouble {
             return;
         }
@@ -194,10 +195,6 @@ impl FollowerControl {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Marks the thread as ended when it is dropped, also after a panic.
 struct FollowerEndGuard(Arc<FollowerControl>);
 
@@ -206,7 +203,7 @@ impl Drop for FollowerEndGuard {
         if std::thread::panicking() {
             let trouble = "the thread has ended by a panic, and needs a restart";
             error!("{}: {trouble}", self.0.words.down);
-            *lock(&self.0.trouble) = Some(trouble.to_owned());
+            *self.0.trouble.lock() = Some(trouble.to_owned());
         }
         self.0.ended.send_replace(true);
     }

@@ -4,9 +4,10 @@
 //! is for filters that few records pass: their pages may be short or empty and still have a next one, so
 //! that no request scans a whole database.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::types::Type;
@@ -147,7 +148,7 @@ impl RecordsReader {
         &self,
         read: impl FnOnce(&Connection) -> Result<T, QueryError>,
     ) -> Result<T, QueryError> {
-        let idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = self.pool.idle.lock().pop();
         let mut connection = match idle {
             Some(connection) => connection,
             None => open_read_only(&self.pool.path)?,
@@ -156,7 +157,7 @@ impl RecordsReader {
             let transaction = connection.transaction()?;
             read(&transaction)?
         };
-        let mut idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.pool.idle.lock();
         if idle.len() < QUERIES_MAX {
             idle.push(connection);
         }

@@ -1,11 +1,12 @@
 //! A gateway as a member of its cluster: its connection to NATS, the registry that it shares with the other
 //! members, and its presence among them.
 
+use parking_lot::Mutex;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -54,7 +55,7 @@ impl JoiningMember {
     pub(super) fn reason(&self) -> UnreadyReason {
         let (nats, waits_for) = (self.nats.clone(), self.waits_for.clone());
         Arc::new(move || {
-            let of_cluster = || waits_for.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let of_cluster = || waits_for.lock().clone();
             nats.trouble().unwrap_or_else(of_cluster)
         })
     }
@@ -76,7 +77,7 @@ impl JoiningMember {
                 Err(error @ LogOpenError::Away(_)) => error,
                 Err(error) => return Err(error.into()),
             };
-            *self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
+            *self.waits_for.lock() = error.to_string();
             tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
         }
     }

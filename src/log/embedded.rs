@@ -1,9 +1,10 @@
 //! The embedded log: segments in the data directory, one writer, any number of readers.
 
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
@@ -53,11 +54,11 @@ pub(super) struct EmbeddedLogShared {
 
 impl EmbeddedLogShared {
     fn segments(&self) -> RwLockReadGuard<'_, Segments> {
-        self.segments.read().unwrap_or_else(PoisonError::into_inner)
+        self.segments.read()
     }
 
     pub(super) fn segments_mut(&self) -> RwLockWriteGuard<'_, Segments> {
-        self.segments.write().unwrap_or_else(PoisonError::into_inner)
+        self.segments.write()
     }
 
     pub(super) fn disk_bytes(&self) -> u64 {
@@ -65,17 +66,17 @@ impl EmbeddedLogShared {
     }
 
     pub(super) fn trouble(&self) -> Option<String> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.trouble.lock().clone()
     }
 
     /// Sets the trouble and returns the previous one.
     pub(super) fn set_trouble(&self, trouble: Option<String>) -> Option<String> {
-        std::mem::replace(&mut *self.trouble.lock().unwrap_or_else(PoisonError::into_inner), trouble)
+        std::mem::replace(&mut *self.trouble.lock(), trouble)
     }
 
     /// Reports a gap, once: its records are lost and the log goes on without them.
     fn report_gap(&self, gap: &LogGap) {
-        if self.reported.lock().unwrap_or_else(PoisonError::into_inner).insert(gap.from) {
+        if self.reported.lock().insert(gap.from) {
             let lost = gap.to - gap.from;
             self.lost_records.fetch_add(lost, Ordering::Relaxed);
             error!(lost, from = gap.from, to = gap.to, place = gap.place, "records of the log are lost");
@@ -105,7 +106,7 @@ struct WriterCloser {
 impl WriterCloser {
     fn close(&self) {
         self.shared.queue.close();
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let writer = self.writer.lock().take();
         if writer.is_some_and(|writer| writer.join().is_err()) {
             error!("the log's writer panicked");
         }

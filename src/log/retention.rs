@@ -2,9 +2,10 @@
 //! never while a consumer holds them because it has not consumed them. A consumer may also hold
 //! them only while there is room.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use super::segment::Segment;
 use crate::config;
@@ -43,7 +44,7 @@ pub(super) struct Holds {
 impl Holds {
     pub(super) fn new() -> Self {
         let holds = Self { firm: Mutex::default(), yielding: Mutex::default(), first: Mutex::default() };
-        *holds.first.lock().unwrap_or_else(PoisonError::into_inner) = Some(holds.hold());
+        *holds.first.lock() = Some(holds.hold());
         holds
     }
 
@@ -59,7 +60,7 @@ impl Holds {
 
     /// Ends the initial hold: from here on only the consumers' holds count.
     pub(super) fn begin(&self) {
-        self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.first.lock().take();
     }
 
     /// The offsets from which on nothing may be removed.
@@ -71,13 +72,13 @@ impl Holds {
 
 fn new_hold_in(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Hold {
     let hold = Hold(Arc::default());
-    holds.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&hold.0));
+    holds.lock().push(Arc::downgrade(&hold.0));
     hold
 }
 
 fn lowest_hold_in(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Offset {
     let mut lowest = Offset::MAX;
-    holds.lock().unwrap_or_else(PoisonError::into_inner).retain(|hold| match hold.upgrade() {
+    holds.lock().retain(|hold| match hold.upgrade() {
         Some(offset) => {
             lowest = lowest.min(offset.load(Ordering::Acquire));
             true

@@ -4,10 +4,11 @@
 //! A reader walks from one frame header to the next. A sparse index, built as a segment is
 //! written or first read, lets the walk start near the wanted offset.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
@@ -486,7 +487,7 @@ impl Segment {
     }
 
     fn index_locked(&self) -> MutexGuard<'_, Option<Vec<IndexMark>>> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+        self.index.lock()
     }
 
     fn io_error(&self, source: io::Error) -> FrameError {

@@ -1,8 +1,8 @@
 //! The tail: the newest batches, in memory. It serves consumers that keep up, and they wait on it for
 //! the next batch.
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -91,12 +91,11 @@ impl Tail {
             if left.is_zero() {
                 return;
             }
-            let waited = self.grown.wait_timeout(recent, left);
-            recent = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.grown.wait_for(&mut recent, left);
         }
     }
 
     fn locked(&self) -> MutexGuard<'_, RecentBatches> {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+        self.recent.lock()
     }
 }

@@ -6,8 +6,9 @@
 //! records (storage, retained messages) learns of [changes](WithheldChange) by their version and corrects its
 //! copy. The same transaction notes the version, so that no crash can lose a change.
 
+use parking_lot::RwLock;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 
@@ -70,7 +71,7 @@ struct WithheldState {
 impl WithheldRules {
     /// Applies the next change, for every check from now on. Returns the new version.
     pub fn push(&self, change: WithheldChange) -> u64 {
-        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.write();
         let mut rules = state.rules.to_vec();
         match &change {
             WithheldChange::Withhold(rule) => rules.push(rule.clone()),
@@ -92,7 +93,7 @@ impl WithheldRules {
 
     /// The changes after a version.
     pub fn changes_after(&self, version: u64) -> Vec<WithheldChange> {
-        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.read();
         let behind = usize::try_from(version).ok().and_then(|behind| state.changes.get(behind..));
         behind.unwrap_or_default().to_vec()
     }
@@ -102,7 +103,7 @@ impl WithheldRules {
         if self.version() == 0 {
             return WithheldSnapshot(None);
         }
-        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.read();
         WithheldSnapshot((!state.rules.is_empty()).then(|| state.rules.clone()))
     }
 }

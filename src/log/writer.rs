@@ -1,10 +1,11 @@
 //! The writer: one thread that owns the end of the log. It drains all waiting submissions into one
 //! batch, makes it durable, and answers each of them.
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -109,8 +110,7 @@ impl WriterQueue {
     fn take(&self, group: &mut Vec<WriterSubmission>, wait: Duration) -> bool {
         let mut waiting = self.locked();
         if waiting.submissions.is_empty() && !waiting.closed {
-            let waited = self.ready.wait_timeout(waiting, wait);
-            waiting = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.ready.wait_for(&mut waiting, wait);
         }
         let mut weight: usize = group.iter().map(WriterSubmission::weight).sum();
         while let Some(submission) = waiting.submissions.front() {
@@ -136,7 +136,7 @@ impl WriterQueue {
     }
 
     fn locked(&self) -> MutexGuard<'_, WriterQueueState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

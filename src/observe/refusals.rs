@@ -14,11 +14,12 @@
 //! **No secret.** A client's name, or other text from it, may be a key: text that looks like one is not
 //! kept ([`key::may_hold_key`]). For an unknown key only its [`KeyShape`] is kept.
 
+use parking_lot::Mutex;
 use std::fmt::{self, Write};
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
 
 use super::metrics::Metrics;
@@ -175,14 +176,10 @@ impl Refusals {
         let hash = self.hash.hash_one(source);
         let place = self.hash.hash_one(address.map(source_of)) % REFUSALS_SHARDS as u64;
         let place = usize::try_from(place).expect("less than REFUSALS_SHARDS");
-        let mut shard = match self.shards[place].try_lock() {
-            Ok(shard) => shard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            // A refusal must stay cheap in a flood, so nobody waits for the lock.
-            Err(TryLockError::WouldBlock) => {
-                self.unlisted.fetch_add(1, Ordering::Relaxed);
-                return;
-            }
+        // A refusal must stay cheap in a flood, so nobody waits for the lock.
+        let Some(mut shard) = self.shards[place].try_lock() else {
+            self.unlisted.fetch_add(1, Ordering::Relaxed);
+            return;
         };
         let entry = shard.entry_or_replace(hash, || RefusalEntry {
             transport,
@@ -221,7 +218,7 @@ impl Refusals {
     pub fn newest(&self, filter: &RefusalFilter, count_max: usize) -> Vec<RefusalEntry> {
         let mut found = Vec::new();
         for shard in &self.shards {
-            let shard = shard.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let shard = shard.lock();
             found.extend(shard.entries.iter().filter(|entry| filter.matches(entry)).cloned());
         }
         found.sort_by_key(|entry| std::cmp::Reverse(entry.last_at));

@@ -4,8 +4,8 @@
 //! as one; by chance that happens to one in about 10¹⁴ pairs. A topic that was let in stays: to count
 //! anew, set the limit again. The set is empty when the gateway starts.
 
+use parking_lot::Mutex;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Mutex, PoisonError};
 
 /// The set of topics that were seen.
 #[derive(Debug, Default)]
@@ -23,7 +23,7 @@ impl SeenTopics {
         if self.seen.pin().contains(&hash) {
             return true;
         }
-        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let _adding = self.adding.lock();
         let seen = self.seen.pin();
         let fits = (seen.len() as u64) < max || seen.contains(&hash);
         if fits {

@@ -1,8 +1,9 @@
 //! A connection to a NATS server or cluster. It connects in the background and reconnects by itself, so that
 //! an absent NATS is a transient state to its users. [`Nats::trouble`] says why NATS is absent.
 
+use parking_lot::Mutex;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event};
@@ -154,7 +155,7 @@ impl Nats {
 
     /// What keeps NATS away, while it is away.
     pub fn trouble(&self) -> Option<String> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.trouble.lock().clone()
     }
 }
 
@@ -169,7 +170,7 @@ pub fn without_credentials(address: &str) -> String {
 
 /// Records and logs an event of the connection. A loss is logged once, not at every attempt to reconnect.
 fn note_connection_event(event: &Event, servers: &str, seen: &Mutex<Option<String>>) {
-    let mut trouble = seen.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut trouble = seen.lock();
     match event {
         Event::Connected => {
             info!(servers, "connected to NATS");

@@ -10,9 +10,9 @@
 //! on a bare carriage return in a header. The ingress then connects again, and the rest of the gateway is not
 //! affected.
 
+use parking_lot::Mutex;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -87,7 +87,7 @@ impl Ingress {
     }
 
     fn nats(&self) -> Nats {
-        self.nats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.nats.lock().clone()
     }
 
     /// Hands everything that is published to the subject to `inlet` until `stop` resolves. Then it receives
@@ -106,7 +106,7 @@ impl Ingress {
                 () = &mut stop => return,
             }
             match Nats::connect(&self.connection).await {
-                Ok(nats) => *self.nats.lock().unwrap_or_else(PoisonError::into_inner) = nats,
+                Ok(nats) => *self.nats.lock() = nats,
                 Err(error) => warn!(%error, "cannot connect to NATS"),
             }
         }

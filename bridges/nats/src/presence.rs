@@ -7,8 +7,9 @@
 //! A node that has lost NATS neither hears the others nor is heard. Whatever it must not do without the
 //! others has to depend on NATS itself.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -64,7 +65,7 @@ struct OtherNodes {
 
 impl OtherNodes {
     fn nodes(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.nodes.lock()
     }
 
     /// When the node counts as gone unless it is heard again; `None` if it is gone already.
@@ -210,7 +211,7 @@ impl Presence {
                 });
             }
         });
-        self.served.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
+        self.served.lock().push(task.abort_handle());
         Ok(())
     }
 
@@ -226,7 +227,7 @@ impl Presence {
 
     fn stop(&self) {
         self.task.abort();
-        for served in self.served.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for served in self.served.lock().drain(..) {
             served.abort();
         }
     }

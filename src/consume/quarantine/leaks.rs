@@ -10,8 +10,9 @@
 //! earlier rows withhold. A change is on the disk before it takes effect in memory, so that nothing that
 //! was reported as withheld is handed out after a crash.
 
+use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use rusqlite::{Connection, params};
 use tokio::runtime::Handle;
@@ -173,7 +174,7 @@ impl QuarantineLeakRules {
             }
             LeakRuleStore::File { path, connection } => (path, connection),
         };
-        let connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let connection = connection.lock();
         if withheld.version() >= LEAK_CHANGES_MAX {
             return Err(LeakError::TooMany);
         }

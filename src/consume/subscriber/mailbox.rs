@@ -3,8 +3,9 @@
 //! It is bounded. A subscriber that does not empty it in time falls behind: the router puts nothing more
 //! in, and the subscriber continues from the log (see [`super::feed`]).
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
@@ -137,6 +138,6 @@ impl Mailbox {
     }
 
     fn state(&self) -> MutexGuard<'_, MailboxState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }

@@ -5,9 +5,10 @@
 //! first, with one look-up per datasource in the batch. The records that match a filter are collected
 //! once, however many subscribers have that filter.
 
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tracing::error;
@@ -65,7 +66,7 @@ struct FilterInterest {
 
 impl RouterState {
     fn routes(&self) -> RwLockReadGuard<'_, RoutingTable> {
-        self.routes.read().unwrap_or_else(PoisonError::into_inner)
+        self.routes.read()
     }
 
     /// Marks the batch as routed. The thread and the log's writer may both do so for one batch.
@@ -75,7 +76,7 @@ impl RouterState {
     }
 
     fn routes_mut(&self) -> RwLockWriteGuard<'_, RoutingTable> {
-        self.routes.write().unwrap_or_else(PoisonError::into_inner)
+        self.routes.write()
     }
 }
 
@@ -108,7 +109,7 @@ impl Router {
         let Some(owner) = router.upgrade() else { return };
         let shared = &owner.shared;
         // `try_read`: the log's writer must not wait here.
-        if let Ok(routes) = shared.routes.try_read()
+        if let Some(routes) = shared.routes.try_read()
             && shared.routed.load(Ordering::SeqCst) == batch.first_offset()
             && (routes.by_filter.is_empty()
                 || batch

@@ -1,7 +1,7 @@
 //! Limits of keys and datasources over HTTP: setting them, and the headers that say how much of a rate is
 //! used.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -44,7 +44,7 @@ pub(super) async fn patch_datasource_limits(
     let LimitsPatch { limits: patch } = shared.read_json(request).await?;
     let actor = caller.actor();
     let changed = run_blocking(move || {
-        let _one_at_a_time = shared.limiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = shared.limiting.lock();
         let datasource = shared.datasource(id.as_str())?;
         let limits = current_limits(&datasource.limits).patched(&patch)?;
         let old = meters(&datasource.limits, || LimitOwner::Datasource(id.clone()));
@@ -73,7 +73,7 @@ pub(super) async fn patch_key_limits(
             Problem::new(ProblemKind::NotFound, format!("There is no key {key_id} here."))
                 .with_cause("no_key_id")
         };
-        let _one_at_a_time = shared.limiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = shared.limiting.lock();
         let key = shared.registry().key(&datasource, key_id).ok_or_else(no_key)?;
         let limits = current_limits(&key.limits).patched(&patch)?;
         let old = meters(&key.limits, || LimitOwner::Key(key_id));

@@ -4,7 +4,8 @@
 //! Behind a proxy, one connection may carry the requests of many clients. Those connect again, as HTTP
 //! clients do whenever a server closes.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::Arc;
 
 use crate::auth::Key;
 use crate::auth::connections::{ConnectionControl, KeyConnectionGuard};
@@ -55,6 +56,6 @@ impl PresentedKeys {
     }
 
     fn keys(&self) -> MutexGuard<'_, Vec<(KeyId, KeyConnectionGuard)>> {
-        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+        self.keys.lock()
     }
 }

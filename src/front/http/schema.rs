@@ -1,7 +1,7 @@
 //! The schemas of a datasource: sets and reads those that are enforced, and proposes schemas inferred from
 //! stored records. A key that may read records may read both; setting needs an admin key.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -68,7 +68,7 @@ pub(super) async fn set(
     };
     let actor = caller.actor();
     run_blocking(move || {
-        let _one_at_a_time = shared.setting_schemas.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = shared.setting_schemas.lock();
         let rules = replacement_rules(&datasource, written)?;
         store_rules(shared.registry(), &actor, &datasource, &rules)?;
         #[derive(Serialize)]

@@ -7,7 +7,6 @@
 //! draft durable; the answers to one draft leave in one write.
 
 mod acks;
-pub mod codec;
 mod connection;
 mod credentials;
 mod delivery;
@@ -30,6 +29,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+pub use headgate_format::codec;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};

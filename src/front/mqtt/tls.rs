@@ -6,9 +6,10 @@
 //! Invalid files (a half-written file, a key that belongs to the next certificate) are reported once,
 //! and the old certificate stays in service.
 
+use parking_lot::RwLock;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::crypto::CryptoProvider;
@@ -64,7 +65,7 @@ impl Tls {
 
     /// Performs the handshake with a client, with the certificate that is now in service.
     pub(super) async fn accept(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        let config = self.in_service.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let config = self.in_service.read().clone();
         TlsAcceptor::from(config).accept(tcp).await
     }
 
@@ -89,7 +90,7 @@ impl Tls {
         }
         match files.and_then(|files| server_config(&self.settings, &files)) {
             Ok(config) => {
-                *self.in_service.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+                *self.in_service.write() = Arc::new(config);
                 info!(certificate = %self.settings.certificate.display(), "a new TLS certificate is in service");
             }
             Err(error) => {

@@ -7,9 +7,10 @@
 //! as well. While NATS is away no connection can be ended. So after an absence, and at every start, the
 //! gateway checks all connections once NATS is back.
 
+use parking_lot::Mutex;
 use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt};
@@ -34,7 +35,7 @@ impl RecentNatsConnections {
     /// Remembers a connection. Must be called before its server hears that it is admitted.
     pub(super) fn remember(&self, key: KeyId, connection: NatsClientConnection) {
         let now = Instant::now();
-        let mut let_in = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut let_in = self.0.lock();
         while let_in.len() >= NATS_LET_IN_CLIENTS_MAX
             || let_in.front().is_some_and(|(at, ..)| now.duration_since(*at) > NATS_LET_IN_AGE_MAX)
         {
@@ -44,7 +45,7 @@ impl RecentNatsConnections {
     }
 
     fn connections_of(&self, keys: &HashSet<KeyId>) -> Vec<NatsClientConnection> {
-        let let_in = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let let_in = self.0.lock();
         let of_keys = let_in.iter().filter(|(_, key, _)| keys.contains(key));
         of_keys.map(|(_, _, connection)| connection.clone()).collect()
     }

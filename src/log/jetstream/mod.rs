@@ -34,8 +34,9 @@ mod read;
 mod retention;
 mod share;
 
+use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use headgate_bridge_nats::stream::{JetstreamSettings, StreamState};
@@ -134,7 +135,7 @@ impl JetstreamLogShared {
             return;
         }
         trouble_of.any.store(trouble.is_some(), Ordering::Release);
-        let mut current = trouble_of.of_append.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = trouble_of.of_append.lock();
         if *current != trouble {
             match &trouble {
                 Some(trouble) => warn!(trouble, "the log takes no records; clients are held back"),
@@ -236,7 +237,7 @@ async fn watch_stream_state(shared: Arc<JetstreamLogShared>) {
             }
             Err(error) => Some(error.to_string()),
         };
-        *shared.trouble.of_stream.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+        *shared.trouble.of_stream.lock() = trouble;
     }
 }
 
@@ -385,13 +386,13 @@ impl Log for JetstreamLog {
 
     fn trouble(&self) -> Option<String> {
         let trouble = &self.shared.trouble;
-        let of = |what: &Mutex<Option<String>>| what.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let of = |what: &Mutex<Option<String>>| what.lock().clone();
         let nats = self.shared.stream.nats().trouble().or_else(|| self.shared.following.trouble());
         nats.or_else(|| of(&trouble.of_stream)).or_else(|| of(&trouble.of_append))
     }
 
     fn close(&self) -> LogFuture<'_, ()> {
-        let appender = self.appender.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let appender = self.appender.lock().take();
         let _ = self.commands.send(AppenderCommand::Close);
         Box::pin(async move {
             if let Some(appender) = appender
@@ -409,7 +410,7 @@ impl Drop for JetstreamLog {
     fn drop(&mut self) {
         self.follower.abort();
         self.others.iter().for_each(JoinHandle::abort);
-        if let Some(appender) = self.appender.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(appender) = self.appender.get_mut().take() {
             appender.abort();
         }
     }

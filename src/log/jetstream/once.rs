@@ -10,8 +10,9 @@
 //! them, because one may be repeated. So a row older than [`GENERATION_FRESH_MAX`] is rewritten when its generation is
 //! used. A row stays for a window and [`GENERATION_GRACE`] more.
 
+use parking_lot::RwLock;
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -115,7 +116,7 @@ impl ExchangeGenerations {
 
     /// The generation of an exchange, if it has one.
     pub(super) fn generation(&self, id: OnceId) -> Option<Generation> {
-        self.known.read().unwrap_or_else(PoisonError::into_inner).get(&id).copied()
+        self.known.read().get(&id).copied()
     }
 
     /// Ends exchanges: once answered, their ids belong to new messages.
@@ -153,7 +154,7 @@ impl Drop for ExchangeGenerations {
 
 /// Applies an update of the bucket.
 fn apply_update(known: &RwLock<HashMap<OnceId, Generation>>, update: KvUpdate) {
-    let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+    let mut known = known.write();
     if update.all {
         known.clear();
     }
@@ -232,7 +233,7 @@ async fn write_releases(
             match bucket.put_all(&puts, None).await {
                 Ok(last) => {
                     let first = last + 1 - rows.len() as KvRevision;
-                    let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+                    let mut known = known.write();
                     for ((id, generation), revision) in rows.iter().zip(first..) {
                         if known.get(id).is_none_or(|newer| newer.revision < revision) {
                             known.insert(*id, Generation { revision, ..*generation });
@@ -269,7 +270,7 @@ async fn rewrite_row(
     let put = KvPut { key: id.to_hex(), value: Some(fresh.encode()), expected: Some(generation.revision) };
     match bucket.put_all(&[put], None).await {
         Ok(revision) => {
-            let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+            let mut known = known.write();
             if known.get(&id).is_none_or(|newer| newer.revision < revision) {
                 known.insert(id, Generation { revision, ..fresh });
             }

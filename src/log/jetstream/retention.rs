@@ -3,8 +3,9 @@
 //! that are over the age or the size and below all cursors. A node that has published nothing for a day
 //! no longer counts.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use headgate_bridge_nats::kv::KvPut;
@@ -38,7 +39,7 @@ async fn watch_cursors(bucket: KvBucket, cursors: Arc<Mutex<Option<NodeCursors>>
     let mut watch = bucket.watch();
     loop {
         let update = watch.next().await;
-        let mut cursors = cursors.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cursors = cursors.lock();
         if update.all {
             *cursors = None;
         }
@@ -103,12 +104,10 @@ impl StreamRetention {
             }
             // This node's row may not have come back yet, so its own value counts.
             let own = self.said.map_or(0, |(cursor, _)| cursor);
-            let held = cursors.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(
-                |cursors: &NodeCursors| {
-                    let others = cursors.iter().filter(|(node, _)| **node != self.node);
-                    others.map(|(_, cursor)| *cursor).chain([own]).min().unwrap_or(0)
-                },
-            );
+            let held = cursors.lock().as_ref().map(|cursors: &NodeCursors| {
+                let others = cursors.iter().filter(|(node, _)| **node != self.node);
+                others.map(|(_, cursor)| *cursor).chain([own]).min().unwrap_or(0)
+            });
             if let Some(held) = held
                 && let Err(error) = self.remove_expired(held).await
             {

@@ -5,8 +5,8 @@ use bytes::BytesMut;
 use rmqtt_codec::{v3, v5};
 use tokio_util::codec::Decoder;
 
-use crate::codec::properties::{Properties, Value};
-use crate::codec::{Frame, Packet, Publish, Reason, Version};
+use headgate_format::codec::properties::{Properties, Value};
+use headgate_format::codec::{Frame, Packet, Publish, Reason, Version};
 
 const BYTES_MAX: usize = 1 << 16;
 

@@ -1,8 +1,9 @@
 //! The service that answers auth callout. It takes requests from a queue group, so that any number of
 //! gateways share them, lets the authorizer decide, and sends the signed answer.
 
+use parking_lot::Mutex;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_nats::Message;
@@ -152,7 +153,7 @@ impl CalloutService {
 
     /// Warns, at most every ten seconds, about an unreadable request, without its content.
     fn complain(&self, error: CalloutRequestError) {
-        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.complained.lock();
         if last.is_none_or(|at| at.elapsed() >= CALLOUT_COMPLAINT_INTERVAL) {
             *last = Some(Instant::now());
             warn!(%error, "auth callout: a request cannot be answered");

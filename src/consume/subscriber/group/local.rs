@@ -4,11 +4,12 @@
 //! wait take turns. Records that a member took and did not acknowledge before its connection ended go to
 //! another.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker, ready};
 
 use tokio::task::JoinHandle;
@@ -71,7 +72,7 @@ struct WaitingMembers {
 
 impl MemberTurns {
     fn locked(&self) -> MutexGuard<'_, WaitingMembers> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     fn wait(&self, member: u64, waker: &Waker) {
@@ -166,7 +167,7 @@ impl LocalShareGroups {
     }
 
     fn locked(&self) -> MutexGuard<'_, HashMap<ShareGroupKey, LocalShareGroupEntry>> {
-        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+        self.groups.lock()
     }
 }
 
@@ -185,7 +186,7 @@ impl LocalShareGroup {
     }
 
     fn state(&self) -> MutexGuard<'_, LocalShareGroupState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -6,9 +6,10 @@
 //! costs a bounded part of the time and each topic is written once per transaction. A caller that waits
 //! for an offset makes the thread write at once. `consume/follower.rs` runs the thread.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -289,7 +290,7 @@ impl RetainedFollower {
         if sync {
             self.synced_at = Some(Instant::now());
             self.durable = Some(next);
-            self.shared.consumed.lock().unwrap_or_else(PoisonError::into_inner)(next);
+            self.shared.consumed.lock()(next);
         }
         Ok(())
     }

@@ -4,8 +4,8 @@
 //! one look-up, `a/b/#` is the topic `a/b` and every topic that begins with `a/b/`. Within a range topics
 //! are matched by name, and no page scans more than [`QUERY_SCANNED_MAX`] of them.
 
+use parking_lot::Mutex;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rusqlite::types::{ToSqlOutput, ValueRef};
@@ -52,7 +52,7 @@ impl RetainedReaders {
     }
 
     fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = self.idle.lock().pop();
         let mut connection = match idle {
             Some(connection) => connection,
             None => self.open()?,
@@ -61,7 +61,7 @@ impl RetainedReaders {
             let transaction = connection.transaction()?;
             read(&transaction)?
         };
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle.lock();
         if idle.len() < QUERIES_MAX {
             idle.push(connection);
         }

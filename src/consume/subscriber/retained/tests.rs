@@ -1,7 +1,8 @@
 //! Retained messages with a real log: what is kept, what is found, and what a kill leaves.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use rusqlite::Connection;
@@ -323,7 +324,7 @@ async fn a_stop_leaves_the_cursor_at_the_end_and_everything_in_one_file() {
     let log = open_log(dir.path());
     let durable: Arc<Mutex<Vec<Offset>>> = Arc::default();
     let noted = durable.clone();
-    let consumed = move |offset| noted.lock().expect("not poisoned").push(offset);
+    let consumed = move |offset| noted.lock().push(offset);
     let retained = RetainedStore::start(dir.path(), log.clone(), consumed).expect("starts");
     append(&log, [("press-4", "a", &b"1"[..], RETAIN)]).await;
     caught_up(&retained, &log).await;
@@ -331,7 +332,7 @@ async fn a_stop_leaves_the_cursor_at_the_end_and_everything_in_one_file() {
         append(&log, [("press-4", "a", &b"2"[..], PLAIN)]).await;
     }
     retained.stop(Instant::now() + DEADLINE).await;
-    let durable = durable.lock().expect("not poisoned").clone();
+    let durable = durable.lock().clone();
     assert_eq!(durable.last(), Some(&51));
     assert!(durable.is_sorted() && durable.len() < 20, "{durable:?}");
     let copy = directory();

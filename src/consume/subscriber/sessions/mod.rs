@@ -12,9 +12,10 @@
 //!
 //! In a cluster the [`bucket`] of all nodes replaces the database.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use headgate_bridge_nats::Cells;
@@ -281,7 +282,7 @@ fn thread_error(dir: &Path, error: &std::io::Error) -> DatabaseError {
 
 impl SessionStoreState {
     fn trouble(&self) -> MutexGuard<'_, Option<String>> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+        self.trouble.lock()
     }
 
     /// Notes an error, or its end, and logs it when it has changed.

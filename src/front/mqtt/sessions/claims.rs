@@ -7,10 +7,11 @@
 //! makes only later ones, whatever its clock says, so a client that connects again after an answer
 //! always has the later claim.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -148,7 +149,7 @@ impl Sessions {
         if let Err(error) = served.await {
             warn!(%error, "other nodes cannot claim clients of this node");
         }
-        let lost = claims.lost.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let lost = claims.lost.lock().take();
         let Some(mut lost) = lost else { return };
         while let Some(lost) = lost.recv().await {
             self.give_up_lost(lost);
@@ -229,8 +230,7 @@ impl Sessions {
             return encode_claim(&ClaimAnswer::Nothing);
         };
         claims.latest.fetch_max(claim.at.time, Ordering::AcqRel);
-        let answering =
-            claims.answered.lock().unwrap_or_else(PoisonError::into_inner).answer_cell(claim.clone());
+        let answering = claims.answered.lock().answer_cell(claim.clone());
         answering.get_or_init(|| async { encode_claim(&self.release_client(&claim).await) }).await.clone()
     }
 

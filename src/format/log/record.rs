@@ -10,16 +10,16 @@ use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transpor
 /// What the records of a section share, as the log stores it.
 #[derive(Serialize, Deserialize)]
 pub(super) struct SectionHead<'a> {
-    pub(super) datasource: &'a str,
-    pub(super) key_id: KeyId,
-    pub(super) transport: Transport,
-    pub(super) publisher: u64,
-    pub(super) received_at: TimeMicros,
+    pub datasource: &'a str,
+    pub key_id: KeyId,
+    pub transport: Transport,
+    pub publisher: u64,
+    pub received_at: TimeMicros,
     /// The ids under which the section is kept once, one after the other; usually none.
     #[serde(borrow, with = "serde_bytes")]
-    pub(super) once: &'a [u8],
-    pub(super) records: u32,
-    pub(super) bytes: u32,
+    pub once: &'a [u8],
+    pub records: u32,
+    pub bytes: u32,
 }
 
 /// The head in version 1 of the format.
@@ -56,16 +56,16 @@ impl<'a> SectionHead<'a> {
 /// One record, as the log stores it.
 #[derive(Serialize, Deserialize)]
 pub(super) struct RecordBody<'a> {
-    pub(super) flags: RecordFlags,
-    pub(super) topic: &'a str,
-    pub(super) content_type: &'a str,
+    pub flags: RecordFlags,
+    pub topic: &'a str,
+    pub content_type: &'a str,
     #[serde(borrow, with = "serde_bytes")]
-    pub(super) properties: &'a [u8],
+    pub properties: &'a [u8],
     #[serde(borrow, with = "serde_bytes")]
-    pub(super) payload: &'a [u8],
+    pub payload: &'a [u8],
     /// Encoded after the other fields, and only if the flags say so.
     #[serde(skip)]
-    pub(super) note: &'a [u8],
+    pub note: &'a [u8],
 }
 
 impl<'a> RecordBody<'a> {

@@ -4,52 +4,52 @@ use super::Violation;
 
 /// A position in a packet's body.
 #[derive(Clone)]
-pub(super) struct PacketReader<'a> {
+pub struct PacketReader<'a> {
     rest: &'a [u8],
 }
 
 const CUT_SHORT: Violation = Violation::malformed("the packet ends before its content does");
 
 impl<'a> PacketReader<'a> {
-    pub(super) fn new(body: &'a [u8]) -> Self {
+    pub fn new(body: &'a [u8]) -> Self {
         Self { rest: body }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.rest.is_empty()
     }
 
     /// The bytes that are left.
-    pub(super) fn rest(&self) -> &'a [u8] {
+    pub fn rest(&self) -> &'a [u8] {
         self.rest
     }
 
-    pub(super) fn bytes(&mut self, n: usize) -> Result<&'a [u8], Violation> {
+    pub fn bytes(&mut self, n: usize) -> Result<&'a [u8], Violation> {
         let (bytes, rest) = self.rest.split_at_checked(n).ok_or(CUT_SHORT)?;
         self.rest = rest;
         Ok(bytes)
     }
 
-    pub(super) fn u8(&mut self) -> Result<u8, Violation> {
+    pub fn u8(&mut self) -> Result<u8, Violation> {
         let (&byte, rest) = self.rest.split_first().ok_or(CUT_SHORT)?;
         self.rest = rest;
         Ok(byte)
     }
 
-    pub(super) fn u16(&mut self) -> Result<u16, Violation> {
+    pub fn u16(&mut self) -> Result<u16, Violation> {
         let (bytes, rest) = self.rest.split_first_chunk().ok_or(CUT_SHORT)?;
         self.rest = rest;
         Ok(u16::from_be_bytes(*bytes))
     }
 
-    pub(super) fn u32(&mut self) -> Result<u32, Violation> {
+    pub fn u32(&mut self) -> Result<u32, Violation> {
         let (bytes, rest) = self.rest.split_first_chunk().ok_or(CUT_SHORT)?;
         self.rest = rest;
         Ok(u32::from_be_bytes(*bytes))
     }
 
     /// A packet identifier, which is never 0.
-    pub(super) fn packet_id(&mut self) -> Result<u16, Violation> {
+    pub fn packet_id(&mut self) -> Result<u16, Violation> {
         match self.u16()? {
             0 => Err(Violation::malformed("a packet identifier cannot be 0")),
             id => Ok(id),
@@ -57,7 +57,7 @@ impl<'a> PacketReader<'a> {
     }
 
     /// A variable byte integer, which must take no more bytes than it needs (section 1.5.5).
-    pub(super) fn varint(&mut self) -> Result<u32, Violation> {
+    pub fn varint(&mut self) -> Result<u32, Violation> {
         let mut value = 0;
         for i in 0..4 {
             let byte = self.u8()?;
@@ -75,13 +75,13 @@ impl<'a> PacketReader<'a> {
     }
 
     /// Length-prefixed binary data.
-    pub(super) fn binary(&mut self) -> Result<&'a [u8], Violation> {
+    pub fn binary(&mut self) -> Result<&'a [u8], Violation> {
         let n = self.u16()?;
         self.bytes(usize::from(n))
     }
 
     /// Length-prefixed text: UTF-8 without U+0000 (section 1.5.4).
-    pub(super) fn text(&mut self) -> Result<&'a str, Violation> {
+    pub fn text(&mut self) -> Result<&'a str, Violation> {
         let bytes = self.binary()?;
         if bytes.contains(&0) {
             return Err(Violation::malformed("a text holds the character U+0000"));
@@ -90,7 +90,7 @@ impl<'a> PacketReader<'a> {
     }
 
     /// Checks that the packet ends here.
-    pub(super) fn expect_end(&self) -> Result<(), Violation> {
+    pub fn expect_end(&self) -> Result<(), Violation> {
         if self.rest.is_empty() {
             Ok(())
         } else {

@@ -12,8 +12,9 @@ mod member;
 
 pub(super) use member::ClusterShareMember;
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -59,7 +60,7 @@ struct LocalMemberCounts(Mutex<HashMap<String, usize>>);
 
 impl LocalMemberCounts {
     fn locked(&self) -> MutexGuard<'_, HashMap<String, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     fn has_members(&self, group: &str) -> bool {

@@ -1,5 +1,5 @@
 //! Every fixed bound, with the unit last in its name. Bounds that an operator may change are in
-//! [`crate::config`], which takes its defaults from here.
+//! the gateway's `config`, which takes its defaults from here.
 
 /// A datasource's id, in bytes (all ASCII).
 pub const DATASOURCE_ID_BYTES_MAX: usize = 63;

@@ -44,7 +44,7 @@ pub struct ConnectWill<'a> {
 
 impl<'a> ConnectPacket<'a> {
     /// Decodes a CONNECT's body. An error comes with the packet's version, if it is known by then.
-    pub(super) fn decode(body: &'a [u8]) -> Result<Self, (Option<MqttVersion>, Violation)> {
+    pub fn decode(body: &'a [u8]) -> Result<Self, (Option<MqttVersion>, Violation)> {
         let mut reader = PacketReader::new(body);
         let (version, flags) = read_version(&mut reader)?;
         Self::decode_after_version(reader, version, flags).map_err(|violation| (Some(version), violation))

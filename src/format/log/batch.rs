@@ -22,12 +22,12 @@ pub struct Batch {
 
 impl Batch {
     /// A batch whose body this process has just encoded.
-    pub(super) fn encoded(flags: FrameFlags, first_offset: Offset, records: u32, body: Bytes) -> Self {
+    pub fn encoded(flags: FrameFlags, first_offset: Offset, records: u32, body: Bytes) -> Self {
         Self { version: LogFormatVersion::NEWEST, flags, first_offset, records, body }
     }
 
     /// A batch of the records of these sections.
-    pub(super) fn gather(first_offset: Offset, sections: &[Section]) -> Self {
+    pub fn gather(first_offset: Offset, sections: &[Section]) -> Self {
         let mut flags = FrameFlags::default();
         if sections.iter().any(Section::has_retained) {
             flags = flags.with(FrameFlags::RETAINED);
@@ -42,13 +42,13 @@ impl Batch {
     }
 
     /// A batch without records. It tells a reader that there are none below `offset`.
-    pub(super) fn nothing_below(offset: Offset) -> Self {
+    pub fn nothing_below(offset: Offset) -> Self {
         Self::gather(offset, &[])
     }
 
     /// A batch whose body comes from a disk. Checks every length in it, so that reading its
     /// records cannot fail later. `None` if Headgate did not write this body.
-    pub(super) fn check(
+    pub fn check(
         version: LogFormatVersion,
         flags: FrameFlags,
         first_offset: Offset,
@@ -134,7 +134,7 @@ impl Batch {
     }
 
     /// The ids that this batch keeps and releases, if it has a once part.
-    pub(super) fn once(&self) -> Option<OncePart<'_>> {
+    pub fn once(&self) -> Option<OncePart<'_>> {
         self.flags.contains(FrameFlags::ONCE).then(|| {
             let mut sections = self.heads();
             while sections.left > 0 {
@@ -193,7 +193,7 @@ impl<'a> SectionRef<'a> {
     }
 
     /// The ids under which it is kept once.
-    pub(super) fn once(&self) -> impl Iterator<Item = OnceId> + use<'a> {
+    pub fn once(&self) -> impl Iterator<Item = OnceId> + use<'a> {
         OnceId::parse_all(self.head.once)
     }
 

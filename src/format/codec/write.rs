@@ -249,7 +249,8 @@ pub fn text_property(to: &mut Vec<u8>, id: u8, text: &str) {
     to.extend_from_slice(bytes);
 }
 
-pub(super) fn varint_bytes(value: usize) -> usize {
+/// How many bytes `value` takes as a variable byte integer (MQTT 5 section 1.5.5).
+pub fn varint_bytes(value: usize) -> usize {
     match value {
         0..0x80 => 1,
         0x80..0x4000 => 2,

@@ -68,7 +68,7 @@ impl Section {
     }
 
     /// The ids under which it is kept once.
-    pub(super) fn once(&self) -> impl Iterator<Item = OnceId> {
+    pub fn once(&self) -> impl Iterator<Item = OnceId> {
         OnceId::parse_all(&self.once)
     }
 
@@ -117,13 +117,13 @@ impl Section {
     }
 
     /// An empty section of the same origin with a lease that never ends: its records are in the log.
-    pub(super) fn without_records(&self) -> Self {
+    pub fn without_records(&self) -> Self {
         let Self { datasource, key_id, transport, publisher, received_at, .. } = self;
         Self::new(datasource.clone(), *key_id, Lease::new(), *transport, *publisher, *received_at)
     }
 
     /// Whether the messages of `other` could be in this section.
-    pub(super) fn has_origin_of(&self, other: &Self) -> bool {
+    pub fn has_origin_of(&self, other: &Self) -> bool {
         self.received_at == other.received_at
             && self.key_id == other.key_id
             && self.publisher == other.publisher
@@ -132,7 +132,7 @@ impl Section {
     }
 
     /// Adds a copy of a message from another section. Returns its encoded size in bytes.
-    pub(super) fn push_copy(&mut self, record: RecordRef<'_>) -> usize {
+    pub fn push_copy(&mut self, record: RecordRef<'_>) -> usize {
         let before = self.bytes.len();
         let RecordRef { topic, payload, content_type, properties, flags, note, .. } = record;
         match flags.has_note() {
@@ -148,7 +148,7 @@ impl Section {
     }
 
     /// Whether one of its messages has a note.
-    pub(super) fn has_notes(&self) -> bool {
+    pub fn has_notes(&self) -> bool {
         self.noted
     }
 
@@ -163,12 +163,12 @@ impl Section {
     }
 
     /// Whether one of them is to be retained.
-    pub(super) fn has_retained(&self) -> bool {
+    pub fn has_retained(&self) -> bool {
         self.retained
     }
 
     /// The position where each of its records begins, for [`Section::record`].
-    pub(super) fn places(&self) -> Vec<u32> {
+    pub fn places(&self) -> Vec<u32> {
         let mut rest = &self.bytes[..];
         let place = |_| {
             let at = self.bytes.len() - rest.len();
@@ -179,7 +179,7 @@ impl Section {
     }
 
     /// The record at a place; it has no offset yet.
-    pub(super) fn record(&self, place: u32) -> RecordRef<'_> {
+    pub fn record(&self, place: u32) -> RecordRef<'_> {
         let (record, _) = RecordBody::take(&self.bytes[place as usize..]).expect(ENCODED);
         record_of(&self.head(), record, 0)
     }
@@ -207,7 +207,7 @@ const ENCODED: &str = "the section has encoded it itself";
 
 /// Writes the body of a batch without the once part: the number of sections, their heads, their
 /// records.
-pub(super) fn put_body(sections: &[&Section], to: &mut Vec<u8>) {
+pub fn put_body(sections: &[&Section], to: &mut Vec<u8>) {
     put_postcard(&sections.len(), to);
     for section in sections {
         put_postcard(&section.head(), to);

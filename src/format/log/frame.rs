@@ -5,71 +5,80 @@ use crate::limits::IN_FLIGHT_BYTES_MAX;
 use crate::message::{Offset, TimeMicros};
 
 /// Bytes of a frame's header.
-pub(super) const FRAME_HEADER_BYTES: usize = 36;
+pub const FRAME_HEADER_BYTES: usize = 36;
 /// The first bytes of every frame, in every version.
-pub(super) const FRAME_MAGIC: [u8; 4] = *b"HGf1";
+pub const FRAME_MAGIC: [u8; 4] = *b"HGf1";
 /// This log writes no larger body: a header that claims more is not a frame's.
 const BODY_BYTES_MAX: usize = 2 * IN_FLIGHT_BYTES_MAX + (1 << 20);
 
 /// A version of the format on disk. Each segment has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum LogFormatVersion {
+pub enum LogFormatVersion {
+    /// Without publishers and ids. It is read, and no longer written.
     V1 = 1,
+    /// What is written.
     V2 = 2,
 }
 
 impl LogFormatVersion {
     /// The version of new segments.
-    pub(super) const NEWEST: LogFormatVersion = LogFormatVersion::V2;
+    pub const NEWEST: LogFormatVersion = LogFormatVersion::V2;
 
-    pub(super) fn from_bytes(bytes: [u8; 2]) -> Option<Self> {
+    /// The version that a segment's header names, if it is a known one.
+    pub fn from_bytes(bytes: [u8; 2]) -> Option<Self> {
         [LogFormatVersion::V1, LogFormatVersion::V2].into_iter().find(|version| version.to_bytes() == bytes)
     }
 
-    pub(super) fn to_bytes(self) -> [u8; 2] {
+    /// The version as a segment's header has it.
+    pub fn to_bytes(self) -> [u8; 2] {
         (self as u16).to_le_bytes()
     }
 }
 
 /// What a frame's header says about its contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct FrameFlags(u32);
+pub struct FrameFlags(u32);
 
 impl FrameFlags {
     /// A record has [`RecordFlags::RETAIN`](crate::message::RecordFlags::RETAIN).
-    pub(super) const RETAINED: FrameFlags = FrameFlags(1);
+    pub const RETAINED: FrameFlags = FrameFlags(1);
     /// Behind the records is a [`Once`](super::once::OncePart).
-    pub(super) const ONCE: FrameFlags = FrameFlags(2);
+    pub const ONCE: FrameFlags = FrameFlags(2);
     /// A record has a note.
-    pub(super) const NOTED: FrameFlags = FrameFlags(4);
+    pub const NOTED: FrameFlags = FrameFlags(4);
     /// All flags of this version.
     const KNOWN: FrameFlags = Self::RETAINED.with(Self::ONCE).with(Self::NOTED);
 
-    pub(super) const fn with(self, other: FrameFlags) -> Self {
+    /// Both sets of flags together.
+    pub const fn with(self, other: FrameFlags) -> Self {
         Self(self.0 | other.0)
     }
 
-    pub(super) fn contains(self, other: FrameFlags) -> bool {
+    /// Whether all flags of `other` are among these.
+    pub fn contains(self, other: FrameFlags) -> bool {
         self.0 & other.0 == other.0
     }
 }
 
 /// A frame's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct FrameHeader {
-    pub(super) body_bytes: u32,
+pub struct FrameHeader {
+    /// The length of the body.
+    pub body_bytes: u32,
     /// The checksum of the whole frame, see [`frame_crc`].
-    pub(super) crc: u32,
-    pub(super) records: u32,
-    pub(super) first_offset: Offset,
+    pub crc: u32,
+    /// How many records are in the body.
+    pub records: u32,
+    /// The first record's offset, or the next one of the log if there are no records.
+    pub first_offset: Offset,
     /// The newest `received_at` of this and all earlier frames.
-    pub(super) time_max: TimeMicros,
+    pub time_max: TimeMicros,
     flags: FrameFlags,
 }
 
 impl FrameHeader {
     /// Reads a header. `None` if the bytes are too few or not a header.
-    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; FRAME_HEADER_BYTES] = bytes.get(..FRAME_HEADER_BYTES)?.try_into().ok()?;
         let (magic, rest) = bytes.split_first_chunk::<4>()?;
         let (body_bytes, rest) = rest.split_first_chunk::<4>()?;
@@ -90,21 +99,22 @@ impl FrameHeader {
     }
 
     /// Header and body, in bytes.
-    pub(super) fn frame_bytes(&self) -> u64 {
+    pub fn frame_bytes(&self) -> u64 {
         FRAME_HEADER_BYTES as u64 + u64::from(self.body_bytes)
     }
 
-    pub(super) fn next_offset(&self) -> Offset {
+    /// The offset behind the frame's last record.
+    pub fn next_offset(&self) -> Offset {
         self.first_offset + u64::from(self.records)
     }
 
     /// Whether the frame has a once part.
-    pub(super) fn has_once(&self) -> bool {
+    pub fn has_once(&self) -> bool {
         self.flags.contains(FrameFlags::ONCE)
     }
 
     /// What the frame holds; `None` if a flag is unknown in this version.
-    pub(super) fn flags(&self, version: LogFormatVersion) -> Option<FrameFlags> {
+    pub fn flags(&self, version: LogFormatVersion) -> Option<FrameFlags> {
         match version {
             // Version 1 does not say whether a frame has retained records: any frame may.
             LogFormatVersion::V1 => (self.flags == FrameFlags::default()).then_some(FrameFlags::RETAINED),
@@ -114,7 +124,7 @@ impl FrameHeader {
 }
 
 /// Fills in the header of `frame`, which has room for it before the body.
-pub(super) fn seal_frame(
+pub fn seal_frame(
     frame: &mut [u8],
     flags: FrameFlags,
     records: u32,
@@ -133,7 +143,7 @@ pub(super) fn seal_frame(
 }
 
 /// The checksum of a whole frame, without the checksum field itself.
-pub(super) fn frame_crc(frame: &[u8]) -> u32 {
+pub fn frame_crc(frame: &[u8]) -> u32 {
     let mut crc = crc32fast::Hasher::new();
     crc.update(&frame[..8]);
     crc.update(&frame[12..]);

@@ -24,7 +24,7 @@ pub struct OnceId([u8; Self::BYTES]);
 
 impl OnceId {
     /// Bytes of an id.
-    pub(super) const BYTES: usize = 16;
+    pub const BYTES: usize = 16;
 
     /// The id of a message, from the id that its sender gave it: known for a window of time.
     pub fn of_message(datasource: &DatasourceId, message_id: &str) -> Self {
@@ -52,17 +52,17 @@ impl OnceId {
     }
 
     /// Whether it belongs to a QoS 2 exchange.
-    pub(super) fn is_exchange(self) -> bool {
+    pub fn is_exchange(self) -> bool {
         self.0[0] & EXCHANGE_BIT != 0
     }
 
     /// As lower-case hex.
-    pub(super) fn to_hex(self) -> String {
+    pub fn to_hex(self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Reads what [`OnceId::to_hex`] wrote.
-    pub(super) fn from_hex(text: &str) -> Option<Self> {
+    pub fn from_hex(text: &str) -> Option<Self> {
         let mut id = [0; Self::BYTES];
         for (at, byte) in id.iter_mut().enumerate() {
             *byte = u8::from_str_radix(text.get(2 * at..2 * at + 2)?, 16).ok()?;
@@ -70,31 +70,32 @@ impl OnceId {
         (text.len() == 2 * Self::BYTES).then_some(Self(id))
     }
 
-    pub(super) fn as_bytes(&self) -> &[u8; Self::BYTES] {
+    /// The id as it is written.
+    pub fn as_bytes(&self) -> &[u8; Self::BYTES] {
         &self.0
     }
 
     /// The ids in `bytes`, one after the other.
-    pub(super) fn parse_all(bytes: &[u8]) -> impl Iterator<Item = OnceId> {
+    pub fn parse_all(bytes: &[u8]) -> impl Iterator<Item = OnceId> {
         bytes.as_chunks().0.iter().map(|id| Self(*id))
     }
 }
 
 /// The window's counters when a frame was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct WindowStamp {
+pub struct WindowStamp {
     /// How many message ids had ever entered the window before it.
-    pub(super) entered: u64,
+    pub entered: u64,
     /// Microseconds since the log was made, by a monotonic clock while a gateway ran and by the wall
     /// clock in between.
-    pub(super) clock: u64,
+    pub clock: u64,
     /// The wall clock at that time.
-    pub(super) wall: TimeMicros,
+    pub wall: TimeMicros,
 }
 
 impl WindowStamp {
     /// The window's clock in whole seconds: 136 years of them.
-    pub(super) fn seconds(self) -> u32 {
+    pub fn seconds(self) -> u32 {
         u32::try_from(self.clock / 1_000_000).unwrap_or(u32::MAX)
     }
 }
@@ -102,9 +103,9 @@ impl WindowStamp {
 /// The part of a frame behind its records. A frame has one if it keeps or releases ids, if it is the
 /// first of a segment, and if a clean shutdown wrote it.
 #[derive(Serialize, Deserialize)]
-pub(super) struct OncePart<'a> {
+pub struct OncePart<'a> {
     /// The window's counters when the frame was written.
-    pub(super) stamp: WindowStamp,
+    pub stamp: WindowStamp,
     /// In a segment's first frame: the exchanges that were open before it.
     #[serde(borrow, with = "serde_bytes")]
     open: Option<&'a [u8]>,
@@ -113,27 +114,28 @@ pub(super) struct OncePart<'a> {
 }
 
 /// Bytes of an entry of [`OncePart::open`].
-pub(super) const OPEN_EXCHANGE_BYTES: usize = OnceId::BYTES + 16;
+pub const OPEN_EXCHANGE_BYTES: usize = OnceId::BYTES + 16;
 /// Bytes of an entry of [`OncePart::releases`].
 const RELEASED_ID_BYTES: usize = OnceId::BYTES + 4;
 
 /// An id and the section that was kept under it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct OnceEntry {
-    pub(super) id: OnceId,
+pub struct OnceEntry {
+    /// The id that the section came with.
+    pub id: OnceId,
     /// Where the kept section is.
-    pub(super) kept: KeptRange,
+    pub kept: KeptRange,
     /// When it was kept, in whole seconds of the window's clock.
-    pub(super) since_s: u32,
+    pub since_s: u32,
 }
 
 /// The records of a section that was kept under an id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct KeptRange {
+pub struct KeptRange {
     /// The offset of its first record.
-    pub(super) first_offset: Offset,
+    pub first_offset: Offset,
     /// How many records it has.
-    pub(super) records: u32,
+    pub records: u32,
 }
 
 impl From<KeptRange> for Offsets {
@@ -144,7 +146,7 @@ impl From<KeptRange> for Offsets {
 
 impl<'a> OncePart<'a> {
     /// The part at the beginning of `bytes`, and the bytes behind it.
-    pub(super) fn take(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
+    pub fn take(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
         let (once, rest) = postcard::take_from_bytes::<Self>(bytes).ok()?;
         let whole = once.open.is_none_or(|open| open.len() % OPEN_EXCHANGE_BYTES == 0)
             && once.releases.len() % RELEASED_ID_BYTES == 0;
@@ -152,12 +154,12 @@ impl<'a> OncePart<'a> {
     }
 
     /// Writes a once part: `open` and `releases` come from [`put_open_exchange`] and [`put_release`].
-    pub(super) fn put(stamp: WindowStamp, open: Option<&[u8]>, releases: &[u8], to: &mut Vec<u8>) {
+    pub fn put(stamp: WindowStamp, open: Option<&[u8]>, releases: &[u8], to: &mut Vec<u8>) {
         put_postcard(&OncePart { stamp, open, releases }, to);
     }
 
     /// The exchanges that were open before the frame, oldest first, if the frame lists them.
-    pub(super) fn open(&self) -> Option<impl Iterator<Item = OnceEntry> + use<'a>> {
+    pub fn open(&self) -> Option<impl Iterator<Item = OnceEntry> + use<'a>> {
         let entry = |bytes: &[u8; OPEN_EXCHANGE_BYTES]| {
             const WHOLE: &str = "16 + 8 + 4 + 4 bytes";
             let (id, rest) = bytes.split_first_chunk().expect(WHOLE);
@@ -174,7 +176,7 @@ impl<'a> OncePart<'a> {
     }
 
     /// The ids that the frame releases, each with the number of the frame's sections before it.
-    pub(super) fn releases(&self) -> impl Iterator<Item = (u32, OnceId)> + use<'a> {
+    pub fn releases(&self) -> impl Iterator<Item = (u32, OnceId)> + use<'a> {
         self.releases.as_chunks::<RELEASED_ID_BYTES>().0.iter().map(|bytes| {
             let (sections, id) = bytes.split_first_chunk().expect("4 of 20 bytes");
             (u32::from_le_bytes(*sections), OnceId(*id.first_chunk().expect("16 bytes")))
@@ -183,7 +185,7 @@ impl<'a> OncePart<'a> {
 }
 
 /// Writes an entry of [`OncePart::open`].
-pub(super) fn put_open_exchange(entry: &OnceEntry, to: &mut Vec<u8>) {
+pub fn put_open_exchange(entry: &OnceEntry, to: &mut Vec<u8>) {
     to.extend_from_slice(entry.id.as_bytes());
     to.extend_from_slice(&entry.kept.first_offset.to_le_bytes());
     to.extend_from_slice(&entry.kept.records.to_le_bytes());
@@ -191,7 +193,7 @@ pub(super) fn put_open_exchange(entry: &OnceEntry, to: &mut Vec<u8>) {
 }
 
 /// Writes an entry of [`OncePart::releases`]: `id` is released after `sections` sections of the frame.
-pub(super) fn put_release(sections: u32, id: OnceId, to: &mut Vec<u8>) {
+pub fn put_release(sections: u32, id: OnceId, to: &mut Vec<u8>) {
     to.extend_from_slice(&sections.to_le_bytes());
     to.extend_from_slice(id.as_bytes());
 }

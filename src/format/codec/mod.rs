@@ -74,12 +74,12 @@ pub struct Violation {
 
 impl Violation {
     /// The bytes do not parse (0x81).
-    pub(super) const fn malformed(text: &'static str) -> Self {
+    pub const fn malformed(text: &'static str) -> Self {
         Self { reason: ReasonCode::MalformedPacket, text }
     }
 
     /// The bytes parse, but are not allowed (0x82).
-    pub(super) const fn protocol(text: &'static str) -> Self {
+    pub const fn protocol(text: &'static str) -> Self {
         Self { reason: ReasonCode::ProtocolError, text }
     }
 }

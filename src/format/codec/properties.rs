@@ -123,7 +123,7 @@ impl<'a> Properties<'a> {
     ///
     /// # Errors
     /// A property that is malformed, not `allowed`, or repeated (section 2.2.2.2).
-    pub(super) fn read(reader: &mut PacketReader<'a>, allowed: AllowedProperties) -> Result<Self, Violation> {
+    pub fn read(reader: &mut PacketReader<'a>, allowed: AllowedProperties) -> Result<Self, Violation> {
         let length = reader.varint()?;
         let bytes = reader.bytes(length as usize)?;
         let mut seen = 0_u64;

@@ -7,8 +7,9 @@
 //! written every second, so a gateway that was killed sends a few messages again and skips none. In a
 //! cluster a client is one client on all nodes ([`claims`]).
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::TryRng;
@@ -18,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use self::claims::{ClaimStamp, ClaimedSession, ClientClaims};
-pub(super) use self::present::ClientGuard;
+pub(super) use self::client_guard::ClientGuard;
 use super::session::{MqttSession, SubscriptionFilter};
 use super::wills::MqttWill;
 use crate::auth::connections::{CloseReason, ConnectionControl};
@@ -29,7 +30,7 @@ use crate::intake::Intake;
 use crate::message::{DatasourceId, Offset, now_micros};
 
 pub(super) mod claims;
-mod present;
+mod client_guard;
 
 /// How often due wills and expiries are handled, and cursors are written.
 const SESSIONS_TICK: Duration = Duration::from_secs(1);
@@ -418,7 +419,7 @@ impl Sessions {
     }
 
     fn lock_clients(&self) -> MutexGuard<'_, SessionClients> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+        self.clients.lock()
     }
 }
 

@@ -17,7 +17,7 @@ use rand::rngs::SysRng;
 use crate::message::{KeyId, holds_key};
 
 /// The prefix of every key.
-pub(super) const API_KEY_PREFIX: &[u8; 4] = b"hgk_";
+pub const API_KEY_PREFIX: &[u8; 4] = b"hgk_";
 /// 256 bits in base62: 62⁴³ is a little more than 2²⁵⁶.
 const SECRET_CHARS: usize = 43;
 /// 32 bits in base62.
@@ -25,7 +25,7 @@ const CHECKSUM_CHARS: usize = 6;
 /// Offset of the checksum, which covers everything before it.
 const KEY_CHECKSUM_AT: usize = API_KEY_PREFIX.len() + SECRET_CHARS;
 /// Length of a whole key.
-pub(super) const KEY_CHARS: usize = KEY_CHECKSUM_AT + CHECKSUM_CHARS;
+pub const KEY_CHARS: usize = KEY_CHECKSUM_AT + CHECKSUM_CHARS;
 
 const _: () = assert!(KEY_CHARS == 53);
 
@@ -124,7 +124,7 @@ pub fn may_hold_key(text: &str) -> bool {
 }
 
 /// Whether an already trimmed text has a key's form and a matching checksum.
-pub(super) fn is_well_formed(key: &[u8]) -> bool {
+pub fn is_well_formed(key: &[u8]) -> bool {
     if key.len() != KEY_CHARS || !key.starts_with(API_KEY_PREFIX) {
         return false;
     }
