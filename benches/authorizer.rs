@@ -1,7 +1,7 @@
-//! The authorizer among a million keys: what a valid key costs, what a wrong one costs, and how long
-//! and how much memory a gateway with so many keys takes to start.
+//! The authorizer with a million keys: the cost of a valid key and of a wrong one, and the time and
+//! memory that a gateway with so many keys needs to start.
 //!
-//! Beside it, in the same run, what one would write first: `blake3::derive_key` and a standard
+//! The same run compares it with the obvious implementation: `blake3::derive_key` and a standard
 //! `HashMap` behind a lock.
 
 #![allow(missing_docs, reason = "criterion's macros make an undocumented function")]
@@ -16,11 +16,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use headgate::auth::{Actor, ApiKey, Authorizer, Denied, Digest, Registry, Scope, Scopes};
+use headgate::auth::{Actor, ApiKey, Authorizer, Digest, GrantDenial, Registry, Scope, Scopes};
 use headgate::message::DatasourceId;
 use rusqlite::{Connection, params};
 
-/// As the gateway has it.
+/// The gateway's own allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -34,11 +34,11 @@ fn presented() -> Presented {
 }
 
 fn digest(key: &Presented) -> Digest {
-    Digest::of_presented(key).expect("a key")
+    Digest::from_presented(key).expect("a key")
 }
 
-/// Writes the keys into a registry's file in one transaction: through the registry each would be
-/// synced to the disk for itself.
+/// Writes the keys into a registry's file in one transaction: the registry itself would sync each
+/// key to the disk.
 fn fill(dir: &Path, keys: &[Presented]) -> rusqlite::Result<()> {
     drop(Registry::open(dir).expect("a new registry"));
     let mut rows: Vec<_> =
@@ -69,23 +69,23 @@ fn resident_mib() -> usize {
     pages * 4 / 1024
 }
 
-/// The next of `all` at each call, round and round: no key is in the processor's cache from before.
+/// Returns the next of `all` at each call, cyclically, so that no key is still in the processor's cache.
 fn in_turn<'a, T>(all: &'a [T]) -> impl FnMut() -> &'a T {
     let mut keys = all.iter().cycle();
     move || keys.next().expect("not empty")
 }
 
-/// The pause after each change, so that there are some hundred a second.
+/// The pause per change, for some hundred changes a second.
 const BETWEEN_CHANGES: Duration = Duration::from_millis(2);
 
-/// Does something while another thread creates keys and revokes them again, each change on the disk before
-/// the next. Returns how many changes a second there were.
+/// Runs `something` while another thread creates and revokes keys, each change on disk before the next.
+/// Returns the changes per second.
 fn while_keys_change(registry: &Registry, something: impl FnOnce()) -> f64 {
     let done = AtomicBool::new(false);
     let started = Instant::now();
     let changes = thread::scope(|scope| {
         let changing = scope.spawn(|| {
-            let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+            let (all, scopes) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Ingest]));
             let mut changes = 0.0;
             while !done.load(Ordering::Relaxed) {
                 let (key, _) = registry.create_key(&Actor::SYSTEM, &all, "", scopes, None).expect("created");
@@ -103,7 +103,7 @@ fn while_keys_change(registry: &Registry, something: impl FnOnce()) -> f64 {
 }
 
 fn authorizer(criterion: &mut Criterion) {
-    // `cargo test` runs this as well, only to see that it works.
+    // `cargo test` runs this too, only to check that it works: few keys are enough then.
     let measured = std::env::args().any(|argument| argument == "--bench");
     let keys: Vec<_> = (0..if measured { KEYS } else { 2_000 }).map(|_| presented()).collect();
     let dir = tempfile::tempdir().expect("temporary directory");
@@ -128,7 +128,7 @@ fn authorizer(criterion: &mut Criterion) {
 
     let mut group = criterion.benchmark_group("authorizer");
     let mut next = in_turn(&keys);
-    group.bench_function("digest", |bencher| bencher.iter(|| Digest::of_presented(black_box(next()))));
+    group.bench_function("digest", |bencher| bencher.iter(|| Digest::from_presented(black_box(next()))));
     let mut next = in_turn(&keys);
     group.bench_function("valid key", |bencher| {
         bencher.iter(|| authorizer.identify(black_box(next())).is_ok_and(|grant| grant.holds()));
@@ -145,7 +145,7 @@ fn authorizer(criterion: &mut Criterion) {
         bencher.iter(|| black_box(&grant).allows(Scope::Ingest, black_box("site-0")));
     });
     for (name, wrong, denied) in
-        [("unknown key", &unknown, Denied::Unknown), ("mistyped key", &mistyped, Denied::Malformed)]
+        [("unknown key", &unknown, GrantDenial::Unknown), ("mistyped key", &mistyped, GrantDenial::Malformed)]
     {
         let mut next = in_turn(wrong);
         assert_eq!(authorizer.identify(next()).err(), Some(denied));

@@ -1,6 +1,5 @@
-//! An MQTT topic filter (MQTT 5 section 4.7): what a client names topics with when it asks for more
-//! than one. `+` stands for one level, `#` at the end for all that follow and for the level
-//! before it.
+//! An MQTT topic filter (MQTT 5 section 4.7), with which a client selects one or more topics. `+` stands
+//! for one level, `#` at the end for all that follow and for the level before it.
 
 use crate::limits::TOPIC_BYTES_MAX;
 use crate::message::holds_key;
@@ -41,7 +40,7 @@ impl TopicFilter {
         Ok(Self(filter.to_owned()))
     }
 
-    /// As it was given.
+    /// The filter as the client gave it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -51,7 +50,7 @@ impl TopicFilter {
         (!self.0.contains(['+', '#'])).then_some(&*self.0)
     }
 
-    /// Whether `topic` is one of those that are named.
+    /// Whether the filter selects `topic`.
     pub fn matches(&self, topic: &str) -> bool {
         let mut levels = topic.split('/');
         for wanted in self.0.split('/') {

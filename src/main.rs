@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use headgate::cli::{self, Cli};
 
-/// What a thread frees that another has allocated goes back without a lock: messages cross several on
-/// their way.
+/// mimalloc frees memory that another thread allocated without a lock: a message crosses several
+/// threads.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -1,29 +1,29 @@
-//! A subject: what NATS calls a topic, and how the two become each other, as nats-server maps its own
-//! MQTT (`server/mqtt.go`): a `/` between levels is a `.` between tokens, and a `.` within a level is
-//! `//`. So `spindle/temp` is `spindle.temp`, and `v1.2/temp` is `v1//2.temp`.
+//! A subject is NATS' word for a topic. This module converts between the two like nats-server's own MQTT
+//! (`server/mqtt.go`): a `/` between levels is a `.` between tokens, and a `.` within a level is `//`. So
+//! `spindle/temp` is `spindle.temp`, and `v1.2/temp` is `v1//2.temp`.
 //!
-//! Both ways lead back to where they came from. What cannot come back does not cross: a topic with an
-//! empty level (a subject has no empty token), with white space (which ends a subject on the wire), or
-//! with a level `*` or `>` (which select subjects). Whoever lets messages in refuses it for good;
-//! whoever sends records out leaves it out and counts it.
+//! The mapping is one to one. A topic that has no subject does not cross: one with an empty level (a subject
+//! has no empty token), with white space (which ends a subject on the wire), or with a level `*` or `>`
+//! (wildcards of NATS). The fronts refuse such a message for good; egress leaves such a record out and counts
+//! it.
 
 use std::fmt::Write;
 
 use crate::message::DatasourceId;
 
-/// The first token of a subject: what goes on there. A subject is `{space}.{datasource}.{topic}`.
+/// The first token of a subject, which tells its purpose. A subject is `{space}.{datasource}.{topic}`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Space {
-    /// Messages of devices, on their way in.
+pub enum SubjectSpace {
+    /// Messages from devices.
     Ingest,
     /// The validated stream.
     Stream,
-    /// Records that are in quarantine. Who consumes the stream does not see them.
+    /// Records in quarantine. Consumers of the stream do not see them.
     Quarantine,
 }
 
-/// Why a topic and a subject cannot become each other. The text is for the person who chose it; it does
-/// not repeat what that was.
+/// Why a topic or subject cannot be converted. The text is for the person who chose it, and does not repeat
+/// it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SubjectError {
     /// White space, or another control character.
@@ -35,7 +35,7 @@ pub enum SubjectError {
     /// A level that is `*` or `>`.
     #[error("a topic with a level '*' or '>' cannot be a NATS subject: those are wildcards there")]
     Wildcard,
-    /// A `/` in a subject that stands alone.
+    /// A single `/` in a subject.
     #[error("a '/' in a subject is half of '//', which is a '.' in the topic: levels are divided by '.'")]
     LoneSlash,
     /// A subject that names no datasource, or no topic in it.
@@ -43,13 +43,13 @@ pub enum SubjectError {
     Incomplete,
 }
 
-impl Space {
+impl SubjectSpace {
     /// The token.
     pub fn as_str(self) -> &'static str {
         match self {
-            Space::Ingest => "ingest",
-            Space::Stream => "stream",
-            Space::Quarantine => "quarantine",
+            SubjectSpace::Ingest => "ingest",
+            SubjectSpace::Stream => "stream",
+            SubjectSpace::Quarantine => "quarantine",
         }
     }
 
@@ -64,8 +64,7 @@ impl Space {
         Ok(subject)
     }
 
-    /// Writes the subject of a topic in a datasource behind what is in `to`, which is then left in any
-    /// state if there is none.
+    /// Appends the subject of a topic in a datasource to `to`. An error may leave a part of it there.
     ///
     /// # Errors
     /// [`SubjectError`] for a topic that cannot cross.
@@ -77,23 +76,23 @@ impl Space {
         write_tokens(topic, to)
     }
 
-    /// What all subjects of a datasource are matched by: `{space}.{datasource}.>`.
-    pub fn all_of(self, datasource: &DatasourceId) -> String {
+    /// The wildcard for all subjects of a datasource: `{space}.{datasource}.>`.
+    pub fn datasource_wildcard(self, datasource: &DatasourceId) -> String {
         let mut subject = String::new();
         // Writing to a string does not fail.
         let _ = write!(subject, "{}.{datasource}.>", self.as_str());
         subject
     }
 
-    /// What all subjects of the space are matched by: `{space}.>`.
-    pub fn all(self) -> String {
+    /// The wildcard for all subjects of the space: `{space}.>`.
+    pub fn space_wildcard(self) -> String {
         format!("{}.>", self.as_str())
     }
 
-    /// What the subjects of the topics that an MQTT filter names are matched by: no two match the same one, and
-    /// together they may match more. The filter is one of this datasource's; without one, its first level
-    /// names datasources. Empty if no topic that crosses has such a name.
-    pub fn all_named(self, datasource: Option<&DatasourceId>, filter: &str) -> Vec<String> {
+    /// The subject wildcards for the topics that an MQTT filter matches. They do not overlap, and together
+    /// may match more than the filter. The filter is one within the datasource; without a datasource, its
+    /// first level matches datasources. Empty if the filter matches no topic that crosses.
+    pub fn filter_wildcards(self, datasource: Option<&DatasourceId>, filter: &str) -> Vec<String> {
         let mut subject = self.as_str().to_owned();
         if let Some(datasource) = datasource {
             // Writing to a string does not fail.
@@ -102,7 +101,7 @@ impl Space {
         for level in filter.split('/') {
             match level {
                 "+" => subject.push_str(".*"),
-                // It names the level before it too.
+                // `#` matches its parent level too.
                 "#" if filter != "#" => return vec![subject.clone(), subject + ".>"],
                 "#" => return vec![subject + ".>"],
                 level => {
@@ -116,8 +115,8 @@ impl Space {
         vec![subject]
     }
 
-    /// Takes a subject of this space apart: the datasource that it names, and the tokens of the topic,
-    /// which [`topic_of`] makes a topic of. Whether either is any good is not asked here.
+    /// Splits a subject of this space into its datasource and the tokens of its topic, for [`topic_from_tokens`].
+    /// Checks neither of them.
     ///
     /// # Errors
     /// [`SubjectError::Incomplete`] for a subject of another space, or with too few tokens.
@@ -133,11 +132,11 @@ impl Space {
     }
 }
 
-/// Whether a topic can be a subject.
+/// Checks that a topic can be a subject.
 ///
 /// # Errors
 /// [`SubjectError`] if it cannot.
-pub fn check_crosses(topic: &str) -> Result<(), SubjectError> {
+pub fn check_topic_has_subject(topic: &str) -> Result<(), SubjectError> {
     topic.split('/').try_for_each(check_level)
 }
 
@@ -150,7 +149,7 @@ fn check_level(level: &str) -> Result<(), SubjectError> {
     }
 }
 
-/// Writes the tokens of a topic behind what is in `to`.
+/// Appends the tokens of a topic to `to`.
 ///
 /// # Errors
 /// [`SubjectError`] for a topic that cannot cross.
@@ -171,11 +170,11 @@ pub fn write_tokens(topic: &str, to: &mut String) -> Result<(), SubjectError> {
     Ok(())
 }
 
-/// The topic that tokens of a subject stand for.
+/// The topic for the tokens of a subject.
 ///
 /// # Errors
-/// [`SubjectError`] for what no topic becomes.
-pub fn topic_of(tokens: &str) -> Result<String, SubjectError> {
+/// [`SubjectError`] for tokens that no topic maps to.
+pub fn topic_from_tokens(tokens: &str) -> Result<String, SubjectError> {
     let mut topic = String::with_capacity(tokens.len());
     for token in tokens.split('.') {
         match token {
@@ -192,7 +191,7 @@ pub fn topic_of(tokens: &str) -> Result<String, SubjectError> {
         let mut rest = token;
         while let Some((before, after)) = rest.split_once('/') {
             let Some(after) = after.strip_prefix('/') else {
-                // nats-server writes an empty level so, at the edge of a token: `/.a` is `/a`.
+                // nats-server writes an empty level as a `/` at the edge of a token: `/.a` is `/a`.
                 let at_the_edge = token.starts_with('/') || token.ends_with('/');
                 return Err(if at_the_edge { SubjectError::EmptyLevel } else { SubjectError::LoneSlash });
             };
@@ -205,7 +204,7 @@ pub fn topic_of(tokens: &str) -> Result<String, SubjectError> {
     Ok(topic)
 }
 
-/// What ends a subject on the wire, or may not stand in one.
+/// Whether a byte ends a subject on the wire, or is not allowed in one.
 fn is_space(byte: u8) -> bool {
     byte <= b' ' || byte == 0x7f
 }
@@ -235,7 +234,7 @@ mod tests {
             ("°C/temp", "°C.temp"),
         ] {
             assert_eq!(tokens_of(topic).as_deref(), Ok(tokens), "{topic:?}");
-            assert_eq!(topic_of(tokens).as_deref(), Ok(topic), "{tokens:?}");
+            assert_eq!(topic_from_tokens(tokens).as_deref(), Ok(topic), "{tokens:?}");
         }
     }
 
@@ -253,7 +252,7 @@ mod tests {
             (None, "+/spindle", &["stream.*.spindle"]),
             (None, "press-4/#", &["stream.press-4", "stream.press-4.>"]),
         ] {
-            assert_eq!(Space::Stream.all_named(of, filter), subjects, "{filter:?}");
+            assert_eq!(SubjectSpace::Stream.filter_wildcards(of, filter), subjects, "{filter:?}");
         }
     }
 
@@ -293,22 +292,26 @@ mod tests {
             (">", Wildcard),
             ("a b", Space),
         ] {
-            assert_eq!(topic_of(tokens), Err(why), "{tokens:?}");
+            assert_eq!(topic_from_tokens(tokens), Err(why), "{tokens:?}");
         }
     }
 
     #[test]
     fn a_subject_names_datasource_and_topic() {
         let press = DatasourceId::new("press-4").expect("a slug");
-        let subject = Space::Stream.subject(&press, "spindle/temp").expect("crosses");
+        let subject = SubjectSpace::Stream.subject(&press, "spindle/temp").expect("crosses");
         assert_eq!(subject, "stream.press-4.spindle.temp");
-        assert_eq!(Space::Stream.split(&subject), Ok(("press-4", "spindle.temp")));
-        assert_eq!(Space::Ingest.all_of(&press), "ingest.press-4.>");
-        assert_eq!(Space::Ingest.all(), "ingest.>");
+        assert_eq!(SubjectSpace::Stream.split(&subject), Ok(("press-4", "spindle.temp")));
+        assert_eq!(SubjectSpace::Ingest.datasource_wildcard(&press), "ingest.press-4.>");
+        assert_eq!(SubjectSpace::Ingest.space_wildcard(), "ingest.>");
         for incomplete in
             ["", "stream", "stream.", "stream.a", "stream.a.", "stream..a", "streams.a.b", "ingest.a.b"]
         {
-            assert_eq!(Space::Stream.split(incomplete), Err(SubjectError::Incomplete), "{incomplete:?}");
+            assert_eq!(
+                SubjectSpace::Stream.split(incomplete),
+                Err(SubjectError::Incomplete),
+                "{incomplete:?}"
+            );
         }
     }
 
@@ -316,13 +319,13 @@ mod tests {
         #[test]
         fn a_topic_that_crosses_comes_back_as_it_was(topic in "[a-c./ *>°]{0,12}") {
             if let Ok(tokens) = tokens_of(&topic) {
-                prop_assert_eq!(topic_of(&tokens), Ok(topic));
+                prop_assert_eq!(topic_from_tokens(&tokens), Ok(topic));
             }
         }
 
         #[test]
         fn a_subject_that_crosses_comes_back_as_it_was(tokens in "[a-c./ *>°]{0,12}") {
-            if let Ok(topic) = topic_of(&tokens) {
+            if let Ok(topic) = topic_from_tokens(&tokens) {
                 prop_assert_eq!(tokens_of(&topic), Ok(tokens));
             }
         }

@@ -1,4 +1,4 @@
-//! Points in time, as people read and write them: RFC 3339 in UTC. Inside, a time is
+//! Points in time as people read and write them: RFC 3339 in UTC. Internally a time is
 //! [`TimeMicros`].
 
 use std::fmt;
@@ -29,7 +29,7 @@ impl Serialize for Rfc3339 {
     }
 }
 
-/// Reads an RFC 3339 time with any offset; what is finer than a microsecond is cut off. `None` for
+/// Reads an RFC 3339 time with any offset; digits below a microsecond are cut off. `None` for
 /// any other text.
 pub fn parse_time(text: &str) -> Option<TimeMicros> {
     let time: jiff::Timestamp = text.parse().ok()?;

@@ -1,58 +1,60 @@
-//! Applying what other nodes of a cluster have changed: rows into this node's database, and from there into
-//! its live view, by what is different. A key that is revoked elsewhere dies here as it would by a call
-//! to this node: its lease ends, and its connections are told to close.
+//! Applies the changes of other cluster nodes: writes their rows to this node's database, and updates its
+//! live view with the differences. A key that is revoked elsewhere dies here as if this node had revoked
+//! it: its lease ends, and its connections are told to close.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use super::Digest;
-use super::index::Found;
-use super::live::{Datasource, ENDED, Key, NewKey, Rotation};
+use super::index::KeyLookup;
+use super::live::{Datasource, Key, KeyAttributes, Rotation, TIME_ENDED};
 use super::registry::{Registry, RegistryError};
-use super::replica::Revision;
-use super::rows::{DatasourceRow, FORMAT, KeyRow, Row};
-use super::setting::Setting;
+use super::replica::RegistryRevision;
+use super::rows::{DatasourceRow, KeyRow, REGISTRY_ROWS_FORMAT, RegistryRow};
+use super::setting::JsonSetting;
 use crate::message::DatasourceId;
 
 impl Registry {
-    /// Applies rows, each with its revision, that the cluster's registry has up to `revision`; with `all` it
-    /// has no others. Returns the keys that have died by it, to wait for.
+    /// Applies rows of the cluster's registry up to `revision`, each with its own revision. With `all`, these
+    /// are all the rows there are. Returns the keys that died, whose connections the caller waits for.
     ///
     /// # Errors
-    /// [`RegistryError::Database`], and [`RegistryError::Cluster`] for rows of a newer format: the live view is
-    /// as it was then.
+    /// [`RegistryError::Database`], and [`RegistryError::Cluster`] for rows of a newer format. The live view
+    /// is then unchanged.
     pub(super) fn apply(
         &self,
-        rows: &[(Revision, Row)],
-        revision: Revision,
+        rows: &[(RegistryRevision, RegistryRow)],
+        revision: RegistryRevision,
         all: bool,
     ) -> Result<Vec<Arc<Key>>, RegistryError> {
-        let mut database = self.change();
+        let mut database = self.lock_database();
         let applied = if all { 0 } else { database.applied() };
-        // What this node has changed itself comes back, too.
-        let rows: Vec<&Row> =
+        // This node's own changes come back from the cluster too; skip those.
+        let rows: Vec<&RegistryRow> =
             rows.iter().filter(|(revision, _)| *revision > applied).map(|(_, row)| row).collect();
         if rows.is_empty() && !all {
             database.caught_up(revision);
             return Ok(Vec::new());
         }
-        if let Some(Row::Format(version)) = rows.iter().find(|row| matches!(row, Row::Format(_))) {
-            check_format(*version)?;
+        if let Some(RegistryRow::Format(version)) =
+            rows.iter().find(|row| matches!(row, RegistryRow::Format(_)))
+        {
+            check_rows_format(*version)?;
         }
         database.take_over(&rows, revision, all)?;
         let mut dead = if all { self.forget_all_but(&rows) } else { Vec::new() };
-        // Keys come after the datasources that they belong to.
+        // Datasources first: a key needs the datasource that it belongs to.
         for row in &rows {
-            if let Row::Datasource(id, row) = row {
+            if let RegistryRow::Datasource(id, row) = row {
                 self.apply_datasource(id, row.as_ref());
             }
         }
         for row in rows {
             match row {
-                Row::Key(digest, row) => dead.extend(self.apply_key(digest, row.as_ref())),
-                Row::Leak(version, row) => self.learn_leak_rule(*version, row.clone()),
-                Row::Datasource(..) | Row::Audit(..) | Row::Format(_) => {}
+                RegistryRow::Key(digest, row) => dead.extend(self.apply_key(digest, row.as_ref())),
+                RegistryRow::Leak(version, row) => self.learn_leak_rule(*version, row.clone()),
+                RegistryRow::Datasource(..) | RegistryRow::Audit(..) | RegistryRow::Format(_) => {}
             }
         }
         Ok(dead)
@@ -66,13 +68,13 @@ impl Registry {
         };
         match self.datasource(id.as_str()) {
             Some(known) if known.created_at == row.created_at && *known.name == *row.name => {
-                take_over(&known.limits, row.limits.as_deref());
-                take_over(&known.schemas, row.schemas.as_deref());
+                set_if_changed(&known.limits, row.limits.as_deref());
+                set_if_changed(&known.schemas, row.schemas.as_deref());
             }
-            // Also one that was deleted and created again meanwhile.
+            // Includes a datasource that was deleted and created again meanwhile.
             _ => {
-                let limits = Setting::new(row.limits.as_deref());
-                let schemas = Setting::new(row.schemas.as_deref());
+                let limits = JsonSetting::new(row.limits.as_deref());
+                let schemas = JsonSetting::new(row.schemas.as_deref());
                 let (id, name) = (id.clone(), row.name.as_str().into());
                 self.live.add_datasource(Datasource {
                     id,
@@ -85,7 +87,7 @@ impl Registry {
         }
     }
 
-    /// Returns the key if it dies by that.
+    /// Applies one key's row. Returns the key if it died.
     fn apply_key(&self, digest: &Digest, row: Option<&KeyRow>) -> Option<Arc<Key>> {
         let known = self.live.keys.find(digest);
         let Some(row) = row.filter(|row| row.revoked_at.is_none()) else {
@@ -97,28 +99,28 @@ impl Registry {
             return Some(dead);
         };
         match known {
-            // What is revoked stays so.
-            Some(Found::Revoked) => None,
-            Some(Found::Key(key)) => {
-                take_over(&key.limits, row.limits.as_deref());
-                let rotation = rotation(row);
+            // A revoked key stays revoked.
+            Some(KeyLookup::Revoked) => None,
+            Some(KeyLookup::Key(key)) => {
+                set_if_changed(&key.limits, row.limits.as_deref());
+                let rotation = rotation_of_row(row);
                 if key.rotation() != rotation {
                     key.set_rotation(rotation);
                     self.live.watch(&key);
                 }
-                let ends = row.ended.is_some() && key.ends_at() != Some(ENDED);
+                let ends = row.ended.is_some() && key.ends_at() != Some(TIME_ENDED);
                 ends.then(|| {
                     key.end();
-                    key.ends_at.store(ENDED, Ordering::Release);
+                    key.ends_at.store(TIME_ENDED, Ordering::Release);
                     key
                 })
             }
             None => {
-                match self.new_key_of(digest, row) {
+                match self.key_from_row(digest, row) {
                     Ok(key) if row.ended.is_some() => {
                         key.end();
                         let key = self.live.add_key(key, *digest);
-                        key.ends_at.store(ENDED, Ordering::Release);
+                        key.ends_at.store(TIME_ENDED, Ordering::Release);
                     }
                     Ok(key) => drop(self.live.add_key(key, *digest)),
                     Err(error) => {
@@ -130,34 +132,34 @@ impl Registry {
         }
     }
 
-    fn new_key_of(&self, digest: &Digest, row: &KeyRow) -> Result<Key, String> {
+    fn key_from_row(&self, digest: &Digest, row: &KeyRow) -> Result<Key, String> {
         let all = DatasourceId::all();
         let datasource = if row.datasource == all.as_str() {
             all
         } else {
-            // Shares the text of the id with the datasource.
+            // Shares the id's text with the datasource, to save memory.
             let owner = self.datasource(&row.datasource);
             owner.ok_or_else(|| format!("there is no datasource {:?}", row.datasource))?.id.clone()
         };
-        Ok(Key::from(NewKey {
+        Ok(Key::from(KeyAttributes {
             digest: *digest,
             datasource,
             scopes: row.scopes.parse().map_err(|_| format!("{:?} are no scopes", row.scopes))?,
             label: &row.label,
             created_at: row.created_at,
             expires_at: row.expires_at,
-            rotation: rotation(row),
+            rotation: rotation_of_row(row),
             limits: row.limits.as_deref(),
         }))
     }
 
-    /// Whatever is not among these rows has never been: its keys die.
-    fn forget_all_but(&self, rows: &[&Row]) -> Vec<Arc<Key>> {
+    /// Removes everything that these rows do not have. Returns the keys that died.
+    fn forget_all_but(&self, rows: &[&RegistryRow]) -> Vec<Arc<Key>> {
         let (mut datasources, mut keys) = (HashSet::new(), HashSet::new());
         for row in rows {
             match row {
-                Row::Datasource(id, Some(_)) => drop(datasources.insert(id.as_str())),
-                Row::Key(digest, Some(_)) => drop(keys.insert(digest.0)),
+                RegistryRow::Datasource(id, Some(_)) => drop(datasources.insert(id.as_str())),
+                RegistryRow::Key(digest, Some(_)) => drop(keys.insert(digest.0)),
                 _ => {}
             }
         }
@@ -165,7 +167,7 @@ impl Registry {
         for id in known.keys().filter(|id| !datasources.contains(id.as_str())) {
             known.remove(id.as_str());
         }
-        let by_datasource = self.live.by_datasource.read().unwrap_or_else(PoisonError::into_inner);
+        let by_datasource = self.live.by_datasource.read();
         let live = by_datasource.values().map(|key| key.digest);
         let gone: Vec<Digest> = live.filter(|digest| !keys.contains(&digest.0)).collect();
         drop(by_datasource);
@@ -173,23 +175,24 @@ impl Registry {
     }
 }
 
-/// Whether rows of this format can be read.
-pub(super) fn check_format(version: u32) -> Result<(), RegistryError> {
-    if version <= FORMAT {
+/// Checks that this version can read rows of this format.
+pub(super) fn check_rows_format(version: u32) -> Result<(), RegistryError> {
+    if version <= REGISTRY_ROWS_FORMAT {
         return Ok(());
     }
     Err(RegistryError::Cluster(format!(
-        "the cluster's has format {version} and this Headgate reads up to {FORMAT}: start the newer one"
+        "the cluster's registry has format {version} and this Headgate reads up to {REGISTRY_ROWS_FORMAT}: start the \
+         newer one"
     )))
 }
 
-/// Another text, unless it is the same: what was made of it, and what that counts, stays then.
-fn take_over(setting: &Setting, text: Option<&str>) {
+/// Sets the text if it differs. An unchanged one keeps its cached value and the state in it.
+fn set_if_changed(setting: &JsonSetting, text: Option<&str>) {
     if setting.text().as_deref() != text {
         setting.set(text);
     }
 }
 
-fn rotation(row: &KeyRow) -> Rotation {
+fn rotation_of_row(row: &KeyRow) -> Rotation {
     Rotation { replaces: row.replaces, replaced_by: row.replaced_by.zip(row.grace_ends_at) }
 }

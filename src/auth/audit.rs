@@ -1,6 +1,6 @@
 //! The audit: who changed what in the registry, when, and from where. An entry is written in the same
-//! transaction as the change that it tells of, so that there is none without the other, and stays
-//! for good. No entry holds a secret.
+//! transaction as the change it describes, so neither exists without the other, and is never deleted.
+//! No entry holds a secret.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -13,21 +13,21 @@ use crate::message::{DatasourceId, KeyId, TimeMicros};
 
 /// On whose behalf a change is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Who {
+pub enum ActorIdentity {
     /// Somebody with this key.
     Key(KeyId),
-    /// The gateway itself: a time that was set has come, or it starts for the first time.
+    /// The gateway itself: a deadline has passed, or it starts for the first time.
     System,
     /// Somebody who reported a key as leaked, by its secret and without a key of their own.
     LeakReport,
 }
 
-impl fmt::Display for Who {
+impl fmt::Display for ActorIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Who::Key(key_id) => fmt::Display::fmt(key_id, f),
-            Who::System => f.write_str("system"),
-            Who::LeakReport => f.write_str("leak report"),
+            ActorIdentity::Key(key_id) => fmt::Display::fmt(key_id, f),
+            ActorIdentity::System => f.write_str("system"),
+            ActorIdentity::LeakReport => f.write_str("leak report"),
         }
     }
 }
@@ -35,66 +35,66 @@ impl fmt::Display for Who {
 /// Who makes a change, and from where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Actor {
-    /// Who.
-    pub who: Who,
-    /// The address that the request came from, if it came from one.
+    /// The identity.
+    pub who: ActorIdentity,
+    /// The source address of the request, if there is one.
     pub address: Option<IpAddr>,
 }
 
 impl Actor {
     /// The gateway itself.
-    pub const SYSTEM: Actor = Actor { who: Who::System, address: None };
+    pub const SYSTEM: Actor = Actor { who: ActorIdentity::System, address: None };
 
     /// Somebody with this key.
     pub fn key(key_id: KeyId, address: Option<IpAddr>) -> Self {
-        Self { who: Who::Key(key_id), address }
+        Self { who: ActorIdentity::Key(key_id), address }
     }
 }
 
-/// What was done, as the audit is to have it.
+/// What was done, as it is written to the audit.
 #[derive(Debug, Clone, Copy)]
-pub struct Act<'a> {
-    /// A word for a noun, a dot, and what became of it: `key.created`. Programs compare it.
+pub struct AuditEvent<'a> {
+    /// A noun, a dot and a past participle: `key.created`. Programs compare it.
     pub action: &'static str,
-    /// The datasource that it is about, or `*`.
+    /// The datasource that was changed, or `*`.
     pub datasource: Option<&'a DatasourceId>,
-    /// The key that it is about.
+    /// The key that was changed.
     pub key_id: Option<KeyId>,
-    /// The particulars, a JSON object.
+    /// The details, a JSON object.
     pub what: &'a Value,
 }
 
-/// One entry, as it is read back.
+/// One entry as read from the database.
 #[derive(Debug, Serialize)]
-pub struct Entry {
-    /// Its place: each entry has a higher one than those before.
+pub struct AuditEntry {
+    /// Increases with each entry.
     pub id: i64,
     /// When it happened.
     #[serde(skip)]
     pub at: TimeMicros,
     /// A key id, `system` or `leak report`.
     pub who: String,
-    /// From where, if that is known.
+    /// The source address, if known.
     pub address: Option<String>,
     /// What was done.
     pub action: String,
-    /// To which datasource.
+    /// The datasource that was changed.
     pub datasource: Option<String>,
-    /// To which key.
+    /// The key that was changed.
     pub key_id: Option<String>,
-    /// The particulars.
+    /// The details.
     pub what: Box<RawValue>,
 }
 
-/// Which entries are asked for, oldest first.
+/// A query for entries, oldest first.
 #[derive(Debug, Clone, Copy)]
-pub struct Page {
-    /// None that happened before.
+pub struct AuditQuery {
+    /// Only entries at or after this time.
     pub from: Option<TimeMicros>,
-    /// None that happened at or after.
+    /// Only entries before this time.
     pub to: Option<TimeMicros>,
-    /// None up to this one's [`Entry::id`].
+    /// Only entries with a higher [`AuditEntry::id`].
     pub after: i64,
-    /// How many at most.
+    /// Maximum number of entries.
     pub limit: usize,
 }

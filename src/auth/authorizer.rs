@@ -1,21 +1,21 @@
 //! The authorizer: what does this key allow, now?
 //!
-//! It turns what a client presented into a [`Grant`] or a [`Denied`]. Fronts ask once for each
-//! connection or request and keep the grant; intake asks the grant about each message. The dearest
-//! answer is to a valid key, one hash and one lookup; a key whose checksum is wrong costs neither.
+//! It turns what a client presented into a [`Grant`] or a [`GrantDenial`]. Fronts ask once for each
+//! connection or request and keep the grant; intake checks the grant for each message. A valid key costs
+//! most, one hash and one lookup; a key with a wrong checksum costs neither.
 //!
-//! How long a no takes tells nothing of how close a key was. The checksum is no secret. Behind it
-//! everything goes by the digest, which changes as a whole with any character of the key; and a key that
-//! was never given out and one that was revoked take the same one lookup.
+//! The time that a denial takes does not reveal how close a guess was. The checksum is not secret. All
+//! further checks use the digest, which changes completely with any character of the key, and an unknown
+//! key takes the same one lookup as a revoked one.
 
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::failures::Failures;
-use super::index::Found;
-use super::shape::Shape;
+use super::failures::AuthFailures;
+use super::index::KeyLookup;
+use super::shape::KeyShape;
 use super::{Digest, Key, Registry, Scope, key};
 use crate::config;
 use crate::message::{DatasourceId, KeyId, Lease};
@@ -24,193 +24,195 @@ use crate::message::{DatasourceId, KeyId, Lease};
 #[derive(Debug, Clone)]
 pub struct Authorizer {
     registry: Arc<Registry>,
-    failures: Arc<Failures>,
+    failures: Arc<AuthFailures>,
 }
 
-/// What a valid key allows at this moment. Cheap to clone. It is only good while [`Grant::holds`]:
-/// whoever keeps one asks again before each use.
+/// What a valid key allows at this moment. Cheap to clone. It is valid only while [`Grant::holds`]: check
+/// that again before each use.
 #[derive(Clone)]
 pub struct Grant(Arc<Key>);
 
-/// Why a key does not allow what was asked. All but the last two get one answer on the wire, so that
-/// a stranger learns nothing; logs and metrics tell them apart by [`Denied::cause`].
+/// Why a key does not allow an operation. All but the last two look the same on the wire, so that a
+/// stranger learns nothing; logs and metrics distinguish them by [`GrantDenial::cause`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Denied {
+pub enum GrantDenial {
     /// No key was presented.
     #[error("no API key was presented")]
     NoKey,
-    /// It does not have a key's form, or its checksum is wrong.
+    /// The text does not have a key's form, or its checksum is wrong.
     #[error("the API key is malformed")]
     Malformed,
-    /// There has been no such key.
+    /// No such key has ever existed.
     #[error("the API key is not known")]
     Unknown,
-    /// It was revoked, or its datasource deleted.
+    /// The key was revoked, or its datasource deleted.
     #[error("the API key has been revoked")]
     Revoked,
-    /// Its time is over.
+    /// The key has expired, or its grace period has ended.
     #[error("the API key has expired")]
     Expired,
-    /// Too many keys that were not good came from the same address. Said only to whoever has presented
-    /// another one.
+    /// Too many bad keys came from the same address. Returned only for another bad key.
     #[error("too many API keys from this address were not good; wait {} s", retry_after.as_secs() + 1)]
     TooManyFailures {
-        /// When to come again.
+        /// How long to wait before the next attempt.
         retry_after: Duration,
     },
-    /// Two different keys in one request.
+    /// One request presented two different keys.
     #[error("two different API keys were presented")]
     Ambiguous,
-    /// The key is good, and belongs to another datasource.
+    /// The key is valid, but belongs to another datasource.
     #[error("API key {key_id} does not belong to this datasource")]
     OtherDatasource {
         /// The key that was presented.
         key_id: KeyId,
     },
-    /// The key is good, and lacks the scope.
+    /// The key is valid, but lacks the scope.
     #[error("API key {key_id} lacks the scope {scope}")]
     MissingScope {
         /// The key that was presented.
         key_id: KeyId,
-        /// What it would need.
+        /// The missing scope.
         scope: Scope,
     },
 }
 
-impl Denied {
-    /// One word for metrics and logs; it never changes its meaning.
+impl GrantDenial {
+    /// A label for metrics and logs, whose meaning never changes.
     pub fn cause(&self) -> &'static str {
         match self {
-            Denied::NoKey => "no_key",
-            Denied::Malformed => "malformed_key",
-            Denied::Unknown => "unknown_key",
-            Denied::Revoked => "revoked_key",
-            Denied::Expired => "expired_key",
-            Denied::TooManyFailures { .. } => "too_many_failures",
-            Denied::Ambiguous => "ambiguous_key",
-            Denied::OtherDatasource { .. } => "other_datasource",
-            Denied::MissingScope { .. } => "missing_scope",
+            GrantDenial::NoKey => "no_key",
+            GrantDenial::Malformed => "malformed_key",
+            GrantDenial::Unknown => "unknown_key",
+            GrantDenial::Revoked => "revoked_key",
+            GrantDenial::Expired => "expired_key",
+            GrantDenial::TooManyFailures { .. } => "too_many_failures",
+            GrantDenial::Ambiguous => "ambiguous_key",
+            GrantDenial::OtherDatasource { .. } => "other_datasource",
+            GrantDenial::MissingScope { .. } => "missing_scope",
         }
     }
 }
 
-/// A presented key that gives no grant, and what may be told of it to an operator.
+/// A presented key that gives no grant, with what an operator may know about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rejected {
-    /// Why.
-    pub denied: Denied,
-    /// The key, if it is one that was given out once.
+pub struct RejectedKey {
+    /// The reason.
+    pub denied: GrantDenial,
+    /// The key's id, if the key was once valid.
     pub key_id: Option<KeyId>,
-    /// What was presented, if it never was one.
-    pub shape: Option<Shape>,
+    /// The shape of the presented text, if it was never a valid key.
+    pub shape: Option<KeyShape>,
 }
 
-impl From<Denied> for Rejected {
-    fn from(denied: Denied) -> Self {
+impl From<GrantDenial> for RejectedKey {
+    fn from(denied: GrantDenial) -> Self {
         Self { denied, key_id: None, shape: None }
     }
 }
 
 impl Authorizer {
-    /// An authorizer over `registry`, at the default limits of failures.
+    /// An authorizer over `registry` with the default limits for failures.
     pub fn new(registry: Arc<Registry>) -> Self {
-        Self::with(registry, &config::Config::default().auth)
+        Self::with_config(registry, &config::Config::default().auth)
     }
 
-    /// An authorizer over `registry`.
-    pub fn with(registry: Arc<Registry>, config: &config::Auth) -> Self {
-        Self { registry, failures: Arc::new(Failures::new(config)) }
+    /// An authorizer over `registry` with these limits for failures.
+    pub fn with_config(registry: Arc<Registry>, config: &config::AuthConfig) -> Self {
+        Self { registry, failures: Arc::new(AuthFailures::new(config)) }
     }
 
-    /// Which key is this, from that address? As [`Authorizer::identify`], and a key that is not good
-    /// counts against the address. Where there is none, as NATS gives none, it counts against nobody: one
-    /// bad client would otherwise keep the reason from all the others.
+    /// As [`Authorizer::identify`], and counts a bad key against the address. Without an address, as for
+    /// NATS clients, nothing is counted: one bad client would otherwise hide the reason from all others.
     ///
     /// # Errors
-    /// Those of [`Authorizer::identify`], or [`Denied::TooManyFailures`] instead of them.
+    /// Those of [`Authorizer::identify`], or [`GrantDenial::TooManyFailures`] in their place.
     pub fn identify_from(
         &self,
         presented: &[u8],
         from: impl Into<Option<IpAddr>>,
-    ) -> Result<Grant, Rejected> {
-        self.identify(presented).map_err(|denied| self.rejected(denied, presented, from.into()))
+    ) -> Result<Grant, RejectedKey> {
+        self.identify(presented).map_err(|denied| self.reject(denied, presented, from.into()))
     }
 
-    /// Which key is among these, from that address? Next to a key, what does not look like one is a name,
-    /// or a password for somebody else; empty texts are none.
+    /// As [`Authorizer::identify_from`], for the one key among several texts. If one of them looks like a
+    /// key, the others may be a user name or an unrelated password, and are ignored; so are empty texts.
     ///
     /// # Errors
-    /// [`Denied::Ambiguous`] for two different keys, [`Denied::NoKey`] for nothing at all, and those of
-    /// [`Authorizer::identify_from`] for the one there is.
-    pub fn identify_among(&self, presented: &[&[u8]], from: IpAddr) -> Result<Grant, Rejected> {
+    /// [`GrantDenial::Ambiguous`] for two different keys, [`GrantDenial::NoKey`] if all texts are empty, and those of
+    /// [`Authorizer::identify_from`] for the key that was found.
+    pub fn identify_among(&self, presented: &[&[u8]], from: IpAddr) -> Result<Grant, RejectedKey> {
         let presented = || presented.iter().map(|text| text.trim_ascii()).filter(|text| !text.is_empty());
-        let keys = || presented().filter(|text| text.starts_with(key::PREFIX));
+        let keys = || presented().filter(|text| text.starts_with(key::API_KEY_PREFIX));
         match keys().next().or_else(|| presented().next()) {
-            None => Err(Denied::NoKey.into()),
-            Some(key) if keys().any(|other| other != key) => Err(self.ambiguous_from(from)),
+            None => Err(GrantDenial::NoKey.into()),
+            Some(key) if keys().any(|other| other != key) => Err(self.reject_ambiguous(from)),
             Some(key) => self.identify_from(key, from),
         }
     }
 
-    /// The grant of a key that somebody else has checked when it was presented, and now names by its id:
-    /// it is looked up, since it may have died.
+    /// The grant of a key that was checked elsewhere when it was presented, and is now named by its id. It is
+    /// looked up because it may have died meanwhile.
     ///
     /// # Errors
-    /// [`Denied::Revoked`] if there is no such key any more, [`Denied::Expired`].
-    pub fn of_key(&self, datasource: &DatasourceId, id: KeyId) -> Result<Grant, Denied> {
+    /// [`GrantDenial::Revoked`] if the key no longer exists, [`GrantDenial::Expired`].
+    pub fn grant_of_key(&self, datasource: &DatasourceId, id: KeyId) -> Result<Grant, GrantDenial> {
         match self.registry.key(datasource, id) {
-            None => Err(Denied::Revoked),
-            Some(key) if key.has_expired() => Err(Denied::Expired),
+            None => Err(GrantDenial::Revoked),
+            Some(key) if key.has_expired() => Err(GrantDenial::Expired),
             Some(key) => Ok(Grant(key)),
         }
     }
 
-    /// Counts two different keys in one request as one that is not good.
-    pub fn ambiguous_from(&self, from: impl Into<Option<IpAddr>>) -> Rejected {
-        self.rejected(Denied::Ambiguous, &[], from.into())
+    /// Counts two different keys in one request as one bad key.
+    pub fn reject_ambiguous(&self, from: impl Into<Option<IpAddr>>) -> RejectedKey {
+        self.reject(GrantDenial::Ambiguous, &[], from.into())
     }
 
-    fn rejected(&self, denied: Denied, presented: &[u8], from: Option<IpAddr>) -> Rejected {
+    fn reject(&self, denied: GrantDenial, presented: &[u8], from: Option<IpAddr>) -> RejectedKey {
         let (key_id, shape) = match denied {
-            Denied::Revoked | Denied::Expired => (Digest::of_presented(presented).map(|d| d.key_id()), None),
-            Denied::Malformed | Denied::Unknown => (None, Some(Shape::of(presented))),
+            GrantDenial::Revoked | GrantDenial::Expired => {
+                (Digest::from_presented(presented).map(|d| d.key_id()), None)
+            }
+            GrantDenial::Malformed | GrantDenial::Unknown => {
+                (None, Some(KeyShape::from_presented(presented)))
+            }
             _ => (None, None),
         };
-        // Without a key nothing was guessed.
+        // A client that presents no key is not guessing, so that is not counted.
         let denied = match (denied, from) {
-            (Denied::NoKey, _) => Denied::NoKey,
+            (GrantDenial::NoKey, _) => GrantDenial::NoKey,
             (denied, None) => denied,
             (denied, Some(from)) => match self.failures.count(from) {
                 Ok(()) => denied,
-                Err(retry_after) => Denied::TooManyFailures { retry_after },
+                Err(retry_after) => GrantDenial::TooManyFailures { retry_after },
             },
         };
-        Rejected { denied, key_id, shape }
+        RejectedKey { denied, key_id, shape }
     }
 
-    /// The registry behind it.
+    /// The registry that keys are looked up in.
     pub fn registry(&self) -> &Arc<Registry> {
         &self.registry
     }
 
-    /// Which key is this? Says nothing about what it may do.
+    /// Identifies a presented key. Does not check what the key may do.
     ///
     /// # Errors
-    /// [`Denied::NoKey`] for nothing but white space, [`Denied::Malformed`] for what cannot be a key
-    /// (decided before any lookup), [`Denied::Unknown`], [`Denied::Revoked`] or [`Denied::Expired`].
-    pub fn identify(&self, presented: &[u8]) -> Result<Grant, Denied> {
-        let Some(digest) = Digest::of_presented(presented) else {
+    /// [`GrantDenial::NoKey`] for an empty or blank text, [`GrantDenial::Malformed`] for a text that cannot be a key
+    /// (decided before any lookup), [`GrantDenial::Unknown`], [`GrantDenial::Revoked`] or [`GrantDenial::Expired`].
+    pub fn identify(&self, presented: &[u8]) -> Result<Grant, GrantDenial> {
+        let Some(digest) = Digest::from_presented(presented) else {
             let nothing = presented.trim_ascii().is_empty();
-            return Err(if nothing { Denied::NoKey } else { Denied::Malformed });
+            return Err(if nothing { GrantDenial::NoKey } else { GrantDenial::Malformed });
         };
         let key = match self.registry.look_up(&digest) {
-            Some(Found::Key(key)) => key,
-            Some(Found::Revoked) => return Err(Denied::Revoked),
-            None => return Err(Denied::Unknown),
+            Some(KeyLookup::Key(key)) => key,
+            Some(KeyLookup::Revoked) => return Err(GrantDenial::Revoked),
+            None => return Err(GrantDenial::Unknown),
         };
-        // The lease was good a moment ago, or the key would not have been found. Every use of the
-        // grant looks at it; to look here as well would be one more miss of the cache among many keys.
-        if key.has_expired() { Err(Denied::Expired) } else { Ok(Grant(key)) }
+        // The lease was valid a moment ago, or the lookup would have failed. Every use of the grant
+        // checks it; checking it here too would cost one more cache miss.
+        if key.has_expired() { Err(GrantDenial::Expired) } else { Ok(Grant(key)) }
     }
 }
 
@@ -230,55 +232,55 @@ impl Grant {
         &self.0.datasource
     }
 
-    /// Whether it is still good: one atomic load, and for a key that expires a look at the clock.
+    /// Whether the grant is still valid: one atomic load, and a clock read for a key that expires.
     pub fn holds(&self) -> bool {
         self.check().is_ok()
     }
 
-    /// Its lease.
+    /// The key's lease.
     pub fn lease(&self) -> &Lease {
         self.0.lease()
     }
 
-    /// May it do `scope` in `datasource`? To ask for `*` is to ask for all of them, as who manages
-    /// datasources must: a key of one datasource is not enough, whatever its scopes. Whether there
-    /// is such a datasource is not asked here.
+    /// Checks that the key allows `scope` in `datasource`. `*` means all datasources, which managing them
+    /// requires: a key of one datasource is then not enough, whatever its scopes. Does not check that the
+    /// datasource exists.
     ///
     /// # Errors
-    /// [`Denied::Revoked`] or [`Denied::Expired`] if it holds no longer; then
-    /// [`Denied::OtherDatasource`], then [`Denied::MissingScope`].
-    pub fn allows(&self, scope: Scope, datasource: &str) -> Result<(), Denied> {
+    /// [`GrantDenial::Revoked`] or [`GrantDenial::Expired`] if the grant is no longer valid; then
+    /// [`GrantDenial::OtherDatasource`], then [`GrantDenial::MissingScope`].
+    pub fn allows(&self, scope: Scope, datasource: &str) -> Result<(), GrantDenial> {
         self.check()?;
         let own = &self.0.datasource;
         if own.as_str() != datasource && !own.is_all() {
-            return Err(Denied::OtherDatasource { key_id: self.0.id });
+            return Err(GrantDenial::OtherDatasource { key_id: self.0.id });
         }
         self.check_scope(scope)
     }
 
-    /// May it do `scope` at all, in the datasource that it belongs to?
+    /// Checks that the key allows `scope` in the datasource that it belongs to.
     ///
     /// # Errors
-    /// [`Denied::Revoked`] or [`Denied::Expired`] if it holds no longer; then
-    /// [`Denied::MissingScope`].
-    pub fn has(&self, scope: Scope) -> Result<(), Denied> {
+    /// [`GrantDenial::Revoked`] or [`GrantDenial::Expired`] if the grant is no longer valid; then
+    /// [`GrantDenial::MissingScope`].
+    pub fn allows_scope(&self, scope: Scope) -> Result<(), GrantDenial> {
         self.check()?;
         self.check_scope(scope)
     }
 
-    fn check(&self) -> Result<(), Denied> {
+    fn check(&self) -> Result<(), GrantDenial> {
         match &*self.0 {
-            key if !key.holds() => Err(Denied::Revoked),
-            key if key.has_expired() => Err(Denied::Expired),
+            key if !key.holds() => Err(GrantDenial::Revoked),
+            key if key.has_expired() => Err(GrantDenial::Expired),
             _ => Ok(()),
         }
     }
 
-    fn check_scope(&self, scope: Scope) -> Result<(), Denied> {
+    fn check_scope(&self, scope: Scope) -> Result<(), GrantDenial> {
         if self.0.scopes.allow(scope) {
             Ok(())
         } else {
-            Err(Denied::MissingScope { key_id: self.0.id, scope })
+            Err(GrantDenial::MissingScope { key_id: self.0.id, scope })
         }
     }
 }
@@ -305,7 +307,7 @@ mod tests {
         (dir, Authorizer::new(Arc::new(registry)))
     }
 
-    fn identify(authorizer: &Authorizer, secret: &ApiKey) -> Result<Grant, Denied> {
+    fn identify(authorizer: &Authorizer, secret: &ApiKey) -> Result<Grant, GrantDenial> {
         authorizer.identify(secret.expose().as_bytes())
     }
 
@@ -314,7 +316,7 @@ mod tests {
         let (_dir, authorizer) = empty();
         let (_, key, secret) = authorizer
             .registry()
-            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::of(&[Scope::Ingest]))
+            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::from_slice(&[Scope::Ingest]))
             .expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
         assert_eq!(grant.key_id(), key.id);
@@ -322,15 +324,15 @@ mod tests {
         assert!(authorizer.identify(format!("  {}\r\n", secret.expose()).as_bytes()).is_ok());
 
         let denied = |presented: &[u8]| authorizer.identify(presented).expect_err("no key");
-        assert_eq!(denied(b""), Denied::NoKey);
-        assert_eq!(denied(b" \t\r\n"), Denied::NoKey);
-        assert_eq!(denied(b"hgk_"), Denied::Malformed);
-        assert_eq!(denied(&secret.expose().as_bytes()[..52]), Denied::Malformed);
-        assert_eq!(denied(&secret.expose().to_lowercase().into_bytes()), Denied::Malformed);
-        assert_eq!(denied(ApiKey::generate().expose().as_bytes()), Denied::Unknown);
+        assert_eq!(denied(b""), GrantDenial::NoKey);
+        assert_eq!(denied(b" \t\r\n"), GrantDenial::NoKey);
+        assert_eq!(denied(b"hgk_"), GrantDenial::Malformed);
+        assert_eq!(denied(&secret.expose().as_bytes()[..52]), GrantDenial::Malformed);
+        assert_eq!(denied(&secret.expose().to_lowercase().into_bytes()), GrantDenial::Malformed);
+        assert_eq!(denied(ApiKey::generate().expose().as_bytes()), GrantDenial::Unknown);
         // The stored digest and the key id open nothing.
-        assert_eq!(denied(&secret.digest().0), Denied::Malformed);
-        assert_eq!(denied(key.id.to_string().as_bytes()), Denied::Malformed);
+        assert_eq!(denied(&secret.digest().0), GrantDenial::Malformed);
+        assert_eq!(denied(key.id.to_string().as_bytes()), GrantDenial::Malformed);
     }
 
     #[test]
@@ -338,16 +340,16 @@ mod tests {
         let (_dir, authorizer) = empty();
         let (a, key, secret) = authorizer
             .registry()
-            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::of(&[Scope::Ingest]))
+            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::from_slice(&[Scope::Ingest]))
             .expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
         let kept = grant.clone();
         assert!(kept.holds());
         authorizer.registry().revoke_key(&Actor::SYSTEM, &a.id, key.id).expect("revoked").expect("was live");
-        assert_eq!(identify(&authorizer, &secret).err(), Some(Denied::Revoked));
+        assert_eq!(identify(&authorizer, &secret).err(), Some(GrantDenial::Revoked));
         assert!(!grant.holds() && !kept.holds() && !kept.lease().holds());
-        assert_eq!(kept.allows(Scope::Ingest, "a"), Err(Denied::Revoked));
-        assert_eq!(kept.has(Scope::Ingest), Err(Denied::Revoked));
+        assert_eq!(kept.allows(Scope::Ingest, "a"), Err(GrantDenial::Revoked));
+        assert_eq!(kept.allows_scope(Scope::Ingest), Err(GrantDenial::Revoked));
     }
 
     #[test]
@@ -355,7 +357,7 @@ mod tests {
         let (_dir, authorizer) = empty();
         let all = DatasourceId::all();
         let create = |expires_at| {
-            let scopes = Scopes::of(&[Scope::Ingest]);
+            let scopes = Scopes::from_slice(&[Scope::Ingest]);
             authorizer
                 .registry()
                 .create_key(&Actor::SYSTEM, &all, "", scopes, Some(expires_at))
@@ -365,16 +367,16 @@ mod tests {
         let grant = identify(&authorizer, &later).expect("not yet");
         assert!(grant.holds() && grant.allows(Scope::Ingest, "a").is_ok());
         let (expired, before) = create(now_micros());
-        assert_eq!(identify(&authorizer, &before).err(), Some(Denied::Expired));
+        assert_eq!(identify(&authorizer, &before).err(), Some(GrantDenial::Expired));
         let kept = Grant(expired);
         assert!(!kept.holds());
-        assert_eq!(kept.allows(Scope::Ingest, "a"), Err(Denied::Expired));
+        assert_eq!(kept.allows(Scope::Ingest, "a"), Err(GrantDenial::Expired));
     }
 
     #[test]
     fn a_key_opens_its_own_datasource_and_no_other() {
         let (_dir, authorizer) = empty();
-        let every = Scopes::of(&Scope::ALL);
+        let every = Scopes::from_slice(&Scope::ALL);
         let (_, key, secret) =
             authorizer.registry().create_datasource(&Actor::SYSTEM, None, "a", every).expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
@@ -382,7 +384,7 @@ mod tests {
         // Not even with every scope, and not all of them either.
         for other in ["b", "a-2", "aa", "", "*", "A"] {
             for scope in Scope::ALL {
-                let denied = Denied::OtherDatasource { key_id: key.id };
+                let denied = GrantDenial::OtherDatasource { key_id: key.id };
                 assert_eq!(grant.allows(scope, other), Err(denied), "{scope} in {other:?}");
             }
         }
@@ -393,16 +395,22 @@ mod tests {
         let (_dir, authorizer) = empty();
         let (key, secret) = authorizer
             .registry()
-            .create_key(&Actor::SYSTEM, &DatasourceId::all(), "", Scopes::of(&[Scope::Subscribe]), None)
+            .create_key(
+                &Actor::SYSTEM,
+                &DatasourceId::all(),
+                "",
+                Scopes::from_slice(&[Scope::Subscribe]),
+                None,
+            )
             .expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
         for datasource in ["a", "b", "*"] {
             assert_eq!(grant.allows(Scope::Subscribe, datasource), Ok(()));
-            let denied = Denied::MissingScope { key_id: key.id, scope: Scope::Admin };
+            let denied = GrantDenial::MissingScope { key_id: key.id, scope: Scope::Admin };
             assert_eq!(grant.allows(Scope::Admin, datasource), Err(denied));
         }
-        assert_eq!(grant.has(Scope::Subscribe), Ok(()));
-        assert!(grant.has(Scope::Ingest).is_err());
+        assert_eq!(grant.allows_scope(Scope::Subscribe), Ok(()));
+        assert!(grant.allows_scope(Scope::Ingest).is_err());
     }
 
     #[test]
@@ -410,13 +418,13 @@ mod tests {
         let (_dir, authorizer) = empty();
         let (_, key, secret) = authorizer
             .registry()
-            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::of(&[Scope::Ingest]))
+            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::from_slice(&[Scope::Ingest]))
             .expect("created");
         let grant = identify(&authorizer, &secret).expect("valid");
-        assert_eq!(grant.allows(Scope::Admin, "b"), Err(Denied::OtherDatasource { key_id: key.id }));
+        assert_eq!(grant.allows(Scope::Admin, "b"), Err(GrantDenial::OtherDatasource { key_id: key.id }));
         assert_eq!(
             grant.allows(Scope::Subscribe, "a"),
-            Err(Denied::MissingScope { key_id: key.id, scope: Scope::Subscribe })
+            Err(GrantDenial::MissingScope { key_id: key.id, scope: Scope::Subscribe })
         );
     }
 
@@ -424,24 +432,24 @@ mod tests {
     fn a_good_key_is_let_in_where_too_many_others_came_from() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let registry = Arc::new(Registry::open(dir.path()).expect("opens"));
-        let auth = config::Auth { failures_burst: 2, failures_per_s: 1, failures_exempt: Vec::new() };
-        let authorizer = Authorizer::with(registry.clone(), &auth);
+        let auth = config::AuthConfig { failures_burst: 2, failures_per_s: 1, failures_exempt: Vec::new() };
+        let authorizer = Authorizer::with_config(registry.clone(), &auth);
         let all = DatasourceId::all();
         let (key, secret) = registry
-            .create_key(&Actor::SYSTEM, &all, "", Scopes::of(&[Scope::Ingest]), None)
+            .create_key(&Actor::SYSTEM, &all, "", Scopes::from_slice(&[Scope::Ingest]), None)
             .expect("created");
         let from: IpAddr = [203, 0, 113, 9].into();
         let guess = || authorizer.identify_from(ApiKey::generate().expose().as_bytes(), from);
         for _ in 0..2 {
             let rejected = guess().err().map(|rejected| (rejected.denied, rejected.shape.is_some()));
-            assert_eq!(rejected, Some((Denied::Unknown, true)));
+            assert_eq!(rejected, Some((GrantDenial::Unknown, true)));
         }
-        let too_many = |rejected: Rejected| matches!(rejected.denied, Denied::TooManyFailures { .. });
+        let too_many = |rejected: RejectedKey| matches!(rejected.denied, GrantDenial::TooManyFailures { .. });
         assert!(guess().is_err_and(too_many));
         assert!(authorizer.identify_from(b"hgk_", from).is_err_and(too_many), "malformed");
-        assert!(authorizer.ambiguous_from(from).denied != Denied::Ambiguous);
+        assert!(authorizer.reject_ambiguous(from).denied != GrantDenial::Ambiguous);
         // Nothing was presented, so nothing was guessed.
-        assert_eq!(authorizer.identify_from(b"", from).err(), Some(Denied::NoKey.into()));
+        assert_eq!(authorizer.identify_from(b"", from).err(), Some(GrantDenial::NoKey.into()));
         let grant = authorizer.identify_from(secret.expose().as_bytes(), from).expect("a good key");
         assert_eq!(grant.key_id(), key.id);
     }
@@ -451,7 +459,7 @@ mod tests {
         let (_dir, authorizer) = empty();
         let from: IpAddr = [203, 0, 113, 9].into();
         let create = || {
-            let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+            let (all, scopes) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Ingest]));
             authorizer.registry().create_key(&Actor::SYSTEM, &all, "", scopes, None).expect("created")
         };
         let ((key, secret), (_, other)) = (create(), create());
@@ -464,26 +472,26 @@ mod tests {
             assert_eq!(id(presented), Ok(key.id));
         }
         assert_eq!(id(&[secret, secret]), Ok(key.id));
-        assert_eq!(id(&[secret, other]), Err(Denied::Ambiguous));
-        assert_eq!(id(&[b"device", b"hunter2"]), Err(Denied::Malformed));
-        assert_eq!(id(&[b"", b" ", b""]), Err(Denied::NoKey));
-        assert_eq!(id(&[]), Err(Denied::NoKey));
+        assert_eq!(id(&[secret, other]), Err(GrantDenial::Ambiguous));
+        assert_eq!(id(&[b"device", b"hunter2"]), Err(GrantDenial::Malformed));
+        assert_eq!(id(&[b"", b" ", b""]), Err(GrantDenial::NoKey));
+        assert_eq!(id(&[]), Err(GrantDenial::NoKey));
     }
 
     #[test]
     fn a_key_that_is_named_by_its_id_is_good_for_as_long_as_it_lives() {
         let (_dir, authorizer) = empty();
-        let scopes = Scopes::of(&[Scope::Ingest]);
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
         let (a, key, _) =
             authorizer.registry().create_datasource(&Actor::SYSTEM, None, "a", scopes).expect("created");
-        assert_eq!(authorizer.of_key(&a.id, key.id).expect("live").key_id(), key.id);
-        assert_eq!(authorizer.of_key(&DatasourceId::all(), key.id).err(), Some(Denied::Revoked));
+        assert_eq!(authorizer.grant_of_key(&a.id, key.id).expect("live").key_id(), key.id);
+        assert_eq!(authorizer.grant_of_key(&DatasourceId::all(), key.id).err(), Some(GrantDenial::Revoked));
         authorizer.registry().revoke_key(&Actor::SYSTEM, &a.id, key.id).expect("revoked");
-        assert_eq!(authorizer.of_key(&a.id, key.id).err(), Some(Denied::Revoked));
+        assert_eq!(authorizer.grant_of_key(&a.id, key.id).err(), Some(GrantDenial::Revoked));
         let expires_at = Some(now_micros());
         let (key, _) =
             authorizer.registry().create_key(&Actor::SYSTEM, &a.id, "", scopes, expires_at).expect("created");
-        assert_eq!(authorizer.of_key(&a.id, key.id).err(), Some(Denied::Expired));
+        assert_eq!(authorizer.grant_of_key(&a.id, key.id).err(), Some(GrantDenial::Expired));
     }
 
     #[test]
@@ -492,16 +500,16 @@ mod tests {
         let all = DatasourceId::all();
         let registry = authorizer.registry();
         let (key, secret) = registry
-            .create_key(&Actor::SYSTEM, &all, "", Scopes::of(&[Scope::Ingest]), None)
+            .create_key(&Actor::SYSTEM, &all, "", Scopes::from_slice(&[Scope::Ingest]), None)
             .expect("created");
         registry.revoke_key(&Actor::SYSTEM, &all, key.id).expect("revoked");
         let from: IpAddr = [203, 0, 113, 9].into();
         let rejected = authorizer.identify_from(secret.expose().as_bytes(), from).expect_err("revoked");
-        assert_eq!(rejected, Rejected { denied: Denied::Revoked, key_id: Some(key.id), shape: None });
+        assert_eq!(rejected, RejectedKey { denied: GrantDenial::Revoked, key_id: Some(key.id), shape: None });
         let unknown = ApiKey::generate();
         let rejected = authorizer.identify_from(unknown.expose().as_bytes(), from).expect_err("unknown");
-        assert_eq!((rejected.denied, rejected.key_id), (Denied::Unknown, None));
-        assert_eq!(rejected.shape, Some(Shape::of(unknown.expose().as_bytes())));
+        assert_eq!((rejected.denied, rejected.key_id), (GrantDenial::Unknown, None));
+        assert_eq!(rejected.shape, Some(KeyShape::from_presented(unknown.expose().as_bytes())));
     }
 
     #[test]
@@ -510,17 +518,17 @@ mod tests {
         let secret = ApiKey::generate();
         let key_id = secret.digest().key_id();
         let all = [
-            Denied::NoKey,
-            Denied::Malformed,
+            GrantDenial::NoKey,
+            GrantDenial::Malformed,
             identify(&authorizer, &secret).expect_err("unknown"),
-            Denied::Revoked,
-            Denied::Expired,
-            Denied::TooManyFailures { retry_after: Duration::ZERO },
-            Denied::Ambiguous,
-            Denied::OtherDatasource { key_id },
-            Denied::MissingScope { key_id, scope: Scope::Admin },
+            GrantDenial::Revoked,
+            GrantDenial::Expired,
+            GrantDenial::TooManyFailures { retry_after: Duration::ZERO },
+            GrantDenial::Ambiguous,
+            GrantDenial::OtherDatasource { key_id },
+            GrantDenial::MissingScope { key_id, scope: Scope::Admin },
         ];
-        let mut causes: Vec<_> = all.iter().map(Denied::cause).collect();
+        let mut causes: Vec<_> = all.iter().map(GrantDenial::cause).collect();
         for (denied, cause) in all.iter().zip(&causes) {
             assert!(cause.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{cause}");
             let shown = format!("{denied} {denied:?}");

@@ -1,26 +1,25 @@
-//! A change of the registry on its way to the disk: one transaction, of statements and the audit's
-//! entry that tells of them. It counts when it is committed, and not at all before. In a cluster that is
-//! when all nodes have its rows: they are read from the transaction, published, and only then is that
-//! committed.
+//! A change of the registry on its way to the disk: one transaction of statements and the audit entry
+//! that describes them. It takes effect when it is committed, and not before. In a cluster its rows are
+//! first read from the open transaction and published to all nodes; only then is it committed.
 
 use std::cell::RefCell;
 
-use headgate_bridge_nats::kv::BATCH_ROWS_MAX;
+use headgate_bridge_nats::kv::KV_BATCH_ROWS_MAX;
 use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::Digest;
-use super::audit::{Act, Actor};
-use super::database::digests_of;
+use super::audit::{Actor, AuditEvent};
+use super::database::digest_range;
 use super::live::{Datasource, Key, Rotation};
 use super::registry::RegistryError;
-use super::replica::{Replica, Revision};
-use super::rows::{LeakRow, Row};
-use super::usage::Used;
+use super::replica::{RegistryReplica, RegistryRevision};
+use super::rows::{LeakRow, RegistryRow};
+use super::usage::KeyUsage;
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 
-/// Why a key is no longer good, as the registry's file has it.
+/// Why a key has ended, as stored in the registry's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ended {
+pub(super) enum KeyEndReason {
     /// An operator revoked it.
     Revoked,
     /// Its datasource was deleted.
@@ -31,70 +30,70 @@ pub(super) enum Ended {
     Leaked,
 }
 
-impl Ended {
+impl KeyEndReason {
     fn as_str(self) -> &'static str {
         match self {
-            Ended::Revoked => "revoked",
-            Ended::Deleted => "deleted",
-            Ended::Rotated => "rotated",
-            Ended::Leaked => "leaked",
+            KeyEndReason::Revoked => "revoked",
+            KeyEndReason::Deleted => "deleted",
+            KeyEndReason::Rotated => "rotated",
+            KeyEndReason::Leaked => "leaked",
         }
     }
 }
 
-/// One transaction.
-pub(super) struct Change<'a> {
+/// One open transaction on the registry.
+pub(super) struct RegistryTransaction<'a> {
     transaction: Transaction<'a>,
     at: TimeMicros,
-    /// Whoever has to have it too.
-    replica: Option<&'a dyn Replica>,
+    /// The cluster that it is published to, if there is one.
+    replica: Option<&'a dyn RegistryReplica>,
     /// The newest revision that is in the database.
-    applied: &'a mut Revision,
-    /// What is to be published.
-    touched: RefCell<Vec<Touched>>,
+    applied: &'a mut RegistryRevision,
+    /// The rows to publish.
+    touched: RefCell<Vec<TouchedRow>>,
 }
 
-/// A row that a change has written. In the order in which they are published, if they are too many for one
-/// batch: keys that die with their datasource before it.
+/// A row that a change has written. The variants are in the order of publication, which matters if the rows
+/// need more than one batch: keys that die with their datasource come before it.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Touched {
+enum TouchedRow {
     Key(KeyId),
     Datasource(DatasourceId),
     Leak,
     Audit(i64),
 }
 
-impl<'a> Change<'a> {
+impl<'a> RegistryTransaction<'a> {
     pub(super) fn new(
         transaction: Transaction<'a>,
-        replica: Option<&'a dyn Replica>,
-        applied: &'a mut Revision,
+        replica: Option<&'a dyn RegistryReplica>,
+        applied: &'a mut RegistryRevision,
     ) -> Self {
         Self { transaction, at: now_micros(), replica, applied, touched: RefCell::default() }
     }
 
-    fn touched(&self, row: Touched) {
+    fn touched(&self, row: TouchedRow) {
         if self.replica.is_some() {
             self.touched.borrow_mut().push(row);
         }
     }
 
-    /// When it is made.
-    pub(super) fn at(&self) -> TimeMicros {
+    /// The time of the change.
+    pub(super) fn made_at(&self) -> TimeMicros {
         self.at
     }
 
-    /// Adds a datasource, without limits and schemas.
+    /// Inserts a datasource without limits and schemas.
     pub(super) fn insert_datasource(&self, datasource: &Datasource) -> rusqlite::Result<()> {
         let mut insert = self
             .transaction
             .prepare_cached("INSERT INTO datasources (id, name, created_at) VALUES (?1, ?2, ?3)")?;
         insert.execute(params![datasource.id.as_str(), datasource.name, datasource.created_at])?;
-        self.touched(Touched::Datasource(datasource.id.clone()));
+        self.touched(TouchedRow::Datasource(datasource.id.clone()));
         Ok(())
     }
 
-    /// Adds a key.
+    /// Inserts a key.
     pub(super) fn insert_key(&self, key: &Key, digest: &Digest) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT INTO keys (digest, datasource, scopes, label, created_at, expires_at, limits, replaces)
@@ -110,18 +109,18 @@ impl<'a> Change<'a> {
             key.limits.text(),
             key.rotation().replaces.map(|id| id.to_string()),
         ])?;
-        self.touched(Touched::Key(key.id));
+        self.touched(TouchedRow::Key(key.id));
         Ok(())
     }
 
-    /// Revokes one key of a datasource: its digest, or `None` if there is no such live key.
+    /// Revokes one key of a datasource. Returns its digest, or `None` if there is no such live key.
     pub(super) fn revoke(
         &self,
         datasource: &DatasourceId,
         id: KeyId,
-        why: Ended,
+        why: KeyEndReason,
     ) -> rusqlite::Result<Option<Digest>> {
-        let (first, last) = digests_of(id);
+        let (first, last) = digest_range(id);
         let mut update = self.transaction.prepare_cached(
             "UPDATE keys SET revoked_at = ?1, ended = ?5 WHERE digest BETWEEN ?2 AND ?3 AND datasource = ?4
              AND revoked_at IS NULL RETURNING digest",
@@ -129,23 +128,23 @@ impl<'a> Change<'a> {
         let parameters = params![self.at, first, last, datasource.as_str(), why.as_str()];
         let digest = update.query_row(parameters, |row| row.get(0).map(Digest)).optional()?;
         if digest.is_some() {
-            self.touched(Touched::Key(id));
+            self.touched(TouchedRow::Key(id));
         }
         Ok(digest)
     }
 
-    /// Writes down that a key has expired. Its row is otherwise as it was: it was not revoked.
+    /// Marks a key as expired. The rest of its row stays: it was not revoked.
     pub(super) fn expire(&self, id: KeyId) -> rusqlite::Result<()> {
-        let (first, last) = digests_of(id);
+        let (first, last) = digest_range(id);
         let mut update = self.transaction.prepare_cached(
             "UPDATE keys SET ended = 'expired' WHERE digest BETWEEN ?1 AND ?2 AND revoked_at IS NULL",
         )?;
         update.execute(params![first, last])?;
-        self.touched(Touched::Key(id));
+        self.touched(TouchedRow::Key(id));
         Ok(())
     }
 
-    /// Removes a datasource and revokes its keys: their digests.
+    /// Removes a datasource and revokes its keys. Returns their digests.
     pub(super) fn remove_datasource(&self, datasource: &DatasourceId) -> rusqlite::Result<Vec<Digest>> {
         self.transaction
             .prepare_cached("DELETE FROM datasources WHERE id = ?1")?
@@ -154,11 +153,11 @@ impl<'a> Change<'a> {
             "UPDATE keys SET revoked_at = ?1, ended = ?3 WHERE datasource = ?2 AND revoked_at IS NULL
              RETURNING digest",
         )?;
-        let parameters = params![self.at, datasource.as_str(), Ended::Deleted.as_str()];
+        let parameters = params![self.at, datasource.as_str(), KeyEndReason::Deleted.as_str()];
         let digests: Vec<Digest> =
             update.query_map(parameters, |row| row.get(0).map(Digest))?.collect::<Result<_, _>>()?;
-        digests.iter().for_each(|digest| self.touched(Touched::Key(digest.key_id())));
-        self.touched(Touched::Datasource(datasource.clone()));
+        digests.iter().for_each(|digest| self.touched(TouchedRow::Key(digest.key_id())));
+        self.touched(TouchedRow::Datasource(datasource.clone()));
         Ok(digests)
     }
 
@@ -171,7 +170,7 @@ impl<'a> Change<'a> {
         let mut update =
             self.transaction.prepare_cached("UPDATE datasources SET limits = ?2 WHERE id = ?1")?;
         update.execute(params![datasource.as_str(), limits])?;
-        self.touched(Touched::Datasource(datasource.clone()));
+        self.touched(TouchedRow::Datasource(datasource.clone()));
         Ok(())
     }
 
@@ -184,23 +183,23 @@ impl<'a> Change<'a> {
         let mut update =
             self.transaction.prepare_cached("UPDATE datasources SET schemas = ?2 WHERE id = ?1")?;
         update.execute(params![datasource.as_str(), schemas])?;
-        self.touched(Touched::Datasource(datasource.clone()));
+        self.touched(TouchedRow::Datasource(datasource.clone()));
         Ok(())
     }
 
     /// Sets the limits of a key.
     pub(super) fn set_key_limits(&self, id: KeyId, limits: Option<&str>) -> rusqlite::Result<()> {
-        let (first, last) = digests_of(id);
+        let (first, last) = digest_range(id);
         let mut update =
             self.transaction.prepare_cached("UPDATE keys SET limits = ?3 WHERE digest BETWEEN ?1 AND ?2")?;
         update.execute(params![first, last, limits])?;
-        self.touched(Touched::Key(id));
+        self.touched(TouchedRow::Key(id));
         Ok(())
     }
 
-    /// Gives a key its part in a rotation.
+    /// Sets a key's part in a rotation.
     pub(super) fn set_rotation(&self, id: KeyId, rotation: Rotation) -> rusqlite::Result<()> {
-        let (first, last) = digests_of(id);
+        let (first, last) = digest_range(id);
         let (replaced_by, grace_ends_at) = rotation.replaced_by.unzip();
         let mut update = self.transaction.prepare_cached(
             "UPDATE keys SET replaces = ?3, replaced_by = ?4, grace_ends_at = ?5
@@ -209,12 +208,12 @@ impl<'a> Change<'a> {
         let replaces = rotation.replaces.map(|id| id.to_string());
         let replaced_by = replaced_by.map(|id: KeyId| id.to_string());
         update.execute(params![first, last, replaces, replaced_by, grace_ends_at])?;
-        self.touched(Touched::Key(id));
+        self.touched(TouchedRow::Key(id));
         Ok(())
     }
 
-    /// Replaces what is stored of a key's use.
-    pub(super) fn set_usage(&self, id: KeyId, used: &Used) -> Result<(), RegistryError> {
+    /// Replaces the stored usage of a key.
+    pub(super) fn set_usage(&self, id: KeyId, used: &KeyUsage) -> Result<(), RegistryError> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT OR REPLACE INTO usage (key_id, accepted, refused, \"offset\", users)
              VALUES (?1, ?2, ?3, ?4, ?5)",
@@ -231,14 +230,14 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Tells the audit.
-    pub(super) fn audit(&self, actor: &Actor, act: &Act<'_>) -> rusqlite::Result<()> {
+    /// Adds an entry to the audit.
+    pub(super) fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT INTO audit (at, who, address, action, datasource, key_id, what)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )?;
-        // SQLite gives it the next higher id. In a cluster all changes are in one order, and each node has
-        // all that were before: so no other node has given the same one.
+        // SQLite assigns the next higher id. A cluster has one order of changes, and each node has all the
+        // earlier ones, so no other node has assigned the same id.
         insert.execute(params![
             self.at,
             actor.who.to_string(),
@@ -248,37 +247,37 @@ impl<'a> Change<'a> {
             act.key_id.map(|id| id.to_string()),
             act.what.to_string(),
         ])?;
-        self.touched(Touched::Audit(self.transaction.last_insert_rowid()));
+        self.touched(TouchedRow::Audit(self.transaction.last_insert_rowid()));
         Ok(())
     }
 
-    /// Makes it count.
+    /// Publishes the change in a cluster, and commits it.
     ///
     /// # Errors
-    /// [`RegistryError::Database`]: then nothing has changed. In a cluster also what
-    /// [`Replica::publish`] says.
+    /// [`RegistryError::Database`]; nothing has then changed. In a cluster also the errors of
+    /// [`RegistryReplica::publish`].
     pub(super) fn commit(self) -> Result<(), RegistryError> {
         self.commit_with(None)
     }
 
-    /// The same, with a change of the rules about leaked keys.
+    /// As `commit`, with a rule about a leaked key.
     pub(super) fn commit_with(self, leak: Option<(u64, &LeakRow)>) -> Result<(), RegistryError> {
         let mut revision = *self.applied;
         if let Some(replica) = self.replica {
             let mut touched = self.touched.take();
-            touched.extend(leak.map(|_| Touched::Leak));
+            touched.extend(leak.map(|_| TouchedRow::Leak));
             touched.sort_unstable();
             touched.dedup();
             let rows = touched.iter().filter_map(|row| match row {
-                Touched::Key(id) => Some(Row::of_key(&self.transaction, *id)),
-                Touched::Datasource(id) => Some(Row::of_datasource(&self.transaction, id)),
-                Touched::Audit(id) => Some(Row::of_audit(&self.transaction, *id)),
-                Touched::Leak => leak.map(|(version, row)| Ok(Row::Leak(version, row.clone()))),
+                TouchedRow::Key(id) => Some(RegistryRow::read_key(&self.transaction, *id)),
+                TouchedRow::Datasource(id) => Some(RegistryRow::read_datasource(&self.transaction, id)),
+                TouchedRow::Audit(id) => Some(RegistryRow::read_audit(&self.transaction, *id)),
+                TouchedRow::Leak => leak.map(|(version, row)| Ok(RegistryRow::Leak(version, row.clone()))),
             });
             let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
-            // If a later part fails, those before count all the same: their rows come back as if
-            // another node had made them, and the change can be made again.
-            for rows in rows.chunks(BATCH_ROWS_MAX) {
+            // If a later batch fails, the earlier ones stand: their rows come back as if another node
+            // had written them, and the change can be retried.
+            for rows in rows.chunks(KV_BATCH_ROWS_MAX) {
                 revision = replica.publish(rows, revision)?;
             }
         }

@@ -1,30 +1,30 @@
-//! The changes of the registry: each is durable and in the live view when it returns, and the audit
-//! tells of it. See `registry.rs` for what that promises. In a cluster each can also fail with
-//! [`RegistryError::Away`], [`RegistryError::Overtaken`] (both pass), [`RegistryError::TooLarge`] or
+//! The changes of the registry. Each is durable, in the live view and in the audit when it returns; see
+//! `registry.rs` for what that guarantees. In a cluster each can also fail with
+//! [`RegistryError::Away`] or [`RegistryError::Overtaken`] (both transient), [`RegistryError::TooLarge`] or
 //! [`RegistryError::Cluster`], and blocks until the other nodes have it.
 
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::audit::{Act, Actor};
-use super::change::Ended;
-use super::database::Database;
+use super::audit::{Actor, AuditEvent};
+use super::change::KeyEndReason;
+use super::database::RegistryDatabase;
 use super::key::ApiKey;
-use super::live::{Datasource, Key, NewKey, Rotation};
+use super::live::{Datasource, Key, KeyAttributes, Rotation};
 use super::registry::{Registry, RegistryError};
-use super::setting::Setting;
+use super::setting::JsonSetting;
 use super::{Scope, Scopes};
 use crate::limits::{DATASOURCE_ID_BYTES_MAX, NAME_BYTES_MAX};
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 use crate::time::Rfc3339;
 
 impl Registry {
-    /// Creates a datasource and its first key; both are durable on return. Without an `id` one is
-    /// made from the name, with `-2`, `-3`, … behind it if it is taken.
+    /// Creates a datasource and its first key; both are durable on return. Without an `id`, one is
+    /// derived from the name, with a suffix `-2`, `-3`, … if it is taken.
     ///
     /// # Errors
-    /// [`RegistryError::Exists`] if the `id` is taken; [`RegistryError::Name`] if the name is blank,
+    /// [`RegistryError::Exists`] if the `id` is taken; [`RegistryError::InvalidName`] if the name is blank,
     /// too long or has control characters, if no id can be made from it, or if there are no scopes;
     /// [`RegistryError::Database`] if it cannot be made durable.
     pub fn create_datasource(
@@ -36,12 +36,13 @@ impl Registry {
     ) -> Result<(Arc<Datasource>, Arc<Key>, ApiKey), RegistryError> {
         let name = check_name("name", name)?;
         if name.is_empty() {
-            return Err(RegistryError::Name("a datasource needs a name".to_owned()));
+            return Err(RegistryError::InvalidName("a datasource needs a name".to_owned()));
         }
-        let (datasource, key, secret) = self.changing(|database| {
+        let (datasource, key, secret) = self.make_change(|database| {
+            // Inside the change: only there can no other change take the id.
             let id = match &id {
                 Some(id) if id.is_all() => {
-                    return Err(RegistryError::Name(
+                    return Err(RegistryError::InvalidName(
                         "'*' means every datasource and cannot be one".to_owned(),
                     ));
                 }
@@ -55,16 +56,16 @@ impl Registry {
                 id,
                 name: name.into(),
                 created_at: now_micros(),
-                limits: Setting::default(),
-                schemas: Setting::default(),
+                limits: JsonSetting::default(),
+                schemas: JsonSetting::default(),
             };
-            let (key, secret) = new_key(database, &datasource.id, "", scopes, None)?;
+            let (key, secret) = generate_key(database, &datasource.id, "", scopes, None)?;
             let change = database.begin()?;
             change.insert_datasource(&datasource)?;
             change.insert_key(&key, &secret.digest())?;
             change.audit(
                 actor,
-                &Act {
+                &AuditEvent {
                     action: "datasource.created",
                     datasource: Some(&datasource.id),
                     key_id: Some(key.id),
@@ -83,7 +84,7 @@ impl Registry {
     /// Creates a key of a datasource or of all of them ([`DatasourceId::all`]), durable on return.
     ///
     /// # Errors
-    /// [`RegistryError::NoDatasource`]; [`RegistryError::Name`] if the label is too long or has
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::InvalidName`] if the label is too long or has
     /// control characters, or if there are no scopes; [`RegistryError::Database`] if it cannot be
     /// made durable.
     pub fn create_key(
@@ -95,13 +96,13 @@ impl Registry {
         expires_at: Option<TimeMicros>,
     ) -> Result<(Arc<Key>, ApiKey), RegistryError> {
         let label = check_name("label", label)?;
-        let (key, secret) = self.changing(|database| {
+        let (key, secret) = self.make_change(|database| {
             self.check_owner(datasource)?;
-            let (key, secret) = new_key(database, datasource, label, scopes, expires_at)?;
+            let (key, secret) = generate_key(database, datasource, label, scopes, expires_at)?;
             let change = database.begin()?;
             change.insert_key(&key, &secret.digest())?;
             let what = json!({ "label": label, "scopes": scopes, "expires_at": expires_at.map(Rfc3339) });
-            change.audit(actor, &about_key("key.created", &key, &what))?;
+            change.audit(actor, &key_audit_event("key.created", &key, &what))?;
             change.commit()?;
             Ok((self.live.add_key(key, secret.digest()), secret))
         })?;
@@ -109,18 +110,19 @@ impl Registry {
         Ok((key, secret))
     }
 
-    /// Deletes a datasource and revokes its keys, durably; every key's lease has ended and its
-    /// connections are told to close before this returns. Returns those keys, to wait for.
+    /// Deletes a datasource and revokes its keys, durably. Before this returns, every key's lease has
+    /// ended and its connections are told to close. Returns those keys, whose connections the caller
+    /// waits for.
     ///
     /// # Errors
-    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable:
-    /// then the keys go on working.
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable; the
+    /// keys then keep working.
     pub fn delete_datasource(
         &self,
         actor: &Actor,
         id: &DatasourceId,
     ) -> Result<Vec<Arc<Key>>, RegistryError> {
-        let dead = self.changing(|database| {
+        let dead = self.make_change(|database| {
             if !self.has_datasource(id.as_str()) {
                 return Err(RegistryError::NoDatasource(id.to_string()));
             }
@@ -128,7 +130,8 @@ impl Registry {
             let digests = change.remove_datasource(id)?;
             let keys: Vec<KeyId> = digests.iter().map(|digest| digest.key_id()).collect();
             let what = json!({ "keys": keys });
-            let act = Act { action: "datasource.deleted", datasource: Some(id), key_id: None, what: &what };
+            let act =
+                AuditEvent { action: "datasource.deleted", datasource: Some(id), key_id: None, what: &what };
             change.audit(actor, &act)?;
             change.commit()?;
             self.live.datasources.pin().remove(id.as_str());
@@ -138,27 +141,28 @@ impl Registry {
         Ok(dead)
     }
 
-    /// Revokes one key, durably; its lease has ended and its connections are told to close before
-    /// this returns. Returns it, to wait for; `None` if the datasource has no such key (any more).
+    /// Revokes one key, durably. Before this returns, its lease has ended and its connections are told to
+    /// close. Returns the key, whose connections the caller waits for, or `None` if the datasource has no
+    /// such live key.
     ///
     /// # Errors
     /// [`RegistryError::LastAdmin`]; [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it
-    /// cannot be made durable: then the key goes on working.
+    /// cannot be made durable; the key then keeps working.
     pub fn revoke_key(
         &self,
         actor: &Actor,
         datasource: &DatasourceId,
         id: KeyId,
     ) -> Result<Option<Arc<Key>>, RegistryError> {
-        let dead = self.changing(|database| {
+        let dead = self.make_change(|database| {
             self.check_owner(datasource)?;
             let Some(key) = self.live.key(datasource, id) else { return Ok(None) };
             if self.is_last_admin(&key) {
                 return Err(RegistryError::LastAdmin);
             }
             let change = database.begin()?;
-            let digest = change.revoke(datasource, id, Ended::Revoked)?;
-            change.audit(actor, &about_key("key.revoked", &key, &json!({ "label": key.label })))?;
+            let digest = change.revoke(datasource, id, KeyEndReason::Revoked)?;
+            change.audit(actor, &key_audit_event("key.revoked", &key, &json!({ "label": key.label })))?;
             change.commit()?;
             Ok(digest.and_then(|digest| self.live.kill(&digest)))
         })?;
@@ -168,8 +172,8 @@ impl Registry {
         Ok(dead)
     }
 
-    /// Sets the limits of a datasource, a JSON text that whoever enforces them has checked; `None`
-    /// for none of its own. They hold when this returns.
+    /// Sets the limits of a datasource, a JSON text that the caller has validated; `None` for no limits
+    /// of its own. They are in force when this returns.
     ///
     /// # Errors
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
@@ -180,11 +184,15 @@ impl Registry {
         limits: Option<String>,
     ) -> Result<(), RegistryError> {
         let limits = limits.as_deref();
-        let what = json!({ "limits": as_json(limits) });
-        let act =
-            Act { action: "datasource.limits_changed", datasource: Some(id), key_id: None, what: &what };
-        self.changing(|database| {
-            let datasource = self.existing(id)?;
+        let what = json!({ "limits": setting_as_json(limits) });
+        let act = AuditEvent {
+            action: "datasource.limits_changed",
+            datasource: Some(id),
+            key_id: None,
+            what: &what,
+        };
+        self.make_change(|database| {
+            let datasource = self.existing_datasource(id)?;
             let change = database.begin()?;
             change.set_datasource_limits(id, limits)?;
             change.audit(actor, &act)?;
@@ -194,8 +202,8 @@ impl Registry {
         })
     }
 
-    /// Sets the schemas of a datasource, a JSON text that whoever enforces them has checked; `None`
-    /// for none. They hold when this returns.
+    /// Sets the schemas of a datasource, a JSON text that the caller has validated; `None` for none. They
+    /// are in force when this returns.
     ///
     /// # Errors
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
@@ -206,11 +214,15 @@ impl Registry {
         schemas: Option<String>,
     ) -> Result<(), RegistryError> {
         let schemas = schemas.as_deref();
-        let what = json!({ "schemas": as_json(schemas) });
-        let act =
-            Act { action: "datasource.schemas_changed", datasource: Some(id), key_id: None, what: &what };
-        self.changing(|database| {
-            let datasource = self.existing(id)?;
+        let what = json!({ "schemas": setting_as_json(schemas) });
+        let act = AuditEvent {
+            action: "datasource.schemas_changed",
+            datasource: Some(id),
+            key_id: None,
+            what: &what,
+        };
+        self.make_change(|database| {
+            let datasource = self.existing_datasource(id)?;
             let change = database.begin()?;
             change.set_datasource_schemas(id, schemas)?;
             change.audit(actor, &act)?;
@@ -220,8 +232,8 @@ impl Registry {
         })
     }
 
-    /// Sets the limits of a key, a JSON text that whoever enforces them has checked; `None` for none
-    /// of its own. They hold when this returns. `false` if the datasource has no such key.
+    /// Sets the limits of a key, a JSON text that the caller has validated; `None` for no limits of its
+    /// own. They are in force when this returns. Returns `false` if the datasource has no such key.
     ///
     /// # Errors
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
@@ -233,37 +245,37 @@ impl Registry {
         limits: Option<String>,
     ) -> Result<bool, RegistryError> {
         let limits = limits.as_deref();
-        let what = json!({ "limits": as_json(limits) });
-        self.changing(|database| {
+        let what = json!({ "limits": setting_as_json(limits) });
+        self.make_change(|database| {
             self.check_owner(datasource)?;
             let Some(key) = self.live.key(datasource, id) else { return Ok(false) };
             let change = database.begin()?;
             change.set_key_limits(id, limits)?;
-            change.audit(actor, &about_key("key.limits_changed", &key, &what))?;
+            change.audit(actor, &key_audit_event("key.limits_changed", &key, &what))?;
             change.commit()?;
             key.limits.set(limits);
             Ok(true)
         })
     }
 
-    /// Tells the audit of what is changed elsewhere than in the registry. Durable on return.
+    /// Adds an audit entry for a change outside the registry. Durable on return.
     ///
     /// # Errors
     /// [`RegistryError::Database`] if it cannot be made durable.
-    pub fn audit(&self, actor: &Actor, act: &Act<'_>) -> Result<(), RegistryError> {
-        self.changing(|database| {
+    pub fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> Result<(), RegistryError> {
+        self.make_change(|database| {
             let change = database.begin()?;
             change.audit(actor, act)?;
             change.commit()
         })
     }
 
-    fn existing(&self, id: &DatasourceId) -> Result<Arc<Datasource>, RegistryError> {
+    fn existing_datasource(&self, id: &DatasourceId) -> Result<Arc<Datasource>, RegistryError> {
         self.datasource(id.as_str()).ok_or_else(|| RegistryError::NoDatasource(id.to_string()))
     }
 
-    /// Whether without this key nobody could manage everything any more. One that is about to retire
-    /// is none to rely on.
+    /// Whether this is the last key that can manage everything. Keys that are being rotated out do not
+    /// count as others.
     pub(super) fn is_last_admin(&self, key: &Key) -> bool {
         let stays = |key: &Key| key.holds() && !key.has_expired() && key.rotation().replaced_by.is_none();
         let others =
@@ -274,16 +286,16 @@ impl Registry {
             && !self.live.keys_of(&key.datasource).iter().any(others)
     }
 
-    /// Keys belong to a datasource that there is, or to all of them.
+    /// Checks that the owner of a key exists: a datasource, or `*` for all of them.
     pub(super) fn check_owner(&self, datasource: &DatasourceId) -> Result<(), RegistryError> {
-        if datasource.is_all() { Ok(()) } else { self.existing(datasource).map(drop) }
+        if datasource.is_all() { Ok(()) } else { self.existing_datasource(datasource).map(drop) }
     }
 
-    /// The first id made from `name` that is free.
+    /// The first free id derived from `name`.
     fn free_id(&self, name: &str) -> Result<DatasourceId, RegistryError> {
         let id = DatasourceId::from_name(name).ok_or_else(|| {
             let text = "the name has no letter a-z or digit to make an id from: give an id as well";
-            RegistryError::Name(text.to_owned())
+            RegistryError::InvalidName(text.to_owned())
         })?;
         if !self.has_datasource(id.as_str()) {
             return Ok(id);
@@ -299,26 +311,26 @@ impl Registry {
     }
 }
 
-/// A key that is not in the registry yet, with an id that none has or had.
-pub(super) fn new_key(
-    database: &Database,
+/// Generates a key that is not in the registry yet, with an id that no key has or had.
+pub(super) fn generate_key(
+    database: &RegistryDatabase,
     datasource: &DatasourceId,
     label: &str,
     scopes: Scopes,
     expires_at: Option<TimeMicros>,
 ) -> Result<(Key, ApiKey), RegistryError> {
     if scopes.is_empty() {
-        return Err(RegistryError::Name("a key needs at least one scope".to_owned()));
+        return Err(RegistryError::InvalidName("a key needs at least one scope".to_owned()));
     }
-    // Ids have 48 bits: among a million keys, once in 280 million times.
+    // Ids have 48 bits: with a million keys, about one in 280 million collides.
     let (digest, secret) = loop {
         let secret = ApiKey::generate();
         let digest = secret.digest();
-        if !database.knows(digest.key_id())? {
+        if !database.has_key_id(digest.key_id())? {
             break (digest, secret);
         }
     };
-    let key = Key::from(NewKey {
+    let key = Key::from(KeyAttributes {
         digest,
         datasource: datasource.clone(),
         scopes,
@@ -331,24 +343,24 @@ pub(super) fn new_key(
     Ok((key, secret))
 }
 
-pub(super) fn about_key<'a>(action: &'static str, key: &'a Key, what: &'a Value) -> Act<'a> {
-    Act { action, datasource: Some(&key.datasource), key_id: Some(key.id), what }
+pub(super) fn key_audit_event<'a>(action: &'static str, key: &'a Key, what: &'a Value) -> AuditEvent<'a> {
+    AuditEvent { action, datasource: Some(&key.datasource), key_id: Some(key.id), what }
 }
 
-/// A setting's text, as the audit tells of it. What is no JSON is told as text.
-fn as_json(text: Option<&str>) -> Value {
+/// A setting's text as it is written to the audit. Text that is not JSON becomes a string.
+fn setting_as_json(text: Option<&str>) -> Value {
     text.map_or(Value::Null, |text| serde_json::from_str(text).unwrap_or_else(|_| text.into()))
 }
 
-/// A name or label without the white space around it.
+/// Checks a name or label. Returns it without surrounding white space.
 fn check_name<'a>(what: &str, text: &'a str) -> Result<&'a str, RegistryError> {
     let text = text.trim();
     if text.len() > NAME_BYTES_MAX {
-        return Err(RegistryError::Name(format!("a {what} has at most {NAME_BYTES_MAX} bytes")));
+        return Err(RegistryError::InvalidName(format!("a {what} has at most {NAME_BYTES_MAX} bytes")));
     }
-    // A line break or an escape would let a name forge lines of a table or a log.
+    // A line break or an escape sequence could forge lines of a table or a log.
     if text.chars().any(char::is_control) {
-        return Err(RegistryError::Name(format!("a {what} holds no control characters")));
+        return Err(RegistryError::InvalidName(format!("a {what} holds no control characters")));
     }
     Ok(text)
 }

@@ -1,13 +1,14 @@
 //! The live connections that a key has opened, so that they can be closed when it dies.
 //!
-//! A front makes a [`Control`] for each connection and enters it into its key's [`Connections`]
-//! before it serves the first message. When the registry revokes the key it closes the whole set,
-//! and the set stays closed: a connection whose key was looked up just before, and which enters just
-//! after, is told to close as it enters. So no order of the two lets a connection outlive its key.
+//! A front makes a [`ConnectionControl`] for each connection and enters it into its key's [`KeyConnections`]
+//! before it serves the first message. When the registry revokes the key it closes the whole set, and
+//! the set stays closed: a connection whose key was looked up just before, but which enters just after,
+//! is told to close as it enters. So a connection cannot outlive its key, whichever comes first.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
@@ -18,8 +19,8 @@ use super::live::Key;
 /// Why a live connection has to close.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Close {
-    /// The key that opened it is revoked, expired, or its datasource deleted.
+pub enum CloseReason {
+    /// The connection's key was revoked or has expired, or its datasource was deleted.
     KeyDead = 1,
     /// The same client connected again.
     TakenOver = 2,
@@ -27,79 +28,82 @@ pub enum Close {
     Drain = 3,
 }
 
-impl Close {
-    /// The reason with this number; 0 is none.
-    fn from_number(number: u8) -> Option<Close> {
-        [Close::KeyDead, Close::TakenOver, Close::Drain].into_iter().find(|why| *why as u8 == number)
+impl CloseReason {
+    /// The reason with this number; `None` for 0.
+    fn from_number(number: u8) -> Option<CloseReason> {
+        [CloseReason::KeyDead, CloseReason::TakenOver, CloseReason::Drain]
+            .into_iter()
+            .find(|why| *why as u8 == number)
     }
 }
 
-/// Ends connections that dead keys have opened and that are not in this process: those of NATS clients,
-/// which a nats-server has. It resolves when they are gone, or cannot be ended now.
-pub type Closer = Box<dyn Fn(&[Arc<Key>]) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
+/// Ends connections of dead keys outside this process: those of NATS clients, which a nats-server holds.
+/// Resolves when they are gone, or cannot be ended now.
+pub type RemoteConnectionCloser =
+    Box<dyn Fn(&[Arc<Key>]) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
-/// One connection's ear: told once why to close, polled by the connection's task.
+/// Tells one connection to close, once and with a reason. The connection's task polls it.
 #[derive(Debug, Default)]
-pub struct Control {
-    /// A [`Close`] as its number, or 0.
+pub struct ConnectionControl {
+    /// A [`CloseReason`] as a number, or 0.
     why: AtomicU8,
     task: AtomicWaker,
 }
 
-impl Control {
-    /// Tells the connection to close. The first reason stands.
-    pub fn close(&self, why: Close) {
+impl ConnectionControl {
+    /// Tells the connection to close. The first reason is kept.
+    pub fn close(&self, why: CloseReason) {
         if self.why.compare_exchange(0, why as u8, Ordering::AcqRel, Ordering::Acquire).is_ok() {
             self.task.wake();
         }
     }
 
-    /// The reason, once there is one; otherwise registers the task's waker. One task polls: a second
-    /// one would take the first one's place.
-    pub fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<Close> {
+    /// The reason, once there is one; otherwise registers the task's waker. Only one task may poll: a
+    /// second one would replace the first one's waker.
+    pub fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<CloseReason> {
         if let Some(why) = self.closed() {
             return Poll::Ready(why);
         }
         self.task.register(cx.waker());
-        // Again: a `close` between the look above and the registration found nobody to wake.
+        // Checked again: a `close` between the check above and the registration found no waker.
         self.closed().map_or(Poll::Pending, Poll::Ready)
     }
 
     /// The reason, if there is one yet. One atomic load.
-    pub fn closed(&self) -> Option<Close> {
-        Close::from_number(self.why.load(Ordering::Acquire))
+    pub fn closed(&self) -> Option<CloseReason> {
+        CloseReason::from_number(self.why.load(Ordering::Acquire))
     }
 }
 
 /// The live connections of one key.
 ///
-/// There may be a million keys, few of them connected, and tens of thousands of connections behind
-/// one key: a set without connections is one small allocation, a connection costs 12 bytes in it.
+/// There may be a million keys, few of them connected, and one key may have tens of thousands of
+/// connections. An empty set is one small allocation, and each connection adds 12 bytes.
 #[derive(Debug, Default)]
-pub struct Connections(Mutex<State>);
+pub struct KeyConnections(Mutex<KeyConnectionsState>);
 
 #[derive(Debug, Default)]
-struct State {
-    /// Set by [`Connections::close_all`], for good.
-    closed: Option<Close>,
+struct KeyConnectionsState {
+    /// Set by [`KeyConnections::close_all`] and never reset.
+    closed: Option<CloseReason>,
     /// Present while anyone is connected.
-    live: Option<Box<Live>>,
+    live: Option<Box<LiveConnections>>,
 }
 
 #[derive(Debug, Default)]
-struct Live {
-    places: Vec<Option<Arc<Control>>>,
+struct LiveConnections {
+    places: Vec<Option<Arc<ConnectionControl>>>,
     /// The indices in `places` that are `None`.
     free: Vec<u32>,
     /// Notified when the last connection leaves.
     gone: Arc<Notify>,
 }
 
-impl Connections {
-    /// Enters a connection; it leaves when the returned guard is dropped. If the set has been closed
-    /// the connection is told so at once.
+impl KeyConnections {
+    /// Enters a connection; it leaves when the returned guard is dropped. If the set is closed, the
+    /// connection is told to close at once.
     #[must_use = "the connection leaves when this is dropped"]
-    pub fn enter(self: &Arc<Self>, control: Arc<Control>) -> Entered {
+    pub fn enter(self: &Arc<Self>, control: Arc<ConnectionControl>) -> KeyConnectionGuard {
         let mut state = self.state();
         let live = state.live.get_or_insert_default();
         let entering = Some(Arc::clone(&control));
@@ -118,32 +122,31 @@ impl Connections {
         if let Some(why) = closed {
             control.close(why);
         }
-        Entered { connections: Arc::clone(self), place }
+        KeyConnectionGuard { connections: Arc::clone(self), place }
     }
 
-    /// How many there are.
+    /// The number of connections in the set.
     pub fn count(&self) -> usize {
         self.state().live.as_ref().map_or(0, |live| live.places.len() - live.free.len())
     }
 
-    /// Tells every one to close, for `why`, and everyone who enters from now on. The first reason
-    /// stands.
-    pub fn close_all(&self, why: Close) {
+    /// Tells every connection to close, and every one that enters later. The first reason is kept.
+    pub fn close_all(&self, why: CloseReason) {
         let mut state = self.state();
         let why = *state.closed.get_or_insert(why);
         let live: Vec<_> =
             state.live.iter().flat_map(|live| &live.places).flatten().map(Arc::clone).collect();
-        // Waking a task can drop it, and what it holds: also an `Entered`, which locks this set.
+        // Unlocked first: waking a task can drop it, and with it an `KeyConnectionGuard`, which locks this set.
         drop(state);
         for control in live {
             control.close(why);
         }
     }
 
-    /// Returns when there is none left.
-    pub async fn gone(&self) {
+    /// Waits until the set is empty.
+    pub async fn wait_until_empty(&self) {
         loop {
-            // Registered while the set is locked, so that the last one cannot leave unnoticed.
+            // Registered while the set is locked, so that the last connection cannot leave unnoticed.
             let gone = match &self.state().live {
                 None => return,
                 Some(live) => Arc::clone(&live.gone).notified_owned(),
@@ -152,20 +155,20 @@ impl Connections {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it is locked, save for a failed allocation, which ends the process.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, KeyConnectionsState> {
+        // Nothing panics under this lock except a failed allocation, which ends the process.
+        self.0.lock()
     }
 }
 
-/// A connection's place among its key's [`Connections`].
+/// A connection's place among its key's [`KeyConnections`].
 #[derive(Debug)]
-pub struct Entered {
-    connections: Arc<Connections>,
+pub struct KeyConnectionGuard {
+    connections: Arc<KeyConnections>,
     place: u32,
 }
 
-impl Drop for Entered {
+impl Drop for KeyConnectionGuard {
     fn drop(&mut self) {
         let mut state = self.connections.state();
         let live = state.live.as_mut().expect("present while anyone is connected");
@@ -201,56 +204,59 @@ mod tests {
 
     #[test]
     fn the_first_reason_stands() {
-        let control = Control::default();
+        let control = ConnectionControl::default();
         assert_eq!(control.closed(), None);
-        control.close(Close::TakenOver);
-        control.close(Close::KeyDead);
-        assert_eq!(control.closed(), Some(Close::TakenOver));
-        for why in [Close::KeyDead, Close::TakenOver, Close::Drain] {
-            assert_eq!(Close::from_number(why as u8), Some(why));
+        control.close(CloseReason::TakenOver);
+        control.close(CloseReason::KeyDead);
+        assert_eq!(control.closed(), Some(CloseReason::TakenOver));
+        for why in [CloseReason::KeyDead, CloseReason::TakenOver, CloseReason::Drain] {
+            assert_eq!(CloseReason::from_number(why as u8), Some(why));
         }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_close_is_never_lost_on_a_task_that_is_just_beginning_to_wait() {
         for _ in 0..RACES {
-            let control = Arc::new(Control::default());
+            let control = Arc::new(ConnectionControl::default());
             let waiting = tokio::spawn({
                 let control = Arc::clone(&control);
                 async move { poll_fn(|cx| control.poll_closed(cx)).await }
             });
-            control.close(Close::Drain);
-            assert_eq!(soon(waiting).await.expect("no panic"), Close::Drain);
+            control.close(CloseReason::Drain);
+            assert_eq!(soon(waiting).await.expect("no panic"), CloseReason::Drain);
         }
     }
 
     #[test]
     fn every_live_connection_is_told_to_close_and_no_one_who_left() {
-        let key = Arc::new(Connections::default());
-        let controls: Vec<_> = (0..4).map(|_| Arc::new(Control::default())).collect();
+        let key = Arc::new(KeyConnections::default());
+        let controls: Vec<_> = (0..4).map(|_| Arc::new(ConnectionControl::default())).collect();
         let mut entered: Vec<_> = controls.iter().map(|control| key.enter(Arc::clone(control))).collect();
         drop(entered.remove(1));
         assert_eq!(key.count(), 3);
-        let reused = Arc::new(Control::default());
+        let reused = Arc::new(ConnectionControl::default());
         entered.push(key.enter(Arc::clone(&reused)));
         assert_eq!(key.count(), 4);
 
-        key.close_all(Close::KeyDead);
+        key.close_all(CloseReason::KeyDead);
         let told: Vec<_> = controls.iter().map(|control| control.closed()).collect();
-        assert_eq!(told, [Some(Close::KeyDead), None, Some(Close::KeyDead), Some(Close::KeyDead)]);
-        assert_eq!(reused.closed(), Some(Close::KeyDead));
+        assert_eq!(
+            told,
+            [Some(CloseReason::KeyDead), None, Some(CloseReason::KeyDead), Some(CloseReason::KeyDead)]
+        );
+        assert_eq!(reused.closed(), Some(CloseReason::KeyDead));
         entered.clear();
         assert_eq!(key.count(), 0);
     }
 
     #[test]
     fn who_enters_a_closed_set_is_told_at_once() {
-        let key = Arc::new(Connections::default());
-        key.close_all(Close::KeyDead);
-        key.close_all(Close::Drain);
-        let late = Arc::new(Control::default());
+        let key = Arc::new(KeyConnections::default());
+        key.close_all(CloseReason::KeyDead);
+        key.close_all(CloseReason::Drain);
+        let late = Arc::new(ConnectionControl::default());
         let entered = key.enter(Arc::clone(&late));
-        assert_eq!(late.closed(), Some(Close::KeyDead));
+        assert_eq!(late.closed(), Some(CloseReason::KeyDead));
         assert_eq!(key.count(), 1, "still waited for");
         drop(entered);
         assert_eq!(key.count(), 0);
@@ -259,8 +265,8 @@ mod tests {
     #[test]
     fn no_connection_survives_a_close_that_races_with_its_entering() {
         for _ in 0..RACES {
-            let key = Arc::new(Connections::default());
-            let control = Arc::new(Control::default());
+            let key = Arc::new(KeyConnections::default());
+            let control = Arc::new(ConnectionControl::default());
             let start = Barrier::new(2);
             let entered = thread::scope(|scope| {
                 let entering = scope.spawn(|| {
@@ -268,24 +274,24 @@ mod tests {
                     key.enter(Arc::clone(&control))
                 });
                 start.wait();
-                key.close_all(Close::KeyDead);
+                key.close_all(CloseReason::KeyDead);
                 entering.join().expect("no panic")
             });
-            assert_eq!(control.closed(), Some(Close::KeyDead));
+            assert_eq!(control.closed(), Some(CloseReason::KeyDead));
             drop(entered);
         }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn gone_returns_when_the_last_connection_has_left() {
-        let key = Arc::new(Connections::default());
-        soon(key.gone()).await;
+        let key = Arc::new(KeyConnections::default());
+        soon(key.wait_until_empty()).await;
         for _ in 0..RACES {
-            let [a, b] = [(); 2].map(|()| key.enter(Arc::new(Control::default())));
+            let [a, b] = [(); 2].map(|()| key.enter(Arc::new(ConnectionControl::default())));
             let waiting = tokio::spawn({
                 let key = Arc::clone(&key);
                 async move {
-                    key.gone().await;
+                    key.wait_until_empty().await;
                     key.count()
                 }
             });
@@ -300,24 +306,24 @@ mod tests {
     async fn a_task_that_drops_its_connection_as_it_is_woken_does_not_deadlock() {
         use std::task::{Wake, Waker};
 
-        struct Leaves(Mutex<Option<Entered>>);
+        struct Leaves(Mutex<Option<KeyConnectionGuard>>);
         impl Wake for Leaves {
             fn wake(self: Arc<Self>) {
-                drop(self.0.lock().expect("not poisoned").take());
+                drop(self.0.lock().take());
             }
         }
-        let key = Arc::new(Connections::default());
-        let control = Arc::new(Control::default());
+        let key = Arc::new(KeyConnections::default());
+        let control = Arc::new(ConnectionControl::default());
         let entered = key.enter(Arc::clone(&control));
         let waker = Waker::from(Arc::new(Leaves(Mutex::new(Some(entered)))));
         assert!(control.poll_closed(&mut Context::from_waker(&waker)).is_pending());
-        key.close_all(Close::KeyDead);
+        key.close_all(CloseReason::KeyDead);
         assert_eq!(key.count(), 0);
     }
 
     #[test]
     fn a_key_without_connections_costs_little() {
-        assert!(size_of::<Connections>() <= 24, "{}", size_of::<Connections>());
-        assert!(size_of::<Control>() <= 32, "{}", size_of::<Control>());
+        assert!(size_of::<KeyConnections>() <= 24, "{}", size_of::<KeyConnections>());
+        assert!(size_of::<ConnectionControl>() <= 32, "{}", size_of::<ConnectionControl>());
     }
 }

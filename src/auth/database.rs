@@ -1,20 +1,20 @@
-//! `registry.db`: the registry on disk, in SQLite. Read once, at start; after that only written,
-//! when a datasource or a key is created or taken away. No message's path touches it.
+//! `registry.db`: the registry on disk, in SQLite. Datasources and keys are read once, at start; after
+//! that the file is written with each change. The path of a message never touches it.
 //!
-//! **When a change counts.** Each change is one transaction, and is on the disk when the call that
-//! makes it returns. That is `journal_mode = WAL` with `synchronous = FULL`: the commit is one append
+//! **Durability.** Each change is one transaction, and is on the disk when the call that makes it
+//! returns. That is `journal_mode = WAL` with `synchronous = FULL`: the commit is one append
 //! to `registry.db-wal` and one sync of it. (`WAL` with `NORMAL` syncs only at checkpoints; `DELETE`
 //! with `FULL` commits by unlinking the journal and leaves that unsynced, so that a loss of power can
 //! bring a revoked key back, and with `EXTRA` a commit takes four syncs instead of one.)
 //!
-//! **One owner.** The file is locked (`locking_mode = EXCLUSIVE`) as long as it is open. What another
-//! program wrote into it would not reach the live view: a key that somebody deleted by hand would
-//! go on working. So it is refused, as is a second gateway on the same directory.
+//! **One owner.** The file is locked (`locking_mode = EXCLUSIVE`) as long as it is open. A write by
+//! another program would not reach the live view: a key that somebody deleted by hand would keep
+//! working. So other programs are locked out, as is a second gateway on the same directory.
 //!
-//! **In a cluster** it is in memory alone ([`Database::in_memory`]), a copy of what all nodes have.
+//! **In a cluster** the database is only in memory ([`RegistryDatabase::in_memory`]), a copy that every node has.
 //!
-//! **What is in it.** `user_version` is the version of the format, [`FORMAT`]. A file of an older one
-//! is brought up to it, step by step, in one transaction.
+//! **Format.** `user_version` is the version of the format, [`REGISTRY_FILE_FORMAT`]. A file of an older version is
+//! migrated step by step, in one transaction.
 //!
 //! ```sql
 //! datasources (id TEXT, name TEXT, created_at INTEGER, limits TEXT, schemas TEXT)
@@ -27,11 +27,10 @@
 //! ```
 //!
 //! Times are microseconds since the Unix epoch, in UTC. `scopes` reads `ingest,subscribe`. The
-//! datasource of a key for all of them is `*`. A key id is the first 6 bytes of the digest, and since
-//! digests are the primary key, looking for one is a search in their order; elsewhere it is written as
-//! people see it, in 12 hex characters. A revoked key's row stays: its id is in the records that it let
-//! in, and is never given to another key. `ended` says in a word why a key is no longer good.
-//! `limits`, `schemas`, `users` and `what` are JSON.
+//! datasource of a key for all of them is `*`. A key id is the first 6 bytes of the digest, which is
+//! the primary key, so an id is found by a range search; other columns hold ids as 12 hex characters. A
+//! revoked key's row stays: its id is in the records written under it, and is never given to another
+//! key. `ended` is one word that says why a key ended. `limits`, `schemas`, `users` and `what` are JSON.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
@@ -44,22 +43,22 @@ use rusqlite::types::{FromSql, FromSqlError};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
 use serde_json::value::RawValue;
 
-use super::audit::{Entry, Page};
-use super::change::Change;
+use super::audit::{AuditEntry, AuditQuery};
+use super::change::RegistryTransaction;
 use super::live::{Datasource, Rotation};
 use super::registry::RegistryError;
-use super::replica::{Replica, Revision};
-use super::rows::Row;
-use super::setting::Setting;
-use super::usage::Used;
+use super::replica::{RegistryReplica, RegistryRevision};
+use super::rows::RegistryRow;
+use super::setting::JsonSetting;
+use super::usage::KeyUsage;
 use super::{Digest, Scopes};
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 
-/// The version of the format that this file writes. Versions before it are migrated.
-const FORMAT: i64 = STEPS.len() as i64;
+/// The version of the format that this code writes. Older versions are migrated.
+const REGISTRY_FILE_FORMAT: i64 = REGISTRY_MIGRATIONS.len() as i64;
 
-/// What makes of each version the next one; the first makes it of an empty file.
-const STEPS: [&str; 2] = [
+/// One migration from each version to the next; the first starts from an empty file.
+const REGISTRY_MIGRATIONS: [&str; 2] = [
     "CREATE TABLE datasources (
         id         TEXT PRIMARY KEY,
         name       TEXT NOT NULL,
@@ -102,14 +101,14 @@ const STEPS: [&str; 2] = [
     CREATE INDEX audit_by_time ON audit (at);",
 ];
 
-/// The open database. Its user serialises all changes.
-pub(super) struct Database {
+/// The open database. The registry serialises all changes.
+pub(super) struct RegistryDatabase {
     connection: Connection,
     path: PathBuf,
     /// The other nodes' registries, in a cluster.
-    replica: Option<Arc<dyn Replica>>,
-    /// The newest of their revisions that is in here.
-    applied: Revision,
+    replica: Option<Arc<dyn RegistryReplica>>,
+    /// The newest cluster revision that this database has.
+    applied: RegistryRevision,
 }
 
 /// One row of `keys`.
@@ -121,61 +120,61 @@ pub(super) struct StoredKey<'a> {
     pub(super) created_at: TimeMicros,
     pub(super) expires_at: Option<TimeMicros>,
     pub(super) revoked: bool,
-    /// It is not good any more, revoked or not.
+    /// The key has ended, whether it was revoked or expired.
     pub(super) ended: bool,
     pub(super) rotation: Rotation,
     pub(super) limits: Option<&'a str>,
 }
 
-impl Database {
-    /// Opens `dir/registry.db`, or creates it, readable by its owner only; checks its version and
-    /// its pages.
+impl RegistryDatabase {
+    /// Opens or creates `dir/registry.db`, readable by its owner only, and checks its version and its
+    /// pages.
     pub(super) fn open(dir: &Path) -> Result<Self, RegistryError> {
         let path = dir.join("registry.db");
         create_private(dir, &path)
             .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
-        let connection = connect(&path).map_err(|error| at_start(error, &path))?;
+        let connection = connect(&path).map_err(|error| start_error(error, &path))?;
         let mut database = Self { connection, path, replica: None, applied: 0 };
         let version = database.pragma::<i64>("user_version")?;
-        if version > FORMAT {
-            return Err(RegistryError::Newer { path: database.path, version, known: FORMAT });
+        if version > REGISTRY_FILE_FORMAT {
+            return Err(RegistryError::Newer { path: database.path, version, known: REGISTRY_FILE_FORMAT });
         }
         let pages: String = database.pragma("quick_check")?;
         if pages != "ok" {
             return Err(RegistryError::Damaged { path: database.path, detail: pages });
         }
         if let Ok(steps) = usize::try_from(version)
-            && steps < STEPS.len()
+            && steps < REGISTRY_MIGRATIONS.len()
         {
-            database.migrate(&STEPS[steps..])?;
+            database.migrate(&REGISTRY_MIGRATIONS[steps..])?;
         }
         Ok(database)
     }
 
-    /// One that is in memory alone, for a node of a cluster: what counts is what all nodes have.
+    /// An in-memory database for a node of a cluster, whose durable registry is the bucket.
     pub(super) fn in_memory() -> Result<Self, RegistryError> {
         let connection = Connection::open_in_memory()?;
         let path = PathBuf::from("the cluster's registry");
         let mut database = Self { connection, path, replica: None, applied: 0 };
-        database.migrate(&STEPS)?;
+        database.migrate(&REGISTRY_MIGRATIONS)?;
         Ok(database)
     }
 
-    /// From now on changes count when the other nodes have them.
-    pub(super) fn join(&mut self, replica: Arc<dyn Replica>) {
+    /// Publishes every later change to the cluster before it is committed.
+    pub(super) fn join(&mut self, replica: Arc<dyn RegistryReplica>) {
         self.replica = Some(replica);
     }
 
-    /// The newest revision of the cluster's registry that is in here.
-    pub(super) fn applied(&self) -> Revision {
+    /// The newest cluster revision that this database has.
+    pub(super) fn applied(&self) -> RegistryRevision {
         self.applied
     }
 
-    /// Takes over rows that other nodes have written up to a revision; `all`: in place of what there is.
+    /// Writes the rows of other nodes up to a revision. With `all`, they replace all existing rows.
     pub(super) fn take_over(
         &mut self,
-        rows: &[&Row],
-        revision: Revision,
+        rows: &[&RegistryRow],
+        revision: RegistryRevision,
         all: bool,
     ) -> Result<(), RegistryError> {
         let transaction = self.connection.transaction()?;
@@ -190,8 +189,8 @@ impl Database {
         Ok(())
     }
 
-    /// There is nothing in the cluster's registry up to this revision that is not in here.
-    pub(super) fn caught_up(&mut self, revision: Revision) {
+    /// Notes that this database has everything in the cluster's registry up to this revision.
+    pub(super) fn caught_up(&mut self, revision: RegistryRevision) {
         self.applied = self.applied.max(revision);
     }
 
@@ -200,23 +199,23 @@ impl Database {
         for step in steps {
             change.execute_batch(step)?;
         }
-        change.pragma_update(None, "user_version", FORMAT)?;
+        change.pragma_update(None, "user_version", REGISTRY_FILE_FORMAT)?;
         change.commit()
     }
 
-    /// Begins a change, which counts once it is committed.
-    pub(super) fn begin(&mut self) -> Result<Change<'_>, RegistryError> {
+    /// Begins a change, which takes effect when it is committed.
+    pub(super) fn begin(&mut self) -> Result<RegistryTransaction<'_>, RegistryError> {
         let transaction = self.connection.transaction()?;
-        Ok(Change::new(transaction, self.replica.as_deref(), &mut self.applied))
+        Ok(RegistryTransaction::new(transaction, self.replica.as_deref(), &mut self.applied))
     }
 
     fn pragma<T: FromSql>(&self, name: &str) -> Result<T, RegistryError> {
         let value = self.connection.pragma_query_value(None, name, |row| row.get(0));
-        value.map_err(|error| at_start(error, &self.path))
+        value.map_err(|error| start_error(error, &self.path))
     }
 
-    /// Hands every datasource to `each`.
-    pub(super) fn datasources(&self, mut each: impl FnMut(Datasource)) -> Result<(), RegistryError> {
+    /// Calls `each` with every datasource.
+    pub(super) fn for_each_datasource(&self, mut each: impl FnMut(Datasource)) -> Result<(), RegistryError> {
         let mut read_all = || -> rusqlite::Result<()> {
             let mut select =
                 self.connection.prepare("SELECT id, name, created_at, limits, schemas FROM datasources")?;
@@ -227,33 +226,33 @@ impl Database {
                     id,
                     name: row.get_ref(1)?.as_str()?.into(),
                     created_at: row.get(2)?,
-                    limits: Setting::new(row.get_ref(3)?.as_str_or_null()?),
-                    schemas: Setting::new(row.get_ref(4)?.as_str_or_null()?),
+                    limits: JsonSetting::new(row.get_ref(3)?.as_str_or_null()?),
+                    schemas: JsonSetting::new(row.get_ref(4)?.as_str_or_null()?),
                 });
             }
             Ok(())
         };
-        read_all().map_err(|error| at_start(error, &self.path))
+        read_all().map_err(|error| start_error(error, &self.path))
     }
 
-    /// How many datasources there are.
+    /// The number of datasources.
     pub(super) fn datasource_count(&self) -> Result<usize, RegistryError> {
         self.count("SELECT count(*) FROM datasources")
     }
 
-    /// How many keys there are, revoked ones included.
+    /// The number of keys, revoked ones included.
     pub(super) fn key_count(&self) -> Result<usize, RegistryError> {
         self.count("SELECT count(*) FROM keys")
     }
 
     fn count(&self, select: &str) -> Result<usize, RegistryError> {
         let count = self.connection.query_row(select, [], |row| row.get::<_, i64>(0));
-        let count = count.map_err(|error| at_start(error, &self.path))?;
+        let count = count.map_err(|error| start_error(error, &self.path))?;
         Ok(usize::try_from(count).expect("a count is not negative"))
     }
 
-    /// Hands every key to `each`, which says so if one cannot be.
-    pub(super) fn keys<E>(
+    /// Calls `each` with every key. An error of `each` means that the row makes no sense: damage.
+    pub(super) fn for_each_key<E>(
         &self,
         mut each: impl FnMut(StoredKey<'_>) -> Result<(), E>,
     ) -> Result<(), RegistryError>
@@ -279,9 +278,9 @@ impl Database {
                     ended: row.get(11)?,
                     limits: row.get_ref(7)?.as_str_or_null()?,
                     rotation: Rotation {
-                        replaces: row.get_ref(8)?.as_str_or_null()?.map(key_id).transpose()?,
+                        replaces: row.get_ref(8)?.as_str_or_null()?.map(parse_key_id).transpose()?,
                         replaced_by: match row.get_ref(9)?.as_str_or_null()? {
-                            Some(id) => Some((key_id(id)?, row.get(10)?)),
+                            Some(id) => Some((parse_key_id(id)?, row.get(10)?)),
                             None => None,
                         },
                     },
@@ -290,12 +289,12 @@ impl Database {
             }
             Ok(())
         };
-        read_all().map_err(|error| at_start(error, &self.path))
+        read_all().map_err(|error| start_error(error, &self.path))
     }
 
-    /// Whether there is or was a key with this id.
-    pub(super) fn knows(&self, id: KeyId) -> Result<bool, RegistryError> {
-        let (first, last) = digests_of(id);
+    /// Whether a key with this id exists or existed.
+    pub(super) fn has_key_id(&self, id: KeyId) -> Result<bool, RegistryError> {
+        let (first, last) = digest_range(id);
         let known = self
             .connection
             .prepare_cached("SELECT EXISTS (SELECT 1 FROM keys WHERE digest BETWEEN ?1 AND ?2)")?
@@ -303,9 +302,12 @@ impl Database {
         Ok(known)
     }
 
-    /// When a key was revoked, and in a word why, if it was.
-    pub(super) fn end_of(&self, id: KeyId) -> Result<Option<(TimeMicros, Option<String>)>, RegistryError> {
-        let (first, last) = digests_of(id);
+    /// When a key was revoked and, in one word, why. `None` if it was not revoked.
+    pub(super) fn revocation_of(
+        &self,
+        id: KeyId,
+    ) -> Result<Option<(TimeMicros, Option<String>)>, RegistryError> {
+        let (first, last) = digest_range(id);
         let ended = self
             .connection
             .prepare_cached(
@@ -316,14 +318,14 @@ impl Database {
         Ok(ended)
     }
 
-    /// What is stored of a key's use.
-    pub(super) fn usage(&self, id: KeyId) -> Result<Used, RegistryError> {
+    /// The stored usage of a key.
+    pub(super) fn usage(&self, id: KeyId) -> Result<KeyUsage, RegistryError> {
         let mut select = self
             .connection
             .prepare_cached("SELECT accepted, refused, \"offset\", users FROM usage WHERE key_id = ?1")?;
         let used = select.query_row([id.to_string()], |row| {
             let users = serde_json::from_str(row.get_ref(3)?.as_str()?);
-            Ok(Used {
+            Ok(KeyUsage {
                 accepted: row.get::<_, i64>(0)?.unsigned_abs(),
                 refused: row.get::<_, i64>(1)?.unsigned_abs(),
                 offset: row.get::<_, Option<i64>>(2)?.map(i64::unsigned_abs),
@@ -334,7 +336,7 @@ impl Database {
     }
 
     /// A page of the audit, oldest first.
-    pub(super) fn audited(&self, page: &Page) -> Result<Vec<Entry>, RegistryError> {
+    pub(super) fn audit_entries(&self, page: &AuditQuery) -> Result<Vec<AuditEntry>, RegistryError> {
         let mut select = self.connection.prepare_cached(
             "SELECT id, at, who, address, action, datasource, key_id, what FROM audit
              WHERE id > ?1 AND at >= ?2 AND at < ?3 ORDER BY id LIMIT ?4",
@@ -342,7 +344,7 @@ impl Database {
         let limit = i64::try_from(page.limit).unwrap_or(i64::MAX);
         let (from, to) = (page.from.unwrap_or(i64::MIN), page.to.unwrap_or(i64::MAX));
         let entries = select.query_map(params![page.after, from, to, limit], |row| {
-            Ok(Entry {
+            Ok(AuditEntry {
                 id: row.get(0)?,
                 at: row.get(1)?,
                 who: row.get(2)?,
@@ -356,31 +358,31 @@ impl Database {
         Ok(entries.collect::<Result<_, _>>()?)
     }
 
-    /// Makes every change fail from now on, as on a disk that has failed, or no more.
+    /// Makes every change fail as on a failed disk, or succeed again.
     #[cfg(test)]
     pub(super) fn refuse_changes(&self, refuse: bool) {
         self.connection.pragma_update(None, "query_only", refuse).expect("a setting");
     }
 }
 
-/// A key id in a row.
-fn key_id(text: &str) -> Result<KeyId, FromSqlError> {
+/// Parses a key id from a column.
+fn parse_key_id(text: &str) -> Result<KeyId, FromSqlError> {
     KeyId::parse(text).map_err(FromSqlError::other)
 }
 
-/// The first and the last digest that a key with this id could have.
-pub(super) fn digests_of(id: KeyId) -> ([u8; 32], [u8; 32]) {
+/// The first and the last digest that a key with this id can have.
+pub(super) fn digest_range(id: KeyId) -> ([u8; 32], [u8; 32]) {
     let (mut first, mut last) = ([0; 32], [0xff; 32]);
     first[..id.0.len()].copy_from_slice(&id.0);
     last[..id.0.len()].copy_from_slice(&id.0);
     (first, last)
 }
 
-/// Makes the file, empty, if there is none, so that it is never readable by others, not even for a
-/// moment. SQLite gives the files beside it the same mode.
+/// Creates an empty file if there is none, so that others can never read it, not even for a moment.
+/// SQLite gives its WAL files the same mode.
 fn create_private(dir: &Path, path: &Path) -> io::Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-        // The name has to be on the disk as well as what will be in the file.
+        // The directory entry has to be durable as well as the contents.
         Ok(_) => File::open(dir)?.sync_all(),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             fs::set_permissions(path, Permissions::from_mode(0o600))
@@ -392,23 +394,23 @@ fn create_private(dir: &Path, path: &Path) -> io::Result<()> {
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    // For somebody who is looking into the file at this moment.
+    // Another program may be reading the file at this moment.
     connection.busy_timeout(Duration::from_secs(1))?;
     connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
     connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    // Takes the lock, which is then kept.
+    // Takes the exclusive lock, which is held from then on.
     connection.execute_batch("BEGIN EXCLUSIVE; COMMIT")?;
     Ok(connection)
 }
 
-/// What an error means to an operator who starts a gateway.
-fn at_start(error: rusqlite::Error, path: &Path) -> RegistryError {
+/// Translates an error of SQLite for an operator who starts a gateway.
+fn start_error(error: rusqlite::Error, path: &Path) -> RegistryError {
     match error.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
             RegistryError::InUse { path: path.to_owned() }
         }
-        // No code: the pages are in order, and hold something that Headgate never writes.
+        // No code: the pages are intact, but hold something that Headgate never writes.
         None | Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
             RegistryError::Damaged { path: path.to_owned(), detail: error.to_string() }
         }
@@ -434,19 +436,19 @@ mod tests {
     fn only_its_owner_can_read_the_registry() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("registry.db");
-        let database = Database::open(dir.path()).expect("opens");
+        let database = RegistryDatabase::open(dir.path()).expect("opens");
         assert_eq!(mode(&path), 0o600);
         assert_eq!(mode(&path.with_extension("db-wal")), 0o600);
         drop(database);
         fs::set_permissions(&path, Permissions::from_mode(0o644)).expect("changed");
-        drop(Database::open(dir.path()).expect("opens again"));
+        drop(RegistryDatabase::open(dir.path()).expect("opens again"));
         assert_eq!(mode(&path), 0o600);
     }
 
     #[test]
     fn a_change_is_synced_before_it_counts() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let database = Database::open(dir.path()).expect("opens");
+        let database = RegistryDatabase::open(dir.path()).expect("opens");
         assert_eq!(database.pragma::<String>("journal_mode").expect("set"), "wal");
         assert_eq!(database.pragma::<i64>("synchronous").expect("set"), 2, "2 is FULL");
     }
@@ -455,20 +457,20 @@ mod tests {
     fn a_registry_has_one_owner() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("registry.db");
-        let first = Database::open(dir.path()).expect("opens");
-        let second = Database::open(dir.path()).err().expect("the first one holds it");
+        let first = RegistryDatabase::open(dir.path()).expect("opens");
+        let second = RegistryDatabase::open(dir.path()).err().expect("the first one holds it");
         assert!(matches!(second, RegistryError::InUse { .. }), "{second}");
         assert!(second.to_string().contains(&path.display().to_string()), "{second}");
         drop(first);
-        assert!(Database::open(dir.path()).is_ok());
+        assert!(RegistryDatabase::open(dir.path()).is_ok());
     }
 
     #[test]
     fn a_newer_format_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        drop(Database::open(dir.path()).expect("opens"));
+        drop(RegistryDatabase::open(dir.path()).expect("opens"));
         written_by_hand(dir.path(), "PRAGMA user_version = 3");
-        let error = Database::open(dir.path()).err().expect("newer");
+        let error = RegistryDatabase::open(dir.path()).err().expect("newer");
         assert!(matches!(error, RegistryError::Newer { version: 3, known: 2, .. }), "{error}");
         let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
         assert_eq!(version(&connection), 3);
@@ -482,8 +484,8 @@ mod tests {
     fn a_file_that_a_crash_left_empty_becomes_a_registry() {
         let dir = tempfile::tempdir().expect("temporary directory");
         fs::write(dir.path().join("registry.db"), b"").expect("written");
-        let database = Database::open(dir.path()).expect("opens");
-        assert_eq!(version(&database.connection), FORMAT);
+        let database = RegistryDatabase::open(dir.path()).expect("opens");
+        assert_eq!(version(&database.connection), REGISTRY_FILE_FORMAT);
     }
 
     #[test]
@@ -493,7 +495,13 @@ mod tests {
         let registry = Registry::open(dir.path()).expect("opens");
         for _ in 0..200 {
             registry
-                .create_key(&Actor::SYSTEM, &DatasourceId::all(), "", Scopes::of(&[Scope::Ingest]), None)
+                .create_key(
+                    &Actor::SYSTEM,
+                    &DatasourceId::all(),
+                    "",
+                    Scopes::from_slice(&[Scope::Ingest]),
+                    None,
+                )
                 .expect("created");
         }
         drop(registry);
@@ -520,7 +528,7 @@ mod tests {
         let row = "INSERT INTO keys (digest, datasource, scopes, label, created_at)
                    VALUES (zeroblob(32), '*', 'ingest', '', 0)";
         let dir = tempfile::tempdir().expect("temporary directory");
-        drop(Database::open(dir.path()).expect("opens"));
+        drop(RegistryDatabase::open(dir.path()).expect("opens"));
         written_by_hand(dir.path(), row);
         assert_eq!(Registry::open(dir.path()).expect("a row that does").key_count(), 1);
         for (change, named) in [
@@ -540,17 +548,17 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let registry = Registry::open(dir.path()).expect("opens");
         let (datasource, key, _) = registry
-            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::of(&[Scope::Ingest]))
+            .create_datasource(&Actor::SYSTEM, None, "a", Scopes::from_slice(&[Scope::Ingest]))
             .expect("created");
         registry.delete_datasource(&Actor::SYSTEM, &datasource.id).expect("deleted");
         drop(registry);
-        let database = Database::open(dir.path()).expect("opens");
-        assert!(database.knows(key.id).expect("read"));
+        let database = RegistryDatabase::open(dir.path()).expect("opens");
+        assert!(database.has_key_id(key.id).expect("read"));
         let [first @ .., last] = key.id.0;
         for near in [last.wrapping_sub(1), last.wrapping_add(1)] {
             let [a, b, c, d, e] = first;
-            assert!(!database.knows(KeyId([a, b, c, d, e, near])).expect("read"));
+            assert!(!database.has_key_id(KeyId([a, b, c, d, e, near])).expect("read"));
         }
-        assert!(!database.knows(ApiKey::generate().digest().key_id()).expect("read"));
+        assert!(!database.has_key_id(ApiKey::generate().digest().key_id()).expect("read"));
     }
 }

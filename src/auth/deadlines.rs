@@ -1,54 +1,54 @@
-//! The deadlines of keys: each that expires, or whose grace ends, ends at that moment, in the same way
-//! as a revoked one: its lease ends and its connections are told to close.
+//! The deadlines of keys: a key ends when it expires or its grace period ends, in the same way as a
+//! revoked key: its lease ends and its connections are told to close.
 //!
-//! Deadlines are times of the wall clock, which may be set. So whoever waits for one looks at the clock
-//! at least once a second ([`run`]); and a key that has ended stays so, also when the clock goes back. In a
-//! cluster each node ends keys by its own clock, and the first one writes it down for all.
+//! Deadlines are wall clock times, and the clock may be set. So the task that waits for them ([`run`])
+//! checks the clock at least once a second, and a key that has ended stays ended even if the clock goes
+//! back. In a cluster each node ends keys by its own clock, and the first one records it for all.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::audit::Actor;
-use super::change::Ended;
-use super::changes::about_key;
-use super::database::Database;
+use super::change::KeyEndReason;
+use super::changes::key_audit_event;
+use super::database::RegistryDatabase;
 use super::key::Digest;
-use super::live::{ENDED, Key};
+use super::live::{Key, TIME_ENDED};
 use super::registry::{Registry, RegistryError};
 use crate::message::{TimeMicros, now_micros};
 
-/// How often the clock is looked at.
-const LOOK: Duration = Duration::from_secs(1);
-/// When to try again to write down that a key has ended.
-const TRY_AGAIN: Duration = Duration::from_secs(5);
+/// How often the clock is checked.
+const DEADLINE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// The pause before another attempt to record that keys have ended.
+const DEADLINE_WRITE_RETRY_PAUSE: Duration = Duration::from_secs(5);
 
 impl Registry {
-    /// The next time at which a key ends by itself.
+    /// The earliest time at which a key ends by itself.
     fn next_deadline(&self) -> Option<TimeMicros> {
-        let deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+        let deadlines = self.live.deadlines.lock();
         deadlines.first().map(|(at, ..)| *at)
     }
 
-    /// Ends every key whose time has come; their leases have ended and their connections are told to
-    /// close before this returns. Returns them, to wait for.
+    /// Ends every key whose deadline has passed. Before this returns, their leases have ended and their
+    /// connections are told to close. Returns the keys, whose connections the caller waits for.
     ///
     /// # Errors
-    /// [`RegistryError::Database`] if that cannot be written down. They have ended all the same, as they
+    /// [`RegistryError::Database`] if the end cannot be recorded. The keys have ended all the same, as they
     /// would after a restart, and the next call tries again.
     fn end_due(&self) -> Result<Vec<Arc<Key>>, RegistryError> {
         let now = now_micros();
-        // Of all attempts: what another node has written down meanwhile has ended all the same.
+        // Collects over all attempts: a key whose end another node has recorded meanwhile ended here too.
         let mut all: Vec<Arc<Key>> = Vec::new();
-        self.changing_here(|database| {
+        self.make_change_here(|database| {
             let due: Vec<_> = {
-                let deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+                let deadlines = self.live.deadlines.lock();
                 deadlines.iter().take_while(|(at, ..)| *at <= now).cloned().collect()
             };
-            // A deadline that is no longer its key's was put off, or the key is gone.
+            // A deadline that differs from its key's is stale: it was moved, or the key is gone.
             let still_its = |key: &Arc<Key>, at| key.ends_at() == Some(at);
             let ended: Vec<_> = due
                 .iter()
@@ -60,15 +60,15 @@ impl Registry {
                     all.push(Arc::clone(key));
                 }
             }
-            let retired = if ended.is_empty() { Vec::new() } else { write_down(database, &ended)? };
+            let retired = if ended.is_empty() { Vec::new() } else { record_ended(database, &ended)? };
             for digest in &retired {
                 self.live.kill(digest);
             }
             for key in &ended {
-                key.ends_at.store(ENDED, Ordering::Release);
-                tracing::info!(key_id = %key.id, datasource = %key.datasource, "the time of an API key is over");
+                key.ends_at.store(TIME_ENDED, Ordering::Release);
+                tracing::info!(key_id = %key.id, datasource = %key.datasource, "an API key has ended");
             }
-            let mut deadlines = self.live.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut deadlines = self.live.deadlines.lock();
             for deadline in &due {
                 deadlines.remove(deadline);
             }
@@ -78,20 +78,20 @@ impl Registry {
     }
 }
 
-/// Writes down that keys have ended. Returns the digests of those that retire, which are revoked with that.
-fn write_down(database: &mut Database, ended: &[Arc<Key>]) -> Result<Vec<Digest>, RegistryError> {
+/// Records that keys have ended. Returns the digests of those whose grace period ended: they are revoked.
+fn record_ended(database: &mut RegistryDatabase, ended: &[Arc<Key>]) -> Result<Vec<Digest>, RegistryError> {
     let mut retired = Vec::new();
     let change = database.begin()?;
     for key in ended {
         match key.rotation().replaced_by {
             Some((by, grace_ends_at)) if key.ends_at() == Some(grace_ends_at) => {
-                retired.extend(change.revoke(&key.datasource, key.id, Ended::Rotated)?);
+                retired.extend(change.revoke(&key.datasource, key.id, KeyEndReason::Rotated)?);
                 let what = json!({ "new_key": by });
-                change.audit(&Actor::SYSTEM, &about_key("key.retired", key, &what))?;
+                change.audit(&Actor::SYSTEM, &key_audit_event("key.retired", key, &what))?;
             }
             _ => {
                 change.expire(key.id)?;
-                change.audit(&Actor::SYSTEM, &about_key("key.expired", key, &json!({})))?;
+                change.audit(&Actor::SYSTEM, &key_audit_event("key.expired", key, &json!({})))?;
             }
         }
     }
@@ -99,8 +99,8 @@ fn write_down(database: &mut Database, ended: &[Arc<Key>]) -> Result<Vec<Digest>
     Ok(retired)
 }
 
-/// Ends each key when its time has come, until it is dropped. `settle` waits until nothing more can come
-/// in under those that ended; it gets the moment at which they did.
+/// Ends each key at its deadline, until dropped. `settle` waits until nothing more can be accepted under the
+/// ended keys; it gets the moment at which they ended.
 pub async fn run<S>(registry: Arc<Registry>, settle: impl Fn(Vec<Arc<Key>>, Instant) -> S)
 where
     S: Future<Output = ()> + Send + 'static,
@@ -109,18 +109,18 @@ where
     loop {
         let (for_change, started) = (Arc::clone(&registry), Instant::now());
         let is_due = registry.next_deadline().is_some_and(|at| at <= now_micros());
-        let mut wait = LOOK;
+        let mut wait = DEADLINE_CHECK_INTERVAL;
         if is_due {
             match tokio::task::spawn_blocking(move || for_change.end_due()).await {
                 Ok(Ok(dead)) if !dead.is_empty() => drop(settling.spawn(settle(dead, started))),
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => {
-                    tracing::error!(%error, "keys have ended, and that could not be written down");
-                    wait = TRY_AGAIN;
+                    tracing::error!(%error, "keys have ended, but that could not be recorded");
+                    wait = DEADLINE_WRITE_RETRY_PAUSE;
                 }
                 Err(error) => {
                     tracing::error!(%error, "the registry has failed");
-                    wait = TRY_AGAIN;
+                    wait = DEADLINE_WRITE_RETRY_PAUSE;
                 }
             }
         }
@@ -149,7 +149,7 @@ mod tests {
     fn with_key(lasts: TimeMicros) -> (TempDir, Registry, Arc<Key>, ApiKey) {
         let dir = tempfile::tempdir().expect("temporary directory");
         let registry = Registry::open(dir.path()).expect("opens");
-        let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+        let (all, scopes) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Ingest]));
         let expires_at = Some(now_micros() + lasts);
         let (key, secret) =
             registry.create_key(&Actor::SYSTEM, &all, "", scopes, expires_at).expect("created");
@@ -186,10 +186,10 @@ mod tests {
     #[test]
     fn a_key_ends_also_when_that_cannot_be_written_down_and_it_is_tried_again() {
         let (_dir, registry, key, _) = with_key(0);
-        registry.change().refuse_changes(true);
+        registry.lock_database().refuse_changes(true);
         assert!(matches!(registry.end_due(), Err(RegistryError::Database(_))));
         assert!(!key.holds() && key.has_expired());
-        registry.change().refuse_changes(false);
+        registry.lock_database().refuse_changes(false);
         assert_eq!(registry.end_due().expect("written").len(), 1);
     }
 
@@ -197,7 +197,7 @@ mod tests {
     fn a_grace_that_is_undone_ends_nothing() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let registry = Registry::open(dir.path()).expect("opens");
-        let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+        let (all, scopes) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Ingest]));
         let (key, _) = registry.create_key(&Actor::SYSTEM, &all, "", scopes, None).expect("created");
         let grace = Duration::from_secs(60);
         let rotated = registry.rotate_key(&Actor::SYSTEM, &all, key.id, grace).expect("rotated");

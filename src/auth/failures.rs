@@ -1,15 +1,15 @@
-//! Failed authentications, counted per source address. Who presents keys that are not good, again and
-//! again, is told to wait instead of what is wrong, and no line is logged for it.
+//! Failed authentications, counted per source address. A client that keeps presenting bad keys is told
+//! to wait instead of being told what is wrong, and nothing is logged for it.
 //!
-//! A good key is let in whoever has failed at the same address: behind one there may be a whole factory.
-//! So a key is looked up first (what cannot be a key costs neither hash nor lookup, see
-//! [`Digest::of_presented`](super::Digest::of_presented)), and only a failure is counted. To look up costs
-//! less than to count, and makes no guess likelier: a key has 256 bits.
+//! A valid key is accepted even if others have failed at the same address: a whole factory may share it.
+//! So a key is looked up first (a malformed key costs neither hash nor lookup, see
+//! [`Digest::of_presented`](super::Digest::from_presented)), and only a failure is counted. A lookup is
+//! cheaper than a count and helps nobody to guess: a key has 256 bits.
 //!
-//! The counters are [`Bucket`]s in a fixed table, where an address has its place by a keyed hash. However
-//! many addresses there are, it takes the same memory and the same time, nothing is locked, and nobody
-//! can push another address out. Two addresses may have one place; all that comes of it is that one of
-//! them is told to wait early, when its key is not good anyway.
+//! The counters are [`RateBucket`]s in a fixed table, indexed by a keyed hash of the address. However many
+//! addresses there are, memory and time stay the same, nothing is locked, and no address can evict
+//! another. Two addresses may share a bucket; then one of them is told to wait early, which it only
+//! sees when its key is bad anyway.
 
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
@@ -19,31 +19,31 @@ use std::time::Duration;
 use super::network::{Network, source_of};
 use crate::config;
 use crate::limits::AUTH_FAILURES_COUNTERS;
-use crate::quota::bucket::{Bucket, Moment, Rate};
+use crate::quota::bucket::{Moment, Rate, RateBucket};
 
-/// The counters.
-pub struct Failures {
-    counters: Box<[Bucket]>,
+/// The counters of failed authentications.
+pub struct AuthFailures {
+    counters: Box<[RateBucket]>,
     rate: Rate,
     exempt: Vec<Network>,
     hash: RandomState,
 }
 
-impl Failures {
+impl AuthFailures {
     /// No failures yet.
-    pub fn new(config: &config::Auth) -> Self {
+    pub fn new(config: &config::AuthConfig) -> Self {
         Self {
-            counters: (0..AUTH_FAILURES_COUNTERS).map(|_| Bucket::default()).collect(),
+            counters: (0..AUTH_FAILURES_COUNTERS).map(|_| RateBucket::default()).collect(),
             rate: Rate { per_s: config.failures_per_s, burst: config.failures_burst },
             exempt: config.failures_exempt.clone(),
             hash: RandomState::new(),
         }
     }
 
-    /// Counts one.
+    /// Counts one failure from this address.
     ///
     /// # Errors
-    /// How long to wait, if there were too many from there.
+    /// How long to wait, if the address has exceeded its limit.
     pub fn count(&self, from: IpAddr) -> Result<(), Duration> {
         if self.exempt.iter().any(|network| network.contains(from)) {
             return Ok(());
@@ -54,7 +54,7 @@ impl Failures {
     }
 }
 
-impl fmt::Debug for Failures {
+impl fmt::Debug for AuthFailures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Failures").field("rate", &self.rate).finish_non_exhaustive()
     }
@@ -64,9 +64,13 @@ impl fmt::Debug for Failures {
 mod tests {
     use super::*;
 
-    fn failures(exempt: &[&str]) -> Failures {
+    fn failures(exempt: &[&str]) -> AuthFailures {
         let exempt = exempt.iter().map(|network| network.parse().expect("a network")).collect();
-        Failures::new(&config::Auth { failures_burst: 3, failures_per_s: 1, failures_exempt: exempt })
+        AuthFailures::new(&config::AuthConfig {
+            failures_burst: 3,
+            failures_per_s: 1,
+            failures_exempt: exempt,
+        })
     }
 
     fn from(address: &str) -> IpAddr {

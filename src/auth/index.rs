@@ -1,83 +1,83 @@
-//! The index: which key has this digest? Every presented key is looked up here, among a million that are
-//! not in the processor's cache, so that what a lookup costs is how often it has to wait for memory.
-//! Here that is twice, once for the slot and once for the key, which holds its whole digest itself; a
-//! general map has a node in between, and its table beside it. Both are in huge pages, as to find out where
-//! a small page is would be one more wait each.
+//! The index finds the key for a digest. Every presented key is looked up here, among a million that do not
+//! fit in the processor's cache, so the cost of a lookup is its number of cache misses. Here that is
+//! two, one for the slot and one for the key, which holds its whole digest; a general map has a node in
+//! between. Slots and keys are in huge pages, because a TLB miss on a small page would add one more
+//! memory access each.
 //!
-//! A table of slots, at most half of them in use, is searched from the place that the digest's first
-//! bytes say on to the next one that is empty. A slot, once in use, belongs to that digest for good: it
-//! has its key, or says that this was revoked. Readers take no lock. Changes are made one at a time;
-//! keys that were taken out, and tables that became too small, are freed when no reader can hold them any
-//! more, which [`seize`] sees to.
+//! The table uses open addressing with linear probing: the digest's first bytes choose the slot where a
+//! search begins, and at most half of the slots are in use. A slot, once in use, belongs to its digest for
+//! good: it points to the key, or marks it as revoked. Readers take no lock. Changes are made one at a
+//! time; [`seize`] frees removed keys and outgrown tables when no reader can hold them any more.
 
+use parking_lot::Mutex;
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::collections::HashMap;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use seize::{Collector, Guard, reclaim};
 
 use super::key::Digest;
 use super::live::Key;
 
-/// What a small index begins with.
-const SLOTS_MIN: usize = 64;
-/// A huge page's size, where there are any.
-const HUGE_PAGE: usize = 2 << 20;
-/// A table of two huge pages' size is worth one.
-const HUGE_PAGES_FROM_BYTES: usize = 2 * HUGE_PAGE;
-/// So many keys in the memory of a huge page are: a quarter of what would fit.
-const HUGE_PAGE_FROM_KEYS: usize = HUGE_PAGE / (4 * size_of::<Key>());
+/// The smallest number of slots in a table.
+const KEY_SLOTS_MIN: usize = 64;
+/// The size of a huge page, where the system has them.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// The smallest table for which huge pages are requested.
+const HUGE_PAGES_TABLE_BYTES_MIN: usize = 2 * HUGE_PAGE_BYTES;
+/// The smallest number of keys that makes a huge page worthwhile: a quarter of what would fit.
+const HUGE_PAGE_KEYS_MIN: usize = HUGE_PAGE_BYTES / (4 * size_of::<Key>());
 
 /// Keys by their digests, revoked ones among them.
-pub(super) struct Index {
+pub(super) struct KeyIndex {
     collector: Collector,
-    table: AtomicPtr<Table>,
-    /// How many slots are in use. Held by who changes something.
+    table: AtomicPtr<KeyTable>,
+    /// The number of slots in use. Locked by every change.
     used: Mutex<usize>,
 }
 
-/// What is known of a digest.
-pub(super) enum Found {
-    /// The key, which may have ended by itself.
+/// The result of looking up a digest.
+pub(super) enum KeyLookup {
+    /// The key, which may have expired.
     Key(Arc<Key>),
-    /// There was one, and it was revoked.
+    /// The key existed and was revoked.
     Revoked,
 }
 
-/// As many slots as a power of two says.
-struct Table(Box<[Slot]>);
+/// The slots; their number is a power of two.
+struct KeyTable(Box<[KeySlot]>);
 
 /// Empty as long as `key` is null.
 #[derive(Default)]
-struct Slot {
-    /// The digest's first bytes. No two keys share them: they begin with the key's id. Written once, before
-    /// `key`.
+struct KeySlot {
+    /// The digest's first bytes. No two keys share them, because they begin with the key's id. Written once,
+    /// before `key`.
     head: AtomicU64,
-    /// From [`Arc::into_raw`], or [`REVOKED`].
+    /// From [`Arc::into_raw`], or [`REVOKED_KEY`].
     key: AtomicPtr<Key>,
 }
 
-/// Stands for a key that was revoked. It is never followed.
-const REVOKED: *mut Key = ptr::without_provenance_mut(align_of::<Key>());
+/// Marks a revoked key. Never dereferenced.
+const REVOKED_KEY: *mut Key = ptr::without_provenance_mut(align_of::<Key>());
 
-impl Index {
-    /// An empty one, with room for so many.
+impl KeyIndex {
+    /// An empty index with room for this many digests.
     pub(super) fn with_capacity(digests: usize) -> Self {
-        let table = Box::into_raw(Box::new(Table::for_digests(digests)));
+        let table = Box::into_raw(Box::new(KeyTable::for_digests(digests)));
         Self { collector: Collector::new(), table: AtomicPtr::new(table), used: Mutex::new(0) }
     }
 
-    /// What is known of a digest.
-    pub(super) fn find(&self, digest: &Digest) -> Option<Found> {
+    /// Looks up a digest.
+    pub(super) fn find(&self, digest: &Digest) -> Option<KeyLookup> {
         let guard = self.collector.enter();
         let table = guard.protect(&self.table, Ordering::Acquire);
-        // SAFETY: the table is there from the beginning, and is retired only after another has taken its
-        // place; the guard keeps it until this returns.
+        // SAFETY: a table exists from the beginning, and is retired only after it was replaced; the guard
+        // keeps it alive until this returns.
         let table = unsafe { &*table };
-        let head = head_of(digest);
-        for slot in table.from(head) {
+        let head = digest_head(digest);
+        for slot in table.slots_from(head) {
             let key = guard.protect(&slot.key, Ordering::Acquire);
             if key.is_null() {
                 return None;
@@ -85,82 +85,82 @@ impl Index {
             if slot.head.load(Ordering::Relaxed) != head {
                 continue;
             }
-            if key == REVOKED {
-                return Some(Found::Revoked);
+            if key == REVOKED_KEY {
+                return Some(KeyLookup::Revoked);
             }
-            // SAFETY: what is neither null nor `REVOKED` came from `Arc::into_raw`, and the count that it
-            // stands for is given up only by `retired`, for which the guard has to be gone.
+            // SAFETY: a pointer that is neither null nor `REVOKED_KEY` came from `Arc::into_raw`, and its
+            // reference count is released only by `release_key`, which cannot run while the guard lives.
             unsafe {
                 if (*key).digest == *digest {
                     Arc::increment_strong_count(key);
-                    return Some(Found::Key(Arc::from_raw(key)));
+                    return Some(KeyLookup::Key(Arc::from_raw(key)));
                 }
             }
         }
         None
     }
 
-    /// Says which key has this digest, or with `None` that it was revoked. Seen by every lookup that begins
-    /// after this has returned.
+    /// Sets the key with this digest, or with `None` marks it as revoked. Every lookup that begins after this
+    /// has returned sees the change.
     pub(super) fn set(&self, digest: &Digest, key: Option<Arc<Key>>) {
         debug_assert!(key.as_ref().is_none_or(|key| key.digest == *digest), "a key stands at its own digest");
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used = self.used.lock();
         let guard = self.collector.enter();
         let mut table = guard.protect(&self.table, Ordering::Acquire);
-        // SAFETY: as in `find`; and nobody else replaces it, as `used` is locked.
+        // SAFETY: as in `find`; and nobody else replaces the table while `used` is locked.
         if unsafe { &*table }.is_full(*used) {
             let larger = Box::into_raw(Box::new(unsafe { &*table }.copy_for(*used + 1)));
             self.table.store(larger, Ordering::Release);
-            // SAFETY: it came from `Box::into_raw`, and no later reader finds it. Its slots are left as they
-            // are: the keys in them are the larger one's.
+            // SAFETY: it came from `Box::into_raw`, and no later reader finds it. Its slots are not dropped:
+            // the larger table owns their keys now.
             unsafe { guard.defer_retire(table, reclaim::boxed) };
             table = larger;
         }
-        let head = head_of(digest);
+        let head = digest_head(digest);
         // SAFETY: as above.
-        let slots = unsafe { &*table }.from(head);
+        let slots = unsafe { &*table }.slots_from(head);
         let mut free = slots.map(|slot| (slot, slot.key.load(Ordering::Relaxed)));
         let (slot, before) = free
             .find(|(slot, key)| key.is_null() || slot.head.load(Ordering::Relaxed) == head)
             .expect("half of the slots are empty");
-        let after = key.map_or(REVOKED, |key| Arc::into_raw(key).cast_mut());
+        let after = key.map_or(REVOKED_KEY, |key| Arc::into_raw(key).cast_mut());
         if before.is_null() {
             slot.head.store(head, Ordering::Relaxed);
             *used += 1;
         }
         slot.key.store(after, Ordering::Release);
-        if !before.is_null() && before != REVOKED {
+        if !before.is_null() && before != REVOKED_KEY {
             // SAFETY: it came from `Arc::into_raw`, and no later reader finds it.
-            unsafe { guard.defer_retire(before, retired) };
+            unsafe { guard.defer_retire(before, release_key) };
         }
     }
 
-    /// Gathers the memory that keys are in into huge pages, where they are many together: for when all that
-    /// a registry has were set.
+    /// Moves the memory of keys into huge pages, where many keys are close together. To be called once all
+    /// keys of a registry are set.
     pub(super) fn gather(&self) {
         let guard = self.collector.enter();
         let table = guard.protect(&self.table, Ordering::Acquire);
         // SAFETY: as in `find`.
         let keys = unsafe { &*table }.0.iter().map(|slot| slot.key.load(Ordering::Acquire));
         let mut keys_of_page = HashMap::<_, usize>::new();
-        for key in keys.filter(|key| !key.is_null() && *key != REVOKED) {
-            *keys_of_page.entry(key.map_addr(|at| at - at % HUGE_PAGE)).or_default() += 1;
+        for key in keys.filter(|key| !key.is_null() && *key != REVOKED_KEY) {
+            *keys_of_page.entry(key.map_addr(|at| at - at % HUGE_PAGE_BYTES)).or_default() += 1;
         }
         for (page, keys) in keys_of_page {
-            if keys >= HUGE_PAGE_FROM_KEYS {
-                collapse(page.cast());
+            if keys >= HUGE_PAGE_KEYS_MIN {
+                collapse_huge_page(page.cast());
             }
         }
     }
 }
 
-impl Drop for Index {
+impl Drop for KeyIndex {
     fn drop(&mut self) {
-        // SAFETY: nobody else is here; it came from `Box::into_raw`.
+        // SAFETY: `&mut self` excludes all others, and the table came from `Box::into_raw`.
         let table = unsafe { Box::from_raw(*self.table.get_mut()) };
         for slot in table.0 {
             let key = slot.key.into_inner();
-            if !key.is_null() && key != REVOKED {
+            if !key.is_null() && key != REVOKED_KEY {
                 // SAFETY: it came from `Arc::into_raw`.
                 drop(unsafe { Arc::from_raw(key) });
             }
@@ -168,37 +168,37 @@ impl Drop for Index {
     }
 }
 
-impl Table {
+impl KeyTable {
     fn for_digests(digests: usize) -> Self {
-        let slots = (2 * digests).next_power_of_two().max(SLOTS_MIN);
-        let layout = Layout::array::<Slot>(slots).expect("a table is far smaller than memory can be");
-        // SAFETY: the layout has a size; a slot of zeros is an empty one; the box takes over what was allocated
-        // with the layout that it has.
+        let slots = (2 * digests).next_power_of_two().max(KEY_SLOTS_MIN);
+        let layout = Layout::array::<KeySlot>(slots).expect("a table is far smaller than memory can be");
+        // SAFETY: the layout is not empty; a slot of zeros is an empty slot; the box owns the allocation and
+        // has the same layout.
         let slots = unsafe {
-            let first = alloc_zeroed(layout).cast::<Slot>();
+            let first = alloc_zeroed(layout).cast::<KeySlot>();
             if first.is_null() {
                 handle_alloc_error(layout);
             }
-            in_huge_pages(first.cast(), layout.size());
+            advise_huge_pages(first.cast(), layout.size());
             Box::from_raw(ptr::slice_from_raw_parts_mut(first, slots))
         };
         Self(slots)
     }
 
-    /// All slots, in the order in which those of a digest are searched.
-    fn from(&self, head: u64) -> impl Iterator<Item = &Slot> {
+    /// All slots in probing order, beginning at the slot for these first bytes of a digest.
+    fn slots_from(&self, head: u64) -> impl Iterator<Item = &KeySlot> {
         let mask = self.0.len() - 1;
         #[expect(clippy::cast_possible_truncation, reason = "any bits of it will do")]
         let first = head as usize;
         (0..self.0.len()).map(move |step| &self.0[(first.wrapping_add(step)) & mask])
     }
 
-    /// Whether one more is too many.
+    /// Whether one more digest would fill more than half of the slots.
     fn is_full(&self, used: usize) -> bool {
         2 * (used + 1) > self.0.len()
     }
 
-    /// A table with the same slots in use, and room for twice so many digests.
+    /// A larger copy with the same entries, and room for twice this many digests.
     fn copy_for(&self, digests: usize) -> Self {
         let larger = Self::for_digests(2 * digests);
         for slot in &self.0 {
@@ -206,7 +206,7 @@ impl Table {
             if key.is_null() {
                 continue;
             }
-            let empty = larger.from(head).find(|slot| slot.key.load(Ordering::Relaxed).is_null());
+            let empty = larger.slots_from(head).find(|slot| slot.key.load(Ordering::Relaxed).is_null());
             let empty = empty.expect("it is larger");
             empty.head.store(head, Ordering::Relaxed);
             empty.key.store(key, Ordering::Relaxed);
@@ -215,44 +215,42 @@ impl Table {
     }
 }
 
-/// Asks for huge pages for memory that nobody has touched yet: to find out where a small page is costs as
-/// much as to read it, when there are too many for the processor to remember. If there are none to be had,
-/// nothing is different.
-fn in_huge_pages(first: *mut libc::c_void, bytes: usize) {
+/// Requests huge pages for memory that nobody has touched yet: with more small pages than the TLB holds,
+/// translating an address costs as much as reading it. Has no effect if no huge pages are available.
+fn advise_huge_pages(first: *mut libc::c_void, bytes: usize) {
     #[cfg(target_os = "linux")]
     {
-        const PAGE: usize = 4096;
-        let skipped = first.addr().next_multiple_of(PAGE) - first.addr();
-        if let Some(bytes) = bytes.checked_sub(skipped).filter(|bytes| *bytes >= HUGE_PAGES_FROM_BYTES) {
-            // SAFETY: the range is within what was allocated, and the advice changes nothing of what is in it.
+        const SMALL_PAGE_BYTES: usize = 4096;
+        let skipped = first.addr().next_multiple_of(SMALL_PAGE_BYTES) - first.addr();
+        if let Some(bytes) = bytes.checked_sub(skipped).filter(|bytes| *bytes >= HUGE_PAGES_TABLE_BYTES_MIN) {
+            // SAFETY: the range is within the allocation, and the advice does not change its contents.
             unsafe { libc::madvise(first.byte_add(skipped), bytes, libc::MADV_HUGEPAGE) };
         }
     }
 }
 
-/// Moves what is in the memory of a huge page into one, whatever it is. If that cannot be, nothing is
-/// different.
-fn collapse(page: *mut libc::c_void) {
+/// Moves this range of small pages into one huge page, with all that is in it. Has no effect if that fails.
+fn collapse_huge_page(page: *mut libc::c_void) {
     #[cfg(target_os = "linux")]
-    // SAFETY: the advice changes nothing of what is in the memory, and means nothing where there is none.
+    // SAFETY: the advice does not change the contents, and has no effect where no memory is mapped.
     unsafe {
-        libc::madvise(page, HUGE_PAGE, libc::MADV_COLLAPSE);
+        libc::madvise(page, HUGE_PAGE_BYTES, libc::MADV_COLLAPSE);
     }
     #[cfg(not(target_os = "linux"))]
     let _ = page;
 }
 
-/// Gives up the index's count of a key.
+/// Releases the index's reference to a key.
 ///
 /// # Safety
 /// `key` came from [`Arc::into_raw`] and is not used again.
-unsafe fn retired(key: *mut Key, _collector: &Collector) {
+unsafe fn release_key(key: *mut Key, _collector: &Collector) {
     // SAFETY: as the caller says.
     drop(unsafe { Arc::from_raw(key) });
 }
 
-/// A digest's own first bytes: it is uniform already, and nobody can choose one without searching for it.
-fn head_of(digest: &Digest) -> u64 {
+/// The digest's first bytes serve as its hash: they are uniform, and only brute force finds a chosen one.
+fn digest_head(digest: &Digest) -> u64 {
     u64::from_le_bytes(*digest.0.first_chunk().expect("32 bytes"))
 }
 
@@ -265,14 +263,14 @@ mod tests {
 
     use super::*;
     use crate::auth::Scopes;
-    use crate::auth::live::{NewKey, Rotation};
+    use crate::auth::live::{KeyAttributes, Rotation};
     use crate::message::DatasourceId;
 
     fn key(digest: Digest) -> Arc<Key> {
-        Arc::new(Key::from(NewKey {
+        Arc::new(Key::from(KeyAttributes {
             digest,
             datasource: DatasourceId::all(),
-            scopes: Scopes::of(&[]),
+            scopes: Scopes::from_slice(&[]),
             label: "",
             created_at: 0,
             expires_at: None,
@@ -288,10 +286,10 @@ mod tests {
         digest
     }
 
-    fn is_what(found: Option<Found>, expected: Option<&Option<Arc<Key>>>) -> bool {
+    fn is_what(found: Option<KeyLookup>, expected: Option<&Option<Arc<Key>>>) -> bool {
         match (found, expected) {
-            (None, None) | (Some(Found::Revoked), Some(None)) => true,
-            (Some(Found::Key(found)), Some(Some(expected))) => Arc::ptr_eq(&found, expected),
+            (None, None) | (Some(KeyLookup::Revoked), Some(None)) => true,
+            (Some(KeyLookup::Key(found)), Some(Some(expected))) => Arc::ptr_eq(&found, expected),
             _ => false,
         }
     }
@@ -299,7 +297,7 @@ mod tests {
     proptest! {
         #[test]
         fn it_says_what_a_map_would(changes in prop::collection::vec((0..400_u16, any::<bool>()), 0..600)) {
-            let (index, mut map) = (Index::with_capacity(0), HashMap::new());
+            let (index, mut map) = (KeyIndex::with_capacity(0), HashMap::new());
             for (number, revoked) in changes {
                 let digest = digest(number);
                 let key = (!revoked).then(|| key(digest));
@@ -315,7 +313,7 @@ mod tests {
 
     #[test]
     fn a_digest_that_begins_like_a_key_s_is_another() {
-        let index = Index::with_capacity(1);
+        let index = KeyIndex::with_capacity(1);
         let mut like = digest(7);
         index.set(&like, Some(key(like)));
         like.0[31] = 1;
@@ -325,7 +323,7 @@ mod tests {
     #[test]
     fn keys_are_let_go_when_they_are_revoked_and_when_the_index_goes() {
         let keys: Vec<_> = (0..500).map(|number| key(digest(number))).collect();
-        let index = Index::with_capacity(10);
+        let index = KeyIndex::with_capacity(10);
         for key in &keys {
             index.set(&key.digest, Some(Arc::clone(key)));
         }
@@ -339,7 +337,7 @@ mod tests {
 
     #[test]
     fn lookups_beside_changes_find_each_key_or_that_it_was_revoked() {
-        let index = Index::with_capacity(0);
+        let index = KeyIndex::with_capacity(0);
         let done = AtomicBool::new(false);
         index.set(&digest(0), Some(key(digest(0))));
         std::thread::scope(|scope| {
@@ -350,7 +348,7 @@ mod tests {
                         // Changes come in order: behind one that is there all are.
                         for number in 0..=newest {
                             let found = index.find(&digest(number)).expect("was there before");
-                            if let Found::Key(key) = found {
+                            if let KeyLookup::Key(key) = found {
                                 assert_eq!(key.digest, digest(number));
                                 seen += 1;
                             }

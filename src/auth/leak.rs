@@ -1,13 +1,14 @@
-//! A leak report: somebody has found a key's secret where it does not belong, and says so. Whoever has
-//! the secret could do harm with it, so that no more than the secret is needed to revoke the key.
+//! A leak report: somebody found a key's secret where it does not belong. Whoever has the secret can
+//! misuse the key, so the secret alone is enough to revoke it.
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use parking_lot::MutexGuard;
+use std::sync::Arc;
 
 use serde_json::json;
 
 use super::audit::Actor;
-use super::change::Ended;
-use super::changes::about_key;
+use super::change::KeyEndReason;
+use super::changes::key_audit_event;
 use super::key::Digest;
 use super::live::Key;
 use super::registry::{Registry, RegistryError};
@@ -15,38 +16,38 @@ use super::rows::LeakRow;
 use crate::time::Rfc3339;
 
 impl Registry {
-    /// Revokes the key with this digest, if there is one, as leaked. `url` is where it was found. The
-    /// audit's entry has the newest offset that is known to have come in under it. Returns the key, to
-    /// wait for.
+    /// Revokes the key with this digest, if there is one, as leaked. `url` is where it was found. The audit
+    /// entry has the newest known offset that was written under the key. Returns the dead key, whose
+    /// connections the caller waits for.
     ///
-    /// In a cluster it is dead here when this returns, and elsewhere a moment later: the answer to a report
-    /// waits for nobody.
+    /// In a cluster the key is dead on this node when this returns, and on the others a moment later: the
+    /// response to a report does not wait for them.
     ///
-    /// The last admin key for all datasources is not revoked: nobody could manage anything any more.
-    /// The log and the audit say so.
+    /// The last admin key for all datasources is not revoked, because nobody could manage anything any
+    /// more. The log and the audit report that instead.
     ///
     /// # Errors
-    /// [`RegistryError::Database`] if it cannot be made durable: then the key goes on working.
+    /// [`RegistryError::Database`] if the change cannot be made durable; the key then keeps working.
     pub fn revoke_leaked(
         &self,
         actor: &Actor,
         digest: &Digest,
         url: &str,
     ) -> Result<Option<Arc<Key>>, RegistryError> {
-        let (outcome, _) = self.changing_here(|database| {
+        let (outcome, _) = self.make_change_here(|database| {
             let Some(key) = self.live.find(digest).filter(|key| key.holds()) else { return Ok(None) };
             let is_last_admin = self.is_last_admin(&key);
-            let used = self.usage_with(database, &key)?;
+            let used = self.usage_in(database, &key)?;
             let last_used_at = used.users.first().map(|user| Rfc3339(user.at));
             let what = json!({ "url": url, "last_offset": used.offset, "last_used_at": last_used_at });
             let change = database.begin()?;
             if is_last_admin {
-                change.audit(actor, &about_key("key.leaked_and_kept", &key, &what))?;
+                change.audit(actor, &key_audit_event("key.leaked_and_kept", &key, &what))?;
                 change.commit()?;
                 return Ok(Some((key, None)));
             }
-            change.revoke(&key.datasource, key.id, Ended::Leaked)?;
-            change.audit(actor, &about_key("key.leaked", &key, &what))?;
+            change.revoke(&key.datasource, key.id, KeyEndReason::Leaked)?;
+            change.audit(actor, &key_audit_event("key.leaked", &key, &what))?;
             change.commit()?;
             Ok(Some((key, self.live.kill(digest))))
         })?;
@@ -67,14 +68,14 @@ impl Registry {
         }
     }
 
-    /// Adds a change to the rules about what leaked keys have let in, for every node of the cluster; those
-    /// who follow them ([`Registry::follow_leaks`]) have it on return. Returns how many there are with it,
-    /// or `None` if there were `most` already.
+    /// Adds a rule about the records of a leaked key, for every node of the cluster. Followers
+    /// ([`Registry::follow_leak_rules`]) have it when this returns. Returns the number of rules, or `None` if
+    /// there were `most` already.
     ///
     /// # Errors
-    /// Those of [`RegistryError`] that say why nothing has changed.
+    /// A [`RegistryError`] if the rule could not be added.
     pub fn add_leak_rule(&self, row: &LeakRow, most: u64) -> Result<Option<u64>, RegistryError> {
-        self.changing(|database| {
+        self.make_change(|database| {
             let version = self.leaks().rows.len() as u64 + 1;
             if version > most {
                 return Ok(None);
@@ -85,18 +86,18 @@ impl Registry {
         })
     }
 
-    /// Hands every rule that there is to `each`, and whatever comes from now on, in the order of their
-    /// versions, which begin with 1.
-    pub fn follow_leaks(&self, each: impl Fn(&LeakRow) + Send + 'static) {
+    /// Calls `each` with every existing rule and every later one, in the order of their versions, which
+    /// begin with 1.
+    pub fn follow_leak_rules(&self, each: impl Fn(&LeakRow) + Send + 'static) {
         let mut leaks = self.leaks();
         leaks.rows.iter().for_each(&each);
         leaks.follower = Some(Box::new(each));
     }
 
-    /// A rule that is everybody's now.
+    /// Adds a rule that the cluster has accepted, and passes it to the follower.
     pub(super) fn learn_leak_rule(&self, version: u64, row: LeakRow) {
         let mut leaks = self.leaks();
-        // One that this node has made comes back from the others, too.
+        // A rule that this node added also comes back from the cluster.
         if version != leaks.rows.len() as u64 + 1 {
             return;
         }
@@ -107,16 +108,16 @@ impl Registry {
     }
 
     fn leaks(&self) -> MutexGuard<'_, LeakRules> {
-        self.leaks.lock().unwrap_or_else(PoisonError::into_inner)
+        self.leaks.lock()
     }
 }
 
-/// The rules about leaked keys that a cluster has, and who follows them on this node.
+/// The cluster's rules about leaked keys, and the follower of them on this node.
 #[derive(Default)]
 pub(super) struct LeakRules {
     rows: Vec<LeakRow>,
-    follower: Option<Follower>,
+    follower: Option<LeakRuleFollower>,
 }
 
-/// Told of each rule.
-type Follower = Box<dyn Fn(&LeakRow) + Send>;
+/// Called with each rule.
+type LeakRuleFollower = Box<dyn Fn(&LeakRow) + Send>;

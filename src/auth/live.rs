@@ -1,151 +1,152 @@
-//! The live view: every datasource and key in memory, where a presented key is looked up. What is in
-//! it is on the disk already; only the registry's changes write to it.
+//! The live view: every datasource and key in memory, where a presented key is looked up. Its contents
+//! are on the disk already; only the registry's changes write to it.
 //!
-//! Looking up is free of locks. There may be a million keys, so a [`Key`] holds what every key has,
-//! and what few have stands behind one pointer.
+//! Lookups are lock-free. There may be a million keys, so a [`Key`] holds only what every key has;
+//! what few keys have is behind one pointer.
 
+use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::Notify;
 
 use super::Scopes;
-use super::connections::{Close, Connections};
-use super::index::{Found, Index};
+use super::connections::{CloseReason, KeyConnections};
+use super::index::{KeyIndex, KeyLookup};
 use super::key::Digest;
-use super::setting::Setting;
-use super::usage::Usage;
+use super::setting::JsonSetting;
+use super::usage::PendingKeyUsage;
 use crate::message::{DatasourceId, KeyId, Lease, TimeMicros, now_micros};
 
-/// The end of what has none.
-const NEVER: TimeMicros = TimeMicros::MAX;
-/// The end of what has ended: also a clock that is set back does not come before it.
-pub(super) const ENDED: TimeMicros = TimeMicros::MIN;
+/// The end of a key that has none.
+const TIME_NEVER: TimeMicros = TimeMicros::MAX;
+/// The end of a key that has ended: no clock that is set back can be before it.
+pub(super) const TIME_ENDED: TimeMicros = TimeMicros::MIN;
 
 /// One named stream of readings.
 #[derive(Debug)]
 pub struct Datasource {
     /// The slug.
     pub id: DatasourceId,
-    /// What a person calls it.
+    /// The display name.
     pub name: Box<str>,
     /// When it was created.
     pub created_at: TimeMicros,
-    /// The limits of all its keys together.
-    pub limits: Setting,
-    /// The schemas that its messages have to fit.
-    pub schemas: Setting,
+    /// The limits that all its keys share.
+    pub limits: JsonSetting,
+    /// The schemas that its messages must match.
+    pub schemas: JsonSetting,
 }
 
 /// One key, live: everything but its secret.
 ///
-/// In this order: what a lookup reads stands together, behind the count of who holds the key, and so is
-/// waited for once.
+/// The order of the fields matters: those that a lookup reads come first, next to the reference count of
+/// the `Arc`, so that they cost one cache miss.
 #[repr(C)]
 pub struct Key {
-    /// What is looked up.
+    /// The digest that is looked up.
     pub(super) digest: Digest,
-    /// When it stops working by itself: as it expires, or earlier, if its grace ends.
+    /// When the key ends by itself: at its expiry, or at the end of its grace period if that is earlier.
     pub(super) ends_at: AtomicI64,
-    /// What it has from its first use on: few of a million keys are in use.
-    opened: OnceLock<Box<Opened>>,
-    /// What it belongs to, or `*`.
+    /// State created on first use: few of a million keys are in use.
+    opened: OnceLock<Box<KeyUseState>>,
+    /// The datasource that it belongs to, or `*`.
     pub datasource: DatasourceId,
-    /// What a person calls it, or empty.
+    /// The display name, or empty.
     pub label: Box<str>,
     /// When it was created.
     pub created_at: TimeMicros,
-    /// When it expires, or [`NEVER`].
+    /// When it expires, or [`TIME_NEVER`].
     pub(super) expires_at: TimeMicros,
     /// Its part in a rotation, if it has one.
     pub(super) rotation: ArcSwapOption<Rotation>,
-    /// Its own limits.
-    pub limits: Setting,
-    /// Its public handle; no other key has or had the same.
+    /// The key's own limits.
+    pub limits: JsonSetting,
+    /// The public handle; no other key has or had the same one.
     pub id: KeyId,
     /// What it may be used for.
     pub scopes: Scopes,
 }
 
-/// What a key has from its first use on.
+/// The state of a key that is created on first use.
 #[derive(Default)]
-struct Opened {
-    /// Whether it is still good.
+struct KeyUseState {
+    /// Whether the key is still valid.
     lease: Lease,
-    /// Those that it has opened.
-    connections: Arc<Connections>,
-    /// What it was used for.
-    usage: Usage,
+    /// The connections that it has opened.
+    connections: Arc<KeyConnections>,
+    /// The usage that is not yet written.
+    usage: PendingKeyUsage,
 }
 
-/// A key's part in rotations: each takes the place of another one.
+/// A key's part in rotations, in each of which one key replaces another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Rotation {
-    /// The key that this one takes the place of.
+    /// The key that this one replaces.
     pub replaces: Option<KeyId>,
-    /// The key that takes the place of this one, and when this one's grace ends.
+    /// The key that replaces this one, and when this one's grace period ends.
     pub replaced_by: Option<(KeyId, TimeMicros)>,
 }
 
 impl Key {
     /// When it expires, if it does.
     pub fn expires_at(&self) -> Option<TimeMicros> {
-        (self.expires_at != NEVER).then_some(self.expires_at)
+        (self.expires_at != TIME_NEVER).then_some(self.expires_at)
     }
 
-    /// When it stops working by itself, if it does: as it expires, or as its grace ends.
+    /// When the key ends by itself, if it does: at its expiry or at the end of its grace period.
     pub fn ends_at(&self) -> Option<TimeMicros> {
         let ends_at = self.ends_at.load(Ordering::Acquire);
-        (ends_at != NEVER).then_some(ends_at)
+        (ends_at != TIME_NEVER).then_some(ends_at)
     }
 
-    /// Whether its time is over.
+    /// Whether its end has passed.
     pub fn has_expired(&self) -> bool {
         self.ends_at().is_some_and(|ends_at| ends_at <= now_micros())
     }
 
-    /// Whether it is still good. An atomic load or two; of its time nothing is said.
+    /// Whether its lease is still valid: an atomic load or two. Does not check the clock.
     pub fn holds(&self) -> bool {
-        // One that nobody has used cannot have been ended either.
+        // Ending a key creates this state, so a key without it has not ended.
         self.opened.get().is_none_or(|opened| opened.lease.holds())
     }
 
-    /// Its lease, for those who hold on to it.
+    /// Its lease, for holders that check it again later.
     pub fn lease(&self) -> &Lease {
         &self.opened().lease
     }
 
     /// Its live connections.
-    pub fn connections(&self) -> &Arc<Connections> {
+    pub fn connections(&self) -> &Arc<KeyConnections> {
         &self.opened().connections
     }
 
-    /// How many live connections it has.
-    pub fn connected(&self) -> usize {
+    /// The number of its live connections.
+    pub fn connection_count(&self) -> usize {
         self.opened.get().map_or(0, |opened| opened.connections.count())
     }
 
-    /// The key is dead, for every holder, and its connections are told so.
+    /// Ends the key for every holder, and tells its connections to close.
     pub(super) fn end(&self) {
-        // The lease first: it stops what is already past the lookup.
+        // The lease first: it stops messages that are already past the lookup.
         self.lease().end();
-        self.connections().close_all(Close::KeyDead);
+        self.connections().close_all(CloseReason::KeyDead);
     }
 
-    /// What is to be told of its use.
-    pub(super) fn usage(&self) -> &Usage {
+    /// Its usage, to be added to. Creates it on first use.
+    pub(super) fn usage(&self) -> &PendingKeyUsage {
         &self.opened().usage
     }
 
-    /// What was told of its use, if anything was.
-    pub(super) fn used(&self) -> Option<&Usage> {
+    /// Its usage, if it was ever used.
+    pub(super) fn recorded_usage(&self) -> Option<&PendingKeyUsage> {
         self.opened.get().map(|opened| &opened.usage)
     }
 
-    fn opened(&self) -> &Opened {
+    fn opened(&self) -> &KeyUseState {
         self.opened.get_or_init(Box::default)
     }
 
@@ -154,9 +155,9 @@ impl Key {
         self.rotation.load().as_deref().copied().unwrap_or_default()
     }
 
-    /// Gives it a part in a rotation; what ends with the grace ends then, also for who holds it.
+    /// Sets its part in a rotation, and its end with it: every holder of the key sees the new end.
     pub(super) fn set_rotation(&self, rotation: Rotation) {
-        let grace_ends_at = rotation.replaced_by.map_or(NEVER, |(_, at)| at);
+        let grace_ends_at = rotation.replaced_by.map_or(TIME_NEVER, |(_, at)| at);
         let any = (rotation != Rotation::default()).then(|| Arc::new(rotation));
         self.rotation.store(any);
         self.ends_at.store(self.expires_at.min(grace_ends_at), Ordering::Release);
@@ -174,8 +175,8 @@ impl fmt::Debug for Key {
     }
 }
 
-/// What a key is made of; the rest of it comes while it lives.
-pub(super) struct NewKey<'a> {
+/// The attributes of a key at its creation; it gets the rest during its life.
+pub(super) struct KeyAttributes<'a> {
     pub(super) digest: Digest,
     pub(super) datasource: DatasourceId,
     pub(super) scopes: Scopes,
@@ -186,9 +187,9 @@ pub(super) struct NewKey<'a> {
     pub(super) limits: Option<&'a str>,
 }
 
-impl From<NewKey<'_>> for Key {
-    fn from(new: NewKey<'_>) -> Self {
-        let expires_at = new.expires_at.unwrap_or(NEVER);
+impl From<KeyAttributes<'_>> for Key {
+    fn from(new: KeyAttributes<'_>) -> Self {
+        let expires_at = new.expires_at.unwrap_or(TIME_NEVER);
         let key = Self {
             digest: new.digest,
             id: new.digest.key_id(),
@@ -199,7 +200,7 @@ impl From<NewKey<'_>> for Key {
             expires_at,
             ends_at: AtomicI64::new(expires_at),
             rotation: ArcSwapOption::empty(),
-            limits: Setting::new(new.limits),
+            limits: JsonSetting::new(new.limits),
             opened: OnceLock::new(),
         };
         if new.rotation != Rotation::default() {
@@ -210,30 +211,30 @@ impl From<NewKey<'_>> for Key {
 }
 
 /// Every datasource and key.
-pub(super) struct Live {
-    /// Every key there is, and every one that was revoked.
-    pub(super) keys: Index,
+pub(super) struct LiveRegistry {
+    /// Every key, revoked ones included.
+    pub(super) keys: KeyIndex,
     pub(super) datasources: papaya::HashMap<DatasourceId, Arc<Datasource>>,
-    /// The keys that are not revoked, for those who manage them, with what finds each of them above.
+    /// The keys that are not revoked by datasource and id, for key management.
     pub(super) by_datasource: RwLock<BTreeMap<(DatasourceId, KeyId), Arc<Key>>>,
-    /// When keys end by themselves. One that is not its key's any more means nothing.
+    /// When keys end by themselves. A deadline that differs from its key's end is stale and ignored.
     pub(super) deadlines: Mutex<BTreeSet<(TimeMicros, DatasourceId, KeyId)>>,
-    /// Notified of each new one.
+    /// Notified of each new deadline.
     pub(super) deadline_set: Notify,
 }
 
-impl Live {
+impl LiveRegistry {
     /// The key with this digest, unless it is revoked; it may have expired.
     pub(super) fn find(&self, digest: &Digest) -> Option<Arc<Key>> {
         match self.keys.find(digest)? {
-            Found::Key(key) => Some(key),
-            Found::Revoked => None,
+            KeyLookup::Key(key) => Some(key),
+            KeyLookup::Revoked => None,
         }
     }
 
     /// A key by its id.
     pub(super) fn key(&self, datasource: &DatasourceId, id: KeyId) -> Option<Arc<Key>> {
-        let by_datasource = self.by_datasource.read().unwrap_or_else(PoisonError::into_inner);
+        let by_datasource = self.by_datasource.read();
         by_datasource.get(&(datasource.clone(), id)).map(Arc::clone)
     }
 
@@ -241,48 +242,48 @@ impl Live {
     pub(super) fn keys_of(&self, datasource: &DatasourceId) -> Vec<Arc<Key>> {
         let first = (datasource.clone(), KeyId([0; 6]));
         let last = (datasource.clone(), KeyId([0xff; 6]));
-        let by_datasource = self.by_datasource.read().unwrap_or_else(PoisonError::into_inner);
+        let by_datasource = self.by_datasource.read();
         by_datasource.range(first..=last).map(|(_, key)| Arc::clone(key)).collect()
     }
 
-    /// How many keys there are that are not revoked.
+    /// The number of keys that are not revoked.
     pub(super) fn key_count(&self) -> usize {
-        self.by_datasource.read().unwrap_or_else(PoisonError::into_inner).len()
+        self.by_datasource.read().len()
     }
 
-    /// The datasource is on the disk.
+    /// Adds a datasource that is already on the disk.
     pub(super) fn add_datasource(&self, datasource: Datasource) -> Arc<Datasource> {
         let datasource = Arc::new(datasource);
         self.datasources.pin().insert(datasource.id.clone(), Arc::clone(&datasource));
         datasource
     }
 
-    /// The key is on the disk.
+    /// Adds a key that is already on the disk.
     pub(super) fn add_key(&self, key: Key, digest: Digest) -> Arc<Key> {
         let key = Arc::new(key);
         let place = (key.datasource.clone(), key.id);
-        self.by_datasource.write().unwrap_or_else(PoisonError::into_inner).insert(place, Arc::clone(&key));
+        self.by_datasource.write().insert(place, Arc::clone(&key));
         self.keys.set(&digest, Some(Arc::clone(&key)));
         self.watch(&key);
         key
     }
 
-    /// Sees to it that the key ends when its time comes.
+    /// Schedules the key's end, if it has one.
     pub(super) fn watch(&self, key: &Key) {
         if let Some(at) = key.ends_at() {
             let deadline = (at, key.datasource.clone(), key.id);
-            self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).insert(deadline);
+            self.deadlines.lock().insert(deadline);
             self.deadline_set.notify_one();
         }
     }
 
-    /// The key is dead on the disk.
+    /// Ends and removes a key that is already dead on the disk.
     pub(super) fn kill(&self, digest: &Digest) -> Option<Arc<Key>> {
         let key = self.find(digest)?;
         key.end();
         self.keys.set(digest, None);
         let place = (key.datasource.clone(), key.id);
-        self.by_datasource.write().unwrap_or_else(PoisonError::into_inner).remove(&place);
+        self.by_datasource.write().remove(&place);
         Some(key)
     }
 }

@@ -1,5 +1,5 @@
-//! Who may: keys, the registry of them, and the authorizer that turns a presented key into a grant
-//! or a denial.
+//! Authorization: API keys, the registry of datasources and keys, and the authorizer that turns a
+//! presented key into a grant or a denial.
 
 mod apply;
 pub mod audit;
@@ -11,9 +11,8 @@ pub mod connections;
 mod database;
 pub mod deadlines;
 pub mod failures;
-mod first;
+mod first_admin;
 mod index;
-pub mod key;
 mod leak;
 pub mod live;
 pub mod network;
@@ -26,9 +25,9 @@ pub mod setting;
 pub mod shape;
 pub mod usage;
 
-pub use audit::{Act, Actor};
-pub use authorizer::{Authorizer, Denied, Grant, Rejected};
-pub use key::{ApiKey, Digest};
+pub use audit::{Actor, AuditEvent};
+pub use authorizer::{Authorizer, Grant, GrantDenial, RejectedKey};
+pub use headgate_format::key::{self, ApiKey, Digest};
 pub use live::{Datasource, Key};
 pub use registry::{Registry, RegistryError};
 pub use rows::LeakRow;

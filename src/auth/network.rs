@@ -1,4 +1,4 @@
-//! A network: one address, or all that begin with the same bits, `10.0.0.0/8`.
+//! A network: one IP address, or all addresses with a common prefix such as `10.0.0.0/8`.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -6,21 +6,21 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Addresses with a common beginning.
+/// An IP address with the length of its prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {
     first: IpAddr,
-    /// How many bits are common.
+    /// The length of the prefix.
     bits: u8,
 }
 
-/// Text that is no network.
+/// The text is not a network.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is neither an address nor a network as 10.0.0.0/8")]
-pub struct NotANetwork(String);
+#[error("{0:?} is neither an address nor a network such as 10.0.0.0/8")]
+pub struct NetworkParseError(String);
 
 impl Network {
-    /// Whether `address` is in it. An IPv4 address is the same in the form that IPv6 has for it.
+    /// Whether the network contains `address`. An IPv4-mapped IPv6 address counts as the IPv4 address.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.first, address.to_canonical()) {
             (IpAddr::V4(first), IpAddr::V4(address)) => {
@@ -36,8 +36,8 @@ impl Network {
     }
 }
 
-/// What stands for the source of a connection: an IPv4 address, or the /64 that an IPv6 address is in,
-/// as whoever has one such address has all of that.
+/// The address that identifies the source of a connection: the IPv4 address, or the /64 of an IPv6
+/// address, because a host usually controls its whole /64.
 pub fn source_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
@@ -46,10 +46,10 @@ pub fn source_of(address: IpAddr) -> IpAddr {
 }
 
 impl FromStr for Network {
-    type Err = NotANetwork;
+    type Err = NetworkParseError;
 
-    fn from_str(text: &str) -> Result<Self, NotANetwork> {
-        let no = || NotANetwork(text.to_owned());
+    fn from_str(text: &str) -> Result<Self, NetworkParseError> {
+        let no = || NetworkParseError(text.to_owned());
         let (address, bits) = match text.split_once('/') {
             Some((address, bits)) => (address, Some(bits.parse().map_err(|_| no())?)),
             None => (text, None),
@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn what_is_no_network_is_said_back() {
         for bad in ["", "10.0.0", "10.0.0.0/33", "::/129", "10.0.0.0/", "localhost", "10.0.0.0/-1"] {
-            assert_eq!(bad.parse::<Network>(), Err(NotANetwork(bad.to_owned())));
+            assert_eq!(bad.parse::<Network>(), Err(NetworkParseError(bad.to_owned())));
         }
     }
 

@@ -1,48 +1,51 @@
-//! The seam between a registry and the others of its cluster. A registry by itself has none, and its changes
-//! count when they are on its disk; one in a cluster has a [`Replica`], and they count when that has taken
-//! them.
+//! The interface between a registry and its cluster. Without a cluster there is none, and a change takes
+//! effect when it is on the disk. In a cluster it takes effect when the [`RegistryReplica`] has accepted it.
 
 use std::fmt;
 
 use super::registry::RegistryError;
-use super::rows::Row;
-use super::usage::Used;
+use super::rows::RegistryRow;
+use super::usage::KeyUsage;
 use crate::message::KeyId;
 
-/// The place of a change among those of all nodes.
-pub(super) type Revision = u64;
+/// The position of a change in the order of all nodes' changes.
+pub(super) type RegistryRevision = u64;
 
-/// What all nodes of a cluster have in common. Its calls block.
-pub(super) trait Replica: fmt::Debug + Send + Sync {
-    /// Makes the rows of one change everybody's, all or none, if `after` is still the newest revision.
-    /// Returns the newest one then.
+/// The registry that all nodes of a cluster share. Its calls block.
+pub(super) trait RegistryReplica: fmt::Debug + Send + Sync {
+    /// Publishes the rows of one change to all nodes, all or none, if `after` is still the newest revision.
+    /// Returns the new revision.
     ///
     /// # Errors
-    /// [`RegistryError::Overtaken`] if it is not; [`RegistryError::Away`] if that cannot be said now: the
-    /// change may then still come, as somebody else's would; [`RegistryError::TooLarge`] and
-    /// [`RegistryError::Cluster`] if it can never be.
-    fn publish(&self, rows: &[Row], after: Revision) -> Result<Revision, RegistryError>;
+    /// [`RegistryError::Overtaken`] if it is not; [`RegistryError::Away`] if the outcome is unknown: the
+    /// change may still arrive, like one of another node; [`RegistryError::TooLarge`] and
+    /// [`RegistryError::Cluster`] if it can never succeed.
+    fn publish(
+        &self,
+        rows: &[RegistryRow],
+        after: RegistryRevision,
+    ) -> Result<RegistryRevision, RegistryError>;
 
-    /// Waits until this node has applied whatever any node had published before. Returns the newest
-    /// revision.
+    /// Waits until this node has applied everything that any node had published before the call. Returns the
+    /// newest revision.
     ///
     /// # Errors
     /// [`RegistryError::Away`] if that takes too long.
-    fn catch_up(&self) -> Result<Revision, RegistryError>;
+    fn catch_up(&self) -> Result<RegistryRevision, RegistryError>;
 
-    /// Waits until every other node has applied a revision, and nothing more can come in there under a key
-    /// that died by it. Bounded in time.
-    fn everywhere(&self, revision: Revision);
+    /// Waits until every other node has applied a revision, and can accept nothing more under a key that died
+    /// by it. Bounded in time.
+    fn wait_everywhere(&self, revision: RegistryRevision);
 
-    /// Whether this node has applied whatever any node had published until a moment ago. A few atomic loads.
+    /// Whether this node has applied everything published until a moment ago. A few atomic loads.
     fn is_current(&self) -> bool;
 
-    /// What is known of the use of keys, on all nodes.
+    /// The usage of keys on all nodes.
     ///
     /// # Errors
-    /// [`RegistryError::Away`] if that cannot be said now.
-    fn usage(&self, keys: &[KeyId]) -> Result<Vec<Used>, RegistryError>;
+    /// [`RegistryError::Away`] if it cannot be read now.
+    fn usage(&self, keys: &[KeyId]) -> Result<Vec<KeyUsage>, RegistryError>;
 
-    /// Adds to it. Returns what could not be added, and the error of one of them.
-    fn add_usage(&self, used: Vec<(KeyId, Used)>) -> (Vec<(KeyId, Used)>, Result<(), RegistryError>);
+    /// Adds to the usage of keys. Returns what could not be added, and the error of one failure.
+    fn add_usage(&self, used: Vec<(KeyId, KeyUsage)>) -> (Vec<(KeyId, KeyUsage)>, Result<(), RegistryError>);
 }

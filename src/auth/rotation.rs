@@ -1,5 +1,5 @@
-//! The rotation of a key: another one takes its place, and for a time, the grace, both are good, so that
-//! every device can be given the new one before the old one retires. Until then it can be undone.
+//! The rotation of a key: a new key replaces it, and for a grace period both are valid, so that every
+//! device can get the new key before the old one retires. Until then the rotation can be undone.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,39 +7,39 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::audit::Actor;
-use super::change::Ended;
-use super::changes::{about_key, new_key};
+use super::change::KeyEndReason;
+use super::changes::{generate_key, key_audit_event};
 use super::key::ApiKey;
 use super::live::{Key, Rotation};
 use super::registry::{Registry, RegistryError};
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 use crate::time::Rfc3339;
 
-/// What a rotation has made.
+/// The result of a rotation.
 #[derive(Debug)]
-pub struct Rotated {
-    /// The new key: with scopes, label, limits and expiry of the old one.
+pub struct KeyRotationOutcome {
+    /// The new key, with the scopes, label, limits and expiry of the old one.
     pub key: Arc<Key>,
     /// Its secret, to be shown once.
     pub secret: ApiKey,
-    /// The old one, if it is dead already: to wait for.
+    /// The old key, if it is dead already. The caller waits for its connections.
     pub dead: Option<Arc<Key>>,
-    /// When the old one's grace ends.
+    /// When the old key's grace period ends.
     pub grace_ends_at: TimeMicros,
 }
 
-/// What the undoing of one has left.
+/// The result of undoing a rotation.
 #[derive(Debug)]
-pub struct Undone {
-    /// The old key, which lives on.
+pub struct KeyRotationUndoOutcome {
+    /// The old key, which stays valid.
     pub key: Arc<Key>,
-    /// The new one, if it was still alive: to wait for.
+    /// The new key, if it was still alive. The caller waits for its connections.
     pub dead: Option<Arc<Key>>,
 }
 
 impl Registry {
-    /// Makes a key that takes the place of another one, which works until `grace` is over: not at all
-    /// any more, if that is 0. Durable on return. `None` if the datasource has no such key.
+    /// Creates a key that replaces another one. The old key works until `grace` is over; with a grace of 0
+    /// it dies at once. Durable on return. `None` if the datasource has no such key.
     ///
     /// # Errors
     /// [`RegistryError::Rotation`] if the key has expired or is being rotated already;
@@ -50,8 +50,8 @@ impl Registry {
         datasource: &DatasourceId,
         id: KeyId,
         grace: Duration,
-    ) -> Result<Option<Rotated>, RegistryError> {
-        let rotated = self.changing(|database| {
+    ) -> Result<Option<KeyRotationOutcome>, RegistryError> {
+        let rotated = self.make_change(|database| {
             self.check_owner(datasource)?;
             let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
             if old.has_expired() {
@@ -63,48 +63,49 @@ impl Registry {
                     "key {id} is being rotated already, to key {by}"
                 )));
             }
-            let (new, secret) = new_key(database, datasource, &old.label, old.scopes, old.expires_at())?;
+            let (new, secret) = generate_key(database, datasource, &old.label, old.scopes, old.expires_at())?;
             new.limits.set(old.limits.text().as_deref());
             new.set_rotation(Rotation { replaces: Some(id), replaced_by: None });
             let change = database.begin()?;
             let grace_micros = TimeMicros::try_from(grace.as_micros()).unwrap_or(TimeMicros::MAX);
-            let grace_ends_at = change.at().saturating_add(grace_micros);
+            let grace_ends_at = change.made_at().saturating_add(grace_micros);
             let after = Rotation { replaced_by: Some((new.id, grace_ends_at)), ..before };
             change.insert_key(&new, &secret.digest())?;
             change.set_rotation(id, after)?;
-            let digest = if grace.is_zero() { change.revoke(datasource, id, Ended::Rotated)? } else { None };
+            let digest =
+                if grace.is_zero() { change.revoke(datasource, id, KeyEndReason::Rotated)? } else { None };
             let what = json!({ "new_key": new.id, "grace_ends_at": Rfc3339(grace_ends_at) });
-            change.audit(actor, &about_key("key.rotated", &old, &what))?;
+            change.audit(actor, &key_audit_event("key.rotated", &old, &what))?;
             change.commit()?;
             old.set_rotation(after);
             let key = self.live.add_key(new, secret.digest());
             let dead = digest.and_then(|digest| self.live.kill(&digest));
             self.live.watch(&old);
-            Ok(Some(Rotated { key, secret, dead, grace_ends_at }))
+            Ok(Some(KeyRotationOutcome { key, secret, dead, grace_ends_at }))
         })?;
-        if let Some(Rotated { key, .. }) = &rotated {
+        if let Some(KeyRotationOutcome { key, .. }) = &rotated {
             tracing::info!(%datasource, key_id = %id, new_key_id = %key.id, ?grace, "key rotated");
         }
         Ok(rotated)
     }
 
-    /// Undoes a rotation before the old key's grace ends: the old one lives on, and the new one is dead
-    /// when this returns. `id` is the old one's. `None` if the datasource has no such key (any more).
+    /// Undoes a rotation before the old key's grace period ends: the old key stays valid, and the new one
+    /// is dead when this returns. `id` is the old key's. `None` if the datasource has no such live key.
     ///
     /// # Errors
-    /// [`RegistryError::Rotation`] if it is not being rotated, or the new one is itself;
+    /// [`RegistryError::Rotation`] if the key is not being rotated, or the new key is itself being rotated;
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
     pub fn undo_rotation(
         &self,
         actor: &Actor,
         datasource: &DatasourceId,
         id: KeyId,
-    ) -> Result<Option<Undone>, RegistryError> {
-        let undone = self.changing(|database| {
+    ) -> Result<Option<KeyRotationUndoOutcome>, RegistryError> {
+        let undone = self.make_change(|database| {
             self.check_owner(datasource)?;
             let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
             let rotation = old.rotation();
-            // Past its end it is dead, even if that has not been written down yet.
+            // Past its end the key is dead, even if that is not on the disk yet.
             let Some((new_id, _)) = rotation.replaced_by.filter(|_| old.holds() && !old.has_expired()) else {
                 return Err(RegistryError::Rotation(format!("key {id} is not being rotated")));
             };
@@ -117,14 +118,16 @@ impl Registry {
             let change = database.begin()?;
             let after = Rotation { replaced_by: None, ..rotation };
             change.set_rotation(id, after)?;
-            let digest = change.revoke(datasource, new_id, Ended::Revoked)?;
-            change
-                .audit(actor, &about_key("key.rotation_undone", &old, &json!({ "revoked_key": new_id })))?;
+            let digest = change.revoke(datasource, new_id, KeyEndReason::Revoked)?;
+            change.audit(
+                actor,
+                &key_audit_event("key.rotation_undone", &old, &json!({ "revoked_key": new_id })),
+            )?;
             change.commit()?;
             old.set_rotation(after);
             self.live.watch(&old);
             let dead = digest.and_then(|digest| self.live.kill(&digest));
-            Ok(Some((Undone { key: old, dead }, new_id)))
+            Ok(Some((KeyRotationUndoOutcome { key: old, dead }, new_id)))
         })?;
         Ok(undone.map(|(undone, new_id)| {
             tracing::info!(%datasource, key_id = %id, revoked_key_id = %new_id, "rotation undone");

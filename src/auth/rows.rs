@@ -1,5 +1,5 @@
-//! The registry's rows as the nodes of a cluster exchange them: a name and a JSON object each, of what the
-//! row of `registry.db` has. No row holds a secret: of a key there is its digest.
+//! The registry's rows as the nodes of a cluster exchange them: each is a name and a JSON object with the
+//! columns of the row in `registry.db`. No row holds a secret: a key is represented by its digest.
 //!
 //! ```text
 //! datasource.{id}     {"name", "created_at", "limits", "schemas"}
@@ -10,25 +10,24 @@
 //! format              1
 //! ```
 //!
-//! The digest is written in 64 hex characters, an id or version in 12 digits. What is not there is left
-//! out. Times are microseconds since the Unix epoch; `limits`, `schemas` and `what` are JSON in a string, as
-//! it was given.
+//! A digest has 64 hex characters, an id or version 12 digits. Absent values are left out. Times are
+//! microseconds since the Unix epoch; `limits`, `schemas` and `what` are JSON in a string, as given.
 
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::Digest;
-use super::database::digests_of;
+use super::database::digest_range;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 
 /// The version of these rows that this Headgate writes, and the newest that it reads.
-pub(super) const FORMAT: u32 = 1;
-/// The name of the row that has it.
-pub(super) const FORMAT_NAME: &str = "format";
+pub(super) const REGISTRY_ROWS_FORMAT: u32 = 1;
+/// The name of the row that holds the format version.
+pub(super) const FORMAT_ROW_NAME: &str = "format";
 
-/// One row, or `None` where there is none any more.
+/// One row; `None` inside a variant means that the row was deleted.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Row {
+pub(super) enum RegistryRow {
     Datasource(DatasourceId, Option<DatasourceRow>),
     Key(Digest, Option<KeyRow>),
     Audit(i64, AuditRow),
@@ -36,7 +35,7 @@ pub(super) enum Row {
     Format(u32),
 }
 
-/// A datasource.
+/// The row of a datasource.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct DatasourceRow {
     pub(super) name: String,
@@ -47,7 +46,7 @@ pub(super) struct DatasourceRow {
     pub(super) schemas: Option<String>,
 }
 
-/// A key.
+/// The row of a key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct KeyRow {
     pub(super) datasource: String,
@@ -70,7 +69,7 @@ pub(super) struct KeyRow {
     pub(super) limits: Option<String>,
 }
 
-/// An entry of the audit.
+/// The row of an audit entry.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct AuditRow {
     at: TimeMicros,
@@ -85,54 +84,54 @@ pub(super) struct AuditRow {
     what: String,
 }
 
-/// A change of the rules about what leaked keys have let in.
+/// One rule about the records of a leaked key: it withholds them or gives them back.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LeakRow {
-    /// Of this datasource, or of all of them (`*`).
-    #[serde(deserialize_with = "owner")]
+    /// Applies to records of this datasource, or of all of them (`*`).
+    #[serde(deserialize_with = "deserialize_owner")]
     pub datasource: DatasourceId,
-    /// The key that let it in.
+    /// Applies to records written under this key.
     pub key_id: KeyId,
-    /// Received at or after; without it, what was withheld is given back.
+    /// Withholds records received at or after this time; without it, withheld records are given back.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<TimeMicros>,
-    /// With a lower offset.
+    /// Applies only to records with a lower offset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub below: Option<u64>,
-    /// When the change was made.
+    /// When the rule was added.
     pub at: TimeMicros,
 }
 
-impl Row {
-    /// Its name among the rows.
+impl RegistryRow {
+    /// The row's name in the bucket.
     pub(super) fn name(&self) -> String {
         match self {
-            Row::Datasource(id, _) => format!("datasource.{id}"),
-            Row::Key(digest, _) => format!("key.{}", blake3::Hash::from_bytes(digest.0).to_hex()),
-            Row::Audit(id, _) => format!("audit.{id:012}"),
-            Row::Leak(version, _) => format!("leak.{version:012}"),
-            Row::Format(_) => FORMAT_NAME.to_owned(),
+            RegistryRow::Datasource(id, _) => format!("datasource.{id}"),
+            RegistryRow::Key(digest, _) => format!("key.{}", blake3::Hash::from_bytes(digest.0).to_hex()),
+            RegistryRow::Audit(id, _) => format!("audit.{id:012}"),
+            RegistryRow::Leak(version, _) => format!("leak.{version:012}"),
+            RegistryRow::Format(_) => FORMAT_ROW_NAME.to_owned(),
         }
     }
 
-    /// What it holds.
+    /// The row's JSON, or `None` for a deleted row.
     pub(super) fn value(&self) -> Option<Vec<u8>> {
         fn json(row: &impl Serialize) -> Vec<u8> {
             serde_json::to_vec(row).expect("texts and numbers are JSON")
         }
         match self {
-            Row::Datasource(_, row) => row.as_ref().map(json),
-            Row::Key(_, row) => row.as_ref().map(json),
-            Row::Audit(_, row) => Some(json(row)),
-            Row::Leak(_, row) => Some(json(row)),
-            Row::Format(version) => Some(json(version)),
+            RegistryRow::Datasource(_, row) => row.as_ref().map(json),
+            RegistryRow::Key(_, row) => row.as_ref().map(json),
+            RegistryRow::Audit(_, row) => Some(json(row)),
+            RegistryRow::Leak(_, row) => Some(json(row)),
+            RegistryRow::Format(version) => Some(json(version)),
         }
     }
 
-    /// Reads a row. `None` for one of a kind that is not known here, or of which nothing can be taken away.
+    /// Parses a row. `None` for an unknown kind, and for the deletion of a row that cannot be deleted.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// What is wrong with the row.
     pub(super) fn parse(name: &str, value: Option<&[u8]>) -> Result<Option<Self>, String> {
         fn json<'a, T: Deserialize<'a>>(value: &'a [u8]) -> Result<T, String> {
             serde_json::from_slice(value).map_err(|error| error.to_string())
@@ -141,21 +140,21 @@ impl Row {
         Ok(Some(match (kind, value) {
             ("datasource", value) => {
                 let id = DatasourceId::new(rest).map_err(|error| error.to_string())?;
-                Row::Datasource(id, value.map(json).transpose()?)
+                RegistryRow::Datasource(id, value.map(json).transpose()?)
             }
             ("key", value) => {
                 let digest = blake3::Hash::from_hex(rest).map_err(|error| error.to_string())?;
-                Row::Key(Digest(*digest.as_bytes()), value.map(json).transpose()?)
+                RegistryRow::Key(Digest(*digest.as_bytes()), value.map(json).transpose()?)
             }
-            ("audit", Some(value)) => Row::Audit(number(rest)?, json(value)?),
-            ("leak", Some(value)) => Row::Leak(number(rest)?, json(value)?),
-            (FORMAT_NAME, Some(value)) => Row::Format(json(value)?),
+            ("audit", Some(value)) => RegistryRow::Audit(parse_number(rest)?, json(value)?),
+            ("leak", Some(value)) => RegistryRow::Leak(parse_number(rest)?, json(value)?),
+            (FORMAT_ROW_NAME, Some(value)) => RegistryRow::Format(json(value)?),
             _ => return Ok(None),
         }))
     }
 
-    /// A datasource's row as the database has it.
-    pub(super) fn of_datasource(connection: &Connection, id: &DatasourceId) -> rusqlite::Result<Self> {
+    /// Reads a datasource's row from the database.
+    pub(super) fn read_datasource(connection: &Connection, id: &DatasourceId) -> rusqlite::Result<Self> {
         let mut select = connection
             .prepare_cached("SELECT name, created_at, limits, schemas FROM datasources WHERE id = ?1")?;
         let row = select.query_row([id.as_str()], |row| {
@@ -166,17 +165,17 @@ impl Row {
                 schemas: row.get(3)?,
             })
         });
-        Ok(Row::Datasource(id.clone(), row.optional()?))
+        Ok(RegistryRow::Datasource(id.clone(), row.optional()?))
     }
 
-    /// A key's row as the database has it.
-    pub(super) fn of_key(connection: &Connection, id: KeyId) -> rusqlite::Result<Self> {
+    /// Reads a key's row from the database.
+    pub(super) fn read_key(connection: &Connection, id: KeyId) -> rusqlite::Result<Self> {
         let mut select = connection.prepare_cached(
             "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at, ended, replaces,
                     replaced_by, grace_ends_at, limits
              FROM keys WHERE digest BETWEEN ?1 AND ?2",
         )?;
-        let (first, last) = digests_of(id);
+        let (first, last) = digest_range(id);
         let key_id = |text: Option<String>| {
             let id = text.map(|text| KeyId::parse(&text)).transpose();
             id.map_err(rusqlite::types::FromSqlError::other)
@@ -195,12 +194,12 @@ impl Row {
                 grace_ends_at: row.get(10)?,
                 limits: row.get(11)?,
             };
-            Ok(Row::Key(Digest(row.get(0)?), Some(key)))
+            Ok(RegistryRow::Key(Digest(row.get(0)?), Some(key)))
         })
     }
 
-    /// An entry of the audit as the database has it.
-    pub(super) fn of_audit(connection: &Connection, id: i64) -> rusqlite::Result<Self> {
+    /// Reads an audit entry from the database.
+    pub(super) fn read_audit(connection: &Connection, id: i64) -> rusqlite::Result<Self> {
         let mut select = connection.prepare_cached(
             "SELECT at, who, address, action, datasource, key_id, what FROM audit WHERE id = ?1",
         )?;
@@ -214,20 +213,20 @@ impl Row {
                 key_id: row.get(5)?,
                 what: row.get(6)?,
             };
-            Ok(Row::Audit(id, entry))
+            Ok(RegistryRow::Audit(id, entry))
         })
     }
 
-    /// Makes the database's row the same as this one.
+    /// Writes this row to the database, or deletes it there.
     pub(super) fn write(&self, connection: &Connection) -> rusqlite::Result<()> {
         let changed = match self {
-            Row::Datasource(id, Some(row)) => connection
+            RegistryRow::Datasource(id, Some(row)) => connection
                 .prepare_cached("INSERT OR REPLACE INTO datasources VALUES (?1, ?2, ?3, ?4, ?5)")?
                 .execute(params![id.as_str(), row.name, row.created_at, row.limits, row.schemas]),
-            Row::Datasource(id, None) => {
+            RegistryRow::Datasource(id, None) => {
                 connection.prepare_cached("DELETE FROM datasources WHERE id = ?1")?.execute([id.as_str()])
             }
-            Row::Key(digest, Some(row)) => connection
+            RegistryRow::Key(digest, Some(row)) => connection
                 .prepare_cached(
                     "INSERT OR REPLACE INTO keys (digest, datasource, scopes, label, created_at, expires_at,
                          revoked_at, ended, replaces, replaced_by, grace_ends_at, limits)
@@ -247,10 +246,10 @@ impl Row {
                     row.grace_ends_at,
                     row.limits,
                 ]),
-            Row::Key(digest, None) => {
+            RegistryRow::Key(digest, None) => {
                 connection.prepare_cached("DELETE FROM keys WHERE digest = ?1")?.execute([digest.0])
             }
-            Row::Audit(id, row) => connection
+            RegistryRow::Audit(id, row) => connection
                 .prepare_cached("INSERT OR REPLACE INTO audit VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?
                 .execute(params![
                     id,
@@ -262,21 +261,21 @@ impl Row {
                     row.key_id,
                     row.what
                 ]),
-            // Whoever holds the rules has them in memory.
-            Row::Leak(..) | Row::Format(_) => Ok(0),
+            // Leak rules are kept in memory only, and the format is only checked.
+            RegistryRow::Leak(..) | RegistryRow::Format(_) => Ok(0),
         };
         changed.map(drop)
     }
 }
 
-/// The id of a datasource, or `*`.
-fn owner<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DatasourceId, D::Error> {
+/// Deserializes the id of a datasource, or `*`.
+fn deserialize_owner<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DatasourceId, D::Error> {
     let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
     let all = DatasourceId::all();
     if text == all.as_str() { Ok(all) } else { DatasourceId::new(&text).map_err(serde::de::Error::custom) }
 }
 
-fn number<N: std::str::FromStr<Err = std::num::ParseIntError>>(text: &str) -> Result<N, String> {
+fn parse_number<N: std::str::FromStr<Err = std::num::ParseIntError>>(text: &str) -> Result<N, String> {
     text.parse().map_err(|error: std::num::ParseIntError| error.to_string())
 }
 
@@ -322,23 +321,23 @@ mod tests {
             what: "{}".to_owned(),
         };
         for (row, name) in [
-            (Row::Datasource(id.clone(), Some(datasource)), "datasource.press-4".to_owned()),
-            (Row::Datasource(id, None), "datasource.press-4".to_owned()),
-            (Row::Key(Digest([0xab; 32]), Some(key_row())), format!("key.{}", "ab".repeat(32))),
-            (Row::Key(Digest([0xab; 32]), None), format!("key.{}", "ab".repeat(32))),
-            (Row::Audit(12, entry), "audit.000000000012".to_owned()),
-            (Row::Leak(3, leak), "leak.000000000003".to_owned()),
-            (Row::Format(1), "format".to_owned()),
+            (RegistryRow::Datasource(id.clone(), Some(datasource)), "datasource.press-4".to_owned()),
+            (RegistryRow::Datasource(id, None), "datasource.press-4".to_owned()),
+            (RegistryRow::Key(Digest([0xab; 32]), Some(key_row())), format!("key.{}", "ab".repeat(32))),
+            (RegistryRow::Key(Digest([0xab; 32]), None), format!("key.{}", "ab".repeat(32))),
+            (RegistryRow::Audit(12, entry), "audit.000000000012".to_owned()),
+            (RegistryRow::Leak(3, leak), "leak.000000000003".to_owned()),
+            (RegistryRow::Format(1), "format".to_owned()),
         ] {
             assert_eq!(row.name(), name);
-            assert_eq!(Row::parse(&name, row.value().as_deref()), Ok(Some(row)));
+            assert_eq!(RegistryRow::parse(&name, row.value().as_deref()), Ok(Some(row)));
         }
     }
 
     #[test]
     fn what_is_of_another_kind_is_left_alone_and_what_makes_no_sense_is_said() {
-        assert_eq!(Row::parse("session.x", Some(b"?")), Ok(None));
-        assert_eq!(Row::parse("audit.000000000001", None), Ok(None));
+        assert_eq!(RegistryRow::parse("session.x", Some(b"?")), Ok(None));
+        assert_eq!(RegistryRow::parse("audit.000000000001", None), Ok(None));
         for (name, value) in [
             ("datasource.Not a slug", "{}"),
             ("key.12", "{}"),
@@ -347,7 +346,7 @@ mod tests {
             ("leak.1", r#"{"datasource": "Not a slug", "key_id": "0a0b0c0d0e0f", "at": 1}"#),
             ("format", "x"),
         ] {
-            assert!(Row::parse(name, Some(value.as_bytes())).is_err(), "{name}");
+            assert!(RegistryRow::parse(name, Some(value.as_bytes())).is_err(), "{name}");
         }
     }
 }

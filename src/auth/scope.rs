@@ -1,4 +1,4 @@
-//! A scope: one kind of thing that a key may be used for, and the set of them that a key has.
+//! A scope: one kind of operation that a key permits, and the set of scopes that a key has.
 
 use std::fmt;
 use std::str::FromStr;
@@ -41,7 +41,7 @@ impl fmt::Display for Scope {
     }
 }
 
-/// A text that names no scope, or a list that names none at all.
+/// The text is not a scope, or the list is empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the scopes of a key are one or more of ingest, subscribe and admin")]
 pub struct ScopeError;
@@ -54,14 +54,14 @@ impl FromStr for Scope {
     }
 }
 
-/// A set of [`Scope`]s; as JSON a list, `["ingest", "subscribe"]`, as text `ingest,subscribe`. What
-/// is read from JSON or text has at least one.
+/// A set of [`Scope`]s: a list in JSON, `["ingest", "subscribe"]`, and `ingest,subscribe` as text. A set
+/// parsed from JSON or text has at least one scope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scopes(u8);
 
 impl Scopes {
     /// The set of the given scopes.
-    pub fn of(scopes: &[Scope]) -> Self {
+    pub fn from_slice(scopes: &[Scope]) -> Self {
         Self(scopes.iter().fold(0, |bits, scope| bits | scope.bit()))
     }
 
@@ -70,7 +70,7 @@ impl Scopes {
         self.0 & (scope.bit() | Scope::Admin.bit()) != 0
     }
 
-    /// Whether there is no scope in it: such a key could do nothing.
+    /// Whether the set has no scope. A key with an empty set could do nothing.
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
@@ -109,7 +109,7 @@ impl Serialize for Scopes {
 
 impl<'de> Deserialize<'de> for Scopes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let scopes = Scopes::of(&Vec::<Scope>::deserialize(deserializer)?);
+        let scopes = Scopes::from_slice(&Vec::<Scope>::deserialize(deserializer)?);
         if scopes.is_empty() { Err(serde::de::Error::custom(ScopeError)) } else { Ok(scopes) }
     }
 }
@@ -121,17 +121,17 @@ mod tests {
     #[test]
     fn admin_implies_the_other_scopes_and_no_other_scope_implies_any() {
         for scope in Scope::ALL {
-            assert!(Scopes::of(&[Scope::Admin]).allow(scope));
-            assert!(!Scopes::of(&[]).allow(scope));
+            assert!(Scopes::from_slice(&[Scope::Admin]).allow(scope));
+            assert!(!Scopes::from_slice(&[]).allow(scope));
         }
-        assert!(Scopes::of(&[Scope::Ingest]).allow(Scope::Ingest));
-        assert!(!Scopes::of(&[Scope::Ingest]).allow(Scope::Subscribe));
-        assert!(!Scopes::of(&[Scope::Ingest, Scope::Subscribe]).allow(Scope::Admin));
+        assert!(Scopes::from_slice(&[Scope::Ingest]).allow(Scope::Ingest));
+        assert!(!Scopes::from_slice(&[Scope::Ingest]).allow(Scope::Subscribe));
+        assert!(!Scopes::from_slice(&[Scope::Ingest, Scope::Subscribe]).allow(Scope::Admin));
     }
 
     #[test]
     fn scopes_are_a_list_in_json_and_a_comma_separated_list_in_text() {
-        let both = Scopes::of(&[Scope::Subscribe, Scope::Ingest]);
+        let both = Scopes::from_slice(&[Scope::Subscribe, Scope::Ingest]);
         assert_eq!(serde_json::to_string(&both).expect("serialises"), r#"["ingest","subscribe"]"#);
         assert_eq!(serde_json::from_str::<Scopes>(r#"["subscribe","ingest"]"#).expect("a list"), both);
         assert_eq!(both.to_string(), "ingest,subscribe");

@@ -1,15 +1,14 @@
-//! The shape of a presented key that was not good: as much as may be told of it. A length that is right
-//! or not, whether it begins as keys do, and whether its checksum fits: none of the characters that
-//! make a key.
+//! The shape of a rejected key: everything about it that may be shown to an operator. It says whether
+//! the length, the prefix and the checksum are right, and reveals none of the key's characters.
 
 use serde::Serialize;
 
-use super::key::{KEY_CHARS, PREFIX, checksum_fits};
+use super::key::{API_KEY_PREFIX, KEY_CHARS, is_well_formed};
 
-/// How long it is, white space around it left out.
+/// The length of what was presented, without surrounding white space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Length {
+pub enum KeyLength {
     /// Shorter than a key.
     TooShort,
     /// As long as a key.
@@ -21,35 +20,35 @@ pub enum Length {
 /// Whether the last characters are the checksum of those before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Checksum {
-    /// They are: it is a key of some gateway, of this one once, or a forgery.
+pub enum KeyChecksum {
+    /// They match: a key of another gateway, a former key of this one, or a forgery.
     Right,
-    /// They are not: it is misspelt, cut, or made up.
+    /// They do not match: the key is mistyped, truncated or made up.
     Wrong,
 }
 
-/// The shape.
+/// What may be shown of a rejected key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Shape {
-    /// How long it is.
-    pub length: Length,
+pub struct KeyShape {
+    /// The length, compared with a key's.
+    pub length: KeyLength,
     /// Whether it begins with `hgk_`.
     pub prefix: bool,
-    /// Whether its checksum fits.
-    pub checksum: Checksum,
+    /// Whether the checksum matches.
+    pub checksum: KeyChecksum,
 }
 
-impl Shape {
-    /// Of what was presented.
-    pub fn of(presented: &[u8]) -> Self {
+impl KeyShape {
+    /// The shape of a presented text.
+    pub fn from_presented(presented: &[u8]) -> Self {
         let key = presented.trim_ascii();
         let length = match key.len() {
-            KEY_CHARS => Length::Right,
-            ..KEY_CHARS => Length::TooShort,
-            _ => Length::TooLong,
+            KEY_CHARS => KeyLength::Right,
+            ..KEY_CHARS => KeyLength::TooShort,
+            _ => KeyLength::TooLong,
         };
-        let checksum = if checksum_fits(key) { Checksum::Right } else { Checksum::Wrong };
-        Self { length, prefix: key.starts_with(PREFIX), checksum }
+        let checksum = if is_well_formed(key) { KeyChecksum::Right } else { KeyChecksum::Wrong };
+        Self { length, prefix: key.starts_with(API_KEY_PREFIX), checksum }
     }
 }
 
@@ -63,17 +62,17 @@ mod tests {
         let key = ApiKey::generate();
         let text = key.expose();
         let shape = |text: &str| {
-            let Shape { length, prefix, checksum } = Shape::of(text.as_bytes());
+            let KeyShape { length, prefix, checksum } = KeyShape::from_presented(text.as_bytes());
             (length, prefix, checksum)
         };
-        assert_eq!(shape(text), (Length::Right, true, Checksum::Right));
-        assert_eq!(shape(&format!(" {text}\n")), (Length::Right, true, Checksum::Right));
-        assert_eq!(shape(&text[..52]), (Length::TooShort, true, Checksum::Wrong));
-        assert_eq!(shape(&format!("{text}x")), (Length::TooLong, true, Checksum::Wrong));
-        assert_eq!(shape(&text[4..]), (Length::TooShort, false, Checksum::Wrong));
+        assert_eq!(shape(text), (KeyLength::Right, true, KeyChecksum::Right));
+        assert_eq!(shape(&format!(" {text}\n")), (KeyLength::Right, true, KeyChecksum::Right));
+        assert_eq!(shape(&text[..52]), (KeyLength::TooShort, true, KeyChecksum::Wrong));
+        assert_eq!(shape(&format!("{text}x")), (KeyLength::TooLong, true, KeyChecksum::Wrong));
+        assert_eq!(shape(&text[4..]), (KeyLength::TooShort, false, KeyChecksum::Wrong));
         let swapped =
             format!("{}{}", &text[..47], if text.ends_with("000000") { "111111" } else { "000000" });
-        assert_eq!(shape(&swapped), (Length::Right, true, Checksum::Wrong));
-        assert_eq!(shape("secret"), (Length::TooShort, false, Checksum::Wrong));
+        assert_eq!(shape(&swapped), (KeyLength::Right, true, KeyChecksum::Wrong));
+        assert_eq!(shape("secret"), (KeyLength::TooShort, false, KeyChecksum::Wrong));
     }
 }

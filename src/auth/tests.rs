@@ -1,12 +1,12 @@
-//! The registry, from outside: what a change has done when it returns, and what is there after a restart.
+//! Tests of the registry's public interface: the effect of a change when it returns and after a restart.
 
 use std::sync::Arc;
 use std::thread;
 
 use tempfile::TempDir;
 
-use super::audit::{Entry, Page};
-use super::connections::{Close, Control};
+use super::audit::{AuditEntry, AuditQuery};
+use super::connections::{CloseReason, ConnectionControl};
 use super::*;
 use crate::limits::{DATASOURCE_ID_BYTES_MAX, NAME_BYTES_MAX};
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
@@ -23,26 +23,26 @@ fn reopened(dir: &TempDir, registry: Registry) -> Registry {
 }
 
 fn ingest() -> Scopes {
-    Scopes::of(&[Scope::Ingest])
+    Scopes::from_slice(&[Scope::Ingest])
 }
 
 fn slug(id: &str) -> DatasourceId {
     DatasourceId::new(id).expect("a slug")
 }
 
-/// What a datasource is, to compare.
+/// The attributes of a datasource, for comparison.
 fn told(datasource: impl AsRef<Datasource>) -> (String, String, TimeMicros) {
     let datasource = datasource.as_ref();
     (datasource.id.to_string(), datasource.name.to_string(), datasource.created_at)
 }
 
-fn audited(registry: &Registry) -> Vec<Entry> {
-    registry.audited(&Page { from: None, to: None, after: 0, limit: 1_000 }).expect("readable")
+fn audited(registry: &Registry) -> Vec<AuditEntry> {
+    registry.audit_entries(&AuditQuery { from: None, to: None, after: 0, limit: 1_000 }).expect("readable")
 }
 
 /// Makes every change fail as a full or broken disk would.
 fn break_disk(registry: &Registry, broken: bool) {
-    registry.change().refuse_changes(broken);
+    registry.lock_database().refuse_changes(broken);
 }
 
 #[test]
@@ -59,12 +59,12 @@ fn what_was_created_is_there_after_a_restart() {
     let (press, first, first_secret) =
         registry.create_datasource(&Actor::SYSTEM, None, " Press 4 ", ingest()).expect("created");
     assert_eq!((press.id.as_str(), &*press.name), ("press-4", "Press 4"));
-    let both = Scopes::of(&[Scope::Subscribe, Scope::Ingest]);
+    let both = Scopes::from_slice(&[Scope::Subscribe, Scope::Ingest]);
     let far = now_micros() + 1_000_000_000;
     let (second, second_secret) =
         registry.create_key(&Actor::SYSTEM, &press.id, "line 2", both, Some(far)).expect("created");
     let (admin, admin_secret) = registry
-        .create_key(&Actor::SYSTEM, &DatasourceId::all(), "admin", Scopes::of(&[Scope::Admin]), None)
+        .create_key(&Actor::SYSTEM, &DatasourceId::all(), "admin", Scopes::from_slice(&[Scope::Admin]), None)
         .expect("created");
 
     let registry = reopened(&dir, registry);
@@ -91,12 +91,12 @@ fn a_deleted_datasource_takes_its_keys_with_it_at_once_and_for_good() {
     let (b, _, b_secret) = registry.create_datasource(&Actor::SYSTEM, None, "b", ingest()).expect("created");
     let (second, second_secret) =
         registry.create_key(&Actor::SYSTEM, &a.id, "", ingest(), None).expect("created");
-    let control = Arc::new(Control::default());
+    let control = Arc::new(ConnectionControl::default());
     let _entered = key.connections().enter(Arc::clone(&control));
 
     let dead = registry.delete_datasource(&Actor::SYSTEM, &a.id).expect("deleted");
     assert!(!key.holds() && !second.holds());
-    assert_eq!(control.closed(), Some(Close::KeyDead));
+    assert_eq!(control.closed(), Some(CloseReason::KeyDead));
     let mut dead: Vec<_> = dead.iter().map(|key| key.id).collect();
     let mut expected = [key.id, second.id];
     dead.sort_unstable();
@@ -134,7 +134,7 @@ fn a_revoked_key_is_dead_at_once_and_for_good_and_its_sisters_live() {
     let (b, ..) = registry.create_datasource(&Actor::SYSTEM, None, "b", ingest()).expect("created");
     let (sister, sister_secret) =
         registry.create_key(&Actor::SYSTEM, &a.id, "", ingest(), None).expect("created");
-    let control = Arc::new(Control::default());
+    let control = Arc::new(ConnectionControl::default());
     let _entered = first.connections().enter(Arc::clone(&control));
 
     assert!(registry.revoke_key(&Actor::SYSTEM, &b.id, first.id).expect("asked").is_none(), "not b's key");
@@ -145,7 +145,7 @@ fn a_revoked_key_is_dead_at_once_and_for_good_and_its_sisters_live() {
     let dead = registry.revoke_key(&Actor::SYSTEM, &a.id, first.id).expect("revoked").expect("was live");
     assert_eq!(dead.id, first.id);
     assert!(!first.holds());
-    assert_eq!(control.closed(), Some(Close::KeyDead));
+    assert_eq!(control.closed(), Some(CloseReason::KeyDead));
     assert!(registry.revoke_key(&Actor::SYSTEM, &a.id, first.id).expect("asked").is_none(), "once");
 
     let registry = reopened(&dir, registry);
@@ -255,7 +255,7 @@ fn an_id_that_is_given_has_to_be_free_and_one_that_is_made_is() {
     assert_eq!(create(None, &long).expect("made"), long);
     assert_eq!(create(None, &long).expect("made"), format!("{}-2", "x".repeat(DATASOURCE_ID_BYTES_MAX - 2)));
     let error = create(None, "温度").expect_err("nothing to make an id from");
-    assert!(matches!(&error, RegistryError::Name(text) if text.contains("give an id")), "{error}");
+    assert!(matches!(&error, RegistryError::InvalidName(text) if text.contains("give an id")), "{error}");
     assert_eq!(create(Some("temperature"), "温度").expect("id given"), "temperature");
 }
 
@@ -263,7 +263,7 @@ fn an_id_that_is_given_has_to_be_free_and_one_that_is_made_is() {
 fn names_labels_and_scopes_that_cannot_be_used_are_refused_with_the_rule() {
     let (_dir, registry) = empty();
     let refused = |error: Option<RegistryError>, rule: &str| {
-        assert!(matches!(&error, Some(RegistryError::Name(text)) if text.contains(rule)), "{error:?}");
+        assert!(matches!(&error, Some(RegistryError::InvalidName(text)) if text.contains(rule)), "{error:?}");
     };
     let create = |name: &str| registry.create_datasource(&Actor::SYSTEM, None, name, ingest()).err();
     refused(create(" "), "needs a name");
@@ -275,7 +275,7 @@ fn names_labels_and_scopes_that_cannot_be_used_are_refused_with_the_rule() {
         registry.create_datasource(&Actor::SYSTEM, Some(DatasourceId::all()), "all", ingest()).err(),
         "'*'",
     );
-    refused(registry.create_datasource(&Actor::SYSTEM, None, "a", Scopes::of(&[])).err(), "scope");
+    refused(registry.create_datasource(&Actor::SYSTEM, None, "a", Scopes::from_slice(&[])).err(), "scope");
 
     let all = DatasourceId::all();
     let label = |label: &str| registry.create_key(&Actor::SYSTEM, &all, label, ingest(), None).err();
@@ -311,7 +311,7 @@ fn no_connection_outlives_its_key_however_lookup_and_deletion_race() {
             let connecting = scope.spawn(|| {
                 let mut connections = Vec::new();
                 while let Some(key) = registry.find(&digest) {
-                    let control = Arc::new(Control::default());
+                    let control = Arc::new(ConnectionControl::default());
                     connections.push((key.connections().enter(Arc::clone(&control)), control));
                 }
                 connections
@@ -321,7 +321,7 @@ fn no_connection_outlives_its_key_however_lookup_and_deletion_race() {
         });
         entered_in_all += connections.len();
         for (_, control) in &connections {
-            assert_eq!(control.closed(), Some(Close::KeyDead));
+            assert_eq!(control.closed(), Some(CloseReason::KeyDead));
         }
     }
     assert!(entered_in_all > 0, "some of them got in before the deletion");
@@ -387,7 +387,7 @@ fn a_registry_of_format_1_is_read_and_goes_on_as_format_2() {
         let press = registry.keys(&slug("press-4"));
         let labels: Vec<_> = press.iter().map(|key| &*key.label).collect();
         assert_eq!(labels, ["", "line 2", "soon"]);
-        assert_eq!(press[1].scopes, Scopes::of(&[Scope::Ingest, Scope::Subscribe]));
+        assert_eq!(press[1].scopes, Scopes::from_slice(&[Scope::Ingest, Scope::Subscribe]));
         assert_eq!(press[2].expires_at(), Some(1_801_396_800_000_000));
         assert_eq!(registry.keys(&DatasourceId::all()).len(), 2);
     };
@@ -438,8 +438,8 @@ fn every_change_is_in_the_audit_with_who_from_where_and_what() {
     }
     assert_eq!((&*entries[5].who, &entries[5].address), ("system", &None));
     assert_eq!(entries[2].what.get(), r#"{"limits":{"topics":1}}"#);
-    let page = Page { from: Some(entries[1].at), to: None, after: entries[1].id, limit: 2 };
-    let page: Vec<_> = registry.audited(&page).expect("read").iter().map(|entry| entry.id).collect();
+    let page = AuditQuery { from: Some(entries[1].at), to: None, after: entries[1].id, limit: 2 };
+    let page: Vec<_> = registry.audit_entries(&page).expect("read").iter().map(|entry| entry.id).collect();
     assert_eq!(page, [entries[2].id, entries[3].id]);
 }
 

@@ -1,91 +1,93 @@
-//! The usage of a key: how much came in under it, when and from where it was last used, and by whom.
+//! The usage of a key: how many messages were accepted under it, and when, from where and by whom it was
+//! last used.
 //!
-//! It is told once for each draft or request, never for each message, and kept in memory; what has
-//! changed is added to the registry's file every few seconds, so that a crash loses a few seconds of it
-//! and a message's path never waits for the disk. Only keys that are used have one. In a cluster it is
-//! added to what all nodes have seen (`cluster/usage.rs`).
+//! It is recorded in memory once for each draft or request, never for each message. Changes are added to
+//! the registry's file every few seconds, so a crash loses a few seconds of it and the path of a message
+//! never waits for the disk. Only used keys have one. In a cluster it is added to the usage on all nodes
+//! (`cluster/usage.rs`).
 
+use parking_lot::{Mutex, MutexGuard};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::database::Database;
+use super::database::RegistryDatabase;
 use super::live::Key;
 use super::registry::{Registry, RegistryError};
-use super::replica::Replica;
+use super::replica::RegistryReplica;
 use crate::limits::{USAGE_KEYS_PER_CHANGE, USERS_PER_KEY_MAX};
 use crate::message::{Offset, TimeMicros, Transport};
 use crate::time::Rfc3339;
 
 /// Who uses a key: one connection, or one sender of requests.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Client {
-    /// What it calls itself, where the protocol has that. Never a key, see [`Client::new`].
+pub struct KeyClient {
+    /// The client id, where the protocol has one. Never a key, see [`KeyClient::new`].
     pub client_id: Option<Box<str>>,
-    /// Where it is.
+    /// The source address.
     pub address: Option<IpAddr>,
-    /// How it speaks.
+    /// The transport.
     pub transport: Transport,
 }
 
-impl Client {
-    /// A client. An id that holds what looks like a key is not kept: some present their key as id.
+impl KeyClient {
+    /// A client. Drops an id that looks like a key, because some clients present their key as their id.
     pub fn new(transport: Transport, address: Option<IpAddr>, client_id: Option<&str>) -> Self {
-        let client_id = client_id.filter(|id| !super::key::is_in(id)).map(Box::from);
+        let client_id = client_id.filter(|id| !super::key::may_hold_key(id)).map(Box::from);
         Self { client_id, address, transport }
     }
 }
 
 /// When one client last used a key.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct User {
-    /// Which client.
-    #[serde(flatten, serialize_with = "of_client", deserialize_with = "a_client")]
-    pub client: Arc<Client>,
-    /// When, in microseconds since the Unix epoch.
-    #[serde(serialize_with = "as_rfc3339", deserialize_with = "of_rfc3339")]
+pub struct KeyClientUse {
+    /// The client.
+    #[serde(flatten, serialize_with = "serialize_client", deserialize_with = "deserialize_client")]
+    pub client: Arc<KeyClient>,
+    /// When it last used the key, in microseconds since the Unix epoch.
+    #[serde(serialize_with = "serialize_rfc3339", deserialize_with = "deserialize_rfc3339")]
     pub at: TimeMicros,
 }
 
-/// What is known of a key's use.
+/// The usage of a key: all of it, or the part that is to be added to what is stored.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Used {
-    /// Messages that came in under it, or part of them, if they are yet to be added to what is stored.
+pub struct KeyUsage {
+    /// Messages that were accepted under the key.
     pub accepted: u64,
-    /// Messages and requests that were refused although the key was good.
+    /// Messages and requests that were refused although the key was valid.
     pub refused: u64,
     /// The offset of the newest record.
     pub offset: Option<Offset>,
-    /// Those who used it last, the newest first, [`USERS_PER_KEY_MAX`] at most.
-    pub users: Vec<User>,
+    /// The clients that used it last, newest first, [`USERS_PER_KEY_MAX`] at most.
+    pub users: Vec<KeyClientUse>,
 }
 
-impl Used {
-    /// `client` comes to stand in front.
-    fn saw(&mut self, client: &Arc<Client>, at: TimeMicros) {
-        let same = |user: &User| Arc::ptr_eq(&user.client, client) || user.client == *client;
+impl KeyUsage {
+    /// Moves `client` to the front of the users.
+    fn note_client(&mut self, client: &Arc<KeyClient>, at: TimeMicros) {
+        let same = |user: &KeyClientUse| Arc::ptr_eq(&user.client, client) || user.client == *client;
         match self.users.iter().position(same) {
             Some(place) => self.users[..=place].rotate_right(1),
             None => {
                 self.users.truncate(USERS_PER_KEY_MAX - 1);
-                self.users.insert(0, User { client: Arc::clone(client), at });
+                self.users.insert(0, KeyClientUse { client: Arc::clone(client), at });
             }
         }
         self.users[0].at = at;
     }
 
-    /// Adds what happened later, or on another node.
-    pub(super) fn add(&mut self, later: Used) {
+    /// Adds usage that happened later, or on another node.
+    pub(super) fn add(&mut self, later: KeyUsage) {
         self.accepted += later.accepted;
         self.refused += later.refused;
         self.offset = later.offset.max(self.offset);
         let mut earlier = std::mem::replace(&mut self.users, later.users);
         self.users.append(&mut earlier);
         self.users.sort_by_key(|user| std::cmp::Reverse(user.at));
-        let mut seen: Vec<Arc<Client>> = Vec::new();
+        let mut seen: Vec<Arc<KeyClient>> = Vec::new();
         self.users.retain(|user| {
             let is_new = seen.len() < USERS_PER_KEY_MAX && !seen.contains(&user.client);
             if is_new {
@@ -96,52 +98,52 @@ impl Used {
     }
 }
 
-/// The part of a key's use that is not on the disk yet.
+/// The part of a key's usage that is not yet on the disk.
 #[derive(Debug, Default)]
-pub(super) struct Usage {
+pub(super) struct PendingKeyUsage {
     refused: AtomicU64,
-    pending: Mutex<Used>,
-    /// Whether the key is among those that are to be written.
+    pending: Mutex<KeyUsage>,
+    /// Whether the key is in the list of keys to write.
     noted: AtomicBool,
 }
 
-impl Usage {
-    fn pending(&self) -> MutexGuard<'_, Used> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+impl PendingKeyUsage {
+    fn pending(&self) -> MutexGuard<'_, KeyUsage> {
+        self.pending.lock()
     }
 
-    fn take(&self) -> Used {
+    fn take(&self) -> KeyUsage {
         let mut used = std::mem::take(&mut *self.pending());
         used.refused += self.refused.swap(0, Ordering::Relaxed);
         used
     }
 
-    /// What was taken, and could not be written. Its key goes back to the list of those that are noted,
-    /// perhaps twice: that does no harm.
-    fn put_back(&self, mut earlier: Used) {
+    /// Puts back usage that could not be written. The caller puts the key back in the list of keys to write,
+    /// perhaps twice, which does no harm.
+    fn put_back(&self, mut earlier: KeyUsage) {
         let mut pending = self.pending();
         earlier.add(std::mem::take(&mut *pending));
         *pending = earlier;
         self.noted.store(true, Ordering::Release);
     }
 
-    fn peek(&self) -> Used {
+    fn peek(&self) -> KeyUsage {
         let mut used = self.pending().clone();
         used.refused += self.refused.load(Ordering::Relaxed);
         used
     }
 }
 
-/// The keys whose use is yet to be written.
-pub(super) type Noted = Mutex<Vec<Arc<Key>>>;
+/// The keys whose usage is yet to be written.
+pub(super) type UnwrittenUsageKeys = Mutex<Vec<Arc<Key>>>;
 
 impl Registry {
-    /// `client` has used the key at `at`: so many messages of it `came_in`, the newest at that offset.
-    /// Once for each draft or request, not for each message.
-    pub fn used(
+    /// Records that `client` used the key at `at`. `came_in` is the number of accepted messages and the
+    /// newest offset. To be called once for each draft or request, not for each message.
+    pub fn note_use(
         &self,
         key: &Arc<Key>,
-        client: Option<&Arc<Client>>,
+        client: Option<&Arc<KeyClient>>,
         at: TimeMicros,
         came_in: Option<(u64, Offset)>,
     ) {
@@ -152,76 +154,75 @@ impl Registry {
             used.offset = used.offset.max(Some(offset));
         }
         if let Some(client) = client {
-            used.saw(client, at);
+            used.note_client(client, at);
         }
         drop(used);
         self.note(key, usage);
     }
 
-    /// A message or request under the key was refused.
-    pub fn refused(&self, key: &Arc<Key>) {
+    /// Records that a message or request under the key was refused.
+    pub fn note_refusal(&self, key: &Arc<Key>) {
         let usage = key.usage();
         usage.refused.fetch_add(1, Ordering::Relaxed);
         self.note(key, usage);
     }
 
-    fn note(&self, key: &Arc<Key>, usage: &Usage) {
+    fn note(&self, key: &Arc<Key>, usage: &PendingKeyUsage) {
         if !usage.noted.swap(true, Ordering::AcqRel) {
-            self.noted.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(key));
+            self.noted.lock().push(Arc::clone(key));
         }
     }
 
-    /// What is known of a key's use, up to now; in a cluster, what other nodes have seen in the last
-    /// seconds may be missing.
+    /// The usage of keys up to now. In a cluster, the last few seconds of other nodes may be missing.
     ///
     /// # Errors
     /// [`RegistryError::Database`] if it cannot be read; [`RegistryError::Away`] in a cluster without NATS.
-    pub fn usage(&self, keys: &[Arc<Key>]) -> Result<Vec<Used>, RegistryError> {
+    pub fn usage(&self, keys: &[Arc<Key>]) -> Result<Vec<KeyUsage>, RegistryError> {
         if let Some(replica) = &self.replica {
             let _adding = self.adding_usage();
             let ids: Vec<_> = keys.iter().map(|key| key.id).collect();
             let mut used = replica.usage(&ids)?;
             for (key, used) in keys.iter().zip(&mut used) {
-                used.add(key.used().map(Usage::peek).unwrap_or_default());
+                used.add(key.recorded_usage().map(PendingKeyUsage::peek).unwrap_or_default());
             }
             return Ok(used);
         }
-        // Held throughout: what is being written is neither missed nor counted twice.
-        let database = self.change();
-        keys.iter().map(|key| self.usage_with(&database, key)).collect()
+        // Held throughout, so that usage being written is neither missed nor counted twice.
+        let database = self.lock_database();
+        keys.iter().map(|key| self.usage_in(&database, key)).collect()
     }
 
-    /// What is known of one key's use, by who has the database.
-    pub(super) fn usage_with(&self, database: &Database, key: &Key) -> Result<Used, RegistryError> {
+    /// The usage of one key, for a caller that has locked the database.
+    pub(super) fn usage_in(&self, database: &RegistryDatabase, key: &Key) -> Result<KeyUsage, RegistryError> {
         let mut used = match &self.replica {
-            // Better less than nothing: whoever asks here has something to do that must be done.
+            // On an error continue with what this node knows: the caller's change must not fail for this.
             Some(replica) => replica.usage(&[key.id]).unwrap_or_default().pop().unwrap_or_default(),
             None => database.usage(key.id)?,
         };
-        if let Some(usage) = key.used() {
+        if let Some(usage) = key.recorded_usage() {
             used.add(usage.peek());
         }
         Ok(used)
     }
 
-    /// In a cluster, held while use is read or added: what is being added is neither missed nor counted twice.
+    /// In a cluster, held while usage is read or added, so that none is missed or counted twice.
     fn adding_usage(&self) -> MutexGuard<'_, ()> {
-        self.adding_usage.lock().unwrap_or_else(PoisonError::into_inner)
+        self.adding_usage.lock()
     }
 
-    /// Adds what is pending to what is on the disk, or in the cluster. To be called every few seconds, and at
-    /// the end.
+    /// Adds pending usage to the stored one, on the disk or in the cluster. To be called every few
+    /// seconds and at shutdown.
     ///
     /// # Errors
-    /// [`RegistryError::Database`] or [`RegistryError::Away`] if it cannot be written: it is then pending still.
+    /// [`RegistryError::Database`] or [`RegistryError::Away`] if it cannot be written; it then stays pending.
     pub fn write_usage(&self) -> Result<(), RegistryError> {
-        let mut noted = std::mem::take(&mut *self.noted.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut noted = std::mem::take(&mut *self.noted.lock());
         while !noted.is_empty() {
-            // Other changes are let in between.
+            // In chunks, so that other changes can run in between.
             let some = noted.split_off(noted.len().saturating_sub(USAGE_KEYS_PER_CHANGE));
             if let Err(error) = self.write_usage_of(&some) {
                 noted.extend(some);
-                self.noted.lock().unwrap_or_else(PoisonError::into_inner).append(&mut noted);
+                self.noted.lock().append(&mut noted);
                 return Err(error);
             }
         }
@@ -232,15 +233,15 @@ impl Registry {
         if let Some(replica) = &self.replica {
             return self.add_usage_of(keys, &**replica);
         }
-        let mut database = self.change();
+        let mut database = self.lock_database();
         let mut taken = Vec::with_capacity(keys.len());
         let written = (|| {
             let stored: Result<Vec<_>, _> = keys.iter().map(|key| database.usage(key.id)).collect();
             let stored = stored?;
             let change = database.begin()?;
             for (key, mut used) in keys.iter().zip(stored) {
-                let usage = key.used().expect("a key that is noted was used");
-                // Before it is taken: what comes after notes the key again.
+                let usage = key.recorded_usage().expect("a key that is noted was used");
+                // Cleared before `take`, so that any later use puts the key in the list again.
                 usage.noted.store(false, Ordering::Release);
                 let pending = usage.take();
                 taken.push(pending.clone());
@@ -251,22 +252,22 @@ impl Registry {
         })();
         if written.is_err() {
             for (key, earlier) in keys.iter().zip(taken) {
-                key.used().expect("a key that is noted was used").put_back(earlier);
+                key.recorded_usage().expect("a key that is noted was used").put_back(earlier);
             }
         }
         written
     }
 
-    fn add_usage_of(&self, keys: &[Arc<Key>], replica: &dyn Replica) -> Result<(), RegistryError> {
+    fn add_usage_of(&self, keys: &[Arc<Key>], replica: &dyn RegistryReplica) -> Result<(), RegistryError> {
         let _adding = self.adding_usage();
         let taken = keys.iter().map(|key| {
-            let usage = key.used().expect("a key that is noted was used");
+            let usage = key.recorded_usage().expect("a key that is noted was used");
             usage.noted.store(false, Ordering::Release);
             (key.id, usage.take())
         });
         let (left, added) = replica.add_usage(taken.collect());
         for (id, earlier) in left {
-            if let Some(usage) = keys.iter().find(|key| key.id == id).and_then(|key| key.used()) {
+            if let Some(usage) = keys.iter().find(|key| key.id == id).and_then(|key| key.recorded_usage()) {
                 usage.put_back(earlier);
             }
         }
@@ -274,19 +275,19 @@ impl Registry {
     }
 }
 
-fn of_client<S: Serializer>(client: &Arc<Client>, serializer: S) -> Result<S::Ok, S::Error> {
-    Client::serialize(client, serializer)
+fn serialize_client<S: Serializer>(client: &Arc<KeyClient>, serializer: S) -> Result<S::Ok, S::Error> {
+    KeyClient::serialize(client, serializer)
 }
 
-fn a_client<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<Client>, D::Error> {
-    Client::deserialize(deserializer).map(Arc::new)
+fn deserialize_client<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<KeyClient>, D::Error> {
+    KeyClient::deserialize(deserializer).map(Arc::new)
 }
 
-fn as_rfc3339<S: Serializer>(at: &TimeMicros, serializer: S) -> Result<S::Ok, S::Error> {
+fn serialize_rfc3339<S: Serializer>(at: &TimeMicros, serializer: S) -> Result<S::Ok, S::Error> {
     Rfc3339(*at).serialize(serializer)
 }
 
-fn of_rfc3339<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TimeMicros, D::Error> {
+fn deserialize_rfc3339<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TimeMicros, D::Error> {
     let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
     crate::time::parse_time(&text).ok_or_else(|| serde::de::Error::custom("no time"))
 }
@@ -297,15 +298,15 @@ mod tests {
     use crate::auth::{Actor, Scope, Scopes};
     use crate::message::DatasourceId;
 
-    fn client(name: &str) -> Arc<Client> {
-        Arc::new(Client::new(Transport::Mqtt, Some([192, 0, 2, 1].into()), Some(name)))
+    fn client(name: &str) -> Arc<KeyClient> {
+        Arc::new(KeyClient::new(Transport::Mqtt, Some([192, 0, 2, 1].into()), Some(name)))
     }
 
     #[test]
     fn what_is_pending_is_added_once_whatever_fails_meanwhile() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let registry = Registry::open(dir.path()).expect("opens");
-        let (all, scopes) = (DatasourceId::all(), Scopes::of(&[Scope::Ingest]));
+        let (all, scopes) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Ingest]));
         let (key, _) = registry.create_key(&Actor::SYSTEM, &all, "", scopes, None).expect("created");
         let check = |registry: &Registry, accepted, refused| {
             let keys = registry.keys(&all);
@@ -313,24 +314,24 @@ mod tests {
             assert_eq!((used.accepted, used.refused, used.offset), (accepted, refused, Some(9)));
             used.users.iter().map(|user| user.client.client_id.clone()).collect::<Vec<_>>()
         };
-        registry.used(&key, Some(&client("a")), 1, Some((5, 9)));
-        registry.refused(&key);
+        registry.note_use(&key, Some(&client("a")), 1, Some((5, 9)));
+        registry.note_refusal(&key);
         check(&registry, 5, 1);
-        registry.change().refuse_changes(true);
+        registry.lock_database().refuse_changes(true);
         assert!(registry.write_usage().is_err());
-        registry.used(&key, Some(&client("b")), 2, Some((1, 7)));
+        registry.note_use(&key, Some(&client("b")), 2, Some((1, 7)));
         check(&registry, 6, 1);
-        registry.change().refuse_changes(false);
+        registry.lock_database().refuse_changes(false);
         registry.write_usage().expect("written");
         check(&registry, 6, 1);
         registry.write_usage().expect("nothing to write");
-        registry.used(&key, Some(&client("a")), 3, None);
+        registry.note_use(&key, Some(&client("a")), 3, None);
         registry.write_usage().expect("written");
         drop(registry);
         let registry = Registry::open(dir.path()).expect("opens");
         let users = check(&registry, 6, 1);
         assert_eq!(users, [Some("a".into()), Some("b".into())]);
-        registry.used(&registry.keys(&all)[0], None, 4, Some((1, 8)));
+        registry.note_use(&registry.keys(&all)[0], None, 4, Some((1, 8)));
         check(&registry, 7, 1);
     }
 

@@ -6,14 +6,14 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::client::Client;
-use super::out::{Out, table};
+use super::client::ApiClient;
+use super::out::{CommandOutput, table};
 
-/// What one request brings.
-const PAGE: &str = "1000";
+/// Entries that one request asks for.
+const AUDIT_PAGE_ENTRIES: &str = "1000";
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct AuditArgs {
     /// Nothing that happened before: 2026-11-23T12:00:00Z
     #[arg(long, value_name = "TIME")]
     from: Option<String>,
@@ -26,13 +26,13 @@ pub(super) struct Args {
 }
 
 #[derive(Deserialize)]
-struct Page {
+struct AuditPageAnswer {
     entries: Vec<Box<RawValue>>,
     next: Option<i64>,
 }
 
 #[derive(Deserialize)]
-struct Entry {
+struct AuditEntryAnswer {
     at: String,
     who: String,
     address: Option<String>,
@@ -42,22 +42,22 @@ struct Entry {
     what: Value,
 }
 
-pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
-    let client = Client::from_environment()?;
+pub(super) fn run(args: AuditArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let client = ApiClient::from_environment()?;
     let mut rows = table(&["at", "who", "from", "action", "datasource", "key id", "what"], &[]);
     let mut after = 0;
     loop {
         let place = after.to_string();
-        let mut query = vec![("limit", PAGE), ("after", &place)];
+        let mut query = vec![("limit", AUDIT_PAGE_ENTRIES), ("after", &place)];
         query.extend(args.from.as_deref().map(|from| ("from", from)));
         query.extend(args.to.as_deref().map(|to| ("to", to)));
-        let page: Page = client.get("/v1/audit", &query)?;
+        let page: AuditPageAnswer = client.get("/v1/audit", &query)?;
         for entry in &page.entries {
             if args.json {
                 writeln!(out, "{entry}")?;
                 continue;
             }
-            let entry: Entry = serde_json::from_str(entry.get())?;
+            let entry: AuditEntryAnswer = serde_json::from_str(entry.get())?;
             let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
             rows.add_row([
                 entry.at,

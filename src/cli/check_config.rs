@@ -1,22 +1,22 @@
-//! `headgate check-config`: what `serve` would make of a configuration file, without serving.
+//! `headgate check-config`: checks a configuration file as `serve` would, without serving.
 
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::out::Out;
+use super::out::CommandOutput;
 use crate::config::Config;
 use crate::front::mqtt;
 use crate::observe::trace;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct CheckConfigArgs {
     /// The configuration (TOML)
     file: PathBuf,
 }
 
-pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+pub(super) fn run(args: CheckConfigArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let config = Config::load(Some(&args.file))?;
-    trace::filter(&config.trace)?;
+    trace::parse_filter(&config.trace)?;
     let tls = &config.mqtt.tls;
     if tls.is_served() {
         mqtt::Tls::load(tls.clone())?;

@@ -1,4 +1,4 @@
-//! A running gateway, as the commands see it: its HTTP API and the key they present to it.
+//! The commands' client of a running gateway: its HTTP API and the key to present to it.
 
 use std::env;
 use std::fmt;
@@ -15,44 +15,44 @@ use ureq::{Agent, Body};
 
 use crate::config::Config;
 
-/// How long one request may take. A page of records is there in milliseconds; creating a
-/// datasource waits for a disk.
+/// How long one request may take. A page of records takes milliseconds; creating a datasource waits
+/// for a disk.
 const REQUEST_MAX: Duration = Duration::from_secs(60);
 
 /// The HTTP API of a gateway, with a key for it.
 #[derive(Clone)]
-pub(super) struct Client {
+pub(super) struct ApiClient {
     agent: Agent,
     url: String,
-    key: Secret,
+    key: KeySecret,
 }
 
-/// A key's text on its way to the gateway. Shown by nothing.
+/// A key's text on its way to the gateway. It has no `Debug` or `Display`.
 #[derive(Clone)]
-pub(super) struct Secret(String);
+pub(super) struct KeySecret(String);
 
-impl Secret {
+impl KeySecret {
     pub(super) fn new(text: &str) -> Self {
         Self(text.trim().to_owned())
     }
 
-    /// The text: for the message that presents it.
+    /// The text, for presenting it to the gateway.
     pub(super) fn expose(&self) -> &str {
         &self.0
     }
 }
 
-/// What the gateway says when it does not do what was asked: a problem document (RFC 9457).
+/// The gateway's answer when it refuses a request: a problem document (RFC 9457).
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Problem {
+pub(super) struct ProblemAnswer {
     /// The HTTP status.
     pub(super) status: u16,
     title: String,
     detail: String,
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for ProblemAnswer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "refused: ")?;
         match (self.title.as_str(), self.detail.as_str()) {
@@ -63,15 +63,15 @@ impl fmt::Display for Problem {
     }
 }
 
-impl std::error::Error for Problem {}
+impl std::error::Error for ProblemAnswer {}
 
-impl Client {
-    /// The gateway at `url` (`http://host:port`), with this key.
-    pub(super) fn new(url: &str, key: Secret) -> Self {
+impl ApiClient {
+    /// A client of the gateway at `url` (`http://host:port`), with this key.
+    pub(super) fn new(url: &str, key: KeySecret) -> Self {
         Self { agent: agent(url), url: url.trim_end_matches('/').to_owned(), key }
     }
 
-    /// The gateway of `HEADGATE_URL` with the key of the environment.
+    /// A client of the gateway at `HEADGATE_URL`, with the environment's key.
     pub(super) fn from_environment() -> anyhow::Result<Self> {
         let url = gateway_url()?;
         let (key, _) = key_from_environment(&url)?;
@@ -81,17 +81,17 @@ impl Client {
     pub(super) fn get<T: DeserializeOwned>(&self, path: &str, query: &[(&str, &str)]) -> anyhow::Result<T> {
         let request =
             self.agent.get(format!("{}{path}", self.url)).header("authorization", self.key.expose());
-        self.answer(request.query_pairs(query.iter().copied()).call())
+        self.read_answer(request.query_pairs(query.iter().copied()).call())
     }
 
     pub(super) fn post<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
         let request = self.agent.post(format!("{}{path}", self.url));
-        self.answer(request.header("authorization", self.key.expose()).send_json(body))
+        self.read_answer(request.header("authorization", self.key.expose()).send_json(body))
     }
 
     pub(super) fn put<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
         let request = self.agent.put(format!("{}{path}", self.url));
-        self.answer(request.header("authorization", self.key.expose()).send_json(body))
+        self.read_answer(request.header("authorization", self.key.expose()).send_json(body))
     }
 
     pub(super) fn delete(&self, path: &str) -> anyhow::Result<()> {
@@ -106,12 +106,12 @@ impl Client {
         response.body_mut().read_to_string().context("the gateway's answer broke off")
     }
 
-    fn answer<T: DeserializeOwned>(
+    fn read_answer<T: DeserializeOwned>(
         &self,
         answered: Result<Response<Body>, ureq::Error>,
     ) -> anyhow::Result<T> {
         let mut response = self.success(answered)?;
-        // A page of records may well be over ureq's own limit; its size is bounded by what we asked for.
+        // A page of records may exceed ureq's own limit; our request bounds its size.
         let body = response.body_mut().with_config().limit(u64::MAX);
         body.read_json().context("the gateway's answer is not what was expected")
     }
@@ -122,18 +122,18 @@ impl Client {
     }
 }
 
-/// An agent that hands back every status as an answer. One that talks to this machine asks no
-/// proxy, whatever the environment says.
+/// An agent that returns every status as an answer. For a gateway on this machine it ignores the
+/// environment's proxy.
 pub(super) fn agent(url: &str) -> Agent {
     let config = Agent::config_builder().http_status_as_error(false).timeout_global(Some(REQUEST_MAX));
     let config = if is_loopback(url) { config.proxy(None) } else { config };
     config.build().new_agent()
 }
 
-/// What an answer that is no success says.
-pub(super) fn problem(mut response: Response<Body>) -> Problem {
+/// Reads the problem from an answer that is no success.
+pub(super) fn problem(mut response: Response<Body>) -> ProblemAnswer {
     let status = response.status().as_u16();
-    let mut problem: Problem = response.body_mut().read_json().unwrap_or_default();
+    let mut problem: ProblemAnswer = response.body_mut().read_json().unwrap_or_default();
     problem.status = status;
     problem
 }
@@ -156,9 +156,9 @@ pub(super) enum KeySource {
     AdminKey,
 }
 
-/// The key to present to the gateway at `url`. A gateway's own `admin.key` is taken only for a
-/// gateway on this machine: a key is not sent to a stranger because nobody named another one.
-pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(Secret, KeySource)> {
+/// The key to present to the gateway at `url`. The local `admin.key` is used only for a gateway on
+/// this machine: without an explicit key, it must not be sent to another host.
+pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(KeySecret, KeySource)> {
     if let Some(key) = named_key()? {
         return Ok((key, KeySource::Environment));
     }
@@ -168,7 +168,7 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(Secret, KeySour
     let data_dir = env::var_os("HEADGATE_DATA_DIR").map_or_else(|| Config::default().data_dir, PathBuf::from);
     let file = data_dir.join("admin.key");
     match std::fs::read_to_string(&file) {
-        Ok(text) => Ok((Secret::new(&text), KeySource::AdminKey)),
+        Ok(text) => Ok((KeySecret::new(&text), KeySource::AdminKey)),
         Err(error) => bail!(
             "no API key: neither HEADGATE_API_KEY nor HEADGATE_API_KEY_FILE is set, and {} cannot be read ({error}); \
              HEADGATE_DATA_DIR says where the gateway keeps its data",
@@ -177,15 +177,15 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(Secret, KeySour
     }
 }
 
-/// The key that the environment names, if it names one.
-pub(super) fn named_key() -> anyhow::Result<Option<Secret>> {
+/// The key that the environment names, if any.
+pub(super) fn named_key() -> anyhow::Result<Option<KeySecret>> {
     if let Ok(key) = env::var("HEADGATE_API_KEY") {
-        return Ok(Some(Secret::new(&key)));
+        return Ok(Some(KeySecret::new(&key)));
     }
     let Some(file) = env::var_os("HEADGATE_API_KEY_FILE") else { return Ok(None) };
     let text = std::fs::read_to_string(&file)
         .with_context(|| format!("HEADGATE_API_KEY_FILE: {}", PathBuf::from(&file).display()))?;
-    Ok(Some(Secret::new(&text)))
+    Ok(Some(KeySecret::new(&text)))
 }
 
 /// Whether `url` is on this machine's loopback.
@@ -213,7 +213,8 @@ mod tests {
 
     #[test]
     fn a_problem_is_told_in_its_own_words() {
-        let problem = |text| serde_json::from_str::<Problem>(text).expect("a problem document").to_string();
+        let problem =
+            |text| serde_json::from_str::<ProblemAnswer>(text).expect("a problem document").to_string();
         assert_eq!(
             problem(r#"{"status":404,"title":"No such datasource","detail":"there is no x"}"#),
             "refused: No such datasource: there is no x"

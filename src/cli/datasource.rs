@@ -1,4 +1,4 @@
-//! `headgate datasource`: what may publish, and the first key of each, over the HTTP API.
+//! `headgate datasource`: manages datasources, each created with its first key, over the HTTP API.
 
 use std::io::{self, Write};
 
@@ -6,16 +6,16 @@ use anyhow::bail;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::client::{Client, Problem, Secret};
-use super::key::NewKey;
-use super::out::{Out, table};
+use super::client::{ApiClient, KeySecret, ProblemAnswer};
+use super::key::NewKeyAnswer;
+use super::out::{CommandOutput, table};
 use crate::message::DatasourceId;
 
-/// In a data directory that has been used before an id may be taken: so many are tried.
-const IDS_MAX: u32 = 1_000;
+/// Ids to try: in a data directory that was used before, the first ones may be taken.
+const ID_ATTEMPTS_MAX: u32 = 1_000;
 
 #[derive(Debug, clap::Subcommand)]
-pub(super) enum Command {
+pub(super) enum DatasourceCommand {
     /// Create a datasource and its first key, which is shown once
     Create {
         /// What people call it
@@ -53,7 +53,7 @@ pub(super) enum Command {
 
 /// A datasource in the gateway's answers.
 #[derive(Debug, Deserialize)]
-struct Datasource {
+struct DatasourceAnswer {
     id: String,
     name: String,
     created_at: String,
@@ -61,21 +61,21 @@ struct Datasource {
 
 /// The answer to a creation.
 #[derive(Deserialize)]
-struct Created {
-    datasource: Datasource,
-    key: NewKey,
+struct DatasourceCreateAnswer {
+    datasource: DatasourceAnswer,
+    key: NewKeyAnswer,
     connect: Map<String, Value>,
 }
 
-pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
-    let client = Client::from_environment()?;
+pub(super) fn run(command: DatasourceCommand, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let client = ApiClient::from_environment()?;
     match command {
-        Command::Create { name, id, scopes, json } => {
-            create(&client, &name, id.as_deref(), &scopes, json, out)
+        DatasourceCommand::Create { name, id, scopes, json } => {
+            create_and_print(&client, &name, id.as_deref(), &scopes, json, out)
         }
-        Command::List { json } => list(&client, json, out),
-        Command::Show { id, json } => show(&client, &id, json, out),
-        Command::Delete { id } => {
+        DatasourceCommand::List { json } => print_datasources(&client, json, out),
+        DatasourceCommand::Show { id, json } => print_datasource(&client, &id, json, out),
+        DatasourceCommand::Delete { id } => {
             client.delete(&path(&id)?)?;
             writeln!(
                 out,
@@ -87,18 +87,18 @@ pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-/// A datasource's place in the API. Checks the id first: it is part of a path.
+/// A datasource's path in the API. Checks the id first, because it becomes part of the path.
 pub(super) fn path(id: &str) -> anyhow::Result<String> {
     Ok(format!("/v1/datasources/{}", DatasourceId::new(id)?))
 }
 
-fn create(
-    client: &Client,
+fn create_and_print(
+    client: &ApiClient,
     name: &str,
     id: Option<&str>,
     scopes: &[String],
     as_json: bool,
-    out: &mut Out,
+    out: &mut CommandOutput,
 ) -> anyhow::Result<()> {
     let mut wanted = json!({ "name": name, "scopes": scopes });
     if let Some(id) = id {
@@ -109,38 +109,43 @@ fn create(
         writeln!(out, "{answer:#}")?;
         return Ok(());
     }
-    let created: Created = serde_json::from_value(answer)?;
+    let created: DatasourceCreateAnswer = serde_json::from_value(answer)?;
     writeln!(out, "datasource  {}", created.datasource.id)?;
     created.key.print(out)?;
     Ok(print_connect(&created.connect, out)?)
 }
 
 /// The lines to paste, one for each kind of client.
-pub(super) fn print_connect(connect: &Map<String, Value>, out: &mut Out) -> io::Result<()> {
+pub(super) fn print_connect(connect: &Map<String, Value>, out: &mut CommandOutput) -> io::Result<()> {
     for (client, line) in connect {
         writeln!(out, "\n# {client}\n{}", line.as_str().unwrap_or_default().trim_end())?;
     }
     Ok(())
 }
 
-/// Creates a datasource for a command's own use, with this id, or with a number behind it if it is
+/// Creates a datasource for a command's own use, with this id, or with a number appended if it is
 /// taken. Returns its id and key.
-pub(super) fn create_as(admin: &Client, id: &str, name: &str) -> anyhow::Result<(String, Secret)> {
-    for number in 1..=IDS_MAX {
+pub(super) fn create_for_command(
+    admin: &ApiClient,
+    id: &str,
+    name: &str,
+) -> anyhow::Result<(String, KeySecret)> {
+    for number in 1..=ID_ATTEMPTS_MAX {
         let id = if number == 1 { id.to_owned() } else { format!("{id}-{number}") };
-        match admin.post::<Created>("/v1/datasources", &json!({ "id": id, "name": name })) {
-            Ok(created) => return Ok((created.datasource.id, Secret::new(&created.key.secret))),
-            Err(error) if error.downcast_ref::<Problem>().is_some_and(|problem| problem.status == 409) => {}
+        match admin.post::<DatasourceCreateAnswer>("/v1/datasources", &json!({ "id": id, "name": name })) {
+            Ok(created) => return Ok((created.datasource.id, KeySecret::new(&created.key.secret))),
+            Err(error)
+                if error.downcast_ref::<ProblemAnswer>().is_some_and(|problem| problem.status == 409) => {}
             Err(error) => return Err(error),
         }
     }
-    bail!("{id} and {IDS_MAX} ids made of it are taken")
+    bail!("{id} and {ID_ATTEMPTS_MAX} ids made of it are taken")
 }
 
-fn list(client: &Client, as_json: bool, out: &mut Out) -> anyhow::Result<()> {
+fn print_datasources(client: &ApiClient, as_json: bool, out: &mut CommandOutput) -> anyhow::Result<()> {
     #[derive(Deserialize)]
-    struct List {
-        datasources: Vec<Datasource>,
+    struct DatasourceListAnswer {
+        datasources: Vec<DatasourceAnswer>,
     }
     let answer: Value = client.get("/v1/datasources", &[])?;
     if as_json {
@@ -148,32 +153,37 @@ fn list(client: &Client, as_json: bool, out: &mut Out) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut rows = table(&["id", "name", "created"], &[]);
-    for datasource in serde_json::from_value::<List>(answer)?.datasources {
+    for datasource in serde_json::from_value::<DatasourceListAnswer>(answer)?.datasources {
         rows.add_row([datasource.id, datasource.name, datasource.created_at]);
     }
     writeln!(out, "{rows}")?;
     Ok(())
 }
 
-fn show(client: &Client, id: &str, as_json: bool, out: &mut Out) -> anyhow::Result<()> {
+fn print_datasource(
+    client: &ApiClient,
+    id: &str,
+    as_json: bool,
+    out: &mut CommandOutput,
+) -> anyhow::Result<()> {
     let answer: Value = client.get(&path(id)?, &[])?;
     if as_json {
         writeln!(out, "{answer:#}")?;
         return Ok(());
     }
     let mut rows = table(&["field", "value"], &[]);
-    describe("", &answer, &mut rows);
+    add_value_rows("", &answer, &mut rows);
     writeln!(out, "{rows}")?;
     Ok(())
 }
 
-/// A line per value of the answer, whatever the gateway tells about a datasource.
-fn describe(name: &str, value: &Value, rows: &mut comfy_table::Table) {
+/// Adds a row for each value of the answer, so that new fields of the gateway's show up as well.
+fn add_value_rows(name: &str, value: &Value, rows: &mut comfy_table::Table) {
     match value {
         Value::Object(fields) => {
             for (field, value) in fields {
                 let name = if name.is_empty() { field.clone() } else { format!("{name}.{field}") };
-                describe(&name, value, rows);
+                add_value_rows(&name, value, rows);
             }
         }
         Value::String(text) => drop(rows.add_row([name, text])),

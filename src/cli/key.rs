@@ -1,19 +1,19 @@
-//! `headgate key`: more keys for a datasource, another one in the place of one, and the end of one, over
-//! the HTTP API.
+//! `headgate key`: creates, lists, rotates, quarantines and revokes a datasource's keys, over the HTTP
+//! API.
 
 use std::io::Write;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::client::Client;
+use super::client::ApiClient;
 use super::datasource::{self, print_connect};
-use super::out::{Out, table};
+use super::out::{CommandOutput, table};
 use super::quarantine;
 use crate::message::KeyId;
 
 #[derive(Debug, clap::Subcommand)]
-pub(super) enum Command {
+pub(super) enum KeyCommand {
     /// Create a key, which is shown once
     Create {
         /// The datasource's id, or '*' for all
@@ -55,7 +55,7 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Put all that a leaked key let in since a time out of sight, of subscribers and in storage
+    /// Quarantine all that a leaked key let in since a time: subscribers and storage no longer show it
     Quarantine {
         /// The datasource's id, or '*' for all that the key let in anywhere
         datasource: String,
@@ -77,9 +77,9 @@ pub(super) enum Command {
     },
 }
 
-/// A key in the gateway's answers, but for its secret.
+/// A key in the gateway's answers, without its secret.
 #[derive(Debug, Deserialize)]
-struct Key {
+struct KeyAnswer {
     id: String,
     label: String,
     scopes: Vec<String>,
@@ -90,13 +90,13 @@ struct Key {
     accepted: u64,
     refused: u64,
     connections: u64,
-    last_used: Option<User>,
-    users: Vec<User>,
+    last_used: Option<KeyUserAnswer>,
+    users: Vec<KeyUserAnswer>,
 }
 
 /// Who has used a key.
 #[derive(Debug, Deserialize)]
-struct User {
+struct KeyUserAnswer {
     client_id: Option<String>,
     address: Option<String>,
     transport: String,
@@ -104,8 +104,8 @@ struct User {
     offset: Option<u64>,
 }
 
-impl Key {
-    /// What it is good for, and until when.
+impl KeyAnswer {
+    /// Its state, and until when it lasts.
     fn state(&self) -> String {
         match (&self.grace_ends_at, &self.expires_at) {
             (Some(until), _) => format!("{} until {until}", self.state),
@@ -115,8 +115,8 @@ impl Key {
     }
 }
 
-impl User {
-    fn told(&self) -> String {
+impl KeyUserAnswer {
+    fn describe_use(&self) -> String {
         let name = self.client_id.as_deref().or(self.address.as_deref()).unwrap_or("unknown");
         let from = self.address.as_deref().filter(|_| self.client_id.is_some());
         match from {
@@ -125,45 +125,45 @@ impl User {
         }
     }
 
-    fn last(&self) -> String {
+    fn describe_last_use(&self) -> String {
         let address = self.address.as_deref().unwrap_or("-");
         let offset = self.offset.map_or_else(|| "-".to_owned(), |offset| offset.to_string());
         format!("{}\n{} {address}\noffset {offset}", self.at, self.transport)
     }
 }
 
-/// A key's text as the gateway shows it once. Shown by no `Debug`.
+/// A new key with its secret, which the gateway shows only once. It has no `Debug`.
 #[derive(Deserialize)]
-pub(super) struct NewKey {
+pub(super) struct NewKeyAnswer {
     pub(super) id: String,
     pub(super) secret: String,
     pub(super) scopes: Vec<String>,
 }
 
-impl NewKey {
-    pub(super) fn print(&self, out: &mut Out) -> std::io::Result<()> {
+impl NewKeyAnswer {
+    pub(super) fn print(&self, out: &mut CommandOutput) -> std::io::Result<()> {
         writeln!(out, "key id      {}  ({})", self.id, self.scopes.join(", "))?;
         writeln!(out, "key         {}", self.secret)?;
         writeln!(out, "            shown once, keep it now")
     }
 }
 
-pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
-    let client = Client::from_environment()?;
+pub(super) fn run(command: KeyCommand, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let client = ApiClient::from_environment()?;
     match command {
-        Command::Create { datasource, label, scopes, expires_at, json: as_json } => {
+        KeyCommand::Create { datasource, label, scopes, expires_at, json: as_json } => {
             let mut wanted = json!({ "label": label, "scopes": scopes });
             if let Some(expires_at) = expires_at {
                 wanted["expires_at"] = expires_at.into();
             }
             let answer: Value = client.post(&path(&datasource)?, &wanted)?;
-            if as_json { Ok(writeln!(out, "{answer:#}")?) } else { created(answer, out) }
+            if as_json { Ok(writeln!(out, "{answer:#}")?) } else { print_created_key(answer, out) }
         }
-        Command::List { datasource, json: as_json } => {
+        KeyCommand::List { datasource, json: as_json } => {
             let answer: Value = client.get(&path(&datasource)?, &[])?;
-            if as_json { Ok(writeln!(out, "{answer:#}")?) } else { list(answer, out) }
+            if as_json { Ok(writeln!(out, "{answer:#}")?) } else { print_keys(answer, out) }
         }
-        Command::Rotate { datasource, key_id, grace, undo, json: as_json } => {
+        KeyCommand::Rotate { datasource, key_id, grace, undo, json: as_json } => {
             let key_id = KeyId::parse(&key_id)?;
             let wanted = if undo { json!({ "undo": true }) } else { json!({ "grace_seconds": grace }) };
             let answer: Value = client.post(&format!("{}/{key_id}/rotate", path(&datasource)?), &wanted)?;
@@ -172,13 +172,13 @@ pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
                 (false, true) => {
                     Ok(writeln!(out, "key {key_id} of {datasource} lives on; the new one is dead")?)
                 }
-                (false, false) => rotated(answer, out),
+                (false, false) => print_rotated_key(answer, out),
             }
         }
-        Command::Quarantine { datasource, key_id, since, undo: _ } => {
-            quarantine::leak(&client, &path(&datasource)?, &key_id, since.as_deref(), out)
+        KeyCommand::Quarantine { datasource, key_id, since, undo: _ } => {
+            quarantine::quarantine_leaked_key(&client, &path(&datasource)?, &key_id, since.as_deref(), out)
         }
-        Command::Revoke { datasource, key_id } => {
+        KeyCommand::Revoke { datasource, key_id } => {
             let key_id = KeyId::parse(&key_id)?;
             client.delete(&format!("{}/{key_id}", path(&datasource)?))?;
             Ok(writeln!(out, "key {key_id} of {datasource} is dead and its connections are closed")?)
@@ -186,7 +186,7 @@ pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-/// Where a datasource's keys are; `*` has some too: those that are good for every datasource.
+/// The API path of a datasource's keys. `*` has keys too: those for every datasource.
 fn path(datasource: &str) -> anyhow::Result<String> {
     match datasource {
         "*" => Ok("/v1/datasources/*/keys".to_owned()),
@@ -194,39 +194,39 @@ fn path(datasource: &str) -> anyhow::Result<String> {
     }
 }
 
-fn created(answer: Value, out: &mut Out) -> anyhow::Result<()> {
+fn print_created_key(answer: Value, out: &mut CommandOutput) -> anyhow::Result<()> {
     #[derive(Deserialize)]
-    struct Created {
-        key: NewKey,
+    struct KeyCreateAnswer {
+        key: NewKeyAnswer,
         #[serde(default)]
         connect: Map<String, Value>,
     }
-    let created: Created = serde_json::from_value(answer)?;
+    let created: KeyCreateAnswer = serde_json::from_value(answer)?;
     created.key.print(out)?;
     Ok(print_connect(&created.connect, out)?)
 }
 
-fn rotated(answer: Value, out: &mut Out) -> anyhow::Result<()> {
+fn print_rotated_key(answer: Value, out: &mut CommandOutput) -> anyhow::Result<()> {
     #[derive(Deserialize)]
-    struct Rotated {
-        key: NewKey,
-        replaced: Replaced,
+    struct KeyRotateAnswer {
+        key: NewKeyAnswer,
+        replaced: ReplacedKeyAnswer,
         #[serde(default)]
         connect: Map<String, Value>,
     }
     #[derive(Deserialize)]
-    struct Replaced {
+    struct ReplacedKeyAnswer {
         id: String,
         grace_ends_at: String,
     }
-    let rotated: Rotated = serde_json::from_value(answer)?;
+    let rotated: KeyRotateAnswer = serde_json::from_value(answer)?;
     rotated.key.print(out)?;
-    let Replaced { id, grace_ends_at } = rotated.replaced;
+    let ReplacedKeyAnswer { id, grace_ends_at } = rotated.replaced;
     writeln!(out, "key {id} works until {grace_ends_at}")?;
     Ok(print_connect(&rotated.connect, out)?)
 }
 
-/// A span of time, in seconds: a number, with `s`, `m`, `h` or `d` behind it.
+/// Parses a span of time into seconds: a number, optionally followed by `s`, `m`, `h` or `d`.
 fn seconds(text: &str) -> Result<u64, String> {
     let (number, unit) = match text.char_indices().last() {
         Some((at, 's')) => (&text[..at], 1),
@@ -239,10 +239,10 @@ fn seconds(text: &str) -> Result<u64, String> {
     seconds.ok_or_else(|| "give a number of seconds, or 90m, 24h, 7d".to_owned())
 }
 
-fn list(answer: Value, out: &mut Out) -> anyhow::Result<()> {
+fn print_keys(answer: Value, out: &mut CommandOutput) -> anyhow::Result<()> {
     #[derive(Deserialize)]
-    struct List {
-        keys: Vec<Key>,
+    struct KeyListAnswer {
+        keys: Vec<KeyAnswer>,
     }
     let columns = [
         "key id",
@@ -257,9 +257,10 @@ fn list(answer: Value, out: &mut Out) -> anyhow::Result<()> {
         "users",
     ];
     let mut rows = table(&columns, &[]);
-    for key in serde_json::from_value::<List>(answer)?.keys {
-        let last_used = key.last_used.as_ref().map_or_else(|| "never".to_owned(), User::last);
-        let users: Vec<_> = key.users.iter().map(User::told).collect();
+    for key in serde_json::from_value::<KeyListAnswer>(answer)?.keys {
+        let last_used =
+            key.last_used.as_ref().map_or_else(|| "never".to_owned(), KeyUserAnswer::describe_last_use);
+        let users: Vec<_> = key.users.iter().map(KeyUserAnswer::describe_use).collect();
         rows.add_row([
             key.id.clone(),
             key.label.clone(),

@@ -1,6 +1,6 @@
-//! The commands. `serve` and `demo` run a gateway; the others talk to a running one over HTTP or
-//! MQTT, as any client does, with a key from the environment or a file, never from the command
-//! line, where every user of the machine could read it.
+//! The commands. `serve` and `demo` run a gateway; the others talk to a running one over HTTP or MQTT,
+//! as any client does. Their key comes from the environment or a file, never from the command line,
+//! where every user of the machine could read it.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -26,21 +26,21 @@ mod serve;
 mod session;
 mod signals;
 
-use out::Out;
+use out::CommandOutput;
 
-/// Exit code of a command whose reader has gone: as if SIGPIPE had ended it.
-const READER_GONE: u8 = 141;
+/// Exit code of a command whose output was closed, as if SIGPIPE had ended it.
+const READER_GONE_EXIT_CODE: u8 = 141;
 
 /// A gateway between devices and backends: a message is let in by its datasource's API key, and
 /// acknowledged when it is on disk.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, after_help = ENVIRONMENT)]
+#[command(version, propagate_version = true, after_help = ENVIRONMENT_HELP)]
 pub struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
 }
 
-const ENVIRONMENT: &str = "\
+const ENVIRONMENT_HELP: &str = "\
 Environment of the commands that talk to a running gateway:
   HEADGATE_URL           where its HTTP is (default http://127.0.0.1:8080)
   HEADGATE_API_KEY       the key
@@ -50,72 +50,72 @@ Environment of the commands that talk to a running gateway:
 Every setting of `serve` can be set by environment too: HEADGATE_MQTT__LISTEN=127.0.0.1:1883";
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum CliCommand {
     /// Run the gateway; makes the data directory and the first admin key
-    Serve(serve::Args),
+    Serve(serve::ServeArgs),
     /// Run a gateway and send it 37,342 recorded readings through real clients, some with a bad key
-    Demo(demo::Args),
+    Demo(demo::DemoArgs),
     /// Create, list, show and delete datasources
     #[command(subcommand, alias = "ds")]
-    Datasource(datasource::Command),
+    Datasource(datasource::DatasourceCommand),
     /// Create, list and revoke the keys of a datasource
     #[command(subcommand)]
-    Key(key::Command),
+    Key(key::KeyCommand),
     /// Show, infer and set the JSON Schemas that a datasource's messages have to meet
     #[command(subcommand)]
-    Schema(schema::Command),
+    Schema(schema::SchemaCommand),
     /// List what was not let through and why, and send it through again
     #[command(subcommand)]
-    Quarantine(quarantine::Command),
+    Quarantine(quarantine::QuarantineCommand),
     /// Print who changed what, when and from where
-    Audit(audit::Args),
+    Audit(audit::AuditArgs),
     /// Print a datasource's stored records
-    Records(records::Args),
+    Records(records::RecordsArgs),
     /// Print what was refused lately, why, and what to do about it
-    Refusals(refusals::Args),
+    Refusals(refusals::RefusalsArgs),
     /// Publish a payload, or a line of standard input or of a file each, over MQTT
-    Publish(publish::Args),
+    Publish(publish::PublishArgs),
     /// Load a gateway over MQTT and report acknowledged messages per second and latency
-    Bench(bench::Args),
+    Bench(bench::BenchArgs),
     /// Set NATS up, so that its clients connect with their API keys
     #[command(subcommand)]
-    Nats(nats::Command),
+    Nats(nats::NatsCommand),
     /// Read a configuration file, say what it sets or what is wrong with it
-    CheckConfig(check_config::Args),
+    CheckConfig(check_config::CheckConfigArgs),
 }
 
 /// Runs a command: 0 when it did what was asked, 1 when it could not (one line on standard error
 /// says why).
 pub fn run(cli: Cli) -> ExitCode {
-    let mut out = Out::new();
+    let mut out = CommandOutput::new();
     let done = match cli.command {
-        Command::Serve(args) => serve::run(args, &mut out),
-        Command::Demo(args) => demo::run(args, &mut out),
-        Command::Datasource(command) => datasource::run(command, &mut out),
-        Command::Key(command) => key::run(command, &mut out),
-        Command::Schema(command) => schema::run(command, &mut out),
-        Command::Quarantine(command) => quarantine::run(command, &mut out),
-        Command::Audit(args) => audit::run(args, &mut out),
-        Command::Records(args) => records::run(args, &mut out),
-        Command::Refusals(args) => refusals::run(args, &mut out),
-        Command::Publish(args) => publish::run(args, &mut out),
-        Command::Bench(args) => bench::run(args, &mut out),
-        Command::Nats(command) => nats::run(command, &mut out),
-        Command::CheckConfig(args) => check_config::run(args, &mut out),
+        CliCommand::Serve(args) => serve::run(args, &mut out),
+        CliCommand::Demo(args) => demo::run(args, &mut out),
+        CliCommand::Datasource(command) => datasource::run(command, &mut out),
+        CliCommand::Key(command) => key::run(command, &mut out),
+        CliCommand::Schema(command) => schema::run(command, &mut out),
+        CliCommand::Quarantine(command) => quarantine::run(command, &mut out),
+        CliCommand::Audit(args) => audit::run(args, &mut out),
+        CliCommand::Records(args) => records::run(args, &mut out),
+        CliCommand::Refusals(args) => refusals::run(args, &mut out),
+        CliCommand::Publish(args) => publish::run(args, &mut out),
+        CliCommand::Bench(args) => bench::run(args, &mut out),
+        CliCommand::Nats(command) => nats::run(command, &mut out),
+        CliCommand::CheckConfig(args) => check_config::run(args, &mut out),
     };
     match done.and_then(|()| Ok(out.flush()?)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if out::is_reader_gone(&error) => ExitCode::from(READER_GONE),
+        Err(error) if out::is_reader_gone(&error) => ExitCode::from(READER_GONE_EXIT_CODE),
         Err(error) => {
             // Not eprintln!, which panics when standard error is closed.
-            let _ = writeln!(std::io::stderr(), "headgate: {}", told(&error));
+            let _ = writeln!(std::io::stderr(), "headgate: {}", error_text(&error));
             ExitCode::FAILURE
         }
     }
 }
 
-/// An error and what caused it, each said once: some errors have their cause's words in their own.
-fn told(error: &anyhow::Error) -> String {
+/// An error and its causes, each said once: some errors repeat their cause in their own text.
+fn error_text(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(|cause| cause.to_string()) {
         if text.is_empty() {
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn each_cause_is_told_once() {
         let error = anyhow::anyhow!("no such file").context("registry: no such file").context("starting");
-        assert_eq!(told(&error), "starting: registry: no such file");
+        assert_eq!(error_text(&error), "starting: registry: no such file");
     }
 
     #[test]

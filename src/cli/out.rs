@@ -1,9 +1,9 @@
-//! Standard output, where a command's answer goes; everything about the command itself goes to
-//! standard error.
+//! Standard output, which takes a command's answer; messages about the command itself go to standard
+//! error.
 //!
-//! `headgate records x | head` closes the pipe in the middle of the answer. That is no fault of
-//! anybody and no panic: it comes back as an error that [`is_reader_gone`] knows, and the command
-//! ends without another word.
+//! `headgate records x | head` closes the pipe in the middle of the answer. This is not a failure and
+//! must not panic: the write returns an error that [`is_reader_gone`] recognizes, and the command ends
+//! silently.
 
 use std::fmt;
 use std::io::{self, BufWriter, StdoutLock, Write};
@@ -12,16 +12,16 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressState;
 use indicatif::style::{ProgressStyle, TemplateError};
 
-/// Standard output, buffered; flushed by whoever wants something seen now, and at the end.
-pub(crate) struct Out(BufWriter<StdoutLock<'static>>);
+/// Buffered standard output. Commands flush it when output has to appear at once; `run` does at the end.
+pub(crate) struct CommandOutput(BufWriter<StdoutLock<'static>>);
 
-impl Out {
+impl CommandOutput {
     pub(super) fn new() -> Self {
         Self(BufWriter::new(io::stdout().lock()))
     }
 }
 
-impl Write for Out {
+impl Write for CommandOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.write(bytes).map_err(mark)
     }
@@ -31,8 +31,8 @@ impl Write for Out {
     }
 }
 
-/// Whoever read standard output has closed it. A type of its own, because a broken pipe may also
-/// come from a socket, and that one must be told.
+/// The reader has closed standard output. It is a type of its own because a broken pipe may also come
+/// from a socket, and that error must be reported.
 #[derive(Debug)]
 struct ReaderGone;
 
@@ -51,7 +51,7 @@ fn mark(error: io::Error) -> io::Error {
     }
 }
 
-/// Whether a command failed only because nobody reads its answer any more.
+/// Whether a command failed only because its reader closed standard output.
 pub(super) fn is_reader_gone(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         let io = cause.downcast_ref::<io::Error>();
@@ -72,8 +72,8 @@ pub(super) fn table(columns: &[&str], right: &[usize]) -> Table {
     table
 }
 
-/// The look of a progress bar; beside what indicatif knows there is `{rate}`, messages a second.
-pub(super) fn progress(template: &str) -> Result<ProgressStyle, TemplateError> {
+/// The style of a progress bar; adds `{rate}`, messages per second, to indicatif's placeholders.
+pub(super) fn progress_style(template: &str) -> Result<ProgressStyle, TemplateError> {
     let rate = |state: &ProgressState, to: &mut dyn fmt::Write| {
         // Nothing can be done about a rate that cannot be shown.
         let _ = write!(to, "{:.0}/s", state.per_sec());
@@ -81,7 +81,7 @@ pub(super) fn progress(template: &str) -> Result<ProgressStyle, TemplateError> {
     Ok(ProgressStyle::with_template(template)?.with_key("rate", rate))
 }
 
-/// A number with its thousands apart: `37,342`.
+/// A number with thousands separators: `37,342`.
 pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);

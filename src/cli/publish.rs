@@ -1,4 +1,4 @@
-//! `headgate publish`: sends a payload, or many, as a device would: over MQTT, at QoS 1, and says
+//! `headgate publish`: sends one or more payloads as a device would, over MQTT at QoS 1, and reports
 //! how many the gateway has acknowledged.
 
 use std::fs::File;
@@ -14,18 +14,18 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use ureq::http::Uri;
 
-use super::client::{self, Client, Problem, Secret};
+use super::client::{self, ApiClient, KeySecret, ProblemAnswer};
 use super::datasource;
-use super::out::{self, Out, grouped, latency};
-use super::replay::{end, replay};
-use super::session::{Dialect, Session, WINDOW};
+use super::out::{self, CommandOutput, grouped, latency};
+use super::replay::{disconnect_session, replay};
+use super::session::{Dialect, MqttClientSession, UNACKED_MESSAGES_MAX};
 use crate::message::check_topic;
 
-/// MQTT's own port, where a gateway listens unless it is told otherwise.
-const MQTT_PORT: u16 = 1883;
+/// MQTT's standard port, where a gateway listens by default.
+const MQTT_PORT_DEFAULT: u16 = 1883;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct PublishArgs {
     /// The datasource's id
     datasource: String,
     /// The topic, relative to the datasource: spindle/temp
@@ -41,7 +41,7 @@ pub(super) struct Args {
     addr: Option<String>,
 }
 
-pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+pub(super) fn run(args: PublishArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     check_topic(&args.topic)?;
     let url = client::gateway_url()?;
     let (key, _) = client::key_from_environment(&url)?;
@@ -53,14 +53,14 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let tally = runtime.block_on(async {
         let client_id = format!("headgate-publish-{}", std::process::id());
-        let mut session = Session::new(Dialect::V5, addr, &client_id, Some(&key));
+        let mut session = MqttClientSession::new(Dialect::V5, addr, &client_id, Some(&key));
         let tally = replay(&mut session, &topic, payloads, || {
             if let Some(bar) = &bar {
                 bar.inc(1);
             }
         })
         .await?;
-        end(session).await?;
+        disconnect_session(session).await?;
         anyhow::Ok(tally)
     })?;
     if let Some(bar) = bar {
@@ -76,14 +76,14 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The topic as it goes over the wire. A datasource's own key is a mountpoint: its topics are
-/// relative. A key for all datasources names one first; the gateway says which kind ours is, in
-/// that only such a key may look at the datasource.
-fn wire_topic(url: &str, key: &Secret, datasource: &str, topic: &str) -> anyhow::Result<String> {
-    let looked = Client::new(url, key.clone()).get::<Value>(&datasource::path(datasource)?, &[]);
+/// The topic as it goes over the wire. With a datasource's own key, topics are relative to it. With a
+/// key for all datasources, the topic begins with the datasource's id. Only the latter may read the
+/// datasource over HTTP, so that the gateway's answer tells which kind the key is.
+fn wire_topic(url: &str, key: &KeySecret, datasource: &str, topic: &str) -> anyhow::Result<String> {
+    let looked = ApiClient::new(url, key.clone()).get::<Value>(&datasource::path(datasource)?, &[]);
     match looked {
         Ok(_) => Ok(format!("{datasource}/{topic}")),
-        Err(error) => match error.downcast_ref::<Problem>() {
+        Err(error) => match error.downcast_ref::<ProblemAnswer>() {
             Some(problem) if problem.status == 403 => Ok(topic.to_owned()),
             _ => Err(error),
         },
@@ -95,7 +95,7 @@ fn resolve(addr: Option<String>, url: &str) -> anyhow::Result<SocketAddr> {
         Some(addr) => addr,
         None => {
             let uri: Uri = url.parse().context("HEADGATE_URL")?;
-            format!("{}:{MQTT_PORT}", uri.host().unwrap_or_default())
+            format!("{}:{MQTT_PORT_DEFAULT}", uri.host().unwrap_or_default())
         }
     };
     let mut found = addr.to_socket_addrs().with_context(|| format!("{addr} is not HOST:PORT"))?;
@@ -105,11 +105,11 @@ fn resolve(addr: Option<String>, url: &str) -> anyhow::Result<SocketAddr> {
     }
 }
 
-/// A bar over the lines of a file; drawn only on a terminal.
+/// A progress bar over the lines of a file, drawn only on a terminal.
 fn progress(file: &Path) -> anyhow::Result<ProgressBar> {
     let lines = lines(Box::new(open(file)?)).count();
     let bar = ProgressBar::new(lines as u64);
-    bar.set_style(out::progress("{bar:40} {human_pos}/{human_len} {rate} {eta}")?);
+    bar.set_style(out::progress_style("{bar:40} {human_pos}/{human_len} {rate} {eta}")?);
     Ok(bar)
 }
 
@@ -117,7 +117,7 @@ fn open(file: &Path) -> anyhow::Result<BufReader<File>> {
     Ok(BufReader::new(File::open(file).with_context(|| file.display().to_string())?))
 }
 
-/// The lines of `input`, without their ends; blank ones are no payload.
+/// The lines of `input`, without line ends; skips empty ones.
 fn lines(input: Box<dyn BufRead + Send>) -> impl Iterator<Item = io::Result<Vec<u8>>> + Send {
     let lines = input.split(b'\n').map(|line| {
         line.map(|mut line| {
@@ -130,13 +130,13 @@ fn lines(input: Box<dyn BufRead + Send>) -> impl Iterator<Item = io::Result<Vec<
     lines.filter(|line| !line.as_ref().is_ok_and(Vec::is_empty))
 }
 
-/// The payloads as they come. A line may be long in coming (`tail -f | headgate publish`), and what
-/// was sent before it is to be acknowledged meanwhile: so a thread of its own reads.
+/// The payloads as they arrive. A thread of its own reads them: the next line may take long
+/// (`tail -f | headgate publish`), and acknowledgements have to be received meanwhile.
 fn payloads(
     payload: Option<String>,
     file: Option<&Path>,
 ) -> anyhow::Result<impl Stream<Item = anyhow::Result<Vec<u8>>>> {
-    let (send, mut receive) = mpsc::channel(WINDOW.into());
+    let (send, mut receive) = mpsc::channel(UNACKED_MESSAGES_MAX.into());
     let payloads: Box<dyn Iterator<Item = io::Result<Vec<u8>>> + Send> = match (payload, file) {
         (Some(payload), _) => Box::new(std::iter::once(Ok(payload.into_bytes()))),
         (None, Some(file)) => Box::new(lines(Box::new(open(file)?))),
@@ -150,7 +150,7 @@ fn payloads(
             }
         }
     };
-    // Not joined: at a refusal it may still wait for standard input, and ends with the process.
+    // Not joined: after a refusal it may still wait for standard input. It ends with the process.
     thread::Builder::new().name("payloads".to_owned()).spawn(read)?;
     Ok(stream::poll_fn(move |cx| receive.poll_recv(cx)))
 }

@@ -1,5 +1,5 @@
-//! `headgate quarantine`: what is kept of a datasource and not let through, and sending it through
-//! intake again after the schema was mended.
+//! `headgate quarantine`: lists a datasource's quarantined messages, and redrives them through intake
+//! after the schema was fixed.
 
 use std::io::Write;
 
@@ -7,18 +7,18 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::client::Client;
+use super::client::ApiClient;
 use super::datasource;
-use super::out::{Out, table};
+use super::out::{CommandOutput, table};
 use crate::message::{KeyId, Offset};
 
 /// Characters of a payload that the table shows.
-const PAYLOAD_CHARS_MAX: usize = 60;
-/// Messages that are listed when nothing else is said.
-const LIMIT_DEFAULT: u64 = 100;
+const QUARANTINE_PAYLOAD_CHARS_MAX: usize = 60;
+/// Messages that are listed by default.
+const QUARANTINE_LIMIT_DEFAULT: u64 = 100;
 
 #[derive(Debug, clap::Subcommand)]
-pub(super) enum Command {
+pub(super) enum QuarantineCommand {
     /// List what is in quarantine, oldest first, and why
     List {
         /// The datasource's id
@@ -33,7 +33,7 @@ pub(super) enum Command {
         #[arg(long, value_name = "OFFSET")]
         after: Option<Offset>,
         /// At most so many
-        #[arg(long, default_value_t = LIMIT_DEFAULT, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+        #[arg(long, default_value_t = QUARANTINE_LIMIT_DEFAULT, value_parser = clap::value_parser!(u64).range(1..=10_000))]
         limit: u64,
         /// Print the gateway's answer as JSON
         #[arg(long)]
@@ -53,14 +53,14 @@ pub(super) enum Command {
 
 /// A page of the gateway's answer.
 #[derive(Deserialize)]
-struct Page {
-    records: Vec<Record>,
+struct QuarantinePageAnswer {
+    records: Vec<QuarantinedRecordAnswer>,
     next: Option<Offset>,
 }
 
-/// What is shown of a message in quarantine.
+/// The fields that are shown of a message in quarantine.
 #[derive(Deserialize)]
-struct Record {
+struct QuarantinedRecordAnswer {
     offset: Offset,
     received_at: String,
     topic: String,
@@ -72,10 +72,10 @@ struct Record {
     redriven_offset: Option<Offset>,
 }
 
-pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
-    let client = Client::from_environment()?;
+pub(super) fn run(command: QuarantineCommand, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let client = ApiClient::from_environment()?;
     match command {
-        Command::List { datasource, topic, from, after, limit, json } => {
+        QuarantineCommand::List { datasource, topic, from, after, limit, json } => {
             let path = format!("{}/quarantine", datasource::path(&datasource)?);
             let (limit, after) = (limit.to_string(), after.map(|after| after.to_string()));
             let mut query = vec![("limit", limit.as_str())];
@@ -86,10 +86,10 @@ pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
                 let answer: Box<RawValue> = client.get(&path, &query)?;
                 Ok(writeln!(out, "{answer}")?)
             } else {
-                list(&client.get(&path, &query)?, out)
+                print_quarantine_page(&client.get(&path, &query)?, out)
             }
         }
-        Command::Redrive { datasource, offsets, topic } => {
+        QuarantineCommand::Redrive { datasource, offsets, topic } => {
             let path = format!("{}/quarantine/redrive", datasource::path(&datasource)?);
             let mut wanted = json!({});
             if !offsets.is_empty() {
@@ -103,7 +103,7 @@ pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-fn list(page: &Page, out: &mut Out) -> anyhow::Result<()> {
+fn print_quarantine_page(page: &QuarantinePageAnswer, out: &mut CommandOutput) -> anyhow::Result<()> {
     let mut rows = table(&["offset", "received", "topic", "payload", "why", "let in at"], &[0, 5]);
     for record in &page.records {
         let why = match (&record.pointer, &record.detail, record.schema_version) {
@@ -111,7 +111,7 @@ fn list(page: &Page, out: &mut Out) -> anyhow::Result<()> {
             _ => record.cause.clone(),
         };
         let redriven = record.redriven_offset.map_or_else(String::new, |offset| offset.to_string());
-        let payload: String = record.payload.get().chars().take(PAYLOAD_CHARS_MAX).collect();
+        let payload: String = record.payload.get().chars().take(QUARANTINE_PAYLOAD_CHARS_MAX).collect();
         rows.add_row([
             record.offset.to_string(),
             record.received_at.clone(),
@@ -128,18 +128,18 @@ fn list(page: &Page, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-/// Asks until there is no more.
-fn redrive(client: &Client, path: &str, wanted: &Value, out: &mut Out) -> anyhow::Result<()> {
+/// Redrives page by page until nothing more is redriven.
+fn redrive(client: &ApiClient, path: &str, wanted: &Value, out: &mut CommandOutput) -> anyhow::Result<()> {
     #[derive(Deserialize)]
-    struct Answer {
+    struct RedrivePageAnswer {
         redriven: u64,
         duplicates: u64,
         failing: u64,
-        errors: Vec<Failing>,
+        errors: Vec<FailingRecordAnswer>,
         more: bool,
     }
     #[derive(Deserialize)]
-    struct Failing {
+    struct FailingRecordAnswer {
         offset: Offset,
         topic: String,
         pointer: String,
@@ -147,45 +147,45 @@ fn redrive(client: &Client, path: &str, wanted: &Value, out: &mut Out) -> anyhow
         schema_version: u32,
     }
     loop {
-        let answer: Answer = client.post(path, wanted)?;
-        let Answer { redriven, duplicates, failing, errors, more } = answer;
+        let answer: RedrivePageAnswer = client.post(path, wanted)?;
+        let RedrivePageAnswer { redriven, duplicates, failing, errors, more } = answer;
         writeln!(out, "{redriven} let in, {duplicates} let in before, {failing} still failing")?;
-        for Failing { offset, topic, pointer, detail, schema_version } in &errors {
+        for FailingRecordAnswer { offset, topic, pointer, detail, schema_version } in &errors {
             writeln!(out, "  {offset} {topic}: {pointer} {detail} (version {schema_version})")?;
         }
-        // What fails comes again with each request: where nothing else came, asking again is no use.
+        // Each request tries the failing messages again. If nothing else came, another one is useless.
         if !more || redriven == 0 {
             return Ok(());
         }
     }
 }
 
-/// `headgate key quarantine`: puts what a leaked key let in out of sight, or back in it.
-pub(super) fn leak(
-    client: &Client,
+/// `headgate key quarantine`: quarantines the records that a leaked key let in, or restores them.
+pub(super) fn quarantine_leaked_key(
+    client: &ApiClient,
     keys_path: &str,
     key_id: &str,
     since: Option<&str>,
-    out: &mut Out,
+    out: &mut CommandOutput,
 ) -> anyhow::Result<()> {
     #[derive(Deserialize)]
-    struct Answer {
+    struct LeakQuarantineAnswer {
         records: u64,
-        topics: Vec<Topic>,
+        topics: Vec<LeakedTopicAnswer>,
         last_offset: Option<Offset>,
     }
     #[derive(Deserialize)]
-    struct Topic {
+    struct LeakedTopicAnswer {
         datasource: String,
         topic: String,
         records: u64,
     }
     let key_id = KeyId::parse(key_id)?;
     let wanted = since.map_or_else(|| json!({ "undo": true }), |since| json!({ "since": since }));
-    let answer: Answer = client.post(&format!("{keys_path}/{key_id}/quarantine"), &wanted)?;
-    let Answer { records, topics, last_offset } = answer;
+    let answer: LeakQuarantineAnswer = client.post(&format!("{keys_path}/{key_id}/quarantine"), &wanted)?;
+    let LeakQuarantineAnswer { records, topics, last_offset } = answer;
     writeln!(out, "{records} records that key {key_id} let in are in quarantine")?;
-    for Topic { datasource, topic, records } in topics {
+    for LeakedTopicAnswer { datasource, topic, records } in topics {
         writeln!(out, "  {records} of {datasource} {topic}")?;
     }
     match last_offset {

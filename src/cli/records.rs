@@ -1,22 +1,22 @@
-//! `headgate records`: what storage holds of a datasource, page by page, oldest first.
+//! `headgate records`: prints a datasource's stored records, page by page, oldest first.
 
 use std::io::{self, Write};
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::client::Client;
+use super::client::ApiClient;
 use super::datasource;
-use super::out::{Out, table};
+use super::out::{CommandOutput, table};
 use crate::message::Offset;
 
-/// Records asked for at once. A table prints after each page, so that a long answer starts early.
-const PAGE: u64 = 1_000;
+/// Records per request. Each page prints its own table, so that a long answer starts early.
+const RECORDS_PAGE_RECORDS: u64 = 1_000;
 /// Characters of a payload that a table shows; the other formats show all.
-const PAYLOAD_CHARS_MAX: usize = 100;
+const RECORDS_PAYLOAD_CHARS_MAX: usize = 100;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct RecordsArgs {
     /// The datasource's id
     datasource: String,
     /// Only this topic, or the topics of an MQTT filter: 'spindle/#'
@@ -32,12 +32,12 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
     /// A table, a JSON object a line, or CSV
-    #[arg(long, value_enum, default_value_t = Format::Table)]
-    format: Format,
+    #[arg(long, value_enum, default_value_t = RecordsFormat::Table)]
+    format: RecordsFormat,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Format {
+enum RecordsFormat {
     Table,
     Json,
     Csv,
@@ -45,17 +45,17 @@ enum Format {
 
 /// A page of the gateway's answer.
 #[derive(Deserialize)]
-struct Page {
-    records: Vec<Record>,
+struct RecordsPageAnswer {
+    records: Vec<RawRecord>,
     next: Option<Offset>,
 }
 
-/// A record, as the gateway wrote it: digit for digit what the device sent, where that was JSON.
-pub(super) type Record = Box<RawValue>;
+/// A record as the gateway wrote it. A JSON payload has the digits that the device sent.
+pub(super) type RawRecord = Box<RawValue>;
 
-/// What is shown of a record in columns.
+/// The columns that are shown of a record.
 #[derive(Deserialize)]
-struct Columns<'a> {
+struct RecordColumns<'a> {
     offset: Offset,
     received_at: String,
     topic: String,
@@ -67,12 +67,12 @@ struct Columns<'a> {
     transport: String,
 }
 
-impl Columns<'_> {
-    fn of(record: &Record) -> serde_json::Result<Columns<'_>> {
+impl RecordColumns<'_> {
+    fn parse_record(record: &RawRecord) -> serde_json::Result<RecordColumns<'_>> {
         serde_json::from_str(record.get())
     }
 
-    /// The payload: text without quotes, anything else as JSON.
+    /// The payload: a JSON string without its quotes, anything else as JSON.
     fn payload(&self) -> String {
         serde_json::from_str(self.payload.get()).unwrap_or_else(|_| self.payload.get().to_owned())
     }
@@ -81,33 +81,33 @@ impl Columns<'_> {
 /// The columns of CSV.
 const CSV_HEADER: &str = "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport";
 
-pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
-    let client = Client::from_environment()?;
+pub(super) fn run(args: RecordsArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let client = ApiClient::from_environment()?;
     let mut query: Vec<(&str, &str)> = Vec::new();
     for (name, value) in [("topic", &args.topic), ("from", &args.from), ("to", &args.to)] {
         if let Some(value) = value {
             query.push((name, value));
         }
     }
-    if args.format == Format::Csv {
+    if args.format == RecordsFormat::Csv {
         writeln!(out, "{CSV_HEADER}")?;
     }
     for_each_page(&client, &args.datasource, &query, args.limit, |records| {
         match args.format {
-            Format::Json => {
+            RecordsFormat::Json => {
                 for record in records {
                     writeln!(out, "{}", record.get())?;
                 }
             }
-            Format::Csv => {
+            RecordsFormat::Csv => {
                 for record in &records {
-                    csv(&Columns::of(record)?, out)?;
+                    write_csv_line(&RecordColumns::parse_record(record)?, out)?;
                 }
             }
-            Format::Table => {
+            RecordsFormat::Table => {
                 let mut rows = table(&["offset", "received", "topic", "payload"], &[0]);
                 for record in &records {
-                    let record = Columns::of(record)?;
+                    let record = RecordColumns::parse_record(record)?;
                     let payload = shorten(&record.payload());
                     let payload = match &record.payload_encoding {
                         Some(encoding) => format!("{encoding}: {payload}"),
@@ -122,26 +122,26 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     })
 }
 
-/// Hands every page of at most `limit` records to `page`, at least one, which may be empty.
+/// Calls `page` with each page, `limit` records in all at most; at least once, maybe with no records.
 pub(super) fn for_each_page(
-    client: &Client,
+    client: &ApiClient,
     datasource: &str,
     query: &[(&str, &str)],
     limit: u64,
-    mut page: impl FnMut(Vec<Record>) -> anyhow::Result<()>,
+    mut page: impl FnMut(Vec<RawRecord>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let path = format!("{}/records", datasource::path(datasource)?);
     let mut left = limit;
     let mut after: Option<Offset> = None;
     loop {
-        let count = left.min(PAGE).to_string();
+        let count = left.min(RECORDS_PAGE_RECORDS).to_string();
         let mut query = query.to_vec();
         query.push(("limit", &count));
         let after_offset = after.map(|offset| offset.to_string());
         if let Some(after_offset) = &after_offset {
             query.push(("after_offset", after_offset));
         }
-        let Page { records, next } = client.get(&path, &query)?;
+        let RecordsPageAnswer { records, next } = client.get(&path, &query)?;
         left = left.saturating_sub(records.len() as u64);
         page(records)?;
         match next {
@@ -151,21 +151,21 @@ pub(super) fn for_each_page(
     }
 }
 
-/// Cuts a long payload for a table, and keeps out of it what would move the cursor.
+/// Truncates a long payload for a table, and replaces control characters, which could move the cursor.
 fn shorten(payload: &str) -> String {
     let mut short: String = payload
         .chars()
-        .take(PAYLOAD_CHARS_MAX)
+        .take(RECORDS_PAYLOAD_CHARS_MAX)
         .map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c })
         .collect();
-    if payload.chars().nth(PAYLOAD_CHARS_MAX).is_some() {
+    if payload.chars().nth(RECORDS_PAYLOAD_CHARS_MAX).is_some() {
         short.push('…');
     }
     short
 }
 
-/// One line of CSV (RFC 4180): what holds a comma, a quote or a line break is quoted.
-fn csv(record: &Columns<'_>, out: &mut impl Write) -> io::Result<()> {
+/// Writes one line of CSV (RFC 4180); a cell with a comma, a quote or a line break is quoted.
+fn write_csv_line(record: &RecordColumns<'_>, out: &mut impl Write) -> io::Result<()> {
     write!(out, "{},{}", record.offset, record.received_at)?;
     let payload = record.payload();
     let [encoding, content_type] =
@@ -189,7 +189,7 @@ mod tests {
 
     fn line(record: &str) -> String {
         let mut line = Vec::new();
-        csv(&serde_json::from_str(record).expect("a record"), &mut line).expect("a Vec takes all");
+        write_csv_line(&serde_json::from_str(record).expect("a record"), &mut line).expect("a Vec takes all");
         String::from_utf8(line).expect("text")
     }
 
@@ -211,9 +211,9 @@ mod tests {
     #[test]
     fn a_table_shows_no_more_than_fits_and_no_control_characters() {
         let short = shorten(&format!("\u{1b}[2J{}", "é".repeat(200)));
-        assert_eq!(short.chars().count(), PAYLOAD_CHARS_MAX + 1);
+        assert_eq!(short.chars().count(), RECORDS_PAYLOAD_CHARS_MAX + 1);
         assert!(short.starts_with("\u{fffd}[2J") && short.ends_with('…'), "{short}");
-        let fits = "é".repeat(PAYLOAD_CHARS_MAX);
+        let fits = "é".repeat(RECORDS_PAYLOAD_CHARS_MAX);
         assert_eq!(shorten(&fits), fits);
     }
 }

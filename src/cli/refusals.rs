@@ -1,16 +1,16 @@
-//! `headgate refusals`: what was refused lately, to whom, why, and what to do about it.
+//! `headgate refusals`: prints recent refusals: whom, why, and what to do about each.
 
 use std::io::Write;
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::client::Client;
-use super::out::{Out, grouped, table};
+use super::client::ApiClient;
+use super::out::{CommandOutput, grouped, table};
 
 /// What to look for.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct RefusalsArgs {
     /// Only this MQTT client identifier
     #[arg(long, value_name = "ID")]
     client: Option<String>,
@@ -32,13 +32,13 @@ pub(super) struct Args {
 }
 
 #[derive(Debug, Deserialize)]
-struct List {
-    refusals: Vec<Refusal>,
+struct RefusalsAnswer {
+    refusals: Vec<RefusalAnswer>,
     unlisted: u64,
 }
 
 #[derive(Debug, Deserialize)]
-struct Refusal {
+struct RefusalAnswer {
     #[serde(default)]
     address: String,
     #[serde(default)]
@@ -52,8 +52,8 @@ struct Refusal {
     advice: String,
 }
 
-pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
-    let client = Client::from_environment()?;
+pub(super) fn run(args: RefusalsArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let client = ApiClient::from_environment()?;
     let limit = args.limit.to_string();
     let given = [
         ("client", &args.client),
@@ -65,17 +65,22 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
         given.iter().filter_map(|(name, value)| Some((*name, value.as_deref()?))).collect();
     query.push(("limit", &limit));
     let answer: Value = client.get("/v1/refusals", &query)?;
-    if args.json { Ok(writeln!(out, "{answer:#}")?) } else { print(serde_json::from_value(answer)?, out) }
+    if args.json {
+        Ok(writeln!(out, "{answer:#}")?)
+    } else {
+        print_refusals(serde_json::from_value(answer)?, out)
+    }
 }
 
-fn print(list: List, out: &mut Out) -> anyhow::Result<()> {
+fn print_refusals(list: RefusalsAnswer, out: &mut CommandOutput) -> anyhow::Result<()> {
     if list.refusals.is_empty() {
         writeln!(out, "nothing of that kind was refused since the gateway was started")?;
     } else {
         let columns = ["last", "client", "address", "over", "datasource", "cause", "times", "what to do"];
         let mut rows = table(&columns, &[6]);
         for refusal in list.refusals {
-            let Refusal { address, client, transport, cause, datasource, count, last_at, advice } = refusal;
+            let RefusalAnswer { address, client, transport, cause, datasource, count, last_at, advice } =
+                refusal;
             let count = grouped(count);
             rows.add_row([last_at, client, address, transport, datasource, cause, count, advice]);
         }

@@ -1,9 +1,9 @@
-//! Sends many messages over one [`Session`], a window of them unacknowledged at a time, and counts
-//! the acknowledgements itself: what it reports is what a device would know.
+//! Sends many messages over one [`MqttClientSession`], with a window of them unacknowledged, and counts the
+//! acknowledgements itself: it reports what a device would know.
 
+use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -11,12 +11,12 @@ use futures_util::{Stream, StreamExt};
 use hdrhistogram::Histogram;
 use tokio::sync::Semaphore;
 
-use super::session::{Session, Step, WINDOW};
+use super::session::{MqttClientSession, MqttClientStep, UNACKED_MESSAGES_MAX};
 
-/// The longest latency that is told apart, in nanoseconds; longer ones count as this.
+/// The longest latency that is recorded, in nanoseconds; longer ones count as this.
 const LATENCY_NS_MAX: u64 = 60_000_000_000;
 /// How long a message may wait for its acknowledgement.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+const ACK_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// What one sender has seen.
 #[derive(Debug)]
@@ -31,13 +31,13 @@ pub(super) struct Tally {
 
 impl Default for Tally {
     fn default() -> Self {
-        Self { sent: 0, acked: 0, latency: latencies() }
+        Self { sent: 0, acked: 0, latency: latency_histogram() }
     }
 }
 
 impl Tally {
-    /// `messages` were acknowledged together, `latency` after they were sent.
-    pub(super) fn acked(&mut self, messages: u64, latency: Duration) {
+    /// Records that `messages` were acknowledged together, `latency` after they were sent.
+    pub(super) fn count_acked(&mut self, messages: u64, latency: Duration) {
         self.acked += messages;
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
         self.latency.saturating_record_n(nanos, messages);
@@ -45,46 +45,46 @@ impl Tally {
 }
 
 /// An empty histogram of latencies in nanoseconds, three digits each.
-pub(super) fn latencies() -> Histogram<u64> {
+pub(super) fn latency_histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, LATENCY_NS_MAX, 3).expect("1 ns to 60 s with 3 digits is a range")
 }
 
-/// What is on its way: published and not sent yet, oldest first; then, by packet id, sent and not
-/// acknowledged yet.
+/// The messages on their way: `queued` are published and not sent yet, oldest first; `in_flight` are
+/// sent and not acknowledged yet, by packet id.
 #[derive(Default)]
-struct Flow {
+struct ReplayFlow {
     queued: VecDeque<Instant>,
     in_flight: HashMap<u16, Instant>,
     tally: Tally,
     all_published: bool,
 }
 
-impl Flow {
+impl ReplayFlow {
     fn is_done(&self) -> bool {
         self.all_published && self.queued.is_empty() && self.in_flight.is_empty()
     }
 
-    /// Since when the oldest message that the gateway has not answered is on its way.
-    fn oldest(&self) -> Option<Instant> {
+    /// When the oldest unacknowledged message was published.
+    fn oldest_since(&self) -> Option<Instant> {
         self.in_flight.values().chain(self.queued.front()).min().copied()
     }
 }
 
-/// Publishes every payload to `topic` as it comes and returns when all are acknowledged. `acked` is
-/// called with each acknowledgement.
+/// Publishes every payload to `topic` as it arrives and returns when all are acknowledged. Calls
+/// `acked` for each acknowledgement.
 ///
 /// # Errors
-/// The first payload that cannot be read or is refused, or the connection's end; the text says how many were
-/// acknowledged until then.
+/// The first payload that cannot be read or is refused, or the connection's end; the text says how many
+/// were acknowledged until then.
 pub(super) async fn replay(
-    session: &mut Session,
+    session: &mut MqttClientSession,
     topic: &str,
     payloads: impl Stream<Item = anyhow::Result<Vec<u8>>>,
     mut acked: impl FnMut(),
 ) -> anyhow::Result<Tally> {
-    let flow = Mutex::new(Flow::default());
-    let flow = || flow.lock().unwrap_or_else(PoisonError::into_inner);
-    // Opened with the connection: to make it is no part of a message's latency.
+    let flow = Mutex::new(ReplayFlow::default());
+    let flow = || flow.lock();
+    // The window opens once connected, so that connecting does not count as a message's latency.
     let window = Semaphore::new(0);
     let publisher = session.publisher();
     let publish = async {
@@ -104,24 +104,24 @@ pub(super) async fn replay(
             let step = session.step().await?;
             let mut flow = flow();
             match step {
-                Step::Sent(packet_id) => {
+                MqttClientStep::Sent(packet_id) => {
                     let published =
                         flow.queued.pop_front().context("a message was sent that was not published")?;
                     flow.in_flight.insert(packet_id, published);
                 }
-                Step::Acked(packet_id) => {
+                MqttClientStep::Acked(packet_id) => {
                     let published = flow.in_flight.remove(&packet_id);
                     let published = published.context("an acknowledgement of a message that was not sent")?;
-                    flow.tally.acked(1, published.elapsed());
+                    flow.tally.count_acked(1, published.elapsed());
                     window.add_permits(1);
                     acked();
                 }
-                Step::Refused(_, why) => bail!("refused: {why}"),
-                Step::Connected => window.add_permits(WINDOW.into()),
-                // A ping and its answer, at the latest.
-                Step::Disconnected | Step::Other => {
-                    if flow.oldest().is_some_and(|since| since.elapsed() > SILENCE_MAX) {
-                        bail!("a message was not acknowledged in {SILENCE_MAX:?}");
+                MqttClientStep::Refused(_, why) => bail!("refused: {why}"),
+                MqttClientStep::Connected => window.add_permits(UNACKED_MESSAGES_MAX.into()),
+                // Keep-alive pings bring the loop here even if the gateway sends nothing else.
+                MqttClientStep::Disconnected | MqttClientStep::Other => {
+                    if flow.oldest_since().is_some_and(|since| since.elapsed() > ACK_WAIT_MAX) {
+                        bail!("a message was not acknowledged in {ACK_WAIT_MAX:?}");
                     }
                 }
             }
@@ -130,7 +130,7 @@ pub(super) async fn replay(
             }
         }
     };
-    // Receiving is given up only when there is nothing left to receive.
+    // Once all is published, receiving goes on until every message is acknowledged.
     let mut receive = pin!(receive);
     let done = tokio::select! {
         biased;
@@ -146,11 +146,11 @@ pub(super) async fn replay(
     Ok(tally)
 }
 
-/// Ends a session in order: the gateway has been sent a DISCONNECT when the connection is closed.
-pub(super) async fn end(mut session: Session) -> anyhow::Result<()> {
+/// Ends a session cleanly: sends a DISCONNECT before the connection is closed.
+pub(super) async fn disconnect_session(mut session: MqttClientSession) -> anyhow::Result<()> {
     session.publisher().disconnect()?;
-    let gone = async { while !matches!(session.step().await, Ok(Step::Disconnected) | Err(_)) {} };
-    // Everything is acknowledged: whether the goodbye arrives is of no consequence.
-    let _ = tokio::time::timeout(SILENCE_MAX, gone).await;
+    let gone = async { while !matches!(session.step().await, Ok(MqttClientStep::Disconnected) | Err(_)) {} };
+    // Everything is acknowledged, so that a lost DISCONNECT does no harm.
+    let _ = tokio::time::timeout(ACK_WAIT_MAX, gone).await;
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! `headgate schema`: the JSON Schemas that a datasource's messages have to meet, and one inferred from
-//! what it has sent so far.
+//! `headgate schema`: shows and sets the JSON Schemas of a datasource's messages, and infers one from
+//! its stored records.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde_json::{Value, json};
 
-use super::client::Client;
+use super::client::ApiClient;
 use super::datasource;
-use super::out::Out;
+use super::out::CommandOutput;
 
 #[derive(Debug, clap::Subcommand)]
-pub(super) enum Command {
+pub(super) enum SchemaCommand {
     /// Show the schemas that are enforced, with their versions
     Show {
         /// The datasource's id
@@ -40,29 +40,31 @@ pub(super) enum Command {
     },
 }
 
-pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
-    let client = Client::from_environment()?;
+pub(super) fn run(command: SchemaCommand, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let client = ApiClient::from_environment()?;
     let path = |id: &str| Ok::<_, anyhow::Error>(format!("{}/schema", datasource::path(id)?));
     let shown = match command {
-        Command::Show { datasource } => client.get::<Value>(&path(&datasource)?, &[])?["enforced"].take(),
-        Command::Infer { datasource, by_topic } => {
+        SchemaCommand::Show { datasource } => {
+            client.get::<Value>(&path(&datasource)?, &[])?["enforced"].take()
+        }
+        SchemaCommand::Infer { datasource, by_topic } => {
             let mut answer: Value = client.get(&path(&datasource)?, &[])?;
             answer[if by_topic { "by_topic" } else { "inferred" }].take()
         }
-        Command::Set { datasource, file } => {
-            let written = read(&file)?;
-            // A schema is an object or a boolean.
+        SchemaCommand::Set { datasource, file } => {
+            let written = read_schema_file(&file)?;
+            // A list holds one schema per filter; a schema itself is an object or a boolean.
             let name = if written.is_array() { "schemas" } else { "schema" };
             client.put::<Value>(&path(&datasource)?, &json!({ name: written }))?["enforced"].take()
         }
-        Command::Clear { datasource } => {
+        SchemaCommand::Clear { datasource } => {
             client.put::<Value>(&path(&datasource)?, &json!({ "schemas": [] }))?["enforced"].take()
         }
     };
     Ok(writeln!(out, "{shown:#}")?)
 }
 
-fn read(file: &Path) -> anyhow::Result<Value> {
+fn read_schema_file(file: &Path) -> anyhow::Result<Value> {
     let mut text = String::new();
     if file == Path::new("-") {
         std::io::stdin().read_to_string(&mut text).context("standard input")?;

@@ -1,4 +1,4 @@
-//! `headgate serve`: the gateway, in the foreground, until SIGTERM or Ctrl-C.
+//! `headgate serve`: runs the gateway in the foreground until SIGTERM or Ctrl-C.
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -7,17 +7,17 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::out::{self, Out};
+use super::out::{self, CommandOutput};
 use super::signals::Signals;
 use crate::config::Config;
 use crate::gateway::Gateway;
 use crate::observe::trace;
 
-/// After the drain, what may still hold a thread (a query of somebody who has gone) gets this long.
-pub(super) const THREADS_END_MAX: Duration = Duration::from_secs(1);
+/// How long a thread may still run after the drain, for example a query of a disconnected client.
+pub(super) const THREADS_END_WAIT_MAX: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct ServeArgs {
     /// The configuration (TOML); without it, the defaults and the environment
     #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
     config: Option<PathBuf>,
@@ -26,7 +26,7 @@ pub(super) struct Args {
     data_dir: Option<PathBuf>,
 }
 
-pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+pub(super) fn run(args: ServeArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let mut config = Config::load(args.config.as_deref())?;
     if let Some(data_dir) = args.data_dir {
         config.data_dir = data_dir;
@@ -34,13 +34,13 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     trace::init(&config.trace)?;
     let runtime = runtime()?;
     let served = runtime.block_on(serve(config, out));
-    runtime.shutdown_timeout(THREADS_END_MAX);
+    runtime.shutdown_timeout(THREADS_END_WAIT_MAX);
     served
 }
 
-async fn serve(config: Config, out: &mut Out) -> anyhow::Result<()> {
+async fn serve(config: Config, out: &mut CommandOutput) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
-    // In a cluster it may have to wait for NATS.
+    // In a cluster the start may have to wait for NATS.
     let gateway = tokio::select! {
         biased;
         started = Gateway::start(config) => started?,
@@ -60,9 +60,9 @@ async fn serve(config: Config, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One line per listener: where it is and how a client connects, then where the admin key is. The
-/// addresses are the words that begin with `mqtt://`, `mqtts://`, `http://` and `nats://` or `tls://`.
-pub(super) fn announce(gateway: &Gateway, out: &mut Out) -> std::io::Result<()> {
+/// Prints one line per listener with its address and how a client connects, then the admin key's path.
+/// The addresses are the words that begin with `mqtt://`, `mqtts://`, `http://` and `nats://` or `tls://`.
+pub(super) fn announce(gateway: &Gateway, out: &mut CommandOutput) -> std::io::Result<()> {
     writeln!(
         out,
         "MQTT  mqtt://{}  3.1.1 and 5; the key as user name, password or user property \"authorization\"",
@@ -84,7 +84,7 @@ pub(super) fn announce(gateway: &Gateway, out: &mut Out) -> std::io::Result<()> 
     out.flush()
 }
 
-/// Where to reach a listener from this machine: one that listens on every address is on loopback.
+/// A listener's address as seen from this machine: loopback if it listens on every address.
 pub(super) fn reachable(listener: SocketAddr) -> SocketAddr {
     let ip = match listener.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),

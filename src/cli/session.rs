@@ -1,17 +1,17 @@
-//! One MQTT connection of a client, in either version of the protocol, as rumqttc speaks it: it
-//! publishes at QoS 1 and tells which message was acknowledged.
+//! One MQTT connection of a client, in either version of the protocol, over rumqttc. It publishes at
+//! QoS 1 and reports which message was acknowledged.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use rumqttc::{Outgoing, v5};
 
-use super::client::Secret;
+use super::client::KeySecret;
 
 /// How many messages may be unacknowledged at once.
-pub(super) const WINDOW: u16 = 100;
+pub(super) const UNACKED_MESSAGES_MAX: u16 = 100;
 
-/// Seconds of silence after which the server may drop the connection.
+/// The silence after which the server may drop the connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
 /// Which version of MQTT, and how the key is presented in it.
@@ -23,45 +23,45 @@ pub(super) enum Dialect {
     V5,
 }
 
-/// A connection, opened at the first [`Session::step`].
-pub(super) struct Session {
-    publisher: Publisher,
-    events: Events,
+/// A connection, opened at the first [`MqttClientSession::step`].
+pub(super) struct MqttClientSession {
+    publisher: MqttClientPublisher,
+    events: MqttClientEvents,
 }
 
-/// The end of a session that takes messages.
+/// The sending end of a session.
 #[derive(Clone)]
-pub(super) enum Publisher {
+pub(super) enum MqttClientPublisher {
     V311(rumqttc::AsyncClient),
     V5(v5::AsyncClient),
 }
 
-enum Events {
+enum MqttClientEvents {
     V311(Box<rumqttc::EventLoop>),
     V5(Box<v5::EventLoop>),
 }
 
 /// What happened on a connection.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum MqttClientStep {
     /// The key was accepted.
     Connected,
-    /// The oldest message that was not sent yet has gone out under this packet id.
+    /// The oldest unsent message was sent, with this packet id.
     Sent(u16),
     /// The gateway has this message on disk.
     Acked(u16),
-    /// The gateway has said no to this message.
+    /// The gateway refused this message, for this reason.
     Refused(u16, String),
     /// Our DISCONNECT has gone out.
     Disconnected,
-    /// Nothing that concerns a message.
+    /// An event that concerns no message.
     Other,
 }
 
 /// Why a connection ended, or was not made.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum SessionError {
-    /// The gateway said no, in the protocol's words.
+pub(super) enum MqttClientError {
+    /// The gateway refused; the text is the protocol's reason.
     #[error("refused: {0}")]
     Refused(String),
     /// Anything else.
@@ -69,110 +69,120 @@ pub(super) enum SessionError {
     Broken(String),
 }
 
-impl Session {
+impl MqttClientSession {
     /// A session with the gateway at `addr`, with this key or none.
-    pub(super) fn new(dialect: Dialect, addr: SocketAddr, client_id: &str, key: Option<&Secret>) -> Self {
+    pub(super) fn new(dialect: Dialect, addr: SocketAddr, client_id: &str, key: Option<&KeySecret>) -> Self {
         let (host, port) = (addr.ip().to_string(), addr.port());
         match dialect {
             Dialect::V311 => {
                 let mut options = rumqttc::MqttOptions::new(client_id, host, port);
-                options.set_keep_alive(KEEP_ALIVE).set_inflight(WINDOW);
+                options.set_keep_alive(KEEP_ALIVE).set_inflight(UNACKED_MESSAGES_MAX);
                 if let Some(key) = key {
                     options.set_credentials(key.expose(), "");
                 }
-                let (client, events) = rumqttc::AsyncClient::new(options, WINDOW.into());
-                Self { publisher: Publisher::V311(client), events: Events::V311(Box::new(events)) }
+                let (client, events) = rumqttc::AsyncClient::new(options, UNACKED_MESSAGES_MAX.into());
+                Self {
+                    publisher: MqttClientPublisher::V311(client),
+                    events: MqttClientEvents::V311(Box::new(events)),
+                }
             }
             Dialect::V5 => {
                 let mut options = v5::MqttOptions::new(client_id, host, port);
-                options.set_keep_alive(KEEP_ALIVE).set_outgoing_inflight_upper_limit(WINDOW);
+                options.set_keep_alive(KEEP_ALIVE).set_outgoing_inflight_upper_limit(UNACKED_MESSAGES_MAX);
                 if let Some(key) = key {
                     options.set_user_properties(vec![("authorization".to_owned(), key.expose().to_owned())]);
                 }
-                let (client, events) = v5::AsyncClient::new(options, WINDOW.into());
-                Self { publisher: Publisher::V5(client), events: Events::V5(Box::new(events)) }
+                let (client, events) = v5::AsyncClient::new(options, UNACKED_MESSAGES_MAX.into());
+                Self {
+                    publisher: MqttClientPublisher::V5(client),
+                    events: MqttClientEvents::V5(Box::new(events)),
+                }
             }
         }
     }
 
-    /// What messages are handed to.
-    pub(super) fn publisher(&self) -> Publisher {
+    /// The sending end, to publish messages with.
+    pub(super) fn publisher(&self) -> MqttClientPublisher {
         self.publisher.clone()
     }
 
-    /// Connects, sends and receives until something has happened. After an error the session is
-    /// over: rumqttc would connect anew, with a clean session, and forget what was not acknowledged.
+    /// Connects, sends and receives until something has happened. After an error the session is over:
+    /// rumqttc would reconnect with a clean session and forget unacknowledged messages.
     ///
-    /// Not to be cancelled while a message is on its way out, it would be lost.
-    pub(super) async fn step(&mut self) -> Result<Step, SessionError> {
+    /// Do not cancel this while a message is being sent: the message would be lost.
+    pub(super) async fn step(&mut self) -> Result<MqttClientStep, MqttClientError> {
         match &mut self.events {
-            Events::V311(events) => v311_step(events.poll().await),
-            Events::V5(events) => v5_step(events.poll().await),
+            MqttClientEvents::V311(events) => v311_step(events.poll().await),
+            MqttClientEvents::V5(events) => v5_step(events.poll().await),
         }
     }
 }
 
-impl Publisher {
-    /// Queues a message at QoS 1. There is room for [`WINDOW`] that are not sent yet.
-    pub(super) fn publish(&self, topic: &str, payload: Vec<u8>) -> Result<(), SessionError> {
+impl MqttClientPublisher {
+    /// Queues a message at QoS 1. The queue holds up to [`UNACKED_MESSAGES_MAX`] unsent messages.
+    pub(super) fn publish(&self, topic: &str, payload: Vec<u8>) -> Result<(), MqttClientError> {
         match self {
             Self::V311(client) => client
                 .try_publish(topic, rumqttc::QoS::AtLeastOnce, false, payload)
-                .map_err(|error| SessionError::Broken(error.to_string())),
+                .map_err(|error| MqttClientError::Broken(error.to_string())),
             Self::V5(client) => client
                 .try_publish(topic, v5::mqttbytes::QoS::AtLeastOnce, false, payload)
-                .map_err(|error| SessionError::Broken(error.to_string())),
+                .map_err(|error| MqttClientError::Broken(error.to_string())),
         }
     }
 
-    /// Queues a DISCONNECT behind what is queued already.
-    pub(super) fn disconnect(&self) -> Result<(), SessionError> {
+    /// Queues a DISCONNECT behind the messages already queued.
+    pub(super) fn disconnect(&self) -> Result<(), MqttClientError> {
         match self {
             Self::V311(client) => {
-                client.try_disconnect().map_err(|error| SessionError::Broken(error.to_string()))
+                client.try_disconnect().map_err(|error| MqttClientError::Broken(error.to_string()))
             }
             Self::V5(client) => {
-                client.try_disconnect().map_err(|error| SessionError::Broken(error.to_string()))
+                client.try_disconnect().map_err(|error| MqttClientError::Broken(error.to_string()))
             }
         }
     }
 }
 
-fn v311_step(polled: Result<rumqttc::Event, rumqttc::ConnectionError>) -> Result<Step, SessionError> {
+fn v311_step(
+    polled: Result<rumqttc::Event, rumqttc::ConnectionError>,
+) -> Result<MqttClientStep, MqttClientError> {
     use rumqttc::{ConnectionError, Event, Packet};
     match polled {
-        Ok(Event::Incoming(Packet::ConnAck(_))) => Ok(Step::Connected),
-        Ok(Event::Incoming(Packet::PubAck(ack))) => Ok(Step::Acked(ack.pkid)),
-        Ok(Event::Outgoing(Outgoing::Publish(packet_id))) => Ok(Step::Sent(packet_id)),
-        Ok(Event::Outgoing(Outgoing::Disconnect)) => Ok(Step::Disconnected),
-        Ok(_) => Ok(Step::Other),
-        Err(ConnectionError::ConnectionRefused(code)) => Err(SessionError::Refused(format!("{code:?}"))),
-        Err(error) => Err(SessionError::Broken(error.to_string())),
+        Ok(Event::Incoming(Packet::ConnAck(_))) => Ok(MqttClientStep::Connected),
+        Ok(Event::Incoming(Packet::PubAck(ack))) => Ok(MqttClientStep::Acked(ack.pkid)),
+        Ok(Event::Outgoing(Outgoing::Publish(packet_id))) => Ok(MqttClientStep::Sent(packet_id)),
+        Ok(Event::Outgoing(Outgoing::Disconnect)) => Ok(MqttClientStep::Disconnected),
+        Ok(_) => Ok(MqttClientStep::Other),
+        Err(ConnectionError::ConnectionRefused(code)) => Err(MqttClientError::Refused(format!("{code:?}"))),
+        Err(error) => Err(MqttClientError::Broken(error.to_string())),
     }
 }
 
-fn v5_step(polled: Result<v5::Event, v5::ConnectionError>) -> Result<Step, SessionError> {
+fn v5_step(polled: Result<v5::Event, v5::ConnectionError>) -> Result<MqttClientStep, MqttClientError> {
     use v5::mqttbytes::v5::{Packet, PubAckReason};
     use v5::{ConnectionError, Event, StateError};
     match polled {
-        Ok(Event::Incoming(Packet::ConnAck(_))) => Ok(Step::Connected),
+        Ok(Event::Incoming(Packet::ConnAck(_))) => Ok(MqttClientStep::Connected),
         Ok(Event::Incoming(Packet::PubAck(ack))) => match ack.reason {
-            PubAckReason::Success | PubAckReason::NoMatchingSubscribers => Ok(Step::Acked(ack.pkid)),
+            PubAckReason::Success | PubAckReason::NoMatchingSubscribers => {
+                Ok(MqttClientStep::Acked(ack.pkid))
+            }
             reason => {
                 let said = ack.properties.and_then(|properties| properties.reason_string);
                 let text = said.map_or_else(|| format!("{reason:?}"), |said| format!("{reason:?}: {said}"));
-                Ok(Step::Refused(ack.pkid, text))
+                Ok(MqttClientStep::Refused(ack.pkid, text))
             }
         },
-        Ok(Event::Outgoing(Outgoing::Publish(packet_id))) => Ok(Step::Sent(packet_id)),
-        Ok(Event::Outgoing(Outgoing::Disconnect)) => Ok(Step::Disconnected),
-        Ok(_) => Ok(Step::Other),
-        Err(ConnectionError::ConnectionRefused(code)) => Err(SessionError::Refused(format!("{code:?}"))),
+        Ok(Event::Outgoing(Outgoing::Publish(packet_id))) => Ok(MqttClientStep::Sent(packet_id)),
+        Ok(Event::Outgoing(Outgoing::Disconnect)) => Ok(MqttClientStep::Disconnected),
+        Ok(_) => Ok(MqttClientStep::Other),
+        Err(ConnectionError::ConnectionRefused(code)) => Err(MqttClientError::Refused(format!("{code:?}"))),
         Err(ConnectionError::MqttState(StateError::ServerDisconnect { reason_code, reason_string })) => {
             let text = reason_string
                 .map_or_else(|| format!("{reason_code:?}"), |said| format!("{reason_code:?}: {said}"));
-            Err(SessionError::Refused(text))
+            Err(MqttClientError::Refused(text))
         }
-        Err(error) => Err(SessionError::Broken(error.to_string())),
+        Err(error) => Err(MqttClientError::Broken(error.to_string())),
     }
 }

@@ -5,10 +5,10 @@ use std::io;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Exit code after a second request to end, as shells give it for SIGINT.
-const INTERRUPTED: i32 = 130;
+const INTERRUPTED_EXIT_CODE: i32 = 130;
 
-/// Listens for requests to end, from its creation on: one that comes before [`Signals::asked`] is
-/// called is not lost.
+/// Listens for requests to end from its creation on: a signal that comes before the call of
+/// [`Signals::asked`] is not lost.
 pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -27,11 +27,11 @@ impl Signals {
         }
     }
 
-    /// Lets `drain` finish; ends the process on the spot if it is asked again meanwhile.
+    /// Waits for `drain`; a second request to end meanwhile ends the process at once.
     pub(super) async fn finish(mut self, drain: impl Future<Output = ()>) {
         tokio::select! {
             () = drain => {}
-            () = self.asked() => std::process::exit(INTERRUPTED),
+            () = self.asked() => std::process::exit(INTERRUPTED_EXIT_CODE),
         }
     }
 }

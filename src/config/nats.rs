@@ -1,162 +1,161 @@
-//! `[nats]`: which NATS the gateway uses, and for what. Without servers it uses none.
+//! `[nats]`: which NATS the gateway uses, and what for. Without servers it uses none.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use headgate_bridge_nats::{Credentials, Settings};
+use headgate_bridge_nats::{NatsCredentials, NatsSettings};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::ConfigError;
 
-/// NATS.
+/// The NATS that the gateway uses.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Nats {
-    /// `nats://HOST:PORT` or `tls://HOST:PORT`, of one or more servers of a cluster; none: NATS is not
-    /// used.
+pub struct NatsConfig {
+    /// `nats://HOST:PORT` or `tls://HOST:PORT` of one or more servers of a cluster; empty: no NATS.
     pub servers: Vec<String>,
-    /// The user of the server's configuration that the gateway connects as; empty for none.
+    /// The user in the server's configuration as which the gateway connects; empty for none.
     pub user: String,
     /// Its password.
-    pub password: Secret,
+    pub password: ConfigSecret,
     /// A file with its password, instead of it.
     pub password_file: PathBuf,
     /// A `.creds` file, instead of user and password.
     pub credentials: PathBuf,
     /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts.
     pub ca: PathBuf,
-    /// Messages on `ingest.{datasource}.{topic}` are let in.
+    /// Whether messages on `ingest.{datasource}.{topic}` are admitted.
     pub ingest: bool,
     /// The validated stream.
-    pub stream: NatsStream,
+    pub stream: NatsStreamConfig,
     /// API keys as NATS users.
-    pub callout: NatsCallout,
+    pub callout: NatsCalloutConfig,
 }
 
 /// The validated stream in JetStream, on `stream.{datasource}.{topic}`. With `log.backend = "jetstream"`
 /// it is the log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct NatsStream {
-    /// Whether records are sent on to it; as the log it is always there.
+pub struct NatsStreamConfig {
+    /// Whether records are sent to it. With `log.backend = "jetstream"` it always exists.
     pub enabled: bool,
-    /// What JetStream calls it.
+    /// Its name in JetStream.
     pub name: String,
-    /// On how many servers each record is.
+    /// How many servers hold each record.
     pub replicas: usize,
 }
 
 /// Auth callout: a client of NATS presents its API key as its user name, password or token.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct NatsCallout {
-    /// A file with the account's seed that answers are signed with (`SA…`); empty: no auth callout.
+pub struct NatsCalloutConfig {
+    /// A file with the account's seed that signs the answers (`SA…`); empty: no auth callout.
     pub issuer_seed_file: PathBuf,
-    /// A file with the curve seed that requests are encrypted to (`SX…`); empty: they are not.
+    /// A file with the curve seed to which requests are encrypted (`SX…`); empty: no encryption.
     pub xkey_seed_file: PathBuf,
-    /// The account that clients with an API key are in.
+    /// The account of clients with an API key.
     pub account: String,
-    /// A user of the account that requests come to, and what clients publish: one that is the gateways'
-    /// alone, so not that of `nats.user`.
+    /// A user of the account that receives the requests and what clients publish. That account belongs to the
+    /// gateways alone, so it is not that of `nats.user`.
     pub user: String,
     /// Its password.
-    pub password: Secret,
+    pub password: ConfigSecret,
     /// A file with its password, instead of it.
     pub password_file: PathBuf,
-    /// A user of the system account, to end connections of dead keys as; empty: they end when their
+    /// A user of the system account, for ending the connections of dead keys. If empty, they end when their
     /// permission expires, and what they publish until then is refused.
     pub system_user: String,
     /// Its password.
-    pub system_password: Secret,
+    pub system_password: ConfigSecret,
     /// A file with its password, instead of it.
     pub system_password_file: PathBuf,
-    /// How long a client's permission lasts at most, in seconds; it connects again then.
+    /// The longest that a client's permission lasts, in seconds; then the client has to reconnect.
     pub expiry_s: u64,
-    /// Whether clients may use the inbox that NATS clients use by themselves, `_INBOX.>`. It is one for
-    /// all: whoever has a key can then see the answers to others. Each may use an inbox of its own in any
-    /// case, `_INBOX_{key id}.>`.
+    /// Whether clients may use the default inbox of NATS clients, `_INBOX.>`. All clients share it, so each
+    /// can see the answers to the others. A client may always use the inbox of its own key,
+    /// `_INBOX_{key id}.>`.
     pub shared_inbox: bool,
 }
 
-impl Nats {
-    /// Whether there is any to use.
+impl NatsConfig {
+    /// Whether NATS is used.
     pub fn is_used(&self) -> bool {
         !self.servers.is_empty()
     }
 }
 
-impl Nats {
-    /// How to connect. `name` is what the connection is for: what it is called in NATS' monitoring begins
-    /// with `headgate`.
+impl NatsConfig {
+    /// How to connect. `name` says what the connection is for; NATS' monitoring shows it after `headgate`.
     ///
     /// # Errors
     /// [`ConfigError::Secret`] if the password's file cannot be read.
-    pub fn connection(&self, name: &str) -> Result<Settings, ConfigError> {
+    pub fn connection(&self, name: &str) -> Result<NatsSettings, ConfigError> {
         let unset = |path: &PathBuf| path.as_os_str().is_empty();
         let credentials = if !unset(&self.credentials) {
-            Credentials::File(self.credentials.clone())
+            NatsCredentials::File(self.credentials.clone())
         } else if self.user.is_empty() {
-            Credentials::None
+            NatsCredentials::None
         } else {
-            let password = self.password.or_from("nats.password_file", &self.password_file)?;
-            Credentials::Password { user: self.user.clone(), password }
+            let password = self.password.or_from_file("nats.password_file", &self.password_file)?;
+            NatsCredentials::Password { user: self.user.clone(), password }
         };
         Ok(self.settings(credentials, name))
     }
 
-    /// How to connect to the account that requests of auth callout come to.
+    /// How to connect to the account that receives the requests of auth callout.
     ///
     /// # Errors
     /// [`ConfigError::Secret`] if the password's file cannot be read.
-    pub fn callout_connection(&self, name: &str) -> Result<Settings, ConfigError> {
-        let NatsCallout { user, password, password_file, .. } = &self.callout;
-        let password = password.or_from("nats.callout.password_file", password_file)?;
-        Ok(self.settings(Credentials::Password { user: user.clone(), password }, name))
+    pub fn callout_connection(&self, name: &str) -> Result<NatsSettings, ConfigError> {
+        let NatsCalloutConfig { user, password, password_file, .. } = &self.callout;
+        let password = password.or_from_file("nats.callout.password_file", password_file)?;
+        Ok(self.settings(NatsCredentials::Password { user: user.clone(), password }, name))
     }
 
     /// How to connect to the system account.
     ///
     /// # Errors
     /// [`ConfigError::Secret`] if the password's file cannot be read.
-    pub fn system_connection(&self, name: &str) -> Result<Settings, ConfigError> {
-        let NatsCallout { system_user, system_password, system_password_file, .. } = &self.callout;
-        let password = system_password.or_from("nats.callout.system_password_file", system_password_file)?;
-        Ok(self.settings(Credentials::Password { user: system_user.clone(), password }, name))
+    pub fn system_connection(&self, name: &str) -> Result<NatsSettings, ConfigError> {
+        let NatsCalloutConfig { system_user, system_password, system_password_file, .. } = &self.callout;
+        let password =
+            system_password.or_from_file("nats.callout.system_password_file", system_password_file)?;
+        Ok(self.settings(NatsCredentials::Password { user: system_user.clone(), password }, name))
     }
 
-    fn settings(&self, credentials: Credentials, name: &str) -> Settings {
+    fn settings(&self, credentials: NatsCredentials, name: &str) -> NatsSettings {
         let ca = (!self.ca.as_os_str().is_empty()).then(|| self.ca.clone());
-        Settings { servers: self.servers.clone(), credentials, ca, name: format!("headgate {name}") }
+        NatsSettings { servers: self.servers.clone(), credentials, ca, name: format!("headgate {name}") }
     }
 }
 
-impl NatsCallout {
+impl NatsCalloutConfig {
     /// Whether API keys are NATS users.
     pub fn is_used(&self) -> bool {
         !self.issuer_seed_file.as_os_str().is_empty()
     }
 }
 
-impl Default for Nats {
+impl Default for NatsConfig {
     fn default() -> Self {
         Self {
             servers: Vec::new(),
             user: String::new(),
-            password: Secret::default(),
+            password: ConfigSecret::default(),
             password_file: PathBuf::new(),
             credentials: PathBuf::new(),
             ca: PathBuf::new(),
             ingest: true,
-            stream: NatsStream { enabled: true, name: "headgate".to_owned(), replicas: 1 },
-            callout: NatsCallout {
+            stream: NatsStreamConfig { enabled: true, name: "headgate".to_owned(), replicas: 1 },
+            callout: NatsCalloutConfig {
                 issuer_seed_file: PathBuf::new(),
                 xkey_seed_file: PathBuf::new(),
                 account: "APP".to_owned(),
                 user: String::new(),
-                password: Secret::default(),
+                password: ConfigSecret::default(),
                 password_file: PathBuf::new(),
                 system_user: String::new(),
-                system_password: Secret::default(),
+                system_password: ConfigSecret::default(),
                 system_password_file: PathBuf::new(),
                 expiry_s: 3_600,
                 shared_inbox: true,
@@ -165,12 +164,12 @@ impl Default for Nats {
     }
 }
 
-/// A secret of the configuration: shown nowhere.
+/// A secret of the configuration. Neither `Debug` nor serialization shows it.
 #[derive(Clone, PartialEq, Eq, Default, Deserialize)]
-pub struct Secret(String);
+pub struct ConfigSecret(String);
 
-impl Secret {
-    /// The secret itself, for whoever it is to be presented to.
+impl ConfigSecret {
+    /// The secret itself, for presenting it.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -180,11 +179,11 @@ impl Secret {
         self.0.is_empty()
     }
 
-    /// The secret itself, or what is in `file` if one is named; `key` is the file's setting.
+    /// The secret itself, or the content of `file` if one is named; `key` is the file's setting.
     ///
     /// # Errors
     /// [`ConfigError::Secret`] if it cannot be read.
-    pub fn or_from(&self, key: &'static str, file: &Path) -> Result<String, ConfigError> {
+    pub fn or_from_file(&self, key: &'static str, file: &Path) -> Result<String, ConfigError> {
         if file.as_os_str().is_empty() {
             return Ok(self.0.clone());
         }
@@ -198,13 +197,13 @@ impl Secret {
     }
 }
 
-impl fmt::Debug for Secret {
+impl fmt::Debug for ConfigSecret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self.redacted(), f)
     }
 }
 
-impl Serialize for Secret {
+impl Serialize for ConfigSecret {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.redacted())
     }
@@ -218,12 +217,15 @@ mod tests {
     fn a_password_may_stand_in_a_file_and_is_never_shown() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let file = dir.path().join("password");
-        let nats = Nats { user: "gateway".to_owned(), password_file: file.clone(), ..Nats::default() };
+        let nats =
+            NatsConfig { user: "gateway".to_owned(), password_file: file.clone(), ..NatsConfig::default() };
         let error = nats.connection("test").expect_err("there is no such file").to_string();
         assert!(error.contains("nats.password_file"), "{error}");
         std::fs::write(&file, "s3cret\n").expect("written");
         let settings = nats.connection("test").expect("readable");
-        let Credentials::Password { user, password } = &settings.credentials else { panic!("{settings:?}") };
+        let NatsCredentials::Password { user, password } = &settings.credentials else {
+            panic!("{settings:?}")
+        };
         assert_eq!((user.as_str(), password.as_str()), ("gateway", "s3cret"));
         assert!(!format!("{settings:?}").contains("s3cret"));
         assert_eq!(settings.name, "headgate test");

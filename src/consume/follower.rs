@@ -1,13 +1,14 @@
 //! A follower: a thread that reads the log behind a consumer's cursor, round after round.
 //!
-//! What a round does is the [`Consumer`]'s: storage writes a transaction, retained messages are brought
-//! up to date, the stream on NATS gets what is new. What all of them need is here: the pace, trouble
-//! that is said once and tried again until it is over, and an end within a deadline. Whatever goes
+//! The [`Consumer`] decides what a round does: storage writes a transaction, retained messages are brought
+//! up to date, the stream on NATS gets new records. This file has what all of them need: the pace, errors
+//! that are logged once and retried until they are over, and an end within a deadline. Whatever goes
 //! wrong, the log keeps the records, and no acknowledgement waits for a consumer.
 
+use parking_lot::{Condvar, Mutex};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -16,72 +17,72 @@ use tracing::{error, info, warn};
 use crate::log::Log;
 use crate::message::Offset;
 
-/// How long the thread waits for the log before it looks whether it is to stop.
-const WAIT_SLICE: Duration = Duration::from_millis(50);
-/// After trouble: the first wait before the next attempt, doubled each time up to the second.
-const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+/// How long the thread waits for the log before it checks whether it should stop.
+const FOLLOWER_WAIT_SLICE: Duration = Duration::from_millis(50);
+/// The first and the longest pause after a failed round; it doubles each time.
+const FOLLOWER_RETRY_PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
 
-/// What follows the log. All of it runs on the follower's thread.
+/// Consumes the log. All methods run on the follower's thread.
 pub(super) trait Consumer: Send + 'static {
-    /// Why a round brought nothing.
-    type Trouble: fmt::Display;
+    /// Why a round failed.
+    type RoundError: fmt::Display;
 
-    /// Consumes what the log has behind the cursor, as much as is good at a time.
-    fn round(&mut self) -> Result<Next, Self::Trouble>;
+    /// Consumes the next records of the log, as many as suit one round.
+    fn round(&mut self) -> Result<NextRound, Self::RoundError>;
 
     /// The first offset that was not consumed.
     fn cursor(&self) -> Offset;
 
-    /// Puts in order what is to be so after the last round.
+    /// Cleans up after the last round.
     fn end(self);
 }
 
 /// When the next round is.
-pub(super) enum Next {
-    /// There is nothing to consume: when there is.
+pub(super) enum NextRound {
+    /// When the log has more: everything is consumed.
     AtTail,
-    /// After this time, or once somebody [waits](Control::want) for what was not consumed yet.
-    Turn(Duration),
+    /// After this time, or once somebody [waits](FollowerControl::request_offset) for a record that is not consumed yet.
+    After(Duration),
     /// Now.
     Again,
 }
 
-/// What an operator reads about a consumer, and how it takes trouble.
-pub(super) struct Words {
+/// What the log says about a consumer, and how it treats errors while it stops.
+pub(super) struct FollowerProfile {
     /// The name of its thread.
     pub(super) name: &'static str,
-    /// What trouble means; the trouble follows.
+    /// What an error means for the operator; the error follows.
     pub(super) down: &'static str,
-    /// That it is over.
+    /// That the error is over.
     pub(super) up: &'static str,
     /// That it did not end by its deadline.
     pub(super) late: &'static str,
-    /// Whether trouble while it stops is waited out, until the deadline, for the sake of what is in the
-    /// log already.
+    /// Whether it retries until the deadline when a round fails while it stops, to consume what the log
+    /// already has.
     pub(super) patient: bool,
 }
 
 /// What the thread and those who ask about it share.
-pub(super) struct Control {
-    words: &'static Words,
+pub(super) struct FollowerControl {
+    words: &'static FollowerProfile,
     trouble: Mutex<Option<String>>,
-    asked: Mutex<Asked>,
+    asked: Mutex<FollowerRequests>,
     asked_more: Condvar,
     ended: watch::Sender<bool>,
 }
 
-/// What is asked of the thread.
+/// What others want of the thread.
 #[derive(Default)]
-struct Asked {
+struct FollowerRequests {
     /// Somebody waits until everything below this is consumed.
     wanted: Offset,
-    /// When to have ended, once that is to be.
+    /// The deadline, once the thread is to end.
     stop: Option<Instant>,
 }
 
-impl Control {
-    /// Of a thread that has not begun.
-    pub(super) fn new(words: &'static Words) -> Arc<Self> {
+impl FollowerControl {
+    /// For a thread that has not started yet.
+    pub(super) fn new(words: &'static FollowerProfile) -> Arc<Self> {
         Arc::new(Self {
             words,
             trouble: Mutex::default(),
@@ -101,26 +102,26 @@ impl Control {
         thread.spawn(move || control.run(consumer, &*log)).map(drop)
     }
 
-    /// Why the consumer does not get on, while it does not.
+    /// The present error, while rounds fail.
     pub(super) fn trouble(&self) -> Option<String> {
-        lock(&self.trouble).clone()
+        self.trouble.lock().clone()
     }
 
-    /// Lets the thread know that somebody waits until everything below `offset` is consumed.
-    pub(super) fn want(&self, offset: Offset) {
-        let mut asked = lock(&self.asked);
+    /// Tells the thread that somebody waits until everything below `offset` is consumed.
+    pub(super) fn request_offset(&self, offset: Offset) {
+        let mut asked = self.asked.lock();
         asked.wanted = asked.wanted.max(offset);
         self.asked_more.notify_all();
     }
 
-    /// Tells the thread to consume what is in the log already, within the deadline, and to end.
+    /// Tells the thread to consume what the log already has, within the deadline, and to end.
     pub(super) fn stop_by(&self, deadline: Instant) {
-        let mut asked = lock(&self.asked);
+        let mut asked = self.asked.lock();
         asked.stop = Some(asked.stop.map_or(deadline, |earlier| earlier.min(deadline)));
         self.asked_more.notify_all();
     }
 
-    /// The same, and waits for it until the deadline.
+    /// As [`FollowerControl::stop_by`], and waits for the end until the deadline.
     pub(super) async fn stop(&self, deadline: Instant) {
         self.stop_by(deadline);
         let mut ended = self.ended.subscribe();
@@ -129,9 +130,9 @@ impl Control {
         }
     }
 
-    /// When the thread is to have ended, once it is to end.
-    pub(super) fn stopping(&self) -> Option<Instant> {
-        lock(&self.asked).stop
+    /// The deadline by which the thread should end, once it is told to.
+    pub(super) fn stop_deadline(&self) -> Option<Instant> {
+        self.asked.lock().stop
     }
 
     /// Whether the thread has ended.
@@ -141,48 +142,48 @@ impl Control {
     }
 
     fn run<C: Consumer>(self: Arc<Self>, mut consumer: C, log: &dyn Log) {
-        let _ended = Ended(self.clone());
-        let mut retry = RETRY.0;
+        let _ended = FollowerEndGuard(self.clone());
+        let mut retry = FOLLOWER_RETRY_PAUSES.0;
         loop {
-            let stop = self.stopping();
+            let stop = self.stop_deadline();
             if stop.is_some_and(|deadline| deadline <= Instant::now()) {
                 break;
             }
             match consumer.round() {
                 Ok(next) => {
-                    retry = RETRY.0;
+                    retry = FOLLOWER_RETRY_PAUSES.0;
                     self.set_trouble(None, consumer.cursor());
                     match next {
-                        Next::AtTail if stop.is_some() => break,
-                        Next::AtTail => log.wait_blocking(consumer.cursor(), WAIT_SLICE),
-                        Next::Turn(time) => self.pause(time, |asked| asked.wanted > consumer.cursor()),
-                        Next::Again => {}
+                        NextRound::AtTail if stop.is_some() => break,
+                        NextRound::AtTail => log.wait_blocking(consumer.cursor(), FOLLOWER_WAIT_SLICE),
+                        NextRound::After(time) => self.pause(time, |asked| asked.wanted > consumer.cursor()),
+                        NextRound::Again => {}
                     }
                 }
                 Err(trouble) => {
                     self.set_trouble(Some(trouble.to_string()), consumer.cursor());
                     match stop {
                         Some(_) if !self.words.patient => break,
-                        // A pause ends at once when the thread is to end, and here something is waited for.
-                        Some(_) => std::thread::sleep(RETRY.0),
+                        // `pause` returns at once while the thread is to end, so it would spin here.
+                        Some(_) => std::thread::sleep(FOLLOWER_RETRY_PAUSES.0),
                         None => self.pause(retry, |_| false),
                     }
-                    retry = (retry * 2).min(RETRY.1);
+                    retry = (retry * 2).min(FOLLOWER_RETRY_PAUSES.1);
                 }
             }
         }
         consumer.end();
     }
 
-    /// Waits for `time`, or until the thread is to end, or `enough`.
-    fn pause(&self, time: Duration, enough: impl Fn(&Asked) -> bool) {
-        let go_on = |asked: &mut Asked| asked.stop.is_none() && !enough(asked);
-        let _ = self.asked_more.wait_timeout_while(lock(&self.asked), time, go_on);
+    /// Waits for `time`, or until the thread is to end or `enough` holds.
+    fn pause(&self, time: Duration, enough: impl Fn(&FollowerRequests) -> bool) {
+        let go_on = |asked: &mut FollowerRequests| asked.stop.is_none() && !enough(asked);
+        self.asked_more.wait_while_for(&mut self.asked.lock(), go_on, time);
     }
 
-    /// Takes note of trouble, or of its end, and says so when that is news.
+    /// Notes an error, or its end, and logs it when it has changed.
     fn set_trouble(&self, trouble: Option<String>, cursor: Offset) {
-        let mut current = lock(&self.trouble);
+        let mut current = self.trouble.lock();
         if *current == trouble {
             return;
         }
@@ -194,19 +195,15 @@ impl Control {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+/// Marks the thread as ended when it is dropped, also after a panic.
+struct FollowerEndGuard(Arc<FollowerControl>);
 
-/// Says that the thread has ended, also when it has panicked.
-struct Ended(Arc<Control>);
-
-impl Drop for Ended {
+impl Drop for FollowerEndGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let trouble = "the thread has ended by a panic, and needs a restart";
             error!("{}: {trouble}", self.0.words.down);
-            *lock(&self.0.trouble) = Some(trouble.to_owned());
+            *self.0.trouble.lock() = Some(trouble.to_owned());
         }
         self.0.ended.send_replace(true);
     }

@@ -1,5 +1,5 @@
 //! The newest value of each topic and of each top-level key of its JSON objects: what a twin of the
-//! machine would show. Storage keeps it up to date with the records; here it is read.
+//! machine would show. Storage keeps these up to date; this file reads them.
 
 use std::collections::BTreeMap;
 
@@ -8,56 +8,56 @@ use rusqlite::{Connection, params};
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 
-use super::query::bytes_of;
-use super::render::{self, Payload, Rfc3339};
-use super::sink::schema::offset_of;
+use super::query::payload_bytes_of_row;
+use super::render::{self, PayloadJson, Rfc3339};
+use super::sink::schema::offset_from_sql;
 use crate::limits::{LATEST_TOPICS_MAX, QUERY_BYTES_MAX};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
 /// The newest values of a datasource, or of some of its topics if it has very many.
 #[derive(Debug, Serialize)]
 pub struct LatestPage {
-    /// Whose.
+    /// The datasource of the topics.
     pub datasource: DatasourceId,
     /// Ordered by name.
-    pub topics: Vec<Latest>,
+    pub topics: Vec<LatestTopic>,
     /// The topic after which the next page begins, if there is one.
     pub next: Option<String>,
 }
 
 /// The newest value of one topic.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Latest {
+pub struct LatestTopic {
     /// As the device wrote it.
     pub topic: String,
-    /// Of the newest record.
+    /// The offset of the newest record.
     pub offset: Offset,
-    /// When that was received.
+    /// When that record was received.
     pub received_at: TimeMicros,
-    /// What it holds.
+    /// Its payload.
     pub payload: Vec<u8>,
     /// Its media type, or empty.
     pub content_type: String,
-    /// The newest value of each top-level key of the topic's JSON objects; of the key `""` for
-    /// payloads that are no object.
+    /// The newest value of each top-level key of the topic's JSON objects. Other payloads are the value of
+    /// the key `""`.
     pub values: BTreeMap<String, LatestValue>,
 }
 
 /// The newest value of one key.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LatestValue {
-    /// JSON, or the bytes that were sent; `None` if it was too long to be copied out of its record.
+    /// JSON, or the bytes that were sent. `None` if the value was too long to be kept.
     pub value: Option<Vec<u8>>,
-    /// Of the record that it came with.
+    /// The offset of the record that it came with.
     pub offset: Offset,
-    /// When that was received.
+    /// When that record was received.
     pub received_at: TimeMicros,
 }
 
 /// `{"topic", "offset", "received_at", "payload", "content_type", "values"}`.
-impl Serialize for Latest {
+impl Serialize for LatestTopic {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let payload = Payload::of(&self.payload);
+        let payload = PayloadJson::from_bytes(&self.payload);
         let encoding = payload.encoding();
         let mut fields = serializer.serialize_struct("Latest", 6 + usize::from(encoding.is_some()))?;
         fields.serialize_field("topic", &self.topic)?;
@@ -67,18 +67,18 @@ impl Serialize for Latest {
         if let Some(encoding) = encoding {
             fields.serialize_field("payload_encoding", encoding)?;
         }
-        fields.serialize_field("content_type", &render::given(&self.content_type))?;
+        fields.serialize_field("content_type", &render::content_type_if_given(&self.content_type))?;
         fields.serialize_field("values", &self.values)?;
         fields.end()
     }
 }
 
-/// `{"value", "offset", "received_at"}`, with `"value_encoding": "base64"` beside bytes that are no
-/// text, and `"omitted": true` beside the `null` that stands for a value too long to be copied.
+/// `{"value", "offset", "received_at"}`, with `"value_encoding": "base64"` beside bytes that are not
+/// text, and `"omitted": true` beside the `null` that stands for a value too long to be kept.
 impl Serialize for LatestValue {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let value = self.value.as_deref().map(Payload::of);
-        let encoding = value.as_ref().and_then(Payload::encoding);
+        let value = self.value.as_deref().map(PayloadJson::from_bytes);
+        let encoding = value.as_ref().and_then(PayloadJson::encoding);
         let more = usize::from(encoding.is_some() || value.is_none());
         let mut fields = serializer.serialize_struct("LatestValue", 3 + more)?;
         fields.serialize_field("value", &value)?;
@@ -95,13 +95,13 @@ impl Serialize for LatestValue {
 }
 
 /// Fills `page` with the topics of a datasource that come after `after`.
-pub(super) fn read(
+pub(super) fn read_latest_page(
     connection: &Connection,
     datasource_id: i64,
     after: Option<&str>,
     page: &mut LatestPage,
 ) -> rusqlite::Result<()> {
-    // Every topic sorts after the empty one, which none is.
+    // No topic is empty, so every topic sorts after the empty string.
     let after = after.unwrap_or_default();
     let mut topics = connection.prepare_cached(
         "SELECT t.id, t.topic, e.offset, e.received_us, e.payload, o.content_type
@@ -119,11 +119,11 @@ pub(super) fn read(
             break;
         }
         let id: i64 = row.get(0)?;
-        let mut latest = Latest {
+        let mut latest = LatestTopic {
             topic: row.get(1)?,
-            offset: offset_of(row.get(2)?),
+            offset: offset_from_sql(row.get(2)?),
             received_at: row.get(3)?,
-            payload: bytes_of(row, 4)?,
+            payload: payload_bytes_of_row(row, 4)?,
             content_type: row.get(5)?,
             values: BTreeMap::new(),
         };
@@ -136,7 +136,7 @@ pub(super) fn read(
             };
             let key: String = row.get(0)?;
             bytes += key.len() + value.as_ref().map_or(0, Vec::len);
-            let value = LatestValue { value, offset: offset_of(row.get(2)?), received_at: row.get(3)? };
+            let value = LatestValue { value, offset: offset_from_sql(row.get(2)?), received_at: row.get(3)? };
             latest.values.insert(key, value);
         }
         page.topics.push(latest);
@@ -149,21 +149,21 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::consume::query::Query;
-    use crate::consume::sink::sqlite::{FILE_NAME, SqliteSink};
+    use crate::consume::query::RecordsReader;
+    use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
     use crate::consume::testing::record;
     use crate::limits::{LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_VALUE_BYTES_MAX};
     use crate::message::RecordRef;
 
-    /// Stores each of `transactions`, whose records follow one another, and reads what is latest.
+    /// Stores each of `transactions`, whose records are consecutive, and reads the latest values.
     fn latest_after(transactions: &[Vec<RecordRef<'_>>]) -> LatestPage {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let mut sink = SqliteSink::open(&dir.path().join(FILE_NAME)).expect("opens");
+        let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
         for records in transactions {
             let next = records.last().expect("some records").offset + 1;
             sink.store(records.iter().copied(), next, false).expect("stored");
         }
-        let query = Query::open(dir.path()).expect("opens");
+        let query = RecordsReader::open(dir.path()).expect("opens");
         query.latest(&DatasourceId::new("press-4").expect("slug"), None).expect("reads")
     }
 
@@ -277,11 +277,11 @@ mod tests {
     #[test]
     fn very_many_topics_come_in_pages() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let mut sink = SqliteSink::open(&dir.path().join(FILE_NAME)).expect("opens");
+        let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
         let topics: Vec<String> = (0..=LATEST_TOPICS_MAX).map(|n| format!("t/{n:06}")).collect();
         let records = topics.iter().zip(0..).map(|(topic, offset)| record(offset, "press-4", topic, b"1"));
         sink.store(records, topics.len() as u64, false).expect("stored");
-        let query = Query::open(dir.path()).expect("opens");
+        let query = RecordsReader::open(dir.path()).expect("opens");
         let id = DatasourceId::new("press-4").expect("slug");
         let first = query.latest(&id, None).expect("reads");
         assert_eq!(first.topics.len(), LATEST_TOPICS_MAX);

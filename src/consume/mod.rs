@@ -1,10 +1,10 @@
-//! What follows the log: each consumer behind a cursor of its own, so that a slow one delays
-//! nobody, and the next start goes on where the last one stopped.
+//! What follows the log: each consumer has its own cursor, so that a slow one delays nobody and the next
+//! start resumes where the last one stopped.
 //!
-//! [`storage`] is the consumer that every record goes through; it writes to a [`sink`]. What a sink
-//! holds is read back by [`query`], and given its outward form by [`render`]. [`subscriber`] is for
-//! MQTT clients that subscribe, [`egress`] for clients of NATS. [`quarantine`] has what none of them is
-//! given. `follower.rs` is the thread that some of them are.
+//! [`storage`] consumes every record and writes it to a [`sink`]. [`query`] reads a sink back and
+//! [`render`] gives the result its outward form. [`subscriber`] serves MQTT clients that subscribe,
+//! [`egress`] clients of NATS. [`quarantine`] has the records that none of them is given. `follower.rs`
+//! is the thread that some of them run on.
 
 pub mod egress;
 mod follower;

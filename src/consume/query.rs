@@ -1,43 +1,44 @@
-//! Queries: reading what is stored, a page at a time, while storage goes on writing.
+//! Queries: reading stored records, a page at a time, while storage keeps writing.
 //!
-//! A page is bounded three ways: by the records it holds, by their bytes, and by the records that
-//! were looked at for it. The last is for filters that few records pass: their pages may be short
-//! or empty and still have a next one, so that no request reads a whole database.
+//! Three bounds limit a page: its records, their bytes, and the records scanned for it. The last bound
+//! is for filters that few records pass: their pages may be short or empty and still have a next one, so
+//! that no request scans a whole database.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::types::Type;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 
 use super::latest::{self, LatestPage};
-use super::sink::schema::{TIME_INDEX_OFFSETS, offset_of, sql_offset};
-use super::sink::sqlite::FILE_NAME;
+use super::sink::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
+use super::sink::sqlite::RECORDS_FILE_NAME;
 use crate::filter::{FilterError, TopicFilter};
 use crate::limits::{QUERIES_MAX, QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
 
 /// How long a query waits while another process has the whole database locked.
-const LOCK_WAIT: Duration = Duration::from_secs(2);
+const QUERY_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 
-/// Reads `records.db`. Blocking: call it where blocking is allowed. Cheap to clone.
+/// Reads `records.db`. Blocks, so call it where blocking is allowed. Cheap to clone.
 #[derive(Clone)]
-pub struct Query {
-    pool: Arc<Pool>,
+pub struct RecordsReader {
+    pool: Arc<RecordsConnectionPool>,
 }
 
-/// Connections that nobody uses at the moment.
-struct Pool {
+/// Connections that no query uses at the moment.
+struct RecordsConnectionPool {
     path: PathBuf,
     idle: Mutex<Vec<Connection>>,
 }
 
-/// Which records.
+/// Which records to read.
 #[derive(Debug, Clone)]
 pub struct RecordsQuery {
-    /// Whose.
+    /// The datasource of the records.
     pub datasource: DatasourceId,
     /// A topic or an MQTT filter (`+`, `#`).
     pub topic: Option<String>,
@@ -49,7 +50,7 @@ pub struct RecordsQuery {
     pub after_offset: Option<Offset>,
     /// Only records let in by this key.
     pub key_id: Option<KeyId>,
-    /// At most so many, and never more than [`QUERY_RECORDS_MAX`].
+    /// At most this many, and never more than [`QUERY_RECORDS_MAX`].
     pub limit: usize,
 }
 
@@ -60,13 +61,13 @@ pub struct StoredRecord {
     pub offset: Offset,
     /// As the device wrote it.
     pub topic: Arc<str>,
-    /// The bytes.
+    /// The bytes that the device sent.
     pub payload: Vec<u8>,
     /// The media type, or empty.
     pub content_type: Arc<str>,
     /// The key that let it in.
     pub key_id: KeyId,
-    /// Which way it came.
+    /// The transport that it came by.
     pub transport: Transport,
     /// When it was received.
     pub received_at: TimeMicros,
@@ -84,21 +85,26 @@ pub struct RecordsPage {
 /// Why a query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
-    /// The topic asked for is none.
+    /// The topic in the query is neither a topic nor a filter.
     #[error("topic: {0}")]
     Filter(#[from] FilterError),
-    /// The database.
+    /// The database could not be read.
     #[error("query: {0}")]
     Database(#[from] rusqlite::Error),
 }
 
-impl Query {
-    /// Over `dir/records.db`, which storage has made.
+impl RecordsReader {
+    /// Opens `dir/records.db`, which storage has made.
     ///
     /// # Errors
-    /// [`QueryError::Database`] if it is not there or not readable.
+    /// [`QueryError::Database`] if the file is missing or unreadable.
     pub fn open(dir: &Path) -> Result<Self, QueryError> {
-        let query = Self { pool: Arc::new(Pool { path: dir.join(FILE_NAME), idle: Mutex::default() }) };
+        let query = Self {
+            pool: Arc::new(RecordsConnectionPool {
+                path: dir.join(RECORDS_FILE_NAME),
+                idle: Mutex::default(),
+            }),
+        };
         query
             .read(|connection| Ok(connection.query_row("SELECT next_offset FROM cursor", [], |_| Ok(()))?))?;
         Ok(query)
@@ -107,52 +113,51 @@ impl Query {
     /// One page of records, in the order of their offsets.
     ///
     /// # Errors
-    /// [`QueryError::Filter`] for a topic that is none; the database's.
+    /// [`QueryError::Filter`] for a topic that is not valid; [`QueryError::Database`].
     pub fn records(&self, query: &RecordsQuery) -> Result<RecordsPage, QueryError> {
         let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
         self.read(|connection| {
-            let Some(scan) = Scan::plan(connection, query, filter.as_ref())? else {
+            let Some(scan) = RecordsScan::plan(connection, query, filter.as_ref())? else {
                 return Ok(RecordsPage::default());
             };
             Ok(scan.page(connection, query, filter.as_ref())?)
         })
     }
 
-    /// The newest values of a datasource's topics, in the order of the topics' names, from the one
-    /// after `after_topic` on.
+    /// The newest values of a datasource's topics, ordered by topic name, starting after `after_topic`.
     ///
     /// # Errors
-    /// The database's.
+    /// [`QueryError::Database`].
     pub fn latest(
         &self,
         datasource: &DatasourceId,
         after_topic: Option<&str>,
     ) -> Result<LatestPage, QueryError> {
         self.read(|connection| {
-            let topics_of = datasource_id(connection, datasource)?;
+            let topics_of = datasource_row_id(connection, datasource)?;
             let mut page = LatestPage { datasource: datasource.clone(), topics: Vec::new(), next: None };
             if let Some(id) = topics_of {
-                latest::read(connection, id, after_topic, &mut page)?;
+                latest::read_latest_page(connection, id, after_topic, &mut page)?;
             }
             Ok(page)
         })
     }
 
-    /// Runs `read` on the database as it is at this moment, whatever storage writes meanwhile.
+    /// Runs `read` on a snapshot of the database, whatever storage writes meanwhile.
     pub(super) fn read<T>(
         &self,
         read: impl FnOnce(&Connection) -> Result<T, QueryError>,
     ) -> Result<T, QueryError> {
-        let idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = self.pool.idle.lock().pop();
         let mut connection = match idle {
             Some(connection) => connection,
-            None => open(&self.pool.path)?,
+            None => open_read_only(&self.pool.path)?,
         };
         let answer = {
             let transaction = connection.transaction()?;
             read(&transaction)?
         };
-        let mut idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.pool.idle.lock();
         if idle.len() < QUERIES_MAX {
             idle.push(connection);
         }
@@ -160,14 +165,14 @@ impl Query {
     }
 }
 
-fn open(path: &Path) -> rusqlite::Result<Connection> {
+fn open_read_only(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(LOCK_WAIT)?;
+    connection.busy_timeout(QUERY_LOCK_WAIT_MAX)?;
     Ok(connection)
 }
 
-pub(super) fn datasource_id(
+pub(super) fn datasource_row_id(
     connection: &Connection,
     datasource: &DatasourceId,
 ) -> rusqlite::Result<Option<i64>> {
@@ -177,35 +182,35 @@ pub(super) fn datasource_id(
         .optional()
 }
 
-/// Which index to go along, and from where to where.
-struct Scan {
-    along: Along,
+/// Which index to scan, and its first and last offset.
+struct RecordsScan {
+    along: ScanIndex,
     first: i64,
     last: i64,
 }
 
-enum Along {
+enum ScanIndex {
     Datasource(i64),
     Topic(i64),
 }
 
-impl Scan {
-    /// `None` if there is nothing to find.
+impl RecordsScan {
+    /// Chooses index and range. `None` if no record can match.
     fn plan(
         connection: &Connection,
         query: &RecordsQuery,
         filter: Option<&TopicFilter>,
     ) -> rusqlite::Result<Option<Self>> {
-        let Some(datasource) = datasource_id(connection, &query.datasource)? else { return Ok(None) };
+        let Some(datasource) = datasource_row_id(connection, &query.datasource)? else { return Ok(None) };
         let along = match filter.and_then(TopicFilter::exact) {
-            None => Along::Datasource(datasource),
+            None => ScanIndex::Datasource(datasource),
             Some(topic) => {
                 let topic: Option<i64> = connection
                     .prepare_cached("SELECT id FROM topics WHERE datasource_id = ?1 AND topic = ?2")?
                     .query_row(params![datasource, topic], |row| row.get(0))
                     .optional()?;
                 let Some(topic) = topic else { return Ok(None) };
-                Along::Topic(topic)
+                ScanIndex::Topic(topic)
             }
         };
         let (mut first, mut last) =
@@ -234,11 +239,11 @@ impl Scan {
         filter: Option<&TopicFilter>,
     ) -> rusqlite::Result<RecordsPage> {
         let (sql, id) = match self.along {
-            Along::Datasource(id) => (PAGE_SQL[0], id),
-            Along::Topic(id) => (PAGE_SQL[1], id),
+            ScanIndex::Datasource(id) => (RECORDS_PAGE_SQL[0], id),
+            ScanIndex::Topic(id) => (RECORDS_PAGE_SQL[1], id),
         };
         let limit = query.limit.clamp(1, QUERY_RECORDS_MAX);
-        let mut names = Names {
+        let mut names = PageNameCache {
             connection,
             filter,
             key_id: query.key_id,
@@ -249,12 +254,13 @@ impl Scan {
         let (mut scanned, mut bytes, mut last) = (0, 0, None);
         let mut statement = connection.prepare_cached(sql)?;
         let mut rows = statement.query([id, self.first, self.last])?;
+        // Cheap conditions come first, so that a row that fails them costs no look-up and no payload copy.
         while let Some(row) = rows.next()? {
             if page.records.len() == limit || bytes >= QUERY_BYTES_MAX || scanned == QUERY_SCANNED_MAX {
                 page.next = last;
                 break;
             }
-            let offset = offset_of(row.get(0)?);
+            let offset = offset_from_sql(row.get(0)?);
             (scanned, last) = (scanned + 1, Some(offset));
             let received_at: TimeMicros = row.get(1)?;
             if query.from.is_some_and(|from| received_at < from)
@@ -262,9 +268,9 @@ impl Scan {
             {
                 continue;
             }
-            let Some(topic) = names.topic(row.get(2)?)? else { continue };
-            let Some(origin) = names.origin(row.get(3)?)? else { continue };
-            let payload = bytes_of(row, 4)?;
+            let Some(topic) = names.wanted_topic(row.get(2)?)? else { continue };
+            let Some(origin) = names.wanted_origin(row.get(3)?)? else { continue };
+            let payload = payload_bytes_of_row(row, 4)?;
             bytes += payload.len() + topic.len();
             page.records.push(StoredRecord {
                 offset,
@@ -280,9 +286,9 @@ impl Scan {
     }
 }
 
-/// The records of a datasource, and those of a topic. SQLite keeps the rows of an index entry in the
-/// order of their keys, which are the offsets.
-const PAGE_SQL: [&str; 2] = [
+/// The records of a datasource, and those of a topic. SQLite orders the rows of one index entry by their
+/// keys, which are the offsets, so that neither query sorts.
+const RECORDS_PAGE_SQL: [&str; 2] = [
     "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
      WHERE datasource_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
     "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
@@ -290,30 +296,30 @@ const PAGE_SQL: [&str; 2] = [
 ];
 
 /// A payload, whether it is stored as TEXT or as BLOB.
-pub(super) fn bytes_of(row: &Row<'_>, column: usize) -> rusqlite::Result<Vec<u8>> {
+pub(super) fn payload_bytes_of_row(row: &Row<'_>, column: usize) -> rusqlite::Result<Vec<u8>> {
     Ok(row.get_ref(column)?.as_bytes()?.to_vec())
 }
 
-/// The names that the rows of one page refer to, each looked up once; `None` for those that the
-/// query does not want.
-struct Names<'q> {
+/// The names that the rows of one page refer to, each looked up once. `None` stands for a name that the
+/// query excludes.
+struct PageNameCache<'q> {
     connection: &'q Connection,
     filter: Option<&'q TopicFilter>,
     key_id: Option<KeyId>,
     topics: HashMap<i64, Option<Arc<str>>>,
-    origins: HashMap<i64, Option<Origin>>,
+    origins: HashMap<i64, Option<RecordOrigin>>,
 }
 
-/// What a record has in common with most others of its sender.
+/// The columns that most records of one sender share.
 #[derive(Clone)]
-pub(super) struct Origin {
+pub(super) struct RecordOrigin {
     pub(super) key_id: KeyId,
     pub(super) transport: Transport,
     pub(super) content_type: Arc<str>,
 }
 
-impl Names<'_> {
-    fn topic(&mut self, id: i64) -> rusqlite::Result<Option<Arc<str>>> {
+impl PageNameCache<'_> {
+    fn wanted_topic(&mut self, id: i64) -> rusqlite::Result<Option<Arc<str>>> {
         if let Some(topic) = self.topics.get(&id) {
             return Ok(topic.clone());
         }
@@ -326,28 +332,28 @@ impl Names<'_> {
         Ok(wanted)
     }
 
-    fn origin(&mut self, id: i64) -> rusqlite::Result<Option<Origin>> {
+    fn wanted_origin(&mut self, id: i64) -> rusqlite::Result<Option<RecordOrigin>> {
         if let Some(origin) = self.origins.get(&id) {
             return Ok(origin.clone());
         }
         let origin = self
             .connection
             .prepare_cached("SELECT key_id, transport, content_type FROM origins WHERE id = ?1")?
-            .query_row([id], origin_of)?;
+            .query_row([id], origin_of_row)?;
         let wanted = self.key_id.is_none_or(|key_id| key_id == origin.key_id).then_some(origin);
         self.origins.insert(id, wanted.clone());
         Ok(wanted)
     }
 }
 
-pub(super) fn origin_of(row: &Row<'_>) -> rusqlite::Result<Origin> {
+pub(super) fn origin_of_row(row: &Row<'_>) -> rusqlite::Result<RecordOrigin> {
     let unreadable = |column, error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error);
     let key_id = KeyId::parse(row.get_ref(0)?.as_str()?).map_err(|error| unreadable(0, error.into()))?;
     let name = row.get_ref(1)?.as_str()?;
     let known = [Transport::Mqtt, Transport::Http, Transport::Nats];
     let transport = known.into_iter().find(|transport| transport.as_str() == name);
     let transport = transport.ok_or_else(|| unreadable(1, format!("no transport: {name}").into()))?;
-    Ok(Origin { key_id, transport, content_type: row.get(2)? })
+    Ok(RecordOrigin { key_id, transport, content_type: row.get(2)? })
 }
 
 #[cfg(test)]
@@ -377,10 +383,10 @@ mod tests {
         }
     }
 
-    fn stored<'a>(dir: &Path, records: impl Iterator<Item = RecordRef<'a>>, next: Offset) -> Query {
-        let mut sink = SqliteSink::open(&dir.join(FILE_NAME)).expect("opens");
+    fn stored<'a>(dir: &Path, records: impl Iterator<Item = RecordRef<'a>>, next: Offset) -> RecordsReader {
+        let mut sink = SqliteSink::open(&dir.join(RECORDS_FILE_NAME)).expect("opens");
         sink.store(records, next, false).expect("stored");
-        Query::open(dir).expect("opens")
+        RecordsReader::open(dir).expect("opens")
     }
 
     /// Twenty thousand records of several datasources, topics, keys and transports. The clock is
@@ -394,7 +400,7 @@ mod tests {
                     12_345 => -2 * SECOND,
                     _ => 100_000,
                 };
-                // Independent of one another: each from other bits of the same mixture.
+                // Independent of each other: each from other bits of the same hash.
                 let mixture = offset.wrapping_mul(0x9E37_79B9_7F4A_7C15);
                 let pick = |of: u64, bits: u64| usize::try_from((mixture >> (8 * bits)) % of).expect("small");
                 let mut record = record(offset, DATASOURCES[pick(3, 1)], TOPICS[pick(4, 2)], b"{\"t\": 1}");
@@ -417,7 +423,7 @@ mod tests {
             (Some(EPOCH + 300 * SECOND), None),
             (None, Some(EPOCH + 500 * SECOND)),
             (Some(EPOCH + 1_200 * SECOND), Some(EPOCH + 1_234 * SECOND)),
-            // An hour that came twice, and one that never did.
+            // An hour that occurred twice, and one that never occurred.
             (Some(EPOCH - 2_700 * SECOND), Some(EPOCH - 2_600 * SECOND)),
             (Some(EPOCH + 40_000 * SECOND), Some(EPOCH + 50_000 * SECOND)),
         ];
@@ -543,7 +549,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let query = stored(dir.path(), [record(0, "press-4", "a", b"1")].into_iter(), 1);
         for (along, index) in [("datasource_id", "entries_datasource"), ("topic_id", "entries_topic")] {
-            let sql = PAGE_SQL[usize::from(along == "topic_id")];
+            let sql = RECORDS_PAGE_SQL[usize::from(along == "topic_id")];
             let plan = query
                 .read(|connection| {
                     let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}"))?;
@@ -560,7 +566,7 @@ mod tests {
     fn a_query_sees_what_is_stored_while_storage_writes() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let query = stored(dir.path(), [record(0, "press-4", "a", b"1")].into_iter(), 1);
-        let mut sink = SqliteSink::open(&dir.path().join(FILE_NAME)).expect("opens");
+        let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
         let count = || query.records(&all_of("press-4")).expect("reads").records.len();
         let records = (1..3).map(|offset| {
             assert_eq!(count(), 1, "what is not committed is not seen");

@@ -1,5 +1,5 @@
-//! How stored things look from outside: payloads as JSON where they are JSON, times as RFC 3339. One
-//! place, so that a record looks the same wherever it is shown.
+//! The outward form of stored data: payloads as JSON where they are JSON, times as RFC 3339. It is
+//! defined once, so that a record looks the same wherever it is shown.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -14,28 +14,28 @@ use crate::consume::query::{RecordsPage, StoredRecord};
 use crate::message::{Offset, TimeMicros, Transport};
 pub use crate::time::{Rfc3339, parse_time};
 
-/// How deep a payload may nest and still be shown as JSON. `serde_json` reads 128 levels and others
-/// no more than that; a page has a few of its own around the payload.
-const DEPTH_MAX: usize = 100;
+/// How deep a payload may nest and still be shown as JSON. `serde_json` reads 128 levels and few parsers
+/// read more; a page adds a few levels around the payload.
+const PAYLOAD_JSON_DEPTH_MAX: usize = 100;
 
 /// The text of [`Rfc3339`].
-pub fn time(at: TimeMicros) -> String {
+pub fn rfc3339_text(at: TimeMicros) -> String {
     Rfc3339(at).to_string()
 }
 
-/// `text` without the white space around it, if it is JSON that every parser can read: nested no
-/// deeper than 100 levels, its numbers within `f64`, its strings whole Unicode. JSON that only
-/// some can read is not worth a page that the others then cannot.
-pub fn json(text: &str) -> Option<&str> {
+/// `text` without the white space around it, if it is JSON that every parser can read: nested at most
+/// 100 levels, numbers within `f64`, strings of valid Unicode. One payload that some parsers reject
+/// would make the whole page unreadable for them.
+pub fn portable_json(text: &str) -> Option<&str> {
     let mut json = serde_json::Deserializer::from_str(text);
-    let plain = Plain { depth: 0 }.deserialize(&mut json).and_then(|()| json.end()).is_ok();
+    let plain = PortableJsonCheck { depth: 0 }.deserialize(&mut json).and_then(|()| json.end()).is_ok();
     plain.then(|| text.trim_matches([' ', '\t', '\n', '\r']))
 }
 
 /// A payload as it is shown: JSON as JSON, other text as a string, other bytes as Base64.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
-pub enum Payload<'a> {
+pub enum PayloadJson<'a> {
     /// Valid JSON, digit for digit as it was sent, in one line.
     Json(Cow<'a, RawValue>),
     /// Text that is not JSON.
@@ -44,25 +44,25 @@ pub enum Payload<'a> {
     Base64(String),
 }
 
-impl<'a> Payload<'a> {
-    /// The form for these bytes.
-    pub fn of(bytes: &'a [u8]) -> Self {
+impl<'a> PayloadJson<'a> {
+    /// The outward form of these bytes.
+    pub fn from_bytes(bytes: &'a [u8]) -> Self {
         let Ok(text) = std::str::from_utf8(bytes) else {
-            return Payload::Base64(BASE64.encode(bytes));
+            return PayloadJson::Base64(BASE64.encode(bytes));
         };
-        one_line_json(text).map_or(Payload::Text(text), Payload::Json)
+        one_line_json(text).map_or(PayloadJson::Text(text), PayloadJson::Json)
     }
 
-    /// What `payload_encoding` says: `base64`, or nothing.
+    /// The value of `payload_encoding`: `base64`, or none.
     pub fn encoding(&self) -> Option<&'static str> {
-        matches!(self, Payload::Base64(_)).then_some("base64")
+        matches!(self, PayloadJson::Base64(_)).then_some("base64")
     }
 }
 
-/// JSON keeps line breaks only between its tokens, so that blanks can stand for them. Protocols
-/// that separate by lines (SSE, NDJSON) can then carry it.
+/// Replaces line breaks by blanks: valid JSON has them only between tokens. Protocols that separate by
+/// lines (SSE, NDJSON) can then carry it.
 fn one_line_json(text: &str) -> Option<Cow<'_, RawValue>> {
-    let json = json(text)?;
+    let json = portable_json(text)?;
     if json.contains(['\n', '\r']) {
         let line = json.replace(['\n', '\r'], " ");
         return RawValue::from_string(line).ok().map(Cow::Owned);
@@ -75,7 +75,7 @@ fn one_line_json(text: &str) -> Option<Cow<'_, RawValue>> {
 pub struct RecordJson<'a> {
     offset: Offset,
     topic: &'a str,
-    payload: Payload<'a>,
+    payload: PayloadJson<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
     payload_encoding: Option<&'static str>,
     content_type: Option<&'a str>,
@@ -87,13 +87,13 @@ pub struct RecordJson<'a> {
 /// `{"offset", "topic", "payload", "content_type", "key_id", "transport", "received_at"}`, with
 /// `"payload_encoding": "base64"` beside a payload that is neither JSON nor text.
 pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
-    let payload = Payload::of(&record.payload);
+    let payload = PayloadJson::from_bytes(&record.payload);
     RecordJson {
         offset: record.offset,
         topic: &record.topic,
         payload_encoding: payload.encoding(),
         payload,
-        content_type: given(&record.content_type),
+        content_type: content_type_if_given(&record.content_type),
         key_id: record.key_id.to_string(),
         transport: record.transport,
         received_at: Rfc3339(record.received_at),
@@ -102,27 +102,27 @@ pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
 
 /// A page of records as the API shows it.
 #[derive(Debug, Serialize)]
-pub struct PageJson<'a> {
+pub struct RecordsPageJson<'a> {
     records: Vec<RecordJson<'a>>,
     next: Option<Offset>,
 }
 
-/// `{"records": […], "next"}`: every record as [`record_json`] has it, and where the next page begins.
-pub fn page_json(page: &RecordsPage) -> PageJson<'_> {
-    PageJson { records: page.records.iter().map(record_json).collect(), next: page.next }
+/// `{"records": […], "next"}`: every record as by [`record_json`], and where the next page begins.
+pub fn records_page_json(page: &RecordsPage) -> RecordsPageJson<'_> {
+    RecordsPageJson { records: page.records.iter().map(record_json).collect(), next: page.next }
 }
 
 /// A media type, if the client gave one.
-pub(super) fn given(content_type: &str) -> Option<&str> {
+pub(super) fn content_type_if_given(content_type: &str) -> Option<&str> {
     (!content_type.is_empty()).then_some(content_type)
 }
 
-/// Walks through JSON and fails where a parser might.
-struct Plain {
+/// Walks through JSON and fails where some parser might.
+struct PortableJsonCheck {
     depth: usize,
 }
 
-impl<'de> DeserializeSeed<'de> for Plain {
+impl<'de> DeserializeSeed<'de> for PortableJsonCheck {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -130,13 +130,17 @@ impl<'de> DeserializeSeed<'de> for Plain {
     }
 }
 
-impl Plain {
-    fn inside<E: serde::de::Error>(&self) -> Result<usize, E> {
-        if self.depth < DEPTH_MAX { Ok(self.depth + 1) } else { Err(E::custom("nested too deep")) }
+impl PortableJsonCheck {
+    fn next_depth<E: serde::de::Error>(&self) -> Result<usize, E> {
+        if self.depth < PAYLOAD_JSON_DEPTH_MAX {
+            Ok(self.depth + 1)
+        } else {
+            Err(E::custom("nested too deep"))
+        }
     }
 }
 
-impl<'de> Visitor<'de> for Plain {
+impl<'de> Visitor<'de> for PortableJsonCheck {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -168,15 +172,15 @@ impl<'de> Visitor<'de> for Plain {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        let depth = self.inside()?;
-        while seq.next_element_seed(Plain { depth })?.is_some() {}
+        let depth = self.next_depth()?;
+        while seq.next_element_seed(PortableJsonCheck { depth })?.is_some() {}
         Ok(())
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let depth = self.inside()?;
-        while map.next_key_seed(Plain { depth })?.is_some() {
-            map.next_value_seed(Plain { depth })?;
+        let depth = self.next_depth()?;
+        while map.next_key_seed(PortableJsonCheck { depth })?.is_some() {
+            map.next_value_seed(PortableJsonCheck { depth })?;
         }
         Ok(())
     }
@@ -188,7 +192,7 @@ mod tests {
     use crate::message::KeyId;
 
     fn shown(payload: &[u8]) -> String {
-        serde_json::to_string(&Payload::of(payload)).expect("serializable")
+        serde_json::to_string(&PayloadJson::from_bytes(payload)).expect("serializable")
     }
 
     #[test]
@@ -200,7 +204,7 @@ mod tests {
         for no_time in ["", "yesterday", "2026-11-23", "2026-11-23T09:28:39", "1795426119"] {
             assert_eq!(parse_time(no_time), None, "{no_time:?}");
         }
-        // Further off than a calendar goes: shown as its end, not as a failure.
+        // Beyond the calendar's range: shown as its end, not as an error.
         assert!(Rfc3339(i64::MAX).to_string().starts_with("9999-"));
         assert!(Rfc3339(i64::MIN).to_string().starts_with("-"));
     }
@@ -216,21 +220,21 @@ mod tests {
         assert_eq!(shown(b""), r#""""#);
         assert_eq!(shown("21 °C".as_bytes()), r#""21 °C""#);
         assert_eq!(shown(b"\xff\x00"), r#""/wA=""#);
-        assert_eq!(Payload::of(b"\xff\x00").encoding(), Some("base64"));
-        assert_eq!(Payload::of(b"text").encoding(), None);
+        assert_eq!(PayloadJson::from_bytes(b"\xff\x00").encoding(), Some("base64"));
+        assert_eq!(PayloadJson::from_bytes(b"text").encoding(), None);
     }
 
     #[test]
     fn json_that_some_parsers_cannot_read_is_shown_as_text() {
         let nested = |levels| format!("{}1{}", "[".repeat(levels), "]".repeat(levels));
-        assert!(json(&nested(DEPTH_MAX)).is_some());
-        assert!(json(&nested(DEPTH_MAX + 1)).is_none());
-        assert!(json(&format!("{{\"a\":{}}}", nested(DEPTH_MAX - 1))).is_some());
-        assert!(json(&format!("{{\"a\":{}}}", nested(DEPTH_MAX))).is_none());
-        assert!(json(&nested(1_000_000)).is_none());
-        assert!(json("1e999").is_none());
-        assert!(json(r#""\ud800""#).is_none());
-        assert!(json("NaN").is_none());
+        assert!(portable_json(&nested(PAYLOAD_JSON_DEPTH_MAX)).is_some());
+        assert!(portable_json(&nested(PAYLOAD_JSON_DEPTH_MAX + 1)).is_none());
+        assert!(portable_json(&format!("{{\"a\":{}}}", nested(PAYLOAD_JSON_DEPTH_MAX - 1))).is_some());
+        assert!(portable_json(&format!("{{\"a\":{}}}", nested(PAYLOAD_JSON_DEPTH_MAX))).is_none());
+        assert!(portable_json(&nested(1_000_000)).is_none());
+        assert!(portable_json("1e999").is_none());
+        assert!(portable_json(r#""\ud800""#).is_none());
+        assert!(portable_json("NaN").is_none());
     }
 
     #[test]

@@ -1,10 +1,9 @@
-//! Inference: the JSON Schema that what was stored of a datasource meets, ready to be enforced, and an
-//! example of a payload. It is made of the newest records, and of each says no more than what all of
-//! them have in common: their types, the members that none of them lacks, strings that are times, and
-//! strings that are always one of a few.
+//! Inference: a JSON Schema that the newest stored records of a datasource meet, ready to be enforced,
+//! and an example payload. The schema states only what all of these records have in common: their types,
+//! the members that every one has, strings that are times, and strings that take only a few values.
 //!
-//! Everything is bounded: the records that are looked at, how deep, how wide and how large the schema
-//! gets. Beyond a bound it says nothing, and so lets everything in.
+//! Everything is bounded: the records examined and the depth, width and size of the schema. Beyond a
+//! bound the schema states nothing, and so accepts everything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
@@ -12,46 +11,46 @@ use std::sync::OnceLock;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::query::{Query, QueryError, bytes_of, datasource_id};
+use super::query::{QueryError, RecordsReader, datasource_row_id, payload_bytes_of_row};
 use crate::limits::{
     INFERENCE_BYTES_MAX, INFERENCE_DEPTH_MAX, INFERENCE_EXAMPLE_BYTES_MAX, INFERENCE_KEY_BYTES_MAX,
     INFERENCE_PARTS_MAX, INFERENCE_RECORDS_MAX, INFERENCE_TOPICS_MAX, SCHEMA_BYTES_MAX,
 };
 use crate::message::DatasourceId;
-use crate::validate::{Schema, Written};
+use crate::validate::{Schema, WrittenRule};
 
-/// So many strings have to be seen, and so many times more than there are different ones, before they
-/// are taken to be always one of those.
-const CHOICE: (u64, u64) = (20, 4);
-/// Different strings that may be a choice, and the bytes of each.
-const CHOICE_MAX: (usize, usize) = (8, 64);
+/// The least number of strings, and the least ratio of strings to different ones, before an `enum` is
+/// inferred.
+const ENUM_EVIDENCE_MIN: (u64, u64) = (20, 4);
+/// The most values of an inferred `enum`, and the most bytes of each.
+const ENUM_SIZE_MAX: (usize, usize) = (8, 64);
 
-/// What was inferred.
+/// The result of an inference.
 #[derive(Debug, Default, Serialize)]
 pub struct Inference {
-    /// What every JSON payload met that was looked at, of whatever topic; `None` if there was none.
+    /// A schema that every examined JSON payload of every topic meets; `None` if there was none.
     pub inferred: Option<Value>,
-    /// The newest of them that is not very long.
+    /// The newest payload that is not very long.
     pub example: Option<Value>,
-    /// The same for each topic, as it may be set; no more than [`INFERENCE_TOPICS_MAX`].
-    pub by_topic: Vec<Written>,
-    /// An example for each of them, by topic.
+    /// A schema for each topic, in the form in which it is set; no more than [`INFERENCE_TOPICS_MAX`].
+    pub by_topic: Vec<WrittenRule>,
+    /// An example payload for each of them, by topic.
     pub examples: BTreeMap<String, Value>,
-    /// How many records were looked at.
+    /// How many records were examined.
     pub records: usize,
-    /// How many of them are no JSON: no schema lets those in.
+    /// How many of them are not JSON: no schema accepts those.
     pub not_json: usize,
 }
 
-impl Query {
-    /// What can be inferred from the newest records of a datasource.
+impl RecordsReader {
+    /// Infers schemas from the newest records of a datasource.
     ///
     /// # Errors
-    /// The database's.
+    /// [`QueryError::Database`].
     pub fn inference(&self, datasource: &DatasourceId) -> Result<Inference, QueryError> {
         self.read(|connection| {
-            let mut observed = Observed::default();
-            let Some(id) = datasource_id(connection, datasource)? else { return Ok(observed.infer()) };
+            let mut observed = DatasourceObservation::default();
+            let Some(id) = datasource_row_id(connection, datasource)? else { return Ok(observed.infer()) };
             let mut newest = connection.prepare_cached(
                 "SELECT t.topic, e.payload FROM entries e LEFT JOIN topics t ON t.id = e.topic_id
                  WHERE e.datasource_id = ?1 ORDER BY e.offset DESC LIMIT ?2",
@@ -61,47 +60,47 @@ impl Query {
             while bytes < INFERENCE_BYTES_MAX
                 && let Some(row) = rows.next()?
             {
-                let payload = bytes_of(row, 1)?;
+                let payload = payload_bytes_of_row(row, 1)?;
                 bytes += payload.len();
                 let topic: String = row.get(0)?;
-                observed.see(&topic, &payload);
+                observed.observe(&topic, &payload);
             }
             Ok(observed.infer())
         })
     }
 }
 
-/// What was seen of a datasource.
+/// What the payloads of a datasource have shown so far.
 #[derive(Default)]
-struct Observed {
-    all: Examined,
-    topics: BTreeMap<String, Examined>,
+struct DatasourceObservation {
+    all: PayloadObservation,
+    topics: BTreeMap<String, PayloadObservation>,
     records: usize,
     not_json: usize,
 }
 
-/// Payloads that were seen together.
+/// What a set of payloads has in common, with an example.
 #[derive(Default)]
-struct Examined {
-    shape: Shape,
+struct PayloadObservation {
+    shape: InferredShape,
     parts: usize,
     example: Option<Value>,
 }
 
-impl Observed {
-    /// Looks at the next payload; the newest comes first.
-    fn see(&mut self, topic: &str, payload: &[u8]) {
+impl DatasourceObservation {
+    /// Adds the next payload; the newest comes first.
+    fn observe(&mut self, topic: &str, payload: &[u8]) {
         self.records += 1;
         let Ok(value) = serde_json::from_slice::<Value>(payload) else {
             self.not_json += 1;
             return;
         };
         let short = payload.len() <= INFERENCE_EXAMPLE_BYTES_MAX;
-        self.all.see(&value, short);
+        self.all.observe(&value, short);
         if let Some(examined) = self.topics.get_mut(topic) {
-            examined.see(&value, short);
+            examined.observe(&value, short);
         } else if self.topics.len() < INFERENCE_TOPICS_MAX {
-            self.topics.entry(topic.to_owned()).or_default().see(&value, short);
+            self.topics.entry(topic.to_owned()).or_default().observe(&value, short);
         }
     }
 
@@ -113,17 +112,17 @@ impl Observed {
             not_json: self.not_json,
             ..Inference::default()
         };
-        for (topic, Examined { shape, example, .. }) in self.topics {
-            inference.by_topic.push(Written { filter: topic.clone(), schema: shape.to_schema() });
+        for (topic, PayloadObservation { shape, example, .. }) in self.topics {
+            inference.by_topic.push(WrittenRule { filter: topic.clone(), schema: shape.to_schema() });
             inference.examples.extend(example.map(|example| (topic, example)));
         }
         inference
     }
 }
 
-impl Examined {
-    fn see(&mut self, value: &Value, short: bool) {
-        self.shape.see(value, 0, &mut self.parts);
+impl PayloadObservation {
+    fn observe(&mut self, value: &Value, short: bool) {
+        self.shape.observe(value, 0, &mut self.parts);
         if short && self.example.is_none() {
             self.example = Some(value.clone());
         }
@@ -132,42 +131,42 @@ impl Examined {
 
 /// What the values at one place have in common.
 #[derive(Default)]
-struct Shape {
+struct InferredShape {
     null: bool,
     boolean: bool,
     integer: bool,
     number: bool,
-    strings: Option<Strings>,
-    /// Of the elements of all arrays.
-    elements: Option<Box<Shape>>,
-    objects: Option<Objects>,
-    /// It is not looked at any closer.
+    strings: Option<ObservedStrings>,
+    /// The shape of the elements of all arrays.
+    elements: Option<Box<InferredShape>>,
+    objects: Option<ObservedObjects>,
+    /// Values at this depth are not examined: any is accepted.
     anything: bool,
 }
 
 #[derive(Default)]
-struct Strings {
+struct ObservedStrings {
     seen: u64,
-    /// Those there are, as long as they are few and short.
+    /// The different strings, as long as they are few and short.
     choice: Option<BTreeSet<String>>,
     all_times: bool,
 }
 
 #[derive(Default)]
-struct Objects {
+struct ObservedObjects {
     seen: u64,
-    members: BTreeMap<String, Member>,
+    members: BTreeMap<String, ObservedMember>,
 }
 
 #[derive(Default)]
-struct Member {
+struct ObservedMember {
     seen: u64,
-    shape: Shape,
+    shape: InferredShape,
 }
 
-impl Shape {
-    /// Takes in one more value. `parts` counts what has been made of all values so far.
-    fn see(&mut self, value: &Value, depth: usize, parts: &mut usize) {
+impl InferredShape {
+    /// Adds one more value. `parts` counts the members recorded for all values so far.
+    fn observe(&mut self, value: &Value, depth: usize, parts: &mut usize) {
         if depth == INFERENCE_DEPTH_MAX {
             self.anything = true;
             return;
@@ -177,10 +176,10 @@ impl Shape {
             Value::Bool(_) => self.boolean = true,
             Value::Number(number) if number.is_f64() => self.number = true,
             Value::Number(_) => self.integer = true,
-            Value::String(text) => self.strings.get_or_insert_default().see(text),
+            Value::String(text) => self.strings.get_or_insert_default().observe(text),
             Value::Array(elements) => {
                 let shape = self.elements.get_or_insert_default();
-                elements.iter().for_each(|element| shape.see(element, depth + 1, parts));
+                elements.iter().for_each(|element| shape.observe(element, depth + 1, parts));
             }
             Value::Object(members) => {
                 let objects = self.objects.get_or_insert_default();
@@ -188,26 +187,26 @@ impl Shape {
                 for (key, value) in members {
                     if let Some(member) = objects.members.get_mut(key) {
                         member.seen += 1;
-                        member.shape.see(value, depth + 1, parts);
+                        member.shape.observe(value, depth + 1, parts);
                     } else if *parts < INFERENCE_PARTS_MAX && key.len() <= INFERENCE_KEY_BYTES_MAX {
                         *parts += 1;
                         let member = objects.members.entry(key.clone()).or_default();
                         member.seen = 1;
-                        member.shape.see(value, depth + 1, parts);
+                        member.shape.observe(value, depth + 1, parts);
                     }
                 }
             }
         }
     }
 
-    /// A schema that all of the values meet, and that can be enforced: as deep as fits.
+    /// A schema that all of the values meet, as deep as the size limit of schemas allows.
     fn to_schema(&self) -> Value {
-        let deepest = (1..=INFERENCE_DEPTH_MAX).rev().map(|depth| self.part(depth));
+        let deepest = (1..=INFERENCE_DEPTH_MAX).rev().map(|depth| self.schema_to_depth(depth));
         let mut fitting = deepest.filter(|schema| schema.to_string().len() <= SCHEMA_BYTES_MAX);
         fitting.next().unwrap_or_else(|| json!({}))
     }
 
-    fn part(&self, depth: usize) -> Value {
+    fn schema_to_depth(&self, depth: usize) -> Value {
         let types = self.types();
         if self.anything || types.is_empty() || depth == 0 {
             return json!({});
@@ -224,19 +223,19 @@ impl Shape {
         if let Some(strings) = &self.strings {
             if strings.all_times {
                 schema.insert("format".to_owned(), json!("date-time"));
-            } else if let Some(choice) = strings.choice().filter(|_| only_strings) {
+            } else if let Some(choice) = strings.enum_values().filter(|_| only_strings) {
                 schema.insert("enum".to_owned(), json!(choice));
             }
         }
         if let Some(elements) = &self.elements {
-            schema.insert("items".to_owned(), elements.part(depth - 1));
+            schema.insert("items".to_owned(), elements.schema_to_depth(depth - 1));
         }
         if let Some(objects) = &self.objects {
             let required: Vec<_> =
                 objects.members.iter().filter(|(_, m)| m.seen == objects.seen).map(|(key, _)| key).collect();
             let members = objects.members.iter();
             let properties: Map<_, _> =
-                members.map(|(key, member)| (key.clone(), member.shape.part(depth - 1))).collect();
+                members.map(|(key, member)| (key.clone(), member.shape.schema_to_depth(depth - 1))).collect();
             schema.insert("properties".to_owned(), properties.into());
             schema.insert("required".to_owned(), json!(required));
         }
@@ -258,13 +257,13 @@ impl Shape {
     }
 }
 
-impl Strings {
-    fn see(&mut self, text: &str) {
+impl ObservedStrings {
+    fn observe(&mut self, text: &str) {
         let first = self.seen == 0;
         self.seen += 1;
-        self.all_times = (first || self.all_times) && is_time(text);
+        self.all_times = (first || self.all_times) && is_date_time(text);
         let choice = if first { Some(BTreeSet::new()) } else { self.choice.take() };
-        let (most, bytes_max) = CHOICE_MAX;
+        let (most, bytes_max) = ENUM_SIZE_MAX;
         self.choice = choice.filter(|_| text.len() <= bytes_max).and_then(|mut choice| {
             if !choice.contains(text) {
                 choice.insert(text.to_owned());
@@ -273,19 +272,20 @@ impl Strings {
         });
     }
 
-    fn choice(&self) -> Option<&BTreeSet<String>> {
-        let (seen_min, times) = CHOICE;
+    fn enum_values(&self) -> Option<&BTreeSet<String>> {
+        let (seen_min, times) = ENUM_EVIDENCE_MIN;
         let sure =
             |choice: &&BTreeSet<String>| self.seen >= seen_min && self.seen >= times * choice.len() as u64;
         self.choice.as_ref().filter(sure)
     }
 }
 
-/// Whether a string is what the format `date-time` of a schema asks for, by the code that will ask.
-fn is_time(text: &str) -> bool {
-    static TIME: OnceLock<Option<Schema>> = OnceLock::new();
-    // Most strings are none, and do not begin like one.
-    let schema = || TIME.get_or_init(|| Schema::compile(json!({"format": "date-time"})).ok()).as_ref();
+/// Whether a string meets the schema format `date-time`, as the validator will judge it.
+fn is_date_time(text: &str) -> bool {
+    static DATE_TIME_SCHEMA: OnceLock<Option<Schema>> = OnceLock::new();
+    // A cheap test first: most strings are no times and do not begin like one.
+    let schema =
+        || DATE_TIME_SCHEMA.get_or_init(|| Schema::compile(json!({"format": "date-time"})).ok()).as_ref();
     text.len() >= 20
         && text.as_bytes()[0].is_ascii_digit()
         && schema().is_some_and(|schema| schema.check(&json!(text)).is_ok())
@@ -298,8 +298,8 @@ mod tests {
     use super::*;
 
     fn inferred(values: &[Value]) -> Value {
-        let mut observed = Observed::default();
-        values.iter().for_each(|value| observed.see("t", value.to_string().as_bytes()));
+        let mut observed = DatasourceObservation::default();
+        values.iter().for_each(|value| observed.observe("t", value.to_string().as_bytes()));
         observed.infer().inferred.expect("there were some")
     }
 
@@ -336,11 +336,11 @@ mod tests {
 
     #[test]
     fn each_topic_has_a_schema_of_its_own_and_an_example() {
-        let mut observed = Observed::default();
+        let mut observed = DatasourceObservation::default();
         for n in 0..10 {
-            observed.see("temp", format!("{n}").as_bytes());
-            observed.see("state", b"{\"on\": true}");
-            observed.see("raw", b"\xff");
+            observed.observe("temp", format!("{n}").as_bytes());
+            observed.observe("state", b"{\"on\": true}");
+            observed.observe("raw", b"\xff");
         }
         let inference = observed.infer();
         assert_eq!((inference.records, inference.not_json), (30, 10));
@@ -403,7 +403,7 @@ mod tests {
                 Err(error) => return Err(TestCaseError::fail(format!("{error}: {source}"))),
             };
             for value in &values {
-                // As it comes back from its text, which is what a message is.
+                // Parsed from its text, as a message would be.
                 let value: Value = serde_json::from_str(&value.to_string()).expect("JSON");
                 prop_assert_eq!(schema.check(&value), Ok(()), "{} against {}", value, source);
             }

@@ -1,11 +1,9 @@
-//! Storage: the consumer that every record goes through, on its way from the log into
-//! `records.db`.
+//! Storage: the consumer that writes every record of the log into `records.db`.
 //!
-//! One thread reads what the log has behind the sink's cursor, stores it in one transaction, and
-//! begins again. Far behind, transactions are as big as is useful; at the tail they are small and
-//! paced, so that a record can be read back within milliseconds and a busy stream does not pay
-//! for a transaction per record. How the thread lives is in
-//! `follower.rs`.
+//! One thread reads the log from the sink's cursor, stores what it has read in one transaction, and
+//! repeats. Far behind, transactions are as large as is useful. At the tail they are small and paced, so
+//! that a record can be read back within milliseconds and a busy stream does not pay for a transaction
+//! per record. `follower.rs` runs the thread.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,42 +12,42 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::{error, warn};
 
-use super::follower::{Consumer, Control, Next, Words};
-use super::sink::sqlite::{FILE_NAME, SinkError, SqliteSink};
+use super::follower::{Consumer, FollowerControl, FollowerProfile, NextRound};
+use super::sink::sqlite::{RECORDS_FILE_NAME, SinkError, SqliteSink};
 use crate::config;
-use crate::log::{Hold, Log, ReadError};
+use crate::log::{Hold, Log, LogReadError};
 use crate::message::Offset;
 
-/// What one transaction takes from the log, about.
-const TRANSACTION_BYTES: usize = 8 << 20;
-/// The least time from the beginning of one small transaction to that of the next.
-const PACE: Duration = Duration::from_millis(20);
-/// A transaction of fewer records is small.
-const SMALL_RECORDS: u64 = 4096;
-/// How often transactions are synced, so that the log may forget what they hold.
-const SYNC_EVERY: Duration = Duration::from_secs(1);
+/// About how much of the log one transaction takes.
+const STORAGE_TRANSACTION_BYTES: usize = 8 << 20;
+/// The least time between the starts of two small transactions.
+const SMALL_TRANSACTION_INTERVAL_MIN: Duration = Duration::from_millis(20);
+/// A transaction of fewer records than this is small.
+const SMALL_TRANSACTION_RECORDS: u64 = 4096;
+/// How often a transaction is synced, so that the log may remove what it holds.
+const STORAGE_SYNC_INTERVAL: Duration = Duration::from_secs(1);
 
-const WORDS: Words = Words {
+const STORAGE_PROFILE: FollowerProfile = FollowerProfile {
     name: "storage",
-    down: "storage does not get on",
-    up: "storage gets on again",
-    late: "storage has not ended by its deadline; what is missing stays in the log",
+    down: "storage is failing",
+    up: "storage has recovered",
+    late: "storage did not finish by its deadline; the log has the rest",
     patient: true,
 };
 
 /// The running storage consumer.
-pub struct Storage {
-    shared: Arc<Shared>,
-    control: Arc<Control>,
+pub struct StorageConsumer {
+    shared: Arc<StorageProgress>,
+    control: Arc<FollowerControl>,
 }
 
 /// Why storage could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
-    /// The database: it cannot be opened, or is not one that this Headgate can write.
+    /// The database cannot be opened, or this Headgate cannot write it.
     #[error("storage: {0}")]
     Sink(#[from] SinkError),
-    /// The sink is further than the log: the log has lost records, or is another one.
+    /// The sink is ahead of the log: the log has lost records, or is another one.
     #[error("storage: records.db holds everything up to offset {stored}, but the log ends at {log_end}")]
     LogBehind {
         /// The first offset that is not stored.
@@ -57,50 +55,54 @@ pub enum StorageError {
         /// The first offset that the log does not have.
         log_end: Offset,
     },
-    /// The thread.
+    /// The thread could not be started.
     #[error("storage: {0}")]
     Io(#[from] std::io::Error),
 }
 
-/// Why a round of the thread brought nothing.
+/// Why a round of the thread failed.
 #[derive(Debug, thiserror::Error)]
-enum Trouble {
+enum StorageRoundError {
     #[error(transparent)]
     Sink(#[from] SinkError),
     #[error(transparent)]
-    Log(#[from] ReadError),
+    Log(#[from] LogReadError),
     #[error("the log has records from {0} on and gives none")]
-    Nothing(Offset),
+    NoRecords(Offset),
 }
 
 /// What the thread and those who ask about it share.
-struct Shared {
+struct StorageProgress {
     cursor: watch::Sender<Offset>,
-    /// The version of the rules about leaked keys that what is stored is in accordance with.
+    /// The version of the rules about leaked keys that the stored records follow.
     withheld: watch::Sender<u64>,
-    /// What is not stored stays in the log, also when the thread has ended.
+    /// Keeps records that are not stored in the log, even after the thread has ended.
     hold: Hold,
 }
 
-impl Storage {
+impl StorageConsumer {
     /// Opens `dir/records.db` and starts the thread that follows the log into it.
     ///
     /// # Errors
-    /// [`StorageError`], when it would be wrong or impossible to store anything.
-    pub fn start(dir: &Path, config: &config::Storage, log: Arc<dyn Log>) -> Result<Self, StorageError> {
-        let path = dir.join(FILE_NAME);
+    /// [`StorageError`], when storing would be wrong or impossible.
+    pub fn start(
+        dir: &Path,
+        config: &config::StorageConfig,
+        log: Arc<dyn Log>,
+    ) -> Result<Self, StorageError> {
+        let path = dir.join(RECORDS_FILE_NAME);
         let sink = SqliteSink::open(&path)?;
         let (stored, log_end) = (sink.cursor(), log.next_offset());
         if stored > log_end {
             return Err(StorageError::LogBehind { stored, log_end });
         }
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(StorageProgress {
             cursor: watch::Sender::new(stored),
             withheld: watch::Sender::new(sink.withheld_version()),
             hold: log.hold(),
         });
-        let control = Control::new(&WORDS);
-        let follower = Follower {
+        let control = FollowerControl::new(&STORAGE_PROFILE);
+        let follower = StorageFollower {
             path,
             log: log.clone(),
             sink: Some(sink),
@@ -117,75 +119,75 @@ impl Storage {
         *self.shared.cursor.borrow()
     }
 
-    /// Why storage does not get on, while it does not.
+    /// The present error, while storage fails.
     pub fn trouble(&self) -> Option<String> {
         self.control.trouble()
     }
 
-    /// Returns once every record below `offset` is stored. Never, if storage ends before.
-    pub async fn stored(&self, offset: Offset) {
+    /// Returns once every record below `offset` is stored; never, if storage ends first.
+    pub async fn wait_stored(&self, offset: Offset) {
         // The sender is in `self`, so that waiting does not fail.
         let _ = self.shared.cursor.subscribe().wait_for(|cursor| *cursor >= offset).await;
     }
 
-    /// Returns once what is stored is in accordance with this version of the rules about leaked keys.
-    /// Never, if storage ends before.
-    pub async fn reconciled(&self, version: u64) {
+    /// Returns once the stored records follow this version of the rules about leaked keys; never, if storage
+    /// ends first.
+    pub async fn wait_reconciled(&self, version: u64) {
         let _ = self.shared.withheld.subscribe().wait_for(|stored| *stored >= version).await;
     }
 
-    /// Stores what is in the log already, within the deadline, and ends the thread. What was not
-    /// stored by then is stored after the next start.
+    /// Stores what the log already has, within the deadline, and ends the thread. The next start stores
+    /// the rest.
     pub async fn stop(&self, deadline: Instant) {
         self.control.stop(deadline).await;
     }
 }
 
-impl Drop for Storage {
-    /// The thread of a storage that nobody stopped ends after its present transaction.
+impl Drop for StorageConsumer {
+    /// Ends the thread after its present transaction if nobody has stopped it.
     fn drop(&mut self) {
         self.control.stop_by(Instant::now());
     }
 }
 
 /// The thread.
-struct Follower {
+struct StorageFollower {
     path: PathBuf,
     log: Arc<dyn Log>,
-    /// Absent after an error that leaves its state in doubt.
+    /// `None` after an error that leaves its state in doubt.
     sink: Option<SqliteSink>,
-    shared: Arc<Shared>,
+    shared: Arc<StorageProgress>,
     synced_at: Option<Instant>,
-    /// By how much the thread's priority is to be lowered, until it is.
+    /// By how much to lower the thread's priority; `None` once that is done.
     nice: Option<u8>,
 }
 
 /// What a round has done.
-enum Round {
+enum StorageRound {
     Stored { records: u64 },
     AtTail,
 }
 
-impl Consumer for Follower {
-    type Trouble = Trouble;
+impl Consumer for StorageFollower {
+    type RoundError = StorageRoundError;
 
-    fn round(&mut self) -> Result<Next, Trouble> {
+    fn round(&mut self) -> Result<NextRound, StorageRoundError> {
         if let Some(nice) = self.nice.take() {
             lower_priority(nice);
         }
         let begun = Instant::now();
         let round = self.store();
-        if let Err(Trouble::Sink(error)) = &round
-            && !error.leaves_all_as_it_was()
+        if let Err(StorageRoundError::Sink(error)) = &round
+            && !error.is_clean_rollback()
         {
             self.sink = None;
         }
         Ok(match round? {
-            Round::AtTail => Next::AtTail,
-            Round::Stored { records } if records < SMALL_RECORDS => {
-                Next::Turn(PACE.saturating_sub(begun.elapsed()))
+            StorageRound::AtTail => NextRound::AtTail,
+            StorageRound::Stored { records } if records < SMALL_TRANSACTION_RECORDS => {
+                NextRound::After(SMALL_TRANSACTION_INTERVAL_MIN.saturating_sub(begun.elapsed()))
             }
-            Round::Stored { .. } => Next::Again,
+            StorageRound::Stored { .. } => NextRound::Again,
         })
     }
 
@@ -193,7 +195,7 @@ impl Consumer for Follower {
         *self.shared.cursor.borrow()
     }
 
-    /// Leaves everything in the one file, if there is time and nobody else reads it.
+    /// Copies the write-ahead log into the one file, if nobody else reads it.
     fn end(self) {
         let Some(mut sink) = self.sink else { return };
         match sink.checkpoint() {
@@ -203,22 +205,22 @@ impl Consumer for Follower {
     }
 }
 
-impl Follower {
-    /// Stores what the log has behind the cursor, as much as goes in one transaction.
-    fn store(&mut self) -> Result<Round, Trouble> {
+impl StorageFollower {
+    /// Stores the next records of the log, as many as one transaction takes.
+    fn store(&mut self) -> Result<StorageRound, StorageRoundError> {
         let sink = match &mut self.sink {
             Some(sink) => sink,
             None => self.sink.insert(SqliteSink::open(&self.path)?),
         };
         let cursor = sink.cursor();
-        let sync = self.synced_at.is_none_or(|at| at.elapsed() >= SYNC_EVERY);
+        let sync = self.synced_at.is_none_or(|at| at.elapsed() >= STORAGE_SYNC_INTERVAL);
         let first = self.log.first_offset();
         let withheld = self.log.withheld();
         if sink.withheld_version() < withheld.version() {
             sink.reconcile(withheld)?;
             self.shared.withheld.send_replace(sink.withheld_version());
         }
-        sink.leave_out(withheld.now());
+        sink.set_left_out(withheld.now());
         if cursor < first {
             sink.store(std::iter::empty(), first, sync)?;
             error!(
@@ -228,13 +230,13 @@ impl Follower {
                 "records that were never stored are no longer in the log: storage goes on without them"
             );
         } else if cursor < self.log.next_offset() {
-            let batches = self.log.read(cursor, TRANSACTION_BYTES)?;
-            let Some(last) = batches.last() else { return Err(Trouble::Nothing(cursor)) };
+            let batches = self.log.read(cursor, STORAGE_TRANSACTION_BYTES)?;
+            let Some(last) = batches.last() else { return Err(StorageRoundError::NoRecords(cursor)) };
             sink.store(batches.iter().flat_map(|batch| batch.records()), last.next_offset(), sync)?;
         } else if sync && sink.durable_cursor() < cursor {
             sink.store(std::iter::empty(), cursor, sync)?;
         } else {
-            return Ok(Round::AtTail);
+            return Ok(StorageRound::AtTail);
         }
         if sync {
             self.synced_at = Some(Instant::now());
@@ -242,7 +244,7 @@ impl Follower {
         }
         let stored = sink.cursor();
         self.shared.cursor.send_replace(stored);
-        Ok(Round::Stored { records: stored - cursor })
+        Ok(StorageRound::Stored { records: stored - cursor })
     }
 }
 
@@ -273,8 +275,8 @@ mod tests {
 
     const DEADLINE: Duration = Duration::from_secs(30);
 
-    fn log_config() -> config::Log {
-        config::Log {
+    fn log_config() -> config::LogConfig {
+        config::LogConfig {
             durability: Durability::Os,
             segment_bytes: 1 << 20,
             retention_bytes: 8 << 20,
@@ -286,8 +288,12 @@ mod tests {
         Arc::new(EmbeddedLog::open(dir, &log_config(), &Config::default().intake).expect("opens"))
     }
 
-    fn start(dir: &Path, log: &Arc<dyn Log>) -> Result<Storage, StorageError> {
-        Storage::start(dir, &config::Storage { nice: 5, ..Config::default().storage }, log.clone())
+    fn start(dir: &Path, log: &Arc<dyn Log>) -> Result<StorageConsumer, StorageError> {
+        StorageConsumer::start(
+            dir,
+            &config::StorageConfig { nice: 5, ..Config::default().storage },
+            log.clone(),
+        )
     }
 
     /// Appends `records` messages of 100 bytes in one commit.
@@ -300,8 +306,8 @@ mod tests {
         log.append(vec![section], Instant::now() + DEADLINE).await.expect("answered").expect("kept");
     }
 
-    async fn until_stored(storage: &Storage, offset: Offset) {
-        tokio::time::timeout(DEADLINE, storage.stored(offset)).await.expect("stored in time");
+    async fn until_stored(storage: &StorageConsumer, offset: Offset) {
+        tokio::time::timeout(DEADLINE, storage.wait_stored(offset)).await.expect("stored in time");
     }
 
     async fn until(what: &str, mut holds: impl FnMut() -> bool) {
@@ -314,7 +320,7 @@ mod tests {
 
     /// The offsets that are stored, in order.
     fn offsets(dir: &Path) -> Vec<u64> {
-        let connection = Connection::open(dir.join(FILE_NAME)).expect("opens");
+        let connection = Connection::open(dir.join(RECORDS_FILE_NAME)).expect("opens");
         let mut statement = connection.prepare("SELECT offset FROM records ORDER BY offset").expect("reads");
         let offsets = statement.query_map([], |row| row.get::<_, i64>(0)).expect("reads");
         offsets.map(|offset| offset.expect("reads").try_into().expect("not negative")).collect()
@@ -351,7 +357,7 @@ mod tests {
                 assert_eq!(storage.cursor(), round * 302, "a stop within its deadline leaves nothing behind");
                 assert!(storage.control.has_ended());
             } else {
-                // Dropped at whatever point it has reached; its thread must be gone before the next.
+                // Dropped at an arbitrary point; its thread must have ended before the next start.
                 let control = storage.control.clone();
                 drop(storage);
                 until("the thread ends", || control.has_ended()).await;
@@ -368,7 +374,8 @@ mod tests {
         let storage = start(dir.path(), &log).expect("starts");
         storage.stop(Instant::now() + DEADLINE).await;
         let copy = tempfile::tempdir().expect("temporary directory");
-        std::fs::copy(dir.path().join(FILE_NAME), copy.path().join(FILE_NAME)).expect("copied");
+        std::fs::copy(dir.path().join(RECORDS_FILE_NAME), copy.path().join(RECORDS_FILE_NAME))
+            .expect("copied");
         assert_eq!(offsets(copy.path()).len(), 1_000);
     }
 
@@ -380,7 +387,7 @@ mod tests {
         append(&log, 10).await;
         until_stored(&storage, 10).await;
 
-        let other = Connection::open(dir.path().join(FILE_NAME)).expect("opens");
+        let other = Connection::open(dir.path().join(RECORDS_FILE_NAME)).expect("opens");
         until("the lock is had", || other.execute_batch("BEGIN EXCLUSIVE").is_ok()).await;
         append(&log, 10).await;
         until("storage says that it is locked out", || storage.trouble().is_some()).await;
@@ -402,7 +409,7 @@ mod tests {
         let storage = start(dir.path(), &log).expect("starts");
         append(&log, 10).await;
         until_stored(&storage, 10).await;
-        let other = Connection::open(dir.path().join(FILE_NAME)).expect("opens");
+        let other = Connection::open(dir.path().join(RECORDS_FILE_NAME)).expect("opens");
         until("the lock is had", || other.execute_batch("BEGIN EXCLUSIVE").is_ok()).await;
         append(&log, 10).await;
         let begun = Instant::now();
@@ -439,7 +446,7 @@ mod tests {
         let log = open_log(dir.path());
         let storage = start(dir.path(), &log).expect("starts");
         log.begin_retention();
-        // Twice what the log may take: it has to let go of segments, and may only as it is told.
+        // Twice what the log may hold: it must remove segments, and may remove only what is stored.
         for _ in 0..160 {
             append(&log, 1_000).await;
         }
@@ -447,7 +454,7 @@ mod tests {
         assert!(log.first_offset() > 0, "segments have gone");
         assert_eq!(offsets(dir.path()), (0..160_000).collect::<Vec<_>>());
 
-        // A database that was taken away does not bring them back: storage goes on with what is left.
+        // Without its database storage cannot restore them: it continues with what the log has left.
         storage.stop(Instant::now() + DEADLINE).await;
         let empty = tempfile::tempdir().expect("temporary directory");
         let storage = start(empty.path(), &log).expect("starts");

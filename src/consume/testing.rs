@@ -2,7 +2,7 @@
 
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 
-/// When the record with offset 0 was received; each one more came a millisecond later.
+/// When the record with offset 0 was received. Each later one came a millisecond after the one before.
 pub(super) const EPOCH: TimeMicros = 1_795_426_119_000_000;
 
 /// A record with nothing special about it.

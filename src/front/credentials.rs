@@ -1,44 +1,44 @@
 //! The API key among the headers of an HTTP request or a NATS message: `Authorization: KEY`,
 //! `Authorization: Bearer KEY` or `X-API-Key: KEY`.
 
-use crate::auth::Denied;
+use crate::auth::GrantDenial;
 use crate::limits::PRESENTED_KEY_BYTES_MAX;
 
-/// One header that a key may stand in.
-pub(super) const AUTHORIZATION: &str = "authorization";
-/// The other.
-pub(super) const X_API_KEY: &str = "x-api-key";
+/// The standard header that carries a key.
+pub(super) const AUTHORIZATION_HEADER: &str = "authorization";
+/// The alternative header that carries a key.
+pub(super) const X_API_KEY_HEADER: &str = "x-api-key";
 
-/// What a header presents as a key, if it is one that a key may stand in. A header's name is written in
-/// any case.
-pub(super) fn key_in<'a>(name: &str, value: &'a [u8]) -> Option<&'a [u8]> {
-    if name.eq_ignore_ascii_case(AUTHORIZATION) {
-        Some(bearer(value))
+/// The key that a header presents, or `None` for a header that carries no key. Header names are
+/// case-insensitive.
+pub(super) fn key_in_header<'a>(name: &str, value: &'a [u8]) -> Option<&'a [u8]> {
+    if name.eq_ignore_ascii_case(AUTHORIZATION_HEADER) {
+        Some(strip_bearer(value))
     } else {
-        name.eq_ignore_ascii_case(X_API_KEY).then(|| value.trim_ascii())
+        name.eq_ignore_ascii_case(X_API_KEY_HEADER).then(|| value.trim_ascii())
     }
 }
 
-/// The one key among those that headers present. The same key twice is one key; an empty one is what an
-/// unset variable leaves behind, and none.
+/// The one key among those that headers present. The same key twice counts as one. An empty value counts
+/// as no key: an unset shell variable leaves one behind.
 ///
 /// # Errors
-/// [`Denied::NoKey`], [`Denied::Ambiguous`] for two different ones, and [`Denied::Malformed`] for one that
-/// is too long to be looked at.
-pub(super) fn one_key<'a>(keys: impl Iterator<Item = &'a [u8]>) -> Result<&'a [u8], Denied> {
+/// [`GrantDenial::NoKey`], [`GrantDenial::Ambiguous`] for two different keys, and [`GrantDenial::Malformed`] for a key
+/// over [`PRESENTED_KEY_BYTES_MAX`].
+pub(super) fn one_key<'a>(keys: impl Iterator<Item = &'a [u8]>) -> Result<&'a [u8], GrantDenial> {
     let mut keys = keys.filter(|key| !key.is_empty());
-    let key = keys.next().ok_or(Denied::NoKey)?;
+    let key = keys.next().ok_or(GrantDenial::NoKey)?;
     if keys.any(|other| other != key) {
-        return Err(Denied::Ambiguous);
+        return Err(GrantDenial::Ambiguous);
     }
     if key.len() > PRESENTED_KEY_BYTES_MAX {
-        return Err(Denied::Malformed);
+        return Err(GrantDenial::Malformed);
     }
     Ok(key)
 }
 
-/// `KEY` and `Bearer KEY` are both the key; a scheme is written in any case (RFC 9110, 11.1).
-fn bearer(value: &[u8]) -> &[u8] {
+/// `KEY` and `Bearer KEY` are both the key; the scheme is case-insensitive (RFC 9110, 11.1).
+fn strip_bearer(value: &[u8]) -> &[u8] {
     let value = value.trim_ascii();
     match value.split_at_checked(6) {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer") => match key {
@@ -54,8 +54,8 @@ fn bearer(value: &[u8]) -> &[u8] {
 mod tests {
     use super::*;
 
-    fn of(headers: &[(&str, &str)]) -> Result<String, Denied> {
-        let keys = headers.iter().filter_map(|(name, value)| key_in(name, value.as_bytes()));
+    fn of(headers: &[(&str, &str)]) -> Result<String, GrantDenial> {
+        let keys = headers.iter().filter_map(|(name, value)| key_in_header(name, value.as_bytes()));
         one_key(keys).map(|key| String::from_utf8_lossy(key).into_owned())
     }
 
@@ -72,7 +72,7 @@ mod tests {
         }
         // A key that begins with the letters of a scheme is still a key.
         assert_eq!(of(&[("authorization", "bearerk")]).as_deref(), Ok("bearerk"));
-        assert_eq!(of(&[("x-api-keys", "k"), ("key", "k")]), Err(Denied::NoKey));
+        assert_eq!(of(&[("x-api-keys", "k"), ("key", "k")]), Err(GrantDenial::NoKey));
     }
 
     #[test]
@@ -82,16 +82,16 @@ mod tests {
         for two in
             [[("authorization", "Bearer k"), ("x-api-key", "l")], [("x-api-key", "k"), ("x-api-key", "l")]]
         {
-            assert_eq!(of(&two), Err(Denied::Ambiguous), "{two:?}");
+            assert_eq!(of(&two), Err(GrantDenial::Ambiguous), "{two:?}");
         }
     }
 
     #[test]
     fn an_empty_header_is_no_key() {
         for header in [("authorization", ""), ("authorization", "Bearer"), ("authorization", "Bearer ")] {
-            assert_eq!(of(&[header]), Err(Denied::NoKey), "{header:?}");
+            assert_eq!(of(&[header]), Err(GrantDenial::NoKey), "{header:?}");
         }
-        assert_eq!(of(&[]), Err(Denied::NoKey));
+        assert_eq!(of(&[]), Err(GrantDenial::NoKey));
         assert_eq!(of(&[("authorization", " "), ("x-api-key", "k")]).as_deref(), Ok("k"));
     }
 
@@ -99,6 +99,6 @@ mod tests {
     fn a_presented_key_is_bounded() {
         let key = |bytes| of(&[("authorization", &"k".repeat(bytes))]).map(|key| key.len());
         assert_eq!(key(PRESENTED_KEY_BYTES_MAX), Ok(PRESENTED_KEY_BYTES_MAX));
-        assert_eq!(key(PRESENTED_KEY_BYTES_MAX + 1), Err(Denied::Malformed));
+        assert_eq!(key(PRESENTED_KEY_BYTES_MAX + 1), Err(GrantDenial::Malformed));
     }
 }

@@ -1,11 +1,12 @@
 //! A gateway as a member of its cluster: its connection to NATS, the registry that it shares with the other
-//! members, and its place among them.
+//! members, and its presence among them.
 
+use parking_lot::Mutex;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -16,75 +17,75 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 use super::ADMIN_KEY_LABEL;
-use crate::auth::cluster::{Follow, Joined};
+use crate::auth::cluster::{JoinedRegistry, RegistryFollower};
 use crate::auth::{ApiKey, Registry, RegistryError};
 use crate::config::Config;
-use crate::consume::subscriber::ClusterGroups;
+use crate::consume::subscriber::ClusterShareGroups;
 use crate::consume::subscriber::sessions::SessionStore;
-use crate::consume::subscriber::sessions::bucket::{self, GroupRolls, Lookup};
-use crate::front::http::Reason;
-use crate::front::mqtt::Claims;
+use crate::consume::subscriber::sessions::bucket::{self, GroupRolls, SessionLookup};
+use crate::front::http::UnreadyReason;
+use crate::front::mqtt::ClientClaims;
 use crate::intake::Intake;
-use crate::log::{JetstreamLog, OpenError, SharedPlaces};
+use crate::log::{JetstreamLog, LogOpenError, SharedPlaces};
 
-/// The pause before another attempt at what NATS was away for.
-const PAUSE: Duration = Duration::from_millis(250);
+/// The pause before a retry while NATS is unreachable.
+const CLUSTER_RETRY_PAUSE: Duration = Duration::from_millis(250);
 
-/// The file with what the gateway of a data directory is called in its cluster.
-pub(super) const NAME_FILE: &str = "node";
+/// The file with the gateway's name in its cluster.
+pub(super) const NODE_NAME_FILE: &str = "node";
 
-/// A gateway that is about to be a member.
-pub(super) struct Joining {
+/// A gateway that is joining its cluster.
+pub(super) struct JoiningMember {
     nats: Nats,
-    /// What it waited for last, besides NATS itself.
+    /// What it last waited for, other than NATS itself.
     waits_for: Arc<Mutex<String>>,
 }
 
-impl Joining {
+impl JoiningMember {
     /// Begins to connect.
     ///
     /// # Errors
-    /// In words for an operator: settings that can never work.
+    /// Settings that can never work, worded for an operator.
     pub(super) async fn begin(config: &Config) -> anyhow::Result<Self> {
         let nats = Nats::connect(&config.nats.connection("headgate cluster")?).await?;
         Ok(Self { nats, waits_for: Arc::new(Mutex::new("the cluster's registry is being read".to_owned())) })
     }
 
-    /// What is waited for.
-    pub(super) fn reason(&self) -> Reason {
+    /// What it is waiting for, as `/readyz` reports it.
+    pub(super) fn reason(&self) -> UnreadyReason {
         let (nats, waits_for) = (self.nats.clone(), self.waits_for.clone());
         Arc::new(move || {
-            let of_cluster = || waits_for.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let of_cluster = || waits_for.lock().clone();
             nats.trouble().unwrap_or_else(of_cluster)
         })
     }
 
-    /// Joins the cluster and opens its log. While NATS is away this waits.
+    /// Joins the cluster and opens its log. Waits while NATS is unreachable.
     ///
     /// # Errors
-    /// In words for an operator: settings that can never work, a registry that cannot be read, a stream
+    /// Worded for an operator: settings that can never work, a registry that cannot be read, a stream
     /// that cannot be used.
-    pub(super) async fn join(&self, config: &Config) -> anyhow::Result<(Member, JetstreamLog)> {
-        let name = name_of(&config.data_dir)?;
-        let member = Member::join(&self.nats, config).await?;
-        // A connection of its own, as it has the most to do.
+    pub(super) async fn join(&self, config: &Config) -> anyhow::Result<(ClusterMember, JetstreamLog)> {
+        let name = node_name(&config.data_dir)?;
+        let member = ClusterMember::join(&self.nats, config).await?;
+        // The log has its own connection because it carries the most traffic.
         let nats = Nats::connect(&config.nats.connection("headgate log")?).await?;
         let following = Nats::connect(&config.nats.connection("headgate log, following")?).await?;
         loop {
             let error = match JetstreamLog::open(&nats, &following, config, &name).await {
                 Ok(log) => return Ok((member, log)),
-                Err(error @ OpenError::Away(_)) => error,
+                Err(error @ LogOpenError::Away(_)) => error,
                 Err(error) => return Err(error.into()),
             };
-            *self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
-            tokio::time::sleep(PAUSE).await;
+            *self.waits_for.lock() = error.to_string();
+            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
         }
     }
 }
 
-/// What the gateway of a data directory is called, now and after every restart.
-fn name_of(dir: &Path) -> anyhow::Result<String> {
-    let path = dir.join(NAME_FILE);
+/// The gateway's name in the cluster, kept in its data directory across restarts.
+fn node_name(dir: &Path) -> anyhow::Result<String> {
+    let path = dir.join(NODE_NAME_FILE);
     match std::fs::read_to_string(&path) {
         Ok(name) => Ok(name.trim().to_owned()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -103,26 +104,26 @@ fn random_name() -> anyhow::Result<String> {
     Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// A member.
-pub(super) struct Member {
+/// A gateway that has joined its cluster.
+pub(super) struct ClusterMember {
     nats: Nats,
-    /// It among the others.
+    /// Makes this gateway known to the other members.
     presence: Arc<Presence>,
     registry: Arc<Registry>,
-    /// Applies what others change; before it runs, what it is to run.
-    follow: Option<Follow>,
+    /// Applies the other members' changes, once [`ClusterMember::follow`] has spawned it.
+    follow: Option<RegistryFollower>,
     following: Option<JoinHandle<()>>,
 }
 
-impl Member {
-    /// Joins the cluster. While NATS is away this waits.
+impl ClusterMember {
+    /// Joins the cluster. Waits while NATS is unreachable.
     ///
     /// # Errors
-    /// In words for an operator: settings that can never work, a registry that cannot be read.
+    /// Worded for an operator: settings that can never work, a registry that cannot be read.
     async fn join(nats: &Nats, config: &Config) -> anyhow::Result<Self> {
-        // Another one at each start: nobody waits for the gateway that was here before.
+        // A new id at each start: no member waits for the process that ran here before.
         let id = random_name()?;
-        let Joined { registry, presence, follow } =
+        let JoinedRegistry { registry, presence, follow } =
             Registry::join(nats, config.nats.stream.replicas, &id).await?;
         Ok(Self { nats: nats.clone(), presence, registry, follow: Some(follow), following: None })
     }
@@ -132,8 +133,8 @@ impl Member {
         &self.registry
     }
 
-    /// Begins to apply what other members change, and returns once whatever was changed before has been: only
-    /// then may anything be let in. While NATS is away this waits.
+    /// Begins to apply other members' changes and returns once all earlier changes are applied: only
+    /// then may the gateway accept messages. Waits while NATS is unreachable.
     ///
     /// # Errors
     /// The registry has failed.
@@ -148,14 +149,14 @@ impl Member {
         }
         loop {
             match self.registry.caught_up().await {
-                Err(RegistryError::Away(_)) => tokio::time::sleep(PAUSE).await,
+                Err(RegistryError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
                 caught_up => return Ok(caught_up?),
             }
         }
     }
 
-    /// Sees to it that there is an admin key: a cluster that has none gets one, whose secret goes to `path`.
-    /// While NATS is away this waits.
+    /// Ensures that the cluster has an admin key: if it has none, creates one and writes its secret to
+    /// `path`. Waits while NATS is unreachable.
     ///
     /// # Errors
     /// The file cannot be written, or the registry has failed.
@@ -163,36 +164,39 @@ impl Member {
         loop {
             let (registry, for_file) = (self.registry.clone(), path.to_owned());
             match tokio::task::spawn_blocking(move || first_admin_key(&registry, &for_file)).await? {
-                Err(RegistryError::Away(_) | RegistryError::Overtaken) => tokio::time::sleep(PAUSE).await,
+                Err(RegistryError::Away(_) | RegistryError::Overtaken) => {
+                    tokio::time::sleep(CLUSTER_RETRY_PAUSE).await
+                }
                 made => return made.with_context(|| format!("the admin key in {}", path.display())),
             }
         }
     }
 
-    /// Where MQTT sessions are kept, what clients are shared with the other members by, and the groups of
-    /// subscribers, whose members are anywhere in the cluster. While NATS is away this waits.
+    /// Opens the store of MQTT sessions, the claims that move clients between members, and the groups of
+    /// subscribers, whose members may be on any gateway. Waits while NATS is unreachable.
     ///
     /// # Errors
-    /// In words for an operator: JetStream cannot keep them.
-    pub(super) async fn sessions(
+    /// JetStream cannot store them; worded for an operator.
+    pub(super) async fn open_sessions(
         &self,
         config: &Config,
         places: SharedPlaces,
-    ) -> anyhow::Result<(SessionStore, Claims, ClusterGroups)> {
+    ) -> anyhow::Result<(SessionStore, ClientClaims, ClusterShareGroups)> {
         let (replicas, expiry_s_max) = (config.nats.stream.replicas, config.mqtt.session_expiry_s_max);
         let cells = loop {
-            match bucket::open(&self.nats, replicas, expiry_s_max).await {
-                Err(CellError::Away(_)) => tokio::time::sleep(PAUSE).await,
+            match bucket::open_sessions_bucket(&self.nats, replicas, expiry_s_max).await {
+                Err(CellError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
                 opened => break opened.context("the bucket of MQTT sessions")?,
             }
         };
-        let (lookup, rolls) = (Lookup::new(cells.clone()), GroupRolls::start(cells.clone()));
+        let (lookup, rolls) = (SessionLookup::new(cells.clone()), GroupRolls::start(cells.clone()));
         let (store, lost) = SessionStore::in_bucket(cells, self.presence.id())?;
-        let groups = ClusterGroups::start(places, rolls, self.presence.clone()).await?;
-        Ok((store, Claims::new(self.presence.clone(), lookup, lost), groups))
+        let groups = ClusterShareGroups::start(places, rolls, self.presence.clone()).await?;
+        Ok((store, ClientClaims::new(self.presence.clone(), lookup, lost), groups))
     }
 
-    /// Leaves: the others wait for this member no more. To be called when nothing can come in any more.
+    /// Leaves the cluster: the others no longer wait for this member. Call it only once the gateway accepts
+    /// no more messages.
     pub(super) async fn leave(self) {
         self.presence.leave().await;
         if let Some(following) = self.following {
@@ -210,7 +214,7 @@ fn first_admin_key(registry: &Registry, path: &Path) -> Result<(), RegistryError
     if !matches!(made, Ok(Some(_)))
         && let Some(path) = written
     {
-        // It has become nobody's key. If it stays, that does no harm.
+        // The key was not created, so its secret opens nothing. A leftover file does no harm.
         let _ = std::fs::remove_file(path);
     }
     match made? {
@@ -224,7 +228,7 @@ fn first_admin_key(registry: &Registry, path: &Path) -> Result<(), RegistryError
     Ok(())
 }
 
-/// Writes a secret for its owner alone. What is there already is of a registry that there is no more.
+/// Writes a secret, readable by its owner only. A file already there belongs to a registry that is gone.
 fn write_secret(path: &Path, secret: &ApiKey) -> io::Result<()> {
     let beside = PathBuf::from(format!("{}.new", path.display()));
     let _ = std::fs::remove_file(&beside);

@@ -1,4 +1,4 @@
-//! An admitted draft: on its way into the log, and what is counted and answered when it is there.
+//! An admitted draft: on its way into the log, with what is counted and answered when it is durable.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -8,24 +8,24 @@ use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use crate::auth::usage::Client;
-use crate::auth::{Denied, Key, Registry};
-use crate::log::{AppendError, Committed, Offsets, Outcome, Section};
+use crate::auth::usage::KeyClient;
+use crate::auth::{GrantDenial, Key, Registry};
+use crate::log::{AppendError, CommitOutcome, Offsets, Section, SectionOutcome};
 use crate::message::{Offset, TimeMicros, Transport};
 use crate::observe::metrics::Metrics;
-use crate::observe::refusals::{Note, Refusals};
+use crate::observe::refusals::{RefusalNote, Refusals};
 
 use super::Refusal;
 
-/// A draft on its way into the log: resolves when it is durable, or is known not to be kept.
-pub struct Admitted {
-    pub(super) committed: oneshot::Receiver<Result<Committed, AppendError>>,
+/// A draft on its way into the log. Resolves when it is durable, or known not to be kept.
+pub struct AdmittedDraft {
+    pub(super) committed: oneshot::Receiver<Result<CommitOutcome, AppendError>>,
     pub(super) started: Instant,
-    /// Per section.
-    pub(super) records: Vec<Counts>,
-    /// Per section: whose it is.
+    /// What each section holds.
+    pub(super) records: Vec<SectionCounts>,
+    /// The key of each section.
     pub(super) keys: Vec<Arc<Key>>,
-    pub(super) client: Option<Arc<Client>>,
+    pub(super) client: Option<Arc<KeyClient>>,
     pub(super) received_at: TimeMicros,
     pub(super) registry: Arc<Registry>,
     pub(super) transport: Transport,
@@ -34,59 +34,59 @@ pub struct Admitted {
     pub(super) _room: OwnedSemaphorePermit,
 }
 
-/// What of a section is counted when it is durable.
-pub(super) struct Counts {
-    /// Messages that are let in, and the bytes of their payloads.
+/// The numbers of a section that metrics count when it is durable.
+pub(super) struct SectionCounts {
+    /// Messages that are let in, and their payload bytes.
     accepted: (u32, u64),
     /// Messages that go into quarantine.
     quarantined: u32,
 }
 
-impl Counts {
-    pub(super) fn of(section: &Section) -> Self {
+impl SectionCounts {
+    pub(super) fn from_section(section: &Section) -> Self {
         let (quarantined, bytes) = section.quarantined();
         Self { accepted: (section.records() - quarantined, section.payload_bytes() - bytes), quarantined }
     }
 }
 
-impl Admitted {
-    /// Tells of the use of a key.
-    fn used(&self, came_in: Option<(&Arc<Key>, u64, Offset)>) {
+impl AdmittedDraft {
+    /// Reports the use of a key to the registry.
+    fn report_use(&self, came_in: Option<(&Arc<Key>, u64, Offset)>) {
         if let Some((key, messages, offset)) = came_in {
-            self.registry.used(key, self.client.as_ref(), self.received_at, Some((messages, offset)));
+            self.registry.note_use(key, self.client.as_ref(), self.received_at, Some((messages, offset)));
         }
     }
 }
 
 /// A draft that is durable.
-pub struct Accepted {
-    /// Per origin: what has become of it.
-    pub outcomes: Vec<Outcome>,
+pub struct DurableDraft {
+    /// The outcome for each origin.
+    pub outcomes: Vec<SectionOutcome>,
 }
 
-/// A draft of one origin that is durable.
-pub struct Kept {
-    /// Of its records, or of those that were kept before under its id.
+/// The offsets of a durable draft of one origin.
+pub struct DurableOffsets {
+    /// Offsets of its records, or of those that were kept before under its id.
     pub offsets: Offsets,
-    /// Whether they were kept before.
+    /// Whether these were kept before.
     pub duplicate: bool,
 }
 
-impl Future for Admitted {
-    type Output = Result<Accepted, Refusal>;
+impl Future for AdmittedDraft {
+    type Output = Result<DurableDraft, Refusal>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        // A writer that is gone without an answer has ended with the gateway.
+        // A writer that is gone without an answer ended because the gateway is shutting down.
         let committed = ready!(Pin::new(&mut self.committed).poll(cx)).unwrap_or(Err(AppendError::Closed))?;
         self.metrics.commit_seconds.record(self.started.elapsed());
         let (mut records, mut bytes, mut duplicates, mut quarantined) = (0, 0, 0, 0);
-        // Of sections of one key that stand together: how many messages, and the newest's offset.
+        // Consecutive sections of one key are reported together: messages, and the newest offset.
         let mut came_in: Option<(&Arc<Key>, u64, Offset)> = None;
-        for ((Counts { accepted: (n, payload_bytes), quarantined: m }, key), outcome) in
+        for ((SectionCounts { accepted: (n, payload_bytes), quarantined: m }, key), outcome) in
             self.records.iter().zip(&self.keys).zip(&committed.outcomes)
         {
             match outcome {
-                Outcome::Kept(offsets) => {
+                SectionOutcome::Kept(offsets) => {
                     records += u64::from(*n);
                     bytes += payload_bytes;
                     quarantined += u64::from(*m);
@@ -96,32 +96,33 @@ impl Future for Admitted {
                             Some((key, count + u64::from(*n), last_offset))
                         }
                         other => {
-                            self.used(other);
+                            self.report_use(other);
                             Some((key, u64::from(*n), last_offset))
                         }
                     };
                 }
-                Outcome::Duplicate(_) => duplicates += u64::from(n + m),
-                Outcome::KeyDead => {
-                    let note = Note::new(self.transport, Denied::Revoked.cause(), &Denied::Revoked);
+                SectionOutcome::Duplicate(_) => duplicates += u64::from(n + m),
+                SectionOutcome::KeyDead => {
+                    let note =
+                        RefusalNote::new(self.transport, GrantDenial::Revoked.cause(), &GrantDenial::Revoked);
                     (0..n + m).for_each(|_| self.refusals.note(note));
                 }
             }
         }
-        self.used(came_in);
-        self.metrics.accepted(self.transport, records, bytes);
+        self.report_use(came_in);
+        self.metrics.count_accepted(self.transport, records, bytes);
         if quarantined > 0 {
-            self.metrics.quarantined(self.transport, quarantined);
+            self.metrics.count_quarantined(self.transport, quarantined);
         }
-        self.metrics.duplicates(self.transport, duplicates);
-        Poll::Ready(Ok(Accepted { outcomes: committed.outcomes }))
+        self.metrics.count_duplicates(self.transport, duplicates);
+        Poll::Ready(Ok(DurableDraft { outcomes: committed.outcomes }))
     }
 }
 
-/// Exchanges on their way to be released: resolves when that is durable, or is known not to be.
-pub struct Released(pub(super) oneshot::Receiver<Result<Committed, AppendError>>);
+/// A release of exchanges on its way into the log. Resolves when it is durable, or known not to be.
+pub struct PendingRelease(pub(super) oneshot::Receiver<Result<CommitOutcome, AppendError>>);
 
-impl Future for Released {
+impl Future for PendingRelease {
     type Output = Result<(), Refusal>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {

@@ -1,72 +1,72 @@
-//! A draft: the messages of one read of a socket or of one request, checked one by one against key,
-//! limits and schema, and encoded, on their way to the log together.
+//! A draft: the messages of one read of a socket or of one request. Each is checked against key, limits
+//! and schema, and encoded; all of them go to the log together.
 
 use std::sync::Arc;
 
-use crate::auth::usage::Client;
-use crate::auth::{Denied, Grant, Key, Scope};
+use crate::auth::usage::KeyClient;
+use crate::auth::{Grant, GrantDenial, Key, Scope};
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, SECTION_SEARCH_MAX};
-use crate::log::{self, OnceId, Reason, Section};
+use crate::log::{self, OnceId, QuarantineReason, Section};
 use crate::message::{
     DatasourceId, KeyId, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
 };
-use crate::quota::{Limited, Quota, Standing};
+use crate::quota::{LimitExceeded, Quota, QuotaStanding};
 use crate::time::Rfc3339;
 use crate::validate::Validation;
 
-use super::refusal::reason_of;
-use super::{Incoming, Intake, Refusal, check_message_id};
+use super::refusal::quarantine_reason;
+use super::{IncomingMessage, Intake, Refusal, check_message_id};
 
 /// A message that goes into quarantine.
 #[derive(Debug, Clone)]
-pub struct Quarantined {
-    /// Which of the draft's origins it is of, as [`Draft::push`] returns it.
+pub struct QuarantinedMessage {
+    /// Its origin in the draft, as [`Draft::push`] returns it.
     pub origin: usize,
-    /// Why.
-    pub reason: Reason<'static>,
+    /// Why it is in quarantine.
+    pub reason: QuarantineReason<'static>,
 }
 
-/// What becomes of a message that is in quarantine and sent again.
+/// The outcome for a quarantined message that is sent again.
 #[derive(Debug)]
-pub enum Redriven {
-    /// It is an origin of the draft, the last one so far.
+pub enum RedriveOutcome {
+    /// It is in the draft, as the last origin so far.
     Added,
-    /// It stays where it is: this is what it does not meet.
-    Fails(Box<Reason<'static>>),
+    /// It stays in quarantine: it still fails, for this reason.
+    Fails(Box<QuarantineReason<'static>>),
 }
 
-/// Messages that were checked and encoded, and are not handed to the log yet.
+/// Messages that are checked and encoded, but not handed to the log yet.
 pub struct Draft {
     pub(super) intake: Intake,
     pub(super) transport: Transport,
     pub(super) publisher: u64,
     pub(super) received_at: i64,
-    /// Of all its messages together.
+    /// The id that all its messages share.
     pub(super) message_id: Option<String>,
     pub(super) ends_failed_exchanges: bool,
-    /// What the newest message was held against, and whose it was.
+    /// The schemas that the newest message was checked against, and the datasource that they are of.
     pub(super) validation: Option<(DatasourceId, Validation)>,
-    pub(super) client: Option<Arc<Client>>,
+    pub(super) client: Option<Arc<KeyClient>>,
     pub(super) sections: Vec<Section>,
-    /// Per section: whose it is.
+    /// The key of each section.
     pub(super) keys: Vec<Arc<Key>>,
-    /// How many of the next messages have been taken from their rates.
+    /// How many of the next messages have been charged to their rates already.
     pub(super) paid: u64,
-    /// The limit that all of them are over, and go into quarantine for.
-    pub(super) over: Option<Box<Limited>>,
-    /// What the newest messages go by, and whose they were.
+    /// The limit that all messages exceed, for which they go into quarantine.
+    pub(super) over: Option<Box<LimitExceeded>>,
+    /// The quota that the newest message was checked against, with its key and datasource.
     pub(super) quota: Option<(KeyId, DatasourceId, Option<Box<Quota>>)>,
 }
 
 impl Draft {
-    /// Says that the client is told of a message that goes into quarantine, and that this ends the
-    /// message's QoS 2 exchange (MQTT 5 section 4.3.3): its packet id may then be another message's.
+    /// Declares that the client is told when a message goes into quarantine, which ends the message's
+    /// QoS 2 exchange (MQTT 5 section 4.3.3): its packet id may be used for another message then.
     pub fn end_failed_exchanges(&mut self) {
         self.ends_failed_exchanges = true;
     }
 
-    /// Gives all the messages of the draft, of which there is none yet, one id together: they are kept
-    /// once, or known by it all of them.
+    /// Gives all messages of the draft one common id, before the first is added: either all of them are
+    /// kept, or all are duplicates.
     ///
     /// # Errors
     /// [`Refusal::MessageId`].
@@ -76,41 +76,41 @@ impl Draft {
         Ok(())
     }
 
-    /// Says who has sent it, for those who look after its key.
-    pub fn sent_by(&mut self, client: &Arc<Client>) {
+    /// Sets the client that sent it, for the usage of its key.
+    pub fn set_client(&mut self, client: &Arc<KeyClient>) {
         self.client = Some(client.clone());
     }
 
-    /// The next message has waited for its turn, and is not counted against a rate again.
-    pub fn is_paid(&mut self) {
+    /// Marks that the next message has waited for its turn, so that it is not charged to a rate again.
+    pub fn mark_paid(&mut self) {
         self.paid = 1;
     }
 
-    /// Takes all the messages that the draft is to have, of one key and datasource, from their rates
-    /// together: one more than the burst would never be let in. Returns how far the rate of messages is
-    /// used then, if there is one.
+    /// Charges all messages that the draft will have, of one key and datasource, to their rates at once.
+    /// One by one, a message beyond the burst would never be let in. Returns how much of the message rate
+    /// is used then, if there is one.
     ///
     /// # Errors
-    /// [`Refusal::Limited`]; nothing is taken then.
+    /// [`Refusal::Limited`]; nothing is charged then.
     pub fn pay(
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
         messages: u64,
         bytes: u64,
-    ) -> Result<Option<Standing>, Refusal> {
+    ) -> Result<Option<QuotaStanding>, Refusal> {
         self.paid = messages;
         let Some(quota) = self.intake.quota(grant, datasource) else { return Ok(None) };
         match quota.take(messages, bytes, self.intake.hold_back(self.transport)) {
-            Err(limited) if limited.quarantines() => self.over = Some(Box::new(limited)),
+            Err(limited) if limited.is_for_quarantine() => self.over = Some(Box::new(limited)),
             taken => taken?,
         }
         Ok(quota.standing())
     }
 
-    /// Checks one message against what its key and datasource are limited to. `paid`: it has been taken
-    /// from their rates already.
-    fn meter(
+    /// Checks one message against the limits of its key and datasource. `paid`: it was charged to their
+    /// rates already.
+    fn check_quota(
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
@@ -133,38 +133,38 @@ impl Draft {
 
     /// Checks one message against `grant` and adds it. `datasource` is the one that the front's
     /// address names; `None` takes the key's own or, for a `*` key, the topic's first level.
-    /// Returns which of the draft's origins the message is of: an index into
-    /// [`Accepted::outcomes`]. A message with an id or exchange of its own is an origin of its own.
+    /// Returns the origin of the message: an index into [`Accepted::outcomes`]. A message with an id or
+    /// exchange of its own is an origin of its own.
     ///
     /// # Errors
-    /// Every permanent [`Refusal`], and [`Refusal::Limited`]: a message that it holds back is to be pushed
-    /// again after its [`Intake::turn`]. After [`Refusal::Quarantined`], the message is in the draft all
-    /// the same, on its way into quarantine: it may be answered when the draft is durable.
+    /// Every permanent [`Refusal`], and [`Refusal::Limited`]: a message that is held back has to be pushed
+    /// again after its [`Intake::wait_turn`]. After [`Refusal::Quarantined`], the message is in the draft
+    /// nevertheless, on its way into quarantine: it may be answered when the draft is durable.
     pub fn push(
         &mut self,
         grant: &Grant,
         datasource: Option<&DatasourceId>,
-        message: Incoming<'_>,
+        message: IncomingMessage<'_>,
     ) -> Result<usize, Refusal> {
-        let pushed = self.let_in(grant, datasource, message);
+        let pushed = self.check_and_add(grant, datasource, message);
         match &pushed {
-            Err(Refusal::Limited(limited)) if limited.holds_back() => {}
-            Err(_) => self.intake.0.authorizer.registry().refused(grant.key()),
+            Err(Refusal::Limited(limited)) if limited.is_held_back() => {}
+            Err(_) => self.intake.0.authorizer.registry().note_refusal(grant.key()),
             Ok(_) => {}
         }
         pushed
     }
 
-    fn let_in(
+    fn check_and_add(
         &mut self,
         grant: &Grant,
         datasource: Option<&DatasourceId>,
-        message: Incoming<'_>,
+        message: IncomingMessage<'_>,
     ) -> Result<usize, Refusal> {
         let paid = self.paid > 0;
         self.paid = self.paid.saturating_sub(1);
         if !grant.holds() {
-            return Err(Denied::Revoked.into());
+            return Err(GrantDenial::Revoked.into());
         }
         let mut topic = message.topic;
         let named;
@@ -177,7 +177,9 @@ impl Draft {
                     id
                 }
             };
-            grant.has(Scope::Ingest)?;
+            // The scope is checked before the datasource is looked up, so that a key without it cannot find
+            // out which datasources exist.
+            grant.allows_scope(Scope::Ingest)?;
             if holds_key(id) {
                 return Err(NameError::TopicKey.into());
             }
@@ -201,66 +203,71 @@ impl Draft {
         if content_type.len() > CONTENT_TYPE_BYTES_MAX || content_type.chars().any(char::is_control) {
             return Err(Refusal::ContentType);
         }
+        // The rates come after the checks that no waiting helps, so that what those refuse is not charged.
+        // The schema comes last, because it costs most.
         let metered = match &self.over {
             Some(limited) => Err((**limited).clone().into()),
-            None => self.meter(grant, datasource, topic, message.payload.len(), paid),
+            None => self.check_quota(grant, datasource, topic, message.payload.len(), paid),
         };
         match metered {
-            Err(Refusal::Limited(limited)) if limited.quarantines() => {
-                let message = Incoming { topic, ..message };
-                return Err(self.quarantine(grant, datasource, message, reason_of(&limited))?);
+            Err(Refusal::Limited(limited)) if limited.is_for_quarantine() => {
+                let message = IncomingMessage { topic, ..message };
+                return Err(self.quarantine(grant, datasource, message, quarantine_reason(&limited))?);
             }
             metered => metered?,
         }
         match self.validation(datasource).check(topic, message.payload) {
             Ok(()) => {
                 let at = self.section_for(grant, datasource, &message, false)?;
-                let Incoming { payload, properties, flags, .. } = message;
+                let IncomingMessage { payload, properties, flags, .. } = message;
                 self.sections[at].push(topic, payload, content_type, properties, flags);
                 Ok(at)
             }
-            Err(reason) => Err(self.quarantine(grant, datasource, Incoming { topic, ..message }, *reason)?),
+            Err(reason) => {
+                Err(self.quarantine(grant, datasource, IncomingMessage { topic, ..message }, *reason)?)
+            }
         }
     }
 
-    /// The schemas of a datasource. Looked up once for a draft, which is made of one read.
+    /// The schemas of a datasource. Looked up once per draft while the datasource stays the same.
     fn validation(&mut self, datasource: &DatasourceId) -> &Validation {
         let known = self.validation.take().filter(|(of, _)| of == datasource);
         let (_, validation) = self.validation.insert(known.unwrap_or_else(|| {
             let registry = self.intake.0.authorizer.registry();
-            let found = registry.of_datasource(datasource.as_str(), |found| Validation::of(&found.schemas));
+            let found = registry
+                .with_datasource(datasource.as_str(), |found| Validation::from_setting(&found.schemas));
             (datasource.clone(), found.unwrap_or_default())
         }));
         validation
     }
 
-    /// Adds a message that was checked, but for what a schema says, to what goes into quarantine.
+    /// Adds a message for quarantine: it failed its schema or a limit, and passed the checks before those.
     #[cold]
     fn quarantine(
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
-        mut message: Incoming<'_>,
-        reason: Reason<'static>,
+        mut message: IncomingMessage<'_>,
+        reason: QuarantineReason<'static>,
     ) -> Result<Refusal, Refusal> {
         if self.ends_failed_exchanges {
             message.exchange = None;
         }
         let origin = self.section_for(grant, datasource, &message, true)?;
-        let note = log::Note::Quarantined(reason);
-        let Incoming { topic, payload, content_type, properties, flags, .. } = message;
+        let note = log::RecordNote::Quarantined(reason);
+        let IncomingMessage { topic, payload, content_type, properties, flags, .. } = message;
         let flags = flags.with(note.flag());
         let section = &mut self.sections[origin];
         section.push_noted(topic, payload, content_type, properties, flags, &note.encode());
-        let log::Note::Quarantined(reason) = note else { unreachable!("it was made above") };
-        Ok(Refusal::Quarantined(Box::new(Quarantined { origin, reason })))
+        let log::RecordNote::Quarantined(reason) = note else { unreachable!("it was made above") };
+        Ok(Refusal::Quarantined(Box::new(QuarantinedMessage { origin, reason })))
     }
 
-    /// Adds a message that is in quarantine, to be let in if it meets its schema now; `grant` is of who
-    /// asks for it. It becomes a record of the key, transport and client that it came from, received
-    /// now; its note and its MQTT 5 user properties `redriven-from` and `first-received-at` say where it
-    /// was and since when. It is not retained, as what came after it may be. However often it is sent,
-    /// it is kept once: it has an id that no client can give.
+    /// Adds a message from quarantine if it meets its schema now; `grant` belongs to the admin who asks.
+    /// It becomes a record of its original key, transport and client, received now. Its note and its
+    /// MQTT 5 user properties `redriven-from` and `first-received-at` say where it was and since when. It
+    /// is not retained, because a newer message may be. However often it is sent, it is kept once: it has
+    /// an id that no client can choose.
     ///
     /// # Errors
     /// [`Refusal::Denied`].
@@ -269,13 +276,13 @@ impl Draft {
         grant: &Grant,
         datasource: &DatasourceId,
         record: &RecordRef<'_>,
-    ) -> Result<Redriven, Refusal> {
+    ) -> Result<RedriveOutcome, Refusal> {
         grant.allows(Scope::Admin, datasource.as_str())?;
         if let Err(reason) = self.validation(datasource).check(record.topic, record.payload) {
-            return Ok(Redriven::Fails(reason));
+            return Ok(RedriveOutcome::Fails(reason));
         }
         let (offset, received_at) = (record.offset, record.received_at);
-        let note = log::Note::Redriven { offset, received_at };
+        let note = log::RecordNote::Redriven { offset, received_at };
         let mut properties = record.properties.to_vec();
         put_user_property(&mut properties, "redriven-from", &offset.to_string());
         put_user_property(&mut properties, "first-received-at", &Rfc3339(received_at).to_string());
@@ -300,10 +307,10 @@ impl Draft {
         );
         self.sections.push(section);
         self.keys.push(grant.key().clone());
-        Ok(Redriven::Added)
+        Ok(RedriveOutcome::Added)
     }
 
-    /// Leaves out all but what goes into quarantine.
+    /// Drops every message that does not go into quarantine.
     pub fn keep_quarantined_only(&mut self) {
         let is_quarantined = |section: &Section| section.quarantined().0 > 0;
         let mut sections = self.sections.iter();
@@ -311,12 +318,12 @@ impl Draft {
         self.sections.retain(is_quarantined);
     }
 
-    /// The section that a message belongs to. What goes into quarantine has sections of its own.
+    /// The section that a message belongs to. Quarantined messages have sections of their own.
     fn section_for(
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
-        message: &Incoming<'_>,
+        message: &IncomingMessage<'_>,
         quarantined: bool,
     ) -> Result<usize, Refusal> {
         if message.message_id.is_none() && message.exchange.is_none() {
@@ -326,15 +333,16 @@ impl Draft {
         }
     }
 
-    /// The section for records of this origin. Only the newest few are looked at: most connections
-    /// have one origin, and a further section costs little.
+    /// The section for records of this origin. Only the newest few sections are searched: most connections
+    /// have one origin, and one more section costs little.
     fn section(&mut self, grant: &Grant, datasource: &DatasourceId, quarantined: bool) -> usize {
         let key_id = grant.key_id();
-        // The draft's id is for what is let in: the client may send it again when it is mended.
+        // Quarantined messages do not use up the draft's id: the client may send it again, corrected.
         let once_for_all = self.message_id.as_deref().filter(|_| !quarantined);
-        // What is kept once is judged as a whole, and takes nothing else in.
-        let takes_more =
-            |s: &Section| (once_for_all.is_some() || !s.is_once()) && (s.quarantined().0 > 0) == quarantined;
+        // A section with an id is kept or dropped as a whole, so it takes no other message.
+        let takes_more = |s: &Section| {
+            (once_for_all.is_some() || !s.has_once_ids()) && (s.quarantined().0 > 0) == quarantined
+        };
         let same = |s: &Section| s.key_id == key_id && s.datasource == *datasource && takes_more(s);
         let recent = self.sections.iter().enumerate().rev().take(SECTION_SEARCH_MAX);
         if let Some((at, _)) = recent.into_iter().find(|(_, section)| same(section)) {
@@ -353,7 +361,7 @@ impl Draft {
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
-        message: &Incoming<'_>,
+        message: &IncomingMessage<'_>,
     ) -> Result<usize, Refusal> {
         message.message_id.map_or(Ok(()), check_message_id)?;
         let mut section = self.new_section(grant, datasource);
@@ -362,7 +370,7 @@ impl Draft {
             section.keep_once(OnceId::of_message(datasource, id));
         }
         if let Some(exchange) = message.exchange {
-            section.keep_once(exchange.id());
+            section.keep_once(exchange.once_id());
         }
         self.sections.push(section);
         self.keys.push(grant.key().clone());
@@ -375,10 +383,9 @@ impl Draft {
         Section::new(datasource.clone(), key_id, lease, transport, publisher, received_at)
     }
 
-    /// Makes room for about `bytes` of messages of one origin, to be called before the first is
-    /// added.
+    /// Reserves room for about `bytes` of messages of one origin in the newest section.
     pub fn reserve(&mut self, bytes: usize) {
-        if let Some(section) = self.sections.last_mut().filter(|section| !section.is_once()) {
+        if let Some(section) = self.sections.last_mut().filter(|section| !section.has_once_ids()) {
             section.reserve(bytes);
         }
     }

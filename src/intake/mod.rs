@@ -1,10 +1,9 @@
-//! The one door: every front hands it what it has read, and nothing gets into the log any other
-//! way.
+//! Intake: every front hands its messages to it, and there is no other way into the log.
 //!
-//! A front gathers the messages of one read in a [`Draft`]; each is checked against the grant of
-//! the key that came with it as it is added. [`Intake::admit`] waits until there is room, hands the
-//! draft to the log, and gives back an [`Admitted`], which resolves when the log has made it
-//! durable: only then may a front say yes. The front may go on reading meanwhile.
+//! A front gathers the messages of one read in a [`Draft`], which checks each against the grant of its
+//! key as it is added. [`Intake::admit`] waits until there is room, hands the draft to the log, and
+//! returns an [`AdmittedDraft`], which resolves when the log has made it durable: only then may a front
+//! acknowledge. The front may go on reading meanwhile.
 
 mod admitted;
 mod draft;
@@ -17,78 +16,86 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
 
-use crate::auth::connections::Closer;
-use crate::auth::setting::Setting;
-use crate::auth::{Authorizer, Denied, Grant, Key};
+use crate::auth::connections::RemoteConnectionCloser;
+use crate::auth::setting::JsonSetting;
+use crate::auth::{Authorizer, Grant, GrantDenial, Key};
 use crate::config;
 use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX};
-use crate::log::{AppendError, Log, Outcome, Section};
+use crate::log::{AppendError, Log, Section, SectionOutcome};
 use crate::message::{DatasourceId, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
-use crate::quota::{Limited, Meters, Owner, Quota};
+use crate::quota::{LimitExceeded, LimitOwner, Meters, Quota};
 
-use admitted::Counts;
+use admitted::SectionCounts;
 
-pub use admitted::{Accepted, Admitted, Kept, Released};
-pub use draft::{Draft, Quarantined, Redriven};
-pub use incoming::{Exchange, Incoming, check_message_id};
+pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
+pub use draft::{Draft, QuarantinedMessage, RedriveOutcome};
+pub use incoming::{Exchange, IncomingMessage, check_message_id};
 pub use refusal::Refusal;
 
-/// How often a gateway that was without its cluster looks whether it has caught up.
-const BEHIND_LOOK: Duration = Duration::from_millis(10);
+/// How often a gateway that was cut off from its cluster checks whether it has caught up.
+const CATCH_UP_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// The door. Cheap to clone.
+/// The one way into the log. Cheap to clone.
 #[derive(Clone)]
-pub struct Intake(Arc<Door>);
+pub struct Intake(Arc<IntakeInner>);
 
-struct Door {
+struct IntakeInner {
     authorizer: Authorizer,
     log: Arc<dyn Log>,
     refusals: Arc<Refusals>,
     metrics: Arc<Metrics>,
-    limits: config::Intake,
-    /// A permit per byte that may be on its way into the log.
+    limits: config::IntakeConfig,
+    /// A permit for each byte that may be on its way into the log.
     room: Arc<Semaphore>,
-    /// Ends the connections of dead keys that others have.
-    closer: OnceLock<Closer>,
+    /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
+    closer: OnceLock<RemoteConnectionCloser>,
 }
 
 impl Intake {
-    /// The door in front of `log`.
+    /// An intake that appends to `log`.
     pub fn new(
         authorizer: Authorizer,
         log: Arc<dyn Log>,
         metrics: Arc<Metrics>,
-        limits: &config::Intake,
+        limits: &config::IntakeConfig,
     ) -> Self {
         let room = Arc::new(Semaphore::new(limits.in_flight_bytes_max));
         let refusals = Arc::new(Refusals::new(metrics.clone()));
         let closer = OnceLock::new();
-        Self(Arc::new(Door { authorizer, log, refusals, metrics, limits: limits.clone(), room, closer }))
+        Self(Arc::new(IntakeInner {
+            authorizer,
+            log,
+            refusals,
+            metrics,
+            limits: limits.clone(),
+            room,
+            closer,
+        }))
     }
 
-    /// Where everything that is refused is reported.
+    /// Where every refusal is reported.
     pub fn refusals(&self) -> &Arc<Refusals> {
         &self.0.refusals
     }
 
-    /// Who may.
+    /// The authorizer.
     pub fn authorizer(&self) -> &Authorizer {
         &self.0.authorizer
     }
 
-    /// What is counted.
+    /// The metrics.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.0.metrics
     }
 
-    /// What is let in, besides the key.
-    pub fn limits(&self) -> &config::Intake {
+    /// The configured limits on messages.
+    pub fn limits(&self) -> &config::IntakeConfig {
         &self.0.limits
     }
 
-    /// An empty draft for messages that came in at one moment: one read of a socket, one request.
+    /// An empty draft for messages received at one moment: one read of a socket, or one request.
     /// `publisher` is a hash of the client that sent them, or 0 if it is not known.
     pub fn draft(&self, transport: Transport, publisher: u64) -> Draft {
         let intake = self.clone();
@@ -110,50 +117,50 @@ impl Intake {
         }
     }
 
-    /// Waits until a message that is held back may go on, for as long as clients are held back.
-    /// `true`: what it takes is taken, see [`Draft::is_paid`].
+    /// Waits until a message that is held back may go on, for `intake.hold_back_ms_max` at most. `true`:
+    /// it was charged to its rates already, see [`Draft::mark_paid`].
     ///
     /// # Errors
     /// [`Refusal::Limited`] if that takes too long.
-    pub async fn turn(&self, limited: Limited) -> Result<bool, Refusal> {
+    pub async fn wait_turn(&self, limited: LimitExceeded) -> Result<bool, Refusal> {
         self.0.metrics.held_back.increment(1);
         let patience = Duration::from_millis(self.0.limits.hold_back_ms_max);
-        Ok(limited.turn(patience).await?)
+        Ok(limited.wait_turn(patience).await?)
     }
 
-    /// What messages of the key in the datasource go by; `None` when neither is limited.
+    /// The quota for messages of the key in the datasource; `None` when neither is limited.
     fn quota(&self, grant: &Grant, datasource: &DatasourceId) -> Option<Quota> {
         let key = grant.key();
-        let of_key = meters(&key.limits, || Owner::Key(key.id));
+        let of_key = meters(&key.limits, || LimitOwner::Key(key.id));
         let registry = self.0.authorizer.registry();
-        let of_datasource = registry.of_datasource(datasource.as_str(), |datasource| {
-            meters(&datasource.limits, || Owner::Datasource(datasource.id.clone()))
+        let of_datasource = registry.with_datasource(datasource.as_str(), |datasource| {
+            meters(&datasource.limits, || LimitOwner::Datasource(datasource.id.clone()))
         });
         Quota::new(of_key, of_datasource.flatten())
     }
 
-    /// Checks whether the key may have as many connections as it has with the one that has just been
-    /// entered, and its datasource too. Connections of keys for all datasources count for none.
+    /// Checks the connection limits of the key and of its datasource, after a connection was entered.
+    /// Connections of keys for all datasources count for no datasource.
     ///
     /// # Errors
     /// [`Refusal::Limited`].
     pub fn check_connections(&self, grant: &Grant) -> Result<(), Refusal> {
         let Some(quota) = self.quota(grant, grant.datasource()) else { return Ok(()) };
-        let of_key = || grant.key().connected();
+        let of_key = || grant.key().connection_count();
         let of_datasource = || {
             let keys = self.0.authorizer.registry().keys(grant.datasource());
-            keys.iter().map(|key| key.connected()).sum()
+            keys.iter().map(|key| key.connection_count()).sum()
         };
         Ok(quota.check_connections(of_key, of_datasource)?)
     }
 
-    /// Hands a draft to the log as soon as there is room for it. MQTT clients are held back while
-    /// there is none; the others, which are told when to come again, for a second at most.
+    /// Hands a draft to the log as soon as there is room for it. While there is none, MQTT clients are
+    /// held back; the others wait for a second at most, and are then told when to come again.
     ///
     /// # Errors
     /// [`Refusal::Busy`] if there is no room for `intake.hold_back_ms_max`; [`AppendError::Away`] if this
     /// gateway has been without its cluster for too long to know which keys are good.
-    pub async fn admit(&self, draft: Draft) -> Result<Admitted, Refusal> {
+    pub async fn admit(&self, draft: Draft) -> Result<AdmittedDraft, Refusal> {
         let draft = match self.try_admit(draft) {
             Ok(admitted) => return Ok(admitted),
             Err(draft) => *draft,
@@ -165,23 +172,23 @@ impl Intake {
                 let text = "this gateway has lost NATS and may not know yet which keys are dead";
                 return Err(AppendError::Away(text.into()).into());
             }
-            tokio::time::sleep(BEHIND_LOOK).await;
+            tokio::time::sleep(CATCH_UP_POLL_INTERVAL).await;
         }
         let waiting = self.0.room.clone().acquire_many_owned(self.permits(&draft));
         match tokio::time::timeout_at(until, waiting).await {
             Ok(Ok(room)) => Ok(self.append(draft, room)),
             Ok(Err(_)) => Err(AppendError::Closed.into()),
-            Err(_) => Err(self.busy()),
+            Err(_) => Err(self.busy_refusal()),
         }
     }
 
-    /// Whether a key may be dead of which that is not known here.
+    /// Whether a key may have died without this gateway knowing it yet.
     fn may_be_behind(&self) -> bool {
         self.0.authorizer.registry().may_be_behind()
     }
 
     /// Hands a draft to the log if there is room for it now, and gives it back if there is not.
-    pub fn try_admit(&self, draft: Draft) -> Result<Admitted, Box<Draft>> {
+    pub fn try_admit(&self, draft: Draft) -> Result<AdmittedDraft, Box<Draft>> {
         if self.may_be_behind() {
             return Err(Box::new(draft));
         }
@@ -191,14 +198,14 @@ impl Intake {
         }
     }
 
-    fn append(&self, draft: Draft, room: OwnedSemaphorePermit) -> Admitted {
+    fn append(&self, draft: Draft, room: OwnedSemaphorePermit) -> AdmittedDraft {
         let started = Instant::now();
-        let records = draft.sections.iter().map(Counts::of).collect();
+        let records = draft.sections.iter().map(SectionCounts::from_section).collect();
         let give_up_at = started + self.hold_back(draft.transport);
         let committed = self.0.log.append(draft.sections, give_up_at);
         let metrics = self.0.metrics.clone();
         let refusals = self.0.refusals.clone();
-        Admitted {
+        AdmittedDraft {
             committed,
             started,
             records,
@@ -213,58 +220,58 @@ impl Intake {
         }
     }
 
-    /// Ends QoS 2 exchanges: what resolves `Ok` is durable, and a message that opens one of them again
-    /// is a new one. Meanwhile the client is held back as by [`Intake::admit`].
-    pub fn release(&self, exchanges: &[Exchange]) -> Released {
-        let ids = exchanges.iter().map(|exchange| exchange.id()).collect();
-        Released(self.0.log.release(ids, Instant::now() + self.hold_back(Transport::Mqtt)))
+    /// Releases QoS 2 exchanges. Once it resolves `Ok`, the release is durable, and a message that opens
+    /// one of them again is a new message. The client is held back meanwhile, as in [`Intake::admit`].
+    pub fn release(&self, exchanges: &[Exchange]) -> PendingRelease {
+        let ids = exchanges.iter().map(|exchange| exchange.once_id()).collect();
+        PendingRelease(self.0.log.release(ids, Instant::now() + self.hold_back(Transport::Mqtt)))
     }
 
-    /// A draft larger than all the room there is goes in alone.
+    /// The permits for a draft. One that is larger than all the room takes every permit and goes alone.
     fn permits(&self, draft: &Draft) -> u32 {
         let weight: usize = draft.sections.iter().map(Section::weight).sum();
         u32::try_from(weight.min(self.0.limits.in_flight_bytes_max)).unwrap_or(u32::MAX)
     }
 
-    /// Admits a draft and waits until it is durable. `Ok` has the offsets of its records, which
-    /// have to be of one origin; `None` for a draft without messages.
+    /// Admits a draft and waits until it is durable. `Ok` has the offsets of its records, which must be of
+    /// one origin; `None` for a draft without messages.
     ///
     /// # Errors
-    /// Every transient [`Refusal`], and [`Denied::Revoked`] if the key died on the way.
-    pub async fn submit(&self, draft: Draft) -> Result<Option<Kept>, Refusal> {
+    /// Every transient [`Refusal`], and [`GrantDenial::Revoked`] if the key died meanwhile.
+    pub async fn submit(&self, draft: Draft) -> Result<Option<DurableOffsets>, Refusal> {
         if draft.sections.iter().all(|section| section.records() == 0) {
             return Ok(None);
         }
         let accepted = self.admit(draft).await?.await?;
         match accepted.outcomes.into_iter().next() {
-            Some(Outcome::Kept(offsets)) => Ok(Some(Kept { offsets, duplicate: false })),
-            Some(Outcome::Duplicate(offsets)) => Ok(Some(Kept { offsets, duplicate: true })),
-            Some(Outcome::KeyDead) | None => Err(Denied::Revoked.into()),
+            Some(SectionOutcome::Kept(offsets)) => Ok(Some(DurableOffsets { offsets, duplicate: false })),
+            Some(SectionOutcome::Duplicate(offsets)) => Ok(Some(DurableOffsets { offsets, duplicate: true })),
+            Some(SectionOutcome::KeyDead) | None => Err(GrantDenial::Revoked.into()),
         }
     }
 
-    /// Has `closer` end the connections of dead keys that are not among a key's own. To be called once,
-    /// before the first key dies.
-    pub fn close_also_by(&self, closer: Closer) {
+    /// Sets what closes connections of dead keys that the registry does not count. Call it once, before
+    /// the first key dies.
+    pub fn set_closer(&self, closer: RemoteConnectionCloser) {
         let _ = self.0.closer.set(closer);
     }
 
-    /// Waits until nothing more can come in under these dead keys and their connections are gone,
-    /// the latter for [`REVOCATION_WAIT_MAX`] at most. `called` is when they were to end: from then on
-    /// the time is taken that it took.
+    /// Waits until nothing more can come in under these dead keys, and until their connections are closed,
+    /// the latter for [`REVOCATION_WAIT_MAX`] at most. `called` is when their end was requested; the
+    /// metric of revocation times counts from there.
     pub async fn settle(&self, dead: &[Arc<Key>], called: Instant) {
         let gone = async {
-            // Those first that have to be told: it takes a while.
+            // The closer comes first, because it takes longest.
             if let Some(closer) = self.0.closer.get() {
                 closer(dead).await;
             }
             for key in dead {
-                key.connections().gone().await;
+                key.connections().wait_until_empty().await;
             }
         };
         let ((), gone) = tokio::join!(self.0.log.barrier(), tokio::time::timeout(REVOCATION_WAIT_MAX, gone));
         if gone.is_err() {
-            let left: usize = dead.iter().map(|key| key.connected()).sum();
+            let left: usize = dead.iter().map(|key| key.connection_count()).sum();
             warn!(left, "connections of a dead key are slow to close; nothing they send is let in");
         }
         self.0.metrics.revocation_seconds.record(called.elapsed());
@@ -273,7 +280,7 @@ impl Intake {
         }
     }
 
-    /// How long a client of `transport` waits for what passes by itself.
+    /// How long a client of `transport` is held back for a transient cause.
     fn hold_back(&self, transport: Transport) -> Duration {
         match transport {
             Transport::Mqtt => Duration::from_millis(self.0.limits.hold_back_ms_max),
@@ -281,15 +288,15 @@ impl Intake {
         }
     }
 
-    /// What is said to one message too many, where a client cannot be held back.
-    pub fn busy(&self) -> Refusal {
+    /// The refusal for a draft without room, where a client cannot be held back.
+    pub fn busy_refusal(&self) -> Refusal {
         Refusal::Busy { in_flight_bytes_max: self.0.limits.in_flight_bytes_max, retry_after: RETRY_AFTER }
     }
 }
 
-/// The meters of an owner that is limited, which stand beside its limits.
-pub fn meters(limits: &Setting, owner: impl FnOnce() -> Owner) -> Option<Arc<Meters>> {
-    limits.is_set().then(|| limits.made(|text| Meters::read(owner(), text)))
+/// The meters of an owner, which are kept beside its limits; `None` if it has no limits.
+pub fn meters(limits: &JsonSetting, owner: impl FnOnce() -> LimitOwner) -> Option<Arc<Meters>> {
+    limits.is_set().then(|| limits.made(|text| Meters::from_text(owner(), text)))
 }
 
 #[cfg(test)]
@@ -307,7 +314,7 @@ mod tests {
     fn intake() -> (TempDir, Intake, Grant) {
         let dir = TempDir::new().expect("temporary directory");
         let registry = Arc::new(Registry::open(dir.path()).expect("opens"));
-        let scopes = Scopes::of(&[Scope::Ingest]);
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
         let (_, _, secret) =
             registry.create_datasource(&Actor::SYSTEM, None, "press-4", scopes).expect("created");
         let config = Config::default();
@@ -318,20 +325,32 @@ mod tests {
         (dir, Intake::new(authorizer, log, Arc::new(Metrics::new()), &config.intake), grant)
     }
 
-    fn message<'a>(message_id: Option<&'a str>, exchange: Option<Exchange>) -> Incoming<'a> {
+    fn message<'a>(message_id: Option<&'a str>, exchange: Option<Exchange>) -> IncomingMessage<'a> {
         let (flags, payload) = (RecordFlags::default(), b"1");
-        Incoming { topic: "t", payload, content_type: "", properties: &[], flags, message_id, exchange }
+        IncomingMessage {
+            topic: "t",
+            payload,
+            content_type: "",
+            properties: &[],
+            flags,
+            message_id,
+            exchange,
+        }
     }
 
     /// One message was kept.
-    fn one_at(offset: Offset) -> Outcome {
-        Outcome::Kept(Offsets::run(offset, 1))
+    fn one_at(offset: Offset) -> SectionOutcome {
+        SectionOutcome::Kept(Offsets::consecutive(offset, 1))
     }
 
     /// Pushes messages into one draft and returns, per message, what has become of it.
-    async fn publish(intake: &Intake, grant: &Grant, messages: &[Incoming<'_>]) -> Vec<Outcome> {
+    async fn publish(
+        intake: &Intake,
+        grant: &Grant,
+        messages: &[IncomingMessage<'_>],
+    ) -> Vec<SectionOutcome> {
         let mut draft = intake.draft(Transport::Mqtt, 7);
-        let push = |message: &Incoming<'_>| draft.push(grant, None, *message).expect("let in");
+        let push = |message: &IncomingMessage<'_>| draft.push(grant, None, *message).expect("let in");
         let origins: Vec<usize> = messages.iter().map(push).collect();
         let accepted = intake.admit(draft).await.expect("room").await.expect("kept");
         origins.into_iter().map(|origin| accepted.outcomes[origin].clone()).collect()
@@ -347,7 +366,13 @@ mod tests {
             &[plain, message(Some("a"), None), plain, message(Some("b"), None), message(Some("a"), None)],
         )
         .await;
-        let [first, Outcome::Kept(a), third, Outcome::Kept(_), Outcome::Duplicate(earlier)] = &outcomes[..]
+        let [
+            first,
+            SectionOutcome::Kept(a),
+            third,
+            SectionOutcome::Kept(_),
+            SectionOutcome::Duplicate(earlier),
+        ] = &outcomes[..]
         else {
             panic!("{outcomes:?}")
         };
@@ -370,7 +395,7 @@ mod tests {
             request.push(&grant, None, message(None, None)).expect("let in");
         }
         let kept = intake.submit(request).await.expect("answered").expect("there were messages");
-        assert_eq!((kept.offsets, kept.duplicate), (Offsets::run(0, 1), true));
+        assert_eq!((kept.offsets, kept.duplicate), (Offsets::consecutive(0, 1), true));
     }
 
     #[tokio::test]
@@ -381,7 +406,7 @@ mod tests {
         let opened = message(None, Some(exchange));
         assert_eq!(publish(&intake, &grant, &[opened]).await, [one_at(0)]);
         let again = publish(&intake, &grant, &[opened]).await;
-        assert!(matches!(again[..], [Outcome::Duplicate(_)]), "{again:?}");
+        assert!(matches!(again[..], [SectionOutcome::Duplicate(_)]), "{again:?}");
         for (n, other) in others.into_iter().enumerate() {
             let kept = publish(&intake, &grant, &[message(None, Some(other))]).await;
             assert_eq!(kept, [one_at(1 + n as u64)]);

@@ -1,51 +1,50 @@
-//! A refusal: why a message was not let in, with what an operator needs to act on it. Each front turns it
-//! into its protocol's words in one function.
+//! A refusal: why a message was not let in, with what an operator needs to act on it.
 
 use std::time::Duration;
 
-use crate::auth::Denied;
+use crate::auth::GrantDenial;
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, MESSAGE_ID_BYTES_MAX, RETRY_AFTER};
-use crate::log::{AppendError, Reason, RecordTooLarge};
+use crate::log::{AppendError, QuarantineReason, RecordTooLarge};
 use crate::message::{NameError, Transport};
-use crate::observe::refusals::Note;
-use crate::quota::{Limit, Limited};
+use crate::observe::refusals::RefusalNote;
+use crate::quota::{Limit, LimitExceeded};
 use crate::subject::SubjectError;
 
-use super::Quarantined;
+use super::QuarantinedMessage;
 
-/// Why a message was not let in. Each front turns it into its protocol's words in one function.
+/// Why a message was not let in. Each front translates it into its protocol in one function.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Refusal {
-    /// The key does not allow it.
+    /// The key does not allow the message.
     #[error(transparent)]
-    Denied(#[from] Denied),
+    Denied(#[from] GrantDenial),
     /// The topic cannot be used.
     #[error("{0}")]
     Topic(#[from] NameError),
-    /// A `*` key has to name a datasource, and there is no such.
+    /// A `*` key named a datasource that does not exist.
     #[error("there is no datasource {0:?}")]
     NoDatasource(String),
     /// A `*` key has to name a datasource in front of the topic.
     #[error("a key for all datasources publishes to {{datasource}}/{{topic}}")]
     DatasourceMissing,
-    /// A NATS subject that stands for no topic.
+    /// A NATS subject that does not translate into a topic.
     #[error("{0}")]
     Subject(#[from] SubjectError),
-    /// A NATS message whose answer was to go to a subject of the sender's choice, where the gateway would
-    /// publish it with permissions that the sender may not have.
+    /// A NATS message whose reply subject is not an inbox: the gateway would publish there with
+    /// permissions that the sender may not have.
     #[error("its reply subject is no inbox (_INBOX.…): nothing is published there, so it is not let in")]
     ReplySubject,
-    /// A header of a NATS message that asks for what is not done here.
+    /// A header of a NATS message that asks for what only JetStream itself does.
     #[error("the header {0} asks for what only JetStream itself does; send the message without it")]
     Header(&'static str),
     /// A payload over the limit.
     #[error("a payload of {bytes} bytes is over the limit of {bytes_max} ({limit})")]
     TooLarge {
-        /// What came.
+        /// The size of the payload.
         bytes: usize,
-        /// What is taken.
+        /// The largest size that is let in.
         bytes_max: usize,
-        /// What limits it.
+        /// The setting that limits it.
         limit: &'static str,
     },
     /// A media type that is too long or holds control characters.
@@ -54,14 +53,14 @@ pub enum Refusal {
     /// A message id that is empty, too long or holds control characters.
     #[error("a message id is 1 to {MESSAGE_ID_BYTES_MAX} bytes of printable text")]
     MessageId,
-    /// It does not meet its schema, or is over a limit whose policy that is. It is in the draft, and goes
-    /// into quarantine with the rest.
+    /// It does not meet its schema, or exceeds a limit whose policy is quarantine. It is in the draft
+    /// nevertheless, and goes into quarantine with it.
     #[error("{}; it is kept in quarantine", .0.reason)]
-    Quarantined(Box<Quarantined>),
-    /// A limit of the key or the datasource. Transient where it holds back.
+    Quarantined(Box<QuarantinedMessage>),
+    /// A limit of the key or the datasource. Transient if its policy is to hold back.
     #[error("{0}")]
-    Limited(Box<Limited>),
-    /// Transient: too much is on its way into the log, for longer than a client is held back.
+    Limited(Box<LimitExceeded>),
+    /// Transient: too many bytes are on their way into the log, for longer than a client is held back.
     #[error(
         "more than {in_flight_bytes_max} bytes (intake.in_flight_bytes_max) are waiting to be written; try again in {} s",
         retry_after.as_secs()
@@ -78,19 +77,19 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// Whether the same message may be let in later: then it must not be consumed.
+    /// Whether the same message may be let in later: then the refusal must not consume it.
     pub fn is_transient(&self) -> bool {
         match self {
-            Refusal::Limited(limited) => limited.holds_back(),
+            Refusal::Limited(limited) => limited.is_held_back(),
             other => matches!(other, Refusal::Busy { .. } | Refusal::Log(_)),
         }
     }
 
-    /// When to come again, for a transient one.
+    /// When to come again, if time helps.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Refusal::Busy { retry_after, .. } => Some(*retry_after),
-            Refusal::Denied(Denied::TooManyFailures { retry_after }) => Some(*retry_after),
+            Refusal::Denied(GrantDenial::TooManyFailures { retry_after }) => Some(*retry_after),
             Refusal::Limited(limited) if limited.limit.is_rate() => Some(limited.wait),
             Refusal::Limited(limited) if limited.limit == Limit::Connections => Some(RETRY_AFTER),
             Refusal::Log(_) => Some(RETRY_AFTER),
@@ -128,10 +127,10 @@ impl Refusal {
         }
     }
 
-    /// What is reported of it, as far as it says that itself.
-    pub fn note(&self, transport: Transport) -> Note<'_> {
+    /// The note to report it with; the caller adds who was refused.
+    pub fn note(&self, transport: Transport) -> RefusalNote<'_> {
         let limited = if let Refusal::Limited(limited) = self { Some(&**limited) } else { None };
-        Note { limited, ..Note::new(transport, self.cause(), self) }
+        RefusalNote { limited, ..RefusalNote::new(transport, self.cause(), self) }
     }
 }
 
@@ -141,16 +140,16 @@ impl From<RecordTooLarge> for Refusal {
     }
 }
 
-impl From<Limited> for Refusal {
-    fn from(limited: Limited) -> Self {
+impl From<LimitExceeded> for Refusal {
+    fn from(limited: LimitExceeded) -> Self {
         Refusal::Limited(Box::new(limited))
     }
 }
 
-/// Why a message is in quarantine that is over a limit.
-pub(super) fn reason_of(limited: &Limited) -> Reason<'static> {
-    Reason {
-        keyword: Reason::LIMIT.into(),
+/// The quarantine reason of a message that exceeds a limit.
+pub(super) fn quarantine_reason(limited: &LimitExceeded) -> QuarantineReason<'static> {
+    QuarantineReason {
+        keyword: QuarantineReason::LIMIT.into(),
         pointer: "".into(),
         words: limited.to_string().into(),
         schema_version: 0,

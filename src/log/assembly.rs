@@ -1,28 +1,28 @@
-//! An assembly: one batch as it is put together out of what waits for the writer. It decides, section
-//! by section, what goes in at which offset, what was kept before, and what belongs to a dead key.
+//! An assembly: one batch while it is put together from the waiting submissions. It decides, section
+//! by section, which offset it gets, whether it was kept before, and whether its key is dead.
 
 use std::collections::HashMap;
 
-use super::Outcome;
+use super::SectionOutcome;
 use super::frame::FRAME_HEADER_BYTES;
-use super::once::{Earlier, OnceId, put_release};
+use super::once::{KeptRange, OnceId, put_release};
 use super::section::{Section, put_body};
-use super::window::Window;
-use super::writer::Submission;
+use super::window::DedupWindow;
+use super::writer::WriterSubmission;
 use crate::limits::CLOCK_SKEW_MICROS_MAX;
 use crate::message::{Offset, TimeMicros};
 
-/// What of a batch is known while it is put together.
+/// A batch while it is put together.
 pub(super) struct Assembly<'a> {
-    window: &'a Window,
-    /// Ids of this batch: what entered with it, `None` for what it releases. The window learns of
-    /// them when the batch is durable.
-    ids: HashMap<OnceId, Option<Earlier>>,
+    window: &'a DedupWindow,
+    /// Ids of this batch: what it keeps under each, `None` for a released one. The window learns of
+    /// them only when the batch is durable.
+    ids: HashMap<OnceId, Option<KeptRange>>,
     releases: Vec<u8>,
     first_offset: Offset,
     next_offset: Offset,
     time_max: TimeMicros,
-    /// About how many bytes its sections take.
+    /// The approximate size of its sections, in bytes.
     weight: usize,
     /// How many sections are in it.
     sections: u32,
@@ -31,8 +31,8 @@ pub(super) struct Assembly<'a> {
 }
 
 /// A batch that is ready to be written.
-pub(super) struct Assembled {
-    /// Room for a frame's header, and behind it what is kept.
+pub(super) struct AssembledBatch {
+    /// Room for a frame's header, then the body.
     pub(super) frame: Vec<u8>,
     pub(super) records: u32,
     /// The newest `received_at` in it and before it.
@@ -41,14 +41,14 @@ pub(super) struct Assembled {
     pub(super) has_retained: bool,
     /// Whether one of its records has a note.
     pub(super) has_notes: bool,
-    /// Whether something becomes of an id with it.
+    /// Whether it keeps or releases an id.
     pub(super) has_ids: bool,
-    /// What it releases, as [`Once`](super::once::Once) has it.
+    /// The releases, encoded for [`Once`](super::once::OncePart).
     pub(super) releases: Vec<u8>,
 }
 
-impl Assembled {
-    /// What a clean shutdown writes: no records, and what time it is for the window.
+impl AssembledBatch {
+    /// The batch of a clean shutdown: no records, only the time for the window.
     pub(super) fn seal(time_max: TimeMicros) -> Self {
         let mut frame = vec![0; FRAME_HEADER_BYTES];
         put_body(&[], &mut frame);
@@ -59,7 +59,7 @@ impl Assembled {
 
 impl<'a> Assembly<'a> {
     /// An empty batch that begins at `first_offset`.
-    pub(super) fn new(window: &'a Window, first_offset: Offset, time_max: TimeMicros) -> Self {
+    pub(super) fn new(window: &'a DedupWindow, first_offset: Offset, time_max: TimeMicros) -> Self {
         Self {
             window,
             ids: HashMap::new(),
@@ -74,11 +74,11 @@ impl<'a> Assembly<'a> {
         }
     }
 
-    /// Takes in what is to be kept of a submission, and says what becomes of each of its sections.
-    pub(super) fn take(&mut self, submission: &mut Submission) -> Vec<Outcome> {
-        let outcomes = submission.sections.iter_mut().map(|section| self.place(section)).collect();
+    /// Adds a submission, and returns the outcome of each of its sections.
+    pub(super) fn take(&mut self, submission: &mut WriterSubmission) -> Vec<SectionOutcome> {
+        let outcomes = submission.sections.iter_mut().map(|section| self.place_section(section)).collect();
         for id in &submission.releases {
-            if self.known(*id).is_some() {
+            if self.kept_under(*id).is_some() {
                 put_release(self.sections, *id, &mut self.releases);
                 self.ids.insert(*id, None);
             }
@@ -86,18 +86,18 @@ impl<'a> Assembly<'a> {
         outcomes
     }
 
-    /// Gives a section its offset, if it is to be kept.
-    fn place(&mut self, section: &mut Section) -> Outcome {
+    /// Gives a section its offset, unless its key is dead or it is a duplicate.
+    fn place_section(&mut self, section: &mut Section) -> SectionOutcome {
         if section.records() == 0 || !section.lease.holds() {
-            return Outcome::KeyDead;
+            return SectionOutcome::KeyDead;
         }
-        if let Some(earlier) = section.once().find_map(|id| self.known(id)) {
-            return Outcome::Duplicate(earlier.into());
+        if let Some(earlier) = section.once().find_map(|id| self.kept_under(id)) {
+            return SectionOutcome::Duplicate(earlier.into());
         }
         if (0..=CLOCK_SKEW_MICROS_MAX).contains(&self.time_max.saturating_sub(section.received_at)) {
             section.received_at = self.time_max;
         }
-        let kept = Earlier { first_offset: self.next_offset, records: section.records() };
+        let kept = KeptRange { first_offset: self.next_offset, records: section.records() };
         self.ids.extend(section.once().map(|id| (id, Some(kept))));
         self.time_max = self.time_max.max(section.received_at);
         self.weight += section.weight();
@@ -105,19 +105,19 @@ impl<'a> Assembly<'a> {
         self.has_retained |= section.has_retained();
         self.has_notes |= section.has_notes();
         self.next_offset += u64::from(section.records());
-        Outcome::Kept(kept.into())
+        SectionOutcome::Kept(kept.into())
     }
 
     /// What was kept under an id, in this batch or before it.
-    fn known(&self, id: OnceId) -> Option<Earlier> {
+    fn kept_under(&self, id: OnceId) -> Option<KeptRange> {
         match self.ids.get(&id) {
             Some(in_this_batch) => *in_this_batch,
             None => self.window.get(id),
         }
     }
 
-    /// The batch, of the sections that were given an offset; `None` if there is nothing in it.
-    pub(super) fn finish(self, kept: &[&Section]) -> Option<Assembled> {
+    /// Builds the batch from the sections that were given an offset; `None` if there is nothing in it.
+    pub(super) fn finish(self, kept: &[&Section]) -> Option<AssembledBatch> {
         if kept.is_empty() && self.releases.is_empty() {
             return None;
         }
@@ -125,7 +125,7 @@ impl<'a> Assembly<'a> {
         let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + self.weight + 16);
         frame.resize(FRAME_HEADER_BYTES, 0);
         put_body(kept, &mut frame);
-        Some(Assembled {
+        Some(AssembledBatch {
             frame,
             records: records.expect("in-flight bytes bound the records"),
             time_max: self.time_max,

@@ -1,5 +1,5 @@
-//! The file operations that the log stands on: a trait, so that a test can make each of them fail
-//! at the moment where it hurts most.
+//! The file operations of the log, behind a trait so that a test can make each of them fail
+//! at the worst moment.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// Makes and finds segment files.
 pub(super) trait Disk: Send + Sync {
-    /// Opens a file for reading and writing; `create` makes it, and it must not exist then.
+    /// Opens a file for reading and writing. With `create` it must not exist and is made.
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>>;
     /// Makes the directory's entries durable: files created and removed.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
@@ -24,8 +24,8 @@ pub(super) trait SegmentFile: Send + Sync {
     fn write_all_at(&self, bytes: &[u8], position: u64) -> io::Result<()>;
     /// Makes what was written durable (`fdatasync`).
     fn sync_data(&self) -> io::Result<()>;
-    /// Takes room on the disk for `bytes` from `position` on, so that writing there cannot run out
-    /// of space, and costs the file system less to make durable.
+    /// Reserves `bytes` of disk from `position` on, so that a later write there cannot run out
+    /// of space and is cheaper to make durable.
     fn allocate(&self, position: u64, bytes: u64) -> io::Result<()>;
     /// Cuts or extends the file.
     fn set_len(&self, bytes: u64) -> io::Result<()>;
@@ -33,7 +33,7 @@ pub(super) trait SegmentFile: Send + Sync {
     fn len(&self) -> io::Result<u64>;
 }
 
-/// The real one.
+/// The operating system's file system.
 pub(super) struct FileSystem;
 
 impl Disk for FileSystem {
@@ -79,7 +79,7 @@ impl SegmentFile for File {
         }
         let error = io::Error::last_os_error();
         match error.raw_os_error() {
-            // A file system without preallocation: writing then takes the room, or fails.
+            // Without preallocation in the file system, the write itself takes the room or fails.
             Some(libc::EOPNOTSUPP | libc::ENOSYS) => Ok(()),
             _ => Err(error),
         }

@@ -1,9 +1,10 @@
 //! The embedded log: segments in the data directory, one writer, any number of readers.
 
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
@@ -11,53 +12,53 @@ use tracing::error;
 
 use super::batch::Batch;
 use super::disk::{Disk, FileSystem};
-use super::recovery::{open_error, open_segments, recover, refusal};
+use super::recovery::{damage_report, open_error, open_segments, recover};
 use super::retention::{Hold, Holds};
 use super::section::Section;
-use super::segment::{FrameError, Gap, Seek, Segment};
+use super::segment::{FrameError, LogGap, SeekOutcome, Segment};
 use super::tail::Tail;
-use super::window::Window;
-use super::withheld::Withheld;
-use super::writer::{Queue, Submission, Writer};
-use super::{AppendError, Committing, Listener, Log, OnceId, OpenError, ReadError, Task};
+use super::window::DedupWindow;
+use super::withheld::WithheldRules;
+use super::writer::{LogWriter, WriterQueue, WriterSubmission};
+use super::{AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit};
 use crate::config;
 use crate::message::{Offset, TimeMicros};
 
 /// The segments of a log, by their first offsets.
 pub(super) type Segments = BTreeMap<Offset, Arc<Segment>>;
 
-/// The log in files. The writer ends with it, or with [`Log::close`].
+/// The log in files. Dropping it, or [`Log::close`], ends the writer.
 pub struct EmbeddedLog {
-    shared: Arc<Shared>,
-    closer: Arc<Closer>,
+    shared: Arc<EmbeddedLogShared>,
+    closer: Arc<WriterCloser>,
 }
 
-/// What the writer and the readers have in common.
-pub(super) struct Shared {
-    pub(super) queue: Queue,
+/// The state that the writer and the readers share.
+pub(super) struct EmbeddedLogShared {
+    pub(super) queue: WriterQueue,
     pub(super) tail: Tail,
-    /// Told of each batch when it is durable, before those who wait for it are.
-    pub(super) listener: OnceLock<Listener>,
+    /// Called with each durable batch, before its submissions are answered.
+    pub(super) listener: OnceLock<BatchListener>,
     /// The first write that failed for good.
     pub(super) failure: OnceLock<Arc<str>>,
     segments: RwLock<Segments>,
     pub(super) holds: Holds,
     trouble: Mutex<Option<String>>,
     accept_corruption: bool,
-    /// First offsets of the damaged places that were reported, so that each is reported once.
+    /// First offsets of the damaged places reported so far, so that each is reported once.
     reported: Mutex<BTreeSet<Offset>>,
     lost_records: AtomicU64,
     evicted_ids: Arc<AtomicU64>,
-    withheld: Arc<Withheld>,
+    withheld: Arc<WithheldRules>,
 }
 
-impl Shared {
+impl EmbeddedLogShared {
     fn segments(&self) -> RwLockReadGuard<'_, Segments> {
-        self.segments.read().unwrap_or_else(PoisonError::into_inner)
+        self.segments.read()
     }
 
     pub(super) fn segments_mut(&self) -> RwLockWriteGuard<'_, Segments> {
-        self.segments.write().unwrap_or_else(PoisonError::into_inner)
+        self.segments.write()
     }
 
     pub(super) fn disk_bytes(&self) -> u64 {
@@ -65,17 +66,17 @@ impl Shared {
     }
 
     pub(super) fn trouble(&self) -> Option<String> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.trouble.lock().clone()
     }
 
-    /// Returns what it was before.
+    /// Sets the trouble and returns the previous one.
     pub(super) fn set_trouble(&self, trouble: Option<String>) -> Option<String> {
-        std::mem::replace(&mut *self.trouble.lock().unwrap_or_else(PoisonError::into_inner), trouble)
+        std::mem::replace(&mut *self.trouble.lock(), trouble)
     }
 
-    /// Says, once, that records are lost and that the log goes on without them.
-    fn report(&self, gap: &Gap) {
-        if self.reported.lock().unwrap_or_else(PoisonError::into_inner).insert(gap.from) {
+    /// Reports a gap, once: its records are lost and the log goes on without them.
+    fn report_gap(&self, gap: &LogGap) {
+        if self.reported.lock().insert(gap.from) {
             let lost = gap.to - gap.from;
             self.lost_records.fetch_add(lost, Ordering::Relaxed);
             error!(lost, from = gap.from, to = gap.to, place = gap.place, "records of the log are lost");
@@ -83,10 +84,10 @@ impl Shared {
     }
 }
 
-/// Held by the writer's thread: whatever ends it, nobody is left waiting for an answer.
-struct Ended(Arc<Shared>);
+/// A drop guard in the writer's thread: however the thread ends, every caller gets an answer.
+struct WriterExitGuard(Arc<EmbeddedLogShared>);
 
-impl Drop for Ended {
+impl Drop for WriterExitGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let failure = self.0.failure.get_or_init(|| "its writer panicked".into());
@@ -96,45 +97,49 @@ impl Drop for Ended {
     }
 }
 
-/// Ends the writer when the log goes.
-struct Closer {
-    shared: Arc<Shared>,
+/// Ends the writer when the log is dropped.
+struct WriterCloser {
+    shared: Arc<EmbeddedLogShared>,
     writer: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
-impl Closer {
+impl WriterCloser {
     fn close(&self) {
         self.shared.queue.close();
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let writer = self.writer.lock().take();
         if writer.is_some_and(|writer| writer.join().is_err()) {
             error!("the log's writer panicked");
         }
     }
 }
 
-impl Drop for Closer {
+impl Drop for WriterCloser {
     fn drop(&mut self) {
         self.close();
     }
 }
 
 impl EmbeddedLog {
-    /// Opens or creates the log in `dir/log`, after reading through its newest part. `dedup` says how
-    /// long, and how many, message ids are known.
+    /// Opens or creates the log in `dir/log`, and verifies its newest part. `dedup` bounds how long, and
+    /// how many, message ids stay known.
     ///
     /// # Errors
-    /// [`OpenError::Corrupt`] for damage with whole records behind it, or a format that is not
-    /// known; [`OpenError::Io`] for the file system's.
-    pub fn open(dir: &Path, config: &config::Log, dedup: &config::Intake) -> Result<Self, OpenError> {
+    /// [`LogOpenError::Corrupt`] for damage with whole records behind it, or an unknown format;
+    /// [`LogOpenError::Io`] for an error of the file system.
+    pub fn open(
+        dir: &Path,
+        config: &config::LogConfig,
+        dedup: &config::IntakeConfig,
+    ) -> Result<Self, LogOpenError> {
         Self::open_on(Box::new(FileSystem), dir, config, dedup)
     }
 
     pub(super) fn open_on(
         disk: Box<dyn Disk>,
         dir: &Path,
-        config: &config::Log,
-        dedup: &config::Intake,
-    ) -> Result<Self, OpenError> {
+        config: &config::LogConfig,
+        dedup: &config::IntakeConfig,
+    ) -> Result<Self, LogOpenError> {
         let dir = dir.join("log");
         std::fs::create_dir_all(&dir)?;
         let mut segments = open_segments(&*disk, &dir)?;
@@ -143,12 +148,12 @@ impl EmbeddedLog {
         }
         let recovered = recover(&segments)?;
         if let (false, Some(first)) = (config.accept_corruption, recovered.gaps.first()) {
-            return Err(OpenError::Corrupt(refusal(first, recovered.gaps.len())));
+            return Err(LogOpenError::Corrupt(damage_report(first, recovered.gaps.len())));
         }
-        let mut window = Window::new(dedup, config);
+        let mut window = DedupWindow::new(dedup, config);
         window.recover(segments.values()).map_err(open_error)?;
         let mut current = segments.last_entry().expect("one was made if there was none").get().clone();
-        // Only now: a log that is refused is left as it was found.
+        // Only now does opening change files: a refused log stays as it was found.
         current.cut()?;
         if !current.is_newest_version() {
             let next_offset = recovered.next_offset;
@@ -158,8 +163,8 @@ impl EmbeddedLog {
             });
             segments.insert(next_offset, current.clone());
         }
-        let shared = Arc::new(Shared {
-            queue: Queue::default(),
+        let shared = Arc::new(EmbeddedLogShared {
+            queue: WriterQueue::default(),
             tail: Tail::new(recovered.next_offset),
             listener: OnceLock::new(),
             failure: OnceLock::new(),
@@ -172,8 +177,8 @@ impl EmbeddedLog {
             evicted_ids: window.evicted(),
             withheld: Arc::default(),
         });
-        recovered.gaps.iter().for_each(|gap| shared.report(gap));
-        let writer = Writer {
+        recovered.gaps.iter().for_each(|gap| shared.report_gap(gap));
+        let writer = LogWriter {
             shared: shared.clone(),
             disk,
             dir,
@@ -184,27 +189,27 @@ impl EmbeddedLog {
             window,
             stay_s: dedup.dedup_window_s,
         };
-        let ended = Ended(shared.clone());
+        let ended = WriterExitGuard(shared.clone());
         let writer = std::thread::Builder::new().name("log".to_owned()).spawn(move || {
             let _ended = ended;
             writer.run();
         })?;
-        let closer = Arc::new(Closer { shared: shared.clone(), writer: Mutex::new(Some(writer)) });
+        let closer = Arc::new(WriterCloser { shared: shared.clone(), writer: Mutex::new(Some(writer)) });
         Ok(Self { shared, closer })
     }
 
-    /// Records that were lost to damage and passed over because `log.accept_corruption` says so.
+    /// Records lost to damage and skipped because `log.accept_corruption` allows it.
     pub fn lost_records(&self) -> u64 {
         self.shared.lost_records.load(Ordering::Relaxed)
     }
 
-    fn submit(&self, sections: Vec<Section>, releases: Vec<OnceId>, give_up_at: Instant) -> Committing {
+    fn submit(&self, sections: Vec<Section>, releases: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
-        self.shared.queue.push(Submission { sections, releases, give_up_at, reply });
+        self.shared.queue.push(WriterSubmission { sections, releases, give_up_at, reply });
         committed
     }
 
-    fn read_files(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError> {
+    fn read_files(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
         let durable = self.next_offset();
         let mut wanted = from;
         loop {
@@ -215,19 +220,19 @@ impl EmbeddedLog {
                 (found, next)
             };
             let Some(segment) = segment else {
-                return Err(ReadError::Removed { wanted, first: self.first_offset() });
+                return Err(LogReadError::Removed { wanted, first: self.first_offset() });
             };
             let mut batches = Vec::new();
             let end = self.read_segment(&segment, wanted, durable, bytes_max, &mut batches)?;
             if !batches.is_empty() || end >= durable {
                 return Ok(batches);
             }
-            // The segment ends before `wanted`: its successor begins there, or records are missing.
+            // The segment ends before `wanted`: either the next one begins there, or records are missing.
             match next_segment {
                 Some(next) if next == end => wanted = next,
                 Some(next) => {
                     let place = format!("{}: its end is missing", segment.path().display());
-                    self.pass_over(Gap { place, from: end, to: next })?;
+                    self.pass_over(LogGap { place, from: end, to: next })?;
                     wanted = next;
                 }
                 None => return Ok(batches),
@@ -235,7 +240,7 @@ impl EmbeddedLog {
         }
     }
 
-    /// Reads what `segment` has from `wanted` on. Returns the offset behind what it saw.
+    /// Reads the batches of `segment` from `wanted` on. Returns the offset behind the last frame it read.
     fn read_segment(
         &self,
         segment: &Segment,
@@ -243,10 +248,10 @@ impl EmbeddedLog {
         durable: Offset,
         bytes_max: usize,
         batches: &mut Vec<Batch>,
-    ) -> Result<Offset, ReadError> {
+    ) -> Result<Offset, LogReadError> {
         let (mut position, mut offset) = match segment.seek(wanted).map_err(|e| self.read_error(&e))? {
-            Seek::At { position, offset } => (position, offset),
-            Seek::End { next_offset } => return Ok(next_offset),
+            SeekOutcome::At { position, offset } => (position, offset),
+            SeekOutcome::End { next_offset } => return Ok(next_offset),
         };
         let mut bytes = 0;
         while bytes < bytes_max && offset < durable && position < segment.end() {
@@ -254,18 +259,23 @@ impl EmbeddedLog {
                 Ok((header, batch)) => {
                     offset = header.next_offset();
                     position += header.frame_bytes();
-                    // A frame without records is not counted: the read would end before `wanted`.
+                    // Frames without records do not count, or the read could end before `wanted`.
                     if header.records > 0 && offset > wanted {
                         bytes += batch.weight();
                         batches.push(batch);
                     }
                 }
-                // What is whole is delivered first; the next read begins at the damage.
+                // Whole batches are delivered first; the next read begins at the damage.
                 Err(FrameError::Damaged { .. }) if !batches.is_empty() => break,
                 Err(damage @ FrameError::Damaged { .. }) => {
-                    let whole = segment.next_whole(position + 1, offset).map_err(|e| self.read_error(&e))?;
+                    let whole =
+                        segment.next_whole_frame(position + 1, offset).map_err(|e| self.read_error(&e))?;
                     let Some((next, header)) = whole else { return Ok(offset) };
-                    self.pass_over(Gap { place: damage.to_string(), from: offset, to: header.first_offset })?;
+                    self.pass_over(LogGap {
+                        place: damage.to_string(),
+                        from: offset,
+                        to: header.first_offset,
+                    })?;
                     (position, offset) = (next, header.first_offset);
                 }
                 Err(error) => return Err(self.read_error(&error)),
@@ -274,37 +284,41 @@ impl EmbeddedLog {
         Ok(offset)
     }
 
-    fn pass_over(&self, gap: Gap) -> Result<(), ReadError> {
+    fn pass_over(&self, gap: LogGap) -> Result<(), LogReadError> {
         if !self.shared.accept_corruption {
-            return Err(ReadError::Corrupt(refusal(&gap, 1).into()));
+            return Err(LogReadError::Corrupt(damage_report(&gap, 1).into()));
         }
-        self.shared.report(&gap);
+        self.shared.report_gap(&gap);
         Ok(())
     }
 
-    fn read_error(&self, error: &FrameError) -> ReadError {
+    fn read_error(&self, error: &FrameError) -> LogReadError {
         let text = error.to_string().into();
-        if matches!(error, FrameError::Io { .. }) { ReadError::Io(text) } else { ReadError::Corrupt(text) }
+        if matches!(error, FrameError::Io { .. }) {
+            LogReadError::Io(text)
+        } else {
+            LogReadError::Corrupt(text)
+        }
     }
 }
 
 impl Log for EmbeddedLog {
-    fn withheld(&self) -> &Arc<Withheld> {
+    fn withheld(&self) -> &Arc<WithheldRules> {
         &self.shared.withheld
     }
 
-    /// Sections of one call stay together, in one batch.
-    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> Committing {
+    /// All sections of one call go into one batch.
+    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> PendingCommit {
         self.submit(sections, Vec::new(), give_up_at)
     }
 
-    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> Committing {
+    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         self.submit(Vec::new(), ids, give_up_at)
     }
 
-    /// Returns when the writer has looked at the leases of everything that was appended before.
-    fn barrier(&self) -> Task<'_, ()> {
-        // Whatever the answer, it comes after what was queued before.
+    /// Returns when the writer has checked the leases of all earlier appends.
+    fn barrier(&self) -> LogFuture<'_, ()> {
+        // Any answer to an empty append comes after everything queued before it.
         let passed = self.append(Vec::new(), Instant::now());
         Box::pin(async { drop(passed.await) })
     }
@@ -321,7 +335,7 @@ impl Log for EmbeddedLog {
         self.shared.tail.subscribe()
     }
 
-    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError> {
+    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
         match self.shared.tail.read(from, bytes_max) {
             Some(batches) => Ok(batches),
             None => self.read_files(from, bytes_max),
@@ -332,8 +346,8 @@ impl Log for EmbeddedLog {
         self.shared.tail.read(from, bytes_max)
     }
 
-    /// On the writer's thread.
-    fn listen(&self, listener: Listener) {
+    /// Runs the listener on the writer's thread.
+    fn listen(&self, listener: BatchListener) {
         let _ = self.shared.listener.set(listener);
     }
 
@@ -341,7 +355,7 @@ impl Log for EmbeddedLog {
         self.shared.tail.wait(offset, timeout);
     }
 
-    fn offset_at(&self, time: TimeMicros) -> Result<Offset, ReadError> {
+    fn offset_at(&self, time: TimeMicros) -> Result<Offset, LogReadError> {
         let segments: Vec<_> = self.shared.segments().values().cloned().collect();
         let at = segments.partition_point(|segment| segment.created_at <= time);
         match segments.get(at.saturating_sub(1)) {
@@ -374,9 +388,9 @@ impl Log for EmbeddedLog {
         self.shared.trouble()
     }
 
-    fn close(&self) -> Task<'_, ()> {
+    fn close(&self) -> LogFuture<'_, ()> {
         let closer = self.closer.clone();
-        // The writer ends by itself; a runtime that is shutting down need not wait for it.
+        // The writer ends by itself, so a runtime that shuts down need not wait for it.
         Box::pin(async { drop(tokio::task::spawn_blocking(move || closer.close()).await) })
     }
 }

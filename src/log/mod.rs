@@ -1,109 +1,52 @@
-//! The log: the durable, ordered sequence of records, and the only thing that an acknowledgement
-//! stands on. [`Log`] is what the rest of Headgate knows of it; there are two:
+//! The log: the durable, ordered sequence of records. An acknowledgement depends on it alone. The rest of
+//! Headgate uses the [`Log`] trait, which has two implementations:
 //!
 //! - [`EmbeddedLog`]: files in the data directory, for one gateway. Intake [appends](Log::append)
-//!   sections; one writer thread drains all that is waiting into one batch, writes it, makes it durable
-//!   with one `fdatasync`, and releases everybody who waits for it. While it does, the next batch
-//!   gathers.
-//! - [`JetstreamLog`]: a stream in NATS, for any number of gateways that keep nothing; its own module says
-//!   how.
+//!   sections; one writer thread drains all waiting sections into one batch, writes it, makes it durable
+//!   with one `fdatasync`, and answers every caller. Meanwhile the next batch gathers.
+//! - [`JetstreamLog`]: a stream in NATS, for any number of gateways without a log of their own; see its
+//!   module.
 //!
-//! Consumers [read](Log::read) batches behind cursors of their own: recent ones from memory, older ones
-//! from where the log is. What follows is the embedded log's.
+//! Consumers [read](Log::read) batches behind their own cursors: recent batches from memory, older ones
+//! from the files or the stream. The rest of this page is about the embedded log.
 //!
 //! # Promises
 //!
 //! - Offsets are consecutive from 0, and the log's order is the order of acknowledgement.
 //! - An append that has resolved `Ok` is durable: on disk with `durability = "fsync"`, in the page
-//!   cache with `"os"`. Readers see nothing that is not.
-//! - A section with an [`OnceId`] that is known is left out, and answered with what was kept before. An
-//!   id is known from the moment when its section is durable: one whose append failed is a new one. It
-//!   is known across any end of the process, as it is in the log: see `window.rs` for how long.
-//! - Sections whose key has died when their batch is put together are left out, so that after
-//!   the key's lease has ended and [`Log::barrier`] has returned, nothing more comes in under it.
+//!   cache with `"os"`. Readers see only durable records.
+//! - The log skips a section with a known [`OnceId`] and answers with the offsets kept before. An
+//!   id becomes known when its section is durable: after a failed append it is still new. Ids are
+//!   in the log and so survive any end of the process: see `window.rs` for how long.
+//! - The log skips sections whose key has died when their batch is put together. Once the key's lease
+//!   has ended and [`Log::barrier`] has returned, no more records enter under it.
 //! - `received_at` never goes back by a second or less from one record to the next. It follows the
 //!   clock when that is set back further.
-//! - After a failed `fdatasync` nothing more is acknowledged until a restart: what the kernel did
-//!   with the dirty pages is then unknown. A disk that is full is no such failure; the log takes
-//!   records again as soon as there is room.
+//! - After a failed `fdatasync` nothing more is acknowledged until a restart, because the state of the
+//!   kernel's dirty pages is unknown. A full disk is no such failure: the log takes records again
+//!   as soon as there is room.
 //!
-//! # On disk, version 2
-//!
-//! `DIR/log/` holds segments, named by their first offset in 20 digits. All integers are
-//! little-endian. A segment is a header and then frames, one per commit:
-//!
-//! | byte | segment header (32 bytes) |
-//! |---|---|
-//! | 0 | `headgate` |
-//! | 8 | u16, the version of the format: 2 |
-//! | 10 | u16, 0 |
-//! | 12 | u64, the first offset |
-//! | 20 | i64, when the segment was made, µs since the Unix epoch |
-//! | 28 | u32, CRC-32 of bytes 0..28 |
-//!
-//! | byte | frame header (36 bytes) |
-//! |---|---|
-//! | 0 | `HGf1` |
-//! | 4 | u32, bytes of the body |
-//! | 8 | u32, CRC-32 of the frame without this field |
-//! | 12 | u32, records; 0 in the frame that a clean shutdown writes, and in one of releases alone |
-//! | 16 | u64, the first record's offset, or the next one's if there is none |
-//! | 24 | i64, the newest `received_at` of this and all earlier frames, µs since the Unix epoch |
-//! | 32 | u32, flags: 1, a record is to be retained; 2, a once part is in the body; 4, a record has a note |
-//! | 36 | the body |
-//!
-//! The body is [postcard](https://postcard.jamesmunns.com/wire-format):
-//!
-//! 1. the number of sections;
-//! 2. per section its head: datasource, key id (6 bytes), transport, publisher (u64), `received_at`,
-//!    once ids (bytes, 16 an id), records, bytes of records;
-//! 3. the records of all sections, each as flags, topic, media type, MQTT 5 properties, payload, and
-//!    with flag 8 (in quarantine) or 16 (sent again from there) a note (bytes);
-//! 4. with flag 2, the once part: how many message ids were ever kept before the frame (u64), the
-//!    window's clock (u64, µs) and the wall clock (i64, µs) when it was written; in a segment's first
-//!    frame, and only there, the exchanges that were open
-//!    before it (an option of bytes, 32 an exchange: id, u64 first offset, u32 records, u32 seconds
-//!    of the window's clock); the ids that the frame releases (bytes, 20 an id: the u32 number of the
-//!    frame's sections before the release, and the id). The first frame of a segment has a once part,
-//!    and so does the frame that a clean shutdown writes.
-//!
-//! An id is 16 bytes of a BLAKE3 hash; the highest bit of the first byte is 1 in that of a QoS 2
-//! exchange and 0 in that of a message (see [`OnceId`]). A frame with a flag that is not listed here
-//! is of a newer version, and the log does not open.
-//!
-//! **Version 1** has no publisher and no once ids in a section's head, and 0 for the flags. Its
-//! segments are read for ever, and nothing is added to them: opening a log whose newest segment is of
-//! version 1 begins a new one.
-//!
-//! A segment's file is preallocated a few megabytes at a time; behind the last frame it holds
-//! zeros. When the next frame would not fit, the file is cut to its frames and a new one begins.
+//! What is on disk, byte by byte, is told in [`headgate_format::log`].
 //!
 //! # After a crash
 //!
 //! Bytes behind the last whole frame are a write that was never acknowledged: they are cut off. A
-//! frame that is not whole and has a whole one behind it is damage. It is reported with its place
-//! and the offsets that are lost, and the log does not open, unless `log.accept_corruption` says to
-//! go on without them. The newest segments are read through at every start; older frames are
+//! broken frame with a whole frame behind it is damage. The log reports its place and the lost
+//! offsets and does not open, unless `log.accept_corruption` tells it to
+//! go on without them. Every start reads the newest segments in full; older frames are
 //! checked whenever they are read.
 //!
-//! What is known under which id is read from the once parts: from the newest segment on that began
-//! before the window of message ids (or before the newest `intake.dedup_ids_max` of them). Where damage was
-//! accepted, the exchanges from before it are forgotten: a release may be among what is missing, and
-//! a message that is kept twice is better than one that is taken for another and lost.
+//! The window of known ids is rebuilt from the once parts, starting at the newest segment that began
+//! before the window of message ids (or before the newest `intake.dedup_ids_max` of them). Accepted
+//! damage clears the exchanges from before it, because a release may be missing: keeping a message
+//! twice is better than taking it for another and losing it.
 
 mod assembly;
-mod batch;
 mod disk;
 mod embedded;
-mod frame;
 mod jetstream;
-mod note;
-mod offsets;
-mod once;
-mod record;
 mod recovery;
 mod retention;
-mod section;
 mod segment;
 mod shelf;
 mod tail;
@@ -118,199 +61,199 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use headgate_format::log::{batch, frame, once, section};
 use tokio::sync::{oneshot, watch};
 
-pub use batch::{Batch, Place, Reader, Records, SectionRef};
 pub use embedded::EmbeddedLog;
+pub use headgate_format::log::batch::{Batch, BatchReader, RecordPlace, Records, SectionRef};
+pub use headgate_format::log::note::{QuarantineReason, RecordNote};
+pub use headgate_format::log::offsets::Offsets;
+pub use headgate_format::log::once::OnceId;
+pub use headgate_format::log::section::Section;
 pub use jetstream::{
-    Given, JetstreamLog, KEEP_EVERY, ShareError, SharedPlace, SharedPlaces, SharedRecords, headers_of,
+    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
+    SharedRecords, headers_of_record,
 };
-pub use note::{Note, Reason};
-pub use offsets::Offsets;
-pub use once::OnceId;
 pub use retention::Hold;
-pub use section::Section;
-pub use withheld::{Change, LeftOut, Withheld, WithheldRule};
+pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
 
 use crate::message::{Offset, TimeMicros};
 use crate::subject::SubjectError;
 
-/// Something that a log is asked for and that takes a while.
-pub type Task<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+/// The future of a log operation that has to wait.
+pub type LogFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// Resolves when it is known what has become of what was appended or released.
-pub type Committing = oneshot::Receiver<Result<Committed, AppendError>>;
+/// Resolves with the outcome of an append or a release.
+pub type PendingCommit = oneshot::Receiver<Result<CommitOutcome, AppendError>>;
 
-/// Is told of batches: see [`Log::listen`].
-pub type Listener = Box<dyn Fn(&Batch) + Send + Sync>;
+/// Receives each new batch: see [`Log::listen`].
+pub type BatchListener = Box<dyn Fn(&Batch) + Send + Sync>;
 
-/// A log. It is shared as an `Arc<dyn Log>`; none of its methods waits for anything unless it says so.
+/// A log, shared as an `Arc<dyn Log>`. A method waits only where its documentation says so.
 pub trait Log: Send + Sync {
-    /// The records that no reader is to be given.
-    fn withheld(&self) -> &Arc<Withheld>;
+    /// The records that no reader may see.
+    fn withheld(&self) -> &Arc<WithheldRules>;
 
-    /// Whether a record can have this topic, which [`check_topic`](crate::message::check_topic) has
-    /// passed: a log whose records are elsewhere too may not be able to name them all.
+    /// Checks whether this log can store a topic that [`check_topic`](crate::message::check_topic) has
+    /// passed: not every topic can be a NATS subject.
     ///
     /// # Errors
-    /// [`SubjectError`]: the message is not to be let in.
+    /// [`SubjectError`]: intake must refuse the message.
     fn check_topic(&self, _topic: &str) -> Result<(), SubjectError> {
         Ok(())
     }
 
-    /// Whether a record can have a payload and MQTT 5 properties of so many bytes, which are within
-    /// Headgate's own limits.
+    /// Checks whether this log can store a payload and MQTT 5 properties of these sizes in bytes, which
+    /// are within Headgate's own limits.
     ///
     /// # Errors
-    /// [`RecordTooLarge`]: the message is not to be let in.
+    /// [`RecordTooLarge`]: intake must refuse the message.
     fn check_size(&self, _payload: usize, _properties: usize) -> Result<(), RecordTooLarge> {
         Ok(())
     }
 
-    /// Hands over sections to be kept. The receiver resolves when their records are durable, or are
-    /// known not to be kept; until `give_up_at`, what passes by itself (a full disk, a budget that
-    /// storage is about to free, a cluster that is away) is waited out.
-    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> Committing;
+    /// Appends sections. The receiver resolves when their records are durable, or are known not to
+    /// be kept. Until `give_up_at` the log waits out transient failures (a full disk, a budget that
+    /// storage is about to free, a cluster that is away).
+    fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> PendingCommit;
 
-    /// Ends QoS 2 exchanges: their ids are not known any more when the receiver resolves `Ok`, nor
-    /// after any crash. An id that is not known is none the worse for it. No offset is taken.
-    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> Committing;
+    /// Ends QoS 2 exchanges: once the receiver resolves `Ok` their ids are unknown, also after any
+    /// crash. Unknown ids are ignored. A release takes no offset.
+    fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit;
 
-    /// Returns when it is settled what has become of everything that was appended here before: nothing
-    /// comes in any more under a lease that ended before the call.
-    fn barrier(&self) -> Task<'_, ()>;
+    /// Returns when the outcome of every earlier append on this gateway is settled: no more records
+    /// enter under a lease that ended before the call.
+    fn barrier(&self) -> LogFuture<'_, ()>;
 
-    /// Returns when what any gateway of the log has released, with an answer before the call, is
-    /// released here too.
+    /// Returns when this gateway knows every release that any gateway had answered before the call.
     ///
     /// # Errors
     /// [`AppendError`], transient.
-    fn sync(&self) -> Task<'_, Result<(), AppendError>> {
+    fn sync(&self) -> LogFuture<'_, Result<(), AppendError>> {
         Box::pin(std::future::ready(Ok(())))
     }
 
     /// The oldest offset that can be read.
     fn first_offset(&self) -> Offset;
 
-    /// The offset behind everything that can be read: what is below is durable. Where an append has
-    /// resolved, it is below.
+    /// The offset behind all readable records: everything below it is durable, and every resolved
+    /// append is below it.
     fn next_offset(&self) -> Offset;
 
-    /// An offset behind whatever any gateway of the log was told is kept, before the call:
-    /// [`Log::next_offset`], if there is one gateway.
+    /// An offset behind every append that any gateway saw resolved before the call. With one gateway
+    /// that is [`Log::next_offset`].
     ///
     /// # Errors
-    /// [`AppendError::Away`] if that cannot be said now.
-    fn end(&self) -> Task<'_, Result<Offset, AppendError>> {
+    /// [`AppendError::Away`] if the log cannot be asked now.
+    fn end(&self) -> LogFuture<'_, Result<Offset, AppendError>> {
         Box::pin(std::future::ready(Ok(self.next_offset())))
     }
 
-    /// Returns when [`Log::next_offset`] is `offset`, or behind all that any gateway of the log was told is
-    /// kept before the call, if that is less.
+    /// Returns when [`Log::next_offset`] has reached `offset` or [`Log::end`], whichever is lower.
     ///
     /// # Errors
-    /// [`AppendError::Away`] if that cannot be known now, or takes too long.
-    fn catch_up(&self, _offset: Offset) -> Task<'_, Result<(), AppendError>> {
+    /// [`AppendError::Away`] if the log cannot be asked now, or takes too long.
+    fn catch_up(&self, _offset: Offset) -> LogFuture<'_, Result<(), AppendError>> {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Follows [`Log::next_offset`].
+    /// Watches [`Log::next_offset`].
     fn subscribe(&self) -> watch::Receiver<Offset>;
 
-    /// The batches from the one that holds `from` on, about `bytes_max` of them, at least one; none at
-    /// the end. The first may begin below `from`; where records are missing, above it. A batch may be
-    /// without records: it says that there are none below its first offset. Blocks, on a disk or on
-    /// another machine, when `from` is not recent.
+    /// Reads batches, starting with the one that holds `from`: about `bytes_max` bytes, at least one
+    /// batch, none at the end. The first may begin below `from`, or above it where records are missing.
+    /// A batch without records says that there are none below its first offset. Blocks on the disk or
+    /// the network when `from` is not recent.
     ///
     /// # Errors
-    /// [`ReadError::Removed`] if retention has removed `from`, [`ReadError::Corrupt`] at a damaged
-    /// place (never passed over in silence), [`ReadError::Io`], [`ReadError::Away`].
-    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, ReadError>;
+    /// [`LogReadError::Removed`] if retention has removed `from`, [`LogReadError::Corrupt`] at a damaged
+    /// place (never skipped silently), [`LogReadError::Io`], [`LogReadError::Away`].
+    fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError>;
 
-    /// As [`Log::read`], and never blocks: `None` if `from` is not in memory.
+    /// Like [`Log::read`], but never blocks: `None` if `from` is not in memory.
     fn read_recent(&self, from: Offset, bytes_max: usize) -> Option<Vec<Batch>>;
 
-    /// Has `listener` told of each batch once it can be read, in order, on the thread that brings it:
-    /// it must not wait for anything. The first listener stays; there is one.
-    fn listen(&self, listener: Listener);
+    /// Calls `listener` with each batch, in order, once it can be read. The call runs on the log's own
+    /// thread or task, so it must not wait. Only the first listener counts.
+    fn listen(&self, listener: BatchListener);
 
-    /// Returns when there is a record at `offset`, or `timeout` is over. Blocks for as long.
+    /// Blocks until there is a record at `offset`, or `timeout` is over.
     fn wait_blocking(&self, offset: Offset, timeout: Duration);
 
-    /// An offset before which no record was received at or after `time`, close to the first that was.
+    /// An offset close to the first record received at or after `time`; no such record is before it.
     /// Blocks as [`Log::read`] does.
     ///
     /// # Errors
-    /// [`ReadError::Io`], [`ReadError::Away`].
-    fn offset_at(&self, time: TimeMicros) -> Result<Offset, ReadError>;
+    /// [`LogReadError::Io`], [`LogReadError::Away`].
+    fn offset_at(&self, time: TimeMicros) -> Result<Offset, LogReadError>;
 
-    /// For a consumer that has to see every record: retention leaves what it has not consumed. At
+    /// A hold for a consumer that must see every record: retention keeps what it has not consumed. At
     /// first it holds everything, see [`Hold::set`].
     fn hold(&self) -> Hold;
 
-    /// For a consumer that had better see every record, and must not stop those who append: retention
-    /// leaves what it has not consumed, whatever its age, until there is no room for what comes in. A log
-    /// that does not tell the two apart holds as [`Log::hold`] does.
+    /// A hold for a consumer that should see every record but must not block appends: retention keeps
+    /// what it has not consumed, whatever its age, until new records need the room. A log without this
+    /// distinction holds as [`Log::hold`] does.
     fn hold_with_room(&self) -> Hold {
         self.hold()
     }
 
-    /// Lets retention begin: to be called once everybody who needs a [`Log::hold`] has it. Until then
+    /// Lets retention begin. Call it once every consumer that needs a [`Log::hold`] has one; until then
     /// nothing is removed.
     fn begin_retention(&self);
 
-    /// What its records take on disk, in bytes.
+    /// The size of its records on disk, in bytes.
     fn bytes(&self) -> u64;
 
-    /// Ids that are not known any more, before their time, because there were too many.
+    /// How many ids were evicted before their time because there were too many.
     fn evicted_ids(&self) -> u64 {
         0
     }
 
-    /// Why nothing can be appended, while nothing can.
+    /// Why nothing can be appended now; `None` if appends work.
     fn trouble(&self) -> Option<String>;
 
-    /// Commits what waits, takes no more, and ends.
-    fn close(&self) -> Task<'_, ()>;
+    /// Stops taking appends, commits the waiting ones, and ends.
+    fn close(&self) -> LogFuture<'_, ()>;
 }
 
 /// A record that is larger than a log takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecordTooLarge {
-    /// What payload and properties take.
+    /// The size of payload and properties.
     pub bytes: usize,
-    /// What they may take.
+    /// The largest size that the log takes.
     pub bytes_max: usize,
-    /// What limits it.
+    /// The setting that limits it.
     pub limit: &'static str,
 }
 
-/// What has become of an append.
+/// The outcome of an append that is durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Committed {
+pub struct CommitOutcome {
     /// Per section.
-    pub outcomes: Vec<Outcome>,
+    pub outcomes: Vec<SectionOutcome>,
 }
 
-/// What has become of one section of an append that is durable.
+/// The outcome of one section.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// It is kept, at these offsets.
+pub enum SectionOutcome {
+    /// The section is in the log, at these offsets.
     Kept(Offsets),
-    /// It is not kept again: a section with one of its ids is, durably, at these offsets.
+    /// Not kept again: a section with one of its ids is already durable, at these offsets.
     Duplicate(Offsets),
-    /// It is not kept: its key had died before.
+    /// Not kept: its key had died before.
     KeyDead,
 }
 
-/// Why nothing of an append was kept. All are transient: the same message may be let in later.
+/// Why an append failed. All are transient: the same message may be accepted later.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AppendError {
     /// No room on the disk.
     #[error("the disk is full")]
     DiskFull,
-    /// The log's budget is used up by records that a consumer which has to see all of them, such as
-    /// storage, has not consumed yet.
+    /// The log's budget is full of records that a holding consumer, such as storage, has not
+    /// consumed yet.
     #[error(
         "the log has reached its {retention_bytes} bytes (log.retention_bytes) and storage has not caught up"
     )]
@@ -321,10 +264,10 @@ pub enum AppendError {
     /// Writing failed in a way that makes further acknowledgements unsafe. Lasts until a restart.
     #[error("the log cannot be written: {0}")]
     Failed(Arc<str>),
-    /// The log is elsewhere, and cannot be reached or does not answer.
+    /// NATS cannot be reached or does not answer.
     #[error("the log is away: {0}")]
     Away(Arc<str>),
-    /// It may or may not have been kept: the log is elsewhere, and was lost before it answered.
+    /// The records may or may not have been kept: the connection to NATS was lost before the answer.
     #[error("the log is away, and what was on its way may have been kept or not: {0}")]
     Unknown(Arc<str>),
     /// The gateway is shutting down.
@@ -334,11 +277,11 @@ pub enum AppendError {
 
 /// Why the log cannot be read.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum ReadError {
-    /// Retention has removed it.
+pub enum LogReadError {
+    /// Retention has removed the offset.
     #[error("offset {wanted} is no longer in the log, which begins at {first}")]
     Removed {
-        /// What was asked for.
+        /// The requested offset.
         wanted: Offset,
         /// The oldest offset there is.
         first: Offset,
@@ -346,27 +289,27 @@ pub enum ReadError {
     /// Bytes that are not what was written.
     #[error("the log is damaged: {0}")]
     Corrupt(Arc<str>),
-    /// The operating system said no.
+    /// The operating system reported an error.
     #[error("the log cannot be read: {0}")]
     Io(Arc<str>),
-    /// The log is elsewhere, and cannot be reached or does not answer.
+    /// NATS cannot be reached or does not answer.
     #[error("the log is away: {0}")]
     Away(Arc<str>),
 }
 
 /// Why the log could not be opened.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Something in it is not what was written. The text names the place and the offsets lost.
+pub enum LogOpenError {
+    /// Some bytes are not what was written. The text names the place and the lost offsets.
     #[error("the log is damaged: {0}")]
     Corrupt(String),
-    /// A file that could not be read, made or listed.
+    /// A file could not be read, made or listed.
     #[error("log: {0}")]
     Io(#[from] std::io::Error),
-    /// The log is elsewhere, and cannot be reached or does not answer. It passes by itself.
+    /// NATS cannot be reached or does not answer. Transient.
     #[error("the log is away: {0}")]
     Away(String),
-    /// The log is elsewhere, and cannot be had as it is configured.
+    /// JetStream refuses the stream as it is configured.
     #[error("log: {0}")]
     Refused(String),
 }

@@ -1,5 +1,5 @@
-//! Recovery: what opening a log does before anything is appended. It finds the segments, reads through
-//! the newest of them, and tells a write that a crash cut short from damage.
+//! Recovery: what opening a log does before anything is appended. It finds the segments, verifies
+//! the newest of them, and tells a torn write from damage.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,21 +7,21 @@ use std::sync::Arc;
 
 use tracing::warn;
 
-use super::OpenError;
+use super::LogOpenError;
 use super::disk::Disk;
 use super::embedded::Segments;
-use super::segment::{FrameError, Gap, HEADER_BYTES, Segment};
+use super::segment::{FrameError, LogGap, SEGMENT_HEADER_BYTES, Segment};
 use crate::limits::VERIFY_AT_START_BYTES;
 use crate::message::{Offset, TimeMicros};
 
-/// What an operator needs to know about damage, and can do.
-pub(super) fn refusal(gap: &Gap, places: usize) -> String {
-    let Gap { place, from, to } = gap;
+/// Describes damage for an operator: what is lost and what to do.
+pub(super) fn damage_report(gap: &LogGap, places: usize) -> String {
+    let LogGap { place, from, to } = gap;
     let more = if places > 1 { format!(" ({} more places are damaged)", places - 1) } else { String::new() };
     let lost = match to - from {
-        0 => format!("no records are missing before offset {to}, but what was said of message ids"),
+        0 => format!("no records before offset {to} are missing, but changes to message ids are"),
         lost => {
-            format!("the {lost} records from offset {from} to {} cannot be read, what follows can", to - 1)
+            format!("the {lost} records from offset {from} to {} cannot be read, later ones can", to - 1)
         }
     };
     format!(
@@ -29,18 +29,18 @@ pub(super) fn refusal(gap: &Gap, places: usize) -> String {
     )
 }
 
-/// Why a segment keeps the log from being opened.
-pub(super) fn open_error(error: FrameError) -> OpenError {
+/// The error of opening the log, from that of one segment.
+pub(super) fn open_error(error: FrameError) -> LogOpenError {
     match error {
         FrameError::Io { path, source } => {
-            OpenError::Io(io::Error::new(source.kind(), format!("{}: {source}", path.display())))
+            LogOpenError::Io(io::Error::new(source.kind(), format!("{}: {source}", path.display())))
         }
-        refused => OpenError::Corrupt(refused.to_string()),
+        refused => LogOpenError::Corrupt(refused.to_string()),
     }
 }
 
-/// Opens every segment in `dir`, without reading more than headers.
-pub(super) fn open_segments(disk: &dyn Disk, dir: &Path) -> Result<Segments, OpenError> {
+/// Opens every segment in `dir`, reading only their headers.
+pub(super) fn open_segments(disk: &dyn Disk, dir: &Path) -> Result<Segments, LogOpenError> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(dir)? {
         let path: PathBuf = entry?.path();
@@ -56,9 +56,9 @@ pub(super) fn open_segments(disk: &dyn Disk, dir: &Path) -> Result<Segments, Ope
             Ok(segment) => {
                 segments.insert(segment.first_offset, Arc::new(segment));
             }
-            // A crash while the newest segment was made: its header was not durable, so no frame is.
+            // A crash interrupted making the newest segment: without a durable header it has no frame.
             Err(FrameError::Damaged { .. })
-                if Some(&path) == last.as_ref() && path.metadata()?.len() <= HEADER_BYTES as u64 =>
+                if Some(&path) == last.as_ref() && path.metadata()?.len() <= SEGMENT_HEADER_BYTES as u64 =>
             {
                 warn!(path = %path.display(), "removed a segment that a crash had left without a header");
                 std::fs::remove_file(&path)?;
@@ -76,11 +76,11 @@ pub(super) struct RecoveredLog {
     /// The newest `received_at`.
     pub(super) time_max: TimeMicros,
     /// Damaged places with whole frames behind them, oldest first.
-    pub(super) gaps: Vec<Gap>,
+    pub(super) gaps: Vec<LogGap>,
 }
 
-/// Reads through the newest segments, from the last one back.
-pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, OpenError> {
+/// Verifies the newest segments, from the last one back.
+pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, LogOpenError> {
     let mut result = RecoveredLog { next_offset: 0, time_max: TimeMicros::MIN, gaps: Vec::new() };
     let mut follower = None;
     let mut read_bytes = 0;
@@ -104,7 +104,7 @@ pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, OpenError> {
             }
             Some(follower) if follower != found.next_offset => {
                 let place = format!("{}: its end is missing", segment.path().display());
-                found.gaps.push(Gap { place, from: found.next_offset, to: follower });
+                found.gaps.push(LogGap { place, from: found.next_offset, to: follower });
             }
             Some(_) => {}
         }

@@ -1,83 +1,84 @@
-//! Retention: the oldest segments go when the log is over its size or they are over their age, but
-//! never while a consumer that holds them has not consumed what is in them. A consumer may also hold
-//! them only for as long as there is room.
+//! Retention: removes the oldest segments when the log is over its size or they are over their age, but
+//! never while a consumer holds them because it has not consumed them. A consumer may also hold
+//! them only while there is room.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use super::segment::Segment;
 use crate::config;
 use crate::message::{Offset, TimeMicros};
 
-/// Keeps what a consumer has not consumed yet: retention removes nothing at or above the lowest hold
-/// there is, or, of one that yields, nothing for its age alone. Dropped, it holds nothing any more.
+/// Keeps what a consumer has not consumed yet: retention removes nothing at or above the lowest firm
+/// hold, and nothing at or above the lowest yielding one for its age alone. Dropping it ends it.
 #[derive(Debug)]
 pub struct Hold(Arc<AtomicU64>);
 
 impl Hold {
-    /// Lets go of everything below `offset`, which the consumer has durably made use of.
+    /// Releases everything below `offset`, which the consumer has durably processed.
     pub fn set(&self, offset: Offset) {
         self.0.store(offset, Ordering::Release);
     }
 }
 
-/// The lowest holds there are: the offsets from which on something has to stay.
+/// The lowest holds: the offsets from which on records have to stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Held {
-    /// Whatever happens.
+pub(super) struct LowestHolds {
+    /// Unconditionally.
     pub(super) firmly: Offset,
-    /// As long as there is room; never above the other.
+    /// While there is room; never above `firmly`.
     pub(super) with_room: Offset,
 }
 
-/// The holds there are.
+/// All holds of a log.
 pub(super) struct Holds {
     firm: Mutex<Vec<Weak<AtomicU64>>>,
-    /// Those that yield when there is no room.
+    /// Holds that yield when there is no room.
     yielding: Mutex<Vec<Weak<AtomicU64>>>,
-    /// Until the consumers have taken theirs, everything is held.
+    /// Holds everything until the consumers have their own holds.
     first: Mutex<Option<Hold>>,
 }
 
 impl Holds {
     pub(super) fn new() -> Self {
         let holds = Self { firm: Mutex::default(), yielding: Mutex::default(), first: Mutex::default() };
-        *holds.first.lock().unwrap_or_else(PoisonError::into_inner) = Some(holds.hold());
+        *holds.first.lock() = Some(holds.hold());
         holds
     }
 
     /// A hold of everything.
     pub(super) fn hold(&self) -> Hold {
-        held_in(&self.firm)
+        new_hold_in(&self.firm)
     }
 
-    /// A hold of everything for as long as there is room.
+    /// A hold of everything while there is room.
     pub(super) fn hold_with_room(&self) -> Hold {
-        held_in(&self.yielding)
+        new_hold_in(&self.yielding)
     }
 
-    /// From here on only what consumers hold is held.
+    /// Ends the initial hold: from here on only the consumers' holds count.
     pub(super) fn begin(&self) {
-        self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.first.lock().take();
     }
 
     /// The offsets from which on nothing may be removed.
-    pub(super) fn lowest(&self) -> Held {
-        let firmly = lowest_of(&self.firm);
-        Held { firmly, with_room: lowest_of(&self.yielding).min(firmly) }
+    pub(super) fn lowest(&self) -> LowestHolds {
+        let firmly = lowest_hold_in(&self.firm);
+        LowestHolds { firmly, with_room: lowest_hold_in(&self.yielding).min(firmly) }
     }
 }
 
-fn held_in(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Hold {
+fn new_hold_in(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Hold {
     let hold = Hold(Arc::default());
-    holds.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&hold.0));
+    holds.lock().push(Arc::downgrade(&hold.0));
     hold
 }
 
-fn lowest_of(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Offset {
+fn lowest_hold_in(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Offset {
     let mut lowest = Offset::MAX;
-    holds.lock().unwrap_or_else(PoisonError::into_inner).retain(|hold| match hold.upgrade() {
+    holds.lock().retain(|hold| match hold.upgrade() {
         Some(offset) => {
             lowest = lowest.min(offset.load(Ordering::Acquire));
             true
@@ -89,13 +90,13 @@ fn lowest_of(holds: &Mutex<Vec<Weak<AtomicU64>>>) -> Offset {
 
 /// How many of the oldest `segments` may go, so that `incoming_bytes` more fit into the budget.
 ///
-/// Segments stay for `stay_s` at least if there is room: the window is read from them. `held` says what
-/// else has to stay, see [`Holds::lowest`]. The newest segment always stays.
+/// While there is room, segments stay for at least `stay_s`, because the window is rebuilt from them.
+/// `held` says what else has to stay, see [`Holds::lowest`]. The newest segment always stays.
 pub(super) fn removable(
     segments: &BTreeMap<Offset, Arc<Segment>>,
-    config: &config::Log,
+    config: &config::LogConfig,
     stay_s: u64,
-    held: Held,
+    held: LowestHolds,
     now: TimeMicros,
     incoming_bytes: u64,
 ) -> usize {
@@ -141,8 +142,8 @@ mod tests {
         let dir = TempDir::new().expect("temporary directory");
         let segments = segments(&dir);
         let removable = |retention_s, stay_s, held, now| {
-            let config = config::Log { retention_s, ..Config::default().log };
-            let held = Held { firmly: held, with_room: held };
+            let config = config::LogConfig { retention_s, ..Config::default().log };
+            let held = LowestHolds { firmly: held, with_room: held };
             super::removable(&segments, &config, stay_s, held, now * SECOND, 0)
         };
         assert_eq!(removable(5, 1, Offset::MAX, 15), 0);
@@ -160,8 +161,8 @@ mod tests {
         let segments = segments(&dir);
         let bytes: u64 = segments.values().map(|segment| segment.disk_bytes()).sum();
         let removable = |retention_bytes, firmly, with_room| {
-            let config = config::Log { retention_s: 5, retention_bytes, ..Config::default().log };
-            super::removable(&segments, &config, 1, Held { firmly, with_room }, 1_000 * SECOND, 0)
+            let config = config::LogConfig { retention_s: 5, retention_bytes, ..Config::default().log };
+            super::removable(&segments, &config, 1, LowestHolds { firmly, with_room }, 1_000 * SECOND, 0)
         };
         assert_eq!(removable(bytes, Offset::MAX, 10), 1, "over its age, and the second is held");
         assert_eq!(removable(bytes - 1, Offset::MAX, 0), 1, "no room for one of them");
@@ -179,10 +180,10 @@ mod tests {
         a.set(7);
         assert_eq!(holds.lowest().firmly, 0);
         b.set(9);
-        assert_eq!(holds.lowest(), Held { firmly: 7, with_room: 7 });
+        assert_eq!(holds.lowest(), LowestHolds { firmly: 7, with_room: 7 });
         drop(a);
-        assert_eq!(holds.lowest(), Held { firmly: 9, with_room: 8 });
+        assert_eq!(holds.lowest(), LowestHolds { firmly: 9, with_room: 8 });
         drop((b, yielding));
-        assert_eq!(holds.lowest(), Held { firmly: Offset::MAX, with_room: Offset::MAX });
+        assert_eq!(holds.lowest(), LowestHolds { firmly: Offset::MAX, with_room: Offset::MAX });
     }
 }

@@ -1,33 +1,34 @@
 //! A segment: one file of the log, a header and then frames, each frame one batch. The module docs
 //! of [`crate::log`] have the layout byte by byte.
 //!
-//! Frames are found by walking from one header to the next. A sparse index, built as a segment is
-//! written or first read, lets a walk start near the offset that is wanted.
+//! A reader walks from one frame header to the next. A sparse index, built as a segment is
+//! written or first read, lets the walk start near the wanted offset.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
 use super::batch::Batch;
 use super::disk::{Disk, SegmentFile};
-use super::frame::{FRAME_HEADER_BYTES, FRAME_MAGIC, FrameHeader, Version, frame_crc};
+use super::frame::{FRAME_HEADER_BYTES, FRAME_MAGIC, FrameHeader, LogFormatVersion, frame_crc};
 use crate::message::{Offset, TimeMicros, now_micros};
 
 /// Bytes of a segment's header.
-pub(super) const HEADER_BYTES: usize = 32;
+pub(super) const SEGMENT_HEADER_BYTES: usize = 32;
 const SEGMENT_MAGIC: [u8; 8] = *b"headgate";
 /// File bytes between two entries of the sparse index.
 const INDEX_STEP_BYTES: u64 = 256 << 10;
 /// File bytes that a walk over frame headers reads at a time.
-const WALK_BYTES: usize = 64 << 10;
+const SEGMENT_WALK_BYTES: usize = 64 << 10;
 
-fn segment_header(first_offset: Offset, created_at: TimeMicros) -> [u8; HEADER_BYTES] {
-    let mut header = [0; HEADER_BYTES];
+fn segment_header(first_offset: Offset, created_at: TimeMicros) -> [u8; SEGMENT_HEADER_BYTES] {
+    let mut header = [0; SEGMENT_HEADER_BYTES];
     header[..8].copy_from_slice(&SEGMENT_MAGIC);
-    header[8..10].copy_from_slice(&Version::NEWEST.to_bytes());
+    header[8..10].copy_from_slice(&LogFormatVersion::NEWEST.to_bytes());
     header[12..20].copy_from_slice(&first_offset.to_le_bytes());
     header[20..28].copy_from_slice(&created_at.to_le_bytes());
     let crc = crc32fast::hash(&header[..28]);
@@ -38,10 +39,10 @@ fn segment_header(first_offset: Offset, created_at: TimeMicros) -> [u8; HEADER_B
 /// Why a place in a segment cannot be read as a frame.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FrameError {
-    /// What is there is not a frame, or its checksum does not match.
+    /// The bytes are not a frame, or the checksum does not match.
     #[error("{}, byte {position}: {what}", path.display())]
     Damaged { path: PathBuf, position: u64, what: &'static str },
-    /// What is there was written in a way that this version does not understand.
+    /// A newer version wrote the frame in a way that this one does not understand.
     #[error("{}, byte {position}: {what} that this version of Headgate does not know", path.display())]
     Newer { path: PathBuf, position: u64, what: &'static str },
     #[error("{}: {source}", path.display())]
@@ -50,14 +51,14 @@ pub(super) enum FrameError {
 
 /// One entry of the sparse index: at `position` a frame begins.
 #[derive(Debug, Clone, Copy)]
-struct Mark {
+struct IndexMark {
     first_offset: Offset,
     position: u64,
     time_max: TimeMicros,
 }
 
-impl Mark {
-    fn of(header: &FrameHeader, position: u64) -> Self {
+impl IndexMark {
+    fn from_header(header: &FrameHeader, position: u64) -> Self {
         Self { first_offset: header.first_offset, position, time_max: header.time_max }
     }
 }
@@ -65,20 +66,20 @@ impl Mark {
 /// One file of the log.
 pub(super) struct Segment {
     pub(super) first_offset: Offset,
-    version: Version,
+    version: LogFormatVersion,
     path: PathBuf,
     file: Arc<dyn SegmentFile>,
-    /// Where the frames end: bytes below are frames, and durable.
+    /// Where the frames end: all bytes below are durable frames.
     end: AtomicU64,
     /// Bytes that the file takes on disk.
     allocated: AtomicU64,
-    /// When it was made, and so: when the segment before it ended.
+    /// When it was made, which is when the segment before it ended.
     pub(super) created_at: TimeMicros,
-    index: Mutex<Option<Vec<Mark>>>,
+    index: Mutex<Option<Vec<IndexMark>>>,
 }
 
 /// What [`Segment::recover`] found.
-pub(super) struct Recovered {
+pub(super) struct RecoveredSegment {
     /// The offset after the last record.
     pub(super) next_offset: Offset,
     /// The newest `received_at` in it and before it.
@@ -87,12 +88,12 @@ pub(super) struct Recovered {
     /// torn write.
     pub(super) cut_bytes: u64,
     /// Damaged places with whole frames behind them.
-    pub(super) gaps: Vec<Gap>,
+    pub(super) gaps: Vec<LogGap>,
 }
 
 /// A damaged place in the middle of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Gap {
+pub(super) struct LogGap {
     /// Where, in words: file and byte.
     pub(super) place: String,
     /// The first offset that cannot be read.
@@ -122,11 +123,11 @@ impl Segment {
         }
         Ok(Self {
             first_offset,
-            version: Version::NEWEST,
+            version: LogFormatVersion::NEWEST,
             path,
             file,
-            end: AtomicU64::new(HEADER_BYTES as u64),
-            allocated: AtomicU64::new(HEADER_BYTES as u64),
+            end: AtomicU64::new(SEGMENT_HEADER_BYTES as u64),
+            allocated: AtomicU64::new(SEGMENT_HEADER_BYTES as u64),
             created_at,
             index: Mutex::new(Some(Vec::new())),
         })
@@ -140,12 +141,12 @@ impl Segment {
         let io = |source| FrameError::Io { path: path.to_owned(), source };
         let damaged = |what| FrameError::Damaged { path: path.to_owned(), position: 0, what };
         let file = disk.open(path, false).map_err(io)?;
-        let mut header = [0; HEADER_BYTES];
-        if file.read_at(&mut header, 0).map_err(io)? < HEADER_BYTES || header[..8] != SEGMENT_MAGIC {
+        let mut header = [0; SEGMENT_HEADER_BYTES];
+        if file.read_at(&mut header, 0).map_err(io)? < SEGMENT_HEADER_BYTES || header[..8] != SEGMENT_MAGIC {
             return Err(damaged("it does not begin with a segment's header"));
         }
         // The version comes before the checksum: a newer version may have another header.
-        let Some(version) = Version::from_bytes([header[8], header[9]]) else {
+        let Some(version) = LogFormatVersion::from_bytes([header[8], header[9]]) else {
             let what = "it was written in a format";
             return Err(FrameError::Newer { path: path.to_owned(), position: 0, what });
         };
@@ -169,20 +170,20 @@ impl Segment {
         })
     }
 
-    /// Makes a segment without records one of the version that is written: its header is in one
-    /// sector, which the disk writes whole or not at all.
+    /// Turns a segment without records into one of the newest version. This is safe because the header
+    /// lies in one sector, which the disk writes whole or not at all.
     pub(super) fn renew(&self) -> io::Result<Self> {
         let created_at = now_micros();
-        self.file.set_len(HEADER_BYTES as u64)?;
+        self.file.set_len(SEGMENT_HEADER_BYTES as u64)?;
         self.file.write_all_at(&segment_header(self.first_offset, created_at), 0)?;
         self.file.sync_data()?;
         Ok(Self {
             first_offset: self.first_offset,
-            version: Version::NEWEST,
+            version: LogFormatVersion::NEWEST,
             path: self.path.clone(),
             file: self.file.clone(),
-            end: AtomicU64::new(HEADER_BYTES as u64),
-            allocated: AtomicU64::new(HEADER_BYTES as u64),
+            end: AtomicU64::new(SEGMENT_HEADER_BYTES as u64),
+            allocated: AtomicU64::new(SEGMENT_HEADER_BYTES as u64),
             created_at,
             index: Mutex::new(Some(Vec::new())),
         })
@@ -192,14 +193,14 @@ impl Segment {
         &self.path
     }
 
-    /// Whether frames can be added: those of an older version stay as they are.
+    /// Whether frames can be added: segments of an older version never change.
     pub(super) fn is_newest_version(&self) -> bool {
-        self.version == Version::NEWEST
+        self.version == LogFormatVersion::NEWEST
     }
 
     /// Whether there is a frame in it.
     pub(super) fn has_frames(&self) -> bool {
-        self.end() > HEADER_BYTES as u64
+        self.end() > SEGMENT_HEADER_BYTES as u64
     }
 
     /// Where the next frame goes.
@@ -207,20 +208,20 @@ impl Segment {
         self.end.load(Ordering::Acquire)
     }
 
-    /// What it takes on disk.
+    /// Its size on disk, in bytes.
     pub(super) fn disk_bytes(&self) -> u64 {
         self.allocated.load(Ordering::Relaxed)
     }
 
-    /// Writes a frame at the end, without making it durable: [`Segment::sync`], then
-    /// [`Segment::advance`]. Room is taken `step` bytes at a time.
+    /// Writes a frame at the end, without making it durable: call [`Segment::sync`], then
+    /// [`Segment::advance`]. Allocates `step` bytes at a time.
     pub(super) fn write(&self, frame: &[u8], step: u64) -> io::Result<()> {
         let end = self.end();
         let needed = end + frame.len() as u64;
         let allocated = self.disk_bytes();
         if needed > allocated {
             let room = (needed - allocated).next_multiple_of(step);
-            // Close to the disk's end there may be room for the frame, if not for a whole step.
+            // A nearly full disk may have room for the frame, if not for a whole step.
             let taken = match self.file.allocate(allocated, room) {
                 Ok(()) => room,
                 Err(_) => self.file.allocate(allocated, needed - allocated).map(|()| needed - allocated)?,
@@ -230,7 +231,7 @@ impl Segment {
         self.file.write_all_at(frame, end)
     }
 
-    /// Whether the disk has room for `bytes` more. Asked again and again, it takes that room once.
+    /// Fails unless the disk has room for `bytes` more. Repeated calls allocate that room only once.
     pub(super) fn probe(&self, bytes: u64) -> io::Result<()> {
         let end = self.end();
         self.file.allocate(end, bytes)?;
@@ -243,11 +244,11 @@ impl Segment {
         self.file.sync_data()
     }
 
-    /// Counts a frame that was written at the end as part of the segment.
+    /// Makes the frame that was just written part of the segment.
     pub(super) fn advance(&self, frame_bytes: u64, first_offset: Offset, time_max: TimeMicros) {
         let position = self.end();
         if let Some(index) = self.index_locked().as_mut() {
-            push_mark(index, Mark { first_offset, position, time_max });
+            push_mark(index, IndexMark { first_offset, position, time_max });
         }
         self.end.store(position + frame_bytes, Ordering::Release);
     }
@@ -260,32 +261,29 @@ impl Segment {
         Ok(())
     }
 
-    /// Reads the whole segment, checks every frame, and finds where it ends.
-    ///
-    /// Changes nothing on the disk: see [`Segment::cut`].
-    ///
-    /// Damage with whole frames behind it is a [`Gap`].
-    pub(super) fn recover(&self) -> Result<Recovered, FrameError> {
+    /// Reads the whole segment, checks every frame, and finds where it ends. Damage with whole frames
+    /// behind it is a [`LogGap`]. Changes nothing on the disk: see [`Segment::cut`].
+    pub(super) fn recover(&self) -> Result<RecoveredSegment, FrameError> {
         let mut index = Vec::new();
         let mut gaps = Vec::new();
-        let mut position = HEADER_BYTES as u64;
+        let mut position = SEGMENT_HEADER_BYTES as u64;
         let mut next_offset = self.first_offset;
-        let file_bytes = self.file.len().map_err(|e| self.io(e))?;
+        let file_bytes = self.file.len().map_err(|e| self.io_error(e))?;
         let mut cut_bytes = 0;
         let mut time_max = TimeMicros::MIN;
         while position < file_bytes {
             match self.read_frame(position, next_offset) {
                 Ok((header, _)) => {
-                    push_mark(&mut index, Mark::of(&header, position));
+                    push_mark(&mut index, IndexMark::from_header(&header, position));
                     time_max = header.time_max;
                     next_offset = header.next_offset();
                     position += header.frame_bytes();
                 }
                 Err(error @ (FrameError::Io { .. } | FrameError::Newer { .. })) => return Err(error),
                 Err(damage @ FrameError::Damaged { .. }) => {
-                    match self.next_whole(position + 1, next_offset)? {
+                    match self.next_whole_frame(position + 1, next_offset)? {
                         Some((whole, header)) => {
-                            gaps.push(Gap {
+                            gaps.push(LogGap {
                                 place: damage.to_string(),
                                 from: next_offset,
                                 to: header.first_offset,
@@ -303,17 +301,17 @@ impl Segment {
         }
         self.end.store(position, Ordering::Release);
         *self.index_locked() = Some(index);
-        Ok(Recovered { next_offset, time_max, cut_bytes, gaps })
+        Ok(RecoveredSegment { next_offset, time_max, cut_bytes, gaps })
     }
 
-    /// Cuts off, durably, what is behind the last whole frame: in the segment that was written to when
-    /// the process ended, a write that was never acknowledged, and allocated room.
+    /// Durably cuts off everything behind the last whole frame: allocated room and, after a crash, a
+    /// write that was never acknowledged.
     pub(super) fn cut(&self) -> io::Result<()> {
         self.trim()?;
         self.file.sync_data()
     }
 
-    /// Reads and checks the frame at `position`, which has to begin with `offset`.
+    /// Reads and checks the frame at `position`, whose first offset must be `offset`.
     pub(super) fn read_frame(
         &self,
         position: u64,
@@ -325,7 +323,7 @@ impl Segment {
             return Err(damaged("the batch here does not have the next offset"));
         }
         let mut frame = vec![0; usize::try_from(header.frame_bytes()).expect("bounded by BODY_BYTES_MAX")];
-        let read = self.file.read_at(&mut frame, position).map_err(|e| self.io(e))?;
+        let read = self.file.read_at(&mut frame, position).map_err(|e| self.io_error(e))?;
         if read < frame.len() {
             return Err(damaged("the batch here is cut short"));
         }
@@ -345,21 +343,20 @@ impl Segment {
 
     fn read_header(&self, position: u64) -> Result<Option<FrameHeader>, FrameError> {
         let mut bytes = [0; FRAME_HEADER_BYTES];
-        let read = self.file.read_at(&mut bytes, position).map_err(|e| self.io(e))?;
+        let read = self.file.read_at(&mut bytes, position).map_err(|e| self.io_error(e))?;
         Ok(FrameHeader::decode(&bytes[..read]))
     }
 
-    /// The next place at or behind `position` where a whole frame with an offset of at least
-    /// `offset` begins.
-    pub(super) fn next_whole(
+    /// Finds the next whole frame at or behind `position` whose first offset is at least `offset`.
+    pub(super) fn next_whole_frame(
         &self,
         position: u64,
         offset: Offset,
     ) -> Result<Option<(u64, FrameHeader)>, FrameError> {
         let mut position = position;
-        let mut window = vec![0; WALK_BYTES];
+        let mut window = vec![0; SEGMENT_WALK_BYTES];
         loop {
-            let read = self.file.read_at(&mut window, position).map_err(|e| self.io(e))?;
+            let read = self.file.read_at(&mut window, position).map_err(|e| self.io_error(e))?;
             let found = window[..read].windows(FRAME_MAGIC.len()).position(|bytes| bytes == FRAME_MAGIC);
             match found {
                 Some(at) => {
@@ -381,13 +378,13 @@ impl Segment {
         }
     }
 
-    /// Hands the frames that have a once part to `visit`, in order, and `None` where frames are
-    /// missing, until it returns false. Of the other frames the headers are read alone.
+    /// Calls `visit` with each frame that has a once part, in order, and with `None` where frames are
+    /// missing, until it returns false. Reads only the headers of the other frames.
     pub(super) fn visit_once(&self, visit: &mut dyn FnMut(Option<Batch>) -> bool) -> Result<(), FrameError> {
-        if self.version == Version::V1 {
+        if self.version == LogFormatVersion::V1 {
             return Ok(());
         }
-        let mut position = HEADER_BYTES as u64;
+        let mut position = SEGMENT_HEADER_BYTES as u64;
         let mut next_offset = self.first_offset;
         while position < self.end() {
             let header = self.read_header(position)?.filter(|header| header.first_offset == next_offset);
@@ -403,7 +400,9 @@ impl Segment {
                 }
                 Err(FrameError::Damaged { .. }) => {
                     let go_on = visit(None);
-                    let Some((whole, header)) = self.next_whole(position + 1, next_offset)? else { break };
+                    let Some((whole, header)) = self.next_whole_frame(position + 1, next_offset)? else {
+                        break;
+                    };
                     (position, next_offset) = (whole, header.first_offset);
                     go_on
                 }
@@ -416,13 +415,13 @@ impl Segment {
         Ok(())
     }
 
-    /// How many bytes behind `position` were written to: up to the last that is not zero.
+    /// How many bytes behind `position` were written: up to the last that is not zero.
     fn written_bytes_from(&self, position: u64) -> Result<u64, FrameError> {
         let mut written = 0;
         let mut at = position;
-        let mut window = vec![0; WALK_BYTES];
+        let mut window = vec![0; SEGMENT_WALK_BYTES];
         loop {
-            let read = self.file.read_at(&mut window, at).map_err(|e| self.io(e))?;
+            let read = self.file.read_at(&mut window, at).map_err(|e| self.io_error(e))?;
             if let Some(last) = window[..read].iter().rposition(|byte| *byte != 0) {
                 written = at + last as u64 + 1 - position;
             }
@@ -433,8 +432,8 @@ impl Segment {
         }
     }
 
-    /// Where the frame that holds `offset` begins.
-    pub(super) fn seek(&self, offset: Offset) -> Result<Seek, FrameError> {
+    /// Finds where the frame that holds `offset` begins.
+    pub(super) fn seek(&self, offset: Offset) -> Result<SeekOutcome, FrameError> {
         self.build_index()?;
         let start = {
             let index = self.index_locked();
@@ -442,30 +441,30 @@ impl Segment {
             let at = marks.partition_point(|mark| mark.first_offset <= offset);
             at.checked_sub(1).map(|at| marks[at])
         };
-        let mut position = start.map_or(HEADER_BYTES as u64, |mark| mark.position);
+        let mut position = start.map_or(SEGMENT_HEADER_BYTES as u64, |mark| mark.position);
         let mut next_offset = start.map_or(self.first_offset, |mark| mark.first_offset);
         while position < self.end() {
             match self.read_header(position)? {
                 Some(header) if header.first_offset == next_offset => {
                     if offset < header.next_offset() {
-                        return Ok(Seek::At { position, offset: next_offset });
+                        return Ok(SeekOutcome::At { position, offset: next_offset });
                     }
                     next_offset = header.next_offset();
                     position += header.frame_bytes();
                 }
-                _ => return Ok(Seek::At { position, offset: next_offset }),
+                _ => return Ok(SeekOutcome::At { position, offset: next_offset }),
             }
         }
-        Ok(Seek::End { next_offset })
+        Ok(SeekOutcome::End { next_offset })
     }
 
-    /// The first offset whose batch has a `time_max` of at least `time`, as the sparse index has
-    /// it: no record before it was received at or after `time`.
+    /// The first offset, at the precision of the sparse index, whose batch has a `time_max` of at least
+    /// `time`: no record before it was received at or after `time`.
     pub(super) fn offset_at(&self, time: TimeMicros) -> Result<Offset, FrameError> {
         self.build_index()?;
         let index = self.index_locked();
         let marks = index.as_deref().unwrap_or_default();
-        // A mark speaks for its own frame only; those up to the next mark may be newer.
+        // A mark covers its own frame only; frames before the next mark may be newer.
         let at = marks.partition_point(|mark| mark.time_max < time);
         Ok(at.checked_sub(1).map_or(self.first_offset, |at| marks[at].first_offset))
     }
@@ -476,36 +475,35 @@ impl Segment {
             return Ok(());
         }
         let mut index = Vec::new();
-        let mut position = HEADER_BYTES as u64;
+        let mut position = SEGMENT_HEADER_BYTES as u64;
         while position < self.end() {
-            // What is no frame ends the index; reading on from there says so.
+            // A broken header ends the index; a read from there reports the damage.
             let Some(header) = self.read_header(position)? else { break };
-            push_mark(&mut index, Mark::of(&header, position));
+            push_mark(&mut index, IndexMark::from_header(&header, position));
             position += header.frame_bytes();
         }
         *guard = Some(index);
         Ok(())
     }
 
-    fn index_locked(&self) -> MutexGuard<'_, Option<Vec<Mark>>> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    fn index_locked(&self) -> MutexGuard<'_, Option<Vec<IndexMark>>> {
+        self.index.lock()
     }
 
-    fn io(&self, source: io::Error) -> FrameError {
+    fn io_error(&self, source: io::Error) -> FrameError {
         FrameError::Io { path: self.path.clone(), source }
     }
 }
 
 /// What [`Segment::seek`] found.
-pub(super) enum Seek {
-    /// At `position` a frame that begins with `offset` should begin, and holds what was wanted, or
-    /// is damaged.
+pub(super) enum SeekOutcome {
+    /// The frame at `position`, with first offset `offset`, holds the wanted record or is damaged.
     At { position: u64, offset: Offset },
-    /// The segment ends before it; its last record is the one before `next_offset`.
+    /// The segment ends before the wanted record; its last record is the one before `next_offset`.
     End { next_offset: Offset },
 }
 
-fn push_mark(index: &mut Vec<Mark>, mark: Mark) {
+fn push_mark(index: &mut Vec<IndexMark>, mark: IndexMark) {
     if index.last().is_none_or(|last| mark.position - last.position >= INDEX_STEP_BYTES) {
         index.push(mark);
     }

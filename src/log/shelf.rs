@@ -1,5 +1,5 @@
-//! A shelf: what is known under ids of one kind. It holds its entries in the order in which they came
-//! and finds them by their id. An entry takes 32 bytes, and 5 to be found.
+//! A shelf: the known ids of one kind. It keeps its entries in order of arrival and finds them by id.
+//! An entry takes 32 bytes, and 5 more in the hash table.
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
@@ -7,27 +7,27 @@ use std::time::Duration;
 
 use hashbrown::HashTable;
 
-use super::once::{Entry, OnceId};
+use super::once::{OnceEntry, OnceId};
 
-/// Entries for whose room it is not worth looking after it.
-const TIDY_MIN: usize = 1024;
+/// Unused room below this many entries is not worth freeing.
+const TIDY_ENTRIES_MIN: usize = 1024;
 
-/// Entries of one kind, in the order in which they came, and found by their id.
+/// Entries of one kind, in order of arrival, found by their id.
 pub(super) struct Shelf {
     age_max_s: u64,
     pub(super) len_max: usize,
-    /// Oldest first. One that was removed from the middle has no records until it is the oldest; the
-    /// oldest is never such a one.
-    entries: VecDeque<Entry>,
-    /// How many have left `entries` at its front. Wraps around.
+    /// Oldest first. A removed entry stays in the middle, with 0 records, until it reaches the front,
+    /// where [`Shelf::tidy`] drops it.
+    entries: VecDeque<OnceEntry>,
+    /// How many entries have left at the front. Wraps around.
     gone: u32,
-    /// Per id the number of its entry, counted from the first that was ever there.
+    /// The number of each id's entry, counted from the first entry ever.
     numbers: HashTable<u32>,
     hasher: RandomState,
 }
 
 impl Shelf {
-    /// An empty one, for entries of this age at most, and for so many of them.
+    /// An empty shelf for at most `len_max` entries, each at most `age_max` old.
     pub(super) fn new(age_max: Duration, len_max: usize) -> Self {
         Self {
             age_max_s: age_max.as_secs(),
@@ -45,19 +45,19 @@ impl Shelf {
     }
 
     /// The entries, oldest first.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &OnceEntry> {
         self.entries.iter().filter(|entry| entry.kept.records > 0)
     }
 
     /// The entry with an id.
-    pub(super) fn get(&self, id: OnceId) -> Option<&Entry> {
+    pub(super) fn get(&self, id: OnceId) -> Option<&OnceEntry> {
         let at = |number: u32| &self.entries[number.wrapping_sub(self.gone) as usize];
         let found = self.numbers.find(self.hasher.hash_one(id), |number| at(*number).id == id);
         found.map(|number| at(*number))
     }
 
-    /// Adds an entry, as the newest. One with the same id makes room for it.
-    pub(super) fn insert(&mut self, entry: Entry) {
+    /// Adds an entry as the newest. It replaces one with the same id.
+    pub(super) fn insert(&mut self, entry: OnceEntry) {
         self.remove(entry.id);
         self.entries.push_back(entry);
         self.number_newest();
@@ -68,7 +68,7 @@ impl Shelf {
         let Self { entries, gone, numbers, hasher, .. } = self;
         let last = entries.len() - 1;
         let number = gone.wrapping_add(u32::try_from(last).expect("len_max is far below 2^32"));
-        let hash = |entry: &Entry| hasher.hash_one(entry.id);
+        let hash = |entry: &OnceEntry| hasher.hash_one(entry.id);
         let hash_of = |number: &u32| hash(&entries[number.wrapping_sub(*gone) as usize]);
         numbers.insert_unique(hash(&entries[last]), number, hash_of);
     }
@@ -89,13 +89,13 @@ impl Shelf {
         *self = Self::new(Duration::from_secs(self.age_max_s), self.len_max);
     }
 
-    /// Whether an entry from then is too old now; both are seconds of the window's clock.
+    /// Whether an entry from `since_s` is too old at `now_s`; both are seconds of the window's clock.
     pub(super) fn is_over_age(&self, since_s: u32, now_s: u32) -> bool {
         u64::from(now_s.saturating_sub(since_s)) > self.age_max_s
     }
 
-    /// Lets go of what is over its age, and of the oldest where there are too many; returns how many
-    /// those were.
+    /// Removes entries over their age, then evicts the oldest if there are too many; returns how many
+    /// it evicted.
     pub(super) fn expire(&mut self, now_s: u32) -> u64 {
         while let Some(oldest) = self.entries.front()
             && self.is_over_age(oldest.since_s, now_s)
@@ -112,15 +112,15 @@ impl Shelf {
         evicted
     }
 
-    /// Gives back the room of what was removed.
+    /// Frees the room of removed entries.
     fn tidy(&mut self) {
         while self.entries.front().is_some_and(|entry| entry.kept.records == 0) {
             self.entries.pop_front();
             self.gone = self.gone.wrapping_add(1);
         }
         let len = self.len();
-        // Both cost as much as what has been removed since the last time.
-        if self.entries.len() > 2 * len + TIDY_MIN {
+        // Compacting and shrinking cost no more than the removals since the last time did.
+        if self.entries.len() > 2 * len + TIDY_ENTRIES_MIN {
             self.entries.retain(|entry| entry.kept.records > 0);
             self.gone = 0;
             self.numbers.clear();
@@ -130,7 +130,7 @@ impl Shelf {
                 self.number_newest();
             }
         }
-        if self.entries.capacity() > 4 * len + 4 * TIDY_MIN {
+        if self.entries.capacity() > 4 * len + 4 * TIDY_ENTRIES_MIN {
             let Self { entries, gone, numbers, hasher, .. } = self;
             entries.shrink_to(2 * len);
             numbers.shrink_to(2 * len, |number| {
@@ -143,14 +143,14 @@ impl Shelf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log::once::Earlier;
+    use crate::log::once::KeptRange;
 
     fn id(n: u16) -> OnceId {
         OnceId::of_exchange(1, n)
     }
 
-    fn entry(n: u16, since_s: u32) -> Entry {
-        Entry { id: id(n), kept: Earlier { first_offset: n.into(), records: 1 }, since_s }
+    fn entry(n: u16, since_s: u32) -> OnceEntry {
+        OnceEntry { id: id(n), kept: KeptRange { first_offset: n.into(), records: 1 }, since_s }
     }
 
     #[test]
@@ -184,7 +184,7 @@ mod tests {
             shelf.insert(entry(n, 0));
             shelf.remove(id(n));
         }
-        assert!(shelf.entries.capacity() <= 4 * TIDY_MIN + 8, "{}", shelf.entries.capacity());
+        assert!(shelf.entries.capacity() <= 4 * TIDY_ENTRIES_MIN + 8, "{}", shelf.entries.capacity());
         assert_eq!(shelf.get(id(0)), Some(&entry(0, 0)));
         assert_eq!(shelf.len(), 1);
     }

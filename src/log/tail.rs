@@ -1,8 +1,8 @@
-//! The newest batches, in memory: what consumers that keep up are served from, and what they wait
-//! on.
+//! The tail: the newest batches, in memory. It serves consumers that keep up, and they wait on it for
+//! the next batch.
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -13,12 +13,12 @@ use crate::message::Offset;
 
 /// The newest durable batches and the offset behind them.
 pub(super) struct Tail {
-    recent: Mutex<Recent>,
+    recent: Mutex<RecentBatches>,
     grown: Condvar,
     next_offset: watch::Sender<Offset>,
 }
 
-struct Recent {
+struct RecentBatches {
     batches: VecDeque<Batch>,
     bytes: usize,
     next_offset: Offset,
@@ -28,7 +28,7 @@ impl Tail {
     /// An empty tail of a log whose next record gets `next_offset`.
     pub(super) fn new(next_offset: Offset) -> Self {
         Self {
-            recent: Mutex::new(Recent { batches: VecDeque::new(), bytes: 0, next_offset }),
+            recent: Mutex::new(RecentBatches { batches: VecDeque::new(), bytes: 0, next_offset }),
             grown: Condvar::new(),
             next_offset: watch::Sender::new(next_offset),
         }
@@ -39,12 +39,12 @@ impl Tail {
         *self.next_offset.borrow()
     }
 
-    /// Follows [`Tail::next_offset`].
+    /// Watches [`Tail::next_offset`].
     pub(super) fn subscribe(&self) -> watch::Receiver<Offset> {
         self.next_offset.subscribe()
     }
 
-    /// Takes in a batch that is durable now; the oldest make room for it.
+    /// Adds a durable batch; the oldest batches make room for it.
     pub(super) fn push(&self, batch: Batch) {
         let next_offset = batch.next_offset();
         let mut recent = self.locked();
@@ -61,8 +61,8 @@ impl Tail {
         self.next_offset.send_replace(next_offset);
     }
 
-    /// The batches from the one that holds `from` on, up to about `bytes_max`, at least one; empty
-    /// at the end. `None` if `from` is older than what is in memory.
+    /// Batches, starting with the one that holds `from`: up to about `bytes_max` bytes, at least one
+    /// batch; empty at the end. `None` if `from` is older than the batches in memory.
     pub(super) fn read(&self, from: Offset, bytes_max: usize) -> Option<Vec<Batch>> {
         let recent = self.locked();
         if from >= recent.next_offset {
@@ -91,12 +91,11 @@ impl Tail {
             if left.is_zero() {
                 return;
             }
-            let waited = self.grown.wait_timeout(recent, left);
-            recent = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.grown.wait_for(&mut recent, left);
         }
     }
 
-    fn locked(&self) -> MutexGuard<'_, Recent> {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locked(&self) -> MutexGuard<'_, RecentBatches> {
+        self.recent.lock()
     }
 }

@@ -1,15 +1,15 @@
-//! The window: what is known, at this moment, under which once id. The writer asks it before it
-//! keeps a section that has ids, and tells it after the batch is durable, so that it always says
-//! what the frames on the disk say: whatever is in it can be read from them again.
+//! The window: the once ids that are known now. The writer asks it before it keeps a section with
+//! ids, and updates it only after the batch is durable. So the window always agrees with the frames
+//! on disk and can be rebuilt from them.
 //!
-//! Ids of messages leave after a time, and when there are too many; those of QoS 2 exchanges when
-//! they are released or, if their client never comes back, after much longer. An id takes about 50
-//! bytes of memory: 32 for its entry, 5 to find it, and what both leave free to grow.
+//! A message id leaves when it is too old or there are too many. The id of a QoS 2 exchange leaves when
+//! it is released or, if the client never comes back, after much longer. An id takes about 50
+//! bytes of memory: 32 for its entry, 5 in the hash table, and the spare capacity of both.
 //!
-//! Time is that of a clock which nobody sets: it runs with the process, and over a restart it goes on
-//! by what the wall clock says has passed since the newest frame that has ids, or stands still if that
-//! has been set back. So a clock that is set while the gateway runs lets no id leave early or late; one
-//! that is set forward while it does not run counts as time that has passed.
+//! The window has its own clock, which nobody can set. It runs with the process. Over a restart it
+//! advances by the wall-clock time since the newest frame with a once part, or stands still if the wall
+//! clock was set back. So setting the clock while the gateway runs expires no id early or late; setting
+//! it forward while the gateway is down counts as time passed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,54 +18,54 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use super::batch::Batch;
-use super::once::{Earlier, Entry, OPEN_BYTES, OnceId, Stamp, put_open};
+use super::once::{KeptRange, OPEN_EXCHANGE_BYTES, OnceEntry, OnceId, WindowStamp, put_open_exchange};
 use super::segment::{FrameError, Segment};
 use super::shelf::Shelf;
 use crate::config;
 use crate::limits::{EXCHANGE_AGE_MAX, EXCHANGES_OPEN_MAX};
 use crate::message::{TimeMicros, now_micros};
 
-/// How often it is said that ids have to leave early.
-const WARN_EVERY: Duration = Duration::from_secs(60);
+/// The least time between two warnings about evicted ids.
+const EVICTION_WARN_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What is known under which id.
-pub(super) struct Window {
+/// The known ids.
+pub(super) struct DedupWindow {
     messages: Shelf,
     exchanges: Shelf,
-    clock: Clock,
+    clock: WindowClock,
     /// How many message ids have ever entered.
     entered: u64,
-    /// Ids that had to leave because there were too many.
+    /// Ids evicted because there were too many.
     evicted: Arc<AtomicU64>,
     warned_at: Option<Instant>,
 }
 
-impl Window {
-    /// An empty one. `log` bounds the open exchanges as well: each segment begins with all of them,
-    /// and they are to take a quarter of it at most.
-    pub(super) fn new(dedup: &config::Intake, log: &config::Log) -> Self {
-        let in_segment = usize::try_from(log.segment_bytes / 4).unwrap_or(usize::MAX) / OPEN_BYTES;
+impl DedupWindow {
+    /// An empty window. `log` also bounds the open exchanges: each segment begins with all of them,
+    /// and they may take at most a quarter of it.
+    pub(super) fn new(dedup: &config::IntakeConfig, log: &config::LogConfig) -> Self {
+        let in_segment = usize::try_from(log.segment_bytes / 4).unwrap_or(usize::MAX) / OPEN_EXCHANGE_BYTES;
         let exchanges_max = EXCHANGES_OPEN_MAX.min(in_segment);
         Self {
             messages: Shelf::new(Duration::from_secs(dedup.dedup_window_s), dedup.dedup_ids_max),
             exchanges: Shelf::new(EXCHANGE_AGE_MAX, exchanges_max),
-            clock: Clock::new(),
+            clock: WindowClock::new(),
             entered: 0,
             evicted: Arc::default(),
             warned_at: None,
         }
     }
 
-    /// Takes in what the frames of `segments`, oldest first, say, as far back as it matters.
+    /// Rebuilds the window from the frames of `segments` (oldest first), as far back as needed.
     ///
     /// # Errors
-    /// What keeps a segment from being read. Damage does not.
+    /// [`FrameError`] if a segment cannot be read. Damage is no error here.
     pub(super) fn recover<'a>(
         &mut self,
         segments: impl DoubleEndedIterator<Item = &'a Arc<Segment>>,
     ) -> Result<(), FrameError> {
         let mut needed = Vec::new();
-        let mut last: Option<Stamp> = None;
+        let mut last: Option<WindowStamp> = None;
         for segment in segments.rev() {
             needed.push(segment);
             let mut began = None;
@@ -74,13 +74,13 @@ impl Window {
                 let stamp = frame.and_then(|batch| batch.once().map(|once| once.stamp));
                 began = began.or(stamp);
                 newest = stamp.or(newest);
-                // Of an older segment it is enough to know how it began.
+                // For an older segment the first stamp is enough.
                 last.is_none() || began.is_none()
             })?;
             if last.is_none()
                 && let Some(newest) = newest
             {
-                self.clock = Clock::resume(newest, now_micros());
+                self.clock = WindowClock::resume(newest, now_micros());
                 last = Some(newest);
             }
             let (Some(began), Some(last)) = (began, last) else { continue };
@@ -93,10 +93,10 @@ impl Window {
         for segment in needed.into_iter().rev() {
             segment.visit_once(&mut |frame| {
                 match frame {
-                    // What left early was counted and reported when it did.
+                    // These evictions were counted and reported when they happened.
                     Some(batch) => _ = self.replay(&batch),
-                    // Releases may be among what is missing. A message that is kept twice is better
-                    // than one that is taken for another and lost.
+                    // A release may be missing. Keeping a message twice is better than taking it for
+                    // another and losing it.
                     None => self.exchanges.clear(),
                 }
                 true
@@ -106,18 +106,18 @@ impl Window {
         Ok(())
     }
 
-    /// Where a frame that is written now stands.
-    pub(super) fn stamp(&self) -> Stamp {
-        Stamp { entered: self.entered, clock: self.clock.now(), wall: now_micros() }
+    /// The stamp of a frame written now.
+    pub(super) fn stamp(&self) -> WindowStamp {
+        WindowStamp { entered: self.entered, clock: self.clock.now(), wall: now_micros() }
     }
 
-    /// Takes in what a frame says that was just made durable.
+    /// Updates the window from a frame that has just become durable.
     pub(super) fn learn(&mut self, batch: &Batch) {
         let evicted = self.replay(batch);
         self.report(evicted);
     }
 
-    /// Takes in what a durable frame says. Returns how many ids had to leave early for it.
+    /// Applies a durable frame. Returns how many ids it evicted.
     fn replay(&mut self, batch: &Batch) -> u64 {
         let Some(once) = batch.once() else { return 0 };
         if let Some(open) = once.open() {
@@ -131,7 +131,7 @@ impl Window {
             while let Some((_, id)) = releases.next_if(|(sections, _)| *sections <= nth) {
                 self.exchanges.remove(id);
             }
-            let kept = Earlier { first_offset: section.first_offset(), records: section.records() };
+            let kept = KeptRange { first_offset: section.first_offset(), records: section.records() };
             for id in section.once() {
                 let shelf = if id.is_exchange() {
                     &mut self.exchanges
@@ -139,82 +139,82 @@ impl Window {
                     self.entered += 1;
                     &mut self.messages
                 };
-                shelf.insert(Entry { id, kept, since_s });
+                shelf.insert(OnceEntry { id, kept, since_s });
             }
         }
         releases.for_each(|(_, id)| self.exchanges.remove(id));
         self.trim(once.stamp)
     }
 
-    /// What was kept under an id, if it is known.
-    pub(super) fn get(&self, id: OnceId) -> Option<Earlier> {
+    /// The records kept under an id, if it is known.
+    pub(super) fn get(&self, id: OnceId) -> Option<KeptRange> {
         let shelf = if id.is_exchange() { &self.exchanges } else { &self.messages };
         shelf.get(id).map(|entry| entry.kept)
     }
 
-    /// The exchanges that are open, as [`Once`](super::once::Once) has them.
+    /// The open exchanges, encoded for [`Once`](super::once::OncePart).
     pub(super) fn open(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.exchanges.len() * OPEN_BYTES);
-        self.exchanges.iter().for_each(|entry| put_open(entry, &mut bytes));
+        let mut bytes = Vec::with_capacity(self.exchanges.len() * OPEN_EXCHANGE_BYTES);
+        self.exchanges.iter().for_each(|entry| put_open_exchange(entry, &mut bytes));
         bytes
     }
 
-    /// Lets go of what is too old at `now`.
-    pub(super) fn expire(&mut self, now: Stamp) {
+    /// Removes ids that are too old at `now`, evicts excess ones, and reports those.
+    pub(super) fn expire(&mut self, now: WindowStamp) {
         let evicted = self.trim(now);
         self.report(evicted);
     }
 
-    /// Lets go of what is too old at `now`, and of the oldest where there are too many; returns how
-    /// many those were.
-    fn trim(&mut self, now: Stamp) -> u64 {
+    /// Removes ids that are too old at `now` and evicts the oldest if there are too many; returns how
+    /// many it evicted.
+    fn trim(&mut self, now: WindowStamp) -> u64 {
         self.messages.expire(now.seconds()) + self.exchanges.expire(now.seconds())
     }
 
-    /// Counts ids that had to leave early, and says so now and then.
+    /// Counts evicted ids, and warns about them at intervals.
     fn report(&mut self, evicted: u64) {
         if evicted == 0 {
             return;
         }
         self.evicted.fetch_add(evicted, Ordering::Relaxed);
-        if self.warned_at.is_none_or(|at| at.elapsed() > WARN_EVERY) {
+        if self.warned_at.is_none_or(|at| at.elapsed() > EVICTION_WARN_INTERVAL) {
             self.warned_at = Some(Instant::now());
             warn!(
                 evicted = self.evicted.load(Ordering::Relaxed),
                 messages_max = self.messages.len_max,
                 exchanges_max = self.exchanges.len_max,
                 "too many message ids (intake.dedup_ids_max) or QoS 2 exchanges are known; the oldest leave early, \
-                 and what is sent again under them is kept again"
+                 and a message sent again under one of them is kept again"
             );
         }
     }
 
-    /// Counts the ids that had to leave because there were too many.
+    /// The counter of ids evicted because there were too many.
     pub(super) fn evicted(&self) -> Arc<AtomicU64> {
         self.evicted.clone()
     }
 }
 
-/// The clock that the window's time is told by.
-struct Clock {
-    /// What it said at `started`, in microseconds.
+/// The window's clock.
+struct WindowClock {
+    /// Its value at `started`, in microseconds.
     base: u64,
     started: Instant,
 }
 
-impl Clock {
-    /// One that begins now.
+impl WindowClock {
+    /// A clock that starts at 0 now.
     fn new() -> Self {
         Self { base: 0, started: Instant::now() }
     }
 
-    /// One that goes on from where it last was, now that the wall clock says `wall`.
-    fn resume(last: Stamp, wall: TimeMicros) -> Self {
+    /// A clock that continues from `last`, given the present wall clock.
+    fn resume(last: WindowStamp, wall: TimeMicros) -> Self {
         let passed = u64::try_from(wall.saturating_sub(last.wall)).unwrap_or(0);
         Self { base: last.clock.saturating_add(passed), started: Instant::now() }
     }
 
-    /// What it says now, in microseconds.
+    /// Its present value, in microseconds.
     fn now(&self) -> u64 {
         let passed = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.base.saturating_add(passed)
@@ -227,8 +227,8 @@ mod tests {
 
     #[test]
     fn the_clock_goes_on_over_a_restart_and_never_back() {
-        let last = Stamp { entered: 0, clock: 5_000_000, wall: 1_000_000_000 };
-        let seconds = |wall| Clock::resume(last, wall).now() / 1_000_000;
+        let last = WindowStamp { entered: 0, clock: 5_000_000, wall: 1_000_000_000 };
+        let seconds = |wall| WindowClock::resume(last, wall).now() / 1_000_000;
         assert_eq!(seconds(1_000_000_000), 5);
         assert_eq!(seconds(1_060_000_000), 65);
         assert_eq!(seconds(0), 5, "the wall clock was set back");

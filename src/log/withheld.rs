@@ -1,31 +1,32 @@
-//! Withheld records: those that are in the log and that nobody who reads it is given any more, because
-//! the key that let them in has leaked.
+//! Withheld records: records in the log that no reader gets any more, because the key that let them
+//! in has leaked.
 //!
-//! The log does not change what it has written. Instead there are rules, mostly none, and each
-//! consumer asks about what it has read before it hands it on. Who keeps a copy of records (storage,
-//! retained messages) learns of [changes](Change) by their version and corrects what it has; it notes
-//! the version in the transaction that does, so that a change counts everywhere after any crash.
+//! The log never rewrites records. Instead it has rules, usually none, and each consumer checks
+//! the records that it reads against them before it delivers them. A consumer that keeps a copy of
+//! records (storage, retained messages) learns of [changes](WithheldChange) by their version and corrects its
+//! copy. The same transaction notes the version, so that no crash can lose a change.
 
+use parking_lot::RwLock;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 
-/// Which records: those that a key let in during a time.
+/// A rule that withholds the records that a key let in during a period.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WithheldRule {
-    /// Of this datasource, or of all of them (`*`).
+    /// The datasource of the records, or all of them (`*`).
     pub datasource: DatasourceId,
     /// The key that let them in.
     pub key_id: KeyId,
-    /// Received at or after.
+    /// Covers records received at or after this time.
     pub since: TimeMicros,
-    /// With a lower offset: the log's end when the rule was made.
+    /// Covers records below this offset: the log's end when the rule was made.
     pub below: Offset,
 }
 
 impl WithheldRule {
-    /// Whether this record is one of them.
+    /// Whether the rule covers a record with these properties.
     pub fn covers(&self, datasource: &str, key_id: KeyId, received_at: TimeMicros, offset: Offset) -> bool {
         self.key_id == key_id
             && offset < self.below
@@ -36,45 +37,45 @@ impl WithheldRule {
 
 /// One change of the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
-    /// One more.
+pub enum WithheldChange {
+    /// Adds a rule.
     Withhold(WithheldRule),
-    /// All those of this key in this datasource (or in all, `*`) are no more.
+    /// Removes all rules of this key for this datasource (or for all, `*`).
     GiveBack(DatasourceId, KeyId),
 }
 
-impl Change {
-    /// The key whose records it is about.
+impl WithheldChange {
+    /// The key whose records it concerns.
     pub fn key_id(&self) -> KeyId {
         match self {
-            Change::Withhold(rule) => rule.key_id,
-            Change::GiveBack(_, key_id) => *key_id,
+            WithheldChange::Withhold(rule) => rule.key_id,
+            WithheldChange::GiveBack(_, key_id) => *key_id,
         }
     }
 }
 
-/// The rules that hold, and how they came about.
+/// The rules in force, and the changes that led to them.
 #[derive(Debug, Default)]
-pub struct Withheld {
-    /// How many changes there have been. Of 0 nothing more is read.
+pub struct WithheldRules {
+    /// How many changes there have been. While it is 0 a reader need not take the lock.
     version: AtomicU64,
-    state: RwLock<State>,
+    state: RwLock<WithheldState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    changes: Vec<Change>,
+struct WithheldState {
+    changes: Vec<WithheldChange>,
     rules: Arc<[WithheldRule]>,
 }
 
-impl Withheld {
-    /// The next change: it counts for whoever asks from now on. Returns the version that it makes.
-    pub fn push(&self, change: Change) -> u64 {
-        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+impl WithheldRules {
+    /// Applies the next change, for every check from now on. Returns the new version.
+    pub fn push(&self, change: WithheldChange) -> u64 {
+        let mut state = self.state.write();
         let mut rules = state.rules.to_vec();
         match &change {
-            Change::Withhold(rule) => rules.push(rule.clone()),
-            Change::GiveBack(datasource, key_id) => {
+            WithheldChange::Withhold(rule) => rules.push(rule.clone()),
+            WithheldChange::GiveBack(datasource, key_id) => {
                 rules.retain(|rule| rule.key_id != *key_id || rule.datasource != *datasource);
             }
         }
@@ -90,45 +91,44 @@ impl Withheld {
         self.version.load(Ordering::Acquire)
     }
 
-    /// The changes behind a version.
-    pub fn changes_after(&self, version: u64) -> Vec<Change> {
-        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+    /// The changes after a version.
+    pub fn changes_after(&self, version: u64) -> Vec<WithheldChange> {
+        let state = self.state.read();
         let behind = usize::try_from(version).ok().and_then(|behind| state.changes.get(behind..));
         behind.unwrap_or_default().to_vec()
     }
 
-    /// What is left out at this moment. One atomic load if there never was a rule.
-    pub fn now(&self) -> LeftOut {
+    /// The rules at this moment. Costs one atomic load if there never was a rule.
+    pub fn now(&self) -> WithheldSnapshot {
         if self.version() == 0 {
-            return LeftOut(None);
+            return WithheldSnapshot(None);
         }
-        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        LeftOut((!state.rules.is_empty()).then(|| state.rules.clone()))
+        let state = self.state.read();
+        WithheldSnapshot((!state.rules.is_empty()).then(|| state.rules.clone()))
     }
 }
 
-/// What is left out at one moment.
+/// The rules at one moment.
 #[derive(Debug, Clone, Default)]
-pub struct LeftOut(Option<Arc<[WithheldRule]>>);
+pub struct WithheldSnapshot(Option<Arc<[WithheldRule]>>);
 
-impl LeftOut {
+impl WithheldSnapshot {
     /// Whether there is no rule, so that nothing is withheld.
     pub fn is_nothing(&self) -> bool {
         self.0.is_none()
     }
 
-    /// Whether the record is one that a rule withholds.
+    /// Whether a rule withholds the record.
     pub fn withholds(&self, record: &RecordRef<'_>) -> bool {
         self.covers(record.datasource, record.key_id, record.received_at, record.offset)
     }
 
-    /// The same, of what is known of it.
+    /// Whether a rule covers a record with these properties.
     pub fn covers(&self, datasource: &str, key_id: KeyId, received_at: TimeMicros, offset: Offset) -> bool {
         self.rules().any(|rule| rule.covers(datasource, key_id, received_at, offset))
     }
 
-    /// Whether the record is to be handed to no consumer but quarantine: it is withheld, or did not
-    /// get past its schema.
+    /// Whether only quarantine may show the record: it is withheld, or failed validation.
     pub fn contains(&self, record: &RecordRef<'_>) -> bool {
         record.flags.contains(RecordFlags::QUARANTINED) || self.withholds(record)
     }
@@ -153,9 +153,9 @@ mod tests {
 
     #[test]
     fn a_rule_is_for_one_key_from_a_time_to_an_offset() {
-        let withheld = Withheld::default();
+        let withheld = WithheldRules::default();
         assert!(withheld.now().is_nothing());
-        assert_eq!(withheld.push(Change::Withhold(rule("a", 100, 50))), 1);
+        assert_eq!(withheld.push(WithheldChange::Withhold(rule("a", 100, 50))), 1);
         let now = withheld.now();
         assert!(now.covers("a", KeyId([1; 6]), 100, 49));
         assert!(!now.covers("a", KeyId([1; 6]), 99, 49), "before the time");
@@ -166,17 +166,17 @@ mod tests {
 
     #[test]
     fn what_is_given_back_is_what_was_withheld_there() {
-        let withheld = Withheld::default();
-        withheld.push(Change::Withhold(rule("a", 100, 50)));
-        withheld.push(Change::Withhold(rule("*", 200, 60)));
-        let given_back = Change::GiveBack(DatasourceId::new("a").expect("a slug"), KeyId([1; 6]));
+        let withheld = WithheldRules::default();
+        withheld.push(WithheldChange::Withhold(rule("a", 100, 50)));
+        withheld.push(WithheldChange::Withhold(rule("*", 200, 60)));
+        let given_back = WithheldChange::GiveBack(DatasourceId::new("a").expect("a slug"), KeyId([1; 6]));
         assert_eq!(withheld.push(given_back.clone()), 3);
         let now = withheld.now();
         assert!(!now.covers("a", KeyId([1; 6]), 150, 10));
         assert!(now.covers("a", KeyId([1; 6]), 200, 10), "the other rule still holds");
         assert_eq!(withheld.changes_after(2), [given_back]);
         assert_eq!(withheld.changes_after(9), []);
-        withheld.push(Change::GiveBack(DatasourceId::all(), KeyId([1; 6])));
+        withheld.push(WithheldChange::GiveBack(DatasourceId::all(), KeyId([1; 6])));
         assert!(withheld.now().is_nothing());
     }
 }

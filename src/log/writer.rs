@@ -1,48 +1,49 @@
-//! The writer: one thread that owns the end of the log. It drains everything that waits into one
-//! batch, makes it durable, and releases everybody whose records are in it.
+//! The writer: one thread that owns the end of the log. It drains all waiting submissions into one
+//! batch, makes it durable, and answers each of them.
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
-use super::assembly::{Assembled, Assembly};
+use super::assembly::{AssembledBatch, Assembly};
 use super::batch::Batch;
 use super::disk::Disk;
-use super::embedded::Shared;
+use super::embedded::EmbeddedLogShared;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags, seal_frame};
-use super::once::{Once, OnceId, Stamp};
+use super::once::{OnceId, OncePart, WindowStamp};
 use super::section::Section;
 use super::segment::Segment;
-use super::window::Window;
-use super::{AppendError, Committed, Outcome, retention};
+use super::window::DedupWindow;
+use super::{AppendError, CommitOutcome, SectionOutcome, retention};
 use crate::config::{self, Durability};
 use crate::limits::{BATCH_BYTES_MAX, SEGMENT_ALLOCATE_BYTES};
 use crate::message::{Offset, TimeMicros, now_micros};
 
-/// How often an append that could not be made is tried again.
-const RETRY: Duration = Duration::from_millis(50);
-/// How often the writer looks after retention when nothing is appended.
-const IDLE: Duration = Duration::from_secs(1);
-/// What a once part takes besides releases and open exchanges, at most.
-const ONCE_BYTES: usize = 48;
+/// The pause before a failed append is tried again.
+const LOG_WRITE_RETRY_PAUSE: Duration = Duration::from_millis(50);
+/// How often the writer runs retention when nothing is appended.
+const WRITER_IDLE_INTERVAL: Duration = Duration::from_secs(1);
+/// The largest size of a once part without releases and open exchanges.
+const ONCE_PART_BYTES_MAX: usize = 48;
 
-/// What one caller wants kept and released, and the caller.
-pub(super) struct Submission {
+/// What one caller wants to append and release.
+pub(super) struct WriterSubmission {
     pub(super) sections: Vec<Section>,
-    /// After the sections.
+    /// Released after the sections.
     pub(super) releases: Vec<OnceId>,
-    /// Until then a transient failure is waited out.
+    /// Until then the writer waits out a transient failure.
     pub(super) give_up_at: Instant,
-    pub(super) reply: oneshot::Sender<Result<Committed, AppendError>>,
+    pub(super) reply: oneshot::Sender<Result<CommitOutcome, AppendError>>,
 }
 
-impl Submission {
+impl WriterSubmission {
     fn weight(&self) -> usize {
         let sections: usize = self.sections.iter().map(Section::weight).sum();
         sections + size_of_val(&*self.releases)
@@ -53,28 +54,28 @@ impl Submission {
         self.releases.is_empty() && self.sections.iter().all(|section| section.records() == 0)
     }
 
-    /// Answers; a caller that has gone away is none the worse for it.
-    fn answer(self, result: Result<Committed, AppendError>) {
+    /// Answers the caller, if it still waits.
+    fn answer(self, result: Result<CommitOutcome, AppendError>) {
         let _ = self.reply.send(result);
     }
 }
 
-/// What waits for the writer.
+/// Submissions that wait for the writer.
 #[derive(Default)]
-pub(super) struct Queue {
-    state: Mutex<Waiting>,
+pub(super) struct WriterQueue {
+    state: Mutex<WriterQueueState>,
     ready: Condvar,
 }
 
 #[derive(Default)]
-struct Waiting {
-    submissions: VecDeque<Submission>,
+struct WriterQueueState {
+    submissions: VecDeque<WriterSubmission>,
     closed: bool,
 }
 
-impl Queue {
+impl WriterQueue {
     /// Adds a submission, or answers it at once if the queue is closed.
-    pub(super) fn push(&self, submission: Submission) {
+    pub(super) fn push(&self, submission: WriterSubmission) {
         let mut waiting = self.locked();
         if waiting.closed {
             drop(waiting);
@@ -88,13 +89,13 @@ impl Queue {
         }
     }
 
-    /// Takes no more; the writer ends when it has worked off what is there.
+    /// Closes the queue; the writer ends once it has committed what waits.
     pub(super) fn close(&self) {
         self.locked().closed = true;
         self.ready.notify_one();
     }
 
-    /// Closes the queue and answers everybody in it: nobody will write any more.
+    /// Closes the queue and answers every submission in it: there is no writer any more.
     pub(super) fn abandon(&self) {
         let left = {
             let mut waiting = self.locked();
@@ -104,15 +105,14 @@ impl Queue {
         left.into_iter().for_each(|submission| submission.answer(Err(AppendError::Closed)));
     }
 
-    /// Moves what waits to `group`, up to the size of a batch, and waits for it if nothing does.
-    /// Returns whether the queue is closed and empty.
-    fn take(&self, group: &mut Vec<Submission>, wait: Duration) -> bool {
+    /// Moves waiting submissions to `group`, up to the size of a batch; waits up to `wait` if there are
+    /// none. Returns whether the queue is closed and empty.
+    fn take(&self, group: &mut Vec<WriterSubmission>, wait: Duration) -> bool {
         let mut waiting = self.locked();
         if waiting.submissions.is_empty() && !waiting.closed {
-            let waited = self.ready.wait_timeout(waiting, wait);
-            waiting = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.ready.wait_for(&mut waiting, wait);
         }
-        let mut weight: usize = group.iter().map(Submission::weight).sum();
+        let mut weight: usize = group.iter().map(WriterSubmission::weight).sum();
         while let Some(submission) = waiting.submissions.front() {
             if weight > 0 && weight + submission.weight() > BATCH_BYTES_MAX {
                 break;
@@ -123,8 +123,8 @@ impl Queue {
         waiting.closed && waiting.submissions.is_empty()
     }
 
-    /// Takes out what will wait no longer at `now`.
-    fn take_expired(&self, now: Instant) -> Vec<Submission> {
+    /// Takes out the submissions whose time to give up has come.
+    fn take_expired(&self, now: Instant) -> Vec<WriterSubmission> {
         let mut waiting = self.locked();
         if waiting.submissions.iter().all(|s| s.give_up_at > now) {
             return Vec::new();
@@ -135,65 +135,66 @@ impl Queue {
         expired
     }
 
-    fn locked(&self) -> MutexGuard<'_, Waiting> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locked(&self) -> MutexGuard<'_, WriterQueueState> {
+        self.state.lock()
     }
 }
 
 /// The state of the writer's thread.
-pub(super) struct Writer {
-    pub(super) shared: Arc<Shared>,
+pub(super) struct LogWriter {
+    pub(super) shared: Arc<EmbeddedLogShared>,
     pub(super) disk: Box<dyn Disk>,
     pub(super) dir: PathBuf,
-    pub(super) config: config::Log,
-    /// The segment that is written to.
+    pub(super) config: config::LogConfig,
+    /// The segment that receives new frames.
     pub(super) current: Arc<Segment>,
     pub(super) next_offset: Offset,
     /// The newest `received_at` so far.
     pub(super) time_max: TimeMicros,
-    /// What was kept under which id.
-    pub(super) window: Window,
-    /// How long segments stay at least, for the window to be read from: see [`retention`].
+    /// The known ids.
+    pub(super) window: DedupWindow,
+    /// The least age of a segment that retention may remove, so that the window can be rebuilt: see
+    /// [`retention`].
     pub(super) stay_s: u64,
 }
 
-impl Writer {
+impl LogWriter {
     /// Writes until the queue is closed and empty.
     pub(super) fn run(mut self) {
         let mut group = Vec::new();
         let mut stalled = false;
         loop {
-            let wait = if stalled { RETRY } else { IDLE };
+            let wait = if stalled { LOG_WRITE_RETRY_PAUSE } else { WRITER_IDLE_INTERVAL };
             let closed = self.shared.queue.take(&mut group, wait);
             if group.is_empty() {
                 if closed {
                     break;
                 }
-                stalled = self.look_after().is_err();
+                stalled = self.maintain().is_err();
                 continue;
             }
             match self.commit(&mut group) {
                 Ok(all) => {
-                    self.recovered();
+                    self.clear_trouble();
                     stalled = false;
                     for (submission, outcomes) in group.drain(..).zip(all) {
-                        submission.answer(Ok(Committed { outcomes }));
+                        submission.answer(Ok(CommitOutcome { outcomes }));
                     }
                 }
                 Err(error) => {
-                    self.in_trouble(&error);
+                    self.enter_trouble(&error);
                     self.give_up(&error, &mut group, closed);
                     stalled = true;
-                    std::thread::sleep(RETRY);
+                    std::thread::sleep(LOG_WRITE_RETRY_PAUSE);
                 }
             }
         }
         self.seal();
     }
 
-    /// Puts one batch together from `group` and makes it durable. Returns, per submission, what has
-    /// become of its sections.
-    fn commit(&mut self, group: &mut [Submission]) -> Result<Vec<Vec<Outcome>>, AppendError> {
+    /// Puts one batch together from `group` and makes it durable. Returns, per submission, the outcomes
+    /// of its sections.
+    fn commit(&mut self, group: &mut [WriterSubmission]) -> Result<Vec<Vec<SectionOutcome>>, AppendError> {
         if let Some(failure) = self.shared.failure.get() {
             return Err(AppendError::Failed(failure.clone()));
         }
@@ -203,7 +204,7 @@ impl Writer {
         let outcomes: Vec<_> = group.iter_mut().map(|submission| assembly.take(submission)).collect();
         let sections =
             group.iter().flat_map(|submission| &submission.sections).zip(outcomes.iter().flatten());
-        let kept = sections.filter(|(_, outcome)| matches!(outcome, Outcome::Kept(_)));
+        let kept = sections.filter(|(_, outcome)| matches!(outcome, SectionOutcome::Kept(_)));
         let kept: Vec<&Section> = kept.map(|(section, _)| section).collect();
         let Some(assembled) = assembly.finish(&kept) else { return Ok(outcomes) };
         let time_max = assembled.time_max;
@@ -220,14 +221,14 @@ impl Writer {
         Ok(outcomes)
     }
 
-    /// Completes the frame of a batch, writes it, in a new segment if it does not fit, and makes it
+    /// Completes the frame of a batch, writes it (to a new segment if it does not fit), and makes it
     /// durable.
-    fn write(&mut self, assembled: Assembled, stamp: Stamp) -> Result<Batch, AppendError> {
-        let Assembled { mut frame, records, time_max, has_retained, has_notes, has_ids, releases } =
+    fn write(&mut self, assembled: AssembledBatch, stamp: WindowStamp) -> Result<Batch, AppendError> {
+        let AssembledBatch { mut frame, records, time_max, has_retained, has_notes, has_ids, releases } =
             assembled;
         let first_offset = self.next_offset;
-        let bytes_max = (frame.len() + releases.len() + ONCE_BYTES) as u64;
-        // A segment is named by its first offset: without a record in it, it has no successor.
+        let bytes_max = (frame.len() + releases.len() + ONCE_PART_BYTES_MAX) as u64;
+        // A segment is named by its first offset, so one without records can have no successor.
         let may_end = self.current.has_frames() && first_offset > self.current.first_offset;
         if may_end && self.current.end() + bytes_max > self.config.segment_bytes {
             self.roll(first_offset)?;
@@ -242,13 +243,13 @@ impl Writer {
         }
         if has_ids || open.is_some() {
             flags = flags.with(FrameFlags::ONCE);
-            Once::put(stamp, open.as_deref(), &releases, &mut frame);
+            OncePart::put(stamp, open.as_deref(), &releases, &mut frame);
         }
         seal_frame(&mut frame, flags, records, first_offset, time_max);
         let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
-        self.current.write(&frame, step).map_err(|e| self.failed(e))?;
+        self.current.write(&frame, step).map_err(|e| self.write_error(e))?;
         if self.config.durability == Durability::Fsync {
-            self.current.sync().map_err(|e| self.poisoned(&e))?;
+            self.current.sync().map_err(|e| self.poison(&e))?;
         }
         self.current.advance(frame.len() as u64, first_offset, time_max);
         let body = Bytes::from(frame).slice(FRAME_HEADER_BYTES..);
@@ -257,20 +258,21 @@ impl Writer {
 
     /// Ends the current segment and begins the next one at `first_offset`.
     fn roll(&mut self, first_offset: Offset) -> Result<(), AppendError> {
-        // Room that was only taken ahead is not held against the budget.
-        self.current.trim().map_err(|e| self.failed(e))?;
+        // Preallocated room must not count against the budget.
+        self.current.trim().map_err(|e| self.write_error(e))?;
         self.make_room(self.config.segment_bytes)?;
         if self.config.durability == Durability::Os {
-            // At most one segment is ever at the mercy of a power failure.
-            self.current.sync().map_err(|e| self.poisoned(&e))?;
+            // So that a power failure can damage the newest segment only.
+            self.current.sync().map_err(|e| self.poison(&e))?;
         }
-        let segment = Segment::create(&*self.disk, &self.dir, first_offset).map_err(|e| self.failed(e))?;
+        let segment =
+            Segment::create(&*self.disk, &self.dir, first_offset).map_err(|e| self.write_error(e))?;
         self.current = Arc::new(segment);
         self.shared.segments_mut().insert(first_offset, self.current.clone());
         Ok(())
     }
 
-    /// Removes the segments that retention lets go, and says whether `incoming_bytes` fit then.
+    /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit.
     fn make_room(&self, incoming_bytes: u64) -> Result<(), AppendError> {
         let removed: Vec<_> = {
             let mut segments = self.shared.segments_mut();
@@ -293,34 +295,35 @@ impl Writer {
         Ok(())
     }
 
-    /// What is due when nothing is appended: retention, and whether a trouble is over.
-    fn look_after(&mut self) -> Result<(), AppendError> {
+    /// Idle work: retention, and checking whether a trouble is over.
+    fn maintain(&mut self) -> Result<(), AppendError> {
         if self.shared.failure.get().is_some() {
             return Ok(());
         }
         self.window.expire(self.window.stamp());
         let result = if self.shared.trouble().is_some() {
             let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
-            let room = self.current.probe(step).map_err(|e| self.failed(e));
+            let room = self.current.probe(step).map_err(|e| self.write_error(e));
             room.and_then(|()| self.make_room(0))
         } else {
-            // Over the budget is no trouble until something is to be written.
+            // Being over the budget is no trouble until something is to be written.
             let _ = self.make_room(0);
             Ok(())
         };
         if result.is_ok() {
-            self.recovered();
+            self.clear_trouble();
         }
         result
     }
 
-    /// Answers those that will wait no longer; with `all`, everybody.
-    fn give_up(&self, error: &AppendError, group: &mut Vec<Submission>, all: bool) {
+    /// Answers the submissions that wait no longer; with `all`, every one.
+    fn give_up(&self, error: &AppendError, group: &mut Vec<WriterSubmission>, all: bool) {
         let now = Instant::now();
         let lasting = all || matches!(error, AppendError::Failed(_));
-        let waits = |s: &Submission| !lasting && s.give_up_at > now && !s.is_empty();
+        let waits = |s: &WriterSubmission| !lasting && s.give_up_at > now && !s.is_empty();
         for submission in group.extract_if(.., |submission| !waits(submission)) {
-            let nothing = Committed { outcomes: vec![Outcome::KeyDead; submission.sections.len()] };
+            let nothing =
+                CommitOutcome { outcomes: vec![SectionOutcome::KeyDead; submission.sections.len()] };
             let answer = if submission.is_empty() { Ok(nothing) } else { Err(error.clone()) };
             submission.answer(answer);
         }
@@ -329,44 +332,44 @@ impl Writer {
         }
     }
 
-    /// Writes the empty frame that tells a clean shutdown from a torn write.
+    /// Writes the empty frame that marks a clean shutdown.
     fn seal(&mut self) {
         if self.shared.failure.get().is_some() {
             return;
         }
-        let sealed = self.write(Assembled::seal(self.time_max), self.window.stamp());
+        let sealed = self.write(AssembledBatch::seal(self.time_max), self.window.stamp());
         let sealed = sealed
             .map_err(|e| e.to_string())
             .and_then(|_| self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string()));
         if let Err(error) = sealed {
-            // Without it the next start takes the end of the log for a crash, and loses nothing.
+            // Harmless: the next start only takes the end of the log for a crash.
             warn!(error, "the log could not be sealed");
         }
     }
 
-    /// What a failed write means: a full disk can be waited out, anything else cannot.
-    fn failed(&self, error: io::Error) -> AppendError {
+    /// The error for a failed write: a full disk is transient, anything else is not.
+    fn write_error(&self, error: io::Error) -> AppendError {
         use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
         match error.kind() {
             StorageFull | QuotaExceeded | FileTooLarge => AppendError::DiskFull,
-            _ => self.poisoned(&error),
+            _ => self.poison(&error),
         }
     }
 
-    /// The log cannot be trusted with more: nothing is acknowledged from here on.
-    fn poisoned(&self, error: &io::Error) -> AppendError {
+    /// Marks the log as failed: nothing is acknowledged from here on.
+    fn poison(&self, error: &io::Error) -> AppendError {
         let text: Arc<str> = format!("{}: {error}", self.current.path().display()).into();
         AppendError::Failed(self.shared.failure.get_or_init(|| text).clone())
     }
 
-    fn in_trouble(&self, error: &AppendError) {
+    fn enter_trouble(&self, error: &AppendError) {
         let text = error.to_string();
         if self.shared.set_trouble(Some(text.clone())).as_ref() != Some(&text) {
             error!(error = text, "the log takes no records; clients are held back");
         }
     }
 
-    fn recovered(&self) {
+    fn clear_trouble(&self) {
         if self.shared.trouble().is_some() && self.shared.set_trouble(None).is_some() {
             info!("the log takes records again");
         }

@@ -1,10 +1,10 @@
-//! Advice: what a person can do about a refusal, in a sentence.
+//! Advice: what an operator can do about a refusal, in one sentence.
 
-use super::refusals::Entry;
-use crate::auth::shape::{Checksum, Length, Shape};
+use super::refusals::RefusalEntry;
+use crate::auth::shape::{KeyChecksum, KeyLength, KeyShape};
 
-impl Entry {
-    /// What to do about it. `end` says how its key came to its end, if it is revoked.
+impl RefusalEntry {
+    /// What to do about it. `end` says how its key ended, if it was revoked.
     pub fn advice(&self, end: Option<&str>) -> String {
         let key = self.key_id.map_or_else(|| "the key".to_owned(), |id| format!("key {id}"));
         if let Some(limit) = &self.limit {
@@ -14,20 +14,22 @@ impl Entry {
             }
             return words + ", or raise the limit";
         }
+        // The match is on the metrics' word for the cause, because entries keep nothing else; a cause that is
+        // missing here falls back to the words of the refusal itself.
         let fixed = match self.cause {
             "revoked_key" => {
                 let end = end.unwrap_or("was revoked");
                 return format!("{key} {end}: give the client one that is live");
             }
             "expired_key" => return format!("{key} has expired: give the client a new one"),
-            "malformed_key" | "unknown_key" => return self.about_an_unknown_key(),
+            "malformed_key" | "unknown_key" => return self.unknown_key_advice(),
             "other_datasource" => {
                 return format!("{key} is good for another datasource: check the address or the topic");
             }
             "missing_scope" => return format!("{key} lacks a scope: create a key with it"),
             "no_key" => "send a key: as MQTT user name or password, or in an Authorization header",
             "too_many_failures" => {
-                "too many keys from there were not good: find the client with the bad key, or set auth.failures_exempt"
+                "too many invalid keys came from this address: find the client with the bad key, or set auth.failures_exempt"
             }
             "ambiguous_key" => "it presented two different keys: it has to send one",
             "key_in_url" => "a key stood in a URL, which is kept in logs on the way: rotate it if it is real",
@@ -36,7 +38,7 @@ impl Entry {
                 "a NATS message is answered in its sender's inbox: use the client's request or js.publish"
             }
             "connection_type" => {
-                "a NATS server wants in as a leaf node: give it a user of its own in nats-server's configuration"
+                "a NATS server tried to connect as a leaf node: give it a user of its own in nats-server's configuration"
             }
             "header" => "JetStream's own headers are not taken: send the message without the one named",
             "no_datasource" => "create the datasource, or correct its name in the topic",
@@ -67,19 +69,19 @@ impl Entry {
         fixed.to_owned()
     }
 
-    fn about_an_unknown_key(&self) -> String {
+    fn unknown_key_advice(&self) -> String {
         let words = match self.key_shape {
-            Some(Shape { prefix: false, .. }) => {
+            Some(KeyShape { prefix: false, .. }) => {
                 "what it sent is no Headgate key: those begin with hgk_. Check which secret it was given"
             }
-            Some(Shape { length: Length::TooShort, .. }) => {
+            Some(KeyShape { length: KeyLength::TooShort, .. }) => {
                 "the key is cut short: copy all of its 53 characters"
             }
-            Some(Shape { length: Length::TooLong, .. }) => {
+            Some(KeyShape { length: KeyLength::TooLong, .. }) => {
                 "there is something behind the key: it has 53 characters"
             }
-            Some(Shape { checksum: Checksum::Wrong, .. }) => "the key is misspelt: copy it again",
-            Some(Shape { checksum: Checksum::Right, .. }) => {
+            Some(KeyShape { checksum: KeyChecksum::Wrong, .. }) => "the key is misspelt: copy it again",
+            Some(KeyShape { checksum: KeyChecksum::Right, .. }) => {
                 "the key is well-formed and was never given out here: is it another gateway's?"
             }
             None => "the key is not known",

@@ -1,12 +1,12 @@
-//! Every metric by name. One recorder a gateway, so that two in one process do not mix, and
-//! handles made once, so that counting costs one atomic addition.
+//! Every metric by name. Each gateway has a recorder of its own, so that two in one process do not mix.
+//! Handles are created once, so that counting costs one atomic addition.
 
 use metrics::{Counter, Gauge, Histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
 use crate::message::Transport;
 
-/// Latencies from 50 µs to 10 s, about three buckets to a factor of ten.
+/// Latencies from 50 µs to 10 s, about three buckets per factor of ten.
 const SECONDS_BUCKETS: [f64; 16] = [
     0.000_05, 0.000_1, 0.000_2, 0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     10.0,
@@ -19,7 +19,7 @@ pub struct Metrics {
     accepted: [Counter; 3],
     accepted_bytes: [Counter; 3],
     duplicates: [Counter; 3],
-    /// From submission to durability, per submission (a read of a socket or a request), in seconds.
+    /// From submission to durability, per draft (a read of a socket or a request), in seconds.
     pub commit_seconds: Histogram,
     /// Open MQTT connections whose key was accepted.
     pub mqtt_connections: Gauge,
@@ -32,10 +32,12 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// A recorder of its own with every metric described.
+    /// A new recorder with every metric described.
     pub fn new() -> Self {
         let buckets = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS);
+        // Every handle is made under this recorder, not the global one: tests run several gateways in one
+        // process.
         let recorder = buckets.expect("the list of buckets is not empty").build_recorder();
         let handle = recorder.handle();
         let (accepted, accepted_bytes, duplicates) = metrics::with_local_recorder(&recorder, || {
@@ -121,56 +123,56 @@ impl Metrics {
         }
     }
 
-    /// `records` messages with `bytes` of payload were let in and are durable.
-    pub fn accepted(&self, transport: Transport, records: u64, bytes: u64) {
+    /// Counts `records` messages with `bytes` of payload that were let in and are durable.
+    pub fn count_accepted(&self, transport: Transport, records: u64, bytes: u64) {
         self.accepted[transport as usize].increment(records);
         self.accepted_bytes[transport as usize].increment(bytes);
     }
 
-    /// `records` messages were acknowledged and not kept again.
-    pub fn duplicates(&self, transport: Transport, records: u64) {
+    /// Counts `records` messages that were acknowledged and not kept again.
+    pub fn count_duplicates(&self, transport: Transport, records: u64) {
         self.duplicates[transport as usize].increment(records);
     }
 
-    /// `records` messages went into quarantine, durably.
-    pub fn quarantined(&self, transport: Transport, records: u64) {
+    /// Counts `records` messages that are durable in quarantine.
+    pub fn count_quarantined(&self, transport: Transport, records: u64) {
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!("headgate_quarantined_total", "transport" => transport.as_str())
                 .increment(records);
         });
     }
 
-    /// A message or connection was refused: [`Refusals::note`](super::refusals::Refusals::note) says so.
-    pub(super) fn refused(&self, transport: Transport, cause: &'static str) {
+    /// Counts a refused message or connection, for [`Refusals::note`](super::refusals::Refusals::note).
+    pub(super) fn count_refused(&self, transport: Transport, cause: &'static str) {
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause)
                 .increment(1);
         });
     }
 
-    /// Sets a gauge that is read only when it is asked for.
-    pub fn gauge(&self, name: &'static str, value: f64) {
+    /// Sets a gauge whose value is read only when metrics are rendered.
+    pub fn set_gauge(&self, name: &'static str, value: f64) {
         metrics::with_local_recorder(&self.recorder, || metrics::gauge!(name).set(value));
     }
 
     /// Sets a counter that is counted elsewhere.
-    pub fn counter(&self, name: &'static str, value: u64) {
+    pub fn set_counter(&self, name: &'static str, value: u64) {
         metrics::with_local_recorder(&self.recorder, || metrics::counter!(name).absolute(value));
     }
 
-    /// The same, of a counter with a label.
-    pub fn counter_of(&self, name: &'static str, label: (&'static str, &'static str), value: u64) {
+    /// Sets a counter with a label that is counted elsewhere.
+    pub fn set_labelled_counter(&self, name: &'static str, label: (&'static str, &'static str), value: u64) {
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!(name, label.0 => label.1).absolute(value);
         });
     }
 
-    /// Everything, in Prometheus' text format.
+    /// All metrics, in Prometheus' text format.
     pub fn render(&self) -> String {
         self.handle.render()
     }
 
-    /// Folds what histograms have gathered; to be called every few seconds.
+    /// Aggregates the samples of histograms. Call it every few seconds.
     pub fn upkeep(&self) {
         self.handle.run_upkeep();
     }

@@ -1,5 +1,5 @@
-//! What Headgate says about itself: metrics, the list of refusals and structured logs, none with a secret
-//! in it.
+//! What Headgate reports about itself: metrics, the list of refusals and structured logs. None contains a
+//! secret.
 
 mod advice;
 pub mod metrics;

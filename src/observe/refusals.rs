@@ -1,64 +1,65 @@
-//! Refusals: what was refused lately, to whom and why, so that a person can find out what is wrong with
-//! a device that does not get in. Whoever refuses anything calls [`Refusals::note`]: that counts it in
-//! the metrics, and lists it here.
+//! Refusals: what was refused lately, to whom and why, so that an operator can find out what is wrong with
+//! a device that does not get in. Every stage that refuses calls [`Refusals::note`], which counts the
+//! refusal in the metrics and lists it here.
 //!
-//! The list is of sources, not of events: a client that fails the same way a million times is one entry
-//! with a count, its first and its last time. It is kept in memory, in a fixed number of parts, each
-//! with a lock of its own. An address is always in the same part, so that a flood from one pushes
-//! out few of the others; in a full part the source that was silent for longest goes.
+//! The list has sources, not events: a client that fails the same way a million times is one entry with a
+//! count, its first and its last time. It is in memory, in a fixed number of shards, each with a lock of
+//! its own. An address always has the same shard, so that a flood from one address evicts few of the
+//! others. A full shard evicts the source that was silent for longest.
 //!
-//! Nobody waits here. A thread that finds its part locked goes on without listing, and the metric
-//! `headgate_refusals_unlisted_total` says how often that was so. In a flood the entry's count is
-//! therefore a lower bound; `headgate_refused_total` is always exact.
+//! Nobody waits here. A thread that finds its shard locked does not list the refusal, and the metric
+//! `headgate_refusals_unlisted_total` counts how often. So in a flood the count of an entry is a lower
+//! bound; `headgate_refused_total` is always exact.
 //!
-//! **No secret.** What a client calls itself, or says otherwise, may be a key: what looks like one is not
-//! kept ([`key::is_in`]). Of a key that is not known there is its [`Shape`] alone.
+//! **No secret.** A client's name, or other text from it, may be a key: text that looks like one is not
+//! kept ([`key::may_hold_key`]). For an unknown key only its [`KeyShape`] is kept.
 
+use parking_lot::Mutex;
 use std::fmt::{self, Write};
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
 
 use super::metrics::Metrics;
 use crate::auth::key;
 use crate::auth::network::source_of;
-use crate::auth::shape::Shape;
+use crate::auth::shape::KeyShape;
 use crate::limits::{REFUSALS_CLIENT_BYTES_MAX, REFUSALS_PER_SHARD_MAX, REFUSALS_SHARDS};
 use crate::message::{KeyId, TimeMicros, Transport, now_micros};
-use crate::quota::Limited;
+use crate::quota::LimitExceeded;
 
-/// What stands in the place of a text that looks like a key.
-const HIDDEN: &str = "(not shown: it looks like an API key)";
-/// What is kept of a refusal's words, in bytes.
-const WORDS_BYTES_MAX: usize = 240;
+/// Replaces a text that looks like a key.
+const HIDDEN_KEY_WORDS: &str = "(not shown: it looks like an API key)";
+/// The most that is kept of a refusal's words, in bytes.
+const REFUSAL_WORDS_BYTES_MAX: usize = 240;
 
 /// One refusal, as it is reported.
 #[derive(Clone, Copy)]
-pub struct Note<'a> {
+pub struct RefusalNote<'a> {
     /// Which way it came.
     pub transport: Transport,
     /// One word, as in metrics.
     pub cause: &'static str,
-    /// The same for people; it may say what the client sent.
+    /// The cause in words, for people; may quote the client.
     pub words: &'a dyn fmt::Display,
     /// Where it came from, if that is known.
     pub address: Option<IpAddr>,
-    /// What the client calls itself, or nothing.
+    /// The name that the client gives itself, or empty.
     pub client: &'a str,
-    /// The datasource that it was about, or nothing.
+    /// The datasource that it was about, or empty.
     pub datasource: &'a str,
-    /// The key, if it was given out once.
+    /// The id of the key, if it was ever given out.
     pub key_id: Option<KeyId>,
-    /// The key, if it never was.
-    pub key_shape: Option<Shape>,
-    /// The limit, if it was for one.
-    pub limited: Option<&'a Limited>,
+    /// The shape of the key, if it was never given out.
+    pub key_shape: Option<KeyShape>,
+    /// The limit that was exceeded, if any.
+    pub limited: Option<&'a LimitExceeded>,
 }
 
-impl<'a> Note<'a> {
-    /// A refusal of which nothing more is known.
+impl<'a> RefusalNote<'a> {
+    /// A refusal without further details.
     pub fn new(transport: Transport, cause: &'static str, words: &'a dyn fmt::Display) -> Self {
         Self {
             transport,
@@ -74,7 +75,7 @@ impl<'a> Note<'a> {
     }
 }
 
-/// A limit that something was refused for.
+/// The exceeded limit of a refusal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OverLimit {
     /// Its name.
@@ -83,30 +84,30 @@ pub struct OverLimit {
     pub max: u64,
     /// Whose it is, in words.
     pub owner: String,
-    /// How long it would have been to wait, the last time.
+    /// How long the wait would have been, the last time.
     pub wait: Duration,
 }
 
 /// One source of refusals.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub struct RefusalEntry {
     /// Which way it came.
     pub transport: Transport,
     /// One word.
     pub cause: &'static str,
-    /// The same for people, of the last one.
+    /// The cause of the last refusal in words, for people.
     pub words: String,
     /// Where it came from.
     pub address: Option<IpAddr>,
-    /// What the client calls itself, or nothing.
+    /// The name that the client gives itself, or empty.
     pub client: String,
-    /// The datasource, or nothing.
+    /// The datasource, or empty.
     pub datasource: String,
-    /// The key, if it was given out once.
+    /// The id of the key, if it was ever given out.
     pub key_id: Option<KeyId>,
-    /// The key, if it never was.
-    pub key_shape: Option<Shape>,
-    /// The limit.
+    /// The shape of the key, if it was never given out.
+    pub key_shape: Option<KeyShape>,
+    /// The limit that was exceeded, if any.
     pub limit: Option<OverLimit>,
     /// How many there were, at least.
     pub count: u64,
@@ -116,9 +117,9 @@ pub struct Entry {
     pub last_at: TimeMicros,
 }
 
-/// Which entries are wanted; what is `None` does not matter.
+/// Selects entries; a `None` matches everything.
 #[derive(Debug, Clone, Default)]
-pub struct Filter {
+pub struct RefusalFilter {
     /// Of this client.
     pub client: Option<String>,
     /// From this address.
@@ -129,8 +130,8 @@ pub struct Filter {
     pub datasource: Option<String>,
 }
 
-impl Filter {
-    fn takes(&self, entry: &Entry) -> bool {
+impl RefusalFilter {
+    fn matches(&self, entry: &RefusalEntry) -> bool {
         fn same<T: PartialEq + ?Sized>(wanted: Option<&T>, is: &T) -> bool {
             wanted.is_none_or(|wanted| wanted == is)
         }
@@ -144,46 +145,43 @@ impl Filter {
 /// Counts refusals, and lists the newest.
 pub struct Refusals {
     metrics: Arc<Metrics>,
-    shards: [Mutex<Shard>; REFUSALS_SHARDS],
+    shards: [Mutex<RefusalShard>; REFUSALS_SHARDS],
     hash: RandomState,
     /// How many were counted and not listed.
     unlisted: AtomicU64,
 }
 
-/// Sources, and their hashes at the same places: to look for one reads the hashes alone.
+/// Sources, and their hashes at the same positions, so that a search reads only the hashes.
 #[derive(Default)]
-struct Shard {
+struct RefusalShard {
     hashes: Vec<u64>,
-    entries: Vec<Entry>,
+    entries: Vec<RefusalEntry>,
 }
 
 impl Refusals {
-    /// None yet.
+    /// An empty list.
     pub fn new(metrics: Arc<Metrics>) -> Self {
         let shards = std::array::from_fn(|_| Mutex::default());
         Self { metrics, shards, hash: RandomState::new(), unlisted: AtomicU64::new(0) }
     }
 
-    /// Something was refused: counts it, and lists it unless that would mean to wait.
-    pub fn note(&self, note: Note<'_>) {
-        self.metrics.refused(note.transport, note.cause);
+    /// Counts a refusal, and lists it unless that would have to wait for a lock.
+    pub fn note(&self, note: RefusalNote<'_>) {
+        self.metrics.count_refused(note.transport, note.cause);
         let address = note.address.map(|address| address.to_canonical());
-        let client = Shown { text: note.client, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
-        let Note { transport, cause, key_id, key_shape, .. } = note;
-        let datasource = Shown { text: note.datasource, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
+        let client = RedactedText { text: note.client, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
+        let RefusalNote { transport, cause, key_id, key_shape, .. } = note;
+        let datasource = RedactedText { text: note.datasource, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
         let source = (address, client.text, transport, cause, datasource.text, key_id);
         let hash = self.hash.hash_one(source);
         let place = self.hash.hash_one(address.map(source_of)) % REFUSALS_SHARDS as u64;
         let place = usize::try_from(place).expect("less than REFUSALS_SHARDS");
-        let mut shard = match self.shards[place].try_lock() {
-            Ok(shard) => shard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => {
-                self.unlisted.fetch_add(1, Ordering::Relaxed);
-                return;
-            }
+        // A refusal must stay cheap in a flood, so nobody waits for the lock.
+        let Some(mut shard) = self.shards[place].try_lock() else {
+            self.unlisted.fetch_add(1, Ordering::Relaxed);
+            return;
         };
-        let entry = shard.entry(hash, || Entry {
+        let entry = shard.entry_or_replace(hash, || RefusalEntry {
             transport,
             cause,
             words: String::new(),
@@ -210,18 +208,18 @@ impl Refusals {
         if write!(entry.words, "{}", note.words).is_err() {
             entry.words.clear();
         }
-        let words = Shown { text: &entry.words, bytes_max: WORDS_BYTES_MAX };
+        let words = RedactedText { text: &entry.words, bytes_max: REFUSAL_WORDS_BYTES_MAX };
         if !words.is_plain() {
             entry.words = words.to_string();
         }
     }
 
-    /// The newest that `filter` takes, at most `count_max` of them.
-    pub fn newest(&self, filter: &Filter, count_max: usize) -> Vec<Entry> {
+    /// The newest entries that match `filter`, at most `count_max`.
+    pub fn newest(&self, filter: &RefusalFilter, count_max: usize) -> Vec<RefusalEntry> {
         let mut found = Vec::new();
         for shard in &self.shards {
-            let shard = shard.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            found.extend(shard.entries.iter().filter(|entry| filter.takes(entry)).cloned());
+            let shard = shard.lock();
+            found.extend(shard.entries.iter().filter(|entry| filter.matches(entry)).cloned());
         }
         found.sort_by_key(|entry| std::cmp::Reverse(entry.last_at));
         found.truncate(count_max);
@@ -234,9 +232,9 @@ impl Refusals {
     }
 }
 
-impl Shard {
-    /// The entry of a source, in the place of the one that was silent for longest if there are too many.
-    fn entry(&mut self, hash: u64, new: impl FnOnce() -> Entry) -> &mut Entry {
+impl RefusalShard {
+    /// The entry of a source. A new one replaces the source that was silent for longest, if there is no room.
+    fn entry_or_replace(&mut self, hash: u64, new: impl FnOnce() -> RefusalEntry) -> &mut RefusalEntry {
         let known = self.hashes.iter().position(|&known| known == hash);
         let at = known.unwrap_or_else(|| {
             if self.entries.len() < REFUSALS_PER_SHARD_MAX {
@@ -254,26 +252,26 @@ impl Shard {
     }
 }
 
-/// A text that somebody else chose, as it may be shown: cut, without control characters, and not at
-/// all if it looks like a key.
-struct Shown<'a> {
+/// Untrusted text in a form that may be shown: cut, without control characters, and replaced if it looks
+/// like a key.
+struct RedactedText<'a> {
     text: &'a str,
     bytes_max: usize,
 }
 
-impl Shown<'_> {
-    /// Whether it is shown as it is.
+impl RedactedText<'_> {
+    /// Whether it can be shown unchanged.
     fn is_plain(&self) -> bool {
         self.text.len() <= self.bytes_max
             && !self.text.chars().any(char::is_control)
-            && !key::is_in(self.text)
+            && !key::may_hold_key(self.text)
     }
 }
 
-impl fmt::Display for Shown<'_> {
+impl fmt::Display for RedactedText<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if key::is_in(self.text) {
-            return f.write_str(HIDDEN);
+        if key::may_hold_key(self.text) {
+            return f.write_str(HIDDEN_KEY_WORDS);
         }
         let cut = self.text.floor_char_boundary(self.bytes_max);
         for c in self.text[..cut].chars() {
@@ -292,8 +290,12 @@ mod tests {
         Refusals::new(Arc::new(Metrics::new()))
     }
 
-    fn note<'a>(address: [u8; 4], client: &'a str) -> Note<'a> {
-        Note { address: Some(address.into()), client, ..Note::new(Transport::Mqtt, "topic", &"a bad topic") }
+    fn note<'a>(address: [u8; 4], client: &'a str) -> RefusalNote<'a> {
+        RefusalNote {
+            address: Some(address.into()),
+            client,
+            ..RefusalNote::new(Transport::Mqtt, "topic", &"a bad topic")
+        }
     }
 
     #[test]
@@ -304,19 +306,19 @@ mod tests {
         }
         refusals.note(note([10, 0, 0, 1], "saw"));
         refusals.note(note([10, 0, 0, 2], "press"));
-        let all = refusals.newest(&Filter::default(), 10);
+        let all = refusals.newest(&RefusalFilter::default(), 10);
         assert_eq!(all.len(), 3);
         assert!(all.is_sorted_by_key(|entry| std::cmp::Reverse(entry.last_at)));
-        let filter = Filter {
+        let filter = RefusalFilter {
             client: Some("press".to_owned()),
             address: Some([10, 0, 0, 1].into()),
-            ..Filter::default()
+            ..RefusalFilter::default()
         };
         let found = refusals.newest(&filter, 10);
         assert_eq!(found.iter().map(|entry| entry.count).collect::<Vec<_>>(), [3]);
         assert!(found[0].first_at <= found[0].last_at && found[0].words == "a bad topic");
-        assert_eq!(refusals.newest(&Filter::default(), 2).len(), 2);
-        let other = Filter { cause: Some("no_key".to_owned()), ..Filter::default() };
+        assert_eq!(refusals.newest(&RefusalFilter::default(), 2).len(), 2);
+        let other = RefusalFilter { cause: Some("no_key".to_owned()), ..RefusalFilter::default() };
         assert!(refusals.newest(&other, 10).is_empty());
         assert!(
             refusals
@@ -333,9 +335,9 @@ mod tests {
         for i in 0..10_000 {
             refusals.note(note([10, 0, 0, 2], &format!("client-{i}")));
         }
-        let all = refusals.newest(&Filter::default(), usize::MAX);
+        let all = refusals.newest(&RefusalFilter::default(), usize::MAX);
         assert!(all.len() <= REFUSALS_PER_SHARD_MAX + 1, "{}", all.len());
-        let newest = Filter { client: Some("client-9999".to_owned()), ..Filter::default() };
+        let newest = RefusalFilter { client: Some("client-9999".to_owned()), ..RefusalFilter::default() };
         assert_eq!(refusals.newest(&newest, 1).len(), 1);
     }
 
@@ -346,7 +348,7 @@ mod tests {
             let [a, b] = i.to_be_bytes();
             refusals.note(note([10, 0, a, b], ""));
         }
-        let all = refusals.newest(&Filter::default(), usize::MAX);
+        let all = refusals.newest(&RefusalFilter::default(), usize::MAX);
         assert_eq!(all.len(), REFUSALS_SHARDS * REFUSALS_PER_SHARD_MAX);
     }
 
@@ -358,7 +360,7 @@ mod tests {
                 scope.spawn(|| (0..1_000).for_each(|_| refusals.note(note([10, 0, 0, 1], "press"))));
             }
         });
-        let listed = refusals.newest(&Filter::default(), 1)[0].count;
+        let listed = refusals.newest(&RefusalFilter::default(), 1)[0].count;
         assert_eq!(listed + refusals.unlisted(), 4_000);
         assert!(refusals.metrics.render().contains("cause=\"topic\"} 4000"));
     }
@@ -370,20 +372,23 @@ mod tests {
         let secret = generated.expose();
         for client in [secret, &format!("x{secret}y"), &secret.to_uppercase(), &secret[4..], &secret[..12]] {
             let words = format!("there is no datasource {client:?}");
-            let note = Note { words: &words, datasource: client, ..note([10, 0, 0, 1], client) };
+            let note = RefusalNote { words: &words, datasource: client, ..note([10, 0, 0, 1], client) };
             refusals.note(note);
         }
-        let all = refusals.newest(&Filter::default(), 10);
+        let all = refusals.newest(&RefusalFilter::default(), 10);
         assert_eq!(all.len(), 5);
         for entry in all {
-            assert_eq!((entry.client.as_str(), entry.datasource.as_str()), (HIDDEN, HIDDEN));
+            assert_eq!(
+                (entry.client.as_str(), entry.datasource.as_str()),
+                (HIDDEN_KEY_WORDS, HIDDEN_KEY_WORDS)
+            );
             assert!(
                 !format!("{entry:?}").to_lowercase().contains(&secret[4..12].to_lowercase()),
                 "{entry:?}"
             );
         }
         for plain in ["press-4", "sensor_0123456789", &"0123456789abcdef".repeat(4), ""] {
-            assert!(!key::is_in(plain), "{plain}");
+            assert!(!key::may_hold_key(plain), "{plain}");
         }
     }
 
@@ -394,7 +399,7 @@ mod tests {
         refusals.note(note([10, 0, 0, 1], &long));
         refusals.note(note([10, 0, 0, 2], "a\u{1b}[2Jb"));
         let clients: Vec<_> =
-            refusals.newest(&Filter::default(), 2).into_iter().map(|entry| entry.client).collect();
+            refusals.newest(&RefusalFilter::default(), 2).into_iter().map(|entry| entry.client).collect();
         assert!(clients.iter().all(|client| client.len() <= REFUSALS_CLIENT_BYTES_MAX + 3));
         assert!(clients.iter().all(|client| !client.contains('\u{1b}')), "{clients:?}");
     }

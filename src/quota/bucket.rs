@@ -1,10 +1,10 @@
-//! A bucket: how much of a rate is used, in one atomic number. It is filled at the rate, holds at most
-//! the burst, and whoever takes from it says how long he would wait for what is not there yet.
+//! A bucket: how much of a rate is used, in one atomic number. It fills at the rate and holds at most the
+//! burst. A caller that takes from it says how long it would wait for units that are not there yet.
 //!
 //! This is the generic cell rate algorithm (ITU-T I.371): the number is the time at which the bucket is
-//! full again. To take is to move that time on, to wait is to be ahead of it. So nothing has to run to
-//! fill a bucket, no thread waits for another, and who waits has its turn reserved: a thousand
-//! connections at one bucket are served in the order in which they came, each woken once.
+//! full again. To take units moves that time on. So no task has to fill a bucket, no thread waits for
+//! another, and a caller that waits has its turn reserved: a thousand connections at one bucket are
+//! served in the order in which they came, each woken once.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,19 +12,19 @@ use std::time::{Duration, Instant};
 
 const NANOS_PER_S: u128 = 1_000_000_000;
 
-/// A moment, in nanoseconds since this process first asked.
+/// A moment, in nanoseconds since the first call of [`Moment::now`] in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Moment(pub(super) u64);
 
 impl Moment {
-    /// This one.
+    /// The present moment.
     pub fn now() -> Self {
         static START: LazyLock<Instant> = LazyLock::new(Instant::now);
         Self(nanos(START.elapsed()))
     }
 }
 
-/// What a bucket is filled at, and what it holds.
+/// The rate at which a bucket fills, and the most that it holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
     /// Units a second, at least 1.
@@ -34,33 +34,33 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// How long so many units take to come, in nanoseconds, rounded up.
+    /// How long the rate takes to supply `units`, in nanoseconds, rounded up.
     fn nanos(self, units: u64) -> u64 {
         let nanos = (u128::from(units) * NANOS_PER_S).div_ceil(u128::from(self.per_s.max(1)));
         u64::try_from(nanos).unwrap_or(u64::MAX)
     }
 
-    /// How many units come in so many nanoseconds, rounded down.
+    /// How many units the rate supplies in `nanos`, rounded down.
     fn units(self, nanos: u64) -> u64 {
         let units = u128::from(nanos) * u128::from(self.per_s) / NANOS_PER_S;
         u64::try_from(units).unwrap_or(u64::MAX)
     }
 }
 
-/// The bucket. Its rate is given with each call.
+/// The bucket. Each call passes its rate.
 #[derive(Debug, Default)]
-pub struct Bucket {
+pub struct RateBucket {
     /// When it is full again.
     full_at: AtomicU64,
 }
 
-impl Bucket {
-    /// Takes `units`, if they are there within `patience` from `now`; more than the burst is there
-    /// when the bucket is full, and is owed after that. `Ok` says how long to wait before they are
-    /// used, `Err` how long it would have been: nothing is taken then.
+impl RateBucket {
+    /// Takes `units`, if they are available within `patience` from `now`. More than the burst counts as
+    /// available when the bucket is full, and leaves the bucket in debt. `Ok` says how long to wait before
+    /// using them, `Err` how long the wait would have been: nothing is taken then.
     ///
     /// # Errors
-    /// The wait that `patience` is not enough for.
+    /// The wait, if it is longer than `patience`.
     pub fn take(
         &self,
         rate: Rate,
@@ -69,7 +69,7 @@ impl Bucket {
         patience: Duration,
     ) -> Result<Duration, Duration> {
         let cost = rate.nanos(units);
-        // How far from full it may be for these units to be in it.
+        // How far from full the bucket may be and still hold these units.
         let room = rate.nanos(rate.burst).saturating_sub(rate.nanos(units.min(rate.burst)));
         let patience = nanos(patience);
         let mut full_at = self.full_at.load(Ordering::Relaxed);
@@ -87,21 +87,21 @@ impl Bucket {
         }
     }
 
-    /// Puts back what was taken and not used.
+    /// Returns units that were taken and not used.
     pub fn give_back(&self, rate: Rate, units: u64) {
         let cost = rate.nanos(units);
-        // What was taken is still in there, whatever others have done since.
+        // The cost is still part of `full_at`, whatever others have taken since, so it can be subtracted.
         let _ = self
             .full_at
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at| Some(full_at.saturating_sub(cost)));
     }
 
-    /// What could be taken at once.
+    /// How many units could be taken without a wait.
     pub fn left(&self, rate: Rate, now: Moment) -> u64 {
         rate.units(rate.nanos(rate.burst).saturating_sub(nanos(self.full_in(now)))).min(rate.burst)
     }
 
-    /// When it is full again, from `now`.
+    /// How long from `now` until it is full again.
     pub fn full_in(&self, now: Moment) -> Duration {
         Duration::from_nanos(self.full_at.load(Ordering::Relaxed).saturating_sub(now.0))
     }
@@ -152,7 +152,7 @@ mod tests {
             steps in prop::collection::vec((0_u64..3_000 * MS, 1_u64..80), 1..60),
         ) {
             let rate = Rate { per_s, burst };
-            let (bucket, mut model) = (Bucket::default(), Model::new(rate));
+            let (bucket, mut model) = (RateBucket::default(), Model::new(rate));
             let mut now = 0;
             for (later, units) in steps {
                 now += later;
@@ -179,7 +179,7 @@ mod tests {
         #[test]
         fn what_is_given_back_can_be_taken_again(burst in 1_u64..50, units in 1_u64..50) {
             let rate = Rate { per_s: 7, burst };
-            let bucket = Bucket::default();
+            let bucket = RateBucket::default();
             let now = Moment(1_000 * MS);
             prop_assume!(units <= burst);
             bucket.take(rate, units, now, Duration::ZERO).expect("it is full");
@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn who_waits_has_its_turn_in_order() {
         let rate = Rate { per_s: 10, burst: 1 };
-        let bucket = Bucket::default();
+        let bucket = RateBucket::default();
         let waits: Vec<_> = (0..4)
             .map(|_| bucket.take(rate, 1, Moment(0), Duration::from_millis(250)).map(|wait| wait.as_millis()))
             .collect();
@@ -205,7 +205,7 @@ mod tests {
     #[test]
     fn threads_together_get_the_burst_and_no_more() {
         let rate = Rate { per_s: 1, burst: 1_000 };
-        let bucket = Bucket::default();
+        let bucket = RateBucket::default();
         let got: usize = std::thread::scope(|scope| {
             let take =
                 || (0..1_000).filter(|_| bucket.take(rate, 1, Moment(0), Duration::ZERO).is_ok()).count();
@@ -217,11 +217,11 @@ mod tests {
 
     #[test]
     fn the_largest_numbers_do_not_overflow() {
-        let bucket = Bucket::default();
+        let bucket = RateBucket::default();
         let slow = Rate { per_s: 1, burst: u64::MAX };
         assert!(bucket.take(slow, u64::MAX, Moment(5), Duration::MAX).is_ok());
         assert!(bucket.take(slow, 1, Moment(5), Duration::ZERO).is_err());
         let fast = Rate { per_s: u64::MAX, burst: u64::MAX };
-        assert!(Bucket::default().take(fast, u64::MAX, Moment(5), Duration::ZERO).is_ok());
+        assert!(RateBucket::default().take(fast, u64::MAX, Moment(5), Duration::ZERO).is_ok());
     }
 }

@@ -1,11 +1,11 @@
-//! The limits of a key or a datasource: what may be set, as the API has it in JSON.
+//! The limits of a key or a datasource, and their JSON form in the API.
 //!
 //! ```json
 //! {"messages_per_s": {"max": 100, "burst": 200, "policy": "hold_back"}, "payload_bytes": 4096}
 //! ```
 //!
-//! A number alone is the `max`. A rate has a `burst`, what may come at once: one second's worth if it is
-//! not given. The [`Policy`] says what becomes of a message over a rate.
+//! A number alone is the `max`. A rate has a `burst`, the most that may come at once; its default is one
+//! second's worth. The [`LimitPolicy`] says what happens to a message over the limit.
 
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
@@ -33,7 +33,7 @@ impl Limit {
     pub const ALL: [Limit; 5] =
         [Limit::MessagesPerS, Limit::BytesPerS, Limit::Connections, Limit::PayloadBytes, Limit::Topics];
 
-    /// The name in the API, in metrics and in words.
+    /// The name in the API, in metrics and in messages.
     pub fn name(self) -> &'static str {
         match self {
             Limit::MessagesPerS => "messages_per_s",
@@ -44,7 +44,7 @@ impl Limit {
         }
     }
 
-    /// Whether it is so much a second, which time alone makes good again.
+    /// Whether it is an amount per second, so that waiting helps.
     pub fn is_rate(self) -> bool {
         matches!(self, Limit::MessagesPerS | Limit::BytesPerS)
     }
@@ -54,11 +54,11 @@ impl Limit {
     }
 }
 
-/// What becomes of a message over a limit.
+/// What happens to a message over a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Policy {
-    /// It waits: its connection is not read until it may go on. Over HTTP, which cannot wait, as
-    /// [`Policy::Reject`]. For rates, and their default.
+pub enum LimitPolicy {
+    /// It waits: its connection is not read until it may go on. HTTP and NATS clients are not held back:
+    /// for them it is as [`LimitPolicy::Reject`]. Only for rates, whose default it is.
     HoldBack,
     /// It is refused.
     Reject,
@@ -66,55 +66,55 @@ pub enum Policy {
     Quarantine,
 }
 
-impl Policy {
-    const ALL: [Policy; 3] = [Policy::HoldBack, Policy::Reject, Policy::Quarantine];
+impl LimitPolicy {
+    const ALL: [LimitPolicy; 3] = [LimitPolicy::HoldBack, LimitPolicy::Reject, LimitPolicy::Quarantine];
 
     /// The name in the API.
     pub fn name(self) -> &'static str {
         match self {
-            Policy::HoldBack => "hold_back",
-            Policy::Reject => "reject",
-            Policy::Quarantine => "quarantine",
+            LimitPolicy::HoldBack => "hold_back",
+            LimitPolicy::Reject => "reject",
+            LimitPolicy::Quarantine => "quarantine",
         }
     }
 
-    /// Whether it may be set for `limit`: the one place that says so.
+    /// Checks that it may be set for `limit`. The only place that decides this.
     fn check(self, limit: Limit) -> Result<(), &'static str> {
         match self {
-            Policy::Reject => Ok(()),
-            Policy::Quarantine if limit != Limit::Connections => Ok(()),
-            Policy::HoldBack if limit.is_rate() => Ok(()),
-            Policy::HoldBack => {
-                Err("only messages_per_s and bytes_per_s can hold back: time makes them good")
+            LimitPolicy::Reject => Ok(()),
+            LimitPolicy::Quarantine if limit != Limit::Connections => Ok(()),
+            LimitPolicy::HoldBack if limit.is_rate() => Ok(()),
+            LimitPolicy::HoldBack => {
+                Err("only messages_per_s and bytes_per_s can hold back: waiting helps only there")
             }
-            Policy::Quarantine => Err("messages are quarantined, not connections"),
+            LimitPolicy::Quarantine => Err("messages are quarantined, not connections"),
         }
     }
 }
 
-/// One limit, as it is set.
+/// The setting of one limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Setting {
+pub struct LimitSetting {
     /// The most there may be.
     pub max: u64,
-    /// Of a rate: what may come at once.
+    /// For a rate: the most that may come at once.
     pub burst: u64,
-    /// What becomes of what is over it.
-    pub policy: Policy,
+    /// What happens to a message over it.
+    pub policy: LimitPolicy,
 }
 
-impl Setting {
-    /// A rate's bucket.
+impl LimitSetting {
+    /// The rate for a bucket.
     pub(super) fn rate(self) -> Rate {
         Rate { per_s: self.max, burst: self.burst }
     }
 }
 
-/// The limits of one key or datasource; what is not set is not limited.
+/// The limits of one key or datasource. Those that are not set do not limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Limits([Option<Setting>; Limit::ALL.len()]);
+pub struct QuotaLimits([Option<LimitSetting>; Limit::ALL.len()]);
 
-/// Limits that cannot be set.
+/// Why limits cannot be set.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("limits{pointer}: {words}")]
 pub struct LimitsError {
@@ -124,9 +124,9 @@ pub struct LimitsError {
     pub words: String,
 }
 
-impl Limits {
-    /// One of them.
-    pub fn get(&self, limit: Limit) -> Option<Setting> {
+impl QuotaLimits {
+    /// The setting of one limit, if it is set.
+    pub fn get(&self, limit: Limit) -> Option<LimitSetting> {
         self.0[limit as usize]
     }
 
@@ -138,19 +138,19 @@ impl Limits {
     /// Reads the text that the registry keeps.
     ///
     /// # Errors
-    /// As [`Limits::from_json`].
+    /// As [`QuotaLimits::from_json`].
     pub fn parse(text: &str) -> Result<Self, LimitsError> {
         let fault =
             |error: serde_json::Error| LimitsError { pointer: String::new(), words: error.to_string() };
         Self::from_json(&serde_json::from_str(text).map_err(fault)?)
     }
 
-    /// The text that the registry is to keep: none for no limits.
+    /// The text for the registry: `None` for no limits.
     pub fn text(&self) -> Option<String> {
         (!self.is_empty()).then(|| self.to_json().to_string())
     }
 
-    /// Reads what is stored or sent: an object, or `null` for no limits.
+    /// Parses the JSON of the registry or of a request: an object, or `null` for no limits.
     ///
     /// # Errors
     /// [`LimitsError`] for a name that is not known, and for a value that is out of range or of
@@ -159,11 +159,11 @@ impl Limits {
         Self::default().patched(value)
     }
 
-    /// These limits with `patch` over them, as a JSON merge patch (RFC 7396) has it: what it does not
-    /// name stays, `null` takes a limit away, or all of them.
+    /// Applies `patch` as a JSON merge patch (RFC 7396): limits that it does not name stay, and `null`
+    /// removes one limit, or all of them.
     ///
     /// # Errors
-    /// As [`Limits::from_json`].
+    /// As [`QuotaLimits::from_json`].
     pub fn patched(mut self, patch: &Value) -> Result<Self, LimitsError> {
         let fault =
             |pointer: &str, words: &str| LimitsError { pointer: pointer.to_owned(), words: words.to_owned() };
@@ -175,16 +175,18 @@ impl Limits {
         for (name, value) in settings {
             let Some(limit) = Limit::ALL.into_iter().find(|limit| limit.name() == name) else {
                 let names = Limit::ALL.map(Limit::name).join(", ");
-                return Err(fault("", &format!("there is one that is not known; there are {names}")));
+                return Err(fault("", &format!("one of them is not known; the limits are {names}")));
             };
             let at = |member: &str| format!("/{name}{member}");
             let stated = self.get(limit);
             self.0[limit as usize] = match value {
                 Value::Null => None,
-                Value::Number(_) => {
-                    Some(setting(limit, None, &Map::from_iter([("max".to_owned(), value.clone())])))
-                }
-                Value::Object(members) => Some(setting(limit, stated, members)),
+                Value::Number(_) => Some(parse_limit_setting(
+                    limit,
+                    None,
+                    &Map::from_iter([("max".to_owned(), value.clone())]),
+                )),
+                Value::Object(members) => Some(parse_limit_setting(limit, stated, members)),
                 _ => return Err(fault(&at(""), "it has to be a whole number, an object with max, or null")),
             }
             .transpose()
@@ -193,10 +195,10 @@ impl Limits {
         Ok(self)
     }
 
-    /// As the API shows them and the registry keeps them.
+    /// The JSON form of the API and the registry.
     pub fn to_json(&self) -> Value {
         let set = Limit::ALL.into_iter().filter_map(|limit| Some((limit, self.get(limit)?)));
-        let shown = set.map(|(limit, Setting { max, burst, policy })| {
+        let shown = set.map(|(limit, LimitSetting { max, burst, policy })| {
             let setting = match limit.is_rate() {
                 true => json!({ "max": max, "burst": burst, "policy": policy.name() }),
                 false => json!({ "max": max, "policy": policy.name() }),
@@ -207,18 +209,18 @@ impl Limits {
     }
 }
 
-impl Serialize for Limits {
+impl Serialize for QuotaLimits {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         self.to_json().serialize(s)
     }
 }
 
-/// One limit from its members, over what it was; `Err` says which member is wrong and why.
-fn setting(
+/// Parses one limit, with its old setting as the default; `Err` says which member is wrong and why.
+fn parse_limit_setting(
     limit: Limit,
-    stated: Option<Setting>,
+    stated: Option<LimitSetting>,
     members: &Map<String, Value>,
-) -> Result<Setting, (&'static str, String)> {
+) -> Result<LimitSetting, (&'static str, String)> {
     let known = |name: &str| matches!(name, "max" | "policy") || name == "burst" && limit.is_rate();
     if !members.keys().all(|name| known(name)) {
         let burst = if limit.is_rate() { ", burst" } else { "" };
@@ -232,34 +234,35 @@ fn setting(
             .ok_or((pointer, format!("it has to be a whole number between 1 and {}", limit.max()))),
     };
     let max = number("max", "/max", stated.map(|s| s.max))?;
-    // A burst that was not chosen goes with the rate.
+    // A burst that was never chosen follows the rate.
     let chosen = stated.filter(|s| s.burst != s.max).map(|s| s.burst);
     let burst = number("burst", "/burst", Some(chosen.unwrap_or(max)))?;
     let policy = match members.get("policy") {
-        None => stated.map_or(if limit.is_rate() { Policy::HoldBack } else { Policy::Reject }, |s| s.policy),
-        Some(value) => Policy::ALL
+        None => stated
+            .map_or(if limit.is_rate() { LimitPolicy::HoldBack } else { LimitPolicy::Reject }, |s| s.policy),
+        Some(value) => LimitPolicy::ALL
             .into_iter()
             .find(|policy| value.as_str() == Some(policy.name()))
             .ok_or_else(|| ("/policy", "it has to be hold_back, reject or quarantine".to_owned()))?,
     };
     policy.check(limit).map_err(|words| ("/policy", words.to_owned()))?;
-    Ok(Setting { max, burst, policy })
+    Ok(LimitSetting { max, burst, policy })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn limits(value: Value) -> Result<Limits, LimitsError> {
-        Limits::from_json(&value)
+    fn limits(value: Value) -> Result<QuotaLimits, LimitsError> {
+        QuotaLimits::from_json(&value)
     }
 
     #[test]
     fn a_number_alone_is_the_max_and_the_rest_is_default() {
         let limits = limits(json!({ "messages_per_s": 100, "topics": 5 })).expect("good");
         let rate = limits.get(Limit::MessagesPerS).expect("set");
-        assert_eq!((rate.max, rate.burst, rate.policy), (100, 100, Policy::HoldBack));
-        assert_eq!(limits.get(Limit::Topics).expect("set").policy, Policy::Reject);
+        assert_eq!((rate.max, rate.burst, rate.policy), (100, 100, LimitPolicy::HoldBack));
+        assert_eq!(limits.get(Limit::Topics).expect("set").policy, LimitPolicy::Reject);
         assert_eq!(limits.get(Limit::BytesPerS), None);
     }
 
@@ -274,7 +277,7 @@ mod tests {
         }))
         .expect("good");
         assert_eq!(limits(set.to_json()), Ok(set));
-        assert_eq!(limits(Value::Null), Ok(Limits::default()));
+        assert_eq!(limits(Value::Null), Ok(QuotaLimits::default()));
     }
 
     #[test]
@@ -284,7 +287,7 @@ mod tests {
         assert_eq!(patched, limits(json!({ "messages_per_s": 10, "payload_bytes": 7 })).expect("good"));
         let rejecting = set.patched(&json!({ "messages_per_s": { "policy": "reject" } })).expect("good");
         let rate = rejecting.get(Limit::MessagesPerS).expect("set");
-        assert_eq!((rate.max, rate.burst, rate.policy), (10, 10, Policy::Reject));
+        assert_eq!((rate.max, rate.burst, rate.policy), (10, 10, LimitPolicy::Reject));
         let faster = rejecting.patched(&json!({ "messages_per_s": { "max": 20 } })).expect("good");
         assert_eq!(faster.get(Limit::MessagesPerS).expect("set").burst, 20, "it goes with the rate");
         assert!(set.patched(&Value::Null).expect("good").is_empty());

@@ -1,13 +1,12 @@
-//! A quota: what a key or a datasource may use, and what it has used. Intake asks it about every
-//! message behind the authorizer and before the log, and the MQTT front about every connection.
+//! A quota: what a key or a datasource may use, and what it has used. Intake checks it for every message,
+//! between the authorizer and the log, and the fronts for every connection.
 //!
-//! A key or datasource that has [`Limits`] has [`Meters`], which stand beside the limits in the registry's
-//! live view; the others have nothing. All connections of a key share its meters; nothing about them is
-//! locked. When limits are changed, new meters take the place of the old ones, also for connections that
-//! live and for who is held back.
+//! A key or datasource that has [`QuotaLimits`] has [`Meters`], which are kept beside the limits in the
+//! registry's live view. All connections of a key share its meters, without a lock. When limits change,
+//! new meters replace the old ones, also for live connections and for messages that are held back.
 //!
-//! What is used is in memory. A change of the limits and a restart begin with full buckets and no topic
-//! seen.
+//! Usage is only in memory. After a change of the limits or a restart, buckets are full and no topic has
+//! been seen.
 
 pub mod bucket;
 pub mod limits;
@@ -19,65 +18,65 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use self::bucket::{Bucket, Moment};
-pub use self::limits::{Limit, Limits, LimitsError, Policy, Setting};
-use self::topics::Topics;
+use self::bucket::{Moment, RateBucket};
+pub use self::limits::{Limit, LimitPolicy, LimitSetting, LimitsError, QuotaLimits};
+use self::topics::SeenTopics;
 use crate::message::{DatasourceId, KeyId};
 
-/// Whose limits they are.
+/// The owner of limits.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Owner {
-    /// One key's.
+pub enum LimitOwner {
+    /// One key.
     Key(KeyId),
-    /// One datasource's: of all its keys together, and of keys for all datasources in it.
+    /// One datasource: all its keys together, and keys for all datasources that publish to it.
     Datasource(DatasourceId),
 }
 
-impl fmt::Display for Owner {
+impl fmt::Display for LimitOwner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Owner::Key(id) => write!(f, "API key {id}"),
-            Owner::Datasource(id) => write!(f, "datasource {id}"),
+            LimitOwner::Key(id) => write!(f, "API key {id}"),
+            LimitOwner::Datasource(id) => write!(f, "datasource {id}"),
         }
     }
 }
 
 /// A message or connection that is over a limit.
 #[derive(Debug, Clone)]
-pub struct Limited {
-    /// Which limit.
+pub struct LimitExceeded {
+    /// The limit.
     pub limit: Limit,
-    /// How it is set.
-    pub setting: Setting,
-    /// Whose it is.
-    pub owner: Owner,
-    /// How long until it may go on; zero where time does not help.
+    /// Its setting.
+    pub setting: LimitSetting,
+    /// Its owner.
+    pub owner: LimitOwner,
+    /// How long until it may go on; zero if waiting does not help.
     pub wait: Duration,
-    /// What of the limit is left.
-    pub standing: Standing,
-    /// What it would take is set aside for it: after the wait it goes on without asking again.
+    /// How much of the limit is left.
+    pub standing: QuotaStanding,
+    /// Its units are taken already: after the wait it goes on without another check.
     reserved: bool,
-    /// Cancelled when the limits are set anew.
+    /// Cancelled when the limits are changed.
     replaced: CancellationToken,
 }
 
-impl Limited {
-    /// Whether it is to wait instead of being refused.
-    pub fn holds_back(&self) -> bool {
-        self.setting.policy == Policy::HoldBack
+impl LimitExceeded {
+    /// Whether the policy is to wait instead of refusing.
+    pub fn is_held_back(&self) -> bool {
+        self.setting.policy == LimitPolicy::HoldBack
     }
 
-    /// Whether it is to be kept in quarantine instead of being refused.
-    pub fn quarantines(&self) -> bool {
-        self.setting.policy == Policy::Quarantine
+    /// Whether the policy is quarantine instead of refusing.
+    pub fn is_for_quarantine(&self) -> bool {
+        self.setting.policy == LimitPolicy::Quarantine
     }
 
-    /// Waits for its turn, but for no longer than `patience`. `Ok(true)`: it is its turn, and what it
-    /// takes is taken. `Ok(false)`: the limits have changed, and it has to ask again.
+    /// Waits for its turn, but for no longer than `patience`. `Ok(true)`: it may go on, and its units are
+    /// taken. `Ok(false)`: the limits have changed, and it has to be checked again.
     ///
     /// # Errors
-    /// Itself, when its turn does not come within `patience`.
-    pub async fn turn(self, patience: Duration) -> Result<bool, Self> {
+    /// Itself, if its turn does not come within `patience`.
+    pub async fn wait_turn(self, patience: Duration) -> Result<bool, Self> {
         let wait = if self.reserved { self.wait } else { patience };
         match tokio::time::timeout(wait, self.replaced.cancelled()).await {
             Ok(()) => Ok(false),
@@ -87,9 +86,9 @@ impl Limited {
     }
 }
 
-impl fmt::Display for Limited {
+impl fmt::Display for LimitExceeded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Limited { limit, setting, owner, wait, .. } = self;
+        let LimitExceeded { limit, setting, owner, wait, .. } = self;
         write!(f, "over the limit {} {} of {owner}", limit.name(), setting.max)?;
         if !wait.is_zero() {
             write!(f, "; wait {}", Seconds(*wait))?;
@@ -98,7 +97,7 @@ impl fmt::Display for Limited {
     }
 }
 
-/// A duration for people: `0.4 s`, rounded up, so that who comes after it is not too early.
+/// A duration for people: `0.4 s`, rounded up, so that a client that waits for it is not too early.
 struct Seconds(Duration);
 
 impl fmt::Display for Seconds {
@@ -108,104 +107,116 @@ impl fmt::Display for Seconds {
     }
 }
 
-/// How far a rate is used.
+/// How much of a limit is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Standing {
+pub struct QuotaStanding {
     /// What may come at once when nothing is used.
     pub burst: u64,
     /// What may come at once now.
     pub left: u64,
-    /// When nothing is used any more.
+    /// How long until nothing is used any more.
     pub full_in: Duration,
 }
 
 /// The limits of one owner, and what it has used.
 #[derive(Debug)]
 pub struct Meters {
-    owner: Owner,
-    limits: Limits,
-    messages: Bucket,
-    bytes: Bucket,
-    topics: Topics,
-    /// Cancelled when others take their place.
+    owner: LimitOwner,
+    limits: QuotaLimits,
+    messages: RateBucket,
+    bytes: RateBucket,
+    topics: SeenTopics,
+    /// Cancelled when other meters replace these.
     replaced: CancellationToken,
 }
 
 impl Meters {
-    /// Meters for `limits`, of which nothing is used.
-    pub fn new(owner: Owner, limits: Limits) -> Self {
+    /// Meters for `limits`, with nothing used.
+    pub fn new(owner: LimitOwner, limits: QuotaLimits) -> Self {
         Self {
             owner,
             limits,
-            messages: Bucket::default(),
-            bytes: Bucket::default(),
-            topics: Topics::default(),
+            messages: RateBucket::default(),
+            bytes: RateBucket::default(),
+            topics: SeenTopics::default(),
             replaced: CancellationToken::new(),
         }
     }
 
-    /// Meters for limits as the registry keeps them: JSON that was checked when it was set. What cannot
-    /// be read all the same is told in the log, and limits nothing.
-    pub fn read(owner: Owner, text: Option<&str>) -> Self {
-        let limits = text.map_or(Ok(Limits::default()), Limits::parse).unwrap_or_else(|error| {
+    /// Meters for limits as the registry keeps them: JSON that was checked when it was set. Text that
+    /// cannot be parsed nevertheless is logged, and limits nothing.
+    pub fn from_text(owner: LimitOwner, text: Option<&str>) -> Self {
+        let limits = text.map_or(Ok(QuotaLimits::default()), QuotaLimits::parse).unwrap_or_else(|error| {
             tracing::error!(%owner, %error, "the limits that are kept cannot be read; nothing is limited");
-            Limits::default()
+            QuotaLimits::default()
         });
         Self::new(owner, limits)
     }
 
     /// The limits.
-    pub fn limits(&self) -> &Limits {
+    pub fn limits(&self) -> &QuotaLimits {
         &self.limits
     }
 
-    /// Others have taken their place: whoever is held back asks those.
-    pub fn replace(&self) {
+    /// Marks that other meters replace these: messages that are held back are checked against those.
+    pub fn mark_replaced(&self) {
         self.replaced.cancel();
     }
 
-    fn bucket(&self, limit: Limit) -> &Bucket {
+    fn bucket(&self, limit: Limit) -> &RateBucket {
         if limit == Limit::BytesPerS { &self.bytes } else { &self.messages }
     }
 
-    fn standing(&self, limit: Limit, setting: Setting, now: Moment) -> Standing {
+    fn standing(&self, limit: Limit, setting: LimitSetting, now: Moment) -> QuotaStanding {
         match limit {
             Limit::MessagesPerS | Limit::BytesPerS => {
                 let (bucket, rate) = (self.bucket(limit), setting.rate());
-                Standing { burst: setting.burst, left: bucket.left(rate, now), full_in: bucket.full_in(now) }
+                QuotaStanding {
+                    burst: setting.burst,
+                    left: bucket.left(rate, now),
+                    full_in: bucket.full_in(now),
+                }
             }
-            Limit::Topics => Standing {
+            Limit::Topics => QuotaStanding {
                 burst: setting.max,
                 left: setting.max.saturating_sub(self.topics.count()),
                 full_in: Duration::ZERO,
             },
             Limit::Connections | Limit::PayloadBytes => {
-                Standing { burst: setting.max, left: 0, full_in: Duration::ZERO }
+                QuotaStanding { burst: setting.max, left: 0, full_in: Duration::ZERO }
             }
         }
     }
 
-    fn limited(&self, limit: Limit, setting: Setting, wait: Duration, reserved: bool) -> Limited {
+    fn limit_exceeded(
+        &self,
+        limit: Limit,
+        setting: LimitSetting,
+        wait: Duration,
+        reserved: bool,
+    ) -> LimitExceeded {
         let (owner, replaced) = (self.owner.clone(), self.replaced.clone());
         let standing = self.standing(limit, setting, Moment::now());
-        Limited { limit, setting, owner, wait, standing, reserved, replaced }
+        LimitExceeded { limit, setting, owner, wait, standing, reserved, replaced }
     }
 
-    /// Says no if `used` of a limit that is no rate is more than it allows.
-    fn check(&self, limit: Limit, used: u64) -> Result<(), Limited> {
+    /// Fails if `used` is more than a limit allows that is not a rate.
+    fn check(&self, limit: Limit, used: u64) -> Result<(), LimitExceeded> {
         match self.limits.get(limit) {
-            Some(setting) if used > setting.max => Err(self.limited(limit, setting, Duration::ZERO, false)),
+            Some(setting) if used > setting.max => {
+                Err(self.limit_exceeded(limit, setting, Duration::ZERO, false))
+            }
             _ => Ok(()),
         }
     }
 }
 
-/// The meters that a message of one key in one datasource goes by.
+/// The meters that apply to a message of one key in one datasource.
 #[derive(Debug, Clone)]
 pub struct Quota([Option<Arc<Meters>>; 2]);
 
 impl Quota {
-    /// Goes by the meters of the key and of the datasource, if there are any.
+    /// The quota of a key and a datasource; `None` if neither has meters.
     pub fn new(key: Option<Arc<Meters>>, datasource: Option<Arc<Meters>>) -> Option<Self> {
         (key.is_some() || datasource.is_some()).then_some(Self([key, datasource]))
     }
@@ -214,31 +225,36 @@ impl Quota {
         self.0.iter().flatten().map(Arc::as_ref)
     }
 
-    /// Checks the size of a payload, and the topic, which is remembered.
+    /// Checks the size of a payload and the topic, and remembers the topic as seen.
     ///
     /// # Errors
-    /// [`Limited`], which no waiting helps.
-    pub fn check(&self, datasource: &DatasourceId, topic: &str, payload_bytes: usize) -> Result<(), Limited> {
+    /// [`LimitExceeded`], for which waiting does not help.
+    pub fn check(
+        &self,
+        datasource: &DatasourceId,
+        topic: &str,
+        payload_bytes: usize,
+    ) -> Result<(), LimitExceeded> {
         for meters in self.meters() {
             meters.check(Limit::PayloadBytes, payload_bytes as u64)?;
         }
         for meters in self.meters() {
             if let Some(setting) = meters.limits.get(Limit::Topics)
-                && !meters.topics.admits(datasource.as_str(), topic, setting.max)
+                && !meters.topics.try_insert(datasource.as_str(), topic, setting.max)
             {
-                return Err(meters.limited(Limit::Topics, setting, Duration::ZERO, false));
+                return Err(meters.limit_exceeded(Limit::Topics, setting, Duration::ZERO, false));
             }
         }
         Ok(())
     }
 
-    /// Takes messages and their bytes from every rate that there is. Who can wait waits for at most
-    /// `patience` where the policy is to hold back; its share is set aside then.
+    /// Takes messages and their bytes from every rate. Where the policy is to hold back, units that come
+    /// within `patience` are reserved for the caller, who has to wait for them.
     ///
     /// # Errors
-    /// [`Limited`]: by the first limit that it cannot wait for, and then nothing is taken; or by the
-    /// one that it has to wait longest for.
-    pub fn take(&self, messages: u64, bytes: u64, patience: Duration) -> Result<(), Limited> {
+    /// [`LimitExceeded`]: by the first limit whose wait is over `patience`, and then nothing is taken; or, with
+    /// the units reserved, by the limit with the longest wait.
+    pub fn take(&self, messages: u64, bytes: u64, patience: Duration) -> Result<(), LimitExceeded> {
         let now = Moment::now();
         let rates = || {
             let units = [(Limit::MessagesPerS, messages), (Limit::BytesPerS, bytes)];
@@ -247,9 +263,9 @@ impl Quota {
                 units.into_iter().filter_map(set)
             })
         };
-        let mut longest: Option<(&Meters, Limit, Setting, Duration)> = None;
+        let mut longest: Option<(&Meters, Limit, LimitSetting, Duration)> = None;
         for (taken, (meters, limit, setting, units)) in rates().enumerate() {
-            let patience = if setting.policy == Policy::HoldBack { patience } else { Duration::ZERO };
+            let patience = if setting.policy == LimitPolicy::HoldBack { patience } else { Duration::ZERO };
             match meters.bucket(limit).take(setting.rate(), units, now, patience) {
                 Ok(wait) if wait.is_zero() => {}
                 Ok(wait) => {
@@ -261,18 +277,18 @@ impl Quota {
                     for (meters, limit, setting, units) in rates().take(taken) {
                         meters.bucket(limit).give_back(setting.rate(), units);
                     }
-                    return Err(meters.limited(limit, setting, wait, false));
+                    return Err(meters.limit_exceeded(limit, setting, wait, false));
                 }
             }
         }
         match longest {
             None => Ok(()),
-            Some((meters, limit, setting, wait)) => Err(meters.limited(limit, setting, wait, true)),
+            Some((meters, limit, setting, wait)) => Err(meters.limit_exceeded(limit, setting, wait, true)),
         }
     }
 
-    /// How far the rate of messages is used: of the key's and the datasource's the one with less left.
-    pub fn standing(&self) -> Option<Standing> {
+    /// How much of the message rate is used: the key's or the datasource's, whichever has less left.
+    pub fn standing(&self) -> Option<QuotaStanding> {
         let now = Moment::now();
         let of = |meters: &Meters| {
             Some(meters.standing(Limit::MessagesPerS, meters.limits.get(Limit::MessagesPerS)?, now))
@@ -280,17 +296,17 @@ impl Quota {
         self.meters().filter_map(of).min_by_key(|standing| standing.left)
     }
 
-    /// Checks how many connections are open, those of the key and those of the datasource.
+    /// Checks the number of open connections, of the key and of the datasource.
     ///
     /// # Errors
-    /// [`Limited`].
+    /// [`LimitExceeded`].
     pub fn check_connections(
         &self,
         of_key: impl Fn() -> usize,
         of_datasource: impl Fn() -> usize,
-    ) -> Result<(), Limited> {
+    ) -> Result<(), LimitExceeded> {
         for meters in self.meters().filter(|meters| meters.limits.get(Limit::Connections).is_some()) {
-            let open = if matches!(meters.owner, Owner::Key(_)) { of_key() } else { of_datasource() };
+            let open = if matches!(meters.owner, LimitOwner::Key(_)) { of_key() } else { of_datasource() };
             meters.check(Limit::Connections, open as u64)?;
         }
         Ok(())
@@ -309,19 +325,19 @@ mod tests {
         DatasourceId::new("a").expect("a slug")
     }
 
-    fn meters(owner: Owner, value: &Value) -> Option<Arc<Meters>> {
-        let limits = Limits::from_json(value).expect("good limits");
+    fn meters(owner: LimitOwner, value: &Value) -> Option<Arc<Meters>> {
+        let limits = QuotaLimits::from_json(value).expect("good limits");
         Some(Arc::new(Meters::new(owner, limits)))
     }
 
     fn of_key(value: &Value) -> Quota {
-        Quota::new(meters(Owner::Key(KEY), value), None).expect("limited")
+        Quota::new(meters(LimitOwner::Key(KEY), value), None).expect("limited")
     }
 
     #[test]
     fn who_is_not_limited_has_no_quota() {
         assert!(Quota::new(None, None).is_none());
-        let quota = Quota::new(None, meters(Owner::Datasource(datasource()), &json!({ "topics": 1 })));
+        let quota = Quota::new(None, meters(LimitOwner::Datasource(datasource()), &json!({ "topics": 1 })));
         assert!(quota.expect("limited").standing().is_none(), "it has no rate");
     }
 
@@ -332,19 +348,19 @@ mod tests {
         let limited = quota.take(1, 0, Duration::MAX).expect_err("one above");
         let words = limited.to_string();
         assert_eq!(words, "over the limit messages_per_s 2 of API key 070707070707; wait 0.5 s");
-        assert!(!limited.holds_back() && !limited.reserved);
+        assert!(!limited.is_held_back() && !limited.reserved);
         assert_eq!((limited.standing.burst, limited.standing.left), (1, 0));
     }
 
     #[test]
     fn what_one_limit_refuses_is_not_taken_from_the_others() {
-        let key = meters(Owner::Key(KEY), &json!({ "messages_per_s": 1_000, "bytes_per_s": 1_000_000 }));
+        let key = meters(LimitOwner::Key(KEY), &json!({ "messages_per_s": 1_000, "bytes_per_s": 1_000_000 }));
         let one = json!({ "messages_per_s": { "max": 1, "policy": "reject" } });
-        let quota = Quota::new(key, meters(Owner::Datasource(datasource()), &one)).expect("limited");
+        let quota = Quota::new(key, meters(LimitOwner::Datasource(datasource()), &one)).expect("limited");
         quota.take(1, 10, Duration::ZERO).expect("the burst");
         for _ in 0..2_000 {
             let limited = quota.take(1, 10, Duration::ZERO).expect_err("over");
-            assert_eq!(limited.owner, Owner::Datasource(datasource()));
+            assert_eq!(limited.owner, LimitOwner::Datasource(datasource()));
         }
     }
 
@@ -355,8 +371,8 @@ mod tests {
         quota.take(1, 0, Duration::ZERO).expect("the burst");
         let patience = Duration::from_secs(30);
         let limited = quota.take(1, 0, patience).expect_err("it has to wait");
-        assert!(limited.holds_back() && limited.reserved);
-        assert!(limited.turn(patience).await.expect("its turn comes"));
+        assert!(limited.is_held_back() && limited.reserved);
+        assert!(limited.wait_turn(patience).await.expect("its turn comes"));
         assert!(began.elapsed() >= Duration::from_millis(50), "{:?}", began.elapsed());
     }
 
@@ -367,34 +383,34 @@ mod tests {
         let patience = Duration::from_millis(50);
         let limited = quota.take(1, 0, patience).expect_err("a minute away");
         let began = std::time::Instant::now();
-        let limited = limited.turn(patience).await.expect_err("not within the patience");
+        let limited = limited.wait_turn(patience).await.expect_err("not within the patience");
         assert!(began.elapsed() >= patience);
         assert!(limited.wait > Duration::from_secs(50), "{:?}", limited.wait);
     }
 
     #[tokio::test]
     async fn who_is_held_back_asks_again_when_the_limits_change() {
-        let meters = meters(Owner::Key(KEY), &json!({ "messages_per_s": 1 })).expect("limited");
+        let meters = meters(LimitOwner::Key(KEY), &json!({ "messages_per_s": 1 })).expect("limited");
         let quota = Quota::new(Some(meters.clone()), None).expect("limited");
         quota.take(60, 0, Duration::ZERO).expect("a full bucket");
         let limited = quota.take(1, 0, Duration::ZERO).expect_err("a minute away");
-        meters.replace();
-        assert!(!limited.turn(Duration::MAX).await.expect("the limits have changed"));
+        meters.mark_replaced();
+        assert!(!limited.wait_turn(Duration::MAX).await.expect("the limits have changed"));
     }
 
     #[test]
     fn limits_that_cannot_be_read_limit_nothing() {
         for text in ["", "{", "{\"speed\": 1}"] {
-            assert!(Meters::read(Owner::Key(KEY), Some(text)).limits().is_empty(), "{text}");
+            assert!(Meters::from_text(LimitOwner::Key(KEY), Some(text)).limits().is_empty(), "{text}");
         }
-        assert!(!Meters::read(Owner::Key(KEY), Some("{\"topics\": 1}")).limits().is_empty());
+        assert!(!Meters::from_text(LimitOwner::Key(KEY), Some("{\"topics\": 1}")).limits().is_empty());
     }
 
     #[test]
     fn payload_topics_and_connections_hold_at_the_limit_and_one_above() {
         let quota = of_key(&json!({ "payload_bytes": 4, "topics": 1, "connections": 2 }));
         quota.check(&datasource(), "t", 4).expect("at the limit");
-        let over = |result: Result<(), Limited>| result.expect_err("one above").limit;
+        let over = |result: Result<(), LimitExceeded>| result.expect_err("one above").limit;
         assert_eq!(over(quota.check(&datasource(), "u", 5)), Limit::PayloadBytes);
         assert_eq!(over(quota.check(&datasource(), "u", 4)), Limit::Topics);
         quota.check_connections(|| 2, || 100).expect("at the limit, and the datasource has none");

@@ -1,46 +1,46 @@
-//! The rules of one datasource: which topics have to meet which schema. They are kept in the registry
-//! as JSON and compiled when they are set and when the gateway starts.
+//! The rules of one datasource: which topics have to meet which schema. The registry keeps them as JSON,
+//! and they are compiled when they are set and when the gateway starts.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::schema::{Schema, SchemaError, cut};
+use super::schema::{Schema, SchemaError, cut_reason_text};
 use crate::filter::TopicFilter;
 use crate::limits::SCHEMA_RULES_MAX;
-use crate::log::Reason;
+use crate::log::QuarantineReason;
 
-/// The rules of a datasource, in the order in which they are tried.
+/// The rules of a datasource, in the order in which filters are matched.
 #[derive(Debug, Default)]
 pub struct Rules {
     rules: Vec<Rule>,
-    /// The highest version that a rule of the datasource has or had.
+    /// The highest version that a rule of the datasource has or ever had.
     last_version: u32,
 }
 
-/// A topic filter, and what the messages to its topics have to meet.
+/// A topic filter, and the schema for messages to its topics.
 #[derive(Debug)]
 pub struct Rule {
-    /// Which topics.
+    /// The topics that it applies to.
     pub filter: TopicFilter,
-    /// When it became what it is: no other rule of the datasource has or had the same.
+    /// Its version, which no other rule of the datasource has or ever had.
     pub version: u32,
-    /// What they have to meet.
+    /// The schema that messages have to meet.
     pub schema: Schema,
 }
 
-/// A rule as it is written.
+/// A rule as a request states it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Written {
-    /// The topics; all of them, if it is left out.
+pub struct WrittenRule {
+    /// The topic filter; all topics if it is left out.
     #[serde(default = "all_topics")]
     pub filter: String,
     /// The JSON Schema.
     pub schema: Value,
 }
 
-impl Written {
-    /// One rule, for every topic.
+impl WrittenRule {
+    /// A list of one rule, for every topic.
     pub fn for_all(schema: Value) -> Vec<Self> {
         vec![Self { filter: all_topics(), schema }]
     }
@@ -56,93 +56,92 @@ pub enum RulesError {
     /// Too many.
     #[error("a datasource has at most {SCHEMA_RULES_MAX} schemas")]
     TooMany,
-    /// A filter that is none.
+    /// A filter that cannot be parsed.
     #[error("{0}")]
     Filter(String),
-    /// A rule that can never count.
+    /// A filter that occurs twice: the second rule could never count.
     #[error("the filter {0:?} comes twice; the first one that matches a topic is the one that counts")]
     Twice(String),
-    /// A schema that is none.
+    /// A schema that cannot be used.
     #[error("the schema for {filter:?} cannot be used: {error}")]
     Schema {
-        /// Whose.
+        /// The filter of its rule.
         filter: String,
         /// Why not.
         error: SchemaError,
     },
-    /// Not what this code wrote.
+    /// Text that this code has not written.
     #[error("the schemas that the registry has cannot be read: {0}")]
     Unreadable(String),
 }
 
-/// As the registry keeps it.
+/// The form of the rules in the registry.
 #[derive(Serialize, Deserialize)]
-struct Kept {
+struct StoredRules {
     last_version: u32,
-    rules: Vec<KeptRule>,
+    rules: Vec<StoredRule>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct KeptRule {
+struct StoredRule {
     filter: String,
     version: u32,
     schema: Value,
 }
 
 impl Rules {
-    /// The rules that take the place of `self`: those that are as before keep their versions, the
-    /// others have a new one.
+    /// The rules that replace `self`. Unchanged rules keep their versions; the others get a new one.
     ///
     /// # Errors
     /// [`RulesError`], for the first rule that cannot be used.
-    pub fn replace(&self, written: Vec<Written>) -> Result<Self, RulesError> {
+    pub fn replace(&self, written: Vec<WrittenRule>) -> Result<Self, RulesError> {
         let version = self.last_version.saturating_add(1);
         let mut last_version = self.last_version;
         let mut kept = Vec::with_capacity(written.len());
-        for Written { filter, schema } in written {
+        for WrittenRule { filter, schema } in written {
             let same = |rule: &&Rule| rule.filter.as_str() == filter && *rule.schema.source() == schema;
             let version = self.rules.iter().find(same).map_or(version, |rule| rule.version);
             last_version = last_version.max(version);
-            kept.push(KeptRule { filter, version, schema });
+            kept.push(StoredRule { filter, version, schema });
         }
-        Self::compile(Kept { last_version, rules: kept })
+        Self::compile(StoredRules { last_version, rules: kept })
     }
 
-    /// Reads what [`Rules::to_kept`] wrote.
+    /// Parses the output of [`Rules::to_stored_json`].
     ///
     /// # Errors
-    /// [`RulesError`], if it was written by something else.
-    pub fn from_kept(kept: &str) -> Result<Self, RulesError> {
+    /// [`RulesError`], if the text is anything else.
+    pub fn from_stored_json(kept: &str) -> Result<Self, RulesError> {
         let kept = serde_json::from_str(kept).map_err(|error| RulesError::Unreadable(error.to_string()))?;
         Self::compile(kept)
     }
 
-    /// Reads what the registry has of a datasource.
-    pub(super) fn of_text(kept: Option<&str>) -> Result<Self, RulesError> {
+    /// Parses the text that the registry has for a datasource.
+    pub(super) fn from_registry_text(kept: Option<&str>) -> Result<Self, RulesError> {
         kept.map_or(Ok(Self::default()), |kept| {
-            Self::from_kept(kept).map_err(|error| RulesError::Unreadable(error.to_string()))
+            Self::from_stored_json(kept).map_err(|error| RulesError::Unreadable(error.to_string()))
         })
     }
 
-    /// For the registry.
-    pub fn to_kept(&self) -> String {
-        let rules = self.rules.iter().map(|rule| KeptRule {
+    /// The JSON text for the registry.
+    pub fn to_stored_json(&self) -> String {
+        let rules = self.rules.iter().map(|rule| StoredRule {
             filter: rule.filter.as_str().to_owned(),
             version: rule.version,
             schema: rule.schema.source().clone(),
         });
-        let kept = Kept { last_version: self.last_version, rules: rules.collect() };
+        let kept = StoredRules { last_version: self.last_version, rules: rules.collect() };
         serde_json::to_string(&kept).expect("JSON values and text are JSON")
     }
 
-    fn compile(kept: Kept) -> Result<Self, RulesError> {
+    fn compile(kept: StoredRules) -> Result<Self, RulesError> {
         if kept.rules.len() > SCHEMA_RULES_MAX {
             return Err(RulesError::TooMany);
         }
         let mut rules: Vec<Rule> = Vec::with_capacity(kept.rules.len());
-        for KeptRule { filter, version, schema } in kept.rules {
+        for StoredRule { filter, version, schema } in kept.rules {
             let filter = TopicFilter::new(&filter)
-                .map_err(|error| RulesError::Filter(format!("{}: {error}", cut(&filter))))?;
+                .map_err(|error| RulesError::Filter(format!("{}: {error}", cut_reason_text(&filter))))?;
             if rules.iter().any(|rule| rule.filter == filter) {
                 return Err(RulesError::Twice(filter.as_str().to_owned()));
             }
@@ -153,28 +152,31 @@ impl Rules {
         Ok(Self { rules, last_version: kept.last_version })
     }
 
-    /// Whether there is none.
+    /// Whether there are no rules.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
     }
 
-    /// In the order in which they are tried.
+    /// The rules, in the order in which filters are matched.
     pub fn iter(&self) -> impl Iterator<Item = &Rule> {
         self.rules.iter()
     }
 
-    /// Holds a message against the first rule whose filter matches its topic.
+    /// Checks a message against the first rule whose filter matches its topic.
     ///
     /// # Errors
-    /// Why it goes into quarantine.
-    pub fn check(&self, topic: &str, payload: &[u8]) -> Result<(), Box<Reason<'static>>> {
+    /// Why the message goes into quarantine.
+    pub fn check(&self, topic: &str, payload: &[u8]) -> Result<(), Box<QuarantineReason<'static>>> {
         let Some(rule) = self.rules.iter().find(|rule| rule.filter.matches(topic)) else { return Ok(()) };
         let checked = match serde_json::from_slice::<Value>(payload) {
             Ok(value) => rule.schema.check(&value),
-            Err(error) => Err(Box::new(Reason {
+            Err(error) => Err(Box::new(QuarantineReason {
                 keyword: "json".into(),
                 pointer: "".into(),
-                words: cut(&format!("the payload is not JSON, and there is a schema for it: {error}")).into(),
+                words: cut_reason_text(&format!(
+                    "the payload is not JSON, and there is a schema for it: {error}"
+                ))
+                .into(),
                 schema_version: 0,
             })),
         };
@@ -191,8 +193,8 @@ mod tests {
 
     use super::*;
 
-    fn rule(filter: &str, kind: &str) -> Written {
-        Written { filter: filter.to_owned(), schema: json!({ "type": kind }) }
+    fn rule(filter: &str, kind: &str) -> WrittenRule {
+        WrittenRule { filter: filter.to_owned(), schema: json!({ "type": kind }) }
     }
 
     fn versions(rules: &Rules) -> Vec<u32> {
@@ -221,10 +223,10 @@ mod tests {
         assert_eq!(versions(&second), [1, 2], "the one that stayed kept its own");
         let none = second.replace(vec![]).expect("rules");
         assert!(none.is_empty());
-        let third = Rules::from_kept(&none.to_kept()).expect("reads back");
+        let third = Rules::from_stored_json(&none.to_stored_json()).expect("reads back");
         let third = third.replace(vec![rule("a", "object")]).expect("rules");
         assert_eq!(versions(&third), [3], "also what was taken away is not used again");
-        let again = Rules::from_kept(&third.to_kept()).expect("reads back");
+        let again = Rules::from_stored_json(&third.to_stored_json()).expect("reads back");
         assert_eq!(versions(&again), [3]);
     }
 

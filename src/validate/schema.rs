@@ -1,9 +1,9 @@
 //! One JSON Schema (draft 2020-12), compiled.
 //!
-//! Holding a message against a schema takes a time that the schema bounds: patterns run on an engine
-//! whose time is linear in the text (so there are no look-arounds and no back-references), and
-//! references may neither lead out of the schema, nor into themselves, nor unfold into more than
-//! [`SCHEMA_NODES_MAX`] subschemas. No file is read and nothing is fetched.
+//! The time to check a message is bounded by the schema. Patterns run on an engine whose time is linear in
+//! the text (so there are no look-arounds and no back-references). References must not lead out of the
+//! schema, nor into themselves, nor unfold into more than [`SCHEMA_NODES_MAX`] subschemas. No file is read
+//! and nothing is fetched.
 
 use std::collections::HashMap;
 
@@ -13,28 +13,28 @@ use serde_json::Value;
 use crate::limits::{
     REASON_BYTES_MAX, SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, SCHEMA_NODES_MAX, SCHEMA_REGEX_BYTES_MAX,
 };
-use crate::log::Reason;
+use crate::log::QuarantineReason;
 
-/// The one draft that there is; what `$schema` may say.
-const DRAFT: &str = "https://json-schema.org/draft/2020-12/schema";
+/// The only supported draft, as `$schema` may name it.
+const SCHEMA_DRAFT_URL: &str = "https://json-schema.org/draft/2020-12/schema";
 
 /// Why a schema cannot be used. The text is for the person who wrote it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SchemaError {
-    /// Neither an object nor a boolean.
+    /// The JSON is neither an object nor a boolean.
     #[error("a JSON Schema is an object, true or false")]
     NoSchema,
-    /// Too many bytes.
+    /// It has too many bytes.
     #[error("a schema has at most {SCHEMA_BYTES_MAX} bytes")]
     TooLarge,
-    /// Nested too deep.
+    /// It nests too deep.
     #[error("a schema nests at most {SCHEMA_DEPTH_MAX} levels deep")]
     TooDeep,
-    /// It unfolds into too much.
+    /// It unfolds into too many parts.
     #[error("with every $ref unfolded the schema has more than {SCHEMA_NODES_MAX} parts")]
     TooCostly,
-    /// Another draft.
-    #[error("$schema is {0:?}; only draft 2020-12 is understood ({DRAFT:?})")]
+    /// It names another draft.
+    #[error("$schema is {0:?}; only draft 2020-12 is understood ({SCHEMA_DRAFT_URL:?})")]
     Draft(String),
     /// A reference that leads out of the schema.
     #[error(
@@ -56,7 +56,7 @@ pub enum SchemaError {
     },
     /// A reference that leads back to itself.
     #[error(
-        "{pointer}: {reference:?} leads back to itself; a schema that contains itself has no bound to the time it takes"
+        "{pointer}: {reference:?} leads back to itself; a schema that contains itself could take unbounded time"
     )]
     Recursive {
         /// Where in the schema, as a JSON pointer.
@@ -64,25 +64,25 @@ pub enum SchemaError {
         /// What it names.
         reference: String,
     },
-    /// A keyword that is not taken.
+    /// A keyword that is not supported.
     #[error("{pointer}: {keyword} is not supported")]
     Keyword {
         /// Where in the schema, as a JSON pointer.
         pointer: String,
-        /// Which.
+        /// The keyword.
         keyword: &'static str,
     },
-    /// What the compiler says.
+    /// The schema compiler reports an error.
     #[error("{pointer}: {words}")]
     Invalid {
         /// Where in the schema, as a JSON pointer.
         pointer: String,
-        /// Why.
+        /// The error.
         words: String,
     },
 }
 
-/// A schema, ready to hold messages against.
+/// A compiled schema.
 pub struct Schema {
     source: Value,
     validator: Validator,
@@ -92,7 +92,7 @@ impl Schema {
     /// Checks and compiles a schema.
     ///
     /// # Errors
-    /// [`SchemaError`]: the first thing that is wrong with it.
+    /// [`SchemaError`]: the first error in it.
     pub fn compile(source: Value) -> Result<Self, SchemaError> {
         if !source.is_object() && !source.is_boolean() {
             return Err(SchemaError::NoSchema);
@@ -101,12 +101,12 @@ impl Schema {
             return Err(SchemaError::TooLarge);
         }
         if let Some(draft) = source.get("$schema")
-            && draft.as_str().is_none_or(|draft| draft.trim_end_matches('#') != DRAFT)
+            && draft.as_str().is_none_or(|draft| draft.trim_end_matches('#') != SCHEMA_DRAFT_URL)
         {
             return Err(SchemaError::Draft(draft.as_str().unwrap_or_default().chars().take(100).collect()));
         }
-        let mut cost = Cost { root: &source, known: HashMap::new(), open: Vec::new() };
-        cost.of(&source, &mut String::new(), 0)?;
+        let mut cost = SchemaCost { root: &source, known: HashMap::new(), open: Vec::new() };
+        cost.count_parts(&source, &mut String::new(), 0)?;
         let patterns =
             PatternOptions::regex().size_limit(SCHEMA_REGEX_BYTES_MAX).dfa_size_limit(SCHEMA_REGEX_BYTES_MAX);
         let options = jsonschema::options()
@@ -116,26 +116,26 @@ impl Schema {
             .offline();
         let validator = options.build(&source).map_err(|error| SchemaError::Invalid {
             pointer: error.instance_path().to_string(),
-            words: cut(&error.to_string()),
+            words: cut_reason_text(&error.to_string()),
         })?;
         Ok(Self { source, validator })
     }
 
-    /// As it was given.
+    /// The JSON that it was compiled from.
     pub fn source(&self) -> &Value {
         &self.source
     }
 
-    /// Holds a value against it.
+    /// Checks a value.
     ///
     /// # Errors
-    /// The first thing that the value does not meet. Its `schema_version` is left at 0.
-    pub fn check(&self, value: &Value) -> Result<(), Box<Reason<'static>>> {
+    /// The first violation. Its `schema_version` is left at 0.
+    pub fn check(&self, value: &Value) -> Result<(), Box<QuarantineReason<'static>>> {
         self.validator.validate(value).map_err(|error| {
-            Box::new(Reason {
+            Box::new(QuarantineReason {
                 keyword: error.kind().keyword().to_owned().into(),
-                pointer: cut(&error.instance_path().to_string()).into(),
-                words: cut(&error.to_string()).into(),
+                pointer: cut_reason_text(&error.instance_path().to_string()).into(),
+                words: cut_reason_text(&error.to_string()).into(),
                 schema_version: 0,
             })
         })
@@ -150,7 +150,7 @@ impl std::fmt::Debug for Schema {
 
 /// At most [`REASON_BYTES_MAX`] of a text, without control characters: it goes into headers and reason
 /// strings, and may quote the message.
-pub(super) fn cut(text: &str) -> String {
+pub(super) fn cut_reason_text(text: &str) -> String {
     let mut out = String::with_capacity(text.len().min(REASON_BYTES_MAX));
     for c in text.chars().map(|c| if c.is_control() || crate::message::is_noncharacter(c) { ' ' } else { c })
     {
@@ -163,18 +163,23 @@ pub(super) fn cut(text: &str) -> String {
     out
 }
 
-/// Counts what a schema comes to with every reference unfolded. It looks into all of its values, also
-/// into those (`enum`, `const`) that are no schemas: what is called `$ref` there is taken for one.
-struct Cost<'a> {
+/// Counts the parts of a schema with every reference unfolded. It visits all values, even those that are
+/// not schemas (`enum`, `const`): a member named `$ref` counts as a reference there too.
+struct SchemaCost<'a> {
     root: &'a Value,
-    /// What the targets of references come to.
+    /// The number of parts of each target that was unfolded.
     known: HashMap<&'a str, usize>,
-    /// The references that are being unfolded.
+    /// The references that are being unfolded, outermost first.
     open: Vec<&'a str>,
 }
 
-impl<'a> Cost<'a> {
-    fn of(&mut self, value: &'a Value, pointer: &mut String, depth: usize) -> Result<usize, SchemaError> {
+impl<'a> SchemaCost<'a> {
+    fn count_parts(
+        &mut self,
+        value: &'a Value,
+        pointer: &mut String,
+        depth: usize,
+    ) -> Result<usize, SchemaError> {
         if depth > SCHEMA_DEPTH_MAX {
             return Err(SchemaError::TooDeep);
         }
@@ -195,7 +200,7 @@ impl<'a> Cost<'a> {
                             let pointer = std::mem::take(pointer);
                             return Err(SchemaError::Keyword { pointer, keyword: "$anchor" });
                         }
-                        // A base for references; without it they mean what they say.
+                        // An `$id` would change the base of references; without it they resolve as written.
                         ("$id", Value::String(_)) if depth > 0 => {
                             let pointer = std::mem::take(pointer);
                             return Err(SchemaError::Keyword {
@@ -205,10 +210,10 @@ impl<'a> Cost<'a> {
                         }
                         // Counted where it is referred to.
                         ("$defs", defs) => {
-                            self.of(defs, pointer, depth + 1)?;
+                            self.count_parts(defs, pointer, depth + 1)?;
                             0
                         }
-                        _ => self.of(member, pointer, depth + 1)?,
+                        _ => self.count_parts(member, pointer, depth + 1)?,
                     });
                     pointer.truncate(at);
                 }
@@ -216,7 +221,7 @@ impl<'a> Cost<'a> {
             Value::Array(elements) => {
                 for (index, element) in elements.iter().enumerate() {
                     pointer.push_str(&format!("/{index}"));
-                    parts = parts.saturating_add(self.of(element, pointer, depth + 1)?);
+                    parts = parts.saturating_add(self.count_parts(element, pointer, depth + 1)?);
                     pointer.truncate(at);
                 }
             }
@@ -240,8 +245,8 @@ impl<'a> Cost<'a> {
             return Err(SchemaError::Dangling { pointer, reference: named });
         };
         self.open.push(reference);
-        // The depth of the whole is bounded by the references that are open and the text's own depth.
-        let parts = self.of(value, &mut target.to_owned(), self.open.len())?;
+        // Starting at the number of open references bounds the recursion over all of them together.
+        let parts = self.count_parts(value, &mut target.to_owned(), self.open.len())?;
         self.open.pop();
         self.known.insert(reference, parts);
         Ok(parts)
@@ -345,7 +350,7 @@ mod tests {
 
     #[test]
     fn other_drafts_and_what_is_no_schema_are_refused() {
-        assert!(Schema::compile(json!({ "$schema": DRAFT })).is_ok());
+        assert!(Schema::compile(json!({ "$schema": SCHEMA_DRAFT_URL })).is_ok());
         assert!(Schema::compile(json!(true)).is_ok());
         let old = json!({"$schema": "http://json-schema.org/draft-07/schema#"});
         assert!(matches!(refused(old), SchemaError::Draft(_)));

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use headgate::auth::audit::Page;
-use headgate::auth::cluster::Joined;
-use headgate::auth::connections::{Close, Control};
-use headgate::auth::usage::Client;
+use headgate::auth::audit::AuditQuery;
+use headgate::auth::cluster::JoinedRegistry;
+use headgate::auth::connections::{CloseReason, ConnectionControl};
+use headgate::auth::usage::KeyClient;
 use headgate::auth::{Actor, ApiKey, Authorizer, Key, LeakRow, Registry, RegistryError, Scope, Scopes};
 use headgate::message::{DatasourceId, KeyId, Transport, now_micros};
-use headgate_bridge_nats::{Credentials, Nats, Presence, Settings};
+use headgate_bridge_nats::{Nats, NatsCredentials, NatsSettings, Presence};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -42,7 +42,7 @@ impl Node {
     /// registry is on all the servers.
     async fn join_settling(servers: &[String], id: &str, settles_in: Duration) -> Self {
         let nats = connect(servers, id).await;
-        let Joined { registry, presence, follow } =
+        let JoinedRegistry { registry, presence, follow } =
             soon(Registry::join(&nats, servers.len(), id)).await.expect("joins the cluster");
         let settled = Arc::<AtomicUsize>::default();
         let count = settled.clone();
@@ -71,7 +71,7 @@ impl Node {
     async fn create(&self, id: &str) -> Result<(Arc<Key>, ApiKey), RegistryError> {
         let id = slug(id);
         let created = self.run(move |registry| {
-            registry.create_datasource(&ACTOR, Some(id), "a name", Scopes::of(&[Scope::Ingest]))
+            registry.create_datasource(&ACTOR, Some(id), "a name", Scopes::from_slice(&[Scope::Ingest]))
         });
         let (_, key, secret) = soon(created).await.expect("no panic")?;
         Ok((key, secret))
@@ -90,8 +90,8 @@ impl Node {
 
     /// What the audit tells.
     async fn audited(&self) -> Vec<(i64, String)> {
-        let page = Page { from: None, to: None, after: 0, limit: 100_000 };
-        let entries = self.run(move |registry| registry.audited(&page)).await.expect("no panic");
+        let page = AuditQuery { from: None, to: None, after: 0, limit: 100_000 };
+        let entries = self.run(move |registry| registry.audit_entries(&page)).await.expect("no panic");
         entries.expect("read").into_iter().map(|entry| (entry.id, entry.action)).collect()
     }
 
@@ -121,9 +121,9 @@ impl Drop for Node {
 }
 
 async fn connect(servers: &[String], name: &str) -> Nats {
-    let settings = Settings {
+    let settings = NatsSettings {
         servers: servers.to_vec(),
-        credentials: Credentials::None,
+        credentials: NatsCredentials::None,
         ca: None,
         name: name.to_owned(),
     };
@@ -191,7 +191,7 @@ async fn what_one_node_changes_holds_on_the_other_before_the_call_returns() {
 
     let of = press.clone();
     let created = a.run(move |registry| {
-        registry.create_key(&ACTOR, &of, "left", Scopes::of(&[Scope::Ingest, Scope::Subscribe]), None)
+        registry.create_key(&ACTOR, &of, "left", Scopes::from_slice(&[Scope::Ingest, Scope::Subscribe]), None)
     });
     let (key, old_secret) = created.await.expect("no panic").expect("created");
     let (of, id) = (press.clone(), key.id);
@@ -239,7 +239,8 @@ async fn of_two_nodes_that_take_the_same_id_at_once_one_has_it() {
     // The same without ids of their own: each gets another one.
     let unnamed = |node: &Node| {
         node.run(|registry| {
-            let created = registry.create_datasource(&ACTOR, None, "Pump", Scopes::of(&[Scope::Ingest]));
+            let created =
+                registry.create_datasource(&ACTOR, None, "Pump", Scopes::from_slice(&[Scope::Ingest]));
             created.expect("created").0.id.clone()
         })
     };
@@ -262,7 +263,7 @@ async fn a_key_that_is_revoked_on_one_node_is_dead_on_the_other_and_its_connecti
     acquainted(&[&a, &b]).await;
     let (key, secret) = a.create("press-4").await.expect("created");
     let live = b.opens(&secret).expect("opens");
-    let control = Arc::new(Control::default());
+    let control = Arc::new(ConnectionControl::default());
     let _entered = live.connections().enter(control.clone());
     let lease = live.lease().clone();
     let started = Instant::now();
@@ -270,7 +271,7 @@ async fn a_key_that_is_revoked_on_one_node_is_dead_on_the_other_and_its_connecti
     assert!(revoked.is_some());
     assert!(started.elapsed() >= settles_in, "the call waits until the other node has settled it");
     assert_eq!(b.settled.load(Ordering::SeqCst), 1);
-    assert_eq!((control.closed(), lease.holds()), (Some(Close::KeyDead), false));
+    assert_eq!((control.closed(), lease.holds()), (Some(CloseReason::KeyDead), false));
     assert!(b.opens(&secret).is_none());
     // It is dead for good.
     assert!(b.revoke(&key.datasource, key.id).await.expect("answered").is_none());
@@ -287,7 +288,7 @@ async fn a_revocation_is_felt_on_the_other_node_within_milliseconds() {
     for n in 0..KEYS {
         let (key, secret) = a.create(&format!("press-{n}")).await.expect("created");
         let live = b.opens(&secret).expect("opens");
-        let control = Arc::new(Control::default());
+        let control = Arc::new(ConnectionControl::default());
         let entered = live.connections().enter(control.clone());
         let felt = tokio::spawn({
             let control = control.clone();
@@ -357,7 +358,7 @@ fn make_and_revoke(node: &Node, name: &'static str, stop: &CancellationToken) ->
                 break;
             }
             let id = slug(&format!("{name}-{n}"));
-            match registry.create_datasource(&ACTOR, Some(id), "x", Scopes::of(&[Scope::Ingest])) {
+            match registry.create_datasource(&ACTOR, Some(id), "x", Scopes::from_slice(&[Scope::Ingest])) {
                 Ok((datasource, key, secret)) => {
                     // Every third is taken away again.
                     let revoked = n % 3 == 0
@@ -494,7 +495,7 @@ async fn rules_about_leaked_keys_have_the_same_versions_everywhere() {
     let followed = |node: &Node| {
         let heard = Arc::<std::sync::Mutex<Vec<KeyId>>>::default();
         let hears = heard.clone();
-        node.registry.follow_leaks(move |row| hears.lock().expect("no panic").push(row.key_id));
+        node.registry.follow_leak_rules(move |row| hears.lock().expect("no panic").push(row.key_id));
         heard
     };
     let add = |node: &Node, n| node.run(move |registry| registry.add_leak_rule(&rule(n), 21).expect("added"));
@@ -522,7 +523,7 @@ async fn a_key_whose_time_is_over_ends_on_every_node_and_the_audit_says_so_once(
     let of = key.datasource.clone();
     let expires_at = now_micros() + 700_000;
     let created = a.run(move |registry| {
-        registry.create_key(&ACTOR, &of, "", Scopes::of(&[Scope::Ingest]), Some(expires_at))
+        registry.create_key(&ACTOR, &of, "", Scopes::from_slice(&[Scope::Ingest]), Some(expires_at))
     });
     let (_, short) = created.await.expect("no panic").expect("created");
     let (of, id) = (key.datasource.clone(), key.id);
@@ -590,7 +591,7 @@ async fn a_datasource_with_more_keys_than_fit_in_a_batch_is_deleted_with_all_of_
     let (key, _) = a.create("press-4").await.expect("created");
     let of = key.datasource.clone();
     let secrets = a.run(move |registry| {
-        let scopes = Scopes::of(&[Scope::Ingest]);
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
         let create = || registry.create_key(&ACTOR, &of, "", scopes, None).expect("created").1;
         (0..KEYS).map(|_| create()).collect::<Vec<_>>()
     });
@@ -612,7 +613,7 @@ async fn a_node_joins_a_cluster_of_a_thousand_datasources_at_once() {
     let a = Node::join(&server, "a").await;
     let made = a.run(|registry| {
         let started = Instant::now();
-        let scopes = Scopes::of(&[Scope::Ingest]);
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
         for n in 0..DATASOURCES {
             let id = slug(&format!("machine-{n}"));
             let deadline = Instant::now() + SOON;
@@ -643,11 +644,11 @@ async fn what_a_key_is_used_for_on_any_node_is_known_on_all_and_after_they_are_g
     let (a, b) = (Node::join(&server, "a").await, Node::join(&server, "b").await);
     acquainted(&[&a, &b]).await;
     let (key, secret) = a.create("press-4").await.expect("created");
-    let client = |name| Arc::new(Client::new(Transport::Mqtt, None, Some(name)));
+    let client = |name| Arc::new(KeyClient::new(Transport::Mqtt, None, Some(name)));
     let uses = |node: &Node, name, at, accepted, offset| {
         let key = node.opens(&secret).expect("opens");
-        node.registry.used(&key, Some(&client(name)), at, Some((accepted, offset)));
-        node.registry.refused(&key);
+        node.registry.note_use(&key, Some(&client(name)), at, Some((accepted, offset)));
+        node.registry.note_refusal(&key);
     };
     let write = |node: &Node| node.run(|registry| registry.write_usage());
     let known = |node: &Node| {
@@ -695,14 +696,14 @@ async fn a_key_whose_row_is_taken_out_of_the_bucket_is_dead_on_every_node() {
     let (_, secret) = a.create("press-4").await.expect("created");
     let hex: String = secret.digest().0.iter().map(|byte| format!("{byte:02x}")).collect();
     let nats = connect(&[server.url()], "somebody").await;
-    let bucket = headgate_bridge_nats::BucketSettings {
-        name: headgate::auth::cluster::BUCKET.to_owned(),
+    let bucket = headgate_bridge_nats::KvBucketSettings {
+        name: headgate::auth::cluster::REGISTRY_BUCKET.to_owned(),
         replicas: 1,
         age_max: None,
     };
     until("NATS is connected", || nats.trouble().is_none()).await;
-    let bucket = headgate_bridge_nats::Bucket::open(&nats, &bucket).await.expect("opens");
-    let gone = headgate_bridge_nats::kv::Put { key: format!("key.{hex}"), value: None, expected: None };
+    let bucket = headgate_bridge_nats::KvBucket::open(&nats, &bucket).await.expect("opens");
+    let gone = headgate_bridge_nats::kv::KvPut { key: format!("key.{hex}"), value: None, expected: None };
     bucket.put_all(&[gone], None).await.expect("written");
     until("it is dead", || a.opens(&secret).is_none() && b.opens(&secret).is_none()).await;
     // What nobody knows is left alone, and changes go on.

@@ -7,8 +7,8 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use headgate::config::Config;
-use headgate::log::{EmbeddedLog, JetstreamLog, Log, OpenError};
-use headgate::subject::check_crosses;
+use headgate::log::{EmbeddedLog, JetstreamLog, Log, LogOpenError};
+use headgate::subject::check_topic_has_subject;
 use headgate_bridge_nats::Nats;
 use tokio::runtime::Runtime;
 
@@ -71,7 +71,7 @@ pub fn log_at(url: String) -> Arc<dyn Log> {
         loop {
             match JetstreamLog::open(&nats, &nats, &config, "test").await {
                 Ok(log) => return Arc::new(log) as Arc<dyn Log>,
-                Err(OpenError::Away(_)) if Instant::now() < deadline => {
+                Err(LogOpenError::Away(_)) if Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 Err(error) => panic!("the log does not open: {error}"),
@@ -82,5 +82,5 @@ pub fn log_at(url: String) -> Arc<dyn Log> {
 
 /// Whether a log can have records with this topic: one in JetStream has those that are subjects of NATS.
 pub fn has_room_for(topic: &str) -> bool {
-    !is_wanted() || check_crosses(topic).is_ok()
+    !is_wanted() || check_topic_has_subject(topic).is_ok()
 }

@@ -16,7 +16,7 @@ use async_nats::{Client, HeaderMap, Message};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use headgate_bridge_nats::ingress::{self, Ingress};
-use headgate_bridge_nats::inlet::{Inlet, Parcel, Refused, Verdict, Verdicts};
+use headgate_bridge_nats::inlet::{Inlet, InletRefusal, InletVerdict, InletVerdicts, Parcel};
 use serde_json::{Value, json};
 
 const SUBJECT: &str = "ingest.press-4.spindle.temp";
@@ -411,18 +411,18 @@ struct Lock {
 }
 
 impl Inlet for Lock {
-    async fn deliver(&self, parcels: Vec<Parcel>) -> Verdicts {
+    async fn deliver(&self, parcels: Vec<Parcel>) -> InletVerdicts {
         let payloads = parcels.iter().map(|parcel| String::from_utf8_lossy(parcel.payload()).into_owned());
         self.seen.lock().expect("no holder panics").extend(payloads);
         drop(self.open.acquire().await.expect("it is not closed"));
-        Box::pin(
-            async move { parcels.iter().map(|_| Verdict::Stored { seq: 0, duplicate: false }).collect() },
-        )
+        Box::pin(async move {
+            parcels.iter().map(|_| InletVerdict::Stored { seq: 0, duplicate: false }).collect()
+        })
     }
 
-    fn overflow(&self, _: &Parcel) -> Verdict {
+    fn overflow(&self, _: &Parcel) -> InletVerdict {
         let (text, body) = ("too many".to_owned(), b"{}".to_vec());
-        Verdict::Refused(Box::new(Refused { code: 503, text, body, retry_after: None }))
+        InletVerdict::Refused(Box::new(InletRefusal { code: 503, text, body, retry_after: None }))
     }
 }
 
@@ -430,13 +430,13 @@ impl Inlet for Lock {
 async fn what_is_over_the_bounds_is_told_so_at_once_and_the_rest_keeps_its_order() {
     const MESSAGES: usize = 30;
     let nats = NatsServer::start();
-    let connection = headgate_bridge_nats::Settings {
+    let connection = headgate_bridge_nats::NatsSettings {
         servers: vec![nats.url()],
-        credentials: headgate_bridge_nats::Credentials::None,
+        credentials: headgate_bridge_nats::NatsCredentials::None,
         ca: None,
         name: "test".to_owned(),
     };
-    let settings = ingress::Settings {
+    let settings = ingress::IngressSettings {
         subject: "in.>".to_owned(),
         queue: "q".to_owned(),
         stream: "s".to_owned(),

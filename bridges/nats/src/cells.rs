@@ -1,6 +1,6 @@
 //! Cells: the keys of a KV bucket, each read and written by itself, against the revision that the
-//! writer knows. Of two that write the same key one is told that the other was there before. Nobody
-//! watches the whole bucket, and nobody holds it: it may be larger than one process' memory.
+//! writer knows. Of two writers of one key, the second is refused. No node watches or holds the whole
+//! bucket, so it may be larger than the memory of one process.
 
 use std::time::Duration;
 
@@ -12,32 +12,32 @@ use async_nats::{HeaderMap, HeaderValue};
 use bytes::Bytes;
 use futures_util::StreamExt;
 
-use crate::kv::{at_open, of_server};
+use crate::kv::{kv_error_of_create, kv_error_of_jetstream};
 use crate::{KvError, Nats};
 
 /// How long one read or write may take before it counts as failed.
-const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
-/// Writes that wait for their acknowledgement at once; one more waits until there are fewer.
-const WRITES_MAX: usize = 1024;
+const CELL_ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
+/// Writes that may wait for their ack at the same time; one more waits for room.
+const CELL_WRITES_IN_FLIGHT_MAX: usize = 1024;
 
 /// What a bucket of cells is like.
 #[derive(Debug, Clone)]
 pub struct CellsSettings {
     /// The bucket's name.
     pub bucket: String,
-    /// On how many servers each cell is.
+    /// How many servers hold each cell.
     pub replicas: usize,
-    /// How long a cell stays that nobody writes again; `None`: for ever.
+    /// How long a cell stays after its last write; `None`: forever.
     pub age_max: Option<Duration>,
 }
 
 /// Why a cell was not read or written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CellError {
-    /// It has another revision than the one that was to be written over.
+    /// The cell does not have the revision that the write expects.
     #[error("somebody else has written it meanwhile")]
     Changed,
-    /// NATS has not done it, or has not said so in time: whether a write is there is not known.
+    /// NATS failed or did not answer in time: whether a write was stored is not known.
     #[error("NATS: {0}")]
     Away(String),
     /// JetStream cannot have such a bucket.
@@ -54,12 +54,12 @@ impl From<KvError> for CellError {
     }
 }
 
-/// A cell as it is.
+/// The state of a cell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cell {
-    /// What a write over it has to name; 0 if it is not there.
+    /// The revision that the next write has to name; 0 if there is no such cell.
     pub revision: u64,
-    /// `None`: it is not there.
+    /// `None`: there is no such cell.
     pub value: Option<Bytes>,
 }
 
@@ -73,7 +73,7 @@ pub struct Cells {
 }
 
 impl Cells {
-    /// Opens the bucket, or makes it.
+    /// Opens the bucket, and creates it if there is none.
     ///
     /// # Errors
     /// [`CellError::Away`], [`CellError::Refused`].
@@ -81,10 +81,11 @@ impl Cells {
         if let Some(trouble) = nats.trouble() {
             return Err(CellError::Away(trouble));
         }
-        let builder = ContextBuilder::new().max_ack_inflight(WRITES_MAX).timeout(ANSWER_WAIT_MAX);
+        let builder =
+            ContextBuilder::new().max_ack_inflight(CELL_WRITES_IN_FLIGHT_MAX).timeout(CELL_ANSWER_WAIT_MAX);
         let jetstream = builder.build(nats.client().clone());
         let prefix = format!("$KV.{}.", settings.bucket);
-        // As any client makes a bucket, so that any client reads it; and cells may have an end.
+        // The configuration of a KV bucket, so that any client can read it; cells may also have a TTL.
         let config = Config {
             name: format!("KV_{}", settings.bucket),
             subjects: vec![format!("{prefix}>")],
@@ -101,13 +102,13 @@ impl Cells {
         };
         let name = &settings.bucket;
         let found = jetstream.get_or_create_stream(config.clone()).await;
-        let stream = found.map_err(|error| at_open(name, &error))?;
+        let stream = found.map_err(|error| kv_error_of_create(name, &error))?;
         let is = &stream.cached_info().config;
         if (is.num_replicas, is.max_age) != (config.num_replicas, config.max_age) {
             jetstream.update_stream(config).await.map_err(|error| {
                 let text = format!("bucket {name}: {error}");
                 match error.kind() {
-                    UpdateStreamErrorKind::JetStream(error) => of_server(text, &error).into(),
+                    UpdateStreamErrorKind::JetStream(error) => kv_error_of_jetstream(text, &error).into(),
                     UpdateStreamErrorKind::TimedOut => CellError::Away(text),
                     _ => CellError::Refused(text),
                 }
@@ -116,19 +117,19 @@ impl Cells {
         Ok(Self { nats: nats.clone(), stream, jetstream, prefix })
     }
 
-    /// The connection that it is reached by.
+    /// The connection to the bucket.
     pub fn nats(&self) -> &Nats {
         &self.nats
     }
 
-    /// Reads a cell from the server that decides on its writes: what was acknowledged is seen.
+    /// Reads a cell from the stream's leader, so that it sees every acknowledged write.
     ///
     /// # Errors
     /// [`CellError::Away`].
     pub async fn get(&self, key: &str) -> Result<Cell, CellError> {
         let subject = self.subject(key);
         let read = self.stream.get_last_raw_message_by_subject(&subject);
-        match tokio::time::timeout(ANSWER_WAIT_MAX, read).await.map_err(|_| late())? {
+        match tokio::time::timeout(CELL_ANSWER_WAIT_MAX, read).await.map_err(|_| cell_timeout_error())? {
             Ok(message) => {
                 let value = (!message.payload.is_empty()).then_some(message.payload);
                 Ok(Cell { revision: message.sequence, value })
@@ -140,8 +141,8 @@ impl Cells {
         }
     }
 
-    /// Writes a cell that has `revision`, whatever it has if that is `None`. The value is not empty. With
-    /// `lasts` it is gone after that time. Returns the new revision.
+    /// Writes a cell if it has `revision`; `None`: whatever it has. The value must not be empty. With `lasts`
+    /// the cell expires after that time. Returns the new revision.
     ///
     /// # Errors
     /// [`CellError`].
@@ -163,33 +164,35 @@ impl Cells {
             let sent = self.jetstream.publish_with_headers(self.subject(key), headers, value).await?;
             sent.await
         };
-        match tokio::time::timeout(ANSWER_WAIT_MAX, written).await.map_err(|_| late())? {
+        match tokio::time::timeout(CELL_ANSWER_WAIT_MAX, written).await.map_err(|_| cell_timeout_error())? {
             Ok(acknowledged) => Ok(acknowledged.sequence),
             Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Err(CellError::Changed),
             Err(error) => Err(CellError::Away(error.to_string())),
         }
     }
 
-    /// Removes a cell, of which nothing stays: of two who write and remove it the later one counts.
+    /// Removes a cell without a trace, whatever its revision. The later of a write and a removal counts.
     ///
     /// # Errors
     /// [`CellError::Away`].
     pub async fn remove(&self, key: &str) -> Result<(), CellError> {
         let purged = self.stream.purge().filter(self.subject(key)).into_future();
-        let purged = tokio::time::timeout(ANSWER_WAIT_MAX, purged).await.map_err(|_| late())?;
+        let purged =
+            tokio::time::timeout(CELL_ANSWER_WAIT_MAX, purged).await.map_err(|_| cell_timeout_error())?;
         purged.map(|_| ()).map_err(|error| CellError::Away(error.to_string()))
     }
 
-    /// Whether there is a cell below this part of a key.
+    /// Whether a cell's key begins with this part and a dot.
     ///
     /// # Errors
     /// [`CellError::Away`].
-    pub async fn any_below(&self, part: &str) -> Result<bool, CellError> {
+    pub async fn has_any_below(&self, part: &str) -> Result<bool, CellError> {
         let cells = async {
             let mut subjects = self.stream.info_with_subjects(self.subject(&format!("{part}.>"))).await?;
             Ok::<_, async_nats::Error>(subjects.next().await.transpose()?.is_some())
         };
-        let found = tokio::time::timeout(ANSWER_WAIT_MAX, cells).await.map_err(|_| late())?;
+        let found =
+            tokio::time::timeout(CELL_ANSWER_WAIT_MAX, cells).await.map_err(|_| cell_timeout_error())?;
         found.map_err(|error| CellError::Away(error.to_string()))
     }
 
@@ -198,6 +201,6 @@ impl Cells {
     }
 }
 
-fn late() -> CellError {
-    CellError::Away(format!("no answer within {} s", ANSWER_WAIT_MAX.as_secs()))
+fn cell_timeout_error() -> CellError {
+    CellError::Away(format!("no answer within {} s", CELL_ANSWER_WAIT_MAX.as_secs()))
 }

@@ -1,9 +1,9 @@
-//! A connection to a NATS server or cluster. It is made in the background and comes back by itself, so
-//! that whoever uses it sees an absent NATS as something transient: [`Nats::trouble`] says what keeps it
-//! away.
+//! A connection to a NATS server or cluster. It connects in the background and reconnects by itself, so that
+//! an absent NATS is a transient state to its users. [`Nats::trouble`] says why NATS is absent.
 
+use parking_lot::Mutex;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event};
@@ -11,30 +11,30 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 /// The longest wait between two attempts to connect.
-const RECONNECT_MAX: Duration = Duration::from_secs(1);
-/// How often a server is asked whether it is there. One that leaves three questions unanswered is left for
-/// another: a host that is cut off closes no connection.
-const PING: Duration = Duration::from_secs(1);
-/// How long a server may take to let the client in.
-const CONNECT_MAX: Duration = Duration::from_secs(2);
+const NATS_RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How often the client pings its server. After three missing answers it connects to another server: a host
+/// that is cut off closes no connection.
+const NATS_PING_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a server may take to accept the client.
+const NATS_CONNECT_WAIT_MAX: Duration = Duration::from_secs(2);
 
-/// Where NATS is, and how to get in.
+/// Where NATS is, and how to authenticate.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct NatsSettings {
     /// `nats://HOST:PORT` or `tls://HOST:PORT`, of one or more servers of a cluster.
     pub servers: Vec<String>,
-    /// Who connects.
-    pub credentials: Credentials,
+    /// How to authenticate.
+    pub credentials: NatsCredentials,
     /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts.
     pub ca: Option<PathBuf>,
-    /// What the connection is called in NATS' monitoring.
+    /// The connection's name in NATS' monitoring.
     pub name: String,
 }
 
-/// Who connects to NATS.
+/// How a connection authenticates to NATS.
 #[derive(Clone)]
-pub enum Credentials {
-    /// Nobody in particular.
+pub enum NatsCredentials {
+    /// Not at all.
     None,
     /// A user of the server's configuration.
     Password {
@@ -47,20 +47,20 @@ pub enum Credentials {
     File(PathBuf),
 }
 
-impl std::fmt::Debug for Credentials {
+impl std::fmt::Debug for NatsCredentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Credentials::None => f.write_str("None"),
-            Credentials::Password { user, .. } => f.debug_tuple("Password").field(user).finish(),
-            Credentials::File(path) => f.debug_tuple("File").field(path).finish(),
+            NatsCredentials::None => f.write_str("None"),
+            NatsCredentials::Password { user, .. } => f.debug_tuple("Password").field(user).finish(),
+            NatsCredentials::File(path) => f.debug_tuple("File").field(path).finish(),
         }
     }
 }
 
-/// Why a connection could not be set up. That NATS is not there is no reason.
+/// Why a connection could not be set up. An absent NATS is not an error.
 #[derive(Debug, thiserror::Error)]
 pub enum NatsError {
-    /// A server's address that is none.
+    /// An invalid server address.
     #[error("{address:?} is not the address of a NATS server: {detail}")]
     Address {
         /// What was given.
@@ -76,7 +76,7 @@ pub enum NatsError {
         /// Why.
         detail: String,
     },
-    /// Whatever else keeps the client from beginning.
+    /// Any other error that keeps the client from starting.
     #[error("NATS: {0}")]
     Client(String),
 }
@@ -86,16 +86,16 @@ pub enum NatsError {
 pub struct Nats {
     client: Client,
     trouble: Arc<Mutex<Option<String>>>,
-    /// How often it was connected.
+    /// How many times it has connected.
     connections: watch::Receiver<u64>,
 }
 
 impl Nats {
-    /// Begins to connect, and goes on until it is connected, now and after every loss.
+    /// Begins to connect, and retries without end, now and after every loss of the connection.
     ///
     /// # Errors
     /// [`NatsError`] for settings that can never work.
-    pub async fn connect(settings: &Settings) -> Result<Self, NatsError> {
+    pub async fn connect(settings: &NatsSettings) -> Result<Self, NatsError> {
         let servers = settings.servers.iter().map(|address| without_credentials(address));
         let servers = servers.collect::<Vec<_>>().join(",");
         let addresses = settings.servers.iter().map(|address| {
@@ -110,26 +110,26 @@ impl Nats {
         let (count, connections) = watch::channel(0);
         let count = Arc::new(count);
         let options = match &settings.credentials {
-            Credentials::None => ConnectOptions::new(),
-            Credentials::Password { user, password } => {
+            NatsCredentials::None => ConnectOptions::new(),
+            NatsCredentials::Password { user, password } => {
                 ConnectOptions::with_user_and_password(user.clone(), password.clone())
             }
-            Credentials::File(path) => ConnectOptions::with_credentials_file(path)
+            NatsCredentials::File(path) => ConnectOptions::with_credentials_file(path)
                 .await
                 .map_err(|error| NatsError::File { path: path.clone(), detail: error.to_string() })?,
         };
         let mut options = options
             .name(&settings.name)
             .retry_on_initial_connect()
-            .ping_interval(PING)
-            .connection_timeout(CONNECT_MAX)
+            .ping_interval(NATS_PING_INTERVAL)
+            .connection_timeout(NATS_CONNECT_WAIT_MAX)
             .reconnect_delay_callback(|attempts| {
-                Duration::from_millis(50 << attempts.min(5)).min(RECONNECT_MAX)
+                Duration::from_millis(50 << attempts.min(5)).min(NATS_RECONNECT_PAUSE_MAX)
             })
             .event_callback(move |event| {
                 let (servers, seen, count) = (servers.clone(), seen.clone(), count.clone());
                 async move {
-                    note(&event, &servers, &seen);
+                    note_connection_event(&event, &servers, &seen);
                     if matches!(event, Event::Connected) {
                         count.send_modify(|count| *count += 1);
                     }
@@ -143,23 +143,23 @@ impl Nats {
         Ok(Self { client, trouble, connections })
     }
 
-    /// The client of the connection.
+    /// The client library's handle.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
-    /// How often it was connected: whoever waits for messages learns from it that some may be missing.
+    /// How many times it has connected. After a change, a subscriber may have missed messages.
     pub fn connections(&self) -> watch::Receiver<u64> {
         self.connections.clone()
     }
 
     /// What keeps NATS away, while it is away.
     pub fn trouble(&self) -> Option<String> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.trouble.lock().clone()
     }
 }
 
-/// A server's address as it may be shown: without the user and password that may stand in it.
+/// A server's address without the user and password that it may contain, for logs.
 pub fn without_credentials(address: &str) -> String {
     match (address.split_once("://"), address.rsplit_once('@')) {
         (Some((scheme, _)), Some((_, server))) => format!("{scheme}://{server}"),
@@ -168,10 +168,9 @@ pub fn without_credentials(address: &str) -> String {
     }
 }
 
-/// Takes note of what has become of the connection, and says it where an operator reads: once when it is
-/// lost, and not again for every attempt.
-fn note(event: &Event, servers: &str, seen: &Mutex<Option<String>>) {
-    let mut trouble = seen.lock().unwrap_or_else(PoisonError::into_inner);
+/// Records and logs an event of the connection. A loss is logged once, not at every attempt to reconnect.
+fn note_connection_event(event: &Event, servers: &str, seen: &Mutex<Option<String>>) {
+    let mut trouble = seen.lock();
     match event {
         Event::Connected => {
             info!(servers, "connected to NATS");

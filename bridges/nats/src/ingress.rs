@@ -1,18 +1,18 @@
-//! The ingress: what is published to a subject, on its way to an [`Inlet`], and the answers on their way
-//! back. One task takes everything that has come in since it last looked and hands it over as one batch;
-//! while that is being kept it goes on, so that load makes the batches larger.
+//! The ingress: carries what is published to a subject to an [`Inlet`], and the answers back. One task takes
+//! everything that has arrived since its last turn and hands it over as one batch. It continues while that
+//! batch is being stored, so that load makes the batches larger.
 //!
-//! NATS does not wait for a subscriber that is slow, it cuts it off. So nothing here ever stops taking
-//! messages in: what is over the bounds is told so at once.
+//! NATS does not wait for a slow subscriber but cuts it off. So the ingress never stops receiving: a message
+//! over the bounds is refused at once.
 //!
-//! The ingress has a connection of its own. Whoever may publish to the subject decides what is read
-//! here, and a message whose headers are not well-formed costs the client library its connection, or its
-//! life: async-nats 0.51 panics on a bare carriage return in a header. The ingress then connects again,
-//! and nothing else of the gateway's notices.
+//! The ingress has a connection of its own, because its publishers control what the client library parses. A
+//! message with malformed headers costs the library its connection, or even its task: async-nats 0.51 panics
+//! on a bare carriage return in a header. The ingress then connects again, and the rest of the gateway is not
+//! affected.
 
+use parking_lot::Mutex;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -23,29 +23,29 @@ use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use crate::connection::{self, Nats, NatsError};
-use crate::inlet::{Answers, Inlet, Parcel, Verdict, Verdicts};
+use crate::inlet::{Inlet, InletAnswerWriter, InletVerdict, InletVerdicts, Parcel};
 
-/// The shortest wait before a connection that was lost for good is made anew.
-const ANEW: Duration = Duration::from_millis(50);
-/// How long the end of the subscription may take, and how long the last answers.
-const GOODBYE_MAX: Duration = Duration::from_secs(2);
+/// The pause before a new connection replaces one that the client library gave up.
+const INGRESS_RECONNECT_PAUSE: Duration = Duration::from_millis(50);
+/// How long the drain of the subscription may take, and then the last answers.
+const INGRESS_DRAIN_MAX: Duration = Duration::from_secs(2);
 
-/// What is taken in, and how much of it at once.
+/// What an ingress receives, and its bounds.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct IngressSettings {
     /// The subject, with wildcards.
     pub subject: String,
-    /// Of those that subscribe in the same group, on however many gateways, each message goes to one.
+    /// The queue group: each message goes to one of its subscribers, on however many gateways.
     pub queue: String,
-    /// The stream in whose name is answered.
+    /// The stream name in the answers.
     pub stream: String,
-    /// Messages in one batch at most.
+    /// The most messages in one batch.
     pub batch_messages_max: usize,
-    /// And their bytes; one larger message is a batch of its own.
+    /// The most bytes in one batch; a larger message is a batch of its own.
     pub batch_bytes_max: usize,
-    /// Batches on their way to be kept at once.
+    /// Batches that may be on their way to storage at the same time.
     pub batches_in_flight_max: usize,
-    /// Messages that wait for their batch; one more is told that there are too many.
+    /// Messages that may wait for a batch; one more is refused as too many.
     pub waiting_messages_max: usize,
     /// The same, in bytes.
     pub waiting_bytes_max: usize,
@@ -54,26 +54,29 @@ pub struct Settings {
 /// The ingress of a subject.
 #[derive(Debug)]
 pub struct Ingress {
-    connection: connection::Settings,
-    settings: Settings,
+    connection: connection::NatsSettings,
+    settings: IngressSettings,
     nats: Mutex<Nats>,
 }
 
-/// Why a subscription is over.
+/// Why a subscription ended.
 #[derive(Debug, PartialEq)]
-enum End {
-    /// It was asked to stop, and everything is answered.
+enum SubscriptionEnd {
+    /// It was told to stop, and everything is answered.
     Stopped,
-    /// The connection has gone, and does not come back by itself.
+    /// The client library gave up the connection.
     Lost,
 }
 
 impl Ingress {
-    /// Begins to connect. NATS need not be there.
+    /// Begins to connect. NATS may be away.
     ///
     /// # Errors
     /// [`NatsError`] for settings that can never work.
-    pub async fn connect(connection: connection::Settings, settings: Settings) -> Result<Self, NatsError> {
+    pub async fn connect(
+        connection: connection::NatsSettings,
+        settings: IngressSettings,
+    ) -> Result<Self, NatsError> {
         let nats = Mutex::new(Nats::connect(&connection).await?);
         Ok(Self { connection, settings, nats })
     }
@@ -84,26 +87,26 @@ impl Ingress {
     }
 
     fn nats(&self) -> Nats {
-        self.nats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.nats.lock().clone()
     }
 
-    /// Hands everything that is published to the subject to `inlet`, until `stop` resolves. Then it takes
-    /// no more, and returns when what it took is answered.
+    /// Hands everything that is published to the subject to `inlet` until `stop` resolves. Then it receives
+    /// no more, and returns once everything received is answered.
     pub async fn run(&self, inlet: &impl Inlet, stop: impl Future<Output = ()>) {
         let mut stop = std::pin::pin!(stop);
-        let answers = Answers::of(&self.settings.stream);
+        let answers = InletAnswerWriter::for_stream(&self.settings.stream);
         loop {
             let client = self.nats().client().clone();
-            if self.serve(&client, &answers, inlet, stop.as_mut()).await == End::Stopped {
+            if self.serve(&client, &answers, inlet, stop.as_mut()).await == SubscriptionEnd::Stopped {
                 return;
             }
             warn!(subject = self.settings.subject, "the connection to NATS was lost for good: a new one");
             tokio::select! {
-                () = tokio::time::sleep(ANEW) => {}
+                () = tokio::time::sleep(INGRESS_RECONNECT_PAUSE) => {}
                 () = &mut stop => return,
             }
             match Nats::connect(&self.connection).await {
-                Ok(nats) => *self.nats.lock().unwrap_or_else(PoisonError::into_inner) = nats,
+                Ok(nats) => *self.nats.lock() = nats,
                 Err(error) => warn!(%error, "cannot connect to NATS"),
             }
         }
@@ -112,40 +115,40 @@ impl Ingress {
     async fn serve(
         &self,
         client: &Client,
-        answers: &Answers,
+        answers: &InletAnswerWriter,
         inlet: &impl Inlet,
         mut stop: Pin<&mut impl Future<Output = ()>>,
-    ) -> End {
-        let Settings { subject, queue, .. } = &self.settings;
+    ) -> SubscriptionEnd {
+        let IngressSettings { subject, queue, .. } = &self.settings;
         let mut subscription = match client.queue_subscribe(subject.clone(), queue.clone()).await {
             Ok(subscription) => subscription,
             Err(error) => {
                 warn!(subject, %error, "cannot subscribe");
-                return End::Lost;
+                return SubscriptionEnd::Lost;
             }
         };
-        let mut waiting = Waiting::default();
+        let mut waiting = WaitingParcels::default();
         let mut arrived = Vec::new();
-        // A batch that is being handed over: the next comes behind it.
+        // The batch being handed over. There is one at a time, so that messages keep their order.
         let mut handing = None;
-        // Those that are being kept, with where their answers go.
+        // Batches being stored, with the reply subjects of their messages.
         let mut keeping = FuturesOrdered::new();
-        // Answers on their way out. However slowly NATS takes them, what it brings is taken in.
+        // Answers on their way out: a future of its own, so that a slow NATS does not stop the receiving.
         let mut answering = None;
-        // Those to messages that were too many, and where they go.
+        // Verdicts on messages that were too many, with their reply subjects.
         let mut overflowed = (Vec::new(), Vec::new());
         let (mut stopping, mut open) = (false, true);
-        let mut close_by = std::pin::pin!(tokio::time::sleep(GOODBYE_MAX));
+        let mut close_by = std::pin::pin!(tokio::time::sleep(INGRESS_DRAIN_MAX));
         loop {
             if handing.is_none()
                 && keeping.len() < self.settings.batches_in_flight_max
-                && let Some((parcels, replies)) = waiting.batch(&self.settings)
+                && let Some((parcels, replies)) = waiting.take_batch(&self.settings)
             {
                 handing = Some(Box::pin(async move { (inlet.deliver(parcels).await, replies) }));
             }
             if answering.is_none() && !overflowed.0.is_empty() {
                 let (verdicts, replies) = std::mem::take(&mut overflowed);
-                answering = Some(Box::pin(answer(client, answers, verdicts, replies)));
+                answering = Some(Box::pin(publish_answers(client, answers, verdicts, replies)));
             }
             if !open && handing.is_none() && keeping.is_empty() && answering.is_none() {
                 break;
@@ -154,13 +157,13 @@ impl Ingress {
                 biased;
                 () = or_never(&mut answering) => answering = None,
                 Some((verdicts, replies)) = keeping.next(), if answering.is_none() && !keeping.is_empty() => {
-                    answering = Some(Box::pin(answer(client, answers, verdicts, replies)));
+                    answering = Some(Box::pin(publish_answers(client, answers, verdicts, replies)));
                 }
                 (verdicts, replies) = or_never(&mut handing) => {
                     handing = None;
-                    keeping.push_back(kept(verdicts, replies));
+                    keeping.push_back(await_verdicts(verdicts, replies));
                 }
-                goes_on = tokio::task::unconstrained(arrive(&mut subscription, &mut arrived, &self.settings)),
+                goes_on = tokio::task::unconstrained(receive_arrived(&mut subscription, &mut arrived, &self.settings)),
                 if open => {
                     open = goes_on;
                     for mut parcel in arrived.drain(..) {
@@ -170,41 +173,41 @@ impl Ingress {
                             overflowed.0.push(inlet.overflow(&parcel));
                             overflowed.1.push(parcel.take_reply());
                         } else {
-                            // There is no room for a no either: the sender hears nothing, and comes again.
+                            // No room for a refusal either: the sender gets no answer, and tries again.
                             drop(inlet.overflow(&parcel));
                         }
                     }
                 }
                 () = &mut stop, if !stopping => {
                     stopping = true;
-                    close_by.as_mut().reset(Instant::now() + GOODBYE_MAX);
-                    // What it has brought already comes first, and then the end; from a NATS that is away
-                    // neither comes.
-                    let ending = tokio::time::timeout(GOODBYE_MAX, subscription.drain());
+                    close_by.as_mut().reset(Instant::now() + INGRESS_DRAIN_MAX);
+                    // A drain still delivers what has arrived, and then ends the subscription. If NATS is
+                    // away, neither would ever happen.
+                    let ending = tokio::time::timeout(INGRESS_DRAIN_MAX, subscription.drain());
                     open = open && self.trouble().is_none() && matches!(ending.await, Ok(Ok(())));
                 }
                 () = &mut close_by, if stopping && open => open = false,
             }
         }
         if !stopping {
-            return End::Lost;
+            return SubscriptionEnd::Lost;
         }
-        if tokio::time::timeout(GOODBYE_MAX, client.flush()).await.is_err() {
-            debug!(subject, "the last answers may not have left");
+        if tokio::time::timeout(INGRESS_DRAIN_MAX, client.flush()).await.is_err() {
+            debug!(subject, "the last answers may not have been sent");
         }
-        End::Stopped
+        SubscriptionEnd::Stopped
     }
 }
 
-/// Messages that wait for their batch, in the order in which they came.
+/// Messages that wait for their batch, in the order of their arrival.
 #[derive(Default)]
-struct Waiting {
+struct WaitingParcels {
     parcels: std::collections::VecDeque<Parcel>,
     bytes: usize,
 }
 
-impl Waiting {
-    fn has_room(&self, parcel: &Parcel, settings: &Settings) -> bool {
+impl WaitingParcels {
+    fn has_room(&self, parcel: &Parcel, settings: &IngressSettings) -> bool {
         self.parcels.len() < settings.waiting_messages_max
             && self.bytes + parcel.weight() <= settings.waiting_bytes_max
     }
@@ -214,8 +217,8 @@ impl Waiting {
         self.parcels.push_back(parcel);
     }
 
-    /// The next batch, and where the answers to its messages go.
-    fn batch(&mut self, settings: &Settings) -> Option<(Vec<Parcel>, Vec<Option<Subject>>)> {
+    /// Takes the next batch, and the reply subjects of its messages.
+    fn take_batch(&mut self, settings: &IngressSettings) -> Option<(Vec<Parcel>, Vec<Option<Subject>>)> {
         let (mut parcels, mut replies) = (Vec::new(), Vec::new());
         let mut bytes = 0;
         while let Some(parcel) = self.parcels.front()
@@ -234,9 +237,12 @@ impl Waiting {
     }
 }
 
-/// Takes everything that has come in, a batch of it at most, waiting for the first. `false`: nothing
-/// comes any more.
-async fn arrive(subscription: &mut Subscriber, arrived: &mut Vec<Parcel>, settings: &Settings) -> bool {
+/// Waits for a message and takes all that have arrived, at most a batch. `false`: the subscription is over.
+async fn receive_arrived(
+    subscription: &mut Subscriber,
+    arrived: &mut Vec<Parcel>,
+    settings: &IngressSettings,
+) -> bool {
     std::future::poll_fn(|cx: &mut Context<'_>| {
         loop {
             match subscription.poll_next_unpin(cx) {
@@ -262,12 +268,20 @@ async fn or_never<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
     }
 }
 
-async fn kept(verdicts: Verdicts, replies: Vec<Option<Subject>>) -> (Vec<Verdict>, Vec<Option<Subject>>) {
+async fn await_verdicts(
+    verdicts: InletVerdicts,
+    replies: Vec<Option<Subject>>,
+) -> (Vec<InletVerdict>, Vec<Option<Subject>>) {
     (verdicts.await, replies)
 }
 
-/// Says what has become of messages to those who want to know.
-async fn answer(client: &Client, answers: &Answers, verdicts: Vec<Verdict>, replies: Vec<Option<Subject>>) {
+/// Publishes the verdicts to the senders that asked for an answer.
+async fn publish_answers(
+    client: &Client,
+    answers: &InletAnswerWriter,
+    verdicts: Vec<InletVerdict>,
+    replies: Vec<Option<Subject>>,
+) {
     for (verdict, reply) in verdicts.into_iter().zip(replies) {
         let Some(reply) = reply else { continue };
         let (headers, body) = answers.write(verdict);
@@ -276,7 +290,7 @@ async fn answer(client: &Client, answers: &Answers, verdicts: Vec<Verdict>, repl
             None => client.publish(reply, body).await,
         };
         if let Err(error) = published {
-            debug!(%error, "an answer did not leave");
+            debug!(%error, "an answer was not sent");
         }
     }
 }

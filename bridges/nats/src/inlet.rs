@@ -1,6 +1,6 @@
-//! The inlet: the contract between NATS and whoever lets messages in. Each message of a subject becomes
-//! a [`Parcel`]; the [`Inlet`] says what becomes of it, a [`Verdict`], which is answered to the message's
-//! reply subject as JetStream would answer, so that a client's `js.publish` works unchanged.
+//! The inlet: the contract between NATS and the code that admits messages. Each message of a subject becomes
+//! a [`Parcel`], and the [`Inlet`] gives a [`InletVerdict`] on it. The answer on the message's reply subject has
+//! the form of JetStream's, so that a client's `js.publish` works unchanged.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -10,30 +10,30 @@ use async_nats::header::HeaderMap;
 use async_nats::{HeaderValue, Message};
 use bytes::Bytes;
 
-/// One message, as NATS brought it. It is not shown: a header of it is a key.
+/// One message from NATS. It has no `Debug`: a header holds the API key.
 pub struct Parcel {
     message: Message,
-    reply: Reply,
+    reply: NatsReplyPolicy,
 }
 
 /// Whether a message can be answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reply {
-    /// It names no reply subject: nobody waits for an answer.
+pub enum NatsReplyPolicy {
+    /// It has no reply subject: no sender waits for an answer.
     Unwanted,
-    /// It is answered.
+    /// It has a reply subject that may be answered.
     Wanted,
-    /// It asks for its answer to be published where nobody but its sender is to decide what is
-    /// published. It is not answered.
+    /// Its reply subject is no inbox. An answer there could be a message that the sender may not publish, so
+    /// there is none.
     Elsewhere,
 }
 
 impl Parcel {
     pub(crate) fn new(message: Message) -> Self {
         let reply = match &message.reply {
-            None => Reply::Unwanted,
-            Some(reply) if reply.starts_with('_') => Reply::Wanted,
-            Some(_) => Reply::Elsewhere,
+            None => NatsReplyPolicy::Unwanted,
+            Some(reply) if reply.starts_with('_') => NatsReplyPolicy::Wanted,
+            Some(_) => NatsReplyPolicy::Elsewhere,
         };
         Self { message, reply }
     }
@@ -43,7 +43,7 @@ impl Parcel {
         &self.message.subject
     }
 
-    /// The bytes.
+    /// Its payload.
     pub fn payload(&self) -> &[u8] {
         &self.message.payload
     }
@@ -58,88 +58,87 @@ impl Parcel {
 
     /// Whether it can be answered.
     ///
-    /// The answer is published with the gateway's own permissions, so a reply subject of the sender's
-    /// choice is a way to publish what the sender may not: into the validated stream, for one. Only
-    /// subjects that begin with `_` are answered: clients' inboxes (`_INBOX.…`), and what a server makes
-    /// of them on the way from another account (`_R_.…`).
-    pub fn reply(&self) -> Reply {
+    /// The gateway publishes the answer with its own permissions. An arbitrary reply subject would let the
+    /// sender publish where it may not, such as into the validated stream. Only subjects that begin with `_`
+    /// are answered: clients' inboxes (`_INBOX.…`), and what a server makes of them on the way from another
+    /// account (`_R_.…`).
+    pub fn reply(&self) -> NatsReplyPolicy {
         self.reply
     }
 
-    /// Where its answer goes, if there is to be one.
+    /// Takes the reply subject, if it may be answered.
     pub(crate) fn take_reply(&mut self) -> Option<async_nats::Subject> {
-        self.message.reply.take().filter(|_| self.reply == Reply::Wanted)
+        self.message.reply.take().filter(|_| self.reply == NatsReplyPolicy::Wanted)
     }
 
-    /// What it takes in memory, in bytes, about.
+    /// Its approximate size in memory, in bytes.
     pub(crate) fn weight(&self) -> usize {
         size_of::<Message>() + self.message.length
     }
 }
 
-/// What has become of a message.
+/// The outcome for a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
-    /// It is kept, durably.
+pub enum InletVerdict {
+    /// It is stored durably.
     Stored {
-        /// Its number.
+        /// Its sequence number.
         seq: u64,
-        /// It was kept before.
+        /// It was stored earlier, under the same id.
         duplicate: bool,
     },
-    /// It is not kept, or not where its sender wanted it.
-    Refused(Box<Refused>),
+    /// It is not stored, or only in quarantine.
+    Refused(Box<InletRefusal>),
 }
 
-/// A no, for the one who sent the message.
+/// A refusal, as the sender is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refused {
-    /// As HTTP has it: 401, 429.
+pub struct InletRefusal {
+    /// An HTTP status code: 401, 429.
     pub code: u16,
-    /// In a few words.
+    /// A short text.
     pub text: String,
-    /// The whole answer, a JSON object. With a member `error` as JetStream's answers have it, a client's
-    /// `js.publish` makes a proper error of it.
+    /// The whole answer, a JSON object. A member `error` like that of JetStream's answers makes a client's
+    /// `js.publish` fail with a proper error.
     pub body: Vec<u8>,
-    /// When the same message may be let in, if time helps.
+    /// After how long a retry may succeed; `None`: it cannot.
     pub retry_after: Option<Duration>,
 }
 
-/// What a batch of messages resolves to: a verdict for each, in their order.
-pub type Verdicts = Pin<Box<dyn Future<Output = Vec<Verdict>> + Send>>;
+/// Resolves to one verdict for each message of a batch, in their order.
+pub type InletVerdicts = Pin<Box<dyn Future<Output = Vec<InletVerdict>> + Send>>;
 
-/// Lets messages in.
+/// Admits messages.
 pub trait Inlet: Sync {
-    /// Takes messages in the order in which they came. It returns when they have their place, so that
-    /// what is delivered next comes behind them; what has become of them is known later.
-    fn deliver(&self, parcels: Vec<Parcel>) -> impl Future<Output = Verdicts> + Send;
+    /// Takes messages in the order of their arrival. It returns when their order is fixed, so that the next
+    /// batch follows them; the returned future gives the verdicts later.
+    fn deliver(&self, parcels: Vec<Parcel>) -> impl Future<Output = InletVerdicts> + Send;
 
-    /// More messages have come in than are held at once: what is said to one too many. NATS cannot be
-    /// told to wait.
-    fn overflow(&self, parcel: &Parcel) -> Verdict;
+    /// The verdict on a message for which there is no room: NATS has no way to make a publisher wait.
+    fn overflow(&self, parcel: &Parcel) -> InletVerdict;
 }
 
-/// Writes verdicts as JetStream does.
+/// Encodes verdicts as JetStream encodes its answers.
 #[derive(Debug, Clone)]
-pub(crate) struct Answers {
+pub(crate) struct InletAnswerWriter {
     /// `{"stream":"NAME","seq":`
     stored: String,
 }
 
-impl Answers {
-    /// In the name of a stream.
-    pub(crate) fn of(stream: &str) -> Self {
+impl InletAnswerWriter {
+    /// Answers in the name of a stream.
+    pub(crate) fn for_stream(stream: &str) -> Self {
         Self { stored: format!("{{\"stream\":{},\"seq\":", serde_json::Value::from(stream)) }
     }
 
     /// The headers and the payload of an answer.
-    pub(crate) fn write(&self, verdict: Verdict) -> (Option<HeaderMap>, Bytes) {
+    pub(crate) fn write(&self, verdict: InletVerdict) -> (Option<HeaderMap>, Bytes) {
         match verdict {
-            Verdict::Stored { seq, duplicate } => {
+            InletVerdict::Stored { seq, duplicate } => {
                 (None, format!("{}{seq},\"duplicate\":{duplicate}}}", self.stored).into())
             }
-            Verdict::Refused(refused) => {
-                let Refused { code, text, body, retry_after } = *refused;
+            InletVerdict::Refused(refused) => {
+                let InletRefusal { code, text, body, retry_after } = *refused;
                 let mut headers = HeaderMap::new();
                 // A line break would end the header.
                 let text: String = text.chars().filter(|c| !c.is_control()).collect();
@@ -147,7 +146,7 @@ impl Answers {
                 headers.insert("Nats-Service-Error-Code", HeaderValue::from(code));
                 headers.insert("Content-Type", "application/json");
                 if let Some(after) = retry_after {
-                    // Whole seconds, and never 0: that would be an invitation to come again at once.
+                    // Whole seconds, rounded up and never 0: 0 would invite an immediate retry.
                     let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
                     headers.insert("Retry-After", HeaderValue::from(seconds.max(1)));
                 }
@@ -178,7 +177,8 @@ mod tests {
 
     #[test]
     fn a_yes_is_what_jetstream_says() {
-        let (headers, body) = Answers::of("headgate").write(Verdict::Stored { seq: 7, duplicate: true });
+        let (headers, body) =
+            InletAnswerWriter::for_stream("headgate").write(InletVerdict::Stored { seq: 7, duplicate: true });
         assert!(headers.is_none());
         let ack: async_nats::jetstream::publish::PublishAck =
             serde_json::from_slice(&body).expect("as a client reads it");
@@ -187,13 +187,14 @@ mod tests {
 
     #[test]
     fn a_no_has_its_code_in_the_headers_and_no_line_break_from_a_text() {
-        let refused = Refused {
+        let refused = InletRefusal {
             code: 429,
             text: "too many\r\nX: y".to_owned(),
             body: b"{}".to_vec(),
             retry_after: Some(Duration::from_millis(1001)),
         };
-        let (headers, _) = Answers::of("headgate").write(Verdict::Refused(Box::new(refused)));
+        let (headers, _) =
+            InletAnswerWriter::for_stream("headgate").write(InletVerdict::Refused(Box::new(refused)));
         let headers = headers.expect("headers");
         let value = |name: &str| headers.get(name).map(HeaderValue::as_str);
         assert_eq!(value("Nats-Service-Error"), Some("too manyX: y"));
@@ -204,16 +205,16 @@ mod tests {
     #[test]
     fn an_answer_goes_to_an_inbox_and_nowhere_else() {
         for (reply, answered) in [
-            (None, Reply::Unwanted),
-            (Some("_INBOX.abc.1"), Reply::Wanted),
-            (Some("_R_.abc.1"), Reply::Wanted),
-            (Some("stream.press-4.temp"), Reply::Elsewhere),
-            (Some("$KV.headgate-registry.key"), Reply::Elsewhere),
-            (Some("ingest.press-4.temp"), Reply::Elsewhere),
+            (None, NatsReplyPolicy::Unwanted),
+            (Some("_INBOX.abc.1"), NatsReplyPolicy::Wanted),
+            (Some("_R_.abc.1"), NatsReplyPolicy::Wanted),
+            (Some("stream.press-4.temp"), NatsReplyPolicy::Elsewhere),
+            (Some("$KV.headgate-registry.key"), NatsReplyPolicy::Elsewhere),
+            (Some("ingest.press-4.temp"), NatsReplyPolicy::Elsewhere),
         ] {
             let mut parcel = parcel(reply);
             assert_eq!(parcel.reply(), answered, "{reply:?}");
-            assert_eq!(parcel.take_reply().is_some(), answered == Reply::Wanted, "{reply:?}");
+            assert_eq!(parcel.take_reply().is_some(), answered == NatsReplyPolicy::Wanted, "{reply:?}");
         }
     }
 

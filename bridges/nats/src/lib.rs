@@ -1,5 +1,5 @@
-//! NATS, as Headgate needs it. This crate knows NATS and nothing of keys, datasources or records: it owns
-//! a small contract, and the gateway depends on it.
+//! NATS, as Headgate needs it. This crate knows NATS and nothing of keys, datasources or records. It owns a
+//! small contract, and the gateway depends on it.
 
 pub mod callout;
 pub mod cells;
@@ -15,8 +15,8 @@ pub mod system;
 
 pub use async_nats::{HeaderMap, HeaderName};
 pub use cells::{Cell, CellError, Cells, CellsSettings};
-pub use connection::{Credentials, Nats, NatsError, Settings};
-pub use kv::{Bucket, BucketSettings, KvError};
-pub use outlet::{Last, Message, Outlet, OutletError, StreamSettings};
+pub use connection::{Nats, NatsCredentials, NatsError, NatsSettings};
+pub use kv::{KvBucket, KvBucketSettings, KvError};
+pub use outlet::{Outlet, OutletError, OutletMessage, OutletPosition, OutletStreamSettings};
 pub use presence::Presence;
-pub use stream::{Stream, StreamError};
+pub use stream::{JetstreamStream, StreamError};

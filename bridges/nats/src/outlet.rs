@@ -1,16 +1,14 @@
-//! An outlet: a JetStream stream that one writer sends messages into, in order, each once.
+//! An outlet: a JetStream stream to which one writer sends messages, in order, each once.
 //!
-//! The stream itself is the writer's memory. [`Outlet::open`] says what its last message is, so that the
-//! writer can go on behind it; and every message says which sequence it follows
-//! (`Nats-Expected-Last-Sequence`). Of a message that was lost on the way the next one therefore cannot
-//! be stored either, and a message that is sent again cannot be stored twice, whatever was lost, whoever
-//! was killed, whichever server leads: there is no hole and nothing out of order. After any error the
-//! outlet is closed; the writer opens it and learns how far it got.
+//! The stream itself is the writer's cursor. [`Outlet::open`] returns its last message, so that the writer
+//! can continue after it. Every message names the sequence that it follows (`Nats-Expected-Last-Sequence`).
+//! If a message is lost, JetStream refuses all messages after it; if one is sent again, it refuses the
+//! second copy. So there are no holes, duplicates or reorderings, whatever is lost, killed, or elected
+//! leader. After any error the outlet is closed. The writer opens it again and learns how far it got.
 //!
-//! As a message can only be stored behind all those before it, one answer speaks for all of them. Most
-//! messages ask for none, so that NATS and this process have a small part of the work; the first one after
-//! opening always does, and is waited for alone, so that what the server has against a message is heard of
-//! that message.
+//! A message is stored only after all messages before it, so one answer confirms all of them. Most messages
+//! ask for no answer, which saves work on both sides. The first one after opening always does, and the writer
+//! waits for it alone, so that a refusal by the server concerns that very message.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -29,67 +27,67 @@ use serde::Deserialize;
 
 use crate::connection::Nats;
 
-/// How long opening waits for a connection that is about to be there, and how often it looks.
-const CONNECT_WAIT: Duration = Duration::from_millis(500);
-const CONNECT_LOOK: Duration = Duration::from_millis(10);
-/// How long an answer may take until it counts as lost.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
-/// How often it is looked, while an answer is waited for, whether the connection is still the same.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Messages that may be under way at once, and their bytes. A server drops what a stream has not taken
-/// when that is more than 10,000 messages or 128 MiB.
-const WINDOW: (usize, usize) = (4096, 8 << 20);
-/// One message in so many that fit the window asks for an answer.
+/// How long opening waits for a connection, and how often it checks.
+const OUTLET_CONNECT_WAIT_MAX: Duration = Duration::from_millis(500);
+const OUTLET_CONNECT_POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// How long an answer may take before it counts as lost.
+const OUTLET_ANSWER_WAIT_MAX: Duration = Duration::from_secs(5);
+/// How often a wait for an answer checks that the connection is still the same.
+const OUTLET_CONNECTION_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// The most messages under way, and the most bytes. A server drops messages that a stream has not taken yet
+/// when they are more than 10,000 or 128 MiB.
+const OUTLET_WINDOW_MAX: (usize, usize) = (4096, 8 << 20);
+/// How many messages of a full window ask for an answer.
 const ANSWERS_PER_WINDOW: usize = 4;
-/// What the server's limit on a message is compared with, beside payload and headers: the first and last
-/// line of the headers, and the sequence that is added to them.
+/// Bytes that count toward the server's message limit beside payload and headers: the first and last line of
+/// the headers, and the expected sequence that is added to them.
 const HEADERS_EXTRA_BYTES: usize = 80;
 
 const EXPECTED_LAST_SEQUENCE: HeaderName = HeaderName::from_static("Nats-Expected-Last-Sequence");
 
-/// A stream, as it is to be.
+/// What a stream is to be like.
 #[derive(Debug, Clone)]
-pub struct StreamSettings {
-    /// What JetStream calls it.
+pub struct OutletStreamSettings {
+    /// Its name in JetStream.
     pub name: String,
-    /// The subjects that are stored in it.
+    /// The subjects that it stores.
     pub subjects: Vec<String>,
-    /// On how many servers each message is.
+    /// How many servers hold each message.
     pub replicas: usize,
-    /// What it takes on each of them at most, in bytes, when it is made here; then the oldest messages go.
+    /// Its maximum size on each server, in bytes, if it is created here; beyond that the oldest messages go.
     pub bytes_max: u64,
-    /// How long a `Nats-Msg-Id` is known, when it is made here.
+    /// How long it remembers a `Nats-Msg-Id`, if it is created here.
     pub duplicate_window: Duration,
 }
 
-/// One message of a stream.
+/// A message of a stream.
 #[derive(Debug, Clone)]
-pub struct Message {
-    /// Under which it is stored.
+pub struct OutletMessage {
+    /// The subject under which it is stored.
     pub subject: String,
-    /// What is said about it.
+    /// Its headers.
     pub headers: HeaderMap,
-    /// Its bytes.
+    /// Its payload.
     pub payload: Bytes,
 }
 
 /// How far a stream is.
 #[derive(Debug, Clone)]
-pub struct Last {
-    /// The sequence of the newest message there ever was; 0 if there was none.
+pub struct OutletPosition {
+    /// The sequence of the newest message ever stored; 0 if there was none.
     pub sequence: u64,
-    /// The newest message that there is, and its sequence, which may be a lower one: newer ones may have
-    /// been deleted.
-    pub message: Option<(u64, Message)>,
+    /// The newest message that exists, with its sequence. That may be lower: newer messages may have been
+    /// deleted.
+    pub message: Option<(u64, OutletMessage)>,
 }
 
-/// Why nothing was sent.
+/// Why a message was not sent or the stream not opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OutletError {
-    /// NATS is not there.
+    /// NATS is away.
     #[error("{0}")]
     Away(String),
-    /// The stream is not as it is to be, and somebody may want it so.
+    /// An existing stream has another configuration, which may be intended by its owner.
     #[error("the stream {stream} is configured differently: {detail}; it is left as it is")]
     Differs {
         /// Which.
@@ -97,7 +95,7 @@ pub enum OutletError {
         /// What differs.
         detail: String,
     },
-    /// The stream cannot be made or read.
+    /// The stream cannot be created or read.
     #[error("the stream {stream}: {detail}")]
     Stream {
         /// Which.
@@ -105,10 +103,10 @@ pub enum OutletError {
         /// What JetStream says.
         detail: String,
     },
-    /// A message that this server takes from nobody. The outlet stays open.
+    /// The message is over the server's size limit. The outlet stays open.
     #[error("a message of {bytes} bytes is larger than the server takes ({bytes_max})")]
     TooLarge {
-        /// Its payload and headers.
+        /// The size of its payload and headers.
         bytes: usize,
         /// The server's `max_payload`.
         bytes_max: usize,
@@ -118,7 +116,7 @@ pub enum OutletError {
     Refused {
         /// Which.
         stream: String,
-        /// Behind which sequence it was to come.
+        /// The sequence that it was to follow.
         behind: u64,
         /// What JetStream says.
         detail: String,
@@ -131,7 +129,7 @@ pub enum OutletError {
         /// What has happened.
         detail: &'static str,
     },
-    /// Not opened, or closed by an error before.
+    /// It was not opened, or an earlier error closed it.
     #[error("the stream is not open")]
     Closed,
 }
@@ -140,35 +138,34 @@ pub enum OutletError {
 pub struct Outlet {
     nats: Nats,
     context: Context,
-    settings: StreamSettings,
-    flow: Option<Flow>,
+    settings: OutletStreamSettings,
+    flow: Option<OutletFlow>,
 }
 
-/// What is under way on an open outlet.
-struct Flow {
-    /// Answers come to this subject and the sequence that was asked for.
+/// The messages under way on an open outlet.
+struct OutletFlow {
+    /// Answers arrive on this subject, followed by the sequence of the message.
     inbox: String,
     answers: Subscriber,
-    /// Which of the client's connections it is.
+    /// The client's connect count at opening: another value means a reconnect.
     connection: u64,
-    /// The message that was given last: whether it asks for an answer shows when there is another one.
-    last: Option<Message>,
-    /// The sequences of the message that was given last, of the one that was sent last, and of the last
-    /// one that is stored.
+    /// The last message given, held back: whether it asks for an answer depends on the next one.
+    last: Option<OutletMessage>,
+    /// The sequences of the last message given, the last one sent, and the last one known to be stored.
     given: u64,
     sent: u64,
     stored: u64,
-    /// Those that asked for an answer which has not come: sequence, and the bytes sent up to it.
+    /// The messages whose answer is outstanding: their sequence, and the bytes sent up to it.
     asked: VecDeque<(u64, usize)>,
-    /// Sent since one asked.
+    /// Messages and bytes sent since the last one that asked for an answer.
     unasked: (usize, usize),
-    /// Messages that may be under way: few at first.
+    /// Messages that may be under way: 1 at first, doubled by each answer.
     window: usize,
 }
 
-/// What JetStream answers to a message.
+/// JetStream's answer to a message.
 #[derive(Deserialize)]
-struct Answer {
+struct OutletAnswer {
     #[serde(default)]
     stream: String,
     #[serde(default)]
@@ -176,8 +173,8 @@ struct Answer {
     error: Option<async_nats::jetstream::Error>,
 }
 
-impl Message {
-    /// What the server's limit is compared with, in bytes, at most.
+impl OutletMessage {
+    /// An upper bound of the size that the server compares with its limit, in bytes.
     fn bytes(&self) -> usize {
         let headers = self.headers.iter().flat_map(|(name, values)| {
             values.iter().map(|value| AsRef::<str>::as_ref(name).len() + value.as_str().len() + 4)
@@ -187,34 +184,34 @@ impl Message {
 }
 
 impl Outlet {
-    /// Of a stream that need not be there yet. To be called in a tokio runtime.
-    pub fn new(nats: Nats, settings: StreamSettings) -> Self {
-        let context = ContextBuilder::new().timeout(ANSWER_MAX).build(nats.client().clone());
+    /// Makes a closed outlet; the stream need not exist yet. Must be called in a tokio runtime.
+    pub fn new(nats: Nats, settings: OutletStreamSettings) -> Self {
+        let context = ContextBuilder::new().timeout(OUTLET_ANSWER_WAIT_MAX).build(nats.client().clone());
         Self { nats, context, settings, flow: None }
     }
 
-    /// Makes the stream if there is none, and says how far it is. What is sent next follows that. What
-    /// was under way before may still be stored, once.
+    /// Creates the stream if there is none, and says how far it is. The next message follows that. Messages
+    /// that were under way before may still be stored, once.
     ///
     /// # Errors
     /// [`OutletError::Away`], [`OutletError::Differs`], [`OutletError::Stream`].
-    pub async fn open(&mut self) -> Result<Last, OutletError> {
+    pub async fn open(&mut self) -> Result<OutletPosition, OutletError> {
         self.flow = None;
         let begun = tokio::time::Instant::now();
         while let Some(trouble) = self.nats.trouble() {
-            if begun.elapsed() >= CONNECT_WAIT {
+            if begun.elapsed() >= OUTLET_CONNECT_WAIT_MAX {
                 return Err(OutletError::Away(trouble));
             }
-            tokio::time::sleep(CONNECT_LOOK).await;
+            tokio::time::sleep(OUTLET_CONNECT_POLL_INTERVAL).await;
         }
         let client = self.nats.client();
         let connection = client.statistics().connects.load(Ordering::Acquire);
         let inbox = client.new_inbox();
         let answers = client.subscribe(format!("{inbox}.*")).await;
-        let answers = answers.map_err(|error| self.failed(&error))?;
+        let answers = answers.map_err(|error| self.stream_error(&error))?;
         let (stream, sequence, messages) = self.ensure().await?;
         let message = if messages == 0 { None } else { self.newest(&stream, sequence).await? };
-        self.flow = Some(Flow {
+        self.flow = Some(OutletFlow {
             inbox,
             answers,
             connection,
@@ -226,7 +223,7 @@ impl Outlet {
             unasked: (0, 0),
             window: 1,
         });
-        Ok(Last { sequence, message })
+        Ok(OutletPosition { sequence, message })
     }
 
     /// The stream, its last sequence, and how many messages it has.
@@ -240,10 +237,10 @@ impl Outlet {
                     GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND
                 );
                 if !absent {
-                    return Err(self.failed(&error));
+                    return Err(self.stream_error(&error));
                 }
                 let made = self.context.create_stream(self.config()).await;
-                made.map_err(|error| self.failed(&error))?
+                made.map_err(|error| self.stream_error(&error))?
             }
         };
         let info = stream.cached_info();
@@ -255,9 +252,10 @@ impl Outlet {
         Ok((stream, sequence, messages))
     }
 
-    /// As it is made.
+    /// The configuration of a new stream.
     fn config(&self) -> Config {
-        let StreamSettings { name, subjects, replicas, bytes_max, duplicate_window } = self.settings.clone();
+        let OutletStreamSettings { name, subjects, replicas, bytes_max, duplicate_window } =
+            self.settings.clone();
         Config {
             name,
             subjects,
@@ -272,10 +270,9 @@ impl Outlet {
         }
     }
 
-    /// What about a stream that somebody has made keeps it from being this one. What it limits, and how
-    /// it is placed, is theirs to say.
+    /// What makes an existing stream unusable here. Its limits and its placement are up to its owner.
     fn difference(&self, config: &Config) -> Vec<String> {
-        let StreamSettings { subjects, replicas, .. } = &self.settings;
+        let OutletStreamSettings { subjects, replicas, .. } = &self.settings;
         let mut differs = Vec::new();
         let (mut have, mut want) = (config.subjects.clone(), subjects.clone());
         have.sort();
@@ -301,8 +298,12 @@ impl Outlet {
         differs
     }
 
-    /// The newest message there is. Asked of the leader: other servers may be behind.
-    async fn newest(&self, stream: &Stream, sequence: u64) -> Result<Option<(u64, Message)>, OutletError> {
+    /// The newest message, from the leader: other servers may be behind.
+    async fn newest(
+        &self,
+        stream: &Stream,
+        sequence: u64,
+    ) -> Result<Option<(u64, OutletMessage)>, OutletError> {
         let found = match stream.get_raw_message(sequence).await {
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => {
                 stream.get_last_raw_message_by_subject(">").await
@@ -312,21 +313,21 @@ impl Outlet {
         match found {
             Ok(found) => {
                 let (sequence, subject) = (found.sequence, found.subject.to_string());
-                let message = Message { subject, headers: found.headers, payload: found.payload };
+                let message = OutletMessage { subject, headers: found.headers, payload: found.payload };
                 Ok(Some((sequence, message)))
             }
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
-            Err(error) => Err(self.failed(&error)),
+            Err(error) => Err(self.stream_error(&error)),
         }
     }
 
-    /// Sends a message behind all those before it, and returns the sequence that it will be stored under.
-    /// Waits while too much is under way. The last message may stay here until [`Outlet::settle`].
+    /// Sends a message after all those before it, and returns the sequence that it will have. Waits while too
+    /// much is under way. The last message may stay here until [`Outlet::settle`].
     ///
     /// # Errors
     /// [`OutletError::TooLarge`], and then the message is left out. All others close the outlet:
     /// [`OutletError::Refused`], [`OutletError::Silent`], [`OutletError::Closed`].
-    pub async fn send(&mut self, message: Message) -> Result<u64, OutletError> {
+    pub async fn send(&mut self, message: OutletMessage) -> Result<u64, OutletError> {
         let (bytes, bytes_max) = (message.bytes(), self.nats.client().max_payload());
         if bytes > bytes_max {
             return Err(OutletError::TooLarge { bytes, bytes_max });
@@ -336,28 +337,28 @@ impl Outlet {
         let given = flow.given;
         if let Some(before) = flow.last.replace(message) {
             let sent = self.push(before, false).await;
-            self.open_after(sent)?;
+            self.close_on_error(sent)?;
         }
         Ok(given)
     }
 
-    /// Returns once everything that was given is stored.
+    /// Waits until everything that was given is stored.
     ///
     /// # Errors
     /// As [`Outlet::send`].
     pub async fn settle(&mut self) -> Result<(), OutletError> {
         let settled = self.push_and_wait().await;
-        self.open_after(settled)
+        self.close_on_error(settled)
     }
 
-    /// Whether NATS is there, as far as is known: what was given while it is away would be sent when it is
-    /// back, whatever has become of it meanwhile.
+    /// Checks that NATS is connected. The client would send a message given while NATS is away after the
+    /// reconnect, when it may be stale.
     ///
     /// # Errors
     /// [`OutletError::Away`], which closes the outlet.
     pub fn check(&mut self) -> Result<(), OutletError> {
         let away = self.nats.trouble().map_or(Ok(()), |trouble| Err(OutletError::Away(trouble)));
-        self.open_after(away)
+        self.close_on_error(away)
     }
 
     /// The sequence up to which everything is known to be stored.
@@ -365,7 +366,7 @@ impl Outlet {
         self.flow.as_ref().map_or(0, |flow| flow.stored)
     }
 
-    fn open_after<T>(&mut self, result: Result<T, OutletError>) -> Result<T, OutletError> {
+    fn close_on_error<T>(&mut self, result: Result<T, OutletError>) -> Result<T, OutletError> {
         if result.is_err() {
             self.flow = None;
         }
@@ -378,13 +379,13 @@ impl Outlet {
             self.push(last, true).await?;
         }
         while self.flow.as_ref().is_some_and(|flow| flow.stored < flow.given) {
-            self.answer().await?;
+            self.await_answer().await?;
         }
         Ok(())
     }
 
-    /// Hands a message to the connection, and waits for answers if there is no room for the next one.
-    async fn push(&mut self, mut message: Message, ask: bool) -> Result<(), OutletError> {
+    /// Hands a message to the connection, and waits for answers while there is no room for the next one.
+    async fn push(&mut self, mut message: OutletMessage, ask: bool) -> Result<(), OutletError> {
         let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
         let bytes = message.bytes();
         message.headers.insert(EXPECTED_LAST_SEQUENCE, flow.sent.to_string());
@@ -393,77 +394,81 @@ impl Outlet {
         flow.unasked.1 += bytes;
         let ask = ask
             || flow.unasked.0 >= flow.window.div_ceil(ANSWERS_PER_WINDOW)
-            || flow.unasked.1 >= WINDOW.1 / ANSWERS_PER_WINDOW;
+            || flow.unasked.1 >= OUTLET_WINDOW_MAX.1 / ANSWERS_PER_WINDOW;
         let client = self.nats.client();
-        let Message { subject, headers, payload } = message;
+        let OutletMessage { subject, headers, payload } = message;
         let published = if ask {
             flow.asked.push_back((flow.sent, flow.unasked.1));
             flow.unasked = (0, 0);
             let reply = format!("{}.{}", flow.inbox, flow.sent);
             let publish = client.publish_with_reply_and_headers(subject, reply, headers, payload);
-            tokio::time::timeout(ANSWER_MAX, publish).await
+            tokio::time::timeout(OUTLET_ANSWER_WAIT_MAX, publish).await
         } else {
             let publish = client.publish_with_headers(subject, headers, payload);
-            tokio::time::timeout(ANSWER_MAX, publish).await
+            tokio::time::timeout(OUTLET_ANSWER_WAIT_MAX, publish).await
         };
         match published {
             Ok(Ok(())) => {}
-            Ok(Err(error)) if error.kind() == PublishErrorKind::Send => return Err(self.silent(LOST)),
-            Ok(Err(error)) => return Err(self.failed(&error)),
-            Err(_) => return Err(self.silent("the connection takes nothing more")),
+            Ok(Err(error)) if error.kind() == PublishErrorKind::Send => {
+                return Err(self.silent_error(CONNECTION_LOST_DETAIL));
+            }
+            Ok(Err(error)) => return Err(self.stream_error(&error)),
+            Err(_) => return Err(self.silent_error("the connection takes nothing more")),
         }
         while self.is_full() {
-            self.answer().await?;
+            self.await_answer().await?;
         }
-        // What has come meanwhile makes room without a wait.
-        while ask && let Some(answer) = self.arrived() {
-            self.note(&answer)?;
+        // Answers that have arrived meanwhile make room without a wait.
+        while ask && let Some(answer) = self.try_next_answer() {
+            self.note_answer(&answer)?;
         }
         Ok(())
     }
 
-    /// Whether nothing more may be sent before there is an answer.
+    /// Whether the next message has to wait for an answer.
     fn is_full(&self) -> bool {
         self.flow.as_ref().is_some_and(|flow| {
             let bytes: usize = flow.asked.iter().map(|(_, bytes)| bytes).sum();
             let messages = usize::try_from(flow.sent - flow.stored).unwrap_or(usize::MAX);
-            messages >= flow.window || bytes + flow.unasked.1 >= WINDOW.1
+            messages >= flow.window || bytes + flow.unasked.1 >= OUTLET_WINDOW_MAX.1
         })
     }
 
-    /// An answer that is there already.
-    fn arrived(&mut self) -> Option<async_nats::Message> {
+    /// An answer that has arrived already.
+    fn try_next_answer(&mut self) -> Option<async_nats::Message> {
         let flow = self.flow.as_mut()?;
         if flow.asked.is_empty() { None } else { flow.answers.next().now_or_never().flatten() }
     }
 
-    /// Waits for an answer and takes note of it.
-    async fn answer(&mut self) -> Result<(), OutletError> {
+    /// Waits for an answer and handles it.
+    async fn await_answer(&mut self) -> Result<(), OutletError> {
         let statistics = self.nats.client().statistics();
         let begun = tokio::time::Instant::now();
         loop {
             let away = self.nats.trouble();
             let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
-            match tokio::time::timeout(LOOK_EVERY, flow.answers.next()).await {
-                Ok(Some(answer)) => return self.note(&answer),
-                Ok(None) => return Err(self.silent(LOST)),
+            match tokio::time::timeout(OUTLET_CONNECTION_CHECK_INTERVAL, flow.answers.next()).await {
+                Ok(Some(answer)) => return self.note_answer(&answer),
+                Ok(None) => return Err(self.silent_error(CONNECTION_LOST_DETAIL)),
                 Err(_) if away.is_some() => return Err(OutletError::Away(away.unwrap_or_default())),
                 Err(_) if statistics.connects.load(Ordering::Acquire) != flow.connection => {
-                    return Err(self.silent(LOST));
+                    return Err(self.silent_error(CONNECTION_LOST_DETAIL));
                 }
-                Err(_) if begun.elapsed() >= ANSWER_MAX => return Err(self.silent("none came in time")),
+                Err(_) if begun.elapsed() >= OUTLET_ANSWER_WAIT_MAX => {
+                    return Err(self.silent_error("none came in time"));
+                }
                 Err(_) => {}
             }
         }
     }
 
-    fn note(&mut self, answer: &async_nats::Message) -> Result<(), OutletError> {
+    fn note_answer(&mut self, answer: &async_nats::Message) -> Result<(), OutletError> {
         let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
         let asked = answer.subject.rsplit('.').next().and_then(|sequence| sequence.parse().ok());
         let Some((expected, _)) = flow.asked.front().copied().filter(|(front, _)| Some(*front) == asked)
         else {
-            // Answers come in the order of the messages: one is missing.
-            return Err(self.silent("one is missing"));
+            // Answers arrive in the order of the messages, so one is missing.
+            return Err(self.silent_error("one is missing"));
         };
         let name = &self.settings.name;
         let refused =
@@ -472,25 +477,25 @@ impl Outlet {
             return refused("there is no stream, or none that has a leader".to_owned());
         }
         match serde_json::from_slice(&answer.payload) {
-            Ok(Answer { error: Some(error), .. }) => refused(error.to_string()),
-            Ok(Answer { stream, seq, .. }) if stream == *name && seq == expected => {
+            Ok(OutletAnswer { error: Some(error), .. }) => refused(error.to_string()),
+            Ok(OutletAnswer { stream, seq, .. }) if stream == *name && seq == expected => {
                 flow.asked.pop_front();
                 flow.stored = expected;
-                flow.window = (flow.window * 2).min(WINDOW.0);
+                flow.window = (flow.window * 2).min(OUTLET_WINDOW_MAX.0);
                 Ok(())
             }
-            Ok(Answer { stream, seq, .. }) => refused(format!("it is in {stream:?} at sequence {seq}")),
+            Ok(OutletAnswer { stream, seq, .. }) => refused(format!("it is in {stream:?} at sequence {seq}")),
             Err(error) => refused(format!("its answer cannot be read: {error}")),
         }
     }
 
-    fn failed(&self, error: &dyn std::error::Error) -> OutletError {
+    fn stream_error(&self, error: &dyn std::error::Error) -> OutletError {
         OutletError::Stream { stream: self.settings.name.clone(), detail: error.to_string() }
     }
 
-    fn silent(&self, detail: &'static str) -> OutletError {
+    fn silent_error(&self, detail: &'static str) -> OutletError {
         OutletError::Silent { stream: self.settings.name.clone(), detail }
     }
 }
 
-const LOST: &str = "the connection was lost";
+const CONNECTION_LOST_DETAIL: &str = "the connection was lost";

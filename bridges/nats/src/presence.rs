@@ -1,14 +1,15 @@
-//! Presence: which nodes of a cluster there are, and asking all of them.
+//! Presence: which nodes of a cluster are alive, and requests to all of them.
 //!
-//! Each node says once a second that it is there, on a subject of its own, and when it leaves, that it does.
-//! One that has been silent for [`SILENCE_MAX`] is gone. Who hears of a node for the first time answers at once,
-//! so that a node that has just come knows the others within a round trip.
+//! Each node announces itself once a second on a subject of its own, and says goodbye when it leaves. A node
+//! that is silent for [`PRESENCE_SILENCE_MAX`] is gone. A node that hears another for the first time announces itself
+//! at once, so that a new node knows the others within a round trip.
 //!
-//! A node that has lost NATS hears nobody and is heard by nobody: whatever it must not go on doing without
-//! the others has to depend on NATS itself.
+//! A node that has lost NATS neither hears the others nor is heard. Whatever it must not do without the
+//! others has to depend on NATS itself.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,64 +21,64 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 
 use crate::connection::{Nats, NatsError};
 
-/// How often a node says that it is there.
-pub(crate) const BEAT: Duration = Duration::from_secs(1);
+/// How often a node announces itself.
+pub(crate) const PRESENCE_BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// A node that has been silent for this long is gone.
-pub const SILENCE_MAX: Duration = Duration::from_secs(3);
-/// A question may be lost with a connection: it is asked again after this.
-const ASK_AGAIN: Duration = Duration::from_millis(500);
-/// The pause before a node that does not listen yet is asked again.
-const PAUSE: Duration = Duration::from_millis(20);
+pub const PRESENCE_SILENCE_MAX: Duration = Duration::from_secs(3);
+/// How long to wait for an answer before asking again: a question may be lost with a connection.
+const NODE_ASK_TIMEOUT: Duration = Duration::from_millis(500);
+/// The pause before asking a node again that does not subscribe yet.
+const NODE_ASK_RETRY_PAUSE: Duration = Duration::from_millis(20);
 
-const HERE: &[u8] = b"here";
-const GOODBYE: &[u8] = b"goodbye";
+const HERE_PAYLOAD: &[u8] = b"here";
+const GOODBYE_PAYLOAD: &[u8] = b"goodbye";
 
-/// What one node answered to a question.
+/// The reply of one node to a question.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Reply {
-    /// This.
+pub enum NodeReply {
+    /// The node answered.
     Answer(Bytes),
-    /// Nothing: it has gone meanwhile.
+    /// No answer: the node has gone meanwhile.
     Gone,
-    /// Nothing, although it is there.
+    /// No answer, although the node is alive.
     Silent,
 }
 
-/// A node's place among the others. It leaves when this is dropped, see also [`Presence::leave`].
+/// This node's membership among the others. A drop ends it without a goodbye; [`Presence::leave`] says one.
 #[derive(Debug)]
 pub struct Presence {
     nats: Nats,
     id: String,
-    /// What the subjects begin with that nodes are heard on.
+    /// The prefix of the subjects on which nodes announce themselves.
     prefix: String,
-    others: Arc<Others>,
+    others: Arc<OtherNodes>,
     task: AbortHandle,
     served: Mutex<Vec<AbortHandle>>,
 }
 
-/// The other nodes that are there, and when each was last heard.
+/// The other nodes that are alive, and when each was last heard.
 #[derive(Debug, Default)]
-struct Others {
+struct OtherNodes {
     nodes: Mutex<HashMap<String, Instant>>,
     changed: Notify,
 }
 
-impl Others {
+impl OtherNodes {
     fn nodes(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.nodes.lock()
     }
 
-    /// When this node is gone, if nothing more is heard of it; `None` if it is.
-    fn ends(&self, id: &str) -> Option<Instant> {
+    /// When the node counts as gone unless it is heard again; `None` if it is gone already.
+    fn gone_at(&self, id: &str) -> Option<Instant> {
         let heard = *self.nodes().get(id)?;
-        Some(heard + SILENCE_MAX).filter(|ends| *ends > Instant::now())
+        Some(heard + PRESENCE_SILENCE_MAX).filter(|ends| *ends > Instant::now())
     }
 
-    /// Returns when a node is gone.
-    async fn gone(&self, id: &str) {
+    /// Waits until a node is gone.
+    async fn wait_until_gone(&self, id: &str) {
         loop {
             let changed = self.changed.notified();
-            match self.ends(id) {
+            match self.gone_at(id) {
                 None => return,
                 Some(ends) => tokio::select! {
                     () = sleep_until(ends) => {}
@@ -89,37 +90,37 @@ impl Others {
 }
 
 impl Presence {
-    /// Announces this node: others hear it on `{prefix}.{id}`. The id has to be another one for each node and
-    /// each start, and fit in a subject. Needs a runtime.
+    /// Announces this node on `{prefix}.{id}`. The id has to be unique for each node and each start, and one
+    /// token of a subject. Must be called in a tokio runtime.
     ///
     /// # Errors
-    /// [`NatsError::Client`] if the subject is none.
+    /// [`NatsError::Client`] if the subject is invalid.
     pub async fn start(nats: &Nats, prefix: &str, id: &str) -> Result<Self, NatsError> {
         let failed = |error: async_nats::SubscribeError| NatsError::Client(error.to_string());
         let mut heard = nats.client().subscribe(format!("{prefix}.*")).await.map_err(failed)?;
-        let others = Arc::<Others>::default();
+        let others = Arc::<OtherNodes>::default();
         let own = format!("{prefix}.{id}");
         let (client, others_too, prefix_too) = (nats.client().clone(), others.clone(), prefix.to_owned());
         let mut connections = nats.connections();
         let task = tokio::spawn(async move {
-            let mut beat = interval(BEAT);
+            let mut beat = interval(PRESENCE_BEAT_INTERVAL);
             beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 let is_new = tokio::select! {
                     _ = beat.tick() => true,
-                    // What was said while it was away is not said again.
+                    // Announcements made while the connection was away are lost: announce again.
                     Ok(()) = connections.changed() => true,
                     message = heard.next() => match message {
                         Some(message) if *message.subject != *own => {
-                            hear(&others_too, &prefix_too, &message)
+                            note_presence(&others_too, &prefix_too, &message)
                         }
                         Some(_) => false,
                         None => return,
                     },
                 };
                 if is_new && client.connection_state() == async_nats::connection::State::Connected {
-                    // What fails is said again a second later.
-                    let _ = client.publish(own.clone(), Bytes::from_static(HERE)).await;
+                    // A failed announcement is repeated by the next beat.
+                    let _ = client.publish(own.clone(), Bytes::from_static(HERE_PAYLOAD)).await;
                 }
             }
         });
@@ -138,24 +139,28 @@ impl Presence {
         &self.id
     }
 
-    /// The others that are there.
+    /// The other nodes that are alive.
     pub fn others(&self) -> Vec<String> {
         let nodes = self.others.nodes();
         let now = Instant::now();
-        nodes.iter().filter(|(_, heard)| **heard + SILENCE_MAX > now).map(|(id, _)| id.clone()).collect()
+        nodes
+            .iter()
+            .filter(|(_, heard)| **heard + PRESENCE_SILENCE_MAX > now)
+            .map(|(id, _)| id.clone())
+            .collect()
     }
 
-    /// Asks every other node that is there, on `{subject}.{id}`, and waits for each until it answers, is gone, or
-    /// `limit` is over. A question may be asked more than once: answering it twice has to do no harm.
-    pub async fn ask_all(&self, subject: &str, body: Bytes, limit: Duration) -> Vec<(String, Reply)> {
+    /// Asks every other live node on `{subject}.{id}`. Waits for each until it answers, is gone, or `limit`
+    /// is over. A question may arrive more than once, so its handling has to be idempotent.
+    pub async fn ask_all(&self, subject: &str, body: Bytes, limit: Duration) -> Vec<(String, NodeReply)> {
         let until = Instant::now() + limit;
         let questions = self.others().into_iter().map(|id| {
             let body = body.clone();
             async move {
                 let subject = format!("{subject}.{id}");
                 let reply = tokio::select! {
-                    answer = self.ask(&subject, &body, until) => answer.map_or(Reply::Silent, Reply::Answer),
-                    () = self.others.gone(&id) => Reply::Gone,
+                    answer = self.ask(&subject, &body, until) => answer.map_or(NodeReply::Silent, NodeReply::Answer),
+                    () = self.others.wait_until_gone(&id) => NodeReply::Gone,
                 };
                 (id, reply)
             }
@@ -163,26 +168,26 @@ impl Presence {
         join_all(questions).await
     }
 
-    /// Asks one until it answers or the time is over.
+    /// Asks one node until it answers or the time is over.
     async fn ask(&self, subject: &str, body: &Bytes, until: Instant) -> Option<Bytes> {
         let client = self.nats.client();
         while Instant::now() < until {
-            let again_at = until.min(Instant::now() + ASK_AGAIN);
+            let again_at = until.min(Instant::now() + NODE_ASK_TIMEOUT);
             let asked = client.request(subject.to_owned(), body.clone());
             match timeout_at(again_at, asked).await {
                 Ok(Ok(answer)) => return Some(answer.payload),
-                Ok(Err(_)) => sleep(PAUSE).await,
+                Ok(Err(_)) => sleep(NODE_ASK_RETRY_PAUSE).await,
                 Err(_) => {}
             }
         }
         None
     }
 
-    /// Answers the questions that others ask on `subject` (see [`Presence::ask_all`]), each in a task of its
-    /// own, until this node leaves.
+    /// Answers the questions of others on `subject` (see [`Presence::ask_all`]), each in a task of its own,
+    /// until this node leaves.
     ///
     /// # Errors
-    /// [`NatsError::Client`] if the subject is none.
+    /// [`NatsError::Client`] if the subject is invalid.
     pub async fn serve<A>(
         &self,
         subject: &str,
@@ -201,28 +206,28 @@ impl Presence {
                 let Some(reply) = question.reply else { continue };
                 let (client, answer) = (client.clone(), answer(question.payload));
                 answering.spawn(async move {
-                    // If the answer is lost, the question comes again.
+                    // If the answer is lost, the node asks again.
                     let _ = client.publish(reply, answer.await).await;
                 });
             }
         });
-        self.served.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
+        self.served.lock().push(task.abort_handle());
         Ok(())
     }
 
-    /// Tells the others that this node leaves, so that they do not wait for it. It is heard for a moment
-    /// longer if NATS is away.
+    /// Tells the others that this node leaves, so that they do not wait for it. If NATS is away, they count
+    /// it as alive for up to [`PRESENCE_SILENCE_MAX`] longer.
     pub async fn leave(&self) {
         self.stop();
         let (client, own) = (self.nats.client(), format!("{}.{}", self.prefix, self.id));
-        if client.publish(own, Bytes::from_static(GOODBYE)).await.is_ok() {
-            let _ = tokio::time::timeout(BEAT, client.flush()).await;
+        if client.publish(own, Bytes::from_static(GOODBYE_PAYLOAD)).await.is_ok() {
+            let _ = tokio::time::timeout(PRESENCE_BEAT_INTERVAL, client.flush()).await;
         }
     }
 
     fn stop(&self) {
         self.task.abort();
-        for served in self.served.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for served in self.served.lock().drain(..) {
             served.abort();
         }
     }
@@ -234,14 +239,14 @@ impl Drop for Presence {
     }
 }
 
-/// Takes note of what another node says. Whether it is new here.
-fn hear(others: &Others, prefix: &str, message: &async_nats::Message) -> bool {
+/// Records an announcement or goodbye of another node. Returns whether the node is new.
+fn note_presence(others: &OtherNodes, prefix: &str, message: &async_nats::Message) -> bool {
     let id = message.subject.strip_prefix(prefix).and_then(|id| id.strip_prefix('.'));
     let Some(id) = id else { return false };
     let mut nodes = others.nodes();
     let now = Instant::now();
-    nodes.retain(|_, heard| *heard + SILENCE_MAX > now);
-    let is_new = if &*message.payload == GOODBYE {
+    nodes.retain(|_, heard| *heard + PRESENCE_SILENCE_MAX > now);
+    let is_new = if &*message.payload == GOODBYE_PAYLOAD {
         nodes.remove(id);
         false
     } else {

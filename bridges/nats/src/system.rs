@@ -1,4 +1,4 @@
-//! The system account: which connections a user has, on every server of a cluster, and how they end.
+//! The system account: lists the connections of users on every server of a cluster, and ends them.
 
 use std::time::Duration;
 
@@ -11,60 +11,60 @@ use tracing::debug;
 use crate::Nats;
 
 /// How long servers may take to answer.
-const ANSWER_MAX: Duration = Duration::from_secs(1);
-/// How long to wait for one more answer when it is not known how many servers there are.
-const QUIET: Duration = Duration::from_millis(300);
-/// Connections that a server names at once.
-const PAGE: usize = 1024;
+const SYSTEM_ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
+/// How long to wait for one more answer while the number of servers is unknown.
+const SYSTEM_ANSWER_QUIET: Duration = Duration::from_millis(300);
+/// Connections in one page of a server's answer.
+const CONNZ_PAGE_CONNECTIONS: usize = 1024;
 
-/// A connection, as the system account names it.
+/// A client's connection, as the system account identifies it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Connection {
+pub struct NatsClientConnection {
     /// The server, by its public key.
     pub server_id: String,
     /// The connection's number in that server.
     pub client_id: u64,
 }
 
-/// A connection to NATS of a user in the system account.
+/// A connection to NATS as a user of the system account.
 #[derive(Debug, Clone)]
-pub struct System(Nats);
+pub struct SystemAccount(Nats);
 
 #[derive(Deserialize)]
-struct Answer {
-    server: Server,
+struct SystemAnswer {
+    server: SystemServer,
     #[serde(default)]
-    data: Option<Data>,
+    data: Option<ConnzData>,
     #[serde(default)]
-    statsz: Option<Stats>,
+    statsz: Option<StatszData>,
 }
 
 #[derive(Deserialize)]
-struct Server {
+struct SystemServer {
     id: String,
 }
 
 #[derive(Deserialize)]
-struct Data {
+struct ConnzData {
     #[serde(default)]
-    connections: Vec<Connected>,
+    connections: Vec<ConnzConnection>,
 }
 
 #[derive(Deserialize)]
-struct Connected {
+struct ConnzConnection {
     cid: u64,
     #[serde(default)]
     authorized_user: String,
 }
 
 #[derive(Deserialize)]
-struct Stats {
+struct StatszData {
     #[serde(default)]
     active_servers: usize,
 }
 
-impl System {
-    /// Over a connection whose user is in the system account.
+impl SystemAccount {
+    /// Uses a connection whose user is in the system account.
     pub fn new(nats: Nats) -> Self {
         Self(nats)
     }
@@ -75,15 +75,18 @@ impl System {
     }
 
     /// Every connection of the account, with its user, on all servers. `None` if NATS is away.
-    pub async fn connections(&self, account: &str) -> Option<Vec<(String, Connection)>> {
+    pub async fn connections(&self, account: &str) -> Option<Vec<(String, NatsClientConnection)>> {
         let mut all = Vec::new();
         for page in 0.. {
-            let query = json!({ "auth": true, "acc": account, "limit": PAGE, "offset": page * PAGE });
-            let found = self.ask(&query).await?;
-            let more = found.iter().any(|(_, connections)| connections.len() >= PAGE);
+            let query = json!({ "auth": true, "acc": account, "limit": CONNZ_PAGE_CONNECTIONS, "offset": page * CONNZ_PAGE_CONNECTIONS });
+            let found = self.ask_connections(&query).await?;
+            let more = found.iter().any(|(_, connections)| connections.len() >= CONNZ_PAGE_CONNECTIONS);
             all.extend(found.into_iter().flat_map(|(server_id, connections)| {
                 connections.into_iter().map(move |one| {
-                    (one.authorized_user, Connection { server_id: server_id.clone(), client_id: one.cid })
+                    (
+                        one.authorized_user,
+                        NatsClientConnection { server_id: server_id.clone(), client_id: one.cid },
+                    )
                 })
             }));
             if !more {
@@ -93,21 +96,23 @@ impl System {
         Some(all)
     }
 
-    /// Ends every connection that the user has in the account, on whichever server. Returns when no
-    /// server has one any more: how many there were, or `None` if NATS went away meanwhile. Whoever lets
-    /// the user in again meanwhile can make that take for ever: bound it in time.
+    /// Ends every connection of the user in the account, on all servers. Returns once no server has one: how
+    /// many there were, or `None` if NATS went away. It does not end while the user keeps being admitted
+    /// again, so the caller has to bound it in time.
     pub async fn end_all(&self, account: &str, user: &str) -> Option<usize> {
         let mut ended = 0;
         loop {
-            let query = json!({ "auth": true, "acc": account, "user": user, "limit": PAGE });
+            let query =
+                json!({ "auth": true, "acc": account, "user": user, "limit": CONNZ_PAGE_CONNECTIONS });
             let found: Vec<_> = self
-                .ask(&query)
+                .ask_connections(&query)
                 .await?
                 .into_iter()
                 .flat_map(|(server_id, connections)| {
-                    connections
-                        .into_iter()
-                        .map(move |one| Connection { server_id: server_id.clone(), client_id: one.cid })
+                    connections.into_iter().map(move |one| NatsClientConnection {
+                        server_id: server_id.clone(),
+                        client_id: one.cid,
+                    })
                 })
                 .collect();
             if found.is_empty() {
@@ -118,31 +123,31 @@ impl System {
         }
     }
 
-    /// Ends one connection, also one that is about to be let in. Returns when its server has answered, or
+    /// Ends one connection, even one that is about to be admitted. Returns when its server has answered, or
     /// after a second.
-    pub async fn end(&self, connection: &Connection) {
+    pub async fn end(&self, connection: &NatsClientConnection) {
         let subject = format!("$SYS.REQ.SERVER.{}.KICK", connection.server_id);
         let payload = json!({ "cid": connection.client_id }).to_string();
         let asked = self.0.client().request(subject, payload.into());
-        // A server or connection that is gone is what was wanted.
-        match tokio::time::timeout(ANSWER_MAX, asked).await {
+        // A server or connection that is gone already is as good.
+        match tokio::time::timeout(SYSTEM_ANSWER_WAIT_MAX, asked).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => debug!(%error, "a connection was not ended"),
             Err(_) => debug!("a server does not answer"),
         }
     }
 
-    /// The connections that each server names.
-    async fn ask(&self, query: &Value) -> Option<Vec<(String, Vec<Connected>)>> {
-        let answers = self.ask_all("CONNZ", query).await?;
-        let of_server = |Answer { server, data, .. }: Answer| {
+    /// Asks each server for its connections.
+    async fn ask_connections(&self, query: &Value) -> Option<Vec<(String, Vec<ConnzConnection>)>> {
+        let answers = self.ask_all_servers("CONNZ", query).await?;
+        let of_server = |SystemAnswer { server, data, .. }: SystemAnswer| {
             (server.id, data.map_or_else(Vec::new, |data| data.connections))
         };
         Some(answers.into_iter().map(of_server).collect())
     }
 
-    /// Asks every server, and waits until as many have answered as there are.
-    async fn ask_all(&self, what: &str, query: &Value) -> Option<Vec<Answer>> {
+    /// Asks every server, and waits until all have answered.
+    async fn ask_all_servers(&self, what: &str, query: &Value) -> Option<Vec<SystemAnswer>> {
         let client = self.0.client();
         let inbox = client.new_inbox();
         let mut answers = client.subscribe(inbox.clone()).await.ok()?;
@@ -152,19 +157,19 @@ impl System {
         tokio::pin!(count);
         let mut expected = None;
         let mut got = Vec::new();
-        let give_up = tokio::time::Instant::now() + ANSWER_MAX;
+        let give_up = tokio::time::Instant::now() + SYSTEM_ANSWER_WAIT_MAX;
         loop {
             if expected.is_some_and(|expected| got.len() >= expected) {
                 return Some(got);
             }
-            let quiet = (tokio::time::Instant::now() + QUIET).min(give_up);
+            let quiet = (tokio::time::Instant::now() + SYSTEM_ANSWER_QUIET).min(give_up);
             tokio::select! {
                 answer = answers.next() => match serde_json::from_slice(&answer?.payload) {
                     Ok(answer) => got.push(answer),
                     Err(error) => debug!(%error, "a server's answer cannot be read"),
                 },
                 servers = &mut count, if expected.is_none() => {
-                    // Without a count, silence says that all have answered.
+                    // Without a count, a silence means that all have answered.
                     expected = Some(servers.unwrap_or(usize::MAX));
                 }
                 () = tokio::time::sleep_until(quiet) => {
@@ -174,11 +179,11 @@ impl System {
         }
     }
 
-    /// How many servers there are, as one of them knows.
+    /// The number of servers, as one of them reports it.
     async fn server_count(&self, client: &Client) -> Option<usize> {
         let asked = client.request("$SYS.REQ.SERVER.PING.STATSZ", "".into());
-        let answer = tokio::time::timeout(ANSWER_MAX, asked).await.ok()?.ok()?;
-        let answer: Answer = serde_json::from_slice(&answer.payload).ok()?;
+        let answer = tokio::time::timeout(SYSTEM_ANSWER_WAIT_MAX, asked).await.ok()?.ok()?;
+        let answer: SystemAnswer = serde_json::from_slice(&answer.payload).ok()?;
         answer.statsz.map(|stats| stats.active_servers).filter(|count| *count > 0)
     }
 }

@@ -1,6 +1,6 @@
-//! What keys are used for on all nodes of a cluster: a KV bucket with a cell for each key, to which every
-//! node adds what it has seen. The bucket is another one than the registry's, and nobody watches it: use is
-//! told every few seconds and read when somebody asks.
+//! The usage of keys on all nodes of a cluster: a KV bucket with a cell for each key, to which every node
+//! adds its own share. It is not the registry's bucket, and nobody watches it: usage is written every few
+//! seconds and read on request.
 
 use std::sync::OnceLock;
 
@@ -10,37 +10,37 @@ use headgate_bridge_nats::Nats;
 use headgate_bridge_nats::cells::{CellError, Cells, CellsSettings};
 
 use super::super::registry::RegistryError;
-use super::super::usage::Used;
+use super::super::usage::KeyUsage;
 use crate::limits::{CHANGE_ATTEMPTS_MAX, USAGE_READS_MAX};
 use crate::message::KeyId;
 
-/// The bucket.
+/// The KV bucket of the usage of keys.
 pub const USAGE_BUCKET: &str = "headgate-usage";
 
-/// The cells.
+/// The usage cells of all keys.
 #[derive(Debug, Clone)]
-pub(super) struct Usages(Cells);
+pub(super) struct KeyUsageCells(Cells);
 
-impl Usages {
-    /// Opens the bucket, or makes it on as many servers.
+impl KeyUsageCells {
+    /// Opens the bucket, or creates it with `replicas` replicas.
     pub(super) async fn open(nats: &Nats, replicas: usize) -> Result<Self, CellError> {
         let settings = CellsSettings { bucket: USAGE_BUCKET.to_owned(), replicas, age_max: None };
         Cells::open(nats, &settings).await.map(Self)
     }
 
-    /// What is known of these keys' use.
+    /// Reads the usage of these keys.
     ///
     /// # Errors
-    /// [`RegistryError::Away`].
-    pub(super) async fn read(&self, keys: &[KeyId]) -> Result<Vec<Used>, RegistryError> {
+    /// [`RegistryError::Away`] if a cell cannot be read.
+    pub(super) async fn read(&self, keys: &[KeyId]) -> Result<Vec<KeyUsage>, RegistryError> {
         let read = keys.iter().map(|key| self.read_one(*key));
         let read = stream::iter(read).buffered(USAGE_READS_MAX).map_ok(|(used, _)| used);
         read.try_collect().await.map_err(|error: CellError| RegistryError::Away(error.to_string()))
     }
 
-    /// Adds to what is known. Returns what could not be added, and why: after the first failure nothing more
-    /// is tried, as each attempt would have to be waited for.
-    pub(super) async fn add(&self, used: Vec<(KeyId, Used)>) -> Vec<(KeyId, Used, CellError)> {
+    /// Adds usage to the cells. Returns what could not be added, and why. After the first failure nothing
+    /// more is tried, because each attempt could wait for its timeout.
+    pub(super) async fn add(&self, used: Vec<(KeyId, KeyUsage)>) -> Vec<(KeyId, KeyUsage, CellError)> {
         let failure = OnceLock::new();
         let failure = &failure;
         let adding = used.into_iter().map(|(key, used)| async move {
@@ -54,17 +54,17 @@ impl Usages {
         failed.filter_map(std::future::ready).collect().await
     }
 
-    async fn read_one(&self, key: KeyId) -> Result<(Used, u64), CellError> {
+    async fn read_one(&self, key: KeyId) -> Result<(KeyUsage, u64), CellError> {
         let cell = self.0.get(&key.to_string()).await?;
         let used = cell.value.as_deref().map(serde_json::from_slice).transpose();
         let used = used.unwrap_or_else(|error| {
-            tracing::warn!(key_id = %key, %error, "what is known of a key's use cannot be read: it begins anew");
+            tracing::warn!(key_id = %key, %error, "the stored usage of a key cannot be read: it starts at zero");
             None
         });
         Ok((used.unwrap_or_default(), cell.revision))
     }
 
-    async fn add_one(&self, key: KeyId, later: &Used) -> Result<(), CellError> {
+    async fn add_one(&self, key: KeyId, later: &KeyUsage) -> Result<(), CellError> {
         let mut attempts = 0;
         loop {
             let (mut used, revision) = self.read_one(key).await?;

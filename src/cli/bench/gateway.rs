@@ -1,6 +1,6 @@
-//! A gateway of the benchmark's own: another process of this program, with a data directory that is
-//! gone afterwards, so that `headgate bench` works by itself and the generator's work is not mixed
-//! with the gateway's.
+//! The benchmark's own gateway: another process of this program with a temporary data directory, so
+//! that `headgate bench` needs no running gateway and the generator's work stays apart from the
+//! gateway's.
 
 use std::env;
 use std::io::{BufRead, BufReader};
@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use anyhow::{Context, bail};
 use tempfile::TempDir;
 
-use crate::cli::client::{Client, Secret};
+use crate::cli::client::{ApiClient, KeySecret};
 use crate::cli::datasource;
 
 /// A running gateway, ended when this is dropped.
@@ -21,7 +21,7 @@ pub(super) struct OwnGateway {
     data_dir: TempDir,
     pub(super) mqtt: SocketAddr,
     /// A key of a datasource made for the benchmark.
-    pub(super) key: Secret,
+    pub(super) key: KeySecret,
 }
 
 impl OwnGateway {
@@ -44,14 +44,14 @@ impl OwnGateway {
             child,
             lines: BufReader::new(stdout),
             mqtt: SocketAddr::from(([127, 0, 0, 1], 0)),
-            key: Secret::new(""),
+            key: KeySecret::new(""),
             data_dir,
         };
         let http = gateway.read_addresses()?;
         let admin =
             std::fs::read_to_string(gateway.data_dir.path().join("admin.key")).context("admin.key")?;
-        let admin = Client::new(&http, Secret::new(&admin));
-        (_, gateway.key) = datasource::create_as(&admin, "bench", "Benchmark")?;
+        let admin = ApiClient::new(&http, KeySecret::new(&admin));
+        (_, gateway.key) = datasource::create_for_command(&admin, "bench", "Benchmark")?;
         Ok(gateway)
     }
 
@@ -81,7 +81,7 @@ impl OwnGateway {
 }
 
 impl Drop for OwnGateway {
-    /// Kills it: it has nothing to drain, what it holds is removed with its directory.
+    /// Kills the gateway without a drain: its data is removed with the directory.
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -13,12 +13,12 @@ use anyhow::{Context, ensure};
 use serde_json::json;
 
 use self::gateway::OwnGateway;
-use self::load::{Measured, Plan};
+use self::load::{BenchMeasurement, BenchPlan};
 use super::client::named_key;
-use super::out::{Out, grouped, latency, table};
+use super::out::{CommandOutput, grouped, latency, table};
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct BenchArgs {
     /// The gateway to load, with the key of HEADGATE_API_KEY or HEADGATE_API_KEY_FILE; without it,
     /// one is started for the purpose, in another process, with a temporary data directory
     #[arg(long, value_name = "HOST:PORT")]
@@ -56,7 +56,7 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
-pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+pub(super) fn run(args: BenchArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     ensure!(args.seconds > 0.0, "--seconds has to be more than 0");
     let mut own = None;
     let (addr, key) = match &args.addr {
@@ -69,7 +69,7 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
             (gateway.mqtt, gateway.key.clone())
         }
     };
-    let plan = Plan {
+    let plan = BenchPlan {
         addr,
         protocol: args.protocol,
         qos: args.qos,
@@ -88,15 +88,20 @@ fn resolve(addr: &str) -> anyhow::Result<SocketAddr> {
     found.next().with_context(|| format!("{addr} has no address"))
 }
 
-/// The latencies that are reported: the share of messages that is at most so late.
-const QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0)];
+/// The latency quantiles that are reported, with their column names.
+const REPORTED_QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0)];
 
 #[allow(clippy::cast_precision_loss, reason = "a rate, of which a few digits count")]
-fn per_second(measured: &Measured) -> f64 {
+fn per_second(measured: &BenchMeasurement) -> f64 {
     measured.acked as f64 / measured.elapsed.as_secs_f64()
 }
 
-fn print_table(args: &Args, addr: SocketAddr, measured: &Measured, out: &mut Out) -> anyhow::Result<()> {
+fn print_table(
+    args: &BenchArgs,
+    addr: SocketAddr,
+    measured: &BenchMeasurement,
+    out: &mut CommandOutput,
+) -> anyhow::Result<()> {
     let whose = match args.addr {
         Some(_) => format!("the gateway at {addr}"),
         None => "a gateway of its own, in another process, with a temporary data directory".to_owned(),
@@ -112,7 +117,7 @@ fn print_table(args: &Args, addr: SocketAddr, measured: &Measured, out: &mut Out
         measured.elapsed.as_secs_f64()
     )?;
     let mut columns = vec![if args.qos == 0 { "fenced msg/s" } else { "acked msg/s" }];
-    columns.extend(QUANTILES.map(|(name, _)| name));
+    columns.extend(REPORTED_QUANTILES.map(|(name, _)| name));
     let mut rows = table(&columns, &[0, 1, 2, 3, 4]);
     #[allow(
         clippy::cast_possible_truncation,
@@ -120,17 +125,21 @@ fn print_table(args: &Args, addr: SocketAddr, measured: &Measured, out: &mut Out
         reason = "a rate is positive and far below 2^64"
     )]
     let mut cells = vec![grouped(per_second(measured).round() as u64)];
-    cells.extend(QUANTILES.map(|(_, quantile)| latency(measured.latency.value_at_quantile(quantile))));
+    cells.extend(
+        REPORTED_QUANTILES.map(|(_, quantile)| latency(measured.latency.value_at_quantile(quantile))),
+    );
     rows.add_row(cells);
     writeln!(out, "{rows}")?;
     Ok(())
 }
 
-fn print_json(args: &Args, measured: &Measured, out: &mut Out) -> anyhow::Result<()> {
+fn print_json(args: &BenchArgs, measured: &BenchMeasurement, out: &mut CommandOutput) -> anyhow::Result<()> {
     #[allow(clippy::cast_precision_loss, reason = "three digits are measured")]
     let micros = |quantile| measured.latency.value_at_quantile(quantile) as f64 / 1e3;
-    let latency: serde_json::Map<_, _> =
-        QUANTILES.iter().map(|(name, quantile)| ((*name).to_owned(), micros(*quantile).into())).collect();
+    let latency: serde_json::Map<_, _> = REPORTED_QUANTILES
+        .iter()
+        .map(|(name, quantile)| ((*name).to_owned(), micros(*quantile).into()))
+        .collect();
     let report = json!({
         "gateway": args.addr.as_deref().unwrap_or("own"),
         "protocol": args.protocol,

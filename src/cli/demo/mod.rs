@@ -1,6 +1,7 @@
-//! `headgate demo`: the whole way on real input. Starts a gateway, creates a datasource for each of
-//! five recorded sensors, replays all their readings through real clients over real sockets while
-//! strangers try to get in, reads everything back from storage, and says whether it is all there.
+//! `headgate demo`: the whole path of a message, on real input. Starts a gateway, creates a datasource
+//! for each of five recorded sensors, and replays all their readings through real clients over real
+//! sockets while strangers try to get in. Then reads everything back from storage and checks that it
+//! is complete.
 
 mod report;
 mod senders;
@@ -17,12 +18,12 @@ use serde_json::value::RawValue;
 use tempfile::TempDir;
 use tokio::task::{JoinSet, spawn_blocking};
 
-use self::report::{Comparison, Report, Row, Stored};
-use self::senders::{Gate, Progress, TOPIC};
+use self::report::{Comparison, DemoReport, SensorRow, StoredReadings};
+use self::senders::{DemoProgress, GatewayAddresses, READING_TOPIC};
 use self::sensors::{SENSORS, Sensor};
 use self::strangers::Strangers;
-use super::client::{Client, Secret};
-use super::out::{Out, grouped, latency};
+use super::client::{ApiClient, KeySecret};
+use super::out::{CommandOutput, grouped, latency};
 use super::replay::Tally;
 use super::signals::Signals;
 use super::{datasource, records, serve};
@@ -30,13 +31,13 @@ use crate::config::{Config, SinkKind};
 use crate::gateway::Gateway;
 use crate::observe::trace;
 
-/// How long storage may take to hold everything that was acknowledged.
-const STORED_MAX: Duration = Duration::from_secs(60);
-/// How often storage is asked how far it is.
-const LOOK: Duration = Duration::from_millis(5);
+/// How long storage may take to hold every acknowledged reading.
+const DEMO_STORAGE_WAIT_MAX: Duration = Duration::from_secs(60);
+/// The pause between two looks at storage's cursor.
+const STORAGE_POLL_PAUSE: Duration = Duration::from_millis(5);
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct DemoArgs {
     /// The configuration (TOML); without it and --data-dir, free ports and a temporary directory
     #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
     config: Option<PathBuf>,
@@ -48,7 +49,7 @@ pub(super) struct Args {
     once: bool,
 }
 
-pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
+pub(super) fn run(args: DemoArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let once = args.once;
     // The directory lives until the gateway has stopped.
     let (config, _temporary) = configure(args)?;
@@ -59,21 +60,21 @@ pub(super) fn run(args: Args, out: &mut Out) -> anyhow::Result<()> {
     trace::init(&config.trace)?;
     let runtime = serve::runtime()?;
     let shown = runtime.block_on(demo(config, once, out));
-    runtime.shutdown_timeout(serve::THREADS_END_MAX);
+    runtime.shutdown_timeout(serve::THREADS_END_WAIT_MAX);
     shown
 }
 
-/// The configuration that was asked for. With none asked for, what is at its default gives way to
-/// what can run anywhere, beside anything: free ports, a temporary directory, few log lines.
-fn configure(args: Args) -> anyhow::Result<(Config, Option<TempDir>)> {
+/// The configuration that the arguments ask for. Where they ask for nothing, defaults are replaced so
+/// that the demo runs anywhere: free ports, a temporary directory, few log lines.
+fn configure(args: DemoArgs) -> anyhow::Result<(Config, Option<TempDir>)> {
     let mut config = Config::load(args.config.as_deref())?;
     let default = Config::default();
     if config.trace == default.trace {
-        // Every stranger is worth a line to an operator; here they are counted in the report.
+        // An operator wants a log line for each stranger; here the report counts them.
         config.trace.filter = "error,rumqttc=off".to_owned();
     }
     if config.auth == default.auth {
-        // The strangers try more often than anybody should, and are to be told each time why.
+        // The strangers fail more often than the limit allows, and each must be told the real reason.
         config.auth.failures_exempt =
             ["127.0.0.0/8", "::1"].iter().map(|network| network.parse()).collect::<Result<_, _>>()?;
     }
@@ -99,11 +100,11 @@ fn configure(args: Args) -> anyhow::Result<(Config, Option<TempDir>)> {
     Ok((config, None))
 }
 
-async fn demo(config: Config, once: bool, out: &mut Out) -> anyhow::Result<()> {
+async fn demo(config: Config, once: bool, out: &mut CommandOutput) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let gateway = Gateway::start(config).await?;
     let shown = tokio::select! {
-        shown = show(&gateway, out) => shown,
+        shown = replay_and_report(&gateway, out) => shown,
         () = signals.asked() => Err(anyhow::anyhow!("interrupted")),
     };
     if shown.is_ok() && !once {
@@ -115,27 +116,28 @@ async fn demo(config: Config, once: bool, out: &mut Out) -> anyhow::Result<()> {
     shown
 }
 
-/// Everything between start and stop.
-async fn show(gateway: &Gateway, out: &mut Out) -> anyhow::Result<()> {
+/// Replays, reads back and reports: everything between the gateway's start and stop.
+async fn replay_and_report(gateway: &Gateway, out: &mut CommandOutput) -> anyhow::Result<()> {
     serve::announce(gateway, out)?;
-    let gate = Gate {
+    let gate = GatewayAddresses {
         mqtt: serve::reachable(gateway.mqtt_addr),
         http: format!("http://{}", serve::reachable(gateway.http_addr)),
     };
     let key_file = &gateway.admin_key_path;
     let key = std::fs::read_to_string(key_file).with_context(|| key_file.display().to_string())?;
-    let admin = Client::new(&gate.http, Secret::new(&key));
+    let admin = ApiClient::new(&gate.http, KeySecret::new(&key));
 
     let readings = SENSORS.iter().map(|sensor| sensor.readings().count() as u64).sum();
+    // The log may hold records of an earlier run: only what this run adds is compared.
     let (begin, datasources) = {
         let admin = admin.clone();
-        spawn_blocking(move || anyhow::Ok((log_end(&admin)?, create_all(&admin)?))).await??
+        spawn_blocking(move || anyhow::Ok((log_end(&admin)?, create_datasources(&admin)?))).await??
     };
     let strangers = Strangers::prepare(&admin, gate.clone(), &datasources[0].0, &datasources[0].1).await?;
     writeln!(out, "\nreplaying {} readings of {} sensors at once ...", grouped(readings), SENSORS.len())?;
     out.flush()?;
 
-    let progress = Progress::default();
+    let progress = DemoProgress::default();
     let started = Instant::now();
     let mut strangers = tokio::spawn(strangers.run(progress.clone(), readings));
     let mut devices = JoinSet::new();
@@ -170,9 +172,9 @@ async fn show(gateway: &Gateway, out: &mut Out) -> anyhow::Result<()> {
         let mut rows = Vec::with_capacity(SENSORS.len());
         for ((index, tally), (id, _)) in tallies.into_iter().zip(&datasources) {
             let sensor = SENSORS[index];
-            rows.push(Row { sensor, tally, stored: read_back(&admin, sensor, id)? });
+            rows.push(SensorRow { sensor, tally, stored: read_back(&admin, sensor, id)? });
         }
-        anyhow::Ok(Report { rows, refused, unaccounted })
+        anyhow::Ok(DemoReport { rows, refused, unaccounted })
     })
     .await??;
     report.print(out)?;
@@ -188,62 +190,65 @@ async fn show(gateway: &Gateway, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn create_all(admin: &Client) -> anyhow::Result<Vec<(String, Secret)>> {
-    SENSORS.iter().map(|sensor| datasource::create_as(admin, sensor.id, sensor.name)).collect()
+fn create_datasources(admin: &ApiClient) -> anyhow::Result<Vec<(String, KeySecret)>> {
+    SENSORS.iter().map(|sensor| datasource::create_for_command(admin, sensor.id, sensor.name)).collect()
 }
 
 /// Waits until storage holds everything that is in the log; returns the log's end.
-fn wait_until_stored(admin: &Client) -> anyhow::Result<u64> {
+fn wait_until_stored(admin: &ApiClient) -> anyhow::Result<u64> {
     let end = log_end(admin)?;
-    let deadline = Instant::now() + STORED_MAX;
+    let deadline = Instant::now() + DEMO_STORAGE_WAIT_MAX;
     loop {
         let stored = gauge(&admin.text("/metrics")?, "headgate_storage_cursor")?;
         if stored >= end {
             return Ok(end);
         }
-        ensure!(Instant::now() < deadline, "storage holds {stored} of {end} records after {STORED_MAX:?}");
-        std::thread::sleep(LOOK);
+        ensure!(
+            Instant::now() < deadline,
+            "storage holds {stored} of {end} records after {DEMO_STORAGE_WAIT_MAX:?}"
+        );
+        std::thread::sleep(STORAGE_POLL_PAUSE);
     }
 }
 
 /// The offset that the next record will get.
-fn log_end(admin: &Client) -> anyhow::Result<u64> {
+fn log_end(admin: &ApiClient) -> anyhow::Result<u64> {
     gauge(&admin.text("/metrics")?, "headgate_log_next_offset")
 }
 
-/// A whole number out of Prometheus' text format.
+/// Reads a whole number from Prometheus' text format.
 fn gauge(metrics: &str, name: &str) -> anyhow::Result<u64> {
     let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     let value = value.with_context(|| format!("the gateway has no metric {name}"))?;
     value.trim().parse().with_context(|| format!("{name} is {value:?}"))
 }
 
-/// Reads all of a datasource's records, compares each with what its sensor has recorded, and reads
-/// its newest reading.
-fn read_back(admin: &Client, sensor: Sensor, id: &str) -> anyhow::Result<Stored> {
+/// Reads all of a datasource's records, compares each with its sensor's recording, and reads the
+/// newest reading.
+fn read_back(admin: &ApiClient, sensor: Sensor, id: &str) -> anyhow::Result<StoredReadings> {
     let mut sent = sensor.readings();
     let mut comparison = Comparison::default();
-    records::for_each_page(admin, id, &[("topic", TOPIC)], u64::MAX, |page| {
+    records::for_each_page(admin, id, &[("topic", READING_TOPIC)], u64::MAX, |page| {
         for record in &page {
-            let record: Payload = serde_json::from_str(record.get())?;
+            let record: StoredPayload = serde_json::from_str(record.get())?;
             comparison.record(record.payload.get(), sent.next());
         }
         Ok(())
     })?;
-    let latest: Latest = admin.get(&format!("{}/latest", datasource::path(id)?), &[])?;
+    let latest: LatestAnswer = admin.get(&format!("{}/latest", datasource::path(id)?), &[])?;
     let [newest] = latest.topics;
     Ok(comparison.finish(newest.payload.get().to_owned(), sensor.readings().last()))
 }
 
 /// The newest values of a datasource that has one topic.
 #[derive(Deserialize)]
-struct Latest {
-    topics: [Payload; 1],
+struct LatestAnswer {
+    topics: [StoredPayload; 1],
 }
 
-/// What a stored record holds, as the gateway writes it.
+/// A stored record's payload, as the gateway writes it.
 #[derive(Deserialize)]
-struct Payload {
+struct StoredPayload {
     payload: Box<RawValue>,
 }
 

@@ -1,4 +1,4 @@
-//! What the demo found out: the tables at its end, and whether everything is as it has to be.
+//! The demo's result: the tables at its end, and the check that nothing is missing or too much.
 
 use std::io::{self, Write};
 
@@ -6,44 +6,44 @@ use anyhow::{bail, ensure};
 use hdrhistogram::Histogram;
 
 use super::sensors::{Reading, Sensor};
-use super::strangers::Refused;
-use crate::cli::out::{Out, grouped, latency, table};
-use crate::cli::replay::{Tally, latencies};
+use super::strangers::RefusedAttempts;
+use crate::cli::out::{CommandOutput, grouped, latency, table};
+use crate::cli::replay::{Tally, latency_histogram};
 
 /// One sensor, from its device to storage and back.
-pub(super) struct Row {
+pub(super) struct SensorRow {
     pub(super) sensor: Sensor,
     pub(super) tally: Tally,
-    pub(super) stored: Stored,
+    pub(super) stored: StoredReadings,
 }
 
 /// What storage holds of a datasource.
 #[derive(Debug)]
-pub(super) struct Stored {
+pub(super) struct StoredReadings {
     /// How many records.
     pub(super) records: u64,
-    /// The place of the first record that is not the reading that was sent there.
+    /// The position of the first record that differs from the reading sent at that position.
     pub(super) first_difference: Option<u64>,
     /// The newest reading, as the gateway gives it.
     pub(super) newest: String,
-    /// Whether that is the recording's last.
+    /// Whether `newest` is the recording's last reading.
     pub(super) newest_is_last: bool,
 }
 
-/// Everything.
-pub(super) struct Report {
-    pub(super) rows: Vec<Row>,
-    pub(super) refused: Refused,
-    /// Records that are in the log although nobody was told that they were accepted.
+/// The whole report.
+pub(super) struct DemoReport {
+    pub(super) rows: Vec<SensorRow>,
+    pub(super) refused: RefusedAttempts,
+    /// Records in the log that no client got an acknowledgement for.
     pub(super) unaccounted: i128,
 }
 
-impl Report {
-    pub(super) fn print(&self, out: &mut Out) -> io::Result<()> {
+impl DemoReport {
+    pub(super) fn print(&self, out: &mut CommandOutput) -> io::Result<()> {
         let columns = ["sensor", "sent over", "sent", "acknowledged", "stored", "ack p50", "p99"];
         let mut rows = table(&columns, &[2, 3, 4, 5, 6]);
-        let mut all = latencies();
-        for Row { sensor, tally, stored } in &self.rows {
+        let mut all = latency_histogram();
+        for SensorRow { sensor, tally, stored } in &self.rows {
             all.add(&tally.latency).expect("both have the same bounds");
             let (p50, p99) = quantiles(&tally.latency);
             let counts = [tally.sent, tally.acked, stored.records].map(grouped);
@@ -51,13 +51,13 @@ impl Report {
             rows.add_row(cells.into_iter().chain(counts).chain([p50, p99]));
         }
         let (p50, p99) = quantiles(&all);
-        let sum = |count: fn(&Row) -> u64| grouped(self.rows.iter().map(count).sum());
+        let sum = |count: fn(&SensorRow) -> u64| grouped(self.rows.iter().map(count).sum());
         let counts = [sum(|row| row.tally.sent), sum(|row| row.tally.acked), sum(|row| row.stored.records)];
         rows.add_row(["all".to_owned(), String::new()].into_iter().chain(counts).chain([p50, p99]));
         writeln!(out, "\n{rows}\n")?;
 
         let mut rows = table(&["sensor", "newest reading, read back from storage"], &[]);
-        for Row { sensor, stored, .. } in &self.rows {
+        for SensorRow { sensor, stored, .. } in &self.rows {
             rows.add_row([sensor.id, &stored.newest]);
         }
         writeln!(out, "{rows}\n")?;
@@ -72,12 +72,12 @@ impl Report {
         out.flush()
     }
 
-    /// Whether everything that was sent is acknowledged and stored as it was sent, and nothing else is.
+    /// Checks that every reading sent is acknowledged and stored unchanged, and that nothing else is.
     ///
     /// # Errors
-    /// The first thing that is not so.
+    /// The first deviation.
     pub(super) fn check(&self, readings: u64) -> anyhow::Result<()> {
-        for Row { sensor, tally, stored } in &self.rows {
+        for SensorRow { sensor, tally, stored } in &self.rows {
             let (id, sent) = (sensor.id, tally.sent);
             ensure!(tally.acked == sent, "{id}: {} of {sent} readings were acknowledged", tally.acked);
             ensure!(stored.records == sent, "{id}: {} of {sent} readings are stored", stored.records);
@@ -106,7 +106,7 @@ fn quantiles(latencies: &Histogram<u64>) -> (String, String) {
     (latency(latencies.value_at_quantile(0.5)), latency(latencies.value_at_quantile(0.99)))
 }
 
-/// Compares what storage gives back with what was sent, record by record.
+/// Compares stored records with the readings sent, one by one.
 #[derive(Default)]
 pub(super) struct Comparison {
     records: u64,
@@ -114,8 +114,8 @@ pub(super) struct Comparison {
 }
 
 impl Comparison {
-    /// The next stored payload, and the reading that was sent in its place, if any was. They have to
-    /// be the same text: storage gives back what was sent, digit for digit.
+    /// Compares the next stored payload with the reading sent at its position, if any. They have to be
+    /// the same text: storage returns what was sent, digit for digit.
     pub(super) fn record(&mut self, payload: &str, sent: Option<Reading>) {
         if sent.is_none_or(|sent| sent.payload() != payload) {
             self.first_difference.get_or_insert(self.records);
@@ -123,10 +123,15 @@ impl Comparison {
         self.records += 1;
     }
 
-    /// All records were compared, and this is the newest reading as the gateway gives it.
-    pub(super) fn finish(self, newest: String, last: Option<Reading>) -> Stored {
+    /// Ends the comparison; `newest` is the newest reading as the gateway gives it.
+    pub(super) fn finish(self, newest: String, last: Option<Reading>) -> StoredReadings {
         let newest_is_last = last.is_some_and(|last| last.payload() == newest);
-        Stored { records: self.records, first_difference: self.first_difference, newest, newest_is_last }
+        StoredReadings {
+            records: self.records,
+            first_difference: self.first_difference,
+            newest,
+            newest_is_last,
+        }
     }
 }
 
@@ -136,19 +141,19 @@ mod tests {
     use super::*;
 
     /// A report of one sensor for which all is well.
-    fn well() -> (Report, u64) {
+    fn well() -> (DemoReport, u64) {
         let sensor = SENSORS[2];
         let mut tally = Tally::default();
         let mut comparison = Comparison::default();
         for reading in sensor.readings() {
             tally.sent += 1;
-            tally.acked(1, std::time::Duration::from_millis(1));
+            tally.count_acked(1, std::time::Duration::from_millis(1));
             comparison.record(&reading.payload(), Some(reading));
         }
         let readings = tally.sent;
         let last = sensor.readings().last().expect("many");
-        let row = Row { sensor, tally, stored: comparison.finish(last.payload(), Some(last)) };
-        (Report { rows: vec![row], refused: Refused::new(), unaccounted: 0 }, readings)
+        let row = SensorRow { sensor, tally, stored: comparison.finish(last.payload(), Some(last)) };
+        (DemoReport { rows: vec![row], refused: RefusedAttempts::new(), unaccounted: 0 }, readings)
     }
 
     #[test]
@@ -182,7 +187,8 @@ mod tests {
         comparison.record(&first.payload(), Some(first));
         comparison.record(&first.payload(), Some(second));
         let (mut report, sent) = well();
-        report.rows[0].stored = Stored { records: sent, ..comparison.finish(second.payload(), Some(second)) };
+        report.rows[0].stored =
+            StoredReadings { records: sent, ..comparison.finish(second.payload(), Some(second)) };
         assert_eq!(report.rows[0].stored.first_difference, Some(1));
         assert!(report.check(sent).is_err(), "a stored reading differs");
     }

@@ -13,33 +13,33 @@ use serde::Deserialize;
 use ureq::http::Response;
 use ureq::{Agent, Body, RequestBuilder};
 
-use super::sensors::{Sensor, Way};
-use crate::cli::client::{self, Secret};
+use super::sensors::{Sensor, SensorTransport};
+use crate::cli::client::{self, KeySecret};
 use crate::cli::out;
-use crate::cli::replay::{Tally, end, replay};
-use crate::cli::session::{Dialect, Session};
+use crate::cli::replay::{Tally, disconnect_session, replay};
+use crate::cli::session::{Dialect, MqttClientSession};
 
 /// The topic of every reading, relative to its datasource.
-pub(super) const TOPIC: &str = "reading";
+pub(super) const READING_TOPIC: &str = "reading";
 
-/// Over HTTP a device sends one reading by itself, then so many in one request, and so on.
-const ARRAY_READINGS: usize = 50;
+/// Readings in one HTTP request. A device alternates between one reading and so many.
+const READINGS_PER_REQUEST: usize = 50;
 
-/// Where the gateway is.
+/// The gateway's addresses.
 #[derive(Debug, Clone)]
-pub(super) struct Gate {
+pub(super) struct GatewayAddresses {
     pub(super) mqtt: SocketAddr,
     pub(super) http: String,
 }
 
-/// A bar for each sensor (drawn only on a terminal), and how many readings are acknowledged in all.
+/// A progress bar for each sensor (drawn only on a terminal), and the total of acknowledged readings.
 #[derive(Clone, Default)]
-pub(super) struct Progress {
+pub(super) struct DemoProgress {
     pub(super) bars: MultiProgress,
     acked: Arc<AtomicU64>,
 }
 
-impl Progress {
+impl DemoProgress {
     /// Readings acknowledged so far, of all sensors.
     pub(super) fn acked(&self) -> u64 {
         self.acked.load(Ordering::Relaxed)
@@ -47,7 +47,7 @@ impl Progress {
 
     fn bar(&self, sensor: &Sensor) -> anyhow::Result<ProgressBar> {
         let bar = self.bars.add(ProgressBar::new(sensor.readings().count() as u64));
-        bar.set_style(out::progress("{prefix:20} {bar:30} {human_pos:>6}/{human_len} {rate}")?);
+        bar.set_style(out::progress_style("{prefix:20} {bar:30} {human_pos:>6}/{human_len} {rate}")?);
         bar.set_prefix(sensor.id);
         Ok(bar)
     }
@@ -58,28 +58,29 @@ impl Progress {
     }
 }
 
-/// Sends all of a sensor's readings in its way, and returns when all are acknowledged.
+/// Sends all of a sensor's readings over its transport, and returns when all are acknowledged.
 pub(super) async fn send(
     sensor: Sensor,
     datasource: String,
-    key: Secret,
-    gate: Gate,
-    progress: Progress,
+    key: KeySecret,
+    gate: GatewayAddresses,
+    progress: DemoProgress,
 ) -> anyhow::Result<Tally> {
     let bar = progress.bar(&sensor)?;
-    let sent = match dialect(sensor.way) {
+    let sent = match mqtt_dialect(sensor.way) {
         Some(dialect) => {
-            let mut session = Session::new(dialect, gate.mqtt, &datasource, Some(&key));
+            let mut session = MqttClientSession::new(dialect, gate.mqtt, &datasource, Some(&key));
             let payloads = stream::iter(sensor.readings().map(|reading| Ok(reading.payload().into_bytes())));
-            match replay(&mut session, TOPIC, payloads, || progress.advance(&bar, 1)).await {
-                Ok(tally) => end(session).await.map(|()| tally),
+            match replay(&mut session, READING_TOPIC, payloads, || progress.advance(&bar, 1)).await {
+                Ok(tally) => disconnect_session(session).await.map(|()| tally),
                 Err(error) => Err(error),
             }
         }
         None => {
             let (bar, progress) = (bar.clone(), progress.clone());
-            let work =
-                move || post_all(sensor, &datasource, &key, &gate, |acked| progress.advance(&bar, acked));
+            let work = move || {
+                post_all_readings(sensor, &datasource, &key, &gate, |acked| progress.advance(&bar, acked))
+            };
             tokio::task::spawn_blocking(work).await?
         }
     };
@@ -87,31 +88,31 @@ pub(super) async fn send(
     sent.with_context(|| format!("{} over {}", sensor.id, sensor.way.describe()))
 }
 
-/// MQTT's version in this way, unless it is HTTP.
-pub(super) fn dialect(way: Way) -> Option<Dialect> {
+/// The MQTT dialect of `way`; `None` for HTTP.
+pub(super) fn mqtt_dialect(way: SensorTransport) -> Option<Dialect> {
     match way {
-        Way::Mqtt311 => Some(Dialect::V311),
-        Way::Mqtt5 => Some(Dialect::V5),
-        Way::HttpPlain | Way::HttpBearer | Way::HttpApiKey => None,
+        SensorTransport::Mqtt311 => Some(Dialect::V311),
+        SensorTransport::Mqtt5 => Some(Dialect::V5),
+        SensorTransport::HttpPlain | SensorTransport::HttpBearer | SensorTransport::HttpApiKey => None,
     }
 }
 
-fn post_all(
+fn post_all_readings(
     sensor: Sensor,
     datasource: &str,
-    key: &Secret,
-    gate: &Gate,
+    key: &KeySecret,
+    gate: &GatewayAddresses,
     acked: impl Fn(u64),
 ) -> anyhow::Result<Tally> {
     #[derive(Deserialize)]
-    struct Accepted {
+    struct IngestAnswer {
         accepted: u64,
     }
     let agent = client::agent(&gate.http);
     let mut tally = Tally::default();
     let mut readings = sensor.readings();
     for alone in [true, false].into_iter().cycle() {
-        let many = if alone { 1 } else { ARRAY_READINGS };
+        let many = if alone { 1 } else { READINGS_PER_REQUEST };
         let payloads: Vec<String> = readings.by_ref().take(many).map(|reading| reading.payload()).collect();
         if payloads.is_empty() {
             break;
@@ -124,35 +125,37 @@ fn post_all(
         if !answer.status().is_success() {
             bail!("after {} acknowledged messages: {}", tally.acked, client::problem(answer));
         }
-        let Accepted { accepted } = answer.body_mut().read_json()?;
+        let IngestAnswer { accepted } = answer.body_mut().read_json()?;
         ensure!(accepted == count, "{accepted} of {count} messages of a request were acknowledged");
-        tally.acked(count, posted.elapsed());
+        tally.count_acked(count, posted.elapsed());
         acked(count);
     }
     Ok(tally)
 }
 
-/// One request with readings, the key (if any) where `way` has it.
+/// Sends one request with readings, the key (if any) placed as `way` says.
 pub(super) fn post(
     agent: &Agent,
-    gate: &Gate,
+    gate: &GatewayAddresses,
     datasource: &str,
-    way: Way,
-    key: Option<&Secret>,
+    way: SensorTransport,
+    key: Option<&KeySecret>,
     body: &str,
 ) -> anyhow::Result<Response<Body>> {
-    let request = agent.post(format!("{}/v1/ingest/{datasource}/{TOPIC}", gate.http));
+    let request = agent.post(format!("{}/v1/ingest/{datasource}/{READING_TOPIC}", gate.http));
     let request = match key {
-        Some(key) => present(request, way, key),
+        Some(key) => present_key(request, way, key),
         None => request,
     };
     Ok(request.content_type("application/json").send(body)?)
 }
 
-fn present<B>(request: RequestBuilder<B>, way: Way, key: &Secret) -> RequestBuilder<B> {
+fn present_key<B>(request: RequestBuilder<B>, way: SensorTransport, key: &KeySecret) -> RequestBuilder<B> {
     match way {
-        Way::HttpBearer => request.header("authorization", format!("Bearer {}", key.expose())),
-        Way::HttpApiKey => request.header("x-api-key", key.expose()),
-        Way::HttpPlain | Way::Mqtt311 | Way::Mqtt5 => request.header("authorization", key.expose()),
+        SensorTransport::HttpBearer => request.header("authorization", format!("Bearer {}", key.expose())),
+        SensorTransport::HttpApiKey => request.header("x-api-key", key.expose()),
+        SensorTransport::HttpPlain | SensorTransport::Mqtt311 | SensorTransport::Mqtt5 => {
+            request.header("authorization", key.expose())
+        }
     }
 }

@@ -1,21 +1,21 @@
-//! The sensors of the demo: five recordings of real ones, built into the command so that it runs
-//! anywhere (where they come from is told in `tests/fixtures/sensors/README.md`).
+//! The sensors of the demo: recordings of five real ones, built into the command so that it runs
+//! anywhere (`tests/fixtures/sensors/README.md` names their source).
 
-/// A recorded sensor, and how its device talks to the gateway.
+/// A recorded sensor and the transport that its device uses.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sensor {
     /// The id of its datasource.
     pub(super) id: &'static str,
     /// What people call it.
     pub(super) name: &'static str,
-    /// Which client sends it.
-    pub(super) way: Way,
+    /// How its device sends readings.
+    pub(super) way: SensorTransport,
     csv: &'static str,
 }
 
-/// A protocol and a place in it for the key.
+/// A protocol, and where in it the key is presented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum SensorTransport {
     /// MQTT 3.1.1, the key as user name.
     Mqtt311,
     /// MQTT 5, the key as user property of CONNECT.
@@ -28,36 +28,41 @@ pub(super) enum Way {
     HttpApiKey,
 }
 
-impl Way {
-    pub(super) const ALL: [Way; 5] =
-        [Way::Mqtt311, Way::Mqtt5, Way::HttpPlain, Way::HttpBearer, Way::HttpApiKey];
+impl SensorTransport {
+    pub(super) const ALL: [SensorTransport; 5] = [
+        SensorTransport::Mqtt311,
+        SensorTransport::Mqtt5,
+        SensorTransport::HttpPlain,
+        SensorTransport::HttpBearer,
+        SensorTransport::HttpApiKey,
+    ];
 
     pub(super) fn describe(self) -> &'static str {
         match self {
-            Way::Mqtt311 => "MQTT 3.1.1, key as user name",
-            Way::Mqtt5 => "MQTT 5, key as user property",
-            Way::HttpPlain => "HTTP, Authorization: KEY",
-            Way::HttpBearer => "HTTP, Authorization: Bearer KEY",
-            Way::HttpApiKey => "HTTP, X-API-Key: KEY",
+            SensorTransport::Mqtt311 => "MQTT 3.1.1, key as user name",
+            SensorTransport::Mqtt5 => "MQTT 5, key as user property",
+            SensorTransport::HttpPlain => "HTTP, Authorization: KEY",
+            SensorTransport::HttpBearer => "HTTP, Authorization: Bearer KEY",
+            SensorTransport::HttpApiKey => "HTTP, X-API-Key: KEY",
         }
     }
 
     pub(super) fn is_mqtt(self) -> bool {
-        matches!(self, Way::Mqtt311 | Way::Mqtt5)
+        matches!(self, SensorTransport::Mqtt311 | SensorTransport::Mqtt5)
     }
 }
 
 /// One line of a recording.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Reading {
-    /// As recorded, local time without a zone.
+    /// Local time without a zone, as recorded.
     pub(super) timestamp: &'static str,
     /// The digits as recorded.
     pub(super) value: &'static str,
 }
 
 impl Reading {
-    /// The message: JSON, the value with the digits it was recorded with.
+    /// The message as JSON, with the value's digits as recorded.
     pub(super) fn payload(self) -> String {
         format!(r#"{{"timestamp": "{}", "value": {}}}"#, self.timestamp, self.value)
     }
@@ -77,36 +82,36 @@ macro_rules! recording {
     };
 }
 
-/// All five.
+/// All five sensors.
 pub(super) const SENSORS: [Sensor; 5] = [
     Sensor {
         id: "machine-temperature",
         name: "Machine temperature (°F), up to its failure",
-        way: Way::Mqtt311,
+        way: SensorTransport::Mqtt311,
         csv: recording!("machine_temperature_system_failure.csv"),
     },
     Sensor {
         id: "ambient-temperature",
         name: "Office ambient temperature (°F)",
-        way: Way::Mqtt5,
+        way: SensorTransport::Mqtt5,
         csv: recording!("ambient_temperature_system_failure.csv"),
     },
     Sensor {
         id: "lane-occupancy-6005",
         name: "Road sensor 6005: lane occupancy (%)",
-        way: Way::HttpPlain,
+        way: SensorTransport::HttpPlain,
         csv: recording!("occupancy_6005.csv"),
     },
     Sensor {
         id: "speed-6005",
         name: "Road sensor 6005: speed (mph)",
-        way: Way::HttpBearer,
+        way: SensorTransport::HttpBearer,
         csv: recording!("speed_6005.csv"),
     },
     Sensor {
         id: "travel-time-387",
         name: "Road segment 387: travel time (s)",
-        way: Way::HttpApiKey,
+        way: SensorTransport::HttpApiKey,
         csv: recording!("TravelTime_387.csv"),
     },
 ];

@@ -1,18 +1,18 @@
-//! `headgate nats`: what NATS and the gateway have to know of each other.
+//! `headgate nats`: sets up NATS and the gateway to work together.
 
-use super::out::Out;
+use super::out::CommandOutput;
 
 mod server;
 mod setup;
 
 #[derive(Debug, clap::Subcommand)]
-pub(super) enum Command {
+pub(super) enum NatsCommand {
     /// Write a nats-server's configuration in which API keys are users, and the gateway's beside it
-    Setup(setup::Args),
+    Setup(setup::NatsSetupArgs),
 }
 
-pub(super) fn run(command: Command, out: &mut Out) -> anyhow::Result<()> {
+pub(super) fn run(command: NatsCommand, out: &mut CommandOutput) -> anyhow::Result<()> {
     match command {
-        Command::Setup(args) => setup::run(&args, out),
+        NatsCommand::Setup(args) => setup::run(&args, out),
     }
 }

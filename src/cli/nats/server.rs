@@ -1,12 +1,12 @@
-//! The configuration of a nats-server in which API keys are users. It has four accounts, so that nobody
-//! can do more than is meant for it (ARCHITECTURE.md says why each is there).
+//! The configuration of a nats-server in which API keys are users. Its four accounts keep each party to its
+//! own permissions (ARCHITECTURE.md gives the reason for each).
 
 use std::fmt;
 use std::net::SocketAddr;
 
 /// Where the server listens.
 #[derive(Debug, clap::Args)]
-pub(super) struct Listeners {
+pub(super) struct NatsServerListeners {
     /// Where nats-server listens
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:4222")]
     pub(super) listen: SocketAddr,
@@ -18,14 +18,14 @@ pub(super) struct Listeners {
     pub(super) mqtt: Option<SocketAddr>,
 }
 
-/// A configuration. `Display` writes the whole of it, with the passwords.
-pub(super) struct Server<'a> {
-    /// Where it is, and JetStream's files will be.
+/// A nats-server configuration. `Display` writes all of it, including the passwords.
+pub(super) struct NatsServerConfig<'a> {
+    /// The directory of the configuration and of JetStream's files.
     pub(super) dir: &'a str,
-    pub(super) listeners: &'a Listeners,
-    /// The public key of the account that answers of auth callout are signed by.
+    pub(super) listeners: &'a NatsServerListeners,
+    /// The public key of the account that signs the answers of auth callout.
     pub(super) issuer: &'a str,
-    /// The public curve key that requests are encrypted to.
+    /// The public curve key to which requests are encrypted.
     pub(super) curve: &'a str,
     /// The password of user `headgate`.
     pub(super) gateway: &'a str,
@@ -35,10 +35,10 @@ pub(super) struct Server<'a> {
     pub(super) system: &'a str,
 }
 
-impl fmt::Display for Server<'_> {
+impl fmt::Display for NatsServerConfig<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { dir, listeners, issuer, curve, gateway, callout, system } = self;
-        let Listeners { listen, websocket, mqtt } = listeners;
+        let NatsServerListeners { listen, websocket, mqtt } = listeners;
         write!(
             f,
             r#"# nats-server for Headgate, written by "headgate nats setup". It holds passwords.
@@ -63,11 +63,12 @@ jetstream {{
 
 "#
         )?;
+        // A listener that is off is written too, commented out, so that an operator can turn it on later.
         let comment = |is_on: bool| if is_on { "" } else { "# " };
-        let (on, at) = (comment(websocket.is_some()), or(websocket, 8088));
+        let (on, at) = (comment(websocket.is_some()), or_loopback(websocket, 8088));
         writeln!(f, "# Clients that speak NATS over WebSocket.")?;
         writeln!(f, "{on}websocket {{ listen: \"{at}\", no_tls: true }}\n")?;
-        let (on, at) = (comment(mqtt.is_some()), or(mqtt, 1884));
+        let (on, at) = (comment(mqtt.is_some()), or_loopback(mqtt, 1884));
         write!(
             f,
             r#"# Clients that speak MQTT 3.1.1. nats-server acknowledges what they publish once it has it, before the gateway does,
@@ -123,6 +124,6 @@ authorization {{
     }
 }
 
-fn or(address: &Option<SocketAddr>, port: u16) -> SocketAddr {
+fn or_loopback(address: &Option<SocketAddr>, port: u16) -> SocketAddr {
     address.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], port)))
 }

@@ -1,5 +1,5 @@
-//! `headgate nats setup`: makes the seeds and passwords that a nats-server and the gateway share, and
-//! writes the configuration of both. No secret is printed; each is in a file that its owner alone can read.
+//! `headgate nats setup`: generates the seeds and passwords that a nats-server and the gateway share, and
+//! writes the configuration of both. It prints no secret; each is in a file that only its owner can read.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -9,48 +9,48 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use headgate_bridge_nats::callout::Seeds;
+use headgate_bridge_nats::callout::CalloutSeeds;
 use rand::TryRng;
 use rand::rngs::SysRng;
 
-use super::server::{Listeners, Server};
-use crate::cli::out::Out;
+use super::server::{NatsServerConfig, NatsServerListeners};
+use crate::cli::out::CommandOutput;
 use crate::config::Config;
 
 #[derive(Debug, clap::Args)]
-pub(in crate::cli) struct Args {
+pub(in crate::cli) struct NatsSetupArgs {
     /// Where to write it; the directory is made
     #[arg(long, value_name = "DIR", default_value = "headgate-nats")]
     dir: PathBuf,
     #[command(flatten)]
-    listeners: Listeners,
+    listeners: NatsServerListeners,
     /// Write over what is there, with new seeds and passwords: servers and gateways then need a restart
     #[arg(long)]
     force: bool,
 }
 
 /// A file of the setup, with mode 0600.
-struct Written {
+struct SetupFile {
     name: &'static str,
     text: String,
 }
 
-pub(super) fn run(args: &Args, out: &mut Out) -> anyhow::Result<()> {
+pub(super) fn run(args: &NatsSetupArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&args.dir);
     made.with_context(|| format!("cannot make {}", args.dir.display()))?;
     let dir = args.dir.canonicalize().with_context(|| args.dir.display().to_string())?;
     let dir_text = dir.to_str().filter(|text| !text.contains(['"', '\\', '\n']));
     let dir_text = dir_text.context("the directory's path cannot stand in a configuration file")?;
-    let files = files(dir_text, &args.listeners)?;
+    let files = setup_files(dir_text, &args.listeners)?;
     if !args.force
         && let Some(there) = files.iter().map(|file| dir.join(file.name)).find(|path| path.exists())
     {
         bail!("{} is there already; --force writes over it, with new secrets", there.display());
     }
     for file in &files {
-        write(&dir.join(file.name), &file.text)?;
+        write_secret_file(&dir.join(file.name), &file.text)?;
     }
-    // What was written is what is used: better found out now.
+    // Load the written file, so that a mistake shows now and not at the first start.
     Config::load(Some(&dir.join("headgate.toml")))?;
     let port = args.listeners.listen;
     writeln!(
@@ -73,10 +73,10 @@ pub(super) fn run(args: &Args, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn files(dir: &str, listeners: &Listeners) -> anyhow::Result<Vec<Written>> {
-    let seeds = Seeds::generate().map_err(anyhow::Error::msg)?;
-    let (gateway, callout, system) = (password()?, password()?, password()?);
-    let server = Server {
+fn setup_files(dir: &str, listeners: &NatsServerListeners) -> anyhow::Result<Vec<SetupFile>> {
+    let seeds = CalloutSeeds::generate().map_err(anyhow::Error::msg)?;
+    let (gateway, callout, system) = (generate_password()?, generate_password()?, generate_password()?);
+    let server = NatsServerConfig {
         dir,
         listeners,
         issuer: &seeds.issuer_public,
@@ -105,25 +105,25 @@ fn files(dir: &str, listeners: &Listeners) -> anyhow::Result<Vec<Written>> {
     );
     let line = |text: String| format!("{text}\n");
     Ok(vec![
-        Written { name: "nats-server.conf", text: server.to_string() },
-        Written { name: "headgate.toml", text: headgate },
-        Written { name: "issuer.seed", text: line(seeds.issuer) },
-        Written { name: "curve.seed", text: line(seeds.curve) },
-        Written { name: "gateway.password", text: line(gateway) },
-        Written { name: "callout.password", text: line(callout) },
-        Written { name: "system.password", text: line(system) },
+        SetupFile { name: "nats-server.conf", text: server.to_string() },
+        SetupFile { name: "headgate.toml", text: headgate },
+        SetupFile { name: "issuer.seed", text: line(seeds.issuer) },
+        SetupFile { name: "curve.seed", text: line(seeds.curve) },
+        SetupFile { name: "gateway.password", text: line(gateway) },
+        SetupFile { name: "callout.password", text: line(callout) },
+        SetupFile { name: "system.password", text: line(system) },
     ])
 }
 
-/// 256 bits from the operating system's generator, as 43 characters that need no quoting anywhere.
-fn password() -> anyhow::Result<String> {
+/// 256 bits from the operating system's random generator, as 43 characters that need no quoting anywhere.
+fn generate_password() -> anyhow::Result<String> {
     let mut bits = [0; 32];
     SysRng.try_fill_bytes(&mut bits).context("the operating system's random generator")?;
     Ok(URL_SAFE_NO_PAD.encode(bits))
 }
 
-/// Writes a file for its owner alone, whole or not at all.
-fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+/// Writes a file with mode 0600, whole or not at all.
+fn write_secret_file(path: &Path, text: &str) -> anyhow::Result<()> {
     let new = path.with_extension("new");
     let written = std::fs::remove_file(&new)
         .or_else(|error| if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) })

@@ -1,35 +1,39 @@
-//! A record as a message of the stream: its subject, and what else is known of it as headers.
+//! A record as a message of the stream: its subject, payload, and everything else in headers.
 
 use std::fmt::Write;
 
 use bytes::Bytes;
-use headgate_bridge_nats::{HeaderName, Message};
+use headgate_bridge_nats::{HeaderName, OutletMessage};
 
-use crate::log::headers_of;
+use crate::log::headers_of_record;
 use crate::message::{Offset, RecordRef};
-use crate::subject::{Space, SubjectError};
+use crate::subject::{SubjectError, SubjectSpace};
 
-const MESSAGE_ID: HeaderName = HeaderName::from_static("Nats-Msg-Id");
-const OFFSET: HeaderName = HeaderName::from_static("Headgate-Offset");
-const KEY_ID: HeaderName = HeaderName::from_static("Headgate-Key-Id");
-const RECEIVED_AT: HeaderName = HeaderName::from_static("Headgate-Received-At");
-const SKIPPED: HeaderName = HeaderName::from_static("Headgate-Skipped");
+const EGRESS_MESSAGE_ID_HEADER: HeaderName = HeaderName::from_static("Nats-Msg-Id");
+const EGRESS_OFFSET_HEADER: HeaderName = HeaderName::from_static("Headgate-Offset");
+const EGRESS_KEY_ID_HEADER: HeaderName = HeaderName::from_static("Headgate-Key-Id");
+const EGRESS_RECEIVED_AT_HEADER: HeaderName = HeaderName::from_static("Headgate-Received-At");
+const EGRESS_SKIPPED_HEADER: HeaderName = HeaderName::from_static("Headgate-Skipped");
 
-/// The message that a record becomes. `log` tells the log from all others; `skipped` is how many records
-/// before this one were removed from the log before they were sent.
+/// The message for a record. `log` is the id of the log; `skipped` is how many records right before this
+/// one were removed from the log unsent.
 ///
 /// # Errors
-/// [`SubjectError`] for a record whose topic has no subject.
-pub(super) fn message_of(record: &RecordRef<'_>, log: &str, skipped: u64) -> Result<Message, SubjectError> {
+/// [`SubjectError`] for a record whose topic is no valid subject.
+pub(super) fn message_of_record(
+    record: &RecordRef<'_>,
+    log: &str,
+    skipped: u64,
+) -> Result<OutletMessage, SubjectError> {
     let mut subject = String::with_capacity(16 + record.datasource.len() + record.topic.len());
-    Space::Stream.write_subject(record.datasource, record.topic, &mut subject)?;
-    let mut headers = headers_of(record);
-    headers.insert(MESSAGE_ID, message_id(log, record.offset));
-    headers.insert(OFFSET, record.offset.to_string());
+    SubjectSpace::Stream.write_subject(record.datasource, record.topic, &mut subject)?;
+    let mut headers = headers_of_record(record);
+    headers.insert(EGRESS_MESSAGE_ID_HEADER, message_id(log, record.offset));
+    headers.insert(EGRESS_OFFSET_HEADER, record.offset.to_string());
     if skipped > 0 {
-        headers.insert(SKIPPED, skipped.to_string());
+        headers.insert(EGRESS_SKIPPED_HEADER, skipped.to_string());
     }
-    Ok(Message { subject, headers, payload: Bytes::copy_from_slice(record.payload) })
+    Ok(OutletMessage { subject, headers, payload: Bytes::copy_from_slice(record.payload) })
 }
 
 fn message_id(log: &str, offset: Offset) -> String {
@@ -39,20 +43,22 @@ fn message_id(log: &str, offset: Offset) -> String {
     id
 }
 
-/// The offset of the record that a message was made of, if it was by this log.
-pub(super) fn offset_of(message: &Message, log: &str) -> Option<Offset> {
+/// The offset of the record in a message, if the message came from this log.
+pub(super) fn record_offset_of(message: &OutletMessage, log: &str) -> Option<Offset> {
     let text = |name| message.headers.get(name).map(|value| value.as_str());
-    let offset = text(OFFSET)?.parse().ok()?;
-    (text(MESSAGE_ID)? == message_id(log, offset)).then_some(offset)
+    let offset = text(EGRESS_OFFSET_HEADER)?.parse().ok()?;
+    (text(EGRESS_MESSAGE_ID_HEADER)? == message_id(log, offset)).then_some(offset)
 }
 
-/// Whether this is what the record becomes.
-pub(super) fn is_message_of(message: &Message, record: &RecordRef<'_>, log: &str) -> bool {
-    message_of(record, log, 0).is_ok_and(|expected| {
+/// Whether `message` is the message for this record, whatever it says was skipped.
+pub(super) fn is_message_of_record(message: &OutletMessage, record: &RecordRef<'_>, log: &str) -> bool {
+    message_of_record(record, log, 0).is_ok_and(|expected| {
         let same = |name: HeaderName| message.headers.get(name.clone()) == expected.headers.get(name);
         message.subject == expected.subject
             && message.payload == expected.payload
-            && [MESSAGE_ID, KEY_ID, RECEIVED_AT].into_iter().all(same)
+            && [EGRESS_MESSAGE_ID_HEADER, EGRESS_KEY_ID_HEADER, EGRESS_RECEIVED_AT_HEADER]
+                .into_iter()
+                .all(same)
     })
 }
 
@@ -80,7 +86,7 @@ mod tests {
 
     #[test]
     fn a_record_says_where_it_was_and_who_let_it_in() {
-        let message = message_of(&record("v1.2/temp", &[38, 0]), "log", 3).expect("crosses");
+        let message = message_of_record(&record("v1.2/temp", &[38, 0]), "log", 3).expect("crosses");
         assert_eq!(message.subject, "stream.press-4.v1//2.temp");
         for (name, value) in [
             ("Nats-Msg-Id", "log-41"),
@@ -102,16 +108,16 @@ mod tests {
     #[test]
     fn a_message_is_known_again_as_its_record_and_no_other() {
         let one = record("t", &[]);
-        let message = message_of(&one, "log", 3).expect("crosses");
-        assert_eq!(offset_of(&message, "log"), Some(41));
-        assert_eq!(offset_of(&message, "other"), None, "another log's");
-        assert!(is_message_of(&message, &one, "log"));
-        assert!(!is_message_of(&message, &RecordRef { payload: b"21.6", ..one }, "log"));
-        assert!(!is_message_of(&message, &RecordRef { received_at: 1, ..one }, "log"));
+        let message = message_of_record(&one, "log", 3).expect("crosses");
+        assert_eq!(record_offset_of(&message, "log"), Some(41));
+        assert_eq!(record_offset_of(&message, "other"), None, "another log's");
+        assert!(is_message_of_record(&message, &one, "log"));
+        assert!(!is_message_of_record(&message, &RecordRef { payload: b"21.6", ..one }, "log"));
+        assert!(!is_message_of_record(&message, &RecordRef { received_at: 1, ..one }, "log"));
     }
 
     #[test]
     fn a_topic_that_is_no_subject_has_no_message() {
-        assert!(message_of(&record("a b", &[]), "log", 0).is_err());
+        assert!(message_of_record(&record("a b", &[]), "log", 0).is_err());
     }
 }

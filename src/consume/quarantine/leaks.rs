@@ -1,32 +1,33 @@
-//! The rules about leaked keys, kept in `DIR/quarantine.db` so that what was withheld once stays
-//! withheld across any end of the process. In a cluster they are in its registry: every node withholds the
-//! same, and calls each change by the same version.
+//! The rules about leaked keys. They are in `DIR/quarantine.db`, so that withheld records stay withheld
+//! however the process ends. In a cluster they are in its registry: every node withholds the same records
+//! and gives each change the same version.
 //!
 //! ```sql
 //! changes (version INTEGER, datasource TEXT, key_id BLOB, since_us INTEGER, below INTEGER, made_us INTEGER)
 //! ```
 //!
-//! Every change ever made, in order; a row without `since_us` and `below` gives back what earlier
-//! ones withhold. A change is on the disk first and counts in memory after, so that nothing that was
-//! said to be withheld is handed out after a crash.
+//! The table has every change ever made, in order; a row without `since_us` and `below` gives back what
+//! earlier rows withhold. A change is on the disk before it takes effect in memory, so that nothing that
+//! was reported as withheld is handed out after a crash.
 
+use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use rusqlite::{Connection, params};
 use tokio::runtime::Handle;
 
 use crate::auth::{LeakRow, Registry, RegistryError};
-use crate::consume::sink::schema::{offset_of, sql_offset};
-use crate::consume::subscriber::database::{DatabaseError, Kind};
+use crate::consume::sink::schema::{offset_from_sql, sql_offset};
+use crate::consume::subscriber::database::{DatabaseError, DatabaseKind};
 use crate::limits::LEAK_CHANGES_MAX;
-use crate::log::{AppendError, Change, Log, WithheldRule};
+use crate::log::{AppendError, Log, WithheldChange, WithheldRule};
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 
 /// The file's name in the data directory.
-const FILE_NAME: &str = "quarantine.db";
+const QUARANTINE_FILE_NAME: &str = "quarantine.db";
 
-const KIND: Kind = Kind {
+const QUARANTINE_DATABASE: DatabaseKind = DatabaseKind {
     format: 1,
     exclusive: true,
     schema: "
@@ -41,50 +42,50 @@ const KIND: Kind = Kind {
     ",
 };
 
-/// The rules about leaked keys: durable here, live in the log's [`Withheld`](crate::log::Withheld).
-pub struct Leaks {
+/// The rules about leaked keys: durable here, live in the log's [`Withheld`](crate::log::WithheldRules).
+pub struct QuarantineLeakRules {
     log: Arc<dyn Log>,
-    kept: Kept,
+    kept: LeakRuleStore,
 }
 
-/// Where they are durable.
-enum Kept {
+/// Where the rules are durable.
+enum LeakRuleStore {
     /// In a file.
     File {
         path: PathBuf,
-        /// Locked by a change until it has reached the live rules too.
+        /// A change holds the lock until it has reached the live rules too.
         connection: Mutex<Connection>,
     },
-    /// In the registry of the cluster, which tells of them.
+    /// In the registry of the cluster, which reports changes of all nodes.
     Cluster { registry: Arc<Registry>, runtime: Handle },
 }
 
 /// Why a change was not made.
 #[derive(Debug, thiserror::Error)]
 pub enum LeakError {
-    /// The database.
+    /// The database could not be written.
     #[error("quarantine: {0}")]
     Database(#[from] DatabaseError),
-    /// The cluster's registry.
+    /// The cluster's registry could not be written.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// What is in the cluster's log cannot be said now.
+    /// The end of the cluster's log cannot be determined now.
     #[error(transparent)]
     Log(#[from] AppendError),
-    /// Too many.
-    #[error("keys were quarantined {LEAK_CHANGES_MAX} times; no more is kept")]
+    /// There are too many changes.
+    #[error("keys were quarantined {LEAK_CHANGES_MAX} times; no more changes can be kept")]
     TooMany,
 }
 
-impl Leaks {
-    /// Opens `dir/quarantine.db`, or makes it, and lets the log's readers know what it says: to be called
-    /// before there are any.
+impl QuarantineLeakRules {
+    /// Opens `dir/quarantine.db`, or makes it, and applies its rules to the log. Call it before the log has
+    /// readers.
     ///
     /// # Errors
     /// [`DatabaseError`].
     pub fn open(dir: &Path, log: Arc<dyn Log>) -> Result<Self, DatabaseError> {
-        let path = dir.join(FILE_NAME);
-        let connection = KIND.open(&path)?;
+        let path = dir.join(QUARANTINE_FILE_NAME);
+        let connection = QUARANTINE_DATABASE.open(&path)?;
         let read = || -> rusqlite::Result<()> {
             let mut changes = connection
                 .prepare("SELECT datasource, key_id, since_us, below FROM changes ORDER BY version")?;
@@ -97,40 +98,43 @@ impl Leaks {
                 let key_id = KeyId(row.get(1)?);
                 let rule: (Option<TimeMicros>, Option<i64>) = (row.get(2)?, row.get(3)?);
                 log.withheld().push(match rule {
-                    (Some(since), Some(below)) => {
-                        Change::Withhold(WithheldRule { datasource, key_id, since, below: offset_of(below) })
-                    }
-                    _ => Change::GiveBack(datasource, key_id),
+                    (Some(since), Some(below)) => WithheldChange::Withhold(WithheldRule {
+                        datasource,
+                        key_id,
+                        since,
+                        below: offset_from_sql(below),
+                    }),
+                    _ => WithheldChange::GiveBack(datasource, key_id),
                 });
             }
             Ok(())
         };
-        read().map_err(|error| DatabaseError::of(&error, &path))?;
-        Ok(Self { log, kept: Kept::File { path, connection: Mutex::new(connection) } })
+        read().map_err(|error| DatabaseError::from_sqlite(&error, &path))?;
+        Ok(Self { log, kept: LeakRuleStore::File { path, connection: Mutex::new(connection) } })
     }
 
-    /// Lets the log's readers know what the registry of a cluster says, and will say: to be called before there
-    /// are any. Needs a runtime.
-    pub fn of_cluster(registry: Arc<Registry>, log: Arc<dyn Log>) -> Self {
+    /// Applies the rules of the cluster's registry, present and future, to the log. Call it before the log
+    /// has readers, in a runtime.
+    pub fn in_cluster(registry: Arc<Registry>, log: Arc<dyn Log>) -> Self {
         let withheld = log.withheld().clone();
-        registry.follow_leaks(move |row| {
+        registry.follow_leak_rules(move |row| {
             let LeakRow { datasource, key_id, .. } = row.clone();
             withheld.push(match (row.since, row.below) {
                 (Some(since), Some(below)) => {
-                    Change::Withhold(WithheldRule { datasource, key_id, since, below })
+                    WithheldChange::Withhold(WithheldRule { datasource, key_id, since, below })
                 }
-                _ => Change::GiveBack(datasource, key_id),
+                _ => WithheldChange::GiveBack(datasource, key_id),
             });
         });
-        Self { log, kept: Kept::Cluster { registry, runtime: Handle::current() } }
+        Self { log, kept: LeakRuleStore::Cluster { registry, runtime: Handle::current() } }
     }
 
-    /// Withholds what a key let in since a time: durably, and for every reader of the log from the moment
-    /// when this returns. What it lets in after, if it is still good, is not meant. Returns the version
-    /// that this makes. Blocks.
+    /// Withholds what a key let in since a time: durably, and from every reader of the log once this
+    /// returns. Records that the key lets in later, if it is still valid, are not covered. Returns the new
+    /// version of the rules. Blocks.
     ///
     /// # Errors
-    /// [`LeakError`]: then nothing has changed.
+    /// [`LeakError`]; nothing has changed then.
     pub fn withhold(
         &self,
         datasource: &DatasourceId,
@@ -138,37 +142,39 @@ impl Leaks {
         since: TimeMicros,
     ) -> Result<u64, LeakError> {
         let below = match &self.kept {
-            Kept::File { .. } => self.log.next_offset(),
-            // What other gateways have let in may not have come here yet.
-            Kept::Cluster { runtime, .. } => runtime.block_on(self.log.end())?,
+            LeakRuleStore::File { .. } => self.log.next_offset(),
+            // Records of other gateways may not have arrived here yet.
+            LeakRuleStore::Cluster { runtime, .. } => runtime.block_on(self.log.end())?,
         };
         let rule = WithheldRule { datasource: datasource.clone(), key_id, since, below };
-        self.change(Change::Withhold(rule))
+        self.change(WithheldChange::Withhold(rule))
     }
 
-    /// Gives back what is withheld of a key in this datasource (or in all, if that was said). Returns the
-    /// version that this makes. Blocks.
+    /// Gives back what is withheld of a key in this datasource, or in all (`*`). Returns the new version of
+    /// the rules. Blocks.
     ///
     /// # Errors
-    /// [`LeakError`]: then nothing has changed.
+    /// [`LeakError`]; nothing has changed then.
     pub fn give_back(&self, datasource: &DatasourceId, key_id: KeyId) -> Result<u64, LeakError> {
-        self.change(Change::GiveBack(datasource.clone(), key_id))
+        self.change(WithheldChange::GiveBack(datasource.clone(), key_id))
     }
 
-    fn change(&self, change: Change) -> Result<u64, LeakError> {
+    fn change(&self, change: WithheldChange) -> Result<u64, LeakError> {
         let withheld = self.log.withheld();
         let (datasource, key_id, since, below) = match &change {
-            Change::Withhold(rule) => (&rule.datasource, rule.key_id, Some(rule.since), Some(rule.below)),
-            Change::GiveBack(datasource, key_id) => (datasource, *key_id, None, None),
+            WithheldChange::Withhold(rule) => {
+                (&rule.datasource, rule.key_id, Some(rule.since), Some(rule.below))
+            }
+            WithheldChange::GiveBack(datasource, key_id) => (datasource, *key_id, None, None),
         };
         let (path, connection) = match &self.kept {
-            Kept::Cluster { registry, .. } => {
+            LeakRuleStore::Cluster { registry, .. } => {
                 let row = LeakRow { datasource: datasource.clone(), key_id, since, below, at: now_micros() };
                 return registry.add_leak_rule(&row, LEAK_CHANGES_MAX)?.ok_or(LeakError::TooMany);
             }
-            Kept::File { path, connection } => (path, connection),
+            LeakRuleStore::File { path, connection } => (path, connection),
         };
-        let connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let connection = connection.lock();
         if withheld.version() >= LEAK_CHANGES_MAX {
             return Err(LeakError::TooMany);
         }
@@ -184,7 +190,7 @@ impl Leaks {
                     now_micros()
                 ],
             )
-            .map_err(|error| DatabaseError::of(&error, path))?;
+            .map_err(|error| DatabaseError::from_sqlite(&error, path))?;
         Ok(withheld.push(change))
     }
 }
@@ -202,7 +208,7 @@ mod tests {
         let open = || {
             let log = EmbeddedLog::open(dir.path(), &config.log, &config.intake).expect("opens");
             let log: Arc<dyn Log> = Arc::new(log);
-            (Leaks::open(dir.path(), log.clone()).expect("opens"), log)
+            (QuarantineLeakRules::open(dir.path(), log.clone()).expect("opens"), log)
         };
         let (leaks, _log) = open();
         let datasource = DatasourceId::new("press-4").expect("a slug");

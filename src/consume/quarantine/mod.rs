@@ -1,13 +1,13 @@
-//! Quarantine: what is kept and not let through. Two things bring a record there: it does not meet its
-//! datasource's schema, or the key that let it in has leaked.
+//! Quarantine: records that are kept and not passed on. A record is there because it fails its
+//! datasource's schema, or because the key that let it in has leaked.
 //!
-//! A record of the first kind is in the log with a flag and a note that says why; one of the second is
-//! there like any other, and a rule says that it is withheld ([`Withheld`](crate::log::Withheld), kept
-//! by [`leaks`]). No consumer hands either on. Storage keeps both in a table of their own, which
-//! [`page`] reads: where somebody who is to mend a schema or a device looks.
+//! A record of the first kind has a flag in the log and a note with the reason. One of the second kind is
+//! in the log like any other, and a rule withholds it ([`Withheld`](crate::log::WithheldRules), kept by
+//! [`leaks`]). No consumer passes either on. Storage keeps both in a separate table, which [`page`] reads
+//! for whoever has to fix a schema or a device.
 
 pub mod leaks;
 pub mod page;
 
-pub use leaks::Leaks;
-pub use page::{Cause, QuarantinePage, QuarantineQuery, QuarantinedRecord};
+pub use leaks::QuarantineLeakRules;
+pub use page::{QuarantineCause, QuarantinePage, QuarantineQuery, QuarantinedRecord};

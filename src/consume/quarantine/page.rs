@@ -1,24 +1,26 @@
-//! Pages of what is in quarantine, each record with its reason. Bounded as pages of records are: by
-//! their number, their bytes, and by what was looked at for them.
+//! Pages of quarantine, each record with its reason. The same bounds hold as for pages of records: their
+//! number, their bytes, and the records scanned.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use rusqlite::{Row, params};
 use serde::Serialize;
 
-use crate::consume::query::{Query, QueryError, StoredRecord, bytes_of, datasource_id, origin_of};
+use crate::consume::query::{
+    QueryError, RecordsReader, StoredRecord, datasource_row_id, origin_of_row, payload_bytes_of_row,
+};
 use crate::consume::render::{RecordJson, record_json};
 use crate::consume::sink::quarantined::{CAUSE_LIMIT, CAUSE_SCHEMA};
-use crate::consume::sink::schema::{offset_of, sql_offset};
+use crate::consume::sink::schema::{offset_from_sql, sql_offset};
 use crate::filter::TopicFilter;
-use crate::limits::{QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX, TAIL_BYTES};
-use crate::log::{Log, ReadError};
+use crate::limits::{QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX, TAIL_READ_BYTES};
+use crate::log::{Log, LogReadError};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 
-/// Which records.
+/// Which records to read.
 #[derive(Debug, Clone)]
 pub struct QuarantineQuery {
-    /// Whose.
+    /// The datasource of the records.
     pub datasource: DatasourceId,
     /// A topic or an MQTT filter (`+`, `#`).
     pub topic: Option<String>,
@@ -26,19 +28,19 @@ pub struct QuarantineQuery {
     pub from: Option<TimeMicros>,
     /// Only records with a greater offset.
     pub after_offset: Option<Offset>,
-    /// Only these.
+    /// Only records with one of these offsets.
     pub offsets: Option<BTreeSet<Offset>>,
-    /// Only those that could be sent through intake again: they failed their schema, and were not sent
-    /// again yet.
+    /// Only those that can be sent through intake again: not withheld for their key, and not sent again
+    /// yet.
     pub redrivable: bool,
-    /// At most so many, and never more than [`QUERY_RECORDS_MAX`].
+    /// At most this many, and never more than [`QUERY_RECORDS_MAX`].
     pub limit: usize,
 }
 
 /// What brought a record into quarantine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Cause {
+pub enum QuarantineCause {
     /// It does not meet its schema.
     Schema,
     /// It was over a limit.
@@ -50,30 +52,30 @@ pub enum Cause {
 /// One record in quarantine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuarantinedRecord {
-    /// What it has in common with those that are let in.
+    /// The fields that it shares with stored records.
     pub record: StoredRecord,
     /// What brought it here.
-    pub cause: Cause,
-    /// The keyword of its schema that it does not meet.
+    pub cause: QuarantineCause,
+    /// The keyword of the schema that it fails.
     pub keyword: Option<String>,
-    /// Where in the message.
+    /// Where in the message, as a JSON pointer.
     pub pointer: Option<String>,
-    /// The same in words.
+    /// The reason in words.
     pub detail: Option<String>,
     /// The version of the schema.
     pub schema_version: Option<u32>,
-    /// Where it is since it was sent through intake again and let in.
+    /// Its new offset, once it was sent through intake again and let in.
     pub redriven_offset: Option<Offset>,
     /// MQTT 5 properties in wire form.
     pub properties: Vec<u8>,
-    /// Which client published it.
+    /// The client that published it.
     pub publisher: u64,
     /// How it was published.
     pub flags: RecordFlags,
 }
 
 impl QuarantinedRecord {
-    /// The record that it is in the log, without its note.
+    /// The record as it is in the log, without its note.
     pub fn as_record<'a>(&'a self, datasource: &'a DatasourceId) -> RecordRef<'a> {
         let StoredRecord { offset, topic, payload, content_type, key_id, transport, received_at } =
             &self.record;
@@ -94,21 +96,21 @@ impl QuarantinedRecord {
     }
 }
 
-/// As the API shows it: the fields of a record, and those of the reason.
+/// The API's form: the fields of a record, and those of the reason.
 impl Serialize for QuarantinedRecord {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
-        struct Shown<'a> {
+        struct QuarantinedRecordJson<'a> {
             #[serde(flatten)]
             record: RecordJson<'a>,
-            cause: Cause,
+            cause: QuarantineCause,
             keyword: Option<&'a str>,
             pointer: Option<&'a str>,
             detail: Option<&'a str>,
             schema_version: Option<u32>,
             redriven_offset: Option<Offset>,
         }
-        Shown {
+        QuarantinedRecordJson {
             record: record_json(&self.record),
             cause: self.cause,
             keyword: self.keyword.as_deref(),
@@ -130,21 +132,21 @@ pub struct QuarantinePage {
     pub next: Option<Offset>,
 }
 
-/// What of a leaked key's records is in quarantine.
+/// The records of a leaked key that are in quarantine.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Leaked {
+pub struct LeakedRecords {
     /// How many.
     pub records: u64,
-    /// Of which topics, by datasource and name; no more than [`QUERY_RECORDS_MAX`] are listed.
+    /// Their topics, ordered by datasource and name; no more than [`QUERY_RECORDS_MAX`] are listed.
     pub topics: Vec<LeakedTopic>,
-    /// The last that the key has written of what is in quarantine, for whatever reason.
+    /// The newest record of the key in quarantine, for whatever reason.
     pub last_offset: Option<Offset>,
 }
 
-/// What of a leaked key's records is in quarantine, of one topic.
+/// The quarantined records of a leaked key in one topic.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub struct LeakedTopic {
-    /// Whose.
+    /// The datasource of the topic.
     pub datasource: String,
     /// As the device wrote it.
     pub topic: String,
@@ -152,18 +154,18 @@ pub struct LeakedTopic {
     pub records: u64,
 }
 
-impl Leaked {
-    /// The same where there is no storage: of what is in the log still. Blocks on the disk.
+impl LeakedRecords {
+    /// Counts them in the log, where there is no storage. Blocks on the disk.
     ///
     /// # Errors
-    /// [`ReadError`].
-    pub fn in_log(log: &dyn Log, datasource: &DatasourceId, key_id: KeyId) -> Result<Self, ReadError> {
+    /// [`LogReadError`].
+    pub fn in_log(log: &dyn Log, datasource: &DatasourceId, key_id: KeyId) -> Result<Self, LogReadError> {
         let left_out = log.withheld().now();
         let mut topics: BTreeMap<(String, String), u64> = BTreeMap::new();
         let mut leaked = Self::default();
         let (mut offset, end) = (log.first_offset(), log.next_offset());
         while offset < end && !left_out.is_nothing() {
-            let batches = log.read(offset, TAIL_BYTES)?;
+            let batches = log.read(offset, TAIL_READ_BYTES)?;
             let Some(last) = batches.last() else { break };
             offset = last.next_offset();
             for record in batches.iter().flat_map(|batch| batch.records()) {
@@ -182,16 +184,16 @@ impl Leaked {
     }
 }
 
-impl Query {
+impl RecordsReader {
     /// One page of quarantine, in the order of the offsets.
     ///
     /// # Errors
-    /// [`QueryError::Filter`] for a topic that is none; the database's.
+    /// [`QueryError::Filter`] for a topic that is not valid; [`QueryError::Database`].
     pub fn quarantine(&self, query: &QuarantineQuery) -> Result<QuarantinePage, QueryError> {
         let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
         self.read(|connection| {
             let mut page = QuarantinePage::default();
-            let Some(datasource) = datasource_id(connection, &query.datasource)? else { return Ok(page) };
+            let Some(datasource) = datasource_row_id(connection, &query.datasource)? else { return Ok(page) };
             let mut statement = connection.prepare_cached(
                 "SELECT o.key_id, o.transport, o.content_type, q.offset, q.received_us, t.topic, q.payload,
                      q.cause, q.keyword, q.pointer, q.detail, q.schema_version, q.redriven_offset,
@@ -213,16 +215,16 @@ impl Query {
                     page.next = at;
                     break;
                 }
-                let offset = offset_of(row.get(3)?);
+                let offset = offset_from_sql(row.get(3)?);
                 (scanned, at) = (scanned + 1, Some(offset));
                 let unwanted = named.is_some_and(|named| !named.contains(&offset))
                     || query.from.is_some_and(|from| row.get(4).is_ok_and(|at: TimeMicros| at < from))
-                    || filter.as_ref().is_some_and(|f| row.get_ref(5).is_ok_and(|t| !matches(f, t)));
+                    || filter.as_ref().is_some_and(|f| row.get_ref(5).is_ok_and(|t| !matches_filter(f, t)));
                 if unwanted {
                     continue;
                 }
-                let record = record_of(row)?;
-                let redrivable = record.cause != Cause::Key && record.redriven_offset.is_none();
+                let record = quarantined_record_of_row(row)?;
+                let redrivable = record.cause != QuarantineCause::Key && record.redriven_offset.is_none();
                 if redrivable || !query.redrivable {
                     bytes += record.record.payload.len() + record.record.topic.len();
                     page.records.push(record);
@@ -232,12 +234,11 @@ impl Query {
         })
     }
 
-    /// What of the records of a leaked key is in quarantine because of that; in one datasource, or in
-    /// all of them (`*`).
+    /// The records that are in quarantine because this key has leaked, in one datasource or in all (`*`).
     ///
     /// # Errors
-    /// The database's.
-    pub fn leaked(&self, datasource: &DatasourceId, key_id: KeyId) -> Result<Leaked, QueryError> {
+    /// [`QueryError::Database`].
+    pub fn leaked(&self, datasource: &DatasourceId, key_id: KeyId) -> Result<LeakedRecords, QueryError> {
         self.read(|connection| {
             let mut statement = connection.prepare_cached(
                 "SELECT d.datasource, t.topic, count(*)
@@ -245,10 +246,10 @@ impl Query {
                  WHERE q.cause = 'key' AND q.origin_id IN (SELECT id FROM origins WHERE key_id = ?1)
                  GROUP BY q.topic_id ORDER BY 1, 2",
             )?;
-            let mut leaked = Leaked::default();
+            let mut leaked = LeakedRecords::default();
             let of_one = match datasource.is_all() {
                 true => None,
-                false => datasource_id(connection, datasource)?.or(Some(-1)),
+                false => datasource_row_id(connection, datasource)?.or(Some(-1)),
             };
             let mut rows = statement.query([key_id.to_string()])?;
             while let Some(row) = rows.next()? {
@@ -256,7 +257,7 @@ impl Query {
                 if !datasource.is_all() && datasource.as_str() != of {
                     continue;
                 }
-                let records = offset_of(row.get(2)?);
+                let records = offset_from_sql(row.get(2)?);
                 leaked.records += records;
                 if leaked.topics.len() < QUERY_RECORDS_MAX {
                     leaked.topics.push(LeakedTopic { datasource: of, topic, records });
@@ -269,28 +270,28 @@ impl Query {
                          AND q.datasource_id = coalesce(?2, q.datasource_id)",
                 )?
                 .query_row(params![key_id.to_string(), of_one], |row| row.get(0))?;
-            leaked.last_offset = last.map(offset_of);
+            leaked.last_offset = last.map(offset_from_sql);
             Ok(leaked)
         })
     }
 }
 
-fn matches(filter: &TopicFilter, topic: rusqlite::types::ValueRef<'_>) -> bool {
+fn matches_filter(filter: &TopicFilter, topic: rusqlite::types::ValueRef<'_>) -> bool {
     topic.as_str().is_ok_and(|topic| filter.matches(topic))
 }
 
-fn record_of(row: &Row<'_>) -> rusqlite::Result<QuarantinedRecord> {
-    let origin = origin_of(row)?;
+fn quarantined_record_of_row(row: &Row<'_>) -> rusqlite::Result<QuarantinedRecord> {
+    let origin = origin_of_row(row)?;
     let cause = match row.get_ref(7)?.as_str()? {
-        CAUSE_SCHEMA => Cause::Schema,
-        CAUSE_LIMIT => Cause::Limit,
-        _ => Cause::Key,
+        CAUSE_SCHEMA => QuarantineCause::Schema,
+        CAUSE_LIMIT => QuarantineCause::Limit,
+        _ => QuarantineCause::Key,
     };
     Ok(QuarantinedRecord {
         record: StoredRecord {
-            offset: offset_of(row.get(3)?),
+            offset: offset_from_sql(row.get(3)?),
             topic: row.get(5)?,
-            payload: bytes_of(row, 6)?,
+            payload: payload_bytes_of_row(row, 6)?,
             content_type: origin.content_type,
             key_id: origin.key_id,
             transport: origin.transport,
@@ -301,7 +302,7 @@ fn record_of(row: &Row<'_>) -> rusqlite::Result<QuarantinedRecord> {
         pointer: row.get(9)?,
         detail: row.get(10)?,
         schema_version: row.get(11)?,
-        redriven_offset: row.get::<_, Option<i64>>(12)?.map(offset_of),
+        redriven_offset: row.get::<_, Option<i64>>(12)?.map(offset_from_sql),
         properties: row.get(13)?,
         publisher: row.get::<_, i64>(14)?.cast_unsigned(),
         flags: RecordFlags(row.get(15)?),

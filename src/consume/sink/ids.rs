@@ -1,5 +1,5 @@
-//! The numbers by which `records.db` knows datasources, topics and origins, remembered so that a
-//! record costs a few look-ups in memory and no statement.
+//! A cache of the row ids of datasources, topics and origins in `records.db`, so that a record costs a
+//! few look-ups in memory and no statement.
 
 use std::collections::HashMap;
 
@@ -8,11 +8,11 @@ use rusqlite::{Connection, params};
 use super::schema::sql_offset;
 use crate::message::{KeyId, RecordRef, Transport};
 
-/// How many names are remembered. Beyond, all are forgotten and asked for again: clients may
-/// invent topics without end, and each must not cost memory for ever.
-const REMEMBERED_MAX: usize = 200_000;
+/// How many names are remembered. Beyond that, all are forgotten and read again: clients may invent topics
+/// without end, which must not cost memory for ever.
+const REMEMBERED_IDS_MAX: usize = 200_000;
 
-/// What one record refers to.
+/// The row ids that one record refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct RowIds {
     pub(super) datasource: i64,
@@ -20,40 +20,44 @@ pub(super) struct RowIds {
     pub(super) origin: i64,
 }
 
-/// One datasource and those of its topics that were seen.
-struct Datasource {
+/// One datasource and those of its topics that are remembered.
+struct RememberedDatasource {
     id: i64,
     topics: HashMap<Box<str>, i64>,
 }
 
-/// The remembered numbers.
+/// The remembered row ids.
 #[derive(Default)]
-pub(super) struct Ids {
-    datasources: HashMap<Box<str>, Datasource>,
+pub(super) struct RememberedIds {
+    datasources: HashMap<Box<str>, RememberedDatasource>,
     origins: HashMap<(KeyId, Transport), HashMap<Box<str>, i64>>,
     remembered: usize,
 }
 
-impl Ids {
-    /// Forgets everything. To be called when a transaction in which numbers may have been given was
-    /// not committed: those numbers do not exist.
+impl RememberedIds {
+    /// Forgets everything. Call this when a transaction that may have inserted names was not committed:
+    /// their ids do not exist.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
 
-    /// What `record` refers to. A name that the database does not have is written to it, in the
-    /// transaction that `connection` is in.
+    /// The row ids of `record`. Inserts a name that the database does not have, in the transaction that
+    /// `connection` is in.
     ///
     /// # Errors
     /// The database's.
-    pub(super) fn of(&mut self, connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<RowIds> {
-        match self.remembered(record) {
+    pub(super) fn row_ids(
+        &mut self,
+        connection: &Connection,
+        record: &RecordRef<'_>,
+    ) -> rusqlite::Result<RowIds> {
+        match self.find_remembered(record) {
             Some(ids) => Ok(ids),
-            None => self.ask(connection, record),
+            None => self.read_or_insert(connection, record),
         }
     }
 
-    fn remembered(&self, record: &RecordRef<'_>) -> Option<RowIds> {
+    fn find_remembered(&self, record: &RecordRef<'_>) -> Option<RowIds> {
         let datasource = self.datasources.get(record.datasource)?;
         let topic = *datasource.topics.get(record.topic)?;
         let origins = self.origins.get(&(record.key_id, record.transport))?;
@@ -62,11 +66,15 @@ impl Ids {
     }
 
     #[cold]
-    fn ask(&mut self, connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<RowIds> {
-        if self.remembered >= REMEMBERED_MAX {
+    fn read_or_insert(
+        &mut self,
+        connection: &Connection,
+        record: &RecordRef<'_>,
+    ) -> rusqlite::Result<RowIds> {
+        if self.remembered >= REMEMBERED_IDS_MAX {
             self.clear();
         }
-        // At most one of each is new.
+        // An upper bound: at most one of each is new.
         self.remembered += 3;
 
         let datasource = {
@@ -106,7 +114,7 @@ impl Ids {
         let known = self
             .datasources
             .entry(record.datasource.into())
-            .or_insert_with(|| Datasource { id: datasource, topics: HashMap::new() });
+            .or_insert_with(|| RememberedDatasource { id: datasource, topics: HashMap::new() });
         known.topics.insert(record.topic.into(), topic);
         let origins = self.origins.entry((record.key_id, record.transport)).or_default();
         origins.insert(record.content_type.into(), origin);

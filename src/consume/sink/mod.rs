@@ -1,8 +1,8 @@
 //! Where the storage consumer writes: SQLite, so far.
 //!
-//! A sink keeps its own cursor and moves it in the transaction that brings the records. That is
-//! what makes storage exactly once: after a kill at any moment the cursor says which records are
-//! there, and the log has the rest.
+//! A sink keeps its own cursor and moves it in the transaction that writes the records. So each record
+//! is stored exactly once: after a kill at any moment the cursor says which records are there, and the log
+//! has the rest.
 
 mod ids;
 mod newest;

@@ -2,8 +2,8 @@
 //! changes a thousand times in it is written once.
 //!
 //! A payload that is a JSON object gives a value to each of its top-level keys; any other payload is
-//! itself the value, of the key `""`. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: for
-//! one more, the one goes that has not come for longest.
+//! itself the value of the key `""`. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: one
+//! more replaces the key whose value is oldest.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
@@ -22,58 +22,58 @@ use crate::limits::{
 };
 use crate::message::{Offset, RecordRef, TimeMicros};
 
-/// The newest values, by the topic's number in the database.
+/// The newest values, by the topic's row id.
 #[derive(Default)]
-pub(super) struct Newest<'a> {
-    topics: HashMap<i64, Topic<'a>>,
-    /// The members of the object that is being looked at; kept for its allocation.
+pub(super) struct NewestValues<'a> {
+    topics: HashMap<i64, NewestTopic<'a>>,
+    /// The members of the present object; kept for its allocation.
     members: Vec<(Cow<'a, str>, &'a str)>,
 }
 
 /// The newest values of one topic.
 #[derive(Default)]
-struct Topic<'a> {
-    /// Of its newest record.
+struct NewestTopic<'a> {
+    /// The offset of its newest record.
     offset: Offset,
-    values: Vec<Newer<'a>>,
-    /// Where in `values` a key is.
+    values: Vec<NewestEntry<'a>>,
+    /// The position of each key in `values`.
     places: HashMap<Cow<'a, str>, usize>,
 }
 
 /// The newest value of one key.
-struct Newer<'a> {
+struct NewestEntry<'a> {
     key: Cow<'a, str>,
-    value: Value<'a>,
+    value: PayloadValue<'a>,
     offset: Offset,
     received_at: TimeMicros,
 }
 
-/// A value, as it stands in the payload.
+/// A value as the payload has it.
 #[derive(Clone, Copy)]
-enum Value<'a> {
+enum PayloadValue<'a> {
     /// JSON or other text.
     Text(&'a str),
     /// A payload that is not text.
     Bytes(&'a [u8]),
 }
 
-impl<'a> Newest<'a> {
-    /// Looks at the next record; its payload is `text`, if it is text.
-    pub(super) fn see(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
+impl<'a> NewestValues<'a> {
+    /// Adds the next record; `text` is its payload, if it is text.
+    pub(super) fn observe(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
         let topic = self.topics.entry(topic_id).or_default();
         topic.offset = record.offset;
         match text {
             Some(text) if read_members(text, &mut self.members) => {
                 for (place, (key, value)) in self.members.drain(..).enumerate() {
-                    topic.set(place, key, Value::Text(value), record);
+                    topic.set(place, key, PayloadValue::Text(value), record);
                 }
             }
-            Some(text) => topic.set(0, Cow::Borrowed(""), Value::Text(text), record),
-            None => topic.set(0, Cow::Borrowed(""), Value::Bytes(record.payload), record),
+            Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(text), record),
+            None => topic.set(0, Cow::Borrowed(""), PayloadValue::Bytes(record.payload), record),
         }
     }
 
-    /// Writes what was seen, in the transaction that `connection` is in.
+    /// Writes the gathered values, in the transaction that `connection` is in.
     ///
     /// # Errors
     /// The database's.
@@ -107,9 +107,8 @@ impl<'a> Newest<'a> {
     }
 }
 
-/// Forgets the values of a topic that came with records which are in `temp.moved` and no longer in
-/// `entries`, and looks among the [`LATEST_LOOK_BACK_MAX`] newest that are left for those that take
-/// their place.
+/// Forgets the values of a topic whose records are in `temp.moved` and no longer in `entries`, and looks
+/// for their replacements in the [`LATEST_LOOK_BACK_MAX`] newest records that are left.
 pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     let mut wanted = connection
         .prepare_cached(
@@ -131,9 +130,9 @@ pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::
     Ok(())
 }
 
-/// Takes in the values of a topic's records that are in `temp.moved` and in `entries` again, as far as
-/// they are newer than those that are there.
-pub(super) fn see_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+/// Restores the values of a topic's records that are in `temp.moved` and back in `entries`, where they are
+/// newer than the present values.
+pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     set_latest_offset(connection, topic_id)?;
     let mut entries = connection.prepare_cached(
         "SELECT offset, received_us, payload FROM entries
@@ -156,8 +155,8 @@ fn set_latest_offset(connection: &Connection, topic_id: i64) -> rusqlite::Result
     Ok(())
 }
 
-/// Writes the values of one record, `offset, received_us, payload`, that are `wanted` and newer than
-/// what is there.
+/// Writes those values of one record (`offset, received_us, payload`) that are `wanted` and newer than the
+/// present ones.
 fn put_values(
     connection: &Connection,
     topic_id: i64,
@@ -177,11 +176,11 @@ fn put_values(
         ValueRef::Text(_) => {
             let text = payload.as_str()?;
             match read_members(text, &mut members) {
-                true => members.into_iter().map(|(key, value)| (key, Value::Text(value))).collect(),
-                false => vec![(Cow::Borrowed(""), Value::Text(text))],
+                true => members.into_iter().map(|(key, value)| (key, PayloadValue::Text(value))).collect(),
+                false => vec![(Cow::Borrowed(""), PayloadValue::Text(text))],
             }
         }
-        payload => vec![(Cow::Borrowed(""), Value::Bytes(payload.as_bytes()?))],
+        payload => vec![(Cow::Borrowed(""), PayloadValue::Bytes(payload.as_bytes()?))],
     };
     for (key, value) in values {
         if key.len() <= LATEST_KEY_BYTES_MAX && wanted(&key) {
@@ -191,7 +190,7 @@ fn put_values(
     Ok(())
 }
 
-/// Leaves a topic no more values than it keeps.
+/// Deletes a topic's oldest values beyond [`LATEST_KEYS_PER_TOPIC_MAX`].
 fn forget_oldest(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     let mut forget = connection.prepare_cached(
         "DELETE FROM latest_values WHERE topic_id = ?1 AND key IN (
@@ -202,10 +201,10 @@ fn forget_oldest(connection: &Connection, topic_id: i64) -> rusqlite::Result<()>
     Ok(())
 }
 
-impl<'a> Topic<'a> {
-    /// Takes a value. Objects of one topic mostly have the same keys in the same order, so the
-    /// key is looked for first at the `place` where it stands in its object.
-    fn set(&mut self, place: usize, key: Cow<'a, str>, value: Value<'a>, record: &RecordRef<'a>) {
+impl<'a> NewestTopic<'a> {
+    /// Sets the value of a key. Objects of one topic mostly have the same keys in the same order, so the
+    /// search begins at the key's `place` in its object.
+    fn set(&mut self, place: usize, key: Cow<'a, str>, value: PayloadValue<'a>, record: &RecordRef<'a>) {
         if key.len() > LATEST_KEY_BYTES_MAX {
             return;
         }
@@ -220,7 +219,7 @@ impl<'a> Topic<'a> {
             }
             None => {
                 self.places.insert(key.clone(), self.values.len());
-                self.values.push(Newer {
+                self.values.push(NewestEntry {
                     key,
                     value,
                     offset: record.offset,
@@ -230,8 +229,8 @@ impl<'a> Topic<'a> {
         }
     }
 
-    /// No more values than a topic keeps.
-    fn into_newest(self) -> Vec<Newer<'a>> {
+    /// The newest values, no more than [`LATEST_KEYS_PER_TOPIC_MAX`].
+    fn into_newest(self) -> Vec<NewestEntry<'a>> {
         let mut values = self.values;
         if values.len() > LATEST_KEYS_PER_TOPIC_MAX {
             values.sort_by_key(|newer| Reverse(newer.offset));
@@ -241,36 +240,38 @@ impl<'a> Topic<'a> {
     }
 }
 
-impl<'a> Value<'a> {
-    /// As `latest_values` has it: JSON, a BLOB, or NULL for what is too long.
+impl<'a> PayloadValue<'a> {
+    /// The form in `latest_values`: JSON, a BLOB, or NULL for a value that is too long.
     fn to_sql(self) -> ToSqlOutput<'a> {
         match self {
-            Value::Text(text) if text.len() <= LATEST_VALUE_BYTES_MAX => match render::json(text) {
-                Some(json) => ToSqlOutput::Borrowed(ValueRef::Text(json.as_bytes())),
-                None => ToSqlOutput::Owned(types::Value::Text(serde_json::Value::from(text).to_string())),
-            },
-            Value::Bytes(bytes) if bytes.len() <= LATEST_VALUE_BYTES_MAX => {
+            PayloadValue::Text(text) if text.len() <= LATEST_VALUE_BYTES_MAX => {
+                match render::portable_json(text) {
+                    Some(json) => ToSqlOutput::Borrowed(ValueRef::Text(json.as_bytes())),
+                    None => ToSqlOutput::Owned(types::Value::Text(serde_json::Value::from(text).to_string())),
+                }
+            }
+            PayloadValue::Bytes(bytes) if bytes.len() <= LATEST_VALUE_BYTES_MAX => {
                 ToSqlOutput::Borrowed(ValueRef::Blob(bytes))
             }
-            Value::Text(_) | Value::Bytes(_) => ToSqlOutput::Owned(types::Value::Null),
+            PayloadValue::Text(_) | PayloadValue::Bytes(_) => ToSqlOutput::Owned(types::Value::Null),
         }
     }
 }
 
-/// Reads the members of a JSON object, and says whether `text` is one. No value is looked into
-/// any further than it takes to find its end.
+/// Reads the members of a JSON object. Returns whether `text` is one. Values are parsed only as far as
+/// needed to find their end.
 fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, &'a str)>) -> bool {
     members.clear();
     if !text.trim_start().starts_with('{') {
         return false;
     }
     let mut json = serde_json::Deserializer::from_str(text);
-    (&mut json).deserialize_map(Members(members)).and_then(|()| json.end()).is_ok()
+    (&mut json).deserialize_map(MembersVisitor(members)).and_then(|()| json.end()).is_ok()
 }
 
-struct Members<'m, 'a>(&'m mut Vec<(Cow<'a, str>, &'a str)>);
+struct MembersVisitor<'m, 'a>(&'m mut Vec<(Cow<'a, str>, &'a str)>);
 
-impl<'a> Visitor<'a> for Members<'_, 'a> {
+impl<'a> Visitor<'a> for MembersVisitor<'_, 'a> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -278,7 +279,7 @@ impl<'a> Visitor<'a> for Members<'_, 'a> {
     }
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some((Key(key), value)) = map.next_entry::<Key<'a>, &'a RawValue>()? {
+        while let Some((MemberKey(key), value)) = map.next_entry::<MemberKey<'a>, &'a RawValue>()? {
             self.0.push((key, value.get()));
         }
         Ok(())
@@ -286,26 +287,26 @@ impl<'a> Visitor<'a> for Members<'_, 'a> {
 }
 
 /// A key, borrowed unless it is written with escapes.
-struct Key<'a>(Cow<'a, str>);
+struct MemberKey<'a>(Cow<'a, str>);
 
-impl<'a> serde::Deserialize<'a> for Key<'a> {
+impl<'a> serde::Deserialize<'a> for MemberKey<'a> {
     fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Text;
-        impl<'a> Visitor<'a> for Text {
-            type Value = Key<'a>;
+        struct MemberKeyVisitor;
+        impl<'a> Visitor<'a> for MemberKeyVisitor {
+            type Value = MemberKey<'a>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a key")
             }
 
-            fn visit_borrowed_str<E>(self, key: &'a str) -> Result<Key<'a>, E> {
-                Ok(Key(Cow::Borrowed(key)))
+            fn visit_borrowed_str<E>(self, key: &'a str) -> Result<MemberKey<'a>, E> {
+                Ok(MemberKey(Cow::Borrowed(key)))
             }
 
-            fn visit_str<E>(self, key: &str) -> Result<Key<'a>, E> {
-                Ok(Key(Cow::Owned(key.to_owned())))
+            fn visit_str<E>(self, key: &str) -> Result<MemberKey<'a>, E> {
+                Ok(MemberKey(Cow::Owned(key.to_owned())))
             }
         }
-        deserializer.deserialize_str(Text)
+        deserializer.deserialize_str(MemberKeyVisitor)
     }
 }

@@ -1,30 +1,28 @@
-//! The table `quarantined` of `records.db`: what is kept and not let through, each with its reason.
+//! The table `quarantined` of `records.db`: records that are kept and not passed on, each with its reason.
 //!
-//! Three things bring a record here: it did not get past its schema (cause `schema`) or was over a limit
-//! (cause `limit`), and is here from the beginning; or the key that let it in has leaked (cause `key`;
-//! it is moved here from `entries`, or comes here at once if it was not stored yet when the rule was
-//! made). The last can be undone. A
-//! move, what it means for the newest values, and the version of the rules that it brings the
-//! database to are one transaction.
+//! A record is here for one of three causes. With `schema` it failed its schema, with `limit` it was over
+//! a limit, and it is here from the beginning. With `key` the key that let it in has leaked: it is moved
+//! here from `entries`, or is stored here if the rule is older than its storage. Only `key` can be undone.
+//! A move, its effect on the newest values, and the new version of the rules are one transaction.
 
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, params};
 
 use super::ids::RowIds;
 use super::newest;
-use super::schema::{offset_of, sql_offset};
-use crate::log::{Change, LeftOut, Note};
+use super::schema::{offset_from_sql, sql_offset};
+use crate::log::{RecordNote, WithheldChange, WithheldSnapshot};
 use crate::message::{KeyId, RecordRef};
 
-/// The `cause` of a record that did not get past its schema.
+/// The `cause` of a record that failed its schema.
 pub const CAUSE_SCHEMA: &str = "schema";
-/// The `cause` of a record that was over a limit whose policy that is.
+/// The `cause` of a record that was over a limit whose policy is quarantine.
 pub const CAUSE_LIMIT: &str = "limit";
 /// The `cause` of a record whose key has leaked.
 pub const CAUSE_KEY: &str = "key";
 
 /// What `schema.rs` adds to format 1 to make it format 2.
-pub(super) const CREATE: &str = "
+pub(super) const CREATE_QUARANTINED_TABLES: &str = "
     -- What is kept and not let through. cause: 'schema', 'limit' or 'key'; keyword, pointer, detail and
     -- schema_version say what of its schema a message did not meet. redriven_offset: where it is
     -- since it was sent through intake again and let in.
@@ -57,18 +55,18 @@ pub(super) const CREATE: &str = "
 ";
 
 /// The columns that a record has in both tables.
-const SHARED: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload";
+const ENTRY_COLUMNS: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload";
 
-/// Takes a record into quarantine, in the transaction that `connection` is in.
-pub(super) fn insert(
+/// Stores a record in quarantine, in the transaction that `connection` is in.
+pub(super) fn insert_quarantined(
     connection: &Connection,
     record: &RecordRef<'_>,
     row: RowIds,
     payload: ToSqlOutput<'_>,
 ) -> rusqlite::Result<()> {
-    let (cause, reason) = match Note::decode(record.note) {
-        Some(Note::Quarantined(reason)) if reason.is_limit() => (CAUSE_LIMIT, Some(reason)),
-        Some(Note::Quarantined(reason)) => (CAUSE_SCHEMA, Some(reason)),
+    let (cause, reason) = match RecordNote::decode(record.note) {
+        Some(RecordNote::Quarantined(reason)) if reason.is_limit() => (CAUSE_LIMIT, Some(reason)),
+        Some(RecordNote::Quarantined(reason)) => (CAUSE_SCHEMA, Some(reason)),
         _ => (CAUSE_KEY, None),
     };
     connection
@@ -96,9 +94,9 @@ pub(super) fn insert(
     Ok(())
 }
 
-/// Notes of a record that was sent through intake again where it is now.
+/// Notes with the quarantined record the new offset of one that was sent through intake again.
 pub(super) fn note_redriven(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<()> {
-    if let Some(Note::Redriven { offset, .. }) = Note::decode(record.note) {
+    if let Some(RecordNote::Redriven { offset, .. }) = RecordNote::decode(record.note) {
         connection
             .prepare_cached("UPDATE quarantined SET redriven_offset = ?2 WHERE offset = ?1")?
             .execute([sql_offset(offset), sql_offset(record.offset)])?;
@@ -106,23 +104,23 @@ pub(super) fn note_redriven(connection: &Connection, record: &RecordRef<'_>) -> 
     Ok(())
 }
 
-/// The version of the rules that the tables are in accordance with.
-pub(super) fn version(connection: &Connection) -> rusqlite::Result<u64> {
-    connection.query_row("SELECT version FROM withheld", [], |row| row.get(0).map(offset_of))
+/// The version of the rules about leaked keys that the tables follow.
+pub(super) fn stored_withheld_version(connection: &Connection) -> rusqlite::Result<u64> {
+    connection.query_row("SELECT version FROM withheld", [], |row| row.get(0).map(offset_from_sql))
 }
 
-/// Brings the tables into accordance with the rules, in the transaction that `connection` is in:
-/// `changes` are those since the version that they were at, and `left_out` is what holds now.
+/// Makes the tables follow the rules, in the transaction that `connection` is in. `changes` are those
+/// since the version that the tables followed; `left_out` holds the present rules.
 pub(super) fn reconcile(
     connection: &Connection,
-    changes: &[Change],
-    left_out: &LeftOut,
+    changes: &[WithheldChange],
+    left_out: &WithheldSnapshot,
     version: u64,
 ) -> rusqlite::Result<()> {
     connection.execute_batch(
         "CREATE TEMP TABLE IF NOT EXISTS moved (offset INTEGER PRIMARY KEY, topic_id INTEGER NOT NULL)",
     )?;
-    let mut keys: Vec<KeyId> = changes.iter().map(Change::key_id).collect();
+    let mut keys: Vec<KeyId> = changes.iter().map(WithheldChange::key_id).collect();
     keys.sort_unstable();
     keys.dedup();
     for key_id in keys {
@@ -133,11 +131,11 @@ pub(super) fn reconcile(
     Ok(())
 }
 
-/// Moves what rules about this key cover into quarantine.
-fn withhold(connection: &Connection, key_id: KeyId, left_out: &LeftOut) -> rusqlite::Result<()> {
+/// Moves records that rules about this key cover into quarantine.
+fn withhold(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot) -> rusqlite::Result<()> {
     connection.execute("DELETE FROM temp.moved", [])?;
     for rule in left_out.rules().filter(|rule| rule.key_id == key_id) {
-        // No record before the first of these can be young enough, whatever the clock has done.
+        // No earlier record can be young enough, even if the clock was set back.
         let first: Option<i64> = connection.query_row(
             "SELECT min(first_offset) FROM time_index WHERE newest_us >= ?1",
             [rule.since],
@@ -160,18 +158,18 @@ fn withhold(connection: &Connection, key_id: KeyId, left_out: &LeftOut) -> rusql
     }
     connection.execute(
         &format!(
-            "INSERT INTO quarantined ({SHARED}, properties, publisher, flags, cause)
-             SELECT {SHARED}, x'', 0, 0, '{CAUSE_KEY}' FROM entries
+            "INSERT INTO quarantined ({ENTRY_COLUMNS}, properties, publisher, flags, cause)
+             SELECT {ENTRY_COLUMNS}, x'', 0, 0, '{CAUSE_KEY}' FROM entries
              WHERE offset IN (SELECT offset FROM temp.moved)"
         ),
         [],
     )?;
     connection.execute("DELETE FROM entries WHERE offset IN (SELECT offset FROM temp.moved)", [])?;
-    each_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))
 }
 
-/// Moves what no rule about this key covers any more back where it was.
-fn give_back(connection: &Connection, key_id: KeyId, left_out: &LeftOut) -> rusqlite::Result<()> {
+/// Moves records that no rule about this key covers any more back to `entries`.
+fn give_back(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot) -> rusqlite::Result<()> {
     connection.execute("DELETE FROM temp.moved", [])?;
     {
         let mut here = connection.prepare(&format!(
@@ -184,23 +182,23 @@ fn give_back(connection: &Connection, key_id: KeyId, left_out: &LeftOut) -> rusq
         while let Some(row) = rows.next()? {
             let (offset, topic_id): (i64, i64) = (row.get(0)?, row.get(1)?);
             let datasource = row.get_ref(3)?;
-            if !left_out.covers(datasource.as_str()?, key_id, row.get(2)?, offset_of(offset)) {
+            if !left_out.covers(datasource.as_str()?, key_id, row.get(2)?, offset_from_sql(offset)) {
                 moved.execute([offset, topic_id])?;
             }
         }
     }
     connection.execute(
         &format!(
-            "INSERT INTO entries ({SHARED}) SELECT {SHARED} FROM quarantined
+            "INSERT INTO entries ({ENTRY_COLUMNS}) SELECT {ENTRY_COLUMNS} FROM quarantined
              WHERE offset IN (SELECT offset FROM temp.moved)"
         ),
         [],
     )?;
     connection.execute("DELETE FROM quarantined WHERE offset IN (SELECT offset FROM temp.moved)", [])?;
-    each_topic(connection, |topic_id| newest::see_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| newest::restore_moved(connection, topic_id))
 }
 
-fn each_topic(
+fn for_each_moved_topic(
     connection: &Connection,
     mut work: impl FnMut(i64) -> rusqlite::Result<()>,
 ) -> rusqlite::Result<()> {

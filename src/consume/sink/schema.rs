@@ -1,6 +1,6 @@
 //! The shape of `records.db`: what somebody who opens it with `sqlite3` finds.
 //!
-//! Three views are for reading, also while the gateway runs:
+//! Three views are for reading, even while the gateway runs:
 //!
 //! - `records`: `offset`, `datasource`, `topic`, `payload`, `content_type`, `key_id`, `transport`,
 //!   `received_at`, `received_us`. A payload is TEXT when it is UTF-8 without a NUL, else BLOB.
@@ -8,17 +8,17 @@
 //!   newest value of each top-level key of a topic's JSON objects, and under the key `''` of its
 //!   other payloads.
 //!
-//! - `quarantine`: what is kept and not let through, with the columns of `records`, and why: `cause`
+//! - `quarantine`: records that are kept and not passed on, with the columns of `records` and `cause`
 //!   (`schema` or `key`), `keyword`, `pointer`, `detail`, `schema_version`, `redriven_offset`.
 //!
 //! `received_at` is RFC 3339 in UTC with microseconds, so that its order as text is its order in
 //! time; `received_us` is the same in microseconds since the Unix epoch.
 //!
-//! Behind them the names that repeat are kept once and records refer to them by number. Against a
-//! single table with everything in it this takes 60 % of the space (180 instead of 302 bytes a
-//! record at 128-byte payloads) and two thirds of the time to write. The joins of `records` are LEFT
-//! joins, although nothing is ever missing, because SQLite then reads `entries` in the order of
-//! its key unless a condition on a name makes an index better.
+//! The tables behind the views store each repeating name once, and records refer to it by row id.
+//! Compared with a single table this takes 60 % of the space (180 instead of 302 bytes a record at
+//! 128-byte payloads) and two thirds of the time to write. The joins of `records` are LEFT joins,
+//! although no row is ever missing, because SQLite then reads `entries` in the order of its key unless a
+//! condition on a name makes an index better.
 
 use rusqlite::Connection;
 
@@ -26,20 +26,20 @@ use super::quarantined;
 use super::sqlite::SinkError;
 use crate::message::Offset;
 
-/// The version of this shape, kept in `user_version`.
-pub const FORMAT: i64 = 2;
+/// The version of this schema, kept in `user_version`.
+pub const RECORDS_FORMAT: i64 = 2;
 
 /// Offsets that one row of `time_index` covers.
 pub const TIME_INDEX_OFFSETS: u64 = 4096;
 
-/// An offset as SQLite has it, in a signed integer. No log gets as far as 2^63; of what a client asks
-/// for, more is as good as the most.
+/// An offset as SQLite's signed integer. No log reaches 2^63; a larger offset in a client's query is
+/// clamped.
 pub fn sql_offset(offset: Offset) -> i64 {
     i64::try_from(offset).unwrap_or(i64::MAX)
 }
 
-/// What [`sql_offset`] was given.
-pub fn offset_of(sql: i64) -> Offset {
+/// The inverse of [`sql_offset`].
+pub fn offset_from_sql(sql: i64) -> Offset {
     u64::try_from(sql).unwrap_or(0)
 }
 
@@ -57,8 +57,8 @@ macro_rules! rfc3339 {
     };
 }
 
-/// Makes an empty database into format 1.
-const CREATE: &str = concat!(
+/// Turns an empty database into format 1.
+const CREATE_RECORDS_TABLES: &str = concat!(
     "
     -- The first offset that is not stored yet.
     CREATE TABLE cursor (
@@ -142,7 +142,7 @@ const CREATE: &str = concat!(
     "
 );
 
-/// What [`quarantined::CREATE`] makes, for reading. Makes format 1 into format 2.
+/// The view of what [`quarantined::CREATE_QUARANTINED_TABLES`] makes. Completes the step from format 1 to format 2.
 const CREATE_QUARANTINE_VIEW: &str = concat!(
     "
     CREATE VIEW quarantine AS
@@ -160,29 +160,29 @@ const CREATE_QUARANTINE_VIEW: &str = concat!(
     "
 );
 
-/// Makes sure that the database behind `connection` has this shape; an empty one is given it.
+/// Ensures that the database has this schema; an empty one is given it.
 ///
 /// # Errors
 /// [`SinkError::Newer`] and [`SinkError::Foreign`] for a database that is not ours to write.
 pub(super) fn prepare(connection: &mut Connection) -> Result<(), SinkError> {
     let version = |c: &Connection| c.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
     match version(connection)? {
-        FORMAT => return Ok(()),
+        RECORDS_FORMAT => return Ok(()),
         0 | 1 => {}
         found => return Err(SinkError::Newer { found }),
     }
     let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-    // Again, now that nobody else can write: another process may just have made it.
+    // Read again under the write lock: another process may just have made the tables.
     if version(&transaction)? == 0 {
         let objects: i64 =
             transaction.query_row("SELECT count(*) FROM sqlite_master", [], |row| row.get(0))?;
         if objects > 0 {
             return Err(SinkError::Foreign);
         }
-        transaction.execute_batch(CREATE)?;
+        transaction.execute_batch(CREATE_RECORDS_TABLES)?;
     }
     if version(&transaction)? == 1 {
-        transaction.execute_batch(quarantined::CREATE)?;
+        transaction.execute_batch(quarantined::CREATE_QUARANTINED_TABLES)?;
         transaction.execute_batch(CREATE_QUARANTINE_VIEW)?;
     }
     transaction.commit()?;
@@ -196,11 +196,11 @@ mod tests {
     #[test]
     fn a_database_of_format_1_becomes_one_of_format_2_with_what_is_in_it() {
         let mut connection = Connection::open_in_memory().expect("opens");
-        connection.execute_batch(CREATE).expect("format 1");
+        connection.execute_batch(CREATE_RECORDS_TABLES).expect("format 1");
         connection.execute("UPDATE cursor SET next_offset = 41", []).expect("written");
         prepare(&mut connection).expect("upgraded");
         let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
-        assert_eq!(number("PRAGMA user_version"), FORMAT);
+        assert_eq!(number("PRAGMA user_version"), RECORDS_FORMAT);
         assert_eq!(number("SELECT next_offset FROM cursor"), 41);
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);

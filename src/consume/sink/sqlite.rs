@@ -1,13 +1,13 @@
-//! `records.db`: the sink that is one SQLite file. [`schema`](super::schema) says what is in it.
+//! `records.db`: the sink that is one SQLite file. [`schema`](super::schema) describes its tables.
 //!
-//! One transaction takes a run of records, the cursor behind them, and the newest values they
-//! bring. SQLite's write-ahead log makes it whole or absent after a kill at any moment, and lets
-//! others read while it is written.
+//! One transaction writes a run of records, the cursor after them, and the newest values that they
+//! bring. SQLite's write-ahead log makes it whole or absent after a kill at any moment, and lets others
+//! read meanwhile.
 //!
-//! Most transactions are not synced: they survive a kill of the process, and after a loss of power
-//! the file may be back at an earlier one, its cursor included. The log has what came after,
-//! because it is told only of cursors that are [durable](SqliteSink::durable_cursor). So storage
-//! costs the disk that acknowledgements wait for a sync a second, not one per transaction.
+//! Most transactions are not synced. They survive a kill of the process; after a loss of power the file
+//! may be back at an earlier one, its cursor included. The log still has what came after, because it is
+//! told only [durable](SqliteSink::durable_cursor) cursors. So storage costs the disk that
+//! acknowledgements wait for one sync a second, not one per transaction.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,25 +15,25 @@ use std::time::Duration;
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
 
-use super::ids::Ids;
-use super::newest::Newest;
+use super::ids::RememberedIds;
+use super::newest::NewestValues;
 use super::quarantined;
-use super::schema::{self, FORMAT, TIME_INDEX_OFFSETS, offset_of, sql_offset};
-use crate::log::{Change, LeftOut, Withheld};
+use super::schema::{self, RECORDS_FORMAT, TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
+use crate::log::{WithheldChange, WithheldRules, WithheldSnapshot};
 use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// The file's name in the data directory.
-pub const FILE_NAME: &str = "records.db";
-/// Pages of the write-ahead log (of 4 KiB) after which it is copied into the database.
+pub const RECORDS_FILE_NAME: &str = "records.db";
+/// Pages (of 4 KiB) of the write-ahead log after which SQLite copies it into the database.
 const CHECKPOINT_PAGES: i64 = 8 << 10;
-/// What the file of the write-ahead log shrinks to after a reader has kept it from being copied.
+/// The size to which the write-ahead log shrinks after a reader has delayed its copying.
 const WAL_BYTES_KEPT: i64 = 64 << 20;
-/// Memory for database pages, in KiB: the pages that one transaction changes fit in it.
+/// The cache for database pages, in KiB: the pages that one transaction changes fit in it.
 const CACHE_KIB: i64 = 32 << 10;
-/// How long SQLite waits for another process's lock before it says so, at every transaction.
-const LOCK_WAIT: Duration = Duration::from_millis(250);
-/// The same while it is opened, when nothing can be done without it.
-const LOCK_WAIT_AT_OPEN: Duration = Duration::from_secs(5);
+/// How long each transaction waits for another process's lock before it fails.
+const SINK_LOCK_WAIT_MAX: Duration = Duration::from_millis(250);
+/// How long the opening waits for it: without the database there is nothing to do.
+const SINK_OPEN_LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Why the sink did not take records, or could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -44,19 +44,21 @@ pub enum SinkError {
     /// The file system has no room for it.
     #[error("records.db cannot grow: the disk is full")]
     DiskFull,
-    /// SQLite could not do it.
+    /// Another error of SQLite's.
     #[error("records.db: {0}")]
     Database(rusqlite::Error),
     /// A later Headgate wrote it.
-    #[error("records.db has format {found}, and this Headgate knows formats up to {FORMAT}: use a newer one")]
+    #[error(
+        "records.db has format {found}, and this Headgate knows formats up to {RECORDS_FORMAT}: use a newer one"
+    )]
     Newer {
         /// Its `user_version`.
         found: i64,
     },
-    /// Somebody else's database.
+    /// It is not Headgate's database.
     #[error("records.db is an SQLite database that Headgate has not made")]
     Foreign,
-    /// Somebody else has moved the cursor.
+    /// Another process has moved the cursor.
     #[error("records.db is written by another process: its cursor is no longer {expected}")]
     CursorMoved {
         /// Where this sink left it.
@@ -75,22 +77,22 @@ impl From<rusqlite::Error> for SinkError {
 }
 
 impl SinkError {
-    /// Whether the sink can go on being used, and nothing of the transaction is there.
-    pub fn leaves_all_as_it_was(&self) -> bool {
+    /// Whether the transaction left no trace and the sink can still be used.
+    pub fn is_clean_rollback(&self) -> bool {
         matches!(self, SinkError::Locked | SinkError::DiskFull)
     }
 }
 
-/// The open database, and where in the log it has got to.
+/// The open database and its cursor in the log.
 pub struct SqliteSink {
     connection: Connection,
-    ids: Ids,
+    ids: RememberedIds,
     cursor: Offset,
     durable_cursor: Offset,
-    /// The version of the rules about leaked keys that the tables are in accordance with.
+    /// The version of the rules about leaked keys that the tables follow.
     withheld_version: u64,
-    left_out: LeftOut,
-    /// Whether a transaction was begun and not committed: the numbers it gave do not exist.
+    left_out: WithheldSnapshot,
+    /// A transaction was begun and not committed: ids that it inserted do not exist.
     ids_uncertain: bool,
 }
 
@@ -98,11 +100,11 @@ impl SqliteSink {
     /// Opens the database at `path`, or makes it.
     ///
     /// # Errors
-    /// [`SinkError::Newer`] and [`SinkError::Foreign`] for one that is not ours to write, and
-    /// whatever else keeps it from being opened.
+    /// [`SinkError::Newer`] and [`SinkError::Foreign`] for one that this Headgate must not write, and any
+    /// other error that keeps it from being opened.
     pub fn open(path: &Path) -> Result<Self, SinkError> {
         let mut connection = Connection::open(path)?;
-        connection.busy_timeout(LOCK_WAIT_AT_OPEN)?;
+        connection.busy_timeout(SINK_OPEN_LOCK_WAIT_MAX)?;
         connection.set_prepared_statement_cache_capacity(32);
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
@@ -110,18 +112,18 @@ impl SqliteSink {
         connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
         schema::prepare(&mut connection)?;
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
-        connection.busy_timeout(LOCK_WAIT)?;
-        // What is there may be in the operating system's memory only. The first synced
-        // transaction changes that, and until then the log keeps everything.
-        let cursor = offset_of(cursor);
-        let withheld_version = quarantined::version(&connection)?;
+        connection.busy_timeout(SINK_LOCK_WAIT_MAX)?;
+        // The stored records may be in the operating system's memory only. Until the first synced
+        // transaction the durable cursor stays 0, so that the log keeps everything.
+        let cursor = offset_from_sql(cursor);
+        let withheld_version = quarantined::stored_withheld_version(&connection)?;
         Ok(Self {
             connection,
-            ids: Ids::default(),
+            ids: RememberedIds::default(),
             cursor,
             durable_cursor: 0,
             withheld_version,
-            left_out: LeftOut::default(),
+            left_out: WithheldSnapshot::default(),
             ids_uncertain: false,
         })
     }
@@ -131,31 +133,30 @@ impl SqliteSink {
         self.cursor
     }
 
-    /// The same, counting only what a loss of power would leave: what this says will never be
-    /// asked of the log again.
+    /// The cursor as a loss of power would leave it: the sink never needs the log below this.
     pub fn durable_cursor(&self) -> Offset {
         self.durable_cursor
     }
 
-    /// The version of the rules about leaked keys that what is stored is in accordance with.
+    /// The version of the rules about leaked keys that the stored records follow.
     pub fn withheld_version(&self) -> u64 {
         self.withheld_version
     }
 
-    /// Says what goes into quarantine from now on because its key has leaked.
-    pub fn leave_out(&mut self, left_out: LeftOut) {
+    /// Sets what goes into quarantine from now on because its key has leaked.
+    pub fn set_left_out(&mut self, left_out: WithheldSnapshot) {
         self.left_out = left_out;
     }
 
-    /// Brings what is stored into accordance with the rules about leaked keys, in one transaction, which
-    /// is on the disk afterwards.
+    /// Makes the stored records follow the rules about leaked keys, in one transaction that is on the disk
+    /// afterwards.
     ///
     /// # Errors
     /// As [`SqliteSink::store`].
-    pub fn reconcile(&mut self, withheld: &Withheld) -> Result<(), SinkError> {
-        // In this order: what has changed meanwhile comes again.
+    pub fn reconcile(&mut self, withheld: &WithheldRules) -> Result<(), SinkError> {
+        // The version first: a change that comes meanwhile is applied again by the next call.
         let version = withheld.version();
-        let changes: Vec<Change> = withheld.changes_after(self.withheld_version);
+        let changes: Vec<WithheldChange> = withheld.changes_after(self.withheld_version);
         let left_out = withheld.now();
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -165,15 +166,15 @@ impl SqliteSink {
         Ok(())
     }
 
-    /// Stores `records`, which are in order and below `next`, and moves the cursor to `next`: all
-    /// of it, or on an error nothing. Records below the cursor are there already and passed over. Those
-    /// that are [left out](SqliteSink::leave_out) go into quarantine.
+    /// Stores `records`, which are in order and below `next`, and moves the cursor to `next`, all or
+    /// nothing. Skips records below the cursor: they are stored already. Those that are
+    /// [left out](SqliteSink::set_left_out) go into quarantine.
     /// With `sync`, this transaction and all before it are on the disk afterwards.
     ///
     /// # Errors
-    /// [`SinkError::Locked`] after a quarter of a second, [`SinkError::DiskFull`], and whatever else
-    /// SQLite meets with. Unless the error [says otherwise](SinkError::leaves_all_as_it_was), the sink
-    /// is then to be opened again, because the transaction may be there after all.
+    /// [`SinkError::Locked`] after a quarter of a second, [`SinkError::DiskFull`], and other errors of
+    /// SQLite's. Unless the error [says otherwise](SinkError::is_clean_rollback), open the sink again:
+    /// the transaction may have been committed after all.
     pub fn store<'a>(
         &mut self,
         records: impl Iterator<Item = RecordRef<'a>>,
@@ -193,7 +194,7 @@ impl SqliteSink {
             return Err(SinkError::CursorMoved { expected: self.cursor });
         }
         let records = records.skip_while(|record| record.offset < self.cursor);
-        insert(&transaction, &mut self.ids, &self.left_out, records)?;
+        insert_records(&transaction, &mut self.ids, &self.left_out, records)?;
         transaction.commit()?;
         self.ids_uncertain = false;
         self.cursor = next;
@@ -203,8 +204,8 @@ impl SqliteSink {
         Ok(())
     }
 
-    /// Copies the write-ahead log into the database and syncs it, so that what is stored is in the
-    /// one file. Says whether it could: another process that reads keeps it from it.
+    /// Copies the write-ahead log into the database and syncs it, so that everything is in one file.
+    /// Returns whether it could: a process that reads prevents it.
     ///
     /// # Errors
     /// SQLite's.
@@ -218,26 +219,26 @@ impl SqliteSink {
     }
 }
 
-fn insert<'a>(
+fn insert_records<'a>(
     transaction: &Connection,
-    ids: &mut Ids,
-    left_out: &LeftOut,
+    ids: &mut RememberedIds,
+    left_out: &WithheldSnapshot,
     records: impl Iterator<Item = RecordRef<'a>>,
 ) -> rusqlite::Result<()> {
-    let mut newest = Newest::default();
-    let mut times = Times::default();
+    let mut newest = NewestValues::default();
+    let mut times = TimeIndexRow::default();
     let mut entry = transaction.prepare_cached(
         "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
     )?;
     for record in records {
-        let row = ids.of(transaction, &record)?;
-        // Many a tool takes a TEXT to end at a NUL.
+        let row = ids.row_ids(transaction, &record)?;
+        // Many tools end a TEXT at a NUL, so that such a payload is stored as a BLOB.
         let text = std::str::from_utf8(record.payload).ok().filter(|text| !text.contains('\0'));
         let payload = text.map_or(ValueRef::Blob(record.payload), ValueRef::from);
-        times.see(transaction, record.offset, record.received_at)?;
+        times.observe(transaction, record.offset, record.received_at)?;
         if left_out.contains(&record) {
-            quarantined::insert(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;
+            quarantined::insert_quarantined(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;
             continue;
         }
         if record.flags.contains(RecordFlags::REDRIVEN) {
@@ -251,20 +252,20 @@ fn insert<'a>(
             record.received_at,
             ToSqlOutput::Borrowed(payload),
         ])?;
-        newest.see(row.topic, &record, text);
+        newest.observe(row.topic, &record, text);
     }
     times.write(transaction)?;
     newest.write(transaction)
 }
 
-/// The row of `time_index` that the records at hand belong to.
+/// The row of `time_index` for the present records: its first offset, oldest and newest time.
 #[derive(Default)]
-struct Times {
+struct TimeIndexRow {
     row: Option<(Offset, TimeMicros, TimeMicros)>,
 }
 
-impl Times {
-    fn see(&mut self, transaction: &Connection, offset: Offset, at: TimeMicros) -> rusqlite::Result<()> {
+impl TimeIndexRow {
+    fn observe(&mut self, transaction: &Connection, offset: Offset, at: TimeMicros) -> rusqlite::Result<()> {
         let first = offset - offset % TIME_INDEX_OFFSETS;
         match &mut self.row {
             Some((row, oldest, newest)) if *row == first => {
@@ -301,20 +302,20 @@ mod tests {
     const PAYLOAD: &[u8] = b"{\"t\": 21.5}";
 
     fn open(dir: &Path) -> SqliteSink {
-        SqliteSink::open(&dir.join(FILE_NAME)).expect("opens")
+        SqliteSink::open(&dir.join(RECORDS_FILE_NAME)).expect("opens")
     }
 
     /// What a reader finds: the offsets, and the cursor.
     fn content(dir: &Path) -> (Vec<Offset>, Offset) {
-        let connection = Connection::open(dir.join(FILE_NAME)).expect("opens");
+        let connection = Connection::open(dir.join(RECORDS_FILE_NAME)).expect("opens");
         let mut statement = connection.prepare("SELECT offset FROM records ORDER BY offset").expect("reads");
-        let offsets = statement.query_map([], |row| row.get(0).map(offset_of)).expect("reads");
+        let offsets = statement.query_map([], |row| row.get(0).map(offset_from_sql)).expect("reads");
         let offsets = offsets.map(|offset| offset.expect("reads")).collect();
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0));
-        (offsets, offset_of(cursor.expect("reads")))
+        (offsets, offset_from_sql(cursor.expect("reads")))
     }
 
-    /// The files as a kill at this moment would leave them.
+    /// A copy of the files as a kill at this moment would leave them.
     fn copy_as_killed(dir: &Path) -> tempfile::TempDir {
         let copy = tempfile::tempdir().expect("temporary directory");
         for file in std::fs::read_dir(dir).expect("readable") {
@@ -354,17 +355,17 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut sink = open(dir.path());
         sink.store([record(0, "press-4", "a", PAYLOAD)].into_iter(), 1, false).expect("stored");
-        // An offset that comes twice is a violation in the middle of the transaction.
+        // A repeated offset is a constraint violation in the middle of the transaction.
         let broken = [record(1, "press-5", "b", PAYLOAD), record(1, "press-6", "c", PAYLOAD)];
         let error = sink.store(broken.into_iter(), 2, false).expect_err("twice the same offset");
-        assert!(!error.leaves_all_as_it_was(), "{error}");
+        assert!(!error.is_clean_rollback(), "{error}");
         assert_eq!(sink.cursor(), 1);
         assert_eq!(content(dir.path()), (vec![0], 1));
 
-        // The numbers that were given to press-5 and b were rolled back with it.
+        // The ids of press-5 and b were rolled back with it.
         let good = [record(1, "press-7", "d", PAYLOAD), record(2, "press-5", "b", PAYLOAD)];
         sink.store(good.into_iter(), 3, false).expect("stored");
-        let connection = Connection::open(dir.path().join(FILE_NAME)).expect("opens");
+        let connection = Connection::open(dir.path().join(RECORDS_FILE_NAME)).expect("opens");
         let mut statement =
             connection.prepare("SELECT datasource, topic FROM records ORDER BY offset").expect("reads");
         let names = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).expect("reads");
@@ -383,7 +384,7 @@ mod tests {
         let records = || (0..3).map(|offset| record(offset, "press-4", "a", &payload));
         let error = sink.store(records(), 3, true).expect_err("no room");
         assert!(matches!(error, SinkError::DiskFull), "{error}");
-        assert!(error.leaves_all_as_it_was());
+        assert!(error.is_clean_rollback());
         assert_eq!((sink.cursor(), sink.durable_cursor()), (0, 0));
         assert_eq!(content(dir.path()), (vec![], 0));
 
@@ -422,7 +423,7 @@ mod tests {
         let records =
             payloads.iter().zip(0..).map(|((payload, _), offset)| record(offset, "press-4", "a", payload));
         sink.store(records, 5, false).expect("stored");
-        let connection = Connection::open(dir.path().join(FILE_NAME)).expect("opens");
+        let connection = Connection::open(dir.path().join(RECORDS_FILE_NAME)).expect("opens");
         for ((payload, kind), offset) in payloads.into_iter().zip(0_i64..) {
             let (found, stored): (String, Vec<u8>) = connection
                 .query_row(
@@ -443,7 +444,7 @@ mod tests {
         first.content_type = "application/json";
         sink.store([first, record(1, "press-4", "note", b"hello")].into_iter(), 2, false).expect("stored");
         let sqlite3 = |sql: &str| {
-            let path: PathBuf = dir.path().join(FILE_NAME);
+            let path: PathBuf = dir.path().join(RECORDS_FILE_NAME);
             let output = std::process::Command::new("sqlite3").arg(path).arg(sql).output();
             let output = output.expect("the sqlite3 command is installed");
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -467,7 +468,7 @@ mod tests {
     #[test]
     fn a_database_that_is_not_ours_to_write_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let path = dir.path().join(FILE_NAME);
+        let path = dir.path().join(RECORDS_FILE_NAME);
         drop(open(dir.path()));
         Connection::open(&path).and_then(|c| c.pragma_update(None, "user_version", 3)).expect("set");
         let error = SqliteSink::open(&path).map(drop).expect_err("a newer format");

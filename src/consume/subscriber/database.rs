@@ -1,10 +1,9 @@
-//! A database of what subscribers leave behind: an SQLite file in the data directory, opened here
-//! and checked before anything in it is believed. [`sessions`](super::sessions) and
-//! [`retained`](super::retained) each have one.
+//! A database of subscribers' state: an SQLite file in the data directory, checked when it is opened.
+//! [`sessions`](super::sessions) and [`retained`](super::retained) each have one.
 //!
-//! Both are in SQLite's write-ahead mode: a transaction is there whole or not at all after a kill at
-//! any moment. `user_version` is the version of the format. One that is newer is refused, and so is
-//! a database that somebody else has made.
+//! Both use SQLite's write-ahead log: after a kill at any moment a transaction is there whole or not at
+//! all. `user_version` is the version of the format. A newer format is refused, and so is a database that
+//! Headgate has not made.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,9 +11,9 @@ use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
-/// How long SQLite waits for a lock: somebody looks into the file at this moment, or the gateway
-/// that had it has not quite ended.
-const LOCK_WAIT: Duration = Duration::from_secs(2);
+/// How long SQLite waits for a lock: another process may be reading the file, or the previous gateway may
+/// not have quite ended.
+const SUBSCRIBER_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Why a database of subscribers' state could not be opened, read or written. Each names the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -29,18 +28,18 @@ pub enum DatabaseError {
         /// The newest format that is known here.
         known: i64,
     },
-    /// Somebody else's database.
+    /// It is not Headgate's database.
     #[error("{} is an SQLite database that Headgate has not made", path.display())]
     Foreign {
         /// The file.
         path: PathBuf,
     },
-    /// It does not hold what Headgate wrote.
+    /// Its content is not what Headgate wrote.
     #[error("{} is damaged ({detail}): restore it from a backup, or move it away to begin without it", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What was found.
+        /// What is wrong.
         detail: Arc<str>,
     },
     /// Another process holds it locked.
@@ -55,7 +54,7 @@ pub enum DatabaseError {
         /// The file.
         path: PathBuf,
     },
-    /// SQLite or the operating system could not do it.
+    /// Another error of SQLite's or the operating system's.
     #[error("{}: {detail}", path.display())]
     Failed {
         /// The file.
@@ -66,13 +65,13 @@ pub enum DatabaseError {
 }
 
 impl DatabaseError {
-    /// What an error of SQLite's means for the file at `path`.
-    pub(in crate::consume) fn of(error: &rusqlite::Error, path: &Path) -> Self {
+    /// Classifies an error of SQLite's for the file at `path`.
+    pub(in crate::consume) fn from_sqlite(error: &rusqlite::Error, path: &Path) -> Self {
         let (path, detail) = (path.to_owned(), error.to_string().into());
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::InUse { path },
             Some(ErrorCode::DiskFull) => Self::DiskFull { path },
-            // No code: the pages are in order, and hold something that Headgate never writes.
+            // No code: the pages are intact and hold something that Headgate never writes.
             None | Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
                 Self::Damaged { path, detail }
             }
@@ -80,32 +79,32 @@ impl DatabaseError {
         }
     }
 
-    /// Whether the connection can go on being used, and nothing of the transaction is there.
-    pub(in crate::consume) fn leaves_all_as_it_was(&self) -> bool {
+    /// Whether the transaction left no trace and the connection can still be used.
+    pub(in crate::consume) fn is_clean_rollback(&self) -> bool {
         matches!(self, Self::InUse { .. } | Self::DiskFull { .. })
     }
 }
 
 /// One kind of database.
-pub(in crate::consume) struct Kind {
+pub(in crate::consume) struct DatabaseKind {
     /// The version of its format, above 0.
     pub(in crate::consume) format: i64,
-    /// Makes an empty database into one.
+    /// The statements that turn an empty database into one of this kind.
     pub(in crate::consume) schema: &'static str,
     /// Whether the one connection keeps everybody else out.
     pub(in crate::consume) exclusive: bool,
 }
 
-impl Kind {
+impl DatabaseKind {
     /// Opens the database at `path`, or makes it. Its transactions are synced before they count
     /// until the caller says otherwise.
     ///
     /// # Errors
-    /// [`DatabaseError`], when it is not there to be written by this Headgate.
+    /// [`DatabaseError`], when this Headgate cannot or must not write it.
     pub(in crate::consume) fn open(&self, path: &Path) -> Result<Connection, DatabaseError> {
-        let failed = |error: rusqlite::Error| DatabaseError::of(&error, path);
+        let failed = |error: rusqlite::Error| DatabaseError::from_sqlite(&error, path);
         let mut connection = self.connect(path).map_err(failed)?;
-        let version = version(&connection).map_err(failed)?;
+        let version = read_user_version(&connection).map_err(failed)?;
         if version > self.format {
             return Err(DatabaseError::Newer { path: path.to_owned(), version, known: self.format });
         }
@@ -115,10 +114,9 @@ impl Kind {
         Ok(connection)
     }
 
-    /// As [`Kind::open`], after a transaction that failed in a way that leaves in doubt what the disk
-    /// has of the write-ahead log: that a later sync succeeds says nothing about pages that the
-    /// kernel gave up on. So what the log holds is copied into the database and synced there
-    /// before anything is built on it.
+    /// As [`DatabaseKind::open`], after a failed transaction that leaves in doubt what the disk has of the
+    /// write-ahead log: a later successful sync says nothing about pages that the kernel gave up on. So
+    /// this copies the write-ahead log into the database and syncs it there before anything relies on it.
     ///
     /// # Errors
     /// [`DatabaseError`].
@@ -127,7 +125,7 @@ impl Kind {
         match checkpoint(&connection) {
             Ok(true) => Ok(connection),
             Ok(false) => Err(DatabaseError::InUse { path: path.to_owned() }),
-            Err(error) => Err(DatabaseError::of(&error, path)),
+            Err(error) => Err(DatabaseError::from_sqlite(&error, path)),
         }
     }
 
@@ -136,7 +134,7 @@ impl Kind {
             | OpenFlags::SQLITE_OPEN_CREATE
             | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(path, flags)?;
-        connection.busy_timeout(LOCK_WAIT)?;
+        connection.busy_timeout(SUBSCRIBER_LOCK_WAIT_MAX)?;
         if self.exclusive {
             connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         }
@@ -149,7 +147,7 @@ impl Kind {
         Ok(connection)
     }
 
-    /// Gives a database that has no version its tables. `false` if it has some already.
+    /// Creates the tables in a database without a version. `false` if it has tables already.
     fn create(&self, connection: &mut Connection) -> rusqlite::Result<bool> {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let empty = "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)";
@@ -163,12 +161,12 @@ impl Kind {
     }
 }
 
-fn version(connection: &Connection) -> rusqlite::Result<i64> {
+fn read_user_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, "user_version", |row| row.get(0))
 }
 
-/// Copies the write-ahead log into the database and syncs it. Says whether it could: a connection
-/// that reads keeps it from it.
+/// Copies the write-ahead log into the database and syncs it. Returns whether it could: a connection that
+/// reads prevents it.
 pub(in crate::consume) fn checkpoint(connection: &Connection) -> rusqlite::Result<bool> {
     connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0)).map(|busy| !busy)
 }
@@ -177,7 +175,8 @@ pub(in crate::consume) fn checkpoint(connection: &Connection) -> rusqlite::Resul
 mod tests {
     use super::*;
 
-    const KIND: Kind = Kind { format: 3, schema: "CREATE TABLE things (thing TEXT) STRICT", exclusive: true };
+    const KIND: DatabaseKind =
+        DatabaseKind { format: 3, schema: "CREATE TABLE things (thing TEXT) STRICT", exclusive: true };
 
     fn by_hand(path: &Path, sql: &str) {
         Connection::open(path).and_then(|connection| connection.execute_batch(sql)).expect("runs");
@@ -193,7 +192,7 @@ mod tests {
         let connection = KIND.reopen(&path).expect("found");
         let things: i64 =
             connection.query_row("SELECT count(*) FROM things", [], |row| row.get(0)).expect("read");
-        assert_eq!((things, version(&connection).expect("read")), (1, 3));
+        assert_eq!((things, read_user_version(&connection).expect("read")), (1, 3));
     }
 
     #[test]
@@ -201,7 +200,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("things.db");
         std::fs::write(&path, b"").expect("written");
-        assert_eq!(KIND.open(&path).map(|connection| version(&connection).expect("read")), Ok(3));
+        assert_eq!(KIND.open(&path).map(|connection| read_user_version(&connection).expect("read")), Ok(3));
     }
 
     #[test]
@@ -212,7 +211,7 @@ mod tests {
         by_hand(&newer, "PRAGMA user_version = 4");
         let error = KIND.open(&newer).expect_err("newer");
         assert_eq!(error, DatabaseError::Newer { path: newer.clone(), version: 4, known: 3 });
-        assert_eq!(version(&Connection::open(&newer).expect("opens")), Ok(4));
+        assert_eq!(read_user_version(&Connection::open(&newer).expect("opens")), Ok(4));
 
         let foreign = dir.path().join("foreign.db");
         by_hand(&foreign, "CREATE TABLE mine (x)");

@@ -1,9 +1,9 @@
 //! A feed: one subscriber's place in the log, and what comes next for its filters.
 //!
-//! A subscriber that keeps up is live: the router puts what matches into its [`Mailbox`]. One that
-//! does not, or that begins in the past, is behind: the feed reads the log itself, each batch
-//! once, and is live again when it has reached the end. Which of the two it is makes no difference
-//! to what comes out: every record that matches, once, in the log's order.
+//! A subscriber that keeps up is live: the router puts matching records into its [`Mailbox`]. One that
+//! does not keep up, or begins in the past, is behind: the feed reads the log itself, each batch once,
+//! and is live again when it reaches the end. Both give the same output: every record that matches, once,
+//! in the log's order.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -13,75 +13,75 @@ use std::task::{Context, Poll, ready};
 
 use tokio::task::JoinHandle;
 
-use super::mailbox::{Mailbox, Routed, Taken};
+use super::mailbox::{Mailbox, MailboxContents, RoutedRecords};
 use super::router::Router;
 use super::trie::Trie;
 use crate::limits::CATCH_UP_BYTES;
-use crate::log::{Batch, Log, Place, ReadError, Withheld};
+use crate::log::{Batch, Log, LogReadError, RecordPlace, WithheldRules};
 use crate::message::{DatasourceId, Offset};
 
-/// Records of one batch that match, in order.
-pub struct Matched {
+/// The matching records of one batch, in order.
+pub struct MatchedRecords {
     batch: Batch,
-    hits: Hits,
+    hits: FilterHits,
     next: usize,
-    withheld: Arc<Withheld>,
+    withheld: Arc<WithheldRules>,
 }
 
-/// One record of a [`Matched`]: where it is, and which of the filters match it, by their slots.
-pub struct Hit<'a> {
-    /// Where in [`Matched::batch`].
-    pub place: Place,
+/// One record of a [`MatchedRecords`]: its place, and the slots of the filters that match it.
+pub struct FilterHit<'a> {
+    /// Where in [`MatchedRecords::batch`].
+    pub place: RecordPlace,
     /// At least one.
     pub slots: &'a [u32],
 }
 
-enum Hits {
-    /// One filter has them all: shared by every subscriber of that filter.
-    One([u32; 1], Arc<[Place]>),
-    /// Per record, where its slots are.
-    Many(Vec<(Place, u32)>, Vec<u32>),
+enum FilterHits {
+    /// One filter matches them all. Every subscriber of that filter shares the places.
+    One([u32; 1], Arc<[RecordPlace]>),
+    /// Each record with the position of its first slot, and the slots of all records.
+    Many(Vec<(RecordPlace, u32)>, Vec<u32>),
 }
 
-impl Matched {
-    /// What the records are in.
+impl MatchedRecords {
+    /// The batch of the records.
     pub fn batch(&self) -> &Batch {
         &self.batch
     }
 
-    /// The next one, which stays until [`Matched::advance`].
-    pub fn peek(&self) -> Option<Hit<'_>> {
-        let at = self.given_from(self.next)?;
+    /// The next record. It stays the next until [`MatchedRecords::advance`].
+    pub fn peek(&self) -> Option<FilterHit<'_>> {
+        let at = self.next_given(self.next)?;
         Some(match &self.hits {
-            Hits::One(slot, places) => Hit { place: places[at], slots: slot },
-            Hits::Many(places, slots) => {
+            FilterHits::One(slot, places) => FilterHit { place: places[at], slots: slot },
+            FilterHits::Many(places, slots) => {
                 let (place, from) = places[at];
                 let to = places.get(at + 1).map_or(slots.len(), |(_, next)| *next as usize);
-                Hit { place, slots: &slots[from as usize..to] }
+                FilterHit { place, slots: &slots[from as usize..to] }
             }
         })
     }
 
-    /// Goes on to the one after.
+    /// Moves past the next record.
     pub fn advance(&mut self) {
-        self.next = self.given_from(self.next).map_or(self.hits.len(), |at| at + 1);
+        self.next = self.next_given(self.next).map_or(self.hits.len(), |at| at + 1);
     }
 
-    /// How many are left.
-    pub fn left(&self) -> usize {
+    /// How many records are left.
+    pub fn remaining(&self) -> usize {
         match self.withheld.now() {
             left_out if left_out.is_nothing() => self.hits.len() - self.next,
-            _ => std::iter::successors(self.given_from(self.next), |at| self.given_from(at + 1)).count(),
+            _ => std::iter::successors(self.next_given(self.next), |at| self.next_given(at + 1)).count(),
         }
     }
 
     fn has_more(&self) -> bool {
-        self.given_from(self.next).is_some()
+        self.next_given(self.next).is_some()
     }
 
-    /// The first from `at` on that is not withheld because its key has leaked. Asked at the last moment,
-    /// as what was matched may wait for a slow subscriber.
-    fn given_from(&self, at: usize) -> Option<usize> {
+    /// The first record from `at` on that is not withheld because its key has leaked. This is checked at the
+    /// last moment, because matches may wait for a slow subscriber.
+    fn next_given(&self, at: usize) -> Option<usize> {
         let left_out = self.withheld.now();
         if left_out.is_nothing() {
             return (at < self.hits.len()).then_some(at);
@@ -92,46 +92,46 @@ impl Matched {
 }
 
 /// What comes next in a feed.
-pub enum Next {
+pub enum FeedItem {
     /// Records.
-    Matched(Matched),
-    /// Retention has removed records, of whatever datasource, before they were read: so many.
+    Matched(MatchedRecords),
+    /// Retention has removed this many records, of any datasource, before they were read.
     Skipped(u64),
 }
 
 /// One of a feed's filters.
-struct Slot {
+struct FilterSlot {
     /// With the datasource as its first level.
     filter: Box<str>,
-    /// Records below this are not wanted.
+    /// The first record wanted.
     from: Offset,
 }
 
 /// A subscriber's place in the log.
-pub struct Feed {
+pub struct SubscriberFeed {
     router: Router,
     log: Arc<dyn Log>,
-    /// The key's: `None` for a key of all, whose filters name the datasource.
+    /// The datasource of the key. `None` for a key for all, whose filters name the datasource.
     datasource: Option<DatasourceId>,
     mailbox: Arc<Mailbox>,
-    slots: Vec<Option<Slot>>,
-    /// Everything below is given out.
+    slots: Vec<Option<FilterSlot>>,
+    /// Everything below this is given out.
     position: Offset,
-    mode: Mode,
+    mode: FeedMode,
 }
 
-enum Mode {
+enum FeedMode {
     Live,
     Behind {
-        /// Batches that were read and not looked at.
+        /// Batches that were read and not matched yet.
         read: VecDeque<Batch>,
         /// The filters, for matching.
         trie: Trie<u32>,
-        reading: Option<JoinHandle<Result<Vec<Batch>, ReadError>>>,
+        reading: Option<JoinHandle<Result<Vec<Batch>, LogReadError>>>,
     },
 }
 
-impl Feed {
+impl SubscriberFeed {
     /// A feed without filters, that begins at `position`.
     pub fn new(router: Router, log: Arc<dyn Log>, datasource: &DatasourceId, position: Offset) -> Self {
         Self {
@@ -141,11 +141,11 @@ impl Feed {
             mailbox: Arc::default(),
             slots: Vec::new(),
             position,
-            mode: Mode::behind(),
+            mode: FeedMode::behind(),
         }
     }
 
-    /// Where it tells how far it is.
+    /// The mailbox, where the subscriber reports how far it is.
     pub fn mailbox(&self) -> &Arc<Mailbox> {
         &self.mailbox
     }
@@ -155,24 +155,24 @@ impl Feed {
         self.position
     }
 
-    /// Sets the filter of a slot. `from` is the first record wanted, or `None` for whatever is appended
-    /// from now on. If that is in the past, the whole feed goes back there, and what the other
-    /// filters have given out is not given out again. Returns the offset that it begins at.
-    pub fn set(&mut self, slot: u32, filter: &str, from: Option<Offset>) -> Offset {
-        self.remove(slot);
+    /// Sets the filter of a slot. `from` is the first record wanted, or `None` for records appended from now
+    /// on. If it is in the past, the whole feed goes back there, and the other filters do not give out their
+    /// records again. Returns the offset at which the filter begins.
+    pub fn set_filter(&mut self, slot: u32, filter: &str, from: Option<Offset>) -> Offset {
+        self.remove_filter(slot);
         let filter: Box<str> = match &self.datasource {
             Some(datasource) => format!("{datasource}/{filter}").into(),
             None => filter.into(),
         };
         self.router.subscribe(&filter, &self.mailbox, slot);
-        // Only now: whatever is appended from here on is routed.
+        // Read the end after subscribing: every record from here on is routed.
         let end = self.log.next_offset();
         let from = from.map_or(end, |from| from.min(end));
         let at = slot as usize;
         if self.slots.len() <= at {
             self.slots.resize_with(at + 1, || None);
         }
-        self.slots[at] = Some(Slot { filter, from });
+        self.slots[at] = Some(FilterSlot { filter, from });
         if from < self.position {
             for (other, slot) in self.slots.iter_mut().enumerate() {
                 if let Some(slot) = slot.as_mut().filter(|_| other != at) {
@@ -180,59 +180,63 @@ impl Feed {
                 }
             }
             self.rewind(from);
-        } else if let Mode::Behind { trie, .. } = &mut self.mode {
+        } else if let FeedMode::Behind { trie, .. } = &mut self.mode {
             *trie = Trie::default();
         }
         from
     }
 
-    /// Goes back to a record that was given out, which then comes again.
+    /// Goes back to a record that was given out, which is then given out again.
     pub fn rewind(&mut self, to: Offset) {
         self.position = self.position.min(to);
         self.mailbox.go_behind();
-        self.mode = Mode::behind();
+        self.mode = FeedMode::behind();
     }
 
-    /// Gives up a slot's filter.
-    pub fn remove(&mut self, slot: u32) {
+    /// Removes a slot's filter.
+    pub fn remove_filter(&mut self, slot: u32) {
         if let Some(slot) = self.slots.get_mut(slot as usize).and_then(Option::take) {
             self.router.unsubscribe(&slot.filter, &self.mailbox);
         }
-        if let Mode::Behind { trie, .. } = &mut self.mode {
+        if let FeedMode::Behind { trie, .. } = &mut self.mode {
             *trie = Trie::default();
         }
     }
 
-    /// Where a slot's filter begins: nothing below is given out for it.
-    pub fn from(&self, slot: u32) -> Option<Offset> {
+    /// Where a slot's filter begins.
+    pub fn filter_start(&self, slot: u32) -> Option<Offset> {
         self.slots.get(slot as usize)?.as_ref().map(|slot| slot.from)
     }
 
     /// What comes next.
     ///
     /// # Errors
-    /// [`ReadError`], if the log cannot be read; never `Removed`, which is [`Next::Skipped`].
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Next, ReadError>> {
+    /// [`LogReadError`], if the log cannot be read; never `Removed`, which is [`FeedItem::Skipped`].
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<FeedItem, LogReadError>> {
         loop {
             match &mut self.mode {
-                Mode::Live => match ready!(self.mailbox.poll_take(|| self.router.routed(), cx)) {
-                    Taken::Behind => self.mode = Mode::behind(),
-                    Taken::Batch(routed) => {
-                        if let Some(matched) = self.merge(routed).filter(Matched::has_more) {
-                            return Poll::Ready(Ok(Next::Matched(matched)));
+                FeedMode::Live => match ready!(self.mailbox.poll_take(|| self.router.routed_offset(), cx)) {
+                    MailboxContents::Behind => self.mode = FeedMode::behind(),
+                    MailboxContents::Batch(routed) => {
+                        if let Some(matched) = self.merge(routed).filter(MatchedRecords::has_more) {
+                            return Poll::Ready(Ok(FeedItem::Matched(matched)));
                         }
                     }
                 },
-                Mode::Behind { read, trie, reading } => {
+                FeedMode::Behind { read, trie, reading } => {
                     if let Some(batch) = read.pop_front() {
-                        fill(trie, &self.slots);
-                        let matched = matching(trie, &self.slots, &batch, self.position);
+                        fill_trie(trie, &self.slots);
+                        let matched = match_batch(trie, &self.slots, &batch, self.position);
                         let withheld = self.log.withheld().clone();
-                        let matched =
-                            matched.map(|hits| Matched { batch: batch.clone(), hits, next: 0, withheld });
+                        let matched = matched.map(|hits| MatchedRecords {
+                            batch: batch.clone(),
+                            hits,
+                            next: 0,
+                            withheld,
+                        });
                         self.position = self.position.max(batch.next_offset());
-                        match matched.filter(Matched::has_more) {
-                            Some(matched) => return Poll::Ready(Ok(Next::Matched(matched))),
+                        match matched.filter(MatchedRecords::has_more) {
+                            Some(matched) => return Poll::Ready(Ok(FeedItem::Matched(matched))),
                             None => continue,
                         }
                     }
@@ -240,7 +244,7 @@ impl Feed {
                         Some(task) => {
                             let done = ready!(Pin::new(task).poll(cx));
                             *reading = None;
-                            done.unwrap_or_else(|ended| Err(ReadError::Io(ended.to_string().into())))
+                            done.unwrap_or_else(|ended| Err(LogReadError::Io(ended.to_string().into())))
                         }
                         None => match self.log.read_recent(self.position, CATCH_UP_BYTES) {
                             Some(batches) => Ok(batches),
@@ -257,14 +261,14 @@ impl Feed {
                         Ok(batches) if batches.is_empty() => self.try_live(),
                         Ok(batches) => {
                             *read = batches.into();
-                            // Whoever reads for long lets the others have a turn.
+                            // A feed that reads much yields to other tasks between batches.
                             cx.waker().wake_by_ref();
                             return Poll::Pending;
                         }
-                        Err(ReadError::Removed { first, .. }) => {
+                        Err(LogReadError::Removed { first, .. }) => {
                             let skipped = first.saturating_sub(self.position);
                             self.position = self.position.max(first);
-                            return Poll::Ready(Ok(Next::Skipped(skipped)));
+                            return Poll::Ready(Ok(FeedItem::Skipped(skipped)));
                         }
                         Err(error) => return Poll::Ready(Err(error)),
                     }
@@ -273,18 +277,18 @@ impl Feed {
         }
     }
 
-    /// At the end of the log: lets the router do the work from here on, unless it is further already.
+    /// At the end of the log: lets the router take over, unless it has already routed more.
     fn try_live(&mut self) {
         self.mailbox.go_live();
-        if self.router.routing() > self.position {
+        if self.router.routing_offset() > self.position {
             self.mailbox.go_behind();
         } else {
-            self.mode = Mode::Live;
+            self.mode = FeedMode::Live;
         }
     }
 
-    /// Puts what the filters have of one batch into one order.
-    fn merge(&mut self, mut routed: Vec<Routed>) -> Option<Matched> {
+    /// Merges the matches of all filters in one batch into log order.
+    fn merge(&mut self, mut routed: Vec<RoutedRecords>) -> Option<MatchedRecords> {
         let batch = routed.first()?.batch.clone();
         let begin = self.position;
         self.position = begin.max(batch.next_offset());
@@ -294,22 +298,27 @@ impl Feed {
         if let [one] = &routed[..] {
             let wanted = from(one.slot).unwrap_or_default();
             let first = one.places.partition_point(|place| place.offset < wanted);
-            let hits = Hits::One([one.slot], one.places.clone());
+            let hits = FilterHits::One([one.slot], one.places.clone());
             let withheld = self.log.withheld().clone();
-            return (first < one.places.len()).then_some(Matched { batch, hits, next: first, withheld });
+            return (first < one.places.len()).then_some(MatchedRecords {
+                batch,
+                hits,
+                next: first,
+                withheld,
+            });
         }
-        let mut all: Vec<(Place, u32)> = Vec::new();
-        for Routed { slot, places, .. } in &routed {
+        let mut all: Vec<(RecordPlace, u32)> = Vec::new();
+        for RoutedRecords { slot, places, .. } in &routed {
             let wanted = from(*slot).unwrap_or_default();
             all.extend(places.iter().filter(|place| place.offset >= wanted).map(|place| (*place, *slot)));
         }
         all.sort_by_key(|(place, _)| place.offset);
         let withheld = self.log.withheld().clone();
-        Hits::of(all.into_iter()).map(|hits| Matched { batch, hits, next: 0, withheld })
+        FilterHits::from_pairs(all.into_iter()).map(|hits| MatchedRecords { batch, hits, next: 0, withheld })
     }
 }
 
-impl Drop for Feed {
+impl Drop for SubscriberFeed {
     fn drop(&mut self) {
         for slot in self.slots.iter().flatten() {
             self.router.unsubscribe(&slot.filter, &self.mailbox);
@@ -317,42 +326,42 @@ impl Drop for Feed {
     }
 }
 
-impl Mode {
+impl FeedMode {
     fn behind() -> Self {
-        Mode::Behind { read: VecDeque::new(), trie: Trie::default(), reading: None }
+        FeedMode::Behind { read: VecDeque::new(), trie: Trie::default(), reading: None }
     }
 }
 
-impl Hits {
+impl FilterHits {
     fn len(&self) -> usize {
         match self {
-            Hits::One(_, places) => places.len(),
-            Hits::Many(places, _) => places.len(),
+            FilterHits::One(_, places) => places.len(),
+            FilterHits::Many(places, _) => places.len(),
         }
     }
 
-    fn place(&self, at: usize) -> Place {
+    fn place(&self, at: usize) -> RecordPlace {
         match self {
-            Hits::One(_, places) => places[at],
-            Hits::Many(places, _) => places[at].0,
+            FilterHits::One(_, places) => places[at],
+            FilterHits::Many(places, _) => places[at].0,
         }
     }
 
-    /// Of records and slots, in order; a record that several filters match comes several times.
-    fn of(all: impl Iterator<Item = (Place, u32)>) -> Option<Self> {
-        let (mut places, mut slots): (Vec<(Place, u32)>, Vec<u32>) = Default::default();
+    /// Builds hits from ordered pairs of record and slot; a record has one pair per matching filter.
+    fn from_pairs(all: impl Iterator<Item = (RecordPlace, u32)>) -> Option<Self> {
+        let (mut places, mut slots): (Vec<(RecordPlace, u32)>, Vec<u32>) = Default::default();
         for (place, slot) in all {
             if places.last().is_none_or(|(last, _)| last.offset != place.offset) {
                 places.push((place, u32::try_from(slots.len()).expect("fewer than 2³² in a batch")));
             }
             slots.push(slot);
         }
-        (!places.is_empty()).then_some(Hits::Many(places, slots))
+        (!places.is_empty()).then_some(FilterHits::Many(places, slots))
     }
 }
 
 /// Enters the filters into an empty trie.
-fn fill(trie: &mut Trie<u32>, slots: &[Option<Slot>]) {
+fn fill_trie(trie: &mut Trie<u32>, slots: &[Option<FilterSlot>]) {
     if trie.is_empty() {
         for (at, slot) in slots.iter().enumerate() {
             if let (Some(slot), Ok(at)) = (slot, u32::try_from(at)) {
@@ -362,12 +371,17 @@ fn fill(trie: &mut Trie<u32>, slots: &[Option<Slot>]) {
     }
 }
 
-/// What of a batch the filters match, from `begin` on.
-fn matching(trie: &Trie<u32>, slots: &[Option<Slot>], batch: &Batch, begin: Offset) -> Option<Hits> {
+/// The records of a batch, from `begin` on, that the filters match.
+fn match_batch(
+    trie: &Trie<u32>,
+    slots: &[Option<FilterSlot>],
+    batch: &Batch,
+    begin: Offset,
+) -> Option<FilterHits> {
     let from = |slot: u32| slots.get(slot as usize).and_then(Option::as_ref).map(|slot| slot.from);
     let mut all = Vec::new();
     for section in batch.sections() {
-        let starts = trie.of(section.datasource());
+        let starts = trie.for_datasource(section.datasource());
         if section.next_offset() <= begin || starts.is_empty() {
             continue;
         }
@@ -379,15 +393,18 @@ fn matching(trie: &Trie<u32>, slots: &[Option<Slot>], batch: &Batch, begin: Offs
             });
         }
     }
-    Hits::of(all.into_iter())
+    FilterHits::from_pairs(all.into_iter())
 }
 
-/// Reads single records, wherever they are: per offset the batch that has it and its place, or `None`
-/// if retention has removed it or it is withheld. The offsets are in order. Blocks on the disk.
+/// Reads single records. For each offset, in the given order, returns the batch and the place in it, or
+/// `None` if retention has removed the record or it is withheld. `offsets` ascend. Blocks on the disk.
 ///
 /// # Errors
-/// [`ReadError`] for damage and the file system's errors.
-pub fn fetch(log: &dyn Log, offsets: &[Offset]) -> Result<Vec<Option<(Batch, Place)>>, ReadError> {
+/// [`LogReadError`] for damage and the file system's errors.
+pub fn fetch_records(
+    log: &dyn Log,
+    offsets: &[Offset],
+) -> Result<Vec<Option<(Batch, RecordPlace)>>, LogReadError> {
     let mut found = Vec::with_capacity(offsets.len());
     let mut current: Option<Batch> = None;
     let left_out = log.withheld().now();
@@ -396,7 +413,7 @@ pub fn fetch(log: &dyn Log, offsets: &[Offset]) -> Result<Vec<Option<(Batch, Pla
         if !current.as_ref().is_some_and(holds) {
             current = match log.read(offset, 1) {
                 Ok(batches) => batches.into_iter().find(holds),
-                Err(ReadError::Removed { .. }) => None,
+                Err(LogReadError::Removed { .. }) => None,
                 Err(error) => return Err(error),
             };
         }

@@ -1,59 +1,59 @@
-//! A mailbox: where the router puts what a live subscriber is to be given, and where the
-//! subscriber's task finds it.
+//! A mailbox: the router puts records for a live subscriber in, and the subscriber's task takes them out.
 //!
-//! It is bounded. A subscriber that does not empty it in time falls behind: the router puts nothing
-//! more in, and the subscriber goes on from the log by itself (see [`super::feed`]).
+//! It is bounded. A subscriber that does not empty it in time falls behind: the router puts nothing more
+//! in, and the subscriber continues from the log (see [`super::feed`]).
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
 
 use crate::limits::MAILBOX_BYTES_MAX;
-use crate::log::{Batch, Place};
+use crate::log::{Batch, RecordPlace};
 use crate::message::Offset;
 
 /// Records of one batch that match one filter.
-pub(super) struct Routed {
+pub(super) struct RoutedRecords {
     pub(super) batch: Batch,
     /// Which of the subscriber's filters.
     pub(super) slot: u32,
-    pub(super) places: Arc<[Place]>,
+    pub(super) places: Arc<[RecordPlace]>,
 }
 
-/// One subscriber's.
+/// One subscriber's mailbox.
 #[derive(Default)]
 pub struct Mailbox {
-    state: Mutex<State>,
+    state: Mutex<MailboxState>,
     task: AtomicWaker,
 }
 
 #[derive(Default)]
-struct State {
-    /// The router puts in what it routes.
+struct MailboxState {
+    /// Whether the router puts records in.
     live: bool,
-    /// Whatever was routed has been dealt with to the end.
+    /// Whether the subscriber has dealt with everything that was routed.
     idle: bool,
-    queue: VecDeque<Routed>,
+    queue: VecDeque<RoutedRecords>,
     /// What the queued batches take in memory.
     bytes: usize,
-    /// The first record that has not been dealt with, as the subscriber last said.
+    /// The first record that the subscriber has not dealt with, as it last reported.
     cursor: Offset,
 }
 
-/// What there is for a live subscriber.
-pub(super) enum Taken {
-    /// All that matches of one batch, in the order of the filters' routing.
-    Batch(Vec<Routed>),
-    /// Nothing, and nothing will be put in: go on from the log.
+/// What a live subscriber finds in its mailbox.
+pub(super) enum MailboxContents {
+    /// All matches in one batch, in the order in which its filters were routed.
+    Batch(Vec<RoutedRecords>),
+    /// Nothing, and nothing will be put in: continue from the log.
     Behind,
 }
 
 impl Mailbox {
-    /// Puts in what matches one filter. Returns whether the subscriber is to be [woken](Mailbox::wake)
-    /// when the whole batch is routed.
-    pub(super) fn put(&self, routed: Routed) -> bool {
+    /// Puts in the matches of one filter. Returns whether to [wake](Mailbox::wake) the subscriber once the
+    /// whole batch is routed.
+    pub(super) fn put(&self, routed: RoutedRecords) -> bool {
         let mut state = self.state();
         if !state.live {
             return false;
@@ -77,9 +77,13 @@ impl Mailbox {
         self.task.wake();
     }
 
-    /// Takes out what there is of the oldest batch, if that is below `routed`: the rest of a batch
-    /// may still be on its way in.
-    pub(super) fn poll_take(&self, routed: impl Fn() -> Offset, cx: &mut Context<'_>) -> Poll<Taken> {
+    /// Takes out the oldest batch if it is below `routed`. Otherwise more of that batch may still be put
+    /// in.
+    pub(super) fn poll_take(
+        &self,
+        routed: impl Fn() -> Offset,
+        cx: &mut Context<'_>,
+    ) -> Poll<MailboxContents> {
         if let Poll::Ready(taken) = self.take(routed()) {
             return Poll::Ready(taken);
         }
@@ -87,30 +91,30 @@ impl Mailbox {
         self.take(routed())
     }
 
-    fn take(&self, routed: Offset) -> Poll<Taken> {
+    fn take(&self, routed: Offset) -> Poll<MailboxContents> {
         let mut state = self.state();
         let Some(first) = state.queue.front().map(|routed| routed.batch.clone()) else {
-            return if state.live { Poll::Pending } else { Poll::Ready(Taken::Behind) };
+            return if state.live { Poll::Pending } else { Poll::Ready(MailboxContents::Behind) };
         };
         if first.next_offset() > routed {
             return Poll::Pending;
         }
-        let of_first = |r: &Routed| r.batch.first_offset() == first.first_offset();
+        let of_first = |r: &RoutedRecords| r.batch.first_offset() == first.first_offset();
         let count = state.queue.iter().take_while(|r| of_first(r)).count();
         let batch = state.queue.drain(..count).collect();
         state.bytes -= first.weight();
         if state.queue.is_empty() && state.queue.capacity() > 64 {
             state.queue = VecDeque::new();
         }
-        Poll::Ready(Taken::Batch(batch))
+        Poll::Ready(MailboxContents::Batch(batch))
     }
 
-    /// From now on, what is routed is put in.
+    /// Lets the router put records in from now on.
     pub(super) fn go_live(&self) {
         self.state().live = true;
     }
 
-    /// From now on nothing is put in, and what is there is dropped.
+    /// Lets the router put nothing in from now on, and drops what is there.
     pub(super) fn go_behind(&self) {
         let mut state = self.state();
         state.live = false;
@@ -119,21 +123,21 @@ impl Mailbox {
         state.bytes = 0;
     }
 
-    /// The subscriber says how far it is: everything below `cursor` is dealt with; with `all`,
+    /// Sets how far the subscriber is: everything below `cursor` is dealt with. With `all`, so is
     /// everything that it was given.
-    pub fn progress(&self, cursor: Offset, all: bool) {
+    pub fn set_progress(&self, cursor: Offset, all: bool) {
         let mut state = self.state();
         state.cursor = cursor;
         state.idle = all && state.live && state.queue.is_empty();
     }
 
-    /// The first record that has not been dealt with. `routed` is how far the router was before.
+    /// The first record that is not dealt with. `routed` is the router's offset from before this call.
     pub fn cursor(&self, routed: Offset) -> Offset {
         let state = self.state();
         if state.idle { routed.max(state.cursor) } else { state.cursor }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, MailboxState> {
+        self.state.lock()
     }
 }

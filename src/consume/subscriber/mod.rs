@@ -1,10 +1,9 @@
-//! Subscribers: consumers of the live stream, each behind a cursor of its own. What they are given
-//! comes from the log, so that one that was away, or is slow, misses nothing.
+//! Subscribers: consumers of the live stream, each with its own cursor. They are served from the log, so
+//! that one that was away, or is slow, misses nothing.
 //!
 //! The [`router`] matches new records against all filters at once; a [`feed`] is one subscriber's
 //! place in the log, live or catching up; a [`group`] is a place that several share. [`retained`] has
-//! the newest retained message of each topic. [`sessions`] keeps on the disk what outlives a
-//! connection.
+//! the newest retained message of each topic. [`sessions`] keeps on the disk what outlives a connection.
 
 pub mod feed;
 pub mod group;
@@ -20,46 +19,48 @@ mod trie;
 mod tests;
 
 pub use database::DatabaseError;
-pub use feed::{Feed, Hit, Matched, Next};
-pub use group::{ClusterGroups, GroupKey, GroupSession, Groups, JoinError, Member, Share};
+pub use feed::{FeedItem, FilterHit, MatchedRecords, SubscriberFeed};
+pub use group::{
+    ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
+};
 pub use mailbox::Mailbox;
 pub use router::Router;
 
 use std::sync::Arc;
 
 use crate::log::Log;
-use retained::Retained;
+use retained::RetainedStore;
 use sessions::SessionStore;
 
 /// What the fronts need to serve subscribers.
 pub struct Subscribers {
-    /// What is read.
+    /// The log that subscribers read.
     pub log: Arc<dyn Log>,
-    /// Who is told of what is new.
+    /// Routes new records to subscribers.
     pub router: Router,
-    /// Subscriptions that are shared.
-    pub groups: Groups,
-    /// What outlives a connection.
+    /// The groups of shared subscriptions.
+    pub groups: ShareGroups,
+    /// The sessions that outlive their connection.
     pub store: SessionStore,
     /// The newest retained message of each topic.
-    pub retained: Retained,
+    pub retained: RetainedStore,
 }
 
 impl Subscribers {
-    /// Starts the router at the end of `log`. `groups` are those of a cluster, in one.
+    /// Starts the router at the end of `log`. `groups` is given in a cluster only.
     ///
     /// # Errors
     /// The system has no thread to give.
     pub fn start(
         log: Arc<dyn Log>,
         store: SessionStore,
-        retained: Retained,
-        groups: Option<ClusterGroups>,
+        retained: RetainedStore,
+        groups: Option<ClusterShareGroups>,
     ) -> std::io::Result<Self> {
         let router = Router::start(&log)?;
         let groups = match groups {
-            Some(groups) => Groups::Cluster(Box::new(groups)),
-            None => Groups::local(router.clone(), log.clone()),
+            Some(groups) => ShareGroups::Cluster(Box::new(groups)),
+            None => ShareGroups::local(router.clone(), log.clone()),
         };
         Ok(Self { log, router, groups, store, retained })
     }

@@ -1,46 +1,47 @@
 //! The router: follows the log's end and gives each new record to the live subscribers whose
 //! filters match it.
 //!
-//! One thread. A batch in which nobody is interested does not even wake it: the log's writer asks
-//! first whether anybody is, which takes one look per datasource in the batch. What matches a
-//! filter is put together once, however many subscribers have that filter.
+//! It is one thread. A batch that no subscriber wants does not even wake it: the log's writer checks that
+//! first, with one look-up per datasource in the batch. The records that match a filter are collected
+//! once, however many subscribers have that filter.
 
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tracing::error;
 
-use super::mailbox::{Mailbox, Routed};
+use super::mailbox::{Mailbox, RoutedRecords};
 use super::trie::Trie;
 use crate::limits::ROUTE_BYTES;
-use crate::log::{Batch, Log, Place};
+use crate::log::{Batch, Log, RecordPlace};
 use crate::message::Offset;
 
-/// How long the thread sleeps when nobody wakes it.
-const SLEEP: Duration = Duration::from_secs(3600);
-/// How long it waits after the log could not be read.
-const RETRY: Duration = Duration::from_millis(200);
+/// How long the thread sleeps at most when nobody wakes it.
+const ROUTER_SLEEP_MAX: Duration = Duration::from_secs(3600);
+/// How long the thread pauses after the log could not be read.
+const ROUTER_RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// The running router. Cheap to clone; its thread ends after the last clone.
 #[derive(Clone)]
-pub struct Router(Arc<Owner>);
+pub struct Router(Arc<RouterOwner>);
 
-struct Owner {
-    shared: Arc<Shared>,
+struct RouterOwner {
+    shared: Arc<RouterState>,
     thread: std::thread::Thread,
 }
 
-impl Drop for Owner {
+impl Drop for RouterOwner {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::Release);
         self.thread.unpark();
     }
 }
 
-struct Shared {
-    routes: RwLock<Routes>,
+struct RouterState {
+    routes: RwLock<RoutingTable>,
     /// Everything below is routed or being routed.
     routing: AtomicU64,
     /// Everything below is routed.
@@ -48,34 +49,34 @@ struct Shared {
     ended: AtomicBool,
 }
 
-/// Who wants what.
+/// Which subscribers want what.
 #[derive(Default)]
-struct Routes {
-    /// Per filter the number of its interest.
+struct RoutingTable {
+    /// The index in `interests` for each filter.
     trie: Trie<u32>,
     by_filter: HashMap<Box<str>, u32>,
-    interests: Vec<Interest>,
+    interests: Vec<FilterInterest>,
     free: Vec<u32>,
 }
 
 /// A filter, and the subscribers that have it.
-struct Interest {
+struct FilterInterest {
     members: Vec<(Arc<Mailbox>, u32)>,
 }
 
-impl Shared {
-    fn routes(&self) -> RwLockReadGuard<'_, Routes> {
-        self.routes.read().unwrap_or_else(PoisonError::into_inner)
+impl RouterState {
+    fn routes(&self) -> RwLockReadGuard<'_, RoutingTable> {
+        self.routes.read()
     }
 
-    /// The batch is routed. Both this and the log's writer may say so of the same one.
-    fn pass(&self, batch: &Batch) {
+    /// Marks the batch as routed. The thread and the log's writer may both do so for one batch.
+    fn mark_routed(&self, batch: &Batch) {
         self.routing.fetch_max(batch.next_offset(), Ordering::SeqCst);
         self.routed.fetch_max(batch.next_offset(), Ordering::SeqCst);
     }
 
-    fn routes_mut(&self) -> RwLockWriteGuard<'_, Routes> {
-        self.routes.write().unwrap_or_else(PoisonError::into_inner)
+    fn routes_mut(&self) -> RwLockWriteGuard<'_, RoutingTable> {
+        self.routes.write()
     }
 }
 
@@ -86,7 +87,7 @@ impl Router {
     /// The system has no thread to give.
     pub fn start(log: &Arc<dyn Log>) -> std::io::Result<Self> {
         let at = log.next_offset();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(RouterState {
             routes: RwLock::default(),
             routing: AtomicU64::new(at),
             routed: AtomicU64::new(at),
@@ -94,38 +95,40 @@ impl Router {
         });
         let thread = std::thread::Builder::new().name("router".to_owned()).spawn({
             let (shared, log) = (shared.clone(), log.clone());
-            move || run(&shared, &*log)
+            move || run_router(&shared, &*log)
         })?;
         let thread = thread.thread().clone();
-        let router = Self(Arc::new(Owner { shared, thread }));
+        let router = Self(Arc::new(RouterOwner { shared, thread }));
         let listener = Arc::downgrade(&router.0);
-        log.listen(Box::new(move |batch| Self::appended(&listener, batch)));
+        log.listen(Box::new(move |batch| Self::on_append(&listener, batch)));
         Ok(router)
     }
 
-    /// Told by the log's writer of each batch, in order.
-    fn appended(router: &Weak<Owner>, batch: &Batch) {
+    /// The log's writer calls this for each batch, in order.
+    fn on_append(router: &Weak<RouterOwner>, batch: &Batch) {
         let Some(owner) = router.upgrade() else { return };
         let shared = &owner.shared;
-        // The log's writer waits for nobody here.
-        if let Ok(routes) = shared.routes.try_read()
+        // `try_read`: the log's writer must not wait here.
+        if let Some(routes) = shared.routes.try_read()
             && shared.routed.load(Ordering::SeqCst) == batch.first_offset()
             && (routes.by_filter.is_empty()
-                || batch.sections().all(|section| routes.trie.of(section.datasource()).is_empty()))
+                || batch
+                    .sections()
+                    .all(|section| routes.trie.for_datasource(section.datasource()).is_empty()))
         {
-            shared.pass(batch);
+            shared.mark_routed(batch);
             return;
         }
         owner.thread.unpark();
     }
 
-    /// Everything below this offset has been put where it belongs.
-    pub fn routed(&self) -> Offset {
+    /// Everything below this offset is routed.
+    pub fn routed_offset(&self) -> Offset {
         self.0.shared.routed.load(Ordering::SeqCst)
     }
 
-    /// Everything below this offset has been put where it belongs or is just being.
-    pub(super) fn routing(&self) -> Offset {
+    /// Everything below this offset is routed or being routed.
+    pub(super) fn routing_offset(&self) -> Offset {
         self.0.shared.routing.load(Ordering::SeqCst)
     }
 
@@ -138,7 +141,7 @@ impl Router {
             Some(&interest) => interest,
             None => {
                 let interest = routes.free.pop().unwrap_or_else(|| {
-                    routes.interests.push(Interest { members: Vec::new() });
+                    routes.interests.push(FilterInterest { members: Vec::new() });
                     u32::try_from(routes.interests.len() - 1).expect("fewer filters than 2³²")
                 });
                 routes.by_filter.insert(filter.into(), interest);
@@ -168,17 +171,17 @@ impl Router {
 }
 
 /// The thread.
-fn run(shared: &Shared, log: &dyn Log) {
-    let mut scratch = Scratch::default();
+fn run_router(shared: &RouterState, log: &dyn Log) {
+    let mut scratch = RoutingScratch::default();
     while !shared.ended.load(Ordering::Acquire) {
         let position = shared.routed.load(Ordering::SeqCst);
         match log.read(position, ROUTE_BYTES) {
-            Ok(batches) if batches.is_empty() => std::thread::park_timeout(SLEEP),
+            Ok(batches) if batches.is_empty() => std::thread::park_timeout(ROUTER_SLEEP_MAX),
             Ok(batches) => batches.iter().for_each(|batch| scratch.route(shared, batch)),
             Err(error) => {
-                // Live subscribers wait; those that read by themselves meet the same error.
+                // Live subscribers wait; those that read the log themselves get the same error.
                 error!(%error, position, "new records cannot be read for subscribers");
-                std::thread::sleep(RETRY);
+                std::thread::sleep(ROUTER_RETRY_PAUSE);
                 let first = log.first_offset();
                 if first > position {
                     shared.routing.fetch_max(first, Ordering::SeqCst);
@@ -189,23 +192,23 @@ fn run(shared: &Shared, log: &dyn Log) {
     }
 }
 
-/// What routing a batch needs, kept from one to the next.
+/// Buffers for routing a batch, kept from one to the next.
 #[derive(Default)]
-struct Scratch {
-    /// Per interest what matches it.
-    places: Vec<Vec<Place>>,
+struct RoutingScratch {
+    /// The matching places of each interest.
+    places: Vec<Vec<RecordPlace>>,
     /// The interests that something matches.
     touched: Vec<u32>,
     wake: Vec<Arc<Mailbox>>,
 }
 
-impl Scratch {
-    fn route(&mut self, shared: &Shared, batch: &Batch) {
+impl RoutingScratch {
+    fn route(&mut self, shared: &RouterState, batch: &Batch) {
         let routes = shared.routes();
         shared.routing.fetch_max(batch.next_offset(), Ordering::SeqCst);
         self.places.resize_with(routes.interests.len().max(self.places.len()), Vec::new);
         for section in batch.sections() {
-            let starts = routes.trie.of(section.datasource());
+            let starts = routes.trie.for_datasource(section.datasource());
             if starts.is_empty() {
                 continue;
             }
@@ -220,17 +223,17 @@ impl Scratch {
             }
         }
         for interest in self.touched.drain(..) {
-            let places: Arc<[Place]> = self.places[interest as usize].as_slice().into();
+            let places: Arc<[RecordPlace]> = self.places[interest as usize].as_slice().into();
             self.places[interest as usize].clear();
             for (mailbox, slot) in &routes.interests[interest as usize].members {
-                let routed = Routed { batch: batch.clone(), slot: *slot, places: places.clone() };
+                let routed = RoutedRecords { batch: batch.clone(), slot: *slot, places: places.clone() };
                 if mailbox.put(routed) {
                     self.wake.push(mailbox.clone());
                 }
             }
         }
         drop(routes);
-        shared.pass(batch);
+        shared.mark_routed(batch);
         for mailbox in self.wake.drain(..) {
             mailbox.wake();
         }

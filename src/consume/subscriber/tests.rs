@@ -1,5 +1,5 @@
-//! Feeds against a model, with the real log and the real router: whatever a subscriber's pace and
-//! wherever it begins, every record that matches comes out once and in the log's order.
+//! Feeds against a model, with the real log and router: whatever a subscriber's pace and start, every
+//! record that matches comes out once and in the log's order.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use super::{Feed, GroupSession, Groups, Next, Router, Share};
-use crate::config::{Config, Log as LogConfig};
+use super::{FeedItem, GroupSession, Router, ShareDelivery, ShareGroups, SubscriberFeed};
+use crate::config::{Config, LogConfig};
 use crate::limits::MAILBOX_BYTES_MAX;
 use crate::log::{EmbeddedLog, Log, Section};
 use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
@@ -49,9 +49,9 @@ impl Scene {
         appended.await.expect("an answer").expect("appended");
     }
 
-    fn feed(&self, datasource: &str, position: Offset) -> Feed {
+    fn feed(&self, datasource: &str, position: Offset) -> SubscriberFeed {
         let datasource = if datasource == "*" { DatasourceId::all() } else { id(datasource) };
-        Feed::new(self.router.clone(), self.log.clone(), &datasource, position)
+        SubscriberFeed::new(self.router.clone(), self.log.clone(), &datasource, position)
     }
 }
 
@@ -60,9 +60,11 @@ fn id(datasource: &str) -> DatasourceId {
 }
 
 /// The next records' offsets and slots; none if there are none for a while.
-async fn next(feed: &mut Feed, wait: Duration) -> Vec<(Offset, Vec<u32>)> {
+async fn next(feed: &mut SubscriberFeed, wait: Duration) -> Vec<(Offset, Vec<u32>)> {
     let Ok(next) = timeout(wait, poll_fn(|cx| feed.poll_next(cx))).await else { return Vec::new() };
-    let Next::Matched(mut matched) = next.expect("the log is whole") else { panic!("nothing is removed") };
+    let FeedItem::Matched(mut matched) = next.expect("the log is whole") else {
+        panic!("nothing is removed")
+    };
     let mut records = Vec::new();
     while let Some(hit) = matched.peek() {
         let mut slots = hit.slots.to_vec();
@@ -75,13 +77,13 @@ async fn next(feed: &mut Feed, wait: Duration) -> Vec<(Offset, Vec<u32>)> {
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// So many commits of these records; large ones fill a mailbox.
+    /// This many commits of these records; large ones fill a mailbox.
     Append { records: Vec<(usize, usize)>, commits: usize, large: bool },
-    /// The feed is asked so often.
+    /// The feed is polled this often.
     Read(usize),
     /// A filter is added, from here on or from an earlier record.
     Subscribe { filter: usize, from: Option<u64> },
-    /// The first filter that there is is given up.
+    /// The first filter is removed.
     Unsubscribe,
 }
 
@@ -101,10 +103,10 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the feed has to give out: per filter its slot, where it begins, and all that was appended.
+/// What the feed has to give out: each filter's slot and start, and all appended records.
 #[derive(Default)]
 struct Model {
-    /// Per offset, whose topic it is, if it is one of `a`.
+    /// For each offset the topic of its record, if the record is one of `a`.
     appended: Vec<Option<usize>>,
     filters: Vec<(u32, usize, Offset)>,
     position: Offset,
@@ -160,7 +162,7 @@ async fn run(steps: Vec<Step>) {
                 let slot = u32::try_from(filter).expect("few filters");
                 let end = model.appended.len() as u64;
                 let from = from.map(|from| from.min(end));
-                assert_eq!(feed.set(slot, FILTERS[filter].0, from), from.unwrap_or(end));
+                assert_eq!(feed.set_filter(slot, FILTERS[filter].0, from), from.unwrap_or(end));
                 if let Some(from) = from.filter(|from| *from < model.position) {
                     for (_, _, begin) in &mut model.filters {
                         *begin = model.position.max(*begin);
@@ -172,12 +174,12 @@ async fn run(steps: Vec<Step>) {
             Step::Unsubscribe => {
                 if !model.filters.is_empty() {
                     let (slot, ..) = model.filters.remove(0);
-                    feed.remove(slot);
+                    feed.remove_filter(slot);
                 }
             }
         }
     }
-    // Whatever happened, the rest comes, and then nothing more.
+    // Whatever the steps were, the feed gives out the rest and then nothing more.
     loop {
         let expected = model.rest();
         if expected.is_empty() {
@@ -211,17 +213,17 @@ async fn no_record_is_lost_between_catching_up_and_being_live() {
     for n in 0..8_u64 {
         let scene = scene.clone();
         readers.push(tokio::spawn(async move {
-            // Each begins at another moment, in the past, while more is appended.
+            // Each begins at another moment and in the past, while more records are appended.
             tokio::time::sleep(Duration::from_millis(3 * n)).await;
             let mut feed = scene.feed("*", 0);
-            feed.set(0, "a/#", Some(0));
+            feed.set_filter(0, "a/#", Some(0));
             let mut seen = 0;
             while seen < RECORDS {
                 for (offset, _) in next(&mut feed, SOON).await {
                     assert_eq!(offset, seen);
                     seen += 1;
                 }
-                // Behind again each time, so that going live meets the appends in every way.
+                // Goes behind each time, so that going live interleaves with appends in many ways.
                 feed.rewind(seen);
             }
         }));
@@ -237,15 +239,19 @@ async fn no_record_is_lost_between_catching_up_and_being_live() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_member_that_left_had_taken_goes_to_another() {
     let scene = Scene::new();
-    let groups = Groups::local(scene.router.clone(), scene.log.clone());
+    let groups = ShareGroups::local(scene.router.clone(), scene.log.clone());
     let key = (id("a"), "workers".into(), "#".into());
     let of = GroupSession { uid: 1, expiry_s: 0 };
     assert_eq!(groups.join(&key, of, None).await.expect("joined"), Some(0));
     let [mut first, mut second] = [(); 2].map(|()| groups.member(&key, of).expect("the group is there"));
     scene.append(&[(0, 0); 20], b"x").await;
     let take =
-        async |member: &mut super::Member| match timeout(SOON, poll_fn(|cx| member.poll_take(4, cx))).await {
-            Ok(Ok(Share::Records(_, places))) => places.iter().map(|place| place.offset).collect::<Vec<_>>(),
+        async |member: &mut super::ShareMember| match timeout(SOON, poll_fn(|cx| member.poll_take(4, cx)))
+            .await
+        {
+            Ok(Ok(ShareDelivery::Records(_, places))) => {
+                places.iter().map(|place| place.offset).collect::<Vec<_>>()
+            }
             _ => panic!("records come"),
         };
     let taken = take(&mut first).await;

@@ -1,39 +1,39 @@
-//! A trie of topic filters: which of very many filters match a topic, without asking each.
+//! A trie of topic filters: finds the filters that match a topic without testing each.
 //!
-//! Its levels are those of filters, with the datasource as the first one: the filter `spindle/#` of a
-//! key of `press-4` stands at `press-4/spindle/#`. So a section of the log whose datasource nobody
-//! asks for is passed over after one look.
+//! Its levels are those of the filters, with the datasource as the first: the filter `spindle/#` of a key
+//! of `press-4` is at `press-4/spindle/#`. So one look-up is enough to skip a section of the log whose
+//! datasource no filter names.
 
 use std::collections::HashMap;
 
-/// Filters, each with the values that were entered under it.
+/// Filters, each with the values entered under it.
 pub(super) struct Trie<T> {
-    root: Node<T>,
+    root: TrieNode<T>,
 }
 
-struct Node<T> {
-    children: HashMap<Box<str>, Node<T>>,
+struct TrieNode<T> {
+    children: HashMap<Box<str>, TrieNode<T>>,
     /// The child for `+`.
-    any: Option<Box<Node<T>>>,
-    /// Of the filters that end here.
+    any: Option<Box<TrieNode<T>>>,
+    /// The values of filters that end here.
     here: Vec<T>,
-    /// Of the filters that go on with `#`: they match this level too.
+    /// The values of filters that continue with `#`: they match this level too.
     below: Vec<T>,
 }
 
-impl<T> Default for Node<T> {
+impl<T> Default for TrieNode<T> {
     fn default() -> Self {
         Self { children: HashMap::new(), any: None, here: Vec::new(), below: Vec::new() }
     }
 }
 
-impl<T> Node<T> {
+impl<T> TrieNode<T> {
     fn is_empty(&self) -> bool {
         self.children.is_empty() && self.any.is_none() && self.here.is_empty() && self.below.is_empty()
     }
 
-    /// Its child for a filter's level, made if it is not there.
-    fn child(&mut self, level: &str) -> &mut Node<T> {
+    /// The child for a filter's level, created if missing.
+    fn child(&mut self, level: &str) -> &mut TrieNode<T> {
         match level {
             "+" => self.any.get_or_insert_default(),
             level => self.children.entry(level.into()).or_default(),
@@ -49,7 +49,7 @@ impl<T> Node<T> {
         }
     }
 
-    /// Takes values out of a filter, and with them the nodes that nothing is left in.
+    /// Removes values of a filter, and the nodes that become empty.
     fn remove<'l>(&mut self, mut levels: impl Iterator<Item = &'l str>, gone: &mut dyn FnMut(&T) -> bool) {
         match levels.next() {
             None => self.here.retain(|value| !gone(value)),
@@ -91,7 +91,7 @@ impl<T> Node<T> {
 
 impl<T> Default for Trie<T> {
     fn default() -> Self {
-        Self { root: Node::default() }
+        Self { root: TrieNode::default() }
     }
 }
 
@@ -106,14 +106,14 @@ impl<T> Trie<T> {
         self.root.values(filter.split('/'))
     }
 
-    /// Takes the values for which `gone` holds out of `filter`.
+    /// Removes the values of `filter` for which `gone` holds.
     pub(super) fn remove(&mut self, filter: &str, mut gone: impl FnMut(&T) -> bool) {
         self.root.remove(filter.split('/'), &mut gone);
     }
 
-    /// Where the filters are that can match a topic of `datasource`.
-    pub(super) fn of(&self, datasource: &str) -> Starts<'_, T> {
-        Starts {
+    /// The filters that can match a topic of `datasource`.
+    pub(super) fn for_datasource(&self, datasource: &str) -> DatasourceFilters<'_, T> {
+        DatasourceFilters {
             all: &self.root.below,
             named: self.root.children.get(datasource),
             any: self.root.any.as_deref(),
@@ -122,13 +122,13 @@ impl<T> Trie<T> {
 }
 
 /// The parts of a [`Trie`] that concern one datasource.
-pub(super) struct Starts<'a, T> {
+pub(super) struct DatasourceFilters<'a, T> {
     all: &'a [T],
-    named: Option<&'a Node<T>>,
-    any: Option<&'a Node<T>>,
+    named: Option<&'a TrieNode<T>>,
+    any: Option<&'a TrieNode<T>>,
 }
 
-impl<T> Starts<'_, T> {
+impl<T> DatasourceFilters<'_, T> {
     /// Whether no filter can match.
     pub(super) fn is_empty(&self) -> bool {
         self.all.is_empty() && self.named.is_none() && self.any.is_none()
@@ -152,7 +152,7 @@ mod tests {
 
     fn found(trie: &Trie<usize>, datasource: &str, topic: &str) -> Vec<usize> {
         let mut values = Vec::new();
-        trie.of(datasource).visit(topic, |value| values.push(*value));
+        trie.for_datasource(datasource).visit(topic, |value| values.push(*value));
         values.sort_unstable();
         values
     }
@@ -179,7 +179,7 @@ mod tests {
                         .filter(|n| TopicFilter::new(&filters[*n]).expect("a filter").matches(&whole))
                         .collect();
                     prop_assert_eq!(&found(&trie, datasource, &topic), &matching);
-                    prop_assert!(matching.is_empty() || !trie.of(datasource).is_empty());
+                    prop_assert!(matching.is_empty() || !trie.for_datasource(datasource).is_empty());
                 }
             }
         }

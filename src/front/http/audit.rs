@@ -1,5 +1,5 @@
-//! The audit over HTTP: who changed what, when and from where. As pages of JSON, or as NDJSON to keep
-//! elsewhere.
+//! The audit over HTTP: who changed what, when and from where; as pages of JSON, or as NDJSON for another
+//! system to keep.
 
 use std::sync::Arc;
 
@@ -11,94 +11,97 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Caller;
-use super::problem::{Kind, Problem};
-use super::{Shared, off_the_runtime};
-use crate::auth::audit::{Entry, Page};
+use super::problem::{Problem, ProblemKind};
+use super::{HttpFrontState, run_blocking};
+use crate::auth::audit::{AuditEntry, AuditQuery};
 use crate::limits::{AUDIT_ENTRIES_DEFAULT, AUDIT_ENTRIES_MAX};
 use crate::message::TimeMicros;
 use crate::time::{Rfc3339, parse_time};
 
-const NDJSON: &str = "application/x-ndjson";
+const NDJSON_MEDIA_TYPE: &str = "application/x-ndjson";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Parameters {
+struct AuditParameters {
     from: Option<String>,
     to: Option<String>,
     after: Option<i64>,
     limit: Option<usize>,
-    format: Option<Format>,
+    format: Option<AuditFormat>,
 }
 
 #[derive(Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
-enum Format {
+enum AuditFormat {
     Json,
     Ndjson,
 }
 
-/// What reading the audit answers.
+/// The answer to reading the audit.
 #[derive(Serialize)]
-struct List<'a> {
-    entries: Vec<View<'a>>,
-    /// What to give as `after` for those that follow, if there may be some.
+struct AuditListResponse<'a> {
+    entries: Vec<AuditEntryView<'a>>,
+    /// The `after` of the next page, if there may be one.
     next: Option<i64>,
 }
 
 #[derive(Serialize)]
-struct View<'a> {
+struct AuditEntryView<'a> {
     at: Rfc3339,
     #[serde(flatten)]
-    entry: &'a Entry,
+    entry: &'a AuditEntry,
 }
 
-impl<'a> View<'a> {
-    fn of(entry: &'a Entry) -> Self {
+impl<'a> AuditEntryView<'a> {
+    fn new(entry: &'a AuditEntry) -> Self {
         Self { at: Rfc3339(entry.at), entry }
     }
 }
 
 /// `GET /v1/audit`
 pub(super) async fn list(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
     headers: HeaderMap,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    caller.may_manage_all()?;
-    let QueryString(parameters) = QueryString::<Parameters>::try_from_uri(&uri)?;
-    let Parameters { from, to, after, limit, format } = parameters;
-    let accepts = |value: &axum::http::HeaderValue| value.to_str().is_ok_and(|text| text.contains(NDJSON));
+    caller.require_gateway_admin()?;
+    let QueryString(parameters) = QueryString::<AuditParameters>::try_from_uri(&uri)?;
+    let AuditParameters { from, to, after, limit, format } = parameters;
+    let accepts =
+        |value: &axum::http::HeaderValue| value.to_str().is_ok_and(|text| text.contains(NDJSON_MEDIA_TYPE));
     let ndjson = match format {
-        Some(format) => format == Format::Ndjson,
+        Some(format) => format == AuditFormat::Ndjson,
         None => headers.get_all(ACCEPT).iter().any(accepts),
     };
     let limit = limit.unwrap_or(if ndjson { AUDIT_ENTRIES_MAX } else { AUDIT_ENTRIES_DEFAULT });
     if !(1..=AUDIT_ENTRIES_MAX).contains(&limit) {
         let words = format!("limit is {limit}: it has to be between 1 and {AUDIT_ENTRIES_MAX}.");
-        return Err(Problem::new(Kind::Malformed, words).with("limit", AUDIT_ENTRIES_MAX));
+        return Err(Problem::new(ProblemKind::Malformed, words).with("limit", AUDIT_ENTRIES_MAX));
     }
-    let (from, to) = (time("from", from)?, time("to", to)?);
-    let page = Page { from, to, after: after.unwrap_or(0), limit };
+    let (from, to) = (audit_time_parameter("from", from)?, audit_time_parameter("to", to)?);
+    let page = AuditQuery { from, to, after: after.unwrap_or(0), limit };
     let registry = shared.registry().clone();
-    let entries = off_the_runtime(move || Ok(registry.audited(&page)?)).await?;
+    let entries = run_blocking(move || Ok(registry.audit_entries(&page)?)).await?;
     if ndjson {
         let mut lines = Vec::new();
         for entry in &entries {
-            serde_json::to_writer(&mut lines, &View::of(entry)).map_err(|error| Problem::internal(&error))?;
+            serde_json::to_writer(&mut lines, &AuditEntryView::new(entry))
+                .map_err(|error| Problem::internal(&error))?;
             lines.push(b'\n');
         }
-        return Ok(([(CONTENT_TYPE, NDJSON)], lines).into_response());
+        return Ok(([(CONTENT_TYPE, NDJSON_MEDIA_TYPE)], lines).into_response());
     }
     let next = entries.last().filter(|_| entries.len() == limit).map(|entry| entry.id);
-    Ok(Json(List { entries: entries.iter().map(View::of).collect(), next }).into_response())
+    Ok(Json(AuditListResponse { entries: entries.iter().map(AuditEntryView::new).collect(), next })
+        .into_response())
 }
 
-fn time(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {
+fn audit_time_parameter(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {
     let Some(text) = text else { return Ok(None) };
     let time = parse_time(&text).ok_or_else(|| {
-        let words = format!("{name} has to be a time as RFC 3339 has it: 2026-11-23T09:28:39Z.");
-        Problem::new(Kind::Malformed, words).with("parameter", name)
+        let words = format!("{name} has to be an RFC 3339 time such as 2026-11-23T09:28:39Z.");
+        Problem::new(ProblemKind::Malformed, words).with("parameter", name)
     })?;
     Ok(Some(time))
 }

@@ -1,10 +1,10 @@
-//! A request's body, read to its end: undone of its content encoding (gzip, zstd), and never more
-//! of it in memory than the limit on one body and the limit on all of them together allow, however
-//! small a compressed one looked from outside.
+//! A request's body, read to its end and decoded from its content encoding (gzip, zstd). The limit on
+//! one body and the limit on all bodies together apply to what is in memory, so that a small compressed
+//! body cannot expand past them.
 //!
-//! Decompression is `async-compression` itself rather than a layer around the service, because the
-//! layer stops at the end of a gzip body's first member, which would acknowledge the rest of it
-//! unread, and lets a zstd body ask for a window of 128 MiB.
+//! Decompression uses `async-compression` directly rather than a layer around the service. The layer
+//! stops at the end of a gzip body's first member, which would acknowledge the rest of it unread, and
+//! it lets a zstd body ask for a window of 128 MiB.
 
 use std::io;
 use std::pin::Pin;
@@ -21,25 +21,25 @@ use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::io::{ReaderStream, StreamReader};
 
-use super::problem::{Kind, Problem};
+use super::problem::{Problem, ProblemKind};
 use crate::limits::ZSTD_WINDOW_LOG_MAX;
 
-/// How much a decoder gives out at a time.
-const DECODED_BYTES: usize = 32 << 10;
+/// The size of the chunks that a decoder produces.
+const DECODED_CHUNK_BYTES: usize = 32 << 10;
 
-/// What one body may take.
+/// The limits on one body.
 #[derive(Clone, Copy)]
 pub(super) struct BodyLimits {
     /// Bytes, on the wire and decompressed.
     pub(super) bytes_max: usize,
     /// The key in the configuration that sets it, or empty.
     pub(super) setting: &'static str,
-    /// Until its last byte is there.
+    /// How long it may take until its last byte has arrived.
     pub(super) time_max: Duration,
 }
 
-/// A body that was read, and the room that it takes among all bodies in memory until it is dropped.
-pub(super) struct Received {
+/// A body that was read. Until it is dropped it holds its permits of the memory for all bodies.
+pub(super) struct ReceivedBody {
     pub(super) bytes: Bytes,
     _room: Option<OwnedSemaphorePermit>,
 }
@@ -50,7 +50,7 @@ pub(super) async fn read(
     body: Body,
     limits: BodyLimits,
     room: &Arc<Semaphore>,
-) -> Result<Received, Problem> {
+) -> Result<ReceivedBody, Problem> {
     let encoding = encoding(headers)?;
     let claimed = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if claimed.is_some_and(|length| length > limits.bytes_max as u64) {
@@ -61,43 +61,43 @@ pub(super) async fn read(
         Err(_) => {
             let ms_max = limits.time_max.as_millis();
             let words = format!("The body was not there within {ms_max} ms (http.body_ms_max).");
-            Err(Problem::new(Kind::Timeout, words))
+            Err(Problem::new(ProblemKind::Timeout, words))
         }
     }
 }
 
 /// How a body is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Encoding {
+enum BodyEncoding {
     Identity,
     Gzip,
     Zstd,
 }
 
-fn encoding(headers: &HeaderMap) -> Result<Encoding, Problem> {
+fn encoding(headers: &HeaderMap) -> Result<BodyEncoding, Problem> {
     let values = headers.get_all(CONTENT_ENCODING).iter();
     let codings = values.flat_map(|value| value.as_bytes().split(|&b| b == b',')).map(<[u8]>::trim_ascii);
-    let mut encoding = Encoding::Identity;
+    let mut encoding = BodyEncoding::Identity;
     for coding in codings.filter(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity")) {
         let known = match coding.to_ascii_lowercase().as_slice() {
-            b"gzip" | b"x-gzip" => Encoding::Gzip,
-            b"zstd" => Encoding::Zstd,
-            _ => Encoding::Identity,
+            b"gzip" | b"x-gzip" => BodyEncoding::Gzip,
+            b"zstd" => BodyEncoding::Zstd,
+            _ => BodyEncoding::Identity,
         };
-        if known == Encoding::Identity || encoding != Encoding::Identity {
+        if known == BodyEncoding::Identity || encoding != BodyEncoding::Identity {
             let words = "A body is sent as it is, or with one of the content encodings gzip and zstd.";
-            return Err(Problem::new(Kind::ContentEncoding, words));
+            return Err(Problem::new(ProblemKind::ContentEncoding, words));
         }
         encoding = known;
     }
     Ok(encoding)
 }
 
-type Chunks = Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
+type BodyChunks = Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
 
 /// The body's chunks as they were before they were encoded.
-fn decode(encoding: Encoding, body: Body, limits: BodyLimits) -> Chunks {
-    // What arrives is limited as well: an encoded body can go on for ever and decode to nothing.
+fn decode(encoding: BodyEncoding, body: Body, limits: BodyLimits) -> BodyChunks {
+    // The encoded bytes are limited as well: an encoded body can be endless and decode to nothing.
     let mut arrived = 0;
     let raw = body.into_data_stream().map(move |chunk| {
         let chunk = chunk.map_err(io::Error::other)?;
@@ -105,19 +105,19 @@ fn decode(encoding: Encoding, body: Body, limits: BodyLimits) -> Chunks {
         if arrived > limits.bytes_max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(chunk) }
     });
     match encoding {
-        Encoding::Identity => Box::pin(raw),
-        Encoding::Gzip => {
+        BodyEncoding::Identity => Box::pin(raw),
+        BodyEncoding::Gzip => {
             let mut decoder = GzipDecoder::new(StreamReader::new(raw));
             decoder.multiple_members(true);
             let words = "The body is not valid gzip";
-            Box::pin(ReaderStream::with_capacity(decoder, DECODED_BYTES).map_err(|e| invalid(words, e)))
+            Box::pin(ReaderStream::with_capacity(decoder, DECODED_CHUNK_BYTES).map_err(|e| invalid(words, e)))
         }
-        Encoding::Zstd => {
+        BodyEncoding::Zstd => {
             let window = DParameter::window_log_max(ZSTD_WINDOW_LOG_MAX);
             let mut decoder = ZstdDecoder::with_params(StreamReader::new(raw), &[window]);
             decoder.multiple_members(true);
             let words = "The body is not valid zstd with a window of at most 8 MiB";
-            Box::pin(ReaderStream::with_capacity(decoder, DECODED_BYTES).map_err(|e| invalid(words, e)))
+            Box::pin(ReaderStream::with_capacity(decoder, DECODED_CHUNK_BYTES).map_err(|e| invalid(words, e)))
         }
     }
 }
@@ -129,23 +129,30 @@ fn invalid(words: &str, error: io::Error) -> io::Error {
     }
 }
 
-async fn collect(mut chunks: Chunks, limits: BodyLimits, room: &Arc<Semaphore>) -> Result<Received, Problem> {
+async fn collect(
+    mut chunks: BodyChunks,
+    limits: BodyLimits,
+    room: &Arc<Semaphore>,
+) -> Result<ReceivedBody, Problem> {
     let mut bytes = Vec::new();
     let mut taken: Option<OwnedSemaphorePermit> = None;
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|error| match error.kind() {
             io::ErrorKind::FileTooLarge => too_large(limits),
-            io::ErrorKind::InvalidData => Problem::new(Kind::Malformed, error.to_string()),
-            _ => Problem::new(Kind::Malformed, "The body broke off before its end."),
+            io::ErrorKind::InvalidData => Problem::new(ProblemKind::Malformed, error.to_string()),
+            _ => Problem::new(ProblemKind::Malformed, "The body broke off before its end."),
         })?;
         if bytes.len() + chunk.len() > limits.bytes_max {
             return Err(too_large(limits));
         }
-        // Bodies that are half there cannot wait for each other's room, so one of them has to go.
+        // Two bodies that are half read would wait for each other's room for ever: refuse one instead.
         let permits = u32::try_from(chunk.len()).map_err(|_| too_large(limits))?;
         let more = room.clone().try_acquire_many_owned(permits).map_err(|_| {
-            Problem::new(Kind::Unavailable, "Too many request bodies are in memory already; try again.")
-                .cause("bodies")
+            Problem::new(
+                ProblemKind::Unavailable,
+                "Too many request bodies are in memory already; try again.",
+            )
+            .with_cause("bodies")
         })?;
         match &mut taken {
             Some(taken) => taken.merge(more),
@@ -153,14 +160,14 @@ async fn collect(mut chunks: Chunks, limits: BodyLimits, room: &Arc<Semaphore>) 
         }
         bytes.extend_from_slice(&chunk);
     }
-    Ok(Received { bytes: bytes.into(), _room: taken })
+    Ok(ReceivedBody { bytes: bytes.into(), _room: taken })
 }
 
 fn too_large(limits: BodyLimits) -> Problem {
     let BodyLimits { bytes_max, setting, .. } = limits;
     let setting = if setting.is_empty() { String::new() } else { format!(" ({setting})") };
     let words = format!("The body is over the limit of {bytes_max} bytes{setting}, compressed or not.");
-    Problem::new(Kind::TooLarge, words).with("limit", bytes_max)
+    Problem::new(ProblemKind::TooLarge, words).with("limit", bytes_max)
 }
 
 #[cfg(test)]
@@ -181,7 +188,7 @@ mod tests {
         runtime.expect("a runtime").block_on(future)
     }
 
-    fn read_as(coding: &str, body: Vec<u8>, room: &Arc<Semaphore>) -> Result<Received, Kind> {
+    fn read_as(coding: &str, body: Vec<u8>, room: &Arc<Semaphore>) -> Result<ReceivedBody, ProblemKind> {
         let coding = coding.parse().expect("a header value");
         let headers = [(CONTENT_ENCODING, coding)].into_iter().collect();
         block_on(read(&headers, Body::from(body), LIMITS, room)).map_err(|problem| problem.kind())
@@ -233,10 +240,10 @@ mod tests {
     fn a_compressed_body_that_breaks_off_or_goes_on_is_malformed() {
         for (coding, whole) in [("gzip", gzip(b"hello")), ("zstd", zstd(b"hello", 20))] {
             let cut = whole[..whole.len() - 1].to_vec();
-            assert_eq!(read_as(coding, cut, &plenty()).err(), Some(Kind::Malformed), "{coding}");
+            assert_eq!(read_as(coding, cut, &plenty()).err(), Some(ProblemKind::Malformed), "{coding}");
             let more = [&whole[..], b"x"].concat();
-            assert_eq!(read_as(coding, more, &plenty()).err(), Some(Kind::Malformed), "{coding}");
-            assert_eq!(read_as(coding, b"hello".to_vec(), &plenty()).err(), Some(Kind::Malformed));
+            assert_eq!(read_as(coding, more, &plenty()).err(), Some(ProblemKind::Malformed), "{coding}");
+            assert_eq!(read_as(coding, b"hello".to_vec(), &plenty()).err(), Some(ProblemKind::Malformed));
         }
     }
 
@@ -249,7 +256,11 @@ mod tests {
         for (coding, encode) in encoders {
             let taken = read_as(coding, encode(&at), &plenty()).map(|r| r.bytes.len());
             assert_eq!(taken, Ok(LIMITS.bytes_max), "{coding}");
-            assert_eq!(read_as(coding, encode(&above), &plenty()).err(), Some(Kind::TooLarge), "{coding}");
+            assert_eq!(
+                read_as(coding, encode(&above), &plenty()).err(),
+                Some(ProblemKind::TooLarge),
+                "{coding}"
+            );
         }
     }
 
@@ -258,7 +269,7 @@ mod tests {
         // A skippable frame of zstd: 8 bytes of header, then what it says.
         let frame = [&[0x50, 0x2A, 0x4D, 0x18, 0, 0, 1, 0][..], &[0; 1 << 16]].concat();
         let body = frame.repeat(LIMITS.bytes_max / frame.len() + 1);
-        assert_eq!(read_as("zstd", body, &plenty()).err(), Some(Kind::TooLarge));
+        assert_eq!(read_as("zstd", body, &plenty()).err(), Some(ProblemKind::TooLarge));
     }
 
     #[test]
@@ -267,14 +278,14 @@ mod tests {
         // More bytes than a window, or zstd would write a smaller one.
         let body = vec![7; LIMITS.bytes_max];
         assert!(read_as("zstd", zstd(&body, log_max), &plenty()).is_ok());
-        assert_eq!(read_as("zstd", zstd(&body, log_max + 1), &plenty()).err(), Some(Kind::Malformed));
+        assert_eq!(read_as("zstd", zstd(&body, log_max + 1), &plenty()).err(), Some(ProblemKind::Malformed));
     }
 
     #[test]
     fn an_encoding_that_is_not_known_or_is_applied_twice_is_refused() {
         for coding in ["br", "deflate", "gzip, zstd", "gzip, gzip"] {
             let refused = read_as(coding, gzip(b"hello"), &plenty()).err();
-            assert_eq!(refused, Some(Kind::ContentEncoding), "{coding}");
+            assert_eq!(refused, Some(ProblemKind::ContentEncoding), "{coding}");
         }
     }
 
@@ -282,7 +293,7 @@ mod tests {
     fn bodies_in_memory_are_bounded_together() {
         let room = Arc::new(Semaphore::new(10));
         let first = read_as("identity", vec![0; 6], &room).map_err(|kind| panic!("{kind:?}"));
-        assert_eq!(read_as("identity", vec![0; 5], &room).err(), Some(Kind::Unavailable));
+        assert_eq!(read_as("identity", vec![0; 5], &room).err(), Some(ProblemKind::Unavailable));
         drop(first);
         assert!(read_as("identity", vec![0; 10], &room).is_ok());
     }
@@ -292,6 +303,6 @@ mod tests {
         let limits = BodyLimits { time_max: Duration::from_millis(20), ..LIMITS };
         let never = Body::from_stream(futures_util::stream::pending::<io::Result<Bytes>>());
         let read = block_on(read(&HeaderMap::new(), never, limits, &plenty()));
-        assert_eq!(read.err().map(|problem| problem.kind()), Some(Kind::Timeout));
+        assert_eq!(read.err().map(|problem| problem.kind()), Some(ProblemKind::Timeout));
     }
 }

@@ -1,5 +1,5 @@
-//! The lines that connect a device: ready to paste into a shell in which `HEADGATE_API_KEY` is set.
-//! None of them holds the key, so that it gets into no history and no ticket.
+//! Command lines that connect a device, ready to paste into a shell in which `HEADGATE_API_KEY` is set.
+//! None of them contains the key, so that it gets into no shell history and no ticket.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -7,13 +7,13 @@ use axum::http::HeaderMap;
 use axum::http::header::HOST;
 use serde::Serialize;
 
-use super::Parts;
+use super::HttpFrontParts;
 use crate::auth::{Scope, Scopes};
 use crate::message::DatasourceId;
 
-/// A line for each client; only those that the key's scopes are good for.
+/// A line for each client. Lines that the key's scopes do not allow are left out.
 #[derive(Debug, Serialize)]
-pub(super) struct Connect {
+pub(super) struct ConnectLines {
     #[serde(skip_serializing_if = "Option::is_none")]
     mosquitto_pub: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -26,12 +26,17 @@ pub(super) struct Connect {
     latest: Option<String>,
 }
 
-impl Connect {
+impl ConnectLines {
     /// The lines for a key of `datasource`, as seen by whoever sent `headers`.
-    pub(super) fn new(datasource: &DatasourceId, scopes: Scopes, parts: &Parts, headers: &HeaderMap) -> Self {
-        let address = Address::new(parts, headers);
-        let Address { http, mqtt_host, mqtt_port, tls } = &address;
-        // With the issuers that the device's system knows; for others there is --cafile.
+    pub(super) fn new(
+        datasource: &DatasourceId,
+        scopes: Scopes,
+        parts: &HttpFrontParts,
+        headers: &HeaderMap,
+    ) -> Self {
+        let address = ConnectAddress::new(parts, headers);
+        let ConnectAddress { http, mqtt_host, mqtt_port, tls } = &address;
+        // Trusts the certificate authorities of the device's system; for others there is --cafile.
         let (mosquitto_tls, paho_tls) = if *tls { (" --tls-use-os-certs", ", tls={}") } else { ("", "") };
         let publish = |line: String| scopes.allow(Scope::Ingest).then_some(line);
         Self {
@@ -69,16 +74,16 @@ impl Connect {
     }
 }
 
-/// The first of the NATS servers whose address a shell takes as it is.
+/// The first NATS server whose address holds nothing that a shell would interpret.
 fn nats_server(servers: &[String]) -> Option<String> {
     servers.iter().find_map(|address| {
         let (scheme, server) = address.split_once("://").unwrap_or(("nats", address));
-        (is_host(server) && is_host(scheme)).then(|| format!("{scheme}://{server}"))
+        (is_shell_safe_host(server) && is_shell_safe_host(scheme)).then(|| format!("{scheme}://{server}"))
     })
 }
 
-/// Where the gateway is, in the words of the client that asked.
-struct Address {
+/// Where the gateway is, as seen by the client that asked.
+struct ConnectAddress {
     http: String,
     mqtt_host: String,
     mqtt_port: u16,
@@ -86,11 +91,12 @@ struct Address {
     tls: bool,
 }
 
-impl Address {
-    fn new(parts: &Parts, headers: &HeaderMap) -> Self {
-        let named = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
-        let (mqtt, tls) = mqtt_for(named, parts.mqtt_addr, parts.mqtt_tls_addr);
-        // A listener on every address is reached under the name that the client just used.
+impl ConnectAddress {
+    fn new(parts: &HttpFrontParts, headers: &HeaderMap) -> Self {
+        let named =
+            headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_shell_safe_host(host));
+        let (mqtt, tls) = mqtt_listener_for(named, parts.mqtt_addr, parts.mqtt_tls_addr);
+        // A listener on every address can be reached under the name that the client has just used.
         let mqtt_host = match named.map(hostname) {
             Some(name) if mqtt.ip().is_unspecified() => name.to_owned(),
             _ => reachable(mqtt).ip().to_string(),
@@ -100,9 +106,9 @@ impl Address {
     }
 }
 
-/// The MQTT listener for a client that reached HTTP as `host`, and whether it is TLS: the plain one,
-/// unless that is on loopback, TLS is not, and the client is elsewhere.
-fn mqtt_for(host: Option<&str>, plain: SocketAddr, tls: Option<SocketAddr>) -> (SocketAddr, bool) {
+/// The MQTT listener for a client that reached HTTP as `host`, and whether it is TLS. It is the plain
+/// one, unless that is on loopback, the TLS one is not, and the client is on another machine.
+fn mqtt_listener_for(host: Option<&str>, plain: SocketAddr, tls: Option<SocketAddr>) -> (SocketAddr, bool) {
     let here = |name: &str| name == "localhost" || name.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
     match tls {
         Some(tls) if plain.ip().is_loopback() && !tls.ip().is_loopback() => match host.map(hostname) {
@@ -122,8 +128,8 @@ fn reachable(addr: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Whether a `Host` header holds nothing that means something to a shell.
-fn is_host(host: &str) -> bool {
+/// Whether a `Host` header holds nothing that a shell would interpret.
+fn is_shell_safe_host(host: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':' | b'[' | b']');
     !host.is_empty() && host.len() <= 255 && host.bytes().all(plain) && !host.starts_with('-')
 }
@@ -143,10 +149,10 @@ mod tests {
     #[test]
     fn a_host_header_that_a_shell_would_act_on_is_not_repeated() {
         for good in ["localhost:8080", "gw.example.com", "[::1]:8080", "10.0.0.1"] {
-            assert!(is_host(good), "{good}");
+            assert!(is_shell_safe_host(good), "{good}");
         }
         for bad in ["", "a b", "a;reboot", "$(reboot)", "a'b", "`a`", "-o", "a/b", "a\\b", "ä"] {
-            assert!(!is_host(bad), "{bad}");
+            assert!(!is_shell_safe_host(bad), "{bad}");
         }
     }
 
@@ -166,7 +172,7 @@ mod tests {
             (Some("gw.example"), far, Some(far_tls), (far, false)),
             (Some("gw.example"), near, None, (near, false)),
         ] {
-            assert_eq!(mqtt_for(host, plain, tls), told, "{host:?} {plain} {tls:?}");
+            assert_eq!(mqtt_listener_for(host, plain, tls), told, "{host:?} {plain} {tls:?}");
         }
     }
 

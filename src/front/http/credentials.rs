@@ -1,6 +1,6 @@
 //! Credentials: the API key that a request carries, in `Authorization` or `X-API-Key`, and the
-//! [`Caller`] that it makes the request come from. A handler that takes a `Caller` runs only for a
-//! key that is good at this moment, and before any of the body has been read.
+//! [`Caller`] that it identifies. A handler that takes a `Caller` runs only for a key that is valid at
+//! this moment, and before any of the body has been read.
 
 use std::sync::Arc;
 
@@ -8,55 +8,55 @@ use axum::extract::{FromRequestParts, Query};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri};
 
-use super::Shared;
-use super::problem::{Kind, Problem};
-use super::server::Peer;
-use crate::auth::{Actor, Denied, Grant, Scope};
+use super::HttpFrontState;
+use super::problem::{Problem, ProblemKind};
+use super::server::HttpPeer;
+use crate::auth::{Actor, Grant, GrantDenial, Scope};
 use crate::front::credentials;
 use crate::message::now_micros;
 
-/// Names of query parameters that are only ever given to carry a secret.
-const KEY_PARAMETERS: [&str; 7] =
+/// Names of query parameters that have no other use than to carry a secret.
+const KEY_QUERY_PARAMETERS: [&str; 7] =
     ["key", "api_key", "apikey", "token", "access_token", "authorization", "x-api-key"];
 
-/// What every key begins with; anywhere in a query string it gives a key away.
+/// What every key begins with. Anywhere in a query string it means that a key is there.
 const KEY_PREFIX: &str = "hgk_";
 
-/// Who a request comes from: the grant of the key that it carries, and the connection that it came on.
-pub(super) struct Caller(pub(super) Grant, pub(super) Peer);
+/// Who sent a request: the grant of its key, and its connection.
+pub(super) struct Caller(pub(super) Grant, pub(super) HttpPeer);
 
 impl Caller {
-    /// The caller, as the audit is to have it.
+    /// The caller, as the audit records it.
     pub(super) fn actor(&self) -> Actor {
         Actor::key(self.0.key_id(), Some(self.1.addr.ip()))
     }
 
-    /// Lets the caller do `scope` in `datasource`, or says why not.
-    pub(super) fn may(&self, scope: Scope, datasource: &str) -> Result<(), Problem> {
+    /// Checks that the caller has `scope` in `datasource`.
+    pub(super) fn require_scope(&self, scope: Scope, datasource: &str) -> Result<(), Problem> {
         Ok(self.0.allows(scope, datasource)?)
     }
 
-    /// Lets the caller manage what belongs to no single datasource, or says why not. The caller has
-    /// named no datasource here, so there is none whose existence could be kept from it.
-    pub(super) fn may_manage_all(&self) -> Result<(), Problem> {
-        self.0.has(Scope::Admin)?;
+    /// Checks that the caller may manage what belongs to no single datasource. The request names no
+    /// datasource, so the answer cannot reveal whether one exists.
+    pub(super) fn require_gateway_admin(&self) -> Result<(), Problem> {
+        self.0.allows_scope(Scope::Admin)?;
         match self.0.datasource().is_all() {
             true => Ok(()),
-            false => Err(Problem::one_datasource(self.0.key_id())),
+            false => Err(Problem::needs_key_for_all(self.0.key_id())),
         }
     }
 }
 
-impl FromRequestParts<Arc<Shared>> for Caller {
+impl FromRequestParts<Arc<HttpFrontState>> for Caller {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, shared: &Arc<Shared>) -> Result<Self, Problem> {
-        let Some(peer) = parts.extensions.get::<Peer>() else {
+    async fn from_request_parts(parts: &mut Parts, shared: &Arc<HttpFrontState>) -> Result<Self, Problem> {
+        let Some(peer) = parts.extensions.get::<HttpPeer>() else {
             return Err(Problem::internal(&"a request without the address it came from"));
         };
         let (authorizer, from) = (shared.parts.intake.authorizer(), peer.addr.ip());
-        let key = presented(&parts.headers).map_err(|denied| match denied {
-            Denied::Ambiguous => authorizer.ambiguous_from(from),
+        let key = presented_key(&parts.headers).map_err(|denied| match denied {
+            GrantDenial::Ambiguous => authorizer.reject_ambiguous(from),
             other => other.into(),
         })?;
         let grant = authorizer.identify_from(key, from)?;
@@ -66,33 +66,35 @@ impl FromRequestParts<Arc<Shared>> for Caller {
             peer.keys.leave(grant.key_id());
             return Err(refusal.into());
         }
-        authorizer.registry().used(grant.key(), Some(&peer.client), now_micros(), None);
+        authorizer.registry().note_use(grant.key(), Some(&peer.client), now_micros(), None);
         Ok(Self(grant, peer.clone()))
     }
 }
 
 /// The one key that the headers carry.
-fn presented(headers: &HeaderMap) -> Result<&[u8], Denied> {
-    // Names are in lower case here, and looked up as that.
-    let places = [credentials::AUTHORIZATION, credentials::X_API_KEY].into_iter();
+fn presented_key(headers: &HeaderMap) -> Result<&[u8], GrantDenial> {
+    // Both names are in lower case, as the lookup expects.
+    let places = [credentials::AUTHORIZATION_HEADER, credentials::X_API_KEY_HEADER].into_iter();
     let values = places.flat_map(|name| headers.get_all(name).iter().map(move |value| (name, value)));
-    credentials::one_key(values.filter_map(|(name, value)| credentials::key_in(name, value.as_bytes())))
+    credentials::one_key(
+        values.filter_map(|(name, value)| credentials::key_in_header(name, value.as_bytes())),
+    )
 }
 
-/// Refuses a URL that carries what is, or is meant to be, an API key. URLs end up in the logs of
-/// every proxy on the way, so that such a key has to be taken for known.
-pub(super) fn refuse_in_url(uri: &Uri) -> Result<(), Problem> {
+/// Refuses a URL that carries what is, or is meant to be, an API key. URLs end up in the logs of every
+/// proxy on the way, so such a key has to be considered leaked.
+pub(super) fn refuse_key_in_url(uri: &Uri) -> Result<(), Problem> {
     let Ok(Query(pairs)) = Query::<Vec<(String, String)>>::try_from_uri(uri) else {
-        return Ok(()); // Cannot be taken apart: whoever reads the parameters will say so.
+        return Ok(()); // The query string cannot be parsed: the handler that reads it reports that.
     };
     let is_key = |(name, value): &(String, String)| {
-        KEY_PARAMETERS.iter().any(|parameter| name.eq_ignore_ascii_case(parameter))
+        KEY_QUERY_PARAMETERS.iter().any(|parameter| name.eq_ignore_ascii_case(parameter))
             || name.contains(KEY_PREFIX)
             || value.contains(KEY_PREFIX)
     };
     if pairs.iter().any(is_key) || uri.path().contains(KEY_PREFIX) {
         return Err(Problem::new(
-            Kind::KeyInUrl,
+            ProblemKind::KeyInUrl,
             "Send the API key in a header, 'Authorization: Bearer KEY'. If the one in this URL is real, \
              replace it: URLs are kept in logs on the way.",
         ));
@@ -111,12 +113,12 @@ mod tests {
                 let name = axum::http::HeaderName::from_static(name);
                 (name, axum::http::HeaderValue::from_static(value))
             });
-            presented(&headers.collect()).map(|key| String::from_utf8_lossy(key).into_owned())
+            presented_key(&headers.collect()).map(|key| String::from_utf8_lossy(key).into_owned())
         };
         assert_eq!(of(&[("authorization", "Bearer k"), ("x-api-key", "k")]).as_deref(), Ok("k"));
         assert_eq!(of(&[("x-api-key", "k")]).as_deref(), Ok("k"));
-        assert_eq!(of(&[("authorization", "k"), ("x-api-key", "l")]), Err(Denied::Ambiguous));
-        assert_eq!(of(&[("x-key", "k")]), Err(Denied::NoKey));
+        assert_eq!(of(&[("authorization", "k"), ("x-api-key", "l")]), Err(GrantDenial::Ambiguous));
+        assert_eq!(of(&[("x-key", "k")]), Err(GrantDenial::NoKey));
     }
 
     #[test]
@@ -130,12 +132,12 @@ mod tests {
             "/v1/ingest/a?hgk_secret",
             "/v1/ingest/hgk_secret",
         ] {
-            let problem = refuse_in_url(&Uri::from_static(uri)).expect_err(uri);
-            assert_eq!(problem.kind(), Kind::KeyInUrl);
+            let problem = refuse_key_in_url(&Uri::from_static(uri)).expect_err(uri);
+            assert_eq!(problem.kind(), ProblemKind::KeyInUrl);
             assert!(!format!("{problem:?}").contains("secret"));
         }
         for uri in ["/v1/ingest/a", "/v1/datasources/a/records?key_id=0123456789ab&topic=key"] {
-            assert!(refuse_in_url(&Uri::from_static(uri)).is_ok(), "{uri}");
+            assert!(refuse_key_in_url(&Uri::from_static(uri)).is_ok(), "{uri}");
         }
     }
 }

@@ -1,6 +1,6 @@
-//! The dashboard: one page that shows, to a person with an admin key, each datasource's newest
-//! values and how far log and storage are. It is a client of the API as any other: served to
-//! everyone, it holds nothing, and its key goes into a header.
+//! The dashboard: one page that shows, to a person with an admin key, each datasource's newest values
+//! and how far log and storage are. It is an ordinary client of the API: it is served to everyone, holds
+//! no data, and sends its key in a header.
 
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
 use axum::response::IntoResponse;
@@ -9,13 +9,13 @@ use rand::rngs::SysRng;
 
 use super::problem::Problem;
 
-/// The page; `{{nonce}}` stands where the one answer's nonce goes.
-const PAGE: &str = include_str!("dashboard.html");
+/// The page; each answer replaces `{{nonce}}` by its own nonce.
+const DASHBOARD_HTML: &str = include_str!("dashboard.html");
 
 /// `GET /`
 ///
-/// The policy lets the page run the one script and use the one style that are in it, marked by a
-/// nonce that nobody could know beforehand, and talk to this gateway alone.
+/// The policy lets the page run its own script and style only, marked by a nonce that nobody can know
+/// beforehand, and lets it connect to this gateway only.
 pub(super) async fn page() -> Result<impl IntoResponse, Problem> {
     let mut bits = [0; 16];
     SysRng.try_fill_bytes(&mut bits).map_err(|error| Problem::internal(&error))?;
@@ -29,5 +29,5 @@ pub(super) async fn page() -> Result<impl IntoResponse, Problem> {
         (CONTENT_SECURITY_POLICY, policy),
         (REFERRER_POLICY, "no-referrer".to_owned()),
     ];
-    Ok((headers, PAGE.replace("{{nonce}}", &nonce)))
+    Ok((headers, DASHBOARD_HTML.replace("{{nonce}}", &nonce)))
 }

@@ -1,16 +1,15 @@
-//! Ingest: messages by HTTP POST. The key is checked before any of the body is read, the body is
-//! taken apart (see [`super::messages`]), and all its messages go through intake as one draft: all
-//! of them are kept, at offsets that follow each other, or none. The answer comes when they are
-//! durable.
+//! Ingest: messages by HTTP POST. The key is checked before any of the body is read, the body is split
+//! into messages (see [`super::messages`]), and all of them go through intake as one draft. Either all
+//! are kept, at consecutive offsets, or none is. The answer comes when they are durable.
 //!
-//! Where one of them does not meet its schema, none is let in: the answer is 422 and names every
-//! message that fails, and those are in quarantine then, durably. The others are the client's to send
-//! again, with what it has mended; an `Idempotency-Key` is not used up by a request that failed.
+//! If one message does not meet its schema, none is let in: the answer is 422 and names the messages that
+//! fail, which are durable in quarantine by then. The client has to send the others again, with those that
+//! it has corrected; a request that failed does not use up its `Idempotency-Key`.
 //!
 //! With an `Idempotency-Key` a request can be sent again when its answer was lost: as long as the key
 //! is known (`intake.dedup_window_s`), another request with it to the same datasource is answered as
-//! the first one was, and nothing is kept again. It is the key alone that tells: what else the second
-//! request says, and its body, is not compared with the first one's.
+//! the first one was, and nothing is kept again. Only the key counts: the body and the other headers of
+//! the second request are not compared with the first.
 
 use std::sync::Arc;
 
@@ -21,41 +20,41 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use super::body::{self, Received};
+use super::body::{self, ReceivedBody};
 use super::credentials::Caller;
 use super::limits::rate_headers;
-use super::messages::Messages;
-use super::problem::{Kind, Problem};
-use super::{InPath, Shared, off_the_runtime};
-use crate::auth::usage::Client;
+use super::messages::RequestMessages;
+use super::problem::{Problem, ProblemKind};
+use super::{HttpFrontState, PathParameters, run_blocking};
+use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
-use crate::intake::{Draft, Incoming, Intake, Kept, Refusal, check_message_id};
+use crate::intake::{Draft, DurableOffsets, IncomingMessage, Intake, Refusal, check_message_id};
 use crate::limits::{HTTP_INLINE_BYTES_MAX, VALIDATION_ERRORS_MAX};
-use crate::log::{Offsets, Reason};
+use crate::log::{Offsets, QuarantineReason};
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
-use crate::quota::Standing;
+use crate::quota::QuotaStanding;
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
-/// The topic of messages that were posted to a datasource without one.
+/// The topic of messages that are posted to a datasource without a topic.
 const TOPIC_DEFAULT: &str = "data";
 
-/// Every message of the request is durable.
+/// The answer to a request whose messages are all durable.
 #[derive(Debug, Serialize)]
-pub(super) struct Accepted {
+pub(super) struct IngestResponse {
     accepted: u32,
     first_offset: Offset,
     last_offset: Offset,
-    /// The request's `Idempotency-Key` was known: these are the numbers of the first with it.
+    /// Whether the `Idempotency-Key` was known: then the numbers are those of the first request with it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     duplicate: bool,
 }
 
 /// `POST /v1/ingest/{datasource}`
 pub(super) async fn to_datasource(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(datasource): InPath<String>,
+    PathParameters(datasource): PathParameters<String>,
     request: Request,
 ) -> Result<Response, Problem> {
     ingest(&shared, caller, &datasource, TOPIC_DEFAULT.to_owned(), request).await
@@ -63,22 +62,22 @@ pub(super) async fn to_datasource(
 
 /// `POST /v1/ingest/{datasource}/{topic…}`
 pub(super) async fn to_topic(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath((datasource, topic)): InPath<(String, String)>,
+    PathParameters((datasource, topic)): PathParameters<(String, String)>,
     request: Request,
 ) -> Result<Response, Problem> {
     ingest(&shared, caller, &datasource, topic, request).await
 }
 
 async fn ingest(
-    shared: &Shared,
+    shared: &HttpFrontState,
     Caller(grant, peer): Caller,
     datasource: &str,
     topic: String,
     request: Request,
 ) -> Result<Response, Problem> {
-    grant.allows(Scope::Ingest, datasource).inspect_err(|_| shared.registry().refused(grant.key()))?;
+    grant.allows(Scope::Ingest, datasource).inspect_err(|_| shared.registry().note_refusal(grant.key()))?;
     let datasource = shared.datasource(datasource)?.id.clone();
     let (parts, body) = request.into_parts();
     let content_type = content_type(&parts.headers)?;
@@ -93,21 +92,21 @@ async fn ingest(
             (upload.draft(&intake)?, upload)
         } else {
             let intake = intake.clone();
-            off_the_runtime(move || Ok((upload.draft(&intake)?, upload))).await?
+            run_blocking(move || Ok((upload.draft(&intake)?, upload))).await?
         };
         let kept = intake.submit(draft).await.map_err(|refusal| match &refusal {
-            // The key died on the way; intake counted each message then.
-            Refusal::Denied(_) => Problem::from(refusal).counted(),
+            // The key died meanwhile; intake has counted each message already.
+            Refusal::Denied(_) => Problem::from(refusal).already_counted(),
             _ => refusal.into(),
         })?;
-        // Until here the body has counted as in memory, and with it the draft made of it.
+        // Holds the permits of the body until here, because the draft made of it is in memory as well.
         drop(upload);
         let kept = kept.ok_or_else(|| Problem::internal(&"a draft of messages came back without offsets"))?;
-        if failures.all == 0 { Ok((kept, standing)) } else { Err(failures.problem(&kept.offsets)) }
+        if failures.all == 0 { Ok((kept, standing)) } else { Err(failures.into_problem(&kept.offsets)) }
     };
-    let (Kept { offsets, duplicate }, standing) = kept.await.map_err(Problem::body_read)?;
+    let (DurableOffsets { offsets, duplicate }, standing) = kept.await.map_err(Problem::after_body_read)?;
     let (accepted, first_offset, last_offset) = (offsets.records(), offsets.first(), offsets.last());
-    let accepted = Accepted { accepted, first_offset, last_offset, duplicate };
+    let accepted = IngestResponse { accepted, first_offset, last_offset, duplicate };
     let mut response = Json(accepted).into_response();
     response.headers_mut().extend(standing.iter().flat_map(rate_headers));
     Ok(response)
@@ -116,64 +115,64 @@ async fn ingest(
 fn content_type(headers: &HeaderMap) -> Result<String, Problem> {
     let Some(value) = headers.get(CONTENT_TYPE) else { return Ok(String::new()) };
     let text = value.to_str().map(str::to_owned);
-    text.map_err(|_| Problem::new(Kind::Malformed, "The Content-Type is not printable ASCII."))
+    text.map_err(|_| Problem::new(ProblemKind::Malformed, "The Content-Type is not printable ASCII."))
 }
 
-/// The id that all the messages of a request have together. The IETF draft "The Idempotency-Key HTTP
-/// Header Field" has it in quotes; it is the same one without them.
+/// The id that all messages of a request share. The IETF draft "The Idempotency-Key HTTP Header Field"
+/// puts it in quotes; the id is the same without them.
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
     let Some(value) = values.next() else { return Ok(None) };
     if values.next().is_some() {
-        return Err(Problem::new(Kind::Malformed, "The request has more than one Idempotency-Key."));
+        return Err(Problem::new(ProblemKind::Malformed, "The request has more than one Idempotency-Key."));
     }
     let text = std::str::from_utf8(value.as_bytes());
-    let text = text.map_err(|_| Problem::new(Kind::Malformed, "The Idempotency-Key is not UTF-8."))?;
+    let text = text.map_err(|_| Problem::new(ProblemKind::Malformed, "The Idempotency-Key is not UTF-8."))?;
     let quoted = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
     let id = quoted.unwrap_or(text);
     check_message_id(id).map_err(|refusal| {
         let words = format!("The Idempotency-Key cannot be used: {refusal}.");
-        Problem::new(Kind::Malformed, words).cause(refusal.cause())
+        Problem::new(ProblemKind::Malformed, words).with_cause(refusal.cause())
     })?;
     Ok(Some(id.to_owned()))
 }
 
 /// The messages of a request that do not meet their schemas.
 #[derive(Default)]
-struct Failures {
-    /// How many.
+struct IngestFailures {
+    /// How many there are.
     all: usize,
-    /// The first of them.
-    listed: Vec<Failure>,
+    /// Details of the first ones.
+    listed: Vec<IngestFailure>,
 }
 
-/// One of them, as the answer shows it.
+/// A message that failed, as the answer shows it.
 #[derive(Serialize)]
-struct Failure {
-    /// In the request's body.
+struct IngestFailure {
+    /// Where in the request's body.
     pointer: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     line: Option<u32>,
     keyword: String,
     detail: String,
     schema_version: u32,
-    /// In quarantine.
+    /// Its offset in quarantine.
     offset: Offset,
 }
 
-impl Failures {
-    fn add(&mut self, messages: &Messages<'_>, index: usize, reason: Reason<'static>) {
+impl IngestFailures {
+    fn add(&mut self, messages: &RequestMessages<'_>, index: usize, reason: QuarantineReason<'static>) {
         if self.listed.len() < VALIDATION_ERRORS_MAX {
             let (pointer, line) = messages.pointer(index, &reason.pointer);
             let (keyword, detail) = (reason.keyword.into_owned(), reason.words.into_owned());
             let schema_version = reason.schema_version;
-            self.listed.push(Failure { pointer, line, keyword, detail, schema_version, offset: 0 });
+            self.listed.push(IngestFailure { pointer, line, keyword, detail, schema_version, offset: 0 });
         }
         self.all += 1;
     }
 
-    /// What the client is told once they are in quarantine, at these offsets.
-    fn problem(mut self, offsets: &Offsets) -> Problem {
+    /// The answer to the client, once the messages are in quarantine at these offsets.
+    fn into_problem(mut self, offsets: &Offsets) -> Problem {
         for (nth, failure) in self.listed.iter_mut().enumerate() {
             failure.offset = offsets.nth(nth);
         }
@@ -190,39 +189,39 @@ impl Failures {
         };
         let pointer = self.listed.first().map(|first| first.pointer.clone()).unwrap_or_default();
         let errors = serde_json::to_value(&self.listed).unwrap_or_default();
-        Problem::new(Kind::Validation, words)
-            .cause("schema")
-            .counted()
+        Problem::new(ProblemKind::Validation, words)
+            .with_cause("schema")
+            .already_counted()
             .with("pointer", pointer)
             .with("quarantined", self.all)
             .with("errors", errors)
     }
 }
 
-/// A request whose body is there.
+/// A request whose body was read.
 struct Upload {
     grant: Grant,
-    client: Arc<Client>,
+    client: Arc<KeyClient>,
     datasource: DatasourceId,
     topic: String,
     content_type: String,
     message_id: Option<String>,
-    body: Received,
+    body: ReceivedBody,
 }
 
 impl Upload {
-    /// The draft of all its messages, or of those alone that fail, where some do; and how far their rate
-    /// is used after them, if they have one.
-    fn draft(&self, intake: &Intake) -> Result<(Draft, Option<Standing>, Failures), Problem> {
-        let messages = Messages::split(&self.content_type, &self.body.bytes)?;
+    /// The draft of all its messages, or of only those that fail, if any does; and how much of their rate
+    /// is used then, if they have one.
+    fn draft(&self, intake: &Intake) -> Result<(Draft, Option<QuotaStanding>, IngestFailures), Problem> {
+        let messages = RequestMessages::split(&self.content_type, &self.body.bytes)?;
         let mut draft = intake.draft(Transport::Http, 0);
-        draft.sent_by(&self.client);
+        draft.set_client(&self.client);
         self.message_id.iter().try_for_each(|id| draft.keep_once(id))?;
-        let mut failures = Failures::default();
+        let mut failures = IngestFailures::default();
         let (count, bytes) = (messages.payloads.len() as u64, self.body.bytes.len() as u64);
         let standing = draft.pay(&self.grant, &self.datasource, count, bytes)?;
         for (index, payload) in messages.payloads.iter().enumerate() {
-            let message = Incoming {
+            let message = IncomingMessage {
                 topic: &self.topic,
                 payload,
                 content_type: messages.content_type,

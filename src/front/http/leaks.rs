@@ -1,6 +1,6 @@
-//! Leak reports: somebody has found API keys where they do not belong, and sends them here. Each that is
-//! live is revoked. It takes no key to do so, and the answer is the same whatever was sent, and comes
-//! after the same time: it does not tell whether there was such a key.
+//! Leak reports: somebody has found API keys where they do not belong, and sends them here. Each live one
+//! is revoked. A report needs no key. The answer is the same whatever was sent, and comes after the same
+//! time, so that it does not tell whether a key exists.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,93 +13,97 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::body::{self, BodyLimits};
-use super::problem::{Kind, Problem};
-use super::server::Peer;
-use super::{Shared, off_the_runtime};
-use crate::auth::audit::{Actor, Who};
+use super::problem::{Problem, ProblemKind};
+use super::server::HttpPeer;
+use super::{HttpFrontState, run_blocking};
+use crate::auth::audit::{Actor, ActorIdentity};
 use crate::auth::{Digest, Key};
 use crate::limits::{HTTP_MANAGE_BYTES_MAX, LEAK_URL_BYTES_MAX, LEAKS_PER_REPORT_MAX};
 
-/// When a report is answered. To revoke a key takes a few milliseconds.
-const ANSWER_AFTER: Duration = Duration::from_millis(200);
+/// How long after its arrival a report is answered: well above the few milliseconds that a revocation takes.
+const LEAK_ANSWER_DELAY: Duration = Duration::from_millis(200);
 
 /// A report, as GitHub's secret scanning sends it, or one secret alone.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Report {
-    Found(Vec<Found>),
-    One(One),
+enum LeakReportBody {
+    Several(Vec<ReportedSecret>),
+    Single(SingleSecretReport),
 }
 
-/// GitHub says what kind of secret it takes it for, and more; that does not matter here.
+/// One secret in GitHub's form. Its further members, such as the kind of secret, are not needed here.
 #[derive(Deserialize)]
-struct Found {
+struct ReportedSecret {
     token: String,
     url: Option<String>,
 }
 
 #[derive(Deserialize)]
-struct One {
+struct SingleSecretReport {
     secret: String,
     url: Option<String>,
 }
 
 /// `POST /v1/leaks`
 pub(super) async fn report(
-    State(shared): State<Arc<Shared>>,
-    Extension(peer): Extension<Peer>,
+    State(shared): State<Arc<HttpFrontState>>,
+    Extension(peer): Extension<HttpPeer>,
     request: Request,
 ) -> Result<Response, Problem> {
     let called = Instant::now();
     let address = peer.addr.ip();
     shared.leak_reports.count(address).map_err(|wait| {
         let words = "Too many reports came from this address: limit leak_reports.";
-        Problem::new(Kind::TooManyRequests, words).with("limit_name", "leak_reports").retry_after(wait)
+        Problem::new(ProblemKind::TooManyRequests, words)
+            .with("limit_name", "leak_reports")
+            .with_retry_after(wait)
     })?;
     let (parts, body) = request.into_parts();
     let limits = BodyLimits { bytes_max: HTTP_MANAGE_BYTES_MAX, setting: "", ..shared.body_limits() };
     let received = body::read(&parts.headers, body, limits, &shared.bodies).await?;
     let found = match serde_json::from_slice(&received.bytes) {
-        Ok(Report::Found(found)) => found,
-        Ok(Report::One(One { secret, url })) => vec![Found { token: secret, url }],
+        Ok(LeakReportBody::Several(found)) => found,
+        Ok(LeakReportBody::Single(SingleSecretReport { secret, url })) => {
+            vec![ReportedSecret { token: secret, url }]
+        }
         Err(_) => Vec::new(),
     };
     let revoking = async {
         let registry = shared.registry().clone();
-        let actor = Actor { who: Who::LeakReport, address: Some(address) };
-        let dead = off_the_runtime(move || {
+        let actor = Actor { who: ActorIdentity::LeakReport, address: Some(address) };
+        let dead = run_blocking(move || {
             let mut dead = Vec::new();
-            for Found { token, url } in found.iter().take(LEAKS_PER_REPORT_MAX) {
-                let Some(digest) = Digest::of_presented(token.as_bytes()) else { continue };
-                dead.extend(registry.revoke_leaked(&actor, &digest, &told(url.as_deref()))?);
+            for ReportedSecret { token, url } in found.iter().take(LEAKS_PER_REPORT_MAX) {
+                let Some(digest) = Digest::from_presented(token.as_bytes()) else { continue };
+                dead.extend(registry.revoke_leaked(&actor, &digest, &audited_url(url.as_deref()))?);
             }
             Ok(dead)
         });
         match dead.await {
-            Ok(dead) if !dead.is_empty() => settle(&shared, &peer, dead, called),
+            Ok(dead) if !dead.is_empty() => settle_in_background(&shared, &peer, dead, called),
             Ok(_) => {}
-            // Not told to whoever asks, as it would tell that there is a key.
+            // The client is not told of the error: that would reveal that the key exists.
             Err(problem) => drop(problem),
         }
     };
-    tokio::join!(revoking, tokio::time::sleep(ANSWER_AFTER));
-    let words = "What is a live API key of this gateway is revoked. Understood are \
+    tokio::join!(revoking, tokio::time::sleep(LEAK_ANSWER_DELAY));
+    let words = "Live API keys of this gateway are revoked. The accepted forms are \
                  [{\"token\": …, \"url\": …}, …] and {\"secret\": …, \"url\": …}.";
     Ok((StatusCode::ACCEPTED, Json(json!({ "detail": words }))).into_response())
 }
 
-/// Waits for the connections of the dead keys behind the answer's back, which comes at its time.
-fn settle(shared: &Arc<Shared>, peer: &Peer, dead: Vec<Arc<Key>>, called: Instant) {
+/// Waits for the connections of the dead keys in a task of its own, so that the answer is not delayed.
+fn settle_in_background(shared: &Arc<HttpFrontState>, peer: &HttpPeer, dead: Vec<Arc<Key>>, called: Instant) {
     dead.iter().for_each(|key| peer.keys.leave(key.id));
     let intake = shared.parts.intake.clone();
-    // Bounded in time; the keys are dead already.
+    // Nobody awaits the task: it is bounded in time, and the keys are dead already.
     tokio::spawn(async move { intake.settle(&dead, called).await });
 }
 
-/// Where it was found, as the audit is to have it: not without end, and without the key itself.
-fn told(url: Option<&str>) -> String {
+/// Where the key was found, for the audit: cut to a bounded length, and without the key itself.
+fn audited_url(url: Option<&str>) -> String {
     let url = url.unwrap_or_default();
-    if crate::auth::key::is_in(url) {
+    if crate::auth::key::may_hold_key(url) {
         return "(left out: it holds what looks like an API key)".to_owned();
     }
     let printable = url.chars().filter(|c| !c.is_control());

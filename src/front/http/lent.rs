@@ -1,9 +1,9 @@
-//! A lent body: a request's body that comes back when whoever was to read it lets it go.
+//! A lent body: a request's body that comes back when the handler drops it.
 //!
-//! HTTP/2 resets a stream whose answer is complete before its body is. Clients that were still
-//! sending take that for a failure and drop the answer, so that they never learn why they were
-//! refused. So a little of such a body is taken off the stream, unlooked at, before the answer ends.
-//! HTTP/1 has the same trouble one layer further down, where `socket` deals with it.
+//! HTTP/2 resets a stream whose answer is complete before its body is. Clients that are still sending take
+//! that for a failure and drop the answer, so that they never learn why they were refused. So a little of
+//! such a body is read and discarded before the answer ends. HTTP/1 has the same problem one layer
+//! further down, where `socket` handles it.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -17,21 +17,21 @@ use tokio::sync::oneshot;
 
 use crate::limits::HTTP_LINGER_BYTES_MAX;
 
-/// How long is waited for the rest of a body that nobody wants.
-const LINGER_MAX: Duration = Duration::from_secs(2);
+/// How long the rest of an unread body is waited for.
+const LENT_BODY_LINGER_MAX: Duration = Duration::from_secs(2);
 
-/// Where a lent body comes back.
-pub(super) struct Lender(oneshot::Receiver<Body>);
+/// The lender: receives the body when the handler has dropped it.
+pub(super) struct BodyLender(oneshot::Receiver<Body>);
 
-impl Lender {
+impl BodyLender {
     /// Lends `body`.
     pub(super) fn lend(body: Body) -> (Body, Self) {
         let (back, returned) = oneshot::channel();
-        (Body::new(Lent { body, back: Some(back) }), Self(returned))
+        (Body::new(LentBody { body, back: Some(back) }), Self(returned))
     }
 
-    /// Reads what is left of the body and throws it away, up to [`HTTP_LINGER_BYTES_MAX`] and for
-    /// [`LINGER_MAX`]; nothing if it was not let go.
+    /// Reads and discards the rest of the body, for at most [`HTTP_LINGER_BYTES_MAX`] and [`LENT_BODY_LINGER_MAX`].
+    /// Reads nothing if the handler still has the body.
     pub(super) async fn discard(mut self) {
         let Ok(body) = self.0.try_recv() else { return };
         let mut chunks = body.into_data_stream();
@@ -44,26 +44,26 @@ impl Lender {
                 }
             }
         };
-        // Over the time or not, the answer goes out now.
-        let _ = tokio::time::timeout(LINGER_MAX, rest).await;
+        // Whether the rest came in time or not, the answer goes out now.
+        let _ = tokio::time::timeout(LENT_BODY_LINGER_MAX, rest).await;
     }
 }
 
-struct Lent {
+struct LentBody {
     body: Body,
     back: Option<oneshot::Sender<Body>>,
 }
 
-impl Drop for Lent {
+impl Drop for LentBody {
     fn drop(&mut self) {
         if let Some(back) = self.back.take() {
-            // Nobody waits for it when the request was let in.
+            // The receiver is gone if the request was accepted.
             let _ = back.send(std::mem::take(&mut self.body));
         }
     }
 }
 
-impl HttpBody for Lent {
+impl HttpBody for LentBody {
     type Data = Bytes;
     type Error = axum::Error;
 

@@ -1,7 +1,7 @@
-//! Limits of keys and datasources over HTTP: setting them, and the headers that say how far a rate is
+//! Limits of keys and datasources over HTTP: setting them, and the headers that say how much of a rate is
 //! used.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -11,102 +11,104 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::credentials::Caller;
-use super::problem::{Kind, Problem};
-use super::{InPath, Shared, keys, manage, off_the_runtime};
+use super::problem::{Problem, ProblemKind};
+use super::{HttpFrontState, PathParameters, keys, manage, run_blocking};
 use crate::auth::Scope;
-use crate::auth::setting::Setting;
+use crate::auth::setting::JsonSetting;
 use crate::intake::meters;
 use crate::message::KeyId;
-use crate::quota::{Limits, LimitsError, Owner, Standing};
+use crate::quota::{LimitOwner, LimitsError, QuotaLimits, QuotaStanding};
 
-/// What a change takes: a JSON merge patch of what it is a change of.
+/// The body of a change: a JSON merge patch of the key or datasource.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Patch {
+struct LimitsPatch {
     #[serde(default = "nothing")]
     limits: Value,
 }
 
-/// A patch that leaves everything as it is.
+/// A patch that changes nothing.
 fn nothing() -> Value {
     Value::Object(serde_json::Map::new())
 }
 
-/// `PATCH /v1/datasources/{datasource}`: answers when the limits hold, also for who is held back.
-pub(super) async fn of_datasource(
-    State(shared): State<Arc<Shared>>,
+/// `PATCH /v1/datasources/{datasource}`: answers once the limits apply, also to clients that are held back.
+pub(super) async fn patch_datasource_limits(
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(id): InPath<String>,
+    PathParameters(id): PathParameters<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    caller.may(Scope::Admin, &id)?;
+    caller.require_scope(Scope::Admin, &id)?;
     let id = shared.datasource(&id)?.id.clone();
-    let Patch { limits: patch } = shared.read_json(request).await?;
+    let LimitsPatch { limits: patch } = shared.read_json(request).await?;
     let actor = caller.actor();
-    let changed = off_the_runtime(move || {
-        let _one_at_a_time = shared.limiting.lock().unwrap_or_else(PoisonError::into_inner);
+    let changed = run_blocking(move || {
+        let _one_at_a_time = shared.limiting.lock();
         let datasource = shared.datasource(id.as_str())?;
-        let limits = shown(&datasource.limits).patched(&patch)?;
-        let old = meters(&datasource.limits, || Owner::Datasource(id.clone()));
+        let limits = current_limits(&datasource.limits).patched(&patch)?;
+        let old = meters(&datasource.limits, || LimitOwner::Datasource(id.clone()));
         shared.registry().set_datasource_limits(&actor, &id, limits.text())?;
-        old.inspect(|old| old.replace());
-        Ok(Json(manage::View::of(&datasource)).into_response())
+        old.inspect(|old| old.mark_replaced());
+        Ok(Json(manage::DatasourceView::new(&datasource)).into_response())
     });
-    changed.await.map_err(Problem::body_read)
+    changed.await.map_err(Problem::after_body_read)
 }
 
-/// `PATCH /v1/datasources/{datasource}/keys/{key_id}`: answers when the limits hold, also for who is
-/// held back.
-pub(super) async fn of_key(
-    State(shared): State<Arc<Shared>>,
+/// `PATCH /v1/datasources/{datasource}/keys/{key_id}`: answers once the limits apply, also to clients that
+/// are held back.
+pub(super) async fn patch_key_limits(
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath((datasource, key_id)): InPath<(String, String)>,
+    PathParameters((datasource, key_id)): PathParameters<(String, String)>,
     request: Request,
 ) -> Result<Response, Problem> {
-    caller.may(Scope::Admin, &datasource)?;
-    let datasource = keys::owner(&shared, &datasource)?;
+    caller.require_scope(Scope::Admin, &datasource)?;
+    let datasource = keys::key_owner(&shared, &datasource)?;
     let key_id = KeyId::parse(&key_id)?;
-    let Patch { limits: patch } = shared.read_json(request).await?;
+    let LimitsPatch { limits: patch } = shared.read_json(request).await?;
     let actor = caller.actor();
-    let changed = off_the_runtime(move || {
-        let no_key =
-            || Problem::new(Kind::NotFound, format!("There is no key {key_id} here.")).cause("no_key_id");
-        let _one_at_a_time = shared.limiting.lock().unwrap_or_else(PoisonError::into_inner);
+    let changed = run_blocking(move || {
+        let no_key = || {
+            Problem::new(ProblemKind::NotFound, format!("There is no key {key_id} here."))
+                .with_cause("no_key_id")
+        };
+        let _one_at_a_time = shared.limiting.lock();
         let key = shared.registry().key(&datasource, key_id).ok_or_else(no_key)?;
-        let limits = shown(&key.limits).patched(&patch)?;
-        let old = meters(&key.limits, || Owner::Key(key_id));
+        let limits = current_limits(&key.limits).patched(&patch)?;
+        let old = meters(&key.limits, || LimitOwner::Key(key_id));
         if !shared.registry().set_key_limits(&actor, &datasource, key_id, limits.text())? {
             return Err(no_key());
         }
-        old.inspect(|old| old.replace());
-        Ok(Json(keys::View::of(&key)).into_response())
+        old.inspect(|old| old.mark_replaced());
+        Ok(Json(keys::KeyView::new(&key)).into_response())
     });
-    changed.await.map_err(Problem::body_read)
+    changed.await.map_err(Problem::after_body_read)
 }
 
-/// The limits that something is to be created with.
-pub(super) fn parse(limits: &Value) -> Result<Limits, Problem> {
-    Ok(Limits::from_json(limits)?)
+/// Parses the limits in a request that creates a key or datasource.
+pub(super) fn parse(limits: &Value) -> Result<QuotaLimits, Problem> {
+    Ok(QuotaLimits::from_json(limits)?)
 }
 
-/// The limits as they are set.
-pub(super) fn shown(limits: &Setting) -> Limits {
-    // What cannot be read is told of where it would limit something.
-    limits.text().and_then(|text| Limits::parse(&text).ok()).unwrap_or_default()
+/// The limits that are set now.
+pub(super) fn current_limits(limits: &JsonSetting) -> QuotaLimits {
+    // Limits that cannot be read are logged where they are enforced.
+    limits.text().and_then(|text| QuotaLimits::parse(&text).ok()).unwrap_or_default()
 }
 
 impl From<LimitsError> for Problem {
     fn from(error: LimitsError) -> Self {
         let words = format!("The limits cannot be used: {}.", error.words);
-        Self::new(Kind::Malformed, words).with("pointer", format!("/limits{}", error.pointer))
+        Self::new(ProblemKind::Malformed, words).with("pointer", format!("/limits{}", error.pointer))
     }
 }
 
-/// `X-RateLimit-Limit`: what may come at once when nothing is used (the burst), `X-RateLimit-Remaining`:
-/// what may come at once now, `X-RateLimit-Reset`: in how many seconds nothing is used any more. In
-/// messages, or in bytes where it was bytes that something was refused for.
-pub(super) fn rate_headers(standing: &Standing) -> [(HeaderName, HeaderValue); 3] {
-    let Standing { burst, left, full_in } = *standing;
+/// `X-RateLimit-Limit`: what may come at once when nothing is used (the burst). `X-RateLimit-Remaining`:
+/// what may come at once now. `X-RateLimit-Reset`: in how many seconds the whole burst is available again.
+/// The first two are in messages, or in bytes if the refusal was for a limit in bytes.
+pub(super) fn rate_headers(standing: &QuotaStanding) -> [(HeaderName, HeaderValue); 3] {
+    let QuotaStanding { burst, left, full_in } = *standing;
     let seconds = full_in.as_secs() + u64::from(full_in.subsec_nanos() > 0);
     [
         (HeaderName::from_static("x-ratelimit-limit"), HeaderValue::from(burst)),

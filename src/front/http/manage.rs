@@ -12,134 +12,137 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::connect::Connect;
+use super::connect::ConnectLines;
 use super::credentials::Caller;
-use super::keys::NewKey;
+use super::keys::NewKeyView;
 use super::problem::Problem;
-use super::{InPath, Shared, limits, off_the_runtime, schema};
+use super::{HttpFrontState, PathParameters, limits, run_blocking, schema};
 use crate::auth::{Datasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
 use crate::message::DatasourceId;
-use crate::quota::Limits;
+use crate::quota::QuotaLimits;
 
-/// What creating a datasource takes.
+/// The body of a request that creates a datasource.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Create {
+pub(super) struct CreateDatasourceRequest {
     id: Option<String>,
     name: String,
     scopes: Option<Scopes>,
-    /// What the messages to all its topics have to meet.
+    /// The schema for messages to all its topics.
     schema: Option<Value>,
     #[serde(default)]
     limits: Value,
 }
 
-/// What creating a datasource answers.
+/// The answer to creating a datasource.
 #[derive(Serialize)]
-struct Created<'a> {
-    datasource: View<'a>,
-    key: NewKey<'a>,
-    connect: Connect,
+struct CreateDatasourceResponse<'a> {
+    datasource: DatasourceView<'a>,
+    key: NewKeyView<'a>,
+    connect: ConnectLines,
 }
 
-/// What listing datasources answers.
+/// The answer to listing datasources.
 #[derive(Serialize)]
-struct List<'a> {
-    datasources: Vec<View<'a>>,
+struct DatasourceListResponse<'a> {
+    datasources: Vec<DatasourceView<'a>>,
 }
 
 /// A datasource, as the API shows it.
 #[derive(Serialize)]
-pub(super) struct View<'a> {
+pub(super) struct DatasourceView<'a> {
     id: &'a DatasourceId,
     name: &'a str,
     created_at: Rfc3339,
-    /// Of all its keys together.
-    limits: Limits,
+    /// The limits on all its keys together.
+    limits: QuotaLimits,
 }
 
-impl<'a> View<'a> {
-    pub(super) fn of(datasource: &'a Datasource) -> Self {
+impl<'a> DatasourceView<'a> {
+    pub(super) fn new(datasource: &'a Datasource) -> Self {
         let created_at = Rfc3339(datasource.created_at);
-        let limits = limits::shown(&datasource.limits);
+        let limits = limits::current_limits(&datasource.limits);
         Self { id: &datasource.id, name: &datasource.name, created_at, limits }
     }
 }
 
 /// `POST /v1/datasources`
 pub(super) async fn create(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
     headers: HeaderMap,
     request: Request,
 ) -> Result<Response, Problem> {
-    caller.may_manage_all()?;
-    let Create { id, name, scopes, schema, limits } = shared.read_json(request).await?;
-    let limits = limits::parse(&limits).map_err(Problem::body_read)?;
+    caller.require_gateway_admin()?;
+    let CreateDatasourceRequest { id, name, scopes, schema, limits } = shared.read_json(request).await?;
+    let limits = limits::parse(&limits).map_err(Problem::after_body_read)?;
     let id = match id {
-        Some(id) => {
-            Some(DatasourceId::new(&id).map_err(|e| Problem::from(e).with("pointer", "/id").body_read())?)
-        }
+        Some(id) => Some(
+            DatasourceId::new(&id).map_err(|e| Problem::from(e).with("pointer", "/id").after_body_read())?,
+        ),
         None => None,
     };
-    let scopes = scopes.unwrap_or(Scopes::of(&[Scope::Ingest]));
+    let scopes = scopes.unwrap_or(Scopes::from_slice(&[Scope::Ingest]));
     let registry = shared.registry().clone();
     let actor = caller.actor();
-    let rules = schema.map(schema::initial).transpose()?;
-    let created = off_the_runtime(move || {
+    let rules = schema.map(schema::initial_rules).transpose()?;
+    let created = run_blocking(move || {
         let created = registry.create_datasource(&actor, id, &name, scopes)?;
-        // The secret of its key is not given out yet: nobody has used it without them.
+        // The secret is not given out yet, so nobody can have used the key without its limits.
         if !limits.is_empty() {
             registry.set_datasource_limits(&actor, &created.0.id, limits.text())?;
         }
         if let Some(rules) = rules {
-            schema::begin_with(&registry, &actor, &created.0, &rules)?;
+            schema::store_initial_rules(&registry, &actor, &created.0, &rules)?;
         }
         Ok(created)
     });
     let created = created.await;
-    let (datasource, key, secret) = created.map_err(Problem::body_read)?;
+    let (datasource, key, secret) = created.map_err(Problem::after_body_read)?;
     let location = format!("/v1/datasources/{}", datasource.id);
-    let body = Created {
-        datasource: View::of(&datasource),
-        key: NewKey::of(&key, &secret),
-        connect: Connect::new(&datasource.id, scopes, &shared.parts, &headers),
+    let body = CreateDatasourceResponse {
+        datasource: DatasourceView::new(&datasource),
+        key: NewKeyView::new(&key, &secret),
+        connect: ConnectLines::new(&datasource.id, scopes, &shared.parts, &headers),
     };
     Ok((StatusCode::CREATED, [(LOCATION, location)], Json(body)).into_response())
 }
 
 /// `GET /v1/datasources`
-pub(super) async fn list(State(shared): State<Arc<Shared>>, caller: Caller) -> Result<Response, Problem> {
-    caller.may_manage_all()?;
+pub(super) async fn list(
+    State(shared): State<Arc<HttpFrontState>>,
+    caller: Caller,
+) -> Result<Response, Problem> {
+    caller.require_gateway_admin()?;
     let datasources = shared.registry().datasources();
-    let datasources = datasources.iter().map(|datasource| View::of(datasource)).collect();
-    Ok(Json(List { datasources }).into_response())
+    let datasources = datasources.iter().map(|datasource| DatasourceView::new(datasource)).collect();
+    Ok(Json(DatasourceListResponse { datasources }).into_response())
 }
 
 /// `GET /v1/datasources/{datasource}`
 pub(super) async fn show(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(id): InPath<String>,
+    PathParameters(id): PathParameters<String>,
 ) -> Result<Response, Problem> {
-    caller.may(Scope::Admin, &id)?;
-    Ok(Json(View::of(&*shared.datasource(&id)?)).into_response())
+    caller.require_scope(Scope::Admin, &id)?;
+    Ok(Json(DatasourceView::new(&*shared.datasource(&id)?)).into_response())
 }
 
-/// `DELETE /v1/datasources/{datasource}`: answers when its keys are dead and nothing more can come in
+/// `DELETE /v1/datasources/{datasource}`: answers once its keys are dead and nothing more can come in
 /// under them.
 pub(super) async fn delete(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(id): InPath<String>,
+    PathParameters(id): PathParameters<String>,
 ) -> Result<StatusCode, Problem> {
     let called = Instant::now();
-    caller.may(Scope::Admin, &id)?;
+    caller.require_scope(Scope::Admin, &id)?;
     let datasource = shared.datasource(&id)?;
     let registry = shared.registry().clone();
     let actor = caller.actor();
-    let dead = off_the_runtime(move || Ok(registry.delete_datasource(&actor, &datasource.id)?)).await?;
+    let dead = run_blocking(move || Ok(registry.delete_datasource(&actor, &datasource.id)?)).await?;
     shared.settle(&caller, &dead, called).await;
     Ok(StatusCode::NO_CONTENT)
 }

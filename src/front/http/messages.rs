@@ -1,5 +1,5 @@
-//! Messages of a request: its body taken apart by content type, each message exactly the bytes that
-//! the client wrote for it.
+//! Messages of a request: its body split by content type. Each message is exactly the bytes that the
+//! client wrote for it.
 //!
 //! | `Content-Type` | messages |
 //! |---|---|
@@ -8,43 +8,43 @@
 //! | none, or `application/x-www-form-urlencoded` (what `curl -d` says) | a JSON object or array as `application/json`; anything else is one, as it is |
 //! | any other | one, as it is |
 //!
-//! A message out of JSON has the content type `application/json`. A request without a single
-//! message (`[]`, no line, an empty body where JSON was announced) is malformed, as there would be
-//! no offset to answer with; an empty body of any other type is one empty message, as in MQTT.
+//! A message from a JSON body has the content type `application/json`. A request without any
+//! message (`[]`, no line, an empty body where JSON was announced) is malformed, because there would
+//! be no offset to answer with. An empty body of any other type is one empty message, as in MQTT.
 
 use serde::Deserializer;
 use serde::de::{IgnoredAny, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::problem::{Kind, Problem};
+use super::problem::{Problem, ProblemKind};
 use crate::limits::HTTP_MESSAGES_MAX;
 
-const JSON: &str = "application/json";
+const JSON_MEDIA_TYPE: &str = "application/json";
 
 /// The messages of one body, borrowed from it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Messages<'a> {
-    /// The media type of each of them, or empty.
+pub(super) struct RequestMessages<'a> {
+    /// The media type of every message, or empty.
     pub(super) content_type: &'a str,
-    /// What each of them is.
+    /// One payload for each message.
     pub(super) payloads: Vec<&'a [u8]>,
-    places: Places,
+    places: MessagePlaces,
 }
 
-/// How the place of a message in its body is told.
+/// How an error names the place of a message in its body.
 #[derive(Debug, PartialEq, Eq)]
-enum Places {
+enum MessagePlaces {
     Whole,
     Elements,
     Lines(Vec<u32>),
 }
 
-impl<'a> Messages<'a> {
-    /// Takes `body` apart. `content_type` is as the client sent it, or empty.
+impl<'a> RequestMessages<'a> {
+    /// Splits `body` into messages. `content_type` is as the client sent it, or empty.
     pub(super) fn split(content_type: &'a str, body: &'a [u8]) -> Result<Self, Problem> {
         let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         match essence.as_str() {
-            JSON => Self::json(body),
+            JSON_MEDIA_TYPE => Self::json(body),
             "application/x-ndjson" | "application/ndjson" | "application/jsonl" => Self::lines(body),
             "" | "application/x-www-form-urlencoded" => match body.trim_ascii_start().first() {
                 Some(b'{' | b'[') if is_json(body) => Self::json(body),
@@ -54,49 +54,49 @@ impl<'a> Messages<'a> {
         }
     }
 
-    /// Says in `problem` which message it is about, where there are several.
+    /// Adds to `problem` which message it is about, if the body can hold several.
     pub(super) fn locate(&self, index: usize, problem: Problem) -> Problem {
         match &self.places {
-            Places::Whole => problem,
-            Places::Elements => problem.with("pointer", format!("/{index}")),
-            Places::Lines(lines) => match lines.get(index) {
+            MessagePlaces::Whole => problem,
+            MessagePlaces::Elements => problem.with("pointer", format!("/{index}")),
+            MessagePlaces::Lines(lines) => match lines.get(index) {
                 Some(&line) => problem.with("line", line),
                 None => problem,
             },
         }
     }
 
-    /// Where in the body a place within one of its messages is: as a JSON pointer, which for a body of
-    /// lines is one into the line whose number comes with it.
+    /// Translates a JSON pointer within one message into one within the body. In a body of lines the
+    /// pointer stays relative to the line, whose number is returned with it.
     pub(super) fn pointer(&self, index: usize, within: &str) -> (String, Option<u32>) {
         match &self.places {
-            Places::Whole => (within.to_owned(), None),
-            Places::Elements => (format!("/{index}{within}"), None),
-            Places::Lines(lines) => (within.to_owned(), lines.get(index).copied()),
+            MessagePlaces::Whole => (within.to_owned(), None),
+            MessagePlaces::Elements => (format!("/{index}{within}"), None),
+            MessagePlaces::Lines(lines) => (within.to_owned(), lines.get(index).copied()),
         }
     }
 
     fn whole(content_type: &'a str, body: &'a [u8]) -> Self {
-        Self { content_type, payloads: vec![body], places: Places::Whole }
+        Self { content_type, payloads: vec![body], places: MessagePlaces::Whole }
     }
 
     fn json(body: &'a [u8]) -> Result<Self, Problem> {
         if body.trim_ascii_start().first() != Some(&b'[') {
             return match serde_json::from_slice::<&RawValue>(body) {
-                Ok(_) => Ok(Self::whole(JSON, body)),
-                Err(_) if body.trim_ascii().is_empty() => Err(nothing("The body is empty")),
-                Err(error) => Err(not_json("The body", error.line(), &error)),
+                Ok(_) => Ok(Self::whole(JSON_MEDIA_TYPE, body)),
+                Err(_) if body.trim_ascii().is_empty() => Err(no_message_problem("The body is empty")),
+                Err(error) => Err(invalid_json_problem("The body", error.line(), &error)),
             };
         }
         let mut parser = serde_json::Deserializer::from_slice(body);
         let payloads = parser
-            .deserialize_seq(Elements)
+            .deserialize_seq(ArrayElementsVisitor)
             .and_then(|elements| parser.end().map(|()| elements))
-            .map_err(|error| not_json("The body", error.line(), &error))?;
+            .map_err(|error| invalid_json_problem("The body", error.line(), &error))?;
         match payloads.len() {
-            0 => Err(nothing("The array is empty")),
-            n if n > HTTP_MESSAGES_MAX => Err(too_many()),
-            _ => Ok(Self { content_type: JSON, payloads, places: Places::Elements }),
+            0 => Err(no_message_problem("The array is empty")),
+            n if n > HTTP_MESSAGES_MAX => Err(too_many_messages_problem()),
+            _ => Ok(Self { content_type: JSON_MEDIA_TYPE, payloads, places: MessagePlaces::Elements }),
         }
     }
 
@@ -109,17 +109,17 @@ impl<'a> Messages<'a> {
                 continue;
             }
             if payloads.len() == HTTP_MESSAGES_MAX {
-                return Err(too_many());
+                return Err(too_many_messages_problem());
             }
             serde_json::from_slice::<&RawValue>(whole)
-                .map_err(|error| not_json(&format!("Line {number}"), number as usize, &error))?;
+                .map_err(|error| invalid_json_problem(&format!("Line {number}"), number as usize, &error))?;
             payloads.push(line);
             lines.push(number);
         }
         if payloads.is_empty() {
-            return Err(nothing("The body has no line with a JSON value"));
+            return Err(no_message_problem("The body has no line with a JSON value"));
         }
-        Ok(Self { content_type: JSON, payloads, places: Places::Lines(lines) })
+        Ok(Self { content_type: JSON_MEDIA_TYPE, payloads, places: MessagePlaces::Lines(lines) })
     }
 }
 
@@ -127,11 +127,11 @@ fn is_json(body: &[u8]) -> bool {
     serde_json::from_slice::<&RawValue>(body).is_ok()
 }
 
-/// Collects an array's elements, each as it is written, and stops keeping them, though not
-/// checking them, at the first that is too many.
-struct Elements;
+/// Collects an array's elements, each as it is written. After the first one too many it goes on
+/// checking elements, but keeps none.
+struct ArrayElementsVisitor;
 
-impl<'de> Visitor<'de> for Elements {
+impl<'de> Visitor<'de> for ArrayElementsVisitor {
     type Value = Vec<&'de [u8]>;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -151,45 +151,46 @@ impl<'de> Visitor<'de> for Elements {
     }
 }
 
-fn not_json(what: &str, line: usize, error: &serde_json::Error) -> Problem {
+fn invalid_json_problem(what: &str, line: usize, error: &serde_json::Error) -> Problem {
     let (words, column) = (error.to_string(), error.column());
     let reason = words.split(" at line ").next().unwrap_or_default();
     Problem::new(
-        Kind::Malformed,
+        ProblemKind::Malformed,
         format!("{what} is not valid JSON: {reason} (line {line}, column {column}). Nothing of it was kept."),
     )
     .with("line", line)
     .with("column", column)
 }
 
-fn nothing(what: &str) -> Problem {
-    Problem::new(Kind::Malformed, format!("{what}: there is no message in this request."))
+fn no_message_problem(what: &str) -> Problem {
+    Problem::new(ProblemKind::Malformed, format!("{what}: there is no message in this request."))
 }
 
-fn too_many() -> Problem {
+fn too_many_messages_problem() -> Problem {
     let words = format!("One request carries at most {HTTP_MESSAGES_MAX} messages. Nothing of it was kept.");
-    Problem::new(Kind::TooLarge, words).with("limit", HTTP_MESSAGES_MAX)
+    Problem::new(ProblemKind::TooLarge, words).with("limit", HTTP_MESSAGES_MAX)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn split(content_type: &'static str, body: &str) -> Result<(String, Vec<String>), Kind> {
-        let messages = Messages::split(content_type, body.as_bytes()).map_err(|problem| problem.kind())?;
+    fn split(content_type: &'static str, body: &str) -> Result<(String, Vec<String>), ProblemKind> {
+        let messages =
+            RequestMessages::split(content_type, body.as_bytes()).map_err(|problem| problem.kind())?;
         let payloads = messages.payloads.iter().map(|p| String::from_utf8_lossy(p).into_owned());
         Ok((messages.content_type.to_owned(), payloads.collect()))
     }
 
-    fn some(content_type: &str, payloads: &[&str]) -> Result<(String, Vec<String>), Kind> {
+    fn some(content_type: &str, payloads: &[&str]) -> Result<(String, Vec<String>), ProblemKind> {
         Ok((content_type.to_owned(), payloads.iter().map(|&p| p.to_owned()).collect()))
     }
 
     #[test]
     fn a_json_object_or_scalar_is_one_message_as_it_was_written() {
         for body in ["{\"value\": 21.50}", " {\"a\":[1,2]}\n", "21.5", "\"on\"", "null"] {
-            assert_eq!(split("application/json", body), some(JSON, &[body]));
-            assert_eq!(split("Application/JSON; charset=utf-8", body), some(JSON, &[body]));
+            assert_eq!(split("application/json", body), some(JSON_MEDIA_TYPE, &[body]));
+            assert_eq!(split("Application/JSON; charset=utf-8", body), some(JSON_MEDIA_TYPE, &[body]));
         }
     }
 
@@ -197,22 +198,22 @@ mod tests {
     fn a_json_array_is_a_message_an_element_each_as_it_was_written() {
         let body = " [ {\"v\": 1.50, \"v\" : 2},[1, 2] ,\t\"x\\u0041\" , 1e400 ] ";
         let elements = ["{\"v\": 1.50, \"v\" : 2}", "[1, 2]", "\"x\\u0041\"", "1e400"];
-        assert_eq!(split("application/json", body), some(JSON, &elements));
+        assert_eq!(split("application/json", body), some(JSON_MEDIA_TYPE, &elements));
     }
 
     #[test]
     fn each_line_of_ndjson_is_a_message() {
         for content_type in ["application/x-ndjson", "application/ndjson", "application/jsonl"] {
             let body = "{\"v\": 1}\r\n\n  [2, 3] \n\"x\"";
-            assert_eq!(split(content_type, body), some(JSON, &["{\"v\": 1}", "[2, 3]", "\"x\""]));
+            assert_eq!(split(content_type, body), some(JSON_MEDIA_TYPE, &["{\"v\": 1}", "[2, 3]", "\"x\""]));
         }
     }
 
     #[test]
     fn what_curl_sends_by_default_is_taken_for_what_it_is() {
         for content_type in ["", "application/x-www-form-urlencoded"] {
-            assert_eq!(split(content_type, "{\"v\":1}"), some(JSON, &["{\"v\":1}"]));
-            assert_eq!(split(content_type, "[1,2]"), some(JSON, &["1", "2"]));
+            assert_eq!(split(content_type, "{\"v\":1}"), some(JSON_MEDIA_TYPE, &["{\"v\":1}"]));
+            assert_eq!(split(content_type, "[1,2]"), some(JSON_MEDIA_TYPE, &["1", "2"]));
             for not_json in ["21.5", "v=1&w=2", "{v:1}", "[1,2", ""] {
                 assert_eq!(split(content_type, not_json), some(content_type, &[not_json]));
             }
@@ -238,7 +239,7 @@ mod tests {
             ("application/x-ndjson", "\n \r\n"),
             ("", "[]"),
         ] {
-            assert_eq!(split(content_type, body), Err(Kind::Malformed), "{content_type} {body:?}");
+            assert_eq!(split(content_type, body), Err(ProblemKind::Malformed), "{content_type} {body:?}");
         }
     }
 
@@ -254,22 +255,22 @@ mod tests {
             ("application/x-ndjson", "{} {}", 1, 4),
             ("application/x-ndjson", "  {} {}\r\n", 1, 6),
         ] {
-            let problem = Messages::split(content_type, body.as_bytes()).expect_err(body);
+            let problem = RequestMessages::split(content_type, body.as_bytes()).expect_err(body);
             let place = format!("(line {line}, column {column})");
-            assert_eq!(problem.kind(), Kind::Malformed);
+            assert_eq!(problem.kind(), ProblemKind::Malformed);
             assert!(format!("{problem:?}").contains(&place), "{body:?}: {problem:?}");
         }
         // Not UTF-8, so not JSON either.
         let latin1: &[u8] = b"{\"unit\": \"\xB0C\"}";
-        assert!(Messages::split(JSON, latin1).is_err());
-        assert!(Messages::split("application/x-ndjson", latin1).is_err());
-        assert!(Messages::split("text/plain", latin1).is_ok());
+        assert!(RequestMessages::split(JSON_MEDIA_TYPE, latin1).is_err());
+        assert!(RequestMessages::split("application/x-ndjson", latin1).is_err());
+        assert!(RequestMessages::split("text/plain", latin1).is_ok());
     }
 
     #[test]
     fn nesting_as_deep_as_a_body_allows_is_no_danger() {
         let deep = [vec![b'['; 1 << 20], vec![b']'; 1 << 20]].concat();
-        let messages = Messages::split(JSON, &deep).map(|m| m.payloads.len());
+        let messages = RequestMessages::split(JSON_MEDIA_TYPE, &deep).map(|m| m.payloads.len());
         assert_eq!(messages.map_err(|problem| problem.kind()), Ok(1));
     }
 
@@ -278,25 +279,25 @@ mod tests {
         let array = |n: usize| format!("[{}]", vec!["1"; n].join(","));
         let lines = |n: usize| "1\n".repeat(n);
         let count = |content_type, body: String| {
-            let messages = Messages::split(content_type, body.as_bytes()).map(|m| m.payloads.len());
+            let messages = RequestMessages::split(content_type, body.as_bytes()).map(|m| m.payloads.len());
             messages.map_err(|problem| problem.kind())
         };
-        assert_eq!(count(JSON, array(HTTP_MESSAGES_MAX)), Ok(HTTP_MESSAGES_MAX));
-        assert_eq!(count(JSON, array(HTTP_MESSAGES_MAX + 1)), Err(Kind::TooLarge));
-        assert_eq!(count(JSON, array(HTTP_MESSAGES_MAX + 2)), Err(Kind::TooLarge));
+        assert_eq!(count(JSON_MEDIA_TYPE, array(HTTP_MESSAGES_MAX)), Ok(HTTP_MESSAGES_MAX));
+        assert_eq!(count(JSON_MEDIA_TYPE, array(HTTP_MESSAGES_MAX + 1)), Err(ProblemKind::TooLarge));
+        assert_eq!(count(JSON_MEDIA_TYPE, array(HTTP_MESSAGES_MAX + 2)), Err(ProblemKind::TooLarge));
         assert_eq!(count("application/jsonl", lines(HTTP_MESSAGES_MAX)), Ok(HTTP_MESSAGES_MAX));
-        assert_eq!(count("application/jsonl", lines(HTTP_MESSAGES_MAX + 1)), Err(Kind::TooLarge));
+        assert_eq!(count("application/jsonl", lines(HTTP_MESSAGES_MAX + 1)), Err(ProblemKind::TooLarge));
     }
 
     #[test]
     fn a_problem_with_one_of_several_messages_says_which() {
         let locate = |content_type, body: &'static str, index| {
-            let messages = Messages::split(content_type, body.as_bytes()).map_err(|p| p.kind());
-            let problem = Problem::new(Kind::TooLarge, "over");
+            let messages = RequestMessages::split(content_type, body.as_bytes()).map_err(|p| p.kind());
+            let problem = Problem::new(ProblemKind::TooLarge, "over");
             format!("{:?}", messages.expect("valid").locate(index, problem))
         };
-        assert!(locate(JSON, "[1,2]", 1).contains("\"/1\""));
+        assert!(locate(JSON_MEDIA_TYPE, "[1,2]", 1).contains("\"/1\""));
         assert!(locate("application/x-ndjson", "1\n\n2", 1).contains("\"line\": Number(3)"));
-        assert!(!locate(JSON, "{}", 0).contains("pointer"));
+        assert!(!locate(JSON_MEDIA_TYPE, "{}", 0).contains("pointer"));
     }
 }

@@ -1,10 +1,9 @@
-//! The HTTP front: messages by POST, datasources and keys, stored records, health, and a page to
-//! look at. It speaks HTTP and decides nothing: what a key allows is the authorizer's business, what
-//! is kept is intake's.
+//! The HTTP front: messages by POST, datasources and keys, stored records, health, and a dashboard.
+//! It speaks HTTP and decides nothing: the authorizer decides what a key allows, intake what is kept.
 //!
-//! A request comes in through `server` (and its `socket`); `answer` below stands around every
-//! handler; `credentials` says whose request it is before any of its body is read; then one handler
-//! of the table in [`routes`] runs. Whatever says no becomes a `problem`.
+//! A request comes in through `server` (and its `socket`); `request_middleware` below wraps every handler;
+//! `credentials` identifies the caller before any of the body is read; then one handler of the table
+//! in [`routes`] runs. Every refusal becomes a `problem`.
 
 mod audit;
 mod body;
@@ -30,9 +29,10 @@ mod socket;
 mod waiting;
 mod websocket;
 
+use parking_lot::Mutex;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -54,17 +54,17 @@ use tracing::field::display;
 
 use self::body::BodyLimits;
 use self::credentials::Caller;
-use self::lent::Lender;
-use self::problem::{Kind, Problem, Refused};
-use self::server::Peer;
-use crate::auth::failures::Failures;
+use self::lent::BodyLender;
+use self::problem::{Problem, ProblemKind, RefusedRequest};
+use self::server::HttpPeer;
+use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
 use crate::config;
 use crate::consume::egress::Egress;
-use crate::consume::quarantine::Leaks;
-use crate::consume::query::Query;
-use crate::consume::storage::Storage;
-use crate::consume::subscriber::retained::Retained;
+use crate::consume::quarantine::QuarantineLeakRules;
+use crate::consume::query::RecordsReader;
+use crate::consume::storage::StorageConsumer;
+use crate::consume::subscriber::retained::RetainedStore;
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
@@ -73,31 +73,31 @@ use crate::limits::{
 use crate::log::Log;
 use crate::message::{DatasourceId, Transport};
 use crate::observe::metrics::Metrics;
-use crate::observe::refusals::Note;
+use crate::observe::refusals::RefusalNote;
 
-pub use waiting::{Reason, until_ready};
+pub use waiting::{UnreadyReason, serve_until_ready};
 
 /// What the HTTP front works with.
-pub struct Parts {
-    /// The door.
+pub struct HttpFrontParts {
+    /// Where messages are handed in.
     pub intake: Intake,
     /// For offsets and health.
     pub log: Arc<dyn Log>,
     /// Stored records, if there is storage.
-    pub query: Option<Query>,
-    /// What leaked keys let in.
-    pub leaks: Leaks,
-    /// Retained messages, of which some may have been let in so.
-    pub retained: Retained,
+    pub query: Option<RecordsReader>,
+    /// The rules for records that leaked keys let in.
+    pub leaks: QuarantineLeakRules,
+    /// Retained messages: those that a leaked key let in are withheld too.
+    pub retained: RetainedStore,
     /// The storage consumer, if there is one.
-    pub storage: Option<Arc<Storage>>,
-    /// What sends the stream on to NATS, if there is one.
+    pub storage: Option<Arc<StorageConsumer>>,
+    /// The egress consumer, which sends records to NATS, if there is one.
     pub egress: Option<Arc<Egress>>,
     /// For `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Limits.
-    pub config: config::Http,
-    /// Takes in MQTT over WebSocket.
+    pub config: config::HttpConfig,
+    /// Takes over connections that carry MQTT over WebSocket.
     pub mqtt: mqtt::Acceptor,
     /// Where MQTT is served, for the lines that say how to connect.
     pub mqtt_addr: SocketAddr,
@@ -106,23 +106,23 @@ pub struct Parts {
     /// Where HTTP is served.
     pub http_addr: SocketAddr,
     /// The NATS front, if there is one.
-    pub nats: Option<Arc<nats::Front>>,
-    /// The servers that it is on, for the lines that say how to connect.
+    pub nats: Option<Arc<nats::NatsFront>>,
+    /// Addresses of the NATS servers, for the lines that say how to connect.
     pub nats_servers: Vec<String>,
     /// The connection on which NATS asks about its clients, if API keys are NATS users.
     pub callout: Option<Nats>,
 }
 
-/// Serves HTTP on `listener` until `drain` is cancelled; then accepts no more, and returns when the
-/// requests under way are answered. Dropping the future ends them where they are.
-pub async fn serve(listener: TcpListener, parts: Parts, drain: CancellationToken) {
+/// Serves HTTP on `listener` until `drain` is cancelled; then accepts no more connections, and returns
+/// when the requests under way are answered. Dropping the future aborts them.
+pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
-    let shared = Arc::new(Shared {
-        // Room for two of the largest, whatever the largest is.
+    let shared = Arc::new(HttpFrontState {
+        // Room for at least two bodies of the largest size that is configured.
         bodies: Arc::new(Semaphore::new(HTTP_BODIES_BYTES_MAX.max(2 * config.body_bytes_max))),
         queries: Semaphore::new(QUERIES_MAX),
         setting_schemas: Mutex::new(()),
-        leak_reports: Failures::new(&config::Auth {
+        leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
             failures_per_s: LEAK_REPORTS_PER_S,
             failures_exempt: Vec::new(),
@@ -135,33 +135,33 @@ pub async fn serve(listener: TcpListener, parts: Parts, drain: CancellationToken
 }
 
 /// What every handler may use.
-struct Shared {
-    parts: Parts,
+struct HttpFrontState {
+    parts: HttpFrontParts,
     /// A permit for each byte of request bodies that may be in memory.
     bodies: Arc<Semaphore>,
     /// A permit for each query that may run at once.
     queries: Semaphore,
-    /// Leak reports, counted by the address that they came from.
-    leak_reports: Failures,
-    /// Held while limits are changed, so that none of two changes is lost.
+    /// Counts leak reports by source address.
+    leak_reports: AuthFailures,
+    /// Held while limits are changed, so that of two concurrent changes neither is lost.
     limiting: Mutex<()>,
-    /// Held while the schemas of a datasource are looked at and set, so that no version is given twice.
+    /// Held while the schemas of a datasource are read and set, so that no version number is used twice.
     setting_schemas: Mutex<()>,
     drain: CancellationToken,
 }
 
-impl Shared {
+impl HttpFrontState {
     fn registry(&self) -> &Arc<Registry> {
         self.parts.intake.authorizer().registry()
     }
 
-    /// The datasource that a path names. To be asked only for a caller who may know.
+    /// The datasource that a path names. Call it only after the caller is authorized for that id.
     fn datasource(&self, id: &str) -> Result<Arc<Datasource>, Problem> {
         self.registry().datasource(id).ok_or_else(|| no_datasource(id))
     }
 
-    /// Waits until nothing more can come in under keys that a call has ended, and their connections are
-    /// gone, but for the caller's own, which is closed after its answer.
+    /// Waits until nothing more can come in under keys that a call has ended and their connections are
+    /// closed. The caller's own connection is not waited for: it closes after this answer.
     async fn settle(&self, caller: &Caller, dead: &[Arc<Key>], called: Instant) {
         dead.iter().for_each(|key| caller.1.keys.leave(key.id));
         self.parts.intake.settle(dead, called).await;
@@ -173,13 +173,13 @@ impl Shared {
         BodyLimits { bytes_max: config.body_bytes_max, setting: "http.body_bytes_max", time_max }
     }
 
-    /// A request that manages, read and understood. Fields that are not known are refused, because
-    /// ignoring one would be promising what it asks for.
+    /// Reads and parses the body of a management request. Unknown fields are refused: to ignore one
+    /// would promise what it asks for.
     async fn read_json<T: DeserializeOwned>(&self, request: Request) -> Result<T, Problem> {
         self.read_json_up_to(request, HTTP_MANAGE_BYTES_MAX).await
     }
 
-    /// The same, with another limit than most.
+    /// As [`HttpFrontState::read_json`], with a limit of its own.
     async fn read_json_up_to<T: DeserializeOwned>(
         &self,
         request: Request,
@@ -189,32 +189,33 @@ impl Shared {
         let limits = BodyLimits { bytes_max, setting: "", ..self.body_limits() };
         let received = body::read(&parts.headers, body, limits, &self.bodies).await?;
         serde_json::from_slice(&received.bytes).map_err(|error| {
-            Problem::new(Kind::Malformed, format!("The body cannot be used: {error}.")).body_read()
+            Problem::new(ProblemKind::Malformed, format!("The body cannot be used: {error}."))
+                .after_body_read()
         })
     }
 }
 
 fn no_datasource(id: &str) -> Problem {
     let id: String = id.chars().take(64).collect();
-    Problem::new(Kind::NotFound, format!("There is no datasource {id:?}.")).cause("no_datasource")
+    Problem::new(ProblemKind::NotFound, format!("There is no datasource {id:?}.")).with_cause("no_datasource")
 }
 
-/// Runs what waits for a disk, or computes for long, on a thread that may.
-async fn off_the_runtime<T: Send + 'static>(
+/// Runs work that waits for a disk, or computes for long, on a blocking thread.
+async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?
 }
 
-/// Every route there is. `openapi.json` lists the same; a test holds the two together.
-fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
+/// Every route. `openapi.json` lists the same; a test compares the two.
+fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
     fn route<H, T>(
         method: Method,
         path: &'static str,
         handler: H,
-    ) -> (Method, &'static str, MethodRouter<Arc<Shared>>)
+    ) -> (Method, &'static str, MethodRouter<Arc<HttpFrontState>>)
     where
-        H: axum::handler::Handler<T, Arc<Shared>>,
+        H: axum::handler::Handler<T, Arc<HttpFrontState>>,
         T: 'static,
     {
         let filter = MethodFilter::try_from(method.clone()).expect("the table has standard methods alone");
@@ -228,16 +229,20 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
         route(post.clone(), "/v1/datasources", manage::create),
         route(get.clone(), "/v1/datasources", manage::list),
         route(get.clone(), "/v1/datasources/{datasource}", manage::show),
-        route(patch.clone(), "/v1/datasources/{datasource}", limits::of_datasource),
+        route(patch.clone(), "/v1/datasources/{datasource}", limits::patch_datasource_limits),
         route(delete.clone(), "/v1/datasources/{datasource}", manage::delete),
         route(put, "/v1/datasources/{datasource}/schema", schema::set),
         route(get.clone(), "/v1/datasources/{datasource}/schema", schema::show),
         route(get.clone(), "/v1/datasources/{datasource}/quarantine", quarantine::list),
         route(post.clone(), "/v1/datasources/{datasource}/quarantine/redrive", quarantine::redrive),
-        route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/quarantine", quarantine::leak),
+        route(
+            post.clone(),
+            "/v1/datasources/{datasource}/keys/{key_id}/quarantine",
+            quarantine::quarantine_key_records,
+        ),
         route(post.clone(), "/v1/datasources/{datasource}/keys", keys::create),
         route(get.clone(), "/v1/datasources/{datasource}/keys", keys::list),
-        route(patch, "/v1/datasources/{datasource}/keys/{key_id}", limits::of_key),
+        route(patch, "/v1/datasources/{datasource}/keys/{key_id}", limits::patch_key_limits),
         route(delete, "/v1/datasources/{datasource}/keys/{key_id}", keys::revoke),
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
@@ -254,23 +259,23 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<Shared>>)> {
     ]
 }
 
-fn router(shared: Arc<Shared>) -> Router {
+fn router(shared: Arc<HttpFrontState>) -> Router {
     let routes = routes().into_iter();
     routes
         .fold(Router::new(), |router, (_, path, handler)| router.route(path, handler))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(middleware::from_fn_with_state(shared.clone(), answer))
+        .layer(middleware::from_fn_with_state(shared.clone(), request_middleware))
         .with_state(shared)
 }
 
 async fn no_route() -> Problem {
-    Problem::new(Kind::NotFound, "There is no such path; /openapi.json lists those that there are.")
+    Problem::new(ProblemKind::NotFound, "There is no such path; /openapi.json lists those that there are.")
 }
 
 async fn no_method(method: Method) -> Problem {
     Problem::new(
-        Kind::MethodNotAllowed,
+        ProblemKind::MethodNotAllowed,
         format!("{method} is not allowed here; the Allow header says what is."),
     )
 }
@@ -280,11 +285,14 @@ async fn openapi() -> impl IntoResponse {
     ([(CONTENT_TYPE, "application/json")], include_str!("openapi.json"))
 }
 
-/// Stands around every request: refuses a key in its URL, counts and logs a refusal, and sets the
-/// headers that every answer has. It logs the route, not the path, in which a client may have put
-/// anything.
-async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
-    let peer = request.extensions().get::<Peer>().cloned();
+/// Wraps every handler: refuses a key in the URL, counts and logs a refusal, and sets the headers that
+/// every answer has. It logs the route and not the path, because a client may put anything into a path.
+async fn request_middleware(
+    State(shared): State<Arc<HttpFrontState>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let peer = request.extensions().get::<HttpPeer>().cloned();
     let route = request.extensions().get::<MatchedPath>().cloned();
     let method = request.method().clone();
     let datasource = datasource_in(request.uri().path()).to_owned();
@@ -292,30 +300,30 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
     let http1 = request.version() < Version::HTTP_2;
     let (head, body) = request.into_parts();
     let (body, lender) = if has_body && !http1 {
-        let (body, lender) = Lender::lend(body);
+        let (body, lender) = BodyLender::lend(body);
         (body, Some(lender))
     } else {
         (body, None)
     };
     let request = Request::from_parts(head, body);
-    let mut response = match credentials::refuse_in_url(request.uri()) {
+    let mut response = match credentials::refuse_key_in_url(request.uri()) {
         Ok(()) => next.run(request).await,
         Err(problem) => {
             drop(request);
             problem.into_response()
         }
     };
-    let refused = response.extensions_mut().remove::<Refused>();
+    let refused = response.extensions_mut().remove::<RefusedRequest>();
     if let Some(refused) = &refused {
-        let Refused { cause, key_id, counted, .. } = *refused;
+        let RefusedRequest { cause, key_id, counted, .. } = *refused;
         if !counted {
-            shared.parts.intake.refusals().note(Note {
+            shared.parts.intake.refusals().note(RefusalNote {
                 address: peer.as_ref().map(|peer| peer.addr.ip()),
                 datasource: &datasource,
                 key_id,
                 key_shape: refused.key_shape,
                 limited: refused.limited.as_deref(),
-                ..Note::new(Transport::Http, cause, &refused.words)
+                ..RefusalNote::new(Transport::Http, cause, &refused.words)
             });
         }
         let route = route.as_ref().map_or("-", MatchedPath::as_str);
@@ -331,8 +339,8 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
     }
     let headers = response.headers_mut();
     if http1 && has_body && unread {
-        // What is left of the body stands where the next request would begin. Said here, so that the
-        // client does not send one.
+        // The unread rest of the body is where the next request would begin. Announce the close, so that
+        // the client sends no further request on this connection.
         if let Some(peer) = &peer {
             peer.unread.store(true, Ordering::Relaxed);
         }
@@ -343,21 +351,24 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request, next: Next)
     response
 }
 
-/// The datasource that a path names, or nothing.
+/// The datasource that a path names, or an empty string.
 fn datasource_in(path: &str) -> &str {
     let rest = ["/v1/ingest/", "/v1/datasources/"].iter().find_map(|prefix| path.strip_prefix(prefix));
     let id = rest.map_or("", |rest| rest.split('/').next().unwrap_or(rest));
-    // Anything else may be written there, and is nobody's.
+    // A path may hold anything there; what is not a valid id belongs to no datasource.
     if DatasourceId::new(id).is_ok() { id } else { "" }
 }
 
-/// The parameters in a request's path, decoded; what cannot be decoded is a problem as any other.
-struct InPath<T>(T);
+/// The parameters in a request's path, decoded. A path that cannot be decoded becomes a [`Problem`].
+struct PathParameters<T>(T);
 
-impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Shared>> for InPath<T> {
+impl<T: DeserializeOwned + Send> FromRequestParts<Arc<HttpFrontState>> for PathParameters<T> {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut RequestParts, shared: &Arc<Shared>) -> Result<Self, Problem> {
+    async fn from_request_parts(
+        parts: &mut RequestParts,
+        shared: &Arc<HttpFrontState>,
+    ) -> Result<Self, Problem> {
         let Path(parameters) = Path::from_request_parts(parts, shared).await?;
         Ok(Self(parameters))
     }
@@ -395,7 +406,7 @@ mod tests {
         let openapi = described();
         let listed = openapi["components"]["schemas"]["Problem"]["properties"]["type"]["enum"].clone();
         let listed: Vec<String> = serde_json::from_value(listed).expect("a list of types");
-        let all = Kind::ALL.map(|kind| format!("/problems/{}", kind.spec().1));
+        let all = ProblemKind::ALL.map(|kind| format!("/problems/{}", kind.spec().1));
         assert_eq!(listed, all);
     }
 }

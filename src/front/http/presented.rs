@@ -1,33 +1,34 @@
-//! The keys that an HTTP connection has presented: it is counted among the live connections of each, and
-//! ends when one of them dies: an idle connection at once, a busy one after its answer.
+//! The keys that an HTTP connection has presented. The connection counts among the live connections of
+//! each of them. It ends when one of them dies: an idle connection at once, a busy one after its answer.
 //!
-//! A connection may carry the requests of many clients, if a proxy stands in between; they connect
-//! again, as HTTP clients do whenever a server closes.
+//! Behind a proxy, one connection may carry the requests of many clients. Those connect again, as HTTP
+//! clients do whenever a server closes.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::Arc;
 
 use crate::auth::Key;
-use crate::auth::connections::{Control, Entered};
+use crate::auth::connections::{ConnectionControl, KeyConnectionGuard};
 use crate::limits::HTTP_KEYS_PER_CONNECTION_MAX;
 use crate::message::KeyId;
 
-/// One connection's.
+/// The keys of one connection.
 #[derive(Debug, Default)]
-pub(super) struct Presented {
-    /// The connection's ear.
-    control: Arc<Control>,
-    /// The newest last.
-    keys: Mutex<Vec<(KeyId, Entered)>>,
+pub(super) struct PresentedKeys {
+    /// Through which a dead key tells the connection to close.
+    control: Arc<ConnectionControl>,
+    /// The most recently used last.
+    keys: Mutex<Vec<(KeyId, KeyConnectionGuard)>>,
 }
 
-impl Presented {
-    /// Where the connection is told to close.
-    pub(super) fn control(&self) -> &Control {
+impl PresentedKeys {
+    /// Where the connection learns that it has to close.
+    pub(super) fn control(&self) -> &ConnectionControl {
         &self.control
     }
 
-    /// A request has presented this key. If it is dead by now, the connection is told so. Returns whether
-    /// it is the connection's first request with it.
+    /// Records that a request has presented this key. If the key is dead by now, the connection is told to
+    /// close. Returns whether this is the connection's first request with the key.
     pub(super) fn enter(&self, key: &Key) -> bool {
         let mut keys = self.keys();
         match keys.iter().rposition(|(id, _)| *id == key.id) {
@@ -45,8 +46,8 @@ impl Presented {
         }
     }
 
-    /// The connection no longer counts for this key: the request that ends the key waits for the others of
-    /// its connections, and one too many is refused.
+    /// Stops counting the connection for this key: the request that ends a key must not wait for its own
+    /// connection, and a connection that was refused as one too many must not count.
     pub(super) fn leave(&self, id: KeyId) {
         let mut keys = self.keys();
         let left = keys.iter().position(|(known, _)| *known == id).map(|place| keys.remove(place));
@@ -54,7 +55,7 @@ impl Presented {
         drop(left);
     }
 
-    fn keys(&self) -> MutexGuard<'_, Vec<(KeyId, Entered)>> {
-        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    fn keys(&self) -> MutexGuard<'_, Vec<(KeyId, KeyConnectionGuard)>> {
+        self.keys.lock()
     }
 }

@@ -1,5 +1,5 @@
-//! Probes: is the process alive, can it take messages, and how is it doing. None needs a key; none
-//! says anything about a datasource or a key.
+//! Probes: whether the process is alive, whether it can take messages, and its metrics. They need no key,
+//! and they reveal nothing about a single datasource or key.
 
 use std::sync::Arc;
 
@@ -10,8 +10,8 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use super::Shared;
-use crate::consume::egress::Skipped;
+use super::HttpFrontState;
+use crate::consume::egress::EgressSkipReason;
 
 /// `GET /livez`: the process serves.
 pub(super) async fn live() -> &'static str {
@@ -27,10 +27,10 @@ struct Readiness {
     warnings: Vec<String>,
 }
 
-/// `GET /readyz`: messages can be taken and made durable. Trouble with storage or with the stream on NATS
-/// is a warning alone, because devices are served all the same: the log keeps what was not taken yet. So is
-/// a NATS that is away, as those who come by MQTT and HTTP are served.
-pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
+/// `GET /readyz`: messages can be taken and made durable. Trouble with storage or egress is only a
+/// warning, because devices are still served: the log keeps what these have not read yet. A lost NATS
+/// connection is only a warning too, because clients of MQTT and HTTP are still served.
+pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response {
     let draining = shared.drain.is_cancelled().then(|| "the gateway is shutting down".to_owned());
     let reasons: Vec<String> = shared.parts.log.trouble().into_iter().chain(draining).collect();
     let storage = shared.parts.storage.as_ref().and_then(|storage| storage.trouble());
@@ -39,11 +39,11 @@ pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
     let nats = nats.or_else(callout);
     let egress = shared.parts.egress.as_ref().and_then(|egress| egress.trouble());
     let warnings = storage.into_iter().chain(nats).chain(egress).collect();
-    readiness(reasons, warnings)
+    readiness_response(reasons, warnings)
 }
 
-/// What `/readyz` says.
-pub(super) fn readiness(reasons: Vec<String>, warnings: Vec<String>) -> Response {
+/// The answer of `/readyz`.
+pub(super) fn readiness_response(reasons: Vec<String>, warnings: Vec<String>) -> Response {
     let (code, status) = match reasons.is_empty() {
         true => (StatusCode::OK, "ready"),
         false => (StatusCode::SERVICE_UNAVAILABLE, "unready"),
@@ -51,17 +51,17 @@ pub(super) fn readiness(reasons: Vec<String>, warnings: Vec<String>) -> Response
     (code, Json(Readiness { status, reasons, warnings })).into_response()
 }
 
-/// `GET /metrics`: everything that is counted, in Prometheus' text format.
-pub(super) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+/// `GET /metrics`: every metric, in Prometheus' text format.
+pub(super) async fn metrics(State(shared): State<Arc<HttpFrontState>>) -> Response {
     let parts = &shared.parts;
     #[expect(clippy::cast_precision_loss, reason = "a metric is an f64; exact up to 2^53")]
-    let gauge = |name, value: u64| parts.metrics.gauge(name, value as f64);
+    let gauge = |name, value: u64| parts.metrics.set_gauge(name, value as f64);
     gauge("headgate_log_next_offset", parts.log.next_offset());
     gauge("headgate_log_first_offset", parts.log.first_offset());
     gauge("headgate_log_bytes", parts.log.bytes());
     gauge("headgate_keys", parts.intake.authorizer().registry().key_count() as u64);
-    parts.metrics.counter("headgate_dedup_evicted_total", parts.log.evicted_ids());
-    parts.metrics.counter("headgate_refusals_unlisted_total", parts.intake.refusals().unlisted());
+    parts.metrics.set_counter("headgate_dedup_evicted_total", parts.log.evicted_ids());
+    parts.metrics.set_counter("headgate_refusals_unlisted_total", parts.intake.refusals().unlisted());
     if let Some(nats) = &parts.nats {
         gauge("headgate_nats_connected", u64::from(nats.trouble().is_none()));
     }
@@ -72,9 +72,9 @@ pub(super) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
         let counts = egress.counts();
         gauge("headgate_egress_cursor", counts.cursor());
         gauge("headgate_egress_lag_records", parts.log.next_offset().saturating_sub(counts.cursor()));
-        parts.metrics.counter("headgate_egress_sent_total", counts.sent());
-        for why in Skipped::ALL {
-            parts.metrics.counter_of(
+        parts.metrics.set_counter("headgate_egress_sent_total", counts.sent());
+        for why in EgressSkipReason::ALL {
+            parts.metrics.set_labelled_counter(
                 "headgate_egress_skipped_total",
                 ("reason", why.as_str()),
                 counts.skipped(why),

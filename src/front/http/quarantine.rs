@@ -1,9 +1,9 @@
-//! Quarantine over HTTP: look at it, send messages through intake again after a schema was mended, and
-//! put there what a leaked key has let in.
+//! Quarantine over HTTP: list it, send messages through intake again after a schema was corrected
+//! (redrive), and quarantine what a leaked key has let in.
 //!
 //! A message is sent again under the authority of the admin who asks, and becomes a record of the key
-//! that let it in at first. It is kept once, however often it is sent: within the window of message
-//! ids because it has one, and after that because storage has noted it.
+//! that it first came with. It is kept once, however often it is sent: within the deduplication window by
+//! its message id, and after that because storage has noted it.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -17,26 +17,26 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::credentials::Caller;
-use super::problem::{Kind, Problem};
-use super::query::{self, limit, run, time};
-use super::{InPath, Shared, keys, off_the_runtime};
-use crate::auth::{Act, Scope};
+use super::problem::{Problem, ProblemKind};
+use super::query::{self, page_limit, run_query, time_parameter};
+use super::{HttpFrontState, PathParameters, keys, run_blocking};
+use crate::auth::{AuditEvent, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
-use crate::consume::quarantine::page::Leaked;
+use crate::consume::quarantine::page::LeakedRecords;
 use crate::consume::render::Rfc3339;
-use crate::intake::Redriven;
+use crate::intake::RedriveOutcome;
 use crate::limits::{QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX, VALIDATION_ERRORS_MAX};
-use crate::log::{Outcome, Reason};
+use crate::log::{QuarantineReason, SectionOutcome};
 use crate::message::{KeyId, Offset, Transport, now_micros};
 
-/// How long a request waits for storage to have what it is about.
+/// How long a request waits until storage has caught up.
 const STORAGE_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// The query string of `quarantine`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Parameters {
+struct QuarantineParameters {
     topic: Option<String>,
     from: Option<String>,
     after_offset: Option<Offset>,
@@ -45,52 +45,52 @@ struct Parameters {
 
 /// `GET /v1/datasources/{datasource}/quarantine`
 pub(super) async fn list(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(datasource): InPath<String>,
+    PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let datasource = query::readable(&shared, &caller, &datasource)?;
-    let QueryString(parameters) = QueryString::<Parameters>::try_from_uri(&uri)?;
+    let datasource = query::readable_datasource(&shared, &caller, &datasource)?;
+    let QueryString(parameters) = QueryString::<QuarantineParameters>::try_from_uri(&uri)?;
     let query = QuarantineQuery {
         datasource,
         topic: parameters.topic,
-        from: time("from", parameters.from)?,
+        from: time_parameter("from", parameters.from)?,
         after_offset: parameters.after_offset,
         offsets: None,
         redrivable: false,
-        limit: limit(parameters.limit)?,
+        limit: page_limit(parameters.limit)?,
     };
-    run(&shared, move |stored| Ok(Json(stored.quarantine(&query)?).into_response())).await
+    run_query(&shared, move |stored| Ok(Json(stored.quarantine(&query)?).into_response())).await
 }
 
-/// What is to be sent again: the messages with these offsets, those of these topics, or both at once;
-/// everything, if neither is said.
+/// Which messages to send again: those with these offsets, those whose topic matches the filter, or those
+/// that meet both; everything, if neither is given.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Redrive {
+struct RedriveRequest {
     ids: Option<BTreeSet<Offset>>,
     filter: Option<String>,
 }
 
-/// What has become of it.
+/// The outcome of a redrive.
 #[derive(Default, Serialize)]
-struct RedriveAnswer {
-    /// Let in now.
+struct RedriveResponse {
+    /// Messages let in now.
     redriven: u64,
-    /// Let in before.
+    /// Messages that an earlier redrive let in.
     duplicates: u64,
-    /// Not let in: they stay where they are.
+    /// Messages that still fail: they stay in quarantine.
     failing: u64,
-    /// The first of those that fail.
-    errors: Vec<Failing>,
-    /// Whether there may be more, to be asked for again.
+    /// Details of the first messages that fail.
+    errors: Vec<RedriveFailure>,
+    /// Whether there may be more: the client has to ask again.
     more: bool,
 }
 
 /// A message that fails again.
 #[derive(Serialize)]
-struct Failing {
+struct RedriveFailure {
     offset: Offset,
     topic: String,
     pointer: String,
@@ -99,8 +99,8 @@ struct Failing {
     schema_version: u32,
 }
 
-impl Failing {
-    fn new(offset: Offset, topic: &str, reason: Reason<'static>) -> Self {
+impl RedriveFailure {
+    fn new(offset: Offset, topic: &str, reason: QuarantineReason<'static>) -> Self {
         Self {
             offset,
             topic: topic.to_owned(),
@@ -114,22 +114,24 @@ impl Failing {
 
 /// `POST /v1/datasources/{datasource}/quarantine/redrive`
 pub(super) async fn redrive(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(id): InPath<String>,
+    PathParameters(id): PathParameters<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    caller.may(Scope::Admin, &id)?;
+    caller.require_scope(Scope::Admin, &id)?;
     let datasource = shared.datasource(&id)?.id.clone();
-    let Redrive { ids, filter } = shared.read_json(request).await?;
+    let RedriveRequest { ids, filter } = shared.read_json(request).await?;
     if ids.as_ref().is_some_and(|ids| ids.len() > QUERY_RECORDS_MAX) {
         let words = format!("One request names at most {QUERY_RECORDS_MAX} messages.");
-        return Err(Problem::new(Kind::TooLarge, words).with("limit", QUERY_RECORDS_MAX).body_read());
+        return Err(Problem::new(ProblemKind::TooLarge, words)
+            .with("limit", QUERY_RECORDS_MAX)
+            .after_body_read());
     }
-    // Storage notes what was sent again; what it has not seen yet would be sent once more.
-    stored_up_to_now(&shared).await.map_err(Problem::body_read)?;
-    let stored = query::stored(&shared).map_err(Problem::body_read)?;
-    let mut answer = RedriveAnswer::default();
+    // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here.
+    await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
+    let stored = query::stored_records_query(&shared).map_err(Problem::after_body_read)?;
+    let mut answer = RedriveResponse::default();
     let mut query = QuarantineQuery {
         datasource: datasource.clone(),
         topic: filter,
@@ -141,34 +143,38 @@ pub(super) async fn redrive(
     };
     loop {
         let (asked, reader) = (query.clone(), stored.clone());
-        let page = off_the_runtime(move || Ok(reader.quarantine(&asked)?)).await;
-        let page = page.map_err(Problem::body_read)?;
+        let page = run_blocking(move || Ok(reader.quarantine(&asked)?)).await;
+        let page = page.map_err(Problem::after_body_read)?;
         let intake = &shared.parts.intake;
         let mut draft = intake.draft(Transport::Http, 0);
         let left_out = shared.parts.log.withheld().now();
         for parked in &page.records {
             let record = parked.as_record(&datasource);
+            // What a leaked key let in must not come back through a redrive.
             if left_out.withholds(&record) {
                 continue;
             }
             match draft.redrive(&caller.0, &datasource, &record)? {
-                Redriven::Added => {}
-                Redriven::Fails(reason) => {
+                RedriveOutcome::Added => {}
+                RedriveOutcome::Fails(reason) => {
                     answer.failing += 1;
                     if answer.errors.len() < VALIDATION_ERRORS_MAX {
-                        answer.errors.push(Failing::new(record.offset, record.topic, *reason));
+                        answer.errors.push(RedriveFailure::new(record.offset, record.topic, *reason));
                     }
                 }
             }
         }
         if !draft.is_empty() {
-            let accepted = intake.admit(draft).await.map_err(|refusal| Problem::from(refusal).body_read())?;
-            let accepted = accepted.await.map_err(|refusal| Problem::from(refusal).body_read())?;
+            let accepted =
+                intake.admit(draft).await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
+            let accepted = accepted.await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
             for outcome in accepted.outcomes {
                 match outcome {
-                    Outcome::Kept(_) => answer.redriven += 1,
-                    Outcome::Duplicate(_) => answer.duplicates += 1,
-                    Outcome::KeyDead => return Err(Problem::from(crate::auth::Denied::Revoked).body_read()),
+                    SectionOutcome::Kept(_) => answer.redriven += 1,
+                    SectionOutcome::Duplicate(_) => answer.duplicates += 1,
+                    SectionOutcome::KeyDead => {
+                        return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read());
+                    }
                 }
             }
         }
@@ -182,109 +188,113 @@ pub(super) async fn redrive(
     if answer.redriven > 0 {
         let (registry, actor) = (shared.registry().clone(), caller.actor());
         let what = json!({ "redriven": answer.redriven, "failing": answer.failing });
-        off_the_runtime(move || {
+        run_blocking(move || {
             let (action, datasource) = ("quarantine.redriven", Some(&datasource));
-            Ok(registry.audit(&actor, &Act { action, datasource, key_id: None, what: &what })?)
+            Ok(registry.audit(&actor, &AuditEvent { action, datasource, key_id: None, what: &what })?)
         })
         .await
-        .map_err(Problem::body_read)?;
+        .map_err(Problem::after_body_read)?;
     }
     Ok(Json(answer).into_response())
 }
 
-/// What quarantining what a key has let in takes.
+/// The body of a request that quarantines what a key has let in.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Leak {
+struct KeyQuarantineRequest {
     since: Option<String>,
     #[serde(default)]
     undo: bool,
 }
 
-/// What has become of it.
+/// The answer to quarantining what a key has let in, or to undoing it.
 #[derive(Serialize)]
-struct LeakAnswer {
+struct KeyQuarantineResponse {
     key_id: KeyId,
-    /// From when on; `None` when it was undone.
+    /// From which time on; `None` when it was undone.
     since: Option<Rfc3339>,
     #[serde(flatten)]
-    leaked: Leaked,
+    leaked: LeakedRecords,
 }
 
-/// `POST /v1/datasources/{datasource}/keys/{key_id}/quarantine`: answers when what the key let in is out
-/// of everybody's sight, or back in it.
-pub(super) async fn leak(
-    State(shared): State<Arc<Shared>>,
+/// `POST /v1/datasources/{datasource}/keys/{key_id}/quarantine`: answers once the records of the key are
+/// withheld from every reader, or given back to them.
+pub(super) async fn quarantine_key_records(
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath((datasource, key_id)): InPath<(String, String)>,
+    PathParameters((datasource, key_id)): PathParameters<(String, String)>,
     request: Request,
 ) -> Result<Response, Problem> {
-    caller.may(Scope::Admin, &datasource)?;
-    let datasource = keys::owner(&shared, &datasource)?;
+    caller.require_scope(Scope::Admin, &datasource)?;
+    let datasource = keys::key_owner(&shared, &datasource)?;
     let key_id = KeyId::parse(&key_id)?;
-    let Leak { since, undo } = shared.read_json(request).await?;
-    let since = time("since", since).map_err(Problem::body_read)?;
+    let KeyQuarantineRequest { since, undo } = shared.read_json(request).await?;
+    let since = time_parameter("since", since).map_err(Problem::after_body_read)?;
     if since.is_some() == undo || since.is_some_and(|since| since > now_micros()) {
-        let words = "Say since when, a time that has been: {\"since\": \"2026-11-23T09:00:00Z\"}; or {\"undo\": true}.";
-        return Err(Problem::new(Kind::Malformed, words).with("pointer", "/since").body_read());
+        let words = "Give a past time as since: {\"since\": \"2026-11-23T09:00:00Z\"}; or {\"undo\": true}.";
+        return Err(Problem::new(ProblemKind::Malformed, words).with("pointer", "/since").after_body_read());
     }
     let (for_change, of, actor) = (shared.clone(), datasource.clone(), caller.actor());
-    let version = off_the_runtime(move || {
+    let version = run_blocking(move || {
         let leaks = &for_change.parts.leaks;
         let action = if undo { "key.records_given_back" } else { "key.records_quarantined" };
         let what = json!({ "since": since.map(Rfc3339) });
-        // First: an entry for what then fails is better than a change that nobody made.
-        for_change
-            .registry()
-            .audit(&actor, &Act { action, datasource: Some(&of), key_id: Some(key_id), what: &what })?;
+        // The audit entry comes first: an entry for a change that then fails is better than a change
+        // without an entry.
+        for_change.registry().audit(
+            &actor,
+            &AuditEvent { action, datasource: Some(&of), key_id: Some(key_id), what: &what },
+        )?;
         Ok(match since {
             Some(since) => leaks.withhold(&of, key_id, since)?,
             None => leaks.give_back(&of, key_id)?,
         })
     });
-    let version = version.await.map_err(Problem::body_read)?;
+    let version = version.await.map_err(Problem::after_body_read)?;
     tracing::warn!(%datasource, %key_id, undo, "what a key let in was put into quarantine, or taken out");
-    in_time(shared.parts.retained.reconciled(version)).await.map_err(Problem::body_read)?;
-    stored_up_to_now(&shared).await.map_err(Problem::body_read)?;
+    wait_for_storage(shared.parts.retained.wait_reconciled(version))
+        .await
+        .map_err(Problem::after_body_read)?;
+    await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
     if let Some(storage) = &shared.parts.storage {
-        in_time(storage.reconciled(version)).await.map_err(Problem::body_read)?;
+        wait_for_storage(storage.wait_reconciled(version)).await.map_err(Problem::after_body_read)?;
     }
     let (stored, log) = (shared.parts.query.clone(), shared.parts.log.clone());
-    let leaked = off_the_runtime(move || match stored {
+    let leaked = run_blocking(move || match stored {
         Some(stored) => Ok(stored.leaked(&datasource, key_id)?),
-        None => Leaked::in_log(&*log, &datasource, key_id).map_err(|error| Problem::internal(&error)),
+        None => LeakedRecords::in_log(&*log, &datasource, key_id).map_err(|error| Problem::internal(&error)),
     });
-    let leaked = leaked.await.map_err(Problem::body_read)?;
-    Ok(Json(LeakAnswer { key_id, since: since.map(Rfc3339), leaked }).into_response())
+    let leaked = leaked.await.map_err(Problem::after_body_read)?;
+    Ok(Json(KeyQuarantineResponse { key_id, since: since.map(Rfc3339), leaked }).into_response())
 }
 
-/// Waits until storage has everything that is kept by now, by whichever gateway.
-async fn stored_up_to_now(shared: &Shared) -> Result<(), Problem> {
+/// Waits until storage has everything that any gateway has kept by now.
+async fn await_stored_up_to_now(shared: &HttpFrontState) -> Result<(), Problem> {
     let log = &shared.parts.log;
     let caught_up = log.catch_up(Offset::MAX).await;
-    caught_up.map_err(|error| Problem::new(Kind::Unavailable, format!("{error}.")))?;
+    caught_up.map_err(|error| Problem::new(ProblemKind::Unavailable, format!("{error}.")))?;
     match &shared.parts.storage {
-        Some(storage) => in_time(storage.stored(log.next_offset())).await,
+        Some(storage) => wait_for_storage(storage.wait_stored(log.next_offset())).await,
         None => Ok(()),
     }
 }
 
-async fn in_time(done: impl Future<Output = ()>) -> Result<(), Problem> {
+async fn wait_for_storage(done: impl Future<Output = ()>) -> Result<(), Problem> {
     tokio::time::timeout(STORAGE_WAIT_MAX, done).await.map_err(|_| {
         let words = "Storage has not caught up; what was asked for holds, and asking again is safe.";
-        Problem::new(Kind::Unavailable, words).cause("storage_behind")
+        Problem::new(ProblemKind::Unavailable, words).with_cause("storage_behind")
     })
 }
 
 impl From<LeakError> for Problem {
     fn from(error: LeakError) -> Self {
         match error {
-            LeakError::TooMany => Self::new(Kind::Conflict, format!("{error}.")),
+            LeakError::TooMany => Self::new(ProblemKind::Conflict, format!("{error}.")),
             LeakError::Registry(error) => error.into(),
-            LeakError::Log(_) => Self::new(Kind::Unavailable, format!("{error}.")),
+            LeakError::Log(_) => Self::new(ProblemKind::Unavailable, format!("{error}.")),
             LeakError::Database(error) => {
                 tracing::error!(%error, "what a key let in could not be put into quarantine");
-                Self::new(Kind::Unavailable, "The rules cannot be written; nothing was changed.")
+                Self::new(ProblemKind::Unavailable, "The rules cannot be written; nothing was changed.")
             }
         }
     }

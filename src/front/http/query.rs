@@ -1,5 +1,5 @@
-//! Queries: what is stored of a datasource, as pages of records and as the newest values. Reading
-//! the database waits for the disk, so it happens on a thread that may, and only so many at once.
+//! Queries: the stored records of a datasource, as pages and as the newest values. A query waits for the
+//! disk, so it runs on a blocking thread, and only a limited number runs at once.
 
 use std::sync::Arc;
 
@@ -10,19 +10,19 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
 use super::credentials::Caller;
-use super::problem::{Kind, Problem};
-use super::{InPath, Shared, off_the_runtime};
+use super::problem::{Problem, ProblemKind};
+use super::{HttpFrontState, PathParameters, run_blocking};
 use crate::auth::Scope;
-use crate::consume::query::{Query, QueryError, RecordsQuery};
+use crate::consume::query::{QueryError, RecordsQuery, RecordsReader};
 use crate::consume::render::{self, parse_time};
 use crate::limits::{QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros};
 
-/// The query string of `records`; one that is not known is refused, as a filter that is not applied
-/// would return what was not asked for.
+/// The query string of `records`. An unknown parameter is refused: a filter that is not applied would
+/// return records that were not asked for.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Parameters {
+struct RecordsParameters {
     topic: Option<String>,
     from: Option<String>,
     to: Option<String>,
@@ -31,54 +31,54 @@ struct Parameters {
     limit: Option<usize>,
 }
 
-impl Parameters {
-    fn query(self, datasource: DatasourceId) -> Result<RecordsQuery, Problem> {
+impl RecordsParameters {
+    fn into_query(self, datasource: DatasourceId) -> Result<RecordsQuery, Problem> {
         let key_id = self.key_id.map(|id| KeyId::parse(&id)).transpose()?;
         Ok(RecordsQuery {
             datasource,
             topic: self.topic,
-            from: time("from", self.from)?,
-            to: time("to", self.to)?,
+            from: time_parameter("from", self.from)?,
+            to: time_parameter("to", self.to)?,
             after_offset: self.after_offset,
             key_id,
-            limit: limit(self.limit)?,
+            limit: page_limit(self.limit)?,
         })
     }
 }
 
-/// How many records a page is to have.
-pub(super) fn limit(asked: Option<usize>) -> Result<usize, Problem> {
+/// How many records a page may have.
+pub(super) fn page_limit(asked: Option<usize>) -> Result<usize, Problem> {
     let limit = asked.unwrap_or(QUERY_RECORDS_DEFAULT);
     if (1..=QUERY_RECORDS_MAX).contains(&limit) {
         return Ok(limit);
     }
     let words = format!("limit is {limit}: it has to be between 1 and {QUERY_RECORDS_MAX}.");
-    Err(Problem::new(Kind::Malformed, words).with("limit", QUERY_RECORDS_MAX))
+    Err(Problem::new(ProblemKind::Malformed, words).with("limit", QUERY_RECORDS_MAX))
 }
 
-/// The time that a request gives under a name.
-pub(super) fn time(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {
+/// Parses the time in the parameter `name`.
+pub(super) fn time_parameter(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {
     let Some(text) = text else { return Ok(None) };
     let time = parse_time(&text).ok_or_else(|| {
-        let words = format!("{name} has to be a time as RFC 3339 has it: 2026-11-23T09:00:00Z.");
-        Problem::new(Kind::Malformed, words)
+        let words = format!("{name} has to be an RFC 3339 time such as 2026-11-23T09:00:00Z.");
+        Problem::new(ProblemKind::Malformed, words)
     });
     time.map(Some)
 }
 
 /// `GET /v1/datasources/{datasource}/records`
 pub(super) async fn records(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(datasource): InPath<String>,
+    PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let datasource = readable(&shared, &caller, &datasource)?;
-    let QueryString(parameters) = QueryString::<Parameters>::try_from_uri(&uri)?;
-    let query = parameters.query(datasource)?;
-    run(&shared, move |stored| {
-        // Not by way of a `Value`: payloads are shown digit for digit.
-        Ok(Json(render::page_json(&stored.records(&query)?)).into_response())
+    let datasource = readable_datasource(&shared, &caller, &datasource)?;
+    let QueryString(parameters) = QueryString::<RecordsParameters>::try_from_uri(&uri)?;
+    let query = parameters.into_query(datasource)?;
+    run_query(&shared, move |stored| {
+        // Not through a `Value`, which could change the digits of a number in a payload.
+        Ok(Json(render::records_page_json(&stored.records(&query)?)).into_response())
     })
     .await
 }
@@ -92,37 +92,43 @@ struct LatestParameters {
 
 /// `GET /v1/datasources/{datasource}/latest`
 pub(super) async fn latest(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(datasource): InPath<String>,
+    PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let datasource = readable(&shared, &caller, &datasource)?;
+    let datasource = readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(LatestParameters { after_topic }) = QueryString::try_from_uri(&uri)?;
-    run(&shared, move |stored| Ok(Json(stored.latest(&datasource, after_topic.as_deref())?).into_response()))
-        .await
+    run_query(&shared, move |stored| {
+        Ok(Json(stored.latest(&datasource, after_topic.as_deref())?).into_response())
+    })
+    .await
 }
 
-/// The datasource whose records the caller wants to read, if it may.
-pub(super) fn readable(shared: &Shared, caller: &Caller, datasource: &str) -> Result<DatasourceId, Problem> {
-    caller.may(Scope::Subscribe, datasource)?;
+/// The datasource whose records are to be read, if the caller may read them.
+pub(super) fn readable_datasource(
+    shared: &HttpFrontState,
+    caller: &Caller,
+    datasource: &str,
+) -> Result<DatasourceId, Problem> {
+    caller.require_scope(Scope::Subscribe, datasource)?;
     Ok(shared.datasource(datasource)?.id.clone())
 }
 
-/// What is stored, if there is storage.
-pub(super) fn stored(shared: &Shared) -> Result<Query, Problem> {
+/// The stored records, if there is storage.
+pub(super) fn stored_records_query(shared: &HttpFrontState) -> Result<RecordsReader, Problem> {
     shared.parts.query.clone().ok_or_else(|| {
         let words = "Storage is off (storage.sink = \"none\"), so that no records can be read.";
-        Problem::new(Kind::NotFound, words).cause("no_storage")
+        Problem::new(ProblemKind::NotFound, words).with_cause("no_storage")
     })
 }
 
-/// Runs one query, when it is its turn.
-pub(super) async fn run(
-    shared: &Shared,
-    query: impl FnOnce(&Query) -> Result<Response, QueryError> + Send + 'static,
+/// Runs one query, as soon as fewer than the maximum are running.
+pub(super) async fn run_query(
+    shared: &HttpFrontState,
+    query: impl FnOnce(&RecordsReader) -> Result<Response, QueryError> + Send + 'static,
 ) -> Result<Response, Problem> {
-    let stored = stored(shared)?;
+    let stored = stored_records_query(shared)?;
     let _turn = shared.queries.acquire().await.expect("the semaphore is never closed");
-    off_the_runtime(move || Ok(query(&stored)?)).await
+    run_blocking(move || Ok(query(&stored)?)).await
 }

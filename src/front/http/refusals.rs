@@ -1,5 +1,5 @@
-//! Refusals: what was refused lately, and what to do about it, for who manages the gateway or the one
-//! datasource that is asked for.
+//! Refusals over HTTP: what was refused lately, and what to do about it; for admins of the gateway, or of
+//! the one datasource that is asked for.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry::Vacant;
@@ -13,23 +13,23 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Caller;
-use super::problem::{Kind, Problem};
-use super::{Shared, off_the_runtime};
+use super::problem::{Problem, ProblemKind};
+use super::{HttpFrontState, run_blocking};
 use crate::auth::Scope;
-use crate::auth::shape::Shape;
+use crate::auth::shape::KeyShape;
 use crate::consume::render::Rfc3339;
 use crate::limits::{REFUSALS_DEFAULT, REFUSALS_PER_SHARD_MAX, REFUSALS_SHARDS};
 use crate::message::{KeyId, Transport};
-use crate::observe::refusals::{Entry, Filter, OverLimit};
+use crate::observe::refusals::{OverLimit, RefusalEntry, RefusalFilter};
 
-/// The cause of refusals whose key has come to an end.
-const REVOKED: &str = "revoked_key";
-/// As many as there can be.
-const COUNT_MAX: usize = REFUSALS_SHARDS * REFUSALS_PER_SHARD_MAX;
+/// The cause of refusals for a revoked key.
+const REVOKED_KEY_CAUSE: &str = "revoked_key";
+/// The most entries that can exist.
+const REFUSALS_LISTED_MAX: usize = REFUSALS_SHARDS * REFUSALS_PER_SHARD_MAX;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Parameters {
+struct RefusalsParameters {
     client: Option<String>,
     address: Option<String>,
     cause: Option<String>,
@@ -37,17 +37,17 @@ struct Parameters {
     limit: Option<usize>,
 }
 
-/// What listing refusals answers.
+/// The answer to listing refusals.
 #[derive(Serialize)]
-struct List<'a> {
-    refusals: Vec<View<'a>>,
-    /// How many were counted and are in no entry, since the start of the gateway.
+struct RefusalListResponse<'a> {
+    refusals: Vec<RefusalView<'a>>,
+    /// How many refusals since the start of the gateway were counted but are in no entry.
     unlisted: u64,
 }
 
-/// One source of refusals; what is not known is left out.
+/// One source of refusals. Unknown members are left out.
 #[derive(Serialize)]
-struct View<'a> {
+struct RefusalView<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     address: Option<IpAddr>,
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -60,9 +60,9 @@ struct View<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     key_id: Option<KeyId>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    key_shape: Option<Shape>,
+    key_shape: Option<KeyShape>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    limit: Option<LimitView<'a>>,
+    limit: Option<RefusalLimitView<'a>>,
     count: u64,
     first_at: Rfc3339,
     last_at: Rfc3339,
@@ -70,16 +70,16 @@ struct View<'a> {
 }
 
 #[derive(Serialize)]
-struct LimitView<'a> {
+struct RefusalLimitView<'a> {
     name: &'a str,
     max: u64,
     of: &'a str,
     wait_seconds: f64,
 }
 
-impl<'a> View<'a> {
-    fn of(entry: &'a Entry, end: Option<&str>) -> Self {
-        let limit = |limit: &'a OverLimit| LimitView {
+impl<'a> RefusalView<'a> {
+    fn new(entry: &'a RefusalEntry, end: Option<&str>) -> Self {
+        let limit = |limit: &'a OverLimit| RefusalLimitView {
             name: limit.name,
             max: limit.max,
             of: &limit.owner,
@@ -105,41 +105,46 @@ impl<'a> View<'a> {
 
 /// `GET /v1/refusals`
 pub(super) async fn list(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let QueryString(parameters) = QueryString::<Parameters>::try_from_uri(&uri)?;
-    let Parameters { client, address, cause, datasource, limit } = parameters;
+    let QueryString(parameters) = QueryString::<RefusalsParameters>::try_from_uri(&uri)?;
+    let RefusalsParameters { client, address, cause, datasource, limit } = parameters;
     match &datasource {
-        Some(datasource) => caller.may(Scope::Admin, datasource)?,
-        None => caller.may_manage_all()?,
+        Some(datasource) => caller.require_scope(Scope::Admin, datasource)?,
+        None => caller.require_gateway_admin()?,
     }
     let address = match address {
         None => None,
         Some(text) => Some(text.parse().map_err(|_| {
-            Problem::new(Kind::Malformed, "address has to be an IP address, 203.0.113.9 or 2001:db8::1.")
+            Problem::new(
+                ProblemKind::Malformed,
+                "address has to be an IP address, 203.0.113.9 or 2001:db8::1.",
+            )
         })?),
     };
     let limit = limit.unwrap_or(REFUSALS_DEFAULT);
-    if !(1..=COUNT_MAX).contains(&limit) {
-        let words = format!("limit is {limit}: it has to be between 1 and {COUNT_MAX}.");
-        return Err(Problem::new(Kind::Malformed, words).with("limit", COUNT_MAX));
+    if !(1..=REFUSALS_LISTED_MAX).contains(&limit) {
+        let words = format!("limit is {limit}: it has to be between 1 and {REFUSALS_LISTED_MAX}.");
+        return Err(Problem::new(ProblemKind::Malformed, words).with("limit", REFUSALS_LISTED_MAX));
     }
     let refusals = shared.parts.intake.refusals();
-    let entries = refusals.newest(&Filter { client, address, cause, datasource }, limit);
+    let entries = refusals.newest(&RefusalFilter { client, address, cause, datasource }, limit);
     let unlisted = refusals.unlisted();
-    off_the_runtime(move || {
+    run_blocking(move || {
         // Each key's end is looked up once, however many clients still try it.
         let mut ends = HashMap::new();
-        for id in entries.iter().filter(|entry| entry.cause == REVOKED).filter_map(|entry| entry.key_id) {
+        for id in
+            entries.iter().filter(|entry| entry.cause == REVOKED_KEY_CAUSE).filter_map(|entry| entry.key_id)
+        {
             if let Vacant(place) = ends.entry(id) {
-                place.insert(shared.registry().end_of(id)?);
+                place.insert(shared.registry().describe_revocation(id)?);
             }
         }
-        let end = |entry: &Entry| ends.get(&entry.key_id?)?.as_deref();
-        let refusals = entries.iter().map(|entry| View::of(entry, end(entry))).collect();
-        Ok(Json(List { refusals, unlisted }).into_response())
+        let end = |entry: &RefusalEntry| ends.get(&entry.key_id?)?.as_deref();
+        let refusals = entries.iter().map(|entry| RefusalView::new(entry, end(entry))).collect();
+        Ok(Json(RefusalListResponse { refusals, unlisted }).into_response())
     })
     .await
 }

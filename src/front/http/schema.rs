@@ -1,7 +1,7 @@
-//! The schemas of a datasource: which are enforced, set and read, and what could be, inferred from what
-//! was stored. Whoever may read records may read both; setting needs an admin key.
+//! The schemas of a datasource: sets and reads those that are enforced, and proposes schemas inferred from
+//! stored records. A key that may read records may read both; setting needs an admin key.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -10,31 +10,31 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::credentials::Caller;
-use super::problem::{Kind, Problem};
-use super::{InPath, Shared, off_the_runtime, query};
+use super::problem::{Problem, ProblemKind};
+use super::{HttpFrontState, PathParameters, query, run_blocking};
 use crate::auth::{Actor, Datasource, Registry, Scope};
 use crate::consume::schema_inference::Inference;
 use crate::limits::HTTP_SCHEMAS_BYTES_MAX;
-use crate::validate::{Rules, RulesError, Validation, Written};
+use crate::validate::{Rules, RulesError, Validation, WrittenRule};
 
-/// What setting schemas takes: `schema` for one that is for every topic, or `schemas` for a list, of
-/// which the first whose filter matches a message's topic counts.
+/// The body of a request that sets schemas: `schema` for one schema for every topic, or `schemas` for a
+/// list, in which the first entry whose filter matches a message's topic counts.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Set {
+struct SetSchemasRequest {
     schema: Option<Value>,
-    schemas: Option<Vec<Written>>,
+    schemas: Option<Vec<WrittenRule>>,
 }
 
 /// A schema that is enforced.
 #[derive(Serialize)]
-struct Enforced<'a> {
+struct EnforcedSchema<'a> {
     filter: &'a str,
     version: u32,
     schema: &'a Value,
 }
 
-impl<'a> Enforced<'a> {
+impl<'a> EnforcedSchema<'a> {
     fn all(rules: Option<&'a Rules>) -> Vec<Self> {
         let rules = rules.into_iter().flat_map(Rules::iter);
         rules
@@ -47,93 +47,99 @@ impl<'a> Enforced<'a> {
     }
 }
 
-/// `PUT /v1/datasources/{datasource}/schema`: the next message meets them when this answers.
+/// `PUT /v1/datasources/{datasource}/schema`: once this answers, every message is checked against them.
 pub(super) async fn set(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(id): InPath<String>,
+    PathParameters(id): PathParameters<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    caller.may(Scope::Admin, &id)?;
+    caller.require_scope(Scope::Admin, &id)?;
     let datasource = shared.datasource(&id)?;
-    let Set { schema, schemas } = shared.read_json_up_to(request, HTTP_SCHEMAS_BYTES_MAX).await?;
+    let SetSchemasRequest { schema, schemas } =
+        shared.read_json_up_to(request, HTTP_SCHEMAS_BYTES_MAX).await?;
     let written = match (schema, schemas) {
-        (Some(schema), None) => Written::for_all(schema),
+        (Some(schema), None) => WrittenRule::for_all(schema),
         (None, Some(schemas)) => schemas,
         _ => {
             let words = "Give a schema for every topic as \"schema\", or a list as \"schemas\".";
-            return Err(Problem::new(Kind::Malformed, words).body_read());
+            return Err(Problem::new(ProblemKind::Malformed, words).after_body_read());
         }
     };
     let actor = caller.actor();
-    off_the_runtime(move || {
-        let _one_at_a_time = shared.setting_schemas.lock().unwrap_or_else(PoisonError::into_inner);
-        let rules = replace(&datasource, written)?;
-        put(shared.registry(), &actor, &datasource, &rules)?;
+    run_blocking(move || {
+        let _one_at_a_time = shared.setting_schemas.lock();
+        let rules = replacement_rules(&datasource, written)?;
+        store_rules(shared.registry(), &actor, &datasource, &rules)?;
         #[derive(Serialize)]
-        struct Answer<'a> {
-            enforced: Vec<Enforced<'a>>,
+        struct EnforcedSchemasResponse<'a> {
+            enforced: Vec<EnforcedSchema<'a>>,
         }
-        Ok(Json(Answer { enforced: Enforced::all(Some(&rules)) }).into_response())
+        Ok(Json(EnforcedSchemasResponse { enforced: EnforcedSchema::all(Some(&rules)) }).into_response())
     })
     .await
-    .map_err(Problem::body_read)
+    .map_err(Problem::after_body_read)
 }
 
-/// The rules that would take the place of a datasource's.
-fn replace(datasource: &Datasource, written: Vec<Written>) -> Result<Rules, Problem> {
-    let validation = Validation::of(&datasource.schemas);
+/// The rules that replace those of a datasource.
+fn replacement_rules(datasource: &Datasource, written: Vec<WrittenRule>) -> Result<Rules, Problem> {
+    let validation = Validation::from_setting(&datasource.schemas);
     let none = Rules::default();
-    // What cannot be read is given up for what is asked for.
+    // Rules that cannot be read are dropped: the new ones replace them anyway.
     let before = validation.rules().ok().flatten().unwrap_or(&none);
     Ok(before.replace(written)?)
 }
 
 /// Sets the rules, durably.
-fn put(registry: &Registry, actor: &Actor, datasource: &Datasource, rules: &Rules) -> Result<(), Problem> {
-    Ok(registry.set_datasource_schemas(actor, &datasource.id, Some(rules.to_kept()))?)
-}
-
-/// The rules that a datasource is to begin with, checked before it is made.
-pub(super) fn initial(schema: Value) -> Result<Rules, Problem> {
-    Ok(Rules::default().replace(Written::for_all(schema))?)
-}
-
-/// Gives a new datasource its rules.
-pub(super) fn begin_with(
+fn store_rules(
     registry: &Registry,
     actor: &Actor,
     datasource: &Datasource,
     rules: &Rules,
 ) -> Result<(), Problem> {
-    put(registry, actor, datasource, rules)
+    Ok(registry.set_datasource_schemas(actor, &datasource.id, Some(rules.to_stored_json()))?)
+}
+
+/// The first rules of a datasource, checked before it is created.
+pub(super) fn initial_rules(schema: Value) -> Result<Rules, Problem> {
+    Ok(Rules::default().replace(WrittenRule::for_all(schema))?)
+}
+
+/// Sets the rules of a new datasource.
+pub(super) fn store_initial_rules(
+    registry: &Registry,
+    actor: &Actor,
+    datasource: &Datasource,
+    rules: &Rules,
+) -> Result<(), Problem> {
+    store_rules(registry, actor, datasource, rules)
 }
 
 /// `GET /v1/datasources/{datasource}/schema`
 pub(super) async fn show(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
-    InPath(id): InPath<String>,
+    PathParameters(id): PathParameters<String>,
 ) -> Result<Response, Problem> {
-    caller.may(Scope::Subscribe, &id)?;
+    caller.require_scope(Scope::Subscribe, &id)?;
     let datasource = shared.datasource(&id)?;
-    let validation = Validation::of(&datasource.schemas);
-    query::run(&shared, move |stored| {
+    let validation = Validation::from_setting(&datasource.schemas);
+    query::run_query(&shared, move |stored| {
         #[derive(Serialize)]
-        struct Answer<'a> {
-            enforced: Vec<Enforced<'a>>,
+        struct SchemasResponse<'a> {
+            enforced: Vec<EnforcedSchema<'a>>,
             #[serde(flatten)]
             inference: Inference,
         }
         let inference = stored.inference(&datasource.id)?;
-        let enforced = Enforced::all(validation.rules().ok().flatten());
-        Ok(Json(Answer { enforced, inference }).into_response())
+        let enforced = EnforcedSchema::all(validation.rules().ok().flatten());
+        Ok(Json(SchemasResponse { enforced, inference }).into_response())
     })
     .await
 }
 
 impl From<RulesError> for Problem {
     fn from(error: RulesError) -> Self {
-        Self::new(Kind::Malformed, format!("{error}.")).cause("schema").body_read()
+        Self::new(ProblemKind::Malformed, format!("{error}.")).with_cause("schema").after_body_read()
     }
 }

@@ -1,9 +1,9 @@
-//! The server: accepts connections, as many as are allowed at once, speaks HTTP/1.1 or HTTP/2 on
-//! each, and ends them in a drain once the requests under way are answered.
+//! The server: accepts connections up to a limit, speaks HTTP/1.1 or HTTP/2 on each, and ends them in a
+//! drain once the requests under way are answered.
 //!
-//! A connection has `http.header_ms_max` for a request's header, from the moment at which it could have
-//! begun to send it; so one that is idle for as long is closed. Dropping the future of [`run`] ends every
-//! connection where it is.
+//! A connection has `http.header_ms_max` for a request's header, counted from the moment at which it could
+//! have begun to send it. So a connection that is idle for as long is closed. Dropping the future of
+//! [`run`] aborts every connection.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -24,38 +24,38 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 use tracing::{debug, warn};
 
-use super::presented::Presented;
-use super::socket::Socket;
-use crate::auth::usage::Client;
+use super::presented::PresentedKeys;
+use super::socket::HttpSocket;
+use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 
 /// How long to wait before accepting again when the process has no file descriptor left.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+const HTTP_ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// How often an HTTP/2 client is asked whether it is still there, and how long it has to answer.
-const HTTP2_PING: Duration = Duration::from_secs(20);
+const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
 /// What an HTTP/2 client may send of one body, and of all, before any of it is read.
 const HTTP2_WINDOW_BYTES: u32 = 256 << 10;
 
-/// Where a request came from: an extension of every request.
+/// The connection that a request came on: an extension of every request.
 #[derive(Debug, Clone)]
-pub(super) struct Peer {
+pub(super) struct HttpPeer {
     pub(super) addr: SocketAddr,
-    /// To be set when the request is answered before its body was read to the end.
+    /// Set when the request is answered before its body was read to the end.
     pub(super) unread: Arc<AtomicBool>,
     /// The keys that the connection has presented.
-    pub(super) keys: Arc<Presented>,
-    /// The client, as it is told of a key's use.
-    pub(super) client: Arc<Client>,
+    pub(super) keys: Arc<PresentedKeys>,
+    /// The client, as the usage of its key records it.
+    pub(super) client: Arc<KeyClient>,
 }
 
-/// Serves `router` on `listener` until `drain` is cancelled; returns when the requests that were
-/// under way then are answered.
+/// Serves `router` on `listener` until `drain` is cancelled; returns when the requests under way at that
+/// moment are answered.
 pub(super) async fn run(
     listener: TcpListener,
     router: Router,
-    config: &config::Http,
+    config: &config::HttpConfig,
     drain: CancellationToken,
 ) {
     let mut connections = JoinSet::new();
@@ -64,7 +64,7 @@ pub(super) async fn run(
         () = drain.cancelled() => {}
         never = accept_on(&listener, router, config, &drain, &mut connections) => match never {},
     }
-    // From here on a connection is refused instead of accepted and left alone.
+    // From here on the kernel refuses connections, instead of accepting them and leaving them unserved.
     drop(listener);
     while connections.join_next().await.is_some() {}
 }
@@ -73,12 +73,12 @@ pub(super) async fn run(
 pub(super) async fn accept_on(
     listener: &TcpListener,
     router: Router,
-    config: &config::Http,
+    config: &config::HttpConfig,
     drain: &CancellationToken,
     connections: &mut JoinSet<()>,
 ) -> Infallible {
     let permits = Arc::new(Semaphore::new(config.connections_max));
-    let builder = Arc::new(builder(config));
+    let builder = Arc::new(connection_builder(config));
     loop {
         let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
         let (stream, peer) = accept(listener).await;
@@ -86,37 +86,37 @@ pub(super) async fn accept_on(
         let (builder, router, drain) = (builder.clone(), router.clone(), drain.clone());
         let config = config.clone();
         connections.spawn(async move {
-            connection(stream, peer, &builder, router, &config, drain).await;
+            serve_connection(stream, peer, &builder, router, &config, drain).await;
             drop(permit);
         });
     }
 }
 
-/// The next connection, past any trouble with getting it.
+/// The next connection; retries after any error.
 async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     let mut warned = false;
     loop {
         match listener.accept().await {
             Ok(connection) => return connection,
-            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) if is_single_connection_error(&error) => {}
             Err(error) => {
                 if !warned {
                     warn!(%error, "HTTP connections cannot be accepted; trying again");
                     warned = true;
                 }
-                tokio::time::sleep(ACCEPT_AGAIN).await;
+                tokio::time::sleep(HTTP_ACCEPT_RETRY_PAUSE).await;
             }
         }
     }
 }
 
-/// Whether the error is that of a connection which was gone before it was accepted.
-fn is_of_one_connection(error: &std::io::Error) -> bool {
+/// Whether the error concerns one connection only, which was gone before it was accepted.
+fn is_single_connection_error(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-fn builder(config: &config::Http) -> auto::Builder<TokioExecutor> {
+fn connection_builder(config: &config::HttpConfig) -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
@@ -126,8 +126,8 @@ fn builder(config: &config::Http) -> auto::Builder<TokioExecutor> {
     builder
         .http2()
         .timer(TokioTimer::new())
-        .keep_alive_interval(HTTP2_PING)
-        .keep_alive_timeout(HTTP2_PING)
+        .keep_alive_interval(HTTP2_PING_INTERVAL)
+        .keep_alive_timeout(HTTP2_PING_INTERVAL)
         .max_concurrent_streams(HTTP2_STREAMS_MAX)
         .initial_stream_window_size(HTTP2_WINDOW_BYTES)
         .initial_connection_window_size(HTTP2_WINDOW_BYTES)
@@ -135,24 +135,24 @@ fn builder(config: &config::Http) -> auto::Builder<TokioExecutor> {
     builder
 }
 
-/// One connection, to its end.
-async fn connection(
+/// Serves one connection to its end.
+async fn serve_connection(
     stream: TcpStream,
     peer: SocketAddr,
     builder: &auto::Builder<TokioExecutor>,
     router: Router,
-    config: &config::Http,
+    config: &config::HttpConfig,
     drain: CancellationToken,
 ) {
-    // An answer is one small write; waiting for more to send would only delay it.
+    // An answer is one small write; Nagle's algorithm would only delay it.
     if let Err(error) = stream.set_nodelay(true) {
         debug!(%peer, %error, "TCP_NODELAY is not set");
     }
     let (spoken, unread) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let keys = Arc::new(Presented::default());
+    let keys = Arc::new(PresentedKeys::default());
     let service = {
-        let client = Arc::new(Client::new(Transport::Http, Some(peer.ip()), None));
-        let from = Peer { addr: peer, unread: unread.clone(), keys: keys.clone(), client };
+        let client = Arc::new(KeyClient::new(Transport::Http, Some(peer.ip()), None));
+        let from = HttpPeer { addr: peer, unread: unread.clone(), keys: keys.clone(), client };
         let spoken = spoken.clone();
         hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
             spoken.store(true, Ordering::Relaxed);
@@ -161,10 +161,10 @@ async fn connection(
         })
     };
     let stall_max = Duration::from_millis(config.body_ms_max);
-    let socket = TokioIo::new(Socket::new(stream, stall_max, unread));
+    let socket = TokioIo::new(HttpSocket::new(stream, stall_max, unread));
     let mut served = pin!(builder.serve_connection_with_upgrades(socket, service));
-    // hyper's timeout begins once it is known which HTTP a client speaks; this one covers the
-    // client that never says.
+    // hyper's timeout begins once it knows which HTTP version the client speaks; this one covers a client
+    // that never sends anything.
     let mut silence = pin!(tokio::time::sleep(Duration::from_millis(config.header_ms_max)));
     let mut key_dead = pin!(poll_fn(|cx| keys.control().poll_closed(cx)));
     let (mut listening, mut closing) = (true, false);
@@ -177,7 +177,7 @@ async fn connection(
                 }
                 return;
             }
-            // An idle connection ends at once, another one when what is under way is answered.
+            // An idle connection ends at once, a busy one when its requests are answered.
             () = drain.cancelled(), if !closing => {
                 closing = true;
                 served.as_mut().graceful_shutdown();

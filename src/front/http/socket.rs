@@ -1,11 +1,11 @@
-//! A socket that HTTP is served on: a TCP stream that does not wait for ever for a client that
-//! does not read, and that closes in a way that lets a client read what it was told.
+//! A socket that HTTP is served on: a TCP stream that does not wait for ever for a client that does not
+//! read, and that closes so that the client can still read the answer.
 //!
-//! A request is often answered before its body has been read: a wrong key is refused, and the body
-//! is nobody's business. Closing such a socket makes the kernel send a reset, which can overtake the
-//! answer; the client then sees a broken connection instead of the reason. So a close first shuts
-//! down its own direction, then reads and throws away a little of what still comes, as RFC 9112
-//! (9.6) advises. A close with nothing unread does not wait: that would only hold up a drain.
+//! A request is often answered before its body has been read: a wrong key is refused by its header
+//! alone. Closing such a socket makes the kernel send a reset, which can overtake the answer; the client
+//! then sees a broken connection instead of the reason. So a close first shuts down its own direction,
+//! then reads and discards a little of what still arrives, as RFC 9112 (9.6) advises. A close with
+//! nothing unread does not wait: that would only delay a drain.
 
 use std::io;
 use std::pin::Pin;
@@ -20,38 +20,38 @@ use tokio::time::{Instant, Sleep};
 
 use crate::limits::HTTP_LINGER_BYTES_MAX;
 
-/// How long a close goes on reading.
-const LINGER_MAX: Duration = Duration::from_secs(2);
+/// How long a close goes on reading and discarding.
+const SOCKET_LINGER_MAX: Duration = Duration::from_secs(2);
 
 /// A connection's socket.
-pub(super) struct Socket {
+pub(super) struct HttpSocket {
     stream: TcpStream,
     /// How long a write may wait for the client to read anything at all.
     stall_max: Duration,
-    /// Made when a write has to wait, or the close goes on reading; reused after.
+    /// Created when a write first has to wait or a close goes on reading; reused afterwards.
     timer: Option<Pin<Box<Sleep>>>,
-    /// Whether a request was answered before its body's end.
+    /// Whether a request was answered before its body was read to the end.
     unread: Arc<AtomicBool>,
-    writing: Writing,
+    writing: SocketWriteState,
 }
 
-/// What the sending half is doing, and with it what the timer is for.
+/// The state of the sending half, which also says what the timer is for.
 #[derive(PartialEq, Eq)]
-enum Writing {
+enum SocketWriteState {
     Free,
     /// The client does not read; the timer ends the wait.
     Stalled,
-    /// Our half is shut down, so many bytes are still read and thrown away; the timer ends that.
+    /// Our half is shut down; up to so many bytes are still read and discarded. The timer ends that.
     Lingering {
         bytes_left: usize,
     },
 }
 
-impl Socket {
+impl HttpSocket {
     /// A socket whose client may keep a write waiting for `stall_max`. Whoever leaves a request's body
     /// unread sets `unread`.
     pub(super) fn new(stream: TcpStream, stall_max: Duration, unread: Arc<AtomicBool>) -> Self {
-        Self { stream, stall_max, timer: None, unread, writing: Writing::Free }
+        Self { stream, stall_max, timer: None, unread, writing: SocketWriteState::Free }
     }
 
     /// The TCP stream, for another protocol to take over.
@@ -74,14 +74,18 @@ impl Socket {
         }
     }
 
-    /// Holds the outcome of a write against the clock.
-    fn watch(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    /// Fails a write that has waited for `stall_max`.
+    fn limit_stall(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
         if written.is_ready() {
-            self.writing = Writing::Free;
+            self.writing = SocketWriteState::Free;
             return written;
         }
-        if self.writing != Writing::Stalled {
-            self.writing = Writing::Stalled;
+        if self.writing != SocketWriteState::Stalled {
+            self.writing = SocketWriteState::Stalled;
             self.start_timer(self.stall_max);
         }
         ready!(self.poll_timer(cx));
@@ -89,7 +93,7 @@ impl Socket {
     }
 }
 
-impl AsyncRead for Socket {
+impl AsyncRead for HttpSocket {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -99,10 +103,10 @@ impl AsyncRead for Socket {
     }
 }
 
-impl AsyncWrite for Socket {
+impl AsyncWrite for HttpSocket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.watch(cx, written)
+        self.limit_stall(cx, written)
     }
 
     fn poll_write_vectored(
@@ -111,7 +115,7 @@ impl AsyncWrite for Socket {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.watch(cx, written)
+        self.limit_stall(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -122,26 +126,26 @@ impl AsyncWrite for Socket {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
-    /// With something unread, resolves when the client has closed its half too, or [`LINGER_MAX`] or
-    /// [`HTTP_LINGER_BYTES_MAX`] is over.
+    /// If a body is unread, resolves when the client has closed its half too, or when [`SOCKET_LINGER_MAX`] or
+    /// [`HTTP_LINGER_BYTES_MAX`] is exceeded.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !matches!(self.writing, Writing::Lingering { .. }) {
+        if !matches!(self.writing, SocketWriteState::Lingering { .. }) {
             ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
             if !self.unread.load(Ordering::Relaxed) {
                 return Poll::Ready(Ok(()));
             }
-            self.writing = Writing::Lingering { bytes_left: HTTP_LINGER_BYTES_MAX };
-            self.start_timer(LINGER_MAX);
+            self.writing = SocketWriteState::Lingering { bytes_left: HTTP_LINGER_BYTES_MAX };
+            self.start_timer(SOCKET_LINGER_MAX);
         }
         let mut scrap = [0; 4096];
-        while let Writing::Lingering { bytes_left } = self.writing
+        while let SocketWriteState::Lingering { bytes_left } = self.writing
             && bytes_left > 0
         {
             let mut buf = ReadBuf::new(&mut scrap);
             match Pin::new(&mut self.stream).poll_read(cx, &mut buf) {
                 Poll::Ready(Ok(())) if !buf.filled().is_empty() => {
                     let bytes_left = bytes_left.saturating_sub(buf.filled().len());
-                    self.writing = Writing::Lingering { bytes_left };
+                    self.writing = SocketWriteState::Lingering { bytes_left };
                 }
                 Poll::Ready(_) => return Poll::Ready(Ok(())),
                 Poll::Pending => {

@@ -1,5 +1,5 @@
-//! What HTTP says while the gateway waits for something that it cannot serve without, such as a log that is
-//! elsewhere: it is alive, it is not ready, and whoever wants anything of it is to come again.
+//! HTTP while the gateway waits for something that it cannot serve without, such as the log of a cluster:
+//! it is alive, it is not ready, and every other request is told to come again.
 
 use std::sync::Arc;
 
@@ -11,21 +11,21 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::probes::{self, readiness};
-use super::problem::{Kind, Problem};
+use super::probes::{self, readiness_response};
+use super::problem::{Problem, ProblemKind};
 use super::server;
 use crate::config;
 use crate::limits::RETRY_AFTER;
 
-/// Says what is waited for.
-pub type Reason = Arc<dyn Fn() -> String + Send + Sync>;
+/// Says what the gateway waits for.
+pub type UnreadyReason = Arc<dyn Fn() -> String + Send + Sync>;
 
-/// Serves HTTP on `listener` until `ready` is, and returns what came of it. Connections are closed then; new
-/// ones wait until the listener is served again.
-pub async fn until_ready<T>(
+/// Serves HTTP on `listener` until `ready` resolves, and returns its output. Connections are closed then;
+/// new ones wait until the listener is served again.
+pub async fn serve_until_ready<T>(
     listener: &TcpListener,
-    config: &config::Http,
-    reason: Reason,
+    config: &config::HttpConfig,
+    reason: UnreadyReason,
     ready: impl Future<Output = T>,
 ) -> T {
     let router = Router::new()
@@ -36,19 +36,19 @@ pub async fn until_ready<T>(
     let drain = CancellationToken::new();
     let mut connections = JoinSet::new();
     tokio::select! {
-        // Mostly it is ready at once, and nobody is served here.
+        // Mostly `ready` resolves at once; polled first, so that then nobody is served here.
         biased;
         ready = ready => ready,
         never = server::accept_on(listener, router, config, &drain, &mut connections) => match never {},
     }
 }
 
-async fn unready(State(reason): State<Reason>) -> Response {
-    readiness(vec![reason()], Vec::new())
+async fn unready(State(reason): State<UnreadyReason>) -> Response {
+    readiness_response(vec![reason()], Vec::new())
 }
 
-async fn unavailable(State(reason): State<Reason>) -> Response {
-    Problem::new(Kind::Unavailable, format!("The gateway is starting: {}.", reason()))
-        .retry_after(RETRY_AFTER)
+async fn unavailable(State(reason): State<UnreadyReason>) -> Response {
+    Problem::new(ProblemKind::Unavailable, format!("The gateway is starting: {}.", reason()))
+        .with_retry_after(RETRY_AFTER)
         .into_response()
 }

@@ -1,9 +1,9 @@
-//! `GET /mqtt`: the opening handshake of a WebSocket (RFC 6455, section 4) that is to carry MQTT. Once
-//! it is answered the connection belongs to the MQTT front, and counts there and not here.
+//! `GET /mqtt`: the opening handshake of a WebSocket (RFC 6455, section 4) that will carry MQTT. Once
+//! it is answered, the connection belongs to the MQTT front, and counts there and not here.
 //!
-//! The `Origin` is not looked at: pages of other sites may connect. Checking it keeps a site from
-//! using what a browser sends by itself, cookies above all, and there is no such thing here. The key
-//! is in the CONNECT, and only who knows it can put it there.
+//! The `Origin` is not checked: pages of other sites may connect. The check would protect what a browser
+//! sends by itself, above all cookies, and there is no such thing here. The key is in the CONNECT, and
+//! only a client that knows it can put it there.
 
 use std::sync::Arc;
 
@@ -24,31 +24,33 @@ use hyper_util::server::conn::auto::upgrade::downcast;
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use tokio::net::TcpStream;
 
-use super::Shared;
-use super::problem::{Kind, Problem};
-use super::server::Peer;
-use super::socket::Socket;
+use super::HttpFrontState;
+use super::problem::{Problem, ProblemKind};
+use super::server::HttpPeer;
+use super::socket::HttpSocket;
 
-/// The subprotocols that are served: MQTT's name, and the one that clients of MQTT 3.1 knew. Both
-/// stand for the same, as the CONNECT says the version.
-const SUBPROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
-/// What RFC 6455 (1.3) has a server put behind the client's key.
-const ACCEPT_SUFFIX: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
+/// The subprotocols that are served: MQTT's name, and the name that clients of MQTT 3.1 use. They mean
+/// the same here, because the CONNECT states the version.
+const MQTT_SUBPROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
+/// The GUID that a server appends to the client's key (RFC 6455, 1.3).
+const WEBSOCKET_ACCEPT_GUID: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// Answers the handshake, and hands the connection to the MQTT front.
 pub(super) async fn open(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HttpFrontState>>,
     mut request: Request,
 ) -> Result<Response, Problem> {
-    let offer = Offer::read(request.version(), request.headers())?;
-    let Some(peer) = request.extensions().get::<Peer>().map(|peer| peer.addr) else {
+    let offer = WebsocketOffer::read(request.version(), request.headers())?;
+    let Some(peer) = request.extensions().get::<HttpPeer>().map(|peer| peer.addr) else {
         return Err(Problem::internal(&"a request without the address it came from"));
     };
     let Some(admission) = shared.parts.mqtt.admit(peer) else {
         let words = "There are as many MQTT connections as mqtt.connections_max allows.";
-        return Err(Problem::new(Kind::Unavailable, words).cause("connections_max").counted());
+        return Err(Problem::new(ProblemKind::Unavailable, words)
+            .with_cause("connections_max")
+            .already_counted());
     };
-    admission.serve_websocket(taken_over(hyper::upgrade::on(&mut request)));
+    admission.serve_websocket(upgraded_stream(hyper::upgrade::on(&mut request)));
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
@@ -59,25 +61,25 @@ pub(super) async fn open(
     Ok(response)
 }
 
-/// The connection, once the answer is sent, and what the client sent behind its request.
-async fn taken_over(upgrade: OnUpgrade) -> Option<(TcpStream, Bytes)> {
+/// The connection, once the answer is sent, and the bytes that the client sent after its request.
+async fn upgraded_stream(upgrade: OnUpgrade) -> Option<(TcpStream, Bytes)> {
     let upgraded = upgrade.await.ok()?;
-    let parts = downcast::<TokioIo<Socket>>(upgraded).ok()?;
+    let parts = downcast::<TokioIo<HttpSocket>>(upgraded).ok()?;
     Some((parts.io.into_inner().into_stream(), parts.read_buf))
 }
 
-/// What a client's handshake comes to.
+/// What a client's handshake offers, checked.
 #[derive(Debug, PartialEq)]
-struct Offer {
-    /// The proof that its key was read.
+struct WebsocketOffer {
+    /// The proof that the server has read the `Sec-WebSocket-Key`.
     accept: HeaderValue,
     subprotocol: &'static str,
 }
 
-impl Offer {
+impl WebsocketOffer {
     fn read(version: Version, headers: &HeaderMap) -> Result<Self, Problem> {
-        let upgrade = |words| Err(Problem::new(Kind::UpgradeRequired, words).cause("websocket"));
-        let malformed = |words: String| Problem::new(Kind::Malformed, words).cause("websocket");
+        let upgrade = |words| Err(Problem::new(ProblemKind::UpgradeRequired, words).with_cause("websocket"));
+        let malformed = |words: String| Problem::new(ProblemKind::Malformed, words).with_cause("websocket");
         if version != Version::HTTP_11 {
             return upgrade("MQTT over WebSocket begins with HTTP/1.1.");
         }
@@ -89,24 +91,24 @@ impl Offer {
             );
         }
         if headers.get(SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
-            return upgrade("The version of WebSocket that is served is 13.");
+            return upgrade("Only version 13 of WebSocket is served.");
         }
         let key = headers.get(SEC_WEBSOCKET_KEY).map(HeaderValue::as_bytes).unwrap_or_default();
         if BASE64_STANDARD.decode(key).map_or(0, |key| key.len()) != 16 {
             return Err(malformed("Sec-WebSocket-Key has to be 16 bytes in base64.".to_owned()));
         }
         let offered = |name: &&str| tokens(headers, SEC_WEBSOCKET_PROTOCOL).any(|token| token == *name);
-        let Some(subprotocol) = SUBPROTOCOLS.into_iter().find(offered) else {
+        let Some(subprotocol) = MQTT_SUBPROTOCOLS.into_iter().find(offered) else {
             let words = "Offer the subprotocol 'mqtt' in Sec-WebSocket-Protocol.";
-            return Err(malformed(words.to_owned()).with("subprotocols", SUBPROTOCOLS.to_vec()));
+            return Err(malformed(words.to_owned()).with("subprotocols", MQTT_SUBPROTOCOLS.to_vec()));
         };
-        let proof = digest(&SHA1_FOR_LEGACY_USE_ONLY, &[key, ACCEPT_SUFFIX.as_bytes()].concat());
+        let proof = digest(&SHA1_FOR_LEGACY_USE_ONLY, &[key, WEBSOCKET_ACCEPT_GUID.as_bytes()].concat());
         let accept = HeaderValue::from_str(&BASE64_STANDARD.encode(proof)).expect("base64 is plain ASCII");
         Ok(Self { accept, subprotocol })
     }
 }
 
-/// The words of a header that is a list, over all the lines that it is spread over.
+/// The elements of a list header, over all lines that it spans.
 fn tokens(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &str> {
     let lines = headers.get_all(name).into_iter().filter_map(|line| line.to_str().ok());
     lines.flat_map(|line| line.split(',')).map(str::trim)
@@ -132,7 +134,7 @@ mod tests {
 
     #[test]
     fn the_handshake_of_the_specification_gets_its_answer() {
-        let offer = Offer::read(Version::HTTP_11, &handshake()).expect("it is in order");
+        let offer = WebsocketOffer::read(Version::HTTP_11, &handshake()).expect("it is in order");
         assert_eq!(offer.accept, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
         assert_eq!(offer.subprotocol, "mqtt");
     }
@@ -142,7 +144,7 @@ mod tests {
         for (offered, answered) in [("mqttv3.1", "mqttv3.1"), ("mqttv3.1, mqtt", "mqtt"), ("mqtt", "mqtt")] {
             let mut headers = handshake();
             headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(offered));
-            let offer = Offer::read(Version::HTTP_11, &headers).expect("it is in order");
+            let offer = WebsocketOffer::read(Version::HTTP_11, &headers).expect("it is in order");
             assert_eq!(offer.subprotocol, answered);
         }
     }
@@ -160,20 +162,20 @@ mod tests {
             (Version::HTTP_11, headers)
         };
         for ((version, headers), kind) in [
-            ((Version::HTTP_2, handshake()), Kind::UpgradeRequired),
-            ((Version::HTTP_10, handshake()), Kind::UpgradeRequired),
-            (without(CONNECTION), Kind::UpgradeRequired),
-            (without(UPGRADE), Kind::UpgradeRequired),
-            (without(SEC_WEBSOCKET_VERSION), Kind::UpgradeRequired),
-            (with(SEC_WEBSOCKET_VERSION, "8"), Kind::UpgradeRequired),
-            (with(UPGRADE, "h2c"), Kind::UpgradeRequired),
-            (without(SEC_WEBSOCKET_KEY), Kind::Malformed),
-            (with(SEC_WEBSOCKET_KEY, "c2hvcnQ="), Kind::Malformed),
-            (with(SEC_WEBSOCKET_KEY, "not base64"), Kind::Malformed),
-            (without(SEC_WEBSOCKET_PROTOCOL), Kind::Malformed),
-            (with(SEC_WEBSOCKET_PROTOCOL, "chat, MQTT"), Kind::Malformed),
+            ((Version::HTTP_2, handshake()), ProblemKind::UpgradeRequired),
+            ((Version::HTTP_10, handshake()), ProblemKind::UpgradeRequired),
+            (without(CONNECTION), ProblemKind::UpgradeRequired),
+            (without(UPGRADE), ProblemKind::UpgradeRequired),
+            (without(SEC_WEBSOCKET_VERSION), ProblemKind::UpgradeRequired),
+            (with(SEC_WEBSOCKET_VERSION, "8"), ProblemKind::UpgradeRequired),
+            (with(UPGRADE, "h2c"), ProblemKind::UpgradeRequired),
+            (without(SEC_WEBSOCKET_KEY), ProblemKind::Malformed),
+            (with(SEC_WEBSOCKET_KEY, "c2hvcnQ="), ProblemKind::Malformed),
+            (with(SEC_WEBSOCKET_KEY, "not base64"), ProblemKind::Malformed),
+            (without(SEC_WEBSOCKET_PROTOCOL), ProblemKind::Malformed),
+            (with(SEC_WEBSOCKET_PROTOCOL, "chat, MQTT"), ProblemKind::Malformed),
         ] {
-            let problem = Offer::read(version, &headers).expect_err("something is missing");
+            let problem = WebsocketOffer::read(version, &headers).expect_err("something is missing");
             assert_eq!(problem.kind(), kind, "{version:?} {headers:?}");
         }
     }

@@ -1,36 +1,37 @@
-//! Answers that wait for durability: the messages of one read, and the acknowledgements that they
-//! are due once the log has them.
+//! Answers that wait for durability: the acknowledgements for the messages of each read, sent once
+//! the log has the messages.
 
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use super::codec::write::{self, Answer, Form};
-use super::codec::{Reason, Version};
+use super::codec::write::{self, AckKind, PacketForm};
+use super::codec::{MqttVersion, ReasonCode};
 use crate::consume::subscriber::sessions::SessionStoreError;
-use crate::intake::{Accepted, Admitted, Refusal, Released};
-use crate::log::{AppendError, Outcome};
+use crate::intake::{AdmittedDraft, DurableDraft, PendingRelease, Refusal};
+use crate::log::{AppendError, SectionOutcome};
 
-/// Resolves when the session that an exchange belongs to is on the disk.
-pub(super) type Stored = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
+/// Resolves when the session of an exchange is on disk.
+pub(super) type SessionStoreWait = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
 
-/// What the answers to one read wait for.
+/// What the answers to one read wait for before they are sent.
 #[derive(Default)]
-pub(super) struct Waits {
-    /// Of its messages.
-    pub(super) admitted: Option<Admitted>,
-    /// Of its PUBRELs.
-    pub(super) released: Option<Released>,
-    pub(super) stored: Option<Stored>,
-    accepted: Option<Accepted>,
+pub(super) struct AckWaits {
+    /// The log has the messages.
+    pub(super) admitted: Option<AdmittedDraft>,
+    /// The log has the releases of the PUBRELs.
+    pub(super) released: Option<PendingRelease>,
+    /// The session is on disk.
+    pub(super) stored: Option<SessionStoreWait>,
+    accepted: Option<DurableDraft>,
 }
 
-impl Waits {
+impl AckWaits {
     pub(super) fn new(
-        admitted: Option<Admitted>,
-        released: Option<Released>,
-        stored: Option<Stored>,
+        admitted: Option<AdmittedDraft>,
+        released: Option<PendingRelease>,
+        stored: Option<SessionStoreWait>,
     ) -> Self {
         Self { admitted, released, stored, accepted: None }
     }
@@ -54,65 +55,75 @@ impl Waits {
 }
 
 /// One answer: to a QoS 1 or QoS 2 message, or to a PUBREL.
-struct Ack {
+struct MessageAck {
     packet_id: u16,
-    answer: Answer,
-    verdict: Verdict,
+    answer: AckKind,
+    verdict: AckVerdict,
 }
 
-enum Verdict {
-    /// On its way into the log, as part of this origin of the draft.
+enum AckVerdict {
+    /// The message goes into the log, as part of this origin of the draft.
     Admitted { origin: u32 },
-    /// On its way into quarantine, as part of this origin of the draft, for a reason.
+    /// The message goes into quarantine, as part of this origin of the draft, for the reason in `words`.
     Quarantined { origin: u32, words: Box<str> },
-    /// Refused for good.
-    Refused(Box<(Reason, String)>),
-    /// A yes to what came before already, or to a PUBREL.
+    /// The message is refused for good.
+    Refused(Box<(ReasonCode, String)>),
+    /// Success, for a message that was sent before or for a PUBREL.
     Done,
-    /// The answer to a PINGREQ: like the others it says that all before it is dealt with, QoS 0 too.
+    /// The answer to a PINGREQ. It says that every earlier message, also QoS 0, has been handled.
     Pong,
 }
 
-/// The answers that one read's messages are due, in the order in which they came.
+/// The answers to the messages of one read, in the order of the messages.
 #[derive(Default)]
-pub(super) struct Train {
-    acks: Vec<Ack>,
+pub(super) struct ReadAcks {
+    acks: Vec<MessageAck>,
     unacknowledged: usize,
 }
 
-impl Train {
-    /// A message went into the draft, as part of its `origin`.
-    pub(super) fn admitted(&mut self, answer: Answer, packet_id: u16, origin: usize) {
+impl ReadAcks {
+    /// Adds the answer to a message that is in the draft, as part of its `origin`.
+    pub(super) fn push_admitted(&mut self, answer: AckKind, packet_id: u16, origin: usize) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
-        self.unacknowledged += usize::from(answer == Answer::Puback);
-        self.acks.push(Ack { packet_id, answer, verdict: Verdict::Admitted { origin } });
+        self.unacknowledged += usize::from(answer == AckKind::Puback);
+        self.acks.push(MessageAck { packet_id, answer, verdict: AckVerdict::Admitted { origin } });
     }
 
-    /// A message went into the draft, as part of its `origin`, to be kept in quarantine.
-    pub(super) fn quarantined(&mut self, answer: Answer, packet_id: u16, origin: usize, words: String) {
+    /// Adds the answer to a message that is in the draft for quarantine, as part of its `origin`.
+    pub(super) fn push_quarantined(&mut self, answer: AckKind, packet_id: u16, origin: usize, words: String) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
-        self.unacknowledged += usize::from(answer == Answer::Puback);
-        let verdict = Verdict::Quarantined { origin, words: words.into() };
-        self.acks.push(Ack { packet_id, answer, verdict });
+        self.unacknowledged += usize::from(answer == AckKind::Puback);
+        let verdict = AckVerdict::Quarantined { origin, words: words.into() };
+        self.acks.push(MessageAck { packet_id, answer, verdict });
     }
 
-    /// A message was refused for good.
-    pub(super) fn refused(&mut self, answer: Answer, packet_id: u16, reason: Reason, words: String) {
-        self.unacknowledged += usize::from(answer == Answer::Puback);
-        self.acks.push(Ack { packet_id, answer, verdict: Verdict::Refused(Box::new((reason, words))) });
+    /// Adds the answer to a message that was refused for good.
+    pub(super) fn push_refused(
+        &mut self,
+        answer: AckKind,
+        packet_id: u16,
+        reason: ReasonCode,
+        words: String,
+    ) {
+        self.unacknowledged += usize::from(answer == AckKind::Puback);
+        self.acks.push(MessageAck {
+            packet_id,
+            answer,
+            verdict: AckVerdict::Refused(Box::new((reason, words))),
+        });
     }
 
-    /// A yes, once everything before has its answer.
-    pub(super) fn done(&mut self, answer: Answer, packet_id: u16) {
-        self.acks.push(Ack { packet_id, answer, verdict: Verdict::Done });
+    /// Adds a success, which is sent after every earlier answer.
+    pub(super) fn push_done(&mut self, answer: AckKind, packet_id: u16) {
+        self.acks.push(MessageAck { packet_id, answer, verdict: AckVerdict::Done });
     }
 
-    /// A PINGREQ.
-    pub(super) fn ping(&mut self) {
-        self.acks.push(Ack { packet_id: 0, answer: Answer::Puback, verdict: Verdict::Pong });
+    /// Adds the answer to a PINGREQ.
+    pub(super) fn push_pong(&mut self) {
+        self.acks.push(MessageAck { packet_id: 0, answer: AckKind::Puback, verdict: AckVerdict::Pong });
     }
 
-    /// How many QoS 1 messages are among those that are answered.
+    /// How many of the answers are to QoS 1 messages.
     pub(super) fn unacknowledged(&self) -> usize {
         self.unacknowledged
     }
@@ -121,60 +132,67 @@ impl Train {
         self.acks.is_empty()
     }
 
-    fn write(&self, accepted: Option<&Accepted>, form: Form, to: &mut Vec<u8>) {
+    fn write(&self, accepted: Option<&DurableDraft>, form: PacketForm, to: &mut Vec<u8>) {
         to.reserve(4 * self.acks.len());
         for ack in &self.acks {
             match &ack.verdict {
-                Verdict::Admitted { origin } => {
+                AckVerdict::Admitted { origin } => {
                     let outcome = accepted.and_then(|a| a.outcomes.get(*origin as usize));
                     match outcome {
-                        Some(Outcome::Kept(_) | Outcome::Duplicate(_)) => {
-                            write::answer(to, form, ack.answer, ack.packet_id, Reason::Success, None)
+                        Some(SectionOutcome::Kept(_) | SectionOutcome::Duplicate(_)) => {
+                            write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None)
                         }
                         // The key died between the check and the append: nothing was kept. MQTT 3.1.1
-                        // cannot say so, and says nothing: its connection closes with its key.
-                        _ if form.version != Version::V5 => {}
-                        _ => write::answer(to, form, ack.answer, ack.packet_id, Reason::NotAuthorized, None),
+                        // cannot express that, and gets no answer: the key's connections close.
+                        _ if form.version != MqttVersion::V5 => {}
+                        _ => write::message_ack(
+                            to,
+                            form,
+                            ack.answer,
+                            ack.packet_id,
+                            ReasonCode::NotAuthorized,
+                            None,
+                        ),
                     }
                 }
-                Verdict::Quarantined { origin, words } => {
+                AckVerdict::Quarantined { origin, words } => {
                     let outcome = accepted.and_then(|a| a.outcomes.get(*origin as usize));
                     let (reason, words) = match outcome {
-                        Some(Outcome::Kept(_) | Outcome::Duplicate(_)) => {
-                            (Reason::PayloadFormatInvalid, Some(&**words))
+                        Some(SectionOutcome::Kept(_) | SectionOutcome::Duplicate(_)) => {
+                            (ReasonCode::PayloadFormatInvalid, Some(&**words))
                         }
-                        _ => (Reason::NotAuthorized, None),
+                        _ => (ReasonCode::NotAuthorized, None),
                     };
-                    write::answer(to, form, ack.answer, ack.packet_id, reason, words);
+                    write::message_ack(to, form, ack.answer, ack.packet_id, reason, words);
                 }
-                Verdict::Pong => write::pingresp(to),
-                Verdict::Done => {
-                    write::answer(to, form, ack.answer, ack.packet_id, Reason::Success, None);
+                AckVerdict::Pong => write::pingresp(to),
+                AckVerdict::Done => {
+                    write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None);
                 }
-                Verdict::Refused(refused) => {
-                    write::answer(to, form, ack.answer, ack.packet_id, refused.0, Some(&refused.1));
+                AckVerdict::Refused(refused) => {
+                    write::message_ack(to, form, ack.answer, ack.packet_id, refused.0, Some(&refused.1));
                 }
             }
         }
     }
 }
 
-/// The trains that wait, oldest first. Answers leave in the order in which the messages came
+/// The reads whose answers wait, oldest first. Answers leave in the order of the messages
 /// (MQTT 5 section 4.6).
 #[derive(Default)]
-pub(super) struct Trains {
-    waiting: VecDeque<(Waits, Train)>,
+pub(super) struct PendingAcks {
+    waiting: VecDeque<(AckWaits, ReadAcks)>,
     unacknowledged: usize,
 }
 
-impl Trains {
-    /// Adds a read's answers, and what they wait for.
-    pub(super) fn push(&mut self, waits: Waits, train: Train) {
+impl PendingAcks {
+    /// Adds the answers to one read, and what they wait for.
+    pub(super) fn push(&mut self, waits: AckWaits, train: ReadAcks) {
         self.unacknowledged += train.unacknowledged();
         self.waiting.push_back((waits, train));
     }
 
-    /// How many reads wait.
+    /// How many reads wait for their answers.
     pub(super) fn len(&self) -> usize {
         self.waiting.len()
     }
@@ -188,14 +206,13 @@ impl Trains {
         self.unacknowledged
     }
 
-    /// Writes the answers that are due to `to`. Ready when none waits any more.
+    /// Writes the answers that are due to `to`. Ready when no answer waits.
     ///
     /// # Errors
-    /// The transient refusal of a draft: none of its messages, and none that came after, may be
-    /// answered.
+    /// The transient refusal of a draft. Neither its messages nor any later ones may be answered.
     pub(super) fn poll_write(
         &mut self,
-        form: Form,
+        form: PacketForm,
         to: &mut Vec<u8>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Refusal>> {

@@ -3,29 +3,32 @@
 
 use std::net::IpAddr;
 
-use super::codec::Connect;
+use super::codec::ConnectPacket;
 use super::codec::properties::Properties;
-use crate::auth::{Authorizer, Grant, Rejected};
+use crate::auth::{Authorizer, Grant, RejectedKey};
 
-/// Whether a user property carries a key. Its value is a secret then.
+/// Whether a user property carries a key, so that its value is a secret.
 pub(super) fn is_key_property(name: &str) -> bool {
     name.eq_ignore_ascii_case("authorization") || name.eq_ignore_ascii_case("x-api-key")
 }
 
-/// The keys among user properties.
+/// The keys in the user properties.
 pub(super) fn key_properties<'a>(properties: &Properties<'a>) -> impl Iterator<Item = &'a [u8]> + use<'a> {
-    properties.user().filter(|(name, _)| is_key_property(name)).map(|(_, value)| bare(value).as_bytes())
+    properties
+        .user()
+        .filter(|(name, _)| is_key_property(name))
+        .map(|(_, value)| without_scheme(value).as_bytes())
 }
 
-/// The grant of the key that a CONNECT from that address presents.
+/// The grant of the key that a CONNECT from the address `from` presents.
 ///
 /// # Errors
 /// Those of [`Authorizer::identify_among`].
-pub(super) fn of_connect(
-    connect: &Connect<'_>,
+pub(super) fn grant_of_connect(
+    connect: &ConnectPacket<'_>,
     authorizer: &Authorizer,
     from: IpAddr,
-) -> Result<Grant, Rejected> {
+) -> Result<Grant, RejectedKey> {
     let username = connect.username.map(str::as_bytes);
     let named = username.into_iter().chain(connect.password);
     let presented: Vec<&[u8]> = named.chain(key_properties(&connect.properties)).collect();
@@ -35,22 +38,22 @@ pub(super) fn of_connect(
 /// The grant of the key that a PUBLISH presents for itself, if it presents one.
 ///
 /// # Errors
-/// As [`of_connect`].
-pub(super) fn of_publish(
+/// As [`grant_of_connect`].
+pub(super) fn grant_of_publish(
     properties: &Properties<'_>,
     authorizer: &Authorizer,
     from: IpAddr,
-) -> Result<Option<Grant>, Rejected> {
+) -> Result<Option<Grant>, RejectedKey> {
     let mut keys = key_properties(properties);
     let Some(key) = keys.next() else { return Ok(None) };
     if keys.any(|other| other.trim_ascii() != key.trim_ascii()) {
-        return Err(authorizer.ambiguous_from(from));
+        return Err(authorizer.reject_ambiguous(from));
     }
     authorizer.identify_from(key, from).map(Some)
 }
 
-/// The key in the value of an `authorization` property: with or without a scheme in front.
-fn bare(value: &str) -> &str {
+/// The key in an `authorization` property's value, which may begin with a scheme.
+fn without_scheme(value: &str) -> &str {
     let value = value.trim();
     match value.split_once(' ') {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key,

@@ -1,15 +1,15 @@
 //! A delivery: one record on its way to one client, as a PUBLISH packet.
 //!
-//! An MQTT 5 client is told where the record stands: behind the publisher's own properties come the
+//! An MQTT 5 client also gets the record's metadata: the publisher's own properties are followed by the
 //! user properties `offset`, `datasource`, `received-at` and `key-id`.
 
 use std::collections::HashMap;
 
-use super::codec::Version;
+use super::codec::MqttVersion;
 use super::codec::properties::{
-    CONTENT_TYPE, MESSAGE_EXPIRY, Properties, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS, Value,
+    CONTENT_TYPE, MESSAGE_EXPIRY, Properties, PropertyValue, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS,
 };
-use super::codec::write::{self, Form};
+use super::codec::write::{self, PacketForm};
 use super::session::Subscription;
 use crate::consume::render;
 use crate::limits::MQTT_TOPIC_ALIASES_SENT_MAX;
@@ -20,20 +20,20 @@ use crate::message::{KeyId, RecordFlags, RecordRef, TimeMicros, now_micros};
 pub(super) struct Delivery {
     /// 0 or 1.
     pub(super) qos: u8,
-    /// It was sent before, perhaps.
+    /// The DUP flag: it may have been sent before.
     pub(super) dup: bool,
     /// The retain flag.
     pub(super) retain: bool,
-    /// Of the subscriptions that match.
+    /// The identifiers of the matching subscriptions.
     pub(super) identifiers: Vec<u32>,
-    /// With QoS 1.
+    /// `Some` with QoS 1.
     pub(super) packet_id: Option<u16>,
 }
 
 impl Delivery {
-    /// How a record goes out that matches `subscriptions`. `None` if it is not to, because it is the
-    /// subscriber's own.
-    pub(super) fn of<'a>(
+    /// How a record that matches `subscriptions` is delivered. `None` if it is not, because the subscriber
+    /// published it and asked for no-local.
+    pub(super) fn for_subscriptions<'a>(
         subscriptions: impl Iterator<Item = &'a Subscription>,
         record: &RecordRef<'_>,
         publisher: u64,
@@ -56,58 +56,63 @@ impl Delivery {
 }
 
 /// Writes PUBLISH packets to one client.
-pub(super) struct Writer {
-    form: Form,
-    /// The client, as the records that it published have it.
+pub(super) struct PublishWriter {
+    form: PacketForm,
+    /// The client's hash, as in the records that it published.
     pub(super) publisher: u64,
-    /// Its key is for all datasources: topics have the datasource in front.
+    /// The key is for all datasources, so topics begin with the datasource.
     names_datasource: bool,
-    aliases: Aliases,
-    /// Records that retention has removed before they were sent, to be told with the next message.
+    aliases: SentTopicAliases,
+    /// How many records retention removed before they were sent; reported with the next message.
     pub(super) skipped: u64,
-    /// The properties of the packet that is being put together.
+    /// The properties of the packet that is being written.
     properties: Vec<u8>,
-    origin: Origin,
+    origin: OriginProperties,
 }
 
-/// The properties that consecutive records mostly have in common, written once.
+/// The encoded properties that consecutive records mostly share.
 #[derive(Default)]
-struct Origin {
+struct OriginProperties {
     of: Option<(String, TimeMicros, KeyId)>,
     bytes: Vec<u8>,
 }
 
-/// The topics that have an alias, in this direction (section 3.3.2.3.4).
-struct Aliases {
+/// The topic aliases that the server has set (section 3.3.2.3.4).
+struct SentTopicAliases {
     by_topic: HashMap<String, u16>,
     max: u16,
 }
 
-/// What stands in a packet for its topic.
-enum Topic {
+/// How a packet names its topic.
+enum TopicField {
     Whole,
     /// An alias that the client knows.
     Alias,
 }
 
-impl Writer {
+impl PublishWriter {
     /// A writer for a client that takes up to `topic_alias_maximum` topic aliases.
-    pub(super) fn new(form: Form, publisher: u64, names_datasource: bool, topic_alias_maximum: u16) -> Self {
+    pub(super) fn new(
+        form: PacketForm,
+        publisher: u64,
+        names_datasource: bool,
+        topic_alias_maximum: u16,
+    ) -> Self {
         let max = topic_alias_maximum.min(MQTT_TOPIC_ALIASES_SENT_MAX);
         Self {
             form,
             publisher,
             names_datasource,
-            aliases: Aliases { by_topic: HashMap::new(), max },
+            aliases: SentTopicAliases { by_topic: HashMap::new(), max },
             skipped: 0,
             properties: Vec::new(),
-            origin: Origin::default(),
+            origin: OriginProperties::default(),
         }
     }
 
-    /// Writes a record to the end of `out`. `packet_id` is asked for the identifier once it is certain
-    /// that the record goes out. Returns whether it did: one that has expired, or is larger than the
-    /// client takes, does not (sections 3.3.2.3.3 and 3.1.2.11.4).
+    /// Appends a record to `out`. Calls `packet_id` only once it is certain that the record is sent.
+    /// Returns whether it is: a record that has expired, or is larger than the client accepts, is not
+    /// (sections 3.3.2.3.3 and 3.1.2.11.4).
     pub(super) fn write(
         &mut self,
         record: &RecordRef<'_>,
@@ -117,7 +122,7 @@ impl Writer {
     ) -> bool {
         let topic = [record.datasource, "/", record.topic];
         let mut topic = if self.names_datasource { &topic[..] } else { &topic[2..] };
-        let v5 = self.form.version == Version::V5;
+        let v5 = self.form.version == MqttVersion::V5;
         let mut without_own = 0;
         if v5 {
             let Some(bytes) = self.put_properties(record, delivery) else { return false };
@@ -127,17 +132,17 @@ impl Writer {
         let fits = |properties: usize| {
             let properties = v5.then_some(properties);
             let bytes = write::publish_bytes(topic_bytes, delivery.qos > 0, properties, record.payload.len());
-            // With the room that an alias takes.
+            // Three bytes for a topic alias.
             bytes + 3 <= self.form.packet_bytes_max as usize
         };
         if !fits(self.properties.len()) {
-            // What the gateway adds keeps no message from a client that would take it.
+            // The gateway's own properties must not make a message too large for the client.
             if !fits(without_own) {
                 return false;
             }
             self.properties.truncate(without_own);
         }
-        if v5 && let Topic::Alias = self.alias(topic) {
+        if v5 && let TopicField::Alias = self.put_topic_alias(topic) {
             topic = &[];
         }
         let properties = v5.then_some(&self.properties[..]);
@@ -152,13 +157,13 @@ impl Writer {
         true
     }
 
-    /// Puts the properties together; returns how many bytes they take without those that say where the
-    /// record stands. `None` if the message has expired.
+    /// Writes the properties. Returns how many bytes they take without the gateway's own. `None` if the
+    /// message has expired.
     fn put_properties(&mut self, record: &RecordRef<'_>, delivery: &Delivery) -> Option<usize> {
         let to = &mut self.properties;
         to.clear();
-        for (id, value, bytes) in Properties::kept(record.properties).iter() {
-            let Value::Number(expiry_s) = value else {
+        for (id, value, bytes) in Properties::from_wire(record.properties).iter() {
+            let PropertyValue::Number(expiry_s) = value else {
                 to.extend_from_slice(bytes);
                 continue;
             };
@@ -173,7 +178,7 @@ impl Writer {
             to.extend_from_slice(&left_s.to_be_bytes());
         }
         if !record.content_type.is_empty() {
-            write::text(to, CONTENT_TYPE, record.content_type);
+            write::text_property(to, CONTENT_TYPE, record.content_type);
         }
         for identifier in &delivery.identifiers {
             to.push(SUBSCRIPTION_IDENTIFIER);
@@ -188,22 +193,22 @@ impl Writer {
         Some(without_own)
     }
 
-    /// Puts a topic alias with the other properties if the topic has or can get one.
-    fn alias(&mut self, topic: &[&str]) -> Topic {
-        let Aliases { by_topic, max } = &mut self.aliases;
+    /// Adds a topic alias to the properties if the topic has or can get one.
+    fn put_topic_alias(&mut self, topic: &[&str]) -> TopicField {
+        let SentTopicAliases { by_topic, max } = &mut self.aliases;
         if *max == 0 {
-            return Topic::Whole;
+            return TopicField::Whole;
         }
         let whole = topic.concat();
         let known = by_topic.len();
         let (alias, topic) = match by_topic.get(&whole) {
-            Some(alias) => (*alias, Topic::Alias),
+            Some(alias) => (*alias, TopicField::Alias),
             None if known < usize::from(*max) => {
                 let alias = u16::try_from(known + 1).expect("at most the maximum");
                 by_topic.insert(whole, alias);
-                (alias, Topic::Whole)
+                (alias, TopicField::Whole)
             }
-            None => return Topic::Whole,
+            None => return TopicField::Whole,
         };
         self.properties.push(TOPIC_ALIAS);
         self.properties.extend_from_slice(&alias.to_be_bytes());
@@ -211,7 +216,7 @@ impl Writer {
     }
 }
 
-impl Origin {
+impl OriginProperties {
     fn put(&mut self, record: &RecordRef<'_>, to: &mut Vec<u8>) {
         let same = self.of.as_ref().is_some_and(|(datasource, received_at, key_id)| {
             datasource == record.datasource && *received_at == record.received_at && *key_id == record.key_id
@@ -220,7 +225,7 @@ impl Origin {
             self.of = Some((record.datasource.to_owned(), record.received_at, record.key_id));
             self.bytes.clear();
             write::user_property(&mut self.bytes, "datasource", record.datasource);
-            write::user_property(&mut self.bytes, "received-at", &render::time(record.received_at));
+            write::user_property(&mut self.bytes, "received-at", &render::rfc3339_text(record.received_at));
             write::user_property(&mut self.bytes, "key-id", &record.key_id.to_string());
         }
         to.extend_from_slice(&self.bytes);
@@ -266,30 +271,36 @@ mod tests {
         more.identifier = Some(9);
         more.retain_as_published = true;
         let two = [subscription(0), more];
-        let delivery = Delivery::of(two.iter(), &record(RecordFlags::RETAIN), 0).expect("wanted");
+        let delivery =
+            Delivery::for_subscriptions(two.iter(), &record(RecordFlags::RETAIN), 0).expect("wanted");
         let expected = Delivery { qos: 1, retain: true, identifiers: vec![9], ..Delivery::default() };
         assert_eq!(delivery, expected);
-        let at_most_once = Delivery::of(two.iter(), &record(RecordFlags::AT_MOST_ONCE), 0).expect("wanted");
+        let at_most_once =
+            Delivery::for_subscriptions(two.iter(), &record(RecordFlags::AT_MOST_ONCE), 0).expect("wanted");
         assert_eq!((at_most_once.qos, at_most_once.retain), (0, false));
-        assert_eq!(Delivery::of([].iter(), &record(RecordFlags::default()), 0), None);
+        assert_eq!(Delivery::for_subscriptions([].iter(), &record(RecordFlags::default()), 0), None);
     }
 
     #[test]
     fn no_local_keeps_back_the_subscribers_own_records_and_no_others() {
         let mut no_local = subscription(1);
         no_local.no_local = true;
-        let own =
-            |publisher| Delivery::of([no_local.clone()].iter(), &record(RecordFlags::default()), publisher);
+        let own = |publisher| {
+            Delivery::for_subscriptions([no_local.clone()].iter(), &record(RecordFlags::default()), publisher)
+        };
         assert_eq!(own(7), None);
         assert!(own(8).is_some());
         let both = [no_local.clone(), subscription(0)];
-        assert!(Delivery::of(both.iter(), &record(RecordFlags::default()), 7).is_some_and(|d| d.qos == 0));
+        assert!(
+            Delivery::for_subscriptions(both.iter(), &record(RecordFlags::default()), 7)
+                .is_some_and(|d| d.qos == 0)
+        );
     }
 
     #[test]
     fn what_does_not_fit_or_has_expired_is_not_sent_and_takes_no_identifier() {
-        let form = Form { version: Version::V5, reasons: true, packet_bytes_max: 300 };
-        let mut writer = Writer::new(form, 0, false, 0);
+        let form = PacketForm { version: MqttVersion::V5, reasons: true, packet_bytes_max: 300 };
+        let mut writer = PublishWriter::new(form, 0, false, 0);
         let mut out = Vec::new();
         let mut send = |record: &RecordRef<'_>, out: &mut Vec<u8>| {
             let mut delivery = Delivery { qos: 1, ..Delivery::default() };
@@ -311,8 +322,8 @@ mod tests {
 
     #[test]
     fn a_topic_gets_an_alias_until_there_are_no_more() {
-        let form = Form { version: Version::V5, reasons: true, packet_bytes_max: u32::MAX };
-        let mut writer = Writer::new(form, 0, true, 1);
+        let form = PacketForm { version: MqttVersion::V5, reasons: true, packet_bytes_max: u32::MAX };
+        let mut writer = PublishWriter::new(form, 0, true, 1);
         let mut sent = |topic| {
             let mut out = Vec::new();
             let mut record = record(RecordFlags::default());

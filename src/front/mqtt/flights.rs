@@ -1,9 +1,9 @@
 //! Flights: the QoS 1 messages that a subscriber was sent and has not acknowledged, with their
 //! packet identifiers.
 //!
-//! Identifiers are given out in turn, so that the one of an acknowledgement says where in the queue
-//! its message is. They stay with the session: a client that comes back is sent the same messages
-//! with the same identifiers (MQTT 5 section 4.4).
+//! Identifiers are assigned in sequence, so the identifier in an acknowledgement gives the message's
+//! position in the queue. They stay with the session: a client that reconnects is sent the same
+//! messages with the same identifiers (MQTT 5 section 4.4).
 
 use std::collections::VecDeque;
 
@@ -14,29 +14,29 @@ use crate::message::Offset;
 
 /// Where a message that is in flight came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Source {
-    /// The session's own place in the log.
+pub(super) enum FlightSource {
+    /// The session's own feed.
     Log,
-    /// What was retained.
+    /// The retained messages.
     Retained,
-    /// The group of this subscription.
+    /// The group of the subscription in this slot.
     Group(u32),
 }
 
-/// One message.
+/// One message in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Flight {
+pub(super) struct MqttFlight {
     pub(super) offset: Offset,
-    pub(super) source: Source,
+    pub(super) source: FlightSource,
     acknowledged: bool,
 }
 
 /// The messages in flight, oldest first.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Flights {
-    /// The packet identifier of the first in the queue, or of the next to come.
+    /// The packet identifier of the first message in the queue, or of the next one if it is empty.
     first_id: u16,
-    queue: VecDeque<Flight>,
+    queue: VecDeque<MqttFlight>,
     unacknowledged: usize,
 }
 
@@ -47,24 +47,24 @@ impl Default for Flights {
 }
 
 impl Flights {
-    /// How many more may be sent to a client that takes `receive_maximum`.
+    /// How many more messages a client with this `receive_maximum` may be sent.
     pub(super) fn room(&self, receive_maximum: u16) -> usize {
         let window = usize::from(receive_maximum).min(MQTT_FLIGHTS_MAX).saturating_sub(self.unacknowledged);
-        // One that is never acknowledged holds up those behind it in the end: the queue is bounded.
+        // Acknowledged messages stay behind an unacknowledged one: this bounds the queue.
         window.min((2 * MQTT_FLIGHTS_MAX).saturating_sub(self.queue.len()))
     }
 
-    /// Adds a message and gives it its packet identifier.
-    pub(super) fn push(&mut self, offset: Offset, source: Source) -> u16 {
-        let id = self.id(self.queue.len());
-        self.queue.push_back(Flight { offset, source, acknowledged: false });
+    /// Adds a message and returns its packet identifier.
+    pub(super) fn push(&mut self, offset: Offset, source: FlightSource) -> u16 {
+        let id = self.packet_id_at(self.queue.len());
+        self.queue.push_back(MqttFlight { offset, source, acknowledged: false });
         self.unacknowledged += 1;
         id
     }
 
-    /// The client has acknowledged a message. `None` if there is none of that identifier in flight.
-    pub(super) fn acknowledge(&mut self, packet_id: u16) -> Option<Flight> {
-        // Identifiers go from 1 to 65,535 and then from 1 again.
+    /// Marks a message as acknowledged. `None` if no message with that identifier is in flight.
+    pub(super) fn acknowledge(&mut self, packet_id: u16) -> Option<MqttFlight> {
+        // Identifiers run from 1 to 65,535 and wrap to 1.
         let from_first = (u32::from(packet_id) + 65_535 - u32::from(self.first_id)) % 65_535;
         let flight = self.queue.get_mut(from_first as usize)?;
         if packet_id == 0 || std::mem::replace(&mut flight.acknowledged, true) {
@@ -74,7 +74,7 @@ impl Flights {
         self.unacknowledged -= 1;
         while self.queue.front().is_some_and(|first| first.acknowledged) {
             self.queue.pop_front();
-            self.first_id = self.id(1);
+            self.first_id = self.packet_id_at(1);
         }
         if self.queue.is_empty() {
             // An idle connection holds no queue.
@@ -83,20 +83,21 @@ impl Flights {
         Some(flight)
     }
 
-    /// Those that are not acknowledged, with their packet identifiers, oldest first.
-    pub(super) fn unacknowledged(&self) -> impl Iterator<Item = (u16, Flight)> {
+    /// The unacknowledged messages with their packet identifiers, oldest first.
+    pub(super) fn unacknowledged(&self) -> impl Iterator<Item = (u16, MqttFlight)> {
         let all = self.queue.iter().enumerate();
-        all.filter(|(_, flight)| !flight.acknowledged).map(|(nth, flight)| (self.id(nth), *flight))
+        all.filter(|(_, flight)| !flight.acknowledged).map(|(nth, flight)| (self.packet_id_at(nth), *flight))
     }
 
-    /// The lowest offset of those from the session's own place in the log.
-    pub(super) fn lowest(&self) -> Option<Offset> {
-        let own = self.queue.iter().filter(|flight| !flight.acknowledged && flight.source == Source::Log);
+    /// The lowest unacknowledged offset from the session's own feed.
+    pub(super) fn lowest_log_offset(&self) -> Option<Offset> {
+        let own =
+            self.queue.iter().filter(|flight| !flight.acknowledged && flight.source == FlightSource::Log);
         own.map(|flight| flight.offset).min()
     }
 
-    /// Whether they are as they can be, when somebody else has written them.
-    pub(super) fn are_sound(&self) -> bool {
+    /// Whether the fields agree; they may come from another node.
+    pub(super) fn is_consistent(&self) -> bool {
         let unacknowledged = self.queue.iter().filter(|flight| !flight.acknowledged).count();
         self.first_id > 0
             && self.queue.len() <= 2 * MQTT_FLIGHTS_MAX
@@ -108,8 +109,8 @@ impl Flights {
         self.unacknowledged == 0
     }
 
-    /// The packet identifier of the `nth` in the queue.
-    fn id(&self, nth: usize) -> u16 {
+    /// The packet identifier of the `nth` message in the queue.
+    fn packet_id_at(&self, nth: usize) -> u16 {
         let id = (usize::from(self.first_id) - 1 + nth) % 65_535 + 1;
         u16::try_from(id).expect("at most 65,535")
     }
@@ -124,7 +125,7 @@ mod tests {
         let mut flights = Flights::default();
         let mut waiting = VecDeque::new();
         for offset in 0..200_000 {
-            let id = flights.push(offset, Source::Log);
+            let id = flights.push(offset, FlightSource::Log);
             assert_ne!(id, 0);
             waiting.push_back((id, offset));
             if waiting.len() > 100 {
@@ -133,7 +134,7 @@ mod tests {
                 assert_eq!(flights.acknowledge(id).map(|flight| flight.offset), Some(offset));
                 assert_eq!(flights.acknowledge(id), None, "only once");
             }
-            assert_eq!(flights.lowest(), waiting.iter().map(|(_, offset)| *offset).min());
+            assert_eq!(flights.lowest_log_offset(), waiting.iter().map(|(_, offset)| *offset).min());
         }
         let left: Vec<_> = flights.unacknowledged().map(|(id, flight)| (id, flight.offset)).collect();
         assert_eq!(left, Vec::from(waiting));
@@ -143,7 +144,7 @@ mod tests {
     fn an_identifier_that_is_not_in_flight_is_nobodys() {
         let mut flights = Flights::default();
         assert_eq!(flights.acknowledge(1), None);
-        let id = flights.push(5, Source::Retained);
+        let id = flights.push(5, FlightSource::Retained);
         assert_eq!(flights.acknowledge(id + 1), None);
         assert_eq!(flights.acknowledge(0), None);
         assert!(flights.acknowledge(id).is_some() && flights.is_empty());
@@ -152,7 +153,7 @@ mod tests {
     #[test]
     fn no_more_are_in_flight_than_the_client_takes() {
         let mut flights = Flights::default();
-        let ids: Vec<u16> = (0..3).map(|offset| flights.push(offset, Source::Log)).collect();
+        let ids: Vec<u16> = (0..3).map(|offset| flights.push(offset, FlightSource::Log)).collect();
         assert_eq!((flights.room(3), flights.room(4)), (0, 1));
         flights.acknowledge(ids[1]);
         assert_eq!(flights.room(3), 1);

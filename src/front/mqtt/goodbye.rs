@@ -1,44 +1,44 @@
-//! A goodbye: why a connection ends, and the last thing that the client is told.
+//! A goodbye: the reason why a connection ends, and the last packet that the client is sent.
 
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::codec::write;
-use super::codec::{Frame, Reason};
-use super::inbound::{End, Inbound, reason_of};
-use super::outbound::Trouble;
-use super::stream::Stream;
-use crate::auth::Denied;
-use crate::auth::connections::Close;
+use super::codec::{MqttFrame, ReasonCode};
+use super::inbound::{Inbound, InboundEnd, refusal_reason_code};
+use super::outbound::OutboundError;
+use super::stream::ClientStream;
+use crate::auth::GrantDenial;
+use crate::auth::connections::CloseReason;
 use crate::intake::Refusal;
 use crate::message::Transport;
-use crate::observe::refusals::{Note, Refusals};
+use crate::observe::refusals::{RefusalNote, Refusals};
 
-/// How long a client may take to read what it is told last.
-const GOODBYE_MAX: Duration = Duration::from_secs(2);
+/// How long a client may take to read its last packets.
+const MQTT_GOODBYE_WAIT_MAX: Duration = Duration::from_secs(2);
 
-/// Why a connection stops being served.
-pub(super) enum Stop {
-    /// The client ended it, or broke a rule.
-    End(End),
-    /// The key's death, a takeover, a shutdown.
-    Close(Close),
-    /// The log could not take what it brought, or a limit let it not go on, for too long.
+/// The reason why the gateway stops serving a connection.
+pub(super) enum StopReason {
+    /// The client ended the connection, or broke a rule.
+    End(InboundEnd),
+    /// The key died, another connection took over, or the gateway shuts down.
+    Close(CloseReason),
+    /// The log could not take the client's messages, or a limit held them back, for too long.
     Transient(Refusal),
-    /// It was silent for longer than its keep-alive allows.
+    /// The client was silent for longer than its keep-alive allows.
     Silent,
-    /// It does not read what it is sent.
+    /// The client does not read what it is sent.
     Stuck,
-    /// What it is subscribed to cannot be read.
-    Trouble(Trouble),
-    /// The network.
-    Io,
+    /// The records for the client's subscriptions cannot be read.
+    OutboundFailed(OutboundError),
+    /// The network failed.
+    NetworkFailed,
 }
 
-impl Stop {
-    /// What the client is told last, and reported with: behind the rest of what it is `owed`, of which
-    /// `sent` went out before.
+impl StopReason {
+    /// The last bytes for the client: the rest of what it is `owed`, then the reason. `sent` is what went
+    /// out before. Also reports the refusal, if this is one.
     pub(super) fn last_words(
         &self,
         sent: &[u8],
@@ -47,59 +47,73 @@ impl Stop {
         refusals: &Refusals,
     ) -> Vec<u8> {
         let mut out = match self {
-            Stop::Close(Close::KeyDead) => without_messages(sent, &owed),
+            StopReason::Close(CloseReason::KeyDead) => without_messages(sent, &owed),
             _ => owed,
         };
         let mut say = |reason, words: &str| write::disconnect(&mut out, inbound.form, reason, words);
         match self {
-            Stop::End(End::Lost | End::Goodbye(_)) | Stop::Stuck | Stop::Io => {}
-            Stop::Trouble(trouble) => say(Reason::ImplementationSpecificError, &trouble.to_string()),
-            Stop::End(End::Violation(violation)) => {
-                refusals.note(inbound.note(Note::new(Transport::Mqtt, "protocol", violation)));
+            StopReason::End(InboundEnd::Lost | InboundEnd::Goodbye(_))
+            | StopReason::Stuck
+            | StopReason::NetworkFailed => {}
+            StopReason::OutboundFailed(trouble) => {
+                say(ReasonCode::ImplementationSpecificError, &trouble.to_string())
+            }
+            StopReason::End(InboundEnd::Violation(violation)) => {
+                refusals.note(inbound.note(RefusalNote::new(Transport::Mqtt, "protocol", violation)));
                 say(violation.reason, violation.text);
             }
-            Stop::End(End::Refused(Refusal::Denied(Denied::Revoked))) => {
-                say(Reason::AdministrativeAction, "the API key is no longer valid")
+            StopReason::End(InboundEnd::Refused(Refusal::Denied(GrantDenial::Revoked))) => {
+                say(ReasonCode::AdministrativeAction, "the API key is no longer valid")
             }
-            Stop::End(End::Refused(refusal)) => say(reason_of(refusal), &refusal.to_string()),
-            Stop::Transient(refusal) => {
+            StopReason::End(InboundEnd::Refused(refusal)) => {
+                say(refusal_reason_code(refusal), &refusal.to_string())
+            }
+            StopReason::Transient(refusal) => {
                 refusals.note(inbound.note(refusal.note(Transport::Mqtt)));
-                say(reason_of(refusal), &refusal.to_string());
+                say(refusal_reason_code(refusal), &refusal.to_string());
             }
-            Stop::Close(Close::KeyDead) => {
-                say(Reason::AdministrativeAction, "the API key is no longer valid")
+            StopReason::Close(CloseReason::KeyDead) => {
+                say(ReasonCode::AdministrativeAction, "the API key is no longer valid")
             }
-            Stop::Close(Close::TakenOver) => say(Reason::SessionTakenOver, "the client connected again"),
-            Stop::Close(Close::Drain) => say(Reason::ServerShuttingDown, "the gateway is shutting down"),
-            Stop::Silent => say(Reason::KeepAliveTimeout, "nothing was heard for one and a half keep-alives"),
+            StopReason::Close(CloseReason::TakenOver) => {
+                say(ReasonCode::SessionTakenOver, "the client connected again")
+            }
+            StopReason::Close(CloseReason::Drain) => {
+                say(ReasonCode::ServerShuttingDown, "the gateway is shutting down")
+            }
+            StopReason::Silent => {
+                say(ReasonCode::KeepAliveTimeout, "nothing was heard for one and a half keep-alives")
+            }
         }
         out
     }
 }
 
-impl std::fmt::Display for Stop {
+impl std::fmt::Display for StopReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Stop::End(End::Lost) => f.write_str("the client is gone"),
-            Stop::End(End::Goodbye(_)) => f.write_str("the client left"),
-            Stop::Trouble(trouble) => write!(f, "{trouble}"),
-            Stop::End(End::Violation(violation)) => write!(f, "{violation}"),
-            Stop::End(End::Refused(refusal)) | Stop::Transient(refusal) => write!(f, "{refusal}"),
-            Stop::Close(why) => write!(f, "{why:?}"),
-            Stop::Silent => f.write_str("keep-alive"),
-            Stop::Stuck => f.write_str("the client does not read"),
-            Stop::Io => f.write_str("the network"),
+            StopReason::End(InboundEnd::Lost) => f.write_str("the client is gone"),
+            StopReason::End(InboundEnd::Goodbye(_)) => f.write_str("the client left"),
+            StopReason::OutboundFailed(trouble) => write!(f, "{trouble}"),
+            StopReason::End(InboundEnd::Violation(violation)) => write!(f, "{violation}"),
+            StopReason::End(InboundEnd::Refused(refusal)) | StopReason::Transient(refusal) => {
+                write!(f, "{refusal}")
+            }
+            StopReason::Close(why) => write!(f, "{why:?}"),
+            StopReason::Silent => f.write_str("keep-alive"),
+            StopReason::Stuck => f.write_str("the client does not read"),
+            StopReason::NetworkFailed => f.write_str("the network"),
         }
     }
 }
 
-/// What of `owed` a client whose key is dead still gets: the rest of the packet that it has the beginning
-/// of in `sent`, and the answers to what it brought. Messages, which it may no longer see, are left out.
+/// Filters `owed` for a client whose key is dead. The rest of a packet that began in `sent` stays, and so
+/// do the answers to the client's packets. Messages, which the client may no longer see, are left out.
 fn without_messages(sent: &[u8], owed: &[u8]) -> Vec<u8> {
     const PUBLISH: u8 = 3;
     let all = [sent, owed].concat();
     let (mut out, mut at) = (Vec::new(), 0);
-    while let Some(bytes) = Frame::bytes_at(&all[at..]) {
+    while let Some(bytes) = MqttFrame::packet_bytes(&all[at..]) {
         let end = (at + bytes).min(all.len());
         let begun = at < sent.len() && end > sent.len();
         if begun || (at >= sent.len() && all[at] >> 4 != PUBLISH) {
@@ -110,9 +124,9 @@ fn without_messages(sent: &[u8], owed: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Writes the last words and waits a moment until the client has them: closing with unread input
-/// would reset the connection, and the words might never arrive.
-pub(super) async fn say_goodbye(stream: &mut Stream, words: &[u8]) {
+/// Writes the last packets and reads until the client closes, for a limited time. A close with
+/// unread input would reset the connection, and the packets might never arrive.
+pub(super) async fn say_goodbye(stream: &mut ClientStream, words: &[u8]) {
     let said = async {
         if stream.write_all(words).await.is_err() || stream.shutdown().await.is_err() {
             return;
@@ -120,7 +134,7 @@ pub(super) async fn say_goodbye(stream: &mut Stream, words: &[u8]) {
         let mut rest = [0; 512];
         while matches!(stream.read(&mut rest).await, Ok(1..)) {}
     };
-    let _ = tokio::time::timeout(GOODBYE_MAX, said).await;
+    let _ = tokio::time::timeout(MQTT_GOODBYE_WAIT_MAX, said).await;
 }
 
 #[cfg(test)]

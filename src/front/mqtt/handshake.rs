@@ -1,5 +1,5 @@
-//! The handshake: from a stranger's first byte to a connection with a grant, or a refusal that says
-//! why.
+//! The handshake: from a connection's first byte to a connection with a grant, or to a refusal with its
+//! reason.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,53 +10,53 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use super::Front;
-use super::codec::write::{self, Form, Limits};
-use super::codec::{Connect, Frame, Reason, Version, Violation};
+use super::MqttFront;
+use super::codec::write::{self, ConnackLimits, PacketForm};
+use super::codec::{ConnectPacket, MqttFrame, MqttVersion, ReasonCode, Violation};
 use super::credentials;
-use super::inbound::{Inbound, Who, reason_of};
-use super::session::Session;
-use super::sessions::{NotEntered, Present, Taken};
-use super::wills::Will;
-use crate::auth::connections::{Close, Control, Entered};
-use crate::auth::usage::Client;
-use crate::auth::{Denied, Rejected};
+use super::inbound::{ClientIdentity, Inbound, refusal_reason_code};
+use super::session::MqttSession;
+use super::sessions::{ClientGuard, EnterError, EnteredClient};
+use super::wills::MqttWill;
+use crate::auth::connections::{CloseReason, ConnectionControl, KeyConnectionGuard};
+use crate::auth::usage::KeyClient;
+use crate::auth::{GrantDenial, RejectedKey};
 use crate::limits::{CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_TOPIC_ALIAS_MAXIMUM};
 use crate::message::{DatasourceId, Transport, holds_key, now_micros};
-use crate::observe::refusals::Note;
+use crate::observe::refusals::RefusalNote;
 
-/// What a TLS client sends first. It has the upper half of a CONNECT.
-const TLS_HANDSHAKE: u8 = 0x16;
+/// The first byte of a TLS client. Its upper half is that of a CONNECT.
+const TLS_HANDSHAKE_FIRST_BYTE: u8 = 0x16;
 
 /// A connection whose key was accepted.
-pub(super) struct Opened {
+pub(super) struct OpenedConnection {
     pub(super) inbound: Inbound,
-    /// The connection's place among its key's.
-    pub(super) entered: Entered,
-    /// The client's place among those that are connected.
-    pub(super) present: Present,
-    pub(super) session: Session,
-    pub(super) will: Option<Box<Will>>,
-    /// How many topic aliases the client takes.
+    /// The connection's registration with its key.
+    pub(super) entered: KeyConnectionGuard,
+    /// The client's entry among the sessions.
+    pub(super) present: ClientGuard,
+    pub(super) session: MqttSession,
+    pub(super) will: Option<Box<MqttWill>>,
+    /// How many topic aliases the client accepts.
     pub(super) topic_alias_maximum: u16,
-    /// How many unacknowledged messages the client takes.
+    /// How many unacknowledged messages the client accepts.
     pub(super) receive_maximum: u16,
-    /// How long the client may be silent; `None` is for ever.
+    /// How long the client may be silent; `None` means without limit.
     pub(super) silence_max: Option<Duration>,
-    /// What came in the same breath as the CONNECT.
+    /// Bytes that were read together with the CONNECT.
     pub(super) early: Vec<u8>,
     /// The CONNACK.
     pub(super) answer: Vec<u8>,
 }
 
-/// Reads the CONNECT, which has to be there at `connect_by`. `Err` is what the client is to be told,
-/// possibly nothing, before its connection is closed.
-pub(super) async fn shake(
-    front: &Arc<Front>,
+/// Reads the CONNECT, which has to arrive by `connect_by`, and decides on it. `Err` holds the bytes to
+/// send, possibly none, before the connection is closed.
+pub(super) async fn shake_hands(
+    front: &Arc<MqttFront>,
     stream: &mut (impl AsyncRead + Unpin),
     peer: SocketAddr,
     connect_by: Instant,
-) -> Result<Box<Opened>, Vec<u8>> {
+) -> Result<Box<OpenedConnection>, Vec<u8>> {
     let reading = tokio::time::timeout_at(connect_by, read_connect(stream));
     let (buffer, bytes) = tokio::select! {
         () = front.drain.cancelled() => return Err(Vec::new()),
@@ -64,30 +64,34 @@ pub(super) async fn shake(
             Ok(Ok(read)) => read,
             Ok(Err(None)) => return Err(Vec::new()),
             Ok(Err(Some(violation))) => {
-                refuse(front, peer, Note::new(Transport::Mqtt, "malformed_connect", &violation));
+                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, "malformed_connect", &violation));
                 return Err(Vec::new());
             }
             Err(_) => {
                 let words = "no CONNECT within mqtt.connect_ms_max";
-                refuse(front, peer, Note::new(Transport::Mqtt, "connect_timeout", &words));
+                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, "connect_timeout", &words));
                 return Err(Vec::new());
             }
         }
     };
-    let frame = Frame::split(&buffer, MQTT_CONNECT_BYTES_MAX, None);
+    let frame = MqttFrame::split(&buffer, MQTT_CONNECT_BYTES_MAX, None);
     let frame = frame.ok().flatten().expect("a whole frame was read");
     let connect = frame.connect().map_err(|(version, violation)| {
-        refuse(front, peer, Note::new(Transport::Mqtt, "malformed_connect", &violation));
-        answer(version, u32::MAX, violation.reason, violation.text)
+        report_refused_connection(
+            front,
+            peer,
+            RefusalNote::new(Transport::Mqtt, "malformed_connect", &violation),
+        );
+        refusal_connack(version, u32::MAX, violation.reason, violation.text)
     })?;
-    let mut opened = open(front, peer, &connect).await.map_err(|(reason, words)| {
-        answer(Some(connect.version), connect.packet_bytes_max(), reason, &words)
+    let mut opened = open_connection(front, peer, &connect).await.map_err(|(reason, words)| {
+        refusal_connack(Some(connect.version), connect.packet_bytes_max(), reason, &words)
     })?;
     opened.early = buffer[bytes..].to_vec();
     Ok(opened)
 }
 
-/// Reads until there is a whole first packet. `Err(None)` is a connection that ended before.
+/// Reads until the first packet is complete. `Err(None)` means that the connection ended before that.
 async fn read_connect(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Vec<u8>, usize), Option<Violation>> {
     let mut buffer = Vec::new();
     loop {
@@ -95,62 +99,67 @@ async fn read_connect(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Vec<u8>,
             Ok(0) | Err(_) => return Err(None),
             Ok(_) => {}
         }
-        if buffer[0] == TLS_HANDSHAKE {
+        if buffer[0] == TLS_HANDSHAKE_FIRST_BYTE {
             return Err(Some(Violation::protocol("this is TLS, and plain MQTT is served here")));
         }
         if buffer[0] >> 4 != 1 {
             return Err(Some(Violation::protocol("the first packet has to be a CONNECT")));
         }
-        if let Some(frame) = Frame::split(&buffer, MQTT_CONNECT_BYTES_MAX, None).map_err(Some)? {
+        if let Some(frame) = MqttFrame::split(&buffer, MQTT_CONNECT_BYTES_MAX, None).map_err(Some)? {
             let bytes = frame.bytes;
             return Ok((buffer, bytes));
         }
     }
 }
 
-/// Decides on a CONNECT, and enters the client if it is let in.
-async fn open(
-    front: &Arc<Front>,
+/// Decides on a CONNECT, and enters the client among the sessions if it is let in.
+async fn open_connection(
+    front: &Arc<MqttFront>,
     peer: SocketAddr,
-    connect: &Connect<'_>,
-) -> Result<Box<Opened>, (Reason, String)> {
+    connect: &ConnectPacket<'_>,
+) -> Result<Box<OpenedConnection>, (ReasonCode, String)> {
     let config = &front.config;
     let client = connect.client_id;
-    let no = |cause: &'static str, reason: Reason, words: String| {
-        refuse(front, peer, Note { client, ..Note::new(Transport::Mqtt, cause, &words) });
+    let no = |cause: &'static str, reason: ReasonCode, words: String| {
+        report_refused_connection(
+            front,
+            peer,
+            RefusalNote { client, ..RefusalNote::new(Transport::Mqtt, cause, &words) },
+        );
         (reason, words)
     };
     if connect.wants_authentication() {
         let words = "present an API key: there is no extended authentication".to_owned();
-        return Err(no("authentication_method", Reason::BadAuthenticationMethod, words));
+        return Err(no("authentication_method", ReasonCode::BadAuthenticationMethod, words));
     }
     let authorizer = front.intake.authorizer();
-    let grant = credentials::of_connect(connect, authorizer, peer.ip()).map_err(|rejected| {
-        let Rejected { denied, key_id, shape: key_shape } = rejected;
-        let note = Note::new(Transport::Mqtt, denied.cause(), &denied);
-        refuse(front, peer, Note { client, key_id, key_shape, ..note });
+    let grant = credentials::grant_of_connect(connect, authorizer, peer.ip()).map_err(|rejected| {
+        let RejectedKey { denied, key_id, shape: key_shape } = rejected;
+        let note = RefusalNote::new(Transport::Mqtt, denied.cause(), &denied);
+        report_refused_connection(front, peer, RefusalNote { client, key_id, key_shape, ..note });
         match denied {
-            Denied::TooManyFailures { .. } => (Reason::ConnectionRateExceeded, denied.to_string()),
-            // One answer for all others: it tells a stranger nothing.
-            _ => {
-                (Reason::NotAuthorized, "no valid API key as user name, password or user property".to_owned())
-            }
+            GrantDenial::TooManyFailures { .. } => (ReasonCode::ConnectionRateExceeded, denied.to_string()),
+            // All other denials get the same answer, which tells a stranger nothing.
+            _ => (
+                ReasonCode::NotAuthorized,
+                "no valid API key as user name, password or user property".to_owned(),
+            ),
         }
     })?;
-    let v5 = connect.version == Version::V5;
+    let v5 = connect.version == MqttVersion::V5;
     let client_id = match connect.client_id {
-        "" if connect.version == Version::V31 || !v5 && !connect.clean => {
+        "" if connect.version == MqttVersion::V31 || !v5 && !connect.clean => {
             let words = "an empty client identifier needs clean session".to_owned();
-            return Err(no("client_id", Reason::ClientIdentifierNotValid, words));
+            return Err(no("client_id", ReasonCode::ClientIdentifierNotValid, words));
         }
         "" => assigned_client_id(),
         given if given.len() > CLIENT_ID_BYTES_MAX => {
             let words = format!("a client identifier has at most {CLIENT_ID_BYTES_MAX} bytes");
-            return Err(no("client_id", Reason::ClientIdentifierNotValid, words));
+            return Err(no("client_id", ReasonCode::ClientIdentifierNotValid, words));
         }
         given if holds_key(given) => {
             let words = "a client identifier is no place for an API key: present it as user name or password";
-            return Err(no("client_id", Reason::ClientIdentifierNotValid, words.to_owned()));
+            return Err(no("client_id", ReasonCode::ClientIdentifierNotValid, words.to_owned()));
         }
         given => given.to_owned(),
     };
@@ -158,25 +167,31 @@ async fn open(
         asked if v5 && (asked == 0 || asked > config.keep_alive_s_max) => config.keep_alive_s_max,
         asked => asked,
     };
-    let publisher = publisher(grant.datasource(), &client_id);
-    let user = Arc::new(Client::new(Transport::Mqtt, Some(peer.ip()), Some(&client_id)));
-    let who = Arc::new(Who { address: peer.ip(), client: client_id.as_str().into(), user });
-    let about = |note: Note<'_>| {
-        let note = Note { client, key_id: Some(grant.key_id()), ..note };
-        refuse(front, peer, Note { datasource: grant.datasource().as_str(), ..note });
+    let publisher = publisher_hash(grant.datasource(), &client_id);
+    let user = Arc::new(KeyClient::new(Transport::Mqtt, Some(peer.ip()), Some(&client_id)));
+    let who = Arc::new(ClientIdentity { address: peer.ip(), client: client_id.as_str().into(), user });
+    let about = |note: RefusalNote<'_>| {
+        let note = RefusalNote { client, key_id: Some(grant.key_id()), ..note };
+        report_refused_connection(
+            front,
+            peer,
+            RefusalNote { datasource: grant.datasource().as_str(), ..note },
+        );
     };
-    let will = connect.will.as_ref().map(|will| Will::new(will, &grant, &who, publisher, &front.intake));
+    // Checked now, so that the client hears of a bad will while it can still be told.
+    let will = connect.will.as_ref().map(|will| MqttWill::new(will, &grant, &who, publisher, &front.intake));
     let will = will.transpose().map_err(|refusal| {
-        about(Note { cause: "will", ..refusal.note(Transport::Mqtt) });
-        (reason_of(&refusal), format!("the will cannot be taken: {refusal}"))
+        about(RefusalNote { cause: "will", ..refusal.note(Transport::Mqtt) });
+        (refusal_reason_code(&refusal), format!("the will cannot be taken: {refusal}"))
     })?;
-    let form = Form {
+    let form = PacketForm {
         version: connect.version,
         reasons: connect.wants_reasons(),
         packet_bytes_max: connect.packet_bytes_max(),
     };
     let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
-    let control = Arc::new(Control::default());
+    let control = Arc::new(ConnectionControl::default());
+    // Before the session: a key that dies while the session is fetched has to close this connection too.
     let entered = grant.key().connections().enter(control.clone());
     let is_new = connect.client_id.is_empty();
     let entering = front.sessions.enter(
@@ -187,27 +202,28 @@ async fn open(
         is_new,
         expiry_s,
     );
-    let Taken { present, session, resumed } = entering.await.map_err(|not_entered| match not_entered {
-        NotEntered::Closed(why) => {
-            let (reason, words) = closed(why);
-            (reason, words.to_owned())
-        }
-        NotEntered::Unavailable(error) => {
-            let words = format!("whether the client has a session cannot be known now: {error}");
-            about(Note::new(Transport::Mqtt, "unavailable", &words));
-            (Reason::ServerUnavailable, words)
-        }
-    })?;
-    // Behind a connection that this one takes over, and that is gone by now.
+    let EnteredClient { present, session, resumed } =
+        entering.await.map_err(|not_entered| match not_entered {
+            EnterError::Closed(why) => {
+                let (reason, words) = close_reason(why);
+                (reason, words.to_owned())
+            }
+            EnterError::Unavailable(error) => {
+                let words = format!("the client's session cannot be looked up now: {error}");
+                about(RefusalNote::new(Transport::Mqtt, "unavailable", &words));
+                (ReasonCode::ServerUnavailable, words)
+            }
+        })?;
+    // Checked last, because an earlier connection of this client has left by now and no longer counts.
     if let Err(refusal) = front.intake.check_connections(&grant) {
         about(refusal.note(Transport::Mqtt));
         drop(entered);
         present.leave(session, None);
-        return Err((reason_of(&refusal), refusal.to_string()));
+        return Err((refusal_reason_code(&refusal), refusal.to_string()));
     }
-    front.intake.authorizer().registry().used(grant.key(), Some(&who.user), now_micros(), None);
+    front.intake.authorizer().registry().note_use(grant.key(), Some(&who.user), now_micros(), None);
     let mut answer = Vec::with_capacity(64);
-    let limits = Limits {
+    let limits = ConnackLimits {
         receive_maximum: config.receive_maximum,
         packet_bytes_max: u32::try_from(config.packet_bytes_max).unwrap_or(u32::MAX),
         topic_alias_maximum: MQTT_TOPIC_ALIAS_MAXIMUM,
@@ -221,7 +237,7 @@ async fn open(
         "connected"
     );
     let receive_maximum = config.receive_maximum;
-    Ok(Box::new(Opened {
+    Ok(Box::new(OpenedConnection {
         inbound: Inbound::new(
             grant,
             who,
@@ -244,17 +260,17 @@ async fn open(
     }))
 }
 
-/// What a client is told whose connection has to close before it was taken in.
-fn closed(why: Close) -> (Reason, &'static str) {
+/// The answer to a client whose connection has to close before it is let in.
+fn close_reason(why: CloseReason) -> (ReasonCode, &'static str) {
     match why {
-        Close::KeyDead => (Reason::NotAuthorized, "the API key is no longer valid"),
-        Close::TakenOver => (Reason::ServerBusy, "the client connected again"),
-        Close::Drain => (Reason::ServerUnavailable, "the gateway is shutting down"),
+        CloseReason::KeyDead => (ReasonCode::NotAuthorized, "the API key is no longer valid"),
+        CloseReason::TakenOver => (ReasonCode::ServerBusy, "the client connected again"),
+        CloseReason::Drain => (ReasonCode::ServerUnavailable, "the gateway is shutting down"),
     }
 }
 
-/// A client as the records that it publishes have it: a hash, never 0.
-fn publisher(datasource: &DatasourceId, client_id: &str) -> u64 {
+/// The hash by which records identify the client that published them; never 0.
+fn publisher_hash(datasource: &DatasourceId, client_id: &str) -> u64 {
     let mut hash = blake3::Hasher::new();
     hash.update(datasource.as_str().as_bytes()).update(&[0]).update(client_id.as_bytes());
     let mut bytes = [0; 8];
@@ -262,36 +278,41 @@ fn publisher(datasource: &DatasourceId, client_id: &str) -> u64 {
     u64::from_le_bytes(bytes).max(1)
 }
 
-/// Reports a refused connection. What a client calls itself does not go into the log: it may be
-/// anything, even a key.
-pub(super) fn refuse(front: &Front, peer: SocketAddr, note: Note<'_>) {
-    let Note { cause, words, key_id, .. } = note;
-    front.intake.refusals().note(Note { address: Some(peer.ip()), ..note });
-    // A flood writes no log.
-    if cause == (Denied::TooManyFailures { retry_after: Duration::ZERO }).cause() {
+/// Reports a refused connection. The client identifier does not go into the process's log, because it
+/// may be anything, even a key.
+pub(super) fn report_refused_connection(front: &MqttFront, peer: SocketAddr, note: RefusalNote<'_>) {
+    let RefusalNote { cause, words, key_id, .. } = note;
+    front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
+    // A flood of attempts must not flood the log.
+    if cause == (GrantDenial::TooManyFailures { retry_after: Duration::ZERO }).cause() {
         debug!(%peer, cause, "refused a connection");
     } else {
         info!(%peer, cause, key_id = key_id.map(display), why = %words, "refused a connection");
     }
 }
 
-/// The CONNACK of a refusal; a client whose protocol is not even known is told nothing.
-fn answer(version: Option<Version>, packet_bytes_max: u32, reason: Reason, words: &str) -> Vec<u8> {
+/// The CONNACK of a refusal; empty if the client's protocol version is unknown.
+fn refusal_connack(
+    version: Option<MqttVersion>,
+    packet_bytes_max: u32,
+    reason: ReasonCode,
+    words: &str,
+) -> Vec<u8> {
     let mut answer = Vec::new();
     match version {
-        // MQTT 3.1.1 has return codes for these; anything else just closes (section 3.1.4).
-        Some(Version::V311 | Version::V31)
-            if matches!(reason, Reason::MalformedPacket | Reason::ProtocolError) => {}
+        // MQTT 3.1.1 has no return code for these: the connection just closes (section 3.1.4).
+        Some(MqttVersion::V311 | MqttVersion::V31)
+            if matches!(reason, ReasonCode::MalformedPacket | ReasonCode::ProtocolError) => {}
         Some(version) => write::connack_refused(&mut answer, version, packet_bytes_max, reason, words),
         None => {}
     }
     answer
 }
 
-/// An identifier for a client that has none.
+/// Makes an identifier for a client that gave none.
 fn assigned_client_id() -> String {
     let mut random = [0; 12];
-    // Not a secret: if the generator is not to be had, the clock keeps two clients apart.
+    // Not a secret: if the generator fails, the clock keeps two clients apart.
     if rand::rngs::SysRng.try_fill_bytes(&mut random).is_err() {
         random[..8].copy_from_slice(&crate::message::now_micros().to_le_bytes());
     }

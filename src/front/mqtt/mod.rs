@@ -1,13 +1,12 @@
 //! The MQTT front: 3.1, 3.1.1 and 5 over TCP, TLS and WebSocket.
 //!
-//! The [`Acceptor`] lets a connection in; one by WebSocket comes from the HTTP front, which knows the
-//! acceptor for that. From there on a connection is one task. It [shakes hands](handshake), enters
-//! its key's connections and the [sessions], and then is [served](connection): each read of the
-//! socket is decoded in place and handed to intake as one draft; while the log makes it durable the
-//! next is read; the answers of a draft leave in one write.
+//! The [`Acceptor`] admits connections; the HTTP front passes WebSocket connections to it. Each
+//! admitted connection is one task. The task [shakes hands](handshake), registers with its key's
+//! connections and with the [sessions], and is then [served](connection): each read of the socket is
+//! decoded in place and handed to intake as one draft; the next read proceeds while the log makes the
+//! draft durable; the answers to one draft leave in one write.
 
 mod acks;
-pub mod codec;
 mod connection;
 mod credentials;
 mod delivery;
@@ -30,6 +29,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+pub use headgate_format::codec;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
@@ -40,53 +40,53 @@ use tracing::{debug, error, warn};
 
 use crate::config;
 use crate::consume::subscriber::Subscribers;
-use crate::consume::subscriber::sessions::Stored;
+use crate::consume::subscriber::sessions::StoredSessions;
 use crate::intake::Intake;
 use crate::message::Transport;
-use crate::observe::refusals::Note;
-use handshake::refuse;
+use crate::observe::refusals::RefusalNote;
+use handshake::report_refused_connection;
 use sessions::Sessions;
-use stream::Stream;
+use stream::ClientStream;
 use websocket::WebSocket;
 
-pub use sessions::claims::Claims;
+pub use sessions::claims::ClientClaims;
 pub use tls::{Tls, TlsError};
 
-/// What every connection works with.
-pub(super) struct Front {
+/// The state that all connections share.
+pub(super) struct MqttFront {
     intake: Intake,
-    config: config::Mqtt,
+    config: config::MqttConfig,
     sessions: Arc<Sessions>,
     subscribers: Arc<Subscribers>,
     drain: CancellationToken,
 }
 
-/// Takes connections in, whatever carries them, as many as are allowed at once.
+/// Admits connections of every transport, up to `mqtt.connections_max` at once.
 #[derive(Clone)]
 pub struct Acceptor {
-    front: Arc<Front>,
+    front: Arc<MqttFront>,
     permits: Arc<Semaphore>,
     connections: TaskTracker,
 }
 
 impl Acceptor {
-    /// An acceptor whose connections end when `drain` is cancelled. `stored` are the sessions that
-    /// `subscribers` has kept; with `claims` they are shared with the other nodes of a cluster.
+    /// An acceptor whose connections end when `drain` is cancelled. `stored` holds the sessions that
+    /// `subscribers` has kept; with `claims`, all nodes of a cluster share them.
     pub fn new(
         intake: Intake,
         subscribers: Arc<Subscribers>,
-        stored: Stored,
-        claims: Option<Claims>,
-        config: config::Mqtt,
+        stored: StoredSessions,
+        claims: Option<ClientClaims>,
+        config: config::MqttConfig,
         drain: CancellationToken,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS)));
         let sessions = Arc::new(Sessions::new(subscribers.clone(), intake.clone(), stored, claims));
-        let front = Arc::new(Front { intake, config, sessions, subscribers, drain });
+        let front = Arc::new(MqttFront { intake, config, sessions, subscribers, drain });
         Self { front, permits, connections: TaskTracker::new() }
     }
 
-    /// A place for one connection; `None`, counted, when there are `mqtt.connections_max`.
+    /// Reserves a place for one connection. At `mqtt.connections_max` counts a refusal and returns `None`.
     pub fn admit(&self, peer: SocketAddr) -> Option<Admission> {
         match self.permits.clone().try_acquire_owned() {
             Ok(permit) => {
@@ -101,9 +101,9 @@ impl Acceptor {
             }
             Err(_) => {
                 let connections_max = self.front.config.connections_max;
-                let words = format!("there are mqtt.connections_max = {connections_max} connections");
-                let note = Note::new(Transport::Mqtt, "connections_max", &words);
-                self.front.intake.refusals().note(Note { address: Some(peer.ip()), ..note });
+                let words = format!("mqtt.connections_max = {connections_max} connections are open");
+                let note = RefusalNote::new(Transport::Mqtt, "connections_max", &words);
+                self.front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
                 debug!(%peer, connections_max, "refused a connection: there are too many");
                 None
             }
@@ -111,10 +111,10 @@ impl Acceptor {
     }
 }
 
-/// A place for one connection, which is served on a task of its own. The task keeps the place, and a
-/// drain waits for it.
+/// A reserved place for one connection. The connection's task holds the place until it ends, and a
+/// drain waits for the task.
 pub struct Admission {
-    front: Arc<Front>,
+    front: Arc<MqttFront>,
     connections: TaskTracker,
     permit: OwnedSemaphorePermit,
     peer: SocketAddr,
@@ -122,16 +122,16 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// Serves a WebSocket, once `opened` has brought the connection, whose opening handshake is over by
-    /// then, and what was read behind it.
+    /// Serves a WebSocket. `opened` resolves after the opening handshake, to the connection and the bytes
+    /// that were read behind the handshake.
     pub fn serve_websocket(self, opened: impl Future<Output = Option<(TcpStream, Bytes)>> + Send + 'static) {
         let Self { front, connections, permit, peer, connect_by } = self;
         connections.spawn(async move {
             if let Ok(Some((tcp, early))) = timeout_at(connect_by, opened).await {
                 let websocket = Box::new(WebSocket::new(tcp, early, peer, front.clone()));
-                connection::run(&front, Stream::WebSocket(websocket), peer, connect_by).await;
+                connection::run(&front, ClientStream::WebSocket(websocket), peer, connect_by).await;
             } else {
-                debug!(%peer, "a WebSocket did not come about");
+                debug!(%peer, "a WebSocket handshake did not complete");
             }
             drop(permit);
         });
@@ -140,7 +140,7 @@ impl Admission {
     fn serve_tcp(self, tcp: TcpStream) {
         let Self { front, connections, permit, peer, connect_by } = self;
         connections.spawn(async move {
-            connection::run(&front, Stream::Tcp(tcp), peer, connect_by).await;
+            connection::run(&front, ClientStream::Tcp(tcp), peer, connect_by).await;
             drop(permit);
         });
     }
@@ -148,54 +148,63 @@ impl Admission {
     fn serve_tls(self, tcp: TcpStream, tls: Arc<Tls>) {
         let Self { front, connections, permit, peer, connect_by } = self;
         connections.spawn(async move {
-            if let Some(stream) = shake_tls(&front, tls, tcp, peer, connect_by).await {
-                connection::run(&front, Stream::Tls(stream), peer, connect_by).await;
+            if let Some(stream) = accept_tls(&front, tls, tcp, peer, connect_by).await {
+                connection::run(&front, ClientStream::Tls(stream), peer, connect_by).await;
             }
             drop(permit);
         });
     }
 }
 
-/// The TLS handshake; `None`, counted, when it fails.
-async fn shake_tls(
-    front: &Front,
+/// Performs the TLS handshake. Returns `None` if it fails, and counts the failure.
+async fn accept_tls(
+    front: &MqttFront,
     tls: Arc<Tls>,
     tcp: TcpStream,
     peer: SocketAddr,
     connect_by: Instant,
 ) -> Option<Box<TlsStream<TcpStream>>> {
-    // It needs more room than the connection after it: on the heap only while it lasts.
+    // The handshake needs more memory than the connection: it is on the heap only while it lasts.
     let shaking = Box::pin(timeout_at(connect_by, tls.accept(tcp)));
     match front.drain.run_until_cancelled(shaking).await? {
         Ok(Ok(stream)) => return Some(Box::new(stream)),
         Ok(Err(error)) => match tls::handshake_fault(&error) {
-            Some(fault) => refuse(front, peer, Note::new(Transport::Mqtt, "tls_handshake", &fault)),
+            Some(fault) => report_refused_connection(
+                front,
+                peer,
+                RefusalNote::new(Transport::Mqtt, "tls_handshake", &fault),
+            ),
             None => debug!(%peer, "a client left in the TLS handshake"),
         },
         Err(_) => {
             let words = "the TLS handshake was not over within mqtt.connect_ms_max";
-            refuse(front, peer, Note::new(Transport::Mqtt, "connect_timeout", &words));
+            report_refused_connection(
+                front,
+                peer,
+                RefusalNote::new(Transport::Mqtt, "connect_timeout", &words),
+            );
         }
     }
     None
 }
 
-/// Serves MQTT on `listener`, and over TLS where there is a listener for that, until the acceptor's
-/// `drain` is cancelled; then lets every connection, also those that came in by HTTP, send the
-/// acknowledgements that it owes, and returns when the last is closed.
+/// Serves MQTT on `listener`, and over TLS if there is a TLS listener, until the acceptor's `drain` is
+/// cancelled. Then every connection, including those from HTTP, sends the acknowledgements that it
+/// owes. Returns when the last connection is closed.
 pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpListener, Arc<Tls>)>) {
     let Acceptor { front, connections, .. } = &acceptor;
     let keeping = tokio::spawn({
         let (sessions, drain) = (front.sessions.clone(), front.drain.clone());
         async move { sessions.run(drain).await }
     });
-    let plain = accept(&listener, &acceptor, |admission, tcp| admission.serve_tcp(tcp));
+    let plain = accept_connections(&listener, &acceptor, |admission, tcp| admission.serve_tcp(tcp));
     match &tls {
         None => front.drain.run_until_cancelled(plain).await,
         Some((listener, tls)) => {
-            let encrypted =
-                accept(listener, &acceptor, |admission, tcp| admission.serve_tls(tcp, tls.clone()));
-            let all = async { tokio::join!(plain, encrypted, tls.clone().follow()).0 };
+            let encrypted = accept_connections(listener, &acceptor, |admission, tcp| {
+                admission.serve_tls(tcp, tls.clone())
+            });
+            let all = async { tokio::join!(plain, encrypted, tls.clone().follow_files()).0 };
             front.drain.run_until_cancelled(all).await
         }
     };
@@ -204,25 +213,29 @@ pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpLi
     connections.close();
     connections.wait().await;
     if keeping.await.is_err() {
-        error!("the keeper of the sessions panicked");
+        error!("the session keeper panicked");
     }
     front.sessions.finish().await;
 }
 
 /// Accepts connections, for as long as it is polled.
-async fn accept(listener: &TcpListener, acceptor: &Acceptor, serve: impl Fn(Admission, TcpStream)) {
+async fn accept_connections(
+    listener: &TcpListener,
+    acceptor: &Acceptor,
+    serve: impl Fn(Admission, TcpStream),
+) {
     loop {
         let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of file descriptors, mostly: others have to close before it gets better.
+                // Mostly out of file descriptors: a retry helps only after other connections have closed.
                 warn!(%error, "cannot accept an MQTT connection");
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             }
         };
         let Some(admission) = acceptor.admit(peer) else { continue };
-        // An answer waits for nothing but the disk.
+        // Acknowledgements are small; Nagle's algorithm would delay them.
         let _ = tcp.set_nodelay(true);
         serve(admission, tcp);
     }

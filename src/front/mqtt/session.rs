@@ -1,5 +1,5 @@
-//! A session: what a client and the gateway know of each other, whatever its connection does
-//! (MQTT 5 section 4.1): subscriptions, a place in the log, messages in flight.
+//! A session: the state of a client that is independent of its connection (MQTT 5 section 4.1):
+//! subscriptions, a position in the log, messages in flight.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,21 +9,21 @@ use crate::consume::subscriber::sessions::{StoredSession, StoredSubscription};
 use crate::filter::TopicFilter;
 use crate::message::{DatasourceId, Offset};
 
-/// One client's.
+/// One client's session.
 #[derive(Debug)]
-pub(super) struct Session {
-    /// No other session has or had the same.
+pub(super) struct MqttSession {
+    /// A number that no other session has or had.
     pub(super) uid: u64,
-    /// How long it lives on without a connection, in seconds: 0 ends it with its connection,
-    /// `u32::MAX` never.
+    /// How long the session outlives its connection, in seconds: 0 not at all, `u32::MAX` without
+    /// limit.
     pub(super) expiry_s: u32,
-    /// It is on the disk, or on its way there.
+    /// The session is on disk, or a write of it is under way.
     pub(super) stored: bool,
-    /// It was to outlive a connection, at some time.
+    /// The session has had an expiry above 0 at some time.
     pub(super) ever_stayed: bool,
-    /// By slot. What is given up leaves a gap, so that a slot stays the same subscription's.
+    /// By slot. A removed subscription leaves a gap, so that the others keep their slots.
     pub(super) subscriptions: Vec<Option<Subscription>>,
-    /// Everything below is given out, if perhaps not acknowledged; as it was when the last connection
+    /// Every record below this was sent, though perhaps not acknowledged, when the last connection
     /// ended.
     pub(super) position: Offset,
     pub(super) flights: Flights,
@@ -32,44 +32,44 @@ pub(super) struct Session {
 /// One subscription.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Subscription {
-    /// As the client gave it.
+    /// The filter as the client gave it.
     pub(super) filter: String,
     /// 0 or 1.
     pub(super) qos: u8,
     pub(super) no_local: bool,
     pub(super) retain_as_published: bool,
     pub(super) identifier: Option<u32>,
-    /// The first record wanted.
+    /// The offset of the first record wanted.
     pub(super) from: Offset,
 }
 
 /// A session on its way to another node.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct HandedOver {
+pub(super) struct SessionHandover {
     session: StoredSession,
     position: Offset,
     flights: Flights,
 }
 
-impl HandedOver {
-    /// Whether this is the session that was kept, as it was last. What a node hands over that was cut off
-    /// while another one had the session is not.
-    pub(super) fn is(&self, kept: &StoredSession) -> bool {
+impl SessionHandover {
+    /// Whether this is the latest state of the stored session. It is not if the node that hands it over
+    /// was cut off while another node had the session.
+    pub(super) fn is_latest_of(&self, kept: &StoredSession) -> bool {
         let of = |session: &StoredSession| (session.uid, session.cursor);
         of(&self.session) == of(kept) && self.session.subscriptions == kept.subscriptions
     }
 }
 
-/// A filter that a client subscribes to, understood: `$share/{group}/{filter}` or a plain one.
+/// A parsed subscription filter: `$share/{group}/{filter}` or a plain topic filter.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Wanted {
-    /// The group's name, if it is shared.
+pub(super) struct SubscriptionFilter {
+    /// The group's name, if the subscription is shared.
     pub(super) group: Option<String>,
     pub(super) filter: TopicFilter,
 }
 
-impl Wanted {
-    /// `None` if it is no topic filter, or no name of a group (sections 4.7 and 4.8.2).
+impl SubscriptionFilter {
+    /// `None` if the topic filter or the group's name is not valid (sections 4.7 and 4.8.2).
     pub(super) fn parse(text: &str) -> Option<Self> {
         let Some(shared) = text.strip_prefix("$share/") else {
             return Some(Self { group: None, filter: TopicFilter::new(text).ok()? });
@@ -82,41 +82,41 @@ impl Wanted {
     }
 }
 
-impl Session {
-    /// A session without anything, of which no other has the `uid`.
+impl MqttSession {
+    /// An empty session. No other session may have the same `uid`.
     pub(super) fn new(uid: u64, expiry_s: u32) -> Self {
         let flights = Flights::default();
         let (stored, ever_stayed, subscriptions) = (false, expiry_s > 0, Vec::new());
         Self { uid, expiry_s, stored, ever_stayed, subscriptions, position: 0, flights }
     }
 
-    /// The first record that is not dealt with.
+    /// The first record that is not sent or not acknowledged.
     pub(super) fn cursor(&self) -> Offset {
-        self.flights.lowest().map_or(self.position, |lowest| lowest.min(self.position))
+        self.flights.lowest_log_offset().map_or(self.position, |lowest| lowest.min(self.position))
     }
 
-    /// How far it reaches: it knows of no offset from here on.
-    pub(super) fn reaches(&self) -> Offset {
+    /// The end of the offsets that the session refers to.
+    pub(super) fn end_offset(&self) -> Offset {
         let begin = self.subscriptions.iter().flatten().map(|subscription| subscription.from);
         begin.fold(self.position, Offset::max)
     }
 
-    /// What its groups have to know of it.
-    pub(super) fn of_groups(&self) -> GroupSession {
+    /// What groups have to know about the session.
+    pub(super) fn group_session(&self) -> GroupSession {
         GroupSession { uid: self.uid, expiry_s: self.expiry_s }
     }
 
-    /// Whether it lives on without a connection.
+    /// Whether the session outlives its connection.
     pub(super) fn is_durable(&self) -> bool {
         self.expiry_s > 0
     }
 
-    /// The subscription to this very filter, and its slot.
-    pub(super) fn find(&self, filter: &str) -> Option<usize> {
+    /// The slot of the subscription with exactly this filter.
+    pub(super) fn find_slot(&self, filter: &str) -> Option<usize> {
         self.subscriptions.iter().position(|s| s.as_ref().is_some_and(|s| s.filter == filter))
     }
 
-    /// Where a new subscription goes.
+    /// A free slot for a new subscription.
     pub(super) fn free_slot(&mut self) -> usize {
         self.subscriptions.iter().position(Option::is_none).unwrap_or_else(|| {
             self.subscriptions.push(None);
@@ -124,12 +124,12 @@ impl Session {
         })
     }
 
-    /// How many subscriptions it has.
-    pub(super) fn subscribed(&self) -> usize {
+    /// How many subscriptions the session has.
+    pub(super) fn subscription_count(&self) -> usize {
         self.subscriptions.iter().flatten().count()
     }
 
-    /// What is kept of it on the disk.
+    /// The part of the session that is kept on disk.
     pub(super) fn to_stored(&self, datasource: &DatasourceId, client_id: &str) -> StoredSession {
         let subscriptions = self.subscriptions.iter().flatten().map(|s| StoredSubscription {
             filter: s.filter.clone(),
@@ -150,8 +150,8 @@ impl Session {
         }
     }
 
-    /// What was kept, at a start of the gateway. Which messages were in flight is not known any
-    /// more: they are sent again, from the cursor on.
+    /// Restores a session from the disk. The messages in flight are not stored: everything from the
+    /// cursor on is sent again.
     pub(super) fn from_stored(stored: StoredSession) -> Self {
         let subscriptions = stored.subscriptions.into_iter().map(|s| {
             Some(Subscription {
@@ -174,17 +174,17 @@ impl Session {
         }
     }
 
-    /// What another node needs to go on with it.
-    pub(super) fn into_handed(self, datasource: &DatasourceId, client_id: &str) -> HandedOver {
+    /// What another node needs to continue the session.
+    pub(super) fn into_handover(self, datasource: &DatasourceId, client_id: &str) -> SessionHandover {
         let session = self.to_stored(datasource, client_id);
-        HandedOver { session, position: self.position, flights: self.flights }
+        SessionHandover { session, position: self.position, flights: self.flights }
     }
 
-    /// What another node had. Unlike what was kept it still knows which messages are in flight.
-    pub(super) fn from_handed(handed: HandedOver) -> Self {
-        let HandedOver { session, position, flights } = handed;
+    /// Restores a session from another node, which, unlike the disk, knows the messages in flight.
+    pub(super) fn from_handover(handed: SessionHandover) -> Self {
+        let SessionHandover { session, position, flights } = handed;
         let kept = Self::from_stored(session);
-        if flights.are_sound() { Self { position, flights, ..kept } } else { kept }
+        if flights.is_consistent() { Self { position, flights, ..kept } } else { kept }
     }
 }
 
@@ -194,14 +194,14 @@ mod tests {
 
     #[test]
     fn a_shared_subscription_names_a_group_and_a_filter() {
-        let parsed = Wanted::parse("$share/workers/a/+").expect("shared");
+        let parsed = SubscriptionFilter::parse("$share/workers/a/+").expect("shared");
         assert_eq!(parsed.group.as_deref(), Some("workers"));
         assert_eq!(parsed.filter, TopicFilter::new("a/+").expect("a filter"));
-        assert_eq!(Wanted::parse("a/#").expect("plain").group, None);
+        assert_eq!(SubscriptionFilter::parse("a/#").expect("plain").group, None);
         for bad in
             ["$share/workers", "$share/workers/", "$share//a", "$share/w+/a", "$share/#/a", "$share/w/a#", ""]
         {
-            assert_eq!(Wanted::parse(bad), None, "{bad:?}");
+            assert_eq!(SubscriptionFilter::parse(bad), None, "{bad:?}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What carries a client's bytes. The protocol is the same over each; a connection does not ask
-//! which one it has.
+//! The transport of a client's bytes: TCP, TLS or WebSocket. MQTT is the same over each, and a
+//! connection does not know which one it has.
 
 use std::io;
 use std::pin::Pin;
@@ -12,50 +12,50 @@ use tokio_rustls::server::TlsStream;
 use super::websocket::WebSocket;
 
 /// A client's byte stream.
-pub(super) enum Stream {
+pub(super) enum ClientStream {
     /// MQTT straight on TCP.
     Tcp(TcpStream),
-    /// Over TLS.
+    /// MQTT over TLS.
     Tls(Box<TlsStream<TcpStream>>),
-    /// In the binary messages of a WebSocket.
+    /// MQTT in the binary messages of a WebSocket.
     WebSocket(Box<WebSocket>),
 }
 
-// A connection over TCP does not pay for what the others hold.
-const _: () = assert!(size_of::<Stream>() <= size_of::<TcpStream>() + size_of::<usize>());
+// A TCP connection must not pay for the size of the other transports.
+const _: () = assert!(size_of::<ClientStream>() <= size_of::<TcpStream>() + size_of::<usize>());
 
-impl AsyncRead for Stream {
+impl AsyncRead for ClientStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
-            Stream::WebSocket(stream) => Pin::new(stream).poll_read(cx, buf),
+            ClientStream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            ClientStream::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+            ClientStream::WebSocket(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
 
-impl AsyncWrite for Stream {
+impl AsyncWrite for ClientStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Stream::WebSocket(stream) => Pin::new(stream).poll_write(cx, bytes),
+            ClientStream::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            ClientStream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+            ClientStream::WebSocket(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
-            Stream::WebSocket(stream) => Pin::new(stream).poll_flush(cx),
+            ClientStream::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            ClientStream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            ClientStream::WebSocket(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-            Stream::WebSocket(stream) => Pin::new(stream).poll_shutdown(cx),
+            ClientStream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            ClientStream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+            ClientStream::WebSocket(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

@@ -1,43 +1,43 @@
-//! SUBSCRIBE and UNSUBSCRIBE: what a client asks for, what it is granted, and the answer, which waits
-//! until a session that outlives its connection has it on the disk.
+//! SUBSCRIBE and UNSUBSCRIBE: the request, the decision, and the answer. The answer of a durable session
+//! waits until the subscription is on disk.
 //!
-//! The user properties `from-offset`, `from-time` and `tail` of a SUBSCRIBE begin in the past.
+//! The user properties `from-offset`, `from-time` and `tail` make a SUBSCRIBE begin in the past.
 
 use std::sync::Arc;
 
 use super::codec::properties::SUBSCRIPTION_IDENTIFIER;
-use super::codec::subscribe::{Subscribe, Unsubscribe};
-use super::codec::write::{self, Form};
-use super::codec::{Reason, Version};
-use super::inbound::Who;
+use super::codec::subscribe::{SubscribePacket, UnsubscribePacket};
+use super::codec::write::{self, PacketForm};
+use super::codec::{MqttVersion, ReasonCode};
+use super::inbound::ClientIdentity;
 use super::outbound::Outbound;
-use super::session::{Subscription, Wanted};
+use super::session::{Subscription, SubscriptionFilter};
 use super::sessions::Sessions;
 use crate::auth::{Grant, Scope};
 use crate::consume::render;
-use crate::consume::subscriber::sessions::{Change, StoredGroup};
-use crate::consume::subscriber::{GroupKey, Subscribers};
+use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup};
+use crate::consume::subscriber::{ShareGroupKey, Subscribers};
 use crate::filter::TopicFilter;
-use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_MAX, TAIL_BYTES, TAIL_RECORDS_MAX};
-use crate::log::{Log, ReadError};
+use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_MAX, TAIL_READ_BYTES, TAIL_RECORDS_MAX};
+use crate::log::{Log, LogReadError};
 use crate::message::{DatasourceId, Offset, TimeMicros, Transport};
-use crate::observe::refusals::{Note, Refusals};
+use crate::observe::refusals::{RefusalNote, Refusals};
 
-/// A SUBSCRIBE or an UNSUBSCRIBE, out of the buffer that it was read in.
-pub(super) enum Request {
-    Subscribe(Subscribing),
+/// A SUBSCRIBE or an UNSUBSCRIBE, copied out of the read buffer.
+pub(super) enum SubscriptionRequest {
+    Subscribe(SubscribeRequest),
     Unsubscribe { packet_id: u16, filters: Vec<String> },
 }
 
-pub(super) struct Subscribing {
+pub(super) struct SubscribeRequest {
     pub(super) packet_id: u16,
-    pub(super) filters: Vec<Asked>,
+    pub(super) filters: Vec<RequestedFilter>,
     identifier: Option<u32>,
-    replay: Result<Option<Replay>, &'static str>,
+    replay: Result<Option<ReplayStart>, &'static str>,
 }
 
-/// One of its filters.
-pub(super) struct Asked {
+/// One filter of a SUBSCRIBE.
+pub(super) struct RequestedFilter {
     filter: String,
     qos: u8,
     no_local: bool,
@@ -45,16 +45,16 @@ pub(super) struct Asked {
     retain_handling: u8,
 }
 
-/// Where in the past to begin.
+/// Where in the past a subscription begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Replay {
+enum ReplayStart {
     Offset(Offset),
     Time(TimeMicros),
-    /// So many records of those that match.
+    /// The last so many matching records.
     Tail(u64),
 }
 
-impl Replay {
+impl ReplayStart {
     fn parse<'a>(properties: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Option<Self>, &'static str> {
         let mut replay = None;
         for (name, value) in properties {
@@ -62,22 +62,22 @@ impl Replay {
                 "from-offset" => Self::Offset(value.parse().map_err(|_| "from-offset is a whole number")?),
                 "from-time" => Self::Time(
                     render::parse_time(value)
-                        .ok_or("from-time is a time as RFC 3339 has it, 2026-11-23T09:00:00Z")?,
+                        .ok_or("from-time is an RFC 3339 time such as 2026-11-23T09:00:00Z")?,
                 ),
                 "tail" => Self::Tail(value.parse().map_err(|_| "tail is a number of records")?),
                 _ => continue,
             };
             if replay.replace(parsed).is_some() {
-                return Err("one of from-offset, from-time and tail");
+                return Err("give only one of from-offset, from-time and tail");
             }
         }
         Ok(replay)
     }
 }
 
-impl From<&Subscribe<'_>> for Subscribing {
-    fn from(packet: &Subscribe<'_>) -> Self {
-        let filters = packet.filters.iter().map(|f| Asked {
+impl From<&SubscribePacket<'_>> for SubscribeRequest {
+    fn from(packet: &SubscribePacket<'_>) -> Self {
+        let filters = packet.filters.iter().map(|f| RequestedFilter {
             filter: f.filter.to_owned(),
             qos: f.qos.min(1),
             no_local: f.no_local,
@@ -88,45 +88,45 @@ impl From<&Subscribe<'_>> for Subscribing {
             packet_id: packet.packet_id,
             filters: filters.collect(),
             identifier: packet.properties.u32(SUBSCRIPTION_IDENTIFIER),
-            replay: Replay::parse(packet.properties.user()),
+            replay: ReplayStart::parse(packet.properties.user()),
         }
     }
 }
 
-impl From<&Unsubscribe<'_>> for Request {
-    fn from(packet: &Unsubscribe<'_>) -> Self {
+impl From<&UnsubscribePacket<'_>> for SubscriptionRequest {
+    fn from(packet: &UnsubscribePacket<'_>) -> Self {
         let filters = packet.filters.iter().map(|filter| (*filter).to_owned()).collect();
-        Request::Unsubscribe { packet_id: packet.packet_id, filters }
+        SubscriptionRequest::Unsubscribe { packet_id: packet.packet_id, filters }
     }
 }
 
-/// Why a filter is not granted: the reason code, and words for people.
-struct No(Reason, String);
+/// Why a filter is not granted: the reason code and the reason string.
+struct FilterRefusal(ReasonCode, String);
 
-/// What a request is answered with.
-pub(super) struct Services {
+/// What serving a request needs.
+pub(super) struct SubscribeServices {
     pub(super) sessions: Arc<Sessions>,
     pub(super) subscribers: Arc<Subscribers>,
     pub(super) refusals: Arc<Refusals>,
     pub(super) grant: Grant,
-    pub(super) form: Form,
-    pub(super) who: Arc<Who>,
+    pub(super) form: PacketForm,
+    pub(super) who: Arc<ClientIdentity>,
 }
 
-/// Does what `request` asks for. Returns the answer.
-pub(super) async fn serve(
-    services: Services,
-    request: Request,
+/// Serves `request`. Returns the sending half, and the answer to send.
+pub(super) async fn serve_request(
+    services: SubscribeServices,
+    request: SubscriptionRequest,
     mut outbound: Box<Outbound>,
 ) -> (Box<Outbound>, Vec<u8>) {
     let mut answer = Vec::new();
     let form = services.form;
     match request {
-        Request::Subscribe(subscribing) => {
+        SubscriptionRequest::Subscribe(subscribing) => {
             let (codes, words) = services.subscribe(&subscribing, &mut outbound).await;
             write::suback(&mut answer, form, subscribing.packet_id, &codes, words.as_deref());
         }
-        Request::Unsubscribe { packet_id, filters } => {
+        SubscriptionRequest::Unsubscribe { packet_id, filters } => {
             let codes = services.unsubscribe(&filters, &mut outbound).await;
             write::unsuback(&mut answer, form, packet_id, &codes);
         }
@@ -134,16 +134,20 @@ pub(super) async fn serve(
     (outbound, answer)
 }
 
-impl Services {
-    /// Per filter the code of the SUBACK, and words for the first that is refused.
-    async fn subscribe(&self, asked: &Subscribing, outbound: &mut Outbound) -> (Vec<u8>, Option<String>) {
+impl SubscribeServices {
+    /// Returns the SUBACK's code for each filter, and the reason string of the first refusal.
+    async fn subscribe(
+        &self,
+        asked: &SubscribeRequest,
+        outbound: &mut Outbound,
+    ) -> (Vec<u8>, Option<String>) {
         let mut changes = Vec::new();
         let (mut granted, mut words) = (Vec::with_capacity(asked.filters.len()), None);
         for filter in &asked.filters {
             granted.push(match self.grant_one(asked, filter, outbound, &mut changes).await {
                 Ok((slot, new)) => Ok((slot, new, filter.qos)),
-                Err(No(reason, text)) => {
-                    let note = Note::new(Transport::Mqtt, "subscribe", &text);
+                Err(FilterRefusal(reason, text)) => {
+                    let note = RefusalNote::new(Transport::Mqtt, "subscribe", &text);
                     self.refusals.note(self.who.note(&self.grant, note));
                     words.get_or_insert(text);
                     Err(reason)
@@ -151,21 +155,21 @@ impl Services {
             });
         }
         if granted.iter().any(Result::is_ok)
-            && let Err(error) = self.keep(outbound, changes).await
+            && let Err(error) = self.store_session(outbound, changes).await
         {
-            // What is not on the disk was not granted.
+            // A subscription that is not on disk is not granted: a restart would lose it.
             words.get_or_insert(error);
             for grant in &mut granted {
                 if let Ok((slot, new, _)) = *grant {
                     if new {
                         outbound.unsubscribe(slot);
                     }
-                    *grant = Err(Reason::ImplementationSpecificError);
+                    *grant = Err(ReasonCode::ImplementationSpecificError);
                 }
             }
         }
-        let old = self.form.version != Version::V5;
-        let code = |grant: &Result<(usize, bool, u8), Reason>| match grant {
+        let old = self.form.version != MqttVersion::V5;
+        let code = |grant: &Result<(usize, bool, u8), ReasonCode>| match grant {
             Ok((_, _, qos)) => *qos,
             Err(_) if old => 0x80,
             Err(reason) => *reason as u8,
@@ -173,31 +177,33 @@ impl Services {
         (granted.iter().map(code).collect(), words)
     }
 
-    /// Enters one subscription. Returns its slot, and whether it is new.
+    /// Adds one subscription. Returns its slot, and whether it is new.
     async fn grant_one(
         &self,
-        asked: &Subscribing,
-        filter: &Asked,
+        asked: &SubscribeRequest,
+        filter: &RequestedFilter,
         outbound: &mut Outbound,
-        changes: &mut Vec<Change>,
-    ) -> Result<(usize, bool), No> {
-        self.grant.has(Scope::Subscribe).map_err(|denied| No(Reason::NotAuthorized, denied.to_string()))?;
-        let wanted = Wanted::parse(&filter.filter).ok_or_else(|| {
+        changes: &mut Vec<SessionStoreChange>,
+    ) -> Result<(usize, bool), FilterRefusal> {
+        self.grant
+            .allows_scope(Scope::Subscribe)
+            .map_err(|denied| FilterRefusal(ReasonCode::NotAuthorized, denied.to_string()))?;
+        let wanted = SubscriptionFilter::parse(&filter.filter).ok_or_else(|| {
             let words = "'+' stands alone in its level, '#' alone in the last one, and a shared subscription is $share/{group}/{filter}";
-            No(Reason::TopicFilterInvalid, words.to_owned())
+            FilterRefusal(ReasonCode::TopicFilterInvalid, words.to_owned())
         })?;
-        let known = outbound.session.find(&filter.filter);
-        if known.is_none() && outbound.session.subscribed() >= MQTT_SUBSCRIPTIONS_MAX {
+        let known = outbound.session.find_slot(&filter.filter);
+        if known.is_none() && outbound.session.subscription_count() >= MQTT_SUBSCRIPTIONS_MAX {
             let words = format!("a session has at most {MQTT_SUBSCRIPTIONS_MAX} subscriptions");
-            return Err(No(Reason::QuotaExceeded, words));
+            return Err(FilterRefusal(ReasonCode::QuotaExceeded, words));
         }
-        if self.sessions.are_shared() {
+        if self.sessions.is_clustered() {
             let filters = outbound.session.subscriptions.iter().flatten().map(|s| s.filter.len());
             if filters.sum::<usize>() + filter.filter.len() > CLUSTER_FILTERS_BYTES_MAX {
                 let words = format!(
                     "in a cluster a session's filters have at most {CLUSTER_FILTERS_BYTES_MAX} bytes"
                 );
-                return Err(No(Reason::QuotaExceeded, words));
+                return Err(FilterRefusal(ReasonCode::QuotaExceeded, words));
             }
         }
         let from = match &asked.replay {
@@ -205,15 +211,22 @@ impl Services {
             Ok(Some(replay)) => {
                 let (log, datasource) = (self.subscribers.log.clone(), self.grant.datasource().clone());
                 let (replay, filter) = (*replay, wanted.filter.clone());
-                // In a cluster others may have appended what this gateway has yet to hear of.
-                let reaches = if let Replay::Offset(offset) = replay { offset } else { Offset::MAX };
+                // In a cluster other gateways may have appended records that this one has not followed yet.
+                let reaches = if let ReplayStart::Offset(offset) = replay { offset } else { Offset::MAX };
                 let caught_up = log.catch_up(reaches).await;
-                caught_up.map_err(|e| No(Reason::ImplementationSpecificError, e.to_string()))?;
-                let found = tokio::task::spawn_blocking(move || begin(&*log, &datasource, &filter, replay));
-                let found = found.await.unwrap_or_else(|e| Err(ReadError::Io(e.to_string().into())));
-                Some(found.map_err(|e| No(Reason::ImplementationSpecificError, e.to_string()))?)
+                caught_up
+                    .map_err(|e| FilterRefusal(ReasonCode::ImplementationSpecificError, e.to_string()))?;
+                let found =
+                    tokio::task::spawn_blocking(move || replay_offset(&*log, &datasource, &filter, replay));
+                let found = found.await.unwrap_or_else(|e| Err(LogReadError::Io(e.to_string().into())));
+                Some(
+                    found
+                        .map_err(|e| FilterRefusal(ReasonCode::ImplementationSpecificError, e.to_string()))?,
+                )
             }
-            Err(words) => return Err(No(Reason::ImplementationSpecificError, (*words).to_owned())),
+            Err(words) => {
+                return Err(FilterRefusal(ReasonCode::ImplementationSpecificError, (*words).to_owned()));
+            }
         };
         let subscription = Subscription {
             filter: filter.filter.clone(),
@@ -224,6 +237,8 @@ impl Services {
             from: 0,
         };
         let new = known.is_none();
+        // A group has one cursor for all its members, so a shared subscription goes through the group and
+        // gets no retained messages (MQTT 5 section 4.8.2); any other one has its own place in the feed.
         match wanted.group {
             None => {
                 let retained = match filter.retain_handling {
@@ -238,71 +253,78 @@ impl Services {
             }
             Some(group) => {
                 let datasource = outbound.datasource.clone();
-                let key: GroupKey = (datasource, group.into(), wanted.filter.as_str().into());
+                let key: ShareGroupKey = (datasource, group.into(), wanted.filter.as_str().into());
                 let groups = &self.subscribers.groups;
-                let of = outbound.session.of_groups();
+                let of = outbound.session.group_session();
                 let cursor = groups.join(&key, of, from).await;
-                let cursor = cursor.map_err(|e| No(Reason::ImplementationSpecificError, e.to_string()))?;
+                let cursor = cursor
+                    .map_err(|e| FilterRefusal(ReasonCode::ImplementationSpecificError, e.to_string()))?;
                 if let Some(cursor) = cursor.filter(|_| outbound.session.is_durable()) {
                     let (datasource, group, filter) = key.clone();
                     let group =
                         StoredGroup { datasource, group: group.into(), filter: filter.into(), cursor };
-                    changes.push(Change::PutGroup(group));
+                    changes.push(SessionStoreChange::PutGroup(group));
                 }
                 let slot = known.unwrap_or_else(|| outbound.session.free_slot());
                 let member = if new { groups.member(&key, of) } else { None };
-                outbound.share(slot, subscription, member);
+                outbound.subscribe_shared(slot, subscription, member);
                 Ok((slot, new))
             }
         }
     }
 
-    /// Per filter the code of the UNSUBACK.
+    /// Returns the UNSUBACK's code for each filter.
     async fn unsubscribe(&self, filters: &[String], outbound: &mut Outbound) -> Vec<u8> {
         const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
         let mut changes = Vec::new();
         let mut one = |filter: &String| {
-            let Some(slot) = outbound.session.find(filter) else { return NO_SUBSCRIPTION_EXISTED };
+            let Some(slot) = outbound.session.find_slot(filter) else { return NO_SUBSCRIPTION_EXISTED };
             outbound.unsubscribe(slot);
-            if let Some(group) = super::sessions::group_of(&outbound.datasource, filter) {
+            if let Some(group) = super::sessions::shared_group_key(&outbound.datasource, filter) {
                 changes.extend(self.sessions.leave_group(&group, &outbound.session));
             }
-            Reason::Success as u8
+            ReasonCode::Success as u8
         };
         let codes: Vec<u8> = filters.iter().map(&mut one).collect();
-        // If it cannot be written now it is with the next change; until then a restart would bring the
+        // A failed write is made good by the session's next one; until then a restart would bring the
         // subscription back.
-        let _ = self.keep(outbound, changes).await;
+        let _ = self.store_session(outbound, changes).await;
         codes
     }
 
-    /// Returns when a durable session is on the disk as it is now.
-    async fn keep(&self, outbound: &mut Outbound, mut changes: Vec<Change>) -> Result<(), String> {
+    /// Returns when the present state of a durable session is on disk.
+    async fn store_session(
+        &self,
+        outbound: &mut Outbound,
+        mut changes: Vec<SessionStoreChange>,
+    ) -> Result<(), String> {
         if !outbound.session.is_durable() {
             return Ok(());
         }
         outbound.session.stored = true;
-        changes
-            .push(Change::PutSession(outbound.session.to_stored(self.grant.datasource(), &self.who.client)));
+        changes.push(SessionStoreChange::PutSession(
+            outbound.session.to_stored(self.grant.datasource(), &self.who.client),
+        ));
         self.subscribers.store.write(changes).await.map_err(|error| error.to_string())
     }
 }
 
 /// Where in the log a replay begins. Blocks on the disk.
-fn begin(
+fn replay_offset(
     log: &dyn Log,
     datasource: &DatasourceId,
     filter: &TopicFilter,
-    replay: Replay,
-) -> Result<Offset, ReadError> {
+    replay: ReplayStart,
+) -> Result<Offset, LogReadError> {
     let (first, end) = (log.first_offset(), log.next_offset());
     match replay {
-        // What retention has removed is told to the client as skipped.
-        Replay::Offset(offset) => Ok(offset.min(end)),
-        Replay::Time(time) => {
+        // Records that retention has removed are reported to the client as skipped.
+        ReplayStart::Offset(offset) => Ok(offset.min(end)),
+        ReplayStart::Time(time) => {
+            // `offset_at` is only close to the record, and never behind it: the scan begins there.
             let mut offset = log.offset_at(time)?.max(first);
             loop {
-                let batches = log.read(offset, TAIL_BYTES)?;
+                let batches = log.read(offset, TAIL_READ_BYTES)?;
                 let Some(last) = batches.last() else { return Ok(end) };
                 let records = batches.iter().flat_map(|batch| batch.records());
                 let found = records.into_iter().find(|r| r.offset >= offset && r.received_at >= time);
@@ -312,8 +334,8 @@ fn begin(
                 }
             }
         }
-        Replay::Tail(0) => Ok(end),
-        Replay::Tail(wanted) => {
+        ReplayStart::Tail(0) => Ok(end),
+        ReplayStart::Tail(wanted) => {
             let wanted = wanted.min(TAIL_RECORDS_MAX);
             let left_out = log.withheld().now();
             let matches = |record: &crate::message::RecordRef<'_>| match datasource.is_all() {
@@ -321,14 +343,14 @@ fn begin(
                 true => filter.matches(&format!("{}/{}", record.datasource, record.topic)),
                 false => record.datasource == datasource.as_str() && filter.matches(record.topic),
             };
-            // Twice as far back each time, until there are enough or there is no more.
+            // Doubles the distance until enough records match or the log's beginning is reached.
             let mut back = wanted.max(1024);
             loop {
                 let begin = end.saturating_sub(back).max(first);
                 let mut newest = std::collections::VecDeque::new();
                 let mut offset = begin;
                 while offset < end {
-                    let batches = log.read(offset, TAIL_BYTES)?;
+                    let batches = log.read(offset, TAIL_READ_BYTES)?;
                     let Some(last) = batches.last() else { break };
                     for record in batches.iter().flat_map(|batch| batch.records()) {
                         if (offset..end).contains(&record.offset) && matches(&record) {
@@ -355,11 +377,11 @@ mod tests {
 
     #[test]
     fn a_replay_begins_at_one_place() {
-        let parse = |pairs: &[(&'static str, &'static str)]| Replay::parse(pairs.iter().copied());
+        let parse = |pairs: &[(&'static str, &'static str)]| ReplayStart::parse(pairs.iter().copied());
         assert_eq!(parse(&[("colour", "red")]), Ok(None));
-        assert_eq!(parse(&[("from-offset", "41")]), Ok(Some(Replay::Offset(41))));
-        assert_eq!(parse(&[("from-time", "1970-01-01T00:00:01Z")]), Ok(Some(Replay::Time(1_000_000))));
-        assert_eq!(parse(&[("tail", "10")]), Ok(Some(Replay::Tail(10))));
+        assert_eq!(parse(&[("from-offset", "41")]), Ok(Some(ReplayStart::Offset(41))));
+        assert_eq!(parse(&[("from-time", "1970-01-01T00:00:01Z")]), Ok(Some(ReplayStart::Time(1_000_000))));
+        assert_eq!(parse(&[("tail", "10")]), Ok(Some(ReplayStart::Tail(10))));
         for bad in [
             &[("from-offset", "-1")][..],
             &[("from-time", "noon")],

@@ -1,14 +1,15 @@
-//! TLS on the MQTT front: the certificate in service, and its replacement while connections live.
+//! TLS on the MQTT front: the certificate in service, and its replacement without a restart.
 //!
-//! The files are read again every few seconds and compared by content, so that it does not matter
-//! how they are replaced: written over, renamed into place, or behind a symlink that is turned
-//! round. What can be used goes into service for the connections that come; those that are there
-//! keep what they shook hands with. What cannot be used (a half-written file, a key that belongs to
-//! the next certificate) is reported once, and the old one stays in service.
+//! The files are read every few seconds and compared by content, so it does not matter how they are
+//! replaced: overwritten, renamed into place, or behind a symlink that changes its target. Valid files
+//! go into service for new connections; existing connections keep the certificate of their handshake.
+//! Invalid files (a half-written file, a key that belongs to the next certificate) are reported once,
+//! and the old certificate stays in service.
 
+use parking_lot::RwLock;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::crypto::CryptoProvider;
@@ -23,12 +24,12 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 
-use crate::config::{ClientCertificates, MqttTls};
+use crate::config::{ClientCertificates, MqttTlsConfig};
 
-/// How often the files are looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// MQTT's name in the protocol negotiation (RFC 7301). A client need not offer any.
-const ALPN: &[u8] = b"mqtt";
+/// How often the files are checked for changes.
+const TLS_FILES_CHECK_EVERY: Duration = Duration::from_secs(2);
+/// MQTT's name in ALPN (RFC 7301). A client need not offer any protocol.
+const MQTT_ALPN: &[u8] = b"mqtt";
 
 /// A file of the TLS settings that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -38,58 +39,58 @@ pub struct TlsError {
     pub setting: &'static str,
     /// The file.
     pub file: PathBuf,
-    /// What is wrong with it. Nothing of a key's file is in it.
+    /// What is wrong with the file. It quotes nothing from the file, which may be a key's.
     pub reason: String,
 }
 
 /// The certificate in service.
 pub struct Tls {
-    settings: MqttTls,
+    settings: MqttTlsConfig,
     in_service: RwLock<Arc<ServerConfig>>,
-    /// What the files held when they were last looked at.
-    seen: Fingerprint,
+    /// The digest of the files' contents at the start.
+    seen: TlsFilesDigest,
 }
 
 impl Tls {
-    /// Reads the files of the settings, which name a certificate.
+    /// Reads the files that the settings name, which include a certificate.
     ///
     /// # Errors
     /// The file that cannot be read or used, and why.
-    pub fn load(settings: MqttTls) -> Result<Self, TlsError> {
-        let files = Files::read(&settings);
-        let seen = fingerprint(&files);
+    pub fn load(settings: MqttTlsConfig) -> Result<Self, TlsError> {
+        let files = TlsFiles::read(&settings);
+        let seen = tls_files_digest(&files);
         let in_service = server_config(&settings, &files?)?;
         Ok(Self { settings, in_service: RwLock::new(Arc::new(in_service)), seen })
     }
 
-    /// Shakes hands with a client, by the certificate that is in service now.
+    /// Performs the handshake with a client, with the certificate that is now in service.
     pub(super) async fn accept(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        let config = self.in_service.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let config = self.in_service.read().clone();
         TlsAcceptor::from(config).accept(tcp).await
     }
 
-    /// Keeps up with the files, for as long as it is polled.
-    pub(super) async fn follow(self: Arc<Self>) {
+    /// Follows changes of the files for as long as it is polled.
+    pub(super) async fn follow_files(self: Arc<Self>) {
         let mut seen = self.seen;
         loop {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(TLS_FILES_CHECK_EVERY).await;
             let tls = self.clone();
-            // The files may be anywhere, also on a network that is slow today.
-            let looked = tokio::task::spawn_blocking(move || tls.look(seen)).await;
+            // Blocking: the files may be on a slow network file system.
+            let looked = tokio::task::spawn_blocking(move || tls.reload_changed(seen)).await;
             seen = looked.unwrap_or(seen);
         }
     }
 
-    /// Looks at the files, and puts what is new and of use into service.
-    fn look(&self, seen: Fingerprint) -> Fingerprint {
-        let files = Files::read(&self.settings);
-        let now = fingerprint(&files);
+    /// Reads the files, and puts them into service if they have changed and are valid.
+    fn reload_changed(&self, seen: TlsFilesDigest) -> TlsFilesDigest {
+        let files = TlsFiles::read(&self.settings);
+        let now = tls_files_digest(&files);
         if now == seen {
             return now;
         }
         match files.and_then(|files| server_config(&self.settings, &files)) {
             Ok(config) => {
-                *self.in_service.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+                *self.in_service.write() = Arc::new(config);
                 info!(certificate = %self.settings.certificate.display(), "a new TLS certificate is in service");
             }
             Err(error) => {
@@ -100,13 +101,13 @@ impl Tls {
     }
 }
 
-/// What the files hold, or why they cannot be read, as a digest: keys are not kept to be compared.
-type Fingerprint = blake3::Hash;
+/// A digest of the files' contents, or of the read error. A digest, so that no key is kept to compare.
+type TlsFilesDigest = blake3::Hash;
 
-fn fingerprint(files: &Result<Files, TlsError>) -> Fingerprint {
+fn tls_files_digest(files: &Result<TlsFiles, TlsError>) -> TlsFilesDigest {
     let mut hasher = blake3::Hasher::new();
     match files {
-        Ok(Files { certificate, key, client_ca }) => {
+        Ok(TlsFiles { certificate, key, client_ca }) => {
             for file in [certificate, key, client_ca] {
                 hasher.update(&(file.len() as u64).to_be_bytes()).update(file);
             }
@@ -119,17 +120,17 @@ fn fingerprint(files: &Result<Files, TlsError>) -> Fingerprint {
 }
 
 /// The files as they were at one moment.
-struct Files {
+struct TlsFiles {
     certificate: Vec<u8>,
     key: Vec<u8>,
-    /// Empty where none is asked for.
+    /// Empty if no client certificates are asked for.
     client_ca: Vec<u8>,
 }
 
-impl Files {
-    fn read(settings: &MqttTls) -> Result<Self, TlsError> {
+impl TlsFiles {
+    fn read(settings: &MqttTlsConfig) -> Result<Self, TlsError> {
         let read = |setting, file: &Path| {
-            std::fs::read(file).map_err(|error| unusable(setting, file, error.to_string()))
+            std::fs::read(file).map_err(|error| unusable_tls_file(setting, file, error.to_string()))
         };
         let client_ca = match settings.client_ca.as_os_str().is_empty() {
             true => Vec::new(),
@@ -143,23 +144,23 @@ impl Files {
     }
 }
 
-fn unusable(setting: &'static str, file: &Path, reason: impl Into<String>) -> TlsError {
+fn unusable_tls_file(setting: &'static str, file: &Path, reason: impl Into<String>) -> TlsError {
     TlsError { setting, file: file.to_owned(), reason: reason.into() }
 }
 
-fn server_config(settings: &MqttTls, files: &Files) -> Result<ServerConfig, TlsError> {
+fn server_config(settings: &MqttTlsConfig, files: &TlsFiles) -> Result<ServerConfig, TlsError> {
     let provider = Arc::new(default_provider());
-    let identity = identity(settings, files, &provider)?;
+    let identity = certified_key(settings, files, &provider)?;
     let versions =
         ServerConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
     let builder = versions.expect("ring has cipher suites for TLS 1.2 and 1.3");
     let builder = if settings.client_ca.as_os_str().is_empty() {
         builder.with_no_client_auth()
     } else {
-        let no = |reason: String| unusable("mqtt.tls.client_ca", &settings.client_ca, reason);
+        let no = |reason: String| unusable_tls_file("mqtt.tls.client_ca", &settings.client_ca, reason);
         let mut roots = RootCertStore::empty();
         for certificate in certificates(&files.client_ca).map_err(|reason| no(reason.to_owned()))? {
-            roots.add(certificate).map_err(|error| no(in_words(&error)))?;
+            roots.add(certificate).map_err(|error| no(describe_tls_error(&error)))?;
         }
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
         let verifier = match settings.client_certificates {
@@ -169,14 +170,19 @@ fn server_config(settings: &MqttTls, files: &Files) -> Result<ServerConfig, TlsE
         builder.with_client_cert_verifier(verifier.build().map_err(|error| no(error.to_string()))?)
     };
     let mut config = builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(identity)));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![MQTT_ALPN.to_vec()];
     Ok(config)
 }
 
 /// The certificate chain with its key.
-fn identity(settings: &MqttTls, files: &Files, provider: &CryptoProvider) -> Result<CertifiedKey, TlsError> {
-    let no_certificate = |reason: String| unusable("mqtt.tls.certificate", &settings.certificate, reason);
-    let no_key = |reason: &str| unusable("mqtt.tls.key", &settings.key, reason);
+fn certified_key(
+    settings: &MqttTlsConfig,
+    files: &TlsFiles,
+    provider: &CryptoProvider,
+) -> Result<CertifiedKey, TlsError> {
+    let no_certificate =
+        |reason: String| unusable_tls_file("mqtt.tls.certificate", &settings.certificate, reason);
+    let no_key = |reason: &str| unusable_tls_file("mqtt.tls.key", &settings.key, reason);
     let chain = certificates(&files.certificate).map_err(|reason| no_certificate(reason.to_owned()))?;
     let key = PrivateKeyDer::from_pem_slice(&files.key).map_err(|error| match error {
         pem::Error::NoItemsFound => no_key("there is no private key in it (PEM, without a passphrase)"),
@@ -193,11 +199,11 @@ fn identity(settings: &MqttTls, files: &Files, provider: &CryptoProvider) -> Res
             let certificate = settings.certificate.display();
             Err(no_key(&format!("it is not the key of the certificate in {certificate}")))
         }
-        Err(error) => Err(no_certificate(in_words(&error))),
+        Err(error) => Err(no_certificate(describe_tls_error(&error))),
     }
 }
 
-/// Every certificate in a file, of which there has to be one.
+/// All certificates in a file, at least one.
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, &'static str> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match found {
@@ -207,7 +213,7 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, &'static str
     }
 }
 
-/// What is wrong with a PEM file, without anything that stands in it.
+/// What is wrong with a PEM file, without quoting its contents.
 fn pem_fault(error: &pem::Error) -> &'static str {
     match error {
         pem::Error::MissingSectionEnd { .. } => "it ends in the middle of a PEM section",
@@ -216,16 +222,16 @@ fn pem_fault(error: &pem::Error) -> &'static str {
     }
 }
 
-fn in_words(error: &rustls::Error) -> String {
+fn describe_tls_error(error: &rustls::Error) -> String {
     let words = error.to_string();
     match words.contains("UnsupportedCertVersion") {
-        // What `openssl x509 -req` makes when it is given no extensions.
+        // `openssl x509 -req` without extensions makes these.
         true => "it is of X.509 version 1, and version 3 is needed".to_owned(),
         false => words,
     }
 }
 
-/// Why a handshake failed, for the operator; `None` for a client that just left.
+/// Why a handshake failed, for the operator; `None` if the client just left.
 pub(super) fn handshake_fault(error: &io::Error) -> Option<String> {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
         Some(rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)) => {

@@ -1,11 +1,9 @@
-//! A WebSocket that carries MQTT (RFC 6455; section 6 of MQTT 3.1.1 and 5): the bytes of its binary
-//! messages, one after another, are the client's byte stream. Where a message begins or ends means
-//! nothing.
+//! A WebSocket that carries MQTT (RFC 6455; section 6 of MQTT 3.1.1 and 5). The payloads of its binary
+//! messages, concatenated, are the client's byte stream; message boundaries mean nothing.
 //!
-//! Frames are taken apart where they were read: what a read of the socket brought is unmasked and
-//! moved together in the reader's own buffer. So nothing is gathered here. A message may be as long
-//! as a client likes, no length that a stranger announces makes the gateway set memory aside, and an
-//! idle WebSocket holds no buffer.
+//! Frames are decoded in place: the bytes of one socket read are unmasked and moved together in the
+//! reader's own buffer. Nothing is collected here, so a message may have any length, a length that a
+//! stranger announces allocates nothing, and an idle WebSocket holds no buffer.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,60 +15,60 @@ use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::Front;
-use super::handshake::refuse;
+use super::MqttFront;
+use super::handshake::report_refused_connection;
 use crate::limits::WEBSOCKET_FRAME_BYTES_MAX;
 use crate::message::Transport;
-use crate::observe::refusals::Note;
+use crate::observe::refusals::RefusalNote;
 
-const CONTINUATION: u8 = 0x0;
-const TEXT: u8 = 0x1;
-const BINARY: u8 = 0x2;
-const CLOSE: u8 = 0x8;
-const PING: u8 = 0x9;
-const PONG: u8 = 0xA;
+const OPCODE_CONTINUATION: u8 = 0x0;
+const OPCODE_TEXT: u8 = 0x1;
+const OPCODE_BINARY: u8 = 0x2;
+const OPCODE_CLOSE: u8 = 0x8;
+const OPCODE_PING: u8 = 0x9;
+const OPCODE_PONG: u8 = 0xA;
 
 /// The last frame of a message.
-const FIN: u8 = 0x80;
+const FIN_BIT: u8 = 0x80;
 /// The largest header: two bytes, a length of eight, a mask of four.
-const HEADER_BYTES_MAX: usize = 14;
-/// RFC 6455, section 5.5.
-const CONTROL_BYTES_MAX: usize = 125;
+const WEBSOCKET_HEADER_BYTES_MAX: usize = 14;
+/// The largest payload of a control frame: RFC 6455, section 5.5.
+const CONTROL_FRAME_BYTES_MAX: usize = 125;
 
 /// Status codes of a close, RFC 6455 section 7.4.1.
-const NORMAL: u16 = 1000;
-const PROTOCOL_ERROR: u16 = 1002;
-const UNSUPPORTED_DATA: u16 = 1003;
+const STATUS_NORMAL: u16 = 1000;
+const STATUS_PROTOCOL_ERROR: u16 = 1002;
+const STATUS_UNSUPPORTED_DATA: u16 = 1003;
 
 /// The server's side of a WebSocket, after its opening handshake, as a byte stream.
 ///
-/// A ping is answered when the stream is read; the close frame is sent by a shutdown, with the
-/// status that fits: the client's own, or what it did wrong.
+/// Reading the stream answers pings. A shutdown sends the close frame, with the client's own status or
+/// that of the rule it broke.
 pub(super) struct WebSocket {
     tcp: TcpStream,
-    /// What the client sent right behind its opening handshake.
+    /// Bytes that the client sent right behind its opening handshake.
     early: Bytes,
-    frames: Frames,
-    /// Frames on their way out, and how much of them is gone.
+    frames: WebSocketDecoder,
+    /// Outgoing frames, and how many of their bytes were sent.
     out: Vec<u8>,
     sent: usize,
-    /// The payload of the newest ping that is not answered; older ones need no answer (5.5.3).
+    /// The payload of the newest unanswered ping; older ones need no answer (section 5.5.3).
     ping: Option<Vec<u8>>,
-    /// Nothing more is taken in: the client has closed, or broken a rule. The status to close with.
+    /// The status to close with. `Some` ends the input: the client has closed or broken a rule.
     ended: Option<u16>,
     /// Our close frame is on its way.
     closing: bool,
     peer: SocketAddr,
-    front: Arc<Front>,
+    front: Arc<MqttFront>,
 }
 
 impl WebSocket {
     /// `early` is what was read from `tcp` behind the opening handshake.
-    pub(super) fn new(tcp: TcpStream, early: Bytes, peer: SocketAddr, front: Arc<Front>) -> Self {
+    pub(super) fn new(tcp: TcpStream, early: Bytes, peer: SocketAddr, front: Arc<MqttFront>) -> Self {
         Self {
             tcp,
             early: if early.is_empty() { Bytes::new() } else { early },
-            frames: Frames::default(),
+            frames: WebSocketDecoder::default(),
             out: Vec::new(),
             sent: 0,
             ping: None,
@@ -81,7 +79,7 @@ impl WebSocket {
         }
     }
 
-    /// Ready when every frame, and the answer to a ping, is with the kernel.
+    /// Ready when the kernel has every frame, including the answer to a ping.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             while self.sent < self.out.len() {
@@ -93,17 +91,17 @@ impl WebSocket {
             }
             (self.out, self.sent) = (Vec::new(), 0);
             let Some(ping) = self.ping.take() else { return Poll::Ready(Ok(())) };
-            put_frame(&mut self.out, PONG, &ping);
+            put_frame(&mut self.out, OPCODE_PONG, &ping);
         }
     }
 
-    /// The next bytes of the socket, as they are.
+    /// The socket's next bytes, still framed.
     fn poll_raw(&mut self, cx: &mut Context<'_>, space: &mut [u8]) -> Poll<io::Result<usize>> {
         if !self.early.is_empty() {
             let n = self.early.len().min(space.len());
             self.early.copy_to_slice(&mut space[..n]);
             if self.early.is_empty() {
-                // It held on to what HTTP read with.
+                // Frees the buffer of the HTTP connection, which `early` shares.
                 self.early = Bytes::new();
             }
             return Poll::Ready(Ok(n));
@@ -133,15 +131,15 @@ impl AsyncRead for WebSocket {
                 return Poll::Ready(Ok(()));
             }
             if this.ended.is_some() {
-                // Behind a broken rule nothing has a meaning. It is read all the same, so that the
-                // close frame is not overtaken by a reset.
+                // Input after a violation is ignored. It is still read, because unread input would
+                // make the close a reset, and the close frame might be lost.
                 continue;
             }
-            let took = match this.frames.take(&mut space[..n]) {
+            let took = match this.frames.decode(&mut space[..n]) {
                 Ok(took) => took,
                 Err(fault) => {
-                    let note = Note::new(Transport::Mqtt, "websocket", &fault.text);
-                    refuse(&this.front, this.peer, note);
+                    let note = RefusalNote::new(Transport::Mqtt, "websocket", &fault.text);
+                    report_refused_connection(&this.front, this.peer, note);
                     this.ended = Some(fault.status);
                     return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, fault.text)));
                 }
@@ -159,13 +157,13 @@ impl AsyncRead for WebSocket {
 }
 
 impl AsyncWrite for WebSocket {
-    /// What it takes it may still hold: a flush sends it.
+    /// Accepted bytes may still be buffered; a flush sends them.
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         ready!(this.poll_send(cx))?;
         let taken = &bytes[..bytes.len().min(WEBSOCKET_FRAME_BYTES_MAX)];
         if !taken.is_empty() {
-            put_frame(&mut this.out, BINARY, taken);
+            put_frame(&mut this.out, OPCODE_BINARY, taken);
             if let Poll::Ready(Err(error)) = this.poll_send(cx) {
                 return Poll::Ready(Err(error));
             }
@@ -177,25 +175,25 @@ impl AsyncWrite for WebSocket {
         self.get_mut().poll_send(cx)
     }
 
-    /// Sends the close frame behind everything else, and ends our half of the TCP connection.
+    /// Sends the close frame after all other frames, and closes our half of the TCP connection.
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if !this.closing {
             this.closing = true;
             // No frame may follow a close.
             this.ping = None;
-            put_frame(&mut this.out, CLOSE, &this.ended.unwrap_or(NORMAL).to_be_bytes());
+            put_frame(&mut this.out, OPCODE_CLOSE, &this.ended.unwrap_or(STATUS_NORMAL).to_be_bytes());
         }
         ready!(this.poll_send(cx))?;
         Pin::new(&mut this.tcp).poll_shutdown(cx)
     }
 }
 
-/// Appends a message of one frame, unmasked as a server's are.
+/// Appends a message as one frame, unmasked because it is a server's.
 fn put_frame(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
     let length = u16::try_from(payload.len()).expect("a frame of ours is at most WEBSOCKET_FRAME_BYTES_MAX");
     out.reserve(4 + payload.len());
-    out.push(FIN | opcode);
+    out.push(FIN_BIT | opcode);
     match u8::try_from(length) {
         Ok(short) if short < 126 => out.push(short),
         _ => {
@@ -206,58 +204,58 @@ fn put_frame(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
     out.extend_from_slice(payload);
 }
 
-/// A rule that the client broke.
+/// A violation of the WebSocket protocol by the client.
 #[derive(Debug, PartialEq, Eq)]
-struct Fault {
+struct WebSocketFault {
     status: u16,
     text: &'static str,
 }
 
-impl Fault {
+impl WebSocketFault {
     fn protocol(text: &'static str) -> Self {
-        Self { status: PROTOCOL_ERROR, text }
+        Self { status: STATUS_PROTOCOL_ERROR, text }
     }
 }
 
-/// What was in some bytes of a client.
+/// What a run of the client's bytes held.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Took {
-    /// Bytes of binary messages, now at the front of the buffer.
+struct DecodedFrames {
+    /// How many bytes of binary messages are now at the front of the buffer.
     bytes: usize,
     /// The newest ping's payload.
     ping: Option<Vec<u8>>,
-    /// The client closed; the status to answer with. What came behind was passed over.
+    /// The status to answer a close frame with. Bytes behind the close frame are ignored.
     close: Option<u16>,
 }
 
-/// A client's frames, wherever the reads of the socket cut them.
+/// Decodes a client's frames, wherever the socket's reads cut them.
 #[derive(Default)]
-struct Frames {
-    /// A header that has not come whole.
-    header: [u8; HEADER_BYTES_MAX],
+struct WebSocketDecoder {
+    /// A header that is not complete yet.
+    header: [u8; WEBSOCKET_HEADER_BYTES_MAX],
     header_bytes: usize,
     /// The frame whose payload is being read.
-    frame: Option<Frame>,
-    /// The payload of a control frame, as far as it has come.
+    frame: Option<WebSocketFrame>,
+    /// The payload of a control frame, as far as it has arrived.
     control: Vec<u8>,
-    /// A message has begun and not ended.
+    /// A message has begun and has not ended.
     in_message: bool,
-    /// The close frame has come.
+    /// The close frame has arrived.
     closed: bool,
 }
 
-struct Frame {
+struct WebSocketFrame {
     opcode: u8,
-    /// Bytes of its payload that have not come.
+    /// How many bytes of the payload are still missing.
     left: u64,
-    /// Turned so that its first byte is for the next byte of the payload.
+    /// Rotated so that its first byte applies to the payload's next byte.
     mask: [u8; 4],
 }
 
-impl Frames {
-    /// Takes in what came; the payload of binary messages is moved to the front of it.
-    fn take(&mut self, raw: &mut [u8]) -> Result<Took, Fault> {
-        let mut took = Took::default();
+impl WebSocketDecoder {
+    /// Decodes `raw` and moves the payload of binary messages to its front.
+    fn decode(&mut self, raw: &mut [u8]) -> Result<DecodedFrames, WebSocketFault> {
+        let mut took = DecodedFrames::default();
         let mut at = 0;
         loop {
             let Some(frame) = &mut self.frame else {
@@ -270,7 +268,7 @@ impl Frames {
             let n = usize::try_from(frame.left).map_or(here, |left| left.min(here));
             frame.left -= n as u64;
             unmask(&mut raw[at..at + n], &mut frame.mask);
-            if frame.opcode >= CLOSE {
+            if frame.opcode >= OPCODE_CLOSE {
                 self.control.extend_from_slice(&raw[at..at + n]);
             } else {
                 raw.copy_within(at..at + n, took.bytes);
@@ -284,10 +282,10 @@ impl Frames {
             self.frame = None;
             let control = std::mem::take(&mut self.control);
             match opcode {
-                PING => took.ping = Some(control),
-                CLOSE => {
+                OPCODE_PING => took.ping = Some(control),
+                OPCODE_CLOSE => {
                     self.closed = true;
-                    took.close = Some(status_of(&control)?);
+                    took.close = Some(close_status(&control)?);
                     return Ok(took);
                 }
                 _ => {}
@@ -295,21 +293,21 @@ impl Frames {
         }
     }
 
-    /// Takes in a header's next byte; returns the frame when the header is whole.
-    fn header_byte(&mut self, byte: u8) -> Result<Option<Frame>, Fault> {
+    /// Adds a header's next byte. Returns the frame when the header is complete.
+    fn header_byte(&mut self, byte: u8) -> Result<Option<WebSocketFrame>, WebSocketFault> {
         self.header[self.header_bytes] = byte;
         self.header_bytes += 1;
         if self.header_bytes == 1 {
-            self.check_first(byte)?;
+            self.check_first_byte(byte)?;
             return Ok(None);
         }
         let (opcode, short) = (self.header[0] & 0x0F, self.header[1] & 0x7F);
         if self.header_bytes == 2 {
             if self.header[1] & 0x80 == 0 {
-                return Err(Fault::protocol("a client's frame has to be masked"));
+                return Err(WebSocketFault::protocol("a client's frame has to be masked"));
             }
-            if opcode >= CLOSE && usize::from(short) > CONTROL_BYTES_MAX {
-                return Err(Fault::protocol("a control frame has at most 125 bytes"));
+            if opcode >= OPCODE_CLOSE && usize::from(short) > CONTROL_FRAME_BYTES_MAX {
+                return Err(WebSocketFault::protocol("a control frame has at most 125 bytes"));
             }
         }
         let length_bytes = match short {
@@ -323,56 +321,63 @@ impl Frames {
         let (length, mask) = self.header[2..self.header_bytes].split_at(length_bytes);
         let long = length.iter().fold(0, |n: u64, &byte| n << 8 | u64::from(byte));
         let left = match short {
-            126 if long < 126 => return Err(Fault::protocol("a frame's length is longer than it need be")),
+            126 if long < 126 => {
+                return Err(WebSocketFault::protocol("a frame's length is longer than it need be"));
+            }
             127 if long <= u64::from(u16::MAX) || long >> 63 != 0 => {
-                return Err(Fault::protocol("a frame's length of eight bytes is out of range"));
+                return Err(WebSocketFault::protocol("a frame's length of eight bytes is out of range"));
             }
             126 | 127 => long,
             short => u64::from(short),
         };
         let mask = [mask[0], mask[1], mask[2], mask[3]];
         self.header_bytes = 0;
-        Ok(Some(Frame { opcode, left, mask }))
+        Ok(Some(WebSocketFrame { opcode, left, mask }))
     }
 
-    fn check_first(&mut self, byte: u8) -> Result<(), Fault> {
-        let fin = byte & FIN != 0;
+    fn check_first_byte(&mut self, byte: u8) -> Result<(), WebSocketFault> {
+        let fin = byte & FIN_BIT != 0;
         if byte & 0x70 != 0 {
-            return Err(Fault::protocol("a reserved bit is set, and no extension was agreed on"));
+            return Err(WebSocketFault::protocol("a reserved bit is set, and no extension was agreed on"));
         }
         match byte & 0x0F {
             // [MQTT-6.0.0-1]
-            TEXT => Err(Fault { status: UNSUPPORTED_DATA, text: "a text frame: MQTT is in binary frames" }),
-            BINARY if self.in_message => {
-                Err(Fault::protocol("a message began before the one before it had ended"))
+            OPCODE_TEXT => Err(WebSocketFault {
+                status: STATUS_UNSUPPORTED_DATA,
+                text: "a text frame: MQTT is in binary frames",
+            }),
+            OPCODE_BINARY if self.in_message => {
+                Err(WebSocketFault::protocol("a new message began inside an unfinished message"))
             }
-            CONTINUATION if !self.in_message => {
-                Err(Fault::protocol("a continuation of a message that had not begun"))
+            OPCODE_CONTINUATION if !self.in_message => {
+                Err(WebSocketFault::protocol("a continuation without a message that has begun"))
             }
-            BINARY | CONTINUATION => {
+            OPCODE_BINARY | OPCODE_CONTINUATION => {
                 self.in_message = !fin;
                 Ok(())
             }
-            CLOSE | PING | PONG if fin => Ok(()),
-            CLOSE | PING | PONG => Err(Fault::protocol("a control frame cannot be in pieces")),
-            _ => Err(Fault::protocol("a frame of a type that is reserved")),
+            OPCODE_CLOSE | OPCODE_PING | OPCODE_PONG if fin => Ok(()),
+            OPCODE_CLOSE | OPCODE_PING | OPCODE_PONG => {
+                Err(WebSocketFault::protocol("a control frame cannot be in pieces"))
+            }
+            _ => Err(WebSocketFault::protocol("a frame of a type that is reserved")),
         }
     }
 }
 
 /// The status to answer a client's close frame with: its own.
-fn status_of(payload: &[u8]) -> Result<u16, Fault> {
+fn close_status(payload: &[u8]) -> Result<u16, WebSocketFault> {
     match payload {
-        [] => Ok(NORMAL),
+        [] => Ok(STATUS_NORMAL),
         &[high, low, ..] => match u16::from_be_bytes([high, low]) {
             status @ (1000..=1003 | 1007..=1014 | 3000..=4999) => Ok(status),
-            _ => Err(Fault::protocol("a close with a status that may not be sent")),
+            _ => Err(WebSocketFault::protocol("a close with a status that may not be sent")),
         },
-        _ => Err(Fault::protocol("a close with half a status")),
+        _ => Err(WebSocketFault::protocol("a close with half a status")),
     }
 }
 
-/// Takes the mask off, and turns the mask for the bytes that come after.
+/// Unmasks `bytes`, and rotates the mask for the bytes that follow.
 fn unmask(bytes: &mut [u8], mask: &mut [u8; 4]) {
     let [a, b, c, d] = *mask;
     let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
@@ -413,14 +418,14 @@ mod tests {
     }
 
     /// The data, the pings, and the end.
-    type Taken = (Vec<u8>, Vec<Vec<u8>>, Result<Option<u16>, Fault>);
+    type Taken = (Vec<u8>, Vec<Vec<u8>>, Result<Option<u16>, WebSocketFault>);
 
     /// What comes of `bytes` when they are read `step` at a time.
     fn taken(bytes: &[u8], step: usize) -> Taken {
-        let (mut frames, mut data, mut pings) = (Frames::default(), Vec::new(), Vec::new());
+        let (mut frames, mut data, mut pings) = (WebSocketDecoder::default(), Vec::new(), Vec::new());
         for piece in bytes.chunks(step) {
             let mut piece = piece.to_vec();
-            match frames.take(&mut piece) {
+            match frames.decode(&mut piece) {
                 Ok(took) => {
                     data.extend_from_slice(&piece[..took.bytes]);
                     pings.extend(took.ping);
@@ -436,29 +441,29 @@ mod tests {
 
     #[test]
     fn the_status_says_what_a_client_did_wrong() {
-        let unmasked = [FIN | BINARY, 1, 0];
-        let long_ping = frame(FIN | PING, &[0; 126]);
-        let wide_16 = [FIN | BINARY, 0x80 | 126, 0, 125];
-        let wide_64 = [FIN | BINARY, 0x80 | 127, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF];
-        let huge = [FIN | BINARY, 0x80 | 127, 0x80, 0, 0, 0, 0, 0, 0, 0];
+        let unmasked = [FIN_BIT | OPCODE_BINARY, 1, 0];
+        let long_ping = frame(FIN_BIT | OPCODE_PING, &[0; 126]);
+        let wide_16 = [FIN_BIT | OPCODE_BINARY, 0x80 | 126, 0, 125];
+        let wide_64 = [FIN_BIT | OPCODE_BINARY, 0x80 | 127, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF];
+        let huge = [FIN_BIT | OPCODE_BINARY, 0x80 | 127, 0x80, 0, 0, 0, 0, 0, 0, 0];
         let mask = [0; 4];
-        let twice = [frame(BINARY, b"a"), frame(FIN | BINARY, b"b")].concat();
+        let twice = [frame(OPCODE_BINARY, b"a"), frame(FIN_BIT | OPCODE_BINARY, b"b")].concat();
         for (bytes, status) in [
-            (frame(FIN | TEXT, b"hello"), 1003),
-            (frame(TEXT, b"hello"), 1003),
+            (frame(FIN_BIT | OPCODE_TEXT, b"hello"), 1003),
+            (frame(OPCODE_TEXT, b"hello"), 1003),
             (unmasked.to_vec(), 1002),
             (long_ping, 1002),
             ([&wide_16[..], &mask].concat(), 1002),
             ([&wide_64[..], &mask].concat(), 1002),
             ([&huge[..], &mask].concat(), 1002),
             (twice, 1002),
-            (frame(FIN | CONTINUATION, b"a"), 1002),
-            (frame(PING, b""), 1002),
-            (frame(FIN | 0x40 | BINARY, b"a"), 1002),
-            (frame(FIN | 0x3, b""), 1002),
-            (frame(FIN | 0xB, b""), 1002),
-            (frame(FIN | CLOSE, &[3]), 1002),
-            (frame(FIN | CLOSE, &1005u16.to_be_bytes()), 1002),
+            (frame(FIN_BIT | OPCODE_CONTINUATION, b"a"), 1002),
+            (frame(OPCODE_PING, b""), 1002),
+            (frame(FIN_BIT | 0x40 | OPCODE_BINARY, b"a"), 1002),
+            (frame(FIN_BIT | 0x3, b""), 1002),
+            (frame(FIN_BIT | 0xB, b""), 1002),
+            (frame(FIN_BIT | OPCODE_CLOSE, &[3]), 1002),
+            (frame(FIN_BIT | OPCODE_CLOSE, &1005u16.to_be_bytes()), 1002),
         ] {
             for step in [1, bytes.len()] {
                 let (_, _, end) = taken(&bytes, step);
@@ -469,9 +474,11 @@ mod tests {
 
     #[test]
     fn a_close_is_answered_with_its_own_status_and_ends_the_stream() {
-        let bytes = |payload: &[u8]| [frame(FIN | BINARY, b"last"), frame(FIN | CLOSE, payload)].concat();
+        let bytes = |payload: &[u8]| {
+            [frame(FIN_BIT | OPCODE_BINARY, b"last"), frame(FIN_BIT | OPCODE_CLOSE, payload)].concat()
+        };
         for (payload, status) in [(&b""[..], 1000), (&[0x03, 0xE9][..], 1001), (b"\x0F\xA0bye", 4000)] {
-            let behind = [bytes(payload), frame(FIN | BINARY, b"too late")].concat();
+            let behind = [bytes(payload), frame(FIN_BIT | OPCODE_BINARY, b"too late")].concat();
             for step in [1, 3, behind.len()] {
                 assert_eq!(taken(&behind, step), (b"last".to_vec(), Vec::new(), Ok(Some(status))));
             }
@@ -495,12 +502,12 @@ mod tests {
                     parts.push(&[]);
                 }
                 for (i, part) in parts.iter().enumerate() {
-                    let fin = if i + 1 == parts.len() { FIN } else { 0 };
-                    wire.extend(frame(fin | if i == 0 { BINARY } else { CONTINUATION }, part));
+                    let fin = if i + 1 == parts.len() { FIN_BIT } else { 0 };
+                    wire.extend(frame(fin | if i == 0 { OPCODE_BINARY } else { OPCODE_CONTINUATION }, part));
                     if *ping {
                         // Between the pieces of a message, as section 5.4 allows.
-                        wire.extend(frame(FIN | PING, b"there?"));
-                        wire.extend(frame(FIN | PONG, b"unasked"));
+                        wire.extend(frame(FIN_BIT | OPCODE_PING, b"there?"));
+                        wire.extend(frame(FIN_BIT | OPCODE_PONG, b"unasked"));
                         pings += 1;
                     }
                 }
@@ -516,11 +523,11 @@ mod tests {
         #[test]
         fn our_frames_are_as_long_as_they_say(length in 0usize..=WEBSOCKET_FRAME_BYTES_MAX) {
             let mut out = Vec::new();
-            put_frame(&mut out, BINARY, &vec![7; length]);
+            put_frame(&mut out, OPCODE_BINARY, &vec![7; length]);
             let header = if length < 126 { 2 } else { 4 };
             prop_assert_eq!(out.len(), header + length);
             let said = if header == 2 { usize::from(out[1]) } else { usize::from(u16::from_be_bytes([out[2], out[3]])) };
-            prop_assert_eq!((out[0], said), (FIN | BINARY, length));
+            prop_assert_eq!((out[0], said), (FIN_BIT | OPCODE_BINARY, length));
         }
 
         #[test]

@@ -1,42 +1,42 @@
-//! A will: the message that a client leaves with its CONNECT, to be published when its connection is
-//! lost (MQTT 5 section 3.1.2.5). It goes through intake as any other message, under the key that
-//! the client connected with: when that is dead by then, the will is refused.
+//! A will: the message in a client's CONNECT that is published when the connection is lost (MQTT 5
+//! section 3.1.2.5). It goes through intake like any other message, under the key that the client
+//! connected with. If that key is dead by then, the will is refused.
 
 use std::sync::Arc;
 
 use tracing::info;
 
 use super::codec::connect;
-use super::codec::properties::{WILL_DELAY, forwarded};
+use super::codec::properties::{WILL_DELAY, forward_properties};
 use super::credentials;
-use super::inbound::Who;
+use super::inbound::ClientIdentity;
 use crate::auth::Grant;
-use crate::intake::{Draft, Incoming, Intake, Refusal};
+use crate::intake::{Draft, IncomingMessage, Intake, Refusal};
 use crate::message::{RecordFlags, Transport};
 
-/// A will that intake would take.
-pub(super) struct Will {
+/// A will that has passed intake's checks.
+pub(super) struct MqttWill {
     grant: Grant,
-    who: Arc<Who>,
+    who: Arc<ClientIdentity>,
     topic: String,
     payload: Vec<u8>,
     content_type: String,
     properties: Vec<u8>,
     flags: RecordFlags,
     publisher: u64,
-    /// How long after the loss of the connection it is published, in seconds.
+    /// The delay between the loss of the connection and the publication, in seconds.
     pub(super) delay_s: u32,
 }
 
-impl Will {
-    /// Takes a will out of a CONNECT.
+impl MqttWill {
+    /// Makes a will from a CONNECT, and checks it.
     ///
     /// # Errors
-    /// What intake would refuse it for.
+    /// The refusal with which intake would answer the will.
     pub(super) fn new(
-        will: &connect::Will<'_>,
+        will: &connect::ConnectWill<'_>,
         grant: &Grant,
-        who: &Arc<Who>,
+        who: &Arc<ClientIdentity>,
         publisher: u64,
         intake: &Intake,
     ) -> Result<Self, Refusal> {
@@ -48,7 +48,8 @@ impl Will {
             flags = flags.with(RecordFlags::AT_MOST_ONCE);
         }
         let mut properties = Vec::new();
-        let content_type = forwarded(&will.properties, &mut properties, credentials::is_key_property);
+        let content_type =
+            forward_properties(&will.properties, &mut properties, credentials::is_key_property);
         let will = Self {
             grant: grant.clone(),
             who: who.clone(),
@@ -64,7 +65,7 @@ impl Will {
         Ok(will)
     }
 
-    /// Publishes it; returns when it is durable, or refused.
+    /// Publishes the will. Returns when it is durable or refused.
     pub(super) async fn publish(self, intake: &Intake) {
         if let Err(refusal) = self.submit(intake).await {
             intake.refusals().note(self.who.note(&self.grant, refusal.note(Transport::Mqtt)));
@@ -76,8 +77,8 @@ impl Will {
         let mut paid = false;
         let draft = loop {
             match self.draft(intake, paid) {
-                Err(Refusal::Limited(limited)) if limited.holds_back() => {
-                    paid = intake.turn(*limited).await?;
+                Err(Refusal::Limited(limited)) if limited.is_held_back() => {
+                    paid = intake.wait_turn(*limited).await?;
                 }
                 drafted => break drafted?,
             }
@@ -85,14 +86,14 @@ impl Will {
         intake.submit(draft).await.map(drop)
     }
 
-    /// `paid`: it is not counted against a rate.
+    /// With `paid`, the will is not counted against a rate.
     fn draft(&self, intake: &Intake, paid: bool) -> Result<Draft, Refusal> {
         let mut draft = intake.draft(Transport::Mqtt, self.publisher);
-        draft.sent_by(&self.who.user);
+        draft.set_client(&self.who.user);
         if paid {
-            draft.is_paid();
+            draft.mark_paid();
         }
-        let message = Incoming {
+        let message = IncomingMessage {
             topic: &self.topic,
             payload: &self.payload,
             content_type: &self.content_type,
@@ -102,7 +103,7 @@ impl Will {
             exchange: None,
         };
         match draft.push(&self.grant, None, message) {
-            // It is in the draft, and in quarantine is where it is to go.
+            // A quarantined will is in the draft too, and is kept in quarantine.
             Ok(_) | Err(Refusal::Quarantined(_)) => Ok(draft),
             Err(refusal) => Err(refusal),
         }

@@ -1,8 +1,7 @@
-//! API keys as NATS users: nats-server asks, for each client that connects, whether the key that it
-//! presents is good, and is told what the client may do: publish its datasource's messages in, with the
-//! scope `ingest`, and subscribe to its datasource's stream, with the scope `subscribe`. Nothing else:
-//! what a client publishes is let in by intake like everything, under the key that the server attests
-//! (`attested.rs`), and a key that dies loses its connections (`kick.rs`).
+//! API keys as NATS users. For each client that connects, nats-server asks whether its key is good, and gets
+//! the client's permissions: the scope `ingest` may publish messages of the key's datasource, and the scope
+//! `subscribe` may subscribe to its stream. Intake checks what the client publishes, like any message, under
+//! the key that the server attests (`attested.rs`). A key that dies loses its connections (`kick.rs`).
 
 use std::fmt::Display;
 use std::io;
@@ -10,33 +9,35 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use headgate_bridge_nats::callout::{self, Doorman, Permit, Verdict, Visitor};
-use headgate_bridge_nats::system::{Connection, System};
+use headgate_bridge_nats::callout::{
+    self, CalloutAuthorizer, CalloutVerdict, ClientPermit, ConnectingClient,
+};
+use headgate_bridge_nats::system::{NatsClientConnection, SystemAccount};
 use headgate_bridge_nats::{Nats, NatsError};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
-use super::Front;
-use super::attested::{Attestation, name_of};
-use super::kick::{Kicker, LetIn};
-use crate::auth::usage::Client;
-use crate::auth::{Denied, Grant, Rejected, Scope};
+use super::NatsFront;
+use super::attested::{Attestation, nats_user_of_key};
+use super::kick::{NatsConnectionKicker, RecentNatsConnections};
+use crate::auth::usage::KeyClient;
+use crate::auth::{Grant, GrantDenial, RejectedKey, Scope};
 use crate::config::{self, ConfigError};
 use crate::intake::Intake;
 use crate::limits::NATS_SUBSCRIPTIONS_MAX;
 use crate::message::{Transport, now_micros};
-use crate::observe::refusals::Note;
+use crate::observe::refusals::RefusalNote;
 
-/// The one answer to a stranger: it tells nothing.
-const NO: &str = "no valid API key as user name, password or token";
+/// The only denial text for a bad key: it does not say what is wrong with the key.
+const KEY_DENIAL_TEXT: &str = "no valid API key as user name, password or token";
 
-/// What a client of nats-server speaks.
-const CLIENTS: [&str; 3] = ["nats", "mqtt", "websocket"];
+/// The kinds of connection that may present an API key.
+const NATS_CLIENT_KINDS: [&str; 3] = ["nats", "mqtt", "websocket"];
 
-/// Why auth callout cannot begin.
+/// Why auth callout cannot start.
 #[derive(Debug, thiserror::Error)]
-pub enum CalloutError {
+pub enum NatsCalloutError {
     /// A seed's file that cannot be read.
     #[error("{setting}: {}: {error}", path.display())]
     File {
@@ -47,7 +48,7 @@ pub enum CalloutError {
         /// Why.
         error: io::Error,
     },
-    /// A seed that is none.
+    /// A file without a valid seed.
     #[error("nats.callout: {} or {}: {error}", issuer.display(), curve.display())]
     Seed {
         /// The file of the issuer's seed.
@@ -55,61 +56,63 @@ pub enum CalloutError {
         /// The file of the curve seed.
         curve: PathBuf,
         /// Which of the two, and what is wrong.
-        error: callout::CalloutError,
+        error: callout::CalloutSeedError,
     },
-    /// A password's file.
+    /// A password's file that cannot be read.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The connections.
+    /// A connection that cannot be set up.
     #[error(transparent)]
     Nats(#[from] NatsError),
 }
 
-/// Auth callout, at work until its drain.
+/// The running tasks of auth callout.
 #[derive(Debug)]
-pub struct Callout {
+pub struct NatsKeyCallout {
     nats: Nats,
     service: JoinHandle<()>,
-    /// Lets in what the clients publish.
+    /// Admits what the clients publish.
     front: Option<JoinHandle<()>>,
     watch: Option<JoinHandle<()>>,
 }
 
-impl Callout {
-    /// Begins to answer, to let in what the clients publish, and to end the connections of dead keys. NATS
-    /// need not be there. After `drain` nothing more is answered; other gateways do.
+impl NatsKeyCallout {
+    /// Starts to answer requests, to admit what the clients publish, and to end the connections of dead keys.
+    /// NATS may be away. After `drain` this gateway answers no more; other gateways do.
     ///
     /// # Errors
-    /// [`CalloutError`] for seeds, passwords and addresses that can never work.
+    /// [`NatsCalloutError`] for seeds, passwords and addresses that can never work.
     pub async fn start(
-        config: &config::Nats,
+        config: &config::NatsConfig,
         intake: &Intake,
         drain: CancellationToken,
-    ) -> Result<Self, CalloutError> {
+    ) -> Result<Self, NatsCalloutError> {
         let settings = &config.callout;
-        let issuer = read("nats.callout.issuer_seed_file", &settings.issuer_seed_file)?;
+        let issuer = read_seed_file("nats.callout.issuer_seed_file", &settings.issuer_seed_file)?;
         let has_curve = !settings.xkey_seed_file.as_os_str().is_empty();
-        let curve =
-            has_curve.then(|| read("nats.callout.xkey_seed_file", &settings.xkey_seed_file)).transpose()?;
-        let let_in = Arc::new(LetIn::default());
-        let door = Door {
+        let curve = has_curve
+            .then(|| read_seed_file("nats.callout.xkey_seed_file", &settings.xkey_seed_file))
+            .transpose()?;
+        let let_in = Arc::new(RecentNatsConnections::default());
+        let door = KeyCalloutAuthorizer {
             intake: intake.clone(),
             let_in: let_in.clone(),
             expiry_s: i64::try_from(settings.expiry_s).unwrap_or(i64::MAX),
             shared_inbox: settings.shared_inbox,
         };
-        let service = callout::Callout::new(&issuer, curve.as_deref(), &settings.account, door);
-        let service = service.map_err(|error| CalloutError::Seed {
+        let service = callout::CalloutService::new(&issuer, curve.as_deref(), &settings.account, door);
+        let service = service.map_err(|error| NatsCalloutError::Seed {
             issuer: settings.issuer_seed_file.clone(),
             curve: settings.xkey_seed_file.clone(),
             error,
         })?;
         let nats = Nats::connect(&config.callout_connection("auth callout")?).await?;
         let front = if config.ingest {
-            // A connection of its own: what clients publish is not to hold up those that connect.
+            // A connection of its own, so that published messages do not delay clients that connect.
             let connection = config.callout_connection("ingest by key")?;
             let attestation = Some(Attestation::of_account(&settings.account));
-            let front = Front::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
+            let front =
+                NatsFront::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
             let drain = drain.clone();
             Some(tokio::spawn(async move { front.serve(drain).await }))
         } else {
@@ -121,11 +124,12 @@ impl Callout {
             );
             None
         } else {
-            let system = System::new(Nats::connect(&config.system_connection("ends connections")?).await?);
+            let system =
+                SystemAccount::new(Nats::connect(&config.system_connection("ends connections")?).await?);
             let authorizer = intake.authorizer().clone();
-            let kicker = Kicker::new(system, &settings.account, let_in, authorizer);
+            let kicker = NatsConnectionKicker::new(system, &settings.account, let_in, authorizer);
             let closer = kicker.clone();
-            intake.close_also_by(Box::new(move |dead| {
+            intake.set_closer(Box::new(move |dead| {
                 let (closer, dead) = (closer.clone(), dead.to_vec());
                 Box::pin(async move { closer.close(&dead).await })
             }));
@@ -134,18 +138,18 @@ impl Callout {
         let over = nats.clone();
         let service = tokio::spawn(async move {
             if let Err(error) = service.serve(&over, drain.cancelled()).await {
-                error!(%error, "auth callout is not answered");
+                error!(%error, "auth callout requests are not answered");
             }
         });
         Ok(Self { nats, service, front, watch })
     }
 
-    /// The connection on which it is asked.
+    /// The connection on which the requests arrive.
     pub fn nats(&self) -> &Nats {
         &self.nats
     }
 
-    /// Returns when the last request and the last message are answered that came in before the drain.
+    /// Waits until all requests and messages that arrived before the drain are answered.
     pub async fn drained(self) {
         let _ = self.service.await;
         if let Some(front) = self.front {
@@ -157,55 +161,57 @@ impl Callout {
     }
 }
 
-fn read(setting: &'static str, file: &Path) -> Result<String, CalloutError> {
+fn read_seed_file(setting: &'static str, file: &Path) -> Result<String, NatsCalloutError> {
     let text = std::fs::read_to_string(file);
-    text.map_err(|error| CalloutError::File { setting, path: file.to_owned(), error })
+    text.map_err(|error| NatsCalloutError::File { setting, path: file.to_owned(), error })
 }
 
 /// Decides who may connect to NATS.
-struct Door {
+struct KeyCalloutAuthorizer {
     intake: Intake,
-    let_in: Arc<LetIn>,
+    let_in: Arc<RecentNatsConnections>,
     expiry_s: i64,
     shared_inbox: bool,
 }
 
-impl Doorman for Door {
-    fn judge(&self, visitor: &Visitor) -> Verdict {
-        // What cannot be read as an address counts as one.
+impl CalloutAuthorizer for KeyCalloutAuthorizer {
+    fn judge(&self, visitor: &ConnectingClient) -> CalloutVerdict {
+        // All unreadable hosts share one address, so that its failure limit applies to them too.
         let address = visitor.host.parse().unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
-        if !CLIENTS.contains(&visitor.kind.as_str()) {
+        if !NATS_CLIENT_KINDS.contains(&visitor.kind.as_str()) {
             let words = "only a client may present an API key, not another server";
-            let note = Note::new(Transport::Nats, "connection_type", &words);
+            let note = RefusalNote::new(Transport::Nats, "connection_type", &words);
             let client = visitor.name.as_str();
-            self.intake.refusals().note(Note { address: Some(address), client, ..note });
-            debug!(%address, "a NATS server wants in as a client: refused");
-            return Verdict::Deny(words.to_owned());
+            self.intake.refusals().note(RefusalNote { address: Some(address), client, ..note });
+            debug!(%address, "refused a NATS server that connects as a client");
+            return CalloutVerdict::Deny(words.to_owned());
         }
         let authorizer = self.intake.authorizer();
         let presented = [&visitor.user, &visitor.password, &visitor.token].map(|text| text.as_bytes());
         let grant = match authorizer.identify_among(&presented, address) {
             Ok(grant) => grant,
-            Err(rejected) => return self.no(visitor, address, &rejected),
+            Err(rejected) => return self.deny(visitor, address, &rejected),
         };
         let key = grant.key();
-        // Remembered first, and asked again after: whoever ends the key in between finds it.
-        let connection = Connection { server_id: visitor.server_id.clone(), client_id: visitor.client_id };
+        // Remember the connection before the second check of the grant: a revocation in between then either
+        // finds the connection or is seen by the check.
+        let connection =
+            NatsClientConnection { server_id: visitor.server_id.clone(), client_id: visitor.client_id };
         self.let_in.remember(key.id, connection);
         if !grant.holds() {
-            let rejected = Rejected { denied: Denied::Revoked, key_id: Some(key.id), shape: None };
-            return self.no(visitor, address, &rejected);
+            let rejected = RejectedKey { denied: GrantDenial::Revoked, key_id: Some(key.id), shape: None };
+            return self.deny(visitor, address, &rejected);
         }
         let name = (!visitor.name.is_empty()).then_some(visitor.name.as_str());
-        let client = Arc::new(Client::new(Transport::Nats, Some(address), name));
-        authorizer.registry().used(key, Some(&client), now_micros(), None);
+        let client = Arc::new(KeyClient::new(Transport::Nats, Some(address), name));
+        authorizer.registry().note_use(key, Some(&client), now_micros(), None);
         debug!(%address, key_id = %key.id, datasource = %key.datasource, kind = visitor.kind, "let into NATS");
-        Verdict::Allow(self.permit(&grant))
+        CalloutVerdict::Allow(self.permit(&grant))
     }
 }
 
-impl Door {
-    fn permit(&self, grant: &Grant) -> Permit {
+impl KeyCalloutAuthorizer {
+    fn permit(&self, grant: &Grant) -> ClientPermit {
         let key = grant.key();
         let datasource = if key.datasource.is_all() { "" } else { key.datasource.as_str() };
         let under = |root: &str| match datasource {
@@ -223,29 +229,30 @@ impl Door {
         }
         if key.scopes.allow(Scope::Subscribe) {
             subscribe.push(under("stream"));
-            // MQTT's `stream/press-4/#` asks for its parent as well (MQTT 3.1.1 section 4.7.1.2).
+            // The MQTT filter `stream/press-4/#` includes its parent level (MQTT 3.1.1 section 4.7.1.2).
             subscribe.push(parent("stream"));
         }
         let soon_s = (now_micros() / 1_000_000).saturating_add(self.expiry_s);
         let expires_at_s = key.ends_at().map_or(soon_s, |at| soon_s.min(at / 1_000_000));
         let subscriptions_max = NATS_SUBSCRIPTIONS_MAX;
-        Permit { name: name_of(key), publish, subscribe, expires_at_s, subscriptions_max }
+        ClientPermit { name: nats_user_of_key(key), publish, subscribe, expires_at_s, subscriptions_max }
     }
 
-    fn no(&self, visitor: &Visitor, address: IpAddr, rejected: &Rejected) -> Verdict {
-        let Rejected { denied, key_id, shape } = rejected;
-        let note = Note::new(Transport::Nats, denied.cause(), denied);
+    fn deny(&self, visitor: &ConnectingClient, address: IpAddr, rejected: &RejectedKey) -> CalloutVerdict {
+        let RejectedKey { denied, key_id, shape } = rejected;
+        let note = RefusalNote::new(Transport::Nats, denied.cause(), denied);
         let client = visitor.name.as_str();
-        let about = Note { address: Some(address), client, key_id: *key_id, key_shape: *shape, ..note };
+        let about =
+            RefusalNote { address: Some(address), client, key_id: *key_id, key_shape: *shape, ..note };
         self.intake.refusals().note(about);
         let key_id = key_id.as_ref().map(display);
-        // A flood writes no log.
-        if let Denied::TooManyFailures { .. } = denied {
+        // A flood of bad keys must not flood the log.
+        if let GrantDenial::TooManyFailures { .. } = denied {
             debug!(%address, cause = denied.cause(), "refused a NATS client");
-            return Verdict::Deny(denied.to_string());
+            return CalloutVerdict::Deny(denied.to_string());
         }
         info!(%address, cause = denied.cause(), key_id, why = %denied, "refused a NATS client");
-        Verdict::Deny(NO.to_owned())
+        CalloutVerdict::Deny(KEY_DENIAL_TEXT.to_owned())
     }
 }
 

@@ -1,20 +1,20 @@
-//! What the headers of a NATS message say, besides its key: its id, its media type, and what its sender
-//! has added of its own, which goes on to subscribers as MQTT 5 user properties.
+//! The headers of a NATS message, besides its key: its id, its media type, and the sender's own headers,
+//! which subscribers receive as MQTT 5 user properties.
 
-use crate::front::credentials::key_in;
+use crate::front::credentials::key_in_header;
 use crate::front::mqtt::codec::write::user_property;
 use crate::intake::Refusal;
 use crate::limits::NATS_HEADERS_BYTES_MAX;
 use crate::message::{holds_key, is_noncharacter};
 
-/// By which a message is known: another one with the same id is not kept again.
-const MESSAGE_ID: &str = "Nats-Msg-Id";
-const CONTENT_TYPE: &str = "Content-Type";
-/// The stream that a client expects to answer.
-const EXPECTED_STREAM: &str = "Nats-Expected-Stream";
-/// What else a client can ask JetStream for: a yes would promise it.
-const NOT_DONE: [&str; 9] = [
-    EXPECTED_STREAM,
+/// The message id: a second message with the same id is not kept again.
+const NATS_MESSAGE_ID_HEADER: &str = "Nats-Msg-Id";
+const NATS_CONTENT_TYPE_HEADER: &str = "Content-Type";
+/// The stream from which a client expects the answer.
+const NATS_EXPECTED_STREAM_HEADER: &str = "Nats-Expected-Stream";
+/// Requests to JetStream that Headgate does not serve: accepting the message would promise them.
+const UNSUPPORTED_JETSTREAM_HEADERS: [&str; 9] = [
+    NATS_EXPECTED_STREAM_HEADER,
     "Nats-Expected-Last-Sequence",
     "Nats-Expected-Last-Subject-Sequence",
     "Nats-Expected-Last-Msg-Id",
@@ -25,23 +25,23 @@ const NOT_DONE: [&str; 9] = [
     "Nats-Schedule",
 ];
 
-/// What a message's headers say.
+/// The headers of a message, read.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Headers<'a> {
-    /// The media type, or nothing.
+pub(super) struct NatsMessageHeaders<'a> {
+    /// The media type; empty if none.
     pub(super) content_type: &'a str,
     pub(super) message_id: Option<&'a str>,
-    /// What is the sender's own, in MQTT 5's wire form: as much as [`NATS_HEADERS_BYTES_MAX`], by name.
-    /// What MQTT cannot carry is left out, as is what only a gateway says (`Headgate-…`), or a server
-    /// (`Nats-…`).
+    /// The sender's own headers in MQTT 5's wire form, sorted by name, up to [`NATS_HEADERS_BYTES_MAX`].
+    /// Headers that MQTT cannot carry are left out, and those reserved for gateways (`Headgate-…`) and
+    /// servers (`Nats-…`).
     pub(super) properties: Vec<u8>,
 }
 
-impl<'a> Headers<'a> {
-    /// Reads them.
+impl<'a> NatsMessageHeaders<'a> {
+    /// Reads the headers of a message.
     ///
     /// # Errors
-    /// [`Refusal::Header`] for one that asks for what is not done here.
+    /// [`Refusal::Header`] for a header that asks for something unsupported.
     pub(super) fn read(
         headers: impl Iterator<Item = (&'a str, &'a str)>,
         stream: &str,
@@ -49,21 +49,25 @@ impl<'a> Headers<'a> {
         let mut read = Self::default();
         let mut own = Vec::new();
         for (name, value) in headers {
-            if begins(name, "Nats-") {
-                if name.eq_ignore_ascii_case(MESSAGE_ID) {
+            if has_prefix_ignoring_case(name, "Nats-") {
+                if name.eq_ignore_ascii_case(NATS_MESSAGE_ID_HEADER) {
                     read.message_id = Some(value);
-                } else if let Some(asked) = NOT_DONE.iter().find(|known| name.eq_ignore_ascii_case(known))
-                    && !(*asked == EXPECTED_STREAM && value == stream)
+                } else if let Some(asked) =
+                    UNSUPPORTED_JETSTREAM_HEADERS.iter().find(|known| name.eq_ignore_ascii_case(known))
+                    && !(*asked == NATS_EXPECTED_STREAM_HEADER && value == stream)
                 {
                     return Err(Refusal::Header(asked));
                 }
-            } else if name.eq_ignore_ascii_case(CONTENT_TYPE) {
+            } else if name.eq_ignore_ascii_case(NATS_CONTENT_TYPE_HEADER) {
                 read.content_type = value;
-            } else if key_in(name, b"").is_none() && !is_reserved(name) && crosses(name, value) {
+            } else if key_in_header(name, b"").is_none()
+                && !is_reserved(name)
+                && may_be_user_property(name, value)
+            {
                 own.push((name, value));
             }
         }
-        // They come in no order.
+        // The headers arrive in no particular order: sort, so that the same ones give the same record.
         own.sort_by_key(|(name, _)| *name);
         for (name, value) in own {
             if read.properties.len() + 5 + name.len() + value.len() <= NATS_HEADERS_BYTES_MAX {
@@ -74,18 +78,17 @@ impl<'a> Headers<'a> {
     }
 }
 
-/// What only a gateway says, or a server's MQTT.
+/// Whether a name is reserved for gateways, or for a server's MQTT.
 fn is_reserved(name: &str) -> bool {
-    begins(name, "Headgate-") || begins(name, "Nmqtt-")
+    has_prefix_ignoring_case(name, "Headgate-") || has_prefix_ignoring_case(name, "Nmqtt-")
 }
 
-fn begins(name: &str, prefix: &str) -> bool {
+fn has_prefix_ignoring_case(name: &str, prefix: &str) -> bool {
     name.get(..prefix.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(prefix))
 }
 
-/// Whether a header can be a user property, and may: none that a subscriber's client would choke on, and
-/// none with a secret in it.
-fn crosses(name: &str, value: &str) -> bool {
+/// Whether a header may become a user property: valid in MQTT, and without a secret.
+fn may_be_user_property(name: &str, value: &str) -> bool {
     let plain = |text: &str| !text.chars().any(|c| c.is_control() || is_noncharacter(c)) && !holds_key(text);
     plain(name) && plain(value)
 }
@@ -94,8 +97,8 @@ fn crosses(name: &str, value: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn read<'a>(headers: &[(&'a str, &'a str)]) -> Result<Headers<'a>, Refusal> {
-        Headers::read(headers.iter().copied(), "headgate")
+    fn read<'a>(headers: &[(&'a str, &'a str)]) -> Result<NatsMessageHeaders<'a>, Refusal> {
+        NatsMessageHeaders::read(headers.iter().copied(), "headgate")
     }
 
     fn properties(pairs: &[(&str, &str)]) -> Vec<u8> {
@@ -113,7 +116,7 @@ mod tests {
             ("Nats-Expected-Stream", "headgate"),
             ("line", "3"),
         ]);
-        let expected = Headers {
+        let expected = NatsMessageHeaders {
             content_type: "application/json",
             message_id: Some("a"),
             properties: properties(&[("line", "3"), ("unit", "°C")]),
@@ -133,7 +136,7 @@ mod tests {
             ("nats-trace", "x"),
             ("bell", "\u{7}"),
         ]);
-        assert_eq!(headers.expect("nothing is asked for"), Headers::default());
+        assert_eq!(headers.expect("nothing is asked for"), NatsMessageHeaders::default());
     }
 
     #[test]

@@ -1,70 +1,70 @@
-//! Ingest: a batch of NATS messages becomes one draft, and what becomes of that the answers.
+//! Ingest: turns a batch of NATS messages into one draft, and the draft's outcome into the answers.
 //!
-//! NATS cannot be told to wait, so nobody is held back: what HTTP answers with 429 or 503 is answered so
-//! here, and the sender comes again.
+//! A publisher on NATS cannot be held back. Where HTTP answers 429 or 503, this front does the same, and the
+//! sender tries again.
 
 use std::sync::Arc;
 
-use headgate_bridge_nats::inlet::{Inlet, Parcel, Reply, Verdict, Verdicts};
+use headgate_bridge_nats::inlet::{Inlet, InletVerdict, InletVerdicts, NatsReplyPolicy, Parcel};
 use tracing::debug;
 
 use super::attested::Attestation;
-use super::headers::Headers;
+use super::headers::NatsMessageHeaders;
 use super::{identity, reply};
-use crate::auth::shape::Shape;
-use crate::auth::usage::Client;
-use crate::auth::{Denied, Grant, Rejected, Scope};
+use crate::auth::shape::KeyShape;
+use crate::auth::usage::KeyClient;
+use crate::auth::{Grant, GrantDenial, RejectedKey, Scope};
 use crate::front::http::problem::Problem;
-use crate::intake::{Accepted, Draft, Incoming, Intake, Refusal};
-use crate::log::Outcome;
+use crate::intake::{Draft, DurableDraft, IncomingMessage, Intake, Refusal};
+use crate::log::SectionOutcome;
 use crate::message::{DatasourceId, KeyId, RecordFlags, Transport};
-use crate::observe::refusals::Note;
-use crate::subject::{Space, topic_of};
+use crate::observe::refusals::RefusalNote;
+use crate::subject::{SubjectSpace, topic_from_tokens};
 
-/// Lets messages in.
-pub(super) struct Ingest {
+/// Admits the messages of NATS.
+pub(super) struct NatsIngest {
     intake: Intake,
-    /// The stream in whose name is answered.
+    /// The stream name in the answers.
     stream: String,
-    /// Who sends them, as far as NATS says: somebody on it.
-    client: Arc<Client>,
-    /// Who sends those that carry no key, if a server's word for it can be trusted.
+    /// The client on record: NATS does not tell one sender from another.
+    client: Arc<KeyClient>,
+    /// How to find the sender of a message without a key, if servers attest it.
     attestation: Option<Attestation>,
 }
 
-/// What a message of a batch is due.
-enum Due {
-    /// It is in the draft: so many others are before it in this origin of it.
+/// What the answer to a message of a batch depends on.
+enum PendingInletVerdict {
+    /// It is in the draft, at this place among the messages of this origin.
     Admitted { origin: usize, place: usize },
-    /// The same, on its way into quarantine, and told so.
+    /// The same, but it goes into quarantine, and the sender is told so.
     Quarantined { origin: usize, place: usize, problem: Problem },
     /// It was refused.
-    Refused(Verdict),
+    Refused(InletVerdict),
 }
 
 /// A message that was refused, and what is known of its key.
-struct Refusing {
+struct RefusedParcel {
     refusal: Refusal,
     key_id: Option<KeyId>,
-    key_shape: Option<Shape>,
+    key_shape: Option<KeyShape>,
 }
 
-impl From<Rejected> for Refusing {
-    fn from(rejected: Rejected) -> Self {
+impl From<RejectedKey> for RefusedParcel {
+    fn from(rejected: RejectedKey) -> Self {
         Self { refusal: rejected.denied.into(), key_id: rejected.key_id, key_shape: rejected.shape }
     }
 }
 
-/// Messages on their way into one draft.
-struct Batch {
+/// A draft under construction.
+struct NatsDraftBatch {
     draft: Draft,
-    /// Per origin of the draft: how many messages are in it.
+    /// The number of messages for each origin of the draft.
     counts: Vec<usize>,
 }
 
-impl Batch {
+impl NatsDraftBatch {
     /// The next place in an origin.
-    fn place(&mut self, origin: usize) -> usize {
+    fn next_place(&mut self, origin: usize) -> usize {
         if self.counts.len() <= origin {
             self.counts.resize(origin + 1, 0);
         }
@@ -73,50 +73,55 @@ impl Batch {
     }
 }
 
-impl Ingest {
+impl NatsIngest {
     pub(super) fn new(intake: Intake, stream: &str, attestation: Option<Attestation>) -> Self {
-        let client = Arc::new(Client::new(Transport::Nats, None, None));
+        let client = Arc::new(KeyClient::new(Transport::Nats, None, None));
         Self { intake, stream: stream.to_owned(), client, attestation }
     }
 
-    /// Checks one message and adds it to the draft, or reports why not.
-    fn take(&self, batch: &mut Batch, parcel: &Parcel) -> Due {
+    /// Checks one message and adds it to the draft, or reports its refusal.
+    fn admit_parcel(&self, batch: &mut NatsDraftBatch, parcel: &Parcel) -> PendingInletVerdict {
         match self.push(&mut batch.draft, parcel) {
-            Ok(origin) => Due::Admitted { origin, place: batch.place(origin) },
-            Err(Refusing { refusal: Refusal::Quarantined(quarantined), .. }) => {
+            Ok(origin) => PendingInletVerdict::Admitted { origin, place: batch.next_place(origin) },
+            Err(RefusedParcel { refusal: Refusal::Quarantined(quarantined), .. }) => {
                 let origin = quarantined.origin;
-                let place = batch.place(origin);
-                Due::Quarantined { origin, place, problem: Refusal::Quarantined(quarantined).into() }
+                let place = batch.next_place(origin);
+                PendingInletVerdict::Quarantined {
+                    origin,
+                    place,
+                    problem: Refusal::Quarantined(quarantined).into(),
+                }
             }
-            Err(Refusing { refusal, key_id, key_shape }) => {
-                let datasource = datasource_in(parcel.subject());
+            Err(RefusedParcel { refusal, key_id, key_shape }) => {
+                let datasource = datasource_of_subject(parcel.subject());
                 let note = refusal.note(Transport::Nats);
                 let attestation = self.attestation.as_ref();
                 let sender = attestation.and_then(|attestation| attestation.sender(parcel.headers()));
                 let address = sender.and_then(|sender| sender.address);
-                self.intake.refusals().note(Note { datasource, key_id, key_shape, address, ..note });
+                self.intake.refusals().note(RefusalNote { datasource, key_id, key_shape, address, ..note });
                 debug!(
                     key_id = key_id.map(tracing::field::display),
                     cause = refusal.cause(),
                     "refused a message"
                 );
-                Due::Refused(reply::refused(refusal))
+                PendingInletVerdict::Refused(reply::refusal_verdict(refusal))
             }
         }
     }
 
-    fn push(&self, draft: &mut Draft, parcel: &Parcel) -> Result<usize, Refusing> {
-        let grant = identity::of(parcel, self.intake.authorizer(), self.attestation.as_ref())?;
-        let refusing = |refusal| Refusing { refusal, key_id: Some(grant.key_id()), key_shape: None };
-        let addressed = address(&grant, parcel);
-        let read = addressed.and_then(|to| Ok((to, Headers::read(parcel.headers(), &self.stream)?)));
+    fn push(&self, draft: &mut Draft, parcel: &Parcel) -> Result<usize, RefusedParcel> {
+        let grant = identity::grant_of_parcel(parcel, self.intake.authorizer(), self.attestation.as_ref())?;
+        let refusing = |refusal| RefusedParcel { refusal, key_id: Some(grant.key_id()), key_shape: None };
+        let addressed = address_of_parcel(&grant, parcel);
+        let read =
+            addressed.and_then(|to| Ok((to, NatsMessageHeaders::read(parcel.headers(), &self.stream)?)));
         let ((datasource, topic), headers) = read.map_err(|refusal| {
-            // What the draft refuses is counted there.
-            self.intake.authorizer().registry().refused(grant.key());
+            // Refusals by the draft are counted there; these come before it.
+            self.intake.authorizer().registry().note_refusal(grant.key());
             refusing(refusal)
         })?;
-        let unanswered = parcel.reply() == Reply::Unwanted;
-        let message = Incoming {
+        let unanswered = parcel.reply() == NatsReplyPolicy::Unwanted;
+        let message = IncomingMessage {
             topic: &topic,
             payload: parcel.payload(),
             content_type: headers.content_type,
@@ -129,13 +134,14 @@ impl Ingest {
     }
 }
 
-impl Inlet for Ingest {
-    async fn deliver(&self, parcels: Vec<Parcel>) -> Verdicts {
+impl Inlet for NatsIngest {
+    async fn deliver(&self, parcels: Vec<Parcel>) -> InletVerdicts {
         let mut draft = self.intake.draft(Transport::Nats, 0);
-        draft.sent_by(&self.client);
-        let mut batch = Batch { draft, counts: Vec::new() };
-        let due: Vec<Due> = parcels.iter().map(|parcel| self.take(&mut batch, parcel)).collect();
-        // They are in the draft: what waits for the disk is held once.
+        draft.set_client(&self.client);
+        let mut batch = NatsDraftBatch { draft, counts: Vec::new() };
+        let due: Vec<PendingInletVerdict> =
+            parcels.iter().map(|parcel| self.admit_parcel(&mut batch, parcel)).collect();
+        // The draft has copies: free the originals before the wait for the disk.
         drop(parcels);
         let admitted = match batch.draft {
             draft if draft.is_empty() => None,
@@ -144,7 +150,7 @@ impl Inlet for Ingest {
         let intake = self.intake.clone();
         Box::pin(async move {
             let accepted = match admitted {
-                None => Ok(Accepted { outcomes: Vec::new() }),
+                None => Ok(DurableDraft { outcomes: Vec::new() }),
                 Some(Ok(admitted)) => admitted.await,
                 Some(Err(refusal)) => Err(refusal),
             };
@@ -152,58 +158,60 @@ impl Inlet for Ingest {
         })
     }
 
-    fn overflow(&self, _: &Parcel) -> Verdict {
-        let refusal = self.intake.busy();
+    fn overflow(&self, _: &Parcel) -> InletVerdict {
+        let refusal = self.intake.busy_refusal();
         self.intake.refusals().note(refusal.note(Transport::Nats));
-        reply::refused(refusal)
+        reply::refusal_verdict(refusal)
     }
 }
 
-impl Due {
-    /// What a message is told, now that it is known what has become of its draft.
-    fn settle(self, accepted: &Result<Accepted, Refusal>, intake: &Intake) -> Verdict {
+impl PendingInletVerdict {
+    /// The verdict on a message, given the outcome of its draft.
+    fn settle(self, accepted: &Result<DurableDraft, Refusal>, intake: &Intake) -> InletVerdict {
         let (origin, place, problem) = match self {
-            Due::Refused(verdict) => return verdict,
-            Due::Admitted { origin, place } => (origin, place, None),
-            Due::Quarantined { origin, place, problem } => (origin, place, Some(problem)),
+            PendingInletVerdict::Refused(verdict) => return verdict,
+            PendingInletVerdict::Admitted { origin, place } => (origin, place, None),
+            PendingInletVerdict::Quarantined { origin, place, problem } => (origin, place, Some(problem)),
         };
         let outcome = match accepted {
             Ok(accepted) => accepted.outcomes.get(origin),
             Err(refusal) => {
                 intake.refusals().note(refusal.note(Transport::Nats));
-                return reply::refused(refusal.clone());
+                return reply::refusal_verdict(refusal.clone());
             }
         };
         let (seq, duplicate) = match outcome {
-            Some(Outcome::Kept(offsets)) => (offsets.nth(place), false),
-            // With an id it is alone.
-            Some(Outcome::Duplicate(earlier)) => (earlier.first(), true),
-            // The key died on the way; intake has counted it.
-            Some(Outcome::KeyDead) | None => return reply::refused(Refusal::from(Denied::Revoked)),
+            Some(SectionOutcome::Kept(offsets)) => (offsets.nth(place), false),
+            // A message with an id has an origin of its own.
+            Some(SectionOutcome::Duplicate(earlier)) => (earlier.first(), true),
+            // The key died before the write; intake has counted it.
+            Some(SectionOutcome::KeyDead) | None => {
+                return reply::refusal_verdict(Refusal::from(GrantDenial::Revoked));
+            }
         };
         match problem {
-            None => Verdict::Stored { seq, duplicate },
-            Some(problem) => reply::refused(problem.with("offset", seq)),
+            None => InletVerdict::Stored { seq, duplicate },
+            Some(problem) => reply::refusal_verdict(problem.with("offset", seq)),
         }
     }
 }
 
-/// Where a message goes: the datasource and the topic that its subject names, if its key may publish
-/// there and the sender be answered.
-fn address(grant: &Grant, parcel: &Parcel) -> Result<(DatasourceId, String), Refusal> {
-    let (named, tokens) = Space::Ingest.split(parcel.subject())?;
-    // Before anything else is said about the subject.
+/// The datasource and the topic that a message's subject names, if its key may publish there and its reply
+/// subject is acceptable.
+fn address_of_parcel(grant: &Grant, parcel: &Parcel) -> Result<(DatasourceId, String), Refusal> {
+    let (named, tokens) = SubjectSpace::Ingest.split(parcel.subject())?;
+    // Check the grant first: without it the sender learns nothing else about the subject.
     grant.allows(Scope::Ingest, named)?;
     let own = grant.datasource();
     let datasource = if own.as_str() == named { own.clone() } else { DatasourceId::new(named)? };
-    if parcel.reply() == Reply::Elsewhere {
+    if parcel.reply() == NatsReplyPolicy::Elsewhere {
         return Err(Refusal::ReplySubject);
     }
-    Ok((datasource, topic_of(tokens)?))
+    Ok((datasource, topic_from_tokens(tokens)?))
 }
 
-/// The datasource that a subject names, or nothing: anything else may be written there.
-fn datasource_in(subject: &str) -> &str {
-    let named = Space::Ingest.split(subject).map_or("", |(datasource, _)| datasource);
+/// The datasource that a subject names; empty if it is no valid id, as a sender may write anything there.
+fn datasource_of_subject(subject: &str) -> &str {
+    let named = SubjectSpace::Ingest.split(subject).map_or("", |(datasource, _)| datasource);
     if DatasourceId::new(named).is_ok() { named } else { "" }
 }

@@ -1,50 +1,51 @@
-//! The end of connections whose key is dead. A nats-server has them, not the gateway, and keeps them until
-//! their permission expires; so whoever ends a key has the servers asked, through the system account,
-//! which connections are called after it, and has each of them ended.
+//! Ends the NATS connections of dead keys. The connections belong to a nats-server, which keeps them until
+//! their permission expires. So when a key ends, the gateway asks the servers, through the system account,
+//! for the connections with the key's user name, and ends each of them.
 //!
-//! What the servers say is the whole truth but for one moment: a client that was let in just now is not
-//! called after its key yet. So those that were are remembered for a while ([`LetIn`]), and ended by their
-//! number in their server as well. And while NATS is away nothing can be ended: then, and at every start,
-//! all connections are looked through once it is there.
+//! The servers' lists lack one thing: a client that was admitted just now does not have its user name yet.
+//! [`RecentNatsConnections`] remembers such connections for a while, so that they are ended by their number in their server
+//! as well. While NATS is away no connection can be ended. So after an absence, and at every start, the
+//! gateway checks all connections once NATS is back.
 
+use parking_lot::Mutex;
 use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt};
-use headgate_bridge_nats::system::{Connection, System};
+use headgate_bridge_nats::system::{NatsClientConnection, SystemAccount};
 use tracing::{info, warn};
 
-use super::attested::{key_of, name_of};
+use super::attested::{key_of_nats_user, nats_user_of_key};
 use crate::auth::{Authorizer, Key};
-use crate::limits::{LET_IN_FOR, LET_IN_MAX};
+use crate::limits::{NATS_LET_IN_AGE_MAX, NATS_LET_IN_CLIENTS_MAX};
 use crate::message::KeyId;
 
-/// How often it is looked whether NATS is back.
-const LOOK: Duration = Duration::from_millis(500);
-/// Keys whose connections are asked for at once.
-const AT_ONCE: usize = 16;
+/// How often to check whether NATS is back.
+const KICK_CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// Keys, or connections, that are dealt with at the same time.
+const KICKS_AT_ONCE_MAX: usize = 16;
 
-/// Connections that were let in just now.
+/// Connections that were admitted recently.
 #[derive(Debug, Default)]
-pub(super) struct LetIn(Mutex<VecDeque<(Instant, KeyId, Connection)>>);
+pub(super) struct RecentNatsConnections(Mutex<VecDeque<(Instant, KeyId, NatsClientConnection)>>);
 
-impl LetIn {
-    /// Remembers one, before its server is told that it is let in.
-    pub(super) fn remember(&self, key: KeyId, connection: Connection) {
+impl RecentNatsConnections {
+    /// Remembers a connection. Must be called before its server hears that it is admitted.
+    pub(super) fn remember(&self, key: KeyId, connection: NatsClientConnection) {
         let now = Instant::now();
-        let mut let_in = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while let_in.len() >= LET_IN_MAX
-            || let_in.front().is_some_and(|(at, ..)| now.duration_since(*at) > LET_IN_FOR)
+        let mut let_in = self.0.lock();
+        while let_in.len() >= NATS_LET_IN_CLIENTS_MAX
+            || let_in.front().is_some_and(|(at, ..)| now.duration_since(*at) > NATS_LET_IN_AGE_MAX)
         {
             let_in.pop_front();
         }
         let_in.push_back((now, key, connection));
     }
 
-    fn of(&self, keys: &HashSet<KeyId>) -> Vec<Connection> {
-        let let_in = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    fn connections_of(&self, keys: &HashSet<KeyId>) -> Vec<NatsClientConnection> {
+        let let_in = self.0.lock();
         let of_keys = let_in.iter().filter(|(_, key, _)| keys.contains(key));
         of_keys.map(|(_, _, connection)| connection.clone()).collect()
     }
@@ -52,39 +53,39 @@ impl LetIn {
 
 /// Ends the connections of dead keys.
 #[derive(Debug)]
-pub(super) struct Kicker {
-    system: System,
+pub(super) struct NatsConnectionKicker {
+    system: SystemAccount,
     account: String,
-    let_in: Arc<LetIn>,
+    let_in: Arc<RecentNatsConnections>,
     authorizer: Authorizer,
     /// Set when a connection may have been missed.
     missed: AtomicBool,
 }
 
-impl Kicker {
+impl NatsConnectionKicker {
     pub(super) fn new(
-        system: System,
+        system: SystemAccount,
         account: &str,
-        let_in: Arc<LetIn>,
+        let_in: Arc<RecentNatsConnections>,
         authorizer: Authorizer,
     ) -> Arc<Self> {
-        // Also at a start: a gateway that ended a key may have ended itself before it got so far.
+        // True at a start: the gateway may have stopped between the end of a key and that of its connections.
         let missed = AtomicBool::new(true);
         Arc::new(Self { system, account: account.to_owned(), let_in, authorizer, missed })
     }
 
-    /// Ends every connection of the dead keys. Returns when the servers have none left, or NATS is away:
-    /// then it is made good when NATS is back.
+    /// Ends every connection of the dead keys. Returns when the servers have none left. If NATS is away it
+    /// returns at once, and [`NatsConnectionKicker::watch`] ends them when NATS is back.
     pub(super) async fn close(&self, dead: &[Arc<Key>]) {
         if self.system.trouble().is_some() {
             return self.put_off();
         }
         let keys: HashSet<KeyId> = dead.iter().map(|key| key.id).collect();
-        let just_now = self.let_in.of(&keys);
-        let names: Vec<String> = dead.iter().map(|key| name_of(key)).collect();
+        let just_now = self.let_in.connections_of(&keys);
+        let names: Vec<String> = dead.iter().map(|key| nats_user_of_key(key)).collect();
         let asked = stream::iter(names)
             .map(|name| async move { self.system.end_all(&self.account, &name).await })
-            .buffer_unordered(AT_ONCE)
+            .buffer_unordered(KICKS_AT_ONCE_MAX)
             .collect::<Vec<Option<usize>>>();
         let ((), ended) = tokio::join!(self.end(just_now), asked);
         if ended.iter().any(Option::is_none) {
@@ -104,22 +105,23 @@ impl Kicker {
         warn!("NATS is away: connections of dead keys end when it is back, and what they send is refused");
     }
 
-    /// Looks through all connections whenever some may have been missed. Never returns.
+    /// Checks all connections whenever some may have been missed. Never returns.
     pub(super) async fn watch(self: Arc<Self>) {
         loop {
             let is_away = self.system.trouble().is_some();
             if is_away || self.missed.swap(false, Ordering::AcqRel) && !self.sweep().await {
                 self.missed.store(true, Ordering::Release);
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(KICK_CHECK_INTERVAL).await;
         }
     }
 
-    /// Ends all connections that are called after a key that is dead. `false` if NATS went away.
+    /// Ends all connections with the user name of a dead key. `false` if NATS went away.
     async fn sweep(&self) -> bool {
         let Some(all) = self.system.connections(&self.account).await else { return false };
         let is_dead = |user: &str| {
-            key_of(user).is_some_and(|(datasource, id)| self.authorizer.of_key(&datasource, id).is_err())
+            key_of_nats_user(user)
+                .is_some_and(|(datasource, id)| self.authorizer.grant_of_key(&datasource, id).is_err())
         };
         let dead: Vec<_> = all.into_iter().filter(|(user, _)| is_dead(user)).map(|(_, one)| one).collect();
         if !dead.is_empty() {
@@ -129,9 +131,9 @@ impl Kicker {
         true
     }
 
-    async fn end(&self, connections: Vec<Connection>) {
-        let each = |one: Connection| async move { self.system.end(&one).await };
-        stream::iter(connections).for_each_concurrent(AT_ONCE, each).await;
+    async fn end(&self, connections: Vec<NatsClientConnection>) {
+        let each = |one: NatsClientConnection| async move { self.system.end(&one).await };
+        stream::iter(connections).for_each_concurrent(KICKS_AT_ONCE_MAX, each).await;
     }
 }
 
@@ -141,15 +143,15 @@ mod tests {
 
     #[test]
     fn those_that_were_let_in_are_remembered_by_their_key_and_no_more_than_there_is_room_for() {
-        let let_in = LetIn::default();
-        let one = |client_id| Connection { server_id: "N1".to_owned(), client_id };
+        let let_in = RecentNatsConnections::default();
+        let one = |client_id| NatsClientConnection { server_id: "N1".to_owned(), client_id };
         let key = |n: u8| KeyId([n; 6]);
-        for client_id in 0..LET_IN_MAX as u64 {
+        for client_id in 0..NATS_LET_IN_CLIENTS_MAX as u64 {
             let_in.remember(key(1), one(client_id));
         }
         let_in.remember(key(2), one(7));
-        assert_eq!(let_in.of(&HashSet::from([key(2)])), [one(7)]);
-        assert_eq!(let_in.of(&HashSet::from([key(1), key(2)])).len(), LET_IN_MAX);
-        assert!(let_in.of(&HashSet::from([key(3)])).is_empty());
+        assert_eq!(let_in.connections_of(&HashSet::from([key(2)])), [one(7)]);
+        assert_eq!(let_in.connections_of(&HashSet::from([key(1), key(2)])).len(), NATS_LET_IN_CLIENTS_MAX);
+        assert!(let_in.connections_of(&HashSet::from([key(3)])).is_empty());
     }
 }

@@ -1,14 +1,14 @@
-//! The NATS front: messages that devices publish to `ingest.{datasource}.{topic}` on a NATS that stands
-//! somewhere else, with their API key in a header. Gateways of one NATS share them (a queue group).
+//! The NATS front: messages that devices publish to `ingest.{datasource}.{topic}` on an external NATS, with
+//! their API key in a header. All gateways of one NATS share them in a queue group.
 //!
-//! The bridge brings everything that has come in since it last looked; [`ingest`] makes one draft of it:
-//! [`identity`] says whose a message is, [`headers`] what else its headers say. When the draft is durable
-//! each message is answered as JetStream would, so that any client's `js.publish` works; [`reply`] is the
-//! one place where a no becomes an answer. A message without a reply subject is let in or refused all
-//! the same, and counted.
+//! The bridge delivers all that has arrived since its last turn, and [`ingest`] makes one draft of it.
+//! [`identity`] finds the grant of each message, and [`headers`] reads its other headers. When the draft is
+//! durable, each message is answered as JetStream would answer, so that any client's `js.publish` works.
+//! [`reply`] is the one place where a refusal becomes an answer. A message without a reply subject is
+//! admitted or refused all the same, and counted.
 //!
-//! NATS does not say where a message comes from, and its server decides who may publish to `ingest.>` at
-//! all. So keys that are not good are counted for no address here.
+//! NATS does not tell the address of a sender, and its server decides who may publish to `ingest.>`. So the
+//! NATS front counts bad keys for no address.
 
 mod attested;
 pub mod callout;
@@ -20,43 +20,42 @@ mod reply;
 
 use headgate_bridge_nats::NatsError;
 use headgate_bridge_nats::connection;
-use headgate_bridge_nats::ingress::{Ingress, Settings};
+use headgate_bridge_nats::ingress::{Ingress, IngressSettings};
 use tokio_util::sync::CancellationToken;
 
 pub use self::attested::Attestation;
-pub use self::callout::Callout;
-use self::ingest::Ingest;
+pub use self::callout::NatsKeyCallout;
+use self::ingest::NatsIngest;
 use crate::intake::Intake;
 use crate::limits::{
     NATS_BATCH_BYTES_MAX, NATS_BATCH_MESSAGES_MAX, NATS_BATCHES_IN_FLIGHT_MAX, NATS_WAITING_MESSAGES_MAX,
 };
-use crate::subject::Space;
+use crate::subject::SubjectSpace;
 
 /// The queue group of all gateways.
-const QUEUE: &str = "headgate";
+const NATS_INGEST_QUEUE_GROUP: &str = "headgate";
 
-/// The front.
-pub struct Front {
+/// The NATS front.
+pub struct NatsFront {
     ingress: Ingress,
-    ingest: Ingest,
+    ingest: NatsIngest,
 }
 
-impl Front {
-    /// Begins to connect. NATS need not be there: messages come in when it is. Answers are in the name
-    /// of `stream`. With an `attestation`, a message without a key is one of the key that the server says
-    /// it came under.
+impl NatsFront {
+    /// Begins to connect. NATS may be away; messages arrive once it is back. Answers name `stream`. With an
+    /// `attestation`, a message without a key belongs to the key that the server attests.
     ///
     /// # Errors
     /// [`NatsError`] for settings that can never work.
     pub async fn connect(
-        connection: connection::Settings,
+        connection: connection::NatsSettings,
         stream: &str,
         intake: Intake,
         attestation: Option<Attestation>,
     ) -> Result<Self, NatsError> {
-        let settings = Settings {
-            subject: Space::Ingest.all(),
-            queue: QUEUE.to_owned(),
+        let settings = IngressSettings {
+            subject: SubjectSpace::Ingest.space_wildcard(),
+            queue: NATS_INGEST_QUEUE_GROUP.to_owned(),
             stream: stream.to_owned(),
             batch_messages_max: NATS_BATCH_MESSAGES_MAX,
             batch_bytes_max: NATS_BATCH_BYTES_MAX,
@@ -65,7 +64,7 @@ impl Front {
             waiting_bytes_max: intake.limits().in_flight_bytes_max,
         };
         let ingress = Ingress::connect(connection, settings).await?;
-        Ok(Self { ingress, ingest: Ingest::new(intake, stream, attestation) })
+        Ok(Self { ingress, ingest: NatsIngest::new(intake, stream, attestation) })
     }
 
     /// What keeps NATS away, while it is away.
@@ -73,8 +72,7 @@ impl Front {
         self.ingress.trouble()
     }
 
-    /// Takes messages in until `drain` is cancelled; then no more, and returns when those that it took
-    /// are answered.
+    /// Admits messages until `drain` is cancelled, and returns once all received messages are answered.
     pub async fn serve(&self, drain: CancellationToken) {
         self.ingress.run(&self.ingest, drain.cancelled()).await;
     }

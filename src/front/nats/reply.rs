@@ -1,20 +1,20 @@
-//! The answers to those whose message was not let in: HTTP's problem documents, with the same status for
-//! the same reason, and with a member `error` as JetStream's answers have it, which makes a client's
-//! `js.publish` fail with the code and the words.
+//! The answers to refused messages: HTTP's problem documents, with the same status for the same reason. A
+//! member `error` like that of JetStream's answers makes a client's `js.publish` fail with the code and the
+//! text.
 
-use headgate_bridge_nats::inlet::{Refused, Verdict};
+use headgate_bridge_nats::inlet::{InletRefusal, InletVerdict};
 use serde_json::{Value, json};
 
 use crate::front::http::problem::Problem;
 
-/// What is said to the sender.
-pub(super) fn refused(problem: impl Into<Problem>) -> Verdict {
-    let (code, title, mut document, retry_after) = problem.into().told();
+/// The verdict that tells a sender of its refusal.
+pub(super) fn refusal_verdict(problem: impl Into<Problem>) -> InletVerdict {
+    let (code, title, mut document, retry_after) = problem.into().into_nats_reply();
     let detail = document.get("detail").cloned().unwrap_or_default();
-    // nats-py takes exactly these.
+    // nats-py accepts exactly these members.
     document.insert("error".to_owned(), json!({ "code": code, "err_code": code, "description": detail }));
     let body = Value::Object(document).to_string().into_bytes();
-    Verdict::Refused(Box::new(Refused { code, text: title.to_owned(), body, retry_after }))
+    InletVerdict::Refused(Box::new(InletRefusal { code, text: title.to_owned(), body, retry_after }))
 }
 
 #[cfg(test)]
@@ -24,7 +24,7 @@ mod tests {
     use async_nats::jetstream::response::Response;
 
     use super::*;
-    use crate::auth::{Denied, Scope};
+    use crate::auth::{GrantDenial, Scope};
     use crate::intake::Refusal;
     use crate::log::AppendError;
     use crate::message::{KeyId, NameError};
@@ -35,10 +35,10 @@ mod tests {
         let key_id = KeyId([7; 6]);
         let busy = Refusal::Busy { in_flight_bytes_max: 1, retry_after: Duration::from_secs(5) };
         for (refusal, code) in [
-            (Denied::NoKey.into(), 401),
-            (Denied::Unknown.into(), 401),
-            (Denied::OtherDatasource { key_id }.into(), 401),
-            (Denied::MissingScope { key_id, scope: Scope::Ingest }.into(), 403),
+            (GrantDenial::NoKey.into(), 401),
+            (GrantDenial::Unknown.into(), 401),
+            (GrantDenial::OtherDatasource { key_id }.into(), 401),
+            (GrantDenial::MissingScope { key_id, scope: Scope::Ingest }.into(), 403),
             (Refusal::NoDatasource("x".to_owned()), 404),
             (NameError::TopicEmpty.into(), 400),
             (SubjectError::EmptyLevel.into(), 400),
@@ -50,7 +50,7 @@ mod tests {
         ] {
             let words = refusal.to_string();
             let transient = refusal.is_transient();
-            let Verdict::Refused(refused) = refused(refusal) else { panic!("{words}") };
+            let InletVerdict::Refused(refused) = refusal_verdict(refusal) else { panic!("{words}") };
             assert_eq!(refused.code, code, "{words}");
             assert_eq!(refused.retry_after.is_some(), transient, "{words}");
         }
@@ -60,7 +60,7 @@ mod tests {
     fn its_body_is_a_problem_and_what_jetstream_would_say() {
         let refusal = Refusal::TooLarge { bytes: 2, bytes_max: 1, limit: "intake.payload_bytes_max" };
         let words = refusal.to_string();
-        let Verdict::Refused(refused) = refused(refusal) else { panic!("a no") };
+        let InletVerdict::Refused(refused) = refusal_verdict(refusal) else { panic!("a no") };
         let document: Value = serde_json::from_slice(&refused.body).expect("JSON");
         assert_eq!((&document["type"], &document["limit"]), (&json!("/problems/too_large"), &json!(1)));
         let response: Response<async_nats::jetstream::publish::PublishAck> =

@@ -1,18 +1,18 @@
-//! Appending: one task that owns everything on its way into the stream. It publishes message after message
-//! without waiting for the one before, as many at once as [`IN_FLIGHT_MAX`], and answers each append when
-//! all its messages are acknowledged, in whatever order that is.
+//! Appending: one task that owns everything on its way into the stream. It pipelines messages, up to
+//! [`PUBLISHES_IN_FLIGHT_MAX`] at once, and answers each append when all its messages are acknowledged. The
+//! acknowledgements may arrive in any order.
 //!
-//! What JetStream says it has not stored (NATS is away, the stream has no leader, it is full) is published
-//! again, before anything newer, until its append gives up. So the order of messages is that of the appends,
-//! but for a moment at which some are refused and later ones, already on their way, are not.
+//! The task publishes a message again if JetStream says that it has not stored it (NATS is away, the
+//! stream has no leader, it is full): before anything newer, until its append gives up. So messages are
+//! in the order of the appends, except when some are refused while later ones are already in flight.
 //!
-//! Of what was on its way when the answer was lost nobody knows. A message with an id is published again:
-//! the id says whether it was there. One without would be kept twice; its append fails as
+//! If the answer to a message is lost, its outcome is unknown. A message with an id is published again,
+//! and the id says whether it was stored. One without an id could be stored twice, so its append fails as
 //! [`AppendError::Unknown`], and its client decides.
 //!
-//! An append is answered when this node's [follower](super::follow) has its records too, so that what was
-//! acknowledged can be read here. It comes to that at the same moment, mostly; a follower that does not
-//! get on for [`BEHIND_MAX`] is not waited for.
+//! An append is answered when this node's [follower](super::follow) has its records too, so that every
+//! acknowledged record can be read here. Usually both happen at the same time; a follower that makes no
+//! progress for [`FOLLOWER_STALL_MAX`] is not waited for.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -22,104 +22,104 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use headgate_bridge_nats::stream::{Ack, PublishError, Publisher};
+use headgate_bridge_nats::stream::{JetstreamAck, PublishError, StreamPublisher};
 use headgate_bridge_nats::{HeaderMap, StreamError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 
-use super::Shared;
-use super::message::{encode, headers_of_section, id_of, together};
-use super::open::{Appends, Open, Place, Progress};
-use super::own::Own;
-use crate::log::{AppendError, Committed, Offsets, OnceId, Section};
+use super::JetstreamLogShared;
+use super::message::{count_together, encode_message, headers_of_section, message_id_of};
+use super::open::{PendingAppend, PendingAppends, PendingMessage, SectionProgress};
+use super::own::OwnRunCollector;
+use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section};
 use crate::message::{Offset, Transport};
 
-/// Messages on their way at once. A server refuses what a stream has not taken when that is more than
-/// 10,000, of all gateways together.
-const IN_FLIGHT_MAX: usize = 4096;
+/// Messages in flight at once. A server refuses more than 10,000 messages that a stream has not yet
+/// stored, from all gateways together.
+const PUBLISHES_IN_FLIGHT_MAX: usize = 4096;
 /// How long JetStream may take to acknowledge a message.
-const ACK_MAX: Duration = Duration::from_secs(5);
-/// How often what was refused is published again.
-const RETRY: Duration = Duration::from_millis(100);
-/// How long the follower may stand still before nobody waits for it.
-const BEHIND_MAX: Duration = Duration::from_millis(500);
+const PUBLISH_ACK_TIMEOUT: Duration = Duration::from_secs(5);
+/// The pause before refused messages are published again.
+const PUBLISH_RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// How long the follower may stand still before appends no longer wait for it.
+const FOLLOWER_STALL_MAX: Duration = Duration::from_millis(500);
 
-/// What the task is told.
-pub(super) enum Command {
-    /// Keep these.
-    Append(Submission),
-    /// Say when everything before is settled.
+/// A command to the task.
+pub(super) enum AppenderCommand {
+    /// Append sections.
+    Append(JetstreamSubmission),
+    /// Reply when every earlier append is settled.
     Barrier(oneshot::Sender<()>),
-    /// Settle what is there, and end.
+    /// Settle all appends, and end.
     Close,
 }
 
-/// Sections that are to be kept, and who wants that.
-pub(super) struct Submission {
+/// Sections to append, and their caller.
+pub(super) struct JetstreamSubmission {
     pub(super) sections: Vec<Section>,
-    /// Until then what passes by itself is waited out.
+    /// Until then the task waits out a transient failure.
     pub(super) give_up_at: Instant,
-    pub(super) reply: Reply,
+    pub(super) reply: AppendReply,
 }
 
-/// Who waits for an append.
-pub(super) type Reply = oneshot::Sender<Result<Committed, AppendError>>;
+/// The caller of an append.
+pub(super) type AppendReply = oneshot::Sender<Result<CommitOutcome, AppendError>>;
 
-/// What the task learns from others on the side.
-enum Learnt {
+/// The result of a side request of the task.
+enum AppenderEvent {
     /// How many records were kept before together with the first of a section.
-    Earlier { place: Place, first: Offset, records: Option<u32> },
-    /// A row of `headgate-once` was written again, or not.
+    Earlier { place: PendingMessage, first: Offset, records: Option<u32> },
+    /// A row of `headgate-once` was rewritten, or could not be.
     Refreshed { append: u64, result: Result<(), AppendError> },
 }
 
-/// An append whose messages are all there, and which the follower has yet to see.
-struct Waiting {
-    committed: Committed,
-    reply: Reply,
+/// An append whose messages are all stored, but which the follower has not reached.
+struct UnfollowedAppend {
+    committed: CommitOutcome,
+    reply: AppendReply,
 }
 
-/// The task.
-pub(super) struct Appender {
-    shared: Arc<Shared>,
-    commands: mpsc::UnboundedReceiver<Command>,
-    publisher: Publisher<Place>,
-    own: Own,
-    /// Those that are not settled.
-    open: Appends,
-    /// What is to be published, in order; what was refused comes before it.
-    queue: VecDeque<Place>,
-    refused: BTreeSet<Place>,
+/// The appending task.
+pub(super) struct JetstreamAppender {
+    shared: Arc<JetstreamLogShared>,
+    commands: mpsc::UnboundedReceiver<AppenderCommand>,
+    publisher: StreamPublisher<PendingMessage>,
+    own: OwnRunCollector,
+    /// Appends that are not settled.
+    open: PendingAppends,
+    /// Messages to publish, in order; the refused ones come before them.
+    queue: VecDeque<PendingMessage>,
+    refused: BTreeSet<PendingMessage>,
     /// Why nothing is published for now, and until when.
     blocked: Option<(AppendError, Instant)>,
-    /// Who waits for all appends below a number.
+    /// Callers that wait for all appends below a number.
     barriers: VecDeque<(u64, oneshot::Sender<()>)>,
-    learning: FuturesUnordered<BoxFuture<'static, Learnt>>,
-    /// By the last offset of each.
-    waiting: BTreeMap<(Offset, u64), Waiting>,
-    /// How far the follower is, and when it last got on, or began to be waited for.
+    learning: FuturesUnordered<BoxFuture<'static, AppenderEvent>>,
+    /// Appends that wait for the follower, by their last offset.
+    waiting: BTreeMap<(Offset, u64), UnfollowedAppend>,
+    /// The follower's offset, and when it last moved or an append began to wait for it.
     followed: Offset,
     got_on_at: Instant,
     closing: bool,
 }
 
-impl Appender {
-    /// One without anything to do.
+impl JetstreamAppender {
+    /// A task without appends.
     ///
     /// # Errors
     /// [`StreamError::Away`]: the connection was closed for good.
     pub(super) async fn new(
-        shared: Arc<Shared>,
-        commands: mpsc::UnboundedReceiver<Command>,
-        own: Own,
+        shared: Arc<JetstreamLogShared>,
+        commands: mpsc::UnboundedReceiver<AppenderCommand>,
+        own: OwnRunCollector,
     ) -> Result<Self, StreamError> {
-        let publisher = Publisher::new(shared.stream.nats(), ACK_MAX).await?;
+        let publisher = StreamPublisher::new(shared.stream.nats(), PUBLISH_ACK_TIMEOUT).await?;
         Ok(Self {
             shared,
             commands,
             publisher,
             own,
-            open: Appends::default(),
+            open: PendingAppends::default(),
             queue: VecDeque::new(),
             refused: BTreeSet::new(),
             blocked: None,
@@ -132,11 +132,11 @@ impl Appender {
         })
     }
 
-    /// Runs until it is told to end and everything is settled.
+    /// Runs until it is closed and every append is settled.
     pub(super) async fn run(mut self) {
         let mut followed = self.shared.tail.subscribe();
         loop {
-            self.pump().await;
+            self.publish_queued().await;
             let next_offset = *followed.borrow_and_update();
             if next_offset != self.followed {
                 (self.followed, self.got_on_at) = (next_offset, Instant::now());
@@ -155,28 +155,28 @@ impl Appender {
                     }
                     self.own.hand_over();
                 }
-                // The sender is in `shared`, so that waiting does not fail.
+                // Never fails: the sender is in `shared`.
                 _ = followed.changed(), if !self.waiting.is_empty() => {}
-                Some(learnt) = self.learning.next(), if !self.learning.is_empty() => self.learn(learnt),
+                Some(learnt) = self.learning.next(), if !self.learning.is_empty() => self.handle_event(learnt),
                 command = self.commands.recv(), if !self.closing => {
-                    self.command(command.unwrap_or(Command::Close));
+                    self.handle_command(command.unwrap_or(AppenderCommand::Close));
                     while let Ok(command) = self.commands.try_recv() {
-                        self.command(command);
+                        self.handle_command(command);
                     }
                 }
-                () = sleep_until(until.into()) => self.on_time(),
+                () = sleep_until(until.into()) => self.handle_deadline(),
             }
         }
     }
 
     fn next_deadline(&self) -> Instant {
         let retry = self.blocked.as_ref().map(|(_, until)| *until);
-        let behind = (!self.waiting.is_empty()).then(|| self.got_on_at + BEHIND_MAX);
+        let behind = (!self.waiting.is_empty()).then(|| self.got_on_at + FOLLOWER_STALL_MAX);
         let far = Instant::now() + Duration::from_secs(60);
         retry.into_iter().chain(behind).min().unwrap_or(far)
     }
 
-    fn on_time(&mut self) {
+    fn handle_deadline(&mut self) {
         let now = Instant::now();
         if let Some((error, until)) = &self.blocked
             && *until <= now
@@ -185,36 +185,36 @@ impl Appender {
             self.blocked = None;
             self.give_up(&error, now);
         }
-        if !self.waiting.is_empty() && self.got_on_at + BEHIND_MAX <= now {
+        if !self.waiting.is_empty() && self.got_on_at + FOLLOWER_STALL_MAX <= now {
             self.release_waiting(Offset::MAX);
         }
     }
 
-    fn command(&mut self, command: Command) {
+    fn handle_command(&mut self, command: AppenderCommand) {
         match command {
-            Command::Append(submission) => self.begin(submission),
-            Command::Barrier(reply) => {
+            AppenderCommand::Append(submission) => self.begin_append(submission),
+            AppenderCommand::Barrier(reply) => {
                 self.barriers.push_back((self.open.next_number(), reply));
                 self.pass_barriers();
             }
-            Command::Close => {
+            AppenderCommand::Close => {
                 self.closing = true;
                 self.commands.close();
-                // What passes by itself is not waited out any more.
+                // From now on transient failures are not waited out.
                 let now = Instant::now();
                 self.open.iter_mut().for_each(|open| open.give_up_at = now);
             }
         }
     }
 
-    /// Takes in an append.
-    fn begin(&mut self, Submission { sections, give_up_at, reply }: Submission) {
+    /// Queues the messages of an append.
+    fn begin_append(&mut self, JetstreamSubmission { sections, give_up_at, reply }: JetstreamSubmission) {
         let append = self.open.next_number();
         let mut left = 0;
         let mut progress = Vec::with_capacity(sections.len());
         for (nth, section) in (0_u32..).zip(sections) {
             let dead = section.records() == 0 || !section.lease.holds();
-            let once = self.once_of(&section).filter(|_| !dead);
+            let once = self.once_id_of(&section).filter(|_| !dead);
             if let Some((id, Some(generation))) = once
                 && generation.is_stale()
             {
@@ -222,20 +222,20 @@ impl Appender {
                 left += 1;
                 self.learning.push(Box::pin(async move {
                     let result = refreshed.await.unwrap_or(Err(AppendError::Closed));
-                    Learnt::Refreshed { append, result }
+                    AppenderEvent::Refreshed { append, result }
                 }));
             }
             let once = once.map(|(id, generation)| (id, generation.map(|generation| generation.number)));
             let records = if dead { 0 } else { section.records() };
             left += records as usize;
-            // Of several with one id the first says whether they are known.
+            // The first of several records with one id tells whether all are known.
             let at_once = if once.is_some() { records.min(1) } else { records };
-            let place = |record| Place { append, section: nth, record, again: false };
+            let place = |record| PendingMessage { append, section: nth, record, again: false };
             self.queue.extend((0..at_once).map(place));
             let places = if dead { Vec::new() } else { section.places() };
             let offsets = vec![0; records as usize];
             let headers = if dead { HeaderMap::new() } else { headers_of_section(&section) };
-            progress.push(Progress {
+            progress.push(SectionProgress {
                 section,
                 headers,
                 places,
@@ -246,36 +246,36 @@ impl Appender {
                 dead,
             });
         }
-        self.open.push(Open { sections: progress, left, error: None, give_up_at, reply });
-        self.finish(append);
+        self.open.push(PendingAppend { sections: progress, left, error: None, give_up_at, reply });
+        self.answer_if_settled(append);
     }
 
-    /// What a section is kept once under. The id of a message is the one of both that its sender repeats
-    /// with the exchange.
-    fn once_of(&self, section: &Section) -> Option<(OnceId, Option<super::once::Generation>)> {
+    /// The id under which a section is kept once. A message id takes precedence over an exchange's: a
+    /// sender that repeats the exchange repeats it too.
+    fn once_id_of(&self, section: &Section) -> Option<(OnceId, Option<super::once::Generation>)> {
         let id = section.once().find(|id| !id.is_exchange()).or_else(|| section.once().next())?;
         let generation = if id.is_exchange() { self.shared.once.generation(id) } else { None };
         Some((id, generation))
     }
 
-    /// Publishes what may be.
-    async fn pump(&mut self) {
-        while self.blocked.is_none() && self.publisher.in_flight() < IN_FLIGHT_MAX {
+    /// Publishes queued messages, as many as may be in flight.
+    async fn publish_queued(&mut self) {
+        while self.blocked.is_none() && self.publisher.in_flight() < PUBLISHES_IN_FLIGHT_MAX {
             let Some(place) = self.refused.pop_first().or_else(|| self.queue.pop_front()) else { return };
             let Some(open) = self.open.get_mut(place.append) else { continue };
             let progress = &mut open.sections[place.section as usize];
-            // Right before it is published: from its end on nothing comes in under a lease.
+            // Checked right before publishing, so that nothing enters under a lease that has ended.
             progress.dead |= !progress.section.lease.holds();
             if progress.dead || open.error.is_some() {
                 let stands_for = progress.stands_for(place);
-                self.done(place.append, stands_for);
+                self.count_settled(place.append, stands_for);
                 continue;
             }
-            let id = progress.once.map(|(id, generation)| id_of(id, generation, place.record));
+            let id = progress.once.map(|(id, generation)| message_id_of(id, generation, place.record));
             let records = progress.section.records();
             let together = (id.is_some() && place.record == 0 && records > 1).then_some(records);
             let record = progress.section.record(progress.places[place.record as usize]);
-            let sent = match encode(&record, &progress.headers, id, together) {
+            let sent = match encode_message(&record, &progress.headers, id, together) {
                 Ok(message) => self.publisher.send(place, message).await.map_err(|(_, error)| error),
                 Err(error) => Err(PublishError::Refused(error.to_string())),
             };
@@ -285,8 +285,8 @@ impl Appender {
         }
     }
 
-    /// Takes note of what has become of a message.
-    fn settle(&mut self, place: Place, result: Result<Ack, PublishError>) {
+    /// Records the outcome of a message.
+    fn settle(&mut self, place: PendingMessage, result: Result<JetstreamAck, PublishError>) {
         let Some(open) = self.open.get_mut(place.append) else { return };
         let progress = &mut open.sections[place.section as usize];
         match result {
@@ -295,11 +295,11 @@ impl Appender {
                 let known = ack.duplicate && !place.again;
                 if !ack.duplicate {
                     let begins = progress.places[place.record as usize];
-                    self.own.add(ack.sequence, &progress.section, begins);
+                    self.own.add_record(ack.sequence, &progress.section, begins);
                 }
                 progress.duplicates += usize::from(known);
                 let is_first = place.record == 0 && progress.once.is_some_and(|(id, _)| !id.is_exchange());
-                // Who sends over MQTT is not told of offsets, and of one message there is nothing to ask.
+                // MQTT clients get no offsets, and a single message has no others to look up.
                 let asks = progress.offsets.len() > 1 || progress.section.transport != Transport::Mqtt;
                 let of_several = progress.stands_for(place) > 1;
                 self.shared.set_append_trouble(None);
@@ -310,7 +310,7 @@ impl Appender {
                 if of_several {
                     self.add_rest(place);
                 }
-                self.done(place.append, 1);
+                self.count_settled(place.append, 1);
             }
             Err(error) => {
                 let (has_id, stands_for) = (progress.once.is_some(), progress.stands_for(place));
@@ -330,71 +330,76 @@ impl Appender {
                 self.shared.set_append_trouble(Some(error.to_string()));
                 match again {
                     Some(again) if open.give_up_at > Instant::now() => {
-                        self.refused.insert(Place { again, ..place });
-                        let until = Instant::now() + RETRY;
+                        self.refused.insert(PendingMessage { again, ..place });
+                        let until = Instant::now() + PUBLISH_RETRY_PAUSE;
                         self.blocked.get_or_insert((error, until));
                     }
                     _ => {
                         open.error.get_or_insert(error);
-                        self.done(place.append, stands_for);
+                        self.count_settled(place.append, stands_for);
                     }
                 }
             }
         }
     }
 
-    /// The rest of a section whose first record says that it may go.
-    fn add_rest(&mut self, Place { append, section, .. }: Place) {
+    /// Queues the rest of a section after the outcome of its first record allows it.
+    fn add_rest(&mut self, PendingMessage { append, section, .. }: PendingMessage) {
         let Some(open) = self.open.get_mut(append) else { return };
         let records = open.sections[section as usize].section.records();
-        self.refused.extend((1..records).map(|record| Place { append, section, record, again: false }));
+        self.refused.extend((1..records).map(|record| PendingMessage {
+            append,
+            section,
+            record,
+            again: false,
+        }));
     }
 
-    /// Asks how many records were kept before under an id that several now come with.
-    fn ask_earlier(&mut self, place: Place, first: Offset) {
+    /// Looks up how many records were kept before under the id of a section with several.
+    fn ask_earlier(&mut self, place: PendingMessage, first: Offset) {
         let stream = self.shared.stream.clone();
         self.learning.push(Box::pin(async move {
             let found = stream.get(first, 1, 0).await.ok();
             let found = found.and_then(|found| found.into_iter().find(|found| found.sequence == first));
-            Learnt::Earlier { place, first, records: found.map(|message| together(&message)) }
+            AppenderEvent::Earlier { place, first, records: found.map(|message| count_together(&message)) }
         }));
     }
 
-    fn learn(&mut self, learnt: Learnt) {
+    fn handle_event(&mut self, learnt: AppenderEvent) {
         match learnt {
-            Learnt::Refreshed { append, result } => {
+            AppenderEvent::Refreshed { append, result } => {
                 let Some(open) = self.open.get_mut(append) else { return };
                 if let Err(error) = result {
                     open.error.get_or_insert(error);
                 }
-                self.done(append, 1);
+                self.count_settled(append, 1);
             }
-            Learnt::Earlier { place, first, records } => {
+            AppenderEvent::Earlier { place, first, records } => {
                 let Some(open) = self.open.get_mut(place.append) else { return };
                 let progress = &mut open.sections[place.section as usize];
                 let asked = progress.section.records();
                 match records {
-                    // It is another one, and the id alone counts.
+                    // A different section with the same id: the id alone decides.
                     Some(records) if records != asked => {
-                        progress.earlier = Some(Offsets::run(first, records));
-                        self.done(place.append, asked as usize);
+                        progress.earlier = Some(Offsets::consecutive(first, records));
+                        self.count_settled(place.append, asked as usize);
                     }
-                    // Most likely all of it is there; if the gateway that sent it ended on the way, this
-                    // is how the rest comes in.
+                    // Usually all of it is stored. If its gateway ended halfway, this publishes the
+                    // rest.
                     _ => {
                         self.add_rest(place);
-                        self.done(place.append, 1);
+                        self.count_settled(place.append, 1);
                     }
                 }
             }
         }
     }
 
-    /// Fails what has waited for long enough, now that nothing can be published for this reason.
+    /// Fails the appends that have waited long enough, with the error that blocks publishing.
     fn give_up(&mut self, error: &AppendError, now: Instant) {
         let open = &mut self.open;
         let mut failed = Vec::new();
-        let mut waits = |place: &Place| {
+        let mut waits = |place: &PendingMessage| {
             let Some(open) = open.get_mut(place.append) else { return false };
             let waits = open.error.is_none() && open.give_up_at > now;
             if !waits {
@@ -405,19 +410,19 @@ impl Appender {
         };
         self.refused.retain(&mut waits);
         self.queue.retain(&mut waits);
-        failed.into_iter().for_each(|(append, messages)| self.done(append, messages));
+        failed.into_iter().for_each(|(append, messages)| self.count_settled(append, messages));
     }
 
-    /// So many messages more of an append are settled.
-    fn done(&mut self, append: u64, messages: usize) {
+    /// Counts `messages` more of an append as settled.
+    fn count_settled(&mut self, append: u64, messages: usize) {
         if let Some(open) = self.open.get_mut(append) {
             open.left = open.left.saturating_sub(messages);
-            self.finish(append);
+            self.answer_if_settled(append);
         }
     }
 
     /// Answers an append if it is settled.
-    fn finish(&mut self, append: u64) {
+    fn answer_if_settled(&mut self, append: u64) {
         let Some(open) = self.open.take_settled(append) else { return };
         match open.settle() {
             (reply, Err(error)) => _ = reply.send(Err(error)),
@@ -428,7 +433,7 @@ impl Appender {
                 if self.waiting.is_empty() {
                     self.got_on_at = Instant::now();
                 }
-                self.waiting.insert((last, append), Waiting { committed, reply });
+                self.waiting.insert((last, append), UnfollowedAppend { committed, reply });
             }
         }
         self.pass_barriers();
@@ -443,12 +448,12 @@ impl Appender {
         }
     }
 
-    /// Answers those whose records the follower has: all below `next_offset`.
+    /// Answers the appends that the follower has reached: all below `next_offset`.
     fn release_waiting(&mut self, next_offset: Offset) {
         while let Some(first) = self.waiting.first_entry()
             && first.key().0 < next_offset
         {
-            let Waiting { committed, reply } = first.remove();
+            let UnfollowedAppend { committed, reply } = first.remove();
             let _ = reply.send(Ok(committed));
         }
         self.pass_barriers();

@@ -1,70 +1,71 @@
-//! What is kept once in a cluster. JetStream knows the ids of messages for its window
-//! (`intake.dedup_window_s`), and that is all that a message id needs. A QoS 2 exchange is known until it is
-//! released, and its id is another message's then. So its id in the stream has a *generation*, which every
-//! release replaces: rows of the bucket `headgate-once`, which each node watches. A release is durable
-//! there before it is answered, and [`Once::sync`] waits until this node knows of all of them.
+//! Keeping a section once in a cluster. For a message id it is enough that JetStream knows it for its
+//! window (`intake.dedup_window_s`). The id of a QoS 2 exchange is known until the exchange is released;
+//! then the next message uses the same id. So the id in the stream has a *generation*, which every
+//! release replaces. Generations are rows of the bucket `headgate-once`, which each node watches. A release
+//! is durable there before it is answered, and [`ExchangeGenerations::sync`] waits until this node knows all of them.
 //!
-//! A row may go once no message of an earlier generation can be known any more, or else an id without one
-//! would be taken for the one of before the first release. That is a window after it was written. While
-//! messages are published with a generation its row has to stay at least as long as JetStream knows
-//! them, as one of them may come again: so a row that is older than [`FRESH`] when its generation is used
-//! is written again. It stays for a window and [`STAYS`] more.
+//! A row may expire only when JetStream knows no message of an earlier generation any more. Otherwise an
+//! id without a generation would match a message from before the first release. That takes one window
+//! after the row was written. While messages use a generation, its row must outlive JetStream's memory of
+//! them, because one may be repeated. So a row older than [`GENERATION_FRESH_MAX`] is rewritten when its generation is
+//! used. A row stays for a window and [`GENERATION_GRACE`] more.
 
+use parking_lot::RwLock;
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use headgate_bridge_nats::kv::{Put, Revision, Seen, Update};
-use headgate_bridge_nats::{Bucket, BucketSettings, KvError, Nats};
+use headgate_bridge_nats::kv::{KvPut, KvRevision, KvUpdate, KvWatchProgress};
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::log::{AppendError, Committed, OnceId};
+use crate::log::{AppendError, CommitOutcome, OnceId};
 use crate::message::{TimeMicros, now_micros};
 
-/// The bucket.
-const BUCKET: &str = "headgate-once";
-/// How old a row may be whose generation is used.
-const FRESH: Duration = Duration::from_secs(60);
-/// For how long a row stays after the window has passed: [`FRESH`], and what clocks differ by.
-const STAYS: Duration = Duration::from_secs(120);
-/// Rows that are written at once.
-const ROWS_MAX: usize = 500;
+/// The name of the bucket.
+const ONCE_BUCKET_NAME: &str = "headgate-once";
+/// A row older than this is rewritten when its generation is used.
+const GENERATION_FRESH_MAX: Duration = Duration::from_secs(60);
+/// How long a row stays beyond the window: [`GENERATION_FRESH_MAX`], and the difference between clocks.
+const GENERATION_GRACE: Duration = Duration::from_secs(120);
+/// Rows that are written together.
+const RELEASE_ROWS_MAX: usize = 500;
 /// How long the first reading of the bucket may take.
-const OPEN_MAX: Duration = Duration::from_secs(30);
+const ONCE_BUCKET_OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a node may take to catch up with the others.
-const SYNC_MAX: Duration = Duration::from_secs(5);
+const ONCE_SYNC_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause before another attempt.
-const RETRY: Duration = Duration::from_millis(100);
+const RELEASE_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
-/// What a release is answered with.
-pub(super) type Reply = oneshot::Sender<Result<Committed, AppendError>>;
+/// The caller of a release.
+pub(super) type ReleaseReply = oneshot::Sender<Result<CommitOutcome, AppendError>>;
 
 /// The generations of exchanges, as this node knows them.
-pub(super) struct Once {
+pub(super) struct ExchangeGenerations {
     known: Arc<RwLock<HashMap<OnceId, Generation>>>,
-    seen: Seen,
-    work: mpsc::UnboundedSender<Work>,
+    seen: KvWatchProgress,
+    work: mpsc::UnboundedSender<GenerationWork>,
     tasks: [JoinHandle<()>; 2],
 }
 
-/// What an exchange's id has behind it.
+/// The generation of an exchange's id.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Generation {
-    /// The number.
+    /// A number that no other generation has.
     pub(super) number: u64,
     /// When its row was written.
     at: TimeMicros,
-    revision: Revision,
+    revision: KvRevision,
 }
 
 impl Generation {
-    /// Whether its row has to be written again when it is used.
+    /// Whether its row has to be rewritten when it is used.
     pub(super) fn is_stale(self) -> bool {
         let age = now_micros().saturating_sub(self.at);
-        age > i64::try_from(FRESH.as_micros()).unwrap_or(i64::MAX)
+        age > i64::try_from(GENERATION_FRESH_MAX.as_micros()).unwrap_or(i64::MAX)
     }
 
     fn encode(self) -> Bytes {
@@ -73,97 +74,97 @@ impl Generation {
         bytes.into()
     }
 
-    fn decode(bytes: &[u8], revision: Revision) -> Option<Self> {
+    fn decode(bytes: &[u8], revision: KvRevision) -> Option<Self> {
         let (number, at) = bytes.split_first_chunk()?;
         let at = TimeMicros::from_le_bytes(at.try_into().ok()?);
         Some(Self { number: u64::from_le_bytes(*number), at, revision })
     }
 }
 
-enum Work {
-    Release { ids: Vec<OnceId>, give_up_at: Instant, reply: Reply },
+enum GenerationWork {
+    Release { ids: Vec<OnceId>, give_up_at: Instant, reply: ReleaseReply },
     Refresh { id: OnceId, generation: Generation, done: oneshot::Sender<Result<(), AppendError>> },
 }
 
-impl Once {
+impl ExchangeGenerations {
     /// Opens the bucket and reads it.
     ///
     /// # Errors
     /// [`KvError`].
     pub(super) async fn open(nats: &Nats, replicas: usize, window: Duration) -> Result<Self, KvError> {
-        let age_max = Some(window + STAYS);
-        let settings = BucketSettings { name: BUCKET.to_owned(), replicas, age_max };
-        let bucket = Bucket::open(nats, &settings).await?;
+        let age_max = Some(window + GENERATION_GRACE);
+        let settings = KvBucketSettings { name: ONCE_BUCKET_NAME.to_owned(), replicas, age_max };
+        let bucket = KvBucket::open(nats, &settings).await?;
         let known = Arc::new(RwLock::new(HashMap::new()));
         let mut watch = bucket.watch();
         let seen = watch.seen();
-        let away = |_| KvError::Away(format!("bucket {BUCKET}: it cannot be read"));
-        let mut update = timeout(OPEN_MAX, watch.next()).await.map_err(away)?;
+        let away = |_| KvError::Away(format!("bucket {ONCE_BUCKET_NAME}: it cannot be read"));
+        let mut update = timeout(ONCE_BUCKET_OPEN_TIMEOUT, watch.next()).await.map_err(away)?;
         let watcher = known.clone();
         let watching = tokio::spawn(async move {
             loop {
-                take(&watcher, update);
+                apply_update(&watcher, update);
                 update = watch.next().await;
             }
         });
         let (work, waiting) = mpsc::unbounded_channel();
-        let writing = tokio::spawn(write(bucket, known.clone(), waiting));
-        // From here on the first rows are dealt with.
-        seen.sync(SYNC_MAX).await?;
+        let writing = tokio::spawn(run_generation_writer(bucket, known.clone(), waiting));
+        // The watching task has applied the first rows when this returns.
+        seen.sync(ONCE_SYNC_TIMEOUT).await?;
         Ok(Self { known, seen, work, tasks: [watching, writing] })
     }
 
     /// The generation of an exchange, if it has one.
     pub(super) fn generation(&self, id: OnceId) -> Option<Generation> {
-        self.known.read().unwrap_or_else(PoisonError::into_inner).get(&id).copied()
+        self.known.read().get(&id).copied()
     }
 
-    /// Ends exchanges: their ids are those of other messages when it is answered.
-    pub(super) fn release(&self, ids: Vec<OnceId>, give_up_at: std::time::Instant, reply: Reply) {
-        // Without the task, whoever waits learns that the log is closed.
-        let _ = self.work.send(Work::Release { ids, give_up_at: give_up_at.into(), reply });
+    /// Ends exchanges: once answered, their ids belong to new messages.
+    pub(super) fn release(&self, ids: Vec<OnceId>, give_up_at: std::time::Instant, reply: ReleaseReply) {
+        // If the task has ended, the dropped reply says that the log is closed.
+        let _ = self.work.send(GenerationWork::Release { ids, give_up_at: give_up_at.into(), reply });
     }
 
-    /// Writes a stale row again.
+    /// Rewrites a stale row.
     pub(super) fn refresh(
         &self,
         id: OnceId,
         generation: Generation,
     ) -> oneshot::Receiver<Result<(), AppendError>> {
         let (done, refreshed) = oneshot::channel();
-        let _ = self.work.send(Work::Refresh { id, generation, done });
+        let _ = self.work.send(GenerationWork::Refresh { id, generation, done });
         refreshed
     }
 
-    /// Waits until this node knows of every release that was answered before.
+    /// Waits until this node knows every release that was answered before.
     ///
     /// # Errors
     /// [`AppendError::Away`].
     pub(super) async fn sync(&self) -> Result<(), AppendError> {
-        self.seen.sync(SYNC_MAX).await.map_err(away)?;
+        self.seen.sync(ONCE_SYNC_TIMEOUT).await.map_err(away)?;
         Ok(())
     }
 }
 
-impl Drop for Once {
+impl Drop for ExchangeGenerations {
     fn drop(&mut self) {
         self.tasks.iter().for_each(JoinHandle::abort);
     }
 }
 
-/// Takes in what has changed.
-fn take(known: &RwLock<HashMap<OnceId, Generation>>, update: Update) {
-    let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+/// Applies an update of the bucket.
+fn apply_update(known: &RwLock<HashMap<OnceId, Generation>>, update: KvUpdate) {
+    let mut known = known.write();
     if update.all {
         known.clear();
     }
     for row in update.rows {
-        learn(&mut known, &row.key, row.value.as_deref(), row.revision);
+        apply_row(&mut known, &row.key, row.value.as_deref(), row.revision);
     }
 }
 
-/// Takes in what a row says, unless something newer is known.
-fn learn(known: &mut HashMap<OnceId, Generation>, key: &str, value: Option<&[u8]>, revision: Revision) {
+/// Applies a row, unless a newer revision is known.
+fn apply_row(known: &mut HashMap<OnceId, Generation>, key: &str, value: Option<&[u8]>, revision: KvRevision) {
     let Some(id) = OnceId::from_hex(key) else { return };
     if known.get(&id).is_some_and(|newer| newer.revision >= revision) {
         return;
@@ -174,20 +175,20 @@ fn learn(known: &mut HashMap<OnceId, Generation>, key: &str, value: Option<&[u8]
     }
 }
 
-/// Writes rows: as many releases at once as there are.
-async fn write(
-    bucket: Bucket,
+/// Writes rows, with all waiting releases together.
+async fn run_generation_writer(
+    bucket: KvBucket,
     known: Arc<RwLock<HashMap<OnceId, Generation>>>,
-    mut waiting: mpsc::UnboundedReceiver<Work>,
+    mut waiting: mpsc::UnboundedReceiver<GenerationWork>,
 ) {
     let mut taken = Vec::new();
-    while waiting.recv_many(&mut taken, ROWS_MAX).await > 0 {
+    while waiting.recv_many(&mut taken, RELEASE_ROWS_MAX).await > 0 {
         let mut releases = Vec::new();
         for work in taken.drain(..) {
             match work {
-                Work::Release { ids, give_up_at, reply } => releases.push((ids, give_up_at, reply)),
-                Work::Refresh { id, generation, done } => {
-                    let _ = done.send(refresh(&bucket, &known, id, generation).await);
+                GenerationWork::Release { ids, give_up_at, reply } => releases.push((ids, give_up_at, reply)),
+                GenerationWork::Refresh { id, generation, done } => {
+                    let _ = done.send(rewrite_row(&bucket, &known, id, generation).await);
                 }
             }
         }
@@ -195,33 +196,35 @@ async fn write(
         while left.peek().is_some() {
             let mut rows = 0;
             let mut group = Vec::new();
-            while let Some(release) = left.next_if(|(ids, ..)| rows == 0 || rows + ids.len() <= ROWS_MAX) {
+            while let Some(release) =
+                left.next_if(|(ids, ..)| rows == 0 || rows + ids.len() <= RELEASE_ROWS_MAX)
+            {
                 rows += release.0.len();
                 group.push(release);
             }
-            release(&bucket, &known, group).await;
+            write_releases(&bucket, &known, group).await;
         }
     }
 }
 
-/// Writes the rows of some releases, and answers them.
-async fn release(
-    bucket: &Bucket,
+/// Writes the rows of a group of releases, and answers them.
+async fn write_releases(
+    bucket: &KvBucket,
     known: &RwLock<HashMap<OnceId, Generation>>,
-    mut group: Vec<(Vec<OnceId>, Instant, Reply)>,
+    mut group: Vec<(Vec<OnceId>, Instant, ReleaseReply)>,
 ) {
     while !group.is_empty() {
         let at = now_micros();
         let mut rows: Vec<(OnceId, Generation)> = Vec::new();
         let mut seen = std::collections::HashSet::new();
         for id in group.iter().flat_map(|(ids, ..)| ids).filter(|id| seen.insert(**id)) {
-            rows.push((*id, Generation { number: unique(), at, revision: 0 }));
+            rows.push((*id, Generation { number: unique_number(), at, revision: 0 }));
         }
         let mut written = Ok(());
-        for rows in rows.chunks(ROWS_MAX) {
-            let puts: Vec<Put> = rows
+        for rows in rows.chunks(RELEASE_ROWS_MAX) {
+            let puts: Vec<KvPut> = rows
                 .iter()
-                .map(|(id, generation)| Put {
+                .map(|(id, generation)| KvPut {
                     key: id.to_hex(),
                     value: Some(generation.encode()),
                     expected: None,
@@ -229,8 +232,8 @@ async fn release(
                 .collect();
             match bucket.put_all(&puts, None).await {
                 Ok(last) => {
-                    let first = last + 1 - rows.len() as Revision;
-                    let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+                    let first = last + 1 - rows.len() as KvRevision;
+                    let mut known = known.write();
                     for ((id, generation), revision) in rows.iter().zip(first..) {
                         if known.get(id).is_none_or(|newer| newer.revision < revision) {
                             known.insert(*id, Generation { revision, ..*generation });
@@ -242,7 +245,7 @@ async fn release(
         }
         let Err(error) = written else {
             for (.., reply) in group {
-                let _ = reply.send(Ok(Committed { outcomes: Vec::new() }));
+                let _ = reply.send(Ok(CommitOutcome { outcomes: Vec::new() }));
             }
             return;
         };
@@ -251,29 +254,29 @@ async fn release(
             let _ = reply.send(Err(error.clone()));
         }
         if !group.is_empty() {
-            sleep(RETRY).await;
+            sleep(RELEASE_RETRY_PAUSE).await;
         }
     }
 }
 
-/// Writes a row again, unless somebody else has.
-async fn refresh(
-    bucket: &Bucket,
+/// Rewrites a row, unless another node has.
+async fn rewrite_row(
+    bucket: &KvBucket,
     known: &RwLock<HashMap<OnceId, Generation>>,
     id: OnceId,
     generation: Generation,
 ) -> Result<(), AppendError> {
     let fresh = Generation { at: now_micros(), ..generation };
-    let put = Put { key: id.to_hex(), value: Some(fresh.encode()), expected: Some(generation.revision) };
+    let put = KvPut { key: id.to_hex(), value: Some(fresh.encode()), expected: Some(generation.revision) };
     match bucket.put_all(&[put], None).await {
         Ok(revision) => {
-            let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+            let mut known = known.write();
             if known.get(&id).is_none_or(|newer| newer.revision < revision) {
                 known.insert(id, Generation { revision, ..fresh });
             }
             Ok(())
         }
-        // What is there now is newer.
+        // The row is newer already.
         Err(KvError::Conflict) => Ok(()),
         Err(error) => Err(away(error)),
     }
@@ -284,9 +287,9 @@ fn away(error: KvError) -> AppendError {
 }
 
 /// A number that no other release has.
-fn unique() -> u64 {
+fn unique_number() -> u64 {
     use std::hash::{BuildHasher, RandomState};
-    // Keyed anew by the operating system for each.
+    // Each `RandomState` has new random keys.
     RandomState::new().hash_one(now_micros())
 }
 
@@ -299,12 +302,12 @@ mod tests {
         let id = OnceId::of_exchange(1, 1);
         let row = |number| Generation { number, at: 7, revision: 0 }.encode();
         let mut known = HashMap::new();
-        learn(&mut known, &id.to_hex(), Some(&row(1)), 5);
-        learn(&mut known, &id.to_hex(), Some(&row(2)), 4);
+        apply_row(&mut known, &id.to_hex(), Some(&row(1)), 5);
+        apply_row(&mut known, &id.to_hex(), Some(&row(2)), 4);
         assert_eq!(known.get(&id).map(|found| (found.number, found.at, found.revision)), Some((1, 7, 5)));
-        learn(&mut known, &id.to_hex(), None, 6);
+        apply_row(&mut known, &id.to_hex(), None, 6);
         assert!(known.is_empty());
-        learn(&mut known, "no id", Some(&row(1)), 7);
+        apply_row(&mut known, "no id", Some(&row(1)), 7);
         assert!(known.is_empty());
     }
 

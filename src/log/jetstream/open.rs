@@ -1,61 +1,61 @@
-//! Appends that are on their way into the stream: what is known of each section and each of its messages.
+//! Appends on their way into the stream: the state of each section and each of its messages.
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
 use headgate_bridge_nats::HeaderMap;
 
-use super::append::Reply;
-use crate::log::{AppendError, Committed, Offsets, OnceId, Outcome, Section};
+use super::append::AppendReply;
+use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section, SectionOutcome};
 use crate::message::Offset;
 
-/// The appends that are not settled, by their numbers, of which the first is `first`.
+/// The appends that are not settled, numbered from `first` on.
 #[derive(Default)]
-pub(super) struct Appends {
-    open: VecDeque<Option<Open>>,
+pub(super) struct PendingAppends {
+    open: VecDeque<Option<PendingAppend>>,
     first: u64,
 }
 
-/// One message.
+/// Identifies one message of an append.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(super) struct PendingMessage {
     /// The number of its append.
     pub(super) append: u64,
     pub(super) section: u32,
     pub(super) record: u32,
-    /// It may have been stored by an earlier attempt.
+    /// Whether an earlier attempt may have stored it.
     pub(super) again: bool,
 }
 
 /// An append that is not settled.
-pub(super) struct Open {
-    pub(super) sections: Vec<Progress>,
-    /// Messages and rows whose fate is not known.
+pub(super) struct PendingAppend {
+    pub(super) sections: Vec<SectionProgress>,
+    /// Messages and rows whose outcome is not known yet.
     pub(super) left: usize,
     pub(super) error: Option<AppendError>,
     pub(super) give_up_at: Instant,
-    pub(super) reply: Reply,
+    pub(super) reply: AppendReply,
 }
 
-/// How far a section is.
-pub(super) struct Progress {
+/// The state of one section.
+pub(super) struct SectionProgress {
     pub(super) section: Section,
-    /// What all its messages have in common.
+    /// The headers that all its messages share.
     pub(super) headers: HeaderMap,
-    /// Where its records are in it.
+    /// The positions of its records in the section.
     pub(super) places: Vec<u32>,
-    /// Its id, with the generation that an exchange's has.
+    /// Its id, with the generation if it is an exchange's.
     pub(super) once: Option<(OnceId, Option<u64>)>,
-    /// Per record: where it is, once it is.
+    /// The offset of each record that is stored; 0 before.
     pub(super) offsets: Vec<Offset>,
     pub(super) duplicates: usize,
-    /// What was kept before under its id, where that is not as many records.
+    /// The records kept before under its id, if their number differs.
     pub(super) earlier: Option<Offsets>,
     pub(super) dead: bool,
 }
 
-impl Appends {
-    /// The number that the next one gets.
+impl PendingAppends {
+    /// The number of the next append.
     pub(super) fn next_number(&self) -> u64 {
         self.first + self.open.len() as u64
     }
@@ -70,23 +70,23 @@ impl Appends {
         self.open.is_empty()
     }
 
-    /// Takes one in. It has the number that was the next one's.
-    pub(super) fn push(&mut self, open: Open) {
+    /// Adds an append under [`PendingAppends::next_number`].
+    pub(super) fn push(&mut self, open: PendingAppend) {
         self.open.push_back(Some(open));
     }
 
-    /// The one with a number, while it is not settled.
-    pub(super) fn get_mut(&mut self, append: u64) -> Option<&mut Open> {
+    /// The append with this number, while it is not settled.
+    pub(super) fn get_mut(&mut self, append: u64) -> Option<&mut PendingAppend> {
         self.slot(append)?.as_mut()
     }
 
-    /// All of them.
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Open> {
+    /// All appends that are not settled.
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut PendingAppend> {
         self.open.iter_mut().flatten()
     }
 
-    /// Lets go of one, if nothing of it is left to be known.
-    pub(super) fn take_settled(&mut self, append: u64) -> Option<Open> {
+    /// Removes an append, if all its outcomes are known.
+    pub(super) fn take_settled(&mut self, append: u64) -> Option<PendingAppend> {
         let settled = self.slot(append)?.take_if(|open| open.left == 0);
         while let Some(None) = self.open.front() {
             self.open.pop_front();
@@ -95,39 +95,41 @@ impl Appends {
         settled
     }
 
-    fn slot(&mut self, append: u64) -> Option<&mut Option<Open>> {
+    fn slot(&mut self, append: u64) -> Option<&mut Option<PendingAppend>> {
         let at = usize::try_from(append.checked_sub(self.first)?).ok()?;
         self.open.get_mut(at)
     }
 }
 
-impl Open {
-    /// Who waits for it, and what he is to be told. If it was kept, also the last offset of it.
-    pub(super) fn settle(self) -> (Reply, Result<(Committed, Offset), AppendError>) {
+impl PendingAppend {
+    /// The caller and the answer; for a kept append also its last offset.
+    pub(super) fn settle(self) -> (AppendReply, Result<(CommitOutcome, Offset), AppendError>) {
         let Self { sections, error, reply, .. } = self;
         if let Some(error) = error {
             return (reply, Err(error));
         }
         let last = sections.iter().flat_map(|progress| &progress.offsets).max().copied().unwrap_or_default();
-        let outcomes = sections.into_iter().map(Progress::outcome).collect();
-        (reply, Ok((Committed { outcomes }, last)))
+        let outcomes = sections.into_iter().map(SectionProgress::outcome).collect();
+        (reply, Ok((CommitOutcome { outcomes }, last)))
     }
 }
 
-impl Progress {
-    /// How many records wait for what becomes of the one at `place`, with it: of several with one id, all
-    /// for the first.
-    pub(super) fn stands_for(&self, place: Place) -> usize {
+impl SectionProgress {
+    /// How many records, itself included, depend on the outcome of the one at `place`: the first of several
+    /// with one id stands for all of them.
+    pub(super) fn stands_for(&self, place: PendingMessage) -> usize {
         if self.once.is_some() && place.record == 0 { self.offsets.len() } else { 1 }
     }
 
-    /// What has become of it.
-    fn outcome(self) -> Outcome {
+    /// The outcome of the section.
+    fn outcome(self) -> SectionOutcome {
         match self.earlier {
-            _ if self.dead => Outcome::KeyDead,
-            Some(earlier) => Outcome::Duplicate(earlier),
-            None if self.duplicates == self.offsets.len() => Outcome::Duplicate(Offsets::of(&self.offsets)),
-            None => Outcome::Kept(Offsets::of(&self.offsets)),
+            _ if self.dead => SectionOutcome::KeyDead,
+            Some(earlier) => SectionOutcome::Duplicate(earlier),
+            None if self.duplicates == self.offsets.len() => {
+                SectionOutcome::Duplicate(Offsets::from_each(&self.offsets))
+            }
+            None => SectionOutcome::Kept(Offsets::from_each(&self.offsets)),
         }
     }
 }

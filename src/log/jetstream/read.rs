@@ -1,4 +1,4 @@
-//! Reading what is not in memory any more: by direct gets, which any server of the stream answers.
+//! Reading records that are no longer in memory, by direct gets, which any server of the stream answers.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,60 +6,63 @@ use std::time::Duration;
 use headgate_bridge_nats::StreamError;
 use tokio::time::sleep;
 
-use super::Shared;
-use super::follow::gather;
-use crate::log::{Batch, ReadError};
+use super::JetstreamLogShared;
+use super::follow::gather_batches;
+use crate::log::{Batch, LogReadError};
 use crate::message::{Offset, TimeMicros};
 use crate::time::Rfc3339;
 
-/// What a message takes at least, about: how many are asked for is found from the bytes that are wanted.
-const MESSAGE_BYTES_MIN: usize = 128;
-/// How often a server that is behind the others is given time, and how much.
-const BEHIND: (u32, Duration) = (20, Duration::from_millis(100));
-/// By how much the clocks of a gateway and of the servers may differ where a time is looked for.
-const CLOCKS_DIFFER_MICROS: i64 = 10_000_000;
+/// The approximate least size of a message: turns a number of bytes into a number of messages to ask for.
+const STREAM_MESSAGE_BYTES_MIN: usize = 128;
+/// How many attempts a server that lags behind the others gets, and the pause between them.
+const LAGGING_SERVER_RETRY: (u32, Duration) = (20, Duration::from_millis(100));
+/// How far the clocks of a gateway and the servers may differ when a time is looked up.
+const CLOCK_DIFFERENCE_MICROS_MAX: i64 = 10_000_000;
 
-/// What is from an offset on that is below what has been followed.
-pub(super) async fn read(
-    shared: Arc<Shared>,
+/// Reads from an offset below the end of the tail.
+pub(super) async fn read_from_servers(
+    shared: Arc<JetstreamLogShared>,
     from: Offset,
     bytes_max: usize,
-) -> Result<Vec<Batch>, ReadError> {
+) -> Result<Vec<Batch>, LogReadError> {
     let end = shared.tail.next_offset();
-    let messages_max = (bytes_max / MESSAGE_BYTES_MIN).max(1);
-    for _ in 0..BEHIND.0 {
+    let messages_max = (bytes_max / STREAM_MESSAGE_BYTES_MIN).max(1);
+    for _ in 0..LAGGING_SERVER_RETRY.0 {
         let mut messages = shared.stream.get(from, messages_max, bytes_max).await.map_err(away)?;
         messages.retain(|message| message.sequence < end);
         match messages.first() {
-            Some(first) if first.sequence == from => return Ok(gather(&messages, from, &shared)),
+            Some(first) if first.sequence == from => return Ok(gather_batches(&messages, from, &shared)),
             found => {
                 let state = shared.stream.state().await.map_err(away)?;
                 shared.note_state(&state);
                 if state.first > from.max(1) {
-                    return Err(ReadError::Removed { wanted: from, first: state.first });
+                    return Err(LogReadError::Removed { wanted: from, first: state.first });
                 }
                 if found.is_some() {
-                    return Ok(gather(&messages, from, &shared));
+                    return Ok(gather_batches(&messages, from, &shared));
                 }
                 if state.messages == 0 || state.first >= end {
                     return Ok(vec![Batch::nothing_below(end)]);
                 }
             }
         }
-        sleep(BEHIND.1).await;
+        sleep(LAGGING_SERVER_RETRY.1).await;
     }
-    Err(ReadError::Away(format!("no server of stream {} has {from} yet", shared.stream.name()).into()))
+    Err(LogReadError::Away(format!("no server of stream {} has {from} yet", shared.stream.name()).into()))
 }
 
-/// An offset before which nothing was received at or after a time. JetStream knows when a message was
-/// stored, which is a little later.
-pub(super) async fn offset_at(shared: Arc<Shared>, time: TimeMicros) -> Result<Offset, ReadError> {
-    let time = Rfc3339(time.saturating_sub(CLOCKS_DIFFER_MICROS)).to_string();
+/// An offset before which no record was received at or after a time. JetStream only knows when it stored a
+/// message, which is a little later.
+pub(super) async fn offset_at_server_time(
+    shared: Arc<JetstreamLogShared>,
+    time: TimeMicros,
+) -> Result<Offset, LogReadError> {
+    let time = Rfc3339(time.saturating_sub(CLOCK_DIFFERENCE_MICROS_MAX)).to_string();
     let found = shared.stream.sequence_at(&time).await.map_err(away)?;
     let end = shared.tail.next_offset();
     Ok(found.map_or(end, |sequence| sequence.min(end)))
 }
 
-fn away(error: StreamError) -> ReadError {
-    ReadError::Away(error.to_string().into())
+fn away(error: StreamError) -> LogReadError {
+    LogReadError::Away(error.to_string().into())
 }

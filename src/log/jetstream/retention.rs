@@ -1,44 +1,45 @@
 //! Retention in a cluster: JetStream removes nothing by itself, as it does not know what is stored. Each
-//! node says how far its consumers are, in the bucket `headgate-cursors`, and any of them removes what is
-//! over its age or its size and below all of these. A node that has said nothing for a day does not count
-//! any more.
+//! node publishes how far its consumers are in the bucket `headgate-cursors`. Any node removes records
+//! that are over the age or the size and below all cursors. A node that has published nothing for a day
+//! no longer counts.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use headgate_bridge_nats::kv::Put;
-use headgate_bridge_nats::{Bucket, BucketSettings, KvError, Nats, StreamError};
+use headgate_bridge_nats::kv::KvPut;
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats, StreamError};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
-use super::Shared;
+use super::JetstreamLogShared;
 use crate::config;
 use crate::message::{Offset, now_micros};
 use crate::time::Rfc3339;
 
-/// The bucket.
-const BUCKET: &str = "headgate-cursors";
-/// For how long a node counts that says nothing more.
+/// The name of the bucket.
+const CURSORS_BUCKET_NAME: &str = "headgate-cursors";
+/// How long a silent node still counts.
 const NODE_AGE_MAX: Duration = Duration::from_secs(24 * 3_600);
-/// How often it says so at least.
-const SAY_EVERY: Duration = Duration::from_secs(3_600);
-/// How often it is looked after, and how long after somebody has asked for room.
-const EVERY: Duration = Duration::from_secs(5);
-const SOON: Duration = Duration::from_millis(200);
-/// From how much of its size on the oldest goes, and how much is to be left then, in percent.
-const FULL_PERCENT: (u64, u64) = (90, 80);
+/// The longest time after which a node publishes its cursor again, even if it has not moved.
+const CURSOR_ANNOUNCE_INTERVAL: Duration = Duration::from_secs(3_600);
+/// How often retention runs, and how soon after an append has asked for room.
+const RETENTION_INTERVAL: Duration = Duration::from_secs(5);
+const RETENTION_WANTED_DELAY: Duration = Duration::from_millis(200);
+/// Removal starts above the first percentage of the size and goes down to the second.
+const RETENTION_FULL_PERCENT: (u64, u64) = (90, 80);
 
-/// By node, from which offset on it needs the log.
-type Cursors = HashMap<String, Offset>;
+/// The offset from which on each node needs the log.
+type NodeCursors = HashMap<String, Offset>;
 
-/// Keeps up with what the nodes say; `None` until all of it is known.
-async fn watch(bucket: Bucket, cursors: Arc<Mutex<Option<Cursors>>>) {
+/// Watches the cursors of all nodes; `None` until all of them are known.
+async fn watch_cursors(bucket: KvBucket, cursors: Arc<Mutex<Option<NodeCursors>>>) {
     let mut watch = bucket.watch();
     loop {
         let update = watch.next().await;
-        let mut cursors = cursors.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cursors = cursors.lock();
         if update.all {
             *cursors = None;
         }
@@ -53,20 +54,20 @@ async fn watch(bucket: Bucket, cursors: Arc<Mutex<Option<Cursors>>>) {
     }
 }
 
-/// Looks after it for as long as the log is open.
-pub(super) struct Retention {
-    shared: Arc<Shared>,
-    bucket: Bucket,
-    /// What this node is called in the bucket.
+/// The retention task: runs for as long as the log is open.
+pub(super) struct StreamRetention {
+    shared: Arc<JetstreamLogShared>,
+    bucket: KvBucket,
+    /// This node's key in the bucket.
     node: String,
-    config: config::Log,
-    /// Nothing goes for its age before, in seconds.
+    config: config::LogConfig,
+    /// The least age at which a record may be removed for its age, in seconds.
     stay_s: u64,
-    /// What this node has said last, and when.
+    /// The cursor that this node published last, and when.
     said: Option<(Offset, Instant)>,
 }
 
-impl Retention {
+impl StreamRetention {
     /// Opens the bucket.
     ///
     /// # Errors
@@ -74,61 +75,61 @@ impl Retention {
     pub(super) async fn open(
         nats: &Nats,
         replicas: usize,
-        shared: Arc<Shared>,
+        shared: Arc<JetstreamLogShared>,
         node: &str,
-        config: config::Log,
+        config: config::LogConfig,
         stay_s: u64,
     ) -> Result<Self, KvError> {
-        let settings = BucketSettings { name: BUCKET.to_owned(), replicas, age_max: Some(NODE_AGE_MAX) };
-        let bucket = Bucket::open(nats, &settings).await?;
+        let settings =
+            KvBucketSettings { name: CURSORS_BUCKET_NAME.to_owned(), replicas, age_max: Some(NODE_AGE_MAX) };
+        let bucket = KvBucket::open(nats, &settings).await?;
         Ok(Self { shared, bucket, node: node.to_owned(), config, stay_s, said: None })
     }
 
     pub(super) async fn run(mut self) {
         let cursors = Arc::new(Mutex::new(None));
-        // On its own, so that it gets on whatever else there is to do.
+        // A separate task, so that slow removals do not hold it up.
         let mut watching = JoinSet::new();
-        watching.spawn(watch(self.bucket.clone(), cursors.clone()));
+        watching.spawn(watch_cursors(self.bucket.clone(), cursors.clone()));
         let mut due = Instant::now();
         loop {
             tokio::select! {
                 () = sleep_until(due) => {}
-                () = self.shared.room_wanted.notified() => sleep(SOON).await,
+                () = self.shared.room_wanted.notified() => sleep(RETENTION_WANTED_DELAY).await,
             }
-            due = Instant::now() + EVERY;
-            if let Err(error) = self.say().await {
-                warn!(%error, "the other nodes are not told how far the consumers of this one are");
+            due = Instant::now() + RETENTION_INTERVAL;
+            if let Err(error) = self.announce_cursor().await {
+                warn!(%error, "retention cannot tell the other nodes how far this node's consumers are");
                 continue;
             }
-            // Its own row may be on its way back still.
+            // This node's row may not have come back yet, so its own value counts.
             let own = self.said.map_or(0, |(cursor, _)| cursor);
-            let held =
-                cursors.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|cursors: &Cursors| {
-                    let others = cursors.iter().filter(|(node, _)| **node != self.node);
-                    others.map(|(_, cursor)| *cursor).chain([own]).min().unwrap_or(0)
-                });
+            let held = cursors.lock().as_ref().map(|cursors: &NodeCursors| {
+                let others = cursors.iter().filter(|(node, _)| **node != self.node);
+                others.map(|(_, cursor)| *cursor).chain([own]).min().unwrap_or(0)
+            });
             if let Some(held) = held
-                && let Err(error) = self.remove(held).await
+                && let Err(error) = self.remove_expired(held).await
             {
-                warn!(%error, "retention cannot look after the stream");
+                warn!(%error, "retention cannot remove records from the stream");
             }
         }
     }
 
-    /// Tells the others from where on this node needs the log.
-    async fn say(&mut self) -> Result<(), KvError> {
+    /// Publishes the offset from which on this node needs the log.
+    async fn announce_cursor(&mut self) -> Result<(), KvError> {
         let lowest = self.shared.holds.lowest().firmly.min(self.shared.tail.next_offset());
-        if self.said.is_some_and(|(cursor, at)| cursor == lowest && at.elapsed() < SAY_EVERY) {
+        if self.said.is_some_and(|(cursor, at)| cursor == lowest && at.elapsed() < CURSOR_ANNOUNCE_INTERVAL) {
             return Ok(());
         }
-        let put = Put { key: self.node.clone(), value: Some(lowest.to_string().into()), expected: None };
+        let put = KvPut { key: self.node.clone(), value: Some(lowest.to_string().into()), expected: None };
         self.bucket.put_all(&[put], None).await?;
         self.said = Some((lowest, Instant::now()));
         Ok(())
     }
 
-    /// Removes what is over its age or size, and below `held`.
-    async fn remove(&self, held: Offset) -> Result<(), StreamError> {
+    /// Removes records that are over the age or the size, and below `held`.
+    async fn remove_expired(&self, held: Offset) -> Result<(), StreamError> {
         let stream = &self.shared.stream;
         let state = stream.state().await?;
         self.shared.note_state(&state);
@@ -139,9 +140,9 @@ impl Retention {
             let time = Rfc3339(now_micros().saturating_sub(age_max)).to_string();
             end = stream.sequence_at(&time).await?.unwrap_or(state.last + 1);
         }
-        if state.bytes > self.config.retention_bytes / 100 * FULL_PERCENT.0 {
-            // As if all messages were of one size.
-            let excess = state.bytes - self.config.retention_bytes / 100 * FULL_PERCENT.1;
+        if state.bytes > self.config.retention_bytes / 100 * RETENTION_FULL_PERCENT.0 {
+            // An estimate: it assumes that all messages have the same size.
+            let excess = state.bytes - self.config.retention_bytes / 100 * RETENTION_FULL_PERCENT.1;
             let messages =
                 u128::from(state.last + 1 - state.first) * u128::from(excess) / u128::from(state.bytes);
             end = end.max(state.first + u64::try_from(messages).unwrap_or(0));
@@ -150,7 +151,7 @@ impl Retention {
         if end <= state.first {
             return Ok(());
         }
-        // Those who read behind a cursor see it themselves.
+        // Shared places cannot see the removal themselves; readers with a cursor can.
         stream.note_skipped(end).await?;
         let purged = timeout(Duration::from_secs(30), stream.purge_below(end)).await;
         purged.unwrap_or_else(|_| Err(StreamError::Away("purging takes long".to_owned())))?;

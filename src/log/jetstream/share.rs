@@ -1,27 +1,27 @@
-//! Places in the log that several gateways share: each record goes to one of those who take from a place,
-//! and to another if that one's gateway is gone or it does not deal with it.
+//! Shared places: places in the log that several gateways share. Each record goes to one of the takers,
+//! and to another if that one's gateway is gone or it does not finish the record.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use headgate_bridge_nats::StreamError;
-use headgate_bridge_nats::stream::{Receipt, SharedPlace, SharedSettings, Taking};
+use headgate_bridge_nats::stream::{DeliveryReceipt, SharedPlace, SharedPull, SharedSettings};
 
-use super::Shared;
-use super::message::{LastTime, decode};
-use crate::log::{Batch, Place, Withheld};
+use super::JetstreamLogShared;
+use super::message::{ParsedTimeCache, decode_message};
+use crate::log::{Batch, RecordPlace, WithheldRules};
 use crate::message::Offset;
 
-/// After how long a record goes to another, if nothing was said of it: its gateway was killed.
-const REDELIVERED_AFTER: Duration = Duration::from_secs(6);
-/// How often it has to be said of a record that it is still being dealt with.
-pub const KEEP_EVERY: Duration = Duration::from_secs(2);
+/// After this silence about a record its gateway counts as killed, and the record goes to another taker.
+const SHARED_REDELIVERY_DELAY: Duration = Duration::from_secs(6);
+/// How often a taker has to report that it still works on a record.
+pub const SHARED_KEEP_INTERVAL: Duration = Duration::from_secs(2);
 
-/// The places. Cheap to clone.
+/// The shared places of a log. Cheap to clone.
 #[derive(Clone)]
 pub struct SharedPlaces {
-    shared: Arc<Shared>,
+    shared: Arc<JetstreamLogShared>,
 }
 
 /// Why a place cannot be used now.
@@ -29,31 +29,31 @@ pub struct SharedPlaces {
 #[error("{0}")]
 pub struct ShareError(String);
 
-/// Records that were asked for, as they come.
-pub struct SharedRecords(Taking);
+/// Requested records, as they arrive.
+pub struct SharedRecords(SharedPull);
 
-/// One of them.
-pub struct Given {
-    /// What it is in.
+/// One record from a shared place.
+pub struct DeliveredRecord {
+    /// The batch that holds it.
     pub batch: Batch,
-    /// Where in it.
-    pub place: Place,
-    /// What is to be said of it.
-    pub receipt: Receipt,
+    /// Its place in the batch.
+    pub place: RecordPlace,
+    /// Reports to JetStream what became of it.
+    pub receipt: DeliveryReceipt,
 }
 
 impl SharedPlaces {
-    pub(super) fn of(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(shared: Arc<JetstreamLogShared>) -> Self {
         Self { shared }
     }
 
-    /// The offset behind everything that can be read here.
+    /// The offset behind all records that can be read here.
     pub fn next_offset(&self) -> Offset {
         self.shared.tail.next_offset()
     }
 
-    /// What is to be left out.
-    pub fn withheld(&self) -> &Arc<Withheld> {
+    /// The records that no reader may see.
+    pub fn withheld(&self) -> &Arc<WithheldRules> {
         &self.shared.withheld
     }
 
@@ -62,8 +62,8 @@ impl SharedPlaces {
         self.shared.first_offset.load(Ordering::Acquire)
     }
 
-    /// Makes a place that begins at `from`, or finds it, wherever that is then. It stays for as long as somebody
-    /// takes from it, and as `kept` says after that; `None`: for ever.
+    /// Makes a place that begins at `from`, or opens the existing one where it is now. It stays while
+    /// anybody takes from it, and for `kept` after that; `None`: for ever.
     ///
     /// # Errors
     /// [`ShareError`].
@@ -74,12 +74,12 @@ impl SharedPlaces {
         from: Offset,
         kept: Option<Duration>,
     ) -> Result<SharedPlace, ShareError> {
-        let (name, redelivered_after) = (name.to_owned(), REDELIVERED_AFTER);
+        let (name, redelivered_after) = (name.to_owned(), SHARED_REDELIVERY_DELAY);
         let settings = SharedSettings { name, subjects, from, redelivered_after, kept };
         Ok(self.shared.stream.share(&settings).await?)
     }
 
-    /// Gives up a place, if nobody takes from it.
+    /// Deletes a place, if nobody takes from it.
     ///
     /// # Errors
     /// [`ShareError`].
@@ -87,18 +87,18 @@ impl SharedPlaces {
         Ok(self.shared.stream.give_up_shared(name).await?)
     }
 
-    /// Somebody is to be told how many records retention has removed before anybody took them. Returns how
-    /// many; 0 if another was told.
+    /// How many records retention removed before anybody took them. Only one caller gets the number; the
+    /// others get 0.
     ///
     /// # Errors
     /// [`ShareError`].
     pub async fn told_of_skipped(&self, name: &str) -> Result<u64, ShareError> {
-        Ok(self.shared.stream.told_of_skipped(name).await?)
+        Ok(self.shared.stream.mark_skipped_told(name).await?)
     }
 
-    /// Returns when NATS has been told all that was said of records.
+    /// Returns when all receipts have been sent to NATS.
     pub async fn flush(&self) {
-        // While it is away it cannot be told.
+        // Nothing can be sent while NATS is away.
         let _ = self.shared.stream.nats().client().flush().await;
     }
 
@@ -112,39 +112,39 @@ impl SharedPlaces {
 }
 
 impl SharedRecords {
-    /// The next record, when there is one; `None` when no more come, and it is to be asked again. May be dropped
-    /// and called again.
-    pub async fn next(&mut self) -> Option<Given> {
+    /// Waits for the next record; `None` when no more come and the caller has to ask again. Safe to drop
+    /// and call again.
+    pub async fn next(&mut self) -> Option<DeliveredRecord> {
         loop {
             let taken = self.0.next().await?;
             let mut sections = Vec::new();
-            if decode(&taken.stored, &mut LastTime::default(), &mut sections) {
+            if decode_message(&taken.stored, &mut ParsedTimeCache::default(), &mut sections) {
                 let batch = Batch::gather(taken.stored.sequence, &sections);
                 if let Some(place) = batch.place(taken.stored.sequence) {
-                    return Some(Given { batch, place, receipt: taken.receipt });
+                    return Some(DeliveredRecord { batch, place, receipt: taken.receipt });
                 }
             }
-            // It is none that a gateway has written: `follow` says so.
+            // No gateway wrote this message; `follow` warns about it.
             taken.receipt.done().await;
         }
     }
 
-    /// Whether all that were asked for have come.
-    pub fn are_all(&self) -> bool {
+    /// Whether all requested records have arrived.
+    pub fn is_complete(&self) -> bool {
         self.0.is_full()
     }
 
-    /// Takes no more, which JetStream knows when this returns. What it sent a moment before and did not arrive
-    /// goes to others after a while; returned is what is to be said of what did.
-    pub async fn end(self) -> Vec<Receipt> {
+    /// Ends the request; JetStream knows when this returns. Records that it sent just before and that did not
+    /// arrive go to other takers after a while. Returns the receipts of those that did arrive.
+    pub async fn end(self) -> Vec<DeliveryReceipt> {
         self.0.end().await
     }
 }
 
 impl ShareError {
-    /// JetStream has given nothing, and did not wait until there was something.
+    /// JetStream ended the request at once, without a record.
     pub fn refused() -> Self {
-        Self("JetStream gives no records to one more who waits for them, or has no leader now".to_owned())
+        Self("JetStream accepts no more waiting requests for this place, or has no leader now".to_owned())
     }
 }
 

@@ -1,4 +1,4 @@
-//! What is kept once: message ids and QoS 2 exchanges against repetition, restarts, kills, failures,
+//! Keeping once: message ids and QoS 2 exchanges against repetition, restarts, kills, failures,
 //! damage, retention and time.
 
 use std::collections::{BTreeMap, HashMap};
@@ -20,12 +20,12 @@ fn once(ids: &[OnceId], records: usize) -> Section {
     section
 }
 
-fn keep(log: &EmbeddedLog, sections: Vec<Section>) -> Vec<Outcome> {
+fn keep(log: &EmbeddedLog, sections: Vec<Section>) -> Vec<SectionOutcome> {
     let appended = log.append(sections, later()).blocking_recv();
     appended.expect("the writer answers").expect("kept").outcomes
 }
 
-fn keep_one(log: &EmbeddedLog, id: OnceId) -> Outcome {
+fn keep_one(log: &EmbeddedLog, id: OnceId) -> SectionOutcome {
     keep(log, vec![once(&[id], 1)]).remove(0)
 }
 
@@ -34,8 +34,8 @@ fn release(log: &EmbeddedLog, ids: &[OnceId]) {
     assert_eq!(released.expect("the writer answers").expect("released").outcomes, []);
 }
 
-fn duplicate(first_offset: Offset, records: u32) -> Outcome {
-    Outcome::Duplicate(Offsets::run(first_offset, records))
+fn duplicate(first_offset: Offset, records: u32) -> SectionOutcome {
+    SectionOutcome::Duplicate(Offsets::consecutive(first_offset, records))
 }
 
 /// The files of a log, as a kill would leave them now.
@@ -68,7 +68,7 @@ fn the_same_id_again_is_answered_with_the_offsets_of_the_first_also_after_a_rest
     assert_eq!(keep(&log, vec![once(&[message(1)], 3)]), [kept(1, 3)]);
     assert_eq!(keep(&log, vec![once(&[exchange(1)], 1)]), [kept(4, 1)]);
     for ended in ["not at all", "by a kill", "cleanly"] {
-        // Whatever else comes with it: the id alone counts.
+        // The id alone decides, whatever else differs.
         assert_eq!(keep(&log, vec![once(&[message(1)], 1)]), [duplicate(1, 3)], "ended {ended}");
         assert_eq!(keep(&log, vec![once(&[message(2), exchange(1)], 1)]), [duplicate(4, 1)]);
         match ended {
@@ -105,7 +105,7 @@ fn an_id_whose_commit_failed_or_whose_key_was_dead_is_a_new_one() {
     append(&log, &[b"0"]).expect("kept");
     let dead = once(&[message(1)], 1);
     dead.lease.end();
-    assert_eq!(keep(&log, vec![dead]), [Outcome::KeyDead]);
+    assert_eq!(keep(&log, vec![dead]), [SectionOutcome::KeyDead]);
     faults.disk_is_full.store(true, Ordering::SeqCst);
     let refused = log.append(vec![once(&[message(1), exchange(1)], 1)], Instant::now()).blocking_recv();
     assert!(matches!(refused, Ok(Err(AppendError::DiskFull))));
@@ -136,7 +136,7 @@ fn an_exchange_is_known_until_it_is_released_and_no_reader_sees_that() {
     append(&log, &[b"last"]).expect("kept");
     kill(dir.path(), log);
     let log = open(dir.path(), &config()).expect("opens");
-    // However little is read at a time: six hundred frames without a record are in the way.
+    // Even the smallest read has to get past six hundred frames without a record.
     let batches = log.read(next_offset, 1).expect("readable");
     assert_eq!(batches.first().map(Batch::first_offset), Some(next_offset));
     assert_eq!(read_all(&log, 0).expect("readable").len() as u64, next_offset + 1);
@@ -146,7 +146,7 @@ fn an_exchange_is_known_until_it_is_released_and_no_reader_sees_that() {
 #[test]
 fn an_open_exchange_outlives_the_segments_that_it_was_opened_in() {
     let dir = TempDir::new().expect("temporary directory");
-    let small = config::Log { segment_bytes: 64 << 10, retention_bytes: 128 << 10, ..config() };
+    let small = config::LogConfig { segment_bytes: 64 << 10, retention_bytes: 128 << 10, ..config() };
     let log = open(dir.path(), &small).expect("opens");
     log.begin_retention();
     assert_eq!(keep_one(&log, exchange(1)), kept(0, 1));
@@ -171,7 +171,7 @@ fn an_open_exchange_outlives_the_segments_that_it_was_opened_in() {
 #[test]
 fn a_message_id_is_known_for_its_time_and_a_restart_makes_no_difference() {
     let dir = TempDir::new().expect("temporary directory");
-    let dedup = config::Intake { dedup_window_s: 2, ..Config::default().intake };
+    let dedup = config::IntakeConfig { dedup_window_s: 2, ..Config::default().intake };
     let open = || EmbeddedLog::open(dir.path(), &config(), &dedup).expect("opens");
     let mut log = open();
     for (id, restarts) in [(message(1), false), (message(2), true)] {
@@ -194,7 +194,7 @@ fn a_message_id_is_known_for_its_time_and_a_restart_makes_no_difference() {
 #[test]
 fn when_too_many_are_known_the_oldest_leave_and_are_counted() {
     let dir = TempDir::new().expect("temporary directory");
-    let dedup = config::Intake { dedup_ids_max: 3, ..Config::default().intake };
+    let dedup = config::IntakeConfig { dedup_ids_max: 3, ..Config::default().intake };
     let mut log = EmbeddedLog::open(dir.path(), &config(), &dedup).expect("opens");
     for n in 0..5 {
         assert_eq!(keep_one(&log, message(n)), kept(n.into(), 1));
@@ -209,11 +209,11 @@ fn when_too_many_are_known_the_oldest_leave_and_are_counted() {
     assert_eq!(log.evicted_ids(), 1, "counted from the start on");
     // Each segment begins with all open exchanges: they may take a quarter of it.
     drop(log);
-    let small = config::Log { segment_bytes: 128 << 7, retention_bytes: 1 << 30, ..config() };
+    let small = config::LogConfig { segment_bytes: 128 << 7, retention_bytes: 1 << 30, ..config() };
     let log = open(dir.path(), &small).expect("opens");
-    (0..=128).for_each(|n| assert!(matches!(keep_one(&log, exchange(n)), Outcome::Kept(_))));
-    assert!(matches!(keep_one(&log, exchange(1)), Outcome::Duplicate(_)));
-    assert!(matches!(keep_one(&log, exchange(0)), Outcome::Kept(_)));
+    (0..=128).for_each(|n| assert!(matches!(keep_one(&log, exchange(n)), SectionOutcome::Kept(_))));
+    assert!(matches!(keep_one(&log, exchange(1)), SectionOutcome::Duplicate(_)));
+    assert!(matches!(keep_one(&log, exchange(0)), SectionOutcome::Kept(_)));
 }
 
 /// An exchange that stays open although its release was acknowledged would take the next message
@@ -232,9 +232,9 @@ fn damage_that_may_have_been_a_release_forgets_the_exchanges_before_it_and_no_me
     let mut bytes = fs::read(&path).expect("readable");
     bytes[starts[3] - 1] ^= 1;
     fs::write(&path, bytes).expect("writable");
-    let Err(OpenError::Corrupt(text)) = open(dir.path(), &config()) else { panic!("opened") };
+    let Err(LogOpenError::Corrupt(text)) = open(dir.path(), &config()) else { panic!("opened") };
     assert!(text.contains("no records"), "{text}");
-    let accepting = config::Log { accept_corruption: true, ..config() };
+    let accepting = config::LogConfig { accept_corruption: true, ..config() };
     let log = open(dir.path(), &accepting).expect("opens");
     assert_eq!(keep_one(&log, exchange(1)), kept(3, 1));
     assert_eq!(keep_one(&log, exchange(2)), duplicate(2, 1));
@@ -244,11 +244,11 @@ fn damage_that_may_have_been_a_release_forgets_the_exchanges_before_it_and_no_me
 #[test]
 fn a_segment_of_releases_alone_goes_on_until_there_is_a_record() {
     let dir = TempDir::new().expect("temporary directory");
-    let small = config::Log { segment_bytes: 8 << 10, retention_bytes: 1 << 30, ..config() };
+    let small = config::LogConfig { segment_bytes: 8 << 10, retention_bytes: 1 << 30, ..config() };
     let log = open(dir.path(), &small).expect("opens");
     let ids: Vec<_> = (0..64).map(exchange).collect();
     let sections = ids.iter().map(|id| once(&[*id], 1)).collect();
-    assert!(keep(&log, sections).iter().all(|outcome| matches!(outcome, Outcome::Kept(_))));
+    assert!(keep(&log, sections).iter().all(|outcome| matches!(outcome, SectionOutcome::Kept(_))));
     let payload = vec![0; 8 << 10];
     append(&log, &[&payload]).expect("kept");
     assert_eq!(files(dir.path()).len(), 2);
@@ -269,7 +269,7 @@ enum Step {
     Together(Vec<Result<Vec<u16>, u16>>),
     Reopen,
     Kill,
-    /// An append that a kill interrupts, so much of its frame being on the disk.
+    /// An append that a kill interrupts with part of its frame on the disk.
     Torn(Vec<Vec<u16>>, prop::sample::Index),
 }
 
@@ -295,7 +295,7 @@ fn id_of(number: u16) -> OnceId {
     if number < 16 { message(number.into()) } else { exchange(number) }
 }
 
-/// Room of which one segment of the model holds a few batches.
+/// Payload bytes such that a segment of the model holds a few batches.
 const PADDING: usize = 600;
 
 fn padded(ids: &[u16]) -> Section {
@@ -305,7 +305,7 @@ fn padded(ids: &[u16]) -> Section {
     section
 }
 
-/// The simplest thing that behaves like the log: what is known under which id.
+/// The simplest model of the log: which ids are known.
 #[derive(Clone, Default)]
 struct Model {
     known: HashMap<u16, Offset>,
@@ -313,7 +313,7 @@ struct Model {
 }
 
 impl Model {
-    fn keep(&mut self, ids: &[u16]) -> Outcome {
+    fn keep(&mut self, ids: &[u16]) -> SectionOutcome {
         if let Some(first) = ids.iter().find_map(|id| self.known.get(id)) {
             return duplicate(*first, 2);
         }
@@ -329,7 +329,7 @@ proptest! {
     #[test]
     fn the_window_behaves_as_a_map_whatever_ends_the_process(steps in steps()) {
         let dir = TempDir::new().expect("temporary directory");
-        let small = config::Log { segment_bytes: 8 << 10, retention_bytes: 1 << 30, ..config() };
+        let small = config::LogConfig { segment_bytes: 8 << 10, retention_bytes: 1 << 30, ..config() };
         let reopen = || open(dir.path(), &small).expect("opens");
         let mut log = reopen();
         let mut model = Model::default();
@@ -375,7 +375,7 @@ proptest! {
                     let (path, bytes) = after.iter_mut().next_back().expect("a segment");
                     let old = before.get(path).map_or(&[][..], Vec::as_slice);
                     // A segment's header is durable before there is a frame in it.
-                    let written: Vec<_> = (crate::log::segment::HEADER_BYTES..bytes.len())
+                    let written: Vec<_> = (crate::log::segment::SEGMENT_HEADER_BYTES..bytes.len())
                         .filter(|i| bytes[*i] != old.get(*i).copied().unwrap_or(0))
                         .collect();
                     if !written.is_empty() {

@@ -6,7 +6,7 @@ mod groups;
 
 use std::time::Duration;
 
-use headgate_bridge_nats::presence;
+use headgate_bridge_nats::presence::PRESENCE_SILENCE_MAX;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -388,7 +388,7 @@ fn a_gateway_that_could_not_be_asked_closes_the_connection_when_it_can() {
         assert_eq!(received(&mut on_b, V5), n);
     }
     // Until the others do not even know it any more: that is a time without a word, and has to pass.
-    std::thread::sleep(presence::SILENCE_MAX + Duration::from_millis(200));
+    std::thread::sleep(PRESENCE_SILENCE_MAX + Duration::from_millis(200));
     signal(&a, libc::SIGCONT);
     let taken_over = wait_for("the old connection to end", || match on_a.next() {
         Next::Packet(frame) if frame.kind() == PUBLISH => None,

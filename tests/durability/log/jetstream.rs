@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use headgate::config::LogBackend;
-use headgate::log::{AppendError, OpenError, Outcome};
+use headgate::log::{AppendError, LogOpenError, SectionOutcome};
 use headgate::message::Offset;
 
 use super::stage::{
@@ -112,9 +112,9 @@ fn an_id_is_known_whichever_gateway_it_came_to_first() {
     let stage = stage();
     let (one, two) = (stage.open(), next(&stage));
     let first = offsets(keep(&**one, vec![once(&[message(1)], &[b"a"])]).remove(0));
-    assert_eq!(keep(&**two, vec![once(&[message(1)], &[b"a"])]), [Outcome::Duplicate(first)]);
+    assert_eq!(keep(&**two, vec![once(&[message(1)], &[b"a"])]), [SectionOutcome::Duplicate(first)]);
     let first = offsets(keep(&**one, vec![once(&[exchange(1)], &[b"b"])]).remove(0));
-    assert_eq!(keep(&**two, vec![once(&[exchange(1)], &[b"b"])]), [Outcome::Duplicate(first)]);
+    assert_eq!(keep(&**two, vec![once(&[exchange(1)], &[b"b"])]), [SectionOutcome::Duplicate(first)]);
     for round in 0..20 {
         let (from, to) = if round % 2 == 0 { (&one, &two) } else { (&two, &one) };
         release(&***from, &[exchange(1)]);
@@ -222,7 +222,7 @@ fn a_stream_of_another_kind_is_refused_and_left_as_it_is() {
     let url = stage.server.as_ref().expect("in JetStream").url();
     let body = "await js.add_stream(name='headgate', subjects=['stream.>'])";
     assert!(nats_py(&url, body, &[]).status.success());
-    let Err(OpenError::Refused(text)) = stage.open_as("one") else { panic!("it was used") };
+    let Err(LogOpenError::Refused(text)) = stage.open_as("one") else { panic!("it was used") };
     assert!(text.contains("headgate") && text.contains("subjects"), "{text}");
 }
 
@@ -230,7 +230,7 @@ fn a_stream_of_another_kind_is_refused_and_left_as_it_is() {
 fn more_replicas_than_there_are_servers_are_refused() {
     let mut stage = stage();
     stage.config.nats.stream.replicas = 3;
-    let Err(OpenError::Refused(text)) = stage.open_as("one") else { panic!("it was opened") };
+    let Err(LogOpenError::Refused(text)) = stage.open_as("one") else { panic!("it was opened") };
     assert!(text.contains("replicas"), "{text}");
 }
 

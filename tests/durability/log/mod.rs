@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use headgate::config::LogBackend;
-use headgate::log::{AppendError, Log, Note, Offsets, Outcome, ReadError, Section};
+use headgate::log::{AppendError, Log, LogReadError, Offsets, RecordNote, Section, SectionOutcome};
 use headgate::message::{KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
 use proptest::prelude::*;
 
@@ -73,7 +73,7 @@ fn what_was_acknowledged_is_read_back_before_and_after_a_restart(backend: LogBac
 fn a_record_comes_back_with_all_that_was_known_of_it(backend: LogBackend) {
     let stage = Stage::new(backend);
     let mut log = stage.open();
-    let note = Note::Redriven { offset: 3, received_at: 9 }.encode();
+    let note = RecordNote::Redriven { offset: 3, received_at: 9 }.encode();
     let received_at = now_micros();
     let section = || {
         let mut section =
@@ -118,7 +118,7 @@ fn nothing_comes_in_under_a_lease_that_has_ended(backend: LogBackend) {
     dead.end();
     let sections = vec![section_under(&[b"x", b"y"], &dead), section_under(&[b"0"], &alive)];
     let outcomes = keep(&**log, sections);
-    assert!(matches!(outcomes[..], [Outcome::KeyDead, Outcome::Kept(_)]), "{outcomes:?}");
+    assert!(matches!(outcomes[..], [SectionOutcome::KeyDead, SectionOutcome::Kept(_)]), "{outcomes:?}");
     assert_eq!(payloads(&read_all(&**log, 0).expect("readable")), [b"0"]);
 }
 
@@ -134,13 +134,13 @@ fn a_barrier_lets_through_what_came_before_it_and_answers_after(backend: LogBack
     for appended in before {
         // What was let in was so before the barrier, and is settled.
         let outcome = appended.blocking_recv().expect("answered").expect("settled").outcomes.remove(0);
-        if let Outcome::Kept(offsets) = outcome {
+        if let SectionOutcome::Kept(offsets) = outcome {
             assert!(offsets.last() < end.max(log.next_offset()));
         }
     }
     let records = read_all(&**log, 0).expect("readable").len();
     let after = keep(&**log, vec![section_under(&[b"x"], &lease)]);
-    assert_eq!(after, [Outcome::KeyDead]);
+    assert_eq!(after, [SectionOutcome::KeyDead]);
     assert_eq!(read_all(&**log, 0).expect("readable").len(), records);
 }
 
@@ -153,7 +153,8 @@ fn the_same_id_again_is_answered_with_the_offsets_of_the_first_also_after_a_rest
     for _ in 0..2 {
         // Whatever else comes with it: the id alone counts.
         let again = keep(&**log, vec![once(&[message(1)], &[b"other"]), once(&[exchange(1)], &[b"c"])]);
-        let expected = [Outcome::Duplicate(of_message.clone()), Outcome::Duplicate(of_exchange.clone())];
+        let expected =
+            [SectionOutcome::Duplicate(of_message.clone()), SectionOutcome::Duplicate(of_exchange.clone())];
         assert_eq!(again, expected);
         log = stage.reopen(log);
     }
@@ -172,7 +173,7 @@ fn of_two_with_one_id_in_one_append_the_second_is_a_duplicate_of_the_first(backe
     ];
     let outcomes = keep(&**log, sections);
     let first = offsets(outcomes[0].clone());
-    assert_eq!(outcomes[2], Outcome::Duplicate(first));
+    assert_eq!(outcomes[2], SectionOutcome::Duplicate(first));
     assert_eq!(payloads(&read_all(&**log, 0).expect("readable")), [b"a", b"b", b"d"]);
 }
 
@@ -183,10 +184,16 @@ fn several_messages_under_one_id_are_kept_once_together(backend: LogBackend) {
     let first = offsets(keep(&**log, vec![once(&[message(1)], &three)]).remove(0));
     let ones = offsets(keep(&**log, vec![once(&[message(2)], &[b"3"])]).remove(0));
     for _ in 0..2 {
-        assert_eq!(keep(&**log, vec![once(&[message(1)], &three)]), [Outcome::Duplicate(first.clone())]);
+        assert_eq!(
+            keep(&**log, vec![once(&[message(1)], &three)]),
+            [SectionOutcome::Duplicate(first.clone())]
+        );
         // Fewer under an id than before, and more.
-        assert_eq!(keep(&**log, vec![once(&[message(1)], &[b"x"])]), [Outcome::Duplicate(first.clone())]);
-        let [Outcome::Duplicate(known)] = &keep(&**log, vec![once(&[message(2)], &three)])[..] else {
+        assert_eq!(
+            keep(&**log, vec![once(&[message(1)], &[b"x"])]),
+            [SectionOutcome::Duplicate(first.clone())]
+        );
+        let [SectionOutcome::Duplicate(known)] = &keep(&**log, vec![once(&[message(2)], &three)])[..] else {
             panic!("the id alone counts")
         };
         assert_eq!(*known, ones);
@@ -201,7 +208,7 @@ fn an_exchange_is_known_until_it_is_released_and_no_reader_sees_that(backend: Lo
     let keep_one = |log: &dyn Log, id| keep(log, vec![once(&[id], &[b"x"])]).remove(0);
     for round in 0..3 {
         let first = offsets(keep_one(&**log, exchange(1)));
-        assert_eq!(keep_one(&**log, exchange(1)), Outcome::Duplicate(first.clone()), "round {round}");
+        assert_eq!(keep_one(&**log, exchange(1)), SectionOutcome::Duplicate(first.clone()), "round {round}");
         let end = log.next_offset();
         release(&**log, &[exchange(1), exchange(1), exchange(9)]);
         assert_eq!(log.next_offset(), end);
@@ -214,10 +221,10 @@ fn an_exchange_is_known_until_it_is_released_and_no_reader_sees_that(backend: Lo
     // One of many, and many at once.
     let ids: Vec<_> = (10..1200).map(exchange).collect();
     let outcomes = keep(&**log, ids.iter().map(|id| once(&[*id], &[b"y"])).collect());
-    assert!(outcomes.iter().all(|outcome| matches!(outcome, Outcome::Kept(_))));
+    assert!(outcomes.iter().all(|outcome| matches!(outcome, SectionOutcome::Kept(_))));
     release(&**log, &ids);
-    assert!(matches!(keep_one(&**log, ids[0]), Outcome::Kept(_)));
-    assert!(matches!(keep_one(&**log, ids[1189]), Outcome::Kept(_)));
+    assert!(matches!(keep_one(&**log, ids[0]), SectionOutcome::Kept(_)));
+    assert!(matches!(keep_one(&**log, ids[1189]), SectionOutcome::Kept(_)));
 }
 
 fn a_message_id_is_known_for_its_time(backend: LogBackend) {
@@ -227,8 +234,8 @@ fn a_message_id_is_known_for_its_time(backend: LogBackend) {
     let kept_at = Instant::now();
     let keep_one = || keep(&**log, vec![once(&[message(1)], &[b"x"])]).remove(0);
     let first = offsets(keep_one());
-    assert_eq!(keep_one(), Outcome::Duplicate(first));
-    until("the id to be forgotten", || matches!(keep_one(), Outcome::Kept(_)));
+    assert_eq!(keep_one(), SectionOutcome::Duplicate(first));
+    until("the id to be forgotten", || matches!(keep_one(), SectionOutcome::Kept(_)));
     assert!(kept_at.elapsed() > Duration::from_secs(2), "{:?}", kept_at.elapsed());
 }
 
@@ -339,7 +346,7 @@ fn what_retention_has_removed_is_said_to_be_removed(backend: LogBackend) {
         (0..20).for_each(|_| _ = kept(&**log, &[&payload]));
         log.first_offset() > 1 && log.read_recent(1, 1).is_none()
     });
-    let Err(ReadError::Removed { wanted, first }) = log.read(1, 1 << 20) else { panic!("it was removed") };
+    let Err(LogReadError::Removed { wanted, first }) = log.read(1, 1 << 20) else { panic!("it was removed") };
     assert_eq!(wanted, 1);
     assert!(first > 1 && first <= log.next_offset());
 }
@@ -394,6 +401,6 @@ fn the_log_behaves_as_a_vector(backend: LogBackend) {
 
 #[test]
 fn offsets_that_do_not_follow_each_other_are_told_one_by_one() {
-    assert_eq!(Offsets::of(&[4, 5]), Offsets::run(4, 2));
-    assert_eq!(Offsets::of(&[4, 7]).nth(1), 7);
+    assert_eq!(Offsets::from_each(&[4, 5]), Offsets::consecutive(4, 2));
+    assert_eq!(Offsets::from_each(&[4, 7]).nth(1), 7);
 }

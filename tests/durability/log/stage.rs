@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headgate::config::{Config, LogBackend};
-use headgate::log::{AppendError, Committed, EmbeddedLog, JetstreamLog, Log, Offsets, OnceId, OpenError};
-use headgate::log::{Outcome, ReadError, Section};
+use headgate::log::{
+    AppendError, CommitOutcome, EmbeddedLog, JetstreamLog, Log, LogOpenError, Offsets, OnceId,
+};
+use headgate::log::{LogReadError, Section, SectionOutcome};
 use headgate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
-use headgate_bridge_nats::{Credentials, Nats, Settings};
+use headgate_bridge_nats::{Nats, NatsCredentials, NatsSettings};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
@@ -52,7 +54,7 @@ impl Stage {
     }
 
     /// Opens it as a node of this name.
-    pub(crate) fn open_as(&self, node: &str) -> Result<Opened, OpenError> {
+    pub(crate) fn open_as(&self, node: &str) -> Result<Opened, LogOpenError> {
         match self.config.log.backend {
             LogBackend::Embedded => {
                 let log = EmbeddedLog::open(self.dir.path(), &self.config.log, &self.config.intake)?;
@@ -64,7 +66,7 @@ impl Stage {
                 loop {
                     match JetstreamLog::open(&nats, &nats, &self.config, node).await {
                         Ok(log) => return Ok(Opened { log: Arc::new(log), _nats: Some(nats) }),
-                        Err(OpenError::Away(_)) if Instant::now() < deadline => {
+                        Err(LogOpenError::Away(_)) if Instant::now() < deadline => {
                             tokio::time::sleep(Duration::from_millis(20)).await;
                         }
                         Err(error) => return Err(error),
@@ -75,9 +77,9 @@ impl Stage {
     }
 
     async fn connect(&self) -> Nats {
-        let settings = Settings {
+        let settings = NatsSettings {
             servers: self.config.nats.servers.clone(),
-            credentials: Credentials::None,
+            credentials: NatsCredentials::None,
             ca: None,
             name: "test".to_owned(),
         };
@@ -163,13 +165,13 @@ pub(crate) fn later() -> Instant {
     Instant::now() + PATIENCE
 }
 
-pub(crate) fn try_keep(log: &dyn Log, sections: Vec<Section>) -> Result<Vec<Outcome>, AppendError> {
+pub(crate) fn try_keep(log: &dyn Log, sections: Vec<Section>) -> Result<Vec<SectionOutcome>, AppendError> {
     let committed = log.append(sections, later()).blocking_recv().expect("the log answers");
-    committed.map(|Committed { outcomes }| outcomes)
+    committed.map(|CommitOutcome { outcomes }| outcomes)
 }
 
 /// Appends sections and says what has become of each.
-pub(crate) fn keep(log: &dyn Log, sections: Vec<Section>) -> Vec<Outcome> {
+pub(crate) fn keep(log: &dyn Log, sections: Vec<Section>) -> Vec<SectionOutcome> {
     try_keep(log, sections).expect("kept")
 }
 
@@ -179,9 +181,9 @@ pub(crate) fn kept(log: &dyn Log, payloads: &[&[u8]]) -> Offsets {
 }
 
 /// Where the records of a section that was kept are.
-pub(crate) fn offsets(outcome: Outcome) -> Offsets {
+pub(crate) fn offsets(outcome: SectionOutcome) -> Offsets {
     match outcome {
-        Outcome::Kept(offsets) => offsets,
+        SectionOutcome::Kept(offsets) => offsets,
         other => panic!("not kept: {other:?}"),
     }
 }
@@ -192,7 +194,7 @@ pub(crate) fn release(log: &dyn Log, ids: &[OnceId]) {
 }
 
 /// Everything from an offset on, as offsets and payloads.
-pub(crate) fn read_all(log: &dyn Log, from: Offset) -> Result<Vec<(Offset, Vec<u8>)>, ReadError> {
+pub(crate) fn read_all(log: &dyn Log, from: Offset) -> Result<Vec<(Offset, Vec<u8>)>, LogReadError> {
     let (mut seen, mut next) = (Vec::new(), from);
     while next < log.next_offset() {
         let batches = log.read(next, 64 << 10)?;

@@ -5,8 +5,8 @@ use bytes::BytesMut;
 use rmqtt_codec::{v3, v5};
 use tokio_util::codec::Decoder;
 
-use crate::codec::properties::{Properties, Value};
-use crate::codec::{Frame, Packet, Publish, Reason, Version};
+use headgate_format::codec::properties::{Properties, Value};
+use headgate_format::codec::{Frame, Packet, Publish, Reason, Version};
 
 const BYTES_MAX: usize = 1 << 16;
 
@@ -49,7 +49,7 @@ fn read(stream: &[u8], before: usize, version: Version, account: &mut Account) -
                 match frame.decode(version) {
                     Ok(packet) => {
                         look(&packet, bytes, version);
-                        account.packets.push((before + consumed, bytes[0]));
+                        account.handle_packets.push((before + consumed, bytes[0]));
                     }
                     Err(violation) => {
                         account.violation = Some(violation.reason);
@@ -69,7 +69,7 @@ fn read(stream: &[u8], before: usize, version: Version, account: &mut Account) -
 fn look(packet: &Packet<'_>, bytes: &[u8], version: Version) {
     match packet {
         Packet::Publish(publish) => {
-            assert!(!publish.topic.contains(['+', '#', '\0']));
+            assert!(!publish.wanted_topic.contains(['+', '#', '\0']));
             assert!(publish.qos <= 2 && (publish.qos == 0) == (publish.packet_id == 0));
             properties(&publish.properties, version);
             same_elsewhere(publish, bytes, version);
@@ -126,7 +126,7 @@ fn same_elsewhere(ours: &Publish<'_>, bytes: &[u8], version: Version) {
         assert!(zero, "only the gate takes {bytes:02x?}");
         return;
     };
-    assert_eq!(ours.topic, &*theirs.topic);
+    assert_eq!(ours.wanted_topic, &*theirs.wanted_topic);
     assert_eq!(ours.payload, &theirs.payload[..]);
     assert_eq!(ours.packet_id, theirs.packet_id.map_or(0, std::num::NonZeroU16::get));
     assert_eq!((ours.qos, ours.dup, ours.retain), (theirs.qos as u8, theirs.dup, theirs.retain));
@@ -145,7 +145,7 @@ fn connect(stream: &[u8]) {
     assert!(connect.packet_bytes_max() > 0);
     if let Some(will) = &connect.will {
         properties(&will.properties, connect.version);
-        assert!(will.qos <= 2 && !will.topic.is_empty() && !will.topic.contains(['+', '#']));
+        assert!(will.qos <= 2 && !will.wanted_topic.is_empty() && !will.wanted_topic.contains(['+', '#']));
     }
     let _ = (connect.session_expiry_s(), connect.wants_reasons(), connect.wants_authentication());
 }

@@ -1,6 +1,6 @@
 //! A presented key: whatever it is, it is told apart from one that Headgate made.
 
-use crate::auth_key::{ApiKey, Digest};
+use headgate_format::key::{ApiKey, Digest};
 
 /// Tries bytes as a key, alone and in the place of a part of a good one.
 pub fn run(data: &[u8]) {

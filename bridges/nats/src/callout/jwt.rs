@@ -1,11 +1,11 @@
-//! The tokens of auth callout: a request is read and its signature checked, an answer is written and
-//! signed. A token is `header.claims.signature`, each in base64url without padding; the signature is
+//! The tokens of auth callout: reads requests and checks their signatures, writes and signs
+//! answers. A token is `header.claims.signature`, each in base64url without padding; the signature is
 //! ed25519 over the first two, by the key that the claims name as `iss` (nkeys; see nats-io/jwt, v2).
 //!
-//! What of a request is checked: that it is one, that its time is not over, that the server which it
-//! names has signed it. Which servers are the right ones is not known here: whoever can publish in the
-//! account that requests come to could ask whether a key is good, and would learn that alone, since the
-//! answer is good for the server it names and the one-time key of the request.
+//! A request is checked for its form, its expiry, and the signature of the server that it names. This module
+//! does not know which servers are genuine. So anyone who can publish in the account of the requests can ask
+//! whether a key is good. They learn nothing else: the answer is valid only for the named server and the
+//! one-time key of the request.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -13,67 +13,67 @@ use nkeys::{KeyPair, KeyPairType};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{Permit, Visitor};
+use super::{ClientPermit, ConnectingClient};
 
-/// The header of every token that is written.
-const HEADER: &str = r#"{"typ":"JWT","alg":"ed25519-nkey"}"#;
-/// Whom a request is for.
+/// The header of every token that this module writes.
+const JWT_HEADER: &str = r#"{"typ":"JWT","alg":"ed25519-nkey"}"#;
+/// The audience of a request.
 const REQUEST_AUDIENCE: &str = "nats-authorization-request";
-/// The ways in which a client that was let in may be connected.
+/// The connection types that an admitted client may use.
 const CONNECTION_TYPES: [&str; 3] = ["STANDARD", "WEBSOCKET", "MQTT"];
 
-/// Why a request cannot be answered. It tells nothing of what is in the request.
+/// Why a request cannot be answered. The text repeats nothing of the request, which holds secrets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum RequestError {
-    /// It is no token of the form, or lacks what a request has.
+pub enum CalloutRequestError {
+    /// It is no well-formed token, or lacks a field of a request.
     #[error("it is no authorization request")]
     Form,
-    /// The server that it names has not signed it.
+    /// The server that it names did not sign it.
     #[error("its signature is not that of the server which it names")]
     Signature,
-    /// The client that it is about is not waiting any more.
-    #[error("its time is over: are the clocks of NATS and the gateway the same?")]
+    /// It has expired: the client no longer waits.
+    #[error("it has expired: do the clocks of NATS and the gateway agree?")]
     Expired,
-    /// It is encrypted, and there is no key to open it with.
+    /// It is encrypted, and no curve seed is configured.
     #[error("it is encrypted, and no curve seed is configured")]
     Encrypted,
-    /// The curve key that is configured does not open it.
+    /// It is encrypted to another curve key than the configured one.
     #[error("it is encrypted to another curve key than the configured one")]
     Sealed,
 }
 
-/// A request that its server has signed.
-pub(super) struct Request {
-    pub(super) visitor: Visitor,
-    /// The key that the answer has to be about: made for this request alone.
+/// A request with a valid signature of its server.
+pub(super) struct CalloutRequest {
+    pub(super) visitor: ConnectingClient,
+    /// The one-time public key of the user: the subject of the answer.
     user_nkey: String,
 }
 
 #[derive(Deserialize)]
-struct Claims {
+struct JwtClaims {
     iss: String,
     aud: String,
     #[serde(default)]
     exp: i64,
-    nats: RequestClaims,
+    nats: CalloutRequestClaims,
 }
 
 #[derive(Deserialize)]
-struct RequestClaims {
+struct CalloutRequestClaims {
     r#type: String,
     user_nkey: String,
-    server_id: ServerId,
-    client_info: ClientInfo,
-    connect_opts: ConnectOptions,
+    server_id: CalloutServerId,
+    client_info: CalloutClientInfo,
+    connect_opts: CalloutConnectOptions,
 }
 
 #[derive(Deserialize)]
-struct ServerId {
+struct CalloutServerId {
     id: String,
 }
 
 #[derive(Deserialize)]
-struct ClientInfo {
+struct CalloutClientInfo {
     #[serde(default)]
     host: String,
     #[serde(default)]
@@ -91,7 +91,7 @@ struct ClientInfo {
 
 /// No `Debug`: it holds what the client presents.
 #[derive(Deserialize)]
-struct ConnectOptions {
+struct CalloutConnectOptions {
     #[serde(default)]
     user: String,
     #[serde(default)]
@@ -101,37 +101,42 @@ struct ConnectOptions {
 }
 
 #[derive(Deserialize)]
-struct Header {
+struct JwtHeader {
     alg: String,
 }
 
-impl Request {
-    /// Reads a request, at `now_s` seconds since 1970.
-    pub(super) fn read(token: &[u8], now_s: i64) -> Result<Self, RequestError> {
-        let token = std::str::from_utf8(token).map_err(|_| RequestError::Form)?;
-        let (signed, signature) = token.rsplit_once('.').ok_or(RequestError::Form)?;
-        let (header, claims) = signed.split_once('.').ok_or(RequestError::Form)?;
-        let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| RequestError::Form);
-        let header: Header = serde_json::from_slice(&decode(header)?).map_err(|_| RequestError::Form)?;
-        let claims: Claims = serde_json::from_slice(&decode(claims)?).map_err(|_| RequestError::Form)?;
+impl CalloutRequest {
+    /// Reads a request and checks its signature and expiry, at `now_s` seconds since 1970.
+    ///
+    /// # Errors
+    /// [`CalloutRequestError`]; not `Encrypted` or `Sealed`, which come earlier.
+    pub(super) fn read(token: &[u8], now_s: i64) -> Result<Self, CalloutRequestError> {
+        let token = std::str::from_utf8(token).map_err(|_| CalloutRequestError::Form)?;
+        let (signed, signature) = token.rsplit_once('.').ok_or(CalloutRequestError::Form)?;
+        let (header, claims) = signed.split_once('.').ok_or(CalloutRequestError::Form)?;
+        let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| CalloutRequestError::Form);
+        let header: JwtHeader =
+            serde_json::from_slice(&decode(header)?).map_err(|_| CalloutRequestError::Form)?;
+        let claims: JwtClaims =
+            serde_json::from_slice(&decode(claims)?).map_err(|_| CalloutRequestError::Form)?;
         let nats = claims.nats;
         let is_request = header.alg == "ed25519-nkey"
             && claims.aud == REQUEST_AUDIENCE
             && nats.r#type == "authorization_request"
             && nats.user_nkey.starts_with('U');
         if !is_request {
-            return Err(RequestError::Form);
+            return Err(CalloutRequestError::Form);
         }
-        let issuer = KeyPair::from_public_key(&claims.iss).map_err(|_| RequestError::Signature)?;
+        let issuer = KeyPair::from_public_key(&claims.iss).map_err(|_| CalloutRequestError::Signature)?;
         let by_server = issuer.key_pair_type() == KeyPairType::Server && claims.iss == nats.server_id.id;
         if !by_server || issuer.verify(signed.as_bytes(), &decode(signature)?).is_err() {
-            return Err(RequestError::Signature);
+            return Err(CalloutRequestError::Signature);
         }
         if claims.exp != 0 && claims.exp < now_s {
-            return Err(RequestError::Expired);
+            return Err(CalloutRequestError::Expired);
         }
         let (client, options) = (nats.client_info, nats.connect_opts);
-        let visitor = Visitor {
+        let visitor = ConnectingClient {
             user: options.user,
             password: options.pass,
             token: options.auth_token,
@@ -149,7 +154,7 @@ impl Request {
         &self,
         issuer: &KeyPair,
         account: &str,
-        permit: &Permit,
+        permit: &ClientPermit,
         now_s: i64,
     ) -> Result<String, nkeys::error::Error> {
         let user = json!({
@@ -163,19 +168,19 @@ impl Request {
             "nats": {
                 "type": "user",
                 "version": 2,
-                "pub": allow_only(&permit.publish),
-                "sub": allow_only(&permit.subscribe),
+                "pub": permissions_for(&permit.publish),
+                "sub": permissions_for(&permit.subscribe),
                 "subs": permit.subscriptions_max,
                 "data": -1,
                 "payload": -1,
                 "allowed_connection_types": CONNECTION_TYPES,
             },
         });
-        let user = sign(issuer, &user)?;
+        let user = sign_jwt(issuer, &user)?;
         self.answer(issuer, "jwt", &user, now_s)
     }
 
-    /// The answer that does not let it in.
+    /// The answer that refuses the client.
     pub(super) fn deny(
         &self,
         issuer: &KeyPair,
@@ -200,18 +205,18 @@ impl Request {
             "iat": now_s,
             "nats": { "type": "authorization_response", "version": 2, what: value },
         });
-        sign(issuer, &claims)
+        sign_jwt(issuer, &claims)
     }
 }
 
-/// Permissions for these subjects and no others. NATS reads an empty list as everything.
-fn allow_only(subjects: &[String]) -> serde_json::Value {
+/// Permissions for these subjects and no others. An empty list would mean everything to NATS.
+fn permissions_for(subjects: &[String]) -> serde_json::Value {
     if subjects.is_empty() { json!({ "deny": [">"] }) } else { json!({ "allow": subjects }) }
 }
 
-fn sign(issuer: &KeyPair, claims: &serde_json::Value) -> Result<String, nkeys::error::Error> {
+fn sign_jwt(issuer: &KeyPair, claims: &serde_json::Value) -> Result<String, nkeys::error::Error> {
     let encode = |part: &str| URL_SAFE_NO_PAD.encode(part);
-    let signed = format!("{}.{}", encode(HEADER), encode(&claims.to_string()));
+    let signed = format!("{}.{}", encode(JWT_HEADER), encode(&claims.to_string()));
     let signature = URL_SAFE_NO_PAD.encode(issuer.sign(signed.as_bytes())?);
     Ok(format!("{signed}.{signature}"))
 }
@@ -240,59 +245,66 @@ mod tests {
             },
         });
         change(&mut claims);
-        sign(server, &claims).expect("signed")
+        sign_jwt(server, &claims).expect("signed")
     }
 
     #[test]
     fn a_request_is_read_as_its_server_has_signed_it() {
         let server = KeyPair::new_server();
-        let read = Request::read(request(&server, |_| {}).as_bytes(), NOW_S).expect("a request");
+        let read = CalloutRequest::read(request(&server, |_| {}).as_bytes(), NOW_S).expect("a request");
         let visitor = &read.visitor;
         assert_eq!((visitor.user.as_str(), visitor.password.as_str()), ("a secret", ""));
         assert_eq!((visitor.host.as_str(), visitor.client_id), ("203.0.113.9", 7));
         assert_eq!((visitor.kind.as_str(), visitor.name.as_str()), ("mqtt", "press"));
         assert!(!format!("{visitor:?}").contains("secret"));
         let leaf = |claims: &mut serde_json::Value| claims["nats"]["client_info"]["kind"] = json!("Leafnode");
-        let read = Request::read(request(&server, leaf).as_bytes(), NOW_S).expect("a request");
+        let read = CalloutRequest::read(request(&server, leaf).as_bytes(), NOW_S).expect("a request");
         assert_eq!(read.visitor.kind, "leafnode");
     }
 
     #[test]
     fn a_request_that_its_server_has_not_signed_is_not_answered() {
         let server = KeyPair::new_server();
-        let read = |token: &str| Request::read(token.as_bytes(), NOW_S).map(drop);
+        let read = |token: &str| CalloutRequest::read(token.as_bytes(), NOW_S).map(drop);
         let other = KeyPair::new_server().public_key();
         let as_other = request(&server, |claims| claims["iss"] = json!(other));
-        assert_eq!(read(&as_other), Err(RequestError::Signature));
+        assert_eq!(read(&as_other), Err(CalloutRequestError::Signature));
         let for_other = request(&server, |claims| claims["nats"]["server_id"]["id"] = json!(other));
-        assert_eq!(read(&for_other), Err(RequestError::Signature));
+        assert_eq!(read(&for_other), Err(CalloutRequestError::Signature));
         let good = request(&server, |_| {});
         let (_, signature) = good.rsplit_once('.').expect("three parts");
         let another = request(&server, |claims| claims["nats"]["connect_opts"]["user"] = json!("b"));
         let (signed, _) = another.rsplit_once('.').expect("three parts");
-        assert_eq!(read(&format!("{signed}.{signature}")), Err(RequestError::Signature));
+        assert_eq!(read(&format!("{signed}.{signature}")), Err(CalloutRequestError::Signature));
         // An account's key is not a server's, also where it is its own.
         let account = request(&KeyPair::new_account(), |_| {});
-        assert_eq!(read(&account), Err(RequestError::Signature));
+        assert_eq!(read(&account), Err(CalloutRequestError::Signature));
     }
 
     #[test]
     fn what_is_no_request_or_too_late_is_not_answered() {
         let server = KeyPair::new_server();
         let good = request(&server, |_| {});
-        assert_eq!(Request::read(good.as_bytes(), NOW_S + 3).err(), Some(RequestError::Expired));
+        assert_eq!(
+            CalloutRequest::read(good.as_bytes(), NOW_S + 3).err(),
+            Some(CalloutRequestError::Expired)
+        );
         let user = request(&server, |claims| claims["nats"]["type"] = json!("user"));
         for bad in ["", ".", "..", "a.b.c", &good[1..], &user] {
-            assert_eq!(Request::read(bad.as_bytes(), NOW_S).err(), Some(RequestError::Form), "{bad:?}");
+            assert_eq!(
+                CalloutRequest::read(bad.as_bytes(), NOW_S).err(),
+                Some(CalloutRequestError::Form),
+                "{bad:?}"
+            );
         }
-        assert_eq!(Request::read(&[0xff, 0xfe], NOW_S).err(), Some(RequestError::Form));
+        assert_eq!(CalloutRequest::read(&[0xff, 0xfe], NOW_S).err(), Some(CalloutRequestError::Form));
     }
 
     #[test]
     fn an_answer_is_for_the_asked_server_and_user_and_allows_no_more_than_it_says() {
         let (server, issuer) = (KeyPair::new_server(), KeyPair::new_account());
-        let asked = Request::read(request(&server, |_| {}).as_bytes(), NOW_S).expect("a request");
-        let permit = Permit {
+        let asked = CalloutRequest::read(request(&server, |_| {}).as_bytes(), NOW_S).expect("a request");
+        let permit = ClientPermit {
             name: "press-4/0123456789ab".to_owned(),
             publish: vec!["ingest.press-4.>".to_owned()],
             subscribe: Vec::new(),

@@ -1,13 +1,13 @@
 //! Auth callout: nats-server asks whether a client may connect, and this answers.
 //!
-//! A server whose configuration has an `auth_callout` sends a request to one account, on
-//! `$SYS.REQ.USER.AUTH`, for each client that is not a user of the configuration. The request says who
-//! asks and what it presents; the answer, signed with the seed of the configured issuer, is a no with a
-//! reason, or a user: the account it is put in, its name, what it may publish and subscribe, and until
-//! when. Both are JSON Web Tokens of NATS' own kind ([`jwt`]), and may be encrypted with curve keys.
+//! A server whose configuration has an `auth_callout` sends a request for each client that is not a user of
+//! that configuration, on `$SYS.REQ.USER.AUTH` in one account. The request says who the client is and what
+//! it presents. The answer is signed with the seed of the configured issuer. It is a denial with a reason, or
+//! a user: its account, name, permissions and expiry. Both are NATS' kind of JSON Web Token ([`jwt`]), and
+//! may be encrypted with curve keys.
 //!
-//! [`Callout`] does all of that and decides nothing: a [`Doorman`] does. **A request holds what the
-//! client presents: nothing here logs it, and `Debug` does not show it.**
+//! [`CalloutService`] does all of that and leaves the decision to a [`CalloutAuthorizer`]. **A request holds the secret that
+//! the client presents: nothing here logs it, and `Debug` does not show it.**
 
 mod jwt;
 mod seeds;
@@ -15,19 +15,19 @@ mod service;
 
 use std::fmt;
 
-pub use jwt::RequestError;
-pub use seeds::Seeds;
-pub use service::{Callout, CalloutError};
+pub use jwt::CalloutRequestError;
+pub use seeds::CalloutSeeds;
+pub use service::{CalloutSeedError, CalloutService};
 
 /// Decides who may connect.
-pub trait Doorman: Send + Sync + 'static {
-    /// Whether the visitor may come in. It is answered while the client waits: this does not block.
-    fn judge(&self, visitor: &Visitor) -> Verdict;
+pub trait CalloutAuthorizer: Send + Sync + 'static {
+    /// Decides whether the client may connect. The client waits for it, so it must not block.
+    fn judge(&self, visitor: &ConnectingClient) -> CalloutVerdict;
 }
 
 /// A client that wants to connect.
-pub struct Visitor {
-    /// The user name that it presents, or empty. With a token it is empty.
+pub struct ConnectingClient {
+    /// The user name that it presents; empty if none, or with a token.
     pub user: String,
     /// The password, or empty.
     pub password: String,
@@ -35,11 +35,11 @@ pub struct Visitor {
     pub token: String,
     /// The address that it connects from, as the server sees it.
     pub host: String,
-    /// What it is: a client that speaks `nats`, `mqtt` or `websocket`; or a `leafnode`, a server. Whoever
-    /// decides has to look at it: nats-server 2.15 does not hold the user of an answer against the
-    /// connection types that it may have.
+    /// What it is: a client that speaks `nats`, `mqtt` or `websocket`, or a server (`leafnode`). The
+    /// [`CalloutAuthorizer`] has to check it: nats-server 2.15 does not enforce the allowed connection types of the
+    /// user in an answer.
     pub kind: String,
-    /// What it calls itself: the name of a NATS connection, the client identifier of MQTT; or empty.
+    /// Its own name: that of a NATS connection, or the MQTT client identifier; or empty.
     pub name: String,
     /// The server that it connects to, by its public key.
     pub server_id: String,
@@ -47,9 +47,9 @@ pub struct Visitor {
     pub client_id: u64,
 }
 
-impl fmt::Debug for Visitor {
+impl fmt::Debug for ConnectingClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Not the name either: it is whatever the client says, even a secret.
+        // Not the name either: a client may have put its secret there.
         f.debug_struct("Visitor")
             .field("host", &self.host)
             .field("kind", &self.kind)
@@ -59,20 +59,20 @@ impl fmt::Debug for Visitor {
     }
 }
 
-/// What becomes of a visitor.
+/// The decision about a connecting client.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
-    /// It is let in.
-    Allow(Permit),
-    /// It is not. The text stands in the server's log; the client is told no reason.
+pub enum CalloutVerdict {
+    /// It may connect.
+    Allow(ClientPermit),
+    /// It may not. The text goes to the server's log; the client is told no reason.
     Deny(String),
 }
 
-/// What a client that is let in may do.
+/// What an admitted client may do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Permit {
-    /// What it is called from now on, instead of what it presented: in the server's log and monitoring, and
-    /// in what the server attests of its messages. Never empty.
+pub struct ClientPermit {
+    /// The name that replaces what it presented, in the server's log and monitoring and in what the server
+    /// attests of its messages. Never empty.
     pub name: String,
     /// Subjects that it may publish to, `*` and `>` allowed.
     pub publish: Vec<String>,

@@ -1,11 +1,11 @@
-//! The seeds of auth callout, made anew.
+//! Generates the seeds of auth callout.
 
 use std::fmt;
 
 use nkeys::{KeyPair, XKey};
 
-/// The seeds of auth callout, and what of each stands in the server's configuration.
-pub struct Seeds {
+/// The seeds of auth callout, with the public keys for the server's configuration.
+pub struct CalloutSeeds {
     /// The seed that answers are signed with (`SA…`).
     pub issuer: String,
     /// Its public key (`A…`).
@@ -16,11 +16,11 @@ pub struct Seeds {
     pub curve_public: String,
 }
 
-impl Seeds {
-    /// New ones, from the operating system's generator.
+impl CalloutSeeds {
+    /// Generates new seeds with the operating system's random generator.
     ///
     /// # Errors
-    /// What nkeys says if one cannot be written as text.
+    /// The text of nkeys' error if a seed cannot be encoded.
     pub fn generate() -> Result<Self, String> {
         let (issuer, curve) = (KeyPair::new_account(), XKey::new());
         Ok(Self {
@@ -32,7 +32,7 @@ impl Seeds {
     }
 }
 
-impl fmt::Debug for Seeds {
+impl fmt::Debug for CalloutSeeds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Seeds")
             .field("issuer_public", &self.issuer_public)

@@ -1,4 +1,4 @@
-//! Writing rows of a bucket: all or none, and only if nobody else was first.
+//! Writes rows of a bucket: all or none, and only if no other writer was first.
 
 use std::time::Duration;
 
@@ -11,49 +11,52 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::{ANSWER_MAX, BATCH_ROWS_MAX, Bucket, DELETED, KvError, OPERATION, PAUSE, Revision};
+use super::{
+    KV_ANSWER_WAIT_MAX, KV_BATCH_ROWS_MAX, KV_OPERATION_DELETE, KV_OPERATION_HEADER, KV_RETRY_PAUSE,
+    KvBucket, KvError, KvRevision,
+};
 
-/// How long JetStream may take to say, if its answer was lost, whether it has written.
-const VERIFY_MAX: Duration = Duration::from_secs(5);
+/// How long to try to find out whether a batch was written, after its answer was lost.
+const KV_VERIFY_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// One row that is to be written.
 #[derive(Debug, Clone)]
-pub struct Put {
+pub struct KvPut {
     /// Its key.
     pub key: String,
     /// What it is to hold; `None` deletes it.
     pub value: Option<Bytes>,
-    /// The revision that it has to have now, 0 for a row that never was; `None`: whatever it has. A row
-    /// that was deleted has the revision at which it was.
-    pub expected: Option<Revision>,
+    /// The revision that the row has to have now; 0: it never existed; `None`: any. A deleted row has the
+    /// revision of its deletion.
+    pub expected: Option<KvRevision>,
 }
 
-impl Bucket {
-    /// Writes rows, all or none, and returns the revision of the last one; those before have the ones
-    /// before. `last` is how far the bucket may be (see [`Update::revision`](super::Update)): if anything
-    /// was written after, nothing is now.
+impl KvBucket {
+    /// Writes rows, all or none, and returns the revision of the last one; the rows before it have the
+    /// revisions before it. `last` is the newest revision that the bucket may have (see
+    /// [`Update::revision`](super::KvUpdate)): if there is a newer one, nothing is written.
     ///
     /// # Errors
-    /// [`KvError::Conflict`] if `last` or what a row expects is not so; [`KvError::TooLarge`] for a row that
-    /// does not fit in a message, or more than [`BATCH_ROWS_MAX`]; [`KvError::Away`] while NATS is, or if it
-    /// goes away meanwhile for so long that nobody can say whether it has written; [`KvError::Refused`]
-    /// for what JetStream does not take.
-    pub async fn put_all(&self, puts: &[Put], last: Option<Revision>) -> Result<Revision, KvError> {
+    /// [`KvError::Conflict`] if `last` or a row's expected revision does not match; [`KvError::TooLarge`] for
+    /// a row that does not fit in a message, or more than [`KV_BATCH_ROWS_MAX`]; [`KvError::Away`] while NATS is
+    /// away, or if it goes away for so long that the outcome stays unknown; [`KvError::Refused`] for what
+    /// JetStream does not take.
+    pub async fn put_all(&self, puts: &[KvPut], last: Option<KvRevision>) -> Result<KvRevision, KvError> {
         let client = self.nats.client();
-        if puts.len() > BATCH_ROWS_MAX {
-            let text = format!("{} rows at once, and at most {BATCH_ROWS_MAX} fit", puts.len());
+        if puts.len() > KV_BATCH_ROWS_MAX {
+            let text = format!("{} rows at once, and at most {KV_BATCH_ROWS_MAX} fit", puts.len());
             return Err(KvError::TooLarge(text));
         }
-        // The client would keep it, and send it whenever it is connected again.
+        // The client would buffer the batch and send it after a reconnect, long after the caller gave up.
         if client.connection_state() != State::Connected {
-            return Err(self.away());
+            return Err(self.away_error());
         }
         let mut connections = self.nats.connections();
         connections.mark_unchanged();
         let inbox = client.new_inbox();
         // As unique as an inbox, and short enough for a batch.
         let id = inbox.rsplit('.').next().unwrap_or(&inbox).to_owned();
-        let mut answers = client.subscribe(inbox.clone()).await.map_err(|_| self.away())?;
+        let mut answers = client.subscribe(inbox.clone()).await.map_err(|_| self.away_error())?;
         for (place, put) in puts.iter().enumerate() {
             let mut headers = HeaderMap::new();
             headers.insert(header::NATS_BATCH_ID, id.as_str());
@@ -65,7 +68,7 @@ impl Bucket {
                 headers.insert(header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string());
             }
             if put.value.is_none() {
-                headers.insert(OPERATION, DELETED);
+                headers.insert(KV_OPERATION_HEADER, KV_OPERATION_DELETE);
             }
             if place + 1 == puts.len() {
                 headers.insert(header::NATS_BATCH_COMMIT, header::NATS_BATCH_COMMIT_FINAL);
@@ -73,7 +76,7 @@ impl Bucket {
             let (subject, value) = (self.subject(&put.key), put.value.clone().unwrap_or_default());
             let sent = client.publish_with_reply_and_headers(subject, inbox.clone(), headers, value);
             sent.await.map_err(|error| match error.kind() {
-                // What was sent of the batch before is given up by the server after a while.
+                // The server drops the unfinished batch after a while.
                 async_nats::PublishErrorKind::MaxPayloadExceeded => KvError::TooLarge(format!(
                     "row {} is larger than a message of this NATS may be: {error}",
                     put.key
@@ -81,13 +84,13 @@ impl Bucket {
                 async_nats::PublishErrorKind::InvalidSubject => {
                     KvError::Refused(format!("{:?} is not the key of a row", put.key))
                 }
-                async_nats::PublishErrorKind::Send => self.away(),
+                async_nats::PublishErrorKind::Send => self.away_error(),
             })?;
         }
         let Some(end) = puts.last() else { return Ok(last.unwrap_or_default()) };
         let answer = tokio::select! {
-            answer = self.answer(&mut answers) => answer,
-            // It is lost, if there was one.
+            answer = self.await_batch_ack(&mut answers) => answer,
+            // An answer that was under way is lost with the connection.
             _ = connections.changed() => None,
         };
         match answer {
@@ -96,16 +99,16 @@ impl Bucket {
         }
     }
 
-    /// What JetStream says to a batch; `None` if it says nothing in time.
-    async fn answer(&self, answers: &mut Subscriber) -> Option<Result<Revision, KvError>> {
-        let until = Instant::now() + ANSWER_MAX;
+    /// JetStream's answer to a batch; `None` if none comes in time.
+    async fn await_batch_ack(&self, answers: &mut Subscriber) -> Option<Result<KvRevision, KvError>> {
+        let until = Instant::now() + KV_ANSWER_WAIT_MAX;
         loop {
             let answer = timeout_at(until, answers.next()).await.ok()??;
             if answer.status.is_some() {
-                // Nobody takes messages of these subjects: JetStream is off, or has no leader now.
+                // No responders: JetStream is off, or the stream has no leader now.
                 return Some(Err(KvError::Away(format!("bucket {}: JetStream does not answer", self.name))));
             }
-            // Each row of a batch but the last is answered with nothing.
+            // JetStream answers every row of a batch except the last with an empty message.
             if answer.payload.is_empty() {
                 continue;
             }
@@ -114,22 +117,22 @@ impl Bucket {
                 Ok(Response::Err { error }) => Err(match error.error_code() {
                     ErrorCode::STREAM_WRONG_LAST_SEQUENCE
                     | ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT => KvError::Conflict,
-                    // A leader that has just come knows nothing of what its predecessor was told.
+                    // A new leader does not know the rows that its predecessor received.
                     ErrorCode::ATOMIC_PUBLISH_INCOMPLETE_BATCH
                     | ErrorCode::ATOMIC_PUBLISH_TOO_MANY_INFLIGHT => {
                         KvError::Away(format!("bucket {}: {error}", self.name))
                     }
                     ErrorCode::ATOMIC_PUBLISH_TOO_LARGE_BATCH => KvError::TooLarge(error.to_string()),
-                    _ => super::of_server(format!("bucket {}: {error}", self.name), &error),
+                    _ => super::kv_error_of_jetstream(format!("bucket {}: {error}", self.name), &error),
                 }),
                 Err(error) => Err(KvError::Refused(format!("bucket {}: {error}", self.name))),
             });
         }
     }
 
-    /// Whether a batch has been written whose answer was lost.
-    async fn verify(&self, key: &str, id: &str) -> Result<Revision, KvError> {
-        let until = Instant::now() + VERIFY_MAX;
+    /// Finds out whether a batch was written although its answer was lost: the last row names its batch.
+    async fn verify(&self, key: &str, id: &str) -> Result<KvRevision, KvError> {
+        let until = Instant::now() + KV_VERIFY_WAIT_MAX;
         let subject = self.subject(key);
         while Instant::now() < until {
             if self.nats.client().connection_state() == State::Connected
@@ -140,15 +143,15 @@ impl Bucket {
                 };
                 return match found {
                     Some((row, headers)) if of_batch(&headers) => Ok(row.revision),
-                    _ => Err(self.away()),
+                    _ => Err(self.away_error()),
                 };
             }
-            sleep(PAUSE).await;
+            sleep(KV_RETRY_PAUSE).await;
         }
-        Err(self.away())
+        Err(self.away_error())
     }
 
-    pub(super) fn away(&self) -> KvError {
+    pub(super) fn away_error(&self) -> KvError {
         let trouble = self.nats.trouble();
         KvError::Away(trouble.unwrap_or_else(|| format!("bucket {}: JetStream does not answer", self.name)))
     }

@@ -1,10 +1,10 @@
-//! Watching a bucket: all of its rows, and then every change, in order and without a gap, whatever becomes
-//! of the connection meanwhile.
+//! A watch on a bucket: all of its rows, and then every change, in order and without a gap, across losses of
+//! the connection.
 //!
-//! JetStream pushes the bucket's stream from where this watch is. A message that is missing, a silence
-//! longer than its heartbeats, or a new connection make it begin again there. Since only the newest value
-//! of a row is kept, what was overwritten meanwhile is left out; that is why rows come in [`Update`]s, each
-//! of which takes the reader from one state that the bucket had to a later one. A batch is never torn.
+//! JetStream pushes the bucket's stream from the watch's position. After a missing message, a missing
+//! heartbeat or a reconnect, the watch makes a new consumer at that position. The bucket keeps only the
+//! newest value of a row, so a late reader misses overwritten values. Rows therefore come in [`KvUpdate`]s:
+//! each takes the reader from one state that the bucket had to a later one, and never splits a batch.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,97 +18,101 @@ use futures_util::StreamExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::{Bucket, KvError, PAUSE, Revision, Row, is_deleted};
-use crate::presence::{self, BEAT};
-use crate::pushed::{self, SILENCE_MAX};
+use super::{KV_RETRY_PAUSE, KvBucket, KvError, KvRevision, KvRow, is_deleted};
+use crate::presence::{self, PRESENCE_BEAT_INTERVAL};
+use crate::pushed::{self, PUSH_SILENCE_MAX};
 
-/// The silence after which a watch may be behind. The others of a cluster wait longer for a node that
-/// is silent: who is told that all have heard of a change can rely on it.
-const CURRENT_MAX: Duration = Duration::from_secs(2);
-const _: () = assert!(CURRENT_MAX.as_millis() + BEAT.as_millis() <= presence::SILENCE_MAX.as_millis());
+/// A watch that is silent for longer may be behind. Other nodes wait longer than this for a silent node, so
+/// that "all nodes know of a change" includes a node that is cut off.
+const KV_WATCH_SILENCE_MAX: Duration = Duration::from_secs(2);
+const _: () = assert!(
+    KV_WATCH_SILENCE_MAX.as_millis() + PRESENCE_BEAT_INTERVAL.as_millis()
+        <= presence::PRESENCE_SILENCE_MAX.as_millis()
+);
 
 /// A step from one state of the bucket to a later one.
 #[derive(Debug)]
-pub struct Update {
+pub struct KvUpdate {
     /// The rows that are different now, oldest first.
-    pub rows: Vec<Row>,
-    /// How far the bucket is with them.
-    pub revision: Revision,
-    /// These are all rows that there are: what is not among them is not there. The first update is one,
-    /// and another comes only if the bucket was replaced by another one of its name.
+    pub rows: Vec<KvRow>,
+    /// The bucket's revision after them.
+    pub revision: KvRevision,
+    /// Whether these are all rows of the bucket. True for the first update, and again only if another bucket
+    /// of the same name replaced this one.
     pub all: bool,
 }
 
-/// A reader of a bucket: call [`Watch::next`] in a loop.
+/// A reader of a bucket: call [`KvWatch::next`] in a loop.
 #[derive(Debug)]
-pub struct Watch {
-    bucket: Bucket,
-    feed: Option<Feed>,
-    /// When the bucket was made that is being read.
+pub struct KvWatch {
+    bucket: KvBucket,
+    feed: Option<KvWatchFeed>,
+    /// When the bucket was created; another time means another bucket.
     created: Option<i128>,
-    /// Rows that do not make up a state yet.
-    rows: Vec<Row>,
-    /// The newest row that came in.
-    position: Revision,
-    /// Up to here they have been handed out.
-    handed_out: Revision,
-    /// Whether all rows have come in once.
+    /// Rows received that do not complete a state yet.
+    rows: Vec<KvRow>,
+    /// The revision of the newest row received.
+    position: KvRevision,
+    /// Rows up to this revision have been handed out.
+    handed_out: KvRevision,
+    /// Whether all rows have been received once.
     loaded: bool,
-    /// Where the bucket was when that began.
-    load_to: Revision,
+    /// The bucket's revision when that load began.
+    load_to: KvRevision,
     /// Whether no revision is missing between the last update and `position`.
     gapless: bool,
     /// Whether the row at `position` is the last of its batch.
     ends_batch: bool,
-    seen: watch::Sender<Revision>,
-    pulse: Arc<Pulse>,
-    /// Where the bucket was after the last silence.
-    current_from: Revision,
+    seen: watch::Sender<KvRevision>,
+    pulse: Arc<KvWatchPulse>,
+    /// The bucket's revision after the last silence: from here on the watch is current.
+    current_from: KvRevision,
 }
 
-/// When a watch has last heard something.
+/// When a watch last heard from JetStream.
 #[derive(Debug)]
-struct Pulse {
+struct KvWatchPulse {
     began: Instant,
-    /// In milliseconds since then.
+    /// In milliseconds since `began`.
     heard_at: AtomicU64,
-    /// Whether it knows what was written while it was silent.
+    /// Whether the watch has caught up with what was written during the last silence.
     caught_up: AtomicBool,
 }
 
-impl Pulse {
-    fn heard(&self) {
+impl KvWatchPulse {
+    fn note_heard(&self) {
         let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.heard_at.store(now, Ordering::Release);
     }
 
     fn was_silent(&self) -> bool {
         let silence = self.began.elapsed().as_millis();
-        silence.saturating_sub(self.heard_at.load(Ordering::Acquire).into()) > CURRENT_MAX.as_millis()
+        silence.saturating_sub(self.heard_at.load(Ordering::Acquire).into())
+            > KV_WATCH_SILENCE_MAX.as_millis()
     }
 }
 
 /// One push consumer.
 #[derive(Debug)]
-struct Feed {
+struct KvWatchFeed {
     messages: Subscriber,
-    /// How many it has delivered.
+    /// How many messages it has delivered.
     delivered: u64,
     connections: watch::Receiver<u64>,
 }
 
-/// How far a watch's reader is.
+/// How far the reader of a watch is. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Seen {
-    bucket: Bucket,
-    seen: watch::Receiver<Revision>,
-    pulse: Arc<Pulse>,
+pub struct KvWatchProgress {
+    bucket: KvBucket,
+    seen: watch::Receiver<KvRevision>,
+    pulse: Arc<KvWatchPulse>,
 }
 
-impl Bucket {
+impl KvBucket {
     /// Watches all rows.
-    pub fn watch(&self) -> Watch {
-        Watch {
+    pub fn watch(&self) -> KvWatch {
+        KvWatch {
             bucket: self.clone(),
             feed: None,
             created: None,
@@ -120,7 +124,7 @@ impl Bucket {
             gapless: true,
             ends_batch: true,
             seen: watch::Sender::new(0),
-            pulse: Arc::new(Pulse {
+            pulse: Arc::new(KvWatchPulse {
                 began: Instant::now(),
                 heard_at: AtomicU64::new(0),
                 caught_up: AtomicBool::new(false),
@@ -130,15 +134,19 @@ impl Bucket {
     }
 }
 
-impl Watch {
-    /// For those who want to know how far the reader is.
-    pub fn seen(&self) -> Seen {
-        Seen { bucket: self.bucket.clone(), seen: self.seen.subscribe(), pulse: self.pulse.clone() }
+impl KvWatch {
+    /// A handle that tells other tasks how far the reader is.
+    pub fn seen(&self) -> KvWatchProgress {
+        KvWatchProgress {
+            bucket: self.bucket.clone(),
+            seen: self.seen.subscribe(),
+            pulse: self.pulse.clone(),
+        }
     }
 
-    /// The next update, when there is one; the first has all rows. To ask for it says that the one before
-    /// has been dealt with. While NATS is away there is none. May be dropped and called again.
-    pub async fn next(&mut self) -> Update {
+    /// Waits for the next update; the first has all rows. The call confirms that the reader has dealt with
+    /// the update before. While NATS is away there is none. Cancel-safe.
+    pub async fn next(&mut self) -> KvUpdate {
         if self.loaded {
             self.seen.send_replace(self.handed_out);
         }
@@ -151,7 +159,7 @@ impl Watch {
                 connections.mark_unchanged();
                 let begun = tokio::select! {
                     begun = self.begin(connections.clone()) => begun,
-                    // Whatever it was waiting for has been lost.
+                    // The answer that it was waiting for is lost with the connection.
                     _ = connections.changed() => continue,
                 };
                 match begun {
@@ -159,17 +167,17 @@ impl Watch {
                     Ok(false) => {}
                     Err(error) => {
                         tracing::warn!(bucket = self.bucket.name, %error, "the bucket cannot be watched; trying again");
-                        sleep(PAUSE).await;
+                        sleep(KV_RETRY_PAUSE).await;
                     }
                 }
                 continue;
             };
             let message = tokio::select! {
-                message = timeout(SILENCE_MAX, feed.messages.next()) => message.ok().flatten(),
+                message = timeout(PUSH_SILENCE_MAX, feed.messages.next()) => message.ok().flatten(),
                 _ = feed.connections.changed() => None,
             };
             let is_whole = match message {
-                Some(message) => self.take(message).await,
+                Some(message) => self.take_message(message).await,
                 None => None,
             };
             match is_whole {
@@ -180,15 +188,15 @@ impl Watch {
         }
     }
 
-    /// Begins to listen from where this watch is. `true`: there is nothing more, and what there was is yet
-    /// to be handed out.
+    /// Makes a consumer at the watch's position. `true`: no more rows come for now, and the rows at hand are
+    /// a state to hand out.
     async fn begin(&mut self, connections: watch::Receiver<u64>) -> Result<bool, KvError> {
         let (bucket, name) = (&self.bucket, &self.bucket.name);
         let away = |text: String| KvError::Away(format!("bucket {name}: {text}"));
         let info = bucket.stream.get_info().await.map_err(|error| away(error.to_string()))?;
         let created = info.created.unix_timestamp_nanos();
         if self.created.is_some_and(|earlier| earlier != created) {
-            tracing::warn!(bucket = name, "the bucket was replaced by another one: reading all of it");
+            tracing::warn!(bucket = name, "another bucket replaced this one; reading all of it");
             (self.position, self.handed_out, self.loaded) = (0, 0, false);
             self.pulse.caught_up.store(false, Ordering::Release);
             self.rows.clear();
@@ -198,7 +206,7 @@ impl Watch {
             self.pulse.caught_up.store(false, Ordering::Release);
         }
         if !self.pulse.caught_up.load(Ordering::Acquire) {
-            self.current_from = bucket.end().await?.0;
+            self.current_from = bucket.end_revisions().await?.0;
         }
         if !self.loaded {
             self.load_to = self.current_from;
@@ -210,29 +218,30 @@ impl Watch {
             0 => DeliverPolicy::All,
             position => DeliverPolicy::ByStartSequence { start_sequence: position + 1 },
         };
-        let config = pushed::consumer(inbox, from);
+        let config = pushed::push_consumer_config(inbox, from);
         let consumer =
             bucket.stream.create_consumer(config).await.map_err(|error| away(error.to_string()))?;
         let info = consumer.cached_info();
-        self.feed = Some(Feed { messages, delivered: 0, connections });
-        self.pulse.heard();
+        self.feed = Some(KvWatchFeed { messages, delivered: 0, connections });
+        self.pulse.note_heard();
         let nothing_more = info.num_pending == 0 && info.delivered.stream_sequence >= self.position;
         let is_due = !self.rows.is_empty() || !self.loaded;
         if nothing_more && !self.loaded && self.position == 0 {
-            // An empty bucket may have had rows: then the next one is not its first.
+            // An empty bucket may have had rows: the next revision is then not 1.
             self.position = info.delivered.stream_sequence;
         }
         Ok(nothing_more && is_due && self.ends_batch && (self.loaded || self.position >= self.load_to))
     }
 
-    /// Takes a message. `Some(true)`: what came in is whole now; `None`: this consumer is of no more use.
-    async fn take(&mut self, message: async_nats::Message) -> Option<bool> {
-        // After a silence what comes first is old.
+    /// Takes a message. `Some(true)`: the rows at hand are a state to hand out; `None`: the consumer has
+    /// lost something.
+    async fn take_message(&mut self, message: async_nats::Message) -> Option<bool> {
+        // Messages buffered over a silence are old, and would make the watch look current.
         if self.pulse.was_silent() {
             return None;
         }
         let feed = self.feed.as_mut()?;
-        self.pulse.heard();
+        self.pulse.note_heard();
         if message.status == Some(StatusCode::IDLE_HEARTBEAT) {
             if let Some(reply) = pushed::flow_reply(&message) {
                 self.bucket.nats.client().publish(reply, Bytes::new()).await.ok()?;
@@ -253,7 +262,7 @@ impl Watch {
             (info.stream_sequence, info.pending)
         };
         feed.delivered += 1;
-        // A server that is behind the one before begins earlier than it was asked to.
+        // A server that lags behind the previous one starts earlier than it was asked to.
         if revision > self.position {
             let headers = message.message.headers.as_ref();
             let has = |name: header::HeaderName| headers.is_some_and(|headers| headers.get(name).is_some());
@@ -262,7 +271,7 @@ impl Watch {
             self.position = revision;
             let value = (!is_deleted(headers)).then(|| message.message.payload.clone());
             let key = self.bucket.key(&message.message.subject).to_owned();
-            self.rows.push(Row { key, value, revision });
+            self.rows.push(KvRow { key, value, revision });
         } else if self.rows.is_empty() {
             return Some(false);
         }
@@ -273,31 +282,31 @@ impl Watch {
         Some(is_state && self.ends_batch)
     }
 
-    fn hand_out(&mut self) -> Update {
+    fn hand_out(&mut self) -> KvUpdate {
         let all = !self.loaded;
         (self.loaded, self.gapless, self.handed_out) = (true, true, self.position);
         let mut rows = std::mem::take(&mut self.rows);
         if all {
             rows.retain(|row| row.value.is_some());
         }
-        Update { rows, revision: self.handed_out, all }
+        KvUpdate { rows, revision: self.handed_out, all }
     }
 }
 
-impl Seen {
-    /// Waits until the reader has dealt with everything that was written before this was called. Returns
-    /// how far the bucket was.
+impl KvWatchProgress {
+    /// Waits until the reader has dealt with everything written before this call. Returns the bucket's
+    /// revision.
     ///
     /// # Errors
-    /// [`KvError::Away`] if that takes longer than `limit`, or NATS is away.
-    pub async fn sync(&self, limit: Duration) -> Result<Revision, KvError> {
+    /// [`KvError::Away`] if that takes longer than `limit`, or while NATS is away.
+    pub async fn sync(&self, limit: Duration) -> Result<KvRevision, KvError> {
         let until = Instant::now() + limit;
         let reached = async {
             let mut connections = self.bucket.nats.connections();
             loop {
                 connections.mark_unchanged();
                 let asked = tokio::select! {
-                    asked = self.bucket.end() => asked,
+                    asked = self.bucket.end_revisions() => asked,
                     _ = connections.changed() => continue,
                 };
                 match asked {
@@ -305,25 +314,25 @@ impl Seen {
                         self.reach(last).await;
                         return Ok(end);
                     }
-                    Err(KvError::Away(_)) => sleep(PAUSE).await,
+                    Err(KvError::Away(_)) => sleep(KV_RETRY_PAUSE).await,
                     Err(error) => return Err(error),
                 }
             }
         };
-        timeout_at(until, reached).await.unwrap_or_else(|_| Err(self.bucket.away()))
+        timeout_at(until, reached).await.unwrap_or_else(|_| Err(self.bucket.away_error()))
     }
 
-    /// Whether the reader has dealt with whatever was written until a moment ago. `false` while JetStream has
-    /// been silent for two seconds, and then until the reader has caught up.
+    /// Whether the reader has dealt with everything written until a moment ago. `false` after two seconds of
+    /// silence from JetStream, until the reader has caught up.
     pub fn is_current(&self) -> bool {
         self.pulse.caught_up.load(Ordering::Acquire) && !self.pulse.was_silent()
     }
 
-    /// Returns when the reader has dealt with a revision.
-    pub async fn reach(&self, revision: Revision) {
+    /// Waits until the reader has dealt with a revision.
+    pub async fn reach(&self, revision: KvRevision) {
         let mut seen = self.seen.clone();
         if seen.wait_for(|seen| *seen >= revision).await.is_err() {
-            // Whoever watched has gone, and the node with it.
+            // The watch was dropped: the node is shutting down.
             std::future::pending::<()>().await;
         }
     }

@@ -1,5 +1,5 @@
-//! A publisher: adds messages to streams, many at once. It says of each what has become of it, as soon as
-//! that is known and in whatever order.
+//! A publisher: adds messages to streams, many at once. It reports the outcome of each as soon as it is
+//! known, in any order.
 
 use std::collections::VecDeque;
 use std::pin::pin;
@@ -13,42 +13,42 @@ use futures_util::{FutureExt, StreamExt};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::{Sequence, StreamError};
+use super::{StreamError, StreamSequence};
 use crate::connection::Nats;
 
-/// How long a message may wait to be handed to the connection.
-const SEND_MAX: Duration = Duration::from_secs(1);
+/// How long a message may wait for room in the connection's buffer.
+const PUBLISH_SEND_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// A message that is to be added.
+/// A message to publish.
 #[derive(Debug)]
-pub struct Outgoing {
-    /// One of the stream's.
+pub struct OutgoingMessage {
+    /// A subject of the stream.
     pub subject: String,
-    /// Its headers; with `Nats-Msg-Id`, it is added only if none with that id was lately.
+    /// Its headers. With `Nats-Msg-Id` it is added only if the duplicate window has no message of that id.
     pub headers: HeaderMap,
-    /// The bytes.
+    /// Its payload.
     pub payload: Bytes,
 }
 
-/// A message is in the stream.
+/// JetStream's confirmation that a message is in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ack {
-    /// Where.
-    pub sequence: Sequence,
-    /// It was there before, under the same id.
+pub struct JetstreamAck {
+    /// Its sequence.
+    pub sequence: StreamSequence,
+    /// It was stored earlier, under the same id.
     pub duplicate: bool,
 }
 
 /// Why a message was not added, or may not have been.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
-    /// It was not added: NATS is away, or the stream takes nothing for now.
+    /// It was not added: NATS is away, or the stream takes no messages now.
     #[error("{0}")]
     Away(String),
-    /// It was not added: the stream is as large as it may be.
+    /// It was not added: the stream has reached its maximum size.
     #[error("{0}")]
     Full(String),
-    /// It was not added: JetStream does not take it, now or later.
+    /// It was not added: JetStream refuses it, and a retry does not help.
     #[error("{0}")]
     Refused(String),
     /// It may or may not have been added.
@@ -56,33 +56,33 @@ pub enum PublishError {
     Unknown(String),
 }
 
-/// Adds messages to streams. `T` is what the caller knows a message by.
+/// Adds messages to streams. `T` is the caller's tag for a message.
 #[derive(Debug)]
-pub struct Publisher<T> {
+pub struct StreamPublisher<T> {
     nats: Nats,
-    /// What the reply subjects begin with; behind it is the number of the message.
+    /// The prefix of the reply subjects; the message's number follows it.
     inbox: String,
     acks: Subscriber,
     ack_max: Duration,
-    /// The messages whose ack is missing, oldest first, with when they were sent; those in between that
-    /// have theirs are `None`. The first has the number `first`.
+    /// The messages that wait for their ack, oldest first, with the time of sending; `None` for those in
+    /// between that have it. The front has the number `first`.
     waiting: VecDeque<Option<(T, Instant)>>,
     first: u64,
     in_flight: usize,
 }
 
 #[derive(Deserialize)]
-struct Answer<'a> {
+struct PublishAnswer<'a> {
     #[serde(default)]
-    seq: Sequence,
+    seq: StreamSequence,
     #[serde(default)]
     duplicate: bool,
     #[serde(borrow)]
-    error: Option<Failure<'a>>,
+    error: Option<PublishAnswerError<'a>>,
 }
 
 #[derive(Deserialize)]
-struct Failure<'a> {
+struct PublishAnswerError<'a> {
     #[serde(default)]
     err_code: u64,
     #[serde(default, borrow)]
@@ -91,8 +91,8 @@ struct Failure<'a> {
     code: u16,
 }
 
-impl<T> Publisher<T> {
-    /// One without messages. What has not been acknowledged for `ack_max` is [`PublishError::Unknown`].
+impl<T> StreamPublisher<T> {
+    /// Makes an empty publisher. A message without an ack after `ack_max` is [`PublishError::Unknown`].
     ///
     /// # Errors
     /// [`StreamError::Away`]: the connection was closed for good.
@@ -109,25 +109,25 @@ impl<T> Publisher<T> {
         self.in_flight
     }
 
-    /// Hands a message to the connection; what becomes of it is told by [`Publisher::next`] under `tag`.
+    /// Hands a message to the connection. [`StreamPublisher::next`] reports its outcome under `tag`.
     ///
     /// # Errors
     /// The tag, and why the message was not sent: [`PublishError::Away`], or [`PublishError::Refused`] if
-    /// it is larger than NATS takes, or its subject is none.
-    pub async fn send(&mut self, tag: T, message: Outgoing) -> Result<(), (T, PublishError)> {
+    /// it is larger than NATS takes, or its subject is invalid.
+    pub async fn send(&mut self, tag: T, message: OutgoingMessage) -> Result<(), (T, PublishError)> {
         let client = self.nats.client();
-        // The client would keep it, and send it whenever it is connected again.
+        // The client would buffer the message and send it after a reconnect, when the caller has given up.
         if client.connection_state() != State::Connected {
             return Err((tag, self.away()));
         }
         let number = self.first + self.waiting.len() as u64;
         let reply = format!("{}{number}", self.inbox);
-        let Outgoing { subject, headers, payload } = message;
+        let OutgoingMessage { subject, headers, payload } = message;
         let mut sent = pin!(client.publish_with_reply_and_headers(subject, reply, headers, payload));
-        // Almost always there is room at once.
+        // There is almost always room at once: then no timer is needed.
         let sent = match sent.as_mut().now_or_never() {
             Some(sent) => Ok(sent),
-            None => timeout(SEND_MAX, sent).await,
+            None => timeout(PUBLISH_SEND_WAIT_MAX, sent).await,
         };
         match sent {
             Ok(Ok(())) => {
@@ -146,16 +146,15 @@ impl<T> Publisher<T> {
         }
     }
 
-    /// What has become of a message. Never returns while none is in flight. May be dropped and called
-    /// again.
-    pub async fn next(&mut self) -> (T, Result<Ack, PublishError>) {
+    /// Waits for the outcome of a message. Never returns while none is in flight. Cancel-safe.
+    pub async fn next(&mut self) -> (T, Result<JetstreamAck, PublishError>) {
         loop {
             if let Some(settled) = self.try_next() {
                 return settled;
             }
             let oldest = self.waiting.front().and_then(Option::as_ref);
             let Some(until) = oldest.map(|(_, sent)| *sent + self.ack_max) else {
-                // None is in flight: an ack that is late is thrown away.
+                // None is in flight: drop late acks.
                 self.acks.next().await;
                 continue;
             };
@@ -167,7 +166,7 @@ impl<T> Publisher<T> {
                     }
                 }
                 () = sleep_until(until) => {
-                    if let Some((tag, _)) = self.take(self.first) {
+                    if let Some((tag, _)) = self.take_waiting(self.first) {
                         let text = format!("JetStream has not acknowledged a message in {:?}", self.ack_max);
                         return (tag, Err(PublishError::Unknown(text)));
                     }
@@ -176,8 +175,8 @@ impl<T> Publisher<T> {
         }
     }
 
-    /// The same, if it is known already.
-    pub fn try_next(&mut self) -> Option<(T, Result<Ack, PublishError>)> {
+    /// The outcome of a message, if one is known already.
+    pub fn try_next(&mut self) -> Option<(T, Result<JetstreamAck, PublishError>)> {
         loop {
             let message = self.acks.next().now_or_never()??;
             if let Some(settled) = self.settle(&message) {
@@ -186,14 +185,14 @@ impl<T> Publisher<T> {
         }
     }
 
-    /// Takes an ack. `None` if it is of no message that waits for one.
-    fn settle(&mut self, message: &Message) -> Option<(T, Result<Ack, PublishError>)> {
+    /// Handles an ack. `None` if no message waits for it.
+    fn settle(&mut self, message: &Message) -> Option<(T, Result<JetstreamAck, PublishError>)> {
         let number = message.subject.as_str().strip_prefix(self.inbox.as_str())?.parse().ok()?;
-        let (tag, _) = self.take(number)?;
-        Some((tag, outcome(message)))
+        let (tag, _) = self.take_waiting(number)?;
+        Some((tag, ack_outcome(message)))
     }
 
-    fn take(&mut self, number: u64) -> Option<(T, Instant)> {
+    fn take_waiting(&mut self, number: u64) -> Option<(T, Instant)> {
         let at = usize::try_from(number.checked_sub(self.first)?).ok()?;
         let taken = self.waiting.get_mut(at)?.take();
         self.in_flight -= usize::from(taken.is_some());
@@ -209,25 +208,25 @@ impl<T> Publisher<T> {
     }
 }
 
-/// What an ack says.
-fn outcome(message: &Message) -> Result<Ack, PublishError> {
+/// Decodes an ack.
+fn ack_outcome(message: &Message) -> Result<JetstreamAck, PublishError> {
     if message.status == Some(StatusCode::NO_RESPONDERS) {
-        // Nobody takes messages of these subjects: JetStream is off, or the stream has no leader now.
+        // No responders: JetStream is off, or the stream has no leader now.
         let text = "the stream has no leader, or JetStream is off";
         return Err(PublishError::Away(text.to_owned()));
     }
-    let answer: Answer<'_> = serde_json::from_slice(&message.payload)
+    let answer: PublishAnswer<'_> = serde_json::from_slice(&message.payload)
         .map_err(|error| PublishError::Unknown(format!("an ack that cannot be read: {error}")))?;
     match answer.error {
-        None if answer.seq > 0 => Ok(Ack { sequence: answer.seq, duplicate: answer.duplicate }),
+        None if answer.seq > 0 => Ok(JetstreamAck { sequence: answer.seq, duplicate: answer.duplicate }),
         None => Err(PublishError::Unknown("an ack without a sequence".to_owned())),
-        Some(Failure { err_code, description, code }) => {
+        Some(PublishAnswerError { err_code, description, code }) => {
             let full = ErrorCode(err_code) == ErrorCode::STREAM_STORE_FAILED
                 && description.contains("maximum bytes");
             let text = description.into_owned();
             Err(match code {
                 _ if full => PublishError::Full(text),
-                // What is too much for the moment (429), and what the server lacks for now.
+                // Transient: too many requests (429), or a failure of the server.
                 429 | 500.. => PublishError::Away(text),
                 _ => PublishError::Refused(text),
             })

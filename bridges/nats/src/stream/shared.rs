@@ -1,6 +1,5 @@
-//! A shared place in a stream: each of its messages goes to one of those who take from it, and to another
-//! if that one does not say that it has dealt with it. JetStream keeps the place, as a durable pull
-//! consumer; who takes from it may be anywhere.
+//! A shared place in a stream: each message goes to one member, and to another one if the first does not
+//! confirm it. JetStream keeps the place as a durable pull consumer, so members may be on any node.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -13,98 +12,98 @@ use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::follower::places;
-use super::{Sequence, Stored, Stream, StreamError};
+use super::follower::ack_reply_sequences;
+use super::{JetstreamStream, StoredMessage, StreamError, StreamSequence};
 use crate::connection::Nats;
 
-/// How long JetStream lets one who takes wait for messages, before he has to ask again.
-const WAIT: Duration = Duration::from_secs(20);
-/// How often it says meanwhile that it is there.
-const HEARTBEAT: Duration = Duration::from_secs(1);
-/// The silence after which it counts as gone.
-const SILENCE_MAX: Duration = Duration::from_millis(3_200);
-/// How long it may take until JetStream knows that somebody takes no more.
-const REST_MAX: Duration = Duration::from_millis(500);
-/// Messages that are given out and not dealt with, of one place; then nobody is given any.
-const OUTSTANDING_MAX: i64 = 1_000_000;
-/// How many may wait for messages of one place; one more is told to come again.
-const WAITING_MAX: i64 = 65_536;
-/// Where in the metadata of a place's consumer it stands how many messages were removed before anybody took
-/// them, and below which sequence.
-const SKIPPED: &str = "headgate-skipped";
+/// How long a pull request waits for messages before the member has to ask again.
+const PULL_WAIT_MAX: Duration = Duration::from_secs(20);
+/// How often JetStream sends a heartbeat to a waiting pull request.
+const PULL_HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// A pull request that is silent for longer counts as lost: three heartbeats are missing.
+const PULL_SILENCE_MAX: Duration = Duration::from_millis(3_200);
+/// How long the end of a pull request may take to reach JetStream.
+const PULL_END_WAIT_MAX: Duration = Duration::from_millis(500);
+/// Unconfirmed messages of one place; at this number JetStream delivers no more.
+const SHARED_UNACKED_MESSAGES_MAX: i64 = 1_000_000;
+/// Pull requests that may wait at one place; JetStream refuses one more.
+const SHARED_WAITING_PULLS_MAX: i64 = 65_536;
+/// The metadata key of a place's consumer that holds a [`SkippedTally`].
+const SKIPPED_METADATA_KEY: &str = "headgate-skipped";
 
-/// Where a shared place is.
+/// What a shared place is to be like.
 #[derive(Debug, Clone)]
 pub struct SharedSettings {
     /// Its name: letters, digits, `-`.
     pub name: String,
-    /// The subjects of its messages, with wildcards; no two of them match the same.
+    /// The subjects of its messages, with wildcards; they must not overlap.
     pub subjects: Vec<String>,
-    /// Where it begins, if it is not there yet.
-    pub from: Sequence,
-    /// After how long a message that was not dealt with goes to another.
+    /// Where it begins, if it has to be created.
+    pub from: StreamSequence,
+    /// After how long an unconfirmed message goes to another member.
     pub redelivered_after: Duration,
-    /// How long it stays while nobody takes from it; `None`: for ever. What it has already is not made less.
+    /// How long it stays without members; `None`: forever. An existing place's time is never shortened.
     pub kept: Option<Duration>,
 }
 
-/// A shared place that is there.
+/// A shared place that exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SharedPlace {
-    /// It was not there before.
+    /// Whether this call created it.
     pub is_new: bool,
-    /// How many messages were removed before anybody took them, and nobody was told of yet.
+    /// How many messages retention removed before any member took them, and no client was told of yet.
     pub skipped: u64,
 }
 
-/// Messages that were asked for, as they come.
+/// A pull request: the messages that it asked for, as they arrive.
 #[derive(Debug)]
-pub struct Taking {
+pub struct SharedPull {
     nats: Nats,
     messages: Subscriber,
     left: usize,
     until: Instant,
-    /// When JetStream was heard last.
+    /// When JetStream was last heard.
     heard_at: Instant,
 }
 
-/// One of them.
+/// One delivered message.
 #[derive(Debug)]
-pub struct Taken {
-    /// What it is.
-    pub stored: Stored,
-    /// What is to be said of it.
-    pub receipt: Receipt,
+pub struct SharedDelivery {
+    /// The message.
+    pub stored: StoredMessage,
+    /// How to confirm it.
+    pub receipt: DeliveryReceipt,
 }
 
-/// What JetStream waits to be told of a message that it has given out. Without it, the message goes to
-/// another after a while.
+/// The confirmation that JetStream expects for a delivered message. Without it, the message goes to another
+/// member after a while.
 #[derive(Debug)]
-pub struct Receipt {
+pub struct DeliveryReceipt {
     nats: Nats,
     reply: Subject,
 }
 
-impl Stream {
-    /// Makes a shared place, or finds it: then where it is counts, and not `from`.
+impl JetstreamStream {
+    /// Opens a shared place, and creates it if there is none. An existing place stays where it is.
     ///
     /// # Errors
     /// [`StreamError::Away`]; [`StreamError::Refused`] for subjects that JetStream does not take.
     pub async fn share(&self, settings: &SharedSettings) -> Result<SharedPlace, StreamError> {
         let name = &settings.name;
         loop {
-            match self.answered(self.handle.consumer_info(name)).await? {
+            match self.await_answer(self.handle.consumer_info(name)).await? {
                 Ok(info) => {
-                    let skipped = Skipped::of(&info).map_or(0, |skipped| skipped.messages);
+                    let skipped =
+                        SkippedTally::from_consumer_info(&info).map_or(0, |skipped| skipped.messages);
                     let is = info.config.inactive_threshold;
                     let wanted = settings.kept.unwrap_or_default();
                     if !is.is_zero() && (wanted.is_zero() || wanted > is) {
-                        self.change(info, |config| config.inactive_threshold = wanted).await?;
+                        self.change_consumer(info, |config| config.inactive_threshold = wanted).await?;
                     }
                     return Ok(SharedPlace { is_new: false, skipped });
                 }
                 Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => {}
-                Err(error) => return Err(self.away(&error)),
+                Err(error) => return Err(self.away_error(&error)),
             }
             let from = settings.from.max(1);
             let config = pull::Config {
@@ -113,101 +112,110 @@ impl Stream {
                 deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from },
                 ack_policy: AckPolicy::Explicit,
                 ack_wait: settings.redelivered_after,
-                max_ack_pending: OUTSTANDING_MAX,
-                max_waiting: WAITING_MAX,
+                max_ack_pending: SHARED_UNACKED_MESSAGES_MAX,
+                max_waiting: SHARED_WAITING_PULLS_MAX,
                 inactive_threshold: settings.kept.unwrap_or_default(),
-                metadata: Skipped::default().into_metadata(),
+                metadata: SkippedTally::default().into_metadata(),
                 ..pull::Config::default()
             };
-            match self.answered(self.handle.create_consumer_strict(config)).await? {
+            match self.await_answer(self.handle.create_consumer_strict(config)).await? {
                 Ok(info) => {
                     let below = self.state().await?.first;
                     let skipped = below.saturating_sub(from);
                     if skipped > 0 {
-                        let noted = Skipped { messages: skipped, below };
-                        self.change(info.cached_info().clone(), |config| {
+                        let noted = SkippedTally { messages: skipped, below };
+                        self.change_consumer(info.cached_info().clone(), |config| {
                             config.metadata.extend(noted.into_metadata())
                         })
                         .await?;
                     }
                     return Ok(SharedPlace { is_new: true, skipped });
                 }
-                // Somebody else has made it meanwhile.
+                // Another node has created it meanwhile: read it again.
                 Err(error) if error.kind() == ConsumerCreateStrictErrorKind::AlreadyExists => {}
                 Err(error) => match error.kind() {
                     ConsumerCreateStrictErrorKind::JetStream(of) => {
-                        return Err(super::of_server(format!("stream {}: {error}", self.name), &of));
+                        return Err(super::stream_error_of_jetstream(
+                            format!("stream {}: {error}", self.name),
+                            &of,
+                        ));
                     }
-                    _ => return Err(self.away(&error)),
+                    _ => return Err(self.away_error(&error)),
                 },
             }
         }
     }
 
-    /// Gives up a shared place, if nobody takes from it.
+    /// Deletes a shared place, unless a pull request waits there.
     ///
     /// # Errors
     /// [`StreamError::Away`].
     pub async fn give_up_shared(&self, name: &str) -> Result<(), StreamError> {
-        let info = match self.answered(self.handle.consumer_info(name)).await? {
+        let info = match self.await_answer(self.handle.consumer_info(name)).await? {
             Ok(info) => info,
             Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(self.away(&error)),
+            Err(error) => return Err(self.away_error(&error)),
         };
         if info.num_waiting == 0 {
-            let deleted = self.answered(self.handle.delete_consumer(name)).await?;
-            deleted.map_err(|error| self.away(&error))?;
+            let deleted = self.await_answer(self.handle.delete_consumer(name)).await?;
+            deleted.map_err(|error| self.away_error(&error))?;
         }
         Ok(())
     }
 
-    /// Says that somebody was told of what was removed. Returns how many that were: whoever says so a second
-    /// time gets 0.
+    /// Marks the removed messages as reported to a client. Returns how many there were; a second call
+    /// returns 0.
     ///
     /// # Errors
     /// [`StreamError::Away`].
-    pub async fn told_of_skipped(&self, name: &str) -> Result<u64, StreamError> {
-        let info = match self.answered(self.handle.consumer_info(name)).await? {
+    pub async fn mark_skipped_told(&self, name: &str) -> Result<u64, StreamError> {
+        let info = match self.await_answer(self.handle.consumer_info(name)).await? {
             Ok(info) => info,
             Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(0),
-            Err(error) => return Err(self.away(&error)),
+            Err(error) => return Err(self.away_error(&error)),
         };
-        let Some(Skipped { messages: messages @ 1.., below }) = Skipped::of(&info) else { return Ok(0) };
-        let told = Skipped { messages: 0, below };
-        self.change(info, |config| config.metadata.extend(told.into_metadata())).await?;
+        let Some(SkippedTally { messages: messages @ 1.., below }) = SkippedTally::from_consumer_info(&info)
+        else {
+            return Ok(0);
+        };
+        let told = SkippedTally { messages: 0, below };
+        self.change_consumer(info, |config| config.metadata.extend(told.into_metadata())).await?;
         Ok(messages)
     }
 
-    /// Before the messages below a sequence are removed: notes with each shared place how many of them nobody
-    /// has taken from it, for whoever takes next. Counted are all messages, once there is one for the place.
+    /// Must be called before the messages below a sequence are removed. Records with each shared place how
+    /// many of them no member has taken, for the next member to report. From the first message that matches
+    /// the place's subjects on, all messages count, whatever their subject.
     ///
     /// # Errors
     /// [`StreamError::Away`].
-    pub async fn note_skipped(&self, below: Sequence) -> Result<(), StreamError> {
+    pub async fn note_skipped(&self, below: StreamSequence) -> Result<(), StreamError> {
         let mut consumers = self.handle.consumers();
-        while let Some(info) = self.answered(consumers.next()).await? {
-            let info = info.map_err(|error| self.away(&error))?;
-            // Others, which whoever uses NATS may have made, are left alone.
-            let Some(noted) = Skipped::of(&info).filter(|_| info.num_pending > 0) else { continue };
+        while let Some(info) = self.await_answer(consumers.next()).await? {
+            let info = info.map_err(|error| self.away_error(&error))?;
+            // Consumers without this metadata belong to other users of NATS.
+            let Some(noted) = SkippedTally::from_consumer_info(&info).filter(|_| info.num_pending > 0) else {
+                continue;
+            };
             let next = noted.below.max(info.delivered.stream_sequence + 1);
             let mut first = below;
             for subject in std::iter::once(&info.config.filter_subject).chain(&info.config.filter_subjects) {
                 if next < below && !subject.is_empty() {
                     let request = serde_json::json!({ "seq": next, "next_by_subj": subject, "batch": 1 });
-                    let found = self.direct(request, 1).await?;
+                    let found = self.direct_get(request, 1).await?;
                     first = found.first().map_or(first, |message| first.min(message.sequence));
                 }
             }
             let messages = (below - first).min(info.num_pending);
             if messages > 0 {
-                let noted = Skipped { messages: noted.messages + messages, below };
-                self.change(info, |config| config.metadata.extend(noted.into_metadata())).await?;
+                let noted = SkippedTally { messages: noted.messages + messages, below };
+                self.change_consumer(info, |config| config.metadata.extend(noted.into_metadata())).await?;
             }
         }
         Ok(())
     }
 
-    async fn change(
+    async fn change_consumer(
         &self,
         info: ConsumerInfo,
         change: impl FnOnce(&mut pull::Config),
@@ -215,8 +223,8 @@ impl Stream {
         let config = pull::Config::try_from_consumer_config(info.config);
         let mut config = config.map_err(|error| StreamError::Refused(error.to_string()))?;
         change(&mut config);
-        let changed = self.answered(self.handle.update_consumer(config)).await?;
-        changed.map_err(|error| self.away(&error))?;
+        let changed = self.await_answer(self.handle.update_consumer(config)).await?;
+        changed.map_err(|error| self.away_error(&error))?;
         Ok(())
     }
 
@@ -224,61 +232,61 @@ impl Stream {
     ///
     /// # Errors
     /// [`StreamError::Away`].
-    pub async fn take(&self, name: &str, max: usize) -> Result<Taking, StreamError> {
+    pub async fn take(&self, name: &str, max: usize) -> Result<SharedPull, StreamError> {
         if let Some(trouble) = self.nats.trouble() {
             return Err(StreamError::Away(trouble));
         }
         let client = self.nats.client();
         let inbox = client.new_inbox();
-        let messages = client.subscribe(inbox.clone()).await.map_err(|error| self.away(&error))?;
+        let messages = client.subscribe(inbox.clone()).await.map_err(|error| self.away_error(&error))?;
         let nanos = |of: Duration| u64::try_from(of.as_nanos()).unwrap_or(u64::MAX);
         let request = serde_json::json!({
-            "batch": max, "expires": nanos(WAIT), "idle_heartbeat": nanos(HEARTBEAT),
+            "batch": max, "expires": nanos(PULL_WAIT_MAX), "idle_heartbeat": nanos(PULL_HEARTBEAT_INTERVAL),
         });
         let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{name}", self.name);
         let asked = client.publish_with_reply(subject, inbox, request.to_string().into());
-        self.answered(asked).await?.map_err(|error| self.away(&error))?;
+        self.await_answer(asked).await?.map_err(|error| self.away_error(&error))?;
         let heard_at = Instant::now();
-        let until = heard_at + WAIT + SILENCE_MAX;
-        Ok(Taking { nats: self.nats.clone(), messages, left: max, until, heard_at })
+        let until = heard_at + PULL_WAIT_MAX + PULL_SILENCE_MAX;
+        Ok(SharedPull { nats: self.nats.clone(), messages, left: max, until, heard_at })
     }
 }
 
-/// What was removed before anybody took it, in the metadata of a place's consumer.
+/// The messages that were removed before any member took them, in the metadata of a place's consumer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Skipped {
-    /// How many, of which nobody was told.
+struct SkippedTally {
+    /// How many were not reported to a client yet.
     messages: u64,
-    /// Below this they are counted.
-    below: Sequence,
+    /// The sequence below which removed messages are counted.
+    below: StreamSequence,
 }
 
-impl Skipped {
-    fn of(info: &ConsumerInfo) -> Option<Self> {
-        let (messages, below) = info.config.metadata.get(SKIPPED)?.split_once(' ')?;
+impl SkippedTally {
+    fn from_consumer_info(info: &ConsumerInfo) -> Option<Self> {
+        let (messages, below) = info.config.metadata.get(SKIPPED_METADATA_KEY)?.split_once(' ')?;
         Some(Self { messages: messages.parse().ok()?, below: below.parse().ok()? })
     }
 
     fn into_metadata(self) -> HashMap<String, String> {
-        HashMap::from([(SKIPPED.to_owned(), format!("{} {}", self.messages, self.below))])
+        HashMap::from([(SKIPPED_METADATA_KEY.to_owned(), format!("{} {}", self.messages, self.below))])
     }
 }
 
-impl Taking {
-    /// The next message, when there is one; `None` when no more come, and it is to be asked again. May be
-    /// dropped and called again.
-    pub async fn next(&mut self) -> Option<Taken> {
+impl SharedPull {
+    /// Waits for the next message; `None` when the request is over and the caller has to ask again.
+    /// Cancel-safe.
+    pub async fn next(&mut self) -> Option<SharedDelivery> {
         while self.left > 0 {
-            let silent = self.until.min(self.heard_at + SILENCE_MAX);
+            let silent = self.until.min(self.heard_at + PULL_SILENCE_MAX);
             let message = timeout_at(silent, self.messages.next()).await.ok()??;
             self.heard_at = Instant::now();
             match message.status {
                 Some(StatusCode::IDLE_HEARTBEAT) => {}
-                // That was all for now, or there is no such place any more: who asks again is told.
+                // The request is over, or the place is gone; the next request tells which.
                 Some(_) => return None,
                 None => {
                     self.left -= 1;
-                    if let Some(taken) = self.taken(message) {
+                    if let Some(taken) = self.to_delivery(message) {
                         return Some(taken);
                     }
                 }
@@ -287,17 +295,17 @@ impl Taking {
         None
     }
 
-    /// Whether all that were asked for have come.
+    /// Whether all messages that were asked for have arrived.
     pub fn is_full(&self) -> bool {
         self.left == 0
     }
 
-    /// Takes no more, which JetStream knows when this returns. What it sent a moment before and did not arrive
-    /// goes to others after a while; returned is what did.
-    pub async fn end(mut self) -> Vec<Receipt> {
+    /// Ends the request, and returns the receipts of messages that arrived unread. Messages still under way
+    /// go to other members after a while.
+    pub async fn end(mut self) -> Vec<DeliveryReceipt> {
         let mut rest = Vec::new();
         while let Some(Some(message)) = self.messages.next().now_or_never() {
-            rest.extend(self.taken(message).map(|taken| taken.receipt));
+            rest.extend(self.to_delivery(message).map(|taken| taken.receipt));
         }
         let client = self.nats.client().clone();
         let ended = async {
@@ -305,41 +313,41 @@ impl Taking {
                 let _ = client.flush().await;
             }
         };
-        let _ = timeout(REST_MAX, ended).await;
+        let _ = timeout(PULL_END_WAIT_MAX, ended).await;
         while let Some(Some(message)) = self.messages.next().now_or_never() {
-            rest.extend(self.taken(message).map(|taken| taken.receipt));
+            rest.extend(self.to_delivery(message).map(|taken| taken.receipt));
         }
         rest
     }
 
-    /// `None` if it is no message of the stream.
-    fn taken(&self, message: Message) -> Option<Taken> {
+    /// Decodes a delivered message; `None` if it is none of the stream's.
+    fn to_delivery(&self, message: Message) -> Option<SharedDelivery> {
         let Message { subject, payload, headers, reply, .. } = message;
         let reply = reply?;
-        let (sequence, _) = places(&reply)?;
-        let stored = Stored { sequence, subject, headers: headers.unwrap_or_default(), payload };
-        Some(Taken { stored, receipt: Receipt { nats: self.nats.clone(), reply } })
+        let (sequence, _) = ack_reply_sequences(&reply)?;
+        let stored = StoredMessage { sequence, subject, headers: headers.unwrap_or_default(), payload };
+        Some(SharedDelivery { stored, receipt: DeliveryReceipt { nats: self.nats.clone(), reply } })
     }
 }
 
-impl Receipt {
-    /// The message is dealt with.
+impl DeliveryReceipt {
+    /// Confirms the message.
     pub async fn done(self) {
-        self.say(b"+ACK").await;
+        self.send_ack(b"+ACK").await;
     }
 
-    /// It is not going to be: it goes to another at once.
+    /// Rejects the message: it goes to another member at once.
     pub async fn pass_on(self) {
-        self.say(b"-NAK").await;
+        self.send_ack(b"-NAK").await;
     }
 
-    /// It is being dealt with, which takes its time.
+    /// Asks for more time to deal with the message.
     pub async fn keep(&self) {
-        self.say(b"+WPI").await;
+        self.send_ack(b"+WPI").await;
     }
 
-    async fn say(&self, what: &'static [u8]) {
-        // If it cannot be sent, the message goes to another in a while.
+    async fn send_ack(&self, what: &'static [u8]) {
+        // If this cannot be sent, the message goes to another member after a while.
         let _ = self.nats.client().publish(self.reply.clone(), Bytes::from_static(what)).await;
     }
 }

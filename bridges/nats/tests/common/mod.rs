@@ -1,11 +1,11 @@
-//! A nats-server for tests: on a free port, with JetStream; killed and started again as the test likes.
+//! A nats-server for tests: on a free port, with JetStream. A test can kill it and start it again.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::{Credentials, Nats, Settings};
+use headgate_bridge_nats::{Nats, NatsCredentials, NatsSettings};
 use tempfile::TempDir;
 
 /// How long anything in a test may take.
@@ -22,7 +22,7 @@ impl Server {
     /// Starts one.
     pub(crate) fn start() -> Self {
         let dir = tempfile::tempdir().expect("temporary directory");
-        // Free now, and asked for again after each kill.
+        // The port is free now, and is used again after each kill.
         let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
         let mut server = Self { dir, port: port.expect("a free port").port(), child: None };
         server.restart();
@@ -50,7 +50,7 @@ impl Server {
         child.wait().expect("our child can be waited for");
     }
 
-    /// A connection to it that stands.
+    /// An established connection to it.
     pub(crate) async fn connect(&self) -> Nats {
         let nats = self.begin_to_connect().await;
         let deadline = Instant::now() + SOON;
@@ -61,11 +61,11 @@ impl Server {
         nats
     }
 
-    /// A connection to it, once it is there.
+    /// A connection to it that may not be established yet.
     pub(crate) async fn begin_to_connect(&self) -> Nats {
-        let settings = Settings {
+        let settings = NatsSettings {
             servers: vec![format!("nats://127.0.0.1:{}", self.port)],
-            credentials: Credentials::None,
+            credentials: NatsCredentials::None,
             ca: None,
             name: "test".to_owned(),
         };
@@ -82,13 +82,13 @@ impl Drop for Server {
     }
 }
 
-/// The one that `tests/run` has installed, or one in `PATH`.
+/// The nats-server that `tests/run` installed, or one in `PATH`.
 fn binary() -> PathBuf {
     let installed = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../venv/bin/nats-server");
     if installed.exists() { installed } else { PathBuf::from("nats-server") }
 }
 
-/// What comes of it, within [`SOON`].
+/// The result of a future, within [`SOON`].
 pub(crate) async fn soon<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(SOON, what).await.expect("happens soon")
 }

@@ -5,31 +5,31 @@ use std::time::Duration;
 
 use crate::common::{SOON, Server, soon};
 use bytes::Bytes;
-use headgate_bridge_nats::kv::{BATCH_ROWS_MAX, Put, Update, Watch};
-use headgate_bridge_nats::{Bucket, BucketSettings, KvError, Nats};
+use headgate_bridge_nats::kv::{KV_BATCH_ROWS_MAX, KvPut, KvUpdate, KvWatch};
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats};
 
-fn settings() -> BucketSettings {
-    BucketSettings { name: "test".to_owned(), replicas: 1, age_max: None }
+fn settings() -> KvBucketSettings {
+    KvBucketSettings { name: "test".to_owned(), replicas: 1, age_max: None }
 }
 
-async fn bucket(nats: &Nats) -> Bucket {
-    soon(Bucket::open(nats, &settings())).await.expect("opens")
+async fn bucket(nats: &Nats) -> KvBucket {
+    soon(KvBucket::open(nats, &settings())).await.expect("opens")
 }
 
-fn put(key: &str, value: &str) -> Put {
-    Put { key: key.to_owned(), value: Some(Bytes::copy_from_slice(value.as_bytes())), expected: None }
+fn put(key: &str, value: &str) -> KvPut {
+    KvPut { key: key.to_owned(), value: Some(Bytes::copy_from_slice(value.as_bytes())), expected: None }
 }
 
-fn delete(key: &str) -> Put {
-    Put { key: key.to_owned(), value: None, expected: None }
+fn delete(key: &str) -> KvPut {
+    KvPut { key: key.to_owned(), value: None, expected: None }
 }
 
-/// What a watch has been told that there is.
+/// The rows that a watch has reported.
 #[derive(Default)]
 struct Copy(BTreeMap<String, Bytes>);
 
 impl Copy {
-    fn apply(&mut self, update: Update) {
+    fn apply(&mut self, update: KvUpdate) {
         if update.all {
             self.0.clear();
         }
@@ -41,7 +41,7 @@ impl Copy {
         }
     }
 
-    async fn of(watch: &mut Watch) -> Self {
+    async fn of(watch: &mut KvWatch) -> Self {
         let mut copy = Copy::default();
         let first = soon(watch.next()).await;
         assert!(first.all);
@@ -55,7 +55,7 @@ impl Copy {
     }
 }
 
-fn keys(update: &Update) -> Vec<(&str, bool)> {
+fn keys(update: &KvUpdate) -> Vec<(&str, bool)> {
     update.rows.iter().map(|row| (row.key.as_str(), row.value.is_some())).collect()
 }
 
@@ -65,10 +65,10 @@ async fn rows_are_written_together_or_not_at_all() {
     let nats = server.connect().await;
     let bucket = bucket(&nats).await;
     assert_eq!(bucket.put_all(&[put("a.1", "x"), put("a.2", "y")], Some(0)).await.expect("written"), 2);
-    // Somebody was first, for all rows and for one of them.
+    // Another writer was first: for the whole bucket, and for one row.
     let stale = bucket.put_all(&[put("a.1", "z"), put("a.3", "z")], Some(1)).await;
     assert!(matches!(stale, Err(KvError::Conflict)), "{stale:?}");
-    let taken = Put { expected: Some(0), ..put("a.2", "z") };
+    let taken = KvPut { expected: Some(0), ..put("a.2", "z") };
     let stale = bucket.put_all(&[put("a.1", "z"), taken], None).await;
     assert!(matches!(stale, Err(KvError::Conflict)), "{stale:?}");
     let mut watch = bucket.watch();
@@ -106,10 +106,10 @@ async fn what_does_not_fit_is_said_to_be_too_large() {
     let server = Server::start();
     let nats = server.connect().await;
     let bucket = bucket(&nats).await;
-    let many: Vec<_> = (0..=BATCH_ROWS_MAX).map(|n| put(&format!("n.{n}"), "")).collect();
+    let many: Vec<_> = (0..=KV_BATCH_ROWS_MAX).map(|n| put(&format!("n.{n}"), "")).collect();
     assert!(matches!(bucket.put_all(&many, None).await, Err(KvError::TooLarge(_))));
     let written = bucket.put_all(&many[1..], None).await.expect("as many as fit");
-    assert_eq!(written, BATCH_ROWS_MAX as u64);
+    assert_eq!(written, KV_BATCH_ROWS_MAX as u64);
     let long = "x".repeat(2 << 20);
     let result = bucket.put_all(&[put("a", ""), put("b", &long)], None).await;
     assert!(matches!(result, Err(KvError::TooLarge(_))), "{result:?}");
@@ -130,7 +130,7 @@ async fn a_watch_goes_on_without_a_gap_after_a_restart_of_nats() {
             last = bucket.put_all(&rows, Some(last)).await.expect("written");
         }
         server.kill();
-        // Until it is known, one that writes waits to learn whether it has.
+        // While the outcome is unknown, the writer waits for it.
         while nats.trouble().is_none() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -167,7 +167,7 @@ async fn a_watch_that_is_far_behind_gets_states_that_there_were() {
     let bucket = bucket(&nats).await;
     let mut watch = bucket.watch();
     let mut copy = Copy::of(&mut watch).await;
-    // Two rows that are always the same.
+    // Two rows that always have the same value.
     let writer = tokio::spawn({
         let bucket = bucket.clone();
         async move {
@@ -232,12 +232,12 @@ async fn a_bucket_is_away_as_long_as_nats_is() {
     let mut server = Server::start();
     server.kill();
     let nats = server.begin_to_connect().await;
-    let opened = Bucket::open(&nats, &settings()).await;
+    let opened = KvBucket::open(&nats, &settings()).await;
     assert!(matches!(opened, Err(KvError::Away(_))), "{opened:?}");
     server.restart();
     let opened = async {
         loop {
-            match Bucket::open(&nats, &settings()).await {
+            match KvBucket::open(&nats, &settings()).await {
                 Ok(bucket) => return bucket,
                 Err(KvError::Away(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
                 Err(error) => panic!("{error}"),
@@ -245,8 +245,8 @@ async fn a_bucket_is_away_as_long_as_nats_is() {
         }
     };
     assert_eq!(soon(opened).await.name(), "test");
-    let impossible = BucketSettings { name: "three".to_owned(), replicas: 3, age_max: None };
-    let refused = Bucket::open(&nats, &impossible).await;
+    let impossible = KvBucketSettings { name: "three".to_owned(), replicas: 3, age_max: None };
+    let refused = KvBucket::open(&nats, &impossible).await;
     assert!(matches!(refused, Err(KvError::Refused(_))), "{refused:?}");
 }
 
@@ -254,8 +254,8 @@ async fn a_bucket_is_away_as_long_as_nats_is() {
 async fn who_watches_hears_of_a_row_that_has_become_too_old() {
     let server = Server::start();
     let nats = server.connect().await;
-    let short = BucketSettings { age_max: Some(Duration::from_secs(1)), ..settings() };
-    let bucket = soon(Bucket::open(&nats, &short)).await.expect("opens");
+    let short = KvBucketSettings { age_max: Some(Duration::from_secs(1)), ..settings() };
+    let bucket = soon(KvBucket::open(&nats, &short)).await.expect("opens");
     let mut watch = bucket.watch();
     Copy::of(&mut watch).await;
     bucket.put_all(&[put("a", "1")], None).await.expect("written");

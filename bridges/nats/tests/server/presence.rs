@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::common::{SOON, Server, soon};
 use bytes::Bytes;
 use headgate_bridge_nats::Presence;
-use headgate_bridge_nats::presence::{Reply, SILENCE_MAX};
+use headgate_bridge_nats::presence::{NodeReply, PRESENCE_SILENCE_MAX};
 
 async fn node(server: &Server, id: &str) -> Presence {
     let nats = server.connect().await;
@@ -40,10 +40,10 @@ async fn nodes_know_each_other_at_once_and_who_leaves_is_gone() {
     c.leave().await;
     knows(&a, &["b"]).await;
     assert!(started.elapsed() < Duration::from_millis(800));
-    // Dropped without a word, as by a kill.
+    // Dropped without a goodbye, as by a kill.
     drop(b);
     knows(&a, &[]).await;
-    assert!(started.elapsed() < SILENCE_MAX + Duration::from_secs(2));
+    assert!(started.elapsed() < PRESENCE_SILENCE_MAX + Duration::from_secs(2));
 }
 
 #[tokio::test]
@@ -69,20 +69,20 @@ async fn every_other_node_is_asked_and_waited_for_as_long_as_it_is_there() {
         replies.sort_by(|one, other| one.0.cmp(&other.0));
         (replies.into_iter().map(|(_, reply)| reply).collect::<Vec<_>>(), a)
     };
-    let answer = |text: &'static str| Reply::Answer(Bytes::from_static(text.as_bytes()));
+    let answer = |text: &'static str| NodeReply::Answer(Bytes::from_static(text.as_bytes()));
     let (replies, a) = ask(SOON).await;
     assert_eq!(replies, [answer("b hello"), answer("c hello")]);
-    // One that listens to nothing, and is there.
+    // A node that is alive and answers nothing.
     let d = node(&server, "d").await;
     knows(&a, &["b", "c", "d"]).await;
     let replies = soon(a.ask_all("test.ask", Bytes::new(), Duration::from_secs(1))).await;
-    assert!(replies.contains(&("d".to_owned(), Reply::Silent)), "{replies:?}");
+    assert!(replies.contains(&("d".to_owned(), NodeReply::Silent)), "{replies:?}");
     // It is gone before the time is over.
     let started = Instant::now();
     let (replies, ()) = tokio::join!(soon(a.ask_all("test.ask", Bytes::new(), SOON)), d.leave());
-    assert!(replies.contains(&("d".to_owned(), Reply::Gone)), "{replies:?}");
-    assert!(started.elapsed() < SILENCE_MAX);
-    // Whoever has lost NATS has lost everybody.
+    assert!(replies.contains(&("d".to_owned(), NodeReply::Gone)), "{replies:?}");
+    assert!(started.elapsed() < PRESENCE_SILENCE_MAX);
+    // A node that has lost NATS has lost all others.
     server.kill();
     knows(&a, &[]).await;
     server.restart();

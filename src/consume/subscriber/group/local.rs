@@ -1,77 +1,78 @@
-//! Groups of this gateway, which keeps their places in the log itself.
+//! Groups on this gateway, which keeps their places in the log itself.
 //!
-//! A group has one place in the log. A member that has room takes a few of the records that come
-//! next; those who wait for some take turns. What a member took and did not acknowledge before
-//! its connection ended is given to another.
+//! A group has one place in the log. A member that has room takes a few of the next records; members that
+//! wait take turns. Records that a member took and did not acknowledge before its connection ended go to
+//! another.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker, ready};
 
 use tokio::task::JoinHandle;
 
-use super::super::feed::{Feed, Matched, Next, fetch};
+use super::super::feed::{FeedItem, MatchedRecords, SubscriberFeed, fetch_records};
 use super::super::router::Router;
-use super::{GroupKey, Share};
+use super::{ShareDelivery, ShareGroupKey};
 use crate::limits::REFETCH_RECORDS;
-use crate::log::{Batch, Log, Place, ReadError};
+use crate::log::{Batch, Log, LogReadError, RecordPlace};
 use crate::message::Offset;
 
-/// The groups that there are.
-pub struct Groups {
+/// The groups on this gateway.
+pub struct LocalShareGroups {
     router: Router,
     log: Arc<dyn Log>,
-    groups: Mutex<HashMap<GroupKey, Entry>>,
+    groups: Mutex<HashMap<ShareGroupKey, LocalShareGroupEntry>>,
     /// The next member's number.
     member: AtomicU64,
 }
 
-struct Entry {
-    group: Arc<Group>,
+struct LocalShareGroupEntry {
+    group: Arc<LocalShareGroup>,
     /// The sessions that have the subscription, connected or not.
     sessions: HashSet<u64>,
 }
 
 /// One group.
-struct Group {
+struct LocalShareGroup {
     log: Arc<dyn Log>,
-    state: Mutex<State>,
-    turns: Arc<Turns>,
+    state: Mutex<LocalShareGroupState>,
+    turns: Arc<MemberTurns>,
 }
 
-struct State {
-    feed: Feed,
-    current: Option<Matched>,
-    /// Taken and not acknowledged, with the member that took it.
+struct LocalShareGroupState {
+    feed: SubscriberFeed,
+    current: Option<MatchedRecords>,
+    /// Records that are taken and not acknowledged, with the member that took them.
     outstanding: BTreeMap<Offset, u64>,
-    /// Taken by members that are gone.
+    /// Records taken by members that have left.
     returned: BTreeSet<Offset>,
-    /// Those of them that were read again.
-    fetched: VecDeque<(Batch, Place)>,
-    fetching: Option<JoinHandle<Fetched>>,
+    /// Those of them that were read from the log again.
+    fetched: VecDeque<(Batch, RecordPlace)>,
+    fetching: Option<JoinHandle<RefetchResult>>,
     members: usize,
 }
 
-/// What was asked for, and what was found.
-type Fetched = (Vec<Offset>, Result<Vec<Option<(Batch, Place)>>, ReadError>);
+/// The offsets that were read again, and the result.
+type RefetchResult = (Vec<Offset>, Result<Vec<Option<(Batch, RecordPlace)>>, LogReadError>);
 
-/// The members that wait for records, in the order in which they began to.
+/// The members that wait for records, in the order in which they began to wait.
 #[derive(Default)]
-struct Turns(Mutex<Waiting>);
+struct MemberTurns(Mutex<WaitingMembers>);
 
 #[derive(Default)]
-struct Waiting {
+struct WaitingMembers {
     members: VecDeque<(u64, Waker)>,
-    /// Somebody was told that there is something, and has not come for it.
+    /// A member was woken and has not polled yet.
     told: bool,
 }
 
-impl Turns {
-    fn locked(&self) -> MutexGuard<'_, Waiting> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl MemberTurns {
+    fn locked(&self) -> MutexGuard<'_, WaitingMembers> {
+        self.0.lock()
     }
 
     fn wait(&self, member: u64, waker: &Waker) {
@@ -82,14 +83,14 @@ impl Turns {
         }
     }
 
-    fn came(&self, member: u64) {
+    fn stop_waiting(&self, member: u64) {
         let mut waiting = self.locked();
         waiting.told = false;
         waiting.members.retain(|(waiting, _)| *waiting != member);
     }
 
-    /// Tells the next one.
-    fn next(&self) {
+    /// Wakes the next member.
+    fn wake_next(&self) {
         let mut waiting = self.locked();
         let next = waiting.members.pop_front();
         waiting.told = next.is_some();
@@ -99,31 +100,30 @@ impl Turns {
         }
     }
 
-    /// Tells the next one if the one that was told does not come.
-    fn pass(&self) {
+    /// Wakes the next member in place of one that was woken and takes nothing.
+    fn pass_turn(&self) {
         if self.locked().told {
-            self.next();
+            self.wake_next();
         }
     }
 }
 
-impl Wake for Turns {
+impl Wake for MemberTurns {
     fn wake(self: Arc<Self>) {
-        self.next();
+        self.wake_next();
     }
 }
 
-impl Groups {
-    /// None, yet.
+impl LocalShareGroups {
+    /// No groups yet.
     pub fn new(router: Router, log: Arc<dyn Log>) -> Self {
         Self { router, log, groups: Mutex::default(), member: AtomicU64::new(1) }
     }
 
-    /// Says that `session` has the group's subscription. The first one makes the group: at `from`, or at
-    /// the end of the log. Returns where the group is; `None` if it is to begin at `from` and has
-    /// begun elsewhere.
-    pub fn join(&self, key: &GroupKey, session: u64, from: Option<Offset>) -> Option<Offset> {
-        let routed = self.router.routed();
+    /// Adds `session` to a group. The first session creates the group, at `from` or at the end of the log.
+    /// Returns the group's offset; `None` if `from` is given and the group exists already.
+    pub fn join(&self, key: &ShareGroupKey, session: u64, from: Option<Offset>) -> Option<Offset> {
+        let routed = self.router.routed_offset();
         let mut groups = self.locked();
         if from.is_some() && groups.contains_key(key) {
             return None;
@@ -131,45 +131,49 @@ impl Groups {
         let entry = groups.entry(key.clone()).or_insert_with(|| {
             let (datasource, _, filter) = key;
             let begin = from.unwrap_or_else(|| self.log.next_offset());
-            let mut feed = Feed::new(self.router.clone(), self.log.clone(), datasource, begin);
-            feed.set(0, filter, from);
-            Entry { group: Arc::new(Group::new(self.log.clone(), feed)), sessions: HashSet::new() }
+            let mut feed = SubscriberFeed::new(self.router.clone(), self.log.clone(), datasource, begin);
+            feed.set_filter(0, filter, from);
+            LocalShareGroupEntry {
+                group: Arc::new(LocalShareGroup::new(self.log.clone(), feed)),
+                sessions: HashSet::new(),
+            }
         });
         entry.sessions.insert(session);
         let cursor = entry.group.state().cursor(routed);
         Some(cursor)
     }
 
-    /// Says that `session` no longer has it. Returns whether the group is gone with it.
-    pub fn leave(&self, key: &GroupKey, session: u64) -> bool {
+    /// Removes `session` from a group. Returns whether the group has ended with it.
+    pub fn leave(&self, key: &ShareGroupKey, session: u64) -> bool {
         let mut groups = self.locked();
         let Some(entry) = groups.get_mut(key) else { return false };
         entry.sessions.remove(&session);
         entry.sessions.is_empty() && groups.remove(key).is_some()
     }
 
-    /// A connected member of a group that was joined.
-    pub fn member(&self, key: &GroupKey) -> Option<Member> {
+    /// Connects a member to a group that its session has joined.
+    pub fn member(&self, key: &ShareGroupKey) -> Option<LocalShareMember> {
         let group = self.locked().get(key)?.group.clone();
         group.state().members += 1;
-        Some(Member { group, id: self.member.fetch_add(1, Ordering::Relaxed) })
+        Some(LocalShareMember { group, id: self.member.fetch_add(1, Ordering::Relaxed) })
     }
 
-    /// Per group the first record that is not dealt with. `routed` is how far the router was before.
-    pub fn cursors(&self, routed: Offset) -> Vec<(GroupKey, Offset)> {
+    /// For each group the first record that is not dealt with. `routed` is the router's offset from before
+    /// this call.
+    pub fn cursors(&self, routed: Offset) -> Vec<(ShareGroupKey, Offset)> {
         let groups: Vec<_> =
             self.locked().iter().map(|(key, entry)| (key.clone(), entry.group.clone())).collect();
         groups.into_iter().map(|(key, group)| (key, group.state().cursor(routed))).collect()
     }
 
-    fn locked(&self) -> MutexGuard<'_, HashMap<GroupKey, Entry>> {
-        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locked(&self) -> MutexGuard<'_, HashMap<ShareGroupKey, LocalShareGroupEntry>> {
+        self.groups.lock()
     }
 }
 
-impl Group {
-    fn new(log: Arc<dyn Log>, feed: Feed) -> Self {
-        let state = State {
+impl LocalShareGroup {
+    fn new(log: Arc<dyn Log>, feed: SubscriberFeed) -> Self {
+        let state = LocalShareGroupState {
             feed,
             current: None,
             outstanding: BTreeMap::new(),
@@ -181,18 +185,18 @@ impl Group {
         Self { log, state: Mutex::new(state), turns: Arc::default() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, LocalShareGroupState> {
+        self.state.lock()
     }
 }
 
-impl State {
-    /// What members that are gone had taken, as soon as it was read again.
+impl LocalShareGroupState {
+    /// The next record that a departed member had taken, once it is read from the log again.
     fn poll_returned(
         &mut self,
         log: &Arc<dyn Log>,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<Option<Share>, ReadError>> {
+    ) -> Poll<Result<Option<ShareDelivery>, LogReadError>> {
         if self.fetched.is_empty() && self.fetching.is_none() {
             let offsets: Vec<Offset> = self.returned.iter().copied().take(REFETCH_RECORDS).collect();
             if offsets.is_empty() {
@@ -200,30 +204,30 @@ impl State {
             }
             let log = log.clone();
             self.fetching = Some(tokio::task::spawn_blocking(move || {
-                let found = fetch(&*log, &offsets);
+                let found = fetch_records(&*log, &offsets);
                 (offsets, found)
             }));
         }
         if let Some(fetching) = &mut self.fetching {
             let done = ready!(Pin::new(fetching).poll(cx));
             self.fetching = None;
-            let (asked, found) = done.map_err(|ended| ReadError::Io(ended.to_string().into()))?;
+            let (asked, found) = done.map_err(|ended| LogReadError::Io(ended.to_string().into()))?;
             let mut gone = 0;
             for (offset, found) in asked.into_iter().zip(found?) {
                 self.fetched.extend(found.or_else(|| {
-                    // What is not in the log any more cannot be given to anybody.
+                    // Retention has removed it, so that no member can have it.
                     self.returned.remove(&offset);
                     gone += 1;
                     None
                 }));
             }
             if gone > 0 {
-                return Poll::Ready(Ok(Some(Share::Skipped(gone))));
+                return Poll::Ready(Ok(Some(ShareDelivery::Skipped(gone))));
             }
         }
         Poll::Ready(Ok(self.fetched.pop_front().map(|(batch, place)| {
             self.returned.remove(&place.offset);
-            Share::Records(batch, vec![place])
+            ShareDelivery::Records(batch, vec![place])
         })))
     }
 
@@ -232,18 +236,18 @@ impl State {
         log: &Arc<dyn Log>,
         max: usize,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<Share, ReadError>> {
+    ) -> Poll<Result<ShareDelivery, LogReadError>> {
         if let Some(share) = ready!(self.poll_returned(log, cx))? {
             return Poll::Ready(Ok(share));
         }
         let matched = match &mut self.current {
             Some(matched) => matched,
             none => match ready!(self.feed.poll_next(cx))? {
-                Next::Skipped(records) => return Poll::Ready(Ok(Share::Skipped(records))),
-                Next::Matched(matched) => none.insert(matched),
+                FeedItem::Skipped(records) => return Poll::Ready(Ok(ShareDelivery::Skipped(records))),
+                FeedItem::Matched(matched) => none.insert(matched),
             },
         };
-        let fair = matched.left().div_ceil(self.members.max(1));
+        let fair = matched.remaining().div_ceil(self.members.max(1));
         let batch = matched.batch().clone();
         let mut places = Vec::with_capacity(fair.min(max));
         while places.len() < fair.min(max).max(1)
@@ -252,10 +256,10 @@ impl State {
             places.push(hit.place);
             matched.advance();
         }
-        if matched.left() == 0 {
+        if matched.remaining() == 0 {
             self.current = None;
         }
-        Poll::Ready(Ok(Share::Records(batch, places)))
+        Poll::Ready(Ok(ShareDelivery::Records(batch, places)))
     }
 
     /// The first record that is not dealt with.
@@ -263,7 +267,7 @@ impl State {
         let next = self.current.as_ref().and_then(|matched| matched.peek()).map(|hit| hit.place.offset);
         let low = [self.outstanding.keys().next().copied(), self.returned.first().copied(), next];
         let mailbox = self.feed.mailbox();
-        mailbox.progress(self.feed.position(), true);
+        mailbox.set_progress(self.feed.position(), true);
         low.into_iter().flatten().fold(mailbox.cursor(routed), Offset::min)
     }
 
@@ -273,43 +277,43 @@ impl State {
 }
 
 /// A connected member. Leaves when it is dropped.
-pub struct Member {
-    group: Arc<Group>,
+pub struct LocalShareMember {
+    group: Arc<LocalShareGroup>,
     id: u64,
 }
 
-impl Member {
-    /// Up to `max` of the records that come next. They are this member's until it has
-    /// [acknowledged](Member::acknowledge) each.
+impl LocalShareMember {
+    /// Takes up to `max` of the next records. Each is this member's until it has
+    /// [acknowledged](LocalShareMember::acknowledge) it.
     ///
     /// # Errors
-    /// [`ReadError`], as [`Feed::poll_next`].
-    pub fn poll_take(&self, max: usize, cx: &mut Context<'_>) -> Poll<Result<Share, ReadError>> {
-        let Group { log, turns, .. } = &*self.group;
+    /// [`LogReadError`], as [`SubscriberFeed::poll_next`].
+    pub fn poll_take(&self, max: usize, cx: &mut Context<'_>) -> Poll<Result<ShareDelivery, LogReadError>> {
+        let LocalShareGroup { log, turns, .. } = &*self.group;
         let mut state = self.group.state();
-        turns.came(self.id);
-        // Before the look, so that nothing that comes between is missed.
+        turns.stop_waiting(self.id);
+        // Before polling, so that a wake-up in between is not missed.
         turns.wait(self.id, cx.waker());
         let waker = Waker::from(turns.clone());
         let taken = ready!(state.poll_take(log, max, &mut Context::from_waker(&waker)));
-        turns.came(self.id);
-        if let Ok(Share::Records(_, places)) = &taken {
+        turns.stop_waiting(self.id);
+        if let Ok(ShareDelivery::Records(_, places)) = &taken {
             state.outstanding.extend(places.iter().map(|place| (place.offset, self.id)));
         }
         let more = state.has_more();
         drop(state);
         if more {
-            turns.next();
+            turns.wake_next();
         }
         Poll::Ready(taken)
     }
 
-    /// This one has no room now: whoever else waits may take its turn.
-    pub fn pass(&self) {
-        self.group.turns.pass();
+    /// Passes the turn on: this member has no room now.
+    pub fn pass_turn(&self) {
+        self.group.turns.pass_turn();
     }
 
-    /// A record that was taken is dealt with.
+    /// Marks a record that was taken as dealt with.
     pub fn acknowledge(&self, offset: Offset) {
         let mut state = self.group.state();
         if state.outstanding.get(&offset) == Some(&self.id) {
@@ -318,14 +322,14 @@ impl Member {
     }
 }
 
-impl Drop for Member {
+impl Drop for LocalShareMember {
     fn drop(&mut self) {
         let mut state = self.group.state();
         state.members -= 1;
-        let State { outstanding, returned, .. } = &mut *state;
+        let LocalShareGroupState { outstanding, returned, .. } = &mut *state;
         returned.extend(outstanding.extract_if(.., |_, member| *member == self.id).map(|(offset, _)| offset));
         drop(state);
-        self.group.turns.came(self.id);
-        self.group.turns.next();
+        self.group.turns.stop_waiting(self.id);
+        self.group.turns.wake_next();
     }
 }

@@ -1,84 +1,84 @@
 //! The thread that follows the log into `retained.db`.
 //!
-//! Most of what it reads is not to be retained, and then it only notes in memory how far it has got;
-//! that is written once a second, and at the end. What is to be retained goes into a transaction
-//! at once if there was none for a while, and otherwise waits for its turn, so that a fleet that
-//! retains everything costs a part of the time and no more, and each topic is written once per turn.
-//! Somebody who waits for an offset does not wait for a turn. How the thread lives is in
-//! `consume/follower.rs`.
+//! Most records are not to be retained. For those it moves the cursor in memory only, and writes the
+//! cursor once a second and at the end. A message to be retained is written at once if there was no
+//! transaction for a while, and otherwise waits for the next, so that a fleet that retains everything
+//! costs a bounded part of the time and each topic is written once per transaction. A caller that waits
+//! for an offset makes the thread write at once. `consume/follower.rs` runs the thread.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tracing::warn;
 
-use super::table::Table;
-use crate::consume::follower::{Consumer, Control, Next, Words};
+use super::table::RetainedTable;
+use crate::consume::follower::{Consumer, FollowerControl, FollowerProfile, NextRound};
 use crate::consume::subscriber::DatabaseError;
-use crate::log::{Batch, Log, ReadError};
+use crate::log::{Batch, Log, LogReadError};
 use crate::message::{Offset, RecordFlags, RecordRef};
 
-/// What one transaction takes from the log, about.
-const READ_BYTES: usize = 8 << 20;
-/// From the beginning of one transaction to that of the next, unless much waits: the least time, and
-/// the most that a large one is made to wait for.
-const PACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// One part in so many of the time may go to transactions.
-const PACE_SHARE: u32 = 5;
-/// The least time from one look at the log to the next, unless much waits.
-const LOOK_PACE: Duration = Duration::from_millis(10);
-/// How often the cursor is written and synced while there are records, so that the log may forget
-/// what is below it: as often as storage does, for the log waits for the slower of them.
-const SYNC_EVERY: Duration = Duration::from_secs(1);
+/// About how much of the log one transaction takes.
+const RETAINED_READ_BYTES: usize = 8 << 20;
+/// The least time between the starts of two transactions, and the most that a long one delays the next,
+/// unless much waits in the log.
+const RETAINED_PACE_RANGE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Transactions may take one part in this many of the time.
+const RETAINED_PACE_DIVISOR: u32 = 5;
+/// The least time between two reads of the log, unless much waits in it.
+const RETAINED_LOOK_INTERVAL_MIN: Duration = Duration::from_millis(10);
+/// How often the cursor is written and synced while records arrive, so that the log may remove what is
+/// below it. As often as storage does, because the log waits for the slower of the two.
+const RETAINED_SYNC_INTERVAL: Duration = Duration::from_secs(1);
 
-const WORDS: Words = Words {
+const RETAINED_PROFILE: FollowerProfile = FollowerProfile {
     name: "retained",
     down: "retained messages are not up to date",
-    up: "retained messages are kept again",
-    late: "retained messages have not ended by their deadline; the log has the rest",
+    up: "retained messages are kept up to date again",
+    late: "retained messages did not finish by their deadline; the log has the rest",
     patient: true,
 };
 
 /// What the thread and those who ask about it share.
-pub(super) struct Shared {
-    progress: watch::Sender<Progress>,
-    /// Is told what is durable. Here, because what it holds back is to be held back also when the
-    /// thread has ended.
+pub(super) struct RetainedFollowerState {
+    progress: watch::Sender<RetainedProgress>,
+    /// Called with the offset that is durable. It is here, not in the thread, because its hold on the log
+    /// must outlast the thread.
     consumed: Mutex<Box<dyn Fn(Offset) + Send>>,
-    control: Arc<Control>,
+    control: Arc<FollowerControl>,
 }
 
-/// How far the thread has got, and what there is then.
+/// The thread's cursor, and the state of the table at that cursor.
 #[derive(Clone, Copy)]
-struct Progress {
+struct RetainedProgress {
     cursor: Offset,
     empty: bool,
-    /// The rules about leaked keys that this is in accordance with.
+    /// The version of the rules about leaked keys that the table follows.
     withheld_version: u64,
 }
 
-impl Progress {
-    fn of(table: &Table) -> Self {
+impl RetainedProgress {
+    fn from_table(table: &RetainedTable) -> Self {
         Self { cursor: table.cursor(), empty: table.is_empty(), withheld_version: table.withheld_version() }
     }
 }
 
-impl Shared {
-    /// Of a thread that begins where `table` is.
-    pub(super) fn new(table: &Table, consumed: Box<dyn Fn(Offset) + Send>) -> Self {
-        let progress = Progress::of(table);
+impl RetainedFollowerState {
+    /// For a thread that begins at the cursor of `table`.
+    pub(super) fn new(table: &RetainedTable, consumed: Box<dyn Fn(Offset) + Send>) -> Self {
+        let progress = RetainedProgress::from_table(table);
         Self {
             progress: watch::Sender::new(progress),
             consumed: Mutex::new(consumed),
-            control: Control::new(&WORDS),
+            control: FollowerControl::new(&RETAINED_PROFILE),
         }
     }
 
-    /// The thread's.
-    pub(super) fn control(&self) -> &Arc<Control> {
+    /// The control of the thread.
+    pub(super) fn control(&self) -> &Arc<FollowerControl> {
         &self.control
     }
 
@@ -93,78 +93,78 @@ impl Shared {
     }
 
     /// Returns once the cursor is at `offset` or beyond.
-    pub(super) async fn caught_up(&self, offset: Offset) {
+    pub(super) async fn wait_caught_up(&self, offset: Offset) {
         if self.cursor() >= offset {
             return;
         }
-        self.control.want(offset);
+        self.control.request_offset(offset);
         // The sender is in `self`, so that waiting does not fail.
         let _ = self.progress.subscribe().wait_for(|progress| progress.cursor >= offset).await;
     }
 
-    /// Returns once the rules about leaked keys are followed that make this version.
-    pub(super) async fn reconciled(&self, version: u64) {
+    /// Returns once the table follows this version of the rules about leaked keys.
+    pub(super) async fn wait_reconciled(&self, version: u64) {
         let _ = self.progress.subscribe().wait_for(|progress| progress.withheld_version >= version).await;
     }
 }
 
 /// The thread.
-pub(super) struct Follower {
+pub(super) struct RetainedFollower {
     path: PathBuf,
-    /// Absent after an error that leaves its state in doubt.
-    table: Option<Table>,
+    /// `None` after an error that leaves its state in doubt.
+    table: Option<RetainedTable>,
     log: Arc<dyn Log>,
-    shared: Arc<Shared>,
+    shared: Arc<RetainedFollowerState>,
     synced_at: Option<Instant>,
-    /// What `Shared::consumed` was told.
+    /// The offset with which `RetainedFollowerState::consumed` was last called.
     durable: Option<Offset>,
 }
 
 /// What a round has done.
-enum Round {
+enum RetainedRound {
     AtTail,
     /// There is much more.
     Behind,
     /// Nearly all was read, and nothing had to be written.
-    Looked,
+    OnlyRead,
     /// Nearly all was read and written.
     Wrote,
 }
 
-/// Why a round of the thread brought nothing.
+/// Why a round of the thread failed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Trouble {
+pub(super) enum RetainedRoundError {
     #[error(transparent)]
     Database(#[from] DatabaseError),
     #[error(transparent)]
-    Log(#[from] ReadError),
+    Log(#[from] LogReadError),
     #[error("the log has records from {0} on and gives none")]
-    Nothing(Offset),
+    NoRecords(Offset),
 }
 
 fn is_retained(record: &RecordRef<'_>) -> bool {
     record.flags.contains(RecordFlags::RETAIN)
 }
 
-impl Consumer for Follower {
-    type Trouble = Trouble;
+impl Consumer for RetainedFollower {
+    type RoundError = RetainedRoundError;
 
-    fn round(&mut self) -> Result<Next, Trouble> {
+    fn round(&mut self) -> Result<NextRound, RetainedRoundError> {
         let begun = Instant::now();
         let round = self.consume();
-        if let Err(Trouble::Database(error)) = &round
-            && !error.leaves_all_as_it_was()
+        if let Err(RetainedRoundError::Database(error)) = &round
+            && !error.is_clean_rollback()
         {
             self.table = None;
         }
         let took = begun.elapsed();
         Ok(match round? {
-            Round::AtTail => Next::AtTail,
-            Round::Behind => Next::Again,
-            Round::Looked => Next::Turn(LOOK_PACE.saturating_sub(took)),
-            Round::Wrote => {
-                let pace = (took * PACE_SHARE).clamp(PACE.0, PACE.1);
-                Next::Turn(pace.saturating_sub(took))
+            RetainedRound::AtTail => NextRound::AtTail,
+            RetainedRound::Behind => NextRound::Again,
+            RetainedRound::OnlyRead => NextRound::After(RETAINED_LOOK_INTERVAL_MIN.saturating_sub(took)),
+            RetainedRound::Wrote => {
+                let pace = (took * RETAINED_PACE_DIVISOR).clamp(RETAINED_PACE_RANGE.0, RETAINED_PACE_RANGE.1);
+                NextRound::After(pace.saturating_sub(took))
             }
         })
     }
@@ -173,7 +173,7 @@ impl Consumer for Follower {
         self.shared.cursor()
     }
 
-    /// Leaves the cursor where it has got to, and everything in the one file if nobody reads it.
+    /// Writes the cursor, and copies the write-ahead log into the one file if nobody else reads it.
     fn end(mut self) {
         let cursor = self.shared.cursor();
         if self.durable != Some(cursor)
@@ -187,35 +187,40 @@ impl Consumer for Follower {
     }
 }
 
-impl Follower {
-    /// A thread to be that goes on where `table` is.
-    pub(super) fn new(path: PathBuf, table: Table, log: Arc<dyn Log>, shared: Arc<Shared>) -> Self {
+impl RetainedFollower {
+    /// A thread, not started yet, that continues at the cursor of `table`.
+    pub(super) fn new(
+        path: PathBuf,
+        table: RetainedTable,
+        log: Arc<dyn Log>,
+        shared: Arc<RetainedFollowerState>,
+    ) -> Self {
         Self { path, table: Some(table), log, shared, synced_at: None, durable: None }
     }
 
-    /// Consumes what the log has behind the cursor, as much as goes in one transaction.
-    fn consume(&mut self) -> Result<Round, Trouble> {
+    /// Consumes the next records of the log, as many as one transaction takes.
+    fn consume(&mut self) -> Result<RetainedRound, RetainedRoundError> {
         let withheld = self.log.withheld();
         if self.shared.progress.borrow().withheld_version < withheld.version() {
             self.rewind()?;
-            return Ok(Round::Behind);
+            return Ok(RetainedRound::Behind);
         }
         let left_out = withheld.now();
         let cursor = self.shared.cursor();
-        let sync = self.synced_at.is_none_or(|at| at.elapsed() >= SYNC_EVERY);
+        let sync = self.synced_at.is_none_or(|at| at.elapsed() >= RETAINED_SYNC_INTERVAL);
         let first = self.log.first_offset();
         if cursor < first {
-            self.pass_over(cursor, first)?;
+            self.skip_removed(cursor, first)?;
         } else if cursor < self.log.next_offset() {
-            let batches = match self.log.read(cursor, READ_BYTES) {
-                // Just now.
-                Err(ReadError::Removed { first, .. }) if first > cursor => {
-                    self.pass_over(cursor, first)?;
-                    return Ok(Round::Behind);
+            let batches = match self.log.read(cursor, RETAINED_READ_BYTES) {
+                // Retention removed it just now.
+                Err(LogReadError::Removed { first, .. }) if first > cursor => {
+                    self.skip_removed(cursor, first)?;
+                    return Ok(RetainedRound::Behind);
                 }
                 batches => batches?,
             };
-            let Some(last) = batches.last() else { return Err(Trouble::Nothing(cursor)) };
+            let Some(last) = batches.last() else { return Err(RetainedRoundError::NoRecords(cursor)) };
             let mut newest = HashMap::new();
             for batch in batches.iter().filter(|batch| batch.has_retained()) {
                 for record in batch.records().filter(|record| {
@@ -232,34 +237,36 @@ impl Follower {
             }
             let bytes: usize = batches.iter().map(Batch::weight).sum();
             return Ok(match written {
-                _ if bytes >= READ_BYTES / 2 => Round::Behind,
-                true => Round::Wrote,
-                false => Round::Looked,
+                _ if bytes >= RETAINED_READ_BYTES / 2 => RetainedRound::Behind,
+                true => RetainedRound::Wrote,
+                false => RetainedRound::OnlyRead,
             });
         } else if sync && self.durable != Some(cursor) {
             self.write(std::iter::empty(), cursor, true)?;
         } else {
-            return Ok(Round::AtTail);
+            return Ok(RetainedRound::AtTail);
         }
-        Ok(Round::Behind)
+        Ok(RetainedRound::Behind)
     }
 
-    /// Goes back to the beginning of the log, because what is left out has changed. Whoever waits for an
-    /// offset waits until the thread is there again.
+    /// Goes back to the beginning of the log, because the rules about what to leave out have changed. Those
+    /// who wait for an offset wait until the thread reaches it again.
     fn rewind(&mut self) -> Result<(), DatabaseError> {
         let withheld = self.log.withheld();
-        // In this order: what changes meanwhile comes again.
+        // The version first: a change that comes meanwhile is applied again by the next round.
         let version = withheld.version();
         let (left_out, first) = (withheld.now(), self.log.first_offset());
-        let table = open(&mut self.table, &self.path)?;
-        table.rewind(first, &left_out, version).map_err(|error| DatabaseError::of(&error, &self.path))?;
-        self.shared.progress.send_replace(Progress::of(table));
+        let table = open_or_reopen(&mut self.table, &self.path)?;
+        table
+            .rewind(first, &left_out, version)
+            .map_err(|error| DatabaseError::from_sqlite(&error, &self.path))?;
+        self.shared.progress.send_replace(RetainedProgress::from_table(table));
         self.durable = None;
         Ok(())
     }
 
-    /// Goes on at `to`, where the log begins.
-    fn pass_over(&mut self, from: Offset, to: Offset) -> Result<(), DatabaseError> {
+    /// Resumes at `to`, where the log begins.
+    fn skip_removed(&mut self, from: Offset, to: Offset) -> Result<(), DatabaseError> {
         self.write(std::iter::empty(), to, true)?;
         warn!(
             from,
@@ -270,28 +277,31 @@ impl Follower {
         Ok(())
     }
 
-    /// Writes `newest` and the cursor `next`, and lets everybody know.
+    /// Writes `newest` and the cursor `next`, and wakes those who wait for it.
     fn write<'a>(
         &mut self,
         newest: impl Iterator<Item = RecordRef<'a>>,
         next: Offset,
         sync: bool,
     ) -> Result<(), DatabaseError> {
-        let table = open(&mut self.table, &self.path)?;
-        table.write(newest, next, sync).map_err(|error| DatabaseError::of(&error, &self.path))?;
-        self.shared.progress.send_replace(Progress::of(table));
+        let table = open_or_reopen(&mut self.table, &self.path)?;
+        table.write(newest, next, sync).map_err(|error| DatabaseError::from_sqlite(&error, &self.path))?;
+        self.shared.progress.send_replace(RetainedProgress::from_table(table));
         if sync {
             self.synced_at = Some(Instant::now());
             self.durable = Some(next);
-            self.shared.consumed.lock().unwrap_or_else(PoisonError::into_inner)(next);
+            self.shared.consumed.lock()(next);
         }
         Ok(())
     }
 }
 
-fn open<'a>(table: &'a mut Option<Table>, path: &Path) -> Result<&'a mut Table, DatabaseError> {
+fn open_or_reopen<'a>(
+    table: &'a mut Option<RetainedTable>,
+    path: &Path,
+) -> Result<&'a mut RetainedTable, DatabaseError> {
     match table {
         Some(table) => Ok(table),
-        none => Ok(none.insert(Table::reopen(path)?)),
+        none => Ok(none.insert(RetainedTable::reopen(path)?)),
     }
 }

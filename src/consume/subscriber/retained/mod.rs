@@ -2,10 +2,10 @@
 //! with the retain flag, kept in `DIR/retained.db` for those who subscribe later. An empty payload
 //! with the flag takes the topic's message away.
 //!
-//! They are in the log like every other record, and this is a consumer of it: a thread follows the
-//! log (`follow.rs`) and keeps its cursor in the transaction that brings the messages (`table.rs`), so
-//! that after a kill at any moment each topic has the message that it would have had without.
-//! Subscribers ask for what matches their filter, a page at a time (`page.rs`).
+//! Retained messages are records in the log, and this is a consumer of it. A thread follows the log
+//! (`follow.rs`) and writes its cursor in the same transaction as the messages (`table.rs`), so that a
+//! kill at any moment changes no topic's message. Subscribers read what matches their filter, a page at a
+//! time (`page.rs`).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use self::follow::{Follower, Shared};
-use self::page::{Readers, Wanted};
-use self::table::{FILE_NAME, Table};
+use self::follow::{RetainedFollower, RetainedFollowerState};
+use self::page::{RetainedReaders, RetainedSelection};
+use self::table::{RETAINED_FILE_NAME, RetainedTable};
 use super::DatabaseError;
 use crate::filter::TopicFilter;
 use crate::limits::QUERIES_MAX;
@@ -28,15 +28,15 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-/// How long a page waits for what is before it in the log.
-const BEHIND_WAIT_MAX: Duration = Duration::from_secs(10);
+/// How long a page waits for the thread to consume what comes before it in the log.
+const RETAINED_WAIT_MAX: Duration = Duration::from_secs(10);
 
-/// A retained message: what the record of it has.
+/// A retained message, with the fields of its record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RetainedMessage {
     /// Its place in the log.
     pub offset: Offset,
-    /// Whose it is.
+    /// Its datasource.
     pub datasource: String,
     /// As the device wrote it, relative to its datasource.
     pub topic: String,
@@ -44,14 +44,14 @@ pub struct RetainedMessage {
     pub payload: Vec<u8>,
     /// The media type the client gave, or empty.
     pub content_type: String,
-    /// The other MQTT 5 properties, in their wire form without the length in front; or empty. Among
-    /// them may be an expiry, which is the reader's to heed.
+    /// The other MQTT 5 properties, in their wire form without the leading length; or empty. They may
+    /// include an expiry, which the reader has to apply.
     pub properties: Vec<u8>,
     /// The key that let it in.
     pub key_id: KeyId,
-    /// Which way it came.
+    /// The transport that it came by.
     pub transport: Transport,
-    /// Which client published it: a hash of it, or 0 if that is not known.
+    /// A hash of the client that published it, or 0 if that is not known.
     pub publisher: u64,
     /// When its last byte was read from the socket.
     pub received_at: TimeMicros,
@@ -60,7 +60,7 @@ pub struct RetainedMessage {
 }
 
 impl RetainedMessage {
-    /// The record that it was.
+    /// The message as a record.
     pub fn as_record(&self) -> RecordRef<'_> {
         RecordRef {
             offset: self.offset,
@@ -78,7 +78,7 @@ impl RetainedMessage {
         }
     }
 
-    /// What it takes in memory, in bytes, about.
+    /// About how many bytes it takes in memory.
     fn weight(&self) -> usize {
         self.datasource.len()
             + self.topic.len()
@@ -91,42 +91,40 @@ impl RetainedMessage {
 /// Retained messages that match a filter.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct RetainedPage {
-    /// In the order of datasource and topic. May be few or none although there is a next page.
+    /// Ordered by datasource and topic. May be few or none although there is a next page.
     pub messages: Vec<RetainedMessage>,
     /// Where the next page begins, if there may be one.
-    pub next: Option<RetainedAfter>,
+    pub next: Option<RetainedPageStart>,
 }
 
 /// A place between two pages.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RetainedAfter {
+pub struct RetainedPageStart {
     datasource: String,
-    /// The last topic that was looked at; empty before the first.
+    /// The last topic that was scanned; empty before the first.
     topic: String,
 }
 
 /// Why retained messages could not be kept or read.
 #[derive(Debug, thiserror::Error)]
 pub enum RetainedError {
-    /// The database.
+    /// The database could not be read or written.
     #[error("retained messages: {0}")]
     Database(#[from] DatabaseError),
-    /// The database is further than the log: the log has lost records, or is another one.
-    #[error(
-        "retained messages: {FILE_NAME} has what is below offset {consumed}, but the log ends at {log_end}"
-    )]
+    /// The database is ahead of the log: the log has lost records, or is another one.
+    #[error("retained messages: {RETAINED_FILE_NAME} is at offset {consumed}, but the log ends at {log_end}")]
     LogBehind {
         /// The first offset that was not consumed.
         consumed: Offset,
         /// The first offset that the log does not have.
         log_end: Offset,
     },
-    /// What was asked for was not consumed in time.
-    #[error("retained messages: got to offset {consumed} and not to {wanted} yet: {trouble}")]
+    /// The records before the page were not consumed in time.
+    #[error("retained messages: consumed up to offset {consumed}, not yet up to {wanted}: {trouble}")]
     Behind {
         /// The first offset that was not consumed.
         consumed: Offset,
-        /// What was asked for.
+        /// The offset that had to be reached.
         wanted: Offset,
         /// Why, if that is known.
         trouble: String,
@@ -136,24 +134,24 @@ pub enum RetainedError {
     Closed,
 }
 
-/// The running consumer, and the way to ask it. Cheap to clone; the thread ends after the last clone
-/// is gone, or with [`Retained::stop`].
+/// The running consumer, and the handle to query it. Cheap to clone; the thread ends after the last clone
+/// is dropped, or with [`RetainedStore::stop`].
 #[derive(Clone)]
-pub struct Retained {
-    handle: Arc<Handle>,
+pub struct RetainedStore {
+    handle: Arc<RetainedHandle>,
 }
 
-struct Handle {
-    shared: Arc<Shared>,
-    readers: Readers,
-    /// Pages at once; one more waits.
+struct RetainedHandle {
+    shared: Arc<RetainedFollowerState>,
+    readers: RetainedReaders,
+    /// Limits how many pages are read at once.
     permits: Arc<Semaphore>,
 }
 
-impl Retained {
+impl RetainedStore {
     /// Opens `dir/retained.db`, or makes it, and starts the thread that follows the log into it.
-    /// Whenever more is durable there, `consumed` is told the offset below which everything is: the
-    /// log need not keep that on this consumer's account. What `consumed` owns lives as long as this.
+    /// Whenever more is durable, `consumed` is called with the offset below which everything is: the log
+    /// need not keep that for this consumer. What `consumed` owns lives as long as this.
     ///
     /// # Errors
     /// [`RetainedError::Database`] and [`RetainedError::LogBehind`].
@@ -162,30 +160,29 @@ impl Retained {
         log: Arc<dyn Log>,
         consumed: impl Fn(Offset) + Send + 'static,
     ) -> Result<Self, RetainedError> {
-        let path = dir.join(FILE_NAME);
-        let table = Table::open(&path)?;
+        let path = dir.join(RETAINED_FILE_NAME);
+        let table = RetainedTable::open(&path)?;
         let (cursor, log_end) = (table.cursor(), log.next_offset());
         if cursor > log_end {
             return Err(RetainedError::LogBehind { consumed: cursor, log_end });
         }
-        let shared = Arc::new(Shared::new(&table, Box::new(consumed)));
-        let follower = Follower::new(path.clone(), table, log.clone(), shared.clone());
+        let shared = Arc::new(RetainedFollowerState::new(&table, Box::new(consumed)));
+        let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
         shared.control().start(follower, log).map_err(|error| DatabaseError::Failed {
             path: path.clone(),
             detail: format!("no thread for it: {error}").into(),
         })?;
         let permits = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok(Self { handle: Arc::new(Handle { shared, readers: Readers::new(path), permits }) })
+        Ok(Self { handle: Arc::new(RetainedHandle { shared, readers: RetainedReaders::new(path), permits }) })
     }
 
-    /// The retained messages that match, in the order of datasource and topic, those with an offset
-    /// below `below` only: of a topic whose newest message is at `below` or behind, none, because
-    /// who reads the log from there is given that one. Waits first until everything below `below`
-    /// has been consumed.
+    /// One page of the matching retained messages, ordered by datasource and topic. Only messages with an
+    /// offset below `below` are included: whoever reads the log from `below` on gets the newer ones there.
+    /// Waits first until everything below `below` is consumed.
     ///
-    /// With a `datasource`, `filter` is over its topics. Without one (or with `*`), over all, and
-    /// the datasource is the first level. A page ends after about `bytes_max`, or when very many
-    /// topics were looked at for it; `after` is the `next` of the page before.
+    /// With a `datasource`, `filter` applies to its topics. Without one (or with `*`) it applies to all
+    /// topics, with the datasource as the first level. A page ends after about `bytes_max`, or when very
+    /// many topics were scanned for it; `after` is the `next` of the page before.
     ///
     /// # Errors
     /// [`RetainedError::Behind`] if the wait takes more than ten seconds, [`RetainedError::Database`],
@@ -195,10 +192,10 @@ impl Retained {
         datasource: Option<&DatasourceId>,
         filter: &TopicFilter,
         below: Offset,
-        after: Option<RetainedAfter>,
+        after: Option<RetainedPageStart>,
         bytes_max: usize,
     ) -> Result<RetainedPage, RetainedError> {
-        if tokio::time::timeout(BEHIND_WAIT_MAX, self.caught_up(below)).await.is_err() {
+        if tokio::time::timeout(RETAINED_WAIT_MAX, self.wait_caught_up(below)).await.is_err() {
             let trouble = self.trouble().unwrap_or_else(|| "there is much to read".to_owned());
             return Err(RetainedError::Behind {
                 consumed: self.handle.shared.cursor(),
@@ -206,7 +203,7 @@ impl Retained {
                 trouble,
             });
         }
-        let wanted = match Wanted::new(datasource, filter) {
+        let wanted = match RetainedSelection::new(datasource, filter) {
             Some(wanted) if !self.is_empty() => wanted,
             _ => return Ok(RetainedPage::default()),
         };
@@ -219,37 +216,37 @@ impl Retained {
         Ok(page.await.map_err(|_| RetainedError::Closed)??)
     }
 
-    /// Returns once everything below `offset` has been consumed. Never, if the thread ends before.
-    pub async fn caught_up(&self, offset: Offset) {
-        self.handle.shared.caught_up(offset).await;
+    /// Returns once everything below `offset` is consumed; never, if the thread ends first.
+    pub async fn wait_caught_up(&self, offset: Offset) {
+        self.handle.shared.wait_caught_up(offset).await;
     }
 
-    /// Returns once nothing is handed out that the rules about leaked keys, as of this version, withhold.
-    /// Never, if the thread ends before.
-    pub async fn reconciled(&self, version: u64) {
-        self.handle.shared.reconciled(version).await;
+    /// Returns once this version of the rules about leaked keys is applied to what is handed out; never, if
+    /// the thread ends first.
+    pub async fn wait_reconciled(&self, version: u64) {
+        self.handle.shared.wait_reconciled(version).await;
     }
 
-    /// Whether nothing is retained, as of what has been consumed: after [`Retained::caught_up`] it is
-    /// exact for everything below. Costs next to nothing.
+    /// Whether nothing is retained of what is consumed so far. After [`RetainedStore::wait_caught_up`] the answer is
+    /// exact for everything below that offset. Costs next to nothing.
     pub fn is_empty(&self) -> bool {
         self.handle.shared.is_empty()
     }
 
-    /// Why retained messages are not up to date, while they are not.
+    /// The present error, while retained messages cannot be kept up to date.
     pub fn trouble(&self) -> Option<String> {
         self.handle.shared.control().trouble()
     }
 
-    /// Consumes what is in the log already, within the deadline, and ends the thread. What was not
-    /// consumed by then is consumed after the next start.
+    /// Consumes what the log already has, within the deadline, and ends the thread. The next start consumes
+    /// the rest.
     pub async fn stop(&self, deadline: Instant) {
         self.handle.shared.control().stop(deadline).await;
     }
 }
 
-impl Drop for Handle {
-    /// The thread of a consumer that nobody stopped ends after its present transaction.
+impl Drop for RetainedHandle {
+    /// Ends the thread after its present transaction if nobody has stopped it.
     fn drop(&mut self) {
         self.shared.control().stop_by(Instant::now());
     }

@@ -1,19 +1,18 @@
-//! Finding the retained messages that a filter names, a page at a time, while the follower goes on
-//! writing.
+//! Finding the retained messages that match a filter, a page at a time, while the follower keeps writing.
 //!
-//! What a filter names lies in a few ranges of the index over datasource and topic: an exact filter
-//! is one look-up, `a/b/#` the topic `a/b` and everything that begins with `a/b/`. In between, topics
-//! are looked through by name, and no page looks at more than [`QUERY_SCANNED_MAX`] of them.
+//! The matches of a filter lie in a few ranges of the index over datasource and topic: an exact filter is
+//! one look-up, `a/b/#` is the topic `a/b` and every topic that begins with `a/b/`. Within a range topics
+//! are matched by name, and no page scans more than [`QUERY_SCANNED_MAX`] of them.
 
+use parking_lot::Mutex;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
-use super::table::{SELECT_MESSAGE, message_of};
-use super::{RetainedAfter, RetainedPage};
+use super::table::{SELECT_RETAINED_MESSAGE, retained_message_of_row};
+use super::{RetainedPage, RetainedPageStart};
 use crate::consume::sink::schema::sql_offset;
 use crate::consume::subscriber::DatabaseError;
 use crate::filter::TopicFilter;
@@ -21,39 +20,39 @@ use crate::limits::{QUERIES_MAX, QUERY_SCANNED_MAX};
 use crate::message::{DatasourceId, Offset};
 
 /// How long a reader waits while another process has the whole database locked.
-const LOCK_WAIT: Duration = Duration::from_secs(2);
+const RETAINED_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 
-/// Names in a range, and the numbers of their rows; from the index alone.
-pub(super) const SELECT_NAMES: &str =
+/// The topics in a range, with their row ids; read from the index alone.
+pub(super) const SELECT_RETAINED_TOPICS: &str =
     "SELECT topic, id FROM messages WHERE datasource = ?1 AND topic >= ?2 AND topic < ?3 ORDER BY topic";
 
-/// Connections that only read. Blocking: to be used where that is allowed.
-pub(super) struct Readers {
+/// Read-only connections. Blocks, so use it where blocking is allowed.
+pub(super) struct RetainedReaders {
     path: PathBuf,
-    /// Those that nobody uses at the moment.
+    /// Connections that nobody uses at the moment.
     idle: Mutex<Vec<Connection>>,
 }
 
-impl Readers {
-    /// Readers of the database at `path`, none of which is open yet.
+impl RetainedReaders {
+    /// Readers of the database at `path`. None is open yet.
     pub(super) fn new(path: PathBuf) -> Self {
         Self { path, idle: Mutex::default() }
     }
 
-    /// One page, from the database as it is at this moment.
+    /// One page, from a snapshot of the database.
     pub(super) fn page(
         &self,
-        wanted: &Wanted,
+        wanted: &RetainedSelection,
         below: Offset,
-        after: Option<RetainedAfter>,
+        after: Option<RetainedPageStart>,
         bytes_max: usize,
     ) -> Result<RetainedPage, DatabaseError> {
-        self.read(|connection| Scan::new(connection, wanted, below, bytes_max).page(after))
-            .map_err(|error| DatabaseError::of(&error, &self.path))
+        self.read(|connection| RetainedScan::new(connection, wanted, below, bytes_max).page(after))
+            .map_err(|error| DatabaseError::from_sqlite(&error, &self.path))
     }
 
     fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = self.idle.lock().pop();
         let mut connection = match idle {
             Some(connection) => connection,
             None => self.open()?,
@@ -62,7 +61,7 @@ impl Readers {
             let transaction = connection.transaction()?;
             read(&transaction)?
         };
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle.lock();
         if idle.len() < QUERIES_MAX {
             idle.push(connection);
         }
@@ -72,55 +71,59 @@ impl Readers {
     fn open(&self) -> rusqlite::Result<Connection> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&self.path, flags)?;
-        connection.busy_timeout(LOCK_WAIT)?;
+        connection.busy_timeout(RETAINED_LOCK_WAIT_MAX)?;
         Ok(connection)
     }
 }
 
-/// What is asked for.
+/// Which messages a page is to have.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Wanted {
-    /// Whose messages; `None`: everybody's.
+pub(super) struct RetainedSelection {
+    /// The datasource of the messages; `None`: all datasources.
     datasource: Option<String>,
-    /// In which the topics lie; in order, and apart from each other.
-    ranges: Vec<Range>,
-    /// Which of those topics.
+    /// The ranges that hold the topics; in order and disjoint.
+    ranges: Vec<TopicRange>,
+    /// Selects topics within the ranges.
     filter: TopicFilter,
 }
 
 /// Topics from one, inclusive, to another, exclusive.
 #[derive(Debug, PartialEq, Eq)]
-struct Range {
+struct TopicRange {
     from: String,
     /// `None`: to the last.
     to: Option<String>,
 }
 
-impl Wanted {
-    /// What `filter` names: topics of `datasource`, or without one (or with `*`) topics with their
-    /// datasource as the first level. `None` if there can be no such topic.
+impl RetainedSelection {
+    /// Selects the topics of `datasource` that match. Without a datasource (or with `*`) `filter` has the
+    /// datasource as its first level. `None` if no topic can match.
     pub(super) fn new(datasource: Option<&DatasourceId>, filter: &TopicFilter) -> Option<Self> {
         if let Some(datasource) = datasource.filter(|datasource| !datasource.is_all()) {
             return Some(Self::over(Some(datasource.as_str()), filter.clone()));
         }
         match filter.as_str().split_once('/') {
-            // What is behind a level is a filter again.
+            // The rest of a filter after a level is itself a filter.
             Some(("+", rest)) => Some(Self::over(None, TopicFilter::new(rest).ok()?)),
             Some((datasource, rest)) => Some(Self::over(Some(datasource), TopicFilter::new(rest).ok()?)),
             None if filter.as_str() == "#" => Some(Self::over(None, filter.clone())),
-            // A datasource alone is no topic.
+            // A datasource without a topic below it matches nothing.
             None => None,
         }
     }
 
     fn over(datasource: Option<&str>, filter: TopicFilter) -> Self {
-        Self { datasource: datasource.map(str::to_owned), ranges: Range::all_of(filter.as_str()), filter }
+        Self {
+            datasource: datasource.map(str::to_owned),
+            ranges: TopicRange::all_of(filter.as_str()),
+            filter,
+        }
     }
 }
 
-impl Range {
+impl TopicRange {
     fn only(topic: &str) -> Self {
-        // No string lies between one and the same with a NUL behind it.
+        // No string lies between a string and the same string followed by a NUL.
         Self { from: topic.to_owned(), to: Some(format!("{topic}\0")) }
     }
 
@@ -130,28 +133,28 @@ impl Range {
         Self { from: format!("{level}/"), to: Some(format!("{level}0")) }
     }
 
-    /// The narrowest ranges that hold what `filter` names.
+    /// The narrowest ranges that hold all matches of `filter`.
     fn all_of(filter: &str) -> Vec<Self> {
         let Some(wildcard) = filter.find(['+', '#']) else { return vec![Self::only(filter)] };
-        // A wildcard stands alone in its level, so that a slash is before it.
+        // A wildcard fills its level, so that a slash precedes it.
         match filter[..wildcard].strip_suffix('/') {
             None => vec![Self { from: String::new(), to: None }],
-            // `#` names the level before it too.
+            // `#` matches the level before it too.
             Some(level) if &filter[wildcard..] == "#" => vec![Self::only(level), Self::under(level)],
             Some(level) => vec![Self::under(level)],
         }
     }
 
-    /// As SQLite compares it: every BLOB is greater than any TEXT.
-    fn end(&self) -> ToSqlOutput<'_> {
+    /// The end for SQLite's comparison. An empty BLOB stands for no end: every BLOB is greater than any TEXT.
+    fn end_bound(&self) -> ToSqlOutput<'_> {
         ToSqlOutput::Borrowed(self.to.as_deref().map_or(ValueRef::Blob(b""), ValueRef::from))
     }
 }
 
 /// One page in the making.
-struct Scan<'a> {
+struct RetainedScan<'a> {
     connection: &'a Connection,
-    wanted: &'a Wanted,
+    wanted: &'a RetainedSelection,
     below: i64,
     bytes_max: usize,
     page: RetainedPage,
@@ -159,16 +162,21 @@ struct Scan<'a> {
     scanned: usize,
 }
 
-impl<'a> Scan<'a> {
-    fn new(connection: &'a Connection, wanted: &'a Wanted, below: Offset, bytes_max: usize) -> Self {
+impl<'a> RetainedScan<'a> {
+    fn new(
+        connection: &'a Connection,
+        wanted: &'a RetainedSelection,
+        below: Offset,
+        bytes_max: usize,
+    ) -> Self {
         let below = sql_offset(below);
         Self { connection, wanted, below, bytes_max, page: RetainedPage::default(), bytes: 0, scanned: 0 }
     }
 
-    fn page(mut self, after: Option<RetainedAfter>) -> rusqlite::Result<RetainedPage> {
+    fn page(mut self, after: Option<RetainedPageStart>) -> rusqlite::Result<RetainedPage> {
         let mut at = match (after, &self.wanted.datasource) {
             (Some(after), _) => after,
-            (None, Some(datasource)) => start_of(datasource.clone()),
+            (None, Some(datasource)) => start_of_datasource(datasource.clone()),
             (None, None) => match self.next_datasource("")? {
                 Some(first) => first,
                 None => return Ok(self.page),
@@ -176,7 +184,7 @@ impl<'a> Scan<'a> {
         };
         loop {
             for range in &self.wanted.ranges {
-                if !self.range(range, &mut at)? {
+                if !self.scan_range(range, &mut at)? {
                     self.page.next = Some(at);
                     return Ok(self.page);
                 }
@@ -189,12 +197,13 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Looks through `range` from behind `at` on, and moves `at`. `false` if the page ends here.
-    fn range(&mut self, range: &Range, at: &mut RetainedAfter) -> rusqlite::Result<bool> {
-        let mut names = self.connection.prepare_cached(SELECT_NAMES)?;
-        let mut message = self.connection.prepare_cached(SELECT_MESSAGE)?;
+    /// Scans `range` after `at`, and moves `at`. Returns `false` if the page ends here.
+    fn scan_range(&mut self, range: &TopicRange, at: &mut RetainedPageStart) -> rusqlite::Result<bool> {
+        let mut names = self.connection.prepare_cached(SELECT_RETAINED_TOPICS)?;
+        let mut message = self.connection.prepare_cached(SELECT_RETAINED_MESSAGE)?;
         let behind = format!("{}\0", at.topic);
-        let mut rows = names.query(params![at.datasource, range.from.as_str().max(&behind), range.end()])?;
+        let mut rows =
+            names.query(params![at.datasource, range.from.as_str().max(&behind), range.end_bound()])?;
         loop {
             if self.scanned >= QUERY_SCANNED_MAX || self.bytes >= self.bytes_max.max(1) {
                 return Ok(false);
@@ -205,25 +214,26 @@ impl<'a> Scan<'a> {
             at.topic.push_str(topic);
             self.scanned += 1;
             if self.wanted.filter.matches(topic) {
-                let found =
-                    message.query_row(params![row.get::<_, i64>(1)?, self.below], message_of).optional()?;
+                let found = message
+                    .query_row(params![row.get::<_, i64>(1)?, self.below], retained_message_of_row)
+                    .optional()?;
                 self.bytes += found.as_ref().map_or(0, |found| found.weight());
                 self.page.messages.extend(found);
             }
         }
     }
 
-    fn next_datasource(&mut self, after: &str) -> rusqlite::Result<Option<RetainedAfter>> {
+    fn next_datasource(&mut self, after: &str) -> rusqlite::Result<Option<RetainedPageStart>> {
         self.scanned += 1;
         self.connection
             .prepare_cached(
                 "SELECT datasource FROM messages WHERE datasource > ?1 ORDER BY datasource LIMIT 1",
             )?
-            .query_row([after], |row| row.get(0).map(start_of))
+            .query_row([after], |row| row.get(0).map(start_of_datasource))
             .optional()
     }
 }
 
-fn start_of(datasource: String) -> RetainedAfter {
-    RetainedAfter { datasource, topic: String::new() }
+fn start_of_datasource(datasource: String) -> RetainedPageStart {
+    RetainedPageStart { datasource, topic: String::new() }
 }

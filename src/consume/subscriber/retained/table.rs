@@ -1,20 +1,19 @@
-//! `retained.db` itself: one row per topic that has a retained message, and how far in the log it has
-//! got.
+//! `retained.db` itself: one row per topic that has a retained message, and the cursor in the log.
 //!
 //! ```sql
 //! cursor   (id INTEGER, next_offset INTEGER)
 //! messages (id INTEGER, datasource TEXT, topic TEXT, offset INTEGER, received_us INTEGER, key_id BLOB,
-//!           transport TEXT, publisher INTEGER, flags INTEGER, content_type TEXT, properties BLOB, payload BLOB)
+//!           transport TEXT, publisher INTEGER, flags INTEGER, content_type TEXT, properties BLOB,
+//!           payload BLOB)
 //! ```
 //!
-//! A `publisher` is an unsigned number whose bits are kept.
+//! A `publisher` is an unsigned number, stored as the signed number with the same bits.
 //!
-//! Rows are found by the index over datasource and topic, in the order of their bytes. It is apart
-//! from the rows, so that looking through many topics for a filter reads their names only.
+//! The index over datasource and topic, in byte order, finds the rows. It is separate from them, so that
+//! matching many topics against a filter reads their names only.
 //!
-//! As in `records.db`, most transactions are not synced: after a loss of power the file may be back
-//! at an earlier one, with its cursor, and the log has the rest, because it is told only of
-//! cursors that are durable.
+//! As in `records.db`, most transactions are not synced. After a loss of power the file may be back at an
+//! earlier one, with its cursor; the log has the rest, because it is told only durable cursors.
 
 use std::path::Path;
 
@@ -22,18 +21,18 @@ use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, Row, TransactionBehavior, params};
 
 use super::RetainedMessage;
-use crate::consume::sink::schema::{offset_of, sql_offset};
-use crate::consume::subscriber::database::{DatabaseError, Kind, checkpoint};
-use crate::log::LeftOut;
+use crate::consume::sink::schema::{offset_from_sql, sql_offset};
+use crate::consume::subscriber::database::{DatabaseError, DatabaseKind, checkpoint};
+use crate::log::WithheldSnapshot;
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef, Transport};
 
 /// The file's name in the data directory.
-pub(super) const FILE_NAME: &str = "retained.db";
+pub(super) const RETAINED_FILE_NAME: &str = "retained.db";
 
-const KIND: Kind = Kind {
+const RETAINED_DATABASE: DatabaseKind = DatabaseKind {
     format: 1,
     exclusive: false,
-    // `withheld` may be missing in a database that was made without it: see `Table::of`.
+    // `withheld` may be missing in a database that was made without it: see `RetainedTable::from_connection`.
     schema: "
         CREATE TABLE cursor (
             id          INTEGER PRIMARY KEY CHECK (id = 0),
@@ -58,18 +57,18 @@ const KIND: Kind = Kind {
     ",
 };
 
-/// The columns of a message, in the order in which [`message_of`] reads them.
+/// The columns of a message, in the order in which [`retained_message_of_row`] reads them.
 macro_rules! columns {
     () => {
         "offset, datasource, topic, received_us, key_id, transport, publisher, flags, content_type, properties, payload"
     };
 }
 
-/// The message with a number, unless it is too new.
-pub(super) const SELECT_MESSAGE: &str =
+/// The message with a row id, unless it is too new.
+pub(super) const SELECT_RETAINED_MESSAGE: &str =
     concat!("SELECT ", columns!(), " FROM messages WHERE id = ?1 AND offset < ?2");
 
-const PUT_MESSAGE: &str = concat!(
+const PUT_RETAINED_MESSAGE: &str = concat!(
     "INSERT INTO messages (",
     columns!(),
     ") VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
@@ -79,8 +78,8 @@ const PUT_MESSAGE: &str = concat!(
          properties = excluded.properties, payload = excluded.payload"
 );
 
-/// Which rules about leaked keys the messages are in accordance with.
-const WITHHELD: &str = "
+/// The version of the rules about leaked keys that the messages follow.
+const CREATE_WITHHELD_TABLE: &str = "
     CREATE TABLE IF NOT EXISTS withheld (
         id      INTEGER PRIMARY KEY CHECK (id = 0),
         version INTEGER NOT NULL
@@ -88,48 +87,54 @@ const WITHHELD: &str = "
     INSERT OR IGNORE INTO withheld VALUES (0, 0);
 ";
 
-/// The open database, as the one who writes it has it.
-pub(super) struct Table {
+/// The open database, for its only writer.
+pub(super) struct RetainedTable {
     connection: Connection,
     cursor: Offset,
     withheld_version: u64,
     empty: bool,
 }
 
-impl Table {
+impl RetainedTable {
     /// Opens the database at `path`, or makes it.
     pub(super) fn open(path: &Path) -> Result<Self, DatabaseError> {
-        Self::of(KIND.open(path)?).map_err(|error| DatabaseError::of(&error, path))
+        Self::from_connection(RETAINED_DATABASE.open(path)?)
+            .map_err(|error| DatabaseError::from_sqlite(&error, path))
     }
 
-    /// Opens it again after a transaction whose fate is unknown.
+    /// Opens it again after a transaction whose outcome is unknown.
     pub(super) fn reopen(path: &Path) -> Result<Self, DatabaseError> {
-        Self::of(KIND.reopen(path)?).map_err(|error| DatabaseError::of(&error, path))
+        Self::from_connection(RETAINED_DATABASE.reopen(path)?)
+            .map_err(|error| DatabaseError::from_sqlite(&error, path))
     }
 
-    fn of(connection: Connection) -> rusqlite::Result<Self> {
-        connection.execute_batch(WITHHELD)?;
+    fn from_connection(connection: Connection) -> rusqlite::Result<Self> {
+        connection.execute_batch(CREATE_WITHHELD_TABLE)?;
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
         let withheld_version = connection.query_row("SELECT version FROM withheld", [], |row| row.get(0))?;
         let empty = is_empty(&connection)?;
-        let withheld_version = offset_of(withheld_version);
-        Ok(Self { connection, cursor: offset_of(cursor), withheld_version, empty })
+        let withheld_version = offset_from_sql(withheld_version);
+        Ok(Self { connection, cursor: offset_from_sql(cursor), withheld_version, empty })
     }
 
-    /// The first offset that was not consumed, as the last transaction has it.
+    /// The first offset that was not consumed, as of the last transaction.
     pub(super) fn cursor(&self) -> Offset {
         self.cursor
     }
 
-    /// The version of the rules about leaked keys that the messages are in accordance with, once all of
-    /// the log is consumed.
+    /// The version of the rules about leaked keys that the messages follow once the whole log is consumed.
     pub(super) fn withheld_version(&self) -> u64 {
         self.withheld_version
     }
 
-    /// Takes away what is `left_out`, and goes back to `first` in the log: what was retained before it, and
-    /// what is no longer left out, is found there. On the disk afterwards.
-    pub(super) fn rewind(&mut self, first: Offset, left_out: &LeftOut, version: u64) -> rusqlite::Result<()> {
+    /// Deletes messages that are `left_out` and moves the cursor back to `first`: the messages that they had
+    /// replaced, and those no longer left out, are found in the log again. On the disk afterwards.
+    pub(super) fn rewind(
+        &mut self,
+        first: Offset,
+        left_out: &WithheldSnapshot,
+        version: u64,
+    ) -> rusqlite::Result<()> {
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         for rule in left_out.rules() {
@@ -155,8 +160,8 @@ impl Table {
         self.empty
     }
 
-    /// Writes what has become of topics by offset `next`: for each the newest record that was to be
-    /// retained. With `sync`, this transaction and all before it are on the disk afterwards.
+    /// Writes the newest retained record of each changed topic, and the cursor `next`. With `sync`, this
+    /// transaction and all before it are on the disk afterwards.
     pub(super) fn write<'a>(
         &mut self,
         newest: impl Iterator<Item = RecordRef<'a>>,
@@ -166,7 +171,7 @@ impl Table {
         self.connection.pragma_update(None, "synchronous", if sync { "FULL" } else { "NORMAL" })?;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         {
-            let mut put = transaction.prepare_cached(PUT_MESSAGE)?;
+            let mut put = transaction.prepare_cached(PUT_RETAINED_MESSAGE)?;
             let mut remove =
                 transaction.prepare_cached("DELETE FROM messages WHERE datasource = ?1 AND topic = ?2")?;
             for record in newest {
@@ -196,12 +201,12 @@ impl Table {
         Ok(())
     }
 
-    /// Leaves everything in the one file, if nobody reads it at this moment. Says whether it did.
+    /// Copies the write-ahead log into the one file. Returns whether it could: a reader prevents it.
     pub(super) fn checkpoint(&self) -> rusqlite::Result<bool> {
         checkpoint(&self.connection)
     }
 
-    /// Changes a setting, to make things go wrong.
+    /// Changes a pragma, to provoke errors.
     #[cfg(test)]
     pub(super) fn set(&self, pragma: &str, value: i64) {
         self.connection.pragma_update(None, pragma, value).expect("a setting");
@@ -212,14 +217,14 @@ fn is_empty(connection: &Connection) -> rusqlite::Result<bool> {
     connection.prepare_cached("SELECT NOT EXISTS (SELECT 1 FROM messages)")?.query_row([], |row| row.get(0))
 }
 
-/// The message in a row of [`SELECT_MESSAGE`].
-pub(super) fn message_of(row: &Row<'_>) -> rusqlite::Result<RetainedMessage> {
+/// The message in a row of [`SELECT_RETAINED_MESSAGE`].
+pub(super) fn retained_message_of_row(row: &Row<'_>) -> rusqlite::Result<RetainedMessage> {
     let name = row.get_ref(5)?.as_str()?;
     let known = [Transport::Mqtt, Transport::Http, Transport::Nats];
     let transport = known.into_iter().find(|transport| transport.as_str() == name);
     let transport = transport.ok_or_else(|| FromSqlError::Other(format!("no transport: {name}").into()))?;
     Ok(RetainedMessage {
-        offset: offset_of(row.get(0)?),
+        offset: offset_from_sql(row.get(0)?),
         datasource: row.get(1)?,
         topic: row.get(2)?,
         received_at: row.get(3)?,

@@ -1,7 +1,8 @@
-//! Retained messages behind a real log: what is kept, what is found, and what a kill leaves.
+//! Retained messages with a real log: what is kept, what is found, and what a kill leaves.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use rusqlite::Connection;
@@ -20,7 +21,7 @@ fn directory() -> TempDir {
 }
 
 fn open_log(dir: &Path) -> Arc<dyn Log> {
-    let config = config::Log {
+    let config = config::LogConfig {
         durability: Durability::Os,
         segment_bytes: 1 << 20,
         retention_bytes: 8 << 20,
@@ -29,8 +30,8 @@ fn open_log(dir: &Path) -> Arc<dyn Log> {
     Arc::new(EmbeddedLog::open(dir, &config, &config::Config::default().intake).expect("opens"))
 }
 
-fn start(dir: &Path, log: &Arc<dyn Log>) -> Retained {
-    Retained::start(dir, log.clone(), |_| ()).expect("starts")
+fn start(dir: &Path, log: &Arc<dyn Log>) -> RetainedStore {
+    RetainedStore::start(dir, log.clone(), |_| ()).expect("starts")
 }
 
 fn id(datasource: &str) -> DatasourceId {
@@ -76,14 +77,14 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-async fn caught_up(retained: &Retained, log: &Arc<dyn Log>) {
-    let caught_up = retained.caught_up(log.next_offset());
+async fn caught_up(retained: &RetainedStore, log: &Arc<dyn Log>) {
+    let caught_up = retained.wait_caught_up(log.next_offset());
     tokio::time::timeout(DEADLINE, caught_up).await.expect("caught up in time");
 }
 
 /// All pages together.
 async fn found(
-    retained: &Retained,
+    retained: &RetainedStore,
     log: &Arc<dyn Log>,
     datasource: Option<&str>,
     wanted: &str,
@@ -102,8 +103,8 @@ async fn found(
     }
 }
 
-/// Of everything that is retained: datasource, topic and payload.
-async fn everything(retained: &Retained, log: &Arc<dyn Log>) -> Vec<(String, String, Vec<u8>)> {
+/// Datasource, topic and payload of every retained message.
+async fn everything(retained: &RetainedStore, log: &Arc<dyn Log>) -> Vec<(String, String, Vec<u8>)> {
     let messages = found(retained, log, None, "#", 1 << 20).await;
     messages.into_iter().map(|message| (message.datasource, message.topic, message.payload)).collect()
 }
@@ -274,7 +275,7 @@ async fn twenty_thousand_topics_come_in_pages_of_the_size_that_was_asked_for() {
 /// Where a kill at this moment would leave the database.
 fn copy_as_killed(dir: &Path) -> TempDir {
     let copy = directory();
-    for name in [FILE_NAME.to_owned(), format!("{FILE_NAME}-wal")] {
+    for name in [RETAINED_FILE_NAME.to_owned(), format!("{RETAINED_FILE_NAME}-wal")] {
         std::fs::copy(dir.join(&name), copy.path().join(&name)).expect("copied");
     }
     copy
@@ -323,20 +324,20 @@ async fn a_stop_leaves_the_cursor_at_the_end_and_everything_in_one_file() {
     let log = open_log(dir.path());
     let durable: Arc<Mutex<Vec<Offset>>> = Arc::default();
     let noted = durable.clone();
-    let consumed = move |offset| noted.lock().expect("not poisoned").push(offset);
-    let retained = Retained::start(dir.path(), log.clone(), consumed).expect("starts");
+    let consumed = move |offset| noted.lock().push(offset);
+    let retained = RetainedStore::start(dir.path(), log.clone(), consumed).expect("starts");
     append(&log, [("press-4", "a", &b"1"[..], RETAIN)]).await;
     caught_up(&retained, &log).await;
     for _ in 0..50 {
         append(&log, [("press-4", "a", &b"2"[..], PLAIN)]).await;
     }
     retained.stop(Instant::now() + DEADLINE).await;
-    let durable = durable.lock().expect("not poisoned").clone();
+    let durable = durable.lock().clone();
     assert_eq!(durable.last(), Some(&51));
     assert!(durable.is_sorted() && durable.len() < 20, "{durable:?}");
     let copy = directory();
-    std::fs::copy(dir.path().join(FILE_NAME), copy.path().join(FILE_NAME)).expect("copied");
-    let table = Table::open(&copy.path().join(FILE_NAME)).expect("opens");
+    std::fs::copy(dir.path().join(RETAINED_FILE_NAME), copy.path().join(RETAINED_FILE_NAME)).expect("copied");
+    let table = RetainedTable::open(&copy.path().join(RETAINED_FILE_NAME)).expect("opens");
     assert_eq!((table.cursor(), table.is_empty()), (51, false));
 }
 
@@ -361,9 +362,10 @@ async fn the_log_keeps_what_was_not_consumed() {
     let dir = directory();
     let log = open_log(dir.path());
     let hold = log.hold();
-    let retained = Retained::start(dir.path(), log.clone(), move |offset| hold.set(offset)).expect("starts");
+    let retained =
+        RetainedStore::start(dir.path(), log.clone(), move |offset| hold.set(offset)).expect("starts");
     log.begin_retention();
-    // Three times what the log may take: it has to let go of segments, and may only as it is told.
+    // Three times what the log may hold: it must remove segments, and may remove only what is consumed.
     let payload = [b'x'; 1000];
     let topics: Vec<String> = (0..24).map(|n| format!("t/{n:02}")).collect();
     for topic in &topics {
@@ -383,7 +385,7 @@ async fn a_log_that_ends_before_the_cursor_is_refused() {
     start(dir.path(), &log).stop(Instant::now() + DEADLINE).await;
     let other = directory();
     let other_log = open_log(other.path());
-    let error = Retained::start(dir.path(), other_log, |_| ()).map(drop).expect_err("the log is behind");
+    let error = RetainedStore::start(dir.path(), other_log, |_| ()).map(drop).expect_err("the log is behind");
     assert!(matches!(error, RetainedError::LogBehind { consumed: 10, log_end: 0 }), "{error}");
 }
 
@@ -391,11 +393,11 @@ async fn a_log_that_ends_before_the_cursor_is_refused() {
 async fn a_full_disk_delays_retained_messages_and_loses_none() {
     let dir = directory();
     let log = open_log(dir.path());
-    let path = dir.path().join(FILE_NAME);
-    let table = Table::open(&path).expect("opens");
+    let path = dir.path().join(RETAINED_FILE_NAME);
+    let table = RetainedTable::open(&path).expect("opens");
     table.set("max_page_count", 1);
-    let shared = Arc::new(Shared::new(&table, Box::new(|_| ())));
-    let follower = Follower::new(path.clone(), table, log.clone(), shared.clone());
+    let shared = Arc::new(RetainedFollowerState::new(&table, Box::new(|_| ())));
+    let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
     shared.control().start(follower, log.clone()).expect("starts");
     append(&log, [("press-4", "a", &[b'x'; 100_000][..], RETAIN), ("press-4", "b", b"2", RETAIN)]).await;
     until("it says what the trouble is", || shared.control().trouble().is_some()).await;
@@ -405,7 +407,7 @@ async fn a_full_disk_delays_retained_messages_and_loses_none() {
     shared.control().stop(Instant::now() + Duration::from_millis(100)).await;
     until("the thread ends", || shared.control().has_ended()).await;
 
-    // The bound was the connection's.
+    // The bound was a setting of the closed connection.
     let retained = start(dir.path(), &log);
     assert_eq!(everything(&retained, &log).await.len(), 2);
 }
@@ -414,14 +416,14 @@ async fn a_full_disk_delays_retained_messages_and_loses_none() {
 async fn after_an_error_of_another_kind_the_database_is_opened_again() {
     let dir = directory();
     let log = open_log(dir.path());
-    let path = dir.path().join(FILE_NAME);
-    let table = Table::open(&path).expect("opens");
+    let path = dir.path().join(RETAINED_FILE_NAME);
+    let table = RetainedTable::open(&path).expect("opens");
     table.set("query_only", 1);
-    let shared = Arc::new(Shared::new(&table, Box::new(|_| ())));
-    let follower = Follower::new(path.clone(), table, log.clone(), shared.clone());
+    let shared = Arc::new(RetainedFollowerState::new(&table, Box::new(|_| ())));
+    let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
     shared.control().start(follower, log.clone()).expect("starts");
     append(&log, [("press-4", "a", &b"1"[..], RETAIN)]).await;
-    tokio::time::timeout(DEADLINE, shared.caught_up(1)).await.expect("caught up in time");
+    tokio::time::timeout(DEADLINE, shared.wait_caught_up(1)).await.expect("caught up in time");
     until("the trouble is over", || shared.control().trouble().is_none()).await;
     shared.control().stop(Instant::now() + DEADLINE).await;
     until("the thread ends", || shared.control().has_ended()).await;
@@ -433,9 +435,11 @@ async fn looking_for_a_filter_reads_names_and_no_rows() {
     let dir = directory();
     let log = open_log(dir.path());
     start(dir.path(), &log).stop(Instant::now() + DEADLINE).await;
-    let connection = Connection::open(dir.path().join(FILE_NAME)).expect("opens");
+    let connection = Connection::open(dir.path().join(RETAINED_FILE_NAME)).expect("opens");
     let plan: String = connection
-        .query_row(&format!("EXPLAIN QUERY PLAN {}", page::SELECT_NAMES), ["", "", ""], |row| row.get(3))
+        .query_row(&format!("EXPLAIN QUERY PLAN {}", page::SELECT_RETAINED_TOPICS), ["", "", ""], |row| {
+            row.get(3)
+        })
         .expect("a plan");
     assert!(plan.contains("USING COVERING INDEX") && plan.contains("topic>? AND topic<?"), "{plan}");
 }
@@ -450,8 +454,8 @@ proptest! {
         ),
     ) {
         let dir = directory();
-        let path = dir.path().join(FILE_NAME);
-        let mut table = Table::open(&path).expect("opens");
+        let path = dir.path().join(RETAINED_FILE_NAME);
+        let mut table = RetainedTable::open(&path).expect("opens");
         let mut model = BTreeMap::new();
         let mut offset = 0;
         for messages in transactions {
@@ -482,10 +486,10 @@ proptest! {
                 }
             }
             prop_assert_eq!(table.is_empty(), model.is_empty());
-            let wanted = Wanted::new(None, &filter("#")).expect("something");
-            let page = Readers::new(path.clone()).page(&wanted, ALL, None, 1 << 20).expect("a page");
+            let wanted = RetainedSelection::new(None, &filter("#")).expect("something");
+            let page = RetainedReaders::new(path.clone()).page(&wanted, ALL, None, 1 << 20).expect("a page");
             prop_assert_eq!(page, RetainedPage { messages: model.values().cloned().collect(), next: None });
         }
-        prop_assert_eq!(Table::open(&path).expect("opens").cursor(), offset);
+        prop_assert_eq!(RetainedTable::open(&path).expect("opens").cursor(), offset);
     }
 }

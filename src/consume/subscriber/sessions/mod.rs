@@ -1,20 +1,21 @@
 //! The session store: the MQTT sessions that outlive their connection (MQTT 5 section 4.1), kept in
-//! `DIR/sessions.db` so that they outlive the gateway too. A session is a cursor in the log and a
-//! set of subscriptions; what was delivered is in neither, the log has it.
+//! `DIR/sessions.db` so that they outlive the gateway too. A session is a cursor in the log and a set of
+//! subscriptions; the messages themselves are in the log.
 //!
-//! The live sessions are in memory, with those who serve them. Here is what a restart finds. One
-//! thread owns the database. Changes come over a channel; everything that waits goes into one
-//! transaction with one sync, and then everybody who waits for it is released. While the disk
-//! works the next changes gather, so a thousand clients that connect at once cost a few syncs.
+//! Live sessions are in memory, with the tasks that serve them; the store has what a restart needs. One
+//! thread owns the database. Changes come over a channel. All waiting changes go into one transaction with
+//! one sync, which then releases all their waiters. Meanwhile the next changes gather, so that a thousand
+//! clients that connect at once cost a few syncs.
 //!
-//! A transaction that fails is tried again, with all that came meanwhile, until it succeeds: no
-//! change is lost or overtaken by a later one. Who waits is told after [`WAIT_MAX`].
+//! A failed transaction is retried, together with later changes, until it succeeds: no change is lost or
+//! overtaken by a later one. Waiters get the error after [`SESSION_WRITE_WAIT_MAX`].
 //!
-//! In a cluster the [`bucket`] of all nodes takes the place of the database.
+//! In a cluster the [`bucket`] of all nodes replaces the database.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use headgate_bridge_nats::Cells;
@@ -22,12 +23,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info};
 
-use self::bucket::Lost;
+use self::bucket::LostSession;
 use self::bucket::node::NodeSessions;
-use self::pending::Pending;
-use self::place::{Database, Place};
+use self::pending::PendingSessionChanges;
+use self::place::{SessionBackend, SessionDatabase};
 #[cfg(test)]
-use self::table::{FILE_NAME, Table};
+use self::table::{SESSIONS_FILE_NAME, SessionTable};
 use super::DatabaseError;
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
@@ -39,32 +40,31 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-/// How long somebody waits for a change while transactions fail. The change stays queued.
-pub const WAIT_MAX: Duration = Duration::from_secs(3);
-/// How long a store that is closing goes on trying.
-const CLOSE_WAIT_MAX: Duration = Duration::from_secs(2);
-/// After a failed transaction: the first wait before the next attempt, doubled each time up to the
-/// second.
-const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// Calls of [`SessionStore::write`] that one transaction takes at most, so that the first of them
-/// does not wait for all who come while it gathers.
-const WRITES_MAX: usize = 16_384;
+/// How long a caller waits for a change while transactions fail. The change stays queued.
+pub const SESSION_WRITE_WAIT_MAX: Duration = Duration::from_secs(3);
+/// How long a store that is closing keeps retrying.
+const SESSION_CLOSE_WAIT_MAX: Duration = Duration::from_secs(2);
+/// The first and the longest pause after a failed transaction; it doubles each time.
+const SESSION_RETRY_PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// The most calls of [`SessionStore::write`] in one transaction, so that the first of them does not wait
+/// for an endless stream of later ones.
+const SESSION_WRITES_PER_TRANSACTION_MAX: usize = 16_384;
 
-/// A session as it is kept.
+/// A session as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredSession {
-    /// Its number: unlike its client id never used again.
+    /// Its number. Unlike a client id, it is never used again.
     pub uid: u64,
     /// The datasource of the key that opened it; `*` for a key for all.
     #[serde(deserialize_with = "row::datasource")]
     pub datasource: DatasourceId,
     /// Unique within the datasource.
     pub client_id: String,
-    /// Seconds that it outlives its connection; `u32::MAX`: for ever.
+    /// How many seconds it outlives its connection; `u32::MAX`: for ever.
     pub expiry_s: u32,
     /// When its connection ended. `None`: it was connected when this was written.
     pub ended_at: Option<TimeMicros>,
-    /// Everything below is delivered.
+    /// Everything below this offset is delivered.
     pub cursor: Offset,
     /// No two have the same filter. Loaded in the order of their filters.
     pub subscriptions: Vec<StoredSubscription>,
@@ -75,19 +75,19 @@ pub struct StoredSession {
 pub struct StoredSubscription {
     /// As the client gave it, with `$share/{group}/` if it is shared.
     pub filter: String,
-    /// What was granted.
+    /// The granted QoS.
     pub qos: u8,
-    /// Without what the client itself publishes.
+    /// Whether the client's own messages are left out.
     pub no_local: bool,
-    /// The retain flag is handed on as it was published.
+    /// Whether messages keep the retain flag with which they were published.
     pub retain_as_published: bool,
-    /// What its messages are marked with.
+    /// The subscription identifier that its messages carry.
     pub identifier: Option<u32>,
-    /// It begins here.
+    /// The offset at which it begins.
     pub from: Offset,
 }
 
-/// The place that a group of shared subscriptions has got to.
+/// The cursor of a group of shared subscriptions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredGroup {
     /// The datasource of its members' keys, or `*`.
@@ -100,31 +100,32 @@ pub struct StoredGroup {
     pub cursor: Offset,
 }
 
-/// What the last run has left.
+/// What the last run has stored.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Stored {
+pub struct StoredSessions {
     /// In the order of their uid as a signed number.
     pub sessions: Vec<StoredSession>,
     /// In the order of datasource, name and filter.
     pub groups: Vec<StoredGroup>,
 }
 
-/// A change of what is kept.
+/// A change of what is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
-    /// A session is new, or its subscriptions are: replaces all that is kept of it.
+pub enum SessionStoreChange {
+    /// A session is new, or its subscriptions have changed. Replaces everything stored of it.
     PutSession(StoredSession),
     /// The session with this uid has ended for good.
     RemoveSession(u64),
-    /// A session has got further. Nothing if there is none with this uid.
-    Cursor {
+    /// A session's cursor has moved. Does nothing if there is no session with this uid.
+    MoveCursor {
         /// Which.
         uid: u64,
         /// Everything below is delivered.
         cursor: Offset,
     },
-    /// A session's connection has ended, or with `None` begun. Nothing if there is none with this uid.
-    Ended {
+    /// A session's connection has ended, or begun with `None`. Does nothing if there is no session with this
+    /// uid.
+    SetEnded {
         /// Which.
         uid: u64,
         /// When.
@@ -132,7 +133,7 @@ pub enum Change {
         /// Seconds that it stays; `u32::MAX`: for ever.
         expiry_s: u32,
     },
-    /// A group is new, or has got further.
+    /// A group is new, or its cursor has moved.
     PutGroup(StoredGroup),
     /// A group has no members left.
     RemoveGroup {
@@ -143,21 +144,21 @@ pub enum Change {
         /// Its filter.
         filter: String,
     },
-    /// In a cluster: what the bucket has of a client. What follows for that client is written over this.
-    Found(Box<bucket::Found>),
-    /// In a cluster: the session with this uid is another node's from now on. Nothing of it is written
-    /// here any more.
-    GivenUp(u64),
+    /// In a cluster: what the bucket has of a client. Later changes of that client are written over this.
+    Found(Box<bucket::FoundSession>),
+    /// In a cluster: the session with this uid belongs to another node from now on. This node writes
+    /// nothing of it any more.
+    GiveUpSession(u64),
 }
 
 /// Why sessions could not be read, or a change is not known to be durable.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SessionStoreError {
-    /// The database. A change that was answered so is not lost: it is written when that is possible
-    /// again, unless the gateway is killed before.
+    /// The database failed. The change is not lost: it is written once that is possible again, unless the
+    /// gateway is killed first.
     #[error("sessions: {0}")]
     Database(#[from] DatabaseError),
-    /// The bucket of the cluster, likewise; in words.
+    /// The bucket of the cluster failed; likewise. The reason is in words.
     #[error("sessions: {0}")]
     Bucket(Arc<str>),
     /// The store has been closed.
@@ -165,30 +166,30 @@ pub enum SessionStoreError {
     Closed,
 }
 
-/// The running store. Cheap to clone; the thread ends after the last clone is gone, or with
+/// The running store. Cheap to clone; the thread ends after the last clone is dropped, or with
 /// [`SessionStore::close`].
 #[derive(Clone)]
 pub struct SessionStore {
-    inbox: mpsc::Sender<Message>,
-    shared: Arc<Shared>,
+    inbox: mpsc::Sender<SessionStoreMessage>,
+    shared: Arc<SessionStoreState>,
 }
 
 /// What the thread and those who ask about it share.
-struct Shared {
+struct SessionStoreState {
     trouble: Mutex<Option<String>>,
     ended: watch::Sender<bool>,
 }
 
 /// What the thread is sent.
-enum Message {
-    Write(Vec<Change>, Waiter),
+enum SessionStoreMessage {
+    Write(Vec<SessionStoreChange>, SessionWriteWaiter),
     Close,
     #[cfg(test)]
-    Meddle(Box<dyn FnOnce(&mut Table) + Send>),
+    Meddle(Box<dyn FnOnce(&mut SessionTable) + Send>),
 }
 
-/// Somebody who waits for changes to be durable.
-struct Waiter {
+/// A caller that waits for changes to be durable.
+struct SessionWriteWaiter {
     since: Instant,
     reply: oneshot::Sender<Result<(), SessionStoreError>>,
 }
@@ -198,32 +199,33 @@ impl SessionStore {
     ///
     /// # Errors
     /// [`SessionStoreError::Database`]: it is in use, newer, not ours, damaged, or cannot be read.
-    pub fn open(dir: &Path) -> Result<(Self, Stored), SessionStoreError> {
-        let (database, stored) = Database::open(dir)?;
-        let store = Self::start(Box::new(database)).map_err(|error| database_error(dir, &error))?;
+    pub fn open(dir: &Path) -> Result<(Self, StoredSessions), SessionStoreError> {
+        let (database, stored) = SessionDatabase::open(dir)?;
+        let store = Self::start(Box::new(database)).map_err(|error| thread_error(dir, &error))?;
         Ok((store, stored))
     }
 
-    /// Keeps the sessions of this `node` in the bucket that the cluster has for them, and starts the
-    /// thread that writes it. What another node has taken is told over the second of what it returns.
+    /// Starts a store that keeps the sessions of this `node` in the cluster's bucket. The returned receiver
+    /// gets the sessions that another node has taken over.
     ///
     /// # Errors
     /// The system has no thread to give.
     pub fn in_bucket(
         cells: Cells,
         node: &str,
-    ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<Lost>)> {
+    ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<LostSession>)> {
         let (lost, told) = tokio::sync::mpsc::unbounded_channel();
         Ok((Self::start(Box::new(NodeSessions::new(cells, node, lost)))?, told))
     }
 
-    fn start(place: Box<dyn Place>) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { trouble: Mutex::default(), ended: watch::Sender::new(false) });
+    fn start(place: Box<dyn SessionBackend>) -> std::io::Result<Self> {
+        let shared =
+            Arc::new(SessionStoreState { trouble: Mutex::default(), ended: watch::Sender::new(false) });
         let (inbox, received) = mpsc::channel();
-        let writer = Writer {
+        let writer = SessionWriter {
             place,
             inbox: received,
-            pending: Pending::default(),
+            pending: PendingSessionChanges::default(),
             waiting: Vec::new(),
             failure: None,
             close_by: None,
@@ -237,51 +239,53 @@ impl SessionStore {
     /// when they are on the disk; they are written also if it is dropped.
     ///
     /// # Errors
-    /// [`SessionStoreError::Database`] when they could not be written for [`WAIT_MAX`]. They stay queued,
+    /// [`SessionStoreError::Database`] when they could not be written for [`SESSION_WRITE_WAIT_MAX`]. They stay queued,
     /// and whatever is queued later comes after them. [`SessionStoreError::Closed`] after
     /// [`SessionStore::close`].
     pub fn write(
         &self,
-        changes: Vec<Change>,
+        changes: Vec<SessionStoreChange>,
     ) -> impl Future<Output = Result<(), SessionStoreError>> + Send + 'static + use<> {
         let (reply, written) = oneshot::channel();
-        // If the thread has ended, the reply goes down with the message, and that is the answer.
-        let _ = self.inbox.send(Message::Write(changes, Waiter { since: Instant::now(), reply }));
+        // If the thread has ended, the reply is dropped with the message, which means `Closed`.
+        let _ = self
+            .inbox
+            .send(SessionStoreMessage::Write(changes, SessionWriteWaiter { since: Instant::now(), reply }));
         async move { written.await.unwrap_or(Err(SessionStoreError::Closed)) }
     }
 
-    /// Writes what is queued, takes no more, and ends the thread. What cannot be written within
-    /// two seconds is given up.
+    /// Writes what is queued, accepts no more, and ends the thread. Gives up on what cannot be written
+    /// within two seconds.
     pub async fn close(&self) {
-        let _ = self.inbox.send(Message::Close);
+        let _ = self.inbox.send(SessionStoreMessage::Close);
         // The sender is in `self`, so that waiting does not fail.
         let _ = self.shared.ended.subscribe().wait_for(|ended| *ended).await;
     }
 
-    /// Why nothing can be written, while nothing can.
+    /// The present error, while nothing can be written.
     pub fn trouble(&self) -> Option<String> {
         self.shared.trouble().clone()
     }
 
     /// Does something to the database between two transactions.
     #[cfg(test)]
-    fn meddle(&self, meddle: impl FnOnce(&mut Table) + Send + 'static) {
-        assert!(self.inbox.send(Message::Meddle(Box::new(meddle))).is_ok(), "the thread runs");
+    fn meddle(&self, meddle: impl FnOnce(&mut SessionTable) + Send + 'static) {
+        assert!(self.inbox.send(SessionStoreMessage::Meddle(Box::new(meddle))).is_ok(), "the thread runs");
     }
 }
 
-/// There is no thread for the database in `dir`.
-fn database_error(dir: &Path, error: &std::io::Error) -> DatabaseError {
+/// The error of a thread that could not be started for the database in `dir`.
+fn thread_error(dir: &Path, error: &std::io::Error) -> DatabaseError {
     let detail = format!("no thread for it: {error}").into();
-    DatabaseError::Failed { path: dir.join(table::FILE_NAME), detail }
+    DatabaseError::Failed { path: dir.join(table::SESSIONS_FILE_NAME), detail }
 }
 
-impl Shared {
+impl SessionStoreState {
     fn trouble(&self) -> MutexGuard<'_, Option<String>> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+        self.trouble.lock()
     }
 
-    /// Takes note of trouble, or of its end, and says so when that is news.
+    /// Notes an error, or its end, and logs it when it has changed.
     fn set_trouble(&self, trouble: Option<String>) {
         let mut current = self.trouble();
         if *current == trouble {
@@ -296,27 +300,27 @@ impl Shared {
 }
 
 /// The thread.
-struct Writer {
-    place: Box<dyn Place>,
-    inbox: mpsc::Receiver<Message>,
-    pending: Pending,
-    waiting: Vec<Waiter>,
-    failure: Option<Failure>,
-    /// When to have ended, once that is to be.
+struct SessionWriter {
+    place: Box<dyn SessionBackend>,
+    inbox: mpsc::Receiver<SessionStoreMessage>,
+    pending: PendingSessionChanges,
+    waiting: Vec<SessionWriteWaiter>,
+    failure: Option<SessionWriteFailure>,
+    /// The deadline for the end, once the store is closing.
     close_by: Option<Instant>,
-    shared: Arc<Shared>,
+    shared: Arc<SessionStoreState>,
 }
 
-/// The last transaction failed.
-struct Failure {
+/// The failure of the last transaction, and when to retry.
+struct SessionWriteFailure {
     error: SessionStoreError,
     pause: Duration,
     retry_at: Instant,
 }
 
-impl Writer {
+impl SessionWriter {
     fn run(mut self) {
-        let _ended = Ended(self.shared.clone());
+        let _ended = SessionWriterEndGuard(self.shared.clone());
         loop {
             self.gather();
             let now = Instant::now();
@@ -326,21 +330,21 @@ impl Writer {
                     Err(error) => self.fail(error),
                 }
             }
-            self.disappoint();
+            self.fail_overdue_waiters();
             if self.close_by.is_some_and(|deadline| self.pending.is_empty() || deadline <= Instant::now()) {
                 break;
             }
         }
-        if let Some(Failure { error, .. }) = self.failure {
+        if let Some(SessionWriteFailure { error, .. }) = self.failure {
             error!(%error, "changes of sessions were not written before the end");
             self.waiting.drain(..).for_each(|waiter| waiter.answer(Err(error.clone())));
         }
     }
 
-    /// Takes in what has come, and waits for something if there is nothing to do.
+    /// Receives all waiting messages, and waits for one if there is nothing to do.
     fn gather(&mut self) {
         let first = match (&self.failure, self.close_by) {
-            (None, None) => match self.place.rest() {
+            (None, None) => match self.place.idle_time() {
                 None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(rest) => self.inbox.recv_timeout(rest),
             },
@@ -358,7 +362,7 @@ impl Writer {
             Err(RecvTimeoutError::Timeout) => return,
             Err(RecvTimeoutError::Disconnected) => return self.close(),
         }
-        for _ in 1..WRITES_MAX {
+        for _ in 1..SESSION_WRITES_PER_TRANSACTION_MAX {
             match self.inbox.try_recv() {
                 Ok(message) => self.take(message),
                 Err(_) => break,
@@ -366,32 +370,34 @@ impl Writer {
         }
     }
 
-    fn take(&mut self, message: Message) {
+    fn take(&mut self, message: SessionStoreMessage) {
         match message {
-            Message::Write(changes, waiter) => {
+            SessionStoreMessage::Write(changes, waiter) => {
                 changes.into_iter().for_each(|change| self.pending.fold(change));
                 self.waiting.push(waiter);
             }
-            Message::Close => self.close(),
+            SessionStoreMessage::Close => self.close(),
             #[cfg(test)]
-            Message::Meddle(meddle) => meddle(self.place.table().expect("a test meddles with what is open")),
+            SessionStoreMessage::Meddle(meddle) => {
+                meddle(self.place.table().expect("a test meddles with what is open"))
+            }
         }
     }
 
     fn close(&mut self) {
-        self.close_by.get_or_insert_with(|| Instant::now() + CLOSE_WAIT_MAX);
+        self.close_by.get_or_insert_with(|| Instant::now() + SESSION_CLOSE_WAIT_MAX);
     }
 
     fn commit(&mut self) -> Result<(), SessionStoreError> {
-        if self.pending.is_empty() && self.place.rest().is_none_or(|rest| rest > Duration::ZERO) {
+        if self.pending.is_empty() && self.place.idle_time().is_none_or(|rest| rest > Duration::ZERO) {
             return Ok(());
         }
         self.place.write(&self.pending)
     }
 
     fn release(&mut self) {
-        self.pending = Pending::default();
-        // Before the answers: who has one finds no trouble any more.
+        self.pending = PendingSessionChanges::default();
+        // Before the answers, so that whoever has one sees no error any more.
         if self.failure.take().is_some() {
             self.shared.set_trouble(None);
         }
@@ -400,30 +406,33 @@ impl Writer {
 
     fn fail(&mut self, error: SessionStoreError) {
         self.shared.set_trouble(Some(error.to_string()));
-        let pause = self.failure.as_ref().map_or(RETRY.0, |failure| (failure.pause * 2).min(RETRY.1));
-        self.failure = Some(Failure { error, pause, retry_at: Instant::now() + pause });
+        let pause = self
+            .failure
+            .as_ref()
+            .map_or(SESSION_RETRY_PAUSES.0, |failure| (failure.pause * 2).min(SESSION_RETRY_PAUSES.1));
+        self.failure = Some(SessionWriteFailure { error, pause, retry_at: Instant::now() + pause });
     }
 
-    /// Tells those who have waited long enough, in vain.
-    fn disappoint(&mut self) {
-        let Some(Failure { error, .. }) = &self.failure else { return };
-        for waiter in self.waiting.extract_if(.., |waiter| waiter.since.elapsed() >= WAIT_MAX) {
+    /// Answers callers that have waited for [`SESSION_WRITE_WAIT_MAX`] with the error.
+    fn fail_overdue_waiters(&mut self) {
+        let Some(SessionWriteFailure { error, .. }) = &self.failure else { return };
+        for waiter in self.waiting.extract_if(.., |waiter| waiter.since.elapsed() >= SESSION_WRITE_WAIT_MAX) {
             waiter.answer(Err(error.clone()));
         }
     }
 }
 
-impl Waiter {
+impl SessionWriteWaiter {
     fn answer(self, answer: Result<(), SessionStoreError>) {
-        // Many do not wait.
+        // Many callers do not wait, and have dropped the receiver.
         let _ = self.reply.send(answer);
     }
 }
 
-/// Says that the thread has ended, also when it has panicked.
-struct Ended(Arc<Shared>);
+/// Marks the thread as ended when it is dropped, also after a panic.
+struct SessionWriterEndGuard(Arc<SessionStoreState>);
 
-impl Drop for Ended {
+impl Drop for SessionWriterEndGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let trouble = "the session store has ended by a panic, and needs a restart";

@@ -1,67 +1,69 @@
-//! What is to be written next: changes, gathered so that each session and each group is written
-//! once, however often it has changed since the last transaction.
+//! The changes to write next, gathered so that each session and each group is written once, however often
+//! it has changed since the last transaction.
 //!
-//! Changes of one session are folded in the order in which they came; sessions and groups do not
-//! depend on each other, so nothing else has an order. What a fold holds is bounded by the sessions
-//! and groups there are, also while the disk is full, and writing it twice does no harm.
+//! Changes of one session are folded in the order in which they came. Sessions and groups do not depend on
+//! each other, so nothing else has an order. The number of sessions and groups bounds what is gathered,
+//! even while the disk is full, and writing it twice does no harm.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
-use super::bucket::Found;
-use super::{Change, StoredGroup, StoredSession};
+use super::bucket::FoundSession;
+use super::{SessionStoreChange, StoredGroup, StoredSession};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
-/// What is to become of one session.
+/// The gathered change of one session.
 #[derive(Debug, PartialEq)]
-pub(super) enum SessionChange {
+pub(super) enum PendingSessionChange {
     /// The row and its subscriptions are replaced.
     Put(StoredSession),
-    /// Some fields of the row change, if there is one.
+    /// Some fields of the row change, if there is a row.
     Update { cursor: Option<Offset>, ended: Option<(Option<TimeMicros>, u32)> },
-    /// It goes, with its subscriptions.
+    /// The row and its subscriptions are removed.
     Remove,
     /// Another node has it.
     GiveUp,
 }
 
 /// Datasource, group, filter.
-pub(super) type GroupKey = (DatasourceId, String, String);
+pub(super) type StoredGroupKey = (DatasourceId, String, String);
 
 /// The changes of the next transaction.
 #[derive(Debug, Default)]
-pub(super) struct Pending {
-    /// In a cluster: what the changes of these clients' sessions are written over.
-    pub(super) found: Vec<Found>,
-    pub(super) sessions: BTreeMap<u64, SessionChange>,
-    /// Their cursors, or `None` for those that go.
-    pub(super) groups: BTreeMap<GroupKey, Option<Offset>>,
+pub(super) struct PendingSessionChanges {
+    /// In a cluster: the cells that changes of these clients' sessions are written over.
+    pub(super) found: Vec<FoundSession>,
+    pub(super) sessions: BTreeMap<u64, PendingSessionChange>,
+    /// The cursors of groups, or `None` for groups to remove.
+    pub(super) groups: BTreeMap<StoredGroupKey, Option<Offset>>,
 }
 
-impl Pending {
+impl PendingSessionChanges {
     pub(super) fn is_empty(&self) -> bool {
         self.found.is_empty() && self.sessions.is_empty() && self.groups.is_empty()
     }
 
-    /// Takes in what came after everything that is there already.
-    pub(super) fn fold(&mut self, change: Change) {
+    /// Adds a change that came after all those added before.
+    pub(super) fn fold(&mut self, change: SessionStoreChange) {
         match change {
-            Change::PutSession(session) => {
-                self.sessions.insert(session.uid, SessionChange::Put(session));
+            SessionStoreChange::PutSession(session) => {
+                self.sessions.insert(session.uid, PendingSessionChange::Put(session));
             }
-            Change::RemoveSession(uid) => {
-                self.sessions.insert(uid, SessionChange::Remove);
+            SessionStoreChange::RemoveSession(uid) => {
+                self.sessions.insert(uid, PendingSessionChange::Remove);
             }
-            Change::Found(found) => self.found.push(*found),
-            Change::GivenUp(uid) => {
-                self.sessions.insert(uid, SessionChange::GiveUp);
+            SessionStoreChange::Found(found) => self.found.push(*found),
+            SessionStoreChange::GiveUpSession(uid) => {
+                self.sessions.insert(uid, PendingSessionChange::GiveUp);
             }
-            Change::Cursor { uid, cursor } => self.update(uid, Some(cursor), None),
-            Change::Ended { uid, ended_at, expiry_s } => self.update(uid, None, Some((ended_at, expiry_s))),
-            Change::PutGroup(StoredGroup { datasource, group, filter, cursor }) => {
+            SessionStoreChange::MoveCursor { uid, cursor } => self.update(uid, Some(cursor), None),
+            SessionStoreChange::SetEnded { uid, ended_at, expiry_s } => {
+                self.update(uid, None, Some((ended_at, expiry_s)))
+            }
+            SessionStoreChange::PutGroup(StoredGroup { datasource, group, filter, cursor }) => {
                 self.groups.insert((datasource, group, filter), Some(cursor));
             }
-            Change::RemoveGroup { datasource, group, filter } => {
+            SessionStoreChange::RemoveGroup { datasource, group, filter } => {
                 self.groups.insert((datasource, group, filter), None);
             }
         }
@@ -70,23 +72,23 @@ impl Pending {
     fn update(&mut self, uid: u64, cursor: Option<Offset>, ended: Option<(Option<TimeMicros>, u32)>) {
         let change = match self.sessions.entry(uid) {
             Entry::Vacant(vacant) => {
-                vacant.insert(SessionChange::Update { cursor, ended });
+                vacant.insert(PendingSessionChange::Update { cursor, ended });
                 return;
             }
             Entry::Occupied(occupied) => occupied.into_mut(),
         };
         match change {
-            SessionChange::Put(session) => {
+            PendingSessionChange::Put(session) => {
                 session.cursor = cursor.unwrap_or(session.cursor);
                 if let Some((ended_at, expiry_s)) = ended {
                     (session.ended_at, session.expiry_s) = (ended_at, expiry_s);
                 }
             }
-            SessionChange::Update { cursor: earlier, ended: earlier_end } => {
+            PendingSessionChange::Update { cursor: earlier, ended: earlier_end } => {
                 *earlier = cursor.or(*earlier);
                 *earlier_end = ended.or(*earlier_end);
             }
-            SessionChange::Remove | SessionChange::GiveUp => {}
+            PendingSessionChange::Remove | PendingSessionChange::GiveUp => {}
         }
     }
 }

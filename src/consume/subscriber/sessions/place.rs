@@ -1,59 +1,59 @@
-//! Where sessions are kept: a database of this gateway's own, or in a cluster the bucket that all nodes
+//! Where sessions are kept: in this gateway's own database, or in a cluster in the bucket that all nodes
 //! share ([`bucket`](super::bucket)).
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::pending::Pending;
-use super::table::Table;
-use super::{SessionStoreError, Stored};
+use super::pending::PendingSessionChanges;
+use super::table::SessionTable;
+use super::{SessionStoreError, StoredSessions};
 
-/// One such place. The store's thread owns it.
-pub(super) trait Place: Send {
+/// Where the store's thread, which owns it, writes sessions.
+pub(super) trait SessionBackend: Send {
     /// Writes all of `pending`, which is durable afterwards.
     ///
     /// # Errors
-    /// It was not written, or in part, or that is not known. It is written again then, with what came
-    /// after it.
-    fn write(&mut self, pending: &Pending) -> Result<(), SessionStoreError>;
+    /// It was not written, written in part, or the outcome is unknown. The caller writes it again, with
+    /// later changes.
+    fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SessionStoreError>;
 
-    /// For how long it needs nothing when there is nothing to write; `None`: for ever. After that it is
-    /// to be written all the same.
-    fn rest(&self) -> Option<Duration> {
+    /// How long it may go without a write when nothing is pending; `None`: for ever. After that it must be
+    /// written even so.
+    fn idle_time(&self) -> Option<Duration> {
         None
     }
 
     /// The database, if it is one and open.
     #[cfg(test)]
-    fn table(&mut self) -> Option<&mut Table> {
+    fn table(&mut self) -> Option<&mut SessionTable> {
         None
     }
 }
 
 /// `sessions.db`.
-pub(super) struct Database {
+pub(super) struct SessionDatabase {
     dir: PathBuf,
-    /// Absent after an error that leaves its state in doubt.
-    table: Option<Table>,
+    /// `None` after an error that leaves its state in doubt.
+    table: Option<SessionTable>,
 }
 
-impl Database {
+impl SessionDatabase {
     /// Opens `dir/sessions.db`, or makes it, and reads what is there.
-    pub(super) fn open(dir: &Path) -> Result<(Self, Stored), SessionStoreError> {
-        let table = Table::open(dir)?;
+    pub(super) fn open(dir: &Path) -> Result<(Self, StoredSessions), SessionStoreError> {
+        let table = SessionTable::open(dir)?;
         let stored = table.load()?;
         Ok((Self { dir: dir.to_owned(), table: Some(table) }, stored))
     }
 }
 
-impl Place for Database {
-    fn write(&mut self, pending: &Pending) -> Result<(), SessionStoreError> {
+impl SessionBackend for SessionDatabase {
+    fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SessionStoreError> {
         let table = match &mut self.table {
             Some(table) => table,
-            None => self.table.insert(Table::reopen(&self.dir)?),
+            None => self.table.insert(SessionTable::reopen(&self.dir)?),
         };
         table.write(pending).map_err(|error| {
-            if !error.leaves_all_as_it_was() {
+            if !error.is_clean_rollback() {
                 self.table = None;
             }
             error.into()
@@ -61,7 +61,7 @@ impl Place for Database {
     }
 
     #[cfg(test)]
-    fn table(&mut self) -> Option<&mut Table> {
+    fn table(&mut self) -> Option<&mut SessionTable> {
         self.table.as_mut()
     }
 }

@@ -1,4 +1,4 @@
-//! What is in a cell of the sessions' bucket: a byte that is the version of the format, and then
+//! The content of a cell in the sessions' bucket: one byte for the version of the format, then
 //! [postcard](https://postcard.jamesmunns.com/wire-format).
 
 use std::borrow::Cow;
@@ -9,37 +9,37 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::StoredSession;
 use crate::message::{DatasourceId, Offset};
 
-const VERSION: u8 = 1;
+const SESSION_ROW_VERSION: u8 = 1;
 
 /// A client's cell.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Row<'a> {
-    /// The node that wrote it, and that has the session as long as nobody else has written.
+pub(super) struct SessionRow<'a> {
+    /// The node that wrote the cell. It has the session until another node writes the cell.
     pub(super) owner: Cow<'a, str>,
-    /// How often the session has come to another node.
+    /// How often the session has moved to another node.
     pub(super) moves: u64,
-    /// `None`: it has ended.
+    /// `None`: the session has ended.
     pub(super) session: Option<Cow<'a, StoredSession>>,
 }
 
-/// How far a session is that has got further since its cell was written.
+/// The cursor of a session that has moved since its cell was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Moved {
+pub(super) struct CursorMove {
     pub(super) uid: u64,
-    /// The revision of the session's cell: of another one this says nothing.
+    /// The revision of the session's cell. The cursor is void if the cell has another.
     pub(super) revision: u64,
     pub(super) cursor: Offset,
 }
 
 pub(super) fn encode<T: Serialize>(value: &T) -> Bytes {
-    let bytes = postcard::to_extend(value, vec![VERSION]);
+    let bytes = postcard::to_extend(value, vec![SESSION_ROW_VERSION]);
     bytes.expect("plain values, into memory").into()
 }
 
-/// `None`: it is not what was written, or of a newer version.
+/// `None`: the bytes are damaged, or of a newer version.
 pub(super) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
     match bytes.split_first()? {
-        (&VERSION, rest) => postcard::from_bytes(rest).ok(),
+        (&SESSION_ROW_VERSION, rest) => postcard::from_bytes(rest).ok(),
         _ => None,
     }
 }

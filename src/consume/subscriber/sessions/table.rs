@@ -1,31 +1,32 @@
-//! `sessions.db` itself: its tables, read once at start, after that only written.
+//! `sessions.db` itself: its tables, read once at the start and then only written.
 //!
 //! ```sql
-//! sessions      (uid INTEGER, datasource TEXT, client_id TEXT, expiry_s INTEGER, ended_at INTEGER, cursor INTEGER)
+//! sessions      (uid INTEGER, datasource TEXT, client_id TEXT, expiry_s INTEGER, ended_at INTEGER,
+//!                cursor INTEGER)
 //! subscriptions (uid INTEGER, filter TEXT, qos INTEGER, no_local INTEGER, retain_as_published INTEGER,
 //!                identifier INTEGER, from_offset INTEGER)
 //! share_groups  (datasource TEXT, name TEXT, filter TEXT, cursor INTEGER)
 //! ```
 //!
-//! A `uid` is an unsigned number whose bits are kept. Times are microseconds since the Unix epoch.
-//! Nothing but the primary keys is constrained: a change that the database would never take would
-//! keep all later ones waiting.
+//! A `uid` is an unsigned number, stored as the signed number with the same bits. Times are microseconds
+//! since the Unix epoch. There are no constraints but the primary keys: a change that the database always
+//! refused would block all later ones.
 
 use std::path::{Path, PathBuf};
 
 use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, Row, TransactionBehavior, params};
 
-use super::pending::{Pending, SessionChange};
-use super::{Stored, StoredGroup, StoredSession, StoredSubscription};
-use crate::consume::sink::schema::{offset_of, sql_offset};
-use crate::consume::subscriber::database::{DatabaseError, Kind};
+use super::pending::{PendingSessionChange, PendingSessionChanges};
+use super::{StoredGroup, StoredSession, StoredSessions, StoredSubscription};
+use crate::consume::sink::schema::{offset_from_sql, sql_offset};
+use crate::consume::subscriber::database::{DatabaseError, DatabaseKind};
 use crate::message::DatasourceId;
 
 /// The file's name in the data directory.
-pub(super) const FILE_NAME: &str = "sessions.db";
+pub(super) const SESSIONS_FILE_NAME: &str = "sessions.db";
 
-const KIND: Kind = Kind {
+const SESSIONS_DATABASE: DatabaseKind = DatabaseKind {
     format: 1,
     exclusive: true,
     schema: "
@@ -58,29 +59,29 @@ const KIND: Kind = Kind {
 };
 
 /// The open database.
-pub(super) struct Table {
+pub(super) struct SessionTable {
     connection: Connection,
     path: PathBuf,
 }
 
-impl Table {
+impl SessionTable {
     /// Opens `dir/sessions.db`, or makes it.
     pub(super) fn open(dir: &Path) -> Result<Self, DatabaseError> {
-        let path = dir.join(FILE_NAME);
-        Ok(Self { connection: KIND.open(&path)?, path })
+        let path = dir.join(SESSIONS_FILE_NAME);
+        Ok(Self { connection: SESSIONS_DATABASE.open(&path)?, path })
     }
 
-    /// Opens it again after a transaction whose fate is unknown.
+    /// Opens it again after a transaction whose outcome is unknown.
     pub(super) fn reopen(dir: &Path) -> Result<Self, DatabaseError> {
-        let path = dir.join(FILE_NAME);
-        Ok(Self { connection: KIND.reopen(&path)?, path })
+        let path = dir.join(SESSIONS_FILE_NAME);
+        Ok(Self { connection: SESSIONS_DATABASE.reopen(&path)?, path })
     }
 
-    /// Reads all there is, its pages checked.
-    pub(super) fn load(&self) -> Result<Stored, DatabaseError> {
+    /// Checks the pages of the database and reads everything.
+    pub(super) fn load(&self) -> Result<StoredSessions, DatabaseError> {
         let damaged =
             |detail: &str| DatabaseError::Damaged { path: self.path.clone(), detail: detail.into() };
-        let failed = |error: rusqlite::Error| DatabaseError::of(&error, &self.path);
+        let failed = |error: rusqlite::Error| DatabaseError::from_sqlite(&error, &self.path);
         let pages: String =
             self.connection.pragma_query_value(None, "quick_check", |row| row.get(0)).map_err(failed)?;
         if pages != "ok" {
@@ -90,7 +91,7 @@ impl Table {
         if let Some(uid) = lonely {
             return Err(damaged(&format!("a subscription of session {uid}, which is not there")));
         }
-        Ok(Stored { sessions, groups: self.groups().map_err(failed)? })
+        Ok(StoredSessions { sessions, groups: self.groups().map_err(failed)? })
     }
 
     /// The sessions, and the first uid that has subscriptions and no session.
@@ -104,23 +105,23 @@ impl Table {
         )?;
         let mut sessions = Vec::new();
         let mut subscription_rows = select_subscriptions.query([])?;
-        let mut subscription = subscription_rows.next()?.map(subscription_of).transpose()?;
+        let mut subscription = subscription_rows.next()?.map(subscription_of_row).transpose()?;
         let mut rows = select.query([])?;
         while let Some(row) = rows.next()? {
             let uid: i64 = row.get(0)?;
             let mut session = StoredSession {
                 uid: uid.cast_unsigned(),
-                datasource: datasource_of(row, 1)?,
+                datasource: datasource_of_row(row, 1)?,
                 client_id: row.get(2)?,
                 expiry_s: row.get(3)?,
                 ended_at: row.get(4)?,
-                cursor: offset_of(row.get(5)?),
+                cursor: offset_from_sql(row.get(5)?),
                 subscriptions: Vec::new(),
             };
-            // Both come in the order of their uid.
+            // Both queries are ordered by uid.
             while let Some((_, belongs)) = subscription.take_if(|(of, _)| *of == uid) {
                 session.subscriptions.push(belongs);
-                subscription = subscription_rows.next()?.map(subscription_of).transpose()?;
+                subscription = subscription_rows.next()?.map(subscription_of_row).transpose()?;
             }
             sessions.push(session);
         }
@@ -133,28 +134,29 @@ impl Table {
         )?;
         let groups = select.query_map([], |row| {
             Ok(StoredGroup {
-                datasource: datasource_of(row, 0)?,
+                datasource: datasource_of_row(row, 0)?,
                 group: row.get(1)?,
                 filter: row.get(2)?,
-                cursor: offset_of(row.get(3)?),
+                cursor: offset_from_sql(row.get(3)?),
             })
         })?;
         groups.collect()
     }
 
     /// Writes all of `pending` in one transaction. It is on the disk afterwards.
-    pub(super) fn write(&mut self, pending: &Pending) -> Result<(), DatabaseError> {
-        write(&mut self.connection, pending).map_err(|error| DatabaseError::of(&error, &self.path))
+    pub(super) fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), DatabaseError> {
+        write_pending(&mut self.connection, pending)
+            .map_err(|error| DatabaseError::from_sqlite(&error, &self.path))
     }
 
-    /// Changes a setting, to make things go wrong.
+    /// Changes a pragma, to provoke errors.
     #[cfg(test)]
     pub(super) fn set(&self, pragma: &str, value: i64) {
         self.connection.pragma_update(None, pragma, value).expect("a setting");
     }
 }
 
-fn write(connection: &mut Connection, pending: &Pending) -> rusqlite::Result<()> {
+fn write_pending(connection: &mut Connection, pending: &PendingSessionChanges) -> rusqlite::Result<()> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     {
         let mut put =
@@ -169,7 +171,7 @@ fn write(connection: &mut Connection, pending: &Pending) -> rusqlite::Result<()>
         for (uid, change) in &pending.sessions {
             let uid = uid.cast_signed();
             match change {
-                SessionChange::Put(session) => {
+                PendingSessionChange::Put(session) => {
                     put.execute(params![
                         uid,
                         session.datasource.as_str(),
@@ -191,7 +193,7 @@ fn write(connection: &mut Connection, pending: &Pending) -> rusqlite::Result<()>
                         ])?;
                     }
                 }
-                SessionChange::Update { cursor, ended } => {
+                PendingSessionChange::Update { cursor, ended } => {
                     if let Some(cursor) = cursor {
                         move_cursor.execute([uid, sql_offset(*cursor)])?;
                     }
@@ -199,12 +201,12 @@ fn write(connection: &mut Connection, pending: &Pending) -> rusqlite::Result<()>
                         end.execute(params![uid, ended_at, expiry_s])?;
                     }
                 }
-                SessionChange::Remove => {
+                PendingSessionChange::Remove => {
                     unsubscribe.execute([uid])?;
                     remove.execute([uid])?;
                 }
-                // There is no other node.
-                SessionChange::GiveUp => {}
+                // A gateway with a database has no other nodes.
+                PendingSessionChange::GiveUp => {}
             }
         }
         let mut put =
@@ -223,21 +225,21 @@ fn write(connection: &mut Connection, pending: &Pending) -> rusqlite::Result<()>
     transaction.commit()
 }
 
-fn datasource_of(row: &Row<'_>, column: usize) -> rusqlite::Result<DatasourceId> {
+fn datasource_of_row(row: &Row<'_>, column: usize) -> rusqlite::Result<DatasourceId> {
     match row.get_ref(column)?.as_str()? {
         "*" => Ok(DatasourceId::all()),
         id => DatasourceId::new(id).map_err(|error| FromSqlError::other(error).into()),
     }
 }
 
-fn subscription_of(row: &Row<'_>) -> rusqlite::Result<(i64, StoredSubscription)> {
+fn subscription_of_row(row: &Row<'_>) -> rusqlite::Result<(i64, StoredSubscription)> {
     let subscription = StoredSubscription {
         filter: row.get(1)?,
         qos: row.get(2)?,
         no_local: row.get(3)?,
         retain_as_published: row.get(4)?,
         identifier: row.get(5)?,
-        from: offset_of(row.get(6)?),
+        from: offset_from_sql(row.get(6)?),
     };
     Ok((row.get(0)?, subscription))
 }

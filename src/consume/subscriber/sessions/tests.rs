@@ -42,11 +42,11 @@ fn group(name: &str, cursor: Offset) -> StoredGroup {
     StoredGroup { datasource: id("press-4"), group: name.to_owned(), filter: "spindle/#".to_owned(), cursor }
 }
 
-fn open(dir: &Path) -> (SessionStore, Stored) {
+fn open(dir: &Path) -> (SessionStore, StoredSessions) {
     SessionStore::open(dir).expect("opens")
 }
 
-async fn written(store: &SessionStore, changes: Vec<Change>) {
+async fn written(store: &SessionStore, changes: Vec<SessionStoreChange>) {
     tokio::time::timeout(DEADLINE, store.write(changes)).await.expect("answered").expect("written");
 }
 
@@ -59,7 +59,7 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// What a start after a kill at this moment finds.
-fn as_killed(dir: &Path) -> Stored {
+fn as_killed(dir: &Path) -> StoredSessions {
     let copy = tempfile::tempdir().expect("temporary directory");
     for file in std::fs::read_dir(dir).expect("readable") {
         let file = file.expect("readable");
@@ -76,7 +76,7 @@ fn directory() -> TempDir {
 async fn everything_about_a_session_comes_back() {
     let dir = directory();
     let (store, stored) = open(dir.path());
-    assert_eq!(stored, Stored::default());
+    assert_eq!(stored, StoredSessions::default());
     let one = StoredSession {
         uid: u64::MAX,
         datasource: DatasourceId::all(),
@@ -99,14 +99,14 @@ async fn everything_about_a_session_comes_back() {
     let none = StoredSession { expiry_s: 0, ..session(0, &[]) };
     let of_all = StoredGroup { datasource: DatasourceId::all(), ..group("workers", 9) };
     let changes = vec![
-        Change::PutSession(one.clone()),
-        Change::PutSession(none.clone()),
-        Change::PutGroup(group("workers", 8)),
-        Change::PutGroup(of_all.clone()),
+        SessionStoreChange::PutSession(one.clone()),
+        SessionStoreChange::PutSession(none.clone()),
+        SessionStoreChange::PutGroup(group("workers", 8)),
+        SessionStoreChange::PutGroup(of_all.clone()),
     ];
     written(&store, changes).await;
     store.close().await;
-    let expected = Stored { sessions: vec![one, none], groups: vec![of_all, group("workers", 8)] };
+    let expected = StoredSessions { sessions: vec![one, none], groups: vec![of_all, group("workers", 8)] };
     assert_eq!(open(dir.path()).1, expected);
 }
 
@@ -114,24 +114,31 @@ async fn everything_about_a_session_comes_back() {
 async fn what_was_acknowledged_survives_a_kill_at_any_moment() {
     let dir = directory();
     let (store, _) = open(dir.path());
-    written(&store, vec![Change::PutSession(session(1, &["a", "b"]))]).await;
+    written(&store, vec![SessionStoreChange::PutSession(session(1, &["a", "b"]))]).await;
     assert_eq!(as_killed(dir.path()).sessions, [session(1, &["a", "b"])]);
-    written(&store, vec![Change::PutSession(session(1, &["c"])), Change::PutGroup(group("g", 1))]).await;
+    written(
+        &store,
+        vec![SessionStoreChange::PutSession(session(1, &["c"])), SessionStoreChange::PutGroup(group("g", 1))],
+    )
+    .await;
     let killed = as_killed(dir.path());
     assert_eq!((killed.sessions, killed.groups), (vec![session(1, &["c"])], vec![group("g", 1)]));
     let moved = vec![
-        Change::Cursor { uid: 1, cursor: 50 },
-        Change::Ended { uid: 1, ended_at: Some(99), expiry_s: 7 },
-        Change::PutGroup(group("g", 2)),
+        SessionStoreChange::MoveCursor { uid: 1, cursor: 50 },
+        SessionStoreChange::SetEnded { uid: 1, ended_at: Some(99), expiry_s: 7 },
+        SessionStoreChange::PutGroup(group("g", 2)),
     ];
     written(&store, moved).await;
     let expected = StoredSession { cursor: 50, ended_at: Some(99), expiry_s: 7, ..session(1, &["c"]) };
     let killed = as_killed(dir.path());
     assert_eq!((killed.sessions, killed.groups), (vec![expected], vec![group("g", 2)]));
     let StoredGroup { datasource, group, filter, .. } = group("g", 2);
-    let removed = vec![Change::RemoveSession(1), Change::RemoveGroup { datasource, group, filter }];
+    let removed = vec![
+        SessionStoreChange::RemoveSession(1),
+        SessionStoreChange::RemoveGroup { datasource, group, filter },
+    ];
     written(&store, removed).await;
-    assert_eq!(as_killed(dir.path()), Stored::default());
+    assert_eq!(as_killed(dir.path()), StoredSessions::default());
 }
 
 #[tokio::test]
@@ -140,26 +147,27 @@ async fn changes_of_a_session_that_is_not_there_do_nothing() {
     let (store, _) = open(dir.path());
     let late = || {
         vec![
-            Change::Cursor { uid: 1, cursor: 50 },
-            Change::Ended { uid: 1, ended_at: None, expiry_s: 7 },
-            Change::RemoveSession(1),
+            SessionStoreChange::MoveCursor { uid: 1, cursor: 50 },
+            SessionStoreChange::SetEnded { uid: 1, ended_at: None, expiry_s: 7 },
+            SessionStoreChange::RemoveSession(1),
         ]
     };
     written(&store, late()).await;
     // In the same transaction as the removal, and after it.
-    let removed = vec![Change::PutSession(session(1, &["a"])), Change::RemoveSession(1)];
+    let removed =
+        vec![SessionStoreChange::PutSession(session(1, &["a"])), SessionStoreChange::RemoveSession(1)];
     written(&store, removed.into_iter().chain(late()).collect()).await;
     written(&store, late()).await;
     written(&store, Vec::new()).await;
-    assert_eq!(as_killed(dir.path()), Stored::default());
+    assert_eq!(as_killed(dir.path()), StoredSessions::default());
 }
 
 #[tokio::test]
 async fn a_change_that_nobody_waits_for_is_written() {
     let dir = directory();
     let (store, _) = open(dir.path());
-    drop(store.write(vec![Change::PutSession(session(1, &["a"]))]));
-    drop(store.write(vec![Change::Cursor { uid: 1, cursor: 6 }]));
+    drop(store.write(vec![SessionStoreChange::PutSession(session(1, &["a"]))]));
+    drop(store.write(vec![SessionStoreChange::MoveCursor { uid: 1, cursor: 6 }]));
     // All clones are gone, and nobody has closed it: the thread finishes and lets go of the file.
     drop(store);
     assert_eq!(open(dir.path()).1.sessions, [StoredSession { cursor: 6, ..session(1, &["a"]) }]);
@@ -169,13 +177,14 @@ async fn a_change_that_nobody_waits_for_is_written() {
 async fn a_closed_store_has_written_all_and_takes_no_more() {
     let dir = directory();
     let (store, _) = open(dir.path());
-    let waiting: Vec<_> =
-        (0..1000).map(|uid| store.write(vec![Change::PutSession(session(uid, &["a", "b/#"]))])).collect();
+    let waiting: Vec<_> = (0..1000)
+        .map(|uid| store.write(vec![SessionStoreChange::PutSession(session(uid, &["a", "b/#"]))]))
+        .collect();
     store.close().await;
     for write in waiting {
         assert_eq!(write.await, Ok(()));
     }
-    let refused = store.write(vec![Change::RemoveSession(1)]).await;
+    let refused = store.write(vec![SessionStoreChange::RemoveSession(1)]).await;
     assert_eq!(refused, Err(SessionStoreError::Closed));
     store.close().await;
     assert_eq!(open(dir.path()).1.sessions.len(), 1000);
@@ -185,16 +194,19 @@ async fn a_closed_store_has_written_all_and_takes_no_more() {
 async fn on_a_full_disk_waiters_are_told_and_their_changes_are_written_when_there_is_room() {
     let dir = directory();
     let (store, _) = open(dir.path());
-    written(&store, vec![Change::PutSession(session(1, &["a"]))]).await;
+    written(&store, vec![SessionStoreChange::PutSession(session(1, &["a"]))]).await;
     store.meddle(|table| table.set("max_page_count", 1));
     let filters: Vec<String> = (0..2000).map(|n| format!("some/long/filter/{n:05}")).collect();
     let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
-    let first = store.write(vec![Change::PutSession(session(2, &filters))]);
+    let first = store.write(vec![SessionStoreChange::PutSession(session(2, &filters))]);
     until("trouble is told", || store.trouble().is_some()).await;
-    let later = store.write(vec![Change::Cursor { uid: 2, cursor: 60 }, Change::RemoveSession(1)]);
+    let later = store.write(vec![
+        SessionStoreChange::MoveCursor { uid: 2, cursor: 60 },
+        SessionStoreChange::RemoveSession(1),
+    ]);
     let begun = Instant::now();
     let error = tokio::time::timeout(DEADLINE, first).await.expect("answered").expect_err("no room");
-    assert!(begun.elapsed() >= WAIT_MAX / 2, "it waited {:?}", begun.elapsed());
+    assert!(begun.elapsed() >= SESSION_WRITE_WAIT_MAX / 2, "it waited {:?}", begun.elapsed());
     assert!(matches!(error, SessionStoreError::Database(DatabaseError::DiskFull { .. })), "{error}");
     assert!(error.to_string().contains("sessions.db"), "{error}");
     assert_eq!(as_killed(dir.path()).sessions, [session(1, &["a"])]);
@@ -212,7 +224,7 @@ async fn after_an_error_of_another_kind_the_database_is_opened_again() {
     let dir = directory();
     let (store, _) = open(dir.path());
     store.meddle(|table| table.set("query_only", 1));
-    written(&store, vec![Change::PutSession(session(1, &["a"]))]).await;
+    written(&store, vec![SessionStoreChange::PutSession(session(1, &["a"]))]).await;
     assert_eq!(store.trouble(), None);
     assert_eq!(as_killed(dir.path()).sessions, [session(1, &["a"])]);
 }
@@ -223,7 +235,8 @@ async fn a_store_that_cannot_write_still_closes() {
     let (store, _) = open(dir.path());
     store.meddle(|table| table.set("max_page_count", 1));
     let client_id = "c".repeat(100_000);
-    let write = store.write(vec![Change::PutSession(StoredSession { client_id, ..session(1, &[]) })]);
+    let write =
+        store.write(vec![SessionStoreChange::PutSession(StoredSession { client_id, ..session(1, &[]) })]);
     tokio::time::timeout(DEADLINE, store.close()).await.expect("closed in time");
     let error = write.await.expect_err("no room");
     assert!(matches!(error, SessionStoreError::Database(DatabaseError::DiskFull { .. })), "{error}");
@@ -233,7 +246,8 @@ async fn a_store_that_cannot_write_still_closes() {
 async fn a_hundred_thousand_sessions_are_loaded_at_once() {
     let dir = directory();
     let (store, _) = open(dir.path());
-    let sessions = (0..100_000).map(|uid| Change::PutSession(session(uid, &["spindle/#", "+/temp"])));
+    let sessions =
+        (0..100_000).map(|uid| SessionStoreChange::PutSession(session(uid, &["spindle/#", "+/temp"])));
     written(&store, sessions.collect()).await;
     store.close().await;
     let begun = Instant::now();
@@ -252,8 +266,8 @@ fn a_database_that_makes_no_sense_is_refused_with_its_name() {
         ("INSERT INTO subscriptions VALUES (3, 'a', 1, 0, 0, NULL, 0)", "session 3"),
     ] {
         let dir = directory();
-        drop(Table::open(dir.path()).expect("made"));
-        let connection = Connection::open(dir.path().join(FILE_NAME)).expect("opens");
+        drop(SessionTable::open(dir.path()).expect("made"));
+        let connection = Connection::open(dir.path().join(SESSIONS_FILE_NAME)).expect("opens");
         connection.execute_batch(change).expect("runs");
         drop(connection);
         let error = SessionStore::open(dir.path()).map(drop).expect_err("makes no sense").to_string();
@@ -261,7 +275,7 @@ fn a_database_that_makes_no_sense_is_refused_with_its_name() {
     }
 }
 
-/// What the store is to hold, the simplest way.
+/// A simple model of what the store should hold.
 #[derive(Default)]
 struct Model {
     sessions: BTreeMap<u64, StoredSession>,
@@ -269,46 +283,48 @@ struct Model {
 }
 
 impl Model {
-    fn apply(&mut self, change: Change) {
+    fn apply(&mut self, change: SessionStoreChange) {
         match change {
-            Change::PutSession(session) => drop(self.sessions.insert(session.uid, session)),
-            Change::RemoveSession(uid) => drop(self.sessions.remove(&uid)),
-            Change::Cursor { uid, cursor } => {
+            SessionStoreChange::PutSession(session) => drop(self.sessions.insert(session.uid, session)),
+            SessionStoreChange::RemoveSession(uid) => drop(self.sessions.remove(&uid)),
+            SessionStoreChange::MoveCursor { uid, cursor } => {
                 self.sessions.entry(uid).and_modify(|session| session.cursor = cursor);
             }
-            Change::Ended { uid, ended_at, expiry_s } => {
+            SessionStoreChange::SetEnded { uid, ended_at, expiry_s } => {
                 self.sessions
                     .entry(uid)
                     .and_modify(|session| (session.ended_at, session.expiry_s) = (ended_at, expiry_s));
             }
-            Change::PutGroup(group) => drop(self.groups.insert(group.group.clone(), group)),
-            Change::RemoveGroup { group, .. } => drop(self.groups.remove(&group)),
-            Change::Found(_) | Change::GivenUp(_) => {}
+            SessionStoreChange::PutGroup(group) => drop(self.groups.insert(group.group.clone(), group)),
+            SessionStoreChange::RemoveGroup { group, .. } => drop(self.groups.remove(&group)),
+            SessionStoreChange::Found(_) | SessionStoreChange::GiveUpSession(_) => {}
         }
     }
 
-    fn stored(&self) -> Stored {
-        Stored {
+    fn stored(&self) -> StoredSessions {
+        StoredSessions {
             sessions: self.sessions.values().cloned().collect(),
             groups: self.groups.values().cloned().collect(),
         }
     }
 }
 
-fn any_change() -> impl Strategy<Value = Change> {
+fn any_change() -> impl Strategy<Value = SessionStoreChange> {
     let uid = 0..3_u64;
     let filters = prop::sample::subsequence(vec!["a", "b/#", "c/+"], 0..=3);
     let name = prop::sample::select(vec!["g", "h"]);
     prop_oneof![
-        (uid.clone(), filters).prop_map(|(uid, filters)| Change::PutSession(session(uid, &filters))),
-        uid.clone().prop_map(Change::RemoveSession),
-        (uid.clone(), 10..100_u64).prop_map(|(uid, cursor)| Change::Cursor { uid, cursor }),
+        (uid.clone(), filters)
+            .prop_map(|(uid, filters)| SessionStoreChange::PutSession(session(uid, &filters))),
+        uid.clone().prop_map(SessionStoreChange::RemoveSession),
+        (uid.clone(), 10..100_u64).prop_map(|(uid, cursor)| SessionStoreChange::MoveCursor { uid, cursor }),
         (uid, prop::option::of(any::<i64>()), any::<u32>())
-            .prop_map(|(uid, ended_at, expiry_s)| Change::Ended { uid, ended_at, expiry_s }),
-        (name.clone(), 0..100_u64).prop_map(|(name, cursor)| Change::PutGroup(group(name, cursor))),
+            .prop_map(|(uid, ended_at, expiry_s)| SessionStoreChange::SetEnded { uid, ended_at, expiry_s }),
+        (name.clone(), 0..100_u64)
+            .prop_map(|(name, cursor)| SessionStoreChange::PutGroup(group(name, cursor))),
         name.prop_map(|name| {
             let StoredGroup { datasource, group, filter, .. } = group(name, 0);
-            Change::RemoveGroup { datasource, group, filter }
+            SessionStoreChange::RemoveGroup { datasource, group, filter }
         }),
     ]
 }
@@ -322,17 +338,17 @@ proptest! {
         twice in any::<bool>(),
     ) {
         let dir = directory();
-        let mut table = Table::open(dir.path()).expect("opens");
+        let mut table = SessionTable::open(dir.path()).expect("opens");
         let mut model = Model::default();
         for changes in transactions {
-            let mut pending = Pending::default();
+            let mut pending = PendingSessionChanges::default();
             for change in changes {
                 model.apply(change.clone());
                 pending.fold(change);
             }
             table.write(&pending).expect("written");
             if twice {
-                // As after a commit that had succeeded and said that it had not.
+                // As after a commit that succeeded but reported an error.
                 table.write(&pending).expect("written");
             }
             prop_assert_eq!(table.load().expect("read"), model.stored());

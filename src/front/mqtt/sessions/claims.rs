@@ -1,82 +1,86 @@
-//! Claims: in a cluster a client may come to any node, whatever node it was at before. The node that
-//! it comes to claims it: it asks the others, and whoever has the client, connected or away, lets go
-//! of it and hands over its session. What nobody has is in the [bucket](Lookup), if anywhere: its
-//! node is gone, or could not be reached.
+//! Claims: in a cluster a client may connect to any node, whichever node it used before. The node that
+//! the client connects to claims it: it asks the other nodes, and the one that has the client, connected
+//! or away, releases it and hands over its session. A session that no node has is in the
+//! [bucket](SessionLookup), if it exists: its node is gone or could not be reached.
 //!
-//! Of two nodes that claim a client at the same moment the later one gets it. A node that has heard of a
-//! claim makes only later ones, whatever its clock says, so that a client that comes again after an
-//! answer is never the earlier one.
+//! If two nodes claim a client at the same moment, the later claim wins. A node that has heard of a claim
+//! makes only later ones, whatever its clock says, so a client that connects again after an answer
+//! always has the later claim.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use headgate_bridge_nats::presence::{Presence, Reply};
+use headgate_bridge_nats::presence::{NodeReply, Presence};
 use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::{debug, warn};
 
-use super::super::session::{HandedOver, Session};
-use super::{Away, ClientKey, Connected, Held, NotEntered, Present, Sessions, group_of};
-use crate::auth::connections::{Close, Control};
-use crate::consume::subscriber::sessions::Change;
-use crate::consume::subscriber::sessions::bucket::{Found, Lookup, Lost};
+use super::super::session::{MqttSession, SessionHandover};
+use super::{
+    AwayClient, ClientGuard, ClientKey, ClusterClientState, ConnectedClient, EnterError, Sessions,
+    shared_group_key,
+};
+use crate::auth::connections::{CloseReason, ConnectionControl};
+use crate::consume::subscriber::sessions::SessionStoreChange;
+use crate::consume::subscriber::sessions::bucket::{FoundSession, LostSession, SessionLookup};
 use crate::message::{DatasourceId, now_micros};
 
-/// What nodes are asked on.
-const SUBJECT: &str = "headgate.claim";
-/// How long a node may take to let go of a client. After that the bucket decides.
-const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
-/// How long an answer is kept at least, for a question that is asked again.
-const ANSWERED_FOR: Duration = Duration::from_secs(5);
+/// The subject on which nodes receive claims.
+const CLAIM_SUBJECT: &str = "headgate.claim";
+/// How long a node may take to release a client. After that the bucket decides.
+const CLAIM_ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
+/// How long an answer is kept at least, in case the claim is sent again.
+const CLAIM_ANSWER_KEPT_MIN: Duration = Duration::from_secs(5);
 
-/// The order of claims.
+/// A claim's place in the order of all claims.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub(super) struct When {
+pub(super) struct ClaimStamp {
     time: i64,
     node: String,
 }
 
-/// What the other nodes are asked.
+/// The question to the other nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-struct Claim {
-    at: When,
+struct ClientClaim {
+    at: ClaimStamp,
     datasource: String,
     client_id: String,
-    /// What there is of the session is to end.
+    /// An existing session is to end.
     clean: bool,
 }
 
-/// What a node answers.
+/// A node's answer to a claim.
 #[derive(Debug, Serialize, Deserialize)]
-enum Answer {
-    /// It does not have the client, or not any more.
+enum ClaimAnswer {
+    /// The node does not have the client, or no longer.
     Nothing,
-    /// It has the client, or is about to get it, by a later claim.
-    Later,
-    /// This is the client's session, which it does not have any more.
-    Session(Box<HandedOver>),
+    /// The node has the client, or is about to get it, by a later claim.
+    LaterClaim,
+    /// The client's session, which the node has given up.
+    Session(Box<SessionHandover>),
 }
 
-/// An answer, as soon as it is there.
-type Answering = Arc<OnceCell<Bytes>>;
+/// An answer that may still be in the making.
+type ClaimAnswerCell = Arc<OnceCell<Bytes>>;
 
-/// What was answered lately: a question may be asked again, and its session is gone by then.
-struct Answered {
-    /// Since when the newer ones come.
+/// The latest answers: a claim may be sent again after its session was handed over.
+struct RecentClaimAnswers {
+    /// When `newer` was begun.
     since: Instant,
-    newer: HashMap<Claim, Answering>,
-    older: HashMap<Claim, Answering>,
+    newer: HashMap<ClientClaim, ClaimAnswerCell>,
+    older: HashMap<ClientClaim, ClaimAnswerCell>,
 }
 
-impl Answered {
-    /// What this question is answered with, if somebody has begun to answer it: otherwise by whoever asks.
-    fn answering(&mut self, claim: Claim) -> Answering {
-        if self.since.elapsed() >= ANSWERED_FOR {
+impl RecentClaimAnswers {
+    /// The answer to a claim. The caller fills the cell if nobody has begun to.
+    fn answer_cell(&mut self, claim: ClientClaim) -> ClaimAnswerCell {
+        if self.since.elapsed() >= CLAIM_ANSWER_KEPT_MIN {
             self.older = std::mem::take(&mut self.newer);
             self.since = Instant::now();
         }
@@ -85,21 +89,22 @@ impl Answered {
     }
 }
 
-/// What a node needs to share its clients with others.
-pub struct Claims {
+/// What a node needs to share its clients with other nodes.
+pub struct ClientClaims {
     presence: Arc<Presence>,
-    lookup: Lookup,
-    lost: Mutex<Option<UnboundedReceiver<Lost>>>,
-    /// The time of the latest claim that was made or heard of.
+    lookup: SessionLookup,
+    lost: Mutex<Option<UnboundedReceiver<LostSession>>>,
+    /// The time of the latest claim that this node has made or heard of.
     latest: AtomicI64,
-    answered: Mutex<Answered>,
+    answered: Mutex<RecentClaimAnswers>,
 }
 
-impl Claims {
-    /// Shares them with those that `presence` knows. `lookup` is where the sessions are that nobody has, and
-    /// over `lost` comes what others have taken without asking.
-    pub fn new(presence: Arc<Presence>, lookup: Lookup, lost: UnboundedReceiver<Lost>) -> Self {
-        let answered = Answered { since: Instant::now(), newer: HashMap::new(), older: HashMap::new() };
+impl ClientClaims {
+    /// Shares the clients with the nodes that `presence` knows. `lookup` finds the sessions that no node
+    /// has. `lost` brings the sessions that other nodes have taken without asking.
+    pub fn new(presence: Arc<Presence>, lookup: SessionLookup, lost: UnboundedReceiver<LostSession>) -> Self {
+        let answered =
+            RecentClaimAnswers { since: Instant::now(), newer: HashMap::new(), older: HashMap::new() };
         Self {
             presence,
             lookup,
@@ -109,139 +114,138 @@ impl Claims {
         }
     }
 
-    /// A claim that is later than all that were heard of.
-    pub(super) fn next(&self) -> When {
+    /// A stamp that is later than every claim heard of so far.
+    pub(super) fn next_stamp(&self) -> ClaimStamp {
         let now = now_micros();
         let later = |latest: i64| now.max(latest + 1);
         let before = self.latest.fetch_update(Ordering::AcqRel, Ordering::Acquire, |l| Some(later(l)));
         let time = later(before.unwrap_or_else(|latest| latest));
-        When { time, node: self.presence.id().to_owned() }
+        ClaimStamp { time, node: self.presence.id().to_owned() }
     }
 }
 
-/// What a claim has brought.
-pub(super) struct Claimed {
+/// The result of a claim.
+pub(super) struct ClaimedSession {
     /// The client's session.
-    pub(super) session: Option<Session>,
-    /// What the bucket has of it, to be written over.
-    pub(super) found: Found,
+    pub(super) session: Option<MqttSession>,
+    /// The client's cell in the bucket, to be overwritten.
+    pub(super) found: FoundSession,
 }
 
 impl Sessions {
-    /// Answers the claims of other nodes from now on, and gives up what they have taken otherwise. Returns
-    /// when nothing more can be taken: never, mostly.
-    pub(super) async fn share(self: &Arc<Self>, claims: &Claims) {
+    /// Answers the claims of other nodes, and gives up sessions that they took without asking. Normally
+    /// never returns.
+    pub(super) async fn serve_claims(self: &Arc<Self>, claims: &ClientClaims) {
         let this = Arc::downgrade(self);
-        let served = claims.presence.serve(SUBJECT, move |question| {
+        let served = claims.presence.serve(CLAIM_SUBJECT, move |question| {
             let this = this.upgrade();
             async move {
                 match this {
-                    Some(sessions) => sessions.answer(&question).await,
-                    None => encode(&Answer::Nothing),
+                    Some(sessions) => sessions.answer_claim(&question).await,
+                    None => encode_claim(&ClaimAnswer::Nothing),
                 }
             }
         });
         if let Err(error) = served.await {
-            warn!(%error, "other nodes cannot ask for clients that are connected here");
+            warn!(%error, "other nodes cannot claim clients of this node");
         }
-        let lost = claims.lost.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let lost = claims.lost.lock().take();
         let Some(mut lost) = lost else { return };
         while let Some(lost) = lost.recv().await {
-            self.lose(lost);
+            self.give_up_lost(lost);
         }
     }
 
-    /// Gets a client that is not here from wherever it is.
+    /// Gets a client's session from another node or from the bucket.
     ///
     /// # Errors
-    /// [`NotEntered`].
+    /// [`EnterError`].
     pub(super) async fn claim(
         &self,
-        claims: &Claims,
-        present: &Present,
-        at: When,
+        claims: &ClientClaims,
+        present: &ClientGuard,
+        at: ClaimStamp,
         clean: bool,
-    ) -> Result<Claimed, NotEntered> {
+    ) -> Result<ClaimedSession, EnterError> {
         tokio::select! {
             biased;
-            // Not to be waited for: who claims it later waits for this one to leave.
-            why = poll_fn(|cx| present.control.poll_closed(cx)) => Err(NotEntered::Closed(why)),
-            claimed = self.claim_for_long(claims, &present.key, at, clean) => claimed,
+            // First, and at once: a later claim waits for this client to leave.
+            why = poll_fn(|cx| present.control.poll_closed(cx)) => Err(EnterError::Closed(why)),
+            claimed = self.claim_uninterrupted(claims, &present.key, at, clean) => claimed,
         }
     }
 
-    async fn claim_for_long(
+    async fn claim_uninterrupted(
         &self,
-        claims: &Claims,
+        claims: &ClientClaims,
         key: &ClientKey,
-        at: When,
+        at: ClaimStamp,
         clean: bool,
-    ) -> Result<Claimed, NotEntered> {
+    ) -> Result<ClaimedSession, EnterError> {
         let (datasource, client_id) = (key.0.as_str().to_owned(), key.1.as_ref().to_owned());
-        let question = encode(&Claim { at, datasource, client_id, clean });
-        // What was written here of an earlier session has to be in the bucket before that is read.
+        let question = encode_claim(&ClientClaim { at, datasource, client_id, clean });
+        // Pending writes of an earlier session have to reach the bucket before it is read.
         let written = self.subscribers.store.write(Vec::new());
-        let asked = claims.presence.ask_all(SUBJECT, question, ANSWER_WAIT_MAX);
+        let asked = claims.presence.ask_all(CLAIM_SUBJECT, question, CLAIM_ANSWER_WAIT_MAX);
         let (written, answers) = tokio::join!(written, asked);
-        written.map_err(unavailable)?;
+        written.map_err(enter_unavailable)?;
         let mut handed = Vec::new();
         for (node, reply) in answers {
             match reply {
-                Reply::Answer(answer) => match decode(&answer) {
-                    Some(Answer::Later) => return Err(NotEntered::Closed(Close::TakenOver)),
-                    Some(Answer::Session(session)) => handed.push(*session),
-                    Some(Answer::Nothing) => {}
-                    None => warn!(node, "a node has answered in words that are not known here"),
+                NodeReply::Answer(answer) => match decode_claim(&answer) {
+                    Some(ClaimAnswer::LaterClaim) => return Err(EnterError::Closed(CloseReason::TakenOver)),
+                    Some(ClaimAnswer::Session(session)) => handed.push(*session),
+                    Some(ClaimAnswer::Nothing) => {}
+                    None => warn!(node, "a node sent an answer to a claim that cannot be decoded"),
                 },
-                // What it had, or has, is in the bucket, a second old at most.
-                Reply::Gone | Reply::Silent => debug!(node, "a node has not answered for a client"),
+                // The bucket has that node's sessions, at most a second old.
+                NodeReply::Gone | NodeReply::Silent => debug!(node, "a node has not answered a claim"),
             }
         }
-        let found = claims.lookup.find(&key.0, &key.1).await.map_err(unavailable)?;
+        let found = claims.lookup.find(&key.0, &key.1).await.map_err(enter_unavailable)?;
         let kept = found.session.clone().filter(|session| !clean && !session.has_expired(now_micros()));
         if let Some(over) = found.session.as_ref().filter(|_| kept.is_none()) {
-            // Its node is gone, else that would have ended it.
-            for group in over.subscriptions.iter().filter_map(|s| group_of(&key.0, &s.filter)) {
+            // The session's node is gone; otherwise it would have ended the session itself.
+            for group in over.subscriptions.iter().filter_map(|s| shared_group_key(&key.0, &s.filter)) {
                 self.subscribers.groups.leave(&group, over.uid, true);
             }
         }
-        // Who had it last has written it before it answered, and knows more than it has written.
-        let session = kept.map(|kept| match handed.into_iter().find(|handed| handed.is(&kept)) {
-            Some(handed) => Session::from_handed(handed),
-            None => Session::from_stored(kept),
+        // A node writes its session before it answers, and its answer holds more than the bucket.
+        let session = kept.map(|kept| match handed.into_iter().find(|handed| handed.is_latest_of(&kept)) {
+            Some(handed) => MqttSession::from_handover(handed),
+            None => MqttSession::from_stored(kept),
         });
         if let Some(session) = &session {
             let log = &self.subscribers.log;
-            // Which of its QoS 2 messages are released is known before the first of them comes again, and what
-            // was given out elsewhere is here too: the session goes on behind it.
-            let (released, caught_up) = tokio::join!(log.sync(), log.catch_up(session.reaches()));
-            released.and(caught_up).map_err(unavailable)?;
+            // The session continues behind what another node has delivered, so this node's log has to reach
+            // that far, and has to know the released QoS 2 messages before one is sent again.
+            let (released, caught_up) = tokio::join!(log.sync(), log.catch_up(session.end_offset()));
+            released.and(caught_up).map_err(enter_unavailable)?;
         }
-        Ok(Claimed { session, found })
+        Ok(ClaimedSession { session, found })
     }
 
-    async fn answer(self: &Arc<Self>, question: &[u8]) -> Bytes {
-        let (Some(claims), Some(claim)) = (&self.claims, decode::<Claim>(question)) else {
-            return encode(&Answer::Nothing);
+    async fn answer_claim(self: &Arc<Self>, question: &[u8]) -> Bytes {
+        let (Some(claims), Some(claim)) = (&self.claims, decode_claim::<ClientClaim>(question)) else {
+            return encode_claim(&ClaimAnswer::Nothing);
         };
         claims.latest.fetch_max(claim.at.time, Ordering::AcqRel);
-        let answering =
-            claims.answered.lock().unwrap_or_else(PoisonError::into_inner).answering(claim.clone());
-        answering.get_or_init(|| async { encode(&self.let_go(&claim).await) }).await.clone()
+        let answering = claims.answered.lock().answer_cell(claim.clone());
+        answering.get_or_init(|| async { encode_claim(&self.release_client(&claim).await) }).await.clone()
     }
 
-    /// Lets another node have a client.
-    async fn let_go(self: &Arc<Self>, claim: &Claim) -> Answer {
+    /// Releases a client to the node that claims it.
+    async fn release_client(self: &Arc<Self>, claim: &ClientClaim) -> ClaimAnswer {
         let datasource = match claim.datasource.as_str() {
             "*" => Ok(DatasourceId::all()),
             id => DatasourceId::new(id),
         };
-        let Ok(datasource) = datasource else { return Answer::Nothing };
+        let Ok(datasource) = datasource else { return ClaimAnswer::Nothing };
         let key: ClientKey = (datasource, claim.client_id.as_str().into());
         let (away, place) = loop {
             let left = {
-                let mut clients = self.locked();
-                let Some(entry) = clients.entries.get_mut(&key) else { return Answer::Nothing };
+                let mut clients = self.lock_clients();
+                let Some(entry) = clients.entries.get_mut(&key) else { return ClaimAnswer::Nothing };
                 match &entry.connected {
                     Some(connected) => {
                         if connected
@@ -250,55 +254,58 @@ impl Sessions {
                             .and_then(|held| held.claim.as_ref())
                             .is_some_and(|own| *own > claim.at)
                         {
-                            return Answer::Later;
+                            return ClaimAnswer::LaterClaim;
                         }
-                        connected.control.close(Close::TakenOver);
+                        connected.control.close(CloseReason::TakenOver);
                         connected.left.clone().notified_owned()
                     }
                     None => {
-                        // Whoever comes now waits as for a connection, until what there is of the session has
-                        // been written.
-                        let (control, left) = (Arc::<Control>::default(), Arc::default());
-                        let held = Held { claim: Some(claim.at.clone()), ..Held::default() };
+                        // This entry makes a new connection wait, as for an earlier one, until the session
+                        // has been written.
+                        let (control, left) = (Arc::<ConnectionControl>::default(), Arc::default());
+                        let held = ClusterClientState {
+                            claim: Some(claim.at.clone()),
+                            ..ClusterClientState::default()
+                        };
                         let away = entry.away.take();
                         let shared = Some(Box::new(held));
-                        entry.connected = Some(Connected { control: control.clone(), left, shared });
-                        break (away, Present { sessions: self.clone(), key, control });
+                        entry.connected = Some(ConnectedClient { control: control.clone(), left, shared });
+                        break (away, ClientGuard { sessions: self.clone(), key, control });
                     }
                 }
             };
             left.await;
         };
-        let Some(away) = away else { return Answer::Nothing };
-        let Away { session, will, .. } = *away;
+        let Some(away) = away else { return ClaimAnswer::Nothing };
+        let AwayClient { session, will, .. } = *away;
         let key = &place.key;
         if claim.clean {
-            self.end(key, &session);
+            self.end_session(key, &session);
             if let Some((will, _)) = will {
-                self.publish(will);
+                self.spawn_will(will);
             }
         }
         let store = &self.subscribers.store;
-        // Whatever becomes of the answer, the bucket has the session as it is now. If that cannot be written, the
-        // other node cannot read it.
+        // If the answer is lost, the claiming node reads the session from the bucket. An error needs no
+        // handling: a bucket that cannot be written cannot be read by the other node either.
         let _ = store.write(Vec::new()).await;
         if claim.clean {
-            return Answer::Nothing;
+            return ClaimAnswer::Nothing;
         }
-        let _ = store.write(vec![Change::GivenUp(session.uid)]).await;
-        Answer::Session(Box::new(session.into_handed(&key.0, &key.1)))
+        let _ = store.write(vec![SessionStoreChange::GiveUpSession(session.uid)]).await;
+        ClaimAnswer::Session(Box::new(session.into_handover(&key.0, &key.1)))
     }
 
-    /// Another node has a client of this one.
-    fn lose(&self, lost: Lost) {
+    /// Gives up a session that another node has taken.
+    fn give_up_lost(&self, lost: LostSession) {
         let key: ClientKey = (lost.datasource, lost.client_id.into());
-        let mut clients = self.locked();
+        let mut clients = self.lock_clients();
         let Some(entry) = clients.entries.get_mut(&key) else { return };
         entry.away.take_if(|away| away.session.uid == lost.uid);
         match &mut entry.connected {
-            Some(Connected { control, shared: Some(held), .. }) if held.uid == lost.uid => {
+            Some(ConnectedClient { control, shared: Some(held), .. }) if held.uid == lost.uid => {
                 held.lost = true;
-                control.close(Close::TakenOver);
+                control.close(CloseReason::TakenOver);
             }
             Some(_) => {}
             None if entry.away.is_none() => {
@@ -309,14 +316,14 @@ impl Sessions {
     }
 }
 
-fn unavailable(why: impl std::fmt::Display) -> NotEntered {
-    NotEntered::Unavailable(why.to_string())
+fn enter_unavailable(why: impl std::fmt::Display) -> EnterError {
+    EnterError::Unavailable(why.to_string())
 }
 
-fn encode<T: Serialize>(value: &T) -> Bytes {
+fn encode_claim<T: Serialize>(value: &T) -> Bytes {
     postcard::to_allocvec(value).expect("plain values, into memory").into()
 }
 
-fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
+fn decode_claim<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
     postcard::from_bytes(bytes).ok()
 }

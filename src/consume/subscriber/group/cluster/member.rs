@@ -1,58 +1,62 @@
-//! A member of a group of a cluster: asks JetStream for as many records as it has room for, and says what
-//! becomes of each.
+//! A member of a group of a cluster: asks JetStream for as many records as it has room for, and reports the
+//! outcome of each.
 
 use std::collections::BTreeMap;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use headgate_bridge_nats::stream::Receipt;
+use headgate_bridge_nats::stream::DeliveryReceipt;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tracing::warn;
 
-use super::super::Share;
-use super::Group;
-use crate::log::{Given, KEEP_EVERY, ShareError, SharedPlaces, SharedRecords};
+use super::super::ShareDelivery;
+use super::ClusterShareGroup;
+use crate::log::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
 use crate::message::Offset;
 
-/// Records that a member asks for at once.
-const TAKEN_MAX: usize = 64;
-/// How long a member keeps what it hands on: so many leave at the same moment, as their gateway stops, and
-/// none of them is to be given it.
-const OTHERS_LEAVE: Duration = Duration::from_millis(100);
+/// How many records a member asks for at once, at most.
+const MEMBER_REQUEST_RECORDS_MAX: usize = 64;
+/// How long a leaving member waits before it hands records back. When a gateway stops, many members leave
+/// at once, and none of them should be given these records.
+const HAND_BACK_DELAY: Duration = Duration::from_millis(100);
 /// The pause before another attempt.
-const PAUSE: Duration = Duration::from_millis(250);
+const MEMBER_RETRY_PAUSE: Duration = Duration::from_millis(250);
 
 /// A connected member.
-pub struct Member {
-    commands: mpsc::UnboundedSender<Command>,
-    given: mpsc::UnboundedReceiver<Share>,
+pub struct ClusterShareMember {
+    commands: mpsc::UnboundedSender<MemberCommand>,
+    given: mpsc::UnboundedReceiver<ShareDelivery>,
     places: SharedPlaces,
-    /// How many more were asked for.
+    /// How many records were asked for and not given yet.
     asked: usize,
 }
 
-/// Records that were asked for.
-struct Asked {
-    /// So many were removed before anybody took them.
+/// The answer to a request for records.
+struct RequestedRecords {
+    /// This many were removed before any member took them.
     skipped: u64,
     records: SharedRecords,
     at: Instant,
 }
 
-/// What a member's task is told.
-enum Command {
-    /// There is room for so many more.
+/// A member's message to its task.
+enum MemberCommand {
+    /// There is room for this many records.
     Room(usize),
-    /// This one is dealt with.
+    /// The record at this offset is dealt with.
     Done(Offset),
 }
 
-impl Group {
-    /// Asks for up to `max` records, after it was opened, if `open` says where it begins and for how long it is
-    /// kept. If that cannot be, it is over after a pause.
-    async fn ask(self, max: usize, open: Option<(Offset, Option<Duration>)>) -> Result<Asked, ShareError> {
+impl ClusterShareGroup {
+    /// Asks for up to `max` records. Opens the group first if `open` gives where it begins and how long it is
+    /// kept. On an error, returns after a pause.
+    async fn request_records(
+        self,
+        max: usize,
+        open: Option<(Offset, Option<Duration>)>,
+    ) -> Result<RequestedRecords, ShareError> {
         let asked = async {
             let mut skipped = 0;
             if let Some((begin, kept)) = open {
@@ -60,126 +64,130 @@ impl Group {
             }
             let records = self.places.take(&self.name, max).await?;
             if skipped > 0 {
-                // Of several members who found it one tells it. If NATS is away, it is for the next time.
+                // Several members may see it, and one reports it. If NATS is away, a later request does.
                 skipped = self.places.told_of_skipped(&self.name).await.unwrap_or(0);
             }
-            Ok(Asked { skipped, records, at: Instant::now() })
+            Ok(RequestedRecords { skipped, records, at: Instant::now() })
         };
         match asked.await {
             Ok(asked) => Ok(asked),
             Err(error) => {
-                sleep(PAUSE).await;
+                sleep(MEMBER_RETRY_PAUSE).await;
                 Err(error)
             }
         }
     }
 }
 
-impl Member {
-    /// A member of a group that is kept for so long on its account; and its task, which ends when all that it had
-    /// is on its way to others, after the member is dropped.
-    pub(super) fn of(
-        group: Group,
+impl ClusterShareMember {
+    /// A member, for which the group is `kept` this long, and its task. After the member is dropped, the task
+    /// hands its records on to others and ends.
+    pub(super) fn new_with_task(
+        group: ClusterShareGroup,
         kept: Option<Duration>,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (commands, told) = mpsc::unbounded_channel();
         let (give, given) = mpsc::unbounded_channel();
         let places = group.places.clone();
-        let taker = Taker::new(group, kept, give).run(told);
+        let taker = MemberTask::new(group, kept, give).run(told);
         (Self { commands, given, places, asked: 0 }, taker)
     }
 
-    pub(in super::super) fn poll_take(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<Share> {
+    pub(in super::super) fn poll_take(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<ShareDelivery> {
         loop {
             if self.asked == 0 {
-                self.asked = max.min(TAKEN_MAX);
-                let _ = self.commands.send(Command::Room(self.asked));
+                self.asked = max.min(MEMBER_REQUEST_RECORDS_MAX);
+                let _ = self.commands.send(MemberCommand::Room(self.asked));
             }
-            // The task ends with this.
+            // The channel ends only when the task ends, with this member.
             let Some(given) = ready!(self.given.poll_recv(cx)) else { return Poll::Pending };
-            let Share::Records(batch, places) = &given else { return Poll::Ready(given) };
+            let ShareDelivery::Records(batch, places) = &given else { return Poll::Ready(given) };
             self.asked = self.asked.saturating_sub(places.len());
             let left_out = self.places.withheld().now();
             let mut reader = batch.reader();
             match places.iter().find(|place| left_out.withholds(&reader.read(**place))) {
                 None => return Poll::Ready(given),
-                // They come one by one.
+                // Acknowledge it and go on: each share has one record.
                 Some(withheld) => self.acknowledge(withheld.offset),
             }
         }
     }
 
     pub(in super::super) fn acknowledge(&self, offset: Offset) {
-        let _ = self.commands.send(Command::Done(offset));
+        let _ = self.commands.send(MemberCommand::Done(offset));
     }
 }
 
-/// Takes records for a member, and says what becomes of them.
-struct Taker {
-    group: Group,
+/// Takes records for a member, and reports the outcome of each.
+struct MemberTask {
+    group: ClusterShareGroup,
     kept: Option<Duration>,
-    give: mpsc::UnboundedSender<Share>,
-    /// Behind what it was given: where the group begins anew, should it be gone.
+    give: mpsc::UnboundedSender<ShareDelivery>,
+    /// The offset after the last record given: where the group begins again, should it be gone.
     behind: Offset,
-    /// For how many there is room.
+    /// How many records there is room for.
     room: usize,
-    /// Records are being asked for. What was asked for comes, and so this is never given up halfway.
-    asking: Option<BoxFuture<'static, Result<Asked, ShareError>>>,
-    /// Those that were asked for.
-    records: Option<Asked>,
-    /// Given and not dealt with.
-    outstanding: BTreeMap<Offset, Receipt>,
-    /// Why it cannot take any, as was said last.
+    /// The request under way. It is never dropped halfway, because its records arrive in any case.
+    asking: Option<BoxFuture<'static, Result<RequestedRecords, ShareError>>>,
+    /// The records of the last request.
+    records: Option<RequestedRecords>,
+    /// Records that were given and not dealt with.
+    outstanding: BTreeMap<Offset, DeliveryReceipt>,
+    /// The error that was last logged, while it can take no records.
     trouble: Option<String>,
 }
 
-impl Taker {
-    fn new(group: Group, kept: Option<Duration>, give: mpsc::UnboundedSender<Share>) -> Self {
+impl MemberTask {
+    fn new(
+        group: ClusterShareGroup,
+        kept: Option<Duration>,
+        give: mpsc::UnboundedSender<ShareDelivery>,
+    ) -> Self {
         let (behind, outstanding) = (group.places.next_offset(), BTreeMap::new());
         Self { group, kept, give, behind, room: 0, asking: None, records: None, outstanding, trouble: None }
     }
 
-    /// Runs until the member is gone; what it had goes to others then.
-    async fn run(mut self, mut told: mpsc::UnboundedReceiver<Command>) {
-        let mut keep = interval(KEEP_EVERY);
+    /// Runs until the member is gone, and then passes its records on to others.
+    async fn run(mut self, mut told: mpsc::UnboundedReceiver<MemberCommand>) {
+        let mut keep = interval(SHARED_KEEP_INTERVAL);
         keep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // It may be gone, and whoever asks for what is not there gets no answer.
+        // JetStream does not answer requests for a group that is gone, so open it first when in doubt.
         let mut is_open = false;
         let mut first_offset = 0;
         loop {
             if self.room > 0 && self.asking.is_none() && self.records.is_none() {
-                // Retention may have removed what nobody has taken.
+                // Retention may have removed records that nobody had taken; opening the group finds out.
                 let first_before = std::mem::replace(&mut first_offset, self.group.places.first_offset());
                 is_open &= first_before == first_offset;
                 let open = (!is_open).then_some((self.behind, self.kept));
-                self.asking = Some(Box::pin(self.group.clone().ask(self.room, open)));
+                self.asking = Some(Box::pin(self.group.clone().request_records(self.room, open)));
             }
             tokio::select! {
                 command = told.recv() => match command {
-                    Some(Command::Room(room)) => self.room = room,
-                    Some(Command::Done(offset)) => {
+                    Some(MemberCommand::Room(room)) => self.room = room,
+                    Some(MemberCommand::Done(offset)) => {
                         if let Some(receipt) = self.outstanding.remove(&offset) {
                             receipt.done().await;
                         }
                     }
                     None => break,
                 },
-                asked = of(&mut self.asking), if self.asking.is_some() => {
+                asked = finish_request(&mut self.asking), if self.asking.is_some() => {
                     self.asking = None;
                     is_open = asked.is_ok();
-                    self.note(asked.as_ref().err());
-                    if let Ok(Asked { skipped: skipped @ 1.., .. }) = asked {
-                        let _ = self.give.send(Share::Skipped(skipped));
+                    self.note_trouble(asked.as_ref().err());
+                    if let Ok(RequestedRecords { skipped: skipped @ 1.., .. }) = asked {
+                        let _ = self.give.send(ShareDelivery::Skipped(skipped));
                     }
                     self.records = asked.ok();
                 }
-                given = next(&mut self.records), if self.records.is_some() => match given {
-                    Some(given) => self.give(given).await,
-                    None => if let Some(Asked { records, at, .. }) = self.records.take() {
-                        is_open = records.are_all();
-                        // It was refused: there are too many who wait, or there is no leader now.
-                        if !is_open && at.elapsed() < PAUSE {
-                            self.asking = Some(Box::pin(async { sleep(PAUSE).await; Err(ShareError::refused()) }));
+                given = next_given_record(&mut self.records), if self.records.is_some() => match given {
+                    Some(given) => self.deliver(given).await,
+                    None => if let Some(RequestedRecords { records, at, .. }) = self.records.take() {
+                        is_open = records.is_complete();
+                        // Refused: too many members wait, or there is no leader now.
+                        if !is_open && at.elapsed() < MEMBER_RETRY_PAUSE {
+                            self.asking = Some(Box::pin(async { sleep(MEMBER_RETRY_PAUSE).await; Err(ShareError::refused()) }));
                         }
                     },
                 },
@@ -192,7 +200,7 @@ impl Taker {
         }
         if let Some(asking) = self.asking {
             self.records = asking.await.ok();
-            if let Some(Asked { skipped: skipped @ 1.., .. }) = self.records {
+            if let Some(RequestedRecords { skipped: skipped @ 1.., .. }) = self.records {
                 warn!(
                     skipped,
                     "retention has removed records before a group read them, and its member has left"
@@ -200,31 +208,31 @@ impl Taker {
             }
         }
         let rest = match self.records {
-            Some(Asked { records, .. }) => records.end().await,
+            Some(RequestedRecords { records, .. }) => records.end().await,
             None => Vec::new(),
         };
         if !self.outstanding.is_empty() || !rest.is_empty() {
-            sleep(OTHERS_LEAVE).await;
+            sleep(HAND_BACK_DELAY).await;
         }
         for receipt in self.outstanding.into_values().chain(rest) {
             receipt.pass_on().await;
         }
     }
 
-    async fn give(&mut self, Given { batch, place, receipt }: Given) {
+    async fn deliver(&mut self, DeliveredRecord { batch, place, receipt }: DeliveredRecord) {
         if !self.group.matches(&batch.reader().read(place)) {
             receipt.done().await;
             return;
         }
         self.behind = self.behind.max(place.offset + 1);
-        // A record that comes again, as nothing was heard of it for so long, is not given again.
+        // JetStream sends a record again when it hears nothing of it for long; give it only once.
         if self.outstanding.insert(place.offset, receipt).is_none() {
             self.room = self.room.saturating_sub(1);
-            let _ = self.give.send(Share::Records(batch, vec![place]));
+            let _ = self.give.send(ShareDelivery::Records(batch, vec![place]));
         }
     }
 
-    fn note(&mut self, trouble: Option<&ShareError>) {
+    fn note_trouble(&mut self, trouble: Option<&ShareError>) {
         let trouble = trouble.map(ToString::to_string);
         if let Some(trouble) = trouble.as_ref().filter(|_| self.trouble != trouble) {
             warn!(trouble, "a member of a group of subscribers gets no records; trying again");
@@ -233,13 +241,13 @@ impl Taker {
     }
 }
 
-async fn of<T>(asking: &mut Option<BoxFuture<'static, T>>) -> T {
+async fn finish_request<T>(asking: &mut Option<BoxFuture<'static, T>>) -> T {
     match asking {
         Some(asking) => asking.await,
         None => std::future::pending().await,
     }
 }
 
-async fn next(asked: &mut Option<Asked>) -> Option<Given> {
+async fn next_given_record(asked: &mut Option<RequestedRecords>) -> Option<DeliveredRecord> {
     asked.as_mut()?.records.next().await
 }

@@ -1,5 +1,5 @@
-//! A node's own sessions in the bucket: what is to be written of them, over what, and whether they are
-//! still this node's.
+//! A node's own sessions in the bucket: what to write, over which revision, and whether a session still
+//! belongs to this node.
 
 use std::borrow::Cow;
 use std::cmp::Ordering as CmpOrdering;
@@ -14,69 +14,71 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tracing::debug;
 
-use super::super::pending::{Pending, SessionChange};
-use super::super::place::Place;
-use super::super::row::{Moved, Row, decode, encode};
+use super::super::pending::{PendingSessionChange, PendingSessionChanges};
+use super::super::place::SessionBackend;
+use super::super::row::{CursorMove, SessionRow, decode, encode};
 use super::super::{SessionStoreError, StoredSession};
-use super::{ClientHash, Found, Lost, PAGES, hash, page_key, page_of, session_key};
+use super::{
+    CURSOR_PAGES, ClientHash, FoundSession, LostSession, client_hash, page_key, page_of_uid, session_key,
+};
 
-/// Cells that are read or written at once.
+/// How many cells are read or written at once.
 const CELLS_AT_ONCE: usize = 256;
-/// How long it is remembered that a session has ended: longer than anybody takes to write a cell that
-/// was read before.
-const ENDED_FOR: Duration = Duration::from_secs(600);
+/// How long the cell of an ended session stays: longer than any node takes from reading a cell to writing
+/// it.
+const ENDED_CELL_LIFETIME: Duration = Duration::from_secs(600);
 /// A live session's cell is written again after this time, so that it does not age away.
-const REFRESH: Duration = Duration::from_secs(12 * 3_600);
-/// How often some cells are looked at, whether they are still this node's.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// In how many such looks all are seen.
-const LOOKS: usize = 60;
-/// How many are seen in one look after trouble, when somebody may have taken over what was ours.
-const HASTY_LOOK: usize = 1024;
-/// How often the cells that others have changed are read again in one write.
-const ROUNDS_MAX: usize = 8;
+const CELL_REFRESH_INTERVAL: Duration = Duration::from_secs(12 * 3_600);
+/// How often the node checks whether some of its cells are still its own.
+const CELL_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// In how many such checks all cells are covered.
+const CELL_CHECK_ROUNDS: usize = 60;
+/// How many cells one check covers after an error, when another node may have taken sessions over.
+const HASTY_CHECK_CELLS_MAX: usize = 1024;
+/// How often one write reads cells again that others have changed.
+const FLUSH_ROUNDS_MAX: usize = 8;
 
-/// This node's sessions, as they are to be in the bucket.
+/// This node's sessions, as the bucket should have them.
 pub(in super::super) struct NodeSessions {
     cells: Cells,
     runtime: Handle,
     node: String,
-    mine: BTreeMap<ClientHash, Mine>,
+    mine: BTreeMap<ClientHash, OwnedClient>,
     clients: HashMap<u64, ClientHash>,
-    /// Those whose cells are to be written.
+    /// The clients whose cells are to be written.
     changed: BTreeSet<ClientHash>,
-    pages: Vec<Page>,
-    lost: mpsc::UnboundedSender<Lost>,
-    /// When somebody looks next, after whom, and how many are to be looked at in haste.
+    pages: Vec<CursorPage>,
+    lost: mpsc::UnboundedSender<LostSession>,
+    /// When the next check is, the client after which it begins, and how many cells to check in haste.
     look_at: Instant,
     looked_at: ClientHash,
     hasty: usize,
-    /// How often there has been a connection.
+    /// The number of connections to NATS so far. A new one means that the node may have been cut off.
     connects: u64,
 }
 
 /// A client of this node.
-struct Mine {
-    /// Of its cell.
+struct OwnedClient {
+    /// The revision of the client's cell.
     revision: u64,
-    /// How often it has come to another node, this one included.
+    /// How often the session has moved to another node, this one included.
     moves: u64,
     session: Option<StoredSession>,
-    /// When this node wrote it last; `None`: it has not.
+    /// When this node last wrote the cell; `None`: never.
     written_at: Option<Instant>,
 }
 
 #[derive(Default)]
-struct Page {
-    /// The sessions that have got further since their cells were written.
+struct CursorPage {
+    /// The sessions whose cursors have moved since their cells were written.
     moved: BTreeSet<u64>,
     changed: bool,
 }
 
 impl NodeSessions {
-    /// None, yet.
-    pub(in super::super) fn new(cells: Cells, node: &str, lost: mpsc::UnboundedSender<Lost>) -> Self {
-        let connects = connects(&cells);
+    /// No sessions yet.
+    pub(in super::super) fn new(cells: Cells, node: &str, lost: mpsc::UnboundedSender<LostSession>) -> Self {
+        let connects = connect_count(&cells);
         Self {
             cells,
             runtime: Handle::current(),
@@ -84,7 +86,7 @@ impl NodeSessions {
             mine: BTreeMap::new(),
             clients: HashMap::new(),
             changed: BTreeSet::new(),
-            pages: std::iter::repeat_with(Page::default).take(PAGES).collect(),
+            pages: std::iter::repeat_with(CursorPage::default).take(CURSOR_PAGES).collect(),
             lost,
             look_at: Instant::now(),
             looked_at: [0; 16],
@@ -93,10 +95,10 @@ impl NodeSessions {
         }
     }
 
-    /// Notes what is to be in the bucket. To note it twice does no harm.
-    fn note(&mut self, pending: &Pending) {
-        for Found { datasource, client_id, revision, moves, session } in &pending.found {
-            let client = hash(datasource, client_id);
+    /// Applies changes to what the bucket should have. Applying them twice does no harm.
+    fn apply_pending(&mut self, pending: &PendingSessionChanges) {
+        for FoundSession { datasource, client_id, revision, moves, session } in &pending.found {
+            let client = client_hash(datasource, client_id);
             if self.mine.get(&client).is_some_and(|mine| mine.revision >= *revision) {
                 continue;
             }
@@ -105,12 +107,12 @@ impl NodeSessions {
                 self.clients.insert(session.uid, client);
             }
             let (revision, moves, session) = (*revision, moves + 1, session.clone());
-            self.mine.insert(client, Mine { revision, moves, session, written_at: None });
+            self.mine.insert(client, OwnedClient { revision, moves, session, written_at: None });
         }
         for (uid, change) in &pending.sessions {
             match change {
-                SessionChange::Put(session) => self.put(session),
-                SessionChange::Update { cursor, ended } => {
+                PendingSessionChange::Put(session) => self.put_session(session),
+                PendingSessionChange::Update { cursor, ended } => {
                     let Some(client) = self.clients.get(uid) else { continue };
                     let mine = self.mine.get_mut(client).and_then(|mine| mine.session.as_mut());
                     let Some(session) = mine else { continue };
@@ -121,21 +123,21 @@ impl NodeSessions {
                         (session.ended_at, session.expiry_s) = (ended_at, expiry_s);
                         self.changed.insert(*client);
                     } else if cursor.is_some() {
-                        let page = &mut self.pages[page_of(*uid)];
+                        let page = &mut self.pages[page_of_uid(*uid)];
                         page.moved.insert(*uid);
                         page.changed = true;
                     }
                 }
-                SessionChange::Remove => {
+                PendingSessionChange::Remove => {
                     if let Some(client) = self.clients.remove(uid)
                         && let Some(mine) = self.mine.get_mut(&client)
                     {
-                        self.pages[page_of(*uid)].moved.remove(uid);
+                        self.pages[page_of_uid(*uid)].moved.remove(uid);
                         mine.session = None;
                         self.changed.insert(client);
                     }
                 }
-                SessionChange::GiveUp => {
+                PendingSessionChange::GiveUp => {
                     if let Some(client) = self.clients.get(uid) {
                         self.forget(*client);
                     }
@@ -144,9 +146,9 @@ impl NodeSessions {
         }
     }
 
-    fn put(&mut self, session: &StoredSession) {
-        let client = hash(&session.datasource, &session.client_id);
-        let new = Mine { revision: 0, moves: 1, session: None, written_at: None };
+    fn put_session(&mut self, session: &StoredSession) {
+        let client = client_hash(&session.datasource, &session.client_id);
+        let new = OwnedClient { revision: 0, moves: 1, session: None, written_at: None };
         let mine = self.mine.entry(client).or_insert(new);
         if mine.written_at.is_some()
             && mine.session.as_ref() == Some(session)
@@ -156,49 +158,49 @@ impl NodeSessions {
         }
         if let Some(earlier) = mine.session.replace(session.clone()).filter(|e| e.uid != session.uid) {
             self.clients.remove(&earlier.uid);
-            self.pages[page_of(earlier.uid)].moved.remove(&earlier.uid);
+            self.pages[page_of_uid(earlier.uid)].moved.remove(&earlier.uid);
         }
         self.clients.insert(session.uid, client);
         self.changed.insert(client);
     }
 
-    /// Nothing of this client is this node's any more.
+    /// Removes everything that this node has of a client.
     fn forget(&mut self, client: ClientHash) -> Option<StoredSession> {
         self.changed.remove(&client);
         let session = self.mine.remove(&client)?.session?;
         self.clients.remove(&session.uid);
-        self.pages[page_of(session.uid)].moved.remove(&session.uid);
+        self.pages[page_of_uid(session.uid)].moved.remove(&session.uid);
         Some(session)
     }
 
-    /// Another node has this client.
+    /// Removes a client that another node has taken over, and reports it.
     fn lose(&mut self, client: ClientHash) {
         if let Some(StoredSession { datasource, client_id, uid, .. }) = self.forget(client) {
             debug!(%datasource, "another node has taken a session over");
-            // Nobody may be there any more to be told.
-            let _ = self.lost.send(Lost { datasource, client_id, uid });
+            // The receiver may be gone already.
+            let _ = self.lost.send(LostSession { datasource, client_id, uid });
         }
     }
 
     async fn flush(&mut self) -> Result<(), CellError> {
-        for _ in 0..ROUNDS_MAX {
+        for _ in 0..FLUSH_ROUNDS_MAX {
             let not_ours = self.write_cells().await?;
             if not_ours.is_empty() {
                 return self.write_pages().await;
             }
-            self.look_again(not_ours).await?;
+            self.check_changed_cells(not_ours).await?;
         }
         Err(CellError::Changed)
     }
 
-    /// Writes what has changed. Returns those clients whose cells somebody else has changed.
+    /// Writes the changed cells. Returns the clients whose cells another node has changed.
     async fn write_cells(&mut self) -> Result<Vec<ClientHash>, CellError> {
         let Self { cells, node, mine, changed, .. } = self;
         let writes = changed.iter().filter_map(|client| {
-            let Mine { revision, moves, session, .. } = mine.get(client)?;
+            let OwnedClient { revision, moves, session, .. } = mine.get(client)?;
             let session_in_row = session.as_ref().map(Cow::Borrowed);
-            let row = Row { owner: node.as_str().into(), moves: *moves, session: session_in_row };
-            let (value, lasts) = (encode(&row), session.is_none().then_some(ENDED_FOR));
+            let row = SessionRow { owner: node.as_str().into(), moves: *moves, session: session_in_row };
+            let (value, lasts) = (encode(&row), session.is_none().then_some(ENDED_CELL_LIFETIME));
             let (cells, client, revision) = (&*cells, *client, *revision);
             Some(async move { (client, cells.put(&session_key(client), value, Some(revision), lasts).await) })
         });
@@ -206,7 +208,7 @@ impl NodeSessions {
         let (mut not_ours, mut failed) = (Vec::new(), None);
         for (client, written) in written {
             match written {
-                Ok(revision) => self.is_written(client, revision),
+                Ok(revision) => self.mark_written(client, revision),
                 Err(CellError::Changed) => not_ours.push(client),
                 Err(error) => failed = Some(error),
             }
@@ -214,14 +216,14 @@ impl NodeSessions {
         failed.map_or(Ok(not_ours), Err)
     }
 
-    fn is_written(&mut self, client: ClientHash, revision: u64) {
+    fn mark_written(&mut self, client: ClientHash, revision: u64) {
         self.changed.remove(&client);
         let Some(mine) = self.mine.get_mut(&client) else { return };
         (mine.revision, mine.written_at) = (revision, Some(Instant::now()));
         match &mine.session {
             Some(session) => {
-                // Its cursor is in the cell.
-                self.pages[page_of(session.uid)].moved.remove(&session.uid);
+                // The cell has the cursor, so the page need not.
+                self.pages[page_of_uid(session.uid)].moved.remove(&session.uid);
             }
             None => {
                 self.mine.remove(&client);
@@ -229,10 +231,9 @@ impl NodeSessions {
         }
     }
 
-    /// Sees what has become of cells that have another revision than the one known here: a write of one's
-    /// own whose answer was lost, a late one of the node that had the session before, or somebody who
-    /// has taken it.
-    async fn look_again(&mut self, clients: Vec<ClientHash>) -> Result<(), CellError> {
+    /// Checks cells that have another revision than the one known here. The cause may be an own write whose
+    /// answer was lost, a late write of the node that had the session before, or a takeover by another node.
+    async fn check_changed_cells(&mut self, clients: Vec<ClientHash>) -> Result<(), CellError> {
         let cells = &self.cells;
         let reads =
             clients.into_iter().map(|client| async move { (client, cells.get(&session_key(client)).await) });
@@ -240,15 +241,15 @@ impl NodeSessions {
         for (client, cell) in read {
             let Cell { revision, value } = cell?;
             let Some(mine) = self.mine.get_mut(&client) else { continue };
-            let still_ours = match value.as_deref().map(decode::<Row<'_>>) {
+            let still_ours = match value.as_deref().map(decode::<SessionRow<'_>>) {
                 Some(Some(row)) => match row.moves.cmp(&mine.moves) {
                     CmpOrdering::Less => true,
                     CmpOrdering::Equal => row.owner == self.node.as_str(),
                     CmpOrdering::Greater => false,
                 },
-                // A newer Headgate has it.
+                // A node with a newer Headgate has written it.
                 Some(None) => false,
-                // Somebody's word that it had ended has gone; what this node wrote does not go.
+                // Only the cell of an ended session expires, and a cell that this node wrote does not.
                 None => mine.written_at.is_none(),
             };
             if still_ours {
@@ -260,14 +261,14 @@ impl NodeSessions {
         Ok(())
     }
 
-    /// Writes how far the sessions are that have got further.
+    /// Writes the pages with moved cursors.
     async fn write_pages(&mut self) -> Result<(), CellError> {
         let Self { cells, node, mine, clients, pages, .. } = self;
         let changed = pages.iter().enumerate().filter(|(_, page)| page.changed);
         let writes = changed.map(|(at, page)| {
             let moved = page.moved.iter().filter_map(|uid| {
-                let Mine { revision, session, .. } = mine.get(clients.get(uid)?)?;
-                Some(Moved { uid: *uid, revision: *revision, cursor: session.as_ref()?.cursor })
+                let OwnedClient { revision, session, .. } = mine.get(clients.get(uid)?)?;
+                Some(CursorMove { uid: *uid, revision: *revision, cursor: session.as_ref()?.cursor })
             });
             let value: Bytes = encode(&moved.collect::<Vec<_>>());
             let (cells, key) = (&*cells, page_key(node, at));
@@ -284,18 +285,18 @@ impl NodeSessions {
         failed.map_or(Ok(()), Err)
     }
 
-    /// Looks at some of the cells, whether they are still this node's and not too old.
-    async fn look(&mut self) -> Result<(), CellError> {
+    /// Checks whether some of the cells are still this node's, and refreshes old ones.
+    async fn check_some_cells(&mut self) -> Result<(), CellError> {
         if self.look_at > Instant::now() {
             return Ok(());
         }
-        let now = connects(&self.cells);
+        let now = connect_count(&self.cells);
         if std::mem::replace(&mut self.connects, now) != now {
             self.hasty = self.mine.len();
         }
         let count = match self.hasty {
-            0 => self.mine.len().div_ceil(LOOKS),
-            hasty => hasty.min(HASTY_LOOK),
+            0 => self.mine.len().div_ceil(CELL_CHECK_ROUNDS),
+            hasty => hasty.min(HASTY_CHECK_CELLS_MAX),
         };
         let after = (Bound::Excluded(self.looked_at), Bound::Unbounded);
         let next = self.mine.range(after).chain(self.mine.range(..=self.looked_at));
@@ -308,42 +309,45 @@ impl NodeSessions {
         });
         let read: Vec<_> = stream::iter(reads).buffer_unordered(CELLS_AT_ONCE).collect().await;
         let not_ours = read.into_iter().filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()?;
-        self.look_again(not_ours).await?;
-        let live = |mine: &Mine| mine.session.as_ref().is_some_and(|session| session.ended_at.is_none());
+        self.check_changed_cells(not_ours).await?;
+        let live =
+            |mine: &OwnedClient| mine.session.as_ref().is_some_and(|session| session.ended_at.is_none());
         for client in &clients {
-            let old = |mine: &Mine| mine.written_at.is_some_and(|written_at| written_at.elapsed() > REFRESH);
+            let old = |mine: &OwnedClient| {
+                mine.written_at.is_some_and(|written_at| written_at.elapsed() > CELL_REFRESH_INTERVAL)
+            };
             if self.mine.get(client).is_some_and(|mine| live(mine) && old(mine)) {
                 self.changed.insert(*client);
             }
         }
         self.hasty = self.hasty.saturating_sub(count);
         self.looked_at = clients.last().copied().unwrap_or_default();
-        self.look_at = Instant::now() + LOOK_EVERY;
+        self.look_at = Instant::now() + CELL_CHECK_INTERVAL;
         Ok(())
     }
 }
 
-impl Place for NodeSessions {
-    fn write(&mut self, pending: &Pending) -> Result<(), SessionStoreError> {
-        self.note(pending);
+impl SessionBackend for NodeSessions {
+    fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SessionStoreError> {
+        self.apply_pending(pending);
         let runtime = self.runtime.clone();
         let written = runtime.block_on(async {
             self.flush().await?;
-            self.look().await
+            self.check_some_cells().await
         });
         written.map_err(|error| {
-            // Whatever became of it, somebody may have taken over meanwhile.
+            // Another node may have taken sessions over meanwhile, whatever became of this write.
             self.hasty = self.mine.len();
             error.into()
         })
     }
 
-    fn rest(&self) -> Option<Duration> {
+    fn idle_time(&self) -> Option<Duration> {
         Some(self.look_at.saturating_duration_since(Instant::now()))
     }
 }
 
-/// How often there has been a connection to NATS.
-fn connects(cells: &Cells) -> u64 {
+/// The number of connections to NATS so far.
+fn connect_count(cells: &Cells) -> u64 {
     cells.nats().client().statistics().connects.load(std::sync::atomic::Ordering::Relaxed)
 }

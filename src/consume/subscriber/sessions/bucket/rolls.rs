@@ -1,5 +1,5 @@
-//! The rolls of groups: which of them the sessions have that stay without their connections. One task writes
-//! them, so that what is said of a session last is what stays.
+//! The rolls of groups: which sessions that outlive their connections are in which group. One task writes
+//! them, so that the last change of a session's entry takes effect last.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -9,35 +9,35 @@ use futures_util::future::join_all;
 use headgate_bridge_nats::{CellError, Cells};
 use tokio::sync::{mpsc, oneshot};
 
-/// Changes that are written at once.
-const AT_ONCE: usize = 256;
+/// How many changes are written at once, at most.
+const ROLL_CHANGES_PER_WRITE_MAX: usize = 256;
 
-/// The rolls. Cheap to clone; the task ends after the last clone is gone.
+/// The rolls. Cheap to clone; the task ends after the last clone is dropped.
 #[derive(Clone)]
 pub struct GroupRolls {
     cells: Cells,
-    changes: mpsc::UnboundedSender<Change>,
+    changes: mpsc::UnboundedSender<RollChange>,
 }
 
-/// A session is on a roll from now on, or is not.
-struct Change {
+/// An entry or removal of a session in a roll.
+struct RollChange {
     key: String,
     is_on: bool,
-    written: Written,
+    written: RollWrittenSender,
 }
 
-type Written = oneshot::Sender<Result<(), CellError>>;
+type RollWrittenSender = oneshot::Sender<Result<(), CellError>>;
 
 impl GroupRolls {
-    /// In this bucket. Needs a runtime.
+    /// Starts the task that writes rolls to this bucket. Needs a runtime.
     pub fn start(cells: Cells) -> Self {
         let (changes, told) = mpsc::unbounded_channel();
-        tokio::spawn(write(cells.clone(), told));
+        tokio::spawn(write_rolls(cells.clone(), told));
         Self { cells, changes }
     }
 
-    /// Enters a session, or says that it still is there: at once, behind what was said before. The future
-    /// resolves when that is written, which it is also if it is dropped.
+    /// Enters a session or renews its entry. Queued at once, behind earlier changes. The future resolves when
+    /// the entry is written, which happens even if the future is dropped.
     ///
     /// # Errors
     /// [`CellError::Away`].
@@ -45,7 +45,7 @@ impl GroupRolls {
         self.change(group, uid, true)
     }
 
-    /// Strikes a session off, as [`GroupRolls::enter`].
+    /// Removes a session from the roll, in the way of [`GroupRolls::enter`].
     ///
     /// # Errors
     /// [`CellError::Away`].
@@ -53,12 +53,12 @@ impl GroupRolls {
         self.change(group, uid, false)
     }
 
-    /// Whether there is none.
+    /// Whether the group's roll has no session.
     ///
     /// # Errors
     /// [`CellError::Away`].
     pub async fn is_empty(&self, group: &str) -> Result<bool, CellError> {
-        Ok(!self.cells.any_below(&format!("group.{group}")).await?)
+        Ok(!self.cells.has_any_below(&format!("group.{group}")).await?)
     }
 
     fn change(
@@ -69,19 +69,19 @@ impl GroupRolls {
     ) -> impl Future<Output = Result<(), CellError>> + use<> {
         let (written, result) = oneshot::channel();
         let key = format!("group.{group}.{uid:016x}");
-        let _ = self.changes.send(Change { key, is_on, written });
+        let _ = self.changes.send(RollChange { key, is_on, written });
         async move {
             result.await.unwrap_or_else(|_| Err(CellError::Away("the gateway is shutting down".to_owned())))
         }
     }
 }
 
-async fn write(cells: Cells, mut changes: mpsc::UnboundedReceiver<Change>) {
+async fn write_rolls(cells: Cells, mut changes: mpsc::UnboundedReceiver<RollChange>) {
     let mut waiting = Vec::new();
-    while changes.recv_many(&mut waiting, AT_ONCE).await > 0 {
-        // Of one session the last counts.
-        let mut last: HashMap<String, (bool, Vec<Written>)> = HashMap::new();
-        for Change { key, is_on, written } in waiting.drain(..) {
+    while changes.recv_many(&mut waiting, ROLL_CHANGES_PER_WRITE_MAX).await > 0 {
+        // The last change of each session counts.
+        let mut last: HashMap<String, (bool, Vec<RollWrittenSender>)> = HashMap::new();
+        for RollChange { key, is_on, written } in waiting.drain(..) {
             let change = last.entry(key).or_default();
             change.0 = is_on;
             change.1.push(written);

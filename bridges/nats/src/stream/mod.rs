@@ -1,0 +1,322 @@
+//! A JetStream stream as a log: messages in one order, each with its own sequence.
+//!
+//! A [`StreamPublisher`] adds messages, many at once. A [`StreamFollower`] receives all messages, in order and without a
+//! gap, across losses of the connection. Members of a shared place ([`JetstreamStream::share`]) divide the messages
+//! among them. [`JetstreamStream::get`] reads older messages, from any server that has them. The stream removes
+//! nothing by itself: its user decides what may go ([`JetstreamStream::purge_below`]), and a full one takes no more.
+
+mod follower;
+mod publisher;
+mod shared;
+
+use std::time::Duration;
+
+use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind, UpdateStreamErrorKind};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream as Handle};
+use async_nats::jetstream::{self, ErrorCode};
+use async_nats::{HeaderMap, Message, StatusCode, Subject, header};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::time::timeout;
+
+use crate::connection::Nats;
+
+pub use follower::StreamFollower;
+pub use publisher::{JetstreamAck, OutgoingMessage, PublishError, StreamPublisher};
+pub use shared::{DeliveryReceipt, SharedDelivery, SharedPlace, SharedPull, SharedSettings};
+
+/// The place of a message in a stream. The first is 1.
+pub type StreamSequence = u64;
+
+/// How long JetStream may take to answer.
+const STREAM_ANSWER_WAIT_MAX: Duration = Duration::from_secs(5);
+/// The most messages that one request asks for.
+const STREAM_GET_MESSAGES_MAX: usize = 1000;
+
+/// What a stream is to be like.
+#[derive(Debug, Clone)]
+pub struct JetstreamSettings {
+    /// Its name.
+    pub name: String,
+    /// The subjects that it stores.
+    pub subjects: Vec<String>,
+    /// How many servers hold each message.
+    pub replicas: usize,
+    /// Its maximum size on disk, in bytes.
+    pub bytes_max: u64,
+    /// How long the stream remembers the id of a message (`Nats-Msg-Id`).
+    pub duplicate_window: Duration,
+}
+
+/// Why a stream did not do what was asked.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StreamError {
+    /// NATS is away, or JetStream cannot answer now.
+    #[error("{0}")]
+    Away(String),
+    /// A stream of this name has an incompatible configuration: its messages would be lost or misread.
+    #[error(
+        "the stream {name} is there already and cannot be used: {detail}; remove it, or use another name"
+    )]
+    Unfit {
+        /// Its name.
+        name: String,
+        /// What is incompatible.
+        detail: String,
+    },
+    /// JetStream refuses it, and a retry does not help.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// What a stream holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamState {
+    /// The sequence of the oldest message, or, of an empty stream, of the next one.
+    pub first: StreamSequence,
+    /// The sequence of the newest message ever stored; 0 if there was none.
+    pub last: StreamSequence,
+    /// The number of messages.
+    pub messages: u64,
+    /// Their size, in bytes.
+    pub bytes: u64,
+}
+
+/// A message in a stream.
+#[derive(Debug, Clone)]
+pub struct StoredMessage {
+    /// Its place.
+    pub sequence: StreamSequence,
+    /// The subject that it was published to.
+    pub subject: Subject,
+    /// Its headers, which may include some of JetStream's.
+    pub headers: HeaderMap,
+    /// Its payload.
+    pub payload: Bytes,
+}
+
+/// A stream. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct JetstreamStream {
+    nats: Nats,
+    handle: Handle<()>,
+    name: String,
+}
+
+impl JetstreamStream {
+    /// Opens a stream, and creates it if there is none. A different size, number of replicas or duplicate
+    /// window is changed to the wanted one; any other incompatible setting is an error.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`] while NATS is away; [`StreamError::Unfit`]; [`StreamError::Refused`] if
+    /// JetStream cannot have such a stream: it is off, has too little room, or too few servers.
+    pub async fn open(nats: &Nats, settings: &JetstreamSettings) -> Result<Self, StreamError> {
+        if let Some(trouble) = nats.trouble() {
+            return Err(StreamError::Away(trouble));
+        }
+        let mut context = jetstream::new(nats.client().clone());
+        context.set_timeout(STREAM_ANSWER_WAIT_MAX);
+        let name = &settings.name;
+        let wanted = stream_config(settings);
+        let found = context.get_or_create_stream(wanted.clone()).await.map_err(|error| {
+            let text = format!("stream {name}: {error}");
+            match error.kind() {
+                CreateStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
+                CreateStreamErrorKind::JetStreamUnavailable
+                | CreateStreamErrorKind::TimedOut
+                | CreateStreamErrorKind::Response
+                | CreateStreamErrorKind::ResponseParse => StreamError::Away(text),
+                _ => StreamError::Refused(text),
+            }
+        })?;
+        let is = &found.cached_info().config;
+        if let Some(detail) = stream_config_mismatch(is, &wanted) {
+            return Err(StreamError::Unfit { name: name.clone(), detail });
+        }
+        let sizes = |config: &Config| (config.num_replicas, config.max_bytes, config.duplicate_window);
+        if sizes(is) != sizes(&wanted) {
+            let (num_replicas, max_bytes, duplicate_window) = sizes(&wanted);
+            let changed = Config { num_replicas, max_bytes, duplicate_window, ..is.clone() };
+            context.update_stream(changed).await.map_err(|error| {
+                let text = format!("stream {name}: {error}");
+                match error.kind() {
+                    UpdateStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
+                    UpdateStreamErrorKind::TimedOut => StreamError::Away(text),
+                    _ => StreamError::Refused(text),
+                }
+            })?;
+            tracing::info!(stream = name, "changed the stream's size, replicas or duplicate window");
+        }
+        let handle = context.get_stream_no_info(name).await.map_err(|error| {
+            let text = format!("stream {name}: {error}");
+            match error.kind() {
+                GetStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
+                _ => StreamError::Refused(text),
+            }
+        })?;
+        Ok(Self { nats: nats.clone(), handle, name: name.clone() })
+    }
+
+    /// The connection to the stream.
+    pub fn nats(&self) -> &Nats {
+        &self.nats
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it holds now, according to its leader.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn state(&self) -> Result<StreamState, StreamError> {
+        let info = self.await_answer(self.handle.get_info()).await?;
+        let state = &info.map_err(|error| self.away_error(&error))?.state;
+        let (first, last) = (state.first_sequence, state.last_sequence);
+        let first = if state.messages == 0 { last + 1 } else { first };
+        Ok(StreamState { first, last, messages: state.messages, bytes: state.bytes })
+    }
+
+    /// The messages from a sequence on, in order: at most `max` (and a thousand), about `bytes_max` bytes, at
+    /// least one. Empty if the server that answers has none there: it may lag behind the others.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn get(
+        &self,
+        from: StreamSequence,
+        max: usize,
+        bytes_max: usize,
+    ) -> Result<Vec<StoredMessage>, StreamError> {
+        let max = max.clamp(1, STREAM_GET_MESSAGES_MAX);
+        let request = if max == 1 {
+            serde_json::json!({ "seq": from.max(1), "batch": 1 })
+        } else {
+            serde_json::json!({ "seq": from.max(1), "batch": max, "max_bytes": bytes_max.max(1) })
+        };
+        self.direct_get(request, max).await
+    }
+
+    /// The sequence of the first message stored at or after a time (RFC 3339); `None` if there is none.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn sequence_at(&self, time: &str) -> Result<Option<StreamSequence>, StreamError> {
+        let request = serde_json::json!({ "start_time": time, "batch": 1 });
+        Ok(self.direct_get(request, 1).await?.first().map(|message| message.sequence))
+    }
+
+    /// Asks any server that has the stream for messages (direct get).
+    async fn direct_get(
+        &self,
+        request: serde_json::Value,
+        max: usize,
+    ) -> Result<Vec<StoredMessage>, StreamError> {
+        let client = self.nats.client();
+        let inbox = client.new_inbox();
+        let mut answers = client.subscribe(inbox.clone()).await.map_err(|error| self.away_error(&error))?;
+        let subject = format!("$JS.API.DIRECT.GET.{}", self.name);
+        let sent = client.publish_with_reply(subject, inbox, request.to_string().into());
+        self.await_answer(sent).await?.map_err(|error| self.away_error(&error))?;
+        let mut found = Vec::with_capacity(max.min(64));
+        loop {
+            let Some(message) = self.await_answer(answers.next()).await? else {
+                return Err(self.away_error(&"the connection was closed"));
+            };
+            match message.status {
+                None => found.push(
+                    stored_from_direct_get(message)
+                        .ok_or_else(|| self.away_error(&"an answer that is none"))?,
+                ),
+                Some(StatusCode::NO_RESPONDERS) => return Err(self.away_error(&"no server has it")),
+                // 204: end of the batch; 404: no message matches.
+                Some(status) if matches!(status.as_u16(), 204 | 404) => return Ok(found),
+                Some(status) => {
+                    let why = message.description.as_deref().unwrap_or_default();
+                    return Err(self.away_error(&format_args!("{status} {why}")));
+                }
+            }
+        }
+    }
+
+    /// Removes all messages below a sequence.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn purge_below(&self, sequence: StreamSequence) -> Result<(), StreamError> {
+        let purge = self.handle.purge().sequence(sequence);
+        self.await_answer(purge.into_future()).await?.map_err(|error| self.away_error(&error))?;
+        Ok(())
+    }
+
+    async fn await_answer<T>(&self, answer: impl Future<Output = T>) -> Result<T, StreamError> {
+        timeout(STREAM_ANSWER_WAIT_MAX, answer)
+            .await
+            .map_err(|_| self.away_error(&"JetStream does not answer"))
+    }
+
+    fn away_error(&self, detail: &dyn std::fmt::Display) -> StreamError {
+        let trouble = self.nats.trouble();
+        StreamError::Away(trouble.unwrap_or_else(|| format!("stream {}: {detail}", self.name)))
+    }
+}
+
+/// Decodes an answer to a direct get: its headers carry the message's sequence and subject.
+fn stored_from_direct_get(message: Message) -> Option<StoredMessage> {
+    let headers = message.headers?;
+    let sequence = headers.get(header::NATS_SEQUENCE)?.as_str().parse().ok()?;
+    let subject = headers.get(header::NATS_SUBJECT)?.as_str().into();
+    Some(StoredMessage { sequence, subject, headers, payload: message.payload })
+}
+
+fn stream_config(settings: &JetstreamSettings) -> Config {
+    Config {
+        name: settings.name.clone(),
+        subjects: settings.subjects.clone(),
+        retention: RetentionPolicy::Limits,
+        storage: StorageType::File,
+        discard: DiscardPolicy::New,
+        num_replicas: settings.replicas,
+        max_bytes: i64::try_from(settings.bytes_max).unwrap_or(i64::MAX),
+        duplicate_window: settings.duplicate_window,
+        allow_direct: true,
+        ..Config::default()
+    }
+}
+
+/// The first setting of an existing stream that is incompatible with the wanted one.
+fn stream_config_mismatch(is: &Config, wanted: &Config) -> Option<String> {
+    let (mut has, mut needs) = (is.subjects.clone(), wanted.subjects.clone());
+    has.sort();
+    needs.sort();
+    if has != needs {
+        return Some(format!("its subjects are {has:?} and have to be {needs:?}"));
+    }
+    let rules = [
+        (is.retention == wanted.retention, "its retention has to be \"limits\""),
+        (is.storage == wanted.storage, "its storage has to be \"file\""),
+        (is.discard == wanted.discard, "it has to discard new messages when it is full, not old ones"),
+        (is.max_age.is_zero(), "it must not remove messages for their age"),
+        (is.max_messages <= 0, "it must not have a greatest number of messages"),
+        (is.max_messages_per_subject <= 0, "it must not have a greatest number of messages per subject"),
+        (is.allow_direct, "it has to allow direct gets"),
+        (!is.no_ack, "it has to acknowledge messages"),
+        (!is.sealed && !is.deny_purge, "it must not be sealed, and purging must be allowed"),
+        (is.mirror.is_none() && is.sources.is_none(), "it must not mirror or source another stream"),
+        (is.subject_transform.is_none(), "it must not transform subjects"),
+    ];
+    rules.into_iter().find(|(holds, _)| !holds).map(|(_, rule)| rule.to_owned())
+}
+
+/// Classifies an error of JetStream. A 5xx is transient, with the exceptions below.
+fn stream_error_of_jetstream(text: String, error: &jetstream::Error) -> StreamError {
+    match error.error_code() {
+        ErrorCode::STREAM_REPLICAS_NOT_SUPPORTED => StreamError::Refused(text),
+        // The cluster has not found its servers yet.
+        ErrorCode::CLUSTER_NO_PEERS => StreamError::Away(text),
+        _ if error.code() >= 500 => StreamError::Away(text),
+        _ => StreamError::Refused(text),
+    }
+}

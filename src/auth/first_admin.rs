@@ -1,0 +1,46 @@
+//! The first admin key of a cluster. A registry in a data directory gets its first admin key when the
+//! gateway creates the directory. In a cluster the first node creates it, and every later node finds it.
+
+use std::io;
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::audit::Actor;
+use super::changes::{generate_key, key_audit_event};
+use super::key::ApiKey;
+use super::live::Key;
+use super::registry::{Registry, RegistryError};
+use super::{Scope, Scopes};
+use crate::message::DatasourceId;
+
+impl Registry {
+    /// Creates an admin key for all datasources. Returns `None` if there is one already. `keep` stores the
+    /// secret where an operator finds it, before the key becomes valid. If two nodes call this at once, one
+    /// of them gets `None`, and the secret that it stored belongs to no key.
+    ///
+    /// # Errors
+    /// [`RegistryError::Io`] if `keep` fails; any other [`RegistryError`] if the key cannot be created.
+    pub fn create_first_admin(
+        &self,
+        label: &str,
+        mut keep: impl FnMut(&ApiKey) -> io::Result<()>,
+    ) -> Result<Option<Arc<Key>>, RegistryError> {
+        let (all, scopes) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Admin]));
+        self.make_change(|database| {
+            let manages =
+                |key: &Arc<Key>| key.scopes.allow(Scope::Admin) && key.holds() && !key.has_expired();
+            if self.live.keys_of(&all).iter().any(manages) {
+                return Ok(None);
+            }
+            let (key, secret) = generate_key(database, &all, label, scopes, None)?;
+            keep(&secret)?;
+            let change = database.begin()?;
+            change.insert_key(&key, &secret.digest())?;
+            let what = json!({ "label": label, "scopes": scopes });
+            change.audit(&Actor::SYSTEM, &key_audit_event("key.created", &key, &what))?;
+            change.commit()?;
+            Ok(Some(self.live.add_key(key, secret.digest())))
+        })
+    }
+}

@@ -1,0 +1,160 @@
+//! The sessions of a cluster, in a KV bucket that all nodes share. A node loads none of them at its start:
+//! it [reads](SessionLookup) a client's session when the client connects.
+//!
+//! | key | value ([`row`](super::row)) |
+//! |---|---|
+//! | `session.{client}` | the node that has the session, and the session unless it has ended |
+//! | `cursors.{node}.{page}` | cursors of a node's sessions that have moved since their cells were written |
+//! | `group.{group}.{session}` | a mark: a session that outlives its connection is in this group |
+//!
+//! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell,
+//! each time over the revision that it knows: the node that the client is connected to, or was last. A node
+//! that takes the client over writes the cell. If the former node was cut off and does not know, its next
+//! write is refused, and it learns that it has [lost](LostSession) the session. A node also checks all its cells
+//! for such a change, a few at a time.
+//!
+//! Cursors move all the time, so they are not in the cells: those of a node are gathered in a few pages,
+//! written every second. A cursor names the revision of its session's cell, and is void once the cell has
+//! another.
+
+use std::time::Duration;
+
+use headgate_bridge_nats::{Cell, CellError, Cells, CellsSettings, Nats};
+
+use super::row::{CursorMove, SessionRow, decode};
+use super::{SessionStoreError, StoredSession};
+use crate::message::{DatasourceId, TimeMicros};
+
+pub(super) mod node;
+mod rolls;
+
+pub use rolls::GroupRolls;
+
+/// The bucket's name.
+const SESSIONS_BUCKET_NAME: &str = "headgate-sessions";
+/// How much longer a cell stays than the longest session: the longest time between two writes of a live
+/// session's cell, and a day of margin.
+const CELL_SPARE: Duration = Duration::from_secs(2 * 24 * 3_600);
+/// How many pages hold a node's cursors. This bounds the writes a second.
+const CURSOR_PAGES: usize = 64;
+/// A client, as the bucket knows it.
+type ClientHash = [u8; 16];
+
+/// Opens the bucket, or makes it, with `replicas` copies of each cell. No session lasts longer than
+/// `expiry_s_max` seconds; `u32::MAX`: sessions may last for ever.
+///
+/// # Errors
+/// [`CellError::Away`]; [`CellError::Refused`], if JetStream cannot have such a bucket.
+pub async fn open_sessions_bucket(
+    nats: &Nats,
+    replicas: usize,
+    expiry_s_max: u32,
+) -> Result<Cells, CellError> {
+    let longest = Duration::from_secs(u64::from(expiry_s_max)) + CELL_SPARE;
+    let age_max = (expiry_s_max != u32::MAX).then_some(longest);
+    Cells::open(nats, &CellsSettings { bucket: SESSIONS_BUCKET_NAME.to_owned(), replicas, age_max }).await
+}
+
+/// A session that another node has taken over without asking, because this node could not be reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LostSession {
+    /// The datasource of the client's key.
+    pub datasource: DatasourceId,
+    /// The client.
+    pub client_id: String,
+    /// The session that it had here.
+    pub uid: u64,
+}
+
+/// What the bucket has of a client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundSession {
+    /// The datasource of the client's key.
+    pub datasource: DatasourceId,
+    /// The client.
+    pub client_id: String,
+    /// The revision that a change of the cell is written over.
+    pub revision: u64,
+    /// How often the session has moved to another node.
+    pub moves: u64,
+    /// `None`: the client has no session.
+    pub session: Option<StoredSession>,
+}
+
+/// Reads sessions of any node from the bucket. Cheap to clone.
+#[derive(Clone)]
+pub struct SessionLookup(Cells);
+
+impl SessionLookup {
+    /// A lookup in this bucket.
+    pub fn new(cells: Cells) -> Self {
+        Self(cells)
+    }
+
+    /// Reads a client's session, as it was last acknowledged.
+    ///
+    /// # Errors
+    /// [`SessionStoreError::Bucket`], when it cannot be read.
+    pub async fn find(
+        &self,
+        datasource: &DatasourceId,
+        client_id: &str,
+    ) -> Result<FoundSession, SessionStoreError> {
+        let Cell { revision, value } = self.0.get(&session_key(client_hash(datasource, client_id))).await?;
+        let (datasource, client_id) = (datasource.clone(), client_id.to_owned());
+        let mut nothing = FoundSession { datasource, client_id, revision, moves: 0, session: None };
+        let Some(value) = value else { return Ok(nothing) };
+        let Some(SessionRow { owner, moves, session }) = decode::<SessionRow<'_>>(&value) else {
+            let words = "a session in the bucket is not as this Headgate writes it: use a newer one";
+            return Err(SessionStoreError::Bucket(words.into()));
+        };
+        nothing.moves = moves;
+        let Some(session) = session else { return Ok(nothing) };
+        let mut session = session.into_owned();
+        if (&session.datasource, &session.client_id) != (&nothing.datasource, &nothing.client_id) {
+            return Ok(nothing);
+        }
+        if session.ended_at.is_none() {
+            // Its node ended without writing the cell, so the newest cursor is in the node's page.
+            let page = self.0.get(&page_key(&owner, page_of_uid(session.uid))).await?;
+            let moved: Vec<CursorMove> = page.value.and_then(|value| decode(&value)).unwrap_or_default();
+            let same = |moved: &&CursorMove| moved.uid == session.uid && moved.revision == revision;
+            session.cursor = moved.iter().find(same).map_or(session.cursor, |moved| moved.cursor);
+        }
+        Ok(FoundSession { session: Some(session), ..nothing })
+    }
+}
+
+impl StoredSession {
+    /// Whether the session has expired at `now`.
+    pub fn has_expired(&self, now: TimeMicros) -> bool {
+        let expiry = i64::from(self.expiry_s) * 1_000_000;
+        self.expiry_s != u32::MAX && self.ended_at.is_some_and(|ended| now.saturating_sub(ended) >= expiry)
+    }
+}
+
+impl From<CellError> for SessionStoreError {
+    fn from(error: CellError) -> Self {
+        SessionStoreError::Bucket(error.to_string().into())
+    }
+}
+
+fn client_hash(datasource: &DatasourceId, client_id: &str) -> ClientHash {
+    let mut hash = blake3::Hasher::new();
+    hash.update(datasource.as_str().as_bytes()).update(&[0]).update(client_id.as_bytes());
+    let mut bytes = [0; 16];
+    hash.finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+fn session_key(client: ClientHash) -> String {
+    format!("session.{:032x}", u128::from_be_bytes(client))
+}
+
+fn page_key(node: &str, page: usize) -> String {
+    format!("cursors.{node}.{page}")
+}
+
+fn page_of_uid(uid: u64) -> usize {
+    usize::try_from(uid % CURSOR_PAGES as u64).unwrap_or(0)
+}

@@ -1,0 +1,126 @@
+//! Records as bytes: a section's head, which holds what its records share, and the records
+//! themselves, as [postcard](https://postcard.jamesmunns.com/wire-format): varints, and lengths before
+//! text and bytes. The module docs of [`crate::log`] have the layout.
+
+use serde::{Deserialize, Serialize};
+
+use super::frame::LogFormatVersion;
+use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
+
+/// What the records of a section share, as the log stores it.
+#[derive(Serialize, Deserialize)]
+pub(super) struct SectionHead<'a> {
+    pub datasource: &'a str,
+    pub key_id: KeyId,
+    pub transport: Transport,
+    pub publisher: u64,
+    pub received_at: TimeMicros,
+    /// The ids under which the section is kept once, one after the other; usually none.
+    #[serde(borrow, with = "serde_bytes")]
+    pub once: &'a [u8],
+    pub records: u32,
+    pub bytes: u32,
+}
+
+/// The head in version 1 of the format.
+#[derive(Deserialize)]
+struct SectionHeadV1<'a> {
+    datasource: &'a str,
+    key_id: KeyId,
+    transport: Transport,
+    received_at: TimeMicros,
+    records: u32,
+    bytes: u32,
+}
+
+impl<'a> From<SectionHeadV1<'a>> for SectionHead<'a> {
+    fn from(head: SectionHeadV1<'a>) -> Self {
+        let SectionHeadV1 { datasource, key_id, transport, received_at, records, bytes } = head;
+        Self { datasource, key_id, transport, publisher: 0, received_at, once: &[], records, bytes }
+    }
+}
+
+impl<'a> SectionHead<'a> {
+    /// The head at the beginning of `bytes`, and the bytes behind it.
+    pub(super) fn take(version: LogFormatVersion, bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let taken = match version {
+            LogFormatVersion::V1 => {
+                postcard::take_from_bytes::<SectionHeadV1>(bytes).map(|(h, rest)| (h.into(), rest))
+            }
+            LogFormatVersion::V2 => postcard::take_from_bytes(bytes),
+        };
+        taken.ok()
+    }
+}
+
+/// One record, as the log stores it.
+#[derive(Serialize, Deserialize)]
+pub(super) struct RecordBody<'a> {
+    pub flags: RecordFlags,
+    pub topic: &'a str,
+    pub content_type: &'a str,
+    #[serde(borrow, with = "serde_bytes")]
+    pub properties: &'a [u8],
+    #[serde(borrow, with = "serde_bytes")]
+    pub payload: &'a [u8],
+    /// Encoded after the other fields, and only if the flags say so.
+    #[serde(skip)]
+    pub note: &'a [u8],
+}
+
+impl<'a> RecordBody<'a> {
+    /// The record at the beginning of `bytes`, and the bytes behind it.
+    pub(super) fn take(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let (mut record, rest) = postcard::take_from_bytes::<Self>(bytes).ok()?;
+        if !record.flags.has_note() {
+            return Some((record, rest));
+        }
+        let (note, rest) = postcard::take_from_bytes::<&serde_bytes::Bytes>(rest).ok()?;
+        record.note = note;
+        Some((record, rest))
+    }
+}
+
+/// Lets postcard write to the end of a vector.
+struct VecFlavor<'a>(&'a mut Vec<u8>);
+
+impl postcard::ser_flavors::Flavor for VecFlavor<'_> {
+    type Output = ();
+
+    fn try_push(&mut self, byte: u8) -> postcard::Result<()> {
+        self.0.push(byte);
+        Ok(())
+    }
+
+    fn try_extend(&mut self, bytes: &[u8]) -> postcard::Result<()> {
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn finalize(self) -> postcard::Result<()> {
+        Ok(())
+    }
+}
+
+pub(super) fn put_postcard(value: &(impl Serialize + ?Sized), to: &mut Vec<u8>) {
+    postcard::serialize_with_flavor(value, VecFlavor(to))
+        .expect("a vector takes all, and every length is known before it is written");
+}
+
+/// A record as consumers see it: its own fields and those of its section's head.
+pub(super) fn record_of<'a>(head: &SectionHead<'a>, record: RecordBody<'a>, offset: Offset) -> RecordRef<'a> {
+    RecordRef {
+        offset,
+        datasource: head.datasource,
+        topic: record.topic,
+        payload: record.payload,
+        content_type: record.content_type,
+        properties: record.properties,
+        key_id: head.key_id,
+        transport: head.transport,
+        publisher: head.publisher,
+        received_at: head.received_at,
+        flags: record.flags,
+        note: record.note,
+    }
+}

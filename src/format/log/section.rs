@@ -1,0 +1,218 @@
+//! Messages on their way into the log. A [`Section`] holds those of one origin (datasource, key, transport,
+//! time). A front fills one per read of its socket, so that what the messages share is stored once.
+
+use super::once::OnceId;
+use super::record::{RecordBody, SectionHead, put_postcard, record_of};
+use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, RecordRef, TimeMicros, Transport};
+
+/// Messages of one origin, encoded, on their way into the log.
+pub struct Section {
+    /// The datasource of the messages.
+    pub datasource: DatasourceId,
+    /// The key that let them in.
+    pub key_id: KeyId,
+    /// Ends when that key dies; the writer then leaves the section out.
+    pub lease: Lease,
+    /// The transport they came over.
+    pub transport: Transport,
+    /// A hash of the client they came from, or 0 if that is unknown.
+    pub publisher: u64,
+    /// When they were read from their socket.
+    pub received_at: TimeMicros,
+    /// The ids under which it is kept once, one after the other.
+    once: Vec<u8>,
+    records: u32,
+    payload_bytes: u64,
+    retained: bool,
+    /// Messages and payload bytes that go into quarantine.
+    quarantined: (u32, u64),
+    noted: bool,
+    bytes: Vec<u8>,
+}
+
+impl Section {
+    /// A section without messages.
+    pub fn new(
+        datasource: DatasourceId,
+        key_id: KeyId,
+        lease: Lease,
+        transport: Transport,
+        publisher: u64,
+        received_at: TimeMicros,
+    ) -> Self {
+        Self {
+            datasource,
+            key_id,
+            lease,
+            transport,
+            publisher,
+            received_at,
+            once: Vec::new(),
+            records: 0,
+            payload_bytes: 0,
+            retained: false,
+            quarantined: (0, 0),
+            noted: false,
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Gives the section an id: it is kept only if none of its ids is known.
+    pub fn keep_once(&mut self, id: OnceId) {
+        self.once.extend_from_slice(id.as_bytes());
+    }
+
+    /// Whether it has ids under which it is kept once.
+    pub fn has_once_ids(&self) -> bool {
+        !self.once.is_empty()
+    }
+
+    /// The ids under which it is kept once.
+    pub fn once(&self) -> impl Iterator<Item = OnceId> {
+        OnceId::parse_all(&self.once)
+    }
+
+    /// Makes room for `bytes` more, so that filling the section allocates once.
+    pub fn reserve(&mut self, bytes: usize) {
+        self.bytes.reserve(bytes);
+    }
+
+    /// Adds one message: its topic, payload, media type (or empty), MQTT 5 properties in wire form
+    /// (or empty), and flags.
+    pub fn push(
+        &mut self,
+        topic: &str,
+        payload: &[u8],
+        content_type: &str,
+        properties: &[u8],
+        flags: RecordFlags,
+    ) {
+        put_postcard(
+            &RecordBody { flags, topic, content_type, properties, payload, note: &[] },
+            &mut self.bytes,
+        );
+        self.retained |= flags.contains(RecordFlags::RETAIN);
+        self.records += 1;
+        self.payload_bytes += payload.len() as u64;
+    }
+
+    /// Like [`Section::push`], for a message whose flags say that it has a note.
+    pub fn push_noted(
+        &mut self,
+        topic: &str,
+        payload: &[u8],
+        content_type: &str,
+        properties: &[u8],
+        flags: RecordFlags,
+        note: &[u8],
+    ) {
+        debug_assert!(flags.has_note(), "a note without its flag would be taken for the next record");
+        self.push(topic, payload, content_type, properties, flags);
+        put_postcard(serde_bytes::Bytes::new(note), &mut self.bytes);
+        self.noted = true;
+        if flags.contains(RecordFlags::QUARANTINED) {
+            self.quarantined.0 += 1;
+            self.quarantined.1 += payload.len() as u64;
+        }
+    }
+
+    /// An empty section of the same origin with a lease that never ends: its records are in the log.
+    pub fn without_records(&self) -> Self {
+        let Self { datasource, key_id, transport, publisher, received_at, .. } = self;
+        Self::new(datasource.clone(), *key_id, Lease::new(), *transport, *publisher, *received_at)
+    }
+
+    /// Whether the messages of `other` could be in this section.
+    pub fn has_origin_of(&self, other: &Self) -> bool {
+        self.received_at == other.received_at
+            && self.key_id == other.key_id
+            && self.publisher == other.publisher
+            && self.transport == other.transport
+            && self.datasource == other.datasource
+    }
+
+    /// Adds a copy of a message from another section. Returns its encoded size in bytes.
+    pub fn push_copy(&mut self, record: RecordRef<'_>) -> usize {
+        let before = self.bytes.len();
+        let RecordRef { topic, payload, content_type, properties, flags, note, .. } = record;
+        match flags.has_note() {
+            true => self.push_noted(topic, payload, content_type, properties, flags, note),
+            false => self.push(topic, payload, content_type, properties, flags),
+        }
+        self.bytes.len() - before
+    }
+
+    /// How many of its messages go into quarantine, and the sum of their payloads in bytes.
+    pub fn quarantined(&self) -> (u32, u64) {
+        self.quarantined
+    }
+
+    /// Whether one of its messages has a note.
+    pub fn has_notes(&self) -> bool {
+        self.noted
+    }
+
+    /// How many messages it holds.
+    pub fn records(&self) -> u32 {
+        self.records
+    }
+
+    /// The sum of their payloads, in bytes.
+    pub fn payload_bytes(&self) -> u64 {
+        self.payload_bytes
+    }
+
+    /// Whether one of them is to be retained.
+    pub fn has_retained(&self) -> bool {
+        self.retained
+    }
+
+    /// The position where each of its records begins, for [`Section::record`].
+    pub fn places(&self) -> Vec<u32> {
+        let mut rest = &self.bytes[..];
+        let place = |_| {
+            let at = self.bytes.len() - rest.len();
+            (_, rest) = RecordBody::take(rest).expect(ENCODED);
+            u32::try_from(at).expect("in-flight bytes are bounded far below 4 GiB")
+        };
+        (0..self.records).map(place).collect()
+    }
+
+    /// The record at a place; it has no offset yet.
+    pub fn record(&self, place: u32) -> RecordRef<'_> {
+        let (record, _) = RecordBody::take(&self.bytes[place as usize..]).expect(ENCODED);
+        record_of(&self.head(), record, 0)
+    }
+
+    /// Its size in memory, and approximately on disk, in bytes.
+    pub fn weight(&self) -> usize {
+        self.bytes.len() + self.once.len() + self.datasource.as_str().len() + 40
+    }
+
+    fn head(&self) -> SectionHead<'_> {
+        SectionHead {
+            datasource: self.datasource.as_str(),
+            key_id: self.key_id,
+            transport: self.transport,
+            publisher: self.publisher,
+            received_at: self.received_at,
+            once: &self.once,
+            records: self.records,
+            bytes: u32::try_from(self.bytes.len()).expect("in-flight bytes are bounded far below 4 GiB"),
+        }
+    }
+}
+
+const ENCODED: &str = "the section has encoded it itself";
+
+/// Writes the body of a batch without the once part: the number of sections, their heads, their
+/// records.
+pub fn put_body(sections: &[&Section], to: &mut Vec<u8>) {
+    put_postcard(&sections.len(), to);
+    for section in sections {
+        put_postcard(&section.head(), to);
+    }
+    for section in sections {
+        to.extend_from_slice(&section.bytes);
+    }
+}

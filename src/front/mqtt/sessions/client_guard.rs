@@ -1,0 +1,109 @@
+//! A client's place among the sessions, for as long as it is connected.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::session::MqttSession;
+use super::super::wills::MqttWill;
+use super::{AwayClient, ClientKey, Sessions, shared_group_key};
+use crate::auth::connections::ConnectionControl;
+use crate::consume::subscriber::Mailbox;
+use crate::consume::subscriber::sessions::SessionStoreChange;
+use crate::message::now_micros;
+
+/// A connected client's entry in [`Sessions`]; dropping it lets the next connection in.
+pub(in super::super) struct ClientGuard {
+    pub(super) sessions: Arc<Sessions>,
+    pub(super) key: ClientKey,
+    pub(super) control: Arc<ConnectionControl>,
+}
+
+impl ClientGuard {
+    /// The client identifier.
+    pub(in super::super) fn client_id(&self) -> &Arc<str> {
+        &self.key.1
+    }
+
+    /// The signal that closes this connection.
+    pub(in super::super) fn control(&self) -> &ConnectionControl {
+        &self.control
+    }
+
+    /// Whether another node has taken the session.
+    fn is_lost(&self) -> bool {
+        self.sessions.claims.is_some()
+            && self.sessions.lock_clients().entries.get(&self.key).is_some_and(|entry| {
+                let shared = entry.connected.as_ref().and_then(|connected| connected.shared.as_ref());
+                shared.is_some_and(|held| held.lost)
+            })
+    }
+
+    /// Has the cursor that `mailbox` reports written every second.
+    pub(in super::super) fn watch_cursor(&self, uid: u64, mailbox: Arc<Mailbox>) {
+        self.sessions.lock_clients().watched.insert(uid, (mailbox, 0));
+    }
+
+    /// Tells the session's groups that it now outlives its connection for longer.
+    pub(in super::super) fn extend_stay(&self, session: &MqttSession) {
+        for group in
+            session.subscriptions.iter().flatten().filter_map(|s| shared_group_key(&self.key.0, &s.filter))
+        {
+            self.sessions.subscribers.groups.extend_stay(&group, session.group_session());
+        }
+    }
+
+    /// Hands back the session at the end of the connection. Returns the will if it is to be published
+    /// now.
+    pub(in super::super) fn leave(
+        self,
+        session: MqttSession,
+        will: Option<Box<MqttWill>>,
+    ) -> Option<Box<MqttWill>> {
+        let now = Instant::now();
+        if !session.is_durable() {
+            self.sessions.end_session(&self.key, &session);
+            return will;
+        }
+        let (uid, expiry_s) = (session.uid, session.expiry_s);
+        if self.is_lost() {
+            self.sessions.lock_clients().watched.remove(&uid);
+            // The client is connected to that node already: a delayed will is dropped.
+            return will.filter(|will| will.delay_s == 0);
+        }
+        let changes = vec![
+            SessionStoreChange::MoveCursor { uid, cursor: session.cursor() },
+            SessionStoreChange::SetEnded { uid, ended_at: Some(now_micros()), expiry_s },
+        ];
+        drop(self.sessions.subscribers.store.write(changes));
+        let mut clients = self.sessions.lock_clients();
+        clients.watched.remove(&uid);
+        let wait = |will: &MqttWill| will.delay_s > 0 && !clients.draining;
+        let (later, now_due) = match will {
+            Some(will) if wait(&will) => (Some(will), None),
+            will => (None, will),
+        };
+        let later = later.map(|will| {
+            let due = now + Duration::from_secs(u64::from(will.delay_s));
+            (will, due)
+        });
+        let expires_at = (expiry_s != u32::MAX).then(|| now + Duration::from_secs(u64::from(expiry_s)));
+        clients.put_away(self.key.clone(), AwayClient { session, will: later, expires_at });
+        drop(clients);
+        now_due
+    }
+}
+
+impl Drop for ClientGuard {
+    fn drop(&mut self) {
+        let mut clients = self.sessions.lock_clients();
+        let Some(entry) = clients.entries.get_mut(&self.key) else { return };
+        let left = entry.connected.take().map(|connected| connected.left);
+        if entry.away.is_none() {
+            clients.entries.remove(&self.key);
+        }
+        drop(clients);
+        if let Some(left) = left {
+            left.notify_waiters();
+        }
+    }
+}

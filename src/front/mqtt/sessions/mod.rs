@@ -1,0 +1,450 @@
+//! The sessions: the connected clients, one connection per client identifier within a datasource,
+//! and the sessions of clients that are away.
+//!
+//! A client that connects again takes over from its earlier connection, and waits until that one has
+//! handed back the session. The same identifier in another datasource is another client. Sessions
+//! that outlive their connection are also on disk (`consume::subscriber::sessions`). Their cursors are
+//! written every second, so a gateway that was killed sends a few messages again and skips none. In a
+//! cluster a client is one client on all nodes ([`claims`]).
+
+use parking_lot::{Mutex, MutexGuard};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::TryRng;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use self::claims::{ClaimStamp, ClaimedSession, ClientClaims};
+pub(super) use self::client_guard::ClientGuard;
+use super::session::{MqttSession, SubscriptionFilter};
+use super::wills::MqttWill;
+use crate::auth::connections::{CloseReason, ConnectionControl};
+use crate::consume::subscriber::sessions::bucket::FoundSession;
+use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup, StoredSessions};
+use crate::consume::subscriber::{Mailbox, ShareGroupKey, Subscribers};
+use crate::intake::Intake;
+use crate::message::{DatasourceId, Offset, now_micros};
+
+pub(super) mod claims;
+mod client_guard;
+
+/// How often due wills and expiries are handled, and cursors are written.
+const SESSIONS_TICK: Duration = Duration::from_secs(1);
+
+type ClientKey = (DatasourceId, Arc<str>);
+
+/// All clients and their sessions.
+pub(super) struct Sessions {
+    clients: Mutex<SessionClients>,
+    subscribers: Arc<Subscribers>,
+    intake: Intake,
+    /// Wills on their way into the log.
+    wills: TaskTracker,
+    /// `Some` if the clients are shared with other nodes.
+    claims: Option<ClientClaims>,
+}
+
+#[derive(Default)]
+struct SessionClients {
+    entries: HashMap<ClientKey, ClientEntry>,
+    /// When a will or an expiry of an away client is due.
+    due: BTreeMap<(Instant, u64), ClientKey>,
+    /// A counter that keeps two due times at the same instant apart.
+    dates: u64,
+    /// No more clients are let in.
+    draining: bool,
+    /// The connected durable sessions with subscriptions: the mailbox that reports the session's cursor,
+    /// and the cursor that was last written.
+    watched: HashMap<u64, (Arc<Mailbox>, Offset)>,
+    written_groups: HashMap<ShareGroupKey, Offset>,
+}
+
+#[derive(Default)]
+struct ClientEntry {
+    connected: Option<ConnectedClient>,
+    away: Option<Box<AwayClient>>,
+}
+
+struct ConnectedClient {
+    control: Arc<ConnectionControl>,
+    /// Notified when the connection has left.
+    left: Arc<Notify>,
+    /// `Some` in a cluster.
+    shared: Option<Box<ClusterClientState>>,
+}
+
+/// What a cluster node knows about a client that is connected to it.
+#[derive(Default)]
+struct ClusterClientState {
+    /// The claim by which this node got the client, or is about to. The later of two claims counts, even
+    /// if the earlier one arrives last.
+    claim: Option<ClaimStamp>,
+    /// The session's number, once there is a session.
+    uid: u64,
+    /// Another node has taken the session.
+    lost: bool,
+}
+
+struct AwayClient {
+    session: MqttSession,
+    will: Option<(Box<MqttWill>, Instant)>,
+    /// `None`: never.
+    expires_at: Option<Instant>,
+}
+
+/// A client that was let in.
+pub(super) struct EnteredClient {
+    pub(super) present: ClientGuard,
+    pub(super) session: MqttSession,
+    /// Whether the session existed before.
+    pub(super) resumed: bool,
+}
+
+/// Why a client could not be let in.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum EnterError {
+    /// The client's connection has to close.
+    Closed(CloseReason),
+    /// The session, or the log that it needs, cannot be read now; with the reason.
+    Unavailable(String),
+}
+
+impl Sessions {
+    /// Restores the stored sessions. With `claims` they are shared with other nodes.
+    pub(super) fn new(
+        subscribers: Arc<Subscribers>,
+        intake: Intake,
+        stored: StoredSessions,
+        claims: Option<ClientClaims>,
+    ) -> Self {
+        let wills = TaskTracker::new();
+        let sessions = Self { clients: Mutex::default(), subscribers, intake, wills, claims };
+        let groups: HashMap<ShareGroupKey, Offset> = stored
+            .groups
+            .into_iter()
+            .map(|group| ((group.datasource, group.group.into(), group.filter.into()), group.cursor))
+            .collect();
+        let (now, now_micros) = (Instant::now(), now_micros());
+        let mut clients = sessions.lock_clients();
+        for stored in stored.sessions {
+            let key: ClientKey = (stored.datasource.clone(), stored.client_id.as_str().into());
+            // A session without an end was connected when the gateway was killed: it counts as away from now.
+            let away_s = stored.ended_at.map_or(0, |ended| now_micros.saturating_sub(ended) / 1_000_000);
+            let left_s = i64::from(stored.expiry_s) - away_s;
+            let expires_at = (stored.expiry_s != u32::MAX)
+                .then(|| now + Duration::from_secs(u64::try_from(left_s).unwrap_or(0)));
+            let session = MqttSession::from_stored(stored);
+            for group in
+                session.subscriptions.iter().flatten().filter_map(|s| shared_group_key(&key.0, &s.filter))
+            {
+                let cursor = groups.get(&group).copied();
+                sessions.subscribers.groups.rejoin(&group, session.uid, cursor);
+            }
+            clients.put_away(key, AwayClient { session, will: None, expires_at });
+        }
+        drop(clients);
+        // A group without sessions can be left by nobody any more: it ends here.
+        let there: HashMap<ShareGroupKey, Offset> =
+            sessions.subscribers.groups.cursors(0).into_iter().collect();
+        let orphans = groups.keys().filter(|key| !there.contains_key(*key)).map(|key| {
+            let (datasource, group, filter) = key.clone();
+            SessionStoreChange::RemoveGroup { datasource, group: group.into(), filter: filter.into() }
+        });
+        drop(sessions.subscribers.store.write(orphans.collect()));
+        sessions
+    }
+
+    /// Handles due wills and expiries, and writes cursors, until `drain` is cancelled.
+    pub(super) async fn run(self: &Arc<Self>, drain: CancellationToken) {
+        let sharing = async {
+            if let Some(claims) = &self.claims {
+                self.serve_claims(claims).await;
+            }
+        };
+        tokio::join!(drain.run_until_cancelled(sharing), self.run_ticks(&drain));
+    }
+
+    async fn run_ticks(&self, drain: &CancellationToken) {
+        while tokio::time::timeout(SESSIONS_TICK, drain.cancelled()).await.is_err() {
+            self.run_due(Instant::now());
+            let changes = self.cursor_changes();
+            if !changes.is_empty() {
+                // The store itself reports that it cannot write.
+                let _ = self.subscribers.store.write(changes).await;
+            }
+        }
+    }
+
+    /// Whether other nodes share the clients.
+    pub(super) fn is_clustered(&self) -> bool {
+        self.claims.is_some()
+    }
+
+    /// Lets a client in: ends its earlier connection, and finds or makes its session. With `clean` an
+    /// existing session ends. A client that `is_new` has an identifier that nobody had before, so no
+    /// session is looked for.
+    ///
+    /// # Errors
+    /// [`EnterError`], in a cluster.
+    pub(super) async fn enter(
+        self: &Arc<Self>,
+        datasource: &DatasourceId,
+        client_id: Arc<str>,
+        control: Arc<ConnectionControl>,
+        clean: bool,
+        is_new: bool,
+        expiry_s: u32,
+    ) -> Result<EnteredClient, EnterError> {
+        let key = (datasource.clone(), client_id);
+        let (away, at) = loop {
+            let left = {
+                let mut clients = self.lock_clients();
+                if clients.draining {
+                    control.close(CloseReason::Drain);
+                }
+                let entry = clients.entries.entry(key.clone()).or_default();
+                match &entry.connected {
+                    Some(earlier) => {
+                        earlier.control.close(CloseReason::TakenOver);
+                        earlier.left.clone().notified_owned()
+                    }
+                    None => {
+                        let away = entry.away.take();
+                        // A client that was last on this node is on no other: only an unknown one is claimed.
+                        let unknown = away.is_none() && !is_new;
+                        let shared = self.claims.as_ref().map(|claims| {
+                            let claim = unknown.then(|| claims.next_stamp());
+                            Box::new(ClusterClientState { claim, ..ClusterClientState::default() })
+                        });
+                        let at = shared.as_ref().and_then(|held| held.claim.clone());
+                        let (control, left) = (control.clone(), Arc::default());
+                        entry.connected = Some(ConnectedClient { control, left, shared });
+                        break (away, at);
+                    }
+                }
+            };
+            left.await;
+        };
+        let present = ClientGuard { sessions: self.clone(), key, control };
+        self.enter_after_earlier(present, at, away, clean, expiry_s).await
+    }
+
+    /// Continues [`Sessions::enter`] once no earlier connection to this node is left.
+    async fn enter_after_earlier(
+        &self,
+        present: ClientGuard,
+        at: Option<ClaimStamp>,
+        away: Option<Box<AwayClient>>,
+        clean: bool,
+        expiry_s: u32,
+    ) -> Result<EnteredClient, EnterError> {
+        let key = &present.key;
+        let (earlier, found) = match (&self.claims, at) {
+            (Some(claims), Some(at)) => {
+                let claimed = Box::pin(self.claim(claims, &present, at, clean));
+                let ClaimedSession { session, found } = claimed.await?;
+                (session, Some(found))
+            }
+            _ => (away.and_then(|away| self.resume(key, *away, clean)), None),
+        };
+        let resumed = earlier.is_some();
+        let session = self.begin_session(key, earlier, found, expiry_s);
+        if self.claims.is_some()
+            && let Some(entry) = self.lock_clients().entries.get_mut(key)
+            && let Some(held) = entry.connected.as_mut().and_then(|connected| connected.shared.as_mut())
+        {
+            held.uid = session.uid;
+        }
+        Ok(EnteredClient { present, session, resumed })
+    }
+
+    /// The session with which a client that was on this node continues.
+    fn resume(&self, key: &ClientKey, away: AwayClient, clean: bool) -> Option<MqttSession> {
+        let AwayClient { session, will, .. } = away;
+        if !clean {
+            // The client is back before its will was due, so the will is dropped.
+            return Some(session);
+        }
+        self.end_session(key, &session);
+        if let Some((will, _)) = will {
+            self.spawn_will(will);
+        }
+        None
+    }
+
+    /// Begins a connection's session: the earlier one or a new one. `found` is the bucket's cell of the
+    /// client, if the cluster's bucket was asked.
+    fn begin_session(
+        &self,
+        key: &ClientKey,
+        earlier: Option<MqttSession>,
+        found: Option<FoundSession>,
+        expiry_s: u32,
+    ) -> MqttSession {
+        let mut session = earlier.unwrap_or_else(|| MqttSession::new(new_session_uid(), expiry_s));
+        session.expiry_s = expiry_s;
+        session.ever_stayed |= session.is_durable();
+        let other = found.as_ref().and_then(|found| found.session.as_ref()).map(|session| session.uid);
+        let other = other.filter(|uid| *uid != session.uid);
+        let change = match (session.is_durable(), session.stored) {
+            (true, true) if found.is_none() => {
+                SessionStoreChange::SetEnded { uid: session.uid, ended_at: None, expiry_s }
+            }
+            (true, stored) => {
+                if !stored {
+                    session.position = self.subscribers.log.next_offset();
+                }
+                // This overwrites the other session, if there is one.
+                SessionStoreChange::PutSession(session.to_stored(&key.0, &key.1))
+            }
+            (false, stored) => match other.or(stored.then_some(session.uid)) {
+                Some(uid) => SessionStoreChange::RemoveSession(uid),
+                None => return session,
+            },
+        };
+        session.stored = session.is_durable();
+        let changes = match found {
+            Some(found) => vec![SessionStoreChange::Found(Box::new(found)), change],
+            None => vec![change],
+        };
+        // Not awaited: the store writes in order, so a later write that is awaited covers this one.
+        drop(self.subscribers.store.write(changes));
+        session
+    }
+
+    /// Ends a session for good, on the disk and in its groups.
+    fn end_session(&self, key: &ClientKey, session: &MqttSession) {
+        let mut changes: Vec<SessionStoreChange> =
+            session.stored.then_some(SessionStoreChange::RemoveSession(session.uid)).into_iter().collect();
+        for group in
+            session.subscriptions.iter().flatten().filter_map(|s| shared_group_key(&key.0, &s.filter))
+        {
+            changes.extend(self.leave_group(&group, session));
+        }
+        if changes.is_empty() {
+            return;
+        }
+        drop(self.subscribers.store.write(changes));
+    }
+
+    /// Takes a session out of a group. Returns the change to write, if the group ends with that.
+    pub(super) fn leave_group(
+        &self,
+        group: &ShareGroupKey,
+        session: &MqttSession,
+    ) -> Option<SessionStoreChange> {
+        let gone = self.subscribers.groups.leave(group, session.uid, session.ever_stayed);
+        gone.then(|| {
+            self.lock_clients().written_groups.remove(group);
+            let (datasource, name, filter) = group.clone();
+            SessionStoreChange::RemoveGroup { datasource, group: name.into(), filter: filter.into() }
+        })
+    }
+
+    /// Publishes a will on a task of its own.
+    fn spawn_will(&self, will: Box<MqttWill>) {
+        let intake = self.intake.clone();
+        self.wills.spawn(async move { will.publish(&intake).await });
+    }
+
+    fn run_due(&self, now: Instant) {
+        let (mut wills, mut ended) = (Vec::new(), Vec::new());
+        let mut clients = self.lock_clients();
+        while let Some(first) = clients.due.first_entry().filter(|first| first.key().0 <= now) {
+            let key = first.remove();
+            let Some(entry) = clients.entries.get_mut(&key) else { continue };
+            let Some(away) = &mut entry.away else { continue };
+            wills.extend(away.will.take_if(|(_, due)| *due <= now).map(|(will, _)| will));
+            if away.expires_at.is_some_and(|at| at <= now)
+                && let Some(away) = clients.entries.remove(&key).and_then(|entry| entry.away)
+            {
+                // A will is due at the latest when its session ends (MQTT 5 section 3.1.3.2.2).
+                wills.extend(away.will.map(|(will, _)| will));
+                ended.push((key, away.session));
+            }
+        }
+        drop(clients);
+        wills.into_iter().for_each(|will| self.spawn_will(will));
+        for (key, session) in ended {
+            debug!(datasource = %key.0, "a session has expired");
+            self.end_session(&key, &session);
+        }
+    }
+
+    /// The cursors of sessions and groups that have moved since they were last written.
+    fn cursor_changes(&self) -> Vec<SessionStoreChange> {
+        let routed = self.subscribers.router.routed_offset();
+        let mut clients = self.lock_clients();
+        let SessionClients { watched, written_groups, .. } = &mut *clients;
+        let moved = watched.iter_mut().filter_map(|(uid, (mailbox, written))| {
+            let cursor = mailbox.cursor(routed);
+            let before = std::mem::replace(written, cursor);
+            (before != cursor).then_some(SessionStoreChange::MoveCursor { uid: *uid, cursor })
+        });
+        let mut changes: Vec<SessionStoreChange> = moved.collect();
+        for (key, cursor) in self.subscribers.groups.cursors(routed) {
+            if written_groups.insert(key.clone(), cursor) != Some(cursor) {
+                let (datasource, group, filter) = key;
+                let group = StoredGroup { datasource, group: group.into(), filter: filter.into(), cursor };
+                changes.push(SessionStoreChange::PutGroup(group));
+            }
+        }
+        changes
+    }
+
+    /// Closes every connection, including those that come later.
+    pub(super) fn drain(&self) {
+        let mut clients = self.lock_clients();
+        clients.draining = true;
+        let connected = clients.entries.values().filter_map(|entry| entry.connected.as_ref());
+        connected.for_each(|connected| connected.control.close(CloseReason::Drain));
+    }
+
+    /// Runs after the last connection: publishes the delayed wills, which would otherwise be lost, and
+    /// writes the groups' cursors.
+    pub(super) async fn finish(&self) {
+        let waiting: Vec<Box<MqttWill>> = {
+            let mut clients = self.lock_clients();
+            let away = clients.entries.values_mut().filter_map(|entry| entry.away.as_mut());
+            away.filter_map(|away| away.will.take()).map(|(will, _)| will).collect()
+        };
+        waiting.into_iter().for_each(|will| self.spawn_will(will));
+        self.wills.close();
+        self.wills.wait().await;
+        let _ = self.subscribers.store.write(self.cursor_changes()).await;
+    }
+
+    fn lock_clients(&self) -> MutexGuard<'_, SessionClients> {
+        self.clients.lock()
+    }
+}
+
+impl SessionClients {
+    fn put_away(&mut self, key: ClientKey, away: AwayClient) {
+        let will = away.will.as_ref().map(|(_, due)| *due);
+        for due in [will, away.expires_at].into_iter().flatten() {
+            self.dates += 1;
+            self.due.insert((due, self.dates), key.clone());
+        }
+        self.entries.entry(key).or_default().away = Some(Box::new(away));
+    }
+}
+
+/// The group of a filter, if it is a shared subscription.
+pub(super) fn shared_group_key(datasource: &DatasourceId, filter: &str) -> Option<ShareGroupKey> {
+    let wanted = SubscriptionFilter::parse(filter)?;
+    Some((datasource.clone(), wanted.group?.into(), wanted.filter.as_str().into()))
+}
+
+/// A random number, to tell this session from every other.
+fn new_session_uid() -> u64 {
+    let mut random = [0; 8];
+    if rand::rngs::SysRng.try_fill_bytes(&mut random).is_err() {
+        random = now_micros().to_le_bytes();
+    }
+    u64::from_le_bytes(random)
+}
