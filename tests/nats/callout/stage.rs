@@ -148,8 +148,20 @@ impl Stage {
 
     /// Whether these are refused, at once and for good. The gateway has to be at NATS already.
     pub(crate) async fn refuses(&self, options: ConnectOptions) -> bool {
-        let refused = options.connection_timeout(PATIENCE).connect(self.nats.url()).await.err();
-        refused.is_some_and(|error| error.to_string().contains("authorization violation"))
+        const REFUSED: &str = "authorization violation";
+        let (told, mut events) = mpsc::unbounded_channel();
+        let options = options.connection_timeout(PATIENCE).event_callback(move |event| {
+            let _ = told.send(event.to_string());
+            async {}
+        });
+        // The server sends its first PING after two seconds, which is also how long it waits for an answer of the
+        // gateway. The client takes a PING for a yes, and is refused only then.
+        let _connected = match options.connect(self.nats.url()).await {
+            Err(error) => return error.to_string().contains(REFUSED),
+            Ok(client) => client,
+        };
+        let refused = async { while events.recv().await.is_some_and(|event| !event.contains(REFUSED)) {} };
+        tokio::time::timeout(PATIENCE, refused).await.is_ok()
     }
 
     /// A user of the server's configuration, as setup has written it.
