@@ -17,8 +17,7 @@ use common::wire::{
     TOPIC_ALIAS_MAXIMUM, VERSIONS, Version, Wire, publish, publish_with, user_property,
 };
 use common::{Gateway, PATIENCE, Setup, Source, scratch, wait_for};
-use headgate::auth::ApiKey;
-use headgate::limits;
+use headgate::testing::{ApiKey, limits};
 use serde_json::{Value, json};
 
 /// What a test of one gateway needs.

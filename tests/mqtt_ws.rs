@@ -12,7 +12,7 @@ use Version::{V5, V311};
 use common::wire::{CONNACK, Carrier, Connect, DISCONNECT, Next, PINGREQ, PINGRESP, Version, Wire, publish};
 use common::ws::{self, BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, TEXT, WsClient};
 use common::{Gateway, PATIENCE, Setup, Source, node, python, scratch, wait_for};
-use headgate::limits;
+use headgate::testing::limits;
 use serde_json::json;
 
 fn scene_with(setup: impl FnOnce(Setup) -> Setup) -> (tempfile::TempDir, Gateway, Source) {

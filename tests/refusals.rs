@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use Version::{V5, V311};
 use common::wire::{CONNACK, Connect, REASON_STRING, VERSIONS, Version, Wire, publish};
 use common::{Gateway, Setup, Source, scratch, wait_for};
-use headgate::auth::ApiKey;
+use headgate::testing::ApiKey;
 use serde_json::{Value, json};
 
 /// A gateway that never tells this machine to wait.

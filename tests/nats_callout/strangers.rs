@@ -2,7 +2,7 @@
 
 use async_nats::ConnectOptions;
 use futures_util::StreamExt;
-use headgate::auth::ApiKey;
+use headgate::testing::ApiKey;
 
 use crate::common::wait_for;
 use crate::stage::{SILENCE, Stage, reached};
