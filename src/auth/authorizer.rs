@@ -112,6 +112,7 @@ impl From<GrantDenial> for RejectedKey {
 
 impl Authorizer {
     /// An authorizer over `registry` with the default limits for failures.
+    #[cfg(any(test, feature = "testing"))]
     pub fn new(registry: Arc<Registry>) -> Self {
         Self::with_config(registry, &config::Config::default().auth)
     }

@@ -17,7 +17,7 @@ use crate::limits;
 
 mod nats;
 
-pub use nats::{ConfigSecret, NatsCalloutConfig, NatsConfig, NatsStreamConfig};
+pub use nats::NatsConfig;
 
 /// Environment variables of the commands: they have the same prefix but are no settings.
 const COMMAND_ENV_VARS: [&str; 4] = ["url", "api_key", "api_key_file", "config"];

@@ -169,11 +169,6 @@ impl Default for NatsConfig {
 pub struct ConfigSecret(String);
 
 impl ConfigSecret {
-    /// The secret itself, for presenting it.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

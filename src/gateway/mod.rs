@@ -132,7 +132,6 @@ impl Gateway {
         };
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
-        let retained_too = retained.clone();
         let (store, stored, claims, groups) = match member.as_ref().zip(places) {
             Some(((joining, member), places)) => {
                 let opened = member.open_sessions(&config, places);
@@ -197,7 +196,7 @@ impl Gateway {
             log: log.clone(),
             query,
             leaks,
-            retained: retained_too,
+            subscribers: subscribers.clone(),
             storage: storage.clone(),
             egress: egress.clone(),
             metrics: metrics.clone(),

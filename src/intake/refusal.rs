@@ -77,14 +77,6 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// Whether the same message may be let in later: then the refusal must not consume it.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Refusal::Limited(limited) => limited.is_held_back(),
-            other => matches!(other, Refusal::Busy { .. } | Refusal::Log(_)),
-        }
-    }
-
     /// When to come again, if time helps.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {

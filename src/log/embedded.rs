@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tracing::error;
 
 use super::batch::Batch;
@@ -198,11 +198,6 @@ impl EmbeddedLog {
         Ok(Self { shared, closer })
     }
 
-    /// Records lost to damage and skipped because `log.accept_corruption` allows it.
-    pub fn lost_records(&self) -> u64 {
-        self.shared.lost_records.load(Ordering::Relaxed)
-    }
-
     fn submit(&self, sections: Vec<Section>, releases: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
         self.shared.queue.push(WriterSubmission { sections, releases, give_up_at, reply });
@@ -331,10 +326,6 @@ impl Log for EmbeddedLog {
         self.shared.tail.next_offset()
     }
 
-    fn subscribe(&self) -> watch::Receiver<Offset> {
-        self.shared.tail.subscribe()
-    }
-
     fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
         match self.shared.tail.read(from, bytes_max) {
             Some(batches) => Ok(batches),
@@ -382,6 +373,10 @@ impl Log for EmbeddedLog {
 
     fn evicted_ids(&self) -> u64 {
         self.shared.evicted_ids.load(Ordering::Relaxed)
+    }
+
+    fn lost_records(&self) -> u64 {
+        self.shared.lost_records.load(Ordering::Relaxed)
     }
 
     fn trouble(&self) -> Option<String> {

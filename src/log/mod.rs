@@ -62,10 +62,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headgate_format::log::{batch, frame, once, section};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 pub use embedded::EmbeddedLog;
-pub use headgate_format::log::batch::{Batch, BatchReader, RecordPlace, Records, SectionRef};
+pub use headgate_format::log::batch::{Batch, RecordPlace};
 pub use headgate_format::log::note::{QuarantineReason, RecordNote};
 pub use headgate_format::log::offsets::Offsets;
 pub use headgate_format::log::once::OnceId;
@@ -157,9 +157,6 @@ pub trait Log: Send + Sync {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Watches [`Log::next_offset`].
-    fn subscribe(&self) -> watch::Receiver<Offset>;
-
     /// Reads batches, starting with the one that holds `from`: about `bytes_max` bytes, at least one
     /// batch, none at the end. The first may begin below `from`, or above it where records are missing.
     /// A batch without records says that there are none below its first offset. Blocks on the disk or
@@ -207,6 +204,11 @@ pub trait Log: Send + Sync {
 
     /// How many ids were evicted before their time because there were too many.
     fn evicted_ids(&self) -> u64 {
+        0
+    }
+
+    /// Records lost to damage and left out because `log.accept_corruption` allows it.
+    fn lost_records(&self) -> u64 {
         0
     }
 

@@ -57,6 +57,10 @@ impl Metrics {
                 "Message ids and QoS 2 exchanges that left the window early because there were too many"
             );
             describe_counter!(
+                "headgate_log_lost_records_total",
+                "Records lost to damage of the log since the start, left out as log.accept_corruption allows"
+            );
+            describe_counter!(
                 "headgate_refused_total",
                 "Messages and connections that were refused, by cause"
             );

@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use headgate::auth::audit::AuditQuery;
-use headgate::auth::cluster::JoinedRegistry;
-use headgate::auth::connections::{CloseReason, ConnectionControl};
-use headgate::auth::usage::KeyClient;
-use headgate::auth::{Actor, ApiKey, Authorizer, Key, LeakRow, Registry, RegistryError, Scope, Scopes};
-use headgate::message::{DatasourceId, KeyId, Transport, now_micros};
+use headgate::testing::message::{DatasourceId, KeyId, Transport, now_micros};
+use headgate::testing::{
+    Actor, ApiKey, AuditQuery, Authorizer, CloseReason, ConnectionControl, JoinedRegistry, Key, KeyClient,
+    LeakRow, Registry, RegistryError, Scope, Scopes,
+};
 use headgate_bridge_nats::{Nats, NatsCredentials, NatsSettings, Presence};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -537,7 +536,7 @@ async fn a_key_whose_time_is_over_ends_on_every_node_and_the_audit_says_so_once(
                 ended.fetch_add(dead.len(), Ordering::SeqCst);
                 async {}
             };
-            tokio::spawn(headgate::auth::deadlines::run(node.registry.clone(), settle))
+            tokio::spawn(headgate::testing::run_deadlines(node.registry.clone(), settle))
         })
         .into_iter()
         .collect();
@@ -697,7 +696,7 @@ async fn a_key_whose_row_is_taken_out_of_the_bucket_is_dead_on_every_node() {
     let hex: String = secret.digest().0.iter().map(|byte| format!("{byte:02x}")).collect();
     let nats = connect(&[server.url()], "somebody").await;
     let bucket = headgate_bridge_nats::KvBucketSettings {
-        name: headgate::auth::cluster::REGISTRY_BUCKET.to_owned(),
+        name: headgate::testing::REGISTRY_BUCKET.to_owned(),
         replicas: 1,
         age_max: None,
     };

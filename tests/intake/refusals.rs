@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use crate::common::wire::{CONNACK, Connect, REASON_STRING, VERSIONS, Version, Wire, publish};
 use crate::common::{Gateway, Setup, Source, scratch, wait_for};
 use Version::{V5, V311};
-use headgate::auth::ApiKey;
+use headgate::testing::ApiKey;
 use serde_json::{Value, json};
 
 /// A gateway that never tells this machine to wait.

@@ -12,7 +12,7 @@ use crate::common::wire::{
 use crate::common::ws::{self, BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, TEXT, WsClient};
 use crate::common::{Gateway, PATIENCE, Setup, Source, node, python, scratch, wait_for};
 use Version::{V5, V311};
-use headgate::limits;
+use headgate::testing::limits;
 use serde_json::json;
 
 fn scene_with(setup: impl FnOnce(Setup) -> Setup) -> (tempfile::TempDir, Gateway, Source) {

@@ -40,8 +40,6 @@ use crate::message::KeyId;
 
 use usage::KeyUsageCells;
 
-pub use usage::USAGE_BUCKET;
-
 /// The KV bucket of the cluster's registry.
 pub const REGISTRY_BUCKET: &str = "headgate-registry";
 /// Prefix of the subject on which a node announces its presence.

@@ -19,10 +19,8 @@ mod trie;
 mod tests;
 
 pub use database::DatabaseError;
-pub use feed::{FeedItem, FilterHit, MatchedRecords, SubscriberFeed};
-pub use group::{
-    ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
-};
+pub use feed::{FeedItem, MatchedRecords, SubscriberFeed};
+pub use group::{ClusterShareGroups, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember};
 pub use mailbox::Mailbox;
 pub use router::Router;
 

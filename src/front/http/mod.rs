@@ -64,7 +64,7 @@ use crate::consume::egress::Egress;
 use crate::consume::quarantine::QuarantineLeakRules;
 use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
-use crate::consume::subscriber::retained::RetainedStore;
+use crate::consume::subscriber::Subscribers;
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
@@ -87,8 +87,9 @@ pub struct HttpFrontParts {
     pub query: Option<RecordsReader>,
     /// The rules for records that leaked keys let in.
     pub leaks: QuarantineLeakRules,
-    /// Retained messages: those that a leaked key let in are withheld too.
-    pub retained: RetainedStore,
+    /// Retained messages, of which those that a leaked key let in are withheld too, and the health of what
+    /// serves subscribers.
+    pub subscribers: Arc<Subscribers>,
     /// The storage consumer, if there is one.
     pub storage: Option<Arc<StorageConsumer>>,
     /// The egress consumer, which sends records to NATS, if there is one.

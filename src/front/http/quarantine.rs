@@ -252,7 +252,7 @@ pub(super) async fn quarantine_key_records(
     });
     let version = version.await.map_err(Problem::after_body_read)?;
     tracing::warn!(%datasource, %key_id, undo, "what a key let in was put into quarantine, or taken out");
-    wait_for_storage(shared.parts.retained.wait_reconciled(version))
+    wait_for_storage(shared.parts.subscribers.retained.wait_reconciled(version))
         .await
         .map_err(Problem::after_body_read)?;
     await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;

@@ -50,7 +50,7 @@ use stream::ClientStream;
 use websocket::WebSocket;
 
 pub use sessions::claims::ClientClaims;
-pub use tls::{Tls, TlsError};
+pub use tls::Tls;
 
 /// The state that all connections share.
 pub(super) struct MqttFront {

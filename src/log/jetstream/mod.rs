@@ -42,7 +42,7 @@ use std::time::{Duration, Instant};
 use headgate_bridge_nats::stream::{JetstreamSettings, StreamState};
 use headgate_bridge_nats::{JetstreamStream, KvError, Nats, StreamError};
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
@@ -338,10 +338,6 @@ impl Log for JetstreamLog {
                 }
             }
         })
-    }
-
-    fn subscribe(&self) -> watch::Receiver<Offset> {
-        self.shared.tail.subscribe()
     }
 
     fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {

@@ -2,12 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use headgate::config::Config;
-use headgate::consume::subscriber::sessions::bucket::{self, FoundSession, LostSession, SessionLookup};
-use headgate::consume::subscriber::sessions::{
-    SessionStore, SessionStoreChange, SessionStoreError, StoredSession, StoredSubscription,
+use headgate::testing::message::DatasourceId;
+use headgate::testing::{
+    Config, FoundSession, LostSession, SessionLookup, SessionStore, SessionStoreChange, SessionStoreError,
+    StoredSession, StoredSubscription, bucket,
 };
-use headgate::message::DatasourceId;
 use headgate_bridge_nats::Nats;
 use tokio::sync::mpsc::UnboundedReceiver;
 

@@ -4,9 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use headgate::config::LogBackend;
-use headgate::log::{AppendError, LogOpenError, SectionOutcome};
-use headgate::message::Offset;
+use headgate::testing::message::Offset;
+use headgate::testing::{AppendError, LogBackend, LogOpenError, SectionOutcome};
 
 use super::stage::{
     Opened, Stage, exchange, keep, kept, later, message, offsets, once, payloads, read_all, release, section,
@@ -136,7 +135,7 @@ fn the_rest_of_a_request_of_which_a_part_was_kept_comes_in_when_it_is_sent_again
                 await js.publish('stream.press-4.t', b'0', headers=h)";
     let output = nats_py(&stage.server.as_ref().expect("in JetStream").url(), body, &[&id]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let reading = headgate::log::OnceId::of_message(&super::stage::datasource(), "reading-1");
+    let reading = headgate::testing::OnceId::of_message(&super::stage::datasource(), "reading-1");
     let outcomes = keep(&**log, vec![once(&[reading], &[b"0", b"1", b"2"])]);
     assert_eq!(offsets(outcomes[0].clone()).records(), 3);
     assert_eq!(payloads(&read_all(&**log, 0).expect("readable")), [b"0", b"1", b"2"]);

@@ -7,9 +7,10 @@ mod stage;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use headgate::config::LogBackend;
-use headgate::log::{AppendError, Log, LogReadError, Offsets, RecordNote, Section, SectionOutcome};
-use headgate::message::{KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
+use headgate::testing::message::{KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
+use headgate::testing::{
+    AppendError, Log, LogBackend, LogReadError, Offsets, RecordNote, Section, SectionOutcome,
+};
 use proptest::prelude::*;
 
 use stage::{

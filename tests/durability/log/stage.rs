@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use headgate::config::{Config, LogBackend};
-use headgate::log::{
-    AppendError, CommitOutcome, EmbeddedLog, JetstreamLog, Log, LogOpenError, Offsets, OnceId,
+use headgate::testing::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
+use headgate::testing::{
+    AppendError, CommitOutcome, Config, EmbeddedLog, JetstreamLog, Log, LogBackend, LogOpenError,
+    LogReadError, Offsets, OnceId, Section, SectionOutcome,
 };
-use headgate::log::{LogReadError, Section, SectionOutcome};
-use headgate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
 use headgate_bridge_nats::{Nats, NatsCredentials, NatsSettings};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;

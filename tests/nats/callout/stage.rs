@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event};
-use headgate::message::now_micros;
+use headgate::testing::message::now_micros;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -251,5 +251,5 @@ pub(crate) fn free_ports<const N: usize>() -> [u16; N] {
 
 /// A time from now, as the API reads it.
 pub(crate) fn in_seconds(seconds: i64) -> String {
-    headgate::time::Rfc3339(now_micros() + seconds * 1_000_000).to_string()
+    headgate::testing::Rfc3339(now_micros() + seconds * 1_000_000).to_string()
 }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use async_nats::ConnectOptions;
 use futures_util::StreamExt;
-use headgate::auth::ApiKey;
+use headgate::testing::ApiKey;
 
 use super::stage::{SILENCE, Stage, reached};
 use crate::common::{PATIENCE, wait_for};
