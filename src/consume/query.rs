@@ -4,35 +4,25 @@
 //! is for filters that few records pass: their pages may be short or empty and still have a next one, so
 //! that no request scans a whole database.
 
-use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rusqlite::types::Type;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::latest::{self, LatestPage};
 use super::sink::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
 use super::sink::sqlite::RECORDS_FILE_NAME;
 use crate::filter::{FilterError, TopicFilter};
-use crate::limits::{QUERIES_MAX, QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
+use crate::limits::{QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
-
-/// How long a query waits while another process has the whole database locked.
-const QUERY_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
+use crate::sqlite::{SqliteError, SqliteReaders};
 
 /// Reads `records.db`. Blocks, so call it where blocking is allowed. Cheap to clone.
 #[derive(Clone)]
 pub struct RecordsReader {
-    pool: Arc<RecordsConnectionPool>,
-}
-
-/// Connections that no query uses at the moment.
-struct RecordsConnectionPool {
-    path: PathBuf,
-    idle: Mutex<Vec<Connection>>,
+    readers: Arc<SqliteReaders>,
 }
 
 /// Which records to read.
@@ -90,7 +80,7 @@ pub enum QueryError {
     Filter(#[from] FilterError),
     /// The database could not be read.
     #[error("query: {0}")]
-    Database(#[from] rusqlite::Error),
+    Database(#[from] SqliteError),
 }
 
 impl RecordsReader {
@@ -99,15 +89,9 @@ impl RecordsReader {
     /// # Errors
     /// [`QueryError::Database`] if the file is missing or unreadable.
     pub fn open(dir: &Path) -> Result<Self, QueryError> {
-        let query = Self {
-            pool: Arc::new(RecordsConnectionPool {
-                path: dir.join(RECORDS_FILE_NAME),
-                idle: Mutex::default(),
-            }),
-        };
-        query
-            .read(|connection| Ok(connection.query_row("SELECT next_offset FROM cursor", [], |_| Ok(()))?))?;
-        Ok(query)
+        let reader = Self { readers: Arc::new(SqliteReaders::new(dir.join(RECORDS_FILE_NAME))) };
+        reader.read(|connection| connection.query_row("SELECT next_offset FROM cursor", [], |_| Ok(())))?;
+        Ok(reader)
     }
 
     /// One page of records, in the order of their offsets.
@@ -120,7 +104,7 @@ impl RecordsReader {
             let Some(scan) = RecordsScan::plan(connection, query, filter.as_ref())? else {
                 return Ok(RecordsPage::default());
             };
-            Ok(scan.page(connection, query, filter.as_ref())?)
+            scan.page(connection, query, filter.as_ref())
         })
     }
 
@@ -146,30 +130,10 @@ impl RecordsReader {
     /// Runs `read` on a snapshot of the database, whatever storage writes meanwhile.
     pub(super) fn read<T>(
         &self,
-        read: impl FnOnce(&Connection) -> Result<T, QueryError>,
+        read: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T, QueryError> {
-        let idle = self.pool.idle.lock().pop();
-        let mut connection = match idle {
-            Some(connection) => connection,
-            None => open_read_only(&self.pool.path)?,
-        };
-        let answer = {
-            let transaction = connection.transaction()?;
-            read(&transaction)?
-        };
-        let mut idle = self.pool.idle.lock();
-        if idle.len() < QUERIES_MAX {
-            idle.push(connection);
-        }
-        Ok(answer)
+        Ok(self.readers.read(read)?)
     }
-}
-
-fn open_read_only(path: &Path) -> rusqlite::Result<Connection> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(QUERY_LOCK_WAIT_MAX)?;
-    Ok(connection)
 }
 
 pub(super) fn datasource_row_id(

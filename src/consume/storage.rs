@@ -392,7 +392,7 @@ mod tests {
         append(&log, 10).await;
         until("storage says that it is locked out", || storage.trouble().is_some()).await;
         let trouble = storage.trouble().unwrap_or_default();
-        assert!(trouble.contains("locked by another process"), "{trouble}");
+        assert!(trouble.contains("in use by another process"), "{trouble}");
         append(&log, 10).await;
         assert_eq!(storage.cursor(), 10);
         other.execute_batch("COMMIT").expect("lets go");

@@ -20,16 +20,14 @@ use rusqlite::{Connection, Row, TransactionBehavior, params};
 use super::pending::{PendingSessionChange, PendingSessionChanges};
 use super::{StoredGroup, StoredSession, StoredSessions, StoredSubscription};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
-use crate::consume::subscriber::database::{DatabaseError, DatabaseKind};
 use crate::message::DatasourceId;
+use crate::sqlite::{SqliteError, SqliteProfile};
 
 /// The file's name in the data directory.
 pub(super) const SESSIONS_FILE_NAME: &str = "sessions.db";
 
-const SESSIONS_DATABASE: DatabaseKind = DatabaseKind {
-    format: 1,
-    exclusive: true,
-    schema: "
+const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
+    migrations: &["
         CREATE TABLE sessions (
             uid        INTEGER PRIMARY KEY,
             datasource TEXT NOT NULL,
@@ -55,7 +53,10 @@ const SESSIONS_DATABASE: DatabaseKind = DatabaseKind {
             cursor     INTEGER NOT NULL,
             PRIMARY KEY (datasource, name, filter)
         ) STRICT, WITHOUT ROWID;
-    ",
+    "],
+    is_exclusive: true,
+    is_checked: true,
+    ..SqliteProfile::SHARED
 };
 
 /// The open database.
@@ -66,30 +67,24 @@ pub(super) struct SessionTable {
 
 impl SessionTable {
     /// Opens `dir/sessions.db`, or makes it.
-    pub(super) fn open(dir: &Path) -> Result<Self, DatabaseError> {
+    pub(super) fn open(dir: &Path) -> Result<Self, SqliteError> {
         let path = dir.join(SESSIONS_FILE_NAME);
         Ok(Self { connection: SESSIONS_DATABASE.open(&path)?, path })
     }
 
     /// Opens it again after a transaction whose outcome is unknown.
-    pub(super) fn reopen(dir: &Path) -> Result<Self, DatabaseError> {
+    pub(super) fn reopen(dir: &Path) -> Result<Self, SqliteError> {
         let path = dir.join(SESSIONS_FILE_NAME);
         Ok(Self { connection: SESSIONS_DATABASE.reopen(&path)?, path })
     }
 
-    /// Checks the pages of the database and reads everything.
-    pub(super) fn load(&self) -> Result<StoredSessions, DatabaseError> {
-        let damaged =
-            |detail: &str| DatabaseError::Damaged { path: self.path.clone(), detail: detail.into() };
-        let failed = |error: rusqlite::Error| DatabaseError::from_sqlite(&error, &self.path);
-        let pages: String =
-            self.connection.pragma_query_value(None, "quick_check", |row| row.get(0)).map_err(failed)?;
-        if pages != "ok" {
-            return Err(damaged(&pages));
-        }
+    /// Reads everything.
+    pub(super) fn load(&self) -> Result<StoredSessions, SqliteError> {
+        let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, &self.path);
         let (sessions, lonely) = self.sessions().map_err(failed)?;
         if let Some(uid) = lonely {
-            return Err(damaged(&format!("a subscription of session {uid}, which is not there")));
+            let detail = format!("a subscription of session {uid}, which is not there").into();
+            return Err(SqliteError::Damaged { path: self.path.clone(), detail });
         }
         Ok(StoredSessions { sessions, groups: self.groups().map_err(failed)? })
     }
@@ -144,9 +139,9 @@ impl SessionTable {
     }
 
     /// Writes all of `pending` in one transaction. It is on the disk afterwards.
-    pub(super) fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), DatabaseError> {
+    pub(super) fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SqliteError> {
         write_pending(&mut self.connection, pending)
-            .map_err(|error| DatabaseError::from_sqlite(&error, &self.path))
+            .map_err(|error| SqliteError::from_sqlite(&error, &self.path))
     }
 
     /// Changes a pragma, to provoke errors.
