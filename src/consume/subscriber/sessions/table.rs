@@ -12,15 +12,16 @@
 //! since the Unix epoch. There are no constraints but the primary keys: a change that the database always
 //! refused would block all later ones.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rusqlite::types::FromSqlError;
-use rusqlite::{Connection, Row, TransactionBehavior, params};
+use rusqlite::{CachedStatement, Connection, Row, TransactionBehavior, params};
 
-use super::pending::{PendingSessionChange, PendingSessionChanges};
+use super::pending::{PendingSessionChange, PendingSessionChanges, StoredGroupKey};
 use super::{StoredGroup, StoredSession, StoredSessions, StoredSubscription};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
-use crate::message::DatasourceId;
+use crate::message::{DatasourceId, Offset};
 use crate::sqlite::{SqliteError, SqliteProfile};
 
 /// The file's name in the data directory.
@@ -153,71 +154,98 @@ impl SessionTable {
 
 fn write_pending(connection: &mut Connection, pending: &PendingSessionChanges) -> rusqlite::Result<()> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    {
-        let mut put =
-            transaction.prepare_cached("INSERT OR REPLACE INTO sessions VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
-        let mut subscribe = transaction
-            .prepare_cached("INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
-        let mut unsubscribe = transaction.prepare_cached("DELETE FROM subscriptions WHERE uid = ?1")?;
-        let mut remove = transaction.prepare_cached("DELETE FROM sessions WHERE uid = ?1")?;
-        let mut move_cursor = transaction.prepare_cached("UPDATE sessions SET cursor = ?2 WHERE uid = ?1")?;
-        let mut end =
-            transaction.prepare_cached("UPDATE sessions SET ended_at = ?2, expiry_s = ?3 WHERE uid = ?1")?;
-        for (uid, change) in &pending.sessions {
-            let uid = uid.cast_signed();
-            match change {
-                PendingSessionChange::Put(session) => {
-                    put.execute(params![
-                        uid,
-                        session.datasource.as_str(),
-                        session.client_id,
-                        session.expiry_s,
-                        session.ended_at,
-                        sql_offset(session.cursor),
-                    ])?;
-                    unsubscribe.execute([uid])?;
-                    for subscription in &session.subscriptions {
-                        subscribe.execute(params![
-                            uid,
-                            subscription.filter,
-                            subscription.qos,
-                            subscription.no_local,
-                            subscription.retain_as_published,
-                            subscription.identifier,
-                            sql_offset(subscription.from),
-                        ])?;
-                    }
-                }
-                PendingSessionChange::Update { cursor, ended } => {
-                    if let Some(cursor) = cursor {
-                        move_cursor.execute([uid, sql_offset(*cursor)])?;
-                    }
-                    if let Some((ended_at, expiry_s)) = ended {
-                        end.execute(params![uid, ended_at, expiry_s])?;
-                    }
-                }
-                PendingSessionChange::Remove => {
-                    unsubscribe.execute([uid])?;
-                    remove.execute([uid])?;
-                }
-                // A gateway with a database has no other nodes.
-                PendingSessionChange::GiveUp => {}
-            }
-        }
-        let mut put =
-            transaction.prepare_cached("INSERT OR REPLACE INTO share_groups VALUES (?1, ?2, ?3, ?4)")?;
-        let mut remove = transaction
-            .prepare_cached("DELETE FROM share_groups WHERE datasource = ?1 AND name = ?2 AND filter = ?3")?;
-        for ((datasource, group, filter), cursor) in &pending.groups {
-            match cursor {
-                Some(cursor) => {
-                    put.execute(params![datasource.as_str(), group, filter, sql_offset(*cursor)])?
-                }
-                None => remove.execute(params![datasource.as_str(), group, filter])?,
-            };
-        }
+    let mut sessions = SessionStatements::prepare(&transaction)?;
+    for (uid, change) in &pending.sessions {
+        sessions.write(uid.cast_signed(), change)?;
     }
+    drop(sessions);
+    write_groups(&transaction, &pending.groups)?;
     transaction.commit()
+}
+
+fn write_groups(
+    connection: &Connection,
+    groups: &BTreeMap<StoredGroupKey, Option<Offset>>,
+) -> rusqlite::Result<()> {
+    let mut put = connection.prepare_cached("INSERT OR REPLACE INTO share_groups VALUES (?1, ?2, ?3, ?4)")?;
+    let mut remove = connection
+        .prepare_cached("DELETE FROM share_groups WHERE datasource = ?1 AND name = ?2 AND filter = ?3")?;
+    for ((datasource, group, filter), cursor) in groups {
+        match cursor {
+            Some(cursor) => put.execute(params![datasource.as_str(), group, filter, sql_offset(*cursor)])?,
+            None => remove.execute(params![datasource.as_str(), group, filter])?,
+        };
+    }
+    Ok(())
+}
+
+/// The statements that change sessions, prepared once for a whole transaction.
+struct SessionStatements<'c> {
+    put: CachedStatement<'c>,
+    subscribe: CachedStatement<'c>,
+    unsubscribe: CachedStatement<'c>,
+    remove: CachedStatement<'c>,
+    move_cursor: CachedStatement<'c>,
+    end: CachedStatement<'c>,
+}
+
+impl<'c> SessionStatements<'c> {
+    fn prepare(connection: &'c Connection) -> rusqlite::Result<Self> {
+        let prepare = |sql| connection.prepare_cached(sql);
+        Ok(Self {
+            put: prepare("INSERT OR REPLACE INTO sessions VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?,
+            subscribe: prepare("INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?,
+            unsubscribe: prepare("DELETE FROM subscriptions WHERE uid = ?1")?,
+            remove: prepare("DELETE FROM sessions WHERE uid = ?1")?,
+            move_cursor: prepare("UPDATE sessions SET cursor = ?2 WHERE uid = ?1")?,
+            end: prepare("UPDATE sessions SET ended_at = ?2, expiry_s = ?3 WHERE uid = ?1")?,
+        })
+    }
+
+    fn write(&mut self, uid: i64, change: &PendingSessionChange) -> rusqlite::Result<()> {
+        match change {
+            PendingSessionChange::Put(session) => self.put(uid, session)?,
+            PendingSessionChange::Update { cursor, ended } => {
+                if let Some(cursor) = cursor {
+                    self.move_cursor.execute([uid, sql_offset(*cursor)])?;
+                }
+                if let Some((ended_at, expiry_s)) = ended {
+                    self.end.execute(params![uid, ended_at, expiry_s])?;
+                }
+            }
+            PendingSessionChange::Remove => {
+                self.unsubscribe.execute([uid])?;
+                self.remove.execute([uid])?;
+            }
+            // A gateway with a database has no other nodes.
+            PendingSessionChange::GiveUp => {}
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, uid: i64, session: &StoredSession) -> rusqlite::Result<()> {
+        self.put.execute(params![
+            uid,
+            session.datasource.as_str(),
+            session.client_id,
+            session.expiry_s,
+            session.ended_at,
+            sql_offset(session.cursor),
+        ])?;
+        self.unsubscribe.execute([uid])?;
+        for subscription in &session.subscriptions {
+            self.subscribe.execute(params![
+                uid,
+                subscription.filter,
+                subscription.qos,
+                subscription.no_local,
+                subscription.retain_as_published,
+                subscription.identifier,
+                sql_offset(subscription.from),
+            ])?;
+        }
+        Ok(())
+    }
 }
 
 fn datasource_of_row(row: &Row<'_>, column: usize) -> rusqlite::Result<DatasourceId> {
