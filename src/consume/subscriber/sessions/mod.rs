@@ -29,8 +29,8 @@ use self::pending::PendingSessionChanges;
 use self::place::{SessionBackend, SessionDatabase};
 #[cfg(test)]
 use self::table::{SESSIONS_FILE_NAME, SessionTable};
-use super::DatabaseError;
 use crate::message::{DatasourceId, Offset, TimeMicros};
+use crate::sqlite::SqliteError;
 
 pub mod bucket;
 mod pending;
@@ -157,7 +157,7 @@ pub enum SessionStoreError {
     /// The database failed. The change is not lost: it is written once that is possible again, unless the
     /// gateway is killed first.
     #[error("sessions: {0}")]
-    Database(#[from] DatabaseError),
+    Database(#[from] SqliteError),
     /// The bucket of the cluster failed; likewise. The reason is in words.
     #[error("sessions: {0}")]
     Bucket(Arc<str>),
@@ -275,9 +275,8 @@ impl SessionStore {
 }
 
 /// The error of a thread that could not be started for the database in `dir`.
-fn thread_error(dir: &Path, error: &std::io::Error) -> DatabaseError {
-    let detail = format!("no thread for it: {error}").into();
-    DatabaseError::Failed { path: dir.join(table::SESSIONS_FILE_NAME), detail }
+fn thread_error(dir: &Path, error: &std::io::Error) -> SqliteError {
+    SqliteError::failed(&dir.join(table::SESSIONS_FILE_NAME), format!("no thread for it: {error}"))
 }
 
 impl SessionStoreState {
