@@ -4,6 +4,7 @@
 use metrics::{Counter, Gauge, Histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use super::cause::Cause;
 use crate::message::Transport;
 
 /// Latencies from 50 µs to 10 s, about three buckets per factor of ten.
@@ -143,9 +144,9 @@ impl Metrics {
     }
 
     /// Counts a refused message or connection, for [`Refusals::note`](super::refusals::Refusals::note).
-    pub(super) fn count_refused(&self, transport: Transport, cause: &'static str) {
+    pub(super) fn count_refused(&self, transport: Transport, cause: Cause) {
         metrics::with_local_recorder(&self.recorder, || {
-            metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause)
+            metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause.name())
                 .increment(1);
         });
     }

@@ -413,7 +413,7 @@ impl Inbound {
             None => note,
             Some((key_id, key_shape)) => RefusalNote { key_id, key_shape, ..note },
         });
-        debug!(key_id = %self.grant.key_id(), cause = refusal.cause(), %refusal, "refused a message");
+        debug!(key_id = %self.grant.key_id(), cause = refusal.cause().name(), %refusal, "refused a message");
         if self.form.version != MqttVersion::V5 {
             return Err(InboundEnd::Refused(refusal));
         }

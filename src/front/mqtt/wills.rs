@@ -69,7 +69,7 @@ impl MqttWill {
     pub(super) async fn publish(self, intake: &Intake) {
         if let Err(refusal) = self.submit(intake).await {
             intake.refusals().note(self.who.note(&self.grant, refusal.note(Transport::Mqtt)));
-            info!(key_id = %self.grant.key_id(), cause = refusal.cause(), %refusal, "a will was refused");
+            info!(key_id = %self.grant.key_id(), cause = refusal.cause().name(), %refusal, "a will was refused");
         }
     }
 
