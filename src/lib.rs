@@ -36,6 +36,7 @@ pub mod config;
 pub mod filter;
 pub mod subject;
 pub mod time;
+mod trouble;
 
 pub mod gateway;
 

@@ -198,6 +198,7 @@ impl Gateway {
             query,
             leaks,
             retained: retained_too,
+            sessions: subscribers.store.clone(),
             storage: storage.clone(),
             egress: egress.clone(),
             metrics: metrics.clone(),

@@ -64,6 +64,7 @@ use crate::consume::quarantine::QuarantineLeakRules;
 use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::retained::RetainedStore;
+use crate::consume::subscriber::sessions::SessionStore;
 use crate::front::problem::{Problem, RefusedRequest};
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
@@ -90,6 +91,8 @@ pub struct HttpFrontParts {
     pub leaks: QuarantineLeakRules,
     /// Retained messages: those that a leaked key let in are withheld too.
     pub retained: RetainedStore,
+    /// The sessions that outlive their connection, for health.
+    pub sessions: SessionStore,
     /// The storage consumer, if there is one.
     pub storage: Option<Arc<StorageConsumer>>,
     /// The egress consumer, which sends records to NATS, if there is one.
