@@ -39,6 +39,7 @@ mod filter;
 mod sqlite;
 mod subject;
 mod time;
+mod trouble;
 
 mod gateway;
 

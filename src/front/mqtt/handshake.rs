@@ -23,6 +23,7 @@ use crate::auth::usage::KeyClient;
 use crate::auth::{GrantDenial, RejectedKey};
 use crate::limits::{CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_TOPIC_ALIAS_MAXIMUM};
 use crate::message::{DatasourceId, Transport, holds_key, now_micros};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 
 /// The first byte of a TLS client. Its upper half is that of a CONNECT.
@@ -64,12 +65,12 @@ pub(super) async fn shake_hands(
             Ok(Ok(read)) => read,
             Ok(Err(None)) => return Err(Vec::new()),
             Ok(Err(Some(violation))) => {
-                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, "malformed_connect", &violation));
+                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, Cause::MalformedConnect, &violation));
                 return Err(Vec::new());
             }
             Err(_) => {
                 let words = "no CONNECT within mqtt.connect_ms_max";
-                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, "connect_timeout", &words));
+                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, Cause::ConnectTimeout, &words));
                 return Err(Vec::new());
             }
         }
@@ -80,7 +81,7 @@ pub(super) async fn shake_hands(
         report_refused_connection(
             front,
             peer,
-            RefusalNote::new(Transport::Mqtt, "malformed_connect", &violation),
+            RefusalNote::new(Transport::Mqtt, Cause::MalformedConnect, &violation),
         );
         refusal_connack(version, u32::MAX, violation.reason, violation.text)
     })?;
@@ -120,7 +121,7 @@ async fn open_connection(
 ) -> Result<Box<OpenedConnection>, (ReasonCode, String)> {
     let config = &front.config;
     let client = connect.client_id;
-    let no = |cause: &'static str, reason: ReasonCode, words: String| {
+    let no = |cause: Cause, reason: ReasonCode, words: String| {
         report_refused_connection(
             front,
             peer,
@@ -130,7 +131,7 @@ async fn open_connection(
     };
     if connect.wants_authentication() {
         let words = "present an API key: there is no extended authentication".to_owned();
-        return Err(no("authentication_method", ReasonCode::BadAuthenticationMethod, words));
+        return Err(no(Cause::AuthenticationMethod, ReasonCode::BadAuthenticationMethod, words));
     }
     let authorizer = front.intake.authorizer();
     let grant = credentials::grant_of_connect(connect, authorizer, peer.ip()).map_err(|rejected| {
@@ -150,16 +151,16 @@ async fn open_connection(
     let client_id = match connect.client_id {
         "" if connect.version == MqttVersion::V31 || !v5 && !connect.clean => {
             let words = "an empty client identifier needs clean session".to_owned();
-            return Err(no("client_id", ReasonCode::ClientIdentifierNotValid, words));
+            return Err(no(Cause::ClientId, ReasonCode::ClientIdentifierNotValid, words));
         }
         "" => assigned_client_id(),
         given if given.len() > CLIENT_ID_BYTES_MAX => {
             let words = format!("a client identifier has at most {CLIENT_ID_BYTES_MAX} bytes");
-            return Err(no("client_id", ReasonCode::ClientIdentifierNotValid, words));
+            return Err(no(Cause::ClientId, ReasonCode::ClientIdentifierNotValid, words));
         }
         given if holds_key(given) => {
             let words = "a client identifier is no place for an API key: present it as user name or password";
-            return Err(no("client_id", ReasonCode::ClientIdentifierNotValid, words.to_owned()));
+            return Err(no(Cause::ClientId, ReasonCode::ClientIdentifierNotValid, words.to_owned()));
         }
         given => given.to_owned(),
     };
@@ -181,7 +182,7 @@ async fn open_connection(
     // Checked now, so that the client hears of a bad will while it can still be told.
     let will = connect.will.as_ref().map(|will| MqttWill::new(will, &grant, &who, publisher, &front.intake));
     let will = will.transpose().map_err(|refusal| {
-        about(RefusalNote { cause: "will", ..refusal.note(Transport::Mqtt) });
+        about(RefusalNote { cause: Cause::Will, ..refusal.note(Transport::Mqtt) });
         (refusal_reason_code(&refusal), format!("the will cannot be taken: {refusal}"))
     })?;
     let form = PacketForm {
@@ -210,7 +211,7 @@ async fn open_connection(
             }
             EnterError::Unavailable(error) => {
                 let words = format!("the client's session cannot be looked up now: {error}");
-                about(RefusalNote::new(Transport::Mqtt, "unavailable", &words));
+                about(RefusalNote::new(Transport::Mqtt, Cause::Unavailable, &words));
                 (ReasonCode::ServerUnavailable, words)
             }
         })?;
@@ -284,10 +285,10 @@ pub(super) fn report_refused_connection(front: &MqttFront, peer: SocketAddr, not
     let RefusalNote { cause, words, key_id, .. } = note;
     front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
     // A flood of attempts must not flood the log.
-    if cause == (GrantDenial::TooManyFailures { retry_after: Duration::ZERO }).cause() {
-        debug!(%peer, cause, "refused a connection");
+    if cause == Cause::TooManyFailures {
+        debug!(%peer, cause = cause.name(), "refused a connection");
     } else {
-        info!(%peer, cause, key_id = key_id.map(display), why = %words, "refused a connection");
+        info!(%peer, cause = cause.name(), key_id = key_id.map(display), why = %words, "refused a connection");
     }
 }
 

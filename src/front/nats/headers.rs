@@ -1,7 +1,7 @@
 //! The headers of a NATS message, besides its key: its id, its media type, and the sender's own headers,
 //! which subscribers receive as MQTT 5 user properties.
 
-use crate::front::credentials::key_in_header;
+use crate::front::credentials::is_key_header;
 use crate::front::mqtt::codec::write::user_property;
 use crate::intake::Refusal;
 use crate::limits::NATS_HEADERS_BYTES_MAX;
@@ -60,10 +60,7 @@ impl<'a> NatsMessageHeaders<'a> {
                 }
             } else if name.eq_ignore_ascii_case(NATS_CONTENT_TYPE_HEADER) {
                 read.content_type = value;
-            } else if key_in_header(name, b"").is_none()
-                && !is_reserved(name)
-                && may_be_user_property(name, value)
-            {
+            } else if !is_key_header(name) && !is_reserved(name) && may_be_user_property(name, value) {
                 own.push((name, value));
             }
         }

@@ -302,7 +302,7 @@ impl JetstreamAppender {
                 // MQTT clients get no offsets, and a single message has no others to look up.
                 let asks = progress.offsets.len() > 1 || progress.section.transport != Transport::Mqtt;
                 let of_several = progress.stands_for(place) > 1;
-                self.shared.set_append_trouble(None);
+                self.shared.append_trouble.set(None);
                 if known && is_first && asks {
                     self.ask_earlier(place, ack.sequence);
                     return;
@@ -327,7 +327,7 @@ impl JetstreamAppender {
                     }
                     PublishError::Refused(text) => (AppendError::Failed(text.into()), None),
                 };
-                self.shared.set_append_trouble(Some(error.to_string()));
+                self.shared.append_trouble.set(Some(error.to_string()));
                 match again {
                     Some(again) if open.give_up_at > Instant::now() => {
                         self.refused.insert(PendingMessage { again, ..place });

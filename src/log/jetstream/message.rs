@@ -157,7 +157,7 @@ fn take(message: &StoredMessage, last_time: &mut ParsedTimeCache, sections: &mut
     let topic = topic_from_tokens(tokens).ok()?;
     let key_id = KeyId::parse(text(headers, JETSTREAM_KEY_ID_HEADER)?).ok()?;
     let received_at = last_time.read(text(headers, JETSTREAM_RECEIVED_AT_HEADER)?)?;
-    let transport = transport_of(text(headers, JETSTREAM_TRANSPORT_HEADER)?)?;
+    let transport = Transport::parse(text(headers, JETSTREAM_TRANSPORT_HEADER)?)?;
     let publisher = text(headers, JETSTREAM_PUBLISHER_HEADER)
         .map_or(Some(0), |text| u64::from_str_radix(text, 16).ok())?;
     let bytes = |name| text(headers, name).map_or(Some(Vec::new()), |text| STANDARD.decode(text).ok());
@@ -192,10 +192,6 @@ fn take(message: &StoredMessage, last_time: &mut ParsedTimeCache, sections: &mut
 
 fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name).map(|value| value.as_str())
-}
-
-fn transport_of(name: &str) -> Option<Transport> {
-    [Transport::Mqtt, Transport::Http, Transport::Nats].into_iter().find(|known| known.as_str() == name)
 }
 
 #[cfg(test)]
