@@ -16,7 +16,7 @@ use rand::rngs::SysRng;
 use tokio::task::JoinHandle;
 use tracing::info;
 
-use super::ADMIN_KEY_LABEL;
+use super::directory::ADMIN_KEY_LABEL;
 use crate::auth::cluster::{JoinedRegistry, RegistryFollower};
 use crate::auth::{ApiKey, Registry, RegistryError};
 use crate::config::Config;

@@ -15,8 +15,7 @@ use crate::common::wire::{
 };
 use crate::common::{Gateway, PATIENCE, Setup, Source, scratch, wait_for};
 use Version::{V5, V311};
-use headgate::testing::ApiKey;
-use headgate::testing::limits;
+use headgate::testing::{ApiKey, limits};
 use serde_json::{Value, json};
 
 /// What a test of one gateway needs.

@@ -15,6 +15,7 @@ mod goodbye;
 mod handshake;
 mod inbound;
 mod outbound;
+mod replay;
 mod session;
 mod sessions;
 mod stream;
