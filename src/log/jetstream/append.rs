@@ -28,9 +28,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 
 use super::JetstreamLogShared;
-use super::message::{count_together, encode_message, headers_of_section, message_id_of};
+use super::message::{count_together, encode_message, message_id_of};
 use super::open::{PendingAppend, PendingAppends, PendingMessage, SectionProgress};
 use super::own::OwnRunCollector;
+use crate::log::nats_message::origin_headers;
 use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section};
 use crate::message::{Offset, Transport};
 
@@ -234,7 +235,12 @@ impl JetstreamAppender {
             self.queue.extend((0..at_once).map(place));
             let places = if dead { Vec::new() } else { section.places() };
             let offsets = vec![0; records as usize];
-            let headers = if dead { HeaderMap::new() } else { headers_of_section(&section) };
+            let headers = match dead {
+                true => HeaderMap::new(),
+                false => {
+                    origin_headers(section.key_id, section.received_at, section.transport, section.publisher)
+                }
+            };
             progress.push(SectionProgress {
                 section,
                 headers,
