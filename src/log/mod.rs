@@ -45,6 +45,7 @@ mod assembly;
 mod disk;
 mod embedded;
 mod jetstream;
+pub mod nats_message;
 mod recovery;
 mod retention;
 mod segment;
@@ -71,8 +72,7 @@ pub use headgate_format::log::offsets::Offsets;
 pub use headgate_format::log::once::OnceId;
 pub use headgate_format::log::section::Section;
 pub use jetstream::{
-    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
-    SharedRecords, headers_of_record,
+    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces, SharedRecords,
 };
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};

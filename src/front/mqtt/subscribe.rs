@@ -21,6 +21,7 @@ use crate::consume::subscriber::{ShareGroupKey, Subscribers};
 use crate::filter::TopicFilter;
 use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_MAX};
 use crate::message::{Offset, Transport};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
 
 /// A SUBSCRIBE or an UNSUBSCRIBE, copied out of the read buffer.

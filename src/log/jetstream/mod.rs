@@ -1,6 +1,6 @@
 //! The log in a cluster: a stream in NATS JetStream, on as many servers as it has replicas. Any number
 //! of gateways append to it and read it, and none of them stores it. A record is a message
-//! (`message.rs`), and its offset is the message's sequence.
+//! (`log/nats_message.rs`), and its offset is the message's sequence.
 //!
 //! - Appending (`append.rs`): pipelined; an append is answered when JetStream has acknowledged its messages.
 //! - Following (`follow.rs`): brings the records of all gateways into this one's tail, which serves the
@@ -39,7 +39,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::stream::{JetstreamSettings, StreamState};
+use headgate_bridge_nats::stream::{JetstreamSettings, StreamPurpose, StreamState};
 use headgate_bridge_nats::{JetstreamStream, KvError, Nats, StreamError};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -48,10 +48,10 @@ use tracing::warn;
 
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
 use self::follow::JetstreamLogFollower;
-use self::message::JETSTREAM_HEADERS_BYTES_MAX;
 use self::once::ExchangeGenerations;
 use self::own::own;
 use self::retention::StreamRetention;
+use super::nats_message::RECORD_HEADERS_BYTES_MAX;
 use super::retention::{Hold, Holds};
 use super::tail::Tail;
 use super::withheld::WithheldRules;
@@ -65,7 +65,6 @@ use crate::subject::{SubjectError, SubjectSpace, check_topic_has_subject};
 use crate::trouble::TroubleCell;
 
 pub use headgate_bridge_nats::stream::SharedPlace;
-pub use message::headers_of_record;
 pub use share::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
 
 /// How often to check that the stream is there, and how large it is.
@@ -151,6 +150,7 @@ impl JetstreamLog {
             replicas,
             bytes_max: config.log.retention_bytes,
             duplicate_window: window,
+            purpose: StreamPurpose::Log,
         };
         let stream = JetstreamStream::open(nats, &settings).await?;
         let once = ExchangeGenerations::open(nats, replicas, window).await?;
@@ -233,7 +233,7 @@ impl Log for JetstreamLog {
     fn check_size(&self, payload: usize, properties: usize) -> Result<(), RecordTooLarge> {
         let bytes_max = self.shared.stream.nats().client().max_payload();
         // Properties are base64 in a header.
-        let bytes = payload + properties.div_ceil(3) * 4 + JETSTREAM_HEADERS_BYTES_MAX;
+        let bytes = payload + properties.div_ceil(3) * 4 + RECORD_HEADERS_BYTES_MAX;
         match bytes > bytes_max {
             true => Err(RecordTooLarge { bytes, bytes_max, limit: "max_payload of nats-server" }),
             false => Ok(()),

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::Cells;
+use headgate_bridge_nats::KvBucket;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::error;
@@ -211,7 +211,7 @@ impl SessionStore {
     /// # Errors
     /// The system has no thread to give.
     pub fn in_bucket(
-        cells: Cells,
+        cells: KvBucket,
         node: &str,
     ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<LostSession>)> {
         let (lost, told) = tokio::sync::mpsc::unbounded_channel();
