@@ -12,16 +12,18 @@ pub mod retained;
 pub mod router;
 pub mod sessions;
 
+mod matched;
 mod trie;
 
 #[cfg(test)]
 mod tests;
 
-pub use feed::{FeedItem, FilterHit, MatchedRecords, SubscriberFeed};
+pub use feed::{FeedItem, SubscriberFeed};
 pub use group::{
     ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
 };
 pub use mailbox::Mailbox;
+pub use matched::{FilterHit, MatchedRecords};
 pub use router::Router;
 
 use std::sync::Arc;
