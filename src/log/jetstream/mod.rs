@@ -49,7 +49,7 @@ use tracing::{info, warn};
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
 use self::follow::JetstreamLogFollower;
 use self::once::ExchangeGenerations;
-use self::own::own;
+use self::own::{OwnAppends, own};
 use self::retention::StreamRetention;
 use super::nats_message::RECORD_HEADERS_BYTES_MAX;
 use super::retention::{Hold, Holds};
@@ -104,15 +104,6 @@ struct JetstreamLogShared {
     /// The outcome of a message is unknown: it may still be on its way.
     lost_track: AtomicBool,
     trouble: JetstreamLogTrouble,
-}
-
-/// The records that this gateway appends itself.
-#[derive(Default)]
-struct OwnAppends {
-    /// How many it has appended.
-    appended: AtomicU64,
-    /// Whether the follower wants them ([`own`]).
-    wanted: AtomicBool,
 }
 
 /// Why nothing can be appended.
@@ -200,10 +191,10 @@ impl JetstreamLog {
         let (log, stay_s) = (config.log.clone(), config.intake.dedup_window_s);
         let retention = StreamRetention::open(nats, replicas, shared.clone(), node, log, stay_s).await?;
         let (commands, waiting) = mpsc::unbounded_channel();
-        let (own, runs) = own(shared.clone());
+        let (own, alone) = own(shared.clone());
         let appender = tokio::spawn(JetstreamAppender::new(shared.clone(), waiting, own).await?.run());
         let follower = shared.stream.follow(state.last + 1, following);
-        let follower = tokio::spawn(JetstreamLogFollower::new(shared.clone(), follower, runs).run());
+        let follower = tokio::spawn(JetstreamLogFollower::new(shared.clone(), follower, alone).run());
         let others = [tokio::spawn(retention.run()), tokio::spawn(watch_stream_state(shared.clone()))];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })
