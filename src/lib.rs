@@ -34,6 +34,7 @@ pub mod observe;
 
 pub mod config;
 pub mod filter;
+pub mod network;
 pub mod subject;
 pub mod time;
 

@@ -119,10 +119,7 @@ impl Gateway {
             }
         };
         // Opened before any consumer reads the log: it decides which records they may see.
-        let leaks = match &member {
-            Some((_, member)) => QuarantineLeakRules::in_cluster(member.registry().clone(), log.clone()),
-            None => QuarantineLeakRules::open(dir, log.clone())?,
-        };
+        let leaks = QuarantineLeakRules::start(registry.clone(), log.clone())?;
         let (storage, query) = match config.storage.sink {
             SinkKind::Sqlite => {
                 let storage = StorageConsumer::start(dir, &config.storage, log.clone())?;

@@ -16,7 +16,7 @@ use super::credentials::Caller;
 use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, PathParameters, limits, run_blocking};
 use crate::auth::usage::{KeyClientUse, KeyUsage};
-use crate::auth::{ApiKey, Key, Scope, Scopes};
+use crate::auth::{ApiKey, Key, NewKey, Scope, Scopes};
 use crate::limits::{GRACE_DEFAULT_S, GRACE_S_MAX, USAGE_KEYS_PER_CHANGE};
 use crate::message::{DatasourceId, KeyId, Offset, now_micros};
 use crate::quota::QuotaLimits;
@@ -211,12 +211,10 @@ pub(super) async fn create(
     let owner = datasource.clone();
     let actor = caller.actor();
     let created = run_blocking(move || {
-        let created = registry.create_key(&actor, &owner, &label, scopes, expires_at)?;
-        // The secret is not given out yet, so nobody can have used the key without its limits.
-        if !limits.is_empty() {
-            registry.set_key_limits(&actor, &owner, created.0.id, limits.text())?;
-        }
-        Ok(created)
+        let limits = limits.text();
+        let (label, limits) = (label.as_str(), limits.as_deref());
+        let new = NewKey { datasource: &owner, label, scopes, expires_at, limits };
+        Ok(registry.create_key_with(&actor, &new)?)
     });
     let created = created.await;
     let (key, secret) = created.map_err(Problem::after_body_read)?;

@@ -292,10 +292,6 @@ impl From<LeakError> for Problem {
             LeakError::TooMany => Self::new(ProblemKind::Conflict, format!("{error}.")),
             LeakError::Registry(error) => error.into(),
             LeakError::Log(_) => Self::new(ProblemKind::Unavailable, format!("{error}.")),
-            LeakError::Database(error) => {
-                tracing::error!(%error, "what a key let in could not be put into quarantine");
-                Self::new(ProblemKind::Unavailable, "The rules cannot be written; nothing was changed.")
-            }
         }
     }
 }

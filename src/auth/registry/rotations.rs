@@ -4,14 +4,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use headgate_format::key::ApiKey;
 use serde_json::json;
 
-use super::audit::Actor;
-use super::change::KeyEndReason;
-use super::changes::{generate_key, key_audit_event};
-use super::key::ApiKey;
-use super::live::{Key, Rotation};
-use super::registry::{Registry, RegistryError};
+use super::Registry;
+use super::audit::{Actor, AuditEvent};
+use super::error::RegistryError;
+use super::key::{Key, Rotation};
+use super::keys::{NewKey, generate_key};
+use super::transaction::KeyEndReason;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 use crate::time::Rfc3339;
 
@@ -63,8 +64,17 @@ impl Registry {
                     "key {id} is being rotated already, to key {by}"
                 )));
             }
-            let (new, secret) = generate_key(database, datasource, &old.label, old.scopes, old.expires_at())?;
-            new.limits.set(old.limits.text().as_deref());
+            let limits = old.limits.text();
+            let (new, secret) = generate_key(
+                database,
+                &NewKey {
+                    datasource,
+                    label: &old.label,
+                    scopes: old.scopes,
+                    expires_at: old.expires_at(),
+                    limits: limits.as_deref(),
+                },
+            )?;
             new.set_rotation(Rotation { replaces: Some(id), replaced_by: None });
             let change = database.begin()?;
             let grace_micros = TimeMicros::try_from(grace.as_micros()).unwrap_or(TimeMicros::MAX);
@@ -75,7 +85,7 @@ impl Registry {
             let digest =
                 if grace.is_zero() { change.revoke(datasource, id, KeyEndReason::Rotated)? } else { None };
             let what = json!({ "new_key": new.id, "grace_ends_at": Rfc3339(grace_ends_at) });
-            change.audit(actor, &key_audit_event("key.rotated", &old, &what))?;
+            change.audit(actor, &AuditEvent::of_key("key.rotated", &old, &what))?;
             change.commit()?;
             old.set_rotation(after);
             let key = self.live.add_key(new, secret.digest());
@@ -121,7 +131,7 @@ impl Registry {
             let digest = change.revoke(datasource, new_id, KeyEndReason::Revoked)?;
             change.audit(
                 actor,
-                &key_audit_event("key.rotation_undone", &old, &json!({ "revoked_key": new_id })),
+                &AuditEvent::of_key("key.rotation_undone", &old, &json!({ "revoked_key": new_id })),
             )?;
             change.commit()?;
             old.set_rotation(after);

@@ -9,7 +9,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use headgate_bridge_nats::Nats;
 use headgate_bridge_nats::cells::{CellError, Cells, CellsSettings};
 
-use super::super::registry::RegistryError;
+use super::super::error::RegistryError;
 use super::super::usage::KeyUsage;
 use crate::limits::{CHANGE_ATTEMPTS_MAX, USAGE_READS_MAX};
 use crate::message::KeyId;
