@@ -211,3 +211,122 @@ impl Registry {
         Ok(free.expect("there are more numbers than datasources"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::super::audit::AuditQuery;
+    use super::super::database::RegistryDatabase;
+    use super::super::replica::{RegistryReplica, RegistryRevision};
+    use super::super::rows::RegistryRow;
+    use super::super::usage::KeyUsage;
+    use super::*;
+    use crate::auth::scope::Scope;
+
+    const LIMITS: &str = r#"{"messages_per_s":5}"#;
+    const SCHEMAS: &str = r##"[{"filter":"#"}]"##;
+
+    fn new_datasource(name: &str) -> NewDatasource<'_> {
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        NewDatasource { id: None, name, scopes, limits: Some(LIMITS), schemas: Some(SCHEMAS) }
+    }
+
+    fn new_key(datasource: &DatasourceId) -> NewKey<'_> {
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        NewKey { datasource, label: "left", scopes, expires_at: None, limits: Some(LIMITS) }
+    }
+
+    fn empty() -> (TempDir, Registry) {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let registry = Registry::open(dir.path()).expect("opens");
+        (dir, registry)
+    }
+
+    #[test]
+    fn limits_and_schemas_come_with_what_they_are_for_in_one_audited_change() {
+        let (dir, registry) = empty();
+        let (press, _, _) =
+            registry.create_datasource_with(&Actor::SYSTEM, &new_datasource("Press 4")).expect("created");
+        let (key, _) = registry.create_key_with(&Actor::SYSTEM, &new_key(&press.id)).expect("created");
+        let check = |registry: &Registry| {
+            let press = registry.datasource("press-4").expect("there");
+            let key = registry.key(&press.id, key.id).expect("there");
+            let settings = [&press.limits, &press.schemas, &key.limits].map(|setting| setting.text());
+            assert_eq!(
+                settings.each_ref().map(|text| text.as_deref()),
+                [Some(LIMITS), Some(SCHEMAS), Some(LIMITS)]
+            );
+        };
+        check(&registry);
+        let page = AuditQuery { from: None, to: None, after: 0, limit: 10 };
+        let entries = registry.audit_entries(&page).expect("readable");
+        let entries: Vec<_> = entries.iter().map(|entry| (&*entry.action, entry.what.get())).collect();
+        assert_eq!(
+            entries,
+            [
+                (
+                    "datasource.created",
+                    r##"{"limits":{"messages_per_s":5},"name":"Press 4","schemas":[{"filter":"#"}],"scopes":["ingest"]}"##
+                ),
+                (
+                    "key.created",
+                    r#"{"expires_at":null,"label":"left","limits":{"messages_per_s":5},"scopes":["ingest"]}"#
+                ),
+            ]
+        );
+        drop(registry);
+        check(&Registry::open(dir.path()).expect("opens again"));
+    }
+
+    /// A cluster of one node, which counts the rows of each batch.
+    #[derive(Debug, Default)]
+    struct CountedBatches(parking_lot::Mutex<Vec<Vec<String>>>);
+
+    impl RegistryReplica for CountedBatches {
+        fn publish(
+            &self,
+            rows: &[RegistryRow],
+            after: RegistryRevision,
+        ) -> Result<RegistryRevision, RegistryError> {
+            self.0.lock().push(rows.iter().map(RegistryRow::name).collect());
+            Ok(after + rows.len() as u64)
+        }
+
+        fn catch_up(&self) -> Result<RegistryRevision, RegistryError> {
+            Ok(0)
+        }
+
+        fn wait_everywhere(&self, _revision: RegistryRevision) {}
+
+        fn is_current(&self) -> bool {
+            true
+        }
+
+        fn usage(&self, _keys: &[KeyId]) -> Result<Vec<KeyUsage>, RegistryError> {
+            Ok(Vec::new())
+        }
+
+        fn add_usage(
+            &self,
+            _: Vec<(KeyId, KeyUsage)>,
+        ) -> (Vec<(KeyId, KeyUsage)>, Result<(), RegistryError>) {
+            (Vec::new(), Ok(()))
+        }
+    }
+
+    #[test]
+    fn in_a_cluster_each_creation_is_one_batch() {
+        let batches = Arc::new(CountedBatches::default());
+        let database = RegistryDatabase::in_memory().expect("opens");
+        let registry = Registry::from_database(database, Some(batches.clone())).expect("empty");
+        let (press, first, first_secret) =
+            registry.create_datasource_with(&Actor::SYSTEM, &new_datasource("Press 4")).expect("created");
+        let (_, secret) = registry.create_key_with(&Actor::SYSTEM, &new_key(&press.id)).expect("created");
+        assert!(first.holds());
+        let row = |secret: &ApiKey| format!("key.{}", blake3::Hash::from_bytes(secret.digest().0).to_hex());
+        let datasource =
+            vec![row(&first_secret), "datasource.press-4".to_owned(), "audit.000000000001".to_owned()];
+        assert_eq!(*batches.0.lock(), [datasource, vec![row(&secret), "audit.000000000002".to_owned()]]);
+    }
+}

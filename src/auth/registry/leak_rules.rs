@@ -1,8 +1,8 @@
 //! The rules about the records of leaked keys. A rule withholds what a key let in, or gives it back. Rules are only
 //! ever added; the version of the rules is their number, the same on every node of a cluster.
 
-use rusqlite::Row;
 use rusqlite::types::FromSqlError;
+use rusqlite::{Connection, Row, params};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::message::{DatasourceId, KeyId, NameError, Offset, TimeMicros};
@@ -36,13 +36,29 @@ impl LeakRow {
             at: row.get(5)?,
         })
     }
+
+    /// Writes a row of the table `leaks`.
+    pub(super) fn write(&self, connection: &Connection, version: u64) -> rusqlite::Result<usize> {
+        let mut insert =
+            connection.prepare_cached("INSERT OR REPLACE INTO leaks VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
+        insert.execute(params![
+            version.cast_signed(),
+            self.datasource.as_str(),
+            self.key_id.to_string(),
+            self.since,
+            self.below.map(u64::cast_signed),
+            self.at,
+        ])
+    }
 }
+
+type LeakRuleListener = Box<dyn Fn(&LeakRow) + Send>;
 
 /// Who is told of the rules.
 #[derive(Default)]
 pub(super) struct LeakRuleFollower {
     /// Called with each rule, in the order of the versions.
-    each: Option<Box<dyn Fn(&LeakRow) + Send>>,
+    each: Option<LeakRuleListener>,
     /// The version of the newest rule that it was told.
     told: u64,
 }

@@ -48,7 +48,8 @@ impl LiveRegistry {
         };
         let (mut by_datasource, all) = (Vec::new(), DatasourceId::all());
         database.for_each_key(|stored| {
-            by_datasource.extend(live.load_key(stored, &all)?);
+            let key = live.load_key(stored, &all)?;
+            by_datasource.extend(key.map(|key| ((key.datasource.clone(), key.id), key)));
             Ok::<_, RegistryError>(())
         })?;
         // Only now are all keys in memory, so their pages can be merged into huge ones.
@@ -57,12 +58,8 @@ impl LiveRegistry {
         Ok(live)
     }
 
-    /// Adds a stored key to everything but `by_datasource`. Returns its entry there, unless it was revoked.
-    fn load_key(
-        &self,
-        stored: StoredKey<'_>,
-        all: &DatasourceId,
-    ) -> Result<Option<((DatasourceId, KeyId), Arc<Key>)>, RegistryError> {
+    /// Adds a stored key to everything but `by_datasource`. Returns it, unless it was revoked.
+    fn load_key(&self, stored: StoredKey<'_>, all: &DatasourceId) -> Result<Option<Arc<Key>>, RegistryError> {
         if stored.is_revoked {
             self.keys.set(&stored.digest, None);
             return Ok(None);
@@ -75,7 +72,7 @@ impl LiveRegistry {
         };
         let key = Arc::new(Key::from(KeyAttributes {
             digest: stored.digest,
-            datasource: datasource.clone(),
+            datasource,
             scopes: stored.scopes,
             label: stored.label,
             created_at: stored.created_at,
@@ -87,10 +84,10 @@ impl LiveRegistry {
             key.end();
             key.mark_ended();
         } else if let Some(at) = key.ends_at() {
-            self.deadlines.lock().insert((at, datasource.clone(), key.id));
+            self.deadlines.lock().insert((at, key.datasource.clone(), key.id));
         }
         self.keys.set(&stored.digest, Some(Arc::clone(&key)));
-        Ok(Some(((datasource, key.id), key)))
+        Ok(Some(key))
     }
 
     /// The key with this digest, unless it is revoked; it may have expired.

@@ -53,17 +53,7 @@ impl Registry {
         grace: Duration,
     ) -> Result<Option<KeyRotationOutcome>, RegistryError> {
         let rotated = self.make_change(|database| {
-            self.check_owner(datasource)?;
-            let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
-            if old.has_expired() {
-                return Err(RegistryError::Rotation(format!("key {id} has expired; create another one")));
-            }
-            let before = old.rotation();
-            if let Some((by, _)) = before.replaced_by {
-                return Err(RegistryError::Rotation(format!(
-                    "key {id} is being rotated already, to key {by}"
-                )));
-            }
+            let Some(old) = self.rotatable_key(datasource, id)? else { return Ok(None) };
             let limits = old.limits.text();
             let (new, secret) = generate_key(
                 database,
@@ -79,7 +69,7 @@ impl Registry {
             let change = database.begin()?;
             let grace_micros = TimeMicros::try_from(grace.as_micros()).unwrap_or(TimeMicros::MAX);
             let grace_ends_at = change.made_at().saturating_add(grace_micros);
-            let after = Rotation { replaced_by: Some((new.id, grace_ends_at)), ..before };
+            let after = Rotation { replaced_by: Some((new.id, grace_ends_at)), ..old.rotation() };
             change.insert_key(&new, &secret.digest())?;
             change.set_rotation(id, after)?;
             let digest =
@@ -97,6 +87,21 @@ impl Registry {
             tracing::info!(%datasource, key_id = %id, new_key_id = %key.id, ?grace, "key rotated");
         }
         Ok(rotated)
+    }
+
+    /// A key that another one may replace, if the datasource has it.
+    fn rotatable_key(&self, datasource: &DatasourceId, id: KeyId) -> Result<Option<Arc<Key>>, RegistryError> {
+        self.check_owner(datasource)?;
+        let Some(key) = self.live.key(datasource, id) else { return Ok(None) };
+        if key.has_expired() {
+            return Err(RegistryError::Rotation(format!("key {id} has expired; create another one")));
+        }
+        match key.rotation().replaced_by {
+            Some((by, _)) => {
+                Err(RegistryError::Rotation(format!("key {id} is being rotated already, to key {by}")))
+            }
+            None => Ok(Some(key)),
+        }
     }
 
     /// Undoes a rotation before the old key's grace period ends: the old key stays valid, and the new one

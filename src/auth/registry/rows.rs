@@ -70,6 +70,30 @@ pub(super) struct KeyRow {
     pub(super) limits: Option<String>,
 }
 
+impl KeyRow {
+    fn write(&self, connection: &Connection, digest: &Digest) -> rusqlite::Result<usize> {
+        let mut insert = connection.prepare_cached(
+            "INSERT OR REPLACE INTO keys (digest, datasource, scopes, label, created_at, expires_at, revoked_at,
+                 ended, replaces, replaced_by, grace_ends_at, limits)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+        )?;
+        insert.execute(params![
+            digest.0,
+            self.datasource,
+            self.scopes,
+            self.label,
+            self.created_at,
+            self.expires_at,
+            self.revoked_at,
+            self.ended,
+            self.replaces.map(|id| id.to_string()),
+            self.replaced_by.map(|id| id.to_string()),
+            self.grace_ends_at,
+            self.limits,
+        ])
+    }
+}
+
 /// The row of an audit entry.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct AuditRow {
@@ -216,26 +240,7 @@ impl RegistryRow {
             RegistryRow::Datasource(id, None) => {
                 connection.prepare_cached("DELETE FROM datasources WHERE id = ?1")?.execute([id.as_str()])
             }
-            RegistryRow::Key(digest, Some(row)) => connection
-                .prepare_cached(
-                    "INSERT OR REPLACE INTO keys (digest, datasource, scopes, label, created_at, expires_at,
-                         revoked_at, ended, replaces, replaced_by, grace_ends_at, limits)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
-                )?
-                .execute(params![
-                    digest.0,
-                    row.datasource,
-                    row.scopes,
-                    row.label,
-                    row.created_at,
-                    row.expires_at,
-                    row.revoked_at,
-                    row.ended,
-                    row.replaces.map(|id| id.to_string()),
-                    row.replaced_by.map(|id| id.to_string()),
-                    row.grace_ends_at,
-                    row.limits,
-                ]),
+            RegistryRow::Key(digest, Some(row)) => row.write(connection, digest),
             RegistryRow::Key(digest, None) => {
                 connection.prepare_cached("DELETE FROM keys WHERE digest = ?1")?.execute([digest.0])
             }
@@ -251,16 +256,7 @@ impl RegistryRow {
                     row.key_id,
                     row.what
                 ]),
-            RegistryRow::Leak(version, row) => connection
-                .prepare_cached("INSERT OR REPLACE INTO leaks VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
-                .execute(params![
-                    version.cast_signed(),
-                    row.datasource.as_str(),
-                    row.key_id.to_string(),
-                    row.since,
-                    row.below.map(u64::cast_signed),
-                    row.at,
-                ]),
+            RegistryRow::Leak(version, row) => row.write(connection, *version),
             // It is only checked.
             RegistryRow::Format(_) => Ok(0),
         };

@@ -239,7 +239,7 @@ impl<'a> RegistryTransaction<'a> {
 
     /// Adds a rule about a leaked key.
     pub(super) fn insert_leak_rule(&self, version: u64, row: &LeakRow) -> rusqlite::Result<()> {
-        RegistryRow::Leak(version, row.clone()).write(&self.transaction)?;
+        row.write(&self.transaction, version)?;
         self.touched(TouchedRow::Leak(version));
         Ok(())
     }
