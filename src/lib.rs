@@ -36,6 +36,7 @@ mod observe;
 
 mod config;
 mod filter;
+mod network;
 mod sqlite;
 mod subject;
 mod time;

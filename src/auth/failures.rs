@@ -16,9 +16,9 @@ use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use super::network::{Network, source_of};
 use crate::config;
 use crate::limits::AUTH_FAILURES_COUNTERS;
+use crate::network::{Network, source_of};
 use crate::quota::bucket::{Moment, Rate, RateBucket};
 
 /// The counters of failed authentications.

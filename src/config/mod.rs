@@ -13,8 +13,8 @@ use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
 use serde::{Deserialize, Serialize};
 
-use crate::auth::network::Network;
 use crate::limits;
+use crate::network::Network;
 
 mod log;
 mod mqtt;

@@ -72,10 +72,7 @@ impl OpenedGateway {
     /// What could not be opened; worded for an operator.
     pub(super) async fn open(config: &Config, opened: OpenedLog) -> anyhow::Result<Self> {
         // Opened before any consumer reads the log: it decides which records they may see.
-        let leaks = match &opened.cluster {
-            Some(_) => QuarantineLeakRules::in_cluster(opened.registry.clone(), opened.log.clone()),
-            None => QuarantineLeakRules::open(&config.data_dir, opened.log.clone())?,
-        };
+        let leaks = QuarantineLeakRules::start(opened.registry.clone(), opened.log.clone())?;
         let (consumers, clients) = Consumers::start(config, &opened).await?;
         let OpenedLog { registry, log, cluster } = opened;
         let metrics = Arc::new(Metrics::new());

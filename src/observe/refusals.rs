@@ -25,10 +25,10 @@ use std::time::Duration;
 use super::cause::Cause;
 use super::metrics::Metrics;
 use crate::auth::key;
-use crate::auth::network::source_of;
 use crate::auth::shape::KeyShape;
 use crate::limits::{REFUSALS_CLIENT_BYTES_MAX, REFUSALS_PER_SHARD_MAX, REFUSALS_SHARDS};
 use crate::message::{KeyId, TimeMicros, Transport, now_micros};
+use crate::network::source_of;
 use crate::quota::LimitExceeded;
 
 /// Replaces a text that looks like a key.

@@ -494,7 +494,8 @@ async fn rules_about_leaked_keys_have_the_same_versions_everywhere() {
     let followed = |node: &Node| {
         let heard = Arc::<std::sync::Mutex<Vec<KeyId>>>::default();
         let hears = heard.clone();
-        node.registry.follow_leak_rules(move |row| hears.lock().expect("no panic").push(row.key_id));
+        let follow = move |row: &LeakRow| hears.lock().expect("no panic").push(row.key_id);
+        node.registry.follow_leak_rules(follow).expect("readable");
         heard
     };
     let add = |node: &Node, n| node.run(move |registry| registry.add_leak_rule(&rule(n), 21).expect("added"));

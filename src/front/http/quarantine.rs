@@ -291,10 +291,6 @@ impl From<LeakError> for Problem {
             LeakError::TooMany => Self::new(Cause::Conflict, format!("{error}.")),
             LeakError::Registry(error) => error.into(),
             LeakError::Log(_) => Self::new(Cause::Unavailable, format!("{error}.")),
-            LeakError::Database(error) => {
-                tracing::error!(%error, "what a key let in could not be put into quarantine");
-                Self::new(Cause::Unavailable, "The rules cannot be written; nothing was changed.")
-            }
         }
     }
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::credentials::Caller;
 use super::{HttpFrontState, PathParameters, query, run_blocking};
-use crate::auth::{Actor, Datasource, Registry, Scope};
+use crate::auth::{Datasource, Scope};
 use crate::consume::schema_inference::Inference;
 use crate::front::problem::Problem;
 use crate::limits::HTTP_SCHEMAS_BYTES_MAX;
@@ -71,7 +71,7 @@ pub(super) async fn set(
     run_blocking(move || {
         let _one_at_a_time = shared.setting_schemas.lock();
         let rules = replacement_rules(&datasource, written)?;
-        store_rules(shared.registry(), &actor, &datasource, &rules)?;
+        shared.registry().set_datasource_schemas(&actor, &datasource.id, Some(rules.to_stored_json()))?;
         #[derive(Serialize)]
         struct EnforcedSchemasResponse<'a> {
             enforced: Vec<EnforcedSchema<'a>>,
@@ -91,29 +91,9 @@ fn replacement_rules(datasource: &Datasource, written: Vec<WrittenRule>) -> Resu
     Ok(before.replace(written)?)
 }
 
-/// Sets the rules, durably.
-fn store_rules(
-    registry: &Registry,
-    actor: &Actor,
-    datasource: &Datasource,
-    rules: &Rules,
-) -> Result<(), Problem> {
-    Ok(registry.set_datasource_schemas(actor, &datasource.id, Some(rules.to_stored_json()))?)
-}
-
 /// The first rules of a datasource, checked before it is created.
 pub(super) fn initial_rules(schema: Value) -> Result<Rules, Problem> {
     Ok(Rules::default().replace(WrittenRule::for_all(schema))?)
-}
-
-/// Sets the rules of a new datasource.
-pub(super) fn store_initial_rules(
-    registry: &Registry,
-    actor: &Actor,
-    datasource: &Datasource,
-    rules: &Rules,
-) -> Result<(), Problem> {
-    store_rules(registry, actor, datasource, rules)
 }
 
 /// `GET /v1/datasources/{datasource}/schema`

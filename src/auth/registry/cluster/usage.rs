@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats};
 
-use super::super::registry::RegistryError;
+use super::super::error::RegistryError;
 use super::super::usage::KeyUsage;
 use crate::limits::{CHANGE_ATTEMPTS_MAX, USAGE_READS_MAX};
 use crate::message::KeyId;

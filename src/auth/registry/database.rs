@@ -24,6 +24,7 @@
 //! usage       (key_id TEXT, accepted INTEGER, refused INTEGER, "offset" INTEGER, users TEXT)
 //! audit       (id INTEGER, at INTEGER, who TEXT, address TEXT, action TEXT, datasource TEXT,
 //!              key_id TEXT, what TEXT)
+//! leaks       (version INTEGER, datasource TEXT, key_id TEXT, since INTEGER, below INTEGER, at INTEGER)
 //! ```
 //!
 //! Times are microseconds since the Unix epoch, in UTC. `scopes` reads `ingest,subscribe`. The
@@ -31,26 +32,20 @@
 //! the primary key, so an id is found by a range search; other columns hold ids as 12 hex characters. A
 //! revoked key's row stays: its id is in the records written under it, and is never given to another
 //! key. `ended` is one word that says why a key ended. `limits`, `schemas`, `users` and `what` are JSON.
+//! `leaks` has every rule about the records of a leaked key that was ever made, see
+//! [`LeakRow`](super::leak_rules::LeakRow); versions count from 1 and nothing is deleted.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rusqlite::types::FromSqlError;
-use rusqlite::{Connection, OptionalExtension, params};
-use serde_json::value::RawValue;
+use rusqlite::Connection;
 
-use super::audit::{AuditEntry, AuditQuery};
-use super::change::RegistryTransaction;
-use super::live::{Datasource, Rotation};
-use super::registry::RegistryError;
+use super::error::RegistryError;
 use super::replica::{RegistryReplica, RegistryRevision};
 use super::rows::RegistryRow;
-use super::setting::JsonSetting;
-use super::usage::KeyUsage;
-use super::{Digest, Scopes};
-use crate::message::{DatasourceId, KeyId, TimeMicros};
-use crate::sqlite::{SqliteError, SqliteProfile};
+use super::transaction::RegistryTransaction;
+use crate::sqlite::SqliteProfile;
 
 /// The file's name in the data directory.
 pub(super) const REGISTRY_FILE_NAME: &str = "registry.db";
@@ -66,7 +61,7 @@ const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
 };
 
 /// One migration from each version to the next; the first starts from an empty file.
-const REGISTRY_MIGRATIONS: [&str; 2] = [
+const REGISTRY_MIGRATIONS: [&str; 3] = [
     "CREATE TABLE datasources (
         id         TEXT PRIMARY KEY,
         name       TEXT NOT NULL,
@@ -107,31 +102,24 @@ const REGISTRY_MIGRATIONS: [&str; 2] = [
         what       TEXT NOT NULL
     ) STRICT;
     CREATE INDEX audit_by_time ON audit (at);",
+    "CREATE TABLE leaks (
+        version    INTEGER PRIMARY KEY,
+        datasource TEXT NOT NULL,
+        key_id     TEXT NOT NULL,
+        since      INTEGER,
+        below      INTEGER,
+        at         INTEGER NOT NULL
+    ) STRICT;",
 ];
 
 /// The open database. The registry serialises all changes.
 pub(super) struct RegistryDatabase {
-    connection: Connection,
-    path: PathBuf,
+    pub(super) connection: Connection,
+    pub(super) path: PathBuf,
     /// The other nodes' registries, in a cluster.
     replica: Option<Arc<dyn RegistryReplica>>,
     /// The newest cluster revision that this database has.
     applied: RegistryRevision,
-}
-
-/// One row of `keys`.
-pub(super) struct StoredKey<'a> {
-    pub(super) digest: Digest,
-    pub(super) datasource: &'a str,
-    pub(super) scopes: Scopes,
-    pub(super) label: &'a str,
-    pub(super) created_at: TimeMicros,
-    pub(super) expires_at: Option<TimeMicros>,
-    pub(super) revoked: bool,
-    /// The key has ended, whether it was revoked or expired.
-    pub(super) ended: bool,
-    pub(super) rotation: Rotation,
-    pub(super) limits: Option<&'a str>,
 }
 
 impl RegistryDatabase {
@@ -169,7 +157,9 @@ impl RegistryDatabase {
     ) -> Result<(), RegistryError> {
         let transaction = self.connection.transaction()?;
         if all {
-            transaction.execute_batch("DELETE FROM datasources; DELETE FROM keys; DELETE FROM audit")?;
+            transaction.execute_batch(
+                "DELETE FROM datasources; DELETE FROM keys; DELETE FROM audit; DELETE FROM leaks",
+            )?;
         }
         for row in rows {
             row.write(&transaction)?;
@@ -190,168 +180,11 @@ impl RegistryDatabase {
         Ok(RegistryTransaction::new(transaction, self.replica.as_deref(), &mut self.applied))
     }
 
-    /// Calls `each` with every datasource.
-    pub(super) fn for_each_datasource(&self, mut each: impl FnMut(Datasource)) -> Result<(), RegistryError> {
-        let mut read_all = || -> rusqlite::Result<()> {
-            let mut select =
-                self.connection.prepare("SELECT id, name, created_at, limits, schemas FROM datasources")?;
-            let mut rows = select.query([])?;
-            while let Some(row) = rows.next()? {
-                let id = DatasourceId::new(row.get_ref(0)?.as_str()?).map_err(FromSqlError::other)?;
-                each(Datasource {
-                    id,
-                    name: row.get_ref(1)?.as_str()?.into(),
-                    created_at: row.get(2)?,
-                    limits: JsonSetting::new(row.get_ref(3)?.as_str_or_null()?),
-                    schemas: JsonSetting::new(row.get_ref(4)?.as_str_or_null()?),
-                });
-            }
-            Ok(())
-        };
-        read_all().map_err(|error| SqliteError::from_sqlite(&error, &self.path).into())
-    }
-
-    /// The number of datasources.
-    pub(super) fn datasource_count(&self) -> Result<usize, RegistryError> {
-        self.count("SELECT count(*) FROM datasources")
-    }
-
-    /// The number of keys, revoked ones included.
-    pub(super) fn key_count(&self) -> Result<usize, RegistryError> {
-        self.count("SELECT count(*) FROM keys")
-    }
-
-    fn count(&self, select: &str) -> Result<usize, RegistryError> {
-        let count = self.connection.query_row(select, [], |row| row.get::<_, i64>(0));
-        let count = count.map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
-        Ok(usize::try_from(count).expect("a count is not negative"))
-    }
-
-    /// Calls `each` with every key. An error of `each` means that the row makes no sense: damage.
-    pub(super) fn for_each_key<E>(
-        &self,
-        mut each: impl FnMut(StoredKey<'_>) -> Result<(), E>,
-    ) -> Result<(), RegistryError>
-    where
-        E: std::error::Error + Send + Sync + 'static,
-    {
-        let mut read_all = || -> rusqlite::Result<()> {
-            let mut select = self.connection.prepare(
-                "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at IS NOT NULL,
-                        limits, replaces, replaced_by, grace_ends_at, ended IS NOT NULL
-                 FROM keys",
-            )?;
-            let mut rows = select.query([])?;
-            while let Some(row) = rows.next()? {
-                let stored = StoredKey {
-                    digest: Digest(row.get(0)?),
-                    datasource: row.get_ref(1)?.as_str()?,
-                    scopes: row.get_ref(2)?.as_str()?.parse().map_err(FromSqlError::other)?,
-                    label: row.get_ref(3)?.as_str()?,
-                    created_at: row.get(4)?,
-                    expires_at: row.get(5)?,
-                    revoked: row.get(6)?,
-                    ended: row.get(11)?,
-                    limits: row.get_ref(7)?.as_str_or_null()?,
-                    rotation: Rotation {
-                        replaces: row.get_ref(8)?.as_str_or_null()?.map(parse_key_id).transpose()?,
-                        replaced_by: match row.get_ref(9)?.as_str_or_null()? {
-                            Some(id) => Some((parse_key_id(id)?, row.get(10)?)),
-                            None => None,
-                        },
-                    },
-                };
-                each(stored).map_err(FromSqlError::other)?;
-            }
-            Ok(())
-        };
-        read_all().map_err(|error| SqliteError::from_sqlite(&error, &self.path).into())
-    }
-
-    /// Whether a key with this id exists or existed.
-    pub(super) fn has_key_id(&self, id: KeyId) -> Result<bool, RegistryError> {
-        let (first, last) = digest_range(id);
-        let known = self
-            .connection
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM keys WHERE digest BETWEEN ?1 AND ?2)")?
-            .query_row(params![first, last], |row| row.get(0))?;
-        Ok(known)
-    }
-
-    /// When a key was revoked and, in one word, why. `None` if it was not revoked.
-    pub(super) fn revocation_of(
-        &self,
-        id: KeyId,
-    ) -> Result<Option<(TimeMicros, Option<String>)>, RegistryError> {
-        let (first, last) = digest_range(id);
-        let ended = self
-            .connection
-            .prepare_cached(
-                "SELECT revoked_at, ended FROM keys WHERE digest BETWEEN ?1 AND ?2 AND revoked_at IS NOT NULL",
-            )?
-            .query_row(params![first, last], |row| Ok((row.get(0)?, row.get(1)?)))
-            .optional()?;
-        Ok(ended)
-    }
-
-    /// The stored usage of a key.
-    pub(super) fn usage(&self, id: KeyId) -> Result<KeyUsage, RegistryError> {
-        let mut select = self
-            .connection
-            .prepare_cached("SELECT accepted, refused, \"offset\", users FROM usage WHERE key_id = ?1")?;
-        let used = select.query_row([id.to_string()], |row| {
-            let users = serde_json::from_str(row.get_ref(3)?.as_str()?);
-            Ok(KeyUsage {
-                accepted: row.get::<_, i64>(0)?.unsigned_abs(),
-                refused: row.get::<_, i64>(1)?.unsigned_abs(),
-                offset: row.get::<_, Option<i64>>(2)?.map(i64::unsigned_abs),
-                users: users.map_err(FromSqlError::other)?,
-            })
-        });
-        Ok(used.optional()?.unwrap_or_default())
-    }
-
-    /// A page of the audit, oldest first.
-    pub(super) fn audit_entries(&self, page: &AuditQuery) -> Result<Vec<AuditEntry>, RegistryError> {
-        let mut select = self.connection.prepare_cached(
-            "SELECT id, at, who, address, action, datasource, key_id, what FROM audit
-             WHERE id > ?1 AND at >= ?2 AND at < ?3 ORDER BY id LIMIT ?4",
-        )?;
-        let limit = i64::try_from(page.limit).unwrap_or(i64::MAX);
-        let (from, to) = (page.from.unwrap_or(i64::MIN), page.to.unwrap_or(i64::MAX));
-        let entries = select.query_map(params![page.after, from, to, limit], |row| {
-            Ok(AuditEntry {
-                id: row.get(0)?,
-                at: row.get(1)?,
-                who: row.get(2)?,
-                address: row.get(3)?,
-                action: row.get(4)?,
-                datasource: row.get(5)?,
-                key_id: row.get(6)?,
-                what: RawValue::from_string(row.get(7)?).map_err(FromSqlError::other)?,
-            })
-        })?;
-        Ok(entries.collect::<Result<_, _>>()?)
-    }
-
     /// Makes every change fail as on a failed disk, or succeed again.
     #[cfg(test)]
     pub(super) fn refuse_changes(&self, refuse: bool) {
         self.connection.pragma_update(None, "query_only", refuse).expect("a setting");
     }
-}
-
-/// Parses a key id from a column.
-fn parse_key_id(text: &str) -> Result<KeyId, FromSqlError> {
-    KeyId::parse(text).map_err(FromSqlError::other)
-}
-
-/// The first and the last digest that a key with this id can have.
-pub(super) fn digest_range(id: KeyId) -> ([u8; 32], [u8; 32]) {
-    let (mut first, mut last) = ([0; 32], [0xff; 32]);
-    first[..id.0.len()].copy_from_slice(&id.0);
-    last[..id.0.len()].copy_from_slice(&id.0);
-    (first, last)
 }
 
 #[cfg(test)]
@@ -362,7 +195,9 @@ mod tests {
     use rusqlite::types::Value;
 
     use super::*;
-    use crate::auth::{Actor, ApiKey, Registry, Scope};
+    use crate::auth::{Actor, ApiKey, Registry, Scope, Scopes};
+    use crate::message::{DatasourceId, KeyId};
+    use crate::sqlite::SqliteError;
 
     fn written_by_hand(dir: &Path, sql: &str) {
         let connection = Connection::open(dir.join("registry.db")).expect("opens");
@@ -411,14 +246,14 @@ mod tests {
     fn a_newer_format_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(RegistryDatabase::open(dir.path()).expect("opens"));
-        written_by_hand(dir.path(), "PRAGMA user_version = 3");
+        written_by_hand(dir.path(), "PRAGMA user_version = 4");
         let error = RegistryDatabase::open(dir.path()).err().expect("newer");
         assert!(
-            matches!(error, RegistryError::Database(SqliteError::Newer { version: 3, known: 2, .. })),
+            matches!(error, RegistryError::Database(SqliteError::Newer { version: 4, known: 3, .. })),
             "{error}"
         );
         let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
-        assert_eq!(version(&connection), 3);
+        assert_eq!(version(&connection), 4);
     }
 
     fn version(connection: &Connection) -> i64 {

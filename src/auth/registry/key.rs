@@ -1,45 +1,25 @@
-//! The live view: every datasource and key in memory, where a presented key is looked up. Its contents
-//! are on the disk already; only the registry's changes write to it.
+//! A key, live: everything but its secret, with the lease and the connections that end when it dies.
 //!
-//! Lookups are lock-free. There may be a million keys, so a [`Key`] holds only what every key has;
-//! what few keys have is behind one pointer.
+//! There may be a million keys, so a [`Key`] holds only what every key has; what few keys have is behind one
+//! pointer.
 
-use parking_lot::{Mutex, RwLock};
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
-use tokio::sync::Notify;
+use headgate_format::key::Digest;
 
-use super::Scopes;
-use super::connections::{CloseReason, KeyConnections};
-use super::index::{KeyIndex, KeyLookup};
-use super::key::Digest;
 use super::setting::JsonSetting;
 use super::usage::PendingKeyUsage;
+use crate::auth::connections::{CloseReason, KeyConnections};
+use crate::auth::scope::Scopes;
 use crate::message::{DatasourceId, KeyId, Lease, TimeMicros, now_micros};
 
 /// The end of a key that has none.
 const TIME_NEVER: TimeMicros = TimeMicros::MAX;
 /// The end of a key that has ended: no clock that is set back can be before it.
 pub(super) const TIME_ENDED: TimeMicros = TimeMicros::MIN;
-
-/// One named stream of readings.
-#[derive(Debug)]
-pub struct Datasource {
-    /// The slug.
-    pub id: DatasourceId,
-    /// The display name.
-    pub name: Box<str>,
-    /// When it was created.
-    pub created_at: TimeMicros,
-    /// The limits that all its keys share.
-    pub limits: JsonSetting,
-    /// The schemas that its messages must match.
-    pub schemas: JsonSetting,
-}
 
 /// One key, live: everything but its secret.
 ///
@@ -50,7 +30,7 @@ pub struct Key {
     /// The digest that is looked up.
     pub(super) digest: Digest,
     /// When the key ends by itself: at its expiry, or at the end of its grace period if that is earlier.
-    pub(super) ends_at: AtomicI64,
+    ends_at: AtomicI64,
     /// State created on first use: few of a million keys are in use.
     opened: OnceLock<Box<KeyUseState>>,
     /// The datasource that it belongs to, or `*`.
@@ -60,9 +40,9 @@ pub struct Key {
     /// When it was created.
     pub created_at: TimeMicros,
     /// When it expires, or [`TIME_NEVER`].
-    pub(super) expires_at: TimeMicros,
+    expires_at: TimeMicros,
     /// Its part in a rotation, if it has one.
-    pub(super) rotation: ArcSwapOption<Rotation>,
+    rotation: ArcSwapOption<Rotation>,
     /// The key's own limits.
     pub limits: JsonSetting,
     /// The public handle; no other key has or had the same one.
@@ -134,6 +114,11 @@ impl Key {
         // The lease first: it stops messages that are already past the lookup.
         self.lease().end();
         self.connections().close_all(CloseReason::KeyDead);
+    }
+
+    /// Marks a key that has ended: no clock that is set back makes it valid again.
+    pub(super) fn mark_ended(&self) {
+        self.ends_at.store(TIME_ENDED, Ordering::Release);
     }
 
     /// Its usage, to be added to. Creates it on first use.
@@ -210,84 +195,6 @@ impl From<KeyAttributes<'_>> for Key {
     }
 }
 
-/// Every datasource and key.
-pub(super) struct LiveRegistry {
-    /// Every key, revoked ones included.
-    pub(super) keys: KeyIndex,
-    pub(super) datasources: papaya::HashMap<DatasourceId, Arc<Datasource>>,
-    /// The keys that are not revoked by datasource and id, for key management.
-    pub(super) by_datasource: RwLock<BTreeMap<(DatasourceId, KeyId), Arc<Key>>>,
-    /// When keys end by themselves. A deadline that differs from its key's end is stale and ignored.
-    pub(super) deadlines: Mutex<BTreeSet<(TimeMicros, DatasourceId, KeyId)>>,
-    /// Notified of each new deadline.
-    pub(super) deadline_set: Notify,
-}
-
-impl LiveRegistry {
-    /// The key with this digest, unless it is revoked; it may have expired.
-    pub(super) fn find(&self, digest: &Digest) -> Option<Arc<Key>> {
-        match self.keys.find(digest)? {
-            KeyLookup::Key(key) => Some(key),
-            KeyLookup::Revoked => None,
-        }
-    }
-
-    /// A key by its id.
-    pub(super) fn key(&self, datasource: &DatasourceId, id: KeyId) -> Option<Arc<Key>> {
-        let by_datasource = self.by_datasource.read();
-        by_datasource.get(&(datasource.clone(), id)).map(Arc::clone)
-    }
-
-    /// The keys of a datasource, by their ids.
-    pub(super) fn keys_of(&self, datasource: &DatasourceId) -> Vec<Arc<Key>> {
-        let first = (datasource.clone(), KeyId([0; 6]));
-        let last = (datasource.clone(), KeyId([0xff; 6]));
-        let by_datasource = self.by_datasource.read();
-        by_datasource.range(first..=last).map(|(_, key)| Arc::clone(key)).collect()
-    }
-
-    /// The number of keys that are not revoked.
-    pub(super) fn key_count(&self) -> usize {
-        self.by_datasource.read().len()
-    }
-
-    /// Adds a datasource that is already on the disk.
-    pub(super) fn add_datasource(&self, datasource: Datasource) -> Arc<Datasource> {
-        let datasource = Arc::new(datasource);
-        self.datasources.pin().insert(datasource.id.clone(), Arc::clone(&datasource));
-        datasource
-    }
-
-    /// Adds a key that is already on the disk.
-    pub(super) fn add_key(&self, key: Key, digest: Digest) -> Arc<Key> {
-        let key = Arc::new(key);
-        let place = (key.datasource.clone(), key.id);
-        self.by_datasource.write().insert(place, Arc::clone(&key));
-        self.keys.set(&digest, Some(Arc::clone(&key)));
-        self.watch(&key);
-        key
-    }
-
-    /// Schedules the key's end, if it has one.
-    pub(super) fn watch(&self, key: &Key) {
-        if let Some(at) = key.ends_at() {
-            let deadline = (at, key.datasource.clone(), key.id);
-            self.deadlines.lock().insert(deadline);
-            self.deadline_set.notify_one();
-        }
-    }
-
-    /// Ends and removes a key that is already dead on the disk.
-    pub(super) fn kill(&self, digest: &Digest) -> Option<Arc<Key>> {
-        let key = self.find(digest)?;
-        key.end();
-        self.keys.set(digest, None);
-        let place = (key.datasource.clone(), key.id);
-        self.by_datasource.write().remove(&place);
-        Some(key)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -296,6 +203,5 @@ mod tests {
     fn a_key_that_nobody_uses_costs_little() {
         // A million keys in less than 400 MB leave no room for more.
         assert!(size_of::<Key>() <= 136, "{}", size_of::<Key>());
-        assert!(size_of::<Datasource>() <= 64, "{}", size_of::<Datasource>());
     }
 }

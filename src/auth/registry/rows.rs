@@ -13,11 +13,12 @@
 //! A digest has 64 hex characters, an id or version 12 digits. Absent values are left out. Times are
 //! microseconds since the Unix epoch; `limits`, `schemas` and `what` are JSON in a string, as given.
 
+use headgate_format::key::Digest;
 use rusqlite::{Connection, OptionalExtension, params};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
-use super::Digest;
-use super::database::digest_range;
+use super::error::RegistryError;
+use super::leak_rules::LeakRow;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 
 /// The version of these rows that this Headgate writes, and the newest that it reads.
@@ -69,6 +70,30 @@ pub(super) struct KeyRow {
     pub(super) limits: Option<String>,
 }
 
+impl KeyRow {
+    fn write(&self, connection: &Connection, digest: &Digest) -> rusqlite::Result<usize> {
+        let mut insert = connection.prepare_cached(
+            "INSERT OR REPLACE INTO keys (digest, datasource, scopes, label, created_at, expires_at, revoked_at,
+                 ended, replaces, replaced_by, grace_ends_at, limits)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+        )?;
+        insert.execute(params![
+            digest.0,
+            self.datasource,
+            self.scopes,
+            self.label,
+            self.created_at,
+            self.expires_at,
+            self.revoked_at,
+            self.ended,
+            self.replaces.map(|id| id.to_string()),
+            self.replaced_by.map(|id| id.to_string()),
+            self.grace_ends_at,
+            self.limits,
+        ])
+    }
+}
+
 /// The row of an audit entry.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct AuditRow {
@@ -82,24 +107,6 @@ pub(super) struct AuditRow {
     #[serde(skip_serializing_if = "Option::is_none")]
     key_id: Option<String>,
     what: String,
-}
-
-/// One rule about the records of a leaked key: it withholds them or gives them back.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct LeakRow {
-    /// Applies to records of this datasource, or of all of them (`*`).
-    #[serde(deserialize_with = "deserialize_owner")]
-    pub datasource: DatasourceId,
-    /// Applies to records written under this key.
-    pub key_id: KeyId,
-    /// Withholds records received at or after this time; without it, withheld records are given back.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub since: Option<TimeMicros>,
-    /// Applies only to records with a lower offset.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub below: Option<u64>,
-    /// When the rule was added.
-    pub at: TimeMicros,
 }
 
 impl RegistryRow {
@@ -217,6 +224,13 @@ impl RegistryRow {
         })
     }
 
+    /// Reads a rule about a leaked key from the database.
+    pub(super) fn read_leak(connection: &Connection, version: u64) -> rusqlite::Result<Self> {
+        let mut select = connection.prepare_cached("SELECT * FROM leaks WHERE version = ?1")?;
+        let row = select.query_row([version.cast_signed()], LeakRow::from_sql)?;
+        Ok(RegistryRow::Leak(version, row))
+    }
+
     /// Writes this row to the database, or deletes it there.
     pub(super) fn write(&self, connection: &Connection) -> rusqlite::Result<()> {
         let changed = match self {
@@ -226,26 +240,7 @@ impl RegistryRow {
             RegistryRow::Datasource(id, None) => {
                 connection.prepare_cached("DELETE FROM datasources WHERE id = ?1")?.execute([id.as_str()])
             }
-            RegistryRow::Key(digest, Some(row)) => connection
-                .prepare_cached(
-                    "INSERT OR REPLACE INTO keys (digest, datasource, scopes, label, created_at, expires_at,
-                         revoked_at, ended, replaces, replaced_by, grace_ends_at, limits)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
-                )?
-                .execute(params![
-                    digest.0,
-                    row.datasource,
-                    row.scopes,
-                    row.label,
-                    row.created_at,
-                    row.expires_at,
-                    row.revoked_at,
-                    row.ended,
-                    row.replaces.map(|id| id.to_string()),
-                    row.replaced_by.map(|id| id.to_string()),
-                    row.grace_ends_at,
-                    row.limits,
-                ]),
+            RegistryRow::Key(digest, Some(row)) => row.write(connection, digest),
             RegistryRow::Key(digest, None) => {
                 connection.prepare_cached("DELETE FROM keys WHERE digest = ?1")?.execute([digest.0])
             }
@@ -261,22 +256,35 @@ impl RegistryRow {
                     row.key_id,
                     row.what
                 ]),
-            // Leak rules are kept in memory only, and the format is only checked.
-            RegistryRow::Leak(..) | RegistryRow::Format(_) => Ok(0),
+            RegistryRow::Leak(version, row) => row.write(connection, *version),
+            // It is only checked.
+            RegistryRow::Format(_) => Ok(0),
         };
         changed.map(drop)
     }
 }
 
-/// Deserializes the id of a datasource, or `*`.
-fn deserialize_owner<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DatasourceId, D::Error> {
-    let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
-    let all = DatasourceId::all();
-    if text == all.as_str() { Ok(all) } else { DatasourceId::new(&text).map_err(serde::de::Error::custom) }
-}
-
 fn parse_number<N: std::str::FromStr<Err = std::num::ParseIntError>>(text: &str) -> Result<N, String> {
     text.parse().map_err(|error: std::num::ParseIntError| error.to_string())
+}
+
+/// Checks that this version can read rows of this format.
+pub(super) fn check_rows_format(version: u32) -> Result<(), RegistryError> {
+    if version <= REGISTRY_ROWS_FORMAT {
+        return Ok(());
+    }
+    Err(RegistryError::Cluster(format!(
+        "the cluster's registry has format {version} and this Headgate reads up to {REGISTRY_ROWS_FORMAT}: start the \
+         newer one"
+    )))
+}
+
+/// The first and the last digest that a key with this id can have.
+pub(super) fn digest_range(id: KeyId) -> ([u8; 32], [u8; 32]) {
+    let (mut first, mut last) = ([0; 32], [0xff; 32]);
+    first[..id.0.len()].copy_from_slice(&id.0);
+    last[..id.0.len()].copy_from_slice(&id.0);
+    (first, last)
 }
 
 #[cfg(test)]

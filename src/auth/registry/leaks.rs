@@ -1,18 +1,17 @@
 //! A leak report: somebody found a key's secret where it does not belong. Whoever has the secret can
 //! misuse the key, so the secret alone is enough to revoke it.
 
-use parking_lot::MutexGuard;
 use std::sync::Arc;
 
+use headgate_format::key::Digest;
 use serde_json::json;
 
-use super::audit::Actor;
-use super::change::KeyEndReason;
-use super::changes::key_audit_event;
-use super::key::Digest;
-use super::live::Key;
-use super::registry::{Registry, RegistryError};
-use super::rows::LeakRow;
+use super::Registry;
+use super::audit::{Actor, AuditEvent};
+use super::error::RegistryError;
+use super::key::Key;
+use super::leak_rules::LeakRow;
+use super::transaction::KeyEndReason;
 use crate::time::Rfc3339;
 
 impl Registry {
@@ -42,12 +41,12 @@ impl Registry {
             let what = json!({ "url": url, "last_offset": used.offset, "last_used_at": last_used_at });
             let change = database.begin()?;
             if is_last_admin {
-                change.audit(actor, &key_audit_event("key.leaked_and_kept", &key, &what))?;
+                change.audit(actor, &AuditEvent::of_key("key.leaked_and_kept", &key, &what))?;
                 change.commit()?;
                 return Ok(Some((key, None)));
             }
             change.revoke(&key.datasource, key.id, KeyEndReason::Leaked)?;
-            change.audit(actor, &key_audit_event("key.leaked", &key, &what))?;
+            change.audit(actor, &AuditEvent::of_key("key.leaked", &key, &what))?;
             change.commit()?;
             Ok(Some((key, self.live.kill(digest))))
         })?;
@@ -68,56 +67,35 @@ impl Registry {
         }
     }
 
-    /// Adds a rule about the records of a leaked key, for every node of the cluster. Followers
-    /// ([`Registry::follow_leak_rules`]) have it when this returns. Returns the number of rules, or `None` if
-    /// there were `most` already.
+    /// Adds a rule about the records of a leaked key, for every node of a cluster. The follower
+    /// ([`Registry::follow_leak_rules`]) has it when this returns. Returns the new version of the rules, or
+    /// `None` if there were `most` already.
     ///
     /// # Errors
     /// A [`RegistryError`] if the rule could not be added.
     pub fn add_leak_rule(&self, row: &LeakRow, most: u64) -> Result<Option<u64>, RegistryError> {
         self.make_change(|database| {
-            let version = self.leaks().rows.len() as u64 + 1;
+            let version = database.leak_rules_version()? + 1;
             if version > most {
                 return Ok(None);
             }
-            database.begin()?.commit_with(Some((version, row)))?;
-            self.learn_leak_rule(version, row.clone());
+            let change = database.begin()?;
+            change.insert_leak_rule(version, row)?;
+            change.commit()?;
+            self.leak_rules.lock().tell(version, row);
             Ok(Some(version))
         })
     }
 
     /// Calls `each` with every existing rule and every later one, in the order of their versions, which
     /// begin with 1.
-    pub fn follow_leak_rules(&self, each: impl Fn(&LeakRow) + Send + 'static) {
-        let mut leaks = self.leaks();
-        leaks.rows.iter().for_each(&each);
-        leaks.follower = Some(Box::new(each));
-    }
-
-    /// Adds a rule that the cluster has accepted, and passes it to the follower.
-    pub(super) fn learn_leak_rule(&self, version: u64, row: LeakRow) {
-        let mut leaks = self.leaks();
-        // A rule that this node added also comes back from the cluster.
-        if version != leaks.rows.len() as u64 + 1 {
-            return;
-        }
-        if let Some(follower) = &leaks.follower {
-            follower(&row);
-        }
-        leaks.rows.push(row);
-    }
-
-    fn leaks(&self) -> MutexGuard<'_, LeakRules> {
-        self.leaks.lock()
+    ///
+    /// # Errors
+    /// [`RegistryError::Damaged`] or [`RegistryError::Database`] if the rules cannot be read.
+    pub fn follow_leak_rules(&self, each: impl Fn(&LeakRow) + Send + 'static) -> Result<(), RegistryError> {
+        // Locked throughout: a rule that is added meanwhile is told afterwards, once.
+        let database = self.lock_database();
+        self.leak_rules.lock().start(&database.leak_rules()?, each);
+        Ok(())
     }
 }
-
-/// The cluster's rules about leaked keys, and the follower of them on this node.
-#[derive(Default)]
-pub(super) struct LeakRules {
-    rows: Vec<LeakRow>,
-    follower: Option<LeakRuleFollower>,
-}
-
-/// Called with each rule.
-type LeakRuleFollower = Box<dyn Fn(&LeakRow) + Send>;

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::registry::RegistryError;
+use super::error::RegistryError;
 use super::rows::RegistryRow;
 use super::usage::KeyUsage;
 use crate::message::KeyId;

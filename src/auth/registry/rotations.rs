@@ -4,14 +4,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use headgate_format::key::ApiKey;
 use serde_json::json;
 
-use super::audit::Actor;
-use super::change::KeyEndReason;
-use super::changes::{generate_key, key_audit_event};
-use super::key::ApiKey;
-use super::live::{Key, Rotation};
-use super::registry::{Registry, RegistryError};
+use super::Registry;
+use super::audit::{Actor, AuditEvent};
+use super::error::RegistryError;
+use super::key::{Key, Rotation};
+use super::keys::{NewKey, generate_key};
+use super::transaction::KeyEndReason;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 use crate::time::Rfc3339;
 
@@ -52,30 +53,29 @@ impl Registry {
         grace: Duration,
     ) -> Result<Option<KeyRotationOutcome>, RegistryError> {
         let rotated = self.make_change(|database| {
-            self.check_owner(datasource)?;
-            let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
-            if old.has_expired() {
-                return Err(RegistryError::Rotation(format!("key {id} has expired; create another one")));
-            }
-            let before = old.rotation();
-            if let Some((by, _)) = before.replaced_by {
-                return Err(RegistryError::Rotation(format!(
-                    "key {id} is being rotated already, to key {by}"
-                )));
-            }
-            let (new, secret) = generate_key(database, datasource, &old.label, old.scopes, old.expires_at())?;
-            new.limits.set(old.limits.text().as_deref());
+            let Some(old) = self.rotatable_key(datasource, id)? else { return Ok(None) };
+            let limits = old.limits.text();
+            let (new, secret) = generate_key(
+                database,
+                &NewKey {
+                    datasource,
+                    label: &old.label,
+                    scopes: old.scopes,
+                    expires_at: old.expires_at(),
+                    limits: limits.as_deref(),
+                },
+            )?;
             new.set_rotation(Rotation { replaces: Some(id), replaced_by: None });
             let change = database.begin()?;
             let grace_micros = TimeMicros::try_from(grace.as_micros()).unwrap_or(TimeMicros::MAX);
             let grace_ends_at = change.made_at().saturating_add(grace_micros);
-            let after = Rotation { replaced_by: Some((new.id, grace_ends_at)), ..before };
+            let after = Rotation { replaced_by: Some((new.id, grace_ends_at)), ..old.rotation() };
             change.insert_key(&new, &secret.digest())?;
             change.set_rotation(id, after)?;
             let digest =
                 if grace.is_zero() { change.revoke(datasource, id, KeyEndReason::Rotated)? } else { None };
             let what = json!({ "new_key": new.id, "grace_ends_at": Rfc3339(grace_ends_at) });
-            change.audit(actor, &key_audit_event("key.rotated", &old, &what))?;
+            change.audit(actor, &AuditEvent::of_key("key.rotated", &old, &what))?;
             change.commit()?;
             old.set_rotation(after);
             let key = self.live.add_key(new, secret.digest());
@@ -87,6 +87,21 @@ impl Registry {
             tracing::info!(%datasource, key_id = %id, new_key_id = %key.id, ?grace, "key rotated");
         }
         Ok(rotated)
+    }
+
+    /// A key that another one may replace, if the datasource has it.
+    fn rotatable_key(&self, datasource: &DatasourceId, id: KeyId) -> Result<Option<Arc<Key>>, RegistryError> {
+        self.check_owner(datasource)?;
+        let Some(key) = self.live.key(datasource, id) else { return Ok(None) };
+        if key.has_expired() {
+            return Err(RegistryError::Rotation(format!("key {id} has expired; create another one")));
+        }
+        match key.rotation().replaced_by {
+            Some((by, _)) => {
+                Err(RegistryError::Rotation(format!("key {id} is being rotated already, to key {by}")))
+            }
+            None => Ok(Some(key)),
+        }
     }
 
     /// Undoes a rotation before the old key's grace period ends: the old key stays valid, and the new one
@@ -121,7 +136,7 @@ impl Registry {
             let digest = change.revoke(datasource, new_id, KeyEndReason::Revoked)?;
             change.audit(
                 actor,
-                &key_audit_event("key.rotation_undone", &old, &json!({ "revoked_key": new_id })),
+                &AuditEvent::of_key("key.rotation_undone", &old, &json!({ "revoked_key": new_id })),
             )?;
             change.commit()?;
             old.set_rotation(after);

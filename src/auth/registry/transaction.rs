@@ -5,15 +5,16 @@
 use std::cell::RefCell;
 
 use headgate_bridge_nats::kv::KV_BATCH_ROWS_MAX;
+use headgate_format::key::Digest;
 use rusqlite::{OptionalExtension, Transaction, params};
 
-use super::Digest;
 use super::audit::{Actor, AuditEvent};
-use super::database::digest_range;
-use super::live::{Datasource, Key, Rotation};
-use super::registry::RegistryError;
+use super::datasource::Datasource;
+use super::error::RegistryError;
+use super::key::{Key, Rotation};
+use super::leak_rules::LeakRow;
 use super::replica::{RegistryReplica, RegistryRevision};
-use super::rows::{LeakRow, RegistryRow};
+use super::rows::{RegistryRow, digest_range};
 use super::usage::KeyUsage;
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 
@@ -59,7 +60,7 @@ pub(super) struct RegistryTransaction<'a> {
 enum TouchedRow {
     Key(KeyId),
     Datasource(DatasourceId),
-    Leak,
+    Leak(u64),
     Audit(i64),
 }
 
@@ -83,12 +84,18 @@ impl<'a> RegistryTransaction<'a> {
         self.at
     }
 
-    /// Inserts a datasource without limits and schemas.
+    /// Inserts a datasource.
     pub(super) fn insert_datasource(&self, datasource: &Datasource) -> rusqlite::Result<()> {
-        let mut insert = self
-            .transaction
-            .prepare_cached("INSERT INTO datasources (id, name, created_at) VALUES (?1, ?2, ?3)")?;
-        insert.execute(params![datasource.id.as_str(), datasource.name, datasource.created_at])?;
+        let mut insert = self.transaction.prepare_cached(
+            "INSERT INTO datasources (id, name, created_at, limits, schemas) VALUES (?1, ?2, ?3, ?4, ?5)",
+        )?;
+        insert.execute(params![
+            datasource.id.as_str(),
+            datasource.name,
+            datasource.created_at,
+            datasource.limits.text(),
+            datasource.schemas.text(),
+        ])?;
         self.touched(TouchedRow::Datasource(datasource.id.clone()));
         Ok(())
     }
@@ -230,6 +237,13 @@ impl<'a> RegistryTransaction<'a> {
         Ok(())
     }
 
+    /// Adds a rule about a leaked key.
+    pub(super) fn insert_leak_rule(&self, version: u64, row: &LeakRow) -> rusqlite::Result<()> {
+        row.write(&self.transaction, version)?;
+        self.touched(TouchedRow::Leak(version));
+        Ok(())
+    }
+
     /// Adds an entry to the audit.
     pub(super) fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
@@ -257,22 +271,16 @@ impl<'a> RegistryTransaction<'a> {
     /// [`RegistryError::Database`]; nothing has then changed. In a cluster also the errors of
     /// [`RegistryReplica::publish`].
     pub(super) fn commit(self) -> Result<(), RegistryError> {
-        self.commit_with(None)
-    }
-
-    /// As `commit`, with a rule about a leaked key.
-    pub(super) fn commit_with(self, leak: Option<(u64, &LeakRow)>) -> Result<(), RegistryError> {
         let mut revision = *self.applied;
         if let Some(replica) = self.replica {
             let mut touched = self.touched.take();
-            touched.extend(leak.map(|_| TouchedRow::Leak));
             touched.sort_unstable();
             touched.dedup();
-            let rows = touched.iter().filter_map(|row| match row {
-                TouchedRow::Key(id) => Some(RegistryRow::read_key(&self.transaction, *id)),
-                TouchedRow::Datasource(id) => Some(RegistryRow::read_datasource(&self.transaction, id)),
-                TouchedRow::Audit(id) => Some(RegistryRow::read_audit(&self.transaction, *id)),
-                TouchedRow::Leak => leak.map(|(version, row)| Ok(RegistryRow::Leak(version, row.clone()))),
+            let rows = touched.iter().map(|row| match row {
+                TouchedRow::Key(id) => RegistryRow::read_key(&self.transaction, *id),
+                TouchedRow::Datasource(id) => RegistryRow::read_datasource(&self.transaction, id),
+                TouchedRow::Leak(version) => RegistryRow::read_leak(&self.transaction, *version),
+                TouchedRow::Audit(id) => RegistryRow::read_audit(&self.transaction, *id),
             });
             let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
             // If a later batch fails, the earlier ones stand: their rows come back as if another node

@@ -4,14 +4,16 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use super::Digest;
+use headgate_format::key::Digest;
+
+use super::Registry;
+use super::datasource::Datasource;
+use super::error::RegistryError;
 use super::index::KeyLookup;
-use super::live::{Datasource, Key, KeyAttributes, Rotation, TIME_ENDED};
-use super::registry::{Registry, RegistryError};
+use super::key::{Key, KeyAttributes, Rotation, TIME_ENDED};
 use super::replica::RegistryRevision;
-use super::rows::{DatasourceRow, KeyRow, REGISTRY_ROWS_FORMAT, RegistryRow};
+use super::rows::{DatasourceRow, KeyRow, RegistryRow, check_rows_format};
 use super::setting::JsonSetting;
 use crate::message::DatasourceId;
 
@@ -53,7 +55,7 @@ impl Registry {
         for row in rows {
             match row {
                 RegistryRow::Key(digest, row) => dead.extend(self.apply_key(digest, row.as_ref())),
-                RegistryRow::Leak(version, row) => self.learn_leak_rule(*version, row.clone()),
+                RegistryRow::Leak(version, row) => self.leak_rules.lock().tell(*version, row),
                 RegistryRow::Datasource(..) | RegistryRow::Audit(..) | RegistryRow::Format(_) => {}
             }
         }
@@ -111,7 +113,7 @@ impl Registry {
                 let ends = row.ended.is_some() && key.ends_at() != Some(TIME_ENDED);
                 ends.then(|| {
                     key.end();
-                    key.ends_at.store(TIME_ENDED, Ordering::Release);
+                    key.mark_ended();
                     key
                 })
             }
@@ -120,7 +122,7 @@ impl Registry {
                     Ok(key) if row.ended.is_some() => {
                         key.end();
                         let key = self.live.add_key(key, *digest);
-                        key.ends_at.store(TIME_ENDED, Ordering::Release);
+                        key.mark_ended();
                     }
                     Ok(key) => drop(self.live.add_key(key, *digest)),
                     Err(error) => {
@@ -173,17 +175,6 @@ impl Registry {
         drop(by_datasource);
         gone.iter().filter_map(|digest| self.live.kill(digest)).collect()
     }
-}
-
-/// Checks that this version can read rows of this format.
-pub(super) fn check_rows_format(version: u32) -> Result<(), RegistryError> {
-    if version <= REGISTRY_ROWS_FORMAT {
-        return Ok(());
-    }
-    Err(RegistryError::Cluster(format!(
-        "the cluster's registry has format {version} and this Headgate reads up to {REGISTRY_ROWS_FORMAT}: start the \
-         newer one"
-    )))
 }
 
 /// Sets the text if it differs. An unchanged one keeps its cached value and the state in it.

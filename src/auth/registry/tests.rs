@@ -6,8 +6,9 @@ use std::thread;
 use tempfile::TempDir;
 
 use super::audit::{AuditEntry, AuditQuery};
-use super::connections::{CloseReason, ConnectionControl};
 use super::*;
+use crate::auth::connections::{CloseReason, ConnectionControl};
+use crate::auth::{Actor, ApiKey, Datasource, Registry, RegistryError, Scope, Scopes};
 use crate::limits::{DATASOURCE_ID_BYTES_MAX, NAME_BYTES_MAX};
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 

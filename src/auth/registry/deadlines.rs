@@ -6,19 +6,18 @@
 //! back. In a cluster each node ends keys by its own clock, and the first one records it for all.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use headgate_format::key::Digest;
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use super::audit::Actor;
-use super::change::KeyEndReason;
-use super::changes::key_audit_event;
+use super::Registry;
+use super::audit::{Actor, AuditEvent};
 use super::database::RegistryDatabase;
-use super::key::Digest;
-use super::live::{Key, TIME_ENDED};
-use super::registry::{Registry, RegistryError};
+use super::error::RegistryError;
+use super::key::Key;
+use super::transaction::KeyEndReason;
 use crate::message::{TimeMicros, now_micros};
 
 /// How often the clock is checked.
@@ -65,7 +64,7 @@ impl Registry {
                 self.live.kill(digest);
             }
             for key in &ended {
-                key.ends_at.store(TIME_ENDED, Ordering::Release);
+                key.mark_ended();
                 tracing::info!(key_id = %key.id, datasource = %key.datasource, "an API key has ended");
             }
             let mut deadlines = self.live.deadlines.lock();
@@ -87,11 +86,11 @@ fn record_ended(database: &mut RegistryDatabase, ended: &[Arc<Key>]) -> Result<V
             Some((by, grace_ends_at)) if key.ends_at() == Some(grace_ends_at) => {
                 retired.extend(change.revoke(&key.datasource, key.id, KeyEndReason::Rotated)?);
                 let what = json!({ "new_key": by });
-                change.audit(&Actor::SYSTEM, &key_audit_event("key.retired", key, &what))?;
+                change.audit(&Actor::SYSTEM, &AuditEvent::of_key("key.retired", key, &what))?;
             }
             _ => {
                 change.expire(key.id)?;
-                change.audit(&Actor::SYSTEM, &key_audit_event("key.expired", key, &json!({})))?;
+                change.audit(&Actor::SYSTEM, &AuditEvent::of_key("key.expired", key, &json!({})))?;
             }
         }
     }

@@ -16,10 +16,10 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
+use headgate_format::key::Digest;
 use seize::{Collector, Guard, reclaim};
 
-use super::key::Digest;
-use super::live::Key;
+use super::key::Key;
 
 /// The smallest number of slots in a table.
 const KEY_SLOTS_MIN: usize = 64;
@@ -39,7 +39,7 @@ pub(super) struct KeyIndex {
 }
 
 /// The result of looking up a digest.
-pub(super) enum KeyLookup {
+pub(in crate::auth) enum KeyLookup {
     /// The key, which may have expired.
     Key(Arc<Key>),
     /// The key existed and was revoked.
@@ -261,9 +261,9 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::key::{KeyAttributes, Rotation};
     use super::*;
     use crate::auth::Scopes;
-    use crate::auth::live::{KeyAttributes, Rotation};
     use crate::message::DatasourceId;
 
     fn key(digest: Digest) -> Arc<Key> {

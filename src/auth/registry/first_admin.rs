@@ -4,14 +4,15 @@
 use std::io;
 use std::sync::Arc;
 
+use headgate_format::key::ApiKey;
 use serde_json::json;
 
-use super::audit::Actor;
-use super::changes::{generate_key, key_audit_event};
-use super::key::ApiKey;
-use super::live::Key;
-use super::registry::{Registry, RegistryError};
-use super::{Scope, Scopes};
+use super::Registry;
+use super::audit::{Actor, AuditEvent};
+use super::error::RegistryError;
+use super::key::Key;
+use super::keys::{NewKey, generate_key};
+use crate::auth::scope::{Scope, Scopes};
 use crate::message::DatasourceId;
 
 impl Registry {
@@ -33,12 +34,13 @@ impl Registry {
             if self.live.keys_of(&all).iter().any(manages) {
                 return Ok(None);
             }
-            let (key, secret) = generate_key(database, &all, label, scopes, None)?;
+            let new = NewKey { datasource: &all, label, scopes, expires_at: None, limits: None };
+            let (key, secret) = generate_key(database, &new)?;
             keep(&secret)?;
             let change = database.begin()?;
             change.insert_key(&key, &secret.digest())?;
             let what = json!({ "label": label, "scopes": scopes });
-            change.audit(&Actor::SYSTEM, &key_audit_event("key.created", &key, &what))?;
+            change.audit(&Actor::SYSTEM, &AuditEvent::of_key("key.created", &key, &what))?;
             change.commit()?;
             Ok(Some(self.live.add_key(key, secret.digest())))
         })

@@ -1,100 +1,79 @@
 //! The registry: all datasources and the keys that open them. It is durable in SQLite (`database.rs`),
 //! and live in memory (`live.rs`), where every presented key is looked up.
 //!
-//! Changes (`changes.rs`) are made one at a time: **first on the disk, then in the live view**, and a
-//! change has reached both when the call returns. So a key that was handed out survives any crash, and a
-//! revoked key is dead for good: its lease has ended, which stops every message in flight under it, its
-//! connections have been told to close, and no lookup finds it. The audit entry of a change is in the
-//! same transaction as the change.
+//! Changes (`datasources.rs`, `keys.rs`, `rotations.rs`, `leaks.rs`, `deadlines.rs`) are made one at a time:
+//! **first on the disk** (`transaction.rs`), **then in the live view**, and a change has reached both when the
+//! call returns. So a key that was handed out survives any crash, and a revoked key is dead for good: its
+//! lease has ended, which stops every message in flight under it, its connections have been told to close,
+//! and no lookup finds it. The audit entry of a change is in the same transaction as the change.
 //!
 //! In a cluster every node has its own registry in memory, and a change reaches all nodes or none
-//! (`cluster.rs`): it is published before it takes effect here, the changes of other nodes are applied
-//! here (`apply.rs`), and the call that makes a change returns when every node has it.
+//! (`cluster/`): it is published before it takes effect here, the changes of other nodes are applied
+//! here (`remote_changes.rs`), and the call that makes a change returns when every node has it.
 //!
 //! Lookups are lock-free. Changes and reads of the audit wait for the disk: call them where blocking is
 //! allowed.
 
-use std::collections::BTreeSet;
+pub mod audit;
+pub mod cluster;
+mod database;
+pub mod datasource;
+pub mod datasources;
+pub mod deadlines;
+pub mod error;
+mod first_admin;
+pub(super) mod index;
+pub mod key;
+pub mod keys;
+pub mod leak_rules;
+mod leaks;
+mod live;
+mod quarantine_file;
+mod queries;
+mod remote_changes;
+mod replica;
+pub mod rotations;
+mod rows;
+pub mod setting;
+mod transaction;
+pub mod usage;
+mod usage_notes;
+
 use std::fmt;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::sync::{self, Arc};
 
-use parking_lot::{Mutex, RwLock};
-use tokio::sync::Notify;
+use headgate_format::key::Digest;
+use parking_lot::Mutex;
 
-use super::audit::{AuditEntry, AuditQuery};
-use super::database::{REGISTRY_FILE_NAME, RegistryDatabase};
-use super::index::{KeyIndex, KeyLookup};
-use super::key::Digest;
-use super::leak::LeakRules;
-use super::live::{Datasource, Key, KeyAttributes, LiveRegistry, TIME_ENDED};
-use super::replica::{RegistryReplica, RegistryRevision};
-use super::usage::UnwrittenUsageKeys;
 use crate::limits::CHANGE_ATTEMPTS_MAX;
 use crate::message::{DatasourceId, KeyId};
-use crate::sqlite::SqliteError;
 use crate::time::Rfc3339;
 
-/// Why an operation of the registry failed. Nothing has then changed.
-#[derive(Debug, thiserror::Error)]
-pub enum RegistryError {
-    /// A datasource with that id exists already.
-    #[error("there is a datasource {0} already")]
-    Exists(DatasourceId),
-    /// No such datasource exists.
-    #[error("there is no datasource {0:?}")]
-    NoDatasource(String),
-    /// The key's state does not allow this rotation, or its undoing.
-    #[error("{0}")]
-    Rotation(String),
-    /// The key is the last one that can manage all datasources.
-    #[error("this is the last admin key for all datasources; create another one first")]
-    LastAdmin,
-    /// The id, name, label or set of scopes cannot be used.
-    #[error("{0}")]
-    InvalidName(String),
-    /// Changes of other cluster nodes came first at every attempt. Transient: try again.
-    #[error("registry: other nodes of the cluster are changing it at this moment")]
-    Overtaken,
-    /// The cluster's registry cannot be reached: NATS is away. The change may still have been made, if the
-    /// connection was lost in the middle of it.
-    #[error("registry: it cannot be changed while NATS is away ({0})")]
-    Away(String),
-    /// The change does not fit in a NATS message, which is how other nodes receive it.
-    #[error("it is too large for the cluster's registry: {0}")]
-    TooLarge(String),
-    /// The cluster's registry cannot be used as it is.
-    #[error("registry: {0}")]
-    Cluster(String),
-    /// The database could not be opened, read or written.
-    #[error("registry: {0}")]
-    Database(#[from] SqliteError),
-    /// An error of the file system.
-    #[error("registry: {0}")]
-    Io(#[from] std::io::Error),
-}
-
-impl From<rusqlite::Error> for RegistryError {
-    fn from(error: rusqlite::Error) -> Self {
-        Self::Database(SqliteError::from_sqlite(&error, Path::new(REGISTRY_FILE_NAME)))
-    }
-}
+use audit::{AuditEntry, AuditQuery};
+use database::RegistryDatabase;
+use datasource::Datasource;
+use error::RegistryError;
+use index::KeyLookup;
+use key::Key;
+use leak_rules::LeakRuleFollower;
+use live::LiveRegistry;
+use replica::{RegistryReplica, RegistryRevision};
 
 /// Datasources and keys: the database and the live view.
 pub struct Registry {
     /// Locked by a change until it has reached the live view too. The one lock that a panic poisons: no
     /// change starts from half of another one.
     database: sync::Mutex<RegistryDatabase>,
-    pub(super) live: LiveRegistry,
+    live: LiveRegistry,
     /// Keys whose usage is not yet on the disk.
-    pub(super) noted: UnwrittenUsageKeys,
+    noted: Mutex<Vec<Arc<Key>>>,
     /// See [`Registry::usage`].
-    pub(super) adding_usage: Mutex<()>,
+    adding_usage: Mutex<()>,
     /// The registries of the other nodes, in a cluster.
-    pub(super) replica: Option<Arc<dyn RegistryReplica>>,
-    /// The cluster's rules about leaked keys.
-    pub(super) leaks: Mutex<LeakRules>,
+    replica: Option<Arc<dyn RegistryReplica>>,
+    /// Locked inside the lock of the database only.
+    leak_rules: Mutex<LeakRuleFollower>,
 }
 
 impl Registry {
@@ -104,71 +83,27 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Database`], which names the file.
     pub fn open(dir: &Path) -> Result<Self, RegistryError> {
-        Self::from_database(RegistryDatabase::open(dir)?, None)
+        let mut database = RegistryDatabase::open(dir)?;
+        quarantine_file::move_into_registry(dir, &mut database)?;
+        Self::from_database(database, None)
     }
 
     /// Builds the live view from a database.
-    pub(super) fn from_database(
+    fn from_database(
         mut database: RegistryDatabase,
         replica: Option<Arc<dyn RegistryReplica>>,
     ) -> Result<Self, RegistryError> {
         if let Some(replica) = &replica {
             database.join(replica.clone());
         }
-        let datasources = papaya::HashMap::with_capacity(database.datasource_count()?);
-        database.for_each_datasource(|datasource| {
-            datasources.pin().insert(datasource.id.clone(), Arc::new(datasource));
-        })?;
-
-        let keys = KeyIndex::with_capacity(database.key_count()?);
-        let (mut by_datasource, mut deadlines) = (Vec::new(), BTreeSet::new());
-        let all = DatasourceId::all();
-        database.for_each_key(|stored| {
-            let known = datasources.pin();
-            if stored.revoked {
-                keys.set(&stored.digest, None);
-                return Ok(());
-            }
-            let id = stored.digest.key_id();
-            // Shares the id's text with the datasource: there may be a million keys.
-            let datasource = match known.get_key_value(stored.datasource) {
-                Some((datasource, _)) => datasource.clone(),
-                None if stored.datasource == all.as_str() => all.clone(),
-                None => return Err(RegistryError::NoDatasource(stored.datasource.to_owned())),
-            };
-            let key = Arc::new(Key::from(KeyAttributes {
-                digest: stored.digest,
-                datasource: datasource.clone(),
-                scopes: stored.scopes,
-                label: stored.label,
-                created_at: stored.created_at,
-                expires_at: stored.expires_at,
-                rotation: stored.rotation,
-                limits: stored.limits,
-            }));
-            if stored.ended {
-                key.end();
-                key.ends_at.store(TIME_ENDED, Ordering::Relaxed);
-            } else if let Some(at) = key.ends_at() {
-                deadlines.insert((at, datasource.clone(), id));
-            }
-            by_datasource.push(((datasource, id), Arc::clone(&key)));
-            keys.set(&stored.digest, Some(key));
-            Ok(())
-        })?;
-        // Only now are all keys in memory, so their pages can be merged into huge ones.
-        keys.gather();
-        let by_datasource = RwLock::new(by_datasource.into_iter().collect());
-        let deadlines = Mutex::new(deadlines);
-        let live = LiveRegistry { keys, datasources, by_datasource, deadlines, deadline_set: Notify::new() };
-        let database = sync::Mutex::new(database);
+        let live = LiveRegistry::load(&database)?;
         Ok(Self {
-            database,
+            database: sync::Mutex::new(database),
             live,
-            noted: UnwrittenUsageKeys::default(),
+            noted: Mutex::default(),
             adding_usage: Mutex::default(),
             replica,
-            leaks: Mutex::default(),
+            leak_rules: Mutex::default(),
         })
     }
 
@@ -214,7 +149,7 @@ impl Registry {
     }
 
     /// Looks up a digest, among revoked keys too.
-    pub(super) fn look_up(&self, digest: &Digest) -> Option<KeyLookup> {
+    pub(in crate::auth) fn look_up(&self, digest: &Digest) -> Option<KeyLookup> {
         self.live.keys.find(digest)
     }
 
@@ -246,6 +181,23 @@ impl Registry {
         Ok(Some(format!("{how} at {}", Rfc3339(at))))
     }
 
+    /// Whether this node may have missed that a key died: it was without NATS for so long that the others no
+    /// longer wait for it, and has not caught up yet. Nothing may be accepted meanwhile. A few atomic loads.
+    pub fn may_be_behind(&self) -> bool {
+        self.replica.as_ref().is_some_and(|replica| !replica.is_current())
+    }
+
+    /// Waits until this node has applied all changes that the cluster had made before the call. Returns at
+    /// once without a cluster.
+    ///
+    /// # Errors
+    /// [`RegistryError::Away`] if that takes too long.
+    pub async fn caught_up(self: &Arc<Self>) -> Result<(), RegistryError> {
+        let Some(replica) = self.replica.clone() else { return Ok(()) };
+        let caught_up = tokio::task::spawn_blocking(move || replica.catch_up()).await;
+        caught_up.map_err(|error| RegistryError::Cluster(error.to_string()))?.map(drop)
+    }
+
     /// A page of the audit, oldest first.
     ///
     /// # Errors
@@ -257,7 +209,7 @@ impl Registry {
     /// Makes a change: `make` writes to the database, and then updates the live view. In a cluster `make`
     /// runs again from its beginning if another node's change came first, and every other node has the
     /// change when this returns.
-    pub(super) fn make_change<T>(
+    fn make_change<T>(
         &self,
         make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
     ) -> Result<T, RegistryError> {
@@ -270,7 +222,7 @@ impl Registry {
 
     /// As [`Registry::make_change`], but without waiting for the other nodes. Also returns the revision that
     /// they will reach.
-    pub(super) fn make_change_here<T>(
+    fn make_change_here<T>(
         &self,
         mut make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
     ) -> Result<(T, RegistryRevision), RegistryError> {
@@ -290,7 +242,7 @@ impl Registry {
     }
 
     /// Locks the database. Every change holds this lock until it has reached the live view.
-    pub(super) fn lock_database(&self) -> sync::MutexGuard<'_, RegistryDatabase> {
+    fn lock_database(&self) -> sync::MutexGuard<'_, RegistryDatabase> {
         // After a panic between disk and live view the two may differ, so no more changes are allowed.
         self.database.lock().expect("no change of the registry has panicked halfway")
     }
@@ -304,3 +256,6 @@ impl fmt::Debug for Registry {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

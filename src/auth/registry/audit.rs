@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+use super::key::Key;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 
 /// On whose behalf a change is made.
@@ -62,6 +63,23 @@ pub struct AuditEvent<'a> {
     pub key_id: Option<KeyId>,
     /// The details, a JSON object.
     pub what: &'a Value,
+}
+
+impl<'a> AuditEvent<'a> {
+    /// A change of a key.
+    pub(super) fn of_key(action: &'static str, key: &'a Key, what: &'a Value) -> Self {
+        Self { action, datasource: Some(&key.datasource), key_id: Some(key.id), what }
+    }
+
+    /// A change of a datasource as a whole.
+    pub(super) fn of_datasource(action: &'static str, id: &'a DatasourceId, what: &'a Value) -> Self {
+        Self { action, datasource: Some(id), key_id: None, what }
+    }
+}
+
+/// A setting's text as it is written to the audit. Text that is not JSON becomes a string.
+pub(super) fn setting_as_json(text: Option<&str>) -> Value {
+    text.map_or(Value::Null, |text| serde_json::from_str(text).unwrap_or_else(|_| text.into()))
 }
 
 /// One entry as read from the database.
