@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use tracing::info;
 
+use super::client_identity::ClientIdentity;
 use super::codec::connect;
 use super::codec::properties::{WILL_DELAY, forward_properties};
 use super::credentials;
-use super::inbound::ClientIdentity;
 use crate::auth::Grant;
 use crate::intake::{Draft, IncomingMessage, Intake, Refusal};
 use crate::message::{RecordFlags, Transport};
