@@ -36,8 +36,10 @@ mod observe;
 
 mod config;
 mod filter;
+mod sqlite;
 mod subject;
 mod time;
+mod trouble;
 
 mod gateway;
 

@@ -16,7 +16,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{self, Arc};
 
@@ -24,7 +24,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
 use super::audit::{AuditEntry, AuditQuery};
-use super::database::RegistryDatabase;
+use super::database::{REGISTRY_FILE_NAME, RegistryDatabase};
 use super::index::{KeyIndex, KeyLookup};
 use super::key::Digest;
 use super::leak::LeakRules;
@@ -33,6 +33,7 @@ use super::replica::{RegistryReplica, RegistryRevision};
 use super::usage::UnwrittenUsageKeys;
 use crate::limits::CHANGE_ATTEMPTS_MAX;
 use crate::message::{DatasourceId, KeyId};
+use crate::sqlite::SqliteError;
 use crate::time::Rfc3339;
 
 /// Why an operation of the registry failed. Nothing has then changed.
@@ -53,37 +54,6 @@ pub enum RegistryError {
     /// The id, name, label or set of scopes cannot be used.
     #[error("{0}")]
     InvalidName(String),
-    /// A newer Headgate wrote the file.
-    #[error(
-        "registry: {} has format {version} and this Headgate reads up to {known}: start the newer one",
-        path.display()
-    )]
-    Newer {
-        /// The file.
-        path: PathBuf,
-        /// The file's format.
-        version: i64,
-        /// The newest format that this version reads.
-        known: i64,
-    },
-    /// The file is not what Headgate wrote.
-    #[error(
-        "registry: {} is damaged ({detail}): restore it from a backup, or move it away and create \
-         datasources and keys again",
-        path.display()
-    )]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        detail: String,
-    },
-    /// Another process has the file open.
-    #[error("registry: {} is in use by another process: is a gateway already running?", path.display())]
-    InUse {
-        /// The file.
-        path: PathBuf,
-    },
     /// Changes of other cluster nodes came first at every attempt. Transient: try again.
     #[error("registry: other nodes of the cluster are changing it at this moment")]
     Overtaken,
@@ -97,12 +67,18 @@ pub enum RegistryError {
     /// The cluster's registry cannot be used as it is.
     #[error("registry: {0}")]
     Cluster(String),
-    /// An error of SQLite.
+    /// The database could not be opened, read or written.
     #[error("registry: {0}")]
-    Database(#[from] rusqlite::Error),
+    Database(#[from] SqliteError),
     /// An error of the file system.
     #[error("registry: {0}")]
     Io(#[from] std::io::Error),
+}
+
+impl From<rusqlite::Error> for RegistryError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Database(SqliteError::from_sqlite(&error, Path::new(REGISTRY_FILE_NAME)))
+    }
 }
 
 /// Datasources and keys: the database and the live view.
@@ -126,8 +102,7 @@ impl Registry {
     /// directory must exist.
     ///
     /// # Errors
-    /// [`RegistryError::Newer`], [`RegistryError::Damaged`] or [`RegistryError::InUse`], each naming
-    /// the file; [`RegistryError::Io`] or [`RegistryError::Database`] if it cannot be read or made.
+    /// [`RegistryError::Database`], which names the file.
     pub fn open(dir: &Path) -> Result<Self, RegistryError> {
         Self::from_database(RegistryDatabase::open(dir)?, None)
     }

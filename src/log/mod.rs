@@ -45,6 +45,7 @@ mod assembly;
 mod disk;
 mod embedded;
 mod jetstream;
+pub mod nats_message;
 mod recovery;
 mod retention;
 mod segment;
@@ -71,14 +72,14 @@ pub use headgate_format::log::offsets::Offsets;
 pub use headgate_format::log::once::OnceId;
 pub use headgate_format::log::section::Section;
 pub use jetstream::{
-    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
-    SharedRecords, headers_of_record,
+    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces, SharedRecords,
 };
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
 
 use crate::message::{Offset, TimeMicros};
 use crate::subject::SubjectError;
+use crate::trouble::TroubleCell;
 
 /// The future of a log operation that has to wait.
 pub type LogFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -207,7 +208,8 @@ pub trait Log: Send + Sync {
         0
     }
 
-    /// Records lost to damage and left out because `log.accept_corruption` allows it.
+    /// How many records are lost to damage of the log's files, as far as this process has seen; they were
+    /// skipped because `log.accept_corruption` allows it. 0 where others keep the files.
     fn lost_records(&self) -> u64 {
         0
     }
@@ -217,6 +219,11 @@ pub trait Log: Send + Sync {
 
     /// Stops taking appends, commits the waiting ones, and ends.
     fn close(&self) -> LogFuture<'_, ()>;
+}
+
+/// The trouble of a log that takes no records.
+fn log_trouble() -> TroubleCell {
+    TroubleCell::new("the log takes no records; clients are held back", "the log takes records again")
 }
 
 /// A record that is larger than a log takes.

@@ -699,6 +699,7 @@ async fn a_key_whose_row_is_taken_out_of_the_bucket_is_dead_on_every_node() {
         name: headgate::testing::REGISTRY_BUCKET.to_owned(),
         replicas: 1,
         age_max: None,
+        writes: headgate_bridge_nats::KvWrites::Batched,
     };
     until("NATS is connected", || nats.trouble().is_none()).await;
     let bucket = headgate_bridge_nats::KvBucket::open(&nats, &bucket).await.expect("opens");

@@ -19,18 +19,16 @@ use tokio::runtime::Handle;
 
 use crate::auth::{LeakRow, Registry, RegistryError};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
-use crate::consume::subscriber::database::{DatabaseError, DatabaseKind};
 use crate::limits::LEAK_CHANGES_MAX;
 use crate::log::{AppendError, Log, WithheldChange, WithheldRule};
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
+use crate::sqlite::{SqliteError, SqliteProfile};
 
 /// The file's name in the data directory.
 const QUARANTINE_FILE_NAME: &str = "quarantine.db";
 
-const QUARANTINE_DATABASE: DatabaseKind = DatabaseKind {
-    format: 1,
-    exclusive: true,
-    schema: "
+const QUARANTINE_DATABASE: SqliteProfile = SqliteProfile {
+    migrations: &["
         CREATE TABLE changes (
             version    INTEGER PRIMARY KEY,
             datasource TEXT NOT NULL,
@@ -39,7 +37,9 @@ const QUARANTINE_DATABASE: DatabaseKind = DatabaseKind {
             below      INTEGER,
             made_us    INTEGER NOT NULL
         ) STRICT;
-    ",
+    "],
+    is_exclusive: true,
+    ..SqliteProfile::SHARED
 };
 
 /// The rules about leaked keys: durable here, live in the log's [`Withheld`](crate::log::WithheldRules).
@@ -65,7 +65,7 @@ enum LeakRuleStore {
 pub enum LeakError {
     /// The database could not be written.
     #[error("quarantine: {0}")]
-    Database(#[from] DatabaseError),
+    Database(#[from] SqliteError),
     /// The cluster's registry could not be written.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -82,8 +82,8 @@ impl QuarantineLeakRules {
     /// readers.
     ///
     /// # Errors
-    /// [`DatabaseError`].
-    pub fn open(dir: &Path, log: Arc<dyn Log>) -> Result<Self, DatabaseError> {
+    /// [`SqliteError`].
+    pub fn open(dir: &Path, log: Arc<dyn Log>) -> Result<Self, SqliteError> {
         let path = dir.join(QUARANTINE_FILE_NAME);
         let connection = QUARANTINE_DATABASE.open(&path)?;
         let read = || -> rusqlite::Result<()> {
@@ -109,7 +109,7 @@ impl QuarantineLeakRules {
             }
             Ok(())
         };
-        read().map_err(|error| DatabaseError::from_sqlite(&error, &path))?;
+        read().map_err(|error| SqliteError::from_sqlite(&error, &path))?;
         Ok(Self { log, kept: LeakRuleStore::File { path, connection: Mutex::new(connection) } })
     }
 
@@ -190,7 +190,7 @@ impl QuarantineLeakRules {
                     now_micros()
                 ],
             )
-            .map_err(|error| DatabaseError::from_sqlite(&error, path))?;
+            .map_err(|error| SqliteError::from_sqlite(&error, path))?;
         Ok(withheld.push(change))
     }
 }

@@ -12,13 +12,11 @@ pub mod retained;
 pub mod router;
 pub mod sessions;
 
-pub(in crate::consume) mod database;
 mod trie;
 
 #[cfg(test)]
 mod tests;
 
-pub use database::DatabaseError;
 pub use feed::{FeedItem, MatchedRecords, SubscriberFeed};
 pub use group::{ClusterShareGroups, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember};
 pub use mailbox::Mailbox;

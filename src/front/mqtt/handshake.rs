@@ -25,6 +25,7 @@ use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
 use crate::limits::{CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_TOPIC_ALIAS_MAXIMUM};
 use crate::message::{DatasourceId, Transport, holds_key, now_micros};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 
 /// The first byte of a TLS client. Its upper half is that of a CONNECT.
@@ -66,12 +67,12 @@ pub(super) async fn shake_hands(
             Ok(Ok(read)) => read,
             Ok(Err(None)) => return Err(Vec::new()),
             Ok(Err(Some(violation))) => {
-                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, "malformed_connect", &violation));
+                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, Cause::MalformedConnect, &violation));
                 return Err(Vec::new());
             }
             Err(_) => {
                 let words = "no CONNECT within mqtt.connect_ms_max";
-                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, "connect_timeout", &words));
+                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, Cause::ConnectTimeout, &words));
                 return Err(Vec::new());
             }
         }
@@ -82,7 +83,7 @@ pub(super) async fn shake_hands(
         report_refused_connection(
             front,
             peer,
-            RefusalNote::new(Transport::Mqtt, "malformed_connect", &violation),
+            RefusalNote::new(Transport::Mqtt, Cause::MalformedConnect, &violation),
         );
         refusal_connack(version, u32::MAX, violation.reason, violation.text)
     })?;
@@ -180,7 +181,7 @@ impl Handshake<'_> {
     fn authorize(&self) -> Result<Grant, ConnectRefusal> {
         if self.connect.wants_authentication() {
             let words = "present an API key: there is no extended authentication";
-            return Err(self.refuse("authentication_method", ReasonCode::BadAuthenticationMethod, words));
+            return Err(self.refuse(Cause::AuthenticationMethod, ReasonCode::BadAuthenticationMethod, words));
         }
         let authorizer = self.front.intake.authorizer();
         credentials::grant_of_connect(self.connect, authorizer, self.peer.ip()).map_err(|rejected| {
@@ -217,7 +218,7 @@ impl Handshake<'_> {
             }
             given => return Ok(given.to_owned()),
         };
-        Err(self.refuse("client_id", ReasonCode::ClientIdentifierNotValid, &words))
+        Err(self.refuse(Cause::ClientId, ReasonCode::ClientIdentifierNotValid, &words))
     }
 
     /// Checks the will now, so that the client hears of a bad one while it can still be told.
@@ -229,7 +230,7 @@ impl Handshake<'_> {
     ) -> Result<Option<MqttWill>, ConnectRefusal> {
         let Some(will) = &self.connect.will else { return Ok(None) };
         MqttWill::new(will, grant, who, publisher, &self.front.intake).map(Some).map_err(|refusal| {
-            self.report_of_key(grant, RefusalNote { cause: "will", ..refusal.note(Transport::Mqtt) });
+            self.report_of_key(grant, RefusalNote { cause: Cause::Will, ..refusal.note(Transport::Mqtt) });
             (refusal_reason_code(&refusal), format!("the will cannot be taken: {refusal}"))
         })
     }
@@ -257,7 +258,7 @@ impl Handshake<'_> {
             }
             EnterError::Unavailable(error) => {
                 let words = format!("the client's session cannot be looked up now: {error}");
-                self.report_of_key(grant, RefusalNote::new(Transport::Mqtt, "unavailable", &words));
+                self.report_of_key(grant, RefusalNote::new(Transport::Mqtt, Cause::Unavailable, &words));
                 (ReasonCode::ServerUnavailable, words)
             }
         })?;
@@ -280,7 +281,7 @@ impl Handshake<'_> {
     }
 
     /// Reports a refusal, and returns what the client is told.
-    fn refuse(&self, cause: &'static str, reason: ReasonCode, words: &str) -> ConnectRefusal {
+    fn refuse(&self, cause: Cause, reason: ReasonCode, words: &str) -> ConnectRefusal {
         self.report(RefusalNote::new(Transport::Mqtt, cause, &words));
         (reason, words.to_owned())
     }
@@ -324,10 +325,10 @@ pub(super) fn report_refused_connection(front: &MqttFront, peer: SocketAddr, not
     let RefusalNote { cause, words, key_id, .. } = note;
     front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
     // A flood of attempts must not flood the log.
-    if cause == (GrantDenial::TooManyFailures { retry_after: Duration::ZERO }).cause() {
-        debug!(%peer, cause, "refused a connection");
+    if cause == Cause::TooManyFailures {
+        debug!(%peer, cause = cause.name(), "refused a connection");
     } else {
-        info!(%peer, cause, key_id = key_id.map(display), why = %words, "refused a connection");
+        info!(%peer, cause = cause.name(), key_id = key_id.map(display), why = %words, "refused a connection");
     }
 }
 

@@ -47,6 +47,7 @@ use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
 use crate::intake::Intake;
 use crate::message::Transport;
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 use handshake::report_refused_connection;
 use sessions::Sessions;
@@ -106,7 +107,7 @@ impl Acceptor {
             Err(_) => {
                 let connections_max = self.front.config.connections_max;
                 let words = format!("mqtt.connections_max = {connections_max} connections are open");
-                let note = RefusalNote::new(Transport::Mqtt, "connections_max", &words);
+                let note = RefusalNote::new(Transport::Mqtt, Cause::ConnectionsMax, &words);
                 self.front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
                 debug!(%peer, connections_max, "refused a connection: there are too many");
                 None
@@ -176,7 +177,7 @@ async fn accept_tls(
             Some(fault) => report_refused_connection(
                 front,
                 peer,
-                RefusalNote::new(Transport::Mqtt, "tls_handshake", &fault),
+                RefusalNote::new(Transport::Mqtt, Cause::TlsHandshake, &fault),
             ),
             None => debug!(%peer, "a client left in the TLS handshake"),
         },
@@ -185,7 +186,7 @@ async fn accept_tls(
             report_refused_connection(
                 front,
                 peer,
-                RefusalNote::new(Transport::Mqtt, "connect_timeout", &words),
+                RefusalNote::new(Transport::Mqtt, Cause::ConnectTimeout, &words),
             );
         }
     }

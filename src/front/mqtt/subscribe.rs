@@ -21,6 +21,7 @@ use crate::consume::subscriber::{ShareGroupKey, Subscribers};
 use crate::filter::TopicFilter;
 use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_MAX};
 use crate::message::{Offset, Transport};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
 
 /// A SUBSCRIBE or an UNSUBSCRIBE, copied out of the read buffer.
@@ -124,7 +125,7 @@ impl SubscribeServices {
             granted.push(match self.grant_one(asked, filter, outbound, &mut changes).await {
                 Ok((slot, new)) => Ok((slot, new, filter.qos)),
                 Err(FilterRefusal(reason, text)) => {
-                    let note = RefusalNote::new(Transport::Mqtt, "subscribe", &text);
+                    let note = RefusalNote::new(Transport::Mqtt, Cause::Subscribe, &text);
                     self.refusals.note(self.who.note(&self.grant, note));
                     words.get_or_insert(text);
                     Err(reason)
