@@ -379,6 +379,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_transport_is_read_as_it_is_written() {
+        for (at, transport) in Transport::ALL.into_iter().enumerate() {
+            assert_eq!(Transport::parse(transport.as_str()), Some(transport));
+            assert_eq!(transport as usize, at);
+        }
+        for other in ["", "MQTT", "mqtt ", "ws"] {
+            assert_eq!(Transport::parse(other), None, "{other:?}");
+        }
+    }
+
+    #[test]
     fn a_datasource_id_is_a_slug_of_1_to_63() {
         assert!(DatasourceId::new("press-4").is_ok());
         assert!(DatasourceId::new(&"a".repeat(63)).is_ok());

@@ -12,7 +12,8 @@ use crate::common::kept::{Kept, in_log, in_storage};
 use crate::common::load::{Ledger, all_kinds, number};
 use crate::common::steady::Steady;
 use crate::common::wire::{
-    Connect, DISCONNECT, Next, PINGREQ, PINGRESP, PUBACK, REASON_STRING, Version, Wire, publish,
+    Connect, DISCONNECT, Message, Next, PINGREQ, PINGRESP, PUBACK, REASON_STRING, Version, Wire, publish,
+    subscribe,
 };
 use crate::common::{Gateway, Setup, Source, scratch, wait_for};
 
@@ -346,6 +347,9 @@ fn damage_in_the_middle_is_named_and_passed_over_only_when_told_to() {
 
     let gateway = setup.set("log.accept_corruption", true).start();
     let records = gateway.stored("press-4", usize::from(COUNT) - 2);
+    assert_eq!(gateway.metric("headgate_log_lost_records_total"), 2.0);
+    let warning = warned(&gateway, "2 records are lost");
+    assert!(warning.contains("log.accept_corruption"), "{warning}");
     let stored: Vec<_> = records.iter().map(|r| (r["offset"].as_u64(), r["payload"].as_str())).collect();
     let texts: Vec<String> = (0..COUNT).map(|n| format!("reading {n}")).collect();
     let whole = (0..u64::from(COUNT)).filter(|n| ![10, 14].contains(n));
@@ -359,6 +363,67 @@ fn damage_in_the_middle_is_named_and_passed_over_only_when_told_to() {
         };
         assert!(exit.output.lines().find(lost).is_some(), "offset {offset} is reported:\n{}", exit.output);
     }
+}
+
+/// Waits until `/readyz` warns with a text that holds `part`. Messages have to be taken all the same.
+fn warned(gateway: &Gateway, part: &str) -> String {
+    wait_for("/readyz to warn", || {
+        let ready = gateway.get("/readyz", "");
+        assert_eq!(ready.status, 200, "{}", ready.text());
+        let ready = ready.json();
+        let mut warnings = ready["warnings"].as_array().expect("a list").iter().filter_map(|w| w.as_str());
+        warnings.find(|warning| warning.contains(part)).map(str::to_owned)
+    })
+}
+
+/// Waits until `/readyz` warns of nothing.
+fn warns_no_more(gateway: &Gateway) {
+    let none = serde_json::json!({ "status": "ready", "reasons": [], "warnings": [] });
+    wait_for("/readyz to be well", || (gateway.get("/readyz", "").json() == none).then_some(()));
+}
+
+#[test]
+fn sessions_that_cannot_be_written_are_warned_of() {
+    if !is_root("sessions_that_cannot_be_written_are_warned_of") {
+        return;
+    }
+    let disk = SmallDisk::mount();
+    let gateway =
+        Setup::on(&disk.path()).set("storage.sink", "none").set("log.segment_bytes", 1 << 20).start();
+    let source = gateway.create("press-4");
+    warns_no_more(&gateway);
+    let connect = Connect {
+        client_id: "line-3".to_owned(),
+        clean: false,
+        ..Connect::with_key(Version::V311, &source.key)
+    };
+    let (mut wire, _) = Wire::connect(gateway.mqtt, &connect);
+    disk.fill(0);
+    let filters: Vec<String> = (0..100).map(|n| format!("{n}/{}", "long".repeat(100))).collect();
+    let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
+    wire.send(&subscribe(Version::V311, 1, &filters));
+    let warning = warned(&gateway, "sessions.db");
+    assert!(warning.contains("the disk is full"), "{warning}");
+    disk.empty();
+    warns_no_more(&gateway);
+}
+
+#[test]
+fn retained_messages_that_cannot_be_written_are_warned_of() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    warns_no_more(&gateway);
+    let db = rusqlite::Connection::open(dir.path().join("retained.db")).expect("retained.db opens");
+    db.busy_timeout(Duration::from_secs(10)).expect("a setting");
+    db.execute_batch("BEGIN IMMEDIATE").expect("the database can be locked");
+    let mut wire = Wire::login(gateway.mqtt, Version::V311, &source.key);
+    wire.send(&Message::new("state", "on").at(1, 1).retained().packet(Version::V311));
+    wire.packet(PUBACK);
+    let warning = warned(&gateway, "retained.db");
+    assert!(warning.contains("in use by another process"), "{warning}");
+    db.execute_batch("ROLLBACK").expect("the database can be unlocked");
+    warns_no_more(&gateway);
 }
 
 #[test]

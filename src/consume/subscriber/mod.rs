@@ -12,14 +12,16 @@ pub mod retained;
 pub mod router;
 pub mod sessions;
 
+mod matched;
 mod trie;
 
 #[cfg(test)]
 mod tests;
 
-pub use feed::{FeedItem, MatchedRecords, SubscriberFeed};
+pub use feed::{FeedItem, SubscriberFeed};
 pub use group::{ClusterShareGroups, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember};
 pub use mailbox::Mailbox;
+pub use matched::MatchedRecords;
 pub use router::Router;
 
 use std::sync::Arc;

@@ -74,7 +74,7 @@ use crate::log::Log;
 use crate::message::{DatasourceId, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
-use crate::observe::refusals::RefusalNote;
+use crate::observe::refusals::{RefusalNote, Refusals};
 
 pub use waiting::{UnreadyReason, serve_until_ready};
 
@@ -299,14 +299,14 @@ async fn request_middleware(
     let datasource = datasource_in(request.uri().path()).to_owned();
     let has_body = !request.body().is_end_stream();
     let http1 = request.version() < Version::HTTP_2;
-    let (head, body) = request.into_parts();
-    let (body, lender) = if has_body && !http1 {
+    // HTTP/2 carries other requests beside an unread body; HTTP/1.1 closes the connection below.
+    let (request, lender) = if has_body && !http1 {
+        let (head, body) = request.into_parts();
         let (body, lender) = BodyLender::lend(body);
-        (body, Some(lender))
+        (Request::from_parts(head, body), Some(lender))
     } else {
-        (body, None)
+        (request, None)
     };
-    let request = Request::from_parts(head, body);
     let mut response = match credentials::refuse_key_in_url(request.uri()) {
         Ok(()) => next.run(request).await,
         Err(problem) => {
@@ -316,21 +316,12 @@ async fn request_middleware(
     };
     let refused = response.extensions_mut().remove::<RefusedRequest>();
     if let Some(refused) = &refused {
-        let RefusedRequest { cause, key_id, counted, .. } = *refused;
-        if !counted {
-            shared.parts.intake.refusals().note(RefusalNote {
-                address: peer.as_ref().map(|peer| peer.addr.ip()),
-                datasource: &datasource,
-                key_id,
-                key_shape: refused.key_shape,
-                limited: refused.limited.as_deref(),
-                ..RefusalNote::new(Transport::Http, cause, &refused.words)
-            });
-        }
+        let address = peer.as_ref().map(|peer| peer.addr);
+        refused.note(shared.parts.intake.refusals(), address, &datasource);
+        let (peer, key_id) = (address.map(display), refused.key_id.map(display));
         let route = route.as_ref().map_or("-", MatchedPath::as_str);
-        let status = response.status().as_u16();
-        let (peer, key_id) = (peer.as_ref().map(|peer| display(peer.addr)), key_id.map(display));
-        debug!(peer, %method, route, status, cause = cause.name(), key_id, "an HTTP request was refused");
+        let (status, cause) = (response.status().as_u16(), refused.cause.name());
+        debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
     }
     let unread = refused.is_some_and(|refused| !refused.body_read);
     if let Some(lender) = lender
@@ -350,6 +341,22 @@ async fn request_middleware(
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
+}
+
+impl RefusedRequest {
+    /// Counts and lists it, unless intake has done so.
+    fn note(&self, refusals: &Refusals, address: Option<SocketAddr>, datasource: &str) {
+        if !self.counted {
+            refusals.note(RefusalNote {
+                address: address.map(|address| address.ip()),
+                datasource,
+                key_id: self.key_id,
+                key_shape: self.key_shape,
+                limited: self.limited.as_deref(),
+                ..RefusalNote::new(Transport::Http, self.cause, &self.words)
+            });
+        }
+    }
 }
 
 /// The datasource that a path names, or an empty string.

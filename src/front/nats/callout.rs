@@ -108,34 +108,8 @@ impl NatsKeyCallout {
             error,
         })?;
         let nats = Nats::connect(&config.callout_connection("auth callout")?).await?;
-        let front = if config.ingest {
-            // A connection of its own, so that published messages do not delay clients that connect.
-            let connection = config.callout_connection("ingest by key")?;
-            let attestation = Some(Attestation::of_account(&settings.account));
-            let front =
-                NatsFront::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
-            let drain = drain.clone();
-            Some(tokio::spawn(async move { front.serve(drain).await }))
-        } else {
-            None
-        };
-        let watch = if settings.system_user.is_empty() {
-            info!(
-                "no nats.callout.system_user: NATS connections of dead keys end when their permission expires"
-            );
-            None
-        } else {
-            let system =
-                SystemAccount::new(Nats::connect(&config.system_connection("ends connections")?).await?);
-            let authorizer = intake.authorizer().clone();
-            let kicker = NatsConnectionKicker::new(system, &settings.account, let_in, authorizer);
-            let closer = kicker.clone();
-            intake.set_closer(Box::new(move |dead| {
-                let (closer, dead) = (closer.clone(), dead.to_vec());
-                Box::pin(async move { closer.close(&dead).await })
-            }));
-            Some(tokio::spawn(kicker.watch()))
-        };
+        let front = start_key_ingest(config, intake, &drain).await?;
+        let watch = start_kicker(config, intake, let_in).await?;
         let over = nats.clone();
         let service = tokio::spawn(async move {
             if let Err(error) = service.serve(&over, drain.cancelled()).await {
@@ -160,6 +134,44 @@ impl NatsKeyCallout {
             watch.abort();
         }
     }
+}
+
+/// Starts to admit what the clients publish, if messages are taken from NATS.
+async fn start_key_ingest(
+    config: &config::NatsConfig,
+    intake: &Intake,
+    drain: &CancellationToken,
+) -> Result<Option<JoinHandle<()>>, NatsCalloutError> {
+    if !config.ingest {
+        return Ok(None);
+    }
+    // A connection of its own, so that published messages do not delay clients that connect.
+    let connection = config.callout_connection("ingest by key")?;
+    let attestation = Some(Attestation::of_account(&config.callout.account));
+    let front = NatsFront::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
+    let drain = drain.clone();
+    Ok(Some(tokio::spawn(async move { front.serve(drain).await })))
+}
+
+/// Starts to end the NATS connections of dead keys, if the gateway has a system user.
+async fn start_kicker(
+    config: &config::NatsConfig,
+    intake: &Intake,
+    let_in: Arc<RecentNatsConnections>,
+) -> Result<Option<JoinHandle<()>>, NatsCalloutError> {
+    let settings = &config.callout;
+    if settings.system_user.is_empty() {
+        info!("no nats.callout.system_user: NATS connections of dead keys end when their permission expires");
+        return Ok(None);
+    }
+    let system = SystemAccount::new(Nats::connect(&config.system_connection("ends connections")?).await?);
+    let kicker = NatsConnectionKicker::new(system, &settings.account, let_in, intake.authorizer().clone());
+    let closer = kicker.clone();
+    intake.set_closer(Box::new(move |dead| {
+        let (closer, dead) = (closer.clone(), dead.to_vec());
+        Box::pin(async move { closer.close(&dead).await })
+    }));
+    Ok(Some(tokio::spawn(kicker.watch())))
 }
 
 fn read_seed_file(setting: &'static str, file: &Path) -> Result<String, NatsCalloutError> {

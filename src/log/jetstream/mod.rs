@@ -49,7 +49,7 @@ use tracing::warn;
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
 use self::follow::JetstreamLogFollower;
 use self::once::ExchangeGenerations;
-use self::own::own;
+use self::own::{OwnAppends, own};
 use self::retention::StreamRetention;
 use super::nats_message::RECORD_HEADERS_BYTES_MAX;
 use super::retention::{Hold, Holds};
@@ -108,15 +108,6 @@ struct JetstreamLogShared {
     append_trouble: TroubleCell,
     /// The error of the last check of the stream.
     stream_trouble: TroubleCell,
-}
-
-/// The records that this gateway appends itself.
-#[derive(Default)]
-struct OwnAppends {
-    /// How many it has appended.
-    appended: AtomicU64,
-    /// Whether the follower wants them ([`own`]).
-    wanted: AtomicBool,
 }
 
 impl JetstreamLogShared {
@@ -180,10 +171,10 @@ impl JetstreamLog {
         let (log, stay_s) = (config.log.clone(), config.intake.dedup_window_s);
         let retention = StreamRetention::open(nats, replicas, shared.clone(), node, log, stay_s).await?;
         let (commands, waiting) = mpsc::unbounded_channel();
-        let (own, runs) = own(shared.clone());
+        let (own, alone) = own(shared.clone());
         let appender = tokio::spawn(JetstreamAppender::new(shared.clone(), waiting, own).await?.run());
         let follower = shared.stream.follow(state.last + 1, following);
-        let follower = tokio::spawn(JetstreamLogFollower::new(shared.clone(), follower, runs).run());
+        let follower = tokio::spawn(JetstreamLogFollower::new(shared.clone(), follower, alone).run());
         let others = [tokio::spawn(retention.run()), tokio::spawn(watch_stream_state(shared.clone()))];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })

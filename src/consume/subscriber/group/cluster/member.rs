@@ -178,13 +178,8 @@ impl MemberTask {
                     None => break,
                 },
                 asked = finish_request(&mut self.asking), if self.asking.is_some() => {
-                    self.asking = None;
                     is_open = asked.is_ok();
-                    self.trouble.set(asked.as_ref().err().map(ToString::to_string));
-                    if let Ok(RequestedRecords { skipped: skipped @ 1.., .. }) = asked {
-                        let _ = self.give.send(ShareDelivery::Skipped(skipped));
-                    }
-                    self.records = asked.ok();
+                    self.receive(asked);
                 }
                 given = next_given_record(&mut self.records), if self.records.is_some() => match given {
                     Some(given) => self.deliver(given).await,
@@ -203,6 +198,21 @@ impl MemberTask {
                 }
             }
         }
+        self.hand_back().await;
+    }
+
+    /// Receives the answer to the request under way.
+    fn receive(&mut self, asked: Result<RequestedRecords, ShareError>) {
+        self.asking = None;
+        self.trouble.set(asked.as_ref().err().map(ToString::to_string));
+        if let Ok(RequestedRecords { skipped: skipped @ 1.., .. }) = asked {
+            let _ = self.give.send(ShareDelivery::Skipped(skipped));
+        }
+        self.records = asked.ok();
+    }
+
+    /// Passes on to others what the member has not dealt with, and what is still coming.
+    async fn hand_back(mut self) {
         if let Some(asking) = self.asking {
             self.records = asking.await.ok();
             if let Some(RequestedRecords { skipped: skipped @ 1.., .. }) = self.records {
