@@ -43,7 +43,7 @@ pub(super) struct AssembledBatch {
     pub(super) has_notes: bool,
     /// Whether it keeps or releases an id.
     pub(super) has_ids: bool,
-    /// The releases, encoded for [`Once`](super::once::OncePart).
+    /// The releases, encoded for [`OncePart`](super::once::OncePart).
     pub(super) releases: Vec<u8>,
 }
 

@@ -1,6 +1,6 @@
-//! `quarantine.db`, where earlier versions of Headgate kept the rules about leaked keys. Its rules are moved into
-//! the registry, with the versions that they had there: `records.db` and `retained.db` note which of them they
-//! follow.
+//! `quarantine.db`, where earlier versions of Headgate kept the rules about leaked keys. Its rules are moved
+//! into the registry, with the versions that they had there: `records.db` and `retained.db` note which of
+//! them they follow.
 //!
 //! The rules reach the registry in one transaction, and only then is the file removed. After a kill between the
 //! two the file is read again and changes nothing: the registry has those versions already.

@@ -42,7 +42,7 @@ pub struct FrameFlags(u32);
 impl FrameFlags {
     /// A record has [`RecordFlags::RETAIN`](crate::message::RecordFlags::RETAIN).
     pub const RETAINED: FrameFlags = FrameFlags(1);
-    /// Behind the records is a [`Once`](super::once::OncePart).
+    /// Behind the records is a [`OncePart`](super::once::OncePart).
     pub const ONCE: FrameFlags = FrameFlags(2);
     /// A record has a note.
     pub const NOTED: FrameFlags = FrameFlags(4);
