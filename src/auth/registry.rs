@@ -219,11 +219,13 @@ impl Registry {
     }
 
     /// The key with this digest, unless it is revoked; it may have expired.
+    #[cfg(any(test, feature = "testing"))]
     pub fn find(&self, digest: &Digest) -> Option<Arc<Key>> {
         self.live.find(digest)
     }
 
     /// Whether a key with this digest existed and was revoked.
+    #[cfg(any(test, feature = "testing"))]
     pub fn was_revoked(&self, digest: &Digest) -> bool {
         matches!(self.look_up(digest), Some(KeyLookup::Revoked))
     }

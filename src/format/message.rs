@@ -258,6 +258,14 @@ pub enum Transport {
 }
 
 impl Transport {
+    /// Every transport, each at the index that it has as a number.
+    pub const ALL: [Transport; 3] = [Transport::Mqtt, Transport::Http, Transport::Nats];
+
+    /// The transport of that name, if there is one; the inverse of [`Transport::as_str`].
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|transport| transport.as_str() == name)
+    }
+
     /// The lower-case name, as in the API, in storage and in metrics.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -4,6 +4,7 @@
 use metrics::{Counter, Gauge, Histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use super::cause::Cause;
 use crate::message::Transport;
 
 /// Latencies from 50 µs to 10 s, about three buckets per factor of ten.
@@ -86,6 +87,10 @@ impl Metrics {
             describe_gauge!("headgate_log_next_offset", "The offset that the next record will get");
             describe_gauge!("headgate_log_first_offset", "The oldest offset in the log");
             describe_gauge!("headgate_log_bytes", Unit::Bytes, "What the log takes on disk");
+            describe_counter!(
+                "headgate_log_lost_records_total",
+                "Records that are lost to damage of the log and were passed over (log.accept_corruption)"
+            );
             describe_gauge!("headgate_storage_cursor", "The first offset that is not stored yet");
             describe_gauge!("headgate_egress_cursor", "The first offset that is not on the NATS stream yet");
             describe_gauge!("headgate_egress_lag_records", "Records that are not on the NATS stream yet");
@@ -95,7 +100,7 @@ impl Metrics {
                 "Records that will not be on the NATS stream, by reason: topic, size, or gone from the log"
             );
             describe_gauge!("headgate_keys", "Live API keys");
-            let all = [Transport::Mqtt, Transport::Http, Transport::Nats].map(Transport::as_str);
+            let all = Transport::ALL.map(Transport::as_str);
             (
                 all.map(|t| metrics::counter!("headgate_accepted_total", "transport" => t)),
                 all.map(|t| metrics::counter!("headgate_accepted_bytes_total", "transport" => t)),
@@ -143,9 +148,9 @@ impl Metrics {
     }
 
     /// Counts a refused message or connection, for [`Refusals::note`](super::refusals::Refusals::note).
-    pub(super) fn count_refused(&self, transport: Transport, cause: &'static str) {
+    pub(super) fn count_refused(&self, transport: Transport, cause: Cause) {
         metrics::with_local_recorder(&self.recorder, || {
-            metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause)
+            metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause.name())
                 .increment(1);
         });
     }

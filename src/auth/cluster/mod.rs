@@ -23,7 +23,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use headgate_bridge_nats::kv::{KvPut, KvUpdate, KvWatch, KvWatchProgress};
 use headgate_bridge_nats::presence::NodeReply;
-use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats, NatsError, Presence};
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats, NatsError, Presence};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -39,8 +39,6 @@ use crate::limits::{CATCH_UP_MAX, REVOCATION_WAIT_MAX};
 use crate::message::KeyId;
 
 use usage::KeyUsageCells;
-
-pub use usage::USAGE_BUCKET;
 
 /// The KV bucket of the cluster's registry.
 pub const REGISTRY_BUCKET: &str = "headgate-registry";
@@ -113,7 +111,8 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Cluster`] if JetStream cannot create the bucket, or its rows cannot be read.
     pub async fn join(nats: &Nats, replicas: usize, id: &str) -> Result<JoinedRegistry, RegistryError> {
-        let settings = KvBucketSettings { name: REGISTRY_BUCKET.to_owned(), replicas, age_max: None };
+        let (name, writes) = (REGISTRY_BUCKET.to_owned(), KvWrites::Batched);
+        let settings = KvBucketSettings { name, replicas, age_max: None, writes };
         let bucket = open_when_reachable(|| KvBucket::open(nats, &settings)).await?;
         let usages = open_when_reachable(|| async {
             // Treats every error as transient, so that it is tried again.

@@ -232,9 +232,9 @@ impl EgressFollower {
         let stream = || self.stream.clone();
         // What was stored and then deleted is not sent again, as far as this process knows of it.
         let known = self.stored.filter(|(sequence, _)| (1..=last.sequence).contains(sequence));
-        let Some((sequence, message)) = &last.message else { return Ok(known.map(|(_, next)| next)) };
+        let Some(message) = &last.message else { return Ok(known.map(|(_, next)| next)) };
         let Some(offset) = record_offset_of(message, &self.log_id) else {
-            return Err(EgressRoundError::ForeignMessage { stream: stream(), sequence: *sequence });
+            return Err(EgressRoundError::ForeignMessage { stream: stream(), sequence: message.sequence });
         };
         let log_end = self.log.next_offset();
         if offset >= log_end {

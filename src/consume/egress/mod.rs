@@ -3,7 +3,7 @@
 //!
 //! It keeps no cursor of its own. The stream's last message names its record and the log that it came
 //! from; egress resumes with the record after it, whatever was killed or restored meanwhile. The outlet
-//! ensures that nothing is stored twice, out of order or with a gap (`bridges/nats/src/outlet.rs`).
+//! ensures that nothing is stored twice, out of order or with a gap (`bridges/nats/src/outlet/`).
 //!
 //! Egress leaves out records in quarantine, and records that it cannot send: the topic is no valid
 //! subject, or the message is larger than NATS takes. It counts the latter and logs an example.
@@ -22,7 +22,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::{Nats, Outlet, OutletStreamSettings};
+use headgate_bridge_nats::stream::{JetstreamSettings, StreamPurpose};
+use headgate_bridge_nats::{Nats, Outlet};
 use tokio::sync::watch;
 
 use self::follower::EgressFollower;
@@ -83,12 +84,13 @@ impl Egress {
         log: Arc<dyn Log>,
     ) -> Result<Self, EgressError> {
         let stream = &config.nats.stream;
-        let settings = OutletStreamSettings {
+        let settings = JetstreamSettings {
             name: stream.name.clone(),
             subjects: vec![SubjectSpace::Stream.space_wildcard(), SubjectSpace::Quarantine.space_wildcard()],
             replicas: stream.replicas,
             bytes_max: config.log.retention_bytes,
             duplicate_window: EGRESS_DUPLICATE_WINDOW,
+            purpose: StreamPurpose::Copy,
         };
         let path = dir.join(LOG_ID_FILE);
         let log_id = read_or_create_log_id(&path).map_err(|error| EgressError::LogId { path, error })?;

@@ -38,9 +38,8 @@ pub(in crate::consume) fn origin_of_row(row: &Row<'_>) -> rusqlite::Result<Recor
     let unreadable = |column, error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error);
     let key_id = KeyId::parse(row.get_ref(0)?.as_str()?).map_err(|error| unreadable(0, error.into()))?;
     let name = row.get_ref(1)?.as_str()?;
-    let known = [Transport::Mqtt, Transport::Http, Transport::Nats];
-    let transport = known.into_iter().find(|transport| transport.as_str() == name);
-    let transport = transport.ok_or_else(|| unreadable(1, format!("no transport: {name}").into()))?;
+    let transport =
+        Transport::parse(name).ok_or_else(|| unreadable(1, format!("no transport: {name}").into()))?;
     Ok(RecordOrigin { key_id, transport, content_type: row.get(2)? })
 }
 

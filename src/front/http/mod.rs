@@ -19,7 +19,7 @@ mod manage;
 mod messages;
 mod presented;
 mod probes;
-pub(super) mod problem;
+mod problem;
 mod quarantine;
 mod query;
 mod refusals;
@@ -55,7 +55,6 @@ use tracing::field::display;
 use self::body::BodyLimits;
 use self::credentials::Caller;
 use self::lent::BodyLender;
-use self::problem::{Problem, ProblemKind, RefusedRequest};
 use self::server::HttpPeer;
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
@@ -64,7 +63,8 @@ use crate::consume::egress::Egress;
 use crate::consume::quarantine::QuarantineLeakRules;
 use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
-use crate::consume::subscriber::retained::RetainedStore;
+use crate::consume::subscriber::Subscribers;
+use crate::front::problem::{Problem, RefusedRequest};
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
@@ -72,6 +72,7 @@ use crate::limits::{
 };
 use crate::log::Log;
 use crate::message::{DatasourceId, Transport};
+use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::RefusalNote;
 
@@ -87,8 +88,9 @@ pub struct HttpFrontParts {
     pub query: Option<RecordsReader>,
     /// The rules for records that leaked keys let in.
     pub leaks: QuarantineLeakRules,
-    /// Retained messages: those that a leaked key let in are withheld too.
-    pub retained: RetainedStore,
+    /// Retained messages, of which those that a leaked key let in are withheld too, and the health of what
+    /// serves subscribers.
+    pub subscribers: Arc<Subscribers>,
     /// The storage consumer, if there is one.
     pub storage: Option<Arc<StorageConsumer>>,
     /// The egress consumer, which sends records to NATS, if there is one.
@@ -189,15 +191,14 @@ impl HttpFrontState {
         let limits = BodyLimits { bytes_max, setting: "", ..self.body_limits() };
         let received = body::read(&parts.headers, body, limits, &self.bodies).await?;
         serde_json::from_slice(&received.bytes).map_err(|error| {
-            Problem::new(ProblemKind::Malformed, format!("The body cannot be used: {error}."))
-                .after_body_read()
+            Problem::new(Cause::Malformed, format!("The body cannot be used: {error}.")).after_body_read()
         })
     }
 }
 
 fn no_datasource(id: &str) -> Problem {
     let id: String = id.chars().take(64).collect();
-    Problem::new(ProblemKind::NotFound, format!("There is no datasource {id:?}.")).with_cause("no_datasource")
+    Problem::new(Cause::NoDatasource, format!("There is no datasource {id:?}."))
 }
 
 /// Runs work that waits for a disk, or computes for long, on a blocking thread.
@@ -270,12 +271,12 @@ fn router(shared: Arc<HttpFrontState>) -> Router {
 }
 
 async fn no_route() -> Problem {
-    Problem::new(ProblemKind::NotFound, "There is no such path; /openapi.json lists those that there are.")
+    Problem::new(Cause::NotFound, "There is no such path; /openapi.json lists those that there are.")
 }
 
 async fn no_method(method: Method) -> Problem {
     Problem::new(
-        ProblemKind::MethodNotAllowed,
+        Cause::MethodNotAllowed,
         format!("{method} is not allowed here; the Allow header says what is."),
     )
 }
@@ -329,7 +330,7 @@ async fn request_middleware(
         let route = route.as_ref().map_or("-", MatchedPath::as_str);
         let status = response.status().as_u16();
         let (peer, key_id) = (peer.as_ref().map(|peer| display(peer.addr)), key_id.map(display));
-        debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
+        debug!(peer, %method, route, status, cause = cause.name(), key_id, "an HTTP request was refused");
     }
     let unread = refused.is_some_and(|refused| !refused.body_read);
     if let Some(lender) = lender
@@ -381,6 +382,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::observe::cause::ProblemKind;
 
     fn described() -> Value {
         serde_json::from_str(include_str!("openapi.json")).expect("openapi.json is JSON")
@@ -406,7 +408,7 @@ mod tests {
         let openapi = described();
         let listed = openapi["components"]["schemas"]["Problem"]["properties"]["type"]["enum"].clone();
         let listed: Vec<String> = serde_json::from_value(listed).expect("a list of types");
-        let all = ProblemKind::ALL.map(|kind| format!("/problems/{}", kind.spec().1));
-        assert_eq!(listed, all);
+        let all = ProblemKind::ALL.iter().map(|kind| format!("/problems/{}", kind.slug()));
+        assert_eq!(listed, all.collect::<Vec<_>>());
     }
 }

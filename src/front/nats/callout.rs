@@ -27,6 +27,7 @@ use crate::config::{self, ConfigError};
 use crate::intake::Intake;
 use crate::limits::NATS_SUBSCRIPTIONS_MAX;
 use crate::message::{Transport, now_micros};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 
 /// The only denial text for a bad key: it does not say what is wrong with the key.
@@ -180,7 +181,7 @@ impl CalloutAuthorizer for KeyCalloutAuthorizer {
         let address = visitor.host.parse().unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         if !NATS_CLIENT_KINDS.contains(&visitor.kind.as_str()) {
             let words = "only a client may present an API key, not another server";
-            let note = RefusalNote::new(Transport::Nats, "connection_type", &words);
+            let note = RefusalNote::new(Transport::Nats, Cause::ConnectionType, &words);
             let client = visitor.name.as_str();
             self.intake.refusals().note(RefusalNote { address: Some(address), client, ..note });
             debug!(%address, "refused a NATS server that connects as a client");
@@ -248,10 +249,10 @@ impl KeyCalloutAuthorizer {
         let key_id = key_id.as_ref().map(display);
         // A flood of bad keys must not flood the log.
         if let GrantDenial::TooManyFailures { .. } = denied {
-            debug!(%address, cause = denied.cause(), "refused a NATS client");
+            debug!(%address, cause = denied.cause().name(), "refused a NATS client");
             return CalloutVerdict::Deny(denied.to_string());
         }
-        info!(%address, cause = denied.cause(), key_id, why = %denied, "refused a NATS client");
+        info!(%address, cause = denied.cause().name(), key_id, why = %denied, "refused a NATS client");
         CalloutVerdict::Deny(KEY_DENIAL_TEXT.to_owned())
     }
 }

@@ -17,8 +17,8 @@ use tokio::time::sleep_until;
 use tracing::{debug, warn};
 
 use super::JetstreamLogShared;
-use super::message::{ParsedTimeCache, decode_message};
 use super::own::OwnRun;
+use crate::log::nats_message::{ParsedTimeCache, decode_record};
 use crate::log::{Batch, Section};
 use crate::message::Offset;
 
@@ -239,7 +239,7 @@ pub(super) fn gather_batches(
         }
         next = message.sequence + 1;
         let begins = sections.is_empty();
-        if decode_message(message, &mut last_time, &mut sections) {
+        if decode_record(message, &mut last_time, &mut sections) {
             if begins {
                 first = message.sequence;
                 if first > said {

@@ -219,9 +219,8 @@ fn is_empty(connection: &Connection) -> rusqlite::Result<bool> {
 /// The message in a row of [`SELECT_RETAINED_MESSAGE`].
 pub(super) fn retained_message_of_row(row: &Row<'_>) -> rusqlite::Result<RetainedMessage> {
     let name = row.get_ref(5)?.as_str()?;
-    let known = [Transport::Mqtt, Transport::Http, Transport::Nats];
-    let transport = known.into_iter().find(|transport| transport.as_str() == name);
-    let transport = transport.ok_or_else(|| FromSqlError::Other(format!("no transport: {name}").into()))?;
+    let transport =
+        Transport::parse(name).ok_or_else(|| FromSqlError::Other(format!("no transport: {name}").into()))?;
     Ok(RetainedMessage {
         offset: offset_from_sql(row.get(0)?),
         datasource: row.get(1)?,
