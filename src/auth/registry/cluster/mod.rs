@@ -32,6 +32,7 @@ mod follower;
 mod join;
 mod usage;
 
+#[cfg(feature = "testing")]
 pub use bucket::REGISTRY_BUCKET;
 pub use follower::RegistryFollower;
 pub use join::JoinedRegistry;
