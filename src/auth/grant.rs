@@ -57,23 +57,6 @@ pub enum GrantDenial {
     },
 }
 
-impl GrantDenial {
-    /// A label for metrics and logs, whose meaning never changes.
-    pub fn cause(&self) -> &'static str {
-        match self {
-            GrantDenial::NoKey => "no_key",
-            GrantDenial::Malformed => "malformed_key",
-            GrantDenial::Unknown => "unknown_key",
-            GrantDenial::Revoked => "revoked_key",
-            GrantDenial::Expired => "expired_key",
-            GrantDenial::TooManyFailures { .. } => "too_many_failures",
-            GrantDenial::Ambiguous => "ambiguous_key",
-            GrantDenial::OtherDatasource { .. } => "other_datasource",
-            GrantDenial::MissingScope { .. } => "missing_scope",
-        }
-    }
-}
-
 impl Grant {
     /// The grant of a key that has been looked up.
     pub(super) fn new(key: Arc<Key>) -> Self {

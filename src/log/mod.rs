@@ -45,6 +45,7 @@ mod assembly;
 mod disk;
 mod embedded;
 mod jetstream;
+pub mod nats_message;
 mod recovery;
 mod retention;
 mod segment;
@@ -62,23 +63,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headgate_format::log::{batch, frame, once, section};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 pub use embedded::EmbeddedLog;
-pub use headgate_format::log::batch::{Batch, BatchReader, RecordPlace, Records, SectionRef};
+pub use headgate_format::log::batch::{Batch, RecordPlace};
 pub use headgate_format::log::note::{QuarantineReason, RecordNote};
 pub use headgate_format::log::offsets::Offsets;
 pub use headgate_format::log::once::OnceId;
 pub use headgate_format::log::section::Section;
 pub use jetstream::{
-    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
-    SharedRecords, headers_of_record,
+    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces, SharedRecords,
 };
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
 
 use crate::message::{Offset, TimeMicros};
 use crate::subject::SubjectError;
+use crate::trouble::TroubleCell;
 
 /// The future of a log operation that has to wait.
 pub type LogFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -157,9 +158,6 @@ pub trait Log: Send + Sync {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Watches [`Log::next_offset`].
-    fn subscribe(&self) -> watch::Receiver<Offset>;
-
     /// Reads batches, starting with the one that holds `from`: about `bytes_max` bytes, at least one
     /// batch, none at the end. The first may begin below `from`, or above it where records are missing.
     /// A batch without records says that there are none below its first offset. Blocks on the disk or
@@ -210,11 +208,22 @@ pub trait Log: Send + Sync {
         0
     }
 
+    /// How many records are lost to damage of the log's files, as far as this process has seen; they were
+    /// skipped because `log.accept_corruption` allows it. 0 where others keep the files.
+    fn lost_records(&self) -> u64 {
+        0
+    }
+
     /// Why nothing can be appended now; `None` if appends work.
     fn trouble(&self) -> Option<String>;
 
     /// Stops taking appends, commits the waiting ones, and ends.
     fn close(&self) -> LogFuture<'_, ()>;
+}
+
+/// The trouble of a log that takes no records.
+fn log_trouble() -> TroubleCell {
+    TroubleCell::new("the log takes no records; clients are held back", "the log takes records again")
 }
 
 /// A record that is larger than a log takes.

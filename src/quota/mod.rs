@@ -153,11 +153,6 @@ impl Meters {
         Self::new(owner, limits)
     }
 
-    /// The limits.
-    pub fn limits(&self) -> &QuotaLimits {
-        &self.limits
-    }
-
     /// Marks that other meters replace these: messages that are held back are checked against those.
     pub fn mark_replaced(&self) {
         self.replaced.cancel();
@@ -401,9 +396,9 @@ mod tests {
     #[test]
     fn limits_that_cannot_be_read_limit_nothing() {
         for text in ["", "{", "{\"speed\": 1}"] {
-            assert!(Meters::from_text(LimitOwner::Key(KEY), Some(text)).limits().is_empty(), "{text}");
+            assert!(Meters::from_text(LimitOwner::Key(KEY), Some(text)).limits.is_empty(), "{text}");
         }
-        assert!(!Meters::from_text(LimitOwner::Key(KEY), Some("{\"topics\": 1}")).limits().is_empty());
+        assert!(!Meters::from_text(LimitOwner::Key(KEY), Some("{\"topics\": 1}")).limits.is_empty());
     }
 
     #[test]

@@ -13,8 +13,8 @@
 //!
 //! **In a cluster** the database is only in memory ([`RegistryDatabase::in_memory`]), a copy that every node has.
 //!
-//! **Format.** `user_version` is the version of the format, [`REGISTRY_FILE_FORMAT`]. A file of an older version is
-//! migrated step by step, in one transaction.
+//! **Format.** `user_version` is the version of the format. A file of an older version is migrated step by step, in
+//! one transaction.
 //!
 //! ```sql
 //! datasources (id TEXT, name TEXT, created_at INTEGER, limits TEXT, schemas TEXT)
@@ -35,23 +35,27 @@
 //! `leaks` has every rule about the records of a leaked key that was ever made, see
 //! [`LeakRow`](super::leak_rules::LeakRow); versions count from 1 and nothing is deleted.
 
-use std::fs::{self, File, OpenOptions, Permissions};
-use std::io;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rusqlite::types::FromSql;
-use rusqlite::{Connection, ErrorCode, OpenFlags};
+use rusqlite::Connection;
 
-use super::error::RegistryError;
+use super::error::{REGISTRY_FILE_NAME, RegistryError};
 use super::replica::{RegistryReplica, RegistryRevision};
 use super::rows::RegistryRow;
 use super::transaction::RegistryTransaction;
+use crate::sqlite::SqliteProfile;
 
-/// The version of the format that this code writes. Older versions are migrated.
-const REGISTRY_FILE_FORMAT: i64 = REGISTRY_MIGRATIONS.len() as i64;
+const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
+    migrations: &REGISTRY_MIGRATIONS,
+    is_exclusive: true,
+    is_private: true,
+    is_checked: true,
+    open_lock_wait_max: Duration::from_secs(1),
+    lock_wait_max: Duration::from_secs(1),
+    ..SqliteProfile::SHARED
+};
 
 /// One migration from each version to the next; the first starts from an empty file.
 const REGISTRY_MIGRATIONS: [&str; 3] = [
@@ -119,34 +123,16 @@ impl RegistryDatabase {
     /// Opens or creates `dir/registry.db`, readable by its owner only, and checks its version and its
     /// pages.
     pub(super) fn open(dir: &Path) -> Result<Self, RegistryError> {
-        let path = dir.join("registry.db");
-        create_private(dir, &path)
-            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
-        let connection = connect(&path).map_err(|error| start_error(error, &path))?;
-        let mut database = Self { connection, path, replica: None, applied: 0 };
-        let version = database.pragma::<i64>("user_version")?;
-        if version > REGISTRY_FILE_FORMAT {
-            return Err(RegistryError::Newer { path: database.path, version, known: REGISTRY_FILE_FORMAT });
-        }
-        let pages: String = database.pragma("quick_check")?;
-        if pages != "ok" {
-            return Err(RegistryError::Damaged { path: database.path, detail: pages });
-        }
-        if let Ok(steps) = usize::try_from(version)
-            && steps < REGISTRY_MIGRATIONS.len()
-        {
-            database.migrate(&REGISTRY_MIGRATIONS[steps..])?;
-        }
-        Ok(database)
+        let path = dir.join(REGISTRY_FILE_NAME);
+        let connection = REGISTRY_DATABASE.open(&path)?;
+        Ok(Self { connection, path, replica: None, applied: 0 })
     }
 
     /// An in-memory database for a node of a cluster, whose durable registry is the bucket.
     pub(super) fn in_memory() -> Result<Self, RegistryError> {
-        let connection = Connection::open_in_memory()?;
+        let connection = REGISTRY_DATABASE.open_in_memory()?;
         let path = PathBuf::from("the cluster's registry");
-        let mut database = Self { connection, path, replica: None, applied: 0 };
-        database.migrate(&REGISTRY_MIGRATIONS)?;
-        Ok(database)
+        Ok(Self { connection, path, replica: None, applied: 0 })
     }
 
     /// Publishes every later change to the cluster before it is committed.
@@ -185,24 +171,10 @@ impl RegistryDatabase {
         self.applied = self.applied.max(revision);
     }
 
-    fn migrate(&mut self, steps: &[&str]) -> Result<(), rusqlite::Error> {
-        let change = self.connection.transaction()?;
-        for step in steps {
-            change.execute_batch(step)?;
-        }
-        change.pragma_update(None, "user_version", REGISTRY_FILE_FORMAT)?;
-        change.commit()
-    }
-
     /// Begins a change, which takes effect when it is committed.
     pub(super) fn begin(&mut self) -> Result<RegistryTransaction<'_>, RegistryError> {
         let transaction = self.connection.transaction()?;
         Ok(RegistryTransaction::new(transaction, self.replica.as_deref(), &mut self.applied))
-    }
-
-    fn pragma<T: FromSql>(&self, name: &str) -> Result<T, RegistryError> {
-        let value = self.connection.pragma_query_value(None, name, |row| row.get(0));
-        value.map_err(|error| start_error(error, &self.path))
     }
 
     /// Makes every change fail as on a failed disk, or succeed again.
@@ -212,51 +184,17 @@ impl RegistryDatabase {
     }
 }
 
-/// Creates an empty file if there is none, so that others can never read it, not even for a moment.
-/// SQLite gives its WAL files the same mode.
-fn create_private(dir: &Path, path: &Path) -> io::Result<()> {
-    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-        // The directory entry has to be durable as well as the contents.
-        Ok(_) => File::open(dir)?.sync_all(),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            fs::set_permissions(path, Permissions::from_mode(0o600))
-        }
-        Err(error) => Err(error),
-    }
-}
-
-fn connect(path: &Path) -> rusqlite::Result<Connection> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(path, flags)?;
-    // Another program may be reading the file at this moment.
-    connection.busy_timeout(Duration::from_secs(1))?;
-    connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
-    connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
-    connection.pragma_update(None, "synchronous", "FULL")?;
-    // Takes the exclusive lock, which is held from then on.
-    connection.execute_batch("BEGIN EXCLUSIVE; COMMIT")?;
-    Ok(connection)
-}
-
-/// Translates an error of SQLite for an operator who starts a gateway.
-pub(super) fn start_error(error: rusqlite::Error, path: &Path) -> RegistryError {
-    match error.sqlite_error_code() {
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
-            RegistryError::InUse { path: path.to_owned() }
-        }
-        // No code: the pages are intact, but hold something that Headgate never writes.
-        None | Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-            RegistryError::Damaged { path: path.to_owned(), detail: error.to_string() }
-        }
-        Some(_) => RegistryError::Database(error),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    use rusqlite::types::Value;
+
     use super::*;
     use crate::auth::{Actor, ApiKey, Registry, Scope, Scopes};
     use crate::message::{DatasourceId, KeyId};
+    use crate::sqlite::SqliteError;
 
     fn written_by_hand(dir: &Path, sql: &str) {
         let connection = Connection::open(dir.join("registry.db")).expect("opens");
@@ -284,8 +222,9 @@ mod tests {
     fn a_change_is_synced_before_it_counts() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let database = RegistryDatabase::open(dir.path()).expect("opens");
-        assert_eq!(database.pragma::<String>("journal_mode").expect("set"), "wal");
-        assert_eq!(database.pragma::<i64>("synchronous").expect("set"), 2, "2 is FULL");
+        let set = |name| database.connection.pragma_query_value(None, name, |row| row.get::<_, Value>(0));
+        assert_eq!(set("journal_mode").expect("set"), Value::Text("wal".to_owned()));
+        assert_eq!(set("synchronous").expect("set"), Value::Integer(2), "2 is FULL");
     }
 
     #[test]
@@ -294,7 +233,7 @@ mod tests {
         let path = dir.path().join("registry.db");
         let first = RegistryDatabase::open(dir.path()).expect("opens");
         let second = RegistryDatabase::open(dir.path()).err().expect("the first one holds it");
-        assert!(matches!(second, RegistryError::InUse { .. }), "{second}");
+        assert!(matches!(second, RegistryError::Database(SqliteError::Busy { .. })), "{second}");
         assert!(second.to_string().contains(&path.display().to_string()), "{second}");
         drop(first);
         assert!(RegistryDatabase::open(dir.path()).is_ok());
@@ -306,7 +245,10 @@ mod tests {
         drop(RegistryDatabase::open(dir.path()).expect("opens"));
         written_by_hand(dir.path(), "PRAGMA user_version = 4");
         let error = RegistryDatabase::open(dir.path()).err().expect("newer");
-        assert!(matches!(error, RegistryError::Newer { version: 4, known: 3, .. }), "{error}");
+        assert!(
+            matches!(error, RegistryError::Database(SqliteError::Newer { version: 4, known: 3, .. })),
+            "{error}"
+        );
         let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
         assert_eq!(version(&connection), 4);
     }
@@ -320,7 +262,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         fs::write(dir.path().join("registry.db"), b"").expect("written");
         let database = RegistryDatabase::open(dir.path()).expect("opens");
-        assert_eq!(version(&database.connection), REGISTRY_FILE_FORMAT);
+        assert_eq!(version(&database.connection), REGISTRY_DATABASE.newest_version());
     }
 
     #[test]
@@ -351,7 +293,7 @@ mod tests {
         for damaged in [torn, no_database, sound[..sound.len() - 4096].to_vec()] {
             fs::write(&path, damaged).expect("written");
             let error = Registry::open(dir.path()).expect_err("damaged");
-            assert!(matches!(error, RegistryError::Damaged { .. }), "{error}");
+            assert!(matches!(error, RegistryError::Database(SqliteError::Damaged { .. })), "{error}");
             assert!(error.to_string().contains(&path.display().to_string()), "{error}");
         }
         fs::write(&path, sound).expect("written");
@@ -373,7 +315,7 @@ mod tests {
         ] {
             written_by_hand(dir.path(), change);
             let error = Registry::open(dir.path()).expect_err("makes no sense");
-            assert!(matches!(error, RegistryError::Damaged { .. }), "{error}");
+            assert!(matches!(error, RegistryError::Database(SqliteError::Damaged { .. })), "{error}");
             assert!(error.to_string().contains(named), "{error}");
         }
     }

@@ -1,8 +1,12 @@
 //! What the registry says when an operation fails.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use crate::message::DatasourceId;
+use crate::sqlite::SqliteError;
+
+/// The file's name in the data directory.
+pub(super) const REGISTRY_FILE_NAME: &str = "registry.db";
 
 /// Why an operation of the registry failed. Nothing has then changed.
 #[derive(Debug, thiserror::Error)]
@@ -22,37 +26,6 @@ pub enum RegistryError {
     /// The id, name, label or set of scopes cannot be used.
     #[error("{0}")]
     InvalidName(String),
-    /// A newer Headgate wrote the file.
-    #[error(
-        "registry: {} has format {version} and this Headgate reads up to {known}: start the newer one",
-        path.display()
-    )]
-    Newer {
-        /// The file.
-        path: PathBuf,
-        /// The file's format.
-        version: i64,
-        /// The newest format that this version reads.
-        known: i64,
-    },
-    /// The file is not what Headgate wrote.
-    #[error(
-        "registry: {} is damaged ({detail}): restore it from a backup, or move it away and create \
-         datasources and keys again",
-        path.display()
-    )]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        detail: String,
-    },
-    /// Another process has the file open.
-    #[error("registry: {} is in use by another process: is a gateway already running?", path.display())]
-    InUse {
-        /// The file.
-        path: PathBuf,
-    },
     /// Changes of other cluster nodes came first at every attempt. Transient: try again.
     #[error("registry: other nodes of the cluster are changing it at this moment")]
     Overtaken,
@@ -66,10 +39,16 @@ pub enum RegistryError {
     /// The cluster's registry cannot be used as it is.
     #[error("registry: {0}")]
     Cluster(String),
-    /// An error of SQLite.
+    /// The database could not be opened, read or written.
     #[error("registry: {0}")]
-    Database(#[from] rusqlite::Error),
+    Database(#[from] SqliteError),
     /// An error of the file system.
     #[error("registry: {0}")]
     Io(#[from] std::io::Error),
+}
+
+impl From<rusqlite::Error> for RegistryError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Database(SqliteError::from_sqlite(&error, Path::new(REGISTRY_FILE_NAME)))
+    }
 }

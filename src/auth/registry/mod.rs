@@ -81,8 +81,7 @@ impl Registry {
     /// directory must exist.
     ///
     /// # Errors
-    /// [`RegistryError::Newer`], [`RegistryError::Damaged`] or [`RegistryError::InUse`], each naming
-    /// the file; [`RegistryError::Io`] or [`RegistryError::Database`] if it cannot be read or made.
+    /// [`RegistryError::Database`], which names the file.
     pub fn open(dir: &Path) -> Result<Self, RegistryError> {
         let mut database = RegistryDatabase::open(dir)?;
         quarantine_file::move_into_registry(dir, &mut database)?;
@@ -155,11 +154,13 @@ impl Registry {
     }
 
     /// The key with this digest, unless it is revoked; it may have expired.
+    #[cfg(any(test, feature = "testing"))]
     pub fn find(&self, digest: &Digest) -> Option<Arc<Key>> {
         self.live.find(digest)
     }
 
     /// Whether a key with this digest existed and was revoked.
+    #[cfg(any(test, feature = "testing"))]
     pub fn was_revoked(&self, digest: &Digest) -> bool {
         matches!(self.look_up(digest), Some(KeyLookup::Revoked))
     }

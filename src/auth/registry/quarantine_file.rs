@@ -9,24 +9,39 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rusqlite::Connection;
 use rusqlite::types::FromSqlError;
-use rusqlite::{Connection, OpenFlags};
 
-use super::database::{RegistryDatabase, start_error};
+use super::database::RegistryDatabase;
 use super::error::RegistryError;
 use super::leak_rules::{LeakRow, parse_owner};
 use crate::message::KeyId;
+use crate::sqlite::{SqliteError, SqliteProfile};
 
 /// The file's name in the data directory.
 const QUARANTINE_FILE_NAME: &str = "quarantine.db";
-/// The only format that the file ever had.
-const QUARANTINE_FILE_FORMAT: i64 = 1;
+
+/// The one format that the file ever had. It is opened for writing: what a killed gateway left in the write-ahead
+/// log has to be read too.
+const QUARANTINE_DATABASE: SqliteProfile = SqliteProfile {
+    migrations: &["
+        CREATE TABLE changes (
+            version    INTEGER PRIMARY KEY,
+            datasource TEXT NOT NULL,
+            key_id     BLOB NOT NULL,
+            since_us   INTEGER,
+            below      INTEGER,
+            made_us    INTEGER NOT NULL
+        ) STRICT;
+    "],
+    is_exclusive: true,
+    ..SqliteProfile::SHARED
+};
 
 /// Moves the rules of `dir/quarantine.db` into the registry, and removes the file. Does nothing without one.
 ///
 /// # Errors
-/// [`RegistryError::Newer`], [`RegistryError::Damaged`] or [`RegistryError::InUse`], each naming the file;
-/// [`RegistryError::Database`] or [`RegistryError::Io`] if it cannot be read or removed.
+/// [`RegistryError::Database`], which names the file; [`RegistryError::Io`] if it cannot be removed.
 pub(super) fn move_into_registry(dir: &Path, database: &mut RegistryDatabase) -> Result<(), RegistryError> {
     let path = dir.join(QUARANTINE_FILE_NAME);
     if !path.exists() {
@@ -41,25 +56,9 @@ pub(super) fn move_into_registry(dir: &Path, database: &mut RegistryDatabase) ->
 }
 
 /// All rules of the file, in the order of their versions.
-fn read_rules(path: &Path) -> Result<Vec<(u64, LeakRow)>, RegistryError> {
-    let failed = |error| start_error(error, path);
-    // May write: what a killed gateway left in the write-ahead log has to be read too.
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(path, flags).map_err(failed)?;
-    let version = connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed)?;
-    let is_empty = "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)";
-    match version {
-        QUARANTINE_FILE_FORMAT => select_rules(&connection).map_err(failed),
-        // A gateway was killed as it made the file.
-        0 if connection.query_row(is_empty, [], |row| row.get(0)).map_err(failed)? => Ok(Vec::new()),
-        0 => {
-            let detail = "it is an SQLite database that Headgate has not made".to_owned();
-            Err(RegistryError::Damaged { path: path.to_owned(), detail })
-        }
-        version => {
-            Err(RegistryError::Newer { path: path.to_owned(), version, known: QUARANTINE_FILE_FORMAT })
-        }
-    }
+fn read_rules(path: &Path) -> Result<Vec<(u64, LeakRow)>, SqliteError> {
+    let connection = QUARANTINE_DATABASE.open(path)?;
+    select_rules(&connection).map_err(|error| SqliteError::from_sqlite(&error, path))
 }
 
 fn select_rules(connection: &Connection) -> rusqlite::Result<Vec<(u64, LeakRow)>> {
@@ -109,20 +108,10 @@ mod tests {
 
     /// The rules of a file that an earlier version made; its last one is in the write-ahead log only.
     fn with_file(dir: &Path) -> Vec<(u64, LeakRow)> {
-        let connection = Connection::open(dir.join(QUARANTINE_FILE_NAME)).expect("opens");
+        let connection = QUARANTINE_DATABASE.open(&dir.join(QUARANTINE_FILE_NAME)).expect("opens");
         let made = connection.execute_batch(
-            "PRAGMA journal_mode = WAL;
-             CREATE TABLE changes (
-                 version    INTEGER PRIMARY KEY,
-                 datasource TEXT NOT NULL,
-                 key_id     BLOB NOT NULL,
-                 since_us   INTEGER,
-                 below      INTEGER,
-                 made_us    INTEGER NOT NULL
-             ) STRICT;
-             INSERT INTO changes VALUES (1, 'press-4', x'010101010101', 7, 5, 100),
+            "INSERT INTO changes VALUES (1, 'press-4', x'010101010101', 7, 5, 100),
                                         (2, '*', x'020202020202', 8, 6, 101);
-             PRAGMA user_version = 1;
              PRAGMA wal_checkpoint(TRUNCATE);
              INSERT INTO changes VALUES (3, 'press-4', x'010101010101', NULL, NULL, 102);",
         );
@@ -219,20 +208,26 @@ mod tests {
         let text = "this is no database, and long enough to be seen not to be one".repeat(20);
         fs::write(&path, &text).expect("written");
         let error = Registry::open(dir.path()).expect_err("no database");
-        assert!(matches!(error, RegistryError::Damaged { .. }), "{error}");
+        assert!(matches!(error, RegistryError::Database(SqliteError::Damaged { .. })), "{error}");
         assert!(error.to_string().contains("quarantine.db"), "{error}");
         assert_eq!(fs::read(&path).expect("there"), text.as_bytes());
 
         fs::remove_file(&path).expect("removed");
         Connection::open(&path).expect("made").execute_batch("CREATE TABLE mine (x)").expect("runs");
         let error = Registry::open(dir.path()).expect_err("not Headgate's");
-        assert!(matches!(error, RegistryError::Damaged { .. }) && path.exists(), "{error}");
+        assert!(
+            matches!(error, RegistryError::Database(SqliteError::Foreign { .. })) && path.exists(),
+            "{error}"
+        );
 
         fs::remove_file(&path).expect("removed");
         with_file(dir.path());
         Connection::open(&path).expect("opens").pragma_update(None, "user_version", 2).expect("set");
         let error = Registry::open(dir.path()).expect_err("newer");
-        assert!(matches!(error, RegistryError::Newer { version: 2, known: 1, .. }), "{error}");
+        assert!(
+            matches!(error, RegistryError::Database(SqliteError::Newer { version: 2, known: 1, .. })),
+            "{error}"
+        );
         assert!(path.exists());
     }
 }

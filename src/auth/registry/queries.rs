@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, params};
 use serde_json::value::RawValue;
 
 use super::audit::{AuditEntry, AuditQuery};
-use super::database::{RegistryDatabase, start_error};
+use super::database::RegistryDatabase;
 use super::datasource::Datasource;
 use super::error::RegistryError;
 use super::key::Rotation;
@@ -17,6 +17,7 @@ use super::setting::JsonSetting;
 use super::usage::KeyUsage;
 use crate::auth::scope::Scopes;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
+use crate::sqlite::SqliteError;
 
 /// One row of `keys`.
 pub(super) struct StoredKey<'a> {
@@ -52,7 +53,7 @@ impl RegistryDatabase {
             }
             Ok(())
         };
-        read_all().map_err(|error| start_error(error, &self.path))
+        read_all().map_err(|error| SqliteError::from_sqlite(&error, &self.path).into())
     }
 
     /// The number of datasources.
@@ -67,7 +68,7 @@ impl RegistryDatabase {
 
     fn count(&self, select: &str) -> Result<usize, RegistryError> {
         let count = self.connection.query_row(select, [], |row| row.get::<_, i64>(0));
-        let count = count.map_err(|error| start_error(error, &self.path))?;
+        let count = count.map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         Ok(usize::try_from(count).expect("a count is not negative"))
     }
 
@@ -109,7 +110,7 @@ impl RegistryDatabase {
             }
             Ok(())
         };
-        read_all().map_err(|error| start_error(error, &self.path))
+        read_all().map_err(|error| SqliteError::from_sqlite(&error, &self.path).into())
     }
 
     /// Whether a key with this id exists or existed.
@@ -191,7 +192,7 @@ impl RegistryDatabase {
                 .query_map([], |row| Ok((row.get::<_, i64>(0)?.cast_unsigned(), LeakRow::from_sql(row)?)))?;
             rules.collect::<rusqlite::Result<_>>()
         };
-        read_all().map_err(|error| start_error(error, &self.path))
+        read_all().map_err(|error| SqliteError::from_sqlite(&error, &self.path).into())
     }
 }
 

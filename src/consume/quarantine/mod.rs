@@ -10,4 +10,4 @@ pub mod leaks;
 pub mod page;
 
 pub use leaks::QuarantineLeakRules;
-pub use page::{QuarantineCause, QuarantinePage, QuarantineQuery, QuarantinedRecord};
+pub use page::QuarantineQuery;

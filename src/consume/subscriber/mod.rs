@@ -12,18 +12,16 @@ pub mod retained;
 pub mod router;
 pub mod sessions;
 
-pub(in crate::consume) mod database;
+mod matched;
 mod trie;
 
 #[cfg(test)]
 mod tests;
 
-pub use database::DatabaseError;
-pub use feed::{FeedItem, FilterHit, MatchedRecords, SubscriberFeed};
-pub use group::{
-    ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
-};
+pub use feed::{FeedItem, SubscriberFeed};
+pub use group::{ClusterShareGroups, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember};
 pub use mailbox::Mailbox;
+pub use matched::MatchedRecords;
 pub use router::Router;
 
 use std::sync::Arc;

@@ -13,12 +13,13 @@ use serde_json::Value;
 
 use super::connect::ConnectLines;
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, PathParameters, limits, run_blocking};
 use crate::auth::usage::{KeyClientUse, KeyUsage};
 use crate::auth::{ApiKey, Key, NewKey, Scope, Scopes};
+use crate::front::problem::Problem;
 use crate::limits::{GRACE_DEFAULT_S, GRACE_S_MAX, USAGE_KEYS_PER_CHANGE};
 use crate::message::{DatasourceId, KeyId, Offset, now_micros};
+use crate::observe::cause::Cause;
 use crate::quota::QuotaLimits;
 use crate::time::{Rfc3339, parse_time};
 
@@ -153,10 +154,10 @@ impl RotateKeyRequest {
         let seconds = self.grace_seconds.unwrap_or(GRACE_DEFAULT_S);
         let problem = if self.undo && self.grace_seconds.is_some() {
             let words = "grace_seconds cannot be given together with undo.";
-            Problem::new(ProblemKind::Malformed, words)
+            Problem::new(Cause::Malformed, words)
         } else if seconds > GRACE_S_MAX {
             let words = format!("grace_seconds is {seconds}: it has to be {GRACE_S_MAX} at most.");
-            Problem::new(ProblemKind::Malformed, words).with("limit", GRACE_S_MAX)
+            Problem::new(Cause::Malformed, words).with("limit", GRACE_S_MAX)
         } else {
             return Ok(Duration::from_secs(seconds));
         };
@@ -219,7 +220,7 @@ pub(super) async fn create(
             let time = parse_time(&text).filter(|&time| time > now_micros());
             Some(time.ok_or_else(|| {
                 let words = "expires_at has to be a future RFC 3339 time such as 2027-01-31T12:00:00Z.";
-                Problem::new(ProblemKind::Malformed, words).with("pointer", "/expires_at").after_body_read()
+                Problem::new(Cause::Malformed, words).with("pointer", "/expires_at").after_body_read()
             })?)
         }
     };
@@ -325,7 +326,7 @@ pub(super) async fn revoke(
 }
 
 fn no_key_problem(key_id: KeyId) -> Problem {
-    Problem::new(ProblemKind::NotFound, format!("There is no key {key_id} here.")).with_cause("no_key_id")
+    Problem::new(Cause::NoKeyId, format!("There is no key {key_id} here."))
 }
 
 /// The owner of the keys that a path names: an existing datasource, or all of them (`*`).

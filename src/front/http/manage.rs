@@ -15,10 +15,10 @@ use serde_json::Value;
 use super::connect::ConnectLines;
 use super::credentials::Caller;
 use super::keys::NewKeyView;
-use super::problem::Problem;
 use super::{HttpFrontState, PathParameters, limits, run_blocking, schema};
 use crate::auth::{Datasource, NewDatasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
+use crate::front::problem::Problem;
 use crate::message::DatasourceId;
 use crate::quota::QuotaLimits;
 

@@ -19,7 +19,7 @@ mod manage;
 mod messages;
 mod presented;
 mod probes;
-pub(super) mod problem;
+mod problem;
 mod quarantine;
 mod query;
 mod refusals;
@@ -55,7 +55,6 @@ use tracing::field::display;
 use self::body::BodyLimits;
 use self::credentials::Caller;
 use self::lent::BodyLender;
-use self::problem::{Problem, ProblemKind, RefusedRequest};
 use self::server::HttpPeer;
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
@@ -64,7 +63,8 @@ use crate::consume::egress::Egress;
 use crate::consume::quarantine::QuarantineLeakRules;
 use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
-use crate::consume::subscriber::retained::RetainedStore;
+use crate::consume::subscriber::Subscribers;
+use crate::front::problem::{Problem, RefusedRequest};
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
@@ -72,8 +72,9 @@ use crate::limits::{
 };
 use crate::log::Log;
 use crate::message::{DatasourceId, Transport};
+use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
-use crate::observe::refusals::RefusalNote;
+use crate::observe::refusals::{RefusalNote, Refusals};
 
 pub use waiting::{UnreadyReason, serve_until_ready};
 
@@ -87,8 +88,9 @@ pub struct HttpFrontParts {
     pub query: Option<RecordsReader>,
     /// The rules for records that leaked keys let in.
     pub leaks: QuarantineLeakRules,
-    /// Retained messages: those that a leaked key let in are withheld too.
-    pub retained: RetainedStore,
+    /// Retained messages, of which those that a leaked key let in are withheld too, and the health of what
+    /// serves subscribers.
+    pub subscribers: Arc<Subscribers>,
     /// The storage consumer, if there is one.
     pub storage: Option<Arc<StorageConsumer>>,
     /// The egress consumer, which sends records to NATS, if there is one.
@@ -189,15 +191,14 @@ impl HttpFrontState {
         let limits = BodyLimits { bytes_max, setting: "", ..self.body_limits() };
         let received = body::read(&parts.headers, body, limits, &self.bodies).await?;
         serde_json::from_slice(&received.bytes).map_err(|error| {
-            Problem::new(ProblemKind::Malformed, format!("The body cannot be used: {error}."))
-                .after_body_read()
+            Problem::new(Cause::Malformed, format!("The body cannot be used: {error}.")).after_body_read()
         })
     }
 }
 
 fn no_datasource(id: &str) -> Problem {
     let id: String = id.chars().take(64).collect();
-    Problem::new(ProblemKind::NotFound, format!("There is no datasource {id:?}.")).with_cause("no_datasource")
+    Problem::new(Cause::NoDatasource, format!("There is no datasource {id:?}."))
 }
 
 /// Runs work that waits for a disk, or computes for long, on a blocking thread.
@@ -270,12 +271,12 @@ fn router(shared: Arc<HttpFrontState>) -> Router {
 }
 
 async fn no_route() -> Problem {
-    Problem::new(ProblemKind::NotFound, "There is no such path; /openapi.json lists those that there are.")
+    Problem::new(Cause::NotFound, "There is no such path; /openapi.json lists those that there are.")
 }
 
 async fn no_method(method: Method) -> Problem {
     Problem::new(
-        ProblemKind::MethodNotAllowed,
+        Cause::MethodNotAllowed,
         format!("{method} is not allowed here; the Allow header says what is."),
     )
 }
@@ -298,14 +299,14 @@ async fn request_middleware(
     let datasource = datasource_in(request.uri().path()).to_owned();
     let has_body = !request.body().is_end_stream();
     let http1 = request.version() < Version::HTTP_2;
-    let (head, body) = request.into_parts();
-    let (body, lender) = if has_body && !http1 {
+    // HTTP/2 carries other requests beside an unread body; HTTP/1.1 closes the connection below.
+    let (request, lender) = if has_body && !http1 {
+        let (head, body) = request.into_parts();
         let (body, lender) = BodyLender::lend(body);
-        (body, Some(lender))
+        (Request::from_parts(head, body), Some(lender))
     } else {
-        (body, None)
+        (request, None)
     };
-    let request = Request::from_parts(head, body);
     let mut response = match credentials::refuse_key_in_url(request.uri()) {
         Ok(()) => next.run(request).await,
         Err(problem) => {
@@ -315,20 +316,11 @@ async fn request_middleware(
     };
     let refused = response.extensions_mut().remove::<RefusedRequest>();
     if let Some(refused) = &refused {
-        let RefusedRequest { cause, key_id, counted, .. } = *refused;
-        if !counted {
-            shared.parts.intake.refusals().note(RefusalNote {
-                address: peer.as_ref().map(|peer| peer.addr.ip()),
-                datasource: &datasource,
-                key_id,
-                key_shape: refused.key_shape,
-                limited: refused.limited.as_deref(),
-                ..RefusalNote::new(Transport::Http, cause, &refused.words)
-            });
-        }
+        let address = peer.as_ref().map(|peer| peer.addr);
+        refused.note(shared.parts.intake.refusals(), address, &datasource);
+        let (peer, key_id) = (address.map(display), refused.key_id.map(display));
         let route = route.as_ref().map_or("-", MatchedPath::as_str);
-        let status = response.status().as_u16();
-        let (peer, key_id) = (peer.as_ref().map(|peer| display(peer.addr)), key_id.map(display));
+        let (status, cause) = (response.status().as_u16(), refused.cause.name());
         debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
     }
     let unread = refused.is_some_and(|refused| !refused.body_read);
@@ -349,6 +341,22 @@ async fn request_middleware(
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
+}
+
+impl RefusedRequest {
+    /// Counts and lists it, unless intake has done so.
+    fn note(&self, refusals: &Refusals, address: Option<SocketAddr>, datasource: &str) {
+        if !self.counted {
+            refusals.note(RefusalNote {
+                address: address.map(|address| address.ip()),
+                datasource,
+                key_id: self.key_id,
+                key_shape: self.key_shape,
+                limited: self.limited.as_deref(),
+                ..RefusalNote::new(Transport::Http, self.cause, &self.words)
+            });
+        }
+    }
 }
 
 /// The datasource that a path names, or an empty string.
@@ -381,6 +389,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::observe::cause::ProblemKind;
 
     fn described() -> Value {
         serde_json::from_str(include_str!("openapi.json")).expect("openapi.json is JSON")
@@ -406,7 +415,7 @@ mod tests {
         let openapi = described();
         let listed = openapi["components"]["schemas"]["Problem"]["properties"]["type"]["enum"].clone();
         let listed: Vec<String> = serde_json::from_value(listed).expect("a list of types");
-        let all = ProblemKind::ALL.map(|kind| format!("/problems/{}", kind.spec().1));
-        assert_eq!(listed, all);
+        let all = ProblemKind::ALL.iter().map(|kind| format!("/problems/{}", kind.slug()));
+        assert_eq!(listed, all.collect::<Vec<_>>());
     }
 }

@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::query::{self, page_limit, run_query, time_parameter};
 use super::{HttpFrontState, PathParameters, keys, run_blocking};
 use crate::auth::{AuditEvent, Scope};
@@ -25,10 +24,12 @@ use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
 use crate::consume::quarantine::page::LeakedRecords;
 use crate::consume::render::Rfc3339;
+use crate::front::problem::Problem;
 use crate::intake::RedriveOutcome;
 use crate::limits::{QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX, VALIDATION_ERRORS_MAX};
 use crate::log::{QuarantineReason, SectionOutcome};
 use crate::message::{KeyId, Offset, Transport, now_micros};
+use crate::observe::cause::Cause;
 
 /// How long a request waits until storage has caught up.
 const STORAGE_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -124,9 +125,7 @@ pub(super) async fn redrive(
     let RedriveRequest { ids, filter } = shared.read_json(request).await?;
     if ids.as_ref().is_some_and(|ids| ids.len() > QUERY_RECORDS_MAX) {
         let words = format!("One request names at most {QUERY_RECORDS_MAX} messages.");
-        return Err(Problem::new(ProblemKind::TooLarge, words)
-            .with("limit", QUERY_RECORDS_MAX)
-            .after_body_read());
+        return Err(Problem::new(Cause::TooLarge, words).with("limit", QUERY_RECORDS_MAX).after_body_read());
     }
     // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here.
     await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
@@ -232,7 +231,7 @@ pub(super) async fn quarantine_key_records(
     let since = time_parameter("since", since).map_err(Problem::after_body_read)?;
     if since.is_some() == undo || since.is_some_and(|since| since > now_micros()) {
         let words = "Give a past time as since: {\"since\": \"2026-11-23T09:00:00Z\"}; or {\"undo\": true}.";
-        return Err(Problem::new(ProblemKind::Malformed, words).with("pointer", "/since").after_body_read());
+        return Err(Problem::new(Cause::Malformed, words).with("pointer", "/since").after_body_read());
     }
     let (for_change, of, actor) = (shared.clone(), datasource.clone(), caller.actor());
     let version = run_blocking(move || {
@@ -252,7 +251,7 @@ pub(super) async fn quarantine_key_records(
     });
     let version = version.await.map_err(Problem::after_body_read)?;
     tracing::warn!(%datasource, %key_id, undo, "what a key let in was put into quarantine, or taken out");
-    wait_for_storage(shared.parts.retained.wait_reconciled(version))
+    wait_for_storage(shared.parts.subscribers.retained.wait_reconciled(version))
         .await
         .map_err(Problem::after_body_read)?;
     await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
@@ -272,7 +271,7 @@ pub(super) async fn quarantine_key_records(
 async fn await_stored_up_to_now(shared: &HttpFrontState) -> Result<(), Problem> {
     let log = &shared.parts.log;
     let caught_up = log.catch_up(Offset::MAX).await;
-    caught_up.map_err(|error| Problem::new(ProblemKind::Unavailable, format!("{error}.")))?;
+    caught_up.map_err(|error| Problem::new(Cause::Unavailable, format!("{error}.")))?;
     match &shared.parts.storage {
         Some(storage) => wait_for_storage(storage.wait_stored(log.next_offset())).await,
         None => Ok(()),
@@ -282,16 +281,16 @@ async fn await_stored_up_to_now(shared: &HttpFrontState) -> Result<(), Problem> 
 async fn wait_for_storage(done: impl Future<Output = ()>) -> Result<(), Problem> {
     tokio::time::timeout(STORAGE_WAIT_MAX, done).await.map_err(|_| {
         let words = "Storage has not caught up; what was asked for holds, and asking again is safe.";
-        Problem::new(ProblemKind::Unavailable, words).with_cause("storage_behind")
+        Problem::new(Cause::StorageBehind, words)
     })
 }
 
 impl From<LeakError> for Problem {
     fn from(error: LeakError) -> Self {
         match error {
-            LeakError::TooMany => Self::new(ProblemKind::Conflict, format!("{error}.")),
+            LeakError::TooMany => Self::new(Cause::Conflict, format!("{error}.")),
             LeakError::Registry(error) => error.into(),
-            LeakError::Log(_) => Self::new(ProblemKind::Unavailable, format!("{error}.")),
+            LeakError::Log(_) => Self::new(Cause::Unavailable, format!("{error}.")),
         }
     }
 }

@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, PathParameters, query, run_blocking};
 use crate::auth::{Datasource, Scope};
 use crate::consume::schema_inference::Inference;
+use crate::front::problem::Problem;
 use crate::limits::HTTP_SCHEMAS_BYTES_MAX;
+use crate::observe::cause::{Cause, ProblemKind};
 use crate::validate::{Rules, RulesError, Validation, WrittenRule};
 
 /// The body of a request that sets schemas: `schema` for one schema for every topic, or `schemas` for a
@@ -63,7 +64,7 @@ pub(super) async fn set(
         (None, Some(schemas)) => schemas,
         _ => {
             let words = "Give a schema for every topic as \"schema\", or a list as \"schemas\".";
-            return Err(Problem::new(ProblemKind::Malformed, words).after_body_read());
+            return Err(Problem::new(Cause::Malformed, words).after_body_read());
         }
     };
     let actor = caller.actor();
@@ -120,6 +121,6 @@ pub(super) async fn show(
 
 impl From<RulesError> for Problem {
     fn from(error: RulesError) -> Self {
-        Self::new(ProblemKind::Malformed, format!("{error}.")).with_cause("schema").after_body_read()
+        Self::new(Cause::Schema, format!("{error}.")).with_kind(ProblemKind::Malformed).after_body_read()
     }
 }

@@ -12,10 +12,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::probes::{self, readiness_response};
-use super::problem::{Problem, ProblemKind};
 use super::server;
 use crate::config;
+use crate::front::problem::Problem;
 use crate::limits::RETRY_AFTER;
+use crate::observe::cause::Cause;
 
 /// Says what the gateway waits for.
 pub type UnreadyReason = Arc<dyn Fn() -> String + Send + Sync>;
@@ -48,7 +49,7 @@ async fn unready(State(reason): State<UnreadyReason>) -> Response {
 }
 
 async fn unavailable(State(reason): State<UnreadyReason>) -> Response {
-    Problem::new(ProblemKind::Unavailable, format!("The gateway is starting: {}.", reason()))
+    Problem::new(Cause::Unavailable, format!("The gateway is starting: {}.", reason()))
         .with_retry_after(RETRY_AFTER)
         .into_response()
 }

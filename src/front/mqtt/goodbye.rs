@@ -13,6 +13,7 @@ use crate::auth::GrantDenial;
 use crate::auth::connections::CloseReason;
 use crate::intake::Refusal;
 use crate::message::Transport;
+use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
 
 /// How long a client may take to read its last packets.
@@ -59,7 +60,7 @@ impl StopReason {
                 say(ReasonCode::ImplementationSpecificError, &trouble.to_string())
             }
             StopReason::End(InboundEnd::Violation(violation)) => {
-                refusals.note(inbound.note(RefusalNote::new(Transport::Mqtt, "protocol", violation)));
+                refusals.note(inbound.note(RefusalNote::new(Transport::Mqtt, Cause::Protocol, violation)));
                 say(violation.reason, violation.text);
             }
             StopReason::End(InboundEnd::Refused(Refusal::Denied(GrantDenial::Revoked))) => {

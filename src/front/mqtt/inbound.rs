@@ -19,6 +19,7 @@ use super::subscribe::{SubscribeRequest, SubscriptionRequest};
 use crate::auth::shape::KeyShape;
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
+use crate::front::credentials::is_key_header;
 use crate::intake::{Draft, Exchange, IncomingMessage, Intake, QuarantinedMessage, Refusal};
 use crate::limits::MQTT_TOPIC_ALIAS_MAXIMUM;
 use crate::message::{KeyId, RecordFlags, Transport};
@@ -413,7 +414,7 @@ impl Inbound {
             None => note,
             Some((key_id, key_shape)) => RefusalNote { key_id, key_shape, ..note },
         });
-        debug!(key_id = %self.grant.key_id(), cause = refusal.cause(), %refusal, "refused a message");
+        debug!(key_id = %self.grant.key_id(), cause = refusal.cause().name(), %refusal, "refused a message");
         if self.form.version != MqttVersion::V5 {
             return Err(InboundEnd::Refused(refusal));
         }
@@ -526,7 +527,7 @@ fn push_message(
     }
     let own = credentials::grant_of_publish(&publish.properties, intake.authorizer(), from)?;
     let mut properties = Vec::new();
-    let content_type = forward_properties(&publish.properties, &mut properties, credentials::is_key_property);
+    let content_type = forward_properties(&publish.properties, &mut properties, is_key_header);
     let message = IncomingMessage {
         topic,
         payload,

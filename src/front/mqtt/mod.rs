@@ -15,6 +15,7 @@ mod goodbye;
 mod handshake;
 mod inbound;
 mod outbound;
+mod replay;
 mod session;
 mod sessions;
 mod stream;
@@ -43,6 +44,7 @@ use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
 use crate::intake::Intake;
 use crate::message::Transport;
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 use handshake::report_refused_connection;
 use sessions::Sessions;
@@ -50,7 +52,7 @@ use stream::ClientStream;
 use websocket::WebSocket;
 
 pub use sessions::claims::ClientClaims;
-pub use tls::{Tls, TlsError};
+pub use tls::Tls;
 
 /// The state that all connections share.
 pub(super) struct MqttFront {
@@ -102,7 +104,7 @@ impl Acceptor {
             Err(_) => {
                 let connections_max = self.front.config.connections_max;
                 let words = format!("mqtt.connections_max = {connections_max} connections are open");
-                let note = RefusalNote::new(Transport::Mqtt, "connections_max", &words);
+                let note = RefusalNote::new(Transport::Mqtt, Cause::ConnectionsMax, &words);
                 self.front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
                 debug!(%peer, connections_max, "refused a connection: there are too many");
                 None
@@ -172,7 +174,7 @@ async fn accept_tls(
             Some(fault) => report_refused_connection(
                 front,
                 peer,
-                RefusalNote::new(Transport::Mqtt, "tls_handshake", &fault),
+                RefusalNote::new(Transport::Mqtt, Cause::TlsHandshake, &fault),
             ),
             None => debug!(%peer, "a client left in the TLS handshake"),
         },
@@ -181,7 +183,7 @@ async fn accept_tls(
             report_refused_connection(
                 front,
                 peer,
-                RefusalNote::new(Transport::Mqtt, "connect_timeout", &words),
+                RefusalNote::new(Transport::Mqtt, Cause::ConnectTimeout, &words),
             );
         }
     }

@@ -19,6 +19,7 @@ use super::MqttFront;
 use super::handshake::report_refused_connection;
 use crate::limits::WEBSOCKET_FRAME_BYTES_MAX;
 use crate::message::Transport;
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 
 const OPCODE_CONTINUATION: u8 = 0x0;
@@ -138,7 +139,7 @@ impl AsyncRead for WebSocket {
             let took = match this.frames.decode(&mut space[..n]) {
                 Ok(took) => took,
                 Err(fault) => {
-                    let note = RefusalNote::new(Transport::Mqtt, "websocket", &fault.text);
+                    let note = RefusalNote::new(Transport::Mqtt, Cause::Websocket, &fault.text);
                     report_refused_connection(&this.front, this.peer, note);
                     this.ended = Some(fault.status);
                     return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, fault.text)));

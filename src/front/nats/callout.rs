@@ -27,6 +27,7 @@ use crate::config::{self, ConfigError};
 use crate::intake::Intake;
 use crate::limits::NATS_SUBSCRIPTIONS_MAX;
 use crate::message::{Transport, now_micros};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 
 /// The only denial text for a bad key: it does not say what is wrong with the key.
@@ -107,34 +108,8 @@ impl NatsKeyCallout {
             error,
         })?;
         let nats = Nats::connect(&config.callout_connection("auth callout")?).await?;
-        let front = if config.ingest {
-            // A connection of its own, so that published messages do not delay clients that connect.
-            let connection = config.callout_connection("ingest by key")?;
-            let attestation = Some(Attestation::of_account(&settings.account));
-            let front =
-                NatsFront::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
-            let drain = drain.clone();
-            Some(tokio::spawn(async move { front.serve(drain).await }))
-        } else {
-            None
-        };
-        let watch = if settings.system_user.is_empty() {
-            info!(
-                "no nats.callout.system_user: NATS connections of dead keys end when their permission expires"
-            );
-            None
-        } else {
-            let system =
-                SystemAccount::new(Nats::connect(&config.system_connection("ends connections")?).await?);
-            let authorizer = intake.authorizer().clone();
-            let kicker = NatsConnectionKicker::new(system, &settings.account, let_in, authorizer);
-            let closer = kicker.clone();
-            intake.set_closer(Box::new(move |dead| {
-                let (closer, dead) = (closer.clone(), dead.to_vec());
-                Box::pin(async move { closer.close(&dead).await })
-            }));
-            Some(tokio::spawn(kicker.watch()))
-        };
+        let front = start_key_ingest(config, intake, &drain).await?;
+        let watch = start_kicker(config, intake, let_in).await?;
         let over = nats.clone();
         let service = tokio::spawn(async move {
             if let Err(error) = service.serve(&over, drain.cancelled()).await {
@@ -161,6 +136,44 @@ impl NatsKeyCallout {
     }
 }
 
+/// Starts to admit what the clients publish, if messages are taken from NATS.
+async fn start_key_ingest(
+    config: &config::NatsConfig,
+    intake: &Intake,
+    drain: &CancellationToken,
+) -> Result<Option<JoinHandle<()>>, NatsCalloutError> {
+    if !config.ingest {
+        return Ok(None);
+    }
+    // A connection of its own, so that published messages do not delay clients that connect.
+    let connection = config.callout_connection("ingest by key")?;
+    let attestation = Some(Attestation::of_account(&config.callout.account));
+    let front = NatsFront::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
+    let drain = drain.clone();
+    Ok(Some(tokio::spawn(async move { front.serve(drain).await })))
+}
+
+/// Starts to end the NATS connections of dead keys, if the gateway has a system user.
+async fn start_kicker(
+    config: &config::NatsConfig,
+    intake: &Intake,
+    let_in: Arc<RecentNatsConnections>,
+) -> Result<Option<JoinHandle<()>>, NatsCalloutError> {
+    let settings = &config.callout;
+    if settings.system_user.is_empty() {
+        info!("no nats.callout.system_user: NATS connections of dead keys end when their permission expires");
+        return Ok(None);
+    }
+    let system = SystemAccount::new(Nats::connect(&config.system_connection("ends connections")?).await?);
+    let kicker = NatsConnectionKicker::new(system, &settings.account, let_in, intake.authorizer().clone());
+    let closer = kicker.clone();
+    intake.set_closer(Box::new(move |dead| {
+        let (closer, dead) = (closer.clone(), dead.to_vec());
+        Box::pin(async move { closer.close(&dead).await })
+    }));
+    Ok(Some(tokio::spawn(kicker.watch())))
+}
+
 fn read_seed_file(setting: &'static str, file: &Path) -> Result<String, NatsCalloutError> {
     let text = std::fs::read_to_string(file);
     text.map_err(|error| NatsCalloutError::File { setting, path: file.to_owned(), error })
@@ -180,7 +193,7 @@ impl CalloutAuthorizer for KeyCalloutAuthorizer {
         let address = visitor.host.parse().unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         if !NATS_CLIENT_KINDS.contains(&visitor.kind.as_str()) {
             let words = "only a client may present an API key, not another server";
-            let note = RefusalNote::new(Transport::Nats, "connection_type", &words);
+            let note = RefusalNote::new(Transport::Nats, Cause::ConnectionType, &words);
             let client = visitor.name.as_str();
             self.intake.refusals().note(RefusalNote { address: Some(address), client, ..note });
             debug!(%address, "refused a NATS server that connects as a client");
@@ -248,10 +261,10 @@ impl KeyCalloutAuthorizer {
         let key_id = key_id.as_ref().map(display);
         // A flood of bad keys must not flood the log.
         if let GrantDenial::TooManyFailures { .. } = denied {
-            debug!(%address, cause = denied.cause(), "refused a NATS client");
+            debug!(%address, cause = denied.cause().name(), "refused a NATS client");
             return CalloutVerdict::Deny(denied.to_string());
         }
-        info!(%address, cause = denied.cause(), key_id, why = %denied, "refused a NATS client");
+        info!(%address, cause = denied.cause().name(), key_id, why = %denied, "refused a NATS client");
         CalloutVerdict::Deny(KEY_DENIAL_TEXT.to_owned())
     }
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use headgate_bridge_nats::kv::{KvPut, KvRevision, KvUpdate, KvWatchProgress};
-use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats};
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -93,7 +93,8 @@ impl ExchangeGenerations {
     /// [`KvError`].
     pub(super) async fn open(nats: &Nats, replicas: usize, window: Duration) -> Result<Self, KvError> {
         let age_max = Some(window + GENERATION_GRACE);
-        let settings = KvBucketSettings { name: ONCE_BUCKET_NAME.to_owned(), replicas, age_max };
+        let (name, writes) = (ONCE_BUCKET_NAME.to_owned(), KvWrites::Batched);
+        let settings = KvBucketSettings { name, replicas, age_max, writes };
         let bucket = KvBucket::open(nats, &settings).await?;
         let known = Arc::new(RwLock::new(HashMap::new()));
         let mut watch = bucket.watch();

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use headgate_bridge_nats::kv::KvPut;
-use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats, StreamError};
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats, StreamError};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{info, warn};
@@ -80,8 +80,8 @@ impl StreamRetention {
         config: config::LogConfig,
         stay_s: u64,
     ) -> Result<Self, KvError> {
-        let settings =
-            KvBucketSettings { name: CURSORS_BUCKET_NAME.to_owned(), replicas, age_max: Some(NODE_AGE_MAX) };
+        let (name, writes) = (CURSORS_BUCKET_NAME.to_owned(), KvWrites::Batched);
+        let settings = KvBucketSettings { name, replicas, age_max: Some(NODE_AGE_MAX), writes };
         let bucket = KvBucket::open(nats, &settings).await?;
         Ok(Self { shared, bucket, node: node.to_owned(), config, stay_s, said: None })
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use headgate_bridge_nats::kv::KvPut;
-use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats, NatsError, Presence};
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats, NatsError, Presence};
 use tokio::runtime::Handle;
 
 use super::super::Registry;
@@ -39,7 +39,8 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Cluster`] if JetStream cannot create the bucket, or its rows cannot be read.
     pub async fn join(nats: &Nats, replicas: usize, id: &str) -> Result<JoinedRegistry, RegistryError> {
-        let settings = KvBucketSettings { name: REGISTRY_BUCKET.to_owned(), replicas, age_max: None };
+        let (name, writes) = (REGISTRY_BUCKET.to_owned(), KvWrites::Batched);
+        let settings = KvBucketSettings { name, replicas, age_max: None, writes };
         let bucket = open_when_reachable(|| KvBucket::open(nats, &settings)).await?;
         let usages = open_when_reachable(|| async {
             // Treats every error as transient, so that it is tried again.

@@ -9,7 +9,7 @@
 //! why no key can be created for a datasource that is being deleted elsewhere.
 //!
 //! **A change takes effect everywhere before its call returns.** The node that made it asks every other
-//! present node ([`Presence`](headgate_bridge_nats::Presence)) on [`SETTLE_SUBJECT_PREFIX`]. Each answers when it has applied the change and nothing more
+//! present node ([`Presence`](headgate_bridge_nats::Presence)) on `headgate.settle.{node}`. Each answers when it has applied the change and nothing more
 //! can be accepted under the keys that died. The wait for a node ends when it answers or is gone, after
 //! five seconds at most. A node without NATS hears of no change, but cannot append anything either,
 //! because the log is on NATS. When it is back, it accepts nothing until it has caught up
@@ -20,7 +20,7 @@ mod follower;
 mod join;
 mod usage;
 
-pub use bucket::{NODE_SUBJECT_PREFIX, REGISTRY_BUCKET, SETTLE_SUBJECT_PREFIX};
+#[cfg(feature = "testing")]
+pub use bucket::REGISTRY_BUCKET;
 pub use follower::RegistryFollower;
 pub use join::JoinedRegistry;
-pub use usage::USAGE_BUCKET;

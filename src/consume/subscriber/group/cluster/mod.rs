@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use headgate_bridge_nats::presence::NodeReply;
-use headgate_bridge_nats::{CellError, NatsError, Presence};
+use headgate_bridge_nats::{KvError, NatsError, Presence};
 use tokio::time::sleep;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -154,7 +154,7 @@ impl ClusterShareGroups {
                 }
                 sleep(GROUP_OVER_CHECK_DELAY).await;
                 if here.has_members(&name) {
-                    return Ok::<_, CellError>(false);
+                    return Ok::<_, KvError>(false);
                 }
                 let answers = presence
                     .ask_all(GROUP_MEMBERS_QUESTION, Bytes::from(name.clone()), GROUP_ANSWER_WAIT_MAX)
@@ -223,7 +223,7 @@ async fn stay_on_roll(
     rolls: GroupRolls,
     group: &str,
     of: GroupSession,
-    entered: Option<impl Future<Output = Result<(), CellError>>>,
+    entered: Option<impl Future<Output = Result<(), KvError>>>,
 ) {
     let Some(entered) = entered else { return std::future::pending().await };
     let mut result = entered.await;

@@ -19,7 +19,8 @@
 
 use std::time::Duration;
 
-use headgate_bridge_nats::{Cell, CellError, Cells, CellsSettings, Nats};
+use headgate_bridge_nats::kv::KvRow;
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats};
 
 use super::row::{CursorMove, SessionRow, decode};
 use super::{SessionStoreError, StoredSession};
@@ -44,15 +45,16 @@ type ClientHash = [u8; 16];
 /// `expiry_s_max` seconds; `u32::MAX`: sessions may last for ever.
 ///
 /// # Errors
-/// [`CellError::Away`]; [`CellError::Refused`], if JetStream cannot have such a bucket.
+/// [`KvError::Away`]; [`KvError::Refused`], if JetStream cannot have such a bucket.
 pub async fn open_sessions_bucket(
     nats: &Nats,
     replicas: usize,
     expiry_s_max: u32,
-) -> Result<Cells, CellError> {
+) -> Result<KvBucket, KvError> {
     let longest = Duration::from_secs(u64::from(expiry_s_max)) + CELL_SPARE;
     let age_max = (expiry_s_max != u32::MAX).then_some(longest);
-    Cells::open(nats, &CellsSettings { bucket: SESSIONS_BUCKET_NAME.to_owned(), replicas, age_max }).await
+    let (name, writes) = (SESSIONS_BUCKET_NAME.to_owned(), KvWrites::Single);
+    KvBucket::open(nats, &KvBucketSettings { name, replicas, age_max, writes }).await
 }
 
 /// A session that another node has taken over without asking, because this node could not be reached.
@@ -83,11 +85,11 @@ pub struct FoundSession {
 
 /// Reads sessions of any node from the bucket. Cheap to clone.
 #[derive(Clone)]
-pub struct SessionLookup(Cells);
+pub struct SessionLookup(KvBucket);
 
 impl SessionLookup {
     /// A lookup in this bucket.
-    pub fn new(cells: Cells) -> Self {
+    pub fn new(cells: KvBucket) -> Self {
         Self(cells)
     }
 
@@ -100,7 +102,8 @@ impl SessionLookup {
         datasource: &DatasourceId,
         client_id: &str,
     ) -> Result<FoundSession, SessionStoreError> {
-        let Cell { revision, value } = self.0.get(&session_key(client_hash(datasource, client_id))).await?;
+        let KvRow { revision, value, .. } =
+            self.0.get(&session_key(client_hash(datasource, client_id))).await?;
         let (datasource, client_id) = (datasource.clone(), client_id.to_owned());
         let mut nothing = FoundSession { datasource, client_id, revision, moves: 0, session: None };
         let Some(value) = value else { return Ok(nothing) };
@@ -133,8 +136,8 @@ impl StoredSession {
     }
 }
 
-impl From<CellError> for SessionStoreError {
-    fn from(error: CellError) -> Self {
+impl From<KvError> for SessionStoreError {
+    fn from(error: KvError) -> Self {
         SessionStoreError::Bucket(error.to_string().into())
     }
 }
