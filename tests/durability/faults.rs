@@ -390,13 +390,12 @@ fn sessions_that_cannot_be_written_are_warned_of() {
     let disk = SmallDisk::mount();
     let gateway =
         Setup::on(&disk.path()).set("storage.sink", "none").set("log.segment_bytes", 1 << 20).start();
-    let source = gateway.create("press-4");
+    let body = serde_json::json!({ "name": "press-4", "scopes": ["subscribe"] });
+    let created = gateway.post("/v1/datasources", &gateway.admin_key(), &body).json();
+    let key = created["key"]["secret"].as_str().expect("a secret");
     warns_no_more(&gateway);
-    let connect = Connect {
-        client_id: "line-3".to_owned(),
-        clean: false,
-        ..Connect::with_key(Version::V311, &source.key)
-    };
+    let connect =
+        Connect { client_id: "line-3".to_owned(), clean: false, ..Connect::with_key(Version::V311, key) };
     let (mut wire, _) = Wire::connect(gateway.mqtt, &connect);
     disk.fill(0);
     let filters: Vec<String> = (0..100).map(|n| format!("{n}/{}", "long".repeat(100))).collect();

@@ -22,13 +22,13 @@ use super::{HttpFrontState, PathParameters, keys, run_blocking};
 use crate::auth::{AuditEvent, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
-use crate::consume::quarantine::page::LeakedRecords;
+use crate::consume::quarantine::page::{LeakedRecords, QuarantinedRecord};
 use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
 use crate::intake::RedriveOutcome;
 use crate::limits::{QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX, VALIDATION_ERRORS_MAX};
 use crate::log::{QuarantineReason, SectionOutcome};
-use crate::message::{KeyId, Offset, Transport, now_micros};
+use crate::message::{DatasourceId, KeyId, Offset, Transport, now_micros};
 use crate::observe::cause::Cause;
 
 /// How long a request waits until storage has caught up.
@@ -144,39 +144,7 @@ pub(super) async fn redrive(
         let (asked, reader) = (query.clone(), stored.clone());
         let page = run_blocking(move || Ok(reader.quarantine(&asked)?)).await;
         let page = page.map_err(Problem::after_body_read)?;
-        let intake = &shared.parts.intake;
-        let mut draft = intake.draft(Transport::Http, 0);
-        let left_out = shared.parts.log.withheld().now();
-        for parked in &page.records {
-            let record = parked.as_record(&datasource);
-            // What a leaked key let in must not come back through a redrive.
-            if left_out.withholds(&record) {
-                continue;
-            }
-            match draft.redrive(&caller.0, &datasource, &record)? {
-                RedriveOutcome::Added => {}
-                RedriveOutcome::Fails(reason) => {
-                    answer.failing += 1;
-                    if answer.errors.len() < VALIDATION_ERRORS_MAX {
-                        answer.errors.push(RedriveFailure::new(record.offset, record.topic, *reason));
-                    }
-                }
-            }
-        }
-        if !draft.is_empty() {
-            let accepted =
-                intake.admit(draft).await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
-            let accepted = accepted.await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
-            for outcome in accepted.outcomes {
-                match outcome {
-                    SectionOutcome::Kept(_) => answer.redriven += 1,
-                    SectionOutcome::Duplicate(_) => answer.duplicates += 1,
-                    SectionOutcome::KeyDead => {
-                        return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read());
-                    }
-                }
-            }
-        }
+        redrive_page(&shared, &caller, &datasource, &page.records, &mut answer).await?;
         answer.more = page.next.is_some();
         query.after_offset = page.next;
         let looked_at = answer.redriven + answer.duplicates + answer.failing;
@@ -195,6 +163,50 @@ pub(super) async fn redrive(
         .map_err(Problem::after_body_read)?;
     }
     Ok(Json(answer).into_response())
+}
+
+/// Sends a page of messages through intake again, as one draft, and counts in `answer` what became of them.
+async fn redrive_page(
+    shared: &HttpFrontState,
+    caller: &Caller,
+    datasource: &DatasourceId,
+    page: &[QuarantinedRecord],
+    answer: &mut RedriveResponse,
+) -> Result<(), Problem> {
+    let intake = &shared.parts.intake;
+    let mut draft = intake.draft(Transport::Http, 0);
+    let left_out = shared.parts.log.withheld().now();
+    for parked in page {
+        let record = parked.as_record(datasource);
+        // What a leaked key let in must not come back through a redrive.
+        if left_out.withholds(&record) {
+            continue;
+        }
+        match draft.redrive(&caller.0, datasource, &record)? {
+            RedriveOutcome::Added => {}
+            RedriveOutcome::Fails(reason) => {
+                answer.failing += 1;
+                if answer.errors.len() < VALIDATION_ERRORS_MAX {
+                    answer.errors.push(RedriveFailure::new(record.offset, record.topic, *reason));
+                }
+            }
+        }
+    }
+    if draft.is_empty() {
+        return Ok(());
+    }
+    let accepted = intake.admit(draft).await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
+    let accepted = accepted.await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
+    for outcome in accepted.outcomes {
+        match outcome {
+            SectionOutcome::Kept(_) => answer.redriven += 1,
+            SectionOutcome::Duplicate(_) => answer.duplicates += 1,
+            SectionOutcome::KeyDead => {
+                return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The body of a request that quarantines what a key has let in.

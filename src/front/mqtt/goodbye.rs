@@ -6,8 +6,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::codec::write;
 use super::codec::{MqttFrame, ReasonCode};
-use super::inbound::{Inbound, InboundEnd, refusal_reason_code};
+use super::inbound::{Inbound, InboundEnd};
 use super::outbound::OutboundError;
+use super::reason::refusal_reason_code;
 use super::stream::ClientStream;
 use crate::auth::GrantDenial;
 use crate::auth::connections::CloseReason;

@@ -11,10 +11,12 @@ use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::MqttFront;
+use super::client_identity::ClientIdentity;
 use super::codec::write::{self, ConnackLimits, PacketForm};
 use super::codec::{ConnectPacket, MqttFrame, MqttVersion, ReasonCode, Violation};
 use super::credentials;
-use super::inbound::{ClientIdentity, Inbound, refusal_reason_code};
+use super::inbound::Inbound;
+use super::reason::refusal_reason_code;
 use super::session::MqttSession;
 use super::sessions::{ClientGuard, EnterError, EnteredClient};
 use super::wills::MqttWill;

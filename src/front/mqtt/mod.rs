@@ -7,6 +7,7 @@
 //! draft durable; the answers to one draft leave in one write.
 
 mod acks;
+mod client_identity;
 mod connection;
 mod credentials;
 mod delivery;
@@ -15,6 +16,8 @@ mod goodbye;
 mod handshake;
 mod inbound;
 mod outbound;
+mod output;
+mod reason;
 mod replay;
 mod session;
 mod sessions;

@@ -6,11 +6,11 @@
 use std::fmt::Display;
 use std::sync::Arc;
 
+use super::client_identity::ClientIdentity;
 use super::codec::properties::SUBSCRIPTION_IDENTIFIER;
 use super::codec::subscribe::{SubscribePacket, UnsubscribePacket};
 use super::codec::write::{self, PacketForm};
 use super::codec::{MqttVersion, ReasonCode};
-use super::inbound::ClientIdentity;
 use super::outbound::Outbound;
 use super::replay::ReplayStart;
 use super::session::{MqttSession, Subscription, SubscriptionFilter};

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use tracing::info;
 
+use super::client_identity::ClientIdentity;
 use super::codec::connect;
 use super::codec::properties::{WILL_DELAY, forward_properties};
-use super::inbound::ClientIdentity;
 use crate::auth::Grant;
 use crate::front::credentials::is_key_header;
 use crate::intake::{Draft, IncomingMessage, Intake, Refusal};

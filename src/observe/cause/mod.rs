@@ -22,6 +22,7 @@ macro_rules! causes {
 
         impl Cause {
             /// Every cause, in the order of `openapi.json`.
+            #[cfg(test)]
             pub const ALL: &[Cause] = &[$(Cause::$cause,)*];
 
             /// Its name in metrics, `/v1/refusals` and logs; it never changes.
@@ -175,13 +176,6 @@ causes! {
         "the gateway has failed: see its own log, and report it";
 }
 
-impl Cause {
-    /// The HTTP status of a request that is refused for it, and the code of a NATS reply.
-    pub const fn status(self) -> u16 {
-        self.kind().status()
-    }
-}
-
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
@@ -233,10 +227,10 @@ mod tests {
     #[test]
     fn every_cause_has_the_status_of_an_error() {
         for cause in Cause::ALL {
-            assert!((400..=503).contains(&cause.status()), "{cause}");
+            assert!((400..=503).contains(&cause.kind().status()), "{cause}");
         }
-        assert_eq!((Cause::NoKey.status(), Cause::MissingScope.status()), (401, 403));
-        assert_eq!((Cause::Schema.status(), Cause::LogBudget.status()), (422, 503));
+        assert_eq!((Cause::NoKey.kind().status(), Cause::MissingScope.kind().status()), (401, 403));
+        assert_eq!((Cause::Schema.kind().status(), Cause::LogBudget.kind().status()), (422, 503));
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub fn run(data: &[u8]) {
     for section in batch.sections() {
         for (topic, place) in section.topics() {
             let record = reader.read(place);
-            assert_eq!((record.wanted_topic, record.offset), (topic, all[nth].offset));
+            assert_eq!((record.topic, record.offset), (topic, all[nth].offset));
             assert_eq!(record.payload, all[nth].payload);
             assert_eq!(record.datasource, section.datasource());
             nth += 1;

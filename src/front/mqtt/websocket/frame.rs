@@ -1,33 +1,13 @@
-//! A WebSocket that carries MQTT (RFC 6455; section 6 of MQTT 3.1.1 and 5). The payloads of its binary
-//! messages, concatenated, are the client's byte stream; message boundaries mean nothing.
-//!
-//! Frames are decoded in place: the bytes of one socket read are unmasked and moved together in the
-//! reader's own buffer. Nothing is collected here, so a message may have any length, a length that a
-//! stranger announces allocates nothing, and an idle WebSocket holds no buffer.
-
-use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
-
-use bytes::{Buf, Bytes};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
-
-use super::MqttFront;
-use super::handshake::report_refused_connection;
-use crate::limits::WEBSOCKET_FRAME_BYTES_MAX;
-use crate::message::Transport;
-use crate::observe::cause::Cause;
-use crate::observe::refusals::RefusalNote;
+//! The frames of a WebSocket (RFC 6455, section 5), decoded in place: the bytes of one socket read are
+//! unmasked and moved together in the reader's own buffer. Nothing is collected here but the payload of a
+//! control frame, so a message may have any length, and a length that a stranger announces allocates nothing.
 
 const OPCODE_CONTINUATION: u8 = 0x0;
 const OPCODE_TEXT: u8 = 0x1;
-const OPCODE_BINARY: u8 = 0x2;
-const OPCODE_CLOSE: u8 = 0x8;
+pub(super) const OPCODE_BINARY: u8 = 0x2;
+pub(super) const OPCODE_CLOSE: u8 = 0x8;
 const OPCODE_PING: u8 = 0x9;
-const OPCODE_PONG: u8 = 0xA;
+pub(super) const OPCODE_PONG: u8 = 0xA;
 
 /// The last frame of a message.
 const FIN_BIT: u8 = 0x80;
@@ -37,161 +17,12 @@ const WEBSOCKET_HEADER_BYTES_MAX: usize = 14;
 const CONTROL_FRAME_BYTES_MAX: usize = 125;
 
 /// Status codes of a close, RFC 6455 section 7.4.1.
-const STATUS_NORMAL: u16 = 1000;
+pub(super) const STATUS_NORMAL: u16 = 1000;
 const STATUS_PROTOCOL_ERROR: u16 = 1002;
 const STATUS_UNSUPPORTED_DATA: u16 = 1003;
 
-/// The server's side of a WebSocket, after its opening handshake, as a byte stream.
-///
-/// Reading the stream answers pings. A shutdown sends the close frame, with the client's own status or
-/// that of the rule it broke.
-pub(super) struct WebSocket {
-    tcp: TcpStream,
-    /// Bytes that the client sent right behind its opening handshake.
-    early: Bytes,
-    frames: WebSocketDecoder,
-    /// Outgoing frames, and how many of their bytes were sent.
-    out: Vec<u8>,
-    sent: usize,
-    /// The payload of the newest unanswered ping; older ones need no answer (section 5.5.3).
-    ping: Option<Vec<u8>>,
-    /// The status to close with. `Some` ends the input: the client has closed or broken a rule.
-    ended: Option<u16>,
-    /// Our close frame is on its way.
-    closing: bool,
-    peer: SocketAddr,
-    front: Arc<MqttFront>,
-}
-
-impl WebSocket {
-    /// `early` is what was read from `tcp` behind the opening handshake.
-    pub(super) fn new(tcp: TcpStream, early: Bytes, peer: SocketAddr, front: Arc<MqttFront>) -> Self {
-        Self {
-            tcp,
-            early: if early.is_empty() { Bytes::new() } else { early },
-            frames: WebSocketDecoder::default(),
-            out: Vec::new(),
-            sent: 0,
-            ping: None,
-            ended: None,
-            closing: false,
-            peer,
-            front,
-        }
-    }
-
-    /// Ready when the kernel has every frame, including the answer to a ping.
-    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        loop {
-            while self.sent < self.out.len() {
-                let n = ready!(Pin::new(&mut self.tcp).poll_write(cx, &self.out[self.sent..]))?;
-                if n == 0 {
-                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-                }
-                self.sent += n;
-            }
-            (self.out, self.sent) = (Vec::new(), 0);
-            let Some(ping) = self.ping.take() else { return Poll::Ready(Ok(())) };
-            put_frame(&mut self.out, OPCODE_PONG, &ping);
-        }
-    }
-
-    /// The socket's next bytes, still framed.
-    fn poll_raw(&mut self, cx: &mut Context<'_>, space: &mut [u8]) -> Poll<io::Result<usize>> {
-        if !self.early.is_empty() {
-            let n = self.early.len().min(space.len());
-            self.early.copy_to_slice(&mut space[..n]);
-            if self.early.is_empty() {
-                // Frees the buffer of the HTTP connection, which `early` shares.
-                self.early = Bytes::new();
-            }
-            return Poll::Ready(Ok(n));
-        }
-        let mut raw = ReadBuf::new(space);
-        ready!(Pin::new(&mut self.tcp).poll_read(cx, &mut raw))?;
-        Poll::Ready(Ok(raw.filled().len()))
-    }
-}
-
-impl AsyncRead for WebSocket {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let space = buf.initialize_unfilled();
-        if space.is_empty() {
-            return Poll::Ready(Ok(()));
-        }
-        loop {
-            if let Poll::Ready(Err(error)) = this.poll_send(cx) {
-                return Poll::Ready(Err(error));
-            }
-            if this.frames.closed {
-                return Poll::Ready(Ok(()));
-            }
-            let n = ready!(this.poll_raw(cx, space))?;
-            if n == 0 {
-                return Poll::Ready(Ok(()));
-            }
-            if this.ended.is_some() {
-                // Input after a violation is ignored. It is still read, because unread input would
-                // make the close a reset, and the close frame might be lost.
-                continue;
-            }
-            let took = match this.frames.decode(&mut space[..n]) {
-                Ok(took) => took,
-                Err(fault) => {
-                    let note = RefusalNote::new(Transport::Mqtt, Cause::Websocket, &fault.text);
-                    report_refused_connection(&this.front, this.peer, note);
-                    this.ended = Some(fault.status);
-                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, fault.text)));
-                }
-            };
-            if took.ping.is_some() && !this.closing {
-                this.ping = took.ping;
-            }
-            this.ended = took.close;
-            if took.bytes > 0 {
-                buf.advance(took.bytes);
-                return Poll::Ready(Ok(()));
-            }
-        }
-    }
-}
-
-impl AsyncWrite for WebSocket {
-    /// Accepted bytes may still be buffered; a flush sends them.
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        ready!(this.poll_send(cx))?;
-        let taken = &bytes[..bytes.len().min(WEBSOCKET_FRAME_BYTES_MAX)];
-        if !taken.is_empty() {
-            put_frame(&mut this.out, OPCODE_BINARY, taken);
-            if let Poll::Ready(Err(error)) = this.poll_send(cx) {
-                return Poll::Ready(Err(error));
-            }
-        }
-        Poll::Ready(Ok(taken.len()))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().poll_send(cx)
-    }
-
-    /// Sends the close frame after all other frames, and closes our half of the TCP connection.
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if !this.closing {
-            this.closing = true;
-            // No frame may follow a close.
-            this.ping = None;
-            put_frame(&mut this.out, OPCODE_CLOSE, &this.ended.unwrap_or(STATUS_NORMAL).to_be_bytes());
-        }
-        ready!(this.poll_send(cx))?;
-        Pin::new(&mut this.tcp).poll_shutdown(cx)
-    }
-}
-
 /// Appends a message as one frame, unmasked because it is a server's.
-fn put_frame(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
+pub(super) fn put_frame(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
     let length = u16::try_from(payload.len()).expect("a frame of ours is at most WEBSOCKET_FRAME_BYTES_MAX");
     out.reserve(4 + payload.len());
     out.push(FIN_BIT | opcode);
@@ -207,9 +38,9 @@ fn put_frame(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
 
 /// A violation of the WebSocket protocol by the client.
 #[derive(Debug, PartialEq, Eq)]
-struct WebSocketFault {
-    status: u16,
-    text: &'static str,
+pub(super) struct WebSocketFault {
+    pub(super) status: u16,
+    pub(super) text: &'static str,
 }
 
 impl WebSocketFault {
@@ -220,18 +51,18 @@ impl WebSocketFault {
 
 /// What a run of the client's bytes held.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct DecodedFrames {
+pub(super) struct DecodedFrames {
     /// How many bytes of binary messages are now at the front of the buffer.
-    bytes: usize,
+    pub(super) bytes: usize,
     /// The newest ping's payload.
-    ping: Option<Vec<u8>>,
+    pub(super) ping: Option<Vec<u8>>,
     /// The status to answer a close frame with. Bytes behind the close frame are ignored.
-    close: Option<u16>,
+    pub(super) close: Option<u16>,
 }
 
 /// Decodes a client's frames, wherever the socket's reads cut them.
 #[derive(Default)]
-struct WebSocketDecoder {
+pub(super) struct WebSocketDecoder {
     /// A header that is not complete yet.
     header: [u8; WEBSOCKET_HEADER_BYTES_MAX],
     header_bytes: usize,
@@ -242,7 +73,7 @@ struct WebSocketDecoder {
     /// A message has begun and has not ended.
     in_message: bool,
     /// The close frame has arrived.
-    closed: bool,
+    pub(super) closed: bool,
 }
 
 struct WebSocketFrame {
@@ -255,7 +86,7 @@ struct WebSocketFrame {
 
 impl WebSocketDecoder {
     /// Decodes `raw` and moves the payload of binary messages to its front.
-    fn decode(&mut self, raw: &mut [u8]) -> Result<DecodedFrames, WebSocketFault> {
+    pub(super) fn decode(&mut self, raw: &mut [u8]) -> Result<DecodedFrames, WebSocketFault> {
         let mut took = DecodedFrames::default();
         let mut at = 0;
         loop {
@@ -397,6 +228,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits::WEBSOCKET_FRAME_BYTES_MAX;
 
     /// A client's frame, masked.
     fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
