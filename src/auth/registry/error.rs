@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use super::database::REGISTRY_FILE_NAME;
 use crate::message::DatasourceId;
 use crate::sqlite::SqliteError;
 

@@ -9,9 +9,9 @@
 //! why no key can be created for a datasource that is being deleted elsewhere.
 //!
 //! **A change takes effect everywhere before its call returns.** The node that made it asks every other
-//! present node ([`Presence`](headgate_bridge_nats::Presence)) on `headgate.settle.{node}`. Each answers when it has applied the change and nothing more
-//! can be accepted under the keys that died. The wait for a node ends when it answers or is gone, after
-//! five seconds at most. A node without NATS hears of no change, but cannot append anything either,
+//! present node ([`Presence`](headgate_bridge_nats::Presence)) on `headgate.settle.{node}`. Each answers
+//! when it has applied the change and nothing more can be accepted under the keys that died. The wait for a
+//! node ends when it answers or is gone, after five seconds at most. A node without NATS hears of no change, but cannot append anything either,
 //! because the log is on NATS. When it is back, it accepts nothing until it has caught up
 //! ([`Registry::may_be_behind`](super::Registry::may_be_behind)).
 
