@@ -42,14 +42,11 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
-use super::error::RegistryError;
+use super::error::{REGISTRY_FILE_NAME, RegistryError};
 use super::replica::{RegistryReplica, RegistryRevision};
 use super::rows::RegistryRow;
 use super::transaction::RegistryTransaction;
 use crate::sqlite::SqliteProfile;
-
-/// The file's name in the data directory.
-pub(super) const REGISTRY_FILE_NAME: &str = "registry.db";
 
 const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &REGISTRY_MIGRATIONS,

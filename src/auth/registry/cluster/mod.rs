@@ -11,7 +11,7 @@
 //! datasource that is being deleted elsewhere.
 //!
 //! **A change takes effect everywhere before its call returns.** The node that made it asks every other
-//! present node ([`Presence`](headgate_bridge_nats::Presence)) on [`SETTLE_SUBJECT_PREFIX`]. Each answers
+//! present node ([`Presence`](headgate_bridge_nats::Presence)) on `headgate.settle.{node}`. Each answers
 //! when it has applied the change and nothing more can be accepted under the keys that died.
 //!
 //! The wait for a node ends when it answers or is gone, after five seconds at most. A node without NATS hears
