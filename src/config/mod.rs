@@ -428,6 +428,12 @@ impl Config {
             "it has to be between 1 MiB and 1 GiB",
         )?;
         rule(
+            http.body_bytes_max <= limits::HTTP_BODY_BYTES_LIMIT,
+            "http.body_bytes_max",
+            &http.body_bytes_max,
+            "it has to be at most 64 MiB: the messages of a request with an id are one frame of the log",
+        )?;
+        rule(
             log.retention_bytes >= 2 * log.segment_bytes,
             "log.retention_bytes",
             &log.retention_bytes,

@@ -120,6 +120,8 @@ impl Refusal {
             Refusal::Busy { .. } => "busy",
             Refusal::Log(AppendError::DiskFull) => "disk_full",
             Refusal::Log(AppendError::Budget { .. }) => "log_budget",
+            Refusal::Log(AppendError::Starved(_)) => "log_starved",
+            Refusal::Log(AppendError::TooLarge { .. }) => "log_too_large",
             Refusal::Log(AppendError::Failed(_)) => "log_failed",
             Refusal::Log(AppendError::Away(_)) => "log_away",
             Refusal::Log(AppendError::Unknown(_)) => "log_unknown",

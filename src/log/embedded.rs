@@ -1,7 +1,7 @@
 //! The embedded log: segments in the data directory, one writer, any number of readers.
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -12,7 +12,7 @@ use tracing::error;
 
 use super::batch::Batch;
 use super::disk::{Disk, FileSystem};
-use super::recovery::{damage_report, open_error, open_segments, recover};
+use super::recovery::{LostRanges, damage_report, open_error, open_segments, recover};
 use super::retention::{Hold, Holds};
 use super::section::Section;
 use super::segment::{FrameError, LogGap, SeekOutcome, Segment};
@@ -22,6 +22,7 @@ use super::withheld::WithheldRules;
 use super::writer::{LogWriter, WriterQueue, WriterSubmission};
 use super::{AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit};
 use crate::config;
+use crate::limits::FRAME_PART_BYTES_MAX;
 use crate::message::{Offset, TimeMicros};
 
 /// The segments of a log, by their first offsets.
@@ -45,8 +46,8 @@ pub(super) struct EmbeddedLogShared {
     pub(super) holds: Holds,
     trouble: Mutex<Option<String>>,
     accept_corruption: bool,
-    /// First offsets of the damaged places reported so far, so that each is reported once.
-    reported: Mutex<BTreeSet<Offset>>,
+    /// The records that were reported as lost, so that each is counted once.
+    lost: Mutex<LostRanges>,
     lost_records: AtomicU64,
     evicted_ids: Arc<AtomicU64>,
     withheld: Arc<WithheldRules>,
@@ -76,8 +77,7 @@ impl EmbeddedLogShared {
 
     /// Reports a gap, once: its records are lost and the log goes on without them.
     fn report_gap(&self, gap: &LogGap) {
-        if self.reported.lock().insert(gap.from) {
-            let lost = gap.to - gap.from;
+        if let Some(lost) = self.lost.lock().add(gap.from, gap.to) {
             self.lost_records.fetch_add(lost, Ordering::Relaxed);
             error!(lost, from = gap.from, to = gap.to, place = gap.place, "records of the log are lost");
         }
@@ -172,7 +172,7 @@ impl EmbeddedLog {
             holds: Holds::new(),
             trouble: Mutex::new(None),
             accept_corruption: config.accept_corruption,
-            reported: Mutex::default(),
+            lost: Mutex::default(),
             lost_records: AtomicU64::new(0),
             evicted_ids: window.evicted(),
             withheld: Arc::default(),
@@ -235,7 +235,11 @@ impl EmbeddedLog {
                     self.pass_over(LogGap { place, from: end, to: next })?;
                     wanted = next;
                 }
-                None => return Ok(batches),
+                None => {
+                    let place = format!("{}: its end is damaged", segment.path().display());
+                    self.pass_over(LogGap { place, from: end, to: durable })?;
+                    return Ok(vec![Batch::nothing_below(durable)]);
+                }
             }
         }
     }
@@ -268,15 +272,11 @@ impl EmbeddedLog {
                 // Whole batches are delivered first; the next read begins at the damage.
                 Err(FrameError::Damaged { .. }) if !batches.is_empty() => break,
                 Err(damage @ FrameError::Damaged { .. }) => {
-                    let whole =
-                        segment.next_whole_frame(position + 1, offset).map_err(|e| self.read_error(&e))?;
-                    let Some((next, header)) = whole else { return Ok(offset) };
-                    self.pass_over(LogGap {
-                        place: damage.to_string(),
-                        from: offset,
-                        to: header.first_offset,
-                    })?;
-                    (position, offset) = (next, header.first_offset);
+                    let resume = segment.resume_behind(position, offset).map_err(|e| self.read_error(&e))?;
+                    let Some(resume) = resume else { return Ok(offset) };
+                    let to = resume.header.first_offset;
+                    self.pass_over(LogGap { place: damage.to_string(), from: offset, to })?;
+                    (position, offset) = (resume.position, to);
                 }
                 Err(error) => return Err(self.read_error(&error)),
             }
@@ -307,8 +307,16 @@ impl Log for EmbeddedLog {
         &self.shared.withheld
     }
 
-    /// All sections of one call go into one batch.
+    /// All sections of one call are kept together or not at all.
     fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> PendingCommit {
+        let unsplit = |section: &Section| section.unsplit_bytes();
+        let heavy = sections.iter().filter(|section| section.weight() > FRAME_PART_BYTES_MAX);
+        let bytes = heavy.map(unsplit).max().unwrap_or_default();
+        if bytes > FRAME_PART_BYTES_MAX {
+            let (reply, refused) = oneshot::channel();
+            let _ = reply.send(Err(AppendError::TooLarge { bytes, bytes_max: FRAME_PART_BYTES_MAX }));
+            return refused;
+        }
         self.submit(sections, Vec::new(), give_up_at)
     }
 

@@ -61,7 +61,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use headgate_format::log::{batch, frame, once, section};
+use headgate_format::log::{batch, frame, once, section, segment as segment_format};
 use tokio::sync::{oneshot, watch};
 
 pub use embedded::EmbeddedLog;
@@ -246,7 +246,8 @@ pub enum SectionOutcome {
     KeyDead,
 }
 
-/// Why an append failed. All are transient: the same message may be accepted later.
+/// Why an append failed. All but [`AppendError::TooLarge`] are transient: the same message may be accepted
+/// later.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AppendError {
     /// No room on the disk.
@@ -260,6 +261,17 @@ pub enum AppendError {
     Budget {
         /// The budget, in bytes.
         retention_bytes: u64,
+    },
+    /// The operating system lacks something that the log needs, such as a file descriptor or memory.
+    #[error("the log waits for the operating system: {0}")]
+    Starved(Arc<str>),
+    /// What cannot be split is larger than a frame of the log. No setting that is allowed leads here.
+    #[error("the log takes no {bytes} bytes that belong together, {bytes_max} at most")]
+    TooLarge {
+        /// The size of the section or record.
+        bytes: usize,
+        /// The largest that the log takes.
+        bytes_max: usize,
     },
     /// Writing failed in a way that makes further acknowledgements unsafe. Lasts until a restart.
     #[error("the log cannot be written: {0}")]

@@ -1,6 +1,7 @@
 //! Recovery: what opening a log does before anything is appended. It finds the segments, verifies
 //! the newest of them, and tells a torn write from damage.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -114,4 +115,46 @@ pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, LogOpenError>
         follower = Some(segment.first_offset);
     }
     Ok(result)
+}
+
+/// Ranges of offsets that cannot be read. Readers find them in any order, and come upon them again.
+#[derive(Default)]
+pub(super) struct LostRanges(BTreeMap<Offset, Offset>);
+
+impl LostRanges {
+    /// Adds a range. Returns how many of its offsets were in none yet; `None` if the range is known.
+    pub(super) fn add(&mut self, from: Offset, to: Offset) -> Option<u64> {
+        let (mut added, mut uncovered, mut is_known) = (0, from, false);
+        for (first, end) in self.0.range(..to.max(from + 1)) {
+            is_known |= *first <= uncovered && *end >= to;
+            added += first.min(&to).saturating_sub(uncovered);
+            uncovered = uncovered.max(*end);
+        }
+        added += to.saturating_sub(uncovered);
+        if is_known && added == 0 {
+            return None;
+        }
+        let end = self.0.entry(from).or_insert(to);
+        *end = to.max(*end);
+        Some(added)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_record_is_counted_once_however_readers_come_upon_it() {
+        let mut lost = LostRanges::default();
+        assert_eq!(lost.add(10, 20), Some(10));
+        assert_eq!(lost.add(10, 20), None);
+        assert_eq!(lost.add(15, 18), None);
+        assert_eq!(lost.add(15, 25), Some(5));
+        assert_eq!(lost.add(30, 40), Some(10));
+        assert_eq!(lost.add(5, 45), Some(15));
+        assert_eq!(lost.add(7, 44), None);
+        assert_eq!(lost.add(50, 50), Some(0), "a frame without records");
+        assert_eq!(lost.add(50, 50), None);
+    }
 }
