@@ -21,7 +21,7 @@ use super::window::DedupWindow;
 use super::withheld::WithheldRules;
 use super::writer::{LogWriter, WriterQueue, WriterSubmission};
 use super::{AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit};
-use crate::config;
+use crate::config::{self, Durability};
 use crate::limits::FRAME_PART_BYTES_MAX;
 use crate::message::{Offset, TimeMicros};
 
@@ -54,7 +54,7 @@ pub(super) struct EmbeddedLogShared {
 }
 
 impl EmbeddedLogShared {
-    fn segments(&self) -> RwLockReadGuard<'_, Segments> {
+    pub(super) fn segments(&self) -> RwLockReadGuard<'_, Segments> {
         self.segments.read()
     }
 
@@ -140,9 +140,11 @@ impl EmbeddedLog {
         config: &config::LogConfig,
         dedup: &config::IntakeConfig,
     ) -> Result<Self, LogOpenError> {
+        let parent = dir;
         let dir = dir.join("log");
         std::fs::create_dir_all(&dir)?;
-        let mut segments = open_segments(&*disk, &dir)?;
+        disk.sync_dir(parent)?;
+        let (mut segments, left_out) = open_segments(&*disk, &dir, config.accept_corruption)?;
         if segments.is_empty() {
             segments.insert(0, Arc::new(Segment::create(&*disk, &dir, 0)?));
         }
@@ -154,7 +156,11 @@ impl EmbeddedLog {
         window.recover(segments.values()).map_err(open_error)?;
         let mut current = segments.last_entry().expect("one was made if there was none").get().clone();
         // Only now does opening change files: a refused log stays as it was found.
-        current.cut()?;
+        // Only what was synced is known to be on the disk; with "os" nobody was promised that it is.
+        current.cut(match config.durability {
+            Durability::Fsync => recovered.unsettled,
+            Durability::Os => current.end(),
+        })?;
         if !current.is_newest_version() {
             let next_offset = recovered.next_offset;
             current = Arc::new(match next_offset > current.first_offset {
@@ -177,7 +183,7 @@ impl EmbeddedLog {
             evicted_ids: window.evicted(),
             withheld: Arc::default(),
         });
-        recovered.gaps.iter().for_each(|gap| shared.report_gap(gap));
+        left_out.iter().chain(&recovered.gaps).for_each(|gap| shared.report_gap(gap));
         let writer = LogWriter {
             shared: shared.clone(),
             disk,
@@ -187,6 +193,7 @@ impl EmbeddedLog {
             next_offset: recovered.next_offset,
             time_max: recovered.time_max,
             window,
+            unremovable: None,
             stay_s: dedup.dedup_window_s,
         };
         let ended = WriterExitGuard(shared.clone());

@@ -23,18 +23,19 @@
 //! - `received_at` never goes back by a second or less from one record to the next. It follows the
 //!   clock when that is set back further.
 //! - After a failed `fdatasync` nothing more is acknowledged until a restart, because the state of the
-//!   kernel's dirty pages is unknown. A full disk is no such failure: the log takes records again
-//!   as soon as there is room.
+//!   kernel's dirty pages is unknown. A want of disk, memory or descriptors is no such failure: the log
+//!   writes and syncs the same frames again, and takes records again as soon as that succeeds.
 //!
 //! What is on disk, byte by byte, is told in [`headgate_format::log`].
 //!
 //! # After a crash
 //!
 //! Bytes behind the last whole frame are a write that was never acknowledged: they are cut off. A
-//! broken frame with a whole frame behind it is damage. The log reports its place and the lost
+//! broken frame with one behind it that vouches for it is damage. The log reports its place and the lost
 //! offsets and does not open, unless `log.accept_corruption` tells it to
 //! go on without them. Every start reads the newest segments in full; older frames are
-//! checked whenever they are read.
+//! checked whenever they are read. What it keeps of the last commit it writes and syncs once more, because
+//! after a failed sync the kernel may have it in memory alone.
 //!
 //! The window of known ids is rebuilt from the once parts, starting at the newest segment that began
 //! before the window of message ids (or before the newest `intake.dedup_ids_max` of them). Accepted

@@ -153,6 +153,8 @@ pub(super) struct LogWriter {
     pub(super) time_max: TimeMicros,
     /// The known ids.
     pub(super) window: DedupWindow,
+    /// The segment that retention could not remove, so that it is reported once.
+    pub(super) unremovable: Option<Offset>,
     /// The least age of a segment that retention may remove, so that the window can be rebuilt: see
     /// [`retention`].
     pub(super) stay_s: u64,
@@ -287,21 +289,27 @@ impl LogWriter {
     }
 
     /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit.
-    fn make_room(&self, incoming_bytes: u64) -> Result<(), AppendError> {
-        let removed: Vec<_> = {
-            let mut segments = self.shared.segments_mut();
+    fn make_room(&mut self, incoming_bytes: u64) -> Result<(), AppendError> {
+        let removable: Vec<_> = {
+            let segments = self.shared.segments();
             let held = self.shared.holds.lowest();
             let (config, stay_s, now) = (&self.config, self.stay_s, now_micros());
             let count = retention::removable(&segments, config, stay_s, held, now, incoming_bytes);
-            (0..count).filter_map(|_| segments.pop_first()).collect()
+            segments.values().take(count).cloned().collect()
         };
-        for (first_offset, segment) in removed {
-            match std::fs::remove_file(segment.path()) {
-                Ok(()) => info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment"),
-                Err(error) => {
-                    warn!(%error, path = %segment.path().display(), "retention cannot remove a segment")
+        for segment in removable {
+            // One after the other, durably: a segment that stays while a later one is gone would be a gap,
+            // which the next start would take for damage.
+            let removed = self.disk.remove(segment.path()).and_then(|()| self.disk.sync_dir(&self.dir));
+            if let Err(error) = removed {
+                if self.unremovable.replace(segment.first_offset) != Some(segment.first_offset) {
+                    warn!(%error, path = %segment.path().display(), "retention cannot remove a segment");
                 }
+                break;
             }
+            let first_offset = segment.first_offset;
+            self.shared.segments_mut().remove(&first_offset);
+            info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment");
         }
         if self.shared.disk_bytes() + incoming_bytes > self.config.retention_bytes {
             return Err(AppendError::Budget { retention_bytes: self.config.retention_bytes });

@@ -89,7 +89,6 @@ impl SegmentHeader {
     /// # Errors
     /// [`SegmentHeaderError`]
     pub fn decode(bytes: &[u8]) -> Result<Self, SegmentHeaderError> {
-        // The worst that a copy has to say comes last: one that is whole is enough.
         let copies = HEADER_COPIES_AT.map(|at| Self::decode_copy(bytes.get(at..).unwrap_or_default()));
         let [first, second] = copies;
         match (first, second) {
@@ -97,6 +96,14 @@ impl SegmentHeader {
             (_, Ok(header)) if header.version == LogFormatVersion::V3 => Ok(header),
             (Err(error), _) => Err(error),
         }
+    }
+
+    /// Whether a file with these bytes, all that it has, is one whose header was not written to its end.
+    pub fn is_room_for_one(bytes: &[u8]) -> bool {
+        let in_copy =
+            |at: &usize| HEADER_COPIES_AT.iter().any(|copy| (*copy..copy + HEADER_COPY_BYTES).contains(at));
+        let mut others = (0..bytes.len()).filter(|at| !in_copy(at));
+        bytes.len() <= SEGMENT_HEADER_BYTES && others.all(|at| bytes[at] == 0)
     }
 
     fn decode_copy(bytes: &[u8]) -> Result<Self, SegmentHeaderError> {

@@ -23,6 +23,9 @@ pub(super) use read::SeekOutcome;
 use read::{IndexMark, push_mark};
 pub(super) use recover::LogGap;
 
+/// File bytes that are written once more at a time.
+const REWRITE_BYTES: usize = 1 << 20;
+
 /// Why a place in a segment cannot be read as a frame.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FrameError {
@@ -68,18 +71,25 @@ impl Segment {
         is_number.then(|| digits.parse().ok()).flatten()
     }
 
-    /// Makes a new segment, durably.
+    /// Makes a new segment, durably. The log has no record at `first_offset` yet: a file with that name is
+    /// what an earlier try left.
     pub(super) fn create(disk: &dyn Disk, dir: &Path, first_offset: Offset) -> io::Result<Self> {
         let path = Self::path_of(dir, first_offset);
         let header = SegmentHeader::new(first_offset, now_micros())?;
-        let file = disk.open(&path, true)?;
+        let file = match disk.open(&path, true) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                let left = disk.open(&path, false)?;
+                left.set_len(0)?;
+                left
+            }
+            made => made?,
+        };
         let written = file
             .write_all_at(&header.encode(), 0)
             .and_then(|()| file.sync_data())
             .and_then(|()| disk.sync_dir(dir));
         if let Err(error) = written {
-            // It holds nothing yet, and its name is needed for the next try.
-            let _ = std::fs::remove_file(&path);
+            let _ = disk.remove(&path);
             return Err(error);
         }
         Ok(Self::with_header(&header, path, file, SEGMENT_HEADER_BYTES as u64, Some(Vec::new())))
@@ -234,9 +244,19 @@ impl Segment {
     }
 
     /// Durably cuts off everything behind the last whole frame: allocated room and, after a crash, a
-    /// write that was never acknowledged.
-    pub(super) fn cut(&self) -> io::Result<()> {
+    /// write that was never acknowledged. What it keeps from `unsettled` on is written once more: after a
+    /// sync that failed it may be in the kernel's memory alone, where no later sync looks for it.
+    pub(super) fn cut(&self, unsettled: u64) -> io::Result<()> {
         self.trim()?;
+        let end = self.end();
+        let mut position = unsettled.max(self.begin);
+        let mut bytes = vec![0; REWRITE_BYTES];
+        while position < end {
+            let wanted = usize::try_from(end - position).map_or(bytes.len(), |left| left.min(bytes.len()));
+            let read = self.file.read_at(&mut bytes[..wanted], position)?;
+            self.file.write_all_at(&bytes[..read], position)?;
+            position += wanted as u64;
+        }
         self.file.sync_data()
     }
 

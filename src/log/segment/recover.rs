@@ -11,6 +11,8 @@ pub(in crate::log) struct RecoveredSegment {
     pub(in crate::log) next_offset: Offset,
     /// The newest `received_at` in it and before it.
     pub(in crate::log) time_max: TimeMicros,
+    /// Everything in front of this position had been acknowledged when the last whole frame was written.
+    pub(in crate::log) settled_position: u64,
     /// Bytes behind the last whole commit that are not zero: in the segment that was written last, a
     /// write that was never acknowledged.
     pub(in crate::log) cut_bytes: u64,
@@ -35,6 +37,7 @@ struct RecoveryStep {
     position: u64,
     next_offset: Offset,
     time_max: TimeMicros,
+    settled_position: u64,
     /// The number of the last write that was seen.
     write_number: Option<u32>,
 }
@@ -45,6 +48,7 @@ impl RecoveryStep {
             position: self.position + header.frame_bytes(),
             next_offset: header.next_offset(),
             time_max: header.time_max,
+            settled_position: header.settled_position,
             write_number: Some(header.write_number),
         }
     }
@@ -67,6 +71,7 @@ impl Segment {
             position: self.begin,
             next_offset: self.first_offset,
             time_max: TimeMicros::MIN,
+            settled_position: 0,
             write_number: None,
         };
         // Behind the last commit of which every frame is whole.
@@ -94,8 +99,8 @@ impl Segment {
         self.end.store(complete.position, Ordering::Release);
         self.next_write.store(complete.write_number.map_or(0, |number| number + 1), Ordering::Relaxed);
         *self.index.lock() = Some(index);
-        let RecoveryStep { next_offset, time_max, .. } = complete;
-        Ok(RecoveredSegment { next_offset, time_max, cut_bytes, gaps })
+        let RecoveryStep { next_offset, time_max, settled_position, .. } = complete;
+        Ok(RecoveredSegment { next_offset, time_max, settled_position, cut_bytes, gaps })
     }
 
     /// Where to go on behind a damaged place if it had been acknowledged: some header behind it says so.
@@ -126,8 +131,7 @@ impl Segment {
         Ok(resumed.map(|resumed| RecoveryStep {
             position: resumed.position,
             next_offset: resumed.header.first_offset,
-            time_max: damaged.time_max,
-            write_number: damaged.write_number,
+            ..*damaged
         }))
     }
 }

@@ -1,5 +1,6 @@
 //! The log against faults: torn and damaged files, a disk that fails or fills up, dead keys, budgets.
 
+mod disk;
 mod frames;
 mod once;
 
@@ -37,6 +38,10 @@ struct FaultyFile(Arc<dyn SegmentFile>, Arc<Faults>);
 impl Disk for FaultyDisk {
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>> {
         Ok(Arc::new(FaultyFile(FileSystem.open(path, create)?, self.0.clone())))
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        FileSystem.remove(path)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
