@@ -283,6 +283,10 @@ fn any_damaged_byte_in_the_middle_is_reported_and_never_passed_over_in_silence()
             Ok(_) => panic!("byte {at}: damage went unnoticed"),
         }
         assert_eq!(fs::read(&path).expect("readable"), damaged, "a log that is refused is left as it was");
+        // Going on without the record writes and syncs a new segment, which takes most of the test's time.
+        if at % 4 != starts[2] % 4 {
+            continue;
+        }
         let accepting = config::LogConfig { accept_corruption: true, ..config() };
         let log = open(dir.path(), &accepting).expect("opens without the lost record");
         let kept: Vec<_> = [numbered(0..2), numbered(3..5)].concat();
