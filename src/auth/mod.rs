@@ -6,15 +6,16 @@
 //! | file | what happens |
 //! |---|---|
 //! | `src/front/http/keys.rs` | takes the `DELETE` and asks the registry |
-//! | `registry/keys.rs`, `registry/mod.rs` | make one change |
-//! | `registry/transaction.rs` | the key's row and its audit entry, durable in `registry.db` or, in a cluster, in the bucket (`registry/cluster/bucket.rs`) |
+//! | `registry/keys.rs`, `registry/key_ends.rs` | end the key in memory first, whatever the disk says |
 //! | `registry/live.rs` | the key leaves the live view: no lookup finds it any more |
 //! | `registry/key.rs` | its lease ends, which stops the messages under it that are past the lookup |
 //! | `connections.rs` | its connections are told to close |
+//! | `registry/transaction.rs` | the key's row and its audit entry, durable in `registry.db` or, in a cluster, in the bucket (`registry/cluster/bucket.rs`) |
+//! | `registry/disk_reserve.rs` | on a full disk: gives up the reserve for that write. If it fails all the same, it is tried again until it is durable, and the answer says so |
 //! | `registry/cluster/follower.rs`, `registry/remote_changes.rs` | in a cluster: every other node does the same to its own live view and settles; the change waits for them |
 //! | `src/intake/mod.rs` | `Intake::settle` passes a barrier through the log, behind which nothing under the key can be appended, and waits until the last connection has left; then the call is answered |
 //!
-//! These join at the transaction: a key that expires (`registry/deadlines.rs`) or is rotated away
+//! These join where the key ends in memory: a key that expires (`registry/deadlines.rs`) or is rotated away
 //! (`registry/rotations.rs`), a leak report (`registry/leaks.rs`), and a deleted datasource
 //! (`registry/datasources.rs`).
 
@@ -36,5 +37,6 @@ pub use registry::error::RegistryError;
 pub use registry::key::Key;
 pub use registry::keys::NewKey;
 pub use registry::leak_rules::LeakRow;
-pub use registry::{Registry, audit, cluster, deadlines, setting, usage};
+pub use registry::leaks::LeakedKeyFate;
+pub use registry::{Registry, audit, cluster, deadlines, key_ends, setting, usage};
 pub use scope::{Scope, Scopes};

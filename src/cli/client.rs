@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use ureq::http::{Response, Uri};
+use ureq::http::{Response, StatusCode, Uri};
 use ureq::{Agent, Body};
 
 use crate::config::Config;
@@ -94,9 +94,20 @@ impl ApiClient {
         self.read_answer(request.header("authorization", self.key.expose()).send_json(body))
     }
 
-    pub(super) fn delete(&self, path: &str) -> anyhow::Result<()> {
+    /// Deletes what is at the path. Returns the gateway's words if that is done but not durable yet.
+    pub(super) fn delete(&self, path: &str) -> anyhow::Result<Option<String>> {
+        #[derive(Deserialize)]
+        struct UndurableAnswer {
+            detail: String,
+        }
         let request = self.agent.delete(format!("{}{path}", self.url));
-        self.success(request.header("authorization", self.key.expose()).call()).map(drop)
+        let mut response = self.success(request.header("authorization", self.key.expose()).call())?;
+        if response.status() != StatusCode::ACCEPTED {
+            return Ok(None);
+        }
+        let answer: UndurableAnswer =
+            response.body_mut().read_json().context("the gateway's answer is not what was expected")?;
+        Ok(Some(answer.detail))
     }
 
     /// The text of a page that is not JSON (`/metrics`).

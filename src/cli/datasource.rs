@@ -76,12 +76,15 @@ pub(super) fn run(command: DatasourceCommand, out: &mut CommandOutput) -> anyhow
         DatasourceCommand::List { json } => print_datasources(&client, json, out),
         DatasourceCommand::Show { id, json } => print_datasource(&client, &id, json, out),
         DatasourceCommand::Delete { id } => {
-            client.delete(&path(&id)?)?;
+            let undurable = client.delete(&path(&id)?)?;
             writeln!(
                 out,
                 "{id} is deleted: its keys are dead and their connections closed; what was stored stays in the \
                  gateway's records.db"
             )?;
+            if let Some(detail) = undurable {
+                writeln!(out, "not durable yet: {detail} /readyz warns until it is")?;
+            }
             Ok(())
         }
     }

@@ -180,8 +180,12 @@ pub(super) fn run(command: KeyCommand, out: &mut CommandOutput) -> anyhow::Resul
         }
         KeyCommand::Revoke { datasource, key_id } => {
             let key_id = KeyId::parse(&key_id)?;
-            client.delete(&format!("{}/{key_id}", path(&datasource)?))?;
-            Ok(writeln!(out, "key {key_id} of {datasource} is dead and its connections are closed")?)
+            let undurable = client.delete(&format!("{}/{key_id}", path(&datasource)?))?;
+            writeln!(out, "key {key_id} of {datasource} is dead and its connections are closed")?;
+            if let Some(detail) = undurable {
+                writeln!(out, "not durable yet: {detail} /readyz warns until it is")?;
+            }
+            Ok(())
         }
     }
 }

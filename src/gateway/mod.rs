@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
-use crate::auth::{Registry, deadlines};
+use crate::auth::{Registry, deadlines, key_ends};
 use crate::config::{Config, LogBackend};
 use crate::front::{http, nats};
 use crate::intake::Intake;
@@ -56,6 +56,8 @@ pub struct Gateway {
     upkeep: JoinHandle<()>,
     /// Ends keys when they expire.
     deadlines: JoinHandle<()>,
+    /// Writes the ends of keys that could not be written at once.
+    key_ends: JoinHandle<()>,
     registry: Arc<Registry>,
     /// `None` without a cluster.
     member: Option<ClusterMember>,
@@ -101,6 +103,7 @@ impl Gateway {
         let callout_nats = callout.as_ref().map(|callout| callout.nats().clone());
         let fronts = RunningFronts::start(&config, listeners, opened, callout_nats, &drain).await?;
         let upkeep = spawn_upkeep(registry.clone(), metrics);
+        let key_ends = tokio::spawn(key_ends::run(registry.clone()));
         info!(
             mqtt_addr = %addrs.mqtt, mqtt_tls_addr = addrs.mqtt_tls.map(display), http_addr = %addrs.http,
             next_offset = log.next_offset(), "serving"
@@ -118,6 +121,7 @@ impl Gateway {
             callout,
             upkeep,
             deadlines,
+            key_ends,
             registry,
             member,
             _lock: lock,
@@ -150,6 +154,8 @@ impl Gateway {
             warn!("NATS did not take the last answers of auth callout");
         }
         self.deadlines.abort();
+        self.key_ends.abort();
+        write_ends(&self.registry).await;
         if tokio::time::timeout_at(fronts_end, self.consumers.subscribers.groups.close()).await.is_err() {
             warn!("group members' records were not handed over; other members get them later");
         }
@@ -179,6 +185,18 @@ fn spawn_upkeep(registry: Arc<Registry>, metrics: Arc<Metrics>) -> JoinHandle<()
             write_usage(&registry).await;
         }
     })
+}
+
+/// Writes the ends of keys that are not durable yet, for the last time.
+async fn write_ends(registry: &Arc<Registry>) {
+    let registry = registry.clone();
+    match tokio::task::spawn_blocking(move || registry.write_ends().map_err(|_| registry.trouble())).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(trouble)) => {
+            error!(trouble, "dead keys work again after a restart: their end is not durable; end them again");
+        }
+        Err(error) => warn!(%error, "the registry has failed"),
+    }
 }
 
 /// Saves key usage.

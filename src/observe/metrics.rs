@@ -28,7 +28,7 @@ pub struct Metrics {
     pub held_back: Counter,
     /// Records that retention removed before a subscriber had read them.
     pub skipped: Counter,
-    /// From the end of a key, once it is durable, to the last of its connections closed, in seconds.
+    /// From the moment at which the end of a key was asked for to the last of its connections closed, in seconds.
     pub revocation_seconds: Histogram,
 }
 
@@ -96,6 +96,13 @@ impl Metrics {
         });
     }
 
+    /// Counts a secret in a report of leaked keys, by what came of it.
+    pub fn count_leak_report(&self, outcome: &'static str) {
+        metrics::with_local_recorder(&self.recorder, || {
+            metrics::counter!("headgate_leak_reports_total", "outcome" => outcome).increment(1);
+        });
+    }
+
     /// Sets a gauge whose value is read only when metrics are rendered.
     pub fn set_gauge(&self, name: &'static str, value: f64) {
         metrics::with_local_recorder(&self.recorder, || metrics::gauge!(name).set(value));
@@ -147,6 +154,11 @@ fn describe_fronts() {
     );
     describe_counter!("headgate_refused_total", "Messages and connections that were refused, by cause");
     describe_counter!(
+        "headgate_leak_reports_total",
+        "Secrets that were reported as leaked, by what came of it: revoked, revoked_not_durable, kept (the last \
+         admin key), unknown, failed"
+    );
+    describe_counter!(
         "headgate_refusals_unlisted_total",
         "Refusals that were counted and not listed in /v1/refusals, as listing would have waited"
     );
@@ -159,7 +171,7 @@ fn describe_fronts() {
     describe_histogram!(
         "headgate_revocation_seconds",
         Unit::Seconds,
-        "From the end of a key, once it is durable, to the last of its connections closed"
+        "From the moment at which the end of a key was asked for to the last of its connections closed"
     );
     describe_counter!(
         "headgate_subscriber_skipped_total",

@@ -21,7 +21,7 @@ use headgate_format::log::segment::SegmentHeader;
 
 /// A small disk of its own: a file system in memory that only this test's thread, and what it starts,
 /// can see. It is gone with them, however they end.
-struct SmallDisk {
+pub(super) struct SmallDisk {
     dir: tempfile::TempDir,
 }
 
@@ -29,7 +29,7 @@ impl SmallDisk {
     const BYTES: usize = 32 << 20;
 
     /// Needs the rights of root, if only in a user namespace.
-    fn mount() -> Self {
+    pub(super) fn mount() -> Self {
         let dir = scratch();
         let path = std::ffi::CString::new(dir.path().as_os_str().as_encoded_bytes()).expect("no NUL");
         let options = std::ffi::CString::new(format!("size={},mode=700", Self::BYTES)).expect("no NUL");
@@ -46,12 +46,12 @@ impl SmallDisk {
         Self { dir }
     }
 
-    fn path(&self) -> PathBuf {
+    pub(super) fn path(&self) -> PathBuf {
         self.dir.path().join("data")
     }
 
     /// Takes room until `left` bytes are free.
-    fn fill(&self, left: u64) {
+    pub(super) fn fill(&self, left: u64) {
         let mut filler = std::fs::File::create(self.dir.path().join("filler")).expect("made");
         let chunk = vec![0; 64 << 10];
         while filler.write_all(&chunk).is_ok() {}
@@ -60,7 +60,7 @@ impl SmallDisk {
     }
 
     /// Gives that room back.
-    fn empty(&self) {
+    pub(super) fn empty(&self) {
         std::fs::remove_file(self.dir.path().join("filler")).expect("it was filled");
     }
 }
@@ -75,7 +75,7 @@ impl Drop for SmallDisk {
 
 /// Whether the test runs here, as root. For anybody else it runs once more, as root of a user
 /// namespace, and has to pass there.
-fn is_root(test: &str) -> bool {
+pub(super) fn is_root(test: &str) -> bool {
     // SAFETY: geteuid(2) always succeeds.
     if unsafe { libc::geteuid() } == 0 {
         return true;
@@ -372,7 +372,7 @@ fn damage_in_the_middle_is_named_and_passed_over_only_when_told_to() {
 }
 
 /// Waits until `/readyz` warns with a text that holds `part`. Messages have to be taken all the same.
-fn warned(gateway: &Gateway, part: &str) -> String {
+pub(super) fn warned(gateway: &Gateway, part: &str) -> String {
     wait_for("/readyz to warn", || {
         let ready = gateway.get("/readyz", "");
         assert_eq!(ready.status, 200, "{}", ready.text());
@@ -383,7 +383,7 @@ fn warned(gateway: &Gateway, part: &str) -> String {
 }
 
 /// Waits until `/readyz` warns of nothing.
-fn warns_no_more(gateway: &Gateway) {
+pub(super) fn warns_no_more(gateway: &Gateway) {
     let none = serde_json::json!({ "status": "ready", "reasons": [], "warnings": [] });
     wait_for("/readyz to be well", || (gateway.get("/readyz", "").json() == none).then_some(()));
 }

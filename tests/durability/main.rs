@@ -6,6 +6,7 @@
 mod common;
 
 mod crash;
+mod dead_keys;
 mod faults;
 mod log;
 mod once;

@@ -13,8 +13,10 @@ use super::audit::{Actor, AuditEvent, setting_as_json};
 use super::datasource::Datasource;
 use super::error::RegistryError;
 use super::key::Key;
+use super::key_ends::KeyEnd;
 use super::keys::{NewKey, check_name, generate_key};
 use super::setting::JsonSetting;
+use super::transaction::KeyEndReason;
 use crate::auth::scope::Scopes;
 use crate::limits::DATASOURCE_ID_BYTES_MAX;
 use crate::message::{DatasourceId, KeyId, now_micros};
@@ -98,30 +100,26 @@ impl Registry {
         Ok((datasource, key, secret))
     }
 
-    /// Deletes a datasource and revokes its keys, durably. Before this returns, every key's lease has
-    /// ended and its connections are told to close. Returns those keys, whose connections the caller
-    /// waits for.
+    /// Deletes a datasource and revokes its keys. Before this returns, every key's lease has ended and its
+    /// connections are told to close, whatever the disk says; [`Registry::describe_unwritten`] says whether that is
+    /// durable. Returns those keys, whose connections the caller waits for.
     ///
     /// # Errors
-    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable; the
-    /// keys then keep working.
+    /// [`RegistryError::NoDatasource`].
     pub fn delete_datasource(
         &self,
         actor: &Actor,
         id: &DatasourceId,
     ) -> Result<Vec<Arc<Key>>, RegistryError> {
-        let dead = self.make_change(|database| {
-            if !self.has_datasource(id.as_str()) {
-                return Err(RegistryError::NoDatasource(id.to_string()));
-            }
-            let change = database.begin()?;
-            let digests = change.remove_datasource(id)?;
-            let keys: Vec<KeyId> = digests.iter().map(|digest| digest.key_id()).collect();
-            let what = json!({ "keys": keys });
-            change.audit(actor, &AuditEvent::of_datasource("datasource.deleted", id, &what))?;
-            change.commit()?;
-            self.live.datasources.pin().remove(id.as_str());
-            Ok(digests.iter().filter_map(|digest| self.live.kill(digest)).collect::<Vec<_>>())
+        self.existing_datasource(id)?;
+        self.live.keys_of(id).iter().for_each(|key| self.end_at_once(key));
+        let dead = self.end_keys(true, || {
+            let datasource = self.existing_datasource(id)?;
+            let keys = self.live.keys_of(id);
+            let ids: Vec<KeyId> = keys.iter().map(|key| key.id).collect();
+            let mut end = KeyEnd::new(KeyEndReason::Deleted, keys, *actor, json!({ "keys": ids }));
+            end.deleted = Some(datasource);
+            Ok(vec![end])
         })?;
         tracing::info!(datasource = %id, keys = dead.len(), "datasource deleted");
         Ok(dead)

@@ -8,22 +8,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use headgate_format::key::Digest;
 use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::Registry;
-use super::audit::{Actor, AuditEvent};
-use super::database::RegistryDatabase;
-use super::error::RegistryError;
+use super::audit::Actor;
 use super::key::Key;
+use super::key_ends::KeyEnd;
 use super::transaction::KeyEndReason;
 use crate::message::{TimeMicros, now_micros};
 
 /// How often the clock is checked.
 const DEADLINE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// The pause before another attempt to record that keys have ended.
-const DEADLINE_WRITE_RETRY_PAUSE: Duration = Duration::from_secs(5);
 
 impl Registry {
     /// The earliest time at which a key ends by itself.
@@ -33,69 +29,43 @@ impl Registry {
     }
 
     /// Ends every key whose deadline has passed. Before this returns, their leases have ended and their
-    /// connections are told to close. Returns the keys, whose connections the caller waits for.
-    ///
-    /// # Errors
-    /// [`RegistryError::Database`] if the end cannot be recorded. The keys have ended all the same, as they
-    /// would after a restart, and the next call tries again.
-    fn end_due(&self) -> Result<Vec<Arc<Key>>, RegistryError> {
+    /// connections are told to close, whatever the disk says. Returns the keys, whose connections the caller waits
+    /// for.
+    fn end_due(&self) -> Vec<Arc<Key>> {
         let now = now_micros();
-        // Collects over all attempts: a key whose end another node has recorded meanwhile ended here too.
-        let mut all: Vec<Arc<Key>> = Vec::new();
-        self.make_change_here(|database| {
-            let due: Vec<_> = {
-                let deadlines = self.live.deadlines.lock();
-                deadlines.iter().take_while(|(at, ..)| *at <= now).cloned().collect()
-            };
-            // A deadline that differs from its key's is stale: it was moved, or the key is gone.
-            let still_its = |key: &Arc<Key>, at| key.ends_at() == Some(at);
-            let ended: Vec<_> = due
-                .iter()
-                .filter_map(|(at, owner, id)| self.live.key(owner, *id).filter(|key| still_its(key, *at)))
-                .collect();
-            for key in &ended {
-                key.end();
-                if all.iter().all(|earlier| earlier.id != key.id) {
-                    all.push(Arc::clone(key));
-                }
-            }
-            let retired = if ended.is_empty() { Vec::new() } else { record_ended(database, &ended)? };
-            for digest in &retired {
-                self.live.kill(digest);
-            }
-            for key in &ended {
-                key.mark_ended();
-                tracing::info!(key_id = %key.id, datasource = %key.datasource, "an API key has ended");
-            }
-            let mut deadlines = self.live.deadlines.lock();
-            for deadline in &due {
-                deadlines.remove(deadline);
-            }
-            Ok(())
-        })?;
-        Ok(all)
+        let due: Vec<_> = {
+            let deadlines = self.live.deadlines.lock();
+            deadlines.iter().take_while(|(at, ..)| *at <= now).cloned().collect()
+        };
+        // A deadline that differs from its key's is stale: it was moved, or the key is gone.
+        let due_key = |at: TimeMicros, owner, id| {
+            self.live.key(owner, id).filter(|key| key.ends_at() == Some(at)).map(end_of_due)
+        };
+        let ended = self.end_keys(false, || {
+            Ok(due.iter().filter_map(|(at, owner, id)| due_key(*at, owner, *id)).collect())
+        });
+        let mut deadlines = self.live.deadlines.lock();
+        for deadline in &due {
+            deadlines.remove(deadline);
+        }
+        drop(deadlines);
+        let ended = ended.unwrap_or_default();
+        for key in &ended {
+            tracing::info!(key_id = %key.id, datasource = %key.datasource, "an API key has ended");
+        }
+        ended
     }
 }
 
-/// Records that keys have ended. Returns the digests of those whose grace period ended: they are revoked.
-fn record_ended(database: &mut RegistryDatabase, ended: &[Arc<Key>]) -> Result<Vec<Digest>, RegistryError> {
-    let mut retired = Vec::new();
-    let change = database.begin()?;
-    for key in ended {
-        match key.rotation().replaced_by {
-            Some((by, grace_ends_at)) if key.ends_at() == Some(grace_ends_at) => {
-                retired.extend(change.revoke(&key.datasource, key.id, KeyEndReason::Rotated)?);
-                let what = json!({ "new_key": by });
-                change.audit(&Actor::SYSTEM, &AuditEvent::of_key("key.retired", key, &what))?;
-            }
-            _ => {
-                change.expire(key.id)?;
-                change.audit(&Actor::SYSTEM, &AuditEvent::of_key("key.expired", key, &json!({})))?;
-            }
+/// The end of a key whose deadline has passed: it expires, or its grace period is over and it is revoked.
+fn end_of_due(key: Arc<Key>) -> KeyEnd {
+    let (why, what) = match key.rotation().replaced_by {
+        Some((by, grace_ends_at)) if key.ends_at() == Some(grace_ends_at) => {
+            (KeyEndReason::Rotated, json!({ "new_key": by }))
         }
-    }
-    change.commit()?;
-    Ok(retired)
+        _ => (KeyEndReason::Expired, json!({})),
+    };
+    KeyEnd::new(why, vec![key], Actor::SYSTEM, what)
 }
 
 /// Ends each key at its deadline, until dropped. `settle` waits until nothing more can be accepted under the
@@ -111,16 +81,9 @@ where
         let mut wait = DEADLINE_CHECK_INTERVAL;
         if is_due {
             match tokio::task::spawn_blocking(move || for_change.end_due()).await {
-                Ok(Ok(dead)) if !dead.is_empty() => drop(settling.spawn(settle(dead, started))),
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => {
-                    tracing::error!(%error, "keys have ended, but that could not be recorded");
-                    wait = DEADLINE_WRITE_RETRY_PAUSE;
-                }
-                Err(error) => {
-                    tracing::error!(%error, "the registry has failed");
-                    wait = DEADLINE_WRITE_RETRY_PAUSE;
-                }
+                Ok(dead) if !dead.is_empty() => drop(settling.spawn(settle(dead, started))),
+                Ok(_) => {}
+                Err(error) => tracing::error!(%error, "the registry has failed"),
             }
         }
         while settling.try_join_next().is_some() {}
@@ -158,20 +121,20 @@ mod tests {
     #[test]
     fn a_key_ends_when_its_time_has_come_and_not_before() {
         let (_dir, registry, later, _) = with_key(60_000_000);
-        assert!(registry.end_due().expect("written").is_empty());
+        assert!(registry.end_due().is_empty());
         assert!(later.holds());
         let (_dir, registry, now, _) = with_key(0);
-        let ended = registry.end_due().expect("written");
+        let ended = registry.end_due();
         assert_eq!(ended.iter().map(|key| key.id).collect::<Vec<_>>(), [now.id]);
         assert!(!now.holds());
-        assert!(registry.end_due().expect("written").is_empty(), "once");
+        assert!(registry.end_due().is_empty(), "once");
         assert_eq!(registry.next_deadline(), None);
     }
 
     #[test]
     fn a_key_that_has_ended_stays_so_when_the_clock_is_set_back() {
         let (dir, registry, key, secret) = with_key(0);
-        registry.end_due().expect("written");
+        registry.end_due();
         // Before any time that a clock shows.
         assert!(key.ends_at().is_some_and(|at| at < 0));
         drop(registry);
@@ -184,12 +147,18 @@ mod tests {
 
     #[test]
     fn a_key_ends_also_when_that_cannot_be_written_down_and_it_is_tried_again() {
-        let (_dir, registry, key, _) = with_key(0);
+        let (dir, registry, key, secret) = with_key(0);
         registry.lock_database().refuse_changes(true);
-        assert!(matches!(registry.end_due(), Err(RegistryError::Database(_))));
+        assert_eq!(registry.end_due().len(), 1);
         assert!(!key.holds() && key.has_expired());
+        assert!(registry.trouble().is_some_and(|trouble| trouble.contains(&key.id.to_string())));
         registry.lock_database().refuse_changes(false);
-        assert_eq!(registry.end_due().expect("written").len(), 1);
+        registry.write_ends().expect("written");
+        assert_eq!(registry.trouble(), None);
+        drop(registry);
+        let registry = Registry::open(dir.path()).expect("opens");
+        let key = registry.find(&secret.digest()).expect("listed still");
+        assert_eq!(key.ends_at(), Some(super::super::key::TIME_ENDED));
     }
 
     #[test]

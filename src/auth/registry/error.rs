@@ -47,6 +47,13 @@ pub enum RegistryError {
     Io(#[from] std::io::Error),
 }
 
+impl RegistryError {
+    /// Whether more room on the disk may help. A quota of the file system shows as a failed write.
+    pub(super) fn may_lack_room(&self) -> bool {
+        matches!(self, Self::Database(SqliteError::Full { .. } | SqliteError::Failed { .. }))
+    }
+}
+
 impl From<rusqlite::Error> for RegistryError {
     fn from(error: rusqlite::Error) -> Self {
         Self::Database(SqliteError::from_sqlite(&error, Path::new(REGISTRY_FILE_NAME)))

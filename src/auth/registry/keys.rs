@@ -13,6 +13,7 @@ use super::audit::{Actor, AuditEvent, setting_as_json};
 use super::database::RegistryDatabase;
 use super::error::RegistryError;
 use super::key::{Key, KeyAttributes, Rotation};
+use super::key_ends::KeyEnd;
 use super::transaction::KeyEndReason;
 use crate::auth::scope::{Scope, Scopes};
 use crate::limits::NAME_BYTES_MAX;
@@ -81,31 +82,31 @@ impl Registry {
         Ok((key, secret))
     }
 
-    /// Revokes one key, durably. Before this returns, its lease has ended and its connections are told to
-    /// close. Returns the key, whose connections the caller waits for, or `None` if the datasource has no
-    /// such live key.
+    /// Revokes one key. Before this returns, its lease has ended and its connections are told to close, whatever
+    /// the disk says; [`Registry::describe_unwritten`] says whether that is durable. Returns the key, whose
+    /// connections the caller waits for, or `None` if the datasource has no such live key.
     ///
     /// # Errors
-    /// [`RegistryError::LastAdmin`]; [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it
-    /// cannot be made durable; the key then keeps working.
+    /// [`RegistryError::LastAdmin`]; [`RegistryError::NoDatasource`].
     pub fn revoke_key(
         &self,
         actor: &Actor,
         datasource: &DatasourceId,
         id: KeyId,
     ) -> Result<Option<Arc<Key>>, RegistryError> {
-        let dead = self.make_change(|database| {
+        if let Some(key) = self.live.key(datasource, id) {
+            self.end_at_once(&key);
+        }
+        let dead = self.end_keys(true, || {
             self.check_owner(datasource)?;
-            let Some(key) = self.live.key(datasource, id) else { return Ok(None) };
+            let Some(key) = self.live.key(datasource, id) else { return Ok(Vec::new()) };
             if self.is_last_admin(&key) {
                 return Err(RegistryError::LastAdmin);
             }
-            let change = database.begin()?;
-            let digest = change.revoke(datasource, id, KeyEndReason::Revoked)?;
-            change.audit(actor, &AuditEvent::of_key("key.revoked", &key, &json!({ "label": key.label })))?;
-            change.commit()?;
-            Ok(digest.and_then(|digest| self.live.kill(&digest)))
+            let what = json!({ "label": key.label });
+            Ok(vec![KeyEnd::new(KeyEndReason::Revoked, vec![key], *actor, what)])
         })?;
+        let dead = dead.into_iter().next();
         if dead.is_some() {
             tracing::info!(%datasource, key_id = %id, "key revoked");
         }

@@ -10,60 +10,76 @@ use super::Registry;
 use super::audit::{Actor, AuditEvent};
 use super::error::RegistryError;
 use super::key::Key;
+use super::key_ends::KeyEnd;
 use super::leak_rules::LeakRow;
 use super::transaction::KeyEndReason;
+use super::usage::KeyUsage;
 use crate::time::Rfc3339;
+
+/// What has become of a reported secret.
+#[derive(Debug)]
+pub enum LeakedKeyFate {
+    /// It is no live key's.
+    Unknown,
+    /// Its key is dead. The caller waits for its connections.
+    Revoked(Arc<Key>),
+    /// It is the last admin key's, which still works.
+    Kept,
+}
 
 impl Registry {
     /// Revokes the key with this digest, if there is one, as leaked. `url` is where it was found. The audit
-    /// entry has the newest known offset that was written under the key. Returns the dead key, whose
-    /// connections the caller waits for.
+    /// entry has the newest known offset that was written under the key.
     ///
-    /// In a cluster the key is dead on this node when this returns, and on the others a moment later: the
-    /// response to a report does not wait for them.
+    /// The key is dead on this node when this returns, whatever the disk says; [`Registry::describe_unwritten`]
+    /// says whether that is durable. In a cluster the other nodes follow a moment later: the response to a report
+    /// does not wait for them.
     ///
     /// The last admin key for all datasources is not revoked, because nobody could manage anything any
     /// more. The log and the audit report that instead.
     ///
     /// # Errors
-    /// [`RegistryError::Database`] if the change cannot be made durable; the key then keeps working.
+    /// A [`RegistryError`] if the audit cannot be told of the last admin key.
     pub fn revoke_leaked(
         &self,
         actor: &Actor,
         digest: &Digest,
         url: &str,
-    ) -> Result<Option<Arc<Key>>, RegistryError> {
-        let (outcome, _) = self.make_change_here(|database| {
-            let Some(key) = self.live.find(digest).filter(|key| key.holds()) else { return Ok(None) };
-            let is_last_admin = self.is_last_admin(&key);
-            let used = self.usage_in(database, &key)?;
-            let last_used_at = used.users.first().map(|user| Rfc3339(user.at));
-            let what = json!({ "url": url, "last_offset": used.offset, "last_used_at": last_used_at });
-            let change = database.begin()?;
-            if is_last_admin {
-                change.audit(actor, &AuditEvent::of_key("key.leaked_and_kept", &key, &what))?;
-                change.commit()?;
-                return Ok(Some((key, None)));
+    ) -> Result<LeakedKeyFate, RegistryError> {
+        let Some(key) = self.live.find(digest).filter(|key| key.holds()) else {
+            return Ok(LeakedKeyFate::Unknown);
+        };
+        self.end_at_once(&key);
+        let used = self.usage_in(&self.lock_database(), &key).unwrap_or_else(|error| {
+            tracing::warn!(%error, key_id = %key.id, "the use of a leaked key cannot be read for the audit");
+            KeyUsage::default()
+        });
+        let last_used_at = used.users.first().map(|user| Rfc3339(user.at));
+        let what = json!({ "url": url, "last_offset": used.offset, "last_used_at": last_used_at });
+        let dead = self.end_keys(false, || {
+            let Some(key) = self.live.find(digest) else { return Ok(Vec::new()) };
+            if self.is_last_admin(&key) {
+                return Err(RegistryError::LastAdmin);
             }
-            change.revoke(&key.datasource, key.id, KeyEndReason::Leaked)?;
-            change.audit(actor, &AuditEvent::of_key("key.leaked", &key, &what))?;
-            change.commit()?;
-            Ok(Some((key, self.live.kill(digest))))
-        })?;
-        match outcome {
-            None => Ok(None),
-            Some((key, None)) => {
+            Ok(vec![KeyEnd::new(KeyEndReason::Leaked, vec![key], *actor, what.clone())])
+        });
+        match dead {
+            // Another call has ended it meanwhile.
+            Ok(dead) if dead.is_empty() => Ok(LeakedKeyFate::Unknown),
+            Ok(_) => {
+                tracing::warn!(key_id = %key.id, datasource = %key.datasource, "a leaked API key was revoked");
+                Ok(LeakedKeyFate::Revoked(key))
+            }
+            Err(RegistryError::LastAdmin) => {
                 tracing::error!(
                     key_id = %key.id,
                     "the last admin key was reported as leaked and still works: create another one, then \
                      revoke it"
                 );
-                Ok(None)
+                self.audit(actor, &AuditEvent::of_key("key.leaked_and_kept", &key, &what))?;
+                Ok(LeakedKeyFate::Kept)
             }
-            Some((key, dead)) => {
-                tracing::warn!(key_id = %key.id, datasource = %key.datasource, "a leaked API key was revoked");
-                Ok(dead)
-            }
+            Err(error) => Err(error),
         }
     }
 

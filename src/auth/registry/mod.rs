@@ -1,11 +1,13 @@
 //! The registry: all datasources and the keys that open them. It is durable in SQLite (`database.rs`),
 //! and live in memory (`live.rs`), where every presented key is looked up.
 //!
-//! Changes (`datasources.rs`, `keys.rs`, `rotations.rs`, `leaks.rs`, `deadlines.rs`) are made one at a time:
-//! **first on the disk** (`transaction.rs`), **then in the live view**, and a change has reached both when the
-//! call returns. So a key that was handed out survives any crash, and a revoked key is dead for good: its
-//! lease has ended, which stops every message in flight under it, its connections have been told to close,
-//! and no lookup finds it. The audit entry of a change is in the same transaction as the change.
+//! Changes (`datasources.rs`, `keys.rs`, `rotations.rs`) are made one at a time: **first on the disk**
+//! (`transaction.rs`), **then in the live view**, and a change has reached both when the call returns. So a key
+//! that was handed out survives any crash. The audit entry of a change is in the same transaction as the change.
+//!
+//! The end of a key goes **first into the live view, then to the disk** (`key_ends.rs`): a key dies whatever the
+//! disk says. Its lease has ended, which stops every message in flight under it, its connections have been told
+//! to close, and no lookup finds it. It is dead for good once that is durable, usually when the call returns.
 //!
 //! In a cluster every node has its own registry in memory, and a change reaches all nodes or none
 //! (`cluster/`): it is published before it takes effect here, the changes of other nodes are applied
@@ -20,13 +22,15 @@ mod database;
 pub mod datasource;
 pub mod datasources;
 pub mod deadlines;
+mod disk_reserve;
 pub mod error;
 mod first_admin;
 pub(super) mod index;
 pub mod key;
+pub mod key_ends;
 pub mod keys;
 pub mod leak_rules;
-mod leaks;
+pub mod leaks;
 mod live;
 mod quarantine_file;
 mod queries;
@@ -53,9 +57,11 @@ use crate::time::Rfc3339;
 use audit::{AuditEntry, AuditQuery};
 use database::RegistryDatabase;
 use datasource::Datasource;
+use disk_reserve::DiskReserve;
 use error::RegistryError;
 use index::KeyLookup;
 use key::Key;
+use key_ends::UnwrittenEnds;
 use leak_rules::LeakRuleFollower;
 use live::LiveRegistry;
 use replica::{RegistryReplica, RegistryRevision};
@@ -74,6 +80,10 @@ pub struct Registry {
     replica: Option<Arc<dyn RegistryReplica>>,
     /// Locked inside the lock of the database only.
     leak_rules: Mutex<LeakRuleFollower>,
+    /// Changed only under the lock of the database.
+    unwritten: UnwrittenEnds,
+    /// `None` in a cluster, whose registry is not on this disk.
+    reserve: Option<DiskReserve>,
 }
 
 impl Registry {
@@ -85,7 +95,8 @@ impl Registry {
     pub fn open(dir: &Path) -> Result<Self, RegistryError> {
         let mut database = RegistryDatabase::open(dir)?;
         quarantine_file::move_into_registry(dir, &mut database)?;
-        Self::from_database(database, None)
+        let reserve = Some(DiskReserve::open(dir));
+        Ok(Self { reserve, ..Self::from_database(database, None)? })
     }
 
     /// Builds the live view from a database.
@@ -104,6 +115,8 @@ impl Registry {
             adding_usage: Mutex::default(),
             replica,
             leak_rules: Mutex::default(),
+            unwritten: UnwrittenEnds::default(),
+            reserve: None,
         })
     }
 
@@ -208,11 +221,12 @@ impl Registry {
 
     /// Makes a change: `make` writes to the database, and then updates the live view. In a cluster `make`
     /// runs again from its beginning if another node's change came first, and every other node has the
-    /// change when this returns.
+    /// change when this returns. Ends of keys that are not yet durable are written first.
     fn make_change<T>(
         &self,
         make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
     ) -> Result<T, RegistryError> {
+        self.write_ends()?;
         let (made, revision) = self.make_change_here(make)?;
         if let Some(replica) = &self.replica {
             replica.wait_everywhere(revision);

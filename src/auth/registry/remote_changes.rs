@@ -68,6 +68,9 @@ impl Registry {
             tracing::info!(datasource = %id, "datasource deleted on another node");
             return;
         };
+        if self.unwritten.has_deletion(id, row.created_at) {
+            return;
+        }
         match self.datasource(id.as_str()) {
             Some(known) if known.created_at == row.created_at && *known.name == *row.name => {
                 set_if_changed(&known.limits, row.limits.as_deref());

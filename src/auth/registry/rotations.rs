@@ -52,7 +52,7 @@ impl Registry {
         id: KeyId,
         grace: Duration,
     ) -> Result<Option<KeyRotationOutcome>, RegistryError> {
-        let rotated = self.make_change(|database| {
+        let rotated = self.make_change_with_reserve(|database| {
             let Some(old) = self.rotatable_key(datasource, id)? else { return Ok(None) };
             let limits = old.limits.text();
             let (new, secret) = generate_key(
@@ -116,7 +116,7 @@ impl Registry {
         datasource: &DatasourceId,
         id: KeyId,
     ) -> Result<Option<KeyRotationUndoOutcome>, RegistryError> {
-        let undone = self.make_change(|database| {
+        let undone = self.make_change_with_reserve(|database| {
             self.check_owner(datasource)?;
             let Some(old) = self.live.key(datasource, id) else { return Ok(None) };
             let rotation = old.rotation();

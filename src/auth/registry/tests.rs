@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
 use super::audit::{AuditEntry, AuditQuery};
 use super::*;
 use crate::auth::connections::{CloseReason, ConnectionControl};
-use crate::auth::{Actor, ApiKey, Datasource, Registry, RegistryError, Scope, Scopes};
+use crate::auth::{Actor, ApiKey, Datasource, LeakedKeyFate, Registry, RegistryError, Scope, Scopes};
 use crate::limits::{DATASOURCE_ID_BYTES_MAX, NAME_BYTES_MAX};
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 
@@ -194,8 +195,7 @@ fn a_change_that_does_not_reach_the_disk_does_not_reach_the_live_view() {
     let failed = [
         registry.create_datasource(&Actor::SYSTEM, None, "b", ingest()).err(),
         registry.create_key(&Actor::SYSTEM, &a.id, "", ingest(), None).err(),
-        registry.delete_datasource(&Actor::SYSTEM, &a.id).err(),
-        registry.revoke_key(&Actor::SYSTEM, &a.id, key.id).err(),
+        registry.rotate_key(&Actor::SYSTEM, &a.id, key.id, Duration::ZERO).err(),
     ];
     for error in failed {
         assert!(matches!(error, Some(RegistryError::Database(_))), "{error:?}");
@@ -211,6 +211,50 @@ fn a_change_that_does_not_reach_the_disk_does_not_reach_the_live_view() {
     registry.create_key(&Actor::SYSTEM, &a.id, "", ingest(), None).expect("works again");
     registry.revoke_key(&Actor::SYSTEM, &a.id, registry.keys(&a.id)[1].id).expect("works again");
     check(&reopened(&dir, registry));
+}
+
+#[test]
+fn a_key_dies_whatever_the_disk_says_and_its_end_is_written_before_anything_else() {
+    let (dir, registry) = empty();
+    let (a, first, first_secret) =
+        registry.create_datasource(&Actor::SYSTEM, None, "a", ingest()).expect("created");
+    let (b, second, second_secret) =
+        registry.create_datasource(&Actor::SYSTEM, None, "b", ingest()).expect("created");
+    let (third, third_secret) =
+        registry.create_key(&Actor::SYSTEM, &a.id, "", ingest(), None).expect("created");
+    assert_eq!(registry.trouble(), None);
+    break_disk(&registry, true);
+    registry.revoke_key(&Actor::SYSTEM, &a.id, first.id).expect("dead").expect("was live");
+    registry.delete_datasource(&Actor::SYSTEM, &b.id).expect("gone");
+    let digest = third_secret.digest();
+    let leaked = registry.revoke_leaked(&Actor::SYSTEM, &digest, "").expect("dead");
+    assert!(matches!(leaked, LeakedKeyFate::Revoked(_)), "{leaked:?}");
+    let dead = [(&first, &first_secret), (&second, &second_secret), (&third, &third_secret)];
+    let trouble = registry.trouble().expect("an operator is told");
+    for (key, secret) in dead {
+        assert!(!key.holds() && registry.was_revoked(&secret.digest()));
+        assert!(trouble.contains(&key.id.to_string()), "{trouble}");
+        assert!(registry.describe_unwritten(&key.datasource, Some(key.id)).is_some());
+    }
+    assert!(registry.describe_unwritten(&b.id, None).is_some() && !registry.has_datasource("b"));
+    let error = registry.create_datasource(&Actor::SYSTEM, Some(b.id.clone()), "b", ingest());
+    assert!(matches!(error, Err(RegistryError::Database(_))), "{error:?}");
+
+    break_disk(&registry, false);
+    let (again, new, new_secret) = registry
+        .create_datasource(&Actor::SYSTEM, Some(b.id.clone()), "b", ingest())
+        .expect("the deletion was written first");
+    assert_eq!((registry.trouble(), &again.id), (None, &b.id));
+    for (key, _) in dead {
+        assert_eq!(registry.describe_unwritten(&key.datasource, Some(key.id)), None);
+    }
+    let actions: Vec<_> = audited(&registry).into_iter().map(|entry| entry.action).skip(3).collect();
+    assert_eq!(actions, ["key.revoked", "datasource.deleted", "key.leaked", "datasource.created"]);
+    let registry = reopened(&dir, registry);
+    for (_, secret) in dead {
+        assert!(registry.was_revoked(&secret.digest()));
+    }
+    assert!(registry.find(&new_secret.digest()).is_some_and(|key| key.id == new.id));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! that describes them. It takes effect when it is committed, and not before. In a cluster its rows are
 //! first read from the open transaction and published to all nodes; only then is it committed.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use headgate_bridge_nats::kv::KV_BATCH_ROWS_MAX;
 use headgate_format::key::Digest;
@@ -29,6 +29,8 @@ pub(super) enum KeyEndReason {
     Rotated,
     /// It was reported as leaked.
     Leaked,
+    /// Its time was over. It was not revoked.
+    Expired,
 }
 
 impl KeyEndReason {
@@ -38,6 +40,18 @@ impl KeyEndReason {
             KeyEndReason::Deleted => "deleted",
             KeyEndReason::Rotated => "rotated",
             KeyEndReason::Leaked => "leaked",
+            KeyEndReason::Expired => "expired",
+        }
+    }
+
+    /// The action in the audit entry of a key that ended so.
+    pub(super) fn action(self) -> &'static str {
+        match self {
+            KeyEndReason::Revoked => "key.revoked",
+            KeyEndReason::Deleted => "datasource.deleted",
+            KeyEndReason::Rotated => "key.retired",
+            KeyEndReason::Leaked => "key.leaked",
+            KeyEndReason::Expired => "key.expired",
         }
     }
 }
@@ -45,7 +59,7 @@ impl KeyEndReason {
 /// One open transaction on the registry.
 pub(super) struct RegistryTransaction<'a> {
     transaction: Transaction<'a>,
-    at: TimeMicros,
+    at: Cell<TimeMicros>,
     /// The cluster that it is published to, if there is one.
     replica: Option<&'a dyn RegistryReplica>,
     /// The newest revision that is in the database.
@@ -70,7 +84,7 @@ impl<'a> RegistryTransaction<'a> {
         replica: Option<&'a dyn RegistryReplica>,
         applied: &'a mut RegistryRevision,
     ) -> Self {
-        Self { transaction, at: now_micros(), replica, applied, touched: RefCell::default() }
+        Self { transaction, at: Cell::new(now_micros()), replica, applied, touched: RefCell::default() }
     }
 
     fn touched(&self, row: TouchedRow) {
@@ -81,7 +95,12 @@ impl<'a> RegistryTransaction<'a> {
 
     /// The time of the change.
     pub(super) fn made_at(&self) -> TimeMicros {
-        self.at
+        self.at.get()
+    }
+
+    /// Sets the time of what is written next: when it took effect.
+    pub(super) fn set_time(&self, at: TimeMicros) {
+        self.at.set(at);
     }
 
     /// Inserts a datasource.
@@ -132,7 +151,7 @@ impl<'a> RegistryTransaction<'a> {
             "UPDATE keys SET revoked_at = ?1, ended = ?5 WHERE digest BETWEEN ?2 AND ?3 AND datasource = ?4
              AND revoked_at IS NULL RETURNING digest",
         )?;
-        let parameters = params![self.at, first, last, datasource.as_str(), why.as_str()];
+        let parameters = params![self.at.get(), first, last, datasource.as_str(), why.as_str()];
         let digest = update.query_row(parameters, |row| row.get(0).map(Digest)).optional()?;
         if digest.is_some() {
             self.touched(TouchedRow::Key(id));
@@ -140,32 +159,43 @@ impl<'a> RegistryTransaction<'a> {
         Ok(digest)
     }
 
-    /// Marks a key as expired. The rest of its row stays: it was not revoked.
-    pub(super) fn expire(&self, id: KeyId) -> rusqlite::Result<()> {
+    /// Marks a key as expired. The rest of its row stays: it was not revoked. Returns `false` if it has ended
+    /// already.
+    pub(super) fn expire(&self, id: KeyId) -> rusqlite::Result<bool> {
         let (first, last) = digest_range(id);
         let mut update = self.transaction.prepare_cached(
-            "UPDATE keys SET ended = 'expired' WHERE digest BETWEEN ?1 AND ?2 AND revoked_at IS NULL",
+            "UPDATE keys SET ended = 'expired' WHERE digest BETWEEN ?1 AND ?2 AND revoked_at IS NULL
+             AND ended IS NULL",
         )?;
-        update.execute(params![first, last])?;
-        self.touched(TouchedRow::Key(id));
-        Ok(())
+        let has_ended = update.execute(params![first, last])? > 0;
+        if has_ended {
+            self.touched(TouchedRow::Key(id));
+        }
+        Ok(has_ended)
     }
 
-    /// Removes a datasource and revokes its keys. Returns their digests.
-    pub(super) fn remove_datasource(&self, datasource: &DatasourceId) -> rusqlite::Result<Vec<Digest>> {
-        self.transaction
-            .prepare_cached("DELETE FROM datasources WHERE id = ?1")?
-            .execute(params![datasource.as_str()])?;
+    /// Removes a datasource and revokes its keys. Returns their digests, or `None` if it is gone already; one that
+    /// was created later under the same id is another one.
+    pub(super) fn remove_datasource(
+        &self,
+        datasource: &DatasourceId,
+        created_at: TimeMicros,
+    ) -> rusqlite::Result<Option<Vec<Digest>>> {
+        let mut delete =
+            self.transaction.prepare_cached("DELETE FROM datasources WHERE id = ?1 AND created_at = ?2")?;
+        if delete.execute(params![datasource.as_str(), created_at])? == 0 {
+            return Ok(None);
+        }
         let mut update = self.transaction.prepare_cached(
             "UPDATE keys SET revoked_at = ?1, ended = ?3 WHERE datasource = ?2 AND revoked_at IS NULL
              RETURNING digest",
         )?;
-        let parameters = params![self.at, datasource.as_str(), KeyEndReason::Deleted.as_str()];
+        let parameters = params![self.at.get(), datasource.as_str(), KeyEndReason::Deleted.as_str()];
         let digests: Vec<Digest> =
             update.query_map(parameters, |row| row.get(0).map(Digest))?.collect::<Result<_, _>>()?;
         digests.iter().for_each(|digest| self.touched(TouchedRow::Key(digest.key_id())));
         self.touched(TouchedRow::Datasource(datasource.clone()));
-        Ok(digests)
+        Ok(Some(digests))
     }
 
     /// Sets the limits of a datasource.
@@ -253,7 +283,7 @@ impl<'a> RegistryTransaction<'a> {
         // SQLite assigns the next higher id. A cluster has one order of changes, and each node has all the
         // earlier ones, so no other node has assigned the same id.
         insert.execute(params![
-            self.at,
+            self.at.get(),
             actor.who.to_string(),
             actor.address.map(|address| address.to_string()),
             act.action,

@@ -188,6 +188,14 @@ struct UndoRotationResponse<'a> {
     revoked: Option<KeyId>,
 }
 
+/// The answer to a call that has ended keys, as long as that is not durable.
+#[derive(Serialize)]
+struct UndurableEndResponse<'a> {
+    revoked: bool,
+    durable: bool,
+    detail: &'a str,
+}
+
 /// A new key with its secret, which is shown only this once.
 #[derive(Serialize)]
 pub(super) struct NewKeyView<'a> {
@@ -308,21 +316,32 @@ pub(super) async fn rotate(
 }
 
 /// `DELETE /v1/datasources/{datasource}/keys/{key_id}`: answers once the key is dead and nothing more can
-/// come in under it.
+/// come in under it; with 202 as long as that is not durable.
 pub(super) async fn revoke(
     State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
     PathParameters((datasource, key_id)): PathParameters<(String, String)>,
-) -> Result<StatusCode, Problem> {
+) -> Result<Response, Problem> {
     let called = Instant::now();
     caller.require_scope(Scope::Admin, &datasource)?;
-    let datasource = key_owner(&shared, &datasource)?;
+    let owner = key_owner(&shared, &datasource)?;
     let key_id = KeyId::parse(&key_id)?;
-    let (registry, actor) = (shared.registry().clone(), caller.actor());
-    let dead = run_blocking(move || Ok(registry.revoke_key(&actor, &datasource, key_id)?)).await?;
-    let dead = dead.ok_or_else(|| no_key_problem(key_id))?;
-    shared.settle(&caller, &[dead], called).await;
-    Ok(StatusCode::NO_CONTENT)
+    let (registry, actor, of) = (shared.registry().clone(), caller.actor(), owner.clone());
+    let dead = run_blocking(move || Ok(registry.revoke_key(&actor, &of, key_id)?)).await?;
+    if let Some(dead) = &dead {
+        shared.settle(&caller, std::slice::from_ref(dead), called).await;
+    }
+    match (shared.registry().describe_unwritten(&owner, Some(key_id)), dead) {
+        (Some(detail), _) => Ok(undurable_answer(&format!("The end of key {key_id} is {detail}."))),
+        (None, Some(_)) => Ok(StatusCode::NO_CONTENT.into_response()),
+        (None, None) => Err(no_key_problem(key_id)),
+    }
+}
+
+/// The answer to a call that has ended keys when that could not be made durable: it is tried again.
+pub(super) fn undurable_answer(detail: &str) -> Response {
+    let body = UndurableEndResponse { revoked: true, durable: false, detail };
+    (StatusCode::ACCEPTED, Json(body)).into_response()
 }
 
 fn no_key_problem(key_id: KeyId) -> Problem {

@@ -16,10 +16,11 @@ use super::body::{self, BodyLimits};
 use super::server::HttpPeer;
 use super::{HttpFrontState, run_blocking};
 use crate::auth::audit::{Actor, ActorIdentity};
-use crate::auth::{Digest, Key};
+use crate::auth::{Digest, Key, LeakedKeyFate, Registry};
 use crate::front::problem::Problem;
 use crate::limits::{HTTP_MANAGE_BYTES_MAX, LEAK_URL_BYTES_MAX, LEAKS_PER_REPORT_MAX};
 use crate::observe::cause::Cause;
+use crate::observe::metrics::Metrics;
 
 /// How long after its arrival a report is answered: well above the few milliseconds that a revocation takes.
 const LEAK_ANSWER_DELAY: Duration = Duration::from_millis(200);
@@ -70,25 +71,61 @@ pub(super) async fn report(
     let revoking = async {
         let registry = shared.registry().clone();
         let actor = Actor { who: ActorIdentity::LeakReport, address: Some(address) };
+        let metrics = shared.parts.metrics.clone();
         let dead = run_blocking(move || {
-            let mut dead = Vec::new();
-            for ReportedSecret { token, url } in found.iter().take(LEAKS_PER_REPORT_MAX) {
-                let Some(digest) = Digest::from_presented(token.as_bytes()) else { continue };
-                dead.extend(registry.revoke_leaked(&actor, &digest, &audited_url(url.as_deref()))?);
-            }
-            Ok(dead)
+            let found = found.iter().take(LEAKS_PER_REPORT_MAX);
+            let reported = found.map(|found| revoke_reported(&registry, &metrics, &actor, found));
+            Ok(reported.flatten().collect::<Vec<_>>())
         });
-        match dead.await {
-            Ok(dead) if !dead.is_empty() => settle_in_background(&shared, &peer, dead, called),
-            Ok(_) => {}
-            // The client is not told of the error: that would reveal that the key exists.
-            Err(problem) => drop(problem),
+        let dead = dead.await?;
+        if !dead.is_empty() {
+            settle_in_background(&shared, &peer, dead, called);
+        }
+        Ok::<_, Problem>(())
+    };
+    let (revoked, ()) = tokio::join!(revoking, tokio::time::sleep(LEAK_ANSWER_DELAY));
+    revoked?;
+    let forms = "The accepted forms are [{\"token\": …, \"url\": …}, …] and {\"secret\": …, \"url\": …}.";
+    let body = match shared.registry().trouble() {
+        None => {
+            let words = "Live API keys of this gateway are revoked, but for the last admin key.";
+            json!({ "detail": format!("{words} {forms}") })
+        }
+        // Said to everybody as long as the registry cannot be written, whatever was reported.
+        Some(_) => {
+            let words = "Live API keys of this gateway are revoked, but for the last admin key. The registry \
+                         cannot be written at this moment, so that is not durable yet; it is tried again.";
+            json!({ "detail": format!("{words} {forms}"), "durable": false })
         }
     };
-    tokio::join!(revoking, tokio::time::sleep(LEAK_ANSWER_DELAY));
-    let words = "Live API keys of this gateway are revoked. The accepted forms are \
-                 [{\"token\": …, \"url\": …}, …] and {\"secret\": …, \"url\": …}.";
-    Ok((StatusCode::ACCEPTED, Json(json!({ "detail": words }))).into_response())
+    Ok((StatusCode::ACCEPTED, Json(body)).into_response())
+}
+
+/// Revokes one reported key, and counts what came of it. Returns the key if it is dead now.
+fn revoke_reported(
+    registry: &Registry,
+    metrics: &Metrics,
+    actor: &Actor,
+    found: &ReportedSecret,
+) -> Option<Arc<Key>> {
+    let fate = Digest::from_presented(found.token.as_bytes()).map_or(Ok(LeakedKeyFate::Unknown), |digest| {
+        registry.revoke_leaked(actor, &digest, &audited_url(found.url.as_deref()))
+    });
+    let (outcome, dead) = match fate {
+        Ok(LeakedKeyFate::Unknown) => ("unknown", None),
+        Ok(LeakedKeyFate::Kept) => ("kept", None),
+        Ok(LeakedKeyFate::Revoked(key)) => match registry.describe_unwritten(&key.datasource, Some(key.id)) {
+            None => ("revoked", Some(key)),
+            Some(_) => ("revoked_not_durable", Some(key)),
+        },
+        // A failure of one does not spare the others of the report.
+        Err(error) => {
+            tracing::error!(%error, "the report of a leaked key could not be written to the audit");
+            ("failed", None)
+        }
+    };
+    metrics.count_leak_report(outcome);
+    dead
 }
 
 /// Waits for the connections of the dead keys in a task of its own, so that the answer is not delayed.

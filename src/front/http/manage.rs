@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::connect::ConnectLines;
 use super::credentials::Caller;
-use super::keys::NewKeyView;
+use super::keys::{NewKeyView, undurable_answer};
 use super::{HttpFrontState, PathParameters, limits, run_blocking, schema};
 use crate::auth::{Datasource, NewDatasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
@@ -126,18 +126,20 @@ pub(super) async fn show(
 }
 
 /// `DELETE /v1/datasources/{datasource}`: answers once its keys are dead and nothing more can come in
-/// under them.
+/// under them; with 202 as long as that is not durable.
 pub(super) async fn delete(
     State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
     PathParameters(id): PathParameters<String>,
-) -> Result<StatusCode, Problem> {
+) -> Result<Response, Problem> {
     let called = Instant::now();
     caller.require_scope(Scope::Admin, &id)?;
     let datasource = shared.datasource(&id)?;
-    let registry = shared.registry().clone();
-    let actor = caller.actor();
-    let dead = run_blocking(move || Ok(registry.delete_datasource(&actor, &datasource.id)?)).await?;
+    let (registry, actor, of) = (shared.registry().clone(), caller.actor(), datasource.id.clone());
+    let dead = run_blocking(move || Ok(registry.delete_datasource(&actor, &of)?)).await?;
     shared.settle(&caller, &dead, called).await;
-    Ok(StatusCode::NO_CONTENT)
+    match shared.registry().describe_unwritten(&datasource.id, None) {
+        Some(detail) => Ok(undurable_answer(&format!("The deletion of {} is {detail}.", datasource.id))),
+        None => Ok(StatusCode::NO_CONTENT.into_response()),
+    }
 }

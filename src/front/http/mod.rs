@@ -64,6 +64,7 @@ use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
     HTTP_BODIES_BYTES_MAX, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S, QUERIES_MAX,
+    REVOCATION_WAIT_MAX,
 };
 use crate::log::Log;
 use crate::observe::cause::Cause;
@@ -159,7 +160,13 @@ impl HttpFrontState {
     /// closed. The caller's own connection is not waited for: it closes after this answer.
     async fn settle(&self, caller: &Caller, dead: &[Arc<Key>], called: Instant) {
         dead.iter().for_each(|key| caller.1.keys.leave(key.id));
-        self.parts.intake.settle(dead, called).await;
+        let settled = self.parts.intake.settle(dead, called);
+        // Without its cluster the log may not answer for long; the keys are dead here all the same.
+        if self.registry().trouble().is_none() {
+            settled.await;
+        } else if tokio::time::timeout(REVOCATION_WAIT_MAX, settled).await.is_err() {
+            tracing::warn!("the log has not confirmed the end of a key; nothing new is let in under it");
+        }
     }
 
     fn body_limits(&self) -> BodyLimits {

@@ -1,0 +1,341 @@
+//! The ends of keys: revoked, leaked, retired, expired, or gone with their datasource. An end goes the other way
+//! round than every other change of the registry: **first in memory, then to the disk**. A key that has to die
+//! dies at once, whatever the disk says, and its end waits in a queue ([`UnwrittenEnds`]) until it is durable.
+//!
+//! The queue is written by the call that ended the key, which in the usual case leaves it empty. On a full disk it
+//! gives up the [reserve](super::disk_reserve) for that. If the write fails all the same, [`run`] tries again and
+//! `/readyz` warns; every other change of the registry writes the queue first, so that the order on the disk is
+//! the order in memory. If the gateway ends before that, the key is alive again at its next start.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use headgate_format::key::Digest;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+
+use super::Registry;
+use super::audit::{Actor, AuditEvent};
+use super::database::RegistryDatabase;
+use super::datasource::Datasource;
+use super::disk_reserve::DiskReserve;
+use super::error::RegistryError;
+use super::key::Key;
+use super::replica::RegistryRevision;
+use super::transaction::{KeyEndReason, RegistryTransaction};
+use crate::auth::scope::Scope;
+use crate::limits::KEY_ENDS_PER_CHANGE;
+use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
+
+/// The pause before another attempt to write the ends of keys.
+const KEY_END_RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// How often the reserve is looked after when nothing waits.
+const RESERVE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// The key ids that a warning names.
+const WARNED_KEYS_MAX: usize = 8;
+
+/// The end of keys by one act.
+#[derive(Debug, Clone)]
+pub(super) struct KeyEnd {
+    pub(super) why: KeyEndReason,
+    pub(super) keys: Vec<Arc<Key>>,
+    /// The datasource that is deleted with the keys.
+    pub(super) deleted: Option<Arc<Datasource>>,
+    actor: Actor,
+    at: TimeMicros,
+    /// The details for the audit.
+    what: Value,
+}
+
+impl KeyEnd {
+    /// The end of keys at this moment.
+    pub(super) fn new(why: KeyEndReason, keys: Vec<Arc<Key>>, actor: Actor, what: Value) -> Self {
+        Self { why, keys, deleted: None, actor, at: now_micros(), what }
+    }
+
+    fn deletes(&self, id: &DatasourceId) -> bool {
+        self.deleted.as_ref().is_some_and(|datasource| datasource.id == *id)
+    }
+
+    /// Writes the end and its audit entries. What has ended on the disk already, by another node of the cluster or
+    /// by an attempt whose outcome was unknown, is not written again. Returns the digests of the revoked keys.
+    fn write(&self, change: &RegistryTransaction<'_>) -> Result<Vec<Digest>, RegistryError> {
+        change.set_time(self.at);
+        if let Some(Datasource { id, created_at, .. }) = self.deleted.as_deref() {
+            let Some(digests) = change.remove_datasource(id, *created_at)? else { return Ok(Vec::new()) };
+            let act = AuditEvent::of_datasource(self.why.action(), id, &self.what);
+            change.audit(&self.actor, &act)?;
+            return Ok(digests);
+        }
+        let mut digests = Vec::new();
+        for key in &self.keys {
+            let has_ended = if self.why == KeyEndReason::Expired {
+                change.expire(key.id)?
+            } else {
+                let digest = change.revoke(&key.datasource, key.id, self.why)?;
+                digests.extend(digest);
+                digest.is_some()
+            };
+            if has_ended {
+                change.audit(&self.actor, &AuditEvent::of_key(self.why.action(), key, &self.what))?;
+            }
+        }
+        Ok(digests)
+    }
+}
+
+/// The ends that are in force in memory and not yet durable, oldest first.
+#[derive(Default)]
+pub(super) struct UnwrittenEnds {
+    queue: Mutex<UnwrittenQueue>,
+    /// Notified when a write has failed.
+    failed: Notify,
+}
+
+#[derive(Default)]
+struct UnwrittenQueue {
+    ends: VecDeque<KeyEnd>,
+    /// Why the last attempt failed.
+    error: Option<String>,
+}
+
+impl UnwrittenEnds {
+    fn extend(&self, ends: Vec<KeyEnd>) {
+        self.queue.lock().ends.extend(ends);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.queue.lock().ends.is_empty()
+    }
+
+    /// The oldest ends, as many as one change may have.
+    fn oldest(&self) -> Vec<KeyEnd> {
+        let queue = self.queue.lock();
+        let mut keys = 0;
+        let fits = |end: &&KeyEnd| {
+            let is_first = keys == 0;
+            keys += end.keys.len().max(1);
+            is_first || keys <= KEY_ENDS_PER_CHANGE
+        };
+        queue.ends.iter().take_while(fits).cloned().collect()
+    }
+
+    /// Removes the oldest ends, which are durable now.
+    fn remove_oldest(&self, count: usize) {
+        let mut queue = self.queue.lock();
+        queue.ends.drain(..count);
+        if queue.ends.is_empty() && queue.error.take().is_some() {
+            tracing::info!("the ends of all keys are durable now");
+        }
+    }
+
+    /// Notes why the ends could not be written. Logged once, until all are durable.
+    fn set_error(&self, error: &RegistryError) {
+        let mut queue = self.queue.lock();
+        if queue.error.replace(error.to_string()).is_none() {
+            let keys: Vec<_> = queue.ends.iter().flat_map(|end| end.keys.iter().map(|key| key.id)).collect();
+            let first = &keys[..keys.len().min(WARNED_KEYS_MAX)];
+            tracing::error!(
+                %error, keys = keys.len(), ?first,
+                "keys have ended in memory only: their end cannot be written, which is tried again"
+            );
+        }
+        // An end that cannot be published because of the details in its audit entry goes without them.
+        if matches!(error, RegistryError::TooLarge(_)) {
+            queue.ends.iter_mut().for_each(|end| end.what = json!({}));
+        }
+        self.failed.notify_one();
+    }
+
+    /// Whether the deletion of a datasource is not yet durable.
+    pub(super) fn has_deletion(&self, id: &DatasourceId, created_at: TimeMicros) -> bool {
+        let deleted = |end: &KeyEnd| end.deleted.as_ref().is_some_and(|of| of.created_at == created_at);
+        self.queue.lock().ends.iter().any(|end| end.deletes(id) && deleted(end))
+    }
+}
+
+impl Registry {
+    /// Ends keys in memory, and then writes that. `plan` decides what ends; nothing else changes meanwhile. Before
+    /// this returns, the leases of the keys have ended and their connections are told to close. Returns the keys.
+    /// Whether their end is durable is to be asked ([`Registry::describe_unwritten`]).
+    pub(super) fn end_keys(
+        &self,
+        waits_everywhere: bool,
+        plan: impl FnOnce() -> Result<Vec<KeyEnd>, RegistryError>,
+    ) -> Result<Vec<Arc<Key>>, RegistryError> {
+        let dead: Vec<_> = {
+            let _database = self.lock_database();
+            let ends = plan()?;
+            ends.iter().for_each(|end| self.end_in_memory(end));
+            let dead = ends.iter().flat_map(|end| end.keys.iter().cloned()).collect();
+            self.unwritten.extend(ends);
+            dead
+        };
+        // A failure is kept with the queue, from where it is reported.
+        let written = self.write_ends();
+        if let (true, Ok(Some(revision)), Some(replica)) = (waits_everywhere, written, &self.replica) {
+            replica.wait_everywhere(revision);
+        }
+        Ok(dead)
+    }
+
+    /// Ends a key before the lock of the registry is waited for, which a slow disk may hold up. Not for a key that
+    /// could turn out to be the last admin key.
+    pub(super) fn end_at_once(&self, key: &Key) {
+        if !(key.datasource.is_all() && key.scopes.allow(Scope::Admin)) {
+            key.end();
+        }
+    }
+
+    fn end_in_memory(&self, end: &KeyEnd) {
+        if let Some(datasource) = &end.deleted {
+            self.live.datasources.pin().remove(datasource.id.as_str());
+        }
+        for key in &end.keys {
+            if end.why == KeyEndReason::Expired {
+                key.end();
+                key.mark_ended();
+            } else {
+                self.live.kill(&key.digest);
+            }
+        }
+    }
+
+    /// Writes all ends that are not yet durable. In a cluster returns the revision that the other nodes will reach.
+    ///
+    /// # Errors
+    /// Those of a change; the ends that are left are in force all the same.
+    pub fn write_ends(&self) -> Result<Option<RegistryRevision>, RegistryError> {
+        let mut written = None;
+        while !self.unwritten.is_empty() {
+            let written_some = self.make_here_with_reserve(|database| {
+                // The queue is only changed under the lock of the database.
+                let ends = self.unwritten.oldest();
+                let change = database.begin()?;
+                let mut revoked = Vec::new();
+                for end in &ends {
+                    revoked.extend(end.write(&change)?);
+                }
+                change.commit()?;
+                self.unwritten.remove_oldest(ends.len());
+                // In a cluster a datasource may have got keys meanwhile that this node did not know.
+                for digest in &revoked {
+                    self.live.kill(digest);
+                }
+                Ok(())
+            });
+            match written_some {
+                Ok(((), revision)) => written = Some(revision),
+                Err(error) => {
+                    self.unwritten.set_error(&error);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(written)
+    }
+
+    /// As [`Registry::make_change`], for a change that ends a key among other things: on a full disk it gives up
+    /// the reserve. It has to be durable to be in force.
+    pub(super) fn make_change_with_reserve<T>(
+        &self,
+        make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
+    ) -> Result<T, RegistryError> {
+        self.write_ends()?;
+        let (made, revision) = self.make_here_with_reserve(make)?;
+        if let Some(replica) = &self.replica {
+            replica.wait_everywhere(revision);
+        }
+        Ok(made)
+    }
+
+    fn make_here_with_reserve<T>(
+        &self,
+        mut make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
+    ) -> Result<(T, RegistryRevision), RegistryError> {
+        loop {
+            match self.make_change_here(&mut make) {
+                Err(error)
+                    if error.may_lack_room() && self.reserve.as_ref().is_some_and(DiskReserve::release) =>
+                {
+                    tracing::warn!(%error, "the registry's reserve on the disk is used to end a key");
+                }
+                made => return made,
+            }
+        }
+    }
+
+    /// Why the end of a key, or the deletion of a datasource, is not durable: for people, with what it means.
+    /// `None` if it is durable, or was never asked for.
+    pub fn describe_unwritten(&self, datasource: &DatasourceId, key: Option<KeyId>) -> Option<String> {
+        let queue = self.unwritten.queue.lock();
+        let is_it = |end: &KeyEnd| match key {
+            Some(id) => end.keys.iter().any(|key| key.id == id && key.datasource == *datasource),
+            None => end.deletes(datasource),
+        };
+        queue.ends.iter().any(is_it).then(|| self.words_for_unwritten(&queue))
+    }
+
+    /// What an operator should know about ends that could not be written, for `/readyz`: which keys, and why.
+    pub fn trouble(&self) -> Option<String> {
+        let queue = self.unwritten.queue.lock();
+        queue.error.as_ref()?;
+        let keys: Vec<_> =
+            queue.ends.iter().flat_map(|end| end.keys.iter().map(|key| key.id.to_string())).collect();
+        let named = keys[..keys.len().min(WARNED_KEYS_MAX)].join(", ");
+        let more = match keys.len().saturating_sub(WARNED_KEYS_MAX) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let deleted: Vec<_> =
+            queue.ends.iter().filter_map(|end| Some(end.deleted.as_ref()?.id.as_str())).collect();
+        let deleted = match deleted.len() {
+            0 => String::new(),
+            _ => format!("; deleted datasources: {}", deleted.join(", ")),
+        };
+        Some(format!("ended keys: {named}{more}{deleted}: {}", self.words_for_unwritten(&queue)))
+    }
+
+    fn words_for_unwritten(&self, queue: &UnwrittenQueue) -> String {
+        let error = queue.error.as_deref().unwrap_or("it is being written");
+        if self.replica.is_some() {
+            format!(
+                "in force at this gateway only ({error}). Other gateways of the cluster may not know it yet. It \
+                 is tried again; if this gateway ends before that, the key works again"
+            )
+        } else {
+            format!(
+                "in force, but not durable yet ({error}). It is tried again; if the gateway ends before that, the \
+                 key works again"
+            )
+        }
+    }
+}
+
+/// Writes the ends of keys that could not be written at once, and looks after the reserve, until dropped.
+pub async fn run(registry: Arc<Registry>) {
+    loop {
+        let pause = match registry.unwritten.is_empty() {
+            true => RESERVE_CHECK_INTERVAL,
+            false => KEY_END_RETRY_PAUSE,
+        };
+        // A notice only shortens the wait: a write that has just failed is not repeated at once.
+        if tokio::time::timeout(pause, registry.unwritten.failed.notified()).await.is_ok() {
+            tokio::time::sleep(KEY_END_RETRY_PAUSE).await;
+        }
+        let for_write = registry.clone();
+        let upkeep = move || {
+            // A failure is kept with the queue, from where it is reported.
+            if for_write.write_ends().is_ok()
+                && let Some(reserve) = &for_write.reserve
+            {
+                reserve.take_again();
+            }
+        };
+        if let Err(error) = tokio::task::spawn_blocking(upkeep).await {
+            tracing::error!(%error, "the registry has failed");
+        }
+    }
+}
