@@ -53,7 +53,6 @@ pub(super) const REGISTRY_FILE_NAME: &str = "registry.db";
 const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &REGISTRY_MIGRATIONS,
     is_exclusive: true,
-    is_private: true,
     is_checked: true,
     open_lock_wait_max: Duration::from_secs(1),
     lock_wait_max: Duration::from_secs(1),
