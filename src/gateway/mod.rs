@@ -7,6 +7,7 @@ mod fronts;
 mod listeners;
 mod member;
 mod opened;
+mod repair;
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -31,6 +32,7 @@ use fronts::RunningFronts;
 use listeners::Listeners;
 use member::{ClusterMember, JoiningMember};
 use opened::{OpenedGateway, OpenedLog};
+pub use repair::{RepairOrder, repair};
 
 /// How often the gateway folds the metrics' histograms, so that they stay small if nobody reads them,
 /// and saves key usage.

@@ -3,6 +3,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
 use serde_json::json;
 
@@ -58,6 +59,19 @@ fn named_aside(gateway: &Gateway, stem: &str) -> PathBuf {
 
 fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).expect("it is there").permissions().mode() & 0o7777
+}
+
+fn repair(dir: &Path, options: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_headgate"));
+    command.arg("repair").arg("--data-dir").arg(dir).args(options);
+    command.output().expect("headgate runs")
+}
+
+/// What it printed; it has to succeed.
+fn repaired(dir: &Path, options: &[&str]) -> String {
+    let output = repair(dir, options);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// Overwrites a file from its first byte on, as a disk that has lost it would give it back.
@@ -153,6 +167,93 @@ fn damage_that_is_found_while_the_gateway_runs_is_no_different() {
 }
 
 #[test]
+fn a_registry_that_is_gone_is_never_replaced_in_silence() {
+    for gone in [true, false] {
+        let (dir, source) = used_directory(5);
+        let (path, backup) = (dir.path().join("registry.db"), dir.path().join("registry.backup"));
+        std::fs::rename(&path, &backup).expect("renamed");
+        if !gone {
+            std::fs::write(&path, b"").expect("written");
+        }
+        let setup = Setup::embedded_on(dir.path());
+        for _ in 0..2 {
+            let exit = setup.refused();
+            assert!(!exit.status.success());
+            for part in ["registry.db", "offset 6", "backup", "headgate repair", "--new-registry"] {
+                assert!(exit.output.contains(part), "{part:?} in\n{}", exit.output);
+            }
+        }
+
+        // Put back, everything is as it was.
+        std::fs::rename(&backup, &path).expect("renamed");
+        let gateway = setup.start();
+        publish_some(&gateway, &source, 1);
+        gateway.stop();
+
+        // On purpose, and not without being told.
+        std::fs::remove_file(&path).expect("removed");
+        let earlier = std::fs::read_to_string(dir.path().join("admin.key")).expect("readable");
+        let told = repaired(dir.path(), &["--new-registry"]);
+        assert!(told.contains("--yes") && told.contains("every device needs another key"), "{told}");
+        setup.refused();
+        repaired(dir.path(), &["--new-registry", "--yes"]);
+        let gateway = setup.start();
+        assert_ne!(gateway.admin_key(), earlier.trim(), "the key of the lost registry opens nothing");
+        let source = gateway.create("press-4");
+        publish_some(&gateway, &source, 1);
+        gateway.stop();
+        assert_eq!(in_log(dir.path()).len(), 10, "the log goes on");
+    }
+}
+
+#[test]
+fn an_admin_key_that_is_empty_or_cut_is_replaced() {
+    let (dir, _) = used_directory(1);
+    let path = dir.path().join("admin.key");
+    let whole = std::fs::read_to_string(&path).expect("readable");
+    for left in ["", "\n", &whole[..20]] {
+        std::fs::write(&path, left).expect("written");
+        let gateway = Setup::embedded_on(dir.path()).start();
+        assert_ne!(gateway.admin_key(), whole.trim());
+        assert_eq!(gateway.get("/v1/datasources", &gateway.admin_key()).status, 200);
+        assert_eq!(gateway.get("/v1/datasources", whole.trim()).status, 401, "the earlier one is dead");
+        assert_eq!(mode(&path), 0o600);
+        gateway.stop();
+    }
+    let kept = std::fs::read_to_string(&path).expect("readable");
+    let gateway = Setup::embedded_on(dir.path()).start();
+    assert_eq!(gateway.admin_key(), kept.trim(), "a whole one stays");
+}
+
+#[test]
+fn nobody_but_the_owner_reads_the_data_directory_whoever_made_it() {
+    let (dir, source) = used_directory(3);
+    let chmod = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("our own file");
+    };
+    let files = |dir: &Path| -> Vec<PathBuf> {
+        let all = |dir: &Path| -> Vec<PathBuf> {
+            std::fs::read_dir(dir).expect("readable").map(|file| file.expect("an entry").path()).collect()
+        };
+        all(dir).into_iter().chain(all(&dir.join("log"))).filter(|path| path.is_file()).collect()
+    };
+    files(dir.path()).iter().for_each(|path| chmod(path, 0o644));
+    chmod(&dir.path().join("log"), 0o755);
+    chmod(dir.path(), 0o755);
+    let gateway = Setup::embedded_on(dir.path()).start();
+    publish_some(&gateway, &source, 3);
+    gateway.settle();
+    let there = files(dir.path());
+    assert!(there.iter().any(|path| path.ends_with("records.db-wal")), "{there:?}");
+    for path in &there {
+        assert_eq!(mode(path), 0o600, "{}", path.display());
+    }
+    for path in [dir.path(), &dir.path().join("log")] {
+        assert_eq!(mode(path), 0o700, "{}", path.display());
+    }
+}
+
+#[test]
 fn a_copy_that_took_the_log_before_the_stores_starts_and_goes_on_at_the_end_of_the_log() {
     let (dir, copy) = (scratch(), scratch());
     let gateway = Setup::embedded_on(dir.path()).set("log.segment_bytes", 1 << 20).start();
@@ -208,6 +309,44 @@ fn every_plain_copy_of_a_busy_gateway_starts() {
         gateway.stop();
         assert_eq!(in_storage(copy.path()), in_log(copy.path()));
     }
+}
+
+#[test]
+fn a_log_that_is_gone_is_refused_until_somebody_accepts_it() {
+    let (dir, source) = used_directory(5);
+    let stored = in_storage(dir.path());
+    std::fs::remove_dir_all(dir.path().join("log")).expect("removed");
+    let setup = Setup::embedded_on(dir.path());
+    let refused = || {
+        let exit = setup.refused();
+        assert!(!exit.status.success());
+        for part in ["records.db holds everything up to offset 6", "the log ends at 0", "headgate repair"] {
+            assert!(exit.output.contains(part), "{part:?} in\n{}", exit.output);
+        }
+    };
+    refused();
+    let told = repaired(dir.path(), &[]);
+    for part in ["records.db", "retained.db", "set aside", "--yes"] {
+        assert!(told.contains(part), "{part:?} in {told}");
+    }
+    assert_eq!(in_storage(dir.path()), stored, "nothing is changed yet");
+    refused();
+
+    let done = repaired(dir.path(), &["--yes"]);
+    let files = [aside(dir.path(), "records"), aside(dir.path(), "retained")].concat();
+    assert_eq!(files.len(), 2);
+    for file in &files {
+        assert!(done.contains(file.to_str().expect("text")), "{done}");
+        assert_eq!(mode(file), 0o600);
+    }
+    assert_eq!(payloads_aside(&files[0]).len(), 6);
+    assert!(repaired(dir.path(), &["--yes"]).contains("nothing is to be repaired"));
+    let gateway = setup.start();
+    publish_some(&gateway, &source, 2);
+    gateway.settle();
+    assert!(!repair(dir.path(), &[]).status.success(), "not while a gateway uses it");
+    gateway.stop();
+    assert_eq!(in_storage(dir.path()), in_log(dir.path()));
 }
 
 #[test]
