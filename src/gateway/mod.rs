@@ -2,6 +2,7 @@
 //! order of a message's path, so that no accepted message is left behind.
 
 mod consumers;
+mod descriptors;
 mod directory;
 mod fronts;
 mod listeners;
@@ -71,8 +72,8 @@ impl Gateway {
     /// # Errors
     /// What could not be opened or bound, worded for an operator: another gateway uses the directory,
     /// the log is damaged, a port is taken.
-    pub async fn start(config: Config) -> anyhow::Result<Gateway> {
-        listeners::raise_file_limit();
+    pub async fn start(mut config: Config) -> anyhow::Result<Gateway> {
+        descriptors::fit_connections(&mut config);
         let lock = directory::lock_directory(&config.data_dir)?;
         let listeners = Listeners::bind(&config)?;
         let addrs = listeners.addrs()?;

@@ -254,6 +254,38 @@ fn nobody_but_the_owner_reads_the_data_directory_whoever_made_it() {
 }
 
 #[test]
+fn strangers_take_no_descriptor_that_the_log_needs() {
+    const STRANGERS: usize = 300;
+    let dir = scratch();
+    let gateway = Setup::embedded_on(dir.path())
+        .set("log.segment_bytes", 1 << 20)
+        .set("mqtt.connect_ms_max", 60_000)
+        .open_files_max(256)
+        .start();
+    gateway.says("mqtt.connections_max and http.connections_max are lowered");
+    let source = gateway.create("press-4");
+    let mut wire = Wire::login(gateway.mqtt, Version::V311, &source.key);
+    let crowd = |addr| -> Vec<std::net::TcpStream> {
+        (0..STRANGERS).map(|_| std::net::TcpStream::connect(addr).expect("the kernel takes it")).collect()
+    };
+    let (at_mqtt, at_http) = (crowd(gateway.mqtt), crowd(gateway.http));
+    // More than three segments, each of which needs a descriptor.
+    let payload = vec![b'x'; 60_000];
+    for _ in 0..60 {
+        assert_eq!(wire.publish(Version::V311, 1, "spindle", &payload), 0);
+    }
+    drop(at_http);
+    gateway.settle();
+    assert_eq!(gateway.get("/readyz", "").json()["warnings"], json!([]));
+    drop(at_mqtt);
+    assert_eq!(wire.publish(Version::V311, 1, "spindle", b"small"), 0);
+    gateway.settle();
+    gateway.stop();
+    assert_eq!(in_log(dir.path()).len(), 61);
+    assert_eq!(in_storage(dir.path()), in_log(dir.path()));
+}
+
+#[test]
 fn a_copy_that_took_the_log_before_the_stores_starts_and_goes_on_at_the_end_of_the_log() {
     let (dir, copy) = (scratch(), scratch());
     let gateway = Setup::embedded_on(dir.path()).set("log.segment_bytes", 1 << 20).start();
