@@ -20,6 +20,7 @@ mod publish;
 mod quarantine;
 mod records;
 mod refusals;
+mod repair;
 mod replay;
 mod schema;
 mod serve;
@@ -77,6 +78,8 @@ enum CliCommand {
     Publish(publish::PublishArgs),
     /// Load a gateway over MQTT and report acknowledged messages per second and latency
     Bench(bench::BenchArgs),
+    /// Put a data directory right with which the gateway does not start, and say what that loses
+    Repair(repair::RepairArgs),
     /// Set NATS up, so that its clients connect with their API keys
     #[command(subcommand)]
     Nats(nats::NatsCommand),
@@ -100,6 +103,7 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
         CliCommand::Bench(args) => bench::run(args, &mut out),
+        CliCommand::Repair(args) => repair::run(args, &mut out),
         CliCommand::Nats(command) => nats::run(command, &mut out),
         CliCommand::CheckConfig(args) => check_config::run(args, &mut out),
     };

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use headgate_bridge_nats::Nats;
+use tracing::warn;
 
 use super::opened::OpenedLog;
 use crate::config::{Config, LogBackend, SinkKind};
@@ -15,6 +16,7 @@ use crate::consume::subscriber::retained::RetainedStore;
 use crate::consume::subscriber::sessions::{SessionStore, StoredSessions};
 use crate::front::mqtt::ClientClaims;
 use crate::log::Log;
+use crate::message::Offset;
 
 /// The consumers of a gateway.
 #[derive(Clone)]
@@ -61,7 +63,8 @@ impl Consumers {
                 (store, Some(groups), StartingClients { stored, claims: Some(claims) })
             }
             None => {
-                let (store, stored) = SessionStore::open(dir)?;
+                let (store, mut stored) = SessionStore::open(dir)?;
+                set_sessions_back(&store, &mut stored, log.next_offset()).await;
                 (store, None, StartingClients { stored, claims: None })
             }
         };
@@ -81,6 +84,19 @@ impl Consumers {
         if let Some(egress) = &self.egress {
             egress.stop(deadline).await;
         }
+    }
+}
+
+/// Brings sessions and groups that are ahead of the log back to its end.
+async fn set_sessions_back(store: &SessionStore, stored: &mut StoredSessions, log_end: Offset) {
+    let changes = stored.set_back(log_end);
+    if changes.is_empty() {
+        return;
+    }
+    let sessions = changes.len();
+    warn!(sessions, log_end, "sessions and groups were ahead of the log; they go on at its end");
+    if let Err(error) = store.write(changes).await {
+        warn!(%error, "that is not stored yet");
     }
 }
 

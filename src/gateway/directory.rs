@@ -1,29 +1,63 @@
 //! The data directory: one gateway at a time, one log backend for ever, and the file with the first admin key.
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::member;
-use crate::auth::{Actor, Registry, Scope, Scopes};
+use crate::auth::key::is_well_formed;
+use crate::auth::{Actor, ApiKey, Registry, Scope, Scopes};
 use crate::config::LogBackend;
-use crate::message::DatasourceId;
+use crate::message::{DatasourceId, Offset};
 
 /// The file with the secret of the first admin key.
 pub(super) const ADMIN_KEY_FILE: &str = "admin.key";
+/// The directory of the embedded log, in the data directory.
+pub(super) const LOG_DIRECTORY: &str = "log";
 /// The label of the key whose secret is in [`ADMIN_KEY_FILE`].
 pub(super) const ADMIN_KEY_LABEL: &str = "admin.key";
 
-/// Creates the directory, readable by its owner only, and ensures that no other gateway uses it.
+/// Creates the directory, readable by its owner only, and ensures that no other gateway uses it. What is in it
+/// already becomes readable by its owner only too.
 pub(super) fn lock_directory(dir: &Path) -> anyhow::Result<File> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.with_context(|| format!("cannot make the data directory {}", dir.display()))?;
+    let lock = lock_existing(dir)?;
+    for path in [dir.to_owned(), dir.join(LOG_DIRECTORY)] {
+        // Whoever may write the directory need not be its owner, for example of a volume in a container.
+        if let Err(error) = set_private_modes(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            warn!(%error, path = %path.display(), "the data directory may be readable by others than its owner");
+        }
+    }
+    Ok(lock)
+}
+
+/// Takes from everybody but the owner what they may do with a directory and the files in it. Links, and
+/// directories in it, are left as they are.
+fn set_private_modes(dir: &Path) -> io::Result<()> {
+    std::fs::set_permissions(dir, Permissions::from_mode(0o700))?;
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            std::fs::set_permissions(entry.path(), Permissions::from_mode(0o600))?;
+        }
+    }
+    Ok(())
+}
+
+/// Ensures that no gateway uses a directory that is there. Whatever this process makes from here on is its
+/// owner's alone.
+pub(super) fn lock_existing(dir: &Path) -> anyhow::Result<File> {
+    // SAFETY: umask(2) takes an integer, and always succeeds.
+    unsafe { libc::umask(0o077) };
     let path = dir.join("LOCK");
-    let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let lock = lock.with_context(|| format!("cannot open {}", path.display()))?;
     match lock.try_lock() {
         Ok(()) => Ok(lock),
@@ -43,7 +77,7 @@ pub(super) fn check_log_backend(dir: &Path, backend: LogBackend) -> anyhow::Resu
         LogBackend::Embedded => {
             (member::NODE_NAME_FILE, "belongs to a gateway of a cluster (log.backend = \"jetstream\")")
         }
-        LogBackend::Jetstream => ("log", "has a log of its own (log.backend = \"embedded\")"),
+        LogBackend::Jetstream => (LOG_DIRECTORY, "has a log of its own (log.backend = \"embedded\")"),
     };
     if dir.join(other).exists() {
         bail!("the data directory {} {words}: use another one", dir.display());
@@ -51,26 +85,60 @@ pub(super) fn check_log_backend(dir: &Path, backend: LogBackend) -> anyhow::Resu
     Ok(())
 }
 
-/// Creates the admin key of a new data directory. If an operator removed the file, a new key replaces
-/// the old one: this is how a lost or leaked admin key is replaced.
-pub(super) fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
-    if path.exists() {
+/// Ensures that the registry of a log that has records is not a new one: without the datasources and keys that
+/// it had, every device would be refused, and most do not ask again. Call it before the registry is opened,
+/// which makes one.
+pub(super) fn check_registry_is_there(dir: &Path, records: Offset) -> anyhow::Result<()> {
+    if records == 0 || Registry::is_there(dir) {
         return Ok(());
     }
+    let dir = dir.display();
+    bail!(
+        "registry.db is missing or empty in {dir}, and the log beside it has records up to offset {records}: without it \
+         no datasource and no key is known, and every device would be refused. Put it back from a backup, or \
+         begin anew on purpose (headgate repair --data-dir {dir} --new-registry --yes): then every datasource \
+         has to be created again, and every device needs another key"
+    )
+}
+
+/// Creates the admin key of a new data directory. If an operator removed the file, or a full disk or a loss of
+/// power left it empty or cut, a new key replaces the old one: this is how a lost or leaked admin key is
+/// replaced.
+pub(super) fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
     let all = DatasourceId::all();
+    match std::fs::read_to_string(path) {
+        // With a registry that has no key at all, the file is from another one.
+        Ok(text) if is_well_formed(text.trim().as_bytes()) && registry.key_count() > 0 => return Ok(()),
+        Ok(_) => {
+            warn!(path = %path.display(), "it holds no key of this registry: another one takes its place")
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
     let earlier: Vec<_> =
         registry.keys(&all).into_iter().filter(|key| *key.label == *ADMIN_KEY_LABEL).collect();
     let admin = Scopes::from_slice(&[Scope::Admin]);
     let (key, secret) = registry.create_key(&Actor::SYSTEM, &all, ADMIN_KEY_LABEL, admin, None)?;
-    let written =
-        OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).and_then(|mut file| {
-            writeln!(file, "{}", secret.expose())?;
-            file.sync_all()
-        });
-    written.with_context(|| format!("cannot write {}", path.display()))?;
+    write_secret(path, &secret).with_context(|| format!("cannot write {}", path.display()))?;
     for key in earlier {
         registry.revoke_key(&Actor::SYSTEM, &all, key.id)?;
     }
     info!(key_id = %key.id, path = %path.display(), "made an admin key");
     Ok(())
+}
+
+/// Writes a secret, readable by its owner only, whole or not at all. It replaces a file that is there.
+pub(super) fn write_secret(path: &Path, secret: &ApiKey) -> io::Result<()> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    let beside = Path::new(&beside);
+    match std::fs::remove_file(beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(beside)?;
+    writeln!(file, "{}", secret.expose())?;
+    file.sync_all()?;
+    std::fs::rename(beside, path)?;
+    File::open(path.parent().unwrap_or(path))?.sync_all()
 }

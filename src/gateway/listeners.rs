@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use tokio::net::{TcpListener, TcpSocket};
-use tracing::warn;
 
 use crate::config::Config;
 use crate::front::mqtt;
@@ -63,19 +62,4 @@ fn listen(addr: SocketAddr) -> anyhow::Result<TcpListener> {
     socket.set_reuseaddr(true)?;
     socket.bind(addr).with_context(|| format!("cannot listen on {addr}"))?;
     Ok(socket.listen(LISTEN_BACKLOG)?)
-}
-
-/// Raises the limit on open files to the system's maximum: each connection needs one.
-pub(super) fn raise_file_limit() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both calls get a valid pointer to a struct that lives across them.
-    let raised = unsafe {
-        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
-        }
-    };
-    if !raised {
-        warn!("cannot raise the limit on open files; fewer connections fit");
-    }
 }

@@ -2,10 +2,8 @@
 //! members, and its presence among them.
 
 use parking_lot::Mutex;
-use std::fs::OpenOptions;
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,9 +14,9 @@ use rand::rngs::SysRng;
 use tokio::task::JoinHandle;
 use tracing::info;
 
-use super::directory::ADMIN_KEY_LABEL;
+use super::directory::{ADMIN_KEY_LABEL, write_secret};
 use crate::auth::cluster::{JoinedRegistry, RegistryFollower};
-use crate::auth::{ApiKey, Registry, RegistryError};
+use crate::auth::{Registry, RegistryError};
 use crate::config::Config;
 use crate::consume::subscriber::ClusterShareGroups;
 use crate::consume::subscriber::sessions::SessionStore;
@@ -226,14 +224,4 @@ fn first_admin_key(registry: &Registry, path: &Path) -> Result<(), RegistryError
         ),
     }
     Ok(())
-}
-
-/// Writes a secret, readable by its owner only. A file already there belongs to a registry that is gone.
-fn write_secret(path: &Path, secret: &ApiKey) -> io::Result<()> {
-    let beside = PathBuf::from(format!("{}.new", path.display()));
-    let _ = std::fs::remove_file(&beside);
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
-    writeln!(file, "{}", secret.expose())?;
-    file.sync_all()?;
-    std::fs::rename(&beside, path)
 }

@@ -2,11 +2,13 @@
 //! order of a message's path, so that no accepted message is left behind.
 
 mod consumers;
+mod descriptors;
 mod directory;
 mod fronts;
 mod listeners;
 mod member;
 mod opened;
+mod repair;
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -31,6 +33,7 @@ use fronts::RunningFronts;
 use listeners::Listeners;
 use member::{ClusterMember, JoiningMember};
 use opened::{OpenedGateway, OpenedLog};
+pub use repair::{RepairOrder, repair};
 
 /// How often the gateway folds the metrics' histograms, so that they stay small if nobody reads them,
 /// and saves key usage.
@@ -71,8 +74,8 @@ impl Gateway {
     /// # Errors
     /// What could not be opened or bound, worded for an operator: another gateway uses the directory,
     /// the log is damaged, a port is taken.
-    pub async fn start(config: Config) -> anyhow::Result<Gateway> {
-        listeners::raise_file_limit();
+    pub async fn start(mut config: Config) -> anyhow::Result<Gateway> {
+        descriptors::fit_connections(&mut config);
         let lock = directory::lock_directory(&config.data_dir)?;
         let listeners = Listeners::bind(&config)?;
         let addrs = listeners.addrs()?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tracing::warn;
 
 use super::consumers::{Consumers, StartingClients};
-use super::directory::{ADMIN_KEY_FILE, ensure_admin_key};
+use super::directory::{ADMIN_KEY_FILE, check_registry_is_there, ensure_admin_key};
 use super::member::{ClusterMember, JoiningMember};
 use crate::auth::{Authorizer, Registry};
 use crate::config::{Config, Durability};
@@ -28,12 +28,13 @@ impl OpenedLog {
     /// Opens registry and log of a gateway without a cluster, in its data directory.
     ///
     /// # Errors
-    /// A file that is damaged or cannot be read or written; worded for an operator.
+    /// A file that is damaged or cannot be read or written, a registry that is gone; worded for an operator.
     pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
         let dir = &config.data_dir;
+        let log = EmbeddedLog::open(dir, &config.log, &config.intake)?;
+        check_registry_is_there(dir, log.next_offset())?;
         let registry = Arc::new(Registry::open(dir)?);
         ensure_admin_key(&registry, &dir.join(ADMIN_KEY_FILE))?;
-        let log = EmbeddedLog::open(dir, &config.log, &config.intake)?;
         if config.log.durability == Durability::Os {
             warn!("log.durability is \"os\": what is acknowledged does not survive a loss of power");
         }

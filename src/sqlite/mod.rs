@@ -3,9 +3,11 @@
 //! `quarantine.db` each have a [`SqliteProfile`]; what is in them is told where their tables are.
 //!
 //! All of them use SQLite's write-ahead log: after a kill at any moment a transaction is there whole or not
-//! at all. `user_version` is the version of the format. A newer format is refused, and so is a database that
+//! at all. Only the owner of a file may read it (mode 0600). What can be built anew is [set aside](set_aside)
+//! when it is damaged. `user_version` is the version of the format. A newer format is refused, and so is a database that
 //! Headgate has not made.
 
+mod aside;
 mod open;
 mod readers;
 
@@ -14,6 +16,7 @@ use std::sync::Arc;
 
 use rusqlite::ErrorCode;
 
+pub(crate) use aside::{new_file_aside, open_or_set_aside, set_aside};
 pub(crate) use open::{SqliteProfile, checkpoint};
 pub(crate) use readers::SqliteReaders;
 
@@ -84,6 +87,11 @@ impl SqliteError {
     /// For an error of the operating system's.
     pub(crate) fn failed(path: &Path, detail: impl Into<Arc<str>>) -> Self {
         Self::Failed { path: path.to_owned(), detail: detail.into() }
+    }
+
+    /// Whether the file itself is the trouble, so that no later attempt can do better.
+    pub(crate) fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged { .. })
     }
 
     /// Whether the transaction left no trace and the connection can still be used.

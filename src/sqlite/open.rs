@@ -1,4 +1,4 @@
-//! Opening an SQLite file: who may read it, its locks and settings, its version, its pages.
+//! Opening an SQLite file: its mode (its owner alone reads it), its locks and settings, its version, its pages.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
@@ -17,8 +17,6 @@ pub(crate) struct SqliteProfile {
     pub(crate) migrations: &'static [&'static str],
     /// Whether the one connection keeps everybody else out as long as it is open.
     pub(crate) is_exclusive: bool,
-    /// Whether only the owner of the file may read it.
-    pub(crate) is_private: bool,
     /// Whether all pages are checked when it is opened.
     pub(crate) is_checked: bool,
     /// How long the opening waits for a lock: another process may be reading the file, or the previous
@@ -31,11 +29,10 @@ pub(crate) struct SqliteProfile {
 }
 
 impl SqliteProfile {
-    /// A database without tables, that others may read: what most profiles begin with.
+    /// A database without tables, that other processes may open meanwhile: what most profiles begin with.
     pub(crate) const SHARED: Self = Self {
         migrations: &[],
         is_exclusive: false,
-        is_private: false,
         is_checked: false,
         open_lock_wait_max: Duration::from_secs(2),
         lock_wait_max: Duration::from_secs(2),
@@ -82,9 +79,7 @@ impl SqliteProfile {
     }
 
     fn open_checked(&self, path: &Path, checks_pages: bool) -> Result<Connection, SqliteError> {
-        if self.is_private {
-            create_private(path).map_err(|error| SqliteError::failed(path, error.to_string()))?;
-        }
+        create_private(path).map_err(|error| SqliteError::failed(path, error.to_string()))?;
         let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, path);
         let mut connection = self.connect(path).map_err(failed)?;
         let (version, known) = (read_user_version(&connection).map_err(failed)?, self.newest_version());
@@ -149,7 +144,7 @@ impl SqliteProfile {
 
 /// Creates an empty file if there is none, so that others can never read it, not even for a moment.
 /// SQLite gives its WAL files the same mode.
-fn create_private(path: &Path) -> io::Result<()> {
+pub(super) fn create_private(path: &Path) -> io::Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         // The directory entry has to be durable as well as the contents.
         Ok(_) => File::open(path.parent().unwrap_or(path))?.sync_all(),

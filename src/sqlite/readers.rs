@@ -1,5 +1,6 @@
 //! Read-only connections to one SQLite file, kept between queries, while its one writer goes on.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,8 +16,9 @@ const READER_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Reads the file at a path. Blocks, so use it where blocking is allowed.
 pub(crate) struct SqliteReaders {
     path: PathBuf,
-    /// Connections that nobody uses at the moment.
-    idle: Mutex<Vec<Connection>>,
+    /// Connections that nobody uses at the moment, each with the number of its file (inode): the file at the
+    /// path is another one once the first was set aside.
+    idle: Mutex<Vec<(u64, Connection)>>,
 }
 
 impl SqliteReaders {
@@ -37,9 +39,15 @@ impl SqliteReaders {
     }
 
     fn read_snapshot<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
-        let idle = self.idle.lock().pop();
+        // A file that is not there fails when it is opened.
+        let file = std::fs::metadata(&self.path).map_or(0, |file| file.ino());
+        let idle = {
+            let mut idle = self.idle.lock();
+            idle.retain(|(of, _)| *of == file);
+            idle.pop()
+        };
         let mut connection = match idle {
-            Some(connection) => connection,
+            Some((_, connection)) => connection,
             None => open_read_only(&self.path)?,
         };
         let answer = {
@@ -49,7 +57,7 @@ impl SqliteReaders {
         // A connection whose query failed is closed.
         let mut idle = self.idle.lock();
         if idle.len() < QUERIES_MAX {
-            idle.push(connection);
+            idle.push((file, connection));
         }
         Ok(answer)
     }

@@ -21,6 +21,7 @@ pub mod ws;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
@@ -54,6 +55,7 @@ pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
 pub struct Setup {
     dir: PathBuf,
     env: BTreeMap<String, String>,
+    open_files_max: Option<u64>,
 }
 
 impl Setup {
@@ -68,7 +70,7 @@ impl Setup {
 
     /// The same, with the embedded log whatever the environment says: for a test of its files.
     pub fn embedded_on(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), env: BTreeMap::new() }
+        Self { dir: dir.to_owned(), env: BTreeMap::new(), open_files_max: None }
             .set("mqtt.listen", "127.0.0.1:0")
             .set("mqtt.tls.listen", "127.0.0.1:0")
             .set("http.listen", "127.0.0.1:0")
@@ -81,6 +83,11 @@ impl Setup {
         self
     }
 
+    /// With no more open files than this, whatever the gateway asks for.
+    pub fn open_files_max(self, limit: u64) -> Self {
+        Self { open_files_max: Some(limit), ..self }
+    }
+
     fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_headgate"));
         command.arg("serve").arg("--data-dir").arg(&self.dir);
@@ -89,6 +96,16 @@ impl Setup {
         }
         command.envs(&self.env).env("RUST_BACKTRACE", "1");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(limit) = self.open_files_max {
+            let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
+            // SAFETY: the closure runs after fork(2) and calls setrlimit(2) only, with a valid pointer.
+            unsafe {
+                command.pre_exec(move || match libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                });
+            }
+        }
         command
     }
 

@@ -306,7 +306,7 @@ fn a_torn_tail_costs_nothing_that_was_whole() {
 }
 
 #[test]
-fn a_log_that_has_lost_what_is_stored_is_not_written_to() {
+fn what_the_log_has_lost_and_storage_has_is_set_aside_before_its_offsets_are_given_anew() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
     let source = gateway.create("press-4");
@@ -321,10 +321,19 @@ fn a_log_that_has_lost_what_is_stored_is_not_written_to() {
     let (begin, _) = commits(&segment);
     std::fs::write(&path, &segment[..begin[3]]).expect("written");
 
-    let exit = Setup::on(dir.path()).refused();
-    assert!(!exit.status.success());
-    let said = &exit.output;
-    assert!(said.contains("records.db") && said.contains(" 5") && said.contains(" 3"), "{said}");
+    let gateway = Setup::on(dir.path()).start();
+    let warning = warned(&gateway, "records-set-aside-");
+    assert!(warning.contains("offset 3") && warning.contains("2 records"), "{warning}");
+    let mut wire = Wire::login(gateway.mqtt, Version::V311, &source.key);
+    assert_eq!(wire.publish(Version::V311, 1, "spindle", b"y"), 0);
+    gateway.settle();
+    gateway.stop();
+    let kept = in_log(dir.path());
+    assert_eq!(
+        kept.iter().map(|record| (record.offset, &record.payload[..])).collect::<Vec<_>>(),
+        [(0, &b"x"[..]), (1, b"x"), (2, b"x"), (3, b"y")]
+    );
+    assert!(in_storage(dir.path()) == kept);
 }
 
 #[test]

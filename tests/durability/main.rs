@@ -6,6 +6,7 @@
 mod common;
 
 mod crash;
+mod dead_ends;
 mod dead_keys;
 mod faults;
 mod log;

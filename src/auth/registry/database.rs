@@ -51,7 +51,6 @@ use crate::sqlite::SqliteProfile;
 const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &REGISTRY_MIGRATIONS,
     is_exclusive: true,
-    is_private: true,
     is_checked: true,
     open_lock_wait_max: Duration::from_secs(1),
     lock_wait_max: Duration::from_secs(1),

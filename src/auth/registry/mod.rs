@@ -99,6 +99,11 @@ impl Registry {
         Ok(Self { reserve, ..Self::from_database(database, None)? })
     }
 
+    /// Whether `dir` has a registry. An empty file is none: it is what some copies and repairs leave.
+    pub fn is_there(dir: &Path) -> bool {
+        std::fs::metadata(dir.join(error::REGISTRY_FILE_NAME)).is_ok_and(|file| file.len() > 0)
+    }
+
     /// Builds the live view from a database.
     fn from_database(
         mut database: RegistryDatabase,

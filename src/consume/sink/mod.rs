@@ -4,6 +4,7 @@
 //! is stored exactly once: after a kill at any moment the cursor says which records are there, and the log
 //! has the rest.
 
+mod ahead;
 mod ids;
 mod insert;
 mod newest;

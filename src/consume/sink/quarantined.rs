@@ -12,7 +12,7 @@ use super::ids::RowIds;
 use super::newest;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{RecordNote, WithheldChange, WithheldSnapshot};
-use crate::message::{KeyId, RecordRef};
+use crate::message::{KeyId, Offset, RecordRef};
 
 /// The `cause` of a record that failed its schema.
 pub const CAUSE_SCHEMA: &str = "schema";
@@ -23,6 +23,10 @@ pub const CAUSE_KEY: &str = "key";
 
 /// The columns that a record has in both tables.
 const ENTRY_COLUMNS: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload";
+
+/// The records that a correction moves out of `entries` or back.
+const CREATE_MOVED: &str =
+    "CREATE TEMP TABLE IF NOT EXISTS moved (offset INTEGER PRIMARY KEY, topic_id INTEGER NOT NULL)";
 
 /// Stores a record in quarantine, in the transaction that `connection` is in.
 pub(super) fn insert_quarantined(
@@ -84,9 +88,7 @@ pub(super) fn reconcile(
     left_out: &WithheldSnapshot,
     version: u64,
 ) -> rusqlite::Result<()> {
-    connection.execute_batch(
-        "CREATE TEMP TABLE IF NOT EXISTS moved (offset INTEGER PRIMARY KEY, topic_id INTEGER NOT NULL)",
-    )?;
+    connection.execute_batch(CREATE_MOVED)?;
     let mut keys: Vec<KeyId> = changes.iter().map(WithheldChange::key_id).collect();
     keys.sort_unstable();
     keys.dedup();
@@ -96,6 +98,20 @@ pub(super) fn reconcile(
     }
     connection.execute("UPDATE withheld SET version = ?1", [sql_offset(version)])?;
     Ok(())
+}
+
+/// Deletes the records from `end` on, in quarantine or not, in the transaction that `connection` is in. The
+/// newest values become those of the records before.
+pub(super) fn forget_from(connection: &Connection, end: Offset) -> rusqlite::Result<()> {
+    let end = sql_offset(end);
+    connection.execute_batch(CREATE_MOVED)?;
+    connection.execute("DELETE FROM temp.moved", [])?;
+    connection
+        .execute("INSERT INTO temp.moved SELECT offset, topic_id FROM entries WHERE offset >= ?1", [end])?;
+    connection.execute("DELETE FROM entries WHERE offset >= ?1", [end])?;
+    connection.execute("DELETE FROM quarantined WHERE offset >= ?1", [end])?;
+    connection.execute("UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= ?1", [end])?;
+    for_each_moved_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))
 }
 
 /// Moves records that rules about this key cover into quarantine.

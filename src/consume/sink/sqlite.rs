@@ -39,6 +39,11 @@ pub enum SinkError {
 }
 
 impl SinkError {
+    /// Whether the file itself is the trouble, so that no later attempt can do better.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, SinkError::Database(error) if error.is_damage())
+    }
+
     /// Whether the transaction left no trace and the sink can still be used.
     pub fn is_clean_rollback(&self) -> bool {
         matches!(self, SinkError::Database(error) if error.is_clean_rollback())
@@ -88,8 +93,22 @@ impl SqliteSink {
     }
 
     /// Names the file in an error of SQLite's.
-    fn database_error(&self, error: &rusqlite::Error) -> SinkError {
+    pub(super) fn database_error(&self, error: &rusqlite::Error) -> SinkError {
         SqliteError::from_sqlite(error, &self.path).into()
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    pub(super) fn connection_mut(&mut self) -> &mut Connection {
+        &mut self.connection
+    }
+
+    /// Notes that the database was brought back to `end`, and is on the disk so.
+    pub(super) fn set_back(&mut self, end: Offset) {
+        self.ids.clear();
+        (self.cursor, self.durable_cursor) = (end, end);
     }
 
     /// The first offset that is not stored yet.

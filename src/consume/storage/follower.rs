@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 
-use super::StorageProgress;
+use super::{StorageProgress, WAS_DAMAGED, begin_anew};
 use crate::consume::follower::{Consumer, NextRound};
 use crate::consume::sink::sqlite::{SinkError, SqliteSink};
 use crate::log::{Log, LogReadError};
@@ -63,6 +63,12 @@ impl Consumer for StorageFollower {
             && !error.is_clean_rollback()
         {
             self.sink = None;
+            // Once only: a disk that damages one file after the other needs an operator.
+            if error.is_damage() && self.shared.set_aside.lock().is_none() {
+                error!(%error, "storage");
+                self.begin_anew()?;
+                return Ok(NextRound::Again);
+            }
         }
         Ok(match round? {
             StorageRound::AtTail => NextRound::AtTail,
@@ -97,6 +103,18 @@ impl StorageFollower {
         nice: u8,
     ) -> Self {
         Self { path, log, sink: Some(sink), shared, synced_at: None, nice: Some(nice) }
+    }
+
+    /// Goes on with another database, which begins where the log begins.
+    fn begin_anew(&mut self) -> Result<(), SinkError> {
+        // The log keeps all that it has until the new database has it.
+        self.shared.hold.set(0);
+        let (sink, said) = begin_anew(&self.path, &*self.log, WAS_DAMAGED)?;
+        *self.shared.set_aside.lock() = Some(said);
+        self.shared.withheld.send_replace(sink.withheld_version());
+        self.shared.cursor.send_replace(sink.cursor());
+        self.sink = Some(sink);
+        Ok(())
     }
 
     /// Stores the next records of the log, as many as one transaction takes.

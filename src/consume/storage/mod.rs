@@ -4,7 +4,11 @@
 //! repeats. Far behind, transactions are as large as is useful. At the tail they are small and paced, so
 //! that a record can be read back within milliseconds and a busy stream does not pay for a transaction
 //! per record. `consume/follower.rs` runs the thread.
+//!
+//! A database that is damaged stops neither the start nor the thread: it is set aside, and another one begins
+//! where the log begins.
 
+mod ahead;
 mod follower;
 #[cfg(test)]
 mod tests;
@@ -13,7 +17,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
+use tracing::error;
 
 use self::follower::StorageFollower;
 use super::follower::{FollowerControl, FollowerProfile};
@@ -21,6 +27,7 @@ use super::sink::sqlite::{RECORDS_FILE_NAME, SinkError, SqliteSink};
 use crate::config;
 use crate::log::{Hold, Log};
 use crate::message::Offset;
+use crate::sqlite::set_aside;
 
 const STORAGE_PROFILE: FollowerProfile = FollowerProfile {
     name: "storage",
@@ -29,6 +36,9 @@ const STORAGE_PROFILE: FollowerProfile = FollowerProfile {
     late: "storage did not finish by its deadline; the log has the rest",
     patient: true,
 };
+
+/// Why [`begin_anew`] sets a database aside that cannot be read.
+const WAS_DAMAGED: &str = "was damaged";
 
 /// The running storage consumer.
 pub struct StorageConsumer {
@@ -42,13 +52,19 @@ pub enum StorageError {
     /// The database cannot be opened, or this Headgate cannot write it.
     #[error("storage: {0}")]
     Sink(#[from] SinkError),
-    /// The sink is ahead of the log: the log has lost records, or is another one.
-    #[error("storage: records.db holds everything up to offset {stored}, but the log ends at {log_end}")]
+    /// The sink is ahead of the log, and something that was acknowledged may be lost: the log has lost records,
+    /// or is another one.
+    #[error(
+        "storage: records.db holds everything up to offset {stored}, but the log ends at {log_end}, and {why}. Put the \
+         log back if you have it; or let `headgate repair` say what it would set aside, and do it with --yes"
+    )]
     LogBehind {
         /// The first offset that is not stored.
         stored: Offset,
         /// The first offset that the log does not have.
         log_end: Offset,
+        /// What is in doubt.
+        why: String,
     },
     /// The thread could not be started.
     #[error("storage: {0}")]
@@ -62,10 +78,13 @@ struct StorageProgress {
     withheld: watch::Sender<u64>,
     /// Keeps records that are not stored in the log, even after the thread has ended.
     hold: Hold,
+    /// What was set aside since the start and where, for the operator.
+    set_aside: Mutex<Option<String>>,
 }
 
 impl StorageConsumer {
-    /// Opens `dir/records.db` and starts the thread that follows the log into it.
+    /// Opens `dir/records.db` and starts the thread that follows the log into it. A damaged database is set
+    /// aside, and so are records behind the log's end.
     ///
     /// # Errors
     /// [`StorageError`], when storing would be wrong or impossible.
@@ -75,15 +94,24 @@ impl StorageConsumer {
         log: Arc<dyn Log>,
     ) -> Result<Self, StorageError> {
         let path = dir.join(RECORDS_FILE_NAME);
-        let sink = SqliteSink::open(&path)?;
-        let (stored, log_end) = (sink.cursor(), log.next_offset());
-        if stored > log_end {
-            return Err(StorageError::LogBehind { stored, log_end });
+        let (mut sink, mut said) = match SqliteSink::open(&path) {
+            Err(damage) if damage.is_damage() => {
+                error!(%damage, "storage");
+                let (sink, said) = begin_anew(&path, &*log, WAS_DAMAGED)?;
+                (sink, Some(said))
+            }
+            opened => (opened?, None),
+        };
+        if sink.cursor() > log.next_offset() {
+            let (right, what) = ahead::put_right(&path, sink, &*log, false)?;
+            (sink, said) = (right, Some(what));
         }
+        let stored = sink.cursor();
         let shared = Arc::new(StorageProgress {
             cursor: watch::Sender::new(stored),
             withheld: watch::Sender::new(sink.withheld_version()),
             hold: log.hold(),
+            set_aside: Mutex::new(said),
         });
         let control = FollowerControl::new(&STORAGE_PROFILE);
         let follower = StorageFollower::new(path, sink, log.clone(), shared.clone(), config.nice);
@@ -99,6 +127,11 @@ impl StorageConsumer {
     /// The present error, while storage fails.
     pub fn trouble(&self) -> Option<String> {
         self.control.trouble()
+    }
+
+    /// What was set aside since the start, and where it is.
+    pub fn set_aside(&self) -> Option<String> {
+        self.shared.set_aside.lock().clone()
     }
 
     /// Returns once every record below `offset` is stored; never, if storage ends first.
@@ -118,6 +151,49 @@ impl StorageConsumer {
     pub async fn stop(&self, deadline: Instant) {
         self.control.stop(deadline).await;
     }
+}
+
+/// Does what [`StorageConsumer::start`] does by itself, and what it refuses to do because something
+/// acknowledged may be lost; or only tells it, without `apply`. `None` if there is nothing to do.
+///
+/// # Errors
+/// [`StorageError::Sink`].
+pub fn repair(dir: &Path, log: &dyn Log, apply: bool) -> Result<Option<String>, StorageError> {
+    let path = dir.join(RECORDS_FILE_NAME);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let sink = match SqliteSink::open(&path) {
+        Err(damage) if damage.is_damage() && apply => {
+            return Ok(Some(begin_anew(&path, log, WAS_DAMAGED)?.1));
+        }
+        Err(damage) if damage.is_damage() => {
+            return Ok(Some(format!(
+                "{damage}: every start sets it aside and makes another one from the log"
+            )));
+        }
+        opened => opened?,
+    };
+    if sink.cursor() <= log.next_offset() {
+        return Ok(None);
+    }
+    Ok(Some(if apply { ahead::put_right(&path, sink, log, true)?.1 } else { ahead::tell(&sink, log)? }))
+}
+
+/// Sets a `records.db` aside and begins another one where the log begins. Also returns what to tell the
+/// operator; `why` completes "records.db".
+fn begin_anew(path: &Path, log: &dyn Log, why: &str) -> Result<(SqliteSink, String), SinkError> {
+    let aside = set_aside(path)?;
+    let mut sink = SqliteSink::open(path)?;
+    let first = log.first_offset();
+    sink.store(std::iter::empty(), first, true)?;
+    let said = format!(
+        "{RECORDS_FILE_NAME} {why} and is set aside as {}; storage is made again from the log, from offset \
+         {first} on: what is older is in that file alone",
+        aside.display()
+    );
+    error!("storage: {said}");
+    Ok((sink, said))
 }
 
 impl Drop for StorageConsumer {

@@ -156,7 +156,7 @@ async fn a_stop_while_locked_out_ends_by_its_deadline_and_the_next_start_stores_
 }
 
 #[tokio::test]
-async fn a_log_that_ends_before_the_cursor_is_refused() {
+async fn another_log_that_ends_before_the_cursor_is_refused() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let log = open_log(dir.path());
     append(&log, 10).await;
@@ -166,7 +166,7 @@ async fn a_log_that_ends_before_the_cursor_is_refused() {
     let other_log = open_log(other.path());
     append(&other_log, 9).await;
     let error = start(dir.path(), &other_log).map(drop).expect_err("the log is behind");
-    assert!(matches!(error, StorageError::LogBehind { stored: 10, log_end: 9 }), "{error}");
+    assert!(matches!(error, StorageError::LogBehind { stored: 10, log_end: 9, .. }), "{error}");
     append(&other_log, 1).await;
     assert!(start(dir.path(), &other_log).is_ok(), "as far as the cursor is far enough");
 }

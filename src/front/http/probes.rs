@@ -30,7 +30,8 @@ struct Readiness {
 /// `GET /readyz`: messages can be taken and made durable. Only the log and the drain make it unready. All else
 /// is a warning, because devices are still served: the log keeps what storage, egress and the retained
 /// messages have not read yet, sessions that cannot be written go on in memory, and clients of MQTT and HTTP
-/// need no NATS. Keys whose end is not durable are dead all the same. Records that are lost to damage are warned of until the next start.
+/// need no NATS. Keys whose end is not durable are dead all the same. Records that are lost to damage, and files
+/// that were set aside, are warned of until the next start.
 pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response {
     let parts = &shared.parts;
     let draining = shared.drain.is_cancelled().then(|| "the gateway is shutting down".to_owned());
@@ -46,9 +47,14 @@ pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response
         )),
     };
     let (sessions, retained) = (parts.subscribers.store.trouble(), parts.subscribers.retained.trouble());
+    let aside = [
+        parts.storage.as_ref().and_then(|storage| storage.set_aside()),
+        parts.subscribers.retained.set_aside(),
+        parts.subscribers.store.set_aside(),
+    ];
     let registry = parts.intake.authorizer().registry().trouble();
     let warnings = [registry, storage, nats.or_else(callout), egress, sessions, retained, lost];
-    readiness_response(reasons, warnings.into_iter().flatten().collect())
+    readiness_response(reasons, warnings.into_iter().chain(aside).flatten().collect())
 }
 
 /// The answer of `/readyz`.

@@ -232,16 +232,20 @@ async fn accept_connections(
     acceptor: &Acceptor,
     serve: impl Fn(Admission, TcpStream),
 ) {
+    let mut warned = false;
     loop {
         let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Mostly out of file descriptors: a retry helps only after other connections have closed.
-                warn!(%error, "cannot accept an MQTT connection");
+                if !std::mem::replace(&mut warned, true) {
+                    warn!(%error, "MQTT connections cannot be accepted; trying again");
+                }
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             }
         };
+        warned = false;
         let Some(admission) = acceptor.admit(peer) else { continue };
         // Acknowledgements are small; Nagle's algorithm would delay them.
         let _ = tcp.set_nodelay(true);

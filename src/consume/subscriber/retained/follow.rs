@@ -13,13 +13,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tracing::warn;
+use tracing::{error, warn};
 
+use super::damage_words;
 use super::table::RetainedTable;
 use crate::consume::follower::{Consumer, FollowerControl, FollowerProfile, NextRound};
 use crate::log::{Batch, Log, LogReadError};
 use crate::message::{Offset, RecordFlags, RecordRef};
-use crate::sqlite::SqliteError;
+use crate::sqlite::{SqliteError, set_aside};
 
 /// About how much of the log one transaction takes.
 const RETAINED_READ_BYTES: usize = 8 << 20;
@@ -49,6 +50,8 @@ pub(super) struct RetainedFollowerState {
     /// must outlast the thread.
     consumed: Mutex<Box<dyn Fn(Offset) + Send>>,
     control: Arc<FollowerControl>,
+    /// What was set aside since the start and where, for the operator.
+    set_aside: Mutex<Option<String>>,
 }
 
 /// The thread's cursor, and the state of the table at that cursor.
@@ -74,7 +77,19 @@ impl RetainedFollowerState {
             progress: watch::Sender::new(progress),
             consumed: Mutex::new(consumed),
             control: FollowerControl::new(&RETAINED_PROFILE),
+            set_aside: Mutex::default(),
         }
+    }
+
+    /// What was set aside since the start, and where it is.
+    pub(super) fn set_aside(&self) -> Option<String> {
+        self.set_aside.lock().clone()
+    }
+
+    /// Tells the operator what was set aside.
+    pub(super) fn note_set_aside(&self, said: String) {
+        error!("retained messages: {said}");
+        *self.set_aside.lock() = Some(said);
     }
 
     /// The control of the thread.
@@ -156,6 +171,11 @@ impl Consumer for RetainedFollower {
             && !error.is_clean_rollback()
         {
             self.table = None;
+            // Once only: a disk that damages one file after the other needs an operator.
+            if error.is_damage() && self.shared.set_aside().is_none() {
+                self.begin_anew(error)?;
+                return Ok(NextRound::Again);
+            }
         }
         let took = begun.elapsed();
         Ok(match round? {
@@ -196,6 +216,18 @@ impl RetainedFollower {
         shared: Arc<RetainedFollowerState>,
     ) -> Self {
         Self { path, table: Some(table), log, shared, synced_at: None, durable: None }
+    }
+
+    /// Sets the damaged database aside, and goes on with another one from where the log begins.
+    fn begin_anew(&mut self, damage: &SqliteError) -> Result<(), SqliteError> {
+        // The log keeps all that it has until the new database has consumed it.
+        self.shared.consumed.lock()(0);
+        self.durable = None;
+        let aside = set_aside(&self.path)?;
+        self.shared.note_set_aside(damage_words(&aside, damage, self.log.first_offset()));
+        let table = self.table.insert(RetainedTable::open(&self.path)?);
+        self.shared.progress.send_replace(RetainedProgress::from_table(table));
+        Ok(())
     }
 
     /// Consumes the next records of the log, as many as one transaction takes.

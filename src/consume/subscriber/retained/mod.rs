@@ -20,7 +20,7 @@ use crate::filter::TopicFilter;
 use crate::limits::QUERIES_MAX;
 use crate::log::Log;
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
-use crate::sqlite::{SqliteError, SqliteReaders};
+use crate::sqlite::{SqliteError, SqliteReaders, new_file_aside, open_or_set_aside, set_aside};
 
 mod follow;
 mod page;
@@ -111,8 +111,12 @@ pub enum RetainedError {
     /// The database could not be read or written.
     #[error("retained messages: {0}")]
     Database(#[from] SqliteError),
-    /// The database is ahead of the log: the log has lost records, or is another one.
-    #[error("retained messages: {RETAINED_FILE_NAME} is at offset {consumed}, but the log ends at {log_end}")]
+    /// The database has messages, and the log is empty: it has lost records, or is another one.
+    #[error(
+        "retained messages: {RETAINED_FILE_NAME} is at offset {consumed}, but the log ends at {log_end}: it has lost all \
+         its records. Put it back if you have it; or let `headgate repair` say what it would set aside, and do it \
+         with --yes"
+    )]
     LogBehind {
         /// The first offset that was not consumed.
         consumed: Offset,
@@ -149,7 +153,8 @@ struct RetainedHandle {
 }
 
 impl RetainedStore {
-    /// Opens `dir/retained.db`, or makes it, and starts the thread that follows the log into it.
+    /// Opens `dir/retained.db`, or makes it, and starts the thread that follows the log into it. A database
+    /// that is damaged or ahead of the log is set aside and made again from the log.
     /// Whenever more is durable, `consumed` is called with the offset below which everything is: the log
     /// need not keep that for this consumer. What `consumed` owns lives as long as this.
     ///
@@ -161,12 +166,11 @@ impl RetainedStore {
         consumed: impl Fn(Offset) + Send + 'static,
     ) -> Result<Self, RetainedError> {
         let path = dir.join(RETAINED_FILE_NAME);
-        let table = RetainedTable::open(&path)?;
-        let (cursor, log_end) = (table.cursor(), log.next_offset());
-        if cursor > log_end {
-            return Err(RetainedError::LogBehind { consumed: cursor, log_end });
-        }
+        let (table, said) = open_right(&path, &*log)?;
         let shared = Arc::new(RetainedFollowerState::new(&table, Box::new(consumed)));
+        if let Some(said) = said {
+            shared.note_set_aside(said);
+        }
         let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
         shared
             .control()
@@ -233,6 +237,11 @@ impl RetainedStore {
         self.handle.shared.is_empty()
     }
 
+    /// What was set aside since the start, and where it is.
+    pub fn set_aside(&self) -> Option<String> {
+        self.handle.shared.set_aside()
+    }
+
     /// The present error, while retained messages cannot be kept up to date.
     pub fn trouble(&self) -> Option<String> {
         self.handle.shared.control().trouble()
@@ -243,6 +252,65 @@ impl RetainedStore {
     pub async fn stop(&self, deadline: Instant) {
         self.handle.shared.control().stop(deadline).await;
     }
+}
+
+/// Opens `retained.db`. One that is damaged or ahead of the log is set aside: then also returns what to tell the
+/// operator.
+fn open_right(path: &Path, log: &dyn Log) -> Result<(RetainedTable, Option<String>), RetainedError> {
+    let (mut table, damaged) = open_or_set_aside(path, || RetainedTable::open(path))?;
+    let (consumed, log_end, first) = (table.cursor(), log.next_offset(), log.first_offset());
+    if let Some((aside, damage)) = damaged {
+        return Ok((table, Some(damage_words(&aside, &damage, first))));
+    }
+    if consumed <= log_end {
+        return Ok((table, None));
+    }
+    if log_end == 0 {
+        return Err(RetainedError::LogBehind { consumed, log_end });
+    }
+    let aside = new_file_aside(path)?;
+    table.set_back(log_end, first, &aside).map_err(|error| SqliteError::from_sqlite(&error, path))?;
+    let said = format!(
+        "{RETAINED_FILE_NAME} was at offset {consumed}, ahead of the log, which ends at {log_end}: a copy is set aside \
+         as {}, and retained messages are those of the log again",
+        aside.display()
+    );
+    Ok((table, Some(said)))
+}
+
+/// What to tell an operator of a damaged database that was set aside.
+fn damage_words(aside: &Path, damage: &SqliteError, first: Offset) -> String {
+    format!(
+        "{RETAINED_FILE_NAME} was damaged and is set aside as {}; retained messages are made again from the log, from \
+         offset {first} on: older ones are in that file alone ({damage})",
+        aside.display()
+    )
+}
+
+/// Sets a `retained.db` aside that is ahead of an empty log, with which [`RetainedStore::start`] refuses to
+/// start; or only tells it, without `apply`. `None` if there is nothing to do.
+///
+/// # Errors
+/// [`RetainedError::Database`].
+pub fn repair(dir: &Path, log: &dyn Log, apply: bool) -> Result<Option<String>, RetainedError> {
+    let path = dir.join(RETAINED_FILE_NAME);
+    if !path.exists() || log.next_offset() > 0 {
+        return Ok(None);
+    }
+    let consumed = match RetainedTable::open(&path) {
+        // The start sees to it.
+        Err(damage) if damage.is_damage() => return Ok(None),
+        table => table?.cursor(),
+    };
+    if consumed == 0 {
+        return Ok(None);
+    }
+    let aside =
+        if apply { set_aside(&path)?.display().to_string() } else { "retained-set-aside-TIME.db".to_owned() };
+    Ok(Some(format!(
+        "{RETAINED_FILE_NAME} is at offset {consumed}, and the log is empty: it is set aside as {aside}, and no message \
+         is retained any more"
+    )))
 }
 
 impl Drop for RetainedHandle {

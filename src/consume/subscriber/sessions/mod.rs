@@ -109,6 +109,27 @@ pub struct StoredSessions {
     pub groups: Vec<StoredGroup>,
 }
 
+impl StoredSessions {
+    /// Moves every cursor that is behind the end of the log back to it: that log never gave them what comes there
+    /// from now on. Returns the changes to store.
+    pub fn set_back(&mut self, end: Offset) -> Vec<SessionStoreChange> {
+        let mut changes = Vec::new();
+        for session in &mut self.sessions {
+            // A subscription may begin in the future, if the session's own cursor says that the log is whole.
+            if session.cursor > end {
+                session.cursor = end;
+                session.subscriptions.iter_mut().for_each(|of| of.from = of.from.min(end));
+                changes.push(SessionStoreChange::PutSession(session.clone()));
+            }
+        }
+        for group in self.groups.iter_mut().filter(|group| group.cursor > end) {
+            group.cursor = end;
+            changes.push(SessionStoreChange::PutGroup(group.clone()));
+        }
+        changes
+    }
+}
+
 /// A change of what is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SessionStoreChange {
@@ -178,6 +199,8 @@ pub struct SessionStore {
 struct SessionStoreState {
     trouble: TroubleCell,
     ended: watch::Sender<bool>,
+    /// What was set aside at the start and where, for the operator.
+    set_aside: Option<String>,
 }
 
 /// What the thread is sent.
@@ -195,13 +218,14 @@ struct SessionWriteWaiter {
 }
 
 impl SessionStore {
-    /// Opens `dir/sessions.db`, or makes it, reads what is there, and starts the thread that writes it.
+    /// Opens `dir/sessions.db`, or makes it, reads what is there, and starts the thread that writes it. A
+    /// damaged database is set aside.
     ///
     /// # Errors
-    /// [`SessionStoreError::Database`]: it is in use, newer, not ours, damaged, or cannot be read.
+    /// [`SessionStoreError::Database`]: it is in use, newer, not ours, or cannot be read.
     pub fn open(dir: &Path) -> Result<(Self, StoredSessions), SessionStoreError> {
-        let (database, stored) = SessionDatabase::open(dir)?;
-        let store = Self::start(Box::new(database)).map_err(|error| thread_error(dir, &error))?;
+        let (database, stored, set_aside) = SessionDatabase::open(dir)?;
+        let store = Self::start(Box::new(database), set_aside).map_err(|error| thread_error(dir, &error))?;
         Ok((store, stored))
     }
 
@@ -215,13 +239,14 @@ impl SessionStore {
         node: &str,
     ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<LostSession>)> {
         let (lost, told) = tokio::sync::mpsc::unbounded_channel();
-        Ok((Self::start(Box::new(NodeSessions::new(cells, node, lost)))?, told))
+        Ok((Self::start(Box::new(NodeSessions::new(cells, node, lost)), None)?, told))
     }
 
-    fn start(place: Box<dyn SessionBackend>) -> std::io::Result<Self> {
+    fn start(place: Box<dyn SessionBackend>, set_aside: Option<String>) -> std::io::Result<Self> {
         let shared = Arc::new(SessionStoreState {
             trouble: TroubleCell::new("sessions cannot be kept", "sessions are kept again"),
             ended: watch::Sender::new(false),
+            set_aside,
         });
         let (inbox, received) = mpsc::channel();
         let writer = SessionWriter {
@@ -262,6 +287,11 @@ impl SessionStore {
         let _ = self.inbox.send(SessionStoreMessage::Close);
         // The sender is in `self`, so that waiting does not fail.
         let _ = self.shared.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+
+    /// What was set aside at the start, and where it is.
+    pub fn set_aside(&self) -> Option<String> {
+        self.shared.set_aside.clone()
     }
 
     /// The present error, while nothing can be written.

@@ -4,9 +4,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tracing::error;
+
 use super::pending::PendingSessionChanges;
-use super::table::SessionTable;
+use super::table::{SESSIONS_FILE_NAME, SessionTable};
 use super::{SessionStoreError, StoredSessions};
+use crate::sqlite::open_or_set_aside;
 
 /// Where the store's thread, which owns it, writes sessions.
 pub(super) trait SessionBackend: Send {
@@ -38,11 +41,24 @@ pub(super) struct SessionDatabase {
 }
 
 impl SessionDatabase {
-    /// Opens `dir/sessions.db`, or makes it, and reads what is there.
-    pub(super) fn open(dir: &Path) -> Result<(Self, StoredSessions), SessionStoreError> {
-        let table = SessionTable::open(dir)?;
-        let stored = table.load()?;
-        Ok((Self { dir: dir.to_owned(), table: Some(table) }, stored))
+    /// Opens `dir/sessions.db`, or makes it, and reads what is there. A damaged one is set aside: the third
+    /// value is what to tell the operator then.
+    pub(super) fn open(dir: &Path) -> Result<(Self, StoredSessions, Option<String>), SessionStoreError> {
+        let ((table, stored), damaged) = open_or_set_aside(&dir.join(SESSIONS_FILE_NAME), || {
+            let table = SessionTable::open(dir)?;
+            let stored = table.load()?;
+            Ok((table, stored))
+        })?;
+        let said = damaged.map(|(aside, damage)| {
+            let said = format!(
+                "{SESSIONS_FILE_NAME} was damaged and is set aside as {}: clients that come back have no session \
+                 and subscribe anew, and groups of subscribers begin at the log's end",
+                aside.display()
+            );
+            error!(%damage, "sessions: {said}");
+            said
+        });
+        Ok((Self { dir: dir.to_owned(), table: Some(table) }, stored, said))
     }
 }
 

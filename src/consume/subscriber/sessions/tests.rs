@@ -259,7 +259,7 @@ async fn a_hundred_thousand_sessions_are_loaded_at_once() {
 }
 
 #[test]
-fn a_database_that_makes_no_sense_is_refused_with_its_name() {
+fn a_database_that_makes_no_sense_is_set_aside_and_named() {
     for (change, named) in [
         ("INSERT INTO sessions VALUES (1, 'Not a slug', 'c', 0, NULL, 0)", "datasource id"),
         ("INSERT INTO sessions VALUES (1, '*', 'c', -1, NULL, 0)", "-1"),
@@ -270,8 +270,16 @@ fn a_database_that_makes_no_sense_is_refused_with_its_name() {
         let connection = Connection::open(dir.path().join(SESSIONS_FILE_NAME)).expect("opens");
         connection.execute_batch(change).expect("runs");
         drop(connection);
-        let error = SessionStore::open(dir.path()).map(drop).expect_err("makes no sense").to_string();
+        let error = SessionTable::open(dir.path()).and_then(|table| table.load()).expect_err("no sense");
+        let error = error.to_string();
         assert!(error.contains("sessions.db is damaged") && error.contains(named), "{error}");
+        let (store, stored) = SessionStore::open(dir.path()).expect("opens anew");
+        assert_eq!(stored, StoredSessions::default());
+        let said = store.set_aside().expect("it is said");
+        let files =
+            std::fs::read_dir(dir.path()).expect("readable").map(|file| file.expect("an entry").path());
+        let asides = files.filter(|path| path.to_string_lossy().contains("sessions-set-aside-"));
+        assert!(asides.into_iter().any(|path| said.contains(&*path.to_string_lossy())), "{said}");
     }
 }
 
