@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::auth::usage::KeyClient;
 use crate::auth::{Datasource, Grant, GrantDenial, Key, Scope};
-use crate::limits::{CONTENT_TYPE_BYTES_MAX, SECTION_SEARCH_MAX};
+use crate::limits::CONTENT_TYPE_BYTES_MAX;
 use crate::log::{self, OnceId, QuarantineReason, Section};
 use crate::message::{
     DatasourceId, KeyId, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
@@ -44,6 +44,8 @@ pub struct Draft {
     /// The id that all its messages share.
     pub(super) message_id: Option<String>,
     pub(super) ends_failed_exchanges: bool,
+    /// Either all its messages are let in, or only those that fail are kept, in quarantine.
+    pub(super) all_or_none: bool,
     /// The schemas that the newest message was checked against, and the datasource that they are of.
     pub(super) validation: Option<(DatasourceId, Validation)>,
     pub(super) client: Option<Arc<KeyClient>>,
@@ -63,6 +65,12 @@ impl Draft {
     /// QoS 2 exchange (MQTT 5 section 4.3.3): its packet id may be used for another message then.
     pub fn end_failed_exchanges(&mut self) {
         self.ends_failed_exchanges = true;
+    }
+
+    /// Declares that either all messages are let in, or only those that fail are kept, in quarantine (see
+    /// [`Draft::keep_quarantined_only`]). So those two kinds need no common order, and each is one origin.
+    pub fn let_in_all_or_none(&mut self) {
+        self.all_or_none = true;
     }
 
     /// Gives all messages of the draft one common id, before the first is added: either all of them are
@@ -351,8 +359,9 @@ impl Draft {
         }
     }
 
-    /// The section for records of this origin. Only the newest few sections are searched: most connections
-    /// have one origin, and one more section costs little.
+    /// The section for records of this origin. Only the newest section takes more, because the order in the
+    /// log is that of the sections: the order in which the messages were accepted.
+    #[inline]
     fn section(&mut self, grant: &Grant, datasource: &DatasourceId, quarantined: bool) -> usize {
         let key_id = grant.key_id();
         // Quarantined messages do not use up the draft's id: the client may send it again, corrected.
@@ -362,9 +371,9 @@ impl Draft {
             (once_for_all.is_some() || !s.has_once_ids()) && (s.quarantined().0 > 0) == quarantined
         };
         let same = |s: &Section| s.key_id == key_id && s.datasource == *datasource && takes_more(s);
-        let recent = self.sections.iter().enumerate().rev().take(SECTION_SEARCH_MAX);
-        if let Some((at, _)) = recent.into_iter().find(|(_, section)| same(section)) {
-            return at;
+        let open = if self.all_or_none { 0 } else { self.sections.len().saturating_sub(1) };
+        if let Some(at) = self.sections[open..].iter().rposition(same) {
+            return open + at;
         }
         let message_id = once_for_all.map(|id| OnceId::of_message(datasource, id));
         let mut section = self.new_section(grant, datasource);

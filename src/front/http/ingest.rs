@@ -216,6 +216,7 @@ impl Upload {
         let messages = RequestMessages::split(&self.content_type, &self.body.bytes)?;
         let mut draft = intake.draft(Transport::Http, 0);
         draft.set_client(&self.client);
+        draft.let_in_all_or_none();
         self.message_id.iter().try_for_each(|id| draft.keep_once(id))?;
         let mut failures = IngestFailures::default();
         let (count, bytes) = (messages.payloads.len() as u64, self.body.bytes.len() as u64);
