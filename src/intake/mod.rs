@@ -30,7 +30,7 @@ use crate::quota::{LimitExceeded, LimitOwner, Meters, Quota};
 use admitted::SectionCounts;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
-pub use draft::{Draft, QuarantinedMessage, RedriveOutcome};
+pub use draft::{Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
 pub use incoming::{Exchange, IncomingMessage, check_message_id};
 pub use refusal::Refusal;
 

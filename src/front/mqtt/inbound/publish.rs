@@ -14,13 +14,12 @@ use super::{Inbound, InboundEnd, InboundRead};
 use crate::auth::shape::KeyShape;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
 use crate::front::credentials::is_key_header;
-use crate::intake::{Draft, Exchange, IncomingMessage, Intake, QuarantinedMessage, Refusal};
+use crate::intake::{
+    Draft, Exchange, IncomingMessage, Intake, MESSAGE_ID_PROPERTY, QuarantinedMessage, Refusal,
+};
 use crate::limits::MQTT_TOPIC_ALIAS_MAXIMUM;
 use crate::message::{KeyId, RecordFlags, Transport};
 use crate::observe::refusals::RefusalNote;
-
-/// The user property with a message's id: a second message with the same id is not kept again.
-const MESSAGE_ID_PROPERTY: &str = "message-id";
 
 impl Inbound {
     /// Adds a PUBLISH to the read's draft, or refuses it.
