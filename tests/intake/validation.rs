@@ -222,6 +222,32 @@ fn a_schema_that_cannot_be_used_is_refused_with_its_place_and_changes_nothing() 
 }
 
 #[test]
+fn a_member_that_comes_twice_does_not_pass_a_schema() {
+    let dir = scratch();
+    let (gateway, source) = with_schema(dir.path());
+    let schema = json!({ "properties": { "temp": { "maximum": 100 } } });
+    assert_eq!(set(&gateway, "press-4", &json!({ "schema": schema })).status, 200);
+    let mut wire = Wire::login(gateway.mqtt, Version::V5, &source.key);
+    let twice = [
+        (r#"{"temp":999999,"temp":20}"#, "/temp"),
+        (r#"{"temp":999999,"\u0074emp":20}"#, "/temp"),
+        (r#"{"temp":20,"more":[{"a":1,"a":1}]}"#, "/more/0/a"),
+    ];
+    for (payload, pointer) in twice {
+        assert_eq!(wire.publish(Version::V5, 1, "t", payload.as_bytes()), PAYLOAD_FORMAT_INVALID);
+        let headers = [("content-type", "application/json")];
+        let answer =
+            gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &headers, payload.as_bytes());
+        let problem = answer.json();
+        assert_eq!((answer.status, &problem["pointer"]), (422, &json!(pointer)), "{problem}");
+        assert_eq!(problem["errors"][0]["keyword"], "duplicate");
+    }
+    assert_eq!(quarantined(&gateway, "press-4", 6)[0]["pointer"], "/temp");
+    assert_eq!(wire.publish(Version::V5, 1, "t", br#"{"temp":20,"more":[{"a":1},{"a":1}]}"#), 0);
+    assert_eq!(gateway.stored("press-4", 1).len(), 1);
+}
+
+#[test]
 fn what_was_answered_from_quarantine_is_there_after_a_kill() {
     let dir = scratch();
     let (gateway, source) = with_schema(dir.path());
