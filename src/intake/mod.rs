@@ -8,6 +8,8 @@
 mod admitted;
 mod draft;
 mod incoming;
+#[cfg(test)]
+mod model;
 mod refusal;
 
 use std::pin::Pin;
