@@ -210,7 +210,32 @@ mod tests {
     fn keys_are_what_they_stand_for_however_they_are_written() {
         let values =
             values_after(&[br#"{"\u0074": 1, "a\"b": 2, "t": 3}"#, r#"{"°": 4, "a\u0022b": 5}"#.as_bytes()]);
-        assert_eq!(values, json!({"t": [3, 0], "a\"b": [5, 1], "°": [4, 1]}));
+        assert_eq!(values, json!({"t": [1, 0], "a\"b": [5, 1], "°": [4, 1]}));
+    }
+
+    #[test]
+    fn of_a_member_that_comes_twice_the_latest_value_is_the_one_that_sqlite_reads() {
+        let payloads: [&[u8]; 4] = [
+            br#"{"t": 999999, "t": 20}"#,
+            br#"{"\u0074": 1, "t": 2, "t": 3}"#,
+            br#"{"t": 4, "\u0074": 5}"#,
+            br#"{"a": {"t": 6, "t": 7}, "a": {"t": 8}}"#,
+        ];
+        for payload in payloads {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let path = dir.path().join(RECORDS_FILE_NAME);
+            let mut sink = SqliteSink::open(&path).expect("opens");
+            sink.store([record(0, "press-4", "a", payload)].into_iter(), 1, false).expect("stored");
+            let sqlite = Connection::open(&path).expect("opens");
+            let read = |sql: &str| sqlite.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
+            let key = if payload.starts_with(b"{\"a") { "$.a.t" } else { "$.t" };
+            let of_payload = read(&format!("SELECT json_extract(payload, '{key}') FROM records"));
+            let latest = match key {
+                "$.t" => read("SELECT value FROM latest"),
+                _ => read("SELECT json_extract(value, '$.t') FROM latest"),
+            };
+            assert_eq!(of_payload, latest, "{}", String::from_utf8_lossy(payload));
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::limits::{
     INFERENCE_PARTS_MAX, INFERENCE_RECORDS_MAX, INFERENCE_TOPICS_MAX, SCHEMA_BYTES_MAX,
 };
 use crate::message::DatasourceId;
+use crate::validate::json::parse_unique_json;
 use crate::validate::{Schema, WrittenRule};
 
 /// The least number of strings, and the least ratio of strings to different ones, before an `enum` is
@@ -38,7 +39,7 @@ pub struct Inference {
     pub examples: BTreeMap<String, Value>,
     /// How many records were examined.
     pub records: usize,
-    /// How many of them are not JSON: no schema accepts those.
+    /// How many of them are not JSON, or have a member twice: no schema accepts those.
     pub not_json: usize,
 }
 
@@ -91,7 +92,7 @@ impl DatasourceObservation {
     /// Adds the next payload; the newest comes first.
     fn observe(&mut self, topic: &str, payload: &[u8]) {
         self.records += 1;
-        let Ok(value) = serde_json::from_slice::<Value>(payload) else {
+        let Ok(value) = parse_unique_json(payload) else {
             self.not_json += 1;
             return;
         };

@@ -174,8 +174,6 @@ pub const HTTP_SCHEMAS_BYTES_MAX: usize = 1 << 20;
 
 /// Default: bytes of messages on their way into the log.
 pub const IN_FLIGHT_BYTES_MAX: usize = 64 << 20;
-/// How many of a draft's latest sections are searched for a message's origin (datasource and key).
-pub const SECTION_SEARCH_MAX: usize = 8;
 /// Attempts at a change of the registry while other nodes of the cluster win the race.
 pub const CHANGE_ATTEMPTS_MAX: usize = 20;
 /// How long a node may take to catch up with other nodes' earlier changes of the registry.

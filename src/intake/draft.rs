@@ -1,11 +1,14 @@
 //! A draft: the messages of one read of a socket or of one request. Each is checked against key, limits
 //! and schema, and encoded; all of them go to the log together.
 
+use std::borrow::Cow;
 use std::sync::Arc;
+
+use headgate_format::codec::properties::Properties;
 
 use crate::auth::usage::KeyClient;
 use crate::auth::{Datasource, Grant, GrantDenial, Key, Scope};
-use crate::limits::{CONTENT_TYPE_BYTES_MAX, SECTION_SEARCH_MAX};
+use crate::limits::CONTENT_TYPE_BYTES_MAX;
 use crate::log::{self, OnceId, QuarantineReason, Section};
 use crate::message::{
     DatasourceId, KeyId, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
@@ -16,6 +19,9 @@ use crate::validate::Validation;
 
 use super::refusal::quarantine_reason;
 use super::{IncomingMessage, Intake, Refusal, check_message_id};
+
+/// The user property of MQTT 5 with a message's id: a second message with the same id is not kept again.
+pub const MESSAGE_ID_PROPERTY: &str = "message-id";
 
 /// A message that goes into quarantine.
 #[derive(Debug, Clone)]
@@ -44,6 +50,8 @@ pub struct Draft {
     /// The id that all its messages share.
     pub(super) message_id: Option<String>,
     pub(super) ends_failed_exchanges: bool,
+    /// Either all its messages are let in, or only those that fail are kept, in quarantine.
+    pub(super) all_or_none: bool,
     /// The schemas that the newest message was checked against, and the datasource that they are of.
     pub(super) validation: Option<(DatasourceId, Validation)>,
     pub(super) client: Option<Arc<KeyClient>>,
@@ -63,6 +71,12 @@ impl Draft {
     /// QoS 2 exchange (MQTT 5 section 4.3.3): its packet id may be used for another message then.
     pub fn end_failed_exchanges(&mut self) {
         self.ends_failed_exchanges = true;
+    }
+
+    /// Declares that either all messages are let in, or only those that fail are kept, in quarantine (see
+    /// [`Draft::keep_quarantined_only`]). So those two kinds need no common order, and each is one origin.
+    pub fn let_in_all_or_none(&mut self) {
+        self.all_or_none = true;
     }
 
     /// Gives all messages of the draft one common id, before the first is added: either all of them are
@@ -259,18 +273,25 @@ impl Draft {
         validation
     }
 
-    /// Adds a message for quarantine: it failed its schema or a limit, and passed the checks before those.
+    /// Adds a message for quarantine: it failed its schema or a limit, and passed the checks before those. It
+    /// does not use up its id, which belongs to the message that is let in: the corrected one, or this one
+    /// when it is redriven. So the id goes with it, in a user property.
     #[cold]
     fn quarantine(
         &mut self,
         grant: &Grant,
         datasource: &DatasourceId,
-        mut message: IncomingMessage<'_>,
+        message: IncomingMessage<'_>,
         reason: QuarantineReason<'static>,
     ) -> Result<Refusal, Refusal> {
-        if self.ends_failed_exchanges {
-            message.exchange = None;
+        message.message_id.map_or(Ok(()), check_message_id)?;
+        let exchange = message.exchange.filter(|_| !self.ends_failed_exchanges);
+        let mut properties = Cow::Borrowed(message.properties);
+        // An MQTT message has the property already.
+        if let Some(id) = message.message_id.filter(|_| self.transport != Transport::Mqtt) {
+            put_user_property(properties.to_mut(), id_property(self.transport), id);
         }
+        let message = IncomingMessage { message_id: None, exchange, properties: &properties, ..message };
         let origin = self.section_for(grant, datasource, &message, true)?;
         let note = log::RecordNote::Quarantined(reason);
         let IncomingMessage { topic, payload, content_type, properties, flags, .. } = message;
@@ -284,8 +305,9 @@ impl Draft {
     /// Adds a message from quarantine if it meets its schema now; `grant` belongs to the admin who asks.
     /// It becomes a record of its original key, transport and client, received now. Its note and its
     /// MQTT 5 user properties `redriven-from` and `first-received-at` say where it was and since when. It
-    /// is not retained, because a newer message may be. However often it is sent, it is kept once: it has
-    /// an id that no client can choose.
+    /// is not retained, because a newer message may be. However often it is sent, it is kept once: under the id
+    /// that its sender gave it, so that a corrected message with that id is not kept beside it, or under one that
+    /// no client can choose.
     ///
     /// # Errors
     /// [`Refusal::Denied`].
@@ -312,7 +334,11 @@ impl Draft {
             record.publisher,
             self.received_at,
         );
-        section.keep_once(OnceId::of_message(datasource, &format!("\u{1}redrive-{offset}")));
+        let own_id = user_property(record.properties, id_property(record.transport));
+        section.keep_once(match own_id.filter(|id| check_message_id(id).is_ok()) {
+            Some(id) => OnceId::of_message(datasource, id),
+            None => OnceId::of_message(datasource, &format!("\u{1}redrive-{offset}")),
+        });
         let flags = record.flags.without(RecordFlags::QUARANTINED).without(RecordFlags::RETAIN);
         let RecordRef { topic, payload, content_type, .. } = *record;
         section.push_noted(
@@ -351,8 +377,9 @@ impl Draft {
         }
     }
 
-    /// The section for records of this origin. Only the newest few sections are searched: most connections
-    /// have one origin, and one more section costs little.
+    /// The section for records of this origin. Only the newest section takes more, because the order in the
+    /// log is that of the sections: the order in which the messages were accepted.
+    #[inline]
     fn section(&mut self, grant: &Grant, datasource: &DatasourceId, quarantined: bool) -> usize {
         let key_id = grant.key_id();
         // Quarantined messages do not use up the draft's id: the client may send it again, corrected.
@@ -362,9 +389,9 @@ impl Draft {
             (once_for_all.is_some() || !s.has_once_ids()) && (s.quarantined().0 > 0) == quarantined
         };
         let same = |s: &Section| s.key_id == key_id && s.datasource == *datasource && takes_more(s);
-        let recent = self.sections.iter().enumerate().rev().take(SECTION_SEARCH_MAX);
-        if let Some((at, _)) = recent.into_iter().find(|(_, section)| same(section)) {
-            return at;
+        let open = if self.all_or_none { 0 } else { self.sections.len().saturating_sub(1) };
+        if let Some(at) = self.sections[open..].iter().rposition(same) {
+            return open + at;
         }
         let message_id = once_for_all.map(|id| OnceId::of_message(datasource, id));
         let mut section = self.new_section(grant, datasource);
@@ -412,6 +439,20 @@ impl Draft {
     pub fn is_empty(&self) -> bool {
         self.sections.is_empty()
     }
+}
+
+/// The user property of a quarantined message that has its id: in MQTT the one that the client sent, otherwise
+/// one that no client can send.
+fn id_property(transport: Transport) -> &'static str {
+    match transport {
+        Transport::Mqtt => MESSAGE_ID_PROPERTY,
+        Transport::Http | Transport::Nats => "headgate-message-id",
+    }
+}
+
+/// The first value of a user property in MQTT 5 properties in wire form.
+fn user_property<'a>(properties: &'a [u8], name: &str) -> Option<&'a str> {
+    Properties::from_wire(properties).user().find(|(found, _)| *found == name).map(|(_, value)| value)
 }
 
 /// Adds a user property to MQTT 5 properties in wire form (MQTT 5 sections 2.2.2.2 and 1.5.7).

@@ -8,6 +8,8 @@
 mod admitted;
 mod draft;
 mod incoming;
+#[cfg(test)]
+mod model;
 mod refusal;
 
 use std::pin::Pin;
@@ -30,7 +32,7 @@ use crate::quota::{LimitExceeded, LimitOwner, Meters, Quota};
 use admitted::SectionCounts;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
-pub use draft::{Draft, QuarantinedMessage, RedriveOutcome};
+pub use draft::{Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
 pub use incoming::{Exchange, IncomingMessage, check_message_id};
 pub use refusal::Refusal;
 
@@ -112,6 +114,7 @@ impl Intake {
             received_at,
             message_id: None,
             ends_failed_exchanges: false,
+            all_or_none: false,
             validation: None,
             client: None,
             sections: Vec::new(),
@@ -362,7 +365,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_messages_with_an_id_are_origins_of_their_own_and_each_is_judged_alone() {
+    async fn a_message_with_an_id_is_an_origin_of_its_own_and_is_judged_alone() {
         let (_dir, intake, grant) = intake();
         let plain = message(None, None);
         let outcomes = publish(
@@ -371,22 +374,72 @@ mod tests {
             &[plain, message(Some("a"), None), plain, message(Some("b"), None), message(Some("a"), None)],
         )
         .await;
-        let [
-            first,
-            SectionOutcome::Kept(a),
-            third,
-            SectionOutcome::Kept(_),
-            SectionOutcome::Duplicate(earlier),
-        ] = &outcomes[..]
-        else {
-            panic!("{outcomes:?}")
-        };
-        assert_eq!(first, third, "those without an id share an origin");
-        assert_eq!((earlier, earlier.records()), (a, 1));
+        let again = SectionOutcome::Duplicate(Offsets::consecutive(1, 1));
+        assert_eq!(outcomes, [one_at(0), one_at(1), one_at(2), one_at(3), again]);
         assert_eq!(intake.0.log.next_offset(), 4);
         let metrics = intake.metrics().render();
         assert!(metrics.contains("headgate_accepted_total{transport=\"mqtt\"} 4"), "{metrics}");
         assert!(metrics.contains("headgate_duplicates_total{transport=\"mqtt\"} 1"), "{metrics}");
+    }
+
+    /// The payloads in the log, in order.
+    fn in_log(intake: &Intake) -> String {
+        let batches = intake.0.log.read(0, 1 << 20).expect("readable");
+        let records = batches.iter().flat_map(|batch| batch.records());
+        records.map(|record| std::str::from_utf8(record.payload).expect("text")).collect()
+    }
+
+    #[tokio::test]
+    async fn the_order_in_which_messages_are_accepted_is_the_order_in_the_log() {
+        let (_dir, intake, grant) = intake();
+        let registry = intake.authorizer().registry();
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        let (_, _, other) =
+            registry.create_datasource(&Actor::SYSTEM, None, "press-5", scopes).expect("created");
+        let other = intake.authorizer().identify(other.expose().as_bytes()).expect("a valid key");
+        let second = grant.datasource().clone();
+        let (_, second) = registry.create_key(&Actor::SYSTEM, &second, "", scopes, None).expect("created");
+        let second = intake.authorizer().identify(second.expose().as_bytes()).expect("a valid key");
+        let schema = r#"{"last_version":1,"rules":[{"filter":"bad","version":1,"schema":false}]}"#;
+        registry
+            .set_datasource_schemas(&Actor::SYSTEM, grant.datasource(), Some(schema.to_owned()))
+            .expect("set");
+        let with = |payload, id, topic| IncomingMessage { payload, topic, ..message(id, None) };
+        let exchange = |payload, packet_id| IncomingMessage {
+            payload,
+            ..message(None, Some(Exchange { session: 1, packet_id }))
+        };
+        let mut draft = intake.draft(Transport::Mqtt, 7);
+        for (grant, message) in [
+            (&grant, with(b"a", None, "t")),
+            (&grant, with(b"b", Some("id-1"), "t")),
+            (&grant, with(b"c", None, "t")),
+            (&second, with(b"d", None, "t")),
+            (&grant, with(b"e", None, "t")),
+            (&grant, with(b"f", None, "bad")),
+            (&grant, with(b"g", None, "t")),
+            (&other, with(b"h", None, "t")),
+            (&second, with(b"i", Some("id-2"), "t")),
+            (&grant, exchange(b"j", 1)),
+            (&grant, with(b"k", None, "t")),
+            (&grant, with(b"l", None, "t")),
+        ] {
+            let quarantined = matches!(draft.push(grant, None, message), Err(Refusal::Quarantined(_)));
+            assert_eq!(quarantined, message.topic == "bad");
+        }
+        assert_eq!(draft.sections.len(), 11, "the last two share a section");
+        intake.admit(draft).await.expect("room").await.expect("kept");
+        assert_eq!(in_log(&intake), "abcdefghijkl");
+    }
+
+    #[tokio::test]
+    async fn messages_of_one_key_without_ids_are_one_section() {
+        let (_dir, intake, grant) = intake();
+        let mut draft = intake.draft(Transport::Mqtt, 7);
+        for _ in 0..100 {
+            draft.push(&grant, None, message(None, None)).expect("let in");
+        }
+        assert_eq!(draft.sections.len(), 1);
     }
 
     #[tokio::test]

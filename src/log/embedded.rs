@@ -358,11 +358,16 @@ impl Log for EmbeddedLog {
 
     fn offset_at(&self, time: TimeMicros) -> Result<Offset, LogReadError> {
         let segments: Vec<_> = self.shared.segments().values().cloned().collect();
-        let at = segments.partition_point(|segment| segment.created_at <= time);
-        match segments.get(at.saturating_sub(1)) {
-            Some(segment) => segment.offset_at(time).map_err(|e| self.read_error(&e)),
-            None => Ok(self.first_offset()),
+        // No time of a segment is sorted, because clocks are set back: not `created_at`, and not `received_at`. The
+        // newest time so far, which a segment's index has, only rises. The newest segment that has a place behind
+        // its beginning where that time was still less is the one.
+        for segment in segments.iter().rev() {
+            let offset = segment.offset_at(time).map_err(|e| self.read_error(&e))?;
+            if offset > segment.first_offset {
+                return Ok(offset);
+            }
         }
+        Ok(self.first_offset())
     }
 
     fn hold(&self) -> Hold {

@@ -9,9 +9,12 @@
 //! changes a new version number, which is never used again in the datasource; an unchanged rule keeps its
 //! version.
 //!
+//! A message that is checked has each member of its objects once: see [`json`].
+//!
 //! A [`schema`] is JSON Schema, draft 2020-12, compiled once for each change. A schema whose check could
 //! take unbounded time is refused when it is set.
 
+pub mod json;
 pub mod rules;
 pub mod schema;
 

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::json::{JsonError, parse_unique_json};
 use super::schema::{Schema, SchemaError, cut_reason_text};
 use crate::filter::TopicFilter;
 use crate::limits::SCHEMA_RULES_MAX;
@@ -163,22 +164,37 @@ impl Rules {
     /// Why the message goes into quarantine.
     pub fn check(&self, topic: &str, payload: &[u8]) -> Result<(), Box<QuarantineReason<'static>>> {
         let Some(rule) = self.rules.iter().find(|rule| rule.filter.matches(topic)) else { return Ok(()) };
-        let checked = match serde_json::from_slice::<Value>(payload) {
+        let checked = match parse_unique_json(payload) {
             Ok(value) => rule.schema.check(&value),
-            Err(error) => Err(Box::new(QuarantineReason {
-                keyword: "json".into(),
-                pointer: "".into(),
-                words: cut_reason_text(&format!(
-                    "the payload is not JSON, and there is a schema for it: {error}"
-                ))
-                .into(),
-                schema_version: 0,
-            })),
+            Err(error) => Err(Box::new(unreadable(error))),
         };
         checked.map_err(|mut reason| {
             reason.schema_version = rule.version;
             reason
         })
+    }
+}
+
+/// The keyword in the reason for an object that has a member twice; JSON Schema has no such keyword.
+const DUPLICATE_MEMBER_KEYWORD: &str = "duplicate";
+
+/// Why a payload cannot be checked. The version of its rule is not in it.
+fn unreadable(error: JsonError) -> QuarantineReason<'static> {
+    let (keyword, pointer, words) = match error {
+        JsonError::Malformed(error) => {
+            ("json", String::new(), format!("the payload is not JSON, and there is a schema for it: {error}"))
+        }
+        JsonError::DuplicateMember { pointer } => {
+            let words =
+                "an object has this member twice; which of the two counts is not the same for every reader";
+            (DUPLICATE_MEMBER_KEYWORD, pointer, words.to_owned())
+        }
+    };
+    QuarantineReason {
+        keyword: keyword.into(),
+        pointer: cut_reason_text(&pointer).into(),
+        words: cut_reason_text(&words).into(),
+        schema_version: 0,
     }
 }
 

@@ -2,7 +2,7 @@
 //! where those go that do not meet it. The readings are recorded ones.
 
 use crate::common::wire::{
-    Message, PUBACK, PUBCOMP, PUBREC, PUBREL, REASON_STRING, Version, Wire, ack, publish,
+    Message, PUBACK, PUBCOMP, PUBREC, PUBREL, REASON_STRING, Version, Wire, ack, publish, user_property,
 };
 use crate::common::{Gateway, Source, scratch, wait_for};
 use serde_json::{Value, json};
@@ -222,6 +222,32 @@ fn a_schema_that_cannot_be_used_is_refused_with_its_place_and_changes_nothing() 
 }
 
 #[test]
+fn a_member_that_comes_twice_does_not_pass_a_schema() {
+    let dir = scratch();
+    let (gateway, source) = with_schema(dir.path());
+    let schema = json!({ "properties": { "temp": { "maximum": 100 } } });
+    assert_eq!(set(&gateway, "press-4", &json!({ "schema": schema })).status, 200);
+    let mut wire = Wire::login(gateway.mqtt, Version::V5, &source.key);
+    let twice = [
+        (r#"{"temp":999999,"temp":20}"#, "/temp"),
+        (r#"{"temp":999999,"\u0074emp":20}"#, "/temp"),
+        (r#"{"temp":20,"more":[{"a":1,"a":1}]}"#, "/more/0/a"),
+    ];
+    for (payload, pointer) in twice {
+        assert_eq!(wire.publish(Version::V5, 1, "t", payload.as_bytes()), PAYLOAD_FORMAT_INVALID);
+        let headers = [("content-type", "application/json")];
+        let answer =
+            gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &headers, payload.as_bytes());
+        let problem = answer.json();
+        assert_eq!((answer.status, &problem["pointer"]), (422, &json!(pointer)), "{problem}");
+        assert_eq!(problem["errors"][0]["keyword"], "duplicate");
+    }
+    assert_eq!(quarantined(&gateway, "press-4", 6)[0]["pointer"], "/temp");
+    assert_eq!(wire.publish(Version::V5, 1, "t", br#"{"temp":20,"more":[{"a":1},{"a":1}]}"#), 0);
+    assert_eq!(gateway.stored("press-4", 1).len(), 1);
+}
+
+#[test]
 fn what_was_answered_from_quarantine_is_there_after_a_kill() {
     let dir = scratch();
     let (gateway, source) = with_schema(dir.path());
@@ -269,6 +295,64 @@ fn a_qos_2_exchange_ends_with_a_no_and_its_packet_id_is_free_for_the_next_messag
     old.send(&ack(PUBREL, 9));
     old.packet(PUBCOMP);
     assert_eq!(quarantined(&gateway, "press-4", 2).len(), 2);
+}
+
+/// Whether it fails its schema or a limit.
+#[test]
+fn an_id_is_used_up_by_the_message_that_is_let_in_and_not_by_one_in_quarantine() {
+    let dir = scratch();
+    let (gateway, source) = with_schema(dir.path());
+    let mut wire = Wire::login(gateway.mqtt, Version::V5, &source.key);
+    let mut by_mqtt = |packet_id, message_id: &str, payload: &str| {
+        let message = Message::new("mqtt", payload).at(1, packet_id);
+        wire.send(&message.with(&user_property("message-id", message_id)).packet(Version::V5));
+        wire.packet(PUBACK).reason()
+    };
+    let by_http = |message_id: &str, payload: &str| {
+        let headers = [("content-type", "application/json"), ("idempotency-key", message_id)];
+        gateway.request("POST", "/v1/ingest/press-4/http", &source.key, &headers, payload.as_bytes())
+    };
+    let redrive = || {
+        let path = "/v1/datasources/press-4/quarantine/redrive";
+        let answer = gateway.post(path, &gateway.admin_key(), &json!({})).json();
+        ["redriven", "duplicates", "failing"].map(|field| answer[field].as_u64().expect("a number"))
+    };
+    let (good, other, bad) = (readings()[0].to_string(), readings()[1].to_string(), bad().to_string());
+
+    // The corrected message takes the id, so that the bad one is not let in beside it later.
+    assert_eq!(by_mqtt(1, "mended-1", &bad), PAYLOAD_FORMAT_INVALID);
+    assert_eq!(by_mqtt(2, "mended-1", &good), 0);
+    assert_eq!(by_http("mended-2", &bad).status, 422);
+    assert!(by_http("mended-2", &good).json().get("duplicate").is_none());
+    assert_eq!(gateway.stored("press-4", 2).len(), 2);
+    // Or the redriven one does, so that the corrected one is a repetition.
+    assert_eq!(by_mqtt(3, "redriven-1", &bad), PAYLOAD_FORMAT_INVALID);
+    assert_eq!(by_http("redriven-2", &bad).status, 422);
+    quarantined(&gateway, "press-4", 4);
+    assert_eq!(set(&gateway, "press-4", &json!({ "schemas": [] })).status, 200);
+    assert_eq!(redrive(), [2, 2, 0]);
+    assert_eq!(by_mqtt(4, "redriven-1", &other), 0);
+    assert_eq!(by_http("redriven-2", &other).json()["duplicate"], true);
+    assert_eq!(by_http("redriven-1", &other).json()["duplicate"], true, "an id is one over every front");
+    assert_eq!(gateway.stored("press-4", 4).len(), 4);
+
+    let limit = |value: Value| {
+        let body = json!({ "limits": { "messages_per_s": value } }).to_string();
+        let headers = [("content-type", "application/json")];
+        let path = "/v1/datasources/press-4";
+        let answer = gateway.request("PATCH", path, &gateway.admin_key(), &headers, body.as_bytes());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    };
+    limit(json!({ "max": 1, "burst": 1, "policy": "quarantine" }));
+    let over = (0..6).filter(|n| by_mqtt(10 + n, &format!("over-{n}"), &good) != 0).count();
+    assert!(over > 0);
+    limit(Value::Null);
+    (0..6).for_each(|n| assert_eq!(by_mqtt(20 + n, &format!("over-{n}"), &good), 0));
+    assert_eq!(gateway.stored("press-4", 10).len(), 10);
+    quarantined(&gateway, "press-4", 4 + over);
+    assert_eq!(redrive()[0], 0);
+    gateway.settle();
+    assert_eq!(gateway.records("press-4").len(), 10);
 }
 
 #[test]

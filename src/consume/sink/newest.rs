@@ -2,7 +2,8 @@
 //! changes a thousand times in it is written once.
 //!
 //! A payload that is a JSON object gives a value to each of its top-level keys; any other payload is
-//! itself the value of the key `""`. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: one
+//! itself the value of the key `""`. Of a member that an object has twice, the first one counts: SQLite's JSON
+//! functions read that one in the payloads and values of every view. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: one
 //! more replaces the key whose value is oldest.
 
 use std::borrow::Cow;
@@ -202,7 +203,7 @@ fn forget_oldest(connection: &Connection, topic_id: i64) -> rusqlite::Result<()>
 }
 
 impl<'a> NewestTopic<'a> {
-    /// Sets the value of a key. Objects of one topic mostly have the same keys in the same order, so the
+    /// Sets the value of a key, unless this record has set it already. Objects of one topic mostly have the same keys in the same order, so the
     /// search begins at the key's `place` in its object.
     fn set(&mut self, place: usize, key: Cow<'a, str>, value: PayloadValue<'a>, record: &RecordRef<'a>) {
         if key.len() > LATEST_KEY_BYTES_MAX {
@@ -215,7 +216,10 @@ impl<'a> NewestTopic<'a> {
         match place {
             Some(place) => {
                 let newer = &mut self.values[place];
-                (newer.value, newer.offset, newer.received_at) = (value, record.offset, record.received_at);
+                if newer.offset != record.offset {
+                    (newer.value, newer.offset, newer.received_at) =
+                        (value, record.offset, record.received_at);
+                }
             }
             None => {
                 self.places.insert(key.clone(), self.values.len());

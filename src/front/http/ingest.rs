@@ -216,7 +216,11 @@ impl Upload {
         let messages = RequestMessages::split(&self.content_type, &self.body.bytes)?;
         let mut draft = intake.draft(Transport::Http, 0);
         draft.set_client(&self.client);
-        self.message_id.iter().try_for_each(|id| draft.keep_once(id))?;
+        draft.let_in_all_or_none();
+        // The id of a single message goes with it into quarantine. One for several covers them all or none.
+        let message_id = self.message_id.as_deref();
+        let of_one = message_id.filter(|_| messages.payloads.len() == 1);
+        message_id.filter(|_| of_one.is_none()).map_or(Ok(()), |id| draft.keep_once(id))?;
         let mut failures = IngestFailures::default();
         let (count, bytes) = (messages.payloads.len() as u64, self.body.bytes.len() as u64);
         let standing = draft.pay(&self.grant, &self.datasource, count, bytes)?;
@@ -227,7 +231,7 @@ impl Upload {
                 content_type: messages.content_type,
                 properties: &[],
                 flags: RecordFlags::default(),
-                message_id: None,
+                message_id: of_one,
                 exchange: None,
             };
             match draft.push(&self.grant, Some(&self.datasource), message) {

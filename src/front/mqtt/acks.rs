@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use super::codec::write::{self, AckKind, PacketForm};
 use super::codec::{MqttVersion, ReasonCode};
+use super::exchanges::ExchangeTable;
 use crate::consume::subscriber::sessions::SessionStoreError;
 use crate::intake::{AdmittedDraft, DurableDraft, PendingRelease, Refusal};
 use crate::log::{AppendError, SectionOutcome};
@@ -132,12 +133,27 @@ impl ReadAcks {
         self.acks.is_empty()
     }
 
-    fn write(&self, accepted: Option<&DurableDraft>, form: PacketForm, to: &mut Vec<u8>) {
+    /// Writes the answers, and settles the exchanges that they are about.
+    fn write(
+        &self,
+        accepted: Option<&DurableDraft>,
+        form: PacketForm,
+        exchanges: &mut ExchangeTable,
+        to: &mut Vec<u8>,
+    ) {
         to.reserve(4 * self.acks.len());
         for ack in &self.acks {
+            if ack.answer == AckKind::Pubcomp {
+                exchanges.settle_release(ack.packet_id);
+            }
             match &ack.verdict {
                 AckVerdict::Admitted { origin } => {
                     let outcome = accepted.and_then(|a| a.outcomes.get(*origin as usize));
+                    if ack.answer == AckKind::Pubrec {
+                        let kept =
+                            matches!(outcome, Some(SectionOutcome::Kept(_) | SectionOutcome::Duplicate(_)));
+                        exchanges.settle_open(ack.packet_id, kept);
+                    }
                     match outcome {
                         Some(SectionOutcome::Kept(_) | SectionOutcome::Duplicate(_)) => {
                             write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None)
@@ -206,19 +222,20 @@ impl PendingAcks {
         self.unacknowledged
     }
 
-    /// Writes the answers that are due to `to`. Ready when no answer waits.
+    /// Writes the answers that are due to `to`, and settles their exchanges. Ready when no answer waits.
     ///
     /// # Errors
     /// The transient refusal of a draft. Neither its messages nor any later ones may be answered.
     pub(super) fn poll_write(
         &mut self,
         form: PacketForm,
+        exchanges: &mut ExchangeTable,
         to: &mut Vec<u8>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Refusal>> {
         while let Some((waits, acks)) = self.waiting.front_mut() {
             ready!(waits.poll(cx))?;
-            acks.write(waits.accepted.as_ref(), form, to);
+            acks.write(waits.accepted.as_ref(), form, exchanges, to);
             self.unacknowledged -= acks.unacknowledged();
             self.waiting.pop_front();
         }
@@ -227,5 +244,34 @@ impl PendingAcks {
             self.waiting = VecDeque::new();
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::exchanges::ExchangeState;
+    use super::*;
+    use crate::log::Offsets;
+
+    #[test]
+    fn the_exchanges_are_what_the_log_has_answered() {
+        let form = PacketForm { version: MqttVersion::V5, reasons: true, packet_bytes_max: u32::MAX };
+        let mut exchanges = ExchangeTable::default();
+        let mut acks = ReadAcks::default();
+        for (origin, packet_id) in [1, 2, 3].into_iter().enumerate() {
+            exchanges.begin_open(packet_id);
+            acks.push_admitted(AckKind::Pubrec, packet_id, origin);
+        }
+        let once = Offsets::consecutive(0, 1);
+        let outcomes = vec![
+            SectionOutcome::Kept(once.clone()),
+            SectionOutcome::KeyDead,
+            SectionOutcome::Duplicate(once),
+        ];
+        let mut answers = Vec::new();
+        acks.write(Some(&DurableDraft { outcomes }), form, &mut exchanges, &mut answers);
+        let states = [1, 2, 3].map(|packet_id| exchanges.state(packet_id));
+        assert_eq!(states, [Some(ExchangeState::Open), None, Some(ExchangeState::Open)]);
+        assert_eq!((exchanges.take_refused(), exchanges.unreleased()), (vec![2], 2));
     }
 }

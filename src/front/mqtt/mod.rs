@@ -14,6 +14,7 @@ mod client_identity;
 mod connection;
 mod credentials;
 mod delivery;
+mod exchanges;
 mod flights;
 mod goodbye;
 mod handshake;

@@ -419,6 +419,52 @@ fn received_times_never_go_back_by_a_little_and_follow_a_clock_that_was_set_back
     assert_eq!(times, [0, 0, 5, -60_000_000]);
 }
 
+/// The clock goes forwards and back, more than once in a segment and from one to the next.
+#[test]
+fn a_time_is_found_whatever_the_clock_has_done() {
+    let dir = TempDir::new().expect("temporary directory");
+    let config = config::LogConfig { segment_bytes: 1 << 20, ..config() };
+    let log = open(dir.path(), &config).expect("opens");
+    let start = now_micros();
+    let hour = 3_600_000_000;
+    let jumps = [0, 10, -20, 5, -40].map(|hours| hours * hour);
+    let clock = |n: u32| start + i64::from(n) * 1_000_000 + jumps[n as usize / 30 % jumps.len()];
+    let append_at = |log: &EmbeddedLog, n| {
+        let id = DatasourceId::new("press-4").expect("slug");
+        let mut section = Section::new(id, KeyId([1; 6]), Lease::new(), Transport::Http, 0, clock(n));
+        section.push("t", &[0; 60_000], "", &[], RecordFlags::default());
+        log.append(vec![section], later()).blocking_recv().expect("answered").expect("kept");
+    };
+    let times = |log: &EmbeddedLog, mut from: Offset| {
+        let mut times = Vec::new();
+        while from < log.next_offset() {
+            let batches = log.read(from, 1 << 20).expect("readable");
+            let records = batches.iter().flat_map(|batch| batch.records());
+            times.extend(records.filter(|r| r.offset >= from).map(|r| (r.offset, r.received_at)));
+            from = batches.last().expect("some").next_offset();
+        }
+        times
+    };
+    (0..170).for_each(|n| append_at(&log, n));
+    let check = |log: &EmbeddedLog| {
+        let all = times(log, 0);
+        assert!(fs::read_dir(dir.path().join("log")).expect("a directory").count() > 4);
+        for wanted in
+            (-42..12).flat_map(|hours| [0, 31, 95, 155].map(|s| start + hours * hour + s * 1_000_000))
+        {
+            let at = log.offset_at(wanted).expect("found");
+            let first = all.iter().find(|(_, received_at)| *received_at >= wanted);
+            assert!(first.is_none_or(|(offset, _)| at <= *offset), "{at} is behind {first:?}");
+        }
+        // And not always at the beginning.
+        assert!(log.offset_at(start + 20 * hour).expect("found") > 100);
+    };
+    check(&log);
+    drop(log);
+    let log = open(dir.path(), &config).expect("opens");
+    check(&log);
+}
+
 /// A copy of a frozen log of one segment.
 fn copy_of(fixture: &str) -> TempDir {
     let frozen = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(fixture);

@@ -3,8 +3,9 @@
 use super::stage::{Stage, payloads};
 use crate::common::wire::{
     Connect, Message, Next, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, RECEIVE_MAXIMUM, VERSIONS, Version::V5,
-    ack, ack_with, two_bytes,
+    ack, ack_with, two_bytes, user_property,
 };
+use serde_json::json;
 
 #[test]
 fn after_its_puback_a_packet_id_is_free_whatever_the_dup_flag_says() {
@@ -117,6 +118,75 @@ fn a_qos_2_message_that_is_refused_frees_its_packet_id() {
     client.answered(PUBREC, 3);
     client.wire.send(&ack(PUBREL, 3));
     client.answered(PUBCOMP, 3);
+}
+
+#[test]
+fn packets_of_one_exchange_in_one_write_are_as_many_messages_as_in_many() {
+    for version in VERSIONS {
+        let stage = Stage::new();
+        let mut client = stage.client(version, "c");
+        let message = |payload: &str| Message::new("a", payload).at(2, 7).packet(version);
+        let exchange = |payload| [message(payload), ack(PUBREL, 7)].concat();
+        let write = [exchange("first"), exchange("second"), message("third"), message("third")].concat();
+        client.wire.send(&write);
+        for kind in [PUBREC, PUBCOMP, PUBREC, PUBCOMP, PUBREC, PUBREC] {
+            client.answered(kind, 7);
+        }
+        client.wire.send(&[ack(PUBREL, 7), ack(PUBREL, 7), message("fourth")].concat());
+        client.answered(PUBCOMP, 7);
+        let again = client.wire.packet(PUBCOMP);
+        let unknown = if version == V5 { 0x92 } else { 0 };
+        assert_eq!((again.packet_id(), again.reason()), (7, unknown));
+        client.answered(PUBREC, 7);
+        let kept = stage.gateway.stored("press-4", 4);
+        let payloads: Vec<_> = kept.iter().map(|record| record["payload"].as_str().expect("text")).collect();
+        assert_eq!(payloads, ["first", "second", "third", "fourth"]);
+    }
+}
+
+/// The key of the messages dies while they are on their way into the log.
+#[test]
+fn a_packet_id_whose_message_was_refused_in_flight_is_free_for_another() {
+    const MESSAGES: u16 = 500;
+    let stage = Stage::new();
+    let admin = stage.gateway.admin_key();
+    let keys = "/v1/datasources/press-4/keys";
+    let mut refused_in_all = 0;
+    for trial in 0..8_u64 {
+        let answer = stage.gateway.post(keys, &admin, &json!({ "scopes": ["ingest"] }));
+        let key = answer.json()["key"].take();
+        let text = |field: &str| key[field].as_str().expect("text").to_owned();
+        // A session that stays, so that the log alone knows what an earlier connection opened.
+        let mut client = stage.connect(&stage.hello_again(V5, "c"));
+        let own_key = user_property("authorization", &text("secret"));
+        let messages = (1..=MESSAGES).map(|id| Message::new("a", "x").at(2, id).with(&own_key).packet(V5));
+        let messages: Vec<u8> = messages.flatten().collect();
+        std::thread::scope(|scope| {
+            let path = format!("{keys}/{}", text("id"));
+            let (gateway, admin) = (&stage.gateway, &admin);
+            scope.spawn(move || gateway.request("DELETE", &path, admin, &[], b""));
+            std::thread::sleep(std::time::Duration::from_micros(500 * trial));
+            client.wire.send(&messages);
+        });
+        let pubrecs: Vec<_> = (0..MESSAGES).map(|_| client.wire.packet(PUBREC)).collect();
+        let refused = pubrecs.iter().filter(|pubrec| pubrec.reason() >= 0x80);
+        let refused: Vec<u16> = refused.map(|pubrec| pubrec.packet_id()).collect();
+        for id in &refused {
+            client.send(&Message::new(&format!("again/{trial}"), "x").at(2, *id));
+        }
+        for id in &refused {
+            client.answered(PUBREC, *id);
+        }
+        refused_in_all += refused.len();
+        let opened = (1..=MESSAGES).flat_map(|id| ack(PUBREL, id));
+        client.wire.send(&opened.collect::<Vec<u8>>());
+        (1..=MESSAGES).for_each(|id| client.answered(PUBCOMP, id));
+    }
+    stage.gateway.settle();
+    let kept = stage.gateway.records("press-4");
+    let again =
+        kept.iter().filter(|record| record["topic"].as_str().is_some_and(|t| t.starts_with("again/")));
+    assert_eq!(again.count(), refused_in_all);
 }
 
 #[test]

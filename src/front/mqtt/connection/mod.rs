@@ -233,7 +233,7 @@ impl<'a> MqttConnection<'a> {
         }
         // Releases go first: a message may reuse the packet identifier of a released exchange.
         let released = (!batch.releases.is_empty()).then(|| intake.release(&batch.releases));
-        let stored = if batch.has_opened_exchanges() { self.session_store_wait() } else { None };
+        let stored = if batch.has_opened_exchanges { self.session_store_wait() } else { None };
         let intake = &self.front.intake;
         let draft = batch.draft.filter(|draft| !draft.is_empty());
         let admitted = draft.map(|draft| intake.try_admit(draft));

@@ -57,8 +57,15 @@ impl MqttConnection<'_> {
         self.poll_closed(cx)?;
         self.poll_blocked(cx)?;
         self.poll_held(cx)?;
-        let answered = self.pending_acks.poll_write(self.inbound.form, &mut self.output.bytes, cx);
+        let form = self.inbound.form;
+        let answered =
+            self.pending_acks.poll_write(form, &mut self.inbound.exchanges, &mut self.output.bytes, cx);
         let answered = answered.map_err(StopReason::Transient)?;
+        let refused = self.inbound.take_refused_exchanges();
+        if !refused.is_empty() {
+            // Not awaited: the release comes before whatever the client sends next.
+            drop(self.front.intake.release(&refused));
+        }
         self.poll_request(cx);
         if self.inbound.is_paused() && self.ended.is_none() && self.may_read() {
             self.receive(&[]);
@@ -180,6 +187,7 @@ impl MqttConnection<'_> {
         self.blocked.is_none()
             && self.held.is_none()
             && self.requesting.is_none()
+            && (self.pending_acks.is_empty() || !self.inbound.waits_for_answers())
             && self.pending_acks.len() < MQTT_READS_IN_FLIGHT_MAX
             && self.output.unsent_bytes() < MQTT_UNSENT_BYTES_MAX
     }

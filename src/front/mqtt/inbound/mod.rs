@@ -3,7 +3,6 @@
 
 mod publish;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use self::publish::ReceivedTopicAliases;
@@ -11,6 +10,7 @@ use super::acks::ReadAcks;
 use super::client_identity::ClientIdentity;
 use super::codec::write::{self, AckKind, PacketForm};
 use super::codec::{DisconnectPacket, MqttFrame, MqttPacket, ReasonCode, Violation};
+use super::exchanges::{ExchangeState, ExchangeTable};
 use super::session::MqttSession;
 use super::subscribe::{SubscribeRequest, SubscriptionRequest};
 use crate::auth::Grant;
@@ -45,14 +45,15 @@ pub(super) struct Inbound {
     session: u64,
     /// The session ends with the connection.
     ephemeral: bool,
-    /// QoS 2: the packet identifiers of messages that this connection accepted and that are not released
-    /// yet. The log knows those of earlier connections.
-    exchanges: BTreeSet<u16>,
+    /// The QoS 2 exchanges of this connection, as far as the log has answered.
+    pub(super) exchanges: ExchangeTable,
     /// The beginning of a packet whose rest has not arrived yet.
     partial: Vec<u8>,
     /// `partial` may hold whole packets, because a request before them had to be served first or the first
-    /// of them is held back.
+    /// of them is held back or waits.
     paused: bool,
+    /// The next packet is about an exchange that the log has not answered yet.
+    waits_for_answers: bool,
     /// The next message was held back, and is already counted against its rates.
     paid: bool,
     aliases: ReceivedTopicAliases,
@@ -73,18 +74,21 @@ pub(super) struct InboundBatch {
     pub(super) request: Option<SubscriptionRequest>,
     /// The next message is over this limit: nothing more is taken in until its turn comes.
     pub(super) held: Option<LimitExceeded>,
-    /// The QoS 2 exchanges that the client has released.
+    /// The next packet is about an exchange that the log has not answered yet: nothing more is taken in
+    /// until it has.
+    waits_for_answers: bool,
+    /// The QoS 2 exchanges to end: the client has released them, or was told that their message is refused.
     pub(super) releases: Vec<Exchange>,
-    /// The packet identifiers of QoS 2 exchanges that the messages open.
-    opened: Vec<u16>,
+    /// A message opens a QoS 2 exchange.
+    pub(super) has_opened_exchanges: bool,
     /// Set if nothing more is to be read.
     pub(super) end: Option<InboundEnd>,
 }
 
 impl InboundBatch {
-    /// Whether the draft has QoS 2 messages.
-    pub(super) fn has_opened_exchanges(&self) -> bool {
-        !self.opened.is_empty()
+    /// Whether the packet that was decoded last has to be decoded again later.
+    fn is_held(&self) -> bool {
+        self.held.is_some() || self.waits_for_answers
     }
 }
 
@@ -107,9 +111,10 @@ impl Inbound {
             publisher,
             session: session.uid,
             ephemeral: !session.is_durable(),
-            exchanges: BTreeSet::new(),
+            exchanges: ExchangeTable::default(),
             partial: Vec::new(),
             paused: false,
+            waits_for_answers: false,
             paid: false,
             aliases: ReceivedTopicAliases::default(),
         }
@@ -117,8 +122,15 @@ impl Inbound {
 
     /// The exchanges that nobody can release any more, if the session ends with the connection.
     pub(super) fn abandoned_exchanges(&self) -> Vec<Exchange> {
-        let packet_ids = self.exchanges.iter().filter(|_| self.ephemeral);
-        packet_ids.map(|packet_id| self.exchange(*packet_id)).collect()
+        let packet_ids = self.exchanges.packet_ids().filter(|_| self.ephemeral);
+        packet_ids.map(|packet_id| self.exchange(packet_id)).collect()
+    }
+
+    /// The exchanges that the client takes for ended because the log has just refused their message. An earlier
+    /// connection of a session that stays may have brought that message into the log.
+    pub(super) fn take_refused_exchanges(&mut self) -> Vec<Exchange> {
+        let packet_ids = self.exchanges.take_refused().into_iter().filter(|_| !self.ephemeral);
+        packet_ids.map(|packet_id| self.exchange(packet_id)).collect()
     }
 
     fn exchange(&self, packet_id: u16) -> Exchange {
@@ -133,6 +145,11 @@ impl Inbound {
     /// Whether packets that were read wait to be taken in.
     pub(super) fn is_paused(&self) -> bool {
         self.paused
+    }
+
+    /// Whether the next packet can be taken in only after every earlier answer.
+    pub(super) fn waits_for_answers(&self) -> bool {
+        self.waits_for_answers
     }
 
     /// Lets the held message go on. With `paid` it is already counted against its rates.
@@ -155,6 +172,7 @@ impl Inbound {
         out: &mut Vec<u8>,
     ) -> InboundBatch {
         let mut read = InboundRead { batch: InboundBatch::default(), intake, unacknowledged, out };
+        self.waits_for_answers = false;
         let mut bytes = read_bytes;
         let mut buffered;
         if std::mem::take(&mut self.paused) {
@@ -178,7 +196,8 @@ impl Inbound {
             let consumed = self.handle_packets(bytes, &mut read);
             bytes = &bytes[consumed..];
         }
-        self.paused = read.batch.request.is_some() || read.batch.held.is_some();
+        self.paused = read.batch.request.is_some() || read.batch.is_held();
+        self.waits_for_answers = read.batch.waits_for_answers;
         if read.batch.end.is_none() && !bytes.is_empty() {
             self.partial.extend_from_slice(bytes);
         }
@@ -207,7 +226,7 @@ impl Inbound {
             {
                 read.batch.end = Some(end);
             }
-            if read.batch.held.is_some() {
+            if read.batch.is_held() {
                 // The packet stays in the buffer, and is decoded again when its turn comes.
                 consumed -= frame.bytes;
                 read.batch.packets -= 1;
@@ -263,14 +282,23 @@ impl Inbound {
 
     /// Handles a PUBREL: the client has the PUBREC, and will not send the message again (section 4.3.3).
     fn handle_pubrel(&mut self, packet_id: u16, read: &mut InboundRead<'_>) {
-        let known = self.exchanges.remove(&packet_id);
-        // The PUBREC is not sent yet if the PUBREL came in the same read as its message.
-        if read.batch.opened.contains(&packet_id) || (!known && self.ephemeral) {
-            let reason = ReasonCode::PacketIdentifierNotFound;
-            let words = "no message with this packet identifier waits for its release";
-            read.batch.acks.push_refused(AckKind::Pubcomp, packet_id, reason, words.to_owned());
-            return;
+        match self.exchanges.state(packet_id) {
+            // Sent before the PUBREC or a second time. What it releases is known when the log has answered.
+            Some(ExchangeState::Opening | ExchangeState::Releasing) => {
+                read.batch.waits_for_answers = true;
+                return;
+            }
+            Some(ExchangeState::Open) => {}
+            None if self.ephemeral => {
+                let reason = ReasonCode::PacketIdentifierNotFound;
+                let words = "no message with this packet identifier waits for its release";
+                read.batch.acks.push_refused(AckKind::Pubcomp, packet_id, reason, words.to_owned());
+                return;
+            }
+            // An earlier connection of the session may have opened it.
+            None => {}
         }
+        self.exchanges.begin_release(packet_id);
         read.batch.releases.push(self.exchange(packet_id));
         read.batch.acks.push_done(AckKind::Pubcomp, packet_id);
     }
@@ -287,7 +315,7 @@ struct InboundRead<'a> {
 impl InboundRead<'_> {
     /// Whether the next packet may be taken in.
     fn may_go_on(&self) -> bool {
-        self.batch.end.is_none() && self.batch.request.is_none() && self.batch.held.is_none()
+        self.batch.end.is_none() && self.batch.request.is_none() && !self.batch.is_held()
     }
 }
 

@@ -8,18 +8,18 @@ use super::super::codec::properties::{TOPIC_ALIAS, forward_properties};
 use super::super::codec::write::AckKind;
 use super::super::codec::{MqttVersion, PublishPacket, ReasonCode, Violation};
 use super::super::credentials;
+use super::super::exchanges::ExchangeState;
 use super::super::reason::refusal_reason_code;
 use super::{Inbound, InboundEnd, InboundRead};
 use crate::auth::shape::KeyShape;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
 use crate::front::credentials::is_key_header;
-use crate::intake::{Draft, Exchange, IncomingMessage, Intake, QuarantinedMessage, Refusal};
+use crate::intake::{
+    Draft, Exchange, IncomingMessage, Intake, MESSAGE_ID_PROPERTY, QuarantinedMessage, Refusal,
+};
 use crate::limits::MQTT_TOPIC_ALIAS_MAXIMUM;
 use crate::message::{KeyId, RecordFlags, Transport};
 use crate::observe::refusals::RefusalNote;
-
-/// The user property with a message's id: a second message with the same id is not kept again.
-const MESSAGE_ID_PROPERTY: &str = "message-id";
 
 impl Inbound {
     /// Adds a PUBLISH to the read's draft, or refuses it.
@@ -30,13 +30,20 @@ impl Inbound {
         bytes_left: usize,
         read: &mut InboundRead<'_>,
     ) -> Result<(), InboundEnd> {
-        if publish.qos == 2 && self.exchanges.contains(&publish.packet_id) {
-            // A repetition. Its answer comes after that of the first, so it cannot precede durability.
-            read.batch.acks.push_done(AckKind::Pubrec, publish.packet_id);
+        if publish.qos == 2
+            && let Some(state) = self.exchanges.state(publish.packet_id)
+        {
+            match state {
+                // A repetition of a message that the log has.
+                ExchangeState::Open => read.batch.acks.push_done(AckKind::Pubrec, publish.packet_id),
+                // A repetition or another message: the log's answer tells.
+                ExchangeState::Opening | ExchangeState::Releasing => read.batch.waits_for_answers = true,
+            }
             return Ok(());
         }
         let v5 = self.form.version == MqttVersion::V5;
-        let unacknowledged = read.unacknowledged + read.batch.acks.unacknowledged() + self.exchanges.len();
+        let unacknowledged =
+            read.unacknowledged + read.batch.acks.unacknowledged() + self.exchanges.unreleased();
         if v5 && publish.qos > 0 && unacknowledged >= usize::from(self.receive_maximum) {
             return Err(InboundEnd::Violation(Violation {
                 reason: ReasonCode::ReceiveMaximumExceeded,
@@ -54,7 +61,7 @@ impl Inbound {
             draft
         });
         let exchange =
-            (publish.qos == 2).then_some(Exchange { session: self.session, packet_id: publish.packet_id });
+            (publish.qos == 2).then(|| Exchange { session: self.session, packet_id: publish.packet_id });
         if std::mem::take(&mut self.paid) {
             draft.mark_paid();
         }
@@ -86,8 +93,8 @@ impl Inbound {
             0 => {}
             1 => read.batch.acks.push_admitted(AckKind::Puback, publish.packet_id, origin),
             _ => {
-                self.exchanges.insert(publish.packet_id);
-                read.batch.opened.push(publish.packet_id);
+                self.exchanges.begin_open(publish.packet_id);
+                read.batch.has_opened_exchanges = true;
                 read.batch.acks.push_admitted(AckKind::Pubrec, publish.packet_id, origin);
             }
         }
@@ -110,10 +117,20 @@ impl Inbound {
         };
         if self.form.version == MqttVersion::V5 {
             let words = format!("{reason}; it is kept in quarantine");
+            self.end_refused_exchange(publish, read);
             read.batch.acks.push_quarantined(answer, publish.packet_id, origin, words);
             return;
         }
         self.answer_admitted(publish, origin, read);
+    }
+
+    /// Ends the exchange of a message that is refused now, although an earlier connection of the session may
+    /// have brought it into the log: after the refusal, the client may use the packet identifier for another
+    /// message (MQTT 5 section 4.3.3).
+    fn end_refused_exchange(&self, publish: &PublishPacket<'_>, read: &mut InboundRead<'_>) {
+        if publish.qos == 2 && !self.ephemeral {
+            read.batch.releases.push(self.exchange(publish.packet_id));
+        }
     }
 
     /// Refuses one message: in its acknowledgement if the protocol version has a reason code, otherwise by
@@ -141,6 +158,7 @@ impl Inbound {
             }
             (_, ReasonCode::PacketTooLarge) => Err(InboundEnd::Refused(refusal)),
             (_, reason) if publish.qos > 0 => {
+                self.end_refused_exchange(publish, read);
                 let answer = if publish.qos == 1 { AckKind::Puback } else { AckKind::Pubrec };
                 read.batch.acks.push_refused(answer, publish.packet_id, reason, refusal.to_string());
                 Ok(())
