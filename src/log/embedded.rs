@@ -16,6 +16,7 @@ use super::recovery::{LostRanges, damage_report, open_error, open_segments, reco
 use super::retention::{Hold, Holds};
 use super::section::Section;
 use super::segment::{FrameError, LogGap, SeekOutcome, Segment};
+use super::spare::SpareSegments;
 use super::tail::Tail;
 use super::window::DedupWindow;
 use super::withheld::WithheldRules;
@@ -43,6 +44,8 @@ pub(super) struct EmbeddedLogShared {
     /// The first write that failed for good.
     pub(super) failure: OnceLock<Arc<str>>,
     segments: RwLock<Segments>,
+    /// Bytes of the spare segments.
+    pub(super) spare_bytes: AtomicU64,
     pub(super) holds: Holds,
     trouble: Mutex<Option<String>>,
     accept_corruption: bool,
@@ -63,7 +66,8 @@ impl EmbeddedLogShared {
     }
 
     pub(super) fn disk_bytes(&self) -> u64 {
-        self.segments().values().map(|segment| segment.disk_bytes()).sum()
+        let segments: u64 = self.segments().values().map(|segment| segment.disk_bytes()).sum();
+        segments + self.spare_bytes.load(Ordering::Relaxed)
     }
 
     pub(super) fn trouble(&self) -> Option<String> {
@@ -169,12 +173,14 @@ impl EmbeddedLog {
             });
             segments.insert(next_offset, current.clone());
         }
+        let spares = SpareSegments::find(&*disk, &dir)?;
         let shared = Arc::new(EmbeddedLogShared {
             queue: WriterQueue::default(),
             tail: Tail::new(recovered.next_offset),
             listener: OnceLock::new(),
             failure: OnceLock::new(),
             segments: RwLock::new(segments),
+            spare_bytes: AtomicU64::new(spares.bytes()),
             holds: Holds::new(),
             trouble: Mutex::new(None),
             accept_corruption: config.accept_corruption,
@@ -193,6 +199,7 @@ impl EmbeddedLog {
             next_offset: recovered.next_offset,
             time_max: recovered.time_max,
             window,
+            spares,
             unremovable: None,
             stay_s: dedup.dedup_window_s,
         };

@@ -26,6 +26,8 @@
 //!   kernel's dirty pages is unknown. A want of disk, memory or descriptors is no such failure: the log
 //!   writes and syncs the same frames again, and takes records again as soon as that succeeds.
 //!
+//! - A segment that retention removes becomes the next one (`spare.rs`), unless somebody still reads it.
+//!
 //! What is on disk, byte by byte, is told in [`headgate_format::log`].
 //!
 //! # After a crash
@@ -50,6 +52,7 @@ mod recovery;
 mod retention;
 mod segment;
 mod shelf;
+mod spare;
 mod tail;
 #[cfg(test)]
 mod tests;

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -20,6 +21,7 @@ use super::frame::{FRAME_HEADER_BYTES, FrameFlags, FrameHeader};
 use super::once::{OnceId, OncePart, WindowStamp};
 use super::section::Section;
 use super::segment::Segment;
+use super::spare::SpareSegments;
 use super::window::DedupWindow;
 use super::{AppendError, CommitOutcome, SectionOutcome, retention};
 use crate::config::{self, Durability};
@@ -153,6 +155,8 @@ pub(super) struct LogWriter {
     pub(super) time_max: TimeMicros,
     /// The known ids.
     pub(super) window: DedupWindow,
+    /// Files that the next segments are written over.
+    pub(super) spares: SpareSegments,
     /// The segment that retention could not remove, so that it is reported once.
     pub(super) unremovable: Option<Offset>,
     /// The least age of a segment that retention may remove, so that the window can be rebuilt: see
@@ -184,6 +188,10 @@ impl LogWriter {
                     }
                 }
                 Err(error) => {
+                    if matches!(error, AppendError::DiskFull) {
+                        self.spares.give_back(&*self.disk);
+                        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
+                    }
                     self.enter_trouble(&error);
                     self.give_up(&error, &mut group, closed);
                     stalled = true;
@@ -282,25 +290,34 @@ impl LogWriter {
             self.current.sync().map_err(|e| self.write_error(e))?;
         }
         let segment =
-            Segment::create(&*self.disk, &self.dir, first_offset).map_err(|e| self.write_error(e))?;
+            self.spares.create(&*self.disk, &self.dir, first_offset).map_err(|e| self.write_error(e));
+        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
+        let segment = segment?;
         self.current = Arc::new(segment);
         self.shared.segments_mut().insert(first_offset, self.current.clone());
         Ok(())
     }
 
-    /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit.
+    /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit. A spare
+    /// segment takes no more room when it becomes one of the log.
     fn make_room(&mut self, incoming_bytes: u64) -> Result<(), AppendError> {
         let removable: Vec<_> = {
             let segments = self.shared.segments();
             let held = self.shared.holds.lowest();
             let (config, stay_s, now) = (&self.config, self.stay_s, now_micros());
+            let incoming_bytes = self.spares.bytes() + self.beside_spare(incoming_bytes);
             let count = retention::removable(&segments, config, stay_s, held, now, incoming_bytes);
             segments.values().take(count).cloned().collect()
         };
         for segment in removable {
             // One after the other, durably: a segment that stays while a later one is gone would be a gap,
             // which the next start would take for damage.
-            let removed = self.disk.remove(segment.path()).and_then(|()| self.disk.sync_dir(&self.dir));
+            let has_budget = self.shared.disk_bytes() + incoming_bytes <= self.config.retention_bytes;
+            let keeps = self.spares.is_empty() || self.spares.has_room() && has_budget;
+            let removed = match keeps {
+                true => self.spares.keep(&*self.disk, segment.clone()),
+                false => self.disk.remove(segment.path()),
+            };
             if let Err(error) = removed {
                 if self.unremovable.replace(segment.first_offset) != Some(segment.first_offset) {
                     warn!(%error, path = %segment.path().display(), "retention cannot remove a segment");
@@ -309,12 +326,21 @@ impl LogWriter {
             }
             let first_offset = segment.first_offset;
             self.shared.segments_mut().remove(&first_offset);
+            self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
             info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment");
+            if self.disk.sync_dir(&self.dir).is_err() {
+                break;
+            }
         }
-        if self.shared.disk_bytes() + incoming_bytes > self.config.retention_bytes {
+        if self.shared.disk_bytes() + self.beside_spare(incoming_bytes) > self.config.retention_bytes {
             return Err(AppendError::Budget { retention_bytes: self.config.retention_bytes });
         }
         Ok(())
+    }
+
+    /// How many of `incoming_bytes` a spare segment has no room for.
+    fn beside_spare(&self, incoming_bytes: u64) -> u64 {
+        incoming_bytes.saturating_sub(self.spares.next_bytes())
     }
 
     /// Idle work: retention, and checking whether a trouble is over.

@@ -44,6 +44,10 @@ impl Disk for FaultyDisk {
         FileSystem.remove(path)
     }
 
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        FileSystem.rename(from, to)
+    }
+
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         FileSystem.sync_dir(dir)
     }
