@@ -12,6 +12,7 @@ use tracing::error;
 
 use super::batch::Batch;
 use super::disk::{Disk, FileSystem};
+use super::queue::{WriterQueue, WriterSubmission};
 use super::recovery::{LostRanges, damage_report, open_error, open_segments, recover};
 use super::retention::{Hold, Holds};
 use super::section::Section;
@@ -20,7 +21,7 @@ use super::spare::SpareSegments;
 use super::tail::Tail;
 use super::window::DedupWindow;
 use super::withheld::WithheldRules;
-use super::writer::{LogWriter, WriterQueue, WriterSubmission};
+use super::writer::LogWriter;
 use super::{AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit};
 use crate::config::{self, Durability};
 use crate::limits::FRAME_PART_BYTES_MAX;

@@ -48,6 +48,7 @@ mod assembly;
 mod disk;
 mod embedded;
 mod jetstream;
+mod queue;
 mod recovery;
 mod retention;
 mod segment;

@@ -1,8 +1,6 @@
 //! The writer: one thread that owns the end of the log. It drains all waiting submissions into one
 //! batch, makes it durable, and answers each of them.
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
-use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +8,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
 use super::assembly::{AssembledCommit, AssembledFrame, Assembly};
@@ -18,14 +15,15 @@ use super::batch::Batch;
 use super::disk::Disk;
 use super::embedded::EmbeddedLogShared;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags, FrameHeader};
-use super::once::{OnceId, OncePart, WindowStamp};
+use super::once::{OncePart, WindowStamp};
+use super::queue::WriterSubmission;
 use super::section::Section;
 use super::segment::Segment;
 use super::spare::SpareSegments;
 use super::window::DedupWindow;
 use super::{AppendError, CommitOutcome, SectionOutcome, retention};
 use crate::config::{self, Durability};
-use crate::limits::{BATCH_BYTES_MAX, SEGMENT_ALLOCATE_BYTES};
+use crate::limits::SEGMENT_ALLOCATE_BYTES;
 use crate::message::{Offset, TimeMicros, now_micros};
 
 /// The pause before a failed append is tried again.
@@ -34,113 +32,6 @@ const LOG_WRITE_RETRY_PAUSE: Duration = Duration::from_millis(50);
 const WRITER_IDLE_INTERVAL: Duration = Duration::from_secs(1);
 /// The largest size of a once part without releases and open exchanges.
 const ONCE_PART_BYTES_MAX: usize = 48;
-
-/// What one caller wants to append and release.
-pub(super) struct WriterSubmission {
-    pub(super) sections: Vec<Section>,
-    /// Released after the sections.
-    pub(super) releases: Vec<OnceId>,
-    /// Until then the writer waits out a transient failure.
-    pub(super) give_up_at: Instant,
-    pub(super) reply: oneshot::Sender<Result<CommitOutcome, AppendError>>,
-}
-
-impl WriterSubmission {
-    fn weight(&self) -> usize {
-        let sections: usize = self.sections.iter().map(Section::weight).sum();
-        sections + size_of_val(&*self.releases)
-    }
-
-    /// Whether there is nothing to make durable.
-    fn is_empty(&self) -> bool {
-        self.releases.is_empty() && self.sections.iter().all(|section| section.records() == 0)
-    }
-
-    /// Answers the caller, if it still waits.
-    fn answer(self, result: Result<CommitOutcome, AppendError>) {
-        let _ = self.reply.send(result);
-    }
-}
-
-/// Submissions that wait for the writer.
-#[derive(Default)]
-pub(super) struct WriterQueue {
-    state: Mutex<WriterQueueState>,
-    ready: Condvar,
-}
-
-#[derive(Default)]
-struct WriterQueueState {
-    submissions: VecDeque<WriterSubmission>,
-    closed: bool,
-}
-
-impl WriterQueue {
-    /// Adds a submission, or answers it at once if the queue is closed.
-    pub(super) fn push(&self, submission: WriterSubmission) {
-        let mut waiting = self.locked();
-        if waiting.closed {
-            drop(waiting);
-            return submission.answer(Err(AppendError::Closed));
-        }
-        waiting.submissions.push_back(submission);
-        let first = waiting.submissions.len() == 1;
-        drop(waiting);
-        if first {
-            self.ready.notify_one();
-        }
-    }
-
-    /// Closes the queue; the writer ends once it has committed what waits.
-    pub(super) fn close(&self) {
-        self.locked().closed = true;
-        self.ready.notify_one();
-    }
-
-    /// Closes the queue and answers every submission in it: there is no writer any more.
-    pub(super) fn abandon(&self) {
-        let left = {
-            let mut waiting = self.locked();
-            waiting.closed = true;
-            std::mem::take(&mut waiting.submissions)
-        };
-        left.into_iter().for_each(|submission| submission.answer(Err(AppendError::Closed)));
-    }
-
-    /// Moves waiting submissions to `group`, up to the size of a batch; waits up to `wait` if there are
-    /// none. Returns whether the queue is closed and empty.
-    fn take(&self, group: &mut Vec<WriterSubmission>, wait: Duration) -> bool {
-        let mut waiting = self.locked();
-        if waiting.submissions.is_empty() && !waiting.closed {
-            self.ready.wait_for(&mut waiting, wait);
-        }
-        let mut weight: usize = group.iter().map(WriterSubmission::weight).sum();
-        while let Some(submission) = waiting.submissions.front() {
-            if weight > 0 && weight + submission.weight() > BATCH_BYTES_MAX {
-                break;
-            }
-            weight += submission.weight();
-            group.extend(waiting.submissions.pop_front());
-        }
-        waiting.closed && waiting.submissions.is_empty()
-    }
-
-    /// Takes out the submissions whose time to give up has come.
-    fn take_expired(&self, now: Instant) -> Vec<WriterSubmission> {
-        let mut waiting = self.locked();
-        if waiting.submissions.iter().all(|s| s.give_up_at > now) {
-            return Vec::new();
-        }
-        let all = std::mem::take(&mut waiting.submissions);
-        let (expired, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(|s| s.give_up_at <= now);
-        waiting.submissions = kept.into();
-        expired
-    }
-
-    fn locked(&self) -> MutexGuard<'_, WriterQueueState> {
-        self.state.lock()
-    }
-}
 
 /// The state of the writer's thread.
 pub(super) struct LogWriter {

@@ -1,6 +1,7 @@
 //! What the log may find where it looks for frames: frames that somebody else made, frames of its own that do
 //! not count, and frames that are damaged.
 
+use super::versions::copy_of;
 use super::*;
 use crate::limits::BATCH_BYTES_MAX;
 
