@@ -16,8 +16,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use headgate::auth::{Actor, ApiKey, Authorizer, Digest, GrantDenial, Registry, Scope, Scopes};
-use headgate::message::DatasourceId;
+use headgate::testing::message::DatasourceId;
+use headgate::testing::{Actor, ApiKey, Authorizer, Digest, GrantDenial, Registry, Scope, Scopes};
 use rusqlite::{Connection, params};
 
 /// The gateway's own allocator.

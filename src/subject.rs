@@ -53,17 +53,6 @@ impl SubjectSpace {
         }
     }
 
-    /// The subject of a topic in a datasource.
-    ///
-    /// # Errors
-    /// [`SubjectError`] for a topic that cannot cross.
-    pub fn subject(self, datasource: &DatasourceId, topic: &str) -> Result<String, SubjectError> {
-        let mut subject =
-            String::with_capacity(self.as_str().len() + datasource.as_str().len() + topic.len() + 8);
-        self.write_subject(datasource.as_str(), topic, &mut subject)?;
-        Ok(subject)
-    }
-
     /// Appends the subject of a topic in a datasource to `to`. An error may leave a part of it there.
     ///
     /// # Errors
@@ -74,14 +63,6 @@ impl SubjectSpace {
         to.push_str(datasource);
         to.push('.');
         write_tokens(topic, to)
-    }
-
-    /// The wildcard for all subjects of a datasource: `{space}.{datasource}.>`.
-    pub fn datasource_wildcard(self, datasource: &DatasourceId) -> String {
-        let mut subject = String::new();
-        // Writing to a string does not fail.
-        let _ = write!(subject, "{}.{datasource}.>", self.as_str());
-        subject
     }
 
     /// The wildcard for all subjects of the space: `{space}.>`.
@@ -298,11 +279,10 @@ mod tests {
 
     #[test]
     fn a_subject_names_datasource_and_topic() {
-        let press = DatasourceId::new("press-4").expect("a slug");
-        let subject = SubjectSpace::Stream.subject(&press, "spindle/temp").expect("crosses");
+        let mut subject = String::new();
+        SubjectSpace::Stream.write_subject("press-4", "spindle/temp", &mut subject).expect("crosses");
         assert_eq!(subject, "stream.press-4.spindle.temp");
         assert_eq!(SubjectSpace::Stream.split(&subject), Ok(("press-4", "spindle.temp")));
-        assert_eq!(SubjectSpace::Ingest.datasource_wildcard(&press), "ingest.press-4.>");
         assert_eq!(SubjectSpace::Ingest.space_wildcard(), "ingest.>");
         for incomplete in
             ["", "stream", "stream.", "stream.a", "stream.a.", "stream..a", "streams.a.b", "ingest.a.b"]

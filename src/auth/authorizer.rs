@@ -8,89 +8,24 @@
 //! further checks use the digest, which changes completely with any character of the key, and an unknown
 //! key takes the same one lookup as a revoked one.
 
-use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+
+use headgate_format::key::{API_KEY_PREFIX, Digest};
 
 use super::failures::AuthFailures;
-use super::index::KeyLookup;
+use super::grant::{Grant, GrantDenial};
+use super::registry::Registry;
+use super::registry::index::KeyLookup;
 use super::shape::KeyShape;
-use super::{Digest, Key, Registry, Scope, key};
 use crate::config;
-use crate::message::{DatasourceId, KeyId, Lease};
+use crate::message::{DatasourceId, KeyId};
 
 /// Turns presented keys into grants. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Authorizer {
     registry: Arc<Registry>,
     failures: Arc<AuthFailures>,
-}
-
-/// What a valid key allows at this moment. Cheap to clone. It is valid only while [`Grant::holds`]: check
-/// that again before each use.
-#[derive(Clone)]
-pub struct Grant(Arc<Key>);
-
-/// Why a key does not allow an operation. All but the last two look the same on the wire, so that a
-/// stranger learns nothing; logs and metrics distinguish them by [`GrantDenial::cause`].
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum GrantDenial {
-    /// No key was presented.
-    #[error("no API key was presented")]
-    NoKey,
-    /// The text does not have a key's form, or its checksum is wrong.
-    #[error("the API key is malformed")]
-    Malformed,
-    /// No such key has ever existed.
-    #[error("the API key is not known")]
-    Unknown,
-    /// The key was revoked, or its datasource deleted.
-    #[error("the API key has been revoked")]
-    Revoked,
-    /// The key has expired, or its grace period has ended.
-    #[error("the API key has expired")]
-    Expired,
-    /// Too many bad keys came from the same address. Returned only for another bad key.
-    #[error("too many API keys from this address were not good; wait {} s", retry_after.as_secs() + 1)]
-    TooManyFailures {
-        /// How long to wait before the next attempt.
-        retry_after: Duration,
-    },
-    /// One request presented two different keys.
-    #[error("two different API keys were presented")]
-    Ambiguous,
-    /// The key is valid, but belongs to another datasource.
-    #[error("API key {key_id} does not belong to this datasource")]
-    OtherDatasource {
-        /// The key that was presented.
-        key_id: KeyId,
-    },
-    /// The key is valid, but lacks the scope.
-    #[error("API key {key_id} lacks the scope {scope}")]
-    MissingScope {
-        /// The key that was presented.
-        key_id: KeyId,
-        /// The missing scope.
-        scope: Scope,
-    },
-}
-
-impl GrantDenial {
-    /// A label for metrics and logs, whose meaning never changes.
-    pub fn cause(&self) -> &'static str {
-        match self {
-            GrantDenial::NoKey => "no_key",
-            GrantDenial::Malformed => "malformed_key",
-            GrantDenial::Unknown => "unknown_key",
-            GrantDenial::Revoked => "revoked_key",
-            GrantDenial::Expired => "expired_key",
-            GrantDenial::TooManyFailures { .. } => "too_many_failures",
-            GrantDenial::Ambiguous => "ambiguous_key",
-            GrantDenial::OtherDatasource { .. } => "other_datasource",
-            GrantDenial::MissingScope { .. } => "missing_scope",
-        }
-    }
 }
 
 /// A presented key that gives no grant, with what an operator may know about it.
@@ -112,6 +47,7 @@ impl From<GrantDenial> for RejectedKey {
 
 impl Authorizer {
     /// An authorizer over `registry` with the default limits for failures.
+    #[cfg(any(test, feature = "testing"))]
     pub fn new(registry: Arc<Registry>) -> Self {
         Self::with_config(registry, &config::Config::default().auth)
     }
@@ -142,7 +78,7 @@ impl Authorizer {
     /// [`Authorizer::identify_from`] for the key that was found.
     pub fn identify_among(&self, presented: &[&[u8]], from: IpAddr) -> Result<Grant, RejectedKey> {
         let presented = || presented.iter().map(|text| text.trim_ascii()).filter(|text| !text.is_empty());
-        let keys = || presented().filter(|text| text.starts_with(key::API_KEY_PREFIX));
+        let keys = || presented().filter(|text| text.starts_with(API_KEY_PREFIX));
         match keys().next().or_else(|| presented().next()) {
             None => Err(GrantDenial::NoKey.into()),
             Some(key) if keys().any(|other| other != key) => Err(self.reject_ambiguous(from)),
@@ -159,7 +95,7 @@ impl Authorizer {
         match self.registry.key(datasource, id) {
             None => Err(GrantDenial::Revoked),
             Some(key) if key.has_expired() => Err(GrantDenial::Expired),
-            Some(key) => Ok(Grant(key)),
+            Some(key) => Ok(Grant::new(key)),
         }
     }
 
@@ -212,91 +148,18 @@ impl Authorizer {
         };
         // The lease was valid a moment ago, or the lookup would have failed. Every use of the grant
         // checks it; checking it here too would cost one more cache miss.
-        if key.has_expired() { Err(GrantDenial::Expired) } else { Ok(Grant(key)) }
-    }
-}
-
-impl Grant {
-    /// The key's public handle.
-    pub fn key_id(&self) -> KeyId {
-        self.0.id
-    }
-
-    /// The key.
-    pub fn key(&self) -> &Arc<Key> {
-        &self.0
-    }
-
-    /// The datasource it belongs to, or `*`.
-    pub fn datasource(&self) -> &DatasourceId {
-        &self.0.datasource
-    }
-
-    /// Whether the grant is still valid: one atomic load, and a clock read for a key that expires.
-    pub fn holds(&self) -> bool {
-        self.check().is_ok()
-    }
-
-    /// The key's lease.
-    pub fn lease(&self) -> &Lease {
-        self.0.lease()
-    }
-
-    /// Checks that the key allows `scope` in `datasource`. `*` means all datasources, which managing them
-    /// requires: a key of one datasource is then not enough, whatever its scopes. Does not check that the
-    /// datasource exists.
-    ///
-    /// # Errors
-    /// [`GrantDenial::Revoked`] or [`GrantDenial::Expired`] if the grant is no longer valid; then
-    /// [`GrantDenial::OtherDatasource`], then [`GrantDenial::MissingScope`].
-    pub fn allows(&self, scope: Scope, datasource: &str) -> Result<(), GrantDenial> {
-        self.check()?;
-        let own = &self.0.datasource;
-        if own.as_str() != datasource && !own.is_all() {
-            return Err(GrantDenial::OtherDatasource { key_id: self.0.id });
-        }
-        self.check_scope(scope)
-    }
-
-    /// Checks that the key allows `scope` in the datasource that it belongs to.
-    ///
-    /// # Errors
-    /// [`GrantDenial::Revoked`] or [`GrantDenial::Expired`] if the grant is no longer valid; then
-    /// [`GrantDenial::MissingScope`].
-    pub fn allows_scope(&self, scope: Scope) -> Result<(), GrantDenial> {
-        self.check()?;
-        self.check_scope(scope)
-    }
-
-    fn check(&self) -> Result<(), GrantDenial> {
-        match &*self.0 {
-            key if !key.holds() => Err(GrantDenial::Revoked),
-            key if key.has_expired() => Err(GrantDenial::Expired),
-            _ => Ok(()),
-        }
-    }
-
-    fn check_scope(&self, scope: Scope) -> Result<(), GrantDenial> {
-        if self.0.scopes.allow(scope) {
-            Ok(())
-        } else {
-            Err(GrantDenial::MissingScope { key_id: self.0.id, scope })
-        }
-    }
-}
-
-impl fmt::Debug for Grant {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Grant").field(&self.0).finish()
+        if key.has_expired() { Err(GrantDenial::Expired) } else { Ok(Grant::new(key)) }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use tempfile::TempDir;
 
     use super::*;
-    use crate::auth::{Actor, ApiKey, Scopes};
+    use crate::auth::{Actor, ApiKey, Scope, Scopes};
     use crate::message::now_micros;
 
     const HOUR: i64 = 3_600_000_000;
@@ -368,7 +231,7 @@ mod tests {
         assert!(grant.holds() && grant.allows(Scope::Ingest, "a").is_ok());
         let (expired, before) = create(now_micros());
         assert_eq!(identify(&authorizer, &before).err(), Some(GrantDenial::Expired));
-        let kept = Grant(expired);
+        let kept = Grant::new(expired);
         assert!(!kept.holds());
         assert_eq!(kept.allows(Scope::Ingest, "a"), Err(GrantDenial::Expired));
     }
@@ -528,7 +391,7 @@ mod tests {
             GrantDenial::OtherDatasource { key_id },
             GrantDenial::MissingScope { key_id, scope: Scope::Admin },
         ];
-        let mut causes: Vec<_> = all.iter().map(GrantDenial::cause).collect();
+        let mut causes: Vec<_> = all.iter().map(|denied| denied.cause().name()).collect();
         for (denied, cause) in all.iter().zip(&causes) {
             assert!(cause.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{cause}");
             let shown = format!("{denied} {denied:?}");

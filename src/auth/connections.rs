@@ -6,15 +6,12 @@
 //! is told to close as it enters. So a connection cannot outlive its key, whichever comes first.
 
 use parking_lot::{Mutex, MutexGuard};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
 use tokio::sync::Notify;
-
-use super::live::Key;
 
 /// Why a live connection has to close.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,11 +33,6 @@ impl CloseReason {
             .find(|why| *why as u8 == number)
     }
 }
-
-/// Ends connections of dead keys outside this process: those of NATS clients, which a nats-server holds.
-/// Resolves when they are gone, or cannot be ended now.
-pub type RemoteConnectionCloser =
-    Box<dyn Fn(&[Arc<Key>]) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
 /// Tells one connection to close, once and with a reason. The connection's task polls it.
 #[derive(Debug, Default)]

@@ -1,37 +1,40 @@
 //! Authorization: API keys, the registry of datasources and keys, and the authorizer that turns a
 //! presented key into a grant or a denial.
+//!
+//! **A revocation** goes one way, like a PUBLISH:
+//!
+//! | file | what happens |
+//! |---|---|
+//! | `src/front/http/keys.rs` | takes the `DELETE` and asks the registry |
+//! | `registry/keys.rs`, `registry/mod.rs` | make one change |
+//! | `registry/transaction.rs` | the key's row and its audit entry, durable in `registry.db` or, in a cluster, in the bucket (`registry/cluster/bucket.rs`) |
+//! | `registry/live.rs` | the key leaves the live view: no lookup finds it any more |
+//! | `registry/key.rs` | its lease ends, which stops the messages under it that are past the lookup |
+//! | `connections.rs` | its connections are told to close |
+//! | `registry/cluster/follower.rs`, `registry/remote_changes.rs` | in a cluster: every other node does the same to its own live view and settles; the change waits for them |
+//! | `src/intake/mod.rs` | `Intake::settle` passes a barrier through the log, behind which nothing under the key can be appended, and waits until the last connection has left; then the call is answered |
+//!
+//! These join at the transaction: a key that expires (`registry/deadlines.rs`) or is rotated away
+//! (`registry/rotations.rs`), a leak report (`registry/leaks.rs`), and a deleted datasource
+//! (`registry/datasources.rs`).
 
-mod apply;
-pub mod audit;
 pub mod authorizer;
-mod change;
-mod changes;
-pub mod cluster;
 pub mod connections;
-mod database;
-pub mod deadlines;
 pub mod failures;
-mod first_admin;
-mod index;
-mod leak;
-pub mod live;
-pub mod network;
+pub mod grant;
 pub mod registry;
-mod replica;
-pub mod rotation;
-mod rows;
 pub mod scope;
-pub mod setting;
 pub mod shape;
-pub mod usage;
 
-pub use audit::{Actor, AuditEvent};
-pub use authorizer::{Authorizer, Grant, GrantDenial, RejectedKey};
+pub use authorizer::{Authorizer, RejectedKey};
+pub use grant::{Grant, GrantDenial};
 pub use headgate_format::key::{self, ApiKey, Digest};
-pub use live::{Datasource, Key};
-pub use registry::{Registry, RegistryError};
-pub use rows::LeakRow;
+pub use registry::audit::{Actor, AuditEvent};
+pub use registry::datasource::Datasource;
+pub use registry::datasources::NewDatasource;
+pub use registry::error::RegistryError;
+pub use registry::key::Key;
+pub use registry::keys::NewKey;
+pub use registry::leak_rules::LeakRow;
+pub use registry::{Registry, audit, cluster, deadlines, setting, usage};
 pub use scope::{Scope, Scopes};
-
-#[cfg(test)]
-mod tests;

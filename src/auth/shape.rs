@@ -1,9 +1,8 @@
 //! The shape of a rejected key: everything about it that may be shown to an operator. It says whether
 //! the length, the prefix and the checksum are right, and reveals none of the key's characters.
 
+use headgate_format::key::{API_KEY_PREFIX, KEY_CHARS, is_well_formed};
 use serde::Serialize;
-
-use super::key::{API_KEY_PREFIX, KEY_CHARS, is_well_formed};
 
 /// The length of what was presented, without surrounding white space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -64,6 +64,32 @@ impl ReplayFlow {
         self.all_published && self.queued.is_empty() && self.in_flight.is_empty()
     }
 
+    /// Notes a step of the session. Returns how many more messages may be on their way now.
+    fn note_step(&mut self, step: MqttClientStep) -> anyhow::Result<usize> {
+        match step {
+            MqttClientStep::Sent(packet_id) => {
+                let published = self.queued.pop_front();
+                let published = published.context("a message was sent that was not published")?;
+                self.in_flight.insert(packet_id, published);
+            }
+            MqttClientStep::Acked(packet_id) => {
+                let published = self.in_flight.remove(&packet_id);
+                let published = published.context("an acknowledgement of a message that was not sent")?;
+                self.tally.count_acked(1, published.elapsed());
+                return Ok(1);
+            }
+            MqttClientStep::Refused(_, why) => bail!("refused: {why}"),
+            MqttClientStep::Connected => return Ok(UNACKED_MESSAGES_MAX.into()),
+            // Keep-alive pings bring the loop here even if the gateway sends nothing else.
+            MqttClientStep::Disconnected | MqttClientStep::Other => {
+                if self.oldest_since().is_some_and(|since| since.elapsed() > ACK_WAIT_MAX) {
+                    bail!("a message was not acknowledged in {ACK_WAIT_MAX:?}");
+                }
+            }
+        }
+        Ok(0)
+    }
+
     /// When the oldest unacknowledged message was published.
     fn oldest_since(&self) -> Option<Instant> {
         self.in_flight.values().chain(self.queued.front()).min().copied()
@@ -102,28 +128,11 @@ pub(super) async fn replay(
     let receive = async {
         loop {
             let step = session.step().await?;
+            let is_ack = matches!(step, MqttClientStep::Acked(_));
             let mut flow = flow();
-            match step {
-                MqttClientStep::Sent(packet_id) => {
-                    let published =
-                        flow.queued.pop_front().context("a message was sent that was not published")?;
-                    flow.in_flight.insert(packet_id, published);
-                }
-                MqttClientStep::Acked(packet_id) => {
-                    let published = flow.in_flight.remove(&packet_id);
-                    let published = published.context("an acknowledgement of a message that was not sent")?;
-                    flow.tally.count_acked(1, published.elapsed());
-                    window.add_permits(1);
-                    acked();
-                }
-                MqttClientStep::Refused(_, why) => bail!("refused: {why}"),
-                MqttClientStep::Connected => window.add_permits(UNACKED_MESSAGES_MAX.into()),
-                // Keep-alive pings bring the loop here even if the gateway sends nothing else.
-                MqttClientStep::Disconnected | MqttClientStep::Other => {
-                    if flow.oldest_since().is_some_and(|since| since.elapsed() > ACK_WAIT_MAX) {
-                        bail!("a message was not acknowledged in {ACK_WAIT_MAX:?}");
-                    }
-                }
+            window.add_permits(flow.note_step(step)?);
+            if is_ack {
+                acked();
             }
             if flow.is_done() {
                 return Ok(());

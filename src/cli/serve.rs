@@ -76,8 +76,8 @@ pub(super) fn announce(gateway: &Gateway, out: &mut CommandOutput) -> std::io::R
         "HTTP  http://{}  dashboard; POST /v1/ingest/DATASOURCE[/TOPIC]; the key as \"Authorization: KEY\"",
         gateway.http_addr
     )?;
-    if !gateway.nats_servers.is_empty() {
-        let servers = gateway.nats_servers.join(",");
+    if !gateway.nats_servers().is_empty() {
+        let servers = gateway.nats_servers().join(",");
         writeln!(out, "NATS  {servers}  ingest.DATASOURCE.TOPIC; the key as header \"Authorization: KEY\"")?;
     }
     writeln!(out, "admin key  {}", gateway.admin_key_path.display())?;

@@ -4,6 +4,7 @@
 //!
 //! `config/headgate.toml` shows every key at its default; a test compares the two.
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,12 +13,16 @@ use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
 use serde::{Deserialize, Serialize};
 
-use crate::auth::network::Network;
 use crate::limits;
+use crate::network::Network;
 
+mod log;
+mod mqtt;
 mod nats;
 
-pub use nats::{ConfigSecret, NatsCalloutConfig, NatsConfig, NatsStreamConfig};
+pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
+pub use mqtt::{ClientCertificates, MqttConfig, MqttTlsConfig};
+pub use nats::NatsConfig;
 
 /// Environment variables of the commands: they have the same prefix but are no settings.
 const COMMAND_ENV_VARS: [&str; 4] = ["url", "api_key", "api_key_file", "config"];
@@ -46,64 +51,6 @@ pub struct Config {
     pub nats: NatsConfig,
     /// What Headgate says about itself on standard error.
     pub trace: TraceConfig,
-}
-
-/// MQTT over TCP.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MqttConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
-    /// The most connections; one more is closed at once.
-    pub connections_max: usize,
-    /// The largest packet accepted, in bytes.
-    pub packet_bytes_max: usize,
-    /// QoS 1 messages that a client may have unacknowledged.
-    pub receive_maximum: u16,
-    /// How long a new connection may take to send its CONNECT, in milliseconds.
-    pub connect_ms_max: u64,
-    /// The longest that a session may outlive its connection, in seconds.
-    pub session_expiry_s_max: u32,
-    /// The longest keep-alive, in seconds; an MQTT 5 client that asks for more, or for none, is
-    /// told this one.
-    pub keep_alive_s_max: u16,
-    /// MQTT over TLS.
-    pub tls: MqttTlsConfig,
-}
-
-/// Whether a client needs a certificate of its own, besides its API key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ClientCertificates {
-    /// A client without a certificate is refused.
-    Required,
-    /// A client may come without a certificate; one that it presents has to be valid.
-    Optional,
-}
-
-/// MQTT over TLS, served when there is a certificate. The limits are those of MQTT over TCP.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MqttTlsConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
-    /// A file with the certificate and its chain (PEM); empty for none. It may be replaced while the gateway
-    /// runs, as may `key` and `client_ca`.
-    pub certificate: PathBuf,
-    /// A file with the certificate's private key (PEM).
-    pub key: PathBuf,
-    /// A file with the issuers of the clients' certificates (PEM); empty when clients are not asked
-    /// for one.
-    pub client_ca: PathBuf,
-    /// With a `client_ca`: whether a client needs a certificate.
-    pub client_certificates: ClientCertificates,
-}
-
-impl MqttTlsConfig {
-    /// Whether MQTT over TLS is served: there is a certificate.
-    pub fn is_served(&self) -> bool {
-        !self.certificate.as_os_str().is_empty()
-    }
 }
 
 /// HTTP.
@@ -152,68 +99,6 @@ pub struct IntakeConfig {
     pub dedup_ids_max: usize,
 }
 
-/// When an append counts as durable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Durability {
-    /// After `fdatasync`: it survives a loss of power.
-    Fsync,
-    /// Once the operating system has it: it survives a kill of the process.
-    Os,
-}
-
-/// Where the log is kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogBackend {
-    /// In files of the data directory: for a single gateway.
-    Embedded,
-    /// In JetStream, as `nats.stream`: for any number of gateways, which keep nothing themselves.
-    Jetstream,
-}
-
-/// The durable log.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LogConfig {
-    /// Where the log is kept.
-    pub backend: LogBackend,
-    /// When an append counts as durable, and is acknowledged.
-    pub durability: Durability,
-    /// The size of a segment file, in bytes.
-    pub segment_bytes: u64,
-    /// The log's maximum size on disk, in bytes. At that size the oldest segments are removed once they are
-    /// stored; until then no more messages are admitted.
-    pub retention_bytes: u64,
-    /// How long a stored record stays in the log, in seconds, at least `intake.dedup_window_s`; 0: as long as
-    /// there is room.
-    pub retention_s: u64,
-    /// Whether to start although records in the middle of the log are unreadable: they are reported, counted
-    /// and skipped. If off, Headgate names the place and does not start.
-    pub accept_corruption: bool,
-}
-
-/// The kinds of storage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SinkKind {
-    /// `records.db` in the data directory.
-    Sqlite,
-    /// None beside the log; `records` and `latest` are then not served.
-    None,
-}
-
-/// Where the storage consumer writes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StorageConfig {
-    /// The kind of database.
-    pub sink: SinkKind,
-    /// The niceness of the storage thread (0 to 19): when all processors are busy, devices come first and
-    /// storage catches up later.
-    pub nice: u8,
-}
-
 /// The format of Headgate's own log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -236,59 +121,58 @@ pub struct TraceConfig {
 
 impl Default for Config {
     fn default() -> Self {
-        // Loopback everywhere: reaching the gateway from a network has to be an operator's decision.
-        let loopback = |port| SocketAddr::from(([127, 0, 0, 1], port));
         Self {
             data_dir: PathBuf::from("headgate-data"),
             drain_ms_max: 10_000,
-            mqtt: MqttConfig {
-                listen: loopback(1883),
-                connections_max: 100_000,
-                packet_bytes_max: limits::MQTT_PACKET_BYTES_MAX,
-                receive_maximum: limits::MQTT_RECEIVE_MAXIMUM,
-                connect_ms_max: 10_000,
-                session_expiry_s_max: 7 * 24 * 3_600,
-                keep_alive_s_max: 3_600,
-                tls: MqttTlsConfig {
-                    listen: loopback(8883),
-                    certificate: PathBuf::new(),
-                    key: PathBuf::new(),
-                    client_ca: PathBuf::new(),
-                    client_certificates: ClientCertificates::Required,
-                },
-            },
-            http: HttpConfig {
-                listen: loopback(8080),
-                connections_max: 10_000,
-                body_bytes_max: limits::HTTP_BODY_BYTES_MAX,
-                header_ms_max: 10_000,
-                body_ms_max: 60_000,
-            },
-            auth: AuthConfig {
-                failures_burst: limits::AUTH_FAILURES_BURST,
-                failures_per_s: limits::AUTH_FAILURES_PER_S,
-                failures_exempt: Vec::new(),
-            },
-            intake: IntakeConfig {
-                payload_bytes_max: limits::PAYLOAD_BYTES_MAX,
-                in_flight_bytes_max: limits::IN_FLIGHT_BYTES_MAX,
-                hold_back_ms_max: 10_000,
-                dedup_window_s: limits::DEDUP_WINDOW_S,
-                dedup_ids_max: limits::DEDUP_IDS_MAX,
-            },
-            log: LogConfig {
-                backend: LogBackend::Embedded,
-                durability: Durability::Fsync,
-                segment_bytes: limits::SEGMENT_BYTES,
-                retention_bytes: 16 << 30,
-                retention_s: 7 * 24 * 3_600,
-                accept_corruption: false,
-            },
-            storage: StorageConfig { sink: SinkKind::Sqlite, nice: 10 },
+            mqtt: MqttConfig::default(),
+            http: HttpConfig::default(),
+            auth: AuthConfig::default(),
+            intake: IntakeConfig::default(),
+            log: LogConfig::default(),
+            storage: StorageConfig::default(),
             nats: NatsConfig::default(),
             trace: TraceConfig { filter: "info".to_owned(), format: TraceFormat::Text },
         }
     }
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self {
+            listen: loopback(8080),
+            connections_max: 10_000,
+            body_bytes_max: limits::HTTP_BODY_BYTES_MAX,
+            header_ms_max: 10_000,
+            body_ms_max: 60_000,
+        }
+    }
+}
+
+impl Default for AuthConfig {
+    fn default() -> Self {
+        Self {
+            failures_burst: limits::AUTH_FAILURES_BURST,
+            failures_per_s: limits::AUTH_FAILURES_PER_S,
+            failures_exempt: Vec::new(),
+        }
+    }
+}
+
+impl Default for IntakeConfig {
+    fn default() -> Self {
+        Self {
+            payload_bytes_max: limits::PAYLOAD_BYTES_MAX,
+            in_flight_bytes_max: limits::IN_FLIGHT_BYTES_MAX,
+            hold_back_ms_max: 10_000,
+            dedup_window_s: limits::DEDUP_WINDOW_S,
+            dedup_ids_max: limits::DEDUP_IDS_MAX,
+        }
+    }
+}
+
+/// The default of every listener: reaching the gateway from a network has to be an operator's decision.
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
 }
 
 /// Why a configuration cannot be used. The text names the key.
@@ -342,142 +226,83 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        // Each rule names one key, even if it compares two, so that an error tells which setting to change.
-        let rule = |holds: bool, key, value: &dyn std::fmt::Display, rule| {
-            if holds { Ok(()) } else { Err(ConfigError::Value { key, value: value.to_string(), rule }) }
-        };
-        let (mqtt, http, intake, log) = (&self.mqtt, &self.http, &self.intake, &self.log);
-        rule(
-            mqtt.receive_maximum > 0,
-            "mqtt.receive_maximum",
-            &mqtt.receive_maximum,
-            "it has to be at least 1",
-        )?;
-        rule(
-            mqtt.keep_alive_s_max > 0,
-            "mqtt.keep_alive_s_max",
-            &mqtt.keep_alive_s_max,
-            "it has to be at least 1",
-        )?;
-        rule(
-            (256..=limits::BATCH_BYTES_MAX).contains(&mqtt.packet_bytes_max),
-            "mqtt.packet_bytes_max",
-            &mqtt.packet_bytes_max,
-            "it has to be between 256 bytes and 4 MiB",
-        )?;
-        rule(
-            self.auth.failures_burst > 0,
-            "auth.failures_burst",
-            &self.auth.failures_burst,
-            "it has to be at least 1",
-        )?;
-        rule(
-            self.auth.failures_per_s > 0,
-            "auth.failures_per_s",
-            &self.auth.failures_per_s,
-            "it has to be at least 1",
-        )?;
-        let (tls, unset) = (&mqtt.tls, |path: &PathBuf| path.as_os_str().is_empty());
-        rule(
-            unset(&tls.certificate) == unset(&tls.key),
-            "mqtt.tls.key",
-            &format_args!("{:?}", tls.key),
-            "certificate and key are given together, or neither is",
-        )?;
-        rule(
-            unset(&tls.client_ca) || tls.is_served(),
-            "mqtt.tls.client_ca",
-            &format_args!("{:?}", tls.client_ca),
-            "it needs a certificate and a key",
-        )?;
-        rule(
-            intake.payload_bytes_max <= limits::BATCH_BYTES_MAX / 2,
-            "intake.payload_bytes_max",
-            &intake.payload_bytes_max,
-            "it has to be at most 2 MiB",
-        )?;
-        rule(
-            intake.in_flight_bytes_max >= 2 * limits::BATCH_BYTES_MAX
-                && intake.in_flight_bytes_max <= u32::MAX as usize / 2,
-            "intake.in_flight_bytes_max",
-            &intake.in_flight_bytes_max,
-            "it has to be between 8 MiB and 2 GiB",
-        )?;
-        rule(
-            (1..=7 * 24 * 3_600).contains(&intake.dedup_window_s),
-            "intake.dedup_window_s",
-            &intake.dedup_window_s,
-            "it has to be between 1 second and 7 days",
-        )?;
-        rule(
-            (1..=100_000_000).contains(&intake.dedup_ids_max),
-            "intake.dedup_ids_max",
-            &intake.dedup_ids_max,
-            "it has to be between 1 and 100 million",
-        )?;
-        rule(
-            http.body_bytes_max <= intake.in_flight_bytes_max / 2,
+        self.mqtt.check()?;
+        self.auth.check()?;
+        self.intake.check()?;
+        require(
+            self.http.body_bytes_max <= self.intake.in_flight_bytes_max / 2,
             "http.body_bytes_max",
-            &http.body_bytes_max,
+            self.http.body_bytes_max,
             "it has to be at most half of intake.in_flight_bytes_max",
         )?;
-        rule(
-            (1 << 20..=1 << 30).contains(&log.segment_bytes),
-            "log.segment_bytes",
-            &log.segment_bytes,
-            "it has to be between 1 MiB and 1 GiB",
-        )?;
-        rule(
-            http.body_bytes_max <= limits::HTTP_BODY_BYTES_LIMIT,
+        require(
+            self.http.body_bytes_max <= limits::HTTP_BODY_BYTES_LIMIT,
             "http.body_bytes_max",
-            &http.body_bytes_max,
+            self.http.body_bytes_max,
             "it has to be at most 64 MiB: the messages of a request with an id are one frame of the log",
         )?;
-        rule(
-            log.retention_bytes >= 2 * log.segment_bytes,
-            "log.retention_bytes",
-            &log.retention_bytes,
-            "it has to be at least two segments (log.segment_bytes)",
-        )?;
-        let nats = &self.nats;
-        rule(
-            log.backend == LogBackend::Embedded || nats.is_used(),
-            "nats.servers",
-            &format_args!("{:?}", nats.servers),
-            "it has to name a server, as log.backend is \"jetstream\"",
-        )?;
-        rule(
-            !nats.callout.is_used() || nats.is_used(),
-            "nats.servers",
-            &format_args!("{:?}", nats.servers),
-            "it has to name a server, as nats.callout.issuer_seed_file is set",
-        )?;
-        rule(
-            !nats.callout.is_used() || !nats.callout.user.is_empty() && nats.callout.user != nats.user,
-            "nats.callout.user",
-            &format_args!("{:?}", nats.callout.user),
-            "it has to be a user of an account of its own, as nats.callout.issuer_seed_file is set",
-        )?;
-        rule(
-            (1..=5).contains(&nats.stream.replicas),
-            "nats.stream.replicas",
-            &nats.stream.replicas,
-            "it has to be between 1 and 5",
-        )?;
-        rule(
-            (10..=7 * 24 * 3_600).contains(&nats.callout.expiry_s),
-            "nats.callout.expiry_s",
-            &nats.callout.expiry_s,
-            "it has to be between 10 seconds and 7 days",
-        )?;
-        rule(self.storage.nice <= 19, "storage.nice", &self.storage.nice, "it has to be between 0 and 19")?;
-        Ok(())
+        self.log.check()?;
+        self.nats.check(self.log.backend)?;
+        self.storage.check()
     }
 
     /// How long a drain may take.
     pub fn drain_max(&self) -> Duration {
         Duration::from_millis(self.drain_ms_max)
     }
+}
+
+impl AuthConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        require_some("auth.failures_burst", self.failures_burst)?;
+        require_some("auth.failures_per_s", self.failures_per_s)
+    }
+}
+
+impl IntakeConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        require(
+            self.payload_bytes_max <= limits::BATCH_BYTES_MAX / 2,
+            "intake.payload_bytes_max",
+            self.payload_bytes_max,
+            "it has to be at most 2 MiB",
+        )?;
+        // Two batches, so that one gathers while the other is written; a semaphore takes its permits as u32.
+        require(
+            (2 * limits::BATCH_BYTES_MAX..=u32::MAX as usize / 2).contains(&self.in_flight_bytes_max),
+            "intake.in_flight_bytes_max",
+            self.in_flight_bytes_max,
+            "it has to be between 8 MiB and 2 GiB",
+        )?;
+        require(
+            (1..=7 * 24 * 3_600).contains(&self.dedup_window_s),
+            "intake.dedup_window_s",
+            self.dedup_window_s,
+            "it has to be between 1 second and 7 days",
+        )?;
+        require(
+            (1..=100_000_000).contains(&self.dedup_ids_max),
+            "intake.dedup_ids_max",
+            self.dedup_ids_max,
+            "it has to be between 1 and 100 million",
+        )
+    }
+}
+
+/// Checks a rule. It names one key, even if it compares two, so that an error tells which setting to change.
+fn require(
+    holds: bool,
+    key: &'static str,
+    value: impl Display,
+    rule: &'static str,
+) -> Result<(), ConfigError> {
+    if holds { Ok(()) } else { Err(ConfigError::Value { key, value: value.to_string(), rule }) }
+}
+
+/// Checks that a number is not 0.
+fn require_some(key: &'static str, value: impl Into<u64>) -> Result<(), ConfigError> {
+    let value = value.into();
+    require(value > 0, key, value, "it has to be at least 1")
 }
 
 #[cfg(test)]

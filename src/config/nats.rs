@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use headgate_bridge_nats::{NatsCredentials, NatsSettings};
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::ConfigError;
+use super::{ConfigError, LogBackend, require};
 
 /// The NATS that the gateway uses.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -82,9 +82,41 @@ impl NatsConfig {
     pub fn is_used(&self) -> bool {
         !self.servers.is_empty()
     }
-}
 
-impl NatsConfig {
+    pub(super) fn check(&self, backend: LogBackend) -> Result<(), ConfigError> {
+        let callout = &self.callout;
+        require(
+            backend == LogBackend::Embedded || self.is_used(),
+            "nats.servers",
+            format_args!("{:?}", self.servers),
+            "it has to name a server, as log.backend is \"jetstream\"",
+        )?;
+        require(
+            !callout.is_used() || self.is_used(),
+            "nats.servers",
+            format_args!("{:?}", self.servers),
+            "it has to name a server, as nats.callout.issuer_seed_file is set",
+        )?;
+        require(
+            !callout.is_used() || !callout.user.is_empty() && callout.user != self.user,
+            "nats.callout.user",
+            format_args!("{:?}", callout.user),
+            "it has to be a user of an account of its own, as nats.callout.issuer_seed_file is set",
+        )?;
+        require(
+            (1..=5).contains(&self.stream.replicas),
+            "nats.stream.replicas",
+            self.stream.replicas,
+            "it has to be between 1 and 5",
+        )?;
+        require(
+            (10..=7 * 24 * 3_600).contains(&callout.expiry_s),
+            "nats.callout.expiry_s",
+            callout.expiry_s,
+            "it has to be between 10 seconds and 7 days",
+        )
+    }
+
     /// How to connect. `name` says what the connection is for; NATS' monitoring shows it after `headgate`.
     ///
     /// # Errors
@@ -169,11 +201,6 @@ impl Default for NatsConfig {
 pub struct ConfigSecret(String);
 
 impl ConfigSecret {
-    /// The secret itself, for presenting it.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

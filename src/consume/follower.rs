@@ -12,10 +12,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tracing::{error, info, warn};
+use tracing::warn;
 
 use crate::log::Log;
 use crate::message::Offset;
+use crate::trouble::TroubleCell;
 
 /// How long the thread waits for the log before it checks whether it should stop.
 const FOLLOWER_WAIT_SLICE: Duration = Duration::from_millis(50);
@@ -65,7 +66,7 @@ pub(super) struct FollowerProfile {
 /// What the thread and those who ask about it share.
 pub(super) struct FollowerControl {
     words: &'static FollowerProfile,
-    trouble: Mutex<Option<String>>,
+    trouble: TroubleCell,
     asked: Mutex<FollowerRequests>,
     asked_more: Condvar,
     ended: watch::Sender<bool>,
@@ -85,7 +86,7 @@ impl FollowerControl {
     pub(super) fn new(words: &'static FollowerProfile) -> Arc<Self> {
         Arc::new(Self {
             words,
-            trouble: Mutex::default(),
+            trouble: TroubleCell::new(words.down, words.up),
             asked: Mutex::default(),
             asked_more: Condvar::new(),
             ended: watch::Sender::new(false),
@@ -104,7 +105,7 @@ impl FollowerControl {
 
     /// The present error, while rounds fail.
     pub(super) fn trouble(&self) -> Option<String> {
-        self.trouble.lock().clone()
+        self.trouble.current()
     }
 
     /// Tells the thread that somebody waits until everything below `offset` is consumed.
@@ -152,7 +153,7 @@ impl FollowerControl {
             match consumer.round() {
                 Ok(next) => {
                     retry = FOLLOWER_RETRY_PAUSES.0;
-                    self.set_trouble(None, consumer.cursor());
+                    self.trouble.set_at(None, Some(consumer.cursor()));
                     match next {
                         NextRound::AtTail if stop.is_some() => break,
                         NextRound::AtTail => log.wait_blocking(consumer.cursor(), FOLLOWER_WAIT_SLICE),
@@ -161,7 +162,7 @@ impl FollowerControl {
                     }
                 }
                 Err(trouble) => {
-                    self.set_trouble(Some(trouble.to_string()), consumer.cursor());
+                    self.trouble.set_at(Some(trouble.to_string()), Some(consumer.cursor()));
                     match stop {
                         Some(_) if !self.words.patient => break,
                         // `pause` returns at once while the thread is to end, so it would spin here.
@@ -180,19 +181,6 @@ impl FollowerControl {
         let go_on = |asked: &mut FollowerRequests| asked.stop.is_none() && !enough(asked);
         self.asked_more.wait_while_for(&mut self.asked.lock(), go_on, time);
     }
-
-    /// Notes an error, or its end, and logs it when it has changed.
-    fn set_trouble(&self, trouble: Option<String>, cursor: Offset) {
-        let mut current = self.trouble.lock();
-        if *current == trouble {
-            return;
-        }
-        match &trouble {
-            Some(trouble) => error!(cursor, "{}: {trouble}", self.words.down),
-            None => info!(cursor, "{}", self.words.up),
-        }
-        *current = trouble;
-    }
 }
 
 /// Marks the thread as ended when it is dropped, also after a panic.
@@ -202,8 +190,7 @@ impl Drop for FollowerEndGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let trouble = "the thread has ended by a panic, and needs a restart";
-            error!("{}: {trouble}", self.0.words.down);
-            *self.0.trouble.lock() = Some(trouble.to_owned());
+            self.0.trouble.set(Some(trouble.to_owned()));
         }
         self.0.ended.send_replace(true);
     }

@@ -258,6 +258,14 @@ pub enum Transport {
 }
 
 impl Transport {
+    /// Every transport, each at the index that it has as a number.
+    pub const ALL: [Transport; 3] = [Transport::Mqtt, Transport::Http, Transport::Nats];
+
+    /// The transport of that name, if there is one; the inverse of [`Transport::as_str`].
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|transport| transport.as_str() == name)
+    }
+
     /// The lower-case name, as in the API, in storage and in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -369,6 +377,17 @@ impl RecordFlags {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_transport_is_read_as_it_is_written() {
+        for (at, transport) in Transport::ALL.into_iter().enumerate() {
+            assert_eq!(Transport::parse(transport.as_str()), Some(transport));
+            assert_eq!(transport as usize, at);
+        }
+        for other in ["", "MQTT", "mqtt ", "ws"] {
+            assert_eq!(Transport::parse(other), None, "{other:?}");
+        }
+    }
 
     #[test]
     fn a_datasource_id_is_a_slug_of_1_to_63() {

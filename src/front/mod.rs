@@ -4,3 +4,4 @@ mod credentials;
 pub mod http;
 pub mod mqtt;
 pub mod nats;
+mod problem;

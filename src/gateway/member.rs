@@ -10,13 +10,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use headgate_bridge_nats::{CellError, Nats, Presence};
+use headgate_bridge_nats::{KvError, Nats, Presence};
 use rand::TryRng;
 use rand::rngs::SysRng;
 use tokio::task::JoinHandle;
 use tracing::info;
 
-use super::ADMIN_KEY_LABEL;
+use super::directory::ADMIN_KEY_LABEL;
 use crate::auth::cluster::{JoinedRegistry, RegistryFollower};
 use crate::auth::{ApiKey, Registry, RegistryError};
 use crate::config::Config;
@@ -185,7 +185,7 @@ impl ClusterMember {
         let (replicas, expiry_s_max) = (config.nats.stream.replicas, config.mqtt.session_expiry_s_max);
         let cells = loop {
             match bucket::open_sessions_bucket(&self.nats, replicas, expiry_s_max).await {
-                Err(CellError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
+                Err(KvError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
                 opened => break opened.context("the bucket of MQTT sessions")?,
             }
         };

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::auth::usage::KeyClient;
-use crate::auth::{Grant, GrantDenial, Key, Scope};
+use crate::auth::{Datasource, Grant, GrantDenial, Key, Scope};
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, SECTION_SEARCH_MAX};
 use crate::log::{self, OnceId, QuarantineReason, Section};
 use crate::message::{
@@ -133,7 +133,7 @@ impl Draft {
 
     /// Checks one message against `grant` and adds it. `datasource` is the one that the front's
     /// address names; `None` takes the key's own or, for a `*` key, the topic's first level.
-    /// Returns the origin of the message: an index into [`Accepted::outcomes`]. A message with an id or
+    /// Returns the origin of the message: an index into `DurableDraft::outcomes`. A message with an id or
     /// exchange of its own is an origin of its own.
     ///
     /// # Errors
@@ -169,41 +169,15 @@ impl Draft {
         let mut topic = message.topic;
         let named;
         let datasource = if grant.datasource().is_all() {
-            let id = match datasource {
-                Some(id) => id.as_str(),
-                None => {
-                    let (id, rest) = topic.split_once('/').ok_or(Refusal::DatasourceMissing)?;
-                    topic = rest;
-                    id
-                }
-            };
-            // The scope is checked before the datasource is looked up, so that a key without it cannot find
-            // out which datasources exist.
-            grant.allows_scope(Scope::Ingest)?;
-            if holds_key(id) {
-                return Err(NameError::TopicKey.into());
-            }
-            let found = self.intake.0.authorizer.registry().datasource(id);
-            named = found.ok_or_else(|| Refusal::NoDatasource(id.chars().take(64).collect()))?;
+            named = self.find_named(grant, datasource, &mut topic)?;
             &named.id
         } else {
             let own = grant.datasource();
             grant.allows(Scope::Ingest, datasource.unwrap_or(own).as_str())?;
             own
         };
-        check_topic(topic)?;
-        self.intake.0.log.check_topic(topic)?;
-        let bytes_max = self.intake.0.limits.payload_bytes_max;
-        if message.payload.len() > bytes_max {
-            let (bytes, limit) = (message.payload.len(), "intake.payload_bytes_max");
-            return Err(Refusal::TooLarge { bytes, bytes_max, limit });
-        }
-        self.intake.0.log.check_size(message.payload.len(), message.properties.len())?;
-        let content_type = message.content_type;
-        if content_type.len() > CONTENT_TYPE_BYTES_MAX || content_type.chars().any(char::is_control) {
-            return Err(Refusal::ContentType);
-        }
-        // The rates come after the checks that no waiting helps, so that what those refuse is not charged.
+        self.check_form(topic, &message)?;
+        // The rates come after those checks, so that what they refuse is not charged.
         // The schema comes last, because it costs most.
         let metered = match &self.over {
             Some(limited) => Err((**limited).clone().into()),
@@ -219,7 +193,7 @@ impl Draft {
         match self.validation(datasource).check(topic, message.payload) {
             Ok(()) => {
                 let at = self.section_for(grant, datasource, &message, false)?;
-                let IncomingMessage { payload, properties, flags, .. } = message;
+                let IncomingMessage { payload, content_type, properties, flags, .. } = message;
                 self.sections[at].push(topic, payload, content_type, properties, flags);
                 Ok(at)
             }
@@ -227,6 +201,50 @@ impl Draft {
                 Err(self.quarantine(grant, datasource, IncomingMessage { topic, ..message }, *reason)?)
             }
         }
+    }
+
+    /// The datasource that a message under a `*` key is for: the one that the front's address names, or the
+    /// topic's first level, which is taken off.
+    fn find_named(
+        &self,
+        grant: &Grant,
+        datasource: Option<&DatasourceId>,
+        topic: &mut &str,
+    ) -> Result<Arc<Datasource>, Refusal> {
+        let id = match datasource {
+            Some(id) => id.as_str(),
+            None => {
+                let (id, rest) = topic.split_once('/').ok_or(Refusal::DatasourceMissing)?;
+                *topic = rest;
+                id
+            }
+        };
+        // The scope is checked before the datasource is looked up, so that a key without it cannot find
+        // out which datasources exist.
+        grant.allows_scope(Scope::Ingest)?;
+        if holds_key(id) {
+            return Err(NameError::TopicKey.into());
+        }
+        let found = self.intake.0.authorizer.registry().datasource(id);
+        found.ok_or_else(|| Refusal::NoDatasource(id.chars().take(64).collect()))
+    }
+
+    /// Checks topic, size and media type: what no waiting helps.
+    #[inline]
+    fn check_form(&self, topic: &str, message: &IncomingMessage<'_>) -> Result<(), Refusal> {
+        let intake = &*self.intake.0;
+        check_topic(topic)?;
+        intake.log.check_topic(topic)?;
+        let (bytes, bytes_max) = (message.payload.len(), intake.limits.payload_bytes_max);
+        if bytes > bytes_max {
+            return Err(Refusal::TooLarge { bytes, bytes_max, limit: "intake.payload_bytes_max" });
+        }
+        intake.log.check_size(bytes, message.properties.len())?;
+        let content_type = message.content_type;
+        if content_type.len() > CONTENT_TYPE_BYTES_MAX || content_type.chars().any(char::is_control) {
+            return Err(Refusal::ContentType);
+        }
+        Ok(())
     }
 
     /// The schemas of a datasource. Looked up once per draft while the datasource stays the same.

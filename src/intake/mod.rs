@@ -10,13 +10,13 @@ mod draft;
 mod incoming;
 mod refusal;
 
+use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
 
-use crate::auth::connections::RemoteConnectionCloser;
 use crate::auth::setting::JsonSetting;
 use crate::auth::{Authorizer, Grant, GrantDenial, Key};
 use crate::config;
@@ -40,6 +40,11 @@ const CATCH_UP_POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// The one way into the log. Cheap to clone.
 #[derive(Clone)]
 pub struct Intake(Arc<IntakeInner>);
+
+/// Ends connections of dead keys outside this process: those of NATS clients, which a nats-server holds.
+/// Resolves when they are gone, or cannot be ended now.
+pub type RemoteConnectionCloser =
+    Box<dyn Fn(&[Arc<Key>]) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
 struct IntakeInner {
     authorizer: Authorizer,

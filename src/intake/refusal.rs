@@ -6,6 +6,7 @@ use crate::auth::GrantDenial;
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, MESSAGE_ID_BYTES_MAX, RETRY_AFTER};
 use crate::log::{AppendError, QuarantineReason, RecordTooLarge};
 use crate::message::{NameError, Transport};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 use crate::quota::{Limit, LimitExceeded};
 use crate::subject::SubjectError;
@@ -77,14 +78,6 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// Whether the same message may be let in later: then the refusal must not consume it.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Refusal::Limited(limited) => limited.is_held_back(),
-            other => matches!(other, Refusal::Busy { .. } | Refusal::Log(_)),
-        }
-    }
-
     /// When to come again, if time helps.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -97,35 +90,35 @@ impl Refusal {
         }
     }
 
-    /// One word for metrics and logs.
-    pub fn cause(&self) -> &'static str {
+    /// Why, for metrics, logs and the client.
+    pub fn cause(&self) -> Cause {
         match self {
             Refusal::Denied(denied) => denied.cause(),
-            Refusal::Topic(_) | Refusal::DatasourceMissing | Refusal::Subject(_) => "topic",
-            Refusal::ReplySubject => "reply_subject",
-            Refusal::Header(_) => "header",
-            Refusal::NoDatasource(_) => "no_datasource",
-            Refusal::TooLarge { .. } => "too_large",
-            Refusal::ContentType => "content_type",
-            Refusal::MessageId => "message_id",
-            Refusal::Quarantined(quarantined) if quarantined.reason.is_limit() => "limit_quarantine",
-            Refusal::Quarantined(_) => "schema",
+            Refusal::Topic(_) | Refusal::DatasourceMissing | Refusal::Subject(_) => Cause::Topic,
+            Refusal::ReplySubject => Cause::ReplySubject,
+            Refusal::Header(_) => Cause::Header,
+            Refusal::NoDatasource(_) => Cause::NoDatasource,
+            Refusal::TooLarge { .. } => Cause::TooLarge,
+            Refusal::ContentType => Cause::ContentType,
+            Refusal::MessageId => Cause::MessageId,
+            Refusal::Quarantined(quarantined) if quarantined.reason.is_limit() => Cause::LimitQuarantine,
+            Refusal::Quarantined(_) => Cause::Schema,
             Refusal::Limited(limited) => match limited.limit {
-                Limit::MessagesPerS => "limit_messages_per_s",
-                Limit::BytesPerS => "limit_bytes_per_s",
-                Limit::Connections => "limit_connections",
-                Limit::PayloadBytes => "limit_payload_bytes",
-                Limit::Topics => "limit_topics",
+                Limit::MessagesPerS => Cause::LimitMessagesPerS,
+                Limit::BytesPerS => Cause::LimitBytesPerS,
+                Limit::Connections => Cause::LimitConnections,
+                Limit::PayloadBytes => Cause::LimitPayloadBytes,
+                Limit::Topics => Cause::LimitTopics,
             },
-            Refusal::Busy { .. } => "busy",
-            Refusal::Log(AppendError::DiskFull) => "disk_full",
-            Refusal::Log(AppendError::Budget { .. }) => "log_budget",
-            Refusal::Log(AppendError::Starved(_)) => "log_starved",
-            Refusal::Log(AppendError::TooLarge { .. }) => "log_too_large",
-            Refusal::Log(AppendError::Failed(_)) => "log_failed",
-            Refusal::Log(AppendError::Away(_)) => "log_away",
-            Refusal::Log(AppendError::Unknown(_)) => "log_unknown",
-            Refusal::Log(AppendError::Closed) => "shutting_down",
+            Refusal::Busy { .. } => Cause::Busy,
+            Refusal::Log(AppendError::DiskFull) => Cause::DiskFull,
+            Refusal::Log(AppendError::Budget { .. }) => Cause::LogBudget,
+            Refusal::Log(AppendError::Starved(_)) => Cause::LogStarved,
+            Refusal::Log(AppendError::TooLarge { .. }) => Cause::LogTooLarge,
+            Refusal::Log(AppendError::Failed(_)) => Cause::LogFailed,
+            Refusal::Log(AppendError::Away(_)) => Cause::LogAway,
+            Refusal::Log(AppendError::Unknown(_)) => Cause::LogUnknown,
+            Refusal::Log(AppendError::Closed) => Cause::ShuttingDown,
         }
     }
 

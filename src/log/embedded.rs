@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tracing::error;
 
 use super::batch::Batch;
@@ -22,10 +22,14 @@ use super::tail::Tail;
 use super::window::DedupWindow;
 use super::withheld::WithheldRules;
 use super::writer::LogWriter;
-use super::{AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit};
+use super::{
+    AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit,
+    log_trouble,
+};
 use crate::config::{self, Durability};
 use crate::limits::FRAME_PART_BYTES_MAX;
 use crate::message::{Offset, TimeMicros};
+use crate::trouble::TroubleCell;
 
 /// The segments of a log, by their first offsets.
 pub(super) type Segments = BTreeMap<Offset, Arc<Segment>>;
@@ -48,7 +52,7 @@ pub(super) struct EmbeddedLogShared {
     /// Bytes of the spare segments.
     pub(super) spare_bytes: AtomicU64,
     pub(super) holds: Holds,
-    trouble: Mutex<Option<String>>,
+    pub(super) trouble: TroubleCell,
     accept_corruption: bool,
     /// The records that were reported as lost, so that each is counted once.
     lost: Mutex<LostRanges>,
@@ -71,15 +75,6 @@ impl EmbeddedLogShared {
         segments + self.spare_bytes.load(Ordering::Relaxed)
     }
 
-    pub(super) fn trouble(&self) -> Option<String> {
-        self.trouble.lock().clone()
-    }
-
-    /// Sets the trouble and returns the previous one.
-    pub(super) fn set_trouble(&self, trouble: Option<String>) -> Option<String> {
-        std::mem::replace(&mut *self.trouble.lock(), trouble)
-    }
-
     /// Reports a gap, once: its records are lost and the log goes on without them.
     fn report_gap(&self, gap: &LogGap) {
         if let Some(lost) = self.lost.lock().add(gap.from, gap.to) {
@@ -96,7 +91,7 @@ impl Drop for WriterExitGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let failure = self.0.failure.get_or_init(|| "its writer panicked".into());
-            self.0.set_trouble(Some(AppendError::Failed(failure.clone()).to_string()));
+            self.0.trouble.set(Some(AppendError::Failed(failure.clone()).to_string()));
         }
         self.0.queue.abandon();
     }
@@ -183,7 +178,7 @@ impl EmbeddedLog {
             segments: RwLock::new(segments),
             spare_bytes: AtomicU64::new(spares.bytes()),
             holds: Holds::new(),
-            trouble: Mutex::new(None),
+            trouble: log_trouble(),
             accept_corruption: config.accept_corruption,
             lost: Mutex::default(),
             lost_records: AtomicU64::new(0),
@@ -211,11 +206,6 @@ impl EmbeddedLog {
         })?;
         let closer = Arc::new(WriterCloser { shared: shared.clone(), writer: Mutex::new(Some(writer)) });
         Ok(Self { shared, closer })
-    }
-
-    /// Records lost to damage and skipped because `log.accept_corruption` allows it.
-    pub fn lost_records(&self) -> u64 {
-        self.shared.lost_records.load(Ordering::Relaxed)
     }
 
     fn submit(&self, sections: Vec<Section>, releases: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
@@ -354,10 +344,6 @@ impl Log for EmbeddedLog {
         self.shared.tail.next_offset()
     }
 
-    fn subscribe(&self) -> watch::Receiver<Offset> {
-        self.shared.tail.subscribe()
-    }
-
     fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
         match self.shared.tail.read(from, bytes_max) {
             Some(batches) => Ok(batches),
@@ -407,8 +393,12 @@ impl Log for EmbeddedLog {
         self.shared.evicted_ids.load(Ordering::Relaxed)
     }
 
+    fn lost_records(&self) -> u64 {
+        self.shared.lost_records.load(Ordering::Relaxed)
+    }
+
     fn trouble(&self) -> Option<String> {
-        self.shared.trouble()
+        self.shared.trouble.current()
     }
 
     fn close(&self) -> LogFuture<'_, ()> {

@@ -25,7 +25,6 @@
 //! - After a failed `fdatasync` nothing more is acknowledged until a restart, because the state of the
 //!   kernel's dirty pages is unknown. A want of disk, memory or descriptors is no such failure: the log
 //!   writes and syncs the same frames again, and takes records again as soon as that succeeds.
-//!
 //! - A segment that retention removes becomes the next one (`spare.rs`), unless somebody still reads it.
 //!
 //! What is on disk, byte by byte, is told in [`headgate_format::log`].
@@ -48,6 +47,7 @@ mod assembly;
 mod disk;
 mod embedded;
 mod jetstream;
+pub mod nats_message;
 mod queue;
 mod recovery;
 mod retention;
@@ -67,23 +67,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headgate_format::log::{batch, frame, once, section, segment as segment_format};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 pub use embedded::EmbeddedLog;
-pub use headgate_format::log::batch::{Batch, BatchReader, RecordPlace, Records, SectionRef};
+pub use headgate_format::log::batch::{Batch, RecordPlace};
 pub use headgate_format::log::note::{QuarantineReason, RecordNote};
 pub use headgate_format::log::offsets::Offsets;
 pub use headgate_format::log::once::OnceId;
 pub use headgate_format::log::section::Section;
 pub use jetstream::{
-    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
-    SharedRecords, headers_of_record,
+    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces, SharedRecords,
 };
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
 
 use crate::message::{Offset, TimeMicros};
 use crate::subject::SubjectError;
+use crate::trouble::TroubleCell;
 
 /// The future of a log operation that has to wait.
 pub type LogFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -162,9 +162,6 @@ pub trait Log: Send + Sync {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Watches [`Log::next_offset`].
-    fn subscribe(&self) -> watch::Receiver<Offset>;
-
     /// Reads batches, starting with the one that holds `from`: about `bytes_max` bytes, at least one
     /// batch, none at the end. The first may begin below `from`, or above it where records are missing.
     /// A batch without records says that there are none below its first offset. Blocks on the disk or
@@ -215,11 +212,22 @@ pub trait Log: Send + Sync {
         0
     }
 
+    /// How many records are lost to damage of the log's files, as far as this process has seen; they were
+    /// skipped because `log.accept_corruption` allows it. 0 where others keep the files.
+    fn lost_records(&self) -> u64 {
+        0
+    }
+
     /// Why nothing can be appended now; `None` if appends work.
     fn trouble(&self) -> Option<String>;
 
     /// Stops taking appends, commits the waiting ones, and ends.
     fn close(&self) -> LogFuture<'_, ()>;
+}
+
+/// The trouble of a log that takes no records.
+fn log_trouble() -> TroubleCell {
+    TroubleCell::new("the log takes no records; clients are held back", "the log takes records again")
 }
 
 /// A record that is larger than a log takes.

@@ -1,5 +1,9 @@
 //! Recovery: what opening a log does before anything is appended. It finds the segments, verifies
 //! the newest of them, and tells a torn write from damage.
+//!
+//! It reads at most [`VERIFY_AT_START_BYTES`] from the newest segment back; older frames are checked when
+//! they are read. A clean shutdown writes a frame without records, so that damage to the last record of a log
+//! that was closed is not taken for a torn write.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use super::assembly::{AssembledCommit, AssembledFrame, Assembly};
 use super::batch::Batch;
@@ -72,7 +72,7 @@ impl LogWriter {
             }
             match self.commit(&mut group) {
                 Ok(all) => {
-                    self.clear_trouble();
+                    self.shared.trouble.set(None);
                     stalled = false;
                     for (submission, outcomes) in group.drain(..).zip(all) {
                         submission.answer(Ok(CommitOutcome { outcomes }));
@@ -83,7 +83,7 @@ impl LogWriter {
                         self.spares.give_back(&*self.disk);
                         self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
                     }
-                    self.enter_trouble(&error);
+                    self.shared.trouble.set(Some(error.to_string()));
                     self.give_up(&error, &mut group, closed);
                     stalled = true;
                     std::thread::sleep(LOG_WRITE_RETRY_PAUSE);
@@ -240,7 +240,7 @@ impl LogWriter {
             return Ok(());
         }
         self.window.expire(self.window.stamp());
-        let result = if self.shared.trouble().is_some() {
+        let result = if self.shared.trouble.is_present() {
             let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
             let room = self.current.probe(step).map_err(|e| self.write_error(e));
             room.and_then(|()| self.make_room(0))
@@ -250,7 +250,7 @@ impl LogWriter {
             Ok(())
         };
         if result.is_ok() {
-            self.clear_trouble();
+            self.shared.trouble.set(None);
         }
         result
     }
@@ -303,18 +303,5 @@ impl LogWriter {
     fn poison(&self, error: &io::Error) -> AppendError {
         let text: Arc<str> = format!("{}: {error}", self.current.path().display()).into();
         AppendError::Failed(self.shared.failure.get_or_init(|| text).clone())
-    }
-
-    fn enter_trouble(&self, error: &AppendError) {
-        let text = error.to_string();
-        if self.shared.set_trouble(Some(text.clone())).as_ref() != Some(&text) {
-            error!(error = text, "the log takes no records; clients are held back");
-        }
-    }
-
-    fn clear_trouble(&self) {
-        if self.shared.trouble().is_some() && self.shared.set_trouble(None).is_some() {
-            info!("the log takes records again");
-        }
     }
 }

@@ -1,5 +1,6 @@
 //! Advice: what an operator can do about a refusal, in one sentence.
 
+use super::cause::Cause;
 use super::refusals::RefusalEntry;
 use crate::auth::shape::{KeyChecksum, KeyLength, KeyShape};
 
@@ -14,78 +15,77 @@ impl RefusalEntry {
             }
             return words + ", or raise the limit";
         }
-        // The match is on the metrics' word for the cause, because entries keep nothing else; a cause that is
-        // missing here falls back to the words of the refusal itself.
-        let fixed = match self.cause {
-            "revoked_key" => {
-                let end = end.unwrap_or("was revoked");
-                return format!("{key} {end}: give the client one that is live");
+        let fixed = self.cause.advice();
+        match self.cause {
+            Cause::RevokedKey => {
+                format!("{key} {}: give the client one that is live", end.unwrap_or("was revoked"))
             }
-            "expired_key" => return format!("{key} has expired: give the client a new one"),
-            "malformed_key" | "unknown_key" => return self.unknown_key_advice(),
-            "other_datasource" => {
-                return format!("{key} is good for another datasource: check the address or the topic");
-            }
-            "missing_scope" => return format!("{key} lacks a scope: create a key with it"),
-            "no_key" => "send a key: as MQTT user name or password, or in an Authorization header",
-            "too_many_failures" => {
-                "too many invalid keys came from this address: find the client with the bad key, or set auth.failures_exempt"
-            }
-            "ambiguous_key" => "it presented two different keys: it has to send one",
-            "key_in_url" => "a key stood in a URL, which is kept in logs on the way: rotate it if it is real",
-            "topic" => "the topic cannot be published to: it may be empty, reserved ($…) or hold + or #",
-            "reply_subject" => {
-                "a NATS message is answered in its sender's inbox: use the client's request or js.publish"
-            }
-            "connection_type" => {
-                "a NATS server tried to connect as a leaf node: give it a user of its own in nats-server's configuration"
-            }
-            "header" => "JetStream's own headers are not taken: send the message without the one named",
-            "no_datasource" => "create the datasource, or correct its name in the topic",
-            "too_large" => {
-                "send smaller payloads, or raise intake.payload_bytes_max or mqtt.packet_bytes_max"
-            }
-            "connections_max" => "there are too many connections in all: raise mqtt.connections_max",
-            "tls_handshake" => {
-                "the client and the gateway do not agree on TLS: check versions and certificates"
-            }
-            "malformed_connect" => "it does not speak MQTT on this port; TLS has a port of its own",
-            "connect_timeout" => {
-                "it connected and sent no CONNECT in time: check its network, or what probes the port"
-            }
-            "busy" | "disk_full" | "log_budget" | "log_failed" => {
-                "the log cannot take more: see the gateway's own log"
-            }
-            "log_away" | "log_unknown" => {
-                "the log is away: see /readyz, and whether NATS and the stream's leader are there"
-            }
-            "unavailable" => {
-                "NATS could not be asked for the client's session: see /readyz; it comes again by itself"
-            }
-            "shutting_down" => "the gateway was shutting down; it comes again by itself",
-            "protocol" => "the client broke a rule of MQTT: see the words, and update its library",
-            _ => "see the words",
-        };
-        fixed.to_owned()
+            Cause::MalformedKey | Cause::UnknownKey => self.key_shape.map_or(fixed, shape_advice).to_owned(),
+            _ => match fixed.strip_prefix("the key ") {
+                Some(rest) => format!("{key} {rest}"),
+                None => fixed.to_owned(),
+            },
+        }
+    }
+}
+
+/// What is wrong with a key that was never given out.
+fn shape_advice(shape: KeyShape) -> &'static str {
+    match shape {
+        KeyShape { prefix: false, .. } => {
+            "what it sent is no Headgate key: those begin with hgk_. Check which secret it was given"
+        }
+        KeyShape { length: KeyLength::TooShort, .. } => "the key is cut short: copy all of its 53 characters",
+        KeyShape { length: KeyLength::TooLong, .. } => {
+            "there is something behind the key: it has 53 characters"
+        }
+        KeyShape { checksum: KeyChecksum::Wrong, .. } => "the key is misspelt: copy it again",
+        KeyShape { checksum: KeyChecksum::Right, .. } => {
+            "the key is well-formed and was never given out here: is it another gateway's?"
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{KeyId, Transport};
+
+    fn entry(cause: Cause, key_id: Option<KeyId>) -> RefusalEntry {
+        RefusalEntry {
+            transport: Transport::Http,
+            cause,
+            words: String::new(),
+            address: None,
+            client: String::new(),
+            datasource: String::new(),
+            key_id,
+            key_shape: None,
+            limit: None,
+            count: 1,
+            first_at: 0,
+            last_at: 0,
+        }
     }
 
-    fn unknown_key_advice(&self) -> String {
-        let words = match self.key_shape {
-            Some(KeyShape { prefix: false, .. }) => {
-                "what it sent is no Headgate key: those begin with hgk_. Check which secret it was given"
-            }
-            Some(KeyShape { length: KeyLength::TooShort, .. }) => {
-                "the key is cut short: copy all of its 53 characters"
-            }
-            Some(KeyShape { length: KeyLength::TooLong, .. }) => {
-                "there is something behind the key: it has 53 characters"
-            }
-            Some(KeyShape { checksum: KeyChecksum::Wrong, .. }) => "the key is misspelt: copy it again",
-            Some(KeyShape { checksum: KeyChecksum::Right, .. }) => {
-                "the key is well-formed and was never given out here: is it another gateway's?"
-            }
-            None => "the key is not known",
-        };
-        words.to_owned()
+    #[test]
+    fn a_known_key_is_named_by_its_id() {
+        let key_id = KeyId([7; 6]);
+        for (cause, end, advice) in [
+            (
+                Cause::RevokedKey,
+                Some("was revoked at 9"),
+                "was revoked at 9: give the client one that is live",
+            ),
+            (Cause::RevokedKey, None, "was revoked: give the client one that is live"),
+            (Cause::ExpiredKey, None, "has expired: give the client a new one"),
+            (Cause::MissingScope, None, "lacks a scope: create a key with it"),
+        ] {
+            assert_eq!(entry(cause, Some(key_id)).advice(end), format!("key {key_id} {advice}"));
+        }
+        let unnamed = entry(Cause::ExpiredKey, None).advice(None);
+        assert_eq!(unnamed, "the key has expired: give the client a new one");
+        let other = entry(Cause::Topic, Some(key_id)).advice(None);
+        assert_eq!(other, Cause::Topic.advice());
     }
 }

@@ -1,9 +1,10 @@
 //! Every metric by name. Each gateway has a recorder of its own, so that two in one process do not mix.
 //! Handles are created once, so that counting costs one atomic addition.
 
-use metrics::{Counter, Gauge, Histogram};
+use metrics::{Counter, Gauge, Histogram, Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use super::cause::Cause;
 use crate::message::Transport;
 
 /// Latencies from 50 µs to 10 s, about three buckets per factor of ten.
@@ -40,86 +41,31 @@ impl Metrics {
         // process.
         let recorder = buckets.expect("the list of buckets is not empty").build_recorder();
         let handle = recorder.handle();
-        let (accepted, accepted_bytes, duplicates) = metrics::with_local_recorder(&recorder, || {
-            use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
-            describe_counter!("headgate_accepted_total", "Messages that were let in and are durable");
-            describe_counter!("headgate_accepted_bytes_total", Unit::Bytes, "Payload bytes that were let in");
-            describe_counter!(
-                "headgate_duplicates_total",
-                "Messages that were acknowledged and not kept again: their id was known"
-            );
-            describe_counter!(
-                "headgate_quarantined_total",
-                "Messages that did not meet their schema and are durable in quarantine"
-            );
-            describe_counter!(
-                "headgate_dedup_evicted_total",
-                "Message ids and QoS 2 exchanges that left the window early because there were too many"
-            );
-            describe_counter!(
-                "headgate_refused_total",
-                "Messages and connections that were refused, by cause"
-            );
-            describe_counter!(
-                "headgate_refusals_unlisted_total",
-                "Refusals that were counted and not listed in /v1/refusals, as listing would have waited"
-            );
-            describe_counter!(
-                "headgate_held_back_total",
-                "How often a connection was not read on because of a limit of its key or datasource"
-            );
-            describe_histogram!("headgate_commit_seconds", Unit::Seconds, "From submission to durability");
-            describe_gauge!("headgate_mqtt_connections", "MQTT connections whose key was accepted");
-            describe_histogram!(
-                "headgate_revocation_seconds",
-                Unit::Seconds,
-                "From the end of a key, once it is durable, to the last of its connections closed"
-            );
-            describe_counter!(
-                "headgate_subscriber_skipped_total",
-                "Records, of any datasource, that retention removed before a subscriber had read them"
-            );
-            describe_gauge!(
-                "headgate_nats_connected",
-                "Whether the NATS that messages are taken from is there: 1, or 0"
-            );
-            describe_gauge!("headgate_log_next_offset", "The offset that the next record will get");
-            describe_gauge!("headgate_log_first_offset", "The oldest offset in the log");
-            describe_gauge!("headgate_log_bytes", Unit::Bytes, "What the log takes on disk");
-            describe_gauge!("headgate_storage_cursor", "The first offset that is not stored yet");
-            describe_gauge!("headgate_egress_cursor", "The first offset that is not on the NATS stream yet");
-            describe_gauge!("headgate_egress_lag_records", "Records that are not on the NATS stream yet");
-            describe_counter!("headgate_egress_sent_total", "Records that were sent to the NATS stream");
-            describe_counter!(
-                "headgate_egress_skipped_total",
-                "Records that will not be on the NATS stream, by reason: topic, size, or gone from the log"
-            );
-            describe_gauge!("headgate_keys", "Live API keys");
-            let all = [Transport::Mqtt, Transport::Http, Transport::Nats].map(Transport::as_str);
-            (
-                all.map(|t| metrics::counter!("headgate_accepted_total", "transport" => t)),
-                all.map(|t| metrics::counter!("headgate_accepted_bytes_total", "transport" => t)),
-                all.map(|t| metrics::counter!("headgate_duplicates_total", "transport" => t)),
-            )
-        });
-        let histogram = |name| metrics::with_local_recorder(&recorder, || metrics::histogram!(name));
-        let gauge = |name| metrics::with_local_recorder(&recorder, || metrics::gauge!(name));
-        let skipped = metrics::with_local_recorder(&recorder, || {
-            metrics::counter!("headgate_subscriber_skipped_total")
-        });
-        let held_back =
-            metrics::with_local_recorder(&recorder, || metrics::counter!("headgate_held_back_total"));
+        let made_here = metrics::set_default_local_recorder(&recorder);
+        describe_metrics();
+        let per_transport = |name: &'static str| {
+            Transport::ALL.map(|transport| metrics::counter!(name, "transport" => transport.as_str()))
+        };
+        let accepted = per_transport("headgate_accepted_total");
+        let accepted_bytes = per_transport("headgate_accepted_bytes_total");
+        let duplicates = per_transport("headgate_duplicates_total");
+        let commit_seconds = metrics::histogram!("headgate_commit_seconds");
+        let mqtt_connections = metrics::gauge!("headgate_mqtt_connections");
+        let held_back = metrics::counter!("headgate_held_back_total");
+        let skipped = metrics::counter!("headgate_subscriber_skipped_total");
+        let revocation_seconds = metrics::histogram!("headgate_revocation_seconds");
+        drop(made_here);
         Self {
-            held_back,
-            skipped,
+            recorder,
+            handle,
             accepted,
             accepted_bytes,
             duplicates,
-            commit_seconds: histogram("headgate_commit_seconds"),
-            mqtt_connections: gauge("headgate_mqtt_connections"),
-            revocation_seconds: histogram("headgate_revocation_seconds"),
-            handle,
-            recorder,
+            commit_seconds,
+            mqtt_connections,
+            held_back,
+            skipped,
+            revocation_seconds,
         }
     }
 
@@ -143,9 +89,9 @@ impl Metrics {
     }
 
     /// Counts a refused message or connection, for [`Refusals::note`](super::refusals::Refusals::note).
-    pub(super) fn count_refused(&self, transport: Transport, cause: &'static str) {
+    pub(super) fn count_refused(&self, transport: Transport, cause: Cause) {
         metrics::with_local_recorder(&self.recorder, || {
-            metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause)
+            metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause.name())
                 .increment(1);
         });
     }
@@ -176,6 +122,72 @@ impl Metrics {
     pub fn upkeep(&self) {
         self.handle.run_upkeep();
     }
+}
+
+/// Describes every metric to the recorder of this thread.
+fn describe_metrics() {
+    describe_fronts();
+    describe_log_and_consumers();
+}
+
+fn describe_fronts() {
+    describe_counter!("headgate_accepted_total", "Messages that were let in and are durable");
+    describe_counter!("headgate_accepted_bytes_total", Unit::Bytes, "Payload bytes that were let in");
+    describe_counter!(
+        "headgate_duplicates_total",
+        "Messages that were acknowledged and not kept again: their id was known"
+    );
+    describe_counter!(
+        "headgate_quarantined_total",
+        "Messages that did not meet their schema and are durable in quarantine"
+    );
+    describe_counter!(
+        "headgate_dedup_evicted_total",
+        "Message ids and QoS 2 exchanges that left the window early because there were too many"
+    );
+    describe_counter!("headgate_refused_total", "Messages and connections that were refused, by cause");
+    describe_counter!(
+        "headgate_refusals_unlisted_total",
+        "Refusals that were counted and not listed in /v1/refusals, as listing would have waited"
+    );
+    describe_counter!(
+        "headgate_held_back_total",
+        "How often a connection was not read on because of a limit of its key or datasource"
+    );
+    describe_histogram!("headgate_commit_seconds", Unit::Seconds, "From submission to durability");
+    describe_gauge!("headgate_mqtt_connections", "MQTT connections whose key was accepted");
+    describe_histogram!(
+        "headgate_revocation_seconds",
+        Unit::Seconds,
+        "From the end of a key, once it is durable, to the last of its connections closed"
+    );
+    describe_counter!(
+        "headgate_subscriber_skipped_total",
+        "Records, of any datasource, that retention removed before a subscriber had read them"
+    );
+}
+
+fn describe_log_and_consumers() {
+    describe_gauge!(
+        "headgate_nats_connected",
+        "Whether the NATS that messages are taken from is there: 1, or 0"
+    );
+    describe_gauge!("headgate_log_next_offset", "The offset that the next record will get");
+    describe_gauge!("headgate_log_first_offset", "The oldest offset in the log");
+    describe_gauge!("headgate_log_bytes", Unit::Bytes, "What the log takes on disk");
+    describe_counter!(
+        "headgate_log_lost_records_total",
+        "Records that are lost to damage of the log and were passed over (log.accept_corruption)"
+    );
+    describe_gauge!("headgate_storage_cursor", "The first offset that is not stored yet");
+    describe_gauge!("headgate_egress_cursor", "The first offset that is not on the NATS stream yet");
+    describe_gauge!("headgate_egress_lag_records", "Records that are not on the NATS stream yet");
+    describe_counter!("headgate_egress_sent_total", "Records that were sent to the NATS stream");
+    describe_counter!(
+        "headgate_egress_skipped_total",
+        "Records that will not be on the NATS stream, by reason: topic, size, or gone from the log"
+    );
+    describe_gauge!("headgate_keys", "Live API keys");
 }
 
 impl Default for Metrics {

@@ -2,6 +2,7 @@
 //! secret.
 
 mod advice;
+pub mod cause;
 pub mod metrics;
 pub mod refusals;
 pub mod trace;

@@ -22,12 +22,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::cause::Cause;
 use super::metrics::Metrics;
 use crate::auth::key;
-use crate::auth::network::source_of;
 use crate::auth::shape::KeyShape;
 use crate::limits::{REFUSALS_CLIENT_BYTES_MAX, REFUSALS_PER_SHARD_MAX, REFUSALS_SHARDS};
 use crate::message::{KeyId, TimeMicros, Transport, now_micros};
+use crate::network::source_of;
 use crate::quota::LimitExceeded;
 
 /// Replaces a text that looks like a key.
@@ -40,8 +41,8 @@ const REFUSAL_WORDS_BYTES_MAX: usize = 240;
 pub struct RefusalNote<'a> {
     /// Which way it came.
     pub transport: Transport,
-    /// One word, as in metrics.
-    pub cause: &'static str,
+    /// Why.
+    pub cause: Cause,
     /// The cause in words, for people; may quote the client.
     pub words: &'a dyn fmt::Display,
     /// Where it came from, if that is known.
@@ -60,7 +61,7 @@ pub struct RefusalNote<'a> {
 
 impl<'a> RefusalNote<'a> {
     /// A refusal without further details.
-    pub fn new(transport: Transport, cause: &'static str, words: &'a dyn fmt::Display) -> Self {
+    pub fn new(transport: Transport, cause: Cause, words: &'a dyn fmt::Display) -> Self {
         Self {
             transport,
             cause,
@@ -93,8 +94,8 @@ pub struct OverLimit {
 pub struct RefusalEntry {
     /// Which way it came.
     pub transport: Transport,
-    /// One word.
-    pub cause: &'static str,
+    /// Why.
+    pub cause: Cause,
     /// The cause of the last refusal in words, for people.
     pub words: String,
     /// Where it came from.
@@ -124,7 +125,7 @@ pub struct RefusalFilter {
     pub client: Option<String>,
     /// From this address.
     pub address: Option<IpAddr>,
-    /// For this cause.
+    /// For the cause of this name.
     pub cause: Option<String>,
     /// About this datasource.
     pub datasource: Option<String>,
@@ -137,7 +138,7 @@ impl RefusalFilter {
         }
         same(self.client.as_deref(), entry.client.as_str())
             && self.address.is_none_or(|wanted| entry.address == Some(wanted.to_canonical()))
-            && same(self.cause.as_deref(), entry.cause)
+            && same(self.cause.as_deref(), entry.cause.name())
             && same(self.datasource.as_deref(), entry.datasource.as_str())
     }
 }
@@ -294,7 +295,7 @@ mod tests {
         RefusalNote {
             address: Some(address.into()),
             client,
-            ..RefusalNote::new(Transport::Mqtt, "topic", &"a bad topic")
+            ..RefusalNote::new(Transport::Mqtt, Cause::Topic, &"a bad topic")
         }
     }
 

@@ -196,7 +196,7 @@ impl QuotaLimits {
     }
 
     /// The JSON form of the API and the registry.
-    pub fn to_json(&self) -> Value {
+    pub fn to_json(self) -> Value {
         let set = Limit::ALL.into_iter().filter_map(|limit| Some((limit, self.get(limit)?)));
         let shown = set.map(|(limit, LimitSetting { max, burst, policy })| {
             let setting = match limit.is_rate() {

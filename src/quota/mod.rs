@@ -7,6 +7,11 @@
 //!
 //! Usage is only in memory. After a change of the limits or a restart, buckets are full and no topic has
 //! been seen.
+//!
+//! **Holding back.** A message over a rate reserves its turn and stays undecoded where it was read; its
+//! connection is not read meanwhile. A timer wakes it once, in the order in which the turns were reserved; a
+//! change of the limits wakes it at once, to be checked again. If its turn is further away than
+//! `intake.hold_back_ms_max`, it waits for that long, and the connection closes without an acknowledgement.
 
 pub mod bucket;
 pub mod limits;
@@ -151,11 +156,6 @@ impl Meters {
             QuotaLimits::default()
         });
         Self::new(owner, limits)
-    }
-
-    /// The limits.
-    pub fn limits(&self) -> &QuotaLimits {
-        &self.limits
     }
 
     /// Marks that other meters replace these: messages that are held back are checked against those.
@@ -401,9 +401,9 @@ mod tests {
     #[test]
     fn limits_that_cannot_be_read_limit_nothing() {
         for text in ["", "{", "{\"speed\": 1}"] {
-            assert!(Meters::from_text(LimitOwner::Key(KEY), Some(text)).limits().is_empty(), "{text}");
+            assert!(Meters::from_text(LimitOwner::Key(KEY), Some(text)).limits.is_empty(), "{text}");
         }
-        assert!(!Meters::from_text(LimitOwner::Key(KEY), Some("{\"topics\": 1}")).limits().is_empty());
+        assert!(!Meters::from_text(LimitOwner::Key(KEY), Some("{\"topics\": 1}")).limits.is_empty());
     }
 
     #[test]

@@ -17,8 +17,8 @@ pub mod schema;
 
 use std::sync::Arc;
 
-pub use rules::{Rule, Rules, RulesError, WrittenRule};
-pub use schema::{Schema, SchemaError};
+pub use rules::{Rules, RulesError, WrittenRule};
+pub use schema::Schema;
 
 use crate::auth::setting::JsonSetting;
 use crate::log::QuarantineReason;

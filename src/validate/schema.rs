@@ -190,31 +190,7 @@ impl<'a> SchemaCost<'a> {
                 for (key, member) in members {
                     pointer.push('/');
                     pointer.push_str(&key.replace('~', "~0").replace('/', "~1"));
-                    parts = parts.saturating_add(match (key.as_str(), member) {
-                        ("$ref", Value::String(reference)) => self.unfold(reference, pointer)?,
-                        ("$dynamicRef" | "$dynamicAnchor", Value::String(_)) => {
-                            let pointer = std::mem::take(pointer);
-                            return Err(SchemaError::Keyword { pointer, keyword: "$dynamicRef" });
-                        }
-                        ("$anchor", Value::String(_)) => {
-                            let pointer = std::mem::take(pointer);
-                            return Err(SchemaError::Keyword { pointer, keyword: "$anchor" });
-                        }
-                        // An `$id` would change the base of references; without it they resolve as written.
-                        ("$id", Value::String(_)) if depth > 0 => {
-                            let pointer = std::mem::take(pointer);
-                            return Err(SchemaError::Keyword {
-                                pointer,
-                                keyword: "$id in a part of a schema",
-                            });
-                        }
-                        // Counted where it is referred to.
-                        ("$defs", defs) => {
-                            self.count_parts(defs, pointer, depth + 1)?;
-                            0
-                        }
-                        _ => self.count_parts(member, pointer, depth + 1)?,
-                    });
+                    parts = parts.saturating_add(self.count_member(key, member, pointer, depth)?);
                     pointer.truncate(at);
                 }
             }
@@ -228,6 +204,27 @@ impl<'a> SchemaCost<'a> {
             _ => {}
         }
         if parts > SCHEMA_NODES_MAX { Err(SchemaError::TooCostly) } else { Ok(parts) }
+    }
+
+    /// Counts a member at `pointer`, and refuses the keywords that lead elsewhere.
+    fn count_member(
+        &mut self,
+        key: &str,
+        member: &'a Value,
+        pointer: &mut String,
+        depth: usize,
+    ) -> Result<usize, SchemaError> {
+        let keyword = match (key, member) {
+            ("$ref", Value::String(reference)) => return self.unfold(reference, pointer),
+            ("$dynamicRef" | "$dynamicAnchor", Value::String(_)) => "$dynamicRef",
+            ("$anchor", Value::String(_)) => "$anchor",
+            // An `$id` would change the base of references; without it they resolve as written.
+            ("$id", Value::String(_)) if depth > 0 => "$id in a part of a schema",
+            // Counted where it is referred to.
+            ("$defs", defs) => return self.count_parts(defs, pointer, depth + 1).map(|_| 0),
+            _ => return self.count_parts(member, pointer, depth + 1),
+        };
+        Err(SchemaError::Keyword { pointer: std::mem::take(pointer), keyword })
     }
 
     fn unfold(&mut self, reference: &'a str, at: &str) -> Result<usize, SchemaError> {

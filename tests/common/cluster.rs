@@ -6,9 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
-use headgate::config::Config;
-use headgate::log::{EmbeddedLog, JetstreamLog, Log, LogOpenError};
-use headgate::subject::check_topic_has_subject;
+use headgate::testing::{Config, EmbeddedLog, JetstreamLog, Log, LogOpenError, check_topic_has_subject};
 use headgate_bridge_nats::Nats;
 use tokio::runtime::Runtime;
 

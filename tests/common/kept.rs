@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use headgate::log::Log;
+use headgate::testing::Log;
 
 /// A record, in the log or in storage.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod kept;
 pub mod load;
 pub mod nats;
+pub mod openapi;
 pub mod servers;
 pub mod steady;
 pub mod tls;
@@ -454,7 +455,7 @@ pub fn node(program: &str, arguments: &[&str]) -> Output {
     output.expect("there is Node.js with mqtt.js (tests/run installs it)")
 }
 
-/// One HTTP request to `addr`.
+/// One HTTP request to the gateway at `addr`, whose answer is held against its description (`openapi.rs`).
 pub fn http(
     agent: &ureq::Agent,
     addr: SocketAddr,
@@ -478,11 +479,13 @@ pub fn http(
     };
     let headers = answer.headers().iter();
     let headers = headers.map(|(k, v)| (k.to_string(), String::from_utf8_lossy(v.as_bytes()).into_owned()));
-    Ok(Answer {
+    let answer = Answer {
         status: answer.status().as_u16(),
         headers: headers.collect(),
         body: answer.body_mut().with_config().limit(256 << 20).read_to_vec()?,
-    })
+    };
+    openapi::check(method, path, &answer);
+    Ok(answer)
 }
 
 /// An agent of a test's own, for a thread that outlives a [`Gateway`]. It keeps its connections.

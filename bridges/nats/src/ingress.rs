@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use async_nats::{Client, Subject, Subscriber};
 use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesOrdered;
 use tokio::time::Instant;
 use tracing::{debug, warn};
@@ -112,6 +113,7 @@ impl Ingress {
         }
     }
 
+    /// Serves a new subscription until it ends.
     async fn serve(
         &self,
         client: &Client,
@@ -127,56 +129,22 @@ impl Ingress {
                 return SubscriptionEnd::Lost;
             }
         };
-        let mut waiting = WaitingParcels::default();
+        let mut work = IngressWork::new(&self.settings, client, answers, inlet);
         let mut arrived = Vec::new();
-        // The batch being handed over. There is one at a time, so that messages keep their order.
-        let mut handing = None;
-        // Batches being stored, with the reply subjects of their messages.
-        let mut keeping = FuturesOrdered::new();
-        // Answers on their way out: a future of its own, so that a slow NATS does not stop the receiving.
-        let mut answering = None;
-        // Verdicts on messages that were too many, with their reply subjects.
-        let mut overflowed = (Vec::new(), Vec::new());
         let (mut stopping, mut open) = (false, true);
         let mut close_by = std::pin::pin!(tokio::time::sleep(INGRESS_DRAIN_MAX));
         loop {
-            if handing.is_none()
-                && keeping.len() < self.settings.batches_in_flight_max
-                && let Some((parcels, replies)) = waiting.take_batch(&self.settings)
-            {
-                handing = Some(Box::pin(async move { (inlet.deliver(parcels).await, replies) }));
-            }
-            if answering.is_none() && !overflowed.0.is_empty() {
-                let (verdicts, replies) = std::mem::take(&mut overflowed);
-                answering = Some(Box::pin(publish_answers(client, answers, verdicts, replies)));
-            }
-            if !open && handing.is_none() && keeping.is_empty() && answering.is_none() {
+            work.begin();
+            if !open && work.is_done() {
                 break;
             }
             tokio::select! {
                 biased;
-                () = or_never(&mut answering) => answering = None,
-                Some((verdicts, replies)) = keeping.next(), if answering.is_none() && !keeping.is_empty() => {
-                    answering = Some(Box::pin(publish_answers(client, answers, verdicts, replies)));
-                }
-                (verdicts, replies) = or_never(&mut handing) => {
-                    handing = None;
-                    keeping.push_back(await_verdicts(verdicts, replies));
-                }
+                () = work.advance() => {}
                 goes_on = tokio::task::unconstrained(receive_arrived(&mut subscription, &mut arrived, &self.settings)),
                 if open => {
                     open = goes_on;
-                    for mut parcel in arrived.drain(..) {
-                        if waiting.has_room(&parcel, &self.settings) {
-                            waiting.push(parcel);
-                        } else if overflowed.0.len() < self.settings.batch_messages_max {
-                            overflowed.0.push(inlet.overflow(&parcel));
-                            overflowed.1.push(parcel.take_reply());
-                        } else {
-                            // No room for a refusal either: the sender gets no answer, and tries again.
-                            drop(inlet.overflow(&parcel));
-                        }
-                    }
+                    arrived.drain(..).for_each(|parcel| work.accept(parcel));
                 }
                 () = &mut stop, if !stopping => {
                     stopping = true;
@@ -196,6 +164,95 @@ impl Ingress {
             debug!(subject, "the last answers may not have been sent");
         }
         SubscriptionEnd::Stopped
+    }
+}
+
+/// Verdicts on messages, in their order, and the reply subjects.
+type AnsweredBatch = (Vec<InletVerdict>, Vec<Option<Subject>>);
+
+/// The messages of a subscription on their way through the inlet, and their answers on the way back.
+struct IngressWork<'a, I> {
+    settings: &'a IngressSettings,
+    client: &'a Client,
+    answers: &'a InletAnswerWriter,
+    inlet: &'a I,
+    waiting: WaitingParcels,
+    /// The batch being handed over. There is one at a time, so that messages keep their order.
+    handing: Option<BoxFuture<'a, (InletVerdicts, Vec<Option<Subject>>)>>,
+    /// Batches being stored, with the reply subjects of their messages.
+    keeping: FuturesOrdered<BoxFuture<'a, AnsweredBatch>>,
+    /// Answers on their way out: a future of its own, so that a slow NATS does not stop the receiving.
+    answering: Option<BoxFuture<'a, ()>>,
+    /// Verdicts on messages that were too many.
+    overflowed: AnsweredBatch,
+}
+
+impl<'a, I: Inlet> IngressWork<'a, I> {
+    fn new(
+        settings: &'a IngressSettings,
+        client: &'a Client,
+        answers: &'a InletAnswerWriter,
+        inlet: &'a I,
+    ) -> Self {
+        Self {
+            settings,
+            client,
+            answers,
+            inlet,
+            waiting: WaitingParcels::default(),
+            handing: None,
+            keeping: FuturesOrdered::new(),
+            answering: None,
+            overflowed: (Vec::new(), Vec::new()),
+        }
+    }
+
+    /// Takes a message, or refuses it if too many wait.
+    fn accept(&mut self, mut parcel: Parcel) {
+        if self.waiting.has_room(&parcel, self.settings) {
+            self.waiting.push(parcel);
+        } else if self.overflowed.0.len() < self.settings.batch_messages_max {
+            self.overflowed.0.push(self.inlet.overflow(&parcel));
+            self.overflowed.1.push(parcel.take_reply());
+        } else {
+            // No room for a refusal either: the sender gets no answer, and tries again.
+            drop(self.inlet.overflow(&parcel));
+        }
+    }
+
+    /// Begins whatever has become possible: to hand over the next batch, to answer what was too many.
+    fn begin(&mut self) {
+        if self.handing.is_none()
+            && self.keeping.len() < self.settings.batches_in_flight_max
+            && let Some((parcels, replies)) = self.waiting.take_batch(self.settings)
+        {
+            let inlet = self.inlet;
+            self.handing = Some(Box::pin(async move { (inlet.deliver(parcels).await, replies) }));
+        }
+        if self.answering.is_none() && !self.overflowed.0.is_empty() {
+            let batch = std::mem::take(&mut self.overflowed);
+            self.answering = Some(Box::pin(publish_answers(self.client, self.answers, batch)));
+        }
+    }
+
+    /// Whether everything that was taken is answered.
+    fn is_done(&self) -> bool {
+        self.handing.is_none() && self.keeping.is_empty() && self.answering.is_none()
+    }
+
+    /// Waits until one of the things under way is done. Cancel-safe. Never returns while nothing is.
+    async fn advance(&mut self) {
+        tokio::select! {
+            biased;
+            () = or_never(&mut self.answering) => self.answering = None,
+            Some(batch) = self.keeping.next(), if self.answering.is_none() && !self.keeping.is_empty() => {
+                self.answering = Some(Box::pin(publish_answers(self.client, self.answers, batch)));
+            }
+            (verdicts, replies) = or_never(&mut self.handing) => {
+                self.handing = None;
+                self.keeping.push_back(Box::pin(async move { (verdicts.await, replies) }));
+            }
+        }
     }
 }
 
@@ -268,20 +325,8 @@ async fn or_never<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
     }
 }
 
-async fn await_verdicts(
-    verdicts: InletVerdicts,
-    replies: Vec<Option<Subject>>,
-) -> (Vec<InletVerdict>, Vec<Option<Subject>>) {
-    (verdicts.await, replies)
-}
-
 /// Publishes the verdicts to the senders that asked for an answer.
-async fn publish_answers(
-    client: &Client,
-    answers: &InletAnswerWriter,
-    verdicts: Vec<InletVerdict>,
-    replies: Vec<Option<Subject>>,
-) {
+async fn publish_answers(client: &Client, answers: &InletAnswerWriter, (verdicts, replies): AnsweredBatch) {
     for (verdict, reply) in verdicts.into_iter().zip(replies) {
         let Some(reply) = reply else { continue };
         let (headers, body) = answers.write(verdict);

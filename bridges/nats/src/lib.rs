@@ -2,7 +2,6 @@
 //! small contract, and the gateway depends on it.
 
 pub mod callout;
-pub mod cells;
 pub mod connection;
 pub mod ingress;
 pub mod inlet;
@@ -14,9 +13,8 @@ pub mod stream;
 pub mod system;
 
 pub use async_nats::{HeaderMap, HeaderName};
-pub use cells::{Cell, CellError, Cells, CellsSettings};
 pub use connection::{Nats, NatsCredentials, NatsError, NatsSettings};
-pub use kv::{KvBucket, KvBucketSettings, KvError};
-pub use outlet::{Outlet, OutletError, OutletMessage, OutletPosition, OutletStreamSettings};
+pub use kv::{KvBucket, KvBucketSettings, KvError, KvWrites};
+pub use outlet::{Outlet, OutletError, OutletPosition};
 pub use presence::Presence;
 pub use stream::{JetstreamStream, StreamError};

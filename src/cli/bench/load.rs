@@ -107,7 +107,8 @@ pub(super) fn run(plan: BenchPlan, key: &str) -> anyhow::Result<BenchMeasurement
 async fn run_load(plan: BenchPlan, key: &str) -> anyhow::Result<BenchMeasurement> {
     // Without this, a signal would end the process and leave its gateway and directory behind.
     let mut signals = Signals::listen()?;
-    let (connections, warmup, measure) = (plan.connections, plan.warmup, plan.measure);
+    let (warmup, measure) = (plan.warmup, plan.measure);
+    let all = u32::try_from(plan.connections).context("too many connections")?;
     let shared = Rc::new(BenchShared {
         key: key.to_owned(),
         start: Instant::now(),
@@ -119,32 +120,8 @@ async fn run_load(plan: BenchPlan, key: &str) -> anyhow::Result<BenchMeasurement
         plan,
     });
     let (phase, watch) = watch::channel(BenchPhase::Connect);
-    let connecting = Rc::new(Semaphore::new(BENCH_CONNECTS_AT_ONCE_MAX));
     let connected = Rc::new(Semaphore::new(0));
-    let mut tasks = JoinSet::new();
-    for number in 0..connections {
-        let (shared, mut phase) = (Rc::clone(&shared), watch.clone());
-        let (connecting, connected) = (Rc::clone(&connecting), Rc::clone(&connected));
-        tasks.spawn_local(async move {
-            let permit = connecting.acquire().await?;
-            let opened = tokio::time::timeout(
-                BENCH_CONNECT_WAIT_MAX,
-                BenchConnection::open(number, Rc::clone(&shared)),
-            );
-            let mut connection = opened.await.context("no answer to CONNECT")??;
-            drop(permit);
-            connected.add_permits(1);
-            phase.wait_for(|phase| *phase != BenchPhase::Connect).await?;
-            connection.run(&phase).await
-        });
-    }
-    // The first connection that ends too early decides the error.
-    let failed = async |tasks: &mut JoinSet<anyhow::Result<()>>| match tasks.join_next().await {
-        Some(Ok(Ok(()))) | None => anyhow::anyhow!("a connection ended early"),
-        Some(Ok(Err(error))) => error,
-        Some(Err(error)) => error.into(),
-    };
-    let all = u32::try_from(connections).context("too many connections")?;
+    let mut tasks = spawn_connections(&shared, &watch, &connected);
     let timeline = async {
         let _all = connected.acquire_many(all).await?;
         phase.send_replace(BenchPhase::Send);
@@ -157,7 +134,7 @@ async fn run_load(plan: BenchPlan, key: &str) -> anyhow::Result<BenchMeasurement
     };
     let elapsed = tokio::select! {
         elapsed = timeline => elapsed?,
-        error = failed(&mut tasks) => return Err(error),
+        error = first_failure(&mut tasks) => return Err(error),
         () = signals.asked() => bail!("interrupted"),
     };
     phase.send_replace(BenchPhase::Stop);
@@ -180,6 +157,41 @@ async fn run_load(plan: BenchPlan, key: &str) -> anyhow::Result<BenchMeasurement
         latency: shared.latency.replace(latency_histogram()),
         window: shared.window.get(),
     })
+}
+
+/// Spawns every connection. Each adds a permit to `connected` once it is open, and sends when the phase says
+/// so.
+fn spawn_connections(
+    shared: &Rc<BenchShared>,
+    phase: &watch::Receiver<BenchPhase>,
+    connected: &Rc<Semaphore>,
+) -> JoinSet<anyhow::Result<()>> {
+    let connecting = Rc::new(Semaphore::new(BENCH_CONNECTS_AT_ONCE_MAX));
+    let mut tasks = JoinSet::new();
+    for number in 0..shared.plan.connections {
+        let (shared, mut phase) = (Rc::clone(shared), phase.clone());
+        let (connecting, connected) = (Rc::clone(&connecting), Rc::clone(connected));
+        tasks.spawn_local(async move {
+            let permit = connecting.acquire().await?;
+            let opened = BenchConnection::open(number, Rc::clone(&shared));
+            let opened = tokio::time::timeout(BENCH_CONNECT_WAIT_MAX, opened);
+            let mut connection = opened.await.context("no answer to CONNECT")??;
+            drop(permit);
+            connected.add_permits(1);
+            phase.wait_for(|phase| *phase != BenchPhase::Connect).await?;
+            connection.run(&phase).await
+        });
+    }
+    tasks
+}
+
+/// The error of the first connection that ends too early.
+async fn first_failure(tasks: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Error {
+    match tasks.join_next().await {
+        Some(Ok(Ok(()))) | None => anyhow::anyhow!("a connection ended early"),
+        Some(Ok(Err(error))) => error,
+        Some(Err(error)) => error.into(),
+    }
 }
 
 /// One client's connection.

@@ -140,38 +140,16 @@ async fn replay_and_report(gateway: &Gateway, out: &mut CommandOutput) -> anyhow
     let progress = DemoProgress::default();
     let started = Instant::now();
     let mut strangers = tokio::spawn(strangers.run(progress.clone(), readings));
-    let mut devices = JoinSet::new();
-    for (index, (sensor, (id, key))) in SENSORS.into_iter().zip(datasources.clone()).enumerate() {
-        let sending = senders::send(sensor, id, key, gate.clone(), progress.clone());
-        devices.spawn(async move { anyhow::Ok((index, sending.await?)) });
-    }
-    let mut tallies: Vec<(usize, Tally)> = Vec::with_capacity(SENSORS.len());
-    while let Some(sent) = devices.join_next().await {
-        let (index, tally) = sent??;
-        let sensor = SENSORS[index];
-        progress.bars.suspend(|| {
-            let done = format!("{:>7} acknowledged over {}", grouped(tally.acked), sensor.way.describe());
-            writeln!(
-                out,
-                "  {:20} {done}, p50 {}",
-                sensor.id,
-                latency(tally.latency.value_at_quantile(0.5))
-            )?;
-            out.flush()
-        })?;
-        tallies.push((index, tally));
-    }
+    let tallies = replay_sensors(&datasources, &gate, &progress, out).await?;
     let took = started.elapsed();
     let refused = (&mut strangers).await??;
-    tallies.sort_by_key(|(index, _)| *index);
 
     let report = spawn_blocking(move || {
         let end = wait_until_stored(&admin)?;
-        let acked: u64 = tallies.iter().map(|(_, tally)| tally.acked).sum();
+        let acked: u64 = tallies.iter().map(|tally| tally.acked).sum();
         let unaccounted = i128::from(end) - i128::from(begin) - i128::from(acked);
         let mut rows = Vec::with_capacity(SENSORS.len());
-        for ((index, tally), (id, _)) in tallies.into_iter().zip(&datasources) {
-            let sensor = SENSORS[index];
+        for ((sensor, tally), (id, _)) in SENSORS.into_iter().zip(tallies).zip(&datasources) {
             rows.push(SensorRow { sensor, tally, stored: read_back(&admin, sensor, id)? });
         }
         anyhow::Ok(DemoReport { rows, refused, unaccounted })
@@ -188,6 +166,34 @@ async fn replay_and_report(gateway: &Gateway, out: &mut CommandOutput) -> anyhow
     )?;
     out.flush()?;
     Ok(())
+}
+
+/// Replays all sensors at once, and says of each when it is done. Returns their tallies, in their order.
+async fn replay_sensors(
+    datasources: &[(String, KeySecret)],
+    gate: &GatewayAddresses,
+    progress: &DemoProgress,
+    out: &mut CommandOutput,
+) -> anyhow::Result<Vec<Tally>> {
+    let mut devices = JoinSet::new();
+    for (index, (sensor, (id, key))) in SENSORS.into_iter().zip(datasources.iter().cloned()).enumerate() {
+        let sending = senders::send(sensor, id, key, gate.clone(), progress.clone());
+        devices.spawn(async move { anyhow::Ok((index, sending.await?)) });
+    }
+    let mut tallies: Vec<(usize, Tally)> = Vec::with_capacity(SENSORS.len());
+    while let Some(sent) = devices.join_next().await {
+        let (index, tally) = sent??;
+        let sensor = SENSORS[index];
+        progress.bars.suspend(|| {
+            let done = format!("{:>7} acknowledged over {}", grouped(tally.acked), sensor.way.describe());
+            let median = latency(tally.latency.value_at_quantile(0.5));
+            writeln!(out, "  {:20} {done}, p50 {median}", sensor.id)?;
+            out.flush()
+        })?;
+        tallies.push((index, tally));
+    }
+    tallies.sort_by_key(|(index, _)| *index);
+    Ok(tallies.into_iter().map(|(_, tally)| tally).collect())
 }
 
 fn create_datasources(admin: &ApiClient) -> anyhow::Result<Vec<(String, KeySecret)>> {

@@ -1,19 +1,18 @@
-//! A record as a message of the stream: its subject, payload, and everything else in headers.
+//! What egress adds to the message of a record ([`nats_message`](crate::log::nats_message)): where in which
+//! log the record is, so that egress finds its place in the stream again, and how many records are missing
+//! before it.
 
 use std::fmt::Write;
 
-use bytes::Bytes;
-use headgate_bridge_nats::{HeaderName, OutletMessage};
+use headgate_bridge_nats::HeaderName;
+use headgate_bridge_nats::stream::{OutgoingMessage, StoredMessage};
 
-use crate::log::headers_of_record;
+use crate::log::nats_message::{
+    NATS_MESSAGE_ID_HEADER, RECORD_KEY_ID_HEADER, RECORD_OFFSET_HEADER, RECORD_RECEIVED_AT_HEADER,
+    RECORD_SKIPPED_HEADER, encode_record, header_text, origin_headers,
+};
 use crate::message::{Offset, RecordRef};
-use crate::subject::{SubjectError, SubjectSpace};
-
-const EGRESS_MESSAGE_ID_HEADER: HeaderName = HeaderName::from_static("Nats-Msg-Id");
-const EGRESS_OFFSET_HEADER: HeaderName = HeaderName::from_static("Headgate-Offset");
-const EGRESS_KEY_ID_HEADER: HeaderName = HeaderName::from_static("Headgate-Key-Id");
-const EGRESS_RECEIVED_AT_HEADER: HeaderName = HeaderName::from_static("Headgate-Received-At");
-const EGRESS_SKIPPED_HEADER: HeaderName = HeaderName::from_static("Headgate-Skipped");
+use crate::subject::SubjectError;
 
 /// The message for a record. `log` is the id of the log; `skipped` is how many records right before this
 /// one were removed from the log unsent.
@@ -24,16 +23,15 @@ pub(super) fn message_of_record(
     record: &RecordRef<'_>,
     log: &str,
     skipped: u64,
-) -> Result<OutletMessage, SubjectError> {
-    let mut subject = String::with_capacity(16 + record.datasource.len() + record.topic.len());
-    SubjectSpace::Stream.write_subject(record.datasource, record.topic, &mut subject)?;
-    let mut headers = headers_of_record(record);
-    headers.insert(EGRESS_MESSAGE_ID_HEADER, message_id(log, record.offset));
-    headers.insert(EGRESS_OFFSET_HEADER, record.offset.to_string());
+) -> Result<OutgoingMessage, SubjectError> {
+    let headers = origin_headers(record.key_id, record.received_at, record.transport, record.publisher);
+    let mut message = encode_record(record, headers)?;
+    message.headers.insert(NATS_MESSAGE_ID_HEADER, message_id(log, record.offset));
+    message.headers.insert(RECORD_OFFSET_HEADER, record.offset.to_string());
     if skipped > 0 {
-        headers.insert(EGRESS_SKIPPED_HEADER, skipped.to_string());
+        message.headers.insert(RECORD_SKIPPED_HEADER, skipped.to_string());
     }
-    Ok(OutletMessage { subject, headers, payload: Bytes::copy_from_slice(record.payload) })
+    Ok(message)
 }
 
 fn message_id(log: &str, offset: Offset) -> String {
@@ -44,21 +42,19 @@ fn message_id(log: &str, offset: Offset) -> String {
 }
 
 /// The offset of the record in a message, if the message came from this log.
-pub(super) fn record_offset_of(message: &OutletMessage, log: &str) -> Option<Offset> {
-    let text = |name| message.headers.get(name).map(|value| value.as_str());
-    let offset = text(EGRESS_OFFSET_HEADER)?.parse().ok()?;
-    (text(EGRESS_MESSAGE_ID_HEADER)? == message_id(log, offset)).then_some(offset)
+pub(super) fn record_offset_of(message: &StoredMessage, log: &str) -> Option<Offset> {
+    let offset = header_text(&message.headers, RECORD_OFFSET_HEADER)?.parse().ok()?;
+    let id = header_text(&message.headers, NATS_MESSAGE_ID_HEADER)?;
+    (id == message_id(log, offset)).then_some(offset)
 }
 
 /// Whether `message` is the message for this record, whatever it says was skipped.
-pub(super) fn is_message_of_record(message: &OutletMessage, record: &RecordRef<'_>, log: &str) -> bool {
+pub(super) fn is_message_of_record(message: &StoredMessage, record: &RecordRef<'_>, log: &str) -> bool {
     message_of_record(record, log, 0).is_ok_and(|expected| {
         let same = |name: HeaderName| message.headers.get(name.clone()) == expected.headers.get(name);
-        message.subject == expected.subject
+        message.subject.as_str() == expected.subject
             && message.payload == expected.payload
-            && [EGRESS_MESSAGE_ID_HEADER, EGRESS_KEY_ID_HEADER, EGRESS_RECEIVED_AT_HEADER]
-                .into_iter()
-                .all(same)
+            && [NATS_MESSAGE_ID_HEADER, RECORD_KEY_ID_HEADER, RECORD_RECEIVED_AT_HEADER].into_iter().all(same)
     })
 }
 
@@ -108,7 +104,9 @@ mod tests {
     #[test]
     fn a_message_is_known_again_as_its_record_and_no_other() {
         let one = record("t", &[]);
-        let message = message_of_record(&one, "log", 3).expect("crosses");
+        let OutgoingMessage { subject, headers, payload } =
+            message_of_record(&one, "log", 3).expect("crosses");
+        let message = StoredMessage { sequence: 1, subject: subject.into(), headers, payload };
         assert_eq!(record_offset_of(&message, "log"), Some(41));
         assert_eq!(record_offset_of(&message, "other"), None, "another log's");
         assert!(is_message_of_record(&message, &one, "log"));

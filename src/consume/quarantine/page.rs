@@ -7,13 +7,14 @@ use rusqlite::{Row, params};
 use serde::Serialize;
 
 use crate::consume::query::{
-    QueryError, RecordsReader, StoredRecord, datasource_row_id, origin_of_row, payload_bytes_of_row,
+    PageBudget, QueryError, RecordsReader, StoredRecord, datasource_row_id, origin_of_row,
+    payload_bytes_of_row,
 };
 use crate::consume::render::{RecordJson, record_json};
 use crate::consume::sink::quarantined::{CAUSE_LIMIT, CAUSE_SCHEMA};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
 use crate::filter::TopicFilter;
-use crate::limits::{QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX, TAIL_READ_BYTES};
+use crate::limits::{QUERY_RECORDS_MAX, TAIL_READ_BYTES};
 use crate::log::{Log, LogReadError};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 
@@ -207,16 +208,15 @@ impl RecordsReader {
             let first = query.after_offset.map_or(0, |after| sql_offset(after).saturating_add(1));
             let first = named.and_then(|named| named.first()).map_or(first, |&n| first.max(sql_offset(n)));
             let last = named.map_or(i64::MAX, |named| named.last().map_or(-1, |&n| sql_offset(n)));
-            let limit = query.limit.clamp(1, QUERY_RECORDS_MAX);
-            let (mut scanned, mut bytes, mut at) = (0, 0, None);
+            let mut budget = PageBudget::new(query.limit);
             let mut rows = statement.query(params![datasource, first, last])?;
             while let Some(row) = rows.next()? {
-                if page.records.len() == limit || bytes >= QUERY_BYTES_MAX || scanned == QUERY_SCANNED_MAX {
-                    page.next = at;
+                if budget.is_spent() {
+                    page.next = budget.scanned_to;
                     break;
                 }
                 let offset = offset_from_sql(row.get(3)?);
-                (scanned, at) = (scanned + 1, Some(offset));
+                budget.scan(offset);
                 let unwanted = named.is_some_and(|named| !named.contains(&offset))
                     || query.from.is_some_and(|from| row.get(4).is_ok_and(|at: TimeMicros| at < from))
                     || filter.as_ref().is_some_and(|f| row.get_ref(5).is_ok_and(|t| !matches_filter(f, t)));
@@ -226,7 +226,7 @@ impl RecordsReader {
                 let record = quarantined_record_of_row(row)?;
                 let redrivable = record.cause != QuarantineCause::Key && record.redriven_offset.is_none();
                 if redrivable || !query.redrivable {
-                    bytes += record.record.payload.len() + record.record.topic.len();
+                    budget.take(record.record.payload.len() + record.record.topic.len());
                     page.records.push(record);
                 }
             }

@@ -77,39 +77,9 @@ impl RememberedIds {
         // An upper bound: at most one of each is new.
         self.remembered += 3;
 
-        let datasource = {
-            connection
-                .prepare_cached("INSERT INTO datasources (datasource) VALUES (?1) ON CONFLICT DO NOTHING")?
-                .execute([record.datasource])?;
-            connection
-                .prepare_cached("SELECT id FROM datasources WHERE datasource = ?1")?
-                .query_row([record.datasource], |row| row.get(0))?
-        };
-        let topic = {
-            connection
-                .prepare_cached(
-                    "INSERT INTO topics (datasource_id, topic, latest_offset) VALUES (?1, ?2, ?3)
-                     ON CONFLICT DO NOTHING",
-                )?
-                .execute(params![datasource, record.topic, sql_offset(record.offset)])?;
-            connection
-                .prepare_cached("SELECT id FROM topics WHERE datasource_id = ?1 AND topic = ?2")?
-                .query_row(params![datasource, record.topic], |row| row.get(0))?
-        };
-        let origin = {
-            let origin = params![record.key_id.to_string(), record.transport.as_str(), record.content_type];
-            connection
-                .prepare_cached(
-                    "INSERT INTO origins (key_id, transport, content_type) VALUES (?1, ?2, ?3)
-                     ON CONFLICT DO NOTHING",
-                )?
-                .execute(origin)?;
-            connection
-                .prepare_cached(
-                    "SELECT id FROM origins WHERE key_id = ?1 AND transport = ?2 AND content_type = ?3",
-                )?
-                .query_row(origin, |row| row.get(0))?
-        };
+        let datasource = datasource_id(connection, record)?;
+        let topic = topic_id(connection, record, datasource)?;
+        let origin = origin_id(connection, record)?;
 
         let known = self
             .datasources
@@ -120,4 +90,38 @@ impl RememberedIds {
         origins.insert(record.content_type.into(), origin);
         Ok(RowIds { datasource, topic, origin })
     }
+}
+
+fn datasource_id(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<i64> {
+    connection
+        .prepare_cached("INSERT INTO datasources (datasource) VALUES (?1) ON CONFLICT DO NOTHING")?
+        .execute([record.datasource])?;
+    connection
+        .prepare_cached("SELECT id FROM datasources WHERE datasource = ?1")?
+        .query_row([record.datasource], |row| row.get(0))
+}
+
+fn topic_id(connection: &Connection, record: &RecordRef<'_>, datasource: i64) -> rusqlite::Result<i64> {
+    connection
+        .prepare_cached(
+            "INSERT INTO topics (datasource_id, topic, latest_offset) VALUES (?1, ?2, ?3)
+             ON CONFLICT DO NOTHING",
+        )?
+        .execute(params![datasource, record.topic, sql_offset(record.offset)])?;
+    connection
+        .prepare_cached("SELECT id FROM topics WHERE datasource_id = ?1 AND topic = ?2")?
+        .query_row(params![datasource, record.topic], |row| row.get(0))
+}
+
+fn origin_id(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<i64> {
+    let origin = params![record.key_id.to_string(), record.transport.as_str(), record.content_type];
+    connection
+        .prepare_cached(
+            "INSERT INTO origins (key_id, transport, content_type) VALUES (?1, ?2, ?3)
+             ON CONFLICT DO NOTHING",
+        )?
+        .execute(origin)?;
+    connection
+        .prepare_cached("SELECT id FROM origins WHERE key_id = ?1 AND transport = ?2 AND content_type = ?3")?
+        .query_row(origin, |row| row.get(0))
 }

@@ -5,6 +5,7 @@
 //! has the rest.
 
 mod ids;
+mod insert;
 mod newest;
 pub mod quarantined;
 pub mod schema;

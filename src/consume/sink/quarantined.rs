@@ -21,39 +21,6 @@ pub const CAUSE_LIMIT: &str = "limit";
 /// The `cause` of a record whose key has leaked.
 pub const CAUSE_KEY: &str = "key";
 
-/// What `schema.rs` adds to format 1 to make it format 2.
-pub(super) const CREATE_QUARANTINED_TABLES: &str = "
-    -- What is kept and not let through. cause: 'schema', 'limit' or 'key'; keyword, pointer, detail and
-    -- schema_version say what of its schema a message did not meet. redriven_offset: where it is
-    -- since it was sent through intake again and let in.
-    CREATE TABLE quarantined (
-        offset          INTEGER PRIMARY KEY,
-        datasource_id   INTEGER NOT NULL,
-        topic_id        INTEGER NOT NULL,
-        origin_id       INTEGER NOT NULL,
-        received_us     INTEGER NOT NULL,
-        payload         NOT NULL,
-        properties      BLOB NOT NULL,
-        publisher       INTEGER NOT NULL,
-        flags           INTEGER NOT NULL,
-        cause           TEXT NOT NULL,
-        keyword         TEXT,
-        pointer         TEXT,
-        detail          TEXT,
-        schema_version  INTEGER,
-        redriven_offset INTEGER
-    );
-    CREATE INDEX quarantined_datasource ON quarantined (datasource_id);
-    CREATE INDEX quarantined_origin ON quarantined (origin_id);
-
-    -- The version of the rules about leaked keys that the tables are in accordance with.
-    CREATE TABLE withheld (
-        id      INTEGER PRIMARY KEY CHECK (id = 0),
-        version INTEGER NOT NULL
-    );
-    INSERT INTO withheld VALUES (0, 0);
-";
-
 /// The columns that a record has in both tables.
 const ENTRY_COLUMNS: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload";
 

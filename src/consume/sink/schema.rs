@@ -20,14 +20,31 @@
 //! although no row is ever missing, because SQLite then reads `entries` in the order of its key unless a
 //! condition on a name makes an index better.
 
-use rusqlite::Connection;
+use std::time::Duration;
 
-use super::quarantined;
-use super::sqlite::SinkError;
 use crate::message::Offset;
+use crate::sqlite::SqliteProfile;
 
-/// The version of this schema, kept in `user_version`.
-pub const RECORDS_FORMAT: i64 = 2;
+/// Pages (of 4 KiB) of the write-ahead log after which SQLite copies it into the database.
+const CHECKPOINT_PAGES: i64 = 8 << 10;
+/// The size to which the write-ahead log shrinks after a reader has delayed its copying.
+const WAL_BYTES_KEPT: i64 = 64 << 20;
+/// The cache for database pages, in KiB: the pages that one transaction changes fit in it.
+const CACHE_KIB: i64 = 32 << 10;
+
+/// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
+/// to do. Each transaction fails soon, and is tried again.
+pub(super) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
+    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE],
+    open_lock_wait_max: Duration::from_secs(5),
+    lock_wait_max: Duration::from_millis(250),
+    pragmas: &[
+        ("wal_autocheckpoint", CHECKPOINT_PAGES),
+        ("journal_size_limit", WAL_BYTES_KEPT),
+        ("cache_size", -CACHE_KIB),
+    ],
+    ..SqliteProfile::SHARED
+};
 
 /// Offsets that one row of `time_index` covers.
 pub const TIME_INDEX_OFFSETS: u64 = 4096;
@@ -137,14 +154,42 @@ const CREATE_RECORDS_TABLES: &str = concat!(
     FROM latest_values v
     JOIN topics t ON t.id = v.topic_id
     JOIN datasources d ON d.id = t.datasource_id;
-
-    PRAGMA user_version = 1;
     "
 );
 
-/// The view of what [`quarantined::CREATE_QUARANTINED_TABLES`] makes. Completes the step from format 1 to format 2.
-const CREATE_QUARANTINE_VIEW: &str = concat!(
+/// Turns format 1 into format 2.
+const ADD_QUARANTINE: &str = concat!(
     "
+    -- What is kept and not let through. cause: 'schema', 'limit' or 'key'; keyword, pointer, detail and
+    -- schema_version say what of its schema a message did not meet. redriven_offset: where it is
+    -- since it was sent through intake again and let in.
+    CREATE TABLE quarantined (
+        offset          INTEGER PRIMARY KEY,
+        datasource_id   INTEGER NOT NULL,
+        topic_id        INTEGER NOT NULL,
+        origin_id       INTEGER NOT NULL,
+        received_us     INTEGER NOT NULL,
+        payload         NOT NULL,
+        properties      BLOB NOT NULL,
+        publisher       INTEGER NOT NULL,
+        flags           INTEGER NOT NULL,
+        cause           TEXT NOT NULL,
+        keyword         TEXT,
+        pointer         TEXT,
+        detail          TEXT,
+        schema_version  INTEGER,
+        redriven_offset INTEGER
+    );
+    CREATE INDEX quarantined_datasource ON quarantined (datasource_id);
+    CREATE INDEX quarantined_origin ON quarantined (origin_id);
+
+    -- The version of the rules about leaked keys that the tables are in accordance with.
+    CREATE TABLE withheld (
+        id      INTEGER PRIMARY KEY CHECK (id = 0),
+        version INTEGER NOT NULL
+    );
+    INSERT INTO withheld VALUES (0, 0);
+
     CREATE VIEW quarantine AS
     SELECT q.offset, d.datasource, t.topic, q.payload, o.content_type, o.key_id, o.transport,
         ",
@@ -155,52 +200,27 @@ const CREATE_QUARANTINE_VIEW: &str = concat!(
     LEFT JOIN datasources d ON d.id = q.datasource_id
     LEFT JOIN topics t ON t.id = q.topic_id
     LEFT JOIN origins o ON o.id = q.origin_id;
-
-    PRAGMA user_version = 2;
     "
 );
 
-/// Ensures that the database has this schema; an empty one is given it.
-///
-/// # Errors
-/// [`SinkError::Newer`] and [`SinkError::Foreign`] for a database that is not ours to write.
-pub(super) fn prepare(connection: &mut Connection) -> Result<(), SinkError> {
-    let version = |c: &Connection| c.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
-    match version(connection)? {
-        RECORDS_FORMAT => return Ok(()),
-        0 | 1 => {}
-        found => return Err(SinkError::Newer { found }),
-    }
-    let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-    // Read again under the write lock: another process may just have made the tables.
-    if version(&transaction)? == 0 {
-        let objects: i64 =
-            transaction.query_row("SELECT count(*) FROM sqlite_master", [], |row| row.get(0))?;
-        if objects > 0 {
-            return Err(SinkError::Foreign);
-        }
-        transaction.execute_batch(CREATE_RECORDS_TABLES)?;
-    }
-    if version(&transaction)? == 1 {
-        transaction.execute_batch(quarantined::CREATE_QUARANTINED_TABLES)?;
-        transaction.execute_batch(CREATE_QUARANTINE_VIEW)?;
-    }
-    transaction.commit()?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use rusqlite::Connection;
+
     use super::*;
 
     #[test]
     fn a_database_of_format_1_becomes_one_of_format_2_with_what_is_in_it() {
-        let mut connection = Connection::open_in_memory().expect("opens");
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("records.db");
+        let connection = Connection::open(&path).expect("opens");
         connection.execute_batch(CREATE_RECORDS_TABLES).expect("format 1");
         connection.execute("UPDATE cursor SET next_offset = 41", []).expect("written");
-        prepare(&mut connection).expect("upgraded");
+        connection.pragma_update(None, "user_version", 1).expect("written");
+        drop(connection);
+        let connection = RECORDS_DATABASE.open(&path).expect("upgraded");
         let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
-        assert_eq!(number("PRAGMA user_version"), RECORDS_FORMAT);
+        assert_eq!(number("PRAGMA user_version"), 2);
         assert_eq!(number("SELECT next_offset FROM cursor"), 41);
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);

@@ -9,55 +9,27 @@
 //! told only [durable](SqliteSink::durable_cursor) cursors. So storage costs the disk that
 //! acknowledgements wait for one sync a second, not one per transaction.
 
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
-use rusqlite::types::{ToSqlOutput, ValueRef};
-use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
+use rusqlite::{Connection, TransactionBehavior};
 
 use super::ids::RememberedIds;
-use super::newest::NewestValues;
+use super::insert::insert_records;
 use super::quarantined;
-use super::schema::{self, RECORDS_FORMAT, TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
+use super::schema::{RECORDS_DATABASE, offset_from_sql, sql_offset};
 use crate::log::{WithheldChange, WithheldRules, WithheldSnapshot};
-use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
+use crate::message::{Offset, RecordRef};
+use crate::sqlite::{SqliteError, checkpoint};
 
 /// The file's name in the data directory.
 pub const RECORDS_FILE_NAME: &str = "records.db";
-/// Pages (of 4 KiB) of the write-ahead log after which SQLite copies it into the database.
-const CHECKPOINT_PAGES: i64 = 8 << 10;
-/// The size to which the write-ahead log shrinks after a reader has delayed its copying.
-const WAL_BYTES_KEPT: i64 = 64 << 20;
-/// The cache for database pages, in KiB: the pages that one transaction changes fit in it.
-const CACHE_KIB: i64 = 32 << 10;
-/// How long each transaction waits for another process's lock before it fails.
-const SINK_LOCK_WAIT_MAX: Duration = Duration::from_millis(250);
-/// How long the opening waits for it: without the database there is nothing to do.
-const SINK_OPEN_LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Why the sink did not take records, or could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {
-    /// Another process holds the database locked.
-    #[error("records.db is locked by another process")]
-    Locked,
-    /// The file system has no room for it.
-    #[error("records.db cannot grow: the disk is full")]
-    DiskFull,
-    /// Another error of SQLite's.
-    #[error("records.db: {0}")]
-    Database(rusqlite::Error),
-    /// A later Headgate wrote it.
-    #[error(
-        "records.db has format {found}, and this Headgate knows formats up to {RECORDS_FORMAT}: use a newer one"
-    )]
-    Newer {
-        /// Its `user_version`.
-        found: i64,
-    },
-    /// It is not Headgate's database.
-    #[error("records.db is an SQLite database that Headgate has not made")]
-    Foreign,
+    /// The database could not be opened or written.
+    #[error(transparent)]
+    Database(#[from] SqliteError),
     /// Another process has moved the cursor.
     #[error("records.db is written by another process: its cursor is no longer {expected}")]
     CursorMoved {
@@ -66,26 +38,17 @@ pub enum SinkError {
     },
 }
 
-impl From<rusqlite::Error> for SinkError {
-    fn from(error: rusqlite::Error) -> Self {
-        match error.sqlite_error_code() {
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => SinkError::Locked,
-            Some(ErrorCode::DiskFull) => SinkError::DiskFull,
-            _ => SinkError::Database(error),
-        }
-    }
-}
-
 impl SinkError {
     /// Whether the transaction left no trace and the sink can still be used.
     pub fn is_clean_rollback(&self) -> bool {
-        matches!(self, SinkError::Locked | SinkError::DiskFull)
+        matches!(self, SinkError::Database(error) if error.is_clean_rollback())
     }
 }
 
 /// The open database and its cursor in the log.
 pub struct SqliteSink {
     connection: Connection,
+    path: PathBuf,
     ids: RememberedIds,
     cursor: Offset,
     durable_cursor: Offset,
@@ -100,32 +63,33 @@ impl SqliteSink {
     /// Opens the database at `path`, or makes it.
     ///
     /// # Errors
-    /// [`SinkError::Newer`] and [`SinkError::Foreign`] for one that this Headgate must not write, and any
-    /// other error that keeps it from being opened.
+    /// [`SinkError::Database`], also for a database that this Headgate must not write.
     pub fn open(path: &Path) -> Result<Self, SinkError> {
-        let mut connection = Connection::open(path)?;
-        connection.busy_timeout(SINK_OPEN_LOCK_WAIT_MAX)?;
+        let connection = RECORDS_DATABASE.open(path)?;
+        Ok(Self::from_connection(connection, path).map_err(|error| SqliteError::from_sqlite(&error, path))?)
+    }
+
+    fn from_connection(connection: Connection, path: &Path) -> rusqlite::Result<Self> {
         connection.set_prepared_statement_cache_capacity(32);
-        connection.pragma_update(None, "journal_mode", "WAL")?;
-        connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
-        connection.pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT)?;
-        connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
-        schema::prepare(&mut connection)?;
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
-        connection.busy_timeout(SINK_LOCK_WAIT_MAX)?;
-        // The stored records may be in the operating system's memory only. Until the first synced
-        // transaction the durable cursor stays 0, so that the log keeps everything.
-        let cursor = offset_from_sql(cursor);
         let withheld_version = quarantined::stored_withheld_version(&connection)?;
         Ok(Self {
             connection,
+            path: path.to_owned(),
             ids: RememberedIds::default(),
-            cursor,
+            cursor: offset_from_sql(cursor),
+            // The stored records may be in the operating system's memory only. Until the first synced
+            // transaction the durable cursor stays 0, so that the log keeps everything.
             durable_cursor: 0,
             withheld_version,
             left_out: WithheldSnapshot::default(),
             ids_uncertain: false,
         })
+    }
+
+    /// Names the file in an error of SQLite's.
+    fn database_error(&self, error: &rusqlite::Error) -> SinkError {
+        SqliteError::from_sqlite(error, &self.path).into()
     }
 
     /// The first offset that is not stored yet.
@@ -156,14 +120,18 @@ impl SqliteSink {
     pub fn reconcile(&mut self, withheld: &WithheldRules) -> Result<(), SinkError> {
         // The version first: a change that comes meanwhile is applied again by the next call.
         let version = withheld.version();
+        self.write_reconciled(withheld, version).map_err(|error| self.database_error(&error))?;
+        self.withheld_version = version;
+        Ok(())
+    }
+
+    fn write_reconciled(&mut self, withheld: &WithheldRules, version: u64) -> rusqlite::Result<()> {
         let changes: Vec<WithheldChange> = withheld.changes_after(self.withheld_version);
         let left_out = withheld.now();
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         quarantined::reconcile(&transaction, &changes, &left_out, version)?;
-        transaction.commit()?;
-        self.withheld_version = version;
-        Ok(())
+        transaction.commit()
     }
 
     /// Stores `records`, which are in order and below `next`, and moves the cursor to `next`, all or
@@ -172,7 +140,7 @@ impl SqliteSink {
     /// With `sync`, this transaction and all before it are on the disk afterwards.
     ///
     /// # Errors
-    /// [`SinkError::Locked`] after a quarter of a second, [`SinkError::DiskFull`], and other errors of
+    /// [`SqliteError::Busy`] after a quarter of a second, [`SqliteError::Full`], and other errors of
     /// SQLite's. Unless the error [says otherwise](SinkError::is_clean_rollback), open the sink again:
     /// the transaction may have been committed after all.
     pub fn store<'a>(
@@ -184,18 +152,10 @@ impl SqliteSink {
         if std::mem::replace(&mut self.ids_uncertain, true) {
             self.ids.clear();
         }
-        self.connection.pragma_update(None, "synchronous", if sync { "FULL" } else { "NORMAL" })?;
-        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let (expected, wanted) = (sql_offset(self.cursor), sql_offset(next));
-        let moved = transaction
-            .prepare_cached("UPDATE cursor SET next_offset = ?2 WHERE next_offset = ?1")?
-            .execute([expected, wanted])?;
-        if moved != 1 {
+        let moved = self.write(records, next, sync).map_err(|error| self.database_error(&error))?;
+        if !moved {
             return Err(SinkError::CursorMoved { expected: self.cursor });
         }
-        let records = records.skip_while(|record| record.offset < self.cursor);
-        insert_records(&transaction, &mut self.ids, &self.left_out, records)?;
-        transaction.commit()?;
         self.ids_uncertain = false;
         self.cursor = next;
         if sync {
@@ -204,91 +164,38 @@ impl SqliteSink {
         Ok(())
     }
 
+    /// The transaction of [`SqliteSink::store`]. `false`, and nothing is written, if the cursor is elsewhere.
+    fn write<'a>(
+        &mut self,
+        records: impl Iterator<Item = RecordRef<'a>>,
+        next: Offset,
+        sync: bool,
+    ) -> rusqlite::Result<bool> {
+        self.connection.pragma_update(None, "synchronous", if sync { "FULL" } else { "NORMAL" })?;
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let moved = transaction
+            .prepare_cached("UPDATE cursor SET next_offset = ?2 WHERE next_offset = ?1")?
+            .execute([sql_offset(self.cursor), sql_offset(next)])?;
+        if moved != 1 {
+            return Ok(false);
+        }
+        let records = records.skip_while(|record| record.offset < self.cursor);
+        insert_records(&transaction, &mut self.ids, &self.left_out, records)?;
+        transaction.commit()?;
+        Ok(true)
+    }
+
     /// Copies the write-ahead log into the database and syncs it, so that everything is in one file.
     /// Returns whether it could: a process that reads prevents it.
     ///
     /// # Errors
     /// SQLite's.
     pub fn checkpoint(&mut self) -> Result<bool, SinkError> {
-        let busy: bool =
-            self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
-        if !busy {
+        let is_copied = checkpoint(&self.connection).map_err(|error| self.database_error(&error))?;
+        if is_copied {
             self.durable_cursor = self.cursor;
         }
-        Ok(!busy)
-    }
-}
-
-fn insert_records<'a>(
-    transaction: &Connection,
-    ids: &mut RememberedIds,
-    left_out: &WithheldSnapshot,
-    records: impl Iterator<Item = RecordRef<'a>>,
-) -> rusqlite::Result<()> {
-    let mut newest = NewestValues::default();
-    let mut times = TimeIndexRow::default();
-    let mut entry = transaction.prepare_cached(
-        "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-    )?;
-    for record in records {
-        let row = ids.row_ids(transaction, &record)?;
-        // Many tools end a TEXT at a NUL, so that such a payload is stored as a BLOB.
-        let text = std::str::from_utf8(record.payload).ok().filter(|text| !text.contains('\0'));
-        let payload = text.map_or(ValueRef::Blob(record.payload), ValueRef::from);
-        times.observe(transaction, record.offset, record.received_at)?;
-        if left_out.contains(&record) {
-            quarantined::insert_quarantined(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;
-            continue;
-        }
-        if record.flags.contains(RecordFlags::REDRIVEN) {
-            quarantined::note_redriven(transaction, &record)?;
-        }
-        entry.execute(params![
-            sql_offset(record.offset),
-            row.datasource,
-            row.topic,
-            row.origin,
-            record.received_at,
-            ToSqlOutput::Borrowed(payload),
-        ])?;
-        newest.observe(row.topic, &record, text);
-    }
-    times.write(transaction)?;
-    newest.write(transaction)
-}
-
-/// The row of `time_index` for the present records: its first offset, oldest and newest time.
-#[derive(Default)]
-struct TimeIndexRow {
-    row: Option<(Offset, TimeMicros, TimeMicros)>,
-}
-
-impl TimeIndexRow {
-    fn observe(&mut self, transaction: &Connection, offset: Offset, at: TimeMicros) -> rusqlite::Result<()> {
-        let first = offset - offset % TIME_INDEX_OFFSETS;
-        match &mut self.row {
-            Some((row, oldest, newest)) if *row == first => {
-                (*oldest, *newest) = ((*oldest).min(at), (*newest).max(at));
-            }
-            _ => {
-                self.write(transaction)?;
-                self.row = Some((first, at, at));
-            }
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, transaction: &Connection) -> rusqlite::Result<()> {
-        let Some((first, oldest, newest)) = self.row.take() else { return Ok(()) };
-        transaction
-            .prepare_cached(
-                "INSERT INTO time_index (first_offset, oldest_us, newest_us) VALUES (?1, ?2, ?3)
-                 ON CONFLICT DO UPDATE SET oldest_us = min(oldest_us, excluded.oldest_us),
-                                           newest_us = max(newest_us, excluded.newest_us)",
-            )?
-            .execute(params![sql_offset(first), oldest, newest])?;
-        Ok(())
+        Ok(is_copied)
     }
 }
 
@@ -383,7 +290,7 @@ mod tests {
         let payload = vec![b'x'; 100_000];
         let records = || (0..3).map(|offset| record(offset, "press-4", "a", &payload));
         let error = sink.store(records(), 3, true).expect_err("no room");
-        assert!(matches!(error, SinkError::DiskFull), "{error}");
+        assert!(matches!(error, SinkError::Database(SqliteError::Full { .. })), "{error}");
         assert!(error.is_clean_rollback());
         assert_eq!((sink.cursor(), sink.durable_cursor()), (0, 0));
         assert_eq!(content(dir.path()), (vec![], 0));
@@ -474,13 +381,16 @@ mod tests {
         let error = SqliteSink::open(&path).map(drop).expect_err("a newer format");
         assert_eq!(
             error.to_string(),
-            "records.db has format 3, and this Headgate knows formats up to 2: use a newer one"
+            format!(
+                "{} has format 3 and this Headgate knows formats up to 2: use a newer one",
+                path.display()
+            )
         );
 
         let path = dir.path().join("other.db");
         Connection::open(&path).and_then(|c| c.execute_batch("CREATE TABLE mine (x)")).expect("made");
         let error = SqliteSink::open(&path).map(drop).expect_err("not ours");
-        assert!(matches!(error, SinkError::Foreign), "{error}");
+        assert!(matches!(error, SinkError::Database(SqliteError::Foreign { .. })), "{error}");
 
         let path = dir.path().join("no.db");
         std::fs::write(&path, "this is no database, and long enough to be seen not to be one".repeat(20))

@@ -14,82 +14,12 @@ use std::task::{Context, Poll, ready};
 use tokio::task::JoinHandle;
 
 use super::mailbox::{Mailbox, MailboxContents, RoutedRecords};
+use super::matched::{FilterHits, MatchedRecords};
 use super::router::Router;
 use super::trie::Trie;
 use crate::limits::CATCH_UP_BYTES;
-use crate::log::{Batch, Log, LogReadError, RecordPlace, WithheldRules};
+use crate::log::{Batch, Log, LogReadError, RecordPlace};
 use crate::message::{DatasourceId, Offset};
-
-/// The matching records of one batch, in order.
-pub struct MatchedRecords {
-    batch: Batch,
-    hits: FilterHits,
-    next: usize,
-    withheld: Arc<WithheldRules>,
-}
-
-/// One record of a [`MatchedRecords`]: its place, and the slots of the filters that match it.
-pub struct FilterHit<'a> {
-    /// Where in [`MatchedRecords::batch`].
-    pub place: RecordPlace,
-    /// At least one.
-    pub slots: &'a [u32],
-}
-
-enum FilterHits {
-    /// One filter matches them all. Every subscriber of that filter shares the places.
-    One([u32; 1], Arc<[RecordPlace]>),
-    /// Each record with the position of its first slot, and the slots of all records.
-    Many(Vec<(RecordPlace, u32)>, Vec<u32>),
-}
-
-impl MatchedRecords {
-    /// The batch of the records.
-    pub fn batch(&self) -> &Batch {
-        &self.batch
-    }
-
-    /// The next record. It stays the next until [`MatchedRecords::advance`].
-    pub fn peek(&self) -> Option<FilterHit<'_>> {
-        let at = self.next_given(self.next)?;
-        Some(match &self.hits {
-            FilterHits::One(slot, places) => FilterHit { place: places[at], slots: slot },
-            FilterHits::Many(places, slots) => {
-                let (place, from) = places[at];
-                let to = places.get(at + 1).map_or(slots.len(), |(_, next)| *next as usize);
-                FilterHit { place, slots: &slots[from as usize..to] }
-            }
-        })
-    }
-
-    /// Moves past the next record.
-    pub fn advance(&mut self) {
-        self.next = self.next_given(self.next).map_or(self.hits.len(), |at| at + 1);
-    }
-
-    /// How many records are left.
-    pub fn remaining(&self) -> usize {
-        match self.withheld.now() {
-            left_out if left_out.is_nothing() => self.hits.len() - self.next,
-            _ => std::iter::successors(self.next_given(self.next), |at| self.next_given(at + 1)).count(),
-        }
-    }
-
-    fn has_more(&self) -> bool {
-        self.next_given(self.next).is_some()
-    }
-
-    /// The first record from `at` on that is not withheld because its key has leaked. This is checked at the
-    /// last moment, because matches may wait for a slow subscriber.
-    fn next_given(&self, at: usize) -> Option<usize> {
-        let left_out = self.withheld.now();
-        if left_out.is_nothing() {
-            return (at < self.hits.len()).then_some(at);
-        }
-        let mut reader = self.batch.reader();
-        (at..self.hits.len()).find(|&at| !left_out.withholds(&reader.read(self.hits.place(at))))
-    }
-}
 
 /// What comes next in a feed.
 pub enum FeedItem {
@@ -122,13 +52,41 @@ pub struct SubscriberFeed {
 
 enum FeedMode {
     Live,
-    Behind {
-        /// Batches that were read and not matched yet.
-        read: VecDeque<Batch>,
-        /// The filters, for matching.
-        trie: Trie<u32>,
-        reading: Option<JoinHandle<Result<Vec<Batch>, LogReadError>>>,
-    },
+    Behind(CatchUpReader),
+}
+
+/// Reads the log for a feed that is behind.
+#[derive(Default)]
+struct CatchUpReader {
+    /// Batches that were read and not matched yet.
+    read: VecDeque<Batch>,
+    /// The filters, for matching.
+    trie: Trie<u32>,
+    reading: Option<JoinHandle<Result<Vec<Batch>, LogReadError>>>,
+}
+
+impl CatchUpReader {
+    /// The next batches from `position` on; none at the end of the log.
+    fn poll_read(
+        &mut self,
+        log: &Arc<dyn Log>,
+        position: Offset,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Vec<Batch>, LogReadError>> {
+        let task = match &mut self.reading {
+            Some(task) => task,
+            none => match log.read_recent(position, CATCH_UP_BYTES) {
+                Some(batches) => return Poll::Ready(Ok(batches)),
+                None => {
+                    let log = log.clone();
+                    none.insert(tokio::task::spawn_blocking(move || log.read(position, CATCH_UP_BYTES)))
+                }
+            },
+        };
+        let done = ready!(Pin::new(task).poll(cx));
+        self.reading = None;
+        Poll::Ready(done.unwrap_or_else(|ended| Err(LogReadError::Io(ended.to_string().into()))))
+    }
 }
 
 impl SubscriberFeed {
@@ -141,7 +99,7 @@ impl SubscriberFeed {
             mailbox: Arc::default(),
             slots: Vec::new(),
             position,
-            mode: FeedMode::behind(),
+            mode: FeedMode::Behind(CatchUpReader::default()),
         }
     }
 
@@ -180,8 +138,8 @@ impl SubscriberFeed {
                 }
             }
             self.rewind(from);
-        } else if let FeedMode::Behind { trie, .. } = &mut self.mode {
-            *trie = Trie::default();
+        } else if let FeedMode::Behind(reader) = &mut self.mode {
+            reader.trie = Trie::default();
         }
         from
     }
@@ -190,7 +148,7 @@ impl SubscriberFeed {
     pub fn rewind(&mut self, to: Offset) {
         self.position = self.position.min(to);
         self.mailbox.go_behind();
-        self.mode = FeedMode::behind();
+        self.mode = FeedMode::Behind(CatchUpReader::default());
     }
 
     /// Removes a slot's filter.
@@ -198,8 +156,8 @@ impl SubscriberFeed {
         if let Some(slot) = self.slots.get_mut(slot as usize).and_then(Option::take) {
             self.router.unsubscribe(&slot.filter, &self.mailbox);
         }
-        if let FeedMode::Behind { trie, .. } = &mut self.mode {
-            *trie = Trie::default();
+        if let FeedMode::Behind(reader) = &mut self.mode {
+            reader.trie = Trie::default();
         }
     }
 
@@ -214,66 +172,56 @@ impl SubscriberFeed {
     /// [`LogReadError`], if the log cannot be read; never `Removed`, which is [`FeedItem::Skipped`].
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<FeedItem, LogReadError>> {
         loop {
-            match &mut self.mode {
-                FeedMode::Live => match ready!(self.mailbox.poll_take(|| self.router.routed_offset(), cx)) {
-                    MailboxContents::Behind => self.mode = FeedMode::behind(),
-                    MailboxContents::Batch(routed) => {
-                        if let Some(matched) = self.merge(routed).filter(MatchedRecords::has_more) {
-                            return Poll::Ready(Ok(FeedItem::Matched(matched)));
-                        }
-                    }
-                },
-                FeedMode::Behind { read, trie, reading } => {
-                    if let Some(batch) = read.pop_front() {
-                        fill_trie(trie, &self.slots);
-                        let matched = match_batch(trie, &self.slots, &batch, self.position);
-                        let withheld = self.log.withheld().clone();
-                        let matched = matched.map(|hits| MatchedRecords {
-                            batch: batch.clone(),
-                            hits,
-                            next: 0,
-                            withheld,
-                        });
-                        self.position = self.position.max(batch.next_offset());
-                        match matched.filter(MatchedRecords::has_more) {
-                            Some(matched) => return Poll::Ready(Ok(FeedItem::Matched(matched))),
-                            None => continue,
-                        }
-                    }
-                    let batches = match reading {
-                        Some(task) => {
-                            let done = ready!(Pin::new(task).poll(cx));
-                            *reading = None;
-                            done.unwrap_or_else(|ended| Err(LogReadError::Io(ended.to_string().into())))
-                        }
-                        None => match self.log.read_recent(self.position, CATCH_UP_BYTES) {
-                            Some(batches) => Ok(batches),
-                            None => {
-                                let (log, position) = (self.log.clone(), self.position);
-                                *reading = Some(tokio::task::spawn_blocking(move || {
-                                    log.read(position, CATCH_UP_BYTES)
-                                }));
-                                continue;
-                            }
-                        },
-                    };
-                    match batches {
-                        Ok(batches) if batches.is_empty() => self.try_live(),
-                        Ok(batches) => {
-                            *read = batches.into();
-                            // A feed that reads much yields to other tasks between batches.
-                            cx.waker().wake_by_ref();
-                            return Poll::Pending;
-                        }
-                        Err(LogReadError::Removed { first, .. }) => {
-                            let skipped = first.saturating_sub(self.position);
-                            self.position = self.position.max(first);
-                            return Poll::Ready(Ok(FeedItem::Skipped(skipped)));
-                        }
-                        Err(error) => return Poll::Ready(Err(error)),
-                    }
-                }
+            let item = match &self.mode {
+                FeedMode::Live => ready!(self.poll_live(cx)),
+                FeedMode::Behind(_) => ready!(self.poll_behind(cx))?,
+            };
+            if let Some(item) = item {
+                return Poll::Ready(Ok(item));
             }
+        }
+    }
+
+    /// What the router has left in the mailbox. `None`: look again.
+    fn poll_live(&mut self, cx: &mut Context<'_>) -> Poll<Option<FeedItem>> {
+        Poll::Ready(match ready!(self.mailbox.poll_take(|| self.router.routed_offset(), cx)) {
+            MailboxContents::Behind => {
+                self.mode = FeedMode::Behind(CatchUpReader::default());
+                None
+            }
+            MailboxContents::Batch(routed) => {
+                self.merge(routed).filter(MatchedRecords::has_more).map(FeedItem::Matched)
+            }
+        })
+    }
+
+    /// What the log has after the position. `None`: look again.
+    fn poll_behind(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<FeedItem>, LogReadError>> {
+        let FeedMode::Behind(reader) = &mut self.mode else { return Poll::Ready(Ok(None)) };
+        if let Some(batch) = reader.read.pop_front() {
+            fill_trie(&mut reader.trie, &self.slots);
+            let hits = match_batch(&reader.trie, &self.slots, &batch, self.position);
+            self.position = self.position.max(batch.next_offset());
+            let matched = hits.map(|hits| MatchedRecords::new(batch, hits, self.log.withheld().clone()));
+            return Poll::Ready(Ok(matched.filter(MatchedRecords::has_more).map(FeedItem::Matched)));
+        }
+        match ready!(reader.poll_read(&self.log, self.position, cx)) {
+            Ok(batches) if batches.is_empty() => {
+                self.try_live();
+                Poll::Ready(Ok(None))
+            }
+            Ok(batches) => {
+                reader.read = batches.into();
+                // A feed that reads much yields to other tasks between batches.
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Err(LogReadError::Removed { first, .. }) => {
+                let skipped = first.saturating_sub(self.position);
+                self.position = self.position.max(first);
+                Poll::Ready(Ok(Some(FeedItem::Skipped(skipped))))
+            }
+            Err(error) => Poll::Ready(Err(error)),
         }
     }
 
@@ -299,13 +247,8 @@ impl SubscriberFeed {
             let wanted = from(one.slot).unwrap_or_default();
             let first = one.places.partition_point(|place| place.offset < wanted);
             let hits = FilterHits::One([one.slot], one.places.clone());
-            let withheld = self.log.withheld().clone();
-            return (first < one.places.len()).then_some(MatchedRecords {
-                batch,
-                hits,
-                next: first,
-                withheld,
-            });
+            let matched = MatchedRecords::new(batch, hits, self.log.withheld().clone());
+            return (first < one.places.len()).then(|| matched.starting_at(first));
         }
         let mut all: Vec<(RecordPlace, u32)> = Vec::new();
         for RoutedRecords { slot, places, .. } in &routed {
@@ -313,8 +256,8 @@ impl SubscriberFeed {
             all.extend(places.iter().filter(|place| place.offset >= wanted).map(|place| (*place, *slot)));
         }
         all.sort_by_key(|(place, _)| place.offset);
-        let withheld = self.log.withheld().clone();
-        FilterHits::from_pairs(all.into_iter()).map(|hits| MatchedRecords { batch, hits, next: 0, withheld })
+        let hits = FilterHits::from_pairs(all.into_iter())?;
+        Some(MatchedRecords::new(batch, hits, self.log.withheld().clone()))
     }
 }
 
@@ -323,40 +266,6 @@ impl Drop for SubscriberFeed {
         for slot in self.slots.iter().flatten() {
             self.router.unsubscribe(&slot.filter, &self.mailbox);
         }
-    }
-}
-
-impl FeedMode {
-    fn behind() -> Self {
-        FeedMode::Behind { read: VecDeque::new(), trie: Trie::default(), reading: None }
-    }
-}
-
-impl FilterHits {
-    fn len(&self) -> usize {
-        match self {
-            FilterHits::One(_, places) => places.len(),
-            FilterHits::Many(places, _) => places.len(),
-        }
-    }
-
-    fn place(&self, at: usize) -> RecordPlace {
-        match self {
-            FilterHits::One(_, places) => places[at],
-            FilterHits::Many(places, _) => places[at].0,
-        }
-    }
-
-    /// Builds hits from ordered pairs of record and slot; a record has one pair per matching filter.
-    fn from_pairs(all: impl Iterator<Item = (RecordPlace, u32)>) -> Option<Self> {
-        let (mut places, mut slots): (Vec<(RecordPlace, u32)>, Vec<u32>) = Default::default();
-        for (place, slot) in all {
-            if places.last().is_none_or(|(last, _)| last.offset != place.offset) {
-                places.push((place, u32::try_from(slots.len()).expect("fewer than 2³² in a batch")));
-            }
-            slots.push(slot);
-        }
-        (!places.is_empty()).then_some(FilterHits::Many(places, slots))
     }
 }
 

@@ -11,11 +11,12 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, run_blocking};
 use crate::auth::audit::{AuditEntry, AuditQuery};
+use crate::front::problem::Problem;
 use crate::limits::{AUDIT_ENTRIES_DEFAULT, AUDIT_ENTRIES_MAX};
 use crate::message::TimeMicros;
+use crate::observe::cause::Cause;
 use crate::time::{Rfc3339, parse_time};
 
 const NDJSON_MEDIA_TYPE: &str = "application/x-ndjson";
@@ -77,7 +78,7 @@ pub(super) async fn list(
     let limit = limit.unwrap_or(if ndjson { AUDIT_ENTRIES_MAX } else { AUDIT_ENTRIES_DEFAULT });
     if !(1..=AUDIT_ENTRIES_MAX).contains(&limit) {
         let words = format!("limit is {limit}: it has to be between 1 and {AUDIT_ENTRIES_MAX}.");
-        return Err(Problem::new(ProblemKind::Malformed, words).with("limit", AUDIT_ENTRIES_MAX));
+        return Err(Problem::new(Cause::Malformed, words).with("limit", AUDIT_ENTRIES_MAX));
     }
     let (from, to) = (audit_time_parameter("from", from)?, audit_time_parameter("to", to)?);
     let page = AuditQuery { from, to, after: after.unwrap_or(0), limit };
@@ -101,7 +102,7 @@ fn audit_time_parameter(name: &str, text: Option<String>) -> Result<Option<TimeM
     let Some(text) = text else { return Ok(None) };
     let time = parse_time(&text).ok_or_else(|| {
         let words = format!("{name} has to be an RFC 3339 time such as 2026-11-23T09:28:39Z.");
-        Problem::new(ProblemKind::Malformed, words).with("parameter", name)
+        Problem::new(Cause::Malformed, words).with("parameter", name)
     })?;
     Ok(Some(time))
 }

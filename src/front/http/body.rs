@@ -21,8 +21,9 @@ use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::io::{ReaderStream, StreamReader};
 
-use super::problem::{Problem, ProblemKind};
+use crate::front::problem::Problem;
 use crate::limits::ZSTD_WINDOW_LOG_MAX;
+use crate::observe::cause::Cause;
 
 /// The size of the chunks that a decoder produces.
 const DECODED_CHUNK_BYTES: usize = 32 << 10;
@@ -61,7 +62,7 @@ pub(super) async fn read(
         Err(_) => {
             let ms_max = limits.time_max.as_millis();
             let words = format!("The body was not there within {ms_max} ms (http.body_ms_max).");
-            Err(Problem::new(ProblemKind::Timeout, words))
+            Err(Problem::new(Cause::Timeout, words))
         }
     }
 }
@@ -86,7 +87,7 @@ fn encoding(headers: &HeaderMap) -> Result<BodyEncoding, Problem> {
         };
         if known == BodyEncoding::Identity || encoding != BodyEncoding::Identity {
             let words = "A body is sent as it is, or with one of the content encodings gzip and zstd.";
-            return Err(Problem::new(ProblemKind::ContentEncoding, words));
+            return Err(Problem::new(Cause::ContentEncoding, words));
         }
         encoding = known;
     }
@@ -139,8 +140,8 @@ async fn collect(
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|error| match error.kind() {
             io::ErrorKind::FileTooLarge => too_large(limits),
-            io::ErrorKind::InvalidData => Problem::new(ProblemKind::Malformed, error.to_string()),
-            _ => Problem::new(ProblemKind::Malformed, "The body broke off before its end."),
+            io::ErrorKind::InvalidData => Problem::new(Cause::Malformed, error.to_string()),
+            _ => Problem::new(Cause::Malformed, "The body broke off before its end."),
         })?;
         if bytes.len() + chunk.len() > limits.bytes_max {
             return Err(too_large(limits));
@@ -148,11 +149,7 @@ async fn collect(
         // Two bodies that are half read would wait for each other's room for ever: refuse one instead.
         let permits = u32::try_from(chunk.len()).map_err(|_| too_large(limits))?;
         let more = room.clone().try_acquire_many_owned(permits).map_err(|_| {
-            Problem::new(
-                ProblemKind::Unavailable,
-                "Too many request bodies are in memory already; try again.",
-            )
-            .with_cause("bodies")
+            Problem::new(Cause::Bodies, "Too many request bodies are in memory already; try again.")
         })?;
         match &mut taken {
             Some(taken) => taken.merge(more),
@@ -167,7 +164,7 @@ fn too_large(limits: BodyLimits) -> Problem {
     let BodyLimits { bytes_max, setting, .. } = limits;
     let setting = if setting.is_empty() { String::new() } else { format!(" ({setting})") };
     let words = format!("The body is over the limit of {bytes_max} bytes{setting}, compressed or not.");
-    Problem::new(ProblemKind::TooLarge, words).with("limit", bytes_max)
+    Problem::new(Cause::TooLarge, words).with("limit", bytes_max)
 }
 
 #[cfg(test)]
@@ -179,6 +176,7 @@ mod tests {
     use tokio::io::AsyncReadExt;
 
     use super::*;
+    use crate::observe::cause::ProblemKind;
 
     const LIMITS: BodyLimits =
         BodyLimits { bytes_max: 1 << 20, setting: "", time_max: Duration::from_secs(20) };

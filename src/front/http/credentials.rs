@@ -9,11 +9,12 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri};
 
 use super::HttpFrontState;
-use super::problem::{Problem, ProblemKind};
 use super::server::HttpPeer;
 use crate::auth::{Actor, Grant, GrantDenial, Scope};
 use crate::front::credentials;
+use crate::front::problem::Problem;
 use crate::message::now_micros;
+use crate::observe::cause::Cause;
 
 /// Names of query parameters that have no other use than to carry a secret.
 const KEY_QUERY_PARAMETERS: [&str; 7] =
@@ -94,7 +95,7 @@ pub(super) fn refuse_key_in_url(uri: &Uri) -> Result<(), Problem> {
     };
     if pairs.iter().any(is_key) || uri.path().contains(KEY_PREFIX) {
         return Err(Problem::new(
-            ProblemKind::KeyInUrl,
+            Cause::KeyInUrl,
             "Send the API key in a header, 'Authorization: Bearer KEY'. If the one in this URL is real, \
              replace it: URLs are kept in logs on the way.",
         ));
@@ -105,6 +106,7 @@ pub(super) fn refuse_key_in_url(uri: &Uri) -> Result<(), Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::cause::ProblemKind;
 
     #[test]
     fn a_key_stands_in_either_header() {

@@ -7,7 +7,7 @@ use axum::response::IntoResponse;
 use rand::TryRng;
 use rand::rngs::SysRng;
 
-use super::problem::Problem;
+use crate::front::problem::Problem;
 
 /// The page; each answer replaces `{{nonce}}` by its own nonce.
 const DASHBOARD_HTML: &str = include_str!("dashboard.html");

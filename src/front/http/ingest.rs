@@ -24,14 +24,15 @@ use super::body::{self, ReceivedBody};
 use super::credentials::Caller;
 use super::limits::rate_headers;
 use super::messages::RequestMessages;
-use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, PathParameters, run_blocking};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
+use crate::front::problem::Problem;
 use crate::intake::{Draft, DurableOffsets, IncomingMessage, Intake, Refusal, check_message_id};
 use crate::limits::{HTTP_INLINE_BYTES_MAX, VALIDATION_ERRORS_MAX};
 use crate::log::{Offsets, QuarantineReason};
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
+use crate::observe::cause::Cause;
 use crate::quota::QuotaStanding;
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
@@ -115,7 +116,7 @@ async fn ingest(
 fn content_type(headers: &HeaderMap) -> Result<String, Problem> {
     let Some(value) = headers.get(CONTENT_TYPE) else { return Ok(String::new()) };
     let text = value.to_str().map(str::to_owned);
-    text.map_err(|_| Problem::new(ProblemKind::Malformed, "The Content-Type is not printable ASCII."))
+    text.map_err(|_| Problem::new(Cause::Malformed, "The Content-Type is not printable ASCII."))
 }
 
 /// The id that all messages of a request share. The IETF draft "The Idempotency-Key HTTP Header Field"
@@ -124,15 +125,15 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
     let Some(value) = values.next() else { return Ok(None) };
     if values.next().is_some() {
-        return Err(Problem::new(ProblemKind::Malformed, "The request has more than one Idempotency-Key."));
+        return Err(Problem::new(Cause::Malformed, "The request has more than one Idempotency-Key."));
     }
     let text = std::str::from_utf8(value.as_bytes());
-    let text = text.map_err(|_| Problem::new(ProblemKind::Malformed, "The Idempotency-Key is not UTF-8."))?;
+    let text = text.map_err(|_| Problem::new(Cause::Malformed, "The Idempotency-Key is not UTF-8."))?;
     let quoted = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
     let id = quoted.unwrap_or(text);
     check_message_id(id).map_err(|refusal| {
         let words = format!("The Idempotency-Key cannot be used: {refusal}.");
-        Problem::new(ProblemKind::Malformed, words).with_cause(refusal.cause())
+        Problem::new(refusal.cause(), words)
     })?;
     Ok(Some(id.to_owned()))
 }
@@ -189,8 +190,7 @@ impl IngestFailures {
         };
         let pointer = self.listed.first().map(|first| first.pointer.clone()).unwrap_or_default();
         let errors = serde_json::to_value(&self.listed).unwrap_or_default();
-        Problem::new(ProblemKind::Validation, words)
-            .with_cause("schema")
+        Problem::new(Cause::Schema, words)
             .already_counted()
             .with("pointer", pointer)
             .with("quarantined", self.all)

@@ -13,12 +13,13 @@ use serde_json::Value;
 
 use super::connect::ConnectLines;
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, PathParameters, limits, run_blocking};
 use crate::auth::usage::{KeyClientUse, KeyUsage};
-use crate::auth::{ApiKey, Key, Scope, Scopes};
+use crate::auth::{ApiKey, Key, NewKey, Scope, Scopes};
+use crate::front::problem::Problem;
 use crate::limits::{GRACE_DEFAULT_S, GRACE_S_MAX, USAGE_KEYS_PER_CHANGE};
 use crate::message::{DatasourceId, KeyId, Offset, now_micros};
+use crate::observe::cause::Cause;
 use crate::quota::QuotaLimits;
 use crate::time::{Rfc3339, parse_time};
 
@@ -147,6 +148,23 @@ pub(super) struct RotateKeyRequest {
     undo: bool,
 }
 
+impl RotateKeyRequest {
+    /// How long the old key stays valid.
+    fn grace(&self) -> Result<Duration, Problem> {
+        let seconds = self.grace_seconds.unwrap_or(GRACE_DEFAULT_S);
+        let problem = if self.undo && self.grace_seconds.is_some() {
+            let words = "grace_seconds cannot be given together with undo.";
+            Problem::new(Cause::Malformed, words)
+        } else if seconds > GRACE_S_MAX {
+            let words = format!("grace_seconds is {seconds}: it has to be {GRACE_S_MAX} at most.");
+            Problem::new(Cause::Malformed, words).with("limit", GRACE_S_MAX)
+        } else {
+            return Ok(Duration::from_secs(seconds));
+        };
+        Err(problem.with("pointer", "/grace_seconds"))
+    }
+}
+
 /// The answer to rotating a key.
 #[derive(Serialize)]
 struct RotateKeyResponse<'a> {
@@ -202,7 +220,7 @@ pub(super) async fn create(
             let time = parse_time(&text).filter(|&time| time > now_micros());
             Some(time.ok_or_else(|| {
                 let words = "expires_at has to be a future RFC 3339 time such as 2027-01-31T12:00:00Z.";
-                Problem::new(ProblemKind::Malformed, words).with("pointer", "/expires_at").after_body_read()
+                Problem::new(Cause::Malformed, words).with("pointer", "/expires_at").after_body_read()
             })?)
         }
     };
@@ -211,12 +229,10 @@ pub(super) async fn create(
     let owner = datasource.clone();
     let actor = caller.actor();
     let created = run_blocking(move || {
-        let created = registry.create_key(&actor, &owner, &label, scopes, expires_at)?;
-        // The secret is not given out yet, so nobody can have used the key without its limits.
-        if !limits.is_empty() {
-            registry.set_key_limits(&actor, &owner, created.0.id, limits.text())?;
-        }
-        Ok(created)
+        let limits = limits.text();
+        let (label, limits) = (label.as_str(), limits.as_deref());
+        let new = NewKey { datasource: &owner, label, scopes, expires_at, limits };
+        Ok(registry.create_key_with(&actor, &new)?)
     });
     let created = created.await;
     let (key, secret) = created.map_err(Problem::after_body_read)?;
@@ -261,24 +277,11 @@ pub(super) async fn rotate(
     caller.require_scope(Scope::Admin, &datasource)?;
     let owner = key_owner(&shared, &datasource)?;
     let key_id = KeyId::parse(&key_id)?;
-    let RotateKeyRequest { grace_seconds, undo } = shared.read_json(request).await?;
-    let grace_seconds = match grace_seconds {
-        Some(_) if undo => {
-            let words = "grace_seconds cannot be given together with undo.";
-            return Err(Problem::new(ProblemKind::Malformed, words)
-                .with("pointer", "/grace_seconds")
-                .after_body_read());
-        }
-        Some(seconds) if seconds > GRACE_S_MAX => {
-            let words = format!("grace_seconds is {seconds}: it has to be {GRACE_S_MAX} at most.");
-            let problem = Problem::new(ProblemKind::Malformed, words).with("limit", GRACE_S_MAX);
-            return Err(problem.with("pointer", "/grace_seconds").after_body_read());
-        }
-        seconds => seconds.unwrap_or(GRACE_DEFAULT_S),
-    };
+    let asked: RotateKeyRequest = shared.read_json(request).await?;
+    let grace = asked.grace().map_err(Problem::after_body_read)?;
     let (registry, actor) = (shared.registry().clone(), caller.actor());
     let of = owner.clone();
-    if undo {
+    if asked.undo {
         let undone = run_blocking(move || Ok(registry.undo_rotation(&actor, &of, key_id)?)).await;
         let undone = undone
             .map_err(Problem::after_body_read)?
@@ -289,7 +292,6 @@ pub(super) async fn rotate(
             UndoRotationResponse { key: KeyView::new(&undone.key), revoked: dead.first().map(|key| key.id) };
         return Ok(Json(body).into_response());
     }
-    let grace = Duration::from_secs(grace_seconds);
     let rotated = run_blocking(move || Ok(registry.rotate_key(&actor, &of, key_id, grace)?)).await;
     let rotated =
         rotated.map_err(Problem::after_body_read)?.ok_or_else(|| no_key_problem(key_id).after_body_read())?;
@@ -324,7 +326,7 @@ pub(super) async fn revoke(
 }
 
 fn no_key_problem(key_id: KeyId) -> Problem {
-    Problem::new(ProblemKind::NotFound, format!("There is no key {key_id} here.")).with_cause("no_key_id")
+    Problem::new(Cause::NoKeyId, format!("There is no key {key_id} here."))
 }
 
 /// The owner of the keys that a path names: an existing datasource, or all of them (`*`).

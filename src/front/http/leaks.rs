@@ -13,12 +13,13 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::body::{self, BodyLimits};
-use super::problem::{Problem, ProblemKind};
 use super::server::HttpPeer;
 use super::{HttpFrontState, run_blocking};
 use crate::auth::audit::{Actor, ActorIdentity};
 use crate::auth::{Digest, Key};
+use crate::front::problem::Problem;
 use crate::limits::{HTTP_MANAGE_BYTES_MAX, LEAK_URL_BYTES_MAX, LEAKS_PER_REPORT_MAX};
+use crate::observe::cause::Cause;
 
 /// How long after its arrival a report is answered: well above the few milliseconds that a revocation takes.
 const LEAK_ANSWER_DELAY: Duration = Duration::from_millis(200);
@@ -54,9 +55,7 @@ pub(super) async fn report(
     let address = peer.addr.ip();
     shared.leak_reports.count(address).map_err(|wait| {
         let words = "Too many reports came from this address: limit leak_reports.";
-        Problem::new(ProblemKind::TooManyRequests, words)
-            .with("limit_name", "leak_reports")
-            .with_retry_after(wait)
+        Problem::new(Cause::TooManyRequests, words).with("limit_name", "leak_reports").with_retry_after(wait)
     })?;
     let (parts, body) = request.into_parts();
     let limits = BodyLimits { bytes_max: HTTP_MANAGE_BYTES_MAX, setting: "", ..shared.body_limits() };

@@ -11,12 +11,13 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, PathParameters, keys, manage, run_blocking};
 use crate::auth::Scope;
 use crate::auth::setting::JsonSetting;
+use crate::front::problem::Problem;
 use crate::intake::meters;
 use crate::message::KeyId;
+use crate::observe::cause::Cause;
 use crate::quota::{LimitOwner, LimitsError, QuotaLimits, QuotaStanding};
 
 /// The body of a change: a JSON merge patch of the key or datasource.
@@ -69,10 +70,7 @@ pub(super) async fn patch_key_limits(
     let LimitsPatch { limits: patch } = shared.read_json(request).await?;
     let actor = caller.actor();
     let changed = run_blocking(move || {
-        let no_key = || {
-            Problem::new(ProblemKind::NotFound, format!("There is no key {key_id} here."))
-                .with_cause("no_key_id")
-        };
+        let no_key = || Problem::new(Cause::NoKeyId, format!("There is no key {key_id} here."));
         let _one_at_a_time = shared.limiting.lock();
         let key = shared.registry().key(&datasource, key_id).ok_or_else(no_key)?;
         let limits = current_limits(&key.limits).patched(&patch)?;
@@ -100,7 +98,7 @@ pub(super) fn current_limits(limits: &JsonSetting) -> QuotaLimits {
 impl From<LimitsError> for Problem {
     fn from(error: LimitsError) -> Self {
         let words = format!("The limits cannot be used: {}.", error.words);
-        Self::new(ProblemKind::Malformed, words).with("pointer", format!("/limits{}", error.pointer))
+        Self::new(Cause::Malformed, words).with("pointer", format!("/limits{}", error.pointer))
     }
 }
 

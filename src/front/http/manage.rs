@@ -15,10 +15,10 @@ use serde_json::Value;
 use super::connect::ConnectLines;
 use super::credentials::Caller;
 use super::keys::NewKeyView;
-use super::problem::Problem;
 use super::{HttpFrontState, PathParameters, limits, run_blocking, schema};
-use crate::auth::{Datasource, Scope, Scopes};
+use crate::auth::{Datasource, NewDatasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
+use crate::front::problem::Problem;
 use crate::message::DatasourceId;
 use crate::quota::QuotaLimits;
 
@@ -86,17 +86,12 @@ pub(super) async fn create(
     let scopes = scopes.unwrap_or(Scopes::from_slice(&[Scope::Ingest]));
     let registry = shared.registry().clone();
     let actor = caller.actor();
-    let rules = schema.map(schema::initial_rules).transpose()?;
+    let schemas = schema.map(schema::initial_rules).transpose()?.map(|rules| rules.to_stored_json());
     let created = run_blocking(move || {
-        let created = registry.create_datasource(&actor, id, &name, scopes)?;
-        // The secret is not given out yet, so nobody can have used the key without its limits.
-        if !limits.is_empty() {
-            registry.set_datasource_limits(&actor, &created.0.id, limits.text())?;
-        }
-        if let Some(rules) = rules {
-            schema::store_initial_rules(&registry, &actor, &created.0, &rules)?;
-        }
-        Ok(created)
+        let limits = limits.text();
+        let (limits, schemas) = (limits.as_deref(), schemas.as_deref());
+        let new = NewDatasource { id, name: &name, scopes, limits, schemas };
+        Ok(registry.create_datasource_with(&actor, &new)?)
     });
     let created = created.await;
     let (datasource, key, secret) = created.map_err(Problem::after_body_read)?;

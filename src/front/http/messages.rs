@@ -16,8 +16,9 @@ use serde::Deserializer;
 use serde::de::{IgnoredAny, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::problem::{Problem, ProblemKind};
+use crate::front::problem::Problem;
 use crate::limits::HTTP_MESSAGES_MAX;
+use crate::observe::cause::Cause;
 
 const JSON_MEDIA_TYPE: &str = "application/json";
 
@@ -155,7 +156,7 @@ fn invalid_json_problem(what: &str, line: usize, error: &serde_json::Error) -> P
     let (words, column) = (error.to_string(), error.column());
     let reason = words.split(" at line ").next().unwrap_or_default();
     Problem::new(
-        ProblemKind::Malformed,
+        Cause::Malformed,
         format!("{what} is not valid JSON: {reason} (line {line}, column {column}). Nothing of it was kept."),
     )
     .with("line", line)
@@ -163,17 +164,18 @@ fn invalid_json_problem(what: &str, line: usize, error: &serde_json::Error) -> P
 }
 
 fn no_message_problem(what: &str) -> Problem {
-    Problem::new(ProblemKind::Malformed, format!("{what}: there is no message in this request."))
+    Problem::new(Cause::Malformed, format!("{what}: there is no message in this request."))
 }
 
 fn too_many_messages_problem() -> Problem {
     let words = format!("One request carries at most {HTTP_MESSAGES_MAX} messages. Nothing of it was kept.");
-    Problem::new(ProblemKind::TooLarge, words).with("limit", HTTP_MESSAGES_MAX)
+    Problem::new(Cause::TooLarge, words).with("limit", HTTP_MESSAGES_MAX)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::cause::ProblemKind;
 
     fn split(content_type: &'static str, body: &str) -> Result<(String, Vec<String>), ProblemKind> {
         let messages =
@@ -293,7 +295,7 @@ mod tests {
     fn a_problem_with_one_of_several_messages_says_which() {
         let locate = |content_type, body: &'static str, index| {
             let messages = RequestMessages::split(content_type, body.as_bytes()).map_err(|p| p.kind());
-            let problem = Problem::new(ProblemKind::TooLarge, "over");
+            let problem = Problem::new(Cause::TooLarge, "over");
             format!("{:?}", messages.expect("valid").locate(index, problem))
         };
         assert!(locate(JSON_MEDIA_TYPE, "[1,2]", 1).contains("\"/1\""));

@@ -27,19 +27,27 @@ struct Readiness {
     warnings: Vec<String>,
 }
 
-/// `GET /readyz`: messages can be taken and made durable. Trouble with storage or egress is only a
-/// warning, because devices are still served: the log keeps what these have not read yet. A lost NATS
-/// connection is only a warning too, because clients of MQTT and HTTP are still served.
+/// `GET /readyz`: messages can be taken and made durable. Only the log and the drain make it unready. All else
+/// is a warning, because devices are still served: the log keeps what storage, egress and the retained
+/// messages have not read yet, sessions that cannot be written go on in memory, and clients of MQTT and HTTP
+/// need no NATS. Records that are lost to damage are warned of until the next start.
 pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response {
+    let parts = &shared.parts;
     let draining = shared.drain.is_cancelled().then(|| "the gateway is shutting down".to_owned());
-    let reasons: Vec<String> = shared.parts.log.trouble().into_iter().chain(draining).collect();
-    let storage = shared.parts.storage.as_ref().and_then(|storage| storage.trouble());
-    let nats = shared.parts.nats.as_ref().and_then(|nats| nats.trouble());
-    let callout = || shared.parts.callout.as_ref().and_then(|callout| callout.trouble());
-    let nats = nats.or_else(callout);
-    let egress = shared.parts.egress.as_ref().and_then(|egress| egress.trouble());
-    let warnings = storage.into_iter().chain(nats).chain(egress).collect();
-    readiness_response(reasons, warnings)
+    let reasons: Vec<String> = parts.log.trouble().into_iter().chain(draining).collect();
+    let storage = parts.storage.as_ref().and_then(|storage| storage.trouble());
+    let nats = parts.nats.as_ref().and_then(|nats| nats.trouble());
+    let callout = || parts.callout.as_ref().and_then(|callout| callout.trouble());
+    let egress = parts.egress.as_ref().and_then(|egress| egress.trouble());
+    let lost = match parts.log.lost_records() {
+        0 => None,
+        lost => Some(format!(
+            "{lost} records are lost to damage of the log (log.accept_corruption); the gateway's own log says which"
+        )),
+    };
+    let (sessions, retained) = (parts.subscribers.store.trouble(), parts.subscribers.retained.trouble());
+    let warnings = [storage, nats.or_else(callout), egress, sessions, retained, lost];
+    readiness_response(reasons, warnings.into_iter().flatten().collect())
 }
 
 /// The answer of `/readyz`.
@@ -61,6 +69,7 @@ pub(super) async fn metrics(State(shared): State<Arc<HttpFrontState>>) -> Respon
     gauge("headgate_log_bytes", parts.log.bytes());
     gauge("headgate_keys", parts.intake.authorizer().registry().key_count() as u64);
     parts.metrics.set_counter("headgate_dedup_evicted_total", parts.log.evicted_ids());
+    parts.metrics.set_counter("headgate_log_lost_records_total", parts.log.lost_records());
     parts.metrics.set_counter("headgate_refusals_unlisted_total", parts.intake.refusals().unlisted());
     if let Some(nats) = &parts.nats {
         gauge("headgate_nats_connected", u64::from(nats.trouble().is_none()));

@@ -17,18 +17,19 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::query::{self, page_limit, run_query, time_parameter};
 use super::{HttpFrontState, PathParameters, keys, run_blocking};
 use crate::auth::{AuditEvent, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
-use crate::consume::quarantine::page::LeakedRecords;
+use crate::consume::quarantine::page::{LeakedRecords, QuarantinedRecord};
 use crate::consume::render::Rfc3339;
+use crate::front::problem::Problem;
 use crate::intake::RedriveOutcome;
 use crate::limits::{QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX, VALIDATION_ERRORS_MAX};
 use crate::log::{QuarantineReason, SectionOutcome};
-use crate::message::{KeyId, Offset, Transport, now_micros};
+use crate::message::{DatasourceId, KeyId, Offset, Transport, now_micros};
+use crate::observe::cause::Cause;
 
 /// How long a request waits until storage has caught up.
 const STORAGE_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -124,9 +125,7 @@ pub(super) async fn redrive(
     let RedriveRequest { ids, filter } = shared.read_json(request).await?;
     if ids.as_ref().is_some_and(|ids| ids.len() > QUERY_RECORDS_MAX) {
         let words = format!("One request names at most {QUERY_RECORDS_MAX} messages.");
-        return Err(Problem::new(ProblemKind::TooLarge, words)
-            .with("limit", QUERY_RECORDS_MAX)
-            .after_body_read());
+        return Err(Problem::new(Cause::TooLarge, words).with("limit", QUERY_RECORDS_MAX).after_body_read());
     }
     // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here.
     await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
@@ -145,39 +144,7 @@ pub(super) async fn redrive(
         let (asked, reader) = (query.clone(), stored.clone());
         let page = run_blocking(move || Ok(reader.quarantine(&asked)?)).await;
         let page = page.map_err(Problem::after_body_read)?;
-        let intake = &shared.parts.intake;
-        let mut draft = intake.draft(Transport::Http, 0);
-        let left_out = shared.parts.log.withheld().now();
-        for parked in &page.records {
-            let record = parked.as_record(&datasource);
-            // What a leaked key let in must not come back through a redrive.
-            if left_out.withholds(&record) {
-                continue;
-            }
-            match draft.redrive(&caller.0, &datasource, &record)? {
-                RedriveOutcome::Added => {}
-                RedriveOutcome::Fails(reason) => {
-                    answer.failing += 1;
-                    if answer.errors.len() < VALIDATION_ERRORS_MAX {
-                        answer.errors.push(RedriveFailure::new(record.offset, record.topic, *reason));
-                    }
-                }
-            }
-        }
-        if !draft.is_empty() {
-            let accepted =
-                intake.admit(draft).await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
-            let accepted = accepted.await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
-            for outcome in accepted.outcomes {
-                match outcome {
-                    SectionOutcome::Kept(_) => answer.redriven += 1,
-                    SectionOutcome::Duplicate(_) => answer.duplicates += 1,
-                    SectionOutcome::KeyDead => {
-                        return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read());
-                    }
-                }
-            }
-        }
+        redrive_page(&shared, &caller, &datasource, &page.records, &mut answer).await?;
         answer.more = page.next.is_some();
         query.after_offset = page.next;
         let looked_at = answer.redriven + answer.duplicates + answer.failing;
@@ -196,6 +163,50 @@ pub(super) async fn redrive(
         .map_err(Problem::after_body_read)?;
     }
     Ok(Json(answer).into_response())
+}
+
+/// Sends a page of messages through intake again, as one draft, and counts in `answer` what became of them.
+async fn redrive_page(
+    shared: &HttpFrontState,
+    caller: &Caller,
+    datasource: &DatasourceId,
+    page: &[QuarantinedRecord],
+    answer: &mut RedriveResponse,
+) -> Result<(), Problem> {
+    let intake = &shared.parts.intake;
+    let mut draft = intake.draft(Transport::Http, 0);
+    let left_out = shared.parts.log.withheld().now();
+    for parked in page {
+        let record = parked.as_record(datasource);
+        // What a leaked key let in must not come back through a redrive.
+        if left_out.withholds(&record) {
+            continue;
+        }
+        match draft.redrive(&caller.0, datasource, &record)? {
+            RedriveOutcome::Added => {}
+            RedriveOutcome::Fails(reason) => {
+                answer.failing += 1;
+                if answer.errors.len() < VALIDATION_ERRORS_MAX {
+                    answer.errors.push(RedriveFailure::new(record.offset, record.topic, *reason));
+                }
+            }
+        }
+    }
+    if draft.is_empty() {
+        return Ok(());
+    }
+    let accepted = intake.admit(draft).await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
+    let accepted = accepted.await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
+    for outcome in accepted.outcomes {
+        match outcome {
+            SectionOutcome::Kept(_) => answer.redriven += 1,
+            SectionOutcome::Duplicate(_) => answer.duplicates += 1,
+            SectionOutcome::KeyDead => {
+                return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The body of a request that quarantines what a key has let in.
@@ -232,7 +243,7 @@ pub(super) async fn quarantine_key_records(
     let since = time_parameter("since", since).map_err(Problem::after_body_read)?;
     if since.is_some() == undo || since.is_some_and(|since| since > now_micros()) {
         let words = "Give a past time as since: {\"since\": \"2026-11-23T09:00:00Z\"}; or {\"undo\": true}.";
-        return Err(Problem::new(ProblemKind::Malformed, words).with("pointer", "/since").after_body_read());
+        return Err(Problem::new(Cause::Malformed, words).with("pointer", "/since").after_body_read());
     }
     let (for_change, of, actor) = (shared.clone(), datasource.clone(), caller.actor());
     let version = run_blocking(move || {
@@ -252,7 +263,7 @@ pub(super) async fn quarantine_key_records(
     });
     let version = version.await.map_err(Problem::after_body_read)?;
     tracing::warn!(%datasource, %key_id, undo, "what a key let in was put into quarantine, or taken out");
-    wait_for_storage(shared.parts.retained.wait_reconciled(version))
+    wait_for_storage(shared.parts.subscribers.retained.wait_reconciled(version))
         .await
         .map_err(Problem::after_body_read)?;
     await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
@@ -272,7 +283,7 @@ pub(super) async fn quarantine_key_records(
 async fn await_stored_up_to_now(shared: &HttpFrontState) -> Result<(), Problem> {
     let log = &shared.parts.log;
     let caught_up = log.catch_up(Offset::MAX).await;
-    caught_up.map_err(|error| Problem::new(ProblemKind::Unavailable, format!("{error}.")))?;
+    caught_up.map_err(|error| Problem::new(Cause::Unavailable, format!("{error}.")))?;
     match &shared.parts.storage {
         Some(storage) => wait_for_storage(storage.wait_stored(log.next_offset())).await,
         None => Ok(()),
@@ -282,20 +293,16 @@ async fn await_stored_up_to_now(shared: &HttpFrontState) -> Result<(), Problem> 
 async fn wait_for_storage(done: impl Future<Output = ()>) -> Result<(), Problem> {
     tokio::time::timeout(STORAGE_WAIT_MAX, done).await.map_err(|_| {
         let words = "Storage has not caught up; what was asked for holds, and asking again is safe.";
-        Problem::new(ProblemKind::Unavailable, words).with_cause("storage_behind")
+        Problem::new(Cause::StorageBehind, words)
     })
 }
 
 impl From<LeakError> for Problem {
     fn from(error: LeakError) -> Self {
         match error {
-            LeakError::TooMany => Self::new(ProblemKind::Conflict, format!("{error}.")),
+            LeakError::TooMany => Self::new(Cause::Conflict, format!("{error}.")),
             LeakError::Registry(error) => error.into(),
-            LeakError::Log(_) => Self::new(ProblemKind::Unavailable, format!("{error}.")),
-            LeakError::Database(error) => {
-                tracing::error!(%error, "what a key let in could not be put into quarantine");
-                Self::new(ProblemKind::Unavailable, "The rules cannot be written; nothing was changed.")
-            }
+            LeakError::Log(_) => Self::new(Cause::Unavailable, format!("{error}.")),
         }
     }
 }

@@ -10,13 +10,14 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, PathParameters, run_blocking};
 use crate::auth::Scope;
 use crate::consume::query::{QueryError, RecordsQuery, RecordsReader};
 use crate::consume::render::{self, parse_time};
+use crate::front::problem::Problem;
 use crate::limits::{QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros};
+use crate::observe::cause::Cause;
 
 /// The query string of `records`. An unknown parameter is refused: a filter that is not applied would
 /// return records that were not asked for.
@@ -53,7 +54,7 @@ pub(super) fn page_limit(asked: Option<usize>) -> Result<usize, Problem> {
         return Ok(limit);
     }
     let words = format!("limit is {limit}: it has to be between 1 and {QUERY_RECORDS_MAX}.");
-    Err(Problem::new(ProblemKind::Malformed, words).with("limit", QUERY_RECORDS_MAX))
+    Err(Problem::new(Cause::Malformed, words).with("limit", QUERY_RECORDS_MAX))
 }
 
 /// Parses the time in the parameter `name`.
@@ -61,7 +62,7 @@ pub(super) fn time_parameter(name: &str, text: Option<String>) -> Result<Option<
     let Some(text) = text else { return Ok(None) };
     let time = parse_time(&text).ok_or_else(|| {
         let words = format!("{name} has to be an RFC 3339 time such as 2026-11-23T09:00:00Z.");
-        Problem::new(ProblemKind::Malformed, words)
+        Problem::new(Cause::Malformed, words)
     });
     time.map(Some)
 }
@@ -119,7 +120,7 @@ pub(super) fn readable_datasource(
 pub(super) fn stored_records_query(shared: &HttpFrontState) -> Result<RecordsReader, Problem> {
     shared.parts.query.clone().ok_or_else(|| {
         let words = "Storage is off (storage.sink = \"none\"), so that no records can be read.";
-        Problem::new(ProblemKind::NotFound, words).with_cause("no_storage")
+        Problem::new(Cause::NoStorage, words)
     })
 }
 

@@ -13,17 +13,16 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, run_blocking};
 use crate::auth::Scope;
 use crate::auth::shape::KeyShape;
 use crate::consume::render::Rfc3339;
+use crate::front::problem::Problem;
 use crate::limits::{REFUSALS_DEFAULT, REFUSALS_PER_SHARD_MAX, REFUSALS_SHARDS};
 use crate::message::{KeyId, Transport};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::{OverLimit, RefusalEntry, RefusalFilter};
 
-/// The cause of refusals for a revoked key.
-const REVOKED_KEY_CAUSE: &str = "revoked_key";
 /// The most entries that can exist.
 const REFUSALS_LISTED_MAX: usize = REFUSALS_SHARDS * REFUSALS_PER_SHARD_MAX;
 
@@ -53,7 +52,7 @@ struct RefusalView<'a> {
     #[serde(skip_serializing_if = "str::is_empty")]
     client: &'a str,
     transport: Transport,
-    cause: &'a str,
+    cause: &'static str,
     detail: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
     datasource: &'a str,
@@ -89,7 +88,7 @@ impl<'a> RefusalView<'a> {
             address: entry.address,
             client: &entry.client,
             transport: entry.transport,
-            cause: entry.cause,
+            cause: entry.cause.name(),
             detail: &entry.words,
             datasource: &entry.datasource,
             key_id: entry.key_id,
@@ -118,16 +117,13 @@ pub(super) async fn list(
     let address = match address {
         None => None,
         Some(text) => Some(text.parse().map_err(|_| {
-            Problem::new(
-                ProblemKind::Malformed,
-                "address has to be an IP address, 203.0.113.9 or 2001:db8::1.",
-            )
+            Problem::new(Cause::Malformed, "address has to be an IP address, 203.0.113.9 or 2001:db8::1.")
         })?),
     };
     let limit = limit.unwrap_or(REFUSALS_DEFAULT);
     if !(1..=REFUSALS_LISTED_MAX).contains(&limit) {
         let words = format!("limit is {limit}: it has to be between 1 and {REFUSALS_LISTED_MAX}.");
-        return Err(Problem::new(ProblemKind::Malformed, words).with("limit", REFUSALS_LISTED_MAX));
+        return Err(Problem::new(Cause::Malformed, words).with("limit", REFUSALS_LISTED_MAX));
     }
     let refusals = shared.parts.intake.refusals();
     let entries = refusals.newest(&RefusalFilter { client, address, cause, datasource }, limit);
@@ -136,7 +132,7 @@ pub(super) async fn list(
         // Each key's end is looked up once, however many clients still try it.
         let mut ends = HashMap::new();
         for id in
-            entries.iter().filter(|entry| entry.cause == REVOKED_KEY_CAUSE).filter_map(|entry| entry.key_id)
+            entries.iter().filter(|entry| entry.cause == Cause::RevokedKey).filter_map(|entry| entry.key_id)
         {
             if let Vacant(place) = ends.entry(id) {
                 place.insert(shared.registry().describe_revocation(id)?);

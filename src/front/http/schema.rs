@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::credentials::Caller;
-use super::problem::{Problem, ProblemKind};
 use super::{HttpFrontState, PathParameters, query, run_blocking};
-use crate::auth::{Actor, Datasource, Registry, Scope};
+use crate::auth::{Datasource, Scope};
 use crate::consume::schema_inference::Inference;
+use crate::front::problem::Problem;
 use crate::limits::HTTP_SCHEMAS_BYTES_MAX;
+use crate::observe::cause::{Cause, ProblemKind};
 use crate::validate::{Rules, RulesError, Validation, WrittenRule};
 
 /// The body of a request that sets schemas: `schema` for one schema for every topic, or `schemas` for a
@@ -63,14 +64,14 @@ pub(super) async fn set(
         (None, Some(schemas)) => schemas,
         _ => {
             let words = "Give a schema for every topic as \"schema\", or a list as \"schemas\".";
-            return Err(Problem::new(ProblemKind::Malformed, words).after_body_read());
+            return Err(Problem::new(Cause::Malformed, words).after_body_read());
         }
     };
     let actor = caller.actor();
     run_blocking(move || {
         let _one_at_a_time = shared.setting_schemas.lock();
         let rules = replacement_rules(&datasource, written)?;
-        store_rules(shared.registry(), &actor, &datasource, &rules)?;
+        shared.registry().set_datasource_schemas(&actor, &datasource.id, Some(rules.to_stored_json()))?;
         #[derive(Serialize)]
         struct EnforcedSchemasResponse<'a> {
             enforced: Vec<EnforcedSchema<'a>>,
@@ -90,29 +91,9 @@ fn replacement_rules(datasource: &Datasource, written: Vec<WrittenRule>) -> Resu
     Ok(before.replace(written)?)
 }
 
-/// Sets the rules, durably.
-fn store_rules(
-    registry: &Registry,
-    actor: &Actor,
-    datasource: &Datasource,
-    rules: &Rules,
-) -> Result<(), Problem> {
-    Ok(registry.set_datasource_schemas(actor, &datasource.id, Some(rules.to_stored_json()))?)
-}
-
 /// The first rules of a datasource, checked before it is created.
 pub(super) fn initial_rules(schema: Value) -> Result<Rules, Problem> {
     Ok(Rules::default().replace(WrittenRule::for_all(schema))?)
-}
-
-/// Sets the rules of a new datasource.
-pub(super) fn store_initial_rules(
-    registry: &Registry,
-    actor: &Actor,
-    datasource: &Datasource,
-    rules: &Rules,
-) -> Result<(), Problem> {
-    store_rules(registry, actor, datasource, rules)
 }
 
 /// `GET /v1/datasources/{datasource}/schema`
@@ -140,6 +121,6 @@ pub(super) async fn show(
 
 impl From<RulesError> for Problem {
     fn from(error: RulesError) -> Self {
-        Self::new(ProblemKind::Malformed, format!("{error}.")).with_cause("schema").after_body_read()
+        Self::new(Cause::Schema, format!("{error}.")).with_kind(ProblemKind::Malformed).after_body_read()
     }
 }

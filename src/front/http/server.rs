@@ -97,7 +97,13 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     let mut warned = false;
     loop {
         match listener.accept().await {
-            Ok(connection) => return connection,
+            Ok((stream, peer)) => {
+                // An answer is one small write; Nagle's algorithm would only delay it.
+                if let Err(error) = stream.set_nodelay(true) {
+                    debug!(%peer, %error, "TCP_NODELAY is not set");
+                }
+                return (stream, peer);
+            }
             Err(error) if is_single_connection_error(&error) => {}
             Err(error) => {
                 if !warned {
@@ -144,10 +150,6 @@ async fn serve_connection(
     config: &config::HttpConfig,
     drain: CancellationToken,
 ) {
-    // An answer is one small write; Nagle's algorithm would only delay it.
-    if let Err(error) = stream.set_nodelay(true) {
-        debug!(%peer, %error, "TCP_NODELAY is not set");
-    }
     let (spoken, unread) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let keys = Arc::new(PresentedKeys::default());
     let service = {
@@ -166,7 +168,12 @@ async fn serve_connection(
     // hyper's timeout begins once it knows which HTTP version the client speaks; this one covers a client
     // that never sends anything.
     let mut silence = pin!(tokio::time::sleep(Duration::from_millis(config.header_ms_max)));
-    let mut key_dead = pin!(poll_fn(|cx| keys.control().poll_closed(cx)));
+    let mut asked_to_close = pin!(async {
+        tokio::select! {
+            () = drain.cancelled() => {}
+            _ = poll_fn(|cx| keys.control().poll_closed(cx)) => {}
+        }
+    });
     let (mut listening, mut closing) = (true, false);
     loop {
         tokio::select! {
@@ -178,11 +185,7 @@ async fn serve_connection(
                 return;
             }
             // An idle connection ends at once, a busy one when its requests are answered.
-            () = drain.cancelled(), if !closing => {
-                closing = true;
-                served.as_mut().graceful_shutdown();
-            }
-            _ = key_dead.as_mut(), if !closing => {
+            () = asked_to_close.as_mut(), if !closing => {
                 closing = true;
                 served.as_mut().graceful_shutdown();
             }

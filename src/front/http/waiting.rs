@@ -1,5 +1,7 @@
 //! HTTP while the gateway waits for something that it cannot serve without, such as the log of a cluster:
 //! it is alive, it is not ready, and every other request is told to come again.
+//!
+//! `/livez` answers 200, and `/readyz` names what the gateway waits for.
 
 use std::sync::Arc;
 
@@ -12,10 +14,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::probes::{self, readiness_response};
-use super::problem::{Problem, ProblemKind};
 use super::server;
 use crate::config;
+use crate::front::problem::Problem;
 use crate::limits::RETRY_AFTER;
+use crate::observe::cause::Cause;
 
 /// Says what the gateway waits for.
 pub type UnreadyReason = Arc<dyn Fn() -> String + Send + Sync>;
@@ -48,7 +51,7 @@ async fn unready(State(reason): State<UnreadyReason>) -> Response {
 }
 
 async fn unavailable(State(reason): State<UnreadyReason>) -> Response {
-    Problem::new(ProblemKind::Unavailable, format!("The gateway is starting: {}.", reason()))
+    Problem::new(Cause::Unavailable, format!("The gateway is starting: {}.", reason()))
         .with_retry_after(RETRY_AFTER)
         .into_response()
 }

@@ -25,9 +25,10 @@ use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use tokio::net::TcpStream;
 
 use super::HttpFrontState;
-use super::problem::{Problem, ProblemKind};
 use super::server::HttpPeer;
 use super::socket::HttpSocket;
+use crate::front::problem::Problem;
+use crate::observe::cause::{Cause, ProblemKind};
 
 /// The subprotocols that are served: MQTT's name, and the name that clients of MQTT 3.1 use. They mean
 /// the same here, because the CONNECT states the version.
@@ -46,9 +47,7 @@ pub(super) async fn open(
     };
     let Some(admission) = shared.parts.mqtt.admit(peer) else {
         let words = "There are as many MQTT connections as mqtt.connections_max allows.";
-        return Err(Problem::new(ProblemKind::Unavailable, words)
-            .with_cause("connections_max")
-            .already_counted());
+        return Err(Problem::new(Cause::ConnectionsMax, words).already_counted());
     };
     admission.serve_websocket(upgraded_stream(hyper::upgrade::on(&mut request)));
     let mut response = Response::new(Body::empty());
@@ -78,8 +77,9 @@ struct WebsocketOffer {
 
 impl WebsocketOffer {
     fn read(version: Version, headers: &HeaderMap) -> Result<Self, Problem> {
-        let upgrade = |words| Err(Problem::new(ProblemKind::UpgradeRequired, words).with_cause("websocket"));
-        let malformed = |words: String| Problem::new(ProblemKind::Malformed, words).with_cause("websocket");
+        let upgrade = |words| Err(Problem::new(Cause::Websocket, words));
+        let malformed =
+            |words: String| Problem::new(Cause::Websocket, words).with_kind(ProblemKind::Malformed);
         if version != Version::HTTP_11 {
             return upgrade("MQTT over WebSocket begins with HTTP/1.1.");
         }

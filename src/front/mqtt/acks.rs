@@ -187,9 +187,9 @@ pub(super) struct PendingAcks {
 
 impl PendingAcks {
     /// Adds the answers to one read, and what they wait for.
-    pub(super) fn push(&mut self, waits: AckWaits, train: ReadAcks) {
-        self.unacknowledged += train.unacknowledged();
-        self.waiting.push_back((waits, train));
+    pub(super) fn push(&mut self, waits: AckWaits, acks: ReadAcks) {
+        self.unacknowledged += acks.unacknowledged();
+        self.waiting.push_back((waits, acks));
     }
 
     /// How many reads wait for their answers.
@@ -216,10 +216,10 @@ impl PendingAcks {
         to: &mut Vec<u8>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Refusal>> {
-        while let Some((waits, train)) = self.waiting.front_mut() {
+        while let Some((waits, acks)) = self.waiting.front_mut() {
             ready!(waits.poll(cx))?;
-            train.write(waits.accepted.as_ref(), form, to);
-            self.unacknowledged -= train.unacknowledged();
+            acks.write(waits.accepted.as_ref(), form, to);
+            self.unacknowledged -= acks.unacknowledged();
             self.waiting.pop_front();
         }
         if self.waiting.capacity() > 0 {

@@ -6,18 +6,11 @@ use std::net::IpAddr;
 use super::codec::ConnectPacket;
 use super::codec::properties::Properties;
 use crate::auth::{Authorizer, Grant, RejectedKey};
-
-/// Whether a user property carries a key, so that its value is a secret.
-pub(super) fn is_key_property(name: &str) -> bool {
-    name.eq_ignore_ascii_case("authorization") || name.eq_ignore_ascii_case("x-api-key")
-}
+use crate::front::credentials::key_in_header;
 
 /// The keys in the user properties.
-pub(super) fn key_properties<'a>(properties: &Properties<'a>) -> impl Iterator<Item = &'a [u8]> + use<'a> {
-    properties
-        .user()
-        .filter(|(name, _)| is_key_property(name))
-        .map(|(_, value)| without_scheme(value).as_bytes())
+fn key_properties<'a>(properties: &Properties<'a>) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+    properties.user().filter_map(|(name, value)| key_in_header(name, value.as_bytes()))
 }
 
 /// The grant of the key that a CONNECT from the address `from` presents.
@@ -46,17 +39,8 @@ pub(super) fn grant_of_publish(
 ) -> Result<Option<Grant>, RejectedKey> {
     let mut keys = key_properties(properties);
     let Some(key) = keys.next() else { return Ok(None) };
-    if keys.any(|other| other.trim_ascii() != key.trim_ascii()) {
+    if keys.any(|other| other != key) {
         return Err(authorizer.reject_ambiguous(from));
     }
     authorizer.identify_from(key, from).map(Some)
-}
-
-/// The key in an `authorization` property's value, which may begin with a scheme.
-fn without_scheme(value: &str) -> &str {
-    let value = value.trim();
-    match value.split_once(' ') {
-        Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key,
-        _ => value,
-    }
 }

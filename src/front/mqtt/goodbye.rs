@@ -6,13 +6,15 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::codec::write;
 use super::codec::{MqttFrame, ReasonCode};
-use super::inbound::{Inbound, InboundEnd, refusal_reason_code};
+use super::inbound::{Inbound, InboundEnd};
 use super::outbound::OutboundError;
+use super::reason::refusal_reason_code;
 use super::stream::ClientStream;
 use crate::auth::GrantDenial;
 use crate::auth::connections::CloseReason;
 use crate::intake::Refusal;
 use crate::message::Transport;
+use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
 
 /// How long a client may take to read its last packets.
@@ -59,7 +61,7 @@ impl StopReason {
                 say(ReasonCode::ImplementationSpecificError, &trouble.to_string())
             }
             StopReason::End(InboundEnd::Violation(violation)) => {
-                refusals.note(inbound.note(RefusalNote::new(Transport::Mqtt, "protocol", violation)));
+                refusals.note(inbound.note(RefusalNote::new(Transport::Mqtt, Cause::Protocol, violation)));
                 say(violation.reason, violation.text);
             }
             StopReason::End(InboundEnd::Refused(Refusal::Denied(GrantDenial::Revoked))) => {

@@ -11,18 +11,21 @@ use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::MqttFront;
+use super::client_identity::ClientIdentity;
 use super::codec::write::{self, ConnackLimits, PacketForm};
 use super::codec::{ConnectPacket, MqttFrame, MqttVersion, ReasonCode, Violation};
 use super::credentials;
-use super::inbound::{ClientIdentity, Inbound, refusal_reason_code};
+use super::inbound::Inbound;
+use super::reason::refusal_reason_code;
 use super::session::MqttSession;
 use super::sessions::{ClientGuard, EnterError, EnteredClient};
 use super::wills::MqttWill;
 use crate::auth::connections::{CloseReason, ConnectionControl, KeyConnectionGuard};
 use crate::auth::usage::KeyClient;
-use crate::auth::{GrantDenial, RejectedKey};
+use crate::auth::{Grant, GrantDenial, RejectedKey};
 use crate::limits::{CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_TOPIC_ALIAS_MAXIMUM};
 use crate::message::{DatasourceId, Transport, holds_key, now_micros};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 
 /// The first byte of a TLS client. Its upper half is that of a CONNECT.
@@ -64,12 +67,12 @@ pub(super) async fn shake_hands(
             Ok(Ok(read)) => read,
             Ok(Err(None)) => return Err(Vec::new()),
             Ok(Err(Some(violation))) => {
-                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, "malformed_connect", &violation));
+                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, Cause::MalformedConnect, &violation));
                 return Err(Vec::new());
             }
             Err(_) => {
                 let words = "no CONNECT within mqtt.connect_ms_max";
-                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, "connect_timeout", &words));
+                report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, Cause::ConnectTimeout, &words));
                 return Err(Vec::new());
             }
         }
@@ -80,11 +83,12 @@ pub(super) async fn shake_hands(
         report_refused_connection(
             front,
             peer,
-            RefusalNote::new(Transport::Mqtt, "malformed_connect", &violation),
+            RefusalNote::new(Transport::Mqtt, Cause::MalformedConnect, &violation),
         );
         refusal_connack(version, u32::MAX, violation.reason, violation.text)
     })?;
-    let mut opened = open_connection(front, peer, &connect).await.map_err(|(reason, words)| {
+    let handshake = Handshake { front, peer, connect: &connect };
+    let mut opened = handshake.open().await.map_err(|(reason, words)| {
         refusal_connack(Some(connect.version), connect.packet_bytes_max(), reason, &words)
     })?;
     opened.early = buffer[bytes..].to_vec();
@@ -112,152 +116,189 @@ async fn read_connect(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Vec<u8>,
     }
 }
 
-/// Decides on a CONNECT, and enters the client among the sessions if it is let in.
-async fn open_connection(
-    front: &Arc<MqttFront>,
+/// What a refused client is told.
+type ConnectRefusal = (ReasonCode, String);
+
+/// A CONNECT that is decided on, stage by stage: its key, its client identifier, its will, its session.
+struct Handshake<'a> {
+    front: &'a Arc<MqttFront>,
     peer: SocketAddr,
-    connect: &ConnectPacket<'_>,
-) -> Result<Box<OpenedConnection>, (ReasonCode, String)> {
-    let config = &front.config;
-    let client = connect.client_id;
-    let no = |cause: &'static str, reason: ReasonCode, words: String| {
-        report_refused_connection(
-            front,
-            peer,
-            RefusalNote { client, ..RefusalNote::new(Transport::Mqtt, cause, &words) },
+    connect: &'a ConnectPacket<'a>,
+}
+
+impl Handshake<'_> {
+    /// Decides on the CONNECT, and enters the client among the sessions if it is let in.
+    async fn open(&self) -> Result<Box<OpenedConnection>, ConnectRefusal> {
+        let (connect, config) = (self.connect, &self.front.config);
+        let grant = self.authorize()?;
+        let client_id = self.choose_client_id()?;
+        let publisher = publisher_hash(grant.datasource(), &client_id);
+        let user = Arc::new(KeyClient::new(Transport::Mqtt, Some(self.peer.ip()), Some(&client_id)));
+        let who =
+            Arc::new(ClientIdentity { address: self.peer.ip(), client: client_id.as_str().into(), user });
+        let will = self.check_will(&grant, &who, publisher)?;
+        let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
+        let (entered, EnteredClient { present, session, resumed }) =
+            self.enter(&grant, &who, expiry_s).await?;
+        self.front.intake.authorizer().registry().note_use(grant.key(), Some(&who.user), now_micros(), None);
+        let keep_alive_s = self.choose_keep_alive_s();
+        let mut answer = Vec::with_capacity(64);
+        let limits = ConnackLimits {
+            receive_maximum: config.receive_maximum,
+            packet_bytes_max: u32::try_from(config.packet_bytes_max).unwrap_or(u32::MAX),
+            topic_alias_maximum: MQTT_TOPIC_ALIAS_MAXIMUM,
+            keep_alive_s: (keep_alive_s != connect.keep_alive_s).then_some(keep_alive_s),
+            client_id: connect.client_id.is_empty().then_some(client_id),
+            session_expiry_s: (connect.session_expiry_s() != expiry_s).then_some(expiry_s),
+        };
+        write::connack(&mut answer, connect.version, resumed, &limits);
+        debug!(
+            peer = %self.peer, key_id = %grant.key_id(), datasource = %grant.datasource(),
+            version = ?connect.version, resumed, "connected"
         );
-        (reason, words)
-    };
-    if connect.wants_authentication() {
-        let words = "present an API key: there is no extended authentication".to_owned();
-        return Err(no("authentication_method", ReasonCode::BadAuthenticationMethod, words));
+        let form = PacketForm {
+            version: connect.version,
+            reasons: connect.wants_reasons(),
+            packet_bytes_max: connect.packet_bytes_max(),
+        };
+        let (bytes_max, receive_maximum) = (config.packet_bytes_max, config.receive_maximum);
+        Ok(Box::new(OpenedConnection {
+            inbound: Inbound::new(grant, who, form, bytes_max, receive_maximum, publisher, &session),
+            entered,
+            present,
+            session,
+            will: will.map(Box::new),
+            topic_alias_maximum: connect.topic_alias_maximum(),
+            receive_maximum: connect.receive_maximum(),
+            // Section 3.1.2.10: one and a half times the keep-alive.
+            silence_max: (keep_alive_s > 0).then(|| Duration::from_millis(1500 * u64::from(keep_alive_s))),
+            early: Vec::new(),
+            answer,
+        }))
     }
-    let authorizer = front.intake.authorizer();
-    let grant = credentials::grant_of_connect(connect, authorizer, peer.ip()).map_err(|rejected| {
-        let RejectedKey { denied, key_id, shape: key_shape } = rejected;
-        let note = RefusalNote::new(Transport::Mqtt, denied.cause(), &denied);
-        report_refused_connection(front, peer, RefusalNote { client, key_id, key_shape, ..note });
-        match denied {
-            GrantDenial::TooManyFailures { .. } => (ReasonCode::ConnectionRateExceeded, denied.to_string()),
-            // All other denials get the same answer, which tells a stranger nothing.
-            _ => (
-                ReasonCode::NotAuthorized,
-                "no valid API key as user name, password or user property".to_owned(),
-            ),
+
+    /// What the presented key allows.
+    fn authorize(&self) -> Result<Grant, ConnectRefusal> {
+        if self.connect.wants_authentication() {
+            let words = "present an API key: there is no extended authentication";
+            return Err(self.refuse(Cause::AuthenticationMethod, ReasonCode::BadAuthenticationMethod, words));
         }
-    })?;
-    let v5 = connect.version == MqttVersion::V5;
-    let client_id = match connect.client_id {
-        "" if connect.version == MqttVersion::V31 || !v5 && !connect.clean => {
-            let words = "an empty client identifier needs clean session".to_owned();
-            return Err(no("client_id", ReasonCode::ClientIdentifierNotValid, words));
-        }
-        "" => assigned_client_id(),
-        given if given.len() > CLIENT_ID_BYTES_MAX => {
-            let words = format!("a client identifier has at most {CLIENT_ID_BYTES_MAX} bytes");
-            return Err(no("client_id", ReasonCode::ClientIdentifierNotValid, words));
-        }
-        given if holds_key(given) => {
-            let words = "a client identifier is no place for an API key: present it as user name or password";
-            return Err(no("client_id", ReasonCode::ClientIdentifierNotValid, words.to_owned()));
-        }
-        given => given.to_owned(),
-    };
-    let keep_alive_s = match connect.keep_alive_s {
-        asked if v5 && (asked == 0 || asked > config.keep_alive_s_max) => config.keep_alive_s_max,
-        asked => asked,
-    };
-    let publisher = publisher_hash(grant.datasource(), &client_id);
-    let user = Arc::new(KeyClient::new(Transport::Mqtt, Some(peer.ip()), Some(&client_id)));
-    let who = Arc::new(ClientIdentity { address: peer.ip(), client: client_id.as_str().into(), user });
-    let about = |note: RefusalNote<'_>| {
-        let note = RefusalNote { client, key_id: Some(grant.key_id()), ..note };
-        report_refused_connection(
-            front,
-            peer,
-            RefusalNote { datasource: grant.datasource().as_str(), ..note },
-        );
-    };
-    // Checked now, so that the client hears of a bad will while it can still be told.
-    let will = connect.will.as_ref().map(|will| MqttWill::new(will, &grant, &who, publisher, &front.intake));
-    let will = will.transpose().map_err(|refusal| {
-        about(RefusalNote { cause: "will", ..refusal.note(Transport::Mqtt) });
-        (refusal_reason_code(&refusal), format!("the will cannot be taken: {refusal}"))
-    })?;
-    let form = PacketForm {
-        version: connect.version,
-        reasons: connect.wants_reasons(),
-        packet_bytes_max: connect.packet_bytes_max(),
-    };
-    let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
-    let control = Arc::new(ConnectionControl::default());
-    // Before the session: a key that dies while the session is fetched has to close this connection too.
-    let entered = grant.key().connections().enter(control.clone());
-    let is_new = connect.client_id.is_empty();
-    let entering = front.sessions.enter(
-        grant.datasource(),
-        who.client.clone(),
-        control,
-        connect.clean,
-        is_new,
-        expiry_s,
-    );
-    let EnteredClient { present, session, resumed } =
-        entering.await.map_err(|not_entered| match not_entered {
+        let authorizer = self.front.intake.authorizer();
+        credentials::grant_of_connect(self.connect, authorizer, self.peer.ip()).map_err(|rejected| {
+            let RejectedKey { denied, key_id, shape: key_shape } = rejected;
+            let note = RefusalNote::new(Transport::Mqtt, denied.cause(), &denied);
+            self.report(RefusalNote { key_id, key_shape, ..note });
+            match denied {
+                GrantDenial::TooManyFailures { .. } => {
+                    (ReasonCode::ConnectionRateExceeded, denied.to_string())
+                }
+                // All other denials get the same answer, which tells a stranger nothing.
+                _ => (
+                    ReasonCode::NotAuthorized,
+                    "no valid API key as user name, password or user property".to_owned(),
+                ),
+            }
+        })
+    }
+
+    /// The client identifier: the client's own, or one that is made for it.
+    fn choose_client_id(&self) -> Result<String, ConnectRefusal> {
+        let (connect, v5) = (self.connect, self.connect.version == MqttVersion::V5);
+        let words = match connect.client_id {
+            "" if connect.version == MqttVersion::V31 || !v5 && !connect.clean => {
+                "an empty client identifier needs clean session".to_owned()
+            }
+            "" => return Ok(assigned_client_id()),
+            given if given.len() > CLIENT_ID_BYTES_MAX => {
+                format!("a client identifier has at most {CLIENT_ID_BYTES_MAX} bytes")
+            }
+            given if holds_key(given) => {
+                "a client identifier is no place for an API key: present it as user name or password"
+                    .to_owned()
+            }
+            given => return Ok(given.to_owned()),
+        };
+        Err(self.refuse(Cause::ClientId, ReasonCode::ClientIdentifierNotValid, &words))
+    }
+
+    /// Checks the will now, so that the client hears of a bad one while it can still be told.
+    fn check_will(
+        &self,
+        grant: &Grant,
+        who: &Arc<ClientIdentity>,
+        publisher: u64,
+    ) -> Result<Option<MqttWill>, ConnectRefusal> {
+        let Some(will) = &self.connect.will else { return Ok(None) };
+        MqttWill::new(will, grant, who, publisher, &self.front.intake).map(Some).map_err(|refusal| {
+            self.report_of_key(grant, RefusalNote { cause: Cause::Will, ..refusal.note(Transport::Mqtt) });
+            (refusal_reason_code(&refusal), format!("the will cannot be taken: {refusal}"))
+        })
+    }
+
+    /// Enters the connection with its key, and the client among the sessions, which ends an earlier
+    /// connection of it.
+    async fn enter(
+        &self,
+        grant: &Grant,
+        who: &ClientIdentity,
+        expiry_s: u32,
+    ) -> Result<(KeyConnectionGuard, EnteredClient), ConnectRefusal> {
+        let (front, connect) = (self.front, self.connect);
+        let control = Arc::new(ConnectionControl::default());
+        // Before the session: a key that dies while the session is fetched has to close this connection too.
+        let entered = grant.key().connections().enter(control.clone());
+        let is_new = connect.client_id.is_empty();
+        let client = who.client.clone();
+        let entering =
+            front.sessions.enter(grant.datasource(), client, control, connect.clean, is_new, expiry_s);
+        let client = entering.await.map_err(|not_entered| match not_entered {
             EnterError::Closed(why) => {
                 let (reason, words) = close_reason(why);
                 (reason, words.to_owned())
             }
             EnterError::Unavailable(error) => {
                 let words = format!("the client's session cannot be looked up now: {error}");
-                about(RefusalNote::new(Transport::Mqtt, "unavailable", &words));
+                self.report_of_key(grant, RefusalNote::new(Transport::Mqtt, Cause::Unavailable, &words));
                 (ReasonCode::ServerUnavailable, words)
             }
         })?;
-    // Checked last, because an earlier connection of this client has left by now and no longer counts.
-    if let Err(refusal) = front.intake.check_connections(&grant) {
-        about(refusal.note(Transport::Mqtt));
-        drop(entered);
-        present.leave(session, None);
-        return Err((refusal_reason_code(&refusal), refusal.to_string()));
+        // Checked last, because an earlier connection of this client has left by now and no longer counts.
+        if let Err(refusal) = front.intake.check_connections(grant) {
+            self.report_of_key(grant, refusal.note(Transport::Mqtt));
+            drop(entered);
+            client.present.leave(client.session, None);
+            return Err((refusal_reason_code(&refusal), refusal.to_string()));
+        }
+        Ok((entered, client))
     }
-    front.intake.authorizer().registry().note_use(grant.key(), Some(&who.user), now_micros(), None);
-    let mut answer = Vec::with_capacity(64);
-    let limits = ConnackLimits {
-        receive_maximum: config.receive_maximum,
-        packet_bytes_max: u32::try_from(config.packet_bytes_max).unwrap_or(u32::MAX),
-        topic_alias_maximum: MQTT_TOPIC_ALIAS_MAXIMUM,
-        keep_alive_s: (keep_alive_s != connect.keep_alive_s).then_some(keep_alive_s),
-        client_id: connect.client_id.is_empty().then_some(client_id),
-        session_expiry_s: (connect.session_expiry_s() != expiry_s).then_some(expiry_s),
-    };
-    write::connack(&mut answer, connect.version, resumed, &limits);
-    debug!(
-        %peer, key_id = %grant.key_id(), datasource = %grant.datasource(), version = ?connect.version, resumed,
-        "connected"
-    );
-    let receive_maximum = config.receive_maximum;
-    Ok(Box::new(OpenedConnection {
-        inbound: Inbound::new(
-            grant,
-            who,
-            form,
-            config.packet_bytes_max,
-            receive_maximum,
-            publisher,
-            &session,
-        ),
-        entered,
-        present,
-        session,
-        will: will.map(Box::new),
-        topic_alias_maximum: connect.topic_alias_maximum(),
-        receive_maximum: connect.receive_maximum(),
-        // Section 3.1.2.10: one and a half times the keep-alive.
-        silence_max: (keep_alive_s > 0).then(|| Duration::from_millis(1500 * u64::from(keep_alive_s))),
-        early: Vec::new(),
-        answer,
-    }))
+
+    /// The keep-alive: the client's, or the longest that is configured.
+    fn choose_keep_alive_s(&self) -> u16 {
+        let (asked, longest) = (self.connect.keep_alive_s, self.front.config.keep_alive_s_max);
+        // Earlier versions of MQTT cannot tell a client another one.
+        let v5 = self.connect.version == MqttVersion::V5;
+        if v5 && (asked == 0 || asked > longest) { longest } else { asked }
+    }
+
+    /// Reports a refusal, and returns what the client is told.
+    fn refuse(&self, cause: Cause, reason: ReasonCode, words: &str) -> ConnectRefusal {
+        self.report(RefusalNote::new(Transport::Mqtt, cause, &words));
+        (reason, words.to_owned())
+    }
+
+    fn report(&self, note: RefusalNote<'_>) {
+        report_refused_connection(
+            self.front,
+            self.peer,
+            RefusalNote { client: self.connect.client_id, ..note },
+        );
+    }
+
+    /// Reports a refusal after the key was accepted.
+    fn report_of_key(&self, grant: &Grant, note: RefusalNote<'_>) {
+        let datasource = grant.datasource().as_str();
+        self.report(RefusalNote { key_id: Some(grant.key_id()), datasource, ..note });
+    }
 }
 
 /// The answer to a client whose connection has to close before it is let in.
@@ -284,10 +325,10 @@ pub(super) fn report_refused_connection(front: &MqttFront, peer: SocketAddr, not
     let RefusalNote { cause, words, key_id, .. } = note;
     front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
     // A flood of attempts must not flood the log.
-    if cause == (GrantDenial::TooManyFailures { retry_after: Duration::ZERO }).cause() {
-        debug!(%peer, cause, "refused a connection");
+    if cause == Cause::TooManyFailures {
+        debug!(%peer, cause = cause.name(), "refused a connection");
     } else {
-        info!(%peer, cause, key_id = key_id.map(display), why = %words, "refused a connection");
+        info!(%peer, cause = cause.name(), key_id = key_id.map(display), why = %words, "refused a connection");
     }
 }
 

@@ -5,8 +5,12 @@
 //! connections and with the [sessions], and is then [served](connection): each read of the socket is
 //! decoded in place and handed to intake as one draft; the next read proceeds while the log makes the
 //! draft durable; the answers to one draft leave in one write.
+//!
+//! A permanent refusal is answered at once. A transient one is never answered: the front holds the client
+//! back, then closes without an acknowledgement, so that the client sends the message again.
 
 mod acks;
+mod client_identity;
 mod connection;
 mod credentials;
 mod delivery;
@@ -15,6 +19,9 @@ mod goodbye;
 mod handshake;
 mod inbound;
 mod outbound;
+mod output;
+mod reason;
+mod replay;
 mod session;
 mod sessions;
 mod stream;
@@ -43,6 +50,7 @@ use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
 use crate::intake::Intake;
 use crate::message::Transport;
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 use handshake::report_refused_connection;
 use sessions::Sessions;
@@ -50,7 +58,7 @@ use stream::ClientStream;
 use websocket::WebSocket;
 
 pub use sessions::claims::ClientClaims;
-pub use tls::{Tls, TlsError};
+pub use tls::Tls;
 
 /// The state that all connections share.
 pub(super) struct MqttFront {
@@ -102,7 +110,7 @@ impl Acceptor {
             Err(_) => {
                 let connections_max = self.front.config.connections_max;
                 let words = format!("mqtt.connections_max = {connections_max} connections are open");
-                let note = RefusalNote::new(Transport::Mqtt, "connections_max", &words);
+                let note = RefusalNote::new(Transport::Mqtt, Cause::ConnectionsMax, &words);
                 self.front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
                 debug!(%peer, connections_max, "refused a connection: there are too many");
                 None
@@ -172,7 +180,7 @@ async fn accept_tls(
             Some(fault) => report_refused_connection(
                 front,
                 peer,
-                RefusalNote::new(Transport::Mqtt, "tls_handshake", &fault),
+                RefusalNote::new(Transport::Mqtt, Cause::TlsHandshake, &fault),
             ),
             None => debug!(%peer, "a client left in the TLS handshake"),
         },
@@ -181,7 +189,7 @@ async fn accept_tls(
             report_refused_connection(
                 front,
                 peer,
-                RefusalNote::new(Transport::Mqtt, "connect_timeout", &words),
+                RefusalNote::new(Transport::Mqtt, Cause::ConnectTimeout, &words),
             );
         }
     }

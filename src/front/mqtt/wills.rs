@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use tracing::info;
 
+use super::client_identity::ClientIdentity;
 use super::codec::connect;
 use super::codec::properties::{WILL_DELAY, forward_properties};
-use super::credentials;
-use super::inbound::ClientIdentity;
 use crate::auth::Grant;
+use crate::front::credentials::is_key_header;
 use crate::intake::{Draft, IncomingMessage, Intake, Refusal};
 use crate::message::{RecordFlags, Transport};
 
@@ -48,8 +48,7 @@ impl MqttWill {
             flags = flags.with(RecordFlags::AT_MOST_ONCE);
         }
         let mut properties = Vec::new();
-        let content_type =
-            forward_properties(&will.properties, &mut properties, credentials::is_key_property);
+        let content_type = forward_properties(&will.properties, &mut properties, is_key_header);
         let will = Self {
             grant: grant.clone(),
             who: who.clone(),
@@ -69,7 +68,7 @@ impl MqttWill {
     pub(super) async fn publish(self, intake: &Intake) {
         if let Err(refusal) = self.submit(intake).await {
             intake.refusals().note(self.who.note(&self.grant, refusal.note(Transport::Mqtt)));
-            info!(key_id = %self.grant.key_id(), cause = refusal.cause(), %refusal, "a will was refused");
+            info!(key_id = %self.grant.key_id(), cause = refusal.cause().name(), %refusal, "a will was refused");
         }
     }
 

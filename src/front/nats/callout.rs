@@ -2,6 +2,42 @@
 //! the client's permissions: the scope `ingest` may publish messages of the key's datasource, and the scope
 //! `subscribe` may subscribe to its stream. Intake checks what the client publishes, like any message, under
 //! the key that the server attests (`attested.rs`). A key that dies loses its connections (`kick.rs`).
+//!
+//! Any gateway may answer a request. The server's permissions are a second fence, not the only one. A leaf
+//! node is refused whatever key it presents, because a server speaks for others, and nats-server does not
+//! enforce the connection types of an answer.
+//!
+//! # Four accounts
+//!
+//! `headgate nats setup` writes them (`src/cli/nats/server.rs`):
+//!
+//! | account | who is in it | why |
+//! |---|---|---|
+//! | `APP` | clients with a key | they reach what their permissions name and what is imported, nothing else |
+//! | `AUTH` | the gateways alone | requests of auth callout hold keys; and a server's word can be trusted only where no client can write (`attested.rs`) |
+//! | `HEADGATE` | the gateways, backends | the stream and the registry; what is published in `APP` never gets here |
+//! | `SYS` | the gateway's system user | ends connections |
+//!
+//! # Answers go where the sender says
+//!
+//! Servers do not check a reply subject against the sender's permissions. With `stream.press-5.x` as reply
+//! subject, the gateway's answer would be delivered to the subscribers of another datasource. In `APP` the
+//! mapping `stream.> → denied.>` prevents that: a server maps answers too, but not what comes by the import
+//! of the stream.
+//!
+//! Nothing in `APP` reaches the stream itself, which is in `HEADGATE`. Servers refuse reply subjects in
+//! `$JS.ACK` and `_R_`; an answer to `ingest.>` or `$JS.API.>` has no effect (tried).
+//!
+//! # JetStream is closed to keys
+//!
+//! Tried on nats-server 2.15.1:
+//!
+//! - Whoever may create a consumer on one subject of a stream names where it delivers, unchecked, and so
+//!   writes into other streams of that account: a record of its own turned up in a KV bucket.
+//! - Whoever may pull may pull from every consumer of the stream whose name it knows: a permission cannot say
+//!   whose a consumer is.
+//!
+//! Neither fits keys that do not trust each other.
 
 use std::fmt::Display;
 use std::io;
@@ -27,6 +63,7 @@ use crate::config::{self, ConfigError};
 use crate::intake::Intake;
 use crate::limits::NATS_SUBSCRIPTIONS_MAX;
 use crate::message::{Transport, now_micros};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 
 /// The only denial text for a bad key: it does not say what is wrong with the key.
@@ -107,34 +144,8 @@ impl NatsKeyCallout {
             error,
         })?;
         let nats = Nats::connect(&config.callout_connection("auth callout")?).await?;
-        let front = if config.ingest {
-            // A connection of its own, so that published messages do not delay clients that connect.
-            let connection = config.callout_connection("ingest by key")?;
-            let attestation = Some(Attestation::of_account(&settings.account));
-            let front =
-                NatsFront::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
-            let drain = drain.clone();
-            Some(tokio::spawn(async move { front.serve(drain).await }))
-        } else {
-            None
-        };
-        let watch = if settings.system_user.is_empty() {
-            info!(
-                "no nats.callout.system_user: NATS connections of dead keys end when their permission expires"
-            );
-            None
-        } else {
-            let system =
-                SystemAccount::new(Nats::connect(&config.system_connection("ends connections")?).await?);
-            let authorizer = intake.authorizer().clone();
-            let kicker = NatsConnectionKicker::new(system, &settings.account, let_in, authorizer);
-            let closer = kicker.clone();
-            intake.set_closer(Box::new(move |dead| {
-                let (closer, dead) = (closer.clone(), dead.to_vec());
-                Box::pin(async move { closer.close(&dead).await })
-            }));
-            Some(tokio::spawn(kicker.watch()))
-        };
+        let front = start_key_ingest(config, intake, &drain).await?;
+        let watch = start_kicker(config, intake, let_in).await?;
         let over = nats.clone();
         let service = tokio::spawn(async move {
             if let Err(error) = service.serve(&over, drain.cancelled()).await {
@@ -161,6 +172,44 @@ impl NatsKeyCallout {
     }
 }
 
+/// Starts to admit what the clients publish, if messages are taken from NATS.
+async fn start_key_ingest(
+    config: &config::NatsConfig,
+    intake: &Intake,
+    drain: &CancellationToken,
+) -> Result<Option<JoinHandle<()>>, NatsCalloutError> {
+    if !config.ingest {
+        return Ok(None);
+    }
+    // A connection of its own, so that published messages do not delay clients that connect.
+    let connection = config.callout_connection("ingest by key")?;
+    let attestation = Some(Attestation::of_account(&config.callout.account));
+    let front = NatsFront::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
+    let drain = drain.clone();
+    Ok(Some(tokio::spawn(async move { front.serve(drain).await })))
+}
+
+/// Starts to end the NATS connections of dead keys, if the gateway has a system user.
+async fn start_kicker(
+    config: &config::NatsConfig,
+    intake: &Intake,
+    let_in: Arc<RecentNatsConnections>,
+) -> Result<Option<JoinHandle<()>>, NatsCalloutError> {
+    let settings = &config.callout;
+    if settings.system_user.is_empty() {
+        info!("no nats.callout.system_user: NATS connections of dead keys end when their permission expires");
+        return Ok(None);
+    }
+    let system = SystemAccount::new(Nats::connect(&config.system_connection("ends connections")?).await?);
+    let kicker = NatsConnectionKicker::new(system, &settings.account, let_in, intake.authorizer().clone());
+    let closer = kicker.clone();
+    intake.set_closer(Box::new(move |dead| {
+        let (closer, dead) = (closer.clone(), dead.to_vec());
+        Box::pin(async move { closer.close(&dead).await })
+    }));
+    Ok(Some(tokio::spawn(kicker.watch())))
+}
+
 fn read_seed_file(setting: &'static str, file: &Path) -> Result<String, NatsCalloutError> {
     let text = std::fs::read_to_string(file);
     text.map_err(|error| NatsCalloutError::File { setting, path: file.to_owned(), error })
@@ -180,7 +229,7 @@ impl CalloutAuthorizer for KeyCalloutAuthorizer {
         let address = visitor.host.parse().unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         if !NATS_CLIENT_KINDS.contains(&visitor.kind.as_str()) {
             let words = "only a client may present an API key, not another server";
-            let note = RefusalNote::new(Transport::Nats, "connection_type", &words);
+            let note = RefusalNote::new(Transport::Nats, Cause::ConnectionType, &words);
             let client = visitor.name.as_str();
             self.intake.refusals().note(RefusalNote { address: Some(address), client, ..note });
             debug!(%address, "refused a NATS server that connects as a client");
@@ -248,10 +297,10 @@ impl KeyCalloutAuthorizer {
         let key_id = key_id.as_ref().map(display);
         // A flood of bad keys must not flood the log.
         if let GrantDenial::TooManyFailures { .. } = denied {
-            debug!(%address, cause = denied.cause(), "refused a NATS client");
+            debug!(%address, cause = denied.cause().name(), "refused a NATS client");
             return CalloutVerdict::Deny(denied.to_string());
         }
-        info!(%address, cause = denied.cause(), key_id, why = %denied, "refused a NATS client");
+        info!(%address, cause = denied.cause().name(), key_id, why = %denied, "refused a NATS client");
         CalloutVerdict::Deny(KEY_DENIAL_TEXT.to_owned())
     }
 }

@@ -1,15 +1,13 @@
 //! The headers of a NATS message, besides its key: its id, its media type, and the sender's own headers,
 //! which subscribers receive as MQTT 5 user properties.
 
-use crate::front::credentials::key_in_header;
+use crate::front::credentials::is_key_header;
 use crate::front::mqtt::codec::write::user_property;
 use crate::intake::Refusal;
 use crate::limits::NATS_HEADERS_BYTES_MAX;
+use crate::log::nats_message::{NATS_CONTENT_TYPE_HEADER, NATS_MESSAGE_ID_HEADER};
 use crate::message::{holds_key, is_noncharacter};
 
-/// The message id: a second message with the same id is not kept again.
-const NATS_MESSAGE_ID_HEADER: &str = "Nats-Msg-Id";
-const NATS_CONTENT_TYPE_HEADER: &str = "Content-Type";
 /// The stream from which a client expects the answer.
 const NATS_EXPECTED_STREAM_HEADER: &str = "Nats-Expected-Stream";
 /// Requests to JetStream that Headgate does not serve: accepting the message would promise them.
@@ -50,7 +48,7 @@ impl<'a> NatsMessageHeaders<'a> {
         let mut own = Vec::new();
         for (name, value) in headers {
             if has_prefix_ignoring_case(name, "Nats-") {
-                if name.eq_ignore_ascii_case(NATS_MESSAGE_ID_HEADER) {
+                if name.eq_ignore_ascii_case(NATS_MESSAGE_ID_HEADER.as_ref()) {
                     read.message_id = Some(value);
                 } else if let Some(asked) =
                     UNSUPPORTED_JETSTREAM_HEADERS.iter().find(|known| name.eq_ignore_ascii_case(known))
@@ -58,12 +56,9 @@ impl<'a> NatsMessageHeaders<'a> {
                 {
                     return Err(Refusal::Header(asked));
                 }
-            } else if name.eq_ignore_ascii_case(NATS_CONTENT_TYPE_HEADER) {
+            } else if name.eq_ignore_ascii_case(NATS_CONTENT_TYPE_HEADER.as_ref()) {
                 read.content_type = value;
-            } else if key_in_header(name, b"").is_none()
-                && !is_reserved(name)
-                && may_be_user_property(name, value)
-            {
+            } else if !is_key_header(name) && !is_reserved(name) && may_be_user_property(name, value) {
                 own.push((name, value));
             }
         }

@@ -14,7 +14,7 @@ use super::{identity, reply};
 use crate::auth::shape::KeyShape;
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey, Scope};
-use crate::front::http::problem::Problem;
+use crate::front::problem::Problem;
 use crate::intake::{Draft, DurableDraft, IncomingMessage, Intake, Refusal};
 use crate::log::SectionOutcome;
 use crate::message::{DatasourceId, KeyId, RecordFlags, Transport};
@@ -101,7 +101,7 @@ impl NatsIngest {
                 self.intake.refusals().note(RefusalNote { datasource, key_id, key_shape, address, ..note });
                 debug!(
                     key_id = key_id.map(tracing::field::display),
-                    cause = refusal.cause(),
+                    cause = refusal.cause().name(),
                     "refused a message"
                 );
                 PendingInletVerdict::Refused(reply::refusal_verdict(refusal))

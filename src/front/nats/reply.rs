@@ -3,18 +3,19 @@
 //! text.
 
 use headgate_bridge_nats::inlet::{InletRefusal, InletVerdict};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::front::http::problem::Problem;
+use crate::front::problem::{Problem, ProblemReply};
 
 /// The verdict that tells a sender of its refusal.
 pub(super) fn refusal_verdict(problem: impl Into<Problem>) -> InletVerdict {
-    let (code, title, mut document, retry_after) = problem.into().into_nats_reply();
-    let detail = document.get("detail").cloned().unwrap_or_default();
+    let (ProblemReply { kind, document, retry_after, .. }, _) = problem.into().into_parts();
+    let code = kind.status();
+    let mut document = serde_json::to_value(document).unwrap_or_default();
     // nats-py accepts exactly these members.
-    document.insert("error".to_owned(), json!({ "code": code, "err_code": code, "description": detail }));
-    let body = Value::Object(document).to_string().into_bytes();
-    InletVerdict::Refused(Box::new(InletRefusal { code, text: title.to_owned(), body, retry_after }))
+    document["error"] = json!({ "code": code, "err_code": code, "description": document["detail"] });
+    let (text, body) = (kind.title().to_owned(), document.to_string().into_bytes());
+    InletVerdict::Refused(Box::new(InletRefusal { code, text, body, retry_after }))
 }
 
 #[cfg(test)]
@@ -22,6 +23,8 @@ mod tests {
     use std::time::Duration;
 
     use async_nats::jetstream::response::Response;
+
+    use serde_json::Value;
 
     use super::*;
     use crate::auth::{GrantDenial, Scope};
@@ -49,10 +52,9 @@ mod tests {
             (AppendError::DiskFull.into(), 503),
         ] {
             let words = refusal.to_string();
-            let transient = refusal.is_transient();
             let InletVerdict::Refused(refused) = refusal_verdict(refusal) else { panic!("{words}") };
             assert_eq!(refused.code, code, "{words}");
-            assert_eq!(refused.retry_after.is_some(), transient, "{words}");
+            assert_eq!(refused.retry_after.is_some(), code == 503, "{words}");
         }
     }
 

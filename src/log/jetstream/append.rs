@@ -28,9 +28,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 
 use super::JetstreamLogShared;
-use super::message::{count_together, encode_message, headers_of_section, message_id_of};
+use super::message::{count_together, encode_message, message_id_of};
 use super::open::{PendingAppend, PendingAppends, PendingMessage, SectionProgress};
 use super::own::OwnRunCollector;
+use crate::log::nats_message::origin_headers;
 use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section};
 use crate::message::{Offset, Transport};
 
@@ -234,7 +235,12 @@ impl JetstreamAppender {
             self.queue.extend((0..at_once).map(place));
             let places = if dead { Vec::new() } else { section.places() };
             let offsets = vec![0; records as usize];
-            let headers = if dead { HeaderMap::new() } else { headers_of_section(&section) };
+            let headers = match dead {
+                true => HeaderMap::new(),
+                false => {
+                    origin_headers(section.key_id, section.received_at, section.transport, section.publisher)
+                }
+            };
             progress.push(SectionProgress {
                 section,
                 headers,
@@ -287,58 +293,67 @@ impl JetstreamAppender {
 
     /// Records the outcome of a message.
     fn settle(&mut self, place: PendingMessage, result: Result<JetstreamAck, PublishError>) {
+        match result {
+            Ok(ack) => self.settle_stored(place, ack),
+            Err(error) => self.settle_refused(place, error),
+        }
+    }
+
+    /// Records that a message is stored.
+    fn settle_stored(&mut self, place: PendingMessage, ack: JetstreamAck) {
         let Some(open) = self.open.get_mut(place.append) else { return };
         let progress = &mut open.sections[place.section as usize];
-        match result {
-            Ok(ack) => {
-                progress.offsets[place.record as usize] = ack.sequence;
-                let known = ack.duplicate && !place.again;
-                if !ack.duplicate {
-                    let begins = progress.places[place.record as usize];
-                    self.own.add_record(ack.sequence, &progress.section, begins);
-                }
-                progress.duplicates += usize::from(known);
-                let is_first = place.record == 0 && progress.once.is_some_and(|(id, _)| !id.is_exchange());
-                // MQTT clients get no offsets, and a single message has no others to look up.
-                let asks = progress.offsets.len() > 1 || progress.section.transport != Transport::Mqtt;
-                let of_several = progress.stands_for(place) > 1;
-                self.shared.set_append_trouble(None);
-                if known && is_first && asks {
-                    self.ask_earlier(place, ack.sequence);
-                    return;
-                }
-                if of_several {
-                    self.add_rest(place);
-                }
-                self.count_settled(place.append, 1);
+        progress.offsets[place.record as usize] = ack.sequence;
+        let known = ack.duplicate && !place.again;
+        if !ack.duplicate {
+            let begins = progress.places[place.record as usize];
+            self.own.add_record(ack.sequence, &progress.section, begins);
+        }
+        progress.duplicates += usize::from(known);
+        let is_first = place.record == 0 && progress.once.is_some_and(|(id, _)| !id.is_exchange());
+        // MQTT clients get no offsets, and a single message has no others to look up.
+        let asks = progress.offsets.len() > 1 || progress.section.transport != Transport::Mqtt;
+        let of_several = progress.stands_for(place) > 1;
+        self.shared.append_trouble.set(None);
+        if known && is_first && asks {
+            self.ask_earlier(place, ack.sequence);
+            return;
+        }
+        if of_several {
+            self.add_rest(place);
+        }
+        self.count_settled(place.append, 1);
+    }
+
+    /// Records why a message is not stored, or may not be. Publishes it again later if that is of use and the
+    /// append does not give up yet.
+    fn settle_refused(&mut self, place: PendingMessage, error: PublishError) {
+        let Some(open) = self.open.get_mut(place.append) else { return };
+        let progress = &open.sections[place.section as usize];
+        let (has_id, stands_for) = (progress.once.is_some(), progress.stands_for(place));
+        let (error, again) = match error {
+            PublishError::Away(text) => (AppendError::Away(text.into()), Some(place.again)),
+            PublishError::Full(_) => {
+                self.shared.room_wanted.notify_one();
+                let retention_bytes = self.shared.retention_bytes;
+                (AppendError::Budget { retention_bytes }, Some(place.again))
             }
-            Err(error) => {
-                let (has_id, stands_for) = (progress.once.is_some(), progress.stands_for(place));
-                let (error, again) = match error {
-                    PublishError::Away(text) => (AppendError::Away(text.into()), Some(place.again)),
-                    PublishError::Full(_) => {
-                        self.shared.room_wanted.notify_one();
-                        let retention_bytes = self.shared.retention_bytes;
-                        (AppendError::Budget { retention_bytes }, Some(place.again))
-                    }
-                    PublishError::Unknown(text) => {
-                        self.shared.lost_track.store(true, Ordering::Release);
-                        (AppendError::Unknown(text.into()), has_id.then_some(true))
-                    }
-                    PublishError::Refused(text) => (AppendError::Failed(text.into()), None),
-                };
-                self.shared.set_append_trouble(Some(error.to_string()));
-                match again {
-                    Some(again) if open.give_up_at > Instant::now() => {
-                        self.refused.insert(PendingMessage { again, ..place });
-                        let until = Instant::now() + PUBLISH_RETRY_PAUSE;
-                        self.blocked.get_or_insert((error, until));
-                    }
-                    _ => {
-                        open.error.get_or_insert(error);
-                        self.count_settled(place.append, stands_for);
-                    }
-                }
+            PublishError::Unknown(text) => {
+                self.shared.lost_track.store(true, Ordering::Release);
+                (AppendError::Unknown(text.into()), has_id.then_some(true))
+            }
+            PublishError::Refused(text) => (AppendError::Failed(text.into()), None),
+        };
+        self.shared.append_trouble.set(Some(error.to_string()));
+        match again {
+            Some(again) if open.give_up_at > Instant::now() => {
+                self.refused.insert(PendingMessage { again, ..place });
+                let until = Instant::now() + PUBLISH_RETRY_PAUSE;
+                self.blocked.get_or_insert((error, until));
+            }
+            _ => {
+                open.error.get_or_insert(error);
+                self.count_settled(place.append, stands_for);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The log in a cluster: a stream in NATS JetStream, on as many servers as it has replicas. Any number
 //! of gateways append to it and read it, and none of them stores it. A record is a message
-//! (`message.rs`), and its offset is the message's sequence.
+//! (`log/nats_message.rs`), and its offset is the message's sequence.
 //!
 //! - Appending (`append.rs`): pipelined; an append is answered when JetStream has acknowledged its messages.
 //! - Following (`follow.rs`): brings the records of all gateways into this one's tail, which serves the
@@ -17,7 +17,7 @@
 //!   gateways append meanwhile.
 //! - An append that has resolved `Ok` is in the stream, on a majority of its replicas. JetStream
 //!   syncs its files only every two minutes (`sync_interval`), so a record survives a power failure because
-//!   it is on several servers.
+//!   it is on several servers. A stream of one replica may lose what was acknowledged in that time.
 //! - A failed append of several messages may have kept some of them, as each is a separate message. If it is
 //!   sent again with an id, only the missing ones are added.
 //! - `received_at` comes from the clock of the gateway that read the message.
@@ -39,32 +39,32 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::stream::{JetstreamSettings, StreamState};
+use headgate_bridge_nats::stream::{JetstreamSettings, StreamPurpose, StreamState};
 use headgate_bridge_nats::{JetstreamStream, KvError, Nats, StreamError};
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tracing::{info, warn};
+use tracing::warn;
 
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
 use self::follow::JetstreamLogFollower;
-use self::message::JETSTREAM_HEADERS_BYTES_MAX;
 use self::once::ExchangeGenerations;
-use self::own::own;
+use self::own::{OwnAppends, own};
 use self::retention::StreamRetention;
+use super::nats_message::RECORD_HEADERS_BYTES_MAX;
 use super::retention::{Hold, Holds};
 use super::tail::Tail;
 use super::withheld::WithheldRules;
 use super::{
     AppendError, Batch, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit,
-    RecordTooLarge, Section,
+    RecordTooLarge, Section, log_trouble,
 };
 use crate::config::Config;
 use crate::message::{Offset, TimeMicros};
 use crate::subject::{SubjectError, SubjectSpace, check_topic_has_subject};
+use crate::trouble::TroubleCell;
 
 pub use headgate_bridge_nats::stream::SharedPlace;
-pub use message::headers_of_record;
 pub use share::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
 
 /// How often to check that the stream is there, and how large it is.
@@ -104,47 +104,13 @@ struct JetstreamLogShared {
     room_wanted: Notify,
     /// The outcome of a message is unknown: it may still be on its way.
     lost_track: AtomicBool,
-    trouble: JetstreamLogTrouble,
-}
-
-/// The records that this gateway appends itself.
-#[derive(Default)]
-struct OwnAppends {
-    /// How many it has appended.
-    appended: AtomicU64,
-    /// Whether the follower wants them ([`own`]).
-    wanted: AtomicBool,
-}
-
-/// Why nothing can be appended.
-#[derive(Default)]
-struct JetstreamLogTrouble {
-    /// Whether there is any.
-    any: AtomicBool,
     /// The error of the last failed append, until one succeeds.
-    of_append: Mutex<Option<String>>,
+    append_trouble: TroubleCell,
     /// The error of the last check of the stream.
-    of_stream: Mutex<Option<String>>,
+    stream_trouble: TroubleCell,
 }
 
 impl JetstreamLogShared {
-    /// Notes why an append failed, or `None` after one that succeeded.
-    fn set_append_trouble(&self, trouble: Option<String>) {
-        let trouble_of = &self.trouble;
-        if trouble.is_none() && !trouble_of.any.load(Ordering::Acquire) {
-            return;
-        }
-        trouble_of.any.store(trouble.is_some(), Ordering::Release);
-        let mut current = trouble_of.of_append.lock();
-        if *current != trouble {
-            match &trouble {
-                Some(trouble) => warn!(trouble, "the log takes no records; clients are held back"),
-                None => info!("the log takes records again"),
-            }
-            *current = trouble;
-        }
-    }
-
     fn note_state(&self, state: &StreamState) {
         // An untouched stream begins at 1, and no record is missing below that.
         let first = if state.first <= 1 { 0 } else { state.first };
@@ -175,6 +141,7 @@ impl JetstreamLog {
             replicas,
             bytes_max: config.log.retention_bytes,
             duplicate_window: window,
+            purpose: StreamPurpose::Log,
         };
         let stream = JetstreamStream::open(nats, &settings).await?;
         let once = ExchangeGenerations::open(nats, replicas, window).await?;
@@ -192,7 +159,11 @@ impl JetstreamLog {
             foreign: AtomicU64::new(0),
             room_wanted: Notify::new(),
             lost_track: AtomicBool::new(false),
-            trouble: JetstreamLogTrouble::default(),
+            append_trouble: log_trouble(),
+            stream_trouble: TroubleCell::new(
+                "the log's stream is not there",
+                "the log's stream is there again",
+            ),
             following: following.clone(),
             stream,
         });
@@ -200,10 +171,10 @@ impl JetstreamLog {
         let (log, stay_s) = (config.log.clone(), config.intake.dedup_window_s);
         let retention = StreamRetention::open(nats, replicas, shared.clone(), node, log, stay_s).await?;
         let (commands, waiting) = mpsc::unbounded_channel();
-        let (own, runs) = own(shared.clone());
+        let (own, alone) = own(shared.clone());
         let appender = tokio::spawn(JetstreamAppender::new(shared.clone(), waiting, own).await?.run());
         let follower = shared.stream.follow(state.last + 1, following);
-        let follower = tokio::spawn(JetstreamLogFollower::new(shared.clone(), follower, runs).run());
+        let follower = tokio::spawn(JetstreamLogFollower::new(shared.clone(), follower, alone).run());
         let others = [tokio::spawn(retention.run()), tokio::spawn(watch_stream_state(shared.clone()))];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })
@@ -237,7 +208,7 @@ async fn watch_stream_state(shared: Arc<JetstreamLogShared>) {
             }
             Err(error) => Some(error.to_string()),
         };
-        *shared.trouble.of_stream.lock() = trouble;
+        shared.stream_trouble.set(trouble);
     }
 }
 
@@ -253,7 +224,7 @@ impl Log for JetstreamLog {
     fn check_size(&self, payload: usize, properties: usize) -> Result<(), RecordTooLarge> {
         let bytes_max = self.shared.stream.nats().client().max_payload();
         // Properties are base64 in a header.
-        let bytes = payload + properties.div_ceil(3) * 4 + JETSTREAM_HEADERS_BYTES_MAX;
+        let bytes = payload + properties.div_ceil(3) * 4 + RECORD_HEADERS_BYTES_MAX;
         match bytes > bytes_max {
             true => Err(RecordTooLarge { bytes, bytes_max, limit: "max_payload of nats-server" }),
             false => Ok(()),
@@ -340,10 +311,6 @@ impl Log for JetstreamLog {
         })
     }
 
-    fn subscribe(&self) -> watch::Receiver<Offset> {
-        self.shared.tail.subscribe()
-    }
-
     fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
         match self.read_recent(from, bytes_max) {
             Some(batches) => Ok(batches),
@@ -385,10 +352,9 @@ impl Log for JetstreamLog {
     }
 
     fn trouble(&self) -> Option<String> {
-        let trouble = &self.shared.trouble;
-        let of = |what: &Mutex<Option<String>>| what.lock().clone();
-        let nats = self.shared.stream.nats().trouble().or_else(|| self.shared.following.trouble());
-        nats.or_else(|| of(&trouble.of_stream)).or_else(|| of(&trouble.of_append))
+        let shared = &self.shared;
+        let nats = shared.stream.nats().trouble().or_else(|| shared.following.trouble());
+        nats.or_else(|| shared.stream_trouble.current()).or_else(|| shared.append_trouble.current())
     }
 
     fn close(&self) -> LogFuture<'_, ()> {

@@ -2,6 +2,9 @@
 //! node publishes how far its consumers are in the bucket `headgate-cursors`. Any node removes records
 //! that are over the age or the size and below all cursors. A node that has published nothing for a day
 //! no longer counts.
+//!
+//! A stream that is at `log.retention_bytes` refuses messages, which intake reports as a transient error. So
+//! retention starts below that size, and also whenever an append has found the stream full.
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -9,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use headgate_bridge_nats::kv::KvPut;
-use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, Nats, StreamError};
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats, StreamError};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{info, warn};
@@ -80,8 +83,8 @@ impl StreamRetention {
         config: config::LogConfig,
         stay_s: u64,
     ) -> Result<Self, KvError> {
-        let settings =
-            KvBucketSettings { name: CURSORS_BUCKET_NAME.to_owned(), replicas, age_max: Some(NODE_AGE_MAX) };
+        let (name, writes) = (CURSORS_BUCKET_NAME.to_owned(), KvWrites::Batched);
+        let settings = KvBucketSettings { name, replicas, age_max: Some(NODE_AGE_MAX), writes };
         let bucket = KvBucket::open(nats, &settings).await?;
         Ok(Self { shared, bucket, node: node.to_owned(), config, stay_s, said: None })
     }

@@ -9,7 +9,7 @@ use headgate_bridge_nats::StreamError;
 use headgate_bridge_nats::stream::{DeliveryReceipt, SharedPlace, SharedPull, SharedSettings};
 
 use super::JetstreamLogShared;
-use super::message::{ParsedTimeCache, decode_message};
+use crate::log::nats_message::{ParsedTimeCache, decode_record};
 use crate::log::{Batch, RecordPlace, WithheldRules};
 use crate::message::Offset;
 
@@ -118,7 +118,7 @@ impl SharedRecords {
         loop {
             let taken = self.0.next().await?;
             let mut sections = Vec::new();
-            if decode_message(&taken.stored, &mut ParsedTimeCache::default(), &mut sections) {
+            if decode_record(&taken.stored, &mut ParsedTimeCache::default(), &mut sections) {
                 let batch = Batch::gather(taken.stored.sequence, &sections);
                 if let Some(place) = batch.place(taken.stored.sequence) {
                     return Some(DeliveredRecord { batch, place, receipt: taken.receipt });

@@ -10,17 +10,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use async_nats::header;
 use async_nats::jetstream::consumer::DeliverPolicy;
-use async_nats::jetstream::{self};
-use async_nats::{StatusCode, Subscriber, header};
-use bytes::Bytes;
-use futures_util::StreamExt;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{KV_RETRY_PAUSE, KvBucket, KvError, KvRevision, KvRow, is_deleted};
 use crate::presence::{self, PRESENCE_BEAT_INTERVAL};
-use crate::pushed::{self, PUSH_SILENCE_MAX};
+use crate::pushed::{AckPlace, PushEvent, PushFeed};
 
 /// A watch that is silent for longer may be behind. Other nodes wait longer than this for a silent node, so
 /// that "all nodes know of a change" includes a node that is cut off.
@@ -46,7 +43,7 @@ pub struct KvUpdate {
 #[derive(Debug)]
 pub struct KvWatch {
     bucket: KvBucket,
-    feed: Option<KvWatchFeed>,
+    feed: Option<PushFeed>,
     /// When the bucket was created; another time means another bucket.
     created: Option<i128>,
     /// Rows received that do not complete a state yet.
@@ -90,15 +87,6 @@ impl KvWatchPulse {
         silence.saturating_sub(self.heard_at.load(Ordering::Acquire).into())
             > KV_WATCH_SILENCE_MAX.as_millis()
     }
-}
-
-/// One push consumer.
-#[derive(Debug)]
-struct KvWatchFeed {
-    messages: Subscriber,
-    /// How many messages it has delivered.
-    delivered: u64,
-    connections: watch::Receiver<u64>,
 }
 
 /// How far the reader of a watch is. Cheap to clone.
@@ -172,15 +160,8 @@ impl KvWatch {
                 }
                 continue;
             };
-            let message = tokio::select! {
-                message = timeout(PUSH_SILENCE_MAX, feed.messages.next()) => message.ok().flatten(),
-                _ = feed.connections.changed() => None,
-            };
-            let is_whole = match message {
-                Some(message) => self.take_message(message).await,
-                None => None,
-            };
-            match is_whole {
+            let event = feed.next().await;
+            match self.take_event(event) {
                 Some(true) => return self.hand_out(),
                 Some(false) => {}
                 None => self.feed = None,
@@ -192,8 +173,7 @@ impl KvWatch {
     /// a state to hand out.
     async fn begin(&mut self, connections: watch::Receiver<u64>) -> Result<bool, KvError> {
         let (bucket, name) = (&self.bucket, &self.bucket.name);
-        let away = |text: String| KvError::Away(format!("bucket {name}: {text}"));
-        let info = bucket.stream.get_info().await.map_err(|error| away(error.to_string()))?;
+        let info = bucket.stream.get_info().await.map_err(|error| bucket.away_error(&error))?;
         let created = info.created.unix_timestamp_nanos();
         if self.created.is_some_and(|earlier| earlier != created) {
             tracing::warn!(bucket = name, "another bucket replaced this one; reading all of it");
@@ -211,18 +191,13 @@ impl KvWatch {
         if !self.loaded {
             self.load_to = self.current_from;
         }
-        let client = bucket.nats.client();
-        let inbox = client.new_inbox();
-        let messages = client.subscribe(inbox.clone()).await.map_err(|error| away(error.to_string()))?;
         let from = match self.position {
             0 => DeliverPolicy::All,
             position => DeliverPolicy::ByStartSequence { start_sequence: position + 1 },
         };
-        let config = pushed::push_consumer_config(inbox, from);
-        let consumer =
-            bucket.stream.create_consumer(config).await.map_err(|error| away(error.to_string()))?;
-        let info = consumer.cached_info();
-        self.feed = Some(KvWatchFeed { messages, delivered: 0, connections });
+        let opened = PushFeed::open(&bucket.nats, &bucket.stream, from, connections).await;
+        let (feed, info) = opened.map_err(|error| bucket.away_error(&error))?;
+        self.feed = Some(feed);
         self.pulse.note_heard();
         let nothing_more = info.num_pending == 0 && info.delivered.stream_sequence >= self.position;
         let is_due = !self.rows.is_empty() || !self.loaded;
@@ -233,44 +208,32 @@ impl KvWatch {
         Ok(nothing_more && is_due && self.ends_batch && (self.loaded || self.position >= self.load_to))
     }
 
-    /// Takes a message. `Some(true)`: the rows at hand are a state to hand out; `None`: the consumer has
-    /// lost something.
-    async fn take_message(&mut self, message: async_nats::Message) -> Option<bool> {
+    /// Takes what came from the feed. `Some(true)`: the rows at hand are a state to hand out; `None`: the feed
+    /// is of no more use.
+    fn take_event(&mut self, event: PushEvent) -> Option<bool> {
         // Messages buffered over a silence are old, and would make the watch look current.
         if self.pulse.was_silent() {
             return None;
         }
-        let feed = self.feed.as_mut()?;
-        self.pulse.note_heard();
-        if message.status == Some(StatusCode::IDLE_HEARTBEAT) {
-            if let Some(reply) = pushed::flow_reply(&message) {
-                self.bucket.nats.client().publish(reply, Bytes::new()).await.ok()?;
+        let (message, place) = match event {
+            PushEvent::Message(message, place) => (message, place),
+            PushEvent::Heartbeat => {
+                self.pulse.note_heard();
                 return Some(false);
             }
-            let last = message.headers.as_ref()?.get(header::NATS_LAST_CONSUMER)?;
-            return (last.as_str().parse() == Ok(feed.delivered)).then_some(false);
-        }
-        if message.status.is_some() {
-            return None;
-        }
-        let message = jetstream::Message { message, context: self.bucket.context.clone() };
-        let (revision, pending) = {
-            let info = message.info().ok()?;
-            if info.consumer_sequence != feed.delivered + 1 {
-                return None;
-            }
-            (info.stream_sequence, info.pending)
+            PushEvent::Broken => return None,
         };
-        feed.delivered += 1;
+        self.pulse.note_heard();
+        let AckPlace { sequence: revision, pending, .. } = place;
         // A server that lags behind the previous one starts earlier than it was asked to.
         if revision > self.position {
-            let headers = message.message.headers.as_ref();
+            let headers = message.headers.as_ref();
             let has = |name: header::HeaderName| headers.is_some_and(|headers| headers.get(name).is_some());
             self.gapless &= revision == self.position + 1;
             self.ends_batch = !has(header::NATS_BATCH_ID) || has(header::NATS_BATCH_COMMIT);
             self.position = revision;
-            let value = (!is_deleted(headers)).then(|| message.message.payload.clone());
-            let key = self.bucket.key(&message.message.subject).to_owned();
+            let value = (!is_deleted(headers)).then(|| message.payload.clone());
+            let key = self.bucket.key(&message.subject).to_owned();
             self.rows.push(KvRow { key, value, revision });
         } else if self.rows.is_empty() {
             return Some(false);
@@ -319,7 +282,7 @@ impl KvWatchProgress {
                 }
             }
         };
-        timeout_at(until, reached).await.unwrap_or_else(|_| Err(self.bucket.away_error()))
+        timeout_at(until, reached).await.unwrap_or_else(|_| Err(self.bucket.silent_error()))
     }
 
     /// Whether the reader has dealt with everything written until a moment ago. `false` after two seconds of

@@ -1,28 +1,34 @@
 //! A JetStream stream as a log: messages in one order, each with its own sequence.
 //!
-//! A [`StreamPublisher`] adds messages, many at once. A [`StreamFollower`] receives all messages, in order and without a
-//! gap, across losses of the connection. Members of a shared place ([`JetstreamStream::share`]) divide the messages
-//! among them. [`JetstreamStream::get`] reads older messages, from any server that has them. The stream removes
-//! nothing by itself: its user decides what may go ([`JetstreamStream::purge_below`]), and a full one takes no more.
+//! A [`StreamPublisher`] adds messages, many at once. A [`StreamFollower`] receives all messages, in order
+//! and without a gap, across losses of the connection. Members of a shared place ([`JetstreamStream::share`])
+//! divide the messages among them. [`JetstreamStream::get`] reads older messages, from any server that has
+//! them. The stream removes nothing by itself: its user decides what may go
+//! ([`JetstreamStream::purge_below`]), and a full one takes no more.
 
+mod ack;
 mod follower;
+mod open;
 mod publisher;
 mod shared;
 
 use std::time::Duration;
 
-use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind, UpdateStreamErrorKind};
-use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream as Handle};
-use async_nats::jetstream::{self, ErrorCode};
+use async_nats::jetstream::stream::{LastRawMessageErrorKind, Stream as Handle};
 use async_nats::{HeaderMap, Message, StatusCode, Subject, header};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::time::timeout;
 
 use crate::connection::Nats;
+use crate::pushed::AckPlace;
 
+pub use ack::PublishError;
+pub(crate) use ack::{AckInbox, PublishAnswer};
 pub use follower::StreamFollower;
-pub use publisher::{JetstreamAck, OutgoingMessage, PublishError, StreamPublisher};
+pub use open::{JetstreamSettings, StreamPurpose};
+pub(crate) use open::{open_stream, stream_error_of_jetstream};
+pub use publisher::{JetstreamAck, OutgoingMessage, StreamPublisher};
 pub use shared::{DeliveryReceipt, SharedDelivery, SharedPlace, SharedPull, SharedSettings};
 
 /// The place of a message in a stream. The first is 1.
@@ -33,28 +39,14 @@ const STREAM_ANSWER_WAIT_MAX: Duration = Duration::from_secs(5);
 /// The most messages that one request asks for.
 const STREAM_GET_MESSAGES_MAX: usize = 1000;
 
-/// What a stream is to be like.
-#[derive(Debug, Clone)]
-pub struct JetstreamSettings {
-    /// Its name.
-    pub name: String,
-    /// The subjects that it stores.
-    pub subjects: Vec<String>,
-    /// How many servers hold each message.
-    pub replicas: usize,
-    /// Its maximum size on disk, in bytes.
-    pub bytes_max: u64,
-    /// How long the stream remembers the id of a message (`Nats-Msg-Id`).
-    pub duplicate_window: Duration,
-}
-
 /// Why a stream did not do what was asked.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StreamError {
     /// NATS is away, or JetStream cannot answer now.
     #[error("{0}")]
     Away(String),
-    /// A stream of this name has an incompatible configuration: its messages would be lost or misread.
+    /// A stream of this name has an incompatible configuration, which may be intended by its owner: messages
+    /// would be lost or misread. It is left as it is.
     #[error(
         "the stream {name} is there already and cannot be used: {detail}; remove it, or use another name"
     )]
@@ -95,6 +87,14 @@ pub struct StoredMessage {
     pub payload: Bytes,
 }
 
+impl StoredMessage {
+    /// A message as a consumer delivers it.
+    fn from_delivery(message: Message, place: AckPlace) -> Self {
+        let Message { subject, payload, headers, .. } = message;
+        Self { sequence: place.sequence, subject, headers: headers.unwrap_or_default(), payload }
+    }
+}
+
 /// A stream. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct JetstreamStream {
@@ -104,59 +104,6 @@ pub struct JetstreamStream {
 }
 
 impl JetstreamStream {
-    /// Opens a stream, and creates it if there is none. A different size, number of replicas or duplicate
-    /// window is changed to the wanted one; any other incompatible setting is an error.
-    ///
-    /// # Errors
-    /// [`StreamError::Away`] while NATS is away; [`StreamError::Unfit`]; [`StreamError::Refused`] if
-    /// JetStream cannot have such a stream: it is off, has too little room, or too few servers.
-    pub async fn open(nats: &Nats, settings: &JetstreamSettings) -> Result<Self, StreamError> {
-        if let Some(trouble) = nats.trouble() {
-            return Err(StreamError::Away(trouble));
-        }
-        let mut context = jetstream::new(nats.client().clone());
-        context.set_timeout(STREAM_ANSWER_WAIT_MAX);
-        let name = &settings.name;
-        let wanted = stream_config(settings);
-        let found = context.get_or_create_stream(wanted.clone()).await.map_err(|error| {
-            let text = format!("stream {name}: {error}");
-            match error.kind() {
-                CreateStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
-                CreateStreamErrorKind::JetStreamUnavailable
-                | CreateStreamErrorKind::TimedOut
-                | CreateStreamErrorKind::Response
-                | CreateStreamErrorKind::ResponseParse => StreamError::Away(text),
-                _ => StreamError::Refused(text),
-            }
-        })?;
-        let is = &found.cached_info().config;
-        if let Some(detail) = stream_config_mismatch(is, &wanted) {
-            return Err(StreamError::Unfit { name: name.clone(), detail });
-        }
-        let sizes = |config: &Config| (config.num_replicas, config.max_bytes, config.duplicate_window);
-        if sizes(is) != sizes(&wanted) {
-            let (num_replicas, max_bytes, duplicate_window) = sizes(&wanted);
-            let changed = Config { num_replicas, max_bytes, duplicate_window, ..is.clone() };
-            context.update_stream(changed).await.map_err(|error| {
-                let text = format!("stream {name}: {error}");
-                match error.kind() {
-                    UpdateStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
-                    UpdateStreamErrorKind::TimedOut => StreamError::Away(text),
-                    _ => StreamError::Refused(text),
-                }
-            })?;
-            tracing::info!(stream = name, "changed the stream's size, replicas or duplicate window");
-        }
-        let handle = context.get_stream_no_info(name).await.map_err(|error| {
-            let text = format!("stream {name}: {error}");
-            match error.kind() {
-                GetStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
-                _ => StreamError::Refused(text),
-            }
-        })?;
-        Ok(Self { nats: nats.clone(), handle, name: name.clone() })
-    }
-
     /// The connection to the stream.
     pub fn nats(&self) -> &Nats {
         &self.nats
@@ -241,6 +188,28 @@ impl JetstreamStream {
         }
     }
 
+    /// The newest message that exists, from the leader: other servers may be behind. `last` is the newest
+    /// sequence ever stored ([`StreamState::last`]).
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn newest(&self, last: StreamSequence) -> Result<Option<StoredMessage>, StreamError> {
+        let mut found = self.await_answer(self.handle.get_raw_message(last)).await?;
+        if found.as_ref().is_err_and(|error| error.kind() == LastRawMessageErrorKind::NoMessageFound) {
+            found = self.await_answer(self.handle.get_last_raw_message_by_subject(">")).await?;
+        }
+        match found {
+            Ok(found) => Ok(Some(StoredMessage {
+                sequence: found.sequence,
+                subject: found.subject,
+                headers: found.headers,
+                payload: found.payload,
+            })),
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(self.away_error(&error)),
+        }
+    }
+
     /// Removes all messages below a sequence.
     ///
     /// # Errors
@@ -269,54 +238,4 @@ fn stored_from_direct_get(message: Message) -> Option<StoredMessage> {
     let sequence = headers.get(header::NATS_SEQUENCE)?.as_str().parse().ok()?;
     let subject = headers.get(header::NATS_SUBJECT)?.as_str().into();
     Some(StoredMessage { sequence, subject, headers, payload: message.payload })
-}
-
-fn stream_config(settings: &JetstreamSettings) -> Config {
-    Config {
-        name: settings.name.clone(),
-        subjects: settings.subjects.clone(),
-        retention: RetentionPolicy::Limits,
-        storage: StorageType::File,
-        discard: DiscardPolicy::New,
-        num_replicas: settings.replicas,
-        max_bytes: i64::try_from(settings.bytes_max).unwrap_or(i64::MAX),
-        duplicate_window: settings.duplicate_window,
-        allow_direct: true,
-        ..Config::default()
-    }
-}
-
-/// The first setting of an existing stream that is incompatible with the wanted one.
-fn stream_config_mismatch(is: &Config, wanted: &Config) -> Option<String> {
-    let (mut has, mut needs) = (is.subjects.clone(), wanted.subjects.clone());
-    has.sort();
-    needs.sort();
-    if has != needs {
-        return Some(format!("its subjects are {has:?} and have to be {needs:?}"));
-    }
-    let rules = [
-        (is.retention == wanted.retention, "its retention has to be \"limits\""),
-        (is.storage == wanted.storage, "its storage has to be \"file\""),
-        (is.discard == wanted.discard, "it has to discard new messages when it is full, not old ones"),
-        (is.max_age.is_zero(), "it must not remove messages for their age"),
-        (is.max_messages <= 0, "it must not have a greatest number of messages"),
-        (is.max_messages_per_subject <= 0, "it must not have a greatest number of messages per subject"),
-        (is.allow_direct, "it has to allow direct gets"),
-        (!is.no_ack, "it has to acknowledge messages"),
-        (!is.sealed && !is.deny_purge, "it must not be sealed, and purging must be allowed"),
-        (is.mirror.is_none() && is.sources.is_none(), "it must not mirror or source another stream"),
-        (is.subject_transform.is_none(), "it must not transform subjects"),
-    ];
-    rules.into_iter().find(|(holds, _)| !holds).map(|(_, rule)| rule.to_owned())
-}
-
-/// Classifies an error of JetStream. A 5xx is transient, with the exceptions below.
-fn stream_error_of_jetstream(text: String, error: &jetstream::Error) -> StreamError {
-    match error.error_code() {
-        ErrorCode::STREAM_REPLICAS_NOT_SUPPORTED => StreamError::Refused(text),
-        // The cluster has not found its servers yet.
-        ErrorCode::CLUSTER_NO_PEERS => StreamError::Away(text),
-        _ if error.code() >= 500 => StreamError::Away(text),
-        _ => StreamError::Refused(text),
-    }
 }

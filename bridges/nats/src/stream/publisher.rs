@@ -6,13 +6,12 @@ use std::pin::pin;
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::jetstream::ErrorCode;
-use async_nats::{HeaderMap, Message, StatusCode, Subscriber};
+use async_nats::{HeaderMap, Message};
 use bytes::Bytes;
-use futures_util::{FutureExt, StreamExt};
-use serde::Deserialize;
+use futures_util::FutureExt;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::ack::{AckInbox, PublishAnswer, PublishError};
 use super::{StreamError, StreamSequence};
 use crate::connection::Nats;
 
@@ -39,30 +38,15 @@ pub struct JetstreamAck {
     pub duplicate: bool,
 }
 
-/// Why a message was not added, or may not have been.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PublishError {
-    /// It was not added: NATS is away, or the stream takes no messages now.
-    #[error("{0}")]
-    Away(String),
-    /// It was not added: the stream has reached its maximum size.
-    #[error("{0}")]
-    Full(String),
-    /// It was not added: JetStream refuses it, and a retry does not help.
-    #[error("{0}")]
-    Refused(String),
-    /// It may or may not have been added.
-    #[error("{0}")]
-    Unknown(String),
-}
-
 /// Adds messages to streams. `T` is the caller's tag for a message.
+///
+/// Not an [`Outlet`](crate::Outlet): here each message is confirmed by itself, in any order, and one that is
+/// refused does not hold up the others, so any number of publishers may share a stream. An outlet is the only
+/// writer of its stream, and confirms a message together with all messages before it.
 #[derive(Debug)]
 pub struct StreamPublisher<T> {
     nats: Nats,
-    /// The prefix of the reply subjects; the message's number follows it.
-    inbox: String,
-    acks: Subscriber,
+    acks: AckInbox,
     ack_max: Duration,
     /// The messages that wait for their ack, oldest first, with the time of sending; `None` for those in
     /// between that have it. The front has the number `first`.
@@ -71,37 +55,14 @@ pub struct StreamPublisher<T> {
     in_flight: usize,
 }
 
-#[derive(Deserialize)]
-struct PublishAnswer<'a> {
-    #[serde(default)]
-    seq: StreamSequence,
-    #[serde(default)]
-    duplicate: bool,
-    #[serde(borrow)]
-    error: Option<PublishAnswerError<'a>>,
-}
-
-#[derive(Deserialize)]
-struct PublishAnswerError<'a> {
-    #[serde(default)]
-    err_code: u64,
-    #[serde(default, borrow)]
-    description: std::borrow::Cow<'a, str>,
-    #[serde(default)]
-    code: u16,
-}
-
 impl<T> StreamPublisher<T> {
     /// Makes an empty publisher. A message without an ack after `ack_max` is [`PublishError::Unknown`].
     ///
     /// # Errors
     /// [`StreamError::Away`]: the connection was closed for good.
     pub async fn new(nats: &Nats, ack_max: Duration) -> Result<Self, StreamError> {
-        let inbox = nats.client().new_inbox();
-        let acks = nats.client().subscribe(format!("{inbox}.*")).await;
-        let acks = acks.map_err(|error| StreamError::Away(error.to_string()))?;
-        let (nats, waiting) = (nats.clone(), VecDeque::new());
-        Ok(Self { nats, inbox: inbox + ".", acks, ack_max, waiting, first: 0, in_flight: 0 })
+        let acks = AckInbox::open(nats).await?;
+        Ok(Self { nats: nats.clone(), acks, ack_max, waiting: VecDeque::new(), first: 0, in_flight: 0 })
     }
 
     /// How many messages wait for their ack.
@@ -121,7 +82,7 @@ impl<T> StreamPublisher<T> {
             return Err((tag, self.away()));
         }
         let number = self.first + self.waiting.len() as u64;
-        let reply = format!("{}{number}", self.inbox);
+        let reply = self.acks.reply(number);
         let OutgoingMessage { subject, headers, payload } = message;
         let mut sent = pin!(client.publish_with_reply_and_headers(subject, reply, headers, payload));
         // There is almost always room at once: then no timer is needed.
@@ -178,7 +139,7 @@ impl<T> StreamPublisher<T> {
     /// The outcome of a message, if one is known already.
     pub fn try_next(&mut self) -> Option<(T, Result<JetstreamAck, PublishError>)> {
         loop {
-            let message = self.acks.next().now_or_never()??;
+            let message = self.acks.try_next()?;
             if let Some(settled) = self.settle(&message) {
                 return Some(settled);
             }
@@ -187,9 +148,9 @@ impl<T> StreamPublisher<T> {
 
     /// Handles an ack. `None` if no message waits for it.
     fn settle(&mut self, message: &Message) -> Option<(T, Result<JetstreamAck, PublishError>)> {
-        let number = message.subject.as_str().strip_prefix(self.inbox.as_str())?.parse().ok()?;
-        let (tag, _) = self.take_waiting(number)?;
-        Some((tag, ack_outcome(message)))
+        let (tag, _) = self.take_waiting(self.acks.number(message)?)?;
+        let answer = PublishAnswer::decode(message);
+        Some((tag, answer.map(|answer| JetstreamAck { sequence: answer.seq, duplicate: answer.duplicate })))
     }
 
     fn take_waiting(&mut self, number: u64) -> Option<(T, Instant)> {
@@ -205,31 +166,5 @@ impl<T> StreamPublisher<T> {
 
     fn away(&self) -> PublishError {
         PublishError::Away(self.nats.trouble().unwrap_or_else(|| "NATS is away".to_owned()))
-    }
-}
-
-/// Decodes an ack.
-fn ack_outcome(message: &Message) -> Result<JetstreamAck, PublishError> {
-    if message.status == Some(StatusCode::NO_RESPONDERS) {
-        // No responders: JetStream is off, or the stream has no leader now.
-        let text = "the stream has no leader, or JetStream is off";
-        return Err(PublishError::Away(text.to_owned()));
-    }
-    let answer: PublishAnswer<'_> = serde_json::from_slice(&message.payload)
-        .map_err(|error| PublishError::Unknown(format!("an ack that cannot be read: {error}")))?;
-    match answer.error {
-        None if answer.seq > 0 => Ok(JetstreamAck { sequence: answer.seq, duplicate: answer.duplicate }),
-        None => Err(PublishError::Unknown("an ack without a sequence".to_owned())),
-        Some(PublishAnswerError { err_code, description, code }) => {
-            let full = ErrorCode(err_code) == ErrorCode::STREAM_STORE_FAILED
-                && description.contains("maximum bytes");
-            let text = description.into_owned();
-            Err(match code {
-                _ if full => PublishError::Full(text),
-                // Transient: too many requests (429), or a failure of the server.
-                429 | 500.. => PublishError::Away(text),
-                _ => PublishError::Refused(text),
-            })
-        }
     }
 }

@@ -12,9 +12,9 @@ use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::follower::ack_reply_sequences;
-use super::{JetstreamStream, StoredMessage, StreamError, StreamSequence};
+use super::{JetstreamStream, StoredMessage, StreamError, StreamSequence, stream_error_of_jetstream};
 use crate::connection::Nats;
+use crate::pushed::AckPlace;
 
 /// How long a pull request waits for messages before the member has to ask again.
 const PULL_WAIT_MAX: Duration = Duration::from_secs(20);
@@ -89,61 +89,81 @@ impl JetstreamStream {
     /// # Errors
     /// [`StreamError::Away`]; [`StreamError::Refused`] for subjects that JetStream does not take.
     pub async fn share(&self, settings: &SharedSettings) -> Result<SharedPlace, StreamError> {
-        let name = &settings.name;
         loop {
-            match self.await_answer(self.handle.consumer_info(name)).await? {
-                Ok(info) => {
-                    let skipped =
-                        SkippedTally::from_consumer_info(&info).map_or(0, |skipped| skipped.messages);
-                    let is = info.config.inactive_threshold;
-                    let wanted = settings.kept.unwrap_or_default();
-                    if !is.is_zero() && (wanted.is_zero() || wanted > is) {
-                        self.change_consumer(info, |config| config.inactive_threshold = wanted).await?;
-                    }
-                    return Ok(SharedPlace { is_new: false, skipped });
-                }
-                Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => {}
-                Err(error) => return Err(self.away_error(&error)),
+            if let Some(info) = self.shared_info(&settings.name).await? {
+                return self.join_shared(info, settings).await;
             }
-            let from = settings.from.max(1);
-            let config = pull::Config {
-                durable_name: Some(name.clone()),
-                filter_subjects: settings.subjects.clone(),
-                deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from },
-                ack_policy: AckPolicy::Explicit,
-                ack_wait: settings.redelivered_after,
-                max_ack_pending: SHARED_UNACKED_MESSAGES_MAX,
-                max_waiting: SHARED_WAITING_PULLS_MAX,
-                inactive_threshold: settings.kept.unwrap_or_default(),
-                metadata: SkippedTally::default().into_metadata(),
-                ..pull::Config::default()
-            };
-            match self.await_answer(self.handle.create_consumer_strict(config)).await? {
-                Ok(info) => {
-                    let below = self.state().await?.first;
-                    let skipped = below.saturating_sub(from);
-                    if skipped > 0 {
-                        let noted = SkippedTally { messages: skipped, below };
-                        self.change_consumer(info.cached_info().clone(), |config| {
-                            config.metadata.extend(noted.into_metadata())
-                        })
-                        .await?;
-                    }
-                    return Ok(SharedPlace { is_new: true, skipped });
-                }
-                // Another node has created it meanwhile: read it again.
-                Err(error) if error.kind() == ConsumerCreateStrictErrorKind::AlreadyExists => {}
-                Err(error) => match error.kind() {
-                    ConsumerCreateStrictErrorKind::JetStream(of) => {
-                        return Err(super::stream_error_of_jetstream(
-                            format!("stream {}: {error}", self.name),
-                            &of,
-                        ));
-                    }
-                    _ => return Err(self.away_error(&error)),
-                },
+            if let Some(info) = self.create_shared(settings).await? {
+                return self.begin_shared(info, settings).await;
             }
+            // Another node has created it meanwhile: read it again.
         }
+    }
+
+    /// The state of a shared place; `None` if there is none.
+    async fn shared_info(&self, name: &str) -> Result<Option<ConsumerInfo>, StreamError> {
+        match self.await_answer(self.handle.consumer_info(name)).await? {
+            Ok(info) => Ok(Some(info)),
+            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(None),
+            Err(error) => Err(self.away_error(&error)),
+        }
+    }
+
+    /// Uses an existing place, which stays at least as long as the settings want.
+    async fn join_shared(
+        &self,
+        info: ConsumerInfo,
+        settings: &SharedSettings,
+    ) -> Result<SharedPlace, StreamError> {
+        let skipped = SkippedTally::from_consumer_info(&info).map_or(0, |skipped| skipped.messages);
+        let is = info.config.inactive_threshold;
+        let wanted = settings.kept.unwrap_or_default();
+        if !is.is_zero() && (wanted.is_zero() || wanted > is) {
+            self.change_consumer(info, |config| config.inactive_threshold = wanted).await?;
+        }
+        Ok(SharedPlace { is_new: false, skipped })
+    }
+
+    /// Creates a place; `None` if another node was first.
+    async fn create_shared(&self, settings: &SharedSettings) -> Result<Option<ConsumerInfo>, StreamError> {
+        let config = pull::Config {
+            durable_name: Some(settings.name.clone()),
+            filter_subjects: settings.subjects.clone(),
+            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: settings.from.max(1) },
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: settings.redelivered_after,
+            max_ack_pending: SHARED_UNACKED_MESSAGES_MAX,
+            max_waiting: SHARED_WAITING_PULLS_MAX,
+            inactive_threshold: settings.kept.unwrap_or_default(),
+            metadata: SkippedTally::default().into_metadata(),
+            ..pull::Config::default()
+        };
+        let error = match self.await_answer(self.handle.create_consumer_strict(config)).await? {
+            Ok(created) => return Ok(Some(created.cached_info().clone())),
+            Err(error) => error,
+        };
+        match error.kind() {
+            ConsumerCreateStrictErrorKind::AlreadyExists => Ok(None),
+            ConsumerCreateStrictErrorKind::JetStream(of) => {
+                Err(stream_error_of_jetstream(format!("stream {}: {error}", self.name), &of))
+            }
+            _ => Err(self.away_error(&error)),
+        }
+    }
+
+    /// Notes with a new place what the stream no longer had of it.
+    async fn begin_shared(
+        &self,
+        info: ConsumerInfo,
+        settings: &SharedSettings,
+    ) -> Result<SharedPlace, StreamError> {
+        let below = self.state().await?.first;
+        let skipped = below.saturating_sub(settings.from.max(1));
+        if skipped > 0 {
+            let noted = SkippedTally { messages: skipped, below };
+            self.change_consumer(info, |config| config.metadata.extend(noted.into_metadata())).await?;
+        }
+        Ok(SharedPlace { is_new: true, skipped })
     }
 
     /// Deletes a shared place, unless a pull request waits there.
@@ -151,12 +171,7 @@ impl JetstreamStream {
     /// # Errors
     /// [`StreamError::Away`].
     pub async fn give_up_shared(&self, name: &str) -> Result<(), StreamError> {
-        let info = match self.await_answer(self.handle.consumer_info(name)).await? {
-            Ok(info) => info,
-            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(self.away_error(&error)),
-        };
-        if info.num_waiting == 0 {
+        if self.shared_info(name).await?.is_some_and(|info| info.num_waiting == 0) {
             let deleted = self.await_answer(self.handle.delete_consumer(name)).await?;
             deleted.map_err(|error| self.away_error(&error))?;
         }
@@ -169,11 +184,7 @@ impl JetstreamStream {
     /// # Errors
     /// [`StreamError::Away`].
     pub async fn mark_skipped_told(&self, name: &str) -> Result<u64, StreamError> {
-        let info = match self.await_answer(self.handle.consumer_info(name)).await? {
-            Ok(info) => info,
-            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(0),
-            Err(error) => return Err(self.away_error(&error)),
-        };
+        let Some(info) = self.shared_info(name).await? else { return Ok(0) };
         let Some(SkippedTally { messages: messages @ 1.., below }) = SkippedTally::from_consumer_info(&info)
         else {
             return Ok(0);
@@ -322,10 +333,8 @@ impl SharedPull {
 
     /// Decodes a delivered message; `None` if it is none of the stream's.
     fn to_delivery(&self, message: Message) -> Option<SharedDelivery> {
-        let Message { subject, payload, headers, reply, .. } = message;
-        let reply = reply?;
-        let (sequence, _) = ack_reply_sequences(&reply)?;
-        let stored = StoredMessage { sequence, subject, headers: headers.unwrap_or_default(), payload };
+        let reply = message.reply.clone()?;
+        let stored = StoredMessage::from_delivery(message, AckPlace::parse(&reply)?);
         Some(SharedDelivery { stored, receipt: DeliveryReceipt { nats: self.nats.clone(), reply } })
     }
 }

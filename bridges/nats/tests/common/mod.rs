@@ -1,7 +1,5 @@
 //! A nats-server for tests: on a free port, with JetStream. A test can kill it and start it again.
 
-#![allow(dead_code, unreachable_pub, reason = "each test binary holds all of this and uses a part")]
-
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,10 +9,10 @@ use headgate_bridge_nats::{Nats, NatsCredentials, NatsSettings};
 use tempfile::TempDir;
 
 /// How long anything in a test may take.
-pub const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 /// A nats-server.
-pub struct Server {
+pub(crate) struct Server {
     dir: TempDir,
     port: u16,
     child: Option<Child>,
@@ -22,7 +20,7 @@ pub struct Server {
 
 impl Server {
     /// Starts one.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let dir = tempfile::tempdir().expect("temporary directory");
         // The port is free now, and is used again after each kill.
         let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
@@ -32,7 +30,7 @@ impl Server {
     }
 
     /// Starts it again, with what it had stored.
-    pub fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         assert!(self.child.is_none(), "it is running");
         let log = std::fs::File::options().create(true).append(true).open(self.dir.path().join("log"));
         let child = Command::new(binary())
@@ -46,14 +44,14 @@ impl Server {
     }
 
     /// SIGKILL.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         let mut child = self.child.take().expect("it is running");
         child.kill().expect("our child can be killed");
         child.wait().expect("our child can be waited for");
     }
 
     /// An established connection to it.
-    pub async fn connect(&self) -> Nats {
+    pub(crate) async fn connect(&self) -> Nats {
         let nats = self.begin_to_connect().await;
         let deadline = Instant::now() + SOON;
         while nats.trouble().is_some() {
@@ -64,7 +62,7 @@ impl Server {
     }
 
     /// A connection to it that may not be established yet.
-    pub async fn begin_to_connect(&self) -> Nats {
+    pub(crate) async fn begin_to_connect(&self) -> Nats {
         let settings = NatsSettings {
             servers: vec![format!("nats://127.0.0.1:{}", self.port)],
             credentials: NatsCredentials::None,
@@ -91,6 +89,6 @@ fn binary() -> PathBuf {
 }
 
 /// The result of a future, within [`SOON`].
-pub async fn soon<T>(what: impl Future<Output = T>) -> T {
+pub(crate) async fn soon<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(SOON, what).await.expect("happens soon")
 }

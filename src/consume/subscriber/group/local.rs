@@ -14,7 +14,8 @@ use std::task::{Context, Poll, Wake, Waker, ready};
 
 use tokio::task::JoinHandle;
 
-use super::super::feed::{FeedItem, MatchedRecords, SubscriberFeed, fetch_records};
+use super::super::feed::{FeedItem, SubscriberFeed, fetch_records};
+use super::super::matched::MatchedRecords;
 use super::super::router::Router;
 use super::{ShareDelivery, ShareGroupKey};
 use crate::limits::REFETCH_RECORDS;

@@ -10,7 +10,7 @@ pub use cluster::ClusterShareGroups;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use headgate_bridge_nats::CellError;
+use headgate_bridge_nats::KvError;
 
 use super::router::Router;
 use crate::log::{Batch, Log, LogReadError, RecordPlace, ShareError};
@@ -56,7 +56,7 @@ pub enum GroupJoinError {
     Unavailable(#[from] ShareError),
     /// The session cannot be entered in the group's roll now.
     #[error("the group cannot be joined now: {0}")]
-    Unwritten(#[from] CellError),
+    Unwritten(#[from] KvError),
 }
 
 /// All groups.
@@ -155,7 +155,7 @@ impl ShareMember {
     /// [acknowledged](ShareMember::acknowledge) it.
     ///
     /// # Errors
-    /// [`LogReadError`], as [`Feed::poll_next`](super::SubscriberFeed::poll_next).
+    /// [`LogReadError`], as [`SubscriberFeed::poll_next`](super::SubscriberFeed::poll_next).
     pub fn poll_take(
         &mut self,
         max: usize,

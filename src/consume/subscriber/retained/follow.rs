@@ -17,9 +17,9 @@ use tracing::warn;
 
 use super::table::RetainedTable;
 use crate::consume::follower::{Consumer, FollowerControl, FollowerProfile, NextRound};
-use crate::consume::subscriber::DatabaseError;
 use crate::log::{Batch, Log, LogReadError};
 use crate::message::{Offset, RecordFlags, RecordRef};
+use crate::sqlite::SqliteError;
 
 /// About how much of the log one transaction takes.
 const RETAINED_READ_BYTES: usize = 8 << 20;
@@ -135,7 +135,7 @@ enum RetainedRound {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RetainedRoundError {
     #[error(transparent)]
-    Database(#[from] DatabaseError),
+    Database(#[from] SqliteError),
     #[error(transparent)]
     Log(#[from] LogReadError),
     #[error("the log has records from {0} on and gives none")]
@@ -251,7 +251,7 @@ impl RetainedFollower {
 
     /// Goes back to the beginning of the log, because the rules about what to leave out have changed. Those
     /// who wait for an offset wait until the thread reaches it again.
-    fn rewind(&mut self) -> Result<(), DatabaseError> {
+    fn rewind(&mut self) -> Result<(), SqliteError> {
         let withheld = self.log.withheld();
         // The version first: a change that comes meanwhile is applied again by the next round.
         let version = withheld.version();
@@ -259,14 +259,14 @@ impl RetainedFollower {
         let table = open_or_reopen(&mut self.table, &self.path)?;
         table
             .rewind(first, &left_out, version)
-            .map_err(|error| DatabaseError::from_sqlite(&error, &self.path))?;
+            .map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         self.shared.progress.send_replace(RetainedProgress::from_table(table));
         self.durable = None;
         Ok(())
     }
 
     /// Resumes at `to`, where the log begins.
-    fn skip_removed(&mut self, from: Offset, to: Offset) -> Result<(), DatabaseError> {
+    fn skip_removed(&mut self, from: Offset, to: Offset) -> Result<(), SqliteError> {
         self.write(std::iter::empty(), to, true)?;
         warn!(
             from,
@@ -283,9 +283,9 @@ impl RetainedFollower {
         newest: impl Iterator<Item = RecordRef<'a>>,
         next: Offset,
         sync: bool,
-    ) -> Result<(), DatabaseError> {
+    ) -> Result<(), SqliteError> {
         let table = open_or_reopen(&mut self.table, &self.path)?;
-        table.write(newest, next, sync).map_err(|error| DatabaseError::from_sqlite(&error, &self.path))?;
+        table.write(newest, next, sync).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         self.shared.progress.send_replace(RetainedProgress::from_table(table));
         if sync {
             self.synced_at = Some(Instant::now());
@@ -299,7 +299,7 @@ impl RetainedFollower {
 fn open_or_reopen<'a>(
     table: &'a mut Option<RetainedTable>,
     path: &Path,
-) -> Result<&'a mut RetainedTable, DatabaseError> {
+) -> Result<&'a mut RetainedTable, SqliteError> {
     match table {
         Some(table) => Ok(table),
         none => Ok(none.insert(RetainedTable::reopen(path)?)),

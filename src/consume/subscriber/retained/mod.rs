@@ -14,13 +14,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
 use self::follow::{RetainedFollower, RetainedFollowerState};
-use self::page::{RetainedReaders, RetainedSelection};
+use self::page::{RetainedSelection, read_retained_page};
 use self::table::{RETAINED_FILE_NAME, RetainedTable};
-use super::DatabaseError;
 use crate::filter::TopicFilter;
 use crate::limits::QUERIES_MAX;
 use crate::log::Log;
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
+use crate::sqlite::{SqliteError, SqliteReaders};
 
 mod follow;
 mod page;
@@ -110,7 +110,7 @@ pub struct RetainedPageStart {
 pub enum RetainedError {
     /// The database could not be read or written.
     #[error("retained messages: {0}")]
-    Database(#[from] DatabaseError),
+    Database(#[from] SqliteError),
     /// The database is ahead of the log: the log has lost records, or is another one.
     #[error("retained messages: {RETAINED_FILE_NAME} is at offset {consumed}, but the log ends at {log_end}")]
     LogBehind {
@@ -143,7 +143,7 @@ pub struct RetainedStore {
 
 struct RetainedHandle {
     shared: Arc<RetainedFollowerState>,
-    readers: RetainedReaders,
+    readers: SqliteReaders,
     /// Limits how many pages are read at once.
     permits: Arc<Semaphore>,
 }
@@ -168,12 +168,12 @@ impl RetainedStore {
         }
         let shared = Arc::new(RetainedFollowerState::new(&table, Box::new(consumed)));
         let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
-        shared.control().start(follower, log).map_err(|error| DatabaseError::Failed {
-            path: path.clone(),
-            detail: format!("no thread for it: {error}").into(),
-        })?;
+        shared
+            .control()
+            .start(follower, log)
+            .map_err(|error| SqliteError::failed(&path, format!("no thread for it: {error}")))?;
         let permits = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok(Self { handle: Arc::new(RetainedHandle { shared, readers: RetainedReaders::new(path), permits }) })
+        Ok(Self { handle: Arc::new(RetainedHandle { shared, readers: SqliteReaders::new(path), permits }) })
     }
 
     /// One page of the matching retained messages, ordered by datasource and topic. Only messages with an
@@ -211,7 +211,7 @@ impl RetainedStore {
         let handle = self.handle.clone();
         let page = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            handle.readers.page(&wanted, below, after, bytes_max)
+            read_retained_page(&handle.readers, &wanted, below, after, bytes_max)
         });
         Ok(page.await.map_err(|_| RetainedError::Closed)??)
     }

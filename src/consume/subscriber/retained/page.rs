@@ -4,76 +4,30 @@
 //! one look-up, `a/b/#` is the topic `a/b` and every topic that begins with `a/b/`. Within a range topics
 //! are matched by name, and no page scans more than [`QUERY_SCANNED_MAX`] of them.
 
-use parking_lot::Mutex;
-use std::path::PathBuf;
-use std::time::Duration;
-
 use rusqlite::types::{ToSqlOutput, ValueRef};
-use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::table::{SELECT_RETAINED_MESSAGE, retained_message_of_row};
 use super::{RetainedPage, RetainedPageStart};
 use crate::consume::sink::schema::sql_offset;
-use crate::consume::subscriber::DatabaseError;
 use crate::filter::TopicFilter;
-use crate::limits::{QUERIES_MAX, QUERY_SCANNED_MAX};
+use crate::limits::QUERY_SCANNED_MAX;
 use crate::message::{DatasourceId, Offset};
-
-/// How long a reader waits while another process has the whole database locked.
-const RETAINED_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
+use crate::sqlite::{SqliteError, SqliteReaders};
 
 /// The topics in a range, with their row ids; read from the index alone.
 pub(super) const SELECT_RETAINED_TOPICS: &str =
     "SELECT topic, id FROM messages WHERE datasource = ?1 AND topic >= ?2 AND topic < ?3 ORDER BY topic";
 
-/// Read-only connections. Blocks, so use it where blocking is allowed.
-pub(super) struct RetainedReaders {
-    path: PathBuf,
-    /// Connections that nobody uses at the moment.
-    idle: Mutex<Vec<Connection>>,
-}
-
-impl RetainedReaders {
-    /// Readers of the database at `path`. None is open yet.
-    pub(super) fn new(path: PathBuf) -> Self {
-        Self { path, idle: Mutex::default() }
-    }
-
-    /// One page, from a snapshot of the database.
-    pub(super) fn page(
-        &self,
-        wanted: &RetainedSelection,
-        below: Offset,
-        after: Option<RetainedPageStart>,
-        bytes_max: usize,
-    ) -> Result<RetainedPage, DatabaseError> {
-        self.read(|connection| RetainedScan::new(connection, wanted, below, bytes_max).page(after))
-            .map_err(|error| DatabaseError::from_sqlite(&error, &self.path))
-    }
-
-    fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
-        let idle = self.idle.lock().pop();
-        let mut connection = match idle {
-            Some(connection) => connection,
-            None => self.open()?,
-        };
-        let answer = {
-            let transaction = connection.transaction()?;
-            read(&transaction)?
-        };
-        let mut idle = self.idle.lock();
-        if idle.len() < QUERIES_MAX {
-            idle.push(connection);
-        }
-        Ok(answer)
-    }
-
-    fn open(&self) -> rusqlite::Result<Connection> {
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = Connection::open_with_flags(&self.path, flags)?;
-        connection.busy_timeout(RETAINED_LOCK_WAIT_MAX)?;
-        Ok(connection)
-    }
+/// One page, from a snapshot of the database. Blocks, so use it where blocking is allowed.
+pub(super) fn read_retained_page(
+    readers: &SqliteReaders,
+    wanted: &RetainedSelection,
+    below: Offset,
+    after: Option<RetainedPageStart>,
+    bytes_max: usize,
+) -> Result<RetainedPage, SqliteError> {
+    readers.read(|connection| RetainedScan::new(connection, wanted, below, bytes_max).page(after))
 }
 
 /// Which messages a page is to have.

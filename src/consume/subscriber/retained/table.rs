@@ -22,18 +22,16 @@ use rusqlite::{Connection, Row, TransactionBehavior, params};
 
 use super::RetainedMessage;
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
-use crate::consume::subscriber::database::{DatabaseError, DatabaseKind, checkpoint};
 use crate::log::WithheldSnapshot;
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef, Transport};
+use crate::sqlite::{SqliteError, SqliteProfile, checkpoint};
 
 /// The file's name in the data directory.
 pub(super) const RETAINED_FILE_NAME: &str = "retained.db";
 
-const RETAINED_DATABASE: DatabaseKind = DatabaseKind {
-    format: 1,
-    exclusive: false,
+const RETAINED_DATABASE: SqliteProfile = SqliteProfile {
     // `withheld` may be missing in a database that was made without it: see `RetainedTable::from_connection`.
-    schema: "
+    migrations: &["
         CREATE TABLE cursor (
             id          INTEGER PRIMARY KEY CHECK (id = 0),
             next_offset INTEGER NOT NULL
@@ -54,7 +52,8 @@ const RETAINED_DATABASE: DatabaseKind = DatabaseKind {
             payload      BLOB NOT NULL,
             UNIQUE (datasource, topic)
         ) STRICT;
-    ",
+    "],
+    ..SqliteProfile::SHARED
 };
 
 /// The columns of a message, in the order in which [`retained_message_of_row`] reads them.
@@ -97,15 +96,15 @@ pub(super) struct RetainedTable {
 
 impl RetainedTable {
     /// Opens the database at `path`, or makes it.
-    pub(super) fn open(path: &Path) -> Result<Self, DatabaseError> {
+    pub(super) fn open(path: &Path) -> Result<Self, SqliteError> {
         Self::from_connection(RETAINED_DATABASE.open(path)?)
-            .map_err(|error| DatabaseError::from_sqlite(&error, path))
+            .map_err(|error| SqliteError::from_sqlite(&error, path))
     }
 
     /// Opens it again after a transaction whose outcome is unknown.
-    pub(super) fn reopen(path: &Path) -> Result<Self, DatabaseError> {
+    pub(super) fn reopen(path: &Path) -> Result<Self, SqliteError> {
         Self::from_connection(RETAINED_DATABASE.reopen(path)?)
-            .map_err(|error| DatabaseError::from_sqlite(&error, path))
+            .map_err(|error| SqliteError::from_sqlite(&error, path))
     }
 
     fn from_connection(connection: Connection) -> rusqlite::Result<Self> {
@@ -220,9 +219,8 @@ fn is_empty(connection: &Connection) -> rusqlite::Result<bool> {
 /// The message in a row of [`SELECT_RETAINED_MESSAGE`].
 pub(super) fn retained_message_of_row(row: &Row<'_>) -> rusqlite::Result<RetainedMessage> {
     let name = row.get_ref(5)?.as_str()?;
-    let known = [Transport::Mqtt, Transport::Http, Transport::Nats];
-    let transport = known.into_iter().find(|transport| transport.as_str() == name);
-    let transport = transport.ok_or_else(|| FromSqlError::Other(format!("no transport: {name}").into()))?;
+    let transport =
+        Transport::parse(name).ok_or_else(|| FromSqlError::Other(format!("no transport: {name}").into()))?;
     Ok(RetainedMessage {
         offset: offset_from_sql(row.get(0)?),
         datasource: row.get(1)?,

@@ -487,7 +487,7 @@ proptest! {
             }
             prop_assert_eq!(table.is_empty(), model.is_empty());
             let wanted = RetainedSelection::new(None, &filter("#")).expect("something");
-            let page = RetainedReaders::new(path.clone()).page(&wanted, ALL, None, 1 << 20).expect("a page");
+            let page = read_retained_page(&SqliteReaders::new(path.clone()), &wanted, ALL, None, 1 << 20).expect("a page");
             prop_assert_eq!(page, RetainedPage { messages: model.values().cloned().collect(), next: None });
         }
         prop_assert_eq!(RetainedTable::open(&path).expect("opens").cursor(), offset);

@@ -12,16 +12,15 @@
 //!
 //! In a cluster the [`bucket`] of all nodes replaces the database.
 
-use parking_lot::{Mutex, MutexGuard};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::Cells;
+use headgate_bridge_nats::KvBucket;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
-use tracing::{error, info};
+use tracing::error;
 
 use self::bucket::LostSession;
 use self::bucket::node::NodeSessions;
@@ -29,8 +28,9 @@ use self::pending::PendingSessionChanges;
 use self::place::{SessionBackend, SessionDatabase};
 #[cfg(test)]
 use self::table::{SESSIONS_FILE_NAME, SessionTable};
-use super::DatabaseError;
 use crate::message::{DatasourceId, Offset, TimeMicros};
+use crate::sqlite::SqliteError;
+use crate::trouble::TroubleCell;
 
 pub mod bucket;
 mod pending;
@@ -157,7 +157,7 @@ pub enum SessionStoreError {
     /// The database failed. The change is not lost: it is written once that is possible again, unless the
     /// gateway is killed first.
     #[error("sessions: {0}")]
-    Database(#[from] DatabaseError),
+    Database(#[from] SqliteError),
     /// The bucket of the cluster failed; likewise. The reason is in words.
     #[error("sessions: {0}")]
     Bucket(Arc<str>),
@@ -176,7 +176,7 @@ pub struct SessionStore {
 
 /// What the thread and those who ask about it share.
 struct SessionStoreState {
-    trouble: Mutex<Option<String>>,
+    trouble: TroubleCell,
     ended: watch::Sender<bool>,
 }
 
@@ -211,7 +211,7 @@ impl SessionStore {
     /// # Errors
     /// The system has no thread to give.
     pub fn in_bucket(
-        cells: Cells,
+        cells: KvBucket,
         node: &str,
     ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<LostSession>)> {
         let (lost, told) = tokio::sync::mpsc::unbounded_channel();
@@ -219,8 +219,10 @@ impl SessionStore {
     }
 
     fn start(place: Box<dyn SessionBackend>) -> std::io::Result<Self> {
-        let shared =
-            Arc::new(SessionStoreState { trouble: Mutex::default(), ended: watch::Sender::new(false) });
+        let shared = Arc::new(SessionStoreState {
+            trouble: TroubleCell::new("sessions cannot be kept", "sessions are kept again"),
+            ended: watch::Sender::new(false),
+        });
         let (inbox, received) = mpsc::channel();
         let writer = SessionWriter {
             place,
@@ -264,7 +266,7 @@ impl SessionStore {
 
     /// The present error, while nothing can be written.
     pub fn trouble(&self) -> Option<String> {
-        self.shared.trouble().clone()
+        self.shared.trouble.current()
     }
 
     /// Does something to the database between two transactions.
@@ -275,28 +277,8 @@ impl SessionStore {
 }
 
 /// The error of a thread that could not be started for the database in `dir`.
-fn thread_error(dir: &Path, error: &std::io::Error) -> DatabaseError {
-    let detail = format!("no thread for it: {error}").into();
-    DatabaseError::Failed { path: dir.join(table::SESSIONS_FILE_NAME), detail }
-}
-
-impl SessionStoreState {
-    fn trouble(&self) -> MutexGuard<'_, Option<String>> {
-        self.trouble.lock()
-    }
-
-    /// Notes an error, or its end, and logs it when it has changed.
-    fn set_trouble(&self, trouble: Option<String>) {
-        let mut current = self.trouble();
-        if *current == trouble {
-            return;
-        }
-        match &trouble {
-            Some(trouble) => error!("sessions cannot be kept: {trouble}"),
-            None => info!("sessions are kept again"),
-        }
-        *current = trouble;
-    }
+fn thread_error(dir: &Path, error: &std::io::Error) -> SqliteError {
+    SqliteError::failed(&dir.join(table::SESSIONS_FILE_NAME), format!("no thread for it: {error}"))
 }
 
 /// The thread.
@@ -399,13 +381,13 @@ impl SessionWriter {
         self.pending = PendingSessionChanges::default();
         // Before the answers, so that whoever has one sees no error any more.
         if self.failure.take().is_some() {
-            self.shared.set_trouble(None);
+            self.shared.trouble.set(None);
         }
         self.waiting.drain(..).for_each(|waiter| waiter.answer(Ok(())));
     }
 
     fn fail(&mut self, error: SessionStoreError) {
-        self.shared.set_trouble(Some(error.to_string()));
+        self.shared.trouble.set(Some(error.to_string()));
         let pause = self
             .failure
             .as_ref()
@@ -436,7 +418,7 @@ impl Drop for SessionWriterEndGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let trouble = "the session store has ended by a panic, and needs a restart";
-            self.0.set_trouble(Some(trouble.to_owned()));
+            self.0.trouble.set(Some(trouble.to_owned()));
         }
         self.0.ended.send_replace(true);
     }

@@ -12,24 +12,23 @@
 //! since the Unix epoch. There are no constraints but the primary keys: a change that the database always
 //! refused would block all later ones.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rusqlite::types::FromSqlError;
-use rusqlite::{Connection, Row, TransactionBehavior, params};
+use rusqlite::{CachedStatement, Connection, Row, TransactionBehavior, params};
 
-use super::pending::{PendingSessionChange, PendingSessionChanges};
+use super::pending::{PendingSessionChange, PendingSessionChanges, StoredGroupKey};
 use super::{StoredGroup, StoredSession, StoredSessions, StoredSubscription};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
-use crate::consume::subscriber::database::{DatabaseError, DatabaseKind};
-use crate::message::DatasourceId;
+use crate::message::{DatasourceId, Offset};
+use crate::sqlite::{SqliteError, SqliteProfile};
 
 /// The file's name in the data directory.
 pub(super) const SESSIONS_FILE_NAME: &str = "sessions.db";
 
-const SESSIONS_DATABASE: DatabaseKind = DatabaseKind {
-    format: 1,
-    exclusive: true,
-    schema: "
+const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
+    migrations: &["
         CREATE TABLE sessions (
             uid        INTEGER PRIMARY KEY,
             datasource TEXT NOT NULL,
@@ -55,7 +54,10 @@ const SESSIONS_DATABASE: DatabaseKind = DatabaseKind {
             cursor     INTEGER NOT NULL,
             PRIMARY KEY (datasource, name, filter)
         ) STRICT, WITHOUT ROWID;
-    ",
+    "],
+    is_exclusive: true,
+    is_checked: true,
+    ..SqliteProfile::SHARED
 };
 
 /// The open database.
@@ -66,30 +68,24 @@ pub(super) struct SessionTable {
 
 impl SessionTable {
     /// Opens `dir/sessions.db`, or makes it.
-    pub(super) fn open(dir: &Path) -> Result<Self, DatabaseError> {
+    pub(super) fn open(dir: &Path) -> Result<Self, SqliteError> {
         let path = dir.join(SESSIONS_FILE_NAME);
         Ok(Self { connection: SESSIONS_DATABASE.open(&path)?, path })
     }
 
     /// Opens it again after a transaction whose outcome is unknown.
-    pub(super) fn reopen(dir: &Path) -> Result<Self, DatabaseError> {
+    pub(super) fn reopen(dir: &Path) -> Result<Self, SqliteError> {
         let path = dir.join(SESSIONS_FILE_NAME);
         Ok(Self { connection: SESSIONS_DATABASE.reopen(&path)?, path })
     }
 
-    /// Checks the pages of the database and reads everything.
-    pub(super) fn load(&self) -> Result<StoredSessions, DatabaseError> {
-        let damaged =
-            |detail: &str| DatabaseError::Damaged { path: self.path.clone(), detail: detail.into() };
-        let failed = |error: rusqlite::Error| DatabaseError::from_sqlite(&error, &self.path);
-        let pages: String =
-            self.connection.pragma_query_value(None, "quick_check", |row| row.get(0)).map_err(failed)?;
-        if pages != "ok" {
-            return Err(damaged(&pages));
-        }
+    /// Reads everything.
+    pub(super) fn load(&self) -> Result<StoredSessions, SqliteError> {
+        let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, &self.path);
         let (sessions, lonely) = self.sessions().map_err(failed)?;
         if let Some(uid) = lonely {
-            return Err(damaged(&format!("a subscription of session {uid}, which is not there")));
+            let detail = format!("a subscription of session {uid}, which is not there").into();
+            return Err(SqliteError::Damaged { path: self.path.clone(), detail });
         }
         Ok(StoredSessions { sessions, groups: self.groups().map_err(failed)? })
     }
@@ -144,9 +140,9 @@ impl SessionTable {
     }
 
     /// Writes all of `pending` in one transaction. It is on the disk afterwards.
-    pub(super) fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), DatabaseError> {
+    pub(super) fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SqliteError> {
         write_pending(&mut self.connection, pending)
-            .map_err(|error| DatabaseError::from_sqlite(&error, &self.path))
+            .map_err(|error| SqliteError::from_sqlite(&error, &self.path))
     }
 
     /// Changes a pragma, to provoke errors.
@@ -158,71 +154,98 @@ impl SessionTable {
 
 fn write_pending(connection: &mut Connection, pending: &PendingSessionChanges) -> rusqlite::Result<()> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    {
-        let mut put =
-            transaction.prepare_cached("INSERT OR REPLACE INTO sessions VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
-        let mut subscribe = transaction
-            .prepare_cached("INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
-        let mut unsubscribe = transaction.prepare_cached("DELETE FROM subscriptions WHERE uid = ?1")?;
-        let mut remove = transaction.prepare_cached("DELETE FROM sessions WHERE uid = ?1")?;
-        let mut move_cursor = transaction.prepare_cached("UPDATE sessions SET cursor = ?2 WHERE uid = ?1")?;
-        let mut end =
-            transaction.prepare_cached("UPDATE sessions SET ended_at = ?2, expiry_s = ?3 WHERE uid = ?1")?;
-        for (uid, change) in &pending.sessions {
-            let uid = uid.cast_signed();
-            match change {
-                PendingSessionChange::Put(session) => {
-                    put.execute(params![
-                        uid,
-                        session.datasource.as_str(),
-                        session.client_id,
-                        session.expiry_s,
-                        session.ended_at,
-                        sql_offset(session.cursor),
-                    ])?;
-                    unsubscribe.execute([uid])?;
-                    for subscription in &session.subscriptions {
-                        subscribe.execute(params![
-                            uid,
-                            subscription.filter,
-                            subscription.qos,
-                            subscription.no_local,
-                            subscription.retain_as_published,
-                            subscription.identifier,
-                            sql_offset(subscription.from),
-                        ])?;
-                    }
-                }
-                PendingSessionChange::Update { cursor, ended } => {
-                    if let Some(cursor) = cursor {
-                        move_cursor.execute([uid, sql_offset(*cursor)])?;
-                    }
-                    if let Some((ended_at, expiry_s)) = ended {
-                        end.execute(params![uid, ended_at, expiry_s])?;
-                    }
-                }
-                PendingSessionChange::Remove => {
-                    unsubscribe.execute([uid])?;
-                    remove.execute([uid])?;
-                }
-                // A gateway with a database has no other nodes.
-                PendingSessionChange::GiveUp => {}
-            }
-        }
-        let mut put =
-            transaction.prepare_cached("INSERT OR REPLACE INTO share_groups VALUES (?1, ?2, ?3, ?4)")?;
-        let mut remove = transaction
-            .prepare_cached("DELETE FROM share_groups WHERE datasource = ?1 AND name = ?2 AND filter = ?3")?;
-        for ((datasource, group, filter), cursor) in &pending.groups {
-            match cursor {
-                Some(cursor) => {
-                    put.execute(params![datasource.as_str(), group, filter, sql_offset(*cursor)])?
-                }
-                None => remove.execute(params![datasource.as_str(), group, filter])?,
-            };
-        }
+    let mut sessions = SessionStatements::prepare(&transaction)?;
+    for (uid, change) in &pending.sessions {
+        sessions.write(uid.cast_signed(), change)?;
     }
+    drop(sessions);
+    write_groups(&transaction, &pending.groups)?;
     transaction.commit()
+}
+
+fn write_groups(
+    connection: &Connection,
+    groups: &BTreeMap<StoredGroupKey, Option<Offset>>,
+) -> rusqlite::Result<()> {
+    let mut put = connection.prepare_cached("INSERT OR REPLACE INTO share_groups VALUES (?1, ?2, ?3, ?4)")?;
+    let mut remove = connection
+        .prepare_cached("DELETE FROM share_groups WHERE datasource = ?1 AND name = ?2 AND filter = ?3")?;
+    for ((datasource, group, filter), cursor) in groups {
+        match cursor {
+            Some(cursor) => put.execute(params![datasource.as_str(), group, filter, sql_offset(*cursor)])?,
+            None => remove.execute(params![datasource.as_str(), group, filter])?,
+        };
+    }
+    Ok(())
+}
+
+/// The statements that change sessions, prepared once for a whole transaction.
+struct SessionStatements<'c> {
+    put: CachedStatement<'c>,
+    subscribe: CachedStatement<'c>,
+    unsubscribe: CachedStatement<'c>,
+    remove: CachedStatement<'c>,
+    move_cursor: CachedStatement<'c>,
+    end: CachedStatement<'c>,
+}
+
+impl<'c> SessionStatements<'c> {
+    fn prepare(connection: &'c Connection) -> rusqlite::Result<Self> {
+        let prepare = |sql| connection.prepare_cached(sql);
+        Ok(Self {
+            put: prepare("INSERT OR REPLACE INTO sessions VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?,
+            subscribe: prepare("INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?,
+            unsubscribe: prepare("DELETE FROM subscriptions WHERE uid = ?1")?,
+            remove: prepare("DELETE FROM sessions WHERE uid = ?1")?,
+            move_cursor: prepare("UPDATE sessions SET cursor = ?2 WHERE uid = ?1")?,
+            end: prepare("UPDATE sessions SET ended_at = ?2, expiry_s = ?3 WHERE uid = ?1")?,
+        })
+    }
+
+    fn write(&mut self, uid: i64, change: &PendingSessionChange) -> rusqlite::Result<()> {
+        match change {
+            PendingSessionChange::Put(session) => self.put(uid, session)?,
+            PendingSessionChange::Update { cursor, ended } => {
+                if let Some(cursor) = cursor {
+                    self.move_cursor.execute([uid, sql_offset(*cursor)])?;
+                }
+                if let Some((ended_at, expiry_s)) = ended {
+                    self.end.execute(params![uid, ended_at, expiry_s])?;
+                }
+            }
+            PendingSessionChange::Remove => {
+                self.unsubscribe.execute([uid])?;
+                self.remove.execute([uid])?;
+            }
+            // A gateway with a database has no other nodes.
+            PendingSessionChange::GiveUp => {}
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, uid: i64, session: &StoredSession) -> rusqlite::Result<()> {
+        self.put.execute(params![
+            uid,
+            session.datasource.as_str(),
+            session.client_id,
+            session.expiry_s,
+            session.ended_at,
+            sql_offset(session.cursor),
+        ])?;
+        self.unsubscribe.execute([uid])?;
+        for subscription in &session.subscriptions {
+            self.subscribe.execute(params![
+                uid,
+                subscription.filter,
+                subscription.qos,
+                subscription.no_local,
+                subscription.retain_as_published,
+                subscription.identifier,
+                sql_offset(subscription.from),
+            ])?;
+        }
+        Ok(())
+    }
 }
 
 fn datasource_of_row(row: &Row<'_>, column: usize) -> rusqlite::Result<DatasourceId> {

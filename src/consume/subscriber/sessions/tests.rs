@@ -207,7 +207,7 @@ async fn on_a_full_disk_waiters_are_told_and_their_changes_are_written_when_ther
     let begun = Instant::now();
     let error = tokio::time::timeout(DEADLINE, first).await.expect("answered").expect_err("no room");
     assert!(begun.elapsed() >= SESSION_WRITE_WAIT_MAX / 2, "it waited {:?}", begun.elapsed());
-    assert!(matches!(error, SessionStoreError::Database(DatabaseError::DiskFull { .. })), "{error}");
+    assert!(matches!(error, SessionStoreError::Database(SqliteError::Full { .. })), "{error}");
     assert!(error.to_string().contains("sessions.db"), "{error}");
     assert_eq!(as_killed(dir.path()).sessions, [session(1, &["a"])]);
 
@@ -239,7 +239,7 @@ async fn a_store_that_cannot_write_still_closes() {
         store.write(vec![SessionStoreChange::PutSession(StoredSession { client_id, ..session(1, &[]) })]);
     tokio::time::timeout(DEADLINE, store.close()).await.expect("closed in time");
     let error = write.await.expect_err("no room");
-    assert!(matches!(error, SessionStoreError::Database(DatabaseError::DiskFull { .. })), "{error}");
+    assert!(matches!(error, SessionStoreError::Database(SqliteError::Full { .. })), "{error}");
 }
 
 #[tokio::test]

@@ -6,6 +6,14 @@
 //! If two nodes claim a client at the same moment, the later claim wins. A node that has heard of a claim
 //! makes only later ones, whatever its clock says, so a client that connects again after an answer
 //! always has the later claim.
+//!
+//! **What goes over.** The session comes with its messages in flight, so that the next connection is sent the
+//! same messages with the same packet identifiers. Before the session continues, this node has followed the
+//! log to the session's position, and knows every QoS 2 exchange that other nodes have released
+//! ([`Log::sync`](crate::log::Log::sync)); so an exchange ends once, whichever node it ends on.
+//!
+//! **NATS away.** Nobody can say then whether a client has a session, so the client is told to come again
+//! (0x88).
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -18,6 +26,7 @@ use bytes::Bytes;
 use headgate_bridge_nats::presence::{NodeReply, Presence};
 use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
+use tokio::sync::futures::OwnedNotified;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::{debug, warn};
 
@@ -64,6 +73,15 @@ enum ClaimAnswer {
     LaterClaim,
     /// The client's session, which the node has given up.
     Session(Box<SessionHandover>),
+}
+
+/// What the release of a client has come to.
+enum ReleaseStep {
+    /// The client is connected; its connection was told to close.
+    Wait(OwnedNotified),
+    Answer(ClaimAnswer),
+    /// The client is not connected. Its place is taken under this control until the session is written.
+    Left(Option<Box<AwayClient>>, Arc<ConnectionControl>),
 }
 
 /// An answer that may still be in the making.
@@ -242,39 +260,15 @@ impl Sessions {
         };
         let Ok(datasource) = datasource else { return ClaimAnswer::Nothing };
         let key: ClientKey = (datasource, claim.client_id.as_str().into());
+        // The place is the client's until its session is written, however this ends.
         let (away, place) = loop {
-            let left = {
-                let mut clients = self.lock_clients();
-                let Some(entry) = clients.entries.get_mut(&key) else { return ClaimAnswer::Nothing };
-                match &entry.connected {
-                    Some(connected) => {
-                        if connected
-                            .shared
-                            .as_ref()
-                            .and_then(|held| held.claim.as_ref())
-                            .is_some_and(|own| *own > claim.at)
-                        {
-                            return ClaimAnswer::LaterClaim;
-                        }
-                        connected.control.close(CloseReason::TakenOver);
-                        connected.left.clone().notified_owned()
-                    }
-                    None => {
-                        // This entry makes a new connection wait, as for an earlier one, until the session
-                        // has been written.
-                        let (control, left) = (Arc::<ConnectionControl>::default(), Arc::default());
-                        let held = ClusterClientState {
-                            claim: Some(claim.at.clone()),
-                            ..ClusterClientState::default()
-                        };
-                        let away = entry.away.take();
-                        let shared = Some(Box::new(held));
-                        entry.connected = Some(ConnectedClient { control: control.clone(), left, shared });
-                        break (away, ClientGuard { sessions: self.clone(), key, control });
-                    }
+            match self.try_release(&key, claim) {
+                ReleaseStep::Wait(left) => left.await,
+                ReleaseStep::Answer(answer) => return answer,
+                ReleaseStep::Left(away, control) => {
+                    break (away, ClientGuard { sessions: self.clone(), key, control });
                 }
-            };
-            left.await;
+            }
         };
         let Some(away) = away else { return ClaimAnswer::Nothing };
         let AwayClient { session, will, .. } = *away;
@@ -294,6 +288,29 @@ impl Sessions {
         }
         let _ = store.write(vec![SessionStoreChange::GiveUpSession(session.uid)]).await;
         ClaimAnswer::Session(Box::new(session.into_handover(&key.0, &key.1)))
+    }
+
+    /// Closes a client's connection for a claim, or takes its session if it has none.
+    fn try_release(&self, key: &ClientKey, claim: &ClientClaim) -> ReleaseStep {
+        let mut clients = self.lock_clients();
+        let Some(entry) = clients.entries.get_mut(key) else {
+            return ReleaseStep::Answer(ClaimAnswer::Nothing);
+        };
+        if let Some(connected) = &entry.connected {
+            let own = connected.shared.as_ref().and_then(|held| held.claim.as_ref());
+            if own.is_some_and(|own| *own > claim.at) {
+                return ReleaseStep::Answer(ClaimAnswer::LaterClaim);
+            }
+            connected.control.close(CloseReason::TakenOver);
+            return ReleaseStep::Wait(connected.left.clone().notified_owned());
+        }
+        // This entry makes a new connection wait, as for an earlier one, until the session has been written.
+        let (control, left) = (Arc::<ConnectionControl>::default(), Arc::default());
+        let held = ClusterClientState { claim: Some(claim.at.clone()), ..ClusterClientState::default() };
+        let away = entry.away.take();
+        let shared = Some(Box::new(held));
+        entry.connected = Some(ConnectedClient { control: control.clone(), left, shared });
+        ReleaseStep::Left(away, control)
     }
 
     /// Gives up a session that another node has taken.

@@ -15,6 +15,7 @@ use super::super::ShareDelivery;
 use super::ClusterShareGroup;
 use crate::log::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
 use crate::message::Offset;
+use crate::trouble::TroubleCell;
 
 /// How many records a member asks for at once, at most.
 const MEMBER_REQUEST_RECORDS_MAX: usize = 64;
@@ -133,8 +134,8 @@ struct MemberTask {
     records: Option<RequestedRecords>,
     /// Records that were given and not dealt with.
     outstanding: BTreeMap<Offset, DeliveryReceipt>,
-    /// The error that was last logged, while it can take no records.
-    trouble: Option<String>,
+    /// Why it can take no records.
+    trouble: TroubleCell,
 }
 
 impl MemberTask {
@@ -144,7 +145,11 @@ impl MemberTask {
         give: mpsc::UnboundedSender<ShareDelivery>,
     ) -> Self {
         let (behind, outstanding) = (group.places.next_offset(), BTreeMap::new());
-        Self { group, kept, give, behind, room: 0, asking: None, records: None, outstanding, trouble: None }
+        let trouble = TroubleCell::new(
+            "a member of a group of subscribers gets no records; trying again",
+            "a member of a group of subscribers gets records again",
+        );
+        Self { group, kept, give, behind, room: 0, asking: None, records: None, outstanding, trouble }
     }
 
     /// Runs until the member is gone, and then passes its records on to others.
@@ -173,13 +178,8 @@ impl MemberTask {
                     None => break,
                 },
                 asked = finish_request(&mut self.asking), if self.asking.is_some() => {
-                    self.asking = None;
                     is_open = asked.is_ok();
-                    self.note_trouble(asked.as_ref().err());
-                    if let Ok(RequestedRecords { skipped: skipped @ 1.., .. }) = asked {
-                        let _ = self.give.send(ShareDelivery::Skipped(skipped));
-                    }
-                    self.records = asked.ok();
+                    self.receive(asked);
                 }
                 given = next_given_record(&mut self.records), if self.records.is_some() => match given {
                     Some(given) => self.deliver(given).await,
@@ -198,6 +198,21 @@ impl MemberTask {
                 }
             }
         }
+        self.hand_back().await;
+    }
+
+    /// Receives the answer to the request under way.
+    fn receive(&mut self, asked: Result<RequestedRecords, ShareError>) {
+        self.asking = None;
+        self.trouble.set(asked.as_ref().err().map(ToString::to_string));
+        if let Ok(RequestedRecords { skipped: skipped @ 1.., .. }) = asked {
+            let _ = self.give.send(ShareDelivery::Skipped(skipped));
+        }
+        self.records = asked.ok();
+    }
+
+    /// Passes on to others what the member has not dealt with, and what is still coming.
+    async fn hand_back(mut self) {
         if let Some(asking) = self.asking {
             self.records = asking.await.ok();
             if let Some(RequestedRecords { skipped: skipped @ 1.., .. }) = self.records {
@@ -230,14 +245,6 @@ impl MemberTask {
             self.room = self.room.saturating_sub(1);
             let _ = self.give.send(ShareDelivery::Records(batch, vec![place]));
         }
-    }
-
-    fn note_trouble(&mut self, trouble: Option<&ShareError>) {
-        let trouble = trouble.map(ToString::to_string);
-        if let Some(trouble) = trouble.as_ref().filter(|_| self.trouble != trouble) {
-            warn!(trouble, "a member of a group of subscribers gets no records; trying again");
-        }
-        self.trouble = trouble;
     }
 }
 

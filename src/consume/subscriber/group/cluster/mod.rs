@@ -7,6 +7,9 @@
 //! A group ends when its last session unsubscribes or ends. Sessions that outlive their connections are on
 //! a roll in the bucket of sessions; each gateway knows its other sessions. JetStream also knows how long
 //! the sessions stay, to end groups of sessions that never return.
+//!
+//! The place is a durable pull consumer (`log/jetstream/share.rs`). When retention removes records that no
+//! member took, it notes their number with the consumer, and one member tells its client.
 
 mod member;
 
@@ -19,7 +22,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use headgate_bridge_nats::presence::NodeReply;
-use headgate_bridge_nats::{CellError, NatsError, Presence};
+use headgate_bridge_nats::{KvError, NatsError, Presence};
 use tokio::time::sleep;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -154,7 +157,7 @@ impl ClusterShareGroups {
                 }
                 sleep(GROUP_OVER_CHECK_DELAY).await;
                 if here.has_members(&name) {
-                    return Ok::<_, CellError>(false);
+                    return Ok::<_, KvError>(false);
                 }
                 let answers = presence
                     .ask_all(GROUP_MEMBERS_QUESTION, Bytes::from(name.clone()), GROUP_ANSWER_WAIT_MAX)
@@ -223,7 +226,7 @@ async fn stay_on_roll(
     rolls: GroupRolls,
     group: &str,
     of: GroupSession,
-    entered: Option<impl Future<Output = Result<(), CellError>>>,
+    entered: Option<impl Future<Output = Result<(), KvError>>>,
 ) {
     let Some(entered) = entered else { return std::future::pending().await };
     let mut result = entered.await;

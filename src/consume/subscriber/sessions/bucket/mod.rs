@@ -7,19 +7,27 @@
 //! | `cursors.{node}.{page}` | cursors of a node's sessions that have moved since their cells were written |
 //! | `group.{group}.{session}` | a mark: a session that outlives its connection is in this group |
 //!
-//! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell,
-//! each time over the revision that it knows: the node that the client is connected to, or was last. A node
-//! that takes the client over writes the cell. If the former node was cut off and does not know, its next
-//! write is refused, and it learns that it has [lost](LostSession) the session. A node also checks all its cells
-//! for such a change, a few at a time.
+//! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell, each
+//! time over the revision that it knows: the node that the client is connected to, or was last.
+//!
+//! A node that takes the client over writes the cell. If the former node was cut off and does not know, its
+//! next write is refused, and it learns that it has [lost](LostSession) the session. A node also checks all
+//! its cells for such a change, a few at a time.
 //!
 //! Cursors move all the time, so they are not in the cells: those of a node are gathered in a few pages,
 //! written every second. A cursor names the revision of its session's cell, and is void once the cell has
 //! another.
+//!
+//! | event | effect |
+//! |---|---|
+//! | a session moves to another node | its cell counts the moves, so that a node that was cut off sees that its own state is old |
+//! | a node was cut off meanwhile | it checks all its cells as soon as NATS is back, and closes the connections whose session it has lost |
+//! | a node is killed | every session of it continues from a cursor that is at most a second old |
 
 use std::time::Duration;
 
-use headgate_bridge_nats::{Cell, CellError, Cells, CellsSettings, Nats};
+use headgate_bridge_nats::kv::KvRow;
+use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats};
 
 use super::row::{CursorMove, SessionRow, decode};
 use super::{SessionStoreError, StoredSession};
@@ -44,15 +52,16 @@ type ClientHash = [u8; 16];
 /// `expiry_s_max` seconds; `u32::MAX`: sessions may last for ever.
 ///
 /// # Errors
-/// [`CellError::Away`]; [`CellError::Refused`], if JetStream cannot have such a bucket.
+/// [`KvError::Away`]; [`KvError::Refused`], if JetStream cannot have such a bucket.
 pub async fn open_sessions_bucket(
     nats: &Nats,
     replicas: usize,
     expiry_s_max: u32,
-) -> Result<Cells, CellError> {
+) -> Result<KvBucket, KvError> {
     let longest = Duration::from_secs(u64::from(expiry_s_max)) + CELL_SPARE;
     let age_max = (expiry_s_max != u32::MAX).then_some(longest);
-    Cells::open(nats, &CellsSettings { bucket: SESSIONS_BUCKET_NAME.to_owned(), replicas, age_max }).await
+    let (name, writes) = (SESSIONS_BUCKET_NAME.to_owned(), KvWrites::Single);
+    KvBucket::open(nats, &KvBucketSettings { name, replicas, age_max, writes }).await
 }
 
 /// A session that another node has taken over without asking, because this node could not be reached.
@@ -83,11 +92,11 @@ pub struct FoundSession {
 
 /// Reads sessions of any node from the bucket. Cheap to clone.
 #[derive(Clone)]
-pub struct SessionLookup(Cells);
+pub struct SessionLookup(KvBucket);
 
 impl SessionLookup {
     /// A lookup in this bucket.
-    pub fn new(cells: Cells) -> Self {
+    pub fn new(cells: KvBucket) -> Self {
         Self(cells)
     }
 
@@ -100,7 +109,8 @@ impl SessionLookup {
         datasource: &DatasourceId,
         client_id: &str,
     ) -> Result<FoundSession, SessionStoreError> {
-        let Cell { revision, value } = self.0.get(&session_key(client_hash(datasource, client_id))).await?;
+        let KvRow { revision, value, .. } =
+            self.0.get(&session_key(client_hash(datasource, client_id))).await?;
         let (datasource, client_id) = (datasource.clone(), client_id.to_owned());
         let mut nothing = FoundSession { datasource, client_id, revision, moves: 0, session: None };
         let Some(value) = value else { return Ok(nothing) };
@@ -133,8 +143,8 @@ impl StoredSession {
     }
 }
 
-impl From<CellError> for SessionStoreError {
-    fn from(error: CellError) -> Self {
+impl From<KvError> for SessionStoreError {
+    fn from(error: KvError) -> Self {
         SessionStoreError::Bucket(error.to_string().into())
     }
 }

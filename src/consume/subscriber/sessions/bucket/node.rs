@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use headgate_bridge_nats::{Cell, CellError, Cells};
+use headgate_bridge_nats::kv::KvRow;
+use headgate_bridge_nats::{KvBucket, KvError};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tracing::debug;
@@ -40,7 +41,7 @@ const FLUSH_ROUNDS_MAX: usize = 8;
 
 /// This node's sessions, as the bucket should have them.
 pub(in super::super) struct NodeSessions {
-    cells: Cells,
+    cells: KvBucket,
     runtime: Handle,
     node: String,
     mine: BTreeMap<ClientHash, OwnedClient>,
@@ -77,7 +78,11 @@ struct CursorPage {
 
 impl NodeSessions {
     /// No sessions yet.
-    pub(in super::super) fn new(cells: Cells, node: &str, lost: mpsc::UnboundedSender<LostSession>) -> Self {
+    pub(in super::super) fn new(
+        cells: KvBucket,
+        node: &str,
+        lost: mpsc::UnboundedSender<LostSession>,
+    ) -> Self {
         let connects = connect_count(&cells);
         Self {
             cells,
@@ -182,7 +187,7 @@ impl NodeSessions {
         }
     }
 
-    async fn flush(&mut self) -> Result<(), CellError> {
+    async fn flush(&mut self) -> Result<(), KvError> {
         for _ in 0..FLUSH_ROUNDS_MAX {
             let not_ours = self.write_cells().await?;
             if not_ours.is_empty() {
@@ -190,11 +195,11 @@ impl NodeSessions {
             }
             self.check_changed_cells(not_ours).await?;
         }
-        Err(CellError::Changed)
+        Err(KvError::Conflict)
     }
 
     /// Writes the changed cells. Returns the clients whose cells another node has changed.
-    async fn write_cells(&mut self) -> Result<Vec<ClientHash>, CellError> {
+    async fn write_cells(&mut self) -> Result<Vec<ClientHash>, KvError> {
         let Self { cells, node, mine, changed, .. } = self;
         let writes = changed.iter().filter_map(|client| {
             let OwnedClient { revision, moves, session, .. } = mine.get(client)?;
@@ -209,7 +214,7 @@ impl NodeSessions {
         for (client, written) in written {
             match written {
                 Ok(revision) => self.mark_written(client, revision),
-                Err(CellError::Changed) => not_ours.push(client),
+                Err(KvError::Conflict) => not_ours.push(client),
                 Err(error) => failed = Some(error),
             }
         }
@@ -233,13 +238,13 @@ impl NodeSessions {
 
     /// Checks cells that have another revision than the one known here. The cause may be an own write whose
     /// answer was lost, a late write of the node that had the session before, or a takeover by another node.
-    async fn check_changed_cells(&mut self, clients: Vec<ClientHash>) -> Result<(), CellError> {
+    async fn check_changed_cells(&mut self, clients: Vec<ClientHash>) -> Result<(), KvError> {
         let cells = &self.cells;
         let reads =
             clients.into_iter().map(|client| async move { (client, cells.get(&session_key(client)).await) });
         let read: Vec<_> = stream::iter(reads).buffer_unordered(CELLS_AT_ONCE).collect().await;
         for (client, cell) in read {
-            let Cell { revision, value } = cell?;
+            let KvRow { revision, value, .. } = cell?;
             let Some(mine) = self.mine.get_mut(&client) else { continue };
             let still_ours = match value.as_deref().map(decode::<SessionRow<'_>>) {
                 Some(Some(row)) => match row.moves.cmp(&mine.moves) {
@@ -262,7 +267,7 @@ impl NodeSessions {
     }
 
     /// Writes the pages with moved cursors.
-    async fn write_pages(&mut self) -> Result<(), CellError> {
+    async fn write_pages(&mut self) -> Result<(), KvError> {
         let Self { cells, node, mine, clients, pages, .. } = self;
         let changed = pages.iter().enumerate().filter(|(_, page)| page.changed);
         let writes = changed.map(|(at, page)| {
@@ -286,7 +291,7 @@ impl NodeSessions {
     }
 
     /// Checks whether some of the cells are still this node's, and refreshes old ones.
-    async fn check_some_cells(&mut self) -> Result<(), CellError> {
+    async fn check_some_cells(&mut self) -> Result<(), KvError> {
         if self.look_at > Instant::now() {
             return Ok(());
         }
@@ -305,7 +310,7 @@ impl NodeSessions {
         let cells = &self.cells;
         let reads = known.into_iter().map(|(client, revision)| async move {
             let cell = cells.get(&session_key(client)).await?;
-            Ok::<_, CellError>((cell.revision != revision).then_some(client))
+            Ok::<_, KvError>((cell.revision != revision).then_some(client))
         });
         let read: Vec<_> = stream::iter(reads).buffer_unordered(CELLS_AT_ONCE).collect().await;
         let not_ours = read.into_iter().filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()?;
@@ -348,6 +353,6 @@ impl SessionBackend for NodeSessions {
 }
 
 /// The number of connections to NATS so far.
-fn connect_count(cells: &Cells) -> u64 {
+fn connect_count(cells: &KvBucket) -> u64 {
     cells.nats().client().statistics().connects.load(std::sync::atomic::Ordering::Relaxed)
 }

@@ -6,7 +6,7 @@ use std::future::Future;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use headgate_bridge_nats::{CellError, Cells};
+use headgate_bridge_nats::{KvBucket, KvError};
 use tokio::sync::{mpsc, oneshot};
 
 /// How many changes are written at once, at most.
@@ -15,7 +15,7 @@ const ROLL_CHANGES_PER_WRITE_MAX: usize = 256;
 /// The rolls. Cheap to clone; the task ends after the last clone is dropped.
 #[derive(Clone)]
 pub struct GroupRolls {
-    cells: Cells,
+    cells: KvBucket,
     changes: mpsc::UnboundedSender<RollChange>,
 }
 
@@ -26,11 +26,11 @@ struct RollChange {
     written: RollWrittenSender,
 }
 
-type RollWrittenSender = oneshot::Sender<Result<(), CellError>>;
+type RollWrittenSender = oneshot::Sender<Result<(), KvError>>;
 
 impl GroupRolls {
     /// Starts the task that writes rolls to this bucket. Needs a runtime.
-    pub fn start(cells: Cells) -> Self {
+    pub fn start(cells: KvBucket) -> Self {
         let (changes, told) = mpsc::unbounded_channel();
         tokio::spawn(write_rolls(cells.clone(), told));
         Self { cells, changes }
@@ -40,24 +40,24 @@ impl GroupRolls {
     /// the entry is written, which happens even if the future is dropped.
     ///
     /// # Errors
-    /// [`CellError::Away`].
-    pub fn enter(&self, group: &str, uid: u64) -> impl Future<Output = Result<(), CellError>> + use<> {
+    /// [`KvError::Away`].
+    pub fn enter(&self, group: &str, uid: u64) -> impl Future<Output = Result<(), KvError>> + use<> {
         self.change(group, uid, true)
     }
 
     /// Removes a session from the roll, in the way of [`GroupRolls::enter`].
     ///
     /// # Errors
-    /// [`CellError::Away`].
-    pub fn strike(&self, group: &str, uid: u64) -> impl Future<Output = Result<(), CellError>> + use<> {
+    /// [`KvError::Away`].
+    pub fn strike(&self, group: &str, uid: u64) -> impl Future<Output = Result<(), KvError>> + use<> {
         self.change(group, uid, false)
     }
 
     /// Whether the group's roll has no session.
     ///
     /// # Errors
-    /// [`CellError::Away`].
-    pub async fn is_empty(&self, group: &str) -> Result<bool, CellError> {
+    /// [`KvError::Away`].
+    pub async fn is_empty(&self, group: &str) -> Result<bool, KvError> {
         Ok(!self.cells.has_any_below(&format!("group.{group}")).await?)
     }
 
@@ -66,17 +66,17 @@ impl GroupRolls {
         group: &str,
         uid: u64,
         is_on: bool,
-    ) -> impl Future<Output = Result<(), CellError>> + use<> {
+    ) -> impl Future<Output = Result<(), KvError>> + use<> {
         let (written, result) = oneshot::channel();
         let key = format!("group.{group}.{uid:016x}");
         let _ = self.changes.send(RollChange { key, is_on, written });
         async move {
-            result.await.unwrap_or_else(|_| Err(CellError::Away("the gateway is shutting down".to_owned())))
+            result.await.unwrap_or_else(|_| Err(KvError::Away("the gateway is shutting down".to_owned())))
         }
     }
 }
 
-async fn write_rolls(cells: Cells, mut changes: mpsc::UnboundedReceiver<RollChange>) {
+async fn write_rolls(cells: KvBucket, mut changes: mpsc::UnboundedReceiver<RollChange>) {
     let mut waiting = Vec::new();
     while changes.recv_many(&mut waiting, ROLL_CHANGES_PER_WRITE_MAX).await > 0 {
         // The last change of each session counts.

@@ -1,0 +1,333 @@
+//! The changes of datasources. Each is durable, in the live view and in the audit when it returns; see
+//! [the registry](super) for what that guarantees. In a cluster each can also fail with
+//! [`RegistryError::Away`] or [`RegistryError::Overtaken`] (both transient), [`RegistryError::TooLarge`] or
+//! [`RegistryError::Cluster`], and blocks until the other nodes have it.
+
+use std::sync::Arc;
+
+use headgate_format::key::ApiKey;
+use serde_json::json;
+
+use super::Registry;
+use super::audit::{Actor, AuditEvent, setting_as_json};
+use super::datasource::Datasource;
+use super::error::RegistryError;
+use super::key::Key;
+use super::keys::{NewKey, check_name, generate_key};
+use super::setting::JsonSetting;
+use crate::auth::scope::Scopes;
+use crate::limits::DATASOURCE_ID_BYTES_MAX;
+use crate::message::{DatasourceId, KeyId, now_micros};
+
+/// A datasource to be created with its first key. The texts have been validated by the caller.
+#[derive(Debug, Clone)]
+pub struct NewDatasource<'a> {
+    /// Without one, an id is derived from the name, with a suffix `-2`, `-3`, … if it is taken.
+    pub id: Option<DatasourceId>,
+    /// The display name.
+    pub name: &'a str,
+    /// What the first key may be used for.
+    pub scopes: Scopes,
+    /// The limits that all its keys share, a JSON text.
+    pub limits: Option<&'a str>,
+    /// The schemas that its messages must match, a JSON text.
+    pub schemas: Option<&'a str>,
+}
+
+impl Registry {
+    /// Creates a datasource without limits and schemas, as [`Registry::create_datasource_with`].
+    ///
+    /// # Errors
+    /// Those of [`Registry::create_datasource_with`].
+    #[cfg(any(test, feature = "testing"))]
+    pub fn create_datasource(
+        &self,
+        actor: &Actor,
+        id: Option<DatasourceId>,
+        name: &str,
+        scopes: Scopes,
+    ) -> Result<(Arc<Datasource>, Arc<Key>, ApiKey), RegistryError> {
+        self.create_datasource_with(actor, &NewDatasource { id, name, scopes, limits: None, schemas: None })
+    }
+
+    /// Creates a datasource with its settings, and its first key. All of it is one change, which is durable on
+    /// return: no crash leaves a key without its limits.
+    ///
+    /// # Errors
+    /// [`RegistryError::Exists`] if the id is taken; [`RegistryError::InvalidName`] if the name is blank,
+    /// too long or has control characters, if no id can be made from it, or if there are no scopes;
+    /// [`RegistryError::Database`] if it cannot be made durable.
+    pub fn create_datasource_with(
+        &self,
+        actor: &Actor,
+        new: &NewDatasource<'_>,
+    ) -> Result<(Arc<Datasource>, Arc<Key>, ApiKey), RegistryError> {
+        let name = check_name("name", new.name)?;
+        if name.is_empty() {
+            return Err(RegistryError::InvalidName("a datasource needs a name".to_owned()));
+        }
+        let scopes = new.scopes;
+        let mut what = json!({ "name": name, "scopes": scopes });
+        for (setting, text) in [("limits", new.limits), ("schemas", new.schemas)] {
+            if text.is_some() {
+                what[setting] = setting_as_json(text);
+            }
+        }
+        let (datasource, key, secret) = self.make_change(|database| {
+            let datasource = Datasource {
+                // Inside the change: only there can no other change take the id.
+                id: self.id_of_new(new.id.as_ref(), name)?,
+                name: name.into(),
+                created_at: now_micros(),
+                limits: JsonSetting::new(new.limits),
+                schemas: JsonSetting::new(new.schemas),
+            };
+            let first =
+                NewKey { datasource: &datasource.id, label: "", scopes, expires_at: None, limits: None };
+            let (key, secret) = generate_key(database, &first)?;
+            let change = database.begin()?;
+            change.insert_datasource(&datasource)?;
+            change.insert_key(&key, &secret.digest())?;
+            change.audit(actor, &AuditEvent::of_key("datasource.created", &key, &what))?;
+            change.commit()?;
+            let datasource = self.live.add_datasource(datasource);
+            let key = self.live.add_key(key, secret.digest());
+            Ok((datasource, key, secret))
+        })?;
+        tracing::info!(datasource = %datasource.id, key_id = %key.id, %scopes, "datasource created");
+        Ok((datasource, key, secret))
+    }
+
+    /// Deletes a datasource and revokes its keys, durably. Before this returns, every key's lease has
+    /// ended and its connections are told to close. Returns those keys, whose connections the caller
+    /// waits for.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable; the
+    /// keys then keep working.
+    pub fn delete_datasource(
+        &self,
+        actor: &Actor,
+        id: &DatasourceId,
+    ) -> Result<Vec<Arc<Key>>, RegistryError> {
+        let dead = self.make_change(|database| {
+            if !self.has_datasource(id.as_str()) {
+                return Err(RegistryError::NoDatasource(id.to_string()));
+            }
+            let change = database.begin()?;
+            let digests = change.remove_datasource(id)?;
+            let keys: Vec<KeyId> = digests.iter().map(|digest| digest.key_id()).collect();
+            let what = json!({ "keys": keys });
+            change.audit(actor, &AuditEvent::of_datasource("datasource.deleted", id, &what))?;
+            change.commit()?;
+            self.live.datasources.pin().remove(id.as_str());
+            Ok(digests.iter().filter_map(|digest| self.live.kill(digest)).collect::<Vec<_>>())
+        })?;
+        tracing::info!(datasource = %id, keys = dead.len(), "datasource deleted");
+        Ok(dead)
+    }
+
+    /// Sets the limits of a datasource, a JSON text that the caller has validated; `None` for no limits
+    /// of its own. They are in force when this returns.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
+    pub fn set_datasource_limits(
+        &self,
+        actor: &Actor,
+        id: &DatasourceId,
+        limits: Option<String>,
+    ) -> Result<(), RegistryError> {
+        let limits = limits.as_deref();
+        let what = json!({ "limits": setting_as_json(limits) });
+        let act = AuditEvent::of_datasource("datasource.limits_changed", id, &what);
+        self.make_change(|database| {
+            let datasource = self.existing_datasource(id)?;
+            let change = database.begin()?;
+            change.set_datasource_limits(id, limits)?;
+            change.audit(actor, &act)?;
+            change.commit()?;
+            datasource.limits.set(limits);
+            Ok(())
+        })
+    }
+
+    /// Sets the schemas of a datasource, a JSON text that the caller has validated; `None` for none. They
+    /// are in force when this returns.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
+    pub fn set_datasource_schemas(
+        &self,
+        actor: &Actor,
+        id: &DatasourceId,
+        schemas: Option<String>,
+    ) -> Result<(), RegistryError> {
+        let schemas = schemas.as_deref();
+        let what = json!({ "schemas": setting_as_json(schemas) });
+        let act = AuditEvent::of_datasource("datasource.schemas_changed", id, &what);
+        self.make_change(|database| {
+            let datasource = self.existing_datasource(id)?;
+            let change = database.begin()?;
+            change.set_datasource_schemas(id, schemas)?;
+            change.audit(actor, &act)?;
+            change.commit()?;
+            datasource.schemas.set(schemas);
+            Ok(())
+        })
+    }
+
+    pub(super) fn existing_datasource(&self, id: &DatasourceId) -> Result<Arc<Datasource>, RegistryError> {
+        self.datasource(id.as_str()).ok_or_else(|| RegistryError::NoDatasource(id.to_string()))
+    }
+
+    /// The id of a new datasource: the given one, if it is free, or one derived from its name.
+    fn id_of_new(&self, given: Option<&DatasourceId>, name: &str) -> Result<DatasourceId, RegistryError> {
+        match given {
+            Some(id) if id.is_all() => {
+                Err(RegistryError::InvalidName("'*' means every datasource and cannot be one".to_owned()))
+            }
+            Some(id) if self.has_datasource(id.as_str()) => Err(RegistryError::Exists(id.clone())),
+            Some(id) => Ok(id.clone()),
+            None => self.free_id(name),
+        }
+    }
+
+    /// The first free id derived from `name`.
+    fn free_id(&self, name: &str) -> Result<DatasourceId, RegistryError> {
+        let id = DatasourceId::from_name(name).ok_or_else(|| {
+            let text = "the name has no letter a-z or digit to make an id from: give an id as well";
+            RegistryError::InvalidName(text.to_owned())
+        })?;
+        if !self.has_datasource(id.as_str()) {
+            return Ok(id);
+        }
+        let numbered = |number: u64| {
+            let suffix = format!("-{number}");
+            let room = DATASOURCE_ID_BYTES_MAX - suffix.len();
+            let stem = id.as_str().get(..room).unwrap_or(id.as_str()).trim_end_matches('-');
+            DatasourceId::new(&format!("{stem}{suffix}")).expect("a slug with a number is a slug")
+        };
+        let free = (2..).map(numbered).find(|id| !self.has_datasource(id.as_str()));
+        Ok(free.expect("there are more numbers than datasources"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::super::audit::AuditQuery;
+    use super::super::database::RegistryDatabase;
+    use super::super::replica::{RegistryReplica, RegistryRevision};
+    use super::super::rows::RegistryRow;
+    use super::super::usage::KeyUsage;
+    use super::*;
+    use crate::auth::scope::Scope;
+
+    const LIMITS: &str = r#"{"messages_per_s":5}"#;
+    const SCHEMAS: &str = r##"[{"filter":"#"}]"##;
+
+    fn new_datasource(name: &str) -> NewDatasource<'_> {
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        NewDatasource { id: None, name, scopes, limits: Some(LIMITS), schemas: Some(SCHEMAS) }
+    }
+
+    fn new_key(datasource: &DatasourceId) -> NewKey<'_> {
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        NewKey { datasource, label: "left", scopes, expires_at: None, limits: Some(LIMITS) }
+    }
+
+    fn empty() -> (TempDir, Registry) {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let registry = Registry::open(dir.path()).expect("opens");
+        (dir, registry)
+    }
+
+    #[test]
+    fn limits_and_schemas_come_with_what_they_are_for_in_one_audited_change() {
+        let (dir, registry) = empty();
+        let (press, _, _) =
+            registry.create_datasource_with(&Actor::SYSTEM, &new_datasource("Press 4")).expect("created");
+        let (key, _) = registry.create_key_with(&Actor::SYSTEM, &new_key(&press.id)).expect("created");
+        let check = |registry: &Registry| {
+            let press = registry.datasource("press-4").expect("there");
+            let key = registry.key(&press.id, key.id).expect("there");
+            let settings = [&press.limits, &press.schemas, &key.limits].map(|setting| setting.text());
+            assert_eq!(
+                settings.each_ref().map(|text| text.as_deref()),
+                [Some(LIMITS), Some(SCHEMAS), Some(LIMITS)]
+            );
+        };
+        check(&registry);
+        let page = AuditQuery { from: None, to: None, after: 0, limit: 10 };
+        let entries = registry.audit_entries(&page).expect("readable");
+        let entries: Vec<_> = entries.iter().map(|entry| (&*entry.action, entry.what.get())).collect();
+        assert_eq!(
+            entries,
+            [
+                (
+                    "datasource.created",
+                    r##"{"limits":{"messages_per_s":5},"name":"Press 4","schemas":[{"filter":"#"}],"scopes":["ingest"]}"##
+                ),
+                (
+                    "key.created",
+                    r#"{"expires_at":null,"label":"left","limits":{"messages_per_s":5},"scopes":["ingest"]}"#
+                ),
+            ]
+        );
+        drop(registry);
+        check(&Registry::open(dir.path()).expect("opens again"));
+    }
+
+    /// A cluster of one node, which counts the rows of each batch.
+    #[derive(Debug, Default)]
+    struct CountedBatches(parking_lot::Mutex<Vec<Vec<String>>>);
+
+    impl RegistryReplica for CountedBatches {
+        fn publish(
+            &self,
+            rows: &[RegistryRow],
+            after: RegistryRevision,
+        ) -> Result<RegistryRevision, RegistryError> {
+            self.0.lock().push(rows.iter().map(RegistryRow::name).collect());
+            Ok(after + rows.len() as u64)
+        }
+
+        fn catch_up(&self) -> Result<RegistryRevision, RegistryError> {
+            Ok(0)
+        }
+
+        fn wait_everywhere(&self, _revision: RegistryRevision) {}
+
+        fn is_current(&self) -> bool {
+            true
+        }
+
+        fn usage(&self, _keys: &[KeyId]) -> Result<Vec<KeyUsage>, RegistryError> {
+            Ok(Vec::new())
+        }
+
+        fn add_usage(
+            &self,
+            _: Vec<(KeyId, KeyUsage)>,
+        ) -> (Vec<(KeyId, KeyUsage)>, Result<(), RegistryError>) {
+            (Vec::new(), Ok(()))
+        }
+    }
+
+    #[test]
+    fn in_a_cluster_each_creation_is_one_batch() {
+        let batches = Arc::new(CountedBatches::default());
+        let database = RegistryDatabase::in_memory().expect("opens");
+        let registry = Registry::from_database(database, Some(batches.clone())).expect("empty");
+        let (press, first, first_secret) =
+            registry.create_datasource_with(&Actor::SYSTEM, &new_datasource("Press 4")).expect("created");
+        let (_, secret) = registry.create_key_with(&Actor::SYSTEM, &new_key(&press.id)).expect("created");
+        assert!(first.holds());
+        let row = |secret: &ApiKey| format!("key.{}", blake3::Hash::from_bytes(secret.digest().0).to_hex());
+        let datasource =
+            vec![row(&first_secret), "datasource.press-4".to_owned(), "audit.000000000001".to_owned()];
+        assert_eq!(*batches.0.lock(), [datasource, vec![row(&secret), "audit.000000000002".to_owned()]]);
+    }
+}

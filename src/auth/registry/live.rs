@@ -1,0 +1,165 @@
+//! The live view: every datasource and key in memory, where a presented key is looked up. Its contents
+//! are on the disk already; only the registry's changes write to it. Lookups are lock-free.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use headgate_format::key::Digest;
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::Notify;
+
+use super::database::RegistryDatabase;
+use super::datasource::Datasource;
+use super::error::RegistryError;
+use super::index::{KeyIndex, KeyLookup};
+use super::key::{Key, KeyAttributes};
+use super::queries::StoredKey;
+use crate::message::{DatasourceId, KeyId, TimeMicros};
+
+/// Every datasource and key.
+pub(super) struct LiveRegistry {
+    /// Every key, revoked ones included.
+    pub(super) keys: KeyIndex,
+    pub(super) datasources: papaya::HashMap<DatasourceId, Arc<Datasource>>,
+    /// The keys that are not revoked by datasource and id, for key management.
+    pub(super) by_datasource: RwLock<BTreeMap<(DatasourceId, KeyId), Arc<Key>>>,
+    /// When keys end by themselves. A deadline that differs from its key's end is stale and ignored.
+    pub(super) deadlines: Mutex<BTreeSet<(TimeMicros, DatasourceId, KeyId)>>,
+    /// Notified of each new deadline.
+    pub(super) deadline_set: Notify,
+}
+
+impl LiveRegistry {
+    /// Reads everything that a database has.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`].
+    pub(super) fn load(database: &RegistryDatabase) -> Result<Self, RegistryError> {
+        let datasources = papaya::HashMap::with_capacity(database.datasource_count()?);
+        database.for_each_datasource(|datasource| {
+            datasources.pin().insert(datasource.id.clone(), Arc::new(datasource));
+        })?;
+        let live = Self {
+            keys: KeyIndex::with_capacity(database.key_count()?),
+            datasources,
+            by_datasource: RwLock::default(),
+            deadlines: Mutex::default(),
+            deadline_set: Notify::new(),
+        };
+        let (mut by_datasource, all) = (Vec::new(), DatasourceId::all());
+        database.for_each_key(|stored| {
+            let key = live.load_key(stored, &all)?;
+            by_datasource.extend(key.map(|key| ((key.datasource.clone(), key.id), key)));
+            Ok::<_, RegistryError>(())
+        })?;
+        // Only now are all keys in memory, so their pages can be merged into huge ones.
+        live.keys.gather();
+        *live.by_datasource.write() = by_datasource.into_iter().collect();
+        Ok(live)
+    }
+
+    /// Adds a stored key to everything but `by_datasource`. Returns it, unless it was revoked.
+    fn load_key(&self, stored: StoredKey<'_>, all: &DatasourceId) -> Result<Option<Arc<Key>>, RegistryError> {
+        if stored.is_revoked {
+            self.keys.set(&stored.digest, None);
+            return Ok(None);
+        }
+        // Shares the id's text with the datasource: there may be a million keys.
+        let datasource = match self.datasources.pin().get_key_value(stored.datasource) {
+            Some((datasource, _)) => datasource.clone(),
+            None if stored.datasource == all.as_str() => all.clone(),
+            None => return Err(RegistryError::NoDatasource(stored.datasource.to_owned())),
+        };
+        let key = Arc::new(Key::from(KeyAttributes {
+            digest: stored.digest,
+            datasource,
+            scopes: stored.scopes,
+            label: stored.label,
+            created_at: stored.created_at,
+            expires_at: stored.expires_at,
+            rotation: stored.rotation,
+            limits: stored.limits,
+        }));
+        if stored.has_ended {
+            key.end();
+            key.mark_ended();
+        } else if let Some(at) = key.ends_at() {
+            self.deadlines.lock().insert((at, key.datasource.clone(), key.id));
+        }
+        self.keys.set(&stored.digest, Some(Arc::clone(&key)));
+        Ok(Some(key))
+    }
+
+    /// The key with this digest, unless it is revoked; it may have expired.
+    pub(super) fn find(&self, digest: &Digest) -> Option<Arc<Key>> {
+        match self.keys.find(digest)? {
+            KeyLookup::Key(key) => Some(key),
+            KeyLookup::Revoked => None,
+        }
+    }
+
+    /// A key by its id.
+    pub(super) fn key(&self, datasource: &DatasourceId, id: KeyId) -> Option<Arc<Key>> {
+        let by_datasource = self.by_datasource.read();
+        by_datasource.get(&(datasource.clone(), id)).map(Arc::clone)
+    }
+
+    /// The keys of a datasource, by their ids.
+    pub(super) fn keys_of(&self, datasource: &DatasourceId) -> Vec<Arc<Key>> {
+        let first = (datasource.clone(), KeyId([0; 6]));
+        let last = (datasource.clone(), KeyId([0xff; 6]));
+        let by_datasource = self.by_datasource.read();
+        by_datasource.range(first..=last).map(|(_, key)| Arc::clone(key)).collect()
+    }
+
+    /// The number of keys that are not revoked.
+    pub(super) fn key_count(&self) -> usize {
+        self.by_datasource.read().len()
+    }
+
+    /// Adds a datasource that is already on the disk.
+    pub(super) fn add_datasource(&self, datasource: Datasource) -> Arc<Datasource> {
+        let datasource = Arc::new(datasource);
+        self.datasources.pin().insert(datasource.id.clone(), Arc::clone(&datasource));
+        datasource
+    }
+
+    /// Adds a key that is already on the disk.
+    pub(super) fn add_key(&self, key: Key, digest: Digest) -> Arc<Key> {
+        let key = Arc::new(key);
+        let place = (key.datasource.clone(), key.id);
+        self.by_datasource.write().insert(place, Arc::clone(&key));
+        self.keys.set(&digest, Some(Arc::clone(&key)));
+        self.watch(&key);
+        key
+    }
+
+    /// Schedules the key's end, if it has one.
+    pub(super) fn watch(&self, key: &Key) {
+        if let Some(at) = key.ends_at() {
+            let deadline = (at, key.datasource.clone(), key.id);
+            self.deadlines.lock().insert(deadline);
+            self.deadline_set.notify_one();
+        }
+    }
+
+    /// Ends and removes a key that is already dead on the disk.
+    pub(super) fn kill(&self, digest: &Digest) -> Option<Arc<Key>> {
+        let key = self.find(digest)?;
+        key.end();
+        self.keys.set(digest, None);
+        let place = (key.datasource.clone(), key.id);
+        self.by_datasource.write().remove(&place);
+        Some(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_datasource_that_nobody_uses_costs_little() {
+        assert!(size_of::<Datasource>() <= 64, "{}", size_of::<Datasource>());
+    }
+}

@@ -1,0 +1,261 @@
+//! The registry: all datasources and the keys that open them. It is durable in SQLite (`database.rs`),
+//! and live in memory (`live.rs`), where every presented key is looked up.
+//!
+//! Changes (`datasources.rs`, `keys.rs`, `rotations.rs`, `leaks.rs`, `deadlines.rs`) are made one at a time:
+//! **first on the disk** (`transaction.rs`), **then in the live view**, and a change has reached both when the
+//! call returns. So a key that was handed out survives any crash, and a revoked key is dead for good: its
+//! lease has ended, which stops every message in flight under it, its connections have been told to close,
+//! and no lookup finds it. The audit entry of a change is in the same transaction as the change.
+//!
+//! In a cluster every node has its own registry in memory, and a change reaches all nodes or none
+//! (`cluster/`): it is published before it takes effect here, the changes of other nodes are applied
+//! here (`remote_changes.rs`), and the call that makes a change returns when every node has it.
+//!
+//! Lookups are lock-free. Changes and reads of the audit wait for the disk: call them where blocking is
+//! allowed.
+
+pub mod audit;
+pub mod cluster;
+mod database;
+pub mod datasource;
+pub mod datasources;
+pub mod deadlines;
+pub mod error;
+mod first_admin;
+pub(super) mod index;
+pub mod key;
+pub mod keys;
+pub mod leak_rules;
+mod leaks;
+mod live;
+mod quarantine_file;
+mod queries;
+mod remote_changes;
+mod replica;
+pub mod rotations;
+mod rows;
+pub mod setting;
+mod transaction;
+pub mod usage;
+mod usage_notes;
+
+use std::fmt;
+use std::path::Path;
+use std::sync::{self, Arc};
+
+use headgate_format::key::Digest;
+use parking_lot::Mutex;
+
+use crate::limits::CHANGE_ATTEMPTS_MAX;
+use crate::message::{DatasourceId, KeyId};
+use crate::time::Rfc3339;
+
+use audit::{AuditEntry, AuditQuery};
+use database::RegistryDatabase;
+use datasource::Datasource;
+use error::RegistryError;
+use index::KeyLookup;
+use key::Key;
+use leak_rules::LeakRuleFollower;
+use live::LiveRegistry;
+use replica::{RegistryReplica, RegistryRevision};
+
+/// Datasources and keys: the database and the live view.
+pub struct Registry {
+    /// Locked by a change until it has reached the live view too. The one lock that a panic poisons: no
+    /// change starts from half of another one.
+    database: sync::Mutex<RegistryDatabase>,
+    live: LiveRegistry,
+    /// Keys whose usage is not yet on the disk.
+    noted: Mutex<Vec<Arc<Key>>>,
+    /// See [`Registry::usage`].
+    adding_usage: Mutex<()>,
+    /// The registries of the other nodes, in a cluster.
+    replica: Option<Arc<dyn RegistryReplica>>,
+    /// Locked inside the lock of the database only.
+    leak_rules: Mutex<LeakRuleFollower>,
+}
+
+impl Registry {
+    /// Opens or creates `dir/registry.db` and reads it into memory. A new registry has no keys. The
+    /// directory must exist.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`], which names the file.
+    pub fn open(dir: &Path) -> Result<Self, RegistryError> {
+        let mut database = RegistryDatabase::open(dir)?;
+        quarantine_file::move_into_registry(dir, &mut database)?;
+        Self::from_database(database, None)
+    }
+
+    /// Builds the live view from a database.
+    fn from_database(
+        mut database: RegistryDatabase,
+        replica: Option<Arc<dyn RegistryReplica>>,
+    ) -> Result<Self, RegistryError> {
+        if let Some(replica) = &replica {
+            database.join(replica.clone());
+        }
+        let live = LiveRegistry::load(&database)?;
+        Ok(Self {
+            database: sync::Mutex::new(database),
+            live,
+            noted: Mutex::default(),
+            adding_usage: Mutex::default(),
+            replica,
+            leak_rules: Mutex::default(),
+        })
+    }
+
+    /// One datasource.
+    pub fn datasource(&self, id: &str) -> Option<Arc<Datasource>> {
+        self.live.datasources.pin().get(id).map(Arc::clone)
+    }
+
+    /// Calls `what` with one datasource. Meant for the path of a message: it touches no reference count
+    /// that other threads share.
+    pub fn with_datasource<T>(&self, id: &str, what: impl FnOnce(&Datasource) -> T) -> Option<T> {
+        self.live.datasources.pin().get(id).map(|datasource| what(datasource))
+    }
+
+    /// Whether such a datasource exists; `*` is not one. Meant for the path of a message: it touches no
+    /// reference count that other threads share.
+    pub fn has_datasource(&self, id: &str) -> bool {
+        self.live.datasources.pin().contains_key(id)
+    }
+
+    /// All datasources, ordered by id.
+    pub fn datasources(&self) -> Vec<Arc<Datasource>> {
+        let mut all: Vec<_> = self.live.datasources.pin().values().map(Arc::clone).collect();
+        all.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        all
+    }
+
+    /// The keys of a datasource, or with `*` those for all of them, that are not revoked, oldest first.
+    pub fn keys(&self, datasource: &DatasourceId) -> Vec<Arc<Key>> {
+        let mut keys = self.live.keys_of(datasource);
+        keys.sort_by_key(|key| key.created_at);
+        keys
+    }
+
+    /// One key of a datasource, or with `*` of those for all of them, unless it is revoked.
+    pub fn key(&self, datasource: &DatasourceId, id: KeyId) -> Option<Arc<Key>> {
+        self.live.key(datasource, id)
+    }
+
+    /// The number of keys that are not revoked.
+    pub fn key_count(&self) -> usize {
+        self.live.key_count()
+    }
+
+    /// Looks up a digest, among revoked keys too.
+    pub(in crate::auth) fn look_up(&self, digest: &Digest) -> Option<KeyLookup> {
+        self.live.keys.find(digest)
+    }
+
+    /// The key with this digest, unless it is revoked; it may have expired.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn find(&self, digest: &Digest) -> Option<Arc<Key>> {
+        self.live.find(digest)
+    }
+
+    /// Whether a key with this digest existed and was revoked.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn was_revoked(&self, digest: &Digest) -> bool {
+        matches!(self.look_up(digest), Some(KeyLookup::Revoked))
+    }
+
+    /// How a key ended, as text for people: `was revoked at 2026-11-23T09:28:39.000120Z`. `None` for a key
+    /// that was not revoked. Reads the file.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`] if it cannot be read.
+    pub fn describe_revocation(&self, id: KeyId) -> Result<Option<String>, RegistryError> {
+        let Some((at, why)) = self.lock_database().revocation_of(id)? else { return Ok(None) };
+        let how = match why.as_deref() {
+            Some("deleted") => "died with its datasource, which was deleted",
+            Some("rotated") => "was rotated, and its grace ended",
+            Some("leaked") => "was reported as leaked and revoked",
+            _ => "was revoked",
+        };
+        Ok(Some(format!("{how} at {}", Rfc3339(at))))
+    }
+
+    /// Whether this node may have missed that a key died: it was without NATS for so long that the others no
+    /// longer wait for it, and has not caught up yet. Nothing may be accepted meanwhile. A few atomic loads.
+    pub fn may_be_behind(&self) -> bool {
+        self.replica.as_ref().is_some_and(|replica| !replica.is_current())
+    }
+
+    /// Waits until this node has applied all changes that the cluster had made before the call. Returns at
+    /// once without a cluster.
+    ///
+    /// # Errors
+    /// [`RegistryError::Away`] if that takes too long.
+    pub async fn caught_up(self: &Arc<Self>) -> Result<(), RegistryError> {
+        let Some(replica) = self.replica.clone() else { return Ok(()) };
+        let caught_up = tokio::task::spawn_blocking(move || replica.catch_up()).await;
+        caught_up.map_err(|error| RegistryError::Cluster(error.to_string()))?.map(drop)
+    }
+
+    /// A page of the audit, oldest first.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`] if it cannot be read.
+    pub fn audit_entries(&self, page: &AuditQuery) -> Result<Vec<AuditEntry>, RegistryError> {
+        self.lock_database().audit_entries(page)
+    }
+
+    /// Makes a change: `make` writes to the database, and then updates the live view. In a cluster `make`
+    /// runs again from its beginning if another node's change came first, and every other node has the
+    /// change when this returns.
+    fn make_change<T>(
+        &self,
+        make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
+    ) -> Result<T, RegistryError> {
+        let (made, revision) = self.make_change_here(make)?;
+        if let Some(replica) = &self.replica {
+            replica.wait_everywhere(revision);
+        }
+        Ok(made)
+    }
+
+    /// As [`Registry::make_change`], but without waiting for the other nodes. Also returns the revision that
+    /// they will reach.
+    fn make_change_here<T>(
+        &self,
+        mut make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
+    ) -> Result<(T, RegistryRevision), RegistryError> {
+        for _ in 0..CHANGE_ATTEMPTS_MAX {
+            let mut database = self.lock_database();
+            match (make(&mut database), &self.replica) {
+                (Err(RegistryError::Overtaken), Some(replica)) => {
+                    // Unlocked, because applying the changes of other nodes needs the database.
+                    drop(database);
+                    let revision = replica.catch_up()?;
+                    self.lock_database().caught_up(revision);
+                }
+                (made, _) => return Ok((made?, database.applied())),
+            }
+        }
+        Err(RegistryError::Overtaken)
+    }
+
+    /// Locks the database. Every change holds this lock until it has reached the live view.
+    fn lock_database(&self) -> sync::MutexGuard<'_, RegistryDatabase> {
+        // After a panic between disk and live view the two may differ, so no more changes are allowed.
+        self.database.lock().expect("no change of the registry has panicked halfway")
+    }
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registry")
+            .field("datasources", &self.live.datasources.len())
+            .field("keys", &self.key_count())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

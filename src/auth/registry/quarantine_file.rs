@@ -1,0 +1,233 @@
+//! `quarantine.db`, where earlier versions of Headgate kept the rules about leaked keys. Its rules are moved
+//! into the registry, with the versions that they had there: `records.db` and `retained.db` note which of
+//! them they follow.
+//!
+//! The rules reach the registry in one transaction, and only then is the file removed. After a kill between the
+//! two the file is read again and changes nothing: the registry has those versions already.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rusqlite::Connection;
+use rusqlite::types::FromSqlError;
+
+use super::database::RegistryDatabase;
+use super::error::RegistryError;
+use super::leak_rules::{LeakRow, parse_owner};
+use crate::message::KeyId;
+use crate::sqlite::{SqliteError, SqliteProfile};
+
+/// The file's name in the data directory.
+const QUARANTINE_FILE_NAME: &str = "quarantine.db";
+
+/// The one format that the file ever had. It is opened for writing: what a killed gateway left in the write-ahead
+/// log has to be read too.
+const QUARANTINE_DATABASE: SqliteProfile = SqliteProfile {
+    migrations: &["
+        CREATE TABLE changes (
+            version    INTEGER PRIMARY KEY,
+            datasource TEXT NOT NULL,
+            key_id     BLOB NOT NULL,
+            since_us   INTEGER,
+            below      INTEGER,
+            made_us    INTEGER NOT NULL
+        ) STRICT;
+    "],
+    is_exclusive: true,
+    ..SqliteProfile::SHARED
+};
+
+/// Moves the rules of `dir/quarantine.db` into the registry, and removes the file. Does nothing without one.
+///
+/// # Errors
+/// [`RegistryError::Database`], which names the file; [`RegistryError::Io`] if it cannot be removed.
+pub(super) fn move_into_registry(dir: &Path, database: &mut RegistryDatabase) -> Result<(), RegistryError> {
+    let path = dir.join(QUARANTINE_FILE_NAME);
+    if !path.exists() {
+        return Ok(());
+    }
+    let rules = read_rules(&path)?;
+    copy_rules(database, &rules)?;
+    remove_file(&path)
+        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+    tracing::info!(rules = rules.len(), path = %path.display(), "the rules about leaked keys are in the registry now");
+    Ok(())
+}
+
+/// All rules of the file, in the order of their versions.
+fn read_rules(path: &Path) -> Result<Vec<(u64, LeakRow)>, SqliteError> {
+    let connection = QUARANTINE_DATABASE.open(path)?;
+    select_rules(&connection).map_err(|error| SqliteError::from_sqlite(&error, path))
+}
+
+fn select_rules(connection: &Connection) -> rusqlite::Result<Vec<(u64, LeakRow)>> {
+    let mut select = connection.prepare(
+        "SELECT version, datasource, key_id, since_us, below, made_us FROM changes ORDER BY version",
+    )?;
+    let rules = select.query_map([], |row| {
+        let rule = LeakRow {
+            datasource: parse_owner(row.get_ref(1)?.as_str()?).map_err(FromSqlError::other)?,
+            key_id: KeyId(row.get(2)?),
+            since: row.get(3)?,
+            below: row.get::<_, Option<i64>>(4)?.map(i64::cast_unsigned),
+            at: row.get(5)?,
+        };
+        Ok((row.get::<_, i64>(0)?.cast_unsigned(), rule))
+    })?;
+    rules.collect()
+}
+
+/// Adds the rules that the registry does not have, in one transaction.
+fn copy_rules(database: &mut RegistryDatabase, rules: &[(u64, LeakRow)]) -> Result<(), RegistryError> {
+    let known = database.leak_rules_version()?;
+    let change = database.begin()?;
+    for (version, rule) in rules.iter().filter(|(version, _)| *version > known) {
+        change.insert_leak_rule(*version, rule)?;
+    }
+    change.commit()
+}
+
+/// Removes a database, its main file last: while that is there, the next start tries again.
+fn remove_file(path: &Path) -> io::Result<()> {
+    let beside = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
+    for path in [beside("-wal"), beside("-shm"), path.to_owned()] {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::Registry;
+    use crate::message::DatasourceId;
+
+    /// The rules of a file that an earlier version made; its last one is in the write-ahead log only.
+    fn with_file(dir: &Path) -> Vec<(u64, LeakRow)> {
+        let connection = QUARANTINE_DATABASE.open(&dir.join(QUARANTINE_FILE_NAME)).expect("opens");
+        let made = connection.execute_batch(
+            "INSERT INTO changes VALUES (1, 'press-4', x'010101010101', 7, 5, 100),
+                                        (2, '*', x'020202020202', 8, 6, 101);
+             PRAGMA wal_checkpoint(TRUNCATE);
+             INSERT INTO changes VALUES (3, 'press-4', x'010101010101', NULL, NULL, 102);",
+        );
+        made.expect("made");
+        let copies = ["quarantine.db", "quarantine.db-wal"].map(|name| (name, fs::read(dir.join(name))));
+        drop(connection);
+        for (name, copy) in copies {
+            fs::write(dir.join(name), copy.expect("there")).expect("as a kill leaves it");
+        }
+        let press = DatasourceId::new("press-4").expect("a slug");
+        let rule = |datasource: &DatasourceId, key, since, below, at| LeakRow {
+            datasource: datasource.clone(),
+            key_id: KeyId([key; 6]),
+            since,
+            below,
+            at,
+        };
+        vec![
+            (1, rule(&press, 1, Some(7), Some(5), 100)),
+            (2, rule(&DatasourceId::all(), 2, Some(8), Some(6), 101)),
+            (3, rule(&press, 1, None, None, 102)),
+        ]
+    }
+
+    fn rules_of(registry: &Registry) -> Vec<(u64, LeakRow)> {
+        registry.lock_database().leak_rules().expect("readable")
+    }
+
+    fn files(dir: &Path) -> Vec<String> {
+        let names = fs::read_dir(dir).expect("a directory").map(|file| file.expect("there").file_name());
+        names
+            .map(|name| name.into_string().expect("a name"))
+            .filter(|name| name.starts_with("quar"))
+            .collect()
+    }
+
+    #[test]
+    fn the_rules_of_an_earlier_version_keep_their_versions_and_its_file_goes() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut expected = with_file(dir.path());
+        let registry = Registry::open(dir.path()).expect("opens");
+        assert_eq!((rules_of(&registry), files(dir.path())), (expected.clone(), vec![]));
+        let (_, again) = expected[0].clone();
+        assert_eq!(registry.add_leak_rule(&again, 10).expect("added"), Some(4));
+        expected.push((4, again));
+        drop(registry);
+        assert_eq!(rules_of(&Registry::open(dir.path()).expect("opens again")), expected);
+    }
+
+    #[test]
+    fn a_kill_before_the_file_has_gone_moves_nothing_twice() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut expected = with_file(dir.path());
+        let mut database = RegistryDatabase::open(dir.path()).expect("opens");
+        copy_rules(&mut database, &read_rules(&dir.path().join(QUARANTINE_FILE_NAME)).expect("read"))
+            .expect("copied");
+        // Killed here.
+        drop(database);
+        assert!(!files(dir.path()).is_empty());
+        let registry = Registry::open(dir.path()).expect("opens");
+        assert_eq!((rules_of(&registry), files(dir.path())), (expected.clone(), vec![]));
+        // A loss of power may even bring the file back after the next change.
+        let (_, again) = expected[1].clone();
+        registry.add_leak_rule(&again, 10).expect("added");
+        expected.push((4, again));
+        drop(registry);
+        with_file(dir.path());
+        let registry = Registry::open(dir.path()).expect("opens");
+        assert_eq!((rules_of(&registry), files(dir.path())), (expected, vec![]));
+    }
+
+    #[test]
+    fn a_kill_before_the_rules_are_copied_loses_none() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let expected = with_file(dir.path());
+        let registry = Registry::open(dir.path()).expect("opens");
+        drop(registry);
+        // As the transaction had not been committed.
+        let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
+        connection.execute_batch("DELETE FROM leaks").expect("runs");
+        drop(connection);
+        with_file(dir.path());
+        assert_eq!(rules_of(&Registry::open(dir.path()).expect("opens")), expected);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named_and_left_alone() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(QUARANTINE_FILE_NAME);
+        fs::write(&path, b"").expect("written");
+        drop(Registry::open(dir.path()).expect("a crash left it empty"));
+        assert!(!path.exists());
+
+        let text = "this is no database, and long enough to be seen not to be one".repeat(20);
+        fs::write(&path, &text).expect("written");
+        let error = Registry::open(dir.path()).expect_err("no database");
+        assert!(matches!(error, RegistryError::Database(SqliteError::Damaged { .. })), "{error}");
+        assert!(error.to_string().contains("quarantine.db"), "{error}");
+        assert_eq!(fs::read(&path).expect("there"), text.as_bytes());
+
+        fs::remove_file(&path).expect("removed");
+        Connection::open(&path).expect("made").execute_batch("CREATE TABLE mine (x)").expect("runs");
+        let error = Registry::open(dir.path()).expect_err("not Headgate's");
+        assert!(
+            matches!(error, RegistryError::Database(SqliteError::Foreign { .. })) && path.exists(),
+            "{error}"
+        );
+
+        fs::remove_file(&path).expect("removed");
+        with_file(dir.path());
+        Connection::open(&path).expect("opens").pragma_update(None, "user_version", 2).expect("set");
+        let error = Registry::open(dir.path()).expect_err("newer");
+        assert!(
+            matches!(error, RegistryError::Database(SqliteError::Newer { version: 2, known: 1, .. })),
+            "{error}"
+        );
+        assert!(path.exists());
+    }
+}

@@ -1,0 +1,296 @@
+//! A change of the registry on its way to the disk: one transaction of statements and the audit entry
+//! that describes them. It takes effect when it is committed, and not before. In a cluster its rows are
+//! first read from the open transaction and published to all nodes; only then is it committed.
+
+use std::cell::RefCell;
+
+use headgate_bridge_nats::kv::KV_BATCH_ROWS_MAX;
+use headgate_format::key::Digest;
+use rusqlite::{OptionalExtension, Transaction, params};
+
+use super::audit::{Actor, AuditEvent};
+use super::datasource::Datasource;
+use super::error::RegistryError;
+use super::key::{Key, Rotation};
+use super::leak_rules::LeakRow;
+use super::replica::{RegistryReplica, RegistryRevision};
+use super::rows::{RegistryRow, digest_range};
+use super::usage::KeyUsage;
+use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
+
+/// Why a key has ended, as stored in the registry's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum KeyEndReason {
+    /// An operator revoked it.
+    Revoked,
+    /// Its datasource was deleted.
+    Deleted,
+    /// Another key took its place.
+    Rotated,
+    /// It was reported as leaked.
+    Leaked,
+}
+
+impl KeyEndReason {
+    fn as_str(self) -> &'static str {
+        match self {
+            KeyEndReason::Revoked => "revoked",
+            KeyEndReason::Deleted => "deleted",
+            KeyEndReason::Rotated => "rotated",
+            KeyEndReason::Leaked => "leaked",
+        }
+    }
+}
+
+/// One open transaction on the registry.
+pub(super) struct RegistryTransaction<'a> {
+    transaction: Transaction<'a>,
+    at: TimeMicros,
+    /// The cluster that it is published to, if there is one.
+    replica: Option<&'a dyn RegistryReplica>,
+    /// The newest revision that is in the database.
+    applied: &'a mut RegistryRevision,
+    /// The rows to publish.
+    touched: RefCell<Vec<TouchedRow>>,
+}
+
+/// A row that a change has written. The variants are in the order of publication, which matters if the rows
+/// need more than one batch: keys that die with their datasource come before it.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum TouchedRow {
+    Key(KeyId),
+    Datasource(DatasourceId),
+    Leak(u64),
+    Audit(i64),
+}
+
+impl<'a> RegistryTransaction<'a> {
+    pub(super) fn new(
+        transaction: Transaction<'a>,
+        replica: Option<&'a dyn RegistryReplica>,
+        applied: &'a mut RegistryRevision,
+    ) -> Self {
+        Self { transaction, at: now_micros(), replica, applied, touched: RefCell::default() }
+    }
+
+    fn touched(&self, row: TouchedRow) {
+        if self.replica.is_some() {
+            self.touched.borrow_mut().push(row);
+        }
+    }
+
+    /// The time of the change.
+    pub(super) fn made_at(&self) -> TimeMicros {
+        self.at
+    }
+
+    /// Inserts a datasource.
+    pub(super) fn insert_datasource(&self, datasource: &Datasource) -> rusqlite::Result<()> {
+        let mut insert = self.transaction.prepare_cached(
+            "INSERT INTO datasources (id, name, created_at, limits, schemas) VALUES (?1, ?2, ?3, ?4, ?5)",
+        )?;
+        insert.execute(params![
+            datasource.id.as_str(),
+            datasource.name,
+            datasource.created_at,
+            datasource.limits.text(),
+            datasource.schemas.text(),
+        ])?;
+        self.touched(TouchedRow::Datasource(datasource.id.clone()));
+        Ok(())
+    }
+
+    /// Inserts a key.
+    pub(super) fn insert_key(&self, key: &Key, digest: &Digest) -> rusqlite::Result<()> {
+        let mut insert = self.transaction.prepare_cached(
+            "INSERT INTO keys (digest, datasource, scopes, label, created_at, expires_at, limits, replaces)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+        )?;
+        insert.execute(params![
+            digest.0,
+            key.datasource.as_str(),
+            key.scopes.to_string(),
+            key.label,
+            key.created_at,
+            key.expires_at(),
+            key.limits.text(),
+            key.rotation().replaces.map(|id| id.to_string()),
+        ])?;
+        self.touched(TouchedRow::Key(key.id));
+        Ok(())
+    }
+
+    /// Revokes one key of a datasource. Returns its digest, or `None` if there is no such live key.
+    pub(super) fn revoke(
+        &self,
+        datasource: &DatasourceId,
+        id: KeyId,
+        why: KeyEndReason,
+    ) -> rusqlite::Result<Option<Digest>> {
+        let (first, last) = digest_range(id);
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE keys SET revoked_at = ?1, ended = ?5 WHERE digest BETWEEN ?2 AND ?3 AND datasource = ?4
+             AND revoked_at IS NULL RETURNING digest",
+        )?;
+        let parameters = params![self.at, first, last, datasource.as_str(), why.as_str()];
+        let digest = update.query_row(parameters, |row| row.get(0).map(Digest)).optional()?;
+        if digest.is_some() {
+            self.touched(TouchedRow::Key(id));
+        }
+        Ok(digest)
+    }
+
+    /// Marks a key as expired. The rest of its row stays: it was not revoked.
+    pub(super) fn expire(&self, id: KeyId) -> rusqlite::Result<()> {
+        let (first, last) = digest_range(id);
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE keys SET ended = 'expired' WHERE digest BETWEEN ?1 AND ?2 AND revoked_at IS NULL",
+        )?;
+        update.execute(params![first, last])?;
+        self.touched(TouchedRow::Key(id));
+        Ok(())
+    }
+
+    /// Removes a datasource and revokes its keys. Returns their digests.
+    pub(super) fn remove_datasource(&self, datasource: &DatasourceId) -> rusqlite::Result<Vec<Digest>> {
+        self.transaction
+            .prepare_cached("DELETE FROM datasources WHERE id = ?1")?
+            .execute(params![datasource.as_str()])?;
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE keys SET revoked_at = ?1, ended = ?3 WHERE datasource = ?2 AND revoked_at IS NULL
+             RETURNING digest",
+        )?;
+        let parameters = params![self.at, datasource.as_str(), KeyEndReason::Deleted.as_str()];
+        let digests: Vec<Digest> =
+            update.query_map(parameters, |row| row.get(0).map(Digest))?.collect::<Result<_, _>>()?;
+        digests.iter().for_each(|digest| self.touched(TouchedRow::Key(digest.key_id())));
+        self.touched(TouchedRow::Datasource(datasource.clone()));
+        Ok(digests)
+    }
+
+    /// Sets the limits of a datasource.
+    pub(super) fn set_datasource_limits(
+        &self,
+        datasource: &DatasourceId,
+        limits: Option<&str>,
+    ) -> rusqlite::Result<()> {
+        let mut update =
+            self.transaction.prepare_cached("UPDATE datasources SET limits = ?2 WHERE id = ?1")?;
+        update.execute(params![datasource.as_str(), limits])?;
+        self.touched(TouchedRow::Datasource(datasource.clone()));
+        Ok(())
+    }
+
+    /// Sets the schemas of a datasource.
+    pub(super) fn set_datasource_schemas(
+        &self,
+        datasource: &DatasourceId,
+        schemas: Option<&str>,
+    ) -> rusqlite::Result<()> {
+        let mut update =
+            self.transaction.prepare_cached("UPDATE datasources SET schemas = ?2 WHERE id = ?1")?;
+        update.execute(params![datasource.as_str(), schemas])?;
+        self.touched(TouchedRow::Datasource(datasource.clone()));
+        Ok(())
+    }
+
+    /// Sets the limits of a key.
+    pub(super) fn set_key_limits(&self, id: KeyId, limits: Option<&str>) -> rusqlite::Result<()> {
+        let (first, last) = digest_range(id);
+        let mut update =
+            self.transaction.prepare_cached("UPDATE keys SET limits = ?3 WHERE digest BETWEEN ?1 AND ?2")?;
+        update.execute(params![first, last, limits])?;
+        self.touched(TouchedRow::Key(id));
+        Ok(())
+    }
+
+    /// Sets a key's part in a rotation.
+    pub(super) fn set_rotation(&self, id: KeyId, rotation: Rotation) -> rusqlite::Result<()> {
+        let (first, last) = digest_range(id);
+        let (replaced_by, grace_ends_at) = rotation.replaced_by.unzip();
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE keys SET replaces = ?3, replaced_by = ?4, grace_ends_at = ?5
+             WHERE digest BETWEEN ?1 AND ?2",
+        )?;
+        let replaces = rotation.replaces.map(|id| id.to_string());
+        let replaced_by = replaced_by.map(|id: KeyId| id.to_string());
+        update.execute(params![first, last, replaces, replaced_by, grace_ends_at])?;
+        self.touched(TouchedRow::Key(id));
+        Ok(())
+    }
+
+    /// Replaces the stored usage of a key.
+    pub(super) fn set_usage(&self, id: KeyId, used: &KeyUsage) -> Result<(), RegistryError> {
+        let mut insert = self.transaction.prepare_cached(
+            "INSERT OR REPLACE INTO usage (key_id, accepted, refused, \"offset\", users)
+             VALUES (?1, ?2, ?3, ?4, ?5)",
+        )?;
+        let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        let users = serde_json::to_string(&used.users).expect("a list of texts and numbers is JSON");
+        insert.execute(params![
+            id.to_string(),
+            whole(used.accepted),
+            whole(used.refused),
+            used.offset.map(whole),
+            users
+        ])?;
+        Ok(())
+    }
+
+    /// Adds a rule about a leaked key.
+    pub(super) fn insert_leak_rule(&self, version: u64, row: &LeakRow) -> rusqlite::Result<()> {
+        row.write(&self.transaction, version)?;
+        self.touched(TouchedRow::Leak(version));
+        Ok(())
+    }
+
+    /// Adds an entry to the audit.
+    pub(super) fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> rusqlite::Result<()> {
+        let mut insert = self.transaction.prepare_cached(
+            "INSERT INTO audit (at, who, address, action, datasource, key_id, what)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?;
+        // SQLite assigns the next higher id. A cluster has one order of changes, and each node has all the
+        // earlier ones, so no other node has assigned the same id.
+        insert.execute(params![
+            self.at,
+            actor.who.to_string(),
+            actor.address.map(|address| address.to_string()),
+            act.action,
+            act.datasource.map(DatasourceId::as_str),
+            act.key_id.map(|id| id.to_string()),
+            act.what.to_string(),
+        ])?;
+        self.touched(TouchedRow::Audit(self.transaction.last_insert_rowid()));
+        Ok(())
+    }
+
+    /// Publishes the change in a cluster, and commits it.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`]; nothing has then changed. In a cluster also the errors of
+    /// [`RegistryReplica::publish`].
+    pub(super) fn commit(self) -> Result<(), RegistryError> {
+        let mut revision = *self.applied;
+        if let Some(replica) = self.replica {
+            let mut touched = self.touched.take();
+            touched.sort_unstable();
+            touched.dedup();
+            let rows = touched.iter().map(|row| match row {
+                TouchedRow::Key(id) => RegistryRow::read_key(&self.transaction, *id),
+                TouchedRow::Datasource(id) => RegistryRow::read_datasource(&self.transaction, id),
+                TouchedRow::Leak(version) => RegistryRow::read_leak(&self.transaction, *version),
+                TouchedRow::Audit(id) => RegistryRow::read_audit(&self.transaction, *id),
+            });
+            let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+            // If a later batch fails, the earlier ones stand: their rows come back as if another node
+            // had written them, and the change can be retried.
+            for rows in rows.chunks(KV_BATCH_ROWS_MAX) {
+                revision = replica.publish(rows, revision)?;
+            }
+        }
+        self.transaction.commit()?;
+        *self.applied = revision;
+        Ok(())
+    }
+}

@@ -1,0 +1,180 @@
+//! Queries: reading stored records, a page at a time, while storage keeps writing.
+//!
+//! Three bounds limit a page: its records, their bytes, and the records scanned for it. The last bound
+//! is for filters that few records pass: their pages may be short or empty and still have a next one, so
+//! that no request scans a whole database.
+
+mod row;
+mod scan;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rusqlite::Connection;
+
+use self::scan::RecordsScan;
+use super::latest::{self, LatestPage};
+use super::sink::sqlite::RECORDS_FILE_NAME;
+use crate::filter::{FilterError, TopicFilter};
+use crate::limits::{QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
+use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
+use crate::sqlite::{SqliteError, SqliteReaders};
+
+pub(super) use row::{datasource_row_id, origin_of_row, payload_bytes_of_row};
+
+/// Reads `records.db`. Blocks, so call it where blocking is allowed. Cheap to clone.
+#[derive(Clone)]
+pub struct RecordsReader {
+    readers: Arc<SqliteReaders>,
+}
+
+/// Which records to read.
+#[derive(Debug, Clone)]
+pub struct RecordsQuery {
+    /// The datasource of the records.
+    pub datasource: DatasourceId,
+    /// A topic or an MQTT filter (`+`, `#`).
+    pub topic: Option<String>,
+    /// Received at or after.
+    pub from: Option<TimeMicros>,
+    /// Received before.
+    pub to: Option<TimeMicros>,
+    /// Only records with a greater offset.
+    pub after_offset: Option<Offset>,
+    /// Only records let in by this key.
+    pub key_id: Option<KeyId>,
+    /// At most this many, and never more than [`QUERY_RECORDS_MAX`].
+    pub limit: usize,
+}
+
+/// One stored record.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredRecord {
+    /// Its place in the log.
+    pub offset: Offset,
+    /// As the device wrote it.
+    pub topic: Arc<str>,
+    /// The bytes that the device sent.
+    pub payload: Vec<u8>,
+    /// The media type, or empty.
+    pub content_type: Arc<str>,
+    /// The key that let it in.
+    pub key_id: KeyId,
+    /// The transport that it came by.
+    pub transport: Transport,
+    /// When it was received.
+    pub received_at: TimeMicros,
+}
+
+/// A page of records, and where the next one starts.
+#[derive(Debug, Default)]
+pub struct RecordsPage {
+    /// Ordered by offset. May be empty although there is a next page.
+    pub records: Vec<StoredRecord>,
+    /// `after_offset` of the next page, if there may be one.
+    pub next: Option<Offset>,
+}
+
+/// What is left of the bounds of one page.
+pub(super) struct PageBudget {
+    records: usize,
+    bytes: usize,
+    scanned: usize,
+    /// The newest record that was scanned: the next page starts after it.
+    pub(super) scanned_to: Option<Offset>,
+}
+
+impl PageBudget {
+    /// For a page of up to `limit` records, at least 1 and at most [`QUERY_RECORDS_MAX`].
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            records: limit.clamp(1, QUERY_RECORDS_MAX),
+            bytes: QUERY_BYTES_MAX,
+            scanned: QUERY_SCANNED_MAX,
+            scanned_to: None,
+        }
+    }
+
+    /// Whether the page ends here.
+    pub(super) fn is_spent(&self) -> bool {
+        self.records == 0 || self.bytes == 0 || self.scanned == 0
+    }
+
+    /// Counts a record that is looked at.
+    pub(super) fn scan(&mut self, offset: Offset) {
+        self.scanned -= 1;
+        self.scanned_to = Some(offset);
+    }
+
+    /// Counts a record that the page takes, with its bytes.
+    pub(super) fn take(&mut self, bytes: usize) {
+        self.records -= 1;
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+}
+
+/// Why a query failed.
+#[derive(Debug, thiserror::Error)]
+pub enum QueryError {
+    /// The topic in the query is neither a topic nor a filter.
+    #[error("topic: {0}")]
+    Filter(#[from] FilterError),
+    /// The database could not be read.
+    #[error("query: {0}")]
+    Database(#[from] SqliteError),
+}
+
+impl RecordsReader {
+    /// Opens `dir/records.db`, which storage has made.
+    ///
+    /// # Errors
+    /// [`QueryError::Database`] if the file is missing or unreadable.
+    pub fn open(dir: &Path) -> Result<Self, QueryError> {
+        let reader = Self { readers: Arc::new(SqliteReaders::new(dir.join(RECORDS_FILE_NAME))) };
+        reader.read(|connection| connection.query_row("SELECT next_offset FROM cursor", [], |_| Ok(())))?;
+        Ok(reader)
+    }
+
+    /// One page of records, in the order of their offsets.
+    ///
+    /// # Errors
+    /// [`QueryError::Filter`] for a topic that is not valid; [`QueryError::Database`].
+    pub fn records(&self, query: &RecordsQuery) -> Result<RecordsPage, QueryError> {
+        let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
+        self.read(|connection| {
+            let Some(scan) = RecordsScan::plan(connection, query, filter.as_ref())? else {
+                return Ok(RecordsPage::default());
+            };
+            scan.page(connection, query, filter.as_ref())
+        })
+    }
+
+    /// The newest values of a datasource's topics, ordered by topic name, starting after `after_topic`.
+    ///
+    /// # Errors
+    /// [`QueryError::Database`].
+    pub fn latest(
+        &self,
+        datasource: &DatasourceId,
+        after_topic: Option<&str>,
+    ) -> Result<LatestPage, QueryError> {
+        self.read(|connection| {
+            let topics_of = datasource_row_id(connection, datasource)?;
+            let mut page = LatestPage { datasource: datasource.clone(), topics: Vec::new(), next: None };
+            if let Some(id) = topics_of {
+                latest::read_latest_page(connection, id, after_topic, &mut page)?;
+            }
+            Ok(page)
+        })
+    }
+
+    /// Runs `read` on a snapshot of the database, whatever storage writes meanwhile.
+    pub(super) fn read<T>(
+        &self,
+        read: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, QueryError> {
+        Ok(self.readers.read(read)?)
+    }
+}

@@ -1,0 +1,86 @@
+//! The rows of new records in `records.db`: each in `entries` or in quarantine, with the newest values and the
+//! times that they bring.
+
+use rusqlite::types::{ToSqlOutput, ValueRef};
+use rusqlite::{Connection, params};
+
+use super::ids::RememberedIds;
+use super::newest::NewestValues;
+use super::quarantined;
+use super::schema::{TIME_INDEX_OFFSETS, sql_offset};
+use crate::log::WithheldSnapshot;
+use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
+
+/// Stores `records`, in the transaction that `transaction` is in. Those that are `left_out` go into quarantine.
+pub(super) fn insert_records<'a>(
+    transaction: &Connection,
+    ids: &mut RememberedIds,
+    left_out: &WithheldSnapshot,
+    records: impl Iterator<Item = RecordRef<'a>>,
+) -> rusqlite::Result<()> {
+    let mut newest = NewestValues::default();
+    let mut times = TimeIndexRow::default();
+    let mut entry = transaction.prepare_cached(
+        "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+    )?;
+    for record in records {
+        let row = ids.row_ids(transaction, &record)?;
+        // Many tools end a TEXT at a NUL, so that such a payload is stored as a BLOB.
+        let text = std::str::from_utf8(record.payload).ok().filter(|text| !text.contains('\0'));
+        let payload = text.map_or(ValueRef::Blob(record.payload), ValueRef::from);
+        times.observe(transaction, record.offset, record.received_at)?;
+        if left_out.contains(&record) {
+            quarantined::insert_quarantined(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;
+            continue;
+        }
+        if record.flags.contains(RecordFlags::REDRIVEN) {
+            quarantined::note_redriven(transaction, &record)?;
+        }
+        entry.execute(params![
+            sql_offset(record.offset),
+            row.datasource,
+            row.topic,
+            row.origin,
+            record.received_at,
+            ToSqlOutput::Borrowed(payload),
+        ])?;
+        newest.observe(row.topic, &record, text);
+    }
+    times.write(transaction)?;
+    newest.write(transaction)
+}
+
+/// The row of `time_index` for the present records: its first offset, oldest and newest time.
+#[derive(Default)]
+struct TimeIndexRow {
+    row: Option<(Offset, TimeMicros, TimeMicros)>,
+}
+
+impl TimeIndexRow {
+    fn observe(&mut self, transaction: &Connection, offset: Offset, at: TimeMicros) -> rusqlite::Result<()> {
+        let first = offset - offset % TIME_INDEX_OFFSETS;
+        match &mut self.row {
+            Some((row, oldest, newest)) if *row == first => {
+                (*oldest, *newest) = ((*oldest).min(at), (*newest).max(at));
+            }
+            _ => {
+                self.write(transaction)?;
+                self.row = Some((first, at, at));
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, transaction: &Connection) -> rusqlite::Result<()> {
+        let Some((first, oldest, newest)) = self.row.take() else { return Ok(()) };
+        transaction
+            .prepare_cached(
+                "INSERT INTO time_index (first_offset, oldest_us, newest_us) VALUES (?1, ?2, ?3)
+                 ON CONFLICT DO UPDATE SET oldest_us = min(oldest_us, excluded.oldest_us),
+                                           newest_us = max(newest_us, excluded.newest_us)",
+            )?
+            .execute(params![sql_offset(first), oldest, newest])?;
+        Ok(())
+    }
+}

@@ -1,0 +1,158 @@
+//! The thread that follows the log into `records.db`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::{error, warn};
+
+use super::StorageProgress;
+use crate::consume::follower::{Consumer, NextRound};
+use crate::consume::sink::sqlite::{SinkError, SqliteSink};
+use crate::log::{Log, LogReadError};
+use crate::message::Offset;
+
+/// About how much of the log one transaction takes.
+const STORAGE_TRANSACTION_BYTES: usize = 8 << 20;
+/// The least time between the starts of two small transactions.
+const SMALL_TRANSACTION_INTERVAL_MIN: Duration = Duration::from_millis(20);
+/// A transaction of fewer records than this is small.
+const SMALL_TRANSACTION_RECORDS: u64 = 4096;
+/// How often a transaction is synced, so that the log may remove what it holds.
+const STORAGE_SYNC_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why a round of the thread failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StorageRoundError {
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    #[error(transparent)]
+    Log(#[from] LogReadError),
+    #[error("the log has records from {0} on and gives none")]
+    NoRecords(Offset),
+}
+
+/// The thread.
+pub(super) struct StorageFollower {
+    path: PathBuf,
+    log: Arc<dyn Log>,
+    /// `None` after an error that leaves its state in doubt.
+    sink: Option<SqliteSink>,
+    shared: Arc<StorageProgress>,
+    synced_at: Option<Instant>,
+    /// By how much to lower the thread's priority; `None` once that is done.
+    nice: Option<u8>,
+}
+
+/// What a round has done.
+enum StorageRound {
+    Stored { records: u64 },
+    AtTail,
+}
+
+impl Consumer for StorageFollower {
+    type RoundError = StorageRoundError;
+
+    fn round(&mut self) -> Result<NextRound, StorageRoundError> {
+        if let Some(nice) = self.nice.take() {
+            lower_priority(nice);
+        }
+        let begun = Instant::now();
+        let round = self.store();
+        if let Err(StorageRoundError::Sink(error)) = &round
+            && !error.is_clean_rollback()
+        {
+            self.sink = None;
+        }
+        Ok(match round? {
+            StorageRound::AtTail => NextRound::AtTail,
+            StorageRound::Stored { records } if records < SMALL_TRANSACTION_RECORDS => {
+                NextRound::After(SMALL_TRANSACTION_INTERVAL_MIN.saturating_sub(begun.elapsed()))
+            }
+            StorageRound::Stored { .. } => NextRound::Again,
+        })
+    }
+
+    fn cursor(&self) -> Offset {
+        *self.shared.cursor.borrow()
+    }
+
+    /// Copies the write-ahead log into the one file, if nobody else reads it.
+    fn end(self) {
+        let Some(mut sink) = self.sink else { return };
+        match sink.checkpoint() {
+            Ok(_) => self.shared.hold.set(sink.durable_cursor()),
+            Err(error) => warn!(%error, "the write-ahead log of records.db stays beside it"),
+        }
+    }
+}
+
+impl StorageFollower {
+    /// A thread, not started yet, that continues at the cursor of `sink` and lowers its priority by `nice`.
+    pub(super) fn new(
+        path: PathBuf,
+        sink: SqliteSink,
+        log: Arc<dyn Log>,
+        shared: Arc<StorageProgress>,
+        nice: u8,
+    ) -> Self {
+        Self { path, log, sink: Some(sink), shared, synced_at: None, nice: Some(nice) }
+    }
+
+    /// Stores the next records of the log, as many as one transaction takes.
+    fn store(&mut self) -> Result<StorageRound, StorageRoundError> {
+        let sink = match &mut self.sink {
+            Some(sink) => sink,
+            None => self.sink.insert(SqliteSink::open(&self.path)?),
+        };
+        let cursor = sink.cursor();
+        let sync = self.synced_at.is_none_or(|at| at.elapsed() >= STORAGE_SYNC_INTERVAL);
+        let first = self.log.first_offset();
+        let withheld = self.log.withheld();
+        if sink.withheld_version() < withheld.version() {
+            sink.reconcile(withheld)?;
+            self.shared.withheld.send_replace(sink.withheld_version());
+        }
+        sink.set_left_out(withheld.now());
+        if cursor < first {
+            sink.store(std::iter::empty(), first, sync)?;
+            error!(
+                from = cursor,
+                to = first,
+                records = first - cursor,
+                "records that were never stored are no longer in the log: storage goes on without them"
+            );
+        } else if cursor < self.log.next_offset() {
+            let batches = self.log.read(cursor, STORAGE_TRANSACTION_BYTES)?;
+            let Some(last) = batches.last() else { return Err(StorageRoundError::NoRecords(cursor)) };
+            sink.store(batches.iter().flat_map(|batch| batch.records()), last.next_offset(), sync)?;
+        } else if sync && sink.durable_cursor() < cursor {
+            sink.store(std::iter::empty(), cursor, sync)?;
+        } else {
+            return Ok(StorageRound::AtTail);
+        }
+        if sync {
+            self.synced_at = Some(Instant::now());
+            self.shared.hold.set(sink.durable_cursor());
+        }
+        let stored = sink.cursor();
+        self.shared.cursor.send_replace(stored);
+        Ok(StorageRound::Stored { records: stored - cursor })
+    }
+}
+
+/// Lowers the calling thread's priority by `nice`.
+fn lower_priority(nice: u8) {
+    if nice == 0 {
+        return;
+    }
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: no memory is involved. On Linux, process 0 is the calling thread.
+        let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, i32::from(nice)) };
+        if result != 0 {
+            let error = std::io::Error::last_os_error();
+            warn!(%error, nice, "the storage thread keeps its priority");
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! A served connection: one task with one loop that reads, hands messages to intake, answers, and
+//! watches for the reasons to stop.
+//!
+//! An idle connection holds a few hundred bytes: sockets are read into a buffer that each thread owns,
+//! and every queue is freed when it is empty.
+
+mod turns;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::MqttFront;
+use super::acks::{AckWaits, PendingAcks, ReadAcks, SessionStoreWait};
+use super::codec::MqttVersion;
+use super::delivery::PublishWriter;
+use super::goodbye::{StopReason, say_goodbye};
+use super::handshake::{self, OpenedConnection};
+use super::inbound::{Inbound, InboundEnd};
+use super::outbound::Outbound;
+use super::output::ClientOutput;
+use super::session::MqttSession;
+use super::sessions::ClientGuard;
+use super::stream::ClientStream;
+use super::subscribe::{self, SubscribeServices, SubscriptionRequest};
+use super::wills::MqttWill;
+use crate::auth::Scope;
+use crate::auth::connections::KeyConnectionGuard;
+use crate::intake::{AdmittedDraft, Draft, Refusal};
+
+/// Serves one connection from its first byte to its last. The CONNECT has to arrive by `connect_by`.
+pub(super) async fn run(
+    front: &Arc<MqttFront>,
+    mut stream: ClientStream,
+    peer: SocketAddr,
+    connect_by: Instant,
+) {
+    // Short phases are boxed, so that they take no room in an idle connection's task.
+    match Box::pin(handshake::shake_hands(front, &mut stream, peer, connect_by)).await {
+        Err(answer) => Box::pin(say_goodbye(&mut stream, &answer)).await,
+        Ok(opened) => {
+            front.intake.metrics().mqtt_connections.increment(1);
+            let (goodbye, will) = serve(front, &mut stream, peer, opened).await;
+            front.intake.metrics().mqtt_connections.decrement(1);
+            let publishing = async {
+                if let Some(will) = will {
+                    will.publish(&front.intake).await;
+                }
+            };
+            let last = async { tokio::join!(say_goodbye(&mut stream, &goodbye), publishing) };
+            Box::pin(last).await;
+        }
+    }
+}
+
+/// A session, with or without a sending half.
+enum SessionSending {
+    /// The session has no subscriptions, or its key may not subscribe.
+    Nothing(Box<MqttSession>),
+    Subscribed(Box<Outbound>),
+}
+
+/// Resolves when it is the held message's turn, to whether it is already counted against its rates.
+type TurnWait = Pin<Box<dyn Future<Output = Result<bool, Refusal>> + Send>>;
+type PendingRequest = Pin<Box<dyn Future<Output = (Box<Outbound>, Vec<u8>)> + Send>>;
+
+/// Serves an opened connection. Returns the last bytes to send, and the will if it is to be published
+/// now.
+async fn serve(
+    front: &Arc<MqttFront>,
+    stream: &mut ClientStream,
+    peer: SocketAddr,
+    opened: Box<OpenedConnection>,
+) -> (Vec<u8>, Option<Box<MqttWill>>) {
+    let mut connection = MqttConnection::begin(front, stream, opened);
+    let stop = {
+        let clock = tokio::time::sleep(connection.clock_step());
+        tokio::pin!(clock);
+        std::future::poll_fn(|cx| connection.poll(clock.as_mut(), cx)).await
+    };
+    let client_id_bytes = connection.present.client_id().len();
+    debug!(%peer, client_id_bytes, %stop, "disconnected");
+    Box::pin(connection.end(stop)).await
+}
+
+struct MqttConnection<'a> {
+    front: &'a Arc<MqttFront>,
+    stream: &'a mut ClientStream,
+    /// The connection's registration with its key; dropped before the goodbye.
+    entered: KeyConnectionGuard,
+    present: ClientGuard,
+    will: Option<Box<MqttWill>>,
+    inbound: Inbound,
+    pending_acks: PendingAcks,
+    sending: SessionSending,
+    /// How many topic aliases and unacknowledged messages the client accepts.
+    topic_alias_maximum: u16,
+    receive_maximum: u16,
+    /// Whether an exchange already waits for the session to be on disk.
+    session_is_stored: bool,
+    /// The SUBSCRIBE or UNSUBSCRIBE in progress, which has the sending half; nothing is read or sent for
+    /// the session meanwhile.
+    requesting: Option<PendingRequest>,
+    /// A draft for which intake has no room yet; nothing is read meanwhile.
+    blocked: Option<Box<BlockedDraft>>,
+    /// The next message is over a rate of its key or datasource; nothing is read until it may go on.
+    held: Option<TurnWait>,
+    /// Set when nothing more is read; work in progress is finished first.
+    ended: Option<InboundEnd>,
+    output: ClientOutput,
+    silence_max: Option<Duration>,
+    heard_at: Instant,
+}
+
+// Tens of thousands of connections are idle at a time.
+const _: () = assert!(size_of::<MqttConnection<'_>>() <= 768);
+
+struct BlockedDraft {
+    admitting: Pin<Box<dyn Future<Output = Result<AdmittedDraft, Refusal>> + Send>>,
+    /// What else the answers wait for.
+    waits: AckWaits,
+    acks: ReadAcks,
+}
+
+impl<'a> MqttConnection<'a> {
+    /// Boxed, so that the task is small during the handshake and the goodbye.
+    fn begin(
+        front: &'a Arc<MqttFront>,
+        stream: &'a mut ClientStream,
+        opened: Box<OpenedConnection>,
+    ) -> Box<Self> {
+        let OpenedConnection { session, early, .. } = *opened;
+        let mut connection = Box::new(Self {
+            front,
+            stream,
+            entered: opened.entered,
+            present: opened.present,
+            will: opened.will,
+            inbound: opened.inbound,
+            pending_acks: PendingAcks::default(),
+            blocked: None,
+            held: None,
+            sending: SessionSending::Nothing(Box::new(MqttSession::new(0, 0))),
+            topic_alias_maximum: opened.topic_alias_maximum,
+            receive_maximum: opened.receive_maximum,
+            session_is_stored: false,
+            requesting: None,
+            ended: None,
+            output: ClientOutput::new(opened.answer),
+            silence_max: opened.silence_max,
+            heard_at: Instant::now(),
+        });
+        let may_subscribe = connection.inbound.grant.allows_scope(Scope::Subscribe).is_ok();
+        if may_subscribe && (session.subscription_count() > 0 || !session.flights.is_empty()) {
+            let outbound = connection.new_outbound(session);
+            connection.watch_cursor(&outbound);
+            connection.sending = SessionSending::Subscribed(outbound);
+        } else {
+            connection.sending = SessionSending::Nothing(Box::new(session));
+        }
+        if !early.is_empty() {
+            connection.receive(&early);
+        }
+        connection
+    }
+
+    /// Hands back the session. Returns the last bytes, and the will if it is to be published now.
+    async fn end(mut self: Box<Self>, stop: StopReason) -> (Vec<u8>, Option<Box<MqttWill>>) {
+        let owed = self.output.split_off_unsent();
+        let goodbye = stop.last_words(&self.output.bytes, owed, &self.inbound, self.front.intake.refusals());
+        let MqttConnection { front, entered, present, inbound, sending, requesting, mut will, .. } = *self;
+        // Before the goodbye: whoever waits for the key's connections to end must not wait for a client
+        // that does not read.
+        drop(entered);
+        let abandoned = inbound.abandoned_exchanges();
+        if !abandoned.is_empty() {
+            // Not awaited: an exchange that is not released expires by itself.
+            drop(front.intake.release(&abandoned));
+        }
+        let mut session = match (requesting, sending) {
+            // A request in progress is finished first.
+            (Some(requesting), _) => requesting.await.0.into_session(),
+            (None, SessionSending::Subscribed(outbound)) => outbound.into_session(),
+            (None, SessionSending::Nothing(session)) => *session,
+        };
+        if let StopReason::End(InboundEnd::Goodbye(disconnect)) = &stop {
+            // Sections 3.14.2.1 and 3.14.2.2.2.
+            will = will.filter(|_| inbound.form.version == MqttVersion::V5 && disconnect.reason != 0);
+            if let Some(expiry_s) = disconnect.session_expiry_s {
+                let before = session.expiry_s;
+                session.expiry_s = expiry_s.min(front.config.session_expiry_s_max);
+                if session.expiry_s > before {
+                    present.extend_stay(&session);
+                }
+            }
+        }
+        (goodbye, present.leave(session, will))
+    }
+
+    /// The sending half for a session.
+    fn new_outbound(&self, session: MqttSession) -> Box<Outbound> {
+        let Inbound { grant, form, publisher, .. } = &self.inbound;
+        let names_datasource = grant.datasource().is_all();
+        Box::new(Outbound::new(
+            self.front.subscribers.clone(),
+            self.front.intake.metrics().clone(),
+            grant.datasource().clone(),
+            session,
+            PublishWriter::new(*form, *publisher, names_datasource, self.topic_alias_maximum),
+            self.receive_maximum,
+        ))
+    }
+
+    /// Has a durable session's cursor written regularly.
+    fn watch_cursor(&self, outbound: &Outbound) {
+        if outbound.session.is_durable() {
+            self.present.watch_cursor(outbound.session.uid, outbound.mailbox().clone());
+        }
+    }
+
+    /// Decodes bytes that were read, and hands their messages to intake.
+    fn receive(&mut self, bytes: &[u8]) {
+        let intake = &self.front.intake;
+        let batch =
+            self.inbound.receive(bytes, intake, self.pending_acks.unacknowledged(), &mut self.output.bytes);
+        if batch.packets > 0 {
+            self.heard_at = Instant::now();
+        }
+        // Releases go first: a message may reuse the packet identifier of a released exchange.
+        let released = (!batch.releases.is_empty()).then(|| intake.release(&batch.releases));
+        let stored = if batch.has_opened_exchanges() { self.session_store_wait() } else { None };
+        let intake = &self.front.intake;
+        let draft = batch.draft.filter(|draft| !draft.is_empty());
+        let admitted = draft.map(|draft| intake.try_admit(draft));
+        match admitted {
+            Some(Ok(admitted)) => {
+                self.pending_acks.push(AckWaits::new(Some(admitted), released, stored), batch.acks);
+            }
+            Some(Err(draft)) => {
+                let waits = AckWaits::new(None, released, stored);
+                let admitting = self.admit(*draft);
+                self.blocked = Some(Box::new(BlockedDraft { admitting, waits, acks: batch.acks }));
+            }
+            None if !batch.acks.is_empty() => {
+                self.pending_acks.push(AckWaits::new(None, released, stored), batch.acks);
+            }
+            None => {}
+        }
+        if let SessionSending::Subscribed(outbound) = &mut self.sending {
+            batch.acknowledged.into_iter().for_each(|packet_id| outbound.acknowledge(packet_id));
+        }
+        if let Some(request) = batch.request {
+            self.begin_request(request);
+        }
+        if let Some(limited) = batch.held {
+            let intake = self.front.intake.clone();
+            self.held = Some(Box::pin(async move { intake.wait_turn(limited).await }));
+        }
+        self.ended = batch.end;
+    }
+
+    /// Makes the first exchange of a durable session wait until the session is on disk: after a restart a
+    /// repeated message is recognized by the session's number.
+    fn session_store_wait(&mut self) -> Option<SessionStoreWait> {
+        if self.session_is_stored || self.inbound.is_ephemeral() {
+            return None;
+        }
+        self.session_is_stored = true;
+        // The store writes in order: an empty write resolves after the session is written.
+        Some(Box::pin(self.front.subscribers.store.write(Vec::new())))
+    }
+
+    /// Begins to serve a SUBSCRIBE or UNSUBSCRIBE.
+    fn begin_request(&mut self, request: SubscriptionRequest) {
+        let nothing = SessionSending::Nothing(Box::new(MqttSession::new(0, 0)));
+        let outbound = match std::mem::replace(&mut self.sending, nothing) {
+            SessionSending::Subscribed(outbound) => outbound,
+            SessionSending::Nothing(session) => self.new_outbound(*session),
+        };
+        let services = SubscribeServices {
+            sessions: self.front.sessions.clone(),
+            subscribers: self.front.subscribers.clone(),
+            refusals: self.front.intake.refusals().clone(),
+            grant: self.inbound.grant.clone(),
+            form: self.inbound.form,
+            who: self.inbound.who.clone(),
+        };
+        self.requesting = Some(Box::pin(subscribe::serve_request(services, request, outbound)));
+    }
+
+    fn admit(&self, draft: Draft) -> Pin<Box<dyn Future<Output = Result<AdmittedDraft, Refusal>> + Send>> {
+        let intake = self.front.intake.clone();
+        Box::pin(async move { intake.admit(draft).await })
+    }
+}

@@ -1,0 +1,212 @@
+//! The loop of a connection: turns that read, hand over, answer, and watch for the reasons to stop.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, ReadBuf};
+use tokio::time::{Instant, Sleep};
+
+use super::super::goodbye::StopReason;
+use super::super::inbound::InboundEnd;
+use super::{MqttConnection, SessionSending};
+use crate::auth::connections::CloseReason;
+use crate::auth::{GrantDenial, Scope};
+use crate::limits::{MQTT_READ_BYTES, MQTT_READS_IN_FLIGHT_MAX, MQTT_UNSENT_BYTES_MAX};
+
+/// The shortest and the longest time between two checks of the clock.
+const CLOCK_STEP_MIN: Duration = Duration::from_millis(10);
+const CLOCK_STEP_MAX: Duration = Duration::from_secs(3600);
+
+thread_local! {
+    static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MQTT_READ_BYTES].into());
+}
+
+impl MqttConnection<'_> {
+    /// Ready when the connection is to end.
+    pub(super) fn poll(&mut self, clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<StopReason> {
+        self.output.borrow_spare();
+        let polled = self.poll_turns(clock, cx);
+        self.output.return_spare();
+        polled
+    }
+
+    /// Takes turns as long as something moves, and watches the clock.
+    fn poll_turns(&mut self, mut clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<StopReason> {
+        loop {
+            match self.take_turn(clock.as_mut(), cx) {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(stop) => return Poll::Ready(stop),
+            }
+            ready!(clock.as_mut().poll(cx));
+            if let Some(stop) = self.check_deadlines() {
+                return Poll::Ready(stop);
+            }
+            let next = Instant::now() + self.clock_step();
+            clock.as_mut().reset(next);
+        }
+    }
+
+    /// One turn: the answers that are due, then writing, then reading. Returns whether to take another one.
+    #[inline]
+    fn take_turn(&mut self, clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Result<bool, StopReason> {
+        self.poll_closed(cx)?;
+        self.poll_blocked(cx)?;
+        self.poll_held(cx)?;
+        let answered = self.pending_acks.poll_write(self.inbound.form, &mut self.output.bytes, cx);
+        let answered = answered.map_err(StopReason::Transient)?;
+        self.poll_request(cx);
+        if self.inbound.is_paused() && self.ended.is_none() && self.may_read() {
+            self.receive(&[]);
+            return Ok(true);
+        }
+        let written = self.poll_send(cx)?;
+        if written.is_pending() && self.output.begin_wait() {
+            clock.reset(Instant::now() + self.clock_step());
+        }
+        if self.ended.is_some() {
+            let finished = answered.is_ready() && written.is_ready() && self.blocked.is_none();
+            return if finished { self.finish() } else { Ok(false) };
+        }
+        if self.may_read()
+            && let Poll::Ready(read) = self.poll_read(cx)
+        {
+            return read.map(|()| true).map_err(|_| StopReason::NetworkFailed);
+        }
+        Ok(false)
+    }
+
+    /// Looks whether somebody has closed the connection.
+    #[inline]
+    fn poll_closed(&mut self, cx: &mut Context<'_>) -> Result<(), StopReason> {
+        match self.present.control().poll_closed(cx) {
+            // Drafts handed over before the shutdown are finished and acknowledged.
+            Poll::Ready(CloseReason::Drain) => {
+                self.ended.get_or_insert(InboundEnd::Lost);
+                if self.pending_acks.is_empty() && self.blocked.is_none() && self.output.unsent_bytes() == 0 {
+                    return Err(StopReason::Close(CloseReason::Drain));
+                }
+                Ok(())
+            }
+            Poll::Ready(why) => Err(StopReason::Close(why)),
+            Poll::Pending => Ok(()),
+        }
+    }
+
+    /// Hands the blocked draft to the log, if intake has room for it now.
+    #[inline]
+    fn poll_blocked(&mut self, cx: &mut Context<'_>) -> Result<(), StopReason> {
+        if let Some(blocked) = &mut self.blocked
+            && let Poll::Ready(admitted) = blocked.admitting.as_mut().poll(cx)
+        {
+            let (mut waits, acks) = (std::mem::take(&mut blocked.waits), std::mem::take(&mut blocked.acks));
+            self.blocked = None;
+            waits.admitted = Some(admitted.map_err(StopReason::Transient)?);
+            self.pending_acks.push(waits, acks);
+        }
+        Ok(())
+    }
+
+    /// Lets the message that is over a rate go on, if it is its turn now.
+    #[inline]
+    fn poll_held(&mut self, cx: &mut Context<'_>) -> Result<(), StopReason> {
+        if let Some(held) = &mut self.held
+            && let Poll::Ready(turn) = held.as_mut().poll(cx)
+        {
+            self.held = None;
+            self.inbound.resume(turn.map_err(StopReason::Transient)?);
+        }
+        Ok(())
+    }
+
+    /// Answers the SUBSCRIBE or UNSUBSCRIBE in progress, if it is served.
+    #[inline]
+    fn poll_request(&mut self, cx: &mut Context<'_>) {
+        if let Some(requesting) = &mut self.requesting
+            && let Poll::Ready((outbound, answer)) = requesting.as_mut().poll(cx)
+        {
+            self.requesting = None;
+            self.output.bytes.extend_from_slice(&answer);
+            self.watch_cursor(&outbound);
+            self.sending = SessionSending::Subscribed(outbound);
+        }
+    }
+
+    /// Ends the connection: nothing more is read, and all answers are written.
+    fn finish(&mut self) -> Result<bool, StopReason> {
+        let Some(end) = self.ended.take() else { return Ok(false) };
+        Err(if self.present.control().closed() == Some(CloseReason::Drain) {
+            StopReason::Close(CloseReason::Drain)
+        } else {
+            StopReason::End(end)
+        })
+    }
+
+    /// Writes the output, and messages for the session's subscriptions, as long as the client takes them.
+    /// Ready when everything is written.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, StopReason> {
+        loop {
+            if let (SessionSending::Subscribed(outbound), None, None) =
+                (&mut self.sending, &self.requesting, &self.ended)
+            {
+                let may = self.inbound.grant.allows_scope(Scope::Subscribe);
+                if matches!(may, Err(GrantDenial::Revoked | GrantDenial::Expired)) {
+                    return Err(StopReason::Close(CloseReason::KeyDead));
+                }
+                if may.is_ok()
+                    && let Poll::Ready(trouble) =
+                        outbound.poll_fill(self.output.unsent_bytes(), &mut self.output.bytes, cx)
+                {
+                    return Err(StopReason::OutboundFailed(trouble));
+                }
+            }
+            // A complete flush makes room, so the sending half is asked again.
+            let something = !self.output.bytes.is_empty();
+            match self.output.poll_flush(self.stream, cx) {
+                Poll::Ready(Ok(())) if something => {}
+                Poll::Ready(Ok(())) => return Ok(Poll::Ready(())),
+                Poll::Ready(Err(_)) => return Err(StopReason::NetworkFailed),
+                Poll::Pending => return Ok(Poll::Pending),
+            }
+        }
+    }
+
+    /// Whether another read may be taken in. While it may not, TCP's flow control holds the client back.
+    fn may_read(&self) -> bool {
+        self.blocked.is_none()
+            && self.held.is_none()
+            && self.requesting.is_none()
+            && self.pending_acks.len() < MQTT_READS_IN_FLIGHT_MAX
+            && self.output.unsent_bytes() < MQTT_UNSENT_BYTES_MAX
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        READ_BUFFER.with_borrow_mut(|buffer| {
+            let mut read = ReadBuf::new(buffer);
+            ready!(Pin::new(&mut *self.stream).poll_read(cx, &mut read))?;
+            if read.filled().is_empty() {
+                self.ended = Some(InboundEnd::Lost);
+            } else {
+                self.receive(read.filled());
+            }
+            Poll::Ready(Ok(()))
+        })
+    }
+
+    /// The time until the clock has to be checked again.
+    pub(super) fn clock_step(&self) -> Duration {
+        let silence =
+            self.silence_max.map_or(Duration::MAX, |max| max.saturating_sub(self.heard_at.elapsed()));
+        silence.min(self.output.wait_left()).clamp(CLOCK_STEP_MIN, CLOCK_STEP_MAX)
+    }
+
+    fn check_deadlines(&self) -> Option<StopReason> {
+        // While reading is held back, silence is not the client's fault.
+        let silent = self.may_read() && self.silence_max.is_some_and(|max| self.heard_at.elapsed() >= max);
+        if silent { Some(StopReason::Silent) } else { self.output.is_stuck().then_some(StopReason::Stuck) }
+    }
+}

@@ -1,0 +1,304 @@
+//! The receiving half of a connection: decodes bytes to packets, and puts PUBLISH packets into a draft
+//! with the answers that they are due.
+
+mod publish;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use self::publish::ReceivedTopicAliases;
+use super::acks::ReadAcks;
+use super::client_identity::ClientIdentity;
+use super::codec::write::{self, AckKind, PacketForm};
+use super::codec::{DisconnectPacket, MqttFrame, MqttPacket, ReasonCode, Violation};
+use super::session::MqttSession;
+use super::subscribe::{SubscribeRequest, SubscriptionRequest};
+use crate::auth::Grant;
+use crate::intake::{Draft, Exchange, Intake, Refusal};
+use crate::observe::refusals::RefusalNote;
+use crate::quota::LimitExceeded;
+
+/// How a client's connection ends.
+#[derive(Debug)]
+pub(super) enum InboundEnd {
+    /// The client closed the connection without a DISCONNECT.
+    Lost,
+    /// The client sent a DISCONNECT.
+    Goodbye(DisconnectPacket),
+    /// The client broke a rule of the protocol.
+    Violation(Violation),
+    /// A message was refused, and the protocol has no other way to say so (MQTT 3.1.1).
+    Refused(Refusal),
+}
+
+/// The receiving half of a connection: its state between two reads.
+pub(super) struct Inbound {
+    /// The grant of the connection's key.
+    pub(super) grant: Grant,
+    pub(super) who: Arc<ClientIdentity>,
+    pub(super) form: PacketForm,
+    packet_bytes_max: usize,
+    receive_maximum: u16,
+    /// The client's hash, as in the records that it publishes.
+    pub(super) publisher: u64,
+    /// The session's number.
+    session: u64,
+    /// The session ends with the connection.
+    ephemeral: bool,
+    /// QoS 2: the packet identifiers of messages that this connection accepted and that are not released
+    /// yet. The log knows those of earlier connections.
+    exchanges: BTreeSet<u16>,
+    /// The beginning of a packet whose rest has not arrived yet.
+    partial: Vec<u8>,
+    /// `partial` may hold whole packets, because a request before them had to be served first or the first
+    /// of them is held back.
+    paused: bool,
+    /// The next message was held back, and is already counted against its rates.
+    paid: bool,
+    aliases: ReceivedTopicAliases,
+}
+
+/// What one read of the socket held.
+#[derive(Default)]
+pub(super) struct InboundBatch {
+    /// The accepted messages.
+    pub(super) draft: Option<Draft>,
+    /// The answers to send when the draft is durable.
+    pub(super) acks: ReadAcks,
+    /// How many whole packets were in it; any is a sign of life.
+    pub(super) packets: usize,
+    /// The packet identifiers of the client's PUBACKs.
+    pub(super) acknowledged: Vec<u16>,
+    /// A request to be served before anything more is taken in.
+    pub(super) request: Option<SubscriptionRequest>,
+    /// The next message is over this limit: nothing more is taken in until its turn comes.
+    pub(super) held: Option<LimitExceeded>,
+    /// The QoS 2 exchanges that the client has released.
+    pub(super) releases: Vec<Exchange>,
+    /// The packet identifiers of QoS 2 exchanges that the messages open.
+    opened: Vec<u16>,
+    /// Set if nothing more is to be read.
+    pub(super) end: Option<InboundEnd>,
+}
+
+impl InboundBatch {
+    /// Whether the draft has QoS 2 messages.
+    pub(super) fn has_opened_exchanges(&self) -> bool {
+        !self.opened.is_empty()
+    }
+}
+
+impl Inbound {
+    pub(super) fn new(
+        grant: Grant,
+        who: Arc<ClientIdentity>,
+        form: PacketForm,
+        packet_bytes_max: usize,
+        receive_maximum: u16,
+        publisher: u64,
+        session: &MqttSession,
+    ) -> Self {
+        Self {
+            grant,
+            who,
+            form,
+            packet_bytes_max,
+            receive_maximum,
+            publisher,
+            session: session.uid,
+            ephemeral: !session.is_durable(),
+            exchanges: BTreeSet::new(),
+            partial: Vec::new(),
+            paused: false,
+            paid: false,
+            aliases: ReceivedTopicAliases::default(),
+        }
+    }
+
+    /// The exchanges that nobody can release any more, if the session ends with the connection.
+    pub(super) fn abandoned_exchanges(&self) -> Vec<Exchange> {
+        let packet_ids = self.exchanges.iter().filter(|_| self.ephemeral);
+        packet_ids.map(|packet_id| self.exchange(*packet_id)).collect()
+    }
+
+    fn exchange(&self, packet_id: u16) -> Exchange {
+        Exchange { session: self.session, packet_id }
+    }
+
+    /// Whether the session ends with the connection.
+    pub(super) fn is_ephemeral(&self) -> bool {
+        self.ephemeral
+    }
+
+    /// Whether packets that were read wait to be taken in.
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Lets the held message go on. With `paid` it is already counted against its rates.
+    pub(super) fn resume(&mut self, paid: bool) {
+        self.paid = paid;
+    }
+
+    /// Adds the client's identity to the note of a refusal.
+    pub(super) fn note<'a>(&'a self, note: RefusalNote<'a>) -> RefusalNote<'a> {
+        self.who.note(&self.grant, note)
+    }
+
+    /// Decodes what was read. Answers that need not wait are written to `out`; `unacknowledged` earlier
+    /// messages still wait for theirs.
+    pub(super) fn receive(
+        &mut self,
+        read_bytes: &[u8],
+        intake: &Intake,
+        unacknowledged: usize,
+        out: &mut Vec<u8>,
+    ) -> InboundBatch {
+        let mut read = InboundRead { batch: InboundBatch::default(), intake, unacknowledged, out };
+        let mut bytes = read_bytes;
+        let mut buffered;
+        if std::mem::take(&mut self.paused) {
+            buffered = std::mem::take(&mut self.partial);
+            buffered.extend_from_slice(bytes);
+            bytes = &buffered;
+        }
+        // A packet that began in an earlier read is completed on its own; the rest is read in place.
+        while !self.partial.is_empty() && !bytes.is_empty() && read.may_go_on() {
+            let mut partial = std::mem::take(&mut self.partial);
+            let missing = missing_bytes(&partial, self.packet_bytes_max).min(bytes.len());
+            let (rest_of_packet, after) = bytes.split_at(missing);
+            partial.extend_from_slice(rest_of_packet);
+            bytes = after;
+            let consumed = self.handle_packets(&partial, &mut read);
+            if consumed < partial.len() {
+                self.partial = partial;
+            }
+        }
+        if read.may_go_on() && !bytes.is_empty() {
+            let consumed = self.handle_packets(bytes, &mut read);
+            bytes = &bytes[consumed..];
+        }
+        self.paused = read.batch.request.is_some() || read.batch.held.is_some();
+        if read.batch.end.is_none() && !bytes.is_empty() {
+            self.partial.extend_from_slice(bytes);
+        }
+        read.batch
+    }
+
+    /// Handles the whole packets at the beginning of `bytes`; returns how many bytes those take.
+    fn handle_packets(&mut self, bytes: &[u8], read: &mut InboundRead<'_>) -> usize {
+        let mut consumed = 0;
+        while read.may_go_on() {
+            let rest = &bytes[consumed..];
+            let frame = match MqttFrame::split(rest, self.packet_bytes_max, Some(self.form.version)) {
+                Ok(Some(frame)) => frame,
+                Ok(None) => break,
+                Err(violation) => {
+                    read.batch.end = Some(InboundEnd::Violation(violation));
+                    break;
+                }
+            };
+            consumed += frame.bytes;
+            read.batch.packets += 1;
+            if let Err(end) = frame
+                .decode(self.form.version)
+                .map_err(InboundEnd::Violation)
+                .and_then(|packet| self.handle_packet(packet, rest.len(), read))
+            {
+                read.batch.end = Some(end);
+            }
+            if read.batch.held.is_some() {
+                // The packet stays in the buffer, and is decoded again when its turn comes.
+                consumed -= frame.bytes;
+                read.batch.packets -= 1;
+            }
+        }
+        consumed
+    }
+
+    fn handle_packet(
+        &mut self,
+        packet: MqttPacket<'_>,
+        bytes_left: usize,
+        read: &mut InboundRead<'_>,
+    ) -> Result<(), InboundEnd> {
+        match packet {
+            MqttPacket::Publish(publish) => return self.handle_publish(&publish, bytes_left, read),
+            MqttPacket::Pingreq => read.batch.acks.push_pong(),
+            MqttPacket::Subscribe(subscribe) => {
+                read.batch.request = Some(SubscriptionRequest::Subscribe(SubscribeRequest::from(&subscribe)));
+            }
+            MqttPacket::Unsubscribe(unsubscribe) => {
+                read.batch.request = Some(SubscriptionRequest::from(&unsubscribe))
+            }
+            MqttPacket::Disconnect(disconnect) => {
+                if self.ephemeral && disconnect.session_expiry_s.is_some_and(|s| s > 0) {
+                    // Section 3.14.2.2.2.
+                    return Err(InboundEnd::Violation(Violation::protocol(
+                        "a session expiry for a session that ends with its connection",
+                    )));
+                }
+                return Err(InboundEnd::Goodbye(disconnect));
+            }
+            MqttPacket::Connect => {
+                return Err(InboundEnd::Violation(Violation::protocol("a second CONNECT")));
+            }
+            MqttPacket::Auth => {
+                return Err(InboundEnd::Violation(Violation::protocol(
+                    "AUTH without an authentication method",
+                )));
+            }
+            MqttPacket::Puback(ack) => read.batch.acknowledged.push(ack.packet_id),
+            // The gateway sends nothing with QoS 2: this ends an exchange that the client began with
+            // another server (section 4.3.3).
+            MqttPacket::Pubrec(ack) => {
+                let reason = ReasonCode::PacketIdentifierNotFound;
+                write::message_ack(read.out, self.form, AckKind::Pubrel, ack.packet_id, reason, None);
+            }
+            MqttPacket::Pubcomp(_) => {}
+            MqttPacket::Pubrel(ack) => self.handle_pubrel(ack.packet_id, read),
+        }
+        Ok(())
+    }
+
+    /// Handles a PUBREL: the client has the PUBREC, and will not send the message again (section 4.3.3).
+    fn handle_pubrel(&mut self, packet_id: u16, read: &mut InboundRead<'_>) {
+        let known = self.exchanges.remove(&packet_id);
+        // The PUBREC is not sent yet if the PUBREL came in the same read as its message.
+        if read.batch.opened.contains(&packet_id) || (!known && self.ephemeral) {
+            let reason = ReasonCode::PacketIdentifierNotFound;
+            let words = "no message with this packet identifier waits for its release";
+            read.batch.acks.push_refused(AckKind::Pubcomp, packet_id, reason, words.to_owned());
+            return;
+        }
+        read.batch.releases.push(self.exchange(packet_id));
+        read.batch.acks.push_done(AckKind::Pubcomp, packet_id);
+    }
+}
+
+/// One read of the socket that is being handled.
+struct InboundRead<'a> {
+    batch: InboundBatch,
+    intake: &'a Intake,
+    unacknowledged: usize,
+    out: &'a mut Vec<u8>,
+}
+
+impl InboundRead<'_> {
+    /// Whether the next packet may be taken in.
+    fn may_go_on(&self) -> bool {
+        self.batch.end.is_none() && self.batch.request.is_none() && self.batch.held.is_none()
+    }
+}
+
+/// How many more bytes the packet in `partial` needs; 1 while its length is not known.
+fn missing_bytes(partial: &[u8], packet_bytes_max: usize) -> usize {
+    let mut length = 0_usize;
+    for (i, &byte) in partial.iter().skip(1).take(4).enumerate() {
+        length |= usize::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 == 0 {
+            return (2 + i + length).min(packet_bytes_max).saturating_sub(partial.len()).max(1);
+        }
+    }
+    1
+}

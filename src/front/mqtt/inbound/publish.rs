@@ -1,0 +1,248 @@
+//! One PUBLISH from a client: its topic, its key, its place in the draft, and the answer that it is due.
+
+use std::net::IpAddr;
+
+use tracing::debug;
+
+use super::super::codec::properties::{TOPIC_ALIAS, forward_properties};
+use super::super::codec::write::AckKind;
+use super::super::codec::{MqttVersion, PublishPacket, ReasonCode, Violation};
+use super::super::credentials;
+use super::super::reason::refusal_reason_code;
+use super::{Inbound, InboundEnd, InboundRead};
+use crate::auth::shape::KeyShape;
+use crate::auth::{Grant, GrantDenial, RejectedKey};
+use crate::front::credentials::is_key_header;
+use crate::intake::{Draft, Exchange, IncomingMessage, Intake, QuarantinedMessage, Refusal};
+use crate::limits::MQTT_TOPIC_ALIAS_MAXIMUM;
+use crate::message::{KeyId, RecordFlags, Transport};
+use crate::observe::refusals::RefusalNote;
+
+/// The user property with a message's id: a second message with the same id is not kept again.
+const MESSAGE_ID_PROPERTY: &str = "message-id";
+
+impl Inbound {
+    /// Adds a PUBLISH to the read's draft, or refuses it.
+    #[inline]
+    pub(super) fn handle_publish(
+        &mut self,
+        publish: &PublishPacket<'_>,
+        bytes_left: usize,
+        read: &mut InboundRead<'_>,
+    ) -> Result<(), InboundEnd> {
+        if publish.qos == 2 && self.exchanges.contains(&publish.packet_id) {
+            // A repetition. Its answer comes after that of the first, so it cannot precede durability.
+            read.batch.acks.push_done(AckKind::Pubrec, publish.packet_id);
+            return Ok(());
+        }
+        let v5 = self.form.version == MqttVersion::V5;
+        let unacknowledged = read.unacknowledged + read.batch.acks.unacknowledged() + self.exchanges.len();
+        if v5 && publish.qos > 0 && unacknowledged >= usize::from(self.receive_maximum) {
+            return Err(InboundEnd::Violation(Violation {
+                reason: ReasonCode::ReceiveMaximumExceeded,
+                text: "more unacknowledged messages than the receive maximum",
+            }));
+        }
+        let topic = self.aliases.resolve(publish).map_err(InboundEnd::Violation)?;
+        let first = read.batch.draft.is_none();
+        let draft = read.batch.draft.get_or_insert_with(|| {
+            let mut draft = read.intake.draft(Transport::Mqtt, self.publisher);
+            if v5 {
+                draft.end_failed_exchanges();
+            }
+            draft.set_client(&self.who.user);
+            draft
+        });
+        let exchange =
+            (publish.qos == 2).then_some(Exchange { session: self.session, packet_id: publish.packet_id });
+        if std::mem::take(&mut self.paid) {
+            draft.mark_paid();
+        }
+        let from = self.who.address;
+        match push_message(draft, read.intake, &self.grant, from, topic, publish, exchange) {
+            Ok(origin) => {
+                if first {
+                    draft.reserve(bytes_left);
+                }
+                self.answer_admitted(publish, origin, read);
+                Ok(())
+            }
+            Err(RefusedMessage { refusal: Refusal::Quarantined(quarantined), .. }) => {
+                self.answer_quarantined(publish, *quarantined, read);
+                Ok(())
+            }
+            Err(RefusedMessage { refusal: Refusal::Limited(limited), .. }) if limited.is_held_back() => {
+                read.batch.held = Some(*limited);
+                Ok(())
+            }
+            Err(refused) => self.answer_refused(publish, refused, read),
+        }
+    }
+
+    /// Answers a message in the draft, once it is durable.
+    #[inline]
+    fn answer_admitted(&mut self, publish: &PublishPacket<'_>, origin: usize, read: &mut InboundRead<'_>) {
+        match publish.qos {
+            0 => {}
+            1 => read.batch.acks.push_admitted(AckKind::Puback, publish.packet_id, origin),
+            _ => {
+                self.exchanges.insert(publish.packet_id);
+                read.batch.opened.push(publish.packet_id);
+                read.batch.acks.push_admitted(AckKind::Pubrec, publish.packet_id, origin);
+            }
+        }
+    }
+
+    /// Answers a quarantined message once it is durable there: in MQTT 5 with the reason, in MQTT 3.1.1,
+    /// which has no way to refuse a message, with a success.
+    fn answer_quarantined(
+        &mut self,
+        publish: &PublishPacket<'_>,
+        quarantined: QuarantinedMessage,
+        read: &mut InboundRead<'_>,
+    ) {
+        let QuarantinedMessage { origin, reason } = quarantined;
+        debug!(key_id = %self.grant.key_id(), %reason, "a message goes into quarantine");
+        let answer = match publish.qos {
+            0 => return,
+            1 => AckKind::Puback,
+            _ => AckKind::Pubrec,
+        };
+        if self.form.version == MqttVersion::V5 {
+            let words = format!("{reason}; it is kept in quarantine");
+            read.batch.acks.push_quarantined(answer, publish.packet_id, origin, words);
+            return;
+        }
+        self.answer_admitted(publish, origin, read);
+    }
+
+    /// Refuses one message: in its acknowledgement if the protocol version has a reason code, otherwise by
+    /// ending the connection. A QoS 0 message is dropped and counted.
+    fn answer_refused(
+        &self,
+        publish: &PublishPacket<'_>,
+        refused: RefusedMessage,
+        read: &mut InboundRead<'_>,
+    ) -> Result<(), InboundEnd> {
+        let RefusedMessage { refusal, own_key } = refused;
+        let note = self.note(refusal.note(Transport::Mqtt));
+        read.intake.refusals().note(match own_key {
+            None => note,
+            Some((key_id, key_shape)) => RefusalNote { key_id, key_shape, ..note },
+        });
+        debug!(key_id = %self.grant.key_id(), cause = refusal.cause().name(), %refusal, "refused a message");
+        if self.form.version != MqttVersion::V5 {
+            return Err(InboundEnd::Refused(refusal));
+        }
+        match (&refusal, refusal_reason_code(&refusal)) {
+            // The connection's own key is dead, so the connection ends and not only this message.
+            (Refusal::Denied(GrantDenial::Revoked), _) if !self.grant.holds() => {
+                Err(InboundEnd::Refused(refusal))
+            }
+            (_, ReasonCode::PacketTooLarge) => Err(InboundEnd::Refused(refusal)),
+            (_, reason) if publish.qos > 0 => {
+                let answer = if publish.qos == 1 { AckKind::Puback } else { AckKind::Pubrec };
+                read.batch.acks.push_refused(answer, publish.packet_id, reason, refusal.to_string());
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The topics of the aliases that a client has set, from alias 1 on.
+#[derive(Default)]
+pub(super) struct ReceivedTopicAliases(Vec<Option<Box<str>>>);
+
+impl ReceivedTopicAliases {
+    /// The topic of a PUBLISH: its own, for which it may set an alias, or that of its alias (section
+    /// 3.3.2.3.4).
+    #[inline]
+    fn resolve<'a>(&'a mut self, publish: &PublishPacket<'a>) -> Result<&'a str, Violation> {
+        let invalid = |text| Violation { reason: ReasonCode::TopicAliasInvalid, text };
+        if publish.properties.is_empty() {
+            return Ok(publish.topic);
+        }
+        let Some(alias) = publish.properties.u16(TOPIC_ALIAS) else { return Ok(publish.topic) };
+        if alias == 0 || alias > MQTT_TOPIC_ALIAS_MAXIMUM {
+            return Err(invalid("a topic alias of 0 or over the maximum"));
+        }
+        let place = usize::from(alias) - 1;
+        if publish.topic.is_empty() {
+            let known = self.0.get(place).and_then(Option::as_deref);
+            return known.ok_or(invalid("a topic alias that was not set"));
+        }
+        if self.0.len() <= place {
+            self.0.resize(place + 1, None);
+        }
+        self.0[place] = Some(publish.topic.into());
+        Ok(publish.topic)
+    }
+}
+
+/// A message that was refused.
+struct RefusedMessage {
+    refusal: Refusal,
+    /// What is known about the message's own key, if it has one.
+    own_key: Option<(Option<KeyId>, Option<KeyShape>)>,
+}
+
+impl From<Refusal> for RefusedMessage {
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal, own_key: None }
+    }
+}
+
+impl From<RejectedKey> for RefusedMessage {
+    fn from(rejected: RejectedKey) -> Self {
+        Self { refusal: rejected.denied.into(), own_key: Some((rejected.key_id, rejected.shape)) }
+    }
+}
+
+/// Checks one message and adds it to the draft, under its own key if it has one, otherwise under the
+/// connection's.
+fn push_message(
+    draft: &mut Draft,
+    intake: &Intake,
+    grant: &Grant,
+    from: IpAddr,
+    topic: &str,
+    publish: &PublishPacket<'_>,
+    exchange: Option<Exchange>,
+) -> Result<usize, RefusedMessage> {
+    let mut flags = if publish.retain { RecordFlags::RETAIN } else { RecordFlags::default() };
+    if publish.qos == 0 {
+        flags = flags.with(RecordFlags::AT_MOST_ONCE);
+    }
+    let payload = publish.payload;
+    if publish.properties.is_empty() {
+        let message = IncomingMessage {
+            topic,
+            payload,
+            content_type: "",
+            properties: &[],
+            flags,
+            message_id: None,
+            exchange,
+        };
+        return Ok(draft.push(grant, None, message)?);
+    }
+    let own = credentials::grant_of_publish(&publish.properties, intake.authorizer(), from)?;
+    let mut properties = Vec::new();
+    let content_type = forward_properties(&publish.properties, &mut properties, is_key_header);
+    let message = IncomingMessage {
+        topic,
+        payload,
+        content_type,
+        properties: &properties,
+        flags,
+        message_id: publish
+            .properties
+            .user()
+            .find(|(name, _)| *name == MESSAGE_ID_PROPERTY)
+            .map(|(_, id)| id),
+        exchange,
+    };
+    let pushed = draft.push(own.as_ref().unwrap_or(grant), None, message);
+    pushed.map_err(|refusal| RefusedMessage { refusal, own_key: own.map(|own| (Some(own.key_id()), None)) })
+}

@@ -1,0 +1,317 @@
+//! The sending half of a connection: turns the records that match its session's subscriptions into
+//! PUBLISH packets, as fast as the client takes them.
+//!
+//! The order is: messages in flight from the last connection, then messages retained for a new
+//! subscription, then the log from the session's position on. A record is taken from the log only when
+//! there is room for it, so a slow client falls behind in the log and costs no memory.
+
+mod resend;
+mod retained;
+mod shared;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tracing::warn;
+
+use self::resend::PendingResend;
+use self::retained::PendingRetained;
+use self::shared::GroupMemberships;
+use super::delivery::{Delivery, PublishWriter};
+use super::flights::{FlightSource, MqttFlight};
+use super::session::{MqttSession, Subscription};
+use crate::consume::subscriber::retained::RetainedError;
+use crate::consume::subscriber::{FeedItem, MatchedRecords, ShareMember, SubscriberFeed, Subscribers};
+use crate::filter::TopicFilter;
+use crate::limits::MQTT_UNSENT_BYTES_MAX;
+use crate::log::LogReadError;
+use crate::message::{DatasourceId, Offset};
+use crate::observe::metrics::Metrics;
+
+/// Why no more messages can be sent.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OutboundError {
+    #[error(transparent)]
+    Log(#[from] LogReadError),
+    #[error(transparent)]
+    Retained(#[from] RetainedError),
+}
+
+/// A connection's sending half.
+pub(super) struct Outbound {
+    subscribers: Arc<Subscribers>,
+    metrics: Arc<Metrics>,
+    pub(super) datasource: DatasourceId,
+    pub(super) session: MqttSession,
+    writer: PublishWriter,
+    /// How many unacknowledged messages the client accepts.
+    receive_maximum: u16,
+    feed: SubscriberFeed,
+    groups: GroupMemberships,
+    /// The matched records that are being written.
+    matched: Option<MatchedRecords>,
+    resending: Option<PendingResend>,
+    retained: VecDeque<PendingRetained>,
+}
+
+impl Outbound {
+    /// The sending half for a session, at the session's position in the log.
+    pub(super) fn new(
+        subscribers: Arc<Subscribers>,
+        metrics: Arc<Metrics>,
+        datasource: DatasourceId,
+        session: MqttSession,
+        writer: PublishWriter,
+        receive_maximum: u16,
+    ) -> Self {
+        let Subscribers { router, log, .. } = &*subscribers;
+        let end = log.next_offset();
+        let begin = if session.subscription_count() > 0 { session.position.min(end) } else { end };
+        let mut feed = SubscriberFeed::new(router.clone(), log.clone(), &datasource, begin);
+        let mut groups = GroupMemberships::default();
+        for (slot, subscription) in session.subscriptions.iter().enumerate() {
+            let Some(subscription) = subscription else { continue };
+            let slot = u32::try_from(slot).expect("subscriptions are bounded");
+            match super::sessions::shared_group_key(&datasource, &subscription.filter) {
+                Some(group) => {
+                    if let Some(member) = subscribers.groups.member(&group, session.group_session()) {
+                        groups.put(slot, member);
+                    }
+                }
+                None => {
+                    // Never before `begin`: the feed continues from the session's position.
+                    feed.set_filter(slot, &subscription.filter, Some(subscription.from.max(begin)));
+                }
+            }
+        }
+        let resending = PendingResend::of_session(&session);
+        Self {
+            subscribers,
+            metrics,
+            datasource,
+            session,
+            writer,
+            receive_maximum,
+            feed,
+            groups,
+            matched: None,
+            resending,
+            retained: VecDeque::new(),
+        }
+    }
+
+    /// The mailbox, through which the session reports its cursor.
+    pub(super) fn mailbox(&self) -> &Arc<crate::consume::subscriber::Mailbox> {
+        self.feed.mailbox()
+    }
+
+    /// Adds or replaces a subscription that is not shared. `from` is where in the log it begins, if not at
+    /// the end. With `retained`, retained messages are sent first.
+    pub(super) fn subscribe(
+        &mut self,
+        slot: usize,
+        filter: TopicFilter,
+        mut subscription: Subscription,
+        from: Option<Offset>,
+        retained: bool,
+    ) {
+        let at = u32::try_from(slot).expect("subscriptions are bounded");
+        let known = self.session.subscriptions[slot].is_some();
+        match (known, from) {
+            // Only the options change: the subscription keeps its start in the log.
+            (true, None) => subscription.from = self.feed.filter_start(at).unwrap_or_default(),
+            (false, None) => subscription.from = self.feed.set_filter(at, filter.as_str(), None),
+            (_, from) => {
+                // The feed goes back to `from`, and will match these records again for all subscriptions.
+                self.rewind_unwritten();
+                subscription.from = self.feed.set_filter(at, filter.as_str(), from);
+                let lowest = self.session.flights.lowest_log_offset().unwrap_or(Offset::MAX);
+                for (slot, other) in self.session.subscriptions.iter_mut().enumerate() {
+                    let from = u32::try_from(slot).ok().and_then(|slot| self.feed.filter_start(slot));
+                    if let (Some(other), Some(from)) = (other, from) {
+                        other.from = from.min(lowest);
+                    }
+                }
+            }
+        }
+        if retained {
+            let below = if known { self.subscribers.log.next_offset() } else { subscription.from };
+            self.retained.retain(|job| job.slot != at);
+            self.retained.push_back(PendingRetained::new(at, filter, below));
+        }
+        self.session.subscriptions[slot] = Some(subscription);
+        self.session.position = self.position();
+    }
+
+    /// Adds or replaces a shared subscription.
+    pub(super) fn subscribe_shared(
+        &mut self,
+        slot: usize,
+        subscription: Subscription,
+        member: Option<ShareMember>,
+    ) {
+        let at = u32::try_from(slot).expect("subscriptions are bounded");
+        if let Some(member) = member {
+            self.groups.put(at, member);
+        }
+        self.session.subscriptions[slot] = Some(subscription);
+    }
+
+    /// Removes a subscription.
+    pub(super) fn unsubscribe(&mut self, slot: usize) {
+        let at = u32::try_from(slot).expect("subscriptions are bounded");
+        self.session.subscriptions[slot] = None;
+        self.feed.remove_filter(at);
+        self.retained.retain(|job| job.slot != at);
+        self.groups.remove(at);
+    }
+
+    /// Handles a PUBACK. An unknown packet identifier is ignored.
+    pub(super) fn acknowledge(&mut self, packet_id: u16) {
+        if let Some(MqttFlight { offset, source: FlightSource::Group(slot), .. }) =
+            self.session.flights.acknowledge(packet_id)
+        {
+            self.groups.acknowledge(slot, offset);
+        }
+    }
+
+    /// Writes packets to `out` until [`MQTT_UNSENT_BYTES_MAX`] bytes are unsent; `unsent` bytes already
+    /// are. Pending while it waits for the log, for acknowledgements, or for room. Ready on an error
+    /// only.
+    pub(super) fn poll_fill(
+        &mut self,
+        unsent: usize,
+        out: &mut Vec<u8>,
+        cx: &mut Context<'_>,
+    ) -> Poll<OutboundError> {
+        let room_until = out.len() + MQTT_UNSENT_BYTES_MAX.saturating_sub(unsent);
+        let filled = self.poll_all(room_until, out, cx);
+        if filled.is_pending() {
+            self.report_progress();
+        }
+        filled
+    }
+
+    /// Goes through the sources in their order until `out` is full or all of them wait.
+    fn poll_all(
+        &mut self,
+        room_until: usize,
+        out: &mut Vec<u8>,
+        cx: &mut Context<'_>,
+    ) -> Poll<OutboundError> {
+        loop {
+            if out.len() >= room_until {
+                self.groups.pass_turns();
+                return Poll::Pending;
+            }
+            let polled = if self.resending.is_some() {
+                ready!(self.poll_resend(out, cx))
+            } else if !self.retained.is_empty() {
+                ready!(self.poll_retained(room_until, out, cx))
+            } else if self.matched.is_some() {
+                ready!(self.poll_matched(room_until, out))
+            } else if let Poll::Ready(polled) = self.poll_feed(cx) {
+                polled
+            } else {
+                ready!(self.poll_shared(room_until, out, cx)).map_err(OutboundError::from)
+            };
+            if let Err(error) = polled {
+                return Poll::Ready(error);
+            }
+        }
+    }
+
+    /// Takes the next matched records from the log.
+    #[inline]
+    fn poll_feed(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), OutboundError>> {
+        match ready!(self.feed.poll_next(cx))? {
+            FeedItem::Matched(matched) => self.matched = Some(matched),
+            FeedItem::Skipped(records) => self.report_skipped(records),
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes the matched records that were taken. Pending while the receive maximum is reached.
+    #[inline]
+    fn poll_matched(&mut self, room_until: usize, out: &mut Vec<u8>) -> Poll<Result<(), OutboundError>> {
+        if let Some(mut matched) = self.matched.take()
+            && self.write_matched(&mut matched, room_until, out)
+        {
+            self.matched = Some(matched);
+            if out.len() < room_until {
+                // Groups may serve other members meanwhile.
+                self.groups.pass_turns();
+                return Poll::Pending;
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes matched records of the log. Returns whether some are left.
+    fn write_matched(&mut self, matched: &mut MatchedRecords, room_until: usize, out: &mut Vec<u8>) -> bool {
+        let batch = matched.batch().clone();
+        let mut reader = batch.reader();
+        while let Some(hit) = matched.peek() {
+            if out.len() >= room_until {
+                return true;
+            }
+            let record = reader.read(hit.place);
+            let subscriptions =
+                hit.slots.iter().filter_map(|slot| self.session.subscriptions.get(*slot as usize)?.as_ref());
+            if let Some(mut delivery) =
+                Delivery::for_subscriptions(subscriptions, &record, self.writer.publisher)
+            {
+                let Self { writer, session: MqttSession { flights, .. }, .. } = self;
+                if delivery.qos > 0 && flights.room(self.receive_maximum) == 0 {
+                    return true;
+                }
+                writer.write(&record, &mut delivery, out, || flights.push(record.offset, FlightSource::Log));
+            }
+            matched.advance();
+        }
+        false
+    }
+
+    /// Reports records that retention removed before this session read them: to the client with its next
+    /// message, to the operator at once.
+    fn report_skipped(&mut self, records: u64) {
+        self.writer.skipped += records;
+        self.metrics.skipped.increment(records);
+        warn!(
+            datasource = %self.datasource, records, position = self.feed.position(),
+            "retention has removed records before a subscriber read them"
+        );
+    }
+
+    /// The first record that was not sent.
+    fn position(&self) -> Offset {
+        let next = self.matched.as_ref().and_then(|matched| matched.peek()).map(|hit| hit.place.offset);
+        next.unwrap_or_else(|| self.feed.position())
+    }
+
+    /// Reports the session's progress, to be written and to outlive the connection.
+    fn report_progress(&self) {
+        let position = self.position();
+        let cursor = self.session.flights.lowest_log_offset().map_or(position, |lowest| lowest.min(position));
+        let all = self.matched.is_none() && self.session.flights.is_empty();
+        self.feed.mailbox().set_progress(cursor, all);
+    }
+
+    /// Returns records that were taken from the feed but not written.
+    fn rewind_unwritten(&mut self) {
+        if let Some(hit) = self.matched.take().as_ref().and_then(|matched| matched.peek()) {
+            self.feed.rewind(hit.place.offset);
+        }
+    }
+
+    /// Gives the session back, for the next connection.
+    pub(super) fn into_session(self) -> MqttSession {
+        let routed = self.subscribers.router.routed_offset();
+        let position = self.position();
+        // A live session with nothing to send has reached the router's position.
+        self.feed.mailbox().set_progress(position, self.matched.is_none());
+        let position = self.feed.mailbox().cursor(routed);
+        MqttSession { position, ..self.session }
+    }
+}

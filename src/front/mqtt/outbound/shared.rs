@@ -1,0 +1,111 @@
+//! The groups that the session is a member of: each gives it records in turn, and hears which of them the
+//! client has acknowledged.
+
+use std::collections::VecDeque;
+use std::task::{Context, Poll, ready};
+
+use super::super::delivery::Delivery;
+use super::super::flights::FlightSource;
+use super::Outbound;
+use crate::consume::subscriber::{ShareDelivery, ShareMember};
+use crate::limits::REFETCH_RECORDS;
+use crate::log::{Batch, LogReadError, RecordPlace};
+use crate::message::Offset;
+
+/// The session's memberships, each with its subscription's slot, and the records from them that are not
+/// written yet.
+#[derive(Default)]
+pub(super) struct GroupMemberships {
+    members: Vec<(u32, ShareMember)>,
+    records: VecDeque<(u32, Batch, RecordPlace)>,
+}
+
+impl GroupMemberships {
+    /// Adds or replaces the membership of a subscription.
+    pub(super) fn put(&mut self, slot: u32, member: ShareMember) {
+        self.members.retain(|(present, _)| *present != slot);
+        self.members.push((slot, member));
+    }
+
+    /// Removes the membership of a subscription, and its records.
+    pub(super) fn remove(&mut self, slot: u32) {
+        self.records.retain(|(shared, ..)| *shared != slot);
+        self.members.retain(|(member, _)| *member != slot);
+    }
+
+    /// Tells a group that the client has a record.
+    pub(super) fn acknowledge(&self, slot: u32, offset: Offset) {
+        if let Some((_, member)) = self.members.iter().find(|(present, _)| *present == slot) {
+            member.acknowledge(offset);
+        }
+    }
+
+    /// Lets the groups serve other members, because this client takes nothing now.
+    pub(super) fn pass_turns(&self) {
+        self.members.iter().for_each(|(_, member)| member.pass_turn());
+    }
+
+    /// Takes up to `room` records from the first group that has some. Returns how many records retention
+    /// removed before any member read them.
+    fn poll_take(&mut self, room: usize, cx: &mut Context<'_>) -> Poll<Result<u64, LogReadError>> {
+        for at in 0..self.members.len() {
+            let (slot, member) = &mut self.members[at];
+            match member.poll_take(room, cx) {
+                Poll::Pending => {}
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Ready(Ok(ShareDelivery::Skipped(records))) => return Poll::Ready(Ok(records)),
+                Poll::Ready(Ok(ShareDelivery::Records(batch, places))) => {
+                    let slot = *slot;
+                    self.records.extend(places.into_iter().map(|place| (slot, batch.clone(), place)));
+                    // The next call asks another group first, so that no group starves.
+                    self.members.rotate_left(at + 1);
+                    return Poll::Ready(Ok(0));
+                }
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl Outbound {
+    /// Takes records from the groups in turn, and writes them.
+    pub(super) fn poll_shared(
+        &mut self,
+        room_until: usize,
+        out: &mut Vec<u8>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), LogReadError>> {
+        while let Some((slot, batch, place)) = self.groups.records.front() {
+            let (slot, place) = (*slot, *place);
+            let room = self.session.flights.room(self.receive_maximum);
+            if room == 0 || out.len() >= room_until {
+                self.groups.pass_turns();
+                // Pending waits for an acknowledgement. Ready without room in `out` ends the caller's loop.
+                return if room == 0 { Poll::Pending } else { Poll::Ready(Ok(())) };
+            }
+            let record = batch.reader().read(place);
+            let subscription = self.session.subscriptions.get(slot as usize).and_then(Option::as_ref);
+            let in_flight = Delivery::for_subscriptions(subscription.into_iter(), &record, 0).is_some_and(
+                |mut delivery| {
+                    let flights = &mut self.session.flights;
+                    let packet_id = || flights.push(record.offset, FlightSource::Group(slot));
+                    self.writer.write(&record, &mut delivery, out, packet_id) && delivery.qos > 0
+                },
+            );
+            if !in_flight {
+                self.groups.acknowledge(slot, place.offset);
+            }
+            self.groups.records.pop_front();
+        }
+        let room = self.session.flights.room(self.receive_maximum).min(REFETCH_RECORDS);
+        if room == 0 {
+            self.groups.pass_turns();
+            return Poll::Pending;
+        }
+        let skipped = ready!(self.groups.poll_take(room, cx))?;
+        if skipped > 0 {
+            self.report_skipped(skipped);
+        }
+        Poll::Ready(Ok(()))
+    }
+}

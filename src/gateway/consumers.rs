@@ -1,0 +1,96 @@
+//! The consumers: everything that reads the log, started before the first message is let in.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use headgate_bridge_nats::Nats;
+
+use super::opened::OpenedLog;
+use crate::config::{Config, LogBackend, SinkKind};
+use crate::consume::egress::Egress;
+use crate::consume::query::RecordsReader;
+use crate::consume::storage::StorageConsumer;
+use crate::consume::subscriber::Subscribers;
+use crate::consume::subscriber::retained::RetainedStore;
+use crate::consume::subscriber::sessions::{SessionStore, StoredSessions};
+use crate::front::mqtt::ClientClaims;
+use crate::log::Log;
+
+/// The consumers of a gateway.
+#[derive(Clone)]
+pub(super) struct Consumers {
+    pub(super) subscribers: Arc<Subscribers>,
+    pub(super) storage: Option<Arc<StorageConsumer>>,
+    pub(super) egress: Option<Arc<Egress>>,
+    /// What storage has stored, for queries.
+    pub(super) query: Option<RecordsReader>,
+}
+
+/// What the MQTT front begins with.
+pub(super) struct StartingClients {
+    /// The sessions and groups of the last run.
+    pub(super) stored: StoredSessions,
+    /// Moves clients between gateways; only in a cluster.
+    pub(super) claims: Option<ClientClaims>,
+}
+
+impl Consumers {
+    /// Starts the consumers, each with a hold on the log if it must see every record, and then retention. In
+    /// a cluster it waits while NATS is unreachable.
+    ///
+    /// # Errors
+    /// A database that cannot be opened, NATS settings that can never work; worded for an operator.
+    pub(super) async fn start(
+        config: &Config,
+        opened: &OpenedLog,
+    ) -> anyhow::Result<(Self, StartingClients)> {
+        let (dir, log) = (&config.data_dir, &opened.log);
+        let (storage, query) = match config.storage.sink {
+            SinkKind::Sqlite => {
+                let storage = StorageConsumer::start(dir, &config.storage, log.clone())?;
+                (Some(Arc::new(storage)), Some(RecordsReader::open(dir)?))
+            }
+            SinkKind::None => (None, None),
+        };
+        let hold = log.hold();
+        let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
+        let (store, groups, clients) = match &opened.cluster {
+            Some((member, places)) => {
+                let (store, claims, groups) = member.open_sessions(config, places.clone()).await?;
+                let stored = StoredSessions::default();
+                (store, Some(groups), StartingClients { stored, claims: Some(claims) })
+            }
+            None => {
+                let (store, stored) = SessionStore::open(dir)?;
+                (store, None, StartingClients { stored, claims: None })
+            }
+        };
+        let subscribers = Arc::new(Subscribers::start(log.clone(), store, retained, groups)?);
+        let egress = start_egress(config, log).await?;
+        log.begin_retention();
+        Ok((Self { subscribers, storage, egress, query }, clients))
+    }
+
+    /// Stores what is in the log, until `deadline`. Call it once the log is closed.
+    pub(super) async fn stop(&self, deadline: Instant) {
+        self.subscribers.retained.stop(deadline).await;
+        self.subscribers.store.close().await;
+        if let Some(storage) = &self.storage {
+            storage.stop(deadline).await;
+        }
+        if let Some(egress) = &self.egress {
+            egress.stop(deadline).await;
+        }
+    }
+}
+
+/// Starts egress to NATS, if NATS is configured and the log is not in NATS already. Egress has its own
+/// connection: catching up would otherwise delay answers to devices.
+async fn start_egress(config: &Config, log: &Arc<dyn Log>) -> anyhow::Result<Option<Arc<Egress>>> {
+    let nats = &config.nats;
+    if !nats.is_used() || !nats.stream.enabled || config.log.backend != LogBackend::Embedded {
+        return Ok(None);
+    }
+    let nats = Nats::connect(&nats.connection("headgate stream")?).await?;
+    Ok(Some(Arc::new(Egress::start(&config.data_dir, config, nats, log.clone())?)))
+}

@@ -1,0 +1,88 @@
+//! The fronts: started last, when everything that they hand messages to is there.
+
+use std::sync::Arc;
+
+use headgate_bridge_nats::Nats;
+use headgate_bridge_nats::connection::without_credentials;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::listeners::Listeners;
+use super::opened::OpenedGateway;
+use crate::config::Config;
+use crate::front::{http, mqtt, nats};
+use crate::intake::Intake;
+
+/// The fronts of a gateway, each a task that ends after the drain has begun.
+pub(super) struct RunningFronts {
+    pub(super) tasks: Vec<JoinHandle<()>>,
+    /// The NATS servers that messages are ingested from, without credentials; empty without NATS ingest.
+    pub(super) nats_servers: Vec<String>,
+}
+
+impl RunningFronts {
+    /// Starts every front that the configuration names. `callout` is the connection of auth callout, if there
+    /// is one.
+    ///
+    /// # Errors
+    /// NATS settings that can never work, worded for an operator.
+    pub(super) async fn start(
+        config: &Config,
+        listeners: Listeners,
+        opened: OpenedGateway,
+        callout: Option<Nats>,
+        drain: &CancellationToken,
+    ) -> anyhow::Result<Self> {
+        let addrs = listeners.addrs()?;
+        let OpenedGateway { log, leaks, consumers, clients, intake, metrics, .. } = opened;
+        let nats = connect_nats(config, &intake).await?;
+        let nats_servers = config.nats.servers.iter().filter(|_| nats.is_some());
+        let nats_servers: Vec<_> = nats_servers.map(|address| without_credentials(address)).collect();
+        let acceptor = mqtt::Acceptor::new(
+            intake.clone(),
+            consumers.subscribers.clone(),
+            clients.stored,
+            clients.claims,
+            config.mqtt.clone(),
+            drain.clone(),
+        );
+        let parts = http::HttpFrontParts {
+            intake,
+            log,
+            query: consumers.query,
+            leaks,
+            subscribers: consumers.subscribers,
+            storage: consumers.storage,
+            egress: consumers.egress,
+            metrics,
+            config: config.http.clone(),
+            mqtt: acceptor.clone(),
+            mqtt_addr: addrs.mqtt,
+            mqtt_tls_addr: addrs.mqtt_tls,
+            http_addr: addrs.http,
+            nats: nats.clone(),
+            nats_servers: nats_servers.clone(),
+            callout,
+        };
+        let mut tasks = vec![
+            tokio::spawn(mqtt::serve(acceptor, listeners.mqtt, listeners.tls)),
+            tokio::spawn(http::serve(listeners.http, parts, drain.clone())),
+        ];
+        if let Some(nats) = nats {
+            let drain = drain.clone();
+            tasks.push(tokio::spawn(async move { nats.serve(drain).await }));
+        }
+        Ok(Self { tasks, nats_servers })
+    }
+}
+
+/// Connects the NATS front, if messages are ingested from NATS.
+async fn connect_nats(config: &Config, intake: &Intake) -> anyhow::Result<Option<Arc<nats::NatsFront>>> {
+    let nats = &config.nats;
+    if !nats.is_used() || !nats.ingest {
+        return Ok(None);
+    }
+    let connection = nats.connection("ingest")?;
+    let front = nats::NatsFront::connect(connection, &nats.stream.name, intake.clone(), None).await?;
+    Ok(Some(Arc::new(front)))
+}

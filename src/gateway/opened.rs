@@ -1,0 +1,88 @@
+//! What is opened behind the fronts, in the order in which one needs the other: registry and log, the consumers
+//! that read it, and intake, which writes it.
+
+use std::sync::Arc;
+
+use tracing::warn;
+
+use super::consumers::{Consumers, StartingClients};
+use super::directory::{ADMIN_KEY_FILE, ensure_admin_key};
+use super::member::{ClusterMember, JoiningMember};
+use crate::auth::{Authorizer, Registry};
+use crate::config::{Config, Durability};
+use crate::consume::quarantine::QuarantineLeakRules;
+use crate::intake::Intake;
+use crate::log::{EmbeddedLog, Log, SharedPlaces};
+use crate::observe::metrics::Metrics;
+
+/// The registry and the log.
+pub(super) struct OpenedLog {
+    pub(super) registry: Arc<Registry>,
+    pub(super) log: Arc<dyn Log>,
+    /// The membership, and the places in the log that subscribers of all gateways share; `None` without a
+    /// cluster.
+    pub(super) cluster: Option<(ClusterMember, SharedPlaces)>,
+}
+
+impl OpenedLog {
+    /// Opens registry and log of a gateway without a cluster, in its data directory.
+    ///
+    /// # Errors
+    /// A file that is damaged or cannot be read or written; worded for an operator.
+    pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
+        let dir = &config.data_dir;
+        let registry = Arc::new(Registry::open(dir)?);
+        ensure_admin_key(&registry, &dir.join(ADMIN_KEY_FILE))?;
+        let log = EmbeddedLog::open(dir, &config.log, &config.intake)?;
+        if config.log.durability == Durability::Os {
+            warn!("log.durability is \"os\": what is acknowledged does not survive a loss of power");
+        }
+        Ok(Self { registry, log: Arc::new(log), cluster: None })
+    }
+
+    /// Opens registry and log of a cluster. Waits while NATS is unreachable.
+    ///
+    /// # Errors
+    /// Those of [`JoiningMember::join`].
+    pub(super) async fn join(joining: &JoiningMember, config: &Config) -> anyhow::Result<Self> {
+        let (member, log) = joining.join(config).await?;
+        let (registry, places) = (member.registry().clone(), log.shared_places());
+        Ok(Self { registry, log: Arc::new(log), cluster: Some((member, places)) })
+    }
+}
+
+/// A gateway that lacks only its fronts.
+pub(super) struct OpenedGateway {
+    pub(super) registry: Arc<Registry>,
+    pub(super) log: Arc<dyn Log>,
+    /// `None` without a cluster.
+    pub(super) member: Option<ClusterMember>,
+    pub(super) leaks: QuarantineLeakRules,
+    pub(super) consumers: Consumers,
+    pub(super) clients: StartingClients,
+    pub(super) intake: Intake,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+impl OpenedGateway {
+    /// Starts the consumers, makes intake, and in a cluster follows the registry until it is up to date. Waits
+    /// while NATS is unreachable.
+    ///
+    /// # Errors
+    /// What could not be opened; worded for an operator.
+    pub(super) async fn open(config: &Config, opened: OpenedLog) -> anyhow::Result<Self> {
+        // Opened before any consumer reads the log: it decides which records they may see.
+        let leaks = QuarantineLeakRules::start(opened.registry.clone(), opened.log.clone())?;
+        let (consumers, clients) = Consumers::start(config, &opened).await?;
+        let OpenedLog { registry, log, cluster } = opened;
+        let metrics = Arc::new(Metrics::new());
+        let authorizer = Authorizer::with_config(registry.clone(), &config.auth);
+        let intake = Intake::new(authorizer, log.clone(), metrics.clone(), &config.intake);
+        let mut member = cluster.map(|(member, _)| member);
+        if let Some(member) = &mut member {
+            member.follow(&intake).await?;
+            member.ensure_admin_key(&config.data_dir.join(ADMIN_KEY_FILE)).await?;
+        }
+        Ok(Self { registry, log, member, leaks, consumers, clients, intake, metrics })
+    }
+}

@@ -1,0 +1,65 @@
+//! The kind of a problem: the coarse form of a [`Cause`](super::Cause), which a client switches on. It is the
+//! `type` of a problem document, with its HTTP status and its title.
+
+/// Defines [`ProblemKind`]: a row is a kind, its status, its slug and its title.
+macro_rules! problem_kinds {
+    ($($kind:ident $status:literal $slug:literal $title:literal;)*) => {
+        /// The kinds of problem.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum ProblemKind {
+            $(#[doc = concat!($status, " ", $slug, ": ", $title, ".")] $kind,)*
+        }
+
+        impl ProblemKind {
+            /// Every kind, in the order of `openapi.json`.
+            #[cfg(test)]
+            pub const ALL: &[ProblemKind] = &[$(ProblemKind::$kind,)*];
+
+            /// The HTTP status.
+            pub const fn status(self) -> u16 {
+                match self { $(ProblemKind::$kind => $status,)* }
+            }
+
+            /// The last part of the document's `type`; it never changes.
+            pub const fn slug(self) -> &'static str {
+                match self { $(ProblemKind::$kind => $slug,)* }
+            }
+
+            /// The title, for people.
+            pub const fn title(self) -> &'static str {
+                match self { $(ProblemKind::$kind => $title,)* }
+            }
+        }
+    };
+}
+
+problem_kinds! {
+    Malformed        400 "malformed"          "The request is malformed";
+    Topic            400 "topic"              "The topic cannot be used";
+    Unauthorized     401 "unauthorized"       "A valid API key is needed";
+    KeyInUrl         401 "key_in_url"         "An API key does not belong in a URL";
+    MissingScope     403 "missing_scope"      "The API key lacks a scope";
+    NotFound         404 "not_found"          "There is nothing here";
+    MethodNotAllowed 405 "method_not_allowed" "The method is not allowed here";
+    Timeout          408 "timeout"            "The request took too long to arrive";
+    Conflict         409 "conflict"           "What is there already stands against it";
+    TooLarge         413 "too_large"          "The request is over a limit";
+    ContentEncoding  415 "content_encoding"   "The content encoding is not supported";
+    Validation       422 "validation"         "A message does not meet its schema";
+    UpgradeRequired  426 "upgrade_required"   "Another protocol is spoken here";
+    OverLimit        422 "over_limit"         "A limit is reached; waiting does not help";
+    TooManyRequests  429 "too_many_requests"  "A limit is reached for now";
+    Internal         500 "internal"           "The gateway has failed";
+    Unavailable      503 "unavailable"        "It cannot be done right now";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_has_a_slug_of_its_own() {
+        let slugs: std::collections::BTreeSet<_> = ProblemKind::ALL.iter().map(|kind| kind.slug()).collect();
+        assert_eq!(slugs.len(), ProblemKind::ALL.len(), "{slugs:?}");
+    }
+}

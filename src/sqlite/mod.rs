@@ -1,0 +1,93 @@
+//! The SQLite files of the data directory: how each is opened, what can go wrong with it, and how it is read
+//! while somebody writes it. [`registry.db`](crate::auth), `records.db`, `retained.db`, `sessions.db` and
+//! `quarantine.db` each have a [`SqliteProfile`]; what is in them is told where their tables are.
+//!
+//! All of them use SQLite's write-ahead log: after a kill at any moment a transaction is there whole or not
+//! at all. `user_version` is the version of the format. A newer format is refused, and so is a database that
+//! Headgate has not made.
+
+mod open;
+mod readers;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rusqlite::ErrorCode;
+
+pub(crate) use open::{SqliteProfile, checkpoint};
+pub(crate) use readers::SqliteReaders;
+
+/// Why an SQLite file could not be opened, read or written. Each names the file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SqliteError {
+    /// A newer Headgate wrote it.
+    #[error("{} has format {version} and this Headgate knows formats up to {known}: use a newer one", path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// The format it has.
+        version: i64,
+        /// The newest format that is known here.
+        known: i64,
+    },
+    /// It is not Headgate's database.
+    #[error("{} is an SQLite database that Headgate has not made", path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its content is not what Headgate wrote.
+    #[error("{} is damaged ({detail}): restore it from a backup, or move it away to begin without it", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        detail: Arc<str>,
+    },
+    /// Another process holds it locked.
+    #[error("{} is in use by another process: another gateway, or a program that has it open", path.display())]
+    Busy {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file system has no room for it.
+    #[error("{} cannot grow: the disk is full", path.display())]
+    Full {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another error of SQLite's or the operating system's.
+    #[error("{}: {detail}", path.display())]
+    Failed {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        detail: Arc<str>,
+    },
+}
+
+impl SqliteError {
+    /// Classifies an error of SQLite's for the file at `path`.
+    pub(crate) fn from_sqlite(error: &rusqlite::Error, path: &Path) -> Self {
+        let (path, detail) = (path.to_owned(), error.to_string().into());
+        match error.sqlite_error_code() {
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Busy { path },
+            Some(ErrorCode::DiskFull) => Self::Full { path },
+            // No code: the pages are intact and hold something that Headgate never writes.
+            None | Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+                Self::Damaged { path, detail }
+            }
+            Some(_) => Self::Failed { path, detail },
+        }
+    }
+
+    /// For an error of the operating system's.
+    pub(crate) fn failed(path: &Path, detail: impl Into<Arc<str>>) -> Self {
+        Self::Failed { path: path.to_owned(), detail: detail.into() }
+    }
+
+    /// Whether the transaction left no trace and the connection can still be used.
+    pub(crate) fn is_clean_rollback(&self) -> bool {
+        matches!(self, Self::Busy { .. } | Self::Full { .. })
+    }
+}

@@ -1,0 +1,250 @@
+//! Opening an SQLite file: who may read it, its locks and settings, its version, its pages.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+
+use super::SqliteError;
+
+/// What one of the databases is, and how its only writer opens it.
+pub(crate) struct SqliteProfile {
+    /// One step from each version of the format to the next; the first starts from an empty database. Their
+    /// number is the newest version.
+    pub(crate) migrations: &'static [&'static str],
+    /// Whether the one connection keeps everybody else out as long as it is open.
+    pub(crate) is_exclusive: bool,
+    /// Whether only the owner of the file may read it.
+    pub(crate) is_private: bool,
+    /// Whether all pages are checked when it is opened.
+    pub(crate) is_checked: bool,
+    /// How long the opening waits for a lock: another process may be reading the file, or the previous
+    /// gateway may not have quite ended.
+    pub(crate) open_lock_wait_max: Duration,
+    /// How long each later transaction waits for it.
+    pub(crate) lock_wait_max: Duration,
+    /// Other pragmas with their values.
+    pub(crate) pragmas: &'static [(&'static str, i64)],
+}
+
+impl SqliteProfile {
+    /// A database without tables, that others may read: what most profiles begin with.
+    pub(crate) const SHARED: Self = Self {
+        migrations: &[],
+        is_exclusive: false,
+        is_private: false,
+        is_checked: false,
+        open_lock_wait_max: Duration::from_secs(2),
+        lock_wait_max: Duration::from_secs(2),
+        pragmas: &[],
+    };
+
+    /// The newest version of the format.
+    pub(crate) const fn newest_version(&self) -> i64 {
+        self.migrations.len() as i64
+    }
+
+    /// Opens the database at `path`, or makes it, and brings it to the newest version. Its transactions are
+    /// synced before they count until the caller says otherwise.
+    ///
+    /// # Errors
+    /// [`SqliteError`], when this Headgate cannot or must not write it.
+    pub(crate) fn open(&self, path: &Path) -> Result<Connection, SqliteError> {
+        self.open_checked(path, self.is_checked)
+    }
+
+    /// As [`SqliteProfile::open`], after a failed transaction that leaves in doubt what the disk has of the
+    /// write-ahead log: a later successful sync says nothing about pages that the kernel gave up on. So
+    /// this copies the write-ahead log into the database and syncs it there before anything relies on it.
+    ///
+    /// # Errors
+    /// [`SqliteError`].
+    pub(crate) fn reopen(&self, path: &Path) -> Result<Connection, SqliteError> {
+        let connection = self.open_checked(path, false)?;
+        match checkpoint(&connection) {
+            Ok(true) => Ok(connection),
+            Ok(false) => Err(SqliteError::Busy { path: path.to_owned() }),
+            Err(error) => Err(SqliteError::from_sqlite(&error, path)),
+        }
+    }
+
+    /// A database of this kind that is in memory only.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub(crate) fn open_in_memory(&self) -> rusqlite::Result<Connection> {
+        let mut connection = Connection::open_in_memory()?;
+        self.migrate(&mut connection)?;
+        Ok(connection)
+    }
+
+    fn open_checked(&self, path: &Path, checks_pages: bool) -> Result<Connection, SqliteError> {
+        if self.is_private {
+            create_private(path).map_err(|error| SqliteError::failed(path, error.to_string()))?;
+        }
+        let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, path);
+        let mut connection = self.connect(path).map_err(failed)?;
+        let (version, known) = (read_user_version(&connection).map_err(failed)?, self.newest_version());
+        if version > known {
+            return Err(SqliteError::Newer { path: path.to_owned(), version, known });
+        }
+        if checks_pages {
+            let pages: String =
+                connection.pragma_query_value(None, "quick_check", |row| row.get(0)).map_err(failed)?;
+            if pages != "ok" {
+                return Err(SqliteError::Damaged { path: path.to_owned(), detail: pages.into() });
+            }
+        }
+        if version < known && !self.migrate(&mut connection).map_err(failed)? {
+            return Err(SqliteError::Foreign { path: path.to_owned() });
+        }
+        connection.busy_timeout(self.lock_wait_max).map_err(failed)?;
+        Ok(connection)
+    }
+
+    fn connect(&self, path: &Path) -> rusqlite::Result<Connection> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_CREATE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags)?;
+        connection.busy_timeout(self.open_lock_wait_max)?;
+        if self.is_exclusive {
+            connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+        }
+        connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        for (pragma, value) in self.pragmas {
+            connection.pragma_update(None, pragma, value)?;
+        }
+        if self.is_exclusive {
+            // Takes the lock, which is then kept.
+            connection.execute_batch("BEGIN EXCLUSIVE; COMMIT")?;
+        }
+        Ok(connection)
+    }
+
+    /// Brings a database of an older version, or an empty one, to the newest. `false` if it is none of ours:
+    /// it has tables and no version.
+    fn migrate(&self, connection: &mut Connection) -> rusqlite::Result<bool> {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        // Read again under the lock: another process may just have done it.
+        let version = read_user_version(&transaction)?;
+        let is_empty = "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)";
+        if version == 0 && !transaction.query_row(is_empty, [], |row| row.get(0))? {
+            return Ok(false);
+        }
+        let done = usize::try_from(version).unwrap_or(usize::MAX);
+        let Some(steps) = self.migrations.get(done..) else { return Ok(false) };
+        for step in steps {
+            transaction.execute_batch(step)?;
+        }
+        transaction.pragma_update(None, "user_version", self.newest_version())?;
+        transaction.commit()?;
+        Ok(true)
+    }
+}
+
+/// Creates an empty file if there is none, so that others can never read it, not even for a moment.
+/// SQLite gives its WAL files the same mode.
+fn create_private(path: &Path) -> io::Result<()> {
+    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        // The directory entry has to be durable as well as the contents.
+        Ok(_) => File::open(path.parent().unwrap_or(path))?.sync_all(),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            std::fs::set_permissions(path, Permissions::from_mode(0o600))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn read_user_version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.pragma_query_value(None, "user_version", |row| row.get(0))
+}
+
+/// Copies the write-ahead log into the database and syncs it. Returns whether it could: a connection that
+/// reads prevents it.
+///
+/// # Errors
+/// SQLite's.
+pub(crate) fn checkpoint(connection: &Connection) -> rusqlite::Result<bool> {
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0)).map(|busy| !busy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROFILE: SqliteProfile = SqliteProfile {
+        migrations: &[
+            "CREATE TABLE things (thing TEXT) STRICT",
+            "CREATE TABLE places (place TEXT) STRICT",
+            "DROP TABLE places",
+        ],
+        is_exclusive: true,
+        ..SqliteProfile::SHARED
+    };
+
+    fn by_hand(path: &Path, sql: &str) {
+        Connection::open(path).and_then(|connection| connection.execute_batch(sql)).expect("runs");
+    }
+
+    #[test]
+    fn a_database_is_made_once_and_found_again() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("things.db");
+        let connection = PROFILE.open(&path).expect("made");
+        connection.execute("INSERT INTO things VALUES ('a')", []).expect("written");
+        drop(connection);
+        let connection = PROFILE.reopen(&path).expect("found");
+        let things: i64 =
+            connection.query_row("SELECT count(*) FROM things", [], |row| row.get(0)).expect("read");
+        assert_eq!((things, read_user_version(&connection).expect("read")), (1, 3));
+    }
+
+    #[test]
+    fn a_file_that_a_crash_left_empty_becomes_a_database() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("things.db");
+        std::fs::write(&path, b"").expect("written");
+        assert_eq!(
+            PROFILE.open(&path).map(|connection| read_user_version(&connection).expect("read")),
+            Ok(3)
+        );
+    }
+
+    #[test]
+    fn what_is_not_ours_to_write_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let newer = dir.path().join("newer.db");
+        drop(PROFILE.open(&newer).expect("made"));
+        by_hand(&newer, "PRAGMA user_version = 4");
+        let error = PROFILE.open(&newer).expect_err("newer");
+        assert_eq!(error, SqliteError::Newer { path: newer.clone(), version: 4, known: 3 });
+        assert_eq!(read_user_version(&Connection::open(&newer).expect("opens")), Ok(4));
+
+        let foreign = dir.path().join("foreign.db");
+        by_hand(&foreign, "CREATE TABLE mine (x)");
+        assert_eq!(PROFILE.open(&foreign).expect_err("not ours"), SqliteError::Foreign { path: foreign });
+
+        let other = dir.path().join("other.db");
+        let text = "this is no database, and long enough to be seen not to be one".repeat(20);
+        std::fs::write(&other, &text).expect("written");
+        let error = PROFILE.open(&other).expect_err("no database");
+        assert!(matches!(error, SqliteError::Damaged { .. }), "{error}");
+        assert!(error.to_string().contains("other.db"), "{error}");
+        assert_eq!(std::fs::read(&other).expect("readable"), text.as_bytes());
+    }
+
+    #[test]
+    fn an_exclusive_database_has_one_owner() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("things.db");
+        let first = PROFILE.open(&path).expect("made");
+        assert_eq!(PROFILE.open(&path).expect_err("held"), SqliteError::Busy { path: path.clone() });
+        drop(first);
+        assert!(PROFILE.open(&path).is_ok());
+    }
+}

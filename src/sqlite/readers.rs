@@ -1,0 +1,63 @@
+//! Read-only connections to one SQLite file, kept between queries, while its one writer goes on.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rusqlite::{Connection, OpenFlags};
+
+use super::SqliteError;
+use crate::limits::QUERIES_MAX;
+
+/// How long a reader waits while another process has the whole database locked.
+const READER_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// Reads the file at a path. Blocks, so use it where blocking is allowed.
+pub(crate) struct SqliteReaders {
+    path: PathBuf,
+    /// Connections that nobody uses at the moment.
+    idle: Mutex<Vec<Connection>>,
+}
+
+impl SqliteReaders {
+    /// Readers of the database at `path`. None is open yet.
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self { path, idle: Mutex::default() }
+    }
+
+    /// Runs `read` on a snapshot of the database, whatever is written meanwhile.
+    ///
+    /// # Errors
+    /// [`SqliteError`], also for a file that is not there.
+    pub(crate) fn read<T>(
+        &self,
+        read: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, SqliteError> {
+        self.read_snapshot(read).map_err(|error| SqliteError::from_sqlite(&error, &self.path))
+    }
+
+    fn read_snapshot<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+        let idle = self.idle.lock().pop();
+        let mut connection = match idle {
+            Some(connection) => connection,
+            None => open_read_only(&self.path)?,
+        };
+        let answer = {
+            let transaction = connection.transaction()?;
+            read(&transaction)?
+        };
+        // A connection whose query failed is closed.
+        let mut idle = self.idle.lock();
+        if idle.len() < QUERIES_MAX {
+            idle.push(connection);
+        }
+        Ok(answer)
+    }
+}
+
+fn open_read_only(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(READER_LOCK_WAIT_MAX)?;
+    Ok(connection)
+}

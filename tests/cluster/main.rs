@@ -1,0 +1,11 @@
+//! Gateways in a cluster: their common registry, log and sessions in JetStream, what is promised while
+//! gateways and nats-servers are killed, and the script that runs a cluster on one machine.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod faults;
+mod log;
+mod registry;
+mod run;
+mod sessions;

@@ -1,0 +1,11 @@
+//! What an acknowledgement means on one machine: the log, what an `Idempotency-Key` keeps once, and that
+//! nothing acknowledged is lost when the process is killed or the machine fails it. A cluster's faults are
+//! in `tests/cluster`.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod crash;
+mod faults;
+mod log;
+mod once;

@@ -1,0 +1,10 @@
+//! HTTP, by the real binary over its sockets: the API and its description, the connections byte by byte, and
+//! the commands, which speak to a gateway over the API.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod api;
+mod cli;
+mod openapi;
+mod wire;
