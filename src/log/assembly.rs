@@ -6,9 +6,9 @@ use std::collections::HashMap;
 use super::SectionOutcome;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags};
 use super::once::{KeptRange, OnceId, put_release};
+use super::queue::WriterSubmission;
 use super::section::{Section, put_body};
 use super::window::DedupWindow;
-use super::writer::WriterSubmission;
 use crate::limits::{BATCH_BYTES_MAX, CLOCK_SKEW_MICROS_MAX};
 use crate::message::{Offset, TimeMicros};
 

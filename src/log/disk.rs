@@ -14,6 +14,8 @@ pub(super) trait Disk: Send + Sync {
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>>;
     /// Removes a file. That it is not there is no error.
     fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Gives a file another name.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Makes the directory's entries durable: files created and removed.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 }
@@ -50,6 +52,10 @@ impl Disk for FileSystem {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result,
         }
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

@@ -12,14 +12,16 @@ use tracing::error;
 
 use super::batch::Batch;
 use super::disk::{Disk, FileSystem};
+use super::queue::{WriterQueue, WriterSubmission};
 use super::recovery::{LostRanges, damage_report, open_error, open_segments, recover};
 use super::retention::{Hold, Holds};
 use super::section::Section;
 use super::segment::{FrameError, LogGap, SeekOutcome, Segment};
+use super::spare::SpareSegments;
 use super::tail::Tail;
 use super::window::DedupWindow;
 use super::withheld::WithheldRules;
-use super::writer::{LogWriter, WriterQueue, WriterSubmission};
+use super::writer::LogWriter;
 use super::{
     AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit,
     log_trouble,
@@ -47,6 +49,8 @@ pub(super) struct EmbeddedLogShared {
     /// The first write that failed for good.
     pub(super) failure: OnceLock<Arc<str>>,
     segments: RwLock<Segments>,
+    /// Bytes of the spare segments.
+    pub(super) spare_bytes: AtomicU64,
     pub(super) holds: Holds,
     pub(super) trouble: TroubleCell,
     accept_corruption: bool,
@@ -67,7 +71,8 @@ impl EmbeddedLogShared {
     }
 
     pub(super) fn disk_bytes(&self) -> u64 {
-        self.segments().values().map(|segment| segment.disk_bytes()).sum()
+        let segments: u64 = self.segments().values().map(|segment| segment.disk_bytes()).sum();
+        segments + self.spare_bytes.load(Ordering::Relaxed)
     }
 
     /// Reports a gap, once: its records are lost and the log goes on without them.
@@ -164,12 +169,14 @@ impl EmbeddedLog {
             });
             segments.insert(next_offset, current.clone());
         }
+        let spares = SpareSegments::find(&*disk, &dir)?;
         let shared = Arc::new(EmbeddedLogShared {
             queue: WriterQueue::default(),
             tail: Tail::new(recovered.next_offset),
             listener: OnceLock::new(),
             failure: OnceLock::new(),
             segments: RwLock::new(segments),
+            spare_bytes: AtomicU64::new(spares.bytes()),
             holds: Holds::new(),
             trouble: log_trouble(),
             accept_corruption: config.accept_corruption,
@@ -188,6 +195,7 @@ impl EmbeddedLog {
             next_offset: recovered.next_offset,
             time_max: recovered.time_max,
             window,
+            spares,
             unremovable: None,
             stay_s: dedup.dedup_window_s,
         };

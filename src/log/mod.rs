@@ -25,6 +25,7 @@
 //! - After a failed `fdatasync` nothing more is acknowledged until a restart, because the state of the
 //!   kernel's dirty pages is unknown. A want of disk, memory or descriptors is no such failure: the log
 //!   writes and syncs the same frames again, and takes records again as soon as that succeeds.
+//! - A segment that retention removes becomes the next one (`spare.rs`), unless somebody still reads it.
 //!
 //! What is on disk, byte by byte, is told in [`headgate_format::log`].
 //!
@@ -47,10 +48,12 @@ mod disk;
 mod embedded;
 mod jetstream;
 pub mod nats_message;
+mod queue;
 mod recovery;
 mod retention;
 mod segment;
 mod shelf;
+mod spare;
 mod tail;
 #[cfg(test)]
 mod tests;

@@ -1,15 +1,13 @@
 //! The writer: one thread that owns the end of the log. It drains all waiting submissions into one
 //! batch, makes it durable, and answers each of them.
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
-use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use super::assembly::{AssembledCommit, AssembledFrame, Assembly};
@@ -17,13 +15,15 @@ use super::batch::Batch;
 use super::disk::Disk;
 use super::embedded::EmbeddedLogShared;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags, FrameHeader};
-use super::once::{OnceId, OncePart, WindowStamp};
+use super::once::{OncePart, WindowStamp};
+use super::queue::WriterSubmission;
 use super::section::Section;
 use super::segment::Segment;
+use super::spare::SpareSegments;
 use super::window::DedupWindow;
 use super::{AppendError, CommitOutcome, SectionOutcome, retention};
 use crate::config::{self, Durability};
-use crate::limits::{BATCH_BYTES_MAX, SEGMENT_ALLOCATE_BYTES};
+use crate::limits::SEGMENT_ALLOCATE_BYTES;
 use crate::message::{Offset, TimeMicros, now_micros};
 
 /// The pause before a failed append is tried again.
@@ -32,113 +32,6 @@ const LOG_WRITE_RETRY_PAUSE: Duration = Duration::from_millis(50);
 const WRITER_IDLE_INTERVAL: Duration = Duration::from_secs(1);
 /// The largest size of a once part without releases and open exchanges.
 const ONCE_PART_BYTES_MAX: usize = 48;
-
-/// What one caller wants to append and release.
-pub(super) struct WriterSubmission {
-    pub(super) sections: Vec<Section>,
-    /// Released after the sections.
-    pub(super) releases: Vec<OnceId>,
-    /// Until then the writer waits out a transient failure.
-    pub(super) give_up_at: Instant,
-    pub(super) reply: oneshot::Sender<Result<CommitOutcome, AppendError>>,
-}
-
-impl WriterSubmission {
-    fn weight(&self) -> usize {
-        let sections: usize = self.sections.iter().map(Section::weight).sum();
-        sections + size_of_val(&*self.releases)
-    }
-
-    /// Whether there is nothing to make durable.
-    fn is_empty(&self) -> bool {
-        self.releases.is_empty() && self.sections.iter().all(|section| section.records() == 0)
-    }
-
-    /// Answers the caller, if it still waits.
-    fn answer(self, result: Result<CommitOutcome, AppendError>) {
-        let _ = self.reply.send(result);
-    }
-}
-
-/// Submissions that wait for the writer.
-#[derive(Default)]
-pub(super) struct WriterQueue {
-    state: Mutex<WriterQueueState>,
-    ready: Condvar,
-}
-
-#[derive(Default)]
-struct WriterQueueState {
-    submissions: VecDeque<WriterSubmission>,
-    closed: bool,
-}
-
-impl WriterQueue {
-    /// Adds a submission, or answers it at once if the queue is closed.
-    pub(super) fn push(&self, submission: WriterSubmission) {
-        let mut waiting = self.locked();
-        if waiting.closed {
-            drop(waiting);
-            return submission.answer(Err(AppendError::Closed));
-        }
-        waiting.submissions.push_back(submission);
-        let first = waiting.submissions.len() == 1;
-        drop(waiting);
-        if first {
-            self.ready.notify_one();
-        }
-    }
-
-    /// Closes the queue; the writer ends once it has committed what waits.
-    pub(super) fn close(&self) {
-        self.locked().closed = true;
-        self.ready.notify_one();
-    }
-
-    /// Closes the queue and answers every submission in it: there is no writer any more.
-    pub(super) fn abandon(&self) {
-        let left = {
-            let mut waiting = self.locked();
-            waiting.closed = true;
-            std::mem::take(&mut waiting.submissions)
-        };
-        left.into_iter().for_each(|submission| submission.answer(Err(AppendError::Closed)));
-    }
-
-    /// Moves waiting submissions to `group`, up to the size of a batch; waits up to `wait` if there are
-    /// none. Returns whether the queue is closed and empty.
-    fn take(&self, group: &mut Vec<WriterSubmission>, wait: Duration) -> bool {
-        let mut waiting = self.locked();
-        if waiting.submissions.is_empty() && !waiting.closed {
-            self.ready.wait_for(&mut waiting, wait);
-        }
-        let mut weight: usize = group.iter().map(WriterSubmission::weight).sum();
-        while let Some(submission) = waiting.submissions.front() {
-            if weight > 0 && weight + submission.weight() > BATCH_BYTES_MAX {
-                break;
-            }
-            weight += submission.weight();
-            group.extend(waiting.submissions.pop_front());
-        }
-        waiting.closed && waiting.submissions.is_empty()
-    }
-
-    /// Takes out the submissions whose time to give up has come.
-    fn take_expired(&self, now: Instant) -> Vec<WriterSubmission> {
-        let mut waiting = self.locked();
-        if waiting.submissions.iter().all(|s| s.give_up_at > now) {
-            return Vec::new();
-        }
-        let all = std::mem::take(&mut waiting.submissions);
-        let (expired, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(|s| s.give_up_at <= now);
-        waiting.submissions = kept.into();
-        expired
-    }
-
-    fn locked(&self) -> MutexGuard<'_, WriterQueueState> {
-        self.state.lock()
-    }
-}
 
 /// The state of the writer's thread.
 pub(super) struct LogWriter {
@@ -153,6 +46,8 @@ pub(super) struct LogWriter {
     pub(super) time_max: TimeMicros,
     /// The known ids.
     pub(super) window: DedupWindow,
+    /// Files that the next segments are written over.
+    pub(super) spares: SpareSegments,
     /// The segment that retention could not remove, so that it is reported once.
     pub(super) unremovable: Option<Offset>,
     /// The least age of a segment that retention may remove, so that the window can be rebuilt: see
@@ -184,6 +79,10 @@ impl LogWriter {
                     }
                 }
                 Err(error) => {
+                    if matches!(error, AppendError::DiskFull) {
+                        self.spares.give_back(&*self.disk);
+                        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
+                    }
                     self.shared.trouble.set(Some(error.to_string()));
                     self.give_up(&error, &mut group, closed);
                     stalled = true;
@@ -282,25 +181,34 @@ impl LogWriter {
             self.current.sync().map_err(|e| self.write_error(e))?;
         }
         let segment =
-            Segment::create(&*self.disk, &self.dir, first_offset).map_err(|e| self.write_error(e))?;
+            self.spares.create(&*self.disk, &self.dir, first_offset).map_err(|e| self.write_error(e));
+        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
+        let segment = segment?;
         self.current = Arc::new(segment);
         self.shared.segments_mut().insert(first_offset, self.current.clone());
         Ok(())
     }
 
-    /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit.
+    /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit. A spare
+    /// segment takes no more room when it becomes one of the log.
     fn make_room(&mut self, incoming_bytes: u64) -> Result<(), AppendError> {
         let removable: Vec<_> = {
             let segments = self.shared.segments();
             let held = self.shared.holds.lowest();
             let (config, stay_s, now) = (&self.config, self.stay_s, now_micros());
+            let incoming_bytes = self.spares.bytes() + self.beside_spare(incoming_bytes);
             let count = retention::removable(&segments, config, stay_s, held, now, incoming_bytes);
             segments.values().take(count).cloned().collect()
         };
         for segment in removable {
             // One after the other, durably: a segment that stays while a later one is gone would be a gap,
             // which the next start would take for damage.
-            let removed = self.disk.remove(segment.path()).and_then(|()| self.disk.sync_dir(&self.dir));
+            let has_budget = self.shared.disk_bytes() + incoming_bytes <= self.config.retention_bytes;
+            let keeps = self.spares.is_empty() || self.spares.has_room() && has_budget;
+            let removed = match keeps {
+                true => self.spares.keep(&*self.disk, segment.clone()),
+                false => self.disk.remove(segment.path()),
+            };
             if let Err(error) = removed {
                 if self.unremovable.replace(segment.first_offset) != Some(segment.first_offset) {
                     warn!(%error, path = %segment.path().display(), "retention cannot remove a segment");
@@ -309,12 +217,21 @@ impl LogWriter {
             }
             let first_offset = segment.first_offset;
             self.shared.segments_mut().remove(&first_offset);
+            self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
             info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment");
+            if self.disk.sync_dir(&self.dir).is_err() {
+                break;
+            }
         }
-        if self.shared.disk_bytes() + incoming_bytes > self.config.retention_bytes {
+        if self.shared.disk_bytes() + self.beside_spare(incoming_bytes) > self.config.retention_bytes {
             return Err(AppendError::Budget { retention_bytes: self.config.retention_bytes });
         }
         Ok(())
+    }
+
+    /// How many of `incoming_bytes` a spare segment has no room for.
+    fn beside_spare(&self, incoming_bytes: u64) -> u64 {
+        incoming_bytes.saturating_sub(self.spares.next_bytes())
     }
 
     /// Idle work: retention, and checking whether a trouble is over.

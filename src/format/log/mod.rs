@@ -60,9 +60,12 @@
 //! comes from a newer version, and the log does not open.
 //!
 //! A segment's file is preallocated a few megabytes at a time and holds zeros behind the last
-//! frame. When the next frame does not fit, the file is cut to its frames and a new one begins. A commit
+//! frame, or what an earlier life of the file left. When the next frame does not fit, the file is cut to its frames and a new one begins. A commit
 //! that is larger than a few megabytes is several frames; they lie in one segment, and without the
 //! last of them none counts.
+//!
+//! A segment that retention removes may become a spare one (`.spare` for `.log`), which is written over as a new
+//! segment: with a header, a secret and a name of its own, and behind its end what it held before.
 //!
 //! # Why nobody but the log can make a frame
 //!

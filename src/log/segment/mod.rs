@@ -95,6 +95,33 @@ impl Segment {
         Ok(Self::with_header(&header, path, file, SEGMENT_HEADER_BYTES as u64, Some(Vec::new())))
     }
 
+    /// Makes a new segment, durably, from a file that was one: its path, the file, and its bytes.
+    pub(super) fn create_over(
+        disk: &dyn Disk,
+        dir: &Path,
+        first_offset: Offset,
+        (former, file, bytes): (&Path, Arc<dyn SegmentFile>, u64),
+    ) -> io::Result<Self> {
+        let path = Self::path_of(dir, first_offset);
+        let header = SegmentHeader::new(first_offset, now_micros())?;
+        // The header comes before the name: under its name the file is a segment.
+        file.write_all_at(&header.encode(), 0)?;
+        file.sync_data()?;
+        disk.rename(former, &path)?;
+        if let Err(error) = disk.sync_dir(dir) {
+            let _ = disk.remove(&path);
+            return Err(error);
+        }
+        let segment = Self::with_header(&header, path, file, bytes, Some(Vec::new()));
+        segment.end.store(segment.begin, Ordering::Release);
+        Ok(segment)
+    }
+
+    /// The file, to be written over once nobody reads the segment any more.
+    pub(super) fn file(&self) -> Arc<dyn SegmentFile> {
+        self.file.clone()
+    }
+
     /// Opens an existing segment and reads its header, no more.
     ///
     /// # Errors

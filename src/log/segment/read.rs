@@ -292,6 +292,13 @@ impl Segment {
         Ok(())
     }
 
+    /// Whether a frame of this segment may begin at `position`. Before version 3 anything may be one.
+    pub(super) fn has_mark_at(&self, position: u64) -> Result<bool, FrameError> {
+        let mut mark = [0; FRAME_MARK_BYTES];
+        let read = self.file.read_at(&mut mark, position).map_err(|e| self.io_error(e))?;
+        Ok(self.format.key().is_none_or(|key| key.find_mark(&mark[..read]).is_some()))
+    }
+
     /// How many bytes behind `position` were written: up to the last that is not zero.
     pub(super) fn written_bytes_from(&self, position: u64) -> Result<u64, FrameError> {
         let mut written = 0;

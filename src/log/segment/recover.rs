@@ -95,7 +95,9 @@ impl Segment {
             (step, complete) = (resumed, resumed);
         }
         index.retain(|mark| mark.position < complete.position);
-        let cut_bytes = self.written_bytes_from(complete.position.min(file_bytes))?;
+        // In a file with an earlier life other bytes may follow: those are no write of this one.
+        let is_write = self.has_mark_at(complete.position)?;
+        let cut_bytes = if is_write { self.written_bytes_from(complete.position)? } else { 0 };
         self.end.store(complete.position, Ordering::Release);
         self.next_write.store(complete.write_number.map_or(0, |number| number + 1), Ordering::Relaxed);
         *self.index.lock() = Some(index);

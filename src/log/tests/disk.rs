@@ -11,7 +11,7 @@ use super::*;
 /// What is on the disk, what is still on its way there, and which call fails.
 #[derive(Default)]
 struct ModelDisk {
-    files: Mutex<BTreeMap<PathBuf, ModelContent>>,
+    files: Mutex<BTreeMap<PathBuf, Arc<Mutex<ModelContent>>>>,
     calls: AtomicUsize,
     /// The call that fails, counted from 0, with this error.
     fails: Mutex<Option<(usize, i32)>>,
@@ -54,13 +54,10 @@ impl ModelDisk {
         }
     }
 
-    fn change(&self, path: &Path, change: ModelChange) {
-        self.files.lock().entry(path.to_owned()).or_default().pending.push(change);
-    }
-
     /// Loses power: of what was not synced, each sector of 512 bytes for which `reached` says so is there.
     fn lose_power(&self, mut reached: impl FnMut() -> bool) {
-        for (path, content) in &mut *self.files.lock() {
+        for (path, content) in &*self.files.lock() {
+            let content = &mut *content.lock();
             for change in std::mem::take(&mut content.pending) {
                 match change {
                     ModelChange::Write(at, bytes) => {
@@ -86,16 +83,14 @@ impl ModelDisk {
 
 struct OnModel(Arc<ModelDisk>);
 
-struct ModelFile(Arc<dyn SegmentFile>, PathBuf, Arc<ModelDisk>);
+struct ModelFile(Arc<dyn SegmentFile>, Arc<Mutex<ModelContent>>, Arc<ModelDisk>);
 
 impl Disk for OnModel {
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>> {
         self.0.call()?;
         let file = FileSystem.open(path, create)?;
-        if create {
-            self.0.files.lock().insert(path.to_owned(), ModelContent::default());
-        }
-        Ok(Arc::new(ModelFile(file, path.to_owned(), self.0.clone())))
+        let content = self.0.files.lock().entry(path.to_owned()).or_default().clone();
+        Ok(Arc::new(ModelFile(file, content, self.0.clone())))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
@@ -105,6 +100,18 @@ impl Disk for OnModel {
         }
         self.0.files.lock().remove(path);
         FileSystem.remove(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.call()?;
+        if self.0.unremovable.lock().as_deref() == Some(from) {
+            return Err(io::Error::from_raw_os_error(libc::EPERM));
+        }
+        let mut files = self.0.files.lock();
+        if let Some(content) = files.remove(from) {
+            files.insert(to.to_owned(), content);
+        }
+        FileSystem.rename(from, to)
     }
 
     fn sync_dir(&self, _: &Path) -> io::Result<()> {
@@ -124,14 +131,13 @@ impl SegmentFile for ModelFile {
         let bytes = if called.is_err() { &bytes[..bytes.len() / 2] } else { bytes };
         self.0.write_all_at(bytes, position)?;
         let at = usize::try_from(position).expect("small");
-        self.2.change(&self.1, ModelChange::Write(at, bytes.to_vec()));
+        self.1.lock().pending.push(ModelChange::Write(at, bytes.to_vec()));
         called
     }
 
     fn sync_data(&self) -> io::Result<()> {
         self.2.call()?;
-        let mut files = self.2.files.lock();
-        let content = files.entry(self.1.clone()).or_default();
+        let content = &mut *self.1.lock();
         match *self.2.sync_fails.lock() {
             Some(libc::EIO) => content.pending.clear(),
             Some(_) => {}
@@ -144,14 +150,14 @@ impl SegmentFile for ModelFile {
         self.2.call()?;
         let length = self.0.len()?.max(position + bytes);
         self.0.set_len(length)?;
-        self.2.change(&self.1, ModelChange::Length(usize::try_from(length).expect("small")));
+        self.1.lock().pending.push(ModelChange::Length(usize::try_from(length).expect("small")));
         Ok(())
     }
 
     fn set_len(&self, bytes: u64) -> io::Result<()> {
         self.2.call()?;
         self.0.set_len(bytes)?;
-        self.2.change(&self.1, ModelChange::Length(usize::try_from(bytes).expect("small")));
+        self.1.lock().pending.push(ModelChange::Length(usize::try_from(bytes).expect("small")));
         Ok(())
     }
 
@@ -261,6 +267,45 @@ fn a_segment_that_cannot_be_removed_keeps_those_behind_it_and_stops_no_start() {
     *model.unremovable.lock() = None;
     assert_eq!(fill(&log), full + 36);
     assert!(log.first_offset() > 0);
+}
+
+/// Segments that retention removes become the next ones, with all that was in them.
+#[test]
+fn what_an_earlier_life_of_the_file_left_behind_the_end_is_never_read() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    assert_eq!(fill(&log), 36);
+    let newest = |log: &EmbeddedLog| {
+        let segment = (0..log.next_offset())
+            .rev()
+            .map(|n| super::super::segment::Segment::path_of(&dir.path().join("log"), n));
+        let path = segment.into_iter().find(|path| path.exists()).expect("a segment");
+        (path.clone(), fs::read(path).expect("readable"))
+    };
+    // A segment's second record, with room for a third behind it.
+    let (path, before) = loop {
+        let (path, before) = newest(&log);
+        append(&log, &[&payload(log.next_offset())]).expect("kept");
+        let frames = frame_starts(&path).len() - 1;
+        if path == newest(&log).0 && frames == 2 {
+            break (path, before);
+        }
+    };
+    let next = log.next_offset();
+    let (_, after) = newest(&log);
+    let starts = frame_starts(&path);
+    assert!(after[starts[2]..].iter().any(|byte| *byte != 0), "the file had an earlier life");
+    drop(log);
+    for cut in (starts[1]..starts[2]).step_by(61).chain([starts[2]]) {
+        let mut torn = after.clone();
+        torn[cut..starts[2]].copy_from_slice(&before[cut..starts[2]]);
+        fs::write(&path, &torn).expect("writable");
+        let log = open(dir.path(), &small()).expect("a torn end is no damage");
+        let whole = torn == after;
+        assert_eq!(log.next_offset(), if whole { next } else { next - 1 }, "torn at {cut}");
+        assert_kept(&log, next - 1, "with an earlier life behind the end");
+        drop(log);
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What the log may find where it looks for frames: frames that somebody else made, frames of its own that do
 //! not count, and frames that are damaged.
 
+use super::versions::copy_of;
 use super::*;
 use crate::limits::BATCH_BYTES_MAX;
 
@@ -397,6 +398,11 @@ proptest! {
                     let written = if torn == path { before.len() } else { super::super::segment::SEGMENT_HEADER_BYTES };
                     after.truncate(written + at.index(after.len() - written));
                     fs::write(&torn, after).expect("writable");
+                    // Where the clean end found no room, it has begun another segment.
+                    let (last, _) = newest(dir.path());
+                    if last != torn {
+                        fs::remove_file(last).expect("removable");
+                    }
                     log = open(dir.path(), &small()).expect("a torn end is no damage");
                 }
                 Step::Flip(at, bit) => check_flip(dir.path(), &model, at, bit),

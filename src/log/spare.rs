@@ -1,0 +1,150 @@
+//! Spare segments: files that retention has taken out of the log, kept to be written over. A sync of a block
+//! that was written before costs little more than half of one of a block that was only reserved, because
+//! the file system need not note that it is written now.
+//!
+//! A frame of an earlier life of the file is never taken for a new one: each life has a secret of its own.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tracing::debug;
+
+use super::disk::{Disk, SegmentFile};
+use super::segment::Segment;
+use crate::message::Offset;
+
+/// Spare segments at once.
+const SPARE_SEGMENTS_MAX: usize = 2;
+
+/// A file that the log may write over.
+struct SpareSegment {
+    path: PathBuf,
+    file: Arc<dyn SegmentFile>,
+    bytes: u64,
+    /// The segment that it was: a reader may still be in it.
+    former: Option<Arc<Segment>>,
+}
+
+/// The spare segments of a log.
+#[derive(Default)]
+pub(super) struct SpareSegments(Vec<SpareSegment>);
+
+impl SpareSegments {
+    /// Finds what an earlier run left in `dir`.
+    pub(super) fn find(disk: &dyn Disk, dir: &Path) -> io::Result<Self> {
+        let mut found = Self::default();
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.extension().is_none_or(|name| name != "spare")
+                || Segment::offset_of(&path.with_extension("log")).is_none()
+            {
+                continue;
+            }
+            if found.has_room() {
+                let file = disk.open(&path, false)?;
+                let bytes = file.len()?;
+                found.0.push(SpareSegment { path, file, bytes, former: None });
+            } else {
+                disk.remove(&path)?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether another one may be kept.
+    pub(super) fn has_room(&self) -> bool {
+        self.0.len() < SPARE_SEGMENTS_MAX
+    }
+
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Their size on disk, in bytes.
+    pub(super) fn bytes(&self) -> u64 {
+        self.0.iter().map(|spare| spare.bytes).sum()
+    }
+
+    /// The size of the one that is taken next, in bytes; 0 if none can be.
+    pub(super) fn next_bytes(&self) -> u64 {
+        self.0.iter().find(|spare| spare.is_free()).map_or(0, |spare| spare.bytes)
+    }
+
+    /// Takes a segment's file out of the log, which makes it no segment: call [`Disk::sync_dir`].
+    pub(super) fn keep(&mut self, disk: &dyn Disk, segment: Arc<Segment>) -> io::Result<()> {
+        let path = segment.path().with_extension("spare");
+        disk.rename(segment.path(), &path)?;
+        let (file, bytes) = (segment.file(), segment.disk_bytes());
+        self.0.push(SpareSegment { path, file, bytes, former: Some(segment) });
+        Ok(())
+    }
+
+    /// Gives the room of one back.
+    pub(super) fn give_back(&mut self, disk: &dyn Disk) {
+        if let Some(spare) = self.0.pop()
+            && let Err(error) = disk.remove(&spare.path)
+        {
+            debug!(%error, path = %spare.path.display(), "a spare segment could not be removed");
+        }
+    }
+
+    /// Makes a new segment, durably, from a spare one if there is one that nobody reads.
+    pub(super) fn create(
+        &mut self,
+        disk: &dyn Disk,
+        dir: &Path,
+        first_offset: Offset,
+    ) -> io::Result<Segment> {
+        let Some(free) = self.0.iter().position(SpareSegment::is_free) else {
+            return Segment::create(disk, dir, first_offset);
+        };
+        let SpareSegment { path, file, bytes, .. } = self.0.remove(free);
+        let made = Segment::create_over(disk, dir, first_offset, (&path, file, bytes));
+        if let Err(error) = &made {
+            // The next try makes a new file; this one may be in no order.
+            let _ = disk.remove(&path);
+            debug!(%error, path = %path.display(), "a spare segment could not be used");
+        }
+        made
+    }
+}
+
+impl SpareSegment {
+    /// Whether no reader is left in it. None can come: it is not in the log.
+    fn is_free(&self) -> bool {
+        self.former.as_ref().is_none_or(|former| Arc::strong_count(former) == 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::super::disk::FileSystem;
+    use super::*;
+
+    #[test]
+    fn a_file_is_written_over_once_nobody_reads_it_and_what_an_earlier_run_left_is_found() {
+        let dir = TempDir::new().expect("temporary directory");
+        let segment = |offset| Arc::new(Segment::create(&FileSystem, dir.path(), offset).expect("made"));
+        let mut spares = SpareSegments::default();
+        let (read, unread) = (segment(0), segment(10));
+        spares.keep(&FileSystem, read.clone()).expect("kept");
+        assert_eq!((spares.next_bytes(), spares.has_room()), (0, true), "a reader is in it");
+        let new = spares.create(&FileSystem, dir.path(), 20).expect("made");
+        assert!(spares.bytes() > 0, "of a new file: {}", new.path().display());
+        spares.keep(&FileSystem, unread).expect("kept");
+        assert!(spares.next_bytes() > 0 && !spares.has_room());
+        let over = spares.create(&FileSystem, dir.path(), 30).expect("made");
+        assert!(!over.has_frames() && over.is_newest_version());
+        assert!(spares.has_room() && !spares.is_empty());
+
+        let mut found = SpareSegments::find(&FileSystem, dir.path()).expect("found");
+        assert_eq!(found.bytes(), spares.bytes(), "the one with the reader, who is gone with the run");
+        found.create(&FileSystem, dir.path(), 40).expect("made");
+        assert!(found.is_empty() && Segment::path_of(dir.path(), 40).exists());
+        drop(read);
+    }
+}
