@@ -100,7 +100,7 @@ fn free_bytes(path: &Path) -> Option<u64> {
         }
         stats
     };
-    Some(u64::from(stats.f_bavail).saturating_mul(u64::from(stats.f_frsize)))
+    Some(stats.f_bavail.saturating_mul(stats.f_frsize))
 }
 
 #[cfg(test)]
