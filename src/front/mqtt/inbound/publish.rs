@@ -61,7 +61,7 @@ impl Inbound {
             draft
         });
         let exchange =
-            (publish.qos == 2).then(|| Exchange { session: self.session, packet_id: publish.packet_id });
+            (publish.qos == 2).then_some(Exchange { session: self.session, packet_id: publish.packet_id });
         if std::mem::take(&mut self.paid) {
             draft.mark_paid();
         }
