@@ -72,14 +72,20 @@ enum ClientExchange {
     Open,
 }
 
+/// A draft on its way into the log, and number, origin and place of each of its messages.
+struct PendingDraft {
+    admitted: AdmittedDraft,
+    messages: Vec<(u64, usize, usize)>,
+}
+
 #[derive(Default)]
 struct ModelConnection {
     /// By packet identifier; others are free.
     exchanges: BTreeMap<u16, ClientExchange>,
     /// How many exchanges each packet identifier has had.
     rounds: HashMap<u16, u32>,
-    /// Drafts that are not answered, with number, origin and place of each message.
-    pending: VecDeque<(AdmittedDraft, Vec<(u64, usize, usize)>)>,
+    /// Drafts that are not answered.
+    pending: VecDeque<PendingDraft>,
 }
 
 impl ModelConnection {
@@ -242,7 +248,7 @@ impl ModelRun {
             self.end_key(tenant).await;
         }
         let admitted = self.gateway().intake.admit(draft).await.expect("room");
-        self.connections[connection].pending.push_back((admitted, messages));
+        self.connections[connection].pending.push_back(PendingDraft { admitted, messages });
     }
 
     /// The number of the next message, and its packet identifier at QoS 2.
@@ -273,7 +279,8 @@ impl ModelRun {
     }
 
     async fn take_answer(&mut self, connection: usize) {
-        let Some((admitted, messages)) = self.connections[connection].pending.pop_front() else { return };
+        let pending = self.connections[connection].pending.pop_front();
+        let Some(PendingDraft { admitted, messages }) = pending else { return };
         let outcomes = admitted.await.expect("the disk is sound").outcomes;
         for (number, origin, place) in messages {
             let message = self.sent[usize::try_from(number).expect("few")].clone();

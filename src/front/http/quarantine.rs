@@ -79,7 +79,7 @@ struct RedriveRequest {
 struct RedriveResponse {
     /// Messages let in now.
     redriven: u64,
-    /// Messages that an earlier redrive let in.
+    /// Messages that an earlier redrive let in, or a corrected message with the same id took the place of.
     duplicates: u64,
     /// Messages that still fail: they stay in quarantine.
     failing: u64,
