@@ -3,7 +3,7 @@
 //!
 //! A valid key is accepted even if others have failed at the same address: a whole factory may share it.
 //! So a key is looked up first (a malformed key costs neither hash nor lookup, see
-//! [`Digest::of_presented`](super::Digest::from_presented)), and only a failure is counted. A lookup is
+//! [`Digest::from_presented`](super::Digest::from_presented)), and only a failure is counted. A lookup is
 //! cheaper than a count and helps nobody to guess: a key has 256 bits.
 //!
 //! The counters are [`RateBucket`]s in a fixed table, indexed by a keyed hash of the address. However many
@@ -56,7 +56,7 @@ impl AuthFailures {
 
 impl fmt::Debug for AuthFailures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Failures").field("rate", &self.rate).finish_non_exhaustive()
+        f.debug_struct("AuthFailures").field("rate", &self.rate).finish_non_exhaustive()
     }
 }
 

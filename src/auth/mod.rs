@@ -1,18 +1,22 @@
 //! Authorization: API keys, the registry of datasources and keys, and the authorizer that turns a
 //! presented key into a grant or a denial.
 //!
-//! **A revocation** goes one way, like a PUBLISH: `src/front/http/keys.rs` takes the `DELETE` and asks the
-//! registry (`registry/keys.rs`), which makes one change (`registry/mod.rs`): a transaction of the key's row and
-//! its audit entry (`registry/transaction.rs`), durable in `registry.db` or, in a cluster, in the bucket
-//! (`registry/cluster/bucket.rs`). Then the key leaves the live view (`registry/live.rs`), where no lookup finds it
-//! any more; its lease ends, which stops the messages under it that are past the lookup (`registry/key.rs`); its
-//! connections are told to close (`connections.rs`). In a cluster the change now waits for the other nodes: each
-//! follows the bucket (`registry/cluster/follower.rs`), does the same to its own live view
-//! (`registry/remote_changes.rs`) and settles. Back at the front, `Intake::settle` (`src/intake/mod.rs`) passes a
-//! barrier through the log, behind which nothing under the key can be appended, and waits until the last
-//! connection has left; then the call is answered. A key that expires (`registry/deadlines.rs`), one that is
-//! rotated away (`registry/rotations.rs`), a leak report (`registry/leaks.rs`) and a deleted datasource
-//! (`registry/datasources.rs`) join that way at the transaction.
+//! **A revocation** goes one way, like a PUBLISH:
+//!
+//! | file | what happens |
+//! |---|---|
+//! | `src/front/http/keys.rs` | takes the `DELETE` and asks the registry |
+//! | `registry/keys.rs`, `registry/mod.rs` | make one change |
+//! | `registry/transaction.rs` | the key's row and its audit entry, durable in `registry.db` or, in a cluster, in the bucket (`registry/cluster/bucket.rs`) |
+//! | `registry/live.rs` | the key leaves the live view: no lookup finds it any more |
+//! | `registry/key.rs` | its lease ends, which stops the messages under it that are past the lookup |
+//! | `connections.rs` | its connections are told to close |
+//! | `registry/cluster/follower.rs`, `registry/remote_changes.rs` | in a cluster: every other node does the same to its own live view and settles; the change waits for them |
+//! | `src/intake/mod.rs` | `Intake::settle` passes a barrier through the log, behind which nothing under the key can be appended, and waits until the last connection has left; then the call is answered |
+//!
+//! These join at the transaction: a key that expires (`registry/deadlines.rs`) or is rotated away
+//! (`registry/rotations.rs`), a leak report (`registry/leaks.rs`), and a deleted datasource
+//! (`registry/datasources.rs`).
 
 pub mod authorizer;
 pub mod connections;

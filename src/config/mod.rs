@@ -235,6 +235,12 @@ impl Config {
             self.http.body_bytes_max,
             "it has to be at most half of intake.in_flight_bytes_max",
         )?;
+        require(
+            self.http.body_bytes_max <= limits::HTTP_BODY_BYTES_LIMIT,
+            "http.body_bytes_max",
+            self.http.body_bytes_max,
+            "it has to be at most 64 MiB: the messages of a request with an id are one frame of the log",
+        )?;
         self.log.check()?;
         self.nats.check(self.log.backend)?;
         self.storage.check()

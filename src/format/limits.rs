@@ -180,6 +180,13 @@ pub const RETRY_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
 pub const REVOCATION_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 /// Bytes of one commit of the log; more waits for the next.
 pub const BATCH_BYTES_MAX: usize = 4 << 20;
+/// The body of one frame of the log. The writer splits what is larger, and readers trust it.
+pub const FRAME_BODY_BYTES_MAX: usize = 256 << 20;
+/// What the log takes and cannot split: a record, or a section that is kept once.
+pub const FRAME_PART_BYTES_MAX: usize = FRAME_BODY_BYTES_MAX / 2;
+/// The largest `http.body_bytes_max`: the messages of one request, with what the log adds to each, fit in
+/// one frame, as they have to if the request has an id.
+pub const HTTP_BODY_BYTES_LIMIT: usize = FRAME_PART_BYTES_MAX / 2;
 /// Default: a segment file of the log.
 pub const SEGMENT_BYTES: u64 = 64 << 20;
 /// Bytes of a segment file allocated ahead of writing.
@@ -243,6 +250,11 @@ pub const REFUSALS_DEFAULT: usize = 100;
 // One message with all its properties fits in one commit, and one commit in one segment.
 const _: () = assert!(MQTT_PACKET_BYTES_MAX + TOPIC_BYTES_MAX < BATCH_BYTES_MAX);
 const _: () = assert!((BATCH_BYTES_MAX as u64) < SEGMENT_BYTES);
+// A frame's worst: a part that cannot be split, and 32 bytes of each open exchange and 20 of each released one.
+const _: () =
+    assert!(FRAME_PART_BYTES_MAX + BATCH_BYTES_MAX + 52 * EXCHANGES_OPEN_MAX < FRAME_BODY_BYTES_MAX);
+const _: () =
+    assert!(HTTP_BODY_BYTES_LIMIT + HTTP_MESSAGES_MAX * 64 + 2 * TOPIC_BYTES_MAX < FRAME_PART_BYTES_MAX);
 const _: () = assert!(PAYLOAD_BYTES_MAX + NATS_HEADERS_BYTES_MAX + TOPIC_BYTES_MAX < BATCH_BYTES_MAX);
 const _: () = assert!(HTTP_BODY_BYTES_MAX < IN_FLIGHT_BYTES_MAX);
 const _: () = assert!(HTTP_BODY_BYTES_MAX <= HTTP_BODIES_BYTES_MAX / 2);

@@ -133,7 +133,7 @@ impl Draft {
 
     /// Checks one message against `grant` and adds it. `datasource` is the one that the front's
     /// address names; `None` takes the key's own or, for a `*` key, the topic's first level.
-    /// Returns the origin of the message: an index into [`Accepted::outcomes`]. A message with an id or
+    /// Returns the origin of the message: an index into `DurableDraft::outcomes`. A message with an id or
     /// exchange of its own is an origin of its own.
     ///
     /// # Errors

@@ -113,6 +113,8 @@ impl Refusal {
             Refusal::Busy { .. } => Cause::Busy,
             Refusal::Log(AppendError::DiskFull) => Cause::DiskFull,
             Refusal::Log(AppendError::Budget { .. }) => Cause::LogBudget,
+            Refusal::Log(AppendError::Starved(_)) => Cause::LogStarved,
+            Refusal::Log(AppendError::TooLarge { .. }) => Cause::LogTooLarge,
             Refusal::Log(AppendError::Failed(_)) => Cause::LogFailed,
             Refusal::Log(AppendError::Away(_)) => Cause::LogAway,
             Refusal::Log(AppendError::Unknown(_)) => Cause::LogUnknown,

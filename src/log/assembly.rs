@@ -4,12 +4,12 @@
 use std::collections::HashMap;
 
 use super::SectionOutcome;
-use super::frame::FRAME_HEADER_BYTES;
+use super::frame::{FRAME_HEADER_BYTES, FrameFlags};
 use super::once::{KeptRange, OnceId, put_release};
 use super::section::{Section, put_body};
 use super::window::DedupWindow;
 use super::writer::WriterSubmission;
-use crate::limits::CLOCK_SKEW_MICROS_MAX;
+use crate::limits::{BATCH_BYTES_MAX, CLOCK_SKEW_MICROS_MAX};
 use crate::message::{Offset, TimeMicros};
 
 /// A batch while it is put together.
@@ -18,42 +18,59 @@ pub(super) struct Assembly<'a> {
     /// Ids of this batch: what it keeps under each, `None` for a released one. The window learns of
     /// them only when the batch is durable.
     ids: HashMap<OnceId, Option<KeptRange>>,
-    releases: Vec<u8>,
-    first_offset: Offset,
+    /// The released ids, each with the number of sections before it.
+    releases: Vec<(usize, OnceId)>,
     next_offset: Offset,
     time_max: TimeMicros,
-    /// The approximate size of its sections, in bytes.
-    weight: usize,
     /// How many sections are in it.
-    sections: u32,
-    has_retained: bool,
-    has_notes: bool,
+    sections: usize,
 }
 
-/// A batch that is ready to be written.
-pub(super) struct AssembledBatch {
-    /// Room for a frame's header, then the body.
-    pub(super) frame: Vec<u8>,
-    pub(super) records: u32,
+/// A commit that is ready to be written: a batch in one frame, or in several if it is large.
+pub(super) struct AssembledCommit {
+    pub(super) frames: Vec<AssembledFrame>,
     /// The newest `received_at` in it and before it.
     pub(super) time_max: TimeMicros,
-    /// Whether one of its records is to be retained.
-    pub(super) has_retained: bool,
-    /// Whether one of its records has a note.
-    pub(super) has_notes: bool,
-    /// Whether it keeps or releases an id.
-    pub(super) has_ids: bool,
-    /// The releases, encoded for [`Once`](super::once::OncePart).
+}
+
+/// A frame that lacks its once part and its header.
+#[derive(Default)]
+pub(super) struct AssembledFrame {
+    /// Room for a frame's header, then the body.
+    pub(super) bytes: Vec<u8>,
+    pub(super) records: u32,
+    pub(super) flags: FrameFlags,
+    /// How many message ids it keeps.
+    pub(super) message_ids: u64,
+    /// The releases, encoded for [`OncePart`](super::once::OncePart).
     pub(super) releases: Vec<u8>,
 }
 
-impl AssembledBatch {
-    /// The batch of a clean shutdown: no records, only the time for the window.
+impl AssembledFrame {
+    fn new(sections: &[&Section], releases: &[(usize, OnceId)]) -> Self {
+        let weight: usize = sections.iter().map(|section| section.weight()).sum();
+        let mut bytes = Vec::with_capacity(FRAME_HEADER_BYTES + weight + 64);
+        bytes.resize(FRAME_HEADER_BYTES, 0);
+        let flags = put_body(sections.iter().copied(), &mut bytes);
+        let ids = || sections.iter().flat_map(|section| section.once());
+        let mut frame = Self { bytes, flags, ..Self::default() };
+        frame.records = sections.iter().map(|section| section.records()).sum();
+        frame.message_ids = ids().filter(|id| !id.is_exchange()).count() as u64;
+        for (sections, id) in releases {
+            let sections = u32::try_from(*sections).expect("in-flight bytes bound the sections");
+            put_release(sections, *id, &mut frame.releases);
+        }
+        frame.flags = flags.with_if(!releases.is_empty() || ids().next().is_some(), FrameFlags::ONCE);
+        frame
+    }
+}
+
+impl AssembledCommit {
+    /// The commit of a clean shutdown: no records, only the time for the window.
     pub(super) fn seal(time_max: TimeMicros) -> Self {
-        let mut frame = vec![0; FRAME_HEADER_BYTES];
-        put_body(&[], &mut frame);
-        let (has_retained, has_notes, has_ids) = (false, false, true);
-        Self { frame, records: 0, time_max, has_retained, has_notes, has_ids, releases: Vec::new() }
+        let mut frame = AssembledFrame::new(&[], &[]);
+        frame.flags = FrameFlags::ONCE;
+        Self { frames: vec![frame], time_max }
     }
 }
 
@@ -64,13 +81,9 @@ impl<'a> Assembly<'a> {
             window,
             ids: HashMap::new(),
             releases: Vec::new(),
-            first_offset,
             next_offset: first_offset,
             time_max,
-            weight: 0,
             sections: 0,
-            has_retained: false,
-            has_notes: false,
         }
     }
 
@@ -79,7 +92,7 @@ impl<'a> Assembly<'a> {
         let outcomes = submission.sections.iter_mut().map(|section| self.place_section(section)).collect();
         for id in &submission.releases {
             if self.kept_under(*id).is_some() {
-                put_release(self.sections, *id, &mut self.releases);
+                self.releases.push((self.sections, *id));
                 self.ids.insert(*id, None);
             }
         }
@@ -100,10 +113,7 @@ impl<'a> Assembly<'a> {
         let kept = KeptRange { first_offset: self.next_offset, records: section.records() };
         self.ids.extend(section.once().map(|id| (id, Some(kept))));
         self.time_max = self.time_max.max(section.received_at);
-        self.weight += section.weight();
         self.sections += 1;
-        self.has_retained |= section.has_retained();
-        self.has_notes |= section.has_notes();
         self.next_offset += u64::from(section.records());
         SectionOutcome::Kept(kept.into())
     }
@@ -116,23 +126,49 @@ impl<'a> Assembly<'a> {
         }
     }
 
-    /// Builds the batch from the sections that were given an offset; `None` if there is nothing in it.
-    pub(super) fn finish(self, kept: &[&Section]) -> Option<AssembledBatch> {
+    /// Builds the commit from the sections that were given an offset; `None` if there is nothing in it.
+    pub(super) fn finish(self, kept: &[&Section]) -> Option<AssembledCommit> {
         if kept.is_empty() && self.releases.is_empty() {
             return None;
         }
-        let records = u32::try_from(self.next_offset - self.first_offset);
-        let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + self.weight + 16);
-        frame.resize(FRAME_HEADER_BYTES, 0);
-        put_body(kept, &mut frame);
-        Some(AssembledBatch {
-            frame,
-            records: records.expect("in-flight bytes bound the records"),
-            time_max: self.time_max,
-            has_retained: self.has_retained,
-            has_notes: self.has_notes,
-            has_ids: !self.ids.is_empty(),
-            releases: self.releases,
-        })
+        let weight: usize = kept.iter().map(|section| section.weight()).sum();
+        let frames = match weight <= BATCH_BYTES_MAX || kept.len() == 1 && kept[0].has_once_ids() {
+            true => vec![AssembledFrame::new(kept, &self.releases)],
+            false => self.split(kept),
+        };
+        Some(AssembledCommit { frames, time_max: self.time_max })
+    }
+
+    /// Several frames of about the size of a batch. A section that is kept once stays whole.
+    fn split(&self, kept: &[&Section]) -> Vec<AssembledFrame> {
+        let may_split = |section: &Section| !section.has_once_ids() && section.weight() > BATCH_BYTES_MAX;
+        let parts: Vec<_> = kept
+            .iter()
+            .map(|section| if may_split(section) { section.split(BATCH_BYTES_MAX) } else { Vec::new() })
+            .collect();
+        let mut frames = Vec::new();
+        let mut releases = &self.releases[..];
+        let (mut waiting, mut weight, mut waiting_releases) = (Vec::new(), 0, Vec::new());
+        for (nth, (section, parts)) in kept.iter().zip(&parts).enumerate() {
+            // A release belongs to the frame of the section that comes after it.
+            while let Some(((sections, id), later)) = releases.split_first()
+                && *sections <= nth
+            {
+                waiting_releases.push((waiting.len(), *id));
+                releases = later;
+            }
+            let whole = parts.is_empty().then_some(*section);
+            for part in whole.into_iter().chain(parts) {
+                if !waiting.is_empty() && weight + part.weight() > BATCH_BYTES_MAX {
+                    frames.push(AssembledFrame::new(&waiting, &waiting_releases));
+                    (waiting, weight, waiting_releases) = (Vec::new(), 0, Vec::new());
+                }
+                weight += part.weight();
+                waiting.push(part);
+            }
+        }
+        waiting_releases.extend(releases.iter().map(|(_, id)| (waiting.len(), *id)));
+        frames.push(AssembledFrame::new(&waiting, &waiting_releases));
+        frames
     }
 }

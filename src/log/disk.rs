@@ -8,10 +8,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-/// Makes and finds segment files.
+/// Makes, finds and removes segment files.
 pub(super) trait Disk: Send + Sync {
     /// Opens a file for reading and writing. With `create` it must not exist and is made.
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>>;
+    /// Removes a file. That it is not there is no error.
+    fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes the directory's entries durable: files created and removed.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 }
@@ -41,6 +43,13 @@ impl Disk for FileSystem {
         let mut options = OpenOptions::new();
         options.read(true).write(true).mode(0o600).create_new(create);
         Ok(Arc::new(options.open(path)?))
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        }
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

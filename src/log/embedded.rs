@@ -1,7 +1,7 @@
 //! The embedded log: segments in the data directory, one writer, any number of readers.
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -12,7 +12,7 @@ use tracing::error;
 
 use super::batch::Batch;
 use super::disk::{Disk, FileSystem};
-use super::recovery::{damage_report, open_error, open_segments, recover};
+use super::recovery::{LostRanges, damage_report, open_error, open_segments, recover};
 use super::retention::{Hold, Holds};
 use super::section::Section;
 use super::segment::{FrameError, LogGap, SeekOutcome, Segment};
@@ -24,7 +24,8 @@ use super::{
     AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit,
     log_trouble,
 };
-use crate::config;
+use crate::config::{self, Durability};
+use crate::limits::FRAME_PART_BYTES_MAX;
 use crate::message::{Offset, TimeMicros};
 use crate::trouble::TroubleCell;
 
@@ -49,15 +50,15 @@ pub(super) struct EmbeddedLogShared {
     pub(super) holds: Holds,
     pub(super) trouble: TroubleCell,
     accept_corruption: bool,
-    /// First offsets of the damaged places reported so far, so that each is reported once.
-    reported: Mutex<BTreeSet<Offset>>,
+    /// The records that were reported as lost, so that each is counted once.
+    lost: Mutex<LostRanges>,
     lost_records: AtomicU64,
     evicted_ids: Arc<AtomicU64>,
     withheld: Arc<WithheldRules>,
 }
 
 impl EmbeddedLogShared {
-    fn segments(&self) -> RwLockReadGuard<'_, Segments> {
+    pub(super) fn segments(&self) -> RwLockReadGuard<'_, Segments> {
         self.segments.read()
     }
 
@@ -71,8 +72,7 @@ impl EmbeddedLogShared {
 
     /// Reports a gap, once: its records are lost and the log goes on without them.
     fn report_gap(&self, gap: &LogGap) {
-        if self.reported.lock().insert(gap.from) {
-            let lost = gap.to - gap.from;
+        if let Some(lost) = self.lost.lock().add(gap.from, gap.to) {
             self.lost_records.fetch_add(lost, Ordering::Relaxed);
             error!(lost, from = gap.from, to = gap.to, place = gap.place, "records of the log are lost");
         }
@@ -135,9 +135,11 @@ impl EmbeddedLog {
         config: &config::LogConfig,
         dedup: &config::IntakeConfig,
     ) -> Result<Self, LogOpenError> {
+        let parent = dir;
         let dir = dir.join("log");
         std::fs::create_dir_all(&dir)?;
-        let mut segments = open_segments(&*disk, &dir)?;
+        disk.sync_dir(parent)?;
+        let (mut segments, left_out) = open_segments(&*disk, &dir, config.accept_corruption)?;
         if segments.is_empty() {
             segments.insert(0, Arc::new(Segment::create(&*disk, &dir, 0)?));
         }
@@ -149,7 +151,11 @@ impl EmbeddedLog {
         window.recover(segments.values()).map_err(open_error)?;
         let mut current = segments.last_entry().expect("one was made if there was none").get().clone();
         // Only now does opening change files: a refused log stays as it was found.
-        current.cut()?;
+        // Only what was synced is known to be on the disk; with "os" nobody was promised that it is.
+        current.cut(match config.durability {
+            Durability::Fsync => recovered.unsettled,
+            Durability::Os => current.end(),
+        })?;
         if !current.is_newest_version() {
             let next_offset = recovered.next_offset;
             current = Arc::new(match next_offset > current.first_offset {
@@ -167,12 +173,12 @@ impl EmbeddedLog {
             holds: Holds::new(),
             trouble: log_trouble(),
             accept_corruption: config.accept_corruption,
-            reported: Mutex::default(),
+            lost: Mutex::default(),
             lost_records: AtomicU64::new(0),
             evicted_ids: window.evicted(),
             withheld: Arc::default(),
         });
-        recovered.gaps.iter().for_each(|gap| shared.report_gap(gap));
+        left_out.iter().chain(&recovered.gaps).for_each(|gap| shared.report_gap(gap));
         let writer = LogWriter {
             shared: shared.clone(),
             disk,
@@ -182,6 +188,7 @@ impl EmbeddedLog {
             next_offset: recovered.next_offset,
             time_max: recovered.time_max,
             window,
+            unremovable: None,
             stay_s: dedup.dedup_window_s,
         };
         let ended = WriterExitGuard(shared.clone());
@@ -225,7 +232,11 @@ impl EmbeddedLog {
                     self.pass_over(LogGap { place, from: end, to: next })?;
                     wanted = next;
                 }
-                None => return Ok(batches),
+                None => {
+                    let place = format!("{}: its end is damaged", segment.path().display());
+                    self.pass_over(LogGap { place, from: end, to: durable })?;
+                    return Ok(vec![Batch::nothing_below(durable)]);
+                }
             }
         }
     }
@@ -258,15 +269,11 @@ impl EmbeddedLog {
                 // Whole batches are delivered first; the next read begins at the damage.
                 Err(FrameError::Damaged { .. }) if !batches.is_empty() => break,
                 Err(damage @ FrameError::Damaged { .. }) => {
-                    let whole =
-                        segment.next_whole_frame(position + 1, offset).map_err(|e| self.read_error(&e))?;
-                    let Some((next, header)) = whole else { return Ok(offset) };
-                    self.pass_over(LogGap {
-                        place: damage.to_string(),
-                        from: offset,
-                        to: header.first_offset,
-                    })?;
-                    (position, offset) = (next, header.first_offset);
+                    let resume = segment.resume_behind(position, offset).map_err(|e| self.read_error(&e))?;
+                    let Some(resume) = resume else { return Ok(offset) };
+                    let to = resume.header.first_offset;
+                    self.pass_over(LogGap { place: damage.to_string(), from: offset, to })?;
+                    (position, offset) = (resume.position, to);
                 }
                 Err(error) => return Err(self.read_error(&error)),
             }
@@ -297,8 +304,16 @@ impl Log for EmbeddedLog {
         &self.shared.withheld
     }
 
-    /// All sections of one call go into one batch.
+    /// All sections of one call are kept together or not at all.
     fn append(&self, sections: Vec<Section>, give_up_at: Instant) -> PendingCommit {
+        let unsplit = |section: &Section| section.unsplit_bytes();
+        let heavy = sections.iter().filter(|section| section.weight() > FRAME_PART_BYTES_MAX);
+        let bytes = heavy.map(unsplit).max().unwrap_or_default();
+        if bytes > FRAME_PART_BYTES_MAX {
+            let (reply, refused) = oneshot::channel();
+            let _ = reply.send(Err(AppendError::TooLarge { bytes, bytes_max: FRAME_PART_BYTES_MAX }));
+            return refused;
+        }
         self.submit(sections, Vec::new(), give_up_at)
     }
 

@@ -23,18 +23,19 @@
 //! - `received_at` never goes back by a second or less from one record to the next. It follows the
 //!   clock when that is set back further.
 //! - After a failed `fdatasync` nothing more is acknowledged until a restart, because the state of the
-//!   kernel's dirty pages is unknown. A full disk is no such failure: the log takes records again
-//!   as soon as there is room.
+//!   kernel's dirty pages is unknown. A want of disk, memory or descriptors is no such failure: the log
+//!   writes and syncs the same frames again, and takes records again as soon as that succeeds.
 //!
 //! What is on disk, byte by byte, is told in [`headgate_format::log`].
 //!
 //! # After a crash
 //!
 //! Bytes behind the last whole frame are a write that was never acknowledged: they are cut off. A
-//! broken frame with a whole frame behind it is damage. The log reports its place and the lost
+//! broken frame with one behind it that vouches for it is damage. The log reports its place and the lost
 //! offsets and does not open, unless `log.accept_corruption` tells it to
 //! go on without them. Every start reads the newest segments in full; older frames are
-//! checked whenever they are read.
+//! checked whenever they are read. What it keeps of the last commit it writes and syncs once more, because
+//! after a failed sync the kernel may have it in memory alone.
 //!
 //! The window of known ids is rebuilt from the once parts, starting at the newest segment that began
 //! before the window of message ids (or before the newest `intake.dedup_ids_max` of them). Accepted
@@ -62,7 +63,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use headgate_format::log::{batch, frame, once, section};
+use headgate_format::log::{batch, frame, once, section, segment as segment_format};
 use tokio::sync::oneshot;
 
 pub use embedded::EmbeddedLog;
@@ -255,7 +256,8 @@ pub enum SectionOutcome {
     KeyDead,
 }
 
-/// Why an append failed. All are transient: the same message may be accepted later.
+/// Why an append failed. All but [`AppendError::TooLarge`] are transient: the same message may be accepted
+/// later.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AppendError {
     /// No room on the disk.
@@ -269,6 +271,17 @@ pub enum AppendError {
     Budget {
         /// The budget, in bytes.
         retention_bytes: u64,
+    },
+    /// The operating system lacks something that the log needs, such as a file descriptor or memory.
+    #[error("the log waits for the operating system: {0}")]
+    Starved(Arc<str>),
+    /// What cannot be split is larger than a frame of the log. No setting that is allowed leads here.
+    #[error("the log takes no {bytes} bytes that belong together, {bytes_max} at most")]
+    TooLarge {
+        /// The size of the section or record.
+        bytes: usize,
+        /// The largest that the log takes.
+        bytes_max: usize,
     },
     /// Writing failed in a way that makes further acknowledgements unsafe. Lasts until a restart.
     #[error("the log cannot be written: {0}")]

@@ -1,7 +1,7 @@
 //! A record as a NATS message, and back: in the stream that is the log of a cluster, and in the stream that
-//! egress fills. The subject holds the datasource and the topic ([`crate::subject`]), the payload is the payload,
-//! and headers hold the rest, so that any NATS client can use it. Each stream adds headers of its own, which have
-//! their names here too.
+//! egress fills. The subject holds the datasource and the topic ([`crate::subject`]), the payload is the
+//! payload, and headers hold the rest, so that any NATS client can use it. Each stream adds headers of its
+//! own, which have their names here too.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;

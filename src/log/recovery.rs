@@ -1,6 +1,11 @@
 //! Recovery: what opening a log does before anything is appended. It finds the segments, verifies
 //! the newest of them, and tells a torn write from damage.
+//!
+//! It reads at most [`VERIFY_AT_START_BYTES`] from the newest segment back; older frames are checked when
+//! they are read. A clean shutdown writes a frame without records, so that damage to the last record of a log
+//! that was closed is not taken for a torn write.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,7 +15,7 @@ use tracing::warn;
 use super::LogOpenError;
 use super::disk::Disk;
 use super::embedded::Segments;
-use super::segment::{FrameError, LogGap, SEGMENT_HEADER_BYTES, Segment};
+use super::segment::{FrameError, LogGap, SEGMENT_HEADER_BYTES, Segment, SegmentHeader};
 use crate::limits::VERIFY_AT_START_BYTES;
 use crate::message::{Offset, TimeMicros};
 
@@ -39,34 +44,59 @@ pub(super) fn open_error(error: FrameError) -> LogOpenError {
     }
 }
 
-/// Opens every segment in `dir`, reading only their headers.
-pub(super) fn open_segments(disk: &dyn Disk, dir: &Path) -> Result<Segments, LogOpenError> {
-    let mut paths = Vec::new();
+/// Opens every segment in `dir`, reading only their headers. With `accept_corruption` a segment without a
+/// header is left out, and where it was is a [`LogGap`].
+pub(super) fn open_segments(
+    disk: &dyn Disk,
+    dir: &Path,
+    accept_corruption: bool,
+) -> Result<(Segments, Vec<LogGap>), LogOpenError> {
+    let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(dir)? {
         let path: PathBuf = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "log") {
-            paths.push(path);
+        // Whatever else is there is not the log's.
+        if let Some(first_offset) = Segment::offset_of(&path) {
+            found.insert(first_offset, path);
         }
     }
-    paths.sort();
     let mut segments = Segments::new();
-    let last = paths.last().cloned();
-    for path in paths {
-        match Segment::open(disk, &path) {
+    let mut gaps = Vec::new();
+    let mut found = found.into_iter().peekable();
+    while let Some((first_offset, path)) = found.next() {
+        let error = match Segment::open(disk, &path) {
             Ok(segment) => {
-                segments.insert(segment.first_offset, Arc::new(segment));
+                segments.insert(first_offset, Arc::new(segment));
+                continue;
             }
-            // A crash interrupted making the newest segment: without a durable header it has no frame.
-            Err(FrameError::Damaged { .. })
-                if Some(&path) == last.as_ref() && path.metadata()?.len() <= SEGMENT_HEADER_BYTES as u64 =>
-            {
-                warn!(path = %path.display(), "removed a segment that a crash had left without a header");
-                std::fs::remove_file(&path)?;
-            }
+            Err(error @ FrameError::Damaged { .. }) => error,
             Err(error) => return Err(open_error(error)),
+        };
+        match found.peek() {
+            None if is_unfinished(disk, &path)? => {
+                warn!(path = %path.display(), "removed a segment that a crash had left without a header");
+                disk.remove(&path)?;
+            }
+            Some((next, _)) if accept_corruption => {
+                gaps.push(LogGap { place: error.to_string(), from: first_offset, to: *next });
+            }
+            Some((next, _)) => {
+                let gap = LogGap { place: error.to_string(), from: first_offset, to: *next };
+                return Err(LogOpenError::Corrupt(damage_report(&gap, 1)));
+            }
+            None => {
+                let what = "Restore the file from a copy, or move it away to go on without its records";
+                return Err(LogOpenError::Corrupt(format!("{error}. {what}")));
+            }
         }
     }
-    Ok(segments)
+    Ok((segments, gaps))
+}
+
+/// Whether a crash interrupted making a segment: the file has a part of a header, or none, and nothing else.
+fn is_unfinished(disk: &dyn Disk, path: &Path) -> io::Result<bool> {
+    let mut bytes = vec![0; SEGMENT_HEADER_BYTES + 1];
+    let read = disk.open(path, false)?.read_at(&mut bytes, 0)?;
+    Ok(SegmentHeader::is_room_for_one(&bytes[..read]))
 }
 
 /// What [`recover`] found.
@@ -75,13 +105,16 @@ pub(super) struct RecoveredLog {
     pub(super) next_offset: Offset,
     /// The newest `received_at`.
     pub(super) time_max: TimeMicros,
+    /// What the newest segment has from this position on was perhaps not acknowledged.
+    pub(super) unsettled: u64,
     /// Damaged places with whole frames behind them, oldest first.
     pub(super) gaps: Vec<LogGap>,
 }
 
 /// Verifies the newest segments, from the last one back.
 pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, LogOpenError> {
-    let mut result = RecoveredLog { next_offset: 0, time_max: TimeMicros::MIN, gaps: Vec::new() };
+    let mut result =
+        RecoveredLog { next_offset: 0, time_max: TimeMicros::MIN, unsettled: 0, gaps: Vec::new() };
     let mut follower = None;
     let mut read_bytes = 0;
     for segment in segments.values().rev() {
@@ -92,7 +125,7 @@ pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, LogOpenError>
         let mut found = segment.recover().map_err(open_error)?;
         match follower {
             None => {
-                result.next_offset = found.next_offset;
+                (result.next_offset, result.unsettled) = (found.next_offset, found.settled_position);
                 if found.cut_bytes > 0 {
                     warn!(
                         bytes = found.cut_bytes,
@@ -114,4 +147,46 @@ pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, LogOpenError>
         follower = Some(segment.first_offset);
     }
     Ok(result)
+}
+
+/// Ranges of offsets that cannot be read. Readers find them in any order, and come upon them again.
+#[derive(Default)]
+pub(super) struct LostRanges(BTreeMap<Offset, Offset>);
+
+impl LostRanges {
+    /// Adds a range. Returns how many of its offsets were in none yet; `None` if the range is known.
+    pub(super) fn add(&mut self, from: Offset, to: Offset) -> Option<u64> {
+        let (mut added, mut uncovered, mut is_known) = (0, from, false);
+        for (first, end) in self.0.range(..to.max(from + 1)) {
+            is_known |= *first <= uncovered && *end >= to;
+            added += first.min(&to).saturating_sub(uncovered);
+            uncovered = uncovered.max(*end);
+        }
+        added += to.saturating_sub(uncovered);
+        if is_known && added == 0 {
+            return None;
+        }
+        let end = self.0.entry(from).or_insert(to);
+        *end = to.max(*end);
+        Some(added)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_record_is_counted_once_however_readers_come_upon_it() {
+        let mut lost = LostRanges::default();
+        assert_eq!(lost.add(10, 20), Some(10));
+        assert_eq!(lost.add(10, 20), None);
+        assert_eq!(lost.add(15, 18), None);
+        assert_eq!(lost.add(15, 25), Some(5));
+        assert_eq!(lost.add(30, 40), Some(10));
+        assert_eq!(lost.add(5, 45), Some(15));
+        assert_eq!(lost.add(7, 44), None);
+        assert_eq!(lost.add(50, 50), Some(0), "a frame without records");
+        assert_eq!(lost.add(50, 50), None);
+    }
 }

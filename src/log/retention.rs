@@ -1,6 +1,14 @@
 //! Retention: removes the oldest segments when the log is over its size or they are over their age, but
 //! never while a consumer holds them because it has not consumed them. A consumer may also hold
 //! them only while there is room.
+//!
+//! | hold | of | effect |
+//! |---|---|---|
+//! | firm | storage, retained messages | a log that is full of records under it takes no more |
+//! | yielding | egress | age alone removes nothing under it; lack of room does |
+//!
+//! Nothing is removed before the consumers of this start have their holds: until then the log holds
+//! everything.
 
 use parking_lot::Mutex;
 use std::collections::BTreeMap;

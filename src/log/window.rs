@@ -10,6 +10,9 @@
 //! advances by the wall-clock time since the newest frame with a once part, or stands still if the wall
 //! clock was set back. So setting the clock while the gateway runs expires no id early or late; setting
 //! it forward while the gateway is down counts as time passed.
+//!
+//! A restart forgets the ids of segments that retention has removed. This concerns a log whose
+//! `log.retention_bytes` is too small for the records of one window.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -152,7 +155,7 @@ impl DedupWindow {
         shelf.get(id).map(|entry| entry.kept)
     }
 
-    /// The open exchanges, encoded for [`Once`](super::once::OncePart).
+    /// The open exchanges, encoded for [`OncePart`](super::once::OncePart).
     pub(super) fn open(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.exchanges.len() * OPEN_EXCHANGE_BYTES);
         self.exchanges.iter().for_each(|entry| put_open_exchange(entry, &mut bytes));

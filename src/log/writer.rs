@@ -12,11 +12,11 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use super::assembly::{AssembledBatch, Assembly};
+use super::assembly::{AssembledCommit, AssembledFrame, Assembly};
 use super::batch::Batch;
 use super::disk::Disk;
 use super::embedded::EmbeddedLogShared;
-use super::frame::{FRAME_HEADER_BYTES, FrameFlags, seal_frame};
+use super::frame::{FRAME_HEADER_BYTES, FrameFlags, FrameHeader};
 use super::once::{OnceId, OncePart, WindowStamp};
 use super::section::Section;
 use super::segment::Segment;
@@ -153,6 +153,8 @@ pub(super) struct LogWriter {
     pub(super) time_max: TimeMicros,
     /// The known ids.
     pub(super) window: DedupWindow,
+    /// The segment that retention could not remove, so that it is reported once.
+    pub(super) unremovable: Option<Offset>,
     /// The least age of a segment that retention may remove, so that the window can be rebuilt: see
     /// [`retention`].
     pub(super) stay_s: u64,
@@ -208,52 +210,66 @@ impl LogWriter {
         let kept: Vec<&Section> = kept.map(|(section, _)| section).collect();
         let Some(assembled) = assembly.finish(&kept) else { return Ok(outcomes) };
         let time_max = assembled.time_max;
-        let batch = self.write(assembled, stamp)?;
-        self.next_offset = batch.next_offset();
+        let batches = self.write(assembled, stamp)?;
         self.time_max = time_max;
-        self.window.learn(&batch);
-        if batch.next_offset() > batch.first_offset() {
-            self.shared.tail.push(batch.clone());
-            if let Some(listener) = self.shared.listener.get() {
-                listener(&batch);
+        for batch in batches {
+            self.next_offset = batch.next_offset();
+            self.window.learn(&batch);
+            if batch.next_offset() > batch.first_offset() {
+                self.shared.tail.push(batch.clone());
+                if let Some(listener) = self.shared.listener.get() {
+                    listener(&batch);
+                }
             }
         }
         Ok(outcomes)
     }
 
-    /// Completes the frame of a batch, writes it (to a new segment if it does not fit), and makes it
-    /// durable.
-    fn write(&mut self, assembled: AssembledBatch, stamp: WindowStamp) -> Result<Batch, AppendError> {
-        let AssembledBatch { mut frame, records, time_max, has_retained, has_notes, has_ids, releases } =
-            assembled;
-        let first_offset = self.next_offset;
-        let bytes_max = (frame.len() + releases.len() + ONCE_PART_BYTES_MAX) as u64;
+    /// Completes the frames of a commit, writes them (to a new segment if they do not fit), and makes
+    /// them durable together.
+    fn write(&mut self, commit: AssembledCommit, mut stamp: WindowStamp) -> Result<Vec<Batch>, AppendError> {
+        let AssembledCommit { mut frames, time_max } = commit;
+        let frame_bytes =
+            |frame: &AssembledFrame| frame.bytes.len() + frame.releases.len() + ONCE_PART_BYTES_MAX;
+        let bytes_max = frames.iter().map(frame_bytes).sum::<usize>() as u64;
         // A segment is named by its first offset, so one without records can have no successor.
-        let may_end = self.current.has_frames() && first_offset > self.current.first_offset;
+        let may_end = self.current.has_frames() && self.next_offset > self.current.first_offset;
         if may_end && self.current.end() + bytes_max > self.config.segment_bytes {
-            self.roll(first_offset)?;
+            self.roll(self.next_offset)?;
         }
-        let open = (!self.current.has_frames()).then(|| self.window.open());
-        let mut flags = FrameFlags::default();
-        if has_retained {
-            flags = flags.with(FrameFlags::RETAINED);
-        }
-        if has_notes {
-            flags = flags.with(FrameFlags::NOTED);
-        }
-        if has_ids || open.is_some() {
-            flags = flags.with(FrameFlags::ONCE);
-            OncePart::put(stamp, open.as_deref(), &releases, &mut frame);
-        }
-        seal_frame(&mut frame, flags, records, first_offset, time_max);
+        let mut open = (!self.current.has_frames()).then(|| self.window.open());
         let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
-        self.current.write(&frame, step).map_err(|e| self.write_error(e))?;
-        if self.config.durability == Durability::Fsync {
-            self.current.sync().map_err(|e| self.poison(&e))?;
+        let (settled_position, write_number) = (self.current.end(), self.current.next_write_number());
+        let (mut position, mut offset, last) = (settled_position, self.next_offset, frames.len() - 1);
+        for (nth, frame) in frames.iter_mut().enumerate() {
+            let open = open.take();
+            if open.is_some() || frame.flags.contains(FrameFlags::ONCE) {
+                frame.flags = frame.flags.with(FrameFlags::ONCE);
+                OncePart::put(stamp, open.as_deref(), &frame.releases, &mut frame.bytes);
+            }
+            stamp.entered += frame.message_ids;
+            let flags = frame.flags.with_if(nth < last, FrameFlags::CONTINUED);
+            let mut header = FrameHeader::new(flags, frame.records, offset, time_max);
+            (header.settled_position, header.write_number) = (settled_position, write_number);
+            let written = self.current.write(&mut frame.bytes, &header, position, step);
+            written.map_err(|e| self.write_error(e))?;
+            position += frame.bytes.len() as u64;
+            offset += u64::from(frame.records);
         }
-        self.current.advance(frame.len() as u64, first_offset, time_max);
-        let body = Bytes::from(frame).slice(FRAME_HEADER_BYTES..);
-        Ok(Batch::encoded(flags, first_offset, records, body))
+        if self.config.durability == Durability::Fsync {
+            // A sync that failed for want of something is tried again with the write, whose pages the
+            // kernel may have given up.
+            self.current.sync().map_err(|e| self.write_error(e))?;
+        }
+        let mut first_offset = self.next_offset;
+        let settled = |frame: AssembledFrame| {
+            self.current.advance(frame.bytes.len() as u64, first_offset, time_max);
+            let body = Bytes::from(frame.bytes).slice(FRAME_HEADER_BYTES..);
+            let batch = Batch::encoded(frame.flags, first_offset, frame.records, body);
+            first_offset = batch.next_offset();
+            batch
+        };
+        Ok(frames.into_iter().map(settled).collect())
     }
 
     /// Ends the current segment and begins the next one at `first_offset`.
@@ -263,7 +279,7 @@ impl LogWriter {
         self.make_room(self.config.segment_bytes)?;
         if self.config.durability == Durability::Os {
             // So that a power failure can damage the newest segment only.
-            self.current.sync().map_err(|e| self.poison(&e))?;
+            self.current.sync().map_err(|e| self.write_error(e))?;
         }
         let segment =
             Segment::create(&*self.disk, &self.dir, first_offset).map_err(|e| self.write_error(e))?;
@@ -273,21 +289,27 @@ impl LogWriter {
     }
 
     /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit.
-    fn make_room(&self, incoming_bytes: u64) -> Result<(), AppendError> {
-        let removed: Vec<_> = {
-            let mut segments = self.shared.segments_mut();
+    fn make_room(&mut self, incoming_bytes: u64) -> Result<(), AppendError> {
+        let removable: Vec<_> = {
+            let segments = self.shared.segments();
             let held = self.shared.holds.lowest();
             let (config, stay_s, now) = (&self.config, self.stay_s, now_micros());
             let count = retention::removable(&segments, config, stay_s, held, now, incoming_bytes);
-            (0..count).filter_map(|_| segments.pop_first()).collect()
+            segments.values().take(count).cloned().collect()
         };
-        for (first_offset, segment) in removed {
-            match std::fs::remove_file(segment.path()) {
-                Ok(()) => info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment"),
-                Err(error) => {
-                    warn!(%error, path = %segment.path().display(), "retention cannot remove a segment")
+        for segment in removable {
+            // One after the other, durably: a segment that stays while a later one is gone would be a gap,
+            // which the next start would take for damage.
+            let removed = self.disk.remove(segment.path()).and_then(|()| self.disk.sync_dir(&self.dir));
+            if let Err(error) = removed {
+                if self.unremovable.replace(segment.first_offset) != Some(segment.first_offset) {
+                    warn!(%error, path = %segment.path().display(), "retention cannot remove a segment");
                 }
+                break;
             }
+            let first_offset = segment.first_offset;
+            self.shared.segments_mut().remove(&first_offset);
+            info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment");
         }
         if self.shared.disk_bytes() + incoming_bytes > self.config.retention_bytes {
             return Err(AppendError::Budget { retention_bytes: self.config.retention_bytes });
@@ -337,7 +359,7 @@ impl LogWriter {
         if self.shared.failure.get().is_some() {
             return;
         }
-        let sealed = self.write(AssembledBatch::seal(self.time_max), self.window.stamp());
+        let sealed = self.write(AssembledCommit::seal(self.time_max), self.window.stamp());
         let sealed = sealed
             .map_err(|e| e.to_string())
             .and_then(|_| self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string()));
@@ -347,11 +369,15 @@ impl LogWriter {
         }
     }
 
-    /// The error for a failed write: a full disk is transient, anything else is not.
+    /// The error for a failed call: a want of disk, memory or descriptors is transient, anything else is
+    /// not.
     fn write_error(&self, error: io::Error) -> AppendError {
-        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-        match error.kind() {
-            StorageFull | QuotaExceeded | FileTooLarge => AppendError::DiskFull,
+        use io::ErrorKind::{FileTooLarge, Interrupted, OutOfMemory, QuotaExceeded, StorageFull, WouldBlock};
+        match (error.kind(), error.raw_os_error()) {
+            (StorageFull | QuotaExceeded | FileTooLarge, _) => AppendError::DiskFull,
+            (OutOfMemory | Interrupted | WouldBlock, _) | (_, Some(libc::EMFILE | libc::ENFILE)) => {
+                AppendError::Starved(error.to_string().into())
+            }
             _ => self.poison(&error),
         }
     }

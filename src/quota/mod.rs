@@ -7,6 +7,11 @@
 //!
 //! Usage is only in memory. After a change of the limits or a restart, buckets are full and no topic has
 //! been seen.
+//!
+//! **Holding back.** A message over a rate reserves its turn and stays undecoded where it was read; its
+//! connection is not read meanwhile. A timer wakes it once, in the order in which the turns were reserved; a
+//! change of the limits wakes it at once, to be checked again. If its turn is further away than
+//! `intake.hold_back_ms_max`, it waits for that long, and the connection closes without an acknowledgement.
 
 pub mod bucket;
 pub mod limits;

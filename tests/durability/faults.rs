@@ -16,6 +16,8 @@ use crate::common::wire::{
     subscribe,
 };
 use crate::common::{Gateway, Setup, Source, scratch, wait_for};
+use headgate_format::log::frame::FrameFormat;
+use headgate_format::log::segment::SegmentHeader;
 
 /// A small disk of its own: a file system in memory that only this test's thread, and what it starts,
 /// can see. It is gone with them, however they end.
@@ -220,12 +222,16 @@ fn newest_segment(dir: &Path) -> PathBuf {
     files.map(|file| file.expect("an entry").path()).max().expect("a segment")
 }
 
-/// Where the commits in a segment's bytes begin (by the mark that each begins with), and where the
-/// last one ends.
+/// Where the commits in a segment's bytes begin, one frame each, and where the last one ends.
 fn commits(segment: &[u8]) -> (Vec<usize>, usize) {
-    let begin = segment.windows(4).enumerate().filter(|(_, bytes)| bytes == b"HGf1").map(|(at, _)| at);
-    let end = segment.iter().rposition(|byte| *byte != 0).expect("not empty") + 1;
-    (begin.collect(), end)
+    let header = SegmentHeader::decode(segment).expect("a segment");
+    let format = FrameFormat::of_segment(&header);
+    let (mut begin, mut at) = (Vec::new(), header.header_bytes());
+    while let Some(frame) = format.decode(&segment[at.min(segment.len())..], at as u64) {
+        begin.push(at);
+        at += usize::try_from(frame.frame_bytes()).expect("short");
+    }
+    (begin, at)
 }
 
 fn copy_dir(from: &Path, to: &Path) {

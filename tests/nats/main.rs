@@ -5,5 +5,6 @@
 mod common;
 
 mod callout;
+mod examples;
 mod ingest;
 mod stream;

@@ -1,6 +1,6 @@
 //! The inlet: the contract between NATS and the code that admits messages. Each message of a subject becomes
-//! a [`Parcel`], and the [`Inlet`] gives a [`InletVerdict`] on it. The answer on the message's reply subject has
-//! the form of JetStream's, so that a client's `js.publish` works unchanged.
+//! a [`Parcel`], and the [`Inlet`] gives a [`InletVerdict`] on it. The answer on the message's reply subject
+//! has the form of JetStream's, so that a client's `js.publish` works unchanged.
 
 use std::future::Future;
 use std::pin::Pin;

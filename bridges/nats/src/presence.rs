@@ -1,8 +1,8 @@
 //! Presence: which nodes of a cluster are alive, and requests to all of them.
 //!
 //! Each node announces itself once a second on a subject of its own, and says goodbye when it leaves. A node
-//! that is silent for [`PRESENCE_SILENCE_MAX`] is gone. A node that hears another for the first time announces itself
-//! at once, so that a new node knows the others within a round trip.
+//! that is silent for [`PRESENCE_SILENCE_MAX`] is gone. A node that hears another for the first time
+//! announces itself at once, so that a new node knows the others within a round trip.
 //!
 //! A node that has lost NATS neither hears the others nor is heard. Whatever it must not do without the
 //! others has to depend on NATS itself.

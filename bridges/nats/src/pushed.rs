@@ -33,6 +33,7 @@ pub(crate) struct PushFeed {
 
 /// What came from a feed.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "almost every event is a message, and none is kept")]
 pub(crate) enum PushEvent {
     /// A message of the stream, and its place.
     Message(Message, AckPlace),

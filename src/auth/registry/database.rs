@@ -11,10 +11,11 @@
 //! another program would not reach the live view: a key that somebody deleted by hand would keep
 //! working. So other programs are locked out, as is a second gateway on the same directory.
 //!
-//! **In a cluster** the database is only in memory ([`RegistryDatabase::in_memory`]), a copy that every node has.
+//! **In a cluster** the database is only in memory ([`RegistryDatabase::in_memory`]), a copy that every node
+//! has.
 //!
-//! **Format.** `user_version` is the version of the format. A file of an older version is migrated step by step, in
-//! one transaction.
+//! **Format.** `user_version` is the version of the format. A file of an older version is migrated step by
+//! step, in one transaction.
 //!
 //! ```sql
 //! datasources (id TEXT, name TEXT, created_at INTEGER, limits TEXT, schemas TEXT)
@@ -41,14 +42,11 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
-use super::error::RegistryError;
+use super::error::{REGISTRY_FILE_NAME, RegistryError};
 use super::replica::{RegistryReplica, RegistryRevision};
 use super::rows::RegistryRow;
 use super::transaction::RegistryTransaction;
 use crate::sqlite::SqliteProfile;
-
-/// The file's name in the data directory.
-pub(super) const REGISTRY_FILE_NAME: &str = "registry.db";
 
 const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &REGISTRY_MIGRATIONS,

@@ -39,6 +39,7 @@ impl Registry {
     ///
     /// # Errors
     /// Those of [`Registry::create_datasource_with`].
+    #[cfg(any(test, feature = "testing"))]
     pub fn create_datasource(
         &self,
         actor: &Actor,

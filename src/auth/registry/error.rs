@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
-use super::database::REGISTRY_FILE_NAME;
 use crate::message::DatasourceId;
 use crate::sqlite::SqliteError;
+
+/// The file's name in the data directory.
+pub(super) const REGISTRY_FILE_NAME: &str = "registry.db";
 
 /// Why an operation of the registry failed. Nothing has then changed.
 #[derive(Debug, thiserror::Error)]

@@ -1,5 +1,8 @@
 //! The first admin key of a cluster. A registry in a data directory gets its first admin key when the
 //! gateway creates the directory. In a cluster the first node creates it, and every later node finds it.
+//!
+//! If all admin keys of a cluster are lost: delete their rows from the bucket (`nats kv del headgate-registry
+//! key.{digest}`) and restart a node, which then creates another one.
 
 use std::io;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! The rules about the records of leaked keys. A rule withholds what a key let in, or gives it back. Rules are only
-//! ever added; the version of the rules is their number, the same on every node of a cluster.
+//! The rules about the records of leaked keys. A rule withholds what a key let in, or gives it back. Rules
+//! are only ever added; the version of the rules is their number, the same on every node of a cluster.
 
 use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, Row, params};

@@ -91,7 +91,7 @@ impl Registry {
     /// begin with 1.
     ///
     /// # Errors
-    /// [`RegistryError::Damaged`] or [`RegistryError::Database`] if the rules cannot be read.
+    /// [`RegistryError::Database`] if the rules cannot be read.
     pub fn follow_leak_rules(&self, each: impl Fn(&LeakRow) + Send + 'static) -> Result<(), RegistryError> {
         // Locked throughout: a rule that is added meanwhile is told afterwards, once.
         let database = self.lock_database();

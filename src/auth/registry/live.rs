@@ -33,7 +33,7 @@ impl LiveRegistry {
     /// Reads everything that a database has.
     ///
     /// # Errors
-    /// [`RegistryError::Damaged`] or [`RegistryError::Database`].
+    /// [`RegistryError::Database`].
     pub(super) fn load(database: &RegistryDatabase) -> Result<Self, RegistryError> {
         let datasources = papaya::HashMap::with_capacity(database.datasource_count()?);
         database.for_each_datasource(|datasource| {

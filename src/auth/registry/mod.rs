@@ -90,7 +90,7 @@ impl Registry {
 
     /// Whether `dir` has a registry. An empty file is none: it is what some copies and repairs leave.
     pub fn is_there(dir: &Path) -> bool {
-        std::fs::metadata(dir.join(database::REGISTRY_FILE_NAME)).is_ok_and(|file| file.len() > 0)
+        std::fs::metadata(dir.join(error::REGISTRY_FILE_NAME)).is_ok_and(|file| file.len() > 0)
     }
 
     /// Builds the live view from a database.

@@ -1,6 +1,6 @@
-//! `quarantine.db`, where earlier versions of Headgate kept the rules about leaked keys. Its rules are moved into
-//! the registry, with the versions that they had there: `records.db` and `retained.db` note which of them they
-//! follow.
+//! `quarantine.db`, where earlier versions of Headgate kept the rules about leaked keys. Its rules are moved
+//! into the registry, with the versions that they had there: `records.db` and `retained.db` note which of
+//! them they follow.
 //!
 //! The rules reach the registry in one transaction, and only then is the file removed. After a kill between the
 //! two the file is read again and changes nothing: the registry has those versions already.
@@ -20,7 +20,9 @@ use crate::sqlite::{SqliteError, SqliteProfile};
 
 /// The file's name in the data directory.
 const QUARANTINE_FILE_NAME: &str = "quarantine.db";
-/// The only format that the file ever had.
+
+/// The one format that the file ever had. It is opened for writing: what a killed gateway left in the write-ahead
+/// log has to be read too.
 const QUARANTINE_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &["
         CREATE TABLE changes (
@@ -54,10 +56,9 @@ pub(super) fn move_into_registry(dir: &Path, database: &mut RegistryDatabase) ->
 }
 
 /// All rules of the file, in the order of their versions.
-fn read_rules(path: &Path) -> Result<Vec<(u64, LeakRow)>, RegistryError> {
-    // Opened as its owner did: what a killed gateway left in the write-ahead log has to be read too.
+fn read_rules(path: &Path) -> Result<Vec<(u64, LeakRow)>, SqliteError> {
     let connection = QUARANTINE_DATABASE.open(path)?;
-    select_rules(&connection).map_err(|error| SqliteError::from_sqlite(&error, path).into())
+    select_rules(&connection).map_err(|error| SqliteError::from_sqlite(&error, path))
 }
 
 fn select_rules(connection: &Connection) -> rusqlite::Result<Vec<(u64, LeakRow)>> {
@@ -107,20 +108,10 @@ mod tests {
 
     /// The rules of a file that an earlier version made; its last one is in the write-ahead log only.
     fn with_file(dir: &Path) -> Vec<(u64, LeakRow)> {
-        let connection = Connection::open(dir.join(QUARANTINE_FILE_NAME)).expect("opens");
+        let connection = QUARANTINE_DATABASE.open(&dir.join(QUARANTINE_FILE_NAME)).expect("opens");
         let made = connection.execute_batch(
-            "PRAGMA journal_mode = WAL;
-             CREATE TABLE changes (
-                 version    INTEGER PRIMARY KEY,
-                 datasource TEXT NOT NULL,
-                 key_id     BLOB NOT NULL,
-                 since_us   INTEGER,
-                 below      INTEGER,
-                 made_us    INTEGER NOT NULL
-             ) STRICT;
-             INSERT INTO changes VALUES (1, 'press-4', x'010101010101', 7, 5, 100),
+            "INSERT INTO changes VALUES (1, 'press-4', x'010101010101', 7, 5, 100),
                                         (2, '*', x'020202020202', 8, 6, 101);
-             PRAGMA user_version = 1;
              PRAGMA wal_checkpoint(TRUNCATE);
              INSERT INTO changes VALUES (3, 'press-4', x'010101010101', NULL, NULL, 102);",
         );

@@ -1,5 +1,5 @@
 //! The configuration of a nats-server in which API keys are users. Its four accounts keep each party to its
-//! own permissions (ARCHITECTURE.md gives the reason for each).
+//! own permissions (`src/front/nats/callout.rs` gives the reason for each).
 
 use std::fmt;
 use std::net::SocketAddr;

@@ -1,5 +1,6 @@
-//! What egress adds to the message of a record ([`nats_message`](crate::log::nats_message)): where in which log the
-//! record is, so that egress finds its place in the stream again, and how many records are missing before it.
+//! What egress adds to the message of a record ([`nats_message`](crate::log::nats_message)): where in which
+//! log the record is, so that egress finds its place in the stream again, and how many records are missing
+//! before it.
 
 use std::fmt::Write;
 

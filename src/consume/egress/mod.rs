@@ -11,6 +11,11 @@
 //! While NATS is away the log keeps unsent records for as long as there is room. At `log.retention_bytes`
 //! devices take precedence: the log removes the oldest records unsent, egress logs and counts them, and
 //! the next message says how many are missing before it (`Headgate-Skipped`).
+//!
+//! Two headers let it resume: `Headgate-Offset` is the record's offset, and `Nats-Msg-Id` names the log as
+//! well. Before egress resumes it compares the stream's last message with the record at that offset in the
+//! log. If they differ, the log was restored to an earlier state, and egress stops before it mixes two
+//! histories.
 
 mod counts;
 mod follower;

@@ -1,6 +1,6 @@
-//! The rules about leaked keys: durable in the registry, which every node of a cluster has with the same versions,
-//! and live in the log's [`WithheldRules`](crate::log::WithheldRules). A change is durable before it takes effect,
-//! so that nothing that was reported as withheld is handed out after a crash.
+//! The rules about leaked keys: durable in the registry, which every node of a cluster has with the same
+//! versions, and live in the log's [`WithheldRules`](crate::log::WithheldRules). A change is durable before
+//! it takes effect, so that nothing that was reported as withheld is handed out after a crash.
 
 use std::sync::Arc;
 

@@ -4,6 +4,16 @@
 //! The [`router`] matches new records against all filters at once; a [`feed`] is one subscriber's
 //! place in the log, live or catching up; a [`group`] is a place that several share. [`retained`] has
 //! the newest retained message of each topic. [`sessions`] keeps on the disk what outlives a connection.
+//!
+//! **Live and behind** meet without a lock. The router announces a batch before it routes it. A feed that
+//! reaches the end of the log goes live, and then compares: if the router has announced more than the feed
+//! has read, the feed goes back to reading.
+//!
+//! Nothing is taken from a feed without room for it at the client. So a slow client costs no memory: its
+//! mailbox fills up, and it continues from the log.
+//!
+//! Cursors of sessions and groups are written every second. After a kill some records are sent again, and
+//! none is skipped.
 
 pub mod feed;
 pub mod group;

@@ -28,15 +28,8 @@ impl Batch {
 
     /// A batch of the records of these sections.
     pub fn gather(first_offset: Offset, sections: &[Section]) -> Self {
-        let mut flags = FrameFlags::default();
-        if sections.iter().any(Section::has_retained) {
-            flags = flags.with(FrameFlags::RETAINED);
-        }
-        if sections.iter().any(Section::has_notes) {
-            flags = flags.with(FrameFlags::NOTED);
-        }
         let mut body = Vec::with_capacity(sections.iter().map(Section::weight).sum::<usize>() + 16);
-        put_body(&sections.iter().collect::<Vec<_>>(), &mut body);
+        let flags = put_body(sections.iter(), &mut body);
         let records = sections.iter().map(Section::records).sum();
         Self::encoded(flags, first_offset, records, body.into())
     }
@@ -62,7 +55,7 @@ impl Batch {
         while sections.left > 0 {
             let (head, mut bytes) = sections.take()?;
             for _ in 0..head.records {
-                let (record, rest) = RecordBody::take(bytes)?;
+                let (record, rest) = RecordBody::take(&head, bytes)?;
                 noted |= record.flags.has_note();
                 bytes = rest;
             }
@@ -198,12 +191,12 @@ impl<'a> SectionRef<'a> {
     }
 
     /// The topic of each record that is not in quarantine, its offset, and where in the batch it is.
-    pub fn topics(&self) -> impl Iterator<Item = (&'a str, RecordPlace)> {
+    pub fn topics(&self) -> impl Iterator<Item = (&'a str, RecordPlace)> + use<'_, 'a> {
         let (head_at, first_offset, batch) = (self.head_at, self.first_offset, self.batch);
-        let mut rest = self.bytes;
-        (0..self.head.records).filter_map(move |nth| {
+        let (head, mut rest) = (&self.head, self.bytes);
+        (0..head.records).filter_map(move |nth| {
             let record_at = batch.position(rest);
-            let (record, after) = RecordBody::take(rest).expect(CHECKED);
+            let (record, after) = RecordBody::take(head, rest).expect(CHECKED);
             rest = after;
             let place = RecordPlace { offset: first_offset + u64::from(nth), head_at, record_at };
             (!record.flags.contains(RecordFlags::QUARANTINED)).then_some((record.topic, place))
@@ -236,7 +229,7 @@ impl<'a> BatchReader<'a> {
             self.head = Some((place.head_at, head));
         }
         let (_, head) = self.head.as_ref().expect("it was just read");
-        let (record, _) = RecordBody::take(&body[place.record_at as usize..]).expect(CHECKED);
+        let (record, _) = RecordBody::take(head, &body[place.record_at as usize..]).expect(CHECKED);
         record_of(head, record, place.offset)
     }
 }
@@ -286,7 +279,7 @@ impl<'a> Iterator for Records<'a> {
             if let Some((head, bytes)) = &mut self.current
                 && head.records > 0
             {
-                let (record, rest) = RecordBody::take(bytes).expect(CHECKED);
+                let (record, rest) = RecordBody::take(head, bytes).expect(CHECKED);
                 head.records -= 1;
                 *bytes = rest;
                 let offset = self.offset;
@@ -320,12 +313,12 @@ mod tests {
 
     fn body(sections: &[&Section]) -> Bytes {
         let mut body = Vec::new();
-        put_body(sections, &mut body);
+        put_body(sections.iter().copied(), &mut body);
         body.into()
     }
 
     fn checked(first_offset: Offset, records: u32, body: Bytes) -> Option<Batch> {
-        Batch::check(LogFormatVersion::V2, FrameFlags::default(), first_offset, records, body)
+        Batch::check(LogFormatVersion::V3, FrameFlags::default(), first_offset, records, body)
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::frame::LogFormatVersion;
+use super::label::label_at;
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 
 /// What the records of a section share, as the log stores it.
@@ -18,8 +19,47 @@ pub(super) struct SectionHead<'a> {
     /// The ids under which the section is kept once, one after the other; usually none.
     #[serde(borrow, with = "serde_bytes")]
     pub once: &'a [u8],
+    /// The topics and media types of the records, each once.
+    #[serde(borrow, with = "serde_bytes")]
+    pub labels: &'a [u8],
     pub records: u32,
     pub bytes: u32,
+    /// Before version 3 each record has its topic and media type itself.
+    #[serde(skip)]
+    pub labels_inline: bool,
+}
+
+/// The head in version 2 of the format.
+#[derive(Deserialize)]
+struct SectionHeadV2<'a> {
+    datasource: &'a str,
+    key_id: KeyId,
+    transport: Transport,
+    publisher: u64,
+    received_at: TimeMicros,
+    #[serde(borrow, with = "serde_bytes")]
+    once: &'a [u8],
+    records: u32,
+    bytes: u32,
+}
+
+impl<'a> From<SectionHeadV2<'a>> for SectionHead<'a> {
+    fn from(head: SectionHeadV2<'a>) -> Self {
+        let SectionHeadV2 { datasource, key_id, transport, publisher, received_at, once, records, bytes } =
+            head;
+        Self {
+            datasource,
+            key_id,
+            transport,
+            publisher,
+            received_at,
+            once,
+            labels: &[],
+            records,
+            bytes,
+            labels_inline: true,
+        }
+    }
 }
 
 /// The head in version 1 of the format.
@@ -36,7 +76,8 @@ struct SectionHeadV1<'a> {
 impl<'a> From<SectionHeadV1<'a>> for SectionHead<'a> {
     fn from(head: SectionHeadV1<'a>) -> Self {
         let SectionHeadV1 { datasource, key_id, transport, received_at, records, bytes } = head;
-        Self { datasource, key_id, transport, publisher: 0, received_at, once: &[], records, bytes }
+        let (publisher, once) = (0, &[][..]);
+        SectionHeadV2 { datasource, key_id, transport, publisher, received_at, once, records, bytes }.into()
     }
 }
 
@@ -47,31 +88,62 @@ impl<'a> SectionHead<'a> {
             LogFormatVersion::V1 => {
                 postcard::take_from_bytes::<SectionHeadV1>(bytes).map(|(h, rest)| (h.into(), rest))
             }
-            LogFormatVersion::V2 => postcard::take_from_bytes(bytes),
+            LogFormatVersion::V2 => {
+                postcard::take_from_bytes::<SectionHeadV2>(bytes).map(|(h, rest)| (h.into(), rest))
+            }
+            LogFormatVersion::V3 => postcard::take_from_bytes(bytes),
         };
         taken.ok()
     }
 }
 
-/// One record, as the log stores it.
-#[derive(Serialize, Deserialize)]
+/// One record.
 pub(super) struct RecordBody<'a> {
     pub flags: RecordFlags,
     pub topic: &'a str,
     pub content_type: &'a str,
+    pub properties: &'a [u8],
+    pub payload: &'a [u8],
+    pub note: &'a [u8],
+}
+
+/// A record as it is stored, without its note, which follows if the flags say so.
+#[derive(Serialize, Deserialize)]
+pub(super) struct StoredRecord<'a> {
+    pub flags: RecordFlags,
+    /// Where its topic and media type are in the labels of its section.
+    pub label: u32,
     #[serde(borrow, with = "serde_bytes")]
     pub properties: &'a [u8],
     #[serde(borrow, with = "serde_bytes")]
     pub payload: &'a [u8],
-    /// Encoded after the other fields, and only if the flags say so.
-    #[serde(skip)]
-    pub note: &'a [u8],
+}
+
+/// A record in versions 1 and 2 of the format.
+#[derive(Deserialize)]
+struct StoredRecordV2<'a> {
+    flags: RecordFlags,
+    topic: &'a str,
+    content_type: &'a str,
+    #[serde(borrow, with = "serde_bytes")]
+    properties: &'a [u8],
+    #[serde(borrow, with = "serde_bytes")]
+    payload: &'a [u8],
 }
 
 impl<'a> RecordBody<'a> {
-    /// The record at the beginning of `bytes`, and the bytes behind it.
-    pub(super) fn take(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
-        let (mut record, rest) = postcard::take_from_bytes::<Self>(bytes).ok()?;
+    /// The record at the beginning of `bytes`, in the section with this head, and the bytes behind it.
+    pub(super) fn take(head: &SectionHead<'a>, bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let (mut record, rest) = if head.labels_inline {
+            let (stored, rest) = postcard::take_from_bytes::<StoredRecordV2>(bytes).ok()?;
+            let StoredRecordV2 { flags, topic, content_type, properties, payload } = stored;
+            (Self { flags, topic, content_type, properties, payload, note: &[] }, rest)
+        } else {
+            let (stored, rest) = postcard::take_from_bytes::<StoredRecord>(bytes).ok()?;
+            let StoredRecord { flags, label, properties, payload } = stored;
+            let (topic, content_type) = label_at(head.labels, label)?;
+            (Self { flags, topic, content_type, properties, payload, note: &[] }, rest)
+        };
         if !record.flags.has_note() {
             return Some((record, rest));
         }

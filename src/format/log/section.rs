@@ -1,8 +1,10 @@
 //! Messages on their way into the log. A [`Section`] holds those of one origin (datasource, key, transport,
 //! time). A front fills one per read of its socket, so that what the messages share is stored once.
 
+use super::frame::FrameFlags;
+use super::label::LabelTable;
 use super::once::OnceId;
-use super::record::{RecordBody, SectionHead, put_postcard, record_of};
+use super::record::{RecordBody, SectionHead, StoredRecord, put_postcard, record_of};
 use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, RecordRef, TimeMicros, Transport};
 
 /// Messages of one origin, encoded, on their way into the log.
@@ -27,6 +29,7 @@ pub struct Section {
     /// Messages and payload bytes that go into quarantine.
     quarantined: (u32, u64),
     noted: bool,
+    labels: LabelTable,
     bytes: Vec<u8>,
 }
 
@@ -53,6 +56,7 @@ impl Section {
             retained: false,
             quarantined: (0, 0),
             noted: false,
+            labels: LabelTable::default(),
             bytes: Vec::new(),
         }
     }
@@ -87,10 +91,8 @@ impl Section {
         properties: &[u8],
         flags: RecordFlags,
     ) {
-        put_postcard(
-            &RecordBody { flags, topic, content_type, properties, payload, note: &[] },
-            &mut self.bytes,
-        );
+        let label = self.labels.place(topic, content_type);
+        put_postcard(&StoredRecord { flags, label, properties, payload }, &mut self.bytes);
         self.retained |= flags.contains(RecordFlags::RETAIN);
         self.records += 1;
         self.payload_bytes += payload.len() as u64;
@@ -142,6 +144,30 @@ impl Section {
         self.bytes.len() - before
     }
 
+    /// Its records in sections of about `bytes_max`, at least one record each.
+    pub fn split(&self, bytes_max: usize) -> Vec<Section> {
+        let mut parts: Vec<Section> = Vec::new();
+        for place in self.places() {
+            if parts.last().is_none_or(|part| part.weight() >= bytes_max) {
+                parts.push(self.without_records());
+            }
+            parts.last_mut().map(|part| part.push_copy(self.record(place)));
+        }
+        parts
+    }
+
+    /// The size of what has to be in one frame, in bytes: the section, if it is kept once, or its largest
+    /// record.
+    pub fn unsplit_bytes(&self) -> usize {
+        if self.has_once_ids() {
+            return self.weight();
+        }
+        let places = self.places();
+        let ends = places.iter().skip(1).copied().map(|end| end as usize).chain([self.bytes.len()]);
+        let largest = places.iter().zip(ends).map(|(at, end)| end - *at as usize).max();
+        largest.unwrap_or_default()
+    }
+
     /// How many of its messages go into quarantine, and the sum of their payloads in bytes.
     pub fn quarantined(&self) -> (u32, u64) {
         self.quarantined
@@ -169,10 +195,11 @@ impl Section {
 
     /// The position where each of its records begins, for [`Section::record`].
     pub fn places(&self) -> Vec<u32> {
+        let head = self.head();
         let mut rest = &self.bytes[..];
         let place = |_| {
             let at = self.bytes.len() - rest.len();
-            (_, rest) = RecordBody::take(rest).expect(ENCODED);
+            (_, rest) = RecordBody::take(&head, rest).expect(ENCODED);
             u32::try_from(at).expect("in-flight bytes are bounded far below 4 GiB")
         };
         (0..self.records).map(place).collect()
@@ -180,13 +207,15 @@ impl Section {
 
     /// The record at a place; it has no offset yet.
     pub fn record(&self, place: u32) -> RecordRef<'_> {
-        let (record, _) = RecordBody::take(&self.bytes[place as usize..]).expect(ENCODED);
-        record_of(&self.head(), record, 0)
+        let head = self.head();
+        let (record, _) = RecordBody::take(&head, &self.bytes[place as usize..]).expect(ENCODED);
+        record_of(&head, record, 0)
     }
 
     /// Its size in memory, and approximately on disk, in bytes.
     pub fn weight(&self) -> usize {
-        self.bytes.len() + self.once.len() + self.datasource.as_str().len() + 40
+        let labels = self.labels.bytes().len();
+        self.bytes.len() + labels + self.once.len() + self.datasource.as_str().len() + SECTION_HEAD_BYTES
     }
 
     fn head(&self) -> SectionHead<'_> {
@@ -197,22 +226,28 @@ impl Section {
             publisher: self.publisher,
             received_at: self.received_at,
             once: &self.once,
+            labels: self.labels.bytes(),
             records: self.records,
             bytes: u32::try_from(self.bytes.len()).expect("in-flight bytes are bounded far below 4 GiB"),
+            labels_inline: false,
         }
     }
 }
 
+/// What a section's head takes beside the datasource, the ids and the labels, at most.
+const SECTION_HEAD_BYTES: usize = 60;
 const ENCODED: &str = "the section has encoded it itself";
 
 /// Writes the body of a batch without the once part: the number of sections, their heads, their
-/// records.
-pub fn put_body(sections: &[&Section], to: &mut Vec<u8>) {
-    put_postcard(&sections.len(), to);
-    for section in sections {
+/// records. Returns what the flags of the frame say of it.
+pub fn put_body<'a>(sections: impl Iterator<Item = &'a Section> + Clone, to: &mut Vec<u8>) -> FrameFlags {
+    put_postcard(&sections.clone().count(), to);
+    let mut flags = FrameFlags::default();
+    for section in sections.clone() {
         put_postcard(&section.head(), to);
+        flags = flags.with_if(section.retained, FrameFlags::RETAINED);
+        flags = flags.with_if(section.noted, FrameFlags::NOTED);
     }
-    for section in sections {
-        to.extend_from_slice(&section.bytes);
-    }
+    sections.for_each(|section| to.extend_from_slice(&section.bytes));
+    flags
 }

@@ -1,7 +1,7 @@
 //! The HTTP front: messages by POST, datasources and keys, stored records, health, and a dashboard.
 //! It speaks HTTP and decides nothing: the authorizer decides what a key allows, intake what is kept.
 //!
-//! A request comes in through `server` (and its `socket`); `request_middleware` below wraps every handler;
+//! A request comes in through `server` (and its `socket`); `middleware` wraps every handler;
 //! `credentials` identifies the caller before any of the body is read; then one handler of the table
 //! in [`routes`] runs. Every refusal becomes a `problem`.
 
@@ -17,6 +17,7 @@ mod lent;
 mod limits;
 mod manage;
 mod messages;
+mod middleware;
 mod presented;
 mod probes;
 mod problem;
@@ -32,30 +33,24 @@ mod websocket;
 use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::body::HttpBody;
-use axum::extract::{FromRequestParts, MatchedPath, Path, Request, State};
-use axum::http::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use axum::extract::{FromRequestParts, Path, Request};
+use axum::http::Method;
+use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts as RequestParts;
-use axum::http::{HeaderValue, Method, Version};
-use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
+use axum::middleware::from_fn_with_state;
+use axum::response::IntoResponse;
 use axum::routing::{MethodFilter, MethodRouter, on};
 use headgate_bridge_nats::Nats;
 use serde::de::DeserializeOwned;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
-use tracing::field::display;
 
 use self::body::BodyLimits;
 use self::credentials::Caller;
-use self::lent::BodyLender;
-use self::server::HttpPeer;
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
 use crate::config;
@@ -64,17 +59,15 @@ use crate::consume::quarantine::QuarantineLeakRules;
 use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::Subscribers;
-use crate::front::problem::{Problem, RefusedRequest};
+use crate::front::problem::Problem;
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
     HTTP_BODIES_BYTES_MAX, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S, QUERIES_MAX,
 };
 use crate::log::Log;
-use crate::message::{DatasourceId, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
-use crate::observe::refusals::{RefusalNote, Refusals};
 
 pub use waiting::{UnreadyReason, serve_until_ready};
 
@@ -266,7 +259,7 @@ fn router(shared: Arc<HttpFrontState>) -> Router {
         .fold(Router::new(), |router, (_, path, handler)| router.route(path, handler))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(middleware::from_fn_with_state(shared.clone(), request_middleware))
+        .layer(from_fn_with_state(shared.clone(), middleware::request_middleware))
         .with_state(shared)
 }
 
@@ -284,87 +277,6 @@ async fn no_method(method: Method) -> Problem {
 /// `GET /openapi.json`: this API, for programs and people.
 async fn openapi() -> impl IntoResponse {
     ([(CONTENT_TYPE, "application/json")], include_str!("openapi.json"))
-}
-
-/// Wraps every handler: refuses a key in the URL, counts and logs a refusal, and sets the headers that
-/// every answer has. It logs the route and not the path, because a client may put anything into a path.
-async fn request_middleware(
-    State(shared): State<Arc<HttpFrontState>>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let peer = request.extensions().get::<HttpPeer>().cloned();
-    let route = request.extensions().get::<MatchedPath>().cloned();
-    let method = request.method().clone();
-    let datasource = datasource_in(request.uri().path()).to_owned();
-    let has_body = !request.body().is_end_stream();
-    let http1 = request.version() < Version::HTTP_2;
-    // HTTP/2 carries other requests beside an unread body; HTTP/1.1 closes the connection below.
-    let (request, lender) = if has_body && !http1 {
-        let (head, body) = request.into_parts();
-        let (body, lender) = BodyLender::lend(body);
-        (Request::from_parts(head, body), Some(lender))
-    } else {
-        (request, None)
-    };
-    let mut response = match credentials::refuse_key_in_url(request.uri()) {
-        Ok(()) => next.run(request).await,
-        Err(problem) => {
-            drop(request);
-            problem.into_response()
-        }
-    };
-    let refused = response.extensions_mut().remove::<RefusedRequest>();
-    if let Some(refused) = &refused {
-        let address = peer.as_ref().map(|peer| peer.addr);
-        refused.note(shared.parts.intake.refusals(), address, &datasource);
-        let (peer, key_id) = (address.map(display), refused.key_id.map(display));
-        let route = route.as_ref().map_or("-", MatchedPath::as_str);
-        let (status, cause) = (response.status().as_u16(), refused.cause.name());
-        debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
-    }
-    let unread = refused.is_some_and(|refused| !refused.body_read);
-    if let Some(lender) = lender
-        && unread
-    {
-        lender.discard().await;
-    }
-    let headers = response.headers_mut();
-    if http1 && has_body && unread {
-        // The unread rest of the body is where the next request would begin. Announce the close, so that
-        // the client sends no further request on this connection.
-        if let Some(peer) = &peer {
-            peer.unread.store(true, Ordering::Relaxed);
-        }
-        headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    }
-    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    response
-}
-
-impl RefusedRequest {
-    /// Counts and lists it, unless intake has done so.
-    fn note(&self, refusals: &Refusals, address: Option<SocketAddr>, datasource: &str) {
-        if !self.counted {
-            refusals.note(RefusalNote {
-                address: address.map(|address| address.ip()),
-                datasource,
-                key_id: self.key_id,
-                key_shape: self.key_shape,
-                limited: self.limited.as_deref(),
-                ..RefusalNote::new(Transport::Http, self.cause, &self.words)
-            });
-        }
-    }
-}
-
-/// The datasource that a path names, or an empty string.
-fn datasource_in(path: &str) -> &str {
-    let rest = ["/v1/ingest/", "/v1/datasources/"].iter().find_map(|prefix| path.strip_prefix(prefix));
-    let id = rest.map_or("", |rest| rest.split('/').next().unwrap_or(rest));
-    // A path may hold anything there; what is not a valid id belongs to no datasource.
-    if DatasourceId::new(id).is_ok() { id } else { "" }
 }
 
 /// The parameters in a request's path, decoded. A path that cannot be decoded becomes a [`Problem`].

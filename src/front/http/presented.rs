@@ -1,5 +1,6 @@
 //! The keys that an HTTP connection has presented. The connection counts among the live connections of
-//! each of them. It ends when one of them dies: an idle connection at once, a busy one after its answer.
+//! each of them. It ends when one of them dies: an idle connection at once, a busy one after its answer
+//! (HTTP/2: with GOAWAY).
 //!
 //! Behind a proxy, one connection may carry the requests of many clients. Those connect again, as HTTP
 //! clients do whenever a server closes.

@@ -9,12 +9,12 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 
 use super::limits::rate_headers;
-use crate::front::problem::{Problem, ProblemAnswer};
+use crate::front::problem::{Problem, ProblemReply};
 use crate::observe::cause::{Cause, ProblemKind};
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let (ProblemAnswer { kind, document, retry_after_seconds, .. }, note) = self.into_parts();
+        let (ProblemReply { kind, document, retry_after_seconds, .. }, note) = self.into_parts();
         let mut response = Json(document).into_response();
         *response.status_mut() =
             StatusCode::from_u16(kind.status()).expect("a kind's status is that of an error");

@@ -1,5 +1,7 @@
 //! HTTP while the gateway waits for something that it cannot serve without, such as the log of a cluster:
 //! it is alive, it is not ready, and every other request is told to come again.
+//!
+//! `/livez` answers 200, and `/readyz` names what the gateway waits for.
 
 use std::sync::Arc;
 

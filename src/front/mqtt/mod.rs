@@ -5,6 +5,9 @@
 //! connections and with the [sessions], and is then [served](connection): each read of the socket is
 //! decoded in place and handed to intake as one draft; the next read proceeds while the log makes the
 //! draft durable; the answers to one draft leave in one write.
+//!
+//! A permanent refusal is answered at once. A transient one is never answered: the front holds the client
+//! back, then closes without an acknowledgement, so that the client sends the message again.
 
 mod acks;
 mod client_identity;

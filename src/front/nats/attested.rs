@@ -2,13 +2,21 @@
 //!
 //! A client that was admitted with its key (see `callout.rs`) gets a user name derived from the key; this
 //! module makes and parses that name. The client publishes in the clients' account, which imports the ingest
-//! subject from the gateways' account with `share: true`. When a message passes that import, the server
-//! writes its sender into the header `Nats-Request-Info`, and removes any such header of the client's. So the
-//! header can be trusted on the gateways' side of the import, and only there: in any other account a client
-//! could write it.
+//! subject from the gateways' account with `share: true`.
+//!
+//! When a message passes that import, the server writes its sender into the header `Nats-Request-Info`, and
+//! removes any such header of the client's.
+//!
+//! So the header can be trusted on the gateways' side of the import, and only there: in any other account a
+//! client could write it.
 //!
 //! The gateways' account is therefore closed to all others. It has to be anyway, because the requests of auth
 //! callout arrive there and hold keys.
+//!
+//! The header's user is the name from the gateway's answer, never the key. The gateway looks up the key by
+//! the id in it, so a message under a dead key is refused. A message without a reply subject passes the
+//! import just the same. In nats-server the import is `processServiceImport`, which writes the header with
+//! `setHeader`.
 
 use std::net::IpAddr;
 

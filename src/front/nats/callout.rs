@@ -2,6 +2,42 @@
 //! the client's permissions: the scope `ingest` may publish messages of the key's datasource, and the scope
 //! `subscribe` may subscribe to its stream. Intake checks what the client publishes, like any message, under
 //! the key that the server attests (`attested.rs`). A key that dies loses its connections (`kick.rs`).
+//!
+//! Any gateway may answer a request. The server's permissions are a second fence, not the only one. A leaf
+//! node is refused whatever key it presents, because a server speaks for others, and nats-server does not
+//! enforce the connection types of an answer.
+//!
+//! # Four accounts
+//!
+//! `headgate nats setup` writes them (`src/cli/nats/server.rs`):
+//!
+//! | account | who is in it | why |
+//! |---|---|---|
+//! | `APP` | clients with a key | they reach what their permissions name and what is imported, nothing else |
+//! | `AUTH` | the gateways alone | requests of auth callout hold keys; and a server's word can be trusted only where no client can write (`attested.rs`) |
+//! | `HEADGATE` | the gateways, backends | the stream and the registry; what is published in `APP` never gets here |
+//! | `SYS` | the gateway's system user | ends connections |
+//!
+//! # Answers go where the sender says
+//!
+//! Servers do not check a reply subject against the sender's permissions. With `stream.press-5.x` as reply
+//! subject, the gateway's answer would be delivered to the subscribers of another datasource. In `APP` the
+//! mapping `stream.> → denied.>` prevents that: a server maps answers too, but not what comes by the import
+//! of the stream.
+//!
+//! Nothing in `APP` reaches the stream itself, which is in `HEADGATE`. Servers refuse reply subjects in
+//! `$JS.ACK` and `_R_`; an answer to `ingest.>` or `$JS.API.>` has no effect (tried).
+//!
+//! # JetStream is closed to keys
+//!
+//! Tried on nats-server 2.15.1:
+//!
+//! - Whoever may create a consumer on one subject of a stream names where it delivers, unchecked, and so
+//!   writes into other streams of that account: a record of its own turned up in a KV bucket.
+//! - Whoever may pull may pull from every consumer of the stream whose name it knows: a permission cannot say
+//!   whose a consumer is.
+//!
+//! Neither fits keys that do not trust each other.
 
 use std::fmt::Display;
 use std::io;

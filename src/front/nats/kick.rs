@@ -1,11 +1,12 @@
 //! Ends the NATS connections of dead keys. The connections belong to a nats-server, which keeps them until
 //! their permission expires. So when a key ends, the gateway asks the servers, through the system account,
-//! for the connections with the key's user name, and ends each of them.
+//! for the connections with the key's user name (`CONNZ`), ends each of them (`KICK`), and asks again until
+//! there are none. The name finds them, so nothing has to be counted or remembered.
 //!
 //! The servers' lists lack one thing: a client that was admitted just now does not have its user name yet.
-//! [`RecentNatsConnections`] remembers such connections for a while, so that they are ended by their number in their server
-//! as well. While NATS is away no connection can be ended. So after an absence, and at every start, the
-//! gateway checks all connections once NATS is back.
+//! [`RecentNatsConnections`] remembers such connections for a while, so that they are ended by their number
+//! in their server as well. While NATS is away no connection can be ended. So after an absence, and at every
+//! start, the gateway checks all connections once NATS is back.
 
 use parking_lot::Mutex;
 use std::collections::{HashSet, VecDeque};

@@ -4,11 +4,15 @@
 //! The bridge delivers all that has arrived since its last turn, and [`ingest`] makes one draft of it.
 //! [`identity`] finds the grant of each message, and [`headers`] reads its other headers. When the draft is
 //! durable, each message is answered as JetStream would answer, so that any client's `js.publish` works.
+//!
 //! [`reply`] is the one place where a refusal becomes an answer. A message without a reply subject is
 //! admitted or refused all the same, and counted.
 //!
 //! NATS does not tell the address of a sender, and its server decides who may publish to `ingest.>`. So the
 //! NATS front counts bad keys for no address.
+//!
+//! Answers go to inboxes alone, subjects that begin with `_`. The gateway may publish where a device may not,
+//! and a reply subject of the device's choice would be a way around that.
 
 mod attested;
 pub mod callout;

@@ -5,11 +5,11 @@
 use headgate_bridge_nats::inlet::{InletRefusal, InletVerdict};
 use serde_json::json;
 
-use crate::front::problem::{Problem, ProblemAnswer};
+use crate::front::problem::{Problem, ProblemReply};
 
 /// The verdict that tells a sender of its refusal.
 pub(super) fn refusal_verdict(problem: impl Into<Problem>) -> InletVerdict {
-    let (ProblemAnswer { kind, document, retry_after, .. }, _) = problem.into().into_parts();
+    let (ProblemReply { kind, document, retry_after, .. }, _) = problem.into().into_parts();
     let code = kind.status();
     let mut document = serde_json::to_value(document).unwrap_or_default();
     // nats-py accepts exactly these members.

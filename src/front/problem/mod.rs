@@ -127,7 +127,7 @@ impl Problem {
     }
 
     /// Takes it apart into what a client is told and what is recorded of it.
-    pub(super) fn into_parts(mut self) -> (ProblemAnswer, RefusedRequest) {
+    pub(super) fn into_parts(mut self) -> (ProblemReply, RefusedRequest) {
         // In whole seconds, and never 0, which would invite the client to come again at once.
         let seconds = self.0.retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0));
         let retry_after_seconds = seconds.map(|seconds| seconds.max(1));
@@ -142,12 +142,12 @@ impl Problem {
             detail,
             members,
         };
-        (ProblemAnswer { kind, document, retry_after, retry_after_seconds }, note)
+        (ProblemReply { kind, document, retry_after, retry_after_seconds }, note)
     }
 }
 
 /// What a client is told of a problem.
-pub(super) struct ProblemAnswer {
+pub(super) struct ProblemReply {
     pub(super) kind: ProblemKind,
     pub(super) document: ProblemDocument,
     /// When the client may come again, as exactly as it is known.

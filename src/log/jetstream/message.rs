@@ -1,5 +1,5 @@
-//! What the log of a cluster adds to the message of a record ([`nats_message`](crate::log::nats_message)): an id,
-//! so that JetStream stores it once, and how many messages share that id.
+//! What the log of a cluster adds to the message of a record ([`nats_message`](crate::log::nats_message)): an
+//! id, so that JetStream stores it once, and how many messages share that id.
 
 use headgate_bridge_nats::HeaderMap;
 use headgate_bridge_nats::stream::{OutgoingMessage, StoredMessage};

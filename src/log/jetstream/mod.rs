@@ -17,7 +17,7 @@
 //!   gateways append meanwhile.
 //! - An append that has resolved `Ok` is in the stream, on a majority of its replicas. JetStream
 //!   syncs its files only every two minutes (`sync_interval`), so a record survives a power failure because
-//!   it is on several servers.
+//!   it is on several servers. A stream of one replica may lose what was acknowledged in that time.
 //! - A failed append of several messages may have kept some of them, as each is a separate message. If it is
 //!   sent again with an id, only the missing ones are added.
 //! - `received_at` comes from the clock of the gateway that read the message.

@@ -1,14 +1,23 @@
-//! Keeping a section once in a cluster. For a message id it is enough that JetStream knows it for its
-//! window (`intake.dedup_window_s`). The id of a QoS 2 exchange is known until the exchange is released;
-//! then the next message uses the same id. So the id in the stream has a *generation*, which every
-//! release replaces. Generations are rows of the bucket `headgate-once`, which each node watches. A release
-//! is durable there before it is answered, and [`ExchangeGenerations::sync`] waits until this node knows all of them.
+//! Keeping a section once in a cluster. For a message id it is enough that JetStream knows it for its window
+//! (`intake.dedup_window_s`).
 //!
-//! A row may expire only when JetStream knows no message of an earlier generation any more. Otherwise an
-//! id without a generation would match a message from before the first release. That takes one window
-//! after the row was written. While messages use a generation, its row must outlive JetStream's memory of
-//! them, because one may be repeated. So a row older than [`GENERATION_FRESH_MAX`] is rewritten when its generation is
-//! used. A row stays for a window and [`GENERATION_GRACE`] more.
+//! The id of a QoS 2 exchange is known until the exchange is released; then the next message uses the same
+//! id. So the id in the stream has a *generation*, which every release replaces.
+//!
+//! Generations are rows of the bucket `headgate-once`, which each node watches. A release is durable there
+//! before it is answered, and [`ExchangeGenerations::sync`] waits until this node knows all of them.
+//!
+//! A row may expire only when JetStream knows no message of an earlier generation any more. Otherwise an id
+//! without a generation would match a message from before the first release. That takes one window after the
+//! row was written.
+//!
+//! While messages use a generation, its row must outlive JetStream's memory of them, because one may be
+//! repeated. So a row older than [`GENERATION_FRESH_MAX`] is rewritten when its generation is used. A row
+//! stays for a window and [`GENERATION_GRACE`] more.
+//!
+//! Several messages may share one id: all but the first add their number in the section to it. The first is
+//! published alone. The others follow only if the first was new, or if an earlier attempt may have ended
+//! halfway.
 
 use parking_lot::RwLock;
 use std::collections::HashMap;

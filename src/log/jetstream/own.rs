@@ -1,13 +1,14 @@
 //! Alone mode: a gateway that appends much, and alone, takes its own records into its tail as they are
-//! acknowledged. The acknowledgement gives the offset and the record is still in memory, so JetStream need not push
-//! back what the gateway has just sent.
+//! acknowledged. The acknowledgement gives the offset and the record is still in memory, so JetStream need
+//! not push back what the gateway has just sent.
 //!
 //! What it gives, in five turns each with and without it (three servers, R3, two gateways, 50 MQTT clients at
-//! QoS 1 with 128 bytes through one of them, all on two busy cores): the gateway needs 6.9 us of processor time for
-//! a message instead of 9.9, the three servers 22.5 us instead of 23.9, and the median throughput was a third
-//! higher. So a gateway that is the bottleneck takes about 1.4 times as much. It gives nothing to a gateway that
-//! appends little, or beside others that append too: there JetStream pushes, which is always right. A record of
-//! another gateway shows within milliseconds as a gap among the own ones, and ends the mode.
+//! QoS 1 with 128 bytes through one of them, all on two busy cores): the gateway needs 6.9 us of processor
+//! time for a message instead of 9.9, the three servers 22.5 us instead of 23.9, and the median throughput
+//! was a third higher. So a gateway that is the bottleneck takes about 1.4 times as much. It gives nothing to
+//! a gateway that appends little, or beside others that append too: there JetStream pushes, which is always
+//! right. A record of another gateway shows within milliseconds as a gap among the own ones, and ends the
+//! mode.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -2,6 +2,9 @@
 //! node publishes how far its consumers are in the bucket `headgate-cursors`. Any node removes records
 //! that are over the age or the size and below all cursors. A node that has published nothing for a day
 //! no longer counts.
+//!
+//! A stream that is at `log.retention_bytes` refuses messages, which intake reports as a transient error. So
+//! retention starts below that size, and also whenever an append has found the stream full.
 
 use parking_lot::Mutex;
 use std::collections::HashMap;

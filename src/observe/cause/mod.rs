@@ -106,6 +106,10 @@ causes! {
         "the log cannot take more: see the gateway's own log";
     LogBudget "log_budget" Unavailable:
         "the log cannot take more: see the gateway's own log";
+    LogStarved "log_starved" Unavailable:
+        "the machine has no memory or file descriptors left for the log: raise the open-file limit, or free some; it comes again by itself";
+    LogTooLarge "log_too_large" TooLarge:
+        "the request with its id is larger than a frame of the log: send fewer messages at once";
     LogFailed "log_failed" Unavailable:
         "the log cannot take more: see the gateway's own log";
     LogAway "log_away" Unavailable:

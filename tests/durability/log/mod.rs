@@ -1,5 +1,5 @@
 //! The log: what every one promises, tried on each. What only the log in files promises (torn and damaged
-//! files, a disk that fails) is tried in `src/log/tests.rs`, what only a cluster's does in `jetstream.rs`.
+//! files, a disk that fails) is tried in `src/log/tests/mod.rs`, what only a cluster's does in `jetstream.rs`.
 
 mod jetstream;
 mod stage;

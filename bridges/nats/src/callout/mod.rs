@@ -6,8 +6,8 @@
 //! a user: its account, name, permissions and expiry. Both are NATS' kind of JSON Web Token ([`jwt`]), and
 //! may be encrypted with curve keys.
 //!
-//! [`CalloutService`] does all of that and leaves the decision to a [`CalloutAuthorizer`]. **A request holds the secret that
-//! the client presents: nothing here logs it, and `Debug` does not show it.**
+//! [`CalloutService`] does all of that and leaves the decision to a [`CalloutAuthorizer`]. **A request holds
+//! the secret that the client presents: nothing here logs it, and `Debug` does not show it.**
 
 mod jwt;
 mod seeds;
@@ -50,7 +50,7 @@ pub struct ConnectingClient {
 impl fmt::Debug for ConnectingClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Not the name either: a client may have put its secret there.
-        f.debug_struct("Visitor")
+        f.debug_struct("ConnectingClient")
             .field("host", &self.host)
             .field("kind", &self.kind)
             .field("server_id", &self.server_id)

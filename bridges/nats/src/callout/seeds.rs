@@ -34,7 +34,7 @@ impl CalloutSeeds {
 
 impl fmt::Debug for CalloutSeeds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Seeds")
+        f.debug_struct("CalloutSeeds")
             .field("issuer_public", &self.issuer_public)
             .field("curve_public", &self.curve_public)
             .finish_non_exhaustive()

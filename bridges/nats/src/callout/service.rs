@@ -50,7 +50,7 @@ pub struct CalloutService {
 
 impl fmt::Debug for CalloutService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Callout").field("account", &self.account).finish_non_exhaustive()
+        f.debug_struct("CalloutService").field("account", &self.account).finish_non_exhaustive()
     }
 }
 

@@ -1,8 +1,8 @@
 //! A bucket: rows in JetStream that all nodes of a cluster share. It has the layout of NATS' key-value
 //! stores (ADR-8), so that `nats kv` can show it.
 //!
-//! A row has a key, a value, and a revision: the place in the bucket's stream where it was last written.
-//! Only the newest value of a row is kept. A bucket is made for one of two uses ([`KvWrites`]). Related rows are
+//! A row has a key, a value, and a revision: the place in the bucket's stream where it was last written. Only
+//! the newest value of a row is kept. A bucket is made for one of two uses ([`KvWrites`]). Related rows are
 //! written all or none, with JetStream's atomic batches (nats-server 2.12), and only if no other writer was
 //! first ([`KvBucket::put_all`]); a node that needs all rows at all times watches the bucket
 //! ([`KvBucket::watch`]). Or each row is written by itself, against the revision that its writer knows

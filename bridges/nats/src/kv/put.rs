@@ -52,7 +52,7 @@ impl KvPut {
 impl KvBucket {
     /// Writes rows, all or none, and returns the revision of the last one; the rows before it have the
     /// revisions before it. `last` is the newest revision that the bucket may have (see
-    /// [`Update::revision`](super::KvUpdate)): if there is a newer one, nothing is written.
+    /// [`KvUpdate::revision`](super::KvUpdate)): if there is a newer one, nothing is written.
     ///
     /// # Errors
     /// [`KvError::Conflict`] if `last` or a row's expected revision does not match; [`KvError::TooLarge`] for

@@ -1,9 +1,10 @@
 //! A JetStream stream as a log: messages in one order, each with its own sequence.
 //!
-//! A [`StreamPublisher`] adds messages, many at once. A [`StreamFollower`] receives all messages, in order and without a
-//! gap, across losses of the connection. Members of a shared place ([`JetstreamStream::share`]) divide the messages
-//! among them. [`JetstreamStream::get`] reads older messages, from any server that has them. The stream removes
-//! nothing by itself: its user decides what may go ([`JetstreamStream::purge_below`]), and a full one takes no more.
+//! A [`StreamPublisher`] adds messages, many at once. A [`StreamFollower`] receives all messages, in order
+//! and without a gap, across losses of the connection. Members of a shared place ([`JetstreamStream::share`])
+//! divide the messages among them. [`JetstreamStream::get`] reads older messages, from any server that has
+//! them. The stream removes nothing by itself: its user decides what may go
+//! ([`JetstreamStream::purge_below`]), and a full one takes no more.
 
 mod ack;
 mod follower;

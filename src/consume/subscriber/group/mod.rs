@@ -155,7 +155,7 @@ impl ShareMember {
     /// [acknowledged](ShareMember::acknowledge) it.
     ///
     /// # Errors
-    /// [`LogReadError`], as [`Feed::poll_next`](super::SubscriberFeed::poll_next).
+    /// [`LogReadError`], as [`SubscriberFeed::poll_next`](super::SubscriberFeed::poll_next).
     pub fn poll_take(
         &mut self,
         max: usize,

@@ -6,6 +6,14 @@
 //! If two nodes claim a client at the same moment, the later claim wins. A node that has heard of a claim
 //! makes only later ones, whatever its clock says, so a client that connects again after an answer
 //! always has the later claim.
+//!
+//! **What goes over.** The session comes with its messages in flight, so that the next connection is sent the
+//! same messages with the same packet identifiers. Before the session continues, this node has followed the
+//! log to the session's position, and knows every QoS 2 exchange that other nodes have released
+//! ([`Log::sync`](crate::log::Log::sync)); so an exchange ends once, whichever node it ends on.
+//!
+//! **NATS away.** Nobody can say then whether a client has a session, so the client is told to come again
+//! (0x88).
 
 use parking_lot::Mutex;
 use std::collections::HashMap;

@@ -7,6 +7,9 @@
 //! A group ends when its last session unsubscribes or ends. Sessions that outlive their connections are on
 //! a roll in the bucket of sessions; each gateway knows its other sessions. JetStream also knows how long
 //! the sessions stay, to end groups of sessions that never return.
+//!
+//! The place is a durable pull consumer (`log/jetstream/share.rs`). When retention removes records that no
+//! member took, it notes their number with the consumer, and one member tells its client.
 
 mod member;
 

@@ -7,15 +7,22 @@
 //! | `cursors.{node}.{page}` | cursors of a node's sessions that have moved since their cells were written |
 //! | `group.{group}.{session}` | a mark: a session that outlives its connection is in this group |
 //!
-//! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell,
-//! each time over the revision that it knows: the node that the client is connected to, or was last. A node
-//! that takes the client over writes the cell. If the former node was cut off and does not know, its next
-//! write is refused, and it learns that it has [lost](LostSession) the session. A node also checks all its cells
-//! for such a change, a few at a time.
+//! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell, each
+//! time over the revision that it knows: the node that the client is connected to, or was last.
+//!
+//! A node that takes the client over writes the cell. If the former node was cut off and does not know, its
+//! next write is refused, and it learns that it has [lost](LostSession) the session. A node also checks all
+//! its cells for such a change, a few at a time.
 //!
 //! Cursors move all the time, so they are not in the cells: those of a node are gathered in a few pages,
 //! written every second. A cursor names the revision of its session's cell, and is void once the cell has
 //! another.
+//!
+//! | event | effect |
+//! |---|---|
+//! | a session moves to another node | its cell counts the moves, so that a node that was cut off sees that its own state is old |
+//! | a node was cut off meanwhile | it checks all its cells as soon as NATS is back, and closes the connections whose session it has lost |
+//! | a node is killed | every session of it continues from a cursor that is at most a second old |
 
 use std::time::Duration;
 

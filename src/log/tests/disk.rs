@@ -1,0 +1,366 @@
+//! The log on a disk that fails: at every call in turn, for good or for a while, and by losing what was not
+//! synced.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicUsize;
+
+use parking_lot::Mutex;
+
+use super::*;
+
+/// What is on the disk, what is still on its way there, and which call fails.
+#[derive(Default)]
+struct ModelDisk {
+    files: Mutex<BTreeMap<PathBuf, ModelContent>>,
+    calls: AtomicUsize,
+    /// The call that fails, counted from 0, with this error.
+    fails: Mutex<Option<(usize, i32)>>,
+    /// Syncs fail with this error, and what they were to write is forgotten, as the kernel does.
+    sync_fails: Mutex<Option<i32>>,
+    unremovable: Mutex<Option<PathBuf>>,
+}
+
+#[derive(Default)]
+struct ModelContent {
+    durable: Vec<u8>,
+    /// What was done since the last sync.
+    pending: Vec<ModelChange>,
+}
+
+#[derive(Clone)]
+enum ModelChange {
+    Write(usize, Vec<u8>),
+    Length(usize),
+}
+
+impl ModelContent {
+    fn apply(&mut self, change: &ModelChange) {
+        match change {
+            ModelChange::Write(at, bytes) => {
+                self.durable.resize(self.durable.len().max(at + bytes.len()), 0);
+                self.durable[*at..at + bytes.len()].copy_from_slice(bytes);
+            }
+            ModelChange::Length(length) => self.durable.resize(*length, 0),
+        }
+    }
+}
+
+impl ModelDisk {
+    fn call(&self) -> io::Result<()> {
+        let call = self.calls.fetch_add(1, Ordering::SeqCst);
+        match *self.fails.lock() {
+            Some((at, errno)) if at == call => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(()),
+        }
+    }
+
+    fn change(&self, path: &Path, change: ModelChange) {
+        self.files.lock().entry(path.to_owned()).or_default().pending.push(change);
+    }
+
+    /// Loses power: of what was not synced, each sector of 512 bytes for which `reached` says so is there.
+    fn lose_power(&self, mut reached: impl FnMut() -> bool) {
+        for (path, content) in &mut *self.files.lock() {
+            for change in std::mem::take(&mut content.pending) {
+                match change {
+                    ModelChange::Write(at, bytes) => {
+                        let mut done = 0;
+                        while done < bytes.len() {
+                            let end = bytes.len().min(done + 512 - (at + done) % 512);
+                            if reached() {
+                                content.apply(&ModelChange::Write(at + done, bytes[done..end].to_vec()));
+                            }
+                            done = end;
+                        }
+                    }
+                    length @ ModelChange::Length(_) if reached() => content.apply(&length),
+                    ModelChange::Length(_) => {}
+                }
+            }
+            if path.exists() {
+                fs::write(path, &content.durable).expect("writable");
+            }
+        }
+    }
+}
+
+struct OnModel(Arc<ModelDisk>);
+
+struct ModelFile(Arc<dyn SegmentFile>, PathBuf, Arc<ModelDisk>);
+
+impl Disk for OnModel {
+    fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>> {
+        self.0.call()?;
+        let file = FileSystem.open(path, create)?;
+        if create {
+            self.0.files.lock().insert(path.to_owned(), ModelContent::default());
+        }
+        Ok(Arc::new(ModelFile(file, path.to_owned(), self.0.clone())))
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.0.call()?;
+        if self.0.unremovable.lock().as_deref() == Some(path) {
+            return Err(io::Error::from_raw_os_error(libc::EPERM));
+        }
+        self.0.files.lock().remove(path);
+        FileSystem.remove(path)
+    }
+
+    fn sync_dir(&self, _: &Path) -> io::Result<()> {
+        self.0.call()
+    }
+}
+
+impl SegmentFile for ModelFile {
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+        self.2.call()?;
+        self.0.read_at(buffer, position)
+    }
+
+    fn write_all_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
+        let called = self.2.call();
+        // Like the kernel, a write that fails may have written a part.
+        let bytes = if called.is_err() { &bytes[..bytes.len() / 2] } else { bytes };
+        self.0.write_all_at(bytes, position)?;
+        let at = usize::try_from(position).expect("small");
+        self.2.change(&self.1, ModelChange::Write(at, bytes.to_vec()));
+        called
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.2.call()?;
+        let mut files = self.2.files.lock();
+        let content = files.entry(self.1.clone()).or_default();
+        match *self.2.sync_fails.lock() {
+            Some(libc::EIO) => content.pending.clear(),
+            Some(_) => {}
+            None => std::mem::take(&mut content.pending).iter().for_each(|change| content.apply(change)),
+        }
+        self.2.sync_fails.lock().map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
+    }
+
+    fn allocate(&self, position: u64, bytes: u64) -> io::Result<()> {
+        self.2.call()?;
+        let length = self.0.len()?.max(position + bytes);
+        self.0.set_len(length)?;
+        self.2.change(&self.1, ModelChange::Length(usize::try_from(length).expect("small")));
+        Ok(())
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.2.call()?;
+        self.0.set_len(bytes)?;
+        self.2.change(&self.1, ModelChange::Length(usize::try_from(bytes).expect("small")));
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.2.call()?;
+        self.0.len()
+    }
+}
+
+fn small() -> config::LogConfig {
+    config::LogConfig { segment_bytes: 16 << 10, retention_bytes: 64 << 10, ..config() }
+}
+
+fn open_model(model: &Arc<ModelDisk>, dir: &Path) -> Result<EmbeddedLog, LogOpenError> {
+    EmbeddedLog::open_on(Box::new(OnModel(model.clone())), dir, &small(), &Config::default().intake)
+}
+
+fn payload(n: u64) -> Vec<u8> {
+    let mut payload = vec![u8::try_from(n).expect("few"); 3000];
+    payload[..8].copy_from_slice(&n.to_le_bytes());
+    payload
+}
+
+/// What is in the log is what was appended, in order, and everything that was acknowledged is in it.
+fn assert_kept(log: &EmbeddedLog, acknowledged: u64, what: &str) {
+    assert!(log.next_offset() >= acknowledged, "{what}: {} of {acknowledged}", log.next_offset());
+    let read = read_all(log, log.first_offset()).expect("readable");
+    let expected: Vec<_> = (log.first_offset()..log.next_offset()).map(|n| (n, payload(n))).collect();
+    assert!(read == expected, "{what}: the records are others");
+}
+
+/// Appends until it fails, over several segments and retention. Returns how many were acknowledged.
+fn fill(log: &EmbeddedLog) -> u64 {
+    log.begin_retention();
+    let failed = |n: &u64| append(log, &[&payload(*n)]).is_err();
+    let from = log.next_offset();
+    (from..from + 36).find(failed).unwrap_or(from + 36)
+}
+
+#[test]
+fn whichever_call_fails_nothing_acknowledged_is_lost_and_a_want_is_waited_out() {
+    let calls = {
+        let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+        let log = open_model(&model, dir.path()).expect("opens");
+        assert_eq!(fill(&log), 36);
+        assert!(log.first_offset() > 0, "retention has removed a segment");
+        drop(log);
+        model.calls.load(Ordering::SeqCst)
+    };
+    let wants = [libc::ENOSPC, libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EINTR, libc::EDQUOT];
+    for call in 0..calls {
+        for errno in [wants[call % wants.len()], libc::EIO] {
+            let what = format!("call {call} fails with {}", io::Error::from_raw_os_error(errno));
+            let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+            *model.fails.lock() = Some((call, errno));
+            let mut acknowledged = 0;
+            if let Ok(log) = open_model(&model, dir.path()) {
+                acknowledged = fill(&log);
+                assert!(errno == libc::EIO || acknowledged == 36, "{what}: {acknowledged}");
+            }
+            let log = open_model(&model, dir.path()).unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_kept(&log, acknowledged, &what);
+            drop(log);
+        }
+    }
+}
+
+#[test]
+fn what_a_failed_sync_left_in_memory_is_on_the_disk_before_it_counts_as_kept() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    append(&log, &[&payload(0)]).expect("kept");
+    *model.sync_fails.lock() = Some(libc::EIO);
+    let id = OnceId::of_exchange(1, 1);
+    let once = || {
+        let mut once = section(&[&payload(1)], &Lease::new());
+        once.keep_once(id);
+        vec![once]
+    };
+    let failed = log.append(once(), later()).blocking_recv().expect("answered");
+    assert!(matches!(failed, Err(AppendError::Failed(_))));
+    drop(log);
+    *model.sync_fails.lock() = None;
+    let log = open_model(&model, dir.path()).expect("opens");
+    let again = log.append(once(), later()).blocking_recv().expect("answered").expect("kept");
+    assert_eq!(again.outcomes, [SectionOutcome::Duplicate(Offsets::consecutive(1, 1))]);
+    model.lose_power(|| false);
+    drop(log);
+    model.lose_power(|| false);
+    let log = open(dir.path(), &small()).expect("opens");
+    assert_kept(&log, 2, "after the power was lost");
+}
+
+#[test]
+fn a_segment_that_cannot_be_removed_keeps_those_behind_it_and_stops_no_start() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    *model.unremovable.lock() = Some(super::super::segment::Segment::path_of(&dir.path().join("log"), 0));
+    log.begin_retention();
+    let soon = || Instant::now() + Duration::from_millis(100);
+    let keep = |n| log.append(vec![section(&[&payload(n)], &Lease::new())], soon()).blocking_recv();
+    let full = (0..100).find(|n| keep(*n).expect("answered").is_err()).expect("the budget is reached");
+    assert_eq!(log.first_offset(), 0);
+    drop(log);
+    let log = open_model(&model, dir.path()).expect("opens");
+    assert_kept(&log, full, "with the segment that stayed");
+    *model.unremovable.lock() = None;
+    assert_eq!(fill(&log), full + 36);
+    assert!(log.first_offset() > 0);
+}
+
+#[test]
+fn what_else_is_in_the_directory_is_left_alone() {
+    let dir = TempDir::new().expect("temporary directory");
+    drop(open(dir.path(), &config()).expect("opens"));
+    let names = ["gateway.log", "0.log", "0000000000000000000x.log", "zzz.log", "notes.txt"];
+    for name in names {
+        fs::write(dir.path().join("log").join(name), "short").expect("written");
+    }
+    let log = open(dir.path(), &config()).expect("opens");
+    assert_eq!(append(&log, &[b"0"]).expect("kept").outcomes, [kept(0, 1)]);
+    drop(log);
+    for name in names {
+        assert_eq!(fs::read(dir.path().join("log").join(name)).expect("still there"), b"short");
+    }
+}
+
+#[test]
+fn a_segment_without_a_header_is_named_and_left_out_only_when_told_to() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    (0..12).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept"));
+    drop(log);
+    let second = 3;
+    let path = super::super::segment::Segment::path_of(&dir.path().join("log"), second);
+    let mut bytes = fs::read(&path).expect("segments of three records");
+    [0, 2048].iter().for_each(|at| bytes[at + 30] ^= 1);
+    fs::write(&path, &bytes).expect("writable");
+    let Err(LogOpenError::Corrupt(text)) = open(dir.path(), &small()) else { panic!("opened") };
+    assert!(text.contains(&path.display().to_string()) && text.contains("from offset 3"), "{text}");
+    let accepting = config::LogConfig { accept_corruption: true, ..small() };
+    let log = open(dir.path(), &accepting).expect("opens");
+    let read: Vec<_> = read_all(&log, 0).expect("readable").into_iter().map(|(offset, _)| offset).collect();
+    assert_eq!(read, (0..3).chain(6..12).collect::<Vec<_>>());
+    assert_eq!(log.lost_records(), 3);
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Append,
+    /// An append whose sync fails for a while, so that nobody is told of it.
+    Abandon,
+    Restart,
+    LosePower(u64),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        6 => Just(Step::Append),
+        2 => Just(Step::Abandon),
+        1 => Just(Step::Restart),
+        2 => any::<u64>().prop_map(Step::LosePower),
+    ];
+    prop::collection::vec(step, 1..30)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_a_loss_of_power_takes_it_is_nothing_that_was_acknowledged(steps in steps()) {
+        let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+        let reopen = || {
+            let log = open_model(&model, dir.path()).expect("neither a restart nor a loss of power is damage");
+            log.begin_retention();
+            log
+        };
+        let mut log = reopen();
+        for step in steps {
+            let next = log.next_offset();
+            match step {
+                Step::Append => {
+                    append(&log, &[&payload(next)]).expect("kept");
+                }
+                Step::Abandon => {
+                    *model.sync_fails.lock() = Some(libc::ENOSPC);
+                    let appended = log.append(vec![section(&[&payload(next)], &Lease::new())], Instant::now());
+                    prop_assert!(appended.blocking_recv().expect("answered").is_err());
+                    *model.sync_fails.lock() = None;
+                }
+                Step::Restart => {
+                    drop(log);
+                    log = reopen();
+                    assert_kept(&log, next, "after a restart");
+                }
+                Step::LosePower(seed) => {
+                    // The writer ends first; what it still wrote, such as its last frame, may be lost too.
+                    *model.sync_fails.lock() = Some(libc::ENOSPC);
+                    drop(log);
+                    *model.sync_fails.lock() = None;
+                    let mut state = seed | 1;
+                    model.lose_power(|| {
+                        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                        state >> 63 == 1
+                    });
+                    log = reopen();
+                    assert_kept(&log, next, "after a loss of power");
+                }
+            }
+        }
+    }
+}
