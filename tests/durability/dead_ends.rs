@@ -159,7 +159,7 @@ fn damage_that_is_found_while_the_gateway_runs_is_no_different() {
         ruin_root_page(&dir.path().join(format!("{stem}.db")), table);
         let gateway = Setup::embedded_on(dir.path()).start();
         publish_some(&gateway, &source, 21);
-        wait_for("it to be set aside", || (!aside(dir.path(), stem).is_empty()).then_some(()));
+        gateway.says("was damaged and is set aside as");
         assert_eq!(retained(&gateway), "on 21");
         assert_eq!(gateway.stored("press-4", 43).len(), 43, "queries read the new database");
         named_aside(&gateway, stem);
