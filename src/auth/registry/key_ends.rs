@@ -31,6 +31,8 @@ use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 
 /// The pause before another attempt to write the ends of keys.
 const KEY_END_RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// The same in a cluster.
+const KEY_END_CLUSTER_RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// How often the reserve is looked after when nothing waits.
 const RESERVE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// The key ids that a warning names.
@@ -134,6 +136,10 @@ impl UnwrittenEnds {
     /// Notes why the ends could not be written. Logged once, until all are durable.
     fn set_error(&self, error: &RegistryError) {
         let mut queue = self.queue.lock();
+        if queue.ends.is_empty() {
+            // Another call has written them meanwhile.
+            return;
+        }
         if queue.error.replace(error.to_string()).is_none() {
             let keys: Vec<_> = queue.ends.iter().flat_map(|end| end.keys.iter().map(|key| key.id)).collect();
             let first = &keys[..keys.len().min(WARNED_KEYS_MAX)];
@@ -174,8 +180,9 @@ impl Registry {
             dead
         };
         // A failure is kept with the queue, from where it is reported.
-        let written = self.write_ends();
-        if let (true, Ok(Some(revision)), Some(replica)) = (waits_everywhere, written, &self.replica) {
+        if let (Ok(()), true, Some(replica)) = (self.write_ends(), waits_everywhere, &self.replica) {
+            // Another call may have written these ends: what the database has now includes them.
+            let revision = self.lock_database().applied();
             replica.wait_everywhere(revision);
         }
         Ok(dead)
@@ -203,14 +210,13 @@ impl Registry {
         }
     }
 
-    /// Writes all ends that are not yet durable. In a cluster returns the revision that the other nodes will reach.
+    /// Writes all ends that are not yet durable. In a cluster the other nodes follow a moment later.
     ///
     /// # Errors
     /// Those of a change; the ends that are left are in force all the same.
-    pub fn write_ends(&self) -> Result<Option<RegistryRevision>, RegistryError> {
-        let mut written = None;
+    pub fn write_ends(&self) -> Result<(), RegistryError> {
         while !self.unwritten.is_empty() {
-            let written_some = self.make_here_with_reserve(|database| {
+            let written = self.make_here_with_reserve(|database| {
                 // The queue is only changed under the lock of the database.
                 let ends = self.unwritten.oldest();
                 let change = database.begin()?;
@@ -226,15 +232,12 @@ impl Registry {
                 }
                 Ok(())
             });
-            match written_some {
-                Ok(((), revision)) => written = Some(revision),
-                Err(error) => {
-                    self.unwritten.set_error(&error);
-                    return Err(error);
-                }
+            if let Err(error) = written {
+                self.unwritten.set_error(&error);
+                return Err(error);
             }
         }
-        Ok(written)
+        Ok(())
     }
 
     /// As [`Registry::make_change`], for a change that ends a key among other things: on a full disk it gives up
@@ -317,13 +320,17 @@ impl Registry {
 /// Writes the ends of keys that could not be written at once, and looks after the reserve, until dropped.
 pub async fn run(registry: Arc<Registry>) {
     loop {
-        let pause = match registry.unwritten.is_empty() {
-            true => RESERVE_CHECK_INTERVAL,
-            false => KEY_END_RETRY_PAUSE,
-        };
-        // A notice only shortens the wait: a write that has just failed is not repeated at once.
-        if tokio::time::timeout(pause, registry.unwritten.failed.notified()).await.is_ok() {
-            tokio::time::sleep(KEY_END_RETRY_PAUSE).await;
+        if registry.unwritten.is_empty() {
+            let failed = registry.unwritten.failed.notified();
+            let _ = tokio::time::timeout(RESERVE_CHECK_INTERVAL, failed).await;
+        }
+        if !registry.unwritten.is_empty() {
+            // An attempt holds the registry's lock; without NATS it takes seconds to fail.
+            let pause = match registry.replica {
+                Some(_) => KEY_END_CLUSTER_RETRY_PAUSE,
+                None => KEY_END_RETRY_PAUSE,
+            };
+            tokio::time::sleep(pause).await;
         }
         let for_write = registry.clone();
         let upkeep = move || {

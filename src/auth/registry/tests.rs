@@ -1,6 +1,7 @@
 //! Tests of the registry's public interface: the effect of a change when it returns and after a restart.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -352,15 +353,21 @@ fn no_connection_outlives_its_key_however_lookup_and_deletion_race() {
         let (a, _, secret) =
             registry.create_datasource(&Actor::SYSTEM, None, "a", ingest()).expect("created");
         let digest = secret.digest();
+        let has_entered = AtomicBool::new(false);
         let connections = thread::scope(|scope| {
             let connecting = scope.spawn(|| {
                 let mut connections = Vec::new();
                 while let Some(key) = registry.find(&digest) {
                     let control = Arc::new(ConnectionControl::default());
                     connections.push((key.connections().enter(Arc::clone(&control)), control));
+                    has_entered.store(true, Ordering::Release);
                 }
                 connections
             });
+            // The deletion holds in memory at once, so it could come before any connection.
+            while !has_entered.load(Ordering::Acquire) {
+                thread::yield_now();
+            }
             registry.delete_datasource(&Actor::SYSTEM, &a.id).expect("deleted");
             connecting.join().expect("no panic")
         });
