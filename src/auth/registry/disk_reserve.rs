@@ -90,6 +90,7 @@ fn allocate(file: &File, bytes: u64) -> io::Result<()> {
 }
 
 /// The bytes that this process may still allocate on the disk of a path.
+#[allow(clippy::useless_conversion, reason = "some systems have narrower numbers")]
 fn free_bytes(path: &Path) -> Option<u64> {
     let dir = std::ffi::CString::new(path.parent()?.as_os_str().as_encoded_bytes()).ok()?;
     // SAFETY: an all-zero `statvfs` is valid, and both pointers are good for the call.
