@@ -37,7 +37,7 @@ pub(super) fn run(args: RepairArgs, out: &mut CommandOutput) -> anyhow::Result<(
     match (steps.is_empty(), args.yes) {
         (true, _) => writeln!(out, "nothing is to be repaired in {}", config.data_dir.display())?,
         (false, true) => writeln!(out, "done")?,
-        (false, false) => writeln!(out, "nothing is changed yet: with --yes it is done")?,
+        (false, false) => writeln!(out, "nothing is set aside yet: with --yes it is done")?,
     }
     Ok(())
 }

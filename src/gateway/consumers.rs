@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use headgate_bridge_nats::Nats;
+use tokio::task::spawn_blocking;
 use tracing::warn;
 
 use super::opened::OpenedLog;
@@ -49,7 +50,10 @@ impl Consumers {
         let (dir, log) = (&config.data_dir, &opened.log);
         let (storage, query) = match config.storage.sink {
             SinkKind::Sqlite => {
-                let storage = StorageConsumer::start(dir, &config.storage, log.clone())?;
+                let (at, settings, followed) = (dir.clone(), config.storage.clone(), log.clone());
+                // It may read the log, which in a cluster blocks.
+                let storage =
+                    spawn_blocking(move || StorageConsumer::start(&at, &settings, followed)).await??;
                 (Some(Arc::new(storage)), Some(RecordsReader::open(dir)?))
             }
             SinkKind::None => (None, None),

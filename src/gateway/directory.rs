@@ -27,9 +27,11 @@ pub(super) fn lock_directory(dir: &Path) -> anyhow::Result<File> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.with_context(|| format!("cannot make the data directory {}", dir.display()))?;
     let lock = lock_existing(dir)?;
-    for path in [dir.to_owned(), dir.join(LOG_DIRECTORY)] {
+    for (path, is_own) in
+        [(dir.to_owned(), is_own_file as fn(&str) -> bool), (dir.join(LOG_DIRECTORY), is_log_file)]
+    {
         // Whoever may write the directory need not be its owner, for example of a volume in a container.
-        if let Err(error) = set_private_modes(&path)
+        if let Err(error) = set_private_modes(&path, is_own)
             && error.kind() != io::ErrorKind::NotFound
         {
             warn!(%error, path = %path.display(), "the data directory may be readable by others than its owner");
@@ -38,13 +40,29 @@ pub(super) fn lock_directory(dir: &Path) -> anyhow::Result<File> {
     Ok(lock)
 }
 
-/// Takes from everybody but the owner what they may do with a directory and the files in it. Links, and
-/// directories in it, are left as they are.
-fn set_private_modes(dir: &Path) -> io::Result<()> {
+/// Whether Headgate makes a file of this name in the data directory. Others may have put more there.
+fn is_own_file(name: &str) -> bool {
+    let is_database = ["registry", "records", "retained", "sessions", "quarantine"]
+        .iter()
+        .any(|stem| name.strip_prefix(stem).is_some_and(|rest| rest.starts_with(['.', '-'])));
+    is_database || matches!(name, "LOCK" | "admin.key" | "log.id" | "node")
+}
+
+/// Whether the log makes a file of this name in its directory.
+fn is_log_file(name: &str) -> bool {
+    name.ends_with(".log") || name.ends_with(".spare")
+}
+
+/// Takes from everybody but the owner what they may do with a directory and Headgate's files in it. Links are
+/// left as they are, and so are files that are not Headgate's.
+fn set_private_modes(dir: &Path, is_own: fn(&str) -> bool) -> io::Result<()> {
+    if std::fs::symlink_metadata(dir)?.is_symlink() {
+        return Ok(());
+    }
     std::fs::set_permissions(dir, Permissions::from_mode(0o700))?;
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_type()?.is_file() {
+        if entry.file_type()?.is_file() && entry.file_name().to_str().is_some_and(is_own) {
             std::fs::set_permissions(entry.path(), Permissions::from_mode(0o600))?;
         }
     }
@@ -89,12 +107,13 @@ pub(super) fn check_log_backend(dir: &Path, backend: LogBackend) -> anyhow::Resu
 /// it had, every device would be refused, and most do not ask again. Call it before the registry is opened,
 /// which makes one.
 pub(super) fn check_registry_is_there(dir: &Path, records: Offset) -> anyhow::Result<()> {
-    if records == 0 || Registry::is_there(dir) {
+    let is_new = records == 0 && !dir.join("records.db").exists() && !dir.join("sessions.db").exists();
+    if is_new || Registry::is_there(dir) {
         return Ok(());
     }
     let dir = dir.display();
     bail!(
-        "registry.db is missing or empty in {dir}, and the log beside it has records up to offset {records}: without it \
+        "registry.db is missing or empty in {dir}, and there is a log beside it, up to offset {records}, or what was stored of one: without it \
          no datasource and no key is known, and every device would be refused. Put it back from a backup, or \
          begin anew on purpose (headgate repair --data-dir {dir} --new-registry --yes): then every datasource \
          has to be created again, and every device needs another key"

@@ -1,5 +1,6 @@
 //! Repair: what a start refuses to do by itself, because something would be lost by it, done on purpose. Without
-//! `apply` nothing is changed, and what would be is told.
+//! `apply` nothing is set aside or removed, and what would be is told. Files of an older format are brought to the
+//! newest one all the same, as by every start.
 
 use anyhow::bail;
 
@@ -35,6 +36,10 @@ pub fn repair(config: &Config, order: RepairOrder) -> anyhow::Result<Vec<String>
             "log.backend is \"jetstream\": the log is on NATS. Move records.db and retained.db away, and what the log \
              has is copied again"
         );
+    }
+    // A start would make a new one; here it is more likely that the directory is the wrong one.
+    if !dir.join("log").is_dir() {
+        bail!("there is no log in {}: put it back, or begin with an empty directory", dir.display());
     }
     let _lock = lock_existing(dir)?;
     check_log_backend(dir, config.log.backend)?;

@@ -69,7 +69,11 @@ impl SqliteSink {
         let aside = new_file_aside(path)?;
         let connection = self.connection_mut();
         let moved = copy_from(connection, end, &aside).and_then(|()| forget_from(connection, end));
-        moved.map_err(|error| self.database_error(&error))?;
+        if let Err(error) = moved {
+            // Nothing was deleted here, and every start would leave one more copy.
+            let _ = std::fs::remove_file(&aside);
+            return Err(self.database_error(&error));
+        }
         self.set_back(end);
         Ok(aside)
     }

@@ -269,7 +269,11 @@ fn open_right(path: &Path, log: &dyn Log) -> Result<(RetainedTable, Option<Strin
         return Err(RetainedError::LogBehind { consumed, log_end });
     }
     let aside = new_file_aside(path)?;
-    table.set_back(log_end, first, &aside).map_err(|error| SqliteError::from_sqlite(&error, path))?;
+    if let Err(error) = table.set_back(log_end, first, &aside) {
+        // Nothing was deleted there, and every start would leave one more copy.
+        let _ = std::fs::remove_file(&aside);
+        return Err(SqliteError::from_sqlite(&error, path).into());
+    }
     let said = format!(
         "{RETAINED_FILE_NAME} was at offset {consumed}, ahead of the log, which ends at {log_end}: a copy is set aside \
          as {}, and retained messages are those of the log again",

@@ -53,6 +53,8 @@ const RETAINED_DATABASE: SqliteProfile = SqliteProfile {
             UNIQUE (datasource, topic)
         ) STRICT;
     "],
+    // Damage that only a subscriber's query would meet is found at the start, where it can be mended.
+    is_checked: true,
     ..SqliteProfile::SHARED
 };
 
@@ -155,13 +157,13 @@ impl RetainedTable {
     }
 
     /// Brings a database that is ahead of the log back to the log's end: keeps a copy of it in the empty file
-    /// `aside`, deletes the messages from `end` on, and moves the cursor back to `first`, so that the messages
-    /// that those had replaced are found in the log again. On the disk afterwards.
+    /// `aside`, deletes what the log still has to tell of, from `first` on, and moves the cursor back to there, so that
+    /// these messages are those of this log. On the disk afterwards.
     pub(super) fn set_back(&mut self, end: Offset, first: Offset, aside: &Path) -> rusqlite::Result<()> {
         self.connection.execute("VACUUM INTO ?1", [aside.to_string_lossy()])?;
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        transaction.execute("DELETE FROM messages WHERE offset >= ?1", [sql_offset(end)])?;
+        transaction.execute("DELETE FROM messages WHERE offset >= ?1", [sql_offset(first.min(end))])?;
         transaction.execute("UPDATE cursor SET next_offset = ?1", [sql_offset(first)])?;
         let empty = is_empty(&transaction)?;
         transaction.commit()?;

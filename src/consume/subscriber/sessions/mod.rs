@@ -115,9 +115,9 @@ impl StoredSessions {
     pub fn set_back(&mut self, end: Offset) -> Vec<SessionStoreChange> {
         let mut changes = Vec::new();
         for session in &mut self.sessions {
-            // A subscription may begin in the future, if the session's own cursor says that the log is whole.
-            if session.cursor > end {
-                session.cursor = end;
+            // A filter begins where the log ended then, which may be further on than the session's cursor.
+            if session.cursor > end || session.subscriptions.iter().any(|of| of.from > end) {
+                session.cursor = session.cursor.min(end);
                 session.subscriptions.iter_mut().for_each(|of| of.from = of.from.min(end));
                 changes.push(SessionStoreChange::PutSession(session.clone()));
             }
