@@ -124,8 +124,13 @@ impl KeyConnections {
 
     /// Tells every connection to close, and every one that enters later. The first reason is kept.
     pub fn close_all(&self, why: CloseReason) {
-        let mut state = self.state();
-        let why = *state.closed.get_or_insert(why);
+        let why = *self.state().closed.get_or_insert(why);
+        self.close_present(why);
+    }
+
+    /// Tells every connection to close that has entered, and none that enters later.
+    pub fn close_present(&self, why: CloseReason) {
+        let state = self.state();
         let live: Vec<_> =
             state.live.iter().flat_map(|live| &live.places).flatten().map(Arc::clone).collect();
         // Unlocked first: waking a task can drop it, and with it an `KeyConnectionGuard`, which locks this set.

@@ -15,9 +15,10 @@
 //! | `registry/cluster/follower.rs`, `registry/remote_changes.rs` | in a cluster: every other node does the same to its own live view and settles; the change waits for them |
 //! | `src/intake/mod.rs` | `Intake::settle` passes a barrier through the log, behind which nothing under the key can be appended, and waits until the last connection has left; then the call is answered |
 //!
-//! These join where the key ends in memory: a key that expires (`registry/deadlines.rs`) or is rotated away
-//! (`registry/rotations.rs`), a leak report (`registry/leaks.rs`), and a deleted datasource
-//! (`registry/datasources.rs`).
+//! These join where the key ends in memory: a key that expires or whose grace is over (`registry/deadlines.rs`), a
+//! leak report (`registry/leaks.rs`), and a deleted datasource (`registry/datasources.rs`). A rotation and its undoing
+//! (`registry/rotations.rs`) are durable first, and then in force, like every change that is not just an end. In a
+//! cluster so are the end of an admin key of `*` and the end of a grace (`registry/key_ends.rs`).
 
 pub mod authorizer;
 pub mod connections;

@@ -20,8 +20,9 @@ pub const PRESENTED_KEY_BYTES_MAX: usize = 256;
 pub const USERS_PER_KEY_MAX: usize = 8;
 /// Keys whose usage is written in one transaction; other changes of the registry wait for it.
 pub const USAGE_KEYS_PER_CHANGE: usize = 1_000;
-/// Ended keys that are written in one transaction; other changes of the registry wait for it.
-pub const KEY_ENDS_PER_CHANGE: usize = 1_000;
+/// Ended keys that are written in one transaction; other changes of the registry wait for it. Each can be two rows,
+/// the key's and its audit entry, and in a cluster a change is all or nothing up to 1,000 rows.
+pub const KEY_ENDS_PER_CHANGE: usize = 500;
 /// Room on the disk that is kept for the ends of keys: some fifty revocations on a disk that stays full.
 pub const REGISTRY_RESERVE_BYTES: u64 = 1 << 20;
 /// The part of it that is given up at a time, so that others cannot take all of it at once.

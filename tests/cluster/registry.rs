@@ -473,6 +473,52 @@ async fn two_nodes_that_start_together_make_one_admin_key() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_admins_that_end_each_others_key_at_once_one_stays() {
+    let server = NatsServer::start();
+    let (a, b) = (Node::join(&server, "a").await, Node::join(&server, "b").await);
+    acquainted(&[&a, &b]).await;
+    let create = |node: &Node| {
+        node.run(|registry| {
+            let scopes = Scopes::from_slice(&[Scope::Admin]);
+            registry.create_key(&ACTOR, &DatasourceId::all(), "", scopes, None).expect("created")
+        })
+    };
+    let (mut kept, _) = create(&a).await.expect("no panic");
+    for n in 0..20 {
+        let (other, secret) = create(&b).await.expect("no panic");
+        let one = a.revoke(&kept.datasource, kept.id);
+        // A leak report ends a key by the same rule.
+        let (one, other_ended) = if n % 2 == 0 {
+            let (one, ended) = tokio::join!(one, b.revoke(&other.datasource, other.id));
+            let is_last = matches!(ended, Err(RegistryError::LastAdmin));
+            assert!(is_last || matches!(ended, Ok(Some(_))), "{ended:?}");
+            (one, !is_last)
+        } else {
+            let report = b.run(move |registry| registry.revoke_leaked(&ACTOR, &secret.digest(), ""));
+            let (one, fate) = tokio::join!(one, soon(report));
+            let fate = format!("{:?}", fate.expect("no panic").expect("answered"));
+            assert!(fate == "Kept" || fate.starts_with("Revoked"), "{fate}");
+            (one, fate != "Kept")
+        };
+        let one_ended = match &one {
+            Ok(Some(_)) => true,
+            Err(RegistryError::LastAdmin) => false,
+            other => panic!("{other:?}"),
+        };
+        assert!(one_ended != other_ended, "{n}: {one_ended} {other_ended}");
+        for node in [&a, &b] {
+            soon(node.registry.caught_up()).await.expect("caught up");
+            let left: Vec<_> = node.registry.keys(&DatasourceId::all()).iter().map(|key| key.id).collect();
+            assert_eq!(left, [if one_ended { other.id } else { kept.id }], "{n}");
+        }
+        if one_ended {
+            kept = other;
+        }
+    }
+    assert_eq!((a.seen(), a.audited().await), (b.seen(), b.audited().await));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_secret_that_was_not_kept_is_no_key() {
     let server = NatsServer::start();
     let a = Node::join(&server, "a").await;

@@ -177,6 +177,12 @@ impl RegistryDatabase {
         Ok(RegistryTransaction::new(transaction, self.replica.as_deref(), &mut self.applied))
     }
 
+    /// The row of a key, as the nodes of a cluster exchange it.
+    #[cfg(test)]
+    pub(super) fn row_of(&self, id: crate::message::KeyId) -> RegistryRow {
+        RegistryRow::read_key(&self.connection, id).expect("there")
+    }
+
     /// Makes every change fail as on a failed disk, or succeed again.
     #[cfg(test)]
     pub(super) fn refuse_changes(&self, refuse: bool) {

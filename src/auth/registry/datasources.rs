@@ -217,9 +217,7 @@ mod tests {
 
     use super::super::audit::AuditQuery;
     use super::super::database::RegistryDatabase;
-    use super::super::replica::{RegistryReplica, RegistryRevision};
-    use super::super::rows::RegistryRow;
-    use super::super::usage::KeyUsage;
+    use super::super::replica::tests::ClusterOfOne;
     use super::*;
     use crate::auth::scope::Scope;
 
@@ -278,45 +276,9 @@ mod tests {
         check(&Registry::open(dir.path()).expect("opens again"));
     }
 
-    /// A cluster of one node, which counts the rows of each batch.
-    #[derive(Debug, Default)]
-    struct CountedBatches(parking_lot::Mutex<Vec<Vec<String>>>);
-
-    impl RegistryReplica for CountedBatches {
-        fn publish(
-            &self,
-            rows: &[RegistryRow],
-            after: RegistryRevision,
-        ) -> Result<RegistryRevision, RegistryError> {
-            self.0.lock().push(rows.iter().map(RegistryRow::name).collect());
-            Ok(after + rows.len() as u64)
-        }
-
-        fn catch_up(&self) -> Result<RegistryRevision, RegistryError> {
-            Ok(0)
-        }
-
-        fn wait_everywhere(&self, _revision: RegistryRevision) {}
-
-        fn is_current(&self) -> bool {
-            true
-        }
-
-        fn usage(&self, _keys: &[KeyId]) -> Result<Vec<KeyUsage>, RegistryError> {
-            Ok(Vec::new())
-        }
-
-        fn add_usage(
-            &self,
-            _: Vec<(KeyId, KeyUsage)>,
-        ) -> (Vec<(KeyId, KeyUsage)>, Result<(), RegistryError>) {
-            (Vec::new(), Ok(()))
-        }
-    }
-
     #[test]
     fn in_a_cluster_each_creation_is_one_batch() {
-        let batches = Arc::new(CountedBatches::default());
+        let batches = Arc::new(ClusterOfOne::default());
         let database = RegistryDatabase::in_memory().expect("opens");
         let registry = Registry::from_database(database, Some(batches.clone())).expect("empty");
         let (press, first, first_secret) =
@@ -326,6 +288,9 @@ mod tests {
         let row = |secret: &ApiKey| format!("key.{}", blake3::Hash::from_bytes(secret.digest().0).to_hex());
         let datasource =
             vec![row(&first_secret), "datasource.press-4".to_owned(), "audit.000000000001".to_owned()];
-        assert_eq!(*batches.0.lock(), [datasource, vec![row(&secret), "audit.000000000002".to_owned()]]);
+        assert_eq!(
+            *batches.batches.lock(),
+            [datasource, vec![row(&secret), "audit.000000000002".to_owned()]]
+        );
     }
 }

@@ -16,6 +16,7 @@ use super::audit::Actor;
 use super::key::Key;
 use super::key_ends::KeyEnd;
 use super::transaction::KeyEndReason;
+use crate::auth::connections::CloseReason;
 use crate::message::{TimeMicros, now_micros};
 
 /// How often the clock is checked.
@@ -29,8 +30,8 @@ impl Registry {
     }
 
     /// Ends every key whose deadline has passed. Before this returns, their leases have ended and their
-    /// connections are told to close, whatever the disk says. Returns the keys, whose connections the caller waits
-    /// for.
+    /// connections are told to close, whatever the disk says; in a cluster the lease of a key whose grace is over
+    /// ends only when that is durable. Returns the keys, whose connections the caller waits for.
     fn end_due(&self) -> Vec<Arc<Key>> {
         let now = now_micros();
         let due: Vec<_> = {
@@ -49,8 +50,13 @@ impl Registry {
             deadlines.remove(deadline);
         }
         drop(deadlines);
-        let ended = ended.unwrap_or_default();
+        let mut ended = ended.unwrap_or_default();
+        // A key whose rotation was undone lives on.
+        ended.retain(|key| !key.holds() || key.has_expired());
         for key in &ended {
+            if key.holds() {
+                key.connections().close_present(CloseReason::KeyDead);
+            }
             tracing::info!(key_id = %key.id, datasource = %key.datasource, "an API key has ended");
         }
         ended
@@ -59,13 +65,14 @@ impl Registry {
 
 /// The end of a key whose deadline has passed: it expires, or its grace period is over and it is revoked.
 fn end_of_due(key: Arc<Key>) -> KeyEnd {
-    let (why, what) = match key.rotation().replaced_by {
-        Some((by, grace_ends_at)) if key.ends_at() == Some(grace_ends_at) => {
-            (KeyEndReason::Rotated, json!({ "new_key": by }))
-        }
-        _ => (KeyEndReason::Expired, json!({})),
+    let grace = key.rotation().replaced_by.filter(|(_, ends_at)| key.ends_at() == Some(*ends_at));
+    let (why, what) = match grace {
+        Some((by, _)) => (KeyEndReason::Rotated, json!({ "new_key": by })),
+        None => (KeyEndReason::Expired, json!({})),
     };
-    KeyEnd::new(why, vec![key], Actor::SYSTEM, what)
+    let mut end = KeyEnd::new(why, vec![key], Actor::SYSTEM, what);
+    end.grace = grace;
+    end
 }
 
 /// Ends each key at its deadline, until dropped. `settle` waits until nothing more can be accepted under the
@@ -102,8 +109,13 @@ where
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use tempfile::TempDir;
 
+    use super::super::database::RegistryDatabase;
+    use super::super::replica::tests::ClusterOfOne;
+    use super::super::rows::RegistryRow;
     use super::*;
     use crate::auth::{ApiKey, Scope, Scopes};
     use crate::message::DatasourceId;
@@ -159,6 +171,45 @@ mod tests {
         let registry = Registry::open(dir.path()).expect("opens");
         let key = registry.find(&secret.digest()).expect("listed still");
         assert_eq!(key.ends_at(), Some(super::super::key::TIME_ENDED));
+    }
+
+    #[test]
+    fn in_a_cluster_a_grace_that_another_node_has_undone_ends_nothing_however_late_that_is_heard() {
+        let cluster = Arc::new(ClusterOfOne::default());
+        let database = RegistryDatabase::in_memory().expect("opens");
+        let registry = Registry::from_database(database, Some(cluster.clone())).expect("empty");
+        let (all, scopes) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Ingest]));
+        let rotated = |grace: Duration| {
+            let (key, _) = registry.create_key(&Actor::SYSTEM, &all, "", scopes, None).expect("created");
+            registry.rotate_key(&Actor::SYSTEM, &all, key.id, grace).expect("rotated").expect("there");
+            std::thread::sleep(2 * grace);
+            key
+        };
+        let key = rotated(Duration::from_millis(1));
+        let undone = |key: &Key| {
+            let database = registry.lock_database();
+            let mut row = database.row_of(key.id);
+            let RegistryRow::Key(_, Some(columns)) = &mut row else { panic!("no key: {row:?}") };
+            (columns.replaced_by, columns.grace_ends_at) = (None, None);
+            let revision = database.applied() + 1;
+            (revision, row)
+        };
+        cluster.is_away.store(true, Ordering::Relaxed);
+        assert_eq!(registry.end_due().len(), 1);
+        assert!(key.holds() && key.has_expired(), "the clock denies it");
+        let (revision, row) = undone(&key);
+        assert!(registry.apply(&[(revision, row)], revision, false).expect("applied").is_empty());
+        cluster.is_away.store(false, Ordering::Relaxed);
+        registry.write_ends().expect("nothing to write");
+        assert!(key.holds() && !key.has_expired() && registry.key(&all, key.id).is_some());
+
+        // Without the undoing it dies when that can be written.
+        let key = rotated(Duration::from_millis(1));
+        cluster.is_away.store(true, Ordering::Relaxed);
+        assert_eq!(registry.end_due().len(), 1);
+        cluster.is_away.store(false, Ordering::Relaxed);
+        registry.write_ends().expect("written");
+        assert!(!key.holds() && registry.was_revoked(&key.digest));
     }
 
     #[test]

@@ -6,6 +6,10 @@
 //! gives up the [reserve](super::disk_reserve) for that. If the write fails all the same, [`run`] tries again and
 //! `/readyz` warns; every other change of the registry writes the queue first, so that the order on the disk is
 //! the order in memory. If the gateway ends before that, the key is alive again at its next start.
+//!
+//! In a cluster two ends depend on what other nodes do, so they hold in memory only when they are durable: that of
+//! an admin key of `*`, which may have become the last one, and that of a key whose grace is over, whose rotation
+//! may have been undone. The latter waits in the queue, and the clock denies the key meanwhile.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -45,6 +49,8 @@ pub(super) struct KeyEnd {
     pub(super) keys: Vec<Arc<Key>>,
     /// The datasource that is deleted with the keys.
     pub(super) deleted: Option<Arc<Datasource>>,
+    /// The key that took its place, and when its grace was over. Another node may undo that rotation meanwhile.
+    pub(super) grace: Option<(KeyId, TimeMicros)>,
     actor: Actor,
     at: TimeMicros,
     /// The details for the audit.
@@ -54,7 +60,7 @@ pub(super) struct KeyEnd {
 impl KeyEnd {
     /// The end of keys at this moment.
     pub(super) fn new(why: KeyEndReason, keys: Vec<Arc<Key>>, actor: Actor, what: Value) -> Self {
-        Self { why, keys, deleted: None, actor, at: now_micros(), what }
+        Self { why, keys, deleted: None, grace: None, actor, at: now_micros(), what }
     }
 
     fn deletes(&self, id: &DatasourceId) -> bool {
@@ -76,7 +82,10 @@ impl KeyEnd {
             let has_ended = if self.why == KeyEndReason::Expired {
                 change.expire(key.id)?
             } else {
-                let digest = change.revoke(&key.datasource, key.id, self.why)?;
+                let digest = match self.grace {
+                    Some(grace) => change.retire(&key.datasource, key.id, grace)?,
+                    None => change.revoke(&key.datasource, key.id, self.why)?,
+                };
                 digests.extend(digest);
                 digest.is_some()
             };
@@ -86,6 +95,15 @@ impl KeyEnd {
         }
         Ok(digests)
     }
+}
+
+/// What a change does on a full disk.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum DiskReserveUse {
+    /// It fails.
+    Kept,
+    /// It takes the room of the reserve.
+    GivenUp,
 }
 
 /// The ends that are in force in memory and not yet durable, oldest first.
@@ -188,10 +206,44 @@ impl Registry {
         Ok(dead)
     }
 
+    /// Ends an admin key of a cluster: durably first, because only then is it known that no other node has ended the
+    /// last other one meanwhile. Returns the key, or nothing if it has ended already.
+    ///
+    /// # Errors
+    /// [`RegistryError::LastAdmin`], and those of a change; the key then keeps working.
+    pub(super) fn end_admin_key(
+        &self,
+        waits_everywhere: bool,
+        key: &Arc<Key>,
+        end: &KeyEnd,
+    ) -> Result<Vec<Arc<Key>>, RegistryError> {
+        let (dead, revision) = self.make_after_ends(DiskReserveUse::GivenUp, |database| {
+            if self.live.key(&key.datasource, key.id).is_none() {
+                return Ok(Vec::new());
+            }
+            if self.is_last_admin(key) {
+                return Err(RegistryError::LastAdmin);
+            }
+            let change = database.begin()?;
+            let digests = end.write(&change)?;
+            change.commit()?;
+            Ok(digests.iter().filter_map(|digest| self.live.kill(digest)).collect())
+        })?;
+        if let (true, Some(replica)) = (waits_everywhere, &self.replica) {
+            replica.wait_everywhere(revision);
+        }
+        Ok(dead)
+    }
+
+    /// Whether a key is to be ended by [`Registry::end_admin_key`].
+    pub(super) fn ends_durably_first(&self, key: &Key) -> bool {
+        self.replica.is_some() && may_be_last_admin(key)
+    }
+
     /// Ends a key before the lock of the registry is waited for, which a slow disk may hold up. Not for a key that
     /// could turn out to be the last admin key.
     pub(super) fn end_at_once(&self, key: &Key) {
-        if !(key.datasource.is_all() && key.scopes.allow(Scope::Admin)) {
+        if !may_be_last_admin(key) {
             key.end();
         }
     }
@@ -201,11 +253,14 @@ impl Registry {
             self.live.datasources.pin().remove(datasource.id.as_str());
         }
         for key in &end.keys {
-            if end.why == KeyEndReason::Expired {
-                key.end();
-                key.mark_ended();
-            } else {
-                self.live.kill(&key.digest);
+            match end.why {
+                KeyEndReason::Expired => {
+                    key.end();
+                    key.mark_ended();
+                }
+                // The rotation may have been undone on another node. The clock denies the key until that is known.
+                KeyEndReason::Rotated if self.replica.is_some() => {}
+                _ => drop(self.live.kill(&key.digest)),
             }
         }
     }
@@ -246,14 +301,36 @@ impl Registry {
         &self,
         make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
     ) -> Result<T, RegistryError> {
-        self.write_ends()?;
-        let (made, revision) = self.make_here_with_reserve(make)?;
+        let (made, revision) = self.make_after_ends(DiskReserveUse::GivenUp, make)?;
         if let Some(replica) = &self.replica {
             replica.wait_everywhere(revision);
         }
         Ok(made)
     }
 
+    /// Makes a change behind the ends of all keys that have ended before it. The other nodes are not waited for.
+    pub(super) fn make_after_ends<T>(
+        &self,
+        reserve: DiskReserveUse,
+        mut make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
+    ) -> Result<(T, RegistryRevision), RegistryError> {
+        loop {
+            self.write_ends()?;
+            // Asked under the lock: a key may have ended since its queue was written.
+            let make_if_next = |database: &mut RegistryDatabase| {
+                if self.unwritten.is_empty() { make(database).map(Some) } else { Ok(None) }
+            };
+            let made = match reserve {
+                DiskReserveUse::Kept => self.make_change_here(make_if_next)?,
+                DiskReserveUse::GivenUp => self.make_here_with_reserve(make_if_next)?,
+            };
+            if let (Some(made), revision) = made {
+                return Ok((made, revision));
+            }
+        }
+    }
+
+    /// As [`Registry::make_change_here`], with the reserve.
     fn make_here_with_reserve<T>(
         &self,
         mut make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
@@ -315,6 +392,10 @@ impl Registry {
             )
         }
     }
+}
+
+fn may_be_last_admin(key: &Key) -> bool {
+    key.datasource.is_all() && key.scopes.allow(Scope::Admin)
 }
 
 /// Writes the ends of keys that could not be written at once, and looks after the reserve, until dropped.

@@ -84,28 +84,38 @@ impl Registry {
 
     /// Revokes one key. Before this returns, its lease has ended and its connections are told to close, whatever
     /// the disk says; [`Registry::describe_unwritten`] says whether that is durable. Returns the key, whose
-    /// connections the caller waits for, or `None` if the datasource has no such live key.
+    /// connections the caller waits for, or `None` if the datasource has no such live key. In a cluster an admin key
+    /// of `*` dies only when that is durable.
     ///
     /// # Errors
-    /// [`RegistryError::LastAdmin`]; [`RegistryError::NoDatasource`].
+    /// [`RegistryError::LastAdmin`]; [`RegistryError::NoDatasource`]; for an admin key of `*` in a cluster those of a
+    /// change. The key then keeps working.
     pub fn revoke_key(
         &self,
         actor: &Actor,
         datasource: &DatasourceId,
         id: KeyId,
     ) -> Result<Option<Arc<Key>>, RegistryError> {
-        if let Some(key) = self.live.key(datasource, id) {
-            self.end_at_once(&key);
-        }
-        let dead = self.end_keys(true, || {
-            self.check_owner(datasource)?;
-            let Some(key) = self.live.key(datasource, id) else { return Ok(Vec::new()) };
-            if self.is_last_admin(&key) {
-                return Err(RegistryError::LastAdmin);
+        let found = self.live.key(datasource, id);
+        let end_of = |key: &Arc<Key>| {
+            KeyEnd::new(KeyEndReason::Revoked, vec![key.clone()], *actor, json!({ "label": key.label }))
+        };
+        let dead = match &found {
+            Some(key) if self.ends_durably_first(key) => self.end_admin_key(true, key, &end_of(key))?,
+            _ => {
+                found.iter().for_each(|key| self.end_at_once(key));
+                self.end_keys(true, || {
+                    self.check_owner(datasource)?;
+                    // One that another node has created since the call began may be an admin key.
+                    let live = self.live.key(datasource, id).filter(|_| found.is_some());
+                    let Some(key) = live else { return Ok(Vec::new()) };
+                    if self.is_last_admin(&key) {
+                        return Err(RegistryError::LastAdmin);
+                    }
+                    Ok(vec![end_of(&key)])
+                })?
             }
-            let what = json!({ "label": key.label });
-            Ok(vec![KeyEnd::new(KeyEndReason::Revoked, vec![key], *actor, what)])
-        })?;
+        };
         let dead = dead.into_iter().next();
         if dead.is_some() {
             tracing::info!(%datasource, key_id = %id, "key revoked");

@@ -33,13 +33,14 @@ impl Registry {
     ///
     /// The key is dead on this node when this returns, whatever the disk says; [`Registry::describe_unwritten`]
     /// says whether that is durable. In a cluster the other nodes follow a moment later: the response to a report
-    /// does not wait for them.
+    /// does not wait for them, and an admin key of `*` dies only when that is durable.
     ///
     /// The last admin key for all datasources is not revoked, because nobody could manage anything any
     /// more. The log and the audit report that instead.
     ///
     /// # Errors
-    /// A [`RegistryError`] if the audit cannot be told of the last admin key.
+    /// A [`RegistryError`] if the audit cannot be told of the last admin key, or if the end of an admin key of `*`
+    /// cannot be made durable in a cluster.
     pub fn revoke_leaked(
         &self,
         actor: &Actor,
@@ -56,13 +57,18 @@ impl Registry {
         });
         let last_used_at = used.users.first().map(|user| Rfc3339(user.at));
         let what = json!({ "url": url, "last_offset": used.offset, "last_used_at": last_used_at });
-        let dead = self.end_keys(false, || {
-            let Some(key) = self.live.find(digest) else { return Ok(Vec::new()) };
-            if self.is_last_admin(&key) {
-                return Err(RegistryError::LastAdmin);
-            }
-            Ok(vec![KeyEnd::new(KeyEndReason::Leaked, vec![key], *actor, what.clone())])
-        });
+        let end = KeyEnd::new(KeyEndReason::Leaked, vec![key.clone()], *actor, what.clone());
+        let dead = if self.ends_durably_first(&key) {
+            self.end_admin_key(false, &key, &end)
+        } else {
+            self.end_keys(false, || {
+                let Some(key) = self.live.find(digest) else { return Ok(Vec::new()) };
+                if self.is_last_admin(&key) {
+                    return Err(RegistryError::LastAdmin);
+                }
+                Ok(vec![end])
+            })
+        };
         match dead {
             // Another call has ended it meanwhile.
             Ok(dead) if dead.is_empty() => Ok(LeakedKeyFate::Unknown),

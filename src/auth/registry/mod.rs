@@ -61,7 +61,7 @@ use disk_reserve::DiskReserve;
 use error::RegistryError;
 use index::KeyLookup;
 use key::Key;
-use key_ends::UnwrittenEnds;
+use key_ends::{DiskReserveUse, UnwrittenEnds};
 use leak_rules::LeakRuleFollower;
 use live::LiveRegistry;
 use replica::{RegistryReplica, RegistryRevision};
@@ -231,16 +231,15 @@ impl Registry {
         &self,
         make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,
     ) -> Result<T, RegistryError> {
-        self.write_ends()?;
-        let (made, revision) = self.make_change_here(make)?;
+        let (made, revision) = self.make_after_ends(DiskReserveUse::Kept, make)?;
         if let Some(replica) = &self.replica {
             replica.wait_everywhere(revision);
         }
         Ok(made)
     }
 
-    /// As [`Registry::make_change`], but without waiting for the other nodes. Also returns the revision that
-    /// they will reach.
+    /// As [`Registry::make_change`], but without the ends of keys, and without waiting for the other nodes. Also
+    /// returns the revision that they will reach.
     fn make_change_here<T>(
         &self,
         mut make: impl FnMut(&mut RegistryDatabase) -> Result<T, RegistryError>,

@@ -49,3 +49,54 @@ pub(super) trait RegistryReplica: fmt::Debug + Send + Sync {
     /// Adds to the usage of keys. Returns what could not be added, and the error of one failure.
     fn add_usage(&self, used: Vec<(KeyId, KeyUsage)>) -> (Vec<(KeyId, KeyUsage)>, Result<(), RegistryError>);
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use parking_lot::Mutex;
+
+    use super::*;
+
+    /// A cluster of one node, which notes the rows of each batch, and may be without NATS.
+    #[derive(Debug, Default)]
+    pub(in super::super) struct ClusterOfOne {
+        pub(in super::super) batches: Mutex<Vec<Vec<String>>>,
+        pub(in super::super) is_away: AtomicBool,
+    }
+
+    impl RegistryReplica for ClusterOfOne {
+        fn publish(
+            &self,
+            rows: &[RegistryRow],
+            after: RegistryRevision,
+        ) -> Result<RegistryRevision, RegistryError> {
+            if self.is_away.load(Ordering::Relaxed) {
+                return Err(RegistryError::Away("NATS is away".to_owned()));
+            }
+            self.batches.lock().push(rows.iter().map(RegistryRow::name).collect());
+            Ok(after + rows.len() as u64)
+        }
+
+        fn catch_up(&self) -> Result<RegistryRevision, RegistryError> {
+            Ok(0)
+        }
+
+        fn wait_everywhere(&self, _revision: RegistryRevision) {}
+
+        fn is_current(&self) -> bool {
+            true
+        }
+
+        fn usage(&self, _keys: &[KeyId]) -> Result<Vec<KeyUsage>, RegistryError> {
+            Ok(Vec::new())
+        }
+
+        fn add_usage(
+            &self,
+            _: Vec<(KeyId, KeyUsage)>,
+        ) -> (Vec<(KeyId, KeyUsage)>, Result<(), RegistryError>) {
+            (Vec::new(), Ok(()))
+        }
+    }
+}

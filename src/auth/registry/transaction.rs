@@ -159,6 +159,25 @@ impl<'a> RegistryTransaction<'a> {
         Ok(digest)
     }
 
+    /// Revokes one key whose grace is over, unless that rotation was undone meanwhile. Returns as
+    /// [`RegistryTransaction::revoke`].
+    pub(super) fn retire(
+        &self,
+        datasource: &DatasourceId,
+        id: KeyId,
+        (by, grace_ends_at): (KeyId, TimeMicros),
+    ) -> rusqlite::Result<Option<Digest>> {
+        let (first, last) = digest_range(id);
+        let mut select = self.transaction.prepare_cached(
+            "SELECT 1 FROM keys WHERE digest BETWEEN ?1 AND ?2 AND replaced_by = ?3 AND grace_ends_at = ?4",
+        )?;
+        if select.exists(params![first, last, by.to_string(), grace_ends_at])? {
+            self.revoke(datasource, id, KeyEndReason::Rotated)
+        } else {
+            Ok(None)
+        }
+    }
+
     /// Marks a key as expired. The rest of its row stays: it was not revoked. Returns `false` if it has ended
     /// already.
     pub(super) fn expire(&self, id: KeyId) -> rusqlite::Result<bool> {

@@ -120,7 +120,7 @@ fn revoke_reported(
         },
         // A failure of one does not spare the others of the report.
         Err(error) => {
-            tracing::error!(%error, "the report of a leaked key could not be written to the audit");
+            tracing::error!(%error, "the report of a leaked admin key could not be carried out: report it again");
             ("failed", None)
         }
     };

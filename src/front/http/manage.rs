@@ -134,12 +134,17 @@ pub(super) async fn delete(
 ) -> Result<Response, Problem> {
     let called = Instant::now();
     caller.require_scope(Scope::Admin, &id)?;
-    let datasource = shared.datasource(&id)?;
+    let undurable = |of: &DatasourceId| {
+        let detail = shared.registry().describe_unwritten(of, None)?;
+        Some(undurable_answer(&format!("The deletion of {of} is {detail}.")))
+    };
+    let datasource = match shared.datasource(&id) {
+        Ok(datasource) => datasource,
+        // It may have been deleted by an earlier call.
+        Err(problem) => return DatasourceId::new(&id).ok().as_ref().and_then(undurable).ok_or(problem),
+    };
     let (registry, actor, of) = (shared.registry().clone(), caller.actor(), datasource.id.clone());
     let dead = run_blocking(move || Ok(registry.delete_datasource(&actor, &of)?)).await?;
     shared.settle(&caller, &dead, called).await;
-    match shared.registry().describe_unwritten(&datasource.id, None) {
-        Some(detail) => Ok(undurable_answer(&format!("The deletion of {} is {detail}.", datasource.id))),
-        None => Ok(StatusCode::NO_CONTENT.into_response()),
-    }
+    Ok(undurable(&datasource.id).unwrap_or_else(|| StatusCode::NO_CONTENT.into_response()))
 }
