@@ -8,7 +8,7 @@ use headgate_format::codec::properties::Properties;
 
 use crate::auth::usage::KeyClient;
 use crate::auth::{Datasource, Grant, GrantDenial, Key, Scope};
-use crate::limits::CONTENT_TYPE_BYTES_MAX;
+use crate::limits::{CONTENT_TYPE_BYTES_MAX, FRAME_PART_BYTES_MAX};
 use crate::log::{self, OnceId, QuarantineReason, Section};
 use crate::message::{
     DatasourceId, KeyId, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
@@ -275,7 +275,7 @@ impl Draft {
 
     /// Adds a message for quarantine: it failed its schema or a limit, and passed the checks before those. It
     /// does not use up its id, which belongs to the message that is let in: the corrected one, or this one
-    /// when it is redriven. So the id goes with it, in a user property.
+    /// when it is redriven. So the id goes with it, in a user property, and it is kept once under another one.
     #[cold]
     fn quarantine(
         &mut self,
@@ -291,7 +291,7 @@ impl Draft {
         if let Some(id) = message.message_id.filter(|_| self.transport != Transport::Mqtt) {
             put_user_property(properties.to_mut(), id_property(self.transport), id);
         }
-        let message = IncomingMessage { message_id: None, exchange, properties: &properties, ..message };
+        let message = IncomingMessage { exchange, properties: &properties, ..message };
         let origin = self.section_for(grant, datasource, &message, true)?;
         let note = log::RecordNote::Quarantined(reason);
         let IncomingMessage { topic, payload, content_type, properties, flags, .. } = message;
@@ -354,12 +354,21 @@ impl Draft {
         Ok(RedriveOutcome::Added)
     }
 
-    /// Drops every message that does not go into quarantine.
+    /// Drops every message that does not go into quarantine, when all messages are added. What is left does not use
+    /// up the draft's id, which belongs to the corrected messages, and is kept once nevertheless.
     pub fn keep_quarantined_only(&mut self) {
         let is_quarantined = |section: &Section| section.quarantined().0 > 0;
         let mut sections = self.sections.iter();
         self.keys.retain(|_| sections.next().is_some_and(is_quarantined));
         self.sections.retain(is_quarantined);
+        let Some(message_id) = &self.message_id else { return };
+        // With its notes, a section may be too large to be kept whole, as an id asks for.
+        for section in self.sections.iter_mut().filter(|section| section.weight() <= FRAME_PART_BYTES_MAX) {
+            let places = section.places();
+            let messages = places.iter().map(|place| section.record(*place)).map(|r| (r.topic, r.payload));
+            let id = OnceId::of_parked(&section.datasource, message_id, messages);
+            section.keep_once(id);
+        }
     }
 
     /// The section that a message belongs to. Quarantined messages have sections of their own.
@@ -373,7 +382,7 @@ impl Draft {
         if message.message_id.is_none() && message.exchange.is_none() {
             Ok(self.section(grant, datasource, quarantined))
         } else {
-            self.section_once(grant, datasource, message)
+            self.section_once(grant, datasource, message, quarantined)
         }
     }
 
@@ -382,7 +391,7 @@ impl Draft {
     #[inline]
     fn section(&mut self, grant: &Grant, datasource: &DatasourceId, quarantined: bool) -> usize {
         let key_id = grant.key_id();
-        // Quarantined messages do not use up the draft's id: the client may send it again, corrected.
+        // Quarantined messages do not use up the draft's id: see `Draft::keep_quarantined_only`.
         let once_for_all = self.message_id.as_deref().filter(|_| !quarantined);
         // A section with an id is kept or dropped as a whole, so it takes no other message.
         let takes_more = |s: &Section| {
@@ -407,12 +416,17 @@ impl Draft {
         grant: &Grant,
         datasource: &DatasourceId,
         message: &IncomingMessage<'_>,
+        quarantined: bool,
     ) -> Result<usize, Refusal> {
         message.message_id.map_or(Ok(()), check_message_id)?;
         let mut section = self.new_section(grant, datasource);
         section.reserve(message.topic.len() + message.payload.len() + message.properties.len() + 64);
         if let Some(id) = message.message_id {
-            section.keep_once(OnceId::of_message(datasource, id));
+            let of_one = std::iter::once((message.topic, message.payload));
+            section.keep_once(match quarantined {
+                true => OnceId::of_parked(datasource, id, of_one),
+                false => OnceId::of_message(datasource, id),
+            });
         }
         if let Some(exchange) = message.exchange {
             section.keep_once(exchange.once_id());

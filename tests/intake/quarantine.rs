@@ -193,6 +193,63 @@ fn a_redrive_is_once_across_kills_and_beyond_the_window_of_message_ids() {
     assert_eq!(gateway.records("press-4").len(), 6);
 }
 
+/// A sender repeats what it has no answer to. The repetition is not kept beside the first one, so that no redrive
+/// lets both in, and what the sender changes is.
+#[test]
+fn a_repeated_message_is_in_quarantine_once_and_comes_out_once() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    put_schema(&gateway, "press-4", &json!({"type": "number"}));
+    let mut wire = Wire::login(gateway.mqtt, Version::V5, &source.key);
+    let mut by_mqtt = |packet_id, id: &str, topic: &str, payload: &str| {
+        let message = Message::new(topic, payload).at(1, packet_id);
+        wire.send(&message.with(&user_property("message-id", id)).packet(Version::V5));
+        wire.packet(PUBACK).reason()
+    };
+    let by_http = |id: &str, path: &str, body: &str| {
+        let media_type = if path.ends_with("many") { "application/x-ndjson" } else { "application/json" };
+        let headers = [("content-type", media_type), ("idempotency-key", id)];
+        let path = format!("/v1/ingest/press-4/{path}");
+        gateway.request("POST", &path, &source.key, &headers, body.as_bytes())
+    };
+    assert_eq!(by_mqtt(1, "m", "t", "\"m\""), PAYLOAD_FORMAT_INVALID);
+    assert_eq!(by_mqtt(2, "m", "t", "\"m\""), PAYLOAD_FORMAT_INVALID);
+    let first = by_http("h", "t", "\"h\"");
+    let again = by_http("h", "t", "\"h\"");
+    assert_eq!((first.status, again.status), (422, 422));
+    assert_eq!(first.json()["errors"], again.json()["errors"], "the same offset");
+    // A request of several: those that fail are kept once, together.
+    let first = by_http("n", "many", "1\n\"n1\"\n\"n2\"");
+    let again = by_http("n", "many", "1\n\"n1\"\n\"n2\"");
+    assert_eq!((first.status, again.status), (422, 422));
+    assert_eq!(first.json()["errors"], again.json()["errors"], "the same offsets");
+    // Another topic, another payload, another id, and the same over another front.
+    assert_eq!(by_mqtt(3, "m", "t/2", "\"m\""), PAYLOAD_FORMAT_INVALID);
+    assert_eq!(by_mqtt(4, "m", "t", "\"m2\""), PAYLOAD_FORMAT_INVALID);
+    assert_eq!(by_mqtt(5, "m2", "t", "\"m\""), PAYLOAD_FORMAT_INVALID);
+    assert_eq!(by_http("m", "t", "\"m\"").status, 422);
+    gateway.settle();
+    let held = payloads(&quarantine(&gateway, "press-4"));
+    assert_eq!(held, [r#""m""#, r#""h""#, r#""n1""#, r#""n2""#, r#""m""#, r#""m2""#, r#""m""#]);
+
+    // The ids themselves are not used up, and one redrive takes them.
+    assert!(by_http("n", "many", "1\n2\n3").json().get("duplicate").is_none());
+    put_schema(&gateway, "press-4", &json!({"type": ["number", "string"]}));
+    let all = redrive(&gateway, "press-4", &json!({"filter": "t"}));
+    assert_eq!((&all["redriven"], &all["duplicates"]), (&json!(3), &json!(1)), "{all}");
+    assert_eq!(by_http("h", "t", "\"h\"").json()["duplicate"], true);
+    gateway.kill();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).start();
+    gateway.settle();
+    let began = std::time::Instant::now();
+    wait_for("the window to be over", || (began.elapsed().as_millis() > 1_500).then_some(()));
+    redrive(&gateway, "press-4", &json!({"filter": "t"}));
+    gateway.settle();
+    let records = payloads(&gateway.records("press-4"));
+    assert_eq!(records.iter().filter(|payload| *payload == "\"h\"").count(), 1, "{records:?}");
+}
+
 #[test]
 fn a_page_of_quarantine_is_chosen_by_topic_and_place_and_ends() {
     let dir = scratch();

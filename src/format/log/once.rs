@@ -11,8 +11,9 @@ use super::Offsets;
 use super::record::put_postcard;
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
-/// Domain separation of the two kinds of id. Never change them: the ids are on disk.
+/// Domain separation of what ids are made of. Never change them: the ids are on disk.
 const MESSAGE_CONTEXT: &str = "headgate 2026-11 once: datasource and message id";
+const PARKED_CONTEXT: &str = "headgate 2026-11 once: messages in quarantine";
 const EXCHANGE_CONTEXT: &str = "headgate 2026-11 once: session and packet id";
 
 /// The bit of the first byte that tells an exchange from a message.
@@ -31,6 +32,28 @@ impl OnceId {
         let mut hash = blake3::Hasher::new_derive_key(MESSAGE_CONTEXT);
         // A slug holds no NUL, so that the two cannot run into each other.
         hash.update(datasource.as_str().as_bytes()).update(&[0]).update(message_id.as_bytes());
+        let mut id = Self::from_hash(&hash);
+        id.0[0] &= !EXCHANGE_BIT;
+        id
+    }
+
+    /// The id of messages in quarantine, from the id that their sender gave them, and topic and payload of each.
+    /// It is not that of the message that is let in, and no sender can choose it. Known as long as a message's.
+    pub fn of_parked<'a>(
+        datasource: &DatasourceId,
+        message_id: &str,
+        messages: impl Iterator<Item = (&'a str, &'a [u8])>,
+    ) -> Self {
+        let mut hash = blake3::Hasher::new_derive_key(PARKED_CONTEXT);
+        let mut add = |part: &[u8]| {
+            hash.update(&(part.len() as u64).to_le_bytes()).update(part);
+        };
+        add(datasource.as_str().as_bytes());
+        add(message_id.as_bytes());
+        for (topic, payload) in messages {
+            add(topic.as_bytes());
+            add(payload);
+        }
         let mut id = Self::from_hash(&hash);
         id.0[0] &= !EXCHANGE_BIT;
         id
