@@ -232,7 +232,14 @@ mod tests {
         let oven = DatasourceId::new("oven").expect("slug");
         let message = OnceId::of_message(&press, "reading-1");
         let exchange = OnceId::of_exchange(7, 1);
-        assert!(!message.is_exchange() && exchange.is_exchange());
+        let parked = |messages: &[(&'static str, &'static [u8])]| {
+            OnceId::of_parked(&press, "reading-1", messages.iter().copied())
+        };
+        let one = parked(&[("t", b"ab")]);
+        assert!(!message.is_exchange() && exchange.is_exchange() && !one.is_exchange());
+        for other in [message, parked(&[("ta", b"b")]), parked(&[("t", b"a"), ("b", b"")]), parked(&[])] {
+            assert_ne!(one, other);
+        }
         assert_ne!(message, OnceId::of_message(&oven, "reading-1"));
         assert_ne!(exchange, OnceId::of_exchange(7, 2));
         assert_ne!(exchange, OnceId::of_exchange(8, 1));
@@ -243,6 +250,10 @@ mod tests {
         assert_eq!(
             format!("{:02x?}", exchange.0),
             "[8e, 1b, 77, 87, ea, 73, 4b, 53, a3, 48, 72, 12, 63, 44, 1a, 88]"
+        );
+        assert_eq!(
+            format!("{:02x?}", one.0),
+            "[2d, a3, 47, 8b, 39, 97, f5, 72, d0, 6b, d1, 9d, 95, ed, 98, 94]"
         );
     }
 

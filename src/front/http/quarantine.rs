@@ -3,7 +3,8 @@
 //!
 //! A message is sent again under the authority of the admin who asks, and becomes a record of the key
 //! that it first came with. It is kept once, however often it is sent: within the deduplication window by
-//! its message id, and after that because storage has noted it.
+//! its message id, and after that because storage has noted it. Storage notes only what the log has a record
+//! of, so that a message that a corrected one took the place of is let in if it is redriven after the window.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
