@@ -170,6 +170,8 @@ impl EmbeddedLog {
             segments.insert(next_offset, current.clone());
         }
         let spares = SpareSegments::find(&*disk, &dir)?;
+        // What an earlier run renamed or removed must not come back once this one appends.
+        disk.sync_dir(&dir)?;
         let shared = Arc::new(EmbeddedLogShared {
             queue: WriterQueue::default(),
             tail: Tail::new(recovered.next_offset),
@@ -195,6 +197,7 @@ impl EmbeddedLog {
             next_offset: recovered.next_offset,
             time_max: recovered.time_max,
             window,
+            must_roll: false,
             spares,
             unremovable: None,
             stay_s: dedup.dedup_window_s,

@@ -23,7 +23,7 @@ use crate::message::{Offset, TimeMicros};
 pub(super) fn damage_report(gap: &LogGap, places: usize) -> String {
     let LogGap { place, from, to } = gap;
     let more = if places > 1 { format!(" ({} more places are damaged)", places - 1) } else { String::new() };
-    let lost = match to - from {
+    let lost = match to.saturating_sub(*from) {
         0 => format!("no records before offset {to} are missing, but changes to message ids are"),
         lost => {
             format!("the {lost} records from offset {from} to {} cannot be read, later ones can", to - 1)
@@ -122,7 +122,7 @@ pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, LogOpenError>
             break;
         }
         read_bytes += segment.end();
-        let mut found = segment.recover().map_err(open_error)?;
+        let mut found = segment.recover(follower.unwrap_or(Offset::MAX)).map_err(open_error)?;
         match follower {
             None => {
                 (result.next_offset, result.unsettled) = (found.next_offset, found.settled_position);

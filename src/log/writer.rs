@@ -46,6 +46,9 @@ pub(super) struct LogWriter {
     pub(super) time_max: TimeMicros,
     /// The known ids.
     pub(super) window: DedupWindow,
+    /// The next segment may be there, half made: a start may find it, so the current one must not grow past
+    /// its name.
+    pub(super) must_roll: bool,
     /// Files that the next segments are written over.
     pub(super) spares: SpareSegments,
     /// The segment that retention could not remove, so that it is reported once.
@@ -133,7 +136,7 @@ impl LogWriter {
         let bytes_max = frames.iter().map(frame_bytes).sum::<usize>() as u64;
         // A segment is named by its first offset, so one without records can have no successor.
         let may_end = self.current.has_frames() && self.next_offset > self.current.first_offset;
-        if may_end && self.current.end() + bytes_max > self.config.segment_bytes {
+        if may_end && (self.must_roll || self.current.end() + bytes_max > self.config.segment_bytes) {
             self.roll(self.next_offset)?;
         }
         let mut open = (!self.current.has_frames()).then(|| self.window.open());
@@ -180,10 +183,12 @@ impl LogWriter {
             // So that a power failure can damage the newest segment only.
             self.current.sync().map_err(|e| self.write_error(e))?;
         }
+        self.must_roll = true;
         let segment =
             self.spares.create(&*self.disk, &self.dir, first_offset).map_err(|e| self.write_error(e));
         self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
         let segment = segment?;
+        self.must_roll = false;
         self.current = Arc::new(segment);
         self.shared.segments_mut().insert(first_offset, self.current.clone());
         Ok(())

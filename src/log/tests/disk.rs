@@ -309,6 +309,43 @@ fn what_an_earlier_life_of_the_file_left_behind_the_end_is_never_read() {
 }
 
 #[test]
+fn a_half_made_next_segment_is_never_passed_by_the_one_before_it() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    (0..3).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept"));
+    *model.unremovable.lock() = Some(super::super::segment::Segment::path_of(&dir.path().join("log"), 3));
+    *model.sync_fails.lock() = Some(libc::ENOSPC);
+    let abandoned = log.append(vec![section(&[&payload(3)], &Lease::new())], Instant::now());
+    assert!(abandoned.blocking_recv().expect("answered").is_err());
+    *model.sync_fails.lock() = None;
+    append(&log, &[b"has room in the first segment"]).expect("kept");
+    drop(log);
+    let log = open_model(&model, dir.path()).expect("opens");
+    assert_eq!(read_all(&log, 3).expect("readable"), [(3, b"has room in the first segment".to_vec())]);
+}
+
+#[test]
+fn an_abandoned_write_behind_the_end_of_a_segment_does_not_outrank_the_next_segment() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    (0..3).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept"));
+    *model.sync_fails.lock() = Some(libc::ENOSPC);
+    let abandoned = log.append(vec![section(&[b"fits"], &Lease::new())], Instant::now());
+    assert!(abandoned.blocking_recv().expect("answered").is_err());
+    *model.sync_fails.lock() = None;
+    append(&log, &[&payload(3)]).expect("kept, in the next segment");
+    drop(log);
+    // Every write reached the disk, no change of a length did.
+    for content in model.files.lock().values() {
+        content.lock().pending.retain(|change| matches!(change, ModelChange::Write(..)));
+    }
+    model.lose_power(|| true);
+    let log = open_model(&model, dir.path()).expect("opens");
+    assert_eq!(log.next_offset(), 4);
+    assert_kept(&log, 4, "after the power was lost");
+}
+
+#[test]
 fn what_else_is_in_the_directory_is_left_alone() {
     let dir = TempDir::new().expect("temporary directory");
     drop(open(dir.path(), &config()).expect("opens"));
