@@ -72,10 +72,14 @@ impl SpareSegments {
         self.0.iter().find(|spare| spare.is_free()).map_or(0, |spare| spare.bytes)
     }
 
-    /// Takes a segment's file out of the log, which makes it no segment: call [`Disk::sync_dir`].
+    /// Takes a segment's file out of the log, which makes it no segment: call [`Disk::sync_dir`]. A file that
+    /// cannot be kept is removed.
     pub(super) fn keep(&mut self, disk: &dyn Disk, segment: Arc<Segment>) -> io::Result<()> {
         let path = segment.path().with_extension("spare");
-        disk.rename(segment.path(), &path)?;
+        if let Err(error) = disk.rename(segment.path(), &path) {
+            debug!(%error, path = %segment.path().display(), "a segment could not be kept as a spare one");
+            return disk.remove(segment.path());
+        }
         let (file, bytes) = (segment.file(), segment.disk_bytes());
         self.0.push(SpareSegment { path, file, bytes, former: Some(segment) });
         Ok(())
@@ -107,7 +111,11 @@ impl SpareSegments {
             let _ = disk.remove(&path);
             debug!(%error, path = %path.display(), "a spare segment could not be used");
         }
-        made
+        match made {
+            // An operator may have deleted it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Segment::create(disk, dir, first_offset),
+            made => made,
+        }
     }
 }
 
@@ -146,5 +154,20 @@ mod tests {
         found.create(&FileSystem, dir.path(), 40).expect("made");
         assert!(found.is_empty() && Segment::path_of(dir.path(), 40).exists());
         drop(read);
+    }
+
+    #[test]
+    fn a_file_that_an_operator_deleted_is_no_spare_and_stops_nothing() {
+        let dir = TempDir::new().expect("temporary directory");
+        let segment = |offset| Arc::new(Segment::create(&FileSystem, dir.path(), offset).expect("made"));
+        let mut spares = SpareSegments::default();
+        let deleted = segment(0);
+        std::fs::remove_file(deleted.path()).expect("removed");
+        spares.keep(&FileSystem, deleted).expect("it is out of the log");
+        assert!(spares.is_empty());
+        spares.keep(&FileSystem, segment(10)).expect("kept");
+        std::fs::remove_file(dir.path().join(format!("{:020}.spare", 10))).expect("removed");
+        let new = spares.create(&FileSystem, dir.path(), 20).expect("made");
+        assert!(new.path().exists() && spares.is_empty());
     }
 }
