@@ -169,9 +169,9 @@ impl EmbeddedLog {
             });
             segments.insert(next_offset, current.clone());
         }
-        let spares = SpareSegments::find(&*disk, &dir)?;
+        let mut spares = SpareSegments::find(&*disk, &dir)?;
         // What an earlier run renamed or removed must not come back once this one appends.
-        disk.sync_dir(&dir)?;
+        spares.sync_dir(&*disk, &dir)?;
         let shared = Arc::new(EmbeddedLogShared {
             queue: WriterQueue::default(),
             tail: Tail::new(recovered.next_offset),

@@ -224,7 +224,7 @@ impl LogWriter {
             self.shared.segments_mut().remove(&first_offset);
             self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
             info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment");
-            if self.disk.sync_dir(&self.dir).is_err() {
+            if self.spares.sync_dir(&*self.disk, &self.dir).is_err() {
                 break;
             }
         }
