@@ -83,8 +83,7 @@ impl LogWriter {
                 }
                 Err(error) => {
                     if matches!(error, AppendError::DiskFull) {
-                        self.spares.give_back(&*self.disk);
-                        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
+                        self.give_back_spare();
                     }
                     self.shared.trouble.set(Some(error.to_string()));
                     self.give_up(&error, &mut group, closed);
@@ -197,6 +196,7 @@ impl LogWriter {
     /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit. A spare
     /// segment takes no more room when it becomes one of the log.
     fn make_room(&mut self, incoming_bytes: u64) -> Result<(), AppendError> {
+        self.give_back_spares_over_budget(incoming_bytes);
         let removable: Vec<_> = {
             let segments = self.shared.segments();
             let held = self.shared.holds.lowest();
@@ -228,10 +228,30 @@ impl LogWriter {
                 break;
             }
         }
-        if self.shared.disk_bytes() + self.beside_spare(incoming_bytes) > self.config.retention_bytes {
+        self.give_back_spares_over_budget(incoming_bytes);
+        // A current segment that nobody needs goes as soon as there is a next one.
+        let is_needed =
+            self.shared.segments().len() > 1 || self.shared.holds.lowest().firmly < self.next_offset;
+        if is_needed && self.is_over_budget(incoming_bytes) {
             return Err(AppendError::Budget { retention_bytes: self.config.retention_bytes });
         }
         Ok(())
+    }
+
+    fn is_over_budget(&self, incoming_bytes: u64) -> bool {
+        self.shared.disk_bytes() + self.beside_spare(incoming_bytes) > self.config.retention_bytes
+    }
+
+    /// Spares never outrank data.
+    fn give_back_spares_over_budget(&mut self, incoming_bytes: u64) {
+        while !self.spares.is_empty() && self.is_over_budget(incoming_bytes) {
+            self.give_back_spare();
+        }
+    }
+
+    fn give_back_spare(&mut self) {
+        self.spares.give_back(&*self.disk);
+        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
     }
 
     /// How many of `incoming_bytes` a spare segment has no room for.

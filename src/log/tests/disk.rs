@@ -309,6 +309,18 @@ fn what_an_earlier_life_of_the_file_left_behind_the_end_is_never_read() {
 }
 
 #[test]
+fn spares_that_an_earlier_run_left_are_given_back_when_records_need_their_room() {
+    let dir = TempDir::new().expect("temporary directory");
+    drop(open(dir.path(), &small()).expect("opens"));
+    for n in 0..2 {
+        fs::write(dir.path().join(format!("log/{n:020}.spare")), vec![0; 64 << 10]).expect("written");
+    }
+    let log = open(dir.path(), &small()).expect("opens");
+    (0..12).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept, though nothing may be removed"));
+    assert!(log.bytes() <= small().retention_bytes, "{}", log.bytes());
+}
+
+#[test]
 fn a_half_made_next_segment_is_never_passed_by_the_one_before_it() {
     let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
     let log = open_model(&model, dir.path()).expect("opens");
