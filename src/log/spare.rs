@@ -78,8 +78,8 @@ impl SpareSegments {
         self.files.iter().find(|spare| spare.is_free()).map_or(0, |spare| spare.bytes)
     }
 
-    /// Takes a segment's file out of the log, which makes it no segment: call [`SpareSegments::sync_dir`]. A file that
-    /// cannot be kept is removed.
+    /// Takes a segment's file out of the log, which makes it no segment: call [`SpareSegments::sync_dir`].
+    /// A file that cannot be kept is removed.
     pub(super) fn keep(&mut self, disk: &dyn Disk, segment: Arc<Segment>) -> io::Result<()> {
         let path = segment.path().with_extension("spare");
         if let Err(error) = disk.rename(segment.path(), &path) {
