@@ -169,7 +169,9 @@ impl EmbeddedLog {
             });
             segments.insert(next_offset, current.clone());
         }
-        let spares = SpareSegments::find(&*disk, &dir)?;
+        let mut spares = SpareSegments::find(&*disk, &dir)?;
+        // What an earlier run renamed or removed must not come back once this one appends.
+        spares.sync_dir(&*disk, &dir)?;
         let shared = Arc::new(EmbeddedLogShared {
             queue: WriterQueue::default(),
             tail: Tail::new(recovered.next_offset),
@@ -188,6 +190,7 @@ impl EmbeddedLog {
         left_out.iter().chain(&recovered.gaps).for_each(|gap| shared.report_gap(gap));
         let writer = LogWriter {
             shared: shared.clone(),
+            synced_end: current.end(),
             disk,
             dir,
             config: config.clone(),
@@ -195,6 +198,7 @@ impl EmbeddedLog {
             next_offset: recovered.next_offset,
             time_max: recovered.time_max,
             window,
+            must_roll: false,
             spares,
             unremovable: None,
             stay_s: dedup.dedup_window_s,

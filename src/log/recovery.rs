@@ -23,7 +23,7 @@ use crate::message::{Offset, TimeMicros};
 pub(super) fn damage_report(gap: &LogGap, places: usize) -> String {
     let LogGap { place, from, to } = gap;
     let more = if places > 1 { format!(" ({} more places are damaged)", places - 1) } else { String::new() };
-    let lost = match to - from {
+    let lost = match to.saturating_sub(*from) {
         0 => format!("no records before offset {to} are missing, but changes to message ids are"),
         lost => {
             format!("the {lost} records from offset {from} to {} cannot be read, later ones can", to - 1)
@@ -45,7 +45,7 @@ pub(super) fn open_error(error: FrameError) -> LogOpenError {
 }
 
 /// Opens every segment in `dir`, reading only their headers. With `accept_corruption` a segment without a
-/// header is left out, and where it was is a [`LogGap`].
+/// header is left out, and where it was is a [`LogGap`]. The oldest are left out if they are no segments any more.
 pub(super) fn open_segments(
     disk: &dyn Disk,
     dir: &Path,
@@ -75,6 +75,10 @@ pub(super) fn open_segments(
             None if is_unfinished(disk, &path)? => {
                 warn!(path = %path.display(), "removed a segment that a crash had left without a header");
                 disk.remove(&path)?;
+            }
+            Some(_) if segments.is_empty() && gaps.is_empty() && Segment::is_written_over(disk, &path)? => {
+                // Retention had removed it. Later ones are never written over.
+                warn!(path = %path.display(), "left out a segment that the log had removed while it was copied");
             }
             Some((next, _)) if accept_corruption => {
                 gaps.push(LogGap { place: error.to_string(), from: first_offset, to: *next });
@@ -122,7 +126,7 @@ pub(super) fn recover(segments: &Segments) -> Result<RecoveredLog, LogOpenError>
             break;
         }
         read_bytes += segment.end();
-        let mut found = segment.recover().map_err(open_error)?;
+        let mut found = segment.recover(follower.unwrap_or(Offset::MAX)).map_err(open_error)?;
         match follower {
             None => {
                 (result.next_offset, result.unsettled) = (found.next_offset, found.settled_position);

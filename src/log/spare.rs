@@ -28,7 +28,12 @@ struct SpareSegment {
 
 /// The spare segments of a log.
 #[derive(Default)]
-pub(super) struct SpareSegments(Vec<SpareSegment>);
+pub(super) struct SpareSegments {
+    files: Vec<SpareSegment>,
+    /// A name was changed and the directory was not synced since: after a loss of power a spare may be a
+    /// segment again, so it must still have what that had.
+    is_dir_unsynced: bool,
+}
 
 impl SpareSegments {
     /// Finds what an earlier run left in `dir`.
@@ -44,7 +49,8 @@ impl SpareSegments {
             if found.has_room() {
                 let file = disk.open(&path, false)?;
                 let bytes = file.len()?;
-                found.0.push(SpareSegment { path, file, bytes, former: None });
+                found.is_dir_unsynced = true;
+                found.files.push(SpareSegment { path, file, bytes, former: None });
             } else {
                 disk.remove(&path)?;
             }
@@ -54,36 +60,48 @@ impl SpareSegments {
 
     /// Whether another one may be kept.
     pub(super) fn has_room(&self) -> bool {
-        self.0.len() < SPARE_SEGMENTS_MAX
+        self.files.len() < SPARE_SEGMENTS_MAX
     }
 
     /// Whether there is none.
     pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.files.is_empty()
     }
 
     /// Their size on disk, in bytes.
     pub(super) fn bytes(&self) -> u64 {
-        self.0.iter().map(|spare| spare.bytes).sum()
+        self.files.iter().map(|spare| spare.bytes).sum()
     }
 
     /// The size of the one that is taken next, in bytes; 0 if none can be.
     pub(super) fn next_bytes(&self) -> u64 {
-        self.0.iter().find(|spare| spare.is_free()).map_or(0, |spare| spare.bytes)
+        self.files.iter().find(|spare| spare.is_free()).map_or(0, |spare| spare.bytes)
     }
 
-    /// Takes a segment's file out of the log, which makes it no segment: call [`Disk::sync_dir`].
+    /// Takes a segment's file out of the log, which makes it no segment: call [`SpareSegments::sync_dir`].
+    /// A file that cannot be kept is removed.
     pub(super) fn keep(&mut self, disk: &dyn Disk, segment: Arc<Segment>) -> io::Result<()> {
         let path = segment.path().with_extension("spare");
-        disk.rename(segment.path(), &path)?;
+        if let Err(error) = disk.rename(segment.path(), &path) {
+            debug!(%error, path = %segment.path().display(), "a segment could not be kept as a spare one");
+            return disk.remove(segment.path());
+        }
+        self.is_dir_unsynced = true;
         let (file, bytes) = (segment.file(), segment.disk_bytes());
-        self.0.push(SpareSegment { path, file, bytes, former: Some(segment) });
+        self.files.push(SpareSegment { path, file, bytes, former: Some(segment) });
+        Ok(())
+    }
+
+    /// Makes the directory's entries durable.
+    pub(super) fn sync_dir(&mut self, disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+        disk.sync_dir(dir)?;
+        self.is_dir_unsynced = false;
         Ok(())
     }
 
     /// Gives the room of one back.
     pub(super) fn give_back(&mut self, disk: &dyn Disk) {
-        if let Some(spare) = self.0.pop()
+        if let Some(spare) = self.files.pop()
             && let Err(error) = disk.remove(&spare.path)
         {
             debug!(%error, path = %spare.path.display(), "a spare segment could not be removed");
@@ -97,17 +115,24 @@ impl SpareSegments {
         dir: &Path,
         first_offset: Offset,
     ) -> io::Result<Segment> {
-        let Some(free) = self.0.iter().position(SpareSegment::is_free) else {
+        let Some(free) = self.files.iter().position(SpareSegment::is_free) else {
             return Segment::create(disk, dir, first_offset);
         };
-        let SpareSegment { path, file, bytes, .. } = self.0.remove(free);
+        if self.is_dir_unsynced {
+            self.sync_dir(disk, dir)?;
+        }
+        let SpareSegment { path, file, bytes, .. } = self.files.remove(free);
         let made = Segment::create_over(disk, dir, first_offset, (&path, file, bytes));
         if let Err(error) = &made {
             // The next try makes a new file; this one may be in no order.
             let _ = disk.remove(&path);
             debug!(%error, path = %path.display(), "a spare segment could not be used");
         }
-        made
+        match made {
+            // An operator may have deleted it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Segment::create(disk, dir, first_offset),
+            made => made,
+        }
     }
 }
 
@@ -146,5 +171,20 @@ mod tests {
         found.create(&FileSystem, dir.path(), 40).expect("made");
         assert!(found.is_empty() && Segment::path_of(dir.path(), 40).exists());
         drop(read);
+    }
+
+    #[test]
+    fn a_file_that_an_operator_deleted_is_no_spare_and_stops_nothing() {
+        let dir = TempDir::new().expect("temporary directory");
+        let segment = |offset| Arc::new(Segment::create(&FileSystem, dir.path(), offset).expect("made"));
+        let mut spares = SpareSegments::default();
+        let deleted = segment(0);
+        std::fs::remove_file(deleted.path()).expect("removed");
+        spares.keep(&FileSystem, deleted).expect("it is out of the log");
+        assert!(spares.is_empty());
+        spares.keep(&FileSystem, segment(10)).expect("kept");
+        std::fs::remove_file(dir.path().join(format!("{:020}.spare", 10))).expect("removed");
+        let new = spares.create(&FileSystem, dir.path(), 20).expect("made");
+        assert!(new.path().exists() && spares.is_empty());
     }
 }

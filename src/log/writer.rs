@@ -46,6 +46,11 @@ pub(super) struct LogWriter {
     pub(super) time_max: TimeMicros,
     /// The known ids.
     pub(super) window: DedupWindow,
+    /// The next segment may be there, half made: a start may find it, so the current one must not grow past
+    /// its name.
+    pub(super) must_roll: bool,
+    /// With [`Durability::Os`], where the last sync of the current segment ended.
+    pub(super) synced_end: u64,
     /// Files that the next segments are written over.
     pub(super) spares: SpareSegments,
     /// The segment that retention could not remove, so that it is reported once.
@@ -80,8 +85,7 @@ impl LogWriter {
                 }
                 Err(error) => {
                     if matches!(error, AppendError::DiskFull) {
-                        self.spares.give_back(&*self.disk);
-                        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
+                        self.give_back_spare();
                     }
                     self.shared.trouble.set(Some(error.to_string()));
                     self.give_up(&error, &mut group, closed);
@@ -133,13 +137,18 @@ impl LogWriter {
         let bytes_max = frames.iter().map(frame_bytes).sum::<usize>() as u64;
         // A segment is named by its first offset, so one without records can have no successor.
         let may_end = self.current.has_frames() && self.next_offset > self.current.first_offset;
-        if may_end && self.current.end() + bytes_max > self.config.segment_bytes {
+        if may_end && (self.must_roll || self.current.end() + bytes_max > self.config.segment_bytes) {
             self.roll(self.next_offset)?;
         }
         let mut open = (!self.current.has_frames()).then(|| self.window.open());
         let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
-        let (settled_position, write_number) = (self.current.end(), self.current.next_write_number());
-        let (mut position, mut offset, last) = (settled_position, self.next_offset, frames.len() - 1);
+        let (end, write_number) = (self.current.end(), self.current.next_write_number());
+        // Frames must not vouch for what a loss of power may take without damage.
+        let settled_position = match self.config.durability {
+            Durability::Fsync => end,
+            Durability::Os => self.synced_end,
+        };
+        let (mut position, mut offset, last) = (end, self.next_offset, frames.len() - 1);
         for (nth, frame) in frames.iter_mut().enumerate() {
             let open = open.take();
             if open.is_some() || frame.flags.contains(FrameFlags::ONCE) {
@@ -180,10 +189,13 @@ impl LogWriter {
             // So that a power failure can damage the newest segment only.
             self.current.sync().map_err(|e| self.write_error(e))?;
         }
+        self.must_roll = true;
         let segment =
             self.spares.create(&*self.disk, &self.dir, first_offset).map_err(|e| self.write_error(e));
         self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
         let segment = segment?;
+        self.must_roll = false;
+        self.synced_end = segment.end();
         self.current = Arc::new(segment);
         self.shared.segments_mut().insert(first_offset, self.current.clone());
         Ok(())
@@ -192,6 +204,7 @@ impl LogWriter {
     /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit. A spare
     /// segment takes no more room when it becomes one of the log.
     fn make_room(&mut self, incoming_bytes: u64) -> Result<(), AppendError> {
+        self.give_back_spares_over_budget(incoming_bytes);
         let removable: Vec<_> = {
             let segments = self.shared.segments();
             let held = self.shared.holds.lowest();
@@ -219,14 +232,34 @@ impl LogWriter {
             self.shared.segments_mut().remove(&first_offset);
             self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
             info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment");
-            if self.disk.sync_dir(&self.dir).is_err() {
+            if self.spares.sync_dir(&*self.disk, &self.dir).is_err() {
                 break;
             }
         }
-        if self.shared.disk_bytes() + self.beside_spare(incoming_bytes) > self.config.retention_bytes {
+        self.give_back_spares_over_budget(incoming_bytes);
+        // A current segment that nobody needs goes as soon as there is a next one.
+        let is_needed =
+            self.shared.segments().len() > 1 || self.shared.holds.lowest().firmly < self.next_offset;
+        if is_needed && self.is_over_budget(incoming_bytes) {
             return Err(AppendError::Budget { retention_bytes: self.config.retention_bytes });
         }
         Ok(())
+    }
+
+    fn is_over_budget(&self, incoming_bytes: u64) -> bool {
+        self.shared.disk_bytes() + self.beside_spare(incoming_bytes) > self.config.retention_bytes
+    }
+
+    /// Spares never outrank data.
+    fn give_back_spares_over_budget(&mut self, incoming_bytes: u64) {
+        while !self.spares.is_empty() && self.is_over_budget(incoming_bytes) {
+            self.give_back_spare();
+        }
+    }
+
+    fn give_back_spare(&mut self) {
+        self.spares.give_back(&*self.disk);
+        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
     }
 
     /// How many of `incoming_bytes` a spare segment has no room for.
@@ -260,7 +293,12 @@ impl LogWriter {
         let now = Instant::now();
         let lasting = all || matches!(error, AppendError::Failed(_));
         let waits = |s: &WriterSubmission| !lasting && s.give_up_at > now && !s.is_empty();
-        for submission in group.extract_if(.., |submission| !waits(submission)) {
+        let given_up: Vec<_> = group.extract_if(.., |submission| !waits(submission)).collect();
+        if !given_up.is_empty() && !matches!(error, AppendError::Failed(_)) {
+            // Its bytes may be whole: a start after a kill must not find what is answered as failed.
+            let _ = self.current.trim();
+        }
+        for submission in given_up {
             let nothing =
                 CommitOutcome { outcomes: vec![SectionOutcome::KeyDead; submission.sections.len()] };
             let answer = if submission.is_empty() { Ok(nothing) } else { Err(error.clone()) };
@@ -275,6 +313,9 @@ impl LogWriter {
     fn seal(&mut self) {
         if self.shared.failure.get().is_some() {
             return;
+        }
+        if self.config.durability == Durability::Os && self.current.sync().is_ok() {
+            self.synced_end = self.current.end();
         }
         let sealed = self.write(AssembledCommit::seal(self.time_max), self.window.stamp());
         let sealed = sealed

@@ -53,17 +53,19 @@ impl RecoveryStep {
         }
     }
 
-    /// Whether a frame may come next: an abandoned write leaves lower numbers behind.
-    fn may_precede(&self, header: &FrameHeader) -> bool {
-        self.write_number.is_none_or(|number| header.write_number >= number)
+    /// Whether a frame may come next in a segment of which the next one begins at `until`. A write that was
+    /// abandoned leaves lower numbers behind, or records that the next segment has others for.
+    fn may_precede(&self, header: &FrameHeader, until: Offset) -> bool {
+        header.next_offset() <= until && self.write_number.is_none_or(|number| header.write_number >= number)
     }
 }
 
 impl Segment {
     /// Reads the whole segment, checks every frame, and finds where it ends. A damaged place is a
     /// [`LogGap`] if a frame behind it vouches that it had been acknowledged; if none does, the segment
-    /// ends there. Changes nothing on the disk: see [`Segment::cut`].
-    pub(in crate::log) fn recover(&self) -> Result<RecoveredSegment, FrameError> {
+    /// ends there. No record at or above `until`, where the next segment begins, was ever acknowledged.
+    /// Changes nothing on the disk: see [`Segment::cut`].
+    pub(in crate::log) fn recover(&self, until: Offset) -> Result<RecoveredSegment, FrameError> {
         let mut index = Vec::new();
         let mut gaps = Vec::new();
         let file_bytes = self.file.len().map_err(|e| self.io_error(e))?;
@@ -78,7 +80,7 @@ impl Segment {
         let mut complete = step;
         while step.position < file_bytes {
             let damage = match self.read_frame(step.position, step.next_offset) {
-                Ok((header, _)) if step.may_precede(&header) => {
+                Ok((header, _)) if step.may_precede(&header, until) => {
                     push_mark(&mut index, IndexMark::from_header(&header, step.position));
                     step = step.behind(&header);
                     if !header.is_continued() {
@@ -90,7 +92,7 @@ impl Segment {
                 Err(damage @ FrameError::Damaged { .. }) => damage,
                 Err(error) => return Err(error),
             };
-            let Some(resumed) = self.vouched_behind(&step)? else { break };
+            let Some(resumed) = self.vouched_behind(&step, until)? else { break };
             gaps.push(LogGap { place: damage.to_string(), from: step.next_offset, to: resumed.next_offset });
             (step, complete) = (resumed, resumed);
         }
@@ -107,12 +109,16 @@ impl Segment {
 
     /// Where to go on behind a damaged place if it had been acknowledged: some header behind it says so.
     /// The frames there may be damaged themselves; then it is the last that vouches.
-    fn vouched_behind(&self, damaged: &RecoveryStep) -> Result<Option<RecoveryStep>, FrameError> {
+    fn vouched_behind(
+        &self,
+        damaged: &RecoveryStep,
+        until: Offset,
+    ) -> Result<Option<RecoveryStep>, FrameError> {
         let mut at = self.behind_damage(damaged.position, damaged.next_offset)?;
         let (mut vouching, mut whole) = (None, None);
         while let Some(found) = self.next_header(at, damaged.next_offset)? {
             at = found.behind();
-            if !damaged.may_precede(&found.header) {
+            if !damaged.may_precede(&found.header, until) {
                 continue;
             }
             if found.header.settled_position > damaged.position {

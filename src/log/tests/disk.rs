@@ -309,6 +309,72 @@ fn what_an_earlier_life_of_the_file_left_behind_the_end_is_never_read() {
 }
 
 #[test]
+fn spares_that_an_earlier_run_left_are_given_back_when_records_need_their_room() {
+    let dir = TempDir::new().expect("temporary directory");
+    drop(open(dir.path(), &small()).expect("opens"));
+    for n in 0..2 {
+        fs::write(dir.path().join(format!("log/{n:020}.spare")), vec![0; 64 << 10]).expect("written");
+    }
+    let log = open(dir.path(), &small()).expect("opens");
+    (0..12).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept, though nothing may be removed"));
+    assert!(log.bytes() <= small().retention_bytes, "{}", log.bytes());
+}
+
+#[test]
+fn an_append_that_was_answered_as_failed_is_not_in_the_log_after_a_kill() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    append(&log, &[&payload(0)]).expect("kept");
+    *model.sync_fails.lock() = Some(libc::ENOSPC);
+    let failed = log.append(vec![section(&[&payload(1)], &Lease::new())], Instant::now());
+    assert!(failed.blocking_recv().expect("answered").is_err());
+    let path = super::super::segment::Segment::path_of(&dir.path().join("log"), 0);
+    let killed = fs::read(&path).expect("readable");
+    drop(log);
+    fs::write(&path, killed).expect("writable");
+    let log = open(dir.path(), &small()).expect("opens");
+    assert_eq!(log.next_offset(), 1);
+    assert_kept(&log, 1, "after the kill");
+}
+
+#[test]
+fn a_half_made_next_segment_is_never_passed_by_the_one_before_it() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    (0..3).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept"));
+    *model.unremovable.lock() = Some(super::super::segment::Segment::path_of(&dir.path().join("log"), 3));
+    *model.sync_fails.lock() = Some(libc::ENOSPC);
+    let abandoned = log.append(vec![section(&[&payload(3)], &Lease::new())], Instant::now());
+    assert!(abandoned.blocking_recv().expect("answered").is_err());
+    *model.sync_fails.lock() = None;
+    append(&log, &[b"has room in the first segment"]).expect("kept");
+    drop(log);
+    let log = open_model(&model, dir.path()).expect("opens");
+    assert_eq!(read_all(&log, 3).expect("readable"), [(3, b"has room in the first segment".to_vec())]);
+}
+
+#[test]
+fn an_abandoned_write_behind_the_end_of_a_segment_does_not_outrank_the_next_segment() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    (0..3).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept"));
+    *model.sync_fails.lock() = Some(libc::ENOSPC);
+    let abandoned = log.append(vec![section(&[b"fits"], &Lease::new())], Instant::now());
+    assert!(abandoned.blocking_recv().expect("answered").is_err());
+    *model.sync_fails.lock() = None;
+    append(&log, &[&payload(3)]).expect("kept, in the next segment");
+    drop(log);
+    // Every write reached the disk, no change of a length did.
+    for content in model.files.lock().values() {
+        content.lock().pending.retain(|change| matches!(change, ModelChange::Write(..)));
+    }
+    model.lose_power(|| true);
+    let log = open_model(&model, dir.path()).expect("opens");
+    assert_eq!(log.next_offset(), 4);
+    assert_kept(&log, 4, "after the power was lost");
+}
+
+#[test]
 fn what_else_is_in_the_directory_is_left_alone() {
     let dir = TempDir::new().expect("temporary directory");
     drop(open(dir.path(), &config()).expect("opens"));
@@ -342,6 +408,27 @@ fn a_segment_without_a_header_is_named_and_left_out_only_when_told_to() {
     let read: Vec<_> = read_all(&log, 0).expect("readable").into_iter().map(|(offset, _)| offset).collect();
     assert_eq!(read, (0..3).chain(6..12).collect::<Vec<_>>());
     assert_eq!(log.lost_records(), 3);
+}
+
+#[test]
+fn the_oldest_segment_is_left_out_if_it_was_written_over_while_the_log_was_copied() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    (0..9).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept"));
+    drop(log);
+    let path = |first| super::super::segment::Segment::path_of(&dir.path().join("log"), first);
+    let newest = fs::read(path(6)).expect("segments of three records");
+    let (oldest, second) = (fs::read(path(0)).expect("readable"), fs::read(path(3)).expect("readable"));
+    fs::write(path(3), &newest).expect("writable");
+    assert!(matches!(open(dir.path(), &small()), Err(LogOpenError::Corrupt(_))), "not the oldest");
+    fs::write(path(3), &second).expect("writable");
+    fs::write(path(0), &newest).expect("writable");
+    let log = open(dir.path(), &small()).expect("opens");
+    assert_eq!((log.first_offset(), log.next_offset(), log.lost_records()), (3, 9, 0));
+    assert_kept(&log, 9, "without the oldest");
+    drop(log);
+    fs::write(path(0), &oldest).expect("writable");
+    assert_kept(&open(dir.path(), &small()).expect("opens"), 9, "as it was");
 }
 
 #[derive(Debug, Clone)]
