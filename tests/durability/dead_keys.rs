@@ -187,6 +187,8 @@ fn a_datasource_is_deleted_on_a_full_disk_with_its_keys() {
     live.disconnected(KEY_DEAD);
     assert_eq!(post(&gateway, &source), 401);
     assert_eq!(gateway.get(&path, &gateway.admin_key()).status, 404);
+    // Asked again, it says the same.
+    assert_undurable(&gateway.request("DELETE", &path, &gateway.admin_key(), &[], &[]));
     assert!(warned(&gateway, "not durable yet").contains(&source.id));
 
     disk.empty();

@@ -427,3 +427,65 @@ pub async fn run(registry: Arc<Registry>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+    use std::thread;
+
+    use super::super::audit::AuditQuery;
+    use super::super::replica::tests::ClusterOfOne;
+    use super::*;
+    use crate::auth::scope::Scopes;
+
+    fn in_memory(cluster: Option<Arc<ClusterOfOne>>) -> Registry {
+        let database = RegistryDatabase::in_memory().expect("opens");
+        Registry::from_database(database, cluster.map(|cluster| cluster as _)).expect("empty")
+    }
+
+    fn create(registry: &Registry, scope: Scope) -> Arc<Key> {
+        let scopes = Scopes::from_slice(&[scope]);
+        registry.create_key(&Actor::SYSTEM, &DatasourceId::all(), "", scopes, None).expect("created").0
+    }
+
+    #[test]
+    fn in_a_cluster_an_admin_key_keeps_working_until_its_end_is_durable_and_others_do_not() {
+        let cluster = Arc::new(ClusterOfOne::default());
+        let registry = in_memory(Some(cluster.clone()));
+        let [first, second] = [Scope::Admin, Scope::Admin].map(|scope| create(&registry, scope));
+        let ingest = create(&registry, Scope::Ingest);
+        let revoke = |key: &Key| registry.revoke_key(&Actor::SYSTEM, &key.datasource, key.id);
+        cluster.is_away.store(true, Ordering::Relaxed);
+        assert!(matches!(revoke(&first), Err(RegistryError::Away(_))));
+        let leaked = registry.revoke_leaked(&Actor::SYSTEM, &first.digest, "");
+        assert!(matches!(leaked, Err(RegistryError::Away(_))), "{leaked:?}");
+        assert!(first.holds() && registry.trouble().is_none());
+        assert!(revoke(&ingest).expect("dead here").is_some() && !ingest.holds());
+        cluster.is_away.store(false, Ordering::Relaxed);
+        assert!(revoke(&first).expect("dead").is_some() && !first.holds());
+        assert!(revoke(&first).expect("dead already").is_none());
+        assert!(matches!(revoke(&second), Err(RegistryError::LastAdmin)));
+        assert!(second.holds() && registry.was_revoked(&ingest.digest));
+    }
+
+    #[test]
+    fn a_change_comes_behind_the_end_of_a_key_that_it_has_waited_for() {
+        let registry = in_memory(None);
+        let key = create(&registry, Scope::Ingest);
+        thread::scope(|scope| {
+            let locked = registry.lock_database();
+            let creating = scope.spawn(|| create(&registry, Scope::Ingest));
+            // It has found the queue empty and waits for the lock.
+            thread::sleep(Duration::from_millis(100));
+            let end = KeyEnd::new(KeyEndReason::Revoked, vec![key], Actor::SYSTEM, json!({}));
+            registry.end_in_memory(&end);
+            registry.unwritten.extend(vec![end]);
+            drop(locked);
+            creating.join().expect("no panic");
+        });
+        let page = AuditQuery { from: None, to: None, after: 0, limit: 10 };
+        let entries = registry.audit_entries(&page).expect("read");
+        let actions: Vec<_> = entries.iter().map(|entry| &*entry.action).collect();
+        assert_eq!(actions, ["key.created", "key.revoked", "key.created"]);
+    }
+}
