@@ -190,6 +190,7 @@ impl EmbeddedLog {
         left_out.iter().chain(&recovered.gaps).for_each(|gap| shared.report_gap(gap));
         let writer = LogWriter {
             shared: shared.clone(),
+            synced_end: current.end(),
             disk,
             dir,
             config: config.clone(),

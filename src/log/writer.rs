@@ -49,6 +49,8 @@ pub(super) struct LogWriter {
     /// The next segment may be there, half made: a start may find it, so the current one must not grow past
     /// its name.
     pub(super) must_roll: bool,
+    /// With [`Durability::Os`], where the last sync of the current segment ended.
+    pub(super) synced_end: u64,
     /// Files that the next segments are written over.
     pub(super) spares: SpareSegments,
     /// The segment that retention could not remove, so that it is reported once.
@@ -140,8 +142,13 @@ impl LogWriter {
         }
         let mut open = (!self.current.has_frames()).then(|| self.window.open());
         let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
-        let (settled_position, write_number) = (self.current.end(), self.current.next_write_number());
-        let (mut position, mut offset, last) = (settled_position, self.next_offset, frames.len() - 1);
+        let (end, write_number) = (self.current.end(), self.current.next_write_number());
+        // Frames must not vouch for what a loss of power may take without damage.
+        let settled_position = match self.config.durability {
+            Durability::Fsync => end,
+            Durability::Os => self.synced_end,
+        };
+        let (mut position, mut offset, last) = (end, self.next_offset, frames.len() - 1);
         for (nth, frame) in frames.iter_mut().enumerate() {
             let open = open.take();
             if open.is_some() || frame.flags.contains(FrameFlags::ONCE) {
@@ -188,6 +195,7 @@ impl LogWriter {
         self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
         let segment = segment?;
         self.must_roll = false;
+        self.synced_end = segment.end();
         self.current = Arc::new(segment);
         self.shared.segments_mut().insert(first_offset, self.current.clone());
         Ok(())
@@ -300,6 +308,9 @@ impl LogWriter {
     fn seal(&mut self) {
         if self.shared.failure.get().is_some() {
             return;
+        }
+        if self.config.durability == Durability::Os && self.current.sync().is_ok() {
+            self.synced_end = self.current.end();
         }
         let sealed = self.write(AssembledCommit::seal(self.time_max), self.window.stamp());
         let sealed = sealed

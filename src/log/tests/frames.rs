@@ -39,6 +39,28 @@ fn kill(log: EmbeddedLog, path: &Path) -> Vec<u8> {
     bytes
 }
 
+#[test]
+fn without_syncs_a_hole_that_a_loss_of_power_left_is_cut_and_not_damage() {
+    let dir = TempDir::new().expect("temporary directory");
+    let path = segment_path(dir.path(), 0);
+    let log = open(dir.path(), &quick()).expect("opens");
+    (0..4).for_each(|n| _ = append(&log, &[n.to_string().as_bytes()]).expect("kept"));
+    let whole = kill(log, &path);
+    let starts = frame_starts(&path);
+    let mut holed = whole.clone();
+    holed[starts[1]..starts[2]].fill(0);
+    fs::write(&path, &holed).expect("writable");
+    let log = open(dir.path(), &quick()).expect("a torn write is no damage");
+    assert_eq!(read_all(&log, 0).expect("readable"), texts(0..1));
+    // What is in it now was synced, and so is what a clean end leaves.
+    append(&log, &[b"1"]).expect("kept");
+    drop(log);
+    let mut closed = fs::read(&path).expect("readable");
+    closed[starts[1]..starts[2]].fill(0);
+    fs::write(&path, &closed).expect("writable");
+    assert!(matches!(open(dir.path(), &quick()), Err(LogOpenError::Corrupt(_))));
+}
+
 /// A tenant with a copy of the file may send it: after a crash it is a payload, wherever it was torn.
 #[test]
 fn a_payload_made_of_frames_of_this_very_file_is_never_taken_for_frames() {
@@ -369,7 +391,7 @@ fn check_flip(dir: &Path, model: &[Vec<u8>], at: prop::sample::Index, bit: u8) {
 }
 
 fn small() -> config::LogConfig {
-    config::LogConfig { segment_bytes: 16 << 10, retention_bytes: 1 << 30, ..quick() }
+    config::LogConfig { segment_bytes: 16 << 10, retention_bytes: 1 << 30, ..config() }
 }
 
 proptest! {
