@@ -16,7 +16,8 @@
 //! - An append that has resolved `Ok` is durable: on disk with `durability = "fsync"`, in the page
 //!   cache with `"os"`. Readers see only durable records.
 //! - The log skips a section with a known [`OnceId`] and answers with the offsets kept before. An
-//!   id becomes known when its section is durable: after a failed append it is still new. Ids are
+//!   id becomes known when its section is durable: after a failed append it is still new. Only a loss of
+//!   power, or a restart after [`AppendError::Failed`], may find that a failed append was kept whole. Ids are
 //!   in the log and so survive any end of the process: see `window.rs` for how long.
 //! - The log skips sections whose key has died when their batch is put together. Once the key's lease
 //!   has ended and [`Log::barrier`] has returned, no more records enter under it.

@@ -293,7 +293,12 @@ impl LogWriter {
         let now = Instant::now();
         let lasting = all || matches!(error, AppendError::Failed(_));
         let waits = |s: &WriterSubmission| !lasting && s.give_up_at > now && !s.is_empty();
-        for submission in group.extract_if(.., |submission| !waits(submission)) {
+        let given_up: Vec<_> = group.extract_if(.., |submission| !waits(submission)).collect();
+        if !given_up.is_empty() && !matches!(error, AppendError::Failed(_)) {
+            // Its bytes may be whole: a start after a kill must not find what is answered as failed.
+            let _ = self.current.trim();
+        }
+        for submission in given_up {
             let nothing =
                 CommitOutcome { outcomes: vec![SectionOutcome::KeyDead; submission.sections.len()] };
             let answer = if submission.is_empty() { Ok(nothing) } else { Err(error.clone()) };

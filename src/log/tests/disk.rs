@@ -321,6 +321,23 @@ fn spares_that_an_earlier_run_left_are_given_back_when_records_need_their_room()
 }
 
 #[test]
+fn an_append_that_was_answered_as_failed_is_not_in_the_log_after_a_kill() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    append(&log, &[&payload(0)]).expect("kept");
+    *model.sync_fails.lock() = Some(libc::ENOSPC);
+    let failed = log.append(vec![section(&[&payload(1)], &Lease::new())], Instant::now());
+    assert!(failed.blocking_recv().expect("answered").is_err());
+    let path = super::super::segment::Segment::path_of(&dir.path().join("log"), 0);
+    let killed = fs::read(&path).expect("readable");
+    drop(log);
+    fs::write(&path, killed).expect("writable");
+    let log = open(dir.path(), &small()).expect("opens");
+    assert_eq!(log.next_offset(), 1);
+    assert_kept(&log, 1, "after the kill");
+}
+
+#[test]
 fn a_half_made_next_segment_is_never_passed_by_the_one_before_it() {
     let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
     let log = open_model(&model, dir.path()).expect("opens");
