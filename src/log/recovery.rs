@@ -45,7 +45,7 @@ pub(super) fn open_error(error: FrameError) -> LogOpenError {
 }
 
 /// Opens every segment in `dir`, reading only their headers. With `accept_corruption` a segment without a
-/// header is left out, and where it was is a [`LogGap`].
+/// header is left out, and where it was is a [`LogGap`]. The oldest are left out if they are no segments any more.
 pub(super) fn open_segments(
     disk: &dyn Disk,
     dir: &Path,
@@ -75,6 +75,10 @@ pub(super) fn open_segments(
             None if is_unfinished(disk, &path)? => {
                 warn!(path = %path.display(), "removed a segment that a crash had left without a header");
                 disk.remove(&path)?;
+            }
+            Some(_) if segments.is_empty() && gaps.is_empty() && Segment::is_written_over(disk, &path)? => {
+                // Retention had removed it. Later ones are never written over.
+                warn!(path = %path.display(), "left out a segment that the log had removed while it was copied");
             }
             Some((next, _)) if accept_corruption => {
                 gaps.push(LogGap { place: error.to_string(), from: first_offset, to: *next });

@@ -152,6 +152,15 @@ impl Segment {
         Ok(Self::with_header(&header, path.to_owned(), file, len, None))
     }
 
+    /// Whether the file was written over to become a later segment, as in a copy of the log's directory that
+    /// was made before its name changed.
+    pub(super) fn is_written_over(disk: &dyn Disk, path: &Path) -> io::Result<bool> {
+        let mut bytes = vec![0; SEGMENT_HEADER_BYTES];
+        let read = disk.open(path, false)?.read_at(&mut bytes, 0)?;
+        let header = SegmentHeader::decode(&bytes[..read]).ok();
+        Ok(header.is_some_and(|header| Self::offset_of(path).is_some_and(|name| header.first_offset > name)))
+    }
+
     fn with_header(
         header: &SegmentHeader,
         path: PathBuf,

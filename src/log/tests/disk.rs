@@ -410,6 +410,27 @@ fn a_segment_without_a_header_is_named_and_left_out_only_when_told_to() {
     assert_eq!(log.lost_records(), 3);
 }
 
+#[test]
+fn the_oldest_segment_is_left_out_if_it_was_written_over_while_the_log_was_copied() {
+    let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+    let log = open_model(&model, dir.path()).expect("opens");
+    (0..9).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept"));
+    drop(log);
+    let path = |first| super::super::segment::Segment::path_of(&dir.path().join("log"), first);
+    let newest = fs::read(path(6)).expect("segments of three records");
+    let (oldest, second) = (fs::read(path(0)).expect("readable"), fs::read(path(3)).expect("readable"));
+    fs::write(path(3), &newest).expect("writable");
+    assert!(matches!(open(dir.path(), &small()), Err(LogOpenError::Corrupt(_))), "not the oldest");
+    fs::write(path(3), &second).expect("writable");
+    fs::write(path(0), &newest).expect("writable");
+    let log = open(dir.path(), &small()).expect("opens");
+    assert_eq!((log.first_offset(), log.next_offset(), log.lost_records()), (3, 9, 0));
+    assert_kept(&log, 9, "without the oldest");
+    drop(log);
+    fs::write(path(0), &oldest).expect("writable");
+    assert_kept(&open(dir.path(), &small()).expect("opens"), 9, "as it was");
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Append,
