@@ -98,7 +98,8 @@ pub struct FrameHeader {
     /// The newest `received_at` of this and all earlier frames.
     pub time_max: TimeMicros,
     /// The frame vouches for everything in front of this position of its segment: it had been
-    /// acknowledged when the frame was written.
+    /// acknowledged and synced when the frame was written. With durability "os" that is where the last sync
+    /// ended.
     pub settled_position: u64,
     /// The number of its write in this segment. A frame with a lower one than the frame before it is
     /// what an abandoned write left behind.

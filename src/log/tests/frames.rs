@@ -391,7 +391,7 @@ fn check_flip(dir: &Path, model: &[Vec<u8>], at: prop::sample::Index, bit: u8) {
 }
 
 fn small() -> config::LogConfig {
-    config::LogConfig { segment_bytes: 16 << 10, retention_bytes: 1 << 30, ..quick() }
+    config::LogConfig { segment_bytes: 16 << 10, retention_bytes: 1 << 30, ..config() }
 }
 
 proptest! {
