@@ -218,6 +218,8 @@ fn whichever_call_fails_nothing_acknowledged_is_lost_and_a_want_is_waited_out() 
                 acknowledged = fill(&log);
                 assert!(errno == libc::EIO || acknowledged == 36, "{what}: {acknowledged}");
             }
+            // How often a file grows depends on the lengths of times in it: the last calls may not come.
+            *model.fails.lock() = None;
             let log = open_model(&model, dir.path()).unwrap_or_else(|error| panic!("{what}: {error}"));
             assert_kept(&log, acknowledged, &what);
             drop(log);
