@@ -201,6 +201,7 @@ impl<'de> Deserialize<'de> for KeyId {
 ///
 /// # Errors
 /// The first rule that `topic` breaks.
+#[inline]
 pub fn check_topic(topic: &str) -> Result<(), NameError> {
     let bytes = topic.as_bytes();
     match bytes {
@@ -289,6 +290,7 @@ impl Lease {
     }
 
     /// Whether the key is still valid. One atomic load.
+    #[inline]
     pub fn holds(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
@@ -354,6 +356,7 @@ impl RecordFlags {
     pub const REDRIVEN: RecordFlags = RecordFlags(16);
 
     /// Both sets of bits.
+    #[inline]
     pub fn with(self, other: RecordFlags) -> Self {
         Self(self.0 | other.0)
     }
@@ -364,6 +367,7 @@ impl RecordFlags {
     }
 
     /// Whether every bit of `other` is set.
+    #[inline]
     pub fn contains(self, other: RecordFlags) -> bool {
         self.0 & other.0 == other.0
     }

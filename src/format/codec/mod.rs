@@ -146,6 +146,7 @@ impl<'a> MqttFrame<'a> {
     /// [`ReasonCode::MalformedPacket`] as soon as the fixed header breaks a rule, and
     /// [`ReasonCode::PacketTooLarge`] as soon as the remaining length shows that the packet takes more
     /// than `bytes_max`. Neither waits for the rest.
+    #[inline]
     pub fn split(
         buffer: &'a [u8],
         bytes_max: usize,
@@ -180,6 +181,7 @@ impl<'a> MqttFrame<'a> {
 
     /// The size in bytes of the packet at the beginning of `buffer`, even if it is not complete. For
     /// packets that this codec wrote: nothing is checked.
+    #[inline]
     pub fn packet_bytes(buffer: &[u8]) -> Option<usize> {
         let mut length = 0_usize;
         for (i, &byte) in buffer.get(1..)?.iter().take(4).enumerate() {
@@ -212,6 +214,7 @@ impl<'a> MqttFrame<'a> {
     ///
     /// # Errors
     /// The first rule that the packet breaks.
+    #[inline]
     pub fn decode(&self, version: MqttVersion) -> Result<MqttPacket<'a>, Violation> {
         let v5 = version == MqttVersion::V5;
         let reader = PacketReader::new(self.body);

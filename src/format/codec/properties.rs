@@ -155,6 +155,7 @@ impl<'a> Properties<'a> {
     }
 
     /// All properties in order: identifier, value, and bytes on the wire.
+    #[inline]
     pub fn iter(&self) -> impl Iterator<Item = (u8, PropertyValue<'a>, &'a [u8])> + use<'a> {
         let mut rest = PacketReader::new(self.bytes);
         std::iter::from_fn(move || {
@@ -166,6 +167,7 @@ impl<'a> Properties<'a> {
     }
 
     /// Whether there are no properties.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }

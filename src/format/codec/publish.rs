@@ -23,6 +23,7 @@ pub struct PublishPacket<'a> {
 }
 
 impl<'a> PublishPacket<'a> {
+    #[inline]
     pub(super) fn decode(first: u8, body: &'a [u8], v5: bool) -> Result<Self, Violation> {
         let mut reader = PacketReader::new(body);
         let qos = first >> 1 & 3;

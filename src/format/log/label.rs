@@ -38,6 +38,7 @@ impl LabelTable {
     }
 
     /// Returns the place of a label, which it adds if it does not know it.
+    #[inline]
     pub(super) fn place(&mut self, topic: &str, content_type: &str) -> u32 {
         if let Some(last) = &self.last
             && self.is_at(last, topic, content_type)

@@ -174,6 +174,7 @@ impl postcard::ser_flavors::Flavor for VecFlavor<'_> {
     }
 }
 
+#[inline]
 pub(super) fn put_postcard(value: &(impl Serialize + ?Sized), to: &mut Vec<u8>) {
     postcard::serialize_with_flavor(value, VecFlavor(to))
         .expect("a vector takes all, and every length is known before it is written");

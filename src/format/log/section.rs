@@ -77,12 +77,14 @@ impl Section {
     }
 
     /// Makes room for `bytes` more, so that filling the section allocates once.
+    #[inline]
     pub fn reserve(&mut self, bytes: usize) {
         self.bytes.reserve(bytes);
     }
 
     /// Adds one message: its topic, payload, media type (or empty), MQTT 5 properties in wire form
     /// (or empty), and flags.
+    #[inline]
     pub fn push(
         &mut self,
         topic: &str,
