@@ -93,6 +93,11 @@ impl FollowerControl {
         })
     }
 
+    /// Notes what does not work before the thread has begun.
+    pub(super) fn begin_with(&self, trouble: Option<String>) {
+        self.trouble.set(trouble);
+    }
+
     /// Starts the thread.
     ///
     /// # Errors

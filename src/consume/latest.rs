@@ -163,7 +163,7 @@ mod tests {
             let next = records.last().expect("some records").offset + 1;
             sink.store(records.iter().copied(), next, false).expect("stored");
         }
-        let query = RecordsReader::open(dir.path()).expect("opens");
+        let query = RecordsReader::new(dir.path());
         query.latest(&DatasourceId::new("press-4").expect("slug"), None).expect("reads")
     }
 
@@ -306,7 +306,7 @@ mod tests {
         let topics: Vec<String> = (0..=LATEST_TOPICS_MAX).map(|n| format!("t/{n:06}")).collect();
         let records = topics.iter().zip(0..).map(|(topic, offset)| record(offset, "press-4", topic, b"1"));
         sink.store(records, topics.len() as u64, false).expect("stored");
-        let query = RecordsReader::open(dir.path()).expect("opens");
+        let query = RecordsReader::new(dir.path());
         let id = DatasourceId::new("press-4").expect("slug");
         let first = query.latest(&id, None).expect("reads");
         assert_eq!(first.topics.len(), LATEST_TOPICS_MAX);

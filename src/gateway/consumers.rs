@@ -42,7 +42,7 @@ impl Consumers {
     /// a cluster it waits while NATS is unreachable.
     ///
     /// # Errors
-    /// A database that cannot be opened, NATS settings that can never work; worded for an operator.
+    /// A database that is ahead of the log, NATS settings that can never work; worded for an operator.
     pub(super) async fn start(
         config: &Config,
         opened: &OpenedLog,
@@ -54,7 +54,7 @@ impl Consumers {
                 // It may read the log, which in a cluster blocks.
                 let storage =
                     spawn_blocking(move || StorageConsumer::start(&at, &settings, followed)).await??;
-                (Some(Arc::new(storage)), Some(RecordsReader::open(dir)?))
+                (Some(Arc::new(storage)), Some(RecordsReader::new(dir)))
             }
             SinkKind::None => (None, None),
         };

@@ -47,25 +47,79 @@ pub(crate) fn open_or_set_aside<T>(
     }
 }
 
-/// The write-ahead log goes first: left behind, SQLite would copy it into the next database of that name.
-fn rename_all(path: &Path, aside: &Path) -> io::Result<()> {
-    for suffix in ["-wal", "-shm", ""] {
-        match std::fs::rename(with_suffix(path, suffix), with_suffix(aside, suffix)) {
-            Err(error) if suffix.is_empty() || error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+/// Completes what a kill has interrupted in the middle of [`set_aside`]: a database whose write-ahead log is on its
+/// way already goes where that goes. Without it the database would be opened as it was before its newest transactions.
+///
+/// # Errors
+/// [`SqliteError::Failed`] if the file system does not rename it.
+pub(super) fn finish_set_aside(path: &Path) -> Result<(), SqliteError> {
+    let begin = format!("{}-set-aside-", stem(path));
+    let failed = |error: io::Error| SqliteError::failed(path, error.to_string());
+    let Ok(entries) = std::fs::read_dir(path.parent().unwrap_or(path)) else { return Ok(()) };
+    for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+        let Some(aside) = name.strip_suffix(MOVING_WAL_SUFFIX).filter(|aside| aside.starts_with(&begin))
+        else {
+            continue;
+        };
+        let aside = path.with_file_name(aside);
+        // A database that is there already was moved before the kill; the one at `path` is another one.
+        if !aside.exists() {
+            rename_if_there(path, &aside).map_err(failed)?;
         }
+        rename_if_there(&with_suffix(&aside, MOVING_WAL_SUFFIX), &with_suffix(&aside, "-wal"))
+            .map_err(failed)?;
+        tracing::warn!(aside = %aside.display(), "a database that a kill has left half set aside is set aside now");
+    }
+    Ok(())
+}
+
+/// The name of a write-ahead log that is set aside before its database is.
+const MOVING_WAL_SUFFIX: &str = "-wal.moving";
+
+/// The renames that set a database aside, in their order. The write-ahead log goes before the database: left
+/// behind, SQLite would copy it into the next database of that name. Until the database is beside it, it has a name
+/// by which [`finish_set_aside`] knows it. The index of the write-ahead log (`-shm`) is made anew when it is missing.
+fn renames(path: &Path, aside: &Path) -> [(PathBuf, PathBuf); 4] {
+    let moving = with_suffix(aside, MOVING_WAL_SUFFIX);
+    [
+        (with_suffix(path, "-shm"), with_suffix(aside, "-shm")),
+        (with_suffix(path, "-wal"), moving.clone()),
+        (path.to_owned(), aside.to_owned()),
+        (moving, with_suffix(aside, "-wal")),
+    ]
+}
+
+fn rename_all(path: &Path, aside: &Path) -> io::Result<()> {
+    let mut is_any = false;
+    for (from, to) in renames(path, aside) {
+        is_any |= rename_if_there(&from, &to)?;
+    }
+    if !is_any {
+        return Err(io::ErrorKind::NotFound.into());
     }
     File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
+/// Returns whether there was a file of that name.
+fn rename_if_there(from: &Path, to: &Path) -> io::Result<bool> {
+    match std::fs::rename(from, to) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        renamed => renamed.map(|()| true),
+    }
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
 /// A path beside `path` that says when it was made, and that no file has.
 fn free_path(path: &Path) -> PathBuf {
-    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    let name = stem(path);
     let now = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
     let named = |number: &str| path.with_file_name(format!("{name}-set-aside-{now}{number}.db"));
     let mut aside = named("");
     for number in 2.. {
-        if !aside.exists() {
+        if !aside.exists() && !with_suffix(&aside, "-wal").exists() {
             break;
         }
         aside = named(&format!("-{number}"));
@@ -73,7 +127,8 @@ fn free_path(path: &Path) -> PathBuf {
     aside
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+/// The path of a file that SQLite keeps beside a database.
+pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
@@ -105,6 +160,58 @@ mod tests {
         asides.dedup();
         assert_eq!(asides.len(), 3);
         assert!(set_aside(&path).is_err(), "nothing is there");
+    }
+
+    /// The content of every file in a directory whose name ends so.
+    fn contents(dir: &Path, end: &str) -> Vec<String> {
+        let files = std::fs::read_dir(dir).expect("readable").map(|file| file.expect("an entry").path());
+        let named = files.filter(|path| path.to_str().is_some_and(|path| path.ends_with(end)));
+        named.map(|path| std::fs::read_to_string(path).expect("text")).collect()
+    }
+
+    #[test]
+    fn a_kill_after_any_step_leaves_a_database_and_its_write_ahead_log_together() {
+        for has_wal in [true, false] {
+            for done in 0..=4 {
+                let dir = tempfile::tempdir().expect("temporary directory");
+                let path = dir.path().join("things.db");
+                std::fs::write(&path, "pages").expect("written");
+                std::fs::write(with_suffix(&path, "-shm"), "index").expect("written");
+                if has_wal {
+                    std::fs::write(with_suffix(&path, "-wal"), "newest").expect("written");
+                }
+                let aside = free_path(&path);
+                for (from, to) in renames(&path, &aside).iter().take(done) {
+                    rename_if_there(from, to).expect("renamed");
+                }
+                // Killed here; the next start finishes it, or begins it again.
+                for _ in 0..2 {
+                    finish_set_aside(&path).expect("finished");
+                    let (at, other) = if path.exists() { (&path, &aside) } else { (&aside, &path) };
+                    assert_eq!(std::fs::read_to_string(at).expect("there"), "pages", "{done}");
+                    assert_eq!(with_suffix(at, "-wal").exists(), has_wal, "{done}");
+                    assert!(!other.exists() && !with_suffix(other, "-wal").exists(), "{done}");
+                }
+                if path.exists() {
+                    set_aside(&path).expect("set aside");
+                }
+                assert_eq!(contents(dir.path(), ".db"), ["pages"]);
+                assert_eq!(contents(dir.path(), "-wal"), if has_wal { vec!["newest"] } else { vec![] });
+                assert!(contents(dir.path(), MOVING_WAL_SUFFIX).is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn a_write_ahead_log_alone_is_set_aside_too_and_what_is_removed_of_that_moves_nothing() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("things.db");
+        std::fs::write(with_suffix(&path, "-wal"), "newest").expect("written");
+        let aside = set_aside(&path).expect("set aside");
+        assert_eq!(std::fs::read_to_string(with_suffix(&aside, "-wal")).expect("there"), "newest");
+        std::fs::write(&path, "another").expect("written");
+        finish_set_aside(&path).expect("nothing to finish");
+        assert!(path.exists() && !aside.exists());
     }
 
     #[test]

@@ -4,8 +4,9 @@
 //!
 //! All of them use SQLite's write-ahead log: after a kill at any moment a transaction is there whole or not
 //! at all. Only the owner of a file may read it (mode 0600). What can be built anew is [set aside](set_aside)
-//! when it is damaged. `user_version` is the version of the format. A newer format is refused, and so is a database that
-//! Headgate has not made.
+//! when it is damaged. `user_version` is the version of the format. A database of a newer format is left as it is, and so is
+//! one that Headgate has not made. Only the registry is needed for a start: without another one the gateway serves, warns
+//! of it, and tries again ([`SqliteError::remedy`]).
 
 mod aside;
 mod open;
@@ -15,9 +16,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rusqlite::ErrorCode;
+use rusqlite::ffi::SQLITE_IOERR_SHMSIZE;
 
 pub(crate) use aside::{new_file_aside, open_or_set_aside, set_aside};
-pub(crate) use open::{SqliteProfile, checkpoint};
+pub(crate) use open::{SqliteProfile, check_write_ahead_log, checkpoint};
 pub(crate) use readers::SqliteReaders;
 
 /// Why an SQLite file could not be opened, read or written. Each names the file.
@@ -40,7 +42,7 @@ pub enum SqliteError {
         path: PathBuf,
     },
     /// Its content is not what Headgate wrote.
-    #[error("{} is damaged ({detail}): restore it from a backup, or move it away to begin without it", path.display())]
+    #[error("{} is damaged ({detail})", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -72,7 +74,11 @@ pub enum SqliteError {
 impl SqliteError {
     /// Classifies an error of SQLite's for the file at `path`.
     pub(crate) fn from_sqlite(error: &rusqlite::Error, path: &Path) -> Self {
-        let (path, detail) = (path.to_owned(), error.to_string().into());
+        let (path, mut detail) = (path.to_owned(), error.to_string());
+        if error.sqlite_error().is_some_and(|error| error.extended_code == SQLITE_IOERR_SHMSIZE) {
+            detail.push_str(": there may be no room for the index of its write-ahead log");
+        }
+        let detail = detail.into();
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Busy { path },
             Some(ErrorCode::DiskFull) => Self::Full { path },
@@ -87,6 +93,21 @@ impl SqliteError {
     /// For an error of the operating system's.
     pub(crate) fn failed(path: &Path, detail: impl Into<Arc<str>>) -> Self {
         Self::Failed { path: path.to_owned(), detail: detail.into() }
+    }
+
+    /// What an operator does about a database without which the gateway serves, to complete a sentence. It is tried
+    /// again all the time, so that nothing has to be restarted.
+    pub(crate) fn remedy(&self) -> &'static str {
+        match self {
+            Self::Newer { .. } => "it is left as it is; or move it away, and another one is made",
+            Self::Foreign { .. } => {
+                "it is left as it is: move it away, and another one is made; or use another data directory"
+            }
+            Self::Damaged { .. } => "restore it from a backup, or move it away, and another one is made",
+            Self::Busy { .. } => "end the other process; it is tried again",
+            Self::Full { .. } => "make room; it is tried again",
+            Self::Failed { .. } => "put that right; it is tried again",
+        }
     }
 
     /// Whether the file itself is the trouble, so that no later attempt can do better.

@@ -1,14 +1,18 @@
 //! Opening an SQLite file: its mode (its owner alone reads it), its locks and settings, its version, its pages.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 
 use super::SqliteError;
+use super::aside::{finish_set_aside, with_suffix};
 
 /// What one of the databases is, and how its only writer opens it.
 pub(crate) struct SqliteProfile {
@@ -50,6 +54,7 @@ impl SqliteProfile {
     /// # Errors
     /// [`SqliteError`], when this Headgate cannot or must not write it.
     pub(crate) fn open(&self, path: &Path) -> Result<Connection, SqliteError> {
+        finish_set_aside(path)?;
         self.open_checked(path, self.is_checked)
     }
 
@@ -79,13 +84,12 @@ impl SqliteProfile {
     }
 
     fn open_checked(&self, path: &Path, checks_pages: bool) -> Result<Connection, SqliteError> {
+        check_write_ahead_log(path)?;
         create_private(path).map_err(|error| SqliteError::failed(path, error.to_string()))?;
         let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, path);
         let mut connection = self.connect(path).map_err(failed)?;
-        let (version, known) = (read_user_version(&connection).map_err(failed)?, self.newest_version());
-        if version > known {
-            return Err(SqliteError::Newer { path: path.to_owned(), version, known });
-        }
+        self.check_maker(&connection, path)?;
+        self.prepare_writing(&connection).map_err(failed)?;
         if checks_pages {
             let pages: String =
                 connection.pragma_query_value(None, "quick_check", |row| row.get(0)).map_err(failed)?;
@@ -93,22 +97,44 @@ impl SqliteProfile {
                 return Err(SqliteError::Damaged { path: path.to_owned(), detail: pages.into() });
             }
         }
-        if version < known && !self.migrate(&mut connection).map_err(failed)? {
+        let version = read_user_version(&connection).map_err(failed)?;
+        if version < self.newest_version() && !self.migrate(&mut connection).map_err(failed)? {
             return Err(SqliteError::Foreign { path: path.to_owned() });
         }
         connection.busy_timeout(self.lock_wait_max).map_err(failed)?;
         Ok(connection)
     }
 
+    /// Opens the file and changes nothing in it, also when it is closed again.
     fn connect(&self, path: &Path) -> rusqlite::Result<Connection> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
             | OpenFlags::SQLITE_OPEN_CREATE
             | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(path, flags)?;
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
         connection.busy_timeout(self.open_lock_wait_max)?;
         if self.is_exclusive {
             connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         }
+        Ok(connection)
+    }
+
+    /// Ensures that the database is empty, or that a Headgate no newer than this one has made it. Any other is left
+    /// as it is.
+    pub(super) fn check_maker(&self, connection: &Connection, path: &Path) -> Result<(), SqliteError> {
+        let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, path);
+        let (version, known) = (read_user_version(connection).map_err(failed)?, self.newest_version());
+        if version > known {
+            return Err(SqliteError::Newer { path: path.to_owned(), version, known });
+        }
+        if version <= 0 && !is_without_tables(connection).map_err(failed)? {
+            return Err(SqliteError::Foreign { path: path.to_owned() });
+        }
+        Ok(())
+    }
+
+    fn prepare_writing(&self, connection: &Connection) -> rusqlite::Result<()> {
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
         connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         connection.pragma_update(None, "synchronous", "FULL")?;
         for (pragma, value) in self.pragmas {
@@ -118,7 +144,7 @@ impl SqliteProfile {
             // Takes the lock, which is then kept.
             connection.execute_batch("BEGIN EXCLUSIVE; COMMIT")?;
         }
-        Ok(connection)
+        Ok(())
     }
 
     /// Brings a database of an older version, or an empty one, to the newest. `false` if it is none of ours:
@@ -127,8 +153,7 @@ impl SqliteProfile {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         // Read again under the lock: another process may just have done it.
         let version = read_user_version(&transaction)?;
-        let is_empty = "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)";
-        if version == 0 && !transaction.query_row(is_empty, [], |row| row.get(0))? {
+        if version == 0 && !is_without_tables(&transaction)? {
             return Ok(false);
         }
         let done = usize::try_from(version).unwrap_or(usize::MAX);
@@ -142,17 +167,75 @@ impl SqliteProfile {
     }
 }
 
+/// Ensures that a database is there if its write-ahead log is: SQLite deletes the log of an empty one, and with it
+/// what may be all that is left of the transactions.
+///
+/// # Errors
+/// [`SqliteError::Damaged`].
+pub(crate) fn check_write_ahead_log(path: &Path) -> Result<(), SqliteError> {
+    let bytes = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+    let wal = with_suffix(path, "-wal");
+    if bytes(path) > 0 || bytes(&wal) == 0 {
+        return Ok(());
+    }
+    let detail = format!("it is missing or empty, and its write-ahead log {} is not", wal.display()).into();
+    Err(SqliteError::Damaged { path: path.to_owned(), detail })
+}
+
 /// Creates an empty file if there is none, so that others can never read it, not even for a moment.
 /// SQLite gives its WAL files the same mode.
 pub(super) fn create_private(path: &Path) -> io::Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         // The directory entry has to be durable as well as the contents.
         Ok(_) => File::open(path.parent().unwrap_or(path))?.sync_all(),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            std::fs::set_permissions(path, Permissions::from_mode(0o600))
-        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => check_own_file(path),
         Err(error) => Err(error),
     }
+}
+
+/// Ensures that a database and what SQLite keeps beside it are files that this process may write, and nobody else
+/// may read. SQLite does not say which of them it could not open, and why.
+fn check_own_file(path: &Path) -> io::Result<()> {
+    let file = std::fs::metadata(path).map_err(|error| match std::fs::read_link(path) {
+        Ok(target) => io::Error::new(error.kind(), format!("it is a link to {}: {error}", target.display())),
+        Err(_) => error,
+    })?;
+    if !file.is_file() {
+        let kind = if file.is_dir() { "a directory" } else { "a device, socket or pipe" };
+        return Err(io::Error::other(format!("it is {kind} and no file: move it away")));
+    }
+    if file.permissions().mode() & 0o7777 != 0o600
+        && let Err(error) = std::fs::set_permissions(path, Permissions::from_mode(0o600))
+    {
+        // Whoever may write it need not be its owner, for example of a volume in a container.
+        tracing::warn!(%error, path = %path.display(), "it may be readable by others than its owner");
+    }
+    check_access(path)?;
+    for beside in ["-wal", "-shm"].map(|suffix| with_suffix(path, suffix)) {
+        match check_access(&beside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io::Error::new(error.kind(), format!("{}: {error}", beside.display())));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Asks whether this process may read and write a file. It is not opened for that: to close it again would take away
+/// the locks that SQLite has on it in this process.
+fn check_access(path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)?;
+    // SAFETY: the pointer is to a string with a NUL at its end that outlives the call.
+    match unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::R_OK | libc::W_OK, libc::AT_EACCESS) }
+    {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn is_without_tables(connection: &Connection) -> rusqlite::Result<bool> {
+    connection.query_row("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)", [], |row| row.get(0))
 }
 
 fn read_user_version(connection: &Connection) -> rusqlite::Result<i64> {
@@ -231,6 +314,65 @@ mod tests {
         assert!(matches!(error, SqliteError::Damaged { .. }), "{error}");
         assert!(error.to_string().contains("other.db"), "{error}");
         assert_eq!(std::fs::read(&other).expect("readable"), text.as_bytes());
+    }
+
+    #[test]
+    fn what_is_not_ours_is_not_touched_by_the_attempt() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("foreign.db");
+        by_hand(&path, "PRAGMA journal_mode = DELETE; CREATE TABLE mine (x)");
+        let before = std::fs::read(&path).expect("readable");
+        PROFILE.open(&path).expect_err("not ours");
+        assert!(std::fs::read(&path).expect("readable") == before);
+
+        // A newer one that a kill has left with a write-ahead log.
+        let (path, left) = (dir.path().join("newer.db"), dir.path().join("left.db"));
+        drop(PROFILE.open(&path).expect("made"));
+        let open = Connection::open(&path).expect("opens");
+        open.execute_batch("PRAGMA user_version = 9; CREATE TABLE newer (x)").expect("runs");
+        for suffix in ["", "-wal"] {
+            std::fs::copy(with_suffix(&path, suffix), with_suffix(&left, suffix)).expect("copied");
+        }
+        let files =
+            || ["", "-wal"].map(|suffix| std::fs::read(with_suffix(&left, suffix)).expect("readable"));
+        let before = files();
+        let error = PROFILE.open(&left).expect_err("newer");
+        assert!(matches!(error, SqliteError::Newer { version: 9, .. }), "{error}");
+        assert!(files() == before);
+    }
+
+    #[test]
+    fn the_write_ahead_log_of_a_database_that_is_gone_or_empty_is_kept() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("things.db");
+        for is_empty in [true, false] {
+            if is_empty {
+                std::fs::write(&path, b"").expect("written");
+            } else {
+                std::fs::remove_file(&path).expect("removed");
+            }
+            std::fs::write(with_suffix(&path, "-wal"), [7; 5000]).expect("written");
+            let error = PROFILE.open(&path).expect_err("its transactions may be there alone");
+            assert!(matches!(error, SqliteError::Damaged { .. }), "{error}");
+            assert!(error.to_string().contains("things.db-wal"), "{error}");
+            assert_eq!(std::fs::read(with_suffix(&path, "-wal")).expect("there"), [7; 5000]);
+        }
+    }
+
+    #[test]
+    fn what_is_no_file_is_named_and_left_alone() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("things.db");
+        let said = || PROFILE.open(&path).expect_err("no file").to_string();
+        std::fs::create_dir(&path).expect("made");
+        std::fs::set_permissions(&path, Permissions::from_mode(0o755)).expect("set");
+        assert!(said().contains("things.db: it is a directory"), "{}", said());
+        assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o755);
+        std::fs::remove_dir(&path).expect("removed");
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), &path).expect("made");
+        assert!(said().contains("it is a link to") && said().contains("elsewhere"), "{}", said());
+        drop(PROFILE.open(&dir.path().join("elsewhere")).expect("made"));
+        PROFILE.open(&path).expect("a link to a database is one");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rusqlite::{Connection, OpenFlags};
 
-use super::SqliteError;
+use super::{SqliteError, SqliteProfile};
 use crate::limits::QUERIES_MAX;
 
 /// How long a reader waits while another process has the whole database locked.
@@ -16,6 +16,7 @@ const READER_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Reads the file at a path. Blocks, so use it where blocking is allowed.
 pub(crate) struct SqliteReaders {
     path: PathBuf,
+    profile: &'static SqliteProfile,
     /// Connections that nobody uses at the moment, each with the number of its file (inode): the file at the
     /// path is another one once the first was set aside.
     idle: Mutex<Vec<(u64, Connection)>>,
@@ -23,22 +24,19 @@ pub(crate) struct SqliteReaders {
 
 impl SqliteReaders {
     /// Readers of the database at `path`. None is open yet.
-    pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path, idle: Mutex::default() }
+    pub(crate) fn new(path: PathBuf, profile: &'static SqliteProfile) -> Self {
+        Self { path, profile, idle: Mutex::default() }
     }
 
     /// Runs `read` on a snapshot of the database, whatever is written meanwhile.
     ///
     /// # Errors
-    /// [`SqliteError`], also for a file that is not there.
+    /// [`SqliteError`], also for a file that is not there, and for one that Headgate has not made or a newer one has.
     pub(crate) fn read<T>(
         &self,
         read: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T, SqliteError> {
-        self.read_snapshot(read).map_err(|error| SqliteError::from_sqlite(&error, &self.path))
-    }
-
-    fn read_snapshot<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+        let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, &self.path);
         // A file that is not there fails when it is opened.
         let file = std::fs::metadata(&self.path).map_or(0, |file| file.ino());
         let idle = {
@@ -48,11 +46,15 @@ impl SqliteReaders {
         };
         let mut connection = match idle {
             Some((_, connection)) => connection,
-            None => open_read_only(&self.path)?,
+            None => {
+                let connection = open_read_only(&self.path).map_err(failed)?;
+                self.profile.check_maker(&connection, &self.path)?;
+                connection
+            }
         };
         let answer = {
-            let transaction = connection.transaction()?;
-            read(&transaction)?
+            let transaction = connection.transaction().map_err(failed)?;
+            read(&transaction).map_err(failed)?
         };
         // A connection whose query failed is closed.
         let mut idle = self.idle.lock();

@@ -16,6 +16,7 @@ use rusqlite::Connection;
 
 use self::scan::RecordsScan;
 use super::latest::{self, LatestPage};
+use super::sink::schema::RECORDS_DATABASE;
 use super::sink::sqlite::RECORDS_FILE_NAME;
 use crate::filter::{FilterError, TopicFilter};
 use crate::limits::{QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
@@ -127,14 +128,10 @@ pub enum QueryError {
 }
 
 impl RecordsReader {
-    /// Opens `dir/records.db`, which storage has made.
-    ///
-    /// # Errors
-    /// [`QueryError::Database`] if the file is missing or unreadable.
-    pub fn open(dir: &Path) -> Result<Self, QueryError> {
-        let reader = Self { readers: Arc::new(SqliteReaders::new(dir.join(RECORDS_FILE_NAME))) };
-        reader.read(|connection| connection.query_row("SELECT next_offset FROM cursor", [], |_| Ok(())))?;
-        Ok(reader)
+    /// A reader of `dir/records.db`, which storage makes. It is opened when it is read.
+    pub fn new(dir: &Path) -> Self {
+        let readers = SqliteReaders::new(dir.join(RECORDS_FILE_NAME), &RECORDS_DATABASE);
+        Self { readers: Arc::new(readers) }
     }
 
     /// One page of records, in the order of their offsets.

@@ -29,7 +29,7 @@ fn all_of(datasource: &str) -> RecordsQuery {
 fn stored<'a>(dir: &Path, records: impl Iterator<Item = RecordRef<'a>>, next: Offset) -> RecordsReader {
     let mut sink = SqliteSink::open(&dir.join(RECORDS_FILE_NAME)).expect("opens");
     sink.store(records, next, false).expect("stored");
-    RecordsReader::open(dir).expect("opens")
+    RecordsReader::new(dir)
 }
 
 /// Twenty thousand records of several datasources, topics, keys and transports. The clock is

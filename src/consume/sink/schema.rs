@@ -34,7 +34,7 @@ const CACHE_KIB: i64 = 32 << 10;
 
 /// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
 /// to do. Each transaction fails soon, and is tried again.
-pub(super) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
+pub(in crate::consume) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE],
     open_lock_wait_max: Duration::from_secs(5),
     lock_wait_max: Duration::from_millis(250),

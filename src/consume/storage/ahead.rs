@@ -22,7 +22,7 @@ enum HistoryDoubt {
     OtherLog(String),
 }
 
-/// Sets aside what `sink` has from the end of the log on. Also returns what to tell the operator. With
+/// Sets aside what `sink` has from `log_end` on, the end that the log had at the start. Also returns what to tell the operator. With
 /// `is_ordered`, also if something acknowledged is in doubt: then all that is stored may be set aside.
 ///
 /// # Errors
@@ -31,9 +31,10 @@ pub(super) fn put_right(
     path: &Path,
     mut sink: SqliteSink,
     log: &dyn Log,
+    log_end: Offset,
     is_ordered: bool,
 ) -> Result<(SqliteSink, String), StorageError> {
-    let (stored, log_end) = (sink.cursor(), log.next_offset());
+    let stored = sink.cursor();
     let missing = match doubt(&sink, log, log_end)? {
         Some(doubt) if !is_ordered => {
             return Err(StorageError::LogBehind { stored, log_end, why: doubt.to_string() });

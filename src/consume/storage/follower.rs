@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 
-use super::{StorageProgress, WAS_DAMAGED, begin_anew};
+use super::{StorageError, StorageProgress, WAS_DAMAGED, begin_anew, open_right, unopened_words};
 use crate::consume::follower::{Consumer, NextRound};
 use crate::consume::sink::sqlite::{SinkError, SqliteSink};
 use crate::log::{Log, LogReadError};
@@ -26,6 +26,10 @@ const STORAGE_SYNC_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) enum StorageRoundError {
     #[error(transparent)]
     Sink(#[from] SinkError),
+    #[error("{}", unopened_words(.0))]
+    Unopened(SinkError),
+    #[error(transparent)]
+    Start(StorageError),
     #[error(transparent)]
     Log(#[from] LogReadError),
     #[error("the log has records from {0} on and gives none")]
@@ -36,8 +40,10 @@ pub(super) enum StorageRoundError {
 pub(super) struct StorageFollower {
     path: PathBuf,
     log: Arc<dyn Log>,
-    /// `None` after an error that leaves its state in doubt.
+    /// `None` after an error that leaves its state in doubt, and until the database was opened at all.
     sink: Option<SqliteSink>,
+    /// Where the log ended at the start, until the database was opened.
+    unopened: Option<Offset>,
     shared: Arc<StorageProgress>,
     synced_at: Option<Instant>,
     /// By how much to lower the thread's priority; `None` once that is done.
@@ -58,6 +64,9 @@ impl Consumer for StorageFollower {
             lower_priority(nice);
         }
         let begun = Instant::now();
+        if let Some(log_end) = self.unopened {
+            self.open_late(log_end)?;
+        }
         let round = self.store();
         if let Err(StorageRoundError::Sink(error)) = &round
             && !error.is_clean_rollback()
@@ -94,15 +103,41 @@ impl Consumer for StorageFollower {
 }
 
 impl StorageFollower {
-    /// A thread, not started yet, that continues at the cursor of `sink` and lowers its priority by `nice`.
+    /// A thread, not started yet, that continues at the cursor of `sink` and lowers its priority by `nice`. Without a
+    /// sink it opens the database, as a start at `log_end` would.
     pub(super) fn new(
         path: PathBuf,
-        sink: SqliteSink,
+        sink: Option<SqliteSink>,
         log: Arc<dyn Log>,
+        log_end: Offset,
         shared: Arc<StorageProgress>,
         nice: u8,
     ) -> Self {
-        Self { path, log, sink: Some(sink), shared, synced_at: None, nice: Some(nice) }
+        let unopened = sink.is_none().then_some(log_end);
+        Self { path, log, sink, unopened, shared, synced_at: None, nice: Some(nice) }
+    }
+
+    /// Opens the database that could not be opened at the start. The log has gone on since then: what the database
+    /// has behind the end that it had is set aside without asking, because its offsets are given anew already.
+    fn open_late(&mut self, log_end: Offset) -> Result<(), StorageRoundError> {
+        let (sink, said) =
+            open_right(&self.path, &*self.log, log_end, true).map_err(|error| match error {
+                StorageError::Sink(error) => StorageRoundError::Unopened(error),
+                error => StorageRoundError::Start(error),
+            })?;
+        self.unopened = None;
+        if said.is_some() {
+            *self.shared.set_aside.lock() = said;
+        }
+        self.take_over(sink);
+        Ok(())
+    }
+
+    /// Goes on with another database.
+    fn take_over(&mut self, sink: SqliteSink) {
+        self.shared.withheld.send_replace(sink.withheld_version());
+        self.shared.cursor.send_replace(sink.cursor());
+        self.sink = Some(sink);
     }
 
     /// Goes on with another database, which begins where the log begins.
@@ -111,9 +146,7 @@ impl StorageFollower {
         self.shared.hold.set(0);
         let (sink, said) = begin_anew(&self.path, &*self.log, WAS_DAMAGED)?;
         *self.shared.set_aside.lock() = Some(said);
-        self.shared.withheld.send_replace(sink.withheld_version());
-        self.shared.cursor.send_replace(sink.cursor());
-        self.sink = Some(sink);
+        self.take_over(sink);
         Ok(())
     }
 

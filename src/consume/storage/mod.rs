@@ -6,7 +6,7 @@
 //! per record. `consume/follower.rs` runs the thread.
 //!
 //! A database that is damaged stops neither the start nor the thread: it is set aside, and another one begins
-//! where the log begins.
+//! where the log begins. One that cannot be opened for another reason is left alone, and tried again and again.
 
 mod ahead;
 mod follower;
@@ -84,37 +84,33 @@ struct StorageProgress {
 
 impl StorageConsumer {
     /// Opens `dir/records.db` and starts the thread that follows the log into it. A damaged database is set
-    /// aside, and so are records behind the log's end.
+    /// aside, and so are records behind the log's end. One that cannot be opened is opened by the thread once that is
+    /// possible; until then nothing is stored, and [`StorageConsumer::trouble`] says why.
     ///
     /// # Errors
-    /// [`StorageError`], when storing would be wrong or impossible.
+    /// [`StorageError::LogBehind`], when storing would be wrong; [`StorageError::Io`].
     pub fn start(
         dir: &Path,
         config: &config::StorageConfig,
         log: Arc<dyn Log>,
     ) -> Result<Self, StorageError> {
         let path = dir.join(RECORDS_FILE_NAME);
-        let (mut sink, mut said) = match SqliteSink::open(&path) {
-            Err(damage) if damage.is_damage() => {
-                error!(%damage, "storage");
-                let (sink, said) = begin_anew(&path, &*log, WAS_DAMAGED)?;
-                (sink, Some(said))
-            }
-            opened => (opened?, None),
+        let log_end = log.next_offset();
+        let (opened, trouble) = match open_right(&path, &*log, log_end, false) {
+            Ok(opened) => (Some(opened), None),
+            Err(StorageError::Sink(error)) => (None, Some(unopened_words(&error))),
+            Err(error) => return Err(error),
         };
-        if sink.cursor() > log.next_offset() {
-            let (right, what) = ahead::put_right(&path, sink, &*log, false)?;
-            (sink, said) = (right, Some(what));
-        }
-        let stored = sink.cursor();
+        let (sink, said) = opened.unzip();
         let shared = Arc::new(StorageProgress {
-            cursor: watch::Sender::new(stored),
-            withheld: watch::Sender::new(sink.withheld_version()),
+            cursor: watch::Sender::new(sink.as_ref().map_or(0, SqliteSink::cursor)),
+            withheld: watch::Sender::new(sink.as_ref().map_or(0, SqliteSink::withheld_version)),
             hold: log.hold(),
-            set_aside: Mutex::new(said),
+            set_aside: Mutex::new(said.flatten()),
         });
         let control = FollowerControl::new(&STORAGE_PROFILE);
-        let follower = StorageFollower::new(path, sink, log.clone(), shared.clone(), config.nice);
+        control.begin_with(trouble);
+        let follower = StorageFollower::new(path, sink, log.clone(), log_end, shared.clone(), config.nice);
         control.start(follower, log)?;
         Ok(Self { shared, control })
     }
@@ -172,12 +168,53 @@ pub fn repair(dir: &Path, log: &dyn Log, apply: bool) -> Result<Option<String>, 
                 "{damage}: every start sets it aside and makes another one from the log"
             )));
         }
-        opened => opened?,
+        Err(error) => return Ok(Some(unopened_words(&error))),
+        Ok(sink) => sink,
     };
-    if sink.cursor() <= log.next_offset() {
+    let log_end = log.next_offset();
+    if sink.cursor() <= log_end {
         return Ok(None);
     }
-    Ok(Some(if apply { ahead::put_right(&path, sink, log, true)?.1 } else { ahead::tell(&sink, log)? }))
+    Ok(Some(if apply {
+        ahead::put_right(&path, sink, log, log_end, true)?.1
+    } else {
+        ahead::tell(&sink, log)?
+    }))
+}
+
+/// Opens `records.db`. One that is damaged is set aside, and so is what it has behind `log_end`, the end of the log at
+/// the start: then also returns what to tell the operator. `is_ordered` is that of [`ahead::put_right`].
+///
+/// # Errors
+/// [`StorageError::Sink`] if it cannot be opened; [`StorageError::LogBehind`].
+fn open_right(
+    path: &Path,
+    log: &dyn Log,
+    log_end: Offset,
+    is_ordered: bool,
+) -> Result<(SqliteSink, Option<String>), StorageError> {
+    let (sink, said) = match SqliteSink::open(path) {
+        Err(damage) if damage.is_damage() => {
+            error!(%damage, "storage");
+            let (sink, said) = begin_anew(path, log, WAS_DAMAGED)?;
+            (sink, Some(said))
+        }
+        opened => (opened?, None),
+    };
+    if sink.cursor() <= log_end {
+        return Ok((sink, said));
+    }
+    let (sink, said) = ahead::put_right(path, sink, log, log_end, is_ordered)?;
+    Ok((sink, Some(said)))
+}
+
+/// What to tell an operator of a `records.db` that cannot be opened.
+fn unopened_words(error: &SinkError) -> String {
+    let remedy = match error {
+        SinkError::Database(error) => error.remedy(),
+        SinkError::CursorMoved { .. } => "it is tried again",
+    };
+    format!("{error}. Nothing is stored meanwhile, and the log keeps what is to be stored; {remedy}")
 }
 
 /// Sets a `records.db` aside and begins another one where the log begins. Also returns what to tell the

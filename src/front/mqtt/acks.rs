@@ -11,7 +11,7 @@ use super::codec::{MqttVersion, ReasonCode};
 use super::exchanges::ExchangeTable;
 use crate::consume::subscriber::sessions::SessionStoreError;
 use crate::intake::{AdmittedDraft, DurableDraft, PendingRelease, Refusal};
-use crate::log::{AppendError, SectionOutcome};
+use crate::log::SectionOutcome;
 
 /// Resolves when the session of an exchange is on disk.
 pub(super) type SessionStoreWait = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
@@ -47,8 +47,8 @@ impl AckWaits {
             self.released = None;
         }
         if let Some(stored) = &mut self.stored {
-            let error = |error: SessionStoreError| AppendError::Failed(error.to_string().into());
-            ready!(stored.as_mut().poll(cx)).map_err(error)?;
+            // A session that is not stored is not there after a restart, and its client knows of no exchange then.
+            let _ = ready!(stored.as_mut().poll(cx));
             self.stored = None;
         }
         Poll::Ready(Ok(()))

@@ -10,13 +10,14 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tracing::{error, warn};
 
-use super::damage_words;
 use super::table::RetainedTable;
+use super::{RetainedError, damage_words, open_right, unopened_words};
 use crate::consume::follower::{Consumer, FollowerControl, FollowerProfile, NextRound};
 use crate::log::{Batch, Log, LogReadError};
 use crate::message::{Offset, RecordFlags, RecordRef};
@@ -52,6 +53,8 @@ pub(super) struct RetainedFollowerState {
     control: Arc<FollowerControl>,
     /// What was set aside since the start and where, for the operator.
     set_aside: Mutex<Option<String>>,
+    /// Whether the database was opened.
+    is_open: AtomicBool,
 }
 
 /// The thread's cursor, and the state of the table at that cursor.
@@ -70,15 +73,22 @@ impl RetainedProgress {
 }
 
 impl RetainedFollowerState {
-    /// For a thread that begins at the cursor of `table`.
-    pub(super) fn new(table: &RetainedTable, consumed: Box<dyn Fn(Offset) + Send>) -> Self {
-        let progress = RetainedProgress::from_table(table);
+    /// For a thread that begins at the cursor of `table`, or opens it.
+    pub(super) fn new(table: Option<&RetainedTable>, consumed: Box<dyn Fn(Offset) + Send>) -> Self {
+        let unopened = RetainedProgress { cursor: 0, empty: true, withheld_version: 0 };
+        let progress = table.map_or(unopened, RetainedProgress::from_table);
         Self {
             progress: watch::Sender::new(progress),
             consumed: Mutex::new(consumed),
             control: FollowerControl::new(&RETAINED_PROFILE),
             set_aside: Mutex::default(),
+            is_open: AtomicBool::new(table.is_some()),
         }
+    }
+
+    /// Whether the database was opened since the start.
+    pub(super) fn is_open(&self) -> bool {
+        self.is_open.load(Ordering::Acquire)
     }
 
     /// What was set aside since the start, and where it is.
@@ -126,9 +136,11 @@ impl RetainedFollowerState {
 /// The thread.
 pub(super) struct RetainedFollower {
     path: PathBuf,
-    /// `None` after an error that leaves its state in doubt.
+    /// `None` after an error that leaves its state in doubt, and until the database was opened at all.
     table: Option<RetainedTable>,
     log: Arc<dyn Log>,
+    /// Where the log ended at the start.
+    log_end: Offset,
     shared: Arc<RetainedFollowerState>,
     synced_at: Option<Instant>,
     /// The offset with which `RetainedFollowerState::consumed` was last called.
@@ -151,6 +163,8 @@ enum RetainedRound {
 pub(super) enum RetainedRoundError {
     #[error(transparent)]
     Database(#[from] SqliteError),
+    #[error("{}", unopened_words(.0))]
+    Unopened(SqliteError),
     #[error(transparent)]
     Log(#[from] LogReadError),
     #[error("the log has records from {0} on and gives none")]
@@ -166,6 +180,9 @@ impl Consumer for RetainedFollower {
 
     fn round(&mut self) -> Result<NextRound, RetainedRoundError> {
         let begun = Instant::now();
+        if !self.shared.is_open() {
+            self.open_late()?;
+        }
         let round = self.consume();
         if let Err(RetainedRoundError::Database(error)) = &round
             && !error.is_clean_rollback()
@@ -196,7 +213,8 @@ impl Consumer for RetainedFollower {
     /// Writes the cursor, and copies the write-ahead log into the one file if nobody else reads it.
     fn end(mut self) {
         let cursor = self.shared.cursor();
-        if self.durable != Some(cursor)
+        if self.shared.is_open()
+            && self.durable != Some(cursor)
             && let Err(error) = self.write(std::iter::empty(), cursor, true)
         {
             warn!(%error, "retained messages: the next start reads a part of the log again");
@@ -208,14 +226,36 @@ impl Consumer for RetainedFollower {
 }
 
 impl RetainedFollower {
-    /// A thread, not started yet, that continues at the cursor of `table`.
+    /// A thread, not started yet, that continues at the cursor of `table`, or opens it.
     pub(super) fn new(
         path: PathBuf,
-        table: RetainedTable,
+        table: Option<RetainedTable>,
         log: Arc<dyn Log>,
+        log_end: Offset,
         shared: Arc<RetainedFollowerState>,
     ) -> Self {
-        Self { path, table: Some(table), log, shared, synced_at: None, durable: None }
+        Self { path, table, log, log_end, shared, synced_at: None, durable: None }
+    }
+
+    /// Opens the database that could not be opened at the start. The log has gone on since then: one that is ahead of
+    /// a log that was empty at the start is set aside without asking, because its offsets are given anew already.
+    fn open_late(&mut self) -> Result<(), RetainedRoundError> {
+        let (table, said) = match open_right(&self.path, &*self.log, self.log_end) {
+            Ok(opened) => opened,
+            Err(RetainedError::Database(error)) => return Err(RetainedRoundError::Unopened(error)),
+            Err(behind) => {
+                let aside = set_aside(&self.path)?;
+                let said = format!("{behind}. It is set aside as {}", aside.display());
+                (RetainedTable::open(&self.path)?, Some(said))
+            }
+        };
+        if let Some(said) = said {
+            self.shared.note_set_aside(said);
+        }
+        self.shared.progress.send_replace(RetainedProgress::from_table(&table));
+        self.table = Some(table);
+        self.shared.is_open.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// Sets the damaged database aside, and goes on with another one from where the log begins.

@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 
 use self::follow::{RetainedFollower, RetainedFollowerState};
 use self::page::{RetainedSelection, read_retained_page};
-use self::table::{RETAINED_FILE_NAME, RetainedTable};
+use self::table::{RETAINED_DATABASE, RETAINED_FILE_NAME, RetainedTable};
 use crate::filter::TopicFilter;
 use crate::limits::QUERIES_MAX;
 use crate::log::Log;
@@ -154,35 +154,50 @@ struct RetainedHandle {
 
 impl RetainedStore {
     /// Opens `dir/retained.db`, or makes it, and starts the thread that follows the log into it. A database
-    /// that is damaged or ahead of the log is set aside and made again from the log.
+    /// that is damaged or ahead of the log is set aside and made again from the log. One that cannot be opened is
+    /// opened by the thread once that is possible; until then no message is retained, and [`RetainedStore::trouble`]
+    /// says why.
     /// Whenever more is durable, `consumed` is called with the offset below which everything is: the log
     /// need not keep that for this consumer. What `consumed` owns lives as long as this.
     ///
     /// # Errors
-    /// [`RetainedError::Database`] and [`RetainedError::LogBehind`].
+    /// [`RetainedError::LogBehind`]; [`RetainedError::Database`] if there is no thread for it.
     pub fn start(
         dir: &Path,
         log: Arc<dyn Log>,
         consumed: impl Fn(Offset) + Send + 'static,
     ) -> Result<Self, RetainedError> {
         let path = dir.join(RETAINED_FILE_NAME);
-        let (table, said) = open_right(&path, &*log)?;
-        let shared = Arc::new(RetainedFollowerState::new(&table, Box::new(consumed)));
-        if let Some(said) = said {
+        let log_end = log.next_offset();
+        let (opened, trouble) = match open_right(&path, &*log, log_end) {
+            Ok(opened) => (Some(opened), None),
+            Err(RetainedError::Database(error)) => (None, Some(unopened_words(&error))),
+            Err(error) => return Err(error),
+        };
+        let (table, said) = opened.unzip();
+        let shared = Arc::new(RetainedFollowerState::new(table.as_ref(), Box::new(consumed)));
+        shared.control().begin_with(trouble);
+        if let Some(said) = said.flatten() {
             shared.note_set_aside(said);
         }
-        let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
+        let follower = RetainedFollower::new(path.clone(), table, log.clone(), log_end, shared.clone());
         shared
             .control()
             .start(follower, log)
             .map_err(|error| SqliteError::failed(&path, format!("no thread for it: {error}")))?;
         let permits = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok(Self { handle: Arc::new(RetainedHandle { shared, readers: SqliteReaders::new(path), permits }) })
+        Ok(Self {
+            handle: Arc::new(RetainedHandle {
+                shared,
+                readers: SqliteReaders::new(path, &RETAINED_DATABASE),
+                permits,
+            }),
+        })
     }
 
     /// One page of the matching retained messages, ordered by datasource and topic. Only messages with an
     /// offset below `below` are included: whoever reads the log from `below` on gets the newer ones there.
-    /// Waits first until everything below `below` is consumed.
+    /// Waits first until everything below `below` is consumed. There is none as long as the database cannot be opened.
     ///
     /// With a `datasource`, `filter` applies to its topics. Without one (or with `*`) it applies to all
     /// topics, with the datasource as the first level. A page ends after about `bytes_max`, or when very
@@ -199,6 +214,9 @@ impl RetainedStore {
         after: Option<RetainedPageStart>,
         bytes_max: usize,
     ) -> Result<RetainedPage, RetainedError> {
+        if !self.handle.shared.is_open() {
+            return Ok(RetainedPage::default());
+        }
         if tokio::time::timeout(RETAINED_WAIT_MAX, self.wait_caught_up(below)).await.is_err() {
             let trouble = self.trouble().unwrap_or_else(|| "there is much to read".to_owned());
             return Err(RetainedError::Behind {
@@ -254,11 +272,15 @@ impl RetainedStore {
     }
 }
 
-/// Opens `retained.db`. One that is damaged or ahead of the log is set aside: then also returns what to tell the
-/// operator.
-fn open_right(path: &Path, log: &dyn Log) -> Result<(RetainedTable, Option<String>), RetainedError> {
+/// Opens `retained.db`. One that is damaged, or ahead of where the log ended at the start, is set aside: then also
+/// returns what to tell the operator.
+fn open_right(
+    path: &Path,
+    log: &dyn Log,
+    log_end: Offset,
+) -> Result<(RetainedTable, Option<String>), RetainedError> {
     let (mut table, damaged) = open_or_set_aside(path, || RetainedTable::open(path))?;
-    let (consumed, log_end, first) = (table.cursor(), log.next_offset(), log.first_offset());
+    let (consumed, first) = (table.cursor(), log.first_offset());
     if let Some((aside, damage)) = damaged {
         return Ok((table, Some(damage_words(&aside, &damage, first))));
     }
@@ -280,6 +302,11 @@ fn open_right(path: &Path, log: &dyn Log) -> Result<(RetainedTable, Option<Strin
         aside.display()
     );
     Ok((table, Some(said)))
+}
+
+/// What to tell an operator of a `retained.db` that cannot be opened.
+fn unopened_words(error: &SqliteError) -> String {
+    format!("{error}. New subscribers get no retained message meanwhile; {}", error.remedy())
 }
 
 /// What to tell an operator of a damaged database that was set aside.
@@ -304,7 +331,8 @@ pub fn repair(dir: &Path, log: &dyn Log, apply: bool) -> Result<Option<String>, 
     let consumed = match RetainedTable::open(&path) {
         // The start sees to it.
         Err(damage) if damage.is_damage() => return Ok(None),
-        table => table?.cursor(),
+        Err(error) => return Ok(Some(unopened_words(&error))),
+        Ok(table) => table.cursor(),
     };
     if consumed == 0 {
         return Ok(None);

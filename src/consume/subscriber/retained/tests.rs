@@ -396,8 +396,8 @@ async fn a_full_disk_delays_retained_messages_and_loses_none() {
     let path = dir.path().join(RETAINED_FILE_NAME);
     let table = RetainedTable::open(&path).expect("opens");
     table.set("max_page_count", 1);
-    let shared = Arc::new(RetainedFollowerState::new(&table, Box::new(|_| ())));
-    let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
+    let shared = Arc::new(RetainedFollowerState::new(Some(&table), Box::new(|_| ())));
+    let follower = RetainedFollower::new(path.clone(), Some(table), log.clone(), 0, shared.clone());
     shared.control().start(follower, log.clone()).expect("starts");
     append(&log, [("press-4", "a", &[b'x'; 100_000][..], RETAIN), ("press-4", "b", b"2", RETAIN)]).await;
     until("it says what the trouble is", || shared.control().trouble().is_some()).await;
@@ -419,8 +419,8 @@ async fn after_an_error_of_another_kind_the_database_is_opened_again() {
     let path = dir.path().join(RETAINED_FILE_NAME);
     let table = RetainedTable::open(&path).expect("opens");
     table.set("query_only", 1);
-    let shared = Arc::new(RetainedFollowerState::new(&table, Box::new(|_| ())));
-    let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
+    let shared = Arc::new(RetainedFollowerState::new(Some(&table), Box::new(|_| ())));
+    let follower = RetainedFollower::new(path.clone(), Some(table), log.clone(), 0, shared.clone());
     shared.control().start(follower, log.clone()).expect("starts");
     append(&log, [("press-4", "a", &b"1"[..], RETAIN)]).await;
     tokio::time::timeout(DEADLINE, shared.wait_caught_up(1)).await.expect("caught up in time");
@@ -487,7 +487,7 @@ proptest! {
             }
             prop_assert_eq!(table.is_empty(), model.is_empty());
             let wanted = RetainedSelection::new(None, &filter("#")).expect("something");
-            let page = read_retained_page(&SqliteReaders::new(path.clone()), &wanted, ALL, None, 1 << 20).expect("a page");
+            let page = read_retained_page(&SqliteReaders::new(path.clone(), &RETAINED_DATABASE), &wanted, ALL, None, 1 << 20).expect("a page");
             prop_assert_eq!(page, RetainedPage { messages: model.values().cloned().collect(), next: None });
         }
         prop_assert_eq!(RetainedTable::open(&path).expect("opens").cursor(), offset);

@@ -179,6 +179,13 @@ pub enum SessionStoreError {
     /// gateway is killed first.
     #[error("sessions: {0}")]
     Database(#[from] SqliteError),
+    /// The database could not be opened since the start; likewise.
+    #[error(
+        "sessions: {0}. Sessions of earlier runs are not known, so that their clients begin anew, and those of this run \
+         are in memory only; {remedy}",
+        remedy = .0.remedy()
+    )]
+    Unopened(SqliteError),
     /// The bucket of the cluster failed; likewise. The reason is in words.
     #[error("sessions: {0}")]
     Bucket(Arc<str>),
@@ -219,14 +226,22 @@ struct SessionWriteWaiter {
 
 impl SessionStore {
     /// Opens `dir/sessions.db`, or makes it, reads what is there, and starts the thread that writes it. A
-    /// damaged database is set aside.
+    /// damaged database is set aside. One that cannot be opened, because it is in use, newer or not ours, is opened by
+    /// the thread once that is possible; until then sessions are in memory only, and [`SessionStore::trouble`] says
+    /// why.
     ///
     /// # Errors
-    /// [`SessionStoreError::Database`]: it is in use, newer, not ours, or cannot be read.
+    /// [`SessionStoreError::Database`]: there is no thread for it.
     pub fn open(dir: &Path) -> Result<(Self, StoredSessions), SessionStoreError> {
-        let (database, stored, set_aside) = SessionDatabase::open(dir)?;
-        let store = Self::start(Box::new(database), set_aside).map_err(|error| thread_error(dir, &error))?;
-        Ok((store, stored))
+        let (database, stored, set_aside, error) = match SessionDatabase::open(dir) {
+            Ok((database, stored, set_aside)) => (database, stored, set_aside, None),
+            Err(error) => {
+                let error = SessionStoreError::Unopened(error);
+                (SessionDatabase::unopened(dir), StoredSessions::default(), None, Some(error))
+            }
+        };
+        let started = Self::start(Box::new(database), set_aside, error);
+        Ok((started.map_err(|error| thread_error(dir, &error))?, stored))
     }
 
     /// Starts a store that keeps the sessions of this `node` in the cluster's bucket. The returned receiver
@@ -239,17 +254,22 @@ impl SessionStore {
         node: &str,
     ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<LostSession>)> {
         let (lost, told) = tokio::sync::mpsc::unbounded_channel();
-        Ok((Self::start(Box::new(NodeSessions::new(cells, node, lost)), None)?, told))
+        Ok((Self::start(Box::new(NodeSessions::new(cells, node, lost)), None, None)?, told))
     }
 
-    fn start(place: Box<dyn SessionBackend>, set_aside: Option<String>) -> std::io::Result<Self> {
+    /// `error` is why the place could not be opened yet.
+    fn start(
+        place: Box<dyn SessionBackend>,
+        set_aside: Option<String>,
+        error: Option<SessionStoreError>,
+    ) -> std::io::Result<Self> {
         let shared = Arc::new(SessionStoreState {
             trouble: TroubleCell::new("sessions cannot be kept", "sessions are kept again"),
             ended: watch::Sender::new(false),
             set_aside,
         });
         let (inbox, received) = mpsc::channel();
-        let writer = SessionWriter {
+        let mut writer = SessionWriter {
             place,
             inbox: received,
             pending: PendingSessionChanges::default(),
@@ -258,6 +278,7 @@ impl SessionStore {
             close_by: None,
             shared: shared.clone(),
         };
+        error.into_iter().for_each(|error| writer.fail(error));
         std::thread::Builder::new().name("sessions".to_owned()).spawn(move || writer.run())?;
         Ok(Self { inbox, shared })
     }
@@ -401,7 +422,8 @@ impl SessionWriter {
     }
 
     fn commit(&mut self) -> Result<(), SessionStoreError> {
-        if self.pending.is_empty() && self.place.idle_time().is_none_or(|rest| rest > Duration::ZERO) {
+        let may_rest = || self.place.idle_time().is_none_or(|rest| rest > Duration::ZERO);
+        if self.pending.is_empty() && !self.place.is_unopened() && may_rest() {
             return Ok(());
         }
         self.place.write(&self.pending)
@@ -425,10 +447,12 @@ impl SessionWriter {
         self.failure = Some(SessionWriteFailure { error, pause, retry_at: Instant::now() + pause });
     }
 
-    /// Answers callers that have waited for [`SESSION_WRITE_WAIT_MAX`] with the error.
+    /// Answers callers that have waited for [`SESSION_WRITE_WAIT_MAX`] with the error; all of them, as long as there is
+    /// no database.
     fn fail_overdue_waiters(&mut self) {
         let Some(SessionWriteFailure { error, .. }) = &self.failure else { return };
-        for waiter in self.waiting.extract_if(.., |waiter| waiter.since.elapsed() >= SESSION_WRITE_WAIT_MAX) {
+        let wait_max = if self.place.is_unopened() { Duration::ZERO } else { SESSION_WRITE_WAIT_MAX };
+        for waiter in self.waiting.extract_if(.., |waiter| waiter.since.elapsed() >= wait_max) {
             waiter.answer(Err(error.clone()));
         }
     }

@@ -9,7 +9,7 @@ use tracing::error;
 use super::pending::PendingSessionChanges;
 use super::table::{SESSIONS_FILE_NAME, SessionTable};
 use super::{SessionStoreError, StoredSessions};
-use crate::sqlite::open_or_set_aside;
+use crate::sqlite::{SqliteError, open_or_set_aside};
 
 /// Where the store's thread, which owns it, writes sessions.
 pub(super) trait SessionBackend: Send {
@@ -19,6 +19,11 @@ pub(super) trait SessionBackend: Send {
     /// It was not written, written in part, or the outcome is unknown. The caller writes it again, with
     /// later changes.
     fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SessionStoreError>;
+
+    /// Whether it could not be opened since the start, so that nobody should wait for a write.
+    fn is_unopened(&self) -> bool {
+        false
+    }
 
     /// How long it may go without a write when nothing is pending; `None`: for ever. After that it must be
     /// written even so.
@@ -36,14 +41,31 @@ pub(super) trait SessionBackend: Send {
 /// `sessions.db`.
 pub(super) struct SessionDatabase {
     dir: PathBuf,
-    /// `None` after an error that leaves its state in doubt.
+    /// `None` after an error that leaves its state in doubt, and until the database was opened at all.
     table: Option<SessionTable>,
+    state: SessionDatabaseState,
+}
+
+/// What this run knows of the sessions that were stored before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SessionDatabaseState {
+    /// All of them.
+    Loaded,
+    /// None, and the database could not be opened yet.
+    Unopened,
+    /// None. Those whose client has begun another session are removed; the next start has the others.
+    OpenedLate,
 }
 
 impl SessionDatabase {
+    /// One that could not be opened when its sessions were to be read, and is opened once that is possible.
+    pub(super) fn unopened(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), table: None, state: SessionDatabaseState::Unopened }
+    }
+
     /// Opens `dir/sessions.db`, or makes it, and reads what is there. A damaged one is set aside: the third
     /// value is what to tell the operator then.
-    pub(super) fn open(dir: &Path) -> Result<(Self, StoredSessions, Option<String>), SessionStoreError> {
+    pub(super) fn open(dir: &Path) -> Result<(Self, StoredSessions, Option<String>), SqliteError> {
         let ((table, stored), damaged) = open_or_set_aside(&dir.join(SESSIONS_FILE_NAME), || {
             let table = SessionTable::open(dir)?;
             let stored = table.load()?;
@@ -58,7 +80,8 @@ impl SessionDatabase {
             error!(%damage, "sessions: {said}");
             said
         });
-        Ok((Self { dir: dir.to_owned(), table: Some(table) }, stored, said))
+        let state = SessionDatabaseState::Loaded;
+        Ok((Self { dir: dir.to_owned(), table: Some(table), state }, stored, said))
     }
 }
 
@@ -66,14 +89,24 @@ impl SessionBackend for SessionDatabase {
     fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SessionStoreError> {
         let table = match &mut self.table {
             Some(table) => table,
+            None if self.state == SessionDatabaseState::Unopened => {
+                let table = SessionTable::open(&self.dir).map_err(SessionStoreError::Unopened)?;
+                self.state = SessionDatabaseState::OpenedLate;
+                self.table.insert(table)
+            }
             None => self.table.insert(SessionTable::reopen(&self.dir)?),
         };
-        table.write(pending).map_err(|error| {
+        let is_late = self.state == SessionDatabaseState::OpenedLate;
+        table.write(pending, is_late).map_err(|error| {
             if !error.is_clean_rollback() {
                 self.table = None;
             }
             error.into()
         })
+    }
+
+    fn is_unopened(&self) -> bool {
+        self.state == SessionDatabaseState::Unopened
     }
 
     #[cfg(test)]

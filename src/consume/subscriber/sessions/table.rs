@@ -139,9 +139,14 @@ impl SessionTable {
         groups.collect()
     }
 
-    /// Writes all of `pending` in one transaction. It is on the disk afterwards.
-    pub(super) fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SqliteError> {
-        write_pending(&mut self.connection, pending)
+    /// Writes all of `pending` in one transaction. It is on the disk afterwards. With `supersedes`, a session that is
+    /// put removes all others of its client.
+    pub(super) fn write(
+        &mut self,
+        pending: &PendingSessionChanges,
+        supersedes: bool,
+    ) -> Result<(), SqliteError> {
+        write_pending(&mut self.connection, pending, supersedes)
             .map_err(|error| SqliteError::from_sqlite(&error, &self.path))
     }
 
@@ -152,8 +157,17 @@ impl SessionTable {
     }
 }
 
-fn write_pending(connection: &mut Connection, pending: &PendingSessionChanges) -> rusqlite::Result<()> {
+fn write_pending(
+    connection: &mut Connection,
+    pending: &PendingSessionChanges,
+    supersedes: bool,
+) -> rusqlite::Result<()> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    for change in pending.sessions.values().filter(|_| supersedes) {
+        if let PendingSessionChange::Put(session) = change {
+            remove_others(&transaction, session)?;
+        }
+    }
     let mut sessions = SessionStatements::prepare(&transaction)?;
     for (uid, change) in &pending.sessions {
         sessions.write(uid.cast_signed(), change)?;
@@ -161,6 +175,18 @@ fn write_pending(connection: &mut Connection, pending: &PendingSessionChanges) -
     drop(sessions);
     write_groups(&transaction, &pending.groups)?;
     transaction.commit()
+}
+
+/// Removes the sessions that a client had before this one.
+fn remove_others(connection: &Connection, session: &StoredSession) -> rusqlite::Result<()> {
+    let of_client = params![session.datasource.as_str(), session.client_id, session.uid.cast_signed()];
+    const OTHERS: &str = "SELECT uid FROM sessions WHERE datasource = ?1 AND client_id = ?2 AND uid <> ?3";
+    for table in ["subscriptions", "sessions"] {
+        connection
+            .prepare_cached(&format!("DELETE FROM {table} WHERE uid IN ({OTHERS})"))?
+            .execute(of_client)?;
+    }
+    Ok(())
 }
 
 fn write_groups(

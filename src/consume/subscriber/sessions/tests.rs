@@ -354,10 +354,10 @@ proptest! {
                 model.apply(change.clone());
                 pending.fold(change);
             }
-            table.write(&pending).expect("written");
+            table.write(&pending, false).expect("written");
             if twice {
                 // As after a commit that succeeded but reported an error.
-                table.write(&pending).expect("written");
+                table.write(&pending, false).expect("written");
             }
             prop_assert_eq!(table.load().expect("read"), model.stored());
         }
