@@ -16,9 +16,10 @@
 //! | `src/intake/mod.rs` | `Intake::settle` passes a barrier through the log, behind which nothing under the key can be appended, and waits until the last connection has left; then the call is answered |
 //!
 //! These join where the key ends in memory: a key that expires or whose grace is over (`registry/deadlines.rs`), a
-//! leak report (`registry/leaks.rs`), and a deleted datasource (`registry/datasources.rs`). A rotation and its undoing
-//! (`registry/rotations.rs`) are durable first, and then in force, like every change that is not just an end. In a
-//! cluster so are the end of an admin key of `*` and the end of a grace (`registry/key_ends.rs`).
+//! leak report (`registry/leaks.rs`), a deleted datasource (`registry/datasources.rs`), and a key that is to be replaced
+//! without grace and cannot be (`registry/rotations.rs`). Otherwise a rotation and its undoing are durable first, and
+//! then in force, like every change that is not just an end. In a cluster so is the end of a grace
+//! (`registry/key_ends.rs`), and the clock denies the key meanwhile.
 
 pub mod authorizer;
 pub mod connections;

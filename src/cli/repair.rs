@@ -16,7 +16,8 @@ pub(super) struct RepairArgs {
     /// The data directory, whatever the configuration says. No gateway may be running on it
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Begin with an empty registry if registry.db is gone: datasources and keys are then created anew
+    /// Begin with an empty registry if registry.db is gone or cannot be used, in which case it is set aside: datasources
+    /// and keys are then created anew
     #[arg(long)]
     new_registry: bool,
     /// Do it; without this, only say what would be done

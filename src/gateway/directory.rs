@@ -5,10 +5,11 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
-use anyhow::{Context, bail};
-use tracing::{info, warn};
+use anyhow::bail;
+use tracing::{error, info, warn};
 
 use super::member;
+use super::start_advice::explain_io_error;
 use crate::auth::key::is_well_formed;
 use crate::auth::{Actor, ApiKey, Registry, Scope, Scopes};
 use crate::config::LogBackend;
@@ -25,7 +26,7 @@ pub(super) const ADMIN_KEY_LABEL: &str = "admin.key";
 /// already becomes readable by its owner only too.
 pub(super) fn lock_directory(dir: &Path) -> anyhow::Result<File> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    made.with_context(|| format!("cannot make the data directory {}", dir.display()))?;
+    made.map_err(|error| explain_io_error("cannot make the data directory", dir, &error))?;
     let lock = lock_existing(dir)?;
     for (path, is_own) in
         [(dir.to_owned(), is_own_file as fn(&str) -> bool), (dir.join(LOG_DIRECTORY), is_log_file)]
@@ -76,15 +77,16 @@ pub(super) fn lock_existing(dir: &Path) -> anyhow::Result<File> {
     unsafe { libc::umask(0o077) };
     let path = dir.join("LOCK");
     let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
-    let lock = lock.with_context(|| format!("cannot open {}", path.display()))?;
+    let lock = lock.map_err(|error| explain_io_error("cannot open", &path, &error))?;
     match lock.try_lock() {
         Ok(()) => Ok(lock),
-        Err(std::fs::TryLockError::WouldBlock) => {
-            bail!("another gateway is using the data directory {}", dir.display())
-        }
-        Err(std::fs::TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("cannot lock {}", path.display()))
-        }
+        Err(std::fs::TryLockError::WouldBlock) => bail!(
+            "another gateway is using the data directory {} (fuser {} names it): stop that one, or use another directory \
+             (--data-dir)",
+            dir.display(),
+            path.display()
+        ),
+        Err(std::fs::TryLockError::Error(error)) => Err(explain_io_error("cannot lock", &path, &error)),
     }
 }
 
@@ -122,23 +124,37 @@ pub(super) fn check_registry_is_there(dir: &Path, records: Offset) -> anyhow::Re
 
 /// Creates the admin key of a new data directory. If an operator removed the file, or a full disk or a loss of
 /// power left it empty or cut, a new key replaces the old one: this is how a lost or leaked admin key is
-/// replaced.
+/// replaced. A registry that has keys serves devices also if that fails.
 pub(super) fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
+    match make_admin_key(registry, path) {
+        Err(error) if registry.key_count() > 0 => {
+            error!("devices are served, but there is no new admin key before the next start: {error:#}");
+            Ok(())
+        }
+        made => made,
+    }
+}
+
+fn make_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
     let all = DatasourceId::all();
-    match std::fs::read_to_string(path) {
+    match std::fs::read(path) {
         // With a registry that has no key at all, the file is from another one.
-        Ok(text) if is_well_formed(text.trim().as_bytes()) && registry.key_count() > 0 => return Ok(()),
+        Ok(text) if is_well_formed(text.trim_ascii()) && registry.key_count() > 0 => return Ok(()),
         Ok(_) => {
             warn!(path = %path.display(), "it holds no key of this registry: another one takes its place")
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        Err(error) => return Err(explain_io_error("cannot read", path, &error)),
     }
     let earlier: Vec<_> =
         registry.keys(&all).into_iter().filter(|key| *key.label == *ADMIN_KEY_LABEL).collect();
     let admin = Scopes::from_slice(&[Scope::Admin]);
     let (key, secret) = registry.create_key(&Actor::SYSTEM, &all, ADMIN_KEY_LABEL, admin, None)?;
-    write_secret(path, &secret).with_context(|| format!("cannot write {}", path.display()))?;
+    if let Err(error) = write_secret(path, &secret) {
+        // Nobody has its secret. The last one stays, and the next start ends it.
+        drop(registry.revoke_key(&Actor::SYSTEM, &all, key.id));
+        return Err(explain_io_error("cannot write", path, &error));
+    }
     for key in earlier {
         registry.revoke_key(&Actor::SYSTEM, &all, key.id)?;
     }

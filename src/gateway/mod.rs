@@ -9,6 +9,7 @@ mod listeners;
 mod member;
 mod opened;
 mod repair;
+mod start_advice;
 
 use std::fs::File;
 use std::net::SocketAddr;

@@ -8,6 +8,7 @@ use tracing::warn;
 use super::consumers::{Consumers, StartingClients};
 use super::directory::{ADMIN_KEY_FILE, check_registry_is_there, ensure_admin_key};
 use super::member::{ClusterMember, JoiningMember};
+use super::start_advice::{explain_log_error, explain_registry_error};
 use crate::auth::{Authorizer, Registry};
 use crate::config::{Config, Durability};
 use crate::consume::quarantine::QuarantineLeakRules;
@@ -31,9 +32,11 @@ impl OpenedLog {
     /// A file that is damaged or cannot be read or written, a registry that is gone; worded for an operator.
     pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
         let dir = &config.data_dir;
-        let log = EmbeddedLog::open(dir, &config.log, &config.intake)?;
+        let log = EmbeddedLog::open(dir, &config.log, &config.intake)
+            .map_err(|error| explain_log_error(dir, error))?;
         check_registry_is_there(dir, log.next_offset())?;
-        let registry = Arc::new(Registry::open(dir)?);
+        let registry = Registry::open(dir).map_err(|error| explain_registry_error(dir, error))?;
+        let registry = Arc::new(registry);
         ensure_admin_key(&registry, &dir.join(ADMIN_KEY_FILE))?;
         if config.log.durability == Durability::Os {
             warn!("log.durability is \"os\": what is acknowledged does not survive a loss of power");

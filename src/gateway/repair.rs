@@ -2,21 +2,25 @@
 //! `apply` nothing is set aside or removed, and what would be is told. Files of an older format are brought to the
 //! newest one all the same, as by every start.
 
+use std::path::Path;
+
 use anyhow::bail;
 
 use super::directory::{check_log_backend, lock_existing};
-use crate::auth::Registry;
+use super::start_advice::{explain_log_error, explain_registry_error};
+use crate::auth::{Registry, RegistryError};
 use crate::config::{Config, LogBackend, SinkKind};
 use crate::consume::storage;
 use crate::consume::subscriber::retained;
 use crate::log::EmbeddedLog;
+use crate::sqlite::SqliteError;
 
 /// What to repair, beside what is found.
 #[derive(Debug, Clone, Copy)]
 pub struct RepairOrder {
     /// Whether to do it, and not only to tell it.
     pub apply: bool,
-    /// Whether a registry that is missing is replaced by an empty one.
+    /// Whether a registry that is missing, damaged or not Headgate's is replaced by an empty one.
     pub new_registry: bool,
 }
 
@@ -44,22 +48,39 @@ pub fn repair(config: &Config, order: RepairOrder) -> anyhow::Result<Vec<String>
     let _lock = lock_existing(dir)?;
     check_log_backend(dir, config.log.backend)?;
     let mut steps = Vec::new();
-    if order.new_registry && !Registry::is_there(dir) {
-        steps.push(
-            "registry.db is missing or empty, and an empty one takes its place: no datasource and no key is known, \
-             every datasource has to be created again, and every device needs another key. Records in the log \
-             stay. The next start writes another admin.key"
-                .to_owned(),
-        );
-        if order.apply {
-            Registry::open(dir)?;
-        }
-    }
+    steps.extend(replace_registry(dir, order)?);
     // Opening cuts what was never acknowledged, as every start does.
-    let log = EmbeddedLog::open(dir, &config.log, &config.intake)?;
+    let log =
+        EmbeddedLog::open(dir, &config.log, &config.intake).map_err(|error| explain_log_error(dir, error))?;
     if config.storage.sink == SinkKind::Sqlite {
         steps.extend(storage::repair(dir, &log, order.apply)?);
     }
     steps.extend(retained::repair(dir, &log, order.apply)?);
     Ok(steps)
+}
+
+/// Puts an empty registry in the place of one that is missing or cannot be used, which is set aside, if that is
+/// ordered; or only tells it. `None` if the registry is sound.
+fn replace_registry(dir: &Path, order: RepairOrder) -> anyhow::Result<Option<String>> {
+    let apply = order.apply && order.new_registry;
+    let why = match Registry::open_existing(dir) {
+        Ok(Some(_)) => return Ok(None),
+        Ok(None) => "registry.db is missing or empty".to_owned(),
+        Err(RegistryError::Database(error @ (SqliteError::Damaged { .. } | SqliteError::Foreign { .. }))) => {
+            let aside = match apply {
+                true => Registry::set_aside(dir)?.display().to_string(),
+                false => "registry-set-aside-TIME.db".to_owned(),
+            };
+            format!("{error}: it is set aside as {aside}")
+        }
+        Err(error) => return Err(explain_registry_error(dir, error)),
+    };
+    if apply {
+        Registry::open(dir)?;
+    }
+    let only = if order.new_registry { "" } else { "only with --new-registry: " };
+    Ok(Some(format!(
+        "{only}{why}, and an empty one takes its place: no datasource and no key is known, every datasource has to be created \
+         again, and every device needs another key. Records in the log stay. The next start writes another admin.key"
+    )))
 }

@@ -91,6 +91,48 @@ fn while_nats_is_away_http_is_told_to_come_again_and_mqtt_is_held_back() {
     assert_eq!(records.iter().map(|record| &record["payload"]).collect::<Vec<_>>(), [1, 3]);
 }
 
+/// It guards against a leaked admin key that lived on in a cluster until NATS was there again, and then for ever: its
+/// end had to be durable first, and nobody tried again.
+#[test]
+fn while_nats_is_away_an_admin_key_dies_at_once_by_a_leak_report_and_by_a_revocation() {
+    let dir = scratch();
+    let mut server = NatsServer::start();
+    let gateway = setup(dir.path(), &server).start();
+    let admin = gateway.admin_key();
+    let create = || {
+        let made = gateway.post("/v1/datasources/*/keys", &admin, &json!({ "scopes": ["admin"] })).json();
+        let text = |member: &str| made["key"][member].as_str().expect("a text").to_owned();
+        (text("id"), text("secret"))
+    };
+    let [leaked, revoked] = [create(), create()];
+    let status = |key: &str| gateway.get("/v1/refusals", key).status;
+    assert_eq!((status(&leaked.1), status(&revoked.1)), (200, 200));
+    server.kill();
+    wait_for("/readyz to say so", || (gateway.get("/readyz", "").status == 503).then_some(()));
+    let report = gateway.post("/v1/leaks", "", &json!({ "secret": leaked.1 }));
+    assert_eq!((report.status, &report.json()["durable"]), (202, &json!(false)), "{}", report.text());
+    let answer =
+        gateway.request("DELETE", &format!("/v1/datasources/*/keys/{}", revoked.0), &admin, &[], b"");
+    assert_eq!((answer.status, &answer.json()["durable"]), (202, &json!(false)), "{}", answer.text());
+    assert_eq!((status(&leaked.1), status(&revoked.1), status(&admin)), (401, 401, 200));
+    let warnings = gateway.get("/readyz", "").json()["warnings"].to_string();
+    assert!(warnings.contains(&leaked.0) && warnings.contains(&revoked.0), "{warnings}");
+    // The last one is kept.
+    gateway.post("/v1/leaks", "", &json!({ "secret": admin }));
+    assert_eq!(status(&admin), 200);
+
+    server.restart();
+    wait_for("it to be durable", || {
+        let ready = gateway.get("/readyz", "");
+        (ready.status == 200 && ready.json()["warnings"] == json!([])).then_some(())
+    });
+    assert_eq!((status(&leaked.1), status(&revoked.1)), (401, 401));
+    drop(gateway);
+    let gateway = setup(dir.path(), &server).start();
+    let status = |key: &str| gateway.get("/v1/refusals", key).status;
+    assert_eq!((status(&leaked.1), status(&revoked.1), status(&admin)), (401, 401, 200));
+}
+
 #[test]
 fn what_was_acknowledged_is_there_and_stored_once_however_often_gateway_and_server_are_killed() {
     let dir = scratch();

@@ -13,7 +13,7 @@ use crate::common::wire::{Connect, Message, PUBACK, PUBLISH, SUBACK, Version, Wi
 use crate::common::{Gateway, Setup, Source, scratch, wait_for};
 
 /// Publishes `count` messages, each acknowledged, and one retained at the end.
-fn publish_some(gateway: &Gateway, source: &Source, count: usize) {
+pub(super) fn publish_some(gateway: &Gateway, source: &Source, count: usize) {
     let mut wire = Wire::login(gateway.mqtt, Version::V311, &source.key);
     for n in 0..count {
         assert_eq!(wire.publish(Version::V311, 1, "spindle", format!("reading {n}").as_bytes()), 0);
@@ -23,7 +23,7 @@ fn publish_some(gateway: &Gateway, source: &Source, count: usize) {
 }
 
 /// A directory on which a gateway ran, with `count` records and a retained one.
-fn used_directory(count: usize) -> (tempfile::TempDir, Source) {
+pub(super) fn used_directory(count: usize) -> (tempfile::TempDir, Source) {
     let dir = scratch();
     let gateway = Setup::embedded_on(dir.path()).start();
     let source = gateway.create("press-4");
@@ -34,7 +34,7 @@ fn used_directory(count: usize) -> (tempfile::TempDir, Source) {
 }
 
 /// The files in `dir` whose names begin with `stem-set-aside-`, without those of write-ahead logs.
-fn aside(dir: &Path, stem: &str) -> Vec<PathBuf> {
+pub(super) fn aside(dir: &Path, stem: &str) -> Vec<PathBuf> {
     let files = std::fs::read_dir(dir).expect("readable").map(|file| file.expect("an entry").path());
     let begin = format!("{stem}-set-aside-");
     let name = |path: &Path| path.file_name().expect("a name").to_string_lossy().into_owned();
@@ -68,7 +68,7 @@ fn repair(dir: &Path, options: &[&str]) -> Output {
 }
 
 /// What it printed; it has to succeed.
-fn repaired(dir: &Path, options: &[&str]) -> String {
+pub(super) fn repaired(dir: &Path, options: &[&str]) -> String {
     let output = repair(dir, options);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
@@ -83,7 +83,7 @@ fn ruin(path: &Path) {
 }
 
 /// The retained message of `state`.
-fn retained(gateway: &Gateway) -> String {
+pub(super) fn retained(gateway: &Gateway) -> String {
     let body = json!({ "scopes": ["subscribe"] });
     let made = gateway.post("/v1/datasources/press-4/keys", &gateway.admin_key(), &body).json();
     let key = made["key"]["secret"].as_str().expect("a secret");

@@ -200,3 +200,52 @@ fn a_datasource_is_deleted_on_a_full_disk_with_its_keys() {
     let deleted = acts(&gateway, &source).into_iter().filter(|action| action == "datasource.deleted");
     assert_eq!(deleted.count(), 1);
 }
+
+#[test]
+fn on_a_full_disk_the_old_key_dies_when_its_grace_or_its_time_is_over_or_no_grace_is_asked_for() {
+    if !is_root(
+        "dead_keys::on_a_full_disk_the_old_key_dies_when_its_grace_or_its_time_is_over_or_no_grace_is_asked_for",
+    ) {
+        return;
+    }
+    let disk = SmallDisk::mount();
+    let gateway = setup(&disk).start();
+    let [graced, expired, replaced] = ["graced", "expired", "replaced"].map(|id| gateway.create(id));
+    let rotate = |source: &Source, grace_s: u64| {
+        let path = format!("/v1/datasources/{}/keys/{}/rotate", source.id, source.key_id);
+        gateway.post(&path, &gateway.admin_key(), &json!({ "grace_seconds": grace_s }))
+    };
+    assert_eq!(rotate(&graced, 2).status, 201);
+    let expires_at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(2);
+    let path = format!("/v1/datasources/{}/keys", expired.id);
+    let made = gateway.post(&path, &gateway.admin_key(), &json!({ "expires_at": expires_at.to_string() }));
+    let made = made.json();
+    let text = |member: &str| made["key"][member].as_str().expect("a text").to_owned();
+    let expired = Source { key_id: text("id"), key: text("secret"), ..expired };
+    warns_no_more(&gateway);
+    std::fs::remove_file(disk.path().join("registry.reserve")).expect("there is a reserve");
+    disk.fill(0);
+    let mut live = [&graced, &expired, &replaced].map(|of| Wire::login(gateway.mqtt, Version::V5, &of.key));
+
+    let answer = rotate(&replaced, 0);
+    assert_eq!(answer.status, 503, "{}", answer.text());
+    let detail = answer.json()["detail"].as_str().expect("a text").to_owned();
+    for part in ["no new key could be made", "is dead all the same", "not durable yet", &replaced.key_id] {
+        assert!(detail.contains(part), "{part:?} in {detail}");
+    }
+    for (wire, of) in live.iter_mut().zip([&graced, &expired, &replaced]) {
+        wire.disconnected(KEY_DEAD);
+        assert_eq!(post(&gateway, of), 401, "{}", of.id);
+    }
+    for of in [&graced, &expired, &replaced] {
+        wait_for("it to be named", || warned(&gateway, "not durable yet").contains(&of.key_id).then_some(()));
+    }
+
+    disk.empty();
+    warns_no_more(&gateway);
+    gateway.kill();
+    let gateway = setup(&disk).start();
+    for of in [&graced, &expired, &replaced] {
+        assert_eq!(post(&gateway, of), 401, "{} still", of.id);
+    }
+}

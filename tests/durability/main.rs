@@ -11,3 +11,4 @@ mod dead_keys;
 mod faults;
 mod log;
 mod once;
+mod stores;

@@ -46,7 +46,7 @@ use super::error::{REGISTRY_FILE_NAME, RegistryError};
 use super::replica::{RegistryReplica, RegistryRevision};
 use super::rows::RegistryRow;
 use super::transaction::RegistryTransaction;
-use crate::sqlite::SqliteProfile;
+use crate::sqlite::{SqliteProfile, check_write_ahead_log};
 
 const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &REGISTRY_MIGRATIONS,
@@ -126,6 +126,11 @@ impl RegistryDatabase {
         let path = dir.join(REGISTRY_FILE_NAME);
         let connection = REGISTRY_DATABASE.open(&path)?;
         Ok(Self { connection, path, replica: None, applied: 0 })
+    }
+
+    /// Ensures that `dir/registry.db` is there if its write-ahead log is.
+    pub(super) fn check_write_ahead_log(dir: &Path) -> Result<(), RegistryError> {
+        Ok(check_write_ahead_log(&dir.join(REGISTRY_FILE_NAME))?)
     }
 
     /// An in-memory database for a node of a cluster, whose durable registry is the bucket.

@@ -1,14 +1,16 @@
 //! What the registry says when an operation fails.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use super::key::Key;
 use crate::message::DatasourceId;
 use crate::sqlite::SqliteError;
 
 /// The file's name in the data directory.
 pub(super) const REGISTRY_FILE_NAME: &str = "registry.db";
 
-/// Why an operation of the registry failed. Nothing has then changed.
+/// Why an operation of the registry failed. Nothing has then changed, unless it says so.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     /// A datasource with that id exists already.
@@ -20,6 +22,19 @@ pub enum RegistryError {
     /// The key's state does not allow this rotation, or its undoing.
     #[error("{0}")]
     Rotation(String),
+    /// No new key could be made, and the old one, which was to end at once, has ended all the same. The caller waits
+    /// for its connections.
+    #[error(
+        "no new key could be made ({why}). Key {} is dead all the same, because no grace was asked for: create another \
+         one once that is over",
+        dead.id
+    )]
+    NotReplaced {
+        /// The old key.
+        dead: Arc<Key>,
+        /// Why there is no new one.
+        why: String,
+    },
     /// The key is the last one that can manage all datasources.
     #[error("this is the last admin key for all datasources; create another one first")]
     LastAdmin,
@@ -42,6 +57,9 @@ pub enum RegistryError {
     /// The database could not be opened, read or written.
     #[error("registry: {0}")]
     Database(#[from] SqliteError),
+    /// Rules of an earlier version could not be read; why, in words.
+    #[error("there are rules about leaked keys that could not be read yet: {0}")]
+    UnreadRules(String),
     /// An error of the file system.
     #[error("registry: {0}")]
     Io(#[from] std::io::Error),

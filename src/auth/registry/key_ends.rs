@@ -7,9 +7,10 @@
 //! `/readyz` warns; every other change of the registry writes the queue first, so that the order on the disk is
 //! the order in memory. If the gateway ends before that, the key is alive again at its next start.
 //!
-//! In a cluster two ends depend on what other nodes do, so they hold in memory only when they are durable: that of
-//! an admin key of `*`, which may have become the last one, and that of a key whose grace is over, whose rotation
-//! may have been undone. The latter waits in the queue, and the clock denies the key meanwhile.
+//! In a cluster two ends depend on what other nodes do. An admin key of `*` may turn out to be the last one when its
+//! end is written, because another node has ended the others meanwhile: then it is [put back](LiveRegistry::revive),
+//! as an end of the last one is refused. A key whose grace is over waits in the queue, because its rotation may have
+//! been undone, and the clock denies it meanwhile.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -61,6 +62,30 @@ impl KeyEnd {
     /// The end of keys at this moment.
     pub(super) fn new(why: KeyEndReason, keys: Vec<Arc<Key>>, actor: Actor, what: Value) -> Self {
         Self { why, keys, deleted: None, grace: None, actor, at: now_micros(), what }
+    }
+
+    /// Whether this is refused if it would leave nobody who can manage everything.
+    fn spares_last_admin(&self) -> bool {
+        matches!(self.why, KeyEndReason::Revoked | KeyEndReason::Leaked)
+            && self.keys.iter().any(|key| may_be_last_admin(key))
+    }
+
+    /// Whether one of its keys is the last admin key by now.
+    fn is_of_last_admin(&self, change: &RegistryTransaction<'_>) -> Result<bool, RegistryError> {
+        for key in &self.keys {
+            if change.is_last_admin(key.id)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Notes in the audit that a leaked key is kept.
+    fn audit_kept(&self, change: &RegistryTransaction<'_>) -> Result<(), RegistryError> {
+        for key in self.keys.iter().filter(|_| self.why == KeyEndReason::Leaked) {
+            change.audit(&self.actor, &AuditEvent::of_key("key.leaked_and_kept", key, &self.what))?;
+        }
+        Ok(())
     }
 
     fn deletes(&self, id: &DatasourceId) -> bool {
@@ -183,7 +208,8 @@ impl UnwrittenEnds {
 impl Registry {
     /// Ends keys in memory, and then writes that. `plan` decides what ends; nothing else changes meanwhile. Before
     /// this returns, the leases of the keys have ended and their connections are told to close. Returns the keys.
-    /// Whether their end is durable is to be asked ([`Registry::describe_unwritten`]).
+    /// Whether their end is durable is to be asked ([`Registry::describe_unwritten`]). Those that were put back, as the
+    /// last admin key of a cluster, are not among them.
     pub(super) fn end_keys(
         &self,
         waits_everywhere: bool,
@@ -203,49 +229,35 @@ impl Registry {
             let revision = self.lock_database().applied();
             replica.wait_everywhere(revision);
         }
-        Ok(dead)
+        Ok(dead.into_iter().filter(|key| !self.was_put_back(key)).collect())
     }
 
-    /// Ends an admin key of a cluster: durably first, because only then is it known that no other node has ended the
-    /// last other one meanwhile. Returns the key, or nothing if it has ended already.
-    ///
-    /// # Errors
-    /// [`RegistryError::LastAdmin`], and those of a change; the key then keeps working.
-    pub(super) fn end_admin_key(
-        &self,
-        waits_everywhere: bool,
-        key: &Arc<Key>,
-        end: &KeyEnd,
-    ) -> Result<Vec<Arc<Key>>, RegistryError> {
-        let (dead, revision) = self.make_after_ends(DiskReserveUse::GivenUp, |database| {
-            if self.live.key(&key.datasource, key.id).is_none() {
-                return Ok(Vec::new());
-            }
-            if self.is_last_admin(key) {
-                return Err(RegistryError::LastAdmin);
-            }
-            let change = database.begin()?;
-            let digests = end.write(&change)?;
-            change.commit()?;
-            Ok(digests.iter().filter_map(|digest| self.live.kill(digest)).collect())
-        })?;
-        if let (true, Some(replica)) = (waits_everywhere, &self.replica) {
-            replica.wait_everywhere(revision);
-        }
-        Ok(dead)
+    /// Whether a key that has ended was put back since then.
+    pub(super) fn was_put_back(&self, ended: &Arc<Key>) -> bool {
+        self.live.find(&ended.digest).is_some_and(|now| !Arc::ptr_eq(&now, ended))
     }
 
-    /// Whether a key is to be ended by [`Registry::end_admin_key`].
-    pub(super) fn ends_durably_first(&self, key: &Key) -> bool {
-        self.replica.is_some() && may_be_last_admin(key)
-    }
-
-    /// Ends a key before the lock of the registry is waited for, which a slow disk may hold up. Not for a key that
-    /// could turn out to be the last admin key.
+    /// Ends a key before the lock of the registry is waited for, which a slow disk may hold up, or a cluster without
+    /// NATS. Not the last admin key.
     pub(super) fn end_at_once(&self, key: &Key) {
-        if !may_be_last_admin(key) {
+        if !self.is_last_admin(key) {
             key.end();
         }
+    }
+
+    /// Refuses the end of the last admin key. Call it under the lock of the database: two calls may have ended one
+    /// of the last two each, before one of them has got it.
+    ///
+    /// # Errors
+    /// [`RegistryError::LastAdmin`]; the key then works.
+    pub(super) fn check_not_last_admin(&self, key: &Key) -> Result<(), RegistryError> {
+        if !self.is_last_admin(key) {
+            return Ok(());
+        }
+        if !key.holds() {
+            self.live.revive(key);
+        }
+        Err(RegistryError::LastAdmin)
     }
 
     fn end_in_memory(&self, end: &KeyEnd) {
@@ -275,15 +287,27 @@ impl Registry {
                 // The queue is only changed under the lock of the database.
                 let ends = self.unwritten.oldest();
                 let change = database.begin()?;
-                let mut revoked = Vec::new();
+                let (mut revoked, mut kept) = (Vec::new(), Vec::new());
                 for end in &ends {
-                    revoked.extend(end.write(&change)?);
+                    if self.replica.is_some() && end.spares_last_admin() && end.is_of_last_admin(&change)? {
+                        end.audit_kept(&change)?;
+                        kept.extend(&end.keys);
+                    } else {
+                        revoked.extend(end.write(&change)?);
+                    }
                 }
                 change.commit()?;
                 self.unwritten.remove_oldest(ends.len());
                 // In a cluster a datasource may have got keys meanwhile that this node did not know.
                 for digest in &revoked {
                     self.live.kill(digest);
+                }
+                for key in kept {
+                    tracing::error!(
+                        key_id = %key.id,
+                        "this has become the last admin key and works again: create another one, then revoke it"
+                    );
+                    self.live.revive(key);
                 }
                 Ok(())
             });
@@ -421,6 +445,7 @@ pub async fn run(registry: Arc<Registry>) {
             {
                 reserve.take_again();
             }
+            for_write.read_unread_rules();
         };
         if let Err(error) = tokio::task::spawn_blocking(upkeep).await {
             tracing::error!(%error, "the registry has failed");
@@ -434,7 +459,9 @@ mod tests {
     use std::thread;
 
     use super::super::audit::AuditQuery;
+    use super::super::leaks::LeakedKeyFate;
     use super::super::replica::tests::ClusterOfOne;
+    use super::super::rows::RegistryRow;
     use super::*;
     use crate::auth::scope::Scopes;
 
@@ -448,24 +475,73 @@ mod tests {
         registry.create_key(&Actor::SYSTEM, &DatasourceId::all(), "", scopes, None).expect("created").0
     }
 
+    /// Applies what another node has made of a key's row.
+    fn revoked_elsewhere(registry: &Registry, key: &Key) {
+        let (revision, row) = {
+            let database = registry.lock_database();
+            let mut row = database.row_of(key.id);
+            let RegistryRow::Key(_, Some(columns)) = &mut row else { panic!("no key: {row:?}") };
+            (columns.revoked_at, columns.ended) = (Some(1), Some("revoked".to_owned()));
+            (database.applied() + 1, row)
+        };
+        registry.apply(&[(revision, row)], revision, false).expect("applied");
+    }
+
     #[test]
-    fn in_a_cluster_an_admin_key_keeps_working_until_its_end_is_durable_and_others_do_not() {
+    fn without_nats_a_leaked_or_revoked_admin_key_dies_at_once_and_its_end_is_tried_again() {
         let cluster = Arc::new(ClusterOfOne::default());
         let registry = in_memory(Some(cluster.clone()));
-        let [first, second] = [Scope::Admin, Scope::Admin].map(|scope| create(&registry, scope));
-        let ingest = create(&registry, Scope::Ingest);
-        let revoke = |key: &Key| registry.revoke_key(&Actor::SYSTEM, &key.datasource, key.id);
+        let [first, second, third] =
+            [Scope::Admin, Scope::Admin, Scope::Admin].map(|scope| create(&registry, scope));
         cluster.is_away.store(true, Ordering::Relaxed);
-        assert!(matches!(revoke(&first), Err(RegistryError::Away(_))));
         let leaked = registry.revoke_leaked(&Actor::SYSTEM, &first.digest, "");
-        assert!(matches!(leaked, Err(RegistryError::Away(_))), "{leaked:?}");
-        assert!(first.holds() && registry.trouble().is_none());
-        assert!(revoke(&ingest).expect("dead here").is_some() && !ingest.holds());
+        assert!(matches!(leaked, Ok(LeakedKeyFate::Revoked(_))), "{leaked:?}");
+        let revoke = |key: &Key| registry.revoke_key(&Actor::SYSTEM, &key.datasource, key.id);
+        assert!(revoke(&second).expect("dead here").is_some());
+        for key in [&first, &second] {
+            assert!(!key.holds() && registry.was_revoked(&key.digest));
+            assert!(registry.describe_unwritten(&key.datasource, Some(key.id)).is_some());
+            assert!(registry.trouble().expect("it is said").contains(&key.id.to_string()));
+        }
+        assert!(matches!(revoke(&third), Err(RegistryError::LastAdmin)));
+        let leaked = registry.revoke_leaked(&Actor::SYSTEM, &third.digest, "");
+        assert!(
+            matches!(leaked, Err(RegistryError::Away(_))),
+            "its audit entry cannot be written: {leaked:?}"
+        );
+        assert!(third.holds());
         cluster.is_away.store(false, Ordering::Relaxed);
-        assert!(revoke(&first).expect("dead").is_some() && !first.holds());
-        assert!(revoke(&first).expect("dead already").is_none());
-        assert!(matches!(revoke(&second), Err(RegistryError::LastAdmin)));
-        assert!(second.holds() && registry.was_revoked(&ingest.digest));
+        registry.write_ends().expect("written");
+        assert_eq!(registry.trouble(), None);
+        assert!(revoke(&first).expect("dead already").is_none() && third.holds());
+    }
+
+    #[test]
+    fn in_a_cluster_an_admin_key_that_has_become_the_last_one_is_put_back() {
+        for is_leaked in [true, false] {
+            let cluster = Arc::new(ClusterOfOne::default());
+            let registry = in_memory(Some(cluster.clone()));
+            let [first, second] = [Scope::Admin, Scope::Admin].map(|scope| create(&registry, scope));
+            cluster.is_away.store(true, Ordering::Relaxed);
+            if is_leaked {
+                registry.revoke_leaked(&Actor::SYSTEM, &first.digest, "").expect("dead here");
+            } else {
+                registry.revoke_key(&Actor::SYSTEM, &first.datasource, first.id).expect("dead here");
+            }
+            assert!(registry.was_revoked(&first.digest));
+            revoked_elsewhere(&registry, &second);
+            cluster.is_away.store(false, Ordering::Relaxed);
+            registry.write_ends().expect("written");
+            let kept = registry.find(&first.digest).expect("there again");
+            assert!(kept.holds() && !first.holds() && !second.holds());
+            assert_eq!(registry.key(&kept.datasource, kept.id).map(|key| key.id), Some(first.id));
+            let page = AuditQuery { from: None, to: None, after: 0, limit: 10 };
+            let entries = registry.audit_entries(&page).expect("read");
+            assert_eq!(entries.iter().any(|entry| &*entry.action == "key.leaked_and_kept"), is_leaked);
+            // Once there is another one, it can go.
+            create(&registry, Scope::Admin);
+            assert!(registry.revoke_key(&Actor::SYSTEM, &kept.datasource, kept.id).expect("dead").is_some());
+        }
     }
 
     #[test]

@@ -84,12 +84,10 @@ impl Registry {
 
     /// Revokes one key. Before this returns, its lease has ended and its connections are told to close, whatever
     /// the disk says; [`Registry::describe_unwritten`] says whether that is durable. Returns the key, whose
-    /// connections the caller waits for, or `None` if the datasource has no such live key. In a cluster an admin key
-    /// of `*` dies only when that is durable.
+    /// connections the caller waits for, or `None` if the datasource has no such live key.
     ///
     /// # Errors
-    /// [`RegistryError::LastAdmin`]; [`RegistryError::NoDatasource`]; for an admin key of `*` in a cluster those of a
-    /// change. The key then keeps working.
+    /// [`RegistryError::LastAdmin`], the key then keeps working; [`RegistryError::NoDatasource`].
     pub fn revoke_key(
         &self,
         actor: &Actor,
@@ -100,23 +98,17 @@ impl Registry {
         let end_of = |key: &Arc<Key>| {
             KeyEnd::new(KeyEndReason::Revoked, vec![key.clone()], *actor, json!({ "label": key.label }))
         };
-        let dead = match &found {
-            Some(key) if self.ends_durably_first(key) => self.end_admin_key(true, key, &end_of(key))?,
-            _ => {
-                found.iter().for_each(|key| self.end_at_once(key));
-                self.end_keys(true, || {
-                    self.check_owner(datasource)?;
-                    // One that another node has created since the call began may be an admin key.
-                    let live = self.live.key(datasource, id).filter(|_| found.is_some());
-                    let Some(key) = live else { return Ok(Vec::new()) };
-                    if self.is_last_admin(&key) {
-                        return Err(RegistryError::LastAdmin);
-                    }
-                    Ok(vec![end_of(&key)])
-                })?
-            }
-        };
+        found.iter().for_each(|key| self.end_at_once(key));
+        let dead = self.end_keys(true, || {
+            self.check_owner(datasource)?;
+            let Some(key) = self.live.key(datasource, id) else { return Ok(Vec::new()) };
+            self.check_not_last_admin(&key)?;
+            Ok(vec![end_of(&key)])
+        })?;
         let dead = dead.into_iter().next();
+        if dead.is_none() && found.is_some_and(|key| self.was_put_back(&key)) {
+            return Err(RegistryError::LastAdmin);
+        }
         if dead.is_some() {
             tracing::info!(%datasource, key_id = %id, "key revoked");
         }
@@ -149,12 +141,12 @@ impl Registry {
         })
     }
 
-    /// Adds an audit entry for a change outside the registry. Durable on return.
+    /// Adds an audit entry for a change outside the registry, also on a full disk. Durable on return.
     ///
     /// # Errors
     /// [`RegistryError::Database`] if it cannot be made durable.
     pub fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> Result<(), RegistryError> {
-        self.make_change(|database| {
+        self.make_change_with_reserve(|database| {
             let change = database.begin()?;
             change.audit(actor, act)?;
             change.commit()

@@ -33,14 +33,13 @@ impl Registry {
     ///
     /// The key is dead on this node when this returns, whatever the disk says; [`Registry::describe_unwritten`]
     /// says whether that is durable. In a cluster the other nodes follow a moment later: the response to a report
-    /// does not wait for them, and an admin key of `*` dies only when that is durable.
+    /// does not wait for them.
     ///
     /// The last admin key for all datasources is not revoked, because nobody could manage anything any
     /// more. The log and the audit report that instead.
     ///
     /// # Errors
-    /// A [`RegistryError`] if the audit cannot be told of the last admin key, or if the end of an admin key of `*`
-    /// cannot be made durable in a cluster.
+    /// A [`RegistryError`] if the audit cannot be told of the last admin key.
     pub fn revoke_leaked(
         &self,
         actor: &Actor,
@@ -58,18 +57,14 @@ impl Registry {
         let last_used_at = used.users.first().map(|user| Rfc3339(user.at));
         let what = json!({ "url": url, "last_offset": used.offset, "last_used_at": last_used_at });
         let end = KeyEnd::new(KeyEndReason::Leaked, vec![key.clone()], *actor, what.clone());
-        let dead = if self.ends_durably_first(&key) {
-            self.end_admin_key(false, &key, &end)
-        } else {
-            self.end_keys(false, || {
-                let Some(key) = self.live.find(digest) else { return Ok(Vec::new()) };
-                if self.is_last_admin(&key) {
-                    return Err(RegistryError::LastAdmin);
-                }
-                Ok(vec![end])
-            })
-        };
+        let dead = self.end_keys(false, || {
+            let Some(key) = self.live.find(digest) else { return Ok(Vec::new()) };
+            self.check_not_last_admin(&key)?;
+            Ok(vec![end])
+        });
         match dead {
+            // The audit has that already.
+            Ok(dead) if dead.is_empty() && self.was_put_back(&key) => Ok(LeakedKeyFate::Kept),
             // Another call has ended it meanwhile.
             Ok(dead) if dead.is_empty() => Ok(LeakedKeyFate::Unknown),
             Ok(_) => {
@@ -94,9 +89,13 @@ impl Registry {
     /// `None` if there were `most` already.
     ///
     /// # Errors
-    /// A [`RegistryError`] if the rule could not be added.
+    /// A [`RegistryError`] if the rule could not be added; [`RegistryError::UnreadRules`] as long as there are earlier
+    /// ones that could not be read.
     pub fn add_leak_rule(&self, row: &LeakRow, most: u64) -> Result<Option<u64>, RegistryError> {
-        self.make_change(|database| {
+        if let Some(unread) = self.unread_rules() {
+            return Err(RegistryError::UnreadRules(unread));
+        }
+        self.make_change_with_reserve(|database| {
             let version = database.leak_rules_version()? + 1;
             if version > most {
                 return Ok(None);

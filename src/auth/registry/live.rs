@@ -143,6 +143,23 @@ impl LiveRegistry {
         }
     }
 
+    /// Puts a key back that has ended in memory and has to live. Its lease has ended for whoever has it, so that it
+    /// takes a look-up to use the key again.
+    pub(super) fn revive(&self, key: &Key) {
+        let limits = key.limits.text();
+        let again = Key::from(KeyAttributes {
+            digest: key.digest,
+            datasource: key.datasource.clone(),
+            scopes: key.scopes,
+            label: &key.label,
+            created_at: key.created_at,
+            expires_at: key.expires_at(),
+            rotation: key.rotation(),
+            limits: limits.as_deref(),
+        });
+        self.add_key(again, key.digest);
+    }
+
     /// Ends and removes a key that is already dead on the disk.
     pub(super) fn kill(&self, digest: &Digest) -> Option<Arc<Key>> {
         let key = self.find(digest)?;

@@ -44,7 +44,7 @@ pub mod usage;
 mod usage_notes;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{self, Arc};
 
 use headgate_format::key::Digest;
@@ -52,6 +52,7 @@ use parking_lot::Mutex;
 
 use crate::limits::CHANGE_ATTEMPTS_MAX;
 use crate::message::{DatasourceId, KeyId};
+use crate::sqlite::set_aside;
 use crate::time::Rfc3339;
 
 use audit::{AuditEntry, AuditQuery};
@@ -64,6 +65,7 @@ use key::Key;
 use key_ends::{DiskReserveUse, UnwrittenEnds};
 use leak_rules::LeakRuleFollower;
 use live::LiveRegistry;
+use quarantine_file::QuarantineFile;
 use replica::{RegistryReplica, RegistryRevision};
 
 /// Datasources and keys: the database and the live view.
@@ -84,6 +86,8 @@ pub struct Registry {
     unwritten: UnwrittenEnds,
     /// `None` in a cluster, whose registry is not on this disk.
     reserve: Option<DiskReserve>,
+    /// `None` in a cluster, which never had it.
+    quarantine_file: Option<QuarantineFile>,
 }
 
 impl Registry {
@@ -94,9 +98,26 @@ impl Registry {
     /// [`RegistryError::Database`], which names the file.
     pub fn open(dir: &Path) -> Result<Self, RegistryError> {
         let mut database = RegistryDatabase::open(dir)?;
-        quarantine_file::move_into_registry(dir, &mut database)?;
+        let quarantine_file = Some(QuarantineFile::open(dir, &mut database));
         let reserve = Some(DiskReserve::open(dir));
-        Ok(Self { reserve, ..Self::from_database(database, None)? })
+        Ok(Self { reserve, quarantine_file, ..Self::from_database(database, None)? })
+    }
+
+    /// As [`Registry::open`], if there is one.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`], also if nothing but its write-ahead log is there.
+    pub fn open_existing(dir: &Path) -> Result<Option<Self>, RegistryError> {
+        RegistryDatabase::check_write_ahead_log(dir)?;
+        if Self::is_there(dir) { Self::open(dir).map(Some) } else { Ok(None) }
+    }
+
+    /// Sets `dir/registry.db` aside, with its write-ahead log. Returns its new path.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`].
+    pub fn set_aside(dir: &Path) -> Result<PathBuf, RegistryError> {
+        Ok(set_aside(&dir.join(error::REGISTRY_FILE_NAME))?)
     }
 
     /// Whether `dir` has a registry. An empty file is none: it is what some copies and repairs leave.
@@ -122,6 +143,7 @@ impl Registry {
             leak_rules: Mutex::default(),
             unwritten: UnwrittenEnds::default(),
             reserve: None,
+            quarantine_file: None,
         })
     }
 

@@ -4,6 +4,9 @@
 //!
 //! The rules reach the registry in one transaction, and only then is the file removed. After a kill between the
 //! two the file is read again and changes nothing: the registry has those versions already.
+//!
+//! A file that cannot be read stops no start: it stays where it is and is tried again. Until then no rule is added
+//! ([`Registry::add_leak_rule`]), because it would get a version that the file has given already.
 
 use std::fs;
 use std::io;
@@ -12,11 +15,13 @@ use std::path::{Path, PathBuf};
 use rusqlite::Connection;
 use rusqlite::types::FromSqlError;
 
+use super::Registry;
 use super::database::RegistryDatabase;
 use super::error::RegistryError;
 use super::leak_rules::{LeakRow, parse_owner};
 use crate::message::KeyId;
 use crate::sqlite::{SqliteError, SqliteProfile};
+use crate::trouble::TroubleCell;
 
 /// The file's name in the data directory.
 const QUARANTINE_FILE_NAME: &str = "quarantine.db";
@@ -38,21 +43,80 @@ const QUARANTINE_DATABASE: SqliteProfile = SqliteProfile {
     ..SqliteProfile::SHARED
 };
 
-/// Moves the rules of `dir/quarantine.db` into the registry, and removes the file. Does nothing without one.
+/// The file, until its rules are in the registry.
+#[derive(Debug)]
+pub(super) struct QuarantineFile {
+    dir: PathBuf,
+    /// Why they are not.
+    trouble: TroubleCell,
+}
+
+impl QuarantineFile {
+    /// Moves the rules of `dir/quarantine.db` into the registry, if there is such a file. What prevents that is kept
+    /// for [`Registry::unread_rules`].
+    pub(super) fn open(dir: &Path, database: &mut RegistryDatabase) -> Self {
+        let trouble = TroubleCell::new(
+            "rules about leaked keys are not in force: their records are handed out",
+            "all rules about leaked keys are in force",
+        );
+        let file = Self { dir: dir.to_owned(), trouble };
+        file.try_to_move(database);
+        file
+    }
+
+    /// Returns the rules that were moved, with their versions.
+    fn try_to_move(&self, database: &mut RegistryDatabase) -> Vec<(u64, LeakRow)> {
+        let moved = move_into_registry(&self.dir, database);
+        self.trouble.set(moved.as_ref().err().map(unread_words));
+        moved.unwrap_or_default()
+    }
+}
+
+fn unread_words(error: &RegistryError) -> String {
+    let path = QUARANTINE_FILE_NAME;
+    format!(
+        "{error}. {path} has the rules about leaked keys of an earlier version: until they are read, the records of those \
+         keys are handed out. Put it right, or from a backup: it is tried again; or move it away to go on without them"
+    )
+}
+
+impl Registry {
+    /// Why rules about leaked keys that an earlier version has made are not in force, for people.
+    pub fn unread_rules(&self) -> Option<String> {
+        self.quarantine_file.as_ref().and_then(|file| file.trouble.current())
+    }
+
+    /// Tries again to read rules that could not be read at the start.
+    pub(super) fn read_unread_rules(&self) {
+        let Some(file) = self.quarantine_file.as_ref().filter(|file| file.trouble.is_present()) else {
+            return;
+        };
+        let mut database = self.lock_database();
+        for (version, rule) in file.try_to_move(&mut database) {
+            self.leak_rules.lock().tell(version, &rule);
+        }
+    }
+}
+
+/// Moves the rules of `dir/quarantine.db` into the registry, and removes the file. Does nothing without one. Returns
+/// the rules.
 ///
 /// # Errors
 /// [`RegistryError::Database`], which names the file; [`RegistryError::Io`] if it cannot be removed.
-pub(super) fn move_into_registry(dir: &Path, database: &mut RegistryDatabase) -> Result<(), RegistryError> {
+fn move_into_registry(
+    dir: &Path,
+    database: &mut RegistryDatabase,
+) -> Result<Vec<(u64, LeakRow)>, RegistryError> {
     let path = dir.join(QUARANTINE_FILE_NAME);
-    if !path.exists() {
-        return Ok(());
+    if std::fs::symlink_metadata(&path).is_err() {
+        return Ok(Vec::new());
     }
     let rules = read_rules(&path)?;
     copy_rules(database, &rules)?;
     remove_file(&path)
         .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
     tracing::info!(rules = rules.len(), path = %path.display(), "the rules about leaked keys are in the registry now");
-    Ok(())
+    Ok(rules)
 }
 
 /// All rules of the file, in the order of their versions.
@@ -198,36 +262,61 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_is_named_and_left_alone() {
+    fn a_file_that_cannot_be_read_is_named_and_left_alone_and_stops_no_start() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join(QUARANTINE_FILE_NAME);
         fs::write(&path, b"").expect("written");
         drop(Registry::open(dir.path()).expect("a crash left it empty"));
         assert!(!path.exists());
 
+        let unread = |part: &str| {
+            let registry = Registry::open(dir.path()).expect("opens");
+            let said = registry.unread_rules().expect("an operator is told");
+            assert!(said.contains("quarantine.db") && said.contains(part), "{said}");
+            let rule = LeakRow {
+                datasource: DatasourceId::all(),
+                key_id: KeyId([9; 6]),
+                since: Some(1),
+                below: Some(1),
+                at: 1,
+            };
+            let added = registry.add_leak_rule(&rule, 10);
+            assert!(matches!(added, Err(RegistryError::UnreadRules(_))), "{added:?}");
+            registry
+        };
         let text = "this is no database, and long enough to be seen not to be one".repeat(20);
         fs::write(&path, &text).expect("written");
-        let error = Registry::open(dir.path()).expect_err("no database");
-        assert!(matches!(error, RegistryError::Database(SqliteError::Damaged { .. })), "{error}");
-        assert!(error.to_string().contains("quarantine.db"), "{error}");
+        unread("damaged");
         assert_eq!(fs::read(&path).expect("there"), text.as_bytes());
 
         fs::remove_file(&path).expect("removed");
+        fs::create_dir(&path).expect("made");
+        unread("a directory");
+        fs::remove_dir(&path).expect("removed");
         Connection::open(&path).expect("made").execute_batch("CREATE TABLE mine (x)").expect("runs");
-        let error = Registry::open(dir.path()).expect_err("not Headgate's");
-        assert!(
-            matches!(error, RegistryError::Database(SqliteError::Foreign { .. })) && path.exists(),
-            "{error}"
-        );
-
+        unread("has not made");
         fs::remove_file(&path).expect("removed");
-        with_file(dir.path());
-        Connection::open(&path).expect("opens").pragma_update(None, "user_version", 2).expect("set");
-        let error = Registry::open(dir.path()).expect_err("newer");
-        assert!(
-            matches!(error, RegistryError::Database(SqliteError::Newer { version: 2, known: 1, .. })),
-            "{error}"
-        );
-        assert!(path.exists());
+
+        let expected = with_file(dir.path());
+        let by_hand = |sql: &str| {
+            let connection = Connection::open(&path).expect("opens");
+            connection.execute_batch(sql).expect("runs");
+            connection
+        };
+        drop(by_hand("PRAGMA user_version = 2"));
+        unread("format 2");
+        drop(by_hand("PRAGMA user_version = 1"));
+        let other = by_hand("PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE");
+        let registry = unread("in use by another process");
+        drop(other);
+        // While it runs, and once only.
+        let told = std::sync::Arc::<parking_lot::Mutex<Vec<KeyId>>>::default();
+        let tells = told.clone();
+        registry.follow_leak_rules(move |row| tells.lock().push(row.key_id)).expect("readable");
+        registry.read_unread_rules();
+        registry.read_unread_rules();
+        assert_eq!((registry.unread_rules(), files(dir.path())), (None, vec![]));
+        assert_eq!(*told.lock(), expected.iter().map(|(_, rule)| rule.key_id).collect::<Vec<_>>());
+        assert_eq!(rules_of(&registry), expected);
     }
 }

@@ -11,6 +11,7 @@ use super::Registry;
 use super::audit::{Actor, AuditEvent};
 use super::error::RegistryError;
 use super::key::{Key, Rotation};
+use super::key_ends::KeyEnd;
 use super::keys::{NewKey, generate_key};
 use super::transaction::KeyEndReason;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
@@ -40,9 +41,11 @@ pub struct KeyRotationUndoOutcome {
 
 impl Registry {
     /// Creates a key that replaces another one. The old key works until `grace` is over; with a grace of 0
-    /// it dies at once. Durable on return. `None` if the datasource has no such key.
+    /// it dies at once, whatever the disk says. Durable on return. `None` if the datasource has no such key.
     ///
     /// # Errors
+    /// [`RegistryError::NotReplaced`] if the old key has died at once and no new one could be made, with
+    /// [`Registry::describe_unwritten`] for whether that is durable; it keeps working if it is the last admin key.
     /// [`RegistryError::Rotation`] if the key has expired or is being rotated already;
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
     pub fn rotate_key(
@@ -52,6 +55,44 @@ impl Registry {
         id: KeyId,
         grace: Duration,
     ) -> Result<Option<KeyRotationOutcome>, RegistryError> {
+        if grace.is_zero()
+            && let Some(old) = self.rotatable_key(datasource, id)?
+        {
+            self.end_at_once(&old);
+            return self
+                .replace_key(actor, &old, grace)
+                .map_err(|error| self.end_unreplaced(actor, old, error));
+        }
+        let Some(old) = self.live.key(datasource, id) else {
+            return self.check_owner(datasource).map(|()| None);
+        };
+        self.replace_key(actor, &old, grace)
+    }
+
+    /// Ends a key that was to be replaced at once and could not be, unless it is the last admin key.
+    fn end_unreplaced(&self, actor: &Actor, old: Arc<Key>, error: RegistryError) -> RegistryError {
+        let what = json!({ "label": old.label });
+        let ended = self.end_keys(true, || {
+            let Some(key) = self.live.key(&old.datasource, old.id) else { return Ok(Vec::new()) };
+            self.check_not_last_admin(&key)?;
+            Ok(vec![KeyEnd::new(KeyEndReason::Revoked, vec![key], *actor, what)])
+        });
+        match ended {
+            Ok(dead) if !dead.is_empty() => {
+                tracing::error!(key_id = %old.id, %error, "a key has ended and no new one could be made");
+                RegistryError::NotReplaced { dead: old, why: error.to_string() }
+            }
+            _ => error,
+        }
+    }
+
+    fn replace_key(
+        &self,
+        actor: &Actor,
+        old: &Key,
+        grace: Duration,
+    ) -> Result<Option<KeyRotationOutcome>, RegistryError> {
+        let (datasource, id) = (&old.datasource, old.id);
         let rotated = self.make_change_with_reserve(|database| {
             let Some(old) = self.rotatable_key(datasource, id)? else { return Ok(None) };
             let limits = old.limits.text();

@@ -196,7 +196,7 @@ fn a_change_that_does_not_reach_the_disk_does_not_reach_the_live_view() {
     let failed = [
         registry.create_datasource(&Actor::SYSTEM, None, "b", ingest()).err(),
         registry.create_key(&Actor::SYSTEM, &a.id, "", ingest(), None).err(),
-        registry.rotate_key(&Actor::SYSTEM, &a.id, key.id, Duration::ZERO).err(),
+        registry.rotate_key(&Actor::SYSTEM, &a.id, key.id, Duration::from_secs(60)).err(),
     ];
     for error in failed {
         assert!(matches!(error, Some(RegistryError::Database(_))), "{error:?}");
@@ -212,6 +212,32 @@ fn a_change_that_does_not_reach_the_disk_does_not_reach_the_live_view() {
     registry.create_key(&Actor::SYSTEM, &a.id, "", ingest(), None).expect("works again");
     registry.revoke_key(&Actor::SYSTEM, &a.id, registry.keys(&a.id)[1].id).expect("works again");
     check(&reopened(&dir, registry));
+}
+
+#[test]
+fn a_rotation_without_grace_ends_the_old_key_also_when_there_can_be_no_new_one() {
+    let (dir, registry) = empty();
+    let (a, old, secret) = registry.create_datasource(&Actor::SYSTEM, None, "a", ingest()).expect("created");
+    let all = DatasourceId::all();
+    let admin = Scopes::from_slice(&[Scope::Admin]);
+    let (last_admin, _) = registry.create_key(&Actor::SYSTEM, &all, "", admin, None).expect("created");
+    break_disk(&registry, true);
+    let rotate = |of: &DatasourceId, id, grace| registry.rotate_key(&Actor::SYSTEM, of, id, grace);
+    let kept = rotate(&a.id, old.id, Duration::from_secs(60));
+    assert!(matches!(kept, Err(RegistryError::Database(_))) && old.holds(), "{kept:?}");
+    let kept = rotate(&all, last_admin.id, Duration::ZERO);
+    assert!(matches!(kept, Err(RegistryError::Database(_))) && last_admin.holds(), "{kept:?}");
+    let error = rotate(&a.id, old.id, Duration::ZERO).expect_err("no new key");
+    let RegistryError::NotReplaced { dead, .. } = &error else { panic!("{error}") };
+    assert!(dead.id == old.id && error.to_string().contains(&old.id.to_string()), "{error}");
+    assert!(!old.holds() && registry.was_revoked(&secret.digest()));
+    assert!(registry.describe_unwritten(&a.id, Some(old.id)).is_some() && registry.trouble().is_some());
+    assert!(rotate(&a.id, old.id, Duration::ZERO).expect("no such key").is_none());
+
+    break_disk(&registry, false);
+    registry.write_ends().expect("written");
+    let registry = reopened(&dir, registry);
+    assert!(registry.was_revoked(&secret.digest()));
 }
 
 #[test]

@@ -178,6 +178,20 @@ impl<'a> RegistryTransaction<'a> {
         }
     }
 
+    /// Whether this is the last live key that can manage everything. Keys that are being rotated out do not count.
+    pub(super) fn is_last_admin(&self, id: KeyId) -> rusqlite::Result<bool> {
+        let (first, last) = digest_range(id);
+        let mut select = self.transaction.prepare_cached(
+            "SELECT count(*) FILTER (WHERE digest BETWEEN ?1 AND ?2),
+                 count(*) FILTER (WHERE digest NOT BETWEEN ?1 AND ?2 AND replaced_by IS NULL)
+             FROM keys WHERE datasource = '*' AND revoked_at IS NULL AND ended IS NULL
+                 AND (expires_at IS NULL OR expires_at > ?3) AND ',' || scopes || ',' LIKE '%,admin,%'",
+        )?;
+        let (its, others): (i64, i64) =
+            select.query_row(params![first, last, now_micros()], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok(its > 0 && others == 0)
+    }
+
     /// Marks a key as expired. The rest of its row stays: it was not revoked. Returns `false` if it has ended
     /// already.
     pub(super) fn expire(&self, id: KeyId) -> rusqlite::Result<bool> {

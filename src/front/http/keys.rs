@@ -15,7 +15,7 @@ use super::connect::ConnectLines;
 use super::credentials::Caller;
 use super::{HttpFrontState, PathParameters, limits, run_blocking};
 use crate::auth::usage::{KeyClientUse, KeyUsage};
-use crate::auth::{ApiKey, Key, NewKey, Scope, Scopes};
+use crate::auth::{ApiKey, Key, NewKey, RegistryError, Scope, Scopes};
 use crate::front::problem::Problem;
 use crate::limits::{GRACE_DEFAULT_S, GRACE_S_MAX, USAGE_KEYS_PER_CHANGE};
 use crate::message::{DatasourceId, KeyId, Offset, now_micros};
@@ -300,9 +300,21 @@ pub(super) async fn rotate(
             UndoRotationResponse { key: KeyView::new(&undone.key), revoked: dead.first().map(|key| key.id) };
         return Ok(Json(body).into_response());
     }
-    let rotated = run_blocking(move || Ok(registry.rotate_key(&actor, &of, key_id, grace)?)).await;
-    let rotated =
-        rotated.map_err(Problem::after_body_read)?.ok_or_else(|| no_key_problem(key_id).after_body_read())?;
+    let rotated = run_blocking(move || Ok(registry.rotate_key(&actor, &of, key_id, grace))).await;
+    let rotated = match rotated.map_err(Problem::after_body_read)? {
+        Err(RegistryError::NotReplaced { dead, why }) => {
+            shared.settle(&caller, std::slice::from_ref(&dead), called).await;
+            let unwritten = shared.registry().describe_unwritten(&owner, Some(key_id));
+            let error = RegistryError::NotReplaced { dead, why };
+            let words = match unwritten {
+                Some(detail) => format!("{error}. Its end is {detail}."),
+                None => format!("{error}."),
+            };
+            return Err(Problem::new(Cause::Unavailable, words).after_body_read());
+        }
+        rotated => rotated.map_err(|error| Problem::from(error).after_body_read())?,
+    };
+    let rotated = rotated.ok_or_else(|| no_key_problem(key_id).after_body_read())?;
     if let Some(dead) = rotated.dead {
         shared.settle(&caller, &[dead], called).await;
     }

@@ -53,7 +53,8 @@ pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response
         parts.subscribers.store.set_aside(),
     ];
     let registry = parts.intake.authorizer().registry().trouble();
-    let warnings = [registry, storage, nats.or_else(callout), egress, sessions, retained, lost];
+    let rules = parts.intake.authorizer().registry().unread_rules();
+    let warnings = [registry, rules, storage, nats.or_else(callout), egress, sessions, retained, lost];
     readiness_response(reasons, warnings.into_iter().chain(aside).flatten().collect())
 }
 

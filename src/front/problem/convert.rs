@@ -103,7 +103,9 @@ impl From<RegistryError> for Problem {
             RegistryError::InvalidName(_) => Cause::Malformed,
             RegistryError::TooLarge(_) => Cause::TooLarge,
             RegistryError::Away(_) => Cause::ClusterAway,
-            RegistryError::Overtaken => Cause::Unavailable,
+            RegistryError::Overtaken | RegistryError::UnreadRules(_) | RegistryError::NotReplaced { .. } => {
+                Cause::Unavailable
+            }
             _ => {
                 tracing::error!(error = words, "the registry could not be changed");
                 let words = "The registry cannot be written; nothing was changed.";
@@ -120,7 +122,7 @@ impl From<QueryError> for Problem {
             QueryError::Filter(_) => Self::new(Cause::Malformed, error.to_string()),
             QueryError::Database(_) => {
                 tracing::error!(%error, "a query of stored records failed");
-                Self::new(Cause::Unavailable, "The stored records cannot be read.")
+                Self::new(Cause::Unavailable, "The stored records cannot be read now: see /readyz.")
             }
         }
     }
