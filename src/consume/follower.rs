@@ -34,6 +34,11 @@ pub(super) trait Consumer: Send + 'static {
     /// The first offset that was not consumed.
     fn cursor(&self) -> Offset;
 
+    /// Whether a round that has failed may succeed before the thread has to end. If not, it ends at once.
+    fn may_recover(&self) -> bool {
+        true
+    }
+
     /// Cleans up after the last round.
     fn end(self);
 }
@@ -169,7 +174,7 @@ impl FollowerControl {
                 Err(trouble) => {
                     self.trouble.set_at(Some(trouble.to_string()), Some(consumer.cursor()));
                     match stop {
-                        Some(_) if !self.words.patient => break,
+                        Some(_) if !self.words.patient || !consumer.may_recover() => break,
                         // `pause` returns at once while the thread is to end, so it would spin here.
                         Some(_) => std::thread::sleep(FOLLOWER_RETRY_PAUSES.0),
                         None => self.pause(retry, |_| false),

@@ -128,7 +128,7 @@ pub(super) fn check_registry_is_there(dir: &Path, records: Offset) -> anyhow::Re
 pub(super) fn ensure_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
     match make_admin_key(registry, path) {
         Err(error) if registry.key_count() > 0 => {
-            error!("devices are served, but there is no new admin key before the next start: {error:#}");
+            error!("devices are served, but there is no new admin key before the next start: {error}");
             Ok(())
         }
         made => made,

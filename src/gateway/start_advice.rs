@@ -62,8 +62,7 @@ pub(super) fn explain_registry_error(dir: &Path, error: RegistryError) -> anyhow
     let dir = dir.display();
     let go_on = match &error {
         RegistryError::Database(SqliteError::Newer { .. }) => {
-            "It is left as it is; another Headgate than the one that wrote it last cannot read its keys"
-                .to_owned()
+            "It is left as it is: without its keys nothing can be served".to_owned()
         }
         RegistryError::Database(SqliteError::Foreign { .. } | SqliteError::Damaged { .. }) => format!(
             "Put registry.db back from a backup; or begin anew on purpose (headgate repair --data-dir {dir} \

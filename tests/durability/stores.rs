@@ -11,7 +11,7 @@ use crate::common::wire::{
     Connect, Message, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, SUBACK, Version, Wire, ack, publish,
     subscribe,
 };
-use crate::common::{Gateway, Setup, Source};
+use crate::common::{Gateway, PATIENCE, Setup, Source};
 use crate::dead_ends::{aside, publish_some, repaired, retained, used_directory};
 use crate::faults::{warned, warns_no_more};
 
@@ -144,6 +144,23 @@ fn no_store_but_the_registry_stops_a_start_and_each_comes_back_without_another()
             assert_eq!(in_storage(dir.path()), in_log(dir.path()), "{stem}, {what}");
         }
     }
+}
+
+#[test]
+fn a_gateway_that_cannot_open_its_stores_does_not_wait_for_them_when_it_ends() {
+    let (dir, source) = used_directory(1);
+    let lock = |stem: &str| {
+        by_hand(&dir.path().join(format!("{stem}.db")), "PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE")
+    };
+    let locks = ["records", "retained", "sessions"].map(lock);
+    let gateway = Setup::embedded_on(dir.path()).set("drain_ms_max", 10 * PATIENCE.as_millis()).start();
+    serves(&gateway, &source, "line-1");
+    gateway.stop();
+    drop(locks);
+    let gateway = Setup::embedded_on(dir.path()).start();
+    warns_no_more(&gateway);
+    gateway.stop();
+    assert_eq!(in_storage(dir.path()), in_log(dir.path()));
 }
 
 #[test]

@@ -92,6 +92,10 @@ impl Consumer for StorageFollower {
         *self.shared.cursor.borrow()
     }
 
+    fn may_recover(&self) -> bool {
+        self.unopened.is_none()
+    }
+
     /// Copies the write-ahead log into the one file, if nobody else reads it.
     fn end(self) {
         let Some(mut sink) = self.sink else { return };

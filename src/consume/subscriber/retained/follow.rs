@@ -210,6 +210,10 @@ impl Consumer for RetainedFollower {
         self.shared.cursor()
     }
 
+    fn may_recover(&self) -> bool {
+        self.shared.is_open()
+    }
+
     /// Writes the cursor, and copies the write-ahead log into the one file if nobody else reads it.
     fn end(mut self) {
         let cursor = self.shared.cursor();

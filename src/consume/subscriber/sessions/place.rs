@@ -90,7 +90,7 @@ impl SessionBackend for SessionDatabase {
         let table = match &mut self.table {
             Some(table) => table,
             None if self.state == SessionDatabaseState::Unopened => {
-                let table = SessionTable::open(&self.dir).map_err(SessionStoreError::Unopened)?;
+                let table = SessionTable::open_late(&self.dir).map_err(SessionStoreError::Unopened)?;
                 self.state = SessionDatabaseState::OpenedLate;
                 self.table.insert(table)
             }

@@ -14,6 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rusqlite::types::FromSqlError;
 use rusqlite::{CachedStatement, Connection, Row, TransactionBehavior, params};
@@ -26,6 +27,9 @@ use crate::sqlite::{SqliteError, SqliteProfile};
 
 /// The file's name in the data directory.
 pub(super) const SESSIONS_FILE_NAME: &str = "sessions.db";
+
+/// How long an attempt to open the database waits for a lock while clients wait for the attempt.
+const LATE_OPEN_LOCK_WAIT_MAX: Duration = Duration::from_millis(50);
 
 const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &["
@@ -71,6 +75,13 @@ impl SessionTable {
     pub(super) fn open(dir: &Path) -> Result<Self, SqliteError> {
         let path = dir.join(SESSIONS_FILE_NAME);
         Ok(Self { connection: SESSIONS_DATABASE.open(&path)?, path })
+    }
+
+    /// Opens it while clients wait for the attempt.
+    pub(super) fn open_late(dir: &Path) -> Result<Self, SqliteError> {
+        let path = dir.join(SESSIONS_FILE_NAME);
+        let database = SqliteProfile { open_lock_wait_max: LATE_OPEN_LOCK_WAIT_MAX, ..SESSIONS_DATABASE };
+        Ok(Self { connection: database.open(&path)?, path })
     }
 
     /// Opens it again after a transaction whose outcome is unknown.
