@@ -1,7 +1,7 @@
 //! Opening an SQLite file: its mode (its owner alone reads it), its locks and settings, its version, its pages.
 
 use std::ffi::CString;
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -200,26 +200,27 @@ fn check_own_file(path: &Path) -> io::Result<()> {
         Ok(target) => io::Error::new(error.kind(), format!("it is a link to {}: {error}", target.display())),
         Err(_) => error,
     })?;
-    if !file.is_file() {
-        let kind = if file.is_dir() { "a directory" } else { "a device, socket or pipe" };
-        return Err(io::Error::other(format!("it is {kind} and no file: move it away")));
-    }
-    if file.permissions().mode() & 0o7777 != 0o600
-        && let Err(error) = std::fs::set_permissions(path, Permissions::from_mode(0o600))
-    {
-        // Whoever may write it need not be its owner, for example of a volume in a container.
-        tracing::warn!(%error, path = %path.display(), "it may be readable by others than its owner");
+    check_is_file(&file)?;
+    if file.permissions().mode() & 0o7777 != 0o600 {
+        // Whoever may write it need not be its owner, for example of a volume in a container. The start warns of that.
+        let _ = std::fs::set_permissions(path, Permissions::from_mode(0o600));
     }
     check_access(path)?;
     for beside in ["-wal", "-shm"].map(|suffix| with_suffix(path, suffix)) {
-        match check_access(&beside) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(io::Error::new(error.kind(), format!("{}: {error}", beside.display())));
-            }
-            _ => {}
-        }
+        let Ok(file) = std::fs::metadata(&beside) else { continue };
+        check_is_file(&file)
+            .and_then(|()| check_access(&beside))
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", beside.display())))?;
     }
     Ok(())
+}
+
+fn check_is_file(file: &Metadata) -> io::Result<()> {
+    if file.is_file() {
+        return Ok(());
+    }
+    let kind = if file.is_dir() { "a directory" } else { "a device, socket or pipe" };
+    Err(io::Error::other(format!("it is {kind} and no file: move it away")))
 }
 
 /// Asks whether this process may read and write a file. It is not opened for that: to close it again would take away

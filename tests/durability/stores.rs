@@ -58,7 +58,7 @@ const TROUBLES: [(&str, Trouble); 6] = [
     ("a directory in the place of its write-ahead log", |path| {
         drop(by_hand(path, "PRAGMA wal_checkpoint(TRUNCATE)"));
         std::fs::create_dir_all(beside(path, "-wal")).expect("made");
-        (None, "")
+        (None, ".db-wal: it is a directory")
     }),
 ];
 

@@ -409,6 +409,20 @@ fn nats_that_is_away_is_a_warning_and_no_device_notices() {
 }
 
 #[test]
+fn a_log_id_that_cannot_be_read_is_a_warning_and_no_device_notices() {
+    let (dir, server) = (scratch(), NatsServer::start());
+    let path = dir.path().join("log.id");
+    std::fs::create_dir(&path).expect("made");
+    let gateway = setup(dir.path(), &[server.url()]).start();
+    let source = gateway.create("press-4");
+    ingest(&gateway, &source, "t", "1");
+    warned(&gateway, "log.id");
+    std::fs::remove_dir(&path).expect("removed");
+    sent(&gateway);
+    assert_eq!(on_stream(&server.url()).len(), 1);
+}
+
+#[test]
 fn a_stream_that_is_configured_differently_is_left_as_it_is() {
     let nats = NatsServer::start();
     let made = nats_py(

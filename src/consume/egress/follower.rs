@@ -1,6 +1,8 @@
 //! The thread that follows the log into the stream on NATS.
 
 use std::collections::VecDeque;
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -11,6 +13,7 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use super::counts::{EgressCounts, EgressSkipReason, EgressSkipReport};
+use super::log_id::read_or_create_log_id;
 use super::message::{is_message_of_record, message_of_record, record_offset_of};
 use crate::consume::follower::{Consumer, NextRound};
 use crate::limits::EGRESS_READ_BYTES;
@@ -20,6 +23,8 @@ use crate::message::{Offset, RecordRef};
 /// Why a round of the thread failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum EgressRoundError {
+    #[error("cannot read or make {}: {error}. Put that right; it is tried again", path.display())]
+    LogId { path: PathBuf, error: io::Error },
     #[error(transparent)]
     Outlet(#[from] OutletError),
     #[error(transparent)]
@@ -49,6 +54,8 @@ pub(super) enum EgressRoundError {
 
 /// The thread.
 pub(super) struct EgressFollower {
+    log_id_path: PathBuf,
+    /// Empty until it is read.
     log_id: String,
     stream: String,
     log: Arc<dyn Log>,
@@ -109,9 +116,9 @@ async fn wait_for_deadline(stop: &mut watch::Receiver<Option<Instant>>) {
 }
 
 impl EgressFollower {
-    /// A thread, not started yet. Must be called in a tokio runtime.
+    /// A thread, not started yet, for the log whose id is in a file. Must be called in a tokio runtime.
     pub(super) fn new(
-        log_id: String,
+        log_id_path: PathBuf,
         stream: &str,
         log: Arc<dyn Log>,
         outlet: Outlet,
@@ -119,7 +126,8 @@ impl EgressFollower {
         counts: Arc<EgressCounts>,
     ) -> Self {
         Self {
-            log_id,
+            log_id_path,
+            log_id: String::new(),
             stream: stream.to_owned(),
             hold: log.hold_with_room(),
             log,
@@ -200,6 +208,11 @@ impl EgressFollower {
 
     /// Opens the outlet and finds the first record that is not on the stream.
     async fn open(&mut self) -> Result<Offset, EgressRoundError> {
+        if self.log_id.is_empty() {
+            let path = &self.log_id_path;
+            self.log_id = read_or_create_log_id(path)
+                .map_err(|error| EgressRoundError::LogId { path: path.clone(), error })?;
+        }
         let last = self.outlet.open().await?;
         let next = match self.resume_offset(&last)? {
             Some(next) => next,

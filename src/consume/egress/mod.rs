@@ -23,7 +23,7 @@ mod log_id;
 mod message;
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ use headgate_bridge_nats::{Nats, Outlet};
 use tokio::sync::watch;
 
 use self::follower::EgressFollower;
-use self::log_id::{LOG_ID_FILE, read_or_create_log_id};
+use self::log_id::LOG_ID_FILE;
 use super::follower::{FollowerControl, FollowerProfile};
 use crate::config;
 use crate::log::Log;
@@ -63,14 +63,6 @@ pub struct Egress {
 /// Why egress could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum EgressError {
-    /// The log's id could not be read or written.
-    #[error("the stream on NATS: cannot read or make {}: {error}", path.display())]
-    LogId {
-        /// Where it is.
-        path: PathBuf,
-        /// The operating system's.
-        error: io::Error,
-    },
     /// The thread could not be started.
     #[error("the stream on NATS: {0}")]
     Io(#[from] io::Error),
@@ -97,13 +89,18 @@ impl Egress {
             duplicate_window: EGRESS_DUPLICATE_WINDOW,
             purpose: StreamPurpose::Copy,
         };
-        let path = dir.join(LOG_ID_FILE);
-        let log_id = read_or_create_log_id(&path).map_err(|error| EgressError::LogId { path, error })?;
+        let log_id_path = dir.join(LOG_ID_FILE);
         let counts = Arc::new(EgressCounts::default());
         let stop = watch::Sender::new(None);
         let outlet = Outlet::new(nats, settings);
-        let follower =
-            EgressFollower::new(log_id, &stream.name, log.clone(), outlet, stop.subscribe(), counts.clone());
+        let follower = EgressFollower::new(
+            log_id_path,
+            &stream.name,
+            log.clone(),
+            outlet,
+            stop.subscribe(),
+            counts.clone(),
+        );
         let control = FollowerControl::new(&EGRESS_PROFILE);
         control.start(follower, log)?;
         Ok(Self { control, stop, counts })

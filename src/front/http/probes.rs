@@ -30,7 +30,7 @@ struct Readiness {
 /// `GET /readyz`: messages can be taken and made durable. Only the log and the drain make it unready. All else
 /// is a warning, because devices are still served: the log keeps what storage, egress and the retained
 /// messages have not read yet, sessions that cannot be written go on in memory, and clients of MQTT and HTTP
-/// need no NATS. Keys whose end is not durable are dead all the same. Records that are lost to damage, and files
+/// need no NATS. A store that cannot be opened is warned of until it is. Keys whose end is not durable are dead all the same. Records that are lost to damage, and files
 /// that were set aside, are warned of until the next start.
 pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response {
     let parts = &shared.parts;
