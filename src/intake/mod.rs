@@ -32,9 +32,9 @@ use crate::quota::{LimitExceeded, LimitOwner, Meters, Quota};
 use admitted::SectionCounts;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
-pub use draft::{Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
+pub use draft::{AskedMessage, Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
 pub use incoming::{Exchange, IncomingMessage, check_message_id};
-pub use refusal::Refusal;
+pub use refusal::{IdConflict, Refusal};
 
 /// How often a gateway that was cut off from its cluster checks whether it has caught up.
 const CATCH_UP_POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -119,6 +119,8 @@ impl Intake {
             client: None,
             sections: Vec::new(),
             keys: Vec::new(),
+            refusals: Vec::new(),
+            only_asks: false,
             paid: 0,
             over: None,
             quota: None,
@@ -206,9 +208,11 @@ impl Intake {
         }
     }
 
-    fn append(&self, draft: Draft, room: OwnedSemaphorePermit) -> AdmittedDraft {
+    fn append(&self, mut draft: Draft, room: OwnedSemaphorePermit) -> AdmittedDraft {
         let started = Instant::now();
         let records = draft.sections.iter().map(SectionCounts::from_section).collect();
+        // Here, so that the log's writer need not compute it.
+        draft.sections.iter_mut().for_each(|section| _ = section.content_digest());
         let give_up_at = started + self.hold_back(draft.transport);
         let committed = self.0.log.append(draft.sections, give_up_at);
         let metrics = self.0.metrics.clone();
@@ -218,6 +222,7 @@ impl Intake {
             started,
             records,
             keys: draft.keys,
+            asked: draft.refusals,
             client: draft.client,
             received_at: draft.received_at,
             registry: self.0.authorizer.registry().clone(),
@@ -242,19 +247,29 @@ impl Intake {
     }
 
     /// Admits a draft and waits until it is durable. `Ok` has the offsets of its records, which must be of
-    /// one origin; `None` for a draft without messages.
+    /// one origin; `None` for a draft without messages, or one that only asks and is not known.
     ///
     /// # Errors
-    /// Every transient [`Refusal`], and [`GrantDenial::Revoked`] if the key died meanwhile.
+    /// Every transient [`Refusal`], [`GrantDenial::Revoked`] if the key died meanwhile, and [`Refusal::Conflict`]
+    /// if its id belongs to other messages. The last two are counted already.
     pub async fn submit(&self, draft: Draft) -> Result<Option<DurableOffsets>, Refusal> {
         if draft.sections.iter().all(|section| section.records() == 0) {
             return Ok(None);
         }
         let accepted = self.admit(draft).await?.await?;
         match accepted.outcomes.into_iter().next() {
-            Some(SectionOutcome::Kept(offsets)) => Ok(Some(DurableOffsets { offsets, duplicate: false })),
-            Some(SectionOutcome::Duplicate(offsets)) => Ok(Some(DurableOffsets { offsets, duplicate: true })),
-            Some(SectionOutcome::KeyDead) | None => Err(GrantDenial::Revoked.into()),
+            Some(SectionOutcome::Kept(offsets)) => {
+                Ok(Some(DurableOffsets { offsets, duplicate: false, known: false }))
+            }
+            Some(SectionOutcome::Duplicate(offsets)) => {
+                Ok(Some(DurableOffsets { offsets, duplicate: true, known: false }))
+            }
+            Some(SectionOutcome::Known(offsets)) => {
+                Ok(Some(DurableOffsets { offsets, duplicate: true, known: true }))
+            }
+            Some(SectionOutcome::Unknown) => Ok(None),
+            Some(other) => Err(Refusal::from_outcome(&other).unwrap_or(GrantDenial::Revoked.into())),
+            None => Err(GrantDenial::Revoked.into()),
         }
     }
 

@@ -15,8 +15,8 @@
 //! - Offsets are consecutive from 0, and the log's order is the order of acknowledgement.
 //! - An append that has resolved `Ok` is durable: on disk with `durability = "fsync"`, in the page
 //!   cache with `"os"`. Readers see only durable records.
-//! - The log skips a section with a known [`OnceId`] and answers with the offsets kept before. An
-//!   id becomes known when its section is durable: after a failed append it is still new. Only a loss of
+//! - The log skips a section with a known [`OnceId`] and answers with the offsets kept before, if it is the same
+//!   messages again: otherwise it refuses it. An id becomes known when its section is durable: after a failed append it is still new. Only a loss of
 //!   power, or a restart after [`AppendError::Failed`], may find that a failed append was kept whole. Ids are
 //!   in the log and so survive any end of the process: see `window.rs` for how long.
 //! - The log skips sections whose key has died when their batch is put together. Once the key's lease
@@ -256,8 +256,22 @@ pub enum SectionOutcome {
     Kept(Offsets),
     /// Not kept again: a section with one of its ids is already durable, at these offsets.
     Duplicate(Offsets),
+    /// Not kept: it asked for its ids ([`Section::ask_for`]), and the same messages are durable under one of them, at
+    /// these offsets.
+    Known(Offsets),
     /// Not kept: its key had died before.
     KeyDead,
+    /// Not kept: one of its ids belongs to other messages.
+    Conflict {
+        /// The offsets of those.
+        earlier: Offsets,
+        /// Whether it is the id of a QoS 2 exchange.
+        in_exchange: bool,
+    },
+    /// Not kept: its datasource may open no further QoS 2 exchange now.
+    ExchangesFull,
+    /// Not kept: it only asked for its ids ([`Section::only_ask`]), and none is known.
+    Unknown,
 }
 
 /// Why an append failed. All but [`AppendError::TooLarge`] are transient: the same message may be accepted

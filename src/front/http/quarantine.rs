@@ -201,10 +201,8 @@ async fn redrive_page(
     for outcome in accepted.outcomes {
         match outcome {
             SectionOutcome::Kept(_) => answer.redriven += 1,
-            SectionOutcome::Duplicate(_) => answer.duplicates += 1,
-            SectionOutcome::KeyDead => {
-                return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read());
-            }
+            SectionOutcome::Duplicate(_) | SectionOutcome::Conflict { .. } => answer.duplicates += 1,
+            _ => return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read()),
         }
     }
     Ok(())

@@ -103,6 +103,13 @@ impl Problem {
         self
     }
 
+    /// Whether it is about a size or an amount, whose limit may have been changed.
+    pub(super) fn is_over_limit(&self) -> bool {
+        use Cause::{LimitBytesPerS, LimitMessagesPerS, LimitPayloadBytes, LimitTopics, TooLarge};
+        let cause = self.0.note.cause;
+        matches!(cause, LimitBytesPerS | LimitMessagesPerS | LimitPayloadBytes | LimitTopics | TooLarge)
+    }
+
     /// Marks that intake has counted the refusal.
     pub(super) fn already_counted(mut self) -> Self {
         self.0.note.counted = true;
