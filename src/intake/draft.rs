@@ -231,7 +231,11 @@ impl Draft {
             Err(Refusal::Limited(limited)) if limited.is_for_quarantine() => {
                 return Err(self.quarantine(grant, datasource, message, quarantine_reason(&limited))?);
             }
-            Err(Refusal::Limited(limited)) if !limited.is_held_back() => {
+            // Over a rate, the others than MQTT's clients are told to come again.
+            Err(Refusal::Limited(limited))
+                if !limited.is_held_back()
+                    && (self.transport == Transport::Mqtt || !limited.limit.is_rate()) =>
+            {
                 return Err(self.ask(grant, datasource, message, Refusal::Limited(limited))?);
             }
             metered => metered?,
@@ -357,11 +361,7 @@ impl Draft {
     ///
     /// # Errors
     /// As [`Draft::push`].
-    pub fn push_repeated(
-        &mut self,
-        grant: &Grant,
-        message: IncomingMessage<'_>,
-    ) -> Result<usize, Refusal> {
+    pub fn push_repeated(&mut self, grant: &Grant, message: IncomingMessage<'_>) -> Result<usize, Refusal> {
         let before = std::mem::replace(&mut self.only_asks, true);
         let message = IncomingMessage { message_id: None, ..message };
         let pushed = self.check_and_add(grant, None, message);

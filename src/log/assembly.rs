@@ -142,15 +142,18 @@ impl<'a> Assembly<'a> {
     /// The outcome of a section that is not kept because of the ids that are known, or because it only asks.
     fn find_known(&self, section: &Section, digest: Option<ContentDigest>) -> Option<SectionOutcome> {
         let known = |id| self.kept_under(section.datasource.as_str(), id).map(|known| (id, known));
-        let conflict = |(id, known): (OnceId, KnownContent)| {
-            SectionOutcome::Conflict { earlier: known.kept.into(), in_exchange: id.is_exchange() }
+        let conflict = |(id, known): (OnceId, KnownContent)| SectionOutcome::Conflict {
+            earlier: known.kept.into(),
+            in_exchange: id.is_exchange(),
         };
         let asked = section.asked().iter().find_map(|id| known(*id));
         match asked {
             Some((_, found)) if found.is_repeated_by(digest) => {
                 return Some(SectionOutcome::Known(found.kept.into()));
             }
-            Some((id, found)) if section.is_question() && id.is_exchange() => return Some(conflict((id, found))),
+            Some((id, found)) if section.is_question() && id.is_exchange() => {
+                return Some(conflict((id, found)));
+            }
             _ if section.is_question() => return Some(SectionOutcome::Unknown),
             // What is not to be kept under an id may differ from what is.
             _ => {}

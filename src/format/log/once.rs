@@ -311,7 +311,7 @@ mod tests {
         }
         assert_eq!(ContentDigest::from_hex(&one.to_hex()), Some(one));
         assert_eq!(ContentDigest::from_hex("no digest"), None);
-        assert_eq!(one.to_hex(), "DIGEST");
+        assert_eq!(one.to_hex(), "96e3a5a33bf8c0f3");
     }
 
     #[test]

@@ -111,7 +111,8 @@ async fn ingest(
             false => Err(failures.into_problem(&kept.offsets)),
         }
     };
-    let (DurableOffsets { offsets, duplicate, .. }, standing) = kept.await.map_err(Problem::after_body_read)?;
+    let (DurableOffsets { offsets, duplicate, .. }, standing) =
+        kept.await.map_err(Problem::after_body_read)?;
     let (accepted, first_offset, last_offset) = (offsets.records(), offsets.first(), offsets.last());
     let accepted = IngestResponse { accepted, first_offset, last_offset, duplicate };
     let mut response = Json(accepted).into_response();

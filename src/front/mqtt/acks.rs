@@ -123,13 +123,7 @@ impl ReadAcks {
     }
 
     /// Adds the answer to a message that is refused unless the log knows it, which it asks as part of its `origin`.
-    pub(super) fn push_asked(
-        &mut self,
-        answer: AckKind,
-        packet_id: u16,
-        origin: usize,
-        refusal: Refusal,
-    ) {
+    pub(super) fn push_asked(&mut self, answer: AckKind, packet_id: u16, origin: usize, refusal: Refusal) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
         self.unacknowledged += usize::from(answer == AckKind::Puback);
         let verdict = AckVerdict::Asked { origin, refusal: Box::new(refusal) };
@@ -183,7 +177,9 @@ impl ReadAcks {
         let refused = self.acks.iter().filter(|ack| ack.answer == AckKind::Pubrec).filter(|ack| {
             let outcome = ack.verdict.outcome(outcomes);
             let is_conflict = matches!(outcome, Some(SectionOutcome::Conflict { in_exchange: true, .. }));
-            outcome.is_some() && (is_conflict || !closer.is_ephemeral) && ack.verdict.refused(outcomes).is_some()
+            outcome.is_some()
+                && (is_conflict || !closer.is_ephemeral)
+                && ack.verdict.refused(outcomes).is_some()
         });
         refused.map(|ack| Exchange { session: closer.session, packet_id: ack.packet_id }).collect()
     }

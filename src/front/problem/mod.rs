@@ -103,11 +103,9 @@ impl Problem {
         self
     }
 
-    /// Whether it is about a size or an amount, whose limit may have been changed.
+    /// Whether it is about a size or an amount for which waiting does not help, and whose limit may have been changed.
     pub(super) fn is_over_limit(&self) -> bool {
-        use Cause::{LimitBytesPerS, LimitMessagesPerS, LimitPayloadBytes, LimitTopics, TooLarge};
-        let cause = self.0.note.cause;
-        matches!(cause, LimitBytesPerS | LimitMessagesPerS | LimitPayloadBytes | LimitTopics | TooLarge)
+        matches!(self.0.note.cause, Cause::LimitPayloadBytes | Cause::LimitTopics | Cause::TooLarge)
     }
 
     /// Marks that intake has counted the refusal.

@@ -454,7 +454,8 @@ impl JetstreamAppender {
             }
         };
         let is_same = found.is_none_or(|found| found.is_same(progress.content));
-        let earlier = Offsets::consecutive(first, found.map_or(progress.content.records, |found| found.records));
+        let earlier =
+            Offsets::consecutive(first, found.map_or(progress.content.records, |found| found.records));
         let asked = progress.asked.front().filter(|_| place.asks).map(|(id, _)| *id);
         match asked {
             Some(_) if is_same => progress.found = Some(SectionOutcome::Known(earlier)),

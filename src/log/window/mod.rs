@@ -37,7 +37,8 @@ use self::clock::WindowClock;
 use self::share::WindowShares;
 use super::batch::{Batch, SectionRef};
 use super::once::{
-    ContentDigest, KeptRange, OPEN_EXCHANGE_BYTES, OnceEntry, OnceId, OncePart, WindowStamp, put_open_exchange,
+    ContentDigest, KeptRange, OPEN_EXCHANGE_BYTES, OnceEntry, OnceId, OncePart, WindowStamp,
+    put_open_exchange,
 };
 use super::segment::{FrameError, SeekOutcome, Segment};
 use super::shelf::{KnownContent, KnownId, ShareNumber, Shelf};
@@ -148,7 +149,8 @@ impl DedupWindow {
                 last = Some(newest);
             }
             let (Some(began), Some(last)) = (began, last) else { continue };
-            let over_age = is_over_age(self.bounds.message_age_max_s, began.seconds(), self.stamp().seconds());
+            let over_age =
+                is_over_age(self.bounds.message_age_max_s, began.seconds(), self.stamp().seconds());
             let ids_max = (self.bounds.messages_max as u64).saturating_mul(RECOVERED_IDS_FACTOR);
             if over_age || last.entered.saturating_sub(began.entered) >= ids_max {
                 return Ok(nth);
@@ -164,11 +166,7 @@ impl DedupWindow {
 
     /// Updates the window from a frame that has just become durable. `digests` are those of its sections with
     /// ids, in order.
-    pub(super) fn learn(
-        &mut self,
-        batch: &Batch,
-        digests: &mut impl Iterator<Item = Option<ContentDigest>>,
-    ) {
+    pub(super) fn learn(&mut self, batch: &Batch, digests: &mut impl Iterator<Item = Option<ContentDigest>>) {
         let Some(once) = batch.once() else { return };
         let evicted = self.apply(batch, &once, &mut |_| digests.next().flatten());
         self.report(evicted);
@@ -235,7 +233,10 @@ impl DedupWindow {
         let mut read: Option<Batch> = None;
         for known in self.exchanges.iter_mut().filter(|known| known.owner == ShareNumber::NONE) {
             let (id, offset) = (known.entry.id, known.entry.kept.first_offset);
-            if !read.as_ref().is_some_and(|batch| (batch.first_offset()..batch.next_offset()).contains(&offset)) {
+            if !read
+                .as_ref()
+                .is_some_and(|batch| (batch.first_offset()..batch.next_offset()).contains(&offset))
+            {
                 read = read_batch(segments, offset)?;
             }
             let Some(batch) = &read else { continue };
@@ -269,7 +270,8 @@ impl DedupWindow {
 
     /// What is kept under an id of a datasource, if the id is known.
     pub(super) fn get(&self, datasource: &str, id: OnceId) -> Option<KnownContent> {
-        let known = if id.is_exchange() { self.exchanges.get(id) } else { self.shares.message(datasource, id) };
+        let known =
+            if id.is_exchange() { self.exchanges.get(id) } else { self.shares.message(datasource, id) };
         known.map(KnownId::content)
     }
 
