@@ -27,7 +27,11 @@ impl ModelRun {
         self.check_order_and_ends(&records);
         self.check_readers(&*log, &records);
         self.check_storage(&records).await;
-        let outcome = |record: &RecordRef<'_>| (RecordKind::of(record), record.received_at, text_of(record));
+        let outcome = |record: &RecordRef<'_>| match RecordKind::of(record) {
+            // No message, so that no clock of the model says when it was received.
+            RecordKind::Mark => (RecordKind::Mark, 0, String::new()),
+            kind => (kind, record.received_at, text_of(record)),
+        };
         RunOutcome {
             records: records.iter().map(outcome).collect(),
             acknowledged: self.acknowledged.iter().map(|acked| (acked.number, acked.offset)).collect(),

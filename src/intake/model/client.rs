@@ -65,6 +65,8 @@ pub(super) struct DraftedMessage {
     /// Its place among those of its origin.
     pub(super) place: usize,
     pub(super) pushed_as: PushedAs,
+    /// How many exchanges its tenant may have open at that time, with itself.
+    pub(super) maybe_open: usize,
 }
 
 /// A draft on its way into the log.
