@@ -95,8 +95,13 @@ pub struct IntakeConfig {
     /// How long a message id is remembered, in seconds: a second message with the same id is acknowledged
     /// and not kept again.
     pub dedup_window_s: u64,
-    /// The most message ids that are remembered; beyond that the oldest are forgotten early.
+    /// The most message ids that are remembered; beyond that the oldest of the datasources that have most are
+    /// forgotten early.
     pub dedup_ids_max: usize,
+    /// The most message ids that are remembered of one datasource; beyond that its oldest are forgotten early.
+    pub dedup_ids_per_datasource_max: usize,
+    /// The most QoS 2 exchanges of one datasource that may be open; a further one is refused.
+    pub exchanges_per_datasource_max: usize,
 }
 
 /// The format of Headgate's own log lines.
@@ -166,6 +171,8 @@ impl Default for IntakeConfig {
             hold_back_ms_max: 10_000,
             dedup_window_s: limits::DEDUP_WINDOW_S,
             dedup_ids_max: limits::DEDUP_IDS_MAX,
+            dedup_ids_per_datasource_max: limits::DEDUP_IDS_PER_DATASOURCE_MAX,
+            exchanges_per_datasource_max: limits::EXCHANGES_PER_DATASOURCE_MAX,
         }
     }
 }
@@ -285,6 +292,18 @@ impl IntakeConfig {
             "intake.dedup_ids_max",
             self.dedup_ids_max,
             "it has to be between 1 and 100 million",
+        )?;
+        require(
+            (1..=100_000_000).contains(&self.dedup_ids_per_datasource_max),
+            "intake.dedup_ids_per_datasource_max",
+            self.dedup_ids_per_datasource_max,
+            "it has to be between 1 and 100 million",
+        )?;
+        require(
+            (1..=limits::EXCHANGES_OPEN_MAX).contains(&self.exchanges_per_datasource_max),
+            "intake.exchanges_per_datasource_max",
+            self.exchanges_per_datasource_max,
+            "it has to be between 1 and 1 million",
         )
     }
 }

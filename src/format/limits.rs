@@ -112,7 +112,11 @@ pub const MESSAGE_ID_BYTES_MAX: usize = 128;
 pub const DEDUP_WINDOW_S: u64 = 600;
 /// Default: message ids that are remembered at once.
 pub const DEDUP_IDS_MAX: usize = 2_000_000;
-/// QoS 2 exchanges open at once; a further one evicts the oldest.
+/// Default: message ids of one datasource that are remembered at once.
+pub const DEDUP_IDS_PER_DATASOURCE_MAX: usize = DEDUP_IDS_MAX / 2;
+/// Default: QoS 2 exchanges of one datasource that are open at once: two sessions with all their packet identifiers.
+pub const EXCHANGES_PER_DATASOURCE_MAX: usize = 2 << 16;
+/// QoS 2 exchanges open at once; a further one is refused.
 pub const EXCHANGES_OPEN_MAX: usize = 1_000_000;
 /// How long a QoS 2 exchange stays open if its client does not come back.
 pub const EXCHANGE_AGE_MAX: std::time::Duration = std::time::Duration::from_secs(7 * 24 * 3_600);

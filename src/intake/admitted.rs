@@ -25,6 +25,8 @@ pub struct AdmittedDraft {
     pub(super) records: Vec<SectionCounts>,
     /// The key of each section.
     pub(super) keys: Vec<Arc<Key>>,
+    /// Why the messages of sections that only ask are refused.
+    pub(super) asked: Vec<(usize, Refusal)>,
     pub(super) client: Option<Arc<KeyClient>>,
     pub(super) received_at: TimeMicros,
     pub(super) registry: Arc<Registry>,
@@ -56,6 +58,20 @@ impl AdmittedDraft {
             self.registry.note_use(key, self.client.as_ref(), self.received_at, Some((messages, offset)));
         }
     }
+
+    /// Reports that `messages` of a key are refused, which only the log could tell.
+    fn report_refusal(&self, key: &Arc<Key>, messages: u32, refusal: &Refusal) {
+        self.registry.note_refusal(key);
+        let client = self.client.as_deref();
+        let note = RefusalNote {
+            address: client.and_then(|client| client.address),
+            client: client.and_then(|client| client.client_id.as_deref()).unwrap_or_default(),
+            datasource: if key.datasource.is_all() { "" } else { key.datasource.as_str() },
+            key_id: Some(key.id),
+            ..refusal.note(self.transport)
+        };
+        (0..messages).for_each(|_| self.refusals.note(note));
+    }
 }
 
 /// A draft that is durable.
@@ -70,6 +86,8 @@ pub struct DurableOffsets {
     pub offsets: Offsets,
     /// Whether these were kept before.
     pub duplicate: bool,
+    /// Whether they were let in before, although the draft would be refused now.
+    pub known: bool,
 }
 
 impl Future for AdmittedDraft {
@@ -82,9 +100,9 @@ impl Future for AdmittedDraft {
         let (mut records, mut bytes, mut duplicates, mut quarantined) = (0, 0, 0, 0);
         // Consecutive sections of one key are reported together: messages, and the newest offset.
         let mut came_in: Option<(&Arc<Key>, u64, Offset)> = None;
-        for ((SectionCounts { accepted: (n, payload_bytes), quarantined: m }, key), outcome) in
-            self.records.iter().zip(&self.keys).zip(&committed.outcomes)
-        {
+        let sections = self.records.iter().zip(&self.keys).zip(&committed.outcomes);
+        for (origin, ((counts, key), outcome)) in sections.enumerate() {
+            let SectionCounts { accepted: (n, payload_bytes), quarantined: m } = counts;
             match outcome {
                 SectionOutcome::Kept(offsets) => {
                     records += u64::from(*n);
@@ -101,11 +119,18 @@ impl Future for AdmittedDraft {
                         }
                     };
                 }
-                SectionOutcome::Duplicate(_) => duplicates += u64::from(n + m),
+                SectionOutcome::Duplicate(_) | SectionOutcome::Known(_) => duplicates += u64::from(n + m),
                 SectionOutcome::KeyDead => {
                     let note =
                         RefusalNote::new(self.transport, GrantDenial::Revoked.cause(), &GrantDenial::Revoked);
                     (0..n + m).for_each(|_| self.refusals.note(note));
+                }
+                other => {
+                    let asked = self.asked.iter().find(|(asked, _)| *asked == origin);
+                    let refusal = asked.map(|(_, refusal)| refusal.clone());
+                    if let Some(refusal) = refusal.or_else(|| Refusal::from_outcome(other)) {
+                        self.report_refusal(key, n + m, &refusal);
+                    }
                 }
             }
         }

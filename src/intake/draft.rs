@@ -18,7 +18,7 @@ use crate::time::Rfc3339;
 use crate::validate::Validation;
 
 use super::refusal::quarantine_reason;
-use super::{IncomingMessage, Intake, Refusal, check_message_id};
+use super::{Exchange, IncomingMessage, Intake, Refusal, check_message_id};
 
 /// The user property of MQTT 5 with a message's id: a second message with the same id is not kept again.
 pub const MESSAGE_ID_PROPERTY: &str = "message-id";
@@ -30,6 +30,15 @@ pub struct QuarantinedMessage {
     pub origin: usize,
     /// Why it is in quarantine.
     pub reason: QuarantineReason<'static>,
+}
+
+/// A refused message that may be a repetition of one that the log has.
+#[derive(Debug, Clone)]
+pub struct AskedMessage {
+    /// Its origin in the draft, as [`Draft::push`] returns it.
+    pub origin: usize,
+    /// Why it is refused if the log does not know it.
+    pub refusal: Refusal,
 }
 
 /// The outcome for a quarantined message that is sent again.
@@ -58,6 +67,10 @@ pub struct Draft {
     pub(super) sections: Vec<Section>,
     /// The key of each section.
     pub(super) keys: Vec<Arc<Key>>,
+    /// Why the messages of each section that only asks are refused.
+    pub(super) refusals: Vec<(usize, Refusal)>,
+    /// Its messages are not to be kept: they ask whether they are known.
+    pub(super) only_asks: bool,
     /// How many of the next messages have been charged to their rates already.
     pub(super) paid: u64,
     /// The limit that all messages exceed, for which they go into quarantine.
@@ -88,6 +101,12 @@ impl Draft {
         check_message_id(message_id)?;
         self.message_id = Some(message_id.to_owned());
         Ok(())
+    }
+
+    /// Declares, before the first message is added, that its messages are refused, and only ask whether they are
+    /// a repetition of what the log has: they are not charged and not validated.
+    pub fn only_ask(&mut self) {
+        self.only_asks = true;
     }
 
     /// Sets the client that sent it, for the usage of its key.
@@ -163,6 +182,8 @@ impl Draft {
         let pushed = self.check_and_add(grant, datasource, message);
         match &pushed {
             Err(Refusal::Limited(limited)) if limited.is_held_back() => {}
+            // Counted when the log does not know it.
+            Err(Refusal::Asked(_)) => {}
             Err(_) => self.intake.0.authorizer.registry().note_refusal(grant.key()),
             Ok(_) => {}
         }
@@ -190,7 +211,16 @@ impl Draft {
             grant.allows(Scope::Ingest, datasource.unwrap_or(own).as_str())?;
             own
         };
-        self.check_form(topic, &message)?;
+        let message = IncomingMessage { topic, ..message };
+        match self.check_form(topic, &message) {
+            Ok(()) | Err(Refusal::TooLarge { .. }) if self.only_asks => {
+                return self.question_for(grant, datasource, &message);
+            }
+            Err(refusal @ Refusal::TooLarge { .. }) => {
+                return Err(self.ask(grant, datasource, message, refusal)?);
+            }
+            checked => checked?,
+        }
         // The rates come after those checks, so that what they refuse is not charged.
         // The schema comes last, because it costs most.
         let metered = match &self.over {
@@ -199,8 +229,14 @@ impl Draft {
         };
         match metered {
             Err(Refusal::Limited(limited)) if limited.is_for_quarantine() => {
-                let message = IncomingMessage { topic, ..message };
                 return Err(self.quarantine(grant, datasource, message, quarantine_reason(&limited))?);
+            }
+            // Over a rate, the others than MQTT's clients are told to come again.
+            Err(Refusal::Limited(limited))
+                if !limited.is_held_back()
+                    && (self.transport == Transport::Mqtt || !limited.limit.is_rate()) =>
+            {
+                return Err(self.ask(grant, datasource, message, Refusal::Limited(limited))?);
             }
             metered => metered?,
         }
@@ -211,9 +247,7 @@ impl Draft {
                 self.sections[at].push(topic, payload, content_type, properties, flags);
                 Ok(at)
             }
-            Err(reason) => {
-                Err(self.quarantine(grant, datasource, IncomingMessage { topic, ..message }, *reason)?)
-            }
+            Err(reason) => Err(self.quarantine(grant, datasource, message, *reason)?),
         }
     }
 
@@ -273,6 +307,68 @@ impl Draft {
         validation
     }
 
+    /// Refuses a message, unless it may be a repetition of one that the log has: then it is added as a question, and
+    /// the log's answer tells. What is refused now may have been let in before.
+    #[cold]
+    fn ask(
+        &mut self,
+        grant: &Grant,
+        datasource: &DatasourceId,
+        message: IncomingMessage<'_>,
+        refusal: Refusal,
+    ) -> Result<Refusal, Refusal> {
+        let has_id = message.message_id.is_some_and(|id| check_message_id(id).is_ok());
+        if !has_id && message.exchange.is_none() {
+            return Err(refusal);
+        }
+        let message = IncomingMessage { message_id: message.message_id.filter(|_| has_id), ..message };
+        let origin = self.question_for(grant, datasource, &message)?;
+        self.refusals.push((origin, refusal.clone()));
+        Ok(Refusal::Asked(Box::new(AskedMessage { origin, refusal })))
+    }
+
+    /// Adds a message that is not kept, but asks whether it is known under its id. Returns its origin.
+    ///
+    /// # Errors
+    /// [`Refusal::MessageId`].
+    #[cold]
+    fn question_for(
+        &mut self,
+        grant: &Grant,
+        datasource: &DatasourceId,
+        message: &IncomingMessage<'_>,
+    ) -> Result<usize, Refusal> {
+        let id_of_all = self.message_id.clone();
+        let open = self.sections.len().saturating_sub(1);
+        if id_of_all.is_none() || self.sections.is_empty() {
+            message.message_id.map_or(Ok(()), check_message_id)?;
+            let mut section = self.new_section(grant, datasource);
+            section.only_ask();
+            let message_id = id_of_all.as_deref().or(message.message_id);
+            message_id.into_iter().for_each(|id| section.ask_for(OnceId::of_message(datasource, id)));
+            message.exchange.into_iter().for_each(|exchange| section.ask_for(exchange.once_id()));
+            self.sections.push(section);
+            self.keys.push(grant.key().clone());
+        }
+        let at = if id_of_all.is_none() { self.sections.len() - 1 } else { open };
+        let IncomingMessage { topic, payload, .. } = message;
+        self.sections[at].push(topic, payload, "", &[], RecordFlags::default());
+        Ok(at)
+    }
+
+    /// Adds a message of an open QoS 2 exchange of this connection, which the log has to know: it is not kept
+    /// again. Returns its origin.
+    ///
+    /// # Errors
+    /// As [`Draft::push`].
+    pub fn push_repeated(&mut self, grant: &Grant, message: IncomingMessage<'_>) -> Result<usize, Refusal> {
+        let before = std::mem::replace(&mut self.only_asks, true);
+        let message = IncomingMessage { message_id: None, ..message };
+        let pushed = self.check_and_add(grant, None, message);
+        self.only_asks = before;
+        pushed
+    }
+
     /// Adds a message for quarantine: it failed its schema or a limit, and passed the checks before those. It
     /// does not use up its id, which belongs to the message that is let in: the corrected one, or this one
     /// when it is redriven. So the id goes with it, in a user property, and it is kept once under another one.
@@ -285,6 +381,9 @@ impl Draft {
         reason: QuarantineReason<'static>,
     ) -> Result<Refusal, Refusal> {
         message.message_id.map_or(Ok(()), check_message_id)?;
+        // What fails now may have been let in before.
+        let known_as = message.message_id.map(|id| OnceId::of_message(datasource, id));
+        let known_in = message.exchange.map(Exchange::once_id);
         let exchange = message.exchange.filter(|_| !self.ends_failed_exchanges);
         let mut properties = Cow::Borrowed(message.properties);
         // An MQTT message has the property already.
@@ -298,6 +397,7 @@ impl Draft {
         let flags = flags.with(note.flag());
         let section = &mut self.sections[origin];
         section.push_noted(topic, payload, content_type, properties, flags, &note.encode());
+        known_as.into_iter().chain(known_in).for_each(|id| section.ask_for(id));
         let log::RecordNote::Quarantined(reason) = note else { unreachable!("it was made above") };
         Ok(Refusal::Quarantined(Box::new(QuarantinedMessage { origin, reason })))
     }

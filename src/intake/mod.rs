@@ -20,11 +20,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
 
 use crate::auth::setting::JsonSetting;
-use crate::auth::{Authorizer, Grant, GrantDenial, Key};
+use crate::auth::{Authorizer, Grant, GrantDenial, Key, Scope};
 use crate::config;
 use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX};
-use crate::log::{AppendError, Log, Section, SectionOutcome};
-use crate::message::{DatasourceId, Transport, now_micros};
+use crate::log::{AppendError, Log, RecordNote, Section, SectionOutcome};
+use crate::message::{DatasourceId, Offset, RecordRef, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
 use crate::quota::{LimitExceeded, LimitOwner, Meters, Quota};
@@ -32,9 +32,9 @@ use crate::quota::{LimitExceeded, LimitOwner, Meters, Quota};
 use admitted::SectionCounts;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
-pub use draft::{Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
+pub use draft::{AskedMessage, Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
 pub use incoming::{Exchange, IncomingMessage, check_message_id};
-pub use refusal::Refusal;
+pub use refusal::{IdConflict, Refusal};
 
 /// How often a gateway that was cut off from its cluster checks whether it has caught up.
 const CATCH_UP_POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -119,6 +119,8 @@ impl Intake {
             client: None,
             sections: Vec::new(),
             keys: Vec::new(),
+            refusals: Vec::new(),
+            only_asks: false,
             paid: 0,
             over: None,
             quota: None,
@@ -206,9 +208,11 @@ impl Intake {
         }
     }
 
-    fn append(&self, draft: Draft, room: OwnedSemaphorePermit) -> AdmittedDraft {
+    fn append(&self, mut draft: Draft, room: OwnedSemaphorePermit) -> AdmittedDraft {
         let started = Instant::now();
         let records = draft.sections.iter().map(SectionCounts::from_section).collect();
+        // Here, so that the log's writer need not compute it.
+        draft.sections.iter_mut().for_each(|section| _ = section.content_digest());
         let give_up_at = started + self.hold_back(draft.transport);
         let committed = self.0.log.append(draft.sections, give_up_at);
         let metrics = self.0.metrics.clone();
@@ -218,6 +222,7 @@ impl Intake {
             started,
             records,
             keys: draft.keys,
+            asked: draft.refusals,
             client: draft.client,
             received_at: draft.received_at,
             registry: self.0.authorizer.registry().clone(),
@@ -242,20 +247,57 @@ impl Intake {
     }
 
     /// Admits a draft and waits until it is durable. `Ok` has the offsets of its records, which must be of
-    /// one origin; `None` for a draft without messages.
+    /// one origin; `None` for a draft without messages, or one that only asks and is not known.
     ///
     /// # Errors
-    /// Every transient [`Refusal`], and [`GrantDenial::Revoked`] if the key died meanwhile.
+    /// Every transient [`Refusal`], [`GrantDenial::Revoked`] if the key died meanwhile, and [`Refusal::Conflict`]
+    /// if its id belongs to other messages. The last two are counted already.
     pub async fn submit(&self, draft: Draft) -> Result<Option<DurableOffsets>, Refusal> {
         if draft.sections.iter().all(|section| section.records() == 0) {
             return Ok(None);
         }
         let accepted = self.admit(draft).await?.await?;
         match accepted.outcomes.into_iter().next() {
-            Some(SectionOutcome::Kept(offsets)) => Ok(Some(DurableOffsets { offsets, duplicate: false })),
-            Some(SectionOutcome::Duplicate(offsets)) => Ok(Some(DurableOffsets { offsets, duplicate: true })),
-            Some(SectionOutcome::KeyDead) | None => Err(GrantDenial::Revoked.into()),
+            Some(SectionOutcome::Kept(offsets)) => {
+                Ok(Some(DurableOffsets { offsets, duplicate: false, known: false }))
+            }
+            Some(SectionOutcome::Duplicate(offsets)) => {
+                Ok(Some(DurableOffsets { offsets, duplicate: true, known: false }))
+            }
+            Some(SectionOutcome::Known(offsets)) => {
+                Ok(Some(DurableOffsets { offsets, duplicate: true, known: true }))
+            }
+            Some(SectionOutcome::Unknown) => Ok(None),
+            Some(other) => Err(Refusal::from_outcome(&other).unwrap_or(GrantDenial::Revoked.into())),
+            None => Err(GrantDenial::Revoked.into()),
         }
+    }
+
+    /// Marks messages in quarantine as let in, given with the offset of what was let in: themselves, or a corrected
+    /// message in their place. So they are not let in again when their ids are forgotten.
+    ///
+    /// # Errors
+    /// [`Refusal::Denied`], and every transient [`Refusal`] of the log.
+    pub async fn mark_superseded(
+        &self,
+        grant: &Grant,
+        datasource: &DatasourceId,
+        superseded: &[(RecordRef<'_>, Offset)],
+    ) -> Result<(), Refusal> {
+        grant.allows(Scope::Admin, datasource.as_str())?;
+        let received_at = now_micros();
+        let mark = |(record, by): &(RecordRef<'_>, Offset)| {
+            let note = RecordNote::Superseded { offset: record.offset, by: *by };
+            let RecordRef { key_id, transport, publisher, topic, .. } = *record;
+            let (datasource, lease) = (datasource.clone(), grant.lease().clone());
+            let mut section = Section::new(datasource, key_id, lease, transport, publisher, received_at);
+            section.push_noted(topic, &[], "", &[], note.flag(), &note.encode());
+            section
+        };
+        let marks = superseded.iter().map(mark).collect();
+        let committed = self.0.log.append(marks, Instant::now()).await.unwrap_or(Err(AppendError::Closed))?;
+        let died = committed.outcomes.contains(&SectionOutcome::KeyDead);
+        if died { Err(GrantDenial::Revoked.into()) } else { Ok(()) }
     }
 
     /// Sets what closes connections of dead keys that the registry does not count. Call it once, before
@@ -312,11 +354,11 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::auth::{Actor, Registry, Scope, Scopes};
+    use crate::auth::{Actor, Registry, Scopes};
     use crate::config::Config;
     use crate::limits::MESSAGE_ID_BYTES_MAX;
     use crate::log::{EmbeddedLog, Offsets};
-    use crate::message::{Offset, RecordFlags};
+    use crate::message::RecordFlags;
 
     /// An intake with a log of its own, and a grant for datasource `press-4`.
     fn intake() -> (TempDir, Intake, Grant) {
@@ -449,11 +491,14 @@ mod tests {
         assert_eq!(kept, [one_at(0)]);
         let mut request = intake.draft(Transport::Http, 0);
         request.keep_once("a").expect("a good id");
-        for _ in 0..3 {
-            request.push(&grant, None, message(None, None)).expect("let in");
-        }
+        request.push(&grant, None, message(None, None)).expect("let in");
         let kept = intake.submit(request).await.expect("answered").expect("there were messages");
         assert_eq!((kept.offsets, kept.duplicate), (Offsets::consecutive(0, 1), true));
+        let mut longer = intake.draft(Transport::Http, 0);
+        longer.keep_once("a").expect("a good id");
+        (0..2).for_each(|_| _ = longer.push(&grant, None, message(None, None)).expect("let in"));
+        let refused = intake.submit(longer).await;
+        assert!(matches!(refused, Err(Refusal::Conflict(IdConflict::MessageId(0)))), "two are not one");
     }
 
     #[tokio::test]
@@ -469,6 +514,8 @@ mod tests {
             let kept = publish(&intake, &grant, &[message(None, Some(other))]).await;
             assert_eq!(kept, [one_at(1 + n as u64)]);
         }
+        let other = publish(&intake, &grant, &[IncomingMessage { payload: b"2", ..opened }]).await;
+        assert!(matches!(other[..], [SectionOutcome::Conflict { in_exchange: true, .. }]), "{other:?}");
         intake.release(&[exchange, exchange]).await.expect("released");
         assert_eq!(publish(&intake, &grant, &[opened]).await, [one_at(3)]);
     }

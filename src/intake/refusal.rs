@@ -4,14 +4,27 @@ use std::time::Duration;
 
 use crate::auth::GrantDenial;
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, MESSAGE_ID_BYTES_MAX, RETRY_AFTER};
-use crate::log::{AppendError, QuarantineReason, RecordTooLarge};
-use crate::message::{NameError, Transport};
+use crate::log::{AppendError, QuarantineReason, RecordTooLarge, SectionOutcome};
+use crate::message::{NameError, Offset, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 use crate::quota::{Limit, LimitExceeded};
 use crate::subject::SubjectError;
 
-use super::QuarantinedMessage;
+use super::{AskedMessage, QuarantinedMessage};
+
+/// An id that belongs to another message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum IdConflict {
+    /// The id that the sender gave it.
+    #[error("its message id belongs to another message, which was kept at offset {0}: this one is not kept")]
+    MessageId(Offset),
+    /// The packet identifier of a QoS 2 exchange that is open.
+    #[error(
+        "its packet identifier belongs to another message, which was kept and not released: this one is not kept"
+    )]
+    Exchange,
+}
 
 /// Why a message was not let in. Each front translates it into its protocol in one function.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -61,6 +74,19 @@ pub enum Refusal {
     /// A limit of the key or the datasource. Transient if its policy is to hold back.
     #[error("{0}")]
     Limited(Box<LimitExceeded>),
+    /// Its id, or the QoS 2 exchange that it is part of, belongs to another message, which the log has.
+    #[error("{}", .0)]
+    Conflict(IdConflict),
+    /// Transient: its datasource has as many open QoS 2 exchanges as it may have now.
+    #[error(
+        "the datasource has too many QoS 2 messages that its clients have not released \
+         (intake.exchanges_per_datasource_max)"
+    )]
+    Exchanges,
+    /// It was refused, but may be a repetition of a message that the log has. It is in the draft as a question:
+    /// the refusal holds unless the log knows it.
+    #[error("{}", .0.refusal)]
+    Asked(Box<AskedMessage>),
     /// Transient: too many bytes are on their way into the log, for longer than a client is held back.
     #[error(
         "more than {in_flight_bytes_max} bytes (intake.in_flight_bytes_max) are waiting to be written; try again in {} s",
@@ -85,7 +111,8 @@ impl Refusal {
             Refusal::Denied(GrantDenial::TooManyFailures { retry_after }) => Some(*retry_after),
             Refusal::Limited(limited) if limited.limit.is_rate() => Some(limited.wait),
             Refusal::Limited(limited) if limited.limit == Limit::Connections => Some(RETRY_AFTER),
-            Refusal::Log(_) => Some(RETRY_AFTER),
+            Refusal::Log(_) | Refusal::Exchanges => Some(RETRY_AFTER),
+            Refusal::Asked(asked) => asked.refusal.retry_after(),
             _ => None,
         }
     }
@@ -101,6 +128,9 @@ impl Refusal {
             Refusal::TooLarge { .. } => Cause::TooLarge,
             Refusal::ContentType => Cause::ContentType,
             Refusal::MessageId => Cause::MessageId,
+            Refusal::Conflict(_) => Cause::IdConflict,
+            Refusal::Exchanges => Cause::Exchanges,
+            Refusal::Asked(asked) => asked.refusal.cause(),
             Refusal::Quarantined(quarantined) if quarantined.reason.is_limit() => Cause::LimitQuarantine,
             Refusal::Quarantined(_) => Cause::Schema,
             Refusal::Limited(limited) => match limited.limit {
@@ -124,8 +154,31 @@ impl Refusal {
 
     /// The note to report it with; the caller adds who was refused.
     pub fn note(&self, transport: Transport) -> RefusalNote<'_> {
-        let limited = if let Refusal::Limited(limited) = self { Some(&**limited) } else { None };
+        let limited = match self {
+            Refusal::Asked(asked) => return asked.refusal.note(transport),
+            Refusal::Limited(limited) => Some(&**limited),
+            _ => None,
+        };
         RefusalNote { limited, ..RefusalNote::new(transport, self.cause(), self) }
+    }
+}
+
+impl Refusal {
+    /// The refusal of messages that were not kept, from their outcome in the log. `None` if they were kept, now or
+    /// before, or if they only asked.
+    pub fn from_outcome(outcome: &SectionOutcome) -> Option<Self> {
+        match outcome {
+            SectionOutcome::Kept(_)
+            | SectionOutcome::Duplicate(_)
+            | SectionOutcome::Known(_)
+            | SectionOutcome::Unknown => None,
+            SectionOutcome::KeyDead => Some(GrantDenial::Revoked.into()),
+            SectionOutcome::Conflict { in_exchange: true, .. } => Some(Self::Conflict(IdConflict::Exchange)),
+            SectionOutcome::Conflict { earlier, .. } => {
+                Some(Self::Conflict(IdConflict::MessageId(earlier.first())))
+            }
+            SectionOutcome::ExchangesFull => Some(Self::Exchanges),
+        }
     }
 }
 

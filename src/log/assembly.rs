@@ -1,23 +1,29 @@
 //! An assembly: one batch while it is put together from the waiting submissions. It decides, section
-//! by section, which offset it gets, whether it was kept before, and whether its key is dead.
+//! by section, which offset it gets, whether it was kept before, and whether it may be kept.
 
 use std::collections::HashMap;
 
 use super::SectionOutcome;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags};
-use super::once::{KeptRange, OnceId, put_release};
+use super::once::{ContentDigest, KeptRange, OnceId, put_release};
 use super::queue::WriterSubmission;
 use super::section::{Section, put_body};
+use super::shelf::KnownContent;
 use super::window::DedupWindow;
 use crate::limits::{BATCH_BYTES_MAX, CLOCK_SKEW_MICROS_MAX};
-use crate::message::{Offset, TimeMicros};
+use crate::message::{DatasourceId, Offset, TimeMicros};
 
 /// A batch while it is put together.
 pub(super) struct Assembly<'a> {
     window: &'a DedupWindow,
     /// Ids of this batch: what it keeps under each, `None` for a released one. The window learns of
     /// them only when the batch is durable.
-    ids: HashMap<OnceId, Option<KeptRange>>,
+    ids: HashMap<OnceId, Option<KnownContent>>,
+    /// How many exchanges it opens: in all, and per datasource.
+    opened: usize,
+    opened_by: HashMap<DatasourceId, usize>,
+    /// Of its sections with ids, in order.
+    digests: Vec<Option<ContentDigest>>,
     /// The released ids, each with the number of sections before it.
     releases: Vec<(usize, OnceId)>,
     next_offset: Offset,
@@ -29,6 +35,8 @@ pub(super) struct Assembly<'a> {
 /// A commit that is ready to be written: a batch in one frame, or in several if it is large.
 pub(super) struct AssembledCommit {
     pub(super) frames: Vec<AssembledFrame>,
+    /// The digests of its sections with ids, in order, for [`DedupWindow::learn`].
+    pub(super) digests: Vec<Option<ContentDigest>>,
     /// The newest `received_at` in it and before it.
     pub(super) time_max: TimeMicros,
 }
@@ -70,7 +78,7 @@ impl AssembledCommit {
     pub(super) fn seal(time_max: TimeMicros) -> Self {
         let mut frame = AssembledFrame::new(&[], &[]);
         frame.flags = FrameFlags::ONCE;
-        Self { frames: vec![frame], time_max }
+        Self { frames: vec![frame], digests: Vec::new(), time_max }
     }
 }
 
@@ -80,6 +88,9 @@ impl<'a> Assembly<'a> {
         Self {
             window,
             ids: HashMap::new(),
+            opened: 0,
+            opened_by: HashMap::new(),
+            digests: Vec::new(),
             releases: Vec::new(),
             next_offset: first_offset,
             time_max,
@@ -91,7 +102,7 @@ impl<'a> Assembly<'a> {
     pub(super) fn take(&mut self, submission: &mut WriterSubmission) -> Vec<SectionOutcome> {
         let outcomes = submission.sections.iter_mut().map(|section| self.place_section(section)).collect();
         for id in &submission.releases {
-            if self.kept_under(*id).is_some() {
+            if self.is_open(*id) {
                 self.releases.push((self.sections, *id));
                 self.ids.insert(*id, None);
             }
@@ -99,31 +110,84 @@ impl<'a> Assembly<'a> {
         outcomes
     }
 
-    /// Gives a section its offset, unless its key is dead or it is a duplicate.
+    /// Gives a section its offset, unless its key is dead, it is a repetition, or it may not be kept.
     fn place_section(&mut self, section: &mut Section) -> SectionOutcome {
         if section.records() == 0 || !section.lease.holds() {
             return SectionOutcome::KeyDead;
         }
-        if let Some(earlier) = section.once().find_map(|id| self.kept_under(id)) {
-            return SectionOutcome::Duplicate(earlier.into());
+        let digest = section.content_digest();
+        if digest.is_some()
+            && let Some(outcome) = self.find_known(section, digest)
+        {
+            return outcome;
+        }
+        let exchanges = section.once().filter(|id| id.is_exchange()).count();
+        if exchanges > 0 && !self.may_open(&section.datasource, exchanges) {
+            return SectionOutcome::ExchangesFull;
         }
         if (0..=CLOCK_SKEW_MICROS_MAX).contains(&self.time_max.saturating_sub(section.received_at)) {
             section.received_at = self.time_max;
         }
         let kept = KeptRange { first_offset: self.next_offset, records: section.records() };
-        self.ids.extend(section.once().map(|id| (id, Some(kept))));
+        if section.has_once_ids() {
+            self.ids.extend(section.once().map(|id| (id, Some(KnownContent { kept, digest }))));
+            self.digests.push(digest);
+        }
         self.time_max = self.time_max.max(section.received_at);
         self.sections += 1;
         self.next_offset += u64::from(section.records());
         SectionOutcome::Kept(kept.into())
     }
 
-    /// What was kept under an id, in this batch or before it.
-    fn kept_under(&self, id: OnceId) -> Option<KeptRange> {
+    /// The outcome of a section that is not kept because of the ids that are known, or because it only asks.
+    fn find_known(&self, section: &Section, digest: Option<ContentDigest>) -> Option<SectionOutcome> {
+        let known = |id| self.kept_under(section.datasource.as_str(), id).map(|known| (id, known));
+        let conflict = |(id, known): (OnceId, KnownContent)| SectionOutcome::Conflict {
+            earlier: known.kept.into(),
+            in_exchange: id.is_exchange(),
+        };
+        let asked = section.asked().iter().find_map(|id| known(*id));
+        match asked {
+            Some((_, found)) if found.is_repeated_by(digest) => {
+                return Some(SectionOutcome::Known(found.kept.into()));
+            }
+            Some((id, found)) if section.is_question() && id.is_exchange() => {
+                return Some(conflict((id, found)));
+            }
+            _ if section.is_question() => return Some(SectionOutcome::Unknown),
+            // What is not to be kept under an id may differ from what is.
+            _ => {}
+        }
+        let (id, found) = section.once().find_map(known)?;
+        Some(match found.is_repeated_by(digest) {
+            true => SectionOutcome::Duplicate(found.kept.into()),
+            false => conflict((id, found)),
+        })
+    }
+
+    /// Whether a datasource may open so many exchanges more; if so, they count.
+    fn may_open(&mut self, datasource: &DatasourceId, exchanges: usize) -> bool {
+        let left = self.window.exchanges_left(datasource.as_str(), self.opened);
+        let opened = self.opened_by.get(datasource).copied().unwrap_or_default();
+        let may = opened + exchanges <= left;
+        if may {
+            self.opened += exchanges;
+            self.opened_by.insert(datasource.clone(), opened + exchanges);
+        }
+        may
+    }
+
+    /// What was kept under an id of a datasource, in this batch or before it.
+    fn kept_under(&self, datasource: &str, id: OnceId) -> Option<KnownContent> {
         match self.ids.get(&id) {
             Some(in_this_batch) => *in_this_batch,
-            None => self.window.get(id),
+            None => self.window.get(datasource, id),
         }
+    }
+
+    /// Whether an exchange is open, by this batch or before it.
+    fn is_open(&self, id: OnceId) -> bool {
+        self.ids.get(&id).map_or_else(|| self.window.is_open(id), Option::is_some)
     }
 
     /// Builds the commit from the sections that were given an offset; `None` if there is nothing in it.
@@ -136,7 +200,7 @@ impl<'a> Assembly<'a> {
             true => vec![AssembledFrame::new(kept, &self.releases)],
             false => self.split(kept),
         };
-        Some(AssembledCommit { frames, time_max: self.time_max })
+        Some(AssembledCommit { frames, digests: self.digests, time_max: self.time_max })
     }
 
     /// Several frames of about the size of a batch. A section that is kept once stays whole.

@@ -15,10 +15,10 @@
 //! - Offsets are consecutive from 0, and the log's order is the order of acknowledgement.
 //! - An append that has resolved `Ok` is durable: on disk with `durability = "fsync"`, in the page
 //!   cache with `"os"`. Readers see only durable records.
-//! - The log skips a section with a known [`OnceId`] and answers with the offsets kept before. An
-//!   id becomes known when its section is durable: after a failed append it is still new. Only a loss of
+//! - The log skips a section with a known [`OnceId`] and answers with the offsets kept before, if it is the same
+//!   messages again: otherwise it refuses it. An id becomes known when its section is durable: after a failed append it is still new. Only a loss of
 //!   power, or a restart after [`AppendError::Failed`], may find that a failed append was kept whole. Ids are
-//!   in the log and so survive any end of the process: see `window.rs` for how long.
+//!   in the log and so survive any end of the process: see `window/mod.rs` for how long.
 //! - The log skips sections whose key has died when their batch is put together. Once the key's lease
 //!   has ended and [`Log::barrier`] has returned, no more records enter under it.
 //! - `received_at` never goes back by a second or less from one record to the next. It follows the
@@ -40,7 +40,7 @@
 //! after a failed sync the kernel may have it in memory alone.
 //!
 //! The window of known ids is rebuilt from the once parts, starting at the newest segment that began
-//! before the window of message ids (or before the newest `intake.dedup_ids_max` of them). Accepted
+//! before the window of message ids (or before many times the newest `intake.dedup_ids_max` of them). Accepted
 //! damage clears the exchanges from before it, because a release may be missing: keeping a message
 //! twice is better than taking it for another and losing it.
 
@@ -49,6 +49,8 @@ mod disk;
 mod embedded;
 mod jetstream;
 pub mod nats_message;
+#[cfg(test)]
+pub(crate) mod power_loss_disk;
 mod queue;
 mod recovery;
 mod retention;
@@ -256,8 +258,22 @@ pub enum SectionOutcome {
     Kept(Offsets),
     /// Not kept again: a section with one of its ids is already durable, at these offsets.
     Duplicate(Offsets),
+    /// Not kept: it asked for its ids ([`Section::ask_for`]), and the same messages are durable under one of them, at
+    /// these offsets.
+    Known(Offsets),
     /// Not kept: its key had died before.
     KeyDead,
+    /// Not kept: one of its ids belongs to other messages.
+    Conflict {
+        /// The offsets of those.
+        earlier: Offsets,
+        /// Whether it is the id of a QoS 2 exchange.
+        in_exchange: bool,
+    },
+    /// Not kept: its datasource may open no further QoS 2 exchange now.
+    ExchangesFull,
+    /// Not kept: it only asked for its ids ([`Section::only_ask`]), and none is known.
+    Unknown,
 }
 
 /// Why an append failed. All but [`AppendError::TooLarge`] are transient: the same message may be accepted

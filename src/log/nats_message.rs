@@ -29,6 +29,11 @@ const RECORD_PROPERTIES_HEADER: HeaderName = HeaderName::from_static("Headgate-P
 const RECORD_NOTE_HEADER: HeaderName = HeaderName::from_static("Headgate-Note");
 /// In the log of a cluster, on the first of several messages that share one id: how many they are.
 pub(super) const RECORD_TOGETHER_HEADER: HeaderName = HeaderName::from_static("Headgate-Together");
+/// In the log of a cluster, on the first message with an id: the digest of all that share the id.
+pub(super) const RECORD_DIGEST_HEADER: HeaderName = HeaderName::from_static("Headgate-Digest");
+/// JetStream stores a message with this header only behind one with that id.
+pub(super) const NATS_EXPECTED_LAST_MESSAGE_ID_HEADER: HeaderName =
+    HeaderName::from_static("Nats-Expected-Last-Msg-Id");
 /// In the stream of egress: the record's offset in the log. In the log of a cluster it is the sequence.
 pub const RECORD_OFFSET_HEADER: HeaderName = HeaderName::from_static("Headgate-Offset");
 /// In the stream of egress: how many records right before this one were removed from the log unsent.

@@ -111,13 +111,14 @@ impl LogWriter {
             group.iter().flat_map(|submission| &submission.sections).zip(outcomes.iter().flatten());
         let kept = sections.filter(|(_, outcome)| matches!(outcome, SectionOutcome::Kept(_)));
         let kept: Vec<&Section> = kept.map(|(section, _)| section).collect();
-        let Some(assembled) = assembly.finish(&kept) else { return Ok(outcomes) };
+        let Some(mut assembled) = assembly.finish(&kept) else { return Ok(outcomes) };
+        let mut digests = std::mem::take(&mut assembled.digests).into_iter();
         let time_max = assembled.time_max;
         let batches = self.write(assembled, stamp)?;
         self.time_max = time_max;
         for batch in batches {
             self.next_offset = batch.next_offset();
-            self.window.learn(&batch);
+            self.window.learn(&batch, &mut digests);
             if batch.next_offset() > batch.first_offset() {
                 self.shared.tail.push(batch.clone());
                 if let Some(listener) = self.shared.listener.get() {
@@ -131,7 +132,7 @@ impl LogWriter {
     /// Completes the frames of a commit, writes them (to a new segment if they do not fit), and makes
     /// them durable together.
     fn write(&mut self, commit: AssembledCommit, mut stamp: WindowStamp) -> Result<Vec<Batch>, AppendError> {
-        let AssembledCommit { mut frames, time_max } = commit;
+        let AssembledCommit { mut frames, time_max, .. } = commit;
         let frame_bytes =
             |frame: &AssembledFrame| frame.bytes.len() + frame.releases.len() + ONCE_PART_BYTES_MAX;
         let bytes_max = frames.iter().map(frame_bytes).sum::<usize>() as u64;

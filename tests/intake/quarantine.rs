@@ -250,6 +250,39 @@ fn a_repeated_message_is_in_quarantine_once_and_comes_out_once() {
     assert_eq!(records.iter().filter(|payload| *payload == "\"h\"").count(), 1, "{records:?}");
 }
 
+/// The corrected message has taken the place of the one in quarantine. That is noted, so that it holds when the id is
+/// forgotten.
+#[test]
+fn a_message_that_was_corrected_is_not_let_in_by_a_later_redrive() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    put_schema(&gateway, "press-4", &json!({"type": "number"}));
+    let post = |gateway: &Gateway, body: &str| {
+        let headers = [("content-type", "application/json"), ("idempotency-key", "a")];
+        gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &headers, body.as_bytes()).status
+    };
+    assert_eq!((post(&gateway, "\"1\""), post(&gateway, "1")), (422, 200));
+    gateway.settle();
+    put_schema(&gateway, "press-4", &json!({"type": ["number", "string"]}));
+    let answer = redrive(&gateway, "press-4", &json!({}));
+    assert_eq!((&answer["redriven"], &answer["duplicates"]), (&json!(0), &json!(1)), "{answer}");
+    gateway.settle();
+    let held = quarantine(&gateway, "press-4");
+    let records = gateway.records("press-4");
+    assert_eq!(held.len(), 1, "the mark is no message: {held:?}");
+    assert_eq!(held[0]["redriven_offset"], records[0]["offset"]);
+    gateway.kill();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).start();
+    gateway.settle();
+    let began = std::time::Instant::now();
+    wait_for("the window to be over", || (began.elapsed().as_millis() > 2_500).then_some(()));
+    let answer = redrive(&gateway, "press-4", &json!({}));
+    assert_eq!((&answer["redriven"], &answer["duplicates"]), (&json!(0), &json!(0)), "{answer}");
+    gateway.settle();
+    assert_eq!(payloads(&gateway.records("press-4")), ["1"]);
+}
+
 #[test]
 fn a_page_of_quarantine_is_chosen_by_topic_and_place_and_ends() {
     let dir = scratch();

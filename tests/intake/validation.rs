@@ -325,15 +325,17 @@ fn an_id_is_used_up_by_the_message_that_is_let_in_and_not_by_one_in_quarantine()
     assert_eq!(by_http("mended-2", &bad).status, 422);
     assert!(by_http("mended-2", &good).json().get("duplicate").is_none());
     assert_eq!(gateway.stored("press-4", 2).len(), 2);
-    // Or the redriven one does, so that the corrected one is a repetition.
+    // Or the redriven one does, so that the corrected one is another message with a known id.
     assert_eq!(by_mqtt(3, "redriven-1", &bad), PAYLOAD_FORMAT_INVALID);
     assert_eq!(by_http("redriven-2", &bad).status, 422);
     quarantined(&gateway, "press-4", 4);
     assert_eq!(set(&gateway, "press-4", &json!({ "schemas": [] })).status, 200);
     assert_eq!(redrive(), [2, 2, 0]);
-    assert_eq!(by_mqtt(4, "redriven-1", &other), 0);
-    assert_eq!(by_http("redriven-2", &other).json()["duplicate"], true);
-    assert_eq!(by_http("redriven-1", &other).json()["duplicate"], true, "an id is one over every front");
+    assert_eq!(by_mqtt(4, "redriven-1", &bad), 0);
+    assert_eq!(by_mqtt(5, "redriven-1", &other), 0x83);
+    assert_eq!(by_http("redriven-2", &bad).json()["duplicate"], true);
+    assert_eq!(by_http("redriven-2", &other).status, 422);
+    assert_eq!(by_http("redriven-1", &other).status, 422, "an id is one over every front");
     assert_eq!(gateway.stored("press-4", 4).len(), 4);
 
     let limit = |value: Value| {

@@ -30,6 +30,9 @@ pub(super) fn insert_records<'a>(
         let text = std::str::from_utf8(record.payload).ok().filter(|text| !text.contains('\0'));
         let payload = text.map_or(ValueRef::Blob(record.payload), ValueRef::from);
         times.observe(transaction, record.offset, record.received_at)?;
+        if quarantined::note_superseded(transaction, &record)? {
+            continue;
+        }
         if left_out.contains(&record) {
             quarantined::insert_quarantined(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;
             continue;

@@ -12,7 +12,7 @@ use super::ids::RowIds;
 use super::newest;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{RecordNote, WithheldChange, WithheldSnapshot};
-use crate::message::{KeyId, Offset, RecordRef};
+use crate::message::{KeyId, Offset, RecordFlags, RecordRef};
 
 /// The `cause` of a record that failed its schema.
 pub const CAUSE_SCHEMA: &str = "schema";
@@ -68,10 +68,26 @@ pub(super) fn insert_quarantined(
 /// Notes with the quarantined record the new offset of one that was sent through intake again.
 pub(super) fn note_redriven(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<()> {
     if let Some(RecordNote::Redriven { offset, .. }) = RecordNote::decode(record.note) {
-        connection
-            .prepare_cached("UPDATE quarantined SET redriven_offset = ?2 WHERE offset = ?1")?
-            .execute([sql_offset(offset), sql_offset(record.offset)])?;
+        note_let_in(connection, offset, record.offset)?;
     }
+    Ok(())
+}
+
+/// Notes with a quarantined record the offset of what was let in, itself or in its place. `false` if `record` is no
+/// mark that says so.
+pub(super) fn note_superseded(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<bool> {
+    if !record.flags.contains(RecordFlags::QUARANTINED.with(RecordFlags::REDRIVEN)) {
+        return Ok(false);
+    }
+    if let Some(RecordNote::Superseded { offset, by }) = RecordNote::decode(record.note) {
+        note_let_in(connection, offset, by)?;
+    }
+    Ok(true)
+}
+
+fn note_let_in(connection: &Connection, offset: Offset, by: Offset) -> rusqlite::Result<()> {
+    let sql = "UPDATE quarantined SET redriven_offset = ?2 WHERE offset = ?1";
+    connection.prepare_cached(sql)?.execute([sql_offset(offset), sql_offset(by)])?;
     Ok(())
 }
 

@@ -4,7 +4,7 @@
 use bytes::Bytes;
 
 use super::frame::{FrameFlags, LogFormatVersion};
-use super::once::{OnceId, OncePart};
+use super::once::{ContentDigest, OnceId, OncePart};
 use super::record::{RecordBody, SectionHead, record_of};
 use super::section::{Section, put_body};
 use crate::message::{Offset, RecordFlags, RecordRef};
@@ -188,6 +188,17 @@ impl<'a> SectionRef<'a> {
     /// The ids under which it is kept once.
     pub fn once(&self) -> impl Iterator<Item = OnceId> + use<'a> {
         OnceId::parse_all(self.head.once)
+    }
+
+    /// The digest of its messages.
+    pub fn content_digest(&self) -> ContentDigest {
+        let mut rest = self.bytes;
+        let messages = (0..self.head.records).map(|_| {
+            let (record, after) = RecordBody::take(&self.head, rest).expect(CHECKED);
+            rest = after;
+            (record.topic, record.payload)
+        });
+        ContentDigest::of(self.head.datasource, messages)
     }
 
     /// The topic of each record that is not in quarantine, its offset, and where in the batch it is.

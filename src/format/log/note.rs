@@ -25,6 +25,13 @@ pub enum RecordNote<'a> {
         /// When the original was received.
         received_at: TimeMicros,
     },
+    /// No message, but a mark: one in quarantine was found to be let in, itself or a corrected one in its place.
+    Superseded {
+        /// The offset of the record in quarantine.
+        offset: Offset,
+        /// The offset of what was let in.
+        by: Offset,
+    },
 }
 
 /// Why a message is in quarantine.
@@ -72,6 +79,8 @@ impl<'a> RecordNote<'a> {
         match self {
             RecordNote::Quarantined(_) => RecordFlags::QUARANTINED,
             RecordNote::Redriven { .. } => RecordFlags::REDRIVEN,
+            // No reader may take it for a message.
+            RecordNote::Superseded { .. } => RecordFlags::QUARANTINED.with(RecordFlags::REDRIVEN),
         }
     }
 }
@@ -98,7 +107,11 @@ mod tests {
             words: "300 is greater than the maximum of 200".into(),
             schema_version: 7,
         };
-        for note in [RecordNote::Quarantined(reason), RecordNote::Redriven { offset: 41, received_at: -1 }] {
+        for note in [
+            RecordNote::Quarantined(reason),
+            RecordNote::Redriven { offset: 41, received_at: -1 },
+            RecordNote::Superseded { offset: 41, by: 43 },
+        ] {
             let bytes = note.encode();
             assert_eq!(RecordNote::decode(&bytes).as_ref(), Some(&note));
             assert_eq!(RecordNote::decode(&bytes[..bytes.len() - 1]), None);

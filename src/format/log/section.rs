@@ -3,7 +3,7 @@
 
 use super::frame::FrameFlags;
 use super::label::LabelTable;
-use super::once::OnceId;
+use super::once::{ContentDigest, OnceId};
 use super::record::{RecordBody, SectionHead, StoredRecord, put_postcard, record_of};
 use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, RecordRef, TimeMicros, Transport};
 
@@ -23,6 +23,12 @@ pub struct Section {
     pub received_at: TimeMicros,
     /// The ids under which it is kept once, one after the other.
     once: Vec<u8>,
+    /// The ids of which it may be a repetition, without taking them.
+    asked: Vec<OnceId>,
+    /// Whether it is never kept: it only asks.
+    is_question: bool,
+    /// Over its messages, as soon as somebody has asked for it.
+    digest: Option<ContentDigest>,
     records: u32,
     payload_bytes: u64,
     retained: bool,
@@ -51,6 +57,9 @@ impl Section {
             publisher,
             received_at,
             once: Vec::new(),
+            asked: Vec::new(),
+            is_question: false,
+            digest: None,
             records: 0,
             payload_bytes: 0,
             retained: false,
@@ -76,6 +85,45 @@ impl Section {
         OnceId::parse_all(&self.once)
     }
 
+    /// Lets the log look whether its messages are known under an id, which they do not take: then it is a
+    /// repetition, and is not kept.
+    pub fn ask_for(&mut self, id: OnceId) {
+        self.asked.push(id);
+    }
+
+    /// The ids of which it may be a repetition, without taking them.
+    pub fn asked(&self) -> &[OnceId] {
+        &self.asked
+    }
+
+    /// Makes it a question: it is not kept, whatever the answer is.
+    pub fn only_ask(&mut self) {
+        self.is_question = true;
+    }
+
+    /// Whether it is never kept, because it only asks for its ids.
+    pub fn is_question(&self) -> bool {
+        self.is_question
+    }
+
+    /// The digest of its messages, if one of its ids makes it count. Call it when all of them are in.
+    pub fn content_digest(&mut self) -> Option<ContentDigest> {
+        if self.once.is_empty() && self.asked.is_empty() {
+            return None;
+        }
+        let digest = self.digest.unwrap_or_else(|| {
+            let (head, mut rest) = (self.head(), &self.bytes[..]);
+            let messages = (0..self.records).map(|_| {
+                let (record, after) = RecordBody::take(&head, rest).expect(ENCODED);
+                rest = after;
+                (record.topic, record.payload)
+            });
+            ContentDigest::of(self.datasource.as_str(), messages)
+        });
+        self.digest = Some(digest);
+        self.digest
+    }
+
     /// Makes room for `bytes` more, so that filling the section allocates once.
     #[inline]
     pub fn reserve(&mut self, bytes: usize) {
@@ -94,6 +142,7 @@ impl Section {
         flags: RecordFlags,
     ) {
         let label = self.labels.place(topic, content_type);
+        self.digest = None;
         put_postcard(&StoredRecord { flags, label, properties, payload }, &mut self.bytes);
         self.retained |= flags.contains(RecordFlags::RETAIN);
         self.records += 1;

@@ -7,9 +7,9 @@
 //! it has corrected; a request that failed does not use up its `Idempotency-Key`.
 //!
 //! With an `Idempotency-Key` a request can be sent again when its answer was lost: as long as the key
-//! is known (`intake.dedup_window_s`), another request with it to the same datasource is answered as
-//! the first one was, and nothing is kept again. Only the key counts: the body and the other headers of
-//! the second request are not compared with the first.
+//! is known (`intake.dedup_window_s`), the same request to the same datasource is answered as the first one was,
+//! and nothing is kept again, also if a limit or a schema would refuse it now. Topic, payloads and their
+//! number count, and not how they were sent; a request with other ones is refused.
 
 use std::sync::Arc;
 
@@ -89,28 +89,44 @@ async fn ingest(
     let client = peer.client;
     let upload = Upload { grant, client, datasource, topic, content_type, message_id, body };
     let kept = async {
-        let ((draft, standing, failures), upload) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
-            (upload.draft(&intake)?, upload)
+        let (drafted, upload) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
+            (upload.draft_or_question(&intake), upload)
         } else {
             let intake = intake.clone();
-            run_blocking(move || Ok((upload.draft(&intake)?, upload))).await?
+            run_blocking(move || Ok((upload.draft_or_question(&intake), upload))).await?
         };
-        let kept = intake.submit(draft).await.map_err(|refusal| match &refusal {
-            // The key died meanwhile; intake has counted each message already.
-            Refusal::Denied(_) => Problem::from(refusal).already_counted(),
-            _ => refusal.into(),
-        })?;
+        let (drafted, question) = drafted;
+        if let Some(question) = question
+            && let Some(known) = submit(&intake, question).await?
+        {
+            return Ok((known, None));
+        }
+        let (draft, standing, failures) = drafted?;
+        let kept = submit(&intake, draft).await?;
         // Holds the permits of the body until here, because the draft made of it is in memory as well.
         drop(upload);
         let kept = kept.ok_or_else(|| Problem::internal(&"a draft of messages came back without offsets"))?;
-        if failures.all == 0 { Ok((kept, standing)) } else { Err(failures.into_problem(&kept.offsets)) }
+        match failures.all == 0 || kept.known {
+            true => Ok((kept, standing)),
+            false => Err(failures.into_problem(&kept.offsets)),
+        }
     };
-    let (DurableOffsets { offsets, duplicate }, standing) = kept.await.map_err(Problem::after_body_read)?;
+    let (DurableOffsets { offsets, duplicate, .. }, standing) =
+        kept.await.map_err(Problem::after_body_read)?;
     let (accepted, first_offset, last_offset) = (offsets.records(), offsets.first(), offsets.last());
     let accepted = IngestResponse { accepted, first_offset, last_offset, duplicate };
     let mut response = Json(accepted).into_response();
     response.headers_mut().extend(standing.iter().flat_map(rate_headers));
     Ok(response)
+}
+
+/// Submits a draft of one origin.
+async fn submit(intake: &Intake, draft: Draft) -> Result<Option<DurableOffsets>, Problem> {
+    intake.submit(draft).await.map_err(|refusal| match &refusal {
+        // Only the log could tell; intake has counted each message already.
+        Refusal::Denied(_) | Refusal::Conflict(_) => Problem::from(refusal).already_counted(),
+        _ => refusal.into(),
+    })
 }
 
 fn content_type(headers: &HeaderMap) -> Result<String, Problem> {
@@ -209,10 +225,50 @@ struct Upload {
     body: ReceivedBody,
 }
 
+/// The draft of a request, how much of its rate is used then, and what is not let in.
+type UploadDraft = (Draft, Option<QuotaStanding>, IngestFailures);
+
 impl Upload {
+    /// The draft of the request. If it is refused, or some of it goes into quarantine, also the question whether all
+    /// of it was let in before under its id: then it is a repetition, whatever it would be today.
+    fn draft_or_question(&self, intake: &Intake) -> (Result<UploadDraft, Problem>, Option<Draft>) {
+        let drafted = self.draft(intake);
+        let may_be_repetition = match &drafted {
+            Ok((.., failures)) => failures.all > 0,
+            Err(problem) => problem.is_over_limit(),
+        };
+        let asks = may_be_repetition && self.message_id.is_some();
+        let question = asks.then(|| self.question(intake).ok()).flatten();
+        (drafted, question)
+    }
+
+    /// The question whether the log has all messages under their id.
+    fn question(&self, intake: &Intake) -> Result<Draft, Problem> {
+        let messages = RequestMessages::split(&self.content_type, &self.body.bytes)?;
+        let mut draft = intake.draft(Transport::Http, 0);
+        draft.only_ask();
+        self.message_id.as_deref().map_or(Ok(()), |id| draft.keep_once(id))?;
+        for payload in &messages.payloads {
+            draft.push(&self.grant, Some(&self.datasource), self.message(messages.content_type, payload))?;
+        }
+        Ok(draft)
+    }
+
+    fn message<'a>(&'a self, content_type: &'a str, payload: &'a [u8]) -> IncomingMessage<'a> {
+        IncomingMessage {
+            topic: &self.topic,
+            payload,
+            content_type,
+            properties: &[],
+            flags: RecordFlags::default(),
+            message_id: None,
+            exchange: None,
+        }
+    }
+
     /// The draft of all its messages, or of only those that fail, if any does; and how much of their rate
     /// is used then, if they have one.
-    fn draft(&self, intake: &Intake) -> Result<(Draft, Option<QuotaStanding>, IngestFailures), Problem> {
+    fn draft(&self, intake: &Intake) -> Result<UploadDraft, Problem> {
         let messages = RequestMessages::split(&self.content_type, &self.body.bytes)?;
         let mut draft = intake.draft(Transport::Http, 0);
         draft.set_client(&self.client);
@@ -225,19 +281,17 @@ impl Upload {
         let (count, bytes) = (messages.payloads.len() as u64, self.body.bytes.len() as u64);
         let standing = draft.pay(&self.grant, &self.datasource, count, bytes)?;
         for (index, payload) in messages.payloads.iter().enumerate() {
-            let message = IncomingMessage {
-                topic: &self.topic,
-                payload,
-                content_type: messages.content_type,
-                properties: &[],
-                flags: RecordFlags::default(),
-                message_id: of_one,
-                exchange: None,
-            };
+            let message =
+                IncomingMessage { message_id: of_one, ..self.message(messages.content_type, payload) };
             match draft.push(&self.grant, Some(&self.datasource), message) {
                 Ok(_) => {}
                 Err(Refusal::Quarantined(quarantined)) => failures.add(&messages, index, quarantined.reason),
-                Err(refusal) => return Err(messages.locate(index, refusal.into())),
+                Err(refusal) => {
+                    if matches!(refusal, Refusal::Asked(_)) {
+                        intake.authorizer().registry().note_refusal(self.grant.key());
+                    }
+                    return Err(messages.locate(index, refusal.into()));
+                }
             }
         }
         if failures.all > 0 {

@@ -3,8 +3,8 @@
 //!
 //! A message is sent again under the authority of the admin who asks, and becomes a record of the key
 //! that it first came with. It is kept once, however often it is sent: within the deduplication window by
-//! its message id, and after that because storage has noted it. Storage notes only what the log has a record
-//! of, so that a message that a corrected one took the place of is let in if it is redriven after the window.
+//! its message id, and after that because storage has noted it. A message that turns out to be let in already,
+//! itself or as a corrected one with its id, gets a mark in the log, which storage notes as well.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -177,6 +177,7 @@ async fn redrive_page(
     let intake = &shared.parts.intake;
     let mut draft = intake.draft(Transport::Http, 0);
     let left_out = shared.parts.log.withheld().now();
+    let (mut added, mut superseded) = (Vec::new(), Vec::new());
     for parked in page {
         let record = parked.as_record(datasource);
         // What a leaked key let in must not come back through a redrive.
@@ -184,7 +185,7 @@ async fn redrive_page(
             continue;
         }
         match draft.redrive(&caller.0, datasource, &record)? {
-            RedriveOutcome::Added => {}
+            RedriveOutcome::Added => added.push(record),
             RedriveOutcome::Fails(reason) => {
                 answer.failing += 1;
                 if answer.errors.len() < VALIDATION_ERRORS_MAX {
@@ -198,16 +199,21 @@ async fn redrive_page(
     }
     let accepted = intake.admit(draft).await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
     let accepted = accepted.await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
-    for outcome in accepted.outcomes {
+    for (record, outcome) in added.into_iter().zip(accepted.outcomes) {
         match outcome {
             SectionOutcome::Kept(_) => answer.redriven += 1,
-            SectionOutcome::Duplicate(_) => answer.duplicates += 1,
-            SectionOutcome::KeyDead => {
-                return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read());
+            SectionOutcome::Duplicate(earlier) | SectionOutcome::Conflict { earlier, .. } => {
+                answer.duplicates += 1;
+                superseded.push((record, earlier.first()));
             }
+            _ => return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read()),
         }
     }
-    Ok(())
+    if superseded.is_empty() {
+        return Ok(());
+    }
+    let marked = intake.mark_superseded(&caller.0, datasource, &superseded).await;
+    marked.map_err(|refusal| Problem::from(refusal).after_body_read())
 }
 
 /// The body of a request that quarantines what a key has let in.

@@ -1,6 +1,7 @@
 //! Answers that wait for durability: the acknowledgements for the messages of each read, sent once
 //! the log has the messages.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
@@ -9,9 +10,12 @@ use std::task::{Context, Poll, ready};
 use super::codec::write::{self, AckKind, PacketForm};
 use super::codec::{MqttVersion, ReasonCode};
 use super::exchanges::ExchangeTable;
+use super::goodbye::StopReason;
+use super::inbound::InboundEnd;
+use super::reason::refusal_reason_code;
 use crate::consume::subscriber::sessions::SessionStoreError;
-use crate::intake::{AdmittedDraft, DurableDraft, PendingRelease, Refusal};
-use crate::log::SectionOutcome;
+use crate::intake::{AdmittedDraft, DurableDraft, Exchange, Intake, PendingRelease, Refusal};
+use crate::log::{AppendError, SectionOutcome};
 
 /// Resolves when the session of an exchange is on disk.
 pub(super) type SessionStoreWait = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
@@ -26,6 +30,9 @@ pub(super) struct AckWaits {
     /// The session is on disk.
     pub(super) stored: Option<SessionStoreWait>,
     accepted: Option<DurableDraft>,
+    /// The log has the releases of the exchanges whose messages it has refused: their packet identifiers may be used
+    /// for other messages once the refusals are sent.
+    ended: Option<PendingRelease>,
 }
 
 impl AckWaits {
@@ -34,13 +41,25 @@ impl AckWaits {
         released: Option<PendingRelease>,
         stored: Option<SessionStoreWait>,
     ) -> Self {
-        Self { admitted, released, stored, accepted: None }
+        Self { admitted, released, stored, accepted: None, ended: None }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Refusal>> {
+    fn poll(
+        &mut self,
+        acks: &ReadAcks,
+        closer: &ExchangeCloser<'_>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Refusal>> {
         if let Some(admitted) = &mut self.admitted {
-            self.accepted = Some(ready!(Pin::new(admitted).poll(cx))?);
+            let accepted = ready!(Pin::new(admitted).poll(cx))?;
             self.admitted = None;
+            let refused = acks.refused_exchanges(&accepted.outcomes, closer);
+            self.ended = (!refused.is_empty()).then(|| closer.intake.release(&refused));
+            self.accepted = Some(accepted);
+        }
+        if let Some(ended) = &mut self.ended {
+            ready!(Pin::new(ended).poll(cx))?;
+            self.ended = None;
         }
         if let Some(released) = &mut self.released {
             ready!(Pin::new(released).poll(cx))?;
@@ -67,6 +86,11 @@ enum AckVerdict {
     Admitted { origin: u32 },
     /// The message goes into quarantine, as part of this origin of the draft, for the reason in `words`.
     Quarantined { origin: u32, words: Box<str> },
+    /// The message is refused with this reason, unless the log knows it: it asks, as this origin of the draft.
+    Asked { origin: u32, refusal: Box<Refusal> },
+    /// The message belongs to an open exchange, whose message the log has: the same one, if this origin of the
+    /// draft is no conflict.
+    Repeated { origin: u32 },
     /// The message is refused for good.
     Refused(Box<(ReasonCode, String)>),
     /// Success, for a message that was sent before or for a PUBREL.
@@ -96,6 +120,20 @@ impl ReadAcks {
         self.unacknowledged += usize::from(answer == AckKind::Puback);
         let verdict = AckVerdict::Quarantined { origin, words: words.into() };
         self.acks.push(MessageAck { packet_id, answer, verdict });
+    }
+
+    /// Adds the answer to a message that is refused unless the log knows it, which it asks as part of its `origin`.
+    pub(super) fn push_asked(&mut self, answer: AckKind, packet_id: u16, origin: usize, refusal: Refusal) {
+        let origin = u32::try_from(origin).unwrap_or(u32::MAX);
+        self.unacknowledged += usize::from(answer == AckKind::Puback);
+        let verdict = AckVerdict::Asked { origin, refusal: Box::new(refusal) };
+        self.acks.push(MessageAck { packet_id, answer, verdict });
+    }
+
+    /// Adds the answer to a message of an open exchange, which asks as part of its `origin` whether it is the same.
+    pub(super) fn push_repeated(&mut self, packet_id: u16, origin: usize) {
+        let verdict = AckVerdict::Repeated { origin: u32::try_from(origin).unwrap_or(u32::MAX) };
+        self.acks.push(MessageAck { packet_id, answer: AckKind::Pubrec, verdict });
     }
 
     /// Adds the answer to a message that was refused for good.
@@ -133,64 +171,115 @@ impl ReadAcks {
         self.acks.is_empty()
     }
 
+    /// The exchanges of messages that are refused now that the log has answered: an earlier connection of the
+    /// session may have brought them into the log.
+    fn refused_exchanges(&self, outcomes: &[SectionOutcome], closer: &ExchangeCloser<'_>) -> Vec<Exchange> {
+        let refused = self.acks.iter().filter(|ack| ack.answer == AckKind::Pubrec).filter(|ack| {
+            let outcome = ack.verdict.outcome(outcomes);
+            let is_conflict = matches!(outcome, Some(SectionOutcome::Conflict { in_exchange: true, .. }));
+            outcome.is_some()
+                && (is_conflict || !closer.is_ephemeral)
+                && ack.verdict.refused(outcomes).is_some()
+        });
+        refused.map(|ack| Exchange { session: closer.session, packet_id: ack.packet_id }).collect()
+    }
+
     /// Writes the answers, and settles the exchanges that they are about.
+    ///
+    /// # Errors
+    /// The refusal of a message that cannot be said in an answer: the connection has to end.
     fn write(
         &self,
-        accepted: Option<&DurableDraft>,
+        outcomes: &[SectionOutcome],
         form: PacketForm,
         exchanges: &mut ExchangeTable,
         to: &mut Vec<u8>,
-    ) {
+    ) -> Result<(), Refusal> {
         to.reserve(4 * self.acks.len());
         for ack in &self.acks {
-            if ack.answer == AckKind::Pubcomp {
-                exchanges.settle_release(ack.packet_id);
+            if matches!(ack.verdict, AckVerdict::Pong) {
+                write::pingresp(to);
+                continue;
             }
-            match &ack.verdict {
-                AckVerdict::Admitted { origin } => {
-                    let outcome = accepted.and_then(|a| a.outcomes.get(*origin as usize));
-                    if ack.answer == AckKind::Pubrec {
-                        let kept =
-                            matches!(outcome, Some(SectionOutcome::Kept(_) | SectionOutcome::Duplicate(_)));
-                        exchanges.settle_open(ack.packet_id, kept);
-                    }
-                    match outcome {
-                        Some(SectionOutcome::Kept(_) | SectionOutcome::Duplicate(_)) => {
-                            write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None)
-                        }
-                        // The key died between the check and the append: nothing was kept. MQTT 3.1.1
-                        // cannot express that, and gets no answer: the key's connections close.
-                        _ if form.version != MqttVersion::V5 => {}
-                        _ => write::message_ack(
-                            to,
-                            form,
-                            ack.answer,
-                            ack.packet_id,
-                            ReasonCode::NotAuthorized,
-                            None,
-                        ),
-                    }
+            let refused = ack.verdict.refused(outcomes);
+            match ack.answer {
+                AckKind::Pubcomp => exchanges.settle_release(ack.packet_id),
+                AckKind::Pubrec if ack.verdict.outcome(outcomes).is_some() => {
+                    exchanges.settle_open(ack.packet_id, refused.is_none());
                 }
-                AckVerdict::Quarantined { origin, words } => {
-                    let outcome = accepted.and_then(|a| a.outcomes.get(*origin as usize));
-                    let (reason, words) = match outcome {
-                        Some(SectionOutcome::Kept(_) | SectionOutcome::Duplicate(_)) => {
-                            (ReasonCode::PayloadFormatInvalid, Some(&**words))
-                        }
-                        _ => (ReasonCode::NotAuthorized, None),
-                    };
-                    write::message_ack(to, form, ack.answer, ack.packet_id, reason, words);
-                }
-                AckVerdict::Pong => write::pingresp(to),
-                AckVerdict::Done => {
-                    write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None);
-                }
-                AckVerdict::Refused(refused) => {
-                    write::message_ack(to, form, ack.answer, ack.packet_id, refused.0, Some(&refused.1));
-                }
+                _ => {}
             }
+            let (reason, words) = match &refused {
+                None => (ReasonCode::Success, None),
+                // The key died between the check and the append: nothing was kept. MQTT 3.1.1 cannot express
+                // that, and gets no answer: the key's connections close.
+                Some(RefusedAck::Refusal(Refusal::Denied(_))) if form.version != MqttVersion::V5 => continue,
+                Some(RefusedAck::Refusal(Refusal::Denied(_))) => (ReasonCode::NotAuthorized, None),
+                Some(RefusedAck::Refusal(refusal)) => match refusal_reason_code(refusal) {
+                    reason if form.version != MqttVersion::V5 || reason == ReasonCode::PacketTooLarge => {
+                        return Err(refusal.clone());
+                    }
+                    reason => (reason, Some(Cow::Owned(refusal.to_string()))),
+                },
+                Some(RefusedAck::Words(reason, words)) => (*reason, Some(Cow::Borrowed(*words))),
+            };
+            write::message_ack(to, form, ack.answer, ack.packet_id, reason, words.as_deref());
+        }
+        Ok(())
+    }
+}
+
+/// Why the answer to a message is a no.
+enum RefusedAck<'a> {
+    /// The refusal, which is known now that the log has answered.
+    Refusal(Refusal),
+    /// What was said before the log was asked.
+    Words(ReasonCode, &'a str),
+}
+
+impl AckVerdict {
+    /// The log's outcome, if the answer depends on it.
+    fn outcome<'a>(&self, outcomes: &'a [SectionOutcome]) -> Option<&'a SectionOutcome> {
+        match self {
+            AckVerdict::Admitted { origin }
+            | AckVerdict::Quarantined { origin, .. }
+            | AckVerdict::Asked { origin, .. }
+            | AckVerdict::Repeated { origin } => outcomes.get(*origin as usize),
+            AckVerdict::Refused(_) | AckVerdict::Done | AckVerdict::Pong => None,
         }
     }
+
+    /// Why it is a no; `None` if it is a yes.
+    fn refused(&self, outcomes: &[SectionOutcome]) -> Option<RefusedAck<'_>> {
+        let outcome = self.outcome(outcomes);
+        let by_outcome = || outcome.and_then(Refusal::from_outcome).map(RefusedAck::Refusal);
+        let refused = match self {
+            AckVerdict::Done | AckVerdict::Pong => return None,
+            AckVerdict::Admitted { .. } => return by_outcome(),
+            AckVerdict::Repeated { .. } => {
+                return by_outcome().filter(|_| matches!(outcome, Some(SectionOutcome::Conflict { .. })));
+            }
+            AckVerdict::Refused(refused) => RefusedAck::Words(refused.0, &refused.1),
+            AckVerdict::Quarantined { words, .. } => {
+                RefusedAck::Words(ReasonCode::PayloadFormatInvalid, words)
+            }
+            AckVerdict::Asked { refusal, .. } => RefusedAck::Refusal((**refusal).clone()),
+        };
+        match outcome {
+            Some(SectionOutcome::Known(_)) => None,
+            Some(SectionOutcome::KeyDead) => by_outcome(),
+            _ => Some(refused),
+        }
+    }
+}
+
+/// Ends the exchanges of a session whose messages the log has refused.
+pub(super) struct ExchangeCloser<'a> {
+    pub(super) intake: &'a Intake,
+    /// The session's number.
+    pub(super) session: u64,
+    /// No earlier connection can have opened one.
+    pub(super) is_ephemeral: bool,
 }
 
 /// The reads whose answers wait, oldest first. Answers leave in the order of the messages
@@ -225,17 +314,21 @@ impl PendingAcks {
     /// Writes the answers that are due to `to`, and settles their exchanges. Ready when no answer waits.
     ///
     /// # Errors
-    /// The transient refusal of a draft. Neither its messages nor any later ones may be answered.
+    /// Why the connection has to end: the transient refusal of a draft, or one that MQTT 3.1.1 has no answer for.
+    /// Neither its messages nor any later ones may be answered.
     pub(super) fn poll_write(
         &mut self,
         form: PacketForm,
+        closer: &ExchangeCloser<'_>,
         exchanges: &mut ExchangeTable,
         to: &mut Vec<u8>,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<(), Refusal>> {
+    ) -> Poll<Result<(), StopReason>> {
         while let Some((waits, acks)) = self.waiting.front_mut() {
-            ready!(waits.poll(cx))?;
-            acks.write(waits.accepted.as_ref(), form, exchanges, to);
+            ready!(waits.poll(acks, closer, cx)).map_err(StopReason::Transient)?;
+            let outcomes = waits.accepted.as_ref().map_or(&[][..], |accepted| &accepted.outcomes);
+            let written = acks.write(outcomes, form, exchanges, to);
+            written.map_err(|refusal| StopReason::End(InboundEnd::Refused(refusal)))?;
             self.unacknowledged -= acks.unacknowledged();
             self.waiting.pop_front();
         }
@@ -269,9 +362,9 @@ mod tests {
             SectionOutcome::Duplicate(once),
         ];
         let mut answers = Vec::new();
-        acks.write(Some(&DurableDraft { outcomes }), form, &mut exchanges, &mut answers);
+        acks.write(&outcomes, form, &mut exchanges, &mut answers).expect("MQTT 5 has an answer for each");
         let states = [1, 2, 3].map(|packet_id| exchanges.state(packet_id));
         assert_eq!(states, [Some(ExchangeState::Open), None, Some(ExchangeState::Open)]);
-        assert_eq!((exchanges.take_refused(), exchanges.unreleased()), (vec![2], 2));
+        assert_eq!(exchanges.unreleased(), 2);
     }
 }

@@ -21,8 +21,6 @@ pub(super) enum ExchangeState {
 pub(super) struct ExchangeTable {
     states: BTreeMap<u16, ExchangeState>,
     releasing: usize,
-    /// Those whose message the log has just refused.
-    refused: Vec<u16>,
 }
 
 impl ExchangeTable {
@@ -43,17 +41,15 @@ impl ExchangeTable {
 
     /// The log has answered: it has the message, or it does not, and then there is no exchange.
     pub(super) fn settle_open(&mut self, packet_id: u16, kept: bool) {
+        // A repetition may be answered when the client has released it already.
+        if self.state(packet_id) == Some(ExchangeState::Releasing) {
+            return;
+        }
         if kept {
             self.states.insert(packet_id, ExchangeState::Open);
         } else {
             self.states.remove(&packet_id);
-            self.refused.push(packet_id);
         }
-    }
-
-    /// Takes out the exchanges whose message the log has refused since the last call.
-    pub(super) fn take_refused(&mut self) -> Vec<u16> {
-        std::mem::take(&mut self.refused)
     }
 
     /// A release is on its way into the log.

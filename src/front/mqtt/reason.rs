@@ -2,7 +2,7 @@
 
 use super::codec::ReasonCode;
 use crate::auth::GrantDenial;
-use crate::intake::Refusal;
+use crate::intake::{IdConflict, Refusal};
 use crate::quota::Limit;
 
 /// The MQTT 5 reason code of a refusal; no other place maps the two.
@@ -16,6 +16,10 @@ pub(super) fn refusal_reason_code(refusal: &Refusal) -> ReasonCode {
         Refusal::MessageId | Refusal::ReplySubject | Refusal::Header(_) => {
             ReasonCode::ImplementationSpecificError
         }
+        Refusal::Conflict(IdConflict::MessageId(_)) => ReasonCode::ImplementationSpecificError,
+        Refusal::Conflict(IdConflict::Exchange) => ReasonCode::PacketIdentifierInUse,
+        Refusal::Exchanges => ReasonCode::QuotaExceeded,
+        Refusal::Asked(asked) => refusal_reason_code(&asked.refusal),
         Refusal::Limited(limited) => match limited.limit {
             Limit::PayloadBytes => ReasonCode::PacketTooLarge,
             _ if limited.is_held_back() => ReasonCode::MessageRateTooHigh,

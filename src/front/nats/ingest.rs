@@ -38,6 +38,8 @@ enum PendingInletVerdict {
     Admitted { origin: usize, place: usize },
     /// The same, but it goes into quarantine, and the sender is told so.
     Quarantined { origin: usize, place: usize, problem: Problem },
+    /// It is refused so, unless the log knows it: it asks, as this origin.
+    Asked { origin: usize, verdict: InletVerdict },
     /// It was refused.
     Refused(InletVerdict),
 }
@@ -90,6 +92,14 @@ impl NatsIngest {
                     origin,
                     place,
                     problem: Refusal::Quarantined(quarantined).into(),
+                }
+            }
+            // Intake reports it if the log does not know it.
+            Err(RefusedParcel { refusal: Refusal::Asked(asked), .. }) => {
+                batch.next_place(asked.origin);
+                PendingInletVerdict::Asked {
+                    origin: asked.origin,
+                    verdict: reply::refusal_verdict(asked.refusal),
                 }
             }
             Err(RefusedParcel { refusal, key_id, key_shape }) => {
@@ -168,10 +178,13 @@ impl Inlet for NatsIngest {
 impl PendingInletVerdict {
     /// The verdict on a message, given the outcome of its draft.
     fn settle(self, accepted: &Result<DurableDraft, Refusal>, intake: &Intake) -> InletVerdict {
-        let (origin, place, problem) = match self {
+        let (origin, place, problem, refused) = match self {
             PendingInletVerdict::Refused(verdict) => return verdict,
-            PendingInletVerdict::Admitted { origin, place } => (origin, place, None),
-            PendingInletVerdict::Quarantined { origin, place, problem } => (origin, place, Some(problem)),
+            PendingInletVerdict::Asked { origin, verdict } => (origin, 0, None, Some(verdict)),
+            PendingInletVerdict::Admitted { origin, place } => (origin, place, None, None),
+            PendingInletVerdict::Quarantined { origin, place, problem } => {
+                (origin, place, Some(problem), None)
+            }
         };
         let outcome = match accepted {
             Ok(accepted) => accepted.outcomes.get(origin),
@@ -184,9 +197,15 @@ impl PendingInletVerdict {
             Some(SectionOutcome::Kept(offsets)) => (offsets.nth(place), false),
             // A message with an id has an origin of its own.
             Some(SectionOutcome::Duplicate(earlier)) => (earlier.first(), true),
-            // The key died before the write; intake has counted it.
-            Some(SectionOutcome::KeyDead) | None => {
-                return reply::refusal_verdict(Refusal::from(GrantDenial::Revoked));
+            // It was let in before, although it would be refused now.
+            Some(SectionOutcome::Known(earlier)) => {
+                return InletVerdict::Stored { seq: earlier.first(), duplicate: true };
+            }
+            // The key died before the write, or the id belongs to another message; intake has counted it.
+            other => {
+                let refusal = other.and_then(Refusal::from_outcome);
+                let refusal = refusal.unwrap_or(GrantDenial::Revoked.into());
+                return refused.unwrap_or_else(|| reply::refusal_verdict(refusal));
             }
         };
         match problem {

@@ -60,6 +60,7 @@ impl From<Refusal> for Problem {
         let (cause, words, retry_after) = (refusal.cause(), refusal.to_string(), refusal.retry_after());
         let problem = match refusal {
             Refusal::Denied(denied) => denied.into(),
+            Refusal::Asked(asked) => return asked.refusal.into(),
             Refusal::Limited(limited) => Self::limited(cause, limited, &words),
             Refusal::TooLarge { bytes_max, .. } => Self::new(cause, words).with("limit", bytes_max),
             Refusal::Quarantined(quarantined) => {

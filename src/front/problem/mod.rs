@@ -103,6 +103,11 @@ impl Problem {
         self
     }
 
+    /// Whether it is about a size or an amount for which waiting does not help, and whose limit may have been changed.
+    pub(super) fn is_over_limit(&self) -> bool {
+        matches!(self.0.note.cause, Cause::LimitPayloadBytes | Cause::LimitTopics | Cause::TooLarge)
+    }
+
     /// Marks that intake has counted the refusal.
     pub(super) fn already_counted(mut self) -> Self {
         self.0.note.counted = true;

@@ -28,12 +28,14 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 
 use super::JetstreamLogShared;
-use super::message::{count_together, encode_message, message_id_of};
+use super::message::{SharedIdContent, encode_message, encode_question, message_id_of};
+use super::once::Generation;
 use super::open::{PendingAppend, PendingAppends, PendingMessage, SectionProgress};
 use super::own::OwnRunCollector;
+use super::read::shared_id_content_at;
 use crate::log::nats_message::origin_headers;
-use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section};
-use crate::message::{Offset, Transport};
+use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section, SectionOutcome};
+use crate::message::Offset;
 
 /// Messages in flight at once. A server refuses more than 10,000 messages that a stream has not yet
 /// stored, from all gateways together.
@@ -68,8 +70,8 @@ pub(super) type AppendReply = oneshot::Sender<Result<CommitOutcome, AppendError>
 
 /// The result of a side request of the task.
 enum AppenderEvent {
-    /// How many records were kept before together with the first of a section.
-    Earlier { place: PendingMessage, first: Offset, records: Option<u32> },
+    /// What was kept before under the id of a section.
+    Earlier { place: PendingMessage, first: Offset, found: Result<Option<SharedIdContent>, AppendError> },
     /// A row of `headgate-once` was rewritten, or could not be.
     Refreshed { append: u64, result: Result<(), AppendError> },
 }
@@ -213,7 +215,7 @@ impl JetstreamAppender {
         let append = self.open.next_number();
         let mut left = 0;
         let mut progress = Vec::with_capacity(sections.len());
-        for (nth, section) in (0_u32..).zip(sections) {
+        for (nth, mut section) in (0_u32..).zip(sections) {
             let dead = section.records() == 0 || !section.lease.holds();
             let once = self.once_id_of(&section).filter(|_| !dead);
             if let Some((id, Some(generation))) = once
@@ -227,12 +229,17 @@ impl JetstreamAppender {
                 }));
             }
             let once = once.map(|(id, generation)| (id, generation.map(|generation| generation.number)));
+            let asks = !dead && !section.asked().is_empty();
             let records = if dead { 0 } else { section.records() };
-            left += records as usize;
-            // The first of several records with one id tells whether all are known.
-            let at_once = if once.is_some() { records.min(1) } else { records };
-            let place = |record| PendingMessage { append, section: nth, record, again: false };
-            self.queue.extend((0..at_once).map(place));
+            let kept = if section.is_question() { 0 } else { records };
+            left += kept as usize + usize::from(asks);
+            // The first of several records with one id tells whether all are known. Questions come before it.
+            let at_once = if once.is_some() { kept.min(1) } else { kept };
+            let place = |record| PendingMessage { append, section: nth, record, again: false, asks };
+            self.queue.extend((0..if asks { 1 } else { at_once }).map(place));
+            let content = SharedIdContent { records, digest: section.content_digest() };
+            let asked = section.asked().iter().map(|id| (*id, self.generation_of(*id).map(|g| g.number)));
+            let asked = asked.collect();
             let places = if dead { Vec::new() } else { section.places() };
             let offsets = vec![0; records as usize];
             let headers = match dead {
@@ -248,7 +255,9 @@ impl JetstreamAppender {
                 once,
                 offsets,
                 duplicates: 0,
-                earlier: None,
+                content,
+                asked,
+                found: None,
                 dead,
             });
         }
@@ -258,10 +267,13 @@ impl JetstreamAppender {
 
     /// The id under which a section is kept once. A message id takes precedence over an exchange's: a
     /// sender that repeats the exchange repeats it too.
-    fn once_id_of(&self, section: &Section) -> Option<(OnceId, Option<super::once::Generation>)> {
+    fn once_id_of(&self, section: &Section) -> Option<(OnceId, Option<Generation>)> {
         let id = section.once().find(|id| !id.is_exchange()).or_else(|| section.once().next())?;
-        let generation = if id.is_exchange() { self.shared.once.generation(id) } else { None };
-        Some((id, generation))
+        Some((id, self.generation_of(id)))
+    }
+
+    fn generation_of(&self, id: OnceId) -> Option<Generation> {
+        if id.is_exchange() { self.shared.once.generation(id) } else { None }
     }
 
     /// Publishes queued messages, as many as may be in flight.
@@ -277,11 +289,17 @@ impl JetstreamAppender {
                 self.count_settled(place.append, stands_for);
                 continue;
             }
-            let id = progress.once.map(|(id, generation)| message_id_of(id, generation, place.record));
-            let records = progress.section.records();
-            let together = (id.is_some() && place.record == 0 && records > 1).then_some(records);
             let record = progress.section.record(progress.places[place.record as usize]);
-            let sent = match encode_message(&record, &progress.headers, id, together) {
+            let encoded = match progress.asked.front().filter(|_| place.asks) {
+                Some((id, generation)) => encode_question(&record, message_id_of(*id, *generation, 0)),
+                None => {
+                    let id =
+                        progress.once.map(|(id, generation)| message_id_of(id, generation, place.record));
+                    let content = (id.is_some() && place.record == 0).then_some(progress.content);
+                    encode_message(&record, &progress.headers, id, content)
+                }
+            };
+            let sent = match encoded {
                 Ok(message) => self.publisher.send(place, message).await.map_err(|(_, error)| error),
                 Err(error) => Err(PublishError::Refused(error.to_string())),
             };
@@ -303,6 +321,10 @@ impl JetstreamAppender {
     fn settle_stored(&mut self, place: PendingMessage, ack: JetstreamAck) {
         let Some(open) = self.open.get_mut(place.append) else { return };
         let progress = &mut open.sections[place.section as usize];
+        if place.asks {
+            self.shared.append_trouble.set(None);
+            return self.ask_earlier(place, ack.sequence);
+        }
         progress.offsets[place.record as usize] = ack.sequence;
         let known = ack.duplicate && !place.again;
         if !ack.duplicate {
@@ -310,12 +332,10 @@ impl JetstreamAppender {
             self.own.add_record(ack.sequence, &progress.section, begins);
         }
         progress.duplicates += usize::from(known);
-        let is_first = place.record == 0 && progress.once.is_some_and(|(id, _)| !id.is_exchange());
-        // MQTT clients get no offsets, and a single message has no others to look up.
-        let asks = progress.offsets.len() > 1 || progress.section.transport != Transport::Mqtt;
+        let is_first = place.record == 0 && progress.once.is_some();
         let of_several = progress.stands_for(place) > 1;
         self.shared.append_trouble.set(None);
-        if known && is_first && asks {
+        if ack.duplicate && is_first {
             self.ask_earlier(place, ack.sequence);
             return;
         }
@@ -328,9 +348,12 @@ impl JetstreamAppender {
     /// Records why a message is not stored, or may not be. Publishes it again later if that is of use and the
     /// append does not give up yet.
     fn settle_refused(&mut self, place: PendingMessage, error: PublishError) {
+        if place.asks && matches!(error, PublishError::Refused(_)) {
+            return self.ask_next(place);
+        }
         let Some(open) = self.open.get_mut(place.append) else { return };
         let progress = &open.sections[place.section as usize];
-        let (has_id, stands_for) = (progress.once.is_some(), progress.stands_for(place));
+        let (has_id, stands_for) = (progress.once.is_some() || place.asks, progress.stands_for(place));
         let (error, again) = match error {
             PublishError::Away(text) => (AppendError::Away(text.into()), Some(place.again)),
             PublishError::Full(_) => {
@@ -367,16 +390,36 @@ impl JetstreamAppender {
             section,
             record,
             again: false,
+            asks: false,
         }));
     }
 
-    /// Looks up how many records were kept before under the id of a section with several.
+    /// Goes on when the id that a section has asked for is not known, or not for the same messages: with the next one,
+    /// or with the section itself.
+    fn ask_next(&mut self, place: PendingMessage) {
+        let Some(open) = self.open.get_mut(place.append) else { return };
+        let progress = &mut open.sections[place.section as usize];
+        progress.asked.pop_front();
+        let first = PendingMessage { record: 0, again: false, ..place };
+        if !progress.asked.is_empty() {
+            self.refused.insert(first);
+            return;
+        }
+        if !progress.section.is_question() {
+            let records = progress.section.records();
+            let at_once = if progress.once.is_some() { 1 } else { records };
+            let place = |record| PendingMessage { record, asks: false, ..first };
+            self.refused.extend((0..at_once).map(place));
+        }
+        self.count_settled(place.append, 1);
+    }
+
+    /// Looks up what was kept before under the id of a section.
     fn ask_earlier(&mut self, place: PendingMessage, first: Offset) {
-        let stream = self.shared.stream.clone();
+        let shared = self.shared.clone();
         self.learning.push(Box::pin(async move {
-            let found = stream.get(first, 1, 0).await.ok();
-            let found = found.and_then(|found| found.into_iter().find(|found| found.sequence == first));
-            AppenderEvent::Earlier { place, first, records: found.map(|message| count_together(&message)) }
+            let found = shared_id_content_at(&shared, first).await;
+            AppenderEvent::Earlier { place, first, found }
         }));
     }
 
@@ -389,25 +432,50 @@ impl JetstreamAppender {
                 }
                 self.count_settled(append, 1);
             }
-            AppenderEvent::Earlier { place, first, records } => {
-                let Some(open) = self.open.get_mut(place.append) else { return };
-                let progress = &mut open.sections[place.section as usize];
-                let asked = progress.section.records();
-                match records {
-                    // A different section with the same id: the id alone decides.
-                    Some(records) if records != asked => {
-                        progress.earlier = Some(Offsets::consecutive(first, records));
-                        self.count_settled(place.append, asked as usize);
-                    }
-                    // Usually all of it is stored. If its gateway ended halfway, this publishes the
-                    // rest.
-                    _ => {
-                        self.add_rest(place);
-                        self.count_settled(place.append, 1);
-                    }
+            AppenderEvent::Earlier { place, first, found } => self.handle_earlier(place, first, found),
+        }
+    }
+
+    /// Goes on with a section, given what was kept before under its id; `None` if that is removed.
+    fn handle_earlier(
+        &mut self,
+        place: PendingMessage,
+        first: Offset,
+        found: Result<Option<SharedIdContent>, AppendError>,
+    ) {
+        let Some(open) = self.open.get_mut(place.append) else { return };
+        let progress = &mut open.sections[place.section as usize];
+        let stands_for = progress.stands_for(place);
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                open.error.get_or_insert(error);
+                return self.count_settled(place.append, stands_for);
+            }
+        };
+        let is_same = found.is_none_or(|found| found.is_same(progress.content));
+        let earlier =
+            Offsets::consecutive(first, found.map_or(progress.content.records, |found| found.records));
+        let asked = progress.asked.front().filter(|_| place.asks).map(|(id, _)| *id);
+        match asked {
+            Some(_) if is_same => progress.found = Some(SectionOutcome::Known(earlier)),
+            Some(id) if id.is_exchange() && progress.section.is_question() => {
+                progress.found = Some(SectionOutcome::Conflict { earlier, in_exchange: true });
+            }
+            Some(_) => return self.ask_next(place),
+            None if is_same => {
+                // Usually all of it is stored. If its gateway ended halfway, this publishes the rest.
+                if stands_for > 1 {
+                    self.add_rest(place);
                 }
+                return self.count_settled(place.append, 1);
+            }
+            None => {
+                let in_exchange = progress.once.is_some_and(|(id, _)| id.is_exchange());
+                progress.found = Some(SectionOutcome::Conflict { earlier, in_exchange });
             }
         }
+        self.count_settled(place.append, stands_for);
     }
 
     /// Fails the appends that have waited long enough, with the error that blocks publishing.

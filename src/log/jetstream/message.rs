@@ -1,16 +1,48 @@
 //! What the log of a cluster adds to the message of a record ([`nats_message`](crate::log::nats_message)): an
-//! id, so that JetStream stores it once, and how many messages share that id.
+//! id, so that JetStream stores it once, how many messages share that id, and a digest of them.
 
 use headgate_bridge_nats::HeaderMap;
 use headgate_bridge_nats::stream::{OutgoingMessage, StoredMessage};
 
 use crate::log::OnceId;
-use crate::log::nats_message::{NATS_MESSAGE_ID_HEADER, RECORD_TOGETHER_HEADER, encode_record, header_text};
+use crate::log::nats_message::{
+    NATS_EXPECTED_LAST_MESSAGE_ID_HEADER, NATS_MESSAGE_ID_HEADER, RECORD_DIGEST_HEADER,
+    RECORD_TOGETHER_HEADER, encode_record, header_text,
+};
+use crate::log::once::ContentDigest;
 use crate::message::RecordRef;
 use crate::subject::SubjectError;
 
-/// Encodes a record as a message. `headers` are its section's, `id` is its id in the stream, and `together`, on
-/// the first message only, says how many share the id.
+/// An id that no message of the stream has: they are hex.
+const NO_MESSAGE_ID: &str = "?";
+
+/// What the first of the messages that share an id says of all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SharedIdContent {
+    pub(super) records: u32,
+    /// `None` in what an older Headgate has written.
+    pub(super) digest: Option<ContentDigest>,
+}
+
+impl SharedIdContent {
+    /// What a stored message says.
+    pub(super) fn read(message: &StoredMessage) -> Self {
+        let text = |name| header_text(&message.headers, name);
+        Self {
+            records: text(RECORD_TOGETHER_HEADER).and_then(|text| text.parse().ok()).unwrap_or(1),
+            digest: text(RECORD_DIGEST_HEADER).and_then(ContentDigest::from_hex),
+        }
+    }
+
+    /// Whether the two are the same messages, as far as can be told.
+    pub(super) fn is_same(self, other: Self) -> bool {
+        let unknown = self.digest.is_none() || other.digest.is_none();
+        self.records == other.records && (unknown || self.digest == other.digest)
+    }
+}
+
+/// Encodes a record as a message. `headers` are its section's, `id` is its id in the stream, and `content`, on
+/// the first message with an id only, is what all of them are.
 ///
 /// # Errors
 /// [`SubjectError`] for a topic that is not a subject.
@@ -18,15 +50,33 @@ pub(super) fn encode_message(
     record: &RecordRef<'_>,
     headers: &HeaderMap,
     id: Option<String>,
-    together: Option<u32>,
+    content: Option<SharedIdContent>,
 ) -> Result<OutgoingMessage, SubjectError> {
     let mut message = encode_record(record, headers.clone())?;
     if let Some(id) = id {
         message.headers.insert(NATS_MESSAGE_ID_HEADER, id);
     }
-    if let Some(together) = together {
-        message.headers.insert(RECORD_TOGETHER_HEADER, together.to_string());
+    if let Some(SharedIdContent { records, digest }) = content {
+        if records > 1 {
+            message.headers.insert(RECORD_TOGETHER_HEADER, records.to_string());
+        }
+        if let Some(digest) = digest {
+            message.headers.insert(RECORD_DIGEST_HEADER, digest.to_hex());
+        }
     }
+    Ok(message)
+}
+
+/// Encodes the question whether the stream knows an id: a message that JetStream never stores. It answers with the
+/// place of the one that has the id, which it looks for first, or refuses it.
+///
+/// # Errors
+/// [`SubjectError`] for a topic that is not a subject.
+pub(super) fn encode_question(record: &RecordRef<'_>, id: String) -> Result<OutgoingMessage, SubjectError> {
+    let bare = RecordRef { payload: &[], content_type: "", properties: &[], note: &[], ..*record };
+    let mut message = encode_record(&bare, HeaderMap::new())?;
+    message.headers.insert(NATS_MESSAGE_ID_HEADER, id);
+    message.headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID_HEADER, NO_MESSAGE_ID);
     Ok(message)
 }
 
@@ -45,11 +95,6 @@ pub(super) fn message_id_of(once: OnceId, generation: Option<u64>, nth: u32) -> 
         let _ = write!(id, "-{nth}");
     }
     id
-}
-
-/// How many messages share the id of this one.
-pub(super) fn count_together(message: &StoredMessage) -> u32 {
-    header_text(&message.headers, RECORD_TOGETHER_HEADER).and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
 #[cfg(test)]

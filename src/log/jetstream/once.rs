@@ -15,6 +15,15 @@
 //! repeated. So a row older than [`GENERATION_FRESH_MAX`] is rewritten when its generation is used. A row
 //! stays for a window and [`GENERATION_GRACE`] more.
 //!
+//! The first message with an id carries a digest of all that share it. When JetStream says that it knows the id, the
+//! message that has it is read, and its digest tells a repetition from another message, which is refused. One of an
+//! older Headgate has none: there the id and the number decide. A message that is refused for its limit or schema first
+//! asks whether its id is known, with a message that JetStream never stores.
+//!
+//! Unlike in the log of one gateway, a message that has an id and is part of an exchange is known by its id alone, an
+//! exchange is known only as long as JetStream knows ids, and there is no bound for a datasource: JetStream keeps the ids of
+//! all of them for their time, and nobody's are pushed out.
+//!
 //! Several messages may share one id: all but the first add their number in the section to it. The first is
 //! published alone. The others follow only if the first was new, or if an earlier attempt may have ended
 //! halfway.

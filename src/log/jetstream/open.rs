@@ -6,6 +6,7 @@ use std::time::Instant;
 use headgate_bridge_nats::HeaderMap;
 
 use super::append::AppendReply;
+use super::message::SharedIdContent;
 use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section, SectionOutcome};
 use crate::message::Offset;
 
@@ -25,6 +26,8 @@ pub(super) struct PendingMessage {
     pub(super) record: u32,
     /// Whether an earlier attempt may have stored it.
     pub(super) again: bool,
+    /// Whether it is no record, but the question whether the section's first asked id is known.
+    pub(super) asks: bool,
 }
 
 /// An append that is not settled.
@@ -49,8 +52,12 @@ pub(super) struct SectionProgress {
     /// The offset of each record that is stored; 0 before.
     pub(super) offsets: Vec<Offset>,
     pub(super) duplicates: usize,
-    /// The records kept before under its id, if their number differs.
-    pub(super) earlier: Option<Offsets>,
+    /// What its messages are together.
+    pub(super) content: SharedIdContent,
+    /// The ids that it still has to ask for, before anything of it is published.
+    pub(super) asked: VecDeque<(OnceId, Option<u64>)>,
+    /// What was found instead of keeping it.
+    pub(super) found: Option<SectionOutcome>,
     pub(super) dead: bool,
 }
 
@@ -116,16 +123,20 @@ impl PendingAppend {
 
 impl SectionProgress {
     /// How many records, itself included, depend on the outcome of the one at `place`: the first of several
-    /// with one id stands for all of them.
+    /// with one id stands for all of them, and so does a question before them.
     pub(super) fn stands_for(&self, place: PendingMessage) -> usize {
+        if place.asks {
+            return 1 + if self.section.is_question() { 0 } else { self.offsets.len() };
+        }
         if self.once.is_some() && place.record == 0 { self.offsets.len() } else { 1 }
     }
 
     /// The outcome of the section.
     fn outcome(self) -> SectionOutcome {
-        match self.earlier {
+        match self.found {
             _ if self.dead => SectionOutcome::KeyDead,
-            Some(earlier) => SectionOutcome::Duplicate(earlier),
+            Some(found) => found,
+            None if self.section.is_question() => SectionOutcome::Unknown,
             None if self.duplicates == self.offsets.len() => {
                 SectionOutcome::Duplicate(Offsets::from_each(&self.offsets))
             }

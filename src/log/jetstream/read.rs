@@ -8,7 +8,8 @@ use tokio::time::sleep;
 
 use super::JetstreamLogShared;
 use super::follow::gather_batches;
-use crate::log::{Batch, LogReadError};
+use super::message::SharedIdContent;
+use crate::log::{AppendError, Batch, LogReadError};
 use crate::message::{Offset, TimeMicros};
 use crate::time::Rfc3339;
 
@@ -61,6 +62,26 @@ pub(super) async fn offset_at_server_time(
     let found = shared.stream.sequence_at(&time).await.map_err(away)?;
     let end = shared.tail.next_offset();
     Ok(found.map_or(end, |sequence| sequence.min(end)))
+}
+
+/// What is kept under the id of the message at `first`; `None` if it is removed.
+pub(super) async fn shared_id_content_at(
+    shared: &JetstreamLogShared,
+    first: Offset,
+) -> Result<Option<SharedIdContent>, AppendError> {
+    let away = |error: StreamError| AppendError::Away(error.to_string().into());
+    for _ in 0..LAGGING_SERVER_RETRY.0 {
+        let messages = shared.stream.get(first, 1, 0).await.map_err(away)?;
+        if let Some(found) = messages.iter().find(|message| message.sequence == first) {
+            return Ok(Some(SharedIdContent::read(found)));
+        }
+        // A server that has a later one has not missed it: it was deleted.
+        if !messages.is_empty() || shared.stream.state().await.map_err(away)?.first > first {
+            return Ok(None);
+        }
+        sleep(LAGGING_SERVER_RETRY.1).await;
+    }
+    Err(AppendError::Away(format!("no server of stream {} has {first} yet", shared.stream.name()).into()))
 }
 
 fn away(error: StreamError) -> LogReadError {

@@ -38,6 +38,10 @@ fn duplicate(first_offset: Offset, records: u32) -> SectionOutcome {
     SectionOutcome::Duplicate(Offsets::consecutive(first_offset, records))
 }
 
+fn conflict(first_offset: Offset, records: u32, in_exchange: bool) -> SectionOutcome {
+    SectionOutcome::Conflict { earlier: Offsets::consecutive(first_offset, records), in_exchange }
+}
+
 /// The files of a log, as a kill would leave them now.
 fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let entries = fs::read_dir(dir.join("log")).expect("listable");
@@ -68,8 +72,7 @@ fn the_same_id_again_is_answered_with_the_offsets_of_the_first_also_after_a_rest
     assert_eq!(keep(&log, vec![once(&[message(1)], 3)]), [kept(1, 3)]);
     assert_eq!(keep(&log, vec![once(&[exchange(1)], 1)]), [kept(4, 1)]);
     for ended in ["not at all", "by a kill", "cleanly"] {
-        // The id alone decides, whatever else differs.
-        assert_eq!(keep(&log, vec![once(&[message(1)], 1)]), [duplicate(1, 3)], "ended {ended}");
+        assert_eq!(keep(&log, vec![once(&[message(1)], 3)]), [duplicate(1, 3)], "ended {ended}");
         assert_eq!(keep(&log, vec![once(&[message(2), exchange(1)], 1)]), [duplicate(4, 1)]);
         match ended {
             "not at all" => kill(dir.path(), log),
@@ -79,6 +82,147 @@ fn the_same_id_again_is_answered_with_the_offsets_of_the_first_also_after_a_rest
     }
     assert_eq!(log.next_offset(), 5);
     assert_eq!(keep_one(&log, message(2)), kept(5, 1), "what was left out has entered no id");
+}
+
+/// A section with an id, and messages of topic and payload.
+fn once_of(datasource: &str, id: OnceId, messages: &[(&str, &str)]) -> Section {
+    let datasource = DatasourceId::new(datasource).expect("slug");
+    let mut section = Section::new(datasource, KeyId([1; 6]), Lease::new(), Transport::Mqtt, 0, now_micros());
+    section.keep_once(id);
+    for (topic, payload) in messages {
+        section.push(topic, payload.as_bytes(), "", &[], RecordFlags::default());
+    }
+    section
+}
+
+/// Acknowledging another message as a repetition would lose it.
+#[test]
+fn other_messages_under_a_known_id_are_refused_also_after_a_restart_and_a_kill() {
+    let dir = TempDir::new().expect("temporary directory");
+    let mut log = open(dir.path(), &config()).expect("opens");
+    let first = |id| once_of("press-4", id, &[("t", "a"), ("u", "b")]);
+    let others: [&[(&str, &str)]; 6] = [
+        &[("t", "a"), ("u", "c")],
+        &[("t", "a"), ("v", "b")],
+        &[("u", "b"), ("t", "a")],
+        &[("t", "a")],
+        &[("t", "a"), ("u", "b"), ("u", "b")],
+        &[("t", "au"), ("", "b")],
+    ];
+    let ids = [message(1), exchange(1)];
+    // Beside each other in one commit.
+    let sections = ids.into_iter().flat_map(|id| [first(id), once_of("press-4", id, others[0]), first(id)]);
+    let expected = [kept(0, 2), conflict(0, 2, false), duplicate(0, 2)];
+    let of_exchange = [kept(2, 2), conflict(2, 2, true), duplicate(2, 2)];
+    assert_eq!(keep(&log, sections.collect()), [expected, of_exchange].concat());
+    for ended in ["not at all", "by a kill", "cleanly"] {
+        for (id, at, in_exchange) in [(ids[0], 0, false), (ids[1], 2, true)] {
+            for messages in others {
+                let outcome = keep(&log, vec![once_of("press-4", id, messages)]);
+                assert_eq!(outcome, [conflict(at, 2, in_exchange)], "ended {ended}: {messages:?}");
+            }
+            assert_eq!(keep(&log, vec![first(id)]), [duplicate(at, 2)], "ended {ended}");
+        }
+        match ended {
+            "not at all" => kill(dir.path(), log),
+            _ => drop(log),
+        }
+        log = open(dir.path(), &config()).expect("opens");
+    }
+    assert_eq!(log.next_offset(), 4);
+    release(&log, &[exchange(1)]);
+    assert_eq!(keep(&log, vec![once_of("press-4", exchange(1), others[0])]), [kept(4, 2)]);
+}
+
+#[test]
+fn who_asks_is_told_what_is_known_and_takes_no_id() {
+    let dir = TempDir::new().expect("temporary directory");
+    let log = open(dir.path(), &config()).expect("opens");
+    let asking = |ids: &[OnceId], payload, only: bool| {
+        let mut section = section(&[payload], &Lease::new());
+        ids.iter().for_each(|id| section.ask_for(*id));
+        if only {
+            section.only_ask();
+        }
+        section
+    };
+    let ask = |ids: &[OnceId], payload: &'static str| {
+        keep(&log, vec![asking(ids, payload.as_bytes(), true)]).remove(0)
+    };
+    assert_eq!(ask(&[message(1)], "x"), SectionOutcome::Unknown);
+    let together = vec![
+        asking(&[message(1)], b"x", true),
+        once(&[message(1), exchange(1)], 1),
+        asking(&[message(2), exchange(1)], b"x", true),
+        asking(&[exchange(1)], b"y", true),
+    ];
+    let known = || SectionOutcome::Known(Offsets::consecutive(0, 1));
+    let expected = [SectionOutcome::Unknown, kept(0, 1), known(), conflict(0, 1, true)];
+    assert_eq!(keep(&log, together), expected);
+    assert_eq!([ask(&[message(1)], "x"), ask(&[message(9), exchange(1)], "x")], [known(), known()]);
+    assert_eq!(ask(&[message(1)], "y"), SectionOutcome::Unknown, "an id that is not taken may be another's");
+    // What is kept otherwise, as in quarantine, is kept unless it is known.
+    assert_eq!(keep(&log, vec![asking(&[message(1)], b"x", false)]), [known()]);
+    assert_eq!(keep(&log, vec![asking(&[message(1)], b"y", false)]), [kept(1, 1)]);
+    assert_eq!(keep(&log, vec![asking(&[message(2)], b"z", false)]), [kept(2, 1)]);
+    assert_eq!(keep_one(&log, message(2)), kept(3, 1), "nobody has taken it");
+}
+
+/// One datasource's unreleased exchanges and ids must not push out another's, which would be kept twice.
+#[test]
+fn a_datasource_has_a_share_of_the_window_and_none_pushes_out_anothers() {
+    const MINE: u32 = 20;
+    let dir = TempDir::new().expect("temporary directory");
+    let dedup = config::IntakeConfig {
+        dedup_ids_max: 100,
+        dedup_ids_per_datasource_max: 60,
+        exchanges_per_datasource_max: 150,
+        ..Config::default().intake
+    };
+    // There is room for 400 exchanges in all.
+    let small = config::LogConfig { segment_bytes: 400 << 7, retention_bytes: 1 << 30, ..config() };
+    let reopen = || EmbeddedLog::open(dir.path(), &small, &dedup).expect("opens");
+    let id = |datasource: &str, n: u32| {
+        OnceId::of_message(&DatasourceId::new(datasource).expect("slug"), &n.to_string())
+    };
+    let keep_message = |log: &EmbeddedLog, of: &str, n| {
+        keep(log, vec![once_of(of, id(of, n), &[("t", &n.to_string())])]).remove(0)
+    };
+    let open_exchange = |log: &EmbeddedLog, of: &str, session: u64, n: u32| {
+        let id = OnceId::of_exchange(session, u16::try_from(n).expect("small"));
+        keep(log, vec![once_of(of, id, &[("t", &n.to_string())])]).remove(0)
+    };
+    let is_kept = |outcome: SectionOutcome| matches!(outcome, SectionOutcome::Kept(_));
+    let is_duplicate = |outcome: SectionOutcome| matches!(outcome, SectionOutcome::Duplicate(_));
+    let mut log = reopen();
+    for n in 0..MINE {
+        assert!(is_kept(keep_message(&log, "mine", n)) && is_kept(open_exchange(&log, "mine", 1, n)));
+    }
+    for ended in ["not at all", "by a kill", "cleanly"] {
+        for hostile in ["bad-1", "bad-2"] {
+            (0..300).for_each(|n| _ = keep_message(&log, hostile, n));
+        }
+        let opened = |of, session| (0..200).filter(|n| is_kept(open_exchange(&log, of, session, *n))).count();
+        let (one, two) = (opened("bad-1", 2), opened("bad-2", 3));
+        let expected = if ended == "not at all" { (150, 115) } else { (0, 0) };
+        assert_eq!((one, two), expected, "ended {ended}: its own share, and half of what is left");
+        assert_eq!(open_exchange(&log, "bad-1", 2, 199), SectionOutcome::ExchangesFull);
+        for n in 0..MINE {
+            assert!(is_duplicate(keep_message(&log, "mine", n)), "ended {ended}: {n}");
+            assert!(is_duplicate(open_exchange(&log, "mine", 1, n)), "ended {ended}: {n}");
+        }
+        // Over its share, it has lost the oldest of its own.
+        assert!(is_duplicate(keep_message(&log, "bad-2", 299)) && is_kept(keep_message(&log, "bad-2", 0)));
+        match ended {
+            "not at all" => kill(dir.path(), log),
+            _ => drop(log),
+        }
+        log = reopen();
+    }
+    let newcomer = (0..200).filter(|n| is_kept(open_exchange(&log, "new", 4, *n))).count();
+    assert_eq!(newcomer, 58, "there is always room for somebody who has few");
+    release(&log, &(0..150).map(|n| OnceId::of_exchange(2, n)).collect::<Vec<_>>());
+    assert!(is_kept(open_exchange(&log, "bad-1", 2, 199)), "what was released takes no room");
 }
 
 #[test]
@@ -211,9 +355,11 @@ fn when_too_many_are_known_the_oldest_leave_and_are_counted() {
     drop(log);
     let small = config::LogConfig { segment_bytes: 128 << 7, retention_bytes: 1 << 30, ..config() };
     let log = open(dir.path(), &small).expect("opens");
-    (0..=128).for_each(|n| assert!(matches!(keep_one(&log, exchange(n)), SectionOutcome::Kept(_))));
-    assert!(matches!(keep_one(&log, exchange(1)), SectionOutcome::Duplicate(_)));
-    assert!(matches!(keep_one(&log, exchange(0)), SectionOutcome::Kept(_)));
+    // One datasource may have half of that: as many as there is room left for.
+    (0..64).for_each(|n| assert!(matches!(keep_one(&log, exchange(n)), SectionOutcome::Kept(_))));
+    assert_eq!(keep_one(&log, exchange(64)), SectionOutcome::ExchangesFull);
+    assert!(matches!(keep_one(&log, exchange(0)), SectionOutcome::Duplicate(_)));
+    assert_eq!(log.evicted_ids(), 0);
 }
 
 /// An exchange that stays open although its release was acknowledged would take the next message
@@ -244,12 +390,12 @@ fn damage_that_may_have_been_a_release_forgets_the_exchanges_before_it_and_no_me
 #[test]
 fn a_segment_of_releases_alone_goes_on_until_there_is_a_record() {
     let dir = TempDir::new().expect("temporary directory");
-    let small = config::LogConfig { segment_bytes: 8 << 10, retention_bytes: 1 << 30, ..config() };
+    let small = config::LogConfig { segment_bytes: 16 << 10, retention_bytes: 1 << 30, ..config() };
     let log = open(dir.path(), &small).expect("opens");
     let ids: Vec<_> = (0..64).map(exchange).collect();
     let sections = ids.iter().map(|id| once(&[*id], 1)).collect();
     assert!(keep(&log, sections).iter().all(|outcome| matches!(outcome, SectionOutcome::Kept(_))));
-    let payload = vec![0; 8 << 10];
+    let payload = vec![0; 16 << 10];
     append(&log, &[&payload]).expect("kept");
     assert_eq!(files(dir.path()).len(), 2);
     ids.iter().for_each(|id| release(&log, &[*id]));

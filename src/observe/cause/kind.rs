@@ -47,6 +47,7 @@ problem_kinds! {
     ContentEncoding  415 "content_encoding"   "The content encoding is not supported";
     Validation       422 "validation"         "A message does not meet its schema";
     UpgradeRequired  426 "upgrade_required"   "Another protocol is spoken here";
+    IdConflict       422 "id_conflict"        "The id belongs to another message";
     OverLimit        422 "over_limit"         "A limit is reached; waiting does not help";
     TooManyRequests  429 "too_many_requests"  "A limit is reached for now";
     Internal         500 "internal"           "The gateway has failed";

@@ -78,6 +78,8 @@ causes! {
         "its content type is too long or not printable: send a plain one, such as application/json";
     MessageId "message_id" Malformed:
         "its message id is empty, too long or not printable: send a short one, or none";
+    IdConflict "id_conflict" IdConflict:
+        "another message was kept under its id: give every message an id of its own, or end the client's session if it has lost its state";
     ReplySubject "reply_subject" Malformed:
         "a NATS message is answered in its sender's inbox: use the client's request or js.publish";
     Header "header" Malformed:
@@ -96,6 +98,8 @@ causes! {
         "its payloads are larger than its limit allows: send smaller ones, or raise the limit";
     LimitTopics "limit_topics" OverLimit:
         "it uses more topics than its limit allows: use fewer, or raise the limit";
+    Exchanges "exchanges" TooManyRequests:
+        "its clients publish with QoS 2 and do not release: have them end their sessions, or raise intake.exchanges_per_datasource_max";
     LimitQuarantine "limit_quarantine" Validation:
         "it is over a limit whose policy is quarantine: send less, or raise the limit and redrive what was kept";
 

@@ -122,6 +122,33 @@ fn an_id_is_known_whichever_gateway_it_came_to_first() {
     }
 }
 
+/// Whichever gateway is first: one is kept, and the other is told no.
+#[test]
+fn of_two_messages_with_one_id_at_two_gateways_at_once_one_is_kept_and_the_other_refused() {
+    let stage = stage();
+    let (one, two) = (stage.open(), next(&stage));
+    let mut kept = 0;
+    for round in 0..50 {
+        for id in [message(round), exchange(u16::try_from(round).expect("small"))] {
+            let sent: Vec<_> = [(&one, b"a"), (&two, b"b"), (&one, b"a"), (&two, b"b")]
+                .map(|(log, payload)| log.append(vec![once(&[id], &[&payload[..]])], later()))
+                .into();
+            let outcomes: Vec<SectionOutcome> = sent
+                .into_iter()
+                .map(|sent| sent.blocking_recv().expect("answered").expect("kept").outcomes.remove(0))
+                .collect();
+            let count = |is: fn(&SectionOutcome) -> bool| outcomes.iter().filter(|outcome| is(outcome)).count();
+            let first = count(|outcome| matches!(outcome, SectionOutcome::Kept(_)));
+            let again = count(|outcome| matches!(outcome, SectionOutcome::Duplicate(_)));
+            let refused = count(|outcome| matches!(outcome, SectionOutcome::Conflict { .. }));
+            assert_eq!((first, again, refused), (1, 1, 2), "{outcomes:?}");
+            kept += first;
+        }
+    }
+    stage.block_on(one.catch_up(Offset::MAX)).expect("it catches up");
+    assert_eq!(read_all(&**one, 0).expect("readable").len(), kept);
+}
+
 /// A gateway that was killed in the middle of a request leaves a part of it. Sent again with its id, the rest
 /// comes in, and nothing of it twice.
 #[test]

@@ -39,6 +39,7 @@ on_every_log! {
     a_barrier_lets_through_what_came_before_it_and_answers_after
     the_same_id_again_is_answered_with_the_offsets_of_the_first_also_after_a_restart
     of_two_with_one_id_in_one_append_the_second_is_a_duplicate_of_the_first
+    who_asks_is_told_what_is_known_and_takes_no_id
     several_messages_under_one_id_are_kept_once_together
     an_exchange_is_known_until_it_is_released_and_no_reader_sees_that
     a_message_id_is_known_for_its_time
@@ -152,15 +153,50 @@ fn the_same_id_again_is_answered_with_the_offsets_of_the_first_also_after_a_rest
     let of_message = offsets(keep(&**log, vec![once(&[message(1)], &[b"b"])]).remove(0));
     let of_exchange = offsets(keep(&**log, vec![once(&[exchange(1)], &[b"c"])]).remove(0));
     for _ in 0..2 {
-        // Whatever else comes with it: the id alone counts.
-        let again = keep(&**log, vec![once(&[message(1)], &[b"other"]), once(&[exchange(1)], &[b"c"])]);
+        let again = keep(&**log, vec![once(&[message(1)], &[b"b"]), once(&[exchange(1)], &[b"c"])]);
         let expected =
             [SectionOutcome::Duplicate(of_message.clone()), SectionOutcome::Duplicate(of_exchange.clone())];
         assert_eq!(again, expected);
+        let others = keep(&**log, vec![once(&[message(1)], &[b"other"]), once(&[exchange(1)], &[b"d"])]);
+        assert_eq!(others, [conflict(&of_message, false), conflict(&of_exchange, true)]);
         log = stage.reopen(log);
     }
     assert_eq!(payloads(&read_all(&**log, 0).expect("readable")), [b"a", b"b", b"c"]);
     offsets(keep(&**log, vec![once(&[message(2)], &[b"d"])]).remove(0));
+}
+
+fn conflict(earlier: &Offsets, in_exchange: bool) -> SectionOutcome {
+    SectionOutcome::Conflict { earlier: earlier.clone(), in_exchange }
+}
+
+fn who_asks_is_told_what_is_known_and_takes_no_id(backend: LogBackend) {
+    let stage = Stage::new(backend);
+    let log = stage.open();
+    let asking = |id, payload: &[u8], only: bool| {
+        let mut section = section(&[payload]);
+        section.ask_for(id);
+        if only {
+            section.only_ask();
+        }
+        keep(&**log, vec![section]).remove(0)
+    };
+    assert_eq!(asking(message(1), b"a", true), SectionOutcome::Unknown);
+    assert_eq!(asking(exchange(1), b"b", true), SectionOutcome::Unknown);
+    let of_message = offsets(keep(&**log, vec![once(&[message(1)], &[b"a"])]).remove(0));
+    let of_exchange = offsets(keep(&**log, vec![once(&[exchange(1)], &[b"b"])]).remove(0));
+    for _ in 0..2 {
+        assert_eq!(asking(message(1), b"a", true), SectionOutcome::Known(of_message.clone()));
+        assert_eq!(asking(message(1), b"other", true), SectionOutcome::Unknown);
+        assert_eq!(asking(exchange(1), b"b", true), SectionOutcome::Known(of_exchange.clone()));
+        assert_eq!(asking(exchange(1), b"other", true), conflict(&of_exchange, true));
+        assert_eq!(asking(message(1), b"a", false), SectionOutcome::Known(of_message.clone()));
+    }
+    offsets(asking(message(1), b"c", false));
+    offsets(asking(message(2), b"d", false));
+    offsets(keep(&**log, vec![once(&[message(2)], &[b"e"])]).remove(0));
+    release(&**log, &[exchange(1)]);
+    assert_eq!(asking(exchange(1), b"b", true), SectionOutcome::Unknown);
+    assert_eq!(payloads(&read_all(&**log, 0).expect("readable")), [b"a", b"b", b"c", b"d", b"e"]);
 }
 
 fn of_two_with_one_id_in_one_append_the_second_is_a_duplicate_of_the_first(backend: LogBackend) {
@@ -169,12 +205,14 @@ fn of_two_with_one_id_in_one_append_the_second_is_a_duplicate_of_the_first(backe
     let sections = vec![
         once(&[message(1)], &[b"a"]),
         section(&[b"b"]),
-        once(&[message(1)], &[b"c"]),
+        once(&[message(1)], &[b"a"]),
         once(&[message(2)], &[b"d"]),
+        once(&[message(1)], &[b"c"]),
     ];
     let outcomes = keep(&**log, sections);
     let first = offsets(outcomes[0].clone());
-    assert_eq!(outcomes[2], SectionOutcome::Duplicate(first));
+    assert_eq!(outcomes[2], SectionOutcome::Duplicate(first.clone()));
+    assert_eq!(outcomes[4], conflict(&first, false));
     assert_eq!(payloads(&read_all(&**log, 0).expect("readable")), [b"a", b"b", b"d"]);
 }
 
@@ -190,14 +228,8 @@ fn several_messages_under_one_id_are_kept_once_together(backend: LogBackend) {
             [SectionOutcome::Duplicate(first.clone())]
         );
         // Fewer under an id than before, and more.
-        assert_eq!(
-            keep(&**log, vec![once(&[message(1)], &[b"x"])]),
-            [SectionOutcome::Duplicate(first.clone())]
-        );
-        let [SectionOutcome::Duplicate(known)] = &keep(&**log, vec![once(&[message(2)], &three)])[..] else {
-            panic!("the id alone counts")
-        };
-        assert_eq!(*known, ones);
+        assert_eq!(keep(&**log, vec![once(&[message(1)], &[b"0"])]), [conflict(&first, false)]);
+        assert_eq!(keep(&**log, vec![once(&[message(2)], &three)]), [conflict(&ones, false)]);
         log = stage.reopen(log);
     }
     assert_eq!(payloads(&read_all(&**log, 0).expect("readable")), [b"0", b"1", b"2", b"3"]);

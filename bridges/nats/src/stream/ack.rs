@@ -121,8 +121,9 @@ impl From<PublishAnswerError<'_>> for PublishError {
         let text = description.into_owned();
         match code {
             _ if full => PublishError::Full(text),
-            // Transient: too many requests (429), or a failure of the server.
-            429 | 500.. => PublishError::Away(text),
+            // Transient: a message with the same id is on its way (409), too many requests (429), or a failure of the
+            // server.
+            409 | 429 | 500.. => PublishError::Away(text),
             _ => PublishError::Refused(text),
         }
     }

@@ -58,14 +58,9 @@ impl MqttConnection<'_> {
         self.poll_blocked(cx)?;
         self.poll_held(cx)?;
         let form = self.inbound.form;
-        let answered =
-            self.pending_acks.poll_write(form, &mut self.inbound.exchanges, &mut self.output.bytes, cx);
-        let answered = answered.map_err(StopReason::Transient)?;
-        let refused = self.inbound.take_refused_exchanges();
-        if !refused.is_empty() {
-            // Not awaited: the release comes before whatever the client sends next.
-            drop(self.front.intake.release(&refused));
-        }
+        let closer = self.inbound.exchange_closer(&self.front.intake);
+        let (exchanges, output) = (&mut self.inbound.exchanges, &mut self.output.bytes);
+        let answered = self.pending_acks.poll_write(form, &closer, exchanges, output, cx)?;
         self.poll_request(cx);
         if self.inbound.is_paused() && self.ended.is_none() && self.may_read() {
             self.receive(&[]);

@@ -6,7 +6,7 @@ mod publish;
 use std::sync::Arc;
 
 use self::publish::ReceivedTopicAliases;
-use super::acks::ReadAcks;
+use super::acks::{ExchangeCloser, ReadAcks};
 use super::client_identity::ClientIdentity;
 use super::codec::write::{self, AckKind, PacketForm};
 use super::codec::{DisconnectPacket, MqttFrame, MqttPacket, ReasonCode, Violation};
@@ -126,11 +126,9 @@ impl Inbound {
         packet_ids.map(|packet_id| self.exchange(packet_id)).collect()
     }
 
-    /// The exchanges that the client takes for ended because the log has just refused their message. An earlier
-    /// connection of a session that stays may have brought that message into the log.
-    pub(super) fn take_refused_exchanges(&mut self) -> Vec<Exchange> {
-        let packet_ids = self.exchanges.take_refused().into_iter().filter(|_| !self.ephemeral);
-        packet_ids.map(|packet_id| self.exchange(packet_id)).collect()
+    /// What ends the exchanges that the client takes for ended because the log has refused their message.
+    pub(super) fn exchange_closer<'a>(&self, intake: &'a Intake) -> ExchangeCloser<'a> {
+        ExchangeCloser { intake, session: self.session, is_ephemeral: self.ephemeral }
     }
 
     fn exchange(&self, packet_id: u16) -> Exchange {

@@ -15,7 +15,7 @@ use crate::auth::shape::KeyShape;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
 use crate::front::credentials::is_key_header;
 use crate::intake::{
-    Draft, Exchange, IncomingMessage, Intake, MESSAGE_ID_PROPERTY, QuarantinedMessage, Refusal,
+    AskedMessage, Draft, Exchange, IncomingMessage, Intake, MESSAGE_ID_PROPERTY, QuarantinedMessage, Refusal,
 };
 use crate::limits::MQTT_TOPIC_ALIAS_MAXIMUM;
 use crate::message::{KeyId, RecordFlags, Transport};
@@ -30,21 +30,17 @@ impl Inbound {
         bytes_left: usize,
         read: &mut InboundRead<'_>,
     ) -> Result<(), InboundEnd> {
-        if publish.qos == 2
-            && let Some(state) = self.exchanges.state(publish.packet_id)
-        {
-            match state {
-                // A repetition of a message that the log has.
-                ExchangeState::Open => read.batch.acks.push_done(AckKind::Pubrec, publish.packet_id),
-                // A repetition or another message: the log's answer tells.
-                ExchangeState::Opening | ExchangeState::Releasing => read.batch.waits_for_answers = true,
-            }
+        let state = self.exchanges.state(publish.packet_id).filter(|_| publish.qos == 2);
+        if let Some(ExchangeState::Opening | ExchangeState::Releasing) = state {
+            // A repetition or another message: the log's answer tells.
+            read.batch.waits_for_answers = true;
             return Ok(());
         }
+        let is_open = state == Some(ExchangeState::Open);
         let v5 = self.form.version == MqttVersion::V5;
         let unacknowledged =
             read.unacknowledged + read.batch.acks.unacknowledged() + self.exchanges.unreleased();
-        if v5 && publish.qos > 0 && unacknowledged >= usize::from(self.receive_maximum) {
+        if v5 && publish.qos > 0 && !is_open && unacknowledged >= usize::from(self.receive_maximum) {
             return Err(InboundEnd::Violation(Violation {
                 reason: ReasonCode::ReceiveMaximumExceeded,
                 text: "more unacknowledged messages than the receive maximum",
@@ -62,11 +58,20 @@ impl Inbound {
         });
         let exchange =
             (publish.qos == 2).then_some(Exchange { session: self.session, packet_id: publish.packet_id });
+        let from = self.who.address;
+        if is_open {
+            // The log has a message of this exchange. It tells whether this is the same.
+            let pushed = push_message(draft, read.intake, &self.grant, from, topic, publish, exchange, true);
+            match pushed {
+                Ok(origin) => read.batch.acks.push_repeated(publish.packet_id, origin),
+                Err(_) => read.batch.acks.push_done(AckKind::Pubrec, publish.packet_id),
+            }
+            return Ok(());
+        }
         if std::mem::take(&mut self.paid) {
             draft.mark_paid();
         }
-        let from = self.who.address;
-        match push_message(draft, read.intake, &self.grant, from, topic, publish, exchange) {
+        match push_message(draft, read.intake, &self.grant, from, topic, publish, exchange, false) {
             Ok(origin) => {
                 if first {
                     draft.reserve(bytes_left);
@@ -117,11 +122,18 @@ impl Inbound {
         };
         if self.form.version == MqttVersion::V5 {
             let words = format!("{reason}; it is kept in quarantine");
-            self.end_refused_exchange(publish, read);
+            self.await_exchange(publish);
             read.batch.acks.push_quarantined(answer, publish.packet_id, origin, words);
             return;
         }
         self.answer_admitted(publish, origin, read);
+    }
+
+    /// The log tells whether there is an exchange of a message that is refused otherwise.
+    fn await_exchange(&mut self, publish: &PublishPacket<'_>) {
+        if publish.qos == 2 {
+            self.exchanges.begin_open(publish.packet_id);
+        }
     }
 
     /// Ends the exchange of a message that is refused now, although an earlier connection of the session may
@@ -136,12 +148,16 @@ impl Inbound {
     /// Refuses one message: in its acknowledgement if the protocol version has a reason code, otherwise by
     /// ending the connection. A QoS 0 message is dropped and counted.
     fn answer_refused(
-        &self,
+        &mut self,
         publish: &PublishPacket<'_>,
         refused: RefusedMessage,
         read: &mut InboundRead<'_>,
     ) -> Result<(), InboundEnd> {
         let RefusedMessage { refusal, own_key } = refused;
+        if let Refusal::Asked(asked) = refusal {
+            self.answer_asked(publish, *asked, read);
+            return Ok(());
+        }
         let note = self.note(refusal.note(Transport::Mqtt));
         read.intake.refusals().note(match own_key {
             None => note,
@@ -165,6 +181,24 @@ impl Inbound {
             }
             _ => Ok(()),
         }
+    }
+}
+
+impl Inbound {
+    /// Answers a message that is refused unless the log knows it. Intake reports the refusal.
+    fn answer_asked(
+        &mut self,
+        publish: &PublishPacket<'_>,
+        AskedMessage { origin, refusal }: AskedMessage,
+        read: &mut InboundRead<'_>,
+    ) {
+        let answer = match publish.qos {
+            0 => return,
+            1 => AckKind::Puback,
+            _ => AckKind::Pubrec,
+        };
+        self.await_exchange(publish);
+        read.batch.acks.push_asked(answer, publish.packet_id, origin, refusal);
     }
 }
 
@@ -227,7 +261,12 @@ fn push_message(
     topic: &str,
     publish: &PublishPacket<'_>,
     exchange: Option<Exchange>,
+    is_repeated: bool,
 ) -> Result<usize, RefusedMessage> {
+    let push = |draft: &mut Draft, grant: &Grant, message| match is_repeated {
+        true => draft.push_repeated(grant, message),
+        false => draft.push(grant, None, message),
+    };
     let mut flags = if publish.retain { RecordFlags::RETAIN } else { RecordFlags::default() };
     if publish.qos == 0 {
         flags = flags.with(RecordFlags::AT_MOST_ONCE);
@@ -243,7 +282,7 @@ fn push_message(
             message_id: None,
             exchange,
         };
-        return Ok(draft.push(grant, None, message)?);
+        return Ok(push(draft, grant, message)?);
     }
     let own = credentials::grant_of_publish(&publish.properties, intake.authorizer(), from)?;
     let mut properties = Vec::new();
@@ -261,6 +300,6 @@ fn push_message(
             .map(|(_, id)| id),
         exchange,
     };
-    let pushed = draft.push(own.as_ref().unwrap_or(grant), None, message);
+    let pushed = push(draft, own.as_ref().unwrap_or(grant), message);
     pushed.map_err(|refusal| RefusedMessage { refusal, own_key: own.map(|own| (Some(own.key_id()), None)) })
 }
