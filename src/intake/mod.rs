@@ -23,13 +23,15 @@ use crate::auth::setting::JsonSetting;
 use crate::auth::{Authorizer, Grant, GrantDenial, Key};
 use crate::config;
 use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX};
-use crate::log::{AppendError, Log, Section, SectionOutcome};
+use crate::log::{AppendError, Log, SectionOutcome};
+use crate::memory::{MemoryAccount, MemoryBudget};
 use crate::message::{DatasourceId, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
 use crate::quota::{LimitExceeded, LimitOwner, Meters, Quota};
 
 use admitted::SectionCounts;
+use draft::DraftPayer;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
 pub use draft::{Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
@@ -54,6 +56,8 @@ struct IntakeInner {
     refusals: Arc<Refusals>,
     metrics: Arc<Metrics>,
     limits: config::IntakeConfig,
+    /// What clients make the gateway hold.
+    memory: MemoryBudget,
     /// A permit for each byte that may be on its way into the log.
     room: Arc<Semaphore>,
     /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
@@ -69,6 +73,7 @@ impl Intake {
         limits: &config::IntakeConfig,
     ) -> Self {
         let room = Arc::new(Semaphore::new(limits.in_flight_bytes_max));
+        let memory = MemoryBudget::new(limits.memory_bytes_max, limits.memory_share_bytes_max);
         let refusals = Arc::new(Refusals::new(metrics.clone()));
         let closer = OnceLock::new();
         Self(Arc::new(IntakeInner {
@@ -77,6 +82,7 @@ impl Intake {
             refusals,
             metrics,
             limits: limits.clone(),
+            memory,
             room,
             closer,
         }))
@@ -95,6 +101,16 @@ impl Intake {
     /// The metrics.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.0.metrics
+    }
+
+    /// The memory that clients take: fronts charge what they read and what they answer.
+    pub fn memory(&self) -> &MemoryBudget {
+        &self.0.memory
+    }
+
+    /// The account of a grant's key in that memory.
+    pub fn memory_account(&self, grant: &Grant) -> Arc<MemoryAccount> {
+        self.0.memory.account_of_key(grant.key_id(), grant.datasource())
     }
 
     /// The configured limits on messages.
@@ -122,6 +138,7 @@ impl Intake {
             paid: 0,
             over: None,
             quota: None,
+            payers: Vec::new(),
         }
     }
 
@@ -206,8 +223,9 @@ impl Intake {
         }
     }
 
-    fn append(&self, draft: Draft, room: OwnedSemaphorePermit) -> AdmittedDraft {
+    fn append(&self, mut draft: Draft, room: OwnedSemaphorePermit) -> AdmittedDraft {
         let started = Instant::now();
+        draft.payers.iter_mut().for_each(DraftPayer::trim);
         let records = draft.sections.iter().map(SectionCounts::from_section).collect();
         let give_up_at = started + self.hold_back(draft.transport);
         let committed = self.0.log.append(draft.sections, give_up_at);
@@ -224,6 +242,7 @@ impl Intake {
             transport: draft.transport,
             metrics,
             refusals,
+            _payers: draft.payers,
             _room: room,
         }
     }
@@ -237,8 +256,7 @@ impl Intake {
 
     /// The permits for a draft. One that is larger than all the room takes every permit and goes alone.
     fn permits(&self, draft: &Draft) -> u32 {
-        let weight: usize = draft.sections.iter().map(Section::weight).sum();
-        u32::try_from(weight.min(self.0.limits.in_flight_bytes_max)).unwrap_or(u32::MAX)
+        u32::try_from(draft.memory_bytes().min(self.0.limits.in_flight_bytes_max)).unwrap_or(u32::MAX)
     }
 
     /// Admits a draft and waits until it is durable. `Ok` has the offsets of its records, which must be of

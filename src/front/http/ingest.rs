@@ -29,8 +29,9 @@ use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
 use crate::front::problem::Problem;
 use crate::intake::{Draft, DurableOffsets, IncomingMessage, Intake, Refusal, check_message_id};
-use crate::limits::{HTTP_INLINE_BYTES_MAX, VALIDATION_ERRORS_MAX};
+use crate::limits::{HTTP_INLINE_BYTES_MAX, HTTP_MESSAGES_MAX, VALIDATION_ERRORS_MAX};
 use crate::log::{Offsets, QuarantineReason};
+use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
 use crate::observe::cause::Cause;
 use crate::quota::QuotaStanding;
@@ -83,25 +84,25 @@ async fn ingest(
     let (parts, body) = request.into_parts();
     let content_type = content_type(&parts.headers)?;
     let message_id = idempotency_key(&parts.headers)?;
-    let body = body::read(&parts.headers, body, shared.body_limits(), &shared.bodies).await?;
+    let account = shared.account_of(&parts);
+    let body = body::read(&parts.headers, body, shared.body_limits(), &account).await?;
 
     let intake = shared.parts.intake.clone();
     let client = peer.client;
-    let upload = Upload { grant, client, datasource, topic, content_type, message_id, body };
+    let upload = Upload { grant, client, datasource, topic, content_type, message_id, body, account };
     let kept = async {
-        let ((draft, standing, failures), upload) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
-            (upload.draft(&intake)?, upload)
+        // The draft has copies of the messages: the body is free before the wait for the disk.
+        let (draft, standing, failures) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
+            upload.into_draft(&intake)?
         } else {
             let intake = intake.clone();
-            run_blocking(move || Ok((upload.draft(&intake)?, upload))).await?
+            run_blocking(move || upload.into_draft(&intake)).await?
         };
         let kept = intake.submit(draft).await.map_err(|refusal| match &refusal {
             // The key died meanwhile; intake has counted each message already.
             Refusal::Denied(_) => Problem::from(refusal).already_counted(),
             _ => refusal.into(),
         })?;
-        // Holds the permits of the body until here, because the draft made of it is in memory as well.
-        drop(upload);
         let kept = kept.ok_or_else(|| Problem::internal(&"a draft of messages came back without offsets"))?;
         if failures.all == 0 { Ok((kept, standing)) } else { Err(failures.into_problem(&kept.offsets)) }
     };
@@ -198,6 +199,11 @@ impl IngestFailures {
     }
 }
 
+/// What the draft takes for each message beside its payload, mostly.
+const DRAFT_BYTES_PER_MESSAGE: usize = 8;
+/// What is kept of a message's place in its body, while the list of them grows to twice its size.
+const PLACE_BYTES: usize = 2 * (size_of::<&[u8]>() + size_of::<u32>());
+
 /// A request whose body was read.
 struct Upload {
     grant: Grant,
@@ -207,14 +213,17 @@ struct Upload {
     content_type: String,
     message_id: Option<String>,
     body: ReceivedBody,
+    /// Who is charged for the memory of what is made of it.
+    account: Arc<MemoryAccount>,
 }
 
 impl Upload {
     /// The draft of all its messages, or of only those that fail, if any does; and how much of their rate
     /// is used then, if they have one.
-    fn draft(&self, intake: &Intake) -> Result<(Draft, Option<QuotaStanding>, IngestFailures), Problem> {
-        let messages = RequestMessages::split(&self.content_type, &self.body.bytes)?;
+    fn into_draft(self, intake: &Intake) -> Result<(Draft, Option<QuotaStanding>, IngestFailures), Problem> {
+        let (_of_places, messages) = self.split()?;
         let mut draft = intake.draft(Transport::Http, 0);
+        draft.charge_to(&self.account, self.grant.key_id());
         draft.set_client(&self.client);
         draft.let_in_all_or_none();
         // The id of a single message goes with it into quarantine. One for several covers them all or none.
@@ -225,6 +234,9 @@ impl Upload {
         let (count, bytes) = (messages.payloads.len() as u64, self.body.bytes.len() as u64);
         let standing = draft.pay(&self.grant, &self.datasource, count, bytes)?;
         for (index, payload) in messages.payloads.iter().enumerate() {
+            if index == 1 {
+                draft.reserve_charged(self.body.bytes.len() + DRAFT_BYTES_PER_MESSAGE * messages.payloads.len())?;
+            }
             let message = IncomingMessage {
                 topic: &self.topic,
                 payload,
@@ -244,5 +256,13 @@ impl Upload {
             draft.keep_quarantined_only();
         }
         Ok((draft, standing, failures))
+    }
+
+    /// The messages of the body, with the charge for the places where they are in it: a body of short lines takes ten
+    /// times as much.
+    fn split(&self) -> Result<(MemoryCharge, RequestMessages<'_>), Problem> {
+        let places = self.body.bytes.len().min(HTTP_MESSAGES_MAX);
+        let charge = self.account.charge(places * PLACE_BYTES)?;
+        Ok((charge, RequestMessages::split(&self.content_type, &self.body.bytes)?))
     }
 }

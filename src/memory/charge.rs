@@ -1,0 +1,180 @@
+//! An account of the budget, and a charge to it: bytes that are held until the charge is dropped.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{BudgetState, MemoryExceeded, MemoryUse, OwnerUse};
+
+/// What is charged together: a key and its datasource, or an address and all strangers.
+pub struct MemoryAccount {
+    budget: Arc<BudgetState>,
+    /// The key, or the address.
+    own: Arc<OwnerUse>,
+    /// The datasource, or all strangers.
+    shared: Option<Arc<OwnerUse>>,
+}
+
+/// Bytes that are charged to an account. Dropping it frees them.
+pub struct MemoryCharge {
+    account: Arc<MemoryAccount>,
+    bytes: usize,
+}
+
+impl MemoryAccount {
+    pub(super) fn new(budget: Arc<BudgetState>, own: Arc<OwnerUse>, shared: Option<Arc<OwnerUse>>) -> Self {
+        Self { budget, own, shared }
+    }
+
+    fn owners(&self) -> impl Iterator<Item = &Arc<OwnerUse>> {
+        [&self.own].into_iter().chain(&self.shared)
+    }
+
+    /// Charges `bytes`.
+    ///
+    /// # Errors
+    /// [`MemoryExceeded`]: they do not fit; nothing is charged then.
+    pub fn charge(self: &Arc<Self>, bytes: usize) -> Result<MemoryCharge, MemoryExceeded> {
+        let mut charge = MemoryCharge { account: self.clone(), bytes: 0 };
+        charge.grow(bytes)?;
+        Ok(charge)
+    }
+
+    /// Charges bytes that are in memory already, over the share if need be: for what is bounded by itself and leads
+    /// to [`MemoryAccount::is_over`].
+    pub fn charge_held(self: &Arc<Self>, bytes: usize) -> MemoryCharge {
+        let mut charge = MemoryCharge { account: self.clone(), bytes: 0 };
+        charge.set_held(bytes);
+        charge
+    }
+
+    /// Whether nothing more is to be taken in for this account for now.
+    #[inline]
+    pub fn is_over(&self) -> bool {
+        self.used_up().is_some()
+    }
+
+    /// What is used up, if anything is.
+    fn used_up(&self) -> Option<&MemoryUse> {
+        if let Some(owner) = self.owners().find(|owner| owner.held.bytes() >= owner.bytes_max) {
+            return Some(&owner.held);
+        }
+        let all = &self.budget.all;
+        (all.bytes() >= self.budget.bytes_max_of(self.own.held.bytes())).then_some(all)
+    }
+
+    /// Waits until something may be taken in again.
+    pub async fn wait_room(&self) {
+        while let Some(used_up) = self.used_up() {
+            let waiting = WaitingClient::new(used_up);
+            // Counted first: what is freed between the check and the wait is seen by one of the two.
+            let freed = used_up.freed.notified();
+            if self.is_over() {
+                freed.await;
+            }
+            drop(waiting);
+        }
+        // There may be room for one more of those that wait.
+        for held in self.owners().map(|owner| &owner.held).chain([&self.budget.all]) {
+            if held.waiting.load(Ordering::Relaxed) > 0 {
+                held.freed.notify_one();
+            }
+        }
+    }
+
+    fn try_add(&self, bytes: usize, charged: usize) -> Result<(), MemoryExceeded> {
+        for (nth, owner) in self.owners().enumerate() {
+            if !owner.held.try_add(bytes, owner.bytes_max) {
+                self.owners().take(nth).for_each(|owner| owner.held.release(bytes));
+                let (of, bytes_max) = (Some(owner.owner.clone()), owner.bytes_max);
+                let is_too_large = charged.saturating_add(bytes) > bytes_max;
+                return Err(MemoryExceeded { owner: of, bytes_max, is_too_large });
+            }
+        }
+        let budget = &self.budget;
+        if budget.all.try_add(bytes, budget.bytes_max_of(self.own.held.bytes())) {
+            return Ok(());
+        }
+        self.owners().for_each(|owner| owner.held.release(bytes));
+        let (bytes_max, is_too_large) = (budget.bytes_max, charged.saturating_add(bytes) > budget.bytes_max);
+        Err(MemoryExceeded { owner: None, bytes_max, is_too_large })
+    }
+
+    fn add(&self, bytes: usize) {
+        self.owners().for_each(|owner| owner.held.add(bytes));
+        self.budget.all.add(bytes);
+    }
+
+    fn release(&self, bytes: usize) {
+        self.owners().for_each(|owner| owner.held.release(bytes));
+        self.budget.all.release(bytes);
+    }
+}
+
+impl MemoryCharge {
+    /// The account that is charged.
+    pub fn account(&self) -> &Arc<MemoryAccount> {
+        &self.account
+    }
+
+    /// How many bytes are charged.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Charges `more` bytes.
+    ///
+    /// # Errors
+    /// [`MemoryExceeded`]; the charge is what it was then.
+    pub fn grow(&mut self, more: usize) -> Result<(), MemoryExceeded> {
+        self.account.try_add(more, self.bytes)?;
+        self.bytes += more;
+        Ok(())
+    }
+
+    /// Makes it `bytes`, more or fewer.
+    ///
+    /// # Errors
+    /// As [`MemoryCharge::grow`].
+    pub fn resize(&mut self, bytes: usize) -> Result<(), MemoryExceeded> {
+        match bytes.checked_sub(self.bytes) {
+            Some(more) => self.grow(more),
+            None => {
+                self.set_held(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes it `bytes`, which are in memory already.
+    pub fn set_held(&mut self, bytes: usize) {
+        match bytes.checked_sub(self.bytes) {
+            Some(more) => self.account.add(more),
+            None => self.account.release(self.bytes - bytes),
+        }
+        self.bytes = bytes;
+    }
+}
+
+impl Drop for MemoryCharge {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.account.release(self.bytes);
+        }
+    }
+}
+
+/// Counts somebody who waits, for as long as it exists.
+struct WaitingClient<'a>(&'a MemoryUse);
+
+impl<'a> WaitingClient<'a> {
+    fn new(used: &'a MemoryUse) -> Self {
+        used.waiting.fetch_add(1, Ordering::SeqCst);
+        Self(used)
+    }
+}
+
+impl Drop for WaitingClient<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+}
