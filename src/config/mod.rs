@@ -269,9 +269,8 @@ impl Config {
 
 impl HttpConfig {
     fn check(&self) -> Result<(), ConfigError> {
-        require(self.strangers_max > 0, "http.strangers_max", self.strangers_max, "it has to be at least 1")?;
-        let of_address = self.strangers_per_address_max;
-        require(of_address > 0, "http.strangers_per_address_max", of_address, "it has to be at least 1")
+        require_some("http.strangers_max", self.strangers_max as u64)?;
+        require_some("http.strangers_per_address_max", self.strangers_per_address_max as u64)
     }
 }
 

@@ -60,6 +60,14 @@ pub const MQTT_CONNECT_BYTES_MAX: usize = 192 << 10;
 pub const MQTT_READ_BYTES: usize = 64 << 10;
 /// Reads of one MQTT connection whose messages are on their way into the log at once.
 pub const MQTT_READS_IN_FLIGHT_MAX: usize = 16;
+/// How long an MQTT packet may take to arrive, ...
+pub const MQTT_PACKET_GRACE: std::time::Duration = std::time::Duration::from_secs(30);
+/// ... and a second more for so many bytes of it.
+pub const MQTT_PACKET_BYTES_PER_S_MIN: u64 = 256;
+/// What a TLS handshake is charged for.
+pub const MQTT_TLS_HANDSHAKE_BYTES: usize = 32 << 10;
+/// What the beginning of a CONNECT may take before it is charged for.
+pub const MQTT_CONNECT_UNCHARGED_BYTES: usize = 4 << 10;
 /// Unsent bytes to an MQTT client above which the gateway stops reading from it.
 pub const MQTT_UNSENT_BYTES_MAX: usize = 256 << 10;
 /// Default: QoS 1 messages that an MQTT 5 client may have unacknowledged.
@@ -107,6 +115,8 @@ pub const HTTP_ANSWER_PIECE_BYTES: usize = 64 << 10;
 pub const QUERY_PIECE_BYTES: usize = 512 << 10;
 /// The largest body that is parsed on the task that read it; larger ones go to a blocking thread.
 pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
+/// Larger bodies that are made drafts concurrently: a JSON value takes many times its text while it is validated.
+pub const DRAFTING_MAX: usize = 4;
 /// Bytes read and discarded of a request that was answered before its end.
 pub const HTTP_LINGER_BYTES_MAX: usize = 512 << 10;
 /// Requests at once on one HTTP/2 connection.

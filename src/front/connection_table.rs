@@ -12,26 +12,46 @@ use std::task::{Context, Poll};
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 
+use crate::config;
 use crate::message::KeyId;
 use crate::network::source_of;
 
 /// How many strangers there may be.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct StrangerLimits {
+pub struct StrangerLimits {
     /// In all.
-    pub(super) strangers_max: usize,
+    pub strangers_max: usize,
     /// From one address (IPv6: one /64).
-    pub(super) per_address_max: usize,
+    pub per_address_max: usize,
+}
+
+impl config::MqttConfig {
+    /// The limits of strangers over MQTT.
+    pub fn stranger_limits(&self) -> StrangerLimits {
+        StrangerLimits {
+            strangers_max: self.strangers_max,
+            per_address_max: self.strangers_per_address_max,
+        }
+    }
+}
+
+impl config::HttpConfig {
+    /// The limits of strangers over HTTP.
+    pub fn stranger_limits(&self) -> StrangerLimits {
+        StrangerLimits {
+            strangers_max: self.strangers_max,
+            per_address_max: self.strangers_per_address_max,
+        }
+    }
 }
 
 /// The connections of a front.
-pub(super) struct ConnectionTable {
-    limits: StrangerLimits,
+pub struct ConnectionTable {
     state: Mutex<TableState>,
 }
 
-#[derive(Default)]
 struct TableState {
+    limits: StrangerLimits,
     /// The connections of each owner, oldest first.
     groups: HashMap<ConnectionOwner, BTreeMap<u64, Arc<Eviction>>>,
     /// How many each address has, and each key.
@@ -72,10 +92,10 @@ impl Eviction {
 /// A stranger's connection was closed because there are too many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Evicted {
-    /// From one address.
-    OfAddress(IpAddr),
-    /// In all. It came from this address, which had most.
-    OfStrangers(IpAddr),
+    /// More than so many came from one address.
+    OfAddress { address: IpAddr, max: usize },
+    /// There are more than so many in all. It came from this address, which had most.
+    OfStrangers { address: IpAddr, max: usize },
 }
 
 /// A connection's entry. Dropping it removes it.
@@ -87,8 +107,17 @@ pub(super) struct TableEntry {
 }
 
 impl ConnectionTable {
-    pub(super) fn new(limits: StrangerLimits) -> Self {
-        Self { limits, state: Mutex::default() }
+    /// No connections yet.
+    pub fn new(limits: StrangerLimits) -> Self {
+        let (address_sizes, key_sizes) = (BTreeSet::new(), BTreeSet::new());
+        let state =
+            TableState { limits, groups: HashMap::new(), address_sizes, key_sizes, strangers: 0, next_number: 0 };
+        Self { state: Mutex::new(state) }
+    }
+
+    /// Sets other limits, for connections that come from now on.
+    pub fn set_limits(&self, limits: StrangerLimits) {
+        self.state.lock().limits = limits;
     }
 
     /// Enters a connection that was just accepted. If there are too many strangers then, the oldest one makes room,
@@ -101,14 +130,17 @@ impl ConnectionTable {
         let number = state.next_number;
         state.next_number += 1;
         let of_address = state.add(owner, number, eviction.clone());
-        let evicted = if of_address > self.limits.per_address_max {
+        let StrangerLimits { strangers_max, per_address_max } = state.limits;
+        let evicted = if of_address > per_address_max {
             state.evict_oldest(owner);
-            Some(Evicted::OfAddress(address))
-        } else if state.strangers > self.limits.strangers_max {
+            Some(Evicted::OfAddress { address, max: per_address_max })
+        } else if state.strangers > strangers_max {
             let largest = state.address_sizes.last().map_or(owner, |(_, owner)| *owner);
             state.evict_oldest(largest);
             match largest {
-                ConnectionOwner::Address(address) => Some(Evicted::OfStrangers(address)),
+                ConnectionOwner::Address(address) => {
+                    Some(Evicted::OfStrangers { address, max: strangers_max })
+                }
                 ConnectionOwner::Key(_) => None,
             }
         } else {
@@ -232,15 +264,18 @@ mod tests {
             entries.push(entry);
         }
         let (fourth, evicted) = table.enter(address(1));
-        assert_eq!(evicted, Some(Evicted::OfAddress(address(1))));
+        assert_eq!(evicted, Some(Evicted::OfAddress { address: address(1), max: 3 }));
         assert_eq!(entries.iter().map(is_evicted).collect::<Vec<_>>(), [true, false, false]);
         assert_eq!(table.enter(address(2)).1, None, "another address has its own");
         // Who has presented a key is no stranger any more.
         entries[1].present(KeyId([1; 6]));
         assert_eq!(table.stranger_count(), 2);
-        let (_fifth, evicted) = table.enter(address(1));
+        let (fifth, evicted) = table.enter(address(1));
         assert_eq!(evicted, None);
-        drop((entries, fourth, _fifth));
+        table.set_limits(StrangerLimits { strangers_max: 100, per_address_max: 1 });
+        let (sixth, evicted) = table.enter(address(1));
+        assert_eq!(evicted, Some(Evicted::OfAddress { address: address(1), max: 1 }), "changed while it is used");
+        drop((entries, fourth, fifth, sixth));
         let state = table.state.lock();
         assert!(state.groups.is_empty() && state.address_sizes.is_empty() && state.key_sizes.is_empty());
         assert_eq!(state.strangers, 0);
@@ -253,7 +288,7 @@ mod tests {
         let (lone, evicted) = table.enter(address(2));
         assert_eq!(evicted, None);
         let (_newcomer, evicted) = table.enter(address(3));
-        assert_eq!(evicted, Some(Evicted::OfStrangers(address(1))));
+        assert_eq!(evicted, Some(Evicted::OfStrangers { address: address(1), max: 4 }));
         assert!(is_evicted(&crowd[0]) && !is_evicted(&lone));
         assert_eq!(table.stranger_count(), 4);
     }

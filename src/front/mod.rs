@@ -1,6 +1,6 @@
 //! The fronts: where messages come in.
 
-mod connection_table;
+pub mod connection_table;
 mod credentials;
 pub mod http;
 pub mod mqtt;

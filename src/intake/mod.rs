@@ -504,4 +504,31 @@ mod tests {
             assert!(matches!(refused, Err(Refusal::MessageId)), "{bad:?}");
         }
     }
+
+    #[test]
+    fn a_draft_is_charged_for_as_it_grows_and_gives_all_of_it_back() {
+        let (_dir, intake, grant) = intake();
+        let account = MemoryBudget::new(4 << 20, 1 << 20).account_of_key(grant.key_id(), grant.datasource());
+        let topic = "x".repeat(1024);
+        for (id, messages_max) in [(false, 30_000), (true, 2_000)] {
+            let mut draft = intake.draft(Transport::Http, 0);
+            draft.charge_to(&account, grant.key_id());
+            let ids: Vec<String> = (0..messages_max).map(|n| n.to_string()).collect();
+            let refused = ids.iter().position(|n| {
+                let message = IncomingMessage { topic: &topic, ..message(id.then_some(n.as_str()), None) };
+                match draft.push(&grant, None, message) {
+                    Ok(_) => false,
+                    Err(Refusal::Memory(_)) => true,
+                    Err(other) => panic!("{other}"),
+                }
+            });
+            let pushed = refused.expect("the share is used up before");
+            // A topic that all messages share is kept once; with an id, each message has a section of its own.
+            let messages_min = if id { 300 } else { 5_000 };
+            assert!(pushed > messages_min, "{pushed} messages of one byte in a share of 1 MiB");
+            assert!(draft.memory_bytes() <= 1 << 20, "{} bytes", draft.memory_bytes());
+            drop(draft);
+            assert!(account.charge(1 << 20).is_ok(), "all of it is free again");
+        }
+    }
 }

@@ -55,7 +55,7 @@ impl MemoryAccount {
 
     /// What is used up, if anything is.
     fn used_up(&self) -> Option<&MemoryUse> {
-        if let Some(owner) = self.owners().find(|owner| owner.held.bytes() >= owner.bytes_max) {
+        if let Some(owner) = self.owners().find(|owner| owner.held.bytes() >= self.budget.share_of(&owner.owner)) {
             return Some(&owner.held);
         }
         let all = &self.budget.all;
@@ -73,7 +73,33 @@ impl MemoryAccount {
             }
             drop(waiting);
         }
-        // There may be room for one more of those that wait.
+        self.wake_next();
+    }
+
+    /// Waits until `bytes` can be charged.
+    pub async fn wait_for(self: &Arc<Self>, bytes: usize) -> MemoryCharge {
+        loop {
+            let exceeded = match self.charge(bytes) {
+                Ok(charge) => {
+                    self.wake_next();
+                    return charge;
+                }
+                Err(exceeded) => exceeded,
+            };
+            let is_it = |owner: &&Arc<OwnerUse>| exceeded.owner.as_ref() == Some(&owner.owner);
+            let used_up = self.owners().find(is_it).map_or(&self.budget.all, |owner| &owner.held);
+            let waiting = WaitingClient::new(used_up);
+            let freed = used_up.freed.notified();
+            if let Ok(charge) = self.charge(bytes) {
+                return charge;
+            }
+            freed.await;
+            drop(waiting);
+        }
+    }
+
+    /// There may be room for one more of those that wait.
+    fn wake_next(&self) {
         for held in self.owners().map(|owner| &owner.held).chain([&self.budget.all]) {
             if held.waiting.load(Ordering::Relaxed) > 0 {
                 held.freed.notify_one();
@@ -83,9 +109,10 @@ impl MemoryAccount {
 
     fn try_add(&self, bytes: usize, charged: usize) -> Result<(), MemoryExceeded> {
         for (nth, owner) in self.owners().enumerate() {
-            if !owner.held.try_add(bytes, owner.bytes_max) {
+            let bytes_max = self.budget.share_of(&owner.owner);
+            if !owner.held.try_add(bytes, bytes_max) {
                 self.owners().take(nth).for_each(|owner| owner.held.release(bytes));
-                let (of, bytes_max) = (Some(owner.owner.clone()), owner.bytes_max);
+                let of = Some(owner.owner.clone());
                 let is_too_large = charged.saturating_add(bytes) > bytes_max;
                 return Err(MemoryExceeded { owner: of, bytes_max, is_too_large });
             }
@@ -95,7 +122,8 @@ impl MemoryAccount {
             return Ok(());
         }
         self.owners().for_each(|owner| owner.held.release(bytes));
-        let (bytes_max, is_too_large) = (budget.bytes_max, charged.saturating_add(bytes) > budget.bytes_max);
+        let bytes_max = budget.bytes_max.load(Ordering::Relaxed);
+        let is_too_large = charged.saturating_add(bytes) > bytes_max;
         Err(MemoryExceeded { owner: None, bytes_max, is_too_large })
     }
 

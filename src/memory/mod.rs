@@ -37,9 +37,9 @@ pub struct MemoryBudget(Arc<BudgetState>);
 
 struct BudgetState {
     /// What all charges together may be.
-    bytes_max: usize,
+    bytes_max: AtomicUsize,
     /// What the charges of one key, or of one datasource, may be.
-    share_bytes_max: usize,
+    share_bytes_max: AtomicUsize,
     all: MemoryUse,
     owners: Mutex<OwnerTable>,
 }
@@ -68,7 +68,6 @@ pub enum MemoryOwner {
 /// The charges of one owner.
 struct OwnerUse {
     owner: MemoryOwner,
-    bytes_max: usize,
     held: MemoryUse,
 }
 
@@ -144,8 +143,15 @@ impl MemoryUse {
 impl MemoryBudget {
     /// A budget of `bytes_max` in all, and `share_bytes_max` for each key and each datasource.
     pub fn new(bytes_max: usize, share_bytes_max: usize) -> Self {
+        let (bytes_max, share_bytes_max) = (AtomicUsize::new(bytes_max), AtomicUsize::new(share_bytes_max));
         let (all, owners) = (MemoryUse::default(), Mutex::default());
         Self(Arc::new(BudgetState { bytes_max, share_bytes_max, all, owners }))
+    }
+
+    /// Sets other limits, for what is charged from now on.
+    pub fn set_limits(&self, bytes_max: usize, share_bytes_max: usize) {
+        self.0.bytes_max.store(bytes_max, Ordering::Relaxed);
+        self.0.share_bytes_max.store(share_bytes_max, Ordering::Relaxed);
     }
 
     /// Bytes that are charged at the moment.
@@ -178,21 +184,25 @@ impl MemoryBudget {
             owners.uses.retain(|_, held| held.strong_count() > 0);
             owners.clear_up_at = 2 * owners.uses.len() + 64;
         }
-        let bytes_max = match &owner {
-            MemoryOwner::Key(_) | MemoryOwner::Datasource(_) => self.0.share_bytes_max,
-            MemoryOwner::Address(_) => MEMORY_BYTES_PER_ADDRESS_MAX,
-            MemoryOwner::Strangers => MEMORY_STRANGERS_BYTES_MAX,
-        };
-        let held = Arc::new(OwnerUse { owner: owner.clone(), bytes_max, held: MemoryUse::default() });
+        let held = Arc::new(OwnerUse { owner: owner.clone(), held: MemoryUse::default() });
         owners.uses.insert(owner, Arc::downgrade(&held));
         held
     }
 }
 
 impl BudgetState {
+    /// What an owner may hold.
+    fn share_of(&self, owner: &MemoryOwner) -> usize {
+        match owner {
+            MemoryOwner::Key(_) | MemoryOwner::Datasource(_) => self.share_bytes_max.load(Ordering::Relaxed),
+            MemoryOwner::Address(_) => MEMORY_BYTES_PER_ADDRESS_MAX,
+            MemoryOwner::Strangers => MEMORY_STRANGERS_BYTES_MAX,
+        }
+    }
+
     /// What all charges together may be, for an owner that holds so much: the reserve is for those that hold little.
     fn bytes_max_of(&self, owner_bytes: usize) -> usize {
         let is_light = owner_bytes <= MEMORY_LIGHT_BYTES_MAX;
-        self.bytes_max + if is_light { MEMORY_RESERVE_BYTES } else { 0 }
+        self.bytes_max.load(Ordering::Relaxed) + if is_light { MEMORY_RESERVE_BYTES } else { 0 }
     }
 }

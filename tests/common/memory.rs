@@ -1,6 +1,10 @@
 //! The resident memory of a gateway's process, as the kernel counts it: what an attack made it take at most.
 
+use std::time::{Duration, Instant};
+
 use super::Gateway;
+use super::steady::Steady;
+use super::wire::{Version, Wire};
 
 /// What the resident memory of a gateway at its defaults stays under, whatever anybody sends.
 pub const RESIDENT_BYTES_MAX: u64 = 512 << 20;
@@ -44,5 +48,44 @@ impl ResidentMemory {
         let line = status.lines().find_map(|line| line.strip_prefix(field));
         let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
         kib.unwrap_or_else(|| panic!("no {field} in {path}")) << 10
+    }
+}
+
+/// What another tenant's call may take while somebody attacks: generous, because the machine is busy with other tests.
+const BYSTANDER_MAX: Duration = Duration::from_secs(5);
+
+/// A second tenant during an attack: it publishes all the time, and its keys are revoked.
+pub struct Bystander<'a> {
+    gateway: &'a Gateway,
+    steady: Steady,
+}
+
+impl<'a> Bystander<'a> {
+    /// Begins to publish.
+    pub fn start(gateway: &'a Gateway) -> Self {
+        let source = gateway.create("bystander");
+        Self { gateway, steady: Steady::start(gateway.mqtt, &source.key) }
+    }
+
+    /// How long the end of a key takes now, from the call to its answer.
+    pub fn revocation_took(&self) -> Duration {
+        let source = self.gateway.create("bystander-2");
+        let mut wire = Wire::login(self.gateway.mqtt, Version::V5, &source.key);
+        let started = Instant::now();
+        self.gateway.delete("bystander-2");
+        let took = started.elapsed();
+        wire.disconnected(0x98);
+        took
+    }
+
+    /// Panics if it noticed much of the attack, or if the attack took too much memory.
+    pub fn assert_undisturbed(self, attack: &str) {
+        let revocation = self.revocation_took();
+        let memory = ResidentMemory::of(self.gateway);
+        let acks = self.steady.stop();
+        eprintln!("{attack}: acks p99 {:?}, max {:?}; a revocation {revocation:?}", acks.p99(), acks.max());
+        memory.assert_bounded(attack);
+        assert!(acks.p99() < BYSTANDER_MAX, "{attack}: acks of another tenant took {:?}", acks.p99());
+        assert!(revocation < BYSTANDER_MAX, "{attack}: a revocation took {revocation:?}");
     }
 }

@@ -81,6 +81,7 @@ impl RequestMemory {
 }
 
 /// What an answer holds until it is taken.
+#[expect(dead_code, reason = "what matters is when it is dropped")]
 pub(super) struct AnswerHold {
     pub(super) memory: MemoryCharge,
     pub(super) stranger: Option<StrangerRequest>,

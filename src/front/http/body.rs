@@ -29,7 +29,7 @@ use crate::observe::cause::Cause;
 
 /// The size of the chunks that a decoder produces.
 const DECODED_CHUNK_BYTES: usize = 32 << 10;
-/// What is reserved at once for a body that announces its length; a larger one grows as it comes.
+/// What is reserved at once for a body that announces its length; the rest comes as it comes.
 const BODY_RESERVE_BYTES: usize = 1 << 20;
 
 /// The limits on one body.
@@ -65,15 +65,18 @@ pub(super) async fn read(
     }
     let arrived = Arc::new(AtomicU64::new(0));
     let chunks = decode(encoding, body, limits, arrived.clone());
+    let length = claimed.filter(|_| encoding == BodyEncoding::Identity);
+    let length = length.map(|length| usize::try_from(length).unwrap_or(limits.bytes_max));
     let mut collector = BodyCollector {
         limits,
+        length,
         encoding,
         arrived,
         bytes: Vec::new(),
         memory: account.charge(encoding.decoder_bytes())?,
     };
-    if let Some(length) = claimed.filter(|&length| encoding == BodyEncoding::Identity && length > 0) {
-        collector.make_room(usize::try_from(length).unwrap_or(limits.bytes_max).min(BODY_RESERVE_BYTES))?;
+    if let Some(length) = length {
+        collector.grow_to(length.min(BODY_RESERVE_BYTES))?;
     }
     match tokio::time::timeout(limits.time_max, collector.collect(chunks)).await {
         Ok(received) => received,
@@ -162,6 +165,8 @@ fn invalid(words: &str, error: io::Error) -> io::Error {
 struct BodyCollector {
     limits: BodyLimits,
     encoding: BodyEncoding,
+    /// How long it will be, if that is known.
+    length: Option<usize>,
     /// Bytes that have arrived, as they are on the wire.
     arrived: Arc<AtomicU64>,
     bytes: Vec<u8>,
@@ -213,9 +218,14 @@ impl BodyCollector {
         if needed <= self.bytes.capacity() {
             return Ok(());
         }
-        // A large body grows by a quarter and not to twice its size: it is copied more often, and takes less.
-        let step = if needed < BODY_RESERVE_BYTES { needed } else { needed / 4 };
-        let capacity = needed.saturating_add(step).min(self.limits.bytes_max).max(needed);
+        // A large body of unknown length grows by a quarter and not to twice its size: it is copied more often, and
+        // takes less.
+        let step = if self.length.is_some() || needed < BODY_RESERVE_BYTES { needed } else { needed / 4 };
+        let largest = self.length.unwrap_or(self.limits.bytes_max);
+        self.grow_to(needed.saturating_add(step).min(largest).max(needed))
+    }
+
+    fn grow_to(&mut self, capacity: usize) -> Result<(), Problem> {
         // zstd has a window of what it has decoded last; it is there only as far as it was written.
         let window = match self.encoding {
             BodyEncoding::Zstd => capacity.min(1 << ZSTD_WINDOW_LOG_MAX),

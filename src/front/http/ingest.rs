@@ -96,6 +96,7 @@ async fn ingest(
             upload.into_draft(&intake)?
         } else {
             let intake = intake.clone();
+            let _turn = shared.drafting.acquire().await.expect("the semaphore is never closed");
             run_blocking(move || upload.into_draft(&intake)).await?
         };
         let kept = intake.submit(draft).await.map_err(|refusal| match &refusal {

@@ -20,6 +20,7 @@ mod limits;
 mod manage;
 mod messages;
 mod middleware;
+mod page_stream;
 mod presented;
 mod probes;
 mod problem;
@@ -63,11 +64,12 @@ use crate::consume::quarantine::QuarantineLeakRules;
 use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::Subscribers;
+use crate::front::connection_table::ConnectionTable;
 use crate::front::problem::Problem;
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
-    HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S, QUERIES_MAX,
+    DRAFTING_MAX, HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S, QUERIES_MAX,
     REVOCATION_WAIT_MAX,
 };
 use crate::log::Log;
@@ -98,6 +100,8 @@ pub struct HttpFrontParts {
     pub metrics: Arc<Metrics>,
     /// Limits.
     pub config: config::HttpConfig,
+    /// Where connections are entered.
+    pub connections: Arc<ConnectionTable>,
     /// Takes over connections that carry MQTT over WebSocket.
     pub mqtt: mqtt::Acceptor,
     /// Where MQTT is served, for the lines that say how to connect.
@@ -118,8 +122,11 @@ pub struct HttpFrontParts {
 /// when the requests under way are answered. Dropping the future aborts them.
 pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
+    let crowd = HttpCrowd::over(parts.connections.clone(), Some(parts.intake.refusals().clone()));
     let shared = Arc::new(HttpFrontState {
+        crowd: crowd.clone(),
         queries: Semaphore::new(QUERIES_MAX),
+        drafting: Semaphore::new(DRAFTING_MAX),
         setting_schemas: Mutex::new(()),
         leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
@@ -130,15 +137,18 @@ pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: Cancella
         drain: drain.clone(),
         parts,
     });
-    let crowd = HttpCrowd::new(&config, Some(shared.parts.intake.refusals().clone()));
     server::run(listener, router(shared), &config, crowd, drain).await;
 }
 
 /// What every handler may use.
 struct HttpFrontState {
     parts: HttpFrontParts,
+    /// The connections, for their number.
+    crowd: HttpCrowd,
     /// A permit for each query that may run at once.
     queries: Semaphore,
+    /// A permit for each large body that may be made a draft at once: what that takes meanwhile is not all charged.
+    drafting: Semaphore,
     /// Counts leak reports by source address.
     leak_reports: AuthFailures,
     /// Held while limits are changed, so that of two concurrent changes neither is lost.

@@ -22,7 +22,7 @@ use axum::extract::Request;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
@@ -32,7 +32,7 @@ use super::presented::PresentedKeys;
 use super::socket::HttpSocket;
 use crate::auth::usage::KeyClient;
 use crate::config;
-use crate::front::connection_table::{ConnectionTable, Evicted, StrangerLimits, TableEntry};
+use crate::front::connection_table::{ConnectionTable, Evicted, TableEntry};
 use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
@@ -40,6 +40,8 @@ use crate::observe::refusals::{RefusalNote, Refusals};
 
 /// How long to wait before accepting again when the process has no file descriptor left.
 const HTTP_ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// How long a connection that has to make room is waited for, before another one has to as well.
+const HTTP_ROOM_WAIT: Duration = Duration::from_millis(20);
 /// How often an HTTP/2 client is asked whether it is still there, and how long it has to answer.
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
 /// What is taken of an HTTP/2 answer before it can be sent.
@@ -79,27 +81,43 @@ pub(super) struct HttpCrowd {
 impl HttpCrowd {
     /// No connections yet.
     pub(super) fn new(config: &config::HttpConfig, refusals: Option<Arc<Refusals>>) -> Self {
-        let limits = StrangerLimits {
-            strangers_max: config.strangers_max,
-            per_address_max: config.strangers_per_address_max,
-        };
-        Self { table: Arc::new(ConnectionTable::new(limits)), refusals }
+        Self::over(Arc::new(ConnectionTable::new(config.stranger_limits())), refusals)
     }
 
-    fn enter(&self, address: IpAddr, config: &config::HttpConfig) -> TableEntry {
+    /// The connections in `table`.
+    pub(super) fn over(table: Arc<ConnectionTable>, refusals: Option<Arc<Refusals>>) -> Self {
+        Self { table, refusals }
+    }
+
+    /// How many connections have presented no valid key.
+    pub(super) fn stranger_count(&self) -> usize {
+        self.table.stranger_count()
+    }
+
+    fn enter(&self, address: IpAddr) -> TableEntry {
         let (entry, evicted) = self.table.enter(address);
         match evicted {
             None => {}
-            Some(Evicted::OfAddress(from)) => {
-                let max = config.strangers_per_address_max;
-                self.report(from, Cause::Strangers, &format!("http.strangers_per_address_max = {max}"));
+            Some(Evicted::OfAddress { address, max }) => {
+                self.report(address, Cause::Strangers, &format!("http.strangers_per_address_max = {max}"));
             }
-            Some(Evicted::OfStrangers(from)) => {
-                let max = config.strangers_max;
-                self.report(from, Cause::Strangers, &format!("http.strangers_max = {max}"));
+            Some(Evicted::OfStrangers { address, max }) => {
+                self.report(address, Cause::Strangers, &format!("http.strangers_max = {max}"));
             }
         }
         entry
+    }
+
+    /// Has connections leave until there is a place.
+    async fn make_room(&self, permits: &Arc<Semaphore>) -> OwnedSemaphorePermit {
+        loop {
+            self.table.make_room();
+            // Who is answered slowly is not waited for: another one makes room.
+            let freed = permits.clone().acquire_owned();
+            if let Ok(permit) = tokio::time::timeout(HTTP_ROOM_WAIT, freed).await {
+                return permit.expect("the semaphore is never closed");
+            }
+        }
     }
 
     fn report(&self, address: IpAddr, cause: Cause, words: &str) {
@@ -143,13 +161,10 @@ pub(super) async fn accept_on(
     let builder = Arc::new(connection_builder(config));
     loop {
         let (stream, peer) = accept(listener).await;
-        let entry = Arc::new(crowd.enter(peer.ip(), config));
+        let entry = Arc::new(crowd.enter(peer.ip()));
         let permit = match permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
-            Err(_) => {
-                crowd.table.make_room();
-                permits.clone().acquire_owned().await.expect("the semaphore is never closed")
-            }
+            Err(_) => crowd.make_room(&permits).await,
         };
         while connections.try_join_next().is_some() {}
         let (builder, router, drain) = (builder.clone(), router.clone(), drain.clone());

@@ -12,6 +12,7 @@ use super::exchanges::ExchangeTable;
 use crate::consume::subscriber::sessions::SessionStoreError;
 use crate::intake::{AdmittedDraft, DurableDraft, PendingRelease, Refusal};
 use crate::log::{AppendError, SectionOutcome};
+use crate::memory::MemoryCharge;
 
 /// Resolves when the session of an exchange is on disk.
 pub(super) type SessionStoreWait = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
@@ -26,6 +27,8 @@ pub(super) struct AckWaits {
     /// The session is on disk.
     pub(super) stored: Option<SessionStoreWait>,
     accepted: Option<DurableDraft>,
+    /// What the read holds in memory until it is answered.
+    _memory: Option<MemoryCharge>,
 }
 
 impl AckWaits {
@@ -33,8 +36,9 @@ impl AckWaits {
         admitted: Option<AdmittedDraft>,
         released: Option<PendingRelease>,
         stored: Option<SessionStoreWait>,
+        memory: Option<MemoryCharge>,
     ) -> Self {
-        Self { admitted, released, stored, accepted: None }
+        Self { admitted, released, stored, accepted: None, _memory: memory }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Refusal>> {
@@ -71,8 +75,8 @@ enum AckVerdict {
     Refused(Box<(ReasonCode, String)>),
     /// Success, for a message that was sent before or for a PUBREL.
     Done,
-    /// The answer to a PINGREQ. It says that every earlier message, also QoS 0, has been handled.
-    Pong,
+    /// The answers to so many PINGREQs in a row. They say that every earlier message, also QoS 0, has been handled.
+    Pongs(u32),
 }
 
 /// The answers to the messages of one read, in the order of the messages.
@@ -80,9 +84,16 @@ enum AckVerdict {
 pub(super) struct ReadAcks {
     acks: Vec<MessageAck>,
     unacknowledged: usize,
+    /// The reasons in words.
+    words_bytes: usize,
 }
 
 impl ReadAcks {
+    /// What they take in memory.
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.acks.capacity() * size_of::<MessageAck>() + self.words_bytes
+    }
+
     /// Adds the answer to a message that is in the draft, as part of its `origin`.
     pub(super) fn push_admitted(&mut self, answer: AckKind, packet_id: u16, origin: usize) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
@@ -94,6 +105,7 @@ impl ReadAcks {
     pub(super) fn push_quarantined(&mut self, answer: AckKind, packet_id: u16, origin: usize, words: String) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
         self.unacknowledged += usize::from(answer == AckKind::Puback);
+        self.words_bytes += words.len();
         let verdict = AckVerdict::Quarantined { origin, words: words.into() };
         self.acks.push(MessageAck { packet_id, answer, verdict });
     }
@@ -107,6 +119,7 @@ impl ReadAcks {
         words: String,
     ) {
         self.unacknowledged += usize::from(answer == AckKind::Puback);
+        self.words_bytes += words.capacity() + size_of::<(ReasonCode, String)>();
         self.acks.push(MessageAck {
             packet_id,
             answer,
@@ -121,7 +134,10 @@ impl ReadAcks {
 
     /// Adds the answer to a PINGREQ.
     pub(super) fn push_pong(&mut self) {
-        self.acks.push(MessageAck { packet_id: 0, answer: AckKind::Puback, verdict: AckVerdict::Pong });
+        if let Some(MessageAck { verdict: AckVerdict::Pongs(n), .. }) = self.acks.last_mut() {
+            return *n += 1;
+        }
+        self.acks.push(MessageAck { packet_id: 0, answer: AckKind::Puback, verdict: AckVerdict::Pongs(1) });
     }
 
     /// How many of the answers are to QoS 1 messages.
@@ -181,7 +197,7 @@ impl ReadAcks {
                     };
                     write::message_ack(to, form, ack.answer, ack.packet_id, reason, words);
                 }
-                AckVerdict::Pong => write::pingresp(to),
+                AckVerdict::Pongs(n) => (0..*n).for_each(|_| write::pingresp(to)),
                 AckVerdict::Done => {
                     write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None);
                 }

@@ -42,6 +42,12 @@ impl MqttConnection<'_> {
                 Ok(false) => {}
                 Err(stop) => return Poll::Ready(stop),
             }
+            if self.inbound.holds_packet() {
+                let due = Instant::now() + self.clock_step();
+                if clock.deadline() > due {
+                    clock.as_mut().reset(due);
+                }
+            }
             ready!(clock.as_mut().poll(cx));
             if let Some(stop) = self.check_deadlines() {
                 return Poll::Ready(stop);
@@ -57,6 +63,7 @@ impl MqttConnection<'_> {
         self.poll_closed(cx)?;
         self.poll_blocked(cx)?;
         self.poll_held(cx)?;
+        self.poll_starved(cx);
         let form = self.inbound.form;
         let answered =
             self.pending_acks.poll_write(form, &mut self.inbound.exchanges, &mut self.output.bytes, cx);
@@ -80,6 +87,7 @@ impl MqttConnection<'_> {
             return if finished { self.finish() } else { Ok(false) };
         }
         if self.may_read()
+            && (self.inbound.is_packet_charged() || !self.is_starved(cx))
             && let Poll::Ready(read) = self.poll_read(cx)
         {
             return read.map(|()| true).map_err(|_| StopReason::NetworkFailed);
@@ -130,6 +138,21 @@ impl MqttConnection<'_> {
         Ok(())
     }
 
+    /// Goes on if there is room in the key's share of the memory now.
+    #[inline]
+    fn poll_starved(&mut self, cx: &mut Context<'_>) {
+        if let Some(starved) = &mut self.starved
+            && let Poll::Ready(charge) = starved.room.as_mut().poll(cx)
+        {
+            self.starved = None;
+            if let Some(charge) = charge {
+                self.inbound.set_packet_charge(charge);
+            }
+            // What was held back is not the client's silence.
+            self.heard_at = Instant::now();
+        }
+    }
+
     /// Answers the SUBSCRIBE or UNSUBSCRIBE in progress, if it is served.
     #[inline]
     fn poll_request(&mut self, cx: &mut Context<'_>) {
@@ -157,8 +180,9 @@ impl MqttConnection<'_> {
     /// Ready when everything is written.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, StopReason> {
         loop {
-            if let (SessionSending::Subscribed(outbound), None, None) =
-                (&mut self.sending, &self.requesting, &self.ended)
+            let is_starved = self.is_starved(cx);
+            if let (SessionSending::Subscribed(outbound), None, None, false) =
+                (&mut self.sending, &self.requesting, &self.ended, is_starved)
             {
                 let may = self.inbound.grant.allows_scope(Scope::Subscribe);
                 if matches!(may, Err(GrantDenial::Revoked | GrantDenial::Expired)) {
@@ -175,11 +199,44 @@ impl MqttConnection<'_> {
             let something = !self.output.bytes.is_empty();
             match self.output.poll_flush(self.stream, cx) {
                 Poll::Ready(Ok(())) if something => {}
-                Poll::Ready(Ok(())) => return Ok(Poll::Ready(())),
+                Poll::Ready(Ok(())) => {
+                    self.charge_output();
+                    return Ok(Poll::Ready(()));
+                }
                 Poll::Ready(Err(_)) => return Err(StopReason::NetworkFailed),
-                Poll::Pending => return Ok(Poll::Pending),
+                Poll::Pending => {
+                    self.charge_output();
+                    return Ok(Poll::Pending);
+                }
             }
         }
+    }
+
+    /// Charges for what the client has not taken: the output, and what is prepared for it.
+    fn charge_output(&mut self) {
+        let prepared = match &self.sending {
+            SessionSending::Subscribed(outbound) => outbound.held_bytes(),
+            SessionSending::Nothing(_) => 0,
+        };
+        let output = if self.output.bytes.is_empty() { 0 } else { self.output.bytes.capacity() };
+        match (output + prepared, &mut self.output_memory) {
+            (0, None) => {}
+            (0, charged) => *charged = None,
+            (bytes, Some(charged)) if charged.bytes() == bytes => {}
+            (bytes, Some(charged)) => charged.set_held(bytes),
+            (bytes, none) => *none = Some(self.inbound.account.charge_held(bytes)),
+        }
+    }
+
+    /// Whether the key's share of the memory is used up, so that nothing more may be prepared to send. Begins to wait for
+    /// room then.
+    #[inline]
+    fn is_starved(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.starved.is_none() && self.inbound.account.is_over() {
+            self.starve(None);
+            self.poll_starved(cx);
+        }
+        self.starved.is_some()
     }
 
     /// Whether another read may be taken in. While it may not, TCP's flow control holds the client back.
@@ -187,6 +244,7 @@ impl MqttConnection<'_> {
         self.blocked.is_none()
             && self.held.is_none()
             && self.requesting.is_none()
+            && (self.starved.is_none() || self.inbound.is_packet_charged())
             && (self.pending_acks.is_empty() || !self.inbound.waits_for_answers())
             && self.pending_acks.len() < MQTT_READS_IN_FLIGHT_MAX
             && self.output.unsent_bytes() < MQTT_UNSENT_BYTES_MAX
@@ -209,12 +267,33 @@ impl MqttConnection<'_> {
     pub(super) fn clock_step(&self) -> Duration {
         let silence =
             self.silence_max.map_or(Duration::MAX, |max| max.saturating_sub(self.heard_at.elapsed()));
-        silence.min(self.output.wait_left()).clamp(CLOCK_STEP_MIN, CLOCK_STEP_MAX)
+        let now = Instant::now();
+        let packet = self.inbound.packet_due().map_or(Duration::MAX, |due| due.saturating_duration_since(now));
+        let patience = self.starved.as_ref().filter(|_| self.inbound.holds_packet());
+        let patience = patience
+            .map_or(Duration::MAX, |starved| self.hold_back_max().saturating_sub(starved.since.elapsed()));
+        silence.min(packet).min(patience).min(self.output.wait_left()).clamp(CLOCK_STEP_MIN, CLOCK_STEP_MAX)
+    }
+
+    /// How long a client is held back for a transient cause.
+    fn hold_back_max(&self) -> Duration {
+        Duration::from_millis(self.front.intake.limits().hold_back_ms_max)
     }
 
     fn check_deadlines(&self) -> Option<StopReason> {
         // While reading is held back, silence is not the client's fault.
         let silent = self.may_read() && self.silence_max.is_some_and(|max| self.heard_at.elapsed() >= max);
+        if let Some(starved) = &self.starved
+            && self.inbound.holds_packet()
+            && !self.inbound.is_packet_charged()
+            && starved.since.elapsed() >= self.hold_back_max()
+        {
+            // It holds what others may wait for. Nothing of the packet was acknowledged.
+            return Some(StopReason::Transient(self.front.intake.busy_refusal()));
+        }
+        if self.may_read() && self.inbound.packet_due().is_some_and(|due| Instant::now() >= due) {
+            return Some(StopReason::Silent);
+        }
         if silent { Some(StopReason::Silent) } else { self.output.is_stuck().then_some(StopReason::Stuck) }
     }
 }
