@@ -28,20 +28,14 @@ pub struct StrangerLimits {
 impl config::MqttConfig {
     /// The limits of strangers over MQTT.
     pub fn stranger_limits(&self) -> StrangerLimits {
-        StrangerLimits {
-            strangers_max: self.strangers_max,
-            per_address_max: self.strangers_per_address_max,
-        }
+        StrangerLimits { strangers_max: self.strangers_max, per_address_max: self.strangers_per_address_max }
     }
 }
 
 impl config::HttpConfig {
     /// The limits of strangers over HTTP.
     pub fn stranger_limits(&self) -> StrangerLimits {
-        StrangerLimits {
-            strangers_max: self.strangers_max,
-            per_address_max: self.strangers_per_address_max,
-        }
+        StrangerLimits { strangers_max: self.strangers_max, per_address_max: self.strangers_per_address_max }
     }
 }
 
@@ -110,8 +104,14 @@ impl ConnectionTable {
     /// No connections yet.
     pub fn new(limits: StrangerLimits) -> Self {
         let (address_sizes, key_sizes) = (BTreeSet::new(), BTreeSet::new());
-        let state =
-            TableState { limits, groups: HashMap::new(), address_sizes, key_sizes, strangers: 0, next_number: 0 };
+        let state = TableState {
+            limits,
+            groups: HashMap::new(),
+            address_sizes,
+            key_sizes,
+            strangers: 0,
+            next_number: 0,
+        };
         Self { state: Mutex::new(state) }
     }
 
@@ -274,7 +274,11 @@ mod tests {
         assert_eq!(evicted, None);
         table.set_limits(StrangerLimits { strangers_max: 100, per_address_max: 1 });
         let (sixth, evicted) = table.enter(address(1));
-        assert_eq!(evicted, Some(Evicted::OfAddress { address: address(1), max: 1 }), "changed while it is used");
+        assert_eq!(
+            evicted,
+            Some(Evicted::OfAddress { address: address(1), max: 1 }),
+            "changed while it is used"
+        );
         drop((entries, fourth, fifth, sixth));
         let state = table.state.lock();
         assert!(state.groups.is_empty() && state.address_sizes.is_empty() && state.key_sizes.is_empty());

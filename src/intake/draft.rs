@@ -498,7 +498,7 @@ impl Draft {
     ) -> Result<usize, Refusal> {
         message.message_id.map_or(Ok(()), check_message_id)?;
         let mut section = self.new_section(grant, datasource);
-        section.reserve(message.topic.len() + message.payload.len() + message.properties.len() + 64);
+        section.reserve(message.payload.len() + message.properties.len() + 64);
         if let Some(id) = message.message_id {
             let of_one = std::iter::once((message.topic, message.payload));
             section.keep_once(match quarantined {

@@ -55,7 +55,9 @@ impl MemoryAccount {
 
     /// What is used up, if anything is.
     fn used_up(&self) -> Option<&MemoryUse> {
-        if let Some(owner) = self.owners().find(|owner| owner.held.bytes() >= self.budget.share_of(&owner.owner)) {
+        if let Some(owner) =
+            self.owners().find(|owner| owner.held.bytes() >= self.budget.share_of(&owner.owner))
+        {
             return Some(&owner.held);
         }
         let all = &self.budget.all;

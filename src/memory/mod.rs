@@ -95,16 +95,25 @@ impl fmt::Display for MemoryExceeded {
         let Self { owner, bytes_max, is_too_large } = self;
         let verb = if *is_too_large { "takes" } else { "would take" };
         match owner {
-            None => write!(f, "it {verb} the memory of all clients over {bytes_max} bytes (intake.memory_bytes_max)"),
+            None => write!(
+                f,
+                "it {verb} the memory of all clients over {bytes_max} bytes (intake.memory_bytes_max)"
+            ),
             Some(MemoryOwner::Key(id)) => {
-                write!(f, "it {verb} key {id} over its share of {bytes_max} bytes of memory (intake.memory_share_bytes_max)")
+                write!(
+                    f,
+                    "it {verb} key {id} over its share of {bytes_max} bytes of memory (intake.memory_share_bytes_max)"
+                )
             }
             Some(MemoryOwner::Datasource(id)) => write!(
                 f,
                 "it {verb} datasource {id} over its share of {bytes_max} bytes of memory (intake.memory_share_bytes_max)"
             ),
             Some(MemoryOwner::Address(address)) => {
-                write!(f, "it {verb} clients without a key at {address} over their share of {bytes_max} bytes of memory")
+                write!(
+                    f,
+                    "it {verb} clients without a key at {address} over their share of {bytes_max} bytes of memory"
+                )
             }
             Some(MemoryOwner::Strangers) => {
                 write!(f, "it {verb} clients without a key over their share of {bytes_max} bytes of memory")
@@ -115,7 +124,7 @@ impl fmt::Display for MemoryExceeded {
 
 impl MemoryUse {
     fn bytes(&self) -> usize {
-        self.bytes.load(Ordering::Relaxed)
+        self.bytes.load(Ordering::SeqCst)
     }
 
     /// Adds `bytes` if no more than `bytes_max` are charged then.

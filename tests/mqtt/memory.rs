@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::common::memory::Bystander;
 use crate::common::wire::{
-    Connect, Next, PUBACK, TOPIC_ALIAS, Version, Wire, frame, prefixed, publish, publish_with, subscribe, two_bytes,
-    varint,
+    Connect, Next, PUBACK, TOPIC_ALIAS, Version, Wire, frame, prefixed, publish, publish_with, subscribe,
+    two_bytes, varint,
 };
 use crate::common::{Gateway, PATIENCE, scratch};
 use Version::V5;

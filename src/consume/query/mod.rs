@@ -20,9 +20,7 @@ use super::sink::sqlite::RECORDS_FILE_NAME;
 use crate::filter::{FilterError, TopicFilter};
 #[cfg(test)]
 use crate::limits::LATEST_TOPICS_MAX;
-use crate::limits::{
-    QUERY_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX,
-};
+use crate::limits::{QUERY_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
 use crate::sqlite::{SqliteError, SqliteReaders};
 

@@ -238,7 +238,10 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             assert_eq!(budget.held_bytes(), 0);
-            assert!(chunks.next().await.is_some_and(|chunk| chunk.is_err()), "the client learns that it is cut");
+            assert!(
+                chunks.next().await.is_some_and(|chunk| chunk.is_err()),
+                "the client learns that it is cut"
+            );
         }
     }
 }

@@ -134,7 +134,11 @@ fn decode(encoding: BodyEncoding, body: Body, limits: BodyLimits, arrived: Arc<A
     let raw = body.into_data_stream().map(move |chunk| {
         let chunk = chunk.map_err(io::Error::other)?;
         let bytes = chunk.len() as u64;
-        if arrived.fetch_add(bytes, Ordering::Relaxed) + bytes > limits.bytes_max as u64 { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(chunk) }
+        if arrived.fetch_add(bytes, Ordering::Relaxed) + bytes > limits.bytes_max as u64 {
+            Err(io::ErrorKind::FileTooLarge.into())
+        } else {
+            Ok(chunk)
+        }
     });
     match encoding {
         BodyEncoding::Identity => Box::pin(raw),
@@ -187,7 +191,8 @@ impl BodyCollector {
                 })?)?,
                 Err(_) => {
                     let arrived = self.arrived.load(Ordering::Relaxed);
-                    let least = limits.pace_window.as_millis() * u128::from(HTTP_BODY_BYTES_PER_S_MIN) / 1_000;
+                    let least =
+                        limits.pace_window.as_millis() * u128::from(HTTP_BODY_BYTES_PER_S_MIN) / 1_000;
                     if u128::from(arrived - arrived_before) < least {
                         return Err(too_slow(limits));
                     }
@@ -222,7 +227,8 @@ impl BodyCollector {
         // takes less.
         let step = if self.length.is_some() || needed < BODY_RESERVE_BYTES { needed } else { needed / 4 };
         let largest = self.length.unwrap_or(self.limits.bytes_max);
-        self.grow_to(needed.saturating_add(step).min(largest).max(needed))
+        let ample = needed.saturating_add(step).min(largest).max(needed);
+        self.grow_to(ample).or_else(|_| self.grow_to(needed))
     }
 
     fn grow_to(&mut self, capacity: usize) -> Result<(), Problem> {
@@ -277,7 +283,11 @@ mod tests {
         runtime.expect("a runtime").block_on(future)
     }
 
-    fn read_as(coding: &str, body: Vec<u8>, account: &Arc<MemoryAccount>) -> Result<ReceivedBody, ProblemKind> {
+    fn read_as(
+        coding: &str,
+        body: Vec<u8>,
+        account: &Arc<MemoryAccount>,
+    ) -> Result<ReceivedBody, ProblemKind> {
         let coding = coding.parse().expect("a header value");
         let headers = [(CONTENT_ENCODING, coding)].into_iter().collect();
         block_on(read(&headers, Body::from(body), LIMITS, account)).map_err(|problem| problem.kind())

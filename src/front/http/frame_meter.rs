@@ -148,13 +148,13 @@ mod tests {
     #[test]
     fn every_kind_of_frame_that_carries_nothing_is_a_flood_at_some_number() {
         let idle: [(u8, u8, &[u8]); 8] = [
-            (0x8, 0, &[0, 0, 0, 1]),          // WINDOW_UPDATE
-            (0x2, 0, &[0; 5]),                // PRIORITY
-            (0x4, 0, &[]),                    // SETTINGS
-            (0x6, 0, &[0; 8]),                // PING
-            (0x9, 0, &[]),                    // CONTINUATION
-            (0x0, 0, &[]),                    // empty DATA
-            (0x3, 0, &[0; 4]),                // RST_STREAM
+            (0x8, 0, &[0, 0, 0, 1]),         // WINDOW_UPDATE
+            (0x2, 0, &[0; 5]),               // PRIORITY
+            (0x4, 0, &[]),                   // SETTINGS
+            (0x6, 0, &[0; 8]),               // PING
+            (0x9, 0, &[]),                   // CONTINUATION
+            (0x0, 0, &[]),                   // empty DATA
+            (0x3, 0, &[0; 4]),               // RST_STREAM
             (0xbe, 0, b"of a type to come"), // unknown
         ];
         for (kind, flags, payload) in idle {
@@ -172,7 +172,8 @@ mod tests {
     fn a_client_that_does_something_is_never_a_flood() {
         let mut meter = begun();
         let upload = [frame(DATA, 0, &[0; 16_384]), frame(0x6, 1, &[0; 8])].concat();
-        let request = [frame(HEADERS, 5, b"x"), frame(0x2, 0, &[0; 5]), frame(0x8, 0, &[0, 0, 1, 0])].concat();
+        let request =
+            [frame(HEADERS, 5, b"x"), frame(0x2, 0, &[0; 5]), frame(0x8, 0, &[0, 0, 1, 0])].concat();
         let update = frame(0x8, 0, &[0, 0, 64, 0]);
         for _ in 0..10_000 {
             assert_eq!(meter.read(&upload), Ok(()));

@@ -121,11 +121,13 @@ fn charge_answer(
             let address = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.addr.ip());
             let account = shared.parts.intake.memory().account_of_stranger(address);
             let bytes = STRANGER_ANSWER_BYTES + answer::known_bytes(response).min(HTTP_ANSWER_PIECE_BYTES);
-            let is_crowding = under_way > STRANGER_REQUESTS_MAX && peer.is_some_and(|peer| peer.keys.are_none());
+            let is_crowding =
+                under_way > STRANGER_REQUESTS_MAX && peer.is_some_and(|peer| peer.keys.are_none());
             if (is_crowding || account.is_over())
                 && let Some(peer) = peer
             {
-                let words = "its answers wait unread, or its address has too many requests without a key under way";
+                let words =
+                    "its answers wait unread, or its address has too many requests without a key under way";
                 let note = RefusalNote::new(Transport::Http, Cause::StrangersShare, &words);
                 shared.parts.intake.refusals().note(RefusalNote { address: Some(address), ..note });
                 peer.entry.eviction().tell();

@@ -69,8 +69,8 @@ use crate::front::problem::Problem;
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
-    DRAFTING_MAX, HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S, QUERIES_MAX,
-    REVOCATION_WAIT_MAX,
+    DRAFTING_MAX, HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S,
+    QUERIES_MAX, REVOCATION_WAIT_MAX,
 };
 use crate::log::Log;
 use crate::memory::MemoryAccount;

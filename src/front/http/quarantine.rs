@@ -157,7 +157,8 @@ pub(super) async fn redrive(
     let stored = query::stored_records_query(&shared).map_err(Problem::after_body_read)?;
     // A page with the draft that is made of it.
     let account = shared.parts.intake.memory_account(&caller.0);
-    let _memory = account.charge(REDRIVE_BYTES).map_err(|exceeded| Problem::from(exceeded).after_body_read())?;
+    let _memory =
+        account.charge(REDRIVE_BYTES).map_err(|exceeded| Problem::from(exceeded).after_body_read())?;
     let mut answer = RedriveResponse::default();
     let mut query = QuarantineQuery {
         datasource: datasource.clone(),

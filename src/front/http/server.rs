@@ -275,7 +275,7 @@ async fn serve_connection(
                     debug!(%peer, error, "an HTTP connection ended");
                 }
                 if flooded.load(Ordering::Relaxed) {
-                    crowd.report(peer.ip(), Cause::Http2Flood, "too many HTTP/2 frames that carry nothing");
+                    crowd.report(peer.ip(), Cause::FrameFlood, "too many HTTP/2 frames that carry nothing");
                 }
                 return;
             }

@@ -106,8 +106,9 @@ impl Acceptor {
     }
 
     /// Enters a connection among the strangers. If there are too many, the oldest makes room, and is reported.
-    fn enter_stranger(&self, peer: SocketAddr) -> TableEntry {
+    fn enter_stranger(&self, peer: SocketAddr) -> Box<TableEntry> {
         let (entry, evicted) = self.strangers.enter(peer.ip());
+        let entry = Box::new(entry);
         let (address, words) = match evicted {
             None => return entry,
             Some(Evicted::OfAddress { address, max }) => {
@@ -152,7 +153,7 @@ pub struct Admission {
     front: Arc<MqttFront>,
     connections: TaskTracker,
     permit: OwnedSemaphorePermit,
-    stranger: TableEntry,
+    stranger: Box<TableEntry>,
     peer: SocketAddr,
     connect_by: Instant,
 }

@@ -156,7 +156,7 @@ causes! {
         "a NATS server tried to connect as a leaf node: give it a user of its own in nats-server's configuration";
 
     // HTTP requests.
-    Http2Flood "http2_flood" Malformed:
+    FrameFlood "frame_flood" Malformed:
         "it floods its HTTP/2 connection with frames that carry nothing: update its client, or keep it out";
     Malformed "malformed" Malformed:
         "the gateway cannot read the request: correct what the words name; /openapi.json says what each call takes";

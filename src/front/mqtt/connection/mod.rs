@@ -15,7 +15,6 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::{MqttFront, unless_evicted};
 use super::acks::{AckWaits, PendingAcks, ReadAcks, SessionStoreWait};
 use super::codec::MqttVersion;
 use super::delivery::PublishWriter;
@@ -29,6 +28,7 @@ use super::sessions::ClientGuard;
 use super::stream::ClientStream;
 use super::subscribe::{self, SubscribeServices, SubscriptionRequest};
 use super::wills::MqttWill;
+use super::{MqttFront, unless_evicted};
 use crate::auth::Scope;
 use crate::auth::connections::KeyConnectionGuard;
 use crate::front::connection_table::TableEntry;
@@ -39,7 +39,7 @@ use crate::memory::MemoryCharge;
 pub(super) async fn run(
     front: &Arc<MqttFront>,
     mut stream: ClientStream,
-    stranger: TableEntry,
+    stranger: Box<TableEntry>,
     peer: SocketAddr,
     connect_by: Instant,
 ) {

@@ -268,7 +268,8 @@ impl MqttConnection<'_> {
         let silence =
             self.silence_max.map_or(Duration::MAX, |max| max.saturating_sub(self.heard_at.elapsed()));
         let now = Instant::now();
-        let packet = self.inbound.packet_due().map_or(Duration::MAX, |due| due.saturating_duration_since(now));
+        let packet =
+            self.inbound.packet_due().map_or(Duration::MAX, |due| due.saturating_duration_since(now));
         let patience = self.starved.as_ref().filter(|_| self.inbound.holds_packet());
         let patience = patience
             .map_or(Duration::MAX, |starved| self.hold_back_max().saturating_sub(starved.since.elapsed()));
