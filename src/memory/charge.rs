@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{BudgetState, MemoryExceeded, MemoryUse, OwnerUse};
+use super::{BudgetState, MemoryExceeded, MemoryUse, OwnerUse, WaitKind, WaitingQueue};
+
+/// What is to be sent may take one part in so many of a share.
+const SEND_PARTS: usize = 2;
 
 /// What is charged together: a key and its datasource, or an address and all strangers.
 pub struct MemoryAccount {
@@ -39,6 +42,17 @@ impl MemoryAccount {
         Ok(charge)
     }
 
+    /// Charges `bytes` of something that is to be sent: that takes no more than half of a share, so that a client that
+    /// does not read what it is sent can still send.
+    ///
+    /// # Errors
+    /// As [`MemoryAccount::charge`].
+    pub fn charge_to_send(self: &Arc<Self>, bytes: usize) -> Result<MemoryCharge, MemoryExceeded> {
+        let mut charge = MemoryCharge { account: self.clone(), bytes: 0 };
+        charge.grow_to_send(bytes)?;
+        Ok(charge)
+    }
+
     /// Charges bytes that are in memory already, over the share if need be: for what is bounded by itself and leads
     /// to [`MemoryAccount::is_over`].
     pub fn charge_held(self: &Arc<Self>, bytes: usize) -> MemoryCharge {
@@ -50,14 +64,20 @@ impl MemoryAccount {
     /// Whether nothing more is to be taken in for this account for now.
     #[inline]
     pub fn is_over(&self) -> bool {
-        self.used_up().is_some()
+        self.used_up(1).is_some()
     }
 
-    /// What is used up, if anything is.
-    fn used_up(&self) -> Option<&MemoryUse> {
-        if let Some(owner) =
-            self.owners().find(|owner| owner.held.bytes() >= self.budget.share_of(&owner.owner))
-        {
+    /// Whether nothing more is to be prepared to be sent for this account for now: half of the share is held.
+    #[inline]
+    pub fn is_over_to_send(&self) -> bool {
+        self.used_up(SEND_PARTS).is_some()
+    }
+
+    /// What is used up, if anything is; of the shares, one part in `parts`.
+    fn used_up(&self, parts: usize) -> Option<&MemoryUse> {
+        let is_used_up =
+            |owner: &&Arc<OwnerUse>| owner.held.bytes() >= self.budget.share_of(&owner.owner) / parts;
+        if let Some(owner) = self.owners().find(is_used_up) {
             return Some(&owner.held);
         }
         let all = &self.budget.all;
@@ -66,16 +86,26 @@ impl MemoryAccount {
 
     /// Waits until something may be taken in again.
     pub async fn wait_room(&self) {
-        while let Some(used_up) = self.used_up() {
-            let waiting = WaitingClient::new(used_up);
+        self.wait_part(1, WaitKind::Room).await;
+    }
+
+    /// Waits until something may be prepared to be sent again.
+    pub async fn wait_room_to_send(&self) {
+        self.wait_part(SEND_PARTS, WaitKind::RoomToSend).await;
+    }
+
+    async fn wait_part(&self, parts: usize, kind: WaitKind) {
+        while let Some(used_up) = self.used_up(parts) {
+            let queue = &used_up.queues[kind as usize];
+            let waiting = WaitingClient::new(queue);
             // Counted first: what is freed between the check and the wait is seen by one of the two.
-            let freed = used_up.freed.notified();
-            if self.is_over() {
+            let freed = queue.freed.notified();
+            if self.used_up(parts).is_some() {
                 freed.await;
             }
             drop(waiting);
         }
-        self.wake_next();
+        self.wake_next(kind);
     }
 
     /// Waits until `bytes` can be charged.
@@ -83,15 +113,16 @@ impl MemoryAccount {
         loop {
             let exceeded = match self.charge(bytes) {
                 Ok(charge) => {
-                    self.wake_next();
+                    self.wake_next(WaitKind::Bytes);
                     return charge;
                 }
                 Err(exceeded) => exceeded,
             };
             let is_it = |owner: &&Arc<OwnerUse>| exceeded.owner.as_ref() == Some(&owner.owner);
             let used_up = self.owners().find(is_it).map_or(&self.budget.all, |owner| &owner.held);
-            let waiting = WaitingClient::new(used_up);
-            let freed = used_up.freed.notified();
+            let queue = &used_up.queues[WaitKind::Bytes as usize];
+            let waiting = WaitingClient::new(queue);
+            let freed = queue.freed.notified();
             if let Ok(charge) = self.charge(bytes) {
                 return charge;
             }
@@ -100,18 +131,17 @@ impl MemoryAccount {
         }
     }
 
-    /// There may be room for one more of those that wait.
-    fn wake_next(&self) {
+    /// There may be room for one more of those that wait for the same.
+    fn wake_next(&self, kind: WaitKind) {
         for held in self.owners().map(|owner| &owner.held).chain([&self.budget.all]) {
-            if held.waiting.load(Ordering::Relaxed) > 0 {
-                held.freed.notify_one();
-            }
+            held.queues[kind as usize].tell_one();
         }
     }
 
-    fn try_add(&self, bytes: usize, charged: usize) -> Result<(), MemoryExceeded> {
+    /// Adds `bytes` to a charge of `charged`, if no more than one part in `parts` of the shares is held then.
+    fn try_add(&self, bytes: usize, charged: usize, parts: usize) -> Result<(), MemoryExceeded> {
         for (nth, owner) in self.owners().enumerate() {
-            let bytes_max = self.budget.share_of(&owner.owner);
+            let bytes_max = self.budget.share_of(&owner.owner) / parts;
             if !owner.held.try_add(bytes, bytes_max) {
                 self.owners().take(nth).for_each(|owner| owner.held.release(bytes));
                 let of = Some(owner.owner.clone());
@@ -156,7 +186,17 @@ impl MemoryCharge {
     /// # Errors
     /// [`MemoryExceeded`]; the charge is what it was then.
     pub fn grow(&mut self, more: usize) -> Result<(), MemoryExceeded> {
-        self.account.try_add(more, self.bytes)?;
+        self.account.try_add(more, self.bytes, 1)?;
+        self.bytes += more;
+        Ok(())
+    }
+
+    /// Charges `more` bytes of something that is to be sent.
+    ///
+    /// # Errors
+    /// As [`MemoryAccount::charge_to_send`]; the charge is what it was then.
+    pub fn grow_to_send(&mut self, more: usize) -> Result<(), MemoryExceeded> {
+        self.account.try_add(more, self.bytes, SEND_PARTS)?;
         self.bytes += more;
         Ok(())
     }
@@ -194,12 +234,12 @@ impl Drop for MemoryCharge {
 }
 
 /// Counts somebody who waits, for as long as it exists.
-struct WaitingClient<'a>(&'a MemoryUse);
+struct WaitingClient<'a>(&'a WaitingQueue);
 
 impl<'a> WaitingClient<'a> {
-    fn new(used: &'a MemoryUse) -> Self {
-        used.waiting.fetch_add(1, Ordering::SeqCst);
-        Self(used)
+    fn new(queue: &'a WaitingQueue) -> Self {
+        queue.waiting.fetch_add(1, Ordering::SeqCst);
+        Self(queue)
     }
 }
 

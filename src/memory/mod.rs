@@ -75,8 +75,38 @@ struct OwnerUse {
 #[derive(Default)]
 struct MemoryUse {
     bytes: AtomicUsize,
+    /// Those who wait, by what for: what is enough for one kind is not for another, and one of each is told.
+    queues: [WaitingQueue; WaitKind::COUNT],
+}
+
+/// What somebody waits for.
+#[derive(Clone, Copy)]
+enum WaitKind {
+    /// To take in anything.
+    Room,
+    /// To prepare anything to be sent.
+    RoomToSend,
+    /// A number of bytes.
+    Bytes,
+}
+
+impl WaitKind {
+    const COUNT: usize = 3;
+}
+
+#[derive(Default)]
+struct WaitingQueue {
     waiting: AtomicUsize,
     freed: Notify,
+}
+
+impl WaitingQueue {
+    /// Tells one of those that wait, if anybody does.
+    fn tell_one(&self) {
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            self.freed.notify_one();
+        }
+    }
 }
 
 /// A charge does not fit.
@@ -129,12 +159,8 @@ impl MemoryUse {
 
     /// Adds `bytes` if no more than `bytes_max` are charged then.
     fn try_add(&self, bytes: usize, bytes_max: usize) -> bool {
-        let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        let fits = before.saturating_add(bytes) <= bytes_max;
-        if !fits {
-            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-        }
-        fits
+        let more = |held: usize| held.checked_add(bytes).filter(|&sum| sum <= bytes_max);
+        self.bytes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
     }
 
     fn add(&self, bytes: usize) {
@@ -143,9 +169,7 @@ impl MemoryUse {
 
     fn release(&self, bytes: usize) {
         self.bytes.fetch_sub(bytes, Ordering::SeqCst);
-        if self.waiting.load(Ordering::SeqCst) > 0 {
-            self.freed.notify_one();
-        }
+        self.queues.iter().for_each(WaitingQueue::tell_one);
     }
 }
 

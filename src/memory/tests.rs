@@ -32,6 +32,17 @@ fn a_share_holds_for_a_key_and_for_its_datasource_at_one_below_and_one_above() {
 }
 
 #[test]
+fn what_is_to_be_sent_leaves_half_of_a_share_to_what_comes_in() {
+    let budget = MemoryBudget::new(100 * MIB, 10 * MIB);
+    let account = account(&budget, 1, "press-4");
+    let mut sent = account.charge_to_send(4 * MIB).expect("fits");
+    sent.grow_to_send(MIB).expect("half of the share");
+    assert!(sent.grow_to_send(1).is_err() && account.charge_to_send(1).is_err());
+    assert!(account.is_over_to_send() && !account.is_over());
+    assert!(account.charge(5 * MIB).is_ok(), "the other half");
+}
+
+#[test]
 fn what_a_refused_charge_has_taken_is_given_back() {
     let budget = MemoryBudget::new(100 * MIB, 10 * MIB);
     let (first, second) = (account(&budget, 1, "press-4"), account(&budget, 2, "press-4"));

@@ -109,7 +109,7 @@ pub(super) fn known_bytes(response: &Response) -> usize {
 /// # Errors
 /// [`MemoryExceeded`]: it does not fit.
 pub(super) fn charge_for(response: &Response, memory: &mut MemoryCharge) -> Result<(), MemoryExceeded> {
-    memory.grow(known_bytes(response))
+    memory.grow_to_send(known_bytes(response))
 }
 
 /// Keeps `hold` until the client has taken the answer. If it takes nothing of a large one for `stall_max`, the answer

@@ -108,7 +108,7 @@ pub(super) async fn answer_page(
     let body = if first.is_last {
         Body::from(json)
     } else {
-        let memory = account.charge(json.len())?;
+        let memory = account.charge_to_send(json.len())?;
         let rest = (!first.is_last).then_some((reading, memory));
         let first = stream::iter([Ok(Bytes::from(json))]);
         Body::from_stream(futures_util::StreamExt::chain(first, stream::try_unfold(rest, next_piece)))
@@ -128,7 +128,8 @@ async fn next_piece<S: PageSource>(
     let broken = |words: &'static str| std::io::Error::other(words);
     let read = reading.read().await;
     let (reading, piece) = read.map_err(|_| broken("the rest of the page cannot be read"))?;
-    let memory = tokio::time::timeout(PIECE_ROOM_WAIT_MAX, account.wait_for(piece.json.capacity())).await;
-    let memory = memory.map_err(|_| broken("the key's share of the memory is used up"))?;
+    let room = tokio::time::timeout(PIECE_ROOM_WAIT_MAX, account.wait_room_to_send()).await;
+    room.map_err(|_| broken("the key's share of the memory is used up"))?;
+    let memory = account.charge_held(piece.json.capacity());
     Ok(Some((piece.json.into(), (!piece.is_last).then_some((reading, memory)))))
 }

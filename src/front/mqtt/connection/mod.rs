@@ -119,13 +119,17 @@ struct MqttConnection<'a> {
     blocked: Option<Box<BlockedDraft>>,
     /// The next message is over a rate of its key or datasource; nothing is read until it may go on.
     held: Option<TurnWait>,
+    /// How many packets the latest read had.
+    packets_read: usize,
     /// Set when nothing more is read; work in progress is finished first.
     ended: Option<InboundEnd>,
     output: ClientOutput,
     /// What is charged for the output and the pages behind it, while the client does not take them.
     output_memory: Option<MemoryCharge>,
-    /// The key's share of the memory is used up: little is read and nothing is prepared to send until there is room.
+    /// The key's share of the memory is used up: nothing more is read until there is room.
     starved: Option<Box<StarvedConnection>>,
+    /// Half of it is: nothing more is prepared to be sent. Resolves when there is room.
+    stuffed: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     silence_max: Option<Duration>,
     heard_at: Instant,
 }
@@ -170,10 +174,12 @@ impl<'a> MqttConnection<'a> {
             receive_maximum: opened.receive_maximum,
             session_is_stored: false,
             requesting: None,
+            packets_read: 0,
             ended: None,
             output: ClientOutput::new(opened.answer),
             output_memory: None,
             starved: None,
+            stuffed: None,
             silence_max: opened.silence_max,
             heard_at: Instant::now(),
         });
@@ -250,6 +256,7 @@ impl<'a> MqttConnection<'a> {
         let intake = &self.front.intake;
         let batch =
             self.inbound.receive(bytes, intake, self.pending_acks.unacknowledged(), &mut self.output.bytes);
+        self.packets_read = batch.packets;
         if batch.packets > 0 {
             self.heard_at = Instant::now();
         }

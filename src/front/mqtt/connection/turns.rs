@@ -20,6 +20,8 @@ use crate::limits::{MQTT_READ_BYTES, MQTT_READS_IN_FLIGHT_MAX, MQTT_UNSENT_BYTES
 /// The shortest and the longest time between two checks of the clock.
 const CLOCK_STEP_MIN: Duration = Duration::from_millis(10);
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(3600);
+/// A read with so many packets is the last before other connections have their turn.
+const PACKETS_PER_POLL: usize = 1_024;
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MQTT_READ_BYTES].into());
@@ -76,7 +78,7 @@ impl MqttConnection<'_> {
         self.poll_request(cx);
         if self.inbound.is_paused() && self.ended.is_none() && self.may_read() {
             self.receive(&[]);
-            return Ok(true);
+            return Ok(self.goes_on(cx));
         }
         let written = self.poll_send(cx)?;
         if written.is_pending() && self.output.begin_wait() {
@@ -90,9 +92,20 @@ impl MqttConnection<'_> {
             && (self.inbound.is_packet_charged() || !self.is_starved(cx))
             && let Poll::Ready(read) = self.poll_read(cx)
         {
-            return read.map(|()| true).map_err(|_| StopReason::NetworkFailed);
+            read.map_err(|_| StopReason::NetworkFailed)?;
+            return Ok(self.goes_on(cx));
         }
         Ok(false)
+    }
+
+    /// Whether to take another turn at once. After a read of very many packets other connections come first.
+    #[inline]
+    fn goes_on(&self, cx: &Context<'_>) -> bool {
+        let is_long = self.packets_read >= PACKETS_PER_POLL;
+        if is_long {
+            cx.waker().wake_by_ref();
+        }
+        !is_long
     }
 
     /// Looks whether somebody has closed the connection.
@@ -180,9 +193,9 @@ impl MqttConnection<'_> {
     /// Ready when everything is written.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, StopReason> {
         loop {
-            let is_starved = self.is_starved(cx);
+            let is_stuffed = self.is_stuffed(cx);
             if let (SessionSending::Subscribed(outbound), None, None, false) =
-                (&mut self.sending, &self.requesting, &self.ended, is_starved)
+                (&mut self.sending, &self.requesting, &self.ended, is_stuffed)
             {
                 let may = self.inbound.grant.allows_scope(Scope::Subscribe);
                 if matches!(may, Err(GrantDenial::Revoked | GrantDenial::Expired)) {
@@ -228,8 +241,25 @@ impl MqttConnection<'_> {
         }
     }
 
-    /// Whether the key's share of the memory is used up, so that nothing more may be prepared to send. Begins to wait for
-    /// room then.
+    /// Whether what is to be sent under the key takes as much of its share of the memory as it may. Waits for room then.
+    #[inline]
+    fn is_stuffed(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.stuffed.is_none() {
+            if matches!(self.sending, SessionSending::Nothing(_)) || !self.inbound.account.is_over_to_send() {
+                return false;
+            }
+            let account = self.inbound.account.clone();
+            self.stuffed = Some(Box::pin(async move { account.wait_room_to_send().await }));
+        }
+        if let Some(stuffed) = &mut self.stuffed
+            && stuffed.as_mut().poll(cx).is_ready()
+        {
+            self.stuffed = None;
+        }
+        self.stuffed.is_some()
+    }
+
+    /// Whether the key's share of the memory is used up, so that nothing more may be read. Begins to wait for room then.
     #[inline]
     fn is_starved(&mut self, cx: &mut Context<'_>) -> bool {
         if self.starved.is_none() && self.inbound.account.is_over() {
