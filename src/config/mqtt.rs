@@ -75,8 +75,8 @@ impl Default for MqttConfig {
         Self {
             listen: loopback(1883),
             connections_max: 100_000,
-            strangers_max: 4_096,
-            strangers_per_address_max: 2_048,
+            strangers_max: 8_192,
+            strangers_per_address_max: 4_096,
             packet_bytes_max: limits::MQTT_PACKET_BYTES_MAX,
             receive_maximum: limits::MQTT_RECEIVE_MAXIMUM,
             connect_ms_max: 10_000,

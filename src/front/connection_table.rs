@@ -85,7 +85,7 @@ impl Eviction {
 
 /// A stranger's connection was closed because there are too many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Evicted {
+pub(super) enum EvictedStranger {
     /// More than so many came from one address.
     OfAddress { address: IpAddr, max: usize },
     /// There are more than so many in all. It came from this address, which had most.
@@ -122,7 +122,7 @@ impl ConnectionTable {
 
     /// Enters a connection that was just accepted. If there are too many strangers then, the oldest one makes room,
     /// and is returned.
-    pub(super) fn enter(self: &Arc<Self>, address: IpAddr) -> (TableEntry, Option<Evicted>) {
+    pub(super) fn enter(self: &Arc<Self>, address: IpAddr) -> (TableEntry, Option<EvictedStranger>) {
         let address = source_of(address);
         let owner = ConnectionOwner::Address(address);
         let eviction = Arc::new(Eviction::default());
@@ -133,13 +133,13 @@ impl ConnectionTable {
         let StrangerLimits { strangers_max, per_address_max } = state.limits;
         let evicted = if of_address > per_address_max {
             state.evict_oldest(owner);
-            Some(Evicted::OfAddress { address, max: per_address_max })
+            Some(EvictedStranger::OfAddress { address, max: per_address_max })
         } else if state.strangers > strangers_max {
             let largest = state.address_sizes.last().map_or(owner, |(_, owner)| *owner);
             state.evict_oldest(largest);
             match largest {
                 ConnectionOwner::Address(address) => {
-                    Some(Evicted::OfStrangers { address, max: strangers_max })
+                    Some(EvictedStranger::OfStrangers { address, max: strangers_max })
                 }
                 ConnectionOwner::Key(_) => None,
             }
@@ -264,7 +264,7 @@ mod tests {
             entries.push(entry);
         }
         let (fourth, evicted) = table.enter(address(1));
-        assert_eq!(evicted, Some(Evicted::OfAddress { address: address(1), max: 3 }));
+        assert_eq!(evicted, Some(EvictedStranger::OfAddress { address: address(1), max: 3 }));
         assert_eq!(entries.iter().map(is_evicted).collect::<Vec<_>>(), [true, false, false]);
         assert_eq!(table.enter(address(2)).1, None, "another address has its own");
         // Who has presented a key is no stranger any more.
@@ -276,7 +276,7 @@ mod tests {
         let (sixth, evicted) = table.enter(address(1));
         assert_eq!(
             evicted,
-            Some(Evicted::OfAddress { address: address(1), max: 1 }),
+            Some(EvictedStranger::OfAddress { address: address(1), max: 1 }),
             "changed while it is used"
         );
         drop((entries, fourth, fifth, sixth));
@@ -292,7 +292,7 @@ mod tests {
         let (lone, evicted) = table.enter(address(2));
         assert_eq!(evicted, None);
         let (_newcomer, evicted) = table.enter(address(3));
-        assert_eq!(evicted, Some(Evicted::OfStrangers { address: address(1), max: 4 }));
+        assert_eq!(evicted, Some(EvictedStranger::OfStrangers { address: address(1), max: 4 }));
         assert!(is_evicted(&crowd[0]) && !is_evicted(&lone));
         assert_eq!(table.stranger_count(), 4);
     }

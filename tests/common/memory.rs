@@ -52,7 +52,7 @@ impl ResidentMemory {
 }
 
 /// What another tenant's call may take while somebody attacks: generous, because the machine is busy with other tests.
-const BYSTANDER_MAX: Duration = Duration::from_secs(5);
+const BYSTANDER_MAX: Duration = Duration::from_secs(15);
 
 /// A second tenant during an attack: it publishes all the time, and its keys are revoked.
 pub struct Bystander<'a> {

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::api::compressed;
 use crate::common::memory::Bystander;
-use crate::common::{Gateway, PATIENCE, Source, scratch, wait_for};
+use crate::common::{Gateway, PATIENCE, Setup, Source, scratch, wait_for};
 
 /// A topic of the largest size, which a gzipped request of a few hundred bytes has for 100,000 messages.
 fn longest_topic() -> String {
@@ -250,6 +250,31 @@ fn ten_thousand_idle_strangers_delay_no_revocation() {
     drop(crowd);
     let refusals = gateway.get("/v1/refusals?cause=strangers", &gateway.admin_key()).json();
     assert_eq!(refusals["refusals"][0]["cause"], "strangers", "{refusals}");
+}
+
+#[test]
+fn the_limits_of_strangers_are_changed_while_the_gateway_runs() {
+    let dir = scratch();
+    let file = dir.path().join("headgate.toml");
+    let limit = |max: usize| {
+        std::fs::write(&file, format!("[http]\nstrangers_per_address_max = {max}\n")).expect("written");
+    };
+    limit(100);
+    let gateway = Setup::on(dir.path()).set("config", file.display()).start();
+    let crowd: Vec<TcpStream> = (0..20).map(|_| connect(gateway.http)).collect();
+    let strangers = || {
+        let refusals = gateway.get("/v1/refusals?cause=strangers", &gateway.admin_key()).json();
+        refusals["refusals"].as_array().map(Vec::len)
+    };
+    assert_eq!(strangers(), Some(0));
+    limit(3);
+    let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
+    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGHUP) }, 0);
+    gateway.says("the configuration was read again");
+    let more: Vec<TcpStream> = (0..5).map(|_| connect(gateway.http)).collect();
+    wait_for("a stranger to make room", || (strangers() == Some(1)).then_some(()));
+    drop((crowd, more));
 }
 
 #[test]

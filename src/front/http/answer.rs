@@ -162,7 +162,7 @@ impl HttpBody for AnswerBody {
                 ended => return Poll::Ready(ended),
             };
             match frame.into_data() {
-                Ok(data) if data.len() > HTTP_ANSWER_PIECE_BYTES => state.rest = data,
+                Ok(data) if data.len() > COPY_BYTES => state.rest = data,
                 Ok(data) => return Poll::Ready(Some(Ok(Frame::data(data)))),
                 Err(other) => return Poll::Ready(Some(Ok(other))),
             }

@@ -24,6 +24,7 @@ use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 use tracing::{debug, warn};
@@ -32,7 +33,7 @@ use super::presented::PresentedKeys;
 use super::socket::HttpSocket;
 use crate::auth::usage::KeyClient;
 use crate::config;
-use crate::front::connection_table::{ConnectionTable, Evicted, TableEntry};
+use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
 use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
@@ -40,8 +41,12 @@ use crate::observe::refusals::{RefusalNote, Refusals};
 
 /// How long to wait before accepting again when the process has no file descriptor left.
 const HTTP_ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// How long a new connection waits for a place before others have to leave.
+const HTTP_PLACE_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a connection that has to make room is waited for, before another one has to as well.
 const HTTP_ROOM_WAIT: Duration = Duration::from_millis(20);
+/// How long others have to leave at once after that.
+const HTTP_CROWDED: Duration = Duration::from_secs(10);
 /// How often an HTTP/2 client is asked whether it is still there, and how long it has to answer.
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
 /// What is taken of an HTTP/2 answer before it can be sent.
@@ -98,25 +103,36 @@ impl HttpCrowd {
         let (entry, evicted) = self.table.enter(address);
         match evicted {
             None => {}
-            Some(Evicted::OfAddress { address, max }) => {
+            Some(EvictedStranger::OfAddress { address, max }) => {
                 self.report(address, Cause::Strangers, &format!("http.strangers_per_address_max = {max}"));
             }
-            Some(Evicted::OfStrangers { address, max }) => {
+            Some(EvictedStranger::OfStrangers { address, max }) => {
                 self.report(address, Cause::Strangers, &format!("http.strangers_max = {max}"));
             }
         }
         entry
     }
 
-    /// Has connections leave until there is a place.
-    async fn make_room(&self, permits: &Arc<Semaphore>) -> OwnedSemaphorePermit {
-        loop {
+    /// Waits for a place. When none is free for a while, connections have to leave; and as long as it is so crowded, at
+    /// once.
+    async fn wait_place(
+        &self,
+        permits: &Arc<Semaphore>,
+        crowded_until: &mut Instant,
+    ) -> OwnedSemaphorePermit {
+        let mut patience = HTTP_PLACE_PATIENCE;
+        if Instant::now() < *crowded_until {
             self.table.make_room();
-            // Who is answered slowly is not waited for: another one makes room.
+            patience = HTTP_ROOM_WAIT;
+        }
+        loop {
             let freed = permits.clone().acquire_owned();
-            if let Ok(permit) = tokio::time::timeout(HTTP_ROOM_WAIT, freed).await {
+            if let Ok(permit) = tokio::time::timeout(patience, freed).await {
                 return permit.expect("the semaphore is never closed");
             }
+            // Who is answered slowly is not waited for: another one makes room.
+            self.table.make_room();
+            (patience, *crowded_until) = (HTTP_ROOM_WAIT, Instant::now() + HTTP_CROWDED);
         }
     }
 
@@ -159,12 +175,13 @@ pub(super) async fn accept_on(
 ) -> Infallible {
     let permits = Arc::new(Semaphore::new(config.connections_max));
     let builder = Arc::new(connection_builder(config));
+    let mut crowded_until = Instant::now();
     loop {
         let (stream, peer) = accept(listener).await;
         let entry = Arc::new(crowd.enter(peer.ip()));
         let permit = match permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
-            Err(_) => crowd.make_room(&permits).await,
+            Err(_) => crowd.wait_place(&permits, &mut crowded_until).await,
         };
         while connections.try_join_next().is_some() {}
         let (builder, router, drain) = (builder.clone(), router.clone(), drain.clone());

@@ -49,7 +49,7 @@ use tracing::{debug, error, warn};
 use crate::config;
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
-use crate::front::connection_table::{ConnectionTable, Evicted, TableEntry};
+use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
 use crate::intake::Intake;
 use crate::limits::MQTT_TLS_HANDSHAKE_BYTES;
 use crate::message::Transport;
@@ -111,10 +111,12 @@ impl Acceptor {
         let entry = Box::new(entry);
         let (address, words) = match evicted {
             None => return entry,
-            Some(Evicted::OfAddress { address, max }) => {
+            Some(EvictedStranger::OfAddress { address, max }) => {
                 (address, format!("mqtt.strangers_per_address_max = {max}"))
             }
-            Some(Evicted::OfStrangers { address, max }) => (address, format!("mqtt.strangers_max = {max}")),
+            Some(EvictedStranger::OfStrangers { address, max }) => {
+                (address, format!("mqtt.strangers_max = {max}"))
+            }
         };
         let note = RefusalNote::new(Transport::Mqtt, Cause::Strangers, &words);
         self.front.intake.refusals().note(RefusalNote { address: Some(address), ..note });
