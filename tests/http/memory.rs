@@ -56,6 +56,16 @@ fn post_at_once(gateway: &Gateway, count: usize, head: &str, body: &[u8]) -> Vec
 }
 
 #[test]
+fn nobody_attacks() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let bystander = Bystander::start(&gateway);
+    std::thread::sleep(Duration::from_secs(1));
+    // What the figures of the attacks are to be held against.
+    bystander.assert_undisturbed("nothing");
+}
+
+#[test]
 fn small_requests_of_a_hundred_thousand_messages_are_bounded() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());

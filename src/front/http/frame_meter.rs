@@ -7,7 +7,7 @@ use std::time::Instant;
 
 /// What an HTTP/2 client sends first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-const FRAME_HEADER_BYTES: usize = 9;
+const HTTP2_HEADER_BYTES: usize = 9;
 
 /// How many idle frames a client may have sent beyond what it needs.
 const IDLE_FRAMES_MAX: i64 = 1_000;
@@ -45,7 +45,7 @@ enum StreamPlace {
     /// Not HTTP/2.
     OtherProtocol,
     /// In a frame's header, of which so many bytes are there.
-    Header([u8; FRAME_HEADER_BYTES], usize),
+    Header([u8; HTTP2_HEADER_BYTES], usize),
     /// So many bytes before the next header.
     Payload(usize),
 }
@@ -71,7 +71,7 @@ impl FrameMeter {
                     }
                     *came += n;
                     if *came == PREFACE.len() {
-                        self.place = StreamPlace::Header([0; FRAME_HEADER_BYTES], 0);
+                        self.place = StreamPlace::Header([0; HTTP2_HEADER_BYTES], 0);
                     }
                     bytes = &bytes[n..];
                 }
@@ -79,20 +79,20 @@ impl FrameMeter {
                     let n = bytes.len().min(*left);
                     *left -= n;
                     if *left == 0 {
-                        self.place = StreamPlace::Header([0; FRAME_HEADER_BYTES], 0);
+                        self.place = StreamPlace::Header([0; HTTP2_HEADER_BYTES], 0);
                     }
                     bytes = &bytes[n..];
                 }
                 StreamPlace::Header(header, came) => {
-                    let n = bytes.len().min(FRAME_HEADER_BYTES - *came);
+                    let n = bytes.len().min(HTTP2_HEADER_BYTES - *came);
                     header[*came..*came + n].copy_from_slice(&bytes[..n]);
                     *came += n;
                     bytes = &bytes[n..];
-                    if *came == FRAME_HEADER_BYTES {
+                    if *came == HTTP2_HEADER_BYTES {
                         let [a, b, c, kind, flags, ..] = *header;
                         let length = u32::from_be_bytes([0, a, b, c]) as usize;
                         self.place = match length {
-                            0 => StreamPlace::Header([0; FRAME_HEADER_BYTES], 0),
+                            0 => StreamPlace::Header([0; HTTP2_HEADER_BYTES], 0),
                             length => StreamPlace::Payload(length),
                         };
                         self.count(kind, flags, length)?;
