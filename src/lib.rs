@@ -36,6 +36,7 @@ mod observe;
 
 mod config;
 mod filter;
+mod memory;
 mod network;
 mod sqlite;
 mod subject;

@@ -2,13 +2,13 @@
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 
 use super::out::{self, CommandOutput};
-use super::signals::Signals;
+use super::signals::{AskedSignal, Signals};
 use crate::config::Config;
 use crate::gateway::Gateway;
 use crate::observe::trace;
@@ -33,12 +33,12 @@ pub(super) fn run(args: ServeArgs, out: &mut CommandOutput) -> anyhow::Result<()
     }
     trace::init(&config.trace)?;
     let runtime = runtime()?;
-    let served = runtime.block_on(serve(config, out));
+    let served = runtime.block_on(serve(config, args.config.as_deref(), out));
     runtime.shutdown_timeout(THREADS_END_WAIT_MAX);
     served
 }
 
-async fn serve(config: Config, out: &mut CommandOutput) -> anyhow::Result<()> {
+async fn serve(config: Config, file: Option<&Path>, out: &mut CommandOutput) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     // In a cluster the start may have to wait for NATS.
     let gateway = tokio::select! {
@@ -53,11 +53,29 @@ async fn serve(config: Config, out: &mut CommandOutput) -> anyhow::Result<()> {
             tracing::warn!("standard output: {error:#}");
         }
     }
-    signals.asked().await;
+    while signals.asked_or_hung_up().await == AskedSignal::Reload {
+        reload(&gateway, file);
+    }
     tracing::info!("draining");
     signals.finish(gateway.stop()).await;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Reads the configuration again, and applies what can be changed while the gateway runs.
+fn reload(gateway: &Gateway, file: Option<&Path>) {
+    match Config::load(file) {
+        Ok(config) => {
+            gateway.apply_live(&config);
+            tracing::info!(
+                memory_bytes_max = config.intake.memory_bytes_max,
+                memory_share_bytes_max = config.intake.memory_share_bytes_max,
+                "the configuration was read again: the limits of memory and of strangers hold now, all others after \
+                 a restart"
+            );
+        }
+        Err(error) => tracing::warn!(%error, "the configuration is left as it was"),
+    }
 }
 
 /// Prints one line per listener with its address and how a client connects, then the admin key's path.

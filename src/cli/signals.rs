@@ -1,4 +1,5 @@
-//! The two signals that ask a process to end: SIGTERM, and Ctrl-C's SIGINT.
+//! The signals of a process that serves: SIGTERM and Ctrl-C's SIGINT ask it to end, SIGHUP to read its configuration
+//! again.
 
 use std::io;
 
@@ -12,11 +13,33 @@ const INTERRUPTED_EXIT_CODE: i32 = 130;
 pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
+}
+
+/// What a signal asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum AskedSignal {
+    /// To end.
+    End,
+    /// To read the configuration again.
+    Reload,
 }
 
 impl Signals {
     pub(super) fn listen() -> io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        let terminate = signal(SignalKind::terminate())?;
+        let interrupt = signal(SignalKind::interrupt())?;
+        Ok(Self { terminate, interrupt, hangup: signal(SignalKind::hangup())? })
+    }
+
+    /// Returns at the next signal, with what it asks for.
+    pub(super) async fn asked_or_hung_up(&mut self) -> AskedSignal {
+        let Self { terminate, interrupt, hangup } = self;
+        tokio::select! {
+            _ = terminate.recv() => AskedSignal::End,
+            _ = interrupt.recv() => AskedSignal::End,
+            _ = hangup.recv() => AskedSignal::Reload,
+        }
     }
 
     /// Returns at the next request to end.

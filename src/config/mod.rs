@@ -59,8 +59,12 @@ pub struct Config {
 pub struct HttpConfig {
     /// Address and port; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// The most connections; one more waits in the kernel's queue.
+    /// The most connections; for one more, one of whoever has most makes room.
     pub connections_max: usize,
+    /// The most connections that have presented no valid key; for one more, one makes room.
+    pub strangers_max: usize,
+    /// The most of them from one address (IPv6: from one /64); for one more, the oldest makes room.
+    pub strangers_per_address_max: usize,
     /// The largest request body, after decompression, in bytes.
     pub body_bytes_max: usize,
     /// How long a request's header may take to arrive, in milliseconds.
@@ -90,6 +94,11 @@ pub struct IntakeConfig {
     /// The most bytes on their way into the log; a connection that brings more is held back until there is
     /// room.
     pub in_flight_bytes_max: usize,
+    /// The most bytes that all clients together may make the gateway hold: what is being read, waits, or is being
+    /// sent. Raised to what `in_flight_bytes_max` and `http.body_bytes_max` need.
+    pub memory_bytes_max: usize,
+    /// The part of it that one key, or one datasource, may have. Raised to what `http.body_bytes_max` needs.
+    pub memory_share_bytes_max: usize,
     /// How long a client is held back before it is refused, in milliseconds.
     pub hold_back_ms_max: u64,
     /// How long a message id is remembered, in seconds: a second message with the same id is acknowledged
@@ -146,6 +155,8 @@ impl Default for HttpConfig {
         Self {
             listen: loopback(8080),
             connections_max: 10_000,
+            strangers_max: 2_048,
+            strangers_per_address_max: 1_024,
             body_bytes_max: limits::HTTP_BODY_BYTES_MAX,
             header_ms_max: 10_000,
             body_ms_max: 60_000,
@@ -168,6 +179,8 @@ impl Default for IntakeConfig {
         Self {
             payload_bytes_max: limits::PAYLOAD_BYTES_MAX,
             in_flight_bytes_max: limits::IN_FLIGHT_BYTES_MAX,
+            memory_bytes_max: limits::MEMORY_BYTES_MAX,
+            memory_share_bytes_max: limits::MEMORY_SHARE_BYTES_MAX,
             hold_back_ms_max: 10_000,
             dedup_window_s: limits::DEDUP_WINDOW_S,
             dedup_ids_max: limits::DEDUP_IDS_MAX,
@@ -227,13 +240,15 @@ impl Config {
             figment = figment.merge(Toml::file_exact(file));
         }
         let settings = Env::prefixed("HEADGATE_").ignore(&COMMAND_ENV_VARS).split("__");
-        let config: Config = figment.merge(settings).extract().map_err(Box::new)?;
+        let mut config: Config = figment.merge(settings).extract().map_err(Box::new)?;
         config.check()?;
+        config.intake.fit_memory(config.http.body_bytes_max);
         Ok(config)
     }
 
     fn check(&self) -> Result<(), ConfigError> {
         self.mqtt.check()?;
+        self.http.check()?;
         self.auth.check()?;
         self.intake.check()?;
         require(
@@ -259,6 +274,13 @@ impl Config {
     }
 }
 
+impl HttpConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        require_some("http.strangers_max", self.strangers_max as u64)?;
+        require_some("http.strangers_per_address_max", self.strangers_per_address_max as u64)
+    }
+}
+
 impl AuthConfig {
     fn check(&self) -> Result<(), ConfigError> {
         require_some("auth.failures_burst", self.failures_burst)?;
@@ -267,6 +289,15 @@ impl AuthConfig {
 }
 
 impl IntakeConfig {
+    /// Raises the memory of a key to what a request with the largest body takes, and that of all to what may be on
+    /// its way into the log beside two such keys.
+    fn fit_memory(&mut self, body_bytes_max: usize) {
+        let of_request = 3 * body_bytes_max + 100 * limits::HTTP_MESSAGES_MAX;
+        self.memory_share_bytes_max = self.memory_share_bytes_max.max(of_request);
+        let of_all = self.in_flight_bytes_max + 2 * self.memory_share_bytes_max;
+        self.memory_bytes_max = self.memory_bytes_max.max(of_all);
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         require(
             self.payload_bytes_max <= limits::BATCH_BYTES_MAX / 2,

@@ -16,6 +16,10 @@ pub struct MqttConfig {
     pub listen: SocketAddr,
     /// The most connections; one more is closed at once.
     pub connections_max: usize,
+    /// The most connections that have presented no valid key yet; for one more, one makes room.
+    pub strangers_max: usize,
+    /// The most of them from one address (IPv6: from one /64); for one more, the oldest makes room.
+    pub strangers_per_address_max: usize,
     /// The largest packet accepted, in bytes.
     pub packet_bytes_max: usize,
     /// QoS 1 messages that a client may have unacknowledged.
@@ -71,6 +75,8 @@ impl Default for MqttConfig {
         Self {
             listen: loopback(1883),
             connections_max: 100_000,
+            strangers_max: 8_192,
+            strangers_per_address_max: 4_096,
             packet_bytes_max: limits::MQTT_PACKET_BYTES_MAX,
             receive_maximum: limits::MQTT_RECEIVE_MAXIMUM,
             connect_ms_max: 10_000,
@@ -91,6 +97,8 @@ impl MqttConfig {
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         require_some("mqtt.receive_maximum", self.receive_maximum)?;
         require_some("mqtt.keep_alive_s_max", self.keep_alive_s_max)?;
+        require_some("mqtt.strangers_max", self.strangers_max as u64)?;
+        require_some("mqtt.strangers_per_address_max", self.strangers_per_address_max as u64)?;
         require(
             (256..=limits::BATCH_BYTES_MAX).contains(&self.packet_bytes_max),
             "mqtt.packet_bytes_max",

@@ -8,10 +8,9 @@ use rusqlite::{Connection, params};
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 
-use super::query::payload_bytes_of_row;
+use super::query::{PageBudget, payload_bytes_of_row};
 use super::render::{self, PayloadJson, Rfc3339};
 use super::sink::schema::offset_from_sql;
-use crate::limits::{LATEST_TOPICS_MAX, QUERY_BYTES_MAX};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
 /// The newest values of a datasource, or of some of its topics if it has very many.
@@ -94,11 +93,15 @@ impl Serialize for LatestValue {
     }
 }
 
+/// What a value takes on a page beside its key and itself.
+const VALUE_BYTES: usize = 96;
+
 /// Fills `page` with the topics of a datasource that come after `after`.
 pub(super) fn read_latest_page(
     connection: &Connection,
     datasource_id: i64,
     after: Option<&str>,
+    budget: &mut PageBudget,
     page: &mut LatestPage,
 ) -> rusqlite::Result<()> {
     // No topic is empty, so every topic sorts after the empty string.
@@ -111,10 +114,9 @@ pub(super) fn read_latest_page(
     let mut values = connection.prepare_cached(
         "SELECT key, value, offset, received_us FROM latest_values WHERE topic_id = ?1 ORDER BY key",
     )?;
-    let mut bytes = 0;
     let mut rows = topics.query(params![datasource_id, after])?;
     while let Some(row) = rows.next()? {
-        if page.topics.len() == LATEST_TOPICS_MAX || bytes >= QUERY_BYTES_MAX {
+        if budget.is_spent() {
             page.next = page.topics.last().map(|last| last.topic.clone());
             break;
         }
@@ -127,7 +129,7 @@ pub(super) fn read_latest_page(
             content_type: row.get(5)?,
             values: BTreeMap::new(),
         };
-        bytes += latest.topic.len() + latest.payload.len();
+        let mut bytes = latest.topic.len() + latest.payload.len();
         let mut rows = values.query([id])?;
         while let Some(row) = rows.next()? {
             let value = match row.get_ref(1)? {
@@ -135,10 +137,11 @@ pub(super) fn read_latest_page(
                 value => Some(value.as_bytes()?.to_vec()),
             };
             let key: String = row.get(0)?;
-            bytes += key.len() + value.as_ref().map_or(0, Vec::len);
+            bytes += key.len() + value.as_ref().map_or(0, Vec::len) + VALUE_BYTES;
             let value = LatestValue { value, offset: offset_from_sql(row.get(2)?), received_at: row.get(3)? };
             latest.values.insert(key, value);
         }
+        budget.take(bytes);
         page.topics.push(latest);
     }
     Ok(())
@@ -152,7 +155,9 @@ mod tests {
     use crate::consume::query::RecordsReader;
     use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
     use crate::consume::testing::record;
-    use crate::limits::{LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_VALUE_BYTES_MAX};
+    use crate::limits::{
+        LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_TOPICS_MAX, LATEST_VALUE_BYTES_MAX,
+    };
     use crate::message::RecordRef;
 
     /// Stores each of `transactions`, whose records are consecutive, and reads the latest values.

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::consume::query::{RecordsPage, StoredRecord};
+use crate::consume::query::StoredRecord;
 use crate::message::{Offset, TimeMicros, Transport};
 pub use crate::time::{Rfc3339, parse_time};
 
@@ -98,18 +98,6 @@ pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
         transport: record.transport,
         received_at: Rfc3339(record.received_at),
     }
-}
-
-/// A page of records as the API shows it.
-#[derive(Debug, Serialize)]
-pub struct RecordsPageJson<'a> {
-    records: Vec<RecordJson<'a>>,
-    next: Option<Offset>,
-}
-
-/// `{"records": […], "next"}`: every record as by [`record_json`], and where the next page begins.
-pub fn records_page_json(page: &RecordsPage) -> RecordsPageJson<'_> {
-    RecordsPageJson { records: page.records.iter().map(record_json).collect(), next: page.next }
 }
 
 /// A media type, if the client gave one.

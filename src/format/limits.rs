@@ -60,6 +60,14 @@ pub const MQTT_CONNECT_BYTES_MAX: usize = 192 << 10;
 pub const MQTT_READ_BYTES: usize = 64 << 10;
 /// Reads of one MQTT connection whose messages are on their way into the log at once.
 pub const MQTT_READS_IN_FLIGHT_MAX: usize = 16;
+/// How long an MQTT packet may take to arrive, ...
+pub const MQTT_PACKET_GRACE: std::time::Duration = std::time::Duration::from_secs(30);
+/// ... and a second more for so many bytes of it.
+pub const MQTT_PACKET_BYTES_PER_S_MIN: u64 = 256;
+/// What a TLS handshake is charged for.
+pub const MQTT_TLS_HANDSHAKE_BYTES: usize = 32 << 10;
+/// What the beginning of a CONNECT may take before it is charged for.
+pub const MQTT_CONNECT_UNCHARGED_BYTES: usize = 4 << 10;
 /// Unsent bytes to an MQTT client above which the gateway stops reading from it.
 pub const MQTT_UNSENT_BYTES_MAX: usize = 256 << 10;
 /// Default: QoS 1 messages that an MQTT 5 client may have unacknowledged.
@@ -95,10 +103,20 @@ pub const HTTP_MESSAGES_MAX: usize = 100_000;
 pub const HTTP_MANAGE_BYTES_MAX: usize = 64 << 10;
 /// A request's line and header, and what one read of an HTTP/1 socket takes.
 pub const HTTP_HEADER_BYTES_MAX: usize = 64 << 10;
-/// Bytes in memory of all requests' bodies together; further requests are told to retry.
-pub const HTTP_BODIES_BYTES_MAX: usize = 128 << 20;
+/// Bytes of a body that have to arrive in a second, on average over [`HTTP_BODY_PACE_WINDOW`].
+pub const HTTP_BODY_BYTES_PER_S_MIN: u64 = 256;
+/// How long a body may be slower than that.
+pub const HTTP_BODY_PACE_WINDOW: std::time::Duration = std::time::Duration::from_secs(10);
+/// What a request under way is charged for, without its body and its answer.
+pub const HTTP_REQUEST_BYTES: usize = 8 << 10;
+/// Answers larger than this are sent in pieces, and dropped if their client does not take them.
+pub const HTTP_ANSWER_PIECE_BYTES: usize = 64 << 10;
+/// Payload bytes of a page that are read from storage at a time.
+pub const QUERY_PIECE_BYTES: usize = 512 << 10;
 /// The largest body that is parsed on the task that read it; larger ones go to a blocking thread.
 pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
+/// Larger bodies that are made drafts concurrently: a JSON value takes many times its text while it is validated.
+pub const DRAFTING_MAX: usize = 4;
 /// Bytes read and discarded of a request that was answered before its end.
 pub const HTTP_LINGER_BYTES_MAX: usize = 512 << 10;
 /// Requests at once on one HTTP/2 connection.
@@ -177,6 +195,20 @@ pub const REDRIVE_RECORDS_MAX: u64 = 100_000;
 /// A request that sets the schemas of a datasource.
 pub const HTTP_SCHEMAS_BYTES_MAX: usize = 1 << 20;
 
+/// Default: bytes that clients may make the gateway hold, all together.
+pub const MEMORY_BYTES_MAX: usize = 192 << 20;
+/// Default: the part of it that one key, or one datasource, may have.
+pub const MEMORY_SHARE_BYTES_MAX: usize = 64 << 20;
+/// What is kept, over all, for those who hold little.
+pub const MEMORY_RESERVE_BYTES: usize = 32 << 20;
+/// Who holds no more than this may use that reserve.
+pub const MEMORY_LIGHT_BYTES_MAX: usize = 1 << 20;
+/// The part that clients without a key at one address may have.
+pub const MEMORY_BYTES_PER_ADDRESS_MAX: usize = 8 << 20;
+/// The part that all clients without a key may have.
+pub const MEMORY_STRANGERS_BYTES_MAX: usize = 32 << 20;
+/// A draft is charged for in steps of at most this.
+pub const MEMORY_STEP_BYTES_MAX: usize = 64 << 10;
 /// Default: bytes of messages on their way into the log.
 pub const IN_FLIGHT_BYTES_MAX: usize = 64 << 20;
 /// Attempts at a change of the registry while other nodes of the cluster win the race.
@@ -266,7 +298,11 @@ const _: () =
     assert!(HTTP_BODY_BYTES_LIMIT + HTTP_MESSAGES_MAX * 64 + 2 * TOPIC_BYTES_MAX < FRAME_PART_BYTES_MAX);
 const _: () = assert!(PAYLOAD_BYTES_MAX + NATS_HEADERS_BYTES_MAX + TOPIC_BYTES_MAX < BATCH_BYTES_MAX);
 const _: () = assert!(HTTP_BODY_BYTES_MAX < IN_FLIGHT_BYTES_MAX);
-const _: () = assert!(HTTP_BODY_BYTES_MAX <= HTTP_BODIES_BYTES_MAX / 2);
+// A request of the largest body, with the draft that is made of it, is within one share; three shares and what
+// strangers may have are within the whole with its reserve.
+const _: () = assert!(3 * HTTP_BODY_BYTES_MAX + HTTP_MESSAGES_MAX * 100 <= MEMORY_SHARE_BYTES_MAX);
+const _: () = assert!(MEMORY_SHARE_BYTES_MAX <= MEMORY_BYTES_MAX / 3);
+const _: () = assert!(MEMORY_BYTES_PER_ADDRESS_MAX <= MEMORY_STRANGERS_BYTES_MAX / 2);
 const _: () = assert!(QUERY_RECORDS_DEFAULT <= QUERY_RECORDS_MAX);
 const _: () = assert!(HTTP_KEYS_PER_CONNECTION_MAX >= HTTP2_STREAMS_MAX as usize);
 const _: () = assert!(REFUSALS_DEFAULT <= REFUSALS_SHARDS * REFUSALS_PER_SHARD_MAX);

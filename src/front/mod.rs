@@ -1,5 +1,6 @@
 //! The fronts: where messages come in.
 
+pub mod connection_table;
 mod credentials;
 pub mod http;
 pub mod mqtt;

@@ -10,14 +10,33 @@ use tokio_util::sync::CancellationToken;
 use super::listeners::Listeners;
 use super::opened::OpenedGateway;
 use crate::config::Config;
+use crate::front::connection_table::ConnectionTable;
 use crate::front::{http, mqtt, nats};
 use crate::intake::Intake;
+use crate::memory::MemoryBudget;
 
 /// The fronts of a gateway, each a task that ends after the drain has begun.
 pub(super) struct RunningFronts {
     pub(super) tasks: Vec<JoinHandle<()>>,
     /// The NATS servers that messages are ingested from, without credentials; empty without NATS ingest.
     pub(super) nats_servers: Vec<String>,
+    pub(super) live: LiveSettings,
+}
+
+/// The settings that can be changed while the gateway runs.
+pub(super) struct LiveSettings {
+    memory: MemoryBudget,
+    http: Arc<ConnectionTable>,
+    mqtt: Arc<ConnectionTable>,
+}
+
+impl LiveSettings {
+    /// Applies these settings as they are in `config`.
+    pub(super) fn apply(&self, config: &Config) {
+        self.memory.set_limits(config.intake.memory_bytes_max, config.intake.memory_share_bytes_max);
+        self.http.set_limits(config.http.stranger_limits());
+        self.mqtt.set_limits(config.mqtt.stranger_limits());
+    }
 }
 
 impl RunningFronts {
@@ -46,6 +65,11 @@ impl RunningFronts {
             config.mqtt.clone(),
             drain.clone(),
         );
+        let live = LiveSettings {
+            memory: intake.memory().clone(),
+            http: Arc::new(ConnectionTable::new(config.http.stranger_limits())),
+            mqtt: acceptor.strangers().clone(),
+        };
         let parts = http::HttpFrontParts {
             intake,
             log,
@@ -56,6 +80,7 @@ impl RunningFronts {
             egress: consumers.egress,
             metrics,
             config: config.http.clone(),
+            connections: live.http.clone(),
             mqtt: acceptor.clone(),
             mqtt_addr: addrs.mqtt,
             mqtt_tls_addr: addrs.mqtt_tls,
@@ -72,7 +97,7 @@ impl RunningFronts {
             let drain = drain.clone();
             tasks.push(tokio::spawn(async move { nats.serve(drain).await }));
         }
-        Ok(Self { tasks, nats_servers })
+        Ok(Self { tasks, nats_servers, live })
     }
 }
 

@@ -132,6 +132,12 @@ impl Gateway {
         })
     }
 
+    /// Applies those settings of `config` that can be changed while the gateway runs: the memory of clients, and how
+    /// many strangers there may be.
+    pub fn apply_live(&self, config: &Config) {
+        self.fronts.live.apply(config);
+    }
+
     /// The NATS servers that messages are ingested from, without credentials; empty without NATS ingest.
     pub fn nats_servers(&self) -> &[String] {
         &self.fronts.nats_servers

@@ -16,6 +16,7 @@ use crate::observe::metrics::Metrics;
 use crate::observe::refusals::{RefusalNote, Refusals};
 
 use super::Refusal;
+use super::draft::DraftPayer;
 
 /// A draft on its way into the log. Resolves when it is durable, or known not to be kept.
 pub struct AdmittedDraft {
@@ -33,6 +34,8 @@ pub struct AdmittedDraft {
     pub(super) transport: Transport,
     pub(super) metrics: Arc<Metrics>,
     pub(super) refusals: Arc<Refusals>,
+    /// What it takes in memory, until it is durable.
+    pub(super) _payers: Vec<DraftPayer>,
     pub(super) _room: OwnedSemaphorePermit,
 }
 

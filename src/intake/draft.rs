@@ -8,8 +8,9 @@ use headgate_format::codec::properties::Properties;
 
 use crate::auth::usage::KeyClient;
 use crate::auth::{Datasource, Grant, GrantDenial, Key, Scope};
-use crate::limits::{CONTENT_TYPE_BYTES_MAX, FRAME_PART_BYTES_MAX};
+use crate::limits::{CONTENT_TYPE_BYTES_MAX, FRAME_PART_BYTES_MAX, MEMORY_STEP_BYTES_MAX};
 use crate::log::{self, OnceId, QuarantineReason, Section};
+use crate::memory::{MemoryAccount, MemoryCharge, MemoryExceeded};
 use crate::message::{
     DatasourceId, KeyId, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
 };
@@ -77,7 +78,41 @@ pub struct Draft {
     pub(super) over: Option<Box<LimitExceeded>>,
     /// The quota that the newest message was checked against, with its key and datasource.
     pub(super) quota: Option<(KeyId, DatasourceId, Option<Box<Quota>>)>,
+    /// Whose memory it takes. The last pays for the messages that are added.
+    pub(super) payers: Vec<DraftPayer>,
 }
+
+/// A key that pays for the memory of some messages of a draft.
+pub(super) struct DraftPayer {
+    key_id: KeyId,
+    charge: MemoryCharge,
+    /// What its messages take, of what is charged.
+    used_bytes: usize,
+}
+
+impl DraftPayer {
+    /// Gives back what was charged and is not used.
+    pub(super) fn trim(&mut self) {
+        self.charge.set_held(self.used_bytes);
+    }
+
+    /// Charges what a message needs, in steps, so that most messages charge nothing.
+    #[inline]
+    fn make_room(&mut self, message: &IncomingMessage<'_>) -> Result<(), MemoryExceeded> {
+        let bytes = message.payload.len() + message.properties.len() + MESSAGE_MEMORY_BYTES;
+        let (needed, charged) = (self.used_bytes + bytes, self.charge.bytes());
+        if needed <= charged {
+            return Ok(());
+        }
+        let step = charged.clamp(MEMORY_STEP_BYTES_MIN, MEMORY_STEP_BYTES_MAX);
+        self.charge.grow(step.max(needed - charged))
+    }
+}
+
+/// What a message takes beside its bytes: its answer, and what is counted for it.
+const MESSAGE_MEMORY_BYTES: usize = 64;
+/// The first step in which a draft is charged for.
+const MEMORY_STEP_BYTES_MIN: usize = 1 << 10;
 
 impl Draft {
     /// Declares that the client is told when a message goes into quarantine, which ends the message's
@@ -112,6 +147,40 @@ impl Draft {
     /// Sets the client that sent it, for the usage of its key.
     pub fn set_client(&mut self, client: &Arc<KeyClient>) {
         self.client = Some(client.clone());
+    }
+
+    /// Charges the memory of the messages that are added from now on to this account, which is of a key: a message
+    /// that does not fit is refused.
+    pub fn charge_to(&mut self, account: &Arc<MemoryAccount>, key_id: KeyId) {
+        let known = self.payers.iter().rposition(|payer| payer.key_id == key_id);
+        let payer = match known {
+            Some(at) => self.payers.swap_remove(at),
+            None => DraftPayer { key_id, charge: account.charge_held(0), used_bytes: 0 },
+        };
+        self.payers.push(payer);
+    }
+
+    /// The key whose memory the next message takes, if one was named.
+    pub fn payer(&self) -> Option<KeyId> {
+        self.payers.last().map(|payer| payer.key_id)
+    }
+
+    /// What it takes in memory.
+    pub fn memory_bytes(&self) -> usize {
+        self.sections.iter().map(Section::memory_bytes).sum()
+    }
+
+    /// What a section takes before a message is added to it; nothing if it is new.
+    fn memory_bytes_before(&self, origin: usize) -> usize {
+        let section = &self.sections[origin];
+        if self.payers.is_empty() || section.records() == 0 { 0 } else { section.memory_bytes() }
+    }
+
+    /// Notes what a message took, now that it is added.
+    fn note_memory(&mut self, origin: usize, bytes_before: usize) {
+        if let Some(payer) = self.payers.last_mut() {
+            payer.used_bytes += self.sections[origin].memory_bytes() - bytes_before + MESSAGE_MEMORY_BYTES;
+        }
     }
 
     /// Marks that the next message has waited for its turn, so that it is not charged to a rate again.
@@ -170,7 +239,8 @@ impl Draft {
     /// exchange of its own is an origin of its own.
     ///
     /// # Errors
-    /// Every permanent [`Refusal`], and [`Refusal::Limited`]: a message that is held back has to be pushed
+    /// Every permanent [`Refusal`]; [`Refusal::Memory`] if the memory is charged ([`Draft::charge_to`]); and
+    /// [`Refusal::Limited`]: a message that is held back has to be pushed
     /// again after its [`Intake::wait_turn`]. After [`Refusal::Quarantined`], the message is in the draft
     /// nevertheless, on its way into quarantine: it may be answered when the draft is durable.
     pub fn push(
@@ -179,7 +249,11 @@ impl Draft {
         datasource: Option<&DatasourceId>,
         message: IncomingMessage<'_>,
     ) -> Result<usize, Refusal> {
-        let pushed = self.check_and_add(grant, datasource, message);
+        let room = self.payers.last_mut().map_or(Ok(()), |payer| payer.make_room(&message));
+        let pushed = match room {
+            Ok(()) => self.check_and_add(grant, datasource, message),
+            Err(exceeded) => Err(exceeded.into()),
+        };
         match &pushed {
             Err(Refusal::Limited(limited)) if limited.is_held_back() => {}
             // Counted when the log does not know it.
@@ -243,8 +317,10 @@ impl Draft {
         match self.validation(datasource).check(topic, message.payload) {
             Ok(()) => {
                 let at = self.section_for(grant, datasource, &message, false)?;
+                let bytes_before = self.memory_bytes_before(at);
                 let IncomingMessage { payload, content_type, properties, flags, .. } = message;
                 self.sections[at].push(topic, payload, content_type, properties, flags);
+                self.note_memory(at, bytes_before);
                 Ok(at)
             }
             Err(reason) => Err(self.quarantine(grant, datasource, message, *reason)?),
@@ -395,9 +471,11 @@ impl Draft {
         let note = log::RecordNote::Quarantined(reason);
         let IncomingMessage { topic, payload, content_type, properties, flags, .. } = message;
         let flags = flags.with(note.flag());
+        let bytes_before = self.memory_bytes_before(origin);
         let section = &mut self.sections[origin];
         section.push_noted(topic, payload, content_type, properties, flags, &note.encode());
         known_as.into_iter().chain(known_in).for_each(|id| section.ask_for(id));
+        self.note_memory(origin, bytes_before);
         let log::RecordNote::Quarantined(reason) = note else { unreachable!("it was made above") };
         Ok(Refusal::Quarantined(Box::new(QuarantinedMessage { origin, reason })))
     }
@@ -520,7 +598,7 @@ impl Draft {
     ) -> Result<usize, Refusal> {
         message.message_id.map_or(Ok(()), check_message_id)?;
         let mut section = self.new_section(grant, datasource);
-        section.reserve(message.topic.len() + message.payload.len() + message.properties.len() + 64);
+        section.reserve(message.payload.len() + message.properties.len() + 64);
         if let Some(id) = message.message_id {
             let of_one = std::iter::once((message.topic, message.payload));
             section.keep_once(match quarantined {
@@ -547,6 +625,21 @@ impl Draft {
         if let Some(section) = self.sections.last_mut().filter(|section| !section.has_once_ids()) {
             section.reserve(bytes);
         }
+    }
+
+    /// As [`Draft::reserve`], where the memory is charged: the section need not grow to twice what it takes then.
+    ///
+    /// # Errors
+    /// [`Refusal::Memory`].
+    pub fn reserve_charged(&mut self, bytes: usize) -> Result<(), Refusal> {
+        let (Some(section), Some(payer)) = (self.sections.last_mut(), self.payers.last_mut()) else {
+            return Ok(());
+        };
+        payer.charge.resize((payer.used_bytes + bytes).max(payer.charge.bytes()))?;
+        let bytes_before = section.memory_bytes();
+        section.reserve(bytes);
+        payer.used_bytes += section.memory_bytes() - bytes_before;
+        Ok(())
     }
 
     /// Whether it holds no message.

@@ -24,12 +24,14 @@ use crate::auth::{Authorizer, Grant, GrantDenial, Key, Scope};
 use crate::config;
 use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX};
 use crate::log::{AppendError, Log, RecordNote, Section, SectionOutcome};
+use crate::memory::{MemoryAccount, MemoryBudget};
 use crate::message::{DatasourceId, Offset, RecordRef, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
 use crate::quota::{LimitExceeded, LimitOwner, Meters, Quota};
 
 use admitted::SectionCounts;
+use draft::DraftPayer;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
 pub use draft::{AskedMessage, Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
@@ -54,6 +56,8 @@ struct IntakeInner {
     refusals: Arc<Refusals>,
     metrics: Arc<Metrics>,
     limits: config::IntakeConfig,
+    /// What clients make the gateway hold.
+    memory: MemoryBudget,
     /// A permit for each byte that may be on its way into the log.
     room: Arc<Semaphore>,
     /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
@@ -69,6 +73,7 @@ impl Intake {
         limits: &config::IntakeConfig,
     ) -> Self {
         let room = Arc::new(Semaphore::new(limits.in_flight_bytes_max));
+        let memory = MemoryBudget::new(limits.memory_bytes_max, limits.memory_share_bytes_max);
         let refusals = Arc::new(Refusals::new(metrics.clone()));
         let closer = OnceLock::new();
         Self(Arc::new(IntakeInner {
@@ -77,6 +82,7 @@ impl Intake {
             refusals,
             metrics,
             limits: limits.clone(),
+            memory,
             room,
             closer,
         }))
@@ -95,6 +101,16 @@ impl Intake {
     /// The metrics.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.0.metrics
+    }
+
+    /// The memory that clients take: fronts charge what they read and what they answer.
+    pub fn memory(&self) -> &MemoryBudget {
+        &self.0.memory
+    }
+
+    /// The account of a grant's key in that memory.
+    pub fn memory_account(&self, grant: &Grant) -> Arc<MemoryAccount> {
+        self.0.memory.account_of_key(grant.key_id(), grant.datasource())
     }
 
     /// The configured limits on messages.
@@ -124,6 +140,7 @@ impl Intake {
             paid: 0,
             over: None,
             quota: None,
+            payers: Vec::new(),
         }
     }
 
@@ -210,6 +227,7 @@ impl Intake {
 
     fn append(&self, mut draft: Draft, room: OwnedSemaphorePermit) -> AdmittedDraft {
         let started = Instant::now();
+        draft.payers.iter_mut().for_each(DraftPayer::trim);
         let records = draft.sections.iter().map(SectionCounts::from_section).collect();
         // Here, so that the log's writer need not compute it.
         draft.sections.iter_mut().for_each(|section| _ = section.content_digest());
@@ -229,6 +247,7 @@ impl Intake {
             transport: draft.transport,
             metrics,
             refusals,
+            _payers: draft.payers,
             _room: room,
         }
     }
@@ -242,8 +261,7 @@ impl Intake {
 
     /// The permits for a draft. One that is larger than all the room takes every permit and goes alone.
     fn permits(&self, draft: &Draft) -> u32 {
-        let weight: usize = draft.sections.iter().map(Section::weight).sum();
-        u32::try_from(weight.min(self.0.limits.in_flight_bytes_max)).unwrap_or(u32::MAX)
+        u32::try_from(draft.memory_bytes().min(self.0.limits.in_flight_bytes_max)).unwrap_or(u32::MAX)
     }
 
     /// Admits a draft and waits until it is durable. `Ok` has the offsets of its records, which must be of
@@ -531,6 +549,33 @@ mod tests {
         for bad in ["", "a\0", "a\nb", "\u{85}", &too_long] {
             let refused = draft.push(&grant, None, message(Some(bad), None));
             assert!(matches!(refused, Err(Refusal::MessageId)), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_draft_is_charged_for_as_it_grows_and_gives_all_of_it_back() {
+        let (_dir, intake, grant) = intake();
+        let account = MemoryBudget::new(4 << 20, 1 << 20).account_of_key(grant.key_id(), grant.datasource());
+        let topic = "x".repeat(1024);
+        for (id, messages_max) in [(false, 30_000), (true, 2_000)] {
+            let mut draft = intake.draft(Transport::Http, 0);
+            draft.charge_to(&account, grant.key_id());
+            let ids: Vec<String> = (0..messages_max).map(|n| n.to_string()).collect();
+            let refused = ids.iter().position(|n| {
+                let message = IncomingMessage { topic: &topic, ..message(id.then_some(n.as_str()), None) };
+                match draft.push(&grant, None, message) {
+                    Ok(_) => false,
+                    Err(Refusal::Memory(_)) => true,
+                    Err(other) => panic!("{other}"),
+                }
+            });
+            let pushed = refused.expect("the share is used up before");
+            // A topic that all messages share is kept once; with an id, each message has a section of its own.
+            let messages_min = if id { 300 } else { 5_000 };
+            assert!(pushed > messages_min, "{pushed} messages of one byte in a share of 1 MiB");
+            assert!(draft.memory_bytes() <= 1 << 20, "{} bytes", draft.memory_bytes());
+            drop(draft);
+            assert!(account.charge(1 << 20).is_ok(), "all of it is free again");
         }
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::auth::GrantDenial;
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, MESSAGE_ID_BYTES_MAX, RETRY_AFTER};
 use crate::log::{AppendError, QuarantineReason, RecordTooLarge, SectionOutcome};
+use crate::memory::{MemoryExceeded, MemoryOwner};
 use crate::message::{NameError, Offset, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
@@ -98,6 +99,10 @@ pub enum Refusal {
         /// When to come again.
         retry_after: Duration,
     },
+    /// It does not fit in the memory that its key, its datasource or all clients may take. Transient, unless it is too
+    /// large by itself.
+    #[error("{0}")]
+    Memory(Box<MemoryExceeded>),
     /// Transient: the log cannot take it.
     #[error("{0}")]
     Log(#[from] AppendError),
@@ -111,6 +116,7 @@ impl Refusal {
             Refusal::Denied(GrantDenial::TooManyFailures { retry_after }) => Some(*retry_after),
             Refusal::Limited(limited) if limited.limit.is_rate() => Some(limited.wait),
             Refusal::Limited(limited) if limited.limit == Limit::Connections => Some(RETRY_AFTER),
+            Refusal::Memory(exceeded) if !exceeded.is_too_large => Some(RETRY_AFTER),
             Refusal::Log(_) | Refusal::Exchanges => Some(RETRY_AFTER),
             Refusal::Asked(asked) => asked.refusal.retry_after(),
             _ => None,
@@ -141,6 +147,7 @@ impl Refusal {
                 Limit::Topics => Cause::LimitTopics,
             },
             Refusal::Busy { .. } => Cause::Busy,
+            Refusal::Memory(exceeded) => exceeded.cause(),
             Refusal::Log(AppendError::DiskFull) => Cause::DiskFull,
             Refusal::Log(AppendError::Budget { .. }) => Cause::LogBudget,
             Refusal::Log(AppendError::Starved(_)) => Cause::LogStarved,
@@ -185,6 +192,24 @@ impl Refusal {
 impl From<RecordTooLarge> for Refusal {
     fn from(RecordTooLarge { bytes, bytes_max, limit }: RecordTooLarge) -> Self {
         Refusal::TooLarge { bytes, bytes_max, limit }
+    }
+}
+
+impl MemoryExceeded {
+    /// The cause for metrics and logs.
+    pub fn cause(&self) -> Cause {
+        match &self.owner {
+            _ if self.is_too_large => Cause::TooLarge,
+            None => Cause::MemoryFull,
+            Some(MemoryOwner::Key(_) | MemoryOwner::Datasource(_)) => Cause::MemoryShare,
+            Some(MemoryOwner::Address(_) | MemoryOwner::Strangers) => Cause::StrangersShare,
+        }
+    }
+}
+
+impl From<MemoryExceeded> for Refusal {
+    fn from(exceeded: MemoryExceeded) -> Self {
+        Refusal::Memory(Box::new(exceeded))
     }
 }
 

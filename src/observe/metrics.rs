@@ -168,6 +168,12 @@ fn describe_fronts() {
     );
     describe_histogram!("headgate_commit_seconds", Unit::Seconds, "From submission to durability");
     describe_gauge!("headgate_mqtt_connections", "MQTT connections whose key was accepted");
+    describe_gauge!("headgate_http_strangers", "HTTP connections that have presented no valid key");
+    describe_gauge!(
+        "headgate_memory_held_bytes",
+        Unit::Bytes,
+        "What clients make the gateway hold: read, waiting for the log, or being sent (intake.memory_bytes_max)"
+    );
     describe_histogram!(
         "headgate_revocation_seconds",
         Unit::Seconds,

@@ -276,7 +276,7 @@ fn a_topic_is_what_the_path_says_decoded() {
 }
 
 /// `bytes` through a command that compresses.
-fn compressed(command: &str, args: &[&str], bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn compressed(command: &str, args: &[&str], bytes: &[u8]) -> Vec<u8> {
     let mut child = Command::new(command)
         .args(args)
         .stdin(Stdio::piped())

@@ -234,6 +234,23 @@ fn one_connection_too_many_waits_until_there_is_a_place() {
 }
 
 #[test]
+fn when_all_places_are_taken_for_long_whoever_has_most_makes_room() {
+    let dir = scratch();
+    let gateway = Setup::on(dir.path()).set("http.connections_max", 2).start();
+    let mut idle = [0; 2].map(|_| Wire::open(gateway.http));
+    for wire in &mut idle {
+        wire.head("GET", "/livez", &[]);
+        assert!(wire.answer().starts_with("HTTP/1.1 200 "));
+    }
+    for _ in 0..5 {
+        let mut next = Wire::open(gateway.http);
+        next.head("GET", "/livez", &[]);
+        assert!(next.answer().starts_with("HTTP/1.1 200 "));
+    }
+    idle[0].end();
+}
+
+#[test]
 fn a_drain_answers_what_is_under_way_and_takes_nothing_new() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());

@@ -6,6 +6,7 @@ mod common;
 
 mod conformance;
 mod front;
+mod memory;
 mod once;
 mod subscribe;
 mod tls;

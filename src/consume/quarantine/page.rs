@@ -125,7 +125,7 @@ impl Serialize for QuarantinedRecord {
 }
 
 /// A page of quarantine, and where the next one starts.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default)]
 pub struct QuarantinePage {
     /// Ordered by offset. May be empty although there is a next page.
     pub records: Vec<QuarantinedRecord>,
@@ -186,11 +186,15 @@ impl LeakedRecords {
 }
 
 impl RecordsReader {
-    /// One page of quarantine, in the order of the offsets.
+    /// The next records of a page of quarantine of which `budget` is left, in the order of their offsets.
     ///
     /// # Errors
     /// [`QueryError::Filter`] for a topic that is not valid; [`QueryError::Database`].
-    pub fn quarantine(&self, query: &QuarantineQuery) -> Result<QuarantinePage, QueryError> {
+    pub fn quarantine_within(
+        &self,
+        query: &QuarantineQuery,
+        budget: &mut PageBudget,
+    ) -> Result<QuarantinePage, QueryError> {
         let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
         self.read(|connection| {
             let mut page = QuarantinePage::default();
@@ -208,7 +212,6 @@ impl RecordsReader {
             let first = query.after_offset.map_or(0, |after| sql_offset(after).saturating_add(1));
             let first = named.and_then(|named| named.first()).map_or(first, |&n| first.max(sql_offset(n)));
             let last = named.map_or(i64::MAX, |named| named.last().map_or(-1, |&n| sql_offset(n)));
-            let mut budget = PageBudget::new(query.limit);
             let mut rows = statement.query(params![datasource, first, last])?;
             while let Some(row) = rows.next()? {
                 if budget.is_spent() {

@@ -19,7 +19,9 @@ use super::latest::{self, LatestPage};
 use super::sink::schema::RECORDS_DATABASE;
 use super::sink::sqlite::RECORDS_FILE_NAME;
 use crate::filter::{FilterError, TopicFilter};
-use crate::limits::{QUERY_BYTES_MAX, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
+#[cfg(test)]
+use crate::limits::LATEST_TOPICS_MAX;
+use crate::limits::{QUERY_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
 use crate::sqlite::{SqliteError, SqliteReaders};
 
@@ -78,19 +80,25 @@ pub struct RecordsPage {
     pub next: Option<Offset>,
 }
 
+/// What a record takes in a piece beside its bytes, as it is rendered.
+const RECORD_MEMORY_BYTES: usize = 256;
+
 /// What is left of the bounds of one page.
-pub(super) struct PageBudget {
+pub struct PageBudget {
     records: usize,
     bytes: usize,
     scanned: usize,
+    /// What is left of the bytes of a piece of the page, if it is read in pieces.
+    piece_bytes: usize,
     /// The newest record that was scanned: the next page starts after it.
     pub(super) scanned_to: Option<Offset>,
 }
 
 impl PageBudget {
     /// For a page of up to `limit` records, at least 1 and at most [`QUERY_RECORDS_MAX`].
-    pub(super) fn new(limit: usize) -> Self {
+    pub fn new(limit: usize) -> Self {
         Self {
+            piece_bytes: usize::MAX,
             records: limit.clamp(1, QUERY_RECORDS_MAX),
             bytes: QUERY_BYTES_MAX,
             scanned: QUERY_SCANNED_MAX,
@@ -98,9 +106,19 @@ impl PageBudget {
         }
     }
 
-    /// Whether the page ends here.
-    pub(super) fn is_spent(&self) -> bool {
+    /// Begins a piece of the page, of about [`QUERY_PIECE_BYTES`].
+    pub fn begin_piece(&mut self) {
+        self.piece_bytes = QUERY_PIECE_BYTES;
+    }
+
+    /// Whether the page ends here, and not only a piece of it.
+    pub fn is_page_spent(&self) -> bool {
         self.records == 0 || self.bytes == 0 || self.scanned == 0
+    }
+
+    /// Whether the page or the piece ends here.
+    pub(super) fn is_spent(&self) -> bool {
+        self.is_page_spent() || self.piece_bytes == 0
     }
 
     /// Counts a record that is looked at.
@@ -113,6 +131,7 @@ impl PageBudget {
     pub(super) fn take(&mut self, bytes: usize) {
         self.records -= 1;
         self.bytes = self.bytes.saturating_sub(bytes);
+        self.piece_bytes = self.piece_bytes.saturating_sub(bytes + RECORD_MEMORY_BYTES);
     }
 }
 
@@ -135,33 +154,55 @@ impl RecordsReader {
     }
 
     /// One page of records, in the order of their offsets.
+    #[cfg(test)]
+    pub fn records(&self, query: &RecordsQuery) -> Result<RecordsPage, QueryError> {
+        self.records_within(query, &mut PageBudget::new(query.limit))
+    }
+
+    /// The next records of a page of which `budget` is left, in the order of their offsets.
     ///
     /// # Errors
     /// [`QueryError::Filter`] for a topic that is not valid; [`QueryError::Database`].
-    pub fn records(&self, query: &RecordsQuery) -> Result<RecordsPage, QueryError> {
+    pub fn records_within(
+        &self,
+        query: &RecordsQuery,
+        budget: &mut PageBudget,
+    ) -> Result<RecordsPage, QueryError> {
         let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
         self.read(|connection| {
             let Some(scan) = RecordsScan::plan(connection, query, filter.as_ref())? else {
                 return Ok(RecordsPage::default());
             };
-            scan.page(connection, query, filter.as_ref())
+            scan.page(connection, query, filter.as_ref(), budget)
         })
     }
 
-    /// The newest values of a datasource's topics, ordered by topic name, starting after `after_topic`.
-    ///
-    /// # Errors
-    /// [`QueryError::Database`].
+    /// One page of the newest values.
+    #[cfg(test)]
     pub fn latest(
         &self,
         datasource: &DatasourceId,
         after_topic: Option<&str>,
     ) -> Result<LatestPage, QueryError> {
+        self.latest_within(datasource, after_topic, &mut PageBudget::new(LATEST_TOPICS_MAX))
+    }
+
+    /// The newest values of a datasource's topics, ordered by topic name, starting after `after_topic`: the next topics
+    /// of a page of which `budget` is left.
+    ///
+    /// # Errors
+    /// [`QueryError::Database`].
+    pub fn latest_within(
+        &self,
+        datasource: &DatasourceId,
+        after_topic: Option<&str>,
+        budget: &mut PageBudget,
+    ) -> Result<LatestPage, QueryError> {
         self.read(|connection| {
             let topics_of = datasource_row_id(connection, datasource)?;
             let mut page = LatestPage { datasource: datasource.clone(), topics: Vec::new(), next: None };
             if let Some(id) = topics_of {
-                latest::read_latest_page(connection, id, after_topic, &mut page)?;
+                latest::read_latest_page(connection, id, after_topic, budget, &mut page)?;
             }
             Ok(page)
         })

@@ -73,6 +73,7 @@ impl RecordsScan {
         connection: &Connection,
         query: &RecordsQuery,
         filter: Option<&TopicFilter>,
+        budget: &mut PageBudget,
     ) -> rusqlite::Result<RecordsPage> {
         let (sql, id) = match self.along {
             ScanIndex::Datasource(id) => (RECORDS_PAGE_SQL[0], id),
@@ -80,7 +81,6 @@ impl RecordsScan {
         };
         let mut names = PageNameCache::new(connection, filter, query.key_id);
         let mut page = RecordsPage::default();
-        let mut budget = PageBudget::new(query.limit);
         let mut statement = connection.prepare_cached(sql)?;
         let mut rows = statement.query([id, self.first, self.last])?;
         // Cheap conditions come first, so that a row that fails them costs no look-up and no payload copy.

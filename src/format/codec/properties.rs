@@ -166,6 +166,11 @@ impl<'a> Properties<'a> {
         })
     }
 
+    /// Their size on the wire, in bytes, without its length.
+    pub fn wire_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// Whether there are no properties.
     #[inline]
     pub fn is_empty(&self) -> bool {

@@ -37,6 +37,11 @@ impl LabelTable {
         &self.bytes
     }
 
+    /// What it has on the heap, in bytes.
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.bytes.capacity() + self.recent.capacity() * size_of::<LabelPlace>()
+    }
+
     /// Returns the place of a label, which it adds if it does not know it.
     #[inline]
     pub(super) fn place(&mut self, topic: &str, content_type: &str) -> u32 {

@@ -269,6 +269,15 @@ impl Section {
         self.bytes.len() + labels + self.once.len() + self.datasource.as_str().len() + SECTION_HEAD_BYTES
     }
 
+    /// What it takes in memory, in bytes, with what the log keeps for it until it is durable.
+    pub fn memory_bytes(&self) -> usize {
+        size_of::<Self>()
+            + SECTION_UNDERWAY_BYTES
+            + self.bytes.capacity()
+            + self.labels.memory_bytes()
+            + self.once.capacity()
+    }
+
     fn head(&self) -> SectionHead<'_> {
         SectionHead {
             datasource: self.datasource.as_str(),
@@ -285,6 +294,8 @@ impl Section {
     }
 }
 
+/// What the gateway keeps beside a section until it is durable: whose it is, what it holds, its outcome.
+const SECTION_UNDERWAY_BYTES: usize = 96;
 /// What a section's head takes beside the datasource, the ids and the labels, at most.
 const SECTION_HEAD_BYTES: usize = 60;
 const ENCODED: &str = "the section has encoded it itself";

@@ -1,6 +1,6 @@
 //! A request's body, read to its end and decoded from its content encoding (gzip, zstd). The limit on
-//! one body and the limit on all bodies together apply to what is in memory, so that a small compressed
-//! body cannot expand past them.
+//! one body and the memory of its sender ([`crate::memory`]) apply to what is in memory, so that a small compressed
+//! body cannot expand past them. A body that comes too slowly is not waited for: it holds memory meanwhile.
 //!
 //! Decompression uses `async-compression` directly rather than a layer around the service. The layer
 //! stops at the end of a gzip body's first member, which would acknowledge the rest of it unread, and
@@ -9,6 +9,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_compression::tokio::bufread::{GzipDecoder, ZstdDecoder};
@@ -18,15 +19,18 @@ use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, TryStreamExt};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::front::problem::Problem;
-use crate::limits::ZSTD_WINDOW_LOG_MAX;
+use crate::limits::{HTTP_BODY_BYTES_PER_S_MIN, ZSTD_WINDOW_LOG_MAX};
+use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::observe::cause::Cause;
 
 /// The size of the chunks that a decoder produces.
 const DECODED_CHUNK_BYTES: usize = 32 << 10;
+/// What is reserved at once for a body that announces its length; the rest comes as it comes.
+const BODY_RESERVE_BYTES: usize = 1 << 20;
 
 /// The limits on one body.
 #[derive(Clone, Copy)]
@@ -37,27 +41,44 @@ pub(super) struct BodyLimits {
     pub(super) setting: &'static str,
     /// How long it may take until its last byte has arrived.
     pub(super) time_max: Duration,
+    /// How long it may be slower than [`HTTP_BODY_BYTES_PER_S_MIN`].
+    pub(super) pace_window: Duration,
 }
 
-/// A body that was read. Until it is dropped it holds its permits of the memory for all bodies.
+/// A body that was read. Its memory is charged until it is dropped.
 pub(super) struct ReceivedBody {
     pub(super) bytes: Bytes,
-    _room: Option<OwnedSemaphorePermit>,
+    _memory: MemoryCharge,
 }
 
-/// Reads a body to its end. `room` holds a permit for each byte that all bodies together may take.
+/// Reads a body to its end. Its memory is charged to `account`, before it is taken.
 pub(super) async fn read(
     headers: &HeaderMap,
     body: Body,
     limits: BodyLimits,
-    room: &Arc<Semaphore>,
+    account: &Arc<MemoryAccount>,
 ) -> Result<ReceivedBody, Problem> {
     let encoding = encoding(headers)?;
     let claimed = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if claimed.is_some_and(|length| length > limits.bytes_max as u64) {
         return Err(too_large(limits));
     }
-    match tokio::time::timeout(limits.time_max, collect(decode(encoding, body, limits), limits, room)).await {
+    let arrived = Arc::new(AtomicU64::new(0));
+    let chunks = decode(encoding, body, limits, arrived.clone());
+    let length = claimed.filter(|_| encoding == BodyEncoding::Identity);
+    let length = length.map(|length| usize::try_from(length).unwrap_or(limits.bytes_max));
+    let mut collector = BodyCollector {
+        limits,
+        length,
+        encoding,
+        arrived,
+        bytes: Vec::new(),
+        memory: account.charge(encoding.decoder_bytes())?,
+    };
+    if let Some(length) = length {
+        collector.grow_to(length.min(BODY_RESERVE_BYTES))?;
+    }
+    match tokio::time::timeout(limits.time_max, collector.collect(chunks)).await {
         Ok(received) => received,
         Err(_) => {
             let ms_max = limits.time_max.as_millis();
@@ -73,6 +94,17 @@ enum BodyEncoding {
     Identity,
     Gzip,
     Zstd,
+}
+
+impl BodyEncoding {
+    /// What its decoder takes in memory from the start, with the chunks that go in and come out.
+    fn decoder_bytes(self) -> usize {
+        match self {
+            BodyEncoding::Identity => 0,
+            BodyEncoding::Gzip => 128 << 10,
+            BodyEncoding::Zstd => 512 << 10,
+        }
+    }
 }
 
 fn encoding(headers: &HeaderMap) -> Result<BodyEncoding, Problem> {
@@ -97,13 +129,16 @@ fn encoding(headers: &HeaderMap) -> Result<BodyEncoding, Problem> {
 type BodyChunks = Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
 
 /// The body's chunks as they were before they were encoded.
-fn decode(encoding: BodyEncoding, body: Body, limits: BodyLimits) -> BodyChunks {
+fn decode(encoding: BodyEncoding, body: Body, limits: BodyLimits, arrived: Arc<AtomicU64>) -> BodyChunks {
     // The encoded bytes are limited as well: an encoded body can be endless and decode to nothing.
-    let mut arrived = 0;
     let raw = body.into_data_stream().map(move |chunk| {
         let chunk = chunk.map_err(io::Error::other)?;
-        arrived += chunk.len();
-        if arrived > limits.bytes_max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(chunk) }
+        let bytes = chunk.len() as u64;
+        if arrived.fetch_add(bytes, Ordering::Relaxed) + bytes > limits.bytes_max as u64 {
+            Err(io::ErrorKind::FileTooLarge.into())
+        } else {
+            Ok(chunk)
+        }
     });
     match encoding {
         BodyEncoding::Identity => Box::pin(raw),
@@ -130,34 +165,90 @@ fn invalid(words: &str, error: io::Error) -> io::Error {
     }
 }
 
-async fn collect(
-    mut chunks: BodyChunks,
+/// A body that is being read.
+struct BodyCollector {
     limits: BodyLimits,
-    room: &Arc<Semaphore>,
-) -> Result<ReceivedBody, Problem> {
-    let mut bytes = Vec::new();
-    let mut taken: Option<OwnedSemaphorePermit> = None;
-    while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|error| match error.kind() {
-            io::ErrorKind::FileTooLarge => too_large(limits),
-            io::ErrorKind::InvalidData => Problem::new(Cause::Malformed, error.to_string()),
-            _ => Problem::new(Cause::Malformed, "The body broke off before its end."),
-        })?;
-        if bytes.len() + chunk.len() > limits.bytes_max {
-            return Err(too_large(limits));
+    encoding: BodyEncoding,
+    /// How long it will be, if that is known.
+    length: Option<usize>,
+    /// Bytes that have arrived, as they are on the wire.
+    arrived: Arc<AtomicU64>,
+    bytes: Vec<u8>,
+    memory: MemoryCharge,
+}
+
+impl BodyCollector {
+    async fn collect(mut self, mut chunks: BodyChunks) -> Result<ReceivedBody, Problem> {
+        let limits = self.limits;
+        let (mut window_ends, mut arrived_before) = (Instant::now() + limits.pace_window, 0);
+        loop {
+            match tokio::time::timeout_at(window_ends, chunks.next()).await {
+                Ok(None) => break,
+                Ok(Some(chunk)) => self.add(&chunk.map_err(|error| match error.kind() {
+                    io::ErrorKind::FileTooLarge => too_large(limits),
+                    io::ErrorKind::InvalidData => Problem::new(Cause::Malformed, error.to_string()),
+                    _ => Problem::new(Cause::Malformed, "The body broke off before its end."),
+                })?)?,
+                Err(_) => {
+                    let arrived = self.arrived.load(Ordering::Relaxed);
+                    let least =
+                        limits.pace_window.as_millis() * u128::from(HTTP_BODY_BYTES_PER_S_MIN) / 1_000;
+                    if u128::from(arrived - arrived_before) < least {
+                        return Err(too_slow(limits));
+                    }
+                    (window_ends, arrived_before) = (Instant::now() + limits.pace_window, arrived);
+                }
+            }
         }
-        // Two bodies that are half read would wait for each other's room for ever: refuse one instead.
-        let permits = u32::try_from(chunk.len()).map_err(|_| too_large(limits))?;
-        let more = room.clone().try_acquire_many_owned(permits).map_err(|_| {
-            Problem::new(Cause::Bodies, "Too many request bodies are in memory already; try again.")
-        })?;
-        match &mut taken {
-            Some(taken) => taken.merge(more),
-            None => taken = Some(more),
-        }
-        bytes.extend_from_slice(&chunk);
+        let Self { bytes, mut memory, .. } = self;
+        // The decoder is gone by now.
+        drop(chunks);
+        memory.set_held(bytes.capacity());
+        Ok(ReceivedBody { bytes: bytes.into(), _memory: memory })
     }
-    Ok(ReceivedBody { bytes: bytes.into(), _room: taken })
+
+    fn add(&mut self, chunk: &[u8]) -> Result<(), Problem> {
+        if self.bytes.len() + chunk.len() > self.limits.bytes_max {
+            return Err(too_large(self.limits));
+        }
+        self.make_room(chunk.len())?;
+        self.bytes.extend_from_slice(chunk);
+        Ok(())
+    }
+
+    /// Makes room for `more` bytes, and charges for it first. Two bodies that wait for each other's room would wait for
+    /// ever: one is refused instead.
+    fn make_room(&mut self, more: usize) -> Result<(), Problem> {
+        let needed = self.bytes.len() + more;
+        if needed <= self.bytes.capacity() {
+            return Ok(());
+        }
+        // A large body of unknown length grows by a quarter and not to twice its size: it is copied more often, and
+        // takes less.
+        let step = if self.length.is_some() || needed < BODY_RESERVE_BYTES { needed } else { needed / 4 };
+        let largest = self.length.unwrap_or(self.limits.bytes_max);
+        let ample = needed.saturating_add(step).min(largest).max(needed);
+        self.grow_to(ample).or_else(|_| self.grow_to(needed))
+    }
+
+    fn grow_to(&mut self, capacity: usize) -> Result<(), Problem> {
+        // zstd has a window of what it has decoded last; it is there only as far as it was written.
+        let window = match self.encoding {
+            BodyEncoding::Zstd => capacity.min(1 << ZSTD_WINDOW_LOG_MAX),
+            BodyEncoding::Identity | BodyEncoding::Gzip => 0,
+        };
+        self.memory.resize(capacity + window + self.encoding.decoder_bytes())?;
+        self.bytes.reserve_exact(capacity - self.bytes.len());
+        Ok(())
+    }
+}
+
+fn too_slow(limits: BodyLimits) -> Problem {
+    let words = format!(
+        "The body comes too slowly: fewer than {HTTP_BODY_BYTES_PER_S_MIN} bytes a second within {:?}.",
+        limits.pace_window
+    );
+    Problem::new(Cause::Timeout, words).with("limit", HTTP_BODY_BYTES_PER_S_MIN)
 }
 
 fn too_large(limits: BodyLimits) -> Problem {
@@ -176,24 +267,39 @@ mod tests {
     use tokio::io::AsyncReadExt;
 
     use super::*;
+    use crate::memory::MemoryBudget;
+    use crate::message::{DatasourceId, KeyId};
     use crate::observe::cause::ProblemKind;
 
-    const LIMITS: BodyLimits =
-        BodyLimits { bytes_max: 1 << 20, setting: "", time_max: Duration::from_secs(20) };
+    const LIMITS: BodyLimits = BodyLimits {
+        bytes_max: 1 << 20,
+        setting: "",
+        time_max: Duration::from_secs(20),
+        pace_window: Duration::from_secs(10),
+    };
 
     fn block_on<T>(future: impl Future<Output = T>) -> T {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
         runtime.expect("a runtime").block_on(future)
     }
 
-    fn read_as(coding: &str, body: Vec<u8>, room: &Arc<Semaphore>) -> Result<ReceivedBody, ProblemKind> {
+    fn read_as(
+        coding: &str,
+        body: Vec<u8>,
+        account: &Arc<MemoryAccount>,
+    ) -> Result<ReceivedBody, ProblemKind> {
         let coding = coding.parse().expect("a header value");
         let headers = [(CONTENT_ENCODING, coding)].into_iter().collect();
-        block_on(read(&headers, Body::from(body), LIMITS, room)).map_err(|problem| problem.kind())
+        block_on(read(&headers, Body::from(body), LIMITS, account)).map_err(|problem| problem.kind())
     }
 
-    fn plenty() -> Arc<Semaphore> {
-        Arc::new(Semaphore::new(1 << 30))
+    fn account(share_bytes: usize) -> Arc<MemoryAccount> {
+        let budget = MemoryBudget::new(4 * share_bytes, share_bytes);
+        budget.account_of_key(KeyId([1; 6]), &DatasourceId::new("press-4").expect("slug"))
+    }
+
+    fn plenty() -> Arc<MemoryAccount> {
+        account(1 << 30)
     }
 
     fn gzip(bytes: &[u8]) -> Vec<u8> {
@@ -288,12 +394,26 @@ mod tests {
     }
 
     #[test]
-    fn bodies_in_memory_are_bounded_together() {
-        let room = Arc::new(Semaphore::new(10));
-        let first = read_as("identity", vec![0; 6], &room).map_err(|kind| panic!("{kind:?}"));
-        assert_eq!(read_as("identity", vec![0; 5], &room).err(), Some(ProblemKind::Unavailable));
+    fn the_bodies_of_a_key_are_bounded_together_and_one_that_never_fits_is_too_large() {
+        let account = account(64 << 10);
+        let first = read_as("identity", vec![0; 30 << 10], &account).map_err(|kind| panic!("{kind:?}"));
+        let second = read_as("identity", vec![0; 40 << 10], &account);
+        assert_eq!(second.err(), Some(ProblemKind::TooManyRequests));
         drop(first);
-        assert!(read_as("identity", vec![0; 10], &room).is_ok());
+        assert!(read_as("identity", vec![0; 40 << 10], &account).is_ok());
+        assert_eq!(read_as("identity", vec![0; 65 << 10], &account).err(), Some(ProblemKind::TooLarge));
+    }
+
+    #[test]
+    fn a_bomb_is_charged_for_what_it_becomes_and_given_back_when_it_is_refused() {
+        let budget = MemoryBudget::new(1 << 30, 700 << 10);
+        let account = budget.account_of_key(KeyId([1; 6]), &DatasourceId::new("press-4").expect("slug"));
+        let body = vec![7; 900 << 10];
+        for (coding, bomb) in [("gzip", gzip(&body)), ("zstd", zstd(&body, 20))] {
+            assert!(bomb.len() < 10 << 10, "{} bytes of {coding}", bomb.len());
+            assert_eq!(read_as(coding, bomb, &account).err(), Some(ProblemKind::TooLarge), "{coding}");
+            assert_eq!(budget.held_bytes(), 0);
+        }
     }
 
     #[test]
@@ -302,5 +422,21 @@ mod tests {
         let never = Body::from_stream(futures_util::stream::pending::<io::Result<Bytes>>());
         let read = block_on(read(&HeaderMap::new(), never, limits, &plenty()));
         assert_eq!(read.err().map(|problem| problem.kind()), Some(ProblemKind::Timeout));
+    }
+
+    #[test]
+    fn a_body_slower_than_the_least_rate_is_not_waited_for() {
+        let coming = |bytes: usize| {
+            Body::from_stream(futures_util::stream::unfold(0, move |nth| async move {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                (nth < 20).then(|| (Ok::<_, io::Error>(Bytes::from(vec![b'x'; bytes])), nth + 1))
+            }))
+        };
+        // Far fewer bytes than the rate asks for, and far more.
+        let limits = BodyLimits { pace_window: Duration::from_millis(100), ..LIMITS };
+        let slow = block_on(read(&HeaderMap::new(), coming(1), limits, &plenty()));
+        assert_eq!(slow.err().map(|problem| problem.kind()), Some(ProblemKind::Timeout));
+        let steady = block_on(read(&HeaderMap::new(), coming(10_000), limits, &plenty()));
+        assert_eq!(steady.map(|body| body.bytes.len()).map_err(|problem| problem.kind()), Ok(200_000));
     }
 }

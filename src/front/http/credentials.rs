@@ -9,10 +9,12 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri};
 
 use super::HttpFrontState;
+use super::answer::RequestMemory;
 use super::server::HttpPeer;
 use crate::auth::{Actor, Grant, GrantDenial, Scope};
 use crate::front::credentials;
 use crate::front::problem::Problem;
+use crate::limits::HTTP_REQUEST_BYTES;
 use crate::message::now_micros;
 use crate::observe::cause::Cause;
 
@@ -61,11 +63,16 @@ impl FromRequestParts<Arc<HttpFrontState>> for Caller {
             other => other.into(),
         })?;
         let grant = authorizer.identify_from(key, from)?;
-        if peer.keys.enter(grant.key())
-            && let Err(refusal) = shared.parts.intake.check_connections(&grant)
-        {
-            peer.keys.leave(grant.key_id());
-            return Err(refusal.into());
+        if peer.keys.enter(grant.key()) {
+            if let Err(refusal) = shared.parts.intake.check_connections(&grant) {
+                peer.keys.leave(grant.key_id());
+                return Err(refusal.into());
+            }
+            peer.entry.present(grant.key_id());
+        }
+        let charge = shared.parts.intake.memory_account(&grant).charge(HTTP_REQUEST_BYTES)?;
+        if let Some(memory) = parts.extensions.get::<RequestMemory>() {
+            memory.charge_to_key(charge);
         }
         authorizer.registry().note_use(grant.key(), Some(&peer.client), now_micros(), None);
         Ok(Self(grant, peer.clone()))

@@ -29,8 +29,9 @@ use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
 use crate::front::problem::Problem;
 use crate::intake::{Draft, DurableOffsets, IncomingMessage, Intake, Refusal, check_message_id};
-use crate::limits::{HTTP_INLINE_BYTES_MAX, VALIDATION_ERRORS_MAX};
+use crate::limits::{HTTP_INLINE_BYTES_MAX, HTTP_MESSAGES_MAX, VALIDATION_ERRORS_MAX};
 use crate::log::{Offsets, QuarantineReason};
+use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
 use crate::observe::cause::Cause;
 use crate::quota::QuotaStanding;
@@ -83,19 +84,21 @@ async fn ingest(
     let (parts, body) = request.into_parts();
     let content_type = content_type(&parts.headers)?;
     let message_id = idempotency_key(&parts.headers)?;
-    let body = body::read(&parts.headers, body, shared.body_limits(), &shared.bodies).await?;
+    let account = shared.account_of(&parts);
+    let body = body::read(&parts.headers, body, shared.body_limits(), &account).await?;
 
     let intake = shared.parts.intake.clone();
     let client = peer.client;
-    let upload = Upload { grant, client, datasource, topic, content_type, message_id, body };
+    let upload = Upload { grant, client, datasource, topic, content_type, message_id, body, account };
     let kept = async {
-        let (drafted, upload) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
-            (upload.draft_or_question(&intake), upload)
+        // The draft has copies of the messages: the body is free before the wait for the disk.
+        let (drafted, question) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
+            upload.into_draft_or_question(&intake)
         } else {
             let intake = intake.clone();
-            run_blocking(move || Ok((upload.draft_or_question(&intake), upload))).await?
+            let _turn = shared.drafting.acquire().await.expect("the semaphore is never closed");
+            run_blocking(move || Ok(upload.into_draft_or_question(&intake))).await?
         };
-        let (drafted, question) = drafted;
         if let Some(question) = question
             && let Some(known) = submit(&intake, question).await?
         {
@@ -103,8 +106,6 @@ async fn ingest(
         }
         let (draft, standing, failures) = drafted?;
         let kept = submit(&intake, draft).await?;
-        // Holds the permits of the body until here, because the draft made of it is in memory as well.
-        drop(upload);
         let kept = kept.ok_or_else(|| Problem::internal(&"a draft of messages came back without offsets"))?;
         match failures.all == 0 || kept.known {
             true => Ok((kept, standing)),
@@ -214,6 +215,11 @@ impl IngestFailures {
     }
 }
 
+/// What the draft takes for each message beside its payload, mostly.
+const DRAFT_BYTES_PER_MESSAGE: usize = 8;
+/// What is kept of a message's place in its body, while the list of them grows to twice its size.
+const PLACE_BYTES: usize = 2 * (size_of::<&[u8]>() + size_of::<u32>());
+
 /// A request whose body was read.
 struct Upload {
     grant: Grant,
@@ -223,6 +229,8 @@ struct Upload {
     content_type: String,
     message_id: Option<String>,
     body: ReceivedBody,
+    /// Who is charged for the memory of what is made of it.
+    account: Arc<MemoryAccount>,
 }
 
 /// The draft of a request, how much of its rate is used then, and what is not let in.
@@ -231,7 +239,7 @@ type UploadDraft = (Draft, Option<QuotaStanding>, IngestFailures);
 impl Upload {
     /// The draft of the request. If it is refused, or some of it goes into quarantine, also the question whether all
     /// of it was let in before under its id: then it is a repetition, whatever it would be today.
-    fn draft_or_question(&self, intake: &Intake) -> (Result<UploadDraft, Problem>, Option<Draft>) {
+    fn into_draft_or_question(self, intake: &Intake) -> (Result<UploadDraft, Problem>, Option<Draft>) {
         let drafted = self.draft(intake);
         let may_be_repetition = match &drafted {
             Ok((.., failures)) => failures.all > 0,
@@ -244,8 +252,9 @@ impl Upload {
 
     /// The question whether the log has all messages under their id.
     fn question(&self, intake: &Intake) -> Result<Draft, Problem> {
-        let messages = RequestMessages::split(&self.content_type, &self.body.bytes)?;
+        let (_of_places, messages) = self.split()?;
         let mut draft = intake.draft(Transport::Http, 0);
+        draft.charge_to(&self.account, self.grant.key_id());
         draft.only_ask();
         self.message_id.as_deref().map_or(Ok(()), |id| draft.keep_once(id))?;
         for payload in &messages.payloads {
@@ -269,8 +278,9 @@ impl Upload {
     /// The draft of all its messages, or of only those that fail, if any does; and how much of their rate
     /// is used then, if they have one.
     fn draft(&self, intake: &Intake) -> Result<UploadDraft, Problem> {
-        let messages = RequestMessages::split(&self.content_type, &self.body.bytes)?;
+        let (_of_places, messages) = self.split()?;
         let mut draft = intake.draft(Transport::Http, 0);
+        draft.charge_to(&self.account, self.grant.key_id());
         draft.set_client(&self.client);
         draft.let_in_all_or_none();
         // The id of a single message goes with it into quarantine. One for several covers them all or none.
@@ -281,6 +291,10 @@ impl Upload {
         let (count, bytes) = (messages.payloads.len() as u64, self.body.bytes.len() as u64);
         let standing = draft.pay(&self.grant, &self.datasource, count, bytes)?;
         for (index, payload) in messages.payloads.iter().enumerate() {
+            if index == 1 {
+                draft
+                    .reserve_charged(self.body.bytes.len() + DRAFT_BYTES_PER_MESSAGE * messages.payloads.len())?;
+            }
             let message =
                 IncomingMessage { message_id: of_one, ..self.message(messages.content_type, payload) };
             match draft.push(&self.grant, Some(&self.datasource), message) {
@@ -298,5 +312,13 @@ impl Upload {
             draft.keep_quarantined_only();
         }
         Ok((draft, standing, failures))
+    }
+
+    /// The messages of the body, with the charge for the places where they are in it: a body of short lines takes ten
+    /// times as much.
+    fn split(&self) -> Result<(MemoryCharge, RequestMessages<'_>), Problem> {
+        let places = self.body.bytes.len().min(HTTP_MESSAGES_MAX);
+        let charge = self.account.charge(places * PLACE_BYTES)?;
+        Ok((charge, RequestMessages::split(&self.content_type, &self.body.bytes)?))
     }
 }

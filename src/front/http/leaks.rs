@@ -60,7 +60,7 @@ pub(super) async fn report(
     })?;
     let (parts, body) = request.into_parts();
     let limits = BodyLimits { bytes_max: HTTP_MANAGE_BYTES_MAX, setting: "", ..shared.body_limits() };
-    let received = body::read(&parts.headers, body, limits, &shared.bodies).await?;
+    let received = body::read(&parts.headers, body, limits, &shared.account_of(&parts)).await?;
     let found = match serde_json::from_slice(&received.bytes) {
         Ok(LeakReportBody::Several(found)) => found,
         Ok(LeakReportBody::Single(SingleSecretReport { secret, url })) => {

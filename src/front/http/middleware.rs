@@ -1,34 +1,49 @@
 //! What wraps every handler: it refuses a key in the URL, counts and logs a refusal, and sets the headers that
 //! every answer has.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use axum::body::HttpBody;
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::header::{CACHE_CONTROL, CONNECTION, X_CONTENT_TYPE_OPTIONS};
-use axum::http::{HeaderValue, Version};
+use axum::http::{HeaderValue, Method, Version};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::debug;
 use tracing::field::display;
 
+use super::answer::{self, AnswerHold, RequestHolder, RequestMemory, StrangerRequest};
 use super::lent::BodyLender;
 use super::server::HttpPeer;
 use super::{HttpFrontState, credentials};
-use crate::front::problem::RefusedRequest;
+use crate::front::problem::{Problem, RefusedRequest};
+use crate::limits::HTTP_ANSWER_PIECE_BYTES;
 use crate::message::{DatasourceId, Transport};
+use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
+
+/// Requests without a valid key that a connection on which no key was presented may have under way.
+const STRANGER_REQUESTS_MAX: usize = 16;
+/// What the answer to such a request is charged for at least.
+const STRANGER_ANSWER_BYTES: usize = 2 << 10;
 
 /// Wraps every handler: refuses a key in the URL, counts and logs a refusal, and sets the headers that
 /// every answer has. It logs the route and not the path, because a client may put anything into a path.
 pub(super) async fn request_middleware(
     State(shared): State<Arc<HttpFrontState>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let peer = request.extensions().get::<HttpPeer>().cloned();
+    let (stranger, under_way) = match &peer {
+        Some(peer) => StrangerRequest::enter(&peer.stranger_requests),
+        None => StrangerRequest::enter(&Arc::default()),
+    };
+    let memory = RequestMemory::of_stranger(stranger);
+    request.extensions_mut().insert(memory.clone());
     let route = request.extensions().get::<MatchedPath>().cloned();
     let method = request.method().clone();
     let datasource = datasource_in(request.uri().path()).to_owned();
@@ -49,6 +64,8 @@ pub(super) async fn request_middleware(
             problem.into_response()
         }
     };
+    let held = memory.take();
+    let held = charge_answer(&shared, peer.as_ref(), held, under_way, &method, &mut response);
     let refused = response.extensions_mut().remove::<RefusedRequest>();
     if let Some(refused) = &refused {
         let address = peer.as_ref().map(|peer| peer.addr);
@@ -75,7 +92,54 @@ pub(super) async fn request_middleware(
     }
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    response
+    let stall_max = Duration::from_millis(shared.parts.config.body_ms_max);
+    answer::hold_until_taken(response, held, stall_max)
+}
+
+/// Charges for an answer. One that its key cannot hold becomes a refusal, if the request has changed nothing. A stranger
+/// that leaves its answers unread, or whose address has too many of them, is told to leave.
+fn charge_answer(
+    shared: &HttpFrontState,
+    peer: Option<&HttpPeer>,
+    holder: RequestHolder,
+    under_way: usize,
+    method: &Method,
+    response: &mut Response,
+) -> AnswerHold {
+    match holder {
+        RequestHolder::Key(mut memory) => {
+            if let Err(exceeded) = answer::charge_for(response, &mut memory) {
+                if method == Method::GET {
+                    *response = Problem::from(exceeded).into_response();
+                } else {
+                    memory.set_held(memory.bytes() + answer::known_bytes(response));
+                }
+            }
+            AnswerHold { memory, stranger: None }
+        }
+        RequestHolder::Stranger(stranger) => {
+            let address = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.addr.ip());
+            let account = shared.parts.intake.memory().account_of_stranger(address);
+            let bytes = STRANGER_ANSWER_BYTES + answer::known_bytes(response).min(HTTP_ANSWER_PIECE_BYTES);
+            let is_crowding =
+                under_way > STRANGER_REQUESTS_MAX && peer.is_some_and(|peer| peer.keys.are_none());
+            if (is_crowding || account.is_over())
+                && let Some(peer) = peer
+            {
+                let words =
+                    "its answers wait unread, or its address has too many requests without a key under way";
+                let note = RefusalNote::new(Transport::Http, Cause::StrangersShare, &words);
+                shared.parts.intake.refusals().note(RefusalNote { address: Some(address), ..note });
+                peer.entry.eviction().tell();
+            }
+            AnswerHold { memory: account.charge_held(bytes), stranger: Some(stranger) }
+        }
+        RequestHolder::Answer => {
+            let address = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+            let account = shared.parts.intake.memory().account_of_stranger(address);
+            AnswerHold { memory: account.charge_held(0), stranger: None }
+        }
+    }
 }
 
 impl RefusedRequest {

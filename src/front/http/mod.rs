@@ -5,11 +5,13 @@
 //! `credentials` identifies the caller before any of the body is read; then one handler of the table
 //! in [`routes`] runs. Every refusal becomes a `problem`.
 
+mod answer;
 mod audit;
 mod body;
 mod connect;
 mod credentials;
 mod dashboard;
+mod frame_meter;
 mod ingest;
 mod keys;
 mod leaks;
@@ -18,6 +20,7 @@ mod limits;
 mod manage;
 mod messages;
 mod middleware;
+mod page_stream;
 mod presented;
 mod probes;
 mod problem;
@@ -31,7 +34,7 @@ mod waiting;
 mod websocket;
 
 use parking_lot::Mutex;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -49,8 +52,10 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use self::answer::RequestMemory;
 use self::body::BodyLimits;
 use self::credentials::Caller;
+use self::server::{HttpCrowd, HttpPeer};
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
 use crate::config;
@@ -59,14 +64,16 @@ use crate::consume::quarantine::QuarantineLeakRules;
 use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::Subscribers;
+use crate::front::connection_table::ConnectionTable;
 use crate::front::problem::Problem;
 use crate::front::{mqtt, nats};
 use crate::intake::Intake;
 use crate::limits::{
-    HTTP_BODIES_BYTES_MAX, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S, QUERIES_MAX,
-    REVOCATION_WAIT_MAX,
+    DRAFTING_MAX, HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S,
+    QUERIES_MAX, REVOCATION_WAIT_MAX,
 };
 use crate::log::Log;
+use crate::memory::MemoryAccount;
 use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
 
@@ -93,6 +100,8 @@ pub struct HttpFrontParts {
     pub metrics: Arc<Metrics>,
     /// Limits.
     pub config: config::HttpConfig,
+    /// Where connections are entered.
+    pub connections: Arc<ConnectionTable>,
     /// Takes over connections that carry MQTT over WebSocket.
     pub mqtt: mqtt::Acceptor,
     /// Where MQTT is served, for the lines that say how to connect.
@@ -113,10 +122,11 @@ pub struct HttpFrontParts {
 /// when the requests under way are answered. Dropping the future aborts them.
 pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
+    let crowd = HttpCrowd::over(parts.connections.clone(), Some(parts.intake.refusals().clone()));
     let shared = Arc::new(HttpFrontState {
-        // Room for at least two bodies of the largest size that is configured.
-        bodies: Arc::new(Semaphore::new(HTTP_BODIES_BYTES_MAX.max(2 * config.body_bytes_max))),
+        crowd: crowd.clone(),
         queries: Semaphore::new(QUERIES_MAX),
+        drafting: Semaphore::new(DRAFTING_MAX),
         setting_schemas: Mutex::new(()),
         leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
@@ -127,16 +137,18 @@ pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: Cancella
         drain: drain.clone(),
         parts,
     });
-    server::run(listener, router(shared), &config, drain).await;
+    server::run(listener, router(shared), &config, crowd, drain).await;
 }
 
 /// What every handler may use.
 struct HttpFrontState {
     parts: HttpFrontParts,
-    /// A permit for each byte of request bodies that may be in memory.
-    bodies: Arc<Semaphore>,
+    /// The connections, for their number.
+    crowd: HttpCrowd,
     /// A permit for each query that may run at once.
     queries: Semaphore,
+    /// A permit for each large body that may be made a draft at once: what that takes meanwhile is not all charged.
+    drafting: Semaphore,
     /// Counts leak reports by source address.
     leak_reports: AuthFailures,
     /// Held while limits are changed, so that of two concurrent changes neither is lost.
@@ -172,7 +184,18 @@ impl HttpFrontState {
     fn body_limits(&self) -> BodyLimits {
         let config = &self.parts.config;
         let time_max = Duration::from_millis(config.body_ms_max);
-        BodyLimits { bytes_max: config.body_bytes_max, setting: "http.body_bytes_max", time_max }
+        let (bytes_max, setting) = (config.body_bytes_max, "http.body_bytes_max");
+        BodyLimits { bytes_max, setting, time_max, pace_window: HTTP_BODY_PACE_WINDOW }
+    }
+
+    /// Who is charged for what a request brings: its key, or the address of a stranger.
+    fn account_of(&self, request: &RequestParts) -> Arc<MemoryAccount> {
+        let of_key = request.extensions.get::<RequestMemory>().and_then(RequestMemory::account);
+        of_key.unwrap_or_else(|| {
+            let peer = request.extensions.get::<HttpPeer>();
+            let address = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.addr.ip());
+            self.parts.intake.memory().account_of_stranger(address)
+        })
     }
 
     /// Reads and parses the body of a management request. Unknown fields are refused: to ignore one
@@ -189,7 +212,7 @@ impl HttpFrontState {
     ) -> Result<T, Problem> {
         let (parts, body) = request.into_parts();
         let limits = BodyLimits { bytes_max, setting: "", ..self.body_limits() };
-        let received = body::read(&parts.headers, body, limits, &self.bodies).await?;
+        let received = body::read(&parts.headers, body, limits, &self.account_of(&parts)).await?;
         serde_json::from_slice(&received.bytes).map_err(|error| {
             Problem::new(Cause::Malformed, format!("The body cannot be used: {error}.")).after_body_read()
         })

@@ -47,6 +47,11 @@ impl PresentedKeys {
         }
     }
 
+    /// Whether the connection has presented no valid key.
+    pub(super) fn are_none(&self) -> bool {
+        self.keys().is_empty()
+    }
+
     /// Stops counting the connection for this key: the request that ends a key must not wait for its own
     /// connection, and a connection that was refused as one too many must not count.
     pub(super) fn leave(&self, id: KeyId) {

@@ -18,20 +18,28 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::credentials::Caller;
-use super::query::{self, page_limit, run_query, time_parameter};
+use super::page_stream::{self, JsonItems, PageSource};
+use super::query::{self, page_limit, time_parameter};
 use super::{HttpFrontState, PathParameters, keys, run_blocking};
 use crate::auth::{AuditEvent, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
 use crate::consume::quarantine::page::{LeakedRecords, QuarantinedRecord};
+use crate::consume::query::{PageBudget, QueryError, RecordsReader};
 use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
 use crate::intake::RedriveOutcome;
-use crate::limits::{QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX, VALIDATION_ERRORS_MAX};
+use crate::limits::{
+    PAYLOAD_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX,
+    VALIDATION_ERRORS_MAX,
+};
 use crate::log::{QuarantineReason, SectionOutcome};
 use crate::message::{DatasourceId, KeyId, Offset, Transport, now_micros};
 use crate::observe::cause::Cause;
 
+/// What a redrive holds in memory: a piece of a page, in which the last record may be of the largest size, and the draft
+/// that is made of it.
+const REDRIVE_BYTES: usize = 4 * (QUERY_PIECE_BYTES + PAYLOAD_BYTES_MAX);
 /// How long a request waits until storage has caught up.
 const STORAGE_WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -63,7 +71,23 @@ pub(super) async fn list(
         redrivable: false,
         limit: page_limit(parameters.limit)?,
     };
-    run_query(&shared, move |stored| Ok(Json(stored.quarantine(&query)?).into_response())).await
+    let limit = query.limit;
+    let account = shared.parts.intake.memory_account(&caller.0);
+    page_stream::answer_page(&shared, account, "{\"records\":[".to_owned(), limit, query).await
+}
+
+impl PageSource for QuarantineQuery {
+    fn read(
+        &mut self,
+        stored: &RecordsReader,
+        budget: &mut PageBudget,
+        items: &mut JsonItems,
+    ) -> Result<Option<String>, QueryError> {
+        let page = stored.quarantine_within(self, budget)?;
+        page.records.iter().for_each(|record| items.push(record));
+        self.after_offset = page.next;
+        Ok(page.next.map(|next| next.to_string()))
+    }
 }
 
 /// Which messages to send again: those with these offsets, those whose topic matches the filter, or those
@@ -131,6 +155,10 @@ pub(super) async fn redrive(
     // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here.
     await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
     let stored = query::stored_records_query(&shared).map_err(Problem::after_body_read)?;
+    // A page with the draft that is made of it.
+    let account = shared.parts.intake.memory_account(&caller.0);
+    let _memory =
+        account.charge(REDRIVE_BYTES).map_err(|exceeded| Problem::from(exceeded).after_body_read())?;
     let mut answer = RedriveResponse::default();
     let mut query = QuarantineQuery {
         datasource: datasource.clone(),
@@ -143,7 +171,12 @@ pub(super) async fn redrive(
     };
     loop {
         let (asked, reader) = (query.clone(), stored.clone());
-        let page = run_blocking(move || Ok(reader.quarantine(&asked)?)).await;
+        let page = run_blocking(move || {
+            let mut budget = PageBudget::new(asked.limit);
+            budget.begin_piece();
+            Ok(reader.quarantine_within(&asked, &mut budget)?)
+        })
+        .await;
         let page = page.map_err(Problem::after_body_read)?;
         redrive_page(&shared, &caller, &datasource, &page.records, &mut answer).await?;
         answer.more = page.next.is_some();

@@ -3,19 +3,19 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::{Query as QueryString, State};
 use axum::http::Uri;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::Deserialize;
 
 use super::credentials::Caller;
+use super::page_stream::{self, JsonItems, PageSource};
 use super::{HttpFrontState, PathParameters, run_blocking};
 use crate::auth::Scope;
-use crate::consume::query::{QueryError, RecordsQuery, RecordsReader};
+use crate::consume::query::{PageBudget, QueryError, RecordsQuery, RecordsReader};
 use crate::consume::render::{self, parse_time};
 use crate::front::problem::Problem;
-use crate::limits::{QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
+use crate::limits::{LATEST_TOPICS_MAX, QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros};
 use crate::observe::cause::Cause;
 
@@ -77,11 +77,24 @@ pub(super) async fn records(
     let datasource = readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(parameters) = QueryString::<RecordsParameters>::try_from_uri(&uri)?;
     let query = parameters.into_query(datasource)?;
-    run_query(&shared, move |stored| {
+    let limit = query.limit;
+    let account = shared.parts.intake.memory_account(&caller.0);
+    page_stream::answer_page(&shared, account, "{\"records\":[".to_owned(), limit, query).await
+}
+
+impl PageSource for RecordsQuery {
+    fn read(
+        &mut self,
+        stored: &RecordsReader,
+        budget: &mut PageBudget,
+        items: &mut JsonItems,
+    ) -> Result<Option<String>, QueryError> {
+        let page = stored.records_within(self, budget)?;
         // Not through a `Value`, which could change the digits of a number in a payload.
-        Ok(Json(render::records_page_json(&stored.records(&query)?)).into_response())
-    })
-    .await
+        page.records.iter().for_each(|record| items.push(&render::record_json(record)));
+        self.after_offset = page.next;
+        Ok(page.next.map(|next| next.to_string()))
+    }
 }
 
 /// The query string of `latest`.
@@ -100,10 +113,30 @@ pub(super) async fn latest(
 ) -> Result<Response, Problem> {
     let datasource = readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(LatestParameters { after_topic }) = QueryString::try_from_uri(&uri)?;
-    run_query(&shared, move |stored| {
-        Ok(Json(stored.latest(&datasource, after_topic.as_deref())?).into_response())
-    })
-    .await
+    let account = shared.parts.intake.memory_account(&caller.0);
+    let head = format!("{{\"datasource\":\"{datasource}\",\"topics\":[");
+    let source = LatestSource { datasource, after_topic };
+    page_stream::answer_page(&shared, account, head, LATEST_TOPICS_MAX, source).await
+}
+
+/// The newest values of the topics of a datasource.
+struct LatestSource {
+    datasource: DatasourceId,
+    after_topic: Option<String>,
+}
+
+impl PageSource for LatestSource {
+    fn read(
+        &mut self,
+        stored: &RecordsReader,
+        budget: &mut PageBudget,
+        items: &mut JsonItems,
+    ) -> Result<Option<String>, QueryError> {
+        let page = stored.latest_within(&self.datasource, self.after_topic.as_deref(), budget)?;
+        page.topics.iter().for_each(|topic| items.push(topic));
+        self.after_topic = page.next;
+        Ok(self.after_topic.as_ref().map(|topic| serde_json::Value::from(topic.as_str()).to_string()))
+    }
 }
 
 /// The datasource whose records are to be read, if the caller may read them.

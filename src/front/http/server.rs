@@ -1,16 +1,20 @@
 //! The server: accepts connections up to a limit, speaks HTTP/1.1 or HTTP/2 on each, and ends them in a
 //! drain once the requests under way are answered.
 //!
+//! A crowd of strangers takes nobody's place: when there are too many of them, or all places are taken, a connection
+//! that is there makes room ([`ConnectionTable`]). A stranger whose answers wait unread is closed.
+//!
 //! A connection has `http.header_ms_max` for a request's header, counted from the moment at which it could
 //! have begun to send it. So a connection that is idle for as long is closed. Dropping the future of
 //! [`run`] aborts every connection.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::future::poll_fn;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -18,8 +22,9 @@ use axum::extract::Request;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 use tracing::{debug, warn};
@@ -28,18 +33,29 @@ use super::presented::PresentedKeys;
 use super::socket::HttpSocket;
 use crate::auth::usage::KeyClient;
 use crate::config;
+use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
 use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
+use crate::observe::cause::Cause;
+use crate::observe::refusals::{RefusalNote, Refusals};
 
 /// How long to wait before accepting again when the process has no file descriptor left.
 const HTTP_ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// How long a new connection waits for a place before others have to leave.
+const HTTP_PLACE_PATIENCE: Duration = Duration::from_millis(500);
+/// How long a connection that has to make room is waited for, before another one has to as well.
+const HTTP_ROOM_WAIT: Duration = Duration::from_millis(20);
+/// How long others have to leave at once after that.
+const HTTP_CROWDED: Duration = Duration::from_secs(10);
 /// How often an HTTP/2 client is asked whether it is still there, and how long it has to answer.
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
+/// What is taken of an HTTP/2 answer before it can be sent.
+const HTTP2_SEND_BYTES_MAX: usize = 64 << 10;
 /// What an HTTP/2 client may send of one body, and of all, before any of it is read.
 const HTTP2_WINDOW_BYTES: u32 = 256 << 10;
 
 /// The connection that a request came on: an extension of every request.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct HttpPeer {
     pub(super) addr: SocketAddr,
     /// Set when the request is answered before its body was read to the end.
@@ -48,6 +64,84 @@ pub(super) struct HttpPeer {
     pub(super) keys: Arc<PresentedKeys>,
     /// The client, as the usage of its key records it.
     pub(super) client: Arc<KeyClient>,
+    /// Its place among the connections.
+    pub(super) entry: Arc<TableEntry>,
+    /// How many of its requests under way have no valid key.
+    pub(super) stranger_requests: Arc<AtomicUsize>,
+}
+
+impl fmt::Debug for HttpPeer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpPeer").field("addr", &self.addr).finish_non_exhaustive()
+    }
+}
+
+/// The connections that are served, and where those are reported that had to leave.
+#[derive(Clone)]
+pub(super) struct HttpCrowd {
+    table: Arc<ConnectionTable>,
+    refusals: Option<Arc<Refusals>>,
+}
+
+impl HttpCrowd {
+    /// No connections yet.
+    pub(super) fn new(config: &config::HttpConfig, refusals: Option<Arc<Refusals>>) -> Self {
+        Self::over(Arc::new(ConnectionTable::new(config.stranger_limits())), refusals)
+    }
+
+    /// The connections in `table`.
+    pub(super) fn over(table: Arc<ConnectionTable>, refusals: Option<Arc<Refusals>>) -> Self {
+        Self { table, refusals }
+    }
+
+    /// How many connections have presented no valid key.
+    pub(super) fn stranger_count(&self) -> usize {
+        self.table.stranger_count()
+    }
+
+    fn enter(&self, address: IpAddr) -> TableEntry {
+        let (entry, evicted) = self.table.enter(address);
+        match evicted {
+            None => {}
+            Some(EvictedStranger::OfAddress { address, max }) => {
+                self.report(address, Cause::Strangers, &format!("http.strangers_per_address_max = {max}"));
+            }
+            Some(EvictedStranger::OfStrangers { address, max }) => {
+                self.report(address, Cause::Strangers, &format!("http.strangers_max = {max}"));
+            }
+        }
+        entry
+    }
+
+    /// Waits for a place. When none is free for a while, connections have to leave; and as long as it is so crowded, at
+    /// once.
+    async fn wait_place(
+        &self,
+        permits: &Arc<Semaphore>,
+        crowded_until: &mut Instant,
+    ) -> OwnedSemaphorePermit {
+        let mut patience = HTTP_PLACE_PATIENCE;
+        if Instant::now() < *crowded_until {
+            self.table.make_room();
+            patience = HTTP_ROOM_WAIT;
+        }
+        loop {
+            let freed = permits.clone().acquire_owned();
+            if let Ok(permit) = tokio::time::timeout(patience, freed).await {
+                return permit.expect("the semaphore is never closed");
+            }
+            // Who is answered slowly is not waited for: another one makes room.
+            self.table.make_room();
+            (patience, *crowded_until) = (HTTP_ROOM_WAIT, Instant::now() + HTTP_CROWDED);
+        }
+    }
+
+    fn report(&self, address: IpAddr, cause: Cause, words: &str) {
+        if let Some(refusals) = &self.refusals {
+            let note = RefusalNote::new(Transport::Http, cause, &words);
+            refusals.note(RefusalNote { address: Some(address), ..note });
+        }
+    }
 }
 
 /// Serves `router` on `listener` until `drain` is cancelled; returns when the requests under way at that
@@ -56,13 +150,14 @@ pub(super) async fn run(
     listener: TcpListener,
     router: Router,
     config: &config::HttpConfig,
+    crowd: HttpCrowd,
     drain: CancellationToken,
 ) {
     let mut connections = JoinSet::new();
     tokio::select! {
         biased;
         () = drain.cancelled() => {}
-        never = accept_on(&listener, router, config, &drain, &mut connections) => match never {},
+        never = accept_on(&listener, router, config, &crowd, &drain, &mut connections) => match never {},
     }
     // From here on the kernel refuses connections, instead of accepting them and leaving them unserved.
     drop(listener);
@@ -74,19 +169,25 @@ pub(super) async fn accept_on(
     listener: &TcpListener,
     router: Router,
     config: &config::HttpConfig,
+    crowd: &HttpCrowd,
     drain: &CancellationToken,
     connections: &mut JoinSet<()>,
 ) -> Infallible {
     let permits = Arc::new(Semaphore::new(config.connections_max));
     let builder = Arc::new(connection_builder(config));
+    let mut crowded_until = Instant::now();
     loop {
-        let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
         let (stream, peer) = accept(listener).await;
+        let entry = Arc::new(crowd.enter(peer.ip()));
+        let permit = match permits.clone().try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => crowd.wait_place(&permits, &mut crowded_until).await,
+        };
         while connections.try_join_next().is_some() {}
         let (builder, router, drain) = (builder.clone(), router.clone(), drain.clone());
-        let config = config.clone();
+        let (config, crowd) = (config.clone(), crowd.clone());
         connections.spawn(async move {
-            serve_connection(stream, peer, &builder, router, &config, drain).await;
+            serve_connection(stream, peer, entry, &builder, router, &config, &crowd, drain).await;
             drop(permit);
         });
     }
@@ -135,6 +236,7 @@ fn connection_builder(config: &config::HttpConfig) -> auto::Builder<TokioExecuto
         .keep_alive_interval(HTTP2_PING_INTERVAL)
         .keep_alive_timeout(HTTP2_PING_INTERVAL)
         .max_concurrent_streams(HTTP2_STREAMS_MAX)
+        .max_send_buf_size(HTTP2_SEND_BYTES_MAX)
         .initial_stream_window_size(HTTP2_WINDOW_BYTES)
         .initial_connection_window_size(HTTP2_WINDOW_BYTES)
         .max_header_list_size(u32::try_from(HTTP_HEADER_BYTES_MAX).expect("a limit of a few KiB"));
@@ -142,19 +244,25 @@ fn connection_builder(config: &config::HttpConfig) -> auto::Builder<TokioExecuto
 }
 
 /// Serves one connection to its end.
+#[expect(clippy::too_many_arguments, reason = "the parts of one call")]
 async fn serve_connection(
     stream: TcpStream,
     peer: SocketAddr,
+    entry: Arc<TableEntry>,
     builder: &auto::Builder<TokioExecutor>,
     router: Router,
     config: &config::HttpConfig,
+    crowd: &HttpCrowd,
     drain: CancellationToken,
 ) {
     let (spoken, unread) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let flooded = Arc::new(AtomicBool::new(false));
+    let eviction = entry.eviction().clone();
     let keys = Arc::new(PresentedKeys::default());
     let service = {
         let client = Arc::new(KeyClient::new(Transport::Http, Some(peer.ip()), None));
-        let from = HttpPeer { addr: peer, unread: unread.clone(), keys: keys.clone(), client };
+        let (unread, keys, stranger_requests) = (unread.clone(), keys.clone(), Arc::default());
+        let from = HttpPeer { addr: peer, unread, keys, client, entry, stranger_requests };
         let spoken = spoken.clone();
         hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
             spoken.store(true, Ordering::Relaxed);
@@ -163,7 +271,7 @@ async fn serve_connection(
         })
     };
     let stall_max = Duration::from_millis(config.body_ms_max);
-    let socket = TokioIo::new(HttpSocket::new(stream, stall_max, unread));
+    let socket = TokioIo::new(HttpSocket::new(stream, stall_max, unread, flooded.clone()));
     let mut served = pin!(builder.serve_connection_with_upgrades(socket, service));
     // hyper's timeout begins once it knows which HTTP version the client speaks; this one covers a client
     // that never sends anything.
@@ -174,7 +282,8 @@ async fn serve_connection(
             _ = poll_fn(|cx| keys.control().poll_closed(cx)) => {}
         }
     });
-    let (mut listening, mut closing) = (true, false);
+    let mut makes_room = pin!(poll_fn(|cx| eviction.poll_due(cx)));
+    let (mut listening, mut closing, mut leaving) = (true, false, false);
     loop {
         tokio::select! {
             biased;
@@ -182,7 +291,21 @@ async fn serve_connection(
                 if let Err(error) = ended {
                     debug!(%peer, error, "an HTTP connection ended");
                 }
+                if flooded.load(Ordering::Relaxed) {
+                    crowd.report(peer.ip(), Cause::FrameFlood, "too many HTTP/2 frames that carry nothing");
+                }
                 return;
+            }
+            // A stranger leaves at once, whoever has presented a key when its requests are answered.
+            () = makes_room.as_mut(), if !leaving => {
+                if keys.are_none() {
+                    debug!(%peer, "an HTTP connection without a key makes room for others");
+                    return;
+                }
+                leaving = true;
+                if !std::mem::replace(&mut closing, true) {
+                    served.as_mut().graceful_shutdown();
+                }
             }
             // An idle connection ends at once, a busy one when its requests are answered.
             () = asked_to_close.as_mut(), if !closing => {

@@ -18,6 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 
+use super::frame_meter::{FrameFlood, FrameMeter};
 use crate::limits::HTTP_LINGER_BYTES_MAX;
 
 /// How long a close goes on reading and discarding.
@@ -33,6 +34,9 @@ pub(super) struct HttpSocket {
     /// Whether a request was answered before its body was read to the end.
     unread: Arc<AtomicBool>,
     writing: SocketWriteState,
+    frames: FrameMeter,
+    /// Set when the client sends too many frames that carry nothing.
+    flooded: Arc<AtomicBool>,
 }
 
 /// The state of the sending half, which also says what the timer is for.
@@ -49,9 +53,16 @@ enum SocketWriteState {
 
 impl HttpSocket {
     /// A socket whose client may keep a write waiting for `stall_max`. Whoever leaves a request's body
-    /// unread sets `unread`.
-    pub(super) fn new(stream: TcpStream, stall_max: Duration, unread: Arc<AtomicBool>) -> Self {
-        Self { stream, stall_max, timer: None, unread, writing: SocketWriteState::Free }
+    /// unread sets `unread`;
+    /// `flooded` is set when reading fails for a flood of HTTP/2 frames.
+    pub(super) fn new(
+        stream: TcpStream,
+        stall_max: Duration,
+        unread: Arc<AtomicBool>,
+        flooded: Arc<AtomicBool>,
+    ) -> Self {
+        let frames = FrameMeter::new();
+        Self { stream, stall_max, timer: None, unread, writing: SocketWriteState::Free, frames, flooded }
     }
 
     /// The TCP stream, for another protocol to take over.
@@ -80,8 +91,9 @@ impl HttpSocket {
         cx: &mut Context<'_>,
         written: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        if written.is_ready() {
+        if let Poll::Ready(done) = &written {
             self.writing = SocketWriteState::Free;
+            self.frames.sent(*done.as_ref().unwrap_or(&0));
             return written;
         }
         if self.writing != SocketWriteState::Stalled {
@@ -99,7 +111,13 @@ impl AsyncRead for HttpSocket {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let filled = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.frames.read(&buf.filled()[filled..]).map_err(|FrameFlood| {
+            self.flooded.store(true, Ordering::Relaxed);
+            io::Error::new(io::ErrorKind::InvalidData, "too many HTTP/2 frames that carry nothing")
+        })?;
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::probes::{self, readiness_response};
-use super::server;
+use super::server::{self, HttpCrowd};
 use crate::config;
 use crate::front::problem::Problem;
 use crate::limits::RETRY_AFTER;
@@ -37,12 +37,13 @@ pub async fn serve_until_ready<T>(
         .fallback(unavailable)
         .with_state(reason);
     let drain = CancellationToken::new();
+    let crowd = HttpCrowd::new(config, None);
     let mut connections = JoinSet::new();
     tokio::select! {
         // Mostly `ready` resolves at once; polled first, so that then nobody is served here.
         biased;
         ready = ready => ready,
-        never = server::accept_on(listener, router, config, &drain, &mut connections) => match never {},
+        never = server::accept_on(listener, router, config, &crowd, &drain, &mut connections) => match never {},
     }
 }
 

@@ -16,6 +16,7 @@ use super::reason::refusal_reason_code;
 use crate::consume::subscriber::sessions::SessionStoreError;
 use crate::intake::{AdmittedDraft, DurableDraft, Exchange, Intake, PendingRelease, Refusal};
 use crate::log::{AppendError, SectionOutcome};
+use crate::memory::MemoryCharge;
 
 /// Resolves when the session of an exchange is on disk.
 pub(super) type SessionStoreWait = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
@@ -33,6 +34,8 @@ pub(super) struct AckWaits {
     /// The log has the releases of the exchanges whose messages it has refused: their packet identifiers may be used
     /// for other messages once the refusals are sent.
     ended: Option<PendingRelease>,
+    /// What the read holds in memory until it is answered.
+    _memory: Option<MemoryCharge>,
 }
 
 impl AckWaits {
@@ -40,8 +43,9 @@ impl AckWaits {
         admitted: Option<AdmittedDraft>,
         released: Option<PendingRelease>,
         stored: Option<SessionStoreWait>,
+        memory: Option<MemoryCharge>,
     ) -> Self {
-        Self { admitted, released, stored, accepted: None, ended: None }
+        Self { admitted, released, stored, accepted: None, ended: None, _memory: memory }
     }
 
     fn poll(
@@ -95,8 +99,8 @@ enum AckVerdict {
     Refused(Box<(ReasonCode, String)>),
     /// Success, for a message that was sent before or for a PUBREL.
     Done,
-    /// The answer to a PINGREQ. It says that every earlier message, also QoS 0, has been handled.
-    Pong,
+    /// The answers to so many PINGREQs in a row. They say that every earlier message, also QoS 0, has been handled.
+    Pongs(u32),
 }
 
 /// The answers to the messages of one read, in the order of the messages.
@@ -104,9 +108,16 @@ enum AckVerdict {
 pub(super) struct ReadAcks {
     acks: Vec<MessageAck>,
     unacknowledged: usize,
+    /// The reasons in words.
+    words_bytes: usize,
 }
 
 impl ReadAcks {
+    /// What they take in memory.
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.acks.capacity() * size_of::<MessageAck>() + self.words_bytes
+    }
+
     /// Adds the answer to a message that is in the draft, as part of its `origin`.
     pub(super) fn push_admitted(&mut self, answer: AckKind, packet_id: u16, origin: usize) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
@@ -118,6 +129,7 @@ impl ReadAcks {
     pub(super) fn push_quarantined(&mut self, answer: AckKind, packet_id: u16, origin: usize, words: String) {
         let origin = u32::try_from(origin).unwrap_or(u32::MAX);
         self.unacknowledged += usize::from(answer == AckKind::Puback);
+        self.words_bytes += words.len();
         let verdict = AckVerdict::Quarantined { origin, words: words.into() };
         self.acks.push(MessageAck { packet_id, answer, verdict });
     }
@@ -145,6 +157,7 @@ impl ReadAcks {
         words: String,
     ) {
         self.unacknowledged += usize::from(answer == AckKind::Puback);
+        self.words_bytes += words.capacity() + size_of::<(ReasonCode, String)>();
         self.acks.push(MessageAck {
             packet_id,
             answer,
@@ -159,7 +172,10 @@ impl ReadAcks {
 
     /// Adds the answer to a PINGREQ.
     pub(super) fn push_pong(&mut self) {
-        self.acks.push(MessageAck { packet_id: 0, answer: AckKind::Puback, verdict: AckVerdict::Pong });
+        if let Some(MessageAck { verdict: AckVerdict::Pongs(n), .. }) = self.acks.last_mut() {
+            return *n += 1;
+        }
+        self.acks.push(MessageAck { packet_id: 0, answer: AckKind::Puback, verdict: AckVerdict::Pongs(1) });
     }
 
     /// How many of the answers are to QoS 1 messages.
@@ -197,8 +213,8 @@ impl ReadAcks {
     ) -> Result<(), Refusal> {
         to.reserve(4 * self.acks.len());
         for ack in &self.acks {
-            if matches!(ack.verdict, AckVerdict::Pong) {
-                write::pingresp(to);
+            if let AckVerdict::Pongs(pings) = ack.verdict {
+                (0..pings).for_each(|_| write::pingresp(to));
                 continue;
             }
             let refused = ack.verdict.refused(outcomes);
@@ -245,7 +261,7 @@ impl AckVerdict {
             | AckVerdict::Quarantined { origin, .. }
             | AckVerdict::Asked { origin, .. }
             | AckVerdict::Repeated { origin } => outcomes.get(*origin as usize),
-            AckVerdict::Refused(_) | AckVerdict::Done | AckVerdict::Pong => None,
+            AckVerdict::Refused(_) | AckVerdict::Done | AckVerdict::Pongs(_) => None,
         }
     }
 
@@ -254,7 +270,7 @@ impl AckVerdict {
         let outcome = self.outcome(outcomes);
         let by_outcome = || outcome.and_then(Refusal::from_outcome).map(RefusedAck::Refusal);
         let refused = match self {
-            AckVerdict::Done | AckVerdict::Pong => return None,
+            AckVerdict::Done | AckVerdict::Pongs(_) => return None,
             AckVerdict::Admitted { .. } => return by_outcome(),
             AckVerdict::Repeated { .. } => {
                 return by_outcome().filter(|_| matches!(outcome, Some(SectionOutcome::Conflict { .. })));

@@ -81,6 +81,8 @@ struct OriginProperties {
 struct SentTopicAliases {
     by_topic: HashMap<String, u16>,
     max: u16,
+    /// What the topics take in memory.
+    bytes: usize,
 }
 
 /// How a packet names its topic.
@@ -103,11 +105,16 @@ impl PublishWriter {
             form,
             publisher,
             names_datasource,
-            aliases: SentTopicAliases { by_topic: HashMap::new(), max },
+            aliases: SentTopicAliases { by_topic: HashMap::new(), max, bytes: 0 },
             skipped: 0,
             properties: Vec::new(),
             origin: OriginProperties::default(),
         }
+    }
+
+    /// What the topics of its aliases take in memory.
+    pub(super) fn alias_bytes(&self) -> usize {
+        self.aliases.bytes
     }
 
     /// Appends a record to `out`. Calls `packet_id` only once it is certain that the record is sent.
@@ -195,7 +202,7 @@ impl PublishWriter {
 
     /// Adds a topic alias to the properties if the topic has or can get one.
     fn put_topic_alias(&mut self, topic: &[&str]) -> TopicField {
-        let SentTopicAliases { by_topic, max } = &mut self.aliases;
+        let SentTopicAliases { by_topic, max, bytes } = &mut self.aliases;
         if *max == 0 {
             return TopicField::Whole;
         }
@@ -205,6 +212,7 @@ impl PublishWriter {
             Some(alias) => (*alias, TopicField::Alias),
             None if known < usize::from(*max) => {
                 let alias = u16::try_from(known + 1).expect("at most the maximum");
+                *bytes += whole.capacity() + size_of::<(String, u16)>();
                 by_topic.insert(whole, alias);
                 (alias, TopicField::Whole)
             }

@@ -23,13 +23,18 @@ use super::wills::MqttWill;
 use crate::auth::connections::{CloseReason, ConnectionControl, KeyConnectionGuard};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
-use crate::limits::{CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_TOPIC_ALIAS_MAXIMUM};
+use crate::limits::{
+    CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_CONNECT_UNCHARGED_BYTES, MQTT_TOPIC_ALIAS_MAXIMUM,
+};
+use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::message::{DatasourceId, Transport, holds_key, now_micros};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 
 /// The first byte of a TLS client. Its upper half is that of a CONNECT.
 const TLS_HANDSHAKE_FIRST_BYTE: u8 = 0x16;
+/// What is read of a CONNECT first; most are shorter.
+const CONNECT_READ_BYTES: usize = 512;
 
 /// A connection whose key was accepted.
 pub(super) struct OpenedConnection {
@@ -60,8 +65,9 @@ pub(super) async fn shake_hands(
     peer: SocketAddr,
     connect_by: Instant,
 ) -> Result<Box<OpenedConnection>, Vec<u8>> {
-    let reading = tokio::time::timeout_at(connect_by, read_connect(stream));
-    let (buffer, bytes) = tokio::select! {
+    let account = front.intake.memory().account_of_stranger(peer.ip());
+    let reading = tokio::time::timeout_at(connect_by, read_connect(stream, &account));
+    let (buffer, bytes, _memory) = tokio::select! {
         () = front.drain.cancelled() => return Err(Vec::new()),
         read = reading => match read {
             Ok(Ok(read)) => read,
@@ -95,10 +101,23 @@ pub(super) async fn shake_hands(
     Ok(opened)
 }
 
-/// Reads until the first packet is complete. `Err(None)` means that the connection ended before that.
-async fn read_connect(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Vec<u8>, usize), Option<Violation>> {
-    let mut buffer = Vec::new();
+/// Reads until the first packet is complete. A large one is charged to strangers, and its rest is read when there is
+/// room. `Err(None)` means that the connection ended before that.
+async fn read_connect(
+    stream: &mut (impl AsyncRead + Unpin),
+    account: &Arc<MemoryAccount>,
+) -> Result<(Vec<u8>, usize, Option<MemoryCharge>), Option<Violation>> {
+    let mut buffer: Vec<u8> = Vec::new();
+    let mut memory: Option<MemoryCharge> = None;
     loop {
+        if buffer.len() == buffer.capacity() {
+            let capacity = (2 * buffer.capacity()).clamp(CONNECT_READ_BYTES, 2 * MQTT_CONNECT_BYTES_MAX);
+            if capacity > MQTT_CONNECT_UNCHARGED_BYTES && memory.is_none() {
+                // As much as a CONNECT may ever take: nobody waits while holding a part of it.
+                memory = Some(account.wait_for(2 * MQTT_CONNECT_BYTES_MAX).await);
+            }
+            buffer.reserve_exact(capacity - buffer.len());
+        }
         match stream.read_buf(&mut buffer).await {
             Ok(0) | Err(_) => return Err(None),
             Ok(_) => {}
@@ -111,7 +130,7 @@ async fn read_connect(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Vec<u8>,
         }
         if let Some(frame) = MqttFrame::split(&buffer, MQTT_CONNECT_BYTES_MAX, None).map_err(Some)? {
             let bytes = frame.bytes;
-            return Ok((buffer, bytes));
+            return Ok((buffer, bytes, memory));
         }
     }
 }
@@ -162,8 +181,9 @@ impl Handshake<'_> {
             packet_bytes_max: connect.packet_bytes_max(),
         };
         let (bytes_max, receive_maximum) = (config.packet_bytes_max, config.receive_maximum);
+        let account = self.front.intake.memory_account(&grant);
         Ok(Box::new(OpenedConnection {
-            inbound: Inbound::new(grant, who, form, bytes_max, receive_maximum, publisher, &session),
+            inbound: Inbound::new(grant, who, form, bytes_max, receive_maximum, publisher, &session, account),
             entered,
             present,
             session,

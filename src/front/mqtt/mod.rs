@@ -31,7 +31,7 @@ mod tls;
 mod websocket;
 mod wills;
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,7 +49,9 @@ use tracing::{debug, error, warn};
 use crate::config;
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
+use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
 use crate::intake::Intake;
+use crate::limits::MQTT_TLS_HANDSHAKE_BYTES;
 use crate::message::Transport;
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
@@ -76,6 +78,8 @@ pub struct Acceptor {
     front: Arc<MqttFront>,
     permits: Arc<Semaphore>,
     connections: TaskTracker,
+    /// The connections that have not presented a valid key yet.
+    strangers: Arc<ConnectionTable>,
 }
 
 impl Acceptor {
@@ -91,8 +95,32 @@ impl Acceptor {
     ) -> Self {
         let permits = Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS)));
         let sessions = Arc::new(Sessions::new(subscribers.clone(), intake.clone(), stored, claims));
+        let strangers = Arc::new(ConnectionTable::new(config.stranger_limits()));
         let front = Arc::new(MqttFront { intake, config, sessions, subscribers, drain });
-        Self { front, permits, connections: TaskTracker::new() }
+        Self { front, permits, connections: TaskTracker::new(), strangers }
+    }
+
+    /// The connections that have not presented a valid key yet.
+    pub fn strangers(&self) -> &Arc<ConnectionTable> {
+        &self.strangers
+    }
+
+    /// Enters a connection among the strangers. If there are too many, the oldest makes room, and is reported.
+    fn enter_stranger(&self, peer: SocketAddr) -> Box<TableEntry> {
+        let (entry, evicted) = self.strangers.enter(peer.ip());
+        let entry = Box::new(entry);
+        let (address, words) = match evicted {
+            None => return entry,
+            Some(EvictedStranger::OfAddress { address, max }) => {
+                (address, format!("mqtt.strangers_per_address_max = {max}"))
+            }
+            Some(EvictedStranger::OfStrangers { address, max }) => {
+                (address, format!("mqtt.strangers_max = {max}"))
+            }
+        };
+        let note = RefusalNote::new(Transport::Mqtt, Cause::Strangers, &words);
+        self.front.intake.refusals().note(RefusalNote { address: Some(address), ..note });
+        entry
     }
 
     /// Reserves a place for one connection. At `mqtt.connections_max` counts a refusal and returns `None`.
@@ -104,6 +132,7 @@ impl Acceptor {
                     front: self.front.clone(),
                     connections: self.connections.clone(),
                     permit,
+                    stranger: self.enter_stranger(peer),
                     peer,
                     connect_by: Instant::now() + Duration::from_millis(connect_ms_max),
                 })
@@ -126,6 +155,7 @@ pub struct Admission {
     front: Arc<MqttFront>,
     connections: TaskTracker,
     permit: OwnedSemaphorePermit,
+    stranger: Box<TableEntry>,
     peer: SocketAddr,
     connect_by: Instant,
 }
@@ -134,11 +164,11 @@ impl Admission {
     /// Serves a WebSocket. `opened` resolves after the opening handshake, to the connection and the bytes
     /// that were read behind the handshake.
     pub fn serve_websocket(self, opened: impl Future<Output = Option<(TcpStream, Bytes)>> + Send + 'static) {
-        let Self { front, connections, permit, peer, connect_by } = self;
+        let Self { front, connections, permit, stranger, peer, connect_by } = self;
         connections.spawn(async move {
             if let Ok(Some((tcp, early))) = timeout_at(connect_by, opened).await {
                 let websocket = Box::new(WebSocket::new(tcp, early, peer, front.clone()));
-                connection::run(&front, ClientStream::WebSocket(websocket), peer, connect_by).await;
+                connection::run(&front, ClientStream::WebSocket(websocket), stranger, peer, connect_by).await;
             } else {
                 debug!(%peer, "a WebSocket handshake did not complete");
             }
@@ -147,21 +177,31 @@ impl Admission {
     }
 
     fn serve_tcp(self, tcp: TcpStream) {
-        let Self { front, connections, permit, peer, connect_by } = self;
+        let Self { front, connections, permit, stranger, peer, connect_by } = self;
         connections.spawn(async move {
-            connection::run(&front, ClientStream::Tcp(tcp), peer, connect_by).await;
+            connection::run(&front, ClientStream::Tcp(tcp), stranger, peer, connect_by).await;
             drop(permit);
         });
     }
 
     fn serve_tls(self, tcp: TcpStream, tls: Arc<Tls>) {
-        let Self { front, connections, permit, peer, connect_by } = self;
+        let Self { front, connections, permit, stranger, peer, connect_by } = self;
         connections.spawn(async move {
-            if let Some(stream) = accept_tls(&front, tls, tcp, peer, connect_by).await {
-                connection::run(&front, ClientStream::Tls(stream), peer, connect_by).await;
+            let shaking = Box::pin(accept_tls(&front, tls, tcp, peer, connect_by));
+            if let Some(Some(stream)) = unless_evicted(&stranger, shaking).await {
+                connection::run(&front, ClientStream::Tls(stream), stranger, peer, connect_by).await;
             }
             drop(permit);
         });
+    }
+}
+
+/// The output of `work`, or `None` if the connection has to make room for others meanwhile.
+async fn unless_evicted<T>(stranger: &TableEntry, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        done = work => Some(done),
+        () = poll_fn(|cx| stranger.eviction().poll_due(cx)) => None,
     }
 }
 
@@ -173,8 +213,12 @@ async fn accept_tls(
     peer: SocketAddr,
     connect_by: Instant,
 ) -> Option<Box<TlsStream<TcpStream>>> {
+    let account = front.intake.memory().account_of_stranger(peer.ip());
     // The handshake needs more memory than the connection: it is on the heap only while it lasts.
-    let shaking = Box::pin(timeout_at(connect_by, tls.accept(tcp)));
+    let shaking = Box::pin(timeout_at(connect_by, async move {
+        let _memory = account.wait_for(MQTT_TLS_HANDSHAKE_BYTES).await;
+        tls.accept(tcp).await
+    }));
     match front.drain.run_until_cancelled(shaking).await? {
         Ok(Ok(stream)) => return Some(Box::new(stream)),
         Ok(Err(error)) => match tls::handshake_fault(&error) {

@@ -25,6 +25,6 @@ pub(super) fn refusal_reason_code(refusal: &Refusal) -> ReasonCode {
             _ if limited.is_held_back() => ReasonCode::MessageRateTooHigh,
             _ => ReasonCode::QuotaExceeded,
         },
-        Refusal::Busy { .. } | Refusal::Log(_) => ReasonCode::ServerBusy,
+        Refusal::Busy { .. } | Refusal::Memory(_) | Refusal::Log(_) => ReasonCode::ServerBusy,
     }
 }

@@ -12,7 +12,11 @@ use super::codec::properties::{WILL_DELAY, forward_properties};
 use crate::auth::Grant;
 use crate::front::credentials::is_key_header;
 use crate::intake::{Draft, IncomingMessage, Intake, Refusal};
+use crate::memory::MemoryCharge;
 use crate::message::{RecordFlags, Transport};
+
+/// What a will takes beside its texts.
+const WILL_BYTES: usize = 256;
 
 /// A will that has passed intake's checks.
 pub(super) struct MqttWill {
@@ -24,6 +28,8 @@ pub(super) struct MqttWill {
     properties: Vec<u8>,
     flags: RecordFlags,
     publisher: u64,
+    /// What it takes in memory, for as long as the connection or the will waits.
+    _memory: MemoryCharge,
     /// The delay between the loss of the connection and the publication, in seconds.
     pub(super) delay_s: u32,
 }
@@ -47,9 +53,12 @@ impl MqttWill {
         if will.qos == 0 {
             flags = flags.with(RecordFlags::AT_MOST_ONCE);
         }
+        let bytes = will.topic.len() + will.payload.len() + will.properties.wire_bytes() + WILL_BYTES;
+        let memory = intake.memory_account(grant).charge(bytes)?;
         let mut properties = Vec::new();
         let content_type = forward_properties(&will.properties, &mut properties, is_key_header);
         let will = Self {
+            _memory: memory,
             grant: grant.clone(),
             who: who.clone(),
             topic: will.topic.to_owned(),

@@ -140,6 +140,9 @@ impl NatsIngest {
             message_id: headers.message_id,
             exchange: None,
         };
+        if draft.payer() != Some(grant.key_id()) {
+            draft.charge_to(&self.intake.memory_account(&grant), grant.key_id());
+        }
         draft.push(&grant, Some(&datasource), message).map_err(refusing)
     }
 }

@@ -6,7 +6,9 @@ use super::Problem;
 use crate::auth::{GrantDenial, RegistryError, RejectedKey};
 use crate::consume::query::QueryError;
 use crate::intake::Refusal;
+use crate::limits::RETRY_AFTER;
 use crate::log::AppendError;
+use crate::memory::MemoryExceeded;
 use crate::message::NameError;
 use crate::observe::cause::Cause;
 use crate::quota::LimitExceeded;
@@ -69,6 +71,7 @@ impl From<Refusal> for Problem {
             Refusal::Busy { in_flight_bytes_max, .. } => {
                 Self::new(cause, words).with("limit", in_flight_bytes_max)
             }
+            Refusal::Memory(exceeded) => (*exceeded).into(),
             Refusal::Log(AppendError::Budget { retention_bytes }) => {
                 Self::new(cause, words).with("limit", retention_bytes)
             }
@@ -78,6 +81,14 @@ impl From<Refusal> for Problem {
             Some(after) => problem.with_retry_after(after),
             None => problem,
         }
+    }
+}
+
+impl From<MemoryExceeded> for Problem {
+    fn from(exceeded: MemoryExceeded) -> Self {
+        let problem = Self::new(exceeded.cause(), format!("This request cannot be held: {exceeded}."))
+            .with("limit", exceeded.bytes_max);
+        if exceeded.is_too_large { problem } else { problem.with_retry_after(RETRY_AFTER) }
     }
 }
 

@@ -103,6 +103,14 @@ causes! {
     LimitQuarantine "limit_quarantine" Validation:
         "it is over a limit whose policy is quarantine: send less, or raise the limit and redrive what was kept";
 
+    // Memory.
+    MemoryShare "memory_share" TooManyRequests:
+        "its key or datasource holds as much memory as one may: send less at a time, read what is answered, or raise intake.memory_share_bytes_max";
+    MemoryFull "memory_full" Unavailable:
+        "clients hold as much memory as all of them may: see who sends how much in /metrics, or raise intake.memory_bytes_max; it may come again";
+    StrangersShare "strangers_share" TooManyRequests:
+        "clients without a valid key take all that strangers may have: find who they are by their addresses, and give them a key or keep them out";
+
     // The log.
     Busy "busy" Unavailable:
         "the log cannot take more: see the gateway's own log";
@@ -126,6 +134,8 @@ causes! {
     // MQTT and its connections.
     ConnectionsMax "connections_max" Unavailable:
         "there are too many connections in all: raise mqtt.connections_max";
+    Strangers "strangers" Unavailable:
+        "too many connections have presented no valid key: see from where, keep those out, or raise the limit that is named";
     TlsHandshake "tls_handshake" Malformed:
         "the client and the gateway do not agree on TLS: check versions and certificates";
     MalformedConnect "malformed_connect" Malformed:
@@ -150,6 +160,8 @@ causes! {
         "a NATS server tried to connect as a leaf node: give it a user of its own in nats-server's configuration";
 
     // HTTP requests.
+    FrameFlood "frame_flood" Malformed:
+        "it floods its HTTP/2 connection with frames that carry nothing: update its client, or keep it out";
     Malformed "malformed" Malformed:
         "the gateway cannot read the request: correct what the words name; /openapi.json says what each call takes";
     NotFound "not_found" NotFound:
@@ -172,8 +184,6 @@ causes! {
         "send the body as it is, or encode it once, as gzip or zstd";
     TooManyRequests "too_many_requests" TooManyRequests:
         "too many reports of leaked keys came from this address: report several in one request, or wait";
-    Bodies "bodies" Unavailable:
-        "too many large requests came at once: send smaller ones, or fewer at a time; it may come again";
     ClusterAway "cluster_away" Unavailable:
         "the registry cannot be changed while NATS is away: see /readyz, and ask again";
     StorageBehind "storage_behind" Unavailable:

@@ -15,7 +15,6 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::MqttFront;
 use super::acks::{AckWaits, PendingAcks, ReadAcks, SessionStoreWait};
 use super::codec::MqttVersion;
 use super::delivery::PublishWriter;
@@ -29,19 +28,29 @@ use super::sessions::ClientGuard;
 use super::stream::ClientStream;
 use super::subscribe::{self, SubscribeServices, SubscriptionRequest};
 use super::wills::MqttWill;
+use super::{MqttFront, unless_evicted};
 use crate::auth::Scope;
 use crate::auth::connections::KeyConnectionGuard;
+use crate::front::connection_table::TableEntry;
 use crate::intake::{AdmittedDraft, Draft, Refusal};
+use crate::memory::MemoryCharge;
 
 /// Serves one connection from its first byte to its last. The CONNECT has to arrive by `connect_by`.
 pub(super) async fn run(
     front: &Arc<MqttFront>,
     mut stream: ClientStream,
+    stranger: Box<TableEntry>,
     peer: SocketAddr,
     connect_by: Instant,
 ) {
     // Short phases are boxed, so that they take no room in an idle connection's task.
-    match Box::pin(handshake::shake_hands(front, &mut stream, peer, connect_by)).await {
+    let handshake = Box::pin(async {
+        let shaking = handshake::shake_hands(front, &mut stream, peer, connect_by);
+        unless_evicted(&stranger, shaking).await.unwrap_or_else(|| Err(Vec::new()))
+    });
+    let handshake = handshake.await;
+    drop(stranger);
+    match handshake {
         Err(answer) => Box::pin(say_goodbye(&mut stream, &answer)).await,
         Ok(opened) => {
             front.intake.metrics().mqtt_connections.increment(1);
@@ -110,11 +119,26 @@ struct MqttConnection<'a> {
     blocked: Option<Box<BlockedDraft>>,
     /// The next message is over a rate of its key or datasource; nothing is read until it may go on.
     held: Option<TurnWait>,
+    /// How many packets the latest read had.
+    packets_read: usize,
     /// Set when nothing more is read; work in progress is finished first.
     ended: Option<InboundEnd>,
     output: ClientOutput,
+    /// What is charged for the output and the pages behind it, while the client does not take them.
+    output_memory: Option<MemoryCharge>,
+    /// The key's share of the memory is used up: nothing more is read until there is room.
+    starved: Option<Box<StarvedConnection>>,
+    /// Half of it is: nothing more is prepared to be sent. Resolves when there is room.
+    stuffed: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     silence_max: Option<Duration>,
     heard_at: Instant,
+}
+
+/// What a connection waits for whose key has used up its share of the memory.
+struct StarvedConnection {
+    since: Instant,
+    /// Resolves when there is room; to the charge for the packet that has begun, if it needs one.
+    room: Pin<Box<dyn Future<Output = Option<MemoryCharge>> + Send>>,
 }
 
 // Tens of thousands of connections are idle at a time.
@@ -150,8 +174,12 @@ impl<'a> MqttConnection<'a> {
             receive_maximum: opened.receive_maximum,
             session_is_stored: false,
             requesting: None,
+            packets_read: 0,
             ended: None,
             output: ClientOutput::new(opened.answer),
+            output_memory: None,
+            starved: None,
+            stuffed: None,
             silence_max: opened.silence_max,
             heard_at: Instant::now(),
         });
@@ -228,6 +256,7 @@ impl<'a> MqttConnection<'a> {
         let intake = &self.front.intake;
         let batch =
             self.inbound.receive(bytes, intake, self.pending_acks.unacknowledged(), &mut self.output.bytes);
+        self.packets_read = batch.packets;
         if batch.packets > 0 {
             self.heard_at = Instant::now();
         }
@@ -236,20 +265,27 @@ impl<'a> MqttConnection<'a> {
         let stored = if batch.has_opened_exchanges { self.session_store_wait() } else { None };
         let intake = &self.front.intake;
         let draft = batch.draft.filter(|draft| !draft.is_empty());
+        // One read is bounded by itself; what it takes decides whether there is a next one.
+        let memory = draft.as_ref().map_or(0, Draft::memory_bytes) + batch.acks.memory_bytes();
+        let memory = (memory > 0).then(|| self.inbound.account.charge_held(memory));
+        let needed = self.inbound.charge_held();
         let admitted = draft.map(|draft| intake.try_admit(draft));
         match admitted {
             Some(Ok(admitted)) => {
-                self.pending_acks.push(AckWaits::new(Some(admitted), released, stored), batch.acks);
+                self.pending_acks.push(AckWaits::new(Some(admitted), released, stored, memory), batch.acks);
             }
             Some(Err(draft)) => {
-                let waits = AckWaits::new(None, released, stored);
+                let waits = AckWaits::new(None, released, stored, memory);
                 let admitting = self.admit(*draft);
                 self.blocked = Some(Box::new(BlockedDraft { admitting, waits, acks: batch.acks }));
             }
             None if !batch.acks.is_empty() => {
-                self.pending_acks.push(AckWaits::new(None, released, stored), batch.acks);
+                self.pending_acks.push(AckWaits::new(None, released, stored, memory), batch.acks);
             }
             None => {}
+        }
+        if let Some(bytes) = needed {
+            self.starve(Some(bytes));
         }
         if let SessionSending::Subscribed(outbound) = &mut self.sending {
             batch.acknowledged.into_iter().for_each(|packet_id| outbound.acknowledge(packet_id));
@@ -262,6 +298,20 @@ impl<'a> MqttConnection<'a> {
             self.held = Some(Box::pin(async move { intake.wait_turn(limited).await }));
         }
         self.ended = batch.end;
+    }
+
+    /// Waits for room in the key's share of the memory: for `packet_bytes`, or for anything.
+    fn starve(&mut self, packet_bytes: Option<usize>) {
+        let account = self.inbound.account.clone();
+        let room: Pin<Box<dyn Future<Output = _> + Send>> = match packet_bytes {
+            Some(bytes) => Box::pin(async move { Some(account.wait_for(bytes).await) }),
+            None => Box::pin(async move {
+                account.wait_room().await;
+                None
+            }),
+        };
+        self.front.intake.metrics().held_back.increment(1);
+        self.starved = Some(Box::new(StarvedConnection { since: Instant::now(), room }));
     }
 
     /// Makes the first exchange of a durable session wait until the session is on disk: after a restart a

@@ -20,6 +20,8 @@ use crate::limits::{MQTT_READ_BYTES, MQTT_READS_IN_FLIGHT_MAX, MQTT_UNSENT_BYTES
 /// The shortest and the longest time between two checks of the clock.
 const CLOCK_STEP_MIN: Duration = Duration::from_millis(10);
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(3600);
+/// A read with so many packets is the last before other connections have their turn.
+const PACKETS_PER_POLL: usize = 1_024;
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MQTT_READ_BYTES].into());
@@ -42,6 +44,12 @@ impl MqttConnection<'_> {
                 Ok(false) => {}
                 Err(stop) => return Poll::Ready(stop),
             }
+            if self.inbound.holds_packet() {
+                let due = Instant::now() + self.clock_step();
+                if clock.deadline() > due {
+                    clock.as_mut().reset(due);
+                }
+            }
             ready!(clock.as_mut().poll(cx));
             if let Some(stop) = self.check_deadlines() {
                 return Poll::Ready(stop);
@@ -57,6 +65,7 @@ impl MqttConnection<'_> {
         self.poll_closed(cx)?;
         self.poll_blocked(cx)?;
         self.poll_held(cx)?;
+        self.poll_starved(cx);
         let form = self.inbound.form;
         let closer = self.inbound.exchange_closer(&self.front.intake);
         let (exchanges, output) = (&mut self.inbound.exchanges, &mut self.output.bytes);
@@ -64,7 +73,7 @@ impl MqttConnection<'_> {
         self.poll_request(cx);
         if self.inbound.is_paused() && self.ended.is_none() && self.may_read() {
             self.receive(&[]);
-            return Ok(true);
+            return Ok(self.goes_on(cx));
         }
         let written = self.poll_send(cx)?;
         if written.is_pending() && self.output.begin_wait() {
@@ -75,11 +84,23 @@ impl MqttConnection<'_> {
             return if finished { self.finish() } else { Ok(false) };
         }
         if self.may_read()
+            && (self.inbound.is_packet_charged() || !self.is_starved(cx))
             && let Poll::Ready(read) = self.poll_read(cx)
         {
-            return read.map(|()| true).map_err(|_| StopReason::NetworkFailed);
+            read.map_err(|_| StopReason::NetworkFailed)?;
+            return Ok(self.goes_on(cx));
         }
         Ok(false)
+    }
+
+    /// Whether to take another turn at once. After a read of very many packets other connections come first.
+    #[inline]
+    fn goes_on(&self, cx: &Context<'_>) -> bool {
+        let is_long = self.packets_read >= PACKETS_PER_POLL;
+        if is_long {
+            cx.waker().wake_by_ref();
+        }
+        !is_long
     }
 
     /// Looks whether somebody has closed the connection.
@@ -125,6 +146,21 @@ impl MqttConnection<'_> {
         Ok(())
     }
 
+    /// Goes on if there is room in the key's share of the memory now.
+    #[inline]
+    fn poll_starved(&mut self, cx: &mut Context<'_>) {
+        if let Some(starved) = &mut self.starved
+            && let Poll::Ready(charge) = starved.room.as_mut().poll(cx)
+        {
+            self.starved = None;
+            if let Some(charge) = charge {
+                self.inbound.set_packet_charge(charge);
+            }
+            // What was held back is not the client's silence.
+            self.heard_at = Instant::now();
+        }
+    }
+
     /// Answers the SUBSCRIBE or UNSUBSCRIBE in progress, if it is served.
     #[inline]
     fn poll_request(&mut self, cx: &mut Context<'_>) {
@@ -152,8 +188,9 @@ impl MqttConnection<'_> {
     /// Ready when everything is written.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, StopReason> {
         loop {
-            if let (SessionSending::Subscribed(outbound), None, None) =
-                (&mut self.sending, &self.requesting, &self.ended)
+            let is_stuffed = self.is_stuffed(cx);
+            if let (SessionSending::Subscribed(outbound), None, None, false) =
+                (&mut self.sending, &self.requesting, &self.ended, is_stuffed)
             {
                 let may = self.inbound.grant.allows_scope(Scope::Subscribe);
                 if matches!(may, Err(GrantDenial::Revoked | GrantDenial::Expired)) {
@@ -170,11 +207,61 @@ impl MqttConnection<'_> {
             let something = !self.output.bytes.is_empty();
             match self.output.poll_flush(self.stream, cx) {
                 Poll::Ready(Ok(())) if something => {}
-                Poll::Ready(Ok(())) => return Ok(Poll::Ready(())),
+                Poll::Ready(Ok(())) => {
+                    self.charge_output();
+                    return Ok(Poll::Ready(()));
+                }
                 Poll::Ready(Err(_)) => return Err(StopReason::NetworkFailed),
-                Poll::Pending => return Ok(Poll::Pending),
+                Poll::Pending => {
+                    self.charge_output();
+                    return Ok(Poll::Pending);
+                }
             }
         }
+    }
+
+    /// Charges for what the client has not taken: the output, and what is prepared for it.
+    fn charge_output(&mut self) {
+        let prepared = match &self.sending {
+            SessionSending::Subscribed(outbound) => outbound.held_bytes(),
+            SessionSending::Nothing(_) => 0,
+        };
+        let output = if self.output.bytes.is_empty() { 0 } else { self.output.bytes.capacity() };
+        match (output + prepared, &mut self.output_memory) {
+            (0, None) => {}
+            (0, charged) => *charged = None,
+            (bytes, Some(charged)) if charged.bytes() == bytes => {}
+            (bytes, Some(charged)) => charged.set_held(bytes),
+            (bytes, none) => *none = Some(self.inbound.account.charge_held(bytes)),
+        }
+    }
+
+    /// Whether what is to be sent under the key takes as much of its share of the memory as it may. Waits for room then.
+    #[inline]
+    fn is_stuffed(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.stuffed.is_none() {
+            if matches!(self.sending, SessionSending::Nothing(_)) || !self.inbound.account.is_over_to_send() {
+                return false;
+            }
+            let account = self.inbound.account.clone();
+            self.stuffed = Some(Box::pin(async move { account.wait_room_to_send().await }));
+        }
+        if let Some(stuffed) = &mut self.stuffed
+            && stuffed.as_mut().poll(cx).is_ready()
+        {
+            self.stuffed = None;
+        }
+        self.stuffed.is_some()
+    }
+
+    /// Whether the key's share of the memory is used up, so that nothing more may be read. Begins to wait for room then.
+    #[inline]
+    fn is_starved(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.starved.is_none() && self.inbound.account.is_over() {
+            self.starve(None);
+            self.poll_starved(cx);
+        }
+        self.starved.is_some()
     }
 
     /// Whether another read may be taken in. While it may not, TCP's flow control holds the client back.
@@ -182,6 +269,7 @@ impl MqttConnection<'_> {
         self.blocked.is_none()
             && self.held.is_none()
             && self.requesting.is_none()
+            && (self.starved.is_none() || self.inbound.is_packet_charged())
             && (self.pending_acks.is_empty() || !self.inbound.waits_for_answers())
             && self.pending_acks.len() < MQTT_READS_IN_FLIGHT_MAX
             && self.output.unsent_bytes() < MQTT_UNSENT_BYTES_MAX
@@ -204,12 +292,34 @@ impl MqttConnection<'_> {
     pub(super) fn clock_step(&self) -> Duration {
         let silence =
             self.silence_max.map_or(Duration::MAX, |max| max.saturating_sub(self.heard_at.elapsed()));
-        silence.min(self.output.wait_left()).clamp(CLOCK_STEP_MIN, CLOCK_STEP_MAX)
+        let now = Instant::now();
+        let packet =
+            self.inbound.packet_due().map_or(Duration::MAX, |due| due.saturating_duration_since(now));
+        let patience = self.starved.as_ref().filter(|_| self.inbound.holds_packet());
+        let patience = patience
+            .map_or(Duration::MAX, |starved| self.hold_back_max().saturating_sub(starved.since.elapsed()));
+        silence.min(packet).min(patience).min(self.output.wait_left()).clamp(CLOCK_STEP_MIN, CLOCK_STEP_MAX)
+    }
+
+    /// How long a client is held back for a transient cause.
+    fn hold_back_max(&self) -> Duration {
+        Duration::from_millis(self.front.intake.limits().hold_back_ms_max)
     }
 
     fn check_deadlines(&self) -> Option<StopReason> {
         // While reading is held back, silence is not the client's fault.
         let silent = self.may_read() && self.silence_max.is_some_and(|max| self.heard_at.elapsed() >= max);
+        if let Some(starved) = &self.starved
+            && self.inbound.holds_packet()
+            && !self.inbound.is_packet_charged()
+            && starved.since.elapsed() >= self.hold_back_max()
+        {
+            // It holds what others may wait for. Nothing of the packet was acknowledged.
+            return Some(StopReason::Transient(self.front.intake.busy_refusal()));
+        }
+        if self.may_read() && self.inbound.packet_due().is_some_and(|due| Instant::now() >= due) {
+            return Some(StopReason::Silent);
+        }
         if silent { Some(StopReason::Silent) } else { self.output.is_stuck().then_some(StopReason::Stuck) }
     }
 }

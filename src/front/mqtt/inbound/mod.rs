@@ -4,6 +4,9 @@
 mod publish;
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use self::publish::ReceivedTopicAliases;
 use super::acks::{ExchangeCloser, ReadAcks};
@@ -15,6 +18,8 @@ use super::session::MqttSession;
 use super::subscribe::{SubscribeRequest, SubscriptionRequest};
 use crate::auth::Grant;
 use crate::intake::{Draft, Exchange, Intake, Refusal};
+use crate::limits::{MQTT_PACKET_BYTES_PER_S_MIN, MQTT_PACKET_GRACE, MQTT_READ_BYTES};
+use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::observe::refusals::RefusalNote;
 use crate::quota::LimitExceeded;
 
@@ -57,7 +62,18 @@ pub(super) struct Inbound {
     /// The next message was held back, and is already counted against its rates.
     paid: bool,
     aliases: ReceivedTopicAliases,
+    /// Whose memory it takes.
+    pub(super) account: Arc<MemoryAccount>,
+    /// What is charged for `partial` and the topics of the aliases.
+    held: Option<MemoryCharge>,
+    /// `held` is enough for all of the packet that `partial` begins with.
+    is_packet_charged: bool,
+    /// Since when `partial` holds the beginning of a packet.
+    packet_since: Option<Instant>,
 }
+
+/// What a connection may hold of a packet that is charged for.
+const UNCHARGED_BYTES_MAX: usize = 1 << 10;
 
 /// What one read of the socket held.
 #[derive(Default)]
@@ -93,6 +109,7 @@ impl InboundBatch {
 }
 
 impl Inbound {
+    #[expect(clippy::too_many_arguments, reason = "what a handshake has found out")]
     pub(super) fn new(
         grant: Grant,
         who: Arc<ClientIdentity>,
@@ -101,8 +118,13 @@ impl Inbound {
         receive_maximum: u16,
         publisher: u64,
         session: &MqttSession,
+        account: Arc<MemoryAccount>,
     ) -> Self {
         Self {
+            account,
+            held: None,
+            is_packet_charged: false,
+            packet_since: None,
             grant,
             who,
             form,
@@ -150,6 +172,70 @@ impl Inbound {
         self.waits_for_answers
     }
 
+    /// Charges for what stays in memory until the next read. A packet that does not fit into one read is charged for as a
+    /// whole before its rest is read: two connections that have half of one would wait for each other's room. Returns
+    /// what has to be charged for that first.
+    pub(super) fn charge_held(&mut self) -> Option<usize> {
+        if self.partial.is_empty() {
+            (self.packet_since, self.is_packet_charged) = (None, false);
+        } else {
+            self.packet_since.get_or_insert_with(Instant::now);
+        }
+        let bytes = self.partial.capacity() + self.aliases.bytes();
+        if bytes <= UNCHARGED_BYTES_MAX {
+            self.held = None;
+            return None;
+        }
+        if self.is_packet_charged {
+            return None;
+        }
+        let held = self.held.get_or_insert_with(|| self.account.charge_held(0));
+        held.set_held(bytes);
+        let packet = self.partial.len() + missing_bytes(&self.partial, self.packet_bytes_max);
+        if self.partial.is_empty() || self.paused || packet <= MQTT_READ_BYTES {
+            return None;
+        }
+        let whole = packet + self.aliases.bytes();
+        match held.resize(whole) {
+            Ok(()) => {
+                self.is_packet_charged = true;
+                self.reserve_packet();
+                None
+            }
+            Err(_) => Some(whole),
+        }
+    }
+
+    /// Makes room for all of the packet in `partial`, so that it does not grow to twice its size.
+    fn reserve_packet(&mut self) {
+        let missing = missing_bytes(&self.partial, self.packet_bytes_max);
+        self.partial.reserve_exact(missing);
+    }
+
+    /// Notes that the packet in `partial` is charged for.
+    pub(super) fn set_packet_charge(&mut self, charge: MemoryCharge) {
+        (self.held, self.is_packet_charged) = (Some(charge), true);
+        self.reserve_packet();
+    }
+
+    /// Whether the rest of a packet may be read although the key's share is used up: it is charged for.
+    #[inline]
+    pub(super) fn is_packet_charged(&self) -> bool {
+        self.is_packet_charged
+    }
+
+    /// Whether it holds the beginning of a packet, and so memory that others may wait for.
+    pub(super) fn holds_packet(&self) -> bool {
+        self.packet_since.is_some()
+    }
+
+    /// When the packet that has begun has to be there.
+    pub(super) fn packet_due(&self) -> Option<Instant> {
+        let packet = self.partial.len() + missing_bytes(&self.partial, self.packet_bytes_max);
+        let allowed = MQTT_PACKET_GRACE + Duration::from_secs(packet as u64 / MQTT_PACKET_BYTES_PER_S_MIN);
+        self.packet_since.map(|since| since + allowed)
+    }
+
     /// Lets the held message go on. With `paid` it is already counted against its rates.
     pub(super) fn resume(&mut self, paid: bool) {
         self.paid = paid;
@@ -188,6 +274,8 @@ impl Inbound {
             let consumed = self.handle_packets(&partial, &mut read);
             if consumed < partial.len() {
                 self.partial = partial;
+            } else {
+                (self.packet_since, self.is_packet_charged) = (None, false);
             }
         }
         if read.may_go_on() && !bytes.is_empty() {
@@ -198,6 +286,9 @@ impl Inbound {
         self.waits_for_answers = read.batch.waits_for_answers;
         if read.batch.end.is_none() && !bytes.is_empty() {
             self.partial.extend_from_slice(bytes);
+        }
+        if self.partial.is_empty() {
+            self.packet_since = None;
         }
         read.batch
     }

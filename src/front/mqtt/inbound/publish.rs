@@ -207,6 +207,12 @@ impl Inbound {
 pub(super) struct ReceivedTopicAliases(Vec<Option<Box<str>>>);
 
 impl ReceivedTopicAliases {
+    /// What they take in memory.
+    pub(super) fn bytes(&self) -> usize {
+        self.0.iter().flatten().map(|topic| topic.len()).sum::<usize>()
+            + self.0.capacity() * size_of::<Box<str>>()
+    }
+
     /// The topic of a PUBLISH: its own, for which it may set an alias, or that of its alias (section
     /// 3.3.2.3.4).
     #[inline]

@@ -101,6 +101,11 @@ impl Outbound {
         }
     }
 
+    /// What is prepared for the client and not written yet, in bytes.
+    pub(super) fn held_bytes(&self) -> usize {
+        self.retained.iter().map(PendingRetained::held_bytes).sum::<usize>() + self.writer.alias_bytes()
+    }
+
     /// The mailbox, through which the session reports its cursor.
     pub(super) fn mailbox(&self) -> &Arc<crate::consume::subscriber::Mailbox> {
         self.feed.mailbox()

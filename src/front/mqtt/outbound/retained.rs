@@ -33,6 +33,12 @@ impl PendingRetained {
         Self { slot, filter, below, after: None, asking: None, page: None }
     }
 
+    /// What its page takes, in bytes.
+    pub(super) fn held_bytes(&self) -> usize {
+        let messages = self.page.iter().flat_map(|(page, _)| &page.messages);
+        messages.map(|message| message.payload.len() + message.topic.len()).sum()
+    }
+
     /// Reads the next page, unless there is one already. `datasource` is `None` for a key of all datasources.
     fn poll_page(
         &mut self,

@@ -1,0 +1,250 @@
+//! An account of the budget, and a charge to it: bytes that are held until the charge is dropped.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{BudgetState, MemoryExceeded, MemoryUse, OwnerUse, WaitKind, WaitingQueue};
+
+/// What is to be sent may take one part in so many of a share.
+const SEND_PARTS: usize = 2;
+
+/// What is charged together: a key and its datasource, or an address and all strangers.
+pub struct MemoryAccount {
+    budget: Arc<BudgetState>,
+    /// The key, or the address.
+    own: Arc<OwnerUse>,
+    /// The datasource, or all strangers.
+    shared: Option<Arc<OwnerUse>>,
+}
+
+/// Bytes that are charged to an account. Dropping it frees them.
+pub struct MemoryCharge {
+    account: Arc<MemoryAccount>,
+    bytes: usize,
+}
+
+impl MemoryAccount {
+    pub(super) fn new(budget: Arc<BudgetState>, own: Arc<OwnerUse>, shared: Option<Arc<OwnerUse>>) -> Self {
+        Self { budget, own, shared }
+    }
+
+    fn owners(&self) -> impl Iterator<Item = &Arc<OwnerUse>> {
+        [&self.own].into_iter().chain(&self.shared)
+    }
+
+    /// Charges `bytes`.
+    ///
+    /// # Errors
+    /// [`MemoryExceeded`]: they do not fit; nothing is charged then.
+    pub fn charge(self: &Arc<Self>, bytes: usize) -> Result<MemoryCharge, MemoryExceeded> {
+        let mut charge = MemoryCharge { account: self.clone(), bytes: 0 };
+        charge.grow(bytes)?;
+        Ok(charge)
+    }
+
+    /// Charges `bytes` of something that is to be sent: that takes no more than half of a share, so that a client that
+    /// does not read what it is sent can still send.
+    ///
+    /// # Errors
+    /// As [`MemoryAccount::charge`].
+    pub fn charge_to_send(self: &Arc<Self>, bytes: usize) -> Result<MemoryCharge, MemoryExceeded> {
+        let mut charge = MemoryCharge { account: self.clone(), bytes: 0 };
+        charge.grow_to_send(bytes)?;
+        Ok(charge)
+    }
+
+    /// Charges bytes that are in memory already, over the share if need be: for what is bounded by itself and leads
+    /// to [`MemoryAccount::is_over`].
+    pub fn charge_held(self: &Arc<Self>, bytes: usize) -> MemoryCharge {
+        let mut charge = MemoryCharge { account: self.clone(), bytes: 0 };
+        charge.set_held(bytes);
+        charge
+    }
+
+    /// Whether nothing more is to be taken in for this account for now.
+    #[inline]
+    pub fn is_over(&self) -> bool {
+        self.used_up(1).is_some()
+    }
+
+    /// Whether nothing more is to be prepared to be sent for this account for now: half of the share is held.
+    #[inline]
+    pub fn is_over_to_send(&self) -> bool {
+        self.used_up(SEND_PARTS).is_some()
+    }
+
+    /// What is used up, if anything is; of the shares, one part in `parts`.
+    fn used_up(&self, parts: usize) -> Option<&MemoryUse> {
+        let is_used_up =
+            |owner: &&Arc<OwnerUse>| owner.held.bytes() >= self.budget.share_of(&owner.owner) / parts;
+        if let Some(owner) = self.owners().find(is_used_up) {
+            return Some(&owner.held);
+        }
+        let all = &self.budget.all;
+        (all.bytes() >= self.budget.bytes_max_of(self.own.held.bytes())).then_some(all)
+    }
+
+    /// Waits until something may be taken in again.
+    pub async fn wait_room(&self) {
+        self.wait_part(1, WaitKind::Room).await;
+    }
+
+    /// Waits until something may be prepared to be sent again.
+    pub async fn wait_room_to_send(&self) {
+        self.wait_part(SEND_PARTS, WaitKind::RoomToSend).await;
+    }
+
+    async fn wait_part(&self, parts: usize, kind: WaitKind) {
+        while let Some(used_up) = self.used_up(parts) {
+            let queue = &used_up.queues[kind as usize];
+            let waiting = WaitingClient::new(queue);
+            // Counted first: what is freed between the check and the wait is seen by one of the two.
+            let freed = queue.freed.notified();
+            if self.used_up(parts).is_some() {
+                freed.await;
+            }
+            drop(waiting);
+        }
+        self.wake_next(kind);
+    }
+
+    /// Waits until `bytes` can be charged.
+    pub async fn wait_for(self: &Arc<Self>, bytes: usize) -> MemoryCharge {
+        loop {
+            let exceeded = match self.charge(bytes) {
+                Ok(charge) => {
+                    self.wake_next(WaitKind::Bytes);
+                    return charge;
+                }
+                Err(exceeded) => exceeded,
+            };
+            let is_it = |owner: &&Arc<OwnerUse>| exceeded.owner.as_ref() == Some(&owner.owner);
+            let used_up = self.owners().find(is_it).map_or(&self.budget.all, |owner| &owner.held);
+            let queue = &used_up.queues[WaitKind::Bytes as usize];
+            let waiting = WaitingClient::new(queue);
+            let freed = queue.freed.notified();
+            if let Ok(charge) = self.charge(bytes) {
+                return charge;
+            }
+            freed.await;
+            drop(waiting);
+        }
+    }
+
+    /// There may be room for one more of those that wait for the same.
+    fn wake_next(&self, kind: WaitKind) {
+        for held in self.owners().map(|owner| &owner.held).chain([&self.budget.all]) {
+            held.queues[kind as usize].tell_one();
+        }
+    }
+
+    /// Adds `bytes` to a charge of `charged`, if no more than one part in `parts` of the shares is held then.
+    fn try_add(&self, bytes: usize, charged: usize, parts: usize) -> Result<(), MemoryExceeded> {
+        for (nth, owner) in self.owners().enumerate() {
+            let bytes_max = self.budget.share_of(&owner.owner) / parts;
+            if !owner.held.try_add(bytes, bytes_max) {
+                self.owners().take(nth).for_each(|owner| owner.held.release(bytes));
+                let of = Some(owner.owner.clone());
+                let is_too_large = charged.saturating_add(bytes) > bytes_max;
+                return Err(MemoryExceeded { owner: of, bytes_max, is_too_large });
+            }
+        }
+        let budget = &self.budget;
+        if budget.all.try_add(bytes, budget.bytes_max_of(self.own.held.bytes())) {
+            return Ok(());
+        }
+        self.owners().for_each(|owner| owner.held.release(bytes));
+        let bytes_max = budget.bytes_max.load(Ordering::Relaxed);
+        let is_too_large = charged.saturating_add(bytes) > bytes_max;
+        Err(MemoryExceeded { owner: None, bytes_max, is_too_large })
+    }
+
+    fn add(&self, bytes: usize) {
+        self.owners().for_each(|owner| owner.held.add(bytes));
+        self.budget.all.add(bytes);
+    }
+
+    fn release(&self, bytes: usize) {
+        self.owners().for_each(|owner| owner.held.release(bytes));
+        self.budget.all.release(bytes);
+    }
+}
+
+impl MemoryCharge {
+    /// The account that is charged.
+    pub fn account(&self) -> &Arc<MemoryAccount> {
+        &self.account
+    }
+
+    /// How many bytes are charged.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Charges `more` bytes.
+    ///
+    /// # Errors
+    /// [`MemoryExceeded`]; the charge is what it was then.
+    pub fn grow(&mut self, more: usize) -> Result<(), MemoryExceeded> {
+        self.account.try_add(more, self.bytes, 1)?;
+        self.bytes += more;
+        Ok(())
+    }
+
+    /// Charges `more` bytes of something that is to be sent.
+    ///
+    /// # Errors
+    /// As [`MemoryAccount::charge_to_send`]; the charge is what it was then.
+    pub fn grow_to_send(&mut self, more: usize) -> Result<(), MemoryExceeded> {
+        self.account.try_add(more, self.bytes, SEND_PARTS)?;
+        self.bytes += more;
+        Ok(())
+    }
+
+    /// Makes it `bytes`, more or fewer.
+    ///
+    /// # Errors
+    /// As [`MemoryCharge::grow`].
+    pub fn resize(&mut self, bytes: usize) -> Result<(), MemoryExceeded> {
+        match bytes.checked_sub(self.bytes) {
+            Some(more) => self.grow(more),
+            None => {
+                self.set_held(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes it `bytes`, which are in memory already.
+    pub fn set_held(&mut self, bytes: usize) {
+        match bytes.checked_sub(self.bytes) {
+            Some(more) => self.account.add(more),
+            None => self.account.release(self.bytes - bytes),
+        }
+        self.bytes = bytes;
+    }
+}
+
+impl Drop for MemoryCharge {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.account.release(self.bytes);
+        }
+    }
+}
+
+/// Counts somebody who waits, for as long as it exists.
+struct WaitingClient<'a>(&'a WaitingQueue);
+
+impl<'a> WaitingClient<'a> {
+    fn new(queue: &'a WaitingQueue) -> Self {
+        queue.waiting.fetch_add(1, Ordering::SeqCst);
+        Self(queue)
+    }
+}
+
+impl Drop for WaitingClient<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+}
