@@ -7,5 +7,6 @@ mod common;
 mod conformance;
 mod front;
 mod subscribe;
+mod tenants;
 mod tls;
 mod ws;

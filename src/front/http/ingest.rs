@@ -93,6 +93,8 @@ async fn ingest(
             (upload.draft(&intake)?, upload)
         } else {
             let intake = intake.clone();
+            // Not on all threads: the registry needs some.
+            let _turn = shared.parses.acquire().await.expect("the semaphore is never closed");
             run_blocking(move || Ok((upload.draft(&intake)?, upload))).await?
         };
         let kept = intake.submit(draft).await.map_err(|refusal| match &refusal {

@@ -61,14 +61,16 @@ use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::Subscribers;
 use crate::front::problem::Problem;
 use crate::front::{mqtt, nats};
-use crate::intake::Intake;
+use crate::intake::{Intake, Refusal};
 use crate::limits::{
-    HTTP_BODIES_BYTES_MAX, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S, QUERIES_MAX,
-    REVOCATION_WAIT_MAX,
+    HTTP_BODIES_BYTES_MAX, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S,
+    PARSES_PER_PROCESSOR_MAX, REVOCATION_WAIT_MAX,
 };
 use crate::log::Log;
+use crate::message::DatasourceId;
 use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
+use crate::quota::{Limit, LimitExceeded};
 
 pub use waiting::{UnreadyReason, serve_until_ready};
 
@@ -116,7 +118,7 @@ pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: Cancella
     let shared = Arc::new(HttpFrontState {
         // Room for at least two bodies of the largest size that is configured.
         bodies: Arc::new(Semaphore::new(HTTP_BODIES_BYTES_MAX.max(2 * config.body_bytes_max))),
-        queries: Semaphore::new(QUERIES_MAX),
+        parses: Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors()),
         setting_schemas: Mutex::new(()),
         leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
@@ -135,8 +137,8 @@ struct HttpFrontState {
     parts: HttpFrontParts,
     /// A permit for each byte of request bodies that may be in memory.
     bodies: Arc<Semaphore>,
-    /// A permit for each query that may run at once.
-    queries: Semaphore,
+    /// A permit for each large body that may be parsed at once.
+    parses: Semaphore,
     /// Counts leak reports by source address.
     leak_reports: AuthFailures,
     /// Held while limits are changed, so that of two concurrent changes neither is lost.
@@ -154,6 +156,15 @@ impl HttpFrontState {
     /// The datasource that a path names. Call it only after the caller is authorized for that id.
     fn datasource(&self, id: &str) -> Result<Arc<Datasource>, Problem> {
         self.registry().datasource(id).ok_or_else(|| no_datasource(id))
+    }
+
+    /// Fails if a datasource has `times` as many live keys as its limit allows.
+    fn check_key_count(&self, datasource: &DatasourceId, times: u64) -> Result<(), Problem> {
+        let setting = self.parts.intake.count_limit(datasource, Limit::Keys);
+        if (self.registry().keys(datasource).len() as u64) < setting.max.saturating_mul(times) {
+            return Ok(());
+        }
+        Err(Refusal::from(LimitExceeded::of_count(Limit::Keys, setting, datasource)).into())
     }
 
     /// Waits until nothing more can come in under keys that a call has ended and their connections are
@@ -206,6 +217,21 @@ async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?
+}
+
+/// As [`run_blocking`], for what a caller reads: in a turn of its tenant, so that others and the registry always
+/// find a thread. The work goes on, and keeps the turn, if the caller goes away.
+async fn run_in_turn<T: Send + 'static>(
+    shared: &HttpFrontState,
+    caller: &Caller,
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    let turn = shared.parts.subscribers.shares.share(caller.0.datasource()).read_turn().await;
+    run_blocking(move || {
+        let _turn = turn;
+        work()
+    })
+    .await
 }
 
 /// Every route. `openapi.json` lists the same; a test compares the two.

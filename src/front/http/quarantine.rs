@@ -19,7 +19,7 @@ use serde_json::json;
 
 use super::credentials::Caller;
 use super::query::{self, page_limit, run_query, time_parameter};
-use super::{HttpFrontState, PathParameters, keys, run_blocking};
+use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn};
 use crate::auth::{AuditEvent, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
@@ -63,7 +63,7 @@ pub(super) async fn list(
         redrivable: false,
         limit: page_limit(parameters.limit)?,
     };
-    run_query(&shared, move |stored| Ok(Json(stored.quarantine(&query)?).into_response())).await
+    run_query(&shared, &caller, move |stored| Ok(Json(stored.quarantine(&query)?).into_response())).await
 }
 
 /// Which messages to send again: those with these offsets, those whose topic matches the filter, or those
@@ -143,7 +143,7 @@ pub(super) async fn redrive(
     };
     loop {
         let (asked, reader) = (query.clone(), stored.clone());
-        let page = run_blocking(move || Ok(reader.quarantine(&asked)?)).await;
+        let page = run_in_turn(&shared, &caller, move || Ok(reader.quarantine(&asked)?)).await;
         let page = page.map_err(Problem::after_body_read)?;
         redrive_page(&shared, &caller, &datasource, &page.records, &mut answer).await?;
         answer.more = page.next.is_some();

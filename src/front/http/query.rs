@@ -1,5 +1,5 @@
 //! Queries: the stored records of a datasource, as pages and as the newest values. A query waits for the
-//! disk, so it runs on a blocking thread, and only a limited number runs at once.
+//! disk, so it runs on a blocking thread, in a turn of the caller's tenant.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
 use super::credentials::Caller;
-use super::{HttpFrontState, PathParameters, run_blocking};
+use super::{HttpFrontState, PathParameters, run_in_turn};
 use crate::auth::Scope;
 use crate::consume::query::{QueryError, RecordsQuery, RecordsReader};
 use crate::consume::render::{self, parse_time};
@@ -77,7 +77,7 @@ pub(super) async fn records(
     let datasource = readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(parameters) = QueryString::<RecordsParameters>::try_from_uri(&uri)?;
     let query = parameters.into_query(datasource)?;
-    run_query(&shared, move |stored| {
+    run_query(&shared, &caller, move |stored| {
         // Not through a `Value`, which could change the digits of a number in a payload.
         Ok(Json(render::records_page_json(&stored.records(&query)?)).into_response())
     })
@@ -100,7 +100,7 @@ pub(super) async fn latest(
 ) -> Result<Response, Problem> {
     let datasource = readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(LatestParameters { after_topic }) = QueryString::try_from_uri(&uri)?;
-    run_query(&shared, move |stored| {
+    run_query(&shared, &caller, move |stored| {
         Ok(Json(stored.latest(&datasource, after_topic.as_deref())?).into_response())
     })
     .await
@@ -124,12 +124,12 @@ pub(super) fn stored_records_query(shared: &HttpFrontState) -> Result<RecordsRea
     })
 }
 
-/// Runs one query, as soon as fewer than the maximum are running.
+/// Runs one query, when it is the turn of the caller's tenant.
 pub(super) async fn run_query(
     shared: &HttpFrontState,
+    caller: &Caller,
     query: impl FnOnce(&RecordsReader) -> Result<Response, QueryError> + Send + 'static,
 ) -> Result<Response, Problem> {
     let stored = stored_records_query(shared)?;
-    let _turn = shared.queries.acquire().await.expect("the semaphore is never closed");
-    run_blocking(move || Ok(query(&stored)?)).await
+    run_in_turn(shared, caller, move || Ok(query(&stored)?)).await
 }
