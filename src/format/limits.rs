@@ -115,8 +115,6 @@ pub const HTTP_ANSWER_PIECE_BYTES: usize = 64 << 10;
 pub const QUERY_PIECE_BYTES: usize = 512 << 10;
 /// The largest body that is parsed on the task that read it; larger ones go to a blocking thread.
 pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
-/// Larger bodies that are made drafts concurrently: a JSON value takes many times its text while it is validated.
-pub const DRAFTING_MAX: usize = 4;
 /// Bytes read and discarded of a request that was answered before its end.
 pub const HTTP_LINGER_BYTES_MAX: usize = 512 << 10;
 /// Requests at once on one HTTP/2 connection.
@@ -240,8 +238,40 @@ pub const CLOCK_SKEW_MICROS_MAX: i64 = 1_000_000;
 pub const TAIL_BYTES_MAX: usize = 16 << 20;
 /// Bytes of batches in a live subscriber's mailbox above which it counts as behind.
 pub const MAILBOX_BYTES_MAX: usize = 1 << 20;
+/// Bytes of routed batches that mailboxes hold in all: who has not taken a batch when so many came after it
+/// reads it from the log again.
+pub const MAILBOX_WINDOW_BYTES: usize = TAIL_BYTES_MAX;
+/// The part of it after which the router looks for mailboxes that hold older batches.
+pub const MAILBOX_SWEEP_BYTES: usize = 4 << 20;
+/// Steps through filters and places found that the router spends on the records of one datasource in one
+/// batch. Beyond that its subscribers read the batch by themselves.
+pub const ROUTE_STEPS_MAX: usize = 200_000;
+/// Places that the router has found for the subscribers of one datasource and that they have not taken.
+pub const ROUTED_PLACES_BYTES_MAX: u64 = 8 << 20;
+/// Steps through filters and places found in one turn of a subscriber that reads the log by itself.
+pub const CATCH_UP_STEPS_MAX: usize = 20_000;
+/// Subscriptions of a session that are gone through in one turn to send it records.
+pub const DELIVERY_STEPS_MAX: usize = 32_768;
+/// Bytes that the subscribers of one datasource hold while their clients take nothing; beyond that they read
+/// them again later.
+pub const STALLED_BYTES_PER_TENANT_MAX: u64 = 32 << 20;
+/// The same of all datasources.
+pub const STALLED_BYTES_MAX: u64 = 96 << 20;
+/// Reads from the disk for subscribers and queries at once, each on a blocking thread; the runtime has 512,
+/// and the registry needs some whatever subscribers do.
+pub const BLOCKING_READS_MAX: usize = 16;
+/// Those of them that one datasource may have.
+pub const BLOCKING_READS_PER_TENANT_MAX: usize = 2;
+/// SUBSCRIBEs that search the log for their beginning at once; each remembers up to [`TAIL_RECORDS_MAX`] offsets.
+pub const REPLAYS_RUNNING_MAX: usize = 8;
+/// Those of them that one datasource may have; further ones wait.
+pub const REPLAYS_RUNNING_PER_TENANT_MAX: usize = 2;
+/// SUBSCRIBEs of one datasource that search the log for their beginning, or wait for their turn to.
+pub const REPLAYS_PER_TENANT_MAX: u64 = 64;
 /// Bytes that the router reads from the log at a time.
 pub const ROUTE_BYTES: usize = 4 << 20;
+/// Bytes in memory anyway that a subscriber that is behind takes at a time.
+pub const CATCH_UP_RECENT_BYTES: usize = 64 << 10;
 /// Bytes that a subscriber that is behind reads from the log at a time.
 pub const CATCH_UP_BYTES: usize = 1 << 20;
 /// Bytes that egress reads from the log at a time.
@@ -252,8 +282,10 @@ pub const REFETCH_RECORDS: usize = 256;
 pub const QUERY_RECORDS_MAX: usize = 10_000;
 /// Records on a page of a query that gives no limit.
 pub const QUERY_RECORDS_DEFAULT: usize = 100;
-/// Concurrent queries; further ones wait.
-pub const QUERIES_MAX: usize = 4;
+/// Connections to a database that are kept for the next readers.
+pub const IDLE_READERS_MAX: usize = 8;
+/// Large HTTP bodies that are parsed at once for each processor.
+pub const PARSES_PER_PROCESSOR_MAX: usize = 4;
 /// Payload bytes after which a page of a query ends, full or not.
 pub const QUERY_BYTES_MAX: usize = 16 << 20;
 /// Records that a query scans for one page; a selective filter gives short pages.
@@ -273,6 +305,33 @@ pub const LATEST_VALUE_BYTES_MAX: usize = 64 << 10;
 pub const LIMIT_MAX: u64 = 1_000_000_000_000;
 /// The largest limit on distinct topics of a key or datasource: each topic takes 8 bytes of memory.
 pub const LIMIT_TOPICS_MAX: u64 = 100_000;
+/// The largest limit on topics with a retained message: each takes about 32 bytes of memory.
+pub const RETAINED_TOPICS_LIMIT: u64 = 10_000_000;
+/// Default for a datasource: MQTT sessions that outlive their connection, with about 1 KiB each.
+pub const SESSIONS_PER_TENANT_MAX: u64 = 10_000;
+/// Default for a datasource: subscriptions of all its MQTT sessions.
+pub const SUBSCRIPTIONS_PER_TENANT_MAX: u64 = 100_000;
+/// Default for a datasource: what those take in memory, in bytes, as [`SUBSCRIPTION_BYTES`] and
+/// [`SUBSCRIPTION_LEVEL_BYTES`] count it.
+pub const SUBSCRIPTION_BYTES_PER_TENANT_MAX: u64 = 64 << 20;
+/// What a subscription takes in memory beside its filter's text, which is there four times.
+pub const SUBSCRIPTION_BYTES: u64 = 256;
+/// What each level of its filter takes in memory, where no other filter shares it.
+pub const SUBSCRIPTION_LEVEL_BYTES: u64 = 512;
+/// Default for a datasource: groups of shared subscriptions.
+pub const SHARE_GROUPS_PER_TENANT_MAX: u64 = 1_000;
+/// Default for a datasource: messages that were sent to its subscribers and are not acknowledged.
+pub const INFLIGHT_PER_TENANT_MAX: u64 = 500_000;
+/// How many of those a session takes of its datasource's share at a time.
+pub const INFLIGHT_STEP: u64 = 256;
+/// How many messages a session may have in flight whatever others of its datasource have.
+pub const INFLIGHT_PER_SESSION_MIN: u64 = 16;
+/// Default for a datasource: topics with a retained message.
+pub const RETAINED_TOPICS_PER_TENANT_MAX: u64 = 100_000;
+/// Default for a datasource: bytes of its retained messages.
+pub const RETAINED_BYTES_PER_TENANT_MAX: u64 = 256 << 20;
+/// Default for a datasource: keys that are not revoked.
+pub const KEYS_PER_TENANT_MAX: u64 = 10_000;
 /// Default: failed authentications that an address may have at once.
 pub const AUTH_FAILURES_BURST: u64 = 100;
 /// Default: failed authentications forgotten per second.

@@ -28,7 +28,8 @@ use crate::memory::{MemoryAccount, MemoryBudget};
 use crate::message::{DatasourceId, Offset, RecordRef, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
-use crate::quota::{LimitExceeded, LimitOwner, Meters, Quota};
+use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, Meters, Quota, QuotaLimits};
+use crate::shares::{ShareCount, ShareExceeded, TenantShare};
 
 use admitted::SectionCounts;
 use draft::DraftPayer;
@@ -179,6 +180,34 @@ impl Intake {
             keys.iter().map(|key| key.connection_count()).sum()
         };
         Ok(quota.check_connections(of_key, of_datasource)?)
+    }
+
+    /// How far a count of a datasource, or of the keys for all (`*`), may go: [`Limit::default_max`] where an
+    /// operator has set nothing.
+    pub fn count_limit(&self, datasource: &DatasourceId, limit: Limit) -> LimitSetting {
+        let registry = self.0.authorizer.registry();
+        let of_datasource = registry.with_datasource(datasource.as_str(), |datasource| {
+            let meters = meters(&datasource.limits, || LimitOwner::Datasource(datasource.id.clone()))?;
+            meters.limits().get_or_default(limit)
+        });
+        let by_default = || QuotaLimits::default().get_or_default(limit);
+        let none = LimitSetting { max: u64::MAX, burst: u64::MAX, policy: LimitPolicy::Reject };
+        of_datasource.flatten().or_else(by_default).unwrap_or(none)
+    }
+
+    /// Brings the maxima of a tenant's share up to its present limits.
+    pub fn limit_share(&self, datasource: &DatasourceId, share: &TenantShare) {
+        for what in ShareCount::ALL {
+            if let Some(limit) = limit_of_count(what) {
+                share.set_max(what, self.count_limit(datasource, limit).max);
+            }
+        }
+    }
+
+    /// The refusal of what a tenant's share has no room for.
+    pub fn share_refusal(&self, datasource: &DatasourceId, exceeded: ShareExceeded) -> Refusal {
+        let limit = limit_of_count(exceeded.0).unwrap_or(Limit::SubscriptionBytes);
+        LimitExceeded::of_count(limit, self.count_limit(datasource, limit), datasource).into()
     }
 
     /// Hands a draft to the log as soon as there is room for it. While there is none, MQTT clients are
@@ -359,6 +388,18 @@ impl Intake {
     /// The refusal for a draft without room, where a client cannot be held back.
     pub fn busy_refusal(&self) -> Refusal {
         Refusal::Busy { in_flight_bytes_max: self.0.limits.in_flight_bytes_max, retry_after: RETRY_AFTER }
+    }
+}
+
+/// The limit that an operator may set for a count.
+fn limit_of_count(what: ShareCount) -> Option<Limit> {
+    match what {
+        ShareCount::Sessions => Some(Limit::Sessions),
+        ShareCount::Subscriptions => Some(Limit::Subscriptions),
+        ShareCount::SubscriptionBytes => Some(Limit::SubscriptionBytes),
+        ShareCount::ShareGroups => Some(Limit::ShareGroups),
+        ShareCount::Inflight => Some(Limit::Inflight),
+        ShareCount::StalledBytes | ShareCount::PlaceBytes | ShareCount::Replays => None,
     }
 }
 

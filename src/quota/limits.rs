@@ -11,7 +11,11 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::bucket::Rate;
-use crate::limits::{LIMIT_MAX, LIMIT_TOPICS_MAX};
+use crate::limits::{
+    INFLIGHT_PER_TENANT_MAX, KEYS_PER_TENANT_MAX, LIMIT_MAX, LIMIT_TOPICS_MAX, RETAINED_BYTES_PER_TENANT_MAX,
+    RETAINED_TOPICS_LIMIT, RETAINED_TOPICS_PER_TENANT_MAX, SESSIONS_PER_TENANT_MAX,
+    SHARE_GROUPS_PER_TENANT_MAX, SUBSCRIPTION_BYTES_PER_TENANT_MAX, SUBSCRIPTIONS_PER_TENANT_MAX,
+};
 
 /// What can be limited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -26,12 +30,42 @@ pub enum Limit {
     PayloadBytes,
     /// Different topics.
     Topics,
+    /// Of a datasource: MQTT sessions that outlive their connection.
+    Sessions,
+    /// Of a datasource: subscriptions of all its MQTT sessions.
+    Subscriptions,
+    /// Of a datasource: what those take in memory, in bytes.
+    SubscriptionBytes,
+    /// Of a datasource: groups of shared subscriptions.
+    ShareGroups,
+    /// Of a datasource: messages that were sent to its subscribers and are not acknowledged; who is over it is
+    /// sent no more until some are.
+    Inflight,
+    /// Of a datasource: topics with a retained message.
+    RetainedTopics,
+    /// Of a datasource: bytes of its retained messages.
+    RetainedBytes,
+    /// Of a datasource: keys that are not revoked.
+    Keys,
 }
 
 impl Limit {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Limit; 5] =
-        [Limit::MessagesPerS, Limit::BytesPerS, Limit::Connections, Limit::PayloadBytes, Limit::Topics];
+    pub const ALL: [Limit; 13] = [
+        Limit::MessagesPerS,
+        Limit::BytesPerS,
+        Limit::Connections,
+        Limit::PayloadBytes,
+        Limit::Topics,
+        Limit::Sessions,
+        Limit::Subscriptions,
+        Limit::SubscriptionBytes,
+        Limit::ShareGroups,
+        Limit::Inflight,
+        Limit::RetainedTopics,
+        Limit::RetainedBytes,
+        Limit::Keys,
+    ];
 
     /// The name in the API, in metrics and in messages.
     pub fn name(self) -> &'static str {
@@ -41,6 +75,34 @@ impl Limit {
             Limit::Connections => "connections",
             Limit::PayloadBytes => "payload_bytes",
             Limit::Topics => "topics",
+            Limit::Sessions => "sessions",
+            Limit::Subscriptions => "subscriptions",
+            Limit::SubscriptionBytes => "subscription_bytes",
+            Limit::ShareGroups => "share_groups",
+            Limit::Inflight => "inflight",
+            Limit::RetainedTopics => "retained_topics",
+            Limit::RetainedBytes => "retained_bytes",
+            Limit::Keys => "keys",
+        }
+    }
+
+    /// For what is always limited, because it costs memory or disk for long: the limit of a datasource for
+    /// which none is set. Keys have no limits of these.
+    pub fn default_max(self) -> Option<u64> {
+        match self {
+            Limit::MessagesPerS
+            | Limit::BytesPerS
+            | Limit::Connections
+            | Limit::PayloadBytes
+            | Limit::Topics => None,
+            Limit::Sessions => Some(SESSIONS_PER_TENANT_MAX),
+            Limit::Subscriptions => Some(SUBSCRIPTIONS_PER_TENANT_MAX),
+            Limit::SubscriptionBytes => Some(SUBSCRIPTION_BYTES_PER_TENANT_MAX),
+            Limit::ShareGroups => Some(SHARE_GROUPS_PER_TENANT_MAX),
+            Limit::Inflight => Some(INFLIGHT_PER_TENANT_MAX),
+            Limit::RetainedTopics => Some(RETAINED_TOPICS_PER_TENANT_MAX),
+            Limit::RetainedBytes => Some(RETAINED_BYTES_PER_TENANT_MAX),
+            Limit::Keys => Some(KEYS_PER_TENANT_MAX),
         }
     }
 
@@ -50,7 +112,11 @@ impl Limit {
     }
 
     fn max(self) -> u64 {
-        if self == Limit::Topics { LIMIT_TOPICS_MAX } else { LIMIT_MAX }
+        match self {
+            Limit::Topics => LIMIT_TOPICS_MAX,
+            Limit::RetainedTopics => RETAINED_TOPICS_LIMIT,
+            _ => LIMIT_MAX,
+        }
     }
 }
 
@@ -82,6 +148,9 @@ impl LimitPolicy {
     fn check(self, limit: Limit) -> Result<(), &'static str> {
         match self {
             LimitPolicy::Reject => Ok(()),
+            _ if limit.default_max().is_some() => {
+                Err("it can only be reject: there is no message to keep or to wait")
+            }
             LimitPolicy::Quarantine if limit != Limit::Connections => Ok(()),
             LimitPolicy::HoldBack if limit.is_rate() => Ok(()),
             LimitPolicy::HoldBack => {
@@ -128,6 +197,17 @@ impl QuotaLimits {
     /// The setting of one limit, if it is set.
     pub fn get(&self, limit: Limit) -> Option<LimitSetting> {
         self.0[limit as usize]
+    }
+
+    /// The setting of one limit, or its default.
+    pub fn get_or_default(&self, limit: Limit) -> Option<LimitSetting> {
+        let by_default = |max| LimitSetting { max, burst: max, policy: LimitPolicy::Reject };
+        self.get(limit).or_else(|| limit.default_max().map(by_default))
+    }
+
+    /// The first limit that is set and that only datasources have.
+    pub fn first_of_datasources(&self) -> Option<Limit> {
+        Limit::ALL.into_iter().find(|limit| limit.default_max().is_some() && self.get(*limit).is_some())
     }
 
     /// Whether nothing is limited.
@@ -274,10 +354,23 @@ mod tests {
             "connections": { "max": 2 },
             "payload_bytes": 512,
             "topics": LIMIT_TOPICS_MAX,
+            "sessions": 3,
         }))
         .expect("good");
         assert_eq!(limits(set.to_json()), Ok(set));
         assert_eq!(limits(Value::Null), Ok(QuotaLimits::default()));
+    }
+
+    #[test]
+    fn what_costs_memory_for_long_is_limited_where_nothing_is_set() {
+        let set = limits(json!({ "sessions": 3 })).expect("good");
+        for limit in Limit::ALL {
+            let max = set.get_or_default(limit).map(|setting| setting.max);
+            let expected = if limit == Limit::Sessions { Some(3) } else { limit.default_max() };
+            assert_eq!(max, expected, "{}", limit.name());
+        }
+        assert_eq!(set.first_of_datasources(), Some(Limit::Sessions));
+        assert_eq!(limits(json!({ "topics": 3 })).expect("good").first_of_datasources(), None);
     }
 
     #[test]
@@ -310,6 +403,8 @@ mod tests {
             (json!({ "topics": { "max": 1, "burst": 1 } }), "/topics"),
             (json!({ "topics": LIMIT_TOPICS_MAX + 1 }), "/topics/max"),
             (json!({ "bytes_per_s": LIMIT_MAX + 1 }), "/bytes_per_s/max"),
+            (json!({ "sessions": { "max": 1, "policy": "quarantine" } }), "/sessions/policy"),
+            (json!({ "retained_topics": RETAINED_TOPICS_LIMIT + 1 }), "/retained_topics/max"),
         ] {
             assert_eq!(limits(value.clone()).map_err(|e| e.pointer), Err(pointer.to_owned()), "{value}");
         }

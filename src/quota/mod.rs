@@ -66,6 +66,19 @@ pub struct LimitExceeded {
 }
 
 impl LimitExceeded {
+    /// A count of a datasource, or of the keys for all (`*`), that cannot go up.
+    pub fn of_count(limit: Limit, setting: LimitSetting, datasource: &DatasourceId) -> Self {
+        Self {
+            limit,
+            setting,
+            owner: LimitOwner::Datasource(datasource.clone()),
+            wait: Duration::ZERO,
+            standing: QuotaStanding { burst: setting.max, left: 0, full_in: Duration::ZERO },
+            reserved: false,
+            replaced: CancellationToken::new(),
+        }
+    }
+
     /// Whether the policy is to wait instead of refusing.
     pub fn is_held_back(&self) -> bool {
         self.setting.policy == LimitPolicy::HoldBack
@@ -158,6 +171,11 @@ impl Meters {
         Self::new(owner, limits)
     }
 
+    /// The limits.
+    pub fn limits(&self) -> &QuotaLimits {
+        &self.limits
+    }
+
     /// Marks that other meters replace these: messages that are held back are checked against those.
     pub fn mark_replaced(&self) {
         self.replaced.cancel();
@@ -182,9 +200,7 @@ impl Meters {
                 left: setting.max.saturating_sub(self.topics.count()),
                 full_in: Duration::ZERO,
             },
-            Limit::Connections | Limit::PayloadBytes => {
-                QuotaStanding { burst: setting.max, left: 0, full_in: Duration::ZERO }
-            }
+            _ => QuotaStanding { burst: setting.max, left: 0, full_in: Duration::ZERO },
         }
     }
 

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use rusqlite::{Connection, OpenFlags};
 
 use super::{SqliteError, SqliteProfile};
-use crate::limits::QUERIES_MAX;
+use crate::limits::IDLE_READERS_MAX;
 
 /// How long a reader waits while another process has the whole database locked.
 const READER_LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
@@ -58,7 +58,7 @@ impl SqliteReaders {
         };
         // A connection whose query failed is closed.
         let mut idle = self.idle.lock();
-        if idle.len() < QUERIES_MAX {
+        if idle.len() < IDLE_READERS_MAX {
             idle.push((file, connection));
         }
         Ok(answer)

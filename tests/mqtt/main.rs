@@ -9,5 +9,6 @@ mod front;
 mod memory;
 mod once;
 mod subscribe;
+mod tenants;
 mod tls;
 mod ws;

@@ -16,6 +16,9 @@ use super::key::{Key, KeyAttributes};
 use super::queries::StoredKey;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 
+/// Deadlines beyond two for each key that may be stale before they are looked through.
+const STALE_DEADLINES_MAX: usize = 64;
+
 /// Every datasource and key.
 pub(super) struct LiveRegistry {
     /// Every key, revoked ones included.
@@ -138,7 +141,15 @@ impl LiveRegistry {
     pub(super) fn watch(&self, key: &Key) {
         if let Some(at) = key.ends_at() {
             let deadline = (at, key.datasource.clone(), key.id);
-            self.deadlines.lock().insert(deadline);
+            let mut deadlines = self.deadlines.lock();
+            deadlines.insert(deadline);
+            // Those that were moved, or whose key is gone, are ignored; rotations must not pile them up.
+            if deadlines.len() > STALE_DEADLINES_MAX + 2 * self.key_count() {
+                deadlines.retain(|(at, owner, id)| {
+                    self.key(owner, *id).is_some_and(|key| key.ends_at() == Some(*at))
+                });
+            }
+            drop(deadlines);
             self.deadline_set.notify_one();
         }
     }

@@ -4,6 +4,9 @@
 //! does not keep up, or begins in the past, is behind: the feed reads the log itself, each batch once,
 //! and is live again when it reaches the end. Both give the same output: every record that matches, once,
 //! in the log's order.
+//!
+//! What a feed does by itself it does in turns of its tenant's share: a few feeds of one datasource at a time
+//! match records, fewer read the disk, each for a bounded time, however many of them are behind.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -11,15 +14,16 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use tokio::task::JoinHandle;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit};
 
-use super::mailbox::{Mailbox, MailboxContents, RoutedRecords};
-use super::matched::{FilterHits, MatchedRecords};
-use super::router::Router;
-use super::trie::Trie;
-use crate::limits::CATCH_UP_BYTES;
+use super::filter_set::{FilterSet, FilterSlot};
+use super::mailbox::{Mailbox, MailboxContents, RoutedPlaces, RoutedRecords};
+use super::matched::{HitFilters, MatchedRecords};
+use super::router::{Router, SubscriberRoute};
+use crate::limits::{CATCH_UP_BYTES, CATCH_UP_RECENT_BYTES, CATCH_UP_STEPS_MAX};
 use crate::log::{Batch, Log, LogReadError, RecordPlace};
 use crate::message::{DatasourceId, Offset};
+use crate::shares::{TenantShare, TenantShares};
 
 /// What comes next in a feed.
 pub enum FeedItem {
@@ -29,22 +33,18 @@ pub enum FeedItem {
     Skipped(u64),
 }
 
-/// One of a feed's filters.
-struct FilterSlot {
-    /// With the datasource as its first level.
-    filter: Box<str>,
-    /// The first record wanted.
-    from: Offset,
-}
-
 /// A subscriber's place in the log.
 pub struct SubscriberFeed {
     router: Router,
     log: Arc<dyn Log>,
-    /// The datasource of the key. `None` for a key for all, whose filters name the datasource.
-    datasource: Option<DatasourceId>,
+    /// The datasource of the key, or `*` for a key for all, whose filters name the datasource.
+    datasource: DatasourceId,
     mailbox: Arc<Mailbox>,
     slots: Vec<Option<FilterSlot>>,
+    /// How the router knows those filters.
+    route: SubscriberRoute,
+    /// Those filters for matching, once that was needed.
+    filters: Option<Arc<FilterSet>>,
     /// Everything below this is given out.
     position: Offset,
     mode: FeedMode,
@@ -55,14 +55,19 @@ enum FeedMode {
     Behind(CatchUpReader),
 }
 
+type CatchUpRead = Pin<Box<dyn Future<Output = Result<Vec<Batch>, LogReadError>> + Send>>;
+type CatchUpTurn = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+
 /// Reads the log for a feed that is behind.
 #[derive(Default)]
 struct CatchUpReader {
-    /// Batches that were read and not matched yet.
+    /// Batches that were read and not matched to their end yet.
     read: VecDeque<Batch>,
-    /// The filters, for matching.
-    trie: Trie<u32>,
-    reading: Option<JoinHandle<Result<Vec<Batch>, LogReadError>>>,
+    reading: Option<CatchUpRead>,
+    /// The turn in which it reads and matches: what it holds of the log is bounded with the turns.
+    turn: Option<OwnedSemaphorePermit>,
+    /// The wait for a turn, if there was none at once.
+    waiting: Option<CatchUpTurn>,
 }
 
 impl CatchUpReader {
@@ -70,34 +75,74 @@ impl CatchUpReader {
     fn poll_read(
         &mut self,
         log: &Arc<dyn Log>,
+        share: &Arc<TenantShare>,
         position: Offset,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Vec<Batch>, LogReadError>> {
-        let task = match &mut self.reading {
-            Some(task) => task,
-            none => match log.read_recent(position, CATCH_UP_BYTES) {
+        let reading = match &mut self.reading {
+            Some(reading) => reading,
+            none => match log.read_recent(position, CATCH_UP_RECENT_BYTES) {
                 Some(batches) => return Poll::Ready(Ok(batches)),
                 None => {
-                    let log = log.clone();
-                    none.insert(tokio::task::spawn_blocking(move || log.read(position, CATCH_UP_BYTES)))
+                    let (log, share) = (log.clone(), share.clone());
+                    none.insert(Box::pin(async move {
+                        let turn = share.read_turn().await;
+                        let read = tokio::task::spawn_blocking(move || {
+                            let _turn = turn;
+                            log.read(position, CATCH_UP_BYTES)
+                        });
+                        read.await.unwrap_or_else(|ended| Err(LogReadError::Io(ended.to_string().into())))
+                    }))
                 }
             },
         };
-        let done = ready!(Pin::new(task).poll(cx));
+        let done = ready!(reading.as_mut().poll(cx));
         self.reading = None;
-        Poll::Ready(done.unwrap_or_else(|ended| Err(LogReadError::Io(ended.to_string().into()))))
+        Poll::Ready(done)
+    }
+
+    /// Waits for a turn: its tenant's subscribers have as many as there are processors, so that others find
+    /// one free soon. After each read those that wait are first.
+    fn poll_turn(&mut self, share: &TenantShare, cx: &mut Context<'_>) -> Poll<()> {
+        if self.read.is_empty() && self.reading.is_none() {
+            self.turn = None;
+        }
+        if self.turn.is_none() {
+            let turns = share.catch_up_turns();
+            let waiting = match &mut self.waiting {
+                Some(waiting) => waiting,
+                none => match turns.clone().try_acquire_owned() {
+                    Ok(turn) => {
+                        self.turn = Some(turn);
+                        return Poll::Ready(());
+                    }
+                    Err(_) => none.insert(Box::pin(turns.clone().acquire_owned())),
+                },
+            };
+            self.turn = ready!(waiting.as_mut().poll(cx)).ok();
+            self.waiting = None;
+        }
+        Poll::Ready(())
     }
 }
 
 impl SubscriberFeed {
     /// A feed without filters, that begins at `position`.
-    pub fn new(router: Router, log: Arc<dyn Log>, datasource: &DatasourceId, position: Offset) -> Self {
+    pub fn new(
+        router: Router,
+        log: Arc<dyn Log>,
+        shares: &TenantShares,
+        datasource: &DatasourceId,
+        position: Offset,
+    ) -> Self {
         Self {
             router,
             log,
-            datasource: (!datasource.is_all()).then(|| datasource.clone()),
-            mailbox: Arc::default(),
+            datasource: datasource.clone(),
+            mailbox: Arc::new(Mailbox::new(shares.share(datasource))),
             slots: Vec::new(),
+            route: SubscriberRoute::Nothing,
+            filters: None,
             position,
             mode: FeedMode::Behind(CatchUpReader::default()),
         }
@@ -118,11 +163,15 @@ impl SubscriberFeed {
     /// records again. Returns the offset at which the filter begins.
     pub fn set_filter(&mut self, slot: u32, filter: &str, from: Option<Offset>) -> Offset {
         self.remove_filter(slot);
-        let filter: Box<str> = match &self.datasource {
-            Some(datasource) => format!("{datasource}/{filter}").into(),
-            None => filter.into(),
+        let filter: Box<str> = match self.datasource.is_all() {
+            true => filter.into(),
+            false => format!("{}/{filter}", self.datasource).into(),
         };
-        self.router.subscribe(&filter, &self.mailbox, slot);
+        let one = match self.route {
+            SubscriberRoute::One(slot) => self.slots[slot as usize].as_ref().map(|slot| &*slot.filter),
+            _ => None,
+        };
+        self.route = self.router.subscribe(&self.datasource, &self.mailbox, self.route, one, (&filter, slot));
         // Read the end after subscribing: every record from here on is routed.
         let end = self.log.next_offset();
         let from = from.map_or(end, |from| from.min(end));
@@ -138,9 +187,8 @@ impl SubscriberFeed {
                 }
             }
             self.rewind(from);
-        } else if let FeedMode::Behind(reader) = &mut self.mode {
-            reader.trie = Trie::default();
         }
+        self.filters = None;
         from
     }
 
@@ -154,10 +202,31 @@ impl SubscriberFeed {
     /// Removes a slot's filter.
     pub fn remove_filter(&mut self, slot: u32) {
         if let Some(slot) = self.slots.get_mut(slot as usize).and_then(Option::take) {
-            self.router.unsubscribe(&slot.filter, &self.mailbox);
+            self.route = self.router.unsubscribe(&self.datasource, &self.mailbox, self.route, &slot.filter);
         }
+        self.filters = None;
+    }
+
+    /// How many bytes it has read and not given out. [`SubscriberFeed::release`] lets go of them.
+    pub fn held_bytes(&self) -> usize {
+        match &self.mode {
+            FeedMode::Live => 0,
+            FeedMode::Behind(reader) => reader.read.iter().map(Batch::weight).sum(),
+        }
+    }
+
+    /// Lets others have its turn, because it is not asked for more now.
+    pub fn pause(&mut self) {
         if let FeedMode::Behind(reader) = &mut self.mode {
-            reader.trie = Trie::default();
+            reader.turn = None;
+            reader.waiting = None;
+        }
+    }
+
+    /// Lets go of what it has read and not given out: it is read again when it is asked for.
+    pub fn release(&mut self) {
+        if let FeedMode::Behind(reader) = &mut self.mode {
+            *reader = CatchUpReader::default();
         }
     }
 
@@ -184,28 +253,43 @@ impl SubscriberFeed {
 
     /// What the router has left in the mailbox. `None`: look again.
     fn poll_live(&mut self, cx: &mut Context<'_>) -> Poll<Option<FeedItem>> {
-        Poll::Ready(match ready!(self.mailbox.poll_take(|| self.router.routed_offset(), cx)) {
+        Poll::Ready(match ready!(self.mailbox.poll_take(cx)) {
             MailboxContents::Behind => {
                 self.mode = FeedMode::Behind(CatchUpReader::default());
                 None
             }
             MailboxContents::Batch(routed) => {
-                self.merge(routed).filter(MatchedRecords::has_more).map(FeedItem::Matched)
+                self.take_routed(routed).filter(MatchedRecords::has_more).map(FeedItem::Matched)
             }
         })
     }
 
     /// What the log has after the position. `None`: look again.
     fn poll_behind(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<FeedItem>, LogReadError>> {
+        let filters = self.filter_set();
         let FeedMode::Behind(reader) = &mut self.mode else { return Poll::Ready(Ok(None)) };
-        if let Some(batch) = reader.read.pop_front() {
-            fill_trie(&mut reader.trie, &self.slots);
-            let hits = match_batch(&reader.trie, &self.slots, &batch, self.position);
-            self.position = self.position.max(batch.next_offset());
-            let matched = hits.map(|hits| MatchedRecords::new(batch, hits, self.log.withheld().clone()));
-            return Poll::Ready(Ok(matched.filter(MatchedRecords::has_more).map(FeedItem::Matched)));
+        ready!(reader.poll_turn(self.mailbox.share(), cx));
+        if !reader.read.is_empty() {
+            let mut steps = CATCH_UP_STEPS_MAX;
+            while let Some(batch) = reader.read.front() {
+                let (places, next) = filters.match_batch(batch, self.position, &mut steps);
+                self.position = self.position.max(next);
+                let batch = batch.clone();
+                if next >= batch.next_offset() {
+                    reader.read.pop_front();
+                }
+                if !places.is_empty() {
+                    let matched = self.matched(batch, RoutedPlaces::own(places), None);
+                    let item = Some(matched).filter(MatchedRecords::has_more).map(FeedItem::Matched);
+                    return Poll::Ready(Ok(item));
+                }
+                if steps == 0 {
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+            }
         }
-        match ready!(reader.poll_read(&self.log, self.position, cx)) {
+        match ready!(reader.poll_read(&self.log, self.mailbox.share(), self.position, cx)) {
             Ok(batches) if batches.is_empty() => {
                 self.try_live();
                 Poll::Ready(Ok(None))
@@ -235,74 +319,58 @@ impl SubscriberFeed {
         }
     }
 
-    /// Merges the matches of all filters in one batch into log order.
-    fn merge(&mut self, mut routed: Vec<RoutedRecords>) -> Option<MatchedRecords> {
-        let batch = routed.first()?.batch.clone();
+    /// The filters for matching.
+    fn filter_set(&mut self) -> Arc<FilterSet> {
+        self.filters.get_or_insert_with(|| Arc::new(FilterSet::new(&self.slots))).clone()
+    }
+
+    /// Records of a batch. `slot` is the filter that matches all of them, if that is known.
+    fn matched(&mut self, batch: Batch, places: Arc<RoutedPlaces>, slot: Option<u32>) -> MatchedRecords {
+        let filters = match slot {
+            Some(slot) => HitFilters::One([slot]),
+            None => HitFilters::Several(self.filter_set(), Box::default()),
+        };
+        MatchedRecords::new(batch, places, filters, self.log.withheld().clone())
+    }
+
+    /// The records in the mailbox that are still wanted.
+    fn take_routed(&mut self, routed: RoutedRecords) -> Option<MatchedRecords> {
+        let RoutedRecords { batch, slot, places } = routed;
         let begin = self.position;
         self.position = begin.max(batch.next_offset());
-        let slots = &self.slots;
-        let from = |slot: u32| slots.get(slot as usize)?.as_ref().map(|slot| slot.from.max(begin));
-        routed.retain(|routed| from(routed.slot).is_some());
-        if let [one] = &routed[..] {
-            let wanted = from(one.slot).unwrap_or_default();
-            let first = one.places.partition_point(|place| place.offset < wanted);
-            let hits = FilterHits::One([one.slot], one.places.clone());
-            let matched = MatchedRecords::new(batch, hits, self.log.withheld().clone());
-            return (first < one.places.len()).then(|| matched.starting_at(first));
-        }
-        let mut all: Vec<(RecordPlace, u32)> = Vec::new();
-        for RoutedRecords { slot, places, .. } in &routed {
-            let wanted = from(*slot).unwrap_or_default();
-            all.extend(places.iter().filter(|place| place.offset >= wanted).map(|place| (*place, *slot)));
-        }
-        all.sort_by_key(|(place, _)| place.offset);
-        let hits = FilterHits::from_pairs(all.into_iter())?;
-        Some(MatchedRecords::new(batch, hits, self.log.withheld().clone()))
+        let from = match slot {
+            Some(slot) => self.slots.get(slot as usize)?.as_ref()?.from.max(begin),
+            None => begin,
+        };
+        let first = places.partition_point(|place| place.offset < from);
+        (first < places.len()).then(|| self.matched(batch, places, slot).starting_at(first))
     }
 }
 
 impl Drop for SubscriberFeed {
     fn drop(&mut self) {
         for slot in self.slots.iter().flatten() {
-            self.router.unsubscribe(&slot.filter, &self.mailbox);
+            self.route = self.router.unsubscribe(&self.datasource, &self.mailbox, self.route, &slot.filter);
         }
     }
 }
 
-/// Enters the filters into an empty trie.
-fn fill_trie(trie: &mut Trie<u32>, slots: &[Option<FilterSlot>]) {
-    if trie.is_empty() {
-        for (at, slot) in slots.iter().enumerate() {
-            if let (Some(slot), Ok(at)) = (slot, u32::try_from(at)) {
-                trie.values(&slot.filter).push(at);
-            }
-        }
+/// As [`fetch_records`], on a blocking thread, in a turn of the tenant's share. Nothing is read any more once
+/// the future is dropped while it waits for the turn.
+pub fn fetch_in_turn(
+    share: &Arc<TenantShare>,
+    log: &Arc<dyn Log>,
+    offsets: Vec<Offset>,
+) -> impl Future<Output = Result<Vec<Option<(Batch, RecordPlace)>>, LogReadError>> + Send + 'static + use<> {
+    let (share, log) = (share.clone(), log.clone());
+    async move {
+        let turn = share.read_turn().await;
+        let fetching = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            fetch_records(&*log, &offsets)
+        });
+        fetching.await.unwrap_or_else(|ended| Err(LogReadError::Io(ended.to_string().into())))
     }
-}
-
-/// The records of a batch, from `begin` on, that the filters match.
-fn match_batch(
-    trie: &Trie<u32>,
-    slots: &[Option<FilterSlot>],
-    batch: &Batch,
-    begin: Offset,
-) -> Option<FilterHits> {
-    let from = |slot: u32| slots.get(slot as usize).and_then(Option::as_ref).map(|slot| slot.from);
-    let mut all = Vec::new();
-    for section in batch.sections() {
-        let starts = trie.for_datasource(section.datasource());
-        if section.next_offset() <= begin || starts.is_empty() {
-            continue;
-        }
-        for (topic, place) in section.topics().filter(|(_, place)| place.offset >= begin) {
-            starts.visit(topic, |&slot| {
-                if from(slot).is_some_and(|from| place.offset >= from) {
-                    all.push((place, slot));
-                }
-            });
-        }
-    }
-    FilterHits::from_pairs(all.into_iter())
 }
 
 /// Reads single records. For each offset, in the given order, returns the batch and the place in it, or
@@ -310,7 +378,7 @@ fn match_batch(
 ///
 /// # Errors
 /// [`LogReadError`] for damage and the file system's errors.
-pub fn fetch_records(
+fn fetch_records(
     log: &dyn Log,
     offsets: &[Offset],
 ) -> Result<Vec<Option<(Batch, RecordPlace)>>, LogReadError> {

@@ -13,18 +13,58 @@ use futures_util::task::AtomicWaker;
 use crate::limits::MAILBOX_BYTES_MAX;
 use crate::log::{Batch, RecordPlace};
 use crate::message::Offset;
+use crate::shares::{ShareCharge, ShareCount, TenantShare};
 
-/// Records of one batch that match one filter.
+/// Places in one batch, with what they take of a tenant's share until the last subscriber has dealt with them.
+pub(super) struct RoutedPlaces {
+    places: Box<[RecordPlace]>,
+    _charge: Option<ShareCharge>,
+}
+
+impl RoutedPlaces {
+    /// Places that a share is charged for; `None` if it has no room.
+    pub(super) fn charged(
+        places: &[RecordPlace],
+        share: &Arc<TenantShare>,
+        bytes_max: u64,
+    ) -> Option<Arc<Self>> {
+        let mut charge = share.charge();
+        charge.try_add(ShareCount::PlaceBytes, size_of_val(places) as u64, bytes_max).ok()?;
+        Some(Arc::new(Self { places: places.into(), _charge: Some(charge) }))
+    }
+
+    /// Places that their reader alone has, and that its own bounds are for.
+    pub(super) fn own(places: Vec<RecordPlace>) -> Arc<Self> {
+        Arc::new(Self { places: places.into(), _charge: None })
+    }
+}
+
+impl std::ops::Deref for RoutedPlaces {
+    type Target = [RecordPlace];
+
+    fn deref(&self) -> &[RecordPlace] {
+        &self.places
+    }
+}
+
+/// Records of one batch that match the filters of one subscriber.
 pub(super) struct RoutedRecords {
     pub(super) batch: Batch,
-    /// Which of the subscriber's filters.
-    pub(super) slot: u32,
-    pub(super) places: Arc<[RecordPlace]>,
+    /// The subscriber's only filter, if the router knows that it matches all of them.
+    pub(super) slot: Option<u32>,
+    pub(super) places: Arc<RoutedPlaces>,
+}
+
+impl RoutedRecords {
+    /// What it takes in memory.
+    fn weight(&self) -> usize {
+        self.batch.weight() + size_of_val(&**self.places) + size_of::<Self>()
+    }
 }
 
 /// One subscriber's mailbox.
-#[derive(Default)]
 pub struct Mailbox {
+    share: Arc<TenantShare>,
     state: Mutex<MailboxState>,
     task: AtomicWaker,
 }
@@ -35,8 +75,9 @@ struct MailboxState {
     live: bool,
     /// Whether the subscriber has dealt with everything that was routed.
     idle: bool,
+    /// At most one entry for each batch.
     queue: VecDeque<RoutedRecords>,
-    /// What the queued batches take in memory.
+    /// What the queue takes in memory.
     bytes: usize,
     /// The first record that the subscriber has not dealt with, as it last reported.
     cursor: Offset,
@@ -44,32 +85,38 @@ struct MailboxState {
 
 /// What a live subscriber finds in its mailbox.
 pub(super) enum MailboxContents {
-    /// All matches in one batch, in the order in which its filters were routed.
-    Batch(Vec<RoutedRecords>),
+    /// All matches in one batch.
+    Batch(RoutedRecords),
     /// Nothing, and nothing will be put in: continue from the log.
     Behind,
 }
 
 impl Mailbox {
-    /// Puts in the matches of one filter. Returns whether to [wake](Mailbox::wake) the subscriber once the
+    /// An empty mailbox of a subscriber that is behind.
+    pub(super) fn new(share: Arc<TenantShare>) -> Self {
+        Self { share, state: Mutex::default(), task: AtomicWaker::new() }
+    }
+
+    /// What its subscriber's tenant takes.
+    pub fn share(&self) -> &Arc<TenantShare> {
+        &self.share
+    }
+
+    /// Puts in the matches in one batch. Returns whether to [wake](Mailbox::wake) the subscriber once the
     /// whole batch is routed.
     pub(super) fn put(&self, routed: RoutedRecords) -> bool {
         let mut state = self.state();
         if !state.live {
             return false;
         }
-        let same =
-            state.queue.back().is_some_and(|last| last.batch.first_offset() == routed.batch.first_offset());
-        if !same {
-            if state.bytes > MAILBOX_BYTES_MAX {
-                state.live = false;
-                return false;
-            }
-            state.bytes += routed.batch.weight();
+        if state.bytes > MAILBOX_BYTES_MAX {
+            state.fall_behind();
+            return true;
         }
+        state.bytes += routed.weight();
         state.idle = false;
         state.queue.push_back(routed);
-        !same
+        true
     }
 
     /// Wakes the subscriber's task.
@@ -77,36 +124,25 @@ impl Mailbox {
         self.task.wake();
     }
 
-    /// Takes out the oldest batch if it is below `routed`. Otherwise more of that batch may still be put
-    /// in.
-    pub(super) fn poll_take(
-        &self,
-        routed: impl Fn() -> Offset,
-        cx: &mut Context<'_>,
-    ) -> Poll<MailboxContents> {
-        if let Poll::Ready(taken) = self.take(routed()) {
+    /// Takes out the oldest batch.
+    pub(super) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<MailboxContents> {
+        if let Poll::Ready(taken) = self.take() {
             return Poll::Ready(taken);
         }
         self.task.register(cx.waker());
-        self.take(routed())
+        self.take()
     }
 
-    fn take(&self, routed: Offset) -> Poll<MailboxContents> {
+    fn take(&self) -> Poll<MailboxContents> {
         let mut state = self.state();
-        let Some(first) = state.queue.front().map(|routed| routed.batch.clone()) else {
+        let Some(routed) = state.queue.pop_front() else {
             return if state.live { Poll::Pending } else { Poll::Ready(MailboxContents::Behind) };
         };
-        if first.next_offset() > routed {
-            return Poll::Pending;
-        }
-        let of_first = |r: &RoutedRecords| r.batch.first_offset() == first.first_offset();
-        let count = state.queue.iter().take_while(|r| of_first(r)).count();
-        let batch = state.queue.drain(..count).collect();
-        state.bytes -= first.weight();
+        state.bytes -= routed.weight();
         if state.queue.is_empty() && state.queue.capacity() > 64 {
             state.queue = VecDeque::new();
         }
-        Poll::Ready(MailboxContents::Batch(batch))
+        Poll::Ready(MailboxContents::Batch(routed))
     }
 
     /// Lets the router put records in from now on.
@@ -114,13 +150,29 @@ impl Mailbox {
         self.state().live = true;
     }
 
-    /// Lets the router put nothing in from now on, and drops what is there.
-    pub(super) fn go_behind(&self) {
+    /// Lets the router put nothing in from now on, and drops what is there: the subscriber reads it from the
+    /// log. Returns whether it was live.
+    pub(super) fn go_behind(&self) -> bool {
         let mut state = self.state();
-        state.live = false;
-        state.idle = false;
-        state.queue = VecDeque::new();
-        state.bytes = 0;
+        let was_live = state.live;
+        state.fall_behind();
+        was_live
+    }
+
+    /// As [`Mailbox::go_behind`], if its oldest batch ends at `floor` or before. Returns whether it did.
+    pub(super) fn go_behind_if_older(&self, floor: Offset) -> bool {
+        let mut state = self.state();
+        let older = state.queue.front().is_some_and(|routed| routed.batch.next_offset() <= floor);
+        if older {
+            state.fall_behind();
+        }
+        older
+    }
+
+    /// Whether there is anything in it.
+    #[cfg(test)]
+    pub(super) fn holds_any(&self) -> bool {
+        !self.state().queue.is_empty()
     }
 
     /// Sets how far the subscriber is: everything below `cursor` is dealt with. With `all`, so is
@@ -139,5 +191,14 @@ impl Mailbox {
 
     fn state(&self) -> MutexGuard<'_, MailboxState> {
         self.state.lock()
+    }
+}
+
+impl MailboxState {
+    fn fall_behind(&mut self) {
+        self.live = false;
+        self.idle = false;
+        self.queue = VecDeque::new();
+        self.bytes = 0;
     }
 }

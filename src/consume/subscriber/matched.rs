@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
+use super::filter_set::{FilterSet, TopicMatches};
+use super::mailbox::RoutedPlaces;
 use crate::log::{Batch, RecordPlace, WithheldRules};
 
 /// The matching records of one batch, in order.
 pub struct MatchedRecords {
     batch: Batch,
-    hits: FilterHits,
+    places: Arc<RoutedPlaces>,
+    filters: HitFilters,
     next: usize,
     withheld: Arc<WithheldRules>,
 }
@@ -20,18 +23,24 @@ pub struct FilterHit<'a> {
     pub slots: &'a [u32],
 }
 
-/// The records of a batch that filters match, in order.
-pub(super) enum FilterHits {
-    /// One filter matches them all. Every subscriber of that filter shares the places.
-    One([u32; 1], Arc<[RecordPlace]>),
-    /// Each record with the position of its first slot, and the slots of all records.
-    Many(Vec<(RecordPlace, u32)>, Vec<u32>),
+/// The filters that match the records of a [`MatchedRecords`].
+pub(super) enum HitFilters {
+    /// One matches them all.
+    One([u32; 1]),
+    /// Each record is matched by some of these. Which ones is found out when the record is given out: a list
+    /// for each would take far more memory than the records.
+    Several(Arc<FilterSet>, Box<TopicMatches>),
 }
 
 impl MatchedRecords {
-    /// The records of `batch` that `hits` has, without those that are withheld.
-    pub(super) fn new(batch: Batch, hits: FilterHits, withheld: Arc<WithheldRules>) -> Self {
-        Self { batch, hits, next: 0, withheld }
+    /// The records of `batch` that `places` has, without those that are withheld.
+    pub(super) fn new(
+        batch: Batch,
+        places: Arc<RoutedPlaces>,
+        filters: HitFilters,
+        withheld: Arc<WithheldRules>,
+    ) -> Self {
+        Self { batch, places, filters, next: 0, withheld }
     }
 
     /// The same without the first `skipped` records.
@@ -44,28 +53,50 @@ impl MatchedRecords {
         &self.batch
     }
 
-    /// The next record. It stays the next until [`MatchedRecords::advance`].
-    pub fn peek(&self) -> Option<FilterHit<'_>> {
-        let at = self.next_given(self.next)?;
-        Some(match &self.hits {
-            FilterHits::One(slot, places) => FilterHit { place: places[at], slots: slot },
-            FilterHits::Many(places, slots) => {
-                let (place, from) = places[at];
-                let to = places.get(at + 1).map_or(slots.len(), |(_, next)| *next as usize);
-                FilterHit { place, slots: &slots[from as usize..to] }
+    /// What it holds in memory, in bytes.
+    pub fn weight(&self) -> usize {
+        self.batch.weight() + size_of_val(&**self.places)
+    }
+
+    /// The place of the next record.
+    pub fn peek_place(&self) -> Option<RecordPlace> {
+        self.next_given(self.next).map(|at| self.places[at])
+    }
+
+    /// The next record. It stays the next until [`MatchedRecords::advance`]. Takes what it costs to find its
+    /// filters from `steps`.
+    pub fn peek(&mut self, steps: &mut usize) -> Option<FilterHit<'_>> {
+        let mut reader = None;
+        loop {
+            let at = self.next_given(self.next)?;
+            let place = self.places[at];
+            self.next = at;
+            let HitFilters::Several(set, matches) = &mut self.filters else { break };
+            let record = reader.get_or_insert_with(|| self.batch.reader()).read(place);
+            let topic = (record.datasource, record.topic);
+            if !set.slots_for(topic, place.offset, matches, steps).is_empty() {
+                break;
             }
-        })
+            // Its filters are gone.
+            self.next += 1;
+        }
+        let place = self.places[self.next];
+        let slots = match &self.filters {
+            HitFilters::One(slot) => &slot[..],
+            HitFilters::Several(set, matches) => set.found(matches, place.offset),
+        };
+        Some(FilterHit { place, slots })
     }
 
     /// Moves past the next record.
     pub fn advance(&mut self) {
-        self.next = self.next_given(self.next).map_or(self.hits.len(), |at| at + 1);
+        self.next = self.next_given(self.next).map_or(self.places.len(), |at| at + 1);
     }
 
     /// How many records are left.
     pub fn remaining(&self) -> usize {
         match self.withheld.now() {
-            left_out if left_out.is_nothing() => self.hits.len() - self.next,
+            left_out if left_out.is_nothing() => self.places.len() - self.next,
             _ => std::iter::successors(self.next_given(self.next), |at| self.next_given(at + 1)).count(),
         }
     }
@@ -80,37 +111,9 @@ impl MatchedRecords {
     fn next_given(&self, at: usize) -> Option<usize> {
         let left_out = self.withheld.now();
         if left_out.is_nothing() {
-            return (at < self.hits.len()).then_some(at);
+            return (at < self.places.len()).then_some(at);
         }
         let mut reader = self.batch.reader();
-        (at..self.hits.len()).find(|&at| !left_out.withholds(&reader.read(self.hits.place(at))))
-    }
-}
-
-impl FilterHits {
-    fn len(&self) -> usize {
-        match self {
-            FilterHits::One(_, places) => places.len(),
-            FilterHits::Many(places, _) => places.len(),
-        }
-    }
-
-    fn place(&self, at: usize) -> RecordPlace {
-        match self {
-            FilterHits::One(_, places) => places[at],
-            FilterHits::Many(places, _) => places[at].0,
-        }
-    }
-
-    /// Builds hits from ordered pairs of record and slot; a record has one pair per matching filter.
-    pub(super) fn from_pairs(all: impl Iterator<Item = (RecordPlace, u32)>) -> Option<Self> {
-        let (mut places, mut slots): (Vec<(RecordPlace, u32)>, Vec<u32>) = Default::default();
-        for (place, slot) in all {
-            if places.last().is_none_or(|(last, _)| last.offset != place.offset) {
-                places.push((place, u32::try_from(slots.len()).expect("fewer than 2³² in a batch")));
-            }
-            slots.push(slot);
-        }
-        (!places.is_empty()).then_some(FilterHits::Many(places, slots))
+        (at..self.places.len()).find(|&at| !left_out.withholds(&reader.read(self.places[at])))
     }
 }

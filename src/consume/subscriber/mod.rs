@@ -22,6 +22,7 @@ pub mod retained;
 pub mod router;
 pub mod sessions;
 
+mod filter_set;
 mod matched;
 mod trie;
 
@@ -37,6 +38,7 @@ pub use router::Router;
 use std::sync::Arc;
 
 use crate::log::Log;
+use crate::shares::TenantShares;
 use retained::RetainedStore;
 use sessions::SessionStore;
 
@@ -52,6 +54,8 @@ pub struct Subscribers {
     pub store: SessionStore,
     /// The newest retained message of each topic.
     pub retained: RetainedStore,
+    /// What the subscribers of each datasource take.
+    pub shares: Arc<TenantShares>,
 }
 
 impl Subscribers {
@@ -66,10 +70,11 @@ impl Subscribers {
         groups: Option<ClusterShareGroups>,
     ) -> std::io::Result<Self> {
         let router = Router::start(&log)?;
+        let shares = Arc::new(TenantShares::default());
         let groups = match groups {
             Some(groups) => ShareGroups::Cluster(Box::new(groups)),
-            None => ShareGroups::local(router.clone(), log.clone()),
+            None => ShareGroups::local(router.clone(), log.clone(), shares.clone()),
         };
-        Ok(Self { log, router, groups, store, retained })
+        Ok(Self { log, router, groups, store, retained, shares })
     }
 }

@@ -11,9 +11,10 @@ use tokio::time::timeout;
 
 use super::{FeedItem, GroupSession, Router, ShareDelivery, ShareGroups, SubscriberFeed};
 use crate::config::{Config, LogConfig};
-use crate::limits::MAILBOX_BYTES_MAX;
+use crate::limits::{MAILBOX_BYTES_MAX, MAILBOX_SWEEP_BYTES, MAILBOX_WINDOW_BYTES, ROUTE_STEPS_MAX};
 use crate::log::{EmbeddedLog, Log, Section};
 use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
+use crate::shares::{ShareCount, TenantShares};
 
 const SOON: Duration = Duration::from_secs(10);
 const DATASOURCES: [&str; 3] = ["a", "b", "c"];
@@ -22,6 +23,7 @@ const TOPICS: [&str; 3] = ["x", "x/y", "z"];
 struct Scene {
     log: Arc<dyn Log>,
     router: Router,
+    shares: Arc<TenantShares>,
     _dir: TempDir,
 }
 
@@ -33,7 +35,7 @@ impl Scene {
         let log = EmbeddedLog::open(dir.path(), &log_config, &config.intake).expect("opens");
         let log: Arc<dyn Log> = Arc::new(log);
         let router = Router::start(&log).expect("a thread");
-        Self { log, router, _dir: dir }
+        Self { log, router, shares: Arc::default(), _dir: dir }
     }
 
     /// Appends records in one commit, one section each.
@@ -51,7 +53,7 @@ impl Scene {
 
     fn feed(&self, datasource: &str, position: Offset) -> SubscriberFeed {
         let datasource = if datasource == "*" { DatasourceId::all() } else { id(datasource) };
-        SubscriberFeed::new(self.router.clone(), self.log.clone(), &datasource, position)
+        SubscriberFeed::new(self.router.clone(), self.log.clone(), &self.shares, &datasource, position)
     }
 }
 
@@ -66,7 +68,7 @@ async fn next(feed: &mut SubscriberFeed, wait: Duration) -> Vec<(Offset, Vec<u32
         panic!("nothing is removed")
     };
     let mut records = Vec::new();
-    while let Some(hit) = matched.peek() {
+    while let Some(hit) = matched.peek(&mut usize::MAX.clone()) {
         let mut slots = hit.slots.to_vec();
         slots.sort_unstable();
         records.push((hit.place.offset, slots));
@@ -239,7 +241,7 @@ async fn no_record_is_lost_between_catching_up_and_being_live() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_member_that_left_had_taken_goes_to_another() {
     let scene = Scene::new();
-    let groups = ShareGroups::local(scene.router.clone(), scene.log.clone());
+    let groups = ShareGroups::local(scene.router.clone(), scene.log.clone(), scene.shares.clone());
     let key = (id("a"), "workers".into(), "#".into());
     let of = GroupSession { uid: 1, expiry_s: 0 };
     assert_eq!(groups.join(&key, of, None).await.expect("joined"), Some(0));
@@ -271,4 +273,131 @@ async fn what_a_member_that_left_had_taken_goes_to_another() {
     assert_eq!(groups.cursors(20), [(key.clone(), 20)]);
     drop(second);
     assert!(groups.leave(&key, 1, false), "the last session takes the group with it");
+}
+
+/// `count` records of one datasource and topic in one commit.
+async fn append_many(scene: &Scene, datasource: &str, topic: &str, count: usize) {
+    let mut section =
+        Section::new(id(datasource), KeyId([1; 6]), Lease::new(), Transport::Mqtt, 0, now_micros());
+    (0..count).for_each(|_| section.push(topic, b"x", "", &[], RecordFlags::default()));
+    let appended = scene.log.append(vec![section], Instant::now() + SOON);
+    appended.await.expect("an answer").expect("appended");
+}
+
+/// Waits until a feed without records to give out is live: it has nothing to read.
+async fn go_live(feed: &mut SubscriberFeed) {
+    assert_eq!(next(feed, Duration::from_millis(50)).await, []);
+}
+
+async fn until_routed(scene: &Scene) {
+    while scene.router.routed_offset() < scene.log.next_offset() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_many_filters_match_is_queued_once_and_comes_with_all_of_them() {
+    const RECORDS: usize = 2_000;
+    let scene = Scene::new();
+    let mut feed = scene.feed("a", 0);
+    // "x", "+", "#", and 61 that do not match.
+    for slot in 0..64_u32 {
+        let filter = match slot {
+            0 => "x".to_owned(),
+            1 => "+".to_owned(),
+            2 => "#".to_owned(),
+            _ => format!("y/{slot}"),
+        };
+        feed.set_filter(slot, &filter, None);
+    }
+    go_live(&mut feed).await;
+    append_many(&scene, "a", "x", RECORDS).await;
+    until_routed(&scene).await;
+    let places = scene.shares.share(&id("a")).count(ShareCount::PlaceBytes);
+    assert_eq!(places, (RECORDS * size_of::<crate::log::RecordPlace>()) as u64);
+    let records = next(&mut feed, SOON).await;
+    assert_eq!(records.len(), RECORDS);
+    assert!(records.iter().all(|(_, slots)| *slots == [0, 1, 2]));
+    assert_eq!(scene.shares.share(&id("a")).count(ShareCount::PlaceBytes), 0, "they are given back");
+    // Down to one filter and to none, and up again.
+    (1..64).for_each(|slot| feed.remove_filter(slot));
+    append_many(&scene, "a", "x", 1).await;
+    assert_eq!(next(&mut feed, SOON).await, [(RECORDS as u64, vec![0])]);
+    feed.remove_filter(0);
+    append_many(&scene, "a", "x", 1).await;
+    feed.set_filter(7, "#", None);
+    append_many(&scene, "a", "x", 1).await;
+    assert_eq!(next(&mut feed, SOON).await, [(RECORDS as u64 + 2, vec![7])]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_costs_the_router_too_much_reads_by_itself_and_others_stay_live() {
+    let scene = Scene::new();
+    let (mut greedy, mut other) = (scene.feed("a", 0), scene.feed("b", 0));
+    // Every topic is another, and goes through all of these.
+    for slot in 0..512_u32 {
+        let filter: Vec<&str> = (0..9).map(|level| if slot >> level & 1 == 0 { "x" } else { "+" }).collect();
+        greedy.set_filter(slot, &format!("{}/#", filter.join("/")), None);
+    }
+    other.set_filter(0, "#", None);
+    go_live(&mut greedy).await;
+    go_live(&mut other).await;
+    let mut sections = Vec::new();
+    for (datasource, records) in [("a", ROUTE_STEPS_MAX / 400), ("b", 3)] {
+        let mut section =
+            Section::new(id(datasource), KeyId([1; 6]), Lease::new(), Transport::Mqtt, 0, now_micros());
+        for n in 0..records {
+            section.push(&format!("x/x/x/x/x/x/x/x/x/{n}"), b"x", "", &[], RecordFlags::default());
+        }
+        sections.push(section);
+    }
+    let appended = scene.log.append(sections, Instant::now() + SOON);
+    appended.await.expect("an answer").expect("appended");
+    until_routed(&scene).await;
+    assert_eq!(scene.shares.share(&id("a")).count(ShareCount::PlaceBytes), 0, "nothing is queued for it");
+    assert_eq!(next(&mut other, SOON).await.len(), 3);
+    let mut seen = 0;
+    while seen < ROUTE_STEPS_MAX / 400 {
+        for (offset, slots) in next(&mut greedy, SOON).await {
+            assert_eq!((offset, slots.len()), (seen as u64, 512));
+            seen += 1;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mailbox_that_nobody_empties_holds_no_old_batch() {
+    let scene = Scene::new();
+    let (mut idle, mut busy) = (scene.feed("a", 0), scene.feed("a", 0));
+    idle.set_filter(0, "x", None);
+    busy.set_filter(0, "z", None);
+    go_live(&mut idle).await;
+    go_live(&mut busy).await;
+    scene.append(&[(0, 0)], b"held").await;
+    let large = vec![b'x'; MAILBOX_BYTES_MAX];
+    for _ in 0..2 * (MAILBOX_WINDOW_BYTES + MAILBOX_SWEEP_BYTES) / MAILBOX_BYTES_MAX {
+        scene.append(&[(0, 2)], &large).await;
+        assert_eq!(next(&mut busy, SOON).await.len(), 1);
+    }
+    until_routed(&scene).await;
+    assert!(!idle.mailbox().holds_any(), "its batch was let go of");
+    assert_eq!(next(&mut idle, SOON).await, [(0, vec![0])], "and is read again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_feed_that_is_paused_leaves_its_turn_to_the_next() {
+    let scene = Scene::new();
+    scene.append(&[(0, 0); 10], b"x").await;
+    let mut feeds: Vec<SubscriberFeed> = (0..2 * crate::shares::processors() + 1)
+        .map(|_| {
+            let mut feed = scene.feed("a", 0);
+            feed.set_filter(0, "#", Some(0));
+            feed
+        })
+        .collect();
+    for feed in &mut feeds {
+        assert_eq!(next(feed, SOON).await.len(), 10);
+        assert!(feed.held_bytes() == 0);
+        feed.pause();
+    }
 }

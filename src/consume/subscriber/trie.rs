@@ -5,6 +5,7 @@
 //! datasource no filter names.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 
 /// Filters, each with the values entered under it.
 pub(super) struct Trie<T> {
@@ -71,22 +72,38 @@ impl<T> TrieNode<T> {
         }
     }
 
-    fn visit(&self, topic: Option<&str>, found: &mut impl FnMut(&T)) {
-        self.below.iter().for_each(&mut *found);
-        let Some(topic) = topic else {
-            return self.here.iter().for_each(found);
-        };
+    /// Goes through the values of the filters that match what is left of a topic. Breaks when `found` does, or
+    /// when `steps` are spent.
+    fn visit(
+        &self,
+        topic: Option<&str>,
+        steps: &mut usize,
+        found: &mut impl FnMut(&T) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        visit_values(&self.below, steps, found)?;
+        let Some(topic) = topic else { return visit_values(&self.here, steps, found) };
         let (level, rest) = match topic.split_once('/') {
             Some((level, rest)) => (level, Some(rest)),
             None => (topic, None),
         };
         if let Some(child) = self.children.get(level) {
-            child.visit(rest, found);
+            child.visit(rest, steps, found)?;
         }
         if let Some(child) = &self.any {
-            child.visit(rest, found);
+            child.visit(rest, steps, found)?;
         }
+        ControlFlow::Continue(())
     }
+}
+
+/// One step, and one for each value.
+fn visit_values<T>(
+    values: &[T],
+    steps: &mut usize,
+    found: &mut impl FnMut(&T) -> ControlFlow<()>,
+) -> ControlFlow<()> {
+    *steps = steps.saturating_sub(1 + values.len());
+    if *steps == 0 { ControlFlow::Break(()) } else { values.iter().try_for_each(found) }
 }
 
 impl<T> Default for Trie<T> {
@@ -96,11 +113,6 @@ impl<T> Default for Trie<T> {
 }
 
 impl<T> Trie<T> {
-    /// Whether there is no filter in it.
-    pub(super) fn is_empty(&self) -> bool {
-        self.root.is_empty()
-    }
-
     /// The values that were entered under `filter`, to be added to.
     pub(super) fn values(&mut self, filter: &str) -> &mut Vec<T> {
         self.root.values(filter.split('/'))
@@ -134,12 +146,17 @@ impl<T> DatasourceFilters<'_, T> {
         self.all.is_empty() && self.named.is_none() && self.any.is_none()
     }
 
-    /// Calls `found` with each value of each filter that matches `topic`.
-    pub(super) fn visit(&self, topic: &str, mut found: impl FnMut(&T)) {
-        self.all.iter().for_each(&mut found);
-        for node in [self.named, self.any].into_iter().flatten() {
-            node.visit(Some(topic), &mut found);
-        }
+    /// Calls `found` with each value of each filter that matches `topic`, until it breaks. Takes the steps that
+    /// this needs from `steps`; when there are none left, it stops, and `steps` is 0.
+    pub(super) fn visit(&self, topic: &str, steps: &mut usize, mut found: impl FnMut(&T) -> ControlFlow<()>) {
+        let mut visit = || {
+            visit_values(self.all, steps, &mut found)?;
+            [self.named, self.any]
+                .into_iter()
+                .flatten()
+                .try_for_each(|node| node.visit(Some(topic), steps, &mut found))
+        };
+        let _ = visit();
     }
 }
 
@@ -152,7 +169,10 @@ mod tests {
 
     fn found(trie: &Trie<usize>, datasource: &str, topic: &str) -> Vec<usize> {
         let mut values = Vec::new();
-        trie.for_datasource(datasource).visit(topic, |value| values.push(*value));
+        trie.for_datasource(datasource).visit(topic, &mut usize::MAX.clone(), |value| {
+            values.push(*value);
+            ControlFlow::Continue(())
+        });
         values.sort_unstable();
         values
     }
@@ -183,6 +203,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_look_up_ends_when_its_steps_are_spent() {
+        let mut trie = Trie::default();
+        for n in 0..100 {
+            trie.values(&format!("a/{}", ["+/", "b/"].map(|level| level.repeat(n % 7)).concat())).push(n);
+            trie.values("a/#").push(n);
+        }
+        let (mut steps, mut seen) = (50, 0);
+        trie.for_datasource("a").visit("b/b", &mut steps, |_| {
+            seen += 1;
+            ControlFlow::Continue(())
+        });
+        assert_eq!((steps, seen), (0, 0), "a hundred values are too many");
+        let mut steps = 103;
+        trie.for_datasource("a").visit("b/b", &mut steps, |_| {
+            seen += 1;
+            if seen == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert_eq!((steps, seen), (1, 3), "whoever asks may end it");
     }
 
     #[test]

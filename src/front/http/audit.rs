@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Caller;
-use super::{HttpFrontState, run_blocking};
+use super::{HttpFrontState, run_in_turn};
 use crate::auth::audit::{AuditEntry, AuditQuery};
 use crate::front::problem::Problem;
 use crate::limits::{AUDIT_ENTRIES_DEFAULT, AUDIT_ENTRIES_MAX};
@@ -83,7 +83,7 @@ pub(super) async fn list(
     let (from, to) = (audit_time_parameter("from", from)?, audit_time_parameter("to", to)?);
     let page = AuditQuery { from, to, after: after.unwrap_or(0), limit };
     let registry = shared.registry().clone();
-    let entries = run_blocking(move || Ok(registry.audit_entries(&page)?)).await?;
+    let entries = run_in_turn(&shared, &caller, move || Ok(registry.audit_entries(&page)?)).await?;
     if ndjson {
         let mut lines = Vec::new();
         for entry in &entries {

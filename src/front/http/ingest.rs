@@ -96,7 +96,8 @@ async fn ingest(
             upload.into_draft_or_question(&intake)
         } else {
             let intake = intake.clone();
-            let _turn = shared.drafting.acquire().await.expect("the semaphore is never closed");
+            // Not on all threads: the registry needs some.
+            let _turn = shared.parses.acquire().await.expect("the semaphore is never closed");
             run_blocking(move || Ok(upload.into_draft_or_question(&intake))).await?
         };
         if let Some(question) = question

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::connect::ConnectLines;
 use super::credentials::Caller;
-use super::{HttpFrontState, PathParameters, limits, run_blocking};
+use super::{HttpFrontState, PathParameters, limits, run_blocking, run_in_turn};
 use crate::auth::usage::{KeyClientUse, KeyUsage};
 use crate::auth::{ApiKey, Key, NewKey, RegistryError, Scope, Scopes};
 use crate::front::problem::Problem;
@@ -221,7 +221,7 @@ pub(super) async fn create(
     caller.require_scope(Scope::Admin, &datasource)?;
     let datasource = key_owner(&shared, &datasource)?;
     let CreateKeyRequest { label, scopes, expires_at, limits } = shared.read_json(request).await?;
-    let limits = limits::parse(&limits).map_err(Problem::after_body_read)?;
+    let limits = limits::parse(&limits).and_then(limits::of_key).map_err(Problem::after_body_read)?;
     let expires_at = match expires_at {
         None => None,
         Some(text) => {
@@ -233,14 +233,17 @@ pub(super) async fn create(
         }
     };
     let scopes = scopes.unwrap_or(Scopes::from_slice(&[Scope::Ingest]));
-    let registry = shared.registry().clone();
+    let registry = shared.clone();
     let owner = datasource.clone();
     let actor = caller.actor();
     let created = run_blocking(move || {
         let limits = limits.text();
         let (label, limits) = (label.as_str(), limits.as_deref());
         let new = NewKey { datasource: &owner, label, scopes, expires_at, limits };
-        Ok(registry.create_key_with(&actor, &new)?)
+        // Of two concurrent requests, one is counted before the other.
+        let _one_at_a_time = registry.limiting.lock();
+        registry.check_key_count(&owner, 1)?;
+        Ok(registry.registry().create_key_with(&actor, &new)?)
     });
     let created = created.await;
     let (key, secret) = created.map_err(Problem::after_body_read)?;
@@ -259,7 +262,8 @@ pub(super) async fn list(
 ) -> Result<Response, Problem> {
     caller.require_scope(Scope::Admin, &datasource)?;
     let owner = key_owner(&shared, &datasource)?;
-    let listed = run_blocking(move || {
+    let turns = shared.clone();
+    let listed = run_in_turn(&turns, &caller, move || {
         let keys = shared.registry().keys(&owner);
         let mut used = Vec::with_capacity(keys.len());
         // Changes of the registry wait during each read, so usage is read in small chunks.
@@ -300,6 +304,8 @@ pub(super) async fn rotate(
             UndoRotationResponse { key: KeyView::new(&undone.key), revoked: dead.first().map(|key| key.id) };
         return Ok(Json(body).into_response());
     }
+    // A rotation is not refused for a key that is there: what is allowed beside is for the old ones' grace.
+    shared.check_key_count(&of, 2).map_err(Problem::after_body_read)?;
     let rotated = run_blocking(move || Ok(registry.rotate_key(&actor, &of, key_id, grace))).await;
     let rotated = match rotated.map_err(Problem::after_body_read)? {
         Err(RegistryError::NotReplaced { dead, why }) => {

@@ -73,7 +73,7 @@ pub(super) async fn patch_key_limits(
         let no_key = || Problem::new(Cause::NoKeyId, format!("There is no key {key_id} here."));
         let _one_at_a_time = shared.limiting.lock();
         let key = shared.registry().key(&datasource, key_id).ok_or_else(no_key)?;
-        let limits = current_limits(&key.limits).patched(&patch)?;
+        let limits = of_key(current_limits(&key.limits).patched(&patch)?)?;
         let old = meters(&key.limits, || LimitOwner::Key(key_id));
         if !shared.registry().set_key_limits(&actor, &datasource, key_id, limits.text())? {
             return Err(no_key());
@@ -82,6 +82,18 @@ pub(super) async fn patch_key_limits(
         Ok(Json(keys::KeyView::new(&key)).into_response())
     });
     changed.await.map_err(Problem::after_body_read)
+}
+
+/// Refuses limits that only datasources have.
+pub(super) fn of_key(limits: QuotaLimits) -> Result<QuotaLimits, Problem> {
+    match limits.first_of_datasources() {
+        None => Ok(limits),
+        Some(limit) => Err(LimitsError {
+            pointer: format!("/{}", limit.name()),
+            words: "only datasources have it: set it there".to_owned(),
+        }
+        .into()),
+    }
 }
 
 /// Parses the limits in a request that creates a key or datasource.

@@ -67,15 +67,17 @@ use crate::consume::subscriber::Subscribers;
 use crate::front::connection_table::ConnectionTable;
 use crate::front::problem::Problem;
 use crate::front::{mqtt, nats};
-use crate::intake::Intake;
+use crate::intake::{Intake, Refusal};
 use crate::limits::{
-    DRAFTING_MAX, HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S,
-    QUERIES_MAX, REVOCATION_WAIT_MAX,
+    HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S,
+    PARSES_PER_PROCESSOR_MAX, REVOCATION_WAIT_MAX,
 };
 use crate::log::Log;
 use crate::memory::MemoryAccount;
+use crate::message::DatasourceId;
 use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
+use crate::quota::{Limit, LimitExceeded};
 
 pub use waiting::{UnreadyReason, serve_until_ready};
 
@@ -125,8 +127,7 @@ pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: Cancella
     let crowd = HttpCrowd::over(parts.connections.clone(), Some(parts.intake.refusals().clone()));
     let shared = Arc::new(HttpFrontState {
         crowd: crowd.clone(),
-        queries: Semaphore::new(QUERIES_MAX),
-        drafting: Semaphore::new(DRAFTING_MAX),
+        parses: Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors()),
         setting_schemas: Mutex::new(()),
         leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
@@ -145,10 +146,8 @@ struct HttpFrontState {
     parts: HttpFrontParts,
     /// The connections, for their number.
     crowd: HttpCrowd,
-    /// A permit for each query that may run at once.
-    queries: Semaphore,
     /// A permit for each large body that may be made a draft at once: what that takes meanwhile is not all charged.
-    drafting: Semaphore,
+    parses: Semaphore,
     /// Counts leak reports by source address.
     leak_reports: AuthFailures,
     /// Held while limits are changed, so that of two concurrent changes neither is lost.
@@ -166,6 +165,15 @@ impl HttpFrontState {
     /// The datasource that a path names. Call it only after the caller is authorized for that id.
     fn datasource(&self, id: &str) -> Result<Arc<Datasource>, Problem> {
         self.registry().datasource(id).ok_or_else(|| no_datasource(id))
+    }
+
+    /// Fails if a datasource has `times` as many live keys as its limit allows.
+    fn check_key_count(&self, datasource: &DatasourceId, times: u64) -> Result<(), Problem> {
+        let setting = self.parts.intake.count_limit(datasource, Limit::Keys);
+        if (self.registry().keys(datasource).len() as u64) < setting.max.saturating_mul(times) {
+            return Ok(());
+        }
+        Err(Refusal::from(LimitExceeded::of_count(Limit::Keys, setting, datasource)).into())
     }
 
     /// Waits until nothing more can come in under keys that a call has ended and their connections are
@@ -229,6 +237,21 @@ async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?
+}
+
+/// As [`run_blocking`], for what a caller reads: in a turn of its tenant, so that others and the registry always
+/// find a thread. The work goes on, and keeps the turn, if the caller goes away.
+async fn run_in_turn<T: Send + 'static>(
+    shared: &HttpFrontState,
+    caller: &Caller,
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    let turn = shared.parts.subscribers.shares.share(caller.0.datasource()).read_turn().await;
+    run_blocking(move || {
+        let _turn = turn;
+        work()
+    })
+    .await
 }
 
 /// Every route. `openapi.json` lists the same; a test compares the two.

@@ -15,11 +15,13 @@ use futures_util::stream;
 use serde::Serialize;
 
 use super::query::stored_records_query;
+use super::credentials::Caller;
 use super::{HttpFrontState, run_blocking};
 use crate::consume::query::{PageBudget, QueryError, RecordsReader};
 use crate::front::problem::Problem;
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
-use crate::memory::{MemoryAccount, MemoryCharge};
+use crate::memory::MemoryCharge;
+use crate::shares::TenantShare;
 
 /// How long a piece waits until its key has room for it.
 const PIECE_ROOM_WAIT_MAX: Duration = Duration::from_secs(10);
@@ -94,6 +96,8 @@ impl io::Write for JsonItems {
 /// A page that is being sent.
 struct PageReading<S> {
     shared: Arc<HttpFrontState>,
+    /// The tenant of the caller.
+    tenant: Arc<TenantShare>,
     source: S,
     budget: PageBudget,
     is_begun: bool,
@@ -112,14 +116,14 @@ impl PagePiece {
 }
 
 impl<S: PageSource> PageReading<S> {
-    /// Reads a piece, which `head` begins, as soon as fewer queries than the maximum are running.
+    /// Reads a piece, which `head` begins, in a turn of the tenant, which goes on if the caller goes away.
     async fn read(mut self, head: &str) -> Result<(Self, PagePiece), Problem> {
         let stored = stored_records_query(&self.shared)?;
         let mut items = JsonItems { is_begun: self.is_begun, ..JsonItems::default() };
         items.put(head.as_bytes());
-        let shared = self.shared.clone();
-        let _turn = shared.queries.acquire().await.expect("the semaphore is never closed");
+        let turn = self.tenant.clone().read_turn().await;
         run_blocking(move || {
+            let _turn = turn;
             self.budget.begin_piece();
             let next = self.source.read(&stored, &mut self.budget, &mut items)?;
             let is_last = next.is_none() || self.budget.is_page_spent();
@@ -138,13 +142,15 @@ impl<S: PageSource> PageReading<S> {
 /// Answers with a page. `head` is its JSON up to the items of its array, which ends it but for `next`.
 pub(super) async fn answer_page(
     shared: &Arc<HttpFrontState>,
-    account: Arc<MemoryAccount>,
+    caller: &Caller,
     head: String,
     limit: usize,
     source: impl PageSource,
 ) -> Result<Response, Problem> {
+    let account = shared.parts.intake.memory_account(&caller.0);
+    let tenant = shared.parts.subscribers.shares.share(caller.0.datasource());
     let (shared, budget) = (shared.clone(), PageBudget::new(limit));
-    let reading = PageReading { shared, source, budget, is_begun: false };
+    let reading = PageReading { shared, tenant, source, budget, is_begun: false };
     let (reading, mut first) = reading.read(&head).await?;
     let body = match first.chunks.len() {
         1 if first.is_last => Body::from(first.chunks.pop_front().unwrap_or_default()),

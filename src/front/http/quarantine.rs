@@ -20,7 +20,7 @@ use serde_json::json;
 use super::credentials::Caller;
 use super::page_stream::{self, JsonItems, PageSource};
 use super::query::{self, page_limit, time_parameter};
-use super::{HttpFrontState, PathParameters, keys, run_blocking};
+use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn};
 use crate::auth::{AuditEvent, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
@@ -71,9 +71,7 @@ pub(super) async fn list(
         redrivable: false,
         limit: page_limit(parameters.limit)?,
     };
-    let limit = query.limit;
-    let account = shared.parts.intake.memory_account(&caller.0);
-    page_stream::answer_page(&shared, account, "{\"records\":[".to_owned(), limit, query).await
+    page_stream::answer_page(&shared, &caller, "{\"records\":[".to_owned(), query.limit, query).await
 }
 
 impl PageSource for QuarantineQuery {
@@ -171,7 +169,7 @@ pub(super) async fn redrive(
     };
     loop {
         let (asked, reader) = (query.clone(), stored.clone());
-        let page = run_blocking(move || {
+        let page = run_in_turn(&shared, &caller, move || {
             let mut budget = PageBudget::new(asked.limit);
             budget.begin_piece();
             Ok(reader.quarantine_within(&asked, &mut budget)?)

@@ -1,5 +1,5 @@
 //! Queries: the stored records of a datasource, as pages and as the newest values. A query waits for the
-//! disk, so it runs on a blocking thread, and only a limited number runs at once.
+//! disk, so it runs on a blocking thread, in a turn of the caller's tenant.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::credentials::Caller;
 use super::page_stream::{self, JsonItems, PageSource};
-use super::{HttpFrontState, PathParameters, run_blocking};
+use super::{HttpFrontState, PathParameters, run_in_turn};
 use crate::auth::Scope;
 use crate::consume::query::{PageBudget, QueryError, RecordsQuery, RecordsReader};
 use crate::consume::render::{self, parse_time};
@@ -77,9 +77,7 @@ pub(super) async fn records(
     let datasource = readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(parameters) = QueryString::<RecordsParameters>::try_from_uri(&uri)?;
     let query = parameters.into_query(datasource)?;
-    let limit = query.limit;
-    let account = shared.parts.intake.memory_account(&caller.0);
-    page_stream::answer_page(&shared, account, "{\"records\":[".to_owned(), limit, query).await
+    page_stream::answer_page(&shared, &caller, "{\"records\":[".to_owned(), query.limit, query).await
 }
 
 impl PageSource for RecordsQuery {
@@ -113,10 +111,9 @@ pub(super) async fn latest(
 ) -> Result<Response, Problem> {
     let datasource = readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(LatestParameters { after_topic }) = QueryString::try_from_uri(&uri)?;
-    let account = shared.parts.intake.memory_account(&caller.0);
     let head = format!("{{\"datasource\":\"{datasource}\",\"topics\":[");
     let source = LatestSource { datasource, after_topic };
-    page_stream::answer_page(&shared, account, head, LATEST_TOPICS_MAX, source).await
+    page_stream::answer_page(&shared, &caller, head, LATEST_TOPICS_MAX, source).await
 }
 
 /// The newest values of the topics of a datasource.
@@ -157,12 +154,12 @@ pub(super) fn stored_records_query(shared: &HttpFrontState) -> Result<RecordsRea
     })
 }
 
-/// Runs one query, as soon as fewer than the maximum are running.
+/// Runs one query, when it is the turn of the caller's tenant.
 pub(super) async fn run_query(
     shared: &HttpFrontState,
+    caller: &Caller,
     query: impl FnOnce(&RecordsReader) -> Result<Response, QueryError> + Send + 'static,
 ) -> Result<Response, Problem> {
     let stored = stored_records_query(shared)?;
-    let _turn = shared.queries.acquire().await.expect("the semaphore is never closed");
-    run_blocking(move || Ok(query(&stored)?)).await
+    run_in_turn(shared, caller, move || Ok(query(&stored)?)).await
 }

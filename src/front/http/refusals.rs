@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Caller;
-use super::{HttpFrontState, run_blocking};
+use super::{HttpFrontState, run_in_turn};
 use crate::auth::Scope;
 use crate::auth::shape::KeyShape;
 use crate::consume::render::Rfc3339;
@@ -128,7 +128,8 @@ pub(super) async fn list(
     let refusals = shared.parts.intake.refusals();
     let entries = refusals.newest(&RefusalFilter { client, address, cause, datasource }, limit);
     let unlisted = refusals.unlisted();
-    run_blocking(move || {
+    let turns = shared.clone();
+    run_in_turn(&turns, &caller, move || {
         // Each key's end is looked up once, however many clients still try it.
         let mut ends = HashMap::new();
         for id in

@@ -105,7 +105,7 @@ pub(super) async fn show(
     caller.require_scope(Scope::Subscribe, &id)?;
     let datasource = shared.datasource(&id)?;
     let validation = Validation::from_setting(&datasource.schemas);
-    query::run_query(&shared, move |stored| {
+    query::run_query(&shared, &caller, move |stored| {
         #[derive(Serialize)]
         struct SchemasResponse<'a> {
             enforced: Vec<EnforcedSchema<'a>>,

@@ -105,6 +105,11 @@ impl Flights {
             && self.queue.front().is_none_or(|first| !first.acknowledged)
     }
 
+    /// How many messages the queue holds, acknowledged ones behind an unacknowledged one included.
+    pub(super) fn len(&self) -> usize {
+        self.queue.len()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.unacknowledged == 0
     }

@@ -276,6 +276,11 @@ impl Handshake<'_> {
                 let (reason, words) = close_reason(why);
                 (reason, words.to_owned())
             }
+            EnterError::TooMany(exceeded) => {
+                let refusal = front.intake.share_refusal(grant.datasource(), exceeded);
+                self.report_of_key(grant, refusal.note(Transport::Mqtt));
+                (refusal_reason_code(&refusal), refusal.to_string())
+            }
             EnterError::Unavailable(error) => {
                 let words = format!("the client's session cannot be looked up now: {error}");
                 self.report_of_key(grant, RefusalNote::new(Transport::Mqtt, Cause::Unavailable, &words));

@@ -42,81 +42,117 @@ impl ReplayStart {
         }
         Ok(replay)
     }
+}
 
-    /// The offset at which the replay begins. Blocks on the disk.
+/// The search for the offset at which a replay begins, one read of the log at a time.
+pub(super) struct ReplaySearch {
+    datasource: DatasourceId,
+    filter: TopicFilter,
+    /// The end of the log when the search began.
+    end: Offset,
+    stage: SearchStage,
+}
+
+enum SearchStage {
+    Begin(ReplayStart),
+    /// Looks for the first record received at or after the time, from the offset on.
+    Time(TimeMicros, Offset),
+    Tail(TailSearch),
+}
+
+/// Looks for the last so many matching records, further and further back.
+struct TailSearch {
+    wanted: u64,
+    /// How far back it looks.
+    back: u64,
+    begin: Offset,
+    /// Everything from the beginning to here is looked at.
+    offset: Offset,
+    /// The last matching records of those.
+    newest: VecDeque<Offset>,
+}
+
+impl TailSearch {
+    fn looking_back(wanted: u64, back: u64, log: &dyn Log, end: Offset) -> Self {
+        let begin = end.saturating_sub(back).max(log.first_offset());
+        Self { wanted, back, begin, offset: begin, newest: VecDeque::new() }
+    }
+}
+
+impl ReplaySearch {
+    /// A search in what the log has now.
+    pub(super) fn new(
+        start: ReplayStart,
+        log: &dyn Log,
+        datasource: DatasourceId,
+        filter: TopicFilter,
+    ) -> Self {
+        Self { datasource, filter, end: log.next_offset(), stage: SearchStage::Begin(start) }
+    }
+
+    /// Goes on with the search, for one read of the log at most, on which it blocks. Returns the offset once it
+    /// is found.
     ///
     /// # Errors
     /// The log cannot be read.
-    pub(super) fn find_offset(
-        self,
-        log: &dyn Log,
-        datasource: &DatasourceId,
-        filter: &TopicFilter,
-    ) -> Result<Offset, LogReadError> {
-        match self {
+    pub(super) fn step(&mut self, log: &dyn Log) -> Result<Option<Offset>, LogReadError> {
+        match &mut self.stage {
             // Records that retention has removed are reported to the client as skipped.
-            Self::Offset(offset) => Ok(offset.min(log.next_offset())),
-            Self::Time(time) => offset_of_time(log, time),
-            Self::Tail(0) => Ok(log.next_offset()),
-            Self::Tail(wanted) => offset_of_tail(log, datasource, filter, wanted.min(TAIL_RECORDS_MAX)),
+            SearchStage::Begin(ReplayStart::Offset(offset)) => return Ok(Some((*offset).min(self.end))),
+            SearchStage::Begin(ReplayStart::Tail(0)) => return Ok(Some(self.end)),
+            SearchStage::Begin(ReplayStart::Tail(wanted)) => {
+                let wanted = (*wanted).min(TAIL_RECORDS_MAX);
+                let search = TailSearch::looking_back(wanted, wanted.max(1024), log, self.end);
+                self.stage = SearchStage::Tail(search);
+            }
+            SearchStage::Begin(ReplayStart::Time(time)) => {
+                // `offset_at` is only close to the record, and never behind it: the scan begins there.
+                self.stage = SearchStage::Time(*time, log.offset_at(*time)?.max(log.first_offset()));
+            }
+            SearchStage::Time(time, offset) => {
+                let batches = log.read(*offset, TAIL_READ_BYTES)?;
+                let Some(last) = batches.last() else { return Ok(Some(self.end)) };
+                let mut records = batches.iter().flat_map(|batch| batch.records());
+                let found = records.find(|r| r.offset >= *offset && r.received_at >= *time);
+                if let Some(record) = found {
+                    return Ok(Some(record.offset));
+                }
+                *offset = last.next_offset();
+            }
+            SearchStage::Tail(_) => return self.step_tail(log),
         }
+        Ok(None)
     }
-}
 
-/// The offset of the first record received at or after `time`.
-fn offset_of_time(log: &dyn Log, time: TimeMicros) -> Result<Offset, LogReadError> {
-    let end = log.next_offset();
-    // `offset_at` is only close to the record, and never behind it: the scan begins there.
-    let mut offset = log.offset_at(time)?.max(log.first_offset());
-    loop {
-        let batches = log.read(offset, TAIL_READ_BYTES)?;
-        let Some(last) = batches.last() else { return Ok(end) };
-        let records = batches.iter().flat_map(|batch| batch.records());
-        let found = records.into_iter().find(|r| r.offset >= offset && r.received_at >= time);
-        match found {
-            Some(record) => return Ok(record.offset),
-            None => offset = last.next_offset(),
-        }
-    }
-}
-
-/// The offset of the first of the last `wanted` records that match.
-fn offset_of_tail(
-    log: &dyn Log,
-    datasource: &DatasourceId,
-    filter: &TopicFilter,
-    wanted: u64,
-) -> Result<Offset, LogReadError> {
-    let (first, end) = (log.first_offset(), log.next_offset());
-    let left_out = log.withheld().now();
-    let matches = |record: &RecordRef<'_>| match datasource.is_all() {
-        _ if left_out.contains(record) => false,
-        true => filter.matches(&format!("{}/{}", record.datasource, record.topic)),
-        false => record.datasource == datasource.as_str() && filter.matches(record.topic),
-    };
-    // Doubles the distance until enough records match or the log's beginning is reached.
-    let mut back = wanted.max(1024);
-    loop {
-        let begin = end.saturating_sub(back).max(first);
-        let mut newest = VecDeque::new();
-        let mut offset = begin;
-        while offset < end {
-            let batches = log.read(offset, TAIL_READ_BYTES)?;
-            let Some(last) = batches.last() else { break };
-            for record in batches.iter().flat_map(|batch| batch.records()) {
-                if (offset..end).contains(&record.offset) && matches(&record) {
-                    newest.push_back(record.offset);
-                    if newest.len() as u64 > wanted {
-                        newest.pop_front();
-                    }
+    fn step_tail(&mut self, log: &dyn Log) -> Result<Option<Offset>, LogReadError> {
+        let (datasource, filter, end) = (&self.datasource, &self.filter, self.end);
+        let SearchStage::Tail(search) = &mut self.stage else { return Ok(None) };
+        let left_out = log.withheld().now();
+        let matches = |record: &RecordRef<'_>| match datasource.is_all() {
+            _ if left_out.contains(record) => false,
+            true => filter.matches(&format!("{}/{}", record.datasource, record.topic)),
+            false => record.datasource == datasource.as_str() && filter.matches(record.topic),
+        };
+        let batches =
+            if search.offset < end { log.read(search.offset, TAIL_READ_BYTES)? } else { Vec::new() };
+        for record in batches.iter().flat_map(|batch| batch.records()) {
+            if (search.offset..end).contains(&record.offset) && matches(&record) {
+                search.newest.push_back(record.offset);
+                if search.newest.len() as u64 > search.wanted {
+                    search.newest.pop_front();
                 }
             }
-            offset = last.next_offset();
         }
-        if newest.len() as u64 == wanted || begin == first {
-            return Ok(newest.front().copied().unwrap_or(end));
+        if let Some(last) = batches.last() {
+            search.offset = last.next_offset();
+            return Ok(None);
         }
-        back = back.saturating_mul(2);
+        if search.newest.len() as u64 == search.wanted || search.begin <= log.first_offset() {
+            return Ok(Some(search.newest.front().copied().unwrap_or(end)));
+        }
+        // Doubles the distance until enough records match or the log's beginning is reached.
+        *search = TailSearch::looking_back(search.wanted, search.back.saturating_mul(2), log, end);
+        Ok(None)
     }
 }
 

@@ -1,13 +1,19 @@
 //! A session: the state of a client that is independent of its connection (MQTT 5 section 4.1):
 //! subscriptions, a position in the log, messages in flight.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
+#[cfg(test)]
+use super::flights::FlightSource;
 use super::flights::Flights;
 use crate::consume::subscriber::GroupSession;
 use crate::consume::subscriber::sessions::{StoredSession, StoredSubscription};
 use crate::filter::TopicFilter;
+use crate::limits::{INFLIGHT_PER_SESSION_MIN, INFLIGHT_STEP, SUBSCRIPTION_BYTES, SUBSCRIPTION_LEVEL_BYTES};
 use crate::message::{DatasourceId, Offset};
+use crate::shares::{ShareCharge, ShareCount, ShareExceeded, TenantShare};
 
 /// One client's session.
 #[derive(Debug)]
@@ -27,6 +33,8 @@ pub(super) struct MqttSession {
     /// ended.
     pub(super) position: Offset,
     pub(super) flights: Flights,
+    /// What it takes of its tenant's share, once it is among the sessions. It gives it back when it ends.
+    pub(super) charge: Option<ShareCharge>,
 }
 
 /// One subscription.
@@ -87,7 +95,82 @@ impl MqttSession {
     pub(super) fn new(uid: u64, expiry_s: u32) -> Self {
         let flights = Flights::default();
         let (stored, ever_stayed, subscriptions) = (false, expiry_s > 0, Vec::new());
-        Self { uid, expiry_s, stored, ever_stayed, subscriptions, position: 0, flights }
+        Self { uid, expiry_s, stored, ever_stayed, subscriptions, position: 0, flights, charge: None }
+    }
+
+    /// Charges its tenant's share for what it has already, whatever the limits are: what was let in stays.
+    pub(super) fn charge_present(&mut self, share: &Arc<TenantShare>) {
+        if self.charge.is_some() {
+            return;
+        }
+        let mut charge = share.charge();
+        charge.add(ShareCount::Sessions, u64::from(self.stored));
+        charge.add(ShareCount::Subscriptions, self.subscription_count() as u64);
+        let bytes =
+            self.subscriptions.iter().flatten().map(|subscription| filter_bytes(&subscription.filter));
+        charge.add(ShareCount::SubscriptionBytes, bytes.sum());
+        self.charge = Some(charge);
+        self.charge_flights();
+    }
+
+    /// Charges the share for a session that is to outlive its connection, or no longer for one that is not.
+    ///
+    /// # Errors
+    /// [`ShareExceeded`], and nothing is charged.
+    pub(super) fn charge_stay(&mut self, stays: bool) -> Result<(), ShareExceeded> {
+        let Some(charge) = &mut self.charge else { return Ok(()) };
+        match (charge.amount(ShareCount::Sessions), stays) {
+            (0, true) => charge.try_take(ShareCount::Sessions, 1),
+            (charged, false) => {
+                charge.subtract(ShareCount::Sessions, charged);
+                Ok(())
+            }
+            (_, true) => Ok(()),
+        }
+    }
+
+    /// Charges the share for a new subscription.
+    ///
+    /// # Errors
+    /// [`ShareExceeded`], and nothing is charged.
+    pub(super) fn charge_filter(&mut self, filter: &str) -> Result<(), ShareExceeded> {
+        let Some(charge) = &mut self.charge else { return Ok(()) };
+        charge.try_take(ShareCount::Subscriptions, 1)?;
+        charge.try_take(ShareCount::SubscriptionBytes, filter_bytes(filter)).inspect_err(|_| {
+            charge.subtract(ShareCount::Subscriptions, 1);
+        })
+    }
+
+    /// Gives back what [`MqttSession::charge_filter`] has charged.
+    pub(super) fn discharge_filter(&mut self, filter: &str) {
+        if let Some(charge) = &mut self.charge {
+            charge.subtract(ShareCount::Subscriptions, 1);
+            charge.subtract(ShareCount::SubscriptionBytes, filter_bytes(filter));
+        }
+    }
+
+    /// Makes what is charged for the messages in flight fit their number, in steps.
+    pub(super) fn charge_flights(&mut self) {
+        let Some(charge) = &mut self.charge else { return };
+        let steps = (self.flights.len() as u64).next_multiple_of(INFLIGHT_STEP);
+        if charge.amount(ShareCount::Inflight) > steps {
+            charge.set(ShareCount::Inflight, steps);
+        }
+    }
+
+    /// How many more messages may be in flight to a client with this `receive_maximum`: as many as it takes,
+    /// as long as its tenant's share has room.
+    pub(super) fn flight_room(&mut self, receive_maximum: u16) -> usize {
+        let room = self.flights.room(receive_maximum);
+        let (Some(charge), used) = (&mut self.charge, self.flights.len() as u64) else { return room };
+        if room == 0 {
+            return 0;
+        }
+        if used >= charge.amount(ShareCount::Inflight) {
+            let _ = charge.try_take(ShareCount::Inflight, INFLIGHT_STEP);
+        }
+        let most = charge.amount(ShareCount::Inflight).max(INFLIGHT_PER_SESSION_MIN);
+        room.min(usize::try_from(most.saturating_sub(used)).unwrap_or(room))
     }
 
     /// The first record that is not sent or not acknowledged.
@@ -171,6 +254,7 @@ impl MqttSession {
             subscriptions: subscriptions.collect(),
             position: stored.cursor,
             flights: Flights::default(),
+            charge: None,
         }
     }
 
@@ -188,9 +272,54 @@ impl MqttSession {
     }
 }
 
+/// What a subscription with this filter takes in memory: the texts of session and feed, and its place in the
+/// router's trie and its own.
+fn filter_bytes(filter: &str) -> u64 {
+    let levels = filter.bytes().filter(|byte| *byte == b'/').count() as u64 + 1;
+    SUBSCRIPTION_BYTES + 4 * filter.len() as u64 + levels * SUBSCRIPTION_LEVEL_BYTES
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_session_gives_back_what_it_took_however_it_ends() {
+        let share = TenantShare::alone();
+        let counts = || ShareCount::ALL.map(|what| share.count(what));
+        let mut session = MqttSession::new(1, 60);
+        session.charge_present(&share);
+        session.charge_filter("a/b/c").expect("room");
+        session.charge_filter("#").expect("room");
+        session.discharge_filter("a/b/c");
+        assert_eq!((share.count(ShareCount::Subscriptions), session.flight_room(100)), (1, 100));
+        assert_eq!(share.count(ShareCount::SubscriptionBytes), filter_bytes("#"));
+        share.set_max(ShareCount::SubscriptionBytes, filter_bytes("#"));
+        let over = session.charge_filter("b").expect_err("no room");
+        assert_eq!(
+            (over, share.count(ShareCount::Subscriptions)),
+            (ShareExceeded(ShareCount::SubscriptionBytes), 1)
+        );
+        drop(session);
+        assert_eq!(counts(), [0; ShareCount::ALL.len()]);
+    }
+
+    #[test]
+    fn a_session_always_has_a_little_room_in_flight() {
+        let share = TenantShare::alone();
+        share.set_max(ShareCount::Inflight, INFLIGHT_STEP);
+        let mut sessions = [1, 2].map(|uid| MqttSession::new(uid, 60));
+        sessions.iter_mut().for_each(|session| session.charge_present(&share));
+        let step = INFLIGHT_STEP as usize;
+        assert_eq!(sessions[0].flight_room(1000), step);
+        assert_eq!(sessions[1].flight_room(1000), INFLIGHT_PER_SESSION_MIN as usize, "the other has it all");
+        let ids: Vec<u16> =
+            (0..INFLIGHT_STEP).map(|offset| sessions[0].flights.push(offset, FlightSource::Log)).collect();
+        assert_eq!(sessions[0].flight_room(1000), 0);
+        ids.into_iter().for_each(|id| drop(sessions[0].flights.acknowledge(id)));
+        sessions[0].charge_flights();
+        assert_eq!(sessions[1].flight_room(1000), step, "it is free again");
+    }
 
     #[test]
     fn a_shared_subscription_names_a_group_and_a_filter() {

@@ -1,11 +1,12 @@
 //! The transport of a client's bytes: TCP, TLS or WebSocket. MQTT is the same over each, and a
 //! connection does not know which one it has.
 
+use std::future::Future;
 use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, Waker};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
@@ -23,6 +24,21 @@ pub(super) enum ClientStream {
 
 // A TCP connection must not pay for the size of the other transports.
 const _: () = assert!(size_of::<ClientStream>() <= size_of::<TcpStream>() + size_of::<usize>());
+
+impl ClientStream {
+    /// Whether the client has closed its side, also if bytes from before that are not read yet. Of a WebSocket
+    /// that is seen only when it is read.
+    pub(super) fn is_hung_up(&self) -> bool {
+        let tcp = match self {
+            ClientStream::Tcp(stream) => stream,
+            ClientStream::Tls(stream) => stream.get_ref().0,
+            ClientStream::WebSocket(_) => return false,
+        };
+        let ready = pin!(tcp.ready(Interest::READABLE));
+        let ready = ready.poll(&mut Context::from_waker(Waker::noop()));
+        matches!(ready, Poll::Ready(Ok(ready)) if ready.is_read_closed())
+    }
+}
 
 impl AsyncRead for ClientStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

@@ -5,6 +5,9 @@
 
 use std::fmt::Display;
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
 
 use super::client_identity::ClientIdentity;
 use super::codec::properties::SUBSCRIPTION_IDENTIFIER;
@@ -12,17 +15,23 @@ use super::codec::subscribe::{SubscribePacket, UnsubscribePacket};
 use super::codec::write::{self, PacketForm};
 use super::codec::{MqttVersion, ReasonCode};
 use super::outbound::Outbound;
-use super::replay::ReplayStart;
+use super::replay::{ReplaySearch, ReplayStart};
 use super::session::{MqttSession, Subscription, SubscriptionFilter};
 use super::sessions::Sessions;
 use crate::auth::{Grant, Scope};
 use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup};
 use crate::consume::subscriber::{ShareGroupKey, Subscribers};
 use crate::filter::TopicFilter;
-use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_MAX};
+use crate::intake::{Intake, Refusal};
+use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_MAX, REPLAYS_PER_TENANT_MAX};
 use crate::message::{Offset, Transport};
 use crate::observe::cause::Cause;
-use crate::observe::refusals::{RefusalNote, Refusals};
+use crate::observe::refusals::RefusalNote;
+use crate::quota::LimitExceeded;
+use crate::shares::{ShareCount, ShareExceeded};
+
+/// How often a connection looks whether its client has gone while the log is searched for it.
+const REPLAY_LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A SUBSCRIBE or an UNSUBSCRIBE, copied out of the read buffer.
 pub(super) enum SubscriptionRequest {
@@ -32,7 +41,10 @@ pub(super) enum SubscriptionRequest {
 
 pub(super) struct SubscribeRequest {
     pub(super) packet_id: u16,
+    /// The first [`MQTT_SUBSCRIPTIONS_MAX`] filters.
     pub(super) filters: Vec<RequestedFilter>,
+    /// How many more there are, none of which is granted: a session never has so many.
+    excess: usize,
     identifier: Option<u32>,
     replay: Result<Option<ReplayStart>, &'static str>,
 }
@@ -48,7 +60,8 @@ pub(super) struct RequestedFilter {
 
 impl From<&SubscribePacket<'_>> for SubscribeRequest {
     fn from(packet: &SubscribePacket<'_>) -> Self {
-        let filters = packet.filters.iter().map(|f| RequestedFilter {
+        let excess = packet.filters.len().saturating_sub(MQTT_SUBSCRIPTIONS_MAX);
+        let filters = packet.filters.iter().take(MQTT_SUBSCRIPTIONS_MAX).map(|f| RequestedFilter {
             filter: f.filter.to_owned(),
             qos: f.qos.min(1),
             no_local: f.no_local,
@@ -58,6 +71,7 @@ impl From<&SubscribePacket<'_>> for SubscribeRequest {
         Self {
             packet_id: packet.packet_id,
             filters: filters.collect(),
+            excess,
             identifier: packet.properties.u32(SUBSCRIPTION_IDENTIFIER),
             replay: ReplayStart::parse(packet.properties.user()),
         }
@@ -71,13 +85,23 @@ impl From<&UnsubscribePacket<'_>> for SubscriptionRequest {
     }
 }
 
-/// Why a filter is not granted: the reason code and the reason string.
-struct FilterRefusal(ReasonCode, String);
+/// Why a filter is not granted.
+struct FilterRefusal {
+    reason: ReasonCode,
+    cause: Cause,
+    words: String,
+    /// The limit that it is over.
+    limited: Option<Box<LimitExceeded>>,
+}
 
 impl FilterRefusal {
+    fn new(reason: ReasonCode, words: String) -> Self {
+        Self { reason, cause: Cause::Subscribe, words, limited: None }
+    }
+
     /// The filter is good, and something else is not.
     fn failed(error: impl Display) -> Self {
-        Self(ReasonCode::ImplementationSpecificError, error.to_string())
+        Self::new(ReasonCode::ImplementationSpecificError, error.to_string())
     }
 }
 
@@ -85,10 +109,12 @@ impl FilterRefusal {
 pub(super) struct SubscribeServices {
     pub(super) sessions: Arc<Sessions>,
     pub(super) subscribers: Arc<Subscribers>,
-    pub(super) refusals: Arc<Refusals>,
+    pub(super) intake: Intake,
     pub(super) grant: Grant,
     pub(super) form: PacketForm,
     pub(super) who: Arc<ClientIdentity>,
+    /// Cancelled when the connection ends: searches of the log end with it.
+    pub(super) cancel: CancellationToken,
 }
 
 /// Serves `request`. Returns the sending half, and the answer to send.
@@ -124,13 +150,18 @@ impl SubscribeServices {
         for filter in &asked.filters {
             granted.push(match self.grant_one(asked, filter, outbound, &mut changes).await {
                 Ok((slot, new)) => Ok((slot, new, filter.qos)),
-                Err(FilterRefusal(reason, text)) => {
-                    let note = RefusalNote::new(Transport::Mqtt, Cause::Subscribe, &text);
-                    self.refusals.note(self.who.note(&self.grant, note));
-                    words.get_or_insert(text);
-                    Err(reason)
+                Err(refused) => {
+                    let note = RefusalNote::new(Transport::Mqtt, refused.cause, &refused.words);
+                    let note = RefusalNote { limited: refused.limited.as_deref(), ..note };
+                    self.intake.refusals().note(self.who.note(&self.grant, note));
+                    words.get_or_insert(refused.words);
+                    Err(refused.reason)
                 }
             });
+        }
+        if asked.excess > 0 {
+            words.get_or_insert_with(too_many_words);
+            granted.resize(granted.len() + asked.excess, Err(ReasonCode::QuotaExceeded));
         }
         if granted.iter().any(Result::is_ok)
             && let Err(error) = self.store_session(outbound, changes).await
@@ -167,6 +198,9 @@ impl SubscribeServices {
         let from = self.find_beginning(asked, &wanted.filter).await?;
         let known = outbound.session.find_slot(&filter.filter);
         let new = known.is_none();
+        if new {
+            outbound.session.charge_filter(&filter.filter).map_err(|over| self.share_refusal(over))?;
+        }
         let subscription = Subscription {
             filter: filter.filter.clone(),
             qos: filter.qos,
@@ -189,12 +223,25 @@ impl SubscribeServices {
             return Ok((slot, new));
         };
         let key: ShareGroupKey = (outbound.datasource.clone(), group.into(), wanted.filter.as_str().into());
-        self.join_group(&key, from, &outbound.session, changes).await?;
+        if let Err(refusal) = self.join_group(&key, from, &outbound.session, changes).await {
+            if new {
+                outbound.session.discharge_filter(&filter.filter);
+            }
+            return Err(refusal);
+        }
         let slot = known.unwrap_or_else(|| outbound.session.free_slot());
         let session = outbound.session.group_session();
         let member = if new { self.subscribers.groups.member(&key, session) } else { None };
         outbound.subscribe_shared(slot, subscription, member);
         Ok((slot, new))
+    }
+
+    /// The refusal of what the tenant's share has no room for.
+    fn share_refusal(&self, over: ShareExceeded) -> FilterRefusal {
+        let refusal = self.intake.share_refusal(self.grant.datasource(), over);
+        let (cause, words) = (refusal.cause(), refusal.to_string());
+        let limited = if let Refusal::Limited(limited) = refusal { Some(limited) } else { None };
+        FilterRefusal { reason: ReasonCode::QuotaExceeded, cause, words, limited }
     }
 
     /// Checks what does not depend on the log: the key's scope, the filter's form, and the session's limits.
@@ -205,16 +252,15 @@ impl SubscribeServices {
     ) -> Result<SubscriptionFilter, FilterRefusal> {
         self.grant
             .allows_scope(Scope::Subscribe)
-            .map_err(|denied| FilterRefusal(ReasonCode::NotAuthorized, denied.to_string()))?;
+            .map_err(|denied| FilterRefusal::new(ReasonCode::NotAuthorized, denied.to_string()))?;
         let wanted = SubscriptionFilter::parse(&filter.filter).ok_or_else(|| {
             let words = "'+' stands alone in its level, '#' alone in the last one, and a shared subscription is $share/{group}/{filter}";
-            FilterRefusal(ReasonCode::TopicFilterInvalid, words.to_owned())
+            FilterRefusal::new(ReasonCode::TopicFilterInvalid, words.to_owned())
         })?;
         if session.find_slot(&filter.filter).is_none()
             && session.subscription_count() >= MQTT_SUBSCRIPTIONS_MAX
         {
-            let words = format!("a session has at most {MQTT_SUBSCRIPTIONS_MAX} subscriptions");
-            return Err(FilterRefusal(ReasonCode::QuotaExceeded, words));
+            return Err(FilterRefusal::new(ReasonCode::QuotaExceeded, too_many_words()));
         }
         if self.sessions.is_clustered() {
             let filters = session.subscriptions.iter().flatten().map(|s| s.filter.len());
@@ -222,7 +268,7 @@ impl SubscribeServices {
                 let words = format!(
                     "in a cluster a session's filters have at most {CLUSTER_FILTERS_BYTES_MAX} bytes"
                 );
-                return Err(FilterRefusal(ReasonCode::QuotaExceeded, words));
+                return Err(FilterRefusal::new(ReasonCode::QuotaExceeded, words));
             }
         }
         Ok(wanted)
@@ -239,14 +285,52 @@ impl SubscribeServices {
             Ok(Some(replay)) => *replay,
             Err(words) => return Err(FilterRefusal::failed(words)),
         };
+        let mut look = tokio::time::interval(REPLAY_LOOK_INTERVAL);
+        // Each tick lets the connection look whether its client is still there.
+        let looking = async {
+            loop {
+                look.tick().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Err(FilterRefusal::failed("the connection has ended")),
+            found = self.search(replay, filter) => found.map(Some),
+            () = looking => unreachable!("it goes on for ever"),
+        }
+    }
+
+    /// Searches the log for the beginning of a replay: a few searches at a time, each read in a turn of the
+    /// tenant's share. Ends at once when it is dropped, but for the read under way.
+    async fn search(&self, replay: ReplayStart, filter: &TopicFilter) -> Result<Offset, FilterRefusal> {
+        let share = self.subscribers.shares.share(self.grant.datasource());
+        let mut charge = share.charge();
+        charge.try_add(ShareCount::Replays, 1, REPLAYS_PER_TENANT_MAX).map_err(|_| {
+            let words = format!(
+                "datasource {} searches the log for {REPLAYS_PER_TENANT_MAX} subscriptions already that begin in the past",
+                self.grant.datasource()
+            );
+            FilterRefusal { cause: Cause::Replays, ..FilterRefusal::new(ReasonCode::QuotaExceeded, words) }
+        })?;
         let log = self.subscribers.log.clone();
-        let (datasource, filter) = (self.grant.datasource().clone(), filter.clone());
         // In a cluster other gateways may have appended records that this one has not followed yet.
         let reaches = if let ReplayStart::Offset(offset) = replay { offset } else { Offset::MAX };
         log.catch_up(reaches).await.map_err(FilterRefusal::failed)?;
-        let found = tokio::task::spawn_blocking(move || replay.find_offset(&*log, &datasource, &filter));
-        let found = found.await.map_err(FilterRefusal::failed)?;
-        found.map(Some).map_err(FilterRefusal::failed)
+        let _searching = share.clone().replay_turn().await;
+        let mut search = ReplaySearch::new(replay, &*log, self.grant.datasource().clone(), filter.clone());
+        loop {
+            let (turn, log) = (share.clone().read_turn().await, log.clone());
+            let step = tokio::task::spawn_blocking(move || {
+                let _turn = turn;
+                let found = search.step(&*log);
+                (search, found)
+            });
+            let (continued, found) = step.await.map_err(FilterRefusal::failed)?;
+            if let Some(offset) = found.map_err(FilterRefusal::failed)? {
+                return Ok(offset);
+            }
+            search = continued;
+        }
     }
 
     /// Makes the session a member of a group, which begins at `from` if that is given.
@@ -301,4 +385,8 @@ impl SubscribeServices {
         ));
         self.subscribers.store.write(changes).await.map_err(|error| error.to_string())
     }
+}
+
+fn too_many_words() -> String {
+    format!("a session has at most {MQTT_SUBSCRIPTIONS_MAX} subscriptions")
 }

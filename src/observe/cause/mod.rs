@@ -100,6 +100,24 @@ causes! {
         "it uses more topics than its limit allows: use fewer, or raise the limit";
     Exchanges "exchanges" TooManyRequests:
         "its clients publish with QoS 2 and do not release: have them end their sessions, or raise intake.exchanges_per_datasource_max";
+    LimitSessions "limit_sessions" OverLimit:
+        "its datasource has as many lasting MQTT sessions as its limit allows: use a clean session, end old ones, or raise the limit";
+    LimitSubscriptions "limit_subscriptions" OverLimit:
+        "its datasource has as many subscriptions as its limit allows: subscribe to less, or raise the limit";
+    LimitSubscriptionBytes "limit_subscription_bytes" OverLimit:
+        "the filters of its datasource take as much memory as its limit allows: use fewer, shorter filters, or raise the limit";
+    LimitShareGroups "limit_share_groups" OverLimit:
+        "its datasource has as many groups of shared subscriptions as its limit allows: use fewer groups, or raise the limit";
+    LimitInflight "limit_inflight" TooManyRequests:
+        "its datasource has too many messages that subscribers have not acknowledged: have them acknowledge, or raise the limit";
+    LimitRetainedTopics "limit_retained_topics" OverLimit:
+        "its datasource has retained messages on as many topics as its limit allows: clear some, publish without retain, or raise the limit";
+    LimitRetainedBytes "limit_retained_bytes" OverLimit:
+        "its datasource has as many bytes of retained messages as its limit allows: clear some, retain smaller ones, or raise the limit";
+    LimitKeys "limit_keys" OverLimit:
+        "its datasource has as many keys as its limit allows: revoke some, or raise the limit";
+    Replays "replays" TooManyRequests:
+        "too many subscriptions of its datasource begin in the past at once: begin fewer at a time, or begin now";
     LimitQuarantine "limit_quarantine" Validation:
         "it is over a limit whose policy is quarantine: send less, or raise the limit and redrive what was kept";
 

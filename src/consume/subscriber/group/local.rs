@@ -12,20 +12,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker, ready};
 
-use tokio::task::JoinHandle;
-
-use super::super::feed::{FeedItem, SubscriberFeed, fetch_records};
+use super::super::feed::{FeedItem, SubscriberFeed, fetch_in_turn};
 use super::super::matched::MatchedRecords;
 use super::super::router::Router;
 use super::{ShareDelivery, ShareGroupKey};
-use crate::limits::REFETCH_RECORDS;
+use crate::limits::{REFETCH_RECORDS, STALLED_BYTES_PER_TENANT_MAX};
 use crate::log::{Batch, Log, LogReadError, RecordPlace};
 use crate::message::Offset;
+use crate::shares::{ShareCharge, ShareCount, TenantShares};
 
 /// The groups on this gateway.
 pub struct LocalShareGroups {
     router: Router,
     log: Arc<dyn Log>,
+    shares: Arc<TenantShares>,
     groups: Mutex<HashMap<ShareGroupKey, LocalShareGroupEntry>>,
     /// The next member's number.
     member: AtomicU64,
@@ -53,7 +53,9 @@ struct LocalShareGroupState {
     returned: BTreeSet<Offset>,
     /// Those of them that were read from the log again.
     fetched: VecDeque<(Batch, RecordPlace)>,
-    fetching: Option<JoinHandle<RefetchResult>>,
+    fetching: Option<Pin<Box<dyn Future<Output = RefetchResult> + Send>>>,
+    /// What the group holds of the log in memory.
+    held: ShareCharge,
     members: usize,
 }
 
@@ -117,8 +119,8 @@ impl Wake for MemberTurns {
 
 impl LocalShareGroups {
     /// No groups yet.
-    pub fn new(router: Router, log: Arc<dyn Log>) -> Self {
-        Self { router, log, groups: Mutex::default(), member: AtomicU64::new(1) }
+    pub fn new(router: Router, log: Arc<dyn Log>, shares: Arc<TenantShares>) -> Self {
+        Self { router, log, shares, groups: Mutex::default(), member: AtomicU64::new(1) }
     }
 
     /// Adds `session` to a group. The first session creates the group, at `from` or at the end of the log.
@@ -132,7 +134,8 @@ impl LocalShareGroups {
         let entry = groups.entry(key.clone()).or_insert_with(|| {
             let (datasource, _, filter) = key;
             let begin = from.unwrap_or_else(|| self.log.next_offset());
-            let mut feed = SubscriberFeed::new(self.router.clone(), self.log.clone(), datasource, begin);
+            let (router, log) = (self.router.clone(), self.log.clone());
+            let mut feed = SubscriberFeed::new(router, log, &self.shares, datasource, begin);
             feed.set_filter(0, filter, from);
             LocalShareGroupEntry {
                 group: Arc::new(LocalShareGroup::new(self.log.clone(), feed)),
@@ -175,6 +178,7 @@ impl LocalShareGroups {
 impl LocalShareGroup {
     fn new(log: Arc<dyn Log>, feed: SubscriberFeed) -> Self {
         let state = LocalShareGroupState {
+            held: feed.mailbox().share().charge(),
             feed,
             current: None,
             outstanding: BTreeMap::new(),
@@ -203,16 +207,12 @@ impl LocalShareGroupState {
             if offsets.is_empty() {
                 return Poll::Ready(Ok(None));
             }
-            let log = log.clone();
-            self.fetching = Some(tokio::task::spawn_blocking(move || {
-                let found = fetch_records(&*log, &offsets);
-                (offsets, found)
-            }));
+            let found = fetch_in_turn(self.feed.mailbox().share(), log, offsets.clone());
+            self.fetching = Some(Box::pin(async move { (offsets, found.await) }));
         }
         if let Some(fetching) = &mut self.fetching {
-            let done = ready!(Pin::new(fetching).poll(cx));
+            let (asked, found) = ready!(fetching.as_mut().poll(cx));
             self.fetching = None;
-            let (asked, found) = done.map_err(|ended| LogReadError::Io(ended.to_string().into()))?;
             let mut gone = 0;
             for (offset, found) in asked.into_iter().zip(found?) {
                 self.fetched.extend(found.or_else(|| {
@@ -252,9 +252,9 @@ impl LocalShareGroupState {
         let batch = matched.batch().clone();
         let mut places = Vec::with_capacity(fair.min(max));
         while places.len() < fair.min(max).max(1)
-            && let Some(hit) = matched.peek()
+            && let Some(place) = matched.peek_place()
         {
-            places.push(hit.place);
+            places.push(place);
             matched.advance();
         }
         if matched.remaining() == 0 {
@@ -263,9 +263,23 @@ impl LocalShareGroupState {
         Poll::Ready(Ok(ShareDelivery::Records(batch, places)))
     }
 
+    /// Lets others have the turn of the group's feed: perhaps no member asks for more for a while. What it holds
+    /// is counted, and read again later where its tenant's share has no room for it.
+    fn pause(&mut self) {
+        self.feed.pause();
+        let held = self.current.as_ref().map_or(0, MatchedRecords::weight) + self.feed.held_bytes();
+        self.held.set(ShareCount::StalledBytes, 0);
+        if self.held.try_add(ShareCount::StalledBytes, held as u64, STALLED_BYTES_PER_TENANT_MAX).is_err() {
+            if let Some(next) = self.current.take().as_ref().and_then(MatchedRecords::peek_place) {
+                self.feed.rewind(next.offset);
+            }
+            self.feed.release();
+        }
+    }
+
     /// The first record that is not dealt with.
     fn cursor(&self, routed: Offset) -> Offset {
-        let next = self.current.as_ref().and_then(|matched| matched.peek()).map(|hit| hit.place.offset);
+        let next = self.current.as_ref().and_then(MatchedRecords::peek_place).map(|place| place.offset);
         let low = [self.outstanding.keys().next().copied(), self.returned.first().copied(), next];
         let mailbox = self.feed.mailbox();
         mailbox.set_progress(self.feed.position(), true);
@@ -296,7 +310,11 @@ impl LocalShareMember {
         // Before polling, so that a wake-up in between is not missed.
         turns.wait(self.id, cx.waker());
         let waker = Waker::from(turns.clone());
-        let taken = ready!(state.poll_take(log, max, &mut Context::from_waker(&waker)));
+        let taken = state.poll_take(log, max, &mut Context::from_waker(&waker));
+        if taken.is_ready() {
+            state.pause();
+        }
+        let taken = ready!(taken);
         turns.stop_waiting(self.id);
         if let Ok(ShareDelivery::Records(_, places)) = &taken {
             state.outstanding.extend(places.iter().map(|place| (place.offset, self.id)));
@@ -312,6 +330,21 @@ impl LocalShareMember {
     /// Passes the turn on: this member has no room now.
     pub fn pass_turn(&self) {
         self.group.turns.pass_turn();
+        if self.group.turns.locked().members.is_empty() {
+            // Nobody would use a turn to read that the feed gets meanwhile.
+            self.group.state().feed.pause();
+        }
+    }
+
+    /// Gives records back that were taken and not sent, for any member to take.
+    pub fn give_back(&self, offsets: impl Iterator<Item = Offset>) {
+        let mut state = self.group.state();
+        for offset in offsets {
+            if state.outstanding.get(&offset) == Some(&self.id) {
+                state.outstanding.remove(&offset);
+                state.returned.insert(offset);
+            }
+        }
     }
 
     /// Marks a record that was taken as dealt with.

@@ -15,6 +15,7 @@ use headgate_bridge_nats::KvError;
 use super::router::Router;
 use crate::log::{Batch, Log, LogReadError, RecordPlace, ShareError};
 use crate::message::{DatasourceId, Offset};
+use crate::shares::TenantShares;
 
 /// A group's identity: the datasource of its members' keys, its name, its filter.
 pub type ShareGroupKey = (DatasourceId, Box<str>, Box<str>);
@@ -69,8 +70,8 @@ pub enum ShareGroups {
 
 impl ShareGroups {
     /// No groups yet, on this gateway alone.
-    pub fn local(router: Router, log: Arc<dyn Log>) -> Self {
-        Self::Local(local::LocalShareGroups::new(router, log))
+    pub fn local(router: Router, log: Arc<dyn Log>, shares: Arc<TenantShares>) -> Self {
+        Self::Local(local::LocalShareGroups::new(router, log, shares))
     }
 
     /// Adds a session to a group. The first session creates the group, at `from` or at the end of the log.
@@ -171,6 +172,19 @@ impl ShareMember {
     pub fn pass_turn(&self) {
         if let Self::Local(member) = self {
             member.pass_turn();
+        }
+    }
+
+    /// Whether its group takes back records that it gave, as [`ShareMember::give_back`] does. In a cluster they
+    /// are small and the member's.
+    pub fn takes_back(&self) -> bool {
+        matches!(self, Self::Local(_))
+    }
+
+    /// Gives records back that were taken and not sent, for any member to take.
+    pub fn give_back(&self, offsets: impl Iterator<Item = Offset>) {
+        if let Self::Local(member) = self {
+            member.give_back(offsets);
         }
     }
 

@@ -55,6 +55,8 @@ pub(super) struct RetainedFollowerState {
     set_aside: Mutex<Option<String>>,
     /// Whether the database was opened.
     is_open: AtomicBool,
+    /// Damage that a reader has met, for the thread to mend.
+    damage: Mutex<Option<SqliteError>>,
 }
 
 /// The thread's cursor, and the state of the table at that cursor.
@@ -64,11 +66,14 @@ struct RetainedProgress {
     empty: bool,
     /// The version of the rules about leaked keys that the table follows.
     withheld_version: u64,
+    /// How many databases were set aside before this one.
+    made_anew: u32,
 }
 
 impl RetainedProgress {
     fn from_table(table: &RetainedTable) -> Self {
-        Self { cursor: table.cursor(), empty: table.is_empty(), withheld_version: table.withheld_version() }
+        let (cursor, empty) = (table.cursor(), table.is_empty());
+        Self { cursor, empty, withheld_version: table.withheld_version(), made_anew: 0 }
     }
 }
 
@@ -83,12 +88,35 @@ impl RetainedFollowerState {
             control: FollowerControl::new(&RETAINED_PROFILE),
             set_aside: Mutex::default(),
             is_open: AtomicBool::new(table.is_some()),
+            damage: Mutex::default(),
         }
     }
 
     /// Whether the database was opened since the start.
     pub(super) fn is_open(&self) -> bool {
         self.is_open.load(Ordering::Acquire)
+    }
+
+    /// Takes over the state of the table.
+    fn follow_table(&self, table: &RetainedTable) {
+        self.progress.send_modify(|progress| {
+            *progress =
+                RetainedProgress { made_anew: progress.made_anew, ..RetainedProgress::from_table(table) };
+        });
+    }
+
+    /// Has the thread mend damage that a reader has met, and returns once there is another database. `false`
+    /// if it mends nothing: it has done so before, and a disk that damages one file after the other needs an
+    /// operator.
+    pub(super) async fn mend(&self, damage: SqliteError) -> bool {
+        if self.set_aside().is_some() {
+            return false;
+        }
+        let mut progress = self.progress.subscribe();
+        let before = progress.borrow().made_anew;
+        *self.damage.lock() = Some(damage);
+        self.control.request_offset(Offset::MAX);
+        progress.wait_for(|progress| progress.made_anew > before).await.is_ok()
     }
 
     /// What was set aside since the start, and where it is.
@@ -183,6 +211,11 @@ impl Consumer for RetainedFollower {
         if !self.shared.is_open() {
             self.open_late()?;
         }
+        let met = self.shared.damage.lock().take();
+        if let Some(damage) = met.filter(|_| self.shared.set_aside().is_none()) {
+            self.table = None;
+            self.begin_anew(&damage)?;
+        }
         let round = self.consume();
         if let Err(RetainedRoundError::Database(error)) = &round
             && !error.is_clean_rollback()
@@ -270,7 +303,8 @@ impl RetainedFollower {
         let aside = set_aside(&self.path)?;
         self.shared.note_set_aside(damage_words(&aside, damage, self.log.first_offset()));
         let table = self.table.insert(RetainedTable::open(&self.path)?);
-        self.shared.progress.send_replace(RetainedProgress::from_table(table));
+        self.shared.follow_table(table);
+        self.shared.progress.send_modify(|progress| progress.made_anew += 1);
         Ok(())
     }
 
@@ -336,7 +370,7 @@ impl RetainedFollower {
         table
             .rewind(first, &left_out, version)
             .map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
-        self.shared.progress.send_replace(RetainedProgress::from_table(table));
+        self.shared.follow_table(table);
         self.durable = None;
         Ok(())
     }
@@ -362,7 +396,7 @@ impl RetainedFollower {
     ) -> Result<(), SqliteError> {
         let table = open_or_reopen(&mut self.table, &self.path)?;
         table.write(newest, next, sync).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
-        self.shared.progress.send_replace(RetainedProgress::from_table(table));
+        self.shared.follow_table(table);
         if sync {
             self.synced_at = Some(Instant::now());
             self.durable = Some(next);

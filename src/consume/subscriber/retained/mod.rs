@@ -11,15 +11,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
-
 use self::follow::{RetainedFollower, RetainedFollowerState};
 use self::page::{RetainedSelection, read_retained_page};
 use self::table::{RETAINED_DATABASE, RETAINED_FILE_NAME, RetainedTable};
 use crate::filter::TopicFilter;
-use crate::limits::QUERIES_MAX;
 use crate::log::Log;
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
+use crate::shares::TenantShares;
 use crate::sqlite::{SqliteError, SqliteReaders, new_file_aside, open_or_set_aside, set_aside};
 
 mod follow;
@@ -105,6 +103,20 @@ pub struct RetainedPageStart {
     topic: String,
 }
 
+impl RetainedPage {
+    /// About how many bytes it takes in memory.
+    pub fn weight(&self) -> usize {
+        self.messages.iter().map(|message| message.weight() + size_of::<RetainedMessage>()).sum()
+    }
+}
+
+impl RetainedPageStart {
+    /// Behind a message of a page.
+    pub fn behind(message: &RetainedMessage) -> Self {
+        Self { datasource: message.datasource.clone(), topic: message.topic.clone() }
+    }
+}
+
 /// Why retained messages could not be kept or read.
 #[derive(Debug, thiserror::Error)]
 pub enum RetainedError {
@@ -148,8 +160,8 @@ pub struct RetainedStore {
 struct RetainedHandle {
     shared: Arc<RetainedFollowerState>,
     readers: SqliteReaders,
-    /// Limits how many pages are read at once.
-    permits: Arc<Semaphore>,
+    /// The turns in which pages are read.
+    turns: TenantShares,
 }
 
 impl RetainedStore {
@@ -185,14 +197,8 @@ impl RetainedStore {
             .control()
             .start(follower, log)
             .map_err(|error| SqliteError::failed(&path, format!("no thread for it: {error}")))?;
-        let permits = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok(Self {
-            handle: Arc::new(RetainedHandle {
-                shared,
-                readers: SqliteReaders::new(path, &RETAINED_DATABASE),
-                permits,
-            }),
-        })
+        let (readers, turns) = (SqliteReaders::new(path, &RETAINED_DATABASE), TenantShares::default());
+        Ok(Self { handle: Arc::new(RetainedHandle { shared, readers, turns }) })
     }
 
     /// One page of the matching retained messages, ordered by datasource and topic. Only messages with an
@@ -204,7 +210,8 @@ impl RetainedStore {
     /// many topics were scanned for it; `after` is the `next` of the page before.
     ///
     /// # Errors
-    /// [`RetainedError::Behind`] if the wait takes more than ten seconds, [`RetainedError::Database`],
+    /// [`RetainedError::Behind`] if the wait takes more than ten seconds, or the database was damaged and is
+    /// being made anew: ask again then. [`RetainedError::Database`],
     /// [`RetainedError::Closed`].
     pub async fn page(
         &self,
@@ -229,13 +236,23 @@ impl RetainedStore {
             Some(wanted) if !self.is_empty() => wanted,
             _ => return Ok(RetainedPage::default()),
         };
-        let permit = self.handle.permits.clone().acquire_owned().await;
+        let share = self.handle.turns.share(datasource.unwrap_or(&DatasourceId::all()));
+        let turn = share.read_turn().await;
         let handle = self.handle.clone();
         let page = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
+            let _turn = turn;
             read_retained_page(&handle.readers, &wanted, below, after, bytes_max)
         });
-        Ok(page.await.map_err(|_| RetainedError::Closed)??)
+        match page.await.map_err(|_| RetainedError::Closed)? {
+            Err(damage) if damage.is_damage() && self.handle.shared.mend(damage.clone()).await => {
+                Err(RetainedError::Behind {
+                    consumed: self.handle.shared.cursor(),
+                    wanted: below,
+                    trouble: damage.to_string(),
+                })
+            }
+            page => Ok(page?),
+        }
     }
 
     /// Returns once everything below `offset` is consumed; never, if the thread ends first.

@@ -431,6 +431,35 @@ async fn after_an_error_of_another_kind_the_database_is_opened_again() {
 }
 
 #[tokio::test]
+async fn damage_that_a_reader_meets_is_mended_from_the_log() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    let large = vec![b'x'; 10_000];
+    append(&log, [("press-4", "a", &large[..], RETAIN), ("press-4", "b", &large[..], RETAIN)]).await;
+    assert_eq!(everything(&retained, &log).await.len(), 2);
+    // All pages but the first, so that the thread, which only writes cursors, does not notice.
+    let path = dir.path().join(RETAINED_FILE_NAME);
+    let connection = Connection::open(&path).expect("opens");
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).expect("a checkpoint");
+    drop(connection);
+    let bytes = usize::try_from(std::fs::metadata(&path).expect("it is there").len()).expect("small");
+    let file = std::fs::File::options().write(true).open(&path).expect("opens");
+    std::os::unix::fs::FileExt::write_all_at(&file, &vec![0xff; bytes - 3 * 4096], 3 * 4096)
+        .expect("written");
+    let deadline = Instant::now() + DEADLINE;
+    let found = loop {
+        let page = retained.page(Some(&id("press-4")), &filter("#"), log.next_offset(), None, 1 << 20).await;
+        match page {
+            Ok(page) if page.messages.len() == 2 => break page,
+            _ => assert!(Instant::now() < deadline, "mended in time"),
+        }
+    };
+    assert_eq!(found.messages[0].payload, large);
+    assert!(retained.set_aside().expect("it is said").contains("retained-set-aside-"));
+}
+
+#[tokio::test]
 async fn looking_for_a_filter_reads_names_and_no_rows() {
     let dir = directory();
     let log = open_log(dir.path());

@@ -18,6 +18,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use headgate_bridge_nats::KvBucket;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::error;
@@ -206,8 +207,8 @@ pub struct SessionStore {
 struct SessionStoreState {
     trouble: TroubleCell,
     ended: watch::Sender<bool>,
-    /// What was set aside at the start and where, for the operator.
-    set_aside: Option<String>,
+    /// What was set aside and where, for the operator.
+    set_aside: Mutex<Option<String>>,
 }
 
 /// What the thread is sent.
@@ -266,7 +267,7 @@ impl SessionStore {
         let shared = Arc::new(SessionStoreState {
             trouble: TroubleCell::new("sessions cannot be kept", "sessions are kept again"),
             ended: watch::Sender::new(false),
-            set_aside,
+            set_aside: Mutex::new(set_aside),
         });
         let (inbox, received) = mpsc::channel();
         let mut writer = SessionWriter {
@@ -310,9 +311,9 @@ impl SessionStore {
         let _ = self.shared.ended.subscribe().wait_for(|ended| *ended).await;
     }
 
-    /// What was set aside at the start, and where it is.
+    /// What was set aside since the start, and where it is.
     pub fn set_aside(&self) -> Option<String> {
-        self.shared.set_aside.clone()
+        self.shared.set_aside.lock().clone()
     }
 
     /// The present error, while nothing can be written.
@@ -426,7 +427,11 @@ impl SessionWriter {
         if self.pending.is_empty() && !self.place.is_unopened() && may_rest() {
             return Ok(());
         }
-        self.place.write(&self.pending)
+        let written = self.place.write(&self.pending);
+        if let Some(said) = self.place.take_set_aside() {
+            *self.shared.set_aside.lock() = Some(said);
+        }
+        written
     }
 
     fn release(&mut self) {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
 use super::bucket::FoundSession;
-use super::{SessionStoreChange, StoredGroup, StoredSession};
+use super::{SessionStoreChange, StoredGroup, StoredSession, StoredSessions};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
 /// The gathered change of one session.
@@ -41,6 +41,37 @@ pub(super) struct PendingSessionChanges {
 impl PendingSessionChanges {
     pub(super) fn is_empty(&self) -> bool {
         self.found.is_empty() && self.sessions.is_empty() && self.groups.is_empty()
+    }
+
+    /// Adds everything that is stored.
+    pub(super) fn include(&mut self, stored: &StoredSessions) {
+        stored.sessions.iter().for_each(|session| self.fold(SessionStoreChange::PutSession(session.clone())));
+        stored.groups.iter().for_each(|group| self.fold(SessionStoreChange::PutGroup(group.clone())));
+    }
+
+    /// Takes over the changes that were made to what these changes would store, so that they store that: what
+    /// is removed is not among them, and what is changed is there as it is then.
+    pub(super) fn follow(&mut self, changes: &Self) {
+        for (uid, change) in &changes.sessions {
+            match change {
+                PendingSessionChange::Put(session) => {
+                    self.sessions.insert(*uid, PendingSessionChange::Put(session.clone()));
+                }
+                PendingSessionChange::Update { cursor, ended } if self.sessions.contains_key(uid) => {
+                    self.update(*uid, *cursor, *ended);
+                }
+                PendingSessionChange::Update { .. } => {}
+                PendingSessionChange::Remove | PendingSessionChange::GiveUp => {
+                    self.sessions.remove(uid);
+                }
+            }
+        }
+        for (key, cursor) in &changes.groups {
+            match cursor {
+                Some(cursor) => self.groups.insert(key.clone(), Some(*cursor)),
+                None => self.groups.remove(key),
+            };
+        }
     }
 
     /// Adds a change that came after all those added before.

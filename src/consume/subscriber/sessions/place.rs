@@ -9,7 +9,7 @@ use tracing::error;
 use super::pending::PendingSessionChanges;
 use super::table::{SESSIONS_FILE_NAME, SessionTable};
 use super::{SessionStoreError, StoredSessions};
-use crate::sqlite::{SqliteError, open_or_set_aside};
+use crate::sqlite::{SqliteError, open_or_set_aside, set_aside};
 
 /// Where the store's thread, which owns it, writes sessions.
 pub(super) trait SessionBackend: Send {
@@ -31,6 +31,11 @@ pub(super) trait SessionBackend: Send {
         None
     }
 
+    /// What was set aside since the last call and where, for the operator.
+    fn take_set_aside(&mut self) -> Option<String> {
+        None
+    }
+
     /// The database, if it is one and open.
     #[cfg(test)]
     fn table(&mut self) -> Option<&mut SessionTable> {
@@ -44,6 +49,11 @@ pub(super) struct SessionDatabase {
     /// `None` after an error that leaves its state in doubt, and until the database was opened at all.
     table: Option<SessionTable>,
     state: SessionDatabaseState,
+    /// Everything that the database has: what a new one gets when it is damaged.
+    mirror: PendingSessionChanges,
+    /// One was set aside. It happens once only: a disk that damages one file after the other needs an operator.
+    is_anew: bool,
+    set_aside: Option<String>,
 }
 
 /// What this run knows of the sessions that were stored before it.
@@ -80,29 +90,63 @@ impl SessionDatabase {
             error!(%damage, "sessions: {said}");
             said
         });
-        let state = SessionDatabaseState::Loaded;
-        Ok((Self { dir: dir.to_owned(), table: Some(table), state }, stored, said))
+        let mut mirror = PendingSessionChanges::default();
+        mirror.include(&stored);
+        let is_anew = said.is_some();
+        let (dir, state) = (dir.to_owned(), SessionDatabaseState::Loaded);
+        Ok((Self { dir, table: Some(table), state, mirror, is_anew, set_aside: None }, stored, said))
+    }
+
+    fn try_write(&mut self, pending: &PendingSessionChanges) -> Result<(), SqliteError> {
+        let table = match &mut self.table {
+            Some(table) => table,
+            None => self.table.insert(SessionTable::reopen(&self.dir)?),
+        };
+        table.write(pending, self.state == SessionDatabaseState::OpenedLate).inspect_err(|error| {
+            if !error.is_clean_rollback() {
+                self.table = None;
+            }
+        })
+    }
+
+    /// Whether another database can have all that a damaged one had.
+    fn may_begin_anew(&self) -> bool {
+        !self.is_anew && self.state == SessionDatabaseState::Loaded
+    }
+
+    /// Sets the damaged database aside, and writes all that it had to another one.
+    fn begin_anew(&mut self, damage: &SqliteError) -> Result<(), SqliteError> {
+        self.table = None;
+        let aside = set_aside(&self.dir.join(SESSIONS_FILE_NAME))?;
+        self.is_anew = true;
+        let said = format!(
+            "{SESSIONS_FILE_NAME} was damaged and is set aside as {}; another one has everything that it had",
+            aside.display()
+        );
+        error!(%damage, "sessions: {said}");
+        self.set_aside = Some(said);
+        self.table.insert(SessionTable::open(&self.dir)?).write(&self.mirror, false)
     }
 }
 
 impl SessionBackend for SessionDatabase {
     fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SessionStoreError> {
-        let table = match &mut self.table {
-            Some(table) => table,
-            None if self.state == SessionDatabaseState::Unopened => {
-                let table = SessionTable::open_late(&self.dir).map_err(SessionStoreError::Unopened)?;
-                self.state = SessionDatabaseState::OpenedLate;
-                self.table.insert(table)
-            }
-            None => self.table.insert(SessionTable::reopen(&self.dir)?),
-        };
-        let is_late = self.state == SessionDatabaseState::OpenedLate;
-        table.write(pending, is_late).map_err(|error| {
-            if !error.is_clean_rollback() {
-                self.table = None;
-            }
-            error.into()
-        })
+        if self.state == SessionDatabaseState::Unopened {
+            let table = SessionTable::open_late(&self.dir).map_err(SessionStoreError::Unopened)?;
+            (self.table, self.state) = (Some(table), SessionDatabaseState::OpenedLate);
+        }
+        let written = self.try_write(pending);
+        // Kept also if the outcome is unknown: it is written again, and twice does no harm.
+        self.mirror.follow(pending);
+        match written {
+            Err(damage) if damage.is_damage() && self.may_begin_anew() => self.begin_anew(&damage)?,
+            written => written?,
+        }
+        Ok(())
+    }
+
+    fn take_set_aside(&mut self) -> Option<String> {
+        self.set_aside.take()
     }
 
     fn is_unopened(&self) -> bool {

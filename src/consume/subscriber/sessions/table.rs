@@ -161,6 +161,18 @@ impl SessionTable {
             .map_err(|error| SqliteError::from_sqlite(&error, &self.path))
     }
 
+    /// Damages all pages but the first, also for this connection.
+    #[cfg(test)]
+    pub(super) fn damage(&mut self, path: &Path) {
+        use std::os::unix::fs::FileExt;
+        self.connection
+            .execute_batch("PRAGMA wal_checkpoint(TRUNCATE); PRAGMA cache_size = 1; PRAGMA shrink_memory")
+            .expect("a checkpoint");
+        let bytes = std::fs::metadata(path).expect("it is there").len();
+        let file = std::fs::File::options().write(true).open(path).expect("opens");
+        file.write_all_at(&vec![0xff; usize::try_from(bytes).expect("small") - 4096], 4096).expect("written");
+    }
+
     /// Changes a pragma, to provoke errors.
     #[cfg(test)]
     pub(super) fn set(&self, pragma: &str, value: i64) {

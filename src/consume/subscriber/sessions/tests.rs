@@ -337,6 +337,35 @@ fn any_change() -> impl Strategy<Value = SessionStoreChange> {
     ]
 }
 
+#[tokio::test]
+async fn a_database_that_is_damaged_while_it_is_used_is_set_aside_and_nothing_is_lost() {
+    let dir = directory();
+    let path = dir.path().join(SESSIONS_FILE_NAME);
+    let (store, _) = SessionStore::open(dir.path()).expect("opens");
+    let puts = (0..300).map(|uid| SessionStoreChange::PutSession(session(uid, &["a", "b/#"])));
+    store.write(puts.collect()).await.expect("written");
+    store.write(vec![SessionStoreChange::PutGroup(group("g", 1))]).await.expect("written");
+    let damaged = path.clone();
+    store.meddle(move |table| table.damage(&damaged));
+    let changes = vec![
+        SessionStoreChange::RemoveSession(1),
+        SessionStoreChange::MoveCursor { uid: 2, cursor: 77 },
+        SessionStoreChange::PutSession(session(300, &["c"])),
+    ];
+    store.write(changes).await.expect("written to another one");
+    let said = store.set_aside().expect("it is said");
+    assert!(said.contains("sessions-set-aside-"), "{said}");
+    assert_eq!(store.trouble(), None);
+    store.close().await;
+    let (_, stored) = SessionStore::open(dir.path()).expect("opens");
+    assert_eq!((stored.sessions.len(), stored.groups.len()), (300, 1));
+    assert!(stored.sessions.iter().all(|session| session.uid != 1));
+    assert_eq!(
+        stored.sessions.iter().find(|session| session.uid == 2).map(|session| session.cursor),
+        Some(77)
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

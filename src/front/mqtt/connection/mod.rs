@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::acks::{AckWaits, PendingAcks, ReadAcks, SessionStoreWait};
@@ -115,6 +116,8 @@ struct MqttConnection<'a> {
     /// The SUBSCRIBE or UNSUBSCRIBE in progress, which has the sending half; nothing is read or sent for
     /// the session meanwhile.
     requesting: Option<PendingRequest>,
+    /// Ends what is searched for that request.
+    cancel_request: CancellationToken,
     /// A draft for which intake has no room yet; nothing is read meanwhile.
     blocked: Option<Box<BlockedDraft>>,
     /// The next message is over a rate of its key or datasource; nothing is read until it may go on.
@@ -174,6 +177,7 @@ impl<'a> MqttConnection<'a> {
             receive_maximum: opened.receive_maximum,
             session_is_stored: false,
             requesting: None,
+            cancel_request: CancellationToken::new(),
             packets_read: 0,
             ended: None,
             output: ClientOutput::new(opened.answer),
@@ -201,6 +205,7 @@ impl<'a> MqttConnection<'a> {
     async fn end(mut self: Box<Self>, stop: StopReason) -> (Vec<u8>, Option<Box<MqttWill>>) {
         let owed = self.output.split_off_unsent();
         let goodbye = stop.last_words(&self.output.bytes, owed, &self.inbound, self.front.intake.refusals());
+        self.cancel_request.cancel();
         let MqttConnection { front, entered, present, inbound, sending, requesting, mut will, .. } = *self;
         // Before the goodbye: whoever waits for the key's connections to end must not wait for a client
         // that does not read.
@@ -328,17 +333,20 @@ impl<'a> MqttConnection<'a> {
     /// Begins to serve a SUBSCRIBE or UNSUBSCRIBE.
     fn begin_request(&mut self, request: SubscriptionRequest) {
         let nothing = SessionSending::Nothing(Box::new(MqttSession::new(0, 0)));
-        let outbound = match std::mem::replace(&mut self.sending, nothing) {
+        let mut outbound = match std::mem::replace(&mut self.sending, nothing) {
             SessionSending::Subscribed(outbound) => outbound,
             SessionSending::Nothing(session) => self.new_outbound(*session),
         };
+        // It is not asked for anything until the request is served.
+        outbound.pause();
         let services = SubscribeServices {
             sessions: self.front.sessions.clone(),
             subscribers: self.front.subscribers.clone(),
-            refusals: self.front.intake.refusals().clone(),
+            intake: self.front.intake.clone(),
             grant: self.inbound.grant.clone(),
             form: self.inbound.form,
             who: self.inbound.who.clone(),
+            cancel: self.cancel_request.clone(),
         };
         self.requesting = Some(Box::pin(subscribe::serve_request(services, request, outbound)));
     }

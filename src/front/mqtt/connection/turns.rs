@@ -164,9 +164,13 @@ impl MqttConnection<'_> {
     /// Answers the SUBSCRIBE or UNSUBSCRIBE in progress, if it is served.
     #[inline]
     fn poll_request(&mut self, cx: &mut Context<'_>) {
-        if let Some(requesting) = &mut self.requesting
-            && let Poll::Ready((outbound, answer)) = requesting.as_mut().poll(cx)
-        {
+        let Some(requesting) = &mut self.requesting else { return };
+        let served = requesting.as_mut().poll(cx);
+        if served.is_pending() && self.stream.is_hung_up() {
+            // Nobody waits for the answer any more.
+            self.cancel_request.cancel();
+        }
+        if let Poll::Ready((outbound, answer)) = served {
             self.requesting = None;
             self.output.bytes.extend_from_slice(&answer);
             self.watch_cursor(&outbound);

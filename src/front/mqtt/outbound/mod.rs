@@ -24,10 +24,13 @@ use super::session::{MqttSession, Subscription};
 use crate::consume::subscriber::retained::RetainedError;
 use crate::consume::subscriber::{FeedItem, MatchedRecords, ShareMember, SubscriberFeed, Subscribers};
 use crate::filter::TopicFilter;
-use crate::limits::MQTT_UNSENT_BYTES_MAX;
+use crate::limits::{
+    DELIVERY_STEPS_MAX, MQTT_UNSENT_BYTES_MAX, STALLED_BYTES_MAX, STALLED_BYTES_PER_TENANT_MAX,
+};
 use crate::log::LogReadError;
 use crate::message::{DatasourceId, Offset};
 use crate::observe::metrics::Metrics;
+use crate::shares::{ShareCharge, ShareCount};
 
 /// Why no more messages can be sent.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +56,10 @@ pub(super) struct Outbound {
     matched: Option<MatchedRecords>,
     resending: Option<PendingResend>,
     retained: VecDeque<PendingRetained>,
+    /// The client takes nothing more at the moment, or has too much that it has not acknowledged.
+    is_stalled: bool,
+    /// What is held meanwhile, of its tenant's share.
+    held: ShareCharge,
 }
 
 impl Outbound {
@@ -65,10 +72,10 @@ impl Outbound {
         writer: PublishWriter,
         receive_maximum: u16,
     ) -> Self {
-        let Subscribers { router, log, .. } = &*subscribers;
+        let Subscribers { router, log, shares, .. } = &*subscribers;
         let end = log.next_offset();
         let begin = if session.subscription_count() > 0 { session.position.min(end) } else { end };
-        let mut feed = SubscriberFeed::new(router.clone(), log.clone(), &datasource, begin);
+        let mut feed = SubscriberFeed::new(router.clone(), log.clone(), shares, &datasource, begin);
         let mut groups = GroupMemberships::default();
         for (slot, subscription) in session.subscriptions.iter().enumerate() {
             let Some(subscription) = subscription else { continue };
@@ -87,6 +94,8 @@ impl Outbound {
         }
         let resending = PendingResend::of_session(&session);
         Self {
+            is_stalled: false,
+            held: feed.mailbox().share().charge(),
             subscribers,
             metrics,
             datasource,
@@ -166,7 +175,9 @@ impl Outbound {
     /// Removes a subscription.
     pub(super) fn unsubscribe(&mut self, slot: usize) {
         let at = u32::try_from(slot).expect("subscriptions are bounded");
-        self.session.subscriptions[slot] = None;
+        if let Some(subscription) = self.session.subscriptions[slot].take() {
+            self.session.discharge_filter(&subscription.filter);
+        }
         self.feed.remove_filter(at);
         self.retained.retain(|job| job.slot != at);
         self.groups.remove(at);
@@ -179,6 +190,7 @@ impl Outbound {
         {
             self.groups.acknowledge(slot, offset);
         }
+        self.session.charge_flights();
     }
 
     /// Writes packets to `out` until [`MQTT_UNSENT_BYTES_MAX`] bytes are unsent; `unsent` bytes already
@@ -191,11 +203,34 @@ impl Outbound {
         cx: &mut Context<'_>,
     ) -> Poll<OutboundError> {
         let room_until = out.len() + MQTT_UNSENT_BYTES_MAX.saturating_sub(unsent);
+        self.is_stalled = false;
         let filled = self.poll_all(room_until, out, cx);
         if filled.is_pending() {
+            if self.is_stalled {
+                self.pause();
+            }
             self.report_progress();
         }
         filled
+    }
+
+    /// Lets others have the turns of this one, which sends nothing for a while. What it holds is counted, and
+    /// let go of where its tenant's share has no room: it is read again later. So clients that do not read
+    /// cost no more memory than that, however many there are.
+    pub(super) fn pause(&mut self) {
+        self.feed.pause();
+        let matched = self.matched.as_ref().map_or(0, MatchedRecords::weight);
+        let retained: usize = self.retained.front().map_or(0, PendingRetained::held_bytes);
+        let held = (matched + self.feed.held_bytes() + retained + self.groups.held_bytes()) as u64;
+        self.held.set(ShareCount::StalledBytes, 0);
+        let all = self.held.share().count_of_all(ShareCount::StalledBytes);
+        let fits = all + held <= STALLED_BYTES_MAX;
+        if !fits || self.held.try_add(ShareCount::StalledBytes, held, STALLED_BYTES_PER_TENANT_MAX).is_err() {
+            self.rewind_unwritten();
+            self.feed.release();
+            self.retained.iter_mut().for_each(PendingRetained::release);
+            self.groups.release();
+        }
     }
 
     /// Goes through the sources in their order until `out` is full or all of them wait.
@@ -208,14 +243,25 @@ impl Outbound {
         loop {
             if out.len() >= room_until {
                 self.groups.pass_turns();
+                self.is_stalled = true;
+                return Poll::Pending;
+            }
+            let retained = match self.resending.is_none() && !self.retained.is_empty() {
+                true => self.poll_retained(room_until, out, cx).map(Some),
+                false => Poll::Ready(None),
+            };
+            // What comes late is not waited for.
+            if retained.is_pending()
+                && !self.retained.front_mut().is_some_and(|pending| pending.poll_late(cx))
+            {
                 return Poll::Pending;
             }
             let polled = if self.resending.is_some() {
                 ready!(self.poll_resend(out, cx))
-            } else if !self.retained.is_empty() {
-                ready!(self.poll_retained(room_until, out, cx))
+            } else if let Poll::Ready(Some(polled)) = retained {
+                polled
             } else if self.matched.is_some() {
-                ready!(self.poll_matched(room_until, out))
+                ready!(self.poll_matched(room_until, out, cx))
             } else if let Poll::Ready(polled) = self.poll_feed(cx) {
                 polled
             } else {
@@ -237,28 +283,45 @@ impl Outbound {
         Poll::Ready(Ok(()))
     }
 
-    /// Writes the matched records that were taken. Pending while the receive maximum is reached.
+    /// Writes the matched records that were taken. Pending while the receive maximum is reached, and after
+    /// each [`DELIVERY_STEPS_MAX`], so that other connections are served meanwhile.
     #[inline]
-    fn poll_matched(&mut self, room_until: usize, out: &mut Vec<u8>) -> Poll<Result<(), OutboundError>> {
-        if let Some(mut matched) = self.matched.take()
-            && self.write_matched(&mut matched, room_until, out)
-        {
+    fn poll_matched(
+        &mut self,
+        room_until: usize,
+        out: &mut Vec<u8>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), OutboundError>> {
+        let Some(mut matched) = self.matched.take() else { return Poll::Ready(Ok(())) };
+        let mut steps = DELIVERY_STEPS_MAX;
+        if self.write_matched(&mut matched, room_until, out, &mut steps) {
             self.matched = Some(matched);
+            if steps == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if out.len() < room_until {
                 // Groups may serve other members meanwhile.
                 self.groups.pass_turns();
+                self.is_stalled = true;
                 return Poll::Pending;
             }
         }
         Poll::Ready(Ok(()))
     }
 
-    /// Writes matched records of the log. Returns whether some are left.
-    fn write_matched(&mut self, matched: &mut MatchedRecords, room_until: usize, out: &mut Vec<u8>) -> bool {
+    /// Writes matched records of the log, as far as `steps` go. Returns whether some may be left.
+    fn write_matched(
+        &mut self,
+        matched: &mut MatchedRecords,
+        room_until: usize,
+        out: &mut Vec<u8>,
+        steps: &mut usize,
+    ) -> bool {
         let batch = matched.batch().clone();
         let mut reader = batch.reader();
-        while let Some(hit) = matched.peek() {
-            if out.len() >= room_until {
+        while let Some(hit) = matched.peek(steps) {
+            if out.len() >= room_until || *steps == 0 {
                 return true;
             }
             let record = reader.read(hit.place);
@@ -267,10 +330,10 @@ impl Outbound {
             if let Some(mut delivery) =
                 Delivery::for_subscriptions(subscriptions, &record, self.writer.publisher)
             {
-                let Self { writer, session: MqttSession { flights, .. }, .. } = self;
-                if delivery.qos > 0 && flights.room(self.receive_maximum) == 0 {
+                if delivery.qos > 0 && self.session.flight_room(self.receive_maximum) == 0 {
                     return true;
                 }
+                let Self { writer, session: MqttSession { flights, .. }, .. } = self;
                 writer.write(&record, &mut delivery, out, || flights.push(record.offset, FlightSource::Log));
             }
             matched.advance();
@@ -291,7 +354,7 @@ impl Outbound {
 
     /// The first record that was not sent.
     fn position(&self) -> Offset {
-        let next = self.matched.as_ref().and_then(|matched| matched.peek()).map(|hit| hit.place.offset);
+        let next = self.matched.as_ref().and_then(MatchedRecords::peek_place).map(|place| place.offset);
         next.unwrap_or_else(|| self.feed.position())
     }
 
@@ -305,8 +368,8 @@ impl Outbound {
 
     /// Returns records that were taken from the feed but not written.
     fn rewind_unwritten(&mut self) {
-        if let Some(hit) = self.matched.take().as_ref().and_then(|matched| matched.peek()) {
-            self.feed.rewind(hit.place.offset);
+        if let Some(place) = self.matched.take().as_ref().and_then(MatchedRecords::peek_place) {
+            self.feed.rewind(place.offset);
         }
     }
 

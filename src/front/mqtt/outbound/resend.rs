@@ -6,19 +6,18 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use tokio::task::JoinHandle;
-
 use super::super::delivery::Delivery;
 use super::super::flights::{FlightSource, MqttFlight};
 use super::super::session::{MqttSession, Subscription, SubscriptionFilter};
 use super::{Outbound, OutboundError};
-use crate::consume::subscriber::feed::fetch_records;
+use crate::consume::subscriber::feed::fetch_in_turn;
 use crate::limits::REFETCH_RECORDS;
 use crate::log::{Batch, LogReadError, RecordPlace};
 use crate::message::{Offset, RecordRef};
 
-/// A task that reads records in flight again.
-type RefetchTask = JoinHandle<Result<Vec<Option<(Batch, RecordPlace)>>, LogReadError>>;
+/// Reads records in flight again.
+type RefetchTask =
+    Pin<Box<dyn Future<Output = Result<Vec<Option<(Batch, RecordPlace)>>, LogReadError>> + Send>>;
 
 /// The messages that are not sent again yet.
 pub(super) struct PendingResend {
@@ -57,13 +56,13 @@ impl Outbound {
                 self.resending = None;
                 return Poll::Ready(Ok(()));
             }
-            let log = self.subscribers.log.clone();
-            resending.fetching = Some(tokio::task::spawn_blocking(move || fetch_records(&*log, &offsets)));
+            let share = self.feed.mailbox().share();
+            resending.fetching = Some(Box::pin(fetch_in_turn(share, &self.subscribers.log, offsets)));
             return Poll::Ready(Ok(()));
         };
-        let done = ready!(Pin::new(fetching).poll(cx));
+        let found = ready!(fetching.as_mut().poll(cx));
         resending.fetching = None;
-        let found = done.unwrap_or_else(|ended| Err(LogReadError::Io(ended.to_string().into())))?;
+        let found = found?;
         let again: Vec<_> = resending.flights.drain(..found.len()).zip(found).collect();
         let mut gone = 0;
         for ((packet_id, flight), found) in again {

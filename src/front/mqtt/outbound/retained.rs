@@ -3,6 +3,10 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::time::Sleep;
+use tracing::debug;
 
 use super::super::delivery::Delivery;
 use super::super::flights::FlightSource;
@@ -11,6 +15,11 @@ use crate::consume::subscriber::retained::{RetainedError, RetainedPage, Retained
 use crate::filter::TopicFilter;
 use crate::limits::RETAINED_PAGE_BYTES;
 use crate::message::{DatasourceId, Offset};
+
+/// How long other messages wait for the retained ones that come before them.
+const RETAINED_PATIENCE: Duration = Duration::from_secs(1);
+/// The pause before retained messages that could not be read are asked for again.
+const RETAINED_RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// A read of one page of retained messages.
 type RetainedPageRead = Pin<Box<dyn Future<Output = Result<RetainedPage, RetainedError>> + Send>>;
@@ -23,6 +32,10 @@ pub(super) struct PendingRetained {
     below: Offset,
     after: Option<RetainedPageStart>,
     asking: Option<RetainedPageRead>,
+    /// Until then other messages wait for the page.
+    patience: Pin<Box<Sleep>>,
+    /// Whether the last answer was an error that may be over by now.
+    has_failed: bool,
     /// A page, and how many of its messages were written.
     page: Option<(RetainedPage, usize)>,
 }
@@ -30,7 +43,28 @@ pub(super) struct PendingRetained {
 impl PendingRetained {
     /// The messages that match `filter` and are older than `below`.
     pub(super) fn new(slot: u32, filter: TopicFilter, below: Offset) -> Self {
-        Self { slot, filter, below, after: None, asking: None, page: None }
+        let patience = Box::pin(tokio::time::sleep(RETAINED_PATIENCE));
+        Self { slot, filter, below, after: None, asking: None, patience, has_failed: false, page: None }
+    }
+
+    /// How many bytes its page holds.
+    pub(super) fn held_bytes(&self) -> usize {
+        self.page.as_ref().map_or(0, |(page, _)| page.weight())
+    }
+
+    /// Lets go of the page: what is left of it is read again.
+    pub(super) fn release(&mut self) {
+        if let Some((page, written)) = self.page.take()
+            && let Some(last) = written.checked_sub(1).and_then(|last| page.messages.get(last))
+        {
+            self.after = Some(RetainedPageStart::behind(last));
+        }
+    }
+
+    /// Whether other messages wait for the page no longer: the database is being made anew, for example. Older
+    /// messages may then come after newer ones, as with any broker that retains in the background.
+    pub(super) fn poll_late(&mut self, cx: &mut Context<'_>) -> bool {
+        self.page.is_none() && self.patience.as_mut().poll(cx).is_ready()
     }
 
     /// What its page takes, in bytes.
@@ -49,13 +83,18 @@ impl PendingRetained {
         if self.page.is_none() {
             let asking = self.asking.get_or_insert_with(|| {
                 let (store, datasource) = (store.clone(), datasource.cloned());
-                let (filter, below, after) = (self.filter.clone(), self.below, self.after.take());
+                let (filter, below, after) = (self.filter.clone(), self.below, self.after.clone());
+                let pause = if self.has_failed { RETAINED_RETRY_PAUSE } else { Duration::ZERO };
                 Box::pin(async move {
+                    if !pause.is_zero() {
+                        tokio::time::sleep(pause).await;
+                    }
                     store.page(datasource.as_ref(), &filter, below, after, RETAINED_PAGE_BYTES).await
                 })
             });
             let page = ready!(asking.as_mut().poll(cx));
             self.asking = None;
+            self.has_failed = page.is_err();
             self.page = Some((page?, 0));
         }
         Poll::Ready(Ok(()))
@@ -72,23 +111,29 @@ impl Outbound {
     ) -> Poll<Result<(), OutboundError>> {
         let Some(pending) = self.retained.front_mut() else { return Poll::Ready(Ok(())) };
         let datasource = (!self.datasource.is_all()).then_some(&self.datasource);
-        if let Err(error) = ready!(pending.poll_page(&self.subscribers.retained, datasource, cx)) {
-            self.retained.pop_front();
-            return Poll::Ready(Err(error.into()));
+        match ready!(pending.poll_page(&self.subscribers.retained, datasource, cx)) {
+            Ok(()) => {}
+            Err(error @ RetainedError::Closed) => return Poll::Ready(Err(error.into())),
+            Err(error) => {
+                // The operator sees it at /readyz; the client has its subscription meanwhile.
+                debug!(%error, "retained messages come later");
+                return Poll::Ready(Ok(()));
+            }
         }
         let Some((page, written)) = &mut pending.page else { return Poll::Ready(Ok(())) };
-        let subscription = self.session.subscriptions.get(pending.slot as usize).and_then(Option::as_ref);
+        let subscription =
+            self.session.subscriptions.get(pending.slot as usize).and_then(Option::as_ref).cloned();
         while let Some(message) = page.messages.get(*written) {
             let record = message.as_record();
-            if let Some(mut delivery) =
-                Delivery::for_subscriptions(subscription.into_iter(), &record, self.writer.publisher)
-            {
+            let delivery = Delivery::for_subscriptions(subscription.iter(), &record, self.writer.publisher);
+            if let Some(mut delivery) = delivery {
                 delivery.retain = true;
-                let flights = &mut self.session.flights;
-                let waits = delivery.qos > 0 && flights.room(self.receive_maximum) == 0;
+                let waits = delivery.qos > 0 && self.session.flight_room(self.receive_maximum) == 0;
                 if waits || out.len() >= room_until {
+                    self.is_stalled |= waits;
                     return if waits { Poll::Pending } else { Poll::Ready(Ok(())) };
                 }
+                let flights = &mut self.session.flights;
                 let packet_id = || flights.push(record.offset, FlightSource::Retained);
                 self.writer.write(&record, &mut delivery, out, packet_id);
             }

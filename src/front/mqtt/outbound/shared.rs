@@ -40,6 +40,27 @@ impl GroupMemberships {
         }
     }
 
+    /// How many bytes the records that are not written hold.
+    pub(super) fn held_bytes(&self) -> usize {
+        let mut last = None;
+        let mut batches = self.records.iter().map(|(_, batch, _)| batch);
+        batches.by_ref().fold(0, |bytes, batch| {
+            let same = last.replace(batch.first_offset()) == Some(batch.first_offset());
+            if same { bytes } else { bytes + batch.weight() }
+        })
+    }
+
+    /// Gives back the records that are not written, for any member to take.
+    pub(super) fn release(&mut self) {
+        for (slot, member) in &self.members {
+            let own = self.records.iter().filter(|(shared, ..)| shared == slot);
+            member.give_back(own.map(|(_, _, place)| place.offset));
+        }
+        let given_back =
+            |slot: u32| self.members.iter().any(|(member, of)| *member == slot && of.takes_back());
+        self.records.retain(|(slot, ..)| !given_back(*slot));
+    }
+
     /// Lets the groups serve other members, because this client takes nothing now.
     pub(super) fn pass_turns(&self) {
         self.members.iter().for_each(|(_, member)| member.pass_turn());
@@ -77,9 +98,10 @@ impl Outbound {
     ) -> Poll<Result<(), LogReadError>> {
         while let Some((slot, batch, place)) = self.groups.records.front() {
             let (slot, place) = (*slot, *place);
-            let room = self.session.flights.room(self.receive_maximum);
+            let room = self.session.flight_room(self.receive_maximum);
             if room == 0 || out.len() >= room_until {
                 self.groups.pass_turns();
+                self.is_stalled |= room == 0;
                 // Pending waits for an acknowledgement. Ready without room in `out` ends the caller's loop.
                 return if room == 0 { Poll::Pending } else { Poll::Ready(Ok(())) };
             }
@@ -97,9 +119,10 @@ impl Outbound {
             }
             self.groups.records.pop_front();
         }
-        let room = self.session.flights.room(self.receive_maximum).min(REFETCH_RECORDS);
+        let room = self.session.flight_room(self.receive_maximum).min(REFETCH_RECORDS);
         if room == 0 {
             self.groups.pass_turns();
+            self.is_stalled = true;
             return Poll::Pending;
         }
         let skipped = ready!(self.groups.poll_take(room, cx))?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::super::session::MqttSession;
 use super::super::wills::MqttWill;
-use super::{AwayClient, ClientKey, Sessions, shared_group_key};
+use super::{ClientKey, Sessions, shared_group_key};
 use crate::auth::connections::ConnectionControl;
 use crate::consume::subscriber::Mailbox;
 use crate::consume::subscriber::sessions::SessionStoreChange;
@@ -87,7 +87,7 @@ impl ClientGuard {
             (will, due)
         });
         let expires_at = (expiry_s != u32::MAX).then(|| now + Duration::from_secs(u64::from(expiry_s)));
-        clients.put_away(self.key.clone(), AwayClient { session, will: later, expires_at });
+        clients.put_away(self.key.clone(), session, later, expires_at);
         drop(clients);
         now_due
     }

@@ -8,7 +8,7 @@
 //! cluster a client is one client on all nodes ([`claims`]).
 
 use parking_lot::{Mutex, MutexGuard};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ use tracing::debug;
 
 use self::claims::{ClaimStamp, ClaimedSession, ClientClaims};
 pub(super) use self::client_guard::ClientGuard;
+use self::due::{DueEntry, DueTimes};
 use super::session::{MqttSession, SubscriptionFilter};
 use super::wills::MqttWill;
 use crate::auth::connections::{CloseReason, ConnectionControl};
@@ -28,9 +29,11 @@ use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup, Stor
 use crate::consume::subscriber::{Mailbox, ShareGroupKey, Subscribers};
 use crate::intake::Intake;
 use crate::message::{DatasourceId, Offset, now_micros};
+use crate::shares::ShareExceeded;
 
 pub(super) mod claims;
 mod client_guard;
+mod due;
 
 /// How often due wills and expiries are handled, and cursors are written.
 const SESSIONS_TICK: Duration = Duration::from_secs(1);
@@ -51,10 +54,7 @@ pub(super) struct Sessions {
 #[derive(Default)]
 struct SessionClients {
     entries: HashMap<ClientKey, ClientEntry>,
-    /// When a will or an expiry of an away client is due.
-    due: BTreeMap<(Instant, u64), ClientKey>,
-    /// A counter that keeps two due times at the same instant apart.
-    dates: u64,
+    due: Arc<DueTimes>,
     /// No more clients are let in.
     draining: bool,
     /// The connected durable sessions with subscriptions: the mailbox that reports the session's cursor,
@@ -94,6 +94,8 @@ struct AwayClient {
     will: Option<(Box<MqttWill>, Instant)>,
     /// `None`: never.
     expires_at: Option<Instant>,
+    /// Its entries among the due times.
+    _due: Vec<DueEntry>,
 }
 
 /// A client that was let in.
@@ -109,6 +111,8 @@ pub(super) struct EnteredClient {
 pub(super) enum EnterError {
     /// The client's connection has to close.
     Closed(CloseReason),
+    /// A new session would be one too many of its datasource.
+    TooMany(ShareExceeded),
     /// The session, or the log that it needs, cannot be read now; with the reason.
     Unavailable(String),
 }
@@ -137,14 +141,15 @@ impl Sessions {
             let left_s = i64::from(stored.expiry_s) - away_s;
             let expires_at = (stored.expiry_s != u32::MAX)
                 .then(|| now + Duration::from_secs(u64::try_from(left_s).unwrap_or(0)));
-            let session = MqttSession::from_stored(stored);
+            let mut session = MqttSession::from_stored(stored);
+            session.charge_present(&sessions.subscribers.shares.share(&key.0));
             for group in
                 session.subscriptions.iter().flatten().filter_map(|s| shared_group_key(&key.0, &s.filter))
             {
                 let cursor = groups.get(&group).copied();
                 sessions.subscribers.groups.rejoin(&group, session.uid, cursor);
             }
-            clients.put_away(key, AwayClient { session, will: None, expires_at });
+            clients.put_away(key, session, None, expires_at);
         }
         drop(clients);
         // A group without sessions can be left by nobody any more: it ends here.
@@ -252,7 +257,7 @@ impl Sessions {
             _ => (away.and_then(|away| self.resume(key, *away, clean)), None),
         };
         let resumed = earlier.is_some();
-        let session = self.begin_session(key, earlier, found, expiry_s);
+        let session = self.begin_session(key, earlier, found, expiry_s)?;
         if self.claims.is_some()
             && let Some(entry) = self.lock_clients().entries.get_mut(key)
             && let Some(held) = entry.connected.as_mut().and_then(|connected| connected.shared.as_mut())
@@ -284,8 +289,12 @@ impl Sessions {
         earlier: Option<MqttSession>,
         found: Option<FoundSession>,
         expiry_s: u32,
-    ) -> MqttSession {
+    ) -> Result<MqttSession, EnterError> {
         let mut session = earlier.unwrap_or_else(|| MqttSession::new(new_session_uid(), expiry_s));
+        let share = self.subscribers.shares.share(&key.0);
+        self.intake.limit_share(&key.0, &share);
+        session.charge_present(&share);
+        session.charge_stay(expiry_s > 0).map_err(EnterError::TooMany)?;
         session.expiry_s = expiry_s;
         session.ever_stayed |= session.is_durable();
         let other = found.as_ref().and_then(|found| found.session.as_ref()).map(|session| session.uid);
@@ -303,7 +312,7 @@ impl Sessions {
             }
             (false, stored) => match other.or(stored.then_some(session.uid)) {
                 Some(uid) => SessionStoreChange::RemoveSession(uid),
-                None => return session,
+                None => return Ok(session),
             },
         };
         session.stored = session.is_durable();
@@ -313,7 +322,7 @@ impl Sessions {
         };
         // Not awaited: the store writes in order, so a later write that is awaited covers this one.
         drop(self.subscribers.store.write(changes));
-        session
+        Ok(session)
     }
 
     /// Ends a session for good, on the disk and in its groups.
@@ -354,8 +363,7 @@ impl Sessions {
     fn run_due(&self, now: Instant) {
         let (mut wills, mut ended) = (Vec::new(), Vec::new());
         let mut clients = self.lock_clients();
-        while let Some(first) = clients.due.first_entry().filter(|first| first.key().0 <= now) {
-            let key = first.remove();
+        while let Some(key) = clients.due.take_due(now) {
             let Some(entry) = clients.entries.get_mut(&key) else { continue };
             let Some(away) = &mut entry.away else { continue };
             wills.extend(away.will.take_if(|(_, due)| *due <= now).map(|(will, _)| will));
@@ -424,12 +432,16 @@ impl Sessions {
 }
 
 impl SessionClients {
-    fn put_away(&mut self, key: ClientKey, away: AwayClient) {
-        let will = away.will.as_ref().map(|(_, due)| *due);
-        for due in [will, away.expires_at].into_iter().flatten() {
-            self.dates += 1;
-            self.due.insert((due, self.dates), key.clone());
-        }
+    fn put_away(
+        &mut self,
+        key: ClientKey,
+        session: MqttSession,
+        will: Option<(Box<MqttWill>, Instant)>,
+        expires_at: Option<Instant>,
+    ) {
+        let will_due = will.as_ref().map(|(_, due)| *due);
+        let due = [will_due, expires_at].into_iter().flatten().map(|due| self.due.enter(due, key.clone()));
+        let away = AwayClient { session, will, expires_at, _due: due.collect() };
         self.entries.entry(key).or_default().away = Some(Box::new(away));
     }
 }
