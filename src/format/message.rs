@@ -26,6 +26,13 @@ pub fn now_micros() -> TimeMicros {
     TimeMicros::try_from(since_epoch.as_micros()).unwrap_or(TimeMicros::MAX)
 }
 
+/// Which of the datasources that had the same id one after the other, counted from 1. A deletion ends an
+/// incarnation, and nothing of it outlives that: the next one begins empty.
+pub type Incarnation = u32;
+
+/// Stands between a datasource's id and its incarnation in the id of its scope. No slug has it.
+const SCOPE_SEPARATOR: char = '~';
+
 /// Why a name was not accepted. The text is for the person who chose it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
@@ -101,6 +108,39 @@ impl DatasourceId {
     /// `*`: every datasource. A key may belong to it; no record does.
     pub fn all() -> Self {
         Self("*".into())
+    }
+
+    /// The id of the scope of an incarnation, under which things are kept that belong to this incarnation alone
+    /// (sessions, groups, ids of messages, rows of stored records): the id itself for the first one, `press-4~2` for
+    /// the second one. No datasource has such an id.
+    #[must_use]
+    pub fn scope(&self, incarnation: Incarnation) -> Self {
+        if incarnation <= 1 {
+            self.clone()
+        } else {
+            Self(format!("{self}{SCOPE_SEPARATOR}{incarnation}").into())
+        }
+    }
+
+    /// Parses the id of a scope, or `*`.
+    ///
+    /// # Errors
+    /// [`NameError::DatasourceId`] for anything else.
+    pub fn parse_scope(text: &str) -> Result<Self, NameError> {
+        if text == "*" {
+            return Ok(Self::all());
+        }
+        let Some((id, incarnation)) = text.split_once(SCOPE_SEPARATOR) else { return Self::new(text) };
+        let scope = Self::new(id)?.scope(incarnation.parse().map_err(|_| NameError::DatasourceId)?);
+        if scope.as_str() == text { Ok(scope) } else { Err(NameError::DatasourceId) }
+    }
+
+    /// The datasource of a scope, and which incarnation of it.
+    pub fn of_scope(&self) -> (Self, Incarnation) {
+        match self.0.split_once(SCOPE_SEPARATOR) {
+            Some((id, incarnation)) => (Self(id.into()), incarnation.parse().unwrap_or(1)),
+            None => (self.clone(), 1),
+        }
     }
 
     /// Whether this is `*`.

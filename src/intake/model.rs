@@ -351,7 +351,8 @@ impl ModelRun {
     /// Sends some of what is in quarantine through intake again.
     async fn redrive(&mut self, tenant: usize) {
         self.set_schemas(tenant, None);
-        let datasource = DatasourceId::new(TENANTS[tenant]).expect("slug");
+        let datasource =
+            self.gateway().intake.authorizer().registry().datasource(TENANTS[tenant]).expect("there");
         let mut draft = self.gateway().intake.draft(Transport::Http, 0);
         let admin = self.grant(&self.admins[tenant]);
         let batches = batches_from(&*self.gateway().log, 0);

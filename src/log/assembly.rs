@@ -101,7 +101,7 @@ impl<'a> Assembly<'a> {
 
     /// Gives a section its offset, unless its key is dead or it is a duplicate.
     fn place_section(&mut self, section: &mut Section) -> SectionOutcome {
-        if section.records() == 0 || !section.lease.holds() {
+        if section.records() == 0 || !section.holds() {
             return SectionOutcome::KeyDead;
         }
         if let Some(earlier) = section.once().find_map(|id| self.kept_under(id)) {

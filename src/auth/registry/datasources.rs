@@ -19,7 +19,7 @@ use super::setting::JsonSetting;
 use super::transaction::KeyEndReason;
 use crate::auth::scope::Scopes;
 use crate::limits::DATASOURCE_ID_BYTES_MAX;
-use crate::message::{DatasourceId, KeyId, now_micros};
+use crate::message::{DatasourceId, KeyId, Lease, now_micros};
 
 /// A datasource to be created with its first key. The texts have been validated by the caller.
 #[derive(Debug, Clone)]
@@ -76,22 +76,33 @@ impl Registry {
             }
         }
         let (datasource, key, secret) = self.make_change(|database| {
+            // Inside the change: only there can no other change take the id.
+            let id = self.id_of_new(new.id.as_ref(), name)?;
+            let first = NewKey { datasource: &id, label: "", scopes, expires_at: None, limits: None };
+            let (key, secret) = generate_key(database, &first)?;
+            let change = database.begin()?;
+            let mut noted = change.note_past_incarnation(&id)?;
+            let incarnation = change.ended_incarnations_of(&id)? + 1;
+            if incarnation > 1 {
+                noted.push(change.begin_incarnation(&id, incarnation, self.ask_log_end()?)?);
+            }
             let datasource = Datasource {
-                // Inside the change: only there can no other change take the id.
-                id: self.id_of_new(new.id.as_ref(), name)?,
+                id,
                 name: name.into(),
                 created_at: now_micros(),
                 limits: JsonSetting::new(new.limits),
                 schemas: JsonSetting::new(new.schemas),
+                incarnation,
+                lease: Lease::new(),
             };
-            let first =
-                NewKey { datasource: &datasource.id, label: "", scopes, expires_at: None, limits: None };
-            let (key, secret) = generate_key(database, &first)?;
-            let change = database.begin()?;
             change.insert_datasource(&datasource)?;
             change.insert_key(&key, &secret.digest())?;
             change.audit(actor, &AuditEvent::of_key("datasource.created", &key, &what))?;
             change.commit()?;
+            // Its readers know that it begins anew before anybody can read it or write to it.
+            for (version, row) in noted {
+                self.tell_incarnation(database, version, row);
+            }
             let datasource = self.live.add_datasource(datasource);
             let key = self.live.add_key(key, secret.digest());
             Ok((datasource, key, secret))

@@ -25,6 +25,7 @@ pub mod deadlines;
 mod disk_reserve;
 pub mod error;
 mod first_admin;
+pub mod incarnations;
 pub(super) mod index;
 pub mod key;
 pub mod key_ends;
@@ -45,7 +46,7 @@ mod usage_notes;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{self, Arc};
+use std::sync::{self, Arc, OnceLock};
 
 use headgate_format::key::Digest;
 use parking_lot::Mutex;
@@ -59,10 +60,11 @@ use database::RegistryDatabase;
 use datasource::Datasource;
 use disk_reserve::DiskReserve;
 use error::RegistryError;
+use incarnations::LogEndQuery;
 use index::KeyLookup;
 use key::Key;
 use key_ends::{DiskReserveUse, UnwrittenEnds};
-use leak_rules::LeakRuleFollower;
+use leak_rules::RecordRuleFollower;
 use live::LiveRegistry;
 use replica::{RegistryReplica, RegistryRevision};
 
@@ -79,7 +81,9 @@ pub struct Registry {
     /// The registries of the other nodes, in a cluster.
     replica: Option<Arc<dyn RegistryReplica>>,
     /// Locked inside the lock of the database only.
-    leak_rules: Mutex<LeakRuleFollower>,
+    record_rules: Mutex<RecordRuleFollower>,
+    /// See [`Registry::set_log_end`].
+    log_end: OnceLock<LogEndQuery>,
     /// Changed only under the lock of the database.
     unwritten: UnwrittenEnds,
     /// `None` in a cluster, whose registry is not on this disk.
@@ -95,6 +99,7 @@ impl Registry {
     pub fn open(dir: &Path) -> Result<Self, RegistryError> {
         let mut database = RegistryDatabase::open(dir)?;
         quarantine_file::move_into_registry(dir, &mut database)?;
+        database.note_past_incarnations()?;
         let reserve = Some(DiskReserve::open(dir));
         Ok(Self { reserve, ..Self::from_database(database, None)? })
     }
@@ -119,7 +124,8 @@ impl Registry {
             noted: Mutex::default(),
             adding_usage: Mutex::default(),
             replica,
-            leak_rules: Mutex::default(),
+            record_rules: Mutex::default(),
+            log_end: OnceLock::new(),
             unwritten: UnwrittenEnds::default(),
             reserve: None,
         })
@@ -140,6 +146,18 @@ impl Registry {
     /// reference count that other threads share.
     pub fn has_datasource(&self, id: &str) -> bool {
         self.live.datasources.pin().contains_key(id)
+    }
+
+    /// The scope of the incarnation that a key is of; `*` for a key for all datasources. `None` if the key is dead.
+    pub fn scope_of(&self, key: &Key) -> Option<DatasourceId> {
+        if key.datasource.is_all() {
+            return Some(key.datasource.clone());
+        }
+        let incarnation =
+            self.with_datasource(key.datasource.as_str(), |datasource| datasource.incarnation)?;
+        // Its datasource cannot be created again before the lease of a key of the last one has ended: while this
+        // holds, that was the datasource of the key.
+        key.holds().then(|| key.datasource.scope(incarnation))
     }
 
     /// All datasources, ordered by id.
@@ -203,6 +221,11 @@ impl Registry {
     /// longer wait for it, and has not caught up yet. Nothing may be accepted meanwhile. A few atomic loads.
     pub fn may_be_behind(&self) -> bool {
         self.replica.as_ref().is_some_and(|replica| !replica.is_current())
+    }
+
+    /// Whether other nodes change it too.
+    pub fn is_of_cluster(&self) -> bool {
+        self.replica.is_some()
     }
 
     /// Waits until this node has applied all changes that the cluster had made before the call. Returns at

@@ -1,4 +1,4 @@
-//! The rules about leaked keys: durable in the registry, which every node of a cluster has with the same
+//! The rules about leaked keys, and the incarnations of datasources: durable in the registry, which every node of a cluster has with the same
 //! versions, and live in the log's [`WithheldRules`](crate::log::WithheldRules). A change is durable before
 //! it takes effect, so that nothing that was reported as withheld is handed out after a crash.
 
@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
-use crate::auth::{LeakRow, Registry, RegistryError};
-use crate::limits::LEAK_CHANGES_MAX;
-use crate::log::{AppendError, Log, WithheldChange, WithheldRule};
+use crate::auth::{IncarnationEvent, LeakRow, RecordRule, Registry, RegistryError};
+use crate::limits::{LEAK_CHANGES_MAX, REVOCATION_WAIT_MAX};
+use crate::log::{AppendError, IncarnationStep, Log, WithheldChange, WithheldRule};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, now_micros};
 
 /// The rules about leaked keys, from the registry to the log.
@@ -39,17 +39,26 @@ impl QuarantineLeakRules {
     /// # Errors
     /// [`RegistryError`] if the rules cannot be read.
     pub fn start(registry: Arc<Registry>, log: Arc<dyn Log>) -> Result<Self, RegistryError> {
-        let withheld = log.withheld().clone();
-        registry.follow_leak_rules(move |row| {
-            let LeakRow { datasource, key_id, .. } = row.clone();
-            withheld.push(match (row.since, row.below) {
-                (Some(since), Some(below)) => {
-                    WithheldChange::Withhold(WithheldRule { datasource, key_id, since, below })
-                }
-                _ => WithheldChange::GiveBack(datasource, key_id),
-            });
+        let (runtime, readers_of, end_of) = (Handle::current(), log.clone(), log.clone());
+        let of_cluster = registry.is_of_cluster();
+        registry.follow_record_rules(move |rule| {
+            readers_of.withheld().push(withheld_change(rule, || match of_cluster {
+                // Other gateways may append to the next incarnation before this one knows that it has begun.
+                true => readers_of.next_offset(),
+                // Nothing is appended to a datasource that is deleted.
+                false => Offset::MAX,
+            }));
         })?;
-        Ok(Self { log, registry, runtime: Handle::current() })
+        let waits = runtime.clone();
+        registry.set_log_end(Box::new(move || {
+            waits.block_on(async {
+                // What was let in before has to have its offset.
+                let settled = tokio::time::timeout(REVOCATION_WAIT_MAX, end_of.barrier()).await;
+                settled.map_err(|_| "the log does not get on".to_owned())?;
+                end_of.end().await.map_err(|error| error.to_string())
+            })
+        }));
+        Ok(Self { log, registry, runtime })
     }
 
     /// Withholds what a key let in since a time: durably, and from every reader of the log once this
@@ -87,6 +96,32 @@ impl QuarantineLeakRules {
         let (since, below) = withheld.unzip();
         let row = LeakRow { datasource: datasource.clone(), key_id, since, below, at: now_micros() };
         self.registry.add_leak_rule(&row, LEAK_CHANGES_MAX)?.ok_or(LeakError::TooMany)
+    }
+}
+
+/// The change that a rule of the registry is for the log's readers. `end` says where the log ends.
+fn withheld_change(rule: &RecordRule, end: impl FnOnce() -> Offset) -> WithheldChange {
+    match rule {
+        RecordRule::Leak(row) => {
+            let LeakRow { datasource, key_id, .. } = row.clone();
+            match (row.since, row.below) {
+                (Some(since), Some(below)) => {
+                    WithheldChange::Withhold(WithheldRule { datasource, key_id, since, below })
+                }
+                _ => WithheldChange::GiveBack(datasource, key_id),
+            }
+        }
+        RecordRule::Incarnation(row, keys) => {
+            let step = match row.event {
+                IncarnationEvent::Ended => IncarnationStep::Ended { keys: keys.clone(), end: end() },
+                IncarnationEvent::Begun => IncarnationStep::Begun {
+                    first_offset: row.first_offset.unwrap_or(0),
+                    since: row.since.unwrap_or(TimeMicros::MIN),
+                },
+                IncarnationEvent::Purged => IncarnationStep::Purged,
+            };
+            WithheldChange::Incarnation(row.datasource.clone(), row.incarnation, step)
+        }
     }
 }
 

@@ -23,6 +23,7 @@ pub mod router;
 pub mod sessions;
 
 mod matched;
+mod session_ends;
 mod trie;
 
 #[cfg(test)]
@@ -33,6 +34,7 @@ pub use group::{ClusterShareGroups, GroupSession, ShareDelivery, ShareGroupKey, 
 pub use mailbox::Mailbox;
 pub use matched::MatchedRecords;
 pub use router::Router;
+pub use session_ends::SessionEnds;
 
 use std::sync::Arc;
 
@@ -50,6 +52,8 @@ pub struct Subscribers {
     pub groups: ShareGroups,
     /// The sessions that outlive their connection.
     pub store: SessionStore,
+    /// What has ended with its datasource.
+    pub session_ends: SessionEnds,
     /// The newest retained message of each topic.
     pub retained: RetainedStore,
 }
@@ -70,6 +74,6 @@ impl Subscribers {
             Some(groups) => ShareGroups::Cluster(Box::new(groups)),
             None => ShareGroups::local(router.clone(), log.clone()),
         };
-        Ok(Self { log, router, groups, store, retained })
+        Ok(Self { log, router, groups, store, session_ends: SessionEnds::default(), retained })
     }
 }

@@ -16,7 +16,7 @@ use crate::consume::query::{QueryError, RecordsQuery, RecordsReader};
 use crate::consume::render::{self, parse_time};
 use crate::front::problem::Problem;
 use crate::limits::{QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
-use crate::message::{DatasourceId, KeyId, Offset, TimeMicros};
+use crate::message::{DatasourceId, Incarnation, KeyId, Offset, TimeMicros};
 use crate::observe::cause::Cause;
 
 /// The query string of `records`. An unknown parameter is refused: a filter that is not applied would
@@ -30,13 +30,14 @@ struct RecordsParameters {
     after_offset: Option<Offset>,
     key_id: Option<String>,
     limit: Option<usize>,
+    incarnation: Option<Incarnation>,
 }
 
 impl RecordsParameters {
-    fn into_query(self, datasource: DatasourceId) -> Result<RecordsQuery, Problem> {
+    fn into_query(self, scope: DatasourceId) -> Result<RecordsQuery, Problem> {
         let key_id = self.key_id.map(|id| KeyId::parse(&id)).transpose()?;
         Ok(RecordsQuery {
-            datasource,
+            scope,
             topic: self.topic,
             from: time_parameter("from", self.from)?,
             to: time_parameter("to", self.to)?,
@@ -74,9 +75,9 @@ pub(super) async fn records(
     PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let datasource = readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(parameters) = QueryString::<RecordsParameters>::try_from_uri(&uri)?;
-    let query = parameters.into_query(datasource)?;
+    let scope = readable_scope(&shared, &caller, &datasource, parameters.incarnation)?;
+    let query = parameters.into_query(scope)?;
     run_query(&shared, move |stored| {
         // Not through a `Value`, which could change the digits of a number in a payload.
         Ok(Json(render::records_page_json(&stored.records(&query)?)).into_response())
@@ -89,6 +90,7 @@ pub(super) async fn records(
 #[serde(deny_unknown_fields)]
 struct LatestParameters {
     after_topic: Option<String>,
+    incarnation: Option<Incarnation>,
 }
 
 /// `GET /v1/datasources/{datasource}/latest`
@@ -98,22 +100,51 @@ pub(super) async fn latest(
     PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let datasource = readable_datasource(&shared, &caller, &datasource)?;
-    let QueryString(LatestParameters { after_topic }) = QueryString::try_from_uri(&uri)?;
-    run_query(&shared, move |stored| {
-        Ok(Json(stored.latest(&datasource, after_topic.as_deref())?).into_response())
-    })
-    .await
+    let QueryString(LatestParameters { after_topic, incarnation }) = QueryString::try_from_uri(&uri)?;
+    let scope = readable_scope(&shared, &caller, &datasource, incarnation)?;
+    run_query(&shared, move |stored| Ok(Json(stored.latest(&scope, after_topic.as_deref())?).into_response()))
+        .await
 }
 
-/// The datasource whose records are to be read, if the caller may read them.
-pub(super) fn readable_datasource(
+/// The scope of the records to be read, if the caller may read them: that of the datasource that there is, or of an
+/// `incarnation` that is asked for. One that has ended is for admins of the gateway alone.
+pub(super) fn readable_scope(
     shared: &HttpFrontState,
     caller: &Caller,
     datasource: &str,
+    incarnation: Option<Incarnation>,
 ) -> Result<DatasourceId, Problem> {
     caller.require_scope(Scope::Subscribe, datasource)?;
-    Ok(shared.datasource(datasource)?.id.clone())
+    let Some(incarnation) = incarnation else {
+        // Its scope first: a datasource that is created again while the key is looked at is not what the key reads.
+        let scope = shared.datasource(datasource)?.scope();
+        caller.require_scope(Scope::Subscribe, datasource)?;
+        return Ok(scope);
+    };
+    let present = shared.registry().datasource(datasource);
+    if let Some(present) = present.filter(|present| present.incarnation == incarnation) {
+        caller.require_scope(Scope::Subscribe, datasource)?;
+        return Ok(present.scope());
+    }
+    caller.require_gateway_admin()?;
+    let id = DatasourceId::new(datasource)?;
+    let left_out = shared.parts.log.withheld().now();
+    let has_ended = incarnation > 0
+        && left_out
+            .history(datasource)
+            .is_some_and(|of| of.has_ended(incarnation) && !of.is_purged(incarnation));
+    match has_ended {
+        true => Ok(id.scope(incarnation)),
+        false => Err(no_incarnation(&id, incarnation)),
+    }
+}
+
+/// The answer to asking for an incarnation that there is not, or that is purged.
+pub(super) fn no_incarnation(id: &DatasourceId, incarnation: Incarnation) -> Problem {
+    let words = format!(
+        "There is no incarnation {incarnation} of the datasource {id}, or it is purged:          GET /v1/datasources?deleted=true lists those that were deleted."
+    );
+    Problem::new(Cause::NoDatasource, words)
 }
 
 /// The stored records, if there is storage.

@@ -18,7 +18,7 @@ use self::page::{RetainedSelection, read_retained_page};
 use self::table::{RETAINED_FILE_NAME, RetainedTable};
 use crate::filter::TopicFilter;
 use crate::limits::QUERIES_MAX;
-use crate::log::Log;
+use crate::log::{Log, WithheldRules};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 use crate::sqlite::{SqliteError, SqliteReaders, new_file_aside, open_or_set_aside, set_aside};
 
@@ -148,6 +148,8 @@ pub struct RetainedStore {
 struct RetainedHandle {
     shared: Arc<RetainedFollowerState>,
     readers: SqliteReaders,
+    /// A page leaves out what the thread has not removed yet.
+    withheld: Arc<WithheldRules>,
     /// Limits how many pages are read at once.
     permits: Arc<Semaphore>,
 }
@@ -171,13 +173,16 @@ impl RetainedStore {
         if let Some(said) = said {
             shared.note_set_aside(said);
         }
+        let withheld = log.withheld().clone();
         let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
         shared
             .control()
             .start(follower, log)
             .map_err(|error| SqliteError::failed(&path, format!("no thread for it: {error}")))?;
         let permits = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok(Self { handle: Arc::new(RetainedHandle { shared, readers: SqliteReaders::new(path), permits }) })
+        Ok(Self {
+            handle: Arc::new(RetainedHandle { shared, readers: SqliteReaders::new(path), withheld, permits }),
+        })
     }
 
     /// One page of the matching retained messages, ordered by datasource and topic. Only messages with an
@@ -215,9 +220,22 @@ impl RetainedStore {
         let handle = self.handle.clone();
         let page = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            read_retained_page(&handle.readers, &wanted, below, after, bytes_max)
+            let mut page = read_retained_page(&handle.readers, &wanted, below, after, bytes_max)?;
+            let left_out = handle.withheld.now();
+            if !left_out.is_nothing() {
+                page.messages.retain(|message| !left_out.withholds(&message.as_record()));
+            }
+            Ok::<_, SqliteError>(page)
         });
         Ok(page.await.map_err(|_| RetainedError::Closed)??)
+    }
+
+    /// How many messages of a datasource are retained, and the sum of their payloads in bytes. Blocks.
+    ///
+    /// # Errors
+    /// [`RetainedError::Database`].
+    pub fn count_of(&self, datasource: &DatasourceId) -> Result<(u64, u64), RetainedError> {
+        Ok(self.handle.readers.read(|connection| table::count_of(connection, datasource))?)
     }
 
     /// Returns once everything below `offset` is consumed; never, if the thread ends first.
