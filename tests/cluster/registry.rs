@@ -810,10 +810,10 @@ async fn a_key_whose_row_is_taken_out_of_the_bucket_is_dead_on_every_node() {
 async fn a_registry_of_a_newer_headgate_is_not_joined() {
     let server = NatsServer::start();
     drop(Node::join(&server, "a").await);
-    write_row(&server, "format", "2").await;
+    write_row(&server, "format", "3").await;
     let nats = connect(&[server.url()], "b").await;
     let refused = soon(Registry::join(&nats, 1, "b")).await.err().expect("refused");
-    assert!(refused.to_string().contains("format 2"), "{refused}");
+    assert!(refused.to_string().contains("format 3"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -69,7 +69,7 @@ pub struct IncarnationRow {
     /// Of one that has ended: when it was created.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub created_at: Option<TimeMicros>,
-    /// Of one that has begun: where the log ended then.
+    /// Of one that has begun, or has ended in a cluster: where the log ended then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_offset: Option<Offset>,
     /// Of one that began before there were incarnations: when that was.
@@ -160,8 +160,17 @@ pub struct EndedIncarnation {
     pub purged_at: Option<TimeMicros>,
 }
 
-/// Asks the log for its end, behind all that was handed to it before. Blocks; the error is in words.
-pub type LogEndQuery = Box<dyn Fn() -> Result<Offset, String> + Send + Sync>;
+/// How long a question for the log's end may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogEndPatience {
+    /// Until all that was handed to the log before has its offset.
+    Settled,
+    /// A moment: the end of keys waits for the answer.
+    Brief,
+}
+
+/// Asks the log for its end. Blocks; the error is in words.
+pub type LogEndQuery = Box<dyn Fn(LogEndPatience) -> Result<Offset, String> + Send + Sync>;
 
 impl RegistryDatabase {
     /// How many incarnations of a datasource have ended.
@@ -253,11 +262,13 @@ impl RegistryTransaction<'_> {
         incarnation: Incarnation,
         name: &str,
         created_at: TimeMicros,
+        end: Option<Offset>,
     ) -> rusqlite::Result<(u64, IncarnationRow)> {
         let row = IncarnationRow::new(id, incarnation, IncarnationEvent::Ended, self.made_at());
         self.insert_incarnation_row(IncarnationRow {
             name: Some(name.to_owned()),
             created_at: Some(created_at),
+            first_offset: end,
             ..row
         })
     }
@@ -333,14 +344,23 @@ impl RegistryTransaction<'_> {
 }
 
 impl Registry {
-    /// Sets what says where the log ends, when the id of a deleted datasource is used again. Call it before that.
+    /// Sets what says where the log ends when the id of a deleted datasource is used again, and in a cluster when one is
+    /// deleted. Call it before that.
     pub fn set_log_end(&self, query: LogEndQuery) {
         let _ = self.log_end.set(query);
     }
 
     pub(super) fn ask_log_end(&self) -> Result<Offset, RegistryError> {
         // Without a log there are no records either.
-        self.log_end.get().map_or(Ok(0), |query| query().map_err(RegistryError::Away))
+        self.log_end.get().map_or(Ok(0), |query| query(LogEndPatience::Settled).map_err(RegistryError::Away))
+    }
+
+    /// Where an incarnation ends in the log. `None` without a cluster, where nothing is appended to a datasource that is
+    /// deleted; and if the log does not say, because a key dies whatever the log says.
+    pub(super) fn ask_incarnation_end(&self) -> Option<Offset> {
+        // In a cluster the log may be ahead of the registry of a gateway: it has to know what is not of this one.
+        let query = self.replica.as_ref().and_then(|_| self.log_end.get())?;
+        query(LogEndPatience::Brief).ok()
     }
 
     /// Tells the log's readers of a row that is durable.
@@ -448,7 +468,7 @@ mod tests {
         use IncarnationEvent::{Begun, Ended, Purged};
         let dir = tempfile::tempdir().expect("temporary directory");
         let registry = Registry::open(dir.path()).expect("opens");
-        registry.set_log_end(Box::new(|| Ok(17)));
+        registry.set_log_end(Box::new(|_| Ok(17)));
         let first = create(&registry, "press-4");
         assert_eq!(registry.scope_of(&first).expect("live").as_str(), "press-4");
         delete(&registry, "press-4");

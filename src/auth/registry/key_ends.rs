@@ -68,10 +68,15 @@ impl KeyEnd {
 
     /// Writes the end and its audit entries. What has ended on the disk already, by another node of the cluster or
     /// by an attempt whose outcome was unknown, is not written again.
-    fn write(&self, change: &RegistryTransaction<'_>) -> Result<KeyEndRows, RegistryError> {
+    fn write(
+        &self,
+        registry: &Registry,
+        change: &RegistryTransaction<'_>,
+    ) -> Result<KeyEndRows, RegistryError> {
         change.set_time(self.at);
         if let Some(Datasource { id, created_at, .. }) = self.deleted.as_deref() {
-            let Some(rows) = change.remove_datasource(id, *created_at)? else {
+            let end = registry.ask_incarnation_end();
+            let Some(rows) = change.remove_datasource(id, *created_at, end)? else {
                 return Ok(KeyEndRows::default());
             };
             let act = AuditEvent::of_datasource(self.why.action(), id, &self.what);
@@ -226,7 +231,7 @@ impl Registry {
                 return Err(RegistryError::LastAdmin);
             }
             let change = database.begin()?;
-            let written = end.write(&change)?;
+            let written = end.write(self, &change)?;
             change.commit()?;
             Ok(written.revoked.iter().filter_map(|digest| self.live.kill(digest)).collect())
         })?;
@@ -279,7 +284,7 @@ impl Registry {
                 let change = database.begin()?;
                 let mut written = Vec::new();
                 for end in &ends {
-                    written.push(end.write(&change)?);
+                    written.push(end.write(self, &change)?);
                 }
                 change.commit()?;
                 self.unwritten.remove_oldest(ends.len());

@@ -223,11 +223,6 @@ impl Registry {
         self.replica.as_ref().is_some_and(|replica| !replica.is_current())
     }
 
-    /// Whether other nodes change it too.
-    pub fn is_of_cluster(&self) -> bool {
-        self.replica.is_some()
-    }
-
     /// Waits until this node has applied all changes that the cluster had made before the call. Returns at
     /// once without a cluster.
     ///

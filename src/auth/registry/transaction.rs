@@ -18,7 +18,7 @@ use super::queries::SELECT_RECORD_RULES_VERSION;
 use super::replica::{RegistryReplica, RegistryRevision};
 use super::rows::{REGISTRY_ROWS_FORMAT, RegistryRow, digest_range};
 use super::usage::KeyUsage;
-use crate::message::{DatasourceId, Incarnation, KeyId, TimeMicros, now_micros};
+use crate::message::{DatasourceId, Incarnation, KeyId, Offset, TimeMicros, now_micros};
 
 /// Why a key has ended, as stored in the registry's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -214,12 +214,13 @@ impl<'a> RegistryTransaction<'a> {
         Ok(has_ended)
     }
 
-    /// Removes a datasource, which ends its incarnation, and revokes its keys. `None` if it is gone already; one that
+    /// Removes a datasource, which ends its incarnation at that `end` of the log, and revokes its keys. `None` if it is gone already; one that
     /// was created later under the same id is another one.
     pub(super) fn remove_datasource(
         &self,
         datasource: &DatasourceId,
         created_at: TimeMicros,
+        end: Option<Offset>,
     ) -> rusqlite::Result<Option<KeyEndRows>> {
         let mut rows = KeyEndRows::default();
         let mut is_there =
@@ -242,7 +243,7 @@ impl<'a> RegistryTransaction<'a> {
             update.query_map(parameters, |row| row.get(0).map(Digest))?.collect::<Result<_, _>>()?;
         rows.revoked.iter().for_each(|digest| self.touched(TouchedRow::Key(digest.key_id())));
         self.touched(TouchedRow::Datasource(datasource.clone()));
-        rows.incarnations.push(self.end_incarnation(datasource, incarnation, &name, created_at)?);
+        rows.incarnations.push(self.end_incarnation(datasource, incarnation, &name, created_at, end)?);
         Ok(Some(rows))
     }
 

@@ -3,13 +3,17 @@
 //! it takes effect, so that nothing that was reported as withheld is handed out after a crash.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use crate::auth::{IncarnationEvent, LeakRow, RecordRule, Registry, RegistryError};
+use crate::auth::{IncarnationEvent, LeakRow, LogEndPatience, RecordRule, Registry, RegistryError};
 use crate::limits::{LEAK_CHANGES_MAX, REVOCATION_WAIT_MAX};
 use crate::log::{AppendError, IncarnationStep, Log, WithheldChange, WithheldRule};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, now_micros};
+
+/// How long the log is asked for its end when a datasource is deleted or created again.
+const LOG_END_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// The rules about leaked keys, from the registry to the log.
 pub struct QuarantineLeakRules {
@@ -39,23 +43,20 @@ impl QuarantineLeakRules {
     /// # Errors
     /// [`RegistryError`] if the rules cannot be read.
     pub fn start(registry: Arc<Registry>, log: Arc<dyn Log>) -> Result<Self, RegistryError> {
-        let (runtime, readers_of, end_of) = (Handle::current(), log.clone(), log.clone());
-        let of_cluster = registry.is_of_cluster();
+        let (runtime, withheld, end_of) = (Handle::current(), log.withheld().clone(), log.clone());
         registry.follow_record_rules(move |rule| {
-            readers_of.withheld().push(withheld_change(rule, || match of_cluster {
-                // Other gateways may append to the next incarnation before this one knows that it has begun.
-                true => readers_of.next_offset(),
-                // Nothing is appended to a datasource that is deleted.
-                false => Offset::MAX,
-            }));
+            withheld.push(withheld_change(rule));
         })?;
         let waits = runtime.clone();
-        registry.set_log_end(Box::new(move || {
+        registry.set_log_end(Box::new(move |patience| {
             waits.block_on(async {
-                // What was let in before has to have its offset.
-                let settled = tokio::time::timeout(REVOCATION_WAIT_MAX, end_of.barrier()).await;
-                settled.map_err(|_| "the log does not get on".to_owned())?;
-                end_of.end().await.map_err(|error| error.to_string())
+                if patience == LogEndPatience::Settled {
+                    let settled = tokio::time::timeout(REVOCATION_WAIT_MAX, end_of.barrier()).await;
+                    settled.map_err(|_| "the log does not get on".to_owned())?;
+                }
+                let end = tokio::time::timeout(LOG_END_WAIT_MAX, end_of.end()).await;
+                end.map_err(|_| "the log does not say where it ends".to_owned())?
+                    .map_err(|error| error.to_string())
             })
         }));
         Ok(Self { log, registry, runtime })
@@ -99,8 +100,8 @@ impl QuarantineLeakRules {
     }
 }
 
-/// The change that a rule of the registry is for the log's readers. `end` says where the log ends.
-fn withheld_change(rule: &RecordRule, end: impl FnOnce() -> Offset) -> WithheldChange {
+/// The change that a rule of the registry is for the log's readers.
+fn withheld_change(rule: &RecordRule) -> WithheldChange {
     match rule {
         RecordRule::Leak(row) => {
             let LeakRow { datasource, key_id, .. } = row.clone();
@@ -113,7 +114,10 @@ fn withheld_change(rule: &RecordRule, end: impl FnOnce() -> Offset) -> WithheldC
         }
         RecordRule::Incarnation(row, keys) => {
             let step = match row.event {
-                IncarnationEvent::Ended => IncarnationStep::Ended { keys: keys.clone(), end: end() },
+                IncarnationEvent::Ended => {
+                    let end = row.first_offset.unwrap_or(Offset::MAX);
+                    IncarnationStep::Ended { keys: keys.clone(), end }
+                }
                 IncarnationEvent::Begun => IncarnationStep::Begun {
                     first_offset: row.first_offset.unwrap_or(0),
                     since: row.since.unwrap_or(TimeMicros::MIN),

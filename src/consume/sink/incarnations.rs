@@ -5,6 +5,8 @@
 //! When an incarnation ends its row gets that name, and nothing is moved. In a cluster the log may be ahead of the
 //! registry: records that were stored as another incarnation's are put right when the next one is known to have begun.
 
+use std::collections::BTreeSet;
+
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::newest;
@@ -57,62 +59,64 @@ pub(super) fn follow_step(
         }
         IncarnationStep::Begun { first_offset, .. } => {
             let (earlier, scope) = (datasource.scope(incarnation - 1), datasource.scope(incarnation));
-            move_misplaced(connection, &earlier, *first_offset, datasource, history)?;
-            move_misplaced(connection, &scope, 0, datasource, history)
+            move_misplaced(connection, &earlier, *first_offset, history)?;
+            move_misplaced(connection, &scope, 0, history)
         }
         IncarnationStep::Purged => Ok(()),
     }
 }
 
-/// Moves what is stored as `scope` from an offset on, and is of another incarnation, to that one.
-fn move_misplaced(
+/// Moves what is stored as `scope` from an offset on, and is of other incarnations, to those.
+pub(super) fn move_misplaced(
     connection: &Connection,
     scope: &DatasourceId,
     from: Offset,
-    datasource: &DatasourceId,
     history: &IncarnationHistory,
 ) -> rusqlite::Result<()> {
     let Some(row) = row_id_of_scope(connection, scope)? else { return Ok(()) };
-    let (_, incarnation) = scope.of_scope();
-    let targets = [incarnation.saturating_sub(1), incarnation + 1];
-    for target in targets.into_iter().filter(|target| *target > 0) {
-        for table in ["entries", "quarantined"] {
-            connection.execute_batch(CREATE_MOVED)?;
+    let (datasource, incarnation) = scope.of_scope();
+    connection.execute_batch(CREATE_MOVED)?;
+    for table in ["entries", "quarantined"] {
+        let mut targets = BTreeSet::new();
+        for_each_stored(connection, table, row, from, history, |_, _, target| {
+            targets.insert(target);
+            Ok(())
+        })?;
+        for target in targets.into_iter().filter(|target| *target != incarnation) {
             connection.execute("DELETE FROM temp.moved", [])?;
-            if select_misplaced(connection, table, row, from, target, history)? > 0 {
-                let name = shown_name(datasource.as_str(), target, history);
-                move_selected(connection, table, &datasource.scope(target), &name)?;
-            }
+            let mut insert = connection.prepare("INSERT INTO temp.moved VALUES (?1, ?2)")?;
+            for_each_stored(connection, table, row, from, history, |offset, topic, of| match of == target {
+                true => insert.execute([offset, topic]).map(drop),
+                false => Ok(()),
+            })?;
+            let name = shown_name(datasource.as_str(), target, history);
+            move_selected(connection, table, &datasource.scope(target), &name)?;
         }
     }
     Ok(())
 }
 
-/// Fills `temp.moved` with the records in a row of `datasources` that are of the incarnation `target`.
-fn select_misplaced(
+/// Calls `each` with the offset and the topic of the records in a row of `datasources` from an offset on, and the
+/// incarnation that each is of.
+fn for_each_stored(
     connection: &Connection,
     table: &str,
     row: i64,
     from: Offset,
-    target: Incarnation,
     history: &IncarnationHistory,
-) -> rusqlite::Result<u64> {
+    mut each: impl FnMut(i64, i64, Incarnation) -> rusqlite::Result<()>,
+) -> rusqlite::Result<()> {
     let mut select = connection.prepare(&format!(
         "SELECT e.offset, e.topic_id, e.received_us, o.key_id FROM {table} e JOIN origins o ON o.id = e.origin_id
          WHERE e.datasource_id = ?1 AND e.offset >= ?2"
     ))?;
-    let mut insert = connection.prepare("INSERT INTO temp.moved VALUES (?1, ?2)")?;
-    let mut selected = 0;
     let mut rows = select.query([row, sql_offset(from)])?;
     while let Some(row) = rows.next()? {
         let (offset, topic): (i64, i64) = (row.get(0)?, row.get(1)?);
         let Ok(key) = KeyId::parse(row.get_ref(3)?.as_str()?) else { continue };
-        if history.incarnation_of(key, row.get(2)?, offset_from_sql(offset)) == target {
-            insert.execute([offset, topic])?;
-            selected += 1;
-        }
+        each(offset, topic, history.incarnation_of(key, row.get(2)?, offset_from_sql(offset)))?;
     }
-    Ok(selected)
+    Ok(())
 }
 
 /// Moves the records in `temp.moved` to an incarnation, with the newest values that they bring.
@@ -287,14 +291,16 @@ mod tests {
 
     #[test]
     fn all_rules_at_once_lead_to_the_same_as_one_by_one() {
+        const THIRD: KeyId = KeyId([3; 6]);
         let steps = [
-            (1, ended(&[OLD], 4)),
+            (1, ended(&[OLD], 3)),
             (2, begun(3)),
-            (2, ended(&[NEW], 8)),
+            (2, ended(&[NEW], 6)),
             (1, IncarnationStep::Purged),
             (3, begun(6)),
         ];
-        let records = || (0..9).map(|offset| by([OLD, NEW, ALL][offset as usize % 3], offset, "a"));
+        let keys = [OLD, ALL, OLD, NEW, ALL, OLD, THIRD, ALL, NEW];
+        let records = || keys.into_iter().zip(0..).map(|(key, offset)| by(key, offset, "a"));
         let mut contents = Vec::new();
         for together in [true, false] {
             let dir = tempfile::tempdir().expect("temporary directory");
@@ -309,7 +315,7 @@ mod tests {
             sink.reconcile(&rules).expect("reconciled");
             contents.push([1, 2, 3].map(|incarnation| stored(dir.path(), incarnation).0));
         }
-        assert_eq!(contents[0], [vec![], vec![1, 4, 5, 7], vec![8]]);
+        assert_eq!(contents[0], [vec![], vec![3, 4, 8], vec![6, 7]]);
         assert_eq!(contents[0], contents[1]);
     }
 
@@ -341,6 +347,21 @@ mod tests {
             });
             assert_eq!(left, [1; 4], "after {steps}");
         }
+    }
+
+    #[test]
+    fn a_purge_leaves_what_is_of_an_incarnation_that_is_not_known_yet() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+        // The log is ahead of the registry by a whole life.
+        sink.store([by(OLD, 0, "a"), by(ALL, 1, "a"), by(NEW, 2, "a")].into_iter(), 3, false)
+            .expect("stored");
+        push(&rules, 1, ended(&[OLD], 2));
+        push(&rules, 1, IncarnationStep::Purged);
+        sink.reconcile(&rules).expect("reconciled");
+        push(&rules, 2, begun(2));
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!([1, 2].map(|incarnation| stored(dir.path(), incarnation).0), [vec![], vec![2]]);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::incarnations;
 use super::insert::insert_records;
 use super::quarantined;
 use super::schema::{RECORDS_DATABASE, offset_from_sql, sql_offset};
-use crate::log::{IncarnationStep, WithheldChange, WithheldRules, WithheldSnapshot};
+use crate::log::{IncarnationHistory, IncarnationStep, WithheldChange, WithheldRules, WithheldSnapshot};
 use crate::message::{DatasourceId, Offset, RecordRef};
 use crate::sqlite::{SqliteError, checkpoint};
 
@@ -158,7 +158,7 @@ impl SqliteSink {
         // What comes before a purge has to be put right before it: it decides what belongs to the incarnation.
         for part in changes.chunk_by(|a, b| !is_purge(a) && !is_purge(b)) {
             if let [WithheldChange::Incarnation(datasource, incarnation, IncarnationStep::Purged)] = part {
-                self.purge(&datasource.scope(*incarnation))?;
+                self.purge(&datasource.scope(*incarnation), left_out.history(datasource.as_str()))?;
             }
             let version = self.withheld_version + part.len() as u64;
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -170,7 +170,13 @@ impl SqliteSink {
     }
 
     /// Removes what is stored of an incarnation, and overwrites the pages that it was on.
-    fn purge(&mut self, scope: &DatasourceId) -> rusqlite::Result<()> {
+    fn purge(&mut self, scope: &DatasourceId, history: Option<&IncarnationHistory>) -> rusqlite::Result<()> {
+        if let Some(history) = history {
+            // In a cluster some of it may be of an incarnation that was not known when it was stored.
+            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            incarnations::move_misplaced(&transaction, scope, 0, history)?;
+            transaction.commit()?;
+        }
         self.connection.pragma_update(None, "secure_delete", true)?;
         loop {
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
