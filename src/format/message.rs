@@ -443,6 +443,21 @@ mod tests {
     }
 
     #[test]
+    fn a_scope_is_a_datasource_in_one_incarnation_and_no_datasource_s_id() {
+        let press = DatasourceId::new("press-4").expect("a slug");
+        assert_eq!(press.scope(1), press);
+        let second = press.scope(2);
+        assert_eq!((second.as_str(), second.of_scope()), ("press-4~2", (press.clone(), 2)));
+        for scope in [press.clone(), second, DatasourceId::all()] {
+            assert_eq!(DatasourceId::parse_scope(scope.as_str()), Ok(scope));
+        }
+        for bad in ["press-4~1", "press-4~02", "press-4~", "~2", "press-4~x", "*~2", "press-4~2~3", ""] {
+            assert!(DatasourceId::parse_scope(bad).is_err(), "{bad:?}");
+        }
+        assert!(DatasourceId::new("press-4~2").is_err());
+    }
+
+    #[test]
     fn a_name_becomes_a_slug() {
         let slug = |name| DatasourceId::from_name(name).map(|id| id.to_string());
         assert_eq!(slug("Press 4, hall B").as_deref(), Some("press-4-hall-b"));

@@ -157,8 +157,8 @@ async fn delete_present(
         let counted = run_blocking(move || retained.count_of(&of).map_err(|error| Problem::internal(&error)));
         gone.retained = counted.await?.0;
     }
-    let (registry, actor, of) = (shared.registry().clone(), caller.actor(), datasource.id.clone());
-    let dead = run_blocking(move || Ok(registry.delete_datasource(&actor, &of)?)).await?;
+    let (registry, actor, of) = (shared.registry().clone(), caller.actor(), datasource.clone());
+    let dead = run_blocking(move || Ok(registry.delete_incarnation(&actor, &of)?)).await?;
     shared.settle(caller, &dead, called).await;
     if let Some(answer) = undurable_deletion(shared, &datasource.id) {
         return Ok(answer);
