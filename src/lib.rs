@@ -60,7 +60,8 @@ pub mod testing {
     pub use crate::auth::deadlines::run as run_deadlines;
     pub use crate::auth::usage::KeyClient;
     pub use crate::auth::{
-        Actor, ApiKey, Authorizer, Digest, GrantDenial, Key, LeakRow, Registry, RegistryError, Scope, Scopes,
+        Actor, ApiKey, Authorizer, Digest, GrantDenial, Key, LeakRow, RecordRule, Registry, RegistryError,
+        Scope, Scopes,
     };
     pub use crate::config::{Config, LogBackend};
     pub use crate::consume::subscriber::sessions::bucket::{self, FoundSession, LostSession, SessionLookup};

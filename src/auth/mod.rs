@@ -36,6 +36,7 @@ pub use registry::audit::{Actor, AuditEvent};
 pub use registry::datasource::Datasource;
 pub use registry::datasources::NewDatasource;
 pub use registry::error::RegistryError;
+pub use registry::incarnations::{EndedIncarnation, IncarnationEvent, LogEndPatience, RecordRule};
 pub use registry::key::Key;
 pub use registry::keys::NewKey;
 pub use registry::leak_rules::LeakRow;

@@ -110,6 +110,12 @@ impl ApiClient {
         Ok(Some(answer.detail))
     }
 
+    /// Deletes what is at the path, where the gateway answers with what that was.
+    pub(super) fn delete_with_answer<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+        let request = self.agent.delete(format!("{}{path}", self.url));
+        self.read_answer(request.header("authorization", self.key.expose()).call())
+    }
+
     /// The text of a page that is not JSON (`/metrics`).
     pub(super) fn text(&self, path: &str) -> anyhow::Result<String> {
         let request = self.agent.get(format!("{}{path}", self.url));

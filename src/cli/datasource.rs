@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::client::{ApiClient, KeySecret, ProblemAnswer};
 use super::key::NewKeyAnswer;
 use super::out::{CommandOutput, table};
-use crate::message::DatasourceId;
+use crate::message::{DatasourceId, Incarnation};
 
 /// Ids to try: in a data directory that was used before, the first ones may be taken.
 const ID_ATTEMPTS_MAX: u32 = 1_000;
@@ -32,6 +32,9 @@ pub(super) enum DatasourceCommand {
     },
     /// List all datasources
     List {
+        /// List those that were deleted instead, with the number of the incarnation
+        #[arg(long)]
+        deleted: bool,
         /// Print the gateway's answer as JSON
         #[arg(long)]
         json: bool,
@@ -48,6 +51,12 @@ pub(super) enum DatasourceCommand {
     Delete {
         /// Its id
         id: String,
+        /// Remove what is stored of it as well, also of one that was deleted before
+        #[arg(long)]
+        purge: bool,
+        /// With --purge: remove this incarnation, which was deleted before, and leave a later one alone
+        #[arg(long, value_name = "N", requires = "purge")]
+        incarnation: Option<Incarnation>,
     },
 }
 
@@ -73,14 +82,16 @@ pub(super) fn run(command: DatasourceCommand, out: &mut CommandOutput) -> anyhow
         DatasourceCommand::Create { name, id, scopes, json } => {
             create_and_print(&client, &name, id.as_deref(), &scopes, json, out)
         }
-        DatasourceCommand::List { json } => print_datasources(&client, json, out),
+        DatasourceCommand::List { deleted: false, json } => print_datasources(&client, json, out),
+        DatasourceCommand::List { deleted: true, json } => print_deleted(&client, json, out),
         DatasourceCommand::Show { id, json } => print_datasource(&client, &id, json, out),
-        DatasourceCommand::Delete { id } => {
+        DatasourceCommand::Delete { id, purge: true, incarnation } => purge(&client, &id, incarnation, out),
+        DatasourceCommand::Delete { id, .. } => {
             let undurable = client.delete(&path(&id)?)?;
             writeln!(
                 out,
-                "{id} is deleted: its keys are dead and their connections closed; what was stored stays in the \
-                 gateway's records.db"
+                "{id} is deleted: its keys are dead and their connections closed; what was stored stays for admin keys \
+                 (`headgate datasource list --deleted`) until it is purged"
             )?;
             if let Some(detail) = undurable {
                 writeln!(out, "not durable yet: {detail} /readyz warns until it is")?;
@@ -160,6 +171,79 @@ fn print_datasources(client: &ApiClient, as_json: bool, out: &mut CommandOutput)
         rows.add_row([datasource.id, datasource.name, datasource.created_at]);
     }
     writeln!(out, "{rows}")?;
+    Ok(())
+}
+
+/// An ended incarnation in the gateway's answers.
+#[derive(Debug, Deserialize)]
+struct EndedIncarnationAnswer {
+    id: String,
+    incarnation: Incarnation,
+    name: Option<String>,
+    deleted_at: String,
+    purged_at: Option<String>,
+}
+
+fn print_deleted(client: &ApiClient, as_json: bool, out: &mut CommandOutput) -> anyhow::Result<()> {
+    #[derive(Deserialize)]
+    struct EndedIncarnationListAnswer {
+        deleted: Vec<EndedIncarnationAnswer>,
+    }
+    let answer: Value = client.get("/v1/datasources", &[("deleted", "true")])?;
+    if as_json {
+        writeln!(out, "{answer:#}")?;
+        return Ok(());
+    }
+    let mut rows = table(&["id", "incarnation", "name", "deleted", "purged"], &[1]);
+    for ended in serde_json::from_value::<EndedIncarnationListAnswer>(answer)?.deleted {
+        rows.add_row([
+            ended.id,
+            ended.incarnation.to_string(),
+            ended.name.unwrap_or_default(),
+            ended.deleted_at,
+            ended.purged_at.unwrap_or_default(),
+        ]);
+    }
+    writeln!(out, "{rows}")?;
+    Ok(())
+}
+
+/// What a purge has removed.
+#[derive(Debug, Deserialize)]
+struct PurgeAnswer {
+    done: bool,
+    records: u64,
+    quarantined: u64,
+    bytes: u64,
+    retained: u64,
+    sessions: u64,
+}
+
+fn purge(
+    client: &ApiClient,
+    id: &str,
+    incarnation: Option<Incarnation>,
+    out: &mut CommandOutput,
+) -> anyhow::Result<()> {
+    let mut path = format!("{}?purge=true", path(id)?);
+    if let Some(incarnation) = incarnation {
+        path = format!("{path}&incarnation={incarnation}");
+    }
+    let answer: Value = client.delete_with_answer(&path)?;
+    let Ok(purged) = serde_json::from_value::<PurgeAnswer>(answer.clone()) else {
+        // Its keys are dead, and that is not durable: nothing is removed before it is.
+        let detail = answer["detail"].as_str().unwrap_or_default();
+        bail!("nothing is purged yet: {detail} Purge it again then");
+    };
+    let PurgeAnswer { records, quarantined, bytes, retained, sessions, .. } = purged;
+    writeln!(
+        out,
+        "{id} is purged: {records} records and {quarantined} in quarantine ({bytes} bytes), {retained} retained messages, \
+         {sessions} sessions; the log drops what it has of it with its retention, and nobody can read that"
+    )?;
+    if !purged.done {
+        writeln!(out, "the gateway has not removed all of it yet, and goes on; call this again to see")?;
+    }
     Ok(())
 }
 

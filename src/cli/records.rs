@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use super::client::ApiClient;
 use super::datasource;
 use super::out::{CommandOutput, table};
-use crate::message::Offset;
+use crate::message::{Incarnation, Offset};
 
 /// Records per request. Each page prints its own table, so that a long answer starts early.
 const RECORDS_PAGE_RECORDS: u64 = 1_000;
@@ -28,6 +28,9 @@ pub(super) struct RecordsArgs {
     /// Only records received before this time
     #[arg(long, value_name = "TIME")]
     to: Option<String>,
+    /// Of a datasource that was deleted: the number that `headgate datasource list --deleted` shows
+    #[arg(long, value_name = "N")]
+    incarnation: Option<Incarnation>,
     /// At most so many
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
@@ -89,6 +92,8 @@ pub(super) fn run(args: RecordsArgs, out: &mut CommandOutput) -> anyhow::Result<
             query.push((name, value));
         }
     }
+    let incarnation = args.incarnation.map(|incarnation| incarnation.to_string());
+    query.extend(incarnation.as_deref().map(|incarnation| ("incarnation", incarnation)));
     if args.format == RecordsFormat::Csv {
         writeln!(out, "{CSV_HEADER}")?;
     }

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::query::{QueryError, RecordsReader, datasource_row_id, payload_bytes_of_row};
+use super::query::{QueryError, RecordsReader, payload_bytes_of_row, row_id_of_scope};
 use crate::limits::{
     INFERENCE_BYTES_MAX, INFERENCE_DEPTH_MAX, INFERENCE_EXAMPLE_BYTES_MAX, INFERENCE_KEY_BYTES_MAX,
     INFERENCE_PARTS_MAX, INFERENCE_RECORDS_MAX, INFERENCE_TOPICS_MAX, SCHEMA_BYTES_MAX,
@@ -44,14 +44,14 @@ pub struct Inference {
 }
 
 impl RecordsReader {
-    /// Infers schemas from the newest records of a datasource.
+    /// Infers schemas from the newest records of a datasource, in the incarnation with this scope.
     ///
     /// # Errors
     /// [`QueryError::Database`].
-    pub fn inference(&self, datasource: &DatasourceId) -> Result<Inference, QueryError> {
+    pub fn inference(&self, scope: &DatasourceId) -> Result<Inference, QueryError> {
         self.read(|connection| {
             let mut observed = DatasourceObservation::default();
-            let Some(id) = datasource_row_id(connection, datasource)? else { return Ok(observed.infer()) };
+            let Some(id) = row_id_of_scope(connection, scope)? else { return Ok(observed.infer()) };
             let mut newest = connection.prepare_cached(
                 "SELECT t.topic, e.payload FROM entries e LEFT JOIN topics t ON t.id = e.topic_id
                  WHERE e.datasource_id = ?1 ORDER BY e.offset DESC LIMIT ?2",

@@ -26,6 +26,13 @@ pub fn now_micros() -> TimeMicros {
     TimeMicros::try_from(since_epoch.as_micros()).unwrap_or(TimeMicros::MAX)
 }
 
+/// Which of the datasources that had the same id one after the other, counted from 1. A deletion ends an
+/// incarnation, and nothing of it outlives that: the next one begins empty.
+pub type Incarnation = u32;
+
+/// Stands between a datasource's id and its incarnation in the id of its scope. No slug has it.
+const SCOPE_SEPARATOR: char = '~';
+
 /// Why a name was not accepted. The text is for the person who chose it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
@@ -101,6 +108,39 @@ impl DatasourceId {
     /// `*`: every datasource. A key may belong to it; no record does.
     pub fn all() -> Self {
         Self("*".into())
+    }
+
+    /// The id of the scope of an incarnation, under which things are kept that belong to this incarnation alone
+    /// (sessions, groups, ids of messages, rows of stored records): the id itself for the first one, `press-4~2` for
+    /// the second one. No datasource has such an id.
+    #[must_use]
+    pub fn scope(&self, incarnation: Incarnation) -> Self {
+        if incarnation <= 1 {
+            self.clone()
+        } else {
+            Self(format!("{self}{SCOPE_SEPARATOR}{incarnation}").into())
+        }
+    }
+
+    /// Parses the id of a scope, or `*`.
+    ///
+    /// # Errors
+    /// [`NameError::DatasourceId`] for anything else.
+    pub fn parse_scope(text: &str) -> Result<Self, NameError> {
+        if text == "*" {
+            return Ok(Self::all());
+        }
+        let Some((id, incarnation)) = text.split_once(SCOPE_SEPARATOR) else { return Self::new(text) };
+        let scope = Self::new(id)?.scope(incarnation.parse().map_err(|_| NameError::DatasourceId)?);
+        if scope.as_str() == text { Ok(scope) } else { Err(NameError::DatasourceId) }
+    }
+
+    /// The datasource of a scope, and which incarnation of it.
+    pub fn of_scope(&self) -> (Self, Incarnation) {
+        match self.0.split_once(SCOPE_SEPARATOR) {
+            Some((id, incarnation)) => (Self(id.into()), incarnation.parse().unwrap_or(1)),
+            None => (self.clone(), 1),
+        }
     }
 
     /// Whether this is `*`.
@@ -400,6 +440,21 @@ mod tests {
         for bad in ["", "Press", "a b", "ä", "*", "a/b", "a.b", &"a".repeat(64)] {
             assert_eq!(DatasourceId::new(bad), Err(NameError::DatasourceId), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_scope_is_a_datasource_in_one_incarnation_and_no_datasource_s_id() {
+        let press = DatasourceId::new("press-4").expect("a slug");
+        assert_eq!(press.scope(1), press);
+        let second = press.scope(2);
+        assert_eq!((second.as_str(), second.of_scope()), ("press-4~2", (press.clone(), 2)));
+        for scope in [press.clone(), second, DatasourceId::all()] {
+            assert_eq!(DatasourceId::parse_scope(scope.as_str()), Ok(scope));
+        }
+        for bad in ["press-4~1", "press-4~02", "press-4~", "~2", "press-4~x", "*~2", "press-4~2~3", ""] {
+            assert!(DatasourceId::parse_scope(bad).is_err(), "{bad:?}");
+        }
+        assert!(DatasourceId::new("press-4~2").is_err());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::limits::{CONTENT_TYPE_BYTES_MAX, FRAME_PART_BYTES_MAX, MEMORY_STEP_BY
 use crate::log::{self, OnceId, QuarantineReason, Section};
 use crate::memory::{MemoryAccount, MemoryCharge, MemoryExceeded};
 use crate::message::{
-    DatasourceId, KeyId, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
+    DatasourceId, KeyId, Lease, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
 };
 use crate::quota::{LimitExceeded, Quota, QuotaStanding};
 use crate::time::Rfc3339;
@@ -480,7 +480,7 @@ impl Draft {
         Ok(Refusal::Quarantined(Box::new(QuarantinedMessage { origin, reason })))
     }
 
-    /// Adds a message from quarantine if it meets its schema now; `grant` belongs to the admin who asks.
+    /// Adds a message from quarantine of this datasource if it meets its schema now; `grant` belongs to the admin who asks.
     /// It becomes a record of its original key, transport and client, received now. Its note and its
     /// MQTT 5 user properties `redriven-from` and `first-received-at` say where it was and since when. It
     /// is not retained, because a newer message may be. However often it is sent, it is kept once: under the id
@@ -492,9 +492,10 @@ impl Draft {
     pub fn redrive(
         &mut self,
         grant: &Grant,
-        datasource: &DatasourceId,
+        of: &Datasource,
         record: &RecordRef<'_>,
     ) -> Result<RedriveOutcome, Refusal> {
+        let (datasource, scope) = (&of.id, of.scope());
         grant.allows(Scope::Admin, datasource.as_str())?;
         if let Err(reason) = self.validation(datasource).check(record.topic, record.payload) {
             return Ok(RedriveOutcome::Fails(reason));
@@ -512,10 +513,11 @@ impl Draft {
             record.publisher,
             self.received_at,
         );
+        section.bind_to(of.lease.clone());
         let own_id = user_property(record.properties, id_property(record.transport));
         section.keep_once(match own_id.filter(|id| check_message_id(id).is_ok()) {
-            Some(id) => OnceId::of_message(datasource, id),
-            None => OnceId::of_message(datasource, &format!("\u{1}redrive-{offset}")),
+            Some(id) => OnceId::of_message(&scope, id),
+            None => OnceId::of_message(&scope, &format!("\u{1}redrive-{offset}")),
         });
         let flags = record.flags.without(RecordFlags::QUARANTINED).without(RecordFlags::RETAIN);
         let RecordRef { topic, payload, content_type, .. } = *record;
@@ -544,7 +546,8 @@ impl Draft {
         for section in self.sections.iter_mut().filter(|section| section.weight() <= FRAME_PART_BYTES_MAX) {
             let places = section.places();
             let messages = places.iter().map(|place| section.record(*place)).map(|r| (r.topic, r.payload));
-            let id = OnceId::of_parked(&section.datasource, message_id, messages);
+            let scope = scope_of(&self.intake, &section.datasource);
+            let id = OnceId::of_parked(&scope, message_id, messages);
             section.keep_once(id);
         }
     }
@@ -580,7 +583,7 @@ impl Draft {
         if let Some(at) = self.sections[open..].iter().rposition(same) {
             return open + at;
         }
-        let message_id = once_for_all.map(|id| OnceId::of_message(datasource, id));
+        let message_id = once_for_all.map(|id| OnceId::of_message(&scope_of(&self.intake, datasource), id));
         let mut section = self.new_section(grant, datasource);
         message_id.into_iter().for_each(|id| section.keep_once(id));
         self.sections.push(section);
@@ -601,9 +604,10 @@ impl Draft {
         section.reserve(message.payload.len() + message.properties.len() + 64);
         if let Some(id) = message.message_id {
             let of_one = std::iter::once((message.topic, message.payload));
+            let scope = scope_of(&self.intake, datasource);
             section.keep_once(match quarantined {
-                true => OnceId::of_parked(datasource, id, of_one),
-                false => OnceId::of_message(datasource, id),
+                true => OnceId::of_parked(&scope, id, of_one),
+                false => OnceId::of_message(&scope, id),
             });
         }
         if let Some(exchange) = message.exchange {
@@ -617,7 +621,12 @@ impl Draft {
     fn new_section(&self, grant: &Grant, datasource: &DatasourceId) -> Section {
         let (lease, key_id) = (grant.lease().clone(), grant.key_id());
         let (transport, publisher, received_at) = (self.transport, self.publisher, self.received_at);
-        Section::new(datasource.clone(), key_id, lease, transport, publisher, received_at)
+        let mut section = Section::new(datasource.clone(), key_id, lease, transport, publisher, received_at);
+        if grant.datasource().is_all() {
+            // The key outlives the datasource: what it sends there must not outlive it too.
+            section.bind_to(lease_of(&self.intake, datasource));
+        }
+        section
     }
 
     /// Reserves room for about `bytes` of messages of one origin in the newest section.
@@ -646,6 +655,22 @@ impl Draft {
     pub fn is_empty(&self) -> bool {
         self.sections.is_empty()
     }
+}
+
+/// The scope of the present incarnation of a datasource: ids of messages mean nothing in the next one.
+fn scope_of(intake: &Intake, datasource: &DatasourceId) -> DatasourceId {
+    let registry = intake.0.authorizer.registry();
+    registry.with_datasource(datasource.as_str(), Datasource::scope).unwrap_or_else(|| datasource.clone())
+}
+
+/// The lease of a datasource; one that has ended, if it was just deleted.
+fn lease_of(intake: &Intake, datasource: &DatasourceId) -> Lease {
+    let registry = intake.0.authorizer.registry();
+    registry.with_datasource(datasource.as_str(), |found| found.lease.clone()).unwrap_or_else(|| {
+        let ended = Lease::new();
+        ended.end();
+        ended
+    })
 }
 
 /// The user property of a quarantined message that has its id: in MQTT the one that the client sent, otherwise

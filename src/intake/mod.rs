@@ -580,6 +580,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_a_key_for_all_datasources_has_sent_to_one_does_not_outlive_it() {
+        let (_dir, intake, grant) = intake();
+        let registry = intake.authorizer().registry();
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        let (_, all) =
+            registry.create_key(&Actor::SYSTEM, &DatasourceId::all(), "", scopes, None).expect("created");
+        let all = intake.authorizer().identify(all.expose().as_bytes()).expect("a valid key");
+        let press = grant.datasource().clone();
+        let draft = |grant: &Grant| {
+            let mut draft = intake.draft(Transport::Mqtt, 7);
+            draft.push(grant, Some(&press), message(Some("a"), None)).expect("let in");
+            draft
+        };
+        let kept = intake.submit(draft(&all)).await.expect("kept").expect("a message");
+        assert_eq!((kept.offsets, kept.duplicate), (Offsets::consecutive(0, 1), false));
+        let late = draft(&all);
+        registry.delete_datasource(&Actor::SYSTEM, &press).expect("there");
+        registry.create_datasource(&Actor::SYSTEM, None, "press-4", scopes).expect("created again");
+        assert!(matches!(intake.submit(late).await, Err(Refusal::Denied(GrantDenial::Revoked))));
+        // The id was used up in the last one only.
+        let kept = intake.submit(draft(&all)).await.expect("kept").expect("a message");
+        assert_eq!((kept.offsets, kept.duplicate), (Offsets::consecutive(1, 1), false));
+    }
+
+    #[tokio::test]
     async fn a_message_id_has_1_to_128_printable_bytes() {
         let (_dir, intake, grant) = intake();
         let (longest, too_long) = ("a".repeat(MESSAGE_ID_BYTES_MAX), "a".repeat(MESSAGE_ID_BYTES_MAX + 1));

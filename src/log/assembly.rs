@@ -112,7 +112,7 @@ impl<'a> Assembly<'a> {
 
     /// Gives a section its offset, unless its key is dead, it is a repetition, or it may not be kept.
     fn place_section(&mut self, section: &mut Section) -> SectionOutcome {
-        if section.records() == 0 || !section.lease.holds() {
+        if section.records() == 0 || !section.holds() {
             return SectionOutcome::KeyDead;
         }
         let digest = section.content_digest();

@@ -47,6 +47,7 @@
 mod assembly;
 mod disk;
 mod embedded;
+mod incarnations;
 mod jetstream;
 pub mod nats_message;
 #[cfg(test)]
@@ -78,6 +79,7 @@ pub use headgate_format::log::note::{QuarantineReason, RecordNote};
 pub use headgate_format::log::offsets::Offsets;
 pub use headgate_format::log::once::OnceId;
 pub use headgate_format::log::section::Section;
+pub use incarnations::{IncarnationHistory, IncarnationStep};
 pub use jetstream::{
     DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces, SharedRecords,
 };

@@ -1,16 +1,18 @@
 //! Withheld records: records in the log that no reader gets any more, because the key that let them
-//! in has leaked.
+//! in has leaked, or because their datasource was deleted ([`super::incarnations`]).
 //!
-//! The log never rewrites records. Instead it has rules, usually none, and each consumer checks
+//! The log never rewrites records. Instead it has rules, usually few, and each consumer checks
 //! the records that it reads against them before it delivers them. A consumer that keeps a copy of
 //! records (storage, retained messages) learns of [changes](WithheldChange) by their version and corrects its
 //! copy. The same transaction notes the version, so that no crash can lose a change.
 
 use parking_lot::RwLock;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
+use super::incarnations::{IncarnationHistory, IncarnationStep};
+use crate::message::{DatasourceId, Incarnation, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// A rule that withholds the records that a key let in during a period.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,14 +44,17 @@ pub enum WithheldChange {
     Withhold(WithheldRule),
     /// Removes all rules of this key for this datasource (or for all, `*`).
     GiveBack(DatasourceId, KeyId),
+    /// Something has happened to an incarnation of a datasource.
+    Incarnation(DatasourceId, Incarnation, IncarnationStep),
 }
 
 impl WithheldChange {
-    /// The key whose records it concerns.
-    pub fn key_id(&self) -> KeyId {
+    /// The leaked key whose records it concerns.
+    pub fn key_id(&self) -> Option<KeyId> {
         match self {
-            WithheldChange::Withhold(rule) => rule.key_id,
-            WithheldChange::GiveBack(_, key_id) => *key_id,
+            WithheldChange::Withhold(rule) => Some(rule.key_id),
+            WithheldChange::GiveBack(_, key_id) => Some(*key_id),
+            WithheldChange::Incarnation(..) => None,
         }
     }
 }
@@ -65,21 +70,35 @@ pub struct WithheldRules {
 #[derive(Debug, Default)]
 struct WithheldState {
     changes: Vec<WithheldChange>,
-    rules: Arc<[WithheldRule]>,
+    /// The rules in force; `None` if there are none.
+    present: Option<Arc<WithheldSet>>,
+}
+
+/// What is withheld at one moment.
+#[derive(Debug, Clone, Default)]
+struct WithheldSet {
+    rules: Vec<WithheldRule>,
+    /// Of the datasources that were deleted at some time.
+    histories: HashMap<DatasourceId, Arc<IncarnationHistory>>,
 }
 
 impl WithheldRules {
     /// Applies the next change, for every check from now on. Returns the new version.
     pub fn push(&self, change: WithheldChange) -> u64 {
         let mut state = self.state.write();
-        let mut rules = state.rules.to_vec();
+        let mut present = state.present.take().unwrap_or_default();
+        let set = Arc::make_mut(&mut present);
         match &change {
-            WithheldChange::Withhold(rule) => rules.push(rule.clone()),
+            WithheldChange::Withhold(rule) => set.rules.push(rule.clone()),
             WithheldChange::GiveBack(datasource, key_id) => {
-                rules.retain(|rule| rule.key_id != *key_id || rule.datasource != *datasource);
+                set.rules.retain(|rule| rule.key_id != *key_id || rule.datasource != *datasource);
+            }
+            WithheldChange::Incarnation(datasource, incarnation, step) => {
+                let history = set.histories.entry(datasource.clone()).or_default();
+                Arc::make_mut(history).push(*incarnation, step);
             }
         }
-        state.rules = rules.into();
+        state.present = (!set.rules.is_empty() || !set.histories.is_empty()).then_some(present);
         state.changes.push(change);
         let version = state.changes.len() as u64;
         self.version.store(version, Ordering::Release);
@@ -91,11 +110,11 @@ impl WithheldRules {
         self.version.load(Ordering::Acquire)
     }
 
-    /// The changes after a version.
-    pub fn changes_after(&self, version: u64) -> Vec<WithheldChange> {
+    /// The changes after a version, and the rules that they have led to.
+    pub fn changes_and_rules(&self, version: u64) -> (Vec<WithheldChange>, WithheldSnapshot) {
         let state = self.state.read();
         let behind = usize::try_from(version).ok().and_then(|behind| state.changes.get(behind..));
-        behind.unwrap_or_default().to_vec()
+        (behind.unwrap_or_default().to_vec(), WithheldSnapshot(state.present.clone()))
     }
 
     /// The rules at this moment. Costs one atomic load if there never was a rule.
@@ -103,14 +122,13 @@ impl WithheldRules {
         if self.version() == 0 {
             return WithheldSnapshot(None);
         }
-        let state = self.state.read();
-        WithheldSnapshot((!state.rules.is_empty()).then(|| state.rules.clone()))
+        WithheldSnapshot(self.state.read().present.clone())
     }
 }
 
 /// The rules at one moment.
 #[derive(Debug, Clone, Default)]
-pub struct WithheldSnapshot(Option<Arc<[WithheldRule]>>);
+pub struct WithheldSnapshot(Option<Arc<WithheldSet>>);
 
 impl WithheldSnapshot {
     /// Whether there is no rule, so that nothing is withheld.
@@ -118,24 +136,40 @@ impl WithheldSnapshot {
         self.0.is_none()
     }
 
-    /// Whether a rule withholds the record.
+    /// Whether the record is withheld: its key has leaked, or its datasource was deleted.
     pub fn withholds(&self, record: &RecordRef<'_>) -> bool {
-        self.covers(record.datasource, record.key_id, record.received_at, record.offset)
+        let Some(set) = &self.0 else { return false };
+        let RecordRef { datasource, key_id, received_at, offset, .. } = *record;
+        set.histories
+            .get(datasource)
+            .is_some_and(|of| of.has_ended(of.incarnation_of(key_id, received_at, offset)))
+            || self.covers(datasource, key_id, received_at, offset)
     }
 
-    /// Whether a rule covers a record with these properties.
+    /// The incarnations of a datasource that was deleted at some time.
+    pub fn history(&self, datasource: &str) -> Option<&IncarnationHistory> {
+        self.0.as_ref()?.histories.get(datasource).map(|history| &**history)
+    }
+
+    /// Whether what is kept under the id of a scope has ended with its incarnation.
+    pub fn has_ended(&self, scope: &DatasourceId) -> bool {
+        let (datasource, incarnation) = scope.of_scope();
+        self.history(datasource.as_str()).is_some_and(|history| history.has_ended(incarnation))
+    }
+
+    /// Whether a rule about a leaked key covers a record with these properties.
     pub fn covers(&self, datasource: &str, key_id: KeyId, received_at: TimeMicros, offset: Offset) -> bool {
         self.rules().any(|rule| rule.covers(datasource, key_id, received_at, offset))
     }
 
-    /// Whether only quarantine may show the record: it is withheld, or failed validation.
+    /// Whether no reader may show the record but quarantine: it is withheld, or failed validation.
     pub fn contains(&self, record: &RecordRef<'_>) -> bool {
         record.flags.contains(RecordFlags::QUARANTINED) || self.withholds(record)
     }
 
-    /// The rules.
+    /// The rules about leaked keys.
     pub fn rules(&self) -> impl Iterator<Item = &WithheldRule> {
-        self.0.iter().flat_map(|rules| rules.iter())
+        self.0.iter().flat_map(|set| set.rules.iter())
     }
 }
 
@@ -174,8 +208,8 @@ mod tests {
         let now = withheld.now();
         assert!(!now.covers("a", KeyId([1; 6]), 150, 10));
         assert!(now.covers("a", KeyId([1; 6]), 200, 10), "the other rule still holds");
-        assert_eq!(withheld.changes_after(2), [given_back]);
-        assert_eq!(withheld.changes_after(9), []);
+        assert_eq!(withheld.changes_and_rules(2).0, [given_back]);
+        assert_eq!(withheld.changes_and_rules(9).0, []);
         withheld.push(WithheldChange::GiveBack(DatasourceId::all(), KeyId([1; 6])));
         assert!(withheld.now().is_nothing());
     }

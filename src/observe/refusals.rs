@@ -129,6 +129,8 @@ pub struct RefusalFilter {
     pub cause: Option<String>,
     /// About this datasource.
     pub datasource: Option<String>,
+    /// None of them before this time.
+    pub since: Option<TimeMicros>,
 }
 
 impl RefusalFilter {
@@ -140,6 +142,7 @@ impl RefusalFilter {
             && self.address.is_none_or(|wanted| entry.address == Some(wanted.to_canonical()))
             && same(self.cause.as_deref(), entry.cause.name())
             && same(self.datasource.as_deref(), entry.datasource.as_str())
+            && self.since.is_none_or(|since| entry.first_at >= since)
     }
 }
 

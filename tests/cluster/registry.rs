@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use headgate::testing::message::{DatasourceId, KeyId, Transport, now_micros};
 use headgate::testing::{
     Actor, ApiKey, AuditQuery, Authorizer, CloseReason, ConnectionControl, JoinedRegistry, Key, KeyClient,
-    LeakRow, Registry, RegistryError, Scope, Scopes,
+    LeakRow, RecordRule, Registry, RegistryError, Scope, Scopes,
 };
 use headgate_bridge_nats::{Nats, NatsCredentials, NatsSettings, Presence};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -543,8 +543,12 @@ async fn rules_about_leaked_keys_have_the_same_versions_everywhere() {
     let followed = |node: &Node| {
         let heard = Arc::<std::sync::Mutex<Vec<KeyId>>>::default();
         let hears = heard.clone();
-        let follow = move |row: &LeakRow| hears.lock().expect("no panic").push(row.key_id);
-        node.registry.follow_leak_rules(follow).expect("readable");
+        let follow = move |rule: &RecordRule| {
+            if let RecordRule::Leak(row) = rule {
+                hears.lock().expect("no panic").push(row.key_id);
+            }
+        };
+        node.registry.follow_record_rules(follow).expect("readable");
         heard
     };
     let add = |node: &Node, n| node.run(move |registry| registry.add_leak_rule(&rule(n), 21).expect("added"));
@@ -561,6 +565,46 @@ async fn rules_about_leaked_keys_have_the_same_versions_everywhere() {
     let heard: Vec<_> =
         [of_a, of_b, of_c].iter().map(|heard| heard.lock().expect("no panic").clone()).collect();
     assert_eq!((heard[0].len(), &heard[0], &heard[0]), (21, &heard[1], &heard[2]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_happens_to_incarnations_is_told_everywhere_in_the_same_order_and_with_the_same_keys() {
+    let server = NatsServer::start();
+    let (a, b) = (Node::join(&server, "a").await, Node::join(&server, "b").await);
+    acquainted(&[&a, &b]).await;
+    let followed = |node: &Node| {
+        let heard = Arc::<std::sync::Mutex<Vec<RecordRule>>>::default();
+        let hears = heard.clone();
+        let follow = move |rule: &RecordRule| hears.lock().expect("no panic").push(rule.clone());
+        node.registry.follow_record_rules(follow).expect("readable");
+        heard
+    };
+    let (of_a, of_b) = (followed(&a), followed(&b));
+    let mut keys = Vec::new();
+    for (creator, deleter) in [(&a, &b), (&b, &a), (&a, &a)] {
+        let (key, _) = creator.create("press-4").await.expect("created");
+        keys.push(key.id);
+        let of = key.datasource.clone();
+        let deleted = deleter.run(move |registry| registry.delete_datasource(&ACTOR, &of)).await;
+        assert_eq!(deleted.expect("no panic").expect("there").len(), 1);
+    }
+    let press = DatasourceId::new("press-4").expect("a slug");
+    let purged = b.run(move |registry| registry.purge_incarnation(&ACTOR, &press, 2)).await;
+    assert_eq!(purged.expect("no panic").expect("ended"), 6);
+    until("both have heard of all", || {
+        [&of_a, &of_b].iter().all(|of| of.lock().expect("no panic").len() == 6)
+    })
+    .await;
+    let of_c = followed(&Node::join(&server, "c").await);
+    let heard = [of_a, of_b, of_c].map(|of| of.lock().expect("no panic").clone());
+    assert_eq!((&heard[0], &heard[0]), (&heard[1], &heard[2]));
+    let told = heard[0].iter().map(|rule| match rule {
+        RecordRule::Incarnation(row, keys) => (row.incarnation, keys.first().copied()),
+        RecordRule::Leak(row) => panic!("{row:?}"),
+    });
+    let [first, second, third] = keys[..] else { panic!("{keys:?}") };
+    let expected = [(1, Some(first)), (2, None), (2, Some(second)), (3, None), (3, Some(third)), (2, None)];
+    assert_eq!(told.collect::<Vec<_>>(), expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -766,10 +810,10 @@ async fn a_key_whose_row_is_taken_out_of_the_bucket_is_dead_on_every_node() {
 async fn a_registry_of_a_newer_headgate_is_not_joined() {
     let server = NatsServer::start();
     drop(Node::join(&server, "a").await);
-    write_row(&server, "format", "2").await;
+    write_row(&server, "format", "3").await;
     let nats = connect(&[server.url()], "b").await;
     let refused = soon(Registry::join(&nats, 1, "b")).await.err().expect("refused");
-    assert!(refused.to_string().contains("format 2"), "{refused}");
+    assert!(refused.to_string().contains("format 3"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

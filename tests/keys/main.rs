@@ -6,6 +6,7 @@ mod common;
 
 mod audit;
 mod commands;
+mod incarnations;
 mod leaks;
 mod presented;
 mod revocation;

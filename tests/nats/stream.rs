@@ -520,6 +520,34 @@ fn what_was_deleted_from_the_stream_is_not_sent_again_while_the_gateway_runs() {
 }
 
 #[test]
+fn a_datasource_that_is_created_again_begins_empty_on_the_stream() {
+    let (dir, server) = (scratch(), NatsServer::start());
+    let gateway = setup(dir.path(), &[server.url()]).start();
+    let (old, other) = (gateway.create("press-4"), gateway.create("press-5"));
+    for (source, payload) in [(&old, "1"), (&other, "2"), (&old, "3")] {
+        ingest(&gateway, source, "t", payload);
+    }
+    sent(&gateway);
+    gateway.delete("press-4");
+    let payloads = || -> Vec<String> {
+        let stream = on_stream(&server.url());
+        stream.iter().map(|streamed| String::from_utf8_lossy(&streamed.payload).into_owned()).collect()
+    };
+    wait_for("what it had to leave the stream", || (payloads() == ["2"]).then_some(()));
+    let new = gateway.create("press-4");
+    ingest(&gateway, &new, "t", "4");
+    sent(&gateway);
+    gateway.kill();
+    // The next run does not know what was removed already, and leaves what came since.
+    let gateway = setup(dir.path(), &[server.url()]).start();
+    ingest(&gateway, &new, "t", "5");
+    sent(&gateway);
+    wait_for("what is of the present one", || (payloads() == ["2", "4", "5"]).then_some(()));
+    gateway.delete("press-4");
+    wait_for("that to leave too", || (payloads() == ["2"]).then_some(()));
+}
+
+#[test]
 fn what_leaves_the_log_unsent_stops_no_device_and_is_told() {
     let mut nats = NatsServer::start();
     let dir = scratch();

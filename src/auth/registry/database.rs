@@ -18,14 +18,16 @@
 //! step, in one transaction.
 //!
 //! ```sql
-//! datasources (id TEXT, name TEXT, created_at INTEGER, limits TEXT, schemas TEXT)
+//! datasources (id TEXT, name TEXT, created_at INTEGER, limits TEXT, schemas TEXT, incarnation INTEGER)
 //! keys        (digest BLOB, datasource TEXT, scopes TEXT, label TEXT,
 //!              created_at INTEGER, expires_at INTEGER, revoked_at INTEGER, ended TEXT,
-//!              replaces TEXT, replaced_by TEXT, grace_ends_at INTEGER, limits TEXT)
+//!              replaces TEXT, replaced_by TEXT, grace_ends_at INTEGER, limits TEXT, incarnation INTEGER)
 //! usage       (key_id TEXT, accepted INTEGER, refused INTEGER, "offset" INTEGER, users TEXT)
 //! audit       (id INTEGER, at INTEGER, who TEXT, address TEXT, action TEXT, datasource TEXT,
 //!              key_id TEXT, what TEXT)
 //! leaks       (version INTEGER, datasource TEXT, key_id TEXT, since INTEGER, below INTEGER, at INTEGER)
+//! incarnations (version INTEGER, datasource TEXT, incarnation INTEGER, event TEXT, name TEXT,
+//!              created_at INTEGER, first_offset INTEGER, since INTEGER, at INTEGER)
 //! ```
 //!
 //! Times are microseconds since the Unix epoch, in UTC. `scopes` reads `ingest,subscribe`. The
@@ -34,7 +36,9 @@
 //! revoked key's row stays: its id is in the records written under it, and is never given to another
 //! key. `ended` is one word that says why a key ended. `limits`, `schemas`, `users` and `what` are JSON.
 //! `leaks` has every rule about the records of a leaked key that was ever made, see
-//! [`LeakRow`](super::leak_rules::LeakRow); versions count from 1 and nothing is deleted.
+//! [`LeakRow`](super::leak_rules::LeakRow), and `incarnations` what has happened to the incarnations of datasources,
+//! see [`IncarnationRow`](super::incarnations::IncarnationRow); both share their versions, which count from 1, and
+//! nothing is deleted. The `incarnation` of a key is NULL for the first one.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -58,7 +62,7 @@ const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
 };
 
 /// One migration from each version to the next; the first starts from an empty file.
-const REGISTRY_MIGRATIONS: [&str; 3] = [
+const REGISTRY_MIGRATIONS: [&str; 4] = [
     "CREATE TABLE datasources (
         id         TEXT PRIMARY KEY,
         name       TEXT NOT NULL,
@@ -107,6 +111,21 @@ const REGISTRY_MIGRATIONS: [&str; 3] = [
         below      INTEGER,
         at         INTEGER NOT NULL
     ) STRICT;",
+    "ALTER TABLE datasources ADD COLUMN incarnation INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE keys ADD COLUMN incarnation INTEGER;
+    CREATE INDEX revoked_keys_of_datasource ON keys (datasource) WHERE revoked_at IS NOT NULL;
+    CREATE TABLE incarnations (
+        version      INTEGER PRIMARY KEY,
+        datasource   TEXT NOT NULL,
+        incarnation  INTEGER NOT NULL,
+        event        TEXT NOT NULL,
+        name         TEXT,
+        created_at   INTEGER,
+        first_offset INTEGER,
+        since        INTEGER,
+        at           INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX incarnations_of_datasource ON incarnations (datasource, incarnation);",
 ];
 
 /// The open database. The registry serialises all changes.
@@ -160,7 +179,8 @@ impl RegistryDatabase {
         let transaction = self.connection.transaction()?;
         if all {
             transaction.execute_batch(
-                "DELETE FROM datasources; DELETE FROM keys; DELETE FROM audit; DELETE FROM leaks",
+                "DELETE FROM datasources; DELETE FROM keys; DELETE FROM audit; DELETE FROM leaks;
+                 DELETE FROM incarnations",
             )?;
         }
         for row in rows {
@@ -254,14 +274,14 @@ mod tests {
     fn a_newer_format_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(RegistryDatabase::open(dir.path()).expect("opens"));
-        written_by_hand(dir.path(), "PRAGMA user_version = 4");
+        written_by_hand(dir.path(), "PRAGMA user_version = 5");
         let error = RegistryDatabase::open(dir.path()).err().expect("newer");
         assert!(
-            matches!(error, RegistryError::Database(SqliteError::Newer { version: 4, known: 3, .. })),
+            matches!(error, RegistryError::Database(SqliteError::Newer { version: 5, known: 4, .. })),
             "{error}"
         );
         let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
-        assert_eq!(version(&connection), 4);
+        assert_eq!(version(&connection), 5);
     }
 
     fn version(connection: &Connection) -> i64 {

@@ -1,7 +1,7 @@
 //! A datasource: one named stream of readings, live.
 
 use super::setting::JsonSetting;
-use crate::message::{DatasourceId, TimeMicros};
+use crate::message::{DatasourceId, Incarnation, Lease, TimeMicros};
 
 /// One named stream of readings.
 #[derive(Debug)]
@@ -16,4 +16,15 @@ pub struct Datasource {
     pub limits: JsonSetting,
     /// The schemas that its messages must match.
     pub schemas: JsonSetting,
+    /// Which of the datasources that had this id it is.
+    pub incarnation: Incarnation,
+    /// Ends when it is deleted. What a key for all datasources sends to it is not appended after that.
+    pub lease: Lease,
+}
+
+impl Datasource {
+    /// The id under which what belongs to this incarnation alone is kept.
+    pub fn scope(&self) -> DatasourceId {
+        self.id.scope(self.incarnation)
+    }
 }

@@ -6,10 +6,11 @@
 use std::sync::Arc;
 
 use headgate_format::key::ApiKey;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Registry;
 use super::audit::{Actor, AuditEvent, setting_as_json};
+use super::database::RegistryDatabase;
 use super::datasource::Datasource;
 use super::error::RegistryError;
 use super::key::Key;
@@ -19,7 +20,7 @@ use super::setting::JsonSetting;
 use super::transaction::KeyEndReason;
 use crate::auth::scope::Scopes;
 use crate::limits::DATASOURCE_ID_BYTES_MAX;
-use crate::message::{DatasourceId, KeyId, now_micros};
+use crate::message::{DatasourceId, KeyId, Lease, now_micros};
 
 /// A datasource to be created with its first key. The texts have been validated by the caller.
 #[derive(Debug, Clone)]
@@ -75,46 +76,93 @@ impl Registry {
                 what[setting] = setting_as_json(text);
             }
         }
-        let (datasource, key, secret) = self.make_change(|database| {
-            let datasource = Datasource {
-                // Inside the change: only there can no other change take the id.
-                id: self.id_of_new(new.id.as_ref(), name)?,
-                name: name.into(),
-                created_at: now_micros(),
-                limits: JsonSetting::new(new.limits),
-                schemas: JsonSetting::new(new.schemas),
-            };
-            let first =
-                NewKey { datasource: &datasource.id, label: "", scopes, expires_at: None, limits: None };
-            let (key, secret) = generate_key(database, &first)?;
-            let change = database.begin()?;
-            change.insert_datasource(&datasource)?;
-            change.insert_key(&key, &secret.digest())?;
-            change.audit(actor, &AuditEvent::of_key("datasource.created", &key, &what))?;
-            change.commit()?;
-            let datasource = self.live.add_datasource(datasource);
-            let key = self.live.add_key(key, secret.digest());
-            Ok((datasource, key, secret))
-        })?;
+        let (datasource, key, secret) =
+            self.make_change(|database| self.write_new_datasource(database, actor, new, name, &what))?;
         tracing::info!(datasource = %datasource.id, key_id = %key.id, %scopes, "datasource created");
         Ok((datasource, key, secret))
     }
 
-    /// Deletes a datasource and revokes its keys. Before this returns, every key's lease has ended and its
-    /// connections are told to close, whatever the disk says; [`Registry::describe_unwritten`] says whether that is
-    /// durable. Returns those keys, whose connections the caller waits for.
+    /// The change of [`Registry::create_datasource_with`]: begins the next incarnation of the id, if there was one.
+    fn write_new_datasource(
+        &self,
+        database: &mut RegistryDatabase,
+        actor: &Actor,
+        new: &NewDatasource<'_>,
+        name: &str,
+        what: &Value,
+    ) -> Result<(Arc<Datasource>, Arc<Key>, ApiKey), RegistryError> {
+        // Inside the change: only there can no other change take the id.
+        let id = self.id_of_new(new.id.as_ref(), name)?;
+        let first = NewKey { datasource: &id, label: "", scopes: new.scopes, expires_at: None, limits: None };
+        let (key, secret) = generate_key(database, &first)?;
+        let change = database.begin()?;
+        let mut noted = change.note_past_incarnation(&id)?;
+        let incarnation = change.ended_incarnations_of(&id)? + 1;
+        if incarnation > 1 {
+            noted.push(change.begin_incarnation(&id, incarnation, self.ask_log_end()?)?);
+        }
+        let datasource = Datasource {
+            id,
+            name: name.into(),
+            created_at: now_micros(),
+            limits: JsonSetting::new(new.limits),
+            schemas: JsonSetting::new(new.schemas),
+            incarnation,
+            lease: Lease::new(),
+        };
+        change.insert_datasource(&datasource)?;
+        change.insert_key(&key, &secret.digest())?;
+        change.audit(actor, &AuditEvent::of_key("datasource.created", &key, what))?;
+        change.commit()?;
+        // Its readers know that it begins anew before anybody can read it or write to it.
+        for (version, row) in noted {
+            self.tell_incarnation(database, version, row);
+        }
+        let datasource = self.live.add_datasource(datasource);
+        let key = self.live.add_key(key, secret.digest());
+        Ok((datasource, key, secret))
+    }
+
+    /// Deletes the datasource that has an id now, as [`Registry::delete_incarnation`].
     ///
     /// # Errors
     /// [`RegistryError::NoDatasource`].
+    #[cfg(any(test, feature = "testing"))]
     pub fn delete_datasource(
         &self,
         actor: &Actor,
         id: &DatasourceId,
     ) -> Result<Vec<Arc<Key>>, RegistryError> {
-        self.existing_datasource(id)?;
-        self.live.keys_of(id).iter().for_each(|key| self.end_at_once(key));
+        let present = self.existing_datasource(id)?;
+        self.delete_incarnation(actor, &present)
+    }
+
+    /// Deletes a datasource and revokes its keys; not another one that has its id by now. Before this returns, every
+    /// key's lease has ended and its connections are told to close, whatever the disk says;
+    /// [`Registry::describe_unwritten`] says whether that is durable. Returns those keys, whose connections the caller
+    /// waits for.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`].
+    pub fn delete_incarnation(
+        &self,
+        actor: &Actor,
+        wanted: &Datasource,
+    ) -> Result<Vec<Arc<Key>>, RegistryError> {
+        let id = &wanted.id;
+        let find_wanted = || {
+            let present = self.existing_datasource(id)?;
+            let is_wanted = present.incarnation == wanted.incarnation;
+            is_wanted
+                .then_some(present)
+                .ok_or_else(|| RegistryError::NoDatasource(wanted.scope().to_string()))
+        };
+        // Looked up before the datasource: if that is still there, they are its keys.
+        let keys = self.live.keys_of(id);
+        find_wanted()?;
+        keys.iter().for_each(|key| self.end_at_once(key));
         let dead = self.end_keys(true, || {
-            let datasource = self.existing_datasource(id)?;
+            let datasource = find_wanted()?;
             let keys = self.live.keys_of(id);
             let ids: Vec<KeyId> = keys.iter().map(|key| key.id).collect();
             let mut end = KeyEnd::new(KeyEndReason::Deleted, keys, *actor, json!({ "keys": ids }));
@@ -216,7 +264,6 @@ mod tests {
     use tempfile::TempDir;
 
     use super::super::audit::AuditQuery;
-    use super::super::database::RegistryDatabase;
     use super::super::replica::tests::ClusterOfOne;
     use super::*;
     use crate::auth::scope::Scope;

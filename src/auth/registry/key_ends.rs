@@ -16,7 +16,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use headgate_format::key::Digest;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
@@ -29,7 +28,7 @@ use super::disk_reserve::DiskReserve;
 use super::error::RegistryError;
 use super::key::Key;
 use super::replica::RegistryRevision;
-use super::transaction::{KeyEndReason, RegistryTransaction};
+use super::transaction::{KeyEndReason, KeyEndRows, RegistryTransaction};
 use crate::auth::scope::Scope;
 use crate::limits::KEY_ENDS_PER_CHANGE;
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
@@ -93,16 +92,23 @@ impl KeyEnd {
     }
 
     /// Writes the end and its audit entries. What has ended on the disk already, by another node of the cluster or
-    /// by an attempt whose outcome was unknown, is not written again. Returns the digests of the revoked keys.
-    fn write(&self, change: &RegistryTransaction<'_>) -> Result<Vec<Digest>, RegistryError> {
+    /// by an attempt whose outcome was unknown, is not written again.
+    fn write(
+        &self,
+        registry: &Registry,
+        change: &RegistryTransaction<'_>,
+    ) -> Result<KeyEndRows, RegistryError> {
         change.set_time(self.at);
         if let Some(Datasource { id, created_at, .. }) = self.deleted.as_deref() {
-            let Some(digests) = change.remove_datasource(id, *created_at)? else { return Ok(Vec::new()) };
+            let end = registry.ask_incarnation_end();
+            let Some(rows) = change.remove_datasource(id, *created_at, end)? else {
+                return Ok(KeyEndRows::default());
+            };
             let act = AuditEvent::of_datasource(self.why.action(), id, &self.what);
             change.audit(&self.actor, &act)?;
-            return Ok(digests);
+            return Ok(rows);
         }
-        let mut digests = Vec::new();
+        let mut rows = KeyEndRows::default();
         for key in &self.keys {
             let has_ended = if self.why == KeyEndReason::Expired {
                 change.expire(key.id)?
@@ -111,14 +117,14 @@ impl KeyEnd {
                     Some(grace) => change.retire(&key.datasource, key.id, grace)?,
                     None => change.revoke(&key.datasource, key.id, self.why)?,
                 };
-                digests.extend(digest);
+                rows.revoked.extend(digest);
                 digest.is_some()
             };
             if has_ended {
                 change.audit(&self.actor, &AuditEvent::of_key(self.why.action(), key, &self.what))?;
             }
         }
-        Ok(digests)
+        Ok(rows)
     }
 }
 
@@ -262,6 +268,7 @@ impl Registry {
 
     fn end_in_memory(&self, end: &KeyEnd) {
         if let Some(datasource) = &end.deleted {
+            datasource.lease.end();
             self.live.datasources.pin().remove(datasource.id.as_str());
         }
         for key in &end.keys {
@@ -287,20 +294,25 @@ impl Registry {
                 // The queue is only changed under the lock of the database.
                 let ends = self.unwritten.oldest();
                 let change = database.begin()?;
-                let (mut revoked, mut kept) = (Vec::new(), Vec::new());
+                let (mut written, mut kept) = (Vec::new(), Vec::new());
                 for end in &ends {
                     if self.replica.is_some() && end.spares_last_admin() && end.is_of_last_admin(&change)? {
                         end.audit_kept(&change)?;
                         kept.extend(&end.keys);
                     } else {
-                        revoked.extend(end.write(&change)?);
+                        written.push(end.write(self, &change)?);
                     }
                 }
                 change.commit()?;
                 self.unwritten.remove_oldest(ends.len());
-                // In a cluster a datasource may have got keys meanwhile that this node did not know.
-                for digest in &revoked {
-                    self.live.kill(digest);
+                for KeyEndRows { revoked, incarnations } in written {
+                    // In a cluster a datasource may have got keys meanwhile that this node did not know.
+                    for digest in &revoked {
+                        self.live.kill(digest);
+                    }
+                    for (version, row) in incarnations {
+                        self.tell_incarnation(database, version, row);
+                    }
                 }
                 for key in kept {
                     tracing::error!(

@@ -1,10 +1,12 @@
 //! The rules about the records of leaked keys. A rule withholds what a key let in, or gives it back. Rules
-//! are only ever added; the version of the rules is their number, the same on every node of a cluster.
+//! are only ever added; the version of the rules is their number, together with what has happened to
+//! [incarnations](super::incarnations), and the same on every node of a cluster.
 
 use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, Row, params};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::incarnations::RecordRule;
 use crate::message::{DatasourceId, KeyId, NameError, Offset, TimeMicros};
 
 /// One rule about the records of a leaked key: it withholds them or gives them back.
@@ -52,28 +54,32 @@ impl LeakRow {
     }
 }
 
-type LeakRuleListener = Box<dyn Fn(&LeakRow) + Send>;
+type RecordRuleListener = Box<dyn Fn(&RecordRule) + Send>;
 
-/// Who is told of the rules.
+/// Who is told of the rules that the log's readers follow: those about leaked keys, and what happens to incarnations.
 #[derive(Default)]
-pub(super) struct LeakRuleFollower {
+pub(super) struct RecordRuleFollower {
     /// Called with each rule, in the order of the versions.
-    each: Option<LeakRuleListener>,
+    each: Option<RecordRuleListener>,
     /// The version of the newest rule that it was told.
     told: u64,
 }
 
-impl LeakRuleFollower {
+impl RecordRuleFollower {
     /// Tells `each` of the existing rules, and of every later one.
-    pub(super) fn start(&mut self, existing: &[(u64, LeakRow)], each: impl Fn(&LeakRow) + Send + 'static) {
+    pub(super) fn start(
+        &mut self,
+        existing: &[(u64, RecordRule)],
+        each: impl Fn(&RecordRule) + Send + 'static,
+    ) {
         *self = Self { each: Some(Box::new(each)), told: 0 };
-        existing.iter().for_each(|(version, row)| self.tell(*version, row));
+        existing.iter().for_each(|(version, rule)| self.tell(*version, rule));
     }
 
     /// Tells of a durable rule, once: a node's own rules come back from the cluster.
-    pub(super) fn tell(&mut self, version: u64, row: &LeakRow) {
+    pub(super) fn tell(&mut self, version: u64, rule: &RecordRule) {
         if let Some(each) = self.each.as_ref().filter(|_| version > self.told) {
-            each(row);
+            each(rule);
             self.told = version;
         }
     }
@@ -85,7 +91,9 @@ pub(super) fn parse_owner(text: &str) -> Result<DatasourceId, NameError> {
     if text == all.as_str() { Ok(all) } else { DatasourceId::new(text) }
 }
 
-fn deserialize_owner<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DatasourceId, D::Error> {
+pub(super) fn deserialize_owner<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<DatasourceId, D::Error> {
     let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
     parse_owner(&text).map_err(serde::de::Error::custom)
 }

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::Registry;
 use super::audit::{Actor, AuditEvent};
 use super::error::RegistryError;
+use super::incarnations::RecordRule;
 use super::key::Key;
 use super::key_ends::KeyEnd;
 use super::leak_rules::LeakRow;
@@ -85,8 +86,8 @@ impl Registry {
     }
 
     /// Adds a rule about the records of a leaked key, for every node of a cluster. The follower
-    /// ([`Registry::follow_leak_rules`]) has it when this returns. Returns the new version of the rules, or
-    /// `None` if there were `most` already.
+    /// ([`Registry::follow_record_rules`]) has it when this returns. Returns the new version of the rules, or
+    /// `None` if there were `most` about leaked keys already.
     ///
     /// # Errors
     /// A [`RegistryError`] if the rule could not be added; [`RegistryError::UnreadRules`] as long as there are earlier
@@ -96,14 +97,14 @@ impl Registry {
             return Err(RegistryError::UnreadRules(unread));
         }
         self.make_change_with_reserve(|database| {
-            let version = database.leak_rules_version()? + 1;
-            if version > most {
+            if database.leak_rule_count()? >= most {
                 return Ok(None);
             }
+            let version = database.record_rules_version()? + 1;
             let change = database.begin()?;
             change.insert_leak_rule(version, row)?;
             change.commit()?;
-            self.leak_rules.lock().tell(version, row);
+            self.record_rules.lock().tell(version, &RecordRule::Leak(row.clone()));
             Ok(Some(version))
         })
     }
@@ -113,10 +114,13 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Database`] if the rules cannot be read.
-    pub fn follow_leak_rules(&self, each: impl Fn(&LeakRow) + Send + 'static) -> Result<(), RegistryError> {
+    pub fn follow_record_rules(
+        &self,
+        each: impl Fn(&RecordRule) + Send + 'static,
+    ) -> Result<(), RegistryError> {
         // Locked throughout: a rule that is added meanwhile is told afterwards, once.
         let database = self.lock_database();
-        self.leak_rules.lock().start(&database.leak_rules()?, each);
+        self.record_rules.lock().start(&database.record_rules()?, each);
         Ok(())
     }
 }

@@ -25,6 +25,7 @@ pub mod deadlines;
 mod disk_reserve;
 pub mod error;
 mod first_admin;
+pub mod incarnations;
 pub(super) mod index;
 pub mod key;
 pub mod key_ends;
@@ -45,7 +46,7 @@ mod usage_notes;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{self, Arc};
+use std::sync::{self, Arc, OnceLock};
 
 use headgate_format::key::Digest;
 use parking_lot::Mutex;
@@ -60,10 +61,11 @@ use database::RegistryDatabase;
 use datasource::Datasource;
 use disk_reserve::DiskReserve;
 use error::RegistryError;
+use incarnations::LogEndQuery;
 use index::KeyLookup;
 use key::Key;
 use key_ends::{DiskReserveUse, UnwrittenEnds};
-use leak_rules::LeakRuleFollower;
+use leak_rules::RecordRuleFollower;
 use live::LiveRegistry;
 use quarantine_file::QuarantineFile;
 use replica::{RegistryReplica, RegistryRevision};
@@ -81,7 +83,9 @@ pub struct Registry {
     /// The registries of the other nodes, in a cluster.
     replica: Option<Arc<dyn RegistryReplica>>,
     /// Locked inside the lock of the database only.
-    leak_rules: Mutex<LeakRuleFollower>,
+    record_rules: Mutex<RecordRuleFollower>,
+    /// See [`Registry::set_log_end`].
+    log_end: OnceLock<LogEndQuery>,
     /// Changed only under the lock of the database.
     unwritten: UnwrittenEnds,
     /// `None` in a cluster, whose registry is not on this disk.
@@ -99,6 +103,7 @@ impl Registry {
     pub fn open(dir: &Path) -> Result<Self, RegistryError> {
         let mut database = RegistryDatabase::open(dir)?;
         let quarantine_file = Some(QuarantineFile::open(dir, &mut database));
+        database.note_past_incarnations()?;
         let reserve = Some(DiskReserve::open(dir));
         Ok(Self { reserve, quarantine_file, ..Self::from_database(database, None)? })
     }
@@ -140,7 +145,8 @@ impl Registry {
             noted: Mutex::default(),
             adding_usage: Mutex::default(),
             replica,
-            leak_rules: Mutex::default(),
+            record_rules: Mutex::default(),
+            log_end: OnceLock::new(),
             unwritten: UnwrittenEnds::default(),
             reserve: None,
             quarantine_file: None,
@@ -162,6 +168,18 @@ impl Registry {
     /// reference count that other threads share.
     pub fn has_datasource(&self, id: &str) -> bool {
         self.live.datasources.pin().contains_key(id)
+    }
+
+    /// The scope of the incarnation that a key is of; `*` for a key for all datasources. `None` if the key is dead.
+    pub fn scope_of(&self, key: &Key) -> Option<DatasourceId> {
+        if key.datasource.is_all() {
+            return Some(key.datasource.clone());
+        }
+        let incarnation =
+            self.with_datasource(key.datasource.as_str(), |datasource| datasource.incarnation)?;
+        // Its datasource cannot be created again before the lease of a key of the last one has ended: while this
+        // holds, that was the datasource of the key.
+        key.holds().then(|| key.datasource.scope(incarnation))
     }
 
     /// All datasources, ordered by id.

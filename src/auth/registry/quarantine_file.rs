@@ -144,7 +144,7 @@ fn select_rules(connection: &Connection) -> rusqlite::Result<Vec<(u64, LeakRow)>
 
 /// Adds the rules that the registry does not have, in one transaction.
 fn copy_rules(database: &mut RegistryDatabase, rules: &[(u64, LeakRow)]) -> Result<(), RegistryError> {
-    let known = database.leak_rules_version()?;
+    let known = database.record_rules_version()?;
     let change = database.begin()?;
     for (version, rule) in rules.iter().filter(|(version, _)| *version > known) {
         change.insert_leak_rule(*version, rule)?;

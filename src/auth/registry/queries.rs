@@ -16,8 +16,12 @@ use super::rows::digest_range;
 use super::setting::JsonSetting;
 use super::usage::KeyUsage;
 use crate::auth::scope::Scopes;
-use crate::message::{DatasourceId, KeyId, TimeMicros};
+use crate::message::{DatasourceId, KeyId, Lease, TimeMicros};
 use crate::sqlite::SqliteError;
+
+/// The version of the newest row of those tables whose rows share their versions.
+pub(super) const SELECT_RECORD_RULES_VERSION: &str = "SELECT max(
+    (SELECT coalesce(max(version), 0) FROM leaks), (SELECT coalesce(max(version), 0) FROM incarnations))";
 
 /// One row of `keys`.
 pub(super) struct StoredKey<'a> {
@@ -38,8 +42,9 @@ impl RegistryDatabase {
     /// Calls `each` with every datasource.
     pub(super) fn for_each_datasource(&self, mut each: impl FnMut(Datasource)) -> Result<(), RegistryError> {
         let mut read_all = || -> rusqlite::Result<()> {
-            let mut select =
-                self.connection.prepare("SELECT id, name, created_at, limits, schemas FROM datasources")?;
+            let mut select = self
+                .connection
+                .prepare("SELECT id, name, created_at, limits, schemas, incarnation FROM datasources")?;
             let mut rows = select.query([])?;
             while let Some(row) = rows.next()? {
                 let id = DatasourceId::new(row.get_ref(0)?.as_str()?).map_err(FromSqlError::other)?;
@@ -49,6 +54,8 @@ impl RegistryDatabase {
                     created_at: row.get(2)?,
                     limits: JsonSetting::new(row.get_ref(3)?.as_str_or_null()?),
                     schemas: JsonSetting::new(row.get_ref(4)?.as_str_or_null()?),
+                    incarnation: row.get(5)?,
+                    lease: Lease::new(),
                 });
             }
             Ok(())
@@ -179,9 +186,14 @@ impl RegistryDatabase {
         Ok(entries.collect::<Result<_, _>>()?)
     }
 
-    /// The version of the newest rule about leaked keys; 0 without one.
-    pub(super) fn leak_rules_version(&self) -> Result<u64, RegistryError> {
-        Ok(self.count("SELECT coalesce(max(version), 0) FROM leaks")? as u64)
+    /// The version of the newest rule that the log's readers follow; 0 without one.
+    pub(super) fn record_rules_version(&self) -> Result<u64, RegistryError> {
+        Ok(self.count(SELECT_RECORD_RULES_VERSION)? as u64)
+    }
+
+    /// The number of rules about leaked keys.
+    pub(super) fn leak_rule_count(&self) -> Result<u64, RegistryError> {
+        Ok(self.count("SELECT count(*) FROM leaks")? as u64)
     }
 
     /// All rules about leaked keys with their versions, oldest first.

@@ -8,14 +8,16 @@ use std::sync::Arc;
 use headgate_format::key::Digest;
 
 use super::Registry;
+use super::database::RegistryDatabase;
 use super::datasource::Datasource;
 use super::error::RegistryError;
+use super::incarnations::RecordRule;
 use super::index::KeyLookup;
 use super::key::{Key, KeyAttributes, Rotation, TIME_ENDED};
 use super::replica::RegistryRevision;
 use super::rows::{DatasourceRow, KeyRow, RegistryRow, check_rows_format};
 use super::setting::JsonSetting;
-use crate::message::DatasourceId;
+use crate::message::{DatasourceId, Lease};
 
 impl Registry {
     /// Applies rows of the cluster's registry up to `revision`, each with its own revision. With `all`, these
@@ -52,19 +54,50 @@ impl Registry {
                 self.apply_datasource(id, row.as_ref());
             }
         }
+        self.tell_rules(&database, &rows);
         for row in rows {
-            match row {
-                RegistryRow::Key(digest, row) => dead.extend(self.apply_key(digest, row.as_ref())),
-                RegistryRow::Leak(version, row) => self.leak_rules.lock().tell(*version, row),
-                RegistryRow::Datasource(..) | RegistryRow::Audit(..) | RegistryRow::Format(_) => {}
+            if let RegistryRow::Key(digest, row) = row {
+                dead.extend(self.apply_key(digest, row.as_ref()));
             }
         }
         Ok(dead)
     }
 
+    /// Tells the log's readers of the rules among these rows, in the order of their versions: before any key is there
+    /// that could read or write what begins with them.
+    fn tell_rules(&self, database: &RegistryDatabase, rows: &[&RegistryRow]) {
+        let mut rules: Vec<_> = rows
+            .iter()
+            .filter_map(|row| match row {
+                RegistryRow::Leak(version, _) | RegistryRow::Incarnation(version, _) => {
+                    Some((*version, *row))
+                }
+                _ => None,
+            })
+            .collect();
+        rules.sort_unstable_by_key(|(version, _)| *version);
+        for (version, row) in rules {
+            match row {
+                RegistryRow::Leak(_, row) => {
+                    self.record_rules.lock().tell(version, &RecordRule::Leak(row.clone()));
+                }
+                RegistryRow::Incarnation(_, row) => self.tell_incarnation(database, version, row.clone()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Ends what is sent to this datasource, and removes it from the live view.
+    fn forget_datasource(&self, id: &DatasourceId) {
+        let datasources = self.live.datasources.pin();
+        if let Some(gone) = datasources.remove(id.as_str()) {
+            gone.lease.end();
+        }
+    }
+
     fn apply_datasource(&self, id: &DatasourceId, row: Option<&DatasourceRow>) {
         let Some(row) = row else {
-            self.live.datasources.pin().remove(id.as_str());
+            self.forget_datasource(id);
             tracing::info!(datasource = %id, "datasource deleted on another node");
             return;
         };
@@ -72,12 +105,17 @@ impl Registry {
             return;
         }
         match self.datasource(id.as_str()) {
-            Some(known) if known.created_at == row.created_at && *known.name == *row.name => {
+            Some(known)
+                if known.created_at == row.created_at
+                    && *known.name == *row.name
+                    && known.incarnation == row.incarnation.unwrap_or(1) =>
+            {
                 set_if_changed(&known.limits, row.limits.as_deref());
                 set_if_changed(&known.schemas, row.schemas.as_deref());
             }
             // Includes a datasource that was deleted and created again meanwhile.
             _ => {
+                self.forget_datasource(id);
                 let limits = JsonSetting::new(row.limits.as_deref());
                 let schemas = JsonSetting::new(row.schemas.as_deref());
                 let (id, name) = (id.clone(), row.name.as_str().into());
@@ -87,6 +125,8 @@ impl Registry {
                     created_at: row.created_at,
                     limits,
                     schemas,
+                    incarnation: row.incarnation.unwrap_or(1),
+                    lease: Lease::new(),
                 });
             }
         }
@@ -168,9 +208,9 @@ impl Registry {
                 _ => {}
             }
         }
-        let known = self.live.datasources.pin();
-        for id in known.keys().filter(|id| !datasources.contains(id.as_str())) {
-            known.remove(id.as_str());
+        let known = self.datasources();
+        for known in known.iter().filter(|known| !datasources.contains(known.id.as_str())) {
+            self.forget_datasource(&known.id);
         }
         let by_datasource = self.live.by_datasource.read();
         let live = by_datasource.values().map(|key| key.digest);

@@ -2,15 +2,20 @@
 //! columns of the row in `registry.db`. No row holds a secret: a key is represented by its digest.
 //!
 //! ```text
-//! datasource.{id}     {"name", "created_at", "limits", "schemas"}
+//! datasource.{id}     {"name", "created_at", "limits", "schemas", "incarnation"}
 //! key.{digest}        {"datasource", "scopes", "label", "created_at", "expires_at", "revoked_at", "ended",
-//!                      "replaces", "replaced_by", "grace_ends_at", "limits"}
+//!                      "replaces", "replaced_by", "grace_ends_at", "limits", "incarnation"}
 //! audit.{id}          {"at", "who", "address", "action", "datasource", "key_id", "what"}
 //! leak.{version}      {"datasource", "key_id", "since", "below", "at"}
-//! format              1
+//! incarnation.{version} {"datasource", "incarnation", "event", "name", "created_at", "first_offset", "since", "at"}
+//! format              2
 //! ```
 //!
-//! A digest has 64 hex characters, an id or version 12 digits. Absent values are left out. Times are
+//! Format 2 has incarnations. A registry of format 1 becomes one of format 2 with the first of them, so that a gateway
+//! of an earlier version can stay until then.
+//!
+//! A digest has 64 hex characters, an id or version 12 digits. Absent values are left out, and so is the first
+//! incarnation. Times are
 //! microseconds since the Unix epoch; `limits`, `schemas` and `what` are JSON in a string, as given.
 
 use headgate_format::key::Digest;
@@ -18,11 +23,12 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
 use super::error::RegistryError;
+use super::incarnations::IncarnationRow;
 use super::leak_rules::LeakRow;
-use crate::message::{DatasourceId, KeyId, TimeMicros};
+use crate::message::{DatasourceId, Incarnation, KeyId, TimeMicros};
 
 /// The version of these rows that this Headgate writes, and the newest that it reads.
-pub(super) const REGISTRY_ROWS_FORMAT: u32 = 1;
+pub(super) const REGISTRY_ROWS_FORMAT: u32 = 2;
 /// The name of the row that holds the format version.
 pub(super) const FORMAT_ROW_NAME: &str = "format";
 
@@ -33,6 +39,7 @@ pub(super) enum RegistryRow {
     Key(Digest, Option<KeyRow>),
     Audit(i64, AuditRow),
     Leak(u64, LeakRow),
+    Incarnation(u64, IncarnationRow),
     Format(u32),
 }
 
@@ -45,6 +52,8 @@ pub(super) struct DatasourceRow {
     pub(super) limits: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) schemas: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) incarnation: Option<Incarnation>,
 }
 
 /// The row of a key.
@@ -68,14 +77,16 @@ pub(super) struct KeyRow {
     pub(super) grace_ends_at: Option<TimeMicros>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) limits: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) incarnation: Option<Incarnation>,
 }
 
 impl KeyRow {
     fn write(&self, connection: &Connection, digest: &Digest) -> rusqlite::Result<usize> {
         let mut insert = connection.prepare_cached(
             "INSERT OR REPLACE INTO keys (digest, datasource, scopes, label, created_at, expires_at, revoked_at,
-                 ended, replaces, replaced_by, grace_ends_at, limits)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+                 ended, replaces, replaced_by, grace_ends_at, limits, incarnation)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
         )?;
         insert.execute(params![
             digest.0,
@@ -90,6 +101,7 @@ impl KeyRow {
             self.replaced_by.map(|id| id.to_string()),
             self.grace_ends_at,
             self.limits,
+            self.incarnation,
         ])
     }
 }
@@ -117,6 +129,7 @@ impl RegistryRow {
             RegistryRow::Key(digest, _) => format!("key.{}", blake3::Hash::from_bytes(digest.0).to_hex()),
             RegistryRow::Audit(id, _) => format!("audit.{id:012}"),
             RegistryRow::Leak(version, _) => format!("leak.{version:012}"),
+            RegistryRow::Incarnation(version, _) => format!("incarnation.{version:012}"),
             RegistryRow::Format(_) => FORMAT_ROW_NAME.to_owned(),
         }
     }
@@ -131,6 +144,7 @@ impl RegistryRow {
             RegistryRow::Key(_, row) => row.as_ref().map(json),
             RegistryRow::Audit(_, row) => Some(json(row)),
             RegistryRow::Leak(_, row) => Some(json(row)),
+            RegistryRow::Incarnation(_, row) => Some(json(row)),
             RegistryRow::Format(version) => Some(json(version)),
         }
     }
@@ -155,6 +169,7 @@ impl RegistryRow {
             }
             ("audit", Some(value)) => RegistryRow::Audit(parse_number(rest)?, json(value)?),
             ("leak", Some(value)) => RegistryRow::Leak(parse_number(rest)?, json(value)?),
+            ("incarnation", Some(value)) => RegistryRow::Incarnation(parse_number(rest)?, json(value)?),
             (FORMAT_ROW_NAME, Some(value)) => RegistryRow::Format(json(value)?),
             _ => return Ok(None),
         }))
@@ -162,14 +177,16 @@ impl RegistryRow {
 
     /// Reads a datasource's row from the database.
     pub(super) fn read_datasource(connection: &Connection, id: &DatasourceId) -> rusqlite::Result<Self> {
-        let mut select = connection
-            .prepare_cached("SELECT name, created_at, limits, schemas FROM datasources WHERE id = ?1")?;
+        let mut select = connection.prepare_cached(
+            "SELECT name, created_at, limits, schemas, nullif(incarnation, 1) FROM datasources WHERE id = ?1",
+        )?;
         let row = select.query_row([id.as_str()], |row| {
             Ok(DatasourceRow {
                 name: row.get(0)?,
                 created_at: row.get(1)?,
                 limits: row.get(2)?,
                 schemas: row.get(3)?,
+                incarnation: row.get(4)?,
             })
         });
         Ok(RegistryRow::Datasource(id.clone(), row.optional()?))
@@ -179,7 +196,7 @@ impl RegistryRow {
     pub(super) fn read_key(connection: &Connection, id: KeyId) -> rusqlite::Result<Self> {
         let mut select = connection.prepare_cached(
             "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at, ended, replaces,
-                    replaced_by, grace_ends_at, limits
+                    replaced_by, grace_ends_at, limits, incarnation
              FROM keys WHERE digest BETWEEN ?1 AND ?2",
         )?;
         let (first, last) = digest_range(id);
@@ -200,6 +217,7 @@ impl RegistryRow {
                 replaced_by: key_id(row.get(9)?)?,
                 grace_ends_at: row.get(10)?,
                 limits: row.get(11)?,
+                incarnation: row.get(12)?,
             };
             Ok(RegistryRow::Key(Digest(row.get(0)?), Some(key)))
         })
@@ -231,12 +249,26 @@ impl RegistryRow {
         Ok(RegistryRow::Leak(version, row))
     }
 
+    /// Reads a row about an incarnation from the database.
+    pub(super) fn read_incarnation(connection: &Connection, version: u64) -> rusqlite::Result<Self> {
+        let mut select = connection.prepare_cached("SELECT * FROM incarnations WHERE version = ?1")?;
+        let row = select.query_row([version.cast_signed()], IncarnationRow::from_sql)?;
+        Ok(RegistryRow::Incarnation(version, row))
+    }
+
     /// Writes this row to the database, or deletes it there.
     pub(super) fn write(&self, connection: &Connection) -> rusqlite::Result<()> {
         let changed = match self {
             RegistryRow::Datasource(id, Some(row)) => connection
-                .prepare_cached("INSERT OR REPLACE INTO datasources VALUES (?1, ?2, ?3, ?4, ?5)")?
-                .execute(params![id.as_str(), row.name, row.created_at, row.limits, row.schemas]),
+                .prepare_cached("INSERT OR REPLACE INTO datasources VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
+                .execute(params![
+                    id.as_str(),
+                    row.name,
+                    row.created_at,
+                    row.limits,
+                    row.schemas,
+                    row.incarnation.unwrap_or(1)
+                ]),
             RegistryRow::Datasource(id, None) => {
                 connection.prepare_cached("DELETE FROM datasources WHERE id = ?1")?.execute([id.as_str()])
             }
@@ -257,6 +289,7 @@ impl RegistryRow {
                     row.what
                 ]),
             RegistryRow::Leak(version, row) => row.write(connection, *version),
+            RegistryRow::Incarnation(version, row) => row.write(connection, *version),
             // It is only checked.
             RegistryRow::Format(_) => Ok(0),
         };
@@ -304,14 +337,20 @@ mod tests {
             replaced_by: None,
             grace_ends_at: None,
             limits: Some("{\"x\": 1}".to_owned()),
+            incarnation: Some(2),
         }
     }
 
     #[test]
     fn a_row_is_read_back_as_it_was_written() {
         let id = DatasourceId::new("press-4").expect("a slug");
-        let datasource =
-            DatasourceRow { name: "Press 4".to_owned(), created_at: 1, limits: None, schemas: None };
+        let datasource = DatasourceRow {
+            name: "Press 4".to_owned(),
+            created_at: 1,
+            limits: None,
+            schemas: None,
+            incarnation: None,
+        };
         let leak = LeakRow {
             datasource: DatasourceId::all(),
             key_id: KeyId([2; 6]),

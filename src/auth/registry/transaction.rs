@@ -6,17 +6,19 @@ use std::cell::{Cell, RefCell};
 
 use headgate_bridge_nats::kv::KV_BATCH_ROWS_MAX;
 use headgate_format::key::Digest;
-use rusqlite::{OptionalExtension, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
 use super::audit::{Actor, AuditEvent};
 use super::datasource::Datasource;
 use super::error::RegistryError;
+use super::incarnations::IncarnationRow;
 use super::key::{Key, Rotation};
 use super::leak_rules::LeakRow;
+use super::queries::SELECT_RECORD_RULES_VERSION;
 use super::replica::{RegistryReplica, RegistryRevision};
-use super::rows::{RegistryRow, digest_range};
+use super::rows::{REGISTRY_ROWS_FORMAT, RegistryRow, digest_range};
 use super::usage::KeyUsage;
-use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
+use crate::message::{DatasourceId, Incarnation, KeyId, Offset, TimeMicros, now_micros};
 
 /// Why a key has ended, as stored in the registry's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +58,15 @@ impl KeyEndReason {
     }
 }
 
+/// What the end of keys has written.
+#[derive(Default)]
+pub(super) struct KeyEndRows {
+    /// The digests of the revoked keys.
+    pub(super) revoked: Vec<Digest>,
+    /// What has happened to incarnations, with the versions of the rules.
+    pub(super) incarnations: Vec<(u64, IncarnationRow)>,
+}
+
 /// One open transaction on the registry.
 pub(super) struct RegistryTransaction<'a> {
     transaction: Transaction<'a>,
@@ -75,6 +86,9 @@ enum TouchedRow {
     Key(KeyId),
     Datasource(DatasourceId),
     Leak(u64),
+    Incarnation(u64),
+    /// A gateway that does not know incarnations must not go on without them.
+    Format,
     Audit(i64),
 }
 
@@ -85,6 +99,10 @@ impl<'a> RegistryTransaction<'a> {
         applied: &'a mut RegistryRevision,
     ) -> Self {
         Self { transaction, at: Cell::new(now_micros()), replica, applied, touched: RefCell::default() }
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        &self.transaction
     }
 
     fn touched(&self, row: TouchedRow) {
@@ -106,7 +124,8 @@ impl<'a> RegistryTransaction<'a> {
     /// Inserts a datasource.
     pub(super) fn insert_datasource(&self, datasource: &Datasource) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
-            "INSERT INTO datasources (id, name, created_at, limits, schemas) VALUES (?1, ?2, ?3, ?4, ?5)",
+            "INSERT INTO datasources (id, name, created_at, limits, schemas, incarnation)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
         )?;
         insert.execute(params![
             datasource.id.as_str(),
@@ -114,6 +133,7 @@ impl<'a> RegistryTransaction<'a> {
             datasource.created_at,
             datasource.limits.text(),
             datasource.schemas.text(),
+            datasource.incarnation,
         ])?;
         self.touched(TouchedRow::Datasource(datasource.id.clone()));
         Ok(())
@@ -122,8 +142,9 @@ impl<'a> RegistryTransaction<'a> {
     /// Inserts a key.
     pub(super) fn insert_key(&self, key: &Key, digest: &Digest) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
-            "INSERT INTO keys (digest, datasource, scopes, label, created_at, expires_at, limits, replaces)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            "INSERT INTO keys (digest, datasource, scopes, label, created_at, expires_at, limits, replaces, incarnation)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8,
+                     (SELECT nullif(incarnation, 1) FROM datasources WHERE id = ?2))",
         )?;
         insert.execute(params![
             digest.0,
@@ -207,28 +228,75 @@ impl<'a> RegistryTransaction<'a> {
         Ok(has_ended)
     }
 
-    /// Removes a datasource and revokes its keys. Returns their digests, or `None` if it is gone already; one that
+    /// Removes a datasource, which ends its incarnation at that `end` of the log, and revokes its keys. `None` if it is gone already; one that
     /// was created later under the same id is another one.
     pub(super) fn remove_datasource(
         &self,
         datasource: &DatasourceId,
         created_at: TimeMicros,
-    ) -> rusqlite::Result<Option<Vec<Digest>>> {
-        let mut delete =
-            self.transaction.prepare_cached("DELETE FROM datasources WHERE id = ?1 AND created_at = ?2")?;
-        if delete.execute(params![datasource.as_str(), created_at])? == 0 {
+        end: Option<Offset>,
+    ) -> rusqlite::Result<Option<KeyEndRows>> {
+        let mut rows = KeyEndRows::default();
+        let mut is_there =
+            self.transaction.prepare_cached("SELECT 1 FROM datasources WHERE id = ?1 AND created_at = ?2")?;
+        if !is_there.exists(params![datasource.as_str(), created_at])? {
             return Ok(None);
         }
+        rows.incarnations = self.note_past_incarnation(datasource)?;
+        let mut delete = self
+            .transaction
+            .prepare_cached("DELETE FROM datasources WHERE id = ?1 RETURNING incarnation, name")?;
+        let (incarnation, name): (Incarnation, String) =
+            delete.query_row([datasource.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))?;
         let mut update = self.transaction.prepare_cached(
             "UPDATE keys SET revoked_at = ?1, ended = ?3 WHERE datasource = ?2 AND revoked_at IS NULL
              RETURNING digest",
         )?;
         let parameters = params![self.at.get(), datasource.as_str(), KeyEndReason::Deleted.as_str()];
-        let digests: Vec<Digest> =
+        rows.revoked =
             update.query_map(parameters, |row| row.get(0).map(Digest))?.collect::<Result<_, _>>()?;
-        digests.iter().for_each(|digest| self.touched(TouchedRow::Key(digest.key_id())));
+        rows.revoked.iter().for_each(|digest| self.touched(TouchedRow::Key(digest.key_id())));
         self.touched(TouchedRow::Datasource(datasource.clone()));
-        Ok(Some(digests))
+        rows.incarnations.push(self.end_incarnation(datasource, incarnation, &name, created_at, end)?);
+        Ok(Some(rows))
+    }
+
+    /// Adds a row about an incarnation. Returns it with its version.
+    pub(super) fn insert_incarnation_row(
+        &self,
+        row: IncarnationRow,
+    ) -> rusqlite::Result<(u64, IncarnationRow)> {
+        let newest: i64 =
+            self.transaction.prepare_cached(SELECT_RECORD_RULES_VERSION)?.query_row([], |row| row.get(0))?;
+        let version = newest.cast_unsigned() + 1;
+        row.write(&self.transaction, version)?;
+        self.touched(TouchedRow::Incarnation(version));
+        self.touched(TouchedRow::Format);
+        Ok((version, row))
+    }
+
+    /// Says which incarnation of its id a datasource is.
+    pub(super) fn set_datasource_incarnation(
+        &self,
+        datasource: &DatasourceId,
+        incarnation: Incarnation,
+    ) -> rusqlite::Result<()> {
+        let mut update =
+            self.transaction.prepare_cached("UPDATE datasources SET incarnation = ?2 WHERE id = ?1")?;
+        update.execute(params![datasource.as_str(), incarnation])?;
+        self.touched(TouchedRow::Datasource(datasource.clone()));
+        Ok(())
+    }
+
+    /// Says of which incarnation of its datasource a key is.
+    pub(super) fn set_key_incarnation(&self, id: KeyId, incarnation: Incarnation) -> rusqlite::Result<()> {
+        let (first, last) = digest_range(id);
+        let mut update = self
+            .transaction
+            .prepare_cached("UPDATE keys SET incarnation = ?3 WHERE digest BETWEEN ?1 AND ?2")?;
+        update.execute(params![first, last, incarnation])?;
+        self.touched(TouchedRow::Key(id));
+        Ok(())
     }
 
     /// Sets the limits of a datasource.
@@ -343,6 +411,10 @@ impl<'a> RegistryTransaction<'a> {
                 TouchedRow::Key(id) => RegistryRow::read_key(&self.transaction, *id),
                 TouchedRow::Datasource(id) => RegistryRow::read_datasource(&self.transaction, id),
                 TouchedRow::Leak(version) => RegistryRow::read_leak(&self.transaction, *version),
+                TouchedRow::Incarnation(version) => {
+                    RegistryRow::read_incarnation(&self.transaction, *version)
+                }
+                TouchedRow::Format => Ok(RegistryRow::Format(REGISTRY_ROWS_FORMAT)),
                 TouchedRow::Audit(id) => RegistryRow::read_audit(&self.transaction, *id),
             });
             let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use headgate_bridge_nats::stream::StoredMessage;
 use headgate_bridge_nats::{Outlet, OutletError, OutletPosition};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -17,8 +18,9 @@ use super::log_id::read_or_create_log_id;
 use super::message::{is_message_of_record, message_of_record, record_offset_of};
 use crate::consume::follower::{Consumer, NextRound};
 use crate::limits::EGRESS_READ_BYTES;
-use crate::log::{Hold, Log, LogReadError};
+use crate::log::{Hold, IncarnationStep, Log, LogReadError, WithheldChange};
 use crate::message::{Offset, RecordRef};
+use crate::subject::SubjectSpace;
 
 /// Why a round of the thread failed.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +72,8 @@ pub(super) struct EgressFollower {
     under_way: VecDeque<(u64, Offset)>,
     /// The newest sequence that this process knows to be stored, and the offset after its record.
     stored: Option<(u64, Offset)>,
+    /// The version of the rules about what is left out that the stream follows, since it was opened.
+    followed: u64,
     /// Records that the log removed unsent; the next message reports them.
     gone: u64,
     /// Removed records below this offset are counted already.
@@ -138,6 +142,7 @@ impl EgressFollower {
             read: None,
             under_way: VecDeque::new(),
             stored: None,
+            followed: 0,
             gone: 0,
             gone_counted: 0,
             report: EgressSkipReport::default(),
@@ -153,6 +158,9 @@ impl EgressFollower {
             }
             None => self.open().await?,
         };
+        if self.followed < self.log.withheld().version() {
+            self.forget_ended().await?;
+        }
         let first = self.log.first_offset();
         if read < first {
             self.skip_removed(read, first);
@@ -163,9 +171,14 @@ impl EgressFollower {
                 batches => {
                     let batches = batches?;
                     let Some(last) = batches.last() else { return Err(EgressRoundError::NoRecords(read)) };
-                    let left_out = self.log.withheld().now();
+                    let mut left_out = self.log.withheld().now();
                     let records = batches.iter().flat_map(|batch| batch.records());
                     for record in records.filter(|record| record.offset >= read) {
+                        // Sending takes long enough for a datasource to be deleted and created again.
+                        if self.followed < self.log.withheld().version() {
+                            self.forget_ended().await?;
+                            left_out = self.log.withheld().now();
+                        }
                         if !left_out.contains(&record) {
                             self.send(&record).await?;
                         }
@@ -180,6 +193,28 @@ impl EgressFollower {
         }
         self.note_stored();
         Ok(NextRound::Again)
+    }
+
+    /// Removes from the stream what it has of datasources that were deleted. Nothing of a datasource that was created
+    /// again is sent before that; and what was sent since, by an earlier run, stays.
+    async fn forget_ended(&mut self) -> Result<(), EgressRoundError> {
+        let (changes, left_out) = self.log.withheld().changes_and_rules(self.followed);
+        for change in &changes {
+            let WithheldChange::Incarnation(datasource, _, IncarnationStep::Ended { .. }) = change else {
+                continue;
+            };
+            let present = left_out.history(datasource.as_str()).and_then(|history| history.present());
+            let begins = present.map_or(Offset::MAX, |(_, first)| first);
+            let log_id = self.log_id.clone();
+            let is_behind = |message: &StoredMessage| {
+                record_offset_of(message, &log_id).is_some_and(|offset| offset >= begins)
+            };
+            for subjects in SubjectSpace::Stream.filter_wildcards(Some(datasource), "#") {
+                self.outlet.forget(&subjects, is_behind).await?;
+            }
+        }
+        self.followed += changes.len() as u64;
+        Ok(())
     }
 
     /// Sends one record, or counts why it cannot be sent.
@@ -232,6 +267,7 @@ impl EgressFollower {
         let arrived = self.under_way.iter().take_while(|(_, offset)| *offset < next).count();
         self.counts.sent.fetch_add(arrived as u64, Ordering::Relaxed);
         self.under_way.clear();
+        self.followed = 0;
         self.gone = 0;
         self.stored = Some((last.sequence, next));
         self.set_cursor(next);

@@ -1,15 +1,19 @@
-//! The rules about leaked keys: durable in the registry, which every node of a cluster has with the same
+//! The rules about leaked keys, and the incarnations of datasources: durable in the registry, which every node of a cluster has with the same
 //! versions, and live in the log's [`WithheldRules`](crate::log::WithheldRules). A change is durable before
 //! it takes effect, so that nothing that was reported as withheld is handed out after a crash.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use crate::auth::{LeakRow, Registry, RegistryError};
-use crate::limits::LEAK_CHANGES_MAX;
-use crate::log::{AppendError, Log, WithheldChange, WithheldRule};
+use crate::auth::{IncarnationEvent, LeakRow, LogEndPatience, RecordRule, Registry, RegistryError};
+use crate::limits::{LEAK_CHANGES_MAX, REVOCATION_WAIT_MAX};
+use crate::log::{AppendError, IncarnationStep, Log, WithheldChange, WithheldRule};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, now_micros};
+
+/// How long the log is asked for its end when a datasource is deleted or created again.
+const LOG_END_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// The rules about leaked keys, from the registry to the log.
 pub struct QuarantineLeakRules {
@@ -39,17 +43,23 @@ impl QuarantineLeakRules {
     /// # Errors
     /// [`RegistryError`] if the rules cannot be read.
     pub fn start(registry: Arc<Registry>, log: Arc<dyn Log>) -> Result<Self, RegistryError> {
-        let withheld = log.withheld().clone();
-        registry.follow_leak_rules(move |row| {
-            let LeakRow { datasource, key_id, .. } = row.clone();
-            withheld.push(match (row.since, row.below) {
-                (Some(since), Some(below)) => {
-                    WithheldChange::Withhold(WithheldRule { datasource, key_id, since, below })
-                }
-                _ => WithheldChange::GiveBack(datasource, key_id),
-            });
+        let (runtime, withheld, end_of) = (Handle::current(), log.withheld().clone(), log.clone());
+        registry.follow_record_rules(move |rule| {
+            withheld.push(withheld_change(rule));
         })?;
-        Ok(Self { log, registry, runtime: Handle::current() })
+        let waits = runtime.clone();
+        registry.set_log_end(Box::new(move |patience| {
+            waits.block_on(async {
+                if patience == LogEndPatience::Settled {
+                    let settled = tokio::time::timeout(REVOCATION_WAIT_MAX, end_of.barrier()).await;
+                    settled.map_err(|_| "the log does not get on".to_owned())?;
+                }
+                let end = tokio::time::timeout(LOG_END_WAIT_MAX, end_of.end()).await;
+                end.map_err(|_| "the log does not say where it ends".to_owned())?
+                    .map_err(|error| error.to_string())
+            })
+        }));
+        Ok(Self { log, registry, runtime })
     }
 
     /// Withholds what a key let in since a time: durably, and from every reader of the log once this
@@ -87,6 +97,35 @@ impl QuarantineLeakRules {
         let (since, below) = withheld.unzip();
         let row = LeakRow { datasource: datasource.clone(), key_id, since, below, at: now_micros() };
         self.registry.add_leak_rule(&row, LEAK_CHANGES_MAX)?.ok_or(LeakError::TooMany)
+    }
+}
+
+/// The change that a rule of the registry is for the log's readers.
+fn withheld_change(rule: &RecordRule) -> WithheldChange {
+    match rule {
+        RecordRule::Leak(row) => {
+            let LeakRow { datasource, key_id, .. } = row.clone();
+            match (row.since, row.below) {
+                (Some(since), Some(below)) => {
+                    WithheldChange::Withhold(WithheldRule { datasource, key_id, since, below })
+                }
+                _ => WithheldChange::GiveBack(datasource, key_id),
+            }
+        }
+        RecordRule::Incarnation(row, keys) => {
+            let step = match row.event {
+                IncarnationEvent::Ended => {
+                    let end = row.first_offset.unwrap_or(Offset::MAX);
+                    IncarnationStep::Ended { keys: keys.clone(), end }
+                }
+                IncarnationEvent::Begun => IncarnationStep::Begun {
+                    first_offset: row.first_offset.unwrap_or(0),
+                    since: row.since.unwrap_or(TimeMicros::MIN),
+                },
+                IncarnationEvent::Purged => IncarnationStep::Purged,
+            };
+            WithheldChange::Incarnation(row.datasource.clone(), row.incarnation, step)
+        }
     }
 }
 

@@ -7,8 +7,7 @@ use rusqlite::{Row, params};
 use serde::Serialize;
 
 use crate::consume::query::{
-    PageBudget, QueryError, RecordsReader, StoredRecord, datasource_row_id, origin_of_row,
-    payload_bytes_of_row,
+    PageBudget, QueryError, RecordsReader, StoredRecord, origin_of_row, payload_bytes_of_row, row_id_of_scope,
 };
 use crate::consume::render::{RecordJson, record_json};
 use crate::consume::sink::quarantined::{CAUSE_LIMIT, CAUSE_SCHEMA};
@@ -21,8 +20,8 @@ use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMi
 /// Which records to read.
 #[derive(Debug, Clone)]
 pub struct QuarantineQuery {
-    /// The datasource of the records.
-    pub datasource: DatasourceId,
+    /// The scope of the incarnation of the datasource that the records are of.
+    pub scope: DatasourceId,
     /// A topic or an MQTT filter (`+`, `#`).
     pub topic: Option<String>,
     /// Received at or after.
@@ -171,7 +170,11 @@ impl LeakedRecords {
             offset = last.next_offset();
             for record in batches.iter().flat_map(|batch| batch.records()) {
                 let meant = datasource.is_all() || record.datasource == datasource.as_str();
-                if meant && record.key_id == key_id && left_out.withholds(&record) {
+                let RecordRef { received_at, offset, .. } = record;
+                if meant
+                    && record.key_id == key_id
+                    && left_out.covers(record.datasource, key_id, received_at, offset)
+                {
                     leaked.records += 1;
                     leaked.last_offset = Some(record.offset);
                     *topics.entry((record.datasource.to_owned(), record.topic.to_owned())).or_default() += 1;
@@ -198,7 +201,7 @@ impl RecordsReader {
         let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
         self.read(|connection| {
             let mut page = QuarantinePage::default();
-            let Some(datasource) = datasource_row_id(connection, &query.datasource)? else { return Ok(page) };
+            let Some(datasource) = row_id_of_scope(connection, &query.scope)? else { return Ok(page) };
             let mut statement = connection.prepare_cached(
                 "SELECT o.key_id, o.transport, o.content_type, q.offset, q.received_us, t.topic, q.payload,
                      q.cause, q.keyword, q.pointer, q.detail, q.schema_version, q.redriven_offset,
@@ -237,29 +240,28 @@ impl RecordsReader {
         })
     }
 
-    /// The records that are in quarantine because this key has leaked, in one datasource or in all (`*`).
+    /// The records that are in quarantine because this key has leaked, in the incarnation of a datasource with this
+    /// scope, or in all (`*`).
     ///
     /// # Errors
     /// [`QueryError::Database`].
-    pub fn leaked(&self, datasource: &DatasourceId, key_id: KeyId) -> Result<LeakedRecords, QueryError> {
+    pub fn leaked(&self, scope: &DatasourceId, key_id: KeyId) -> Result<LeakedRecords, QueryError> {
         self.read(|connection| {
             let mut statement = connection.prepare_cached(
                 "SELECT d.datasource, t.topic, count(*)
                  FROM quarantined q JOIN datasources d ON d.id = q.datasource_id JOIN topics t ON t.id = q.topic_id
                  WHERE q.cause = 'key' AND q.origin_id IN (SELECT id FROM origins WHERE key_id = ?1)
+                     AND q.datasource_id = coalesce(?2, q.datasource_id)
                  GROUP BY q.topic_id ORDER BY 1, 2",
             )?;
             let mut leaked = LeakedRecords::default();
-            let of_one = match datasource.is_all() {
+            let of_one = match scope.is_all() {
                 true => None,
-                false => datasource_row_id(connection, datasource)?.or(Some(-1)),
+                false => row_id_of_scope(connection, scope)?.or(Some(-1)),
             };
-            let mut rows = statement.query([key_id.to_string()])?;
+            let mut rows = statement.query(params![key_id.to_string(), of_one])?;
             while let Some(row) = rows.next()? {
                 let (of, topic): (String, String) = (row.get(0)?, row.get(1)?);
-                if !datasource.is_all() && datasource.as_str() != of {
-                    continue;
-                }
                 let records = offset_from_sql(row.get(2)?);
                 leaked.records += records;
                 if leaked.topics.len() < QUERY_RECORDS_MAX {

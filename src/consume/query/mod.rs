@@ -25,7 +25,8 @@ use crate::limits::{QUERY_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, QUERY
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
 use crate::sqlite::{SqliteError, SqliteReaders};
 
-pub(super) use row::{datasource_row_id, origin_of_row, payload_bytes_of_row};
+pub(super) use super::sink::incarnations::row_id_of_scope;
+pub(super) use row::{origin_of_row, payload_bytes_of_row};
 
 /// Reads `records.db`. Blocks, so call it where blocking is allowed. Cheap to clone.
 #[derive(Clone)]
@@ -36,8 +37,8 @@ pub struct RecordsReader {
 /// Which records to read.
 #[derive(Debug, Clone)]
 pub struct RecordsQuery {
-    /// The datasource of the records.
-    pub datasource: DatasourceId,
+    /// The scope of the incarnation of the datasource that the records are of.
+    pub scope: DatasourceId,
     /// A topic or an MQTT filter (`+`, `#`).
     pub topic: Option<String>,
     /// Received at or after.
@@ -179,32 +180,50 @@ impl RecordsReader {
 
     /// One page of the newest values.
     #[cfg(test)]
-    pub fn latest(
-        &self,
-        datasource: &DatasourceId,
-        after_topic: Option<&str>,
-    ) -> Result<LatestPage, QueryError> {
-        self.latest_within(datasource, after_topic, &mut PageBudget::new(LATEST_TOPICS_MAX))
+    pub fn latest(&self, scope: &DatasourceId, after_topic: Option<&str>) -> Result<LatestPage, QueryError> {
+        self.latest_within(scope, after_topic, &mut PageBudget::new(LATEST_TOPICS_MAX))
     }
 
-    /// The newest values of a datasource's topics, ordered by topic name, starting after `after_topic`: the next topics
-    /// of a page of which `budget` is left.
+    /// The newest values of the topics of a datasource, in the incarnation with this scope, ordered by topic name,
+    /// starting after `after_topic`: the next topics of a page of which `budget` is left.
     ///
     /// # Errors
     /// [`QueryError::Database`].
     pub fn latest_within(
         &self,
-        datasource: &DatasourceId,
+        scope: &DatasourceId,
         after_topic: Option<&str>,
         budget: &mut PageBudget,
     ) -> Result<LatestPage, QueryError> {
         self.read(|connection| {
-            let topics_of = datasource_row_id(connection, datasource)?;
-            let mut page = LatestPage { datasource: datasource.clone(), topics: Vec::new(), next: None };
+            let topics_of = row_id_of_scope(connection, scope)?;
+            let (datasource, _) = scope.of_scope();
+            let mut page = LatestPage { datasource, topics: Vec::new(), next: None };
             if let Some(id) = topics_of {
                 latest::read_latest_page(connection, id, after_topic, budget, &mut page)?;
             }
             Ok(page)
+        })
+    }
+
+    /// How many records are stored of an incarnation, how many are in quarantine, and the sum of the payloads of both in
+    /// bytes.
+    ///
+    /// # Errors
+    /// [`QueryError::Database`].
+    pub fn count_of(&self, scope: &DatasourceId) -> Result<(u64, u64, u64), QueryError> {
+        self.read(|connection| {
+            let Some(id) = row_id_of_scope(connection, scope)? else { return Ok((0, 0, 0)) };
+            let count = |table: &str| {
+                let select = format!(
+                    "SELECT count(*), coalesce(sum(octet_length(payload)), 0) FROM {table} WHERE datasource_id = ?1"
+                );
+                connection.query_row(&select, [id], |row| {
+                    Ok((row.get::<_, i64>(0)?.unsigned_abs(), row.get::<_, i64>(1)?.unsigned_abs()))
+                })
+            };
+            let ((records, bytes), (quarantined, more)) = (count("entries")?, count("quarantined")?);
+            Ok((records, quarantined, bytes + more))
         })
     }
 

@@ -4,21 +4,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use rusqlite::types::Type;
-use rusqlite::{Connection, OptionalExtension, Row};
+use rusqlite::{Connection, Row};
 
 use crate::filter::TopicFilter;
-use crate::message::{DatasourceId, KeyId, Transport};
-
-/// The row id of a datasource that has records.
-pub(in crate::consume) fn datasource_row_id(
-    connection: &Connection,
-    datasource: &DatasourceId,
-) -> rusqlite::Result<Option<i64>> {
-    connection
-        .prepare_cached("SELECT id FROM datasources WHERE datasource = ?1")?
-        .query_row([datasource.as_str()], |row| row.get(0))
-        .optional()
-}
+use crate::message::{KeyId, Transport};
 
 /// A payload, whether it is stored as TEXT or as BLOB.
 pub(in crate::consume) fn payload_bytes_of_row(row: &Row<'_>, column: usize) -> rusqlite::Result<Vec<u8>> {

@@ -2,8 +2,8 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::row::{PageNameCache, datasource_row_id, payload_bytes_of_row};
-use super::{PageBudget, RecordsPage, RecordsQuery, StoredRecord};
+use super::row::{PageNameCache, payload_bytes_of_row};
+use super::{PageBudget, RecordsPage, RecordsQuery, StoredRecord, row_id_of_scope};
 use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
 use crate::filter::TopicFilter;
 use crate::message::TimeMicros;
@@ -36,7 +36,7 @@ impl RecordsScan {
         query: &RecordsQuery,
         filter: Option<&TopicFilter>,
     ) -> rusqlite::Result<Option<Self>> {
-        let Some(datasource) = datasource_row_id(connection, &query.datasource)? else { return Ok(None) };
+        let Some(datasource) = row_id_of_scope(connection, &query.scope)? else { return Ok(None) };
         let along = match filter.and_then(TopicFilter::exact) {
             None => ScanIndex::Datasource(datasource),
             Some(topic) => {

@@ -16,7 +16,7 @@ fn id(datasource: &str) -> DatasourceId {
 
 fn all_of(datasource: &str) -> RecordsQuery {
     RecordsQuery {
-        datasource: id(datasource),
+        scope: id(datasource),
         topic: None,
         from: None,
         to: None,

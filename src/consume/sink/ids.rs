@@ -3,10 +3,12 @@
 
 use std::collections::HashMap;
 
+use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, params};
 
+use super::incarnations;
 use super::schema::sql_offset;
-use crate::message::{KeyId, RecordRef, Transport};
+use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
 
 /// How many names are remembered. Beyond that, all are forgotten and read again: clients may invent topics
 /// without end, which must not cost memory for ever.
@@ -41,8 +43,8 @@ impl RememberedIds {
         *self = Self::default();
     }
 
-    /// The row ids of `record`. Inserts a name that the database does not have, in the transaction that
-    /// `connection` is in.
+    /// The row ids of `record`, which is of this incarnation of its datasource; `name` is what `datasources` calls
+    /// that. Inserts a name that the database does not have, in the transaction that `connection` is in.
     ///
     /// # Errors
     /// The database's.
@@ -50,15 +52,17 @@ impl RememberedIds {
         &mut self,
         connection: &Connection,
         record: &RecordRef<'_>,
+        name: &str,
+        incarnation: Incarnation,
     ) -> rusqlite::Result<RowIds> {
-        match self.find_remembered(record) {
+        match self.find_remembered(record, name) {
             Some(ids) => Ok(ids),
-            None => self.read_or_insert(connection, record),
+            None => self.read_or_insert(connection, record, name, incarnation),
         }
     }
 
-    fn find_remembered(&self, record: &RecordRef<'_>) -> Option<RowIds> {
-        let datasource = self.datasources.get(record.datasource)?;
+    fn find_remembered(&self, record: &RecordRef<'_>, name: &str) -> Option<RowIds> {
+        let datasource = self.datasources.get(name)?;
         let topic = *datasource.topics.get(record.topic)?;
         let origins = self.origins.get(&(record.key_id, record.transport))?;
         let origin = *origins.get(record.content_type)?;
@@ -70,6 +74,8 @@ impl RememberedIds {
         &mut self,
         connection: &Connection,
         record: &RecordRef<'_>,
+        name: &str,
+        incarnation: Incarnation,
     ) -> rusqlite::Result<RowIds> {
         if self.remembered >= REMEMBERED_IDS_MAX {
             self.clear();
@@ -77,28 +83,21 @@ impl RememberedIds {
         // An upper bound: at most one of each is new.
         self.remembered += 3;
 
-        let datasource = datasource_id(connection, record)?;
+        let scope =
+            DatasourceId::parse_scope(record.datasource).map_err(FromSqlError::other)?.scope(incarnation);
+        let datasource = incarnations::ensure_row(connection, &scope, name)?;
         let topic = topic_id(connection, record, datasource)?;
         let origin = origin_id(connection, record)?;
 
         let known = self
             .datasources
-            .entry(record.datasource.into())
+            .entry(name.into())
             .or_insert_with(|| RememberedDatasource { id: datasource, topics: HashMap::new() });
         known.topics.insert(record.topic.into(), topic);
         let origins = self.origins.entry((record.key_id, record.transport)).or_default();
         origins.insert(record.content_type.into(), origin);
         Ok(RowIds { datasource, topic, origin })
     }
-}
-
-fn datasource_id(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<i64> {
-    connection
-        .prepare_cached("INSERT INTO datasources (datasource) VALUES (?1) ON CONFLICT DO NOTHING")?
-        .execute([record.datasource])?;
-    connection
-        .prepare_cached("SELECT id FROM datasources WHERE datasource = ?1")?
-        .query_row([record.datasource], |row| row.get(0))
 }
 
 fn topic_id(connection: &Connection, record: &RecordRef<'_>, datasource: i64) -> rusqlite::Result<i64> {

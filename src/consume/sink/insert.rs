@@ -4,14 +4,16 @@
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, params};
 
-use super::ids::RememberedIds;
+use super::ids::{RememberedIds, RowIds};
+use super::incarnations;
 use super::newest::NewestValues;
 use super::quarantined;
 use super::schema::{TIME_INDEX_OFFSETS, sql_offset};
 use crate::log::WithheldSnapshot;
 use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
-/// Stores `records`, in the transaction that `transaction` is in. Those that are `left_out` go into quarantine.
+/// Stores `records`, in the transaction that `transaction` is in. Those whose key has leaked go into quarantine, and
+/// those of a purged incarnation are left out.
 pub(super) fn insert_records<'a>(
     transaction: &Connection,
     ids: &mut RememberedIds,
@@ -25,7 +27,7 @@ pub(super) fn insert_records<'a>(
          VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
     )?;
     for record in records {
-        let row = ids.row_ids(transaction, &record)?;
+        let Some(row) = row_ids_of(transaction, ids, left_out, &record)? else { continue };
         // Many tools end a TEXT at a NUL, so that such a payload is stored as a BLOB.
         let text = std::str::from_utf8(record.payload).ok().filter(|text| !text.contains('\0'));
         let payload = text.map_or(ValueRef::Blob(record.payload), ValueRef::from);
@@ -33,7 +35,8 @@ pub(super) fn insert_records<'a>(
         if quarantined::note_superseded(transaction, &record)? {
             continue;
         }
-        if left_out.contains(&record) {
+        let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
+        if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
             quarantined::insert_quarantined(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;
             continue;
         }
@@ -52,6 +55,25 @@ pub(super) fn insert_records<'a>(
     }
     times.write(transaction)?;
     newest.write(transaction)
+}
+
+/// The row ids of a record, under its incarnation. `None` if that is purged.
+#[inline]
+fn row_ids_of(
+    transaction: &Connection,
+    ids: &mut RememberedIds,
+    left_out: &WithheldSnapshot,
+    record: &RecordRef<'_>,
+) -> rusqlite::Result<Option<RowIds>> {
+    let Some(history) = left_out.history(record.datasource) else {
+        return ids.row_ids(transaction, record, record.datasource, 1).map(Some);
+    };
+    let incarnation = history.incarnation_of(record.key_id, record.received_at, record.offset);
+    if history.is_purged(incarnation) {
+        return Ok(None);
+    }
+    let name = incarnations::shown_name(record.datasource, incarnation, history);
+    ids.row_ids(transaction, record, &name, incarnation).map(Some)
 }
 
 /// The row of `time_index` for the present records: its first offset, oldest and newest time.

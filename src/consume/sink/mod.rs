@@ -6,6 +6,7 @@
 
 mod ahead;
 mod ids;
+pub(in crate::consume) mod incarnations;
 mod insert;
 mod newest;
 pub mod quarantined;

@@ -9,6 +9,7 @@ use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, params};
 
 use super::ids::RowIds;
+use super::incarnations;
 use super::newest;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{RecordNote, WithheldChange, WithheldSnapshot};
@@ -25,7 +26,7 @@ pub const CAUSE_KEY: &str = "key";
 const ENTRY_COLUMNS: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload";
 
 /// The records that a correction moves out of `entries` or back.
-const CREATE_MOVED: &str =
+pub(super) const CREATE_MOVED: &str =
     "CREATE TEMP TABLE IF NOT EXISTS moved (offset INTEGER PRIMARY KEY, topic_id INTEGER NOT NULL)";
 
 /// Stores a record in quarantine, in the transaction that `connection` is in.
@@ -96,7 +97,7 @@ pub(super) fn stored_withheld_version(connection: &Connection) -> rusqlite::Resu
     connection.query_row("SELECT version FROM withheld", [], |row| row.get(0).map(offset_from_sql))
 }
 
-/// Makes the tables follow the rules, in the transaction that `connection` is in. `changes` are those
+/// Makes the tables follow the rules but for purges, in the transaction that `connection` is in. `changes` are those
 /// since the version that the tables followed; `left_out` holds the present rules.
 pub(super) fn reconcile(
     connection: &Connection,
@@ -105,7 +106,12 @@ pub(super) fn reconcile(
     version: u64,
 ) -> rusqlite::Result<()> {
     connection.execute_batch(CREATE_MOVED)?;
-    let mut keys: Vec<KeyId> = changes.iter().map(WithheldChange::key_id).collect();
+    for change in changes {
+        if let WithheldChange::Incarnation(datasource, incarnation, step) = change {
+            incarnations::follow_step(connection, datasource, *incarnation, step, left_out)?;
+        }
+    }
+    let mut keys: Vec<KeyId> = changes.iter().filter_map(WithheldChange::key_id).collect();
     keys.sort_unstable();
     keys.dedup();
     for key_id in keys {
@@ -148,7 +154,8 @@ fn withhold(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot)
         if rule.datasource.is_all() {
             connection.execute(&format!("{insert} {common}"), params![first, below, rule.since, key_id])?;
         } else {
-            let of_one = "datasource_id = (SELECT id FROM datasources WHERE datasource = ?5) AND";
+            // All its incarnations: the key is of one of them.
+            let of_one = "datasource_id IN (SELECT id FROM datasources WHERE datasource = ?5 OR datasource LIKE ?5 || '~%') AND";
             connection.execute(
                 &format!("{insert} {of_one} {common}"),
                 params![first, below, rule.since, key_id, rule.datasource.as_str()],
@@ -180,8 +187,9 @@ fn give_back(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot
         let mut rows = here.query([key_id.to_string()])?;
         while let Some(row) = rows.next()? {
             let (offset, topic_id): (i64, i64) = (row.get(0)?, row.get(1)?);
-            let datasource = row.get_ref(3)?;
-            if !left_out.covers(datasource.as_str()?, key_id, row.get(2)?, offset_from_sql(offset)) {
+            let name = row.get_ref(3)?.as_str()?;
+            let datasource = name.split_once('~').map_or(name, |(datasource, _)| datasource);
+            if !left_out.covers(datasource, key_id, row.get(2)?, offset_from_sql(offset)) {
                 moved.execute([offset, topic_id])?;
             }
         }
@@ -197,7 +205,8 @@ fn give_back(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot
     for_each_moved_topic(connection, |topic_id| newest::restore_moved(connection, topic_id))
 }
 
-fn for_each_moved_topic(
+/// Calls `work` with each topic of the records in `temp.moved`.
+pub(super) fn for_each_moved_topic(
     connection: &Connection,
     mut work: impl FnMut(i64) -> rusqlite::Result<()>,
 ) -> rusqlite::Result<()> {

@@ -11,6 +11,9 @@
 //! - `quarantine`: records that are kept and not passed on, with the columns of `records` and `cause`
 //!   (`schema` or `key`), `keyword`, `pointer`, `detail`, `schema_version`, `redriven_offset`.
 //!
+//! A datasource that was deleted is called `press-4~1` in all of them, with the number of its incarnation: the id stays
+//! free for one that is created again.
+//!
 //! `received_at` is RFC 3339 in UTC with microseconds, so that its order as text is its order in
 //! time; `received_us` is the same in microseconds since the Unix epoch.
 //!
@@ -35,7 +38,7 @@ const CACHE_KIB: i64 = 32 << 10;
 /// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
 /// to do. Each transaction fails soon, and is tried again.
 pub(in crate::consume) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE],
+    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS],
     open_lock_wait_max: Duration::from_secs(5),
     lock_wait_max: Duration::from_millis(250),
     pragmas: &[
@@ -203,6 +206,13 @@ const ADD_QUARANTINE: &str = concat!(
     "
 );
 
+/// Turns format 2 into format 3.
+const ADD_INCARNATIONS: &str = "
+    -- Which of the datasources that had the same id one after the other. Those that were deleted are called
+    -- 'press-4~1': the name of an id that is in use stays free for the present one.
+    ALTER TABLE datasources ADD COLUMN incarnation INTEGER NOT NULL DEFAULT 1;
+";
+
 #[cfg(test)]
 mod tests {
     use rusqlite::Connection;
@@ -210,7 +220,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_database_of_format_1_becomes_one_of_format_2_with_what_is_in_it() {
+    fn a_database_of_format_1_becomes_one_of_the_newest_with_what_is_in_it() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("records.db");
         let connection = Connection::open(&path).expect("opens");
@@ -220,7 +230,7 @@ mod tests {
         drop(connection);
         let connection = RECORDS_DATABASE.open(&path).expect("upgraded");
         let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
-        assert_eq!(number("PRAGMA user_version"), 2);
+        assert_eq!(number("PRAGMA user_version"), 3);
         assert_eq!(number("SELECT next_offset FROM cursor"), 41);
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);

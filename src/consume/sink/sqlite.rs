@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::ids::RememberedIds;
+use super::incarnations;
 use super::insert::insert_records;
 use super::quarantined;
 use super::schema::{RECORDS_DATABASE, offset_from_sql, sql_offset};
-use crate::log::{WithheldChange, WithheldRules, WithheldSnapshot};
-use crate::message::{Offset, RecordRef};
+use crate::log::{IncarnationHistory, IncarnationStep, WithheldChange, WithheldRules, WithheldSnapshot};
+use crate::message::{DatasourceId, Offset, RecordRef};
 use crate::sqlite::{SqliteError, checkpoint};
 
 /// The file's name in the data directory.
@@ -59,7 +60,8 @@ pub struct SqliteSink {
     durable_cursor: Offset,
     /// The version of the rules about leaked keys that the tables follow.
     withheld_version: u64,
-    left_out: WithheldSnapshot,
+    /// Those rules, once [`SqliteSink::reconcile`] has got them.
+    left_out: Option<WithheldSnapshot>,
     /// A transaction was begun and not committed: ids that it inserted do not exist.
     ids_uncertain: bool,
 }
@@ -87,7 +89,7 @@ impl SqliteSink {
             // transaction the durable cursor stays 0, so that the log keeps everything.
             durable_cursor: 0,
             withheld_version,
-            left_out: WithheldSnapshot::default(),
+            left_out: None,
             ids_uncertain: false,
         })
     }
@@ -126,36 +128,72 @@ impl SqliteSink {
         self.withheld_version
     }
 
-    /// Sets what goes into quarantine from now on because its key has leaked.
-    pub fn set_left_out(&mut self, left_out: WithheldSnapshot) {
-        self.left_out = left_out;
+    /// Whether it has the rules about what is left out, since it was opened.
+    pub fn has_rules(&self) -> bool {
+        self.left_out.is_some()
     }
 
-    /// Makes the stored records follow the rules about leaked keys, in one transaction that is on the disk
-    /// afterwards.
+    /// Makes the stored records follow the rules about what is left out, and whatever is stored later. It is on the
+    /// disk afterwards. A purge takes several transactions, and goes on after a kill.
     ///
     /// # Errors
     /// As [`SqliteSink::store`].
     pub fn reconcile(&mut self, withheld: &WithheldRules) -> Result<(), SinkError> {
-        // The version first: a change that comes meanwhile is applied again by the next call.
-        let version = withheld.version();
-        self.write_reconciled(withheld, version).map_err(|error| self.database_error(&error))?;
-        self.withheld_version = version;
+        let (changes, left_out) = withheld.changes_and_rules(self.withheld_version);
+        self.ids.clear();
+        self.write_reconciled(&changes, &left_out).map_err(|error| self.database_error(&error))?;
+        self.left_out = Some(left_out);
         Ok(())
     }
 
-    fn write_reconciled(&mut self, withheld: &WithheldRules, version: u64) -> rusqlite::Result<()> {
-        let changes: Vec<WithheldChange> = withheld.changes_after(self.withheld_version);
-        let left_out = withheld.now();
+    fn write_reconciled(
+        &mut self,
+        changes: &[WithheldChange],
+        left_out: &WithheldSnapshot,
+    ) -> rusqlite::Result<()> {
         self.connection.pragma_update(None, "synchronous", "FULL")?;
-        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        quarantined::reconcile(&transaction, &changes, &left_out, version)?;
-        transaction.commit()
+        let is_purge = |change: &WithheldChange| {
+            matches!(change, WithheldChange::Incarnation(_, _, IncarnationStep::Purged))
+        };
+        // What comes before a purge has to be put right before it: it decides what belongs to the incarnation.
+        for part in changes.chunk_by(|a, b| !is_purge(a) && !is_purge(b)) {
+            if let [WithheldChange::Incarnation(datasource, incarnation, IncarnationStep::Purged)] = part {
+                self.purge(&datasource.scope(*incarnation), left_out.history(datasource.as_str()))?;
+            }
+            let version = self.withheld_version + part.len() as u64;
+            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            quarantined::reconcile(&transaction, part, left_out, version)?;
+            transaction.commit()?;
+            self.withheld_version = version;
+        }
+        Ok(())
+    }
+
+    /// Removes what is stored of an incarnation, and overwrites the pages that it was on.
+    fn purge(&mut self, scope: &DatasourceId, history: Option<&IncarnationHistory>) -> rusqlite::Result<()> {
+        if let Some(history) = history {
+            // In a cluster some of it may be of an incarnation that was not known when it was stored.
+            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            incarnations::move_misplaced(&transaction, scope, 0, history)?;
+            transaction.commit()?;
+        }
+        self.connection.pragma_update(None, "secure_delete", true)?;
+        loop {
+            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let is_done = incarnations::purge_some(&transaction, scope)?;
+            transaction.commit()?;
+            if is_done {
+                break;
+            }
+        }
+        self.connection.pragma_update(None, "secure_delete", false)?;
+        // What was overwritten is in the write-ahead log until it is copied. A reader may prevent that for now.
+        checkpoint(&self.connection).map(drop)
     }
 
     /// Stores `records`, which are in order and below `next`, and moves the cursor to `next`, all or
-    /// nothing. Skips records below the cursor: they are stored already. Those that are
-    /// [left out](SqliteSink::set_left_out) go into quarantine.
+    /// nothing. Skips records below the cursor: they are stored already. Those of a leaked key go
+    /// into quarantine, by the rules of the last [`SqliteSink::reconcile`].
     /// With `sync`, this transaction and all before it are on the disk afterwards.
     ///
     /// # Errors
@@ -199,7 +237,9 @@ impl SqliteSink {
             return Ok(false);
         }
         let records = records.skip_while(|record| record.offset < self.cursor);
-        insert_records(&transaction, &mut self.ids, &self.left_out, records)?;
+        let nothing = WithheldSnapshot::default();
+        let left_out = self.left_out.as_ref().unwrap_or(&nothing);
+        insert_records(&transaction, &mut self.ids, left_out, records)?;
         transaction.commit()?;
         Ok(true)
     }
@@ -396,12 +436,12 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join(RECORDS_FILE_NAME);
         drop(open(dir.path()));
-        Connection::open(&path).and_then(|c| c.pragma_update(None, "user_version", 3)).expect("set");
+        Connection::open(&path).and_then(|c| c.pragma_update(None, "user_version", 4)).expect("set");
         let error = SqliteSink::open(&path).map(drop).expect_err("a newer format");
         assert_eq!(
             error.to_string(),
             format!(
-                "{} has format 3 and this Headgate knows formats up to 2: use a newer one",
+                "{} has format 4 and this Headgate knows formats up to 3: use a newer one",
                 path.display()
             )
         );

@@ -164,11 +164,11 @@ impl StorageFollower {
         let sync = self.synced_at.is_none_or(|at| at.elapsed() >= STORAGE_SYNC_INTERVAL);
         let first = self.log.first_offset();
         let withheld = self.log.withheld();
-        if sink.withheld_version() < withheld.version() {
+        // Also a sink that was just opened has to get the rules.
+        if sink.withheld_version() < withheld.version() || !sink.has_rules() {
             sink.reconcile(withheld)?;
             self.shared.withheld.send_replace(sink.withheld_version());
         }
-        sink.set_left_out(withheld.now());
         if cursor < first {
             sink.store(std::iter::empty(), first, sync)?;
             error!(

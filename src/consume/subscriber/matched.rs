@@ -1,10 +1,11 @@
 //! The records of one batch that match the filters of a feed.
 
+use std::cell::{Ref, RefCell};
 use std::sync::Arc;
 
 use super::filter_set::{FilterSet, TopicMatches};
 use super::mailbox::RoutedPlaces;
-use crate::log::{Batch, RecordPlace, WithheldRules};
+use crate::log::{Batch, RecordPlace, WithheldRules, WithheldSnapshot};
 
 /// The matching records of one batch, in order.
 pub struct MatchedRecords {
@@ -13,6 +14,8 @@ pub struct MatchedRecords {
     filters: HitFilters,
     next: usize,
     withheld: Arc<WithheldRules>,
+    /// The rules as of the last look, with a version that they have at least.
+    left_out: RefCell<(u64, WithheldSnapshot)>,
 }
 
 /// One record of a [`MatchedRecords`]: its place, and the slots of the filters that match it.
@@ -40,7 +43,7 @@ impl MatchedRecords {
         filters: HitFilters,
         withheld: Arc<WithheldRules>,
     ) -> Self {
-        Self { batch, places, filters, next: 0, withheld }
+        Self { batch, places, filters, next: 0, withheld, left_out: RefCell::default() }
     }
 
     /// The same without the first `skipped` records.
@@ -95,7 +98,7 @@ impl MatchedRecords {
 
     /// How many records are left.
     pub fn remaining(&self) -> usize {
-        match self.withheld.now() {
+        match self.left_out() {
             left_out if left_out.is_nothing() => self.places.len() - self.next,
             _ => std::iter::successors(self.next_given(self.next), |at| self.next_given(at + 1)).count(),
         }
@@ -106,10 +109,19 @@ impl MatchedRecords {
         self.next_given(self.next).is_some()
     }
 
-    /// The first record from `at` on that is not withheld because its key has leaked. This is checked at the
-    /// last moment, because matches may wait for a slow subscriber.
+    /// What is withheld now. Looked up again only when that has changed: it is asked for each record.
+    fn left_out(&self) -> Ref<'_, WithheldSnapshot> {
+        let version = self.withheld.version();
+        if self.left_out.borrow().0 != version {
+            self.left_out.replace((version, self.withheld.now()));
+        }
+        Ref::map(self.left_out.borrow(), |(_, left_out)| left_out)
+    }
+
+    /// The first record from `at` on that is not withheld. This is checked at the last moment, because matches may wait
+    /// for a slow subscriber.
     fn next_given(&self, at: usize) -> Option<usize> {
-        let left_out = self.withheld.now();
+        let left_out = self.left_out();
         if left_out.is_nothing() {
             return (at < self.places.len()).then_some(at);
         }

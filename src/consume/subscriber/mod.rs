@@ -24,6 +24,7 @@ pub mod sessions;
 
 mod filter_set;
 mod matched;
+mod session_ends;
 mod trie;
 
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub use group::{ClusterShareGroups, GroupSession, ShareDelivery, ShareGroupKey, 
 pub use mailbox::Mailbox;
 pub use matched::MatchedRecords;
 pub use router::Router;
+pub use session_ends::SessionEnds;
 
 use std::sync::Arc;
 
@@ -52,6 +54,8 @@ pub struct Subscribers {
     pub groups: ShareGroups,
     /// The sessions that outlive their connection.
     pub store: SessionStore,
+    /// What has ended with its datasource.
+    pub session_ends: SessionEnds,
     /// The newest retained message of each topic.
     pub retained: RetainedStore,
     /// What the subscribers of each datasource take.
@@ -75,6 +79,6 @@ impl Subscribers {
             Some(groups) => ShareGroups::Cluster(Box::new(groups)),
             None => ShareGroups::local(router.clone(), log.clone(), shares.clone()),
         };
-        Ok(Self { log, router, groups, store, retained, shares })
+        Ok(Self { log, router, groups, store, session_ends: SessionEnds::default(), retained, shares })
     }
 }

@@ -15,6 +15,8 @@ pub struct Section {
     pub key_id: KeyId,
     /// Ends when that key dies; the writer then leaves the section out.
     pub lease: Lease,
+    /// Ends when the datasource is deleted, for messages of a key that outlives it.
+    datasource_lease: Option<Lease>,
     /// The transport they came over.
     pub transport: Transport,
     /// A hash of the client they came from, or 0 if that is unknown.
@@ -53,6 +55,7 @@ impl Section {
             datasource,
             key_id,
             lease,
+            datasource_lease: None,
             transport,
             publisher,
             received_at,
@@ -68,6 +71,17 @@ impl Section {
             labels: LabelTable::default(),
             bytes: Vec::new(),
         }
+    }
+
+    /// Has the section left out also when this lease ends: that of its datasource.
+    pub fn bind_to(&mut self, datasource: Lease) {
+        self.datasource_lease = Some(datasource);
+    }
+
+    /// Whether its key and its datasource are still valid.
+    #[inline]
+    pub fn holds(&self) -> bool {
+        self.lease.holds() && self.datasource_lease.as_ref().is_none_or(Lease::holds)
     }
 
     /// Gives the section an id: it is kept only if none of its ids is known.

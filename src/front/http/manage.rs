@@ -1,25 +1,25 @@
-//! Managing datasources: create with a first key, list, show, delete. For admin keys; an admin key of
-//! one datasource manages that one.
+//! Managing datasources: create with a first key, list, show. For admin keys; an admin key of one datasource manages
+//! that one.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::Json;
-use axum::extract::{Request, State};
+use axum::extract::{Query as QueryString, Request, State};
 use axum::http::header::LOCATION;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::connect::ConnectLines;
 use super::credentials::Caller;
-use super::keys::{NewKeyView, undurable_answer};
+use super::deletion::EndedIncarnationView;
+use super::keys::NewKeyView;
 use super::{HttpFrontState, PathParameters, limits, run_blocking, schema};
 use crate::auth::{Datasource, NewDatasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
-use crate::message::DatasourceId;
+use crate::message::{DatasourceId, Incarnation};
 use crate::quota::QuotaLimits;
 
 /// The body of a request that creates a datasource.
@@ -49,12 +49,28 @@ struct DatasourceListResponse<'a> {
     datasources: Vec<DatasourceView<'a>>,
 }
 
+/// The query string of a list of datasources.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DatasourceListParameters {
+    #[serde(default)]
+    deleted: bool,
+}
+
+/// The answer to listing datasources that were deleted.
+#[derive(Serialize)]
+struct EndedIncarnationListResponse<'a> {
+    deleted: Vec<EndedIncarnationView<'a>>,
+}
+
 /// A datasource, as the API shows it.
 #[derive(Serialize)]
 pub(super) struct DatasourceView<'a> {
     id: &'a DatasourceId,
     name: &'a str,
     created_at: Rfc3339,
+    /// Which of the datasources that had this id it is, counted from 1.
+    incarnation: Incarnation,
     /// The limits on all its keys together.
     limits: QuotaLimits,
 }
@@ -63,7 +79,8 @@ impl<'a> DatasourceView<'a> {
     pub(super) fn new(datasource: &'a Datasource) -> Self {
         let created_at = Rfc3339(datasource.created_at);
         let limits = limits::current_limits(&datasource.limits);
-        Self { id: &datasource.id, name: &datasource.name, created_at, limits }
+        let Datasource { id, name, incarnation, .. } = datasource;
+        Self { id, name, created_at, incarnation: *incarnation, limits }
     }
 }
 
@@ -104,12 +121,20 @@ pub(super) async fn create(
     Ok((StatusCode::CREATED, [(LOCATION, location)], Json(body)).into_response())
 }
 
-/// `GET /v1/datasources`
+/// `GET /v1/datasources`; with `deleted=true`, the incarnations that have ended
 pub(super) async fn list(
     State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
+    uri: Uri,
 ) -> Result<Response, Problem> {
     caller.require_gateway_admin()?;
+    let QueryString(DatasourceListParameters { deleted }) = QueryString::try_from_uri(&uri)?;
+    if deleted {
+        let registry = shared.registry().clone();
+        let ended = run_blocking(move || Ok(registry.ended_incarnations()?)).await?;
+        let deleted = ended.iter().map(EndedIncarnationView::new).collect();
+        return Ok(Json(EndedIncarnationListResponse { deleted }).into_response());
+    }
     let datasources = shared.registry().datasources();
     let datasources = datasources.iter().map(|datasource| DatasourceView::new(datasource)).collect();
     Ok(Json(DatasourceListResponse { datasources }).into_response())
@@ -123,28 +148,4 @@ pub(super) async fn show(
 ) -> Result<Response, Problem> {
     caller.require_scope(Scope::Admin, &id)?;
     Ok(Json(DatasourceView::new(&*shared.datasource(&id)?)).into_response())
-}
-
-/// `DELETE /v1/datasources/{datasource}`: answers once its keys are dead and nothing more can come in
-/// under them; with 202 as long as that is not durable.
-pub(super) async fn delete(
-    State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
-    PathParameters(id): PathParameters<String>,
-) -> Result<Response, Problem> {
-    let called = Instant::now();
-    caller.require_scope(Scope::Admin, &id)?;
-    let undurable = |of: &DatasourceId| {
-        let detail = shared.registry().describe_unwritten(of, None)?;
-        Some(undurable_answer(&format!("The deletion of {of} is {detail}.")))
-    };
-    let datasource = match shared.datasource(&id) {
-        Ok(datasource) => datasource,
-        // It may have been deleted by an earlier call.
-        Err(problem) => return DatasourceId::new(&id).ok().as_ref().and_then(undurable).ok_or(problem),
-    };
-    let (registry, actor, of) = (shared.registry().clone(), caller.actor(), datasource.id.clone());
-    let dead = run_blocking(move || Ok(registry.delete_datasource(&actor, &of)?)).await?;
-    shared.settle(&caller, &dead, called).await;
-    Ok(undurable(&datasource.id).unwrap_or_else(|| StatusCode::NO_CONTENT.into_response()))
 }

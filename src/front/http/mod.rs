@@ -11,6 +11,7 @@ mod body;
 mod connect;
 mod credentials;
 mod dashboard;
+mod deletion;
 mod frame_meter;
 mod ingest;
 mod keys;
@@ -277,7 +278,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/v1/datasources", manage::list),
         route(get.clone(), "/v1/datasources/{datasource}", manage::show),
         route(patch.clone(), "/v1/datasources/{datasource}", limits::patch_datasource_limits),
-        route(delete.clone(), "/v1/datasources/{datasource}", manage::delete),
+        route(delete.clone(), "/v1/datasources/{datasource}", deletion::delete),
         route(put, "/v1/datasources/{datasource}/schema", schema::set),
         route(get.clone(), "/v1/datasources/{datasource}/schema", schema::show),
         route(get.clone(), "/v1/datasources/{datasource}/quarantine", quarantine::list),

@@ -21,7 +21,7 @@ use super::credentials::Caller;
 use super::page_stream::{self, JsonItems, PageSource};
 use super::query::{self, page_limit, time_parameter};
 use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn};
-use crate::auth::{AuditEvent, Scope};
+use crate::auth::{AuditEvent, Datasource, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
 use crate::consume::quarantine::page::{LeakedRecords, QuarantinedRecord};
@@ -34,7 +34,7 @@ use crate::limits::{
     VALIDATION_ERRORS_MAX,
 };
 use crate::log::{QuarantineReason, SectionOutcome};
-use crate::message::{DatasourceId, KeyId, Offset, Transport, now_micros};
+use crate::message::{Incarnation, KeyId, Offset, Transport, now_micros};
 use crate::observe::cause::Cause;
 
 /// What a redrive holds in memory: a piece of a page, in which the last record may be of the largest size, and the draft
@@ -51,6 +51,7 @@ struct QuarantineParameters {
     from: Option<String>,
     after_offset: Option<Offset>,
     limit: Option<usize>,
+    incarnation: Option<Incarnation>,
 }
 
 /// `GET /v1/datasources/{datasource}/quarantine`
@@ -60,10 +61,10 @@ pub(super) async fn list(
     PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let datasource = query::readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(parameters) = QueryString::<QuarantineParameters>::try_from_uri(&uri)?;
+    let scope = query::readable_scope(&shared, &caller, &datasource, parameters.incarnation)?;
     let query = QuarantineQuery {
-        datasource,
+        scope,
         topic: parameters.topic,
         from: time_parameter("from", parameters.from)?,
         after_offset: parameters.after_offset,
@@ -144,7 +145,7 @@ pub(super) async fn redrive(
     request: Request,
 ) -> Result<Response, Problem> {
     caller.require_scope(Scope::Admin, &id)?;
-    let datasource = shared.datasource(&id)?.id.clone();
+    let datasource = shared.datasource(&id)?;
     let RedriveRequest { ids, filter } = shared.read_json(request).await?;
     if ids.as_ref().is_some_and(|ids| ids.len() > QUERY_RECORDS_MAX) {
         let words = format!("One request names at most {QUERY_RECORDS_MAX} messages.");
@@ -159,7 +160,7 @@ pub(super) async fn redrive(
         account.charge(REDRIVE_BYTES).map_err(|exceeded| Problem::from(exceeded).after_body_read())?;
     let mut answer = RedriveResponse::default();
     let mut query = QuarantineQuery {
-        datasource: datasource.clone(),
+        scope: datasource.scope(),
         topic: filter,
         from: None,
         after_offset: None,
@@ -188,7 +189,7 @@ pub(super) async fn redrive(
         let (registry, actor) = (shared.registry().clone(), caller.actor());
         let what = json!({ "redriven": answer.redriven, "failing": answer.failing });
         run_blocking(move || {
-            let (action, datasource) = ("quarantine.redriven", Some(&datasource));
+            let (action, datasource) = ("quarantine.redriven", Some(&datasource.id));
             Ok(registry.audit(&actor, &AuditEvent { action, datasource, key_id: None, what: &what })?)
         })
         .await
@@ -201,7 +202,7 @@ pub(super) async fn redrive(
 async fn redrive_page(
     shared: &HttpFrontState,
     caller: &Caller,
-    datasource: &DatasourceId,
+    datasource: &Datasource,
     page: &[QuarantinedRecord],
     answer: &mut RedriveResponse,
 ) -> Result<(), Problem> {
@@ -210,8 +211,8 @@ async fn redrive_page(
     let left_out = shared.parts.log.withheld().now();
     let (mut added, mut superseded) = (Vec::new(), Vec::new());
     for parked in page {
-        let record = parked.as_record(datasource);
-        // What a leaked key let in must not come back through a redrive.
+        let record = parked.as_record(&datasource.id);
+        // What a leaked key or a deleted datasource let in must not come back through a redrive.
         if left_out.withholds(&record) {
             continue;
         }
@@ -309,8 +310,10 @@ pub(super) async fn quarantine_key_records(
         wait_for_storage(storage.wait_reconciled(version)).await.map_err(Problem::after_body_read)?;
     }
     let (stored, log) = (shared.parts.query.clone(), shared.parts.log.clone());
+    let present = shared.registry().datasource(datasource.as_str());
+    let scope = present.map_or_else(|| datasource.clone(), |present| present.scope());
     let leaked = run_blocking(move || match stored {
-        Some(stored) => Ok(stored.leaked(&datasource, key_id)?),
+        Some(stored) => Ok(stored.leaked(&scope, key_id)?),
         None => LeakedRecords::in_log(&*log, &datasource, key_id).map_err(|error| Problem::internal(&error)),
     });
     let leaked = leaked.await.map_err(Problem::after_body_read)?;
@@ -318,7 +321,7 @@ pub(super) async fn quarantine_key_records(
 }
 
 /// Waits until storage has everything that any gateway has kept by now.
-async fn await_stored_up_to_now(shared: &HttpFrontState) -> Result<(), Problem> {
+pub(super) async fn await_stored_up_to_now(shared: &HttpFrontState) -> Result<(), Problem> {
     let log = &shared.parts.log;
     let caught_up = log.catch_up(Offset::MAX).await;
     caught_up.map_err(|error| Problem::new(Cause::Unavailable, format!("{error}.")))?;

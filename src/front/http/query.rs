@@ -16,7 +16,7 @@ use crate::consume::query::{PageBudget, QueryError, RecordsQuery, RecordsReader}
 use crate::consume::render::{self, parse_time};
 use crate::front::problem::Problem;
 use crate::limits::{LATEST_TOPICS_MAX, QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
-use crate::message::{DatasourceId, KeyId, Offset, TimeMicros};
+use crate::message::{DatasourceId, Incarnation, KeyId, Offset, TimeMicros};
 use crate::observe::cause::Cause;
 
 /// The query string of `records`. An unknown parameter is refused: a filter that is not applied would
@@ -30,13 +30,14 @@ struct RecordsParameters {
     after_offset: Option<Offset>,
     key_id: Option<String>,
     limit: Option<usize>,
+    incarnation: Option<Incarnation>,
 }
 
 impl RecordsParameters {
-    fn into_query(self, datasource: DatasourceId) -> Result<RecordsQuery, Problem> {
+    fn into_query(self, scope: DatasourceId) -> Result<RecordsQuery, Problem> {
         let key_id = self.key_id.map(|id| KeyId::parse(&id)).transpose()?;
         Ok(RecordsQuery {
-            datasource,
+            scope,
             topic: self.topic,
             from: time_parameter("from", self.from)?,
             to: time_parameter("to", self.to)?,
@@ -74,9 +75,9 @@ pub(super) async fn records(
     PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let datasource = readable_datasource(&shared, &caller, &datasource)?;
     let QueryString(parameters) = QueryString::<RecordsParameters>::try_from_uri(&uri)?;
-    let query = parameters.into_query(datasource)?;
+    let scope = readable_scope(&shared, &caller, &datasource, parameters.incarnation)?;
+    let query = parameters.into_query(scope)?;
     page_stream::answer_page(&shared, &caller, "{\"records\":[".to_owned(), query.limit, query).await
 }
 
@@ -100,6 +101,7 @@ impl PageSource for RecordsQuery {
 #[serde(deny_unknown_fields)]
 struct LatestParameters {
     after_topic: Option<String>,
+    incarnation: Option<Incarnation>,
 }
 
 /// `GET /v1/datasources/{datasource}/latest`
@@ -109,16 +111,17 @@ pub(super) async fn latest(
     PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let datasource = readable_datasource(&shared, &caller, &datasource)?;
-    let QueryString(LatestParameters { after_topic }) = QueryString::try_from_uri(&uri)?;
+    let QueryString(LatestParameters { after_topic, incarnation }) = QueryString::try_from_uri(&uri)?;
+    let scope = readable_scope(&shared, &caller, &datasource, incarnation)?;
+    let (datasource, _) = scope.of_scope();
     let head = format!("{{\"datasource\":\"{datasource}\",\"topics\":[");
-    let source = LatestSource { datasource, after_topic };
+    let source = LatestSource { scope, after_topic };
     page_stream::answer_page(&shared, &caller, head, LATEST_TOPICS_MAX, source).await
 }
 
-/// The newest values of the topics of a datasource.
+/// The newest values of the topics of a datasource, in the incarnation with this scope.
 struct LatestSource {
-    datasource: DatasourceId,
+    scope: DatasourceId,
     after_topic: Option<String>,
 }
 
@@ -129,21 +132,52 @@ impl PageSource for LatestSource {
         budget: &mut PageBudget,
         items: &mut JsonItems,
     ) -> Result<Option<String>, QueryError> {
-        let page = stored.latest_within(&self.datasource, self.after_topic.as_deref(), budget)?;
+        let page = stored.latest_within(&self.scope, self.after_topic.as_deref(), budget)?;
         page.topics.iter().for_each(|topic| items.push(topic));
         self.after_topic = page.next;
         Ok(self.after_topic.as_ref().map(|topic| serde_json::Value::from(topic.as_str()).to_string()))
     }
 }
 
-/// The datasource whose records are to be read, if the caller may read them.
-pub(super) fn readable_datasource(
+/// The scope of the records to be read, if the caller may read them: that of the datasource that there is, or of an
+/// `incarnation` that is asked for. One that has ended is for admins of the gateway alone.
+pub(super) fn readable_scope(
     shared: &HttpFrontState,
     caller: &Caller,
     datasource: &str,
+    incarnation: Option<Incarnation>,
 ) -> Result<DatasourceId, Problem> {
     caller.require_scope(Scope::Subscribe, datasource)?;
-    Ok(shared.datasource(datasource)?.id.clone())
+    let Some(incarnation) = incarnation else {
+        // Its scope first: a datasource that is created again while the key is looked at is not what the key reads.
+        let scope = shared.datasource(datasource)?.scope();
+        caller.require_scope(Scope::Subscribe, datasource)?;
+        return Ok(scope);
+    };
+    let present = shared.registry().datasource(datasource);
+    if let Some(present) = present.filter(|present| present.incarnation == incarnation) {
+        caller.require_scope(Scope::Subscribe, datasource)?;
+        return Ok(present.scope());
+    }
+    caller.require_gateway_admin()?;
+    let id = DatasourceId::new(datasource)?;
+    let left_out = shared.parts.log.withheld().now();
+    let has_ended = incarnation > 0
+        && left_out
+            .history(datasource)
+            .is_some_and(|of| of.has_ended(incarnation) && !of.is_purged(incarnation));
+    match has_ended {
+        true => Ok(id.scope(incarnation)),
+        false => Err(no_incarnation(&id, incarnation)),
+    }
+}
+
+/// The answer to asking for an incarnation that there is not, or that is purged.
+pub(super) fn no_incarnation(id: &DatasourceId, incarnation: Incarnation) -> Problem {
+    let words = format!(
+        "There is no incarnation {incarnation} of the datasource {id}, or it is purged:          GET /v1/datasources?deleted=true lists those that were deleted."
+    );
+    Problem::new(Cause::NoDatasource, words)
 }
 
 /// The stored records, if there is storage.

@@ -126,7 +126,13 @@ pub(super) async fn list(
         return Err(Problem::new(Cause::Malformed, words).with("limit", REFUSALS_LISTED_MAX));
     }
     let refusals = shared.parts.intake.refusals();
-    let entries = refusals.newest(&RefusalFilter { client, address, cause, datasource }, limit);
+    // What was refused to an earlier datasource with this id is not for the admins of this one.
+    let of_present = caller.require_gateway_admin().is_err().then(|| {
+        let present = datasource.as_deref().and_then(|id| shared.registry().datasource(id));
+        present.filter(|present| present.incarnation > 1).map(|present| present.created_at)
+    });
+    let since = of_present.flatten();
+    let entries = refusals.newest(&RefusalFilter { client, address, cause, datasource, since }, limit);
     let unlisted = refusals.unlisted();
     let turns = shared.clone();
     run_in_turn(&turns, &caller, move || {

@@ -112,7 +112,7 @@ pub(super) async fn show(
             #[serde(flatten)]
             inference: Inference,
         }
-        let inference = stored.inference(&datasource.id)?;
+        let inference = stored.inference(&datasource.scope())?;
         let enforced = EnforcedSchema::all(validation.rules().ok().flatten());
         Ok(Json(SchemasResponse { enforced, inference }).into_response())
     })

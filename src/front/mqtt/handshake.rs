@@ -269,8 +269,11 @@ impl Handshake<'_> {
         let entered = grant.key().connections().enter(control.clone());
         let is_new = connect.client_id.is_empty();
         let client = who.client.clone();
-        let entering =
-            front.sessions.enter(grant.datasource(), client, control, connect.clean, is_new, expiry_s);
+        let Some(scope) = front.intake.authorizer().registry().scope_of(grant.key()) else {
+            let (reason, words) = close_reason(CloseReason::KeyDead);
+            return Err((reason, words.to_owned()));
+        };
+        let entering = front.sessions.enter(&scope, client, control, connect.clean, is_new, expiry_s);
         let client = entering.await.map_err(|not_entered| match not_entered {
             EnterError::Closed(why) => {
                 let (reason, words) = close_reason(why);

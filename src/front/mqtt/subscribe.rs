@@ -222,7 +222,7 @@ impl SubscribeServices {
             outbound.subscribe(slot, wanted.filter, subscription, from, retained);
             return Ok((slot, new));
         };
-        let key: ShareGroupKey = (outbound.datasource.clone(), group.into(), wanted.filter.as_str().into());
+        let key: ShareGroupKey = (outbound.scope.clone(), group.into(), wanted.filter.as_str().into());
         if let Err(refusal) = self.join_group(&key, from, &outbound.session, changes).await {
             if new {
                 outbound.session.discharge_filter(&filter.filter);
@@ -358,7 +358,7 @@ impl SubscribeServices {
         let mut one = |filter: &String| {
             let Some(slot) = outbound.session.find_slot(filter) else { return NO_SUBSCRIPTION_EXISTED };
             outbound.unsubscribe(slot);
-            if let Some(group) = super::sessions::shared_group_key(&outbound.datasource, filter) {
+            if let Some(group) = super::sessions::shared_group_key(&outbound.scope, filter) {
                 changes.extend(self.sessions.leave_group(&group, &outbound.session));
             }
             ReasonCode::Success as u8
@@ -381,7 +381,7 @@ impl SubscribeServices {
         }
         outbound.session.stored = true;
         changes.push(SessionStoreChange::PutSession(
-            outbound.session.to_stored(self.grant.datasource(), &self.who.client),
+            outbound.session.to_stored(&outbound.scope, &self.who.client),
         ));
         self.subscribers.store.write(changes).await.map_err(|error| error.to_string())
     }

@@ -405,7 +405,8 @@ impl ModelRun {
     /// Sends some of what is in quarantine through intake again, as the API does.
     async fn redrive(&mut self, tenant: usize) {
         self.set_rules(tenant, TenantRules::Nothing);
-        let datasource = DatasourceId::new(TENANTS[tenant]).expect("slug");
+        let datasource =
+            self.gateway().intake.authorizer().registry().datasource(TENANTS[tenant]).expect("there");
         let mut draft = self.gateway().intake.draft(Transport::Http, 0);
         draft.received_at = self.clock;
         let admin = self.grant(&self.admins[tenant]);

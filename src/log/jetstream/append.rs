@@ -216,7 +216,7 @@ impl JetstreamAppender {
         let mut left = 0;
         let mut progress = Vec::with_capacity(sections.len());
         for (nth, mut section) in (0_u32..).zip(sections) {
-            let dead = section.records() == 0 || !section.lease.holds();
+            let dead = section.records() == 0 || !section.holds();
             let once = self.once_id_of(&section).filter(|_| !dead);
             if let Some((id, Some(generation))) = once
                 && generation.is_stale()
@@ -283,7 +283,7 @@ impl JetstreamAppender {
             let Some(open) = self.open.get_mut(place.append) else { continue };
             let progress = &mut open.sections[place.section as usize];
             // Checked right before publishing, so that nothing enters under a lease that has ended.
-            progress.dead |= !progress.section.lease.holds();
+            progress.dead |= !progress.section.holds();
             if progress.dead || open.error.is_some() {
                 let stands_for = progress.stands_for(place);
                 self.count_settled(place.append, stands_for);

@@ -52,6 +52,11 @@ pub(super) struct OutletFlow {
 }
 
 impl OutletFlow {
+    /// The stream.
+    pub(super) fn stream(&self) -> &JetstreamStream {
+        &self.stream
+    }
+
     /// A flow that continues after `sequence`.
     pub(super) fn new(
         stream: JetstreamStream,

@@ -131,6 +131,25 @@ impl Outlet {
         self.close_on_error(settled)
     }
 
+    /// Removes what the stream has on the subjects that `filter` matches, up to the first message of any subject of
+    /// which `is_behind` is true, as it has to be of all messages after that. Waits first until everything that was
+    /// given is stored.
+    ///
+    /// # Errors
+    /// As [`Outlet::send`].
+    pub async fn forget(
+        &mut self,
+        filter: &str,
+        is_behind: impl Fn(&StoredMessage) -> bool,
+    ) -> Result<(), OutletError> {
+        let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
+        let forgotten = match flow.settle().await {
+            Ok(()) => forget_in(flow.stream(), filter, is_behind).await.map_err(OutletError::from),
+            Err(error) => Err(error),
+        };
+        self.close_on_error(forgotten)
+    }
+
     /// Checks that NATS is connected. The client would send a message given while NATS is away after the
     /// reconnect, when it may be stale.
     ///
@@ -152,4 +171,22 @@ impl Outlet {
         }
         result
     }
+}
+
+/// The purge of [`Outlet::forget`], on a stream to which nothing is under way.
+async fn forget_in(
+    stream: &JetstreamStream,
+    filter: &str,
+    is_behind: impl Fn(&StoredMessage) -> bool,
+) -> Result<(), StreamError> {
+    let state = stream.state().await?;
+    let (mut first, mut behind) = (state.first, state.last + 1);
+    while first < behind {
+        let middle = first + (behind - first) / 2;
+        match stream.get(middle, 1, 1).await?.first() {
+            Some(message) if !is_behind(message) => first = message.sequence + 1,
+            _ => behind = middle,
+        }
+    }
+    stream.purge_subjects(filter, (behind <= state.last).then_some(behind)).await
 }

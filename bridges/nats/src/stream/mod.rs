@@ -220,6 +220,23 @@ impl JetstreamStream {
         Ok(())
     }
 
+    /// Removes the messages on the subjects that `filter` matches, below a sequence if one is given.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn purge_subjects(
+        &self,
+        filter: &str,
+        below: Option<StreamSequence>,
+    ) -> Result<(), StreamError> {
+        let purge = self.handle.purge().filter(filter);
+        let purged = match below {
+            Some(below) => self.await_answer(purge.sequence(below).into_future()).await?,
+            None => self.await_answer(purge.into_future()).await?,
+        };
+        purged.map(drop).map_err(|error| self.away_error(&error))
+    }
+
     async fn await_answer<T>(&self, answer: impl Future<Output = T>) -> Result<T, StreamError> {
         timeout(STREAM_ANSWER_WAIT_MAX, answer)
             .await

@@ -132,10 +132,11 @@ impl LocalShareGroups {
             return None;
         }
         let entry = groups.entry(key.clone()).or_insert_with(|| {
-            let (datasource, _, filter) = key;
+            let (scope, _, filter) = key;
+            let (datasource, _) = scope.of_scope();
             let begin = from.unwrap_or_else(|| self.log.next_offset());
             let (router, log) = (self.router.clone(), self.log.clone());
-            let mut feed = SubscriberFeed::new(router, log, &self.shares, datasource, begin);
+            let mut feed = SubscriberFeed::new(router, log, &self.shares, &datasource, begin);
             feed.set_filter(0, filter, from);
             LocalShareGroupEntry {
                 group: Arc::new(LocalShareGroup::new(self.log.clone(), feed)),

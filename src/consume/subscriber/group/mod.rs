@@ -17,7 +17,7 @@ use crate::log::{Batch, Log, LogReadError, RecordPlace, ShareError};
 use crate::message::{DatasourceId, Offset};
 use crate::shares::TenantShares;
 
-/// A group's identity: the datasource of its members' keys, its name, its filter.
+/// A group's identity: the scope of its members' keys (their datasource, in one incarnation), its name, its filter.
 pub type ShareGroupKey = (DatasourceId, Box<str>, Box<str>);
 
 /// What the groups of a session know about it.

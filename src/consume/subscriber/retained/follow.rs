@@ -312,7 +312,7 @@ impl RetainedFollower {
     fn consume(&mut self) -> Result<RetainedRound, RetainedRoundError> {
         let withheld = self.log.withheld();
         if self.shared.progress.borrow().withheld_version < withheld.version() {
-            self.rewind()?;
+            self.follow_rules()?;
             return Ok(RetainedRound::Behind);
         }
         let left_out = withheld.now();
@@ -359,16 +359,14 @@ impl RetainedFollower {
         Ok(RetainedRound::Behind)
     }
 
-    /// Goes back to the beginning of the log, because the rules about what to leave out have changed. Those
+    /// Leaves out what the rules leave out now, and goes back in the log for what is to be read again for that. Those
     /// who wait for an offset wait until the thread reaches it again.
-    fn rewind(&mut self) -> Result<(), SqliteError> {
-        let withheld = self.log.withheld();
-        // The version first: a change that comes meanwhile is applied again by the next round.
-        let version = withheld.version();
-        let (left_out, first) = (withheld.now(), self.log.first_offset());
+    fn follow_rules(&mut self) -> Result<(), SqliteError> {
+        let first = self.log.first_offset();
         let table = open_or_reopen(&mut self.table, &self.path)?;
+        let (changes, left_out) = self.log.withheld().changes_and_rules(table.withheld_version());
         table
-            .rewind(first, &left_out, version)
+            .follow_rules(&changes, &left_out, first)
             .map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         self.shared.follow_table(table);
         self.durable = None;

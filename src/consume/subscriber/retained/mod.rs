@@ -15,7 +15,7 @@ use self::follow::{RetainedFollower, RetainedFollowerState};
 use self::page::{RetainedSelection, read_retained_page};
 use self::table::{RETAINED_DATABASE, RETAINED_FILE_NAME, RetainedTable};
 use crate::filter::TopicFilter;
-use crate::log::Log;
+use crate::log::{Log, WithheldRules};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 use crate::shares::TenantShares;
 use crate::sqlite::{SqliteError, SqliteReaders, new_file_aside, open_or_set_aside, set_aside};
@@ -160,6 +160,8 @@ pub struct RetainedStore {
 struct RetainedHandle {
     shared: Arc<RetainedFollowerState>,
     readers: SqliteReaders,
+    /// A page leaves out what the thread has not removed yet.
+    withheld: Arc<WithheldRules>,
     /// The turns in which pages are read.
     turns: TenantShares,
 }
@@ -192,13 +194,14 @@ impl RetainedStore {
         if let Some(said) = said.flatten() {
             shared.note_set_aside(said);
         }
+        let withheld = log.withheld().clone();
         let follower = RetainedFollower::new(path.clone(), table, log.clone(), log_end, shared.clone());
         shared
             .control()
             .start(follower, log)
             .map_err(|error| SqliteError::failed(&path, format!("no thread for it: {error}")))?;
         let (readers, turns) = (SqliteReaders::new(path, &RETAINED_DATABASE), TenantShares::default());
-        Ok(Self { handle: Arc::new(RetainedHandle { shared, readers, turns }) })
+        Ok(Self { handle: Arc::new(RetainedHandle { shared, readers, withheld, turns }) })
     }
 
     /// One page of the matching retained messages, ordered by datasource and topic. Only messages with an
@@ -241,7 +244,12 @@ impl RetainedStore {
         let handle = self.handle.clone();
         let page = tokio::task::spawn_blocking(move || {
             let _turn = turn;
-            read_retained_page(&handle.readers, &wanted, below, after, bytes_max)
+            let mut page = read_retained_page(&handle.readers, &wanted, below, after, bytes_max)?;
+            let left_out = handle.withheld.now();
+            if !left_out.is_nothing() {
+                page.messages.retain(|message| !left_out.withholds(&message.as_record()));
+            }
+            Ok::<_, SqliteError>(page)
         });
         match page.await.map_err(|_| RetainedError::Closed)? {
             Err(damage) if damage.is_damage() && self.handle.shared.mend(damage.clone()).await => {
@@ -253,6 +261,14 @@ impl RetainedStore {
             }
             page => Ok(page?),
         }
+    }
+
+    /// How many messages of a datasource are retained, and the sum of their payloads in bytes. Blocks.
+    ///
+    /// # Errors
+    /// [`RetainedError::Database`].
+    pub fn count_of(&self, datasource: &DatasourceId) -> Result<(u64, u64), RetainedError> {
+        Ok(self.handle.readers.read(|connection| table::count_of(connection, datasource))?)
     }
 
     /// Returns once everything below `offset` is consumed; never, if the thread ends first.

@@ -22,8 +22,8 @@ use rusqlite::{Connection, Row, TransactionBehavior, params};
 
 use super::RetainedMessage;
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
-use crate::log::WithheldSnapshot;
-use crate::message::{KeyId, Offset, RecordFlags, RecordRef, Transport};
+use crate::log::{IncarnationHistory, WithheldChange, WithheldSnapshot};
+use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, Transport};
 use crate::sqlite::{SqliteError, SqliteProfile, checkpoint};
 
 /// The file's name in the data directory.
@@ -129,16 +129,30 @@ impl RetainedTable {
         self.withheld_version
     }
 
-    /// Deletes messages that are `left_out` and moves the cursor back to `first`: the messages that they had
-    /// replaced, and those no longer left out, are found in the log again. On the disk afterwards.
-    pub(super) fn rewind(
+    /// Deletes messages that are left out after some changes of the rules, which have led to `left_out`. If what they had
+    /// replaced may be wanted now, or those no longer left out, that is found in the log again, and the cursor moves
+    /// back for it, to `first` at most. On the disk afterwards.
+    pub(super) fn follow_rules(
         &mut self,
-        first: Offset,
+        changes: &[WithheldChange],
         left_out: &WithheldSnapshot,
-        version: u64,
+        first: Offset,
     ) -> rusqlite::Result<()> {
         self.connection.pragma_update(None, "synchronous", "FULL")?;
+        let version = self.withheld_version + changes.len() as u64;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let mut cursor = self.cursor;
+        if changes.iter().any(|change| change.key_id().is_some()) {
+            cursor = cursor.min(first);
+        }
+        for change in changes {
+            if let WithheldChange::Incarnation(datasource, ..) = change
+                && let Some(history) = left_out.history(datasource.as_str())
+                && let Some(from) = forget_ended(&transaction, datasource, history)?
+            {
+                cursor = cursor.min(from.max(first));
+            }
+        }
         for rule in left_out.rules() {
             let datasource = (!rule.datasource.is_all()).then(|| rule.datasource.as_str());
             transaction
@@ -148,7 +162,6 @@ impl RetainedTable {
                 )?
                 .execute(params![rule.key_id.0, rule.since, sql_offset(rule.below), datasource])?;
         }
-        let cursor = first.min(self.cursor);
         transaction.execute("UPDATE cursor SET next_offset = ?1", [sql_offset(cursor)])?;
         transaction.execute("UPDATE withheld SET version = ?1", [sql_offset(version)])?;
         let empty = is_empty(&transaction)?;
@@ -230,6 +243,40 @@ impl RetainedTable {
     }
 }
 
+/// Deletes the messages of a datasource whose incarnation has ended. Returns from where on the log has to be read again:
+/// in a cluster a late message of a dead key may have replaced one of the present incarnation.
+fn forget_ended(
+    connection: &Connection,
+    datasource: &DatasourceId,
+    history: &IncarnationHistory,
+) -> rusqlite::Result<Option<Offset>> {
+    let mut again = None;
+    let mut select = connection
+        .prepare_cached("SELECT id, offset, key_id, received_us FROM messages WHERE datasource = ?1")?;
+    let mut remove = connection.prepare_cached("DELETE FROM messages WHERE id = ?1")?;
+    let mut rows = select.query([datasource.as_str()])?;
+    let mut ended: Vec<i64> = Vec::new();
+    while let Some(row) = rows.next()? {
+        let offset = offset_from_sql(row.get(1)?);
+        if history.has_ended(history.incarnation_of(KeyId(row.get(2)?), row.get(3)?, offset)) {
+            ended.push(row.get(0)?);
+            again = again.or(history.present().map(|(_, first)| first).filter(|first| offset >= *first));
+        }
+    }
+    drop(rows);
+    ended.iter().try_for_each(|id| remove.execute([id]).map(drop))?;
+    Ok(again)
+}
+
+/// How many messages of a datasource there are, and the sum of their payloads in bytes.
+pub(super) fn count_of(connection: &Connection, datasource: &DatasourceId) -> rusqlite::Result<(u64, u64)> {
+    connection.query_row(
+        "SELECT count(*), coalesce(sum(length(payload)), 0) FROM messages WHERE datasource = ?1",
+        [datasource.as_str()],
+        |row| Ok((offset_from_sql(row.get(0)?), offset_from_sql(row.get(1)?))),
+    )
+}
+
 fn is_empty(connection: &Connection) -> rusqlite::Result<bool> {
     connection.prepare_cached("SELECT NOT EXISTS (SELECT 1 FROM messages)")?.query_row([], |row| row.get(0))
 }
@@ -252,4 +299,57 @@ pub(super) fn retained_message_of_row(row: &Row<'_>) -> rusqlite::Result<Retaine
         properties: row.get(9)?,
         payload: row.get(10)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consume::testing::record;
+    use crate::log::{IncarnationStep, WithheldRules};
+    use crate::message::TimeMicros;
+
+    const OLD: KeyId = KeyId([1; 6]);
+    const NEW: KeyId = KeyId([2; 6]);
+
+    /// A table at the offset 9 with one message in each of some topics, and the rules of a datasource that was deleted
+    /// and, at offset 5, created again.
+    fn followed(
+        messages: &[(&'static str, KeyId, Offset)],
+    ) -> (tempfile::TempDir, RetainedTable, Vec<Offset>) {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut table = RetainedTable::open(&dir.path().join(RETAINED_FILE_NAME)).expect("opens");
+        let other = record(0, "press-5", "state", b"1");
+        let messages = messages.iter().map(|(topic, key_id, offset)| RecordRef {
+            key_id: *key_id,
+            ..record(*offset, "press-4", topic, b"1")
+        });
+        table.write(messages.chain([other]), 9, false).expect("written");
+        let rules = WithheldRules::default();
+        let press = DatasourceId::new("press-4").expect("a slug");
+        let ended = IncarnationStep::Ended { keys: [OLD].into(), end: Offset::MAX };
+        rules.push(WithheldChange::Incarnation(press.clone(), 1, ended));
+        let begun = IncarnationStep::Begun { first_offset: 5, since: TimeMicros::MIN };
+        rules.push(WithheldChange::Incarnation(press, 2, begun));
+        let (changes, left_out) = rules.changes_and_rules(table.withheld_version());
+        table.follow_rules(&changes, &left_out, 0).expect("followed");
+        assert_eq!(table.withheld_version(), 2);
+        let mut select =
+            table.connection.prepare("SELECT offset FROM messages ORDER BY offset").expect("SQL");
+        let kept = select.query_map([], |row| row.get(0).map(offset_from_sql)).expect("reads");
+        let kept = kept.collect::<Result<_, _>>().expect("reads");
+        drop(select);
+        (dir, table, kept)
+    }
+
+    #[test]
+    fn the_messages_of_a_deleted_datasource_go_and_nothing_is_read_again() {
+        let (_dir, table, kept) = followed(&[("a", OLD, 3), ("b", NEW, 6)]);
+        assert_eq!((kept, table.cursor()), (vec![0, 6], 9));
+    }
+
+    #[test]
+    fn what_a_late_message_of_a_dead_key_has_replaced_is_found_in_the_log_again() {
+        let (_dir, table, kept) = followed(&[("a", OLD, 7), ("b", NEW, 6)]);
+        assert_eq!((kept, table.cursor()), (vec![0, 6], 5), "from where the present datasource began");
+    }
 }

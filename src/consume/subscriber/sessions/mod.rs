@@ -56,7 +56,7 @@ const SESSION_WRITES_PER_TRANSACTION_MAX: usize = 16_384;
 pub struct StoredSession {
     /// Its number. Unlike a client id, it is never used again.
     pub uid: u64,
-    /// The datasource of the key that opened it; `*` for a key for all.
+    /// The scope of the key that opened it: its datasource, in one incarnation; `*` for a key for all.
     #[serde(deserialize_with = "row::datasource")]
     pub datasource: DatasourceId,
     /// Unique within the datasource.
@@ -91,7 +91,7 @@ pub struct StoredSubscription {
 /// The cursor of a group of shared subscriptions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredGroup {
-    /// The datasource of its members' keys, or `*`.
+    /// The scope of its members' keys, or `*`.
     pub datasource: DatasourceId,
     /// The name in `$share/{group}/{filter}`.
     pub group: String,

@@ -44,10 +44,7 @@ pub(super) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
     }
 }
 
-/// A datasource, which may be `*`.
+/// The scope of an incarnation of a datasource, or `*`.
 pub(super) fn datasource<'de, D: Deserializer<'de>>(from: D) -> Result<DatasourceId, D::Error> {
-    match Cow::<str>::deserialize(from)?.as_ref() {
-        "*" => Ok(DatasourceId::all()),
-        id => DatasourceId::new(id).map_err(serde::de::Error::custom),
-    }
+    DatasourceId::parse_scope(&Cow::<str>::deserialize(from)?).map_err(serde::de::Error::custom)
 }

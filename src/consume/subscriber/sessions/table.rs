@@ -298,10 +298,8 @@ impl<'c> SessionStatements<'c> {
 }
 
 fn datasource_of_row(row: &Row<'_>, column: usize) -> rusqlite::Result<DatasourceId> {
-    match row.get_ref(column)?.as_str()? {
-        "*" => Ok(DatasourceId::all()),
-        id => DatasourceId::new(id).map_err(|error| FromSqlError::other(error).into()),
-    }
+    let scope = DatasourceId::parse_scope(row.get_ref(column)?.as_str()?);
+    scope.map_err(|error| FromSqlError::other(error).into())
 }
 
 fn subscription_of_row(row: &Row<'_>) -> rusqlite::Result<(i64, StoredSubscription)> {

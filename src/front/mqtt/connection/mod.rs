@@ -242,7 +242,7 @@ impl<'a> MqttConnection<'a> {
         Box::new(Outbound::new(
             self.front.subscribers.clone(),
             self.front.intake.metrics().clone(),
-            grant.datasource().clone(),
+            self.present.scope().clone(),
             session,
             PublishWriter::new(*form, *publisher, names_datasource, self.topic_alias_maximum),
             self.receive_maximum,

@@ -46,6 +46,8 @@ pub(super) struct Outbound {
     subscribers: Arc<Subscribers>,
     metrics: Arc<Metrics>,
     pub(super) datasource: DatasourceId,
+    /// The scope of its key.
+    pub(super) scope: DatasourceId,
     pub(super) session: MqttSession,
     writer: PublishWriter,
     /// How many unacknowledged messages the client accepts.
@@ -67,12 +69,13 @@ impl Outbound {
     pub(super) fn new(
         subscribers: Arc<Subscribers>,
         metrics: Arc<Metrics>,
-        datasource: DatasourceId,
+        scope: DatasourceId,
         session: MqttSession,
         writer: PublishWriter,
         receive_maximum: u16,
     ) -> Self {
         let Subscribers { router, log, shares, .. } = &*subscribers;
+        let (datasource, _) = scope.of_scope();
         let end = log.next_offset();
         let begin = if session.subscription_count() > 0 { session.position.min(end) } else { end };
         let mut feed = SubscriberFeed::new(router.clone(), log.clone(), shares, &datasource, begin);
@@ -80,7 +83,7 @@ impl Outbound {
         for (slot, subscription) in session.subscriptions.iter().enumerate() {
             let Some(subscription) = subscription else { continue };
             let slot = u32::try_from(slot).expect("subscriptions are bounded");
-            match super::sessions::shared_group_key(&datasource, &subscription.filter) {
+            match super::sessions::shared_group_key(&scope, &subscription.filter) {
                 Some(group) => {
                     if let Some(member) = subscribers.groups.member(&group, session.group_session()) {
                         groups.put(slot, member);
@@ -99,6 +102,7 @@ impl Outbound {
             subscribers,
             metrics,
             datasource,
+            scope,
             session,
             writer,
             receive_maximum,

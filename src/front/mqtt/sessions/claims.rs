@@ -254,11 +254,9 @@ impl Sessions {
 
     /// Releases a client to the node that claims it.
     async fn release_client(self: &Arc<Self>, claim: &ClientClaim) -> ClaimAnswer {
-        let datasource = match claim.datasource.as_str() {
-            "*" => Ok(DatasourceId::all()),
-            id => DatasourceId::new(id),
+        let Ok(datasource) = DatasourceId::parse_scope(&claim.datasource) else {
+            return ClaimAnswer::Nothing;
         };
-        let Ok(datasource) = datasource else { return ClaimAnswer::Nothing };
         let key: ClientKey = (datasource, claim.client_id.as_str().into());
         // The place is the client's until its session is written, however this ends.
         let (away, place) = loop {

@@ -9,7 +9,7 @@ use super::{ClientKey, Sessions, shared_group_key};
 use crate::auth::connections::ConnectionControl;
 use crate::consume::subscriber::Mailbox;
 use crate::consume::subscriber::sessions::SessionStoreChange;
-use crate::message::now_micros;
+use crate::message::{DatasourceId, now_micros};
 
 /// A connected client's entry in [`Sessions`]; dropping it lets the next connection in.
 pub(in super::super) struct ClientGuard {
@@ -27,6 +27,11 @@ impl ClientGuard {
     /// The signal that closes this connection.
     pub(in super::super) fn control(&self) -> &ConnectionControl {
         &self.control
+    }
+
+    /// The scope of the client's key.
+    pub(in super::super) fn scope(&self) -> &DatasourceId {
+        &self.key.0
     }
 
     /// Whether another node has taken the session.
@@ -65,6 +70,14 @@ impl ClientGuard {
             return will;
         }
         let (uid, expiry_s) = (session.uid, session.expiry_s);
+        let subscribers = &self.sessions.subscribers;
+        if subscribers.log.withheld().now().has_ended(&self.key.0) {
+            // It ends with its datasource. Its will is refused with its key.
+            self.sessions.lock_clients().watched.remove(&uid);
+            subscribers.session_ends.note(&self.key.0);
+            self.sessions.end_session(&self.key, &session);
+            return None;
+        }
         if self.is_lost() {
             self.sessions.lock_clients().watched.remove(&uid);
             // The client is connected to that node already: a delayed will is dropped.

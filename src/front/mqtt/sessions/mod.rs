@@ -38,6 +38,7 @@ mod due;
 /// How often due wills and expiries are handled, and cursors are written.
 const SESSIONS_TICK: Duration = Duration::from_secs(1);
 
+/// A client: the scope of its key, and its identifier.
 type ClientKey = (DatasourceId, Arc<str>);
 
 /// All clients and their sessions.
@@ -134,7 +135,14 @@ impl Sessions {
             .collect();
         let (now, now_micros) = (Instant::now(), now_micros());
         let mut clients = sessions.lock_clients();
+        let left_out = sessions.subscribers.log.withheld().now();
+        let mut ended = Vec::new();
         for stored in stored.sessions {
+            if left_out.has_ended(&stored.datasource) {
+                // Its datasource was deleted, and the gateway ended before the session did.
+                ended.push(SessionStoreChange::RemoveSession(stored.uid));
+                continue;
+            }
             let key: ClientKey = (stored.datasource.clone(), stored.client_id.as_str().into());
             // A session without an end was connected when the gateway was killed: it counts as away from now.
             let away_s = stored.ended_at.map_or(0, |ended| now_micros.saturating_sub(ended) / 1_000_000);
@@ -159,7 +167,8 @@ impl Sessions {
             let (datasource, group, filter) = key.clone();
             SessionStoreChange::RemoveGroup { datasource, group: group.into(), filter: filter.into() }
         });
-        drop(sessions.subscribers.store.write(orphans.collect()));
+        ended.extend(orphans);
+        drop(sessions.subscribers.store.write(ended));
         sessions
     }
 
@@ -176,6 +185,7 @@ impl Sessions {
     async fn run_ticks(&self, drain: &CancellationToken) {
         while tokio::time::timeout(SESSIONS_TICK, drain.cancelled()).await.is_err() {
             self.run_due(Instant::now());
+            self.end_with_datasources();
             let changes = self.cursor_changes();
             if !changes.is_empty() {
                 // The store itself reports that it cannot write.
@@ -189,7 +199,7 @@ impl Sessions {
         self.claims.is_some()
     }
 
-    /// Lets a client in: ends its earlier connection, and finds or makes its session. With `clean` an
+    /// Lets a client in, whose key has this scope: ends its earlier connection, and finds or makes its session. With `clean` an
     /// existing session ends. A client that `is_new` has an identifier that nobody had before, so no
     /// session is looked for.
     ///
@@ -197,14 +207,14 @@ impl Sessions {
     /// [`EnterError`], in a cluster.
     pub(super) async fn enter(
         self: &Arc<Self>,
-        datasource: &DatasourceId,
+        scope: &DatasourceId,
         client_id: Arc<str>,
         control: Arc<ConnectionControl>,
         clean: bool,
         is_new: bool,
         expiry_s: u32,
     ) -> Result<EnteredClient, EnterError> {
-        let key = (datasource.clone(), client_id);
+        let key = (scope.clone(), client_id);
         let (away, at) = loop {
             let left = {
                 let mut clients = self.lock_clients();
@@ -360,6 +370,32 @@ impl Sessions {
         self.wills.spawn(async move { will.publish(&intake).await });
     }
 
+    /// Ends the sessions of clients that are away and whose datasource was deleted. Those of clients that are still
+    /// connected end with their connections.
+    fn end_with_datasources(&self) {
+        let subscribers = &self.subscribers;
+        let (version, left_out) = (subscribers.log.withheld().version(), subscribers.log.withheld().now());
+        if subscribers.session_ends.swept() >= version {
+            return;
+        }
+        let ended: Vec<_> = {
+            let mut clients = self.lock_clients();
+            let gone = |(key, entry): (&ClientKey, &mut ClientEntry)| {
+                let away = entry.away.take_if(|_| left_out.has_ended(&key.0))?;
+                Some((key.clone(), away.session))
+            };
+            let ended = clients.entries.iter_mut().filter_map(gone).collect();
+            clients.entries.retain(|_, entry| entry.connected.is_some() || entry.away.is_some());
+            ended
+        };
+        for (key, session) in ended {
+            debug!(datasource = %key.0, "a session has ended with its datasource");
+            subscribers.session_ends.note(&key.0);
+            self.end_session(&key, &session);
+        }
+        subscribers.session_ends.set_swept(version);
+    }
+
     fn run_due(&self, now: Instant) {
         let (mut wills, mut ended) = (Vec::new(), Vec::new());
         let mut clients = self.lock_clients();
@@ -446,10 +482,10 @@ impl SessionClients {
     }
 }
 
-/// The group of a filter, if it is a shared subscription.
-pub(super) fn shared_group_key(datasource: &DatasourceId, filter: &str) -> Option<ShareGroupKey> {
+/// The group of a filter, if it is a shared subscription of a session with this scope.
+pub(super) fn shared_group_key(scope: &DatasourceId, filter: &str) -> Option<ShareGroupKey> {
     let wanted = SubscriptionFilter::parse(filter)?;
-    Some((datasource.clone(), wanted.group?.into(), wanted.filter.as_str().into()))
+    Some((scope.clone(), wanted.group?.into(), wanted.filter.as_str().into()))
 }
 
 /// A random number, to tell this session from every other.

@@ -199,7 +199,8 @@ impl ClusterShareGroups {
 
     /// `None` for a filter that no record of a cluster can match.
     fn group(&self, key: &ShareGroupKey) -> Option<ClusterShareGroup> {
-        let (datasource, group, filter) = key;
+        let (scope, group, filter) = key;
+        let (datasource, _) = &scope.of_scope();
         let of_all = datasource.is_all();
         let subjects = SubjectSpace::Stream.filter_wildcards((!of_all).then_some(datasource), filter);
         if subjects.is_empty() {
@@ -208,7 +209,7 @@ impl ClusterShareGroups {
         let filter = TopicFilter::new(filter).ok()?;
         let mut name = String::from("share-");
         let mut hash = blake3::Hasher::new_derive_key("headgate 2026-11 name of a shared subscription");
-        for part in [datasource.as_str(), group, filter.as_str()] {
+        for part in [scope.as_str(), group, filter.as_str()] {
             hash.update(part.as_bytes()).update(&[0]);
         }
         name.push_str(&hash.finalize().to_hex()[..32]);

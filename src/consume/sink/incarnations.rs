@@ -1,0 +1,394 @@
+//! The incarnations of datasources in `records.db`. Each has a row of its own in `datasources`, so that the next one
+//! begins empty: the one that has not ended has the datasource's id there, an ended one the id of its scope
+//! (`press-4~1`), under which the views show it.
+//!
+//! When an incarnation ends its row gets that name, and nothing is moved. In a cluster the log may be ahead of the
+//! registry: records that were stored as another incarnation's are put right when the next one is known to have begun.
+
+use std::collections::BTreeSet;
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::newest;
+use super::quarantined::{CREATE_MOVED, for_each_moved_topic};
+use super::schema::{offset_from_sql, sql_offset};
+use crate::log::{IncarnationHistory, IncarnationStep, WithheldSnapshot};
+use crate::message::{DatasourceId, Incarnation, KeyId, Offset};
+
+/// How many records one transaction of a purge removes: writing goes on in between, and a kill loses little.
+const PURGE_RECORDS_PER_TRANSACTION: i64 = 10_000;
+
+/// What `datasources` calls an incarnation.
+pub(super) fn shown_name(datasource: &str, incarnation: Incarnation, history: &IncarnationHistory) -> String {
+    match history.has_ended(incarnation) {
+        true => format!("{datasource}~{incarnation}"),
+        false => datasource.to_owned(),
+    }
+}
+
+/// The row id of the incarnation whose scope this is, if it has records.
+pub(in crate::consume) fn row_id_of_scope(
+    connection: &Connection,
+    scope: &DatasourceId,
+) -> rusqlite::Result<Option<i64>> {
+    let (id, incarnation) = scope.of_scope();
+    connection
+        .prepare_cached("SELECT id FROM datasources WHERE incarnation = ?3 AND datasource IN (?1, ?2)")?
+        .query_row(params![id.as_str(), format!("{id}~{incarnation}"), incarnation], |row| row.get(0))
+        .optional()
+}
+
+/// Makes the tables follow a step of an incarnation, in the transaction that `connection` is in. A purge is not made
+/// here: see [`purge_some`].
+pub(super) fn follow_step(
+    connection: &Connection,
+    datasource: &DatasourceId,
+    incarnation: Incarnation,
+    step: &IncarnationStep,
+    left_out: &WithheldSnapshot,
+) -> rusqlite::Result<()> {
+    let Some(history) = left_out.history(datasource.as_str()) else { return Ok(()) };
+    match step {
+        IncarnationStep::Ended { .. } => {
+            let ended = format!("{datasource}~{incarnation}");
+            connection.execute(
+                "UPDATE datasources SET datasource = ?2 WHERE datasource = ?1 AND incarnation = ?3",
+                params![datasource.as_str(), ended, incarnation],
+            )?;
+            Ok(())
+        }
+        IncarnationStep::Begun { first_offset, .. } => {
+            let (earlier, scope) = (datasource.scope(incarnation - 1), datasource.scope(incarnation));
+            move_misplaced(connection, &earlier, *first_offset, history)?;
+            move_misplaced(connection, &scope, 0, history)
+        }
+        IncarnationStep::Purged => Ok(()),
+    }
+}
+
+/// Moves what is stored as `scope` from an offset on, and is of other incarnations, to those.
+pub(super) fn move_misplaced(
+    connection: &Connection,
+    scope: &DatasourceId,
+    from: Offset,
+    history: &IncarnationHistory,
+) -> rusqlite::Result<()> {
+    let Some(row) = row_id_of_scope(connection, scope)? else { return Ok(()) };
+    let (datasource, incarnation) = scope.of_scope();
+    connection.execute_batch(CREATE_MOVED)?;
+    for table in ["entries", "quarantined"] {
+        let mut targets = BTreeSet::new();
+        for_each_stored(connection, table, row, from, history, |_, _, target| {
+            targets.insert(target);
+            Ok(())
+        })?;
+        for target in targets.into_iter().filter(|target| *target != incarnation) {
+            connection.execute("DELETE FROM temp.moved", [])?;
+            let mut insert = connection.prepare("INSERT INTO temp.moved VALUES (?1, ?2)")?;
+            for_each_stored(connection, table, row, from, history, |offset, topic, of| match of == target {
+                true => insert.execute([offset, topic]).map(drop),
+                false => Ok(()),
+            })?;
+            let name = shown_name(datasource.as_str(), target, history);
+            move_selected(connection, table, &datasource.scope(target), &name)?;
+        }
+    }
+    Ok(())
+}
+
+/// Calls `each` with the offset and the topic of the records in a row of `datasources` from an offset on, and the
+/// incarnation that each is of.
+fn for_each_stored(
+    connection: &Connection,
+    table: &str,
+    row: i64,
+    from: Offset,
+    history: &IncarnationHistory,
+    mut each: impl FnMut(i64, i64, Incarnation) -> rusqlite::Result<()>,
+) -> rusqlite::Result<()> {
+    let mut select = connection.prepare(&format!(
+        "SELECT e.offset, e.topic_id, e.received_us, o.key_id FROM {table} e JOIN origins o ON o.id = e.origin_id
+         WHERE e.datasource_id = ?1 AND e.offset >= ?2"
+    ))?;
+    let mut rows = select.query([row, sql_offset(from)])?;
+    while let Some(row) = rows.next()? {
+        let (offset, topic): (i64, i64) = (row.get(0)?, row.get(1)?);
+        let Ok(key) = KeyId::parse(row.get_ref(3)?.as_str()?) else { continue };
+        each(offset, topic, history.incarnation_of(key, row.get(2)?, offset_from_sql(offset)))?;
+    }
+    Ok(())
+}
+
+/// Moves the records in `temp.moved` to an incarnation, with the newest values that they bring.
+fn move_selected(
+    connection: &Connection,
+    table: &str,
+    scope: &DatasourceId,
+    name: &str,
+) -> rusqlite::Result<()> {
+    let to = ensure_row(connection, scope, name)?;
+    connection.execute(
+        "INSERT OR IGNORE INTO topics (datasource_id, topic, latest_offset)
+         SELECT DISTINCT ?1, t.topic, -1 FROM temp.moved m JOIN topics t ON t.id = m.topic_id",
+        [to],
+    )?;
+    connection.execute(
+        &format!(
+            "UPDATE {table} SET datasource_id = ?1, topic_id = (
+                 SELECT n.id FROM topics t JOIN topics n ON n.topic = t.topic AND n.datasource_id = ?1
+                 WHERE t.id = {table}.topic_id)
+             WHERE offset IN (SELECT offset FROM temp.moved)"
+        ),
+        [to],
+    )?;
+    if table == "quarantined" {
+        return Ok(());
+    }
+    for_each_moved_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))?;
+    connection.execute(
+        "UPDATE temp.moved SET topic_id = (SELECT topic_id FROM entries e WHERE e.offset = moved.offset)",
+        [],
+    )?;
+    for_each_moved_topic(connection, |topic_id| newest::restore_moved(connection, topic_id))
+}
+
+/// The row of the incarnation with this scope; without one, makes it under this name.
+pub(super) fn ensure_row(connection: &Connection, scope: &DatasourceId, name: &str) -> rusqlite::Result<i64> {
+    if let Some(row) = row_id_of_scope(connection, scope)? {
+        return Ok(row);
+    }
+    let (_, incarnation) = scope.of_scope();
+    connection
+        .prepare_cached("INSERT INTO datasources (datasource, incarnation) VALUES (?1, ?2) RETURNING id")?
+        .query_row(params![name, incarnation], |row| row.get(0))
+}
+
+/// Removes some of what is stored of an incarnation, in the transaction that `connection` is in. Returns whether
+/// nothing is left of it.
+pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusqlite::Result<bool> {
+    let Some(row) = row_id_of_scope(connection, scope)? else { return Ok(true) };
+    let mut left = PURGE_RECORDS_PER_TRANSACTION;
+    for table in ["entries", "quarantined"] {
+        let removed = connection.execute(
+            &format!(
+                "DELETE FROM {table} WHERE offset IN (SELECT offset FROM {table} WHERE datasource_id = ?1 LIMIT ?2)"
+            ),
+            [row, left],
+        )?;
+        left -= i64::try_from(removed).unwrap_or(i64::MAX);
+    }
+    if left <= 0 {
+        return Ok(false);
+    }
+    connection.execute(
+        "DELETE FROM latest_values WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = ?1)",
+        [row],
+    )?;
+    connection.execute("DELETE FROM topics WHERE datasource_id = ?1", [row])?;
+    connection.execute("DELETE FROM datasources WHERE id = ?1", [row])?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::consume::query::{RecordsQuery, RecordsReader};
+    use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
+    use crate::consume::testing::record;
+    use crate::log::{WithheldChange, WithheldRules};
+    use crate::message::{RecordRef, TimeMicros};
+
+    const OLD: KeyId = KeyId([1; 6]);
+    const NEW: KeyId = KeyId([2; 6]);
+    const ALL: KeyId = KeyId([9; 6]);
+
+    fn press() -> DatasourceId {
+        DatasourceId::new("press-4").expect("a slug")
+    }
+
+    fn push(rules: &WithheldRules, incarnation: Incarnation, step: IncarnationStep) {
+        rules.push(WithheldChange::Incarnation(press(), incarnation, step));
+    }
+
+    fn ended(keys: &[KeyId], end: Offset) -> IncarnationStep {
+        IncarnationStep::Ended { keys: keys.into(), end }
+    }
+
+    fn begun(first_offset: Offset) -> IncarnationStep {
+        IncarnationStep::Begun { first_offset, since: TimeMicros::MIN }
+    }
+
+    fn by(key_id: KeyId, offset: Offset, topic: &'static str) -> RecordRef<'static> {
+        RecordRef { key_id, ..record(offset, "press-4", topic, b"1") }
+    }
+
+    /// The offsets of an incarnation, and those of its newest values.
+    fn stored(dir: &std::path::Path, incarnation: Incarnation) -> (Vec<Offset>, Vec<(String, Offset)>) {
+        let reader = RecordsReader::open(dir).expect("opens");
+        let scope = press().scope(incarnation);
+        let query = RecordsQuery {
+            scope: scope.clone(),
+            topic: None,
+            from: None,
+            to: None,
+            after_offset: None,
+            key_id: None,
+            limit: 100,
+        };
+        let records = reader.records(&query).expect("reads").records;
+        let latest = reader.latest(&scope, None).expect("reads").topics;
+        (
+            records.iter().map(|record| record.offset).collect(),
+            latest.into_iter().map(|topic| (topic.topic, topic.offset)).collect(),
+        )
+    }
+
+    fn latest(of: &[(&str, Offset)]) -> Vec<(String, Offset)> {
+        of.iter().map(|(topic, offset)| ((*topic).to_owned(), *offset)).collect()
+    }
+
+    fn open(dir: &std::path::Path) -> SqliteSink {
+        SqliteSink::open(&dir.join(RECORDS_FILE_NAME)).expect("opens")
+    }
+
+    #[test]
+    fn the_next_incarnation_begins_empty_and_a_late_record_of_a_dead_key_is_of_the_last_one() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+        sink.store([by(OLD, 0, "a"), by(ALL, 1, "b")].into_iter(), 2, false).expect("stored");
+        push(&rules, 1, ended(&[OLD], Offset::MAX));
+        push(&rules, 2, begun(2));
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!(stored(dir.path(), 2), (vec![], vec![]));
+        sink.store([by(NEW, 2, "a"), by(OLD, 3, "a"), by(ALL, 4, "b")].into_iter(), 5, false)
+            .expect("stored");
+        assert_eq!(stored(dir.path(), 1), (vec![0, 1, 3], latest(&[("a", 3), ("b", 1)])));
+        assert_eq!(stored(dir.path(), 2), (vec![2, 4], latest(&[("a", 2), ("b", 4)])));
+        let shown = sink.connection().prepare("SELECT DISTINCT datasource FROM records ORDER BY 1").and_then(
+            |mut select| select.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<Vec<String>>>(),
+        );
+        assert_eq!(shown.expect("reads"), ["press-4", "press-4~1"]);
+    }
+
+    #[test]
+    fn what_was_stored_before_its_incarnation_was_known_is_put_right() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+        // The log is ahead of the registry: 3 to 5 are of the next incarnation already.
+        let records = [by(OLD, 0, "a"), by(ALL, 1, "b"), by(OLD, 2, "c"), by(NEW, 3, "a"), by(OLD, 4, "b")];
+        sink.store(records.into_iter(), 5, false).expect("stored");
+        push(&rules, 1, ended(&[OLD], 5));
+        sink.reconcile(&rules).expect("reconciled");
+        sink.store([by(ALL, 5, "d"), by(ALL, 6, "d")].into_iter(), 7, false).expect("stored");
+        assert_eq!(stored(dir.path(), 2).0, [5, 6], "behind the end that was known");
+        push(&rules, 2, begun(3));
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!(stored(dir.path(), 1), (vec![0, 1, 2, 4], latest(&[("a", 0), ("b", 4), ("c", 2)])));
+        assert_eq!(stored(dir.path(), 2), (vec![3, 5, 6], latest(&[("a", 3), ("d", 6)])));
+    }
+
+    #[test]
+    fn all_rules_at_once_lead_to_the_same_as_one_by_one() {
+        const THIRD: KeyId = KeyId([3; 6]);
+        let steps = [
+            (1, ended(&[OLD], 3)),
+            (2, begun(3)),
+            (2, ended(&[NEW], 6)),
+            (1, IncarnationStep::Purged),
+            (3, begun(6)),
+        ];
+        let keys = [OLD, ALL, OLD, NEW, ALL, OLD, THIRD, ALL, NEW];
+        let records = || keys.into_iter().zip(0..).map(|(key, offset)| by(key, offset, "a"));
+        let mut contents = Vec::new();
+        for together in [true, false] {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+            sink.store(records(), 9, false).expect("stored");
+            for (incarnation, step) in steps.clone() {
+                push(&rules, incarnation, step);
+                if !together {
+                    sink.reconcile(&rules).expect("reconciled");
+                }
+            }
+            sink.reconcile(&rules).expect("reconciled");
+            contents.push([1, 2, 3].map(|incarnation| stored(dir.path(), incarnation).0));
+        }
+        assert_eq!(contents[0], [vec![], vec![3, 4, 8], vec![6, 7]]);
+        assert_eq!(contents[0], contents[1]);
+    }
+
+    #[test]
+    fn a_purge_goes_on_after_a_kill_at_any_step_and_nothing_of_it_is_stored_again() {
+        let count = u64::try_from(PURGE_RECORDS_PER_TRANSACTION).expect("positive") * 2 + 5;
+        for steps in 0..4 {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+            sink.store((0..count).map(|offset| by(OLD, offset, "a")), count, false).expect("stored");
+            push(&rules, 1, ended(&[OLD], Offset::MAX));
+            push(&rules, 1, IncarnationStep::Purged);
+            for _ in 0..steps {
+                purge_some(sink.connection(), &press()).expect("removed");
+            }
+            // Killed here: the version of the rules is not noted.
+            drop(sink);
+            let mut sink = open(dir.path());
+            sink.reconcile(&rules).expect("reconciled");
+            let late = [by(OLD, count, "a"), by(NEW, count + 1, "a")];
+            push(&rules, 2, begun(count));
+            sink.reconcile(&rules).expect("reconciled");
+            sink.store(late.into_iter(), count + 2, false).expect("stored");
+            assert_eq!(stored(dir.path(), 1), (vec![], vec![]), "after {steps}");
+            assert_eq!(stored(dir.path(), 2).0, [count + 1]);
+            let left = ["entries", "topics", "datasources", "latest_values"].map(|table| {
+                let select = format!("SELECT count(*) FROM {table}");
+                sink.connection().query_row(&select, [], |row| row.get::<_, i64>(0)).expect("reads")
+            });
+            assert_eq!(left, [1; 4], "after {steps}");
+        }
+    }
+
+    #[test]
+    fn a_purge_leaves_what_is_of_an_incarnation_that_is_not_known_yet() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+        // The log is ahead of the registry by a whole life.
+        sink.store([by(OLD, 0, "a"), by(ALL, 1, "a"), by(NEW, 2, "a")].into_iter(), 3, false)
+            .expect("stored");
+        push(&rules, 1, ended(&[OLD], 2));
+        push(&rules, 1, IncarnationStep::Purged);
+        sink.reconcile(&rules).expect("reconciled");
+        push(&rules, 2, begun(2));
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!([1, 2].map(|incarnation| stored(dir.path(), incarnation).0), [vec![], vec![2]]);
+    }
+
+    #[test]
+    fn a_leaked_key_s_records_are_in_the_quarantine_of_their_own_incarnation() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+        sink.store([by(OLD, 0, "a")].into_iter(), 1, false).expect("stored");
+        push(&rules, 1, ended(&[OLD], Offset::MAX));
+        push(&rules, 2, begun(1));
+        let (datasource, since) = (press(), TimeMicros::MIN);
+        let rule = crate::log::WithheldRule { datasource, key_id: OLD, since, below: 1 };
+        rules.push(WithheldChange::Withhold(rule));
+        sink.reconcile(&rules).expect("reconciled");
+        let reader = RecordsReader::open(dir.path()).expect("opens");
+        assert_eq!(reader.leaked(&press(), OLD).expect("reads").records, 1);
+        assert_eq!(reader.leaked(&press().scope(2), OLD).expect("reads").records, 0);
+        rules.push(WithheldChange::GiveBack(press(), OLD));
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!(stored(dir.path(), 1).0, [0]);
+    }
+
+    #[test]
+    fn nothing_of_a_datasource_that_was_never_deleted_changes() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = open(dir.path());
+        sink.reconcile(&Arc::new(WithheldRules::default())).expect("nothing to do");
+        sink.store([by(OLD, 0, "a")].into_iter(), 1, false).expect("stored");
+        assert_eq!(stored(dir.path(), 1), (vec![0], latest(&[("a", 0)])));
+    }
+}
