@@ -45,10 +45,12 @@
 //! twice is better than taking it for another and losing it.
 
 mod assembly;
+mod commit_thread;
 mod disk;
 mod embedded;
 mod jetstream;
 pub mod nats_message;
+mod priority;
 mod queue;
 mod recovery;
 mod retention;
@@ -58,6 +60,8 @@ mod spare;
 mod tail;
 #[cfg(test)]
 mod tests;
+mod unsettled;
+mod upkeep;
 mod window;
 mod withheld;
 mod writer;

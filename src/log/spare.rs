@@ -163,7 +163,7 @@ mod tests {
         spares.keep(&FileSystem, unread).expect("kept");
         assert!(spares.next_bytes() > 0 && !spares.has_room());
         let over = spares.create(&FileSystem, dir.path(), 30).expect("made");
-        assert!(!over.has_frames() && over.is_newest_version());
+        assert!(over.is_begin(over.end()) && over.is_newest_version());
         assert!(spares.has_room() && !spares.is_empty());
 
         let mut found = SpareSegments::find(&FileSystem, dir.path()).expect("found");

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use headgate_format::log::segment::SegmentHeaderError;
 
 use super::disk::{Disk, SegmentFile};
+use super::queue::WRITER_THREADS;
 use super::frame::{FrameFormat, FrameHeader, LogFormatVersion};
 pub(super) use super::segment_format::{SEGMENT_HEADER_BYTES, SegmentHeader};
 use crate::message::{Offset, TimeMicros, now_micros};
@@ -117,6 +118,11 @@ impl Segment {
         Ok(segment)
     }
 
+    /// A descriptor for each of the writer's threads.
+    pub(super) fn sync_files(&self, disk: &dyn Disk) -> io::Result<[Arc<dyn SegmentFile>; WRITER_THREADS]> {
+        Ok([self.file.clone(), disk.open(&self.path, false)?])
+    }
+
     /// The file, to be written over once nobody reads the segment any more.
     pub(super) fn file(&self) -> Arc<dyn SegmentFile> {
         self.file.clone()
@@ -203,9 +209,9 @@ impl Segment {
         self.format.version() == LogFormatVersion::NEWEST
     }
 
-    /// Whether there is a frame in it.
-    pub(super) fn has_frames(&self) -> bool {
-        self.end() > self.begin
+    /// Whether its first frame begins at `position`.
+    pub(super) fn is_begin(&self, position: u64) -> bool {
+        position == self.begin
     }
 
     /// Where the next frame goes.
