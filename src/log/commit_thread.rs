@@ -5,13 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::embedded::EmbeddedLogShared;
-use super::priority::CommitPriority;
+use super::priority::{CommitPriority, take_lowered};
 use super::queue::WriterDuty;
 use super::writer::{LOG_WRITE_RETRY_PAUSE, LogWriter};
 
+/// For how long nothing has to come before the log is written ahead.
+const WRITE_AHEAD_IDLE: Duration = Duration::from_millis(50);
+/// The pause between two pieces that are written ahead.
+const WRITE_AHEAD_PAUSE: Duration = Duration::from_millis(5);
 /// How often the first thread runs retention when nothing is appended.
 const WRITER_IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -30,19 +34,35 @@ impl CommitThread {
         if self.number == 0 {
             info!(priority = priority.describe(), "the threads that commit have their priority");
         }
+        let mut upkeep_after = WRITE_AHEAD_IDLE;
         loop {
-            let upkeep_after = match self.shared.trouble.is_present() {
-                true => LOG_WRITE_RETRY_PAUSE,
-                false => WRITER_IDLE_INTERVAL,
-            };
             match self.shared.queue.wait_for_duty(self.number, (self.number == 0).then_some(upkeep_after)) {
-                WriterDuty::Commit => self.take_turn(),
-                WriterDuty::Upkeep => self.writer.lock().maintain(),
+                WriterDuty::Commit => {
+                    self.take_turn();
+                    upkeep_after = WRITE_AHEAD_IDLE;
+                }
+                WriterDuty::Upkeep => upkeep_after = self.keep_up(),
                 WriterDuty::End => break,
             }
         }
         if self.number == 0 {
             self.close();
+        }
+    }
+
+    /// Does what there is to do when nothing comes. Returns after which time there is more of it.
+    fn keep_up(&self) -> Duration {
+        let mut writer = self.writer.lock();
+        if take_lowered() {
+            warn!("a commit computed for so long that its thread lost its real-time priority");
+        }
+        writer.maintain();
+        if writer.write_ahead() {
+            WRITE_AHEAD_PAUSE
+        } else if self.shared.trouble.is_present() {
+            LOG_WRITE_RETRY_PAUSE
+        } else {
+            WRITER_IDLE_INTERVAL
         }
     }
 

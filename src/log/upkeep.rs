@@ -3,13 +3,16 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::writer::LogWriter;
 use super::{AppendError, retention};
 use crate::config::Durability;
-use crate::limits::SEGMENT_ALLOCATE_BYTES;
+use crate::limits::{SEGMENT_ALLOCATE_BYTES, WRITE_AHEAD_BYTES, WRITE_AHEAD_FREE_BYTES_MIN};
 use crate::message::now_micros;
+
+/// What is written ahead at a time.
+static WRITE_AHEAD_ZEROS: [u8; WRITE_AHEAD_BYTES] = [0; WRITE_AHEAD_BYTES];
 
 impl LogWriter {
     /// Ends the current segment and begins the next one. What is under way is settled first, so that
@@ -124,6 +127,44 @@ impl LogWriter {
             // Being over the budget is no trouble until something is to be written.
             let _ = self.make_room(0);
         }
+    }
+
+    /// Idle work: writes a little of the room that commits will take, so that their syncs cost less. Returns whether
+    /// there is more of it to do. It is short, because a commit that comes meanwhile waits for it.
+    pub(super) fn write_ahead(&mut self) -> bool {
+        let may_write = self.config.durability == Durability::Fsync
+            && self.shared.failure.get().is_none()
+            && !self.shared.trouble.is_present()
+            && !self.must_roll;
+        if !may_write || self.is_short_of_room() {
+            return false;
+        }
+        let segment_bytes = self.config.segment_bytes;
+        let step = SEGMENT_ALLOCATE_BYTES.min(segment_bytes);
+        let written = if self.current.is_untouched_below(segment_bytes) {
+            let weight = self.shared.queue.begin_empty_turn();
+            self.shared.queue.wait_alone();
+            let ahead = self.current.write_ahead(&WRITE_AHEAD_ZEROS, segment_bytes, step);
+            self.shared.queue.end_turn(weight);
+            ahead.map(|()| true).map_err(|e| self.write_error(e).to_string())
+        } else if self.written.position > segment_bytes / 2 {
+            let ahead = self.spares.write_ahead(&*self.disk, &self.dir, &WRITE_AHEAD_ZEROS, segment_bytes);
+            self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
+            ahead.map_err(|e| e.to_string())
+        } else {
+            Ok(false)
+        };
+        written.unwrap_or_else(|error| {
+            debug!(error, "the log could not be written ahead");
+            false
+        })
+    }
+
+    /// Whether the budget or the disk needs its room for records.
+    fn is_short_of_room(&self) -> bool {
+        let ahead = 2 * self.config.segment_bytes;
+        self.shared.disk_bytes() + ahead > self.config.retention_bytes
+            || self.disk.free_bytes(&self.dir).is_ok_and(|free| free < WRITE_AHEAD_FREE_BYTES_MIN + ahead)
     }
 
     /// Whether there is room again, on the disk and in the budget.

@@ -24,6 +24,8 @@ pub(super) use read::SeekOutcome;
 use read::{IndexMark, push_mark};
 pub(super) use recover::LogGap;
 
+/// What the disk writes as a whole, in bytes.
+const DISK_BLOCK_BYTES: u64 = 4096;
 /// File bytes that are written once more at a time.
 const REWRITE_BYTES: usize = 1 << 20;
 
@@ -54,6 +56,8 @@ pub(super) struct Segment {
     end: AtomicU64,
     /// Bytes that the file takes on disk.
     allocated: AtomicU64,
+    /// Up to where all blocks have been written at some time: a sync of those costs about half.
+    touched: AtomicU64,
     /// The number of the next write.
     next_write: AtomicU32,
     index: Mutex<Option<Vec<IndexMark>>>,
@@ -184,6 +188,7 @@ impl Segment {
             begin,
             end: AtomicU64::new(file_bytes.max(begin)),
             allocated: AtomicU64::new(file_bytes),
+            touched: AtomicU64::new(file_bytes),
             next_write: AtomicU32::new(0),
             index: Mutex::new(index),
         }
@@ -237,6 +242,14 @@ impl Segment {
         let key = self.format.key().expect("segments of an older version are not written to");
         key.seal(frame, header, position);
         let needed = position + frame.len() as u64;
+        self.allocate(needed, step)?;
+        self.file.write_all_at(frame, position)?;
+        self.touched.fetch_max(needed, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Allocates the file up to `needed`, `step` bytes at a time.
+    fn allocate(&self, needed: u64, step: u64) -> io::Result<()> {
         let allocated = self.disk_bytes();
         if needed > allocated {
             let room = (needed - allocated).next_multiple_of(step);
@@ -247,7 +260,30 @@ impl Segment {
             };
             self.allocated.store(allocated + taken, Ordering::Relaxed);
         }
-        self.file.write_all_at(frame, position)
+        Ok(())
+    }
+
+    /// Where the blocks begin that no write has touched.
+    fn untouched_position(&self) -> u64 {
+        self.touched.load(Ordering::Relaxed).next_multiple_of(DISK_BLOCK_BYTES)
+    }
+
+    /// Whether a file of `bytes` has blocks that no write has touched.
+    pub(super) fn is_untouched_below(&self, bytes: u64) -> bool {
+        self.untouched_position() < bytes
+    }
+
+    /// Writes zeros, durably, to blocks that no write has touched: as many as there are, up to a file of `bytes`. Nothing
+    /// else may be written meanwhile.
+    pub(super) fn write_ahead(&self, zeros: &[u8], bytes: u64, step: u64) -> io::Result<()> {
+        let position = self.untouched_position();
+        let end = bytes.min(position + zeros.len() as u64);
+        let wanted = usize::try_from(end.saturating_sub(position)).expect("no more than there are zeros");
+        self.allocate(end, step)?;
+        self.file.write_all_at(&zeros[..wanted], position)?;
+        self.file.sync_data()?;
+        self.touched.fetch_max(end, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The number of a write that begins now. No two have the same, whether they succeed or not.
@@ -282,6 +318,7 @@ impl Segment {
         let end = self.end();
         self.file.set_len(end)?;
         self.allocated.store(end, Ordering::Relaxed);
+        self.touched.store(end, Ordering::Relaxed);
         Ok(())
     }
 
