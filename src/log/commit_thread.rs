@@ -84,9 +84,9 @@ impl CommitThread {
                 Err(error) => self.shared.unsettled.note_failure(error),
             }
         }
-        if *super::queue::KNOB_LATE { self.shared.unsettled.settle(&self.shared); }
-        self.shared.queue.end_turn(weight);
+        // What is answered first comes back as one large commit, not as many small ones of the other thread.
         self.shared.unsettled.settle(&self.shared);
+        self.shared.queue.end_turn(weight);
         if self.shared.unsettled.failure().is_some() {
             self.wait_out_failure();
         }

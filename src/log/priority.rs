@@ -31,8 +31,7 @@ pub(super) enum CommitPriority {
 impl CommitPriority {
     /// Raises the priority of the calling thread as far as the operating system allows.
     pub(super) fn raise() -> Self {
-        if *super::queue::KNOB_RT == 0 { return Self::Normal; }
-        if *super::queue::KNOB_RT == 2 && raise_to_real_time().is_ok() {
+        if raise_to_real_time().is_ok() {
             Self::RealTime
         } else if shorten_slice() {
             Self::ShortSlice
@@ -45,7 +44,9 @@ impl CommitPriority {
     pub(super) fn describe(self) -> &'static str {
         match self {
             Self::RealTime => "real-time (SCHED_RR 1)",
-            Self::ShortSlice => "normal with a short time slice; LimitRTPRIO=1 or CAP_SYS_NICE would allow real-time",
+            Self::ShortSlice => {
+                "normal with a short time slice; LimitRTPRIO=1 or CAP_SYS_NICE would allow real-time"
+            }
             Self::Normal => "normal; LimitRTPRIO=1 or CAP_SYS_NICE would allow real-time",
         }
     }

@@ -1,9 +1,9 @@
 //! The queue in front of the writer: what callers want to append and release, in the order in which they came,
 //! and whose turn it is to commit it.
 //!
-//! Each of the writer's threads takes a turn: it takes what waits, writes it, and syncs it. Two turns may be under
-//! way. The second one begins when what waits weighs as much as what is under way, so that load makes
-//! commits larger and not more of them.
+//! Each of the writer's threads takes a turn: it takes what waits, writes it, syncs it, and answers. Two turns may be
+//! under way. The second one begins when the first takes long and as much waits as that has taken, so that load
+//! makes commits larger and not more of them.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -43,6 +43,9 @@ impl WriterSubmission {
     }
 }
 
+/// For how long a turn is under way before a second one may begin. A fast disk is done by then, and more and
+/// smaller commits cost more processor than they save time.
+const SECOND_TURN_AFTER: Duration = Duration::from_micros(250);
 /// Threads that commit, and so turns at once.
 pub(super) const WRITER_THREADS: usize = 2;
 
@@ -68,6 +71,8 @@ struct WriterQueueState {
     is_idle: [bool; WRITER_THREADS],
     /// Turns under way.
     turns: usize,
+    /// When the newest one began.
+    turn_began: Option<Instant>,
     /// What they have taken, in bytes.
     taken_weight: usize,
 }
@@ -83,13 +88,18 @@ pub(super) enum WriterDuty {
     End,
 }
 
+/// Whether a turn that began then takes long enough that a second one pays.
+fn is_long_ago(began: Instant) -> bool {
+    began.elapsed() >= SECOND_TURN_AFTER
+}
+
 impl WriterQueueState {
     /// Whether a turn may begin.
     fn is_due(&self) -> bool {
         match self.turns {
             _ if self.submissions.is_empty() => false,
             0 => true,
-            1 => match *KNOB_POLICY { 0 => false, 1 => true, 2 => self.weight >= self.taken_weight, n => self.weight >= self.taken_weight && self.taken_weight < n },
+            1 => self.weight >= self.taken_weight && self.turn_began.is_some_and(is_long_ago),
             _ => false,
         }
     }
@@ -137,7 +147,7 @@ impl WriterQueue {
     /// Closes the queue; the writer ends once it has committed what waits.
     pub(super) fn close(&self) {
         self.locked().closed = true;
-        self.due.iter().for_each(|due| _ = due.notify_one());
+        self.wake_all();
     }
 
     /// Whether the queue is closed and empty.
@@ -153,7 +163,7 @@ impl WriterQueue {
             (waiting.closed, waiting.is_abandoned, waiting.weight) = (true, true, 0);
             std::mem::take(&mut waiting.submissions)
         };
-        self.due.iter().for_each(|due| _ = due.notify_one());
+        self.wake_all();
         self.turn_ended.notify_all();
         left.into_iter().for_each(|submission| submission.answer(Err(AppendError::Closed)));
     }
@@ -178,7 +188,7 @@ impl WriterQueue {
                 }
             };
             waiting.is_idle[thread] = false;
-            if is_over && !waiting.is_due() && !waiting.closed {
+            if is_over && !waiting.is_due() {
                 return WriterDuty::Upkeep;
             }
         }
@@ -193,6 +203,7 @@ impl WriterQueue {
         }
         let weight = waiting.move_to(group);
         waiting.turns += 1;
+        waiting.turn_began = Some(Instant::now());
         waiting.taken_weight += weight;
         let wakes = waiting.wakes();
         drop(waiting);
@@ -211,10 +222,14 @@ impl WriterQueue {
         let mut waiting = self.locked();
         waiting.turns -= 1;
         waiting.taken_weight -= weight;
-        let wakes = waiting.wakes();
+        let (wakes, closed) = (waiting.wakes(), waiting.closed);
         drop(waiting);
         self.turn_ended.notify_all();
         self.wake(wakes);
+        if closed {
+            // A thread that waits may be at the end now.
+            self.wake_all();
+        }
     }
 
     /// Waits, in a turn, until it is the only one. No other may begin meanwhile.
@@ -249,11 +264,11 @@ impl WriterQueue {
         }
     }
 
+    fn wake_all(&self) {
+        self.due.iter().for_each(|due| _ = due.notify_one());
+    }
+
     fn locked(&self) -> MutexGuard<'_, WriterQueueState> {
         self.state.lock()
     }
 }
-
-pub(super) static KNOB_POLICY: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("HGX_POLICY").ok().and_then(|v| v.parse().ok()).unwrap_or(2));
-pub(super) static KNOB_LATE: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| std::env::var("HGX_LATE").is_ok());
-pub(super) static KNOB_RT: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("HGX_RT").ok().and_then(|v| v.parse().ok()).unwrap_or(2));

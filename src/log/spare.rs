@@ -219,14 +219,18 @@ mod tests {
         let dir = TempDir::new().expect("temporary directory");
         let mut spares = SpareSegments::default();
         let (zeros, bytes_max) = (vec![0; 4096], 10_000);
-        let mut ahead = |spares: &mut SpareSegments| spares.write_ahead(&FileSystem, dir.path(), &zeros, bytes_max);
+        let ahead =
+            |spares: &mut SpareSegments| spares.write_ahead(&FileSystem, dir.path(), &zeros, bytes_max);
         assert!(ahead(&mut spares).expect("written"));
         let mut spares = SpareSegments::find(&FileSystem, dir.path()).expect("found");
         assert_eq!(spares.bytes(), 4096);
         for _ in 1..4 {
             assert!(ahead(&mut spares).expect("written"));
         }
-        assert!(!ahead(&mut spares).expect("nothing to do"), "as many as there may be, as large as they may be");
+        assert!(
+            !ahead(&mut spares).expect("nothing to do"),
+            "as many as there may be, as large as they may be"
+        );
         assert_eq!(spares.bytes(), 4 * 4096);
         let first = spares.create(&FileSystem, dir.path(), 20).expect("made");
         assert_eq!((first.disk_bytes(), spares.bytes()), (8192, 8192));

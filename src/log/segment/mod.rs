@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use headgate_format::log::segment::SegmentHeaderError;
 
 use super::disk::{Disk, SegmentFile};
-use super::queue::WRITER_THREADS;
 use super::frame::{FrameFormat, FrameHeader, LogFormatVersion};
+use super::queue::WRITER_THREADS;
 pub(super) use super::segment_format::{SEGMENT_HEADER_BYTES, SegmentHeader};
 use crate::message::{Offset, TimeMicros, now_micros};
 pub(super) use read::SeekOutcome;

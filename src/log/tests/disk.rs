@@ -20,8 +20,10 @@ pub(super) struct ModelDisk {
     unremovable: Mutex<Option<PathBuf>>,
     /// Syncs wait until the test says how they end.
     pub(super) held: HeldSyncs,
-    /// What is free on it: nothing is written ahead by default.
+    /// What is free on it: by default nothing, so that nothing is written ahead.
     pub(super) free_bytes: AtomicU64,
+    /// How often it was asked for that.
+    free_bytes_asked: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -112,11 +114,16 @@ impl HeldSyncs {
 
     /// Waits until so many wait.
     pub(super) fn wait_for(&self, count: usize) {
-        let mut syncs = self.syncs.lock();
         let deadline = later();
-        while syncs.iter().filter(|(_, ends)| ends.is_none()).count() < count {
-            assert!(!self.changed.wait_until(&mut syncs, deadline).timed_out(), "{count} syncs under way");
+        while !self.are_waiting(count) {
+            assert!(Instant::now() < deadline, "{count} syncs under way");
+            std::thread::yield_now();
         }
+    }
+
+    /// Whether so many wait.
+    pub(super) fn are_waiting(&self, count: usize) -> bool {
+        self.syncs.lock().iter().filter(|(_, ends)| ends.is_none()).count() >= count
     }
 
     /// Ends one of those that wait.
@@ -218,6 +225,7 @@ impl Disk for OnModel {
 
     fn free_bytes(&self, _: &Path) -> io::Result<u64> {
         self.0.call()?;
+        self.0.free_bytes_asked.fetch_add(1, Ordering::SeqCst);
         Ok(self.0.free_bytes.load(Ordering::SeqCst))
     }
 }
@@ -285,12 +293,20 @@ impl SegmentFile for ModelFile {
     }
 }
 
-pub(super) fn small() -> config::LogConfig {
+fn small() -> config::LogConfig {
     config::LogConfig { segment_bytes: 16 << 10, retention_bytes: 64 << 10, ..config() }
 }
 
-pub(super) fn open_model(model: &Arc<ModelDisk>, dir: &Path) -> Result<EmbeddedLog, LogOpenError> {
-    EmbeddedLog::open_on(Box::new(OnModel(model.clone())), dir, &small(), &Config::default().intake)
+fn open_model(model: &Arc<ModelDisk>, dir: &Path) -> Result<EmbeddedLog, LogOpenError> {
+    open_model_with(model, dir, &small())
+}
+
+pub(super) fn open_model_with(
+    model: &Arc<ModelDisk>,
+    dir: &Path,
+    config: &config::LogConfig,
+) -> Result<EmbeddedLog, LogOpenError> {
+    EmbeddedLog::open_on(Box::new(OnModel(model.clone())), dir, config, &Config::default().intake)
 }
 
 pub(super) fn payload(n: u64) -> Vec<u8> {
@@ -313,7 +329,7 @@ fn fill(log: &EmbeddedLog) -> u64 {
     let from = log.next_offset();
     let (mut pending, mut acknowledged) = (VecDeque::new(), None);
     for n in from..from + 36 + 3 {
-        if n < from + 36 {
+        if n < from + 36 && acknowledged.is_none() {
             pending.push_back((n, log.append(vec![section(&[&payload(n)], &Lease::new())], later())));
         }
         while pending.len() > 2 || n >= from + 36 && !pending.is_empty() {
@@ -451,6 +467,40 @@ fn spares_that_an_earlier_run_left_are_given_back_when_records_need_their_room()
     let log = open(dir.path(), &small()).expect("opens");
     (0..12).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept, though nothing may be removed"));
     assert!(log.bytes() <= small().retention_bytes, "{}", log.bytes());
+}
+
+#[test]
+fn a_young_log_is_written_ahead_while_it_is_idle_and_not_on_a_disk_that_is_short() {
+    let roomy = config::LogConfig { segment_bytes: 1 << 20, retention_bytes: 8 << 20, ..config() };
+    for free_bytes in [0, u64::MAX / 2] {
+        let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+        model.free_bytes.store(free_bytes, Ordering::SeqCst);
+        let reopen = || open_model_with(&model, dir.path(), &roomy).expect("opens");
+        let log = reopen();
+        (0..200).for_each(|n| _ = append(&log, &[&payload(n)]).expect("kept"));
+        let spare_bytes = || {
+            let files =
+                fs::read_dir(dir.path().join("log")).expect("listable").map(|file| file.expect("a file"));
+            let spares = files.filter(|file| file.path().extension().is_some_and(|name| name == "spare"));
+            spares.map(|file| file.metadata().expect("its size").len()).sum::<u64>()
+        };
+        let asked = model.free_bytes_asked.load(Ordering::SeqCst);
+        let is_done = || match free_bytes {
+            0 => model.free_bytes_asked.load(Ordering::SeqCst) > asked + 1,
+            _ => spare_bytes() == 2 << 20,
+        };
+        let deadline = later();
+        while !is_done() {
+            assert!(Instant::now() < deadline, "{} written ahead", spare_bytes());
+            std::thread::yield_now();
+        }
+        assert_eq!(spare_bytes(), if free_bytes == 0 { 0 } else { 2 << 20 });
+        assert!(log.bytes() <= roomy.retention_bytes);
+        (200..900).for_each(|n| _ = append(&log, &[&payload(n % 256)]).expect("kept"));
+        assert_eq!(log.next_offset(), 900);
+        drop(log);
+        assert_eq!(reopen().next_offset(), 900);
+    }
 }
 
 #[test]

@@ -146,11 +146,16 @@ fn whatever_is_torn_of_two_commits_under_way_is_cut_and_nothing_else() {
                 2 => left[torn] ^= 1 << (torn % 8),
                 _ => left[torn..end].fill(0),
             }
-            let is_whole = |nth: usize| left[starts[nth]..starts[nth + 1]] == bytes[starts[nth]..starts[nth + 1]];
+            let is_whole =
+                |nth: usize| left[starts[nth]..starts[nth + 1]] == bytes[starts[nth]..starts[nth + 1]];
             let records = 3 + (3..5).take_while(|nth| is_whole(*nth)).count() as u64;
             fs::write(&path, &left).expect("writable");
             let log = open(dir.path(), &quick()).expect("nobody was told of it: no damage");
-            assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..records), "torn at {torn}, case {case}");
+            assert_eq!(
+                read_all(&log, 0).expect("readable"),
+                numbered(0..records),
+                "torn at {torn}, case {case}"
+            );
             assert_eq!(log.lost_records(), 0);
         }
     }
@@ -359,7 +364,8 @@ fn append_all(log: &EmbeddedLog, payloads: &[Vec<u8>]) {
 /// The newest segment and its bytes, without the room behind them.
 fn newest(dir: &Path) -> (PathBuf, Vec<u8>) {
     let files = fs::read_dir(dir.join("log")).expect("listable").map(|entry| entry.expect("an entry").path());
-    let path = files.max().expect("a segment");
+    let segments = files.filter(|path| path.extension().is_some_and(|name| name == "log"));
+    let path = segments.max().expect("a segment");
     let mut bytes = fs::read(&path).expect("readable");
     let starts = frame_starts(&path);
     bytes.truncate(starts[starts.len() - 1]);
