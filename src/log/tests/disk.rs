@@ -18,6 +18,8 @@ pub(super) struct ModelDisk {
     /// Syncs fail with this error, and what they were to write is forgotten, as the kernel does.
     pub(super) sync_fails: Mutex<Option<i32>>,
     unremovable: Mutex<Option<PathBuf>>,
+    /// How long a sync takes, in microseconds.
+    sync_micros: AtomicU64,
     /// Syncs wait until the test says how they end.
     pub(super) held: HeldSyncs,
     /// What is free on it: by default nothing, so that nothing is written ahead.
@@ -253,6 +255,7 @@ impl SegmentFile for ModelFile {
             let is_frame = |change: &ModelChange| matches!(change, ModelChange::Write(at, _) if *at >= 4096);
             (content.changes, content.pending.iter().any(|(_, change)| is_frame(change)))
         };
+        std::thread::sleep(Duration::from_micros(self.2.sync_micros.load(Ordering::SeqCst)));
         // What makes a segment goes on.
         let held = if has_frames { self.2.held.pass() } else { Ok(()) };
         let content = &mut *self.1.lock();
@@ -331,6 +334,8 @@ fn fill(log: &EmbeddedLog) -> u64 {
     for n in from..from + 36 + 3 {
         if n < from + 36 && acknowledged.is_none() {
             pending.push_back((n, log.append(vec![section(&[&payload(n)], &Lease::new())], later())));
+            // On a slow disk the sync of the one before it is still under way.
+            std::thread::sleep(Duration::from_micros(300));
         }
         while pending.len() > 2 || n >= from + 36 && !pending.is_empty() {
             let (n, appended) = pending.pop_front().expect("some");
@@ -348,6 +353,7 @@ fn fill(log: &EmbeddedLog) -> u64 {
 fn whichever_call_fails_nothing_acknowledged_is_lost_and_a_want_is_waited_out() {
     let calls = {
         let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
+        model.sync_micros.store(1000, Ordering::SeqCst);
         let log = open_model(&model, dir.path()).expect("opens");
         assert_eq!(fill(&log), 36);
         assert!(log.first_offset() > 0, "retention has removed a segment");
@@ -360,6 +366,7 @@ fn whichever_call_fails_nothing_acknowledged_is_lost_and_a_want_is_waited_out() 
             let what = format!("call {call} fails with {}", io::Error::from_raw_os_error(errno));
             let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
             *model.fails.lock() = Some((call, errno));
+            model.sync_micros.store(1000, Ordering::SeqCst);
             let mut acknowledged = 0;
             if let Ok(log) = open_model(&model, dir.path()) {
                 acknowledged = fill(&log);
