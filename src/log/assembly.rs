@@ -1,29 +1,22 @@
 //! An assembly: one batch while it is put together from the waiting submissions. It decides, section
 //! by section, which offset it gets, whether it was kept before, and whether it may be kept.
 
-use std::collections::HashMap;
-
 use super::SectionOutcome;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags};
 use super::once::{ContentDigest, KeptRange, OnceId, put_release};
 use super::queue::WriterSubmission;
 use super::section::{Section, put_body};
 use super::shelf::KnownContent;
-use super::window::DedupWindow;
+use super::window::{CommitIds, DedupWindow};
 use crate::limits::{BATCH_BYTES_MAX, CLOCK_SKEW_MICROS_MAX};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
 /// A batch while it is put together.
 pub(super) struct Assembly<'a> {
     window: &'a DedupWindow,
-    /// Ids of this batch: what it keeps under each, `None` for a released one. The window learns of
-    /// them only when the batch is durable.
-    ids: HashMap<OnceId, Option<KnownContent>>,
-    /// How many exchanges it opens: in all, and per datasource.
-    opened: usize,
-    opened_by: HashMap<DatasourceId, usize>,
-    /// Of its sections with ids, in order.
-    digests: Vec<Option<ContentDigest>>,
+    /// Ids of this batch. The window expects them once the batch is written, and learns of them when it is
+    /// durable.
+    ids: CommitIds,
     /// The released ids, each with the number of sections before it.
     releases: Vec<(usize, OnceId)>,
     next_offset: Offset,
@@ -35,8 +28,7 @@ pub(super) struct Assembly<'a> {
 /// A commit that is ready to be written: a batch in one frame, or in several if it is large.
 pub(super) struct AssembledCommit {
     pub(super) frames: Vec<AssembledFrame>,
-    /// The digests of its sections with ids, in order, for [`DedupWindow::learn`].
-    pub(super) digests: Vec<Option<ContentDigest>>,
+    pub(super) ids: CommitIds,
     /// The newest `received_at` in it and before it.
     pub(super) time_max: TimeMicros,
 }
@@ -78,7 +70,7 @@ impl AssembledCommit {
     pub(super) fn seal(time_max: TimeMicros) -> Self {
         let mut frame = AssembledFrame::new(&[], &[]);
         frame.flags = FrameFlags::ONCE;
-        Self { frames: vec![frame], digests: Vec::new(), time_max }
+        Self { frames: vec![frame], ids: CommitIds::default(), time_max }
     }
 }
 
@@ -87,10 +79,7 @@ impl<'a> Assembly<'a> {
     pub(super) fn new(window: &'a DedupWindow, first_offset: Offset, time_max: TimeMicros) -> Self {
         Self {
             window,
-            ids: HashMap::new(),
-            opened: 0,
-            opened_by: HashMap::new(),
-            digests: Vec::new(),
+            ids: CommitIds::default(),
             releases: Vec::new(),
             next_offset: first_offset,
             time_max,
@@ -104,7 +93,7 @@ impl<'a> Assembly<'a> {
         for id in &submission.releases {
             if self.is_open(*id) {
                 self.releases.push((self.sections, *id));
-                self.ids.insert(*id, None);
+                self.ids.known.insert(*id, None);
             }
         }
         outcomes
@@ -130,8 +119,8 @@ impl<'a> Assembly<'a> {
         }
         let kept = KeptRange { first_offset: self.next_offset, records: section.records() };
         if section.has_once_ids() {
-            self.ids.extend(section.once().map(|id| (id, Some(KnownContent { kept, digest }))));
-            self.digests.push(digest);
+            self.ids.known.extend(section.once().map(|id| (id, Some(KnownContent { kept, digest }))));
+            self.ids.digests.push(digest);
         }
         self.time_max = self.time_max.max(section.received_at);
         self.sections += 1;
@@ -167,19 +156,19 @@ impl<'a> Assembly<'a> {
 
     /// Whether a datasource may open so many exchanges more; if so, they count.
     fn may_open(&mut self, datasource: &DatasourceId, exchanges: usize) -> bool {
-        let left = self.window.exchanges_left(datasource.as_str(), self.opened);
-        let opened = self.opened_by.get(datasource).copied().unwrap_or_default();
+        let left = self.window.exchanges_left(datasource.as_str(), self.ids.opened);
+        let opened = self.ids.opened_by.get(datasource.as_str()).copied().unwrap_or_default();
         let may = opened + exchanges <= left;
         if may {
-            self.opened += exchanges;
-            self.opened_by.insert(datasource.clone(), opened + exchanges);
+            self.ids.opened += exchanges;
+            self.ids.opened_by.insert(datasource.as_str().to_owned(), opened + exchanges);
         }
         may
     }
 
     /// What was kept under an id of a datasource, in this batch or before it.
     fn kept_under(&self, datasource: &str, id: OnceId) -> Option<KnownContent> {
-        match self.ids.get(&id) {
+        match self.ids.known.get(&id) {
             Some(in_this_batch) => *in_this_batch,
             None => self.window.get(datasource, id),
         }
@@ -187,7 +176,7 @@ impl<'a> Assembly<'a> {
 
     /// Whether an exchange is open, by this batch or before it.
     fn is_open(&self, id: OnceId) -> bool {
-        self.ids.get(&id).map_or_else(|| self.window.is_open(id), Option::is_some)
+        self.ids.known.get(&id).map_or_else(|| self.window.is_open(id), Option::is_some)
     }
 
     /// Builds the commit from the sections that were given an offset; `None` if there is nothing in it.
@@ -200,7 +189,7 @@ impl<'a> Assembly<'a> {
             true => vec![AssembledFrame::new(kept, &self.releases)],
             false => self.split(kept),
         };
-        Some(AssembledCommit { frames, digests: self.digests, time_max: self.time_max })
+        Some(AssembledCommit { frames, ids: self.ids, time_max: self.time_max })
     }
 
     /// Several frames of about the size of a batch. A section that is kept once stays whole.

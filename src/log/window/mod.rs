@@ -1,6 +1,7 @@
 //! The window: the once ids that are known now. The writer asks it before it keeps a section with
 //! ids, and updates it only after the batch is durable. So the window always agrees with the frames
-//! on disk and can be rebuilt from them.
+//! on disk and can be rebuilt from them. Beside it stand the ids of the commits that are written and not yet
+//! durable: a section with one of them waits for their outcome.
 //!
 //! A message id leaves when it is too old or there are too many. The id of a QoS 2 exchange leaves when
 //! it is released or, if the client never comes back, after much longer: none is evicted. An id takes about 70
@@ -27,6 +28,7 @@
 mod clock;
 mod share;
 
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -52,6 +54,18 @@ const EVICTION_WARN_INTERVAL: Duration = Duration::from_secs(60);
 /// may be newer than what another still has.
 const RECOVERED_IDS_FACTOR: u64 = 16;
 
+/// The ids of a commit that is not durable yet.
+#[derive(Default)]
+pub(super) struct CommitIds {
+    /// What it keeps under each, `None` for a released one.
+    pub(super) known: HashMap<OnceId, Option<KnownContent>>,
+    /// How many exchanges it opens: in all, and per datasource.
+    pub(super) opened: usize,
+    pub(super) opened_by: HashMap<String, usize>,
+    /// Of its sections with ids, in order.
+    pub(super) digests: Vec<Option<ContentDigest>>,
+}
+
 /// The known ids.
 pub(super) struct DedupWindow {
     bounds: WindowBounds,
@@ -59,6 +73,8 @@ pub(super) struct DedupWindow {
     shares: WindowShares,
     /// The open exchanges of all datasources, as each segment lists them.
     exchanges: Shelf,
+    /// The ids of commits that are not yet durable, oldest first, and how many message ids each keeps.
+    expected: VecDeque<(CommitIds, u64)>,
     clock: WindowClock,
     /// How many message ids have ever entered.
     entered: u64,
@@ -94,6 +110,7 @@ impl DedupWindow {
             bounds,
             shares: WindowShares::default(),
             exchanges: Shelf::default(),
+            expected: VecDeque::new(),
             clock: WindowClock::new(),
             entered: 0,
             expired_s: None,
@@ -161,14 +178,30 @@ impl DedupWindow {
 
     /// The stamp of a frame written now.
     pub(super) fn stamp(&self) -> WindowStamp {
-        WindowStamp { entered: self.entered, clock: self.clock.now(), wall: now_micros() }
+        let expected: u64 = self.expected.iter().map(|(_, message_ids)| message_ids).sum();
+        WindowStamp { entered: self.entered + expected, clock: self.clock.now(), wall: now_micros() }
     }
 
-    /// Updates the window from a frame that has just become durable. `digests` are those of its sections with
-    /// ids, in order.
-    pub(super) fn learn(&mut self, batch: &Batch, digests: &mut impl Iterator<Item = Option<ContentDigest>>) {
-        let Some(once) = batch.once() else { return };
-        let evicted = self.apply(batch, &once, &mut |_| digests.next().flatten());
+    /// Adds the ids of a commit that was written: see [`DedupWindow::learn`].
+    pub(super) fn expect(&mut self, ids: CommitIds, message_ids: u64) {
+        self.expected.push_back((ids, message_ids));
+    }
+
+    /// Forgets what was expected: those commits have failed.
+    pub(super) fn expect_nothing(&mut self) {
+        self.expected.clear();
+    }
+
+    /// Updates the window from the frames of the oldest commit that was expected, which is durable now.
+    pub(super) fn learn<'a>(&mut self, batches: impl Iterator<Item = &'a Batch>) {
+        let expected = self.expected.pop_front();
+        let mut digests = expected.into_iter().flat_map(|(ids, _)| ids.digests);
+        let mut evicted = 0;
+        for batch in batches {
+            if let Some(once) = batch.once() {
+                evicted += self.apply(batch, &once, &mut |_| digests.next().flatten());
+            }
+        }
         self.report(evicted);
     }
 
@@ -268,8 +301,16 @@ impl DedupWindow {
         self.shares.forget_exchanges();
     }
 
-    /// What is kept under an id of a datasource, if the id is known.
+    /// What a commit that is not durable yet has done under an id: `Some(None)` if it releases it.
+    fn expected(&self, id: OnceId) -> Option<Option<KnownContent>> {
+        self.expected.iter().rev().find_map(|(ids, _)| ids.known.get(&id)).copied()
+    }
+
+    /// What is kept under an id of a datasource, if the id is known or expected.
     pub(super) fn get(&self, datasource: &str, id: OnceId) -> Option<KnownContent> {
+        if let Some(expected) = self.expected(id) {
+            return expected;
+        }
         let known =
             if id.is_exchange() { self.exchanges.get(id) } else { self.shares.message(datasource, id) };
         known.map(KnownId::content)
@@ -277,12 +318,15 @@ impl DedupWindow {
 
     /// Whether an exchange is open, whosever it is.
     pub(super) fn is_open(&self, id: OnceId) -> bool {
-        self.exchanges.get(id).is_some()
+        self.expected(id).map_or_else(|| self.exchanges.get(id).is_some(), |expected| expected.is_some())
     }
 
     /// How many more exchanges a datasource may open, if `opened` more are open in all.
     pub(super) fn exchanges_left(&self, datasource: &str, opened: usize) -> usize {
-        let of_share = self.shares.exchanges(datasource);
+        let expected = || self.expected.iter().map(|(ids, _)| ids);
+        let of_share = self.shares.exchanges(datasource)
+            + expected().filter_map(|ids| ids.opened_by.get(datasource)).sum::<usize>();
+        let opened = opened + expected().map(|ids| ids.opened).sum::<usize>();
         let free = self.bounds.exchanges_max.saturating_sub(self.exchanges.len() + opened);
         // Nobody may have more than there is room left for, so that there always is some.
         self.bounds.exchanges_per_share_max.min(free).saturating_sub(of_share)
