@@ -44,7 +44,8 @@ fn another_message_with_a_known_id_is_refused_whichever_way_it_comes() {
         Message::new(topic, payload).at(qos, packet_id).with(&user_property("message-id", "reading 1"))
     };
     // All in one read, so that they are in one commit.
-    let together = [message("a", "1", 1, 1), message("a", "2", 1, 2), message("b", "1", 1, 3), message("a", "1", 1, 4)];
+    let together =
+        [message("a", "1", 1, 1), message("a", "2", 1, 2), message("b", "1", 1, 3), message("a", "1", 1, 4)];
     wire.send(&together.iter().flat_map(|message| message.packet(V5)).collect::<Vec<_>>());
     for expected in [0, IMPLEMENTATION_SPECIFIC_ERROR, IMPLEMENTATION_SPECIFIC_ERROR, 0] {
         let answer = wire.packet(PUBACK);

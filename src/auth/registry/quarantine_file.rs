@@ -18,6 +18,7 @@ use rusqlite::types::FromSqlError;
 use super::Registry;
 use super::database::RegistryDatabase;
 use super::error::RegistryError;
+use super::incarnations::RecordRule;
 use super::leak_rules::{LeakRow, parse_owner};
 use crate::message::KeyId;
 use crate::sqlite::{SqliteError, SqliteProfile};
@@ -93,13 +94,13 @@ impl Registry {
         };
         let mut database = self.lock_database();
         for (version, rule) in file.try_to_move(&mut database) {
-            self.leak_rules.lock().tell(version, &rule);
+            self.record_rules.lock().tell(version, &RecordRule::Leak(rule));
         }
     }
 }
 
 /// Moves the rules of `dir/quarantine.db` into the registry, and removes the file. Does nothing without one. Returns
-/// the rules.
+/// the rules that are new to the registry, with their versions there.
 ///
 /// # Errors
 /// [`RegistryError::Database`], which names the file; [`RegistryError::Io`] if it cannot be removed.
@@ -112,7 +113,7 @@ fn move_into_registry(
         return Ok(Vec::new());
     }
     let rules = read_rules(&path)?;
-    copy_rules(database, &rules)?;
+    let rules = copy_rules(database, rules)?;
     remove_file(&path)
         .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
     tracing::info!(rules = rules.len(), path = %path.display(), "the rules about leaked keys are in the registry now");
@@ -142,14 +143,26 @@ fn select_rules(connection: &Connection) -> rusqlite::Result<Vec<(u64, LeakRow)>
     rules.collect()
 }
 
-/// Adds the rules that the registry does not have, in one transaction.
-fn copy_rules(database: &mut RegistryDatabase, rules: &[(u64, LeakRow)]) -> Result<(), RegistryError> {
-    let known = database.record_rules_version()?;
+/// Adds the rules that the registry does not have, in one transaction. A rule whose version is taken, because a
+/// datasource was deleted before the file could be read, gets the next one. Returns what was added.
+fn copy_rules(
+    database: &mut RegistryDatabase,
+    rules: Vec<(u64, LeakRow)>,
+) -> Result<Vec<(u64, LeakRow)>, RegistryError> {
+    let existing = database.leak_rules()?;
+    let mut newest = database.record_rules_version()?;
     let change = database.begin()?;
-    for (version, rule) in rules.iter().filter(|(version, _)| *version > known) {
-        change.insert_leak_rule(*version, rule)?;
+    let mut added = Vec::new();
+    for (version, rule) in rules {
+        if existing.iter().any(|(_, row)| *row == rule) {
+            continue;
+        }
+        newest = version.max(newest + 1);
+        change.insert_leak_rule(newest, &rule)?;
+        added.push((newest, rule));
     }
-    change.commit()
+    change.commit()?;
+    Ok(added)
 }
 
 /// Removes a database, its main file last: while that is there, the next start tries again.
@@ -230,8 +243,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut expected = with_file(dir.path());
         let mut database = RegistryDatabase::open(dir.path()).expect("opens");
-        copy_rules(&mut database, &read_rules(&dir.path().join(QUARANTINE_FILE_NAME)).expect("read"))
-            .expect("copied");
+        let rules = read_rules(&dir.path().join(QUARANTINE_FILE_NAME)).expect("read");
+        copy_rules(&mut database, rules).expect("copied");
         // Killed here.
         drop(database);
         assert!(!files(dir.path()).is_empty());
@@ -312,7 +325,12 @@ mod tests {
         // While it runs, and once only.
         let told = std::sync::Arc::<parking_lot::Mutex<Vec<KeyId>>>::default();
         let tells = told.clone();
-        registry.follow_leak_rules(move |row| tells.lock().push(row.key_id)).expect("readable");
+        let follow = move |rule: &RecordRule| {
+            if let RecordRule::Leak(row) = rule {
+                tells.lock().push(row.key_id);
+            }
+        };
+        registry.follow_record_rules(follow).expect("readable");
         registry.read_unread_rules();
         registry.read_unread_rules();
         assert_eq!((registry.unread_rules(), files(dir.path())), (None, vec![]));

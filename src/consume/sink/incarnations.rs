@@ -226,7 +226,7 @@ mod tests {
 
     /// The offsets of an incarnation, and those of its newest values.
     fn stored(dir: &std::path::Path, incarnation: Incarnation) -> (Vec<Offset>, Vec<(String, Offset)>) {
-        let reader = RecordsReader::open(dir).expect("opens");
+        let reader = RecordsReader::new(dir);
         let scope = press().scope(incarnation);
         let query = RecordsQuery {
             scope: scope.clone(),
@@ -375,7 +375,7 @@ mod tests {
         let rule = crate::log::WithheldRule { datasource, key_id: OLD, since, below: 1 };
         rules.push(WithheldChange::Withhold(rule));
         sink.reconcile(&rules).expect("reconciled");
-        let reader = RecordsReader::open(dir.path()).expect("opens");
+        let reader = RecordsReader::new(dir.path());
         assert_eq!(reader.leaked(&press(), OLD).expect("reads").records, 1);
         assert_eq!(reader.leaked(&press().scope(2), OLD).expect("reads").records, 0);
         rules.push(WithheldChange::GiveBack(press(), OLD));

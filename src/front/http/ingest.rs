@@ -293,8 +293,9 @@ impl Upload {
         let standing = draft.pay(&self.grant, &self.datasource, count, bytes)?;
         for (index, payload) in messages.payloads.iter().enumerate() {
             if index == 1 {
-                draft
-                    .reserve_charged(self.body.bytes.len() + DRAFT_BYTES_PER_MESSAGE * messages.payloads.len())?;
+                draft.reserve_charged(
+                    self.body.bytes.len() + DRAFT_BYTES_PER_MESSAGE * messages.payloads.len(),
+                )?;
             }
             let message =
                 IncomingMessage { message_id: of_one, ..self.message(messages.content_type, payload) };

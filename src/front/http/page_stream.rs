@@ -14,8 +14,8 @@ use bytes::Bytes;
 use futures_util::stream;
 use serde::Serialize;
 
-use super::query::stored_records_query;
 use super::credentials::Caller;
+use super::query::stored_records_query;
 use super::{HttpFrontState, run_blocking};
 use crate::consume::query::{PageBudget, QueryError, RecordsReader};
 use crate::front::problem::Problem;

@@ -15,7 +15,7 @@ use super::inbound::InboundEnd;
 use super::reason::refusal_reason_code;
 use crate::consume::subscriber::sessions::SessionStoreError;
 use crate::intake::{AdmittedDraft, DurableDraft, Exchange, Intake, PendingRelease, Refusal};
-use crate::log::{AppendError, SectionOutcome};
+use crate::log::SectionOutcome;
 use crate::memory::MemoryCharge;
 
 /// Resolves when the session of an exchange is on disk.

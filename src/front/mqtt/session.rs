@@ -316,7 +316,7 @@ mod tests {
         let ids: Vec<u16> =
             (0..INFLIGHT_STEP).map(|offset| sessions[0].flights.push(offset, FlightSource::Log)).collect();
         assert_eq!(sessions[0].flight_room(1000), 0);
-        ids.into_iter().for_each(|id| drop(sessions[0].flights.acknowledge(id)));
+        ids.into_iter().for_each(|id| _ = sessions[0].flights.acknowledge(id));
         sessions[0].charge_flights();
         assert_eq!(sessions[1].flight_room(1000), step, "it is free again");
     }

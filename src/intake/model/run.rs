@@ -13,7 +13,7 @@ use super::client::{
 use crate::auth::{Actor, Authorizer, Grant, Registry, Scope, Scopes};
 use crate::config::{Config, LogConfig};
 use crate::consume::storage::StorageConsumer;
-use crate::intake::{Draft, Exchange, IncomingMessage, Intake, MESSAGE_ID_PROPERTY, Refusal, RedriveOutcome};
+use crate::intake::{Draft, Exchange, IncomingMessage, Intake, MESSAGE_ID_PROPERTY, RedriveOutcome, Refusal};
 use crate::log::power_loss_disk::PowerLossDisk;
 use crate::log::{AppendError, Batch, Log, SectionOutcome};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
@@ -311,17 +311,14 @@ impl ModelRun {
     }
 
     /// Takes the answer to each message of a draft.
-    async fn settle(
-        &mut self,
-        connection: usize,
-        messages: &[DraftedMessage],
-        outcomes: &[SectionOutcome],
-    ) {
+    async fn settle(&mut self, connection: usize, messages: &[DraftedMessage], outcomes: &[SectionOutcome]) {
         for &DraftedMessage { number, origin, place, pushed_as, maybe_open } in messages {
             let (mut is_kept, mut offset, mut as_repetition) = (true, 0, true);
             match &outcomes[origin] {
                 SectionOutcome::Kept(offsets) => (offset, as_repetition) = (offsets.nth(place), false),
-                SectionOutcome::Duplicate(earlier) if pushed_as != PushedAs::Asked => offset = earlier.first(),
+                SectionOutcome::Duplicate(earlier) if pushed_as != PushedAs::Asked => {
+                    offset = earlier.first()
+                }
                 SectionOutcome::Known(earlier) if pushed_as != PushedAs::LetIn => offset = earlier.first(),
                 SectionOutcome::Conflict { earlier, .. } => {
                     is_kept = false;
@@ -437,7 +434,7 @@ impl ModelRun {
             }
         }
         self.superseded.extend(superseded.iter().map(|(record, _)| record.offset));
-        intake.mark_superseded(&admin, &datasource, &superseded).await.expect("marked");
+        intake.mark_superseded(&admin, &datasource.id, &superseded).await.expect("marked");
     }
 
     /// The clock is set, by up to an hour in either direction.

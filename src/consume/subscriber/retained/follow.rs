@@ -80,7 +80,7 @@ impl RetainedProgress {
 impl RetainedFollowerState {
     /// For a thread that begins at the cursor of `table`, or opens it.
     pub(super) fn new(table: Option<&RetainedTable>, consumed: Box<dyn Fn(Offset) + Send>) -> Self {
-        let unopened = RetainedProgress { cursor: 0, empty: true, withheld_version: 0 };
+        let unopened = RetainedProgress { cursor: 0, empty: true, withheld_version: 0, made_anew: 0 };
         let progress = table.map_or(unopened, RetainedProgress::from_table);
         Self {
             progress: watch::Sender::new(progress),

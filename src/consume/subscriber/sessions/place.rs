@@ -70,7 +70,14 @@ enum SessionDatabaseState {
 impl SessionDatabase {
     /// One that could not be opened when its sessions were to be read, and is opened once that is possible.
     pub(super) fn unopened(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), table: None, state: SessionDatabaseState::Unopened }
+        Self {
+            dir: dir.to_owned(),
+            table: None,
+            state: SessionDatabaseState::Unopened,
+            mirror: PendingSessionChanges::default(),
+            is_anew: false,
+            set_aside: None,
+        }
     }
 
     /// Opens `dir/sessions.db`, or makes it, and reads what is there. A damaged one is set aside: the third

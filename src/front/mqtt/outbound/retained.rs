@@ -67,12 +67,6 @@ impl PendingRetained {
         self.page.is_none() && self.patience.as_mut().poll(cx).is_ready()
     }
 
-    /// What its page takes, in bytes.
-    pub(super) fn held_bytes(&self) -> usize {
-        let messages = self.page.iter().flat_map(|(page, _)| &page.messages);
-        messages.map(|message| message.payload.len() + message.topic.len()).sum()
-    }
-
     /// Reads the next page, unless there is one already. `datasource` is `None` for a key of all datasources.
     fn poll_page(
         &mut self,
