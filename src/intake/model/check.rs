@@ -56,7 +56,8 @@ impl ModelRun {
             assert!(message.shares_id(other) && !is_parked, "{number} conflicts with {}", number_of(record));
             assert_ne!(number_of(record), number);
         }
-        let kept: HashSet<_> = records.iter().filter(|record| !record.payload.is_empty()).map(number_of).collect();
+        let kept: HashSet<_> =
+            records.iter().filter(|record| !record.payload.is_empty()).map(number_of).collect();
         for (number, message) in (0..).zip(&self.sent) {
             let is_refused = message.refused && message.attempts == 1;
             assert!(!is_refused || !kept.contains(&number), "{number} was refused and is kept");
@@ -77,8 +78,7 @@ impl ModelRun {
             let exchange =
                 message.exchange.map(|(exchange, round)| (exchange.session, exchange.packet_id, round));
             // A message in quarantine has no exchange.
-            let is_once =
-                kind == RecordKind::Redriven || exchange.is_none() || once.insert((None, exchange));
+            let is_once = kind == RecordKind::Redriven || exchange.is_none() || once.insert((None, exchange));
             assert!(is_once, "{exchange:?} is there twice");
         }
     }

@@ -8,6 +8,7 @@
 
 mod check;
 mod client;
+mod faults;
 mod run;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -76,5 +77,5 @@ fn what_was_promised_holds_whatever_is_mixed() {
         }
     };
     std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(runner))));
-    println!("{} seeds in {:?}", done.load(Ordering::Relaxed), began.elapsed());
+    eprintln!("{} seeds in {:?}", done.load(Ordering::Relaxed), began.elapsed());
 }

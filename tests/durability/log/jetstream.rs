@@ -137,7 +137,8 @@ fn of_two_messages_with_one_id_at_two_gateways_at_once_one_is_kept_and_the_other
                 .into_iter()
                 .map(|sent| sent.blocking_recv().expect("answered").expect("kept").outcomes.remove(0))
                 .collect();
-            let count = |is: fn(&SectionOutcome) -> bool| outcomes.iter().filter(|outcome| is(outcome)).count();
+            let count =
+                |is: fn(&SectionOutcome) -> bool| outcomes.iter().filter(|outcome| is(outcome)).count();
             let first = count(|outcome| matches!(outcome, SectionOutcome::Kept(_)));
             let again = count(|outcome| matches!(outcome, SectionOutcome::Duplicate(_)));
             let refused = count(|outcome| matches!(outcome, SectionOutcome::Conflict { .. }));
