@@ -164,7 +164,7 @@ fn tighten(gateway: &Gateway, by: &Value) {
 fn a_repetition_is_known_although_a_limit_or_a_schema_would_refuse_it_now() {
     for tightened in [
         json!({ "limits": { "payload_bytes": 1 } }),
-        json!({ "limits": { "topics": { "max": 1, "policy": "quarantine" } } }),
+        json!({ "limits": { "payload_bytes": { "max": 1, "policy": "quarantine" } } }),
         json!({ "schemas": [{ "filter": "#", "schema": { "type": "string" } }] }),
     ] {
         let dir = scratch();
