@@ -10,6 +10,7 @@ mod draft;
 mod incoming;
 #[cfg(test)]
 mod model;
+mod question;
 mod refusal;
 
 use std::pin::Pin;
@@ -35,8 +36,9 @@ use admitted::SectionCounts;
 use draft::DraftPayer;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
-pub use draft::{AskedMessage, Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
+pub use draft::{Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
 pub use incoming::{Exchange, IncomingMessage, check_message_id};
+pub use question::AskedMessage;
 pub use refusal::{IdConflict, Refusal};
 
 /// How often a gateway that was cut off from its cluster checks whether it has caught up.

@@ -31,6 +31,9 @@ const RECORD_NOTE_HEADER: HeaderName = HeaderName::from_static("Headgate-Note");
 pub(super) const RECORD_TOGETHER_HEADER: HeaderName = HeaderName::from_static("Headgate-Together");
 /// In the log of a cluster, on the first message with an id: the digest of all that share the id.
 pub(super) const RECORD_DIGEST_HEADER: HeaderName = HeaderName::from_static("Headgate-Digest");
+/// JetStream stores a message with this header only behind the message with that sequence.
+pub(super) const NATS_EXPECTED_LAST_SEQUENCE_HEADER: HeaderName =
+    HeaderName::from_static("Nats-Expected-Last-Sequence");
 /// JetStream stores a message with this header only behind one with that id.
 pub(super) const NATS_EXPECTED_LAST_MESSAGE_ID_HEADER: HeaderName =
     HeaderName::from_static("Nats-Expected-Last-Msg-Id");

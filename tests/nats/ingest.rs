@@ -302,14 +302,15 @@ async fn a_message_id_is_known_whichever_way_it_comes() {
     assert_eq!((code, &answer["type"]), (422, &json!("/problems/id_conflict")), "{answer}");
     let with_id = [("Authorization", source.key.as_str()), ("Nats-Msg-Id", "c")];
     assert_eq!(stored(&client, SUBJECT, &with_id, "22").await, 2);
-    for change in [
-        json!({ "limits": { "payload_bytes": 1 } }),
-        json!({ "limits": null, "schemas": [{ "filter": "#", "schema": false }] }),
+    for (method, path, change) in [
+        ("PATCH", "/v1/datasources/press-4", json!({ "limits": { "payload_bytes": 1 } })),
+        ("PATCH", "/v1/datasources/press-4", json!({ "limits": null })),
+        ("PUT", "/v1/datasources/press-4/schema", json!({ "schemas": [{ "filter": "#", "schema": false }] })),
     ] {
         let admin = gateway.admin_key();
         let headers = [("content-type", "application/json")];
         let body = change.to_string();
-        let set = gateway.request("PATCH", "/v1/datasources/press-4", &admin, &headers, body.as_bytes());
+        let set = gateway.request(method, path, &admin, &headers, body.as_bytes());
         assert_eq!(set.status, 200, "{}", set.text());
         for _ in 0..5 {
             let ack = self::body(&request(&client, SUBJECT, &with_id, "22").await);

@@ -8,6 +8,7 @@
 
 mod check;
 mod client;
+mod faults;
 mod run;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +20,8 @@ use self::run::ModelRun;
 const SEEDS: u64 = 3000;
 /// The normal run ends after this time, however few seeds the machine has tried by then.
 const NORMAL_RUN_MAX: Duration = Duration::from_secs(30);
+/// Runs beside each other: each mostly waits for other threads.
+const RUNNERS: usize = 8;
 /// One in so many seeds has no crash, and is run twice.
 const REPEATED_SEEDS: u64 = 50;
 
@@ -51,7 +54,6 @@ fn what_was_promised_holds_whatever_is_mixed() {
     let began = Instant::now();
     let range = only.map_or(0..seeds.unwrap_or(SEEDS), |only| only..only + 1);
     let (next, done) = (AtomicU64::new(range.start), AtomicU64::new(0));
-    // A run mostly waits for other threads, so several go beside each other.
     let runner = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         loop {
@@ -75,6 +77,6 @@ fn what_was_promised_holds_whatever_is_mixed() {
             done.fetch_add(1, Ordering::Relaxed);
         }
     };
-    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(runner))));
-    println!("{} seeds in {:?}", done.load(Ordering::Relaxed), began.elapsed());
+    std::thread::scope(|scope| (0..RUNNERS).for_each(|_| drop(scope.spawn(runner))));
+    eprintln!("{} seeds in {:?}", done.load(Ordering::Relaxed), began.elapsed());
 }

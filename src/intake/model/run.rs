@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::SeededRandom;
 use super::check::RunOutcome;
@@ -15,7 +15,7 @@ use crate::config::{Config, LogConfig};
 use crate::consume::storage::StorageConsumer;
 use crate::intake::{Draft, Exchange, IncomingMessage, Intake, MESSAGE_ID_PROPERTY, RedriveOutcome, Refusal};
 use crate::log::power_loss_disk::PowerLossDisk;
-use crate::log::{AppendError, Batch, Log, SectionOutcome};
+use crate::log::{Batch, Log, SectionOutcome};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 use crate::observe::metrics::Metrics;
 
@@ -47,7 +47,7 @@ pub(super) struct ModelGateway {
 }
 
 impl ModelGateway {
-    fn open(dir: &Path, disk: &Arc<PowerLossDisk>) -> Self {
+    pub(super) fn open(dir: &Path, disk: &Arc<PowerLossDisk>) -> Self {
         let mut config = Config::default();
         config.log = LogConfig { segment_bytes: 16 << 10, ..config.log };
         config.intake.exchanges_per_datasource_max = EXCHANGES_MAX;
@@ -72,11 +72,11 @@ pub(super) struct Acknowledged {
 
 /// A run.
 pub(super) struct ModelRun {
-    may_crash: bool,
+    pub(super) may_crash: bool,
     pub(super) random: SeededRandom,
     pub(super) dir: tempfile::TempDir,
-    disk: Arc<PowerLossDisk>,
-    gateway: Option<ModelGateway>,
+    pub(super) disk: Arc<PowerLossDisk>,
+    pub(super) gateway: Option<ModelGateway>,
     /// The clock that messages are received by. It jumps.
     pub(super) clock: TimeMicros,
     rules: [TenantRules; TENANTS.len()],
@@ -85,7 +85,7 @@ pub(super) struct ModelRun {
     admins: Vec<String>,
     /// The end of the log when the death of a key was answered.
     pub(super) dead: HashMap<KeyId, Offset>,
-    connections: [ModelConnection; CONNECTIONS.len()],
+    pub(super) connections: [ModelConnection; CONNECTIONS.len()],
     pub(super) sent: Vec<ModelMessage>,
     pub(super) acknowledged: Vec<Acknowledged>,
     /// Messages that were refused because their id belongs to the record at the offset.
@@ -145,7 +145,7 @@ impl ModelRun {
         self.gateway().intake.authorizer().identify(secret.as_bytes()).expect("a live key")
     }
 
-    fn message(&mut self, number: MessageNumber) -> &mut ModelMessage {
+    pub(super) fn message(&mut self, number: MessageNumber) -> &mut ModelMessage {
         &mut self.sent[usize::try_from(number).expect("few")]
     }
 
@@ -208,7 +208,7 @@ impl ModelRun {
     }
 
     /// The draft of a read: messages with and without ids, new and again, under two keys, good and bad.
-    fn draft(&mut self, connection: usize) -> (Draft, Vec<DraftedMessage>) {
+    pub(super) fn draft(&mut self, connection: usize) -> (Draft, Vec<DraftedMessage>) {
         let tenant = CONNECTIONS[connection];
         let mut draft = self.gateway().intake.draft(Transport::Mqtt, 1 + connection as u64);
         self.clock += 1000;
@@ -303,7 +303,7 @@ impl ModelRun {
         self.sent.len() as MessageNumber - 1
     }
 
-    async fn take_answer(&mut self, connection: usize) {
+    pub(super) async fn take_answer(&mut self, connection: usize) {
         let pending = self.connections[connection].pending.pop_front();
         let Some(PendingDraft { admitted, messages }) = pending else { return };
         let outcomes = admitted.await.expect("the disk is sound").outcomes;
@@ -311,7 +311,12 @@ impl ModelRun {
     }
 
     /// Takes the answer to each message of a draft.
-    async fn settle(&mut self, connection: usize, messages: &[DraftedMessage], outcomes: &[SectionOutcome]) {
+    pub(super) async fn settle(
+        &mut self,
+        connection: usize,
+        messages: &[DraftedMessage],
+        outcomes: &[SectionOutcome],
+    ) {
         for &DraftedMessage { number, origin, place, pushed_as, maybe_open } in messages {
             let (mut is_kept, mut offset, mut as_repetition) = (true, 0, true);
             match &outcomes[origin] {
@@ -351,7 +356,7 @@ impl ModelRun {
         }
     }
 
-    async fn take_all_answers(&mut self) {
+    pub(super) async fn take_all_answers(&mut self) {
         for connection in 0..CONNECTIONS.len() {
             while !self.connections[connection].pending.is_empty() {
                 self.take_answer(connection).await;
@@ -435,81 +440,6 @@ impl ModelRun {
         }
         self.superseded.extend(superseded.iter().map(|(record, _)| record.offset));
         intake.mark_superseded(&admin, &datasource.id, &superseded).await.expect("marked");
-    }
-
-    /// The clock is set, by up to an hour in either direction.
-    fn jump_clock(&mut self) {
-        let hour = 3_600_000_000;
-        self.clock += i64::try_from(self.random.below(2 * hour)).expect("small") - 3_600_000_000;
-    }
-
-    /// A read while the disk is full. What is refused so is not in the log, whatever comes later.
-    async fn fill_disk(&mut self, connection: usize) {
-        while !self.connections[connection].pending.is_empty() {
-            self.take_answer(connection).await;
-        }
-        self.gateway().log.barrier().await;
-        self.disk.set_full(true);
-        let (draft, messages) = self.draft(connection);
-        let answer = self.gateway().intake.admit(draft).await.expect("room").await;
-        self.disk.set_full(false);
-        match answer {
-            // There was nothing to write.
-            Ok(durable) => self.settle(connection, &messages, &durable.outcomes).await,
-            Err(Refusal::Log(AppendError::DiskFull)) => {
-                messages.iter().for_each(|message| self.message(message.number).refused = true);
-                self.connections[connection].lose_answers();
-            }
-            Err(other) => panic!("{other:?}"),
-        }
-    }
-
-    /// Stops and starts the gateway. Clients may lose the answers that they wait for.
-    async fn restart(&mut self) {
-        if self.random.percent(50) {
-            self.take_all_answers().await;
-        }
-        let ModelGateway { intake, log, storage } = self.gateway.take().expect("open");
-        log.close().await;
-        self.connections.iter_mut().for_each(ModelConnection::lose_answers);
-        storage.stop(Instant::now() + Duration::from_secs(10)).await;
-        drop((intake, log, storage));
-        self.gateway = Some(ModelGateway::open(self.dir.path(), &self.disk));
-    }
-
-    /// The gateway is killed or loses its power, perhaps while it writes a read of `connection`. What was not synced is
-    /// there whole, not at all, or in part.
-    async fn crash(&mut self, connection: usize) {
-        if !self.may_crash {
-            return;
-        }
-        if self.random.percent(50) {
-            self.take_all_answers().await;
-        }
-        self.gateway().log.barrier().await;
-        let (draft, messages) = self.draft(connection);
-        let ModelGateway { intake, log, storage } = self.gateway.take().expect("open");
-        storage.stop(Instant::now() + Duration::from_secs(10)).await;
-        self.disk.set_syncs_fail(true);
-        if self.random.percent(70) {
-            match intake.admit(draft).await.expect("room").await {
-                // It may be found or not, so nothing is known of it.
-                Err(Refusal::Log(AppendError::Failed(_))) | Ok(_) => {}
-                Err(other) => panic!("{other:?}"),
-            }
-        } else {
-            drop(draft);
-            messages.iter().for_each(|message| self.message(message.number).refused = true);
-        }
-        log.close().await;
-        self.connections.iter_mut().for_each(ModelConnection::lose_answers);
-        drop((intake, log, storage));
-        let reached_percent = [0, 100, 50, 90][self.random.below(4)];
-        // Of its own, because how much there is to lose depends on more than the seed.
-        let mut random = SeededRandom(self.random.below(1 << 30) as u64);
-        self.disk.lose_power(|| random.percent(reached_percent));
-        self.disk.set_syncs_fail(false);
-        self.gateway = Some(ModelGateway::open(self.dir.path(), &self.disk));
     }
 }
 

@@ -291,7 +291,10 @@ impl JetstreamAppender {
             }
             let record = progress.section.record(progress.places[place.record as usize]);
             let encoded = match progress.asked.front().filter(|_| place.asks) {
-                Some((id, generation)) => encode_question(&record, message_id_of(*id, *generation, 0)),
+                Some((id, generation)) => {
+                    let id = message_id_of(*id, *generation, 0);
+                    encode_question(&record, id, self.shared.is_replicated)
+                }
                 None => {
                     let id =
                         progress.once.map(|(id, generation)| message_id_of(id, generation, place.record));

@@ -6,8 +6,8 @@ use headgate_bridge_nats::stream::{OutgoingMessage, StoredMessage};
 
 use crate::log::OnceId;
 use crate::log::nats_message::{
-    NATS_EXPECTED_LAST_MESSAGE_ID_HEADER, NATS_MESSAGE_ID_HEADER, RECORD_DIGEST_HEADER,
-    RECORD_TOGETHER_HEADER, encode_record, header_text,
+    NATS_EXPECTED_LAST_MESSAGE_ID_HEADER, NATS_EXPECTED_LAST_SEQUENCE_HEADER, NATS_MESSAGE_ID_HEADER,
+    RECORD_DIGEST_HEADER, RECORD_TOGETHER_HEADER, encode_record, header_text,
 };
 use crate::log::once::ContentDigest;
 use crate::message::RecordRef;
@@ -15,6 +15,8 @@ use crate::subject::SubjectError;
 
 /// An id that no message of the stream has: they are hex.
 const NO_MESSAGE_ID: &str = "?";
+/// A sequence that no stream reaches.
+const NO_SEQUENCE: &str = "9223372036854775807";
 
 /// What the first of the messages that share an id says of all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,13 +72,24 @@ pub(super) fn encode_message(
 /// Encodes the question whether the stream knows an id: a message that JetStream never stores. It answers with the
 /// place of the one that has the id, which it looks for first, or refuses it.
 ///
+/// What it looks for first depends on the replicas (nats-server 2.15.1, tried): with one, it checks the last sequence
+/// before the id; with several, a second question with an unknown last id is never answered, and nothing after
+/// it. A server that checks in another order refuses every question, and then what is refused is refused.
+///
 /// # Errors
 /// [`SubjectError`] for a topic that is not a subject.
-pub(super) fn encode_question(record: &RecordRef<'_>, id: String) -> Result<OutgoingMessage, SubjectError> {
+pub(super) fn encode_question(
+    record: &RecordRef<'_>,
+    id: String,
+    is_replicated: bool,
+) -> Result<OutgoingMessage, SubjectError> {
     let bare = RecordRef { payload: &[], content_type: "", properties: &[], note: &[], ..*record };
     let mut message = encode_record(&bare, HeaderMap::new())?;
     message.headers.insert(NATS_MESSAGE_ID_HEADER, id);
-    message.headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID_HEADER, NO_MESSAGE_ID);
+    match is_replicated {
+        true => message.headers.insert(NATS_EXPECTED_LAST_SEQUENCE_HEADER, NO_SEQUENCE),
+        false => message.headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID_HEADER, NO_MESSAGE_ID),
+    }
     Ok(message)
 }
 

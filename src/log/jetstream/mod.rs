@@ -88,6 +88,8 @@ struct JetstreamLogShared {
     stream: JetstreamStream,
     /// The connection for following the stream.
     following: Nats,
+    /// Whether the stream has several replicas.
+    is_replicated: bool,
     once: ExchangeGenerations,
     tail: Tail,
     own: OwnAppends,
@@ -147,6 +149,7 @@ impl JetstreamLog {
         let once = ExchangeGenerations::open(nats, replicas, window).await?;
         let state = stream.state().await?;
         let shared = Arc::new(JetstreamLogShared {
+            is_replicated: replicas > 1,
             once,
             tail: Tail::new(state.last + 1),
             own: OwnAppends::default(),

@@ -56,12 +56,12 @@ impl Inbound {
             draft.set_client(&self.who.user);
             draft
         });
-        let exchange =
-            (publish.qos == 2).then_some(Exchange { session: self.session, packet_id: publish.packet_id });
+        let exchange = Exchange { session: self.session, packet_id: publish.packet_id };
+        let exchange = (publish.qos == 2).then_some(MessageExchange { exchange, is_open });
         let from = self.who.address;
         if is_open {
             // The log has a message of this exchange. It tells whether this is the same.
-            let pushed = push_message(draft, read.intake, &self.grant, from, topic, publish, exchange, true);
+            let pushed = push_message(draft, read.intake, &self.grant, from, topic, publish, exchange);
             match pushed {
                 Ok(origin) => read.batch.acks.push_repeated(publish.packet_id, origin),
                 Err(_) => read.batch.acks.push_done(AckKind::Pubrec, publish.packet_id),
@@ -71,7 +71,7 @@ impl Inbound {
         if std::mem::take(&mut self.paid) {
             draft.mark_paid();
         }
-        match push_message(draft, read.intake, &self.grant, from, topic, publish, exchange, false) {
+        match push_message(draft, read.intake, &self.grant, from, topic, publish, exchange) {
             Ok(origin) => {
                 if first {
                     draft.reserve(bytes_left);
@@ -238,6 +238,13 @@ impl ReceivedTopicAliases {
     }
 }
 
+/// The exchange of a QoS 2 message, and whether the log has a message of it.
+#[derive(Clone, Copy)]
+struct MessageExchange {
+    exchange: Exchange,
+    is_open: bool,
+}
+
 /// A message that was refused.
 struct RefusedMessage {
     refusal: Refusal,
@@ -266,10 +273,11 @@ fn push_message(
     from: IpAddr,
     topic: &str,
     publish: &PublishPacket<'_>,
-    exchange: Option<Exchange>,
-    is_repeated: bool,
+    exchange: Option<MessageExchange>,
 ) -> Result<usize, RefusedMessage> {
-    let push = |draft: &mut Draft, grant: &Grant, message| match is_repeated {
+    let is_open = exchange.is_some_and(|exchange| exchange.is_open);
+    let exchange = exchange.map(|exchange| exchange.exchange);
+    let push = |draft: &mut Draft, grant: &Grant, message| match is_open {
         true => draft.push_repeated(grant, message),
         false => draft.push(grant, None, message),
     };
