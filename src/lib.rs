@@ -37,6 +37,7 @@ mod observe;
 mod config;
 mod filter;
 mod network;
+mod retained_topics;
 mod shares;
 mod sqlite;
 mod subject;

@@ -28,6 +28,7 @@ use crate::message::{DatasourceId, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
 use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, Meters, Quota, QuotaLimits};
+use crate::retained_topics::{RetainedFull, RetainedTopics};
 use crate::shares::{ShareCount, ShareExceeded, TenantShare};
 
 use admitted::SectionCounts;
@@ -59,6 +60,8 @@ struct IntakeInner {
     room: Arc<Semaphore>,
     /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
     closer: OnceLock<RemoteConnectionCloser>,
+    /// The topics with a retained message, once there is a consumer of them.
+    retained: OnceLock<Arc<RetainedTopics>>,
 }
 
 impl Intake {
@@ -71,7 +74,7 @@ impl Intake {
     ) -> Self {
         let room = Arc::new(Semaphore::new(limits.in_flight_bytes_max));
         let refusals = Arc::new(Refusals::new(metrics.clone()));
-        let closer = OnceLock::new();
+        let (closer, retained) = (OnceLock::new(), OnceLock::new());
         Self(Arc::new(IntakeInner {
             authorizer,
             log,
@@ -80,6 +83,7 @@ impl Intake {
             limits: limits.clone(),
             room,
             closer,
+            retained,
         }))
     }
 
@@ -285,6 +289,30 @@ impl Intake {
             Some(SectionOutcome::Duplicate(offsets)) => Ok(Some(DurableOffsets { offsets, duplicate: true })),
             Some(SectionOutcome::KeyDead) | None => Err(GrantDenial::Revoked.into()),
         }
+    }
+
+    /// Sets which topics have a retained message. Call it once, before the first message.
+    pub fn set_retained_topics(&self, topics: Arc<RetainedTopics>) {
+        let _ = self.0.retained.set(topics);
+    }
+
+    /// Checks that a datasource may have one more retained message, and enters its topic.
+    ///
+    /// # Errors
+    /// [`Refusal::Limited`].
+    fn check_retained(&self, datasource: &DatasourceId, topic: &str, payload: usize) -> Result<(), Refusal> {
+        let Some(topics) = self.0.retained.get().filter(|_| payload > 0) else { return Ok(()) };
+        let [of_topics, of_bytes] =
+            [Limit::RetainedTopics, Limit::RetainedBytes].map(|limit| self.count_limit(datasource, limit));
+        let bytes = (topic.len() + payload) as u64;
+        let entered = topics.try_enter(datasource.as_str(), topic, bytes, of_topics.max, of_bytes.max);
+        entered.map_err(|full| {
+            let (limit, setting) = match full {
+                RetainedFull::Topics => (Limit::RetainedTopics, of_topics),
+                RetainedFull::Bytes => (Limit::RetainedBytes, of_bytes),
+            };
+            LimitExceeded::of_count(limit, setting, datasource).into()
+        })
     }
 
     /// Sets what closes connections of dead keys that the registry does not count. Call it once, before

@@ -17,6 +17,7 @@ use self::table::{RETAINED_FILE_NAME, RetainedTable};
 use crate::filter::TopicFilter;
 use crate::log::Log;
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
+use crate::retained_topics::RetainedTopics;
 use crate::shares::TenantShares;
 use crate::sqlite::{SqliteError, SqliteReaders, new_file_aside, open_or_set_aside, set_aside};
 
@@ -183,6 +184,7 @@ impl RetainedStore {
         if let Some(said) = said {
             shared.note_set_aside(said);
         }
+        shared.count_topics(&table).map_err(|error| SqliteError::from_sqlite(&error, &path))?;
         let follower = RetainedFollower::new(path.clone(), table, log.clone(), shared.clone());
         shared
             .control()
@@ -241,6 +243,11 @@ impl RetainedStore {
             }
             page => Ok(page?),
         }
+    }
+
+    /// The topics that have a message.
+    pub fn topics(&self) -> &Arc<RetainedTopics> {
+        self.handle.shared.topics()
     }
 
     /// Returns once everything below `offset` is consumed; never, if the thread ends first.
