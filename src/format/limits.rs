@@ -261,6 +261,14 @@ pub const DELIVERY_STEPS_MAX: usize = 32_768;
 pub const STALLED_BYTES_PER_TENANT_MAX: u64 = 32 << 20;
 /// The same of all datasources.
 pub const STALLED_BYTES_MAX: u64 = 96 << 20;
+/// Output to subscribers of one datasource that they have not taken, beyond [`OUTPUT_FREE_BYTES`] each.
+pub const OUTPUT_BYTES_PER_TENANT_MAX: usize = 32 << 20;
+/// The same of all datasources.
+pub const OUTPUT_BYTES_MAX: usize = 96 << 20;
+/// What each subscriber may have in its output whatever the others have.
+pub const OUTPUT_FREE_BYTES: usize = 8 << 10;
+/// Bytes of log that are read at a time to send unacknowledged messages again.
+pub const REFETCH_BYTES: usize = 256 << 10;
 /// Reads from the disk for subscribers and queries at once, each on a blocking thread; the runtime has 512,
 /// and the registry needs some whatever subscribers do.
 pub const BLOCKING_READS_MAX: usize = 16;

@@ -301,6 +301,9 @@ impl Draft {
         }
         match self.validation(datasource).check(topic, message.payload) {
             Ok(()) => {
+                if message.flags.contains(RecordFlags::RETAIN) {
+                    self.intake.check_retained(datasource, topic, message.payload.len())?;
+                }
                 let at = self.section_for(grant, datasource, &message, false)?;
                 let bytes_before = self.memory_bytes_before(at);
                 let IncomingMessage { payload, content_type, properties, flags, .. } = message;

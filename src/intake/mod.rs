@@ -30,6 +30,7 @@ use crate::message::{DatasourceId, Offset, RecordRef, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
 use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, Meters, Quota, QuotaLimits};
+use crate::retained_topics::{RetainedFull, RetainedTopics};
 use crate::shares::{ShareCount, ShareExceeded, TenantShare};
 
 use admitted::SectionCounts;
@@ -65,6 +66,8 @@ struct IntakeInner {
     room: Arc<Semaphore>,
     /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
     closer: OnceLock<RemoteConnectionCloser>,
+    /// The topics with a retained message, once there is a consumer of them.
+    retained: OnceLock<Arc<RetainedTopics>>,
 }
 
 impl Intake {
@@ -78,7 +81,7 @@ impl Intake {
         let room = Arc::new(Semaphore::new(limits.in_flight_bytes_max));
         let memory = MemoryBudget::new(limits.memory_bytes_max, limits.memory_share_bytes_max);
         let refusals = Arc::new(Refusals::new(metrics.clone()));
-        let closer = OnceLock::new();
+        let (closer, retained) = (OnceLock::new(), OnceLock::new());
         Self(Arc::new(IntakeInner {
             authorizer,
             log,
@@ -88,6 +91,7 @@ impl Intake {
             memory,
             room,
             closer,
+            retained,
         }))
     }
 
@@ -347,6 +351,30 @@ impl Intake {
         let committed = self.0.log.append(marks, Instant::now()).await.unwrap_or(Err(AppendError::Closed))?;
         let died = committed.outcomes.contains(&SectionOutcome::KeyDead);
         if died { Err(GrantDenial::Revoked.into()) } else { Ok(()) }
+    }
+
+    /// Sets which topics have a retained message. Call it once, before the first message.
+    pub fn set_retained_topics(&self, topics: Arc<RetainedTopics>) {
+        let _ = self.0.retained.set(topics);
+    }
+
+    /// Checks that a datasource may have one more retained message, and enters its topic.
+    ///
+    /// # Errors
+    /// [`Refusal::Limited`].
+    fn check_retained(&self, datasource: &DatasourceId, topic: &str, payload: usize) -> Result<(), Refusal> {
+        let Some(topics) = self.0.retained.get().filter(|_| payload > 0) else { return Ok(()) };
+        let [of_topics, of_bytes] =
+            [Limit::RetainedTopics, Limit::RetainedBytes].map(|limit| self.count_limit(datasource, limit));
+        let bytes = (topic.len() + payload) as u64;
+        let entered = topics.try_enter(datasource.as_str(), topic, bytes, of_topics.max, of_bytes.max);
+        entered.map_err(|full| {
+            let (limit, setting) = match full {
+                RetainedFull::Topics => (Limit::RetainedTopics, of_topics),
+                RetainedFull::Bytes => (Limit::RetainedBytes, of_bytes),
+            };
+            LimitExceeded::of_count(limit, setting, datasource).into()
+        })
     }
 
     /// Sets what closes connections of dead keys that the registry does not count. Call it once, before

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::common::memory::ResidentMemory;
 use crate::common::wire::{
-    CONNACK, Connect, Message, Next, PUBLISH, SESSION_EXPIRY, SUBACK, Version::V5, Wire, four_bytes,
+    CONNACK, Connect, Message, Next, PUBACK, PUBLISH, SESSION_EXPIRY, SUBACK, Version::V5, Wire, four_bytes,
     subscribe, subscribe_with, unsubscribe, user_property,
 };
 use crate::common::{Gateway, Source, scratch, wait_for};
@@ -175,7 +175,7 @@ fn subscribers_that_do_not_read_cost_a_bounded_memory_however_many_they_are() {
     let path = format!("/v1/ingest/{}/t", attacker.id);
     let bystander = Bystander::start(gateway.mqtt, &other.key);
     // Each stops reading at another place of the log, so that what one holds is no other's.
-    for n in 0..100 {
+    for n in 0..300 {
         let mut wire = Wire::login(gateway.mqtt, V5, &attacker.key);
         assert_eq!(granted(&mut wire, &["#", "+", "t"]), [1; 3]);
         live.push(wire);
@@ -323,6 +323,29 @@ fn subscriptions_groups_and_keys_are_counted_and_one_too_many_is_refused_by_name
     assert_eq!(gateway.post(path, &admin, &json!({})).status, 201, "a dead key is not counted");
     let of_key = json!({ "limits": { "sessions": 1 } });
     assert_eq!(gateway.post(path, &admin, &of_key).status, 400, "only datasources have it");
+}
+
+#[test]
+fn retained_topics_are_counted_and_one_too_many_is_refused_by_name() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let one = source(&gateway, "one");
+    set_limits(&gateway, "one", &json!({ "retained_topics": 2 }));
+    let mut wire = Wire::login(gateway.mqtt, V5, &one.key);
+    let mut retain = |wire: &mut Wire, topic: &str, payload: &[u8]| {
+        wire.send(&Message::new(topic, payload).at(1, 7).retained().packet(V5));
+        wire.packet(PUBACK).reason()
+    };
+    assert_eq!((retain(&mut wire, "a", b"1"), retain(&mut wire, "b", b"1")), (0, 0));
+    assert_eq!(retain(&mut wire, "c", b"1"), TOO_MUCH);
+    assert_eq!(newest_refusal(&gateway, "one"), ("limit_retained_topics".to_owned(), 2));
+    assert_eq!(retain(&mut wire, "a", b"2"), 0, "a topic that is there may change");
+    gateway.kill();
+    let gateway = Gateway::start(dir.path());
+    let mut wire = Wire::login(gateway.mqtt, V5, &one.key);
+    assert_eq!(retain(&mut wire, "c", b"1"), TOO_MUCH, "they are counted after a kill");
+    assert_eq!(retain(&mut wire, "b", b""), 0, "and one that is cleared makes room");
+    wait_for("room for a topic", || (retain(&mut wire, "c", b"1") == 0).then_some(()));
 }
 
 #[test]

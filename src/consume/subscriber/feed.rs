@@ -20,7 +20,7 @@ use super::filter_set::{FilterSet, FilterSlot};
 use super::mailbox::{Mailbox, MailboxContents, RoutedPlaces, RoutedRecords};
 use super::matched::{HitFilters, MatchedRecords};
 use super::router::{Router, SubscriberRoute};
-use crate::limits::{CATCH_UP_BYTES, CATCH_UP_RECENT_BYTES, CATCH_UP_STEPS_MAX};
+use crate::limits::{CATCH_UP_BYTES, CATCH_UP_RECENT_BYTES, CATCH_UP_STEPS_MAX, REFETCH_BYTES};
 use crate::log::{Batch, Log, LogReadError, RecordPlace};
 use crate::message::{DatasourceId, Offset};
 use crate::shares::{TenantShare, TenantShares};
@@ -374,7 +374,8 @@ pub fn fetch_in_turn(
 }
 
 /// Reads single records. For each offset, in the given order, returns the batch and the place in it, or
-/// `None` if retention has removed the record or it is withheld. `offsets` ascend. Blocks on the disk.
+/// `None` if retention has removed the record or it is withheld. `offsets` ascend. The answer ends after about
+/// [`REFETCH_BYTES`]: the rest is to be asked for again. Blocks on the disk.
 ///
 /// # Errors
 /// [`LogReadError`] for damage and the file system's errors.
@@ -385,7 +386,11 @@ fn fetch_records(
     let mut found = Vec::with_capacity(offsets.len());
     let mut current: Option<Batch> = None;
     let left_out = log.withheld().now();
+    let mut bytes = 0;
     for &offset in offsets {
+        if bytes >= REFETCH_BYTES {
+            break;
+        }
         let holds = |batch: &Batch| (batch.first_offset()..batch.next_offset()).contains(&offset);
         if !current.as_ref().is_some_and(holds) {
             current = match log.read(offset, 1) {
@@ -396,10 +401,13 @@ fn fetch_records(
         }
         let given = |batch: &Batch| {
             let place = batch.place(offset)?;
-            let given = left_out.is_nothing() || !left_out.withholds(&batch.reader().read(place));
-            given.then(|| (batch.clone(), place))
+            let record = batch.reader().read(place);
+            let given = left_out.is_nothing() || !left_out.withholds(&record);
+            given.then(|| (batch.clone(), place, record.payload.len()))
         };
-        found.push(current.as_ref().and_then(given));
+        let found_one = current.as_ref().and_then(given);
+        bytes += found_one.as_ref().map_or(0, |(.., payload)| *payload);
+        found.push(found_one.map(|(batch, place, _)| (batch, place)));
     }
     Ok(found)
 }

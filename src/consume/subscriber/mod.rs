@@ -31,7 +31,9 @@ mod trie;
 mod tests;
 
 pub use feed::{FeedItem, SubscriberFeed};
-pub use group::{ClusterShareGroups, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember};
+pub use group::{
+    ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
+};
 pub use mailbox::Mailbox;
 pub use matched::MatchedRecords;
 pub use router::Router;

@@ -31,6 +31,17 @@ pub(super) struct Delivery {
 }
 
 impl Delivery {
+    /// About how many bytes the packet of a record has.
+    pub(super) fn bytes_of(&self, record: &RecordRef<'_>) -> usize {
+        const OWN_PROPERTIES: usize = 256;
+        let record = record.datasource.len()
+            + record.topic.len()
+            + record.payload.len()
+            + record.content_type.len()
+            + record.properties.len();
+        OWN_PROPERTIES + record + 5 * self.identifiers.len()
+    }
+
     /// How a record that matches `subscriptions` is delivered. `None` if it is not, because the subscriber
     /// published it and asked for no-local.
     pub(super) fn for_subscriptions<'a>(

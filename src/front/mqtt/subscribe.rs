@@ -20,7 +20,7 @@ use super::session::{MqttSession, Subscription, SubscriptionFilter};
 use super::sessions::Sessions;
 use crate::auth::{Grant, Scope};
 use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup};
-use crate::consume::subscriber::{ShareGroupKey, Subscribers};
+use crate::consume::subscriber::{GroupJoinError, ShareGroupKey, Subscribers};
 use crate::filter::TopicFilter;
 use crate::intake::{Intake, Refusal};
 use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_MAX, REPLAYS_PER_TENANT_MAX};
@@ -146,6 +146,9 @@ impl SubscribeServices {
         outbound: &mut Outbound,
     ) -> (Vec<u8>, Option<String>) {
         let mut changes = Vec::new();
+        // An operator may have changed the limits since the client connected.
+        let datasource = self.grant.datasource();
+        self.intake.limit_share(datasource, &self.subscribers.shares.share(datasource));
         let (mut granted, mut words) = (Vec::with_capacity(asked.filters.len()), None);
         for filter in &asked.filters {
             granted.push(match self.grant_one(asked, filter, outbound, &mut changes).await {
@@ -342,7 +345,10 @@ impl SubscribeServices {
         changes: &mut Vec<SessionStoreChange>,
     ) -> Result<(), FilterRefusal> {
         let cursor = self.subscribers.groups.join(key, session.group_session(), from).await;
-        let cursor = cursor.map_err(FilterRefusal::failed)?;
+        let cursor = cursor.map_err(|error| match error {
+            GroupJoinError::TooMany(over) => self.share_refusal(over),
+            error => FilterRefusal::failed(error),
+        })?;
         if let Some(cursor) = cursor.filter(|_| session.is_durable()) {
             let (datasource, group, filter) = key.clone();
             let group = StoredGroup { datasource, group: group.into(), filter: filter.into(), cursor };

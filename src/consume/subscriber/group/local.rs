@@ -15,7 +15,7 @@ use std::task::{Context, Poll, Wake, Waker, ready};
 use super::super::feed::{FeedItem, SubscriberFeed, fetch_in_turn};
 use super::super::matched::MatchedRecords;
 use super::super::router::Router;
-use super::{ShareDelivery, ShareGroupKey};
+use super::{GroupJoinError, ShareDelivery, ShareGroupKey};
 use crate::limits::{REFETCH_RECORDS, STALLED_BYTES_PER_TENANT_MAX};
 use crate::log::{Batch, Log, LogReadError, RecordPlace};
 use crate::message::Offset;
@@ -35,6 +35,7 @@ struct LocalShareGroupEntry {
     group: Arc<LocalShareGroup>,
     /// The sessions that have the subscription, connected or not.
     sessions: HashSet<u64>,
+    _charge: ShareCharge,
 }
 
 /// One group.
@@ -124,28 +125,42 @@ impl LocalShareGroups {
     }
 
     /// Adds `session` to a group. The first session creates the group, at `from` or at the end of the log.
-    /// Returns the group's offset; `None` if `from` is given and the group exists already.
-    pub fn join(&self, key: &ShareGroupKey, session: u64, from: Option<Offset>) -> Option<Offset> {
+    /// Returns the group's offset. With `is_limited`, its tenant's share has to have room for a new group.
+    ///
+    /// # Errors
+    /// [`GroupJoinError::Elsewhere`] if `from` is given and the group exists already;
+    /// [`GroupJoinError::TooMany`].
+    pub fn join(
+        &self,
+        key: &ShareGroupKey,
+        session: u64,
+        from: Option<Offset>,
+        is_limited: bool,
+    ) -> Result<Offset, GroupJoinError> {
         let routed = self.router.routed_offset();
         let mut groups = self.locked();
         if from.is_some() && groups.contains_key(key) {
-            return None;
+            return Err(GroupJoinError::Elsewhere);
         }
-        let entry = groups.entry(key.clone()).or_insert_with(|| {
+        if !groups.contains_key(key) {
             let (scope, _, filter) = key;
             let (datasource, _) = scope.of_scope();
+            let mut charge = self.shares.share(&datasource).charge();
+            match is_limited {
+                true => charge.try_take(ShareCount::ShareGroups, 1).map_err(GroupJoinError::TooMany)?,
+                false => charge.add(ShareCount::ShareGroups, 1),
+            }
             let begin = from.unwrap_or_else(|| self.log.next_offset());
             let (router, log) = (self.router.clone(), self.log.clone());
             let mut feed = SubscriberFeed::new(router, log, &self.shares, &datasource, begin);
             feed.set_filter(0, filter, from);
-            LocalShareGroupEntry {
-                group: Arc::new(LocalShareGroup::new(self.log.clone(), feed)),
-                sessions: HashSet::new(),
-            }
-        });
+            let group = Arc::new(LocalShareGroup::new(self.log.clone(), feed));
+            let sessions = HashSet::new();
+            groups.insert(key.clone(), LocalShareGroupEntry { group, sessions, _charge: charge });
+        }
+        let Some(entry) = groups.get_mut(key) else { return Err(GroupJoinError::Elsewhere) };
         entry.sessions.insert(session);
-        let cursor = entry.group.state().cursor(routed);
-        Some(cursor)
+        Ok(entry.group.state().cursor(routed))
     }
 
     /// Removes `session` from a group. Returns whether the group has ended with it.

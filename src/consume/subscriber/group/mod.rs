@@ -15,7 +15,7 @@ use headgate_bridge_nats::KvError;
 use super::router::Router;
 use crate::log::{Batch, Log, LogReadError, RecordPlace, ShareError};
 use crate::message::{DatasourceId, Offset};
-use crate::shares::TenantShares;
+use crate::shares::{ShareExceeded, TenantShares};
 
 /// A group's identity: the scope of its members' keys (their datasource, in one incarnation), its name, its filter.
 pub type ShareGroupKey = (DatasourceId, Box<str>, Box<str>);
@@ -52,6 +52,9 @@ pub enum GroupJoinError {
         "the group exists already and continues where it is: only its first member can begin in the past"
     )]
     Elsewhere,
+    /// It would be one group too many of its datasource.
+    #[error("the datasource has as many groups as it may have")]
+    TooMany(ShareExceeded),
     /// The group's place in the log is not available now.
     #[error("the group cannot be joined now: {0}")]
     Unavailable(#[from] ShareError),
@@ -86,7 +89,7 @@ impl ShareGroups {
         from: Option<Offset>,
     ) -> Result<Option<Offset>, GroupJoinError> {
         match self {
-            Self::Local(groups) => groups.join(key, of.uid, from).map(Some).ok_or(GroupJoinError::Elsewhere),
+            Self::Local(groups) => groups.join(key, of.uid, from, true).map(Some),
             Self::Cluster(groups) => groups.join(key, of, from).await.map(|()| None),
         }
     }
@@ -95,7 +98,7 @@ impl ShareGroups {
     pub fn rejoin(&self, key: &ShareGroupKey, uid: u64, cursor: Option<Offset>) {
         if let Self::Local(groups) = self {
             // The first session of the group restores its offset; the others join it there.
-            let _ = groups.join(key, uid, cursor).or_else(|| groups.join(key, uid, None));
+            let _ = groups.join(key, uid, cursor, false).or_else(|_| groups.join(key, uid, None, false));
         }
     }
 

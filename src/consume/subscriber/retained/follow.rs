@@ -21,6 +21,7 @@ use super::{RetainedError, damage_words, open_right, unopened_words};
 use crate::consume::follower::{Consumer, FollowerControl, FollowerProfile, NextRound};
 use crate::log::{Batch, Log, LogReadError};
 use crate::message::{Offset, RecordFlags, RecordRef};
+use crate::retained_topics::RetainedTopics;
 use crate::sqlite::{SqliteError, set_aside};
 
 /// About how much of the log one transaction takes.
@@ -55,6 +56,8 @@ pub(super) struct RetainedFollowerState {
     set_aside: Mutex<Option<String>>,
     /// Whether the database was opened.
     is_open: AtomicBool,
+    /// The topics that have a message.
+    topics: Arc<RetainedTopics>,
     /// Damage that a reader has met, for the thread to mend.
     damage: Mutex<Option<SqliteError>>,
 }
@@ -88,6 +91,7 @@ impl RetainedFollowerState {
             control: FollowerControl::new(&RETAINED_PROFILE),
             set_aside: Mutex::default(),
             is_open: AtomicBool::new(table.is_some()),
+            topics: Arc::default(),
             damage: Mutex::default(),
         }
     }
@@ -103,6 +107,19 @@ impl RetainedFollowerState {
             *progress =
                 RetainedProgress { made_anew: progress.made_anew, ..RetainedProgress::from_table(table) };
         });
+    }
+
+    /// The topics that have a message.
+    pub(super) fn topics(&self) -> &Arc<RetainedTopics> {
+        &self.topics
+    }
+
+    /// Counts the topics of the table anew.
+    pub(super) fn count_topics(&self, table: &RetainedTable) -> rusqlite::Result<()> {
+        self.topics.clear();
+        table.for_each_topic(|datasource, topic, payload| {
+            self.topics.confirm(datasource, topic, message_bytes(topic, payload));
+        })
     }
 
     /// Has the thread mend damage that a reader has met, and returns once there is another database. `false`
@@ -199,6 +216,11 @@ pub(super) enum RetainedRoundError {
     NoRecords(Offset),
 }
 
+/// What a message counts in its datasource's limit; 0 for one without a payload, which clears its topic.
+fn message_bytes(topic: &str, payload: usize) -> u64 {
+    if payload == 0 { 0 } else { (topic.len() + payload) as u64 }
+}
+
 fn is_retained(record: &RecordRef<'_>) -> bool {
     record.flags.contains(RecordFlags::RETAIN)
 }
@@ -289,6 +311,7 @@ impl RetainedFollower {
         if let Some(said) = said {
             self.shared.note_set_aside(said);
         }
+        self.shared.count_topics(&table).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         self.shared.progress.send_replace(RetainedProgress::from_table(&table));
         self.table = Some(table);
         self.shared.is_open.store(true, Ordering::Release);
@@ -304,6 +327,7 @@ impl RetainedFollower {
         self.shared.note_set_aside(damage_words(&aside, damage, self.log.first_offset()));
         let table = self.table.insert(RetainedTable::open(&self.path)?);
         self.shared.follow_table(table);
+        self.shared.topics.clear();
         self.shared.progress.send_modify(|progress| progress.made_anew += 1);
         Ok(())
     }
@@ -341,7 +365,12 @@ impl RetainedFollower {
             }
             let written = sync || !newest.is_empty();
             if written {
-                self.write(newest.into_values(), last.next_offset(), sync)?;
+                let newest: Vec<RecordRef<'_>> = newest.into_values().collect();
+                self.write(newest.iter().copied(), last.next_offset(), sync)?;
+                for record in newest {
+                    let bytes = message_bytes(record.topic, record.payload.len());
+                    self.shared.topics.confirm(record.datasource, record.topic, bytes);
+                }
             } else {
                 self.shared.progress.send_modify(|progress| progress.cursor = last.next_offset());
             }
@@ -369,6 +398,7 @@ impl RetainedFollower {
             .follow_rules(&changes, &left_out, first)
             .map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         self.shared.follow_table(table);
+        self.shared.count_topics(table).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         self.durable = None;
         Ok(())
     }

@@ -17,6 +17,7 @@ use self::table::{RETAINED_DATABASE, RETAINED_FILE_NAME, RetainedTable};
 use crate::filter::TopicFilter;
 use crate::log::{Log, WithheldRules};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
+use crate::retained_topics::RetainedTopics;
 use crate::shares::TenantShares;
 use crate::sqlite::{SqliteError, SqliteReaders, new_file_aside, open_or_set_aside, set_aside};
 
@@ -194,6 +195,9 @@ impl RetainedStore {
         if let Some(said) = said.flatten() {
             shared.note_set_aside(said);
         }
+        if let Some(table) = &table {
+            shared.count_topics(table).map_err(|error| SqliteError::from_sqlite(&error, &path))?;
+        }
         let withheld = log.withheld().clone();
         let follower = RetainedFollower::new(path.clone(), table, log.clone(), log_end, shared.clone());
         shared
@@ -269,6 +273,11 @@ impl RetainedStore {
     /// [`RetainedError::Database`].
     pub fn count_of(&self, datasource: &DatasourceId) -> Result<(u64, u64), RetainedError> {
         Ok(self.handle.readers.read(|connection| table::count_of(connection, datasource))?)
+    }
+
+    /// The topics that have a message.
+    pub fn topics(&self) -> &Arc<RetainedTopics> {
+        self.handle.shared.topics()
     }
 
     /// Returns once everything below `offset` is consumed; never, if the thread ends first.

@@ -185,6 +185,18 @@ impl RetainedTable {
         Ok(())
     }
 
+    /// Calls `each` with the datasource, the topic and the bytes of the payload of each message.
+    pub(super) fn for_each_topic(&self, mut each: impl FnMut(&str, &str, usize)) -> rusqlite::Result<()> {
+        let mut select =
+            self.connection.prepare("SELECT datasource, topic, length(payload) FROM messages")?;
+        let mut rows = select.query([])?;
+        while let Some(row) = rows.next()? {
+            let payload = usize::try_from(row.get::<_, i64>(2)?).unwrap_or(0);
+            each(row.get_ref(0)?.as_str()?, row.get_ref(1)?.as_str()?, payload);
+        }
+        Ok(())
+    }
+
     /// Whether there is no message.
     pub(super) fn is_empty(&self) -> bool {
         self.empty

@@ -5,6 +5,7 @@
 //! subscription, then the log from the session's position on. A record is taken from the log only when
 //! there is room for it, so a slow client falls behind in the log and costs no memory.
 
+mod cover;
 mod resend;
 mod retained;
 mod shared;
@@ -15,6 +16,7 @@ use std::task::{Context, Poll, ready};
 
 use tracing::warn;
 
+use self::cover::OutputCover;
 use self::resend::PendingResend;
 use self::retained::PendingRetained;
 use self::shared::GroupMemberships;
@@ -62,6 +64,7 @@ pub(super) struct Outbound {
     is_stalled: bool,
     /// What is held meanwhile, of its tenant's share.
     held: ShareCharge,
+    room: OutputCover,
 }
 
 impl Outbound {
@@ -99,6 +102,7 @@ impl Outbound {
         Self {
             is_stalled: false,
             held: feed.mailbox().share().charge(),
+            room: OutputCover::new(feed.mailbox().share()),
             subscribers,
             metrics,
             datasource,
@@ -208,6 +212,7 @@ impl Outbound {
     ) -> Poll<OutboundError> {
         let room_until = out.len() + MQTT_UNSENT_BYTES_MAX.saturating_sub(unsent);
         self.is_stalled = false;
+        self.room.begin(out.len(), unsent);
         let filled = self.poll_all(room_until, out, cx);
         if filled.is_pending() {
             if self.is_stalled {
@@ -298,7 +303,7 @@ impl Outbound {
     ) -> Poll<Result<(), OutboundError>> {
         let Some(mut matched) = self.matched.take() else { return Poll::Ready(Ok(())) };
         let mut steps = DELIVERY_STEPS_MAX;
-        if self.write_matched(&mut matched, room_until, out, &mut steps) {
+        if self.write_matched(&mut matched, room_until, out, &mut steps, cx) {
             self.matched = Some(matched);
             if steps == 0 {
                 cx.waker().wake_by_ref();
@@ -321,6 +326,7 @@ impl Outbound {
         room_until: usize,
         out: &mut Vec<u8>,
         steps: &mut usize,
+        cx: &mut Context<'_>,
     ) -> bool {
         let batch = matched.batch().clone();
         let mut reader = batch.reader();
@@ -334,7 +340,9 @@ impl Outbound {
             if let Some(mut delivery) =
                 Delivery::for_subscriptions(subscriptions, &record, self.writer.publisher)
             {
-                if delivery.qos > 0 && self.session.flight_room(self.receive_maximum) == 0 {
+                if delivery.qos > 0 && self.session.flight_room(self.receive_maximum) == 0
+                    || self.room.poll(out.len(), delivery.bytes_of(&record), cx).is_pending()
+                {
                     return true;
                 }
                 let Self { writer, session: MqttSession { flights, .. }, .. } = self;

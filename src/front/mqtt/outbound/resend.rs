@@ -11,7 +11,7 @@ use super::super::flights::{FlightSource, MqttFlight};
 use super::super::session::{MqttSession, Subscription, SubscriptionFilter};
 use super::{Outbound, OutboundError};
 use crate::consume::subscriber::feed::fetch_in_turn;
-use crate::limits::REFETCH_RECORDS;
+use crate::limits::{BATCH_BYTES_MAX, REFETCH_BYTES, REFETCH_RECORDS};
 use crate::log::{Batch, LogReadError, RecordPlace};
 use crate::message::{Offset, RecordRef};
 
@@ -40,6 +40,12 @@ impl Outbound {
         out: &mut Vec<u8>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), OutboundError>> {
+        // What one read brings is written at once: some messages, the last of any size.
+        let most = REFETCH_BYTES + BATCH_BYTES_MAX / 2;
+        if self.resending.is_some() && self.room.poll(out.len(), most, cx).is_pending() {
+            self.is_stalled = true;
+            return Poll::Pending;
+        }
         let Some(resending) = &mut self.resending else { return Poll::Ready(Ok(())) };
         let Some(fetching) = &mut resending.fetching else {
             // Messages of groups have gone to other members.

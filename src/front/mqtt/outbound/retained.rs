@@ -122,7 +122,8 @@ impl Outbound {
             let delivery = Delivery::for_subscriptions(subscription.iter(), &record, self.writer.publisher);
             if let Some(mut delivery) = delivery {
                 delivery.retain = true;
-                let waits = delivery.qos > 0 && self.session.flight_room(self.receive_maximum) == 0;
+                let waits = delivery.qos > 0 && self.session.flight_room(self.receive_maximum) == 0
+                    || self.room.poll(out.len(), delivery.bytes_of(&record), cx).is_pending();
                 if waits || out.len() >= room_until {
                     self.is_stalled |= waits;
                     return if waits { Poll::Pending } else { Poll::Ready(Ok(())) };

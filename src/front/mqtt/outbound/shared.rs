@@ -98,14 +98,16 @@ impl Outbound {
     ) -> Poll<Result<(), LogReadError>> {
         while let Some((slot, batch, place)) = self.groups.records.front() {
             let (slot, place) = (*slot, *place);
-            let room = self.session.flight_room(self.receive_maximum);
-            if room == 0 || out.len() >= room_until {
-                self.groups.pass_turns();
-                self.is_stalled |= room == 0;
-                // Pending waits for an acknowledgement. Ready without room in `out` ends the caller's loop.
-                return if room == 0 { Poll::Pending } else { Poll::Ready(Ok(())) };
-            }
             let record = batch.reader().read(place);
+            let bytes = Delivery::default().bytes_of(&record);
+            let waits = self.session.flight_room(self.receive_maximum) == 0
+                || self.room.poll(out.len(), bytes, cx).is_pending();
+            if waits || out.len() >= room_until {
+                self.groups.pass_turns();
+                self.is_stalled |= waits;
+                // Pending waits for an acknowledgement. Ready without room in `out` ends the caller's loop.
+                return if waits { Poll::Pending } else { Poll::Ready(Ok(())) };
+            }
             let subscription = self.session.subscriptions.get(slot as usize).and_then(Option::as_ref);
             let in_flight = Delivery::for_subscriptions(subscription.into_iter(), &record, 0).is_some_and(
                 |mut delivery| {
