@@ -72,6 +72,11 @@ impl IncarnationHistory {
         if is_next { newest + 1 } else { newest }
     }
 
+    /// The keys that an ended incarnation had.
+    pub fn keys_of(&self, incarnation: Incarnation) -> impl Iterator<Item = KeyId> {
+        self.keys.iter().filter(move |(_, of)| **of == incarnation).map(|(key, _)| *key)
+    }
+
     /// Whether an incarnation has ended.
     pub fn has_ended(&self, incarnation: Incarnation) -> bool {
         incarnation <= self.ended

@@ -136,6 +136,13 @@ impl WithheldSnapshot {
         self.0.is_none()
     }
 
+    /// Whether any record of this datasource may be withheld.
+    pub fn concerns(&self, datasource: &str) -> bool {
+        let may_withhold =
+            |set: &Arc<WithheldSet>| !set.rules.is_empty() || set.histories.contains_key(datasource);
+        self.0.as_ref().is_some_and(may_withhold)
+    }
+
     /// Whether the record is withheld: its key has leaked, or its datasource was deleted.
     pub fn withholds(&self, record: &RecordRef<'_>) -> bool {
         let Some(set) = &self.0 else { return false };

@@ -189,6 +189,20 @@ pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusql
     Ok(true)
 }
 
+/// Removes the origins of the keys of a purged incarnation, which no other records have.
+pub(super) fn purge_origins(
+    connection: &Connection,
+    keys: impl Iterator<Item = KeyId>,
+) -> rusqlite::Result<()> {
+    let transaction = connection.unchecked_transaction()?;
+    let mut remove = transaction.prepare_cached("DELETE FROM origins WHERE key_id = ?1")?;
+    for key in keys {
+        remove.execute([key.to_string()])?;
+    }
+    drop(remove);
+    transaction.commit()
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;

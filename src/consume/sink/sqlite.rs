@@ -186,6 +186,8 @@ impl SqliteSink {
                 break;
             }
         }
+        let keys = history.into_iter().flat_map(|history| history.keys_of(scope.of_scope().1));
+        incarnations::purge_origins(&self.connection, keys)?;
         self.connection.pragma_update(None, "secure_delete", false)?;
         // What was overwritten is in the write-ahead log until it is copied. A reader may prevent that for now.
         checkpoint(&self.connection).map(drop)

@@ -14,7 +14,7 @@ pub struct MatchedRecords {
     filters: HitFilters,
     next: usize,
     withheld: Arc<WithheldRules>,
-    /// The rules as of the last look, with a version that they have at least.
+    /// The rules as of the last look, with a version that they have at least; nothing, if they leave all of the batch.
     left_out: RefCell<(u64, WithheldSnapshot)>,
 }
 
@@ -98,10 +98,11 @@ impl MatchedRecords {
 
     /// How many records are left.
     pub fn remaining(&self) -> usize {
-        match self.left_out() {
-            left_out if left_out.is_nothing() => self.places.len() - self.next,
-            _ => std::iter::successors(self.next_given(self.next), |at| self.next_given(at + 1)).count(),
+        let leaves_all = self.left_out().is_nothing();
+        if leaves_all {
+            return self.places.len() - self.next;
         }
+        std::iter::successors(self.next_given(self.next), |at| self.next_given(at + 1)).count()
     }
 
     /// Whether any record is left.
@@ -113,7 +114,9 @@ impl MatchedRecords {
     fn left_out(&self) -> Ref<'_, WithheldSnapshot> {
         let version = self.withheld.version();
         if self.left_out.borrow().0 != version {
-            self.left_out.replace((version, self.withheld.now()));
+            let now = self.withheld.now();
+            let concerned = self.batch.sections().any(|section| now.concerns(section.datasource()));
+            self.left_out.replace((version, if concerned { now } else { WithheldSnapshot::default() }));
         }
         Ref::map(self.left_out.borrow(), |(_, left_out)| left_out)
     }

@@ -114,15 +114,12 @@ pub(super) async fn delete(
     {
         return delete_present(&shared, &caller, &present, purge, called).await;
     }
-    let id = DatasourceId::new(&id)?;
-    if !purge {
+    let id = match (DatasourceId::new(&id), present) {
         // It may have been deleted by an earlier call.
-        return match (undurable_deletion(&shared, &id), present) {
-            (Some(answer), _) => Ok(answer),
-            (None, Err(problem)) => Err(problem),
-            (None, Ok(_)) => Err(Problem::internal(&"a datasource that is there was not deleted")),
-        };
-    }
+        (Ok(id), Err(problem)) if !purge => return undurable_deletion(&shared, &id).ok_or(problem),
+        (Err(_), Err(problem)) => return Err(problem),
+        (id, _) => id?,
+    };
     caller.require_gateway_admin()?;
     let registry = shared.registry().clone();
     let ended = run_blocking(move || Ok(registry.ended_incarnations()?)).await?;

@@ -139,6 +139,8 @@ impl RetainedTable {
         first: Offset,
     ) -> rusqlite::Result<()> {
         self.connection.pragma_update(None, "synchronous", "FULL")?;
+        // What is left out is not to be found in the file either.
+        self.connection.pragma_update(None, "secure_delete", true)?;
         let version = self.withheld_version + changes.len() as u64;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let mut cursor = self.cursor;
@@ -166,6 +168,7 @@ impl RetainedTable {
         transaction.execute("UPDATE withheld SET version = ?1", [sql_offset(version)])?;
         let empty = is_empty(&transaction)?;
         transaction.commit()?;
+        self.connection.pragma_update(None, "secure_delete", false)?;
         (self.cursor, self.withheld_version, self.empty) = (cursor, version, empty);
         Ok(())
     }
