@@ -196,6 +196,10 @@ pub const HTTP_BODY_BYTES_LIMIT: usize = FRAME_PART_BYTES_MAX / 2;
 pub const SEGMENT_BYTES: u64 = 64 << 20;
 /// Bytes of a segment file allocated ahead of writing.
 pub const SEGMENT_ALLOCATE_BYTES: u64 = 8 << 20;
+/// What an idle log writes ahead at a time, in bytes: it delays a commit by less than a millisecond.
+pub const WRITE_AHEAD_BYTES: usize = 256 << 10;
+/// Room that an idle log leaves on the disk when it writes ahead, in bytes.
+pub const WRITE_AHEAD_FREE_BYTES_MIN: u64 = 1 << 30;
 /// Bytes of the log's newest part that every start verifies.
 pub const VERIFY_AT_START_BYTES: u64 = 512 << 20;
 /// If the clock goes back by at most this, records' times stand still until it catches up.

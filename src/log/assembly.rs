@@ -1,23 +1,21 @@
 //! An assembly: one batch while it is put together from the waiting submissions. It decides, section
 //! by section, which offset it gets, whether it was kept before, and whether its key is dead.
 
-use std::collections::HashMap;
-
 use super::SectionOutcome;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags};
 use super::once::{KeptRange, OnceId, put_release};
 use super::queue::WriterSubmission;
 use super::section::{Section, put_body};
-use super::window::DedupWindow;
+use super::window::{CommitIds, DedupWindow};
 use crate::limits::{BATCH_BYTES_MAX, CLOCK_SKEW_MICROS_MAX};
 use crate::message::{Offset, TimeMicros};
 
 /// A batch while it is put together.
 pub(super) struct Assembly<'a> {
     window: &'a DedupWindow,
-    /// Ids of this batch: what it keeps under each, `None` for a released one. The window learns of
-    /// them only when the batch is durable.
-    ids: HashMap<OnceId, Option<KeptRange>>,
+    /// Ids of this batch. The window expects them once the batch is written, and learns of them when it is
+    /// durable.
+    ids: CommitIds,
     /// The released ids, each with the number of sections before it.
     releases: Vec<(usize, OnceId)>,
     next_offset: Offset,
@@ -29,6 +27,7 @@ pub(super) struct Assembly<'a> {
 /// A commit that is ready to be written: a batch in one frame, or in several if it is large.
 pub(super) struct AssembledCommit {
     pub(super) frames: Vec<AssembledFrame>,
+    pub(super) ids: CommitIds,
     /// The newest `received_at` in it and before it.
     pub(super) time_max: TimeMicros,
 }
@@ -70,7 +69,7 @@ impl AssembledCommit {
     pub(super) fn seal(time_max: TimeMicros) -> Self {
         let mut frame = AssembledFrame::new(&[], &[]);
         frame.flags = FrameFlags::ONCE;
-        Self { frames: vec![frame], time_max }
+        Self { frames: vec![frame], ids: CommitIds::new(), time_max }
     }
 }
 
@@ -79,7 +78,7 @@ impl<'a> Assembly<'a> {
     pub(super) fn new(window: &'a DedupWindow, first_offset: Offset, time_max: TimeMicros) -> Self {
         Self {
             window,
-            ids: HashMap::new(),
+            ids: CommitIds::new(),
             releases: Vec::new(),
             next_offset: first_offset,
             time_max,
@@ -136,7 +135,7 @@ impl<'a> Assembly<'a> {
             true => vec![AssembledFrame::new(kept, &self.releases)],
             false => self.split(kept),
         };
-        Some(AssembledCommit { frames, time_max: self.time_max })
+        Some(AssembledCommit { frames, ids: self.ids, time_max: self.time_max })
     }
 
     /// Several frames of about the size of a batch. A section that is kept once stays whole.

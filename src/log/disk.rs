@@ -1,12 +1,14 @@
 //! The file operations of the log, behind a trait so that a test can make each of them fail
 //! at the worst moment.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::{io, mem};
 
 /// Makes, finds and removes segment files.
 pub(super) trait Disk: Send + Sync {
@@ -18,6 +20,8 @@ pub(super) trait Disk: Send + Sync {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Makes the directory's entries durable: files created and removed.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    /// What is free for this process on the disk with this directory, in bytes.
+    fn free_bytes(&self, dir: &Path) -> io::Result<u64>;
 }
 
 /// One open file of the log.
@@ -60,6 +64,16 @@ impl Disk for FileSystem {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         File::open(dir)?.sync_all()
+    }
+
+    fn free_bytes(&self, dir: &Path) -> io::Result<u64> {
+        let path = CString::new(dir.as_os_str().as_bytes())?;
+        // SAFETY: all zeros is a valid `statvfs`; the call reads `path` and writes `stat` while both live.
+        let (result, stat) = unsafe {
+            let mut stat: libc::statvfs = mem::zeroed();
+            (libc::statvfs(path.as_ptr(), &raw mut stat), stat)
+        };
+        if result == 0 { Ok(stat.f_bavail * stat.f_frsize) } else { Err(io::Error::last_os_error()) }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The embedded log: segments in the data directory, one writer, any number of readers.
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -11,17 +11,19 @@ use tokio::sync::oneshot;
 use tracing::error;
 
 use super::batch::Batch;
+use super::commit_thread::CommitThread;
 use super::disk::{Disk, FileSystem};
-use super::queue::{WriterQueue, WriterSubmission};
+use super::queue::{WRITER_THREADS, WriterQueue, WriterSubmission};
 use super::recovery::{LostRanges, damage_report, open_error, open_segments, recover};
 use super::retention::{Hold, Holds};
 use super::section::Section;
 use super::segment::{FrameError, LogGap, SeekOutcome, Segment};
 use super::spare::SpareSegments;
 use super::tail::Tail;
+use super::unsettled::UnsettledCommits;
 use super::window::DedupWindow;
 use super::withheld::WithheldRules;
-use super::writer::LogWriter;
+use super::writer::{LogWriter, WrittenEnd};
 use super::{
     AppendError, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit,
     log_trouble,
@@ -43,6 +45,7 @@ pub struct EmbeddedLog {
 /// The state that the writer and the readers share.
 pub(super) struct EmbeddedLogShared {
     pub(super) queue: WriterQueue,
+    pub(super) unsettled: UnsettledCommits,
     pub(super) tail: Tail,
     /// Called with each durable batch, before its submissions are answered.
     pub(super) listener: OnceLock<BatchListener>,
@@ -84,30 +87,35 @@ impl EmbeddedLogShared {
     }
 }
 
-/// A drop guard in the writer's thread: however the thread ends, every caller gets an answer.
+/// A drop guard in a commit thread: if the thread panics, every caller gets an answer.
 struct WriterExitGuard(Arc<EmbeddedLogShared>);
 
 impl Drop for WriterExitGuard {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            let failure = self.0.failure.get_or_init(|| "its writer panicked".into());
-            self.0.trouble.set(Some(AppendError::Failed(failure.clone()).to_string()));
+        if !std::thread::panicking() {
+            return;
         }
+        let failure = self.0.failure.get_or_init(|| "its writer panicked".into());
+        let error = AppendError::Failed(failure.clone());
+        self.0.trouble.set(Some(error.to_string()));
         self.0.queue.abandon();
+        for submission in self.0.unsettled.take_back(&self.0) {
+            submission.answer(Err(error.clone()));
+        }
     }
 }
 
 /// Ends the writer when the log is dropped.
 struct WriterCloser {
     shared: Arc<EmbeddedLogShared>,
-    writer: Mutex<Option<std::thread::JoinHandle<()>>>,
+    threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
 
 impl WriterCloser {
     fn close(&self) {
         self.shared.queue.close();
-        let writer = self.writer.lock().take();
-        if writer.is_some_and(|writer| writer.join().is_err()) {
+        let threads = std::mem::take(&mut *self.threads.lock());
+        if threads.into_iter().filter_map(|thread| thread.join().err()).count() > 0 {
             error!("the log's writer panicked");
         }
     }
@@ -174,6 +182,7 @@ impl EmbeddedLog {
         spares.sync_dir(&*disk, &dir)?;
         let shared = Arc::new(EmbeddedLogShared {
             queue: WriterQueue::default(),
+            unsettled: UnsettledCommits::default(),
             tail: Tail::new(recovered.next_offset),
             listener: OnceLock::new(),
             failure: OnceLock::new(),
@@ -191,24 +200,37 @@ impl EmbeddedLog {
         let writer = LogWriter {
             shared: shared.clone(),
             synced_end: current.end(),
+            sync_files: current.sync_files(&*disk)?,
             disk,
             dir,
             config: config.clone(),
+            written: WrittenEnd {
+                position: current.end(),
+                next_offset: recovered.next_offset,
+                time_max: recovered.time_max,
+            },
             current,
-            next_offset: recovered.next_offset,
-            time_max: recovered.time_max,
+            durable_time_max: recovered.time_max,
+            commit_number: 0,
+            unlearned: VecDeque::new(),
             window,
             must_roll: false,
             spares,
             unremovable: None,
             stay_s: dedup.dedup_window_s,
         };
-        let ended = WriterExitGuard(shared.clone());
-        let writer = std::thread::Builder::new().name("log".to_owned()).spawn(move || {
-            let _ended = ended;
-            writer.run();
-        })?;
-        let closer = Arc::new(WriterCloser { shared: shared.clone(), writer: Mutex::new(Some(writer)) });
+        let threads = Mutex::new(Vec::new());
+        let closer = Arc::new(WriterCloser { shared: shared.clone(), threads });
+        let writer = Arc::new(Mutex::new(writer));
+        for number in 0..WRITER_THREADS {
+            let thread = CommitThread { number, shared: shared.clone(), writer: writer.clone() };
+            let ended = WriterExitGuard(shared.clone());
+            let spawned = std::thread::Builder::new().name(format!("log-{number}")).spawn(move || {
+                let _ended = ended;
+                thread.run();
+            })?;
+            closer.threads.lock().push(spawned);
+        }
         Ok(Self { shared, closer })
     }
 

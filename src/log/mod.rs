@@ -2,8 +2,9 @@
 //! Headgate uses the [`Log`] trait, which has two implementations:
 //!
 //! - [`EmbeddedLog`]: files in the data directory, for one gateway. Intake [appends](Log::append)
-//!   sections; one writer thread drains all waiting sections into one batch, writes it, makes it durable
-//!   with one `fdatasync`, and answers every caller. Meanwhile the next batch gathers.
+//!   sections; a commit thread drains all waiting sections into one batch, writes it, makes it durable
+//!   with one `fdatasync`, and answers every caller. Meanwhile the next batch gathers, and when it is as large, a
+//!   second thread commits it.
 //! - [`JetstreamLog`]: a stream in NATS, for any number of gateways without a log of their own; see its
 //!   module.
 //!
@@ -16,7 +17,8 @@
 //! - An append that has resolved `Ok` is durable: on disk with `durability = "fsync"`, in the page
 //!   cache with `"os"`. Readers see only durable records.
 //! - The log skips a section with a known [`OnceId`] and answers with the offsets kept before. An
-//!   id becomes known when its section is durable: after a failed append it is still new. Only a loss of
+//!   id becomes known when its section is durable: after a failed append it is still new, and what comes under it
+//!   meanwhile waits for the outcome. Only a loss of
 //!   power, or a restart after [`AppendError::Failed`], may find that a failed append was kept whole. Ids are
 //!   in the log and so survive any end of the process: see `window.rs` for how long.
 //! - The log skips sections whose key has died when their batch is put together. Once the key's lease
@@ -32,7 +34,8 @@
 //!
 //! # After a crash
 //!
-//! Bytes behind the last whole frame are a write that was never acknowledged: they are cut off. A
+//! Bytes behind the last whole frame are a write that was never acknowledged: they are cut off. Of two commits under
+//! way the later one may be whole and the earlier one torn; it does not vouch for it, and both are cut off. A
 //! broken frame with one behind it that vouches for it is damage. The log reports its place and the lost
 //! offsets and does not open, unless `log.accept_corruption` tells it to
 //! go on without them. Every start reads the newest segments in full; older frames are
@@ -45,10 +48,12 @@
 //! twice is better than taking it for another and losing it.
 
 mod assembly;
+mod commit_thread;
 mod disk;
 mod embedded;
 mod jetstream;
 pub mod nats_message;
+mod priority;
 mod queue;
 mod recovery;
 mod retention;
@@ -58,6 +63,8 @@ mod spare;
 mod tail;
 #[cfg(test)]
 mod tests;
+mod unsettled;
+mod upkeep;
 mod window;
 mod withheld;
 mod writer;

@@ -1,4 +1,9 @@
-//! The queue in front of the writer: what callers want to append and release, in the order in which they came.
+//! The queue in front of the writer: what callers want to append and release, in the order in which they came,
+//! and whose turn it is to commit it.
+//!
+//! Each of the writer's threads takes a turn: it takes what waits, writes it, syncs it, and answers. Two turns may be
+//! under way. The second one begins when the first takes long and as much waits as that has taken, so that load
+//! makes commits larger and not more of them.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -38,67 +43,206 @@ impl WriterSubmission {
     }
 }
 
-/// Submissions that wait for the writer.
+/// For how long a turn is under way before a second one may begin. A fast disk is done by then, and more and
+/// smaller commits cost more processor than they save time.
+const SECOND_TURN_AFTER: Duration = Duration::from_millis(1);
+/// Threads that commit, and so turns at once.
+pub(super) const WRITER_THREADS: usize = 2;
+
+/// Submissions that wait for the writer, and its turns.
 #[derive(Default)]
 pub(super) struct WriterQueue {
     state: Mutex<WriterQueueState>,
-    ready: Condvar,
+    /// For each thread: there is something for it to do.
+    due: [Condvar; WRITER_THREADS],
+    /// A turn has ended.
+    turn_ended: Condvar,
 }
 
 #[derive(Default)]
 struct WriterQueueState {
     submissions: VecDeque<WriterSubmission>,
+    /// Weight of the submissions, in bytes.
+    weight: usize,
     closed: bool,
+    /// A thread has panicked, maybe in a turn, which then never ends.
+    is_abandoned: bool,
+    /// Which threads wait for something to do.
+    is_idle: [bool; WRITER_THREADS],
+    /// Turns under way.
+    turns: usize,
+    /// When the newest one began.
+    turn_began: Option<Instant>,
+    /// What they have taken, in bytes.
+    taken_weight: usize,
+}
+
+/// What a thread of the writer is to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WriterDuty {
+    /// Submissions wait.
+    Commit,
+    /// Nothing came for as long as it was to wait.
+    Upkeep,
+    /// The queue is closed and empty.
+    End,
+}
+
+/// Whether a turn that began then takes long enough that a second one pays.
+fn is_long_ago(began: Instant) -> bool {
+    began.elapsed() >= SECOND_TURN_AFTER
+}
+
+impl WriterQueueState {
+    /// Whether a turn may begin.
+    fn is_due(&self) -> bool {
+        match self.turns {
+            _ if self.submissions.is_empty() => false,
+            0 => true,
+            1 => self.weight >= self.taken_weight && self.turn_began.is_some_and(is_long_ago),
+            _ => false,
+        }
+    }
+
+    /// A thread that waits, if a turn may begin. The first one that waits is asked first: its caches are warm.
+    fn wakes(&mut self) -> Option<usize> {
+        let idle = self.is_due().then(|| self.is_idle.iter().position(|is_idle| *is_idle)).flatten()?;
+        self.is_idle[idle] = false;
+        Some(idle)
+    }
+
+    /// Moves submissions to `group` until that has the size of a batch. Returns the weight of what it moved.
+    fn move_to(&mut self, group: &mut Vec<WriterSubmission>) -> usize {
+        let before: usize = group.iter().map(WriterSubmission::weight).sum();
+        let mut weight = before;
+        while let Some(submission) = self.submissions.front() {
+            let more = submission.weight();
+            if weight > 0 && weight + more > BATCH_BYTES_MAX {
+                break;
+            }
+            weight += more;
+            group.extend(self.submissions.pop_front());
+        }
+        self.weight -= weight - before;
+        weight - before
+    }
 }
 
 impl WriterQueue {
     /// Adds a submission, or answers it at once if the queue is closed.
     pub(super) fn push(&self, submission: WriterSubmission) {
+        let weight = submission.weight();
         let mut waiting = self.locked();
         if waiting.closed {
             drop(waiting);
             return submission.answer(Err(AppendError::Closed));
         }
         waiting.submissions.push_back(submission);
-        let first = waiting.submissions.len() == 1;
+        waiting.weight += weight;
+        let wakes = waiting.wakes();
         drop(waiting);
-        if first {
-            self.ready.notify_one();
-        }
+        self.wake(wakes);
     }
 
     /// Closes the queue; the writer ends once it has committed what waits.
     pub(super) fn close(&self) {
         self.locked().closed = true;
-        self.ready.notify_one();
+        self.wake_all();
+    }
+
+    /// Whether the queue is closed and empty.
+    pub(super) fn is_at_end(&self) -> bool {
+        let waiting = self.locked();
+        waiting.closed && waiting.submissions.is_empty()
     }
 
     /// Closes the queue and answers every submission in it: there is no writer any more.
     pub(super) fn abandon(&self) {
         let left = {
             let mut waiting = self.locked();
-            waiting.closed = true;
+            (waiting.closed, waiting.is_abandoned, waiting.weight) = (true, true, 0);
             std::mem::take(&mut waiting.submissions)
         };
+        self.wake_all();
+        self.turn_ended.notify_all();
         left.into_iter().for_each(|submission| submission.answer(Err(AppendError::Closed)));
     }
 
-    /// Moves waiting submissions to `group`, up to the size of a batch; waits up to `wait` if there are
-    /// none. Returns whether the queue is closed and empty.
-    pub(super) fn take(&self, group: &mut Vec<WriterSubmission>, wait: Duration) -> bool {
+    /// Waits until the thread with this number has something to do; with `upkeep_after`, at most that long.
+    pub(super) fn wait_for_duty(&self, thread: usize, upkeep_after: Option<Duration>) -> WriterDuty {
+        let deadline = upkeep_after.map(|after| Instant::now() + after);
         let mut waiting = self.locked();
-        if waiting.submissions.is_empty() && !waiting.closed {
-            self.ready.wait_for(&mut waiting, wait);
-        }
-        let mut weight: usize = group.iter().map(WriterSubmission::weight).sum();
-        while let Some(submission) = waiting.submissions.front() {
-            if weight > 0 && weight + submission.weight() > BATCH_BYTES_MAX {
-                break;
+        loop {
+            if waiting.is_due() {
+                return WriterDuty::Commit;
             }
-            weight += submission.weight();
-            group.extend(waiting.submissions.pop_front());
+            if waiting.closed && waiting.submissions.is_empty() {
+                return WriterDuty::End;
+            }
+            waiting.is_idle[thread] = true;
+            let is_over = match deadline {
+                Some(deadline) => self.due[thread].wait_until(&mut waiting, deadline).timed_out(),
+                None => {
+                    self.due[thread].wait(&mut waiting);
+                    false
+                }
+            };
+            waiting.is_idle[thread] = false;
+            if is_over && !waiting.is_due() {
+                return WriterDuty::Upkeep;
+            }
         }
-        waiting.closed && waiting.submissions.is_empty()
+    }
+
+    /// Begins a turn and moves waiting submissions to `group`, up to the size of a batch, if it is due. Returns
+    /// their weight, with which [`WriterQueue::end_turn`] is to be called. Turns begin one after the other.
+    pub(super) fn begin_turn(&self, group: &mut Vec<WriterSubmission>) -> Option<usize> {
+        let mut waiting = self.locked();
+        if !waiting.is_due() {
+            return None;
+        }
+        let weight = waiting.move_to(group);
+        waiting.turns += 1;
+        waiting.turn_began = Some(Instant::now());
+        waiting.taken_weight += weight;
+        let wakes = waiting.wakes();
+        drop(waiting);
+        self.wake(wakes);
+        Some(weight)
+    }
+
+    /// Begins a turn without submissions, to [`WriterQueue::wait_alone`] in.
+    pub(super) fn begin_empty_turn(&self) -> usize {
+        self.locked().turns += 1;
+        0
+    }
+
+    /// Ends a turn.
+    pub(super) fn end_turn(&self, weight: usize) {
+        let mut waiting = self.locked();
+        waiting.turns -= 1;
+        waiting.taken_weight -= weight;
+        let (wakes, closed) = (waiting.wakes(), waiting.closed);
+        drop(waiting);
+        self.turn_ended.notify_all();
+        self.wake(wakes);
+        if closed {
+            // A thread that waits may be at the end now.
+            self.wake_all();
+        }
+    }
+
+    /// Waits, in a turn, until it is the only one. No other may begin meanwhile.
+    pub(super) fn wait_alone(&self) {
+        let mut waiting = self.locked();
+        while waiting.turns > 1 && !waiting.is_abandoned {
+            self.turn_ended.wait(&mut waiting);
+        }
+    }
+
+    /// Moves waiting submissions to `group`, up to the size of a batch.
+    pub(super) fn take_more(&self, group: &mut Vec<WriterSubmission>) {
+        self.locked().move_to(group);
     }
 
     /// Takes out the submissions whose time to give up has come.
@@ -110,7 +254,18 @@ impl WriterQueue {
         let all = std::mem::take(&mut waiting.submissions);
         let (expired, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(|s| s.give_up_at <= now);
         waiting.submissions = kept.into();
+        waiting.weight = waiting.submissions.iter().map(WriterSubmission::weight).sum();
         expired
+    }
+
+    fn wake(&self, thread: Option<usize>) {
+        if let Some(thread) = thread {
+            self.due[thread].notify_one();
+        }
+    }
+
+    fn wake_all(&self) {
+        self.due.iter().for_each(|due| _ = due.notify_one());
     }
 
     fn locked(&self) -> MutexGuard<'_, WriterQueueState> {

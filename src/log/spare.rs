@@ -2,6 +2,8 @@
 //! that was written before costs little more than half of one of a block that was only reserved, because
 //! the file system need not note that it is written now.
 //!
+//! A young log has nothing to recycle: its spare segments are written ahead, with zeros, while it is idle.
+//!
 //! A frame of an earlier life of the file is never taken for a new one: each life has a secret of its own.
 
 use std::io;
@@ -99,6 +101,32 @@ impl SpareSegments {
         Ok(())
     }
 
+    /// Writes ahead, durably: `zeros` more of a spare segment of `bytes_max`, which is made if there is none to go on
+    /// with. Returns whether there was anything to do.
+    pub(super) fn write_ahead(
+        &mut self,
+        disk: &dyn Disk,
+        dir: &Path,
+        zeros: &[u8],
+        bytes_max: u64,
+    ) -> io::Result<bool> {
+        let step_bytes = zeros.len() as u64;
+        // A recycled one is shorter by what did not fit.
+        let is_short = |spare: &SpareSegment| spare.former.is_none() && spare.bytes + step_bytes <= bytes_max;
+        if !self.files.iter().any(is_short) {
+            if !self.has_room() {
+                return Ok(false);
+            }
+            self.files.push(SpareSegment::create(disk, dir)?);
+            self.is_dir_unsynced = true;
+        }
+        let Some(spare) = self.files.iter_mut().find(|spare| is_short(spare)) else { return Ok(false) };
+        spare.file.write_all_at(zeros, spare.bytes)?;
+        spare.file.sync_data()?;
+        spare.bytes += step_bytes;
+        Ok(true)
+    }
+
     /// Gives the room of one back.
     pub(super) fn give_back(&mut self, disk: &dyn Disk) {
         if let Some(spare) = self.files.pop()
@@ -137,6 +165,19 @@ impl SpareSegments {
 }
 
 impl SpareSegment {
+    /// An empty one. No segment ever had its name.
+    fn create(disk: &dyn Disk, dir: &Path) -> io::Result<Self> {
+        let name = |nth: u64| Segment::path_of(dir, Offset::MAX - nth).with_extension("spare");
+        let mut names = (0..=SPARE_SEGMENTS_MAX as u64).map(name);
+        loop {
+            let Some(path) = names.next() else { return Err(io::ErrorKind::AlreadyExists.into()) };
+            match disk.open(&path, true) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => return Ok(Self { path, file: made?, bytes: 0, former: None }),
+            }
+        }
+    }
+
     /// Whether no reader is left in it. None can come: it is not in the log.
     fn is_free(&self) -> bool {
         self.former.as_ref().is_none_or(|former| Arc::strong_count(former) == 1)
@@ -163,7 +204,7 @@ mod tests {
         spares.keep(&FileSystem, unread).expect("kept");
         assert!(spares.next_bytes() > 0 && !spares.has_room());
         let over = spares.create(&FileSystem, dir.path(), 30).expect("made");
-        assert!(!over.has_frames() && over.is_newest_version());
+        assert!(over.is_begin(over.end()) && over.is_newest_version());
         assert!(spares.has_room() && !spares.is_empty());
 
         let mut found = SpareSegments::find(&FileSystem, dir.path()).expect("found");
@@ -171,6 +212,30 @@ mod tests {
         found.create(&FileSystem, dir.path(), 40).expect("made");
         assert!(found.is_empty() && Segment::path_of(dir.path(), 40).exists());
         drop(read);
+    }
+
+    #[test]
+    fn a_young_log_has_its_spares_written_ahead_and_a_restart_goes_on_with_them() {
+        let dir = TempDir::new().expect("temporary directory");
+        let mut spares = SpareSegments::default();
+        let (zeros, bytes_max) = (vec![0; 4096], 10_000);
+        let ahead =
+            |spares: &mut SpareSegments| spares.write_ahead(&FileSystem, dir.path(), &zeros, bytes_max);
+        assert!(ahead(&mut spares).expect("written"));
+        let mut spares = SpareSegments::find(&FileSystem, dir.path()).expect("found");
+        assert_eq!(spares.bytes(), 4096);
+        for _ in 1..4 {
+            assert!(ahead(&mut spares).expect("written"));
+        }
+        assert!(
+            !ahead(&mut spares).expect("nothing to do"),
+            "as many as there may be, as large as they may be"
+        );
+        assert_eq!(spares.bytes(), 4 * 4096);
+        let first = spares.create(&FileSystem, dir.path(), 20).expect("made");
+        assert_eq!((first.disk_bytes(), spares.bytes()), (8192, 8192));
+        assert!(ahead(&mut spares).expect("written"), "another one in its place");
+        assert_eq!(spares.bytes(), 3 * 4096);
     }
 
     #[test]

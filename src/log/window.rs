@@ -1,6 +1,7 @@
 //! The window: the once ids that are known now. The writer asks it before it keeps a section with
 //! ids, and updates it only after the batch is durable. So the window always agrees with the frames
-//! on disk and can be rebuilt from them.
+//! on disk and can be rebuilt from them. Beside it stand the ids of the commits that are written and not yet
+//! durable: a section with one of them waits for their outcome.
 //!
 //! A message id leaves when it is too old or there are too many. The id of a QoS 2 exchange leaves when
 //! it is released or, if the client never comes back, after much longer. An id takes about 50
@@ -14,6 +15,7 @@
 //! A restart forgets the ids of segments that retention has removed. This concerns a log whose
 //! `log.retention_bytes` is too small for the records of one window.
 
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -31,10 +33,15 @@ use crate::message::{TimeMicros, now_micros};
 /// The least time between two warnings about evicted ids.
 const EVICTION_WARN_INTERVAL: Duration = Duration::from_secs(60);
 
+/// The ids of a commit: what it keeps under each, `None` for a released one.
+pub(super) type CommitIds = HashMap<OnceId, Option<KeptRange>>;
+
 /// The known ids.
 pub(super) struct DedupWindow {
     messages: Shelf,
     exchanges: Shelf,
+    /// The ids of commits that are not yet durable, oldest first, and how many message ids each keeps.
+    expected: VecDeque<(CommitIds, u64)>,
     clock: WindowClock,
     /// How many message ids have ever entered.
     entered: u64,
@@ -52,6 +59,7 @@ impl DedupWindow {
         Self {
             messages: Shelf::new(Duration::from_secs(dedup.dedup_window_s), dedup.dedup_ids_max),
             exchanges: Shelf::new(EXCHANGE_AGE_MAX, exchanges_max),
+            expected: VecDeque::new(),
             clock: WindowClock::new(),
             entered: 0,
             evicted: Arc::default(),
@@ -111,12 +119,24 @@ impl DedupWindow {
 
     /// The stamp of a frame written now.
     pub(super) fn stamp(&self) -> WindowStamp {
-        WindowStamp { entered: self.entered, clock: self.clock.now(), wall: now_micros() }
+        let expected: u64 = self.expected.iter().map(|(_, message_ids)| message_ids).sum();
+        WindowStamp { entered: self.entered + expected, clock: self.clock.now(), wall: now_micros() }
     }
 
-    /// Updates the window from a frame that has just become durable.
-    pub(super) fn learn(&mut self, batch: &Batch) {
-        let evicted = self.replay(batch);
+    /// Adds the ids of a commit that was written: see [`DedupWindow::learn`].
+    pub(super) fn expect(&mut self, ids: CommitIds, message_ids: u64) {
+        self.expected.push_back((ids, message_ids));
+    }
+
+    /// Forgets what was expected: those commits have failed.
+    pub(super) fn expect_nothing(&mut self) {
+        self.expected.clear();
+    }
+
+    /// Updates the window from the frames of the oldest commit that was expected, which is durable now.
+    pub(super) fn learn<'a>(&mut self, batches: impl Iterator<Item = &'a Batch>) {
+        self.expected.pop_front();
+        let evicted = batches.map(|batch| self.replay(batch)).sum();
         self.report(evicted);
     }
 
@@ -149,8 +169,11 @@ impl DedupWindow {
         self.trim(once.stamp)
     }
 
-    /// The records kept under an id, if it is known.
+    /// The records kept under an id, if it is known or expected.
     pub(super) fn get(&self, id: OnceId) -> Option<KeptRange> {
+        if let Some(expected) = self.expected.iter().rev().find_map(|(ids, _)| ids.get(&id)) {
+            return *expected;
+        }
         let shelf = if id.is_exchange() { &self.exchanges } else { &self.messages };
         shelf.get(id).map(|entry| entry.kept)
     }

@@ -1,39 +1,39 @@
-//! The writer: one thread that owns the end of the log. It drains all waiting submissions into one
-//! batch, makes it durable, and answers each of them.
+//! The writer: the end of the log, which its threads (`commit_thread.rs`) hold one after the other. It puts all
+//! waiting submissions together to one commit and writes that, while the sync of the one before it may be
+//! under way. What is done beside that is in `upkeep.rs`.
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::assembly::{AssembledCommit, AssembledFrame, Assembly};
 use super::batch::Batch;
-use super::disk::Disk;
+use super::disk::{Disk, SegmentFile};
 use super::embedded::EmbeddedLogShared;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags, FrameHeader};
 use super::once::{OncePart, WindowStamp};
-use super::queue::WriterSubmission;
+use super::queue::{WRITER_THREADS, WriterSubmission};
 use super::section::Section;
 use super::segment::Segment;
 use super::spare::SpareSegments;
+use super::unsettled::{DecidedGroup, UnsettledCommit};
 use super::window::DedupWindow;
-use super::{AppendError, CommitOutcome, SectionOutcome, retention};
+use super::{AppendError, CommitOutcome, SectionOutcome};
 use crate::config::{self, Durability};
 use crate::limits::SEGMENT_ALLOCATE_BYTES;
-use crate::message::{Offset, TimeMicros, now_micros};
+use crate::message::{Offset, TimeMicros};
 
 /// The pause before a failed append is tried again.
-const LOG_WRITE_RETRY_PAUSE: Duration = Duration::from_millis(50);
-/// How often the writer runs retention when nothing is appended.
-const WRITER_IDLE_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const LOG_WRITE_RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// The largest size of a once part without releases and open exchanges.
 const ONCE_PART_BYTES_MAX: usize = 48;
 
-/// The state of the writer's thread.
+/// The end of the log.
 pub(super) struct LogWriter {
     pub(super) shared: Arc<EmbeddedLogShared>,
     pub(super) disk: Box<dyn Disk>,
@@ -41,9 +41,17 @@ pub(super) struct LogWriter {
     pub(super) config: config::LogConfig,
     /// The segment that receives new frames.
     pub(super) current: Arc<Segment>,
-    pub(super) next_offset: Offset,
-    /// The newest `received_at` so far.
-    pub(super) time_max: TimeMicros,
+    /// For each thread a descriptor of its own of the current segment: the kernel reports a page that could
+    /// not be written once per descriptor, so on a common one a sync could succeed because another failed.
+    pub(super) sync_files: [Arc<dyn SegmentFile>; WRITER_THREADS],
+    /// The end of what is written, durable or not.
+    pub(super) written: WrittenEnd,
+    /// The newest `received_at` of what is durable.
+    pub(super) durable_time_max: TimeMicros,
+    /// The number of the last commit.
+    pub(super) commit_number: u64,
+    /// The batches of commits that the window has not learned yet.
+    pub(super) unlearned: VecDeque<UnlearnedCommit>,
     /// The known ids.
     pub(super) window: DedupWindow,
     /// The next segment may be there, half made: a start may find it, so the current one must not grow past
@@ -56,99 +64,129 @@ pub(super) struct LogWriter {
     /// The segment that retention could not remove, so that it is reported once.
     pub(super) unremovable: Option<Offset>,
     /// The least age of a segment that retention may remove, so that the window can be rebuilt: see
-    /// [`retention`].
+    /// [`retention`](super::retention).
     pub(super) stay_s: u64,
 }
 
-impl LogWriter {
-    /// Writes until the queue is closed and empty.
-    pub(super) fn run(mut self) {
-        let mut group = Vec::new();
-        let mut stalled = false;
-        loop {
-            let wait = if stalled { LOG_WRITE_RETRY_PAUSE } else { WRITER_IDLE_INTERVAL };
-            let closed = self.shared.queue.take(&mut group, wait);
-            if group.is_empty() {
-                if closed {
-                    break;
-                }
-                stalled = self.maintain().is_err();
-                continue;
-            }
-            match self.commit(&mut group) {
-                Ok(all) => {
-                    self.shared.trouble.set(None);
-                    stalled = false;
-                    for (submission, outcomes) in group.drain(..).zip(all) {
-                        submission.answer(Ok(CommitOutcome { outcomes }));
-                    }
-                }
-                Err(error) => {
-                    if matches!(error, AppendError::DiskFull) {
-                        self.give_back_spare();
-                    }
-                    self.shared.trouble.set(Some(error.to_string()));
-                    self.give_up(&error, &mut group, closed);
-                    stalled = true;
-                    std::thread::sleep(LOG_WRITE_RETRY_PAUSE);
-                }
-            }
-        }
-        self.seal();
-    }
+/// Where the log ends.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WrittenEnd {
+    /// Behind the last frame of the current segment.
+    pub(super) position: u64,
+    pub(super) next_offset: Offset,
+    /// The newest `received_at` so far.
+    pub(super) time_max: TimeMicros,
+}
 
-    /// Puts one batch together from `group` and makes it durable. Returns, per submission, the outcomes
-    /// of its sections.
-    fn commit(&mut self, group: &mut [WriterSubmission]) -> Result<Vec<Vec<SectionOutcome>>, AppendError> {
+/// What the window learns once a commit is durable.
+pub(super) struct UnlearnedCommit {
+    number: u64,
+    batches: Vec<Batch>,
+    time_max: TimeMicros,
+}
+
+/// A commit that was written and is to be synced.
+pub(super) struct WrittenCommit {
+    pub(super) number: u64,
+    segment: Arc<Segment>,
+    /// `None` if the configuration does not want it synced.
+    file: Option<Arc<dyn SegmentFile>>,
+}
+
+impl WrittenCommit {
+    /// Makes the commit durable, as far as the configuration wants that.
+    pub(super) fn sync(&self, shared: &EmbeddedLogShared) -> Result<(), AppendError> {
+        let synced = self.file.as_ref().map_or(Ok(()), |file| file.sync_data());
+        synced.map_err(|error| shared.write_error(&self.segment, error))
+    }
+}
+
+impl LogWriter {
+    /// Puts one commit together from `group` and writes it. `None` if there is nothing to sync: then the group is
+    /// answered behind what was written before. What fails leaves the group as it was.
+    pub(super) fn commit(
+        &mut self,
+        thread: usize,
+        group: &mut Vec<WriterSubmission>,
+    ) -> Result<Option<WrittenCommit>, AppendError> {
         if let Some(failure) = self.shared.failure.get() {
             return Err(AppendError::Failed(failure.clone()));
         }
+        self.learn_durable();
         let stamp = self.window.stamp();
         self.window.expire(stamp);
-        let mut assembly = Assembly::new(&self.window, self.next_offset, self.time_max);
+        let mut assembly = Assembly::new(&self.window, self.written.next_offset, self.written.time_max);
         let outcomes: Vec<_> = group.iter_mut().map(|submission| assembly.take(submission)).collect();
         let sections =
             group.iter().flat_map(|submission| &submission.sections).zip(outcomes.iter().flatten());
         let kept = sections.filter(|(_, outcome)| matches!(outcome, SectionOutcome::Kept(_)));
         let kept: Vec<&Section> = kept.map(|(section, _)| section).collect();
-        let Some(assembled) = assembly.finish(&kept) else { return Ok(outcomes) };
-        let time_max = assembled.time_max;
-        let batches = self.write(assembled, stamp)?;
-        self.time_max = time_max;
-        for batch in batches {
-            self.next_offset = batch.next_offset();
-            self.window.learn(&batch);
-            if batch.next_offset() > batch.first_offset() {
-                self.shared.tail.push(batch.clone());
-                if let Some(listener) = self.shared.listener.get() {
-                    listener(&batch);
-                }
-            }
-        }
-        Ok(outcomes)
+        let Some(assembled) = assembly.finish(&kept) else {
+            let submissions = std::mem::take(group);
+            self.shared.unsettled.answer_behind(DecidedGroup { submissions, outcomes });
+            return Ok(None);
+        };
+        self.write(assembled, stamp, group, outcomes)?;
+        let file = match self.config.durability {
+            Durability::Fsync => Some(self.sync_files[thread].clone()),
+            Durability::Os => None,
+        };
+        Ok(Some(WrittenCommit { number: self.commit_number, segment: self.current.clone(), file }))
     }
 
-    /// Completes the frames of a commit, writes them (to a new segment if they do not fit), and makes
-    /// them durable together.
-    fn write(&mut self, commit: AssembledCommit, mut stamp: WindowStamp) -> Result<Vec<Batch>, AppendError> {
-        let AssembledCommit { mut frames, time_max } = commit;
+    /// Writes a commit (to a new segment if it does not fit), which makes it unsettled.
+    fn write(
+        &mut self,
+        commit: AssembledCommit,
+        stamp: WindowStamp,
+        group: &mut Vec<WriterSubmission>,
+        outcomes: Vec<Vec<SectionOutcome>>,
+    ) -> Result<(), AppendError> {
+        let AssembledCommit { mut frames, ids, time_max } = commit;
         let frame_bytes =
             |frame: &AssembledFrame| frame.bytes.len() + frame.releases.len() + ONCE_PART_BYTES_MAX;
         let bytes_max = frames.iter().map(frame_bytes).sum::<usize>() as u64;
         // A segment is named by its first offset, so one without records can have no successor.
-        let may_end = self.current.has_frames() && self.next_offset > self.current.first_offset;
-        if may_end && (self.must_roll || self.current.end() + bytes_max > self.config.segment_bytes) {
-            self.roll(self.next_offset)?;
+        let may_end = self.written.next_offset > self.current.first_offset;
+        if may_end && (self.must_roll || self.written.position + bytes_max > self.config.segment_bytes) {
+            self.roll()?;
         }
-        let mut open = (!self.current.has_frames()).then(|| self.window.open());
+        self.write_frames(&mut frames, stamp, time_max)?;
+        let message_ids = frames.iter().map(|frame| frame.message_ids).sum();
+        let frames: Vec<_> = frames.into_iter().map(|frame| self.pass(frame)).collect();
+        self.written.time_max = time_max;
+        self.window.expect(ids, message_ids);
+        self.commit_number += 1;
+        let batches = frames.iter().map(|(batch, _)| batch.clone()).collect();
+        self.unlearned.push_back(UnlearnedCommit { number: self.commit_number, batches, time_max });
+        self.shared.unsettled.push(UnsettledCommit {
+            number: self.commit_number,
+            segment: self.current.clone(),
+            frames,
+            time_max,
+            group: DecidedGroup { submissions: std::mem::take(group), outcomes },
+            followers: Vec::new(),
+        });
+        Ok(())
+    }
+
+    /// Completes the frames of a commit and writes them.
+    fn write_frames(
+        &self,
+        frames: &mut [AssembledFrame],
+        mut stamp: WindowStamp,
+        time_max: TimeMicros,
+    ) -> Result<(), AppendError> {
+        let WrittenEnd { mut position, next_offset: mut offset, .. } = self.written;
+        let mut open = self.current.is_begin(position).then(|| self.window.open());
         let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
-        let (end, write_number) = (self.current.end(), self.current.next_write_number());
+        let write_number = self.current.next_write_number();
         // Frames must not vouch for what a loss of power may take without damage.
         let settled_position = match self.config.durability {
-            Durability::Fsync => end,
+            Durability::Fsync => self.current.end(),
             Durability::Os => self.synced_end,
         };
-        let (mut position, mut offset, last) = (end, self.next_offset, frames.len() - 1);
+        let last = frames.len() - 1;
         for (nth, frame) in frames.iter_mut().enumerate() {
             let open = open.take();
             if open.is_some() || frame.flags.contains(FrameFlags::ONCE) {
@@ -164,128 +202,86 @@ impl LogWriter {
             position += frame.bytes.len() as u64;
             offset += u64::from(frame.records);
         }
-        if self.config.durability == Durability::Fsync {
-            // A sync that failed for want of something is tried again with the write, whose pages the
-            // kernel may have given up.
-            self.current.sync().map_err(|e| self.write_error(e))?;
-        }
-        let mut first_offset = self.next_offset;
-        let settled = |frame: AssembledFrame| {
-            self.current.advance(frame.bytes.len() as u64, first_offset, time_max);
-            let body = Bytes::from(frame.bytes).slice(FRAME_HEADER_BYTES..);
-            let batch = Batch::encoded(frame.flags, first_offset, frame.records, body);
-            first_offset = batch.next_offset();
-            batch
-        };
-        Ok(frames.into_iter().map(settled).collect())
-    }
-
-    /// Ends the current segment and begins the next one at `first_offset`.
-    fn roll(&mut self, first_offset: Offset) -> Result<(), AppendError> {
-        // Preallocated room must not count against the budget.
-        self.current.trim().map_err(|e| self.write_error(e))?;
-        self.make_room(self.config.segment_bytes)?;
-        if self.config.durability == Durability::Os {
-            // So that a power failure can damage the newest segment only.
-            self.current.sync().map_err(|e| self.write_error(e))?;
-        }
-        self.must_roll = true;
-        let segment =
-            self.spares.create(&*self.disk, &self.dir, first_offset).map_err(|e| self.write_error(e));
-        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
-        let segment = segment?;
-        self.must_roll = false;
-        self.synced_end = segment.end();
-        self.current = Arc::new(segment);
-        self.shared.segments_mut().insert(first_offset, self.current.clone());
         Ok(())
     }
 
-    /// Removes the segments that retention allows, and fails if `incoming_bytes` still do not fit. A spare
-    /// segment takes no more room when it becomes one of the log.
-    fn make_room(&mut self, incoming_bytes: u64) -> Result<(), AppendError> {
-        self.give_back_spares_over_budget(incoming_bytes);
-        let removable: Vec<_> = {
-            let segments = self.shared.segments();
-            let held = self.shared.holds.lowest();
-            let (config, stay_s, now) = (&self.config, self.stay_s, now_micros());
-            let incoming_bytes = self.spares.bytes() + self.beside_spare(incoming_bytes);
-            let count = retention::removable(&segments, config, stay_s, held, now, incoming_bytes);
-            segments.values().take(count).cloned().collect()
+    /// Moves the end behind a frame that was written. Returns its batch, and its size in bytes.
+    fn pass(&mut self, frame: AssembledFrame) -> (Batch, u64) {
+        let frame_bytes = frame.bytes.len() as u64;
+        let body = Bytes::from(frame.bytes).slice(FRAME_HEADER_BYTES..);
+        let batch = Batch::encoded(frame.flags, self.written.next_offset, frame.records, body);
+        self.written.position += frame_bytes;
+        self.written.next_offset = batch.next_offset();
+        (batch, frame_bytes)
+    }
+
+    /// Tells the window of the commits that have become durable.
+    pub(super) fn learn_durable(&mut self) {
+        let durable_number = self.shared.unsettled.durable_number();
+        while let Some(commit) = self.unlearned.pop_front_if(|commit| commit.number <= durable_number) {
+            self.window.learn(commit.batches.iter());
+            self.durable_time_max = commit.time_max;
+        }
+    }
+
+    /// Waits until what was written is settled or has failed. Call it in a turn.
+    pub(super) fn wait_settled(&self) -> Result<(), AppendError> {
+        self.shared.queue.wait_alone();
+        self.shared.unsettled.settle(&self.shared);
+        self.shared.unsettled.failure().map_or(Ok(()), Err)
+    }
+
+    /// Goes back to the end of what is durable. Returns the submissions of what is not, in order. Call it in the
+    /// only turn.
+    fn take_back(&mut self) -> Vec<WriterSubmission> {
+        let taken_back = self.shared.unsettled.take_back(&self.shared);
+        self.learn_durable();
+        self.unlearned.clear();
+        self.window.expect_nothing();
+        self.written = WrittenEnd {
+            position: self.current.end(),
+            next_offset: self.shared.tail.next_offset(),
+            time_max: self.durable_time_max,
         };
-        for segment in removable {
-            // One after the other, durably: a segment that stays while a later one is gone would be a gap,
-            // which the next start would take for damage.
-            let has_budget = self.shared.disk_bytes() + incoming_bytes <= self.config.retention_bytes;
-            let keeps = self.spares.is_empty() || self.spares.has_room() && has_budget;
-            let removed = match keeps {
-                true => self.spares.keep(&*self.disk, segment.clone()),
-                false => self.disk.remove(segment.path()),
-            };
-            if let Err(error) = removed {
-                if self.unremovable.replace(segment.first_offset) != Some(segment.first_offset) {
-                    warn!(%error, path = %segment.path().display(), "retention cannot remove a segment");
-                }
-                break;
+        taken_back
+    }
+
+    /// Waits out an error: writes what has failed, and `group` behind it, again and again until that succeeds
+    /// or nobody waits for it any more. What else is under way ends first, and nothing else begins. Call it
+    /// in a turn.
+    pub(super) fn wait_out(&mut self, mut error: AppendError, group: Vec<WriterSubmission>) {
+        self.shared.queue.wait_alone();
+        let mut waiting = self.take_back();
+        waiting.extend(group);
+        loop {
+            if matches!(error, AppendError::DiskFull) {
+                self.give_back_spare();
             }
-            let first_offset = segment.first_offset;
-            self.shared.segments_mut().remove(&first_offset);
-            self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
-            info!(first_offset, bytes = segment.disk_bytes(), "retention removed a segment");
-            if self.spares.sync_dir(&*self.disk, &self.dir).is_err() {
-                break;
+            self.shared.trouble.set(Some(error.to_string()));
+            self.give_up(&error, &mut waiting, self.shared.queue.is_at_end());
+            std::thread::sleep(LOG_WRITE_RETRY_PAUSE);
+            self.shared.queue.take_more(&mut waiting);
+            if waiting.is_empty() {
+                return;
+            }
+            match self.commit_alone(&mut waiting) {
+                Ok(()) => return self.shared.trouble.set(None),
+                Err(again) => error = again,
             }
         }
-        self.give_back_spares_over_budget(incoming_bytes);
-        // A current segment that nobody needs goes as soon as there is a next one.
-        let is_needed =
-            self.shared.segments().len() > 1 || self.shared.holds.lowest().firmly < self.next_offset;
-        if is_needed && self.is_over_budget(incoming_bytes) {
-            return Err(AppendError::Budget { retention_bytes: self.config.retention_bytes });
+    }
+
+    /// Commits `group` in the only turn. What fails leaves the group as it was.
+    fn commit_alone(&mut self, group: &mut Vec<WriterSubmission>) -> Result<(), AppendError> {
+        if let Some(commit) = self.commit(0, group)? {
+            if let Err(error) = commit.sync(&self.shared) {
+                *group = self.take_back();
+                return Err(error);
+            }
+            self.shared.unsettled.note_durable(commit.number);
+            self.shared.unsettled.settle(&self.shared);
         }
         Ok(())
-    }
-
-    fn is_over_budget(&self, incoming_bytes: u64) -> bool {
-        self.shared.disk_bytes() + self.beside_spare(incoming_bytes) > self.config.retention_bytes
-    }
-
-    /// Spares never outrank data.
-    fn give_back_spares_over_budget(&mut self, incoming_bytes: u64) {
-        while !self.spares.is_empty() && self.is_over_budget(incoming_bytes) {
-            self.give_back_spare();
-        }
-    }
-
-    fn give_back_spare(&mut self) {
-        self.spares.give_back(&*self.disk);
-        self.shared.spare_bytes.store(self.spares.bytes(), Ordering::Relaxed);
-    }
-
-    /// How many of `incoming_bytes` a spare segment has no room for.
-    fn beside_spare(&self, incoming_bytes: u64) -> u64 {
-        incoming_bytes.saturating_sub(self.spares.next_bytes())
-    }
-
-    /// Idle work: retention, and checking whether a trouble is over.
-    fn maintain(&mut self) -> Result<(), AppendError> {
-        if self.shared.failure.get().is_some() {
-            return Ok(());
-        }
-        self.window.expire(self.window.stamp());
-        let result = if self.shared.trouble.is_present() {
-            let step = SEGMENT_ALLOCATE_BYTES.min(self.config.segment_bytes);
-            let room = self.current.probe(step).map_err(|e| self.write_error(e));
-            room.and_then(|()| self.make_room(0))
-        } else {
-            // Being over the budget is no trouble until something is to be written.
-            let _ = self.make_room(0);
-            Ok(())
-        };
-        if result.is_ok() {
-            self.shared.trouble.set(None);
-        }
-        result
     }
 
     /// Answers the submissions that wait no longer; with `all`, every one.
@@ -310,39 +306,46 @@ impl LogWriter {
     }
 
     /// Writes the empty frame that marks a clean shutdown.
-    fn seal(&mut self) {
+    pub(super) fn seal(&mut self) {
         if self.shared.failure.get().is_some() {
             return;
         }
         if self.config.durability == Durability::Os && self.current.sync().is_ok() {
             self.synced_end = self.current.end();
         }
-        let sealed = self.write(AssembledCommit::seal(self.time_max), self.window.stamp());
-        let sealed = sealed
-            .map_err(|e| e.to_string())
-            .and_then(|_| self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string()));
+        let (seal, stamp) = (AssembledCommit::seal(self.written.time_max), self.window.stamp());
+        let sealed = self.write(seal, stamp, &mut Vec::new(), Vec::new()).map_err(|e| e.to_string());
+        let sealed = sealed.and_then(|()| {
+            self.shared.unsettled.note_durable(self.commit_number);
+            self.shared.unsettled.settle(&self.shared);
+            self.current.trim().and_then(|()| self.current.sync()).map_err(|e| e.to_string())
+        });
         if let Err(error) = sealed {
             // Harmless: the next start only takes the end of the log for a crash.
             warn!(error, "the log could not be sealed");
         }
     }
 
+    /// The error for a failed call on the current segment.
+    pub(super) fn write_error(&self, error: io::Error) -> AppendError {
+        self.shared.write_error(&self.current, error)
+    }
+}
+
+impl EmbeddedLogShared {
     /// The error for a failed call: a want of disk, memory or descriptors is transient, anything else is
-    /// not.
-    fn write_error(&self, error: io::Error) -> AppendError {
+    /// not, and marks the log as failed: nothing is acknowledged from there on.
+    fn write_error(&self, segment: &Segment, error: io::Error) -> AppendError {
         use io::ErrorKind::{FileTooLarge, Interrupted, OutOfMemory, QuotaExceeded, StorageFull, WouldBlock};
         match (error.kind(), error.raw_os_error()) {
             (StorageFull | QuotaExceeded | FileTooLarge, _) => AppendError::DiskFull,
             (OutOfMemory | Interrupted | WouldBlock, _) | (_, Some(libc::EMFILE | libc::ENFILE)) => {
                 AppendError::Starved(error.to_string().into())
             }
-            _ => self.poison(&error),
+            _ => {
+                let text: Arc<str> = format!("{}: {error}", segment.path().display()).into();
+                AppendError::Failed(self.failure.get_or_init(|| text).clone())
+            }
         }
-    }
-
-    /// Marks the log as failed: nothing is acknowledged from here on.
-    fn poison(&self, error: &io::Error) -> AppendError {
-        let text: Arc<str> = format!("{}: {error}", self.current.path().display()).into();
-        AppendError::Failed(self.shared.failure.get_or_init(|| text).clone())
     }
 }

@@ -17,12 +17,15 @@ use headgate_format::log::segment::SegmentHeaderError;
 
 use super::disk::{Disk, SegmentFile};
 use super::frame::{FrameFormat, FrameHeader, LogFormatVersion};
+use super::queue::WRITER_THREADS;
 pub(super) use super::segment_format::{SEGMENT_HEADER_BYTES, SegmentHeader};
 use crate::message::{Offset, TimeMicros, now_micros};
 pub(super) use read::SeekOutcome;
 use read::{IndexMark, push_mark};
 pub(super) use recover::LogGap;
 
+/// What the disk writes as a whole, in bytes.
+const DISK_BLOCK_BYTES: u64 = 4096;
 /// File bytes that are written once more at a time.
 const REWRITE_BYTES: usize = 1 << 20;
 
@@ -53,6 +56,8 @@ pub(super) struct Segment {
     end: AtomicU64,
     /// Bytes that the file takes on disk.
     allocated: AtomicU64,
+    /// Up to where all blocks have been written at some time: a sync of those costs about half.
+    touched: AtomicU64,
     /// The number of the next write.
     next_write: AtomicU32,
     index: Mutex<Option<Vec<IndexMark>>>,
@@ -117,6 +122,11 @@ impl Segment {
         Ok(segment)
     }
 
+    /// A descriptor for each of the writer's threads.
+    pub(super) fn sync_files(&self, disk: &dyn Disk) -> io::Result<[Arc<dyn SegmentFile>; WRITER_THREADS]> {
+        Ok([self.file.clone(), disk.open(&self.path, false)?])
+    }
+
     /// The file, to be written over once nobody reads the segment any more.
     pub(super) fn file(&self) -> Arc<dyn SegmentFile> {
         self.file.clone()
@@ -178,6 +188,7 @@ impl Segment {
             begin,
             end: AtomicU64::new(file_bytes.max(begin)),
             allocated: AtomicU64::new(file_bytes),
+            touched: AtomicU64::new(file_bytes),
             next_write: AtomicU32::new(0),
             index: Mutex::new(index),
         }
@@ -203,9 +214,9 @@ impl Segment {
         self.format.version() == LogFormatVersion::NEWEST
     }
 
-    /// Whether there is a frame in it.
-    pub(super) fn has_frames(&self) -> bool {
-        self.end() > self.begin
+    /// Whether its first frame begins at `position`.
+    pub(super) fn is_begin(&self, position: u64) -> bool {
+        position == self.begin
     }
 
     /// Where the next frame goes.
@@ -231,6 +242,14 @@ impl Segment {
         let key = self.format.key().expect("segments of an older version are not written to");
         key.seal(frame, header, position);
         let needed = position + frame.len() as u64;
+        self.allocate(needed, step)?;
+        self.file.write_all_at(frame, position)?;
+        self.touched.fetch_max(needed, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Allocates the file up to `needed`, `step` bytes at a time.
+    fn allocate(&self, needed: u64, step: u64) -> io::Result<()> {
         let allocated = self.disk_bytes();
         if needed > allocated {
             let room = (needed - allocated).next_multiple_of(step);
@@ -241,7 +260,30 @@ impl Segment {
             };
             self.allocated.store(allocated + taken, Ordering::Relaxed);
         }
-        self.file.write_all_at(frame, position)
+        Ok(())
+    }
+
+    /// Where the blocks begin that no write has touched.
+    fn untouched_position(&self) -> u64 {
+        self.touched.load(Ordering::Relaxed).next_multiple_of(DISK_BLOCK_BYTES)
+    }
+
+    /// Whether a file of `bytes` has blocks that no write has touched.
+    pub(super) fn is_untouched_below(&self, bytes: u64) -> bool {
+        self.untouched_position() < bytes
+    }
+
+    /// Writes zeros, durably, to blocks that no write has touched: as many as there are, up to a file of `bytes`. Nothing
+    /// else may be written meanwhile.
+    pub(super) fn write_ahead(&self, zeros: &[u8], bytes: u64, step: u64) -> io::Result<()> {
+        let position = self.untouched_position();
+        let end = bytes.min(position + zeros.len() as u64);
+        let wanted = usize::try_from(end.saturating_sub(position)).expect("no more than there are zeros");
+        self.allocate(end, step)?;
+        self.file.write_all_at(&zeros[..wanted], position)?;
+        self.file.sync_data()?;
+        self.touched.fetch_max(end, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The number of a write that begins now. No two have the same, whether they succeed or not.
@@ -276,6 +318,7 @@ impl Segment {
         let end = self.end();
         self.file.set_len(end)?;
         self.allocated.store(end, Ordering::Relaxed);
+        self.touched.store(end, Ordering::Relaxed);
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 mod disk;
 mod frames;
+mod in_flight;
 mod once;
 mod versions;
 
@@ -51,6 +52,10 @@ impl Disk for FaultyDisk {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         FileSystem.sync_dir(dir)
+    }
+
+    fn free_bytes(&self, dir: &Path) -> io::Result<u64> {
+        FileSystem.free_bytes(dir)
     }
 }
 

@@ -1,0 +1,191 @@
+//! The priority of the commit threads. Every acknowledgement waits for them, and they run for some microseconds at a
+//! time: on a busy machine the wait for a processor, not the disk, is the tail of its latency.
+//!
+//! Where the limits allow, they get the lowest real-time priority while they sync and answer. They put commits
+//! together without it: that takes longer, and a thread that is let in at the first message makes many small
+//! commits. It cannot starve the machine: a thread that computes for long without a pause gets normal priority again
+//! (`RLIMIT_RTTIME`, `SIGXCPU`), and no child inherits it. Besides they ask for a short time slice, with which the
+//! scheduler lets a thread in sooner (EEVDF, Linux 6.12).
+
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{io, mem, ptr};
+
+/// The lowest real-time priority: below whoever else has one.
+const COMMIT_PRIORITY: libc::c_int = 1;
+/// How long a real-time thread may compute without a pause, in microseconds. A commit takes some thousands.
+const COMPUTE_WITHOUT_PAUSE_MAX_US: libc::rlim_t = 200_000;
+/// The time slice without real-time priority, in nanoseconds; the shortest that there is.
+const COMMIT_SLICE_NS: u64 = 100_000;
+
+static COMPUTE_LIMIT: Once = Once::new();
+/// A real-time thread has computed for too long.
+static WAS_LOWERED: AtomicBool = AtomicBool::new(false);
+
+/// What the operating system allows a commit thread.
+pub(super) struct CommitPriority {
+    may_be_real_time: bool,
+    /// With a short time slice, if the kernel has those.
+    normal: Option<SchedulerAttributes>,
+}
+
+impl CommitPriority {
+    /// Finds out what the calling thread may have. It has normal priority then, with a short slice if there are any.
+    pub(super) fn find() -> Self {
+        COMPUTE_LIMIT.call_once(limit_computing);
+        let may_be_real_time = set_policy(libc::SCHED_RR, COMMIT_PRIORITY).is_ok();
+        if may_be_real_time {
+            let _ = set_policy(libc::SCHED_OTHER, 0);
+        }
+        Self { may_be_real_time, normal: shorten_slice() }
+    }
+
+    /// Gives the calling thread real-time priority, if it may have that.
+    pub(super) fn raise(&self) {
+        if self.may_be_real_time {
+            let _ = set_policy(libc::SCHED_RR, COMMIT_PRIORITY);
+        }
+    }
+
+    /// Gives the calling thread normal priority again.
+    pub(super) fn lower(&self) {
+        if self.may_be_real_time {
+            let _ = set_policy(libc::SCHED_OTHER, 0);
+            if let Some(normal) = &self.normal {
+                normal.set();
+            }
+        }
+    }
+
+    /// What it is, for an operator.
+    pub(super) fn describe(&self) -> &'static str {
+        match (self.may_be_real_time, &self.normal) {
+            (true, _) => "real-time (SCHED_RR 1) while they sync and answer",
+            (false, Some(_)) => {
+                "normal with a short time slice; LimitRTPRIO=1 or CAP_SYS_NICE would allow real-time"
+            }
+            (false, None) => "normal; LimitRTPRIO=1 or CAP_SYS_NICE would allow real-time",
+        }
+    }
+}
+
+/// Whether a real-time thread has computed for too long since the last call, and has normal priority now.
+pub(super) fn take_lowered() -> bool {
+    WAS_LOWERED.swap(false, Ordering::Relaxed)
+}
+
+/// Sets the calling thread's policy. Only a system call, so that a signal handler may do it.
+fn set_policy(policy: libc::c_int, priority: libc::c_int) -> io::Result<()> {
+    // SAFETY: all zeros is a valid `sched_param`.
+    let mut param: libc::sched_param = unsafe { mem::zeroed() };
+    param.sched_priority = priority;
+    let policy = policy | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: the call reads `param` alone. 0 is the calling thread.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const param) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has the kernel send a signal to a real-time thread that computes for too long, and lowers its priority then.
+fn limit_computing() {
+    extern "C" fn lower(_: libc::c_int) {
+        WAS_LOWERED.store(true, Ordering::Relaxed);
+        let _ = set_policy(libc::SCHED_OTHER, 0);
+    }
+    // SAFETY: all zeros is a valid `sigaction`; the handler makes a system call and stores to an atomic,
+    // which a signal handler may; the limits are read and written in place.
+    unsafe {
+        let mut action: libc::sigaction = mem::zeroed();
+        action.sa_sigaction = lower as extern "C" fn(libc::c_int) as usize;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(libc::SIGXCPU, &raw const action, ptr::null_mut());
+        let mut limit: libc::rlimit = mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_RTTIME, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_cur.min(COMPUTE_WITHOUT_PAUSE_MAX_US);
+            libc::setrlimit(libc::RLIMIT_RTTIME, &raw const limit);
+        }
+    }
+}
+
+/// `struct sched_attr` of Linux, first version.
+#[repr(C)]
+#[derive(Default)]
+struct SchedulerAttributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+impl SchedulerAttributes {
+    /// Those of the calling thread.
+    fn get() -> Option<Self> {
+        let mut attributes = Self::default();
+        // SAFETY: the call writes no more to `attributes` than it is told. 0 is the calling thread.
+        let result =
+            unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size_of::<Self>(), 0) };
+        (result == 0).then_some(attributes)
+    }
+
+    /// Gives them to the calling thread. Returns whether the kernel took them.
+    fn set(&self) -> bool {
+        // SAFETY: the call reads `self`, whose size it has. 0 is the calling thread.
+        unsafe { libc::syscall(libc::SYS_sched_setattr, 0, ptr::from_ref(self), 0) == 0 }
+    }
+}
+
+/// Asks for a short time slice. `None` if the kernel has none: it takes the call then, and leaves it at that.
+fn shorten_slice() -> Option<SchedulerAttributes> {
+    let wanted = SchedulerAttributes { runtime: COMMIT_SLICE_NS, ..SchedulerAttributes::get()? };
+    let is_taken = wanted.set() && SchedulerAttributes::get()?.runtime == COMMIT_SLICE_NS;
+    is_taken.then_some(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    fn policy() -> libc::c_int {
+        // SAFETY: no memory is touched. 0 is the calling thread.
+        let policy = unsafe { libc::syscall(libc::SYS_sched_getscheduler, 0) };
+        libc::c_int::try_from(policy).expect("small") & !libc::SCHED_RESET_ON_FORK
+    }
+
+    #[test]
+    fn a_real_time_thread_that_computes_without_a_pause_gets_normal_priority_and_the_process_lives() {
+        let computed = std::thread::spawn(|| {
+            let priority = CommitPriority::find();
+            assert_eq!(policy(), libc::SCHED_OTHER);
+            priority.raise();
+            let was = policy();
+            if !priority.may_be_real_time {
+                return None;
+            }
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while policy() == libc::SCHED_RR && Instant::now() < deadline {}
+            Some((was, policy()))
+        });
+        if let Some(policies) = computed.join().expect("no panic") {
+            assert_eq!(policies, (libc::SCHED_RR, libc::SCHED_OTHER));
+            assert!(take_lowered());
+        }
+    }
+
+    #[test]
+    fn a_thread_has_normal_priority_and_its_short_slice_again_after_each_commit() {
+        let seen = std::thread::spawn(|| {
+            let priority = CommitPriority::find();
+            let before = SchedulerAttributes::get().map(|attributes| attributes.runtime);
+            priority.raise();
+            priority.lower();
+            (policy(), before, SchedulerAttributes::get().map(|attributes| attributes.runtime))
+        });
+        let (policy, before, after) = seen.join().expect("no panic");
+        assert_eq!((policy, after), (libc::SCHED_OTHER, before));
+    }
+}
