@@ -30,7 +30,7 @@ pub(super) struct CommitThread {
 impl CommitThread {
     /// Commits until the queue is closed and empty.
     pub(super) fn run(self) {
-        let priority = CommitPriority::raise();
+        let priority = CommitPriority::find();
         if self.number == 0 {
             info!(priority = priority.describe(), "the threads that commit have their priority");
         }
@@ -38,7 +38,7 @@ impl CommitThread {
         loop {
             match self.shared.queue.wait_for_duty(self.number, (self.number == 0).then_some(upkeep_after)) {
                 WriterDuty::Commit => {
-                    self.take_turn();
+                    self.take_turn(&priority);
                     upkeep_after = WRITE_AHEAD_IDLE;
                 }
                 WriterDuty::Upkeep => upkeep_after = self.keep_up(),
@@ -67,7 +67,7 @@ impl CommitThread {
     }
 
     /// Commits what waits.
-    fn take_turn(&self) {
+    fn take_turn(&self, priority: &CommitPriority) {
         let mut group = Vec::new();
         let (weight, written) = {
             let mut writer = self.writer.lock();
@@ -78,6 +78,7 @@ impl CommitThread {
             });
             (weight, written)
         };
+        priority.raise();
         if let Some(commit) = written {
             match commit.sync(&self.shared) {
                 Ok(()) => self.shared.unsettled.note_durable(commit.number),
@@ -86,6 +87,7 @@ impl CommitThread {
         }
         // What is answered first comes back as one large commit, not as many small ones of the other thread.
         self.shared.unsettled.settle(&self.shared);
+        priority.lower();
         self.shared.queue.end_turn(weight);
         if self.shared.unsettled.failure().is_some() {
             self.wait_out_failure();

@@ -1,9 +1,11 @@
 //! The priority of the commit threads. Every acknowledgement waits for them, and they run for some microseconds at a
 //! time: on a busy machine the wait for a processor, not the disk, is the tail of its latency.
 //!
-//! Where the limits allow, they get the lowest real-time priority. It cannot starve the machine: a thread that
-//! computes for long without a pause gets normal priority again (`RLIMIT_RTTIME`, `SIGXCPU`), and no child inherits
-//! it. Else they ask for a short time slice, with which the scheduler lets a thread in sooner (EEVDF, Linux 6.12).
+//! Where the limits allow, they get the lowest real-time priority while they sync and answer. They put commits
+//! together without it: that takes longer, and a thread that is let in at the first message makes many small
+//! commits. It cannot starve the machine: a thread that computes for long without a pause gets normal priority again
+//! (`RLIMIT_RTTIME`, `SIGXCPU`), and no child inherits it. Besides they ask for a short time slice, with which the
+//! scheduler lets a thread in sooner (EEVDF, Linux 6.12).
 
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,34 +22,49 @@ static COMPUTE_LIMIT: Once = Once::new();
 /// A real-time thread has computed for too long.
 static WAS_LOWERED: AtomicBool = AtomicBool::new(false);
 
-/// What a thread got.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum CommitPriority {
-    RealTime,
-    ShortSlice,
-    Normal,
+/// What the operating system allows a commit thread.
+pub(super) struct CommitPriority {
+    may_be_real_time: bool,
+    /// With a short time slice, if the kernel has those.
+    normal: Option<SchedulerAttributes>,
 }
 
 impl CommitPriority {
-    /// Raises the priority of the calling thread as far as the operating system allows.
-    pub(super) fn raise() -> Self {
-        if raise_to_real_time().is_ok() {
-            Self::RealTime
-        } else if shorten_slice() {
-            Self::ShortSlice
-        } else {
-            Self::Normal
+    /// Finds out what the calling thread may have. It has normal priority then, with a short slice if there are any.
+    pub(super) fn find() -> Self {
+        COMPUTE_LIMIT.call_once(limit_computing);
+        let may_be_real_time = set_policy(libc::SCHED_RR, COMMIT_PRIORITY).is_ok();
+        if may_be_real_time {
+            let _ = set_policy(libc::SCHED_OTHER, 0);
+        }
+        Self { may_be_real_time, normal: shorten_slice() }
+    }
+
+    /// Gives the calling thread real-time priority, if it may have that.
+    pub(super) fn raise(&self) {
+        if self.may_be_real_time {
+            let _ = set_policy(libc::SCHED_RR, COMMIT_PRIORITY);
+        }
+    }
+
+    /// Gives the calling thread normal priority again.
+    pub(super) fn lower(&self) {
+        if self.may_be_real_time {
+            let _ = set_policy(libc::SCHED_OTHER, 0);
+            if let Some(normal) = &self.normal {
+                normal.set();
+            }
         }
     }
 
     /// What it is, for an operator.
-    pub(super) fn describe(self) -> &'static str {
-        match self {
-            Self::RealTime => "real-time (SCHED_RR 1)",
-            Self::ShortSlice => {
+    pub(super) fn describe(&self) -> &'static str {
+        match (self.may_be_real_time, &self.normal) {
+            (true, _) => "real-time (SCHED_RR 1) while they sync and answer",
+            (false, Some(_)) => {
                 "normal with a short time slice; LimitRTPRIO=1 or CAP_SYS_NICE would allow real-time"
             }
-            Self::Normal => "normal; LimitRTPRIO=1 or CAP_SYS_NICE would allow real-time",
+            (false, None) => "normal; LimitRTPRIO=1 or CAP_SYS_NICE would allow real-time",
         }
     }
 }
@@ -55,11 +72,6 @@ impl CommitPriority {
 /// Whether a real-time thread has computed for too long since the last call, and has normal priority now.
 pub(super) fn take_lowered() -> bool {
     WAS_LOWERED.swap(false, Ordering::Relaxed)
-}
-
-fn raise_to_real_time() -> io::Result<()> {
-    COMPUTE_LIMIT.call_once(limit_computing);
-    set_policy(libc::SCHED_RR, COMMIT_PRIORITY)
 }
 
 /// Sets the calling thread's policy. Only a system call, so that a signal handler may do it.
@@ -108,22 +120,28 @@ struct SchedulerAttributes {
     period: u64,
 }
 
-/// Asks for a short time slice. Returns whether the kernel took it.
-fn shorten_slice() -> bool {
-    let size = u32::try_from(size_of::<SchedulerAttributes>()).expect("48");
-    let mut attributes = SchedulerAttributes { size, ..SchedulerAttributes::default() };
-    // SAFETY: the calls read and write `attributes`, of the size that they are told. 0 is the calling thread.
-    unsafe {
-        let attributes = &raw mut attributes;
-        if libc::syscall(libc::SYS_sched_getattr, 0, attributes, size, 0) != 0 {
-            return false;
-        }
-        (*attributes).runtime = COMMIT_SLICE_NS;
-        // A kernel that knows no slices takes the call and leaves it at that.
-        libc::syscall(libc::SYS_sched_setattr, 0, attributes, 0) == 0
-            && libc::syscall(libc::SYS_sched_getattr, 0, attributes, size, 0) == 0
-            && (*attributes).runtime == COMMIT_SLICE_NS
+impl SchedulerAttributes {
+    /// Those of the calling thread.
+    fn get() -> Option<Self> {
+        let mut attributes = Self::default();
+        // SAFETY: the call writes no more to `attributes` than it is told. 0 is the calling thread.
+        let result =
+            unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size_of::<Self>(), 0) };
+        (result == 0).then_some(attributes)
     }
+
+    /// Gives them to the calling thread. Returns whether the kernel took them.
+    fn set(&self) -> bool {
+        // SAFETY: the call reads `self`, whose size it has. 0 is the calling thread.
+        unsafe { libc::syscall(libc::SYS_sched_setattr, 0, ptr::from_ref(self), 0) == 0 }
+    }
+}
+
+/// Asks for a short time slice. `None` if the kernel has none: it takes the call then, and leaves it at that.
+fn shorten_slice() -> Option<SchedulerAttributes> {
+    let wanted = SchedulerAttributes { runtime: COMMIT_SLICE_NS, ..SchedulerAttributes::get()? };
+    let is_taken = wanted.set() && SchedulerAttributes::get()?.runtime == COMMIT_SLICE_NS;
+    is_taken.then_some(wanted)
 }
 
 #[cfg(test)]
@@ -141,10 +159,13 @@ mod tests {
     #[test]
     fn a_real_time_thread_that_computes_without_a_pause_gets_normal_priority_and_the_process_lives() {
         let computed = std::thread::spawn(|| {
-            if CommitPriority::raise() != CommitPriority::RealTime {
+            let priority = CommitPriority::find();
+            assert_eq!(policy(), libc::SCHED_OTHER);
+            priority.raise();
+            let was = policy();
+            if !priority.may_be_real_time {
                 return None;
             }
-            let was = policy();
             let deadline = Instant::now() + Duration::from_secs(20);
             while policy() == libc::SCHED_RR && Instant::now() < deadline {}
             Some((was, policy()))
@@ -156,9 +177,15 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_gets_no_real_time_priority_asks_for_a_short_slice_and_goes_on_without_one() {
-        // Whether the kernel has slices is its matter; asking for one is no harm.
-        let asked = std::thread::spawn(|| (shorten_slice(), policy())).join().expect("no panic");
-        assert_eq!(asked.1, libc::SCHED_OTHER);
+    fn a_thread_has_normal_priority_and_its_short_slice_again_after_each_commit() {
+        let seen = std::thread::spawn(|| {
+            let priority = CommitPriority::find();
+            let before = SchedulerAttributes::get().map(|attributes| attributes.runtime);
+            priority.raise();
+            priority.lower();
+            (policy(), before, SchedulerAttributes::get().map(|attributes| attributes.runtime))
+        });
+        let (policy, before, after) = seen.join().expect("no panic");
+        assert_eq!((policy, after), (libc::SCHED_OTHER, before));
     }
 }

@@ -45,7 +45,7 @@ impl WriterSubmission {
 
 /// For how long a turn is under way before a second one may begin. A fast disk is done by then, and more and
 /// smaller commits cost more processor than they save time.
-const SECOND_TURN_AFTER: Duration = Duration::from_micros(250);
+const SECOND_TURN_AFTER: Duration = Duration::from_millis(1);
 /// Threads that commit, and so turns at once.
 pub(super) const WRITER_THREADS: usize = 2;
 

@@ -93,11 +93,14 @@ impl ModelChange {
     }
 }
 
+/// Its number, and how it ends once the test has said so.
+type HeldSync = (u64, Option<Result<(), i32>>);
+
 /// Syncs that wait, in the order in which they began.
 #[derive(Default)]
 pub(super) struct HeldSyncs {
     is_on: AtomicBool,
-    syncs: Mutex<Vec<(u64, Option<Result<(), i32>>)>>,
+    syncs: Mutex<Vec<HeldSync>>,
     changed: Condvar,
 }
 
@@ -335,7 +338,7 @@ fn fill(log: &EmbeddedLog) -> u64 {
         if n < from + 36 && acknowledged.is_none() {
             pending.push_back((n, log.append(vec![section(&[&payload(n)], &Lease::new())], later())));
             // On a slow disk the sync of the one before it is still under way.
-            std::thread::sleep(Duration::from_micros(300));
+            std::thread::sleep(Duration::from_micros(1100));
         }
         while pending.len() > 2 || n >= from + 36 && !pending.is_empty() {
             let (n, appended) = pending.pop_front().expect("some");
@@ -353,7 +356,7 @@ fn fill(log: &EmbeddedLog) -> u64 {
 fn whichever_call_fails_nothing_acknowledged_is_lost_and_a_want_is_waited_out() {
     let calls = {
         let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
-        model.sync_micros.store(1000, Ordering::SeqCst);
+        model.sync_micros.store(3000, Ordering::SeqCst);
         let log = open_model(&model, dir.path()).expect("opens");
         assert_eq!(fill(&log), 36);
         assert!(log.first_offset() > 0, "retention has removed a segment");
@@ -366,7 +369,7 @@ fn whichever_call_fails_nothing_acknowledged_is_lost_and_a_want_is_waited_out() 
             let what = format!("call {call} fails with {}", io::Error::from_raw_os_error(errno));
             let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
             *model.fails.lock() = Some((call, errno));
-            model.sync_micros.store(1000, Ordering::SeqCst);
+            model.sync_micros.store(3000, Ordering::SeqCst);
             let mut acknowledged = 0;
             if let Ok(log) = open_model(&model, dir.path()) {
                 acknowledged = fill(&log);
