@@ -190,6 +190,9 @@ impl ReadAcks {
     /// The exchanges of messages that are refused now that the log has answered: an earlier connection of the
     /// session may have brought them into the log.
     fn refused_exchanges(&self, outcomes: &[SectionOutcome], closer: &ExchangeCloser<'_>) -> Vec<Exchange> {
+        if self.unacknowledged == self.acks.len() {
+            return Vec::new();
+        }
         let refused = self.acks.iter().filter(|ack| ack.answer == AckKind::Pubrec).filter(|ack| {
             let outcome = ack.verdict.outcome(outcomes);
             let is_conflict = matches!(outcome, Some(SectionOutcome::Conflict { in_exchange: true, .. }));
@@ -215,6 +218,13 @@ impl ReadAcks {
         for ack in &self.acks {
             if let AckVerdict::Pongs(pings) = ack.verdict {
                 (0..pings).for_each(|_| write::pingresp(to));
+                continue;
+            }
+            // Most answers are these.
+            if let (AckKind::Puback, AckVerdict::Admitted { origin }) = (ack.answer, &ack.verdict)
+                && let Some(SectionOutcome::Kept(_)) = outcomes.get(*origin as usize)
+            {
+                write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None);
                 continue;
             }
             let refused = ack.verdict.refused(outcomes);
