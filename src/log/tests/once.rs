@@ -372,15 +372,6 @@ fn wait_for_evicted(log: &EmbeddedLog, ids: u64) {
     }
 }
 
-/// They are counted soon after the commit that evicts them is acknowledged.
-fn wait_for_evicted(log: &EmbeddedLog, ids: u64) {
-    let deadline = later();
-    while log.evicted_ids() != ids {
-        assert!(log.evicted_ids() < ids && Instant::now() < deadline, "{} were evicted", log.evicted_ids());
-        std::thread::yield_now();
-    }
-}
-
 /// An exchange that stays open although its release was acknowledged would take the next message
 /// with its packet id for a repetition, and lose it.
 #[test]
