@@ -335,7 +335,7 @@ fn retained_topics_are_counted_and_one_too_many_is_refused_by_name() {
     let one = source(&gateway, "one");
     set_limits(&gateway, "one", &json!({ "retained_topics": 2 }));
     let mut wire = Wire::login(gateway.mqtt, V5, &one.key);
-    let mut retain = |wire: &mut Wire, topic: &str, payload: &[u8]| {
+    let retain = |wire: &mut Wire, topic: &str, payload: &[u8]| {
         wire.send(&Message::new(topic, payload).at(1, 7).retained().packet(V5));
         wire.packet(PUBACK).reason()
     };
