@@ -533,7 +533,12 @@ fn a_datasource_that_is_created_again_begins_empty_on_the_stream() {
         let stream = on_stream(&server.url());
         stream.iter().map(|streamed| String::from_utf8_lossy(&streamed.payload).into_owned()).collect()
     };
-    wait_for("what it had to leave the stream", || (payloads() == ["2"]).then_some(()));
+    // Counted first: what is removed while it is read would be waited for.
+    let has_only = |count| {
+        wait_for("the stream to have that many", || (stream_count(&server.url()) == count).then_some(()))
+    };
+    has_only(1);
+    assert_eq!(payloads(), ["2"]);
     let new = gateway.create("press-4");
     ingest(&gateway, &new, "t", "4");
     sent(&gateway);
@@ -542,9 +547,11 @@ fn a_datasource_that_is_created_again_begins_empty_on_the_stream() {
     let gateway = setup(dir.path(), &[server.url()]).start();
     ingest(&gateway, &new, "t", "5");
     sent(&gateway);
-    wait_for("what is of the present one", || (payloads() == ["2", "4", "5"]).then_some(()));
+    has_only(3);
+    assert_eq!(payloads(), ["2", "4", "5"]);
     gateway.delete("press-4");
-    wait_for("that to leave too", || (payloads() == ["2"]).then_some(()));
+    has_only(1);
+    assert_eq!(payloads(), ["2"]);
 }
 
 #[test]
