@@ -11,6 +11,8 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinError;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::limits::{
     BLOCKING_READS_MAX, BLOCKING_READS_PER_TENANT_MAX, OUTPUT_BYTES_MAX, OUTPUT_BYTES_PER_TENANT_MAX,
@@ -206,6 +208,26 @@ impl TenantShare {
     /// turns are far fewer than the threads for blocking work, so that the registry always finds one.
     pub async fn read_turn(self: Arc<Self>) -> ReadTurn {
         ReadTurn::take(&self.reads, &self.all.reads).await
+    }
+
+    /// Runs `read` on a blocking thread in a turn ([`TenantShare::read_turn`]). A task of its own waits for the turn:
+    /// one that is given to a future which nobody polls would be lost to the others. Dropping the future ends the wait.
+    pub fn read_in_turn<T: Send + 'static>(
+        self: &Arc<Self>,
+        read: impl FnOnce() -> T + Send + 'static,
+    ) -> impl Future<Output = Result<T, JoinError>> + Send + 'static {
+        let share = self.clone();
+        async move {
+            let task = tokio::spawn(async move {
+                let turn = share.read_turn().await;
+                let reading = tokio::task::spawn_blocking(move || {
+                    let _turn = turn;
+                    read()
+                });
+                reading.await
+            });
+            AbortOnDropHandle::new(task).await.and_then(|done| done)
+        }
     }
 
     /// Waits for a turn to search the log, with many reads.

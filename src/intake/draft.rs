@@ -156,13 +156,13 @@ impl Draft {
     }
 
     /// What a section takes before a message is added to it; nothing if it is new.
-    fn memory_bytes_before(&self, origin: usize) -> usize {
+    pub(super) fn memory_bytes_before(&self, origin: usize) -> usize {
         let section = &self.sections[origin];
         if self.payers.is_empty() || section.records() == 0 { 0 } else { section.memory_bytes() }
     }
 
     /// Notes what a message took, now that it is added.
-    fn note_memory(&mut self, origin: usize, bytes_before: usize) {
+    pub(super) fn note_memory(&mut self, origin: usize, bytes_before: usize) {
         if let Some(payer) = self.payers.last_mut() {
             payer.used_bytes += self.sections[origin].memory_bytes() - bytes_before + MESSAGE_MEMORY_BYTES;
         }
@@ -302,7 +302,11 @@ impl Draft {
         match self.validation(datasource).check(topic, message.payload) {
             Ok(()) => {
                 if message.flags.contains(RecordFlags::RETAIN) {
-                    self.intake.check_retained(datasource, topic, message.payload.len())?;
+                    message.message_id.map_or(Ok(()), check_message_id)?;
+                    let checked = self.intake.check_retained(datasource, topic, message.payload.len());
+                    if let Err(refusal) = checked {
+                        return Err(self.ask(grant, datasource, message, refusal)?);
+                    }
                 }
                 let at = self.section_for(grant, datasource, &message, false)?;
                 let bytes_before = self.memory_bytes_before(at);
@@ -384,7 +388,8 @@ impl Draft {
     ) -> Result<Refusal, Refusal> {
         message.message_id.map_or(Ok(()), check_message_id)?;
         // What fails now may have been let in before.
-        let known_as = message.message_id.map(|id| OnceId::of_message(datasource, id));
+        let known_as =
+            message.message_id.map(|id| OnceId::of_message(&scope_of(&self.intake, datasource), id));
         let known_in = message.exchange.map(Exchange::once_id);
         let exchange = message.exchange.filter(|_| !self.ends_failed_exchanges);
         let mut properties = Cow::Borrowed(message.properties);
@@ -584,7 +589,7 @@ impl Draft {
 }
 
 /// The scope of the present incarnation of a datasource: ids of messages mean nothing in the next one.
-fn scope_of(intake: &Intake, datasource: &DatasourceId) -> DatasourceId {
+pub(super) fn scope_of(intake: &Intake, datasource: &DatasourceId) -> DatasourceId {
     let registry = intake.0.authorizer.registry();
     registry.with_datasource(datasource.as_str(), Datasource::scope).unwrap_or_else(|| datasource.clone())
 }

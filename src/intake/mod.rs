@@ -21,7 +21,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
 
 use crate::auth::setting::JsonSetting;
-use crate::auth::{Authorizer, Grant, GrantDenial, Key, Scope};
+use crate::auth::{Authorizer, Datasource, Grant, GrantDenial, Key, Scope};
 use crate::config;
 use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX};
 use crate::log::{AppendError, Log, RecordNote, Section, SectionOutcome};
@@ -334,16 +334,17 @@ impl Intake {
     pub async fn mark_superseded(
         &self,
         grant: &Grant,
-        datasource: &DatasourceId,
+        datasource: &Datasource,
         superseded: &[(RecordRef<'_>, Offset)],
     ) -> Result<(), Refusal> {
-        grant.allows(Scope::Admin, datasource.as_str())?;
+        grant.allows(Scope::Admin, datasource.id.as_str())?;
         let received_at = now_micros();
         let mark = |(record, by): &(RecordRef<'_>, Offset)| {
             let note = RecordNote::Superseded { offset: record.offset, by: *by };
             let RecordRef { key_id, transport, publisher, topic, .. } = *record;
-            let (datasource, lease) = (datasource.clone(), grant.lease().clone());
-            let mut section = Section::new(datasource, key_id, lease, transport, publisher, received_at);
+            let (id, lease) = (datasource.id.clone(), grant.lease().clone());
+            let mut section = Section::new(id, key_id, lease, transport, publisher, received_at);
+            section.bind_to(datasource.lease.clone());
             section.push_noted(topic, &[], "", &[], note.flag(), &note.encode());
             section
         };

@@ -5,6 +5,7 @@ use crate::auth::Grant;
 use crate::log::OnceId;
 use crate::message::{DatasourceId, RecordFlags};
 
+use super::draft::scope_of;
 use super::{Draft, IncomingMessage, Refusal, check_message_id};
 
 /// A refused message that may be a repetition of one that the log has.
@@ -61,14 +62,17 @@ impl Draft {
             let mut section = self.new_section(grant, datasource);
             section.only_ask();
             let message_id = id_of_all.as_deref().or(message.message_id);
-            message_id.into_iter().for_each(|id| section.ask_for(OnceId::of_message(datasource, id)));
+            let scope = scope_of(&self.intake, datasource);
+            message_id.into_iter().for_each(|id| section.ask_for(OnceId::of_message(&scope, id)));
             message.exchange.into_iter().for_each(|exchange| section.ask_for(exchange.once_id()));
             self.sections.push(section);
             self.keys.push(grant.key().clone());
         }
         let at = if id_of_all.is_none() { self.sections.len() - 1 } else { open };
         let IncomingMessage { topic, payload, .. } = message;
+        let bytes_before = self.memory_bytes_before(at);
         self.sections[at].push(topic, payload, "", &[], RecordFlags::default());
+        self.note_memory(at, bytes_before);
         Ok(at)
     }
 

@@ -235,6 +235,10 @@ impl LogWriter {
     /// only turn.
     fn take_back(&mut self) -> Vec<WriterSubmission> {
         let taken_back = self.shared.unsettled.take_back(&self.shared);
+        if !taken_back.is_empty() && self.shared.failure.get().is_none() {
+            // It may be whole: a start after a kill must not find what its next try leaves out.
+            let _ = self.current.trim();
+        }
         self.learn_durable();
         self.unlearned.clear();
         self.window.expect_nothing();

@@ -80,13 +80,14 @@ pub(super) struct RegistryTransaction<'a> {
 }
 
 /// A row that a change has written. The variants are in the order of publication, which matters if the rows
-/// need more than one batch: keys that die with their datasource come before it.
+/// need more than one batch: keys that die with their datasource come before it, and so does the end of its
+/// incarnation, which a retry writes only as long as the datasource is there.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum TouchedRow {
     Key(KeyId),
-    Datasource(DatasourceId),
     Leak(u64),
     Incarnation(u64),
+    Datasource(DatasourceId),
     /// A gateway that does not know incarnations must not go on without them.
     Format,
     Audit(i64),

@@ -158,6 +158,13 @@ pub(super) fn ensure_row(connection: &Connection, scope: &DatasourceId, name: &s
         return Ok(row);
     }
     let (_, incarnation) = scope.of_scope();
+    // Another incarnation may still have the name: by another registry, or by rules that were not followed.
+    connection
+        .prepare_cached(
+            "UPDATE datasources SET datasource = datasource || '~' || incarnation
+             WHERE datasource = ?1 AND incarnation <> ?2",
+        )?
+        .execute(params![name, incarnation])?;
     connection
         .prepare_cached("INSERT INTO datasources (datasource, incarnation) VALUES (?1, ?2) RETURNING id")?
         .query_row(params![name, incarnation], |row| row.get(0))

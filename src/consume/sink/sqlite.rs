@@ -139,6 +139,13 @@ impl SqliteSink {
     /// # Errors
     /// As [`SqliteSink::store`].
     pub fn reconcile(&mut self, withheld: &WithheldRules) -> Result<(), SinkError> {
+        if self.withheld_version > withheld.version() {
+            // They are of another registry. To follow a rule twice does no harm.
+            self.connection
+                .execute("UPDATE withheld SET version = 0", [])
+                .map_err(|error| self.database_error(&error))?;
+            self.withheld_version = 0;
+        }
         let (changes, left_out) = withheld.changes_and_rules(self.withheld_version);
         self.ids.clear();
         self.write_reconciled(&changes, &left_out).map_err(|error| self.database_error(&error))?;

@@ -86,11 +86,7 @@ impl CatchUpReader {
                 None => {
                     let (log, share) = (log.clone(), share.clone());
                     none.insert(Box::pin(async move {
-                        let turn = share.read_turn().await;
-                        let read = tokio::task::spawn_blocking(move || {
-                            let _turn = turn;
-                            log.read(position, CATCH_UP_BYTES)
-                        });
+                        let read = share.read_in_turn(move || log.read(position, CATCH_UP_BYTES));
                         read.await.unwrap_or_else(|ended| Err(LogReadError::Io(ended.to_string().into())))
                     }))
                 }
@@ -364,11 +360,7 @@ pub fn fetch_in_turn(
 ) -> impl Future<Output = Result<Vec<Option<(Batch, RecordPlace)>>, LogReadError>> + Send + 'static + use<> {
     let (share, log) = (share.clone(), log.clone());
     async move {
-        let turn = share.read_turn().await;
-        let fetching = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            fetch_records(&*log, &offsets)
-        });
+        let fetching = share.read_in_turn(move || fetch_records(&*log, &offsets));
         fetching.await.unwrap_or_else(|ended| Err(LogReadError::Io(ended.to_string().into())))
     }
 }

@@ -97,8 +97,13 @@ async fn ingest(
         } else {
             let intake = intake.clone();
             // Not on all threads: the registry needs some.
-            let _turn = shared.parses.acquire().await.expect("the semaphore is never closed");
-            run_blocking(move || Ok(upload.into_draft_or_question(&intake))).await?
+            let turn = shared.parses.clone().acquire_owned().await.expect("the semaphore is never closed");
+            // The turn lasts as long as the work, which goes on if the client goes away.
+            run_blocking(move || {
+                let _turn = turn;
+                Ok(upload.into_draft_or_question(&intake))
+            })
+            .await?
         };
         if let Some(question) = question
             && let Some(known) = submit(&intake, question).await?

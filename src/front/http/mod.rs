@@ -128,7 +128,7 @@ pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: Cancella
     let crowd = HttpCrowd::over(parts.connections.clone(), Some(parts.intake.refusals().clone()));
     let shared = Arc::new(HttpFrontState {
         crowd: crowd.clone(),
-        parses: Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors()),
+        parses: Arc::new(Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors())),
         setting_schemas: Mutex::new(()),
         leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
@@ -148,7 +148,7 @@ struct HttpFrontState {
     /// The connections, for their number.
     crowd: HttpCrowd,
     /// A permit for each large body that may be made a draft at once: what that takes meanwhile is not all charged.
-    parses: Semaphore,
+    parses: Arc<Semaphore>,
     /// Counts leak reports by source address.
     leak_reports: AuthFailures,
     /// Held while limits are changed, so that of two concurrent changes neither is lost.

@@ -244,7 +244,7 @@ async fn redrive_page(
     if superseded.is_empty() {
         return Ok(());
     }
-    let marked = intake.mark_superseded(&caller.0, &datasource.id, &superseded).await;
+    let marked = intake.mark_superseded(&caller.0, datasource, &superseded).await;
     marked.map_err(|refusal| Problem::from(refusal).after_body_read())
 }
 

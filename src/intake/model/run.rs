@@ -439,7 +439,7 @@ impl ModelRun {
             }
         }
         self.superseded.extend(superseded.iter().map(|(record, _)| record.offset));
-        intake.mark_superseded(&admin, &datasource.id, &superseded).await.expect("marked");
+        intake.mark_superseded(&admin, &datasource, &superseded).await.expect("marked");
     }
 }
 

@@ -126,11 +126,12 @@ impl RetainedFollowerState {
     /// if it mends nothing: it has done so before, and a disk that damages one file after the other needs an
     /// operator.
     pub(super) async fn mend(&self, damage: SqliteError) -> bool {
+        // Read first: the thread may mend it between the two.
+        let mut progress = self.progress.subscribe();
+        let before = progress.borrow().made_anew;
         if self.set_aside().is_some() {
             return false;
         }
-        let mut progress = self.progress.subscribe();
-        let before = progress.borrow().made_anew;
         *self.damage.lock() = Some(damage);
         self.control.request_offset(Offset::MAX);
         progress.wait_for(|progress| progress.made_anew > before).await.is_ok()
@@ -325,17 +326,23 @@ impl RetainedFollower {
         self.durable = None;
         let aside = set_aside(&self.path)?;
         self.shared.note_set_aside(damage_words(&aside, damage, self.log.first_offset()));
+        self.table = None;
+        // Before the new one is opened: if that fails, the next round begins with an empty one all the same.
+        self.shared.topics.clear();
+        self.shared.progress.send_modify(|progress| {
+            let made_anew = progress.made_anew + 1;
+            *progress = RetainedProgress { cursor: 0, empty: true, withheld_version: 0, made_anew };
+        });
         let table = self.table.insert(RetainedTable::open(&self.path)?);
         self.shared.follow_table(table);
-        self.shared.topics.clear();
-        self.shared.progress.send_modify(|progress| progress.made_anew += 1);
         Ok(())
     }
 
     /// Consumes the next records of the log, as many as one transaction takes.
     fn consume(&mut self) -> Result<RetainedRound, RetainedRoundError> {
         let withheld = self.log.withheld();
-        if self.shared.progress.borrow().withheld_version < withheld.version() {
+        let followed = self.shared.progress.borrow().withheld_version;
+        if followed != withheld.version() {
             self.follow_rules()?;
             return Ok(RetainedRound::Behind);
         }
@@ -393,6 +400,9 @@ impl RetainedFollower {
     fn follow_rules(&mut self) -> Result<(), SqliteError> {
         let first = self.log.first_offset();
         let table = open_or_reopen(&mut self.table, &self.path)?;
+        if table.withheld_version() > self.log.withheld().version() {
+            table.forget_rules();
+        }
         let (changes, left_out) = self.log.withheld().changes_and_rules(table.withheld_version());
         table
             .follow_rules(&changes, &left_out, first)

@@ -244,10 +244,8 @@ impl RetainedStore {
             _ => return Ok(RetainedPage::default()),
         };
         let share = self.handle.turns.share(datasource.unwrap_or(&DatasourceId::all()));
-        let turn = share.read_turn().await;
         let handle = self.handle.clone();
-        let page = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
+        let page = share.read_in_turn(move || {
             let mut page = read_retained_page(&handle.readers, &wanted, below, after, bytes_max)?;
             let left_out = handle.withheld.now();
             if !left_out.is_nothing() {

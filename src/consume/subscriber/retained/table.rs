@@ -129,6 +129,11 @@ impl RetainedTable {
         self.withheld_version
     }
 
+    /// The rules that it follows are of another registry: all are followed anew.
+    pub(super) fn forget_rules(&mut self) {
+        self.withheld_version = 0;
+    }
+
     /// Deletes messages that are left out after some changes of the rules, which have led to `left_out`. If what they had
     /// replaced may be wanted now, or those no longer left out, that is found in the log again, and the cursor moves
     /// back for it, to `first` at most. On the disk afterwards.

@@ -53,6 +53,8 @@ pub(super) struct SessionDatabase {
     mirror: PendingSessionChanges,
     /// One was set aside. It happens once only: a disk that damages one file after the other needs an operator.
     is_anew: bool,
+    /// What the one that was set aside had is not in the new one yet.
+    lacks_mirror: bool,
     set_aside: Option<String>,
 }
 
@@ -76,6 +78,7 @@ impl SessionDatabase {
             state: SessionDatabaseState::Unopened,
             mirror: PendingSessionChanges::default(),
             is_anew: false,
+            lacks_mirror: false,
             set_aside: None,
         }
     }
@@ -101,10 +104,14 @@ impl SessionDatabase {
         mirror.include(&stored);
         let is_anew = said.is_some();
         let (dir, state) = (dir.to_owned(), SessionDatabaseState::Loaded);
-        Ok((Self { dir, table: Some(table), state, mirror, is_anew, set_aside: None }, stored, said))
+        let (lacks_mirror, set_aside) = (false, None);
+        Ok((Self { dir, table: Some(table), state, mirror, is_anew, lacks_mirror, set_aside }, stored, said))
     }
 
     fn try_write(&mut self, pending: &PendingSessionChanges) -> Result<(), SqliteError> {
+        if self.lacks_mirror {
+            self.write_mirror()?;
+        }
         let table = match &mut self.table {
             Some(table) => table,
             None => self.table.insert(SessionTable::reopen(&self.dir)?),
@@ -125,14 +132,28 @@ impl SessionDatabase {
     fn begin_anew(&mut self, damage: &SqliteError) -> Result<(), SqliteError> {
         self.table = None;
         let aside = set_aside(&self.dir.join(SESSIONS_FILE_NAME))?;
-        self.is_anew = true;
+        (self.is_anew, self.lacks_mirror) = (true, true);
         let said = format!(
             "{SESSIONS_FILE_NAME} was damaged and is set aside as {}; another one has everything that it had",
             aside.display()
         );
         error!(%damage, "sessions: {said}");
         self.set_aside = Some(said);
-        self.table.insert(SessionTable::open(&self.dir)?).write(&self.mirror, false)
+        self.write_mirror()
+    }
+
+    /// Writes all that the database that was set aside had to the new one.
+    fn write_mirror(&mut self) -> Result<(), SqliteError> {
+        let table = match &mut self.table {
+            Some(table) => table,
+            None => self.table.insert(SessionTable::open(&self.dir)?),
+        };
+        let written = table.write(&self.mirror, false);
+        if written.as_ref().is_err_and(|error| !error.is_clean_rollback()) {
+            self.table = None;
+        }
+        self.lacks_mirror = written.is_err();
+        written
     }
 }
 

@@ -338,7 +338,7 @@ impl<'a> MqttConnection<'a> {
             SessionSending::Nothing(session) => self.new_outbound(*session),
         };
         // It is not asked for anything until the request is served.
-        outbound.pause();
+        outbound.suspend(self.output.unsent_bytes());
         let services = SubscribeServices {
             sessions: self.front.sessions.clone(),
             subscribers: self.front.subscribers.clone(),

@@ -44,7 +44,7 @@ impl MqttConnection<'_> {
                 Ok(false) => {}
                 Err(stop) => return Poll::Ready(stop),
             }
-            if self.inbound.holds_packet() {
+            if self.inbound.holds_packet() || self.starved.is_some() {
                 let due = Instant::now() + self.clock_step();
                 if clock.deadline() > due {
                     clock.as_mut().reset(due);
@@ -82,6 +82,10 @@ impl MqttConnection<'_> {
         if self.ended.is_some() {
             let finished = answered.is_ready() && written.is_ready() && self.blocked.is_none();
             return if finished { self.finish() } else { Ok(false) };
+        }
+        if self.inbound.is_paused() && self.may_read() {
+            // There is room now that the output is sent.
+            return Ok(true);
         }
         if self.may_read()
             && (self.inbound.is_packet_charged() || !self.is_starved(cx))
@@ -193,6 +197,9 @@ impl MqttConnection<'_> {
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, StopReason> {
         loop {
             let is_stuffed = self.is_stuffed(cx);
+            if is_stuffed && let SessionSending::Subscribed(outbound) = &mut self.sending {
+                outbound.suspend(self.output.unsent_bytes());
+            }
             if let (SessionSending::Subscribed(outbound), None, None, false) =
                 (&mut self.sending, &self.requesting, &self.ended, is_stuffed)
             {
@@ -299,7 +306,7 @@ impl MqttConnection<'_> {
         let now = Instant::now();
         let packet =
             self.inbound.packet_due().map_or(Duration::MAX, |due| due.saturating_duration_since(now));
-        let patience = self.starved.as_ref().filter(|_| self.inbound.holds_packet());
+        let patience = self.starved.as_ref().filter(|_| self.inbound.holds_memory());
         let patience = patience
             .map_or(Duration::MAX, |starved| self.hold_back_max().saturating_sub(starved.since.elapsed()));
         silence.min(packet).min(patience).min(self.output.wait_left()).clamp(CLOCK_STEP_MIN, CLOCK_STEP_MAX)
@@ -314,7 +321,7 @@ impl MqttConnection<'_> {
         // While reading is held back, silence is not the client's fault.
         let silent = self.may_read() && self.silence_max.is_some_and(|max| self.heard_at.elapsed() >= max);
         if let Some(starved) = &self.starved
-            && self.inbound.holds_packet()
+            && self.inbound.holds_memory()
             && !self.inbound.is_packet_charged()
             && starved.since.elapsed() >= self.hold_back_max()
         {

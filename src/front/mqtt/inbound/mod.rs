@@ -224,9 +224,14 @@ impl Inbound {
         self.is_packet_charged
     }
 
-    /// Whether it holds the beginning of a packet, and so memory that others may wait for.
+    /// Whether it holds the beginning of a packet.
     pub(super) fn holds_packet(&self) -> bool {
         self.packet_since.is_some()
+    }
+
+    /// Whether it holds memory that others may wait for: the beginning of a packet, or topic aliases.
+    pub(super) fn holds_memory(&self) -> bool {
+        self.held.is_some() || self.packet_since.is_some()
     }
 
     /// When the packet that has begun has to be there.
@@ -260,6 +265,8 @@ impl Inbound {
         let mut bytes = read_bytes;
         let mut buffered;
         if std::mem::take(&mut self.paused) {
+            // What is left afterwards is another packet, or is charged for as it is.
+            (self.packet_since, self.is_packet_charged) = (None, false);
             buffered = std::mem::take(&mut self.partial);
             buffered.extend_from_slice(bytes);
             bytes = &buffered;

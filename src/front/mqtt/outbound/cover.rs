@@ -34,6 +34,14 @@ impl OutputCover {
         }
     }
 
+    /// Gives back what is not needed while nothing is appended.
+    pub(super) fn suspend(&mut self, unsent: usize) {
+        self.waiting = None;
+        if unsent == 0 {
+            self.room = None;
+        }
+    }
+
     /// Ready when `more` bytes may be appended to an output that has `bytes`.
     #[inline]
     pub(super) fn poll(&mut self, bytes: usize, more: usize, cx: &mut Context<'_>) -> Poll<()> {

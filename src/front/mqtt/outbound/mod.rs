@@ -223,10 +223,18 @@ impl Outbound {
         filled
     }
 
+    /// Lets others have everything that this one holds in common with them: it is not asked for messages for a while.
+    /// `unsent` bytes of its output are not sent.
+    pub(super) fn suspend(&mut self, unsent: usize) {
+        self.room.suspend(unsent);
+        self.groups.pass_turns();
+        self.pause();
+    }
+
     /// Lets others have the turns of this one, which sends nothing for a while. What it holds is counted, and
     /// let go of where its tenant's share has no room: it is read again later. So clients that do not read
     /// cost no more memory than that, however many there are.
-    pub(super) fn pause(&mut self) {
+    fn pause(&mut self) {
         self.feed.pause();
         let matched = self.matched.as_ref().map_or(0, MatchedRecords::weight);
         let retained: usize = self.retained.front().map_or(0, PendingRetained::held_bytes);
