@@ -30,15 +30,16 @@ pub(super) struct CommitThread {
 impl CommitThread {
     /// Commits until the queue is closed and empty.
     pub(super) fn run(self) {
-        let priority = CommitPriority::find();
+        let mut priority = CommitPriority::find();
         if self.number == 0 {
             info!(priority = priority.describe(), "the threads that commit have their priority");
         }
         let mut upkeep_after = WRITE_AHEAD_IDLE;
         loop {
             match self.shared.queue.wait_for_duty(self.number, (self.number == 0).then_some(upkeep_after)) {
-                WriterDuty::Commit => {
-                    self.take_turn(&priority);
+                WriterDuty::Commit { waited } => {
+                    priority.note_wait(waited);
+                    self.take_turn(&mut priority);
                     upkeep_after = WRITE_AHEAD_IDLE;
                 }
                 WriterDuty::Upkeep => upkeep_after = self.keep_up(),
@@ -67,7 +68,7 @@ impl CommitThread {
     }
 
     /// Commits what waits.
-    fn take_turn(&self, priority: &CommitPriority) {
+    fn take_turn(&self, priority: &mut CommitPriority) {
         let mut group = Vec::new();
         let (weight, written) = {
             let mut writer = self.writer.lock();

@@ -1,14 +1,16 @@
 //! The priority of the commit threads. Every acknowledgement waits for them, and they run for some microseconds at a
 //! time: on a busy machine the wait for a processor, not the disk, is the tail of its latency.
 //!
-//! Where the limits allow, they get the lowest real-time priority while they sync and answer. They put commits
-//! together without it: that takes longer, and a thread that is let in at the first message makes many small
-//! commits. It cannot starve the machine: a thread that computes for long without a pause gets normal priority again
+//! Where the limits allow, they get the lowest real-time priority while they sync and answer, for a second after one of
+//! them had to wait long for a processor: on a machine with time to spare it gains nothing, and setting it costs as much
+//! as a third of a small commit. They put commits together without it: that takes longer, and a thread that is let in
+//! at the first message makes many small commits. It cannot starve the machine: a thread that computes for long without a pause gets normal priority again
 //! (`RLIMIT_RTTIME`, `SIGXCPU`), and no child inherits it. Besides they ask for a short time slice, with which the
 //! scheduler lets a thread in sooner (EEVDF, Linux 6.12).
 
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use std::{io, mem, ptr};
 
 /// The lowest real-time priority: below whoever else has one.
@@ -17,6 +19,11 @@ const COMMIT_PRIORITY: libc::c_int = 1;
 const COMPUTE_WITHOUT_PAUSE_MAX_US: libc::rlim_t = 200_000;
 /// The time slice without real-time priority, in nanoseconds; the shortest that there is.
 const COMMIT_SLICE_NS: u64 = 100_000;
+
+/// A thread that waited for a processor for so long is on a busy machine.
+const BUSY_WAIT: Duration = Duration::from_millis(2);
+/// For how long the machine counts as busy then.
+const BUSY_TIME: Duration = Duration::from_secs(1);
 
 static COMPUTE_LIMIT: Once = Once::new();
 /// A real-time thread has computed for too long.
@@ -27,6 +34,9 @@ pub(super) struct CommitPriority {
     may_be_real_time: bool,
     /// With a short time slice, if the kernel has those.
     normal: Option<SchedulerAttributes>,
+    /// Until when the machine counts as busy.
+    busy_until: Option<Instant>,
+    is_raised: bool,
 }
 
 impl CommitPriority {
@@ -37,19 +47,27 @@ impl CommitPriority {
         if may_be_real_time {
             let _ = set_policy(libc::SCHED_OTHER, 0);
         }
-        Self { may_be_real_time, normal: shorten_slice() }
+        Self { may_be_real_time, normal: shorten_slice(), busy_until: None, is_raised: false }
     }
 
-    /// Gives the calling thread real-time priority, if it may have that.
-    pub(super) fn raise(&self) {
-        if self.may_be_real_time {
-            let _ = set_policy(libc::SCHED_RR, COMMIT_PRIORITY);
+    /// Notes how long the thread waited for a processor.
+    pub(super) fn note_wait(&mut self, waited: Duration) {
+        if waited >= BUSY_WAIT {
+            self.busy_until = Some(Instant::now() + BUSY_TIME);
+        }
+    }
+
+    /// Gives the calling thread real-time priority, if the machine is busy and it may have that.
+    pub(super) fn raise(&mut self) {
+        if self.may_be_real_time && self.busy_until.is_some() {
+            self.busy_until = self.busy_until.filter(|until| Instant::now() < *until);
+            self.is_raised = self.busy_until.is_some() && set_policy(libc::SCHED_RR, COMMIT_PRIORITY).is_ok();
         }
     }
 
     /// Gives the calling thread normal priority again.
-    pub(super) fn lower(&self) {
-        if self.may_be_real_time {
+    pub(super) fn lower(&mut self) {
+        if std::mem::take(&mut self.is_raised) {
             let _ = set_policy(libc::SCHED_OTHER, 0);
             if let Some(normal) = &self.normal {
                 normal.set();
@@ -60,7 +78,7 @@ impl CommitPriority {
     /// What it is, for an operator.
     pub(super) fn describe(&self) -> &'static str {
         match (self.may_be_real_time, &self.normal) {
-            (true, _) => "real-time (SCHED_RR 1) while they sync and answer",
+            (true, _) => "real-time (SCHED_RR 1) while they sync and answer on a busy machine",
             (false, Some(_)) => {
                 "normal with a short time slice; LimitRTPRIO=1 or CAP_SYS_NICE would allow real-time"
             }
@@ -159,8 +177,10 @@ mod tests {
     #[test]
     fn a_real_time_thread_that_computes_without_a_pause_gets_normal_priority_and_the_process_lives() {
         let computed = std::thread::spawn(|| {
-            let priority = CommitPriority::find();
-            assert_eq!(policy(), libc::SCHED_OTHER);
+            let mut priority = CommitPriority::find();
+            priority.raise();
+            assert_eq!(policy(), libc::SCHED_OTHER, "nobody waits for a processor");
+            priority.note_wait(BUSY_WAIT);
             priority.raise();
             let was = policy();
             if !priority.may_be_real_time {
@@ -179,7 +199,8 @@ mod tests {
     #[test]
     fn a_thread_has_normal_priority_and_its_short_slice_again_after_each_commit() {
         let seen = std::thread::spawn(|| {
-            let priority = CommitPriority::find();
+            let mut priority = CommitPriority::find();
+            priority.note_wait(BUSY_WAIT);
             let before = SchedulerAttributes::get().map(|attributes| attributes.runtime);
             priority.raise();
             priority.lower();

@@ -69,6 +69,8 @@ struct WriterQueueState {
     is_abandoned: bool,
     /// Which threads wait for something to do.
     is_idle: [bool; WRITER_THREADS],
+    /// When a thread was woken that has not begun yet.
+    woken_at: [Option<Instant>; WRITER_THREADS],
     /// Turns under way.
     turns: usize,
     /// When the newest one began.
@@ -81,7 +83,10 @@ struct WriterQueueState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum WriterDuty {
     /// Submissions wait.
-    Commit,
+    Commit {
+        /// How long the thread waited for a processor after it was woken.
+        waited: Duration,
+    },
     /// Nothing came for as long as it was to wait.
     Upkeep,
     /// The queue is closed and empty.
@@ -108,6 +113,7 @@ impl WriterQueueState {
     fn wakes(&mut self) -> Option<usize> {
         let idle = self.is_due().then(|| self.is_idle.iter().position(|is_idle| *is_idle)).flatten()?;
         self.is_idle[idle] = false;
+        self.woken_at[idle] = Some(Instant::now());
         Some(idle)
     }
 
@@ -173,8 +179,9 @@ impl WriterQueue {
         let deadline = upkeep_after.map(|after| Instant::now() + after);
         let mut waiting = self.locked();
         loop {
+            let woken_at = waiting.woken_at[thread].take();
             if waiting.is_due() {
-                return WriterDuty::Commit;
+                return WriterDuty::Commit { waited: woken_at.map_or(Duration::ZERO, |at| at.elapsed()) };
             }
             if waiting.closed && waiting.submissions.is_empty() {
                 return WriterDuty::End;
@@ -217,15 +224,14 @@ impl WriterQueue {
         0
     }
 
-    /// Ends a turn.
+    /// Ends a turn. The calling thread looks next whether more waits, so that no other one is woken for that.
     pub(super) fn end_turn(&self, weight: usize) {
         let mut waiting = self.locked();
         waiting.turns -= 1;
         waiting.taken_weight -= weight;
-        let (wakes, closed) = (waiting.wakes(), waiting.closed);
+        let closed = waiting.closed;
         drop(waiting);
         self.turn_ended.notify_all();
-        self.wake(wakes);
         if closed {
             // A thread that waits may be at the end now.
             self.wake_all();
