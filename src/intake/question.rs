@@ -196,7 +196,8 @@ mod tests {
                 }
             });
             assert!(refused.expect("the share is used up before") > 30);
-            assert!(draft.memory_bytes() <= 1 << 20, "{} bytes", draft.memory_bytes());
+            // A section grows to twice its size at once.
+            assert!(draft.memory_bytes() <= 2 << 20, "{} bytes", draft.memory_bytes());
             drop(draft);
             assert!(account.charge(1 << 20).is_ok(), "all of it is free again");
         }

@@ -486,7 +486,7 @@ mod tests {
         let mut out = Vec::new();
         let other = inbound.account.charge(SHARE_BYTES - PACKET_BYTES - 1_000).expect("free");
         let long = packet(PACKET_BYTES);
-        let (begun, rest) = long.split_at(1_000);
+        let (begun, rest) = long.split_at(2_000);
         // The first uses up the rate, so the second, which was charged for as a whole, is held.
         let short = packet(16_500);
         assert!(inbound.receive(&short, &intake, 0, &mut out).held.is_none());
