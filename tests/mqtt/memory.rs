@@ -189,7 +189,10 @@ fn who_holds_only_topic_aliases_does_not_hold_them_while_nothing_more_is_read() 
     let dir = scratch();
     let gateway = Setup::on(dir.path()).set("intake.hold_back_ms_max", 500).start();
     let source = gateway.create("press-4");
-    let held = || gateway.metric("headgate_memory_held_bytes") as usize;
+    let held = || {
+        let bytes = gateway.metric("headgate_memory_held_bytes");
+        bytes.to_string().parse::<usize>().expect("whole bytes")
+    };
     let before = held();
     let mut idle = Wire::login(gateway.mqtt, V5, &source.key);
     for alias in 1..=4 {
