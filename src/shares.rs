@@ -337,6 +337,9 @@ impl Drop for ShareCharge {
 
 #[cfg(test)]
 mod tests {
+    use std::task::{Context, Waker};
+    use std::time::Duration;
+
     use super::*;
 
     fn id(name: &str) -> DatasourceId {
@@ -401,6 +404,33 @@ mod tests {
         }
         drop(turns);
         drop(greedy.read_turn().await);
+    }
+
+    #[tokio::test]
+    async fn a_turn_that_comes_to_who_does_not_look_is_not_lost_to_the_others() {
+        let share = TenantShare::alone();
+        let mut turns = Vec::new();
+        for _ in 0..BLOCKING_READS_PER_TENANT_MAX {
+            turns.push(share.clone().read_turn().await);
+        }
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut wait = || {
+            let mut waiting = Box::pin(share.read_in_turn(|| ()));
+            assert!(waiting.as_mut().poll(&mut cx).is_pending());
+            waiting
+        };
+        let unpolled: Vec<_> = (0..BLOCKING_READS_PER_TENANT_MAX).map(|_| wait()).collect();
+        let dropped: Vec<_> = (0..BLOCKING_READS_PER_TENANT_MAX).map(|_| wait()).collect();
+        // All of them queue before the third.
+        let third = tokio::spawn(share.read_in_turn(|| 3));
+        while share.reads.available_permits() == 0 && !turns.is_empty() {
+            tokio::task::yield_now().await;
+            turns.pop();
+        }
+        drop((turns, dropped));
+        let read = tokio::time::timeout(Duration::from_secs(20), third).await;
+        assert_eq!(read.expect("its turn comes").expect("a task").expect("read"), 3);
+        drop(unpolled);
     }
 
     #[test]

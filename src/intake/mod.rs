@@ -451,7 +451,7 @@ mod tests {
     use crate::message::RecordFlags;
 
     /// An intake with a log of its own, and a grant for datasource `press-4`.
-    fn intake() -> (TempDir, Intake, Grant) {
+    pub(super) fn intake() -> (TempDir, Intake, Grant) {
         let dir = TempDir::new().expect("temporary directory");
         let registry = Arc::new(Registry::open(dir.path()).expect("opens"));
         let scopes = Scopes::from_slice(&[Scope::Ingest]);
@@ -465,7 +465,10 @@ mod tests {
         (dir, Intake::new(authorizer, log, Arc::new(Metrics::new()), &config.intake), grant)
     }
 
-    fn message<'a>(message_id: Option<&'a str>, exchange: Option<Exchange>) -> IncomingMessage<'a> {
+    pub(super) fn message<'a>(
+        message_id: Option<&'a str>,
+        exchange: Option<Exchange>,
+    ) -> IncomingMessage<'a> {
         let (flags, payload) = (RecordFlags::default(), b"1");
         IncomingMessage {
             topic: "t",
@@ -484,7 +487,7 @@ mod tests {
     }
 
     /// Pushes messages into one draft and returns, per message, what has become of it.
-    async fn publish(
+    pub(super) async fn publish(
         intake: &Intake,
         grant: &Grant,
         messages: &[IncomingMessage<'_>],

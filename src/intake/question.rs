@@ -89,3 +89,117 @@ impl Draft {
         pushed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::tests::{intake, message, publish};
+    use super::*;
+    use crate::auth::{Actor, Scope, Scopes};
+    use crate::intake::Intake;
+    use crate::log::{Offsets, SectionOutcome};
+    use crate::memory::MemoryBudget;
+    use crate::message::Transport;
+    use crate::retained_topics::RetainedTopics;
+
+    const NOTHING_PASSES: &str = r#"{"last_version":1,"rules":[{"filter":"t","version":1,"schema":false}]}"#;
+    const NOTHING_FITS: &str = r#"{"payload_bytes": {"max": 1, "policy": "reject"}}"#;
+
+    fn two_bytes(id: &str) -> IncomingMessage<'_> {
+        IncomingMessage { payload: b"12", ..message(Some(id), None) }
+    }
+
+    /// What the log says to a message that is refused.
+    async fn answer_to_refused(
+        intake: &Intake,
+        grant: &Grant,
+        message: IncomingMessage<'_>,
+    ) -> SectionOutcome {
+        let mut draft = intake.draft(Transport::Mqtt, 7);
+        let origin = match draft.push(grant, None, message) {
+            Err(Refusal::Quarantined(quarantined)) => quarantined.origin,
+            Err(Refusal::Asked(asked)) => asked.origin,
+            other => panic!("{other:?}"),
+        };
+        intake.admit(draft).await.expect("room").await.expect("answered").outcomes.remove(origin)
+    }
+
+    #[tokio::test]
+    async fn a_question_is_about_the_incarnation_that_it_is_asked_in() {
+        for (schema, limits) in [(Some(NOTHING_PASSES), None), (None, Some(NOTHING_FITS))] {
+            let (_dir, intake, grant) = intake();
+            let (registry, press) = (intake.authorizer().registry(), grant.datasource().clone());
+            publish(&intake, &grant, &[two_bytes("first")]).await;
+            registry.delete_datasource(&Actor::SYSTEM, &press).expect("there");
+            let scopes = Scopes::from_slice(&[Scope::Ingest]);
+            let (_, _, key) =
+                registry.create_datasource(&Actor::SYSTEM, None, "press-4", scopes).expect("created again");
+            let grant = intake.authorizer().identify(key.expose().as_bytes()).expect("a valid key");
+            publish(&intake, &grant, &[two_bytes("second")]).await;
+            registry.set_datasource_schemas(&Actor::SYSTEM, &press, schema.map(str::to_owned)).expect("set");
+            registry.set_datasource_limits(&Actor::SYSTEM, &press, limits.map(str::to_owned)).expect("set");
+            let of_the_first = answer_to_refused(&intake, &grant, two_bytes("first")).await;
+            let is_news = matches!(of_the_first, SectionOutcome::Kept(_) | SectionOutcome::Unknown);
+            assert!(is_news, "{schema:?} {limits:?}: {of_the_first:?}");
+            let repeated = answer_to_refused(&intake, &grant, two_bytes("second")).await;
+            assert_eq!(repeated, SectionOutcome::Known(Offsets::consecutive(1, 1)), "{schema:?} {limits:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_retained_message_that_the_log_has_is_known_when_there_is_no_room_for_it_any_more() {
+        let (_dir, intake, grant) = intake();
+        let (registry, press) = (intake.authorizer().registry(), grant.datasource().clone());
+        let topics = Arc::new(RetainedTopics::default());
+        intake.set_retained_topics(topics.clone());
+        let limits = r#"{"retained_topics": {"max": 1}}"#;
+        registry.set_datasource_limits(&Actor::SYSTEM, &press, Some(limits.to_owned())).expect("set");
+        let retained = |topic, id| {
+            let flags = RecordFlags::default().with(RecordFlags::RETAIN);
+            IncomingMessage { topic, flags, ..message(id, None) }
+        };
+        publish(&intake, &grant, &[retained("t", Some("a"))]).await;
+        // It was cleared since, and another one has its place.
+        topics.confirm(press.as_str(), "t", 0);
+        publish(&intake, &grant, &[retained("u", Some("b"))]).await;
+        let repeated = answer_to_refused(&intake, &grant, retained("t", Some("a"))).await;
+        assert_eq!(repeated, SectionOutcome::Known(Offsets::consecutive(0, 1)));
+        let news = answer_to_refused(&intake, &grant, retained("t", Some("c"))).await;
+        assert_eq!(news, SectionOutcome::Unknown);
+        let mut draft = intake.draft(Transport::Mqtt, 7);
+        let without_id = draft.push(&grant, None, retained("t", None));
+        assert!(matches!(without_id, Err(Refusal::Limited(_))), "{without_id:?}");
+        let bad_id = draft.push(&grant, None, retained("t", Some("\n")));
+        assert!(matches!(bad_id, Err(Refusal::MessageId)), "{bad_id:?}");
+    }
+
+    #[test]
+    fn questions_are_charged_for_as_they_come_and_give_all_of_it_back() {
+        let (_dir, intake, grant) = intake();
+        let account = MemoryBudget::new(4 << 20, 1 << 20).account_of_key(grant.key_id(), grant.datasource());
+        let payload = vec![b'x'; 10_000];
+        for id_of_all in [None, Some("all")] {
+            let mut draft = intake.draft(Transport::Http, 0);
+            id_of_all.into_iter().for_each(|id| draft.keep_once(id).expect("a good id"));
+            draft.only_ask();
+            draft.charge_to(&account, grant.key_id());
+            let ids: Vec<String> = (0..200).map(|n| n.to_string()).collect();
+            let refused = ids.iter().position(|id| {
+                let id = id_of_all.is_none().then_some(&**id);
+                let pushed =
+                    draft.push(&grant, None, IncomingMessage { payload: &payload, ..message(id, None) });
+                match pushed {
+                    Ok(_) => false,
+                    Err(Refusal::Memory(_)) => true,
+                    Err(other) => panic!("{other}"),
+                }
+            });
+            assert!(refused.expect("the share is used up before") > 30);
+            // A section grows to twice its size at once.
+            assert!(draft.memory_bytes() <= 2 << 20, "{} bytes", draft.memory_bytes());
+            drop(draft);
+            assert!(account.charge(1 << 20).is_ok(), "all of it is free again");
+        }
+    }
+}

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use crate::common::memory::Bystander;
 use crate::common::wire::{
-    Connect, Next, PUBACK, TOPIC_ALIAS, Version, Wire, frame, prefixed, publish, publish_with, subscribe,
-    two_bytes, varint,
+    Connect, Next, PINGREQ, PUBACK, TOPIC_ALIAS, Version, Wire, frame, prefixed, publish, publish_with,
+    subscribe, two_bytes, varint,
 };
-use crate::common::{Gateway, PATIENCE, scratch};
+use crate::common::{Gateway, PATIENCE, Setup, scratch, wait_for};
 use Version::V5;
 
 fn longest_topic() -> String {
@@ -180,4 +180,41 @@ fn subscribers_that_do_not_read_are_bounded() {
     }
     bystander.assert_undisturbed("300 subscribers that do not read");
     drop(deaf);
+}
+
+#[test]
+fn who_holds_only_topic_aliases_does_not_hold_them_while_nothing_more_is_read() {
+    const SHARE_BYTES: usize = 64 << 20;
+    const SERVER_BUSY: u8 = 0x89;
+    let dir = scratch();
+    let gateway = Setup::on(dir.path()).set("intake.hold_back_ms_max", 500).start();
+    let source = gateway.create("press-4");
+    let held = || {
+        let bytes = gateway.metric("headgate_memory_held_bytes");
+        bytes.to_string().parse::<usize>().expect("whole bytes")
+    };
+    let before = held();
+    let mut idle = Wire::login(gateway.mqtt, V5, &source.key);
+    for alias in 1..=4 {
+        idle.send(&publish_with(V5, alias, longest_topic(), &two_bytes(TOPIC_ALIAS, alias), b""));
+        assert_eq!(idle.packet(PUBACK).reason(), 0);
+    }
+    // What the last message took is free soon after its ack.
+    let of_aliases =
+        wait_for("the aliases alone", || Some(held() - before).filter(|b| (4_096..5_000).contains(b)));
+    let rest = SHARE_BYTES - 63 * (1 << 20) - of_aliases;
+    let begun: Vec<TcpStream> = [1 << 20; 63]
+        .into_iter()
+        .chain([rest])
+        .map(|bytes| {
+            let mut stream = let_in(gateway.mqtt, &Connect::with_key(V5, &source.key));
+            // The packet's type and length take four bytes.
+            stream.write_all(&frame(0x30, &vec![0; bytes - 4])[..2_000]).expect("sent");
+            stream
+        })
+        .collect();
+    wait_for("a share that is used up", || (held() - before == SHARE_BYTES).then_some(()));
+    idle.send(&PINGREQ);
+    idle.disconnected(SERVER_BUSY);
+    drop(begun);
 }

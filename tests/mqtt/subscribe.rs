@@ -10,7 +10,8 @@ use serde_json::json;
 use crate::common::cluster::first_offset;
 use crate::common::load::{Ledger, mqtt_sender};
 use crate::common::wire::{
-    Connect, Frame, Message, Next, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, SESSION_EXPIRY, SUBACK,
+    Connect, Frame, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL,
+    SESSION_EXPIRY, SUBACK,
     Version::{self, V5, V311},
     Wire, ack, four_bytes, publish, subscribe_with, user_property,
 };
@@ -394,4 +395,38 @@ fn a_group_goes_on_where_it_was_after_a_kill_and_each_record_reaches_a_member() 
             done.insert(number(&message));
         }
     }
+}
+
+#[test]
+fn what_comes_in_one_segment_with_a_subscribe_is_served_when_a_full_output_is_taken() {
+    let (_dir, gateway, source) = scene();
+    let mut full: Vec<Wire> = (0..16)
+        .map(|_| {
+            let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
+            subscribed(&mut wire, V5, &[("#", 0)], &[]);
+            wire
+        })
+        .collect();
+    let mut publisher = Wire::login(gateway.mqtt, V5, &source.key);
+    for id in 1..=300 {
+        assert_eq!(publisher.publish(V5, id, "spindle", &[b'x'; 60_000]), 0);
+    }
+    // Each PUBREC is answered, so the output may be as full as before when the SUBSCRIBE is served.
+    let mut segment: Vec<u8> = (1..=10_000).flat_map(|id| ack(PUBREC, id)).collect();
+    segment.extend(subscribe_with(V5, 7, &[("other", 0)], &[]));
+    segment.extend(PINGREQ);
+    std::thread::scope(|scope| {
+        for wire in &mut full {
+            scope.spawn(|| {
+                wire.send(&segment);
+                loop {
+                    match wire.next() {
+                        Next::Packet(frame) if frame.kind() == PINGRESP => break,
+                        Next::Packet(_) => {}
+                        other => panic!("no PINGRESP but {other:?}"),
+                    }
+                }
+            });
+        }
+    });
 }

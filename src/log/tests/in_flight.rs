@@ -12,7 +12,7 @@ fn fours() -> config::LogConfig {
 
 /// A log whose syncs wait for the test.
 struct HeldLog {
-    _dir: TempDir,
+    dir: TempDir,
     model: Arc<ModelDisk>,
     log: EmbeddedLog,
 }
@@ -28,7 +28,7 @@ impl HeldLog {
         let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
         let log = open_model_with(&model, dir.path(), &fours()).expect("opens");
         log.begin_retention();
-        Self { _dir: dir, model, log }
+        Self { dir, model, log }
     }
 
     /// Begins an append of the record with this number, without an id or with one.
@@ -123,6 +123,41 @@ fn a_duplicate_of_what_failed_is_kept_in_its_place() {
     held.model.held.end();
     assert_eq!(outcome(duplicate).expect("kept"), kept(0, 1));
     assert_kept(&held.log, 1, "once");
+}
+
+/// Puts what a start would find after a kill into another directory: the disk lives on.
+fn copy_after_kill(from: &Path, to: &Path) {
+    fs::create_dir_all(to.join("log")).expect("made");
+    for entry in fs::read_dir(from.join("log")).expect("there").map(|entry| entry.expect("readable")) {
+        if entry.path().extension().is_some_and(|ends| ends == "log") {
+            fs::copy(entry.path(), to.join("log").join(entry.file_name())).expect("copied");
+        }
+    }
+}
+
+/// A barrier says that nothing more comes of a key that is dead, so a kill must not bring it back.
+#[test]
+fn what_a_key_has_written_in_vain_is_gone_for_good_once_a_barrier_is_answered_after_its_death() {
+    for others in [0, 1] {
+        let held = HeldLog::open();
+        (0..others).for_each(|n| assert_eq!(outcome(held.begin(n, None)).expect("kept"), kept(n, 1)));
+        held.model.held.begin();
+        let lease = Lease::new();
+        let dying = held.log.append(vec![section(&[&payload(others)], &lease)], later());
+        held.model.held.wait_for(1);
+        *held.model.sync_fails.lock() = Some(libc::ENOSPC);
+        lease.end();
+        held.model.held.end();
+        let barrier = held.log.append(Vec::new(), later());
+        assert!(barrier.blocking_recv().expect("answered").is_ok());
+        let left = TempDir::new().expect("temporary directory");
+        copy_after_kill(held.dir.path(), left.path());
+        assert_eq!(open(left.path(), &fours()).expect("opens").next_offset(), others, "of the dead key");
+        assert_eq!(outcome(dying).expect("answered"), SectionOutcome::KeyDead);
+        *held.model.sync_fails.lock() = None;
+        assert_eq!(outcome(held.begin(others, None)).expect("kept"), kept(others, 1), "{others} before");
+        assert_kept(&held.log, others + 1, "afterwards");
+    }
 }
 
 /// Whichever of the two fails, and whichever ends first: nothing that was acknowledged is lost, nothing is there

@@ -197,7 +197,9 @@ impl MqttConnection<'_> {
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, StopReason> {
         loop {
             let is_stuffed = self.is_stuffed(cx);
-            if is_stuffed && let SessionSending::Subscribed(outbound) = &mut self.sending {
+            if (is_stuffed || self.ended.is_some())
+                && let SessionSending::Subscribed(outbound) = &mut self.sending
+            {
                 outbound.suspend(self.output.unsent_bytes());
             }
             if let (SessionSending::Subscribed(outbound), None, None, false) =

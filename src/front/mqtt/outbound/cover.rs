@@ -105,4 +105,22 @@ mod tests {
         other.begin(100, 0);
         assert!(OutputCover::new(&share).poll(0, OUTPUT_BYTES_PER_TENANT_MAX / 2, &mut cx).is_ready());
     }
+
+    #[test]
+    fn a_suspended_output_gives_back_its_place_and_what_nothing_is_unsent_of() {
+        let share = TenantShare::alone();
+        let mut cx = Context::from_waker(Waker::noop());
+        let covered = OUTPUT_BYTES_PER_TENANT_MAX / MQTT_UNSENT_BYTES_MAX;
+        let mut holding: Vec<OutputCover> = (0..covered).map(|_| OutputCover::new(&share)).collect();
+        let mut poll = |one: &mut OutputCover| one.poll(0, MQTT_UNSENT_BYTES_MAX, &mut cx).is_ready();
+        assert!(holding.iter_mut().all(&mut poll));
+        let (mut first, mut second) = (OutputCover::new(&share), OutputCover::new(&share));
+        assert!(!poll(&mut first) && !poll(&mut second));
+        first.suspend(0);
+        holding[0].suspend(1);
+        assert!(!poll(&mut second), "what is unsent stays covered");
+        holding[0].suspend(0);
+        assert!(poll(&mut second), "the first does not wait any more");
+        assert!(!poll(&mut first));
+    }
 }
