@@ -42,9 +42,11 @@ impl SpareSegments {
     pub(super) fn find(disk: &dyn Disk, dir: &Path) -> io::Result<Self> {
         let mut found = Self::default();
         for entry in std::fs::read_dir(dir)? {
-            let path = entry?.path();
+            let entry = entry?;
+            let path = entry.path();
             if path.extension().is_none_or(|name| name != "spare")
                 || Segment::offset_of(&path.with_extension("log")).is_none()
+                || !entry.file_type()?.is_file()
             {
                 continue;
             }
@@ -236,6 +238,28 @@ mod tests {
         assert_eq!((first.disk_bytes(), spares.bytes()), (8192, 8192));
         assert!(ahead(&mut spares).expect("written"), "another one in its place");
         assert_eq!(spares.bytes(), 3 * 4096);
+    }
+
+    #[test]
+    fn what_is_no_file_is_no_spare_and_stops_nothing() {
+        let dir = TempDir::new().expect("temporary directory");
+        let named = |offset: Offset| Segment::path_of(dir.path(), offset).with_extension("spare");
+        // Also where a new spare would be, and where a segment would go.
+        for offset in [0, 7, Offset::MAX] {
+            std::fs::create_dir(named(offset)).expect("made");
+        }
+        std::os::unix::fs::symlink("/nowhere/at-all", named(8)).expect("made");
+        let mut spares = SpareSegments::find(&FileSystem, dir.path()).expect("found");
+        assert!(spares.is_empty());
+        let ahead = spares.write_ahead(&FileSystem, dir.path(), &[0; 4096], 10_000);
+        assert!(ahead.expect("written") && spares.bytes() == 4096);
+        let segment = Arc::new(Segment::create(&FileSystem, dir.path(), 0).expect("made"));
+        spares.keep(&FileSystem, segment.clone()).expect("it is out of the log");
+        assert!(!segment.path().exists() && named(0).is_dir());
+        let full = |offset: Offset| std::fs::write(named(offset), b"spare").expect("written");
+        [20, 21, 22].into_iter().for_each(full);
+        let found = SpareSegments::find(&FileSystem, dir.path()).expect("found");
+        assert!(!found.has_room() && named(7).is_dir(), "none of them takes the room of a file");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::common::wire::{
     Connect, Message, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, SUBACK, Version, Wire, ack, publish,
     subscribe,
 };
-use crate::common::{Gateway, PATIENCE, Setup, Source};
+use crate::common::{Gateway, PATIENCE, Setup, Source, wait_for};
 use crate::dead_ends::{aside, publish_some, repaired, retained, used_directory};
 use crate::faults::{warned, warns_no_more};
 
@@ -192,6 +192,39 @@ fn a_session_that_began_while_the_database_was_locked_is_kept_and_takes_the_plac
     drop(db);
     let gateway = setup.start();
     assert!(connect(&gateway).1, "the one of the last run is");
+}
+
+#[test]
+fn a_purge_while_its_stores_cannot_be_read_ends_the_keys_at_once_and_is_made_once_they_can() {
+    for stems in [&["records"][..], &["retained"], &["records", "retained"]] {
+        let (dir, source) = used_directory(RECORDS);
+        let lock = |stem: &&str| {
+            let path = dir.path().join(format!("{stem}.db"));
+            by_hand(&path, "PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE")
+        };
+        let locks: Vec<_> = stems.iter().map(lock).collect();
+        let gateway = Setup::embedded_on(dir.path()).start();
+        stems.iter().for_each(|stem| drop(warned(&gateway, &format!("{stem}.db"))));
+        let path = format!("/v1/datasources/{}?purge=true", source.id);
+        let purge = || gateway.request("DELETE", &path, &gateway.admin_key(), &[], &[]);
+        let answer = purge();
+        assert_eq!(answer.status, 202, "{stems:?}: {}", answer.text());
+        assert_eq!(answer.json()["done"], false, "{stems:?}");
+        let ingest = format!("/v1/ingest/{}/t", source.id);
+        assert_eq!(gateway.request("POST", &ingest, &source.key, &[], b"1").status, 401, "{stems:?}");
+        // To ask again is safe.
+        assert_eq!(purge().status, 202, "{stems:?}");
+        drop(locks);
+        warns_no_more(&gateway);
+        wait_for("the purge", || (purge().status == 200).then_some(()));
+        gateway.stop();
+        for (stem, table) in [("records", "records"), ("retained", "messages")] {
+            let db = Connection::open(dir.path().join(format!("{stem}.db"))).expect("opens");
+            let count = format!("SELECT count(*) FROM {table}");
+            let count = db.query_row(&count, [], |row| row.get::<_, i64>(0)).expect("reads");
+            assert_eq!(count, 0, "{stem}.db, {stems:?}");
+        }
+    }
 }
 
 #[test]

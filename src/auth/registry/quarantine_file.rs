@@ -261,6 +261,41 @@ mod tests {
     }
 
     #[test]
+    fn rules_whose_versions_are_taken_get_the_next_ones_in_their_order() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(QUARANTINE_FILE_NAME);
+        fs::write(&path, "no database, and long enough to be seen not to be one".repeat(20))
+            .expect("written");
+        let registry = Registry::open(dir.path()).expect("opens");
+        assert!(registry.unread_rules().is_some());
+        let told = std::sync::Arc::<parking_lot::Mutex<Vec<u8>>>::default();
+        let tells = told.clone();
+        let follow = move |rule: &RecordRule| {
+            tells.lock().push(match rule {
+                RecordRule::Leak(row) => row.key_id.0[0],
+                _ => 0,
+            });
+        };
+        registry.follow_record_rules(follow).expect("readable");
+        // A deletion takes the first version meanwhile.
+        let scopes = crate::auth::Scopes::from_slice(&[crate::auth::Scope::Ingest]);
+        let actor = crate::auth::Actor::SYSTEM;
+        let (press, ..) = registry.create_datasource(&actor, None, "press-5", scopes).expect("created");
+        registry.delete_datasource(&actor, &press.id).expect("deleted");
+        assert_eq!(*told.lock(), [0]);
+        fs::remove_file(&path).expect("removed");
+        let expected = with_file(dir.path());
+        registry.read_unread_rules();
+        assert_eq!((registry.unread_rules(), files(dir.path())), (None, vec![]));
+        let moved: Vec<_> = expected.into_iter().map(|(version, rule)| (version + 1, rule)).collect();
+        assert_eq!((rules_of(&registry), told.lock().clone()), (moved.clone(), vec![0, 1, 2, 1]));
+        // The file comes back with a loss of power.
+        drop(registry);
+        with_file(dir.path());
+        assert_eq!(rules_of(&Registry::open(dir.path()).expect("opens")), moved);
+    }
+
+    #[test]
     fn a_kill_before_the_rules_are_copied_loses_none() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let expected = with_file(dir.path());

@@ -15,7 +15,7 @@ use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldSnapshot};
 use crate::message::{DatasourceId, Incarnation, KeyId, Offset};
 
-/// How many records one transaction of a purge removes: writing goes on in between, and a kill loses little.
+/// How many records one transaction of a purge removes: storage goes on in between, and a kill loses little.
 const PURGE_RECORDS_PER_TRANSACTION: i64 = 10_000;
 
 /// What `datasources` calls an incarnation.
@@ -152,11 +152,8 @@ fn move_selected(
     for_each_moved_topic(connection, |topic_id| newest::restore_moved(connection, topic_id))
 }
 
-/// The row of the incarnation with this scope; without one, makes it under this name.
+/// The row of the incarnation with this scope, which has this name then; without one, makes it.
 pub(super) fn ensure_row(connection: &Connection, scope: &DatasourceId, name: &str) -> rusqlite::Result<i64> {
-    if let Some(row) = row_id_of_scope(connection, scope)? {
-        return Ok(row);
-    }
     let (_, incarnation) = scope.of_scope();
     // Another incarnation may still have the name: by another registry, or by rules that were not followed.
     connection
@@ -165,6 +162,12 @@ pub(super) fn ensure_row(connection: &Connection, scope: &DatasourceId, name: &s
              WHERE datasource = ?1 AND incarnation <> ?2",
         )?
         .execute(params![name, incarnation])?;
+    if let Some(row) = row_id_of_scope(connection, scope)? {
+        connection
+            .prepare_cached("UPDATE datasources SET datasource = ?1 WHERE id = ?2 AND datasource <> ?1")?
+            .execute(params![name, row])?;
+        return Ok(row);
+    }
     connection
         .prepare_cached("INSERT INTO datasources (datasource, incarnation) VALUES (?1, ?2) RETURNING id")?
         .query_row(params![name, incarnation], |row| row.get(0))
@@ -340,6 +343,86 @@ mod tests {
         assert_eq!(contents[0], contents[1]);
     }
 
+    /// What `datasources` calls each incarnation.
+    fn names(sink: &SqliteSink) -> Vec<(String, Incarnation)> {
+        let mut select = sink
+            .connection()
+            .prepare("SELECT datasource, incarnation FROM datasources ORDER BY incarnation")
+            .expect("SQL");
+        let rows = select.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).expect("reads");
+        rows.collect::<rusqlite::Result<_>>().expect("reads")
+    }
+
+    fn named(of: &[(&str, Incarnation)]) -> Vec<(String, Incarnation)> {
+        of.iter().map(|(name, incarnation)| ((*name).to_owned(), *incarnation)).collect()
+    }
+
+    #[test]
+    fn incarnations_by_another_registry_stay_apart_and_storage_goes_on() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+        push(&rules, 1, ended(&[OLD], Offset::MAX));
+        push(&rules, 2, begun(1));
+        sink.reconcile(&rules).expect("reconciled");
+        sink.store([by(OLD, 0, "a"), by(NEW, 1, "a")].into_iter(), 2, false).expect("stored");
+        assert_eq!(names(&sink), named(&[("press-4~1", 1), ("press-4", 2)]));
+        drop(sink);
+
+        // The registry was made anew: it knows one incarnation, and then two.
+        let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+        sink.reconcile(&rules).expect("reconciled");
+        sink.store([by(ALL, 2, "a")].into_iter(), 3, false).expect("stored");
+        assert_eq!(names(&sink), named(&[("press-4", 1), ("press-4~2", 2)]));
+        assert_eq!([1, 2].map(|incarnation| stored(dir.path(), incarnation).0), [vec![0, 2], vec![1]]);
+        push(&rules, 1, ended(&[ALL], Offset::MAX));
+        push(&rules, 2, begun(3));
+        sink.reconcile(&rules).expect("reconciled");
+        sink.store([by(KeyId([4; 6]), 3, "a")].into_iter(), 4, false).expect("stored");
+        assert_eq!(names(&sink), named(&[("press-4~1", 1), ("press-4", 2)]));
+        assert_eq!([1, 2].map(|incarnation| stored(dir.path(), incarnation).0), [vec![0, 1, 2], vec![3]]);
+        assert_eq!(stored(dir.path(), 2).1, latest(&[("a", 3)]));
+    }
+
+    #[test]
+    fn a_later_incarnation_by_rules_that_were_not_followed_takes_the_name_of_the_earlier() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = open(dir.path());
+        sink.store([by(OLD, 0, "a")].into_iter(), 1, false).expect("stored");
+        let earlier = ensure_row(sink.connection(), &press(), "press-4").expect("there");
+        let later = ensure_row(sink.connection(), &press().scope(2), "press-4").expect("made");
+        assert_ne!(earlier, later);
+        assert_eq!(names(&sink), named(&[("press-4~1", 1), ("press-4", 2)]));
+        assert_eq!(ensure_row(sink.connection(), &press(), "press-4~1").expect("there"), earlier);
+        assert_eq!([1, 2].map(|incarnation| stored(dir.path(), incarnation).0), [vec![0], vec![]]);
+    }
+
+    #[test]
+    fn new_rules_are_followed_where_more_were_noted_of_another_registry() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+        for incarnation in 1..4 {
+            push(&rules, incarnation, ended(&[], Offset::MAX));
+            push(&rules, incarnation + 1, begun(0));
+        }
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!(sink.withheld_version(), 6);
+        drop(sink);
+        let rules = WithheldRules::default();
+        let mut sink = open(dir.path());
+        sink.store([by(OLD, 0, "a"), by(NEW, 1, "a")].into_iter(), 2, false).expect("stored");
+        let rule =
+            crate::log::WithheldRule { datasource: press(), key_id: NEW, since: TimeMicros::MIN, below: 2 };
+        rules.push(WithheldChange::Withhold(rule));
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!((sink.withheld_version(), stored(dir.path(), 1).0), (1, vec![0]));
+        push(&rules, 1, ended(&[OLD, NEW], Offset::MAX));
+        push(&rules, 1, IncarnationStep::Purged);
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!((sink.withheld_version(), names(&sink)), (3, vec![]));
+        drop(sink);
+        assert_eq!(open(dir.path()).withheld_version(), 3);
+    }
+
     #[test]
     fn a_purge_goes_on_after_a_kill_at_any_step_and_nothing_of_it_is_stored_again() {
         let count = u64::try_from(PURGE_RECORDS_PER_TRANSACTION).expect("positive") * 2 + 5;
@@ -368,6 +451,48 @@ mod tests {
             });
             assert_eq!(left, [1; 4], "after {steps}");
         }
+    }
+
+    #[test]
+    fn storage_goes_on_while_a_purge_takes_its_time() {
+        let count = u64::try_from(PURGE_RECORDS_PER_TRANSACTION).expect("positive") * 2 + 5;
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (mut sink, rules) = (open(dir.path()), WithheldRules::default());
+        sink.store((0..count).map(|offset| by(OLD, offset, "a")), count, false).expect("stored");
+        push(&rules, 1, ended(&[OLD], Offset::MAX));
+        push(&rules, 1, IncarnationStep::Purged);
+        push(&rules, 2, begun(count));
+        push(&rules, 2, ended(&[NEW], Offset::MAX));
+        push(&rules, 3, begun(count + 2));
+        let (mut steps, mut next, mut left) = (0, count, vec![count]);
+        loop {
+            let is_done = sink.reconcile_some(&rules).expect("reconciled");
+            let here = stored_count(&sink, 1);
+            assert!(here < *left.last().expect("there is one") || here == 0, "a step removes something");
+            left.push(here);
+            let keys = [OLD, NEW, ALL];
+            let records = keys.into_iter().zip(next..).map(|(key, offset)| by(key, offset, "a"));
+            sink.store(records, next + 3, false).expect("stored");
+            (steps, next) = (steps + 1, next + 3);
+            assert_eq!(stored_count(&sink, 1), here, "nothing of it is stored again");
+            if is_done {
+                break;
+            }
+        }
+        assert!(steps > 2, "{left:?}");
+        assert_eq!(sink.withheld_version(), rules.version());
+        let of = |nth: u64| (0..steps).map(|step| count + 3 * step + nth).collect::<Vec<_>>();
+        assert_eq!(stored(dir.path(), 1), (vec![], vec![]));
+        assert_eq!([2, 3].map(|incarnation| stored(dir.path(), incarnation).0), [of(1), of(2)]);
+        assert_eq!(names(&sink), named(&[("press-4~2", 2), ("press-4", 3)]));
+    }
+
+    fn stored_count(sink: &SqliteSink, incarnation: Incarnation) -> u64 {
+        let select = "SELECT count(*) FROM entries e JOIN datasources d ON d.id = e.datasource_id
+                      WHERE d.incarnation = ?1";
+        sink.connection()
+            .query_row(select, [incarnation], |row| row.get(0).map(offset_from_sql))
+            .expect("reads")
     }
 
     #[test]

@@ -62,6 +62,8 @@ pub struct SqliteSink {
     withheld_version: u64,
     /// Those rules, once [`SqliteSink::reconcile`] has got them.
     left_out: Option<WithheldSnapshot>,
+    /// The incarnation that a purge has begun to remove.
+    purging: Option<DatasourceId>,
     /// A transaction was begun and not committed: ids that it inserted do not exist.
     ids_uncertain: bool,
 }
@@ -90,6 +92,7 @@ impl SqliteSink {
             durable_cursor: 0,
             withheld_version,
             left_out: None,
+            purging: None,
             ids_uncertain: false,
         })
     }
@@ -134,11 +137,12 @@ impl SqliteSink {
     }
 
     /// Makes the stored records follow the rules about what is left out, and whatever is stored later. It is on the
-    /// disk afterwards. A purge takes several transactions, and goes on after a kill.
+    /// disk afterwards. A purge takes several transactions, and goes on after a kill: one of them is made here, and
+    /// `false` says that there is more to do. Records may be stored meanwhile.
     ///
     /// # Errors
     /// As [`SqliteSink::store`].
-    pub fn reconcile(&mut self, withheld: &WithheldRules) -> Result<(), SinkError> {
+    pub fn reconcile_some(&mut self, withheld: &WithheldRules) -> Result<bool, SinkError> {
         if self.withheld_version > withheld.version() {
             // They are of another registry. To follow a rule twice does no harm.
             self.connection
@@ -148,8 +152,16 @@ impl SqliteSink {
         }
         let (changes, left_out) = withheld.changes_and_rules(self.withheld_version);
         self.ids.clear();
-        self.write_reconciled(&changes, &left_out).map_err(|error| self.database_error(&error))?;
+        let is_done =
+            self.write_reconciled(&changes, &left_out).map_err(|error| self.database_error(&error))?;
         self.left_out = Some(left_out);
+        Ok(is_done)
+    }
+
+    /// As [`SqliteSink::reconcile_some`], to the end.
+    #[cfg(test)]
+    pub fn reconcile(&mut self, withheld: &WithheldRules) -> Result<(), SinkError> {
+        while !self.reconcile_some(withheld)? {}
         Ok(())
     }
 
@@ -157,7 +169,7 @@ impl SqliteSink {
         &mut self,
         changes: &[WithheldChange],
         left_out: &WithheldSnapshot,
-    ) -> rusqlite::Result<()> {
+    ) -> rusqlite::Result<bool> {
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let is_purge = |change: &WithheldChange| {
             matches!(change, WithheldChange::Incarnation(_, _, IncarnationStep::Purged))
@@ -165,7 +177,10 @@ impl SqliteSink {
         // What comes before a purge has to be put right before it: it decides what belongs to the incarnation.
         for part in changes.chunk_by(|a, b| !is_purge(a) && !is_purge(b)) {
             if let [WithheldChange::Incarnation(datasource, incarnation, IncarnationStep::Purged)] = part {
-                self.purge(&datasource.scope(*incarnation), left_out.history(datasource.as_str()))?;
+                let history = left_out.history(datasource.as_str());
+                if !self.purge_some(&datasource.scope(*incarnation), history)? {
+                    return Ok(false);
+                }
             }
             let version = self.withheld_version + part.len() as u64;
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -173,31 +188,37 @@ impl SqliteSink {
             transaction.commit()?;
             self.withheld_version = version;
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// Removes what is stored of an incarnation, and overwrites the pages that it was on.
-    fn purge(&mut self, scope: &DatasourceId, history: Option<&IncarnationHistory>) -> rusqlite::Result<()> {
-        if let Some(history) = history {
+    /// Removes some of what is stored of an incarnation, and overwrites the pages that it was on. Returns whether
+    /// nothing is left.
+    fn purge_some(
+        &mut self,
+        scope: &DatasourceId,
+        history: Option<&IncarnationHistory>,
+    ) -> rusqlite::Result<bool> {
+        if let Some(history) = history.filter(|_| self.purging.as_ref() != Some(scope)) {
             // In a cluster some of it may be of an incarnation that was not known when it was stored.
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             incarnations::move_misplaced(&transaction, scope, 0, history)?;
             transaction.commit()?;
+            self.purging = Some(scope.clone());
         }
         self.connection.pragma_update(None, "secure_delete", true)?;
-        loop {
-            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            let is_done = incarnations::purge_some(&transaction, scope)?;
-            transaction.commit()?;
-            if is_done {
-                break;
-            }
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let is_done = incarnations::purge_some(&transaction, scope)?;
+        transaction.commit()?;
+        if !is_done {
+            self.connection.pragma_update(None, "secure_delete", false)?;
+            return Ok(false);
         }
+        self.purging = None;
         let keys = history.into_iter().flat_map(|history| history.keys_of(scope.of_scope().1));
         incarnations::purge_origins(&self.connection, keys)?;
         self.connection.pragma_update(None, "secure_delete", false)?;
         // What was overwritten is in the write-ahead log until it is copied. A reader may prevent that for now.
-        checkpoint(&self.connection).map(drop)
+        checkpoint(&self.connection).map(|_| true)
     }
 
     /// Stores `records`, which are in order and below `next`, and moves the cursor to `next`, all or

@@ -52,7 +52,11 @@ pub(super) struct StorageFollower {
 
 /// What a round has done.
 enum StorageRound {
-    Stored { records: u64 },
+    Stored {
+        records: u64,
+    },
+    /// Nothing is to be stored, and a purge has more to remove.
+    Purged,
     AtTail,
 }
 
@@ -84,7 +88,7 @@ impl Consumer for StorageFollower {
             StorageRound::Stored { records } if records < SMALL_TRANSACTION_RECORDS => {
                 NextRound::After(SMALL_TRANSACTION_INTERVAL_MIN.saturating_sub(begun.elapsed()))
             }
-            StorageRound::Stored { .. } => NextRound::Again,
+            StorageRound::Stored { .. } | StorageRound::Purged => NextRound::Again,
         })
     }
 
@@ -165,8 +169,9 @@ impl StorageFollower {
         let first = self.log.first_offset();
         let withheld = self.log.withheld();
         // Also a sink that was just opened has to get the rules.
+        let mut is_reconciled = true;
         if sink.withheld_version() < withheld.version() || !sink.has_rules() {
-            sink.reconcile(withheld)?;
+            is_reconciled = sink.reconcile_some(withheld)?;
             self.shared.withheld.send_replace(sink.withheld_version());
         }
         if cursor < first {
@@ -184,7 +189,7 @@ impl StorageFollower {
         } else if sync && sink.durable_cursor() < cursor {
             sink.store(std::iter::empty(), cursor, sync)?;
         } else {
-            return Ok(StorageRound::AtTail);
+            return Ok(if is_reconciled { StorageRound::AtTail } else { StorageRound::Purged });
         }
         if sync {
             self.synced_at = Some(Instant::now());

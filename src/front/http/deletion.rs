@@ -152,8 +152,9 @@ async fn delete_present(
     if purge {
         let (retained, of) = (subscribers.retained.clone(), datasource.id.clone());
         // Counted now, because they go with the deletion.
+        let until = tokio::time::Instant::now() + DELETION_WAIT_MAX;
         let caught_up = retained.wait_caught_up(shared.parts.log.next_offset());
-        let _ = tokio::time::timeout(DELETION_WAIT_MAX, caught_up).await;
+        is_done_by(until, retained.trouble(), caught_up).await;
         let counted = run_blocking(move || retained.count_of(&of).map_err(|error| Problem::internal(&error)));
         // Keys die whatever this database says.
         gone.retained = counted.await.map_or(0, |(messages, _)| messages);
@@ -178,6 +179,16 @@ async fn delete_present(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
+/// Waits until a consumer of the log has done something, and returns whether it has. Not while it has trouble: that may
+/// take for ever.
+async fn is_done_by(
+    until: tokio::time::Instant,
+    trouble: Option<String>,
+    done: impl Future<Output = ()>,
+) -> bool {
+    trouble.is_none() && timeout_at(until, done).await.is_ok()
+}
+
 /// Removes what is stored of incarnations that have ended, and says how much that was.
 async fn purge_ended(
     shared: &Arc<HttpFrontState>,
@@ -188,12 +199,13 @@ async fn purge_ended(
 ) -> Result<Response, Problem> {
     // What is stored is counted when nothing more comes in, and is under the name of its incarnation.
     let until = tokio::time::Instant::now() + PURGE_WAIT_MAX;
-    let mut done = matches!(timeout_at(until, await_stored_up_to_now(shared)).await, Ok(Ok(())));
+    let mut done = shared.parts.storage.as_ref().is_none_or(|storage| storage.trouble().is_none());
+    done = done && matches!(timeout_at(until, await_stored_up_to_now(shared)).await, Ok(Ok(())));
     let scopes: Vec<_> = incarnations.iter().map(|incarnation| id.scope(*incarnation)).collect();
     let mut stored = (0, 0, 0);
     if let (Some(query), Some(storage)) = (shared.parts.query.clone(), &shared.parts.storage) {
         let version = shared.parts.log.withheld().version();
-        done &= timeout_at(until, storage.wait_reconciled(version)).await.is_ok();
+        done &= is_done_by(until, storage.trouble(), storage.wait_reconciled(version)).await;
         let counted = run_blocking(move || {
             let mut sum = (0, 0, 0);
             for scope in &scopes {
@@ -217,10 +229,10 @@ async fn purge_ended(
     });
     let version = version.await?;
     if let Some(storage) = &shared.parts.storage {
-        done &= timeout_at(until, storage.wait_reconciled(version)).await.is_ok();
+        done &= is_done_by(until, storage.trouble(), storage.wait_reconciled(version)).await;
     }
-    let followed = shared.parts.subscribers.retained.wait_reconciled(version);
-    done &= timeout_at(until, followed).await.is_ok();
+    let retained = &shared.parts.subscribers.retained;
+    done &= is_done_by(until, retained.trouble(), retained.wait_reconciled(version)).await;
     let (records, quarantined, bytes) = stored;
     let EndedWithDatasource { retained, sessions } = gone;
     let answer = PurgeResponse { id, incarnations, done, records, quarantined, bytes, retained, sessions };

@@ -431,15 +431,34 @@ async fn after_an_error_of_another_kind_the_database_is_opened_again() {
 }
 
 #[tokio::test]
-async fn damage_that_a_reader_meets_is_mended_from_the_log() {
+async fn new_rules_are_followed_where_more_were_noted_of_another_registry() {
+    use crate::log::{WithheldChange, WithheldRule, WithheldRules};
+
     let dir = directory();
     let log = open_log(dir.path());
+    let mut table = RetainedTable::open(&dir.path().join(RETAINED_FILE_NAME)).expect("opens");
+    let earlier = WithheldRules::default();
+    for key in 5..8 {
+        earlier.push(WithheldChange::GiveBack(id("press-9"), KeyId([key; 6])));
+    }
+    let (changes, left_out) = earlier.changes_and_rules(0);
+    table.follow_rules(&changes, &left_out, 0).expect("followed");
+    assert_eq!(table.withheld_version(), 3);
+    drop(table);
+    append(&log, [("press-4", "a", &b"1"[..], RETAIN), ("press-5", "a", &b"1"[..], RETAIN)]).await;
     let retained = start(dir.path(), &log);
-    let large = vec![b'x'; 10_000];
-    append(&log, [("press-4", "a", &large[..], RETAIN), ("press-4", "b", &large[..], RETAIN)]).await;
     assert_eq!(everything(&retained, &log).await.len(), 2);
-    // All pages but the first, so that the thread, which only writes cursors, does not notice.
-    let path = dir.path().join(RETAINED_FILE_NAME);
+    let (datasource, key_id) = (id("press-4"), KeyId([1; 6]));
+    let rule = WithheldRule { datasource, key_id, since: i64::MIN, below: Offset::MAX };
+    let version = log.withheld().push(WithheldChange::Withhold(rule));
+    tokio::time::timeout(DEADLINE, retained.wait_reconciled(version)).await.expect("followed in time");
+    let counts = ["press-4", "press-5"].map(|of| retained.count_of(&id(of)).expect("reads").0);
+    assert_eq!(counts, [0, 1], "what is left out is not in the file either");
+}
+
+/// Damages all pages but the first, so that the thread, which only writes cursors, does not notice.
+fn damage(dir: &Path) {
+    let path = dir.join(RETAINED_FILE_NAME);
     let connection = Connection::open(&path).expect("opens");
     connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).expect("a checkpoint");
     drop(connection);
@@ -447,6 +466,57 @@ async fn damage_that_a_reader_meets_is_mended_from_the_log() {
     let file = std::fs::File::options().write(true).open(&path).expect("opens");
     std::os::unix::fs::FileExt::write_all_at(&file, &vec![0xff; bytes - 3 * 4096], 3 * 4096)
         .expect("written");
+}
+
+#[tokio::test]
+async fn another_database_that_cannot_be_opened_at_once_gets_all_from_the_log() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    let large = vec![b'x'; 10_000];
+    append(&log, [("press-4", "a", &large[..], RETAIN), ("press-4", "b", &large[..], RETAIN)]).await;
+    append(&log, [("press-5", "c", &large[..], RETAIN), ("press-5", "d", &b"1"[..], PLAIN)]).await;
+    assert_eq!(everything(&retained, &log).await.len(), 3);
+    damage(dir.path());
+    // A database that was half set aside before cannot go where it has to.
+    let moving = |more: &str| dir.path().join(format!("retained-set-aside-20260101T000000Z.db{more}"));
+    std::fs::write(moving(""), b"earlier").expect("written");
+    std::fs::write(moving("-wal.moving"), b"").expect("written");
+    std::fs::create_dir(moving("-wal")).expect("made");
+    let mending = async {
+        // Every reader that meets the damage is answered, also those who come at the same time.
+        let deadline = Instant::now() + DEADLINE;
+        while retained.set_aside().is_none() {
+            let (filter, press) = (filter("#"), id("press-4"));
+            let page = || retained.page(Some(&press), &filter, log.next_offset(), None, 1 << 20);
+            let _ = tokio::join!(page(), page(), page());
+            assert!(Instant::now() < deadline, "damage is noticed in time");
+        }
+    };
+    tokio::time::timeout(DEADLINE, mending).await.expect("readers are answered");
+    std::fs::remove_dir(moving("-wal")).expect("removed");
+    caught_up(&retained, &log).await;
+    until("the trouble is over", || retained.trouble().is_none()).await;
+    let found = everything(&retained, &log).await;
+    assert_eq!(found.len(), 3);
+    assert!(found.iter().all(|(_, _, payload)| *payload == large));
+    assert!(!retained.is_empty());
+    assert_eq!(retained.count_of(&id("press-4")).expect("reads"), (2, 2 * large.len() as u64));
+    for (datasource, topics) in [("press-4", 2), ("press-5", 1)] {
+        let enter = |topics_max| retained.topics().try_enter(datasource, "new", 1, topics_max, u64::MAX);
+        assert!(enter(topics).is_err() && enter(topics + 1).is_ok(), "{datasource} has {topics}");
+    }
+}
+
+#[tokio::test]
+async fn damage_that_a_reader_meets_is_mended_from_the_log() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    let large = vec![b'x'; 10_000];
+    append(&log, [("press-4", "a", &large[..], RETAIN), ("press-4", "b", &large[..], RETAIN)]).await;
+    assert_eq!(everything(&retained, &log).await.len(), 2);
+    damage(dir.path());
     let deadline = Instant::now() + DEADLINE;
     let found = loop {
         let page = retained.page(Some(&id("press-4")), &filter("#"), log.next_offset(), None, 1 << 20).await;

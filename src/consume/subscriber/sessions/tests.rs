@@ -366,6 +366,46 @@ async fn a_database_that_is_damaged_while_it_is_used_is_set_aside_and_nothing_is
     );
 }
 
+/// Makes every attempt to make another `stem.db` fail: a file that was half set aside cannot go where it has to.
+/// Returns the directory to remove for it to succeed.
+fn prevent_another(dir: &Path, stem: &str) -> std::path::PathBuf {
+    let aside = dir.join(format!("{stem}-set-aside-20260101T000000Z.db"));
+    std::fs::write(&aside, b"earlier").expect("written");
+    std::fs::write(dir.join(format!("{stem}-set-aside-20260101T000000Z.db-wal.moving")), b"")
+        .expect("written");
+    let taken = dir.join(format!("{stem}-set-aside-20260101T000000Z.db-wal"));
+    std::fs::create_dir(&taken).expect("made");
+    taken
+}
+
+#[tokio::test]
+async fn another_database_that_cannot_be_made_at_once_has_all_that_the_damaged_one_had() {
+    let dir = directory();
+    let path = dir.path().join(SESSIONS_FILE_NAME);
+    let (store, _) = SessionStore::open(dir.path()).expect("opens");
+    let puts = (0..300).map(|uid| SessionStoreChange::PutSession(session(uid, &["a", "b/#"])));
+    store.write(puts.collect()).await.expect("written");
+    store.write(vec![SessionStoreChange::PutGroup(group("g", 1))]).await.expect("written");
+    let damaged = path.clone();
+    store.meddle(move |table| table.damage(&damaged));
+    let taken = prevent_another(dir.path(), "sessions");
+    let first = store.write(vec![SessionStoreChange::RemoveSession(1)]);
+    until("trouble is told", || store.trouble().is_some()).await;
+    let later = store.write(vec![SessionStoreChange::PutSession(session(300, &["c"]))]);
+    assert!(!path.exists());
+    std::fs::remove_dir(&taken).expect("removed");
+    // Whether they had waited long enough to be told of the trouble is a matter of time.
+    let _ = tokio::time::timeout(DEADLINE, async { (first.await, later.await) }).await.expect("answered");
+    written(&store, Vec::new()).await;
+    assert_eq!(store.trouble(), None);
+    assert!(store.set_aside().expect("it is said").contains("sessions-set-aside-"));
+    let stored = as_killed(dir.path());
+    let mut uids: Vec<_> = stored.sessions.iter().map(|session| session.uid).collect();
+    uids.sort_unstable();
+    assert_eq!(uids, (0..=300).filter(|uid| *uid != 1).collect::<Vec<_>>());
+    assert_eq!(stored.groups.len(), 1);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
