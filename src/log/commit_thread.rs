@@ -81,7 +81,10 @@ impl CommitThread {
         };
         priority.raise();
         if let Some(commit) = written {
-            match commit.sync(&self.shared) {
+            self.shared.queue.note_sync(self.number, true);
+            let synced = commit.sync(&self.shared);
+            self.shared.queue.note_sync(self.number, false);
+            match synced {
                 Ok(()) => self.shared.unsettled.note_durable(commit.number),
                 Err(error) => self.shared.unsettled.note_failure(error),
             }

@@ -21,7 +21,7 @@ const COMPUTE_WITHOUT_PAUSE_MAX_US: libc::rlim_t = 200_000;
 const COMMIT_SLICE_NS: u64 = 100_000;
 
 /// A thread that waited for a processor for so long is on a busy machine.
-const BUSY_WAIT: Duration = Duration::from_millis(2);
+const BUSY_WAIT: Duration = Duration::from_millis(5);
 /// For how long the machine counts as busy then.
 const BUSY_TIME: Duration = Duration::from_secs(1);
 

@@ -43,7 +43,7 @@ impl WriterSubmission {
     }
 }
 
-/// For how long a turn is under way before a second one may begin. A fast disk is done by then, and more and
+/// For how long a turn syncs before a second one may begin. A fast disk is done by then, and more and
 /// smaller commits cost more processor than they save time.
 const SECOND_TURN_AFTER: Duration = Duration::from_millis(1);
 /// Threads that commit, and so turns at once.
@@ -73,8 +73,8 @@ struct WriterQueueState {
     woken_at: [Option<Instant>; WRITER_THREADS],
     /// Turns under way.
     turns: usize,
-    /// When the newest one began.
-    turn_began: Option<Instant>,
+    /// When each thread that syncs now began to.
+    sync_began: [Option<Instant>; WRITER_THREADS],
     /// What they have taken, in bytes.
     taken_weight: usize,
 }
@@ -93,7 +93,7 @@ pub(super) enum WriterDuty {
     End,
 }
 
-/// Whether a turn that began then takes long enough that a second one pays.
+/// Whether a sync that began then takes long enough that a second one pays.
 fn is_long_ago(began: Instant) -> bool {
     began.elapsed() >= SECOND_TURN_AFTER
 }
@@ -104,7 +104,7 @@ impl WriterQueueState {
         match self.turns {
             _ if self.submissions.is_empty() => false,
             0 => true,
-            1 => self.weight >= self.taken_weight && self.turn_began.is_some_and(is_long_ago),
+            1 => self.weight >= self.taken_weight && self.sync_began.into_iter().flatten().any(is_long_ago),
             _ => false,
         }
     }
@@ -210,7 +210,6 @@ impl WriterQueue {
         }
         let weight = waiting.move_to(group);
         waiting.turns += 1;
-        waiting.turn_began = Some(Instant::now());
         waiting.taken_weight += weight;
         let wakes = waiting.wakes();
         drop(waiting);
@@ -222,6 +221,12 @@ impl WriterQueue {
     pub(super) fn begin_empty_turn(&self) -> usize {
         self.locked().turns += 1;
         0
+    }
+
+    /// Notes that the turn of a thread begins to sync, or has ended that.
+    pub(super) fn note_sync(&self, thread: usize, is_under_way: bool) {
+        let began = is_under_way.then(Instant::now);
+        self.locked().sync_began[thread] = began;
     }
 
     /// Ends a turn. The calling thread looks next whether more waits, so that no other one is woken for that.
