@@ -2,7 +2,7 @@
 //! and whose turn it is to commit it.
 //!
 //! Each of the writer's threads takes a turn: it takes what waits, writes it, syncs it, and answers. Two turns may be
-//! under way. The second one begins when the first takes long and as much waits as that has taken, so that load
+//! under way. The second one begins when the sync of the first takes long and as much waits as that has taken, so that load
 //! makes commits larger and not more of them.
 
 use std::collections::VecDeque;

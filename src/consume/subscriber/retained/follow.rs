@@ -122,6 +122,13 @@ impl RetainedFollowerState {
         })
     }
 
+    /// Notes that the topics could not be counted at the start, which goes on: the thread mends damage, and after
+    /// another error the limits of retained topics count from here.
+    pub(super) fn note_uncounted(&self, error: SqliteError) {
+        warn!(%error, "retained messages: the topics could not be counted");
+        *self.damage.lock() = Some(error).filter(SqliteError::is_damage);
+    }
+
     /// Has the thread mend damage that a reader has met, and returns once there is another database. `false`
     /// if it mends nothing: it has done so before, and a disk that damages one file after the other needs an
     /// operator.

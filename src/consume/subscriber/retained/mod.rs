@@ -195,8 +195,10 @@ impl RetainedStore {
         if let Some(said) = said.flatten() {
             shared.note_set_aside(said);
         }
-        if let Some(table) = &table {
-            shared.count_topics(table).map_err(|error| SqliteError::from_sqlite(&error, &path))?;
+        if let Some(table) = &table
+            && let Err(error) = shared.count_topics(table)
+        {
+            shared.note_uncounted(SqliteError::from_sqlite(&error, &path));
         }
         let withheld = log.withheld().clone();
         let follower = RetainedFollower::new(path.clone(), table, log.clone(), log_end, shared.clone());
