@@ -126,7 +126,7 @@ pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
 /// Bytes read and discarded of a request that was answered before its end.
 pub const HTTP_LINGER_BYTES_MAX: usize = 512 << 10;
 /// Connections at once to the administration's own listener.
-pub const HTTP_ADMIN_CONNECTIONS_MAX: usize = 512;
+pub const HTTP_ADMIN_CONNECTIONS_MAX: usize = 64;
 /// Requests at once on one HTTP/2 connection.
 pub const HTTP2_STREAMS_MAX: u32 = 128;
 /// The window of a zstd body, as its base-2 logarithm: 8 MiB, what RFC 9659 lets a server ask for.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::common::tls::{Identity, TlsClient};
 use crate::common::wire::{CONNACK, Connect, Next, VERSIONS, Version, Wire};
-use crate::common::{Gateway, PATIENCE, Setup, Source, scratch, wait_for};
+use crate::common::{Gateway, PATIENCE, Setup, Source, scratch, wait_for, ws};
 
 const CLIENT: &str = "203.0.113.9";
 const HEADER: &[u8] = b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 1883\r\n";
@@ -73,6 +73,23 @@ fn a_trusted_proxy_says_who_the_client_is() {
     assert_eq!([0; 4].map(|_| guess(HEADER)), [0x87, 0x87, 0x87, 0x9F]);
     assert_eq!(guess(b"PROXY TCP4 203.0.113.10 10.0.0.1 4711 1883\r\n"), 0x87);
     assert_eq!(refused(&gateway, "too_many_failures", 1)["address"], CLIENT);
+}
+
+#[test]
+fn a_websocket_behind_a_proxy_of_http_is_its_clients() {
+    let dir = scratch();
+    let gateway = behind(dir.path(), "[\"127.0.0.1\"]").start();
+    let source = gateway.create("press-4");
+    let mut tcp = TcpStream::connect(gateway.http).expect("connected");
+    tcp.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let lines = format!("Sec-WebSocket-Protocol: mqtt\r\nX-Forwarded-For: {CLIENT}\r\n");
+    tcp.write_all(ws::request(&lines).as_bytes()).expect("sent");
+    let connect = Connect::with_key(Version::V5, &source.key).packet();
+    tcp.write_all(&ws::frame(ws::FIN | ws::BINARY, &connect)).expect("sent");
+    wait_for("the key's last use", || {
+        let keys = gateway.get("/v1/datasources/press-4/keys", &gateway.admin_key()).json();
+        (keys["keys"][0]["last_used"]["address"] == CLIENT).then_some(())
+    });
 }
 
 #[test]

@@ -19,8 +19,9 @@ use crate::observe::cause::Cause;
 const V1_START: &[u8] = b"PROXY ";
 /// What every header of version 2 begins with.
 const V2_START: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
-/// What headers begin with.
-pub const PROXY_HEADER_STARTS: [&[u8]; 2] = [V1_START, V2_START];
+/// What tells headers from all else that a connection may begin with: HTTP may have line ends before its first request,
+/// and never NUL.
+pub const PROXY_HEADER_STARTS: [&[u8]; 2] = [V1_START, b"\r\n\r\n\0"];
 /// Signature, command, family and length of version 2.
 const V2_FIXED_BYTES: usize = 16;
 /// Version and command of a connection that is the proxy's own.
