@@ -65,7 +65,7 @@ causes! {
     MissingScope "missing_scope" MissingScope:
         "the key lacks a scope: create a key with it";
     TooManyFailures "too_many_failures" TooManyRequests:
-        "too many invalid keys came from this address: find the client with the bad key, or set auth.failures_exempt";
+        "too many invalid keys came from this address: find the client with the bad key; a proxy belongs into trusted_proxies, and what many clients come through else into auth.failures_exempt";
 
     // The message.
     Topic "topic" Topic:
