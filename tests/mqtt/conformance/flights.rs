@@ -7,9 +7,10 @@ use serde_json::Value;
 
 use super::stage::{Client, Stage, payloads};
 use crate::common::wire::{
-    Connect, Frame, Message, Next, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, RECEIVE_MAXIMUM, VERSIONS,
+    Connect, Frame, MESSAGE_EXPIRY, Message, Next, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, RECEIVE_MAXIMUM,
+    VERSIONS,
     Version::{V5, V311},
-    ack, ack_with, two_bytes, user_property,
+    ack, ack_with, four_bytes, two_bytes, user_property,
 };
 use crate::common::{scratch, wait_for};
 
@@ -292,13 +293,12 @@ fn a_qos_2_message_is_delivered_once_whenever_the_gateway_is_killed() {
     // What the client has said last may be said again; none of the messages comes again.
     stage = stage.kill();
     let mut client = stage.connect(&hello);
-    client.wire.send(&crate::common::wire::PINGREQ);
     loop {
-        match client.wire.next() {
+        match client.wire.next_within(Duration::from_millis(500)) {
             Next::Packet(frame) if frame.kind() == PUBREL => {
                 client.wire.send(&ack(PUBCOMP, frame.packet_id()));
             }
-            Next::Packet(frame) if frame.kind() == crate::common::wire::PINGRESP => break,
+            Next::Silent => break,
             other => panic!("{other:?}"),
         }
     }
@@ -306,7 +306,7 @@ fn a_qos_2_message_is_delivered_once_whenever_the_gateway_is_killed() {
 }
 
 /// How many bytes the flights of the only session take in a copy of the database, which its gateway holds locked.
-fn flights_bytes(path: &Path) -> Option<u64> {
+fn flights_bytes(path: &Path) -> Option<i64> {
     let copy = scratch();
     for suffix in ["", "-wal"] {
         let from = format!("{}{suffix}", path.display());
@@ -314,6 +314,24 @@ fn flights_bytes(path: &Path) -> Option<u64> {
     }
     let database = rusqlite::Connection::open(copy.path().join("sessions.db")).ok()?;
     database.query_row("SELECT length(flights) FROM sessions", [], |row| row.get(0)).ok()
+}
+
+#[test]
+fn a_qos_2_message_that_was_sent_is_sent_again_also_when_it_has_expired() {
+    let stage = Stage::new();
+    let hello = stage.hello_again(V5, "subscriber");
+    let mut client = subscriber(&stage, &hello, &[("a", 2)]);
+    let mut publisher = stage.client(V5, "publisher");
+    publisher.publish_message(Message::new("a", "x").with(&four_bytes(MESSAGE_EXPIRY, 1)), 2);
+    let message = client.message();
+    client.vanish();
+    // A time, which has to pass.
+    std::thread::sleep(Duration::from_millis(2_100));
+    let mut client = stage.connect(&hello);
+    let again = client.message();
+    assert_eq!((again.packet_id, again.dup, &again.payload), (message.packet_id, true, &message.payload));
+    client.acknowledge(&again);
+    silent(&mut client);
 }
 
 /// What was acknowledged a second before a kill does not come again.
