@@ -23,13 +23,18 @@ struct HeldTurn {
     taken: Vec<(u32, Offset)>,
 }
 
-/// The packets that wait for the store.
+/// What is written in this turn and will have to wait.
+struct WrittenTurn {
+    /// Where in the output the first such packet is.
+    from: usize,
+    /// Records of groups that are sent with QoS 2.
+    taken: Vec<(u32, Offset)>,
+}
+
+/// The packets that wait for the store. Small while there are none.
 #[derive(Default)]
 pub(super) struct HeldPackets {
-    /// Where in the output the first packet of this turn is that has to wait.
-    from: Option<usize>,
-    /// Records of groups that are sent with QoS 2 in this turn.
-    taken: Vec<(u32, Offset)>,
+    written: Option<Box<WrittenTurn>>,
     turn: Option<Box<HeldTurn>>,
 }
 
@@ -41,12 +46,15 @@ impl HeldPackets {
 
     /// What comes into the output from here on has to wait.
     pub(super) fn begin(&mut self, out: &[u8]) {
-        self.from.get_or_insert(out.len());
+        self.written.get_or_insert_with(|| Box::new(WrittenTurn { from: out.len(), taken: Vec::new() }));
     }
 
-    /// A record of the group in this slot is the session's for good once the store has it.
+    /// A record of the group in this slot, written after [`HeldPackets::begin`], is the session's for good once the
+    /// store has it.
     pub(super) fn take_for_good(&mut self, slot: u32, offset: Offset) {
-        self.taken.push((slot, offset));
+        if let Some(written) = &mut self.written {
+            written.taken.push((slot, offset));
+        }
     }
 
     /// Ready when the store has what the packets stand for; they are in `out` then. Returns the records that were
@@ -62,7 +70,8 @@ impl HeldPackets {
             match ready!(turn.stored.as_mut().poll(cx)) {
                 // A session that is in memory only is not there after a restart.
                 Ok(()) | Err(SessionStoreError::Unopened(_)) => break,
-                Err(SessionStoreError::Closed) => return Poll::Pending,
+                // The gateway ends, and this connection with it.
+                Err(SessionStoreError::Closed) => turn.stored = Box::pin(std::future::pending()),
                 // It is tried again all the time.
                 Err(SessionStoreError::Database(_) | SessionStoreError::Bucket(_)) => {
                     turn.stored = Box::pin(store.write(Vec::new()));
@@ -86,8 +95,11 @@ impl Outbound {
 
     /// Takes what has to wait out of the output, and has the store write what it stands for.
     pub(super) fn hold_packets(&mut self, out: &mut Vec<u8>) {
-        let Some(from) = self.packets.from.take().filter(|from| *from < out.len()) else { return };
-        let taken = std::mem::take(&mut self.packets.taken);
+        let Some(written) = self.packets.written.take() else { return };
+        let WrittenTurn { from, taken } = *written;
+        if from == out.len() {
+            return;
+        }
         if !self.session.is_durable() {
             // It ends with the connection, and so do its identifiers.
             taken.into_iter().for_each(|(slot, offset)| self.groups.acknowledge(slot, offset));
@@ -101,7 +113,8 @@ impl Outbound {
 
     /// Gives up what waits: the session has it in flight, and it is sent again to the next connection.
     pub(super) fn drop_held(&mut self) {
-        let HeldPackets { taken, turn, .. } = std::mem::take(&mut self.packets);
+        let HeldPackets { written, turn } = std::mem::take(&mut self.packets);
+        let taken = written.map_or(Vec::new(), |written| written.taken);
         let held = turn.map_or(Vec::new(), |turn| turn.taken);
         held.into_iter().chain(taken).for_each(|(slot, offset)| self.groups.acknowledge(slot, offset));
     }

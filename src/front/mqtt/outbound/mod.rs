@@ -75,7 +75,7 @@ pub(super) struct Outbound {
     /// The client has taken or acknowledged something since the last report.
     has_moved: bool,
     /// The packet identifiers of the PUBRELs to send.
-    releases: VecDeque<u16>,
+    releases: Vec<u16>,
     /// What waits for the store.
     packets: HeldPackets,
     /// What is held meanwhile, of its tenant's share.
@@ -116,7 +116,7 @@ impl Outbound {
         }
         session.subscriptions.iter_mut().flatten().for_each(|subscription| subscription.is_renewed = false);
         let resending = PendingResend::of_session(&session);
-        let releases = session.flights.all_released().into();
+        let releases = session.flights.all_released();
         Self {
             is_stalled: false,
             has_moved: true,
@@ -224,7 +224,12 @@ impl Outbound {
             FlightStep::Ended(MqttFlight { offset, origin: FlightOrigin::Group(slot), .. }) => {
                 self.groups.acknowledge(slot, offset);
             }
-            FlightStep::Release(_) => self.releases.push_back(packet_id),
+            FlightStep::Release(first) => {
+                // Said again, it is answered again, but once.
+                if first.is_some() || !self.releases.contains(&packet_id) {
+                    self.releases.push(packet_id);
+                }
+            }
             FlightStep::Ended(_) | FlightStep::Completed => {}
         }
         self.has_moved = true;

@@ -70,7 +70,7 @@ impl Outbound {
             });
             if !is_written && self.session.flights.give_up(packet_id) {
                 // The client may have it, and has to forget the identifier before another message gets that.
-                self.releases.push_back(packet_id);
+                self.releases.push(packet_id);
             }
             gone += u64::from(found.is_none());
         }
