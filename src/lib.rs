@@ -38,6 +38,7 @@ mod config;
 mod filter;
 mod memory;
 mod network;
+mod processor;
 mod retained_topics;
 mod shares;
 mod sqlite;

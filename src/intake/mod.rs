@@ -29,6 +29,7 @@ use crate::memory::{MemoryAccount, MemoryBudget};
 use crate::message::{DatasourceId, Offset, RecordRef, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
+use crate::processor::ProcessorTime;
 use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, Meters, Quota, QuotaLimits};
 use crate::retained_topics::{RetainedFull, RetainedTopics};
 use crate::shares::{ShareCount, ShareExceeded, TenantShare};
@@ -62,6 +63,8 @@ struct IntakeInner {
     limits: config::IntakeConfig,
     /// What clients make the gateway hold.
     memory: MemoryBudget,
+    /// What their tasks take of the processors.
+    processor: ProcessorTime,
     /// A permit for each byte that may be on its way into the log.
     room: Arc<Semaphore>,
     /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
@@ -89,6 +92,7 @@ impl Intake {
             metrics,
             limits: limits.clone(),
             memory,
+            processor: ProcessorTime::new(),
             room,
             closer,
             retained,
@@ -113,6 +117,11 @@ impl Intake {
     /// The memory that clients take: fronts charge what they read and what they answer.
     pub fn memory(&self) -> &MemoryBudget {
         &self.0.memory
+    }
+
+    /// The processor time of clients: fronts serve each in a [`FairTask`](crate::processor::FairTask).
+    pub fn processor(&self) -> &ProcessorTime {
+        &self.0.processor
     }
 
     /// The account of a grant's key in that memory.

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::front::problem::Problem;
-use crate::limits::{HTTP_BODY_BYTES_PER_S_MIN, ZSTD_WINDOW_LOG_MAX};
+use crate::limits::{HTTP_BODY_BYTES_PER_S_MIN, HTTP_BODY_BYTES_PER_TURN, ZSTD_WINDOW_LOG_MAX};
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::observe::cause::Cause;
 
@@ -181,6 +181,7 @@ impl BodyCollector {
     async fn collect(mut self, mut chunks: BodyChunks) -> Result<ReceivedBody, Problem> {
         let limits = self.limits;
         let (mut window_ends, mut arrived_before) = (Instant::now() + limits.pace_window, 0);
+        let mut turn_ends = HTTP_BODY_BYTES_PER_TURN;
         loop {
             match tokio::time::timeout_at(window_ends, chunks.next()).await {
                 Ok(None) => break,
@@ -198,6 +199,11 @@ impl BodyCollector {
                     }
                     (window_ends, arrived_before) = (Instant::now() + limits.pace_window, arrived);
                 }
+            }
+            if self.bytes.len() >= turn_ends {
+                // A compressed body becomes a large one without a wait.
+                turn_ends = self.bytes.len() + HTTP_BODY_BYTES_PER_TURN;
+                tokio::task::yield_now().await;
             }
         }
         let Self { bytes, mut memory, .. } = self;

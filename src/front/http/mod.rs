@@ -125,7 +125,8 @@ pub struct HttpFrontParts {
 /// when the requests under way are answered. Dropping the future aborts them.
 pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
-    let crowd = HttpCrowd::over(parts.connections.clone(), Some(parts.intake.refusals().clone()));
+    let (refusals, processor) = (parts.intake.refusals().clone(), parts.intake.processor().clone());
+    let crowd = HttpCrowd::over(parts.connections.clone(), Some(refusals), processor);
     let shared = Arc::new(HttpFrontState {
         crowd: crowd.clone(),
         parses: Arc::new(Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors())),

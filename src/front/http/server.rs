@@ -18,9 +18,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::Request;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use axum::http::header::CONNECTION;
+use axum::http::{HeaderValue, StatusCode, Version};
+use axum::response::Response;
+use futures_util::future::{Either, ready};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -34,10 +40,13 @@ use super::socket::HttpSocket;
 use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
-use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
+use crate::limits::{
+    HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX, STRANGER_REQUESTS_BURST, STRANGER_REQUESTS_PER_S,
+};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
+use crate::processor::{FairTask, ProcessorTime, TaskPayer, spawn_fairly};
 
 /// How long to wait before accepting again when the process has no file descriptor left.
 const HTTP_ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
@@ -68,6 +77,36 @@ pub(super) struct HttpPeer {
     pub(super) entry: Arc<TableEntry>,
     /// How many of its requests under way have no valid key.
     pub(super) stranger_requests: Arc<AtomicUsize>,
+    /// Who pays for its tasks.
+    pub(super) payer: Arc<TaskPayer>,
+    /// It has asked for too much without a key, and that was reported.
+    turned_away: Arc<AtomicBool>,
+}
+
+/// How many requests a connection may still make on which no valid key was presented.
+struct StrangerPace(Mutex<(u32, Instant)>);
+
+impl StrangerPace {
+    fn new() -> Self {
+        Self(Mutex::new((STRANGER_REQUESTS_BURST, Instant::now())))
+    }
+
+    /// Takes one, if there is one.
+    fn take(&self) -> bool {
+        let mut state = self.0.lock();
+        let (left, since) = &mut *state;
+        if *left == 0 {
+            let elapsed = since.elapsed();
+            let more = elapsed.as_millis() * u128::from(STRANGER_REQUESTS_PER_S) / 1_000;
+            if more > 0 {
+                *since = Instant::now();
+            }
+            *left = u32::try_from(more).unwrap_or(u32::MAX).min(STRANGER_REQUESTS_BURST);
+        }
+        let taken = left.checked_sub(1);
+        *left = taken.unwrap_or(0);
+        taken.is_some()
+    }
 }
 
 impl fmt::Debug for HttpPeer {
@@ -81,17 +120,22 @@ impl fmt::Debug for HttpPeer {
 pub(super) struct HttpCrowd {
     table: Arc<ConnectionTable>,
     refusals: Option<Arc<Refusals>>,
+    processor: ProcessorTime,
 }
 
 impl HttpCrowd {
     /// No connections yet.
     pub(super) fn new(config: &config::HttpConfig, refusals: Option<Arc<Refusals>>) -> Self {
-        Self::over(Arc::new(ConnectionTable::new(config.stranger_limits())), refusals)
+        Self::over(Arc::new(ConnectionTable::new(config.stranger_limits())), refusals, ProcessorTime::new())
     }
 
-    /// The connections in `table`.
-    pub(super) fn over(table: Arc<ConnectionTable>, refusals: Option<Arc<Refusals>>) -> Self {
-        Self { table, refusals }
+    /// The connections in `table`, which are served with shares of `processor`.
+    pub(super) fn over(
+        table: Arc<ConnectionTable>,
+        refusals: Option<Arc<Refusals>>,
+        processor: ProcessorTime,
+    ) -> Self {
+        Self { table, refusals, processor }
     }
 
     /// How many connections have presented no valid key.
@@ -136,6 +180,27 @@ impl HttpCrowd {
         }
     }
 
+    /// The answer to a stranger that asks for too much. It has nothing in it, and the connection ends: HTTP/2 at once,
+    /// because many requests may be under way.
+    fn turn_away(&self, peer: &HttpPeer, version: Version) -> Response {
+        if version == Version::HTTP_2 {
+            peer.entry.eviction().tell();
+        }
+        if !peer.turned_away.swap(true, Ordering::Relaxed) {
+            let words = format!(
+                "more than {STRANGER_REQUESTS_BURST} requests without a valid key, and {STRANGER_REQUESTS_PER_S} a second, \
+                 on one connection"
+            );
+            self.report(peer.addr.ip(), Cause::StrangersShare, &words);
+        }
+        let mut answer = Response::new(Body::empty());
+        *answer.status_mut() = StatusCode::TOO_MANY_REQUESTS;
+        if version < Version::HTTP_2 {
+            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        answer
+    }
+
     fn report(&self, address: IpAddr, cause: Cause, words: &str) {
         if let Some(refusals) = &self.refusals {
             let note = RefusalNote::new(Transport::Http, cause, &words);
@@ -174,7 +239,6 @@ pub(super) async fn accept_on(
     connections: &mut JoinSet<()>,
 ) -> Infallible {
     let permits = Arc::new(Semaphore::new(config.connections_max));
-    let builder = Arc::new(connection_builder(config));
     let mut crowded_until = Instant::now();
     loop {
         let (stream, peer) = accept(listener).await;
@@ -184,12 +248,13 @@ pub(super) async fn accept_on(
             Err(_) => crowd.wait_place(&permits, &mut crowded_until).await,
         };
         while connections.try_join_next().is_some() {}
-        let (builder, router, drain) = (builder.clone(), router.clone(), drain.clone());
+        let (router, drain) = (router.clone(), drain.clone());
         let (config, crowd) = (config.clone(), crowd.clone());
-        connections.spawn(async move {
-            serve_connection(stream, peer, entry, &builder, router, &config, &crowd, drain).await;
+        let payer = TaskPayer::stranger(&crowd.processor);
+        connections.spawn(FairTask::new(payer.clone(), async move {
+            serve_connection(stream, peer, entry, payer, router, &config, &crowd, drain).await;
             drop(permit);
-        });
+        }));
     }
 }
 
@@ -223,8 +288,18 @@ fn is_single_connection_error(error: &std::io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-fn connection_builder(config: &config::HttpConfig) -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+/// Runs the requests of an HTTP/2 connection, each as a task for whom the same pays.
+#[derive(Clone)]
+struct RequestExecutor(Arc<TaskPayer>);
+
+impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for RequestExecutor {
+    fn execute(&self, request: F) {
+        spawn_fairly(&self.0, request);
+    }
+}
+
+fn connection_builder(config: &config::HttpConfig, payer: Arc<TaskPayer>) -> auto::Builder<RequestExecutor> {
+    let mut builder = auto::Builder::new(RequestExecutor(payer));
     builder
         .http1()
         .timer(TokioTimer::new())
@@ -249,7 +324,7 @@ async fn serve_connection(
     stream: TcpStream,
     peer: SocketAddr,
     entry: Arc<TableEntry>,
-    builder: &auto::Builder<TokioExecutor>,
+    payer: Arc<TaskPayer>,
     router: Router,
     config: &config::HttpConfig,
     crowd: &HttpCrowd,
@@ -262,16 +337,31 @@ async fn serve_connection(
     let service = {
         let client = Arc::new(KeyClient::new(Transport::Http, Some(peer.ip()), None));
         let (unread, keys, stranger_requests) = (unread.clone(), keys.clone(), Arc::default());
-        let from = HttpPeer { addr: peer, unread, keys, client, entry, stranger_requests };
-        let spoken = spoken.clone();
+        let payer = payer.clone();
+        let from = HttpPeer {
+            addr: peer,
+            unread,
+            keys,
+            client,
+            entry,
+            stranger_requests,
+            payer,
+            turned_away: Arc::default(),
+        };
+        let (spoken, crowd, pace) = (spoken.clone(), crowd.clone(), StrangerPace::new());
         hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
             spoken.store(true, Ordering::Relaxed);
+            // While the gateway starts, nobody can present a key.
+            if crowd.refusals.is_some() && from.keys.are_none() && !pace.take() {
+                return Either::Left(ready(Ok(crowd.turn_away(&from, request.version()))));
+            }
             request.extensions_mut().insert(from.clone());
-            router.clone().call(request)
+            Either::Right(router.clone().call(request))
         })
     };
     let stall_max = Duration::from_millis(config.body_ms_max);
     let socket = TokioIo::new(HttpSocket::new(stream, stall_max, unread, flooded.clone()));
+    let builder = connection_builder(config, payer);
     let mut served = pin!(builder.serve_connection_with_upgrades(socket, service));
     // hyper's timeout begins once it knows which HTTP version the client speaks; this one covers a client
     // that never sends anything.

@@ -18,7 +18,9 @@ use super::session::MqttSession;
 use super::subscribe::{SubscribeRequest, SubscriptionRequest};
 use crate::auth::Grant;
 use crate::intake::{Draft, Exchange, Intake, Refusal};
-use crate::limits::{MQTT_PACKET_BYTES_PER_S_MIN, MQTT_PACKET_GRACE, MQTT_READ_BYTES};
+use crate::limits::{
+    MQTT_PACKET_BYTES_PER_S_MIN, MQTT_PACKET_GRACE, MQTT_PACKETS_PER_TURN_MAX, MQTT_READ_BYTES,
+};
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::observe::refusals::RefusalNote;
 use crate::quota::LimitExceeded;
@@ -54,8 +56,8 @@ pub(super) struct Inbound {
     pub(super) exchanges: ExchangeTable,
     /// The beginning of a packet whose rest has not arrived yet.
     partial: Vec<u8>,
-    /// `partial` may hold whole packets, because a request before them had to be served first or the first
-    /// of them is held back or waits.
+    /// `partial` may hold whole packets, because a request before them had to be served first, the first
+    /// of them is held back or waits, or there were very many in one read.
     paused: bool,
     /// The next packet is about an exchange that the log has not answered yet.
     waits_for_answers: bool,
@@ -289,7 +291,8 @@ impl Inbound {
             let consumed = self.handle_packets(bytes, &mut read);
             bytes = &bytes[consumed..];
         }
-        self.paused = read.batch.request.is_some() || read.batch.is_held();
+        let is_cut = read.is_full() && !bytes.is_empty();
+        self.paused = read.batch.request.is_some() || read.batch.is_held() || is_cut;
         self.waits_for_answers = read.batch.waits_for_answers;
         if read.batch.end.is_none() && !bytes.is_empty() {
             self.partial.extend_from_slice(bytes);
@@ -411,7 +414,12 @@ struct InboundRead<'a> {
 impl InboundRead<'_> {
     /// Whether the next packet may be taken in.
     fn may_go_on(&self) -> bool {
-        self.batch.end.is_none() && self.batch.request.is_none() && !self.batch.is_held()
+        self.batch.end.is_none() && self.batch.request.is_none() && !self.batch.is_held() && !self.is_full()
+    }
+
+    /// Whether other connections have their turn before more is taken in.
+    fn is_full(&self) -> bool {
+        self.batch.packets >= MQTT_PACKETS_PER_TURN_MAX
     }
 }
 

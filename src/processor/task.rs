@@ -1,0 +1,154 @@
+//! A fair task: what serves a client, wherever its tenant's share of the processors lets it run.
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::lane::slow_lane;
+use super::{ProcessorTime, TenantTime};
+use crate::limits::NEWCOMER_NS;
+
+/// Who pays for a client's tasks: first the strangers, then the tenant of the key that it presents.
+pub struct TaskPayer {
+    time: ProcessorTime,
+    tenant: ArcSwap<TenantTime>,
+    /// What this client has used.
+    used_ns: AtomicU64,
+}
+
+impl TaskPayer {
+    /// A stranger's.
+    pub fn stranger(time: &ProcessorTime) -> Arc<Self> {
+        let tenant = ArcSwap::new(time.of_strangers());
+        Arc::new(Self { time: time.clone(), tenant, used_ns: AtomicU64::new(0) })
+    }
+
+    /// From now on `tenant` pays.
+    pub fn set(&self, tenant: Arc<TenantTime>) {
+        self.tenant.store(tenant);
+    }
+
+    /// Whether nobody but this tenant has anything to do.
+    pub fn is_alone(&self) -> bool {
+        self.time.is_alone(&self.tenant.load())
+    }
+
+    /// Whether its tasks run in the slow lane now. Who comes is let in first: it may have a key, even one that ends
+    /// the attack.
+    #[inline]
+    pub fn is_slow(&self) -> bool {
+        self.time.is_slow(&self.tenant.load()) && self.used_ns.load(Ordering::Relaxed) > NEWCOMER_NS
+    }
+
+    /// Polls, and notes what that takes.
+    #[inline]
+    fn poll_measured<F: Future + ?Sized>(&self, work: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let began = Instant::now();
+        let polled = work.poll(cx);
+        let now = Instant::now();
+        let used = now.saturating_duration_since(began);
+        self.used_ns.fetch_add(u64::try_from(used.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.time.note(&self.tenant.load(), used, now);
+        polled
+    }
+}
+
+type BoxedWork<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Work that goes to the slow lane while its payer is there, and comes back.
+pub struct FairTask<T> {
+    payer: Arc<TaskPayer>,
+    place: TaskPlace<T>,
+}
+
+enum TaskPlace<T> {
+    Here(BoxedWork<T>),
+    /// In the slow lane, which gives it back if it is not done.
+    Away(AbortOnDropHandle<LaneVisitEnd<T>>),
+    Nowhere,
+}
+
+enum LaneVisitEnd<T> {
+    Done(T),
+    Back(BoxedWork<T>),
+}
+
+impl<T: Send + 'static> FairTask<T> {
+    /// `work` of a client for whom `payer` pays.
+    pub fn new(payer: Arc<TaskPayer>, work: impl Future<Output = T> + Send + 'static) -> Self {
+        Self { payer, place: TaskPlace::Here(Box::pin(work)) }
+    }
+}
+
+impl<T: Send + 'static> Future for FairTask<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        let this = &mut *self;
+        loop {
+            this.place = match std::mem::replace(&mut this.place, TaskPlace::Nowhere) {
+                TaskPlace::Here(work) if this.payer.is_slow() => {
+                    let visit = LaneVisit { payer: this.payer.clone(), work: Some(work) };
+                    TaskPlace::Away(AbortOnDropHandle::new(slow_lane().spawn(visit)))
+                }
+                TaskPlace::Here(mut work) => {
+                    let polled = this.payer.poll_measured(work.as_mut(), cx);
+                    this.place = TaskPlace::Here(work);
+                    return polled;
+                }
+                TaskPlace::Away(mut visit) => match Pin::new(&mut visit).poll(cx) {
+                    Poll::Ready(Ok(LaneVisitEnd::Done(output))) => return Poll::Ready(output),
+                    Poll::Ready(Ok(LaneVisitEnd::Back(work))) => TaskPlace::Here(work),
+                    // As if it had panicked here.
+                    Poll::Ready(Err(error)) => match error.try_into_panic() {
+                        Ok(panic) => std::panic::resume_unwind(panic),
+                        // The process ends.
+                        Err(_) => return Poll::Pending,
+                    },
+                    Poll::Pending => {
+                        this.place = TaskPlace::Away(visit);
+                        return Poll::Pending;
+                    }
+                },
+                TaskPlace::Nowhere => return Poll::Pending,
+            };
+        }
+    }
+}
+
+/// A task's stay in the slow lane.
+struct LaneVisit<T> {
+    payer: Arc<TaskPayer>,
+    work: Option<BoxedWork<T>>,
+}
+
+impl<T> Future for LaneVisit<T> {
+    type Output = LaneVisitEnd<T>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<LaneVisitEnd<T>> {
+        let this = &mut *self;
+        if !this.payer.is_slow()
+            && let Some(work) = this.work.take()
+        {
+            return Poll::Ready(LaneVisitEnd::Back(work));
+        }
+        let Some(work) = &mut this.work else { return Poll::Pending };
+        Poll::Ready(LaneVisitEnd::Done(ready!(this.payer.poll_measured(work.as_mut(), cx))))
+    }
+}
+
+/// Spawns `work` of a client for whom `payer` pays, which nobody waits for.
+pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Send + 'static) {
+    if payer.is_slow() {
+        let (payer, mut work) = (payer.clone(), Box::pin(work));
+        slow_lane().spawn(poll_fn(move |cx| payer.poll_measured(work.as_mut(), cx)));
+    } else {
+        tokio::spawn(FairTask::new(payer.clone(), work));
+    }
+}
