@@ -36,6 +36,8 @@ pub const GRACE_DEFAULT_S: u64 = 24 * 3_600;
 pub const GRACE_S_MAX: u64 = 366 * 24 * 3_600;
 /// Audit entries on one page, at most.
 pub const AUDIT_ENTRIES_MAX: usize = 10_000;
+/// Audit entries that are read at a time.
+pub const AUDIT_ENTRIES_PER_READ: usize = 500;
 /// Audit entries on a page if the request gives no limit.
 pub const AUDIT_ENTRIES_DEFAULT: usize = 100;
 /// Secrets that the gateway checks in one leak report.
@@ -223,6 +225,8 @@ pub const PROCESSOR_WINDOW: std::time::Duration = std::time::Duration::from_mill
 pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(200);
 /// How long a tenant that was over its share of the processors is served at low priority.
 pub const SLOW_LANE_STAY: std::time::Duration = std::time::Duration::from_secs(2);
+/// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.
+pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 512 << 10;
 /// The niceness of that priority.
 pub const SLOW_LANE_NICE: u8 = 10;
 /// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.

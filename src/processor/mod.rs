@@ -19,9 +19,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 
-use crate::auth::Grant;
-use crate::limits::{PROCESSOR_WINDOW, SLOW_LANE_STAY, TENANT_ACTIVE};
+use crate::auth::{Grant, Key};
+use crate::limits::{PROCESSOR_WINDOW, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_LANE_STAY, TENANT_ACTIVE};
 use crate::message::{DatasourceId, KeyId};
 use crate::shares::processors;
 
@@ -45,6 +46,8 @@ struct TimeState {
     tenants: Mutex<HashMap<TimeOwner, Weak<TenantTime>>>,
     /// Those that have used something lately.
     active: Mutex<Vec<Arc<TenantTime>>>,
+    /// The window until which somebody's tasks run in the slow lane.
+    slow_until: AtomicU64,
 }
 
 /// Whose time it is.
@@ -57,7 +60,6 @@ enum TimeOwner {
 }
 
 /// The processor time of one tenant.
-#[derive(Default)]
 pub struct TenantTime {
     /// Nanoseconds in the present window.
     used_ns: AtomicU64,
@@ -68,6 +70,21 @@ pub struct TenantTime {
     seen_in: AtomicU64,
     /// The window until which its tasks run in the slow lane.
     slow_until: AtomicU64,
+    /// A permit for each byte that it may have on its way into the log while it is there.
+    log_turns: Arc<Semaphore>,
+}
+
+impl Default for TenantTime {
+    fn default() -> Self {
+        Self {
+            used_ns: AtomicU64::new(0),
+            average_ns: AtomicU64::new(0),
+            is_active: AtomicBool::new(false),
+            seen_in: AtomicU64::new(0),
+            slow_until: AtomicU64::new(0),
+            log_turns: Arc::new(Semaphore::new(SLOW_IN_FLIGHT_BYTES_MAX)),
+        }
+    }
 }
 
 impl ProcessorTime {
@@ -75,16 +92,35 @@ impl ProcessorTime {
     pub fn new() -> Self {
         let (processors, window) = (processors() as u64, AtomicU64::new(0));
         let (tenants, active) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(TimeState { began: Instant::now(), processors, window, tenants, active }))
+        let slow_until = AtomicU64::new(0);
+        Self(Arc::new(TimeState { began: Instant::now(), processors, window, tenants, active, slow_until }))
     }
 
     /// The time of a grant's tenant.
     pub fn of_grant(&self, grant: &Grant) -> Arc<TenantTime> {
-        let datasource = grant.datasource();
-        self.of_owner(match datasource.is_all() {
-            true => TimeOwner::Key(grant.key_id()),
-            false => TimeOwner::Datasource(datasource.clone()),
+        self.of_key(grant.key())
+    }
+
+    fn of_key(&self, key: &Key) -> Arc<TenantTime> {
+        self.of_owner(match key.datasource.is_all() {
+            true => TimeOwner::Key(key.id),
+            false => TimeOwner::Datasource(key.datasource.clone()),
         })
+    }
+
+    /// The time of those who have a key of this datasource.
+    pub fn of_datasource(&self, datasource: &DatasourceId) -> Arc<TenantTime> {
+        self.of_owner(TimeOwner::Datasource(datasource.clone()))
+    }
+
+    /// What a key's tenant has to have while its messages are on their way into the log, a permit for each byte: so what
+    /// waits there for the disk does not grow before the messages of others. `None` if it is not in the slow lane.
+    pub fn log_turns(&self, key: &Key) -> Option<Arc<Semaphore>> {
+        if !self.is_somebody_slow() {
+            return None;
+        }
+        let tenant = self.of_key(key);
+        self.is_slow(&tenant).then(|| tenant.log_turns.clone())
     }
 
     /// The time of all clients without a key.
@@ -111,8 +147,21 @@ impl ProcessorTime {
             + u64::from(since.subsec_nanos() / PROCESSOR_WINDOW.subsec_nanos())
     }
 
+    /// Whether any tenant is in the slow lane.
+    #[inline]
+    pub fn is_somebody_slow(&self) -> bool {
+        self.0.slow_until.load(Ordering::Relaxed) > self.0.window.load(Ordering::Relaxed)
+    }
+
+    /// Has the tasks of a tenant run in the slow lane from now on.
+    #[cfg(test)]
+    pub fn slow_down(&self, tenant: &TenantTime) {
+        tenant.slow_until.store(u64::MAX, Ordering::Relaxed);
+        self.0.slow_until.store(u64::MAX, Ordering::Relaxed);
+    }
+
     /// Notes what a tenant has used until now.
-    fn note(&self, tenant: &Arc<TenantTime>, used: Duration, now: Instant) {
+    pub fn note(&self, tenant: &Arc<TenantTime>, used: Duration, now: Instant) {
         tenant.used_ns.fetch_add(u64::try_from(used.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         if !tenant.is_active.load(Ordering::Relaxed) && !tenant.is_active.swap(true, Ordering::AcqRel) {
             self.0.active.lock().push(tenant.clone());
@@ -124,7 +173,7 @@ impl ProcessorTime {
     }
 
     /// Whether the tenant's tasks run in the slow lane now.
-    fn is_slow(&self, tenant: &TenantTime) -> bool {
+    pub fn is_slow(&self, tenant: &TenantTime) -> bool {
         tenant.slow_until.load(Ordering::Relaxed) > self.0.window.load(Ordering::Relaxed)
     }
 
@@ -155,6 +204,7 @@ impl ProcessorTime {
         let stay = windows_in(SLOW_LANE_STAY);
         for tenant in active.iter().filter(|tenant| tenant.average_ns.load(Ordering::Relaxed) > share) {
             tenant.slow_until.store(window.saturating_add(stay), Ordering::Relaxed);
+            self.0.slow_until.store(window.saturating_add(stay), Ordering::Relaxed);
         }
     }
 }

@@ -152,3 +152,60 @@ pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Sen
         tokio::spawn(FairTask::new(payer.clone(), work));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn niceness() -> i32 {
+        // SAFETY: it takes integers only. 0 is the calling thread on Linux.
+        unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }
+    }
+
+    /// Tells on each turn at which niceness it runs, and pauses.
+    async fn tell(told: tokio::sync::mpsc::UnboundedSender<i32>) {
+        while told.send(niceness()).is_ok() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_task_goes_to_the_slow_lane_and_comes_back_with_its_tenant() {
+        let time = ProcessorTime::new();
+        let payer = TaskPayer::stranger(&time);
+        payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+        let tenant = time.of_strangers();
+        let (telling, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let task = tokio::spawn(FairTask::new(payer.clone(), tell(telling)));
+        let usual = told.recv().await.expect("a turn");
+        time.slow_down(&tenant);
+        let wait = Duration::from_secs(20);
+        let low = async { while told.recv().await.expect("a turn") == usual {} };
+        tokio::time::timeout(wait, low).await.expect("it goes on at low priority");
+        tenant.slow_until.store(0, Ordering::Relaxed);
+        let back = async { while told.recv().await.expect("a turn") != usual {} };
+        tokio::time::timeout(wait, back).await.expect("it comes back");
+        drop(told);
+        tokio::time::timeout(wait, task).await.expect("it ends").expect("without a panic");
+    }
+
+    #[tokio::test]
+    async fn who_comes_is_let_in_first_and_a_task_that_is_dropped_ends_in_the_slow_lane_too() {
+        let time = ProcessorTime::new();
+        let strangers = time.of_strangers();
+        time.slow_down(&strangers);
+        let newcomer = TaskPayer::stranger(&time);
+        assert!(!newcomer.is_slow());
+        let payer = TaskPayer::stranger(&time);
+        payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+        assert!(payer.is_slow());
+        let (telling, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let task = tokio::spawn(FairTask::new(payer, tell(telling)));
+        told.recv().await.expect("a turn");
+        task.abort();
+        let end = async { while told.recv().await.is_some() {} };
+        tokio::time::timeout(Duration::from_secs(20), end).await.expect("nothing of it is left");
+    }
+}

@@ -431,6 +431,28 @@ mod tests {
     }
 
     #[test]
+    fn a_compressed_body_is_decoded_in_turns() {
+        for (coding, body) in
+            [("gzip", gzip(&vec![7; LIMITS.bytes_max])), ("zstd", zstd(&vec![7; LIMITS.bytes_max], 20))]
+        {
+            let headers: HeaderMap =
+                [(CONTENT_ENCODING, coding.parse().expect("a header value"))].into_iter().collect();
+            let account = plenty();
+            let mut turns = 0;
+            let received = block_on(async {
+                let mut reading = std::pin::pin!(read(&headers, Body::from(body), LIMITS, &account));
+                std::future::poll_fn(|cx| {
+                    turns += 1;
+                    reading.as_mut().poll(cx)
+                })
+                .await
+            });
+            assert!(received.is_ok());
+            assert!(turns >= LIMITS.bytes_max / HTTP_BODY_BYTES_PER_TURN / 2, "{turns} turns of {coding}");
+        }
+    }
+
+    #[test]
     fn a_body_slower_than_the_least_rate_is_not_waited_for() {
         let coming = |bytes: usize| {
             Body::from_stream(futures_util::stream::unfold(0, move |nth| async move {

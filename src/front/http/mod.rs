@@ -8,6 +8,7 @@
 mod answer;
 mod audit;
 mod body;
+mod charged_list;
 mod connect;
 mod credentials;
 mod dashboard;

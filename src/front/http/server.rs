@@ -92,14 +92,14 @@ impl StrangerPace {
     }
 
     /// Takes one, if there is one.
-    fn take(&self) -> bool {
+    fn take(&self, now: Instant) -> bool {
         let mut state = self.0.lock();
         let (left, since) = &mut *state;
         if *left == 0 {
-            let elapsed = since.elapsed();
-            let more = elapsed.as_millis() * u128::from(STRANGER_REQUESTS_PER_S) / 1_000;
+            let elapsed = now.saturating_duration_since(*since).as_millis();
+            let more = elapsed * u128::from(STRANGER_REQUESTS_PER_S) / 1_000;
             if more > 0 {
-                *since = Instant::now();
+                *since = now;
             }
             *left = u32::try_from(more).unwrap_or(u32::MAX).min(STRANGER_REQUESTS_BURST);
         }
@@ -352,7 +352,7 @@ async fn serve_connection(
         hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
             spoken.store(true, Ordering::Relaxed);
             // While the gateway starts, nobody can present a key.
-            if crowd.refusals.is_some() && from.keys.are_none() && !pace.take() {
+            if crowd.refusals.is_some() && from.keys.are_none() && !pace.take(Instant::now()) {
                 return Either::Left(ready(Ok(crowd.turn_away(&from, request.version()))));
             }
             request.extensions_mut().insert(from.clone());
@@ -410,5 +410,23 @@ async fn serve_connection(
                 listening = false;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stranger_has_so_many_requests_at_once_and_so_many_a_second() {
+        let (pace, began) = (StrangerPace::new(), Instant::now());
+        let taken = |s: u64| {
+            let now = began + Duration::from_secs(s);
+            (0..1_000).take_while(|_| pace.take(now)).count()
+        };
+        assert_eq!(taken(0), STRANGER_REQUESTS_BURST as usize);
+        assert_eq!(taken(0), 0);
+        assert_eq!(taken(1), STRANGER_REQUESTS_PER_S as usize);
+        assert_eq!(taken(3_600), STRANGER_REQUESTS_BURST as usize, "no more than at first");
     }
 }

@@ -489,6 +489,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_read_of_very_many_packets_is_taken_in_in_turns_and_in_order() {
+        let (_dir, intake, mut inbound) = hourly();
+        let mut out = Vec::new();
+        // Each has another packet identifier.
+        let pubacks = |count: u16| (0..count).flat_map(|id| [&[0x40, 2][..], &id.to_be_bytes()].concat());
+        let all = 3 * u16::try_from(MQTT_PACKETS_PER_TURN_MAX).expect("small") + 5;
+        let bytes: Vec<u8> = pubacks(all).collect();
+        let (read, rest) = bytes.split_at(bytes.len() - 3);
+        let mut acknowledged = Vec::new();
+        let mut batch = inbound.receive(read, &intake, 0, &mut out);
+        while inbound.is_paused() {
+            assert_eq!(batch.packets, MQTT_PACKETS_PER_TURN_MAX, "one turn");
+            acknowledged.extend(batch.acknowledged);
+            inbound.charge_held();
+            batch = inbound.receive(&[], &intake, 0, &mut out);
+        }
+        acknowledged.extend(batch.acknowledged);
+        acknowledged.extend(inbound.receive(rest, &intake, 0, &mut out).acknowledged);
+        assert_eq!(acknowledged, (0..all).collect::<Vec<_>>());
+        assert!(!inbound.holds_packet());
+    }
+
+    #[tokio::test]
     async fn what_was_charged_for_a_held_packet_is_not_for_the_one_behind_it() {
         let (_dir, intake, mut inbound) = hourly();
         let mut out = Vec::new();
