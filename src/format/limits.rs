@@ -236,9 +236,9 @@ pub const MQTT_PACKETS_PER_TURN_MAX: usize = 1_024;
 /// Decoded bytes of an HTTP body after which others have their turn.
 pub const HTTP_BODY_BYTES_PER_TURN: usize = 128 << 10;
 /// Requests without a valid key that may come at once on an HTTP connection which has presented none, ...
-pub const STRANGER_REQUESTS_BURST: u32 = 32;
+pub const STRANGER_REQUESTS_BURST: u32 = 16;
 /// ... and how many more a second after that.
-pub const STRANGER_REQUESTS_PER_S: u32 = 8;
+pub const STRANGER_REQUESTS_PER_S: u32 = 4;
 /// Bytes of one commit of the log; more waits for the next.
 pub const BATCH_BYTES_MAX: usize = 4 << 20;
 /// The body of one frame of the log. The writer splits what is larger, and readers trust it.

@@ -16,7 +16,7 @@ use crate::observe::metrics::Metrics;
 use crate::observe::refusals::{RefusalNote, Refusals};
 
 use super::Refusal;
-use super::draft::DraftPayer;
+use super::payer::DraftPayer;
 
 /// A draft on its way into the log. Resolves when it is durable, or known not to be kept.
 pub struct AdmittedDraft {

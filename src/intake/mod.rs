@@ -10,8 +10,10 @@ mod draft;
 mod incoming;
 #[cfg(test)]
 mod model;
+mod payer;
 mod question;
 mod refusal;
+mod superseded;
 
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -21,12 +23,12 @@ use tokio::sync::{AcquireError, Semaphore};
 use tracing::{info, warn};
 
 use crate::auth::setting::JsonSetting;
-use crate::auth::{Authorizer, Datasource, Grant, GrantDenial, Key, Scope};
+use crate::auth::{Authorizer, Grant, GrantDenial, Key};
 use crate::config;
 use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX, SLOW_IN_FLIGHT_BYTES_MAX};
-use crate::log::{AppendError, Log, RecordNote, Section, SectionOutcome};
+use crate::log::{AppendError, Log, SectionOutcome};
 use crate::memory::{MemoryAccount, MemoryBudget};
-use crate::message::{DatasourceId, Offset, RecordRef, Transport, now_micros};
+use crate::message::{DatasourceId, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
 use crate::processor::ProcessorTime;
@@ -35,7 +37,7 @@ use crate::retained_topics::{RetainedFull, RetainedTopics};
 use crate::shares::{ShareCount, ShareExceeded, TenantShare};
 
 use admitted::{DraftRoom, SectionCounts};
-use draft::DraftPayer;
+use payer::DraftPayer;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
 pub use draft::{Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
@@ -357,34 +359,6 @@ impl Intake {
         }
     }
 
-    /// Marks messages in quarantine as let in, given with the offset of what was let in: themselves, or a corrected
-    /// message in their place. So they are not let in again when their ids are forgotten.
-    ///
-    /// # Errors
-    /// [`Refusal::Denied`], and every transient [`Refusal`] of the log.
-    pub async fn mark_superseded(
-        &self,
-        grant: &Grant,
-        datasource: &Datasource,
-        superseded: &[(RecordRef<'_>, Offset)],
-    ) -> Result<(), Refusal> {
-        grant.allows(Scope::Admin, datasource.id.as_str())?;
-        let received_at = now_micros();
-        let mark = |(record, by): &(RecordRef<'_>, Offset)| {
-            let note = RecordNote::Superseded { offset: record.offset, by: *by };
-            let RecordRef { key_id, transport, publisher, topic, .. } = *record;
-            let (id, lease) = (datasource.id.clone(), grant.lease().clone());
-            let mut section = Section::new(id, key_id, lease, transport, publisher, received_at);
-            section.bind_to(datasource.lease.clone());
-            section.push_noted(topic, &[], "", &[], note.flag(), &note.encode());
-            section
-        };
-        let marks = superseded.iter().map(mark).collect();
-        let committed = self.0.log.append(marks, Instant::now()).await.unwrap_or(Err(AppendError::Closed))?;
-        let died = committed.outcomes.contains(&SectionOutcome::KeyDead);
-        if died { Err(GrantDenial::Revoked.into()) } else { Ok(()) }
-    }
-
     /// Sets which topics have a retained message. Call it once, before the first message.
     pub fn set_retained_topics(&self, topics: Arc<RetainedTopics>) {
         let _ = self.0.retained.set(topics);
@@ -480,11 +454,11 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::auth::{Actor, Registry, Scopes};
+    use crate::auth::{Actor, Registry, Scope, Scopes};
     use crate::config::Config;
     use crate::limits::MESSAGE_ID_BYTES_MAX;
     use crate::log::{EmbeddedLog, Offsets};
-    use crate::message::RecordFlags;
+    use crate::message::{Offset, RecordFlags};
 
     /// An intake with a log of its own, and a grant for datasource `press-4`.
     pub(super) fn intake() -> (TempDir, Intake, Grant) {

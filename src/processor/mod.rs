@@ -48,6 +48,8 @@ struct TimeState {
     active: Mutex<Vec<Arc<TenantTime>>>,
     /// The window until which somebody's tasks run in the slow lane.
     slow_until: AtomicU64,
+    /// The turn of a new client of somebody who is there.
+    newcomer_turns: Arc<Semaphore>,
 }
 
 /// Whose time it is.
@@ -92,8 +94,15 @@ impl ProcessorTime {
     pub fn new() -> Self {
         let (processors, window) = (processors() as u64, AtomicU64::new(0));
         let (tenants, active) = (Mutex::default(), Mutex::default());
-        let slow_until = AtomicU64::new(0);
-        Self(Arc::new(TimeState { began: Instant::now(), processors, window, tenants, active, slow_until }))
+        Self(Arc::new(TimeState {
+            began: Instant::now(),
+            processors,
+            window,
+            tenants,
+            active,
+            slow_until: AtomicU64::new(0),
+            newcomer_turns: Arc::new(Semaphore::new(1)),
+        }))
     }
 
     /// The time of a grant's tenant.
@@ -145,6 +154,10 @@ impl ProcessorTime {
         let since = now.saturating_duration_since(self.0.began);
         since.as_secs() * windows_in(Duration::from_secs(1))
             + u64::from(since.subsec_nanos() / PROCESSOR_WINDOW.subsec_nanos())
+    }
+
+    fn newcomer_turns(&self) -> &Arc<Semaphore> {
+        &self.0.newcomer_turns
     }
 
     /// Whether any tenant is in the slow lane.

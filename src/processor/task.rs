@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::lane::slow_lane;
@@ -39,11 +40,16 @@ impl TaskPayer {
         self.time.is_alone(&self.tenant.load())
     }
 
-    /// Whether its tasks run in the slow lane now. Who comes is let in first: it may have a key, even one that ends
-    /// the attack.
+    /// Where its tasks run now.
     #[inline]
-    pub fn is_slow(&self) -> bool {
-        self.time.is_slow(&self.tenant.load()) && self.used_ns.load(Ordering::Relaxed) > NEWCOMER_NS
+    fn lane(&self) -> TaskLane {
+        if !self.time.is_somebody_slow() || !self.time.is_slow(&self.tenant.load()) {
+            TaskLane::Usual
+        } else if self.used_ns.load(Ordering::Relaxed) > NEWCOMER_NS {
+            TaskLane::Slow
+        } else {
+            TaskLane::Newcomers
+        }
     }
 
     /// Polls, and notes what that takes.
@@ -59,12 +65,25 @@ impl TaskPayer {
     }
 }
 
+/// Where a task runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TaskLane {
+    Usual,
+    /// As usual, but one after the other: a new client of a tenant in the slow lane may be one that presents a key, even
+    /// the one that ends the attack. So it is let in, and a crowd of them does not stand before the others.
+    Newcomers,
+    Slow,
+}
+
+type NewcomerTurn = Pin<Box<dyn Future<Output = Option<OwnedSemaphorePermit>> + Send>>;
 type BoxedWork<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// Work that goes to the slow lane while its payer is there, and comes back.
 pub struct FairTask<T> {
     payer: Arc<TaskPayer>,
     place: TaskPlace<T>,
+    /// The wait for a newcomer's turn.
+    waiting: Option<NewcomerTurn>,
 }
 
 enum TaskPlace<T> {
@@ -82,7 +101,29 @@ enum LaneVisitEnd<T> {
 impl<T: Send + 'static> FairTask<T> {
     /// `work` of a client for whom `payer` pays.
     pub fn new(payer: Arc<TaskPayer>, work: impl Future<Output = T> + Send + 'static) -> Self {
-        Self { payer, place: TaskPlace::Here(Box::pin(work)) }
+        Self { payer, place: TaskPlace::Here(Box::pin(work)), waiting: None }
+    }
+
+    /// Waits for a newcomer's turn, if it needs one: what is returned has to be kept while it runs.
+    fn poll_turn(&mut self, lane: TaskLane, cx: &mut Context<'_>) -> Poll<Option<OwnedSemaphorePermit>> {
+        if lane != TaskLane::Newcomers {
+            self.waiting = None;
+            return Poll::Ready(None);
+        }
+        let turns = self.payer.time.newcomer_turns();
+        let waiting = match &mut self.waiting {
+            Some(waiting) => waiting,
+            none => match turns.clone().try_acquire_owned() {
+                Ok(turn) => return Poll::Ready(Some(turn)),
+                Err(_) => {
+                    let turns = turns.clone();
+                    none.insert(Box::pin(async move { turns.acquire_owned().await.ok() }))
+                }
+            },
+        };
+        let turn = ready!(waiting.as_mut().poll(cx));
+        self.waiting = None;
+        Poll::Ready(turn)
     }
 }
 
@@ -93,15 +134,20 @@ impl<T: Send + 'static> Future for FairTask<T> {
         let this = &mut *self;
         loop {
             this.place = match std::mem::replace(&mut this.place, TaskPlace::Nowhere) {
-                TaskPlace::Here(work) if this.payer.is_slow() => {
-                    let visit = LaneVisit { payer: this.payer.clone(), work: Some(work) };
-                    TaskPlace::Away(AbortOnDropHandle::new(slow_lane().spawn(visit)))
-                }
-                TaskPlace::Here(mut work) => {
-                    let polled = this.payer.poll_measured(work.as_mut(), cx);
-                    this.place = TaskPlace::Here(work);
-                    return polled;
-                }
+                TaskPlace::Here(mut work) => match this.payer.lane() {
+                    TaskLane::Slow => {
+                        this.waiting = None;
+                        let visit = LaneVisit { payer: this.payer.clone(), work: Some(work) };
+                        TaskPlace::Away(AbortOnDropHandle::new(slow_lane().spawn(visit)))
+                    }
+                    lane => {
+                        let turn = this.poll_turn(lane, cx);
+                        let polled = turn.map(|turn| (this.payer.poll_measured(work.as_mut(), cx), turn));
+                        this.place = TaskPlace::Here(work);
+                        let (polled, _turn) = ready!(polled);
+                        return polled;
+                    }
+                },
                 TaskPlace::Away(mut visit) => match Pin::new(&mut visit).poll(cx) {
                     Poll::Ready(Ok(LaneVisitEnd::Done(output))) => return Poll::Ready(output),
                     Poll::Ready(Ok(LaneVisitEnd::Back(work))) => TaskPlace::Here(work),
@@ -133,7 +179,7 @@ impl<T> Future for LaneVisit<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<LaneVisitEnd<T>> {
         let this = &mut *self;
-        if !this.payer.is_slow()
+        if this.payer.lane() != TaskLane::Slow
             && let Some(work) = this.work.take()
         {
             return Poll::Ready(LaneVisitEnd::Back(work));
@@ -145,7 +191,7 @@ impl<T> Future for LaneVisit<T> {
 
 /// Spawns `work` of a client for whom `payer` pays, which nobody waits for.
 pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Send + 'static) {
-    if payer.is_slow() {
+    if payer.lane() == TaskLane::Slow {
         let (payer, mut work) = (payer.clone(), Box::pin(work));
         slow_lane().spawn(poll_fn(move |cx| payer.poll_measured(work.as_mut(), cx)));
     } else {
@@ -197,15 +243,42 @@ mod tests {
         let strangers = time.of_strangers();
         time.slow_down(&strangers);
         let newcomer = TaskPayer::stranger(&time);
-        assert!(!newcomer.is_slow());
+        assert_eq!(newcomer.lane(), TaskLane::Newcomers);
         let payer = TaskPayer::stranger(&time);
         payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
-        assert!(payer.is_slow());
+        assert_eq!(payer.lane(), TaskLane::Slow);
         let (telling, mut told) = tokio::sync::mpsc::unbounded_channel();
         let task = tokio::spawn(FairTask::new(payer, tell(telling)));
         told.recv().await.expect("a turn");
         task.abort();
         let end = async { while told.recv().await.is_some() {} };
         tokio::time::timeout(Duration::from_secs(20), end).await.expect("nothing of it is left");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn a_crowd_of_newcomers_is_let_in_one_after_the_other() {
+        let time = ProcessorTime::new();
+        let strangers = time.of_strangers();
+        time.slow_down(&strangers);
+        let at_once = Arc::new(AtomicU64::new(0));
+        let crowd: Vec<_> = (0..100)
+            .map(|_| {
+                let at_once = at_once.clone();
+                tokio::spawn(FairTask::new(TaskPayer::stranger(&time), async move {
+                    let mut most = 0;
+                    for _ in 0..3 {
+                        most = most.max(at_once.fetch_add(1, Ordering::SeqCst) + 1);
+                        std::thread::yield_now();
+                        at_once.fetch_sub(1, Ordering::SeqCst);
+                        tokio::task::yield_now().await;
+                    }
+                    most
+                }))
+            })
+            .collect();
+        for task in crowd {
+            let most = tokio::time::timeout(Duration::from_secs(20), task).await.expect("its turn comes");
+            assert_eq!(most.expect("no panic"), 1);
+        }
     }
 }

@@ -356,7 +356,8 @@ async fn serve_connection(
                 return Either::Left(ready(Ok(crowd.turn_away(&from, request.version()))));
             }
             request.extensions_mut().insert(from.clone());
-            Either::Right(router.clone().call(request))
+            // Boxed: it is moved several times on its way to a task.
+            Either::Right(Box::pin(router.clone().call(request)))
         })
     };
     let stall_max = Duration::from_millis(config.body_ms_max);
