@@ -222,7 +222,7 @@ pub const REVOCATION_WAIT_MAX: std::time::Duration = std::time::Duration::from_s
 /// For how long the processor time of tenants is counted before it is looked at.
 pub const PROCESSOR_WINDOW: std::time::Duration = std::time::Duration::from_millis(10);
 /// How long a tenant counts as somebody who wants something, after it was last served.
-pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(200);
+pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(300);
 /// How long a tenant that was over its share of the processors is served at low priority.
 pub const SLOW_LANE_STAY: std::time::Duration = std::time::Duration::from_secs(2);
 /// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.

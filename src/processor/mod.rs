@@ -13,8 +13,9 @@
 mod lane;
 mod task;
 
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,14 @@ const BUSY_PERCENT: u64 = 40;
 /// The part of what is used, in percent, that goes round when all take no more than a fair share.
 const SHARED_PERCENT: u64 = 70;
 
+/// Of the polls of a tenant that is alone, one in so many is measured, and counts for all.
+const LONE_POLLS_PER_SAMPLE: u32 = 16;
+
+thread_local! {
+    /// Counts polls that are not measured.
+    static POLLS: Cell<u32> = const { Cell::new(0) };
+}
+
 /// The processor time of all tenants. Cheap to clone.
 #[derive(Clone)]
 pub struct ProcessorTime(Arc<TimeState>);
@@ -46,10 +55,15 @@ struct TimeState {
     tenants: Mutex<HashMap<TimeOwner, Weak<TenantTime>>>,
     /// Those that have used something lately.
     active: Mutex<Vec<Arc<TenantTime>>>,
+    /// How many those are.
+    active_count: AtomicUsize,
     /// The window until which somebody's tasks run in the slow lane.
     slow_until: AtomicU64,
     /// The turn of a new client of somebody who is there.
     newcomer_turns: Arc<Semaphore>,
+    /// A test has set who is slow.
+    #[cfg(test)]
+    is_set: AtomicBool,
 }
 
 /// Whose time it is.
@@ -100,8 +114,11 @@ impl ProcessorTime {
             window,
             tenants,
             active,
+            active_count: AtomicUsize::new(0),
             slow_until: AtomicU64::new(0),
             newcomer_turns: Arc::new(Semaphore::new(1)),
+            #[cfg(test)]
+            is_set: AtomicBool::new(false),
         }))
     }
 
@@ -171,13 +188,18 @@ impl ProcessorTime {
     pub fn slow_down(&self, tenant: &TenantTime) {
         tenant.slow_until.store(u64::MAX, Ordering::Relaxed);
         self.0.slow_until.store(u64::MAX, Ordering::Relaxed);
+        self.0.is_set.store(true, Ordering::Relaxed);
     }
 
     /// Notes what a tenant has used until now.
     pub fn note(&self, tenant: &Arc<TenantTime>, used: Duration, now: Instant) {
         tenant.used_ns.fetch_add(u64::try_from(used.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         if !tenant.is_active.load(Ordering::Relaxed) && !tenant.is_active.swap(true, Ordering::AcqRel) {
-            self.0.active.lock().push(tenant.clone());
+            tenant.seen_in.store(self.window_at(now), Ordering::Relaxed);
+            let mut active = self.0.active.lock();
+            active.push(tenant.clone());
+            // Who has had all processors may be in the way from now on.
+            self.find_slow(&active);
         }
         let window = self.window_at(now);
         if window > self.0.window.load(Ordering::Relaxed) {
@@ -188,6 +210,24 @@ impl ProcessorTime {
     /// Whether the tenant's tasks run in the slow lane now.
     pub fn is_slow(&self, tenant: &TenantTime) -> bool {
         tenant.slow_until.load(Ordering::Relaxed) > self.0.window.load(Ordering::Relaxed)
+    }
+
+    /// Whether more than one tenant has used something lately.
+    #[inline]
+    pub fn is_contended(&self) -> bool {
+        self.0.active_count.load(Ordering::Relaxed) > 1
+    }
+
+    /// For how many polls the next one of the tenant is measured; `None` if it is not. What one that is alone takes is of
+    /// interest only when another one comes.
+    #[inline]
+    fn next_weight(&self, tenant: &TenantTime) -> Option<u32> {
+        if self.is_contended() || !tenant.is_active.load(Ordering::Relaxed) {
+            return Some(1);
+        }
+        let nth = POLLS.get().wrapping_add(1);
+        POLLS.set(nth);
+        nth.is_multiple_of(LONE_POLLS_PER_SAMPLE).then_some(LONE_POLLS_PER_SAMPLE)
     }
 
     /// Whether nobody but this tenant has used anything lately.
@@ -204,20 +244,31 @@ impl ProcessorTime {
         }
         self.0.window.store(window, Ordering::Relaxed);
         let windows = window - before;
-        let mut uses = Vec::with_capacity(active.len());
-        active.retain(|tenant| {
-            let stays = tenant.pass_window(window, windows);
-            if stays {
-                uses.push(tenant.average_ns.load(Ordering::Relaxed));
-            }
-            stays
-        });
+        active.retain(|tenant| tenant.pass_window(window, windows));
+        self.find_slow(&active);
+    }
+
+    /// Finds out which of the active tenants are over their share.
+    fn find_slow(&self, active: &[Arc<TenantTime>]) {
+        self.0.active_count.store(active.len(), Ordering::Relaxed);
+        #[cfg(test)]
+        if self.0.is_set.load(Ordering::Relaxed) {
+            return;
+        }
+        if active.len() < 2 {
+            // There is nobody to be in the way of.
+            active.iter().for_each(|tenant| tenant.slow_until.store(0, Ordering::Relaxed));
+            self.0.slow_until.store(0, Ordering::Relaxed);
+            return;
+        }
+        let mut uses: Vec<u64> =
+            active.iter().map(|tenant| tenant.average_ns.load(Ordering::Relaxed)).collect();
         let window_ns = u64::try_from(PROCESSOR_WINDOW.as_nanos()).unwrap_or(u64::MAX);
         let share = fair_share(&mut uses, self.0.processors.saturating_mul(window_ns));
-        let stay = windows_in(SLOW_LANE_STAY);
+        let until = self.0.window.load(Ordering::Relaxed).saturating_add(windows_in(SLOW_LANE_STAY));
         for tenant in active.iter().filter(|tenant| tenant.average_ns.load(Ordering::Relaxed) > share) {
-            tenant.slow_until.store(window.saturating_add(stay), Ordering::Relaxed);
-            self.0.slow_until.store(window.saturating_add(stay), Ordering::Relaxed);
+            tenant.slow_until.store(until, Ordering::Relaxed);
+            self.0.slow_until.store(until, Ordering::Relaxed);
         }
     }
 }
@@ -311,14 +362,18 @@ mod tests {
         let tenant = time.of_owner(TimeOwner::Key(KeyId([1; 6])));
         windows(&time, 1, 50, &[(&strangers, all)]);
         assert!(!time.is_slow(&strangers) && time.is_alone(&strangers), "nobody else wants anything");
-        windows(&time, 51, 4, &[(&tenant, 3), (&strangers, all)]);
+        windows(&time, 51, 1, &[(&tenant, 3)]);
+        assert!(time.is_slow(&strangers), "at once, when another one comes");
+        windows(&time, 52, 3, &[(&tenant, 3), (&strangers, all)]);
         assert!(time.is_slow(&strangers) && !time.is_slow(&tenant) && !time.is_alone(&strangers));
         let stay = windows_in(SLOW_LANE_STAY);
         windows(&time, 55, stay - 5, &[(&tenant, 3)]);
         assert!(time.is_slow(&strangers), "bursts do not help");
         windows(&time, 50 + stay, 10, &[(&tenant, 3)]);
         assert!(!time.is_slow(&strangers));
-        windows(&time, 200 + stay, 100, &[(&strangers, all)]);
+        windows(&time, 60 + stay, 10, &[(&tenant, 3), (&strangers, all)]);
+        assert!(time.is_slow(&strangers));
+        windows(&time, 70 + stay, windows_in(TENANT_ACTIVE) + 2, &[(&strangers, all)]);
         assert!(!time.is_slow(&strangers), "the other one has gone");
     }
 

@@ -383,7 +383,7 @@ impl RoutingScratch {
         }
         drop(routes);
         shared.mark_routed(batch);
-        if let Some(processor) = processor {
+        if let Some(processor) = processor.filter(|processor| processor.is_contended()) {
             self.note_time(processor, began);
         }
         for mailbox in self.wake.drain(..) {
