@@ -2,7 +2,11 @@
 //! is free, and takes it from them at once when another thread has something to do. So a long piece of work there
 //! delays nobody, whether or not it can be cut.
 //!
-//! It belongs to the process, as the processors do, and has no threads until somebody needs it.
+//! A third one has a single thread of the usual priority, for new clients of those who are in the slow lane: one of them
+//! may have a key, even the one that ends the attack. So they are let in, one after the other, and a crowd of them does
+//! not stand before the tasks of others.
+//!
+//! Both belong to the process, as the processors do, and have no threads until somebody needs them.
 
 use std::sync::LazyLock;
 
@@ -13,21 +17,41 @@ use tracing::warn;
 use crate::limits::SLOW_LANE_NICE;
 use crate::shares::processors;
 
-static SLOW_LANE: LazyLock<Option<Runtime>> = LazyLock::new(|| {
+/// Where a task runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TaskLane {
+    /// On the threads of the gateway's runtime.
+    Usual,
+    /// On the one for new clients.
+    Newcomers,
+    /// On those of low priority.
+    Slow,
+}
+
+static NEWCOMERS_LANE: LazyLock<Option<Runtime>> = LazyLock::new(|| build_lane("newcomers", 1, 0));
+static SLOW_LANE: LazyLock<Option<Runtime>> =
+    LazyLock::new(|| build_lane("slow-lane", processors(), SLOW_LANE_NICE));
+
+fn build_lane(name: &'static str, threads: usize, nice: u8) -> Option<Runtime> {
     let built = Builder::new_multi_thread()
-        .thread_name("slow-lane")
-        .worker_threads(processors())
-        .on_thread_start(|| lower_priority(SLOW_LANE_NICE))
+        .thread_name(name)
+        .worker_threads(threads)
+        .on_thread_start(move || lower_priority(nice))
         .enable_all()
         .build();
-    built
-        .inspect_err(|error| warn!(%error, "there are no threads of low priority: all share the others"))
-        .ok()
-});
+    built.inspect_err(|error| warn!(%error, name, "no threads for this: all share the usual ones")).ok()
+}
 
-/// The slow lane; the caller's runtime if the system has no threads for it.
-pub(super) fn slow_lane() -> Handle {
-    SLOW_LANE.as_ref().map_or_else(Handle::current, |runtime| runtime.handle().clone())
+impl TaskLane {
+    /// Its runtime; the caller's if the system has no threads for it.
+    pub(super) fn runtime(self) -> Handle {
+        let runtime = match self {
+            Self::Usual => None,
+            Self::Newcomers => NEWCOMERS_LANE.as_ref(),
+            Self::Slow => SLOW_LANE.as_ref(),
+        };
+        runtime.map_or_else(Handle::current, |runtime| runtime.handle().clone())
+    }
 }
 
 /// Lowers the calling thread's priority by `nice`.
@@ -54,5 +78,5 @@ pub fn lower_priority(nice: u8) {
 pub async fn run_slowly<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, tokio::task::JoinError> {
-    AbortOnDropHandle::new(slow_lane().spawn_blocking(work)).await
+    AbortOnDropHandle::new(TaskLane::Slow.runtime().spawn_blocking(work)).await
 }

@@ -59,8 +59,6 @@ struct TimeState {
     active_count: AtomicUsize,
     /// The window until which somebody's tasks run in the slow lane.
     slow_until: AtomicU64,
-    /// The turn of a new client of somebody who is there.
-    newcomer_turns: Arc<Semaphore>,
     /// A test has set who is slow.
     #[cfg(test)]
     is_set: AtomicBool,
@@ -116,7 +114,6 @@ impl ProcessorTime {
             active,
             active_count: AtomicUsize::new(0),
             slow_until: AtomicU64::new(0),
-            newcomer_turns: Arc::new(Semaphore::new(1)),
             #[cfg(test)]
             is_set: AtomicBool::new(false),
         }))
@@ -173,8 +170,11 @@ impl ProcessorTime {
             + u64::from(since.subsec_nanos() / PROCESSOR_WINDOW.subsec_nanos())
     }
 
-    fn newcomer_turns(&self) -> &Arc<Semaphore> {
-        &self.0.newcomer_turns
+    /// Lets others have their turn while somebody takes more than others: between two connections that are accepted.
+    pub async fn give_way(&self) {
+        if self.is_somebody_slow() {
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Whether any tenant is in the slow lane.

@@ -8,10 +8,9 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::lane::slow_lane;
+use super::lane::TaskLane;
 use super::{ProcessorTime, TenantTime};
 use crate::limits::NEWCOMER_NS;
 
@@ -66,30 +65,17 @@ impl TaskPayer {
     }
 }
 
-/// Where a task runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TaskLane {
-    Usual,
-    /// As usual, but one after the other: a new client of a tenant in the slow lane may be one that presents a key, even
-    /// the one that ends the attack. So it is let in, and a crowd of them does not stand before the others.
-    Newcomers,
-    Slow,
-}
-
-type NewcomerTurn = Pin<Box<dyn Future<Output = Option<OwnedSemaphorePermit>> + Send>>;
 type BoxedWork<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-/// Work that goes to the slow lane while its payer is there, and comes back.
+/// Work that goes to another lane while its payer is there, and comes back.
 pub struct FairTask<T> {
     payer: Arc<TaskPayer>,
     place: TaskPlace<T>,
-    /// The wait for a newcomer's turn.
-    waiting: Option<NewcomerTurn>,
 }
 
 enum TaskPlace<T> {
     Here(BoxedWork<T>),
-    /// In the slow lane, which gives it back if it is not done.
+    /// In another lane, which gives it back if it is not done.
     Away(AbortOnDropHandle<LaneVisitEnd<T>>),
     Nowhere,
 }
@@ -102,29 +88,7 @@ enum LaneVisitEnd<T> {
 impl<T: Send + 'static> FairTask<T> {
     /// `work` of a client for whom `payer` pays.
     pub fn new(payer: Arc<TaskPayer>, work: impl Future<Output = T> + Send + 'static) -> Self {
-        Self { payer, place: TaskPlace::Here(Box::pin(work)), waiting: None }
-    }
-
-    /// Waits for a newcomer's turn, if it needs one: what is returned has to be kept while it runs.
-    fn poll_turn(&mut self, lane: TaskLane, cx: &mut Context<'_>) -> Poll<Option<OwnedSemaphorePermit>> {
-        if lane != TaskLane::Newcomers {
-            self.waiting = None;
-            return Poll::Ready(None);
-        }
-        let turns = self.payer.time.newcomer_turns();
-        let waiting = match &mut self.waiting {
-            Some(waiting) => waiting,
-            none => match turns.clone().try_acquire_owned() {
-                Ok(turn) => return Poll::Ready(Some(turn)),
-                Err(_) => {
-                    let turns = turns.clone();
-                    none.insert(Box::pin(async move { turns.acquire_owned().await.ok() }))
-                }
-            },
-        };
-        let turn = ready!(waiting.as_mut().poll(cx));
-        self.waiting = None;
-        Poll::Ready(turn)
+        Self { payer, place: TaskPlace::Here(Box::pin(work)) }
     }
 }
 
@@ -136,17 +100,14 @@ impl<T: Send + 'static> Future for FairTask<T> {
         loop {
             this.place = match std::mem::replace(&mut this.place, TaskPlace::Nowhere) {
                 TaskPlace::Here(mut work) => match this.payer.lane() {
-                    TaskLane::Slow => {
-                        this.waiting = None;
-                        let visit = LaneVisit { payer: this.payer.clone(), work: Some(work) };
-                        TaskPlace::Away(AbortOnDropHandle::new(slow_lane().spawn(visit)))
+                    TaskLane::Usual => {
+                        let polled = this.payer.poll_measured(work.as_mut(), cx);
+                        this.place = TaskPlace::Here(work);
+                        return polled;
                     }
                     lane => {
-                        let turn = this.poll_turn(lane, cx);
-                        let polled = turn.map(|turn| (this.payer.poll_measured(work.as_mut(), cx), turn));
-                        this.place = TaskPlace::Here(work);
-                        let (polled, _turn) = ready!(polled);
-                        return polled;
+                        let visit = LaneVisit { payer: this.payer.clone(), lane, work: Some(work) };
+                        TaskPlace::Away(AbortOnDropHandle::new(lane.runtime().spawn(visit)))
                     }
                 },
                 TaskPlace::Away(mut visit) => match Pin::new(&mut visit).poll(cx) {
@@ -169,9 +130,10 @@ impl<T: Send + 'static> Future for FairTask<T> {
     }
 }
 
-/// A task's stay in the slow lane.
+/// A task's stay in another lane.
 struct LaneVisit<T> {
     payer: Arc<TaskPayer>,
+    lane: TaskLane,
     work: Option<BoxedWork<T>>,
 }
 
@@ -180,7 +142,7 @@ impl<T> Future for LaneVisit<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<LaneVisitEnd<T>> {
         let this = &mut *self;
-        if this.payer.lane() != TaskLane::Slow
+        if this.payer.lane() != this.lane
             && let Some(work) = this.work.take()
         {
             return Poll::Ready(LaneVisitEnd::Back(work));
@@ -192,11 +154,12 @@ impl<T> Future for LaneVisit<T> {
 
 /// Spawns `work` of a client for whom `payer` pays, which nobody waits for.
 pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Send + 'static) {
-    if payer.lane() == TaskLane::Slow {
-        let (payer, mut work) = (payer.clone(), Box::pin(work));
-        slow_lane().spawn(poll_fn(move |cx| payer.poll_measured(work.as_mut(), cx)));
-    } else {
-        tokio::spawn(FairTask::new(payer.clone(), work));
+    match payer.lane() {
+        TaskLane::Usual => drop(tokio::spawn(FairTask::new(payer.clone(), work))),
+        lane => {
+            let (payer, mut work) = (payer.clone(), Box::pin(work));
+            lane.runtime().spawn(poll_fn(move |cx| payer.poll_measured(work.as_mut(), cx)));
+        }
     }
 }
 

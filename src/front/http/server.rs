@@ -241,6 +241,7 @@ pub(super) async fn accept_on(
     let permits = Arc::new(Semaphore::new(config.connections_max));
     let mut crowded_until = Instant::now();
     loop {
+        crowd.processor.give_way().await;
         let (stream, peer) = accept(listener).await;
         let entry = Arc::new(crowd.enter(peer.ip()));
         let permit = match permits.clone().try_acquire_owned() {

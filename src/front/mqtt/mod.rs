@@ -284,6 +284,7 @@ async fn accept_connections(
 ) {
     let mut warned = false;
     loop {
+        acceptor.front.intake.processor().give_way().await;
         let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
