@@ -226,7 +226,7 @@ pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(
 /// How long a tenant that was over its share of the processors is served at low priority.
 pub const SLOW_LANE_STAY: std::time::Duration = std::time::Duration::from_secs(2);
 /// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.
-pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 512 << 10;
+pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
 /// The niceness of that priority.
 pub const SLOW_LANE_NICE: u8 = 10;
 /// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.
