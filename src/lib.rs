@@ -40,6 +40,7 @@ mod memory;
 mod network;
 mod processor;
 mod retained_topics;
+mod scheduler;
 mod shares;
 mod sqlite;
 mod subject;

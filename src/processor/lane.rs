@@ -15,7 +15,11 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::limits::SLOW_LANE_NICE;
+use crate::scheduler::{SchedulerAttributes, lower_priority};
 use crate::shares::processors;
+
+/// The time slice of the threads of low priority, in nanoseconds: the longest that there is.
+const SLOW_LANE_SLICE_NS: u64 = 100_000_000;
 
 /// Where a task runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +40,13 @@ fn build_lane(name: &'static str, threads: usize, nice: u8) -> Option<Runtime> {
     let built = Builder::new_multi_thread()
         .thread_name(name)
         .worker_threads(threads)
-        .on_thread_start(move || lower_priority(nice))
+        .on_thread_start(move || {
+            lower_priority(nice);
+            if nice > 0 {
+                // Whoever has the usual slice is let in at once.
+                let _ = SchedulerAttributes::set_slice(SLOW_LANE_SLICE_NS);
+            }
+        })
         .enable_all()
         .build();
     built.inspect_err(|error| warn!(%error, name, "no threads for this: all share the usual ones")).ok()
@@ -51,23 +61,6 @@ impl TaskLane {
             Self::Slow => SLOW_LANE.as_ref(),
         };
         runtime.map_or_else(Handle::current, |runtime| runtime.handle().clone())
-    }
-}
-
-/// Lowers the calling thread's priority by `nice`.
-pub fn lower_priority(nice: u8) {
-    if nice == 0 {
-        return;
-    }
-    #[cfg(target_os = "linux")]
-    {
-        // SAFETY: no memory is involved. On Linux, process 0 is the calling thread.
-        let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, i32::from(nice)) };
-        if result != 0 {
-            let error = std::io::Error::last_os_error();
-            let thread = std::thread::current();
-            warn!(%error, nice, thread = thread.name(), "a thread keeps its priority");
-        }
     }
 }
 

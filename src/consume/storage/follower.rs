@@ -11,7 +11,7 @@ use crate::consume::follower::{Consumer, NextRound};
 use crate::consume::sink::sqlite::{SinkError, SqliteSink};
 use crate::log::{Log, LogReadError};
 use crate::message::Offset;
-use crate::processor::lower_priority;
+use crate::scheduler::lower_priority;
 
 /// About how much of the log one transaction takes.
 const STORAGE_TRANSACTION_BYTES: usize = 8 << 20;

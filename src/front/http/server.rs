@@ -22,7 +22,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::header::CONNECTION;
 use axum::http::{HeaderValue, StatusCode, Version};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use futures_util::future::{Either, ready};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -40,6 +40,7 @@ use super::socket::HttpSocket;
 use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::problem::Problem;
 use crate::limits::{
     HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX, STRANGER_REQUESTS_BURST, STRANGER_REQUESTS_PER_S,
 };
@@ -56,6 +57,8 @@ const HTTP_PLACE_PATIENCE: Duration = Duration::from_millis(500);
 const HTTP_ROOM_WAIT: Duration = Duration::from_millis(20);
 /// How long others have to leave at once after that.
 const HTTP_CROWDED: Duration = Duration::from_secs(10);
+/// When a stranger that has asked for too much may come again.
+const STRANGER_RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How often an HTTP/2 client is asked whether it is still there, and how long it has to answer.
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
 /// What is taken of an HTTP/2 answer before it can be sent.
@@ -180,24 +183,27 @@ impl HttpCrowd {
         }
     }
 
-    /// The answer to a stranger that asks for too much. It has nothing in it, and the connection ends: HTTP/2 at once,
-    /// because many requests may be under way.
+    /// The answer to a stranger that asks for too much; the connection ends with it. HTTP/2 ends at once, with nothing
+    /// said, because a hundred requests may be under way.
     fn turn_away(&self, peer: &HttpPeer, version: Version) -> Response {
+        let words = || {
+            format!(
+                "more than {STRANGER_REQUESTS_BURST} requests without a valid key, and {STRANGER_REQUESTS_PER_S} a \
+                 second, on one connection"
+            )
+        };
+        if !peer.turned_away.swap(true, Ordering::Relaxed) {
+            self.report(peer.addr.ip(), Cause::StrangersShare, &words());
+        }
         if version == Version::HTTP_2 {
             peer.entry.eviction().tell();
+            let mut answer = Response::new(Body::empty());
+            *answer.status_mut() = StatusCode::TOO_MANY_REQUESTS;
+            return answer;
         }
-        if !peer.turned_away.swap(true, Ordering::Relaxed) {
-            let words = format!(
-                "more than {STRANGER_REQUESTS_BURST} requests without a valid key, and {STRANGER_REQUESTS_PER_S} a second, \
-                 on one connection"
-            );
-            self.report(peer.addr.ip(), Cause::StrangersShare, &words);
-        }
-        let mut answer = Response::new(Body::empty());
-        *answer.status_mut() = StatusCode::TOO_MANY_REQUESTS;
-        if version < Version::HTTP_2 {
-            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        }
+        let problem = Problem::new(Cause::StrangersShare, format!("There were {}.", words()));
+        let mut answer = problem.with_retry_after(STRANGER_RETRY_AFTER).into_response();
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         answer
     }
 
