@@ -31,7 +31,7 @@ pub use lane::run_slowly;
 pub use task::{FairTask, TaskPayer, spawn_fairly};
 
 /// The part of the processors, in percent, below which nobody's use is in the way of anybody.
-const BUSY_PERCENT: u64 = 40;
+const BUSY_PERCENT: u64 = 20;
 /// The part of what is used, in percent, that goes round when all take no more than a fair share.
 const SHARED_PERCENT: u64 = 70;
 
@@ -337,7 +337,7 @@ mod tests {
         };
         assert_eq!(over(&[18_000_000]), [false], "alone");
         assert_eq!(over(&[18_000_000, 500_000]), [true, false]);
-        assert_eq!(over(&[6_000_000, 500_000]), [false, false], "there is time for both");
+        assert_eq!(over(&[3_000_000, 500_000]), [false, false], "there is time for both");
         assert_eq!(over(&[9_000_000, 9_000_000]), [false, false], "equals");
         assert_eq!(over(&[9_000_000, 300_000, 9_000_000]), [true, false, true]);
         let mut many = vec![20_000; 100];
