@@ -3,9 +3,9 @@
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio_util::task::AbortOnDropHandle;
@@ -20,18 +20,35 @@ pub struct TaskPayer {
     tenant: ArcSwap<TenantTime>,
     /// What this client has used.
     used_ns: AtomicU64,
+    /// What of that is nobody's yet: a client that presents its key soon never was a stranger.
+    unpaid_ns: AtomicU64,
+    is_known: AtomicBool,
 }
 
 impl TaskPayer {
     /// A stranger's.
     pub fn stranger(time: &ProcessorTime) -> Arc<Self> {
         let tenant = ArcSwap::new(time.of_strangers());
-        Arc::new(Self { time: time.clone(), tenant, used_ns: AtomicU64::new(0) })
+        Arc::new(Self {
+            time: time.clone(),
+            tenant,
+            used_ns: AtomicU64::new(0),
+            unpaid_ns: AtomicU64::new(0),
+            is_known: AtomicBool::new(false),
+        })
     }
 
-    /// From now on `tenant` pays.
+    /// From now on `tenant` pays, also for what is nobody's yet.
     pub fn set(&self, tenant: Arc<TenantTime>) {
         self.tenant.store(tenant);
+        self.is_known.store(true, Ordering::Relaxed);
+        self.pay(Duration::ZERO);
+    }
+
+    /// Has the tenant pay for `used`, and for what is nobody's yet.
+    fn pay(&self, used: Duration) {
+        let used = used + Duration::from_nanos(self.unpaid_ns.swap(0, Ordering::Relaxed));
+        self.time.note(&self.tenant.load(), used, Instant::now());
     }
 
     /// Whether nobody but this tenant has anything to do.
@@ -59,9 +76,25 @@ impl TaskPayer {
         let polled = work.poll(cx);
         let now = Instant::now();
         let used = now.saturating_duration_since(began) * weight;
-        self.used_ns.fetch_add(u64::try_from(used.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        self.time.note(&self.tenant.load(), used, now);
+        let used_ns = u64::try_from(used.as_nanos()).unwrap_or(u64::MAX);
+        let before = self.used_ns.fetch_add(used_ns, Ordering::Relaxed);
+        if self.is_known.load(Ordering::Relaxed) {
+            self.time.note(&self.tenant.load(), used, now);
+        } else if before.saturating_add(used_ns) > NEWCOMER_NS {
+            self.pay(used);
+        } else {
+            self.unpaid_ns.fetch_add(used_ns, Ordering::Relaxed);
+        }
         polled
+    }
+}
+
+impl Drop for TaskPayer {
+    fn drop(&mut self) {
+        // It has left without a key.
+        if *self.unpaid_ns.get_mut() > 0 {
+            self.pay(Duration::ZERO);
+        }
     }
 }
 
@@ -165,8 +198,6 @@ pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Sen
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn niceness() -> i32 {
@@ -248,5 +279,26 @@ mod tests {
             let most = tokio::time::timeout(Duration::from_secs(20), task).await.expect("its turn comes");
             assert!(most.expect("no panic") <= 1);
         }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_presents_its_key_soon_never_was_a_stranger() {
+        let time = ProcessorTime::new();
+        let (strangers, tenant) = (time.of_strangers(), Arc::<TenantTime>::default());
+        for knows_key in [true, false] {
+            let payer = TaskPayer::stranger(&time);
+            let mut work = std::pin::pin!(std::future::ready(()));
+            assert!(
+                payer
+                    .poll_measured(work.as_mut(), &mut Context::from_waker(std::task::Waker::noop()))
+                    .is_ready()
+            );
+            if knows_key {
+                payer.set(tenant.clone());
+            }
+            drop(payer);
+            assert!(time.is_alone(if knows_key { &tenant } else { &strangers }) == knows_key);
+        }
+        assert!(!time.is_alone(&tenant), "one has left without a key");
     }
 }

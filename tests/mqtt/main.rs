@@ -9,6 +9,7 @@ mod fairness;
 mod front;
 mod memory;
 mod once;
+mod proxied;
 mod subscribe;
 mod tenants;
 mod tls;

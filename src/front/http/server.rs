@@ -4,29 +4,23 @@
 //! A crowd of strangers takes nobody's place: when there are too many of them, or all places are taken, a connection
 //! that is there makes room ([`ConnectionTable`]). A stranger whose answers wait unread is closed.
 //!
-//! A connection has `http.header_ms_max` for a request's header, counted from the moment at which it could
-//! have begun to send it. So a connection that is idle for as long is closed. Dropping the future of
-//! [`run`] aborts every connection.
+//! How long a connection is waited for says [`RequestClock`]. A client that has shut down its half still gets its
+//! answers. Dropping the future of [`run`] aborts every connection.
 
 use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
 use axum::extract::Request;
-use axum::http::header::CONNECTION;
-use axum::http::{HeaderValue, StatusCode, Version};
-use axum::response::{IntoResponse, Response};
 use futures_util::future::{Either, ready};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -35,15 +29,18 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 use tracing::{debug, warn};
 
+use super::arrival::{ArrivedConnection, HttpPort, report_proxy_header};
+use super::frame_meter::FrameFault;
 use super::presented::PresentedKeys;
+use super::request_clock::{AwaitedPart, RequestClock, RequestDeadline};
 use super::socket::HttpSocket;
+use super::stranger_pace::StrangerPace;
 use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
-use crate::front::problem::Problem;
-use crate::limits::{
-    HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX, STRANGER_REQUESTS_BURST, STRANGER_REQUESTS_PER_S,
-};
+use crate::front::peer_stream::PeerStream;
+use crate::front::proxied::{ProxyHeaderError, ProxyTrust, forwarded_address, is_forwarded_https};
+use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
@@ -57,8 +54,6 @@ const HTTP_PLACE_PATIENCE: Duration = Duration::from_millis(500);
 const HTTP_ROOM_WAIT: Duration = Duration::from_millis(20);
 /// How long others have to leave at once after that.
 const HTTP_CROWDED: Duration = Duration::from_secs(10);
-/// When a stranger that has asked for too much may come again.
-const STRANGER_RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How often an HTTP/2 client is asked whether it is still there, and how long it has to answer.
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
 /// What is taken of an HTTP/2 answer before it can be sent.
@@ -69,7 +64,10 @@ const HTTP2_WINDOW_BYTES: u32 = 256 << 10;
 /// The connection that a request came on: an extension of every request.
 #[derive(Clone)]
 pub(super) struct HttpPeer {
+    /// The client: of the connection, or of the request, if a trusted proxy says whose it is.
     pub(super) addr: SocketAddr,
+    /// Whether the client speaks HTTPS, to the gateway or to a trusted proxy.
+    pub(super) is_https: bool,
     /// Set when the request is answered before its body was read to the end.
     pub(super) unread: Arc<AtomicBool>,
     /// The keys that the connection has presented.
@@ -82,33 +80,29 @@ pub(super) struct HttpPeer {
     pub(super) stranger_requests: Arc<AtomicUsize>,
     /// Who pays for its tasks.
     pub(super) payer: Arc<TaskPayer>,
-    /// It has asked for too much without a key, and that was reported.
-    turned_away: Arc<AtomicBool>,
+    /// What the connection is waited for.
+    pub(super) clock: RequestClock,
+    /// Set when the connection was asked to close.
+    pub(super) closing: Arc<AtomicBool>,
 }
 
-/// How many requests a connection may still make on which no valid key was presented.
-struct StrangerPace(Mutex<(u32, Instant)>);
-
-impl StrangerPace {
-    fn new() -> Self {
-        Self(Mutex::new((STRANGER_REQUESTS_BURST, Instant::now())))
-    }
-
-    /// Takes one, if there is one.
-    fn take(&self, now: Instant) -> bool {
-        let mut state = self.0.lock();
-        let (left, since) = &mut *state;
-        if *left == 0 {
-            let elapsed = now.saturating_duration_since(*since).as_millis();
-            let more = elapsed * u128::from(STRANGER_REQUESTS_PER_S) / 1_000;
-            if more > 0 {
-                *since = now;
-            }
-            *left = u32::try_from(more).unwrap_or(u32::MAX).min(STRANGER_REQUESTS_BURST);
+impl HttpPeer {
+    /// As of one request: of the client that a trusted proxy names, if it is one that the connection is from.
+    fn of_request<B>(&self, request: &hyper::Request<B>, proxies: &ProxyTrust, crowd: &HttpCrowd) -> Self {
+        let mut peer = self.clone();
+        if !proxies.is_trusted(self.addr.ip()) {
+            return peer;
         }
-        let taken = left.checked_sub(1);
-        *left = taken.unwrap_or(0);
-        taken.is_some()
+        peer.is_https |= is_forwarded_https(request.headers());
+        if let Some(address) = forwarded_address(request.headers(), proxies)
+            && address != self.addr.ip()
+        {
+            peer.addr = SocketAddr::new(address, 0);
+            peer.client = Arc::new(KeyClient::new(Transport::Http, Some(address), None));
+        }
+        // As long as the connection has presented no key it is the stranger's whose request came last.
+        crowd.note_evicted(self.entry.move_to(peer.addr.ip()));
+        peer
     }
 }
 
@@ -122,6 +116,8 @@ impl fmt::Debug for HttpPeer {
 #[derive(Clone)]
 pub(super) struct HttpCrowd {
     table: Arc<ConnectionTable>,
+    /// A permit for each connection that there may be.
+    permits: Arc<Semaphore>,
     refusals: Option<Arc<Refusals>>,
     processor: ProcessorTime,
 }
@@ -129,16 +125,19 @@ pub(super) struct HttpCrowd {
 impl HttpCrowd {
     /// No connections yet.
     pub(super) fn new(config: &config::HttpConfig, refusals: Option<Arc<Refusals>>) -> Self {
-        Self::over(Arc::new(ConnectionTable::new(config.stranger_limits())), refusals, ProcessorTime::new())
+        let table = Arc::new(ConnectionTable::new(config.stranger_limits()));
+        Self::over(table, config.connections_max, refusals, ProcessorTime::new())
     }
 
-    /// The connections in `table`, which are served with shares of `processor`.
+    /// The connections in `table`, of which there may be so many, and which are served with shares of `processor`.
     pub(super) fn over(
         table: Arc<ConnectionTable>,
+        connections_max: usize,
         refusals: Option<Arc<Refusals>>,
         processor: ProcessorTime,
     ) -> Self {
-        Self { table, refusals, processor }
+        let permits = Arc::new(Semaphore::new(connections_max.min(Semaphore::MAX_PERMITS)));
+        Self { table, permits, refusals, processor }
     }
 
     /// How many connections have presented no valid key.
@@ -146,8 +145,13 @@ impl HttpCrowd {
         self.table.stranger_count()
     }
 
-    fn enter(&self, address: IpAddr) -> TableEntry {
+    pub(super) fn enter(&self, address: IpAddr) -> TableEntry {
         let (entry, evicted) = self.table.enter(address);
+        self.note_evicted(evicted);
+        entry
+    }
+
+    fn note_evicted(&self, evicted: Option<EvictedStranger>) {
         match evicted {
             None => {}
             Some(EvictedStranger::OfAddress { address, max }) => {
@@ -157,23 +161,18 @@ impl HttpCrowd {
                 self.report(address, Cause::Strangers, &format!("http.strangers_max = {max}"));
             }
         }
-        entry
     }
 
     /// Waits for a place. When none is free for a while, connections have to leave; and as long as it is so crowded, at
     /// once.
-    async fn wait_place(
-        &self,
-        permits: &Arc<Semaphore>,
-        crowded_until: &mut Instant,
-    ) -> OwnedSemaphorePermit {
+    async fn wait_place(&self, crowded_until: &mut Instant) -> OwnedSemaphorePermit {
         let mut patience = HTTP_PLACE_PATIENCE;
         if Instant::now() < *crowded_until {
             self.table.make_room();
             patience = HTTP_ROOM_WAIT;
         }
         loop {
-            let freed = permits.clone().acquire_owned();
+            let freed = self.permits.clone().acquire_owned();
             if let Ok(permit) = tokio::time::timeout(patience, freed).await {
                 return permit.expect("the semaphore is never closed");
             }
@@ -183,31 +182,7 @@ impl HttpCrowd {
         }
     }
 
-    /// The answer to a stranger that asks for too much; the connection ends with it. HTTP/2 ends at once, with nothing
-    /// said, because a hundred requests may be under way.
-    fn turn_away(&self, peer: &HttpPeer, version: Version) -> Response {
-        let words = || {
-            format!(
-                "more than {STRANGER_REQUESTS_BURST} requests without a valid key, and {STRANGER_REQUESTS_PER_S} a \
-                 second, on one connection"
-            )
-        };
-        if !peer.turned_away.swap(true, Ordering::Relaxed) {
-            self.report(peer.addr.ip(), Cause::StrangersShare, &words());
-        }
-        if version == Version::HTTP_2 {
-            peer.entry.eviction().tell();
-            let mut answer = Response::new(Body::empty());
-            *answer.status_mut() = StatusCode::TOO_MANY_REQUESTS;
-            return answer;
-        }
-        let problem = Problem::new(Cause::StrangersShare, format!("There were {}.", words()));
-        let mut answer = problem.with_retry_after(STRANGER_RETRY_AFTER).into_response();
-        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        answer
-    }
-
-    fn report(&self, address: IpAddr, cause: Cause, words: &str) {
+    pub(super) fn report(&self, address: IpAddr, cause: Cause, words: &str) {
         if let Some(refusals) = &self.refusals {
             let note = RefusalNote::new(Transport::Http, cause, &words);
             refusals.note(RefusalNote { address: Some(address), ..note });
@@ -219,6 +194,7 @@ impl HttpCrowd {
 /// moment are answered.
 pub(super) async fn run(
     listener: TcpListener,
+    port: HttpPort,
     router: Router,
     config: &config::HttpConfig,
     crowd: HttpCrowd,
@@ -228,7 +204,7 @@ pub(super) async fn run(
     tokio::select! {
         biased;
         () = drain.cancelled() => {}
-        never = accept_on(&listener, router, config, &crowd, &drain, &mut connections) => match never {},
+        never = accept_on(&listener, &port, router, config, &crowd, &drain, &mut connections) => match never {},
     }
     // From here on the kernel refuses connections, instead of accepting them and leaving them unserved.
     drop(listener);
@@ -238,28 +214,38 @@ pub(super) async fn run(
 /// Accepts connections for as long as it is polled, and serves `router` on each until `drain` is cancelled.
 pub(super) async fn accept_on(
     listener: &TcpListener,
+    port: &HttpPort,
     router: Router,
     config: &config::HttpConfig,
     crowd: &HttpCrowd,
     drain: &CancellationToken,
     connections: &mut JoinSet<()>,
 ) -> Infallible {
-    let permits = Arc::new(Semaphore::new(config.connections_max));
+    let server = Arc::new(ConnectionServer {
+        port: port.clone(),
+        router,
+        config: config.clone(),
+        crowd: crowd.clone(),
+        drain: drain.clone(),
+    });
     let mut crowded_until = Instant::now();
     loop {
         crowd.processor.give_way().await;
         let (stream, peer) = accept(listener).await;
-        let entry = Arc::new(crowd.enter(peer.ip()));
-        let permit = match permits.clone().try_acquire_owned() {
+        let entry = (!port.is_proxied(peer)).then(|| Arc::new(crowd.enter(peer.ip())));
+        let permit = match crowd.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
-            Err(_) => crowd.wait_place(&permits, &mut crowded_until).await,
+            Err(_) => crowd.wait_place(&mut crowded_until).await,
         };
         while connections.try_join_next().is_some() {}
-        let (router, drain) = (router.clone(), drain.clone());
-        let (config, crowd) = (config.clone(), crowd.clone());
-        let payer = TaskPayer::stranger(&crowd.processor);
+        let (server, payer) = (server.clone(), TaskPayer::stranger(&crowd.processor));
         connections.spawn(FairTask::new(payer.clone(), async move {
-            serve_connection(stream, peer, entry, payer, router, &config, &crowd, drain).await;
+            let header_max = Duration::from_millis(server.config.header_ms_max);
+            let until = (header_max, &server.drain);
+            let arriving = Box::pin(server.port.arrive(stream, peer, entry, &server.crowd, until));
+            if let Some(arrived) = arriving.await {
+                server.serve_connection(arrived, payer).await;
+            }
             drop(permit);
         }));
     }
@@ -305,12 +291,14 @@ impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Request
     }
 }
 
-fn connection_builder(config: &config::HttpConfig, payer: Arc<TaskPayer>) -> auto::Builder<RequestExecutor> {
+fn connection_builder(payer: Arc<TaskPayer>) -> auto::Builder<RequestExecutor> {
     let mut builder = auto::Builder::new(RequestExecutor(payer));
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(Duration::from_millis(config.header_ms_max))
+        // The deadline of a header would be that of an idle connection too; `RequestDeadline` tells the two apart.
+        .header_read_timeout(None)
+        .half_close(true)
         .max_buf_size(HTTP_HEADER_BYTES_MAX);
     builder
         .http2()
@@ -325,116 +313,118 @@ fn connection_builder(config: &config::HttpConfig, payer: Arc<TaskPayer>) -> aut
     builder
 }
 
-/// Serves one connection to its end.
-#[expect(clippy::too_many_arguments, reason = "the parts of one call")]
-async fn serve_connection(
-    stream: TcpStream,
-    peer: SocketAddr,
-    entry: Arc<TableEntry>,
-    payer: Arc<TaskPayer>,
+/// What serves the connections of one listener.
+struct ConnectionServer {
+    port: HttpPort,
     router: Router,
-    config: &config::HttpConfig,
-    crowd: &HttpCrowd,
+    config: config::HttpConfig,
+    crowd: HttpCrowd,
     drain: CancellationToken,
-) {
-    let (spoken, unread) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let flooded = Arc::new(AtomicBool::new(false));
-    let eviction = entry.eviction().clone();
-    let keys = Arc::new(PresentedKeys::default());
-    let service = {
-        let client = Arc::new(KeyClient::new(Transport::Http, Some(peer.ip()), None));
-        let (unread, keys, stranger_requests) = (unread.clone(), keys.clone(), Arc::default());
-        let payer = payer.clone();
-        let from = HttpPeer {
-            addr: peer,
-            unread,
-            keys,
-            client,
-            entry,
-            stranger_requests,
-            payer,
-            turned_away: Arc::default(),
-        };
-        let (spoken, crowd, pace) = (spoken.clone(), crowd.clone(), StrangerPace::new());
-        hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
-            spoken.store(true, Ordering::Relaxed);
+}
+
+impl ConnectionServer {
+    /// Serves one connection to its end.
+    async fn serve_connection(&self, arrived: ArrivedConnection, payer: Arc<TaskPayer>) {
+        let ArrivedConnection { stream, peer, entry } = arrived;
+        let (unread, closing) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let fault = Arc::new(OnceLock::new());
+        let eviction = entry.eviction().clone();
+        let keys = Arc::new(PresentedKeys::default());
+        let clock = RequestClock::start();
+        let mut deadline = RequestDeadline::new(clock.clone(), &self.config);
+        let builder = connection_builder(payer.clone());
+        let service = {
+            let from = HttpPeer {
+                addr: peer,
+                is_https: matches!(stream, PeerStream::Tls(_)),
+                unread: unread.clone(),
+                keys: keys.clone(),
+                client: Arc::new(KeyClient::new(Transport::Http, Some(peer.ip()), None)),
+                entry,
+                stranger_requests: Arc::default(),
+                payer,
+                clock: clock.clone(),
+                closing: closing.clone(),
+            };
+            let (proxies, crowd, router) =
+                (self.port.proxies.clone(), self.crowd.clone(), self.router.clone());
             // While the gateway starts, nobody can present a key.
-            if crowd.refusals.is_some() && from.keys.are_none() && !pace.take(Instant::now()) {
-                return Either::Left(ready(Ok(crowd.turn_away(&from, request.version()))));
-            }
-            request.extensions_mut().insert(from.clone());
-            // Boxed: it is moved several times on its way to a task.
-            Either::Right(Box::pin(router.clone().call(request)))
-        })
-    };
-    let stall_max = Duration::from_millis(config.body_ms_max);
-    let socket = TokioIo::new(HttpSocket::new(stream, stall_max, unread, flooded.clone()));
-    let builder = connection_builder(config, payer);
-    let mut served = pin!(builder.serve_connection_with_upgrades(socket, service));
-    // hyper's timeout begins once it knows which HTTP version the client speaks; this one covers a client
-    // that never sends anything.
-    let mut silence = pin!(tokio::time::sleep(Duration::from_millis(config.header_ms_max)));
-    let mut asked_to_close = pin!(async {
-        tokio::select! {
-            () = drain.cancelled() => {}
-            _ = poll_fn(|cx| keys.control().poll_closed(cx)) => {}
-        }
-    });
-    let mut makes_room = pin!(poll_fn(|cx| eviction.poll_due(cx)));
-    let (mut listening, mut closing, mut leaving) = (true, false, false);
-    loop {
-        tokio::select! {
-            biased;
-            ended = served.as_mut() => {
-                if let Err(error) = ended {
-                    debug!(%peer, error, "an HTTP connection ended");
+            let is_paced = crowd.refusals.is_some() && !proxies.is_trusted(peer.ip());
+            let pace = StrangerPace::new();
+            hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
+                if is_paced && from.keys.are_none() && !pace.take(Instant::now()) {
+                    return Either::Left(ready(Ok(pace.turn_away(&crowd, &from, request.version()))));
                 }
-                if flooded.load(Ordering::Relaxed) {
-                    crowd.report(peer.ip(), Cause::FrameFlood, "too many HTTP/2 frames that carry nothing");
-                }
-                return;
+                let under_way = from.clock.begin_request();
+                let of_request = from.of_request(&request, &proxies, &crowd);
+                request.extensions_mut().insert(of_request);
+                let answering = router.clone().call(request);
+                // Boxed: it is moved several times on its way to a task.
+                Either::Right(Box::pin(async move {
+                    let answer = answering.await;
+                    drop(under_way);
+                    answer
+                }))
+            })
+        };
+        let stall_max = Duration::from_millis(self.config.body_ms_max);
+        let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), fault.clone());
+        let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
+        let mut asked_to_close = pin!(async {
+            tokio::select! {
+                () = self.drain.cancelled() => {}
+                _ = poll_fn(|cx| keys.control().poll_closed(cx)) => {}
             }
-            // A stranger leaves at once, whoever has presented a key when its requests are answered.
-            () = makes_room.as_mut(), if !leaving => {
-                if keys.are_none() {
-                    debug!(%peer, "an HTTP connection without a key makes room for others");
+        });
+        let mut makes_room = pin!(poll_fn(|cx| eviction.poll_due(cx)));
+        let mut leaving = false;
+        let mut passed = pin!(poll_fn(|cx| deadline.poll_passed(cx)));
+        loop {
+            let is_closing = closing.load(Ordering::Relaxed);
+            tokio::select! {
+                biased;
+                ended = served.as_mut() => {
+                    if let Err(error) = ended {
+                        debug!(%peer, error, "an HTTP connection ended");
+                    }
+                    if let Some(fault) = fault.get() {
+                        self.report_fault(peer, *fault);
+                    }
                     return;
                 }
-                leaving = true;
-                if !std::mem::replace(&mut closing, true) {
+                // A stranger leaves at once, whoever has presented a key when its requests are answered.
+                () = makes_room.as_mut(), if !leaving => {
+                    if keys.are_none() {
+                        debug!(%peer, "an HTTP connection without a key makes room for others");
+                        return;
+                    }
+                    leaving = true;
+                    if !closing.swap(true, Ordering::Relaxed) {
+                        served.as_mut().graceful_shutdown();
+                    }
+                }
+                // An idle connection ends at once, a busy one when its requests are answered.
+                () = asked_to_close.as_mut(), if !is_closing => {
+                    closing.store(true, Ordering::Relaxed);
                     served.as_mut().graceful_shutdown();
                 }
-            }
-            // An idle connection ends at once, a busy one when its requests are answered.
-            () = asked_to_close.as_mut(), if !closing => {
-                closing = true;
-                served.as_mut().graceful_shutdown();
-            }
-            () = silence.as_mut(), if listening => {
-                if !spoken.load(Ordering::Relaxed) {
-                    debug!(%peer, "an HTTP connection sent no request in time");
-                    return;
+                part = passed.as_mut() => {
+                    if part != AwaitedPart::NextRequest || is_closing {
+                        debug!(%peer, ?part, "an HTTP connection was waited for too long");
+                        return;
+                    }
+                    closing.store(true, Ordering::Relaxed);
+                    served.as_mut().graceful_shutdown();
+                    clock.await_end();
                 }
-                listening = false;
             }
         }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stranger_has_so_many_requests_at_once_and_so_many_a_second() {
-        let (pace, began) = (StrangerPace::new(), Instant::now());
-        let taken = |s: u64| {
-            let now = began + Duration::from_secs(s);
-            (0..1_000).take_while(|_| pace.take(now)).count()
-        };
-        assert_eq!(taken(0), STRANGER_REQUESTS_BURST as usize);
-        assert_eq!(taken(0), 0);
-        assert_eq!(taken(1), STRANGER_REQUESTS_PER_S as usize);
-        assert_eq!(taken(3_600), STRANGER_REQUESTS_BURST as usize, "no more than at first");
+    fn report_fault(&self, peer: SocketAddr, fault: FrameFault) {
+        match fault {
+            FrameFault::Flood => self.crowd.report(peer.ip(), Cause::FrameFlood, &fault.to_string()),
+            FrameFault::ProxyHeader => report_proxy_header(&self.crowd, peer, &ProxyHeaderError::Untrusted),
+        }
     }
 }
