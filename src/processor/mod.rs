@@ -35,6 +35,9 @@ const BUSY_PERCENT: u64 = 20;
 /// The part of what is used, in percent, that goes round when all take no more than a fair share.
 const SHARED_PERCENT: u64 = 70;
 
+const WINDOWS_PER_S: u64 = 100;
+const _: () = assert!(PROCESSOR_WINDOW.as_millis() * WINDOWS_PER_S as u128 == 1_000);
+
 /// Of the polls of a tenant that is alone, one in so many is measured, and counts for all.
 const LONE_POLLS_PER_SAMPLE: u32 = 16;
 
@@ -166,8 +169,7 @@ impl ProcessorTime {
 
     fn window_at(&self, now: Instant) -> u64 {
         let since = now.saturating_duration_since(self.0.began);
-        since.as_secs() * windows_in(Duration::from_secs(1))
-            + u64::from(since.subsec_nanos() / PROCESSOR_WINDOW.subsec_nanos())
+        since.as_secs() * WINDOWS_PER_S + u64::from(since.subsec_nanos() / PROCESSOR_WINDOW.subsec_nanos())
     }
 
     /// Lets others have their turn while somebody takes more than others: between two connections that are accepted.
@@ -299,8 +301,8 @@ impl TenantTime {
 }
 
 /// How many windows there are in a time.
-const fn windows_in(time: Duration) -> u64 {
-    (time.as_millis() / PROCESSOR_WINDOW.as_millis()) as u64
+fn windows_in(time: Duration) -> u64 {
+    u64::try_from(time.as_millis() / PROCESSOR_WINDOW.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a tenant may use when there is not enough for all, given what each has used of `capacity`: the level at which
