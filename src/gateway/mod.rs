@@ -102,6 +102,7 @@ impl Gateway {
         let (registry, log, consumers, metrics) =
             (registry.clone(), log.clone(), consumers.clone(), metrics.clone());
         let member = opened.member.take();
+        consumers.subscribers.router.set_processor(opened.intake.processor().clone());
         opened.intake.set_retained_topics(consumers.subscribers.retained.topics().clone());
         let drain = CancellationToken::new();
         // Started before anything can end a key, so that it disconnects the NATS clients of every dead key.

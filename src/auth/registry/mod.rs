@@ -41,6 +41,7 @@ pub mod rotations;
 mod rows;
 pub mod setting;
 mod transaction;
+mod unwritten_ends;
 pub mod usage;
 mod usage_notes;
 
@@ -64,11 +65,12 @@ use error::RegistryError;
 use incarnations::LogEndQuery;
 use index::KeyLookup;
 use key::Key;
-use key_ends::{DiskReserveUse, UnwrittenEnds};
+use key_ends::DiskReserveUse;
 use leak_rules::RecordRuleFollower;
 use live::LiveRegistry;
 use quarantine_file::QuarantineFile;
 use replica::{RegistryReplica, RegistryRevision};
+use unwritten_ends::UnwrittenEnds;
 
 /// Datasources and keys: the database and the live view.
 pub struct Registry {

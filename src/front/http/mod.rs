@@ -9,6 +9,7 @@ mod answer;
 mod arrival;
 mod audit;
 mod body;
+mod charged_list;
 mod connect;
 mod cors;
 mod credentials;
@@ -37,6 +38,7 @@ mod schema;
 mod server;
 mod sessions;
 mod socket;
+mod stranger_pace;
 mod waiting;
 mod websocket;
 
@@ -155,10 +157,12 @@ pub struct HttpListeners {
 pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
     let refusals = parts.intake.refusals().clone();
-    let crowd = HttpCrowd::over(parts.connections.clone(), config.connections_max, Some(refusals.clone()));
+    let processor = parts.intake.processor().clone();
+    let (table, noted) = (parts.connections.clone(), Some(refusals.clone()));
+    let crowd = HttpCrowd::over(table, config.connections_max, noted, processor.clone());
     // Of its own, so that a crowd of devices or strangers never keeps an administrator out.
     let admin_table = Arc::new(ConnectionTable::new(config.stranger_limits()));
-    let admin_crowd = HttpCrowd::over(admin_table, HTTP_ADMIN_CONNECTIONS_MAX, Some(refusals));
+    let admin_crowd = HttpCrowd::over(admin_table, HTTP_ADMIN_CONNECTIONS_MAX, Some(refusals), processor);
     let (proxies, memory) = (parts.proxies.clone(), Some(parts.intake.memory().clone()));
     let shared = Arc::new(HttpFrontState {
         crowd: crowd.clone(),

@@ -57,6 +57,7 @@ use crate::limits::TLS_HANDSHAKE_BYTES;
 use crate::message::{DatasourceId, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
+use crate::processor::{FairTask, TaskPayer};
 use handshake::report_refused_connection;
 use sessions::Sessions;
 use stream::ClientStream;
@@ -224,34 +225,38 @@ impl Admission {
     /// that were read behind the handshake.
     pub fn serve_websocket(self, opened: impl Future<Output = Option<(PeerStream, Bytes)>> + Send + 'static) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
-        connections.spawn(async move {
+        let payer = TaskPayer::stranger(front.intake.processor());
+        connections.spawn(FairTask::new(payer.clone(), async move {
             if let Ok(Some((stream, early))) = timeout_at(connect_by, opened).await {
                 let websocket = Box::new(WebSocket::new(stream, early, peer, front.clone()));
-                connection::run(&front, ClientStream::WebSocket(websocket), stranger, peer, connect_by).await;
+                let stream = ClientStream::WebSocket(websocket);
+                connection::run(&front, stream, stranger, peer, connect_by, &payer).await;
             } else {
                 debug!(%peer, "a WebSocket handshake did not complete");
             }
             drop(permit);
-        });
+        }));
     }
 
     fn serve_tcp(self, tcp: TcpStream) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
-        connections.spawn(async move {
-            connection::run(&front, ClientStream::Tcp(tcp), stranger, peer, connect_by).await;
+        let payer = TaskPayer::stranger(front.intake.processor());
+        connections.spawn(FairTask::new(payer.clone(), async move {
+            connection::run(&front, ClientStream::Tcp(tcp), stranger, peer, connect_by, &payer).await;
             drop(permit);
-        });
+        }));
     }
 
     fn serve_tls(self, tcp: TcpStream, tls: Arc<Tls>) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
-        connections.spawn(async move {
+        let payer = TaskPayer::stranger(front.intake.processor());
+        connections.spawn(FairTask::new(payer.clone(), async move {
             let shaking = Box::pin(accept_tls(&front, tls, tcp, peer, connect_by));
             if let Some(Some(stream)) = unless_evicted(&stranger, shaking).await {
-                connection::run(&front, ClientStream::Tls(stream), stranger, peer, connect_by).await;
+                connection::run(&front, ClientStream::Tls(stream), stranger, peer, connect_by, &payer).await;
             }
             drop(permit);
-        });
+        }));
     }
 }
 
@@ -349,6 +354,7 @@ async fn accept_connections(
 ) {
     let mut warned = false;
     loop {
+        acceptor.front.intake.processor().give_way().await;
         let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
