@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use super::out::CommandOutput;
-use crate::config::Config;
+use crate::config::LoadedConfig;
 use crate::front::mqtt;
 use crate::observe::trace;
 
@@ -15,7 +15,7 @@ pub(super) struct CheckConfigArgs {
 }
 
 pub(super) fn run(args: CheckConfigArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
-    let config = Config::load(Some(&args.file))?;
+    let LoadedConfig { config, passed_over } = LoadedConfig::load(Some(&args.file))?;
     trace::parse_filter(&config.trace)?;
     let tls = &config.mqtt.tls;
     if tls.is_served() {
@@ -28,5 +28,8 @@ pub(super) fn run(args: CheckConfigArgs, out: &mut CommandOutput) -> anyhow::Res
     }
     writeln!(out, "HTTP   {}", config.http.listen)?;
     writeln!(out, "data   {}", config.data_dir.display())?;
+    if !passed_over.is_empty() {
+        writeln!(out, "no settings, passed over: {}", passed_over.join(", "))?;
+    }
     Ok(())
 }

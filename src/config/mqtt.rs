@@ -1,19 +1,18 @@
 //! `[mqtt]`: MQTT over TCP, TLS and WebSocket.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, loopback, require, require_some};
+use super::{ConfigError, ListenAddress, loopback, require, require_some};
 use crate::limits;
 
 /// MQTT over TCP.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MqttConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Host and port; port 0 takes a free one, and a name stands for all its addresses.
+    pub listen: ListenAddress,
     /// The most connections; one more is closed at once.
     pub connections_max: usize,
     /// The most connections that have presented no valid key yet; for one more, one makes room.
@@ -49,8 +48,8 @@ pub enum ClientCertificates {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MqttTlsConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Host and port; port 0 takes a free one, and a name stands for all its addresses.
+    pub listen: ListenAddress,
     /// A file with the certificate and its chain (PEM); empty for none. It may be replaced while the gateway
     /// runs, as may `key` and `client_ca`.
     pub certificate: PathBuf,

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::listeners::Listeners;
 use super::opened::OpenedGateway;
+use crate::auth::Authorizer;
 use crate::config::Config;
 use crate::front::connection_table::ConnectionTable;
 use crate::front::{http, mqtt, nats};
@@ -26,14 +27,20 @@ pub(super) struct RunningFronts {
 /// The settings that can be changed while the gateway runs.
 pub(super) struct LiveSettings {
     memory: MemoryBudget,
+    authorizer: Authorizer,
+    tls: Option<Arc<mqtt::Tls>>,
     http: Arc<ConnectionTable>,
     mqtt: Arc<ConnectionTable>,
 }
 
 impl LiveSettings {
-    /// Applies these settings as they are in `config`.
+    /// Applies these settings as they are in `config`, and has the certificates read.
     pub(super) fn apply(&self, config: &Config) {
         self.memory.set_limits(config.intake.memory_bytes_max, config.intake.memory_share_bytes_max);
+        self.authorizer.set_failure_limits(&config.auth);
+        if let Some(tls) = &self.tls {
+            tls.read_now();
+        }
         self.http.set_limits(config.http.stranger_limits());
         self.mqtt.set_limits(config.mqtt.stranger_limits());
     }
@@ -67,6 +74,8 @@ impl RunningFronts {
         );
         let live = LiveSettings {
             memory: intake.memory().clone(),
+            authorizer: intake.authorizer().clone(),
+            tls: listeners.tls.as_ref().map(|(_, tls)| tls.clone()),
             http: Arc::new(ConnectionTable::new(config.http.stranger_limits())),
             mqtt: acceptor.strangers().clone(),
         };

@@ -4,18 +4,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context;
-use tokio::net::{TcpListener, TcpSocket};
 
 use crate::config::Config;
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::mqtt;
-use crate::limits::LISTEN_BACKLOG;
 
 /// Where the fronts listen. Connections wait in the kernel's queue until they are served.
 pub(super) struct Listeners {
-    pub(super) mqtt: TcpListener,
+    pub(super) mqtt: ListenSockets,
     /// With the certificate, if MQTT is served over TLS.
-    pub(super) tls: Option<(TcpListener, Arc<mqtt::Tls>)>,
-    pub(super) http: TcpListener,
+    pub(super) tls: Option<(ListenSockets, Arc<mqtt::Tls>)>,
+    pub(super) http: ListenSockets,
 }
 
 /// The addresses of the listeners, with the ports that the system chose.
@@ -32,15 +31,15 @@ impl Listeners {
     /// # Errors
     /// An address that cannot be bound, a certificate that cannot be used; worded for an operator.
     pub(super) fn bind(config: &Config) -> anyhow::Result<Self> {
-        let mqtt = listen(config.mqtt.listen).context("mqtt.listen")?;
+        let mqtt = ListenSockets::bind(&config.mqtt.listen).context("mqtt.listen")?;
         let tls = match &config.mqtt.tls {
             settings if settings.is_served() => {
-                let listener = listen(settings.listen).context("mqtt.tls.listen")?;
+                let listener = ListenSockets::bind(&settings.listen).context("mqtt.tls.listen")?;
                 Some((listener, Arc::new(mqtt::Tls::load(settings.clone())?)))
             }
             _ => None,
         };
-        let http = listen(config.http.listen).context("http.listen")?;
+        let http = ListenSockets::bind(&config.http.listen).context("http.listen")?;
         Ok(Self { mqtt, tls, http })
     }
 
@@ -55,11 +54,4 @@ impl Listeners {
             http: self.http.local_addr()?,
         })
     }
-}
-
-fn listen(addr: SocketAddr) -> anyhow::Result<TcpListener> {
-    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    socket.set_reuseaddr(true)?;
-    socket.bind(addr).with_context(|| format!("cannot listen on {addr}"))?;
-    Ok(socket.listen(LISTEN_BACKLOG)?)
 }

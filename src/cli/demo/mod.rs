@@ -25,7 +25,7 @@ use self::strangers::Strangers;
 use super::client::{ApiClient, KeySecret};
 use super::out::{CommandOutput, grouped, latency};
 use super::replay::Tally;
-use super::signals::Signals;
+use super::signals::{self, Signals};
 use super::{datasource, records, serve};
 use crate::config::{Config, SinkKind};
 use crate::gateway::Gateway;
@@ -38,8 +38,8 @@ const STORAGE_POLL_PAUSE: Duration = Duration::from_millis(5);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DemoArgs {
-    /// The configuration (TOML); without it and --data-dir, free ports and a temporary directory
-    #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
+    /// The configuration (TOML) [env: HEADGATE_CONFIG]; without it and --data-dir, free ports and a temporary directory
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where to keep everything, instead of a temporary directory that is removed at the end
     #[arg(long, value_name = "DIR")]
@@ -49,7 +49,9 @@ pub(super) struct DemoArgs {
     once: bool,
 }
 
-pub(super) fn run(args: DemoArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
+pub(super) fn run(mut args: DemoArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
+    signals::catch_early_hangup();
+    args.config = serve::config_file(args.config);
     let once = args.once;
     // The directory lives until the gateway has stopped.
     let (config, _temporary) = configure(args)?;
@@ -125,7 +127,7 @@ async fn replay_and_report(gateway: &Gateway, out: &mut CommandOutput) -> anyhow
     };
     let key_file = &gateway.admin_key_path;
     let key = std::fs::read_to_string(key_file).with_context(|| key_file.display().to_string())?;
-    let admin = ApiClient::new(&gate.http, KeySecret::new(&key));
+    let admin = ApiClient::new(&gate.http, KeySecret::new(&key))?;
 
     let readings = SENSORS.iter().map(|sensor| sensor.readings().count() as u64).sum();
     // The log may hold records of an earlier run: only what this run adds is compared.

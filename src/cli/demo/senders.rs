@@ -108,7 +108,7 @@ fn post_all_readings(
     struct IngestAnswer {
         accepted: u64,
     }
-    let agent = client::agent(&gate.http);
+    let agent = client::agent(&gate.http)?;
     let mut tally = Tally::default();
     let mut readings = sensor.readings();
     for alone in [true, false].into_iter().cycle() {

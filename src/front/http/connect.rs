@@ -106,6 +106,22 @@ impl ConnectAddress {
     }
 }
 
+/// Where MQTT is served, as seen by whoever sent `headers`: without TLS, then with it.
+pub(super) fn mqtt_urls(parts: &HttpFrontParts, headers: &HeaderMap) -> Vec<String> {
+    let named = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_shell_safe_host(host));
+    let listeners = [("mqtt", Some(parts.mqtt_addr)), ("mqtts", parts.mqtt_tls_addr)];
+    let urls = listeners.into_iter().filter_map(|(scheme, addr)| Some((scheme, addr?)));
+    urls.map(|(scheme, addr)| match named.map(hostname) {
+        // A listener on every address can be reached under the name that the client has just used.
+        Some(name) if addr.ip().is_unspecified() && name.contains(':') => {
+            format!("{scheme}://[{name}]:{}", addr.port())
+        }
+        Some(name) if addr.ip().is_unspecified() => format!("{scheme}://{name}:{}", addr.port()),
+        _ => format!("{scheme}://{}", reachable(addr)),
+    })
+    .collect()
+}
+
 /// The MQTT listener for a client that reached HTTP as `host`, and whether it is TLS. It is the plain
 /// one, unless that is on loopback, the TLS one is not, and the client is on another machine.
 fn mqtt_listener_for(host: Option<&str>, plain: SocketAddr, tls: Option<SocketAddr>) -> (SocketAddr, bool) {

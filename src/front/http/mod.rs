@@ -12,6 +12,7 @@ mod connect;
 mod credentials;
 mod dashboard;
 mod deletion;
+mod endpoints;
 mod frame_meter;
 mod ingest;
 mod keys;
@@ -49,7 +50,6 @@ use axum::response::IntoResponse;
 use axum::routing::{MethodFilter, MethodRouter, on};
 use headgate_bridge_nats::Nats;
 use serde::de::DeserializeOwned;
-use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -66,6 +66,7 @@ use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::Subscribers;
 use crate::front::connection_table::ConnectionTable;
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::problem::Problem;
 use crate::front::{mqtt, nats};
 use crate::intake::{Intake, Refusal};
@@ -123,7 +124,7 @@ pub struct HttpFrontParts {
 
 /// Serves HTTP on `listener` until `drain` is cancelled; then accepts no more connections, and returns
 /// when the requests under way are answered. Dropping the future aborts them.
-pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: CancellationToken) {
+pub async fn serve(listener: ListenSockets, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
     let crowd = HttpCrowd::over(parts.connections.clone(), Some(parts.intake.refusals().clone()));
     let shared = Arc::new(HttpFrontState {
@@ -295,6 +296,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(post.clone(), "/v1/leaks", leaks::report),

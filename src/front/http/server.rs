@@ -21,7 +21,7 @@ use axum::Router;
 use axum::extract::Request;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -34,6 +34,7 @@ use super::socket::HttpSocket;
 use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::listen_sockets::ListenSockets;
 use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
@@ -147,7 +148,7 @@ impl HttpCrowd {
 /// Serves `router` on `listener` until `drain` is cancelled; returns when the requests under way at that
 /// moment are answered.
 pub(super) async fn run(
-    listener: TcpListener,
+    listener: ListenSockets,
     router: Router,
     config: &config::HttpConfig,
     crowd: HttpCrowd,
@@ -166,7 +167,7 @@ pub(super) async fn run(
 
 /// Accepts connections for as long as it is polled, and serves `router` on each until `drain` is cancelled.
 pub(super) async fn accept_on(
-    listener: &TcpListener,
+    listener: &ListenSockets,
     router: Router,
     config: &config::HttpConfig,
     crowd: &HttpCrowd,
@@ -194,7 +195,7 @@ pub(super) async fn accept_on(
 }
 
 /// The next connection; retries after any error.
-async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+async fn accept(listener: &ListenSockets) -> (TcpStream, SocketAddr) {
     let mut warned = false;
     loop {
         match listener.accept().await {

@@ -38,7 +38,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 pub use headgate_format::codec;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::server::TlsStream;
@@ -50,6 +50,7 @@ use crate::config;
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::listen_sockets::ListenSockets;
 use crate::intake::Intake;
 use crate::limits::MQTT_TLS_HANDSHAKE_BYTES;
 use crate::message::Transport;
@@ -244,7 +245,7 @@ async fn accept_tls(
 /// Serves MQTT on `listener`, and over TLS if there is a TLS listener, until the acceptor's `drain` is
 /// cancelled. Then every connection, including those from HTTP, sends the acknowledgements that it
 /// owes. Returns when the last connection is closed.
-pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpListener, Arc<Tls>)>) {
+pub async fn serve(acceptor: Acceptor, listener: ListenSockets, tls: Option<(ListenSockets, Arc<Tls>)>) {
     let Acceptor { front, connections, .. } = &acceptor;
     let keeping = tokio::spawn({
         let (sessions, drain) = (front.sessions.clone(), front.drain.clone());
@@ -273,7 +274,7 @@ pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpLi
 
 /// Accepts connections, for as long as it is polled.
 async fn accept_connections(
-    listener: &TcpListener,
+    listener: &ListenSockets,
     acceptor: &Acceptor,
     serve: impl Fn(Admission, TcpStream),
 ) {

@@ -20,6 +20,7 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{InconsistentKeys, InvalidMessage, RootCertStore, ServerConfig};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
@@ -49,6 +50,8 @@ pub struct Tls {
     in_service: RwLock<Arc<ServerConfig>>,
     /// The digest of the files' contents at the start.
     seen: TlsFilesDigest,
+    /// Told when the files are to be read now.
+    asked: Notify,
 }
 
 impl Tls {
@@ -60,7 +63,13 @@ impl Tls {
         let files = TlsFiles::read(&settings);
         let seen = tls_files_digest(&files);
         let in_service = server_config(&settings, &files?)?;
-        Ok(Self { settings, in_service: RwLock::new(Arc::new(in_service)), seen })
+        let in_service = RwLock::new(Arc::new(in_service));
+        Ok(Self { settings, in_service, seen, asked: Notify::new() })
+    }
+
+    /// Has the files read now, if [`Tls::follow_files`] is polled, and does not wait for that.
+    pub fn read_now(&self) {
+        self.asked.notify_one();
     }
 
     /// Performs the handshake with a client, with the certificate that is now in service.
@@ -73,7 +82,10 @@ impl Tls {
     pub(super) async fn follow_files(self: Arc<Self>) {
         let mut seen = self.seen;
         loop {
-            tokio::time::sleep(TLS_FILES_CHECK_EVERY).await;
+            tokio::select! {
+                () = tokio::time::sleep(TLS_FILES_CHECK_EVERY) => {}
+                () = self.asked.notified() => {}
+            }
             let tls = self.clone();
             // Blocking: the files may be on a slow network file system.
             let looked = tokio::task::spawn_blocking(move || tls.reload_changed(seen)).await;
