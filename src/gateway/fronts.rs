@@ -61,7 +61,7 @@ impl RunningFronts {
     ) -> anyhow::Result<Self> {
         let addrs = listeners.addrs()?;
         let OpenedGateway { log, leaks, consumers, clients, intake, metrics, .. } = opened;
-        let nats = connect_nats(config, &intake).await?;
+        let nats = connect_nats(config, &intake)?;
         let nats_servers = config.nats.servers.iter().filter(|_| nats.is_some());
         let nats_servers: Vec<_> = nats_servers.map(|address| without_credentials(address)).collect();
         let acceptor = mqtt::Acceptor::new(
@@ -110,13 +110,13 @@ impl RunningFronts {
     }
 }
 
-/// Connects the NATS front, if messages are ingested from NATS.
-async fn connect_nats(config: &Config, intake: &Intake) -> anyhow::Result<Option<Arc<nats::NatsFront>>> {
+/// Makes the NATS front, if messages are ingested from NATS.
+fn connect_nats(config: &Config, intake: &Intake) -> anyhow::Result<Option<Arc<nats::NatsFront>>> {
     let nats = &config.nats;
     if !nats.is_used() || !nats.ingest {
         return Ok(None);
     }
     let connection = nats.connection("ingest")?;
-    let front = nats::NatsFront::connect(connection, &nats.stream.name, intake.clone(), None).await?;
+    let front = nats::NatsFront::new(connection, nats, intake.clone(), None, None)?;
     Ok(Some(Arc::new(front)))
 }

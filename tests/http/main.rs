@@ -6,6 +6,7 @@ mod common;
 
 mod api;
 mod cli;
+mod environment;
 mod memory;
 mod openapi;
 mod wire;

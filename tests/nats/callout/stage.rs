@@ -52,6 +52,19 @@ impl Stage {
         Self::before(dir, nats, Vec::new(), [websocket, mqtt], change)
     }
 
+    /// The same, with the server's configuration changed.
+    pub(crate) fn with_server(change: impl FnOnce(String) -> String) -> Self {
+        let dir = scratch();
+        let [port, websocket, mqtt] = free_ports();
+        let set = set_up(dir.path(), &[port, websocket, mqtt], &[]);
+        assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
+        let file = dir.path().join("set/nats-server.conf");
+        let text = std::fs::read_to_string(&file).expect("written");
+        std::fs::write(&file, change(text)).expect("written");
+        let nats = NatsServer::of_file(&file, port);
+        Self::before(dir, nats, Vec::new(), [websocket, mqtt], |setup| setup)
+    }
+
     /// Three servers that are one NATS; the gateway knows of one.
     pub(crate) fn cluster() -> Self {
         let dir = scratch();
