@@ -73,22 +73,12 @@ pub(super) fn client_tls() -> anyhow::Result<Arc<ClientConfig>> {
 
 /// Why a server's certificate is not trusted, with what to do; `None` for any other error.
 pub(super) fn explain(error: &ureq::Error) -> Option<String> {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        let of_io = error.downcast_ref::<std::io::Error>().and_then(|error| error.get_ref());
-        let of_tls = error
-            .downcast_ref::<rustls::Error>()
-            .or_else(|| of_io.and_then(|inner| inner.downcast_ref::<rustls::Error>()));
-        if let Some(rustls::Error::InvalidCertificate(fault)) = of_tls {
-            return Some(match fault {
-                rustls::CertificateError::UnknownIssuer => {
-                    "the issuer of its certificate is not known; name its file with --cacert or HEADGATE_CACERT"
-                        .to_owned()
-                }
-                fault => fault.to_string(),
-            });
-        }
-        cause = error.source();
-    }
-    None
+    // The client hides rustls' error under others of its own, without a source.
+    let words = error.to_string();
+    let (_, fault) = words.split_once("invalid peer certificate: ")?;
+    Some(match fault.contains("UnknownIssuer") {
+        true => "the issuer of its certificate is not known; name its file with --cacert or HEADGATE_CACERT"
+            .to_owned(),
+        false => fault.to_owned(),
+    })
 }

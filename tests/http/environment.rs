@@ -66,7 +66,8 @@ fn units_lists_and_a_name_to_listen_at_are_read_from_the_environment() {
         .set("auth.failures_exempt", "127.0.0.0/8, ::1")
         .set("mqtt.listen", "localhost:0")
         .start();
-    for addr in std::net::ToSocketAddrs::to_socket_addrs(&("localhost", gateway.mqtt.port())).expect("known") {
+    for addr in std::net::ToSocketAddrs::to_socket_addrs(&("localhost", gateway.mqtt.port())).expect("known")
+    {
         TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
     }
     let refused = Setup::on(dir.path()).set("intake.memory_bytes_max", "512M").refused();
@@ -146,7 +147,12 @@ fn sighup_takes_over_what_it_can_names_what_it_cannot_and_keeps_all_of_what_is_b
     gateway.get("/v1/ingest/x", "no key");
     wait_for("a line of debug", || (count(" DEBUG ") > 0).then_some(()));
     // What is bad changes nothing, also not what is good in it.
-    for bad in ["[trace]\nfilter = \"headgate=loud\"\n", "[trace\n", "[auth]\nfailures_burst = 0\n", "[mqtt]\nx = 1\n"] {
+    for bad in [
+        "[trace]\nfilter = \"headgate=loud\"\n",
+        "[trace\n",
+        "[auth]\nfailures_burst = 0\n",
+        "[mqtt]\nx = 1\n",
+    ] {
         write(bad);
         reload("cannot be used: all stays as it was");
     }
@@ -189,7 +195,8 @@ fn tls_proxy(identity: &Identity, to: SocketAddr) -> SocketAddr {
                     }
                     head.push(byte[0]);
                 }
-                let head = String::from_utf8(head).expect("text").replacen("\r\n", "\r\nconnection: close\r\n", 1);
+                let head =
+                    String::from_utf8(head).expect("text").replacen("\r\n", "\r\nconnection: close\r\n", 1);
                 let mut server = TcpStream::connect(to).expect("the gateway");
                 server.write_all(head.as_bytes()).expect("sent");
                 let mut answer = Vec::new();
@@ -236,10 +243,16 @@ fn commands_speak_https_and_publish_goes_where_the_gateway_says() {
     let ca = Some(issuer.certificate.as_path());
     let listed = headgate(&gateway, &url, &["datasource", "list"], ca);
     assert!(listed.status.success() && said(&listed).contains("press-4"), "{}", said(&listed));
-    let by_argument =
-        headgate(&gateway, &url, &["--cacert", issuer.certificate.to_str().expect("text"), "datasource", "list"], None);
+    let by_argument = headgate(
+        &gateway,
+        &url,
+        &["--cacert", issuer.certificate.to_str().expect("text"), "datasource", "list"],
+        None,
+    );
     assert!(by_argument.status.success(), "{}", said(&by_argument));
-    for (url, port) in [(url.as_str(), gateway.mqtts), (&format!("http://{}", gateway.http), Some(gateway.mqtt))] {
+    for (url, port) in
+        [(url.as_str(), gateway.mqtts), (&format!("http://{}", gateway.http), Some(gateway.mqtt))]
+    {
         let published = headgate(&gateway, url, &["publish", "press-4", "t", "1"], ca);
         assert!(published.status.success(), "{url} {port:?}: {}", said(&published));
     }
@@ -252,7 +265,8 @@ fn commands_speak_https_and_publish_goes_where_the_gateway_says() {
     for datasource in ["press-5", "press-4"] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_headgate"));
         command.env("HEADGATE_URL", format!("http://{}", gateway.http)).env("HEADGATE_API_KEY", &other.key);
-        let output = command.args(["publish", datasource, "t", "1"]).stdin(Stdio::null()).output().expect("it runs");
+        let output =
+            command.args(["publish", datasource, "t", "1"]).stdin(Stdio::null()).output().expect("it runs");
         assert_eq!(output.status.success(), datasource == "press-5", "{}", said(&output));
     }
     let refusals = gateway.get("/v1/refusals", &gateway.admin_key()).json();

@@ -163,9 +163,10 @@ async fn the_backend_that_setup_shows_acknowledges_in_both_forms() {
             });
             let text: String = lines.collect();
             flags.to_owned()
-                + &text
-                    .replace("password: \"…\", permissions", "password: \"line-4\", permissions")
-                    .replace("\"headgate\", \"callout\", \"system\" ]", "\"headgate\", \"callout\", \"system\", \"line-4\" ]")
+                + &text.replace("password: \"…\", permissions", "password: \"line-4\", permissions").replace(
+                    "\"headgate\", \"callout\", \"system\" ]",
+                    "\"headgate\", \"callout\", \"system\", \"line-4\" ]",
+                )
         });
         let source = stage.create("press-4", &["ingest"]);
         let connected = stage.connect(&source.key).await;
@@ -184,7 +185,8 @@ async fn the_backend_that_setup_shows_acknowledges_in_both_forms() {
         let stream = js.get_stream("headgate").await.expect("it may look");
         let consumer: async_nats::jetstream::consumer::PullConsumer =
             stream.get_consumer("line-4").await.expect("it may look");
-        let mut messages = consumer.fetch().max_messages(1).expires(PATIENCE).messages().await.expect("asked");
+        let mut messages =
+            consumer.fetch().max_messages(1).expires(PATIENCE).messages().await.expect("asked");
         let message = messages.next().await.expect("one").expect("a message");
         let reply = message.reply.as_ref().expect("a place to acknowledge").to_string();
         assert_eq!(reply.split('.').count() > 9, !flags.is_empty(), "{reply}");

@@ -185,7 +185,7 @@ async fn what_a_server_attests_counts_on_the_gateways_side_of_the_import_alone()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_gateway_without_the_curve_seed_says_why_nobody_gets_in() {
-    let stage = Stage::with(|setup| setup.set("nats.callout.xkey_seed_file", ""));
+    let stage = Stage::without("xkey_seed_file");
     let source = stage.create("press-4", &["ingest"]);
     // It says so when it is asked, and it may not be listening yet when the first client comes.
     let deadline = Instant::now() + 3 * PATIENCE;

@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, MissedTickBehavior, timeout};
 use tracing::{debug, info, warn};
 
 use super::IngressSettings;
@@ -84,7 +84,7 @@ pub(super) async fn keep_link<I: Inlet>(
     let names = connection.servers.iter().map(|address| without_credentials(address));
     let names = names.collect::<Vec<_>>().join(",");
     let configured = servers.len();
-    let (mut turn, mut pause, mut is_told) = (0, LINK_PAUSE_MIN, false);
+    let (mut turn, mut pause, mut is_told, mut was_there) = (0, LINK_PAUSE_MIN, false, false);
     loop {
         let server = servers[turn % servers.len()].clone();
         turn += 1;
@@ -95,7 +95,7 @@ pub(super) async fn keep_link<I: Inlet>(
         };
         match dialed {
             Ok(link) => {
-                (pause, is_told) = (LINK_PAUSE_MIN, false);
+                (pause, is_told, was_there) = (LINK_PAUSE_MIN, false, true);
                 for other in &link.others {
                     let is_known =
                         |known: &ServerAddr| known.host() == other.host() && known.port() == other.port();
@@ -124,7 +124,9 @@ pub(super) async fn keep_link<I: Inlet>(
             Err(error) => {
                 // Servers that were found may be gone for good.
                 servers.truncate(configured.max(1));
-                *share.trouble.lock() = Some(format!("NATS at {names} is away: {error}"));
+                let state = if was_there { "is away" } else { "cannot be reached" };
+                *share.trouble.lock() =
+                    Some(format!("not connected to NATS at {names}, which {state}: {error}"));
                 if !std::mem::replace(&mut is_told, true) {
                     warn!(servers = names, %error, "cannot connect to NATS; trying again");
                 }
@@ -248,6 +250,8 @@ async fn send<I>(
     pings: &LinkPings,
 ) -> io::Result<()> {
     let mut ask = tokio::time::interval_at(Instant::now() + LINK_PING_INTERVAL, LINK_PING_INTERVAL);
+    // After a stall of this task the answers have to be read first.
+    ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             batch = answers.recv() => match batch {
