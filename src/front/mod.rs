@@ -6,4 +6,7 @@ pub mod http;
 pub mod listen_sockets;
 pub mod mqtt;
 pub mod nats;
+mod peer_stream;
 mod problem;
+pub mod proxied;
+pub mod tls;

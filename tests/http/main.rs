@@ -6,7 +6,11 @@ mod common;
 
 mod api;
 mod cli;
+mod cors;
 mod environment;
+mod floods;
 mod memory;
 mod openapi;
+mod proxied;
+mod tls;
 mod wire;
