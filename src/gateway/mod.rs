@@ -144,9 +144,10 @@ impl Gateway {
         })
     }
 
-    /// Applies those settings of `config` that can be changed while the gateway runs: the memory of clients, and how
-    /// many strangers there may be.
-    pub fn apply_live(&self, config: &Config) {
+    /// Applies those settings of `config` that can be changed while the gateway runs
+    /// ([`ConfigChanges`](crate::config::ConfigChanges) knows which), and has the certificates read.
+    pub fn apply_live(&mut self, config: &Config) {
+        self.drain_max = config.drain_max();
         self.fronts.live.apply(config);
     }
 

@@ -15,6 +15,7 @@ mod cors;
 mod credentials;
 mod dashboard;
 mod deletion;
+mod endpoints;
 mod frame_meter;
 mod ingest;
 mod keys;
@@ -57,7 +58,6 @@ use axum::response::IntoResponse;
 use axum::routing::{MethodFilter, MethodRouter, on};
 use headgate_bridge_nats::Nats;
 use serde::de::DeserializeOwned;
-use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -75,6 +75,7 @@ use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::Subscribers;
 use crate::front::connection_table::ConnectionTable;
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::problem::Problem;
 use crate::front::proxied::ProxyTrust;
 use crate::front::tls::Tls;
@@ -143,11 +144,11 @@ pub struct HttpFrontParts {
 /// Where HTTP is served.
 pub struct HttpListeners {
     /// Without TLS.
-    pub plain: TcpListener,
+    pub plain: ListenSockets,
     /// Over TLS, if there is a certificate.
-    pub tls: Option<TcpListener>,
+    pub tls: Option<ListenSockets>,
     /// The administration's own, over TLS if there is a certificate.
-    pub admin: Option<TcpListener>,
+    pub admin: Option<ListenSockets>,
     /// The certificate.
     pub certificate: Option<Arc<Tls>>,
 }
@@ -185,7 +186,7 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
         Some(_) => router(shared, is_of_devices),
         None => all.clone(),
     };
-    let serve = |listener: Option<TcpListener>, port: HttpPort, router: Router, crowd: HttpCrowd| {
+    let serve = |listener: Option<ListenSockets>, port: HttpPort, router: Router, crowd: HttpCrowd| {
         let (config, drain) = (&config, drain.clone());
         async move {
             if let Some(listener) = listener {
@@ -354,6 +355,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
         route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
+        route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(post.clone(), "/v1/leaks", leaks::report),

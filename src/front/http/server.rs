@@ -22,7 +22,7 @@ use axum::http::Method;
 use futures_util::future::{Either, ready};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -39,6 +39,7 @@ use super::stranger_pace::StrangerPace;
 use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, forwarded_address, is_forwarded_https};
 use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
@@ -194,7 +195,7 @@ impl HttpCrowd {
 /// Serves `router` on `listener` until `drain` is cancelled; returns when the requests under way at that
 /// moment are answered.
 pub(super) async fn run(
-    listener: TcpListener,
+    listener: ListenSockets,
     port: HttpPort,
     router: Router,
     config: &config::HttpConfig,
@@ -214,7 +215,7 @@ pub(super) async fn run(
 
 /// Accepts connections for as long as it is polled, and serves `router` on each until `drain` is cancelled.
 pub(super) async fn accept_on(
-    listener: &TcpListener,
+    listener: &ListenSockets,
     port: &HttpPort,
     router: Router,
     config: &config::HttpConfig,
@@ -253,7 +254,7 @@ pub(super) async fn accept_on(
 }
 
 /// The next connection; retries after any error.
-async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+async fn accept(listener: &ListenSockets) -> (TcpStream, SocketAddr) {
     let mut warned = false;
     loop {
         match listener.accept().await {

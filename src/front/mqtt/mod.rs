@@ -37,7 +37,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 pub use headgate_format::codec;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::server::TlsStream;
@@ -49,6 +49,7 @@ use crate::config;
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, peek_proxy_header, read_proxy_header};
 use crate::front::tls::Tls;
@@ -319,7 +320,7 @@ async fn accept_tls(
 /// Serves MQTT on `listener`, and over TLS if there is a TLS listener, until the acceptor's `drain` is
 /// cancelled. Then every connection, including those from HTTP, sends the acknowledgements that it
 /// owes. Returns when the last connection is closed.
-pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpListener, Arc<Tls>)>) {
+pub async fn serve(acceptor: Acceptor, listener: ListenSockets, tls: Option<(ListenSockets, Arc<Tls>)>) {
     let Acceptor { front, connections, .. } = &acceptor;
     let keeping = tokio::spawn({
         let (sessions, drain) = (front.sessions.clone(), front.drain.clone());
@@ -348,7 +349,7 @@ pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpLi
 
 /// Accepts connections, for as long as it is polled.
 async fn accept_connections(
-    listener: &TcpListener,
+    listener: &ListenSockets,
     acceptor: &Acceptor,
     serve: impl Fn(Admission, TcpStream) + Clone + Send + 'static,
 ) {
