@@ -12,6 +12,7 @@ use super::member;
 use super::start_advice::explain_io_error;
 use crate::auth::key::is_well_formed;
 use crate::auth::{Actor, ApiKey, Registry, Scope, Scopes};
+use crate::backup::restore::describe_unusable;
 use crate::config::LogBackend;
 use crate::message::{DatasourceId, Offset};
 
@@ -27,6 +28,7 @@ pub(super) const ADMIN_KEY_LABEL: &str = "admin.key";
 pub(super) fn lock_directory(dir: &Path) -> anyhow::Result<File> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.map_err(|error| explain_io_error("cannot make the data directory", dir, &error))?;
+    check_is_whole(dir)?;
     let lock = lock_existing(dir)?;
     for (path, is_own) in
         [(dir.to_owned(), is_own_file as fn(&str) -> bool), (dir.join(LOG_DIRECTORY), is_log_file)]
@@ -46,7 +48,7 @@ fn is_own_file(name: &str) -> bool {
     let is_database = ["registry", "records", "retained", "sessions", "quarantine"]
         .iter()
         .any(|stem| name.strip_prefix(stem).is_some_and(|rest| rest.starts_with(['.', '-'])));
-    is_database || matches!(name, "LOCK" | "admin.key" | "log.id" | "node")
+    is_database || matches!(name, "LOCK" | "admin.key" | "log.id" | "log.parents" | "node")
 }
 
 /// Whether the log makes a file of this name in its directory.
@@ -68,6 +70,11 @@ fn set_private_modes(dir: &Path, is_own: fn(&str) -> bool) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Ensures that a directory is no backup, and that no restore into it was interrupted.
+pub(super) fn check_is_whole(dir: &Path) -> anyhow::Result<()> {
+    describe_unusable(dir).map_or(Ok(()), |why| bail!("{why}"))
 }
 
 /// Ensures that no gateway uses a directory that is there. Whatever this process makes from here on is its

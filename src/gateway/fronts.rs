@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::listeners::Listeners;
 use super::opened::OpenedGateway;
+use crate::backup::BackupDesk;
 use crate::config::Config;
 use crate::front::connection_table::ConnectionTable;
 use crate::front::{http, mqtt, nats};
@@ -50,6 +51,7 @@ impl RunningFronts {
         listeners: Listeners,
         opened: OpenedGateway,
         callout: Option<Nats>,
+        backups: Arc<BackupDesk>,
         drain: &CancellationToken,
     ) -> anyhow::Result<Self> {
         let addrs = listeners.addrs()?;
@@ -88,6 +90,7 @@ impl RunningFronts {
             nats: nats.clone(),
             nats_servers: nats_servers.clone(),
             callout,
+            backups,
         };
         let mut tasks = vec![
             tokio::spawn(mqtt::serve(acceptor, listeners.mqtt, listeners.tls)),

@@ -18,6 +18,7 @@
 
 pub mod audit;
 pub mod cluster;
+mod copy;
 mod database;
 pub mod datasource;
 pub mod datasources;
@@ -43,6 +44,8 @@ pub mod setting;
 mod transaction;
 pub mod usage;
 mod usage_notes;
+
+pub use error::REGISTRY_FILE_NAME;
 
 use std::fmt;
 use std::path::{Path, PathBuf};

@@ -202,7 +202,7 @@ impl StorageFollower {
 }
 
 /// Lowers the calling thread's priority by `nice`.
-fn lower_priority(nice: u8) {
+pub(crate) fn lower_priority(nice: u8) {
     if nice == 0 {
         return;
     }
@@ -212,7 +212,7 @@ fn lower_priority(nice: u8) {
         let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, i32::from(nice)) };
         if result != 0 {
             let error = std::io::Error::last_os_error();
-            warn!(%error, nice, "the storage thread keeps its priority");
+            warn!(%error, nice, "a thread keeps its priority");
         }
     }
 }
