@@ -23,12 +23,17 @@ pub(super) const LOG_DIRECTORY: &str = "log";
 /// The label of the key whose secret is in [`ADMIN_KEY_FILE`].
 pub(super) const ADMIN_KEY_LABEL: &str = "admin.key";
 
-/// Creates the directory, readable by its owner only, and ensures that no other gateway uses it. What is in it
-/// already becomes readable by its owner only too.
+/// Creates the directory, and ensures that it may be used and no other gateway uses it: see [`make_and_lock`].
 pub(super) fn lock_directory(dir: &Path) -> anyhow::Result<File> {
+    check_is_whole(dir)?;
+    make_and_lock(dir)
+}
+
+/// Creates a directory, readable by its owner only, and ensures that no gateway uses it. What is in it already becomes
+/// readable by its owner only too.
+pub(super) fn make_and_lock(dir: &Path) -> anyhow::Result<File> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.map_err(|error| explain_io_error("cannot make the data directory", dir, &error))?;
-    check_is_whole(dir)?;
     let lock = lock_existing(dir)?;
     for (path, is_own) in
         [(dir.to_owned(), is_own_file as fn(&str) -> bool), (dir.join(LOG_DIRECTORY), is_log_file)]

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anyhow::bail;
 
-use super::directory::{LOG_DIRECTORY, check_is_whole, check_log_backend, lock_existing};
-use super::start_advice::{explain_io_error, explain_log_error, explain_registry_error};
+use super::directory::{LOG_DIRECTORY, check_is_whole, check_log_backend, lock_existing, make_and_lock};
+use super::start_advice::{explain_log_error, explain_registry_error};
 use crate::auth::Registry;
 use crate::backup::{BackupSources, BackupSummary, make_backup_here, restore};
 use crate::config::{Config, LogBackend};
@@ -64,9 +64,7 @@ pub fn restore_backup(config: &Config, backup: &Path, replace: bool) -> anyhow::
         bail!("log.backend is \"jetstream\": what a backup has is on NATS there, and is restored there");
     }
     let manifest = restore::check_backup(backup)?;
-    std::fs::create_dir_all(data_dir)
-        .map_err(|error| explain_io_error("cannot make the data directory", data_dir, &error))?;
-    let _lock = lock_existing(data_dir)?;
+    let _lock = make_and_lock(data_dir)?;
     let aside = restore::restore_files(backup, &manifest, data_dir, replace)?;
     begin_history(data_dir, manifest.next_offset)?;
     let next_offset = open_once(config)?;

@@ -217,9 +217,7 @@ fn check_restored(before: &Before, source: &Source, others: &Source) {
     assert_eq!(post_once(&gateway, others, &before.once.0), again, "known already");
     // The device never saw that its message was taken: it comes again, and is not kept again.
     let (mut wire, _) = Wire::connect(gateway.mqtt, &session_of(&before.client_id, &others.key));
-    let mut message = Message::new("exchange", "{\"exchange\":1}").at(2, 7).packet(Version::V311);
-    message[0] |= 8;
-    wire.send(&message);
+    wire.send(&Message::new("exchange", "{\"exchange\":1}").at(2, 7).again().packet(Version::V311));
     wire.packet(PUBREC);
     wire.send(&ack(PUBREL, 7));
     wire.packet(PUBCOMP);
