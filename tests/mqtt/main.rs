@@ -8,6 +8,7 @@ mod conformance;
 mod front;
 mod memory;
 mod once;
+mod proxied;
 mod subscribe;
 mod tenants;
 mod tls;
