@@ -32,6 +32,8 @@ mod log;
 
 mod consume;
 
+mod backup;
+
 mod observe;
 
 mod config;

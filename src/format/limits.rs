@@ -266,6 +266,12 @@ pub const SEGMENT_ALLOCATE_BYTES: u64 = 8 << 20;
 pub const WRITE_AHEAD_BYTES: usize = 256 << 10;
 /// Room that an idle log leaves on the disk when it writes ahead, in bytes.
 pub const WRITE_AHEAD_FREE_BYTES_MIN: u64 = 1 << 30;
+/// Room that a backup on the disk of the data directory leaves free there, in bytes.
+pub const BACKUP_FREE_BYTES_MIN: u64 = 256 << 20;
+/// Bytes that a backup writes before it syncs them: what the disk has to write at once delays the log's syncs.
+pub const BACKUP_SYNC_BYTES: u64 = 4 << 20;
+/// Bytes of a backup's manifest: about 500,000 files.
+pub const BACKUP_MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of the log's newest part that every start verifies.
 pub const VERIFY_AT_START_BYTES: u64 = 512 << 20;
 /// If the clock goes back by at most this, records' times stand still until it catches up.

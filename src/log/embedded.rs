@@ -12,6 +12,7 @@ use tracing::error;
 
 use super::batch::Batch;
 use super::commit_thread::CommitThread;
+use super::cut::LogCut;
 use super::disk::{Disk, FileSystem};
 use super::queue::{WRITER_THREADS, WriterQueue, WriterSubmission};
 use super::recovery::{LostRanges, damage_report, open_error, open_segments, recover};
@@ -169,9 +170,10 @@ impl EmbeddedLog {
             Durability::Fsync => recovered.unsettled,
             Durability::Os => current.end(),
         })?;
-        if !current.is_newest_version() {
-            let next_offset = recovered.next_offset;
-            current = Arc::new(match next_offset > current.first_offset {
+        let next_offset = recovered.next_offset;
+        let has_records = next_offset > current.first_offset;
+        if !current.is_newest_version() || has_records && current.is_linked() {
+            current = Arc::new(match has_records {
                 true => Segment::create(&*disk, &dir, next_offset)?,
                 false => current.renew()?,
             });
@@ -418,6 +420,10 @@ impl Log for EmbeddedLog {
 
     fn bytes(&self) -> u64 {
         self.shared.disk_bytes()
+    }
+
+    fn cut(&self) -> Option<LogCut> {
+        Some(LogCut::make(&self.shared))
     }
 
     fn evicted_ids(&self) -> u64 {

@@ -18,6 +18,7 @@
 
 pub mod audit;
 pub mod cluster;
+mod copy;
 mod database;
 pub mod datasource;
 pub mod datasources;
@@ -44,6 +45,8 @@ mod transaction;
 mod unwritten_ends;
 pub mod usage;
 mod usage_notes;
+
+pub use error::REGISTRY_FILE_NAME;
 
 use std::fmt;
 use std::path::{Path, PathBuf};

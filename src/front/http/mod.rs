@@ -8,6 +8,7 @@
 mod answer;
 mod arrival;
 mod audit;
+mod backup;
 mod body;
 mod charged_list;
 mod connect;
@@ -68,6 +69,7 @@ use self::credentials::Caller;
 use self::server::{HttpCrowd, HttpPeer};
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
+use crate::backup::BackupDesk;
 use crate::config::{self, PublicMqtt, PublicUrl};
 use crate::consume::egress::Egress;
 use crate::consume::quarantine::QuarantineLeakRules;
@@ -139,6 +141,8 @@ pub struct HttpFrontParts {
     pub nats_servers: Vec<String>,
     /// The connection on which NATS asks about its clients, if API keys are NATS users.
     pub callout: Option<Nats>,
+    /// Makes backups.
+    pub backups: Arc<BackupDesk>,
 }
 
 /// Where HTTP is served.
@@ -359,6 +363,8 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(post.clone(), "/v1/leaks", leaks::report),
+        route(post.clone(), "/v1/backup", backup::begin),
+        route(get.clone(), "/v1/backup", backup::show),
         route(get.clone(), "/mqtt", websocket::open),
         route(get.clone(), "/livez", probes::live),
         route(get.clone(), "/readyz", probes::ready),

@@ -20,7 +20,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::http::Method;
 use futures_util::future::{Either, ready};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};

@@ -19,6 +19,7 @@ use super::disk::{Disk, SegmentFile};
 use super::frame::{FrameFormat, FrameHeader, LogFormatVersion};
 use super::queue::WRITER_THREADS;
 pub(super) use super::segment_format::{SEGMENT_HEADER_BYTES, SegmentHeader};
+use super::spare::is_linked;
 use crate::message::{Offset, TimeMicros, now_micros};
 pub(super) use read::SeekOutcome;
 use read::{IndexMark, push_mark};
@@ -207,6 +208,11 @@ impl Segment {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether its file has another name too, in a backup: then it must not change.
+    pub(super) fn is_linked(&self) -> bool {
+        is_linked(&*self.file)
     }
 
     /// Whether frames can be added: segments of an older version never change.
