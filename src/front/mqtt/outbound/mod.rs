@@ -259,7 +259,10 @@ impl Outbound {
         let room_until = out.len() + MQTT_UNSENT_BYTES_MAX.saturating_sub(unsent);
         self.is_stalled = false;
         self.room.begin(out.len() + held, unsent + held);
-        ready!(self.poll_held(out, cx));
+        if self.poll_held(out, cx).is_pending() {
+            self.groups.pass_turns();
+            return Poll::Pending;
+        }
         let begin = out.len();
         self.write_releases(out);
         let filled = self.poll_all(room_until, out, cx);
