@@ -54,7 +54,7 @@ pub(super) const WRITER_THREADS: usize = 2;
 pub(super) const SOLO_COMMITTER: usize = WRITER_THREADS;
 /// The threads, and a caller.
 pub(super) const COMMITTERS: usize = WRITER_THREADS + 1;
-/// Turns in a row that took one submission and left none behind, before callers commit for themselves.
+/// Turns in a row that took one small submission and left none behind, before callers commit for themselves.
 const SOLO_TURNS_MIN: u32 = 8;
 /// Largest submission that its caller commits, in bytes.
 const SOLO_BYTES_MAX: usize = 4096;
@@ -67,7 +67,7 @@ pub(super) struct WriterQueue {
     due: [Condvar; WRITER_THREADS],
     /// A turn has ended.
     turn_ended: Condvar,
-    /// Turns in a row that took one submission and left none behind. Changed under the lock of the state.
+    /// Turns in a row that took one small submission and left none behind. Changed under the lock of the state.
     solo_turns: AtomicU32,
 }
 
@@ -306,7 +306,8 @@ impl WriterQueue {
     fn end_turn_in(&self, mut waiting: MutexGuard<'_, WriterQueueState>, weight: usize) {
         waiting.turns -= 1;
         waiting.taken_weight -= weight;
-        self.note_turn_left(waiting.turns == 0 && waiting.submissions.is_empty());
+        let is_solo = weight <= SOLO_BYTES_MAX && waiting.turns == 0 && waiting.submissions.is_empty();
+        self.note_turn(is_solo);
         let closed = waiting.closed;
         drop(waiting);
         self.turn_ended.notify_all();
@@ -342,10 +343,10 @@ impl WriterQueue {
         expired
     }
 
-    /// Notes whether the turn that ends has left nothing behind.
-    fn note_turn_left(&self, nothing: bool) {
+    /// Notes whether the turn that ends was small and has left nothing behind.
+    fn note_turn(&self, is_solo: bool) {
         let turns = self.solo_turns.load(Ordering::Relaxed) + 1;
-        self.solo_turns.store(if nothing { turns.min(SOLO_TURNS_MIN) } else { 0 }, Ordering::Relaxed);
+        self.solo_turns.store(if is_solo { turns.min(SOLO_TURNS_MIN) } else { 0 }, Ordering::Relaxed);
     }
 
     fn wake(&self, thread: Option<usize>) {
