@@ -216,6 +216,10 @@ impl MqttSession {
     /// A free slot for a new subscription.
     pub(super) fn free_slot(&mut self) -> usize {
         self.subscriptions.iter().position(Option::is_none).unwrap_or_else(|| {
+            if self.subscriptions.is_empty() {
+                // Most sessions have one.
+                self.subscriptions.reserve_exact(1);
+            }
             self.subscriptions.push(None);
             self.subscriptions.len() - 1
         })

@@ -1,5 +1,6 @@
 //! The retained messages that a new subscription begins with.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -150,6 +151,10 @@ impl Outbound {
         pending.page = None;
         if pending.after.is_none() {
             self.retained.pop_front();
+            if self.retained.is_empty() {
+                // An idle connection holds no queue.
+                self.retained = VecDeque::new();
+            }
         }
         Poll::Ready(Ok(()))
     }
