@@ -18,7 +18,6 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::Method;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
@@ -332,8 +331,7 @@ impl ConnectionServer {
             let (proxies, crowd, router) =
                 (self.port.proxies.clone(), self.crowd.clone(), self.router.clone());
             hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
-                let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
-                let under_way = from.clock.begin_request(is_read);
+                let under_way = from.clock.begin_request();
                 let of_request = from.of_request(&request, &proxies, &crowd);
                 request.extensions_mut().insert(of_request);
                 let answering = router.clone().call(request);
