@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod audit;
+mod backup;
 mod bench;
 mod check_config;
 mod client;
@@ -87,6 +88,10 @@ enum CliCommand {
     Publish(publish::PublishArgs),
     /// Load a gateway over MQTT and report acknowledged messages per second and latency
     Bench(bench::BenchArgs),
+    /// Back up a gateway's data directory while it runs, or one that no gateway uses
+    Backup(backup::BackupArgs),
+    /// Make a data directory of a backup
+    Restore(backup::RestoreArgs),
     /// Put a data directory right with which the gateway does not start, and say what that loses
     Repair(repair::RepairArgs),
     /// Set NATS up, so that its clients connect with their API keys
@@ -115,6 +120,8 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
         CliCommand::Bench(args) => bench::run(args, &mut out),
+        CliCommand::Backup(args) => backup::run(args, &mut out),
+        CliCommand::Restore(args) => backup::run_restore(args, &mut out),
         CliCommand::Repair(args) => repair::run(args, &mut out),
         CliCommand::Nats(command) => nats::run(command, &mut out),
         CliCommand::CheckConfig(args) => check_config::run(args, &mut out),

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::listeners::Listeners;
 use super::opened::OpenedGateway;
 use crate::auth::Authorizer;
+use crate::backup::BackupDesk;
 use crate::config::Config;
 use crate::front::connection_table::ConnectionTable;
 use crate::front::proxied::ProxyTrust;
@@ -57,6 +58,7 @@ impl RunningFronts {
         listeners: Listeners,
         opened: OpenedGateway,
         callout: Option<Nats>,
+        backups: Arc<BackupDesk>,
         drain: &CancellationToken,
     ) -> anyhow::Result<Self> {
         let addrs = listeners.addrs()?;
@@ -103,6 +105,7 @@ impl RunningFronts {
             nats: nats.clone(),
             nats_servers: nats_servers.clone(),
             callout,
+            backups,
         };
         let (tls, certificate) = listeners.http_tls.unzip();
         let (plain, admin) = (listeners.http, listeners.admin);

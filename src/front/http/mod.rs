@@ -8,7 +8,9 @@
 mod answer;
 mod arrival;
 mod audit;
+mod backup;
 mod body;
+mod charged_list;
 mod connect;
 mod cors;
 mod credentials;
@@ -36,7 +38,9 @@ mod request_clock;
 mod request_form;
 mod schema;
 mod server;
+mod sessions;
 mod socket;
+mod stranger_pace;
 mod waiting;
 mod websocket;
 
@@ -65,6 +69,7 @@ use self::credentials::Caller;
 use self::server::{HttpCrowd, HttpPeer};
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
+use crate::backup::BackupDesk;
 use crate::config::{self, PublicMqtt, PublicUrl};
 use crate::consume::egress::Egress;
 use crate::consume::quarantine::QuarantineLeakRules;
@@ -136,6 +141,8 @@ pub struct HttpFrontParts {
     pub nats_servers: Vec<String>,
     /// The connection on which NATS asks about its clients, if API keys are NATS users.
     pub callout: Option<Nats>,
+    /// Makes backups.
+    pub backups: Arc<BackupDesk>,
 }
 
 /// Where HTTP is served.
@@ -155,10 +162,12 @@ pub struct HttpListeners {
 pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
     let refusals = parts.intake.refusals().clone();
-    let crowd = HttpCrowd::over(parts.connections.clone(), config.connections_max, Some(refusals.clone()));
+    let processor = parts.intake.processor().clone();
+    let (table, noted) = (parts.connections.clone(), Some(refusals.clone()));
+    let crowd = HttpCrowd::over(table, config.connections_max, noted, processor.clone());
     // Of its own, so that a crowd of devices or strangers never keeps an administrator out.
     let admin_table = Arc::new(ConnectionTable::new(config.stranger_limits()));
-    let admin_crowd = HttpCrowd::over(admin_table, HTTP_ADMIN_CONNECTIONS_MAX, Some(refusals));
+    let admin_crowd = HttpCrowd::over(admin_table, HTTP_ADMIN_CONNECTIONS_MAX, Some(refusals), processor);
     let (proxies, memory) = (parts.proxies.clone(), Some(parts.intake.memory().clone()));
     let shared = Arc::new(HttpFrontState {
         crowd: crowd.clone(),
@@ -349,10 +358,13 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
         route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(post.clone(), "/v1/leaks", leaks::report),
+        route(post.clone(), "/v1/backup", backup::begin),
+        route(get.clone(), "/v1/backup", backup::show),
         route(get.clone(), "/mqtt", websocket::open),
         route(get.clone(), "/livez", probes::live),
         route(get.clone(), "/readyz", probes::ready),
