@@ -288,6 +288,16 @@ pub const CATCH_UP_RECENT_BYTES: usize = 64 << 10;
 pub const CATCH_UP_BYTES: usize = 1 << 20;
 /// Bytes that egress reads from the log at a time.
 pub const EGRESS_READ_BYTES: usize = 1 << 20;
+/// Records that a member of a group has before anything is known about its pace.
+pub const MEMBER_WINDOW_RECORDS_START: usize = 8;
+/// Records that a slow member of a group has: one that its client deals with, and one on its way.
+pub const MEMBER_WINDOW_RECORDS_MIN: usize = 2;
+/// Records that the fastest member of a group has.
+pub const MEMBER_WINDOW_RECORDS_MAX: usize = MQTT_FLIGHTS_MAX;
+/// Records that a group has in memory for its members, ...
+pub const GROUP_READY_RECORDS_MAX: usize = 1024;
+/// ... and bytes of the batches that have them, above which it takes no further one.
+pub const GROUP_READY_BYTES_MAX: usize = 1 << 20;
 /// Unacknowledged records that are read again at once for a subscriber.
 pub const REFETCH_RECORDS: usize = 256;
 /// Records on one page of a query, at most.

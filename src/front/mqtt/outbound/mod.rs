@@ -213,8 +213,10 @@ impl Outbound {
         let room_until = out.len() + MQTT_UNSENT_BYTES_MAX.saturating_sub(unsent);
         self.is_stalled = false;
         self.room.begin(out.len(), unsent);
+        self.groups.begin();
         let filled = self.poll_all(room_until, out, cx);
         if filled.is_pending() {
+            self.groups.settle();
             if self.is_stalled {
                 self.pause();
             }

@@ -1,0 +1,329 @@
+//! The turns of a group's members: who has which records, who waits for more, and who gets the next ones.
+//!
+//! Each record is for the member that has fewest of those that wait; of members that have the same number, for the
+//! one that was served longest ago. Members that something is for are woken, and it is reserved for them until they
+//! have come and have no room for more: so one whose task happens to run does not take what is for others.
+//!
+//! How many a member takes is up to its [window](PrefetchWindow). What is reserved may be more than that: some
+//! messages are acknowledged as soon as they are sent, and then there is room again at once.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::Arc;
+use std::task::{Wake, Waker};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use super::prefetch_window::PrefetchWindow;
+use crate::message::Offset;
+
+/// How long the records of a full window last at least: their client and its connection work through them together.
+const MEMBER_AHEAD: Duration = Duration::from_millis(1);
+
+/// The members of one group. Locked after the group's state, and never while a task is woken.
+#[derive(Default)]
+pub(super) struct MemberTurns(Mutex<MemberTable>);
+
+#[derive(Default)]
+struct MemberTable {
+    members: BTreeMap<u64, MemberEntry>,
+    /// Records that are taken and not acknowledged, with the member that took them, and when.
+    outstanding: BTreeMap<Offset, (u64, Instant)>,
+    /// The number of the latest service.
+    services: u64,
+}
+
+struct MemberEntry {
+    window: PrefetchWindow,
+    /// The number of its latest service: 0 if there was none.
+    served: u64,
+    /// `Some` if it wants records and was not woken.
+    waker: Option<Waker>,
+    /// So many of the next records are for it.
+    reserved: usize,
+}
+
+/// A member that may get records now.
+struct ShareCandidate {
+    member: u64,
+    /// How many records it has.
+    has: usize,
+    /// How many more may be for it.
+    room: usize,
+    served: u64,
+    share: usize,
+}
+
+impl MemberTurns {
+    fn locked(&self) -> MutexGuard<'_, MemberTable> {
+        self.0.lock()
+    }
+
+    /// Adds a member, which has nothing and wants nothing.
+    pub(super) fn enter(&self, member: u64) {
+        let window = PrefetchWindow::new(MEMBER_AHEAD, Instant::now());
+        let entry = MemberEntry { window, served: 0, waker: None, reserved: 0 };
+        self.locked().members.insert(member, entry);
+    }
+
+    /// Removes a member. Returns the records that it had.
+    pub(super) fn leave(&self, member: u64) -> Vec<Offset> {
+        let mut table = self.locked();
+        table.members.remove(&member);
+        let had = table.outstanding.extract_if(.., |_, (of, _)| *of == member);
+        had.map(|(offset, _)| offset).collect()
+    }
+
+    /// A member wants records, and waits until there are some for it. `false` if it has no room: then it does not
+    /// wait, and asks again when it has acknowledged some.
+    pub(super) fn ask(&self, member: u64, waker: &Waker) -> bool {
+        let mut table = self.locked();
+        let Some(entry) = table.members.get_mut(&member) else { return false };
+        if entry.window.room(Instant::now()) > 0 {
+            entry.waker = Some(waker.clone());
+            return true;
+        }
+        drop(table);
+        self.pass(member);
+        false
+    }
+
+    /// There are no records for the member, which has asked.
+    pub(super) fn wait(&self, member: u64) {
+        if let Some(entry) = self.locked().members.get_mut(&member) {
+            entry.reserved = 0;
+        }
+    }
+
+    /// How many of the next `records` are for the member, which has asked, and that it has room for, `records_max`
+    /// at most. The others that some are for are to be woken.
+    pub(super) fn share_out(&self, member: u64, records: usize, records_max: usize) -> (usize, Vec<Waker>) {
+        let now = Instant::now();
+        let mut table = self.locked();
+        let reserved: usize = table.members.values().map(|entry| entry.reserved).sum();
+        let others_wait = table.members.iter().any(|(id, entry)| *id != member && entry.waits());
+        let mut candidates = Vec::new();
+        for (id, entry) in &mut table.members {
+            let room = match entry.window.room(now) {
+                // Alone, it is given what it takes now, so that nothing is kept from those that come soon.
+                room if *id == member && !others_wait => room.saturating_sub(entry.reserved),
+                1.. if *id == member || entry.waits() => usize::MAX,
+                _ => 0,
+            };
+            if room > 0 {
+                let has = entry.window.outstanding() + entry.reserved;
+                candidates.push(ShareCandidate { member: *id, has, room, served: entry.served, share: 0 });
+            }
+        }
+        share_fairly(&mut candidates, records.saturating_sub(reserved));
+        let mut woken = Vec::new();
+        for ShareCandidate { member: of, share, .. } in candidates.into_iter().filter(|of| of.share > 0) {
+            if let Some(entry) = table.members.get_mut(&of) {
+                entry.reserved += share;
+                woken.extend(entry.waker.take_if(|_| of != member));
+            }
+        }
+        let Some(entry) = table.members.get_mut(&member) else { return (0, woken) };
+        (entry.reserved.min(records).min(records_max).min(entry.window.room(now)), woken)
+    }
+
+    /// The member has taken records.
+    pub(super) fn take(&self, member: u64, offsets: impl Iterator<Item = Offset>) {
+        let now = Instant::now();
+        let mut table = self.locked();
+        let before = table.outstanding.len();
+        table.outstanding.extend(offsets.map(|offset| (offset, (member, now))));
+        let taken = table.outstanding.len() - before;
+        table.services += 1;
+        let served = table.services;
+        if let Some(entry) = table.members.get_mut(&member) {
+            entry.window.take(taken, now);
+            (entry.served, entry.waker) = (served, None);
+            entry.reserved = entry.reserved.saturating_sub(taken);
+        }
+    }
+
+    /// The member wants nothing now. What was reserved for it is for others.
+    pub(super) fn pass(&self, member: u64) {
+        let mut table = self.locked();
+        let Some(entry) = table.members.get_mut(&member) else { return };
+        entry.waker = None;
+        let had_reserved = std::mem::take(&mut entry.reserved) > 0;
+        let next = if had_reserved { table.wake_next() } else { None };
+        drop(table);
+        next.into_iter().for_each(Waker::wake);
+    }
+
+    /// Wakes the member that the next record is for.
+    pub(super) fn wake_next(&self) {
+        let next = self.locked().wake_next();
+        next.into_iter().for_each(Waker::wake);
+    }
+
+    /// Whether any member waits for records.
+    pub(super) fn has_waiting(&self) -> bool {
+        self.locked().members.values().any(MemberEntry::waits)
+    }
+
+    /// The member has dealt with a record.
+    pub(super) fn acknowledge(&self, member: u64, offset: Offset) {
+        self.end(member, offset, |window, taken_at| window.acknowledge(taken_at, Instant::now()));
+    }
+
+    /// The member gives a record back. Returns whether it was the member's.
+    pub(super) fn give_back(&self, member: u64, offset: Offset) -> bool {
+        self.end(member, offset, |window, _| window.give_back())
+    }
+
+    fn end(&self, member: u64, offset: Offset, end: impl FnOnce(&mut PrefetchWindow, Instant)) -> bool {
+        let mut table = self.locked();
+        let Some((_, taken_at)) = table.outstanding.get(&offset).copied().filter(|(of, _)| *of == member) else {
+            return false;
+        };
+        table.outstanding.remove(&offset);
+        if let Some(entry) = table.members.get_mut(&member) {
+            end(&mut entry.window, taken_at);
+        }
+        true
+    }
+
+    /// The first record that a member has.
+    pub(super) fn first_outstanding(&self) -> Option<Offset> {
+        self.locked().outstanding.keys().next().copied()
+    }
+}
+
+impl Wake for MemberTurns {
+    fn wake(self: Arc<Self>) {
+        self.wake_next();
+    }
+}
+
+impl MemberTable {
+    /// Reserves a record for the member that the next one is for, and returns its waker.
+    fn wake_next(&mut self) -> Option<Waker> {
+        let waiting = self.members.values_mut().filter(|entry| entry.waits());
+        let next = waiting.min_by_key(|entry| (entry.window.outstanding(), entry.served))?;
+        next.reserved = 1;
+        next.waker.take()
+    }
+}
+
+impl MemberEntry {
+    /// Whether it wants records, and none are reserved for it.
+    fn waits(&self) -> bool {
+        self.waker.is_some() && self.reserved == 0
+    }
+}
+
+/// Shares records out, one at a time: to who has fewest, among those to who was served longest ago.
+fn share_fairly(candidates: &mut [ShareCandidate], records: usize) {
+    if let [alone] = candidates {
+        alone.share = records.min(alone.room);
+        return;
+    }
+    let rank = |at: usize, of: &ShareCandidate| Reverse((of.has + of.share, of.served, at));
+    let mut next: BinaryHeap<_> = candidates.iter().enumerate().map(|(at, of)| rank(at, of)).collect();
+    for _ in 0..records {
+        let Some(Reverse((.., at))) = next.pop() else { return };
+        let candidate = &mut candidates[at];
+        candidate.share += 1;
+        if candidate.share < candidate.room {
+            next.push(rank(at, candidate));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::MEMBER_WINDOW_RECORDS_START;
+
+    fn candidate(has: usize, room: usize, served: u64) -> ShareCandidate {
+        ShareCandidate { member: served, has, room, served, share: 0 }
+    }
+
+    fn shares(mut candidates: Vec<ShareCandidate>, records: usize) -> Vec<usize> {
+        share_fairly(&mut candidates, records);
+        candidates.iter().map(|candidate| candidate.share).collect()
+    }
+
+    #[test]
+    fn each_record_is_for_who_has_fewest_and_round_robin_among_equals() {
+        let equals = || (0..4).map(|served| candidate(0, 100, served)).collect::<Vec<_>>();
+        assert_eq!(shares(equals(), 8), [2, 2, 2, 2]);
+        assert_eq!(shares(equals(), 6), [2, 2, 1, 1], "whoever was served longest ago is first");
+        assert_eq!(shares(vec![candidate(7, 3, 1), candidate(0, 10, 2)], 9), [1, 8]);
+        assert_eq!(shares(vec![candidate(0, 2, 1), candidate(0, 10, 2)], 9), [2, 7], "no more than has room");
+        assert_eq!(shares(vec![candidate(0, 2, 1), candidate(0, 3, 2)], 9), [2, 3]);
+        assert_eq!(shares(vec![candidate(0, 5, 1)], 9), [5]);
+        assert!(shares(Vec::new(), 9).is_empty());
+    }
+
+    /// A member asks, and takes what is for it of so many records. Returns how many that is.
+    fn take(turns: &MemberTurns, member: u64, records: &mut std::ops::Range<Offset>) -> usize {
+        let left = usize::try_from(records.end - records.start).expect("few");
+        if !turns.ask(member, Waker::noop()) {
+            return 0;
+        }
+        let (own, _) = turns.share_out(member, left, usize::MAX);
+        if own > 0 {
+            turns.take(member, records.take(own));
+        }
+        own
+    }
+
+    #[test]
+    fn what_is_for_others_stays_theirs_until_they_come_or_pass() {
+        let turns = MemberTurns::default();
+        [1, 2, 3].into_iter().for_each(|member| turns.enter(member));
+        [1, 2, 3].into_iter().for_each(|member| assert!(turns.ask(member, Waker::noop())));
+        let mut records = 0..6;
+        assert_eq!(take(&turns, 1, &mut records), 2);
+        assert_eq!(take(&turns, 1, &mut records), 0, "what is left is for the others");
+        assert_eq!(take(&turns, 2, &mut records), 2);
+        turns.pass(3);
+        assert_eq!(take(&turns, 1, &mut records), 2, "the third does not take them");
+    }
+
+    /// A member whose messages were acknowledged as soon as they were sent had the whole burst before the tasks of
+    /// the others ran.
+    #[test]
+    fn who_acknowledges_at_once_waits_for_the_others_and_who_is_full_does_not_hold_anything_up() {
+        let turns = MemberTurns::default();
+        [1, 2, 3, 4].into_iter().for_each(|member| turns.enter(member));
+        [1, 2, 3, 4].into_iter().for_each(|member| assert!(turns.ask(member, Waker::noop())));
+        let mut records = 0..1000;
+        let mut drain = |member| {
+            let mut all = 0;
+            loop {
+                let from = records.start;
+                let taken = take(&turns, member, &mut records);
+                (from..records.start).for_each(|offset| turns.acknowledge(member, offset));
+                all += taken;
+                if taken == 0 {
+                    return all;
+                }
+            }
+        };
+        assert_eq!((drain(1), drain(2), drain(3)), (250, 250, 250));
+        // The fourth hangs: what was reserved for it and is more than its window goes to others.
+        let hung = take(&turns, 4, &mut records);
+        assert_eq!((hung, take(&turns, 4, &mut records)), (MEMBER_WINDOW_RECORDS_START, 0));
+        assert!(take(&turns, 1, &mut records) > 0);
+    }
+
+    #[test]
+    fn a_record_is_acknowledged_by_who_has_it_and_goes_back_with_it() {
+        let turns = MemberTurns::default();
+        [1, 2].into_iter().for_each(|member| turns.enter(member));
+        turns.take(1, [5, 6, 7].into_iter());
+        turns.acknowledge(2, 5);
+        assert_eq!(turns.first_outstanding(), Some(5));
+        turns.acknowledge(1, 5);
+        assert!(turns.give_back(1, 6) && !turns.give_back(1, 6) && !turns.give_back(2, 7));
+        assert_eq!(turns.leave(1), [7]);
+        assert_eq!(turns.first_outstanding(), None);
+    }
+}
