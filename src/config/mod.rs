@@ -21,7 +21,7 @@ mod mqtt;
 mod nats;
 
 pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
-pub use mqtt::{ClientCertificates, MqttConfig, MqttTlsConfig};
+pub use mqtt::{ClientCertificates, MetadataPolicy, MqttConfig, MqttTlsConfig};
 pub use nats::NatsConfig;
 
 /// Environment variables of the commands: they have the same prefix but are no settings.

@@ -81,8 +81,11 @@ pub const WEBSOCKET_FRAME_BYTES_MAX: usize = u16::MAX as usize;
 pub const MQTT_TOPIC_ALIASES_SENT_MAX: u16 = 64;
 /// Unacknowledged QoS 1 messages to one subscriber.
 pub const MQTT_FLIGHTS_MAX: usize = 4096;
-/// Subscriptions of one session.
+/// Default: subscriptions of one session.
 pub const MQTT_SUBSCRIPTIONS_MAX: usize = 1024;
+/// The largest number of subscriptions of one session that an operator may set: each filter of a SUBSCRIBE is looked
+/// for among all of them.
+pub const MQTT_SUBSCRIPTIONS_LIMIT: usize = 10_000;
 /// The topic filters of one session in a cluster, in bytes: they fit in one NATS message, which holds 1 MiB
 /// by default.
 pub const CLUSTER_FILTERS_BYTES_MAX: usize = 512 << 10;

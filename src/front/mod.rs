@@ -6,3 +6,4 @@ pub mod http;
 pub mod mqtt;
 pub mod nats;
 mod problem;
+mod reserved_names;

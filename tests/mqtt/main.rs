@@ -4,9 +4,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bridge;
 mod conformance;
 mod front;
+mod groups;
 mod memory;
+mod metadata;
 mod once;
 mod subscribe;
 mod tenants;

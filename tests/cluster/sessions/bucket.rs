@@ -71,6 +71,7 @@ fn stored(client: usize) -> StoredSession {
             retain_as_published: true,
             identifier: Some(7),
             from: 3,
+            metadata: true,
         }],
     }
 }

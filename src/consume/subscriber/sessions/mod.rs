@@ -86,6 +86,8 @@ pub struct StoredSubscription {
     pub identifier: Option<u32>,
     /// The offset at which it begins.
     pub from: Offset,
+    /// Whether its messages come with their metadata.
+    pub metadata: bool,
 }
 
 /// The cursor of a group of shared subscriptions.

@@ -4,7 +4,7 @@
 //! sessions      (uid INTEGER, datasource TEXT, client_id TEXT, expiry_s INTEGER, ended_at INTEGER,
 //!                cursor INTEGER)
 //! subscriptions (uid INTEGER, filter TEXT, qos INTEGER, no_local INTEGER, retain_as_published INTEGER,
-//!                identifier INTEGER, from_offset INTEGER)
+//!                identifier INTEGER, from_offset INTEGER, metadata INTEGER)
 //! share_groups  (datasource TEXT, name TEXT, filter TEXT, cursor INTEGER)
 //! ```
 //!
@@ -58,6 +58,8 @@ const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
             cursor     INTEGER NOT NULL,
             PRIMARY KEY (datasource, name, filter)
         ) STRICT, WITHOUT ROWID;
+    ", "
+        ALTER TABLE subscriptions ADD COLUMN metadata INTEGER NOT NULL DEFAULT 0;
     "],
     is_exclusive: true,
     is_checked: true,
@@ -107,7 +109,7 @@ impl SessionTable {
             "SELECT uid, datasource, client_id, expiry_s, ended_at, cursor FROM sessions ORDER BY uid",
         )?;
         let mut select_subscriptions = self.connection.prepare(
-            "SELECT uid, filter, qos, no_local, retain_as_published, identifier, from_offset
+            "SELECT uid, filter, qos, no_local, retain_as_published, identifier, from_offset, metadata
              FROM subscriptions ORDER BY uid, filter",
         )?;
         let mut sessions = Vec::new();
@@ -243,7 +245,7 @@ impl<'c> SessionStatements<'c> {
         let prepare = |sql| connection.prepare_cached(sql);
         Ok(Self {
             put: prepare("INSERT OR REPLACE INTO sessions VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?,
-            subscribe: prepare("INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?,
+            subscribe: prepare("INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?,
             unsubscribe: prepare("DELETE FROM subscriptions WHERE uid = ?1")?,
             remove: prepare("DELETE FROM sessions WHERE uid = ?1")?,
             move_cursor: prepare("UPDATE sessions SET cursor = ?2 WHERE uid = ?1")?,
@@ -291,6 +293,7 @@ impl<'c> SessionStatements<'c> {
                 subscription.retain_as_published,
                 subscription.identifier,
                 sql_offset(subscription.from),
+                subscription.metadata,
             ])?;
         }
         Ok(())
@@ -310,6 +313,7 @@ fn subscription_of_row(row: &Row<'_>) -> rusqlite::Result<(i64, StoredSubscripti
         retain_as_published: row.get(4)?,
         identifier: row.get(5)?,
         from: offset_from_sql(row.get(6)?),
+        metadata: row.get(7)?,
     };
     Ok((row.get(0)?, subscription))
 }

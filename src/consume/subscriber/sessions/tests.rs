@@ -23,6 +23,7 @@ fn subscription(filter: &str) -> StoredSubscription {
         retain_as_published: false,
         identifier: None,
         from: 7,
+        metadata: false,
     }
 }
 
@@ -92,6 +93,7 @@ async fn everything_about_a_session_comes_back() {
                 retain_as_published: true,
                 identifier: Some(268_435_455),
                 from: 1 << 59,
+                metadata: true,
             },
             subscription("+/x"),
         ],

@@ -29,7 +29,7 @@ use std::time::Duration;
 use headgate_bridge_nats::kv::KvRow;
 use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats};
 
-use super::row::{CursorMove, SessionRow, decode};
+use super::row::{CursorMove, SessionRow, decode_cursors, decode_session};
 use super::{SessionStoreError, StoredSession};
 use crate::message::{DatasourceId, TimeMicros};
 
@@ -114,7 +114,7 @@ impl SessionLookup {
         let (datasource, client_id) = (datasource.clone(), client_id.to_owned());
         let mut nothing = FoundSession { datasource, client_id, revision, moves: 0, session: None };
         let Some(value) = value else { return Ok(nothing) };
-        let Some(SessionRow { owner, moves, session }) = decode::<SessionRow<'_>>(&value) else {
+        let Some(SessionRow { owner, moves, session }) = decode_session(&value) else {
             let words = "a session in the bucket is not as this Headgate writes it: use a newer one";
             return Err(SessionStoreError::Bucket(words.into()));
         };
@@ -127,7 +127,7 @@ impl SessionLookup {
         if session.ended_at.is_none() {
             // Its node ended without writing the cell, so the newest cursor is in the node's page.
             let page = self.0.get(&page_key(&owner, page_of_uid(session.uid))).await?;
-            let moved: Vec<CursorMove> = page.value.and_then(|value| decode(&value)).unwrap_or_default();
+            let moved: Vec<CursorMove> = page.value.and_then(|value| decode_cursors(&value)).unwrap_or_default();
             let same = |moved: &&CursorMove| moved.uid == session.uid && moved.revision == revision;
             session.cursor = moved.iter().find(same).map_or(session.cursor, |moved| moved.cursor);
         }

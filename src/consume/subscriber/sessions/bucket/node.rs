@@ -17,7 +17,7 @@ use tracing::debug;
 
 use super::super::pending::{PendingSessionChange, PendingSessionChanges};
 use super::super::place::SessionBackend;
-use super::super::row::{CursorMove, SessionRow, decode, encode};
+use super::super::row::{CursorMove, SessionRow, decode_session, encode};
 use super::super::{SessionStoreError, StoredSession};
 use super::{
     CURSOR_PAGES, ClientHash, FoundSession, LostSession, client_hash, page_key, page_of_uid, session_key,
@@ -246,7 +246,7 @@ impl NodeSessions {
         for (client, cell) in read {
             let KvRow { revision, value, .. } = cell?;
             let Some(mine) = self.mine.get_mut(&client) else { continue };
-            let still_ours = match value.as_deref().map(decode::<SessionRow<'_>>) {
+            let still_ours = match value.as_deref().map(decode_session) {
                 Some(Some(row)) => match row.moves.cmp(&mine.moves) {
                     CmpOrdering::Less => true,
                     CmpOrdering::Equal => row.owner == self.node.as_str(),
