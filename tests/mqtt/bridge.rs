@@ -61,7 +61,7 @@ impl Mosquitto {
     fn try_client(&self) -> Option<Wire> {
         let socket = std::net::TcpStream::connect(("127.0.0.1", self.port)).ok()?;
         let mut wire = Wire::over(socket);
-        wire.send(&Connect { client_id: format!("c{}", rand::random::<u32>()), ..Connect::new(V311) }.packet());
+        wire.send(&Connect::new(V311).packet());
         matches!(wire.next(), Next::Packet(frame) if frame.kind() == CONNACK).then_some(wire)
     }
 
