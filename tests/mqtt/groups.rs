@@ -71,12 +71,11 @@ fn work(mut wire: Wire, each: Duration, all: &AtomicUsize, until: usize) -> Vec<
 
 /// What members get that need so long for each message, until they have `until` of them.
 fn shared_out(members: Vec<(Wire, Duration)>, until: usize, publish: impl FnOnce()) -> Vec<Vec<usize>> {
-    let all = AtomicUsize::new(0);
+    let all = &AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        let working: Vec<_> = members
-            .into_iter()
-            .map(|(wire, each)| scope.spawn(|| work(wire, each, &all, until)))
-            .collect();
+        let members = members.into_iter();
+        let working: Vec<_> =
+            members.map(|(wire, each)| scope.spawn(move || work(wire, each, all, until))).collect();
         publish();
         working.into_iter().map(|member| member.join().expect("a member")).collect()
     })
