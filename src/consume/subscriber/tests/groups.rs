@@ -1,5 +1,7 @@
 //! What the members of a group get of its records, each at its pace.
 
+use std::task::Poll;
+
 use super::*;
 use crate::consume::subscriber::ShareMember;
 
@@ -35,16 +37,25 @@ impl PacedGroup {
         let of = GroupSession { uid: 1, expiry_s: 0 };
         groups.join(&key, of, None).await.expect("joined");
         let mut group = Self { scene, groups, key, taken: Vec::new(), members: Vec::new() };
-        paces.iter().for_each(|pace| group.add(*pace));
+        let started = Arc::new(tokio::sync::Semaphore::new(0));
+        paces.iter().for_each(|pace| group.add(*pace, started.clone()));
+        let all = u32::try_from(paces.len()).expect("few");
+        started.acquire_many(all).await.expect("never closed").forget();
         group
     }
 
-    fn add(&mut self, pace: MemberPace) {
+    fn add(&mut self, pace: MemberPace, started: Arc<tokio::sync::Semaphore>) {
         let of = GroupSession { uid: 1, expiry_s: 0 };
         let member = self.groups.member(&self.key, of).expect("the group is there");
         let taken = Arc::new(parking_lot::Mutex::new(Vec::new()));
         self.taken.push(taken.clone());
-        self.members.push(tokio::spawn(work(member, pace, taken)));
+        self.members.push(tokio::spawn(async move {
+            let mut member = member;
+            let none_yet = poll_fn(|cx| Poll::Ready(member.poll_take(256, cx).is_pending()));
+            assert!(none_yet.await, "nothing is published yet");
+            started.add_permits(1);
+            work(member, pace, taken).await;
+        }));
     }
 
     fn counts(&self) -> Vec<usize> {
