@@ -203,9 +203,11 @@ impl Wake for MemberTurns {
 impl MemberTable {
     /// Reserves a record for the member that the next one is for, and returns its waker.
     fn wake_next(&mut self) -> Option<Waker> {
-        let waiting = self.members.values_mut().filter(|entry| entry.waits());
-        let next = waiting.min_by_key(|entry| (entry.window.outstanding(), entry.served))?;
-        next.reserved = 1;
+        // One that is asking at this moment may have a reservation, and has to look again.
+        let waiting = self.members.values_mut().filter(|entry| entry.waker.is_some());
+        let next =
+            waiting.min_by_key(|entry| (entry.reserved > 0, entry.window.outstanding(), entry.served))?;
+        next.reserved = next.reserved.max(1);
         next.waker.take()
     }
 }
@@ -285,6 +287,33 @@ mod tests {
         assert_eq!(take(&turns, 2, &mut records), 2);
         turns.pass(3);
         assert_eq!(take(&turns, 1, &mut records), 2, "the third does not take them");
+    }
+
+    /// A member that was woken, and asked again, was not told of what came meanwhile: it waited for ever.
+    #[test]
+    fn a_member_that_is_asking_is_told_what_comes_meanwhile() {
+        struct CountedWakes(std::sync::atomic::AtomicUsize);
+        impl Wake for CountedWakes {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        let wakes = Arc::new(CountedWakes(0.into()));
+        let waker = Waker::from(wakes.clone());
+        let turns = MemberTurns::default();
+        turns.enter(1);
+        for expected in 1..4 {
+            assert!(turns.ask(1, &waker));
+            turns.wake_next();
+            turns.wait(1);
+            assert_eq!(wakes.0.load(std::sync::atomic::Ordering::Relaxed), expected);
+            assert!(turns.ask(1, &waker));
+            turns.wake_next();
+            assert!(turns.ask(1, &waker), "with what is reserved for it");
+            turns.wake_next();
+            turns.wait(1);
+            assert_eq!(wakes.0.swap(expected, std::sync::atomic::Ordering::Relaxed), expected + 2);
+        }
     }
 
     /// A member whose messages were acknowledged as soon as they were sent had the whole burst before the tasks of
