@@ -1,7 +1,8 @@
 //! The turns of a group's members: who has which records, who waits for more, and who gets the next ones.
 //!
-//! Each record is for the member that has fewest of those that wait; of members that have the same number, for the
-//! one that was served longest ago. Members that something is for are woken, and it is reserved for them until they
+//! Each record is for the member that has most room of those that wait, in quarters of its window. Of members that
+//! have the same, it is for the one that had fewest lately, and then for the one that was served longest ago: so those
+//! that others were ahead of in a burst catch up with them. Members that something is for are woken, and it is reserved for them until they
 //! have come and have no room for more: so one whose task happens to run does not take what is for others.
 //!
 //! How many a member takes is up to its [window](PrefetchWindow). What is reserved may be more than that: some
@@ -19,7 +20,9 @@ use super::prefetch_window::PrefetchWindow;
 use crate::message::Offset;
 
 /// How long the records of a full window last at least: their client and its connection work through them together.
-const MEMBER_AHEAD: Duration = Duration::from_millis(1);
+const MEMBER_AHEAD: Duration = Duration::from_millis(4);
+/// After so long, what a member had counts half.
+const LATELY: Duration = Duration::from_millis(100);
 
 /// The members of one group. Locked after the group's state, and never while a task is woken.
 #[derive(Default)]
@@ -38,21 +41,51 @@ struct MemberEntry {
     window: PrefetchWindow,
     /// The number of its latest service: 0 if there was none.
     served: u64,
+    lately: LatelyTaken,
     /// `Some` if it wants records and was not woken.
     waker: Option<Waker>,
     /// So many of the next records are for it.
     reserved: usize,
 }
 
+/// How many records a member took lately: half of them are forgotten with each [`LATELY`].
+#[derive(Clone, Copy)]
+struct LatelyTaken {
+    records: usize,
+    at: Instant,
+}
+
+impl LatelyTaken {
+    fn as_of(self, now: Instant) -> Self {
+        let halvings = now.saturating_duration_since(self.at).as_millis() / LATELY.as_millis();
+        let halvings = u32::try_from(halvings).unwrap_or(u32::MAX);
+        match self.records.checked_shr(halvings) {
+            Some(records @ 1..) => Self { records, at: self.at + halvings * LATELY },
+            _ => Self { records: 0, at: now },
+        }
+    }
+}
+
 /// A member that may get records now.
 struct ShareCandidate {
     member: u64,
-    /// How many records it has.
+    /// How many records it has, and how many make a quarter of its window full.
     has: usize,
+    quarter: usize,
     /// How many more may be for it.
     room: usize,
+    lately: usize,
     served: u64,
     share: usize,
+}
+
+/// Who the next record is for: the least of these.
+type CandidateRank = (usize, usize, u64, usize);
+
+impl ShareCandidate {
+    fn rank(&self, at: usize) -> CandidateRank {
+        ((self.has + self.share) / self.quarter, self.lately + self.share, self.served, at)
+    }
 }
 
 impl MemberTurns {
@@ -63,7 +96,8 @@ impl MemberTurns {
     /// Adds a member, which has nothing and wants nothing.
     pub(super) fn enter(&self, member: u64) {
         let window = PrefetchWindow::new(MEMBER_AHEAD, Instant::now());
-        let entry = MemberEntry { window, served: 0, waker: None, reserved: 0 };
+        let lately = LatelyTaken { records: 0, at: Instant::now() };
+        let entry = MemberEntry { window, served: 0, lately, waker: None, reserved: 0 };
         self.locked().members.insert(member, entry);
     }
 
@@ -112,8 +146,7 @@ impl MemberTurns {
                 _ => 0,
             };
             if room > 0 {
-                let has = entry.window.outstanding() + entry.reserved;
-                candidates.push(ShareCandidate { member: *id, has, room, served: entry.served, share: 0 });
+                candidates.push(ShareCandidate { room, ..entry.candidate(*id, now) });
             }
         }
         share_fairly(&mut candidates, records.saturating_sub(reserved));
@@ -139,6 +172,8 @@ impl MemberTurns {
         let served = table.services;
         if let Some(entry) = table.members.get_mut(&member) {
             entry.window.take(taken, now);
+            entry.lately = entry.lately.as_of(now);
+            entry.lately.records += taken;
             (entry.served, entry.waker) = (served, None);
             entry.reserved = entry.reserved.saturating_sub(taken);
         }
@@ -204,9 +239,9 @@ impl MemberTable {
     /// Reserves a record for the member that the next one is for, and returns its waker.
     fn wake_next(&mut self) -> Option<Waker> {
         // One that is asking at this moment may have a reservation, and has to look again.
+        let now = Instant::now();
         let waiting = self.members.values_mut().filter(|entry| entry.waker.is_some());
-        let next =
-            waiting.min_by_key(|entry| (entry.reserved > 0, entry.window.outstanding(), entry.served))?;
+        let next = waiting.min_by_key(|entry| (entry.reserved > 0, entry.candidate(0, now).rank(0)))?;
         next.reserved = next.reserved.max(1);
         next.waker.take()
     }
@@ -217,22 +252,28 @@ impl MemberEntry {
     fn waits(&self) -> bool {
         self.waker.is_some() && self.reserved == 0
     }
+
+    fn candidate(&self, member: u64, now: Instant) -> ShareCandidate {
+        let has = self.window.outstanding() + self.reserved;
+        let (quarter, lately) = (self.window.records_max().div_ceil(4), self.lately.as_of(now).records);
+        ShareCandidate { member, has, quarter, room: 0, lately, served: self.served, share: 0 }
+    }
 }
 
-/// Shares records out, one at a time: to who has fewest, among those to who was served longest ago.
+/// Shares records out, one at a time.
 fn share_fairly(candidates: &mut [ShareCandidate], records: usize) {
     if let [alone] = candidates {
         alone.share = records.min(alone.room);
         return;
     }
-    let rank = |at: usize, of: &ShareCandidate| Reverse((of.has + of.share, of.served, at));
-    let mut next: BinaryHeap<_> = candidates.iter().enumerate().map(|(at, of)| rank(at, of)).collect();
+    let mut next: BinaryHeap<_> =
+        candidates.iter().enumerate().map(|(at, candidate)| Reverse(candidate.rank(at))).collect();
     for _ in 0..records {
         let Some(Reverse((.., at))) = next.pop() else { return };
         let candidate = &mut candidates[at];
         candidate.share += 1;
         if candidate.share < candidate.room {
-            next.push(rank(at, candidate));
+            next.push(Reverse(candidate.rank(at)));
         }
     }
 }
@@ -243,7 +284,7 @@ mod tests {
     use crate::limits::MEMBER_WINDOW_RECORDS_START;
 
     fn candidate(has: usize, room: usize, served: u64) -> ShareCandidate {
-        ShareCandidate { member: served, has, room, served, share: 0 }
+        ShareCandidate { member: served, has, quarter: 2, room, lately: 0, served, share: 0 }
     }
 
     fn shares(mut candidates: Vec<ShareCandidate>, records: usize) -> Vec<usize> {
@@ -252,11 +293,13 @@ mod tests {
     }
 
     #[test]
-    fn each_record_is_for_who_has_fewest_and_round_robin_among_equals() {
+    fn each_record_is_for_who_has_most_room_and_round_robin_among_equals() {
         let equals = || (0..4).map(|served| candidate(0, 100, served)).collect::<Vec<_>>();
         assert_eq!(shares(equals(), 8), [2, 2, 2, 2]);
         assert_eq!(shares(equals(), 6), [2, 2, 1, 1], "whoever was served longest ago is first");
         assert_eq!(shares(vec![candidate(7, 3, 1), candidate(0, 10, 2)], 9), [1, 8]);
+        let ahead = ShareCandidate { lately: 100, ..candidate(1, 100, 1) };
+        assert_eq!(shares(vec![ahead, candidate(1, 100, 2)], 4), [1, 3], "who is behind catches up");
         assert_eq!(shares(vec![candidate(0, 2, 1), candidate(0, 10, 2)], 9), [2, 7], "no more than has room");
         assert_eq!(shares(vec![candidate(0, 2, 1), candidate(0, 3, 2)], 9), [2, 3]);
         assert_eq!(shares(vec![candidate(0, 5, 1)], 9), [5]);
@@ -341,6 +384,17 @@ mod tests {
         let hung = take(&turns, 4, &mut records);
         assert_eq!((hung, take(&turns, 4, &mut records)), (MEMBER_WINDOW_RECORDS_START, 0));
         assert!(take(&turns, 1, &mut records) > 0);
+    }
+
+    #[test]
+    fn what_a_member_took_is_forgotten_with_time() {
+        let now = Instant::now();
+        let mut taken = LatelyTaken { records: 100, at: now };
+        for step in 1..=10 {
+            taken = taken.as_of(now + step * LATELY / 2);
+        }
+        assert_eq!(taken.records, 100 >> 5, "however often it is looked at");
+        assert_eq!(taken.as_of(now + 100 * LATELY).records, 0);
     }
 
     #[test]
