@@ -91,7 +91,9 @@ fn received(wire: &mut Wire) -> Message {
 /// The bridge was refused for its will, with a code that made it try for ever.
 #[test]
 fn a_bridge_of_mosquitto_connects_with_its_defaults_and_brings_messages_both_ways() {
-    for more in ["", "bridge_protocol_version mqttv50", "bridge_protocol_version mqttv31", "try_private false"] {
+    for more in
+        ["", "bridge_protocol_version mqttv50", "bridge_protocol_version mqttv31", "try_private false"]
+    {
         let (dir, gateway, source) = scene();
         let mosquitto = Mosquitto::bridging(dir.path(), &gateway, &source.key, more);
         wait_for("the bridge to connect", || {
@@ -124,7 +126,8 @@ fn a_bridge_of_mosquitto_connects_with_its_defaults_and_brings_messages_both_way
         assert_eq!(listed["refusals"], json!([]), "{more}");
         drop(mosquitto);
         gateway.settle();
-        let topics: Vec<_> = gateway.records("press-4").iter().map(|record| record["topic"].clone()).collect();
+        let topics: Vec<_> =
+            gateway.records("press-4").iter().map(|record| record["topic"].clone()).collect();
         assert!(topics.iter().all(|topic| !topic.as_str().expect("a text").contains("SYS")), "{topics:?}");
     }
 }

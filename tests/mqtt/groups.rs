@@ -88,9 +88,13 @@ fn a_burst_is_shared_evenly() {
     for (published, subscribed) in [(1, 1), (0, 1), (1, 0), (0, 0)] {
         // With a millisecond for each message, what else the machine does is the same for all members.
         let members = (0..4).map(|_| (member(&gateway, &source, subscribed), Duration::from_millis(1)));
-        let taken = shared_out(members.collect(), 1_000, || publish_burst(&gateway, &source, published, 1_000));
+        let taken =
+            shared_out(members.collect(), 1_000, || publish_burst(&gateway, &source, published, 1_000));
         let counts: Vec<usize> = taken.iter().map(Vec::len).collect();
-        assert!(counts.iter().all(|count| (200..=300).contains(count)), "{counts:?}, QoS {published}, {subscribed}");
+        assert!(
+            counts.iter().all(|count| (200..=300).contains(count)),
+            "{counts:?}, QoS {published}, {subscribed}"
+        );
         let mut all = taken.concat();
         all.sort_unstable();
         assert_eq!(all, (0..1_000).collect::<Vec<_>>(), "each once");

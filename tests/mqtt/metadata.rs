@@ -9,8 +9,7 @@ use crate::common::wire::{
 };
 use crate::common::{Gateway, Setup, Source, scratch};
 
-const OWN: [&str; 4] =
-    ["headgate-offset", "headgate-datasource", "headgate-received-at", "headgate-key-id"];
+const OWN: [&str; 4] = ["headgate-offset", "headgate-datasource", "headgate-received-at", "headgate-key-id"];
 
 fn source(gateway: &Gateway, id: &str) -> Source {
     let body = json!({ "id": id, "name": id, "scopes": ["ingest", "subscribe"] });
@@ -139,7 +138,10 @@ fn nobody_else_says_what_headgate_says() {
     published(&mut publisher, forged(Message::new("a", "x")));
     let message = received(&mut wire);
     let names: Vec<_> = message.properties.iter().map(|(_, value)| value.clone()).collect();
-    assert_eq!(names, [[prefixed("colour"), prefixed("red")].concat(), [prefixed("offset"), prefixed("7")].concat()]);
+    assert_eq!(
+        names,
+        [[prefixed("colour"), prefixed("red")].concat(), [prefixed("offset"), prefixed("7")].concat()]
+    );
     let counted = || gateway.metric("headgate_reserved_names_total{transport=\"mqtt\"}");
     assert_eq!(counted(), 2.0);
     // A will is a message too.
@@ -177,9 +179,8 @@ fn a_response_topic_is_relative_to_the_key_in_both_directions() {
         assert!(all.next().is_none(), "one at most");
         first
     };
-    let asking = |topic: &str, response: &str| {
-        Message::new(topic, "x").with(&text_property(RESPONSE_TOPIC, response))
-    };
+    let asking =
+        |topic: &str, response: &str| Message::new(topic, "x").with(&text_property(RESPONSE_TOPIC, response));
     let mut both = || [response_topic(&received(&mut device)), response_topic(&received(&mut backend))];
     let some = |topic: &str| Some(topic.to_owned());
     published(&mut by_device, asking("ask", "answers/1"));

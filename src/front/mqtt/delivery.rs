@@ -267,7 +267,11 @@ impl OriginProperties {
             self.of = Some((record.datasource.to_owned(), record.received_at, record.key_id));
             self.bytes.clear();
             write::user_property(&mut self.bytes, "headgate-datasource", record.datasource);
-            write::user_property(&mut self.bytes, "headgate-received-at", &render::rfc3339_text(record.received_at));
+            write::user_property(
+                &mut self.bytes,
+                "headgate-received-at",
+                &render::rfc3339_text(record.received_at),
+            );
             write::user_property(&mut self.bytes, "headgate-key-id", &record.key_id.to_string());
         }
         to.extend_from_slice(&self.bytes);

@@ -154,13 +154,12 @@ impl Handshake<'_> {
         let client_id = self.choose_client_id()?;
         let publisher = publisher_hash(grant.datasource(), &client_id);
         let user = Arc::new(KeyClient::new(Transport::Mqtt, Some(self.peer.ip()), Some(&client_id)));
-        let who =
-            Arc::new(ClientIdentity {
-                address: self.peer.ip(),
-                client: client_id.as_str().into(),
-                user,
-                is_bridge: connect.is_bridge,
-            });
+        let who = Arc::new(ClientIdentity {
+            address: self.peer.ip(),
+            client: client_id.as_str().into(),
+            user,
+            is_bridge: connect.is_bridge,
+        });
         let will = self.check_will(&grant, &who, publisher)?;
         let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
         let (entered, EnteredClient { present, session, resumed }) =

@@ -193,8 +193,7 @@ impl LocalShareGroup {
     /// The first record that is not dealt with.
     fn cursor(&self, routed: Offset) -> Offset {
         let state = self.state();
-        let low =
-            [self.turns.first_outstanding(), state.returned.first().copied(), state.ready.first()];
+        let low = [self.turns.first_outstanding(), state.returned.first().copied(), state.ready.first()];
         let mailbox = state.feed.mailbox();
         mailbox.set_progress(state.feed.position(), true);
         low.into_iter().flatten().fold(mailbox.cursor(routed), Offset::min)

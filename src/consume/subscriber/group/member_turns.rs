@@ -41,7 +41,7 @@ struct MemberEntry {
     window: PrefetchWindow,
     /// The number of its latest service: 0 if there was none.
     served: u64,
-    lately: LatelyTaken,
+    lately: RecentTakes,
     /// `Some` if it wants records and was not woken.
     waker: Option<Waker>,
     /// So many of the next records are for it.
@@ -50,12 +50,12 @@ struct MemberEntry {
 
 /// How many records a member took lately: half of them are forgotten with each [`LATELY`].
 #[derive(Clone, Copy)]
-struct LatelyTaken {
+struct RecentTakes {
     records: usize,
     at: Instant,
 }
 
-impl LatelyTaken {
+impl RecentTakes {
     fn as_of(self, now: Instant) -> Self {
         let halvings = now.saturating_duration_since(self.at).as_millis() / LATELY.as_millis();
         let halvings = u32::try_from(halvings).unwrap_or(u32::MAX);
@@ -96,7 +96,7 @@ impl MemberTurns {
     /// Adds a member, which has nothing and wants nothing.
     pub(super) fn enter(&self, member: u64) {
         let window = PrefetchWindow::new(MEMBER_AHEAD, Instant::now());
-        let lately = LatelyTaken { records: 0, at: Instant::now() };
+        let lately = RecentTakes { records: 0, at: Instant::now() };
         let entry = MemberEntry { window, served: 0, lately, waker: None, reserved: 0 };
         self.locked().members.insert(member, entry);
     }
@@ -213,7 +213,8 @@ impl MemberTurns {
 
     fn end(&self, member: u64, offset: Offset, end: impl FnOnce(&mut PrefetchWindow, Instant)) -> bool {
         let mut table = self.locked();
-        let Some((_, taken_at)) = table.outstanding.get(&offset).copied().filter(|(of, _)| *of == member) else {
+        let Some((_, taken_at)) = table.outstanding.get(&offset).copied().filter(|(of, _)| *of == member)
+        else {
             return false;
         };
         table.outstanding.remove(&offset);
@@ -389,7 +390,7 @@ mod tests {
     #[test]
     fn what_a_member_took_is_forgotten_with_time() {
         let now = Instant::now();
-        let mut taken = LatelyTaken { records: 100, at: now };
+        let mut taken = RecentTakes { records: 100, at: now };
         for step in 1..=10 {
             taken = taken.as_of(now + step * LATELY / 2);
         }

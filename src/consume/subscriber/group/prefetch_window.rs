@@ -37,7 +37,15 @@ impl PrefetchWindow {
     pub(super) fn new(ahead: Duration, now: Instant) -> Self {
         let (record_time, alone_at) = (None, None);
         let records_max = MEMBER_WINDOW_RECORDS_START;
-        Self { ahead, records_max, outstanding: 0, record_time, alone_at, counted_since: now, acknowledged: 0 }
+        Self {
+            ahead,
+            records_max,
+            outstanding: 0,
+            record_time,
+            alone_at,
+            counted_since: now,
+            acknowledged: 0,
+        }
     }
 
     /// How many records the member has.

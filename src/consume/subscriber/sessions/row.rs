@@ -99,7 +99,8 @@ impl<'a> From<SessionRowV1<'a>> for SessionRow<'a> {
 
 impl From<StoredSessionV1> for StoredSession {
     fn from(session: StoredSessionV1) -> Self {
-        let StoredSessionV1 { uid, datasource, client_id, expiry_s, ended_at, cursor, subscriptions } = session;
+        let StoredSessionV1 { uid, datasource, client_id, expiry_s, ended_at, cursor, subscriptions } =
+            session;
         let subscriptions = subscriptions.into_iter().map(StoredSubscription::from).collect();
         Self { uid, datasource, client_id, expiry_s, ended_at, cursor, subscriptions }
     }
@@ -107,7 +108,8 @@ impl From<StoredSessionV1> for StoredSession {
 
 impl From<StoredSubscriptionV1> for StoredSubscription {
     fn from(subscription: StoredSubscriptionV1) -> Self {
-        let StoredSubscriptionV1 { filter, qos, no_local, retain_as_published, identifier, from } = subscription;
+        let StoredSubscriptionV1 { filter, qos, no_local, retain_as_published, identifier, from } =
+            subscription;
         Self { filter, qos, no_local, retain_as_published, identifier, from, metadata: false }
     }
 }

@@ -32,7 +32,8 @@ pub(super) const SESSIONS_FILE_NAME: &str = "sessions.db";
 const LATE_OPEN_LOCK_WAIT_MAX: Duration = Duration::from_millis(50);
 
 const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &["
+    migrations: &[
+        "
         CREATE TABLE sessions (
             uid        INTEGER PRIMARY KEY,
             datasource TEXT NOT NULL,
@@ -58,9 +59,11 @@ const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
             cursor     INTEGER NOT NULL,
             PRIMARY KEY (datasource, name, filter)
         ) STRICT, WITHOUT ROWID;
-    ", "
+    ",
+        "
         ALTER TABLE subscriptions ADD COLUMN metadata INTEGER NOT NULL DEFAULT 0;
-    "],
+    ",
+    ],
     is_exclusive: true,
     is_checked: true,
     ..SqliteProfile::SHARED
@@ -245,7 +248,9 @@ impl<'c> SessionStatements<'c> {
         let prepare = |sql| connection.prepare_cached(sql);
         Ok(Self {
             put: prepare("INSERT OR REPLACE INTO sessions VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?,
-            subscribe: prepare("INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?,
+            subscribe: prepare(
+                "INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            )?,
             unsubscribe: prepare("DELETE FROM subscriptions WHERE uid = ?1")?,
             remove: prepare("DELETE FROM sessions WHERE uid = ?1")?,
             move_cursor: prepare("UPDATE sessions SET cursor = ?2 WHERE uid = ?1")?,

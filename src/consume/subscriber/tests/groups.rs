@@ -28,11 +28,8 @@ struct PacedGroup {
 impl PacedGroup {
     async fn of(paces: &[MemberPace]) -> Self {
         let scene = Scene::new();
-        let groups = Arc::new(ShareGroups::local(
-            scene.router.clone(),
-            scene.log.clone(),
-            scene.shares.clone(),
-        ));
+        let groups =
+            Arc::new(ShareGroups::local(scene.router.clone(), scene.log.clone(), scene.shares.clone()));
         let key = (id("a"), "workers".into(), "#".into());
         let of = GroupSession { uid: 1, expiry_s: 0 };
         groups.join(&key, of, None).await.expect("joined");

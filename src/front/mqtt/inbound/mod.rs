@@ -341,7 +341,10 @@ impl Inbound {
             MqttPacket::Publish(publish) => return self.handle_publish(&publish, bytes_left, read),
             MqttPacket::Pingreq => read.batch.acks.push_pong(),
             MqttPacket::Subscribe(subscribe) => {
-                read.batch.request = Some(SubscriptionRequest::Subscribe(SubscribeRequest::new(&subscribe, self.who.is_bridge)));
+                read.batch.request = Some(SubscriptionRequest::Subscribe(SubscribeRequest::new(
+                    &subscribe,
+                    self.who.is_bridge,
+                )));
             }
             MqttPacket::Unsubscribe(unsubscribe) => {
                 read.batch.request = Some(SubscriptionRequest::from(&unsubscribe))

@@ -14,7 +14,9 @@ use tracing::warn;
 use super::super::ShareDelivery;
 use super::super::prefetch_window::PrefetchWindow;
 use super::ClusterShareGroup;
-use crate::log::{Batch, DeliveredRecord, RecordPlace, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
+use crate::log::{
+    Batch, DeliveredRecord, RecordPlace, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords,
+};
 use crate::message::Offset;
 use crate::trouble::TroubleCell;
 

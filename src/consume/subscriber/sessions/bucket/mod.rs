@@ -127,7 +127,8 @@ impl SessionLookup {
         if session.ended_at.is_none() {
             // Its node ended without writing the cell, so the newest cursor is in the node's page.
             let page = self.0.get(&page_key(&owner, page_of_uid(session.uid))).await?;
-            let moved: Vec<CursorMove> = page.value.and_then(|value| decode_cursors(&value)).unwrap_or_default();
+            let moved: Vec<CursorMove> =
+                page.value.and_then(|value| decode_cursors(&value)).unwrap_or_default();
             let same = |moved: &&CursorMove| moved.uid == session.uid && moved.revision == revision;
             session.cursor = moved.iter().find(same).map_or(session.cursor, |moved| moved.cursor);
         }
