@@ -158,7 +158,13 @@ impl MemberTurns {
             }
         }
         let Some(entry) = table.members.get_mut(&member) else { return (0, woken) };
-        (entry.reserved.min(records).min(records_max).min(entry.window.room(now)), woken)
+        let own = entry.reserved.min(records).min(records_max).min(entry.window.room(now));
+        if own == 0 && entry.reserved > 0 {
+            // Its window has just become smaller. It asks again when it has acknowledged some.
+            (entry.reserved, entry.waker) = (0, None);
+            woken.extend(table.wake_next());
+        }
+        (own, woken)
     }
 
     /// The member has taken records.
