@@ -1,19 +1,13 @@
 //! Groups (`$share/{group}/{filter}`): each member gets as much as it deals with, one that hangs keeps a few, and
 //! what it had goes to others when it is gone.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::common::wire::{
-    Message, Next, PUBACK, PUBLISH, SUBACK, Version::V5, Wire, ack, publish, subscribe_with,
-};
-use crate::common::{Gateway, PATIENCE, Source, scratch, wait_for};
-
-const FILTER: &str = "$share/workers/#";
-/// What a member that hangs may keep from the others.
-const FEW: usize = 16;
+use crate::common::members::{FEW, member, publish_burst, shared_out};
+use crate::common::wire::{Message, Next, PUBACK, PUBLISH, Version::V5, Wire, ack, publish};
+use crate::common::{Gateway, Source, scratch, wait_for};
 
 fn scene() -> (tempfile::TempDir, Gateway, Source) {
     let dir = scratch();
@@ -25,71 +19,15 @@ fn scene() -> (tempfile::TempDir, Gateway, Source) {
     (dir, gateway, source)
 }
 
-fn member(gateway: &Gateway, source: &Source, qos: u8) -> Wire {
-    let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
-    wire.send(&subscribe_with(V5, 1, &[(FILTER, qos)], &[]));
-    assert_eq!(wire.packet(SUBACK).codes(V5), [qos]);
-    wire
-}
-
-/// Publishes numbered messages, as fast as they are taken.
-fn publish_burst(gateway: &Gateway, source: &Source, qos: u8, messages: usize) {
-    let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
-    for n in 0..messages {
-        let packet_id = u16::try_from(n % 1_000 + 1).expect("small");
-        wire.send(&match qos {
-            0 => Message::new("a", n.to_string()).packet(V5),
-            _ => publish(V5, packet_id, "a", n.to_string().as_bytes()),
-        });
-        if qos == 1 && packet_id == 1_000 {
-            (0..1_000).for_each(|_| _ = wire.packet(PUBACK));
-        }
-    }
-    if qos == 1 {
-        (0..messages % 1_000).for_each(|_| _ = wire.packet(PUBACK));
-    }
-}
-
-/// Takes messages, each for so long, until all members have had so many.
-fn work(mut wire: Wire, each: Duration, all: &AtomicUsize, until: usize) -> Vec<usize> {
-    let mut taken = Vec::new();
-    let deadline = Instant::now() + 2 * PATIENCE;
-    while all.load(Ordering::Acquire) < until {
-        assert!(Instant::now() < deadline, "{} of {until}", all.load(Ordering::Acquire));
-        let Next::Packet(frame) = wire.next_within(Duration::from_millis(20)) else { continue };
-        let message = Message::read(V5, &frame);
-        // A time that this client needs.
-        std::thread::sleep(each);
-        taken.push(String::from_utf8_lossy(&message.payload).parse().expect("a number"));
-        all.fetch_add(1, Ordering::AcqRel);
-        if message.qos == 1 {
-            wire.send(&ack(PUBACK, message.packet_id));
-        }
-    }
-    taken
-}
-
-/// What members get that need so long for each message, until they have `until` of them.
-fn shared_out(members: Vec<(Wire, Duration)>, until: usize, publish: impl FnOnce()) -> Vec<Vec<usize>> {
-    let all = &AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        let members = members.into_iter();
-        let working: Vec<_> =
-            members.map(|(wire, each)| scope.spawn(move || work(wire, each, all, until))).collect();
-        publish();
-        working.into_iter().map(|member| member.join().expect("a member")).collect()
-    })
-}
-
 /// The whole burst went to one member.
 #[test]
 fn a_burst_is_shared_evenly() {
     let (_dir, gateway, source) = scene();
     for (published, subscribed) in [(1, 1), (0, 1), (1, 0), (0, 0)] {
         // With a millisecond for each message, what else the machine does is the same for all members.
-        let members = (0..4).map(|_| (member(&gateway, &source, subscribed), Duration::from_millis(1)));
+        let members = (0..4).map(|_| (member(&gateway, &source.key, subscribed), Duration::from_millis(1)));
         let taken =
-            shared_out(members.collect(), 1_000, || publish_burst(&gateway, &source, published, 1_000));
+            shared_out(members.collect(), 1_000, || publish_burst(&gateway, &source.key, published, 1_000));
         let counts: Vec<usize> = taken.iter().map(Vec::len).collect();
         assert!(
             counts.iter().all(|count| (200..=300).contains(count)),
@@ -106,9 +44,9 @@ fn a_burst_is_shared_evenly() {
 fn a_slow_member_gets_what_it_deals_with_and_no_other_idles() {
     let (_dir, gateway, source) = scene();
     let slow = Duration::from_millis(30);
-    let members = [Duration::from_millis(3), slow].map(|each| (member(&gateway, &source, 1), each));
+    let members = [Duration::from_millis(3), slow].map(|each| (member(&gateway, &source.key, 1), each));
     let began = Instant::now();
-    let taken = shared_out(members.into(), 600, || publish_burst(&gateway, &source, 1, 600));
+    let taken = shared_out(members.into(), 600, || publish_burst(&gateway, &source.key, 1, 600));
     let counts: Vec<usize> = taken.iter().map(Vec::len).collect();
     // As many as it deals with in that time, and what it has in hand: a tenth of the other's on an idle machine.
     let at_most = usize::try_from(began.elapsed().as_millis() / slow.as_millis()).expect("few") + FEW;
@@ -121,19 +59,19 @@ fn a_slow_member_gets_what_it_deals_with_and_no_other_idles() {
 fn a_member_that_hangs_keeps_a_few_and_leaves_them_to_the_others() {
     let (_dir, gateway, source) = scene();
     for subscribed in [1, 0] {
-        let hung = member(&gateway, &source, subscribed);
-        let members = (0..2).map(|_| (member(&gateway, &source, subscribed), Duration::ZERO));
+        let hung = member(&gateway, &source.key, subscribed);
+        let members = (0..2).map(|_| (member(&gateway, &source.key, subscribed), Duration::ZERO));
         let until = if subscribed == 1 { 1_000 - FEW } else { 600 };
-        let taken = shared_out(members.collect(), until, || publish_burst(&gateway, &source, 1, 1_000));
+        let taken = shared_out(members.collect(), until, || publish_burst(&gateway, &source.key, 1, 1_000));
         assert!(taken.concat().len() >= until);
         drop(hung);
         wait_for("the members to have left", || {
             (gateway.metric("headgate_mqtt_connections") == 0.0).then_some(())
         });
     }
-    let hung = member(&gateway, &source, 1);
-    let mut healthy = member(&gateway, &source, 1);
-    publish_burst(&gateway, &source, 1, 100);
+    let hung = member(&gateway, &source.key, 1);
+    let mut healthy = member(&gateway, &source.key, 1);
+    publish_burst(&gateway, &source.key, 1, 100);
     let mut taken = Vec::new();
     let mut take = |taken: &mut Vec<usize>| {
         let message = Message::read(V5, &healthy.packet(PUBLISH));
@@ -156,8 +94,8 @@ fn a_member_that_hangs_keeps_a_few_and_leaves_them_to_the_others() {
 fn a_member_that_does_not_read_keeps_what_its_socket_holds() {
     const MESSAGES: usize = 400;
     let (_dir, gateway, source) = scene();
-    let hung = member(&gateway, &source, 0);
-    let mut healthy = member(&gateway, &source, 0);
+    let hung = member(&gateway, &source.key, 0);
+    let mut healthy = member(&gateway, &source.key, 0);
     let payload = vec![b'x'; 100_000];
     let mut publisher = Wire::login(gateway.mqtt, V5, &source.key);
     let mut taken = 0;

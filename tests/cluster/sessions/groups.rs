@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::{Cluster, SILENCE, connected, next_message, number, published, received, staying, subscribed};
+use crate::common::members::{self, FEW, publish_burst, shared_out};
 use crate::common::nats::nats_py;
 use crate::common::wire::{
     Connect, DISCONNECT, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBLISH, SESSION_EXPIRY, SUBACK, UNSUBACK,
@@ -79,6 +80,26 @@ fn a_record_goes_to_one_member_wherever_its_members_are() {
         assert_eq!(received(&mut wire, V5), n);
     }
     assert_eq!(wire.next_within(SILENCE), Next::Silent);
+}
+
+#[test]
+fn a_burst_is_shared_evenly_between_gateways_and_who_hangs_keeps_a_few() {
+    let (cluster, a, b) = Cluster::two();
+    let workers = |each: u64| {
+        let at = [&a, &b, &a, &b].map(|gateway| members::member(gateway, &cluster.key, 1));
+        at.into_iter().map(|wire| (wire, Duration::from_millis(each))).collect::<Vec<_>>()
+    };
+    let taken = shared_out(workers(2), 1_000, || publish_burst(&a, &cluster.key, 1, 1_000));
+    let counts: Vec<usize> = taken.iter().map(Vec::len).collect();
+    assert!(counts.iter().all(|count| (200..=300).contains(count)), "{counts:?}");
+    let mut all = taken.concat();
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all.len(), 1_000);
+    let hung = members::member(&b, &cluster.key, 1);
+    let all = shared_out(workers(0), 1_000 - FEW, || publish_burst(&b, &cluster.key, 1, 1_000)).concat();
+    assert!(all.len() >= 1_000 - FEW, "{}", all.len());
+    drop(hung);
 }
 
 #[test]
