@@ -19,6 +19,12 @@ fn scene() -> (tempfile::TempDir, Gateway, Source) {
     (dir, gateway, source)
 }
 
+/// Waits until all members have left.
+fn left(gateway: &Gateway) {
+    let connections = || gateway.metric("headgate_mqtt_connections");
+    wait_for("the members to have left", || (connections() == 0.0).then_some(()));
+}
+
 /// The whole burst went to one member.
 #[test]
 fn a_burst_is_shared_evenly() {
@@ -36,6 +42,7 @@ fn a_burst_is_shared_evenly() {
         let mut all = taken.concat();
         all.sort_unstable();
         assert_eq!(all, (0..1_000).collect::<Vec<_>>(), "each once");
+        left(&gateway);
     }
 }
 
@@ -65,9 +72,7 @@ fn a_member_that_hangs_keeps_a_few_and_leaves_them_to_the_others() {
         let taken = shared_out(members.collect(), until, || publish_burst(&gateway, &source.key, 1, 1_000));
         assert!(taken.concat().len() >= until);
         drop(hung);
-        wait_for("the members to have left", || {
-            (gateway.metric("headgate_mqtt_connections") == 0.0).then_some(())
-        });
+        left(&gateway);
     }
     let hung = member(&gateway, &source.key, 1);
     let mut healthy = member(&gateway, &source.key, 1);
