@@ -54,17 +54,10 @@ fn taken_all(wire: &mut Wire, wanted: impl IntoIterator<Item = usize>, within: D
 #[test]
 fn a_record_goes_to_one_member_wherever_its_members_are() {
     let (cluster, a, b) = Cluster::two();
-    let mut members = [member(&a, &cluster), member(&b, &cluster), member(&b, &cluster)];
-    let mut publisher = Wire::login(a.mqtt, V311, &cluster.key);
-    published(&mut publisher, 0..300);
-    let mut each = [const { Vec::new() }; 3];
-    wait_for("all to come", || {
-        for (member, each) in members.iter_mut().zip(&mut each) {
-            each.extend(taken(member));
-        }
-        (each.iter().map(Vec::len).sum::<usize>() >= 300).then_some(())
-    });
-    assert!(each.iter().all(|each| each.len() > 20), "{:?}", each.each_ref().map(Vec::len));
+    let at =
+        [&a, &b, &b].map(|gateway| (members::member(gateway, &cluster.key, 1), Duration::from_millis(1)));
+    let each = shared_out(at.into(), 300, || publish_burst(&a, &cluster.key, 1, 300));
+    assert!(each.iter().all(|each| each.len() > 20), "{:?}", each.iter().map(Vec::len).collect::<Vec<_>>());
     let mut all = each.concat();
     all.sort_unstable();
     assert_eq!(all, (0..300).collect::<Vec<_>>(), "each once");

@@ -1,8 +1,8 @@
 //! The turns of a group's members: who has which records, who waits for more, and who gets the next ones.
 //!
-//! Each record is for the member that has most room of those that wait, in quarters of its window. Of members that
-//! have the same, it is for the one that had fewest lately, and then for the one that was served longest ago: so those
-//! that others were ahead of in a burst catch up with them. Members that something is for are woken, and it is reserved for them until they
+//! Each record is for a member that has none, if there is one that has room, and otherwise for any that has room. Of
+//! these it is for the one that had fewest lately, and then for the one that was served longest ago: so those that
+//! others were ahead of in a burst catch up with them. Members that something is for are woken, and it is reserved for them until they
 //! have come and have no room for more: so one whose task happens to run does not take what is for others.
 //!
 //! How many a member takes is up to its [window](PrefetchWindow). What is reserved may be more than that: some
@@ -21,6 +21,9 @@ use crate::message::Offset;
 
 /// How long the records of a full window last at least: their client and its connection work through them together.
 const MEMBER_AHEAD: Duration = Duration::from_millis(4);
+/// How long what is reserved for a member that was woken waits for it: far longer than a task waits for its turn on
+/// a machine that is not overloaded.
+const RESERVATION_WAIT_MAX: Duration = Duration::from_millis(20);
 /// After so long, what a member had counts half.
 const LATELY: Duration = Duration::from_millis(100);
 
@@ -46,6 +49,8 @@ struct MemberEntry {
     waker: Option<Waker>,
     /// So many of the next records are for it.
     reserved: usize,
+    /// Since when some are.
+    reserved_at: Instant,
 }
 
 /// How many records a member took lately: half of them are forgotten with each [`LATELY`].
@@ -69,9 +74,8 @@ impl RecentTakes {
 /// A member that may get records now.
 struct ShareCandidate {
     member: u64,
-    /// How many records it has, and how many make a quarter of its window full.
+    /// How many records it has, with those that are reserved for it.
     has: usize,
-    quarter: usize,
     /// How many more may be for it.
     room: usize,
     lately: usize,
@@ -80,11 +84,11 @@ struct ShareCandidate {
 }
 
 /// Who the next record is for: the least of these.
-type CandidateRank = (usize, usize, u64, usize);
+type CandidateRank = (bool, usize, u64, usize);
 
 impl ShareCandidate {
     fn rank(&self, at: usize) -> CandidateRank {
-        ((self.has + self.share) / self.quarter, self.lately + self.share, self.served, at)
+        (self.has + self.share > 0, self.lately + self.share, self.served, at)
     }
 }
 
@@ -96,8 +100,9 @@ impl MemberTurns {
     /// Adds a member, which has nothing and wants nothing.
     pub(super) fn enter(&self, member: u64) {
         let window = PrefetchWindow::new(MEMBER_AHEAD, Instant::now());
-        let lately = RecentTakes { records: 0, at: Instant::now() };
-        let entry = MemberEntry { window, served: 0, lately, waker: None, reserved: 0 };
+        let now = Instant::now();
+        let lately = RecentTakes { records: 0, at: now };
+        let entry = MemberEntry { window, served: 0, lately, waker: None, reserved: 0, reserved_at: now };
         self.locked().members.insert(member, entry);
     }
 
@@ -135,14 +140,17 @@ impl MemberTurns {
     pub(super) fn share_out(&self, member: u64, records: usize, records_max: usize) -> (usize, Vec<Waker>) {
         let now = Instant::now();
         let mut table = self.locked();
+        let mut others_expected = 0;
+        for (id, entry) in &mut table.members {
+            others_expected += usize::from(*id != member && entry.is_expected(now));
+        }
         let reserved: usize = table.members.values().map(|entry| entry.reserved).sum();
-        let others_wait = table.members.iter().any(|(id, entry)| *id != member && entry.waits());
         let mut candidates = Vec::new();
         for (id, entry) in &mut table.members {
             let room = match entry.window.room(now) {
                 // Alone, it is given what it takes now, so that nothing is kept from those that come soon.
-                room if *id == member && !others_wait => room.saturating_sub(entry.reserved),
-                1.. if *id == member || entry.waits() => usize::MAX,
+                room if *id == member && others_expected == 0 => room.saturating_sub(entry.reserved),
+                1.. if *id == member || entry.is_expected(now) => usize::MAX,
                 _ => 0,
             };
             if room > 0 {
@@ -153,7 +161,7 @@ impl MemberTurns {
         let mut woken = Vec::new();
         for ShareCandidate { member: of, share, .. } in candidates.into_iter().filter(|of| of.share > 0) {
             if let Some(entry) = table.members.get_mut(&of) {
-                entry.reserved += share;
+                entry.reserve(share, now);
                 woken.extend(entry.waker.take_if(|_| of != member));
             }
         }
@@ -181,7 +189,7 @@ impl MemberTurns {
             entry.lately = entry.lately.as_of(now);
             entry.lately.records += taken;
             (entry.served, entry.waker) = (served, None);
-            entry.reserved = entry.reserved.saturating_sub(taken);
+            (entry.reserved, entry.reserved_at) = (entry.reserved.saturating_sub(taken), now);
         }
     }
 
@@ -249,12 +257,29 @@ impl MemberTable {
         let now = Instant::now();
         let waiting = self.members.values_mut().filter(|entry| entry.waker.is_some());
         let next = waiting.min_by_key(|entry| (entry.reserved > 0, entry.candidate(0, now).rank(0)))?;
-        next.reserved = next.reserved.max(1);
+        if next.reserved == 0 {
+            next.reserve(1, now);
+        }
         next.waker.take()
     }
 }
 
 impl MemberEntry {
+    fn reserve(&mut self, records: usize, now: Instant) {
+        if self.reserved == 0 {
+            self.reserved_at = now;
+        }
+        self.reserved += records;
+    }
+
+    /// Whether it waits, or something is reserved for it and it will come. One that does not come for long loses that.
+    fn is_expected(&mut self, now: Instant) -> bool {
+        if self.waker.is_none() && now.saturating_duration_since(self.reserved_at) > RESERVATION_WAIT_MAX {
+            self.reserved = 0;
+        }
+        self.waker.is_some() || self.reserved > 0
+    }
+
     /// Whether it wants records, and none are reserved for it.
     fn waits(&self) -> bool {
         self.waker.is_some() && self.reserved == 0
@@ -262,8 +287,8 @@ impl MemberEntry {
 
     fn candidate(&self, member: u64, now: Instant) -> ShareCandidate {
         let has = self.window.outstanding() + self.reserved;
-        let (quarter, lately) = (self.window.records_max().div_ceil(4), self.lately.as_of(now).records);
-        ShareCandidate { member, has, quarter, room: 0, lately, served: self.served, share: 0 }
+        let lately = self.lately.as_of(now).records + self.reserved;
+        ShareCandidate { member, has, room: 0, lately, served: self.served, share: 0 }
     }
 }
 
@@ -291,7 +316,7 @@ mod tests {
     use crate::limits::MEMBER_WINDOW_RECORDS_START;
 
     fn candidate(has: usize, room: usize, served: u64) -> ShareCandidate {
-        ShareCandidate { member: served, has, quarter: 2, room, lately: 0, served, share: 0 }
+        ShareCandidate { member: served, has, room, lately: 0, served, share: 0 }
     }
 
     fn shares(mut candidates: Vec<ShareCandidate>, records: usize) -> Vec<usize> {
@@ -300,13 +325,13 @@ mod tests {
     }
 
     #[test]
-    fn each_record_is_for_who_has_most_room_and_round_robin_among_equals() {
+    fn each_record_is_for_who_has_none_and_round_robin_among_equals() {
         let equals = || (0..4).map(|served| candidate(0, 100, served)).collect::<Vec<_>>();
         assert_eq!(shares(equals(), 8), [2, 2, 2, 2]);
         assert_eq!(shares(equals(), 6), [2, 2, 1, 1], "whoever was served longest ago is first");
-        assert_eq!(shares(vec![candidate(7, 3, 1), candidate(0, 10, 2)], 9), [1, 8]);
-        let ahead = ShareCandidate { lately: 100, ..candidate(1, 100, 1) };
-        assert_eq!(shares(vec![ahead, candidate(1, 100, 2)], 4), [1, 3], "who is behind catches up");
+        assert_eq!(shares(vec![candidate(7, 3, 1), candidate(0, 10, 2)], 1), [0, 1], "none idles");
+        let ahead = ShareCandidate { lately: 3, ..candidate(1, 100, 1) };
+        assert_eq!(shares(vec![ahead, candidate(1, 100, 2)], 4), [0, 4], "who is behind catches up");
         assert_eq!(shares(vec![candidate(0, 2, 1), candidate(0, 10, 2)], 9), [2, 7], "no more than has room");
         assert_eq!(shares(vec![candidate(0, 2, 1), candidate(0, 3, 2)], 9), [2, 3]);
         assert_eq!(shares(vec![candidate(0, 5, 1)], 9), [5]);

@@ -53,11 +53,6 @@ impl PrefetchWindow {
         self.outstanding
     }
 
-    /// How many it may have.
-    pub(super) fn records_max(&self) -> usize {
-        self.records_max
-    }
-
     /// How many more it may have.
     pub(super) fn room(&mut self, now: Instant) -> usize {
         let elapsed = now.saturating_duration_since(self.counted_since);
