@@ -58,6 +58,7 @@ fn a_record_goes_to_one_member_wherever_its_members_are() {
         [&a, &b, &b].map(|gateway| (members::member(gateway, &cluster.key, 1), Duration::from_millis(1)));
     let each = shared_out(at.into(), 300, || publish_burst(&a, &cluster.key, 1, 300));
     assert!(each.iter().all(|each| each.len() > 20), "{:?}", each.iter().map(Vec::len).collect::<Vec<_>>());
+    let _stays = member(&b, &cluster);
     let mut all = each.concat();
     all.sort_unstable();
     assert_eq!(all, (0..300).collect::<Vec<_>>(), "each once");
