@@ -20,16 +20,24 @@ use super::prefetch_window::PrefetchWindow;
 use crate::message::Offset;
 
 /// How long the records of a full window last at least: their client and its connection work through them together.
-const MEMBER_AHEAD: Duration = Duration::from_millis(4);
+const MEMBER_AHEAD: Duration = Duration::from_millis(2);
 /// How long what is reserved for a member that was woken waits for it: far longer than a task waits for its turn on
 /// a machine that is not overloaded.
-const RESERVATION_WAIT_MAX: Duration = Duration::from_millis(20);
+const RESERVATION_WAIT_MAX: Duration = Duration::from_millis(100);
 /// After so long, what a member had counts half.
 const LATELY: Duration = Duration::from_millis(100);
 
 /// The members of one group. Locked after the group's state, and never while a task is woken.
-#[derive(Default)]
-pub(super) struct MemberTurns(Mutex<MemberTable>);
+pub(super) struct MemberTurns {
+    table: Mutex<MemberTable>,
+    reservation_wait_max: Duration,
+}
+
+impl Default for MemberTurns {
+    fn default() -> Self {
+        Self { table: Mutex::default(), reservation_wait_max: RESERVATION_WAIT_MAX }
+    }
+}
 
 #[derive(Default)]
 struct MemberTable {
@@ -94,7 +102,7 @@ impl ShareCandidate {
 
 impl MemberTurns {
     fn locked(&self) -> MutexGuard<'_, MemberTable> {
-        self.0.lock()
+        self.table.lock()
     }
 
     /// Adds a member, which has nothing and wants nothing.
@@ -142,7 +150,8 @@ impl MemberTurns {
         let mut table = self.locked();
         let mut others_expected = 0;
         for (id, entry) in &mut table.members {
-            others_expected += usize::from(*id != member && entry.is_expected(now));
+            entry.expire_reservation(now, self.reservation_wait_max);
+            others_expected += usize::from(*id != member && entry.is_expected());
         }
         let reserved: usize = table.members.values().map(|entry| entry.reserved).sum();
         let mut candidates = Vec::new();
@@ -150,7 +159,7 @@ impl MemberTurns {
             let room = match entry.window.room(now) {
                 // Alone, it is given what it takes now, so that nothing is kept from those that come soon.
                 room if *id == member && others_expected == 0 => room.saturating_sub(entry.reserved),
-                1.. if *id == member || entry.is_expected(now) => usize::MAX,
+                1.. if *id == member || entry.is_expected() => usize::MAX,
                 _ => 0,
             };
             if room > 0 {
@@ -272,11 +281,15 @@ impl MemberEntry {
         self.reserved += records;
     }
 
-    /// Whether it waits, or something is reserved for it and it will come. One that does not come for long loses that.
-    fn is_expected(&mut self, now: Instant) -> bool {
-        if self.waker.is_none() && now.saturating_duration_since(self.reserved_at) > RESERVATION_WAIT_MAX {
+    /// Takes what is reserved for it away if it was woken for it so long ago.
+    fn expire_reservation(&mut self, now: Instant, wait_max: Duration) {
+        if self.waker.is_none() && now.saturating_duration_since(self.reserved_at) > wait_max {
             self.reserved = 0;
         }
+    }
+
+    /// Whether it waits, or something is reserved for it and it will come.
+    fn is_expected(&self) -> bool {
         self.waker.is_some() || self.reserved > 0
     }
 
@@ -315,6 +328,11 @@ mod tests {
     use super::*;
     use crate::limits::MEMBER_WINDOW_RECORDS_START;
 
+    /// Turns whose members may take their time.
+    fn turns() -> MemberTurns {
+        MemberTurns { reservation_wait_max: Duration::MAX, ..MemberTurns::default() }
+    }
+
     fn candidate(has: usize, room: usize, served: u64) -> ShareCandidate {
         ShareCandidate { member: served, has, room, lately: 0, served, share: 0 }
     }
@@ -331,7 +349,7 @@ mod tests {
         assert_eq!(shares(equals(), 6), [2, 2, 1, 1], "whoever was served longest ago is first");
         assert_eq!(shares(vec![candidate(7, 3, 1), candidate(0, 10, 2)], 1), [0, 1], "none idles");
         let ahead = ShareCandidate { lately: 3, ..candidate(1, 100, 1) };
-        assert_eq!(shares(vec![ahead, candidate(1, 100, 2)], 4), [0, 4], "who is behind catches up");
+        assert_eq!(shares(vec![ahead, candidate(1, 100, 2)], 4), [1, 3], "who is behind catches up");
         assert_eq!(shares(vec![candidate(0, 2, 1), candidate(0, 10, 2)], 9), [2, 7], "no more than has room");
         assert_eq!(shares(vec![candidate(0, 2, 1), candidate(0, 3, 2)], 9), [2, 3]);
         assert_eq!(shares(vec![candidate(0, 5, 1)], 9), [5]);
@@ -353,7 +371,7 @@ mod tests {
 
     #[test]
     fn what_is_for_others_stays_theirs_until_they_come_or_pass() {
-        let turns = MemberTurns::default();
+        let turns = turns();
         [1, 2, 3].into_iter().for_each(|member| turns.enter(member));
         [1, 2, 3].into_iter().for_each(|member| assert!(turns.ask(member, Waker::noop())));
         let mut records = 0..6;
@@ -375,7 +393,7 @@ mod tests {
         }
         let wakes = Arc::new(CountedWakes(0.into()));
         let waker = Waker::from(wakes.clone());
-        let turns = MemberTurns::default();
+        let turns = turns();
         turns.enter(1);
         for expected in 1..4 {
             assert!(turns.ask(1, &waker));
@@ -395,7 +413,7 @@ mod tests {
     /// the others ran.
     #[test]
     fn who_acknowledges_at_once_waits_for_the_others_and_who_is_full_does_not_hold_anything_up() {
-        let turns = MemberTurns::default();
+        let turns = turns();
         [1, 2, 3, 4].into_iter().for_each(|member| turns.enter(member));
         [1, 2, 3, 4].into_iter().for_each(|member| assert!(turns.ask(member, Waker::noop())));
         let mut records = 0..1000;
@@ -431,7 +449,7 @@ mod tests {
 
     #[test]
     fn a_record_is_acknowledged_by_who_has_it_and_goes_back_with_it() {
-        let turns = MemberTurns::default();
+        let turns = turns();
         [1, 2].into_iter().for_each(|member| turns.enter(member));
         turns.take(1, [5, 6, 7].into_iter());
         turns.acknowledge(2, 5);

@@ -3,8 +3,8 @@
 //! few from the others.
 //!
 //! The window is twice what the client acknowledged in the time that it takes for a record, and in
-//! [`PrefetchWindow::ahead`] at least. Twice, so that it grows: a window that limits its client doubles with each
-//! round. The time for a record is that of one that found the client without any; others wait behind
+//! [`PrefetchWindow::ahead`] at least. Twice, so that it grows: a window that limits its client grows by a quarter with
+//! each round, no faster, so that of members that begin together none is far ahead of the others. The time for a record is that of one that found the client without any; others wait behind
 //! their predecessors.
 
 use std::time::{Duration, Instant};
@@ -97,15 +97,15 @@ impl PrefetchWindow {
         self.record_time.map_or(FIRST_ACK_WAIT_MAX, |time| (time + time / 4).max(self.ahead))
     }
 
-    /// Makes the window fit what was acknowledged since the last time. It grows to twice itself at most, and shrinks
-    /// half the way.
+    /// Makes the window fit what was acknowledged since the last time. It grows by a quarter at most, and shrinks half
+    /// the way.
     fn adapt(&mut self, now: Instant) {
         let span = self.record_time.unwrap_or_default().max(self.ahead);
         let elapsed = now.saturating_duration_since(self.counted_since).as_nanos().max(1);
         let fitting = 2 * self.acknowledged as u128 * span.as_nanos() / elapsed;
         let fitting = usize::try_from(fitting).unwrap_or(usize::MAX);
         let changed = match fitting >= self.records_max {
-            true => fitting.min(2 * self.records_max),
+            true => fitting.min(self.records_max + self.records_max.div_ceil(4)),
             false => usize::midpoint(self.records_max, fitting),
         };
         self.records_max = changed.clamp(MEMBER_WINDOW_RECORDS_MIN, MEMBER_WINDOW_RECORDS_MAX);
