@@ -5,5 +5,8 @@ mod credentials;
 pub mod http;
 pub mod mqtt;
 pub mod nats;
+mod peer_stream;
 mod problem;
+pub mod proxied;
 mod reserved_names;
+pub mod tls;

@@ -11,6 +11,7 @@ mod groups;
 mod memory;
 mod metadata;
 mod once;
+mod proxied;
 mod subscribe;
 mod tenants;
 mod tls;
