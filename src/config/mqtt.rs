@@ -27,6 +27,9 @@ pub struct MqttConfig {
     pub connect_ms_max: u64,
     /// The longest that a session may outlive its connection, in seconds.
     pub session_expiry_s_max: u32,
+    /// How long a subscriber may neither take nor acknowledge anything before it is said to stand still, in
+    /// milliseconds.
+    pub still_ms: u64,
     /// The longest keep-alive, in seconds; an MQTT 5 client that asks for more, or for none, is
     /// told this one.
     pub keep_alive_s_max: u16,
@@ -59,6 +62,7 @@ impl Default for MqttConfig {
             receive_maximum: limits::MQTT_RECEIVE_MAXIMUM,
             connect_ms_max: 10_000,
             session_expiry_s_max: 7 * 24 * 3_600,
+            still_ms: 30_000,
             keep_alive_s_max: 3_600,
             subscriptions_per_session_max: limits::MQTT_SUBSCRIPTIONS_MAX,
             metadata: MetadataPolicy::OnRequest,

@@ -87,7 +87,7 @@ pub const MQTT_TOPIC_ALIAS_MAXIMUM: u16 = 32;
 pub const WEBSOCKET_FRAME_BYTES_MAX: usize = u16::MAX as usize;
 /// Topic aliases that the gateway sets for an MQTT 5 client at most.
 pub const MQTT_TOPIC_ALIASES_SENT_MAX: u16 = 64;
-/// Unacknowledged QoS 1 messages to one subscriber.
+/// Messages in flight to one subscriber: at QoS 1 until the PUBACK, at QoS 2 until the PUBCOMP.
 pub const MQTT_FLIGHTS_MAX: usize = 4096;
 /// Default: subscriptions of one session.
 pub const MQTT_SUBSCRIPTIONS_MAX: usize = 1024;

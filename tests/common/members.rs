@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::wire::{Message, Next, PUBACK, SUBACK, Version::V5, Wire, ack, publish, subscribe_with};
+use super::wire::{
+    Message, Next, PUBACK, PUBCOMP, PUBREC, PUBREL, SUBACK, Version::V5, Wire, ack, publish, subscribe_with,
+};
 use super::{Gateway, PATIENCE};
 
 /// What a member that hangs may keep from the others.
@@ -24,6 +26,7 @@ pub fn publish_burst(gateway: &Gateway, key: &str, qos: u8, messages: usize) {
         let packet_id = u16::try_from(n % 1_000 + 1).expect("small");
         wire.send(&match qos {
             0 => Message::new("a", n.to_string()).packet(V5),
+            2 => Message::new("a", n.to_string()).at(2, packet_id).packet(V5),
             _ => publish(V5, packet_id, "a", n.to_string().as_bytes()),
         });
         if qos == 1 && packet_id == 1_000 {
@@ -32,6 +35,12 @@ pub fn publish_burst(gateway: &Gateway, key: &str, qos: u8, messages: usize) {
     }
     if qos == 1 {
         (0..messages % 1_000).for_each(|_| _ = wire.packet(PUBACK));
+    }
+    if qos == 2 {
+        assert!(messages <= 1_000, "as many as may be in flight");
+        let received: Vec<u16> = (0..messages).map(|_| wire.packet(PUBREC).packet_id()).collect();
+        received.into_iter().for_each(|packet_id| wire.send(&ack(PUBREL, packet_id)));
+        (0..messages).for_each(|_| _ = wire.packet(PUBCOMP));
     }
 }
 
@@ -42,13 +51,19 @@ fn work(mut wire: Wire, each: Duration, all: &AtomicUsize, until: usize) -> Vec<
     while all.load(Ordering::Acquire) < until {
         assert!(Instant::now() < deadline, "{} of {until}", all.load(Ordering::Acquire));
         let Next::Packet(frame) = wire.next_within(Duration::from_millis(20)) else { continue };
+        if frame.kind() == PUBREL {
+            wire.send(&ack(PUBCOMP, frame.packet_id()));
+            continue;
+        }
         let message = Message::read(V5, &frame);
         // A time that this client needs.
         std::thread::sleep(each);
         taken.push(String::from_utf8_lossy(&message.payload).parse().expect("a number"));
         all.fetch_add(1, Ordering::AcqRel);
-        if message.qos == 1 {
-            wire.send(&ack(PUBACK, message.packet_id));
+        match message.qos {
+            0 => {}
+            1 => wire.send(&ack(PUBACK, message.packet_id)),
+            _ => wire.send(&ack(PUBREC, message.packet_id)),
         }
     }
     taken

@@ -35,7 +35,7 @@ pub use group::{
     ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
     batches_weight,
 };
-pub use mailbox::Mailbox;
+pub use mailbox::{Mailbox, SubscriberProgress};
 pub use matched::MatchedRecords;
 pub use router::Router;
 pub use session_ends::SessionEnds;

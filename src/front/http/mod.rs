@@ -35,6 +35,7 @@ mod request_clock;
 mod request_form;
 mod schema;
 mod server;
+mod sessions;
 mod socket;
 mod waiting;
 mod websocket;
@@ -348,6 +349,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(post.clone(), "/v1/leaks", leaks::report),

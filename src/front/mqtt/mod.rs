@@ -56,7 +56,7 @@ use crate::front::proxied::{ProxyHeaderError, ProxyTrust, peek_proxy_header, rea
 use crate::front::tls::Tls;
 use crate::intake::Intake;
 use crate::limits::TLS_HANDSHAKE_BYTES;
-use crate::message::Transport;
+use crate::message::{DatasourceId, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 use handshake::report_refused_connection;
@@ -65,6 +65,7 @@ use stream::ClientStream;
 use websocket::WebSocket;
 
 pub use sessions::claims::ClientClaims;
+pub use sessions::standing::SessionStanding;
 
 /// The state that all connections share.
 pub(super) struct MqttFront {
@@ -99,7 +100,9 @@ impl Acceptor {
         drain: CancellationToken,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS)));
-        let sessions = Arc::new(Sessions::new(subscribers.clone(), intake.clone(), stored, claims));
+        let still_after = Duration::from_millis(config.still_ms);
+        let sessions = Sessions::new(subscribers.clone(), intake.clone(), stored, claims, still_after);
+        let sessions = Arc::new(sessions);
         let strangers = Arc::new(ConnectionTable::new(config.stranger_limits()));
         let front = Arc::new(MqttFront { intake, config, sessions, subscribers, drain });
         Self { front, permits, connections: TaskTracker::new(), strangers, proxies }
@@ -108,6 +111,18 @@ impl Acceptor {
     /// The connections that have not presented a valid key yet.
     pub fn strangers(&self) -> &Arc<ConnectionTable> {
         &self.strangers
+    }
+
+    /// Where the sessions under keys of this scope stand: those of clients that come after one, at most `count`, and
+    /// whether there are more. With `still`, only subscribers that stand still.
+    pub fn standings(
+        &self,
+        scope: &DatasourceId,
+        after: Option<&str>,
+        count: usize,
+        still: bool,
+    ) -> (Vec<SessionStanding>, bool) {
+        self.front.sessions.standings(scope, after, count, still)
     }
 
     /// Enters a connection among the strangers. If there are too many, the oldest makes room, and is reported.

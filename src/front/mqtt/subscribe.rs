@@ -50,6 +50,8 @@ pub(super) struct SubscribeRequest {
     replay: Result<Option<ReplayStart>, &'static str>,
     /// Its messages come with their metadata.
     metadata: bool,
+    /// The same, to be kept with the subscriptions.
+    replay_text: Option<Box<str>>,
 }
 
 /// One filter of a SUBSCRIBE.
@@ -68,7 +70,7 @@ impl SubscribeRequest {
         let excess = packet.filters.len().saturating_sub(MQTT_SUBSCRIPTIONS_LIMIT);
         let filters = packet.filters.iter().take(MQTT_SUBSCRIPTIONS_LIMIT).map(|f| RequestedFilter {
             filter: f.filter.to_owned(),
-            qos: f.qos.min(1),
+            qos: f.qos,
             no_local: f.no_local || is_bridge && !f.filter.starts_with("$share/"),
             retain_as_published: f.retain_as_published || is_bridge,
             retain_handling: f.retain_handling,
@@ -81,6 +83,7 @@ impl SubscribeRequest {
             excess,
             identifier: packet.properties.u32(SUBSCRIPTION_IDENTIFIER),
             metadata: wish.ok().flatten().unwrap_or(matches!(replay, Ok(Some(_)))),
+            replay_text: replay.ok().flatten().map(|replay| replay.to_string().into()),
             replay,
         }
     }
@@ -214,8 +217,11 @@ impl SubscribeServices {
         changes: &mut Vec<SessionStoreChange>,
     ) -> Result<(usize, bool), FilterRefusal> {
         let wanted = self.check_filter(filter, &outbound.session)?;
-        let from = self.find_beginning(asked, &wanted.filter).await?;
         let known = outbound.session.find_slot(&filter.filter);
+        let from = match known.is_some_and(|slot| outbound.session.has_replayed(slot, &asked.replay_text)) {
+            true => None,
+            false => self.find_beginning(asked, &wanted.filter).await?,
+        };
         let new = known.is_none();
         if new {
             outbound.session.charge_filter(&filter.filter).map_err(|over| self.share_refusal(over))?;
@@ -228,6 +234,8 @@ impl SubscribeServices {
             metadata: asked.metadata,
             identifier: asked.identifier,
             from: 0,
+            replay: asked.replay_text.clone(),
+            is_renewed: true,
         };
         // A group has one cursor for all its members, so a shared subscription goes through the group and
         // gets no retained messages (MQTT 5 section 4.8.2); any other one has its own place in the feed.

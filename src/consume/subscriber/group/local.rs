@@ -393,6 +393,16 @@ impl LocalShareMember {
         self.group.turns.wake_next();
     }
 
+    /// Marks a record that was taken as this member's for good.
+    pub fn keep(&self, offset: Offset) {
+        self.group.turns.keep(self.id, offset);
+    }
+
+    /// Marks a record that was kept as dealt with.
+    pub fn acknowledge_kept(&self, offset: Offset) {
+        self.group.turns.acknowledge_kept(self.id, offset);
+    }
+
     /// Marks a record that was taken as dealt with.
     pub fn acknowledge(&self, offset: Offset) {
         self.group.turns.acknowledge(self.id, offset);

@@ -50,6 +50,8 @@ struct MemberTable {
 
 struct MemberEntry {
     window: PrefetchWindow,
+    /// Records that no other member may have, which the client does not have yet, and when they were taken.
+    kept: BTreeMap<Offset, Instant>,
     /// The number of its latest service: 0 if there was none.
     served: u64,
     lately: RecentTakes,
@@ -110,7 +112,15 @@ impl MemberTurns {
         let window = PrefetchWindow::new(MEMBER_AHEAD, Instant::now());
         let now = Instant::now();
         let lately = RecentTakes { records: 0, at: now };
-        let entry = MemberEntry { window, served: 0, lately, waker: None, reserved: 0, reserved_at: now };
+        let entry = MemberEntry {
+            window,
+            kept: BTreeMap::new(),
+            served: 0,
+            lately,
+            waker: None,
+            reserved: 0,
+            reserved_at: now,
+        };
         self.locked().members.insert(member, entry);
     }
 
@@ -227,6 +237,28 @@ impl MemberTurns {
     /// The member has dealt with a record.
     pub(super) fn acknowledge(&self, member: u64, offset: Offset) {
         self.end(member, offset, |window, taken_at| window.acknowledge(taken_at, Instant::now()));
+    }
+
+    /// A record that the member took is the member's for good. It counts as one that the member has.
+    pub(super) fn keep(&self, member: u64, offset: Offset) {
+        let mut table = self.locked();
+        let Some((_, taken_at)) = table.outstanding.get(&offset).copied().filter(|(of, _)| *of == member)
+        else {
+            return;
+        };
+        table.outstanding.remove(&offset);
+        if let Some(entry) = table.members.get_mut(&member) {
+            entry.kept.insert(offset, taken_at);
+        }
+    }
+
+    /// The member has dealt with a record that was kept.
+    pub(super) fn acknowledge_kept(&self, member: u64, offset: Offset) {
+        if let Some(entry) = self.locked().members.get_mut(&member)
+            && let Some(taken_at) = entry.kept.remove(&offset)
+        {
+            entry.window.acknowledge(taken_at, Instant::now());
+        }
     }
 
     /// The member gives a record back. Returns whether it was the member's.
@@ -456,7 +488,13 @@ mod tests {
         assert_eq!(turns.first_outstanding(), Some(5));
         turns.acknowledge(1, 5);
         assert!(turns.give_back(1, 6) && !turns.give_back(1, 6) && !turns.give_back(2, 7));
-        assert_eq!(turns.leave(1), [7]);
+        turns.take(1, [8].into_iter());
+        turns.keep(1, 8);
+        turns.acknowledge(1, 8);
+        assert_eq!(turns.locked().members[&1].window.outstanding(), 2, "it counts until the client has it");
+        turns.acknowledge_kept(1, 8);
+        assert_eq!(turns.locked().members[&1].window.outstanding(), 1);
+        assert_eq!(turns.leave(1), [7], "and is no other's");
         assert_eq!(turns.first_outstanding(), None);
     }
 }

@@ -199,6 +199,23 @@ impl ShareMember {
         }
     }
 
+    /// Marks a record that was taken as this session's for good: no other member gets it. It counts as one that the
+    /// member has until the client has it.
+    pub fn keep(&mut self, offset: Offset) {
+        match self {
+            Self::Local(member) => member.keep(offset),
+            Self::Cluster(member) => member.keep(offset),
+        }
+    }
+
+    /// Marks a record that was [kept](ShareMember::keep) as dealt with, if it is one of this group.
+    pub fn acknowledge_kept(&mut self, offset: Offset) {
+        match self {
+            Self::Local(member) => member.acknowledge_kept(offset),
+            Self::Cluster(member) => member.acknowledge_kept(offset),
+        }
+    }
+
     /// Marks a record that was taken as dealt with.
     pub fn acknowledge(&mut self, offset: Offset) {
         match self {

@@ -1,19 +1,15 @@
 //! The content of a cell in the sessions' bucket: one byte for the version of the format, then
 //! [postcard](https://postcard.jamesmunns.com/wire-format).
-//!
-//! | version | |
-//! |---|---|
-//! | 1 | subscriptions do not say whether their messages come with metadata |
-//! | 2 | as written now |
 
 use std::borrow::Cow;
 
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{StoredSession, StoredSubscription};
+use super::{StoredFlights, StoredSession, StoredSubscription};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
+/// Version 1 had no flights, and no replays and metadata of subscriptions: [`EarlierSession`], [`EarlierCursorMove`].
 const SESSION_ROW_VERSION: u8 = 2;
 
 /// A client's cell.
@@ -27,13 +23,79 @@ pub(super) struct SessionRow<'a> {
     pub(super) session: Option<Cow<'a, StoredSession>>,
 }
 
-/// The cursor of a session that has moved since its cell was written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct CursorMove {
+/// The cursor and the flights of a session that have moved since its cell was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct CursorMove<'a> {
     pub(super) uid: u64,
     /// The revision of the session's cell. The cursor is void if the cell has another.
     pub(super) revision: u64,
     pub(super) cursor: Offset,
+    pub(super) flights: Cow<'a, StoredFlights>,
+}
+
+/// A client's cell in version 1.
+#[derive(Deserialize)]
+struct EarlierSessionRow {
+    owner: String,
+    moves: u64,
+    session: Option<EarlierSession>,
+}
+
+/// A session in version 1.
+#[derive(Deserialize)]
+struct EarlierSession {
+    uid: u64,
+    #[serde(deserialize_with = "datasource")]
+    datasource: DatasourceId,
+    client_id: String,
+    expiry_s: u32,
+    ended_at: Option<TimeMicros>,
+    cursor: Offset,
+    subscriptions: Vec<EarlierSubscription>,
+}
+
+/// A subscription in version 1.
+#[derive(Deserialize)]
+struct EarlierSubscription {
+    filter: String,
+    qos: u8,
+    no_local: bool,
+    retain_as_published: bool,
+    identifier: Option<u32>,
+    from: Offset,
+}
+
+/// A moved cursor in version 1.
+#[derive(Deserialize)]
+struct EarlierCursorMove {
+    uid: u64,
+    revision: u64,
+    cursor: Offset,
+}
+
+impl From<EarlierSession> for StoredSession {
+    fn from(earlier: EarlierSession) -> Self {
+        let subscriptions = earlier.subscriptions.into_iter().map(|of| StoredSubscription {
+            filter: of.filter,
+            qos: of.qos,
+            no_local: of.no_local,
+            retain_as_published: of.retain_as_published,
+            identifier: of.identifier,
+            from: of.from,
+            replay: None,
+            metadata: false,
+        });
+        Self {
+            uid: earlier.uid,
+            datasource: earlier.datasource,
+            client_id: earlier.client_id,
+            expiry_s: earlier.expiry_s,
+            ended_at: earlier.ended_at,
+            cursor: earlier.cursor,
+            subscriptions: subscriptions.collect(),
+            flights: StoredFlights::default(),
+        }
+    }
 }
 
 pub(super) fn encode<T: Serialize>(value: &T) -> Bytes {
@@ -44,73 +106,31 @@ pub(super) fn encode<T: Serialize>(value: &T) -> Bytes {
 /// A client's cell. `None`: the bytes are damaged, or of a newer version.
 pub(super) fn decode_session(bytes: &[u8]) -> Option<SessionRow<'_>> {
     match bytes.split_first()? {
-        (1, rest) => postcard::from_bytes::<SessionRowV1<'_>>(rest).ok().map(SessionRow::from),
         (&SESSION_ROW_VERSION, rest) => postcard::from_bytes(rest).ok(),
+        (1, rest) => {
+            let EarlierSessionRow { owner, moves, session } = postcard::from_bytes(rest).ok()?;
+            let session = session.map(|session| Cow::Owned(session.into()));
+            Some(SessionRow { owner: owner.into(), moves, session })
+        }
         _ => None,
     }
 }
 
-/// A page of cursors, which is the same in all versions. `None` as for [`decode_session`].
-pub(super) fn decode_cursors(bytes: &[u8]) -> Option<Vec<CursorMove>> {
+/// A page of moved cursors, likewise.
+pub(super) fn decode_moves(bytes: &[u8]) -> Option<Vec<CursorMove<'_>>> {
     match bytes.split_first()? {
-        (1..=SESSION_ROW_VERSION, rest) => postcard::from_bytes(rest).ok(),
+        (&SESSION_ROW_VERSION, rest) => postcard::from_bytes(rest).ok(),
+        (1, rest) => {
+            let moves: Vec<EarlierCursorMove> = postcard::from_bytes(rest).ok()?;
+            let moves = moves.into_iter().map(|EarlierCursorMove { uid, revision, cursor }| CursorMove {
+                uid,
+                revision,
+                cursor,
+                flights: Cow::default(),
+            });
+            Some(moves.collect())
+        }
         _ => None,
-    }
-}
-
-/// A [`SessionRow`] of version 1.
-#[derive(Deserialize)]
-struct SessionRowV1<'a> {
-    owner: Cow<'a, str>,
-    moves: u64,
-    session: Option<StoredSessionV1>,
-}
-
-/// A [`StoredSession`] of version 1.
-#[derive(Deserialize)]
-struct StoredSessionV1 {
-    uid: u64,
-    #[serde(deserialize_with = "datasource")]
-    datasource: DatasourceId,
-    client_id: String,
-    expiry_s: u32,
-    ended_at: Option<TimeMicros>,
-    cursor: Offset,
-    subscriptions: Vec<StoredSubscriptionV1>,
-}
-
-/// A [`StoredSubscription`] of version 1.
-#[derive(Deserialize)]
-struct StoredSubscriptionV1 {
-    filter: String,
-    qos: u8,
-    no_local: bool,
-    retain_as_published: bool,
-    identifier: Option<u32>,
-    from: Offset,
-}
-
-impl<'a> From<SessionRowV1<'a>> for SessionRow<'a> {
-    fn from(row: SessionRowV1<'a>) -> Self {
-        let SessionRowV1 { owner, moves, session } = row;
-        Self { owner, moves, session: session.map(|session| Cow::Owned(session.into())) }
-    }
-}
-
-impl From<StoredSessionV1> for StoredSession {
-    fn from(session: StoredSessionV1) -> Self {
-        let StoredSessionV1 { uid, datasource, client_id, expiry_s, ended_at, cursor, subscriptions } =
-            session;
-        let subscriptions = subscriptions.into_iter().map(StoredSubscription::from).collect();
-        Self { uid, datasource, client_id, expiry_s, ended_at, cursor, subscriptions }
-    }
-}
-
-impl From<StoredSubscriptionV1> for StoredSubscription {
-    fn from(subscription: StoredSubscriptionV1) -> Self {
-        let StoredSubscriptionV1 { filter, qos, no_local, retain_as_published, identifier, from } =
-            subscription;
-        Self { filter, qos, no_local, retain_as_published, identifier, from, metadata: false }
     }
 }
 
@@ -123,34 +143,47 @@ pub(super) fn datasource<'de, D: Deserializer<'de>>(from: D) -> Result<Datasourc
 mod tests {
     use super::*;
 
+    /// Bytes as Headgate 0.1 wrote them.
     #[test]
-    fn a_cell_of_the_first_version_is_read_and_its_subscriptions_ask_for_no_metadata() {
-        // As version 1 has written it.
-        let subscription = ("a/#", 1_u8, true, false, Some(7_u32), 12_u64);
-        let session = (5_u64, "press-4", "c", 60_u32, Some(-3_i64), 11_u64, vec![subscription]);
-        let cell = postcard::to_extend(&("node", 2_u64, Some(session)), vec![1]).expect("plain values");
-        let SessionRow { owner, moves, session } = decode_session(&cell).expect("it is read");
-        let session = session.expect("a session").into_owned();
-        assert_eq!((&*owner, moves, session.uid, session.cursor), ("node", 2, 5, 11));
-        let [subscription] = &session.subscriptions[..] else { panic!("one") };
-        assert_eq!((&*subscription.filter, subscription.from, subscription.metadata), ("a/#", 12, false));
-        let mut again = session.clone();
-        again.subscriptions[0].metadata = true;
-        let row = SessionRow { owner, moves, session: Some(Cow::Borrowed(&again)) };
-        assert_eq!(decode_session(&encode(&row)), Some(row));
-        let mut newer = cell.clone();
-        newer[0] = SESSION_ROW_VERSION + 1;
-        assert_eq!(decode_session(&newer), None);
-    }
-
-    #[test]
-    fn a_page_of_cursors_is_read_in_both_versions() {
-        let page = vec![CursorMove { uid: 1, revision: 2, cursor: 3 }];
-        let mut cell = encode(&page).to_vec();
-        assert_eq!(decode_cursors(&cell).as_ref(), Some(&page));
-        cell[0] = 1;
-        assert_eq!(decode_cursors(&cell), Some(page));
-        cell[0] = SESSION_ROW_VERSION + 1;
-        assert_eq!(decode_cursors(&cell), None);
+    fn cells_and_pages_of_the_first_version_are_read() {
+        let cell = [
+            &[1, 4][..],
+            b"node",
+            &[3, 1, 7, 7],
+            b"press-4",
+            &[1],
+            b"c",
+            &[0x90, 0x1C, 0, 9, 1, 1],
+            b"a",
+            &[1, 0, 1, 0, 5],
+        ];
+        let cell = cell.concat();
+        let row = decode_session(&cell).expect("a cell of version 1");
+        let subscription = StoredSubscription {
+            filter: "a".to_owned(),
+            qos: 1,
+            no_local: false,
+            retain_as_published: true,
+            identifier: None,
+            from: 5,
+            replay: None,
+            metadata: false,
+        };
+        let session = StoredSession {
+            uid: 7,
+            datasource: DatasourceId::new("press-4").expect("slug"),
+            client_id: "c".to_owned(),
+            expiry_s: 3600,
+            ended_at: None,
+            cursor: 9,
+            subscriptions: vec![subscription],
+            flights: StoredFlights::default(),
+        };
+        let expected = SessionRow { owner: "node".into(), moves: 3, session: Some(Cow::Owned(session)) };
+        assert_eq!(row, expected);
+        assert_eq!(decode_session(&encode(&expected)), Some(expected));
+        let moves = decode_moves(&[1, 1, 7, 8, 60]).expect("a page of version 1");
+        assert_eq!(moves, [CursorMove { uid: 7, revision: 8, cursor: 60, flights: Cow::default() }]);
+        assert_eq!(decode_moves(&[3, 0]), None, "a newer version");
     }
 }

@@ -177,7 +177,7 @@ impl MqttConnection<'_> {
         if let Poll::Ready((outbound, answer)) = served {
             self.requesting = None;
             self.output.bytes.extend_from_slice(&answer);
-            self.watch_cursor(&outbound);
+            self.watch(&outbound);
             self.sending = SessionSending::Subscribed(outbound);
         }
     }
@@ -195,6 +195,9 @@ impl MqttConnection<'_> {
     /// Writes the output, and messages for the session's subscriptions, as long as the client takes them.
     /// Ready when everything is written.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, StopReason> {
+        if let SessionSending::Subscribed(outbound) = &mut self.sending {
+            outbound.poll_asked(cx);
+        }
         loop {
             let is_stuffed = self.is_stuffed(cx);
             if (is_stuffed || self.ended.is_some())

@@ -11,9 +11,10 @@ use tokio::time::Instant;
 use self::publish::ReceivedTopicAliases;
 use super::acks::{ExchangeCloser, ReadAcks};
 use super::client_identity::ClientIdentity;
-use super::codec::write::{self, AckKind, PacketForm};
+use super::codec::write::{AckKind, PacketForm};
 use super::codec::{DisconnectPacket, MqttFrame, MqttPacket, ReasonCode, Violation};
 use super::exchanges::{ExchangeState, ExchangeTable};
+use super::flights::FlightAck;
 use super::session::MqttSession;
 use super::subscribe::{SubscribeRequest, SubscriptionRequest};
 use crate::auth::Grant;
@@ -84,8 +85,8 @@ pub(super) struct InboundBatch {
     pub(super) acks: ReadAcks,
     /// How many whole packets were in it; any is a sign of life.
     pub(super) packets: usize,
-    /// The packet identifiers of the client's PUBACKs.
-    pub(super) acknowledged: Vec<u16>,
+    /// What the client says of messages that it was sent, by packet identifier.
+    pub(super) acknowledged: Vec<(u16, FlightAck)>,
     /// A request to be served before anything more is taken in.
     pub(super) request: Option<SubscriptionRequest>,
     /// The next message is over this limit: nothing more is taken in until its turn comes.
@@ -251,16 +252,14 @@ impl Inbound {
         self.who.note(&self.grant, note)
     }
 
-    /// Decodes what was read. Answers that need not wait are written to `out`; `unacknowledged` earlier
-    /// messages still wait for theirs.
+    /// Decodes what was read. `unacknowledged` earlier messages still wait for their answers.
     pub(super) fn receive(
         &mut self,
         read_bytes: &[u8],
         intake: &Intake,
         unacknowledged: usize,
-        out: &mut Vec<u8>,
     ) -> InboundBatch {
-        let mut read = InboundRead { batch: InboundBatch::default(), intake, unacknowledged, out };
+        let mut read = InboundRead { batch: InboundBatch::default(), intake, unacknowledged };
         self.waits_for_answers = false;
         let mut bytes = read_bytes;
         let mut buffered;
@@ -366,14 +365,12 @@ impl Inbound {
                     "AUTH without an authentication method",
                 )));
             }
-            MqttPacket::Puback(ack) => read.batch.acknowledged.push(ack.packet_id),
-            // The gateway sends nothing with QoS 2: this ends an exchange that the client began with
-            // another server (section 4.3.3).
+            MqttPacket::Puback(ack) => read.batch.acknowledged.push((ack.packet_id, FlightAck::Puback)),
             MqttPacket::Pubrec(ack) => {
-                let reason = ReasonCode::PacketIdentifierNotFound;
-                write::message_ack(read.out, self.form, AckKind::Pubrel, ack.packet_id, reason, None);
+                let is_refusal = ack.reason >= 0x80;
+                read.batch.acknowledged.push((ack.packet_id, FlightAck::Pubrec { is_refusal }));
             }
-            MqttPacket::Pubcomp(_) => {}
+            MqttPacket::Pubcomp(ack) => read.batch.acknowledged.push((ack.packet_id, FlightAck::Pubcomp)),
             MqttPacket::Pubrel(ack) => self.handle_pubrel(ack.packet_id, read),
         }
         Ok(())
@@ -408,7 +405,6 @@ struct InboundRead<'a> {
     batch: InboundBatch,
     intake: &'a Intake,
     unacknowledged: usize,
-    out: &'a mut Vec<u8>,
 }
 
 impl InboundRead<'_> {
@@ -487,23 +483,22 @@ mod tests {
     #[tokio::test]
     async fn what_was_charged_for_a_held_packet_is_not_for_the_one_behind_it() {
         let (_dir, intake, mut inbound) = hourly();
-        let mut out = Vec::new();
         let other = inbound.account.charge(SHARE_BYTES - PACKET_BYTES - 1_000).expect("free");
         let long = packet(PACKET_BYTES);
         let (begun, rest) = long.split_at(2_000);
         // The first uses up the rate, so the second, which was charged for as a whole, is held.
         let short = packet(16_500);
-        assert!(inbound.receive(&short, &intake, 0, &mut out).held.is_none());
-        assert!(inbound.receive(begun, &intake, 0, &mut out).held.is_none());
+        assert!(inbound.receive(&short, &intake, 0).held.is_none());
+        assert!(inbound.receive(begun, &intake, 0).held.is_none());
         assert_eq!(inbound.charge_held(), None);
         assert!(inbound.is_packet_charged(), "all of it");
         let behind = [rest, &long[..2_000]].concat();
-        assert!(inbound.receive(&behind, &intake, 0, &mut out).held.is_some());
+        assert!(inbound.receive(&behind, &intake, 0).held.is_some());
         assert_eq!(inbound.charge_held(), None, "it waits for its turn only");
         inbound.resume(true);
         let begun_at = Instant::now();
         let more = inbound.account.charge_held(10_000);
-        let batch = inbound.receive(&[], &intake, 0, &mut out);
+        let batch = inbound.receive(&[], &intake, 0);
         assert!(batch.held.is_none() && batch.end.is_none() && batch.draft.is_some());
         assert_eq!(inbound.charge_held(), Some(PACKET_BYTES), "there is no room for the next one");
         assert!(!inbound.is_packet_charged());

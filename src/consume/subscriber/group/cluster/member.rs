@@ -40,6 +40,8 @@ pub struct ClusterShareMember {
     window: PrefetchWindow,
     /// When each record was taken that is not acknowledged.
     taken: BTreeMap<Offset, Instant>,
+    /// The same of those that are this member's for good.
+    kept: BTreeMap<Offset, Instant>,
 }
 
 /// The answer to a request for records.
@@ -100,7 +102,10 @@ impl ClusterShareMember {
         let places = group.places.clone();
         let taker = MemberTask::new(group, kept, give).run(told);
         let window = PrefetchWindow::new(CLUSTER_MEMBER_AHEAD, Instant::now().into_std());
-        (Self { commands, given, places, asked: 0, window, taken: BTreeMap::new() }, taker)
+        (
+            Self { commands, given, places, asked: 0, window, taken: BTreeMap::new(), kept: BTreeMap::new() },
+            taker,
+        )
     }
 
     pub(in super::super) fn poll_take(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<ShareDelivery> {
@@ -137,6 +142,19 @@ impl ClusterShareMember {
             self.window.acknowledge(taken_at.into_std(), Instant::now().into_std());
         }
         self.finish(offset);
+    }
+
+    pub(in super::super) fn keep(&mut self, offset: Offset) {
+        if let Some(taken_at) = self.taken.remove(&offset) {
+            self.kept.insert(offset, taken_at);
+        }
+        self.finish(offset);
+    }
+
+    pub(in super::super) fn acknowledge_kept(&mut self, offset: Offset) {
+        if let Some(taken_at) = self.kept.remove(&offset) {
+            self.window.acknowledge(taken_at.into_std(), Instant::now().into_std());
+        }
     }
 
     /// Reports that a record is dealt with.
