@@ -32,13 +32,17 @@ mod log;
 
 mod consume;
 
+mod backup;
+
 mod observe;
 
 mod config;
 mod filter;
 mod memory;
 mod network;
+mod processor;
 mod retained_topics;
+mod scheduler;
 mod shares;
 mod sqlite;
 mod subject;

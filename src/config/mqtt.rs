@@ -1,18 +1,16 @@
 //! `[mqtt]`: MQTT over TCP, TLS and WebSocket.
 
-use std::net::SocketAddr;
-
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, MQTT_TLS_SETTINGS, TlsConfig, loopback, require, require_some};
+use super::{ConfigError, ListenAddress, MQTT_TLS_SETTINGS, TlsConfig, loopback, require, require_some};
 use crate::limits;
 
 /// MQTT over TCP.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MqttConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Host and port; port 0 takes a free one, and a name stands for all its addresses.
+    pub listen: ListenAddress,
     /// The most connections; one more is closed at once.
     pub connections_max: usize,
     /// The most connections that have presented no valid key yet; for one more, one makes room.

@@ -6,6 +6,7 @@ mod common;
 
 mod bridge;
 mod conformance;
+mod fairness;
 mod front;
 mod groups;
 mod memory;

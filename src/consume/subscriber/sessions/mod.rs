@@ -12,7 +12,7 @@
 //!
 //! In a cluster the [`bucket`] of all nodes replaces the database.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -39,7 +39,7 @@ mod flights;
 mod pending;
 mod place;
 mod row;
-mod table;
+pub(in crate::consume) mod table;
 #[cfg(test)]
 mod tests;
 
@@ -235,6 +235,8 @@ struct SessionStoreState {
 /// What the thread is sent.
 enum SessionStoreMessage {
     Write(Vec<SessionStoreChange>, SessionWriteWaiter),
+    /// Copy what is durable to a new file.
+    Copy(PathBuf, oneshot::Sender<Result<(), SessionStoreError>>),
     Close,
     #[cfg(test)]
     Meddle(Box<dyn FnOnce(&mut SessionTable) + Send>),
@@ -322,6 +324,17 @@ impl SessionStore {
             .inbox
             .send(SessionStoreMessage::Write(changes, SessionWriteWaiter { since: Instant::now(), reply }));
         async move { written.await.unwrap_or(Err(SessionStoreError::Closed)) }
+    }
+
+    /// Copies what is durable to a new database at `to`, between two transactions. The copy is not synced. Blocks until
+    /// that is done.
+    ///
+    /// # Errors
+    /// [`SessionStoreError`], also in a cluster, whose sessions are in no file.
+    pub fn copy_blocking(&self, to: &Path) -> Result<(), SessionStoreError> {
+        let (reply, copied) = oneshot::channel();
+        let _ = self.inbox.send(SessionStoreMessage::Copy(to.to_owned(), reply));
+        copied.blocking_recv().unwrap_or(Err(SessionStoreError::Closed))
     }
 
     /// Writes what is queued, accepts no more, and ends the thread. Gives up on what cannot be written
@@ -430,6 +443,9 @@ impl SessionWriter {
             SessionStoreMessage::Write(changes, waiter) => {
                 changes.into_iter().for_each(|change| self.pending.fold(change));
                 self.waiting.push(waiter);
+            }
+            SessionStoreMessage::Copy(to, reply) => {
+                let _ = reply.send(self.place.copy(&to));
             }
             SessionStoreMessage::Close => self.close(),
             #[cfg(test)]

@@ -24,15 +24,15 @@ use super::pending::{PendingSessionChange, PendingSessionChanges, SessionUpdate,
 use super::{StoredFlights, StoredGroup, StoredSession, StoredSessions, StoredSubscription};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
 use crate::message::{DatasourceId, Offset};
-use crate::sqlite::{SqliteError, SqliteProfile};
+use crate::sqlite::{SqliteError, SqliteProfile, copy_database};
 
 /// The file's name in the data directory.
-pub(super) const SESSIONS_FILE_NAME: &str = "sessions.db";
+pub(in crate::consume) const SESSIONS_FILE_NAME: &str = "sessions.db";
 
 /// How long an attempt to open the database waits for a lock while clients wait for the attempt.
 const LATE_OPEN_LOCK_WAIT_MAX: Duration = Duration::from_millis(50);
 
-const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
+pub(in crate::consume) const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &[
         "
         CREATE TABLE sessions (
@@ -168,6 +168,11 @@ impl SessionTable {
     ) -> Result<(), SqliteError> {
         write_pending(&mut self.connection, pending, supersedes)
             .map_err(|error| SqliteError::from_sqlite(&error, &self.path))
+    }
+
+    /// Copies it to a new file.
+    pub(super) fn copy(&self, to: &Path) -> Result<(), SqliteError> {
+        copy_database(&self.connection, to, &mut |_| Ok(()))
     }
 
     /// Damages all pages but the first, also for this connection.

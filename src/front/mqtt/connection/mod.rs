@@ -38,14 +38,17 @@ use crate::config::MetadataPolicy;
 use crate::front::connection_table::TableEntry;
 use crate::intake::{AdmittedDraft, Draft, Refusal};
 use crate::memory::MemoryCharge;
+use crate::processor::TaskPayer;
 
-/// Serves one connection from its first byte to its last. The CONNECT has to arrive by `connect_by`.
+/// Serves one connection from its first byte to its last. The CONNECT has to arrive by `connect_by`. Its key's tenant
+/// pays for it from then on.
 pub(super) async fn run(
     front: &Arc<MqttFront>,
     mut stream: ClientStream,
     stranger: Box<TableEntry>,
     peer: SocketAddr,
     connect_by: Instant,
+    payer: &TaskPayer,
 ) {
     // Short phases are boxed, so that they take no room in an idle connection's task.
     let handshake = Box::pin(async {
@@ -57,6 +60,7 @@ pub(super) async fn run(
     match handshake {
         Err(answer) => Box::pin(say_goodbye(&mut stream, &answer)).await,
         Ok(opened) => {
+            payer.set(front.intake.processor().of_grant(&opened.inbound.grant));
             front.intake.metrics().mqtt_connections.increment(1);
             let (goodbye, will) = serve(front, &mut stream, peer, opened).await;
             front.intake.metrics().mqtt_connections.decrement(1);

@@ -19,7 +19,9 @@ use super::session::MqttSession;
 use super::subscribe::{SubscribeRequest, SubscriptionRequest};
 use crate::auth::Grant;
 use crate::intake::{Draft, Exchange, Intake, Refusal};
-use crate::limits::{MQTT_PACKET_BYTES_PER_S_MIN, MQTT_PACKET_GRACE, MQTT_READ_BYTES};
+use crate::limits::{
+    MQTT_PACKET_BYTES_PER_S_MIN, MQTT_PACKET_GRACE, MQTT_PACKETS_PER_TURN_MAX, MQTT_READ_BYTES,
+};
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::observe::refusals::RefusalNote;
 use crate::quota::LimitExceeded;
@@ -55,8 +57,8 @@ pub(super) struct Inbound {
     pub(super) exchanges: ExchangeTable,
     /// The beginning of a packet whose rest has not arrived yet.
     partial: Vec<u8>,
-    /// `partial` may hold whole packets, because a request before them had to be served first or the first
-    /// of them is held back or waits.
+    /// `partial` may hold whole packets, because a request before them had to be served first, the first
+    /// of them is held back or waits, or there were very many in one read.
     paused: bool,
     /// The next packet is about an exchange that the log has not answered yet.
     waits_for_answers: bool,
@@ -288,7 +290,8 @@ impl Inbound {
             let consumed = self.handle_packets(bytes, &mut read);
             bytes = &bytes[consumed..];
         }
-        self.paused = read.batch.request.is_some() || read.batch.is_held();
+        let is_cut = read.is_full() && !bytes.is_empty();
+        self.paused = read.batch.request.is_some() || read.batch.is_held() || is_cut;
         self.waits_for_answers = read.batch.waits_for_answers;
         if read.batch.end.is_none() && !bytes.is_empty() {
             self.partial.extend_from_slice(bytes);
@@ -410,7 +413,12 @@ struct InboundRead<'a> {
 impl InboundRead<'_> {
     /// Whether the next packet may be taken in.
     fn may_go_on(&self) -> bool {
-        self.batch.end.is_none() && self.batch.request.is_none() && !self.batch.is_held()
+        self.batch.end.is_none() && self.batch.request.is_none() && !self.batch.is_held() && !self.is_full()
+    }
+
+    /// Whether other connections have their turn before more is taken in.
+    fn is_full(&self) -> bool {
+        self.batch.packets >= MQTT_PACKETS_PER_TURN_MAX
     }
 }
 
@@ -478,6 +486,29 @@ mod tests {
         packet.extend_from_slice(&[0, 1, b't', 0]);
         packet.resize(bytes, b'x');
         packet
+    }
+
+    #[tokio::test]
+    async fn a_read_of_very_many_packets_is_taken_in_in_turns_and_in_order() {
+        let (_dir, intake, mut inbound) = hourly();
+        let mut out = Vec::new();
+        // Each has another packet identifier.
+        let pubacks = |count: u16| (1..=count).flat_map(|id| [&[0x40, 2][..], &id.to_be_bytes()].concat());
+        let all = 3 * u16::try_from(MQTT_PACKETS_PER_TURN_MAX).expect("small") + 5;
+        let bytes: Vec<u8> = pubacks(all).collect();
+        let (read, rest) = bytes.split_at(bytes.len() - 3);
+        let mut acknowledged = Vec::new();
+        let mut batch = inbound.receive(read, &intake, 0, &mut out);
+        while inbound.is_paused() {
+            assert_eq!(batch.packets, MQTT_PACKETS_PER_TURN_MAX, "one turn");
+            acknowledged.extend(batch.acknowledged);
+            inbound.charge_held();
+            batch = inbound.receive(&[], &intake, 0, &mut out);
+        }
+        acknowledged.extend(batch.acknowledged);
+        acknowledged.extend(inbound.receive(rest, &intake, 0, &mut out).acknowledged);
+        assert!(acknowledged == (1..=all).collect::<Vec<_>>(), "{} came", acknowledged.len());
+        assert!(!inbound.holds_packet());
     }
 
     #[tokio::test]

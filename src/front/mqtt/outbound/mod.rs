@@ -98,6 +98,8 @@ impl Outbound {
         let end = log.next_offset();
         let begin = if session.subscription_count() > 0 { session.position.min(end) } else { end };
         let mut feed = SubscriberFeed::new(router.clone(), log.clone(), shares, &datasource, begin);
+        // Until it reports: whoever asks before must not hear that it is at the log's beginning.
+        feed.mailbox().set_progress(begin, false);
         let mut groups = GroupMemberships::default();
         for (slot, subscription) in session.subscriptions.iter().enumerate() {
             let Some(subscription) = subscription else { continue };
