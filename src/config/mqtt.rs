@@ -31,8 +31,22 @@ pub struct MqttConfig {
     /// The longest keep-alive, in seconds; an MQTT 5 client that asks for more, or for none, is
     /// told this one.
     pub keep_alive_s_max: u16,
+    /// The most subscriptions of one session.
+    pub subscriptions_per_session_max: usize,
+    /// Which messages come with their metadata.
+    pub metadata: MetadataPolicy,
     /// MQTT over TLS.
     pub tls: TlsConfig,
+}
+
+/// Which messages to MQTT 5 subscribers come with their metadata: offset, datasource, time, key id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MetadataPolicy {
+    /// Those of subscriptions that ask for it.
+    OnRequest,
+    /// All.
+    Always,
 }
 
 impl Default for MqttConfig {
@@ -48,6 +62,8 @@ impl Default for MqttConfig {
             session_expiry_s_max: 7 * 24 * 3_600,
             still_ms: 30_000,
             keep_alive_s_max: 3_600,
+            subscriptions_per_session_max: limits::MQTT_SUBSCRIPTIONS_MAX,
+            metadata: MetadataPolicy::OnRequest,
             tls: TlsConfig::without_certificate(8883),
         }
     }
@@ -59,6 +75,12 @@ impl MqttConfig {
         require_some("mqtt.keep_alive_s_max", self.keep_alive_s_max)?;
         require_some("mqtt.strangers_max", self.strangers_max as u64)?;
         require_some("mqtt.strangers_per_address_max", self.strangers_per_address_max as u64)?;
+        require(
+            (1..=limits::MQTT_SUBSCRIPTIONS_LIMIT).contains(&self.subscriptions_per_session_max),
+            "mqtt.subscriptions_per_session_max",
+            self.subscriptions_per_session_max,
+            "it has to be between 1 and 10,000",
+        )?;
         require(
             (256..=limits::BATCH_BYTES_MAX).contains(&self.packet_bytes_max),
             "mqtt.packet_bytes_max",

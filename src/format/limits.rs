@@ -91,8 +91,11 @@ pub const WEBSOCKET_FRAME_BYTES_MAX: usize = u16::MAX as usize;
 pub const MQTT_TOPIC_ALIASES_SENT_MAX: u16 = 64;
 /// Messages in flight to one subscriber: at QoS 1 until the PUBACK, at QoS 2 until the PUBCOMP.
 pub const MQTT_FLIGHTS_MAX: usize = 4096;
-/// Subscriptions of one session.
+/// Default: subscriptions of one session.
 pub const MQTT_SUBSCRIPTIONS_MAX: usize = 1024;
+/// The largest number of subscriptions of one session that an operator may set: each filter of a SUBSCRIBE is looked
+/// for among all of them.
+pub const MQTT_SUBSCRIPTIONS_LIMIT: usize = 10_000;
 /// The topic filters of one session in a cluster, in bytes: they fit in one NATS message, which holds 1 MiB
 /// by default.
 pub const CLUSTER_FILTERS_BYTES_MAX: usize = 512 << 10;
@@ -326,6 +329,16 @@ pub const CATCH_UP_RECENT_BYTES: usize = 64 << 10;
 pub const CATCH_UP_BYTES: usize = 1 << 20;
 /// Bytes that egress reads from the log at a time.
 pub const EGRESS_READ_BYTES: usize = 1 << 20;
+/// Records that a member of a group has before anything is known about its pace.
+pub const MEMBER_WINDOW_RECORDS_START: usize = 8;
+/// Records that a slow member of a group has: one that its client deals with, and one on its way.
+pub const MEMBER_WINDOW_RECORDS_MIN: usize = 2;
+/// Records that the fastest member of a group has.
+pub const MEMBER_WINDOW_RECORDS_MAX: usize = MQTT_FLIGHTS_MAX;
+/// Records that a group has in memory for its members, ...
+pub const GROUP_READY_RECORDS_MAX: usize = 1024;
+/// ... and bytes of the batches that have them, above which it takes no further one.
+pub const GROUP_READY_BYTES_MAX: usize = 1 << 20;
 /// Unacknowledged records that are read again at once for a subscriber.
 pub const REFETCH_RECORDS: usize = 256;
 /// Records on one page of a query, at most.

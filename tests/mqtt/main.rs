@@ -4,10 +4,13 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bridge;
 mod conformance;
 mod fairness;
 mod front;
+mod groups;
 mod memory;
+mod metadata;
 mod once;
 mod proxied;
 mod subscribe;

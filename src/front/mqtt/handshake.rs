@@ -10,6 +10,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::Instant;
 use tracing::{debug, info};
 
+use super::bridge_notice::is_bridge_notice;
 use super::client_identity::ClientIdentity;
 use super::codec::write::{self, ConnackLimits, PacketForm};
 use super::codec::{ConnectPacket, MqttFrame, MqttVersion, ReasonCode, Violation};
@@ -175,8 +176,12 @@ impl Handshake<'_> {
         let client_id = self.choose_client_id()?;
         let publisher = publisher_hash(grant.datasource(), &client_id);
         let user = Arc::new(KeyClient::new(Transport::Mqtt, Some(self.peer.ip()), Some(&client_id)));
-        let who =
-            Arc::new(ClientIdentity { address: self.peer.ip(), client: client_id.as_str().into(), user });
+        let who = Arc::new(ClientIdentity {
+            address: self.peer.ip(),
+            client: client_id.as_str().into(),
+            user,
+            is_bridge: connect.is_bridge,
+        });
         let will = self.check_will(&grant, &who, publisher)?;
         let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
         let (entered, EnteredClient { present, session, resumed }) =
@@ -271,6 +276,10 @@ impl Handshake<'_> {
         publisher: u64,
     ) -> Result<Option<MqttWill>, ConnectRefusal> {
         let Some(will) = &self.connect.will else { return Ok(None) };
+        if is_bridge_notice(will.topic) {
+            self.front.intake.metrics().bridge_notices.increment(1);
+            return Ok(None);
+        }
         MqttWill::new(will, grant, who, publisher, &self.front.intake).map(Some).map_err(|refusal| {
             self.report_of_key(grant, RefusalNote { cause: Cause::Will, ..refusal.note(Transport::Mqtt) });
             (refusal_reason_code(&refusal), format!("the will cannot be taken: {refusal}"))

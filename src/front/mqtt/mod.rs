@@ -10,12 +10,14 @@
 //! back, then closes without an acknowledgement, so that the client sends the message again.
 
 mod acks;
+mod bridge_notice;
 mod client_identity;
 mod connection;
 mod credentials;
 mod delivery;
 mod exchanges;
 mod flights;
+mod forwarded;
 mod goodbye;
 mod handshake;
 mod inbound;

@@ -8,9 +8,9 @@ use tracing::info;
 
 use super::client_identity::ClientIdentity;
 use super::codec::connect;
-use super::codec::properties::{WILL_DELAY, forward_properties};
+use super::codec::properties::WILL_DELAY;
+use super::forwarded::{ForwardedProperties, mount_of};
 use crate::auth::Grant;
-use crate::front::credentials::is_key_header;
 use crate::intake::{Draft, IncomingMessage, Intake, Refusal};
 use crate::memory::MemoryCharge;
 use crate::message::{RecordFlags, Transport};
@@ -53,8 +53,9 @@ impl MqttWill {
         flags = flags.with(RecordFlags::of_mqtt_qos(will.qos));
         let bytes = will.topic.len() + will.payload.len() + will.properties.wire_bytes() + WILL_BYTES;
         let memory = intake.memory_account(grant).charge(bytes)?;
-        let mut properties = Vec::new();
-        let content_type = forward_properties(&will.properties, &mut properties, is_key_header);
+        let mount = mount_of(grant, will.topic);
+        let ForwardedProperties { content_type, wire: properties } =
+            ForwardedProperties::of(&will.properties, mount, intake.metrics());
         let will = Self {
             _memory: memory,
             grant: grant.clone(),

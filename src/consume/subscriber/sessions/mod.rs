@@ -92,6 +92,8 @@ pub struct StoredSubscription {
     pub from: Offset,
     /// What it asked for of the past, as in its SUBSCRIBE: `from-offset 41`. It got that.
     pub replay: Option<String>,
+    /// Whether its messages come with their metadata.
+    pub metadata: bool,
 }
 
 /// The cursor of a group of shared subscriptions.

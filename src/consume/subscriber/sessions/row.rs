@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::{StoredFlights, StoredSession, StoredSubscription};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
-/// Version 1 had no flights, and no replays of subscriptions: [`EarlierSession`], [`EarlierCursorMove`].
+/// Version 1 had no flights, and no replays and metadata of subscriptions: [`EarlierSession`], [`EarlierCursorMove`].
 const SESSION_ROW_VERSION: u8 = 2;
 
 /// A client's cell.
@@ -83,6 +83,7 @@ impl From<EarlierSession> for StoredSession {
             identifier: of.identifier,
             from: of.from,
             replay: None,
+            metadata: false,
         });
         Self {
             uid: earlier.uid,
@@ -166,6 +167,7 @@ mod tests {
             identifier: None,
             from: 5,
             replay: None,
+            metadata: false,
         };
         let session = StoredSession {
             uid: 7,

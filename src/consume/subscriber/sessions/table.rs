@@ -4,7 +4,8 @@
 //! sessions      (uid INTEGER, datasource TEXT, client_id TEXT, expiry_s INTEGER, ended_at INTEGER,
 //!                cursor INTEGER, flights BLOB)
 //! subscriptions (uid INTEGER, filter TEXT, qos INTEGER, no_local INTEGER, retain_as_published INTEGER,
-//!                identifier INTEGER, from_offset INTEGER, replay TEXT)
+//!                identifier INTEGER, from_offset INTEGER, replay TEXT,
+//!                metadata INTEGER)
 //! share_groups  (datasource TEXT, name TEXT, filter TEXT, cursor INTEGER)
 //! ```
 //!
@@ -63,6 +64,7 @@ pub(in crate::consume) const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
         "
         ALTER TABLE sessions ADD COLUMN flights BLOB;
         ALTER TABLE subscriptions ADD COLUMN replay TEXT;
+        ALTER TABLE subscriptions ADD COLUMN metadata INTEGER NOT NULL DEFAULT 0;
     ",
     ],
     is_exclusive: true,
@@ -113,7 +115,7 @@ impl SessionTable {
             "SELECT uid, datasource, client_id, expiry_s, ended_at, cursor, flights FROM sessions ORDER BY uid",
         )?;
         let mut select_subscriptions = self.connection.prepare(
-            "SELECT uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay
+            "SELECT uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay, metadata
              FROM subscriptions ORDER BY uid, filter",
         )?;
         let mut sessions = Vec::new();
@@ -261,8 +263,8 @@ impl<'c> SessionStatements<'c> {
             )?,
             subscribe: prepare(
                 "INSERT OR REPLACE INTO subscriptions
-                     (uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+                     (uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay, metadata)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
             )?,
             unsubscribe: prepare("DELETE FROM subscriptions WHERE uid = ?1")?,
             remove: prepare("DELETE FROM sessions WHERE uid = ?1")?,
@@ -317,6 +319,7 @@ impl<'c> SessionStatements<'c> {
                 subscription.identifier,
                 sql_offset(subscription.from),
                 subscription.replay,
+                subscription.metadata,
             ])?;
         }
         Ok(())
@@ -343,6 +346,7 @@ fn subscription_of_row(row: &Row<'_>) -> rusqlite::Result<(i64, StoredSubscripti
         identifier: row.get(5)?,
         from: offset_from_sql(row.get(6)?),
         replay: row.get(7)?,
+        metadata: row.get(8)?,
     };
     Ok((row.get(0)?, subscription))
 }

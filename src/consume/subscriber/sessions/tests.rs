@@ -24,6 +24,7 @@ fn subscription(filter: &str) -> StoredSubscription {
         identifier: None,
         from: 7,
         replay: None,
+        metadata: false,
     }
 }
 
@@ -103,6 +104,7 @@ async fn everything_about_a_session_comes_back() {
                 identifier: Some(268_435_455),
                 from: 1 << 59,
                 replay: Some("from-offset 576460752303423488".to_owned()),
+                metadata: true,
             },
             subscription("+/x"),
         ],
@@ -274,12 +276,32 @@ async fn a_hundred_thousand_sessions_are_loaded_at_once() {
 }
 
 #[test]
+fn a_database_of_the_first_version_is_read_and_its_subscriptions_ask_for_no_metadata() {
+    let dir = directory();
+    drop(SessionTable::open(dir.path()).expect("made"));
+    let connection = Connection::open(dir.path().join(SESSIONS_FILE_NAME)).expect("opens");
+    let as_it_was = "
+        ALTER TABLE subscriptions DROP COLUMN metadata;
+        ALTER TABLE subscriptions DROP COLUMN replay;
+        ALTER TABLE sessions DROP COLUMN flights;
+        PRAGMA user_version = 1;
+        INSERT INTO sessions VALUES (1, 'press-4', 'client 1', 3600, NULL, 5);
+        INSERT INTO subscriptions VALUES (1, 'a', 1, 0, 0, NULL, 7);
+    ";
+    connection.execute_batch(as_it_was).expect("runs");
+    drop(connection);
+    let stored = SessionTable::open(dir.path()).and_then(|table| table.load()).expect("read");
+    assert_eq!(stored.sessions, [StoredSession { cursor: 5, ..session(1, &["a"]) }]);
+    drop(SessionTable::open(dir.path()).expect("again"));
+}
+
+#[test]
 fn a_database_that_makes_no_sense_is_set_aside_and_named() {
     for (change, named) in [
         ("INSERT INTO sessions VALUES (1, 'Not a slug', 'c', 0, NULL, 0, NULL)", "datasource id"),
         ("INSERT INTO sessions VALUES (1, '*', 'c', -1, NULL, 0, NULL)", "-1"),
         ("INSERT INTO sessions VALUES (1, '*', 'c', 0, NULL, 0, x'0100')", "in flight"),
-        ("INSERT INTO subscriptions VALUES (3, 'a', 1, 0, 0, NULL, 0, NULL)", "session 3"),
+        ("INSERT INTO subscriptions VALUES (3, 'a', 1, 0, 0, NULL, 0, NULL, 0)", "session 3"),
     ] {
         let dir = directory();
         drop(SessionTable::open(dir.path()).expect("made"));

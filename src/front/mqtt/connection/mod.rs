@@ -34,6 +34,7 @@ use super::wills::MqttWill;
 use super::{MqttFront, unless_evicted};
 use crate::auth::Scope;
 use crate::auth::connections::KeyConnectionGuard;
+use crate::config::MetadataPolicy;
 use crate::front::connection_table::TableEntry;
 use crate::intake::{AdmittedDraft, Draft, Refusal};
 use crate::memory::MemoryCharge;
@@ -245,12 +246,14 @@ impl<'a> MqttConnection<'a> {
     fn new_outbound(&self, session: MqttSession) -> Box<Outbound> {
         let Inbound { grant, form, publisher, .. } = &self.inbound;
         let names_datasource = grant.datasource().is_all();
+        let always_metadata = self.front.config.metadata == MetadataPolicy::Always;
+        let aliases_max = self.topic_alias_maximum;
         Box::new(Outbound::new(
             self.front.subscribers.clone(),
             self.front.intake.metrics().clone(),
             self.present.scope().clone(),
             session,
-            PublishWriter::new(*form, *publisher, names_datasource, self.topic_alias_maximum),
+            PublishWriter::new(*form, *publisher, names_datasource, always_metadata, aliases_max),
             self.receive_maximum,
         ))
     }
@@ -363,6 +366,7 @@ impl<'a> MqttConnection<'a> {
             grant: self.inbound.grant.clone(),
             form: self.inbound.form,
             who: self.inbound.who.clone(),
+            subscriptions_max: self.front.config.subscriptions_per_session_max,
             cancel: self.cancel_request.clone(),
         };
         self.requesting = Some(Box::pin(subscribe::serve_request(services, request, outbound)));

@@ -343,7 +343,10 @@ impl Inbound {
             MqttPacket::Publish(publish) => return self.handle_publish(&publish, bytes_left, read),
             MqttPacket::Pingreq => read.batch.acks.push_pong(),
             MqttPacket::Subscribe(subscribe) => {
-                read.batch.request = Some(SubscriptionRequest::Subscribe(SubscribeRequest::from(&subscribe)));
+                read.batch.request = Some(SubscriptionRequest::Subscribe(SubscribeRequest::new(
+                    &subscribe,
+                    self.who.is_bridge,
+                )));
             }
             MqttPacket::Unsubscribe(unsubscribe) => {
                 read.batch.request = Some(SubscriptionRequest::from(&unsubscribe))
@@ -467,7 +470,8 @@ mod tests {
             .account_of_key(grant.key_id(), grant.datasource());
         let form = PacketForm { version: MqttVersion::V5, reasons: true, packet_bytes_max: u32::MAX };
         let user = Arc::new(KeyClient::new(Transport::Mqtt, None, Some("c")));
-        let who = Arc::new(ClientIdentity { address: [127, 0, 0, 1].into(), client: "c".into(), user });
+        let (address, client) = ([127, 0, 0, 1].into(), "c".into());
+        let who = Arc::new(ClientIdentity { address, client, user, is_bridge: false });
         let session = MqttSession::new(1, 0);
         let inbound = Inbound::new(grant, who, form, 1 << 20, 100, 7, &session, account);
         (dir, intake, inbound)
