@@ -31,6 +31,12 @@ pub struct MqttConfig {
     /// The longest keep-alive, in seconds; an MQTT 5 client that asks for more, or for none, is
     /// told this one.
     pub keep_alive_s_max: u16,
+    /// After how many seconds in which nothing came the kernel asks whether the client is still there
+    /// (`SO_KEEPALIVE`); 0: never.
+    pub tcp_keep_alive_s: u32,
+    /// How many seconds the client's side may leave unconfirmed what it was sent, or asked, before the connection
+    /// counts as lost (`TCP_USER_TIMEOUT`); 0: the kernel decides, which takes a quarter of an hour.
+    pub tcp_user_timeout_s: u32,
     /// MQTT over TLS.
     pub tls: MqttTlsConfig,
 }
@@ -82,6 +88,8 @@ impl Default for MqttConfig {
             connect_ms_max: 10_000,
             session_expiry_s_max: 7 * 24 * 3_600,
             keep_alive_s_max: 3_600,
+            tcp_keep_alive_s: 60,
+            tcp_user_timeout_s: 60,
             tls: MqttTlsConfig {
                 listen: loopback(8883),
                 certificate: PathBuf::new(),
@@ -105,6 +113,17 @@ impl MqttConfig {
             self.packet_bytes_max,
             "it has to be between 256 bytes and 4 MiB",
         )?;
+        for (name, seconds) in [
+            ("mqtt.tcp_keep_alive_s", self.tcp_keep_alive_s),
+            ("mqtt.tcp_user_timeout_s", self.tcp_user_timeout_s),
+        ] {
+            require(
+                seconds <= limits::TCP_SECONDS_MAX,
+                name,
+                seconds,
+                "it has to be 32767 seconds or less, which is what the kernel takes",
+            )?;
+        }
         self.tls.check()
     }
 }

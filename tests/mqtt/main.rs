@@ -6,6 +6,7 @@ mod common;
 
 mod conformance;
 mod front;
+mod leaving;
 mod memory;
 mod once;
 mod subscribe;

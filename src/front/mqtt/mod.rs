@@ -57,7 +57,7 @@ use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 use handshake::report_refused_connection;
 use sessions::Sessions;
-use stream::ClientStream;
+use stream::{ClientStream, prepare_socket};
 use websocket::WebSocket;
 
 pub use sessions::claims::ClientClaims;
@@ -167,6 +167,7 @@ impl Admission {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
         connections.spawn(async move {
             if let Ok(Some((tcp, early))) = timeout_at(connect_by, opened).await {
+                prepare_socket(&tcp, &front.config);
                 let websocket = Box::new(WebSocket::new(tcp, early, peer, front.clone()));
                 connection::run(&front, ClientStream::WebSocket(websocket), stranger, peer, connect_by).await;
             } else {
@@ -292,8 +293,7 @@ async fn accept_connections(
         };
         warned = false;
         let Some(admission) = acceptor.admit(peer) else { continue };
-        // Acknowledgements are small; Nagle's algorithm would delay them.
-        let _ = tcp.set_nodelay(true);
+        prepare_socket(&tcp, &acceptor.front.config);
         serve(admission, tcp);
     }
 }

@@ -4,6 +4,7 @@
 //! An idle connection holds a few hundred bytes: sockets are read into a buffer that each thread owns,
 //! and every queue is freed when it is empty.
 
+mod exit;
 mod turns;
 
 use std::future::Future;
@@ -14,8 +15,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
+use self::exit::PendingExit;
 use super::acks::{AckWaits, PendingAcks, ReadAcks, SessionStoreWait};
 use super::codec::MqttVersion;
 use super::delivery::PublishWriter;
@@ -35,6 +37,12 @@ use crate::auth::connections::KeyConnectionGuard;
 use crate::front::connection_table::TableEntry;
 use crate::intake::{AdmittedDraft, Draft, Refusal};
 use crate::memory::MemoryCharge;
+use crate::message::Transport;
+use crate::observe::cause::Cause;
+use crate::observe::refusals::RefusalNote;
+
+/// How much of a client identifier goes into the process's log.
+const LOGGED_CLIENT_ID_CHARS_MAX: usize = 64;
 
 /// Serves one connection from its first byte to its last. The CONNECT has to arrive by `connect_by`.
 pub(super) async fn run(
@@ -116,6 +124,8 @@ struct MqttConnection<'a> {
     /// The SUBSCRIBE or UNSUBSCRIBE in progress, which has the sending half; nothing is read or sent for
     /// the session meanwhile.
     requesting: Option<PendingRequest>,
+    /// The next request: it waits until the log has what the client has published before it.
+    waiting_request: Option<Box<SubscriptionRequest>>,
     /// Ends what is searched for that request.
     cancel_request: CancellationToken,
     /// A draft for which intake has no room yet; nothing is read meanwhile.
@@ -126,6 +136,12 @@ struct MqttConnection<'a> {
     packets_read: usize,
     /// Set when nothing more is read; work in progress is finished first.
     ended: Option<InboundEnd>,
+    /// Set when somebody else ends the connection: what the client had sent is taken in first.
+    exit: Option<Box<PendingExit>>,
+    /// Nothing more comes from the client than what was read ahead.
+    is_input_over: bool,
+    /// Another connection has taken over, and the client was still there.
+    pushed_out: bool,
     output: ClientOutput,
     /// What is charged for the output and the pages behind it, while the client does not take them.
     output_memory: Option<MemoryCharge>,
@@ -177,9 +193,13 @@ impl<'a> MqttConnection<'a> {
             receive_maximum: opened.receive_maximum,
             session_is_stored: false,
             requesting: None,
+            waiting_request: None,
             cancel_request: CancellationToken::new(),
             packets_read: 0,
             ended: None,
+            exit: None,
+            is_input_over: false,
+            pushed_out: false,
             output: ClientOutput::new(opened.answer),
             output_memory: None,
             starved: None,
@@ -203,6 +223,10 @@ impl<'a> MqttConnection<'a> {
 
     /// Hands back the session. Returns the last bytes, and the will if it is to be published now.
     async fn end(mut self: Box<Self>, stop: StopReason) -> (Vec<u8>, Option<Box<MqttWill>>) {
+        let found = self.find_goodbye(&stop);
+        if self.pushed_out {
+            self.report_takeover();
+        }
         let owed = self.output.split_off_unsent();
         let goodbye = stop.last_words(&self.output.bytes, owed, &self.inbound, self.front.intake.refusals());
         self.cancel_request.cancel();
@@ -221,7 +245,9 @@ impl<'a> MqttConnection<'a> {
             (None, SessionSending::Subscribed(outbound)) => outbound.into_session(),
             (None, SessionSending::Nothing(session)) => *session,
         };
-        if let StopReason::End(InboundEnd::Goodbye(disconnect)) = &stop {
+        let said =
+            if let StopReason::End(InboundEnd::Goodbye(said)) = &stop { Some(said) } else { found.as_ref() };
+        if let Some(disconnect) = said {
             // Sections 3.14.2.1 and 3.14.2.2.2.
             will = will.filter(|_| inbound.form.version == MqttVersion::V5 && disconnect.reason != 0);
             if let Some(expiry_s) = disconnect.session_expiry_s {
@@ -233,6 +259,19 @@ impl<'a> MqttConnection<'a> {
             }
         }
         (goodbye, present.leave(session, will))
+    }
+
+    /// Reports that devices share a client identifier, if they push each other out on and on.
+    fn report_takeover(&self) {
+        let who = &self.inbound.who;
+        let Some(shared) = self.present.note_takeover(who.address) else { return };
+        let note = RefusalNote::new(Transport::Mqtt, Cause::SharedClientId, &shared.words);
+        self.front.intake.refusals().note(self.inbound.note(note));
+        if shared.is_new {
+            let client: String = who.client.chars().take(LOGGED_CLIENT_ID_CHARS_MAX).collect();
+            let datasource = self.inbound.grant.datasource();
+            warn!(?client, %datasource, "{}: {}", shared.words, Cause::SharedClientId.advice());
+        }
     }
 
     /// The sending half for a session.
@@ -295,9 +334,7 @@ impl<'a> MqttConnection<'a> {
         if let SessionSending::Subscribed(outbound) = &mut self.sending {
             batch.acknowledged.into_iter().for_each(|packet_id| outbound.acknowledge(packet_id));
         }
-        if let Some(request) = batch.request {
-            self.begin_request(request);
-        }
+        self.waiting_request = batch.request.map(Box::new);
         if let Some(limited) = batch.held {
             let intake = self.front.intake.clone();
             self.held = Some(Box::pin(async move { intake.wait_turn(limited).await }));
@@ -330,7 +367,7 @@ impl<'a> MqttConnection<'a> {
         Some(Box::pin(self.front.subscribers.store.write(Vec::new())))
     }
 
-    /// Begins to serve a SUBSCRIBE or UNSUBSCRIBE.
+    /// Begins to serve a SUBSCRIBE or UNSUBSCRIBE. The log has what the client has published before.
     fn begin_request(&mut self, request: SubscriptionRequest) {
         let nothing = SessionSending::Nothing(Box::new(MqttSession::new(0, 0)));
         let mut outbound = match std::mem::replace(&mut self.sending, nothing) {
@@ -347,6 +384,7 @@ impl<'a> MqttConnection<'a> {
             form: self.inbound.form,
             who: self.inbound.who.clone(),
             cancel: self.cancel_request.clone(),
+            published: self.pending_acks.published_offset(),
         };
         self.requesting = Some(Box::pin(subscribe::serve_request(services, request, outbound)));
     }

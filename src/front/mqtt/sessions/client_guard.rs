@@ -1,10 +1,12 @@
 //! A client's place among the sessions, for as long as it is connected.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::session::MqttSession;
 use super::super::wills::MqttWill;
+use super::takeovers::SharedIdentifier;
 use super::{ClientKey, Sessions, shared_group_key};
 use crate::auth::connections::ConnectionControl;
 use crate::consume::subscriber::Mailbox;
@@ -55,6 +57,12 @@ impl ClientGuard {
         {
             self.sessions.subscribers.groups.extend_stay(&group, session.group_session());
         }
+    }
+
+    /// Notes that another connection of the client has pushed out this one, from `address`, which was in use. Returns
+    /// what to tell if that goes on and on.
+    pub(in super::super) fn note_takeover(&self, address: IpAddr) -> Option<SharedIdentifier> {
+        self.sessions.lock_clients().takeovers.note(&self.key, address, Instant::now())
     }
 
     /// Hands back the session at the end of the connection. Returns the will if it is to be published
@@ -110,13 +118,9 @@ impl Drop for ClientGuard {
     fn drop(&mut self) {
         let mut clients = self.sessions.lock_clients();
         let Some(entry) = clients.entries.get_mut(&self.key) else { return };
-        let left = entry.connected.take().map(|connected| connected.left);
-        if entry.away.is_none() {
+        entry.connected = None;
+        if !entry.note_move() {
             clients.entries.remove(&self.key);
-        }
-        drop(clients);
-        if let Some(left) = left {
-            left.notify_waiters();
         }
     }
 }

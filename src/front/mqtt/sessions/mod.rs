@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::TryRng;
-use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
@@ -21,6 +20,8 @@ use tracing::debug;
 use self::claims::{ClaimStamp, ClaimedSession, ClientClaims};
 pub(super) use self::client_guard::ClientGuard;
 use self::due::{DueEntry, DueTimes};
+use self::queue::ClientQueue;
+use self::takeovers::TakeoverTally;
 use super::session::{MqttSession, SubscriptionFilter};
 use super::wills::MqttWill;
 use crate::auth::connections::{CloseReason, ConnectionControl};
@@ -34,6 +35,8 @@ use crate::shares::ShareExceeded;
 pub(super) mod claims;
 mod client_guard;
 mod due;
+mod queue;
+mod takeovers;
 
 /// How often due wills and expiries are handled, and cursors are written.
 const SESSIONS_TICK: Duration = Duration::from_secs(1);
@@ -62,18 +65,19 @@ struct SessionClients {
     /// and the cursor that was last written.
     watched: HashMap<u64, (Arc<Mailbox>, Offset)>,
     written_groups: HashMap<ShareGroupKey, Offset>,
+    takeovers: TakeoverTally,
 }
 
 #[derive(Default)]
 struct ClientEntry {
     connected: Option<ConnectedClient>,
     away: Option<Box<AwayClient>>,
+    /// The connections that wait for the one that is there to leave.
+    queue: Option<Box<ClientQueue>>,
 }
 
 struct ConnectedClient {
     control: Arc<ConnectionControl>,
-    /// Notified when the connection has left.
-    left: Arc<Notify>,
     /// `Some` in a cluster.
     shared: Option<Box<ClusterClientState>>,
 }
@@ -215,6 +219,7 @@ impl Sessions {
         expiry_s: u32,
     ) -> Result<EnteredClient, EnterError> {
         let key = (scope.clone(), client_id);
+        let mut place = None;
         let (away, at) = loop {
             let left = {
                 let mut clients = self.lock_clients();
@@ -225,9 +230,14 @@ impl Sessions {
                 match &entry.connected {
                     Some(earlier) => {
                         earlier.control.close(CloseReason::TakenOver);
-                        earlier.left.clone().notified_owned()
+                        self.wait_in_queue(&key, entry, &mut place)
                     }
+                    None if !entry.is_turn_of(place.as_ref()) => self.wait_in_queue(&key, entry, &mut place),
                     None => {
+                        if entry.leave_queue(place.as_mut()) {
+                            // Another one has come after it: this one only says what its client has sent.
+                            control.close(CloseReason::TakenOver);
+                        }
                         let away = entry.away.take();
                         // A client that was last on this node is on no other: only an unknown one is claimed.
                         let unknown = away.is_none() && !is_new;
@@ -236,8 +246,7 @@ impl Sessions {
                             Box::new(ClusterClientState { claim, ..ClusterClientState::default() })
                         });
                         let at = shared.as_ref().and_then(|held| held.claim.clone());
-                        let (control, left) = (control.clone(), Arc::default());
-                        entry.connected = Some(ConnectedClient { control, left, shared });
+                        entry.connected = Some(ConnectedClient { control: control.clone(), shared });
                         break (away, at);
                     }
                 }
@@ -399,6 +408,7 @@ impl Sessions {
     fn run_due(&self, now: Instant) {
         let (mut wills, mut ended) = (Vec::new(), Vec::new());
         let mut clients = self.lock_clients();
+        clients.takeovers.forget_old(now);
         while let Some(key) = clients.due.take_due(now) {
             let Some(entry) = clients.entries.get_mut(&key) else { continue };
             let Some(away) = &mut entry.away else { continue };

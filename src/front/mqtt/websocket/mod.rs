@@ -62,6 +62,11 @@ impl WebSocket {
         }
     }
 
+    /// The socket below.
+    pub(super) fn tcp(&self) -> &TcpStream {
+        &self.tcp
+    }
+
     /// Ready when the kernel has every frame, including the answer to a ping.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
@@ -103,8 +108,9 @@ impl AsyncRead for WebSocket {
             return Poll::Ready(Ok(()));
         }
         loop {
-            if let Poll::Ready(Err(error)) = this.poll_send(cx) {
-                return Poll::Ready(Err(error));
+            if let Poll::Ready(Err(_)) = this.poll_send(cx) {
+                // What the client had sent before it left is read all the same. The next write says that it left.
+                (this.out, this.sent, this.ping) = (Vec::new(), 0, None);
             }
             if this.frames.closed {
                 return Poll::Ready(Ok(()));
