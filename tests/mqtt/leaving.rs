@@ -11,7 +11,7 @@ use crate::common::tls::{Identity, TlsClient};
 use crate::common::wire::{
     CONNACK, Connect, Message, Next, PINGREQ, PINGRESP, PUBACK, SESSION_EXPIRY, SUBACK, VERSIONS,
     Version::{self, V5, V311},
-    Wire, four_bytes, frame, publish, subscribe,
+    WILL_DELAY, Wire, four_bytes, frame, publish, subscribe,
 };
 use crate::common::ws::WsClient;
 use crate::common::{Gateway, Setup, scratch, wait_for};
@@ -222,12 +222,8 @@ fn an_expiry_in_a_goodbye_holds_for_the_next_connection() {
         let connack = wire.let_in(&hello);
         assert_eq!(connack.body[0], 0, "there is no session any more");
         let end = [&[0, 5][..], &four_bytes(SESSION_EXPIRY, 0)].concat();
-        wire.send(&[number_five(1), frame(0xE0, &end)].concat());
+        wire.send(&[publish_zero(1, V5), frame(0xE0, &end)].concat());
     }
-}
-
-fn number_five(n: usize) -> Vec<u8> {
-    publish_zero(n, V5)
 }
 
 #[test]
@@ -487,4 +483,118 @@ fn a_connect_of_an_unknown_level_is_refused_in_its_own_form() {
             wire.closed();
         }
     }
+}
+
+/// A gateway with wills that is killed, and started again.
+struct Killed {
+    dir: tempfile::TempDir,
+    key: String,
+}
+
+impl Killed {
+    fn with(clients: impl FnOnce(&Gateway, &str) -> Vec<Wire>) -> Self {
+        let dir = scratch();
+        let gateway = Gateway::start(dir.path());
+        let key = create(&gateway, json!({}));
+        let wires = clients(&gateway, &key);
+        gateway.kill();
+        drop(wires);
+        Self { dir, key }
+    }
+
+    /// The topics of the wills in storage, once there are so many.
+    fn wills(gateway: &Gateway, count: usize) -> Vec<String> {
+        let topics = || {
+            let records = gateway.records("press-4");
+            let topics = records.iter().filter_map(|record| record["topic"].as_str()?.strip_prefix("will/"));
+            let mut topics: Vec<String> = topics.map(str::to_owned).collect();
+            topics.sort_unstable();
+            topics
+        };
+        wait_for("the wills", || (topics().len() >= count).then_some(()));
+        gateway.settle();
+        topics()
+    }
+}
+
+fn willing(key: &str, id: &str, delay: u32, expiry: u32) -> Connect {
+    let will = Some((format!("will/{id}"), b"gone".to_vec()));
+    Connect {
+        client_id: id.to_owned(),
+        clean: false,
+        will,
+        will_properties: four_bytes(WILL_DELAY, delay),
+        properties: four_bytes(SESSION_EXPIRY, expiry),
+        ..Connect::with_key(V5, key)
+    }
+}
+
+#[test]
+fn wills_of_clients_that_were_connected_when_the_gateway_was_killed_are_published_once() {
+    let killed = Killed::with(|gateway, key| {
+        let mut wires: Vec<Wire> = (0..50)
+            .map(|n| Wire::connect(gateway.mqtt, &willing(key, &format!("{n:02}"), 0, n % 2 * 3600)).0)
+            .collect();
+        // These have left before, with a goodbye and without one.
+        for goodbye in [true, false] {
+            let mut wire = Wire::connect(gateway.mqtt, &willing(key, "left", 0, 3600)).0;
+            if goodbye {
+                wire.send(&GOODBYE);
+                wire.closed();
+            }
+        }
+        Killed::wills(gateway, 1);
+        // This one waits for longer than its delay in the old run.
+        Wire::connect(gateway.mqtt, &willing(key, "waits", 4, 3600));
+        wires.push(Wire::connect(gateway.mqtt, &willing(key, "back", 3600, 3600)).0);
+        wires
+    });
+    let expected: Vec<String> =
+        (0..50).map(|n| format!("{n:02}")).chain(["left".to_owned(), "waits".to_owned()]).collect();
+    let gateway = Gateway::start(killed.dir.path());
+    let back = Wire::connect(gateway.mqtt, &Connect { will: None, ..willing(&killed.key, "back", 0, 3600) });
+    assert_eq!(back.1.body[0], 1, "in time for its will");
+    assert_eq!(Killed::wills(&gateway, 52), expected);
+    // Neither comes again: not after a stop, and not after another kill.
+    gateway.stop();
+    let gateway = Gateway::start(killed.dir.path());
+    gateway.kill();
+    let gateway = Gateway::start(killed.dir.path());
+    assert_eq!(Killed::wills(&gateway, 52), expected);
+}
+
+#[test]
+fn a_will_of_a_dead_key_or_of_a_datasource_that_was_made_again_is_never_published() {
+    let all = scratch();
+    let gateway = Gateway::start(all.path());
+    let first = create(&gateway, json!({}));
+    let everything = json!({ "scopes": ["ingest", "subscribe"] });
+    let created = gateway.post("/v1/datasources/press-4/keys", &gateway.admin_key(), &everything).json();
+    let second = created["key"]["secret"].as_str().expect("a key").to_owned();
+    let created = gateway.post("/v1/datasources/*/keys", &gateway.admin_key(), &everything).json();
+    let star = created["key"]["secret"].as_str().expect("a key").to_owned();
+    gateway.create("other");
+    let mut wires = vec![
+        Wire::connect(gateway.mqtt, &willing(&first, "revoked", 30, 3600)).0,
+        Wire::connect(gateway.mqtt, &willing(&second, "living", 0, 3600)).0,
+    ];
+    let will = Some(("other/will".to_owned(), b"gone".to_vec()));
+    wires.push(Wire::connect(gateway.mqtt, &Connect { will, ..willing(&star, "star", 0, 0) }).0);
+    // Its connection ends, and the will waits for its delay.
+    let keys = gateway.get("/v1/datasources/press-4/keys", &gateway.admin_key()).json();
+    let oldest = keys["keys"][0]["id"].as_str().expect("an id");
+    let revoked = gateway.request(
+        "DELETE",
+        &format!("/v1/datasources/press-4/keys/{oldest}"),
+        &gateway.admin_key(),
+        &[],
+        &[],
+    );
+    assert_eq!(revoked.status, 204, "{}", revoked.text());
+    gateway.delete("other");
+    gateway.create("other");
+    gateway.kill();
+    let gateway = Gateway::start(all.path());
+    assert_eq!(Killed::wills(&gateway, 1), ["living"]);
+    assert_eq!(gateway.records("other"), Vec::<Value>::new());
 }

@@ -156,7 +156,7 @@ impl Handshake<'_> {
         let user = Arc::new(KeyClient::new(Transport::Mqtt, Some(self.peer.ip()), Some(&client_id)));
         let who =
             Arc::new(ClientIdentity { address: self.peer.ip(), client: client_id.as_str().into(), user });
-        let will = self.check_will(&grant, &who, publisher)?;
+        let mut will = self.check_will(&grant, &who, publisher)?;
         let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
         let keep_alive_s = self.choose_keep_alive_s();
         let limits = ConnackLimits {
@@ -172,6 +172,11 @@ impl Handshake<'_> {
         let (entered, EnteredClient { present, session, resumed }) =
             self.enter(&grant, &who, expiry_s).await?;
         self.front.intake.authorizer().registry().note_use(grant.key(), Some(&who.user), now_micros(), None);
+        if let Some(will) = &mut will {
+            // A client that was let in with a will has one, whatever becomes of the gateway.
+            let session = session.is_durable().then_some(session.uid);
+            will.keep(&self.front.subscribers.store, session).await;
+        }
         let answer = self.write_connack(resumed, &limits)?;
         debug!(
             peer = %self.peer, key_id = %grant.key_id(), datasource = %grant.datasource(),
@@ -273,7 +278,12 @@ impl Handshake<'_> {
         publisher: u64,
     ) -> Result<Option<MqttWill>, ConnectRefusal> {
         let Some(will) = &self.connect.will else { return Ok(None) };
-        MqttWill::new(will, grant, who, publisher, &self.front.intake).map(Some).map_err(|refusal| {
+        let Some(scope) = self.front.intake.authorizer().registry().scope_of(grant.key()) else {
+            let (reason, words) = close_reason(CloseReason::KeyDead);
+            return Err((reason, words.to_owned()));
+        };
+        let made = MqttWill::new(will, (grant, &scope), who, publisher, &self.front.intake);
+        made.map(Some).map_err(|refusal| {
             self.report_of_key(grant, RefusalNote { cause: Cause::Will, ..refusal.note(Transport::Mqtt) });
             (self.told(&refusal), format!("the will cannot be taken: {refusal}"))
         })

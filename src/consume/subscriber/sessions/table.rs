@@ -6,7 +6,10 @@
 //! subscriptions (uid INTEGER, filter TEXT, qos INTEGER, no_local INTEGER, retain_as_published INTEGER,
 //!                identifier INTEGER, from_offset INTEGER)
 //! share_groups  (datasource TEXT, name TEXT, filter TEXT, cursor INTEGER)
+//! wills         (id INTEGER, will BLOB)
 //! ```
+//!
+//! A will is encoded as a cell of the bucket is ([`row`](super::row)).
 //!
 //! A `uid` is an unsigned number, stored as the signed number with the same bits. Times are microseconds
 //! since the Unix epoch. There are no constraints but the primary keys: a change that the database always
@@ -14,13 +17,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::types::FromSqlError;
 use rusqlite::{CachedStatement, Connection, Row, TransactionBehavior, params};
+use tracing::warn;
 
 use super::pending::{PendingSessionChange, PendingSessionChanges, StoredGroupKey};
-use super::{StoredGroup, StoredSession, StoredSessions, StoredSubscription};
+use super::{StoredGroup, StoredSession, StoredSessions, StoredSubscription, StoredWill, row};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
 use crate::message::{DatasourceId, Offset};
 use crate::sqlite::{SqliteError, SqliteProfile};
@@ -32,7 +37,8 @@ pub(super) const SESSIONS_FILE_NAME: &str = "sessions.db";
 const LATE_OPEN_LOCK_WAIT_MAX: Duration = Duration::from_millis(50);
 
 const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &["
+    migrations: &[
+        "
         CREATE TABLE sessions (
             uid        INTEGER PRIMARY KEY,
             datasource TEXT NOT NULL,
@@ -58,7 +64,14 @@ const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
             cursor     INTEGER NOT NULL,
             PRIMARY KEY (datasource, name, filter)
         ) STRICT, WITHOUT ROWID;
-    "],
+    ",
+        "
+        CREATE TABLE wills (
+            id   INTEGER PRIMARY KEY,
+            will BLOB NOT NULL
+        ) STRICT;
+    ",
+    ],
     is_exclusive: true,
     is_checked: true,
     ..SqliteProfile::SHARED
@@ -98,7 +111,22 @@ impl SessionTable {
             let detail = format!("a subscription of session {uid}, which is not there").into();
             return Err(SqliteError::Damaged { path: self.path.clone(), detail });
         }
-        Ok(StoredSessions { sessions, groups: self.groups().map_err(failed)? })
+        let (groups, wills) = (self.groups().map_err(failed)?, self.wills().map_err(failed)?);
+        Ok(StoredSessions { sessions, groups, wills })
+    }
+
+    /// The wills, but those of a newer Headgate.
+    fn wills(&self) -> rusqlite::Result<Vec<Arc<StoredWill>>> {
+        let mut select = self.connection.prepare("SELECT will FROM wills ORDER BY id")?;
+        let mut rows = select.query([])?;
+        let mut wills = Vec::new();
+        while let Some(row) = rows.next()? {
+            match row::decode::<StoredWill>(row.get_ref(0)?.as_blob()?) {
+                Some(will) => wills.push(Arc::new(will)),
+                None => warn!("a stored will is not as this Headgate writes it; it is not published"),
+            }
+        }
+        Ok(wills)
     }
 
     /// The sessions, and the first uid that has subscriptions and no session.
@@ -197,6 +225,7 @@ fn write_pending(
     }
     drop(sessions);
     write_groups(&transaction, &pending.groups)?;
+    write_wills(&transaction, &pending.wills)?;
     transaction.commit()
 }
 
@@ -223,6 +252,21 @@ fn write_groups(
         match cursor {
             Some(cursor) => put.execute(params![datasource.as_str(), group, filter, sql_offset(*cursor)])?,
             None => remove.execute(params![datasource.as_str(), group, filter])?,
+        };
+    }
+    Ok(())
+}
+
+fn write_wills(
+    connection: &Connection,
+    wills: &BTreeMap<u64, Option<Arc<StoredWill>>>,
+) -> rusqlite::Result<()> {
+    let mut put = connection.prepare_cached("INSERT OR REPLACE INTO wills VALUES (?1, ?2)")?;
+    let mut remove = connection.prepare_cached("DELETE FROM wills WHERE id = ?1")?;
+    for (id, will) in wills {
+        match will {
+            Some(will) => put.execute(params![id.cast_signed(), &row::encode(&**will)[..]])?,
+            None => remove.execute([id.cast_signed()])?,
         };
     }
     Ok(())

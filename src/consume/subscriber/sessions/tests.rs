@@ -42,6 +42,26 @@ fn group(name: &str, cursor: Offset) -> StoredGroup {
     StoredGroup { datasource: id("press-4"), group: name.to_owned(), filter: "spindle/#".to_owned(), cursor }
 }
 
+fn will(id: u64) -> StoredWill {
+    StoredWill {
+        id,
+        scope: DatasourceId::all(),
+        target: Some("press-4~2".to_owned()),
+        key_id: [7; 6],
+        client_id: "c".to_owned(),
+        address: [127, 0, 0, 1].into(),
+        session: Some(9),
+        topic: "press-4/will".to_owned(),
+        payload: vec![0, 1, 0xff],
+        content_type: "text/plain".to_owned(),
+        properties: vec![1, 1],
+        flags: 3,
+        publisher: u64::MAX,
+        delay_s: 5,
+        lost_at: Some(1_795_426_119_000_000),
+    }
+}
+
 fn open(dir: &Path) -> (SessionStore, StoredSessions) {
     SessionStore::open(dir).expect("opens")
 }
@@ -103,10 +123,17 @@ async fn everything_about_a_session_comes_back() {
         SessionStoreChange::PutSession(none.clone()),
         SessionStoreChange::PutGroup(group("workers", 8)),
         SessionStoreChange::PutGroup(of_all.clone()),
+        SessionStoreChange::PutWill(Arc::new(will(1))),
+        SessionStoreChange::PutWill(Arc::new(will(2))),
+        SessionStoreChange::RemoveWill(2),
     ];
     written(&store, changes).await;
     store.close().await;
-    let expected = StoredSessions { sessions: vec![one, none], groups: vec![of_all, group("workers", 8)] };
+    let expected = StoredSessions {
+        sessions: vec![one, none],
+        groups: vec![of_all, group("workers", 8)],
+        wills: vec![Arc::new(will(1))],
+    };
     assert_eq!(open(dir.path()).1, expected);
 }
 
@@ -311,6 +338,7 @@ impl Model {
 
     fn stored(&self) -> StoredSessions {
         StoredSessions {
+            wills: Vec::new(),
             sessions: self.sessions.values().cloned().collect(),
             groups: self.groups.values().cloned().collect(),
         }

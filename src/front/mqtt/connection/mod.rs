@@ -63,8 +63,13 @@ pub(super) async fn run(
         Err(answer) => Box::pin(say_goodbye(&mut stream, &answer)).await,
         Ok(opened) => {
             front.intake.metrics().mqtt_connections.increment(1);
-            let (goodbye, will) = serve(front, &mut stream, peer, opened).await;
+            let ConnectionEnd { goodbye, will, discarded } = serve(front, &mut stream, peer, opened).await;
             front.intake.metrics().mqtt_connections.decrement(1);
+            if let Some(will) = discarded {
+                // A client that sees the end of its connection after a goodbye has no will, whatever becomes of the
+                // gateway.
+                Box::pin(will.discard()).await;
+            }
             let publishing = async {
                 if let Some(will) = will {
                     will.publish(&front.intake).await;
@@ -87,14 +92,23 @@ enum SessionSending {
 type TurnWait = Pin<Box<dyn Future<Output = Result<bool, Refusal>> + Send>>;
 type PendingRequest = Pin<Box<dyn Future<Output = (Box<Outbound>, Vec<u8>)> + Send>>;
 
-/// Serves an opened connection. Returns the last bytes to send, and the will if it is to be published
-/// now.
+/// What is left to do for a connection that has ended.
+struct ConnectionEnd {
+    /// The last bytes to send.
+    goodbye: Vec<u8>,
+    /// The will, if it is to be published now.
+    will: Option<Box<MqttWill>>,
+    /// The will that the client has taken back.
+    discarded: Option<Box<MqttWill>>,
+}
+
+/// Serves an opened connection.
 async fn serve(
     front: &Arc<MqttFront>,
     stream: &mut ClientStream,
     peer: SocketAddr,
     opened: Box<OpenedConnection>,
-) -> (Vec<u8>, Option<Box<MqttWill>>) {
+) -> ConnectionEnd {
     let mut connection = MqttConnection::begin(front, stream, opened);
     let stop = {
         let clock = tokio::time::sleep(connection.clock_step());
@@ -221,8 +235,8 @@ impl<'a> MqttConnection<'a> {
         connection
     }
 
-    /// Hands back the session. Returns the last bytes, and the will if it is to be published now.
-    async fn end(mut self: Box<Self>, stop: StopReason) -> (Vec<u8>, Option<Box<MqttWill>>) {
+    /// Hands back the session.
+    async fn end(mut self: Box<Self>, stop: StopReason) -> ConnectionEnd {
         let found = self.find_goodbye(&stop);
         if self.pushed_out {
             self.report_takeover();
@@ -247,9 +261,12 @@ impl<'a> MqttConnection<'a> {
         };
         let said =
             if let StopReason::End(InboundEnd::Goodbye(said)) = &stop { Some(said) } else { found.as_ref() };
+        let mut discarded = None;
         if let Some(disconnect) = said {
             // Sections 3.14.2.1 and 3.14.2.2.2.
-            will = will.filter(|_| inbound.form.version == MqttVersion::V5 && disconnect.reason != 0);
+            if inbound.form.version != MqttVersion::V5 || disconnect.reason == 0 {
+                discarded = will.take();
+            }
             if let Some(expiry_s) = disconnect.session_expiry_s {
                 let before = session.expiry_s;
                 session.expiry_s = expiry_s.min(front.config.session_expiry_s_max);
@@ -258,7 +275,7 @@ impl<'a> MqttConnection<'a> {
                 }
             }
         }
-        (goodbye, present.leave(session, will))
+        ConnectionEnd { goodbye, will: present.leave(session, will), discarded }
     }
 
     /// Reports that devices share a client identifier, if they push each other out on and on.

@@ -135,6 +135,18 @@ impl ClientClaims {
         }
     }
 
+    /// Finds what the cluster's bucket has.
+    pub(super) fn lookup(&self) -> &SessionLookup {
+        &self.lookup
+    }
+
+    /// The nodes that are there, this one included.
+    pub(super) fn nodes(&self) -> Vec<String> {
+        let mut nodes = self.presence.others();
+        nodes.push(self.presence.id().to_owned());
+        nodes
+    }
+
     /// A stamp that is later than every claim heard of so far.
     pub(super) fn next_stamp(&self) -> ClaimStamp {
         let now = now_micros();

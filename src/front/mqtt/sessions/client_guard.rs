@@ -98,12 +98,13 @@ impl ClientGuard {
         drop(self.sessions.subscribers.store.write(changes));
         let mut clients = self.sessions.lock_clients();
         clients.watched.remove(&uid);
-        let wait = |will: &MqttWill| will.delay_s > 0 && !clients.draining;
+        let wait = |will: &MqttWill| will.delay_s > 0 && (!clients.draining || will.has_copy());
         let (later, now_due) = match will {
             Some(will) if wait(&will) => (Some(will), None),
             will => (None, will),
         };
-        let later = later.map(|will| {
+        let later = later.map(|mut will| {
+            will.note_loss(now_micros());
             let due = now + Duration::from_secs(u64::from(will.delay_s));
             (will, due)
         });

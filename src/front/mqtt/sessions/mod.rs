@@ -26,7 +26,7 @@ use super::session::{MqttSession, SubscriptionFilter};
 use super::wills::MqttWill;
 use crate::auth::connections::{CloseReason, ConnectionControl};
 use crate::consume::subscriber::sessions::bucket::FoundSession;
-use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup, StoredSessions};
+use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup, StoredSessions, StoredWill};
 use crate::consume::subscriber::{Mailbox, ShareGroupKey, Subscribers};
 use crate::intake::Intake;
 use crate::message::{DatasourceId, Offset, now_micros};
@@ -35,6 +35,7 @@ use crate::shares::ShareExceeded;
 pub(super) mod claims;
 mod client_guard;
 mod due;
+mod heirs;
 mod queue;
 mod takeovers;
 
@@ -138,6 +139,7 @@ impl Sessions {
             .map(|group| ((group.datasource, group.group.into(), group.filter.into()), group.cursor))
             .collect();
         let (now, now_micros) = (Instant::now(), now_micros());
+        let mut wills = sessions.take_up_wills(stored.wills);
         let mut clients = sessions.lock_clients();
         let left_out = sessions.subscribers.log.withheld().now();
         let mut ended = Vec::new();
@@ -153,6 +155,10 @@ impl Sessions {
             let left_s = i64::from(stored.expiry_s) - away_s;
             let expires_at = (stored.expiry_s != u32::MAX)
                 .then(|| now + Duration::from_secs(u64::try_from(left_s).unwrap_or(0)));
+            let will = wills.remove(&stored.uid).map(|will| {
+                let due = now + will.wait_left(u32::try_from(left_s).unwrap_or(stored.expiry_s), now_micros);
+                (will, due)
+            });
             let mut session = MqttSession::from_stored(stored);
             session.charge_present(&sessions.subscribers.shares.share(&key.0));
             for group in
@@ -161,9 +167,11 @@ impl Sessions {
                 let cursor = groups.get(&group).copied();
                 sessions.subscribers.groups.rejoin(&group, session.uid, cursor);
             }
-            clients.put_away(key, session, None, expires_at);
+            clients.put_away(key, session, will, expires_at);
         }
         drop(clients);
+        // Their sessions have ended.
+        wills.into_values().for_each(|will| sessions.spawn_will(will));
         // A group without sessions can be left by nobody any more: it ends here.
         let there: HashMap<ShareGroupKey, Offset> =
             sessions.subscribers.groups.cursors(0).into_iter().collect();
@@ -176,11 +184,27 @@ impl Sessions {
         sessions
     }
 
+    /// Takes up the wills of clients that were connected when the gateway was killed, or whose wills waited. Returns
+    /// those that wait with a session, by its number, and publishes the others.
+    fn take_up_wills(&self, stored: Vec<Arc<StoredWill>>) -> HashMap<u64, Box<MqttWill>> {
+        let mut waiting = HashMap::new();
+        for content in stored {
+            match MqttWill::from_stored(content.clone(), Some(&self.subscribers.store), &self.intake) {
+                Err(denied) => debug!(datasource = %content.scope, %denied, "a stored will is dropped"),
+                Ok(will) => match will.session() {
+                    Some(session) => _ = waiting.insert(session, Box::new(will)),
+                    None => self.spawn_will(Box::new(will)),
+                },
+            }
+        }
+        waiting
+    }
+
     /// Handles due wills and expiries, and writes cursors, until `drain` is cancelled.
     pub(super) async fn run(self: &Arc<Self>, drain: CancellationToken) {
         let sharing = async {
             if let Some(claims) = &self.claims {
-                self.serve_claims(claims).await;
+                tokio::join!(self.serve_claims(claims), self.inherit_wills(claims));
             }
         };
         tokio::join!(drain.run_until_cancelled(sharing), self.run_ticks(&drain));
@@ -309,7 +333,7 @@ impl Sessions {
         found: Option<FoundSession>,
         expiry_s: u32,
     ) -> Result<MqttSession, EnterError> {
-        let mut session = earlier.unwrap_or_else(|| MqttSession::new(new_session_uid(), expiry_s));
+        let mut session = earlier.unwrap_or_else(|| MqttSession::new(random_number(), expiry_s));
         let share = self.subscribers.shares.share(&key.0);
         self.intake.limit_share(&key.0, &share);
         session.charge_present(&share);
@@ -376,7 +400,7 @@ impl Sessions {
     /// Publishes a will on a task of its own.
     fn spawn_will(&self, will: Box<MqttWill>) {
         let intake = self.intake.clone();
-        self.wills.spawn(async move { will.publish(&intake).await });
+        self.wills.spawn(async move { _ = will.publish(&intake).await });
     }
 
     /// Ends the sessions of clients that are away and whose datasource was deleted. Those of clients that are still
@@ -458,15 +482,20 @@ impl Sessions {
         connected.for_each(|connected| connected.control.close(CloseReason::Drain));
     }
 
-    /// Runs after the last connection: publishes the delayed wills, which would otherwise be lost, and
-    /// writes the groups' cursors.
+    /// Runs after the last connection: leaves the delayed wills to the next run, publishes those that would be lost,
+    /// and writes the groups' cursors.
     pub(super) async fn finish(&self) {
         let waiting: Vec<Box<MqttWill>> = {
             let mut clients = self.lock_clients();
             let away = clients.entries.values_mut().filter_map(|entry| entry.away.as_mut());
             away.filter_map(|away| away.will.take()).map(|(will, _)| will).collect()
         };
-        waiting.into_iter().for_each(|will| self.spawn_will(will));
+        for will in waiting {
+            match will.has_copy() {
+                true => will.leave_copy(),
+                false => self.spawn_will(will),
+            }
+        }
         self.wills.close();
         self.wills.wait().await;
         let _ = self.subscribers.store.write(self.cursor_changes()).await;
@@ -498,8 +527,8 @@ pub(super) fn shared_group_key(scope: &DatasourceId, filter: &str) -> Option<Sha
     Some((scope.clone(), wanted.group?.into(), wanted.filter.as_str().into()))
 }
 
-/// A random number, to tell this session from every other.
-fn new_session_uid() -> u64 {
+/// A random number, to tell one session or will from every other.
+pub(super) fn random_number() -> u64 {
     let mut random = [0; 8];
     if rand::rngs::SysRng.try_fill_bytes(&mut random).is_err() {
         random = now_micros().to_le_bytes();
