@@ -10,7 +10,6 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use super::MqttFront;
 use super::client_identity::ClientIdentity;
 use super::codec::write::{self, ConnackLimits, PacketForm};
 use super::codec::{ConnectPacket, MqttFrame, MqttVersion, ReasonCode, Violation};
@@ -20,6 +19,7 @@ use super::reason::refusal_reason_code;
 use super::session::MqttSession;
 use super::sessions::{ClientGuard, EnterError, EnteredClient};
 use super::wills::MqttWill;
+use super::{MqttFront, heard_by};
 use crate::auth::connections::{CloseReason, ConnectionControl, KeyConnectionGuard};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
@@ -67,7 +67,7 @@ pub(super) async fn shake_hands(
     connect_by: Instant,
 ) -> Result<Box<OpenedConnection>, Vec<u8>> {
     let account = front.intake.memory().account_of_stranger(peer.ip());
-    let reading = tokio::time::timeout_at(connect_by, read_connect(stream, &account));
+    let reading = heard_by(connect_by, read_connect(stream, &account));
     let (buffer, bytes, _memory) = tokio::select! {
         () = front.drain.cancelled() => return Err(Vec::new()),
         read = reading => match read {

@@ -33,6 +33,7 @@ mod wills;
 
 use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,7 +41,8 @@ use bytes::Bytes;
 pub use headgate_format::codec;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::error::Elapsed;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -59,6 +61,9 @@ use handshake::report_refused_connection;
 use sessions::Sessions;
 use stream::{ClientStream, prepare_socket};
 use websocket::WebSocket;
+
+/// What a deadline of the handshake is exceeded by, at most.
+const DEADLINE_GRACE: Duration = Duration::from_millis(100);
 
 pub use sessions::claims::ClientClaims;
 pub use tls::Tls;
@@ -166,7 +171,7 @@ impl Admission {
     pub fn serve_websocket(self, opened: impl Future<Output = Option<(TcpStream, Bytes)>> + Send + 'static) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
         connections.spawn(async move {
-            if let Ok(Some((tcp, early))) = timeout_at(connect_by, opened).await {
+            if let Ok(Some((tcp, early))) = heard_by(connect_by, opened).await {
                 prepare_socket(&tcp, &front.config);
                 let websocket = Box::new(WebSocket::new(tcp, early, peer, front.clone()));
                 connection::run(&front, ClientStream::WebSocket(websocket), stranger, peer, connect_by).await;
@@ -197,6 +202,16 @@ impl Admission {
     }
 }
 
+/// The output of `work`, if it is there by `deadline`. A gateway that was stopped hears of what lies in its sockets only a
+/// little after that.
+async fn heard_by<T>(deadline: Instant, work: impl Future<Output = T>) -> Result<T, Elapsed> {
+    let mut work = pin!(work);
+    match timeout_at(deadline, &mut work).await {
+        Err(_) => timeout(DEADLINE_GRACE, work).await,
+        done => done,
+    }
+}
+
 /// The output of `work`, or `None` if the connection has to make room for others meanwhile.
 async fn unless_evicted<T>(stranger: &TableEntry, work: impl Future<Output = T>) -> Option<T> {
     tokio::select! {
@@ -216,7 +231,7 @@ async fn accept_tls(
 ) -> Option<Box<TlsStream<TcpStream>>> {
     let account = front.intake.memory().account_of_stranger(peer.ip());
     // The handshake needs more memory than the connection: it is on the heap only while it lasts.
-    let shaking = Box::pin(timeout_at(connect_by, async move {
+    let shaking = Box::pin(heard_by(connect_by, async move {
         let _memory = account.wait_for(MQTT_TLS_HANDSHAKE_BYTES).await;
         tls.accept(tcp).await
     }));

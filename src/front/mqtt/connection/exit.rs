@@ -17,6 +17,9 @@ use super::{MqttConnection, SessionSending};
 use crate::auth::connections::CloseReason;
 use crate::limits::{MQTT_EXIT_BYTES_MAX, MQTT_EXIT_WAIT_MAX};
 
+/// How often a drain looks whether what it waits for is there, beside being told.
+const DRAIN_STEP: Duration = Duration::from_secs(1);
+
 /// A connection on its way out.
 pub(super) struct PendingExit {
     why: StopReason,
@@ -85,11 +88,13 @@ impl MqttConnection<'_> {
     /// Ends an exit that has taken too long. A drain still waits for what is on its way into the log.
     pub(super) fn check_exit(&mut self) -> Option<StopReason> {
         let exit = self.exit.as_mut().filter(|exit| exit.until <= Instant::now())?;
-        if matches!(exit.why, StopReason::Close(CloseReason::Drain)) && self.ended.is_none() {
-            self.ended = Some(InboundEnd::Lost);
-            (self.held, self.waiting_request) = (None, None);
+        if matches!(exit.why, StopReason::Close(CloseReason::Drain)) {
+            exit.until += DRAIN_STEP;
+            if self.ended.is_none() {
+                self.ended = Some(InboundEnd::Lost);
+                (self.held, self.waiting_request) = (None, None);
+            }
             self.cancel_request.cancel();
-            exit.until += Duration::from_secs(3_600);
             return None;
         }
         match self.ended.take() {

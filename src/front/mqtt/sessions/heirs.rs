@@ -1,4 +1,4 @@
-//! The wills of gateways that were killed: in a cluster every gateway looks for them, and publishes them. Several may
+//! The wills of gateways that were killed: a gateway takes up those of its last run. In a cluster every gateway looks for them, and publishes them. Several may
 //! do so at once; the log keeps each will once.
 
 use std::collections::HashMap;
@@ -7,12 +7,11 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
 
+use super::super::wills::MqttWill;
 use super::Sessions;
 use super::claims::ClientClaims;
 use crate::consume::subscriber::sessions::{SessionStoreError, StoredWill};
 use crate::message::{TimeMicros, now_micros};
-
-use super::super::wills::MqttWill;
 
 /// How often the bucket is searched for wills of gateways that are gone.
 const ORPHANED_WILLS_INTERVAL: Duration = Duration::from_secs(1);
@@ -28,6 +27,22 @@ struct MissingNode {
 }
 
 impl Sessions {
+    /// Takes up the wills of clients that were connected when the gateway was killed, or whose wills waited. Returns
+    /// those that wait with a session, by its number, and publishes the others.
+    pub(super) fn take_up_wills(&self, stored: Vec<Arc<StoredWill>>) -> HashMap<u64, Box<MqttWill>> {
+        let mut waiting = HashMap::new();
+        for content in stored {
+            match MqttWill::from_stored(content.clone(), Some(&self.subscribers.store), &self.intake) {
+                Err(denied) => debug!(datasource = %content.scope, %denied, "a stored will is dropped"),
+                Ok(will) => match will.session() {
+                    Some(session) => _ = waiting.insert(session, Box::new(will)),
+                    None => self.spawn_will(Box::new(will)),
+                },
+            }
+        }
+        waiting
+    }
+
     /// Publishes the wills of gateways that are gone, for as long as it is polled.
     pub(super) async fn inherit_wills(&self, claims: &ClientClaims) {
         let mut missing: HashMap<String, MissingNode> = HashMap::new();

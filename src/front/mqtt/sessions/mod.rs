@@ -26,7 +26,7 @@ use super::session::{MqttSession, SubscriptionFilter};
 use super::wills::MqttWill;
 use crate::auth::connections::{CloseReason, ConnectionControl};
 use crate::consume::subscriber::sessions::bucket::FoundSession;
-use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup, StoredSessions, StoredWill};
+use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup, StoredSessions};
 use crate::consume::subscriber::{Mailbox, ShareGroupKey, Subscribers};
 use crate::intake::Intake;
 use crate::message::{DatasourceId, Offset, now_micros};
@@ -182,22 +182,6 @@ impl Sessions {
         ended.extend(orphans);
         drop(sessions.subscribers.store.write(ended));
         sessions
-    }
-
-    /// Takes up the wills of clients that were connected when the gateway was killed, or whose wills waited. Returns
-    /// those that wait with a session, by its number, and publishes the others.
-    fn take_up_wills(&self, stored: Vec<Arc<StoredWill>>) -> HashMap<u64, Box<MqttWill>> {
-        let mut waiting = HashMap::new();
-        for content in stored {
-            match MqttWill::from_stored(content.clone(), Some(&self.subscribers.store), &self.intake) {
-                Err(denied) => debug!(datasource = %content.scope, %denied, "a stored will is dropped"),
-                Ok(will) => match will.session() {
-                    Some(session) => _ = waiting.insert(session, Box::new(will)),
-                    None => self.spawn_will(Box::new(will)),
-                },
-            }
-        }
-        waiting
     }
 
     /// Handles due wills and expiries, and writes cursors, until `drain` is cancelled.
