@@ -315,6 +315,7 @@ fn a_database_that_makes_no_sense_is_set_aside_and_named() {
 struct Model {
     sessions: BTreeMap<u64, StoredSession>,
     groups: BTreeMap<String, StoredGroup>,
+    wills: BTreeMap<u64, Arc<StoredWill>>,
 }
 
 impl Model {
@@ -332,13 +333,15 @@ impl Model {
             }
             SessionStoreChange::PutGroup(group) => drop(self.groups.insert(group.group.clone(), group)),
             SessionStoreChange::RemoveGroup { group, .. } => drop(self.groups.remove(&group)),
+            SessionStoreChange::PutWill(will) => drop(self.wills.insert(will.id, will)),
+            SessionStoreChange::RemoveWill(id) => drop(self.wills.remove(&id)),
             SessionStoreChange::Found(_) | SessionStoreChange::GiveUpSession(_) => {}
         }
     }
 
     fn stored(&self) -> StoredSessions {
         StoredSessions {
-            wills: Vec::new(),
+            wills: self.wills.values().cloned().collect(),
             sessions: self.sessions.values().cloned().collect(),
             groups: self.groups.values().cloned().collect(),
         }
@@ -362,6 +365,10 @@ fn any_change() -> impl Strategy<Value = SessionStoreChange> {
             let StoredGroup { datasource, group, filter, .. } = group(name, 0);
             SessionStoreChange::RemoveGroup { datasource, group, filter }
         }),
+        (0..3_u64, any::<u32>()).prop_map(|(id, delay_s)| {
+            SessionStoreChange::PutWill(Arc::new(StoredWill { delay_s, ..will(id) }))
+        }),
+        (0..3_u64).prop_map(SessionStoreChange::RemoveWill),
     ]
 }
 
