@@ -65,6 +65,16 @@ impl ClientGuard {
         self.sessions.lock_clients().takeovers.note(&self.key, address, Instant::now())
     }
 
+    /// Leaves when the end of the session is written: a node that claims the client reads the bucket after that.
+    fn leave_when_written(self) {
+        let (written, sessions) = (self.sessions.subscribers.store.write(Vec::new()), self.sessions.clone());
+        sessions.wills.spawn(async move {
+            // An error needs no handling: a bucket that cannot be written cannot be read by the other node either.
+            let _ = written.await;
+            drop(self);
+        });
+    }
+
     /// Hands back the session at the end of the connection. Returns the will if it is to be published
     /// now.
     pub(in super::super) fn leave(
@@ -75,6 +85,9 @@ impl ClientGuard {
         let now = Instant::now();
         if !session.is_durable() {
             self.sessions.end_session(&self.key, &session);
+            if self.sessions.is_clustered() && session.stored {
+                self.leave_when_written();
+            }
             return will;
         }
         let (uid, expiry_s) = (session.uid, session.expiry_s);

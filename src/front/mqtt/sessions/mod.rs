@@ -50,7 +50,7 @@ pub(super) struct Sessions {
     clients: Mutex<SessionClients>,
     subscribers: Arc<Subscribers>,
     intake: Intake,
-    /// Wills on their way into the log.
+    /// Wills on their way into the log, and clients whose end is being written.
     wills: TaskTracker,
     /// `Some` if the clients are shared with other nodes.
     claims: Option<ClientClaims>,
