@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::out::CommandOutput;
 use crate::config::Config;
-use crate::front::mqtt;
+use crate::front::tls::{Tls, TlsFront};
 use crate::observe::trace;
 
 #[derive(Debug, clap::Args)]
@@ -17,16 +17,24 @@ pub(super) struct CheckConfigArgs {
 pub(super) fn run(args: CheckConfigArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let config = Config::load(Some(&args.file))?;
     trace::parse_filter(&config.trace)?;
-    let tls = &config.mqtt.tls;
-    if tls.is_served() {
-        mqtt::Tls::load(tls.clone())?;
+    let (mqtt_tls, http_tls) = (&config.mqtt.tls, &config.http.tls);
+    for (front, tls) in [(TlsFront::Mqtt, mqtt_tls), (TlsFront::Http, http_tls)] {
+        if tls.is_served() {
+            Tls::load(front, tls.clone())?;
+        }
     }
     writeln!(out, "{}: OK", args.file.display())?;
     writeln!(out, "MQTT   {}", config.mqtt.listen)?;
-    if tls.is_served() {
-        writeln!(out, "MQTTS  {}", tls.listen)?;
+    if mqtt_tls.is_served() {
+        writeln!(out, "MQTTS  {}", mqtt_tls.listen)?;
     }
     writeln!(out, "HTTP   {}", config.http.listen)?;
+    if http_tls.is_served() {
+        writeln!(out, "HTTPS  {}", http_tls.listen)?;
+    }
+    if let Some(admin) = config.http.admin.listen {
+        writeln!(out, "admin  {admin}")?;
+    }
     writeln!(out, "data   {}", config.data_dir.display())?;
     Ok(())
 }

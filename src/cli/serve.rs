@@ -79,7 +79,7 @@ fn reload(gateway: &Gateway, file: Option<&Path>) {
 }
 
 /// Prints one line per listener with its address and how a client connects, then the admin key's path.
-/// The addresses are the words that begin with `mqtt://`, `mqtts://`, `http://` and `nats://` or `tls://`.
+/// The addresses are the words that begin with `mqtt://`, `mqtts://`, `http://`, `https://` and `nats://` or `tls://`.
 pub(super) fn announce(gateway: &Gateway, out: &mut CommandOutput) -> std::io::Result<()> {
     writeln!(
         out,
@@ -89,11 +89,22 @@ pub(super) fn announce(gateway: &Gateway, out: &mut CommandOutput) -> std::io::R
     if let Some(addr) = gateway.mqtt_tls_addr {
         writeln!(out, "MQTT  mqtts://{addr}  the same over TLS")?;
     }
+    let dashboard = if gateway.admin_addr.is_some() { "" } else { "dashboard; " };
     writeln!(
         out,
-        "HTTP  http://{}  dashboard; POST /v1/ingest/DATASOURCE[/TOPIC]; the key as \"Authorization: KEY\"",
+        "HTTP  http://{}  {dashboard}POST /v1/ingest/DATASOURCE[/TOPIC]; the key as \"Authorization: KEY\"",
         gateway.http_addr
     )?;
+    if let Some(addr) = gateway.http_tls_addr {
+        writeln!(out, "HTTP  https://{addr}  the same over TLS")?;
+    }
+    if let Some(addr) = gateway.admin_addr {
+        let scheme = if gateway.http_tls_addr.is_some() { "https" } else { "http" };
+        writeln!(
+            out,
+            "admin {scheme}://{addr}  the admin API, metrics, dashboard; for the commands, HEADGATE_URL"
+        )?;
+    }
     if !gateway.nats_servers().is_empty() {
         let servers = gateway.nats_servers().join(",");
         writeln!(out, "NATS  {servers}  ingest.DATASOURCE.TOPIC; the key as header \"Authorization: KEY\"")?;

@@ -16,13 +16,19 @@ use serde::{Deserialize, Serialize};
 use crate::limits;
 use crate::network::Network;
 
+mod http;
 mod log;
 mod mqtt;
 mod nats;
+mod public;
+mod tls;
 
+pub use http::{CorsOrigin, HttpConfig};
 pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
-pub use mqtt::{ClientCertificates, MqttConfig, MqttTlsConfig};
+pub use mqtt::MqttConfig;
 pub use nats::NatsConfig;
+pub use public::{PublicMqtt, PublicUrl};
+pub use tls::{ClientCertificates, HTTP_TLS_SETTINGS, MQTT_TLS_SETTINGS, TlsConfig, TlsSettingNames};
 
 /// Environment variables of the commands: they have the same prefix but are no settings.
 const COMMAND_ENV_VARS: [&str; 4] = ["url", "api_key", "api_key_file", "config"];
@@ -35,6 +41,14 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// How long a drain may take before the remaining connections are closed, in milliseconds.
     pub drain_ms_max: u64,
+    /// The proxies that are believed when they say whose connection or request it is.
+    pub trusted_proxies: Vec<Network>,
+    /// Whether they say so with a PROXY protocol header.
+    pub proxy_protocol: ProxyProtocol,
+    /// Where clients reach HTTP, for the lines that say how to connect.
+    pub public_url: PublicUrl,
+    /// Where clients reach MQTT, for the same lines.
+    pub public_mqtt: PublicMqtt,
     /// MQTT over TCP, TLS and WebSocket.
     pub mqtt: MqttConfig,
     /// HTTP: ingest, management, queries, metrics.
@@ -53,24 +67,16 @@ pub struct Config {
     pub trace: TraceConfig,
 }
 
-/// HTTP.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HttpConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
-    /// The most connections; for one more, one of whoever has most makes room.
-    pub connections_max: usize,
-    /// The most connections that have presented no valid key; for one more, one makes room.
-    pub strangers_max: usize,
-    /// The most of them from one address (IPv6: from one /64); for one more, the oldest makes room.
-    pub strangers_per_address_max: usize,
-    /// The largest request body, after decompression, in bytes.
-    pub body_bytes_max: usize,
-    /// How long a request's header may take to arrive, in milliseconds.
-    pub header_ms_max: u64,
-    /// How long a request's body may take to arrive, in milliseconds.
-    pub body_ms_max: u64,
+/// Whether connections from trusted proxies begin with a PROXY protocol header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProxyProtocol {
+    /// They may.
+    Optional,
+    /// They have to; one that does not is closed.
+    Required,
+    /// They do not; one that does is closed.
+    Off,
 }
 
 /// How bad API keys are limited.
@@ -138,6 +144,10 @@ impl Default for Config {
         Self {
             data_dir: PathBuf::from("headgate-data"),
             drain_ms_max: 10_000,
+            trusted_proxies: Vec::new(),
+            proxy_protocol: ProxyProtocol::Optional,
+            public_url: PublicUrl::default(),
+            public_mqtt: PublicMqtt::default(),
             mqtt: MqttConfig::default(),
             http: HttpConfig::default(),
             auth: AuthConfig::default(),
@@ -146,20 +156,6 @@ impl Default for Config {
             storage: StorageConfig::default(),
             nats: NatsConfig::default(),
             trace: TraceConfig { filter: "info".to_owned(), format: TraceFormat::Text },
-        }
-    }
-}
-
-impl Default for HttpConfig {
-    fn default() -> Self {
-        Self {
-            listen: loopback(8080),
-            connections_max: 10_000,
-            strangers_max: 2_048,
-            strangers_per_address_max: 1_024,
-            body_bytes_max: limits::HTTP_BODY_BYTES_MAX,
-            header_ms_max: 10_000,
-            body_ms_max: 60_000,
         }
     }
 }
@@ -271,13 +267,6 @@ impl Config {
     /// How long a drain may take.
     pub fn drain_max(&self) -> Duration {
         Duration::from_millis(self.drain_ms_max)
-    }
-}
-
-impl HttpConfig {
-    fn check(&self) -> Result<(), ConfigError> {
-        require_some("http.strangers_max", self.strangers_max as u64)?;
-        require_some("http.strangers_per_address_max", self.strangers_per_address_max as u64)
     }
 }
 

@@ -1,11 +1,10 @@
 //! `[mqtt]`: MQTT over TCP, TLS and WebSocket.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, loopback, require, require_some};
+use super::{ConfigError, MQTT_TLS_SETTINGS, TlsConfig, loopback, require, require_some};
 use crate::limits;
 
 /// MQTT over TCP.
@@ -38,42 +37,7 @@ pub struct MqttConfig {
     /// counts as lost (`TCP_USER_TIMEOUT`); 0: the kernel decides, which takes a quarter of an hour.
     pub tcp_user_timeout_s: u32,
     /// MQTT over TLS.
-    pub tls: MqttTlsConfig,
-}
-
-/// Whether a client needs a certificate of its own, besides its API key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ClientCertificates {
-    /// A client without a certificate is refused.
-    Required,
-    /// A client may come without a certificate; one that it presents has to be valid.
-    Optional,
-}
-
-/// MQTT over TLS, served when there is a certificate. The limits are those of MQTT over TCP.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MqttTlsConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
-    /// A file with the certificate and its chain (PEM); empty for none. It may be replaced while the gateway
-    /// runs, as may `key` and `client_ca`.
-    pub certificate: PathBuf,
-    /// A file with the certificate's private key (PEM).
-    pub key: PathBuf,
-    /// A file with the issuers of the clients' certificates (PEM); empty when clients are not asked
-    /// for one.
-    pub client_ca: PathBuf,
-    /// With a `client_ca`: whether a client needs a certificate.
-    pub client_certificates: ClientCertificates,
-}
-
-impl MqttTlsConfig {
-    /// Whether MQTT over TLS is served: there is a certificate.
-    pub fn is_served(&self) -> bool {
-        !self.certificate.as_os_str().is_empty()
-    }
+    pub tls: TlsConfig,
 }
 
 impl Default for MqttConfig {
@@ -90,13 +54,7 @@ impl Default for MqttConfig {
             keep_alive_s_max: 3_600,
             tcp_keep_alive_s: 60,
             tcp_user_timeout_s: 60,
-            tls: MqttTlsConfig {
-                listen: loopback(8883),
-                certificate: PathBuf::new(),
-                key: PathBuf::new(),
-                client_ca: PathBuf::new(),
-                client_certificates: ClientCertificates::Required,
-            },
+            tls: TlsConfig::without_certificate(8883),
         }
     }
 }
@@ -124,24 +82,6 @@ impl MqttConfig {
                 "it has to be 32767 seconds or less, which is what the kernel takes",
             )?;
         }
-        self.tls.check()
-    }
-}
-
-impl MqttTlsConfig {
-    fn check(&self) -> Result<(), ConfigError> {
-        let unset = |path: &Path| path.as_os_str().is_empty();
-        require(
-            unset(&self.certificate) == unset(&self.key),
-            "mqtt.tls.key",
-            format_args!("{:?}", self.key),
-            "certificate and key are given together, or neither is",
-        )?;
-        require(
-            unset(&self.client_ca) || self.is_served(),
-            "mqtt.tls.client_ca",
-            format_args!("{:?}", self.client_ca),
-            "it needs a certificate and a key",
-        )
+        self.tls.check(&MQTT_TLS_SETTINGS)
     }
 }

@@ -81,7 +81,15 @@ pub const MQTT_PACKET_GRACE: std::time::Duration = std::time::Duration::from_sec
 /// ... and a second more for so many bytes of it.
 pub const MQTT_PACKET_BYTES_PER_S_MIN: u64 = 256;
 /// What a TLS handshake is charged for.
-pub const MQTT_TLS_HANDSHAKE_BYTES: usize = 32 << 10;
+pub const TLS_HANDSHAKE_BYTES: usize = 32 << 10;
+/// A file with certificates or a key.
+pub const TLS_FILE_BYTES_MAX: u64 = 1 << 20;
+/// A PROXY protocol header of version 1, with its line end (the specification's section 2.1).
+pub const PROXY_V1_BYTES_MAX: usize = 107;
+/// A PROXY protocol header of version 2, with what a proxy adds to the addresses.
+pub const PROXY_V2_BYTES_MAX: usize = 4 << 10;
+/// Addresses of `X-Forwarded-For` that are looked at, from the right.
+pub const FORWARDED_ADDRESSES_MAX: usize = 64;
 /// What the beginning of a CONNECT may take before it is charged for.
 pub const MQTT_CONNECT_UNCHARGED_BYTES: usize = 4 << 10;
 /// Unsent bytes to an MQTT client above which the gateway stops reading from it.
@@ -133,6 +141,8 @@ pub const QUERY_PIECE_BYTES: usize = 512 << 10;
 pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
 /// Bytes read and discarded of a request that was answered before its end.
 pub const HTTP_LINGER_BYTES_MAX: usize = 512 << 10;
+/// Connections at once to the administration's own listener.
+pub const HTTP_ADMIN_CONNECTIONS_MAX: usize = 64;
 /// Requests at once on one HTTP/2 connection.
 pub const HTTP2_STREAMS_MAX: u32 = 128;
 /// The window of a zstd body, as its base-2 logarithm: 8 MiB, what RFC 9659 lets a server ask for.

@@ -129,23 +129,7 @@ impl ConnectionTable {
         let mut state = self.state.lock();
         let number = state.next_number;
         state.next_number += 1;
-        let of_address = state.add(owner, number, eviction.clone());
-        let StrangerLimits { strangers_max, per_address_max } = state.limits;
-        let evicted = if of_address > per_address_max {
-            state.evict_oldest(owner);
-            Some(EvictedStranger::OfAddress { address, max: per_address_max })
-        } else if state.strangers > strangers_max {
-            let largest = state.address_sizes.last().map_or(owner, |(_, owner)| *owner);
-            state.evict_oldest(largest);
-            match largest {
-                ConnectionOwner::Address(address) => {
-                    Some(EvictedStranger::OfStrangers { address, max: strangers_max })
-                }
-                ConnectionOwner::Key(_) => None,
-            }
-        } else {
-            None
-        };
+        let evicted = state.add_stranger(address, number, eviction.clone());
         drop(state);
         (TableEntry { table: self.clone(), number, owner: Mutex::new(Some(owner)), eviction }, evicted)
     }
@@ -185,6 +169,33 @@ impl TableState {
         size
     }
 
+    /// Adds a stranger's connection. If there are too many strangers then, the oldest one makes room, and is returned.
+    fn add_stranger(
+        &mut self,
+        address: IpAddr,
+        number: u64,
+        eviction: Arc<Eviction>,
+    ) -> Option<EvictedStranger> {
+        let owner = ConnectionOwner::Address(address);
+        let of_address = self.add(owner, number, eviction);
+        let StrangerLimits { strangers_max, per_address_max } = self.limits;
+        if of_address > per_address_max {
+            self.evict_oldest(owner);
+            return Some(EvictedStranger::OfAddress { address, max: per_address_max });
+        }
+        if self.strangers <= strangers_max {
+            return None;
+        }
+        let largest = self.address_sizes.last().map_or(owner, |(_, owner)| *owner);
+        self.evict_oldest(largest);
+        match largest {
+            ConnectionOwner::Address(address) => {
+                Some(EvictedStranger::OfStrangers { address, max: strangers_max })
+            }
+            ConnectionOwner::Key(_) => None,
+        }
+    }
+
     /// Removes a connection, unless it was told to make room already.
     fn remove(&mut self, owner: ConnectionOwner, number: u64) -> Option<Arc<Eviction>> {
         let group = self.groups.get_mut(&owner)?;
@@ -214,6 +225,22 @@ impl TableEntry {
     /// Where the connection learns that it has to make room.
     pub(super) fn eviction(&self) -> &Arc<Eviction> {
         &self.eviction
+    }
+
+    /// Notes that a stranger's connection is, for now, that of another address, as a proxy says. If that has too many
+    /// then, the oldest makes room, and is returned.
+    pub(super) fn move_to(&self, address: IpAddr) -> Option<EvictedStranger> {
+        let address = source_of(address);
+        let mut owner = self.owner.lock();
+        let Some(before @ ConnectionOwner::Address(of)) = *owner else { return None };
+        if of == address {
+            return None;
+        }
+        let mut state = self.table.state.lock();
+        // One that was told to make room already is in no group.
+        let eviction = state.remove(before, self.number)?;
+        *owner = Some(ConnectionOwner::Address(address));
+        state.add_stranger(address, self.number, eviction)
     }
 
     /// Notes that the connection has presented a valid key: it is no stranger's any more.
@@ -295,6 +322,30 @@ mod tests {
         assert_eq!(evicted, Some(EvictedStranger::OfStrangers { address: address(1), max: 4 }));
         assert!(is_evicted(&crowd[0]) && !is_evicted(&lone));
         assert_eq!(table.stranger_count(), 4);
+    }
+
+    #[test]
+    fn a_stranger_behind_a_proxy_counts_where_its_requests_come_from() {
+        let table = table(100, 2);
+        let proxied: Vec<TableEntry> = (0..4)
+            .map(|n| {
+                let entry = table.enter(address(9)).0;
+                assert_eq!(entry.move_to(address(n)), None);
+                entry
+            })
+            .collect();
+        assert_eq!(table.stranger_count(), 4);
+        assert_eq!(proxied[1].move_to(address(0)), None, "two are as many as there may be");
+        assert_eq!(proxied[1].move_to(address(0)), None, "it is there already");
+        let evicted = Some(EvictedStranger::OfAddress { address: address(0), max: 2 });
+        assert_eq!(proxied[2].move_to(address(0)), evicted);
+        assert_eq!(proxied.iter().map(is_evicted).collect::<Vec<_>>(), [true, false, false, false]);
+        assert_eq!(proxied[0].move_to(address(5)), None, "one that makes room stays where it is");
+        proxied[3].present(KeyId([1; 6]));
+        assert_eq!(proxied[3].move_to(address(0)), None, "whoever has a key is no stranger");
+        drop(proxied);
+        let state = table.state.lock();
+        assert!(state.groups.is_empty() && state.address_sizes.is_empty() && state.key_sizes.is_empty());
     }
 
     #[test]

@@ -5,4 +5,7 @@ mod credentials;
 pub mod http;
 pub mod mqtt;
 pub mod nats;
+mod peer_stream;
 mod problem;
+pub mod proxied;
+pub mod tls;

@@ -5,6 +5,7 @@
 use tracing::warn;
 
 use crate::config::{Config, LogBackend};
+use crate::limits::HTTP_ADMIN_CONNECTIONS_MAX;
 
 /// What listeners, databases with their readers, connections to NATS, threads and files that are open for a
 /// moment need at most.
@@ -43,7 +44,9 @@ pub(super) fn fit_connections(config: &mut Config) {
         LogBackend::Jetstream => 0,
     };
     let wanted = [config.mqtt.connections_max, config.http.connections_max];
-    let [mqtt, http] = allowed_connections(limit, segments_max, wanted);
+    // The administration's own connections keep theirs.
+    let of_admin = config.http.admin.listen.map_or(0, |_| HTTP_ADMIN_CONNECTIONS_MAX as u64);
+    let [mqtt, http] = allowed_connections(limit.saturating_sub(of_admin), segments_max, wanted);
     if [mqtt, http] == wanted {
         return;
     }

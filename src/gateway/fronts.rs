@@ -11,6 +11,8 @@ use super::listeners::Listeners;
 use super::opened::OpenedGateway;
 use crate::config::Config;
 use crate::front::connection_table::ConnectionTable;
+use crate::front::proxied::ProxyTrust;
+use crate::front::tls::Tls;
 use crate::front::{http, mqtt, nats};
 use crate::intake::Intake;
 use crate::memory::MemoryBudget;
@@ -26,14 +28,16 @@ pub(super) struct RunningFronts {
 /// The settings that can be changed while the gateway runs.
 pub(super) struct LiveSettings {
     memory: MemoryBudget,
+    certificates: Vec<Arc<Tls>>,
     http: Arc<ConnectionTable>,
     mqtt: Arc<ConnectionTable>,
 }
 
 impl LiveSettings {
-    /// Applies these settings as they are in `config`.
+    /// Applies these settings as they are in `config`, and has the certificates read.
     pub(super) fn apply(&self, config: &Config) {
         self.memory.set_limits(config.intake.memory_bytes_max, config.intake.memory_share_bytes_max);
+        self.certificates.iter().for_each(|tls| tls.read_now());
         self.http.set_limits(config.http.stranger_limits());
         self.mqtt.set_limits(config.mqtt.stranger_limits());
     }
@@ -57,16 +61,19 @@ impl RunningFronts {
         let nats = connect_nats(config, &intake).await?;
         let nats_servers = config.nats.servers.iter().filter(|_| nats.is_some());
         let nats_servers: Vec<_> = nats_servers.map(|address| without_credentials(address)).collect();
+        let proxies = Arc::new(ProxyTrust::new(config));
         let acceptor = mqtt::Acceptor::new(
             intake.clone(),
             consumers.subscribers.clone(),
             clients.stored,
             clients.claims,
             config.mqtt.clone(),
+            proxies.clone(),
             drain.clone(),
         );
         let live = LiveSettings {
             memory: intake.memory().clone(),
+            certificates: listeners.certificates(),
             http: Arc::new(ConnectionTable::new(config.http.stranger_limits())),
             mqtt: acceptor.strangers().clone(),
         };
@@ -85,14 +92,27 @@ impl RunningFronts {
             mqtt_addr: addrs.mqtt,
             mqtt_tls_addr: addrs.mqtt_tls,
             http_addr: addrs.http,
+            http_tls_addr: addrs.http_tls,
+            public_url: config.public_url.clone(),
+            public_mqtt: config.public_mqtt.clone(),
+            proxies,
             nats: nats.clone(),
             nats_servers: nats_servers.clone(),
             callout,
         };
+        let (tls, certificate) = listeners.http_tls.unzip();
+        let (plain, admin) = (listeners.http, listeners.admin);
+        let http_listeners = http::HttpListeners { plain, tls, admin, certificate };
         let mut tasks = vec![
             tokio::spawn(mqtt::serve(acceptor, listeners.mqtt, listeners.tls)),
-            tokio::spawn(http::serve(listeners.http, parts, drain.clone())),
+            tokio::spawn(http::serve(http_listeners, parts, drain.clone())),
         ];
+        for tls in live.certificates.iter().cloned() {
+            let drain = drain.clone();
+            tasks.push(tokio::spawn(async move {
+                drain.run_until_cancelled(tls.follow_files()).await;
+            }));
+        }
         if let Some(nats) = nats {
             let drain = drain.clone();
             tasks.push(tokio::spawn(async move { nats.serve(drain).await }));

@@ -23,6 +23,7 @@ use tracing::{error, info, warn};
 
 use crate::auth::{Registry, deadlines, key_ends};
 use crate::config::{Config, LogBackend};
+use crate::front::proxied::ProxyTrust;
 use crate::front::{http, nats};
 use crate::intake::Intake;
 use crate::log::Log;
@@ -48,6 +49,10 @@ pub struct Gateway {
     pub mqtt_tls_addr: Option<SocketAddr>,
     /// Where HTTP is served.
     pub http_addr: SocketAddr,
+    /// Where HTTP is served over TLS, if a certificate is configured.
+    pub http_tls_addr: Option<SocketAddr>,
+    /// Where the administration is served, if it has a listener of its own; over TLS if a certificate is configured.
+    pub admin_addr: Option<SocketAddr>,
     /// The file with the first admin key.
     pub admin_key_path: PathBuf,
     log: Arc<dyn Log>,
@@ -88,7 +93,9 @@ impl Gateway {
                 let joining = JoiningMember::begin(&config).await?;
                 let opening =
                     async { OpenedGateway::open(&config, OpenedLog::join(&joining, &config).await?).await };
-                http::serve_until_ready(&listeners.http, &config.http, joining.reason(), opening).await?
+                let proxies = Arc::new(ProxyTrust::new(&config));
+                http::serve_until_ready(&listeners.http, &config.http, proxies, joining.reason(), opening)
+                    .await?
             }
         };
         let OpenedGateway { registry, log, consumers, metrics, .. } = &opened;
@@ -111,12 +118,15 @@ impl Gateway {
         let key_ends = tokio::spawn(key_ends::run(registry.clone()));
         info!(
             mqtt_addr = %addrs.mqtt, mqtt_tls_addr = addrs.mqtt_tls.map(display), http_addr = %addrs.http,
+            http_tls_addr = addrs.http_tls.map(display), admin_addr = addrs.admin.map(display),
             next_offset = log.next_offset(), "serving"
         );
         Ok(Gateway {
             mqtt_addr: addrs.mqtt,
             mqtt_tls_addr: addrs.mqtt_tls,
             http_addr: addrs.http,
+            http_tls_addr: addrs.http_tls,
+            admin_addr: addrs.admin,
             admin_key_path: config.data_dir.join(ADMIN_KEY_FILE),
             log,
             consumers,

@@ -75,6 +75,7 @@ impl Setup {
             .set("mqtt.listen", "127.0.0.1:0")
             .set("mqtt.tls.listen", "127.0.0.1:0")
             .set("http.listen", "127.0.0.1:0")
+            .set("http.tls.listen", "127.0.0.1:0")
     }
 
     /// With one key of the configuration set, by its dotted name.
@@ -142,10 +143,13 @@ impl Setup {
         ];
         let process = Process { child, output, readers: readers.into() };
         let deadline = Instant::now() + PATIENCE;
-        let (mut mqtt, mut mqtts, mut http) = (None, None, None);
-        while mqtt.is_none() || http.is_none() {
+        let (mut mqtt, mut mqtts, mut http, mut https, mut admin) = (None, None, None, None, None);
+        loop {
             match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) if line.contains("mqtts://") => mqtts = loopback_address(&line),
+                Ok(line) if line.starts_with("admin key") => break,
+                Ok(line) if line.starts_with("admin") => admin = loopback_address(&line),
+                Ok(line) if line.contains("https://") => https = loopback_address(&line),
                 Ok(line) if line.contains("MQTT") => mqtt = mqtt.or_else(|| loopback_address(&line)),
                 Ok(line) if line.contains("HTTP") => http = http.or_else(|| loopback_address(&line)),
                 Ok(_) => {}
@@ -155,9 +159,10 @@ impl Setup {
                 }
             }
         }
-        let mqtt = mqtt.expect("the loop ends with both");
-        let http = http.expect("the loop ends with both");
-        let gateway = Gateway { process, mqtt, mqtts, http, setup: self.clone(), agent: agent() };
+        let mqtt = mqtt.expect("it says where it serves MQTT");
+        let http = http.expect("it says where it serves HTTP");
+        let gateway =
+            Gateway { process, mqtt, mqtts, http, https, admin, setup: self.clone(), agent: agent() };
         wait_for("/readyz to say 200", || (gateway.get("/readyz", "").status == 200).then_some(()));
         Ok(gateway)
     }
@@ -283,6 +288,10 @@ pub struct Gateway {
     pub mqtts: Option<SocketAddr>,
     /// Where it serves HTTP.
     pub http: SocketAddr,
+    /// Where it serves HTTP over TLS, if it does.
+    pub https: Option<SocketAddr>,
+    /// Where it serves the administration, if not there.
+    pub admin: Option<SocketAddr>,
     setup: Setup,
     agent: ureq::Agent,
 }
@@ -367,7 +376,11 @@ impl Gateway {
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> Result<Answer, ureq::Error> {
-        http(&self.agent, self.http, method, path, key, headers, body)
+        let addr = match self.admin {
+            Some(admin) if !key.is_empty() && key == self.admin_key() => admin,
+            _ => self.http,
+        };
+        http(&self.agent, addr, method, path, key, headers, body)
     }
 
     /// GET.

@@ -88,8 +88,23 @@ impl TlsClient {
         Self::over(tcp, issuer, own)
     }
 
+    /// Connects as a client that offers these protocols (ALPN).
+    pub fn offering(addr: SocketAddr, issuer: &Identity, protocols: &[&[u8]]) -> io::Result<Self> {
+        let tcp = TcpStream::connect_timeout(&addr, PATIENCE)?;
+        Self::shake_hands(tcp, issuer, None, protocols)
+    }
+
     /// Shakes hands over a connection that there is.
     pub fn over(tcp: TcpStream, issuer: &Identity, own: Option<&Identity>) -> io::Result<Self> {
+        Self::shake_hands(tcp, issuer, own, &[])
+    }
+
+    fn shake_hands(
+        tcp: TcpStream,
+        issuer: &Identity,
+        own: Option<&Identity>,
+        protocols: &[&[u8]],
+    ) -> io::Result<Self> {
         tcp.set_read_timeout(Some(PATIENCE))?;
         let mut roots = RootCertStore::empty();
         roots.add(issuer.der()).expect("an issuer");
@@ -98,13 +113,14 @@ impl TlsClient {
             .with_safe_default_protocol_versions()
             .expect("versions")
             .with_root_certificates(roots);
-        let config = match own {
+        let mut config = match own {
             None => builder.with_no_client_auth(),
             Some(own) => {
                 let key = PrivateKeyDer::from_pem_file(&own.key).expect("a key");
                 builder.with_client_auth_cert(vec![own.der()], key).expect("a pair")
             }
         };
+        config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
         let name = tcp.peer_addr()?.ip().into();
         let connection = ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
         let mut stream = StreamOwned::new(connection, tcp);
@@ -112,6 +128,11 @@ impl TlsClient {
             stream.conn.complete_io(&mut stream.sock)?;
         }
         Ok(Self(stream))
+    }
+
+    /// The protocol that the gateway chose.
+    pub fn protocol(&self) -> Option<&[u8]> {
+        self.0.conn.alpn_protocol()
     }
 
     /// The certificate that the gateway showed.

@@ -6,6 +6,10 @@ mod common;
 
 mod api;
 mod cli;
+mod cors;
+mod floods;
 mod memory;
 mod openapi;
+mod proxied;
+mod tls;
 mod wire;

@@ -8,28 +8,28 @@ use std::time::{Duration, Instant};
 use crate::common::{Gateway, PATIENCE, Setup, scratch, wait_for};
 
 /// A connection that speaks HTTP by hand.
-struct Wire(TcpStream);
+pub struct Wire(pub TcpStream);
 
 impl Wire {
-    fn open(addr: SocketAddr) -> Self {
+    pub fn open(addr: SocketAddr) -> Self {
         let stream = TcpStream::connect(addr).expect("connected");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         stream.set_nodelay(true).expect("an option");
         Self(stream)
     }
 
-    fn send(&mut self, text: impl AsRef<[u8]>) {
+    pub fn send(&mut self, text: impl AsRef<[u8]>) {
         self.0.write_all(text.as_ref()).expect("sent");
     }
 
     /// A request's line and header.
-    fn head(&mut self, method: &str, path: &str, headers: &[&str]) {
+    pub fn head(&mut self, method: &str, path: &str, headers: &[&str]) {
         let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
         self.send(format!("{method} {path} HTTP/1.1\r\nHost: gateway\r\n{headers}\r\n"));
     }
 
     /// The next answer: its header, and its body if it says how long that is.
-    fn answer(&mut self) -> String {
+    pub fn answer(&mut self) -> String {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
@@ -45,14 +45,14 @@ impl Wire {
     }
 
     /// Expects the end of the connection, and no reset.
-    fn end(&mut self) {
+    pub fn end(&mut self) {
         let mut rest = Vec::new();
         self.0.read_to_end(&mut rest).expect("an orderly end");
         assert_eq!(String::from_utf8_lossy(&rest), "");
     }
 
     /// Expects that nothing comes for a while.
-    fn silence(&mut self, how_long: Duration) {
+    pub fn silence(&mut self, how_long: Duration) {
         self.0.set_read_timeout(Some(how_long)).expect("a timeout");
         let error = self.0.read(&mut [0]).expect_err("silence");
         assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
@@ -60,7 +60,7 @@ impl Wire {
     }
 }
 
-fn with_key(key: &str) -> String {
+pub fn with_key(key: &str) -> String {
     format!("Authorization: Bearer {key}")
 }
 
@@ -159,7 +159,7 @@ fn a_body_that_breaks_off_is_not_kept() {
 fn a_client_that_takes_too_long_is_not_waited_for() {
     let dir = scratch();
     let setup = Setup::on(dir.path()).set("http.header_ms_max", 300).set("http.body_ms_max", 300);
-    let gateway = setup.start();
+    let gateway = setup.set("http.keep_alive_s_max", 1).start();
     let source = gateway.create("press-4");
     // Nothing; half of what HTTP/2 begins with; half a header.
     for begin in ["", "PRI * HTTP", "POST /v1/ingest/press-4 HTTP/1.1\r\nHost: g"] {
@@ -183,8 +183,170 @@ fn a_client_that_takes_too_long_is_not_waited_for() {
     let mut wire = Wire::open(gateway.http);
     wire.head("GET", "/livez", &[]);
     assert!(wire.answer().starts_with("HTTP/1.1 200 "));
+    let idle_since = Instant::now();
     wire.end();
+    let waited = idle_since.elapsed();
+    assert!(waited >= Duration::from_millis(900) && waited < PATIENCE, "{waited:?}");
     assert_eq!(gateway.metric("headgate_log_next_offset"), 0.0);
+}
+
+/// A connection that was idle for as long as a header may take was closed, while clients sent their next request on it.
+#[test]
+fn an_idle_connection_is_kept_for_longer_than_a_header_may_take_and_its_client_is_told() {
+    let dir = scratch();
+    let gateway = Setup::on(dir.path()).set("http.header_ms_max", 300).start();
+    let mut wire = Wire::open(gateway.http);
+    for _ in 0..2 {
+        wire.head("GET", "/livez", &[]);
+        let answer = wire.answer();
+        assert!(answer.contains("\r\nkeep-alive: timeout=75\r\n"), "{answer}");
+        assert!(answer.contains("\r\nconnection: keep-alive\r\n"), "{answer}");
+        wire.silence(Duration::from_millis(1_000));
+    }
+    // The deadline of a header begins with its first byte.
+    let started = Instant::now();
+    wire.send("GET /livez HTTP/1.1\r\nHost: ga");
+    wire.end();
+    assert!(started.elapsed() >= Duration::from_millis(250), "{:?}", started.elapsed());
+    // Nobody is told to come again on a connection that ends.
+    let mut wire = Wire::open(gateway.http);
+    wire.head("GET", "/livez", &["Connection: close"]);
+    let answer = wire.answer();
+    assert!(answer.contains("\r\nconnection: close\r\n") && !answer.contains("keep-alive"), "{answer}");
+    wire.end();
+    // HTTP/1.0 goes on where it asks to.
+    let mut wire = Wire::open(gateway.http);
+    wire.send("GET /livez HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
+    assert!(wire.answer().contains("\r\nkeep-alive: timeout=75\r\n"));
+    wire.send("GET /livez HTTP/1.0\r\n\r\n");
+    assert!(!wire.answer().contains("keep-alive"));
+    wire.end();
+}
+
+/// The connection was closed without an answer, although the message was kept.
+#[test]
+fn a_client_that_has_shut_down_its_half_still_gets_its_answer() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    let key = with_key(&source.key);
+    for n in 0..50 {
+        let mut wire = Wire::open(gateway.http);
+        let body = format!("{{\"n\":{n}}}");
+        let length = format!("Content-Length: {}", body.len());
+        wire.head("POST", "/v1/ingest/press-4", &[&key, &length]);
+        wire.send(body);
+        wire.0.shutdown(std::net::Shutdown::Write).expect("shut down");
+        let answer = wire.answer();
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("\"accepted\":1"), "{answer}");
+        wire.end();
+    }
+    // Also a longer answer, and one after others on the same connection.
+    let mut wire = Wire::open(gateway.http);
+    let twice = "GET /openapi.json HTTP/1.1\r\nHost: gateway\r\n\r\n".repeat(2);
+    wire.send(twice);
+    wire.0.shutdown(std::net::Shutdown::Write).expect("shut down");
+    for _ in 0..2 {
+        assert!(wire.answer().starts_with("HTTP/1.1 200 "));
+    }
+    wire.end();
+    assert_eq!(gateway.stored("press-4", 50).len(), 50);
+}
+
+/// What came as its body was taken for the first frames.
+#[test]
+fn a_request_that_opens_a_websocket_and_has_a_body_is_malformed() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    let upgrade = [
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        "Sec-WebSocket-Protocol: mqtt",
+    ];
+    for (framing, body) in [
+        ("Content-Length: 5", "hello"),
+        ("Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"),
+        ("Content-Length: 5", ""),
+        ("Transfer-Encoding: chunked", ""),
+    ] {
+        let mut wire = Wire::open(gateway.http);
+        wire.head("GET", "/mqtt", &[&upgrade[..], &[framing]].concat());
+        wire.send(body);
+        let answer = wire.answer();
+        assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("/problems/malformed"), "{answer}");
+        wire.end();
+    }
+    let mut wire = Wire::open(gateway.http);
+    wire.head("GET", "/mqtt", &[&upgrade[..], &["Content-Length: 0"]].concat());
+    assert!(wire.answer().starts_with("HTTP/1.1 101 "), "no body at all");
+    // What asks for another protocol elsewhere is served as it is (RFC 9110, 7.8).
+    let mut wire = Wire::open(gateway.http);
+    let h2c = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__"];
+    wire.head(
+        "POST",
+        "/v1/ingest/press-4",
+        &[&h2c[..], &[&with_key(&source.key), "Content-Length: 2"]].concat(),
+    );
+    wire.send("{}");
+    assert!(wire.answer().starts_with("HTTP/1.1 200 "));
+}
+
+/// They were served.
+#[test]
+fn a_request_without_a_host_or_with_two_is_malformed() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    for (lines, status) in [
+        ("", 400),
+        ("Host: a\r\nHost: a\r\n", 400),
+        ("Host: a\r\nX: y\r\nhost: b\r\n", 400),
+        ("Host: a b\r\n", 400),
+        ("Host: a/b\r\n", 400),
+        ("Host: a, b\r\n", 400),
+        ("Host: gateway:8080\r\n", 200),
+        ("Host:\r\n", 200),
+    ] {
+        for target in ["/livez", "http://gateway/livez"] {
+            let mut wire = Wire::open(gateway.http);
+            wire.send(format!("GET {target} HTTP/1.1\r\n{lines}\r\n"));
+            let answer = wire.answer();
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{target} {lines:?}: {answer}");
+        }
+    }
+    let mut wire = Wire::open(gateway.http);
+    wire.send("GET /livez HTTP/1.0\r\n\r\n");
+    assert!(wire.answer().starts_with("HTTP/1.0 200 "), "HTTP/1.0 had none");
+    let refusals = gateway.get("/v1/refusals?cause=malformed", &gateway.admin_key()).json();
+    assert!(refusals["refusals"][0]["count"].as_u64() >= Some(2), "{refusals}");
+}
+
+/// It was 404.
+#[test]
+fn a_slash_behind_the_datasource_names_no_topic() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    let (key, json) = (with_key(&source.key), "Content-Type: application/json");
+    let mut wire = Wire::open(gateway.http);
+    for body in [&b"{\"v\":1}"[..], b"\xEF\xBB\xBF{\"v\":2}", b"\xEF\xBB\xBF[3]"] {
+        wire.head("POST", "/v1/ingest/press-4/", &[&key, json, &format!("Content-Length: {}", body.len())]);
+        wire.send(body);
+        let answer = wire.answer();
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    }
+    let stored = gateway.stored("press-4", 3);
+    let kept: Vec<String> = stored.iter().map(|r| format!("{} {}", r["topic"], r["payload"])).collect();
+    assert_eq!(kept, ["\"data\" {\"v\":1}", "\"data\" {\"v\":2}", "\"data\" 3"]);
+    // A mark before the JSON of a management request, too.
+    let admin = with_key(&gateway.admin_key());
+    let body = "\u{feff}{\"name\":\"Saw\"}";
+    wire.head("POST", "/v1/datasources", &[&admin, json, &format!("Content-Length: {}", body.len())]);
+    wire.send(body);
+    let answer = wire.answer();
+    assert!(answer.starts_with("HTTP/1.1 201 "), "{answer}");
 }
 
 #[test]

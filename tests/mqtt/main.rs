@@ -9,6 +9,7 @@ mod front;
 mod leaving;
 mod memory;
 mod once;
+mod proxied;
 mod subscribe;
 mod tenants;
 mod tls;

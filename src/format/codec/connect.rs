@@ -176,10 +176,7 @@ fn read_will<'a>(
         if v5 { Properties::read(reader, AllowedProperties::WILL)? } else { Properties::default() };
     let topic = reader.text()?;
     if topic.is_empty() || topic.contains(['+', '#']) {
-        // MQTT 3.1.1 has no return code that fits: such a CONNECT gets no answer.
-        let reason = if v5 { ReasonCode::TopicNameInvalid } else { ReasonCode::MalformedPacket };
-        let text = "the topic of a will has at least one character, and no wildcards";
-        return Err(Violation { reason, text });
+        return Err(Violation::malformed("the topic of a will has at least one character, and no wildcards"));
     }
     let payload = reader.binary()?;
     Ok(ConnectWill { topic, payload, qos, retain, properties })

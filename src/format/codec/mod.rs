@@ -203,6 +203,9 @@ impl<'a> MqttFrame<'a> {
     /// that the refusal can be in that version's form.
     pub fn connect(&self) -> Result<ConnectPacket<'a>, (Option<MqttVersion>, Violation)> {
         let connect = ConnectPacket::decode(self.body)?;
+        if self.first & 0x0f != 0 && connect.version != MqttVersion::V31 {
+            return Err((None, FLAGS_NOT_ZERO));
+        }
         // Only MQTT 5 forbids this, so it is checked once the version is known.
         let header_bytes = self.bytes - self.body.len();
         if connect.version == MqttVersion::V5 && header_bytes > 1 + write::varint_bytes(self.body.len()) {
@@ -241,6 +244,8 @@ impl<'a> MqttFrame<'a> {
 const OVERLONG_LENGTH: Violation =
     Violation::malformed("the remaining length takes more bytes than it needs");
 
+const FLAGS_NOT_ZERO: Violation = Violation::malformed("the flags of the fixed header have to be 0");
+
 /// The reason codes of PUBACK and PUBREC (sections 3.4.2.1 and 3.5.2.1).
 const MESSAGE_ACK_REASONS: &[u8] = &[0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99];
 /// The reason codes of PUBREL and PUBCOMP (sections 3.6.2.1 and 3.7.2.1).
@@ -259,8 +264,10 @@ fn check_flags(first: u8, version: Option<MqttVersion>) -> Result<(), Violation>
         }
         (3, _) | (6 | 8 | 10, 0b0010) => Ok(()),
         (6 | 8 | 10, _) => Err(Violation::malformed("the flags of the fixed header have to be 2")),
+        // MQTT 3.1 (section 3.1) does not use them; the version is in what follows.
+        (1, _) if version.is_none() => Ok(()),
         (_, 0) => Ok(()),
-        _ => Err(Violation::malformed("the flags of the fixed header have to be 0")),
+        _ => Err(FLAGS_NOT_ZERO),
     }
 }
 

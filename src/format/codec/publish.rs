@@ -1,7 +1,7 @@
 //! PUBLISH (section 3.3), the packet that makes up nearly all traffic.
 
 use super::properties::{AllowedProperties, Properties, TOPIC_ALIAS};
-use super::{PacketReader, ReasonCode, Violation};
+use super::{PacketReader, Violation};
 
 /// A PUBLISH from a client.
 #[derive(Debug)]
@@ -29,10 +29,7 @@ impl<'a> PublishPacket<'a> {
         let qos = first >> 1 & 3;
         let topic = reader.text()?;
         if topic.contains(['+', '#']) {
-            return Err(Violation {
-                reason: ReasonCode::TopicNameInvalid,
-                text: "the topic of a PUBLISH cannot have wildcards",
-            });
+            return Err(Violation::malformed("the topic of a PUBLISH cannot have wildcards"));
         }
         let packet_id = if qos > 0 { reader.packet_id()? } else { 0 };
         let properties = if v5 {

@@ -1,7 +1,7 @@
 //! SUBSCRIBE (section 3.8) and UNSUBSCRIBE (section 3.10).
 
 use super::properties::{AllowedProperties, Properties};
-use super::{MqttVersion, PacketReader, ReasonCode, Violation};
+use super::{MqttVersion, PacketReader, Violation};
 
 /// A SUBSCRIBE.
 #[derive(Debug)]
@@ -99,7 +99,8 @@ impl<'a> UnsubscribePacket<'a> {
 /// (section 4.7), and after `$share/` a name without wildcards and then a filter (section 4.8.2).
 fn read_filter<'a>(reader: &mut PacketReader<'a>) -> Result<&'a str, Violation> {
     let whole = reader.text()?;
-    let invalid = |text| Err(Violation { reason: ReasonCode::TopicFilterInvalid, text });
+    // 0x8F is for a filter that is well-formed and not accepted.
+    let invalid = |text| Err(Violation::malformed(text));
     let mut filter = whole;
     if let Some(shared) = whole.strip_prefix("$share/") {
         let Some((name, behind)) = shared.split_once('/') else {

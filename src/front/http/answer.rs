@@ -18,6 +18,7 @@ use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
 use parking_lot::Mutex;
 
+use super::request_clock::RequestUnderWay;
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
 use crate::memory::{MemoryAccount, MemoryCharge, MemoryExceeded};
 
@@ -85,6 +86,8 @@ impl RequestMemory {
 pub(super) struct AnswerHold {
     pub(super) memory: MemoryCharge,
     pub(super) stranger: Option<StrangerRequest>,
+    /// Its connection is not idle.
+    pub(super) under_way: Option<RequestUnderWay>,
 }
 
 /// The body of an answer.
@@ -202,7 +205,7 @@ mod tests {
         let mut memory = account.charge(100).expect("fits");
         let response = Response::new(Body::from(body));
         charge_for(&response, &mut memory).expect("fits");
-        hold_until_taken(response, AnswerHold { memory, stranger: None }, stall_max)
+        hold_until_taken(response, AnswerHold { memory, stranger: None, under_way: None }, stall_max)
     }
 
     #[tokio::test]

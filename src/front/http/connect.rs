@@ -27,15 +27,16 @@ pub(super) struct ConnectLines {
 }
 
 impl ConnectLines {
-    /// The lines for a key of `datasource`, as seen by whoever sent `headers`.
+    /// The lines for a key of `datasource`, as seen by whoever sent `headers`, over HTTPS or not.
     pub(super) fn new(
         datasource: &DatasourceId,
         scopes: Scopes,
         parts: &HttpFrontParts,
         headers: &HeaderMap,
+        is_https: bool,
     ) -> Self {
-        let address = ConnectAddress::new(parts, headers);
-        let ConnectAddress { http, mqtt_host, mqtt_port, tls } = &address;
+        let address = ConnectAddress::new(parts, headers, is_https);
+        let ConnectAddress { base_url, mqtt_host, mqtt_port, tls } = &address;
         // Trusts the certificate authorities of the device's system; for others there is --cafile.
         let (mosquitto_tls, paho_tls) = if *tls { (" --tls-use-os-certs", ", tls={}") } else { ("", "") };
         let publish = |line: String| scopes.allow(Scope::Ingest).then_some(line);
@@ -46,7 +47,7 @@ impl ConnectLines {
             )),
             curl: publish(format!(
                 "curl -H \"Authorization: Bearer $HEADGATE_API_KEY\" -H 'Content-Type: application/json' \
-                 -d '{{\"value\": 21.5}}' http://{http}/v1/ingest/{datasource}/temperature"
+                 -d '{{\"value\": 21.5}}' {base_url}/v1/ingest/{datasource}/temperature"
             )),
             python: publish(format!(
                 "python3 -c 'import os; from paho.mqtt import publish; \
@@ -67,7 +68,7 @@ impl ConnectLines {
             latest: scopes.allow(Scope::Subscribe).then(|| {
                 format!(
                     "curl -H \"Authorization: Bearer $HEADGATE_API_KEY\" \
-                     http://{http}/v1/datasources/{datasource}/latest"
+                     {base_url}/v1/datasources/{datasource}/latest"
                 )
             }),
         }
@@ -84,7 +85,8 @@ fn nats_server(servers: &[String]) -> Option<String> {
 
 /// Where the gateway is, as seen by the client that asked.
 struct ConnectAddress {
-    http: String,
+    /// `https://HOST:PORT`, with the path that a proxy takes off.
+    base_url: String,
     mqtt_host: String,
     mqtt_port: u16,
     /// Whether that port is TLS.
@@ -92,23 +94,50 @@ struct ConnectAddress {
 }
 
 impl ConnectAddress {
-    fn new(parts: &HttpFrontParts, headers: &HeaderMap) -> Self {
+    fn new(parts: &HttpFrontParts, headers: &HeaderMap, is_https: bool) -> Self {
         let named =
             headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_shell_safe_host(host));
-        let (mqtt, tls) = mqtt_listener_for(named, parts.mqtt_addr, parts.mqtt_tls_addr);
-        // A listener on every address can be reached under the name that the client has just used.
-        let mqtt_host = match named.map(hostname) {
-            Some(name) if mqtt.ip().is_unspecified() => name.to_owned(),
-            _ => reachable(mqtt).ip().to_string(),
+        let base_url = match parts.public_url.get() {
+            Some(url) => url.to_owned(),
+            None => http_base_url(parts, named, is_https),
         };
-        let http = named.map_or_else(|| reachable(parts.http_addr).to_string(), str::to_owned);
-        Self { http, mqtt_host, mqtt_port: mqtt.port(), tls }
+        if let Some((host, port, tls)) = parts.public_mqtt.get() {
+            return Self { base_url, mqtt_host: host.to_owned(), mqtt_port: port, tls };
+        }
+        let (mqtt, tls) = listener_for(named, parts.mqtt_addr, parts.mqtt_tls_addr);
+        Self { base_url, mqtt_host: host_of(mqtt, named), mqtt_port: mqtt.port(), tls }
     }
 }
 
-/// The MQTT listener for a client that reached HTTP as `host`, and whether it is TLS. It is the plain
+/// Where devices reach HTTP: where the client that asks has just reached it, unless that was the administration's own
+/// listener.
+fn http_base_url(parts: &HttpFrontParts, named: Option<&str>, is_https: bool) -> String {
+    let scheme = |tls| if tls { "https" } else { "http" };
+    match named {
+        Some(host) if parts.config.admin.listen.is_none() => format!("{}://{host}", scheme(is_https)),
+        _ => {
+            let (addr, tls) = listener_for(named, parts.http_addr, parts.http_tls_addr);
+            let (host, port) = (host_of(addr, named), addr.port());
+            match host.contains(':') {
+                true => format!("{}://[{host}]:{port}", scheme(tls)),
+                false => format!("{}://{host}:{port}", scheme(tls)),
+            }
+        }
+    }
+}
+
+/// The host under which a listener can be reached. A listener on every address can be reached under the name that the
+/// client has just used.
+fn host_of(listener: SocketAddr, named: Option<&str>) -> String {
+    match named.map(hostname) {
+        Some(name) if listener.ip().is_unspecified() => name.to_owned(),
+        _ => reachable(listener).ip().to_string(),
+    }
+}
+
+/// Of a plain listener and one over TLS, that for a client that reached HTTP as `host`, and whether it is TLS. It is the plain
 /// one, unless that is on loopback, the TLS one is not, and the client is on another machine.
-fn mqtt_listener_for(host: Option<&str>, plain: SocketAddr, tls: Option<SocketAddr>) -> (SocketAddr, bool) {
+fn listener_for(host: Option<&str>, plain: SocketAddr, tls: Option<SocketAddr>) -> (SocketAddr, bool) {
     let here = |name: &str| name == "localhost" || name.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
     match tls {
         Some(tls) if plain.ip().is_loopback() && !tls.ip().is_loopback() => match host.map(hostname) {
@@ -172,7 +201,7 @@ mod tests {
             (Some("gw.example"), far, Some(far_tls), (far, false)),
             (Some("gw.example"), near, None, (near, false)),
         ] {
-            assert_eq!(mqtt_listener_for(host, plain, tls), told, "{host:?} {plain} {tls:?}");
+            assert_eq!(listener_for(host, plain, tls), told, "{host:?} {plain} {tls:?}");
         }
     }
 

@@ -248,8 +248,8 @@ pub(super) async fn create(
     let created = created.await;
     let (key, secret) = created.map_err(Problem::after_body_read)?;
     // A key for all datasources has no single datasource to connect to.
-    let connect =
-        (!datasource.is_all()).then(|| ConnectLines::new(&datasource, scopes, &shared.parts, &headers));
+    let lines = || ConnectLines::new(&datasource, scopes, &shared.parts, &headers, caller.1.is_https);
+    let connect = (!datasource.is_all()).then(lines);
     let body = CreateKeyResponse { key: NewKeyView::new(&key, &secret), connect };
     Ok((StatusCode::CREATED, Json(body)).into_response())
 }
@@ -325,10 +325,11 @@ pub(super) async fn rotate(
         shared.settle(&caller, &[dead], called).await;
     }
     let scopes = rotated.key.scopes;
+    let lines = || ConnectLines::new(&owner, scopes, &shared.parts, &headers, caller.1.is_https);
     let body = RotateKeyResponse {
         key: NewKeyView::new(&rotated.key, &rotated.secret),
         replaced: ReplacedKeyView { id: key_id, grace_ends_at: Rfc3339(rotated.grace_ends_at) },
-        connect: (!owner.is_all()).then(|| ConnectLines::new(&owner, scopes, &shared.parts, &headers)),
+        connect: (!owner.is_all()).then(lines),
     };
     Ok((StatusCode::CREATED, Json(body)).into_response())
 }

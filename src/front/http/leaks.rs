@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::body::{self, BodyLimits};
+use super::messages::without_bom;
 use super::server::HttpPeer;
 use super::{HttpFrontState, run_blocking};
 use crate::auth::audit::{Actor, ActorIdentity};
@@ -61,7 +62,7 @@ pub(super) async fn report(
     let (parts, body) = request.into_parts();
     let limits = BodyLimits { bytes_max: HTTP_MANAGE_BYTES_MAX, setting: "", ..shared.body_limits() };
     let received = body::read(&parts.headers, body, limits, &shared.account_of(&parts)).await?;
-    let found = match serde_json::from_slice(&received.bytes) {
+    let found = match serde_json::from_slice(without_bom(&received.bytes)) {
         Ok(LeakReportBody::Several(found)) => found,
         Ok(LeakReportBody::Single(SingleSecretReport { secret, url })) => {
             vec![ReportedSecret { token: secret, url }]

@@ -116,7 +116,7 @@ pub(super) async fn create(
     let body = CreateDatasourceResponse {
         datasource: DatasourceView::new(&datasource),
         key: NewKeyView::new(&key, &secret),
-        connect: ConnectLines::new(&datasource.id, scopes, &shared.parts, &headers),
+        connect: ConnectLines::new(&datasource.id, scopes, &shared.parts, &headers, caller.1.is_https),
     };
     Ok((StatusCode::CREATED, [(LOCATION, location)], Json(body)).into_response())
 }

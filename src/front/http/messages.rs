@@ -8,7 +8,8 @@
 //! | none, or `application/x-www-form-urlencoded` (what `curl -d` says) | a JSON object or array as `application/json`; anything else is one, as it is |
 //! | any other | one, as it is |
 //!
-//! A message from a JSON body has the content type `application/json`. A request without any
+//! A byte order mark before JSON is taken off (RFC 8259, section 8.1): some editors and libraries write one, and it is no
+//! part of the value. A message from a JSON body has the content type `application/json`. A request without any
 //! message (`[]`, no line, an empty body where JSON was announced) is malformed, because there would
 //! be no offset to answer with. An empty body of any other type is one empty message, as in MQTT.
 
@@ -47,8 +48,8 @@ impl<'a> RequestMessages<'a> {
         match essence.as_str() {
             JSON_MEDIA_TYPE => Self::json(body),
             "application/x-ndjson" | "application/ndjson" | "application/jsonl" => Self::lines(body),
-            "" | "application/x-www-form-urlencoded" => match body.trim_ascii_start().first() {
-                Some(b'{' | b'[') if is_json(body) => Self::json(body),
+            "" | "application/x-www-form-urlencoded" => match without_bom(body).trim_ascii_start().first() {
+                Some(b'{' | b'[') if is_json(without_bom(body)) => Self::json(body),
                 _ => Ok(Self::whole(content_type, body)),
             },
             _ => Ok(Self::whole(content_type, body)),
@@ -82,6 +83,7 @@ impl<'a> RequestMessages<'a> {
     }
 
     fn json(body: &'a [u8]) -> Result<Self, Problem> {
+        let body = without_bom(body);
         if body.trim_ascii_start().first() != Some(&b'[') {
             return match serde_json::from_slice::<&RawValue>(body) {
                 Ok(_) => Ok(Self::whole(JSON_MEDIA_TYPE, body)),
@@ -105,6 +107,8 @@ impl<'a> RequestMessages<'a> {
         let mut payloads = Vec::new();
         let mut lines = Vec::new();
         for (number, whole) in (1..).zip(body.split(|&b| b == b'\n')) {
+            // Files that each begin with a mark may have been put together.
+            let whole = without_bom(whole);
             let line = whole.trim_ascii();
             if line.is_empty() {
                 continue;
@@ -122,6 +126,11 @@ impl<'a> RequestMessages<'a> {
         }
         Ok(Self { content_type: JSON_MEDIA_TYPE, payloads, places: MessagePlaces::Lines(lines) })
     }
+}
+
+/// A body without the byte order mark that it may begin with.
+pub(super) fn without_bom(body: &[u8]) -> &[u8] {
+    body.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(body)
 }
 
 fn is_json(body: &[u8]) -> bool {
@@ -228,6 +237,31 @@ mod tests {
             for body in ["[1,2]", "{", ""] {
                 assert_eq!(split(content_type, body), some(content_type, &[body]));
             }
+        }
+    }
+
+    /// It was "not valid JSON", or one message of bytes that nobody could read as JSON.
+    #[test]
+    fn a_byte_order_mark_before_json_is_no_part_of_it() {
+        for content_type in ["application/json", "", "application/x-www-form-urlencoded"] {
+            assert_eq!(split(content_type, "\u{feff}{\"v\": 1}"), some(JSON_MEDIA_TYPE, &["{\"v\": 1}"]));
+            assert_eq!(split(content_type, "\u{feff} [1, 2]"), some(JSON_MEDIA_TYPE, &["1", "2"]));
+        }
+        assert_eq!(split("application/json", "\u{feff}21.5"), some(JSON_MEDIA_TYPE, &["21.5"]));
+        let lines = "\u{feff}{\"v\": 1}\r\n\u{feff}{\"v\": 2}\n\u{feff}\n";
+        assert_eq!(
+            split("application/x-ndjson", lines),
+            some(JSON_MEDIA_TYPE, &["{\"v\": 1}", "{\"v\": 2}"])
+        );
+        for empty in ["\u{feff}", "\u{feff} ", "\u{feff}[]"] {
+            assert_eq!(split("application/json", empty), Err(ProblemKind::Malformed));
+        }
+        // One is enough, and inside of JSON it is none.
+        assert_eq!(split("application/json", "\u{feff}\u{feff}1"), Err(ProblemKind::Malformed));
+        assert_eq!(split("application/json", "\"\u{feff}\""), some(JSON_MEDIA_TYPE, &["\"\u{feff}\""]));
+        // What is not JSON is kept as it is.
+        for (content_type, body) in [("text/plain", "\u{feff}{}"), ("", "\u{feff}text"), ("", "\u{feff}1")] {
+            assert_eq!(split(content_type, body), some(content_type, &[body]));
         }
     }
 

@@ -1,4 +1,4 @@
-//! What wraps every handler: it refuses a key in the URL, counts and logs a refusal, and sets the headers that
+//! What wraps every handler: it refuses a request without a host or with a key in the URL, counts and logs a refusal, and sets the headers that
 //! every answer has.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -17,6 +17,8 @@ use tracing::field::display;
 
 use super::answer::{self, AnswerHold, RequestHolder, RequestMemory, StrangerRequest};
 use super::lent::BodyLender;
+use super::persistence::{announce_keep_alive, wants_to_persist};
+use super::request_form::{check_host, note_authority};
 use super::server::HttpPeer;
 use super::{HttpFrontState, credentials};
 use crate::front::problem::{Problem, RefusedRequest};
@@ -30,7 +32,7 @@ const STRANGER_REQUESTS_MAX: usize = 16;
 /// What the answer to such a request is charged for at least.
 const STRANGER_ANSWER_BYTES: usize = 2 << 10;
 
-/// Wraps every handler: refuses a key in the URL, counts and logs a refusal, and sets the headers that
+/// Wraps every handler: refuses a request without a host or with a key in the URL, counts and logs a refusal, and sets the headers that
 /// every answer has. It logs the route and not the path, because a client may put anything into a path.
 pub(super) async fn request_middleware(
     State(shared): State<Arc<HttpFrontState>>,
@@ -49,6 +51,9 @@ pub(super) async fn request_middleware(
     let datasource = datasource_in(request.uri().path()).to_owned();
     let has_body = !request.body().is_end_stream();
     let http1 = request.version() < Version::HTTP_2;
+    let persists = wants_to_persist(request.version(), request.headers());
+    note_authority(&mut request);
+    let host = check_host(request.version(), request.uri(), request.headers());
     // HTTP/2 carries other requests beside an unread body; HTTP/1.1 closes the connection below.
     let (request, lender) = if has_body && !http1 {
         let (head, body) = request.into_parts();
@@ -57,7 +62,7 @@ pub(super) async fn request_middleware(
     } else {
         (request, None)
     };
-    let mut response = match credentials::refuse_key_in_url(request.uri()) {
+    let mut response = match host.and_then(|()| credentials::refuse_key_in_url(request.uri())) {
         Ok(()) => next.run(request).await,
         Err(problem) => {
             drop(request);
@@ -65,7 +70,8 @@ pub(super) async fn request_middleware(
         }
     };
     let held = memory.take();
-    let held = charge_answer(&shared, peer.as_ref(), held, under_way, &method, &mut response);
+    let mut held = charge_answer(&shared, peer.as_ref(), held, under_way, &method, &mut response);
+    held.under_way = peer.as_ref().map(|peer| peer.clock.begin_request());
     let refused = response.extensions_mut().remove::<RefusedRequest>();
     if let Some(refused) = &refused {
         let address = peer.as_ref().map(|peer| peer.addr);
@@ -89,6 +95,9 @@ pub(super) async fn request_middleware(
             peer.unread.store(true, Ordering::Relaxed);
         }
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    if persists && peer.as_ref().is_some_and(|peer| !peer.closing.load(Ordering::Relaxed)) {
+        announce_keep_alive(headers, shared.parts.config.keep_alive_s_max);
     }
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
@@ -115,7 +124,7 @@ fn charge_answer(
                     memory.set_held(memory.bytes() + answer::known_bytes(response));
                 }
             }
-            AnswerHold { memory, stranger: None }
+            AnswerHold { memory, stranger: None, under_way: None }
         }
         RequestHolder::Stranger(stranger) => {
             let address = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.addr.ip());
@@ -132,12 +141,12 @@ fn charge_answer(
                 shared.parts.intake.refusals().note(RefusalNote { address: Some(address), ..note });
                 peer.entry.eviction().tell();
             }
-            AnswerHold { memory: account.charge_held(bytes), stranger: Some(stranger) }
+            AnswerHold { memory: account.charge_held(bytes), stranger: Some(stranger), under_way: None }
         }
         RequestHolder::Answer => {
             let address = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
             let account = shared.parts.intake.memory().account_of_stranger(address);
-            AnswerHold { memory: account.charge_held(0), stranger: None }
+            AnswerHold { memory: account.charge_held(0), stranger: None, under_way: None }
         }
     }
 }

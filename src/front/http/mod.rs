@@ -2,13 +2,15 @@
 //! It speaks HTTP and decides nothing: the authorizer decides what a key allows, intake what is kept.
 //!
 //! A request comes in through `server` (and its `socket`); `middleware` wraps every handler;
-//! `credentials` identifies the caller before any of the body is read; then one handler of the table
+//! `cors` answers to pages of other origins; `credentials` identifies the caller before any of the body is read; then one handler of the table
 //! in [`routes`] runs. Every refusal becomes a `problem`.
 
 mod answer;
+mod arrival;
 mod audit;
 mod body;
 mod connect;
+mod cors;
 mod credentials;
 mod dashboard;
 mod deletion;
@@ -22,12 +24,15 @@ mod manage;
 mod messages;
 mod middleware;
 mod page_stream;
+mod persistence;
 mod presented;
 mod probes;
 mod problem;
 mod quarantine;
 mod query;
 mod refusals;
+mod request_clock;
+mod request_form;
 mod schema;
 mod server;
 mod socket;
@@ -54,12 +59,13 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use self::answer::RequestMemory;
+use self::arrival::HttpPort;
 use self::body::BodyLimits;
 use self::credentials::Caller;
 use self::server::{HttpCrowd, HttpPeer};
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
-use crate::config;
+use crate::config::{self, PublicMqtt, PublicUrl};
 use crate::consume::egress::Egress;
 use crate::consume::quarantine::QuarantineLeakRules;
 use crate::consume::query::RecordsReader;
@@ -67,11 +73,13 @@ use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::Subscribers;
 use crate::front::connection_table::ConnectionTable;
 use crate::front::problem::Problem;
+use crate::front::proxied::ProxyTrust;
+use crate::front::tls::Tls;
 use crate::front::{mqtt, nats};
 use crate::intake::{Intake, Refusal};
 use crate::limits::{
-    HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST, LEAK_REPORTS_PER_S,
-    PARSES_PER_PROCESSOR_MAX, REVOCATION_WAIT_MAX,
+    HTTP_ADMIN_CONNECTIONS_MAX, HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, LEAK_REPORTS_BURST,
+    LEAK_REPORTS_PER_S, PARSES_PER_PROCESSOR_MAX, REVOCATION_WAIT_MAX,
 };
 use crate::log::Log;
 use crate::memory::MemoryAccount;
@@ -113,6 +121,14 @@ pub struct HttpFrontParts {
     pub mqtt_tls_addr: Option<SocketAddr>,
     /// Where HTTP is served.
     pub http_addr: SocketAddr,
+    /// Where HTTP is served over TLS, if it is.
+    pub http_tls_addr: Option<SocketAddr>,
+    /// Where clients reach HTTP and MQTT, if that is not where they are served.
+    pub public_url: PublicUrl,
+    /// As `public_url`.
+    pub public_mqtt: PublicMqtt,
+    /// The proxies that are believed.
+    pub proxies: Arc<ProxyTrust>,
     /// The NATS front, if there is one.
     pub nats: Option<Arc<nats::NatsFront>>,
     /// Addresses of the NATS servers, for the lines that say how to connect.
@@ -121,11 +137,28 @@ pub struct HttpFrontParts {
     pub callout: Option<Nats>,
 }
 
-/// Serves HTTP on `listener` until `drain` is cancelled; then accepts no more connections, and returns
+/// Where HTTP is served.
+pub struct HttpListeners {
+    /// Without TLS.
+    pub plain: TcpListener,
+    /// Over TLS, if there is a certificate.
+    pub tls: Option<TcpListener>,
+    /// The administration's own, over TLS if there is a certificate.
+    pub admin: Option<TcpListener>,
+    /// The certificate.
+    pub certificate: Option<Arc<Tls>>,
+}
+
+/// Serves HTTP on `listeners` until `drain` is cancelled; then accepts no more connections, and returns
 /// when the requests under way are answered. Dropping the future aborts them.
-pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: CancellationToken) {
+pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
-    let crowd = HttpCrowd::over(parts.connections.clone(), Some(parts.intake.refusals().clone()));
+    let refusals = parts.intake.refusals().clone();
+    let crowd = HttpCrowd::over(parts.connections.clone(), config.connections_max, Some(refusals.clone()));
+    // Of its own, so that a crowd of devices or strangers never keeps an administrator out.
+    let admin_table = Arc::new(ConnectionTable::new(config.stranger_limits()));
+    let admin_crowd = HttpCrowd::over(admin_table, HTTP_ADMIN_CONNECTIONS_MAX, Some(refusals));
+    let (proxies, memory) = (parts.proxies.clone(), Some(parts.intake.memory().clone()));
     let shared = Arc::new(HttpFrontState {
         crowd: crowd.clone(),
         parses: Arc::new(Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors())),
@@ -139,7 +172,27 @@ pub async fn serve(listener: TcpListener, parts: HttpFrontParts, drain: Cancella
         drain: drain.clone(),
         parts,
     });
-    server::run(listener, router(shared), &config, crowd, drain).await;
+    let HttpListeners { plain, tls, admin, certificate } = listeners;
+    let plain_port = HttpPort { tls: None, proxies, memory };
+    let tls_port = HttpPort { tls: certificate, ..plain_port.clone() };
+    let all = router(shared.clone(), |_, _| true);
+    let of_devices = match admin {
+        Some(_) => router(shared, is_of_devices),
+        None => all.clone(),
+    };
+    let serve = |listener: Option<TcpListener>, port: HttpPort, router: Router, crowd: HttpCrowd| {
+        let (config, drain) = (&config, drain.clone());
+        async move {
+            if let Some(listener) = listener {
+                server::run(listener, port, router, config, crowd, drain).await;
+            }
+        }
+    };
+    tokio::join!(
+        serve(Some(plain), plain_port, of_devices.clone(), crowd.clone()),
+        serve(tls, tls_port.clone(), of_devices, crowd),
+        serve(admin, tls_port, all, admin_crowd),
+    );
 }
 
 /// What every handler may use.
@@ -222,7 +275,7 @@ impl HttpFrontState {
         let (parts, body) = request.into_parts();
         let limits = BodyLimits { bytes_max, setting: "", ..self.body_limits() };
         let received = body::read(&parts.headers, body, limits, &self.account_of(&parts)).await?;
-        serde_json::from_slice(&received.bytes).map_err(|error| {
+        serde_json::from_slice(messages::without_bom(&received.bytes)).map_err(|error| {
             Problem::new(Cause::Malformed, format!("The body cannot be used: {error}.")).after_body_read()
         })
     }
@@ -307,12 +360,43 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
     ]
 }
 
-fn router(shared: Arc<HttpFrontState>) -> Router {
-    let routes = routes().into_iter();
-    routes
-        .fold(Router::new(), |router, (_, path, handler)| router.route(path, handler))
+/// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
+/// they are not found at any other.
+const DEVICE_ROUTES: [(Method, &str); 10] = [
+    (Method::POST, "/v1/ingest/{datasource}"),
+    (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
+    (Method::GET, "/v1/datasources/{datasource}/schema"),
+    (Method::GET, "/v1/datasources/{datasource}/records"),
+    (Method::GET, "/v1/datasources/{datasource}/latest"),
+    (Method::POST, "/v1/leaks"),
+    (Method::GET, "/mqtt"),
+    (Method::GET, "/livez"),
+    (Method::GET, "/readyz"),
+    (Method::GET, "/openapi.json"),
+];
+
+/// Whether a route is one of those.
+fn is_of_devices(method: &Method, path: &str) -> bool {
+    DEVICE_ROUTES.iter().any(|(of, served)| of == method && *served == path)
+}
+
+/// The routes that a listener serves.
+fn router(shared: Arc<HttpFrontState>, is_served: impl Fn(&Method, &str) -> bool) -> Router {
+    // A path that is served for one method is not found for the others that it has elsewhere.
+    let is_path_served =
+        |path: &str| routes().iter().any(|(method, of, _)| *of == path && is_served(method, path));
+    let routes = routes().into_iter().filter(|(_, path, _)| is_path_served(path));
+    let mut router = routes.fold(Router::new(), |router, (method, path, handler)| {
+        let is_served = is_served(&method, path);
+        let filter = || MethodFilter::try_from(method).expect("the table has standard methods alone");
+        router.route(path, if is_served { handler } else { on(filter(), no_route) })
+    });
+    // A slash at the end names no topic.
+    router = router.route("/v1/ingest/{datasource}/", on(MethodFilter::POST, ingest::to_datasource));
+    router
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
+        .layer(from_fn_with_state(shared.clone(), cors::cors_middleware))
         .layer(from_fn_with_state(shared.clone(), middleware::request_middleware))
         .with_state(shared)
 }
@@ -374,6 +458,20 @@ mod tests {
             methods.filter(|&method| method != "parameters").map(|method| (path.clone(), method.clone()))
         });
         assert_eq!(served, listed.collect());
+    }
+
+    #[test]
+    fn every_route_of_devices_is_a_route_and_none_of_them_is_managed_by() {
+        let served: Vec<(Method, &str)> =
+            routes().into_iter().map(|(method, path, _)| (method, path)).collect();
+        for route in &DEVICE_ROUTES {
+            assert!(served.contains(route), "{route:?}");
+        }
+        for admin in
+            ["/", "/metrics", "/v1/audit", "/v1/refusals", "/v1/datasources", "/v1/datasources/{datasource}"]
+        {
+            assert!(DEVICE_ROUTES.iter().all(|(_, path)| *path != admin), "{admin}");
+        }
     }
 
     #[test]

@@ -4,17 +4,16 @@
 //! A crowd of strangers takes nobody's place: when there are too many of them, or all places are taken, a connection
 //! that is there makes room ([`ConnectionTable`]). A stranger whose answers wait unread is closed.
 //!
-//! A connection has `http.header_ms_max` for a request's header, counted from the moment at which it could
-//! have begun to send it. So a connection that is idle for as long is closed. Dropping the future of
-//! [`run`] aborts every connection.
+//! How long a connection is waited for says [`RequestClock`]. A client that has shut down its half still gets its
+//! answers. Dropping the future of [`run`] aborts every connection.
 
 use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
@@ -29,11 +28,16 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 use tracing::{debug, warn};
 
+use super::arrival::{ArrivedConnection, HttpPort, report_proxy_header};
+use super::frame_meter::FrameFault;
 use super::presented::PresentedKeys;
+use super::request_clock::{AwaitedPart, RequestClock, RequestDeadline};
 use super::socket::HttpSocket;
 use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::peer_stream::PeerStream;
+use crate::front::proxied::{ProxyHeaderError, ProxyTrust, forwarded_address, is_forwarded_https};
 use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
@@ -57,7 +61,10 @@ const HTTP2_WINDOW_BYTES: u32 = 256 << 10;
 /// The connection that a request came on: an extension of every request.
 #[derive(Clone)]
 pub(super) struct HttpPeer {
+    /// The client: of the connection, or of the request, if a trusted proxy says whose it is.
     pub(super) addr: SocketAddr,
+    /// Whether the client speaks HTTPS, to the gateway or to a trusted proxy.
+    pub(super) is_https: bool,
     /// Set when the request is answered before its body was read to the end.
     pub(super) unread: Arc<AtomicBool>,
     /// The keys that the connection has presented.
@@ -68,6 +75,30 @@ pub(super) struct HttpPeer {
     pub(super) entry: Arc<TableEntry>,
     /// How many of its requests under way have no valid key.
     pub(super) stranger_requests: Arc<AtomicUsize>,
+    /// What the connection is waited for.
+    pub(super) clock: RequestClock,
+    /// Set when the connection was asked to close.
+    pub(super) closing: Arc<AtomicBool>,
+}
+
+impl HttpPeer {
+    /// As of one request: of the client that a trusted proxy names, if it is one that the connection is from.
+    fn of_request<B>(&self, request: &hyper::Request<B>, proxies: &ProxyTrust, crowd: &HttpCrowd) -> Self {
+        let mut peer = self.clone();
+        if !proxies.is_trusted(self.addr.ip()) {
+            return peer;
+        }
+        peer.is_https |= is_forwarded_https(request.headers());
+        if let Some(address) = forwarded_address(request.headers(), proxies)
+            && address != self.addr.ip()
+        {
+            peer.addr = SocketAddr::new(address, 0);
+            peer.client = Arc::new(KeyClient::new(Transport::Http, Some(address), None));
+        }
+        // As long as the connection has presented no key it is the stranger's whose request came last.
+        crowd.note_evicted(self.entry.move_to(peer.addr.ip()));
+        peer
+    }
 }
 
 impl fmt::Debug for HttpPeer {
@@ -80,18 +111,26 @@ impl fmt::Debug for HttpPeer {
 #[derive(Clone)]
 pub(super) struct HttpCrowd {
     table: Arc<ConnectionTable>,
+    /// A permit for each connection that there may be.
+    permits: Arc<Semaphore>,
     refusals: Option<Arc<Refusals>>,
 }
 
 impl HttpCrowd {
     /// No connections yet.
     pub(super) fn new(config: &config::HttpConfig, refusals: Option<Arc<Refusals>>) -> Self {
-        Self::over(Arc::new(ConnectionTable::new(config.stranger_limits())), refusals)
+        let table = Arc::new(ConnectionTable::new(config.stranger_limits()));
+        Self::over(table, config.connections_max, refusals)
     }
 
-    /// The connections in `table`.
-    pub(super) fn over(table: Arc<ConnectionTable>, refusals: Option<Arc<Refusals>>) -> Self {
-        Self { table, refusals }
+    /// The connections in `table`, of which there may be so many.
+    pub(super) fn over(
+        table: Arc<ConnectionTable>,
+        connections_max: usize,
+        refusals: Option<Arc<Refusals>>,
+    ) -> Self {
+        let permits = Arc::new(Semaphore::new(connections_max.min(Semaphore::MAX_PERMITS)));
+        Self { table, permits, refusals }
     }
 
     /// How many connections have presented no valid key.
@@ -99,8 +138,13 @@ impl HttpCrowd {
         self.table.stranger_count()
     }
 
-    fn enter(&self, address: IpAddr) -> TableEntry {
+    pub(super) fn enter(&self, address: IpAddr) -> TableEntry {
         let (entry, evicted) = self.table.enter(address);
+        self.note_evicted(evicted);
+        entry
+    }
+
+    fn note_evicted(&self, evicted: Option<EvictedStranger>) {
         match evicted {
             None => {}
             Some(EvictedStranger::OfAddress { address, max }) => {
@@ -110,23 +154,18 @@ impl HttpCrowd {
                 self.report(address, Cause::Strangers, &format!("http.strangers_max = {max}"));
             }
         }
-        entry
     }
 
     /// Waits for a place. When none is free for a while, connections have to leave; and as long as it is so crowded, at
     /// once.
-    async fn wait_place(
-        &self,
-        permits: &Arc<Semaphore>,
-        crowded_until: &mut Instant,
-    ) -> OwnedSemaphorePermit {
+    async fn wait_place(&self, crowded_until: &mut Instant) -> OwnedSemaphorePermit {
         let mut patience = HTTP_PLACE_PATIENCE;
         if Instant::now() < *crowded_until {
             self.table.make_room();
             patience = HTTP_ROOM_WAIT;
         }
         loop {
-            let freed = permits.clone().acquire_owned();
+            let freed = self.permits.clone().acquire_owned();
             if let Ok(permit) = tokio::time::timeout(patience, freed).await {
                 return permit.expect("the semaphore is never closed");
             }
@@ -136,7 +175,7 @@ impl HttpCrowd {
         }
     }
 
-    fn report(&self, address: IpAddr, cause: Cause, words: &str) {
+    pub(super) fn report(&self, address: IpAddr, cause: Cause, words: &str) {
         if let Some(refusals) = &self.refusals {
             let note = RefusalNote::new(Transport::Http, cause, &words);
             refusals.note(RefusalNote { address: Some(address), ..note });
@@ -148,6 +187,7 @@ impl HttpCrowd {
 /// moment are answered.
 pub(super) async fn run(
     listener: TcpListener,
+    port: HttpPort,
     router: Router,
     config: &config::HttpConfig,
     crowd: HttpCrowd,
@@ -157,7 +197,7 @@ pub(super) async fn run(
     tokio::select! {
         biased;
         () = drain.cancelled() => {}
-        never = accept_on(&listener, router, config, &crowd, &drain, &mut connections) => match never {},
+        never = accept_on(&listener, &port, router, config, &crowd, &drain, &mut connections) => match never {},
     }
     // From here on the kernel refuses connections, instead of accepting them and leaving them unserved.
     drop(listener);
@@ -167,27 +207,38 @@ pub(super) async fn run(
 /// Accepts connections for as long as it is polled, and serves `router` on each until `drain` is cancelled.
 pub(super) async fn accept_on(
     listener: &TcpListener,
+    port: &HttpPort,
     router: Router,
     config: &config::HttpConfig,
     crowd: &HttpCrowd,
     drain: &CancellationToken,
     connections: &mut JoinSet<()>,
 ) -> Infallible {
-    let permits = Arc::new(Semaphore::new(config.connections_max));
-    let builder = Arc::new(connection_builder(config));
+    let server = Arc::new(ConnectionServer {
+        port: port.clone(),
+        builder: connection_builder(),
+        router,
+        config: config.clone(),
+        crowd: crowd.clone(),
+        drain: drain.clone(),
+    });
     let mut crowded_until = Instant::now();
     loop {
         let (stream, peer) = accept(listener).await;
-        let entry = Arc::new(crowd.enter(peer.ip()));
-        let permit = match permits.clone().try_acquire_owned() {
+        let entry = (!port.is_proxied(peer)).then(|| Arc::new(crowd.enter(peer.ip())));
+        let permit = match crowd.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
-            Err(_) => crowd.wait_place(&permits, &mut crowded_until).await,
+            Err(_) => crowd.wait_place(&mut crowded_until).await,
         };
         while connections.try_join_next().is_some() {}
-        let (builder, router, drain) = (builder.clone(), router.clone(), drain.clone());
-        let (config, crowd) = (config.clone(), crowd.clone());
+        let server = server.clone();
         connections.spawn(async move {
-            serve_connection(stream, peer, entry, &builder, router, &config, &crowd, drain).await;
+            let header_max = Duration::from_millis(server.config.header_ms_max);
+            let until = (header_max, &server.drain);
+            let arriving = Box::pin(server.port.arrive(stream, peer, entry, &server.crowd, until));
+            if let Some(arrived) = arriving.await {
+                server.serve_connection(arrived).await;
+            }
             drop(permit);
         });
     }
@@ -223,12 +274,14 @@ fn is_single_connection_error(error: &std::io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-fn connection_builder(config: &config::HttpConfig) -> auto::Builder<TokioExecutor> {
+fn connection_builder() -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(Duration::from_millis(config.header_ms_max))
+        // The deadline of a header would be that of an idle connection too; `RequestDeadline` tells the two apart.
+        .header_read_timeout(None)
+        .half_close(true)
         .max_buf_size(HTTP_HEADER_BYTES_MAX);
     builder
         .http2()
@@ -243,82 +296,110 @@ fn connection_builder(config: &config::HttpConfig) -> auto::Builder<TokioExecuto
     builder
 }
 
-/// Serves one connection to its end.
-#[expect(clippy::too_many_arguments, reason = "the parts of one call")]
-async fn serve_connection(
-    stream: TcpStream,
-    peer: SocketAddr,
-    entry: Arc<TableEntry>,
-    builder: &auto::Builder<TokioExecutor>,
+/// What serves the connections of one listener.
+struct ConnectionServer {
+    port: HttpPort,
+    builder: auto::Builder<TokioExecutor>,
     router: Router,
-    config: &config::HttpConfig,
-    crowd: &HttpCrowd,
+    config: config::HttpConfig,
+    crowd: HttpCrowd,
     drain: CancellationToken,
-) {
-    let (spoken, unread) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let flooded = Arc::new(AtomicBool::new(false));
-    let eviction = entry.eviction().clone();
-    let keys = Arc::new(PresentedKeys::default());
-    let service = {
-        let client = Arc::new(KeyClient::new(Transport::Http, Some(peer.ip()), None));
-        let (unread, keys, stranger_requests) = (unread.clone(), keys.clone(), Arc::default());
-        let from = HttpPeer { addr: peer, unread, keys, client, entry, stranger_requests };
-        let spoken = spoken.clone();
-        hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
-            spoken.store(true, Ordering::Relaxed);
-            request.extensions_mut().insert(from.clone());
-            router.clone().call(request)
-        })
-    };
-    let stall_max = Duration::from_millis(config.body_ms_max);
-    let socket = TokioIo::new(HttpSocket::new(stream, stall_max, unread, flooded.clone()));
-    let mut served = pin!(builder.serve_connection_with_upgrades(socket, service));
-    // hyper's timeout begins once it knows which HTTP version the client speaks; this one covers a client
-    // that never sends anything.
-    let mut silence = pin!(tokio::time::sleep(Duration::from_millis(config.header_ms_max)));
-    let mut asked_to_close = pin!(async {
-        tokio::select! {
-            () = drain.cancelled() => {}
-            _ = poll_fn(|cx| keys.control().poll_closed(cx)) => {}
-        }
-    });
-    let mut makes_room = pin!(poll_fn(|cx| eviction.poll_due(cx)));
-    let (mut listening, mut closing, mut leaving) = (true, false, false);
-    loop {
-        tokio::select! {
-            biased;
-            ended = served.as_mut() => {
-                if let Err(error) = ended {
-                    debug!(%peer, error, "an HTTP connection ended");
+}
+
+impl ConnectionServer {
+    /// Serves one connection to its end.
+    async fn serve_connection(&self, arrived: ArrivedConnection) {
+        let ArrivedConnection { stream, peer, entry } = arrived;
+        let (unread, closing) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let fault = Arc::new(OnceLock::new());
+        let eviction = entry.eviction().clone();
+        let keys = Arc::new(PresentedKeys::default());
+        let clock = RequestClock::start();
+        let mut deadline = RequestDeadline::new(clock.clone(), &self.config);
+        let service = {
+            let from = HttpPeer {
+                addr: peer,
+                is_https: matches!(stream, PeerStream::Tls(_)),
+                unread: unread.clone(),
+                keys: keys.clone(),
+                client: Arc::new(KeyClient::new(Transport::Http, Some(peer.ip()), None)),
+                entry,
+                stranger_requests: Arc::default(),
+                clock: clock.clone(),
+                closing: closing.clone(),
+            };
+            let (proxies, crowd, router) =
+                (self.port.proxies.clone(), self.crowd.clone(), self.router.clone());
+            hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
+                let under_way = from.clock.begin_request();
+                let of_request = from.of_request(&request, &proxies, &crowd);
+                request.extensions_mut().insert(of_request);
+                let answering = router.clone().call(request);
+                async move {
+                    let answer = answering.await;
+                    drop(under_way);
+                    answer
                 }
-                if flooded.load(Ordering::Relaxed) {
-                    crowd.report(peer.ip(), Cause::FrameFlood, "too many HTTP/2 frames that carry nothing");
-                }
-                return;
+            })
+        };
+        let stall_max = Duration::from_millis(self.config.body_ms_max);
+        let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), fault.clone());
+        let mut served = pin!(self.builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
+        let mut asked_to_close = pin!(async {
+            tokio::select! {
+                () = self.drain.cancelled() => {}
+                _ = poll_fn(|cx| keys.control().poll_closed(cx)) => {}
             }
-            // A stranger leaves at once, whoever has presented a key when its requests are answered.
-            () = makes_room.as_mut(), if !leaving => {
-                if keys.are_none() {
-                    debug!(%peer, "an HTTP connection without a key makes room for others");
+        });
+        let mut makes_room = pin!(poll_fn(|cx| eviction.poll_due(cx)));
+        let mut leaving = false;
+        let mut passed = pin!(poll_fn(|cx| deadline.poll_passed(cx)));
+        loop {
+            let is_closing = closing.load(Ordering::Relaxed);
+            tokio::select! {
+                biased;
+                ended = served.as_mut() => {
+                    if let Err(error) = ended {
+                        debug!(%peer, error, "an HTTP connection ended");
+                    }
+                    if let Some(fault) = fault.get() {
+                        self.report_fault(peer, *fault);
+                    }
                     return;
                 }
-                leaving = true;
-                if !std::mem::replace(&mut closing, true) {
+                // A stranger leaves at once, whoever has presented a key when its requests are answered.
+                () = makes_room.as_mut(), if !leaving => {
+                    if keys.are_none() {
+                        debug!(%peer, "an HTTP connection without a key makes room for others");
+                        return;
+                    }
+                    leaving = true;
+                    if !closing.swap(true, Ordering::Relaxed) {
+                        served.as_mut().graceful_shutdown();
+                    }
+                }
+                // An idle connection ends at once, a busy one when its requests are answered.
+                () = asked_to_close.as_mut(), if !is_closing => {
+                    closing.store(true, Ordering::Relaxed);
                     served.as_mut().graceful_shutdown();
                 }
-            }
-            // An idle connection ends at once, a busy one when its requests are answered.
-            () = asked_to_close.as_mut(), if !closing => {
-                closing = true;
-                served.as_mut().graceful_shutdown();
-            }
-            () = silence.as_mut(), if listening => {
-                if !spoken.load(Ordering::Relaxed) {
-                    debug!(%peer, "an HTTP connection sent no request in time");
-                    return;
+                part = passed.as_mut() => {
+                    if part != AwaitedPart::NextRequest || is_closing {
+                        debug!(%peer, ?part, "an HTTP connection was waited for too long");
+                        return;
+                    }
+                    closing.store(true, Ordering::Relaxed);
+                    served.as_mut().graceful_shutdown();
+                    clock.await_end();
                 }
-                listening = false;
             }
+        }
+    }
+
+    fn report_fault(&self, peer: SocketAddr, fault: FrameFault) {
+        match fault {
+            FrameFault::Flood => self.crowd.report(peer.ip(), Cause::FrameFlood, &fault.to_string()),
+            FrameFault::ProxyHeader => report_proxy_header(&self.crowd, peer, &ProxyHeaderError::Untrusted),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A socket that HTTP is served on: a TCP stream that does not wait for ever for a client that does not
+//! A socket that HTTP is served on: a stream over TCP or TLS that does not wait for ever for a client that does not
 //! read, and that closes so that the client can still read the answer.
 //!
 //! A request is often answered before its body has been read: a wrong key is refused by its header
@@ -9,16 +9,17 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 
-use super::frame_meter::{FrameFlood, FrameMeter};
+use super::frame_meter::{FrameFault, FrameMeter};
+use super::request_clock::RequestClock;
+use crate::front::peer_stream::PeerStream;
 use crate::limits::HTTP_LINGER_BYTES_MAX;
 
 /// How long a close goes on reading and discarding.
@@ -26,7 +27,7 @@ const SOCKET_LINGER_MAX: Duration = Duration::from_secs(2);
 
 /// A connection's socket.
 pub(super) struct HttpSocket {
-    stream: TcpStream,
+    stream: PeerStream,
     /// How long a write may wait for the client to read anything at all.
     stall_max: Duration,
     /// Created when a write first has to wait or a close goes on reading; reused afterwards.
@@ -35,8 +36,9 @@ pub(super) struct HttpSocket {
     unread: Arc<AtomicBool>,
     writing: SocketWriteState,
     frames: FrameMeter,
-    /// Set when the client sends too many frames that carry nothing.
-    flooded: Arc<AtomicBool>,
+    clock: RequestClock,
+    /// Set when what the client sends is nothing to go on with.
+    fault: Arc<OnceLock<FrameFault>>,
 }
 
 /// The state of the sending half, which also says what the timer is for.
@@ -53,20 +55,21 @@ enum SocketWriteState {
 
 impl HttpSocket {
     /// A socket whose client may keep a write waiting for `stall_max`. Whoever leaves a request's body
-    /// unread sets `unread`;
-    /// `flooded` is set when reading fails for a flood of HTTP/2 frames.
+    /// unread sets `unread`; `clock` learns when bytes come;
+    /// `fault` is set when reading fails for what the client has sent.
     pub(super) fn new(
-        stream: TcpStream,
+        stream: PeerStream,
         stall_max: Duration,
         unread: Arc<AtomicBool>,
-        flooded: Arc<AtomicBool>,
+        clock: RequestClock,
+        fault: Arc<OnceLock<FrameFault>>,
     ) -> Self {
         let frames = FrameMeter::new();
-        Self { stream, stall_max, timer: None, unread, writing: SocketWriteState::Free, frames, flooded }
+        Self { stream, stall_max, timer: None, unread, writing: SocketWriteState::Free, frames, clock, fault }
     }
 
-    /// The TCP stream, for another protocol to take over.
-    pub(super) fn into_stream(self) -> TcpStream {
+    /// The stream, for another protocol to take over.
+    pub(super) fn into_stream(self) -> PeerStream {
         self.stream
     }
 
@@ -113,10 +116,14 @@ impl AsyncRead for HttpSocket {
     ) -> Poll<io::Result<()>> {
         let filled = buf.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-        self.frames.read(&buf.filled()[filled..]).map_err(|FrameFlood| {
-            self.flooded.store(true, Ordering::Relaxed);
-            io::Error::new(io::ErrorKind::InvalidData, "too many HTTP/2 frames that carry nothing")
+        let bytes = &buf.filled()[filled..];
+        self.frames.read(bytes).map_err(|fault| {
+            let _ = self.fault.set(fault);
+            io::Error::new(io::ErrorKind::InvalidData, fault)
         })?;
+        if !bytes.is_empty() && !self.frames.is_http2() {
+            self.clock.note_bytes();
+        }
         Poll::Ready(Ok(()))
     }
 }

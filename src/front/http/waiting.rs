@@ -13,10 +13,12 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::arrival::HttpPort;
 use super::probes::{self, readiness_response};
 use super::server::{self, HttpCrowd};
 use crate::config;
 use crate::front::problem::Problem;
+use crate::front::proxied::ProxyTrust;
 use crate::limits::RETRY_AFTER;
 use crate::observe::cause::Cause;
 
@@ -28,6 +30,7 @@ pub type UnreadyReason = Arc<dyn Fn() -> String + Send + Sync>;
 pub async fn serve_until_ready<T>(
     listener: &TcpListener,
     config: &config::HttpConfig,
+    proxies: Arc<ProxyTrust>,
     reason: UnreadyReason,
     ready: impl Future<Output = T>,
 ) -> T {
@@ -38,12 +41,13 @@ pub async fn serve_until_ready<T>(
         .with_state(reason);
     let drain = CancellationToken::new();
     let crowd = HttpCrowd::new(config, None);
+    let port = HttpPort { tls: None, proxies, memory: None };
     let mut connections = JoinSet::new();
     tokio::select! {
         // Mostly `ready` resolves at once; polled first, so that then nobody is served here.
         biased;
         ready = ready => ready,
-        never = server::accept_on(listener, router, config, &crowd, &drain, &mut connections) => match never {},
+        never = server::accept_on(listener, &port, router, config, &crowd, &drain, &mut connections) => match never {},
     }
 }
 

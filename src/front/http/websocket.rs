@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
 use axum::http::header::{
     CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION,
@@ -22,11 +22,11 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use hyper_util::server::conn::auto::upgrade::downcast;
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
-use tokio::net::TcpStream;
 
 use super::HttpFrontState;
 use super::server::HttpPeer;
 use super::socket::HttpSocket;
+use crate::front::peer_stream::PeerStream;
 use crate::front::problem::Problem;
 use crate::observe::cause::{Cause, ProblemKind};
 
@@ -42,6 +42,11 @@ pub(super) async fn open(
     mut request: Request,
 ) -> Result<Response, Problem> {
     let offer = WebsocketOffer::read(request.version(), request.headers())?;
+    if !request.body().is_end_stream() {
+        // Where the body ended, the other protocol would begin: who takes the one for the other lets requests in.
+        let words = "A request that opens a WebSocket has no body.";
+        return Err(Problem::new(Cause::Websocket, words).with_kind(ProblemKind::Malformed));
+    }
     let Some(peer) = request.extensions().get::<HttpPeer>().map(|peer| peer.addr) else {
         return Err(Problem::internal(&"a request without the address it came from"));
     };
@@ -61,7 +66,7 @@ pub(super) async fn open(
 }
 
 /// The connection, once the answer is sent, and the bytes that the client sent after its request.
-async fn upgraded_stream(upgrade: OnUpgrade) -> Option<(TcpStream, Bytes)> {
+async fn upgraded_stream(upgrade: OnUpgrade) -> Option<(PeerStream, Bytes)> {
     let upgraded = upgrade.await.ok()?;
     let parts = downcast::<TokioIo<HttpSocket>>(upgraded).ok()?;
     Some((parts.io.into_inner().into_stream(), parts.read_buf))

@@ -19,10 +19,11 @@ use super::reason::refusal_reason_code;
 use super::session::MqttSession;
 use super::sessions::{ClientGuard, EnterError, EnteredClient};
 use super::wills::MqttWill;
-use super::{MqttFront, heard_by};
+use super::{MqttFront, heard_by, report_proxy_header};
 use crate::auth::connections::{CloseReason, ConnectionControl, KeyConnectionGuard};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
+use crate::front::proxied::{ProxyHeaderError, is_proxy_header};
 use crate::intake::Refusal;
 use crate::limits::{
     CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_CONNECT_UNCHARGED_BYTES, MQTT_TOPIC_ALIAS_MAXIMUM,
@@ -73,8 +74,12 @@ pub(super) async fn shake_hands(
         read = reading => match read {
             Ok(Ok(read)) => read,
             Ok(Err(None)) => return Err(Vec::new()),
-            Ok(Err(Some(violation))) => {
+            Ok(Err(Some(FirstPacketFault::Malformed(violation)))) => {
                 report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, Cause::MalformedConnect, &violation));
+                return Err(Vec::new());
+            }
+            Ok(Err(Some(FirstPacketFault::ProxyHeader))) => {
+                report_proxy_header(front, peer, &ProxyHeaderError::Untrusted);
                 return Err(Vec::new());
             }
             Err(_) => {
@@ -102,12 +107,25 @@ pub(super) async fn shake_hands(
     Ok(opened)
 }
 
+/// Why what a client sends first is no CONNECT.
+enum FirstPacketFault {
+    Malformed(Violation),
+    /// It is a PROXY protocol header, and the client is no trusted proxy.
+    ProxyHeader,
+}
+
+impl From<Violation> for FirstPacketFault {
+    fn from(violation: Violation) -> Self {
+        Self::Malformed(violation)
+    }
+}
+
 /// Reads until the first packet is complete. A large one is charged to strangers, and its rest is read when there is
 /// room. `Err(None)` means that the connection ended before that.
 async fn read_connect(
     stream: &mut (impl AsyncRead + Unpin),
     account: &Arc<MemoryAccount>,
-) -> Result<(Vec<u8>, usize, Option<MemoryCharge>), Option<Violation>> {
+) -> Result<(Vec<u8>, usize, Option<MemoryCharge>), Option<FirstPacketFault>> {
     let mut buffer: Vec<u8> = Vec::new();
     let mut memory: Option<MemoryCharge> = None;
     loop {
@@ -124,12 +142,16 @@ async fn read_connect(
             Ok(_) => {}
         }
         if buffer[0] == TLS_HANDSHAKE_FIRST_BYTE {
-            return Err(Some(Violation::protocol("this is TLS, and plain MQTT is served here")));
+            return Err(Some(Violation::protocol("this is TLS, and plain MQTT is served here").into()));
         }
         if buffer[0] >> 4 != 1 {
-            return Err(Some(Violation::protocol("the first packet has to be a CONNECT")));
+            return Err(Some(match is_proxy_header(&buffer) {
+                true => FirstPacketFault::ProxyHeader,
+                false => Violation::protocol("the first packet has to be a CONNECT").into(),
+            }));
         }
-        if let Some(frame) = MqttFrame::split(&buffer, MQTT_CONNECT_BYTES_MAX, None).map_err(Some)? {
+        let split = MqttFrame::split(&buffer, MQTT_CONNECT_BYTES_MAX, None);
+        if let Some(frame) = split.map_err(|violation| Some(violation.into()))? {
             let bytes = frame.bytes;
             return Ok((buffer, bytes, memory));
         }

@@ -27,7 +27,6 @@ mod session;
 mod sessions;
 mod stream;
 mod subscribe;
-mod tls;
 mod websocket;
 mod wills;
 
@@ -52,8 +51,11 @@ use crate::config;
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::peer_stream::PeerStream;
+use crate::front::proxied::{ProxyHeaderError, ProxyTrust, peek_proxy_header, read_proxy_header};
+use crate::front::tls::Tls;
 use crate::intake::Intake;
-use crate::limits::MQTT_TLS_HANDSHAKE_BYTES;
+use crate::limits::TLS_HANDSHAKE_BYTES;
 use crate::message::Transport;
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
@@ -66,7 +68,6 @@ use websocket::WebSocket;
 const DEADLINE_GRACE: Duration = Duration::from_millis(100);
 
 pub use sessions::claims::ClientClaims;
-pub use tls::Tls;
 
 /// The state that all connections share.
 pub(super) struct MqttFront {
@@ -85,6 +86,7 @@ pub struct Acceptor {
     connections: TaskTracker,
     /// The connections that have not presented a valid key yet.
     strangers: Arc<ConnectionTable>,
+    proxies: Arc<ProxyTrust>,
 }
 
 impl Acceptor {
@@ -96,13 +98,14 @@ impl Acceptor {
         stored: StoredSessions,
         claims: Option<ClientClaims>,
         config: config::MqttConfig,
+        proxies: Arc<ProxyTrust>,
         drain: CancellationToken,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS)));
         let sessions = Arc::new(Sessions::new(subscribers.clone(), intake.clone(), stored, claims));
         let strangers = Arc::new(ConnectionTable::new(config.stranger_limits()));
         let front = Arc::new(MqttFront { intake, config, sessions, subscribers, drain });
-        Self { front, permits, connections: TaskTracker::new(), strangers }
+        Self { front, permits, connections: TaskTracker::new(), strangers, proxies }
     }
 
     /// The connections that have not presented a valid key yet.
@@ -130,27 +133,68 @@ impl Acceptor {
 
     /// Reserves a place for one connection. At `mqtt.connections_max` counts a refusal and returns `None`.
     pub fn admit(&self, peer: SocketAddr) -> Option<Admission> {
-        match self.permits.clone().try_acquire_owned() {
-            Ok(permit) => {
-                let connect_ms_max = self.front.config.connect_ms_max;
-                Some(Admission {
-                    front: self.front.clone(),
-                    connections: self.connections.clone(),
-                    permit,
-                    stranger: self.enter_stranger(peer),
-                    peer,
-                    connect_by: Instant::now() + Duration::from_millis(connect_ms_max),
-                })
-            }
-            Err(_) => {
-                let connections_max = self.front.config.connections_max;
-                let words = format!("mqtt.connections_max = {connections_max} connections are open");
-                let note = RefusalNote::new(Transport::Mqtt, Cause::ConnectionsMax, &words);
-                self.front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
-                debug!(%peer, connections_max, "refused a connection: there are too many");
-                None
-            }
+        let permit = self.reserve(peer)?;
+        Some(self.admit_with(permit, peer, self.connect_by()))
+    }
+
+    /// When a connection that is accepted now has to have sent its CONNECT.
+    fn connect_by(&self) -> Instant {
+        Instant::now() + Duration::from_millis(self.front.config.connect_ms_max)
+    }
+
+    fn reserve(&self, peer: SocketAddr) -> Option<OwnedSemaphorePermit> {
+        if let Ok(permit) = self.permits.clone().try_acquire_owned() {
+            return Some(permit);
         }
+        let connections_max = self.front.config.connections_max;
+        let words = format!("mqtt.connections_max = {connections_max} connections are open");
+        let note = RefusalNote::new(Transport::Mqtt, Cause::ConnectionsMax, &words);
+        self.front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
+        debug!(%peer, connections_max, "refused a connection: there are too many");
+        None
+    }
+
+    fn admit_with(&self, permit: OwnedSemaphorePermit, peer: SocketAddr, connect_by: Instant) -> Admission {
+        Admission {
+            front: self.front.clone(),
+            connections: self.connections.clone(),
+            permit,
+            stranger: self.enter_stranger(peer),
+            peer,
+            connect_by,
+        }
+    }
+
+    /// Admits a connection from a trusted proxy once its header says whose it is. Until then it has its place, and is
+    /// nobody's.
+    fn admit_proxied(
+        &self,
+        mut tcp: TcpStream,
+        proxy: SocketAddr,
+        serve: impl FnOnce(Admission, TcpStream) + Send + 'static,
+    ) {
+        let (Some(permit), acceptor, connect_by) = (self.reserve(proxy), self.clone(), self.connect_by())
+        else {
+            return;
+        };
+        self.connections.spawn(async move {
+            let reading = read_proxy_header(&mut tcp, proxy, &acceptor.proxies, connect_by);
+            let Some(read) = acceptor.front.drain.run_until_cancelled(reading).await else { return };
+            match read {
+                Ok(peer) => serve(acceptor.admit_with(permit, peer, connect_by), tcp),
+                Err(error) => report_proxy_header(&acceptor.front, proxy, &error),
+            }
+        });
+    }
+}
+
+/// Reports a connection that is closed for its PROXY protocol header.
+fn report_proxy_header(front: &MqttFront, peer: SocketAddr, error: &ProxyHeaderError) {
+    match error.cause() {
+        Some(cause) => {
+            report_refused_connection(front, peer, RefusalNote::new(Transport::Mqtt, cause, error));
+        }
+        None => debug!(%peer, %error, "a connection ended"),
     }
 }
 
@@ -168,12 +212,12 @@ pub struct Admission {
 impl Admission {
     /// Serves a WebSocket. `opened` resolves after the opening handshake, to the connection and the bytes
     /// that were read behind the handshake.
-    pub fn serve_websocket(self, opened: impl Future<Output = Option<(TcpStream, Bytes)>> + Send + 'static) {
+    pub fn serve_websocket(self, opened: impl Future<Output = Option<(PeerStream, Bytes)>> + Send + 'static) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
         connections.spawn(async move {
-            if let Ok(Some((tcp, early))) = heard_by(connect_by, opened).await {
-                prepare_socket(&tcp, &front.config);
-                let websocket = Box::new(WebSocket::new(tcp, early, peer, front.clone()));
+            if let Ok(Some((stream, early))) = heard_by(connect_by, opened).await {
+                prepare_socket(stream.tcp(), &front.config);
+                let websocket = Box::new(WebSocket::new(stream, early, peer, front.clone()));
                 connection::run(&front, ClientStream::WebSocket(websocket), stranger, peer, connect_by).await;
             } else {
                 debug!(%peer, "a WebSocket handshake did not complete");
@@ -221,6 +265,13 @@ async fn unless_evicted<T>(stranger: &TableEntry, work: impl Future<Output = T>)
     }
 }
 
+/// Why a client is not let in over TLS.
+enum TlsAcceptError {
+    Proxy(ProxyHeaderError),
+    /// The handshake failed; `None` if the client just left.
+    Handshake(Option<String>),
+}
+
 /// Performs the TLS handshake. Returns `None` if it fails, and counts the failure.
 async fn accept_tls(
     front: &MqttFront,
@@ -232,12 +283,16 @@ async fn accept_tls(
     let account = front.intake.memory().account_of_stranger(peer.ip());
     // The handshake needs more memory than the connection: it is on the heap only while it lasts.
     let shaking = Box::pin(heard_by(connect_by, async move {
-        let _memory = account.wait_for(MQTT_TLS_HANDSHAKE_BYTES).await;
-        tls.accept(tcp).await
+        let _memory = account.wait_for(TLS_HANDSHAKE_BYTES).await;
+        if let Err(error @ ProxyHeaderError::Untrusted) = peek_proxy_header(&tcp).await {
+            return Err(TlsAcceptError::Proxy(error));
+        }
+        tls.accept(tcp).await.map_err(|error| TlsAcceptError::Handshake(tls.handshake_fault(&error)))
     }));
     match front.drain.run_until_cancelled(shaking).await? {
         Ok(Ok(stream)) => return Some(Box::new(stream)),
-        Ok(Err(error)) => match tls::handshake_fault(&error) {
+        Ok(Err(TlsAcceptError::Proxy(error))) => report_proxy_header(front, peer, &error),
+        Ok(Err(TlsAcceptError::Handshake(fault))) => match fault {
             Some(fault) => report_refused_connection(
                 front,
                 peer,
@@ -266,15 +321,15 @@ pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpLi
         let (sessions, drain) = (front.sessions.clone(), front.drain.clone());
         async move { sessions.run(drain).await }
     });
-    let plain = accept_connections(&listener, &acceptor, |admission, tcp| admission.serve_tcp(tcp));
+    let plain = accept_connections(&listener, &acceptor, Admission::serve_tcp);
     match &tls {
         None => front.drain.run_until_cancelled(plain).await,
         Some((listener, tls)) => {
-            let encrypted = accept_connections(listener, &acceptor, |admission, tcp| {
-                admission.serve_tls(tcp, tls.clone())
-            });
-            let all = async { tokio::join!(plain, encrypted, tls.clone().follow_files()).0 };
-            front.drain.run_until_cancelled(all).await
+            let tls = tls.clone();
+            let serve = move |admission: Admission, tcp| admission.serve_tls(tcp, tls.clone());
+            let encrypted = accept_connections(listener, &acceptor, serve);
+            let both = async { tokio::join!(plain, encrypted).0 };
+            front.drain.run_until_cancelled(both).await
         }
     };
     drop((listener, tls));
@@ -291,7 +346,7 @@ pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpLi
 async fn accept_connections(
     listener: &TcpListener,
     acceptor: &Acceptor,
-    serve: impl Fn(Admission, TcpStream),
+    serve: impl Fn(Admission, TcpStream) + Clone + Send + 'static,
 ) {
     let mut warned = false;
     loop {
@@ -307,8 +362,11 @@ async fn accept_connections(
             }
         };
         warned = false;
-        let Some(admission) = acceptor.admit(peer) else { continue };
         prepare_socket(&tcp, &acceptor.front.config);
-        serve(admission, tcp);
+        if acceptor.proxies.may_send_header(peer.ip()) {
+            acceptor.admit_proxied(tcp, peer, serve.clone());
+        } else if let Some(admission) = acceptor.admit(peer) {
+            serve(admission, tcp);
+        }
     }
 }

@@ -156,6 +156,10 @@ causes! {
         "too many connections have presented no valid key: see from where, keep those out, or raise the limit that is named";
     TlsHandshake "tls_handshake" Malformed:
         "the client and the gateway do not agree on TLS: check versions and certificates";
+    ProxyHeader "proxy_header" Malformed:
+        "a proxy in trusted_proxies does not begin with a PROXY protocol header in order: see the words, and set the proxy or proxy_protocol";
+    UntrustedProxy "untrusted_proxy" Malformed:
+        "it begins with a PROXY protocol header: if it is your proxy, add its address to trusted_proxies; if not, keep it out";
     MalformedConnect "malformed_connect" Malformed:
         "it does not speak MQTT on this port; TLS has a port of its own";
     ConnectTimeout "connect_timeout" Timeout:

@@ -21,9 +21,8 @@ use crate::common::wire::{
 const EITHER: &[u8] = &[0x81, 0x82];
 const MALFORMED: &[u8] = &[0x81];
 const PROTOCOL: &[u8] = &[0x82];
-/// A name or filter that may be told apart from other malformed text.
-const TOPIC: &[u8] = &[0x81, 0x82, 0x90];
-const FILTER: &[u8] = &[0x81, 0x82, 0x8F];
+/// A response topic that may be told apart from other malformed text.
+const RESPONSE: &[u8] = &[0x81, 0x82, 0x90];
 /// No answer.
 const SILENCE: &[u8] = &[];
 
@@ -338,7 +337,7 @@ fn connects(cases: &mut Cases, key: &str) {
         cases.connect(
             &name,
             |version| Connect { will: will.clone(), ..Connect::with_key(version, key) }.packet(),
-            TOPIC,
+            MALFORMED,
         );
     }
     let password_alone = Connect { username: None, password: Some(key.as_bytes().to_vec()), ..v311.clone() };
@@ -375,7 +374,7 @@ fn publishes(cases: &mut Cases) {
     for qos in 0..=2 {
         for topic in ["", "#", "+", "a/#", "a/+/b", "a#", "+a", "/#"] {
             let message = Message::new(topic, "x").at(qos, u16::from(qos));
-            let codes = if topic.is_empty() { EITHER } else { TOPIC };
+            let codes = if topic.is_empty() { EITHER } else { MALFORMED };
             cases.after(&format!("topic {topic:?} at QoS {qos}"), |version| message.packet(version), codes);
         }
     }
@@ -393,15 +392,15 @@ fn subscriptions(cases: &mut Cases) {
     cases.after("an UNSUBSCRIBE without a filter", |version| unsubscribe(version, 1, &[]), PROTOCOL);
     for filter in ["", "a#", "#/a", "a/#/b", "##", "a+", "+a", "a/b+/c", "a/+b", "++"] {
         let name = format!("filter {filter:?} in a SUBSCRIBE");
-        cases.after(&name, |version| subscribe(version, 1, &[filter]), FILTER);
+        cases.after(&name, |version| subscribe(version, 1, &[filter]), MALFORMED);
         let name = format!("filter {filter:?} behind another in a SUBSCRIBE");
-        cases.after(&name, |version| subscribe(version, 1, &["a", filter]), FILTER);
+        cases.after(&name, |version| subscribe(version, 1, &["a", filter]), MALFORMED);
         let name = format!("filter {filter:?} in an UNSUBSCRIBE");
-        cases.after(&name, |version| unsubscribe(version, 1, &[filter]), FILTER);
+        cases.after(&name, |version| unsubscribe(version, 1, &[filter]), MALFORMED);
     }
     for filter in ["$share/", "$share/g", "$share/g/", "$share//a", "$share/+/a", "$share/#/a", "$share/g/a#"]
     {
-        cases.after_v5(&format!("filter {filter:?}"), subscribe(V5, 1, &[filter]), FILTER);
+        cases.after_v5(&format!("filter {filter:?}"), subscribe(V5, 1, &[filter]), MALFORMED);
     }
     for bit in 2..8 {
         let bytes = subscribe_with(V311, 1, &[("a", 1 << bit)], &[]);
@@ -715,10 +714,10 @@ fn values(cases: &mut Cases, key: &str) {
         ("a payload format of 2", Publish, vec![PAYLOAD_FORMAT, 2], EITHER),
         ("a payload format of 255", Publish, vec![PAYLOAD_FORMAT, 255], EITHER),
         ("a payload format of 2", Will, vec![PAYLOAD_FORMAT, 2], EITHER),
-        ("a wildcard in the response topic", Publish, text_property(RESPONSE_TOPIC, "a/#"), TOPIC),
-        ("a plus in the response topic", Publish, text_property(RESPONSE_TOPIC, "+/a"), TOPIC),
-        ("an empty response topic", Publish, text_property(RESPONSE_TOPIC, ""), TOPIC),
-        ("a wildcard in the response topic", Will, text_property(RESPONSE_TOPIC, "#"), TOPIC),
+        ("a wildcard in the response topic", Publish, text_property(RESPONSE_TOPIC, "a/#"), RESPONSE),
+        ("a plus in the response topic", Publish, text_property(RESPONSE_TOPIC, "+/a"), RESPONSE),
+        ("an empty response topic", Publish, text_property(RESPONSE_TOPIC, ""), RESPONSE),
+        ("a wildcard in the response topic", Will, text_property(RESPONSE_TOPIC, "#"), RESPONSE),
         ("topic alias 0", Publish, two_bytes(TOPIC_ALIAS, 0), &[0x94]),
         ("a topic alias over the maximum", Publish, two_bytes(TOPIC_ALIAS, 33), &[0x94]),
         ("the last topic alias", Publish, two_bytes(TOPIC_ALIAS, 0xFFFF), &[0x94]),
@@ -729,7 +728,7 @@ fn values(cases: &mut Cases, key: &str) {
         cases.carried(name, packet, &property, key, codes);
     }
     let unset = Message::new("", "x").at(1, 1).with(&two_bytes(TOPIC_ALIAS, 7));
-    cases.after_v5("a topic alias that was never set", unset.packet(V5), &[0x82, 0x94]);
+    cases.after_v5("a topic alias that was never set", unset.packet(V5), PROTOCOL);
     let nameless = Message::new("", "x").at(1, 1).with(&four_bytes(MESSAGE_EXPIRY, 1));
     cases.after_v5("neither a topic nor an alias", nameless.packet(V5), PROTOCOL);
 }

@@ -298,7 +298,7 @@ fn a_filter_that_is_malformed_is_not_subscribed() {
             let mut client = stage.client(version, "c");
             client.wire.send(&subscribe(version, 1, &[filter]));
             if version == V5 {
-                let goodbye = client.wire.disconnected(0x8F);
+                let goodbye = client.wire.disconnected(0x81);
                 assert!(goodbye.text(REASON_STRING).is_some(), "{goodbye:?}");
             } else {
                 client.wire.closed();

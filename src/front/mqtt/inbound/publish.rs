@@ -217,18 +217,18 @@ impl ReceivedTopicAliases {
     /// 3.3.2.3.4).
     #[inline]
     fn resolve<'a>(&'a mut self, publish: &PublishPacket<'a>) -> Result<&'a str, Violation> {
-        let invalid = |text| Violation { reason: ReasonCode::TopicAliasInvalid, text };
         if publish.properties.is_empty() {
             return Ok(publish.topic);
         }
         let Some(alias) = publish.properties.u16(TOPIC_ALIAS) else { return Ok(publish.topic) };
         if alias == 0 || alias > MQTT_TOPIC_ALIAS_MAXIMUM {
-            return Err(invalid("a topic alias of 0 or over the maximum"));
+            let text = "a topic alias of 0 or over the maximum";
+            return Err(Violation { reason: ReasonCode::TopicAliasInvalid, text });
         }
         let place = usize::from(alias) - 1;
         if publish.topic.is_empty() {
             let known = self.0.get(place).and_then(Option::as_deref);
-            return known.ok_or(invalid("a topic alias that was not set"));
+            return known.ok_or(Violation::protocol("a topic alias that was not set"));
         }
         if self.0.len() <= place {
             self.0.resize(place + 1, None);

@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 use self::frame::{OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PONG, STATUS_NORMAL, WebSocketDecoder, put_frame};
 use super::MqttFront;
 use super::handshake::report_refused_connection;
+use crate::front::peer_stream::PeerStream;
 use crate::limits::WEBSOCKET_FRAME_BYTES_MAX;
 use crate::message::Transport;
 use crate::observe::cause::Cause;
@@ -28,7 +29,7 @@ use crate::observe::refusals::RefusalNote;
 /// Reading the stream answers pings. A shutdown sends the close frame, with the client's own status or
 /// that of the rule it broke.
 pub(super) struct WebSocket {
-    tcp: TcpStream,
+    peer_stream: PeerStream,
     /// Bytes that the client sent right behind its opening handshake.
     early: Bytes,
     frames: WebSocketDecoder,
@@ -46,10 +47,15 @@ pub(super) struct WebSocket {
 }
 
 impl WebSocket {
-    /// `early` is what was read from `tcp` behind the opening handshake.
-    pub(super) fn new(tcp: TcpStream, early: Bytes, peer: SocketAddr, front: Arc<MqttFront>) -> Self {
+    /// `early` is what was read from `peer_stream` behind the opening handshake.
+    pub(super) fn new(
+        peer_stream: PeerStream,
+        early: Bytes,
+        peer: SocketAddr,
+        front: Arc<MqttFront>,
+    ) -> Self {
         Self {
-            tcp,
+            peer_stream,
             early: if early.is_empty() { Bytes::new() } else { early },
             frames: WebSocketDecoder::default(),
             out: Vec::new(),
@@ -64,21 +70,21 @@ impl WebSocket {
 
     /// The socket below.
     pub(super) fn tcp(&self) -> &TcpStream {
-        &self.tcp
+        self.peer_stream.tcp()
     }
 
     /// Ready when the kernel has every frame, including the answer to a ping.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             while self.sent < self.out.len() {
-                let n = ready!(Pin::new(&mut self.tcp).poll_write(cx, &self.out[self.sent..]))?;
+                let n = ready!(Pin::new(&mut self.peer_stream).poll_write(cx, &self.out[self.sent..]))?;
                 if n == 0 {
                     return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
                 }
                 self.sent += n;
             }
             (self.out, self.sent) = (Vec::new(), 0);
-            let Some(ping) = self.ping.take() else { return Poll::Ready(Ok(())) };
+            let Some(ping) = self.ping.take() else { return Pin::new(&mut self.peer_stream).poll_flush(cx) };
             put_frame(&mut self.out, OPCODE_PONG, &ping);
         }
     }
@@ -95,7 +101,7 @@ impl WebSocket {
             return Poll::Ready(Ok(n));
         }
         let mut raw = ReadBuf::new(space);
-        ready!(Pin::new(&mut self.tcp).poll_read(cx, &mut raw))?;
+        ready!(Pin::new(&mut self.peer_stream).poll_read(cx, &mut raw))?;
         Poll::Ready(Ok(raw.filled().len()))
     }
 }
@@ -174,6 +180,6 @@ impl AsyncWrite for WebSocket {
             put_frame(&mut this.out, OPCODE_CLOSE, &this.ended.unwrap_or(STATUS_NORMAL).to_be_bytes());
         }
         ready!(this.poll_send(cx))?;
-        Pin::new(&mut this.tcp).poll_shutdown(cx)
+        Pin::new(&mut this.peer_stream).poll_shutdown(cx)
     }
 }

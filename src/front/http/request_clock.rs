@@ -1,0 +1,185 @@
+//! How long an HTTP connection is waited for: for its first request and for the rest of a request's header as long as
+//! `http.header_ms_max` says, and between two requests as long as `http.keep_alive_s_max` says, which clients are told.
+//! A connection with a request under way is not waited for here: its body has a deadline of its own, and so has its
+//! answer.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use futures_util::task::AtomicWaker;
+use parking_lot::Mutex;
+use tokio::time::{Instant, Sleep};
+
+use crate::config;
+
+/// What a connection is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AwaitedPart {
+    /// Its first request.
+    FirstRequest,
+    /// The rest of a request's header.
+    HeaderRest,
+    /// The next request.
+    NextRequest,
+    /// Its end, after it was asked to close.
+    End,
+}
+
+/// What a connection is waited for, and since when. Cheap to clone: all clones are of one connection.
+#[derive(Clone)]
+pub(super) struct RequestClock(Arc<ClockShared>);
+
+struct ClockShared {
+    state: Mutex<ClockState>,
+    /// The task that serves the connection. An HTTP/2 request ends in another one.
+    task: AtomicWaker,
+}
+
+struct ClockState {
+    under_way: usize,
+    awaited: AwaitedPart,
+    since: Instant,
+}
+
+/// A request that is under way, until its answer is sent. Then the connection is idle, if it has no other.
+pub(super) struct RequestUnderWay(RequestClock);
+
+impl RequestClock {
+    /// Of a connection that begins now.
+    pub(super) fn start() -> Self {
+        let state = ClockState { under_way: 0, awaited: AwaitedPart::FirstRequest, since: Instant::now() };
+        Self(Arc::new(ClockShared { state: Mutex::new(state), task: AtomicWaker::new() }))
+    }
+
+    /// Notes that a request has come.
+    pub(super) fn begin_request(&self) -> RequestUnderWay {
+        self.0.state.lock().under_way += 1;
+        RequestUnderWay(self.clone())
+    }
+
+    /// Notes that bytes of HTTP/1 have come. Those that come while no request is under way begin one.
+    pub(super) fn note_bytes(&self) {
+        let mut state = self.0.state.lock();
+        if state.under_way == 0 && state.awaited == AwaitedPart::NextRequest {
+            (state.awaited, state.since) = (AwaitedPart::HeaderRest, Instant::now());
+        }
+    }
+
+    /// Notes that the connection was asked to close.
+    pub(super) fn await_end(&self) {
+        let mut state = self.0.state.lock();
+        (state.awaited, state.since) = (AwaitedPart::End, Instant::now());
+    }
+
+    /// What is awaited, and since when; `None` while a request is under way.
+    fn awaited(&self) -> Option<(AwaitedPart, Instant)> {
+        let state = self.0.state.lock();
+        (state.under_way == 0).then_some((state.awaited, state.since))
+    }
+}
+
+impl Drop for RequestUnderWay {
+    fn drop(&mut self) {
+        let shared = &self.0.0;
+        let mut state = shared.state.lock();
+        state.under_way -= 1;
+        if state.under_way == 0 {
+            (state.awaited, state.since) = (AwaitedPart::NextRequest, Instant::now());
+            drop(state);
+            shared.task.wake();
+        }
+    }
+}
+
+/// Tells when a connection was waited for long enough.
+pub(super) struct RequestDeadline {
+    clock: RequestClock,
+    header_max: Duration,
+    idle_max: Duration,
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl RequestDeadline {
+    pub(super) fn new(clock: RequestClock, config: &config::HttpConfig) -> Self {
+        let header_max = Duration::from_millis(config.header_ms_max);
+        let idle_max = Duration::from_secs(config.keep_alive_s_max);
+        Self { clock, header_max, idle_max, sleep: Box::pin(tokio::time::sleep(header_max)) }
+    }
+
+    /// Ready with what was waited for too long. Only the task that serves the connection may poll it, whenever it is
+    /// woken.
+    pub(super) fn poll_passed(&mut self, cx: &mut Context<'_>) -> Poll<AwaitedPart> {
+        self.clock.0.task.register(cx.waker());
+        loop {
+            let Some((part, since)) = self.clock.awaited() else { return Poll::Pending };
+            let due = since + if part == AwaitedPart::NextRequest { self.idle_max } else { self.header_max };
+            // An earlier wake-up is left as it is: to set the timer anew at each request would cost more.
+            if due < self.sleep.deadline() {
+                self.sleep.as_mut().reset(due);
+            }
+            ready!(self.sleep.as_mut().poll(cx));
+            if Instant::now() >= due {
+                return Poll::Ready(part);
+            }
+            self.sleep.as_mut().reset(due);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use super::*;
+
+    const HEADER_MAX: Duration = Duration::from_millis(40);
+    const IDLE_MAX: Duration = Duration::from_millis(120);
+
+    fn deadline(clock: &RequestClock) -> RequestDeadline {
+        let sleep = Box::pin(tokio::time::sleep(HEADER_MAX));
+        RequestDeadline { clock: clock.clone(), header_max: HEADER_MAX, idle_max: IDLE_MAX, sleep }
+    }
+
+    /// What is waited for too long next, and for how long it was waited.
+    async fn passed(deadline: &mut RequestDeadline, since: Instant) -> (AwaitedPart, Duration) {
+        let part = poll_fn(|cx| deadline.poll_passed(cx)).await;
+        (part, since.elapsed())
+    }
+
+    #[tokio::test]
+    async fn each_part_has_its_time() {
+        let begun = Instant::now();
+        let clock = RequestClock::start();
+        let mut deadline = deadline(&clock);
+        clock.note_bytes();
+        let (part, waited) = passed(&mut deadline, begun).await;
+        assert!(part == AwaitedPart::FirstRequest && waited >= HEADER_MAX, "{part:?} {waited:?}");
+        drop(clock.begin_request());
+        let (part, waited) = passed(&mut deadline, Instant::now()).await;
+        assert!(part == AwaitedPart::NextRequest && waited >= IDLE_MAX - HEADER_MAX, "{part:?} {waited:?}");
+        let begun = Instant::now();
+        clock.note_bytes();
+        let (part, waited) = passed(&mut deadline, begun).await;
+        assert!(part == AwaitedPart::HeaderRest && waited >= HEADER_MAX, "{part:?} {waited:?}");
+        drop(clock.begin_request());
+        clock.await_end();
+        assert_eq!(passed(&mut deadline, begun).await.0, AwaitedPart::End);
+    }
+
+    #[tokio::test]
+    async fn a_request_under_way_is_not_waited_for_and_wakes_the_connection_where_it_ends() {
+        let clock = RequestClock::start();
+        let mut deadline = deadline(&clock);
+        let (first, second) = (clock.begin_request(), clock.begin_request());
+        drop(first);
+        assert_eq!(clock.awaited().map(|(part, _)| part), None);
+        let busy = tokio::time::timeout(2 * IDLE_MAX, poll_fn(|cx| deadline.poll_passed(cx))).await;
+        assert!(busy.is_err(), "{busy:?}");
+        let elsewhere = tokio::spawn(async move { drop(second) });
+        let (part, _) = passed(&mut deadline, Instant::now()).await;
+        assert_eq!(part, AwaitedPart::NextRequest);
+        elsewhere.await.expect("no panic");
+    }
+}
