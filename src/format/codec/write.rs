@@ -91,7 +91,7 @@ pub fn connack_refused(
     words: &str,
 ) {
     if version == MqttVersion::V5 {
-        if packet_bytes_max < CONNACK_BYTES as u32 {
+        if (packet_bytes_max as usize) < CONNACK_BYTES {
             return;
         }
         let mut properties = Vec::new();
