@@ -3,17 +3,20 @@
 //! where every user of the machine could read it.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 mod audit;
+mod backup;
 mod bench;
 mod check_config;
 mod client;
 mod datasource;
 mod demo;
 mod key;
+mod mqtt_place;
 mod nats;
 mod out;
 mod publish;
@@ -26,6 +29,7 @@ mod schema;
 mod serve;
 mod session;
 mod signals;
+mod trust;
 
 use out::CommandOutput;
 
@@ -39,16 +43,22 @@ const READER_GONE_EXIT_CODE: u8 = 141;
 pub struct Cli {
     #[command(subcommand)]
     command: CliCommand,
+    /// A file with issuers of certificates (PEM) that are trusted for https:// beside the system's
+    /// [env: HEADGATE_CACERT]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "TLS")]
+    cacert: Option<PathBuf>,
 }
 
 const ENVIRONMENT_HELP: &str = "\
 Environment of the commands that talk to a running gateway:
-  HEADGATE_URL           where its HTTP is (default http://127.0.0.1:8080)
+  HEADGATE_URL           where its HTTP is: http:// or https:// (default http://127.0.0.1:8080)
+  HEADGATE_CACERT        a file with issuers of certificates (PEM) to trust beside the system's (or --cacert)
   HEADGATE_API_KEY       the key
   HEADGATE_API_KEY_FILE  or a file that holds it
   HEADGATE_DATA_DIR      or, on the gateway's own machine, where its admin.key is (default headgate-data)
 
-Every setting of `serve` can be set by environment too: HEADGATE_MQTT__LISTEN=127.0.0.1:1883";
+Every setting of `serve` can be set by environment too: HEADGATE_MQTT__LISTEN=127.0.0.1:1883. An empty variable
+counts as absent.";
 
 #[derive(Debug, Subcommand)]
 enum CliCommand {
@@ -78,6 +88,10 @@ enum CliCommand {
     Publish(publish::PublishArgs),
     /// Load a gateway over MQTT and report acknowledged messages per second and latency
     Bench(bench::BenchArgs),
+    /// Back up a gateway's data directory while it runs, or one that no gateway uses
+    Backup(backup::BackupArgs),
+    /// Make a data directory of a backup
+    Restore(backup::RestoreArgs),
     /// Put a data directory right with which the gateway does not start, and say what that loses
     Repair(repair::RepairArgs),
     /// Set NATS up, so that its clients connect with their API keys
@@ -91,6 +105,9 @@ enum CliCommand {
 /// says why).
 pub fn run(cli: Cli) -> ExitCode {
     let mut out = CommandOutput::new();
+    if let Some(file) = cli.cacert {
+        trust::set_ca_file(file);
+    }
     let done = match cli.command {
         CliCommand::Serve(args) => serve::run(args, &mut out),
         CliCommand::Demo(args) => demo::run(args, &mut out),
@@ -103,6 +120,8 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
         CliCommand::Bench(args) => bench::run(args, &mut out),
+        CliCommand::Backup(args) => backup::run(args, &mut out),
+        CliCommand::Restore(args) => backup::run_restore(args, &mut out),
         CliCommand::Repair(args) => repair::run(args, &mut out),
         CliCommand::Nats(command) => nats::run(command, &mut out),
         CliCommand::CheckConfig(args) => check_config::run(args, &mut out),

@@ -17,5 +17,38 @@ pub mod sink;
 pub mod storage;
 pub mod subscriber;
 
+use std::path::Path;
+
+use crate::sqlite::{SqliteError, SqliteProfile, SqliteSnapshot};
+
+/// The databases of consumers that others may read while they are written, each with its newest format.
+const SHARED_DATABASES: [(&str, &SqliteProfile); 2] = [
+    (subscriber::retained::table::RETAINED_FILE_NAME, &subscriber::retained::table::RETAINED_DATABASE),
+    (sink::sqlite::RECORDS_FILE_NAME, &sink::schema::RECORDS_DATABASE),
+];
+
+/// The databases of consumers in `dir` as they are now, with their names: none is ahead of what the log has afterwards. The
+/// sessions are not among them, because nobody else may read them.
+///
+/// # Errors
+/// [`SqliteError`].
+pub(crate) fn take_snapshots(dir: &Path) -> Result<Vec<(&'static str, SqliteSnapshot)>, SqliteError> {
+    let mut snapshots = Vec::new();
+    for (name, profile) in SHARED_DATABASES {
+        snapshots.extend(SqliteSnapshot::take(&dir.join(name), profile)?.map(|snapshot| (name, snapshot)));
+    }
+    Ok(snapshots)
+}
+
+/// The newest format of the database with this name that this Headgate knows. `None` if it is not a consumer's.
+pub(crate) fn newest_format(name: &str) -> Option<i64> {
+    let sessions = (SESSIONS_FILE_NAME, &subscriber::sessions::table::SESSIONS_DATABASE);
+    let known = SHARED_DATABASES.into_iter().chain([sessions]).find(|(known, _)| *known == name);
+    known.map(|(_, profile)| profile.newest_version())
+}
+
+/// The file with the sessions, in the data directory.
+pub(crate) const SESSIONS_FILE_NAME: &str = subscriber::sessions::table::SESSIONS_FILE_NAME;
+
 #[cfg(test)]
 mod testing;

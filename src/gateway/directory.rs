@@ -12,6 +12,7 @@ use super::member;
 use super::start_advice::explain_io_error;
 use crate::auth::key::is_well_formed;
 use crate::auth::{Actor, ApiKey, Registry, Scope, Scopes};
+use crate::backup::restore::describe_unusable;
 use crate::config::LogBackend;
 use crate::message::{DatasourceId, Offset};
 
@@ -22,9 +23,15 @@ pub(super) const LOG_DIRECTORY: &str = "log";
 /// The label of the key whose secret is in [`ADMIN_KEY_FILE`].
 pub(super) const ADMIN_KEY_LABEL: &str = "admin.key";
 
-/// Creates the directory, readable by its owner only, and ensures that no other gateway uses it. What is in it
-/// already becomes readable by its owner only too.
+/// Creates the directory, and ensures that it may be used and no other gateway uses it: see [`make_and_lock`].
 pub(super) fn lock_directory(dir: &Path) -> anyhow::Result<File> {
+    check_is_whole(dir)?;
+    make_and_lock(dir)
+}
+
+/// Creates a directory, readable by its owner only, and ensures that no gateway uses it. What is in it already becomes
+/// readable by its owner only too.
+pub(super) fn make_and_lock(dir: &Path) -> anyhow::Result<File> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.map_err(|error| explain_io_error("cannot make the data directory", dir, &error))?;
     let lock = lock_existing(dir)?;
@@ -46,7 +53,7 @@ fn is_own_file(name: &str) -> bool {
     let is_database = ["registry", "records", "retained", "sessions", "quarantine"]
         .iter()
         .any(|stem| name.strip_prefix(stem).is_some_and(|rest| rest.starts_with(['.', '-'])));
-    is_database || matches!(name, "LOCK" | "admin.key" | "log.id" | "node")
+    is_database || matches!(name, "LOCK" | "admin.key" | "log.id" | "log.parents" | "node")
 }
 
 /// Whether the log makes a file of this name in its directory.
@@ -68,6 +75,11 @@ fn set_private_modes(dir: &Path, is_own: fn(&str) -> bool) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Ensures that a directory is no backup, and that no restore into it was interrupted.
+pub(super) fn check_is_whole(dir: &Path) -> anyhow::Result<()> {
+    describe_unusable(dir).map_or(Ok(()), |why| bail!("{why}"))
 }
 
 /// Ensures that no gateway uses a directory that is there. Whatever this process makes from here on is its

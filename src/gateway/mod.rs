@@ -5,6 +5,7 @@ mod consumers;
 mod descriptors;
 mod directory;
 mod fronts;
+mod keep;
 mod listeners;
 mod member;
 mod opened;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::auth::{Registry, deadlines, key_ends};
+use crate::backup::BackupDesk;
 use crate::config::{Config, LogBackend};
 use crate::front::proxied::ProxyTrust;
 use crate::front::{http, nats};
@@ -32,6 +34,7 @@ use crate::observe::metrics::Metrics;
 use consumers::Consumers;
 use directory::ADMIN_KEY_FILE;
 use fronts::RunningFronts;
+pub use keep::{back_up_stopped, restore_backup};
 use listeners::Listeners;
 use member::{ClusterMember, JoiningMember};
 use opened::{OpenedGateway, OpenedLog};
@@ -68,6 +71,7 @@ pub struct Gateway {
     /// Writes the ends of keys that could not be written at once.
     key_ends: JoinHandle<()>,
     registry: Arc<Registry>,
+    backups: Arc<BackupDesk>,
     /// `None` without a cluster.
     member: Option<ClusterMember>,
     /// Held for as long as the data directory is in use.
@@ -102,6 +106,7 @@ impl Gateway {
         let (registry, log, consumers, metrics) =
             (registry.clone(), log.clone(), consumers.clone(), metrics.clone());
         let member = opened.member.take();
+        consumers.subscribers.router.set_processor(opened.intake.processor().clone());
         opened.intake.set_retained_topics(consumers.subscribers.retained.topics().clone());
         let drain = CancellationToken::new();
         // Started before anything can end a key, so that it disconnects the NATS clients of every dead key.
@@ -113,7 +118,9 @@ impl Gateway {
         };
         let deadlines = spawn_deadlines(registry.clone(), opened.intake.clone());
         let callout_nats = callout.as_ref().map(|callout| callout.nats().clone());
-        let fronts = RunningFronts::start(&config, listeners, opened, callout_nats, &drain).await?;
+        let backups = Arc::new(BackupDesk::new(opened.backup_sources(&config)));
+        let fronts =
+            RunningFronts::start(&config, listeners, opened, callout_nats, backups.clone(), &drain).await?;
         let upkeep = spawn_upkeep(registry.clone(), metrics);
         let key_ends = tokio::spawn(key_ends::run(registry.clone()));
         info!(
@@ -138,14 +145,16 @@ impl Gateway {
             deadlines,
             key_ends,
             registry,
+            backups,
             member,
             _lock: lock,
         })
     }
 
-    /// Applies those settings of `config` that can be changed while the gateway runs: the memory of clients, and how
-    /// many strangers there may be.
-    pub fn apply_live(&self, config: &Config) {
+    /// Applies those settings of `config` that can be changed while the gateway runs
+    /// ([`ConfigChanges`](crate::config::ConfigChanges) knows which), and has the certificates read.
+    pub fn apply_live(&mut self, config: &Config) {
+        self.drain_max = config.drain_max();
         self.fronts.live.apply(config);
     }
 
@@ -161,6 +170,7 @@ impl Gateway {
         let deadline = started + self.drain_max;
         self.drain.cancel();
         self.upkeep.abort();
+        self.backups.cancel();
         // A client that does not disconnect uses up the fronts' share of the time, not storage's.
         let fronts_end = tokio::time::Instant::from_std(started + self.drain_max / 2);
         for front in &mut self.fronts.tasks {
@@ -185,6 +195,7 @@ impl Gateway {
             member.leave().await;
         }
         write_usage(&self.registry).await;
+        self.backups.ended(deadline).await;
         self.consumers.stop(deadline).await;
     }
 }

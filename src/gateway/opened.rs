@@ -10,7 +10,8 @@ use super::directory::{ADMIN_KEY_FILE, check_registry_is_there, ensure_admin_key
 use super::member::{ClusterMember, JoiningMember};
 use super::start_advice::{explain_log_error, explain_registry_error};
 use crate::auth::{Authorizer, Registry};
-use crate::config::{Config, Durability};
+use crate::backup::BackupSources;
+use crate::config::{Config, Durability, LogBackend};
 use crate::consume::quarantine::QuarantineLeakRules;
 use crate::intake::Intake;
 use crate::log::{EmbeddedLog, Log, SharedPlaces};
@@ -88,5 +89,13 @@ impl OpenedGateway {
             member.ensure_admin_key(&config.data_dir.join(ADMIN_KEY_FILE)).await?;
         }
         Ok(Self { registry, log, member, leaks, consumers, clients, intake, metrics })
+    }
+
+    /// What a backup is made of; `None` in a cluster.
+    pub(super) fn backup_sources(&self, config: &Config) -> Option<BackupSources> {
+        let sessions = self.consumers.subscribers.store.clone();
+        let is_embedded = config.log.backend == LogBackend::Embedded;
+        is_embedded
+            .then(|| BackupSources::new(&config.data_dir, self.registry.clone(), self.log.clone(), sessions))
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::bail;
 
-use super::directory::{check_log_backend, lock_existing};
+use super::directory::{check_is_whole, check_log_backend, lock_existing};
 use super::start_advice::{explain_log_error, explain_registry_error};
 use crate::auth::{Registry, RegistryError};
 use crate::config::{Config, LogBackend, SinkKind};
@@ -45,6 +45,7 @@ pub fn repair(config: &Config, order: RepairOrder) -> anyhow::Result<Vec<String>
     if !dir.join("log").is_dir() {
         bail!("there is no log in {}: put it back, or begin with an empty directory", dir.display());
     }
+    check_is_whole(dir)?;
     let _lock = lock_existing(dir)?;
     check_log_backend(dir, config.log.backend)?;
     let mut steps = Vec::new();

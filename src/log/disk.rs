@@ -5,7 +5,7 @@ use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::{io, mem};
@@ -39,6 +39,10 @@ pub(super) trait SegmentFile: Send + Sync {
     fn set_len(&self, bytes: u64) -> io::Result<()>;
     /// The file's length, in bytes.
     fn len(&self) -> io::Result<u64>;
+    /// How many names the file has. One with several is also in a backup, and is not written over.
+    fn link_count(&self) -> io::Result<u64> {
+        Ok(1)
+    }
 }
 
 /// The operating system's file system.
@@ -67,14 +71,22 @@ impl Disk for FileSystem {
     }
 
     fn free_bytes(&self, dir: &Path) -> io::Result<u64> {
-        let path = CString::new(dir.as_os_str().as_bytes())?;
-        // SAFETY: all zeros is a valid `statvfs`; the call reads `path` and writes `stat` while both live.
-        let (result, stat) = unsafe {
-            let mut stat: libc::statvfs = mem::zeroed();
-            (libc::statvfs(path.as_ptr(), &raw mut stat), stat)
-        };
-        if result == 0 { Ok(stat.f_bavail * stat.f_frsize) } else { Err(io::Error::last_os_error()) }
+        free_bytes(dir)
     }
+}
+
+/// What is free for this process on the disk with this directory, in bytes.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn free_bytes(dir: &Path) -> io::Result<u64> {
+    let path = CString::new(dir.as_os_str().as_bytes())?;
+    // SAFETY: all zeros is a valid `statvfs`; the call reads `path` and writes `stat` while both live.
+    let (result, stat) = unsafe {
+        let mut stat: libc::statvfs = mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &raw mut stat), stat)
+    };
+    if result == 0 { Ok(stat.f_bavail * stat.f_frsize) } else { Err(io::Error::last_os_error()) }
 }
 
 impl SegmentFile for File {
@@ -120,5 +132,9 @@ impl SegmentFile for File {
 
     fn len(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
+    }
+
+    fn link_count(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.nlink())
     }
 }

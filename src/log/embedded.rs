@@ -12,12 +12,14 @@ use tracing::error;
 
 use super::batch::Batch;
 use super::commit_thread::CommitThread;
+use super::cut::LogCut;
 use super::disk::{Disk, FileSystem};
 use super::queue::{WRITER_THREADS, WriterQueue, WriterSubmission};
 use super::recovery::{LostRanges, damage_report, open_error, open_segments, recover};
 use super::retention::{Hold, Holds};
 use super::section::Section;
 use super::segment::{FrameError, LogGap, SeekOutcome, Segment};
+use super::solo_commit::SoloCommitter;
 use super::spare::SpareSegments;
 use super::tail::Tail;
 use super::unsettled::UnsettledCommits;
@@ -40,6 +42,7 @@ pub(super) type Segments = BTreeMap<Offset, Arc<Segment>>;
 pub struct EmbeddedLog {
     shared: Arc<EmbeddedLogShared>,
     closer: Arc<WriterCloser>,
+    solo: Arc<SoloCommitter>,
 }
 
 /// The state that the writer and the readers share.
@@ -87,8 +90,8 @@ impl EmbeddedLogShared {
     }
 }
 
-/// A drop guard in a commit thread: if the thread panics, every caller gets an answer.
-struct WriterExitGuard(Arc<EmbeddedLogShared>);
+/// A drop guard of who commits: if the thread panics, every caller gets an answer.
+pub(super) struct WriterExitGuard(pub(super) Arc<EmbeddedLogShared>);
 
 impl Drop for WriterExitGuard {
     fn drop(&mut self) {
@@ -169,9 +172,10 @@ impl EmbeddedLog {
             Durability::Fsync => recovered.unsettled,
             Durability::Os => current.end(),
         })?;
-        if !current.is_newest_version() {
-            let next_offset = recovered.next_offset;
-            current = Arc::new(match next_offset > current.first_offset {
+        let next_offset = recovered.next_offset;
+        let has_records = next_offset > current.first_offset;
+        if !current.is_newest_version() || has_records && current.is_linked() {
+            current = Arc::new(match has_records {
                 true => Segment::create(&*disk, &dir, next_offset)?,
                 false => current.renew()?,
             });
@@ -231,12 +235,16 @@ impl EmbeddedLog {
             })?;
             closer.threads.lock().push(spawned);
         }
-        Ok(Self { shared, closer })
+        let solo = Arc::new(SoloCommitter { shared: shared.clone(), writer });
+        Ok(Self { shared, closer, solo })
     }
 
     fn submit(&self, sections: Vec<Section>, releases: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
-        self.shared.queue.push(WriterSubmission { sections, releases, give_up_at, reply });
+        let submission = WriterSubmission { sections, releases, give_up_at, reply };
+        if let Err(submission) = self.solo.try_commit(submission) {
+            self.shared.queue.push(submission);
+        }
         committed
     }
 
@@ -418,6 +426,10 @@ impl Log for EmbeddedLog {
 
     fn bytes(&self) -> u64 {
         self.shared.disk_bytes()
+    }
+
+    fn cut(&self) -> Option<LogCut> {
+        Some(LogCut::make(&self.shared))
     }
 
     fn evicted_ids(&self) -> u64 {

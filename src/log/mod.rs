@@ -49,6 +49,7 @@
 
 mod assembly;
 mod commit_thread;
+mod cut;
 mod disk;
 mod embedded;
 mod incarnations;
@@ -62,6 +63,7 @@ mod recovery;
 mod retention;
 mod segment;
 mod shelf;
+mod solo_commit;
 mod spare;
 mod tail;
 #[cfg(test)]
@@ -80,6 +82,8 @@ use std::time::{Duration, Instant};
 use headgate_format::log::{batch, frame, once, section, segment as segment_format};
 use tokio::sync::oneshot;
 
+pub use cut::{CutSegment, LogCut};
+pub(crate) use disk::free_bytes;
 pub use embedded::EmbeddedLog;
 pub use headgate_format::log::batch::{Batch, RecordPlace};
 pub use headgate_format::log::note::{QuarantineReason, RecordNote};
@@ -218,6 +222,11 @@ pub trait Log: Send + Sync {
 
     /// The size of its records on disk, in bytes.
     fn bytes(&self) -> u64;
+
+    /// What of its files has everything that is durable now. `None` for a log that has none.
+    fn cut(&self) -> Option<LogCut> {
+        None
+    }
 
     /// How many ids were evicted before their time because there were too many.
     fn evicted_ids(&self) -> u64 {

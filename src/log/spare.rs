@@ -4,6 +4,8 @@
 //!
 //! A young log has nothing to recycle: its spare segments are written ahead, with zeros, while it is idle.
 //!
+//! A file that a backup has too, by a hard link, is never one: writing it over would change the backup.
+//!
 //! A frame of an earlier life of the file is never taken for a new one: each life has a secret of its own.
 
 use std::io;
@@ -86,6 +88,9 @@ impl SpareSegments {
     /// A file that cannot be kept is removed.
     pub(super) fn keep(&mut self, disk: &dyn Disk, segment: Arc<Segment>) -> io::Result<()> {
         let path = segment.path().with_extension("spare");
+        if segment.is_linked() {
+            return disk.remove(segment.path());
+        }
         if let Err(error) = disk.rename(segment.path(), &path) {
             debug!(%error, path = %segment.path().display(), "a segment could not be kept as a spare one");
             return disk.remove(segment.path());
@@ -129,6 +134,16 @@ impl SpareSegments {
         Ok(true)
     }
 
+    /// Removes those that a backup has linked since they were kept.
+    fn remove_linked(&mut self, disk: &dyn Disk) {
+        let is_linked = |spare: &mut SpareSegment| spare.is_free() && is_linked(&*spare.file);
+        for spare in self.files.extract_if(.., is_linked) {
+            if let Err(error) = disk.remove(&spare.path) {
+                debug!(%error, path = %spare.path.display(), "a linked spare segment could not be removed");
+            }
+        }
+    }
+
     /// Gives the room of one back.
     pub(super) fn give_back(&mut self, disk: &dyn Disk) {
         if let Some(spare) = self.files.pop()
@@ -145,6 +160,7 @@ impl SpareSegments {
         dir: &Path,
         first_offset: Offset,
     ) -> io::Result<Segment> {
+        self.remove_linked(disk);
         let Some(free) = self.files.iter().position(SpareSegment::is_free) else {
             return Segment::create(disk, dir, first_offset);
         };
@@ -186,6 +202,11 @@ impl SpareSegment {
     }
 }
 
+/// Whether a file has another name too. One that does not say counts as linked.
+pub(super) fn is_linked(file: &dyn SegmentFile) -> bool {
+    file.link_count().map_or(true, |names| names > 1)
+}
+
 #[cfg(test)]
 mod tests {
     use tempfile::TempDir;
@@ -214,6 +235,31 @@ mod tests {
         found.create(&FileSystem, dir.path(), 40).expect("made");
         assert!(found.is_empty() && Segment::path_of(dir.path(), 40).exists());
         drop(read);
+    }
+
+    #[test]
+    fn a_file_that_has_another_name_is_not_written_over() {
+        let dir = TempDir::new().expect("temporary directory");
+        let segment = |offset| Arc::new(Segment::create(&FileSystem, dir.path(), offset).expect("made"));
+        let link = |path: &Path, name: &str| {
+            std::fs::hard_link(path, dir.path().join(name)).expect("linked");
+            std::fs::read(path).expect("readable")
+        };
+        let mut spares = SpareSegments::default();
+        let early = segment(0);
+        let before = link(early.path(), "early");
+        spares.keep(&FileSystem, early).expect("it is out of the log");
+        assert!(spares.is_empty(), "linked before it was kept");
+        let late = segment(10);
+        let held = late.clone();
+        spares.keep(&FileSystem, late).expect("kept");
+        let late_before = link(&held.path().with_extension("spare"), "late");
+        drop(held);
+        spares.create(&FileSystem, dir.path(), 20).expect("made");
+        assert!(spares.is_empty(), "linked since");
+        for (name, bytes) in [("early", before), ("late", late_before)] {
+            assert!(std::fs::read(dir.path().join(name)).expect("there") == bytes, "{name}");
+        }
     }
 
     #[test]

@@ -128,6 +128,12 @@ impl UnsettledCommits {
         }
     }
 
+    /// Runs `what` while nothing more is settled: the end of the current segment and that of the tail are the same then.
+    pub(super) fn while_nothing_settles<T>(&self, what: impl FnOnce() -> T) -> T {
+        let _in_order = self.settling.lock();
+        what()
+    }
+
     fn pop_durable(&self) -> Option<UnsettledCommit> {
         let mut state = self.state.lock();
         let durable_number = state.durable_number;

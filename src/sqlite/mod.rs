@@ -11,6 +11,7 @@
 mod aside;
 mod open;
 mod readers;
+mod snapshot;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use rusqlite::ffi::SQLITE_IOERR_SHMSIZE;
 pub(crate) use aside::{new_file_aside, open_or_set_aside, set_aside};
 pub(crate) use open::{SqliteProfile, check_write_ahead_log, checkpoint};
 pub(crate) use readers::SqliteReaders;
+pub(crate) use snapshot::{SqliteSnapshot, copy_database};
 
 /// Why an SQLite file could not be opened, read or written. Each names the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -983,3 +983,15 @@ fn a_registry_that_cannot_be_changed_says_so_and_when_to_come_again() {
     server.restart();
     wait_for("NATS to come back", || (create().status == 201).then_some(()));
 }
+
+/// What a gateway of a cluster has on its own disk are copies: a backup of that would be none.
+#[test]
+fn a_backup_of_a_cluster_is_refused_with_what_to_do_instead() {
+    let (server, dir) = (NatsServer::start(), scratch());
+    let gateway = gateway(&server, dir.path());
+    let body = serde_json::json!({ "dir": dir.path().with_extension("backup") });
+    let answer = gateway.post("/v1/backup", &gateway.admin_key(), &body);
+    assert_eq!(answer.status, 409, "{}", answer.text());
+    assert!(answer.text().contains("KV_headgate-registry"), "{}", answer.text());
+    assert!(!dir.path().with_extension("backup").exists());
+}

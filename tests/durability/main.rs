@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod backup;
 mod crash;
 mod dead_ends;
 mod dead_keys;

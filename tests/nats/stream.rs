@@ -493,6 +493,69 @@ fn a_stream_of_another_log_gets_nothing_of_this_one() {
     assert_same_as_log(earlier.path(), &on_stream(&nats.url()));
 }
 
+/// Runs the command on files alone.
+fn headgate(arguments: &[&str]) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_headgate")).args(arguments).output();
+    let output = output.expect("headgate runs");
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Two histories from one backup would have two records at one offset, under one `Nats-Msg-Id`.
+#[test]
+fn a_restored_log_goes_on_where_the_stream_is_and_mixes_nothing_into_one_that_is_further() {
+    let nats = NatsServer::start();
+    let (dir, backups) = (scratch(), scratch());
+    let gateway = Setup::embedded_on(dir.path()).set("nats.servers", format!("[\"{}\"]", nats.url()));
+    let gateway = gateway.set("log.retention_bytes", LOG_BYTES).start();
+    let source = gateway.create("press-4");
+    ingest(&gateway, &source, "t", "0");
+    ingest(&gateway, &source, "t", "1");
+    sent(&gateway);
+    gateway.stop();
+    let text = |name: &str| backups.path().join(name).to_str().expect("text").to_owned();
+    headgate(&["backup", &text("b"), "--data-dir", dir.path().to_str().expect("text")]);
+    let restored = |name: &str| {
+        headgate(&["restore", &text("b"), "--data-dir", &text(name)]);
+        setup(&backups.path().join(name), &[nats.url()]).start()
+    };
+    let id_in = |dir: &Path| std::fs::read_to_string(dir.join("log.id")).expect("an id");
+
+    // The stream has what the backup has: the restored log goes on with it, under an id of its own.
+    let gateway = restored("one");
+    assert_ne!(id_in(gateway.dir()), id_in(dir.path()));
+    ingest(&gateway, &source, "t", "2 of one");
+    sent(&gateway);
+    gateway.stop();
+    assert_same_as_log(&backups.path().join("one"), &on_stream(&nats.url()));
+    let ids: Vec<_> = on_stream(&nats.url()).iter().map(|m| m.header("Nats-Msg-Id").to_owned()).collect();
+    assert!(ids[1].starts_with(id_in(dir.path()).trim()), "{ids:?}");
+    assert!(ids[2].starts_with(id_in(&backups.path().join("one")).trim()), "{ids:?}");
+
+    // Another one does not know what the first has sent.
+    let gateway = restored("two");
+    warned(&gateway, "was not sent by this log");
+    gateway.stop();
+
+    // Of the log that it comes from it knows how far it has the same.
+    headgate(&["backup", &text("later"), "--data-dir", &text("one")]);
+    let gateway = setup(&backups.path().join("one"), &[nats.url()]).start();
+    ingest(&gateway, &source, "t", "3 of one");
+    sent(&gateway);
+    gateway.stop();
+    headgate(&["restore", &text("later"), "--data-dir", &text("three")]);
+    let gateway = setup(&backups.path().join("three"), &[nats.url()]).start();
+    for _ in 0..3 {
+        ingest(&gateway, &source, "t", "of three");
+    }
+    warned(&gateway, "of the log that this one was restored from, and this one has its own from offset 3 on");
+    assert_eq!(stream_count(&nats.url()), 4);
+    let deleted = nats_py(&nats.url(), "await js.delete_stream('headgate')\n", &[]);
+    assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
+    sent(&gateway);
+    gateway.stop();
+    assert_same_as_log(&backups.path().join("three"), &on_stream(&nats.url()));
+}
+
 #[test]
 fn what_was_deleted_from_the_stream_is_not_sent_again_while_the_gateway_runs() {
     let nats = NatsServer::start();

@@ -52,7 +52,7 @@ use super::rows::RegistryRow;
 use super::transaction::RegistryTransaction;
 use crate::sqlite::{SqliteProfile, check_write_ahead_log};
 
-const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
+pub(super) const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
     migrations: &REGISTRY_MIGRATIONS,
     is_exclusive: true,
     is_checked: true,

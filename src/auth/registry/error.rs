@@ -8,7 +8,7 @@ use crate::message::DatasourceId;
 use crate::sqlite::SqliteError;
 
 /// The file's name in the data directory.
-pub(super) const REGISTRY_FILE_NAME: &str = "registry.db";
+pub const REGISTRY_FILE_NAME: &str = "registry.db";
 
 /// Why an operation of the registry failed. Nothing has then changed, unless it says so.
 #[derive(Debug, thiserror::Error)]

@@ -18,6 +18,7 @@
 
 pub mod audit;
 pub mod cluster;
+mod copy;
 mod database;
 pub mod datasource;
 pub mod datasources;
@@ -41,8 +42,11 @@ pub mod rotations;
 mod rows;
 pub mod setting;
 mod transaction;
+mod unwritten_ends;
 pub mod usage;
 mod usage_notes;
+
+pub use error::REGISTRY_FILE_NAME;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -64,11 +68,12 @@ use error::RegistryError;
 use incarnations::LogEndQuery;
 use index::KeyLookup;
 use key::Key;
-use key_ends::{DiskReserveUse, UnwrittenEnds};
+use key_ends::DiskReserveUse;
 use leak_rules::RecordRuleFollower;
 use live::LiveRegistry;
 use quarantine_file::QuarantineFile;
 use replica::{RegistryReplica, RegistryRevision};
+use unwritten_ends::UnwrittenEnds;
 
 /// Datasources and keys: the database and the live view.
 pub struct Registry {

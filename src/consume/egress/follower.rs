@@ -14,8 +14,8 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use super::counts::{EgressCounts, EgressSkipReason, EgressSkipReport};
-use super::log_id::read_or_create_log_id;
-use super::message::{is_message_of_record, message_of_record, record_offset_of};
+use super::log_id::{LogLineage, MessageOrigin};
+use super::message::{is_message_of_record, message_of_record};
 use crate::consume::follower::{Consumer, NextRound};
 use crate::limits::EGRESS_READ_BYTES;
 use crate::log::{Hold, IncarnationStep, Log, LogReadError, WithheldChange};
@@ -50,6 +50,12 @@ pub(super) enum EgressRoundError {
          again of what the log has"
     )]
     RecordDiffers { stream: String, offset: Offset },
+    #[error(
+        "the stream {stream} has records up to offset {offset} of the log that this one was restored from, and this one \
+         has its own from offset {end} on. Use another stream (nats.stream.name), or delete this one to have it made again \
+         of what the log has"
+    )]
+    OtherHistory { stream: String, offset: Offset, end: Offset },
     #[error("egress did not finish by its deadline")]
     Late,
 }
@@ -58,7 +64,7 @@ pub(super) enum EgressRoundError {
 pub(super) struct EgressFollower {
     log_id_path: PathBuf,
     /// Empty until it is read.
-    log_id: String,
+    lineage: LogLineage,
     stream: String,
     log: Arc<dyn Log>,
     hold: Hold,
@@ -131,7 +137,7 @@ impl EgressFollower {
     ) -> Self {
         Self {
             log_id_path,
-            log_id: String::new(),
+            lineage: LogLineage::default(),
             stream: stream.to_owned(),
             hold: log.hold_with_room(),
             log,
@@ -205,10 +211,9 @@ impl EgressFollower {
             };
             let present = left_out.history(datasource.as_str()).and_then(|history| history.present());
             let begins = present.map_or(Offset::MAX, |(_, first)| first);
-            let log_id = self.log_id.clone();
-            let is_behind = |message: &StoredMessage| {
-                record_offset_of(message, &log_id).is_some_and(|offset| offset >= begins)
-            };
+            let lineage = &self.lineage;
+            let is_behind =
+                |message: &StoredMessage| lineage.offset_of(message).is_some_and(|offset| offset >= begins);
             for subjects in SubjectSpace::Stream.filter_wildcards(Some(datasource), "#") {
                 self.outlet.forget(&subjects, is_behind).await?;
             }
@@ -219,7 +224,7 @@ impl EgressFollower {
 
     /// Sends one record, or counts why it cannot be sent.
     async fn send(&mut self, record: &RecordRef<'_>) -> Result<(), EgressRoundError> {
-        let skipped = match message_of_record(record, &self.log_id, self.gone) {
+        let skipped = match message_of_record(record, &self.lineage.id, self.gone) {
             Ok(message) => match self.outlet.send(message).await {
                 Ok(sequence) => {
                     self.gone = 0;
@@ -243,9 +248,9 @@ impl EgressFollower {
 
     /// Opens the outlet and finds the first record that is not on the stream.
     async fn open(&mut self) -> Result<Offset, EgressRoundError> {
-        if self.log_id.is_empty() {
+        if self.lineage.id.is_empty() {
             let path = &self.log_id_path;
-            self.log_id = read_or_create_log_id(path)
+            self.lineage = LogLineage::read_or_create(path)
                 .map_err(|error| EgressRoundError::LogId { path: path.clone(), error })?;
         }
         let last = self.outlet.open().await?;
@@ -282,8 +287,15 @@ impl EgressFollower {
         // What was stored and then deleted is not sent again, as far as this process knows of it.
         let known = self.stored.filter(|(sequence, _)| (1..=last.sequence).contains(sequence));
         let Some(message) = &last.message else { return Ok(known.map(|(_, next)| next)) };
-        let Some(offset) = record_offset_of(message, &self.log_id) else {
-            return Err(EgressRoundError::ForeignMessage { stream: stream(), sequence: message.sequence });
+        let (offset, log_id) = match self.lineage.origin_of(message) {
+            Some(MessageOrigin::Here { offset, log_id }) => (offset, log_id),
+            Some(MessageOrigin::BehindRestore { offset, end }) => {
+                return Err(EgressRoundError::OtherHistory { stream: stream(), offset, end });
+            }
+            None => {
+                let sequence = message.sequence;
+                return Err(EgressRoundError::ForeignMessage { stream: stream(), sequence });
+            }
         };
         let log_end = self.log.next_offset();
         if offset >= log_end {
@@ -293,7 +305,7 @@ impl EgressFollower {
             Ok(batches) => {
                 let mut records = batches.iter().flat_map(|batch| batch.records());
                 let record = records.find(|record| record.offset == offset);
-                if record.is_some_and(|record| !is_message_of_record(message, &record, &self.log_id)) {
+                if record.is_some_and(|record| !is_message_of_record(message, &record, log_id)) {
                     return Err(EgressRoundError::RecordDiffers { stream: stream(), offset });
                 }
             }

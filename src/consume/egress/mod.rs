@@ -15,7 +15,8 @@
 //! Two headers let it resume: `Headgate-Offset` is the record's offset, and `Nats-Msg-Id` names the log as
 //! well. Before egress resumes it compares the stream's last message with the record at that offset in the
 //! log. If they differ, the log was restored to an earlier state, and egress stops before it mixes two
-//! histories.
+//! histories. A log that `headgate restore` has made has an id of its own, and knows what it has of the log before it
+//! (`log_id.rs`).
 
 mod counts;
 mod follower;
@@ -33,6 +34,7 @@ use tokio::sync::watch;
 
 use self::follower::EgressFollower;
 use self::log_id::LOG_ID_FILE;
+pub use self::log_id::begin_history;
 use super::follower::{FollowerControl, FollowerProfile};
 use crate::config;
 use crate::log::Log;

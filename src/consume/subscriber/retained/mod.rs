@@ -23,7 +23,7 @@ use crate::sqlite::{SqliteError, SqliteReaders, new_file_aside, open_or_set_asid
 
 mod follow;
 mod page;
-mod table;
+pub(in crate::consume) mod table;
 #[cfg(test)]
 mod tests;
 

@@ -27,10 +27,10 @@ use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, Transp
 use crate::sqlite::{SqliteError, SqliteProfile, checkpoint};
 
 /// The file's name in the data directory.
-pub(super) const RETAINED_FILE_NAME: &str = "retained.db";
+pub(in crate::consume) const RETAINED_FILE_NAME: &str = "retained.db";
 
 /// The database, as its only writer opens it.
-pub(super) const RETAINED_DATABASE: SqliteProfile = SqliteProfile {
+pub(in crate::consume) const RETAINED_DATABASE: SqliteProfile = SqliteProfile {
     // `withheld` may be missing in a database that was made without it: see `RetainedTable::from_connection`.
     migrations: &["
         CREATE TABLE cursor (

@@ -31,6 +31,14 @@ pub(super) trait SessionBackend: Send {
         None
     }
 
+    /// Copies what is durable to a new database.
+    ///
+    /// # Errors
+    /// It is in no database, or that cannot be read or the copy not be written.
+    fn copy(&mut self, _to: &Path) -> Result<(), SessionStoreError> {
+        Err(SessionStoreError::Bucket("the sessions of a cluster are in no file".into()))
+    }
+
     /// What was set aside since the last call and where, for the operator.
     fn take_set_aside(&mut self) -> Option<String> {
         None
@@ -171,6 +179,22 @@ impl SessionBackend for SessionDatabase {
             written => written?,
         }
         Ok(())
+    }
+
+    fn copy(&mut self, to: &Path) -> Result<(), SessionStoreError> {
+        if self.state == SessionDatabaseState::Unopened {
+            let path = self.dir.join(SESSIONS_FILE_NAME);
+            let error = SqliteError::failed(&path, "it could not be opened since the start");
+            return Err(SessionStoreError::Unopened(error));
+        }
+        if self.lacks_mirror {
+            self.write_mirror()?;
+        }
+        let table = match &mut self.table {
+            Some(table) => table,
+            None => self.table.insert(SessionTable::reopen(&self.dir)?),
+        };
+        Ok(table.copy(to)?)
     }
 
     fn take_set_aside(&mut self) -> Option<String> {

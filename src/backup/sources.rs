@@ -1,0 +1,111 @@
+//! What a backup is made of: the registry, the log and the stores of one data directory.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tracing::warn;
+
+use super::BackupError;
+use super::error::NamePath;
+use super::writer::BackupWriter;
+use crate::auth::Registry;
+use crate::auth::registry::REGISTRY_FILE_NAME;
+use crate::consume::subscriber::sessions::SessionStore;
+use crate::consume::{SESSIONS_FILE_NAME, take_snapshots};
+use crate::log::{Log, LogCut};
+use crate::message::Offset;
+use crate::scheduler::lower_priority;
+
+/// By how much the priority of the thread is lowered once the cut is made.
+const BACKUP_NICE: u8 = 10;
+/// Files beside the databases that do not change while a gateway runs.
+const STEADY_FILES: [&str; 5] = ["admin.key", "log.id", "log.parents", "quarantine.db", "quarantine.db-wal"];
+
+/// What a backup is made of.
+pub struct BackupSources {
+    data_dir: PathBuf,
+    registry: Arc<Registry>,
+    log: Arc<dyn Log>,
+    sessions: SessionStore,
+}
+
+impl BackupSources {
+    /// What is open of a data directory.
+    pub fn new(data_dir: &Path, registry: Arc<Registry>, log: Arc<dyn Log>, sessions: SessionStore) -> Self {
+        Self { data_dir: data_dir.to_owned(), registry, log, sessions }
+    }
+
+    pub(super) fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
+    pub(super) fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Writes all files. Returns the first offset of their log, and the one behind its last record.
+    pub(super) fn write(&self, writer: &mut BackupWriter<'_>) -> Result<(Offset, Offset), BackupError> {
+        if let Err(error) = self.registry.write_usage() {
+            warn!(%error, "the backup has an older usage of keys");
+        }
+        // Until the cut the log keeps what the stores have not consumed in their snapshots. Milliseconds: a log at its
+        // budget takes nothing meanwhile.
+        let hold = self.log.hold();
+        let snapshots = take_snapshots(&self.data_dir)?;
+        self.sessions.copy_blocking(&writer.path_of(SESSIONS_FILE_NAME))?;
+        let cut = self.registry.copy_with(&writer.path_of(REGISTRY_FILE_NAME), || self.log.cut())?;
+        let LogCut { first_offset, next_offset, segments } = cut.ok_or(BackupError::Cluster)?;
+        let is_linked = writer.link(&segments);
+        drop(hold);
+        lower_priority(BACKUP_NICE);
+
+        let others = self.other_files()?;
+        let mut new_bytes = 0;
+        for (_, snapshot) in &snapshots {
+            new_bytes += snapshot.bytes()?;
+        }
+        let file_bytes = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+        new_bytes += others.iter().map(|(path, _)| file_bytes(path)).sum::<u64>();
+        let segment_bytes: u64 = segments.iter().map(|segment| segment.bytes).sum();
+        let linked = segments.iter().zip(&is_linked).filter(|(_, is_linked)| **is_linked);
+        let linked_bytes: u64 = linked.map(|(segment, _)| segment.bytes).sum();
+        // The digests of databases are read once more.
+        writer.expect(2 * new_bytes + segment_bytes, new_bytes + segment_bytes - linked_bytes)?;
+
+        for (name, snapshot) in snapshots {
+            writer.add_snapshot(&snapshot, name)?;
+        }
+        for name in [SESSIONS_FILE_NAME, REGISTRY_FILE_NAME] {
+            writer.add_database(name)?;
+        }
+        for (path, name) in others {
+            writer.add_file(&path, &name)?;
+        }
+        for (segment, is_linked) in segments.iter().zip(is_linked) {
+            writer.add_segment(segment, is_linked)?;
+        }
+        writer.sync()?;
+        Ok((first_offset, next_offset))
+    }
+
+    /// What else there is to copy: the path and the name of each.
+    fn other_files(&self) -> Result<Vec<(PathBuf, String)>, BackupError> {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&self.data_dir).name_path(&self.data_dir)? {
+            let entry = entry.name_path(&self.data_dir)?;
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let is_file = std::fs::metadata(entry.path()).is_ok_and(|file| file.is_file());
+            if is_file && (STEADY_FILES.contains(&name.as_str()) || is_set_aside(&name)) {
+                files.push((entry.path(), name));
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+}
+
+/// Whether Headgate gives such a name to a database that it sets aside, or to its write-ahead log.
+fn is_set_aside(name: &str) -> bool {
+    let database = name.strip_suffix("-wal").unwrap_or(name);
+    database.ends_with(".db") && database.contains("-set-aside-")
+}
