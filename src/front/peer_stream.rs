@@ -68,6 +68,14 @@ impl AsyncWrite for PeerStream {
 }
 
 impl PeerStream {
+    /// The socket below.
+    pub(super) fn tcp(&self) -> &TcpStream {
+        match self {
+            PeerStream::Tcp(stream) => stream,
+            PeerStream::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
     /// Whether the client has shut down its half, also if bytes from before that are not read yet. The task is woken
     /// when it does, unless there are such bytes.
     pub(super) fn poll_half_closed(&self, cx: &mut Context<'_>) -> bool {
