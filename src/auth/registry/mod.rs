@@ -42,6 +42,7 @@ pub mod rotations;
 mod rows;
 pub mod setting;
 mod transaction;
+pub mod transfer;
 pub mod usage;
 mod usage_notes;
 

@@ -37,6 +37,7 @@ mod request_form;
 mod schema;
 mod server;
 mod socket;
+mod transfer;
 mod waiting;
 mod websocket;
 
@@ -355,6 +356,8 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(post.clone(), "/v1/leaks", leaks::report),
+        route(get.clone(), "/v1/datasources/{datasource}/export", transfer::export),
+        route(post.clone(), "/v1/import", transfer::import),
         route(post.clone(), "/v1/backup", backup::begin),
         route(get.clone(), "/v1/backup", backup::show),
         route(get.clone(), "/mqtt", websocket::open),
