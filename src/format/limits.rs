@@ -130,6 +130,8 @@ pub const HTTP_BODY_BYTES_MAX: usize = 16 << 20;
 pub const HTTP_MESSAGES_MAX: usize = 100_000;
 /// A request that manages datasources and keys.
 pub const HTTP_MANAGE_BYTES_MAX: usize = 64 << 10;
+/// A datasource with its keys that is imported in one request: about 60,000 keys.
+pub const HTTP_IMPORT_BYTES_MAX: usize = 16 << 20;
 /// A request's line and header, and what one read of an HTTP/1 socket takes.
 pub const HTTP_HEADER_BYTES_MAX: usize = 64 << 10;
 /// Bytes of a body that have to arrive in a second, on average over [`HTTP_BODY_PACE_WINDOW`].
