@@ -523,7 +523,8 @@ async fn sessions_of_the_first_version_are_read_and_written() {
 
 #[test]
 fn a_log_that_ends_earlier_takes_back_what_was_in_flight_beyond_it() {
-    let mut stored = StoredSessions { sessions: vec![session(1, &["a"])], groups: Vec::new() };
+    let mut stored =
+        StoredSessions { sessions: vec![session(1, &["a"])], groups: Vec::new(), wills: Vec::new() };
     stored.sessions[0].flights = flights(1);
     assert_eq!(stored.set_back(20), [], "nothing is beyond the end");
     let changes = stored.set_back(8);
