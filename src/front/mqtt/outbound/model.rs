@@ -184,6 +184,7 @@ impl ModelRun {
                 qos,
                 no_local: false,
                 retain_as_published: false,
+                metadata: false,
                 identifier: None,
                 from: 0,
                 replay: None,
@@ -206,7 +207,7 @@ impl ModelRun {
             Arc::new(Metrics::new()),
             press_4(),
             session,
-            PublishWriter::new(form, 1, false, 0),
+            PublishWriter::new(form, 1, false, false, 0),
             self.receive_maximum,
         )));
     }
