@@ -35,6 +35,12 @@ pub struct MqttConfig {
     pub subscriptions_per_session_max: usize,
     /// Which messages come with their metadata.
     pub metadata: MetadataPolicy,
+    /// After how many seconds in which nothing came the kernel asks whether the client is still there
+    /// (`SO_KEEPALIVE`); 0: never.
+    pub tcp_keep_alive_s: u32,
+    /// How many seconds the client's side may leave unconfirmed what it was sent, or asked, before the connection
+    /// counts as lost (`TCP_USER_TIMEOUT`); 0: the kernel decides, which takes a quarter of an hour.
+    pub tcp_user_timeout_s: u32,
     /// MQTT over TLS.
     pub tls: TlsConfig,
 }
@@ -64,6 +70,8 @@ impl Default for MqttConfig {
             keep_alive_s_max: 3_600,
             subscriptions_per_session_max: limits::MQTT_SUBSCRIPTIONS_MAX,
             metadata: MetadataPolicy::OnRequest,
+            tcp_keep_alive_s: 60,
+            tcp_user_timeout_s: 60,
             tls: TlsConfig::without_certificate(8883),
         }
     }
@@ -87,6 +95,17 @@ impl MqttConfig {
             self.packet_bytes_max,
             "it has to be between 256 bytes and 4 MiB",
         )?;
+        for (name, seconds) in [
+            ("mqtt.tcp_keep_alive_s", self.tcp_keep_alive_s),
+            ("mqtt.tcp_user_timeout_s", self.tcp_user_timeout_s),
+        ] {
+            require(
+                seconds <= limits::TCP_SECONDS_MAX,
+                name,
+                seconds,
+                "it has to be 32767 seconds or less, which is what the kernel takes",
+            )?;
+        }
         self.tls.check(&MQTT_TLS_SETTINGS)
     }
 }

@@ -62,6 +62,22 @@ pub const MQTT_CONNECT_BYTES_MAX: usize = 192 << 10;
 pub const MQTT_READ_BYTES: usize = 64 << 10;
 /// Reads of one MQTT connection whose messages are on their way into the log at once.
 pub const MQTT_READS_IN_FLIGHT_MAX: usize = 16;
+/// How many bytes are read behind a packet that cannot be taken in yet, to see what the client says meanwhile.
+pub const MQTT_AHEAD_BYTES_MAX: usize = 64 << 10;
+/// The longest times of a TCP connection that the kernel takes, in seconds.
+pub const TCP_SECONDS_MAX: u32 = 32_767;
+/// How often the kernel asks for a peer that does not answer.
+pub const TCP_PROBE_INTERVAL: std::time::Duration = std::time::Duration::from_secs(10);
+/// How often it asks in vain.
+pub const TCP_PROBES_MAX: u32 = 6;
+/// How many takeovers of one client identifier in a row are told: fewer are a client that connects again.
+pub const TAKEOVERS_TOLD_MIN: u32 = 5;
+/// How many client identifiers are watched for that at once.
+pub const TAKEOVER_TALLIES_MAX: usize = 4096;
+/// How long a connection that somebody else ends takes in what its client had sent.
+pub const MQTT_EXIT_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(2);
+/// How much of it is read: more than a socket's buffer holds by default (`net.ipv4.tcp_rmem`).
+pub const MQTT_EXIT_BYTES_MAX: usize = 16 << 20;
 /// How long an MQTT packet may take to arrive, ...
 pub const MQTT_PACKET_GRACE: std::time::Duration = std::time::Duration::from_secs(30);
 /// ... and a second more for so many bytes of it.
@@ -114,6 +130,8 @@ pub const HTTP_BODY_BYTES_MAX: usize = 16 << 20;
 pub const HTTP_MESSAGES_MAX: usize = 100_000;
 /// A request that manages datasources and keys.
 pub const HTTP_MANAGE_BYTES_MAX: usize = 64 << 10;
+/// A datasource with its keys that is imported in one request: about 60,000 keys.
+pub const HTTP_IMPORT_BYTES_MAX: usize = 16 << 20;
 /// A request's line and header, and what one read of an HTTP/1 socket takes.
 pub const HTTP_HEADER_BYTES_MAX: usize = 64 << 10;
 /// Bytes of a body that have to arrive in a second, on average over [`HTTP_BODY_PACE_WINDOW`].

@@ -17,21 +17,6 @@ pub enum PeerStream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-impl PeerStream {
-    /// Whether the client has shut down its half, also if bytes from before that are not read yet. The task is woken
-    /// when it does, unless there are such bytes.
-    pub(super) fn poll_half_closed(&self, cx: &mut Context<'_>) -> bool {
-        let tcp = match self {
-            PeerStream::Tcp(stream) => stream,
-            PeerStream::Tls(stream) => stream.get_ref().0,
-        };
-        let _registered = tcp.poll_read_ready(cx);
-        let ready = pin!(tcp.ready(Interest::READABLE));
-        let ready = ready.poll(&mut Context::from_waker(Waker::noop()));
-        matches!(ready, Poll::Ready(Ok(ready)) if ready.is_read_closed())
-    }
-}
-
 impl AsyncRead for PeerStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
@@ -79,5 +64,25 @@ impl AsyncWrite for PeerStream {
             PeerStream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             PeerStream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
+    }
+}
+
+impl PeerStream {
+    /// The socket below.
+    pub(super) fn tcp(&self) -> &TcpStream {
+        match self {
+            PeerStream::Tcp(stream) => stream,
+            PeerStream::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
+    /// Whether the client has shut down its half, also if bytes from before that are not read yet. The task is woken
+    /// when it does, unless there are such bytes.
+    pub(super) fn poll_half_closed(&self, cx: &mut Context<'_>) -> bool {
+        let tcp = self.tcp();
+        let _registered = tcp.poll_read_ready(cx);
+        let ready = pin!(tcp.ready(Interest::READABLE));
+        let ready = ready.poll(&mut Context::from_waker(Waker::noop()));
+        matches!(ready, Poll::Ready(Ok(ready)) if ready.is_read_closed())
     }
 }

@@ -9,6 +9,7 @@ mod conformance;
 mod fairness;
 mod front;
 mod groups;
+mod leaving;
 mod memory;
 mod metadata;
 mod once;

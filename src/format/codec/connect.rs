@@ -149,9 +149,10 @@ fn read_version(
         ("MQTT", 4) => MqttVersion::V311,
         ("MQTT", 5) => MqttVersion::V5,
         ("MQTT", level) => {
-            // The refusal is in the nearest version's form.
-            let nearest = if level > 4 { MqttVersion::V5 } else { MqttVersion::V311 };
-            return Err((Some(nearest), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
+            return Err((
+                Some(refusal_form(reader, level)),
+                unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here"),
+            ));
         }
         ("MQIsdp", _) => {
             return Err((Some(MqttVersion::V311), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
@@ -160,6 +161,17 @@ fn read_version(
     };
     let flags = reader.u8().map_err(|violation| (Some(version), violation))?;
     Ok((version, is_bridge, flags))
+}
+
+/// The version in whose form a CONNECT of an unknown level is refused: that which the rest of the packet has, if it has
+/// one, otherwise that of the nearest level, ignoring the bridge bit.
+fn refusal_form(reader: &PacketReader<'_>, level: u8) -> MqttVersion {
+    let nearest = if level & 0x7f > 4 { MqttVersion::V5 } else { MqttVersion::V311 };
+    let has_form = |version: &MqttVersion| {
+        let mut rest = reader.clone();
+        rest.u8().is_ok_and(|flags| ConnectPacket::decode_after_version(rest, *version, flags).is_ok())
+    };
+    [MqttVersion::V311, MqttVersion::V5].into_iter().find(has_form).unwrap_or(nearest)
 }
 
 fn read_will<'a>(

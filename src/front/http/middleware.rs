@@ -62,6 +62,8 @@ pub(super) async fn request_middleware(
     } else {
         (request, None)
     };
+    let is_read = matches!(method, Method::GET | Method::HEAD);
+    let unanswered = peer.as_ref().filter(|_| is_read).map(|peer| peer.clock.begin_read());
     let mut response = match host.and_then(|()| credentials::refuse_key_in_url(request.uri())) {
         Ok(()) => next.run(request).await,
         Err(problem) => {
@@ -69,9 +71,10 @@ pub(super) async fn request_middleware(
             problem.into_response()
         }
     };
+    drop(unanswered);
     let held = memory.take();
     let mut held = charge_answer(&shared, peer.as_ref(), held, under_way, &method, &mut response);
-    held.under_way = peer.as_ref().map(|peer| peer.clock.begin_request(false));
+    held.under_way = peer.as_ref().map(|peer| peer.clock.begin_request());
     let refused = response.extensions_mut().remove::<RefusedRequest>();
     if let Some(refused) = &refused {
         let address = peer.as_ref().map(|peer| peer.addr);

@@ -41,6 +41,7 @@ mod server;
 mod sessions;
 mod socket;
 mod stranger_pace;
+mod transfer;
 mod waiting;
 mod websocket;
 
@@ -363,6 +364,8 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(post.clone(), "/v1/leaks", leaks::report),
+        route(get.clone(), "/v1/datasources/{datasource}/export", transfer::export),
+        route(post.clone(), "/v1/import", transfer::import),
         route(post.clone(), "/v1/backup", backup::begin),
         route(get.clone(), "/v1/backup", backup::show),
         route(get.clone(), "/mqtt", websocket::open),
@@ -376,12 +379,13 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 10] = [
+const DEVICE_ROUTES: [(Method, &str); 11] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::GET, "/v1/datasources/{datasource}/schema"),
     (Method::GET, "/v1/datasources/{datasource}/records"),
     (Method::GET, "/v1/datasources/{datasource}/latest"),
+    (Method::GET, "/v1/connect"),
     (Method::POST, "/v1/leaks"),
     (Method::GET, "/mqtt"),
     (Method::GET, "/livez"),

@@ -57,10 +57,10 @@ struct ClockState {
 }
 
 /// A request that is under way, until its answer is sent. Then the connection is idle, if it has no other.
-pub(super) struct RequestUnderWay {
-    clock: RequestClock,
-    is_unanswered_read: bool,
-}
+pub(super) struct RequestUnderWay(RequestClock);
+
+/// A read whose answer has not begun.
+pub(super) struct UnansweredRead(RequestClock);
 
 impl RequestClock {
     /// Of a connection that begins now.
@@ -77,16 +77,18 @@ impl RequestClock {
         Self(Arc::new(ClockShared { state: Mutex::new(state), task: AtomicWaker::new() }))
     }
 
-    /// Notes that a request has come, or that its answer has begun. `is_unanswered_read`: that it is a read and its
-    /// answer has not.
-    pub(super) fn begin_request(&self, is_unanswered_read: bool) -> RequestUnderWay {
+    /// Notes that a request has come.
+    pub(super) fn begin_request(&self) -> RequestUnderWay {
+        self.0.state.lock().under_way += 1;
+        RequestUnderWay(self.clone())
+    }
+
+    /// Notes that a request which is under way is a read.
+    pub(super) fn begin_read(&self) -> UnansweredRead {
         let mut state = self.0.state.lock();
-        state.under_way += 1;
-        if is_unanswered_read {
-            state.unanswered_reads += 1;
-            state.read_since = Instant::now();
-        }
-        RequestUnderWay { clock: self.clone(), is_unanswered_read }
+        state.unanswered_reads += 1;
+        state.read_since = Instant::now();
+        UnansweredRead(self.clone())
     }
 
     /// Whether it matters that the client shuts down its half, and is not known.
@@ -129,15 +131,20 @@ impl RequestClock {
 
 impl Drop for RequestUnderWay {
     fn drop(&mut self) {
-        let shared = &self.clock.0;
+        let shared = &self.0.0;
         let mut state = shared.state.lock();
         state.under_way -= 1;
-        state.unanswered_reads -= usize::from(self.is_unanswered_read);
         if state.under_way == 0 {
             (state.awaited, state.since) = (AwaitedPart::NextRequest, Instant::now());
             drop(state);
             shared.task.wake();
         }
+    }
+}
+
+impl Drop for UnansweredRead {
+    fn drop(&mut self) {
+        self.0.0.state.lock().unanswered_reads -= 1;
     }
 }
 
@@ -209,14 +216,14 @@ mod tests {
         clock.note_bytes();
         let (part, waited) = passed(&mut deadline, begun).await;
         assert!(part == AwaitedPart::FirstRequest && waited >= HEADER_MAX, "{part:?} {waited:?}");
-        drop(clock.begin_request(false));
+        drop(clock.begin_request());
         let (part, waited) = passed(&mut deadline, Instant::now()).await;
         assert!(part == AwaitedPart::NextRequest && waited >= IDLE_MAX - HEADER_MAX, "{part:?} {waited:?}");
         let begun = Instant::now();
         clock.note_bytes();
         let (part, waited) = passed(&mut deadline, begun).await;
         assert!(part == AwaitedPart::HeaderRest && waited >= HEADER_MAX, "{part:?} {waited:?}");
-        drop(clock.begin_request(false));
+        drop(clock.begin_request());
         clock.await_end();
         assert_eq!(passed(&mut deadline, begun).await.0, AwaitedPart::End);
     }
@@ -225,7 +232,7 @@ mod tests {
     async fn a_request_under_way_is_not_waited_for_and_wakes_the_connection_where_it_ends() {
         let clock = RequestClock::start();
         let mut deadline = deadline(&clock);
-        let (first, second) = (clock.begin_request(false), clock.begin_request(false));
+        let (first, second) = (clock.begin_request(), clock.begin_request());
         drop(first);
         assert_eq!(clock.awaited().map(|(part, _)| part), None);
         let busy = tokio::time::timeout(2 * IDLE_MAX, poll_fn(|cx| deadline.poll_passed(cx))).await;
@@ -233,7 +240,7 @@ mod tests {
         // Only reads are given up when nobody may wait for them.
         clock.note_half_closed();
         assert_eq!(clock.awaited().map(|(part, _)| part), None);
-        let read = clock.begin_request(true);
+        let read = clock.begin_read();
         assert_eq!(clock.awaited().map(|(part, _)| part), Some(AwaitedPart::ReadAnswer));
         drop(read);
         let elsewhere = tokio::spawn(async move { drop(second) });

@@ -18,7 +18,6 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::Method;
 use futures_util::future::{Either, ready};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -357,8 +356,7 @@ impl ConnectionServer {
                 if is_paced && from.keys.are_none() && !pace.take(Instant::now()) {
                     return Either::Left(ready(Ok(pace.turn_away(&crowd, &from, request.version()))));
                 }
-                let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
-                let under_way = from.clock.begin_request(is_read);
+                let under_way = from.clock.begin_request();
                 let of_request = from.of_request(&request, &proxies, &crowd);
                 request.extensions_mut().insert(of_request);
                 let answering = router.clone().call(request);

@@ -128,6 +128,8 @@ pub(super) struct SubscribeServices {
     pub(super) subscriptions_max: usize,
     /// Cancelled when the connection ends: searches of the log end with it.
     pub(super) cancel: CancellationToken,
+    /// The end of what the connection has published.
+    pub(super) published: Offset,
 }
 
 /// Serves `request`. Returns the sending half, and the answer to send.
@@ -159,6 +161,9 @@ impl SubscribeServices {
         outbound: &mut Outbound,
     ) -> (Vec<u8>, Option<String>) {
         let mut changes = Vec::new();
+        // Live is what comes after the SUBSCRIBE. In a cluster the log is followed, and may not have come so far. If
+        // it cannot be asked, the client may be sent its own messages, which harms less than no subscription.
+        let _ = self.subscribers.log.catch_up(self.published).await;
         // An operator may have changed the limits since the client connected.
         let datasource = self.grant.datasource();
         self.intake.limit_share(datasource, &self.subscribers.shares.share(datasource));

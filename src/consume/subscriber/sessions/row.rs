@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{StoredFlights, StoredSession, StoredSubscription};
+use super::{StoredFlights, StoredSession, StoredSubscription, StoredWill};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
 /// Version 1 had no flights, and no replays and metadata of subscriptions: [`EarlierSession`], [`EarlierCursorMove`].
@@ -130,6 +130,14 @@ pub(super) fn decode_moves(bytes: &[u8]) -> Option<Vec<CursorMove<'_>>> {
             });
             Some(moves.collect())
         }
+        _ => None,
+    }
+}
+
+/// A will. `None`: the bytes are damaged, or of a newer version.
+pub(super) fn decode_will(bytes: &[u8]) -> Option<StoredWill> {
+    match bytes.split_first()? {
+        (&SESSION_ROW_VERSION, rest) => postcard::from_bytes(rest).ok(),
         _ => None,
     }
 }

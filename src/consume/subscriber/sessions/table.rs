@@ -7,7 +7,10 @@
 //!                identifier INTEGER, from_offset INTEGER, replay TEXT,
 //!                metadata INTEGER)
 //! share_groups  (datasource TEXT, name TEXT, filter TEXT, cursor INTEGER)
+//! wills         (id INTEGER, will BLOB)
 //! ```
+//!
+//! A will is encoded as a cell of the bucket is ([`row`](super::row)).
 //!
 //! A `uid` is an unsigned number, stored as the signed number with the same bits. Times are microseconds
 //! since the Unix epoch. Flights are as [`StoredFlights`] encodes them; NULL if there are none. There are no constraints but the primary keys: a change that the database always
@@ -15,13 +18,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::types::FromSqlError;
 use rusqlite::{CachedStatement, Connection, Row, TransactionBehavior, params};
+use tracing::warn;
 
 use super::pending::{PendingSessionChange, PendingSessionChanges, SessionUpdate, StoredGroupKey};
-use super::{StoredFlights, StoredGroup, StoredSession, StoredSessions, StoredSubscription};
+use super::{StoredFlights, StoredGroup, StoredSession, StoredSessions, StoredSubscription, StoredWill, row};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
 use crate::message::{DatasourceId, Offset};
 use crate::sqlite::{SqliteError, SqliteProfile, copy_database};
@@ -65,6 +70,10 @@ pub(in crate::consume) const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
         ALTER TABLE sessions ADD COLUMN flights BLOB;
         ALTER TABLE subscriptions ADD COLUMN replay TEXT;
         ALTER TABLE subscriptions ADD COLUMN metadata INTEGER NOT NULL DEFAULT 0;
+        CREATE TABLE wills (
+            id   INTEGER PRIMARY KEY,
+            will BLOB NOT NULL
+        ) STRICT;
     ",
     ],
     is_exclusive: true,
@@ -106,7 +115,22 @@ impl SessionTable {
             let detail = format!("a subscription of session {uid}, which is not there").into();
             return Err(SqliteError::Damaged { path: self.path.clone(), detail });
         }
-        Ok(StoredSessions { sessions, groups: self.groups().map_err(failed)? })
+        let (groups, wills) = (self.groups().map_err(failed)?, self.wills().map_err(failed)?);
+        Ok(StoredSessions { sessions, groups, wills })
+    }
+
+    /// The wills, but those of a newer Headgate.
+    fn wills(&self) -> rusqlite::Result<Vec<Arc<StoredWill>>> {
+        let mut select = self.connection.prepare("SELECT will FROM wills ORDER BY id")?;
+        let mut rows = select.query([])?;
+        let mut wills = Vec::new();
+        while let Some(row) = rows.next()? {
+            match row::decode_will(row.get_ref(0)?.as_blob()?) {
+                Some(will) => wills.push(Arc::new(will)),
+                None => warn!("a stored will is not as this Headgate writes it; it is not published"),
+            }
+        }
+        Ok(wills)
     }
 
     /// The sessions, and the first uid that has subscriptions and no session.
@@ -211,6 +235,7 @@ fn write_pending(
     }
     drop(sessions);
     write_groups(&transaction, &pending.groups)?;
+    write_wills(&transaction, &pending.wills)?;
     transaction.commit()
 }
 
@@ -237,6 +262,21 @@ fn write_groups(
         match cursor {
             Some(cursor) => put.execute(params![datasource.as_str(), group, filter, sql_offset(*cursor)])?,
             None => remove.execute(params![datasource.as_str(), group, filter])?,
+        };
+    }
+    Ok(())
+}
+
+fn write_wills(
+    connection: &Connection,
+    wills: &BTreeMap<u64, Option<Arc<StoredWill>>>,
+) -> rusqlite::Result<()> {
+    let mut put = connection.prepare_cached("INSERT OR REPLACE INTO wills VALUES (?1, ?2)")?;
+    let mut remove = connection.prepare_cached("DELETE FROM wills WHERE id = ?1")?;
+    for (id, will) in wills {
+        match will {
+            Some(will) => put.execute(params![id.cast_signed(), &row::encode(&**will)[..]])?,
+            None => remove.execute([id.cast_signed()])?,
         };
     }
     Ok(())

@@ -189,6 +189,7 @@ impl ModelRun {
                 from: 0,
                 replay: None,
                 is_renewed: true,
+                metadata: false,
             };
             let slot_in_session = outbound.session.free_slot();
             assert_eq!(slot_in_session, slot);
