@@ -184,7 +184,6 @@ impl ModelRun {
                 qos,
                 no_local: false,
                 retain_as_published: false,
-                metadata: false,
                 identifier: None,
                 from: 0,
                 replay: None,
