@@ -311,6 +311,7 @@ fn a_database_of_the_first_version_is_read_and_its_subscriptions_ask_for_no_meta
         ALTER TABLE subscriptions DROP COLUMN metadata;
         ALTER TABLE subscriptions DROP COLUMN replay;
         ALTER TABLE sessions DROP COLUMN flights;
+        DROP TABLE wills;
         PRAGMA user_version = 1;
         INSERT INTO sessions VALUES (1, 'press-4', 'client 1', 3600, NULL, 5);
         INSERT INTO subscriptions VALUES (1, 'a', 1, 0, 0, NULL, 7);
