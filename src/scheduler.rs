@@ -1,14 +1,38 @@
 //! What a thread asks of the operating system's scheduler: a lower priority, or another time slice than usual.
 
+use std::cell::Cell;
 use std::ptr;
+use std::time::Duration;
 
 use tracing::warn;
+
+thread_local! {
+    static IS_LOWERED: Cell<bool> = const { Cell::new(false) };
+    static WAITED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// Whether the calling thread has a lower priority than usual: it should hold nothing that others wait for.
+pub fn is_lowered() -> bool {
+    IS_LOWERED.get()
+}
+
+/// Notes that the calling thread has waited for the disk in the middle of a task.
+pub fn note_waited(waited: Duration) {
+    WAITED.set(WAITED.get() + waited);
+}
+
+/// How long the calling thread has waited so.
+#[inline]
+pub fn waited() -> Duration {
+    WAITED.get()
+}
 
 /// Lowers the calling thread's priority by `nice`.
 pub fn lower_priority(nice: u8) {
     if nice == 0 {
         return;
     }
+    IS_LOWERED.set(true);
     #[cfg(target_os = "linux")]
     {
         // SAFETY: no memory is involved. On Linux, process 0 is the calling thread.
@@ -63,5 +87,19 @@ impl SchedulerAttributes {
         let wanted = Self { runtime: slice_ns, ..Self::get()? };
         let is_taken = wanted.set() && Self::get()?.slice_ns() == slice_ns;
         is_taken.then_some(wanted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_of_low_priority_knows_that_it_is_one() {
+        let lowered = std::thread::spawn(|| {
+            lower_priority(1);
+            is_lowered()
+        });
+        assert!(lowered.join().expect("no panic") && !is_lowered());
     }
 }

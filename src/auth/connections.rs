@@ -43,21 +43,20 @@ pub struct ConnectionControl {
 }
 
 impl ConnectionControl {
-    /// Tells the connection to close. The first reason is kept.
+    /// Tells the connection to close. The first reason is kept, unless the key is dead: the others let the
+    /// connection take what its client had sent, and that must not keep whoever revokes the key waiting.
     pub fn close(&self, why: CloseReason) {
-        if self.why.compare_exchange(0, why as u8, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+        let is_told = self.why.compare_exchange(0, why as u8, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        let key_dead = CloseReason::KeyDead as u8;
+        if is_told || why == CloseReason::KeyDead && self.why.swap(key_dead, Ordering::AcqRel) != key_dead {
             self.task.wake();
         }
     }
 
-    /// The reason, once there is one; otherwise registers the task's waker. Only one task may poll: a
-    /// second one would replace the first one's waker.
+    /// The reason, once there is one. Registers the task's waker in any case, for the first reason and for a dead key
+    /// after it. Only one task may poll: a second one would replace the first one's waker.
     pub fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<CloseReason> {
-        if let Some(why) = self.closed() {
-            return Poll::Ready(why);
-        }
         self.task.register(cx.waker());
-        // Checked again: a `close` between the check above and the registration found no waker.
         self.closed().map_or(Poll::Pending, Poll::Ready)
     }
 
@@ -200,12 +199,15 @@ mod tests {
     }
 
     #[test]
-    fn the_first_reason_stands() {
+    fn the_first_reason_stands_unless_the_key_is_dead() {
         let control = ConnectionControl::default();
         assert_eq!(control.closed(), None);
         control.close(CloseReason::TakenOver);
-        control.close(CloseReason::KeyDead);
+        control.close(CloseReason::Drain);
         assert_eq!(control.closed(), Some(CloseReason::TakenOver));
+        control.close(CloseReason::KeyDead);
+        control.close(CloseReason::Drain);
+        assert_eq!(control.closed(), Some(CloseReason::KeyDead));
         for why in [CloseReason::KeyDead, CloseReason::TakenOver, CloseReason::Drain] {
             assert_eq!(CloseReason::from_number(why as u8), Some(why));
         }

@@ -29,6 +29,7 @@ mod schema;
 mod serve;
 mod session;
 mod signals;
+mod transfer;
 mod trust;
 
 use out::CommandOutput;
@@ -92,6 +93,10 @@ enum CliCommand {
     Backup(backup::BackupArgs),
     /// Make a data directory of a backup
     Restore(backup::RestoreArgs),
+    /// Print datasources with the digests of their keys, a line each, for another gateway
+    Export(transfer::ExportArgs),
+    /// Create the datasources that `export` has printed; their keys work here then
+    Import(transfer::ImportArgs),
     /// Put a data directory right with which the gateway does not start, and say what that loses
     Repair(repair::RepairArgs),
     /// Set NATS up, so that its clients connect with their API keys
@@ -122,6 +127,8 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Bench(args) => bench::run(args, &mut out),
         CliCommand::Backup(args) => backup::run(args, &mut out),
         CliCommand::Restore(args) => backup::run_restore(args, &mut out),
+        CliCommand::Export(args) => transfer::run_export(args, &mut out),
+        CliCommand::Import(args) => transfer::run_import(args, &mut out),
         CliCommand::Repair(args) => repair::run(args, &mut out),
         CliCommand::Nats(command) => nats::run(command, &mut out),
         CliCommand::CheckConfig(args) => check_config::run(args, &mut out),

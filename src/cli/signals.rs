@@ -30,6 +30,8 @@ pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    /// SIGHUP has come before, and is not taken yet.
+    hung_up_early: bool,
 }
 
 /// What a signal asks for.
@@ -46,15 +48,17 @@ impl Signals {
         let terminate = signal(SignalKind::terminate())?;
         let interrupt = signal(SignalKind::interrupt())?;
         let hangup = signal(SignalKind::hangup())?;
-        Ok(Self { terminate, interrupt, hangup })
+        // Read once: the handler of that time is called for later signals too.
+        let hung_up_early = HUNG_UP_EARLY.load(Ordering::Relaxed);
+        Ok(Self { terminate, interrupt, hangup, hung_up_early })
     }
 
     /// Returns at the next signal, with what it asks for.
     pub(super) async fn asked_or_hung_up(&mut self) -> AskedSignal {
-        if HUNG_UP_EARLY.swap(false, Ordering::Relaxed) {
+        if std::mem::take(&mut self.hung_up_early) {
             return AskedSignal::Reload;
         }
-        let Self { terminate, interrupt, hangup } = self;
+        let Self { terminate, interrupt, hangup, .. } = self;
         tokio::select! {
             _ = terminate.recv() => AskedSignal::End,
             _ = interrupt.recv() => AskedSignal::End,

@@ -40,7 +40,7 @@ pub use changes::ConfigChanges;
 pub use http::{CorsOrigin, HttpConfig};
 pub use listen::ListenAddress;
 pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
-pub use mqtt::MqttConfig;
+pub use mqtt::{MetadataPolicy, MqttConfig};
 pub use nats::NatsConfig;
 pub use public::{PublicMqtt, PublicUrl};
 pub use tls::{ClientCertificates, HTTP_TLS_SETTINGS, MQTT_TLS_SETTINGS, TlsConfig, TlsSettingNames};

@@ -31,8 +31,28 @@ pub struct MqttConfig {
     /// The longest keep-alive, in seconds; an MQTT 5 client that asks for more, or for none, is
     /// told this one.
     pub keep_alive_s_max: u16,
+    /// The most subscriptions of one session.
+    pub subscriptions_per_session_max: usize,
+    /// Which messages come with their metadata.
+    pub metadata: MetadataPolicy,
+    /// After how many seconds in which nothing came the kernel asks whether the client is still there
+    /// (`SO_KEEPALIVE`); 0: never.
+    pub tcp_keep_alive_s: u32,
+    /// How many seconds the client's side may leave unconfirmed what it was sent, or asked, before the connection
+    /// counts as lost (`TCP_USER_TIMEOUT`); 0: the kernel decides, which takes a quarter of an hour.
+    pub tcp_user_timeout_s: u32,
     /// MQTT over TLS.
     pub tls: TlsConfig,
+}
+
+/// Which messages to MQTT 5 subscribers come with their metadata: offset, datasource, time, key id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MetadataPolicy {
+    /// Those of subscriptions that ask for it.
+    OnRequest,
+    /// All.
+    Always,
 }
 
 impl Default for MqttConfig {
@@ -48,6 +68,10 @@ impl Default for MqttConfig {
             session_expiry_s_max: 7 * 24 * 3_600,
             still_ms: 30_000,
             keep_alive_s_max: 3_600,
+            subscriptions_per_session_max: limits::MQTT_SUBSCRIPTIONS_MAX,
+            metadata: MetadataPolicy::OnRequest,
+            tcp_keep_alive_s: 60,
+            tcp_user_timeout_s: 60,
             tls: TlsConfig::without_certificate(8883),
         }
     }
@@ -60,11 +84,28 @@ impl MqttConfig {
         require_some("mqtt.strangers_max", self.strangers_max as u64)?;
         require_some("mqtt.strangers_per_address_max", self.strangers_per_address_max as u64)?;
         require(
+            (1..=limits::MQTT_SUBSCRIPTIONS_LIMIT).contains(&self.subscriptions_per_session_max),
+            "mqtt.subscriptions_per_session_max",
+            self.subscriptions_per_session_max,
+            "it has to be between 1 and 10,000",
+        )?;
+        require(
             (256..=limits::BATCH_BYTES_MAX).contains(&self.packet_bytes_max),
             "mqtt.packet_bytes_max",
             self.packet_bytes_max,
             "it has to be between 256 bytes and 4 MiB",
         )?;
+        for (name, seconds) in [
+            ("mqtt.tcp_keep_alive_s", self.tcp_keep_alive_s),
+            ("mqtt.tcp_user_timeout_s", self.tcp_user_timeout_s),
+        ] {
+            require(
+                seconds <= limits::TCP_SECONDS_MAX,
+                name,
+                seconds,
+                "it has to be 32767 seconds or less, which is what the kernel takes",
+            )?;
+        }
         self.tls.check(&MQTT_TLS_SETTINGS)
     }
 }

@@ -62,6 +62,22 @@ pub const MQTT_CONNECT_BYTES_MAX: usize = 192 << 10;
 pub const MQTT_READ_BYTES: usize = 64 << 10;
 /// Reads of one MQTT connection whose messages are on their way into the log at once.
 pub const MQTT_READS_IN_FLIGHT_MAX: usize = 16;
+/// How many bytes are read behind a packet that cannot be taken in yet, to see what the client says meanwhile.
+pub const MQTT_AHEAD_BYTES_MAX: usize = 64 << 10;
+/// The longest times of a TCP connection that the kernel takes, in seconds.
+pub const TCP_SECONDS_MAX: u32 = 32_767;
+/// How often the kernel asks for a peer that does not answer.
+pub const TCP_PROBE_INTERVAL: std::time::Duration = std::time::Duration::from_secs(10);
+/// How often it asks in vain.
+pub const TCP_PROBES_MAX: u32 = 6;
+/// How many takeovers of one client identifier in a row are told: fewer are a client that connects again.
+pub const TAKEOVERS_TOLD_MIN: u32 = 5;
+/// How many client identifiers are watched for that at once.
+pub const TAKEOVER_TALLIES_MAX: usize = 4096;
+/// How long a connection that somebody else ends takes in what its client had sent.
+pub const MQTT_EXIT_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(2);
+/// How much of it is read: more than a socket's buffer holds by default (`net.ipv4.tcp_rmem`).
+pub const MQTT_EXIT_BYTES_MAX: usize = 16 << 20;
 /// How long an MQTT packet may take to arrive, ...
 pub const MQTT_PACKET_GRACE: std::time::Duration = std::time::Duration::from_secs(30);
 /// ... and a second more for so many bytes of it.
@@ -91,8 +107,11 @@ pub const WEBSOCKET_FRAME_BYTES_MAX: usize = u16::MAX as usize;
 pub const MQTT_TOPIC_ALIASES_SENT_MAX: u16 = 64;
 /// Messages in flight to one subscriber: at QoS 1 until the PUBACK, at QoS 2 until the PUBCOMP.
 pub const MQTT_FLIGHTS_MAX: usize = 4096;
-/// Subscriptions of one session.
+/// Default: subscriptions of one session.
 pub const MQTT_SUBSCRIPTIONS_MAX: usize = 1024;
+/// The largest number of subscriptions of one session that an operator may set: each filter of a SUBSCRIBE is looked
+/// for among all of them.
+pub const MQTT_SUBSCRIPTIONS_LIMIT: usize = 10_000;
 /// The topic filters of one session in a cluster, in bytes: they fit in one NATS message, which holds 1 MiB
 /// by default.
 pub const CLUSTER_FILTERS_BYTES_MAX: usize = 512 << 10;
@@ -111,6 +130,8 @@ pub const HTTP_BODY_BYTES_MAX: usize = 16 << 20;
 pub const HTTP_MESSAGES_MAX: usize = 100_000;
 /// A request that manages datasources and keys.
 pub const HTTP_MANAGE_BYTES_MAX: usize = 64 << 10;
+/// A datasource with its keys that is imported in one request: about 60,000 keys.
+pub const HTTP_IMPORT_BYTES_MAX: usize = 16 << 20;
 /// A request's line and header, and what one read of an HTTP/1 socket takes.
 pub const HTTP_HEADER_BYTES_MAX: usize = 64 << 10;
 /// Bytes of a body that have to arrive in a second, on average over [`HTTP_BODY_PACE_WINDOW`].
@@ -326,6 +347,16 @@ pub const CATCH_UP_RECENT_BYTES: usize = 64 << 10;
 pub const CATCH_UP_BYTES: usize = 1 << 20;
 /// Bytes that egress reads from the log at a time.
 pub const EGRESS_READ_BYTES: usize = 1 << 20;
+/// Records that a member of a group has before anything is known about its pace.
+pub const MEMBER_WINDOW_RECORDS_START: usize = 8;
+/// Records that a slow member of a group has: one that its client deals with, and one on its way.
+pub const MEMBER_WINDOW_RECORDS_MIN: usize = 2;
+/// Records that the fastest member of a group has.
+pub const MEMBER_WINDOW_RECORDS_MAX: usize = MQTT_FLIGHTS_MAX;
+/// Records that a group has in memory for its members, ...
+pub const GROUP_READY_RECORDS_MAX: usize = 1024;
+/// ... and bytes of the batches that have them, above which it takes no further one.
+pub const GROUP_READY_BYTES_MAX: usize = 1 << 20;
 /// Unacknowledged records that are read again at once for a subscriber.
 pub const REFETCH_RECORDS: usize = 256;
 /// Records on one page of a query, at most.

@@ -9,4 +9,5 @@ pub mod nats;
 mod peer_stream;
 mod problem;
 pub mod proxied;
+mod reserved_names;
 pub mod tls;

@@ -68,13 +68,18 @@ impl AsyncWrite for PeerStream {
 }
 
 impl PeerStream {
+    /// The socket below.
+    pub(super) fn tcp(&self) -> &TcpStream {
+        match self {
+            PeerStream::Tcp(stream) => stream,
+            PeerStream::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
     /// Whether the client has shut down its half, also if bytes from before that are not read yet. The task is woken
     /// when it does, unless there are such bytes.
     pub(super) fn poll_half_closed(&self, cx: &mut Context<'_>) -> bool {
-        let tcp = match self {
-            PeerStream::Tcp(stream) => stream,
-            PeerStream::Tls(stream) => stream.get_ref().0,
-        };
+        let tcp = self.tcp();
         let _registered = tcp.poll_read_ready(cx);
         let ready = pin!(tcp.ready(Interest::READABLE));
         let ready = ready.poll(&mut Context::from_waker(Waker::noop()));

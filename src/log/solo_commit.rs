@@ -2,6 +2,7 @@
 //! saves two wake-ups, the commit thread's and then the caller's, which at such a load cost as much as the sync.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -10,6 +11,7 @@ use tokio::task::block_in_place;
 use super::embedded::{EmbeddedLogShared, WriterExitGuard};
 use super::queue::{SOLO_COMMITTER, WriterSubmission};
 use super::writer::LogWriter;
+use crate::scheduler::{is_lowered, note_waited};
 
 /// What a caller commits with.
 pub(super) struct SoloCommitter {
@@ -21,13 +23,15 @@ impl SoloCommitter {
     /// Commits and answers the submission, or gives it back for the queue: unless it is likely to be the only one, and
     /// this thread may block.
     pub(super) fn try_commit(&self, submission: WriterSubmission) -> Result<(), WriterSubmission> {
-        if !self.shared.queue.is_solo() || !may_block() {
+        // A thread of low priority would keep those waiting who need the writer.
+        if !self.shared.queue.is_solo() || !may_block() || is_lowered() {
             return Err(submission);
         }
         // Who holds the writer commits, or does the upkeep.
         let Some(mut writer) = self.writer.try_lock() else { return Err(submission) };
         let Some(weight) = self.shared.queue.begin_solo_turn(&submission) else { return Err(submission) };
         let _ended = WriterExitGuard(self.shared.clone());
+        let began = Instant::now();
         // The disk may stall: what else this thread has to do is done by another one meanwhile.
         block_in_place(|| {
             let mut group = vec![submission];
@@ -41,6 +45,7 @@ impl SoloCommitter {
             let has_failed = self.shared.unsettled.failure().is_some();
             self.shared.queue.end_solo_turn(weight, group, has_failed);
         });
+        note_waited(began.elapsed());
         Ok(())
     }
 }

@@ -24,6 +24,8 @@ pub struct Metrics {
     pub commit_seconds: Histogram,
     /// Open MQTT connections whose key was accepted.
     pub mqtt_connections: Gauge,
+    /// Messages and wills by which bridges say that they are there, and that were dropped.
+    pub bridge_notices: Counter,
     /// How often a connection was held back because of a limit.
     pub held_back: Counter,
     /// Records that retention removed before a subscriber had read them.
@@ -51,6 +53,7 @@ impl Metrics {
         let duplicates = per_transport("headgate_duplicates_total");
         let commit_seconds = metrics::histogram!("headgate_commit_seconds");
         let mqtt_connections = metrics::gauge!("headgate_mqtt_connections");
+        let bridge_notices = metrics::counter!("headgate_bridge_notices_total");
         let held_back = metrics::counter!("headgate_held_back_total");
         let skipped = metrics::counter!("headgate_subscriber_skipped_total");
         let revocation_seconds = metrics::histogram!("headgate_revocation_seconds");
@@ -63,6 +66,7 @@ impl Metrics {
             duplicates,
             commit_seconds,
             mqtt_connections,
+            bridge_notices,
             held_back,
             skipped,
             revocation_seconds,
@@ -93,6 +97,14 @@ impl Metrics {
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause.name())
                 .increment(1);
+        });
+    }
+
+    /// Counts properties or headers that were dropped because their names are Headgate's own.
+    pub fn count_reserved_names(&self, transport: Transport, names: u64) {
+        metrics::with_local_recorder(&self.recorder, || {
+            metrics::counter!("headgate_reserved_names_total", "transport" => transport.as_str())
+                .increment(names);
         });
     }
 
@@ -151,6 +163,14 @@ fn describe_fronts() {
     describe_counter!(
         "headgate_dedup_evicted_total",
         "Message ids and QoS 2 exchanges that left the window early because there were too many"
+    );
+    describe_counter!(
+        "headgate_reserved_names_total",
+        "Properties and headers of messages that were dropped because their names begin with headgate-"
+    );
+    describe_counter!(
+        "headgate_bridge_notices_total",
+        "Messages and wills of other brokers' bridges on $SYS/broker/connection/ that were dropped"
     );
     describe_counter!("headgate_refused_total", "Messages and connections that were refused, by cause");
     describe_counter!(

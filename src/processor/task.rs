@@ -13,6 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::lane::TaskLane;
 use super::{ProcessorTime, TenantTime};
 use crate::limits::NEWCOMER_NS;
+use crate::scheduler::waited;
 
 /// Who pays for a client's tasks: first the strangers, then the tenant of the key that it presents.
 pub struct TaskPayer {
@@ -72,10 +73,11 @@ impl TaskPayer {
     #[inline]
     fn poll_measured<F: Future + ?Sized>(&self, work: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let Some(weight) = self.time.next_weight(&self.tenant.load()) else { return work.poll(cx) };
-        let began = Instant::now();
+        let (began, waited_before) = (Instant::now(), waited());
         let polled = work.poll(cx);
         let now = Instant::now();
-        let used = now.saturating_duration_since(began) * weight;
+        let waited = waited().saturating_sub(waited_before);
+        let used = now.saturating_duration_since(began).saturating_sub(waited) * weight;
         let used_ns = u64::try_from(used.as_nanos()).unwrap_or(u64::MAX);
         let before = self.used_ns.fetch_add(used_ns, Ordering::Relaxed);
         if self.is_known.load(Ordering::Relaxed) {
@@ -300,5 +302,14 @@ mod tests {
             assert!(time.is_alone(if knows_key { &tenant } else { &strangers }) == knows_key);
         }
         assert!(!time.is_alone(&tenant), "one has left without a key");
+    }
+
+    #[tokio::test]
+    async fn a_wait_for_the_disk_is_no_processor_time() {
+        let payer = TaskPayer::stranger(&ProcessorTime::new());
+        let mut work = std::pin::pin!(async { crate::scheduler::note_waited(Duration::from_secs(3_600)) });
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(payer.poll_measured(work.as_mut(), &mut cx).is_ready());
+        assert_eq!(payer.used_ns.load(Ordering::Relaxed), 0);
     }
 }

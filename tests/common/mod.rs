@@ -10,6 +10,7 @@
 pub mod cluster;
 pub mod kept;
 pub mod load;
+pub mod members;
 pub mod memory;
 pub mod nats;
 pub mod openapi;

@@ -561,6 +561,11 @@ impl Wire {
         let _ = self.socket.write_all(bytes);
     }
 
+    /// The port that it comes from.
+    pub fn local_port(&self) -> u16 {
+        self.socket.tcp().local_addr().expect("a socket").port()
+    }
+
     /// Ends our direction.
     pub fn finish(&self) {
         let _ = self.socket.tcp().shutdown(std::net::Shutdown::Write);

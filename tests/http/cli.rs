@@ -451,3 +451,88 @@ fn a_schema_is_set_by_command_and_what_it_stopped_is_listed_and_redriven() {
     assert!(answer.starts_with("0 records that key"), "{answer}");
     assert_eq!(gateway.records("press-4").len(), 2);
 }
+
+/// The backup's directory is the gateway's, and the command may stand elsewhere.
+#[test]
+fn a_running_gateway_is_backed_up_and_what_is_restored_serves_the_same_keys() {
+    let (dir, backups) = (scratch(), scratch());
+    let gateway = crate::common::Setup::embedded_on(dir.path()).start();
+    let source = gateway.create("press-4");
+    let body = serde_json::json!([{ "n": 1 }, { "n": 2 }]);
+    assert_eq!(gateway.post("/v1/ingest/press-4/t", &source.key, &body).status, 200);
+    let said = prints(to(&gateway, &["backup", "b"]).current_dir(backups.path()));
+    assert!(said.contains("everything up to offset 2"), "{said}");
+    let again = fails(to(&gateway, &["backup", "b"]).current_dir(backups.path()));
+    assert!(again.contains("not empty"), "{again}");
+    gateway.stop();
+    let (backup, data) = (backups.path().join("b"), backups.path().join("data"));
+    let text = |path: &Path| path.to_str().expect("text").to_owned();
+    let said = prints(&mut headgate(&["restore", &text(&backup), "--data-dir", &text(&data)]));
+    assert!(said.contains("the next record gets offset 2"), "{said}");
+    let gateway = crate::common::Setup::embedded_on(&data).start();
+    let answer = gateway.post("/v1/ingest/press-4/t", &source.key, &body);
+    assert_eq!((answer.status, answer.json()["first_offset"].as_u64()), (200, Some(2)));
+    assert_eq!(gateway.stored("press-4", 4).len(), 4);
+}
+
+#[test]
+fn datasources_move_to_another_gateway_with_their_keys_and_every_conflict_is_named_before_anything_is_done() {
+    let (dir_a, dir_b) = (scratch(), scratch());
+    let (a, b) = (Gateway::start(dir_a.path()), Gateway::start(dir_b.path()));
+    let (press, oven) = (a.create("press-4"), a.create("oven"));
+    let limits = serde_json::json!({ "limits": { "messages_per_s": 70 } });
+    let patched = a.request(
+        "PATCH",
+        "/v1/datasources/press-4",
+        &a.admin_key(),
+        &[("content-type", "application/json")],
+        limits.to_string().as_bytes(),
+    );
+    assert_eq!(patched.status, 200, "{}", patched.text());
+    let schema = serde_json::json!({ "schema": { "required": ["n"] } });
+    let set = a.request(
+        "PUT",
+        "/v1/datasources/oven/schema",
+        &a.admin_key(),
+        &[("content-type", "application/json")],
+        schema.to_string().as_bytes(),
+    );
+    assert_eq!(set.status, 200, "{}", set.text());
+    let exported = prints(&mut to(&a, &["export"]));
+    assert_eq!(exported.lines().count(), 2, "{exported}");
+    assert!(!exported.contains(&press.key) && !exported.contains("hgk_"), "no secret: {exported}");
+    let one = prints(&mut to(&a, &["export", "oven"]));
+    assert!(exported.contains(one.trim()), "{one}");
+    let all = file(dir_a.path(), "exported.jsonl", &exported);
+
+    // One of the two is there already: then neither comes.
+    let taken = b.create("oven");
+    let said = fails(&mut to(&b, &["import", &all]));
+    assert!(said.contains("nothing is imported") && said.contains("there is a datasource oven"), "{said}");
+    assert_eq!(b.get("/v1/datasources/press-4", &b.admin_key()).status, 404);
+    let said = prints(&mut to(&b, &["import", &all, "--rename"]));
+    assert!(said.contains("oven as oven-2: 1 keys") && said.contains("press-4: 1 keys"), "{said}");
+    for (key, path, body, status) in [
+        (&press.key, "/v1/ingest/press-4/t", "{}", 200),
+        (&oven.key, "/v1/ingest/oven-2/t", "{\"n\":1}", 200),
+        (&oven.key, "/v1/ingest/oven-2/t", "{\"m\":1}", 422),
+        (&oven.key, "/v1/ingest/oven/t", "{\"n\":1}", 401),
+        (&taken.key, "/v1/ingest/oven/t", "{}", 200),
+    ] {
+        let answer = b.request("POST", path, key, &[("content-type", "application/json")], body.as_bytes());
+        assert_eq!(answer.status, status, "{path} {body}: {}", answer.text());
+    }
+    let press_there = b.get("/v1/datasources/press-4", &b.admin_key()).json();
+    assert_eq!(press_there["limits"]["messages_per_s"]["max"], 70, "{press_there}");
+    // A key has one owner, whatever the datasource is called.
+    let said = fails(&mut to(&b, &["import", &all, "--rename"]));
+    assert!(said.contains(&press.key_id) && said.contains(&oven.key_id), "{said}");
+    let broken = file(dir_a.path(), "broken.jsonl", "{\"id\":\"x\"}\n");
+    assert!(fails(&mut to(&b, &["import", &broken])).contains("no datasource that a gateway has exported"));
+    for (key, status) in [("", 401), (press.key.as_str(), 403)] {
+        assert_eq!(b.get("/v1/datasources/press-4/export", key).status, status);
+        assert_eq!(b.post("/v1/import", key, &serde_json::json!({})).status, status);
+    }
+    assert_eq!(b.get("/v1/datasources/none/export", &b.admin_key()).status, 404);
+    assert!(b.get("/v1/audit?limit=1000", &b.admin_key()).text().contains("datasource.imported"));
+}

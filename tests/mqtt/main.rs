@@ -4,10 +4,14 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bridge;
 mod conformance;
 mod fairness;
 mod front;
+mod groups;
+mod leaving;
 mod memory;
+mod metadata;
 mod once;
 mod proxied;
 mod subscribe;

@@ -77,13 +77,13 @@ fn a_message_says_where_in_the_log_it_is_and_a_subscription_can_begin_there() {
     let all = replayed("from-offset", "0", 10);
     assert_eq!(all.iter().map(number).collect::<Vec<_>>(), (0..10).collect::<Vec<_>>());
     for (offset, message) in (first_offset()..).zip(&all) {
-        assert_eq!(message.user("offset"), Some(offset.to_string()));
-        assert_eq!(message.user("datasource").as_deref(), Some("press-4"));
-        assert_eq!(message.user("key-id").as_deref(), Some(&*source.key_id));
+        assert_eq!(message.user("headgate-offset"), Some(offset.to_string()));
+        assert_eq!(message.user("headgate-datasource").as_deref(), Some("press-4"));
+        assert_eq!(message.user("headgate-key-id").as_deref(), Some(&*source.key_id));
     }
     assert_eq!(number(&replayed("from-offset", &(first_offset() + 7).to_string(), 1)[0]), 7);
     assert_eq!(replayed("tail", "3", 3).iter().map(number).collect::<Vec<_>>(), [7, 8, 9]);
-    let at = all[4].user("received-at").expect("a time");
+    let at = all[4].user("headgate-received-at").expect("a time");
     assert_eq!(number(&replayed("from-time", &at, 1)[0]), 4);
 
     // What makes no sense is refused in words, and without a subscription.
@@ -181,7 +181,7 @@ fn a_session_survives_every_kill_of_the_gateway_and_misses_nothing() {
         let (mut wire, connack) = Wire::connect(gateway.mqtt, &hello);
         assert_eq!(connack.body[0], u8::from(round > 0), "the session is there");
         if round == 0 {
-            subscribed(&mut wire, V5, &[("load", 1)], &[]);
+            subscribed(&mut wire, V5, &[("load", 1)], &user_property("headgate-metadata", "true"));
         }
         let before = ledger.acked();
         let sender = mqtt_sender(&gateway, &source, &ledger, V311, 64);
@@ -203,7 +203,7 @@ fn a_session_survives_every_kill_of_the_gateway_and_misses_nothing() {
     loop {
         let message = received(&mut wire, V5);
         seen.push(kept_number(&message));
-        if message.user("offset") == Some(last.to_string()) {
+        if message.user("headgate-offset") == Some(last.to_string()) {
             break;
         }
     }
@@ -293,7 +293,7 @@ fn what_retention_removed_before_it_was_read_is_told_to_the_client() {
     let source = source(&gateway, "press-4");
     let hello = staying(V5, &source.key, "away for too long");
     let (mut wire, _) = Wire::connect(gateway.mqtt, &hello);
-    subscribed(&mut wire, V5, &[("#", 1)], &[]);
+    subscribed(&mut wire, V5, &[("#", 1)], &user_property("headgate-metadata", "true"));
     drop(wire);
     let mut publisher = Wire::login(gateway.mqtt, V311, &source.key);
     // More than is kept in memory besides.
@@ -303,11 +303,11 @@ fn what_retention_removed_before_it_was_read_is_told_to_the_client() {
     }
     let (mut wire, _) = Wire::connect(gateway.mqtt, &hello);
     let first = received(&mut wire, V5);
-    let offset: u64 = first.user("offset").expect("an offset").parse().expect("a number");
+    let offset: u64 = first.user("headgate-offset").expect("an offset").parse().expect("a number");
     assert!(offset > 0, "retention has removed some");
     let skipped = (offset - first_offset()).to_string();
-    assert_eq!(first.user("skipped"), Some(skipped.clone()));
-    assert_eq!(received(&mut wire, V5).user("skipped"), None, "told once");
+    assert_eq!(first.user("headgate-skipped"), Some(skipped.clone()));
+    assert_eq!(received(&mut wire, V5).user("headgate-skipped"), None, "told once");
     assert_eq!(gateway.metric("headgate_subscriber_skipped_total").to_string(), skipped);
     gateway.says("retention has removed records before a subscriber read them");
 }

@@ -369,6 +369,7 @@ async fn a_subscriber_over_mqtt_is_given_what_the_headers_say_and_no_key() {
     let message = Message5::read(Version::V5, &frame);
     assert_eq!((message.topic.as_str(), &message.payload[..]), ("spindle/temp", &b"21.5"[..]));
     assert_eq!((message.user("unit"), message.user("Headgate-Key-Id")), (Some("°C".to_owned()), None));
+    assert_eq!(gateway.metric("headgate_reserved_names_total{transport=\"nats\"}"), 1.0);
 }
 
 /// The gateway may publish what a device may not: a reply subject would be a way to have it do so.

@@ -13,14 +13,15 @@ use super::audit::{Actor, AuditEvent, setting_as_json};
 use super::database::RegistryDatabase;
 use super::datasource::Datasource;
 use super::error::RegistryError;
+use super::incarnations::IncarnationRow;
 use super::key::Key;
 use super::key_ends::KeyEnd;
 use super::keys::{NewKey, check_name, generate_key};
 use super::setting::JsonSetting;
-use super::transaction::KeyEndReason;
+use super::transaction::{KeyEndReason, RegistryTransaction};
 use crate::auth::scope::Scopes;
 use crate::limits::DATASOURCE_ID_BYTES_MAX;
-use crate::message::{DatasourceId, KeyId, Lease, now_micros};
+use crate::message::{DatasourceId, Incarnation, KeyId, Lease, now_micros};
 
 /// A datasource to be created with its first key. The texts have been validated by the caller.
 #[derive(Debug, Clone)]
@@ -96,11 +97,7 @@ impl Registry {
         let first = NewKey { datasource: &id, label: "", scopes: new.scopes, expires_at: None, limits: None };
         let (key, secret) = generate_key(database, &first)?;
         let change = database.begin()?;
-        let mut noted = change.note_past_incarnation(&id)?;
-        let incarnation = change.ended_incarnations_of(&id)? + 1;
-        if incarnation > 1 {
-            noted.push(change.begin_incarnation(&id, incarnation, self.ask_log_end()?)?);
-        }
+        let (incarnation, noted) = self.begin_new_incarnation(&change, &id)?;
         let datasource = Datasource {
             id,
             name: name.into(),
@@ -227,8 +224,26 @@ impl Registry {
         self.datasource(id.as_str()).ok_or_else(|| RegistryError::NoDatasource(id.to_string()))
     }
 
+    /// Begins the next incarnation of an id. Also returns what its readers have to be told once that is durable.
+    pub(super) fn begin_new_incarnation(
+        &self,
+        change: &RegistryTransaction<'_>,
+        id: &DatasourceId,
+    ) -> Result<(Incarnation, Vec<(u64, IncarnationRow)>), RegistryError> {
+        let mut noted = change.note_past_incarnation(id)?;
+        let incarnation = change.ended_incarnations_of(id)? + 1;
+        if incarnation > 1 {
+            noted.push(change.begin_incarnation(id, incarnation, self.ask_log_end()?)?);
+        }
+        Ok((incarnation, noted))
+    }
+
     /// The id of a new datasource: the given one, if it is free, or one derived from its name.
-    fn id_of_new(&self, given: Option<&DatasourceId>, name: &str) -> Result<DatasourceId, RegistryError> {
+    pub(super) fn id_of_new(
+        &self,
+        given: Option<&DatasourceId>,
+        name: &str,
+    ) -> Result<DatasourceId, RegistryError> {
         match given {
             Some(id) if id.is_all() => {
                 Err(RegistryError::InvalidName("'*' means every datasource and cannot be one".to_owned()))
@@ -245,9 +260,11 @@ impl Registry {
             let text = "the name has no letter a-z or digit to make an id from: give an id as well";
             RegistryError::InvalidName(text.to_owned())
         })?;
-        if !self.has_datasource(id.as_str()) {
-            return Ok(id);
-        }
+        Ok(if self.has_datasource(id.as_str()) { self.numbered_id(&id) } else { id })
+    }
+
+    /// The first free id that is `id` with a number.
+    pub(super) fn numbered_id(&self, id: &DatasourceId) -> DatasourceId {
         let numbered = |number: u64| {
             let suffix = format!("-{number}");
             let room = DATASOURCE_ID_BYTES_MAX - suffix.len();
@@ -255,7 +272,7 @@ impl Registry {
             DatasourceId::new(&format!("{stem}{suffix}")).expect("a slug with a number is a slug")
         };
         let free = (2..).map(numbered).find(|id| !self.has_datasource(id.as_str()));
-        Ok(free.expect("there are more numbers than datasources"))
+        free.expect("there are more numbers than datasources")
     }
 }
 

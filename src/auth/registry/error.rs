@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::key::Key;
-use crate::message::DatasourceId;
+use crate::message::{DatasourceId, KeyId};
 use crate::sqlite::SqliteError;
 
 /// The file's name in the data directory.
@@ -16,6 +16,17 @@ pub enum RegistryError {
     /// A datasource with that id exists already.
     #[error("there is a datasource {0} already")]
     Exists(DatasourceId),
+    /// A key that was to be imported is known already.
+    #[error(
+        "key {key} of datasource {datasource} is known here already, alive or dead: a key belongs to one datasource of one \
+         gateway, and one that was revoked stays so. Leave it out, and create another one"
+    )]
+    KeyExists {
+        /// The key.
+        key: KeyId,
+        /// The datasource that was to have it.
+        datasource: DatasourceId,
+    },
     /// No such datasource exists.
     #[error("there is no datasource {0:?}")]
     NoDatasource(String),

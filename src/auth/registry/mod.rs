@@ -42,6 +42,7 @@ pub mod rotations;
 mod rows;
 pub mod setting;
 mod transaction;
+pub mod transfer;
 mod unwritten_ends;
 pub mod usage;
 mod usage_notes;

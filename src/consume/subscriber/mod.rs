@@ -33,6 +33,7 @@ mod tests;
 pub use feed::{FeedItem, SubscriberFeed};
 pub use group::{
     ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
+    batches_weight,
 };
 pub use mailbox::{Mailbox, SubscriberProgress};
 pub use matched::MatchedRecords;

@@ -11,6 +11,8 @@ use super::{MqttVersion, PacketReader, ReasonCode, Violation};
 pub struct ConnectPacket<'a> {
     /// The protocol version.
     pub version: MqttVersion,
+    /// The client is the bridge of another broker.
+    pub is_bridge: bool,
     /// Clean session, or clean start.
     pub clean: bool,
     /// The keep-alive in seconds; 0 means none.
@@ -46,8 +48,10 @@ impl<'a> ConnectPacket<'a> {
     /// Decodes a CONNECT's body. An error comes with the packet's version, if it is known by then.
     pub fn decode(body: &'a [u8]) -> Result<Self, (Option<MqttVersion>, Violation)> {
         let mut reader = PacketReader::new(body);
-        let (version, flags) = read_version(&mut reader)?;
-        Self::decode_after_version(reader, version, flags).map_err(|violation| (Some(version), violation))
+        let (version, is_bridge, flags) = read_version(&mut reader)?;
+        let decoded = Self::decode_after_version(reader, version, flags);
+        let connect = decoded.map_err(|violation| (Some(version), violation))?;
+        Ok(Self { is_bridge, ..connect })
     }
 
     fn decode_after_version(
@@ -89,7 +93,8 @@ impl<'a> ConnectPacket<'a> {
         let password = (has_password && is_there(&reader)).then(|| reader.binary()).transpose()?;
         reader.expect_end()?;
         let clean = flags & 0x02 != 0;
-        Ok(Self { version, clean, keep_alive_s, client_id, will, username, password, properties })
+        let is_bridge = false;
+        Ok(Self { version, is_bridge, clean, keep_alive_s, client_id, will, username, password, properties })
     }
 
     /// The session expiry in seconds; 0 ends the session with the connection, `u32::MAX` never.
@@ -127,23 +132,27 @@ impl<'a> ConnectPacket<'a> {
     }
 }
 
-/// Reads the protocol name, the level and the connect flags.
+/// The bit of the protocol level by which Mosquitto's bridges (`try_private`) and others say what they are.
+const BRIDGE_LEVEL_BIT: u8 = 0x80;
+
+/// Reads the protocol name, the level and the connect flags. Also returns whether the client is a bridge.
 fn read_version(
     reader: &mut PacketReader<'_>,
-) -> Result<(MqttVersion, u8), (Option<MqttVersion>, Violation)> {
+) -> Result<(MqttVersion, bool, u8), (Option<MqttVersion>, Violation)> {
     let unknown = |violation| (None, violation);
     let unsupported = |text| Violation { reason: ReasonCode::UnsupportedProtocolVersion, text };
     let name = reader.text().map_err(unknown)?;
     let level = reader.u8().map_err(unknown)?;
-    let version = match (name, level) {
-        // Some implementations set the top bit to mark a bridge; that is not a protocol version.
+    let is_bridge = level & BRIDGE_LEVEL_BIT != 0;
+    let version = match (name, level & !BRIDGE_LEVEL_BIT) {
         ("MQIsdp", 3) => MqttVersion::V31,
         ("MQTT", 4) => MqttVersion::V311,
         ("MQTT", 5) => MqttVersion::V5,
         ("MQTT", level) => {
-            // The refusal is in the nearest version's form, ignoring the bridge bit.
-            let nearest = if level & 0x7f > 4 { MqttVersion::V5 } else { MqttVersion::V311 };
-            return Err((Some(nearest), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
+            return Err((
+                Some(refusal_form(reader, level)),
+                unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here"),
+            ));
         }
         ("MQIsdp", _) => {
             return Err((Some(MqttVersion::V311), unsupported("MQTT 3.1, 3.1.1 and 5 are spoken here")));
@@ -151,7 +160,18 @@ fn read_version(
         _ => return Err((None, unsupported("the protocol's name is neither MQTT nor MQIsdp"))),
     };
     let flags = reader.u8().map_err(|violation| (Some(version), violation))?;
-    Ok((version, flags))
+    Ok((version, is_bridge, flags))
+}
+
+/// The version in whose form a CONNECT of an unknown level is refused: that which the rest of the packet has, if it has
+/// one, otherwise that of the nearest level, ignoring the bridge bit.
+fn refusal_form(reader: &PacketReader<'_>, level: u8) -> MqttVersion {
+    let nearest = if level & 0x7f > 4 { MqttVersion::V5 } else { MqttVersion::V311 };
+    let has_form = |version: &MqttVersion| {
+        let mut rest = reader.clone();
+        rest.u8().is_ok_and(|flags| ConnectPacket::decode_after_version(rest, *version, flags).is_ok())
+    };
+    [MqttVersion::V311, MqttVersion::V5].into_iter().find(has_form).unwrap_or(nearest)
 }
 
 fn read_will<'a>(

@@ -199,28 +199,6 @@ impl<'a> Properties<'a> {
     }
 }
 
-/// Copies the properties that subscribers get to `to`, in wire form, without the user properties for
-/// which `secret` holds. Returns the content type, which records keep in a field of its own, or an empty
-/// text.
-pub fn forward_properties<'a>(
-    properties: &Properties<'a>,
-    to: &mut Vec<u8>,
-    secret: impl Fn(&str) -> bool,
-) -> &'a str {
-    let mut content_type = "";
-    for (id, value, bytes) in properties.iter() {
-        match (id, value) {
-            (CONTENT_TYPE, PropertyValue::Text(text)) => content_type = text,
-            (_, PropertyValue::Pair(name, _)) if secret(name) => {}
-            (PAYLOAD_FORMAT | MESSAGE_EXPIRY | RESPONSE_TOPIC | CORRELATION_DATA | USER_PROPERTY, _) => {
-                to.extend_from_slice(bytes);
-            }
-            _ => {}
-        }
-    }
-    content_type
-}
-
 fn read_property<'a>(reader: &mut PacketReader<'a>) -> Result<(u8, PropertyValue<'a>), Violation> {
     const UNKNOWN: Violation = Violation::malformed("a property that does not exist");
     let id = u8::try_from(reader.varint()?).map_err(|_| UNKNOWN)?;

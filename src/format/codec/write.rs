@@ -34,28 +34,52 @@ pub struct ConnackLimits {
     pub session_expiry_s: Option<u32>,
 }
 
-/// Accepts a CONNECT. `present` is the session present flag, which MQTT 3.1 does not have.
-pub fn connack(to: &mut Vec<u8>, version: MqttVersion, present: bool, limits: &ConnackLimits) {
+/// Accepts a CONNECT. `present` is the session present flag, which MQTT 3.1 does not have. Returns whether it was
+/// written: it is not if it would be larger than `packet_bytes_max` even without the limits that a client may do without
+/// (section 3.1.2.11.4).
+#[must_use]
+pub fn connack(
+    to: &mut Vec<u8>,
+    version: MqttVersion,
+    packet_bytes_max: u32,
+    present: bool,
+    limits: &ConnackLimits,
+) -> bool {
     let present = u8::from(present && version != MqttVersion::V31);
     if version != MqttVersion::V5 {
         to.extend_from_slice(&[0x20, 2, present, 0]);
-        return;
+        return true;
     }
+    // What a client has to know comes first. Without the others it learns of a limit when it is over it.
     let mut properties = Vec::with_capacity(48);
     number_property(&mut properties, RECEIVE_MAXIMUM, &limits.receive_maximum.to_be_bytes());
-    number_property(&mut properties, MAXIMUM_PACKET_SIZE, &limits.packet_bytes_max.to_be_bytes());
-    number_property(&mut properties, TOPIC_ALIAS_MAXIMUM, &limits.topic_alias_maximum.to_be_bytes());
+    if let Some(client_id) = &limits.client_id {
+        text_property(&mut properties, ASSIGNED_CLIENT_IDENTIFIER, client_id);
+    }
     if let Some(seconds) = limits.keep_alive_s {
         number_property(&mut properties, SERVER_KEEP_ALIVE, &seconds.to_be_bytes());
     }
     if let Some(seconds) = limits.session_expiry_s {
         number_property(&mut properties, SESSION_EXPIRY, &seconds.to_be_bytes());
     }
-    if let Some(client_id) = &limits.client_id {
-        text_property(&mut properties, ASSIGNED_CLIENT_IDENTIFIER, client_id);
+    if properties.len() + CONNACK_BYTES > packet_bytes_max as usize {
+        return false;
+    }
+    for (property, number) in [
+        (MAXIMUM_PACKET_SIZE, &limits.packet_bytes_max.to_be_bytes()[..]),
+        (TOPIC_ALIAS_MAXIMUM, &limits.topic_alias_maximum.to_be_bytes()),
+    ] {
+        if properties.len() + 1 + number.len() + CONNACK_BYTES <= packet_bytes_max as usize {
+            number_property(&mut properties, property, number);
+        }
     }
     packet(to, 0x20, &[present, 0], Some(&properties), &[]);
+    true
 }
+
+/// A CONNACK of MQTT 5 without properties. Those that a server sends are less than 128 bytes, so that each length takes
+/// one byte, unless there is a text in them.
+const CONNACK_BYTES: usize = 5;
 
 /// Refuses a CONNECT: with MQTT 5's reason code, and the reason string if it fits `packet_bytes_max`, or
 /// with the nearest return code of 3.1.1.
@@ -67,6 +91,9 @@ pub fn connack_refused(
     words: &str,
 ) {
     if version == MqttVersion::V5 {
+        if (packet_bytes_max as usize) < CONNACK_BYTES {
+            return;
+        }
         let mut properties = Vec::new();
         if words.len() + 12 <= packet_bytes_max as usize {
             text_property(&mut properties, REASON_STRING, words);
@@ -78,8 +105,14 @@ pub fn connack_refused(
     let code = match reason {
         ReasonCode::UnsupportedProtocolVersion => 1,
         ReasonCode::ClientIdentifierNotValid => 2,
-        ReasonCode::NotAuthorized => 5,
-        _ => 3,
+        // A client takes the server for unavailable and comes again at once: only where that may help.
+        ReasonCode::ServerUnavailable
+        | ReasonCode::ServerBusy
+        | ReasonCode::ServerShuttingDown
+        | ReasonCode::QuotaExceeded
+        | ReasonCode::MessageRateTooHigh
+        | ReasonCode::ConnectionRateExceeded => 3,
+        _ => 5,
     };
     to.extend_from_slice(&[0x20, 2, 0, code]);
 }

@@ -28,6 +28,7 @@ use super::{HttpFrontState, PathParameters, run_blocking};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
 use crate::front::problem::Problem;
+use crate::front::reserved_names::is_reserved_name;
 use crate::intake::{Draft, DurableOffsets, IncomingMessage, Intake, Refusal, check_message_id};
 use crate::limits::{HTTP_INLINE_BYTES_MAX, HTTP_MESSAGES_MAX, VALIDATION_ERRORS_MAX};
 use crate::log::{Offsets, QuarantineReason};
@@ -85,6 +86,10 @@ async fn ingest(
     let (parts, body) = request.into_parts();
     let content_type = content_type(&parts.headers)?;
     let message_id = idempotency_key(&parts.headers)?;
+    let reserved = parts.headers.keys().filter(|name| is_reserved_name(name.as_str())).count() as u64;
+    if reserved > 0 {
+        shared.parts.intake.metrics().count_reserved_names(Transport::Http, reserved);
+    }
     let account = shared.account_of(&parts);
     let body = body::read(&parts.headers, body, shared.body_limits(), &account).await?;
 

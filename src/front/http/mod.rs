@@ -41,6 +41,7 @@ mod server;
 mod sessions;
 mod socket;
 mod stranger_pace;
+mod transfer;
 mod waiting;
 mod websocket;
 
@@ -363,6 +364,8 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(post.clone(), "/v1/leaks", leaks::report),
+        route(get.clone(), "/v1/datasources/{datasource}/export", transfer::export),
+        route(post.clone(), "/v1/import", transfer::import),
         route(post.clone(), "/v1/backup", backup::begin),
         route(get.clone(), "/v1/backup", backup::show),
         route(get.clone(), "/mqtt", websocket::open),

@@ -17,6 +17,7 @@ use crate::consume::subscriber::sessions::SessionStoreError;
 use crate::intake::{AdmittedDraft, DurableDraft, Exchange, Intake, PendingRelease, Refusal};
 use crate::log::SectionOutcome;
 use crate::memory::MemoryCharge;
+use crate::message::Offset;
 
 /// Resolves when the session of an exchange is on disk.
 pub(super) type SessionStoreWait = Pin<Box<dyn Future<Output = Result<(), SessionStoreError>> + Send>>;
@@ -314,6 +315,8 @@ pub(super) struct ExchangeCloser<'a> {
 pub(super) struct PendingAcks {
     waiting: VecDeque<(AckWaits, ReadAcks)>,
     unacknowledged: usize,
+    /// The end of what the log has of the connection's messages.
+    published: Offset,
 }
 
 impl PendingAcks {
@@ -330,6 +333,11 @@ impl PendingAcks {
 
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
+    }
+
+    /// The offset behind the connection's messages that the log has.
+    pub(super) fn published_offset(&self) -> Offset {
+        self.published
     }
 
     /// How many QoS 1 messages wait for their answer.
@@ -353,6 +361,11 @@ impl PendingAcks {
         while let Some((waits, acks)) = self.waiting.front_mut() {
             ready!(waits.poll(acks, closer, cx)).map_err(StopReason::Transient)?;
             let outcomes = waits.accepted.as_ref().map_or(&[][..], |accepted| &accepted.outcomes);
+            let kept = outcomes.iter().filter_map(|outcome| match outcome {
+                SectionOutcome::Kept(offsets) => Some(offsets.last() + 1),
+                _ => None,
+            });
+            self.published = kept.fold(self.published, Offset::max);
             let written = acks.write(outcomes, form, exchanges, to);
             written.map_err(|refusal| StopReason::End(InboundEnd::Refused(refusal)))?;
             self.unacknowledged -= acks.unacknowledged();

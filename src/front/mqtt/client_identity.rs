@@ -15,6 +15,8 @@ pub(super) struct ClientIdentity {
     pub(super) client: Arc<str>,
     /// The same, as the record of a key's use has it.
     pub(super) user: Arc<KeyClient>,
+    /// It says that it is the bridge of another broker.
+    pub(super) is_bridge: bool,
 }
 
 impl ClientIdentity {

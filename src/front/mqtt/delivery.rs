@@ -1,17 +1,21 @@
 //! A delivery: one record on its way to one client, as a PUBLISH packet.
 //!
-//! An MQTT 5 client also gets the record's metadata: the publisher's own properties are followed by the
-//! user properties `offset`, `datasource`, `received-at` and `key-id`.
+//! An MQTT 5 client whose subscription asks for it also gets the record's metadata: the publisher's own properties
+//! are followed by the user properties `headgate-offset`, `headgate-datasource`, `headgate-received-at` and
+//! `headgate-key-id`. How many records were skipped is always told, as `headgate-skipped`.
 
 use std::collections::HashMap;
 
 use super::codec::MqttVersion;
 use super::codec::properties::{
-    CONTENT_TYPE, MESSAGE_EXPIRY, Properties, PropertyValue, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS,
+    CONTENT_TYPE, MESSAGE_EXPIRY, Properties, PropertyValue, RESPONSE_TOPIC, SUBSCRIPTION_IDENTIFIER,
+    TOPIC_ALIAS,
 };
 use super::codec::write::{self, PacketForm};
+use super::forwarded::RESPONSE_ELSEWHERE_PROPERTY;
 use super::session::Subscription;
 use crate::consume::render;
+use crate::front::reserved_names::is_reserved_name;
 use crate::limits::MQTT_TOPIC_ALIASES_SENT_MAX;
 use crate::message::{KeyId, RecordFlags, RecordRef, TimeMicros, now_micros};
 
@@ -24,6 +28,8 @@ pub(super) struct Delivery {
     pub(super) dup: bool,
     /// The retain flag.
     pub(super) retain: bool,
+    /// The subscriber asked for the record's metadata.
+    pub(super) metadata: bool,
     /// The identifiers of the matching subscriptions.
     pub(super) identifiers: Vec<u32>,
     /// `Some` with QoS 1 and 2.
@@ -55,6 +61,7 @@ impl Delivery {
             let delivery = delivery.get_or_insert_with(Self::default);
             delivery.qos = delivery.qos.max(subscription.qos);
             delivery.retain |= subscription.retain_as_published;
+            delivery.metadata |= subscription.metadata;
             delivery.identifiers.extend(subscription.identifier);
         }
         let mut delivery = delivery?;
@@ -71,6 +78,8 @@ pub(super) struct PublishWriter {
     pub(super) publisher: u64,
     /// The key is for all datasources, so topics begin with the datasource.
     names_datasource: bool,
+    /// Every message has its metadata, whether the subscription asked or not.
+    always_metadata: bool,
     aliases: SentTopicAliases,
     /// How many records retention removed before they were sent; reported with the next message.
     pub(super) skipped: u64,
@@ -94,6 +103,13 @@ struct SentTopicAliases {
     bytes: usize,
 }
 
+/// Where in a packet's properties those of the gateway begin.
+#[derive(Clone, Copy, Default)]
+struct OwnPropertyMarks {
+    without_own: usize,
+    without_metadata: usize,
+}
+
 /// How a packet names its topic.
 enum TopicField {
     Whole,
@@ -107,6 +123,7 @@ impl PublishWriter {
         form: PacketForm,
         publisher: u64,
         names_datasource: bool,
+        always_metadata: bool,
         topic_alias_maximum: u16,
     ) -> Self {
         let max = topic_alias_maximum.min(MQTT_TOPIC_ALIASES_SENT_MAX);
@@ -114,6 +131,7 @@ impl PublishWriter {
             form,
             publisher,
             names_datasource,
+            always_metadata,
             aliases: SentTopicAliases { by_topic: HashMap::new(), max, bytes: 0 },
             skipped: 0,
             properties: Vec::new(),
@@ -139,10 +157,10 @@ impl PublishWriter {
         let topic = [record.datasource, "/", record.topic];
         let mut topic = if self.names_datasource { &topic[..] } else { &topic[2..] };
         let v5 = self.form.version == MqttVersion::V5;
-        let mut without_own = 0;
+        let mut marks = OwnPropertyMarks::default();
         if v5 {
-            let Some(bytes) = self.put_properties(record, delivery) else { return false };
-            without_own = bytes;
+            let Some(put) = self.put_properties(record, delivery) else { return false };
+            marks = put;
         }
         let topic_bytes = topic.iter().map(|part| part.len()).sum();
         let fits = |properties: usize| {
@@ -151,13 +169,10 @@ impl PublishWriter {
             // Three bytes for a topic alias.
             bytes + 3 <= self.form.packet_bytes_max as usize
         };
-        if !fits(self.properties.len()) {
-            // The gateway's own properties must not make a message too large for the client.
-            if !fits(without_own) {
-                return false;
-            }
-            self.properties.truncate(without_own);
-        }
+        // The gateway's own properties must not make a message too large for the client.
+        let bytes = [self.properties.len(), marks.without_metadata, marks.without_own];
+        let Some(bytes) = bytes.into_iter().find(|bytes| fits(*bytes)) else { return false };
+        self.properties.truncate(bytes);
         if v5 && let TopicField::Alias = self.put_topic_alias(topic) {
             topic = &[];
         }
@@ -167,36 +182,41 @@ impl PublishWriter {
         }
         let first = 0x30 | u8::from(delivery.dup) << 3 | delivery.qos << 1 | u8::from(delivery.retain);
         write::publish(out, first, topic, delivery.packet_id, properties, record.payload);
-        if v5 {
+        if v5 && bytes >= marks.without_metadata {
             self.skipped = 0;
         }
         true
     }
 
-    /// Writes the properties. Returns how many bytes they take without the gateway's own. `None` if the
-    /// message has expired.
-    fn put_properties(&mut self, record: &RecordRef<'_>, delivery: &Delivery) -> Option<usize> {
+    /// Writes the properties. `None` if the message has expired.
+    fn put_properties(&mut self, record: &RecordRef<'_>, delivery: &Delivery) -> Option<OwnPropertyMarks> {
         let to = &mut self.properties;
         to.clear();
         for (id, value, bytes) in Properties::from_wire(record.properties).iter() {
-            let PropertyValue::Number(expiry_s) = value else {
-                to.extend_from_slice(bytes);
-                continue;
-            };
-            if id != MESSAGE_EXPIRY {
-                to.extend_from_slice(bytes);
-                continue;
+            match (id, value) {
+                (MESSAGE_EXPIRY, PropertyValue::Number(expiry_s)) => {
+                    let waited_s = now_micros().saturating_sub(record.received_at).max(0) / 1_000_000;
+                    let left_s = i64::from(expiry_s) - waited_s;
+                    // An exchange that has begun goes on, whatever becomes of its message (section 4.3.3).
+                    let left_s_min = if delivery.qos == 2 && delivery.dup { 0 } else { 1 };
+                    let left_s = u32::try_from(left_s.max(0)).unwrap_or(u32::MAX);
+                    if left_s < left_s_min {
+                        return None;
+                    }
+                    to.push(MESSAGE_EXPIRY);
+                    to.extend_from_slice(&left_s.to_be_bytes());
+                }
+                // As a key for all datasources names topics.
+                (RESPONSE_TOPIC, PropertyValue::Text(topic)) if self.names_datasource => {
+                    write::text_property(to, RESPONSE_TOPIC, &format!("{}/{topic}", record.datasource));
+                }
+                (_, PropertyValue::Pair(RESPONSE_ELSEWHERE_PROPERTY, topic)) if self.names_datasource => {
+                    write::text_property(to, RESPONSE_TOPIC, topic);
+                }
+                // Older logs may have some from publishers.
+                (_, PropertyValue::Pair(name, _)) if is_reserved_name(name) => {}
+                _ => to.extend_from_slice(bytes),
             }
-            let waited_s = now_micros().saturating_sub(record.received_at).max(0) / 1_000_000;
-            let left_s = i64::from(expiry_s) - waited_s;
-            // An exchange that has begun goes on, whatever becomes of its message (section 4.3.3).
-            let left_s_min = if delivery.qos == 2 && delivery.dup { 0 } else { 1 };
-            let left_s = u32::try_from(left_s.max(0)).unwrap_or(u32::MAX);
-            if left_s < left_s_min {
-                return None;
-            }
-            to.push(MESSAGE_EXPIRY);
-            to.extend_from_slice(&left_s.to_be_bytes());
         }
         if !record.content_type.is_empty() {
             write::text_property(to, CONTENT_TYPE, record.content_type);
@@ -205,13 +225,16 @@ impl PublishWriter {
             to.push(SUBSCRIPTION_IDENTIFIER);
             write::varint(to, *identifier as usize);
         }
-        if self.skipped > 0 {
-            write::user_property(to, "skipped", &self.skipped.to_string());
-        }
         let without_own = to.len();
-        write::user_property(to, "offset", &record.offset.to_string());
-        self.origin.put(record, to);
-        Some(without_own)
+        if self.skipped > 0 {
+            write::user_property(to, "headgate-skipped", &self.skipped.to_string());
+        }
+        let without_metadata = to.len();
+        if delivery.metadata || self.always_metadata {
+            write::user_property(to, "headgate-offset", &record.offset.to_string());
+            self.origin.put(record, to);
+        }
+        Some(OwnPropertyMarks { without_own, without_metadata })
     }
 
     /// Adds a topic alias to the properties if the topic has or can get one.
@@ -246,9 +269,13 @@ impl OriginProperties {
         if !same {
             self.of = Some((record.datasource.to_owned(), record.received_at, record.key_id));
             self.bytes.clear();
-            write::user_property(&mut self.bytes, "datasource", record.datasource);
-            write::user_property(&mut self.bytes, "received-at", &render::rfc3339_text(record.received_at));
-            write::user_property(&mut self.bytes, "key-id", &record.key_id.to_string());
+            write::user_property(&mut self.bytes, "headgate-datasource", record.datasource);
+            write::user_property(
+                &mut self.bytes,
+                "headgate-received-at",
+                &render::rfc3339_text(record.received_at),
+            );
+            write::user_property(&mut self.bytes, "headgate-key-id", &record.key_id.to_string());
         }
         to.extend_from_slice(&self.bytes);
     }
@@ -282,6 +309,7 @@ mod tests {
             qos,
             no_local: false,
             retain_as_published: false,
+            metadata: false,
             identifier: None,
             from: 0,
             replay: None,
@@ -324,7 +352,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_or_has_expired_is_not_sent_and_takes_no_identifier() {
         let form = PacketForm { version: MqttVersion::V5, reasons: true, packet_bytes_max: 300 };
-        let mut writer = PublishWriter::new(form, 0, false, 0);
+        let mut writer = PublishWriter::new(form, 0, false, false, 0);
         let mut out = Vec::new();
         let mut send = |record: &RecordRef<'_>, out: &mut Vec<u8>| {
             let mut delivery = Delivery { qos: 1, ..Delivery::default() };
@@ -344,10 +372,59 @@ mod tests {
         assert_eq!(out.len(), taken);
     }
 
+    /// The texts of user properties in a packet, name and value, that are there.
+    fn has(packet: &[u8], pairs: &[(&str, &str)]) -> Vec<bool> {
+        let encoded = pairs.iter().map(|(name, value)| {
+            let mut property = Vec::new();
+            write::user_property(&mut property, name, value);
+            property
+        });
+        encoded.map(|property| packet.windows(property.len()).any(|bytes| bytes == property)).collect()
+    }
+
+    #[test]
+    fn metadata_goes_out_where_it_is_asked_for_and_what_was_skipped_always() {
+        let own = [("headgate-offset", "41"), ("headgate-datasource", "press-4")];
+        let form = |bytes| PacketForm { version: MqttVersion::V5, reasons: true, packet_bytes_max: bytes };
+        let sent = |writer: &mut PublishWriter, metadata| {
+            let mut out = Vec::new();
+            let mut delivery = Delivery { metadata, ..Delivery::default() };
+            assert!(writer.write(&record(RecordFlags::default()), &mut delivery, &mut out, || 1));
+            out
+        };
+        let mut writer = PublishWriter::new(form(u32::MAX), 0, false, false, 0);
+        assert_eq!(has(&sent(&mut writer, true), &own), [true, true]);
+        assert_eq!(has(&sent(&mut writer, false), &own), [false, false]);
+        writer.skipped = 3;
+        let packet = sent(&mut writer, false);
+        assert_eq!(has(&packet, &[own[0], ("headgate-skipped", "3")]), [false, true]);
+        assert_eq!(writer.skipped, 0, "told once");
+        let mut always = PublishWriter::new(form(u32::MAX), 0, false, true, 0);
+        assert_eq!(has(&sent(&mut always, false), &own), [true, true]);
+        // What does not fit is left out, and what was skipped is told later.
+        let mut small = PublishWriter::new(form(40), 0, false, true, 0);
+        small.skipped = 3;
+        assert_eq!(has(&sent(&mut small, true), &[own[0], ("headgate-skipped", "3")]), [false, false]);
+        assert_eq!(small.skipped, 3);
+    }
+
+    #[test]
+    fn reserved_names_of_older_logs_do_not_go_out() {
+        let mut properties = Vec::new();
+        write::user_property(&mut properties, "Headgate-Offset", "7");
+        write::user_property(&mut properties, "colour", "red");
+        let forged = RecordRef { properties: &properties, ..record(RecordFlags::default()) };
+        let form = PacketForm { version: MqttVersion::V5, reasons: true, packet_bytes_max: u32::MAX };
+        let mut out = Vec::new();
+        let mut writer = PublishWriter::new(form, 0, false, false, 0);
+        assert!(writer.write(&forged, &mut Delivery::default(), &mut out, || 1));
+        assert_eq!(has(&out, &[("Headgate-Offset", "7"), ("colour", "red")]), [false, true]);
+    }
+
     #[test]
     fn a_topic_gets_an_alias_until_there_are_no_more() {
         let form = PacketForm { version: MqttVersion::V5, reasons: true, packet_bytes_max: u32::MAX };
-        let mut writer = PublishWriter::new(form, 0, true, 1);
+        let mut writer = PublishWriter::new(form, 0, true, false, 1);
         let mut sent = |topic| {
             let mut out = Vec::new();
             let mut record = record(RecordFlags::default());

@@ -39,6 +39,11 @@ impl ExchangeTable {
         self.states.insert(packet_id, ExchangeState::Opening);
     }
 
+    /// A message opens an exchange that the log is not to have.
+    pub(super) fn open_unkept(&mut self, packet_id: u16) {
+        self.states.insert(packet_id, ExchangeState::Open);
+    }
+
     /// The log has answered: it has the message, or it does not, and then there is no exchange.
     pub(super) fn settle_open(&mut self, packet_id: u16, kept: bool) {
         // A repetition may be answered when the client has released it already.

@@ -10,6 +10,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::Instant;
 use tracing::{debug, info};
 
+use super::bridge_notice::is_bridge_notice;
 use super::client_identity::ClientIdentity;
 use super::codec::write::{self, ConnackLimits, PacketForm};
 use super::codec::{ConnectPacket, MqttFrame, MqttVersion, ReasonCode, Violation};
@@ -19,11 +20,12 @@ use super::reason::refusal_reason_code;
 use super::session::MqttSession;
 use super::sessions::{ClientGuard, EnterError, EnteredClient};
 use super::wills::MqttWill;
-use super::{MqttFront, report_proxy_header};
+use super::{MqttFront, heard_by, report_proxy_header};
 use crate::auth::connections::{CloseReason, ConnectionControl, KeyConnectionGuard};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
 use crate::front::proxied::{ProxyHeaderError, is_proxy_header};
+use crate::intake::Refusal;
 use crate::limits::{
     CLIENT_ID_BYTES_MAX, MQTT_CONNECT_BYTES_MAX, MQTT_CONNECT_UNCHARGED_BYTES, MQTT_TOPIC_ALIAS_MAXIMUM,
 };
@@ -67,7 +69,7 @@ pub(super) async fn shake_hands(
     connect_by: Instant,
 ) -> Result<Box<OpenedConnection>, Vec<u8>> {
     let account = front.intake.memory().account_of_stranger(peer.ip());
-    let reading = tokio::time::timeout_at(connect_by, read_connect(stream, &account));
+    let reading = heard_by(connect_by, read_connect(stream, &account));
     let (buffer, bytes, _memory) = tokio::select! {
         () = front.drain.cancelled() => return Err(Vec::new()),
         read = reading => match read {
@@ -175,15 +177,15 @@ impl Handshake<'_> {
         let client_id = self.choose_client_id()?;
         let publisher = publisher_hash(grant.datasource(), &client_id);
         let user = Arc::new(KeyClient::new(Transport::Mqtt, Some(self.peer.ip()), Some(&client_id)));
-        let who =
-            Arc::new(ClientIdentity { address: self.peer.ip(), client: client_id.as_str().into(), user });
-        let will = self.check_will(&grant, &who, publisher)?;
+        let who = Arc::new(ClientIdentity {
+            address: self.peer.ip(),
+            client: client_id.as_str().into(),
+            user,
+            is_bridge: connect.is_bridge,
+        });
+        let mut will = self.check_will(&grant, &who, publisher)?;
         let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
-        let (entered, EnteredClient { present, session, resumed }) =
-            self.enter(&grant, &who, expiry_s).await?;
-        self.front.intake.authorizer().registry().note_use(grant.key(), Some(&who.user), now_micros(), None);
         let keep_alive_s = self.choose_keep_alive_s();
-        let mut answer = Vec::with_capacity(64);
         let limits = ConnackLimits {
             receive_maximum: config.receive_maximum,
             packet_bytes_max: u32::try_from(config.packet_bytes_max).unwrap_or(u32::MAX),
@@ -192,7 +194,17 @@ impl Handshake<'_> {
             client_id: connect.client_id.is_empty().then_some(client_id),
             session_expiry_s: (connect.session_expiry_s() != expiry_s).then_some(expiry_s),
         };
-        write::connack(&mut answer, connect.version, resumed, &limits);
+        // Before the session, which ends an earlier connection.
+        self.write_connack(false, &limits)?;
+        let (entered, EnteredClient { present, session, resumed }) =
+            self.enter(&grant, &who, expiry_s).await?;
+        self.front.intake.authorizer().registry().note_use(grant.key(), Some(&who.user), now_micros(), None);
+        if let Some(will) = &mut will {
+            // A client that was let in with a will has one, whatever becomes of the gateway.
+            let session = session.is_durable().then_some(session.uid);
+            will.keep(&self.front.subscribers.store, session).await;
+        }
+        let answer = self.write_connack(resumed, &limits)?;
         debug!(
             peer = %self.peer, key_id = %grant.key_id(), datasource = %grant.datasource(),
             version = ?connect.version, resumed, "connected"
@@ -217,6 +229,28 @@ impl Handshake<'_> {
             early: Vec::new(),
             answer,
         }))
+    }
+
+    /// The CONNACK, if the client takes packets of its size.
+    fn write_connack(&self, present: bool, limits: &ConnackLimits) -> Result<Vec<u8>, ConnectRefusal> {
+        let (version, packet_bytes_max) = (self.connect.version, self.connect.packet_bytes_max());
+        let mut answer = Vec::with_capacity(64);
+        if write::connack(&mut answer, version, packet_bytes_max, present, limits) {
+            return Ok(answer);
+        }
+        let words =
+            format!("a Maximum Packet Size of {packet_bytes_max} has no room for what a CONNACK says");
+        Err(self.refuse(Cause::Protocol, ReasonCode::PacketTooLarge, &words))
+    }
+
+    /// What a client is told of a refusal after its key was accepted. MQTT 3.1.1 has one code for a server that is
+    /// unavailable, with which a client comes again and again: it is for what time helps against.
+    fn told(&self, refusal: &Refusal) -> ReasonCode {
+        let is_permanent = refusal.retry_after().is_none();
+        match refusal_reason_code(refusal) {
+            _ if is_permanent && self.connect.version != MqttVersion::V5 => ReasonCode::NotAuthorized,
+            reason => reason,
+        }
     }
 
     /// What the presented key allows.
@@ -271,9 +305,18 @@ impl Handshake<'_> {
         publisher: u64,
     ) -> Result<Option<MqttWill>, ConnectRefusal> {
         let Some(will) = &self.connect.will else { return Ok(None) };
-        MqttWill::new(will, grant, who, publisher, &self.front.intake).map(Some).map_err(|refusal| {
+        if is_bridge_notice(will.topic) {
+            self.front.intake.metrics().bridge_notices.increment(1);
+            return Ok(None);
+        }
+        let Some(scope) = self.front.intake.authorizer().registry().scope_of(grant.key()) else {
+            let (reason, words) = close_reason(CloseReason::KeyDead);
+            return Err((reason, words.to_owned()));
+        };
+        let made = MqttWill::new(will, (grant, &scope), who, publisher, &self.front.intake);
+        made.map(Some).map_err(|refusal| {
             self.report_of_key(grant, RefusalNote { cause: Cause::Will, ..refusal.note(Transport::Mqtt) });
-            (refusal_reason_code(&refusal), format!("the will cannot be taken: {refusal}"))
+            (self.told(&refusal), format!("the will cannot be taken: {refusal}"))
         })
     }
 
@@ -304,7 +347,7 @@ impl Handshake<'_> {
             EnterError::TooMany(exceeded) => {
                 let refusal = front.intake.share_refusal(grant.datasource(), exceeded);
                 self.report_of_key(grant, refusal.note(Transport::Mqtt));
-                (refusal_reason_code(&refusal), refusal.to_string())
+                (self.told(&refusal), refusal.to_string())
             }
             EnterError::Unavailable(error) => {
                 let words = format!("the client's session cannot be looked up now: {error}");
@@ -317,7 +360,7 @@ impl Handshake<'_> {
             self.report_of_key(grant, refusal.note(Transport::Mqtt));
             drop(entered);
             client.present.leave(client.session, None);
-            return Err((refusal_reason_code(&refusal), refusal.to_string()));
+            return Err((self.told(&refusal), refusal.to_string()));
         }
         Ok((entered, client))
     }

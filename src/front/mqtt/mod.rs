@@ -10,12 +10,14 @@
 //! back, then closes without an acknowledgement, so that the client sends the message again.
 
 mod acks;
+mod bridge_notice;
 mod client_identity;
 mod connection;
 mod credentials;
 mod delivery;
 mod exchanges;
 mod flights;
+mod forwarded;
 mod goodbye;
 mod handshake;
 mod inbound;
@@ -32,6 +34,7 @@ mod wills;
 
 use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,7 +42,8 @@ use bytes::Bytes;
 pub use headgate_format::codec;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::error::Elapsed;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -61,8 +65,11 @@ use crate::observe::refusals::RefusalNote;
 use crate::processor::{FairTask, TaskPayer};
 use handshake::report_refused_connection;
 use sessions::Sessions;
-use stream::ClientStream;
+use stream::{ClientStream, prepare_socket};
 use websocket::WebSocket;
+
+/// What a deadline of the handshake is exceeded by, at most.
+const DEADLINE_GRACE: Duration = Duration::from_millis(100);
 
 pub use sessions::claims::ClientClaims;
 pub use sessions::standing::SessionStanding;
@@ -228,7 +235,8 @@ impl Admission {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
         let payer = TaskPayer::stranger(front.intake.processor());
         connections.spawn(FairTask::new(payer.clone(), async move {
-            if let Ok(Some((stream, early))) = timeout_at(connect_by, opened).await {
+            if let Ok(Some((stream, early))) = heard_by(connect_by, opened).await {
+                prepare_socket(stream.tcp(), &front.config);
                 let websocket = Box::new(WebSocket::new(stream, early, peer, front.clone()));
                 let stream = ClientStream::WebSocket(websocket);
                 connection::run(&front, stream, stranger, peer, connect_by, &payer).await;
@@ -261,6 +269,16 @@ impl Admission {
     }
 }
 
+/// The output of `work`, if it is there by `deadline`. A gateway that was stopped hears of what lies in its sockets only a
+/// little after that.
+async fn heard_by<T>(deadline: Instant, work: impl Future<Output = T>) -> Result<T, Elapsed> {
+    let mut work = pin!(work);
+    match timeout_at(deadline, &mut work).await {
+        Err(_) => timeout(DEADLINE_GRACE, work).await,
+        done => done,
+    }
+}
+
 /// The output of `work`, or `None` if the connection has to make room for others meanwhile.
 async fn unless_evicted<T>(stranger: &TableEntry, work: impl Future<Output = T>) -> Option<T> {
     tokio::select! {
@@ -287,7 +305,7 @@ async fn accept_tls(
 ) -> Option<Box<TlsStream<TcpStream>>> {
     let account = front.intake.memory().account_of_stranger(peer.ip());
     // The handshake needs more memory than the connection: it is on the heap only while it lasts.
-    let shaking = Box::pin(timeout_at(connect_by, async move {
+    let shaking = Box::pin(heard_by(connect_by, async move {
         let _memory = account.wait_for(TLS_HANDSHAKE_BYTES).await;
         if let Err(error @ ProxyHeaderError::Untrusted) = peek_proxy_header(&tcp).await {
             return Err(TlsAcceptError::Proxy(error));
@@ -368,8 +386,7 @@ async fn accept_connections(
             }
         };
         warned = false;
-        // Acknowledgements are small; Nagle's algorithm would delay them.
-        let _ = tcp.set_nodelay(true);
+        prepare_socket(&tcp, &acceptor.front.config);
         if acceptor.proxies.may_send_header(peer.ip()) {
             acceptor.admit_proxied(tcp, peer, serve.clone());
         } else if let Some(admission) = acceptor.admit(peer) {

@@ -67,6 +67,13 @@ impl ClientOutput {
         self.bytes.split_off(self.sent.min(self.bytes.len()))
     }
 
+    /// Drops what nobody takes any more.
+    pub(super) fn discard(&mut self) {
+        self.sent = 0;
+        self.bytes.clear();
+        self.stuck_since = None;
+    }
+
     /// Ready when everything is written.
     #[inline]
     pub(super) fn poll_flush(

@@ -43,6 +43,8 @@ pub(super) struct Subscription {
     pub(super) qos: u8,
     pub(super) no_local: bool,
     pub(super) retain_as_published: bool,
+    /// Its messages come with their metadata.
+    pub(super) metadata: bool,
     pub(super) identifier: Option<u32>,
     /// The offset of the first record wanted.
     pub(super) from: Offset,
@@ -235,6 +237,7 @@ impl MqttSession {
             retain_as_published: s.retain_as_published,
             identifier: s.identifier,
             from: s.from,
+            metadata: s.metadata,
             replay: s.replay.as_deref().map(str::to_owned),
         });
         StoredSession {
@@ -258,6 +261,7 @@ impl MqttSession {
                 qos: s.qos,
                 no_local: s.no_local,
                 retain_as_published: s.retain_as_published,
+                metadata: s.metadata,
                 identifier: s.identifier,
                 from: s.from,
                 replay: s.replay.map(Into::into),

@@ -3,14 +3,19 @@
 
 use std::future::Future;
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
 use super::websocket::WebSocket;
+use crate::config;
+use crate::limits::{TCP_PROBE_INTERVAL, TCP_PROBES_MAX};
 
 /// A client's byte stream.
 pub(super) enum ClientStream {
@@ -25,16 +30,45 @@ pub(super) enum ClientStream {
 // A TCP connection must not pay for the size of the other transports.
 const _: () = assert!(size_of::<ClientStream>() <= size_of::<TcpStream>() + size_of::<usize>());
 
+/// Sets what a connection's socket needs: small answers leave at once, and a peer that is gone without a word is
+/// found out. What the system refuses is not set.
+pub(super) fn prepare_socket(tcp: &TcpStream, config: &config::MqttConfig) {
+    // Acknowledgements are small; Nagle's algorithm would delay them.
+    let _ = tcp.set_nodelay(true);
+    let socket = SockRef::from(tcp);
+    if config.tcp_keep_alive_s > 0 {
+        let idle = Duration::from_secs(config.tcp_keep_alive_s.into());
+        let asked = TcpKeepalive::new().with_time(idle).with_interval(TCP_PROBE_INTERVAL.min(idle));
+        let _ = socket.set_tcp_keepalive(&asked.with_retries(TCP_PROBES_MAX));
+    }
+    if config.tcp_user_timeout_s > 0 {
+        let _ = socket.set_tcp_user_timeout(Some(Duration::from_secs(config.tcp_user_timeout_s.into())));
+    }
+}
+
 impl ClientStream {
+    /// The socket below.
+    fn tcp(&self) -> &TcpStream {
+        match self {
+            ClientStream::Tcp(stream) => stream,
+            ClientStream::Tls(stream) => stream.get_ref().0,
+            ClientStream::WebSocket(stream) => stream.tcp(),
+        }
+    }
+
+    /// Whether the kernel has something of the client that was not read: bytes, or the end. A read that is pending says
+    /// less, because the runtime may not have heard of it yet.
+    pub(super) fn has_unread(&self) -> bool {
+        SockRef::from(self.tcp()).peek(&mut [MaybeUninit::uninit()]).is_ok()
+    }
+
     /// Whether the client has closed its side, also if bytes from before that are not read yet. Of a WebSocket
     /// that is seen only when it is read.
     pub(super) fn is_hung_up(&self) -> bool {
-        let tcp = match self {
-            ClientStream::Tcp(stream) => stream,
-            ClientStream::Tls(stream) => stream.get_ref().0,
-            ClientStream::WebSocket(_) => return false,
-        };
-        let ready = pin!(tcp.ready(Interest::READABLE));
+        if let ClientStream::WebSocket(_) = self {
+            return false;
+        }
+        let ready = pin!(self.tcp().ready(Interest::READABLE));
         let ready = ready.poll(&mut Context::from_waker(Waker::noop()));
         matches!(ready, Poll::Ready(Ok(ready)) if ready.is_read_closed())
     }

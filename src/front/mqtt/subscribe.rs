@@ -1,7 +1,8 @@
 //! SUBSCRIBE and UNSUBSCRIBE: the request, the decision, and the answer. The answer of a durable session
 //! waits until the subscription is on disk.
 //!
-//! The user properties `from-offset`, `from-time` and `tail` make a SUBSCRIBE begin in the past.
+//! The user properties `from-offset`, `from-time` and `tail` make a SUBSCRIBE begin in the past. Its messages then
+//! come with their metadata, as they do with `headgate-metadata: true`.
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use super::codec::subscribe::{SubscribePacket, UnsubscribePacket};
 use super::codec::write::{self, PacketForm};
 use super::codec::{MqttVersion, ReasonCode};
 use super::outbound::Outbound;
-use super::replay::{ReplaySearch, ReplayStart};
+use super::replay::{ReplaySearch, ReplayStart, parse_metadata_wish};
 use super::session::{MqttSession, Subscription, SubscriptionFilter};
 use super::sessions::Sessions;
 use crate::auth::{Grant, Scope};
@@ -23,7 +24,7 @@ use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup};
 use crate::consume::subscriber::{GroupJoinError, ShareGroupKey, Subscribers};
 use crate::filter::TopicFilter;
 use crate::intake::{Intake, Refusal};
-use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_MAX, REPLAYS_PER_TENANT_MAX};
+use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_LIMIT, REPLAYS_PER_TENANT_MAX};
 use crate::message::{Offset, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
@@ -41,12 +42,14 @@ pub(super) enum SubscriptionRequest {
 
 pub(super) struct SubscribeRequest {
     pub(super) packet_id: u16,
-    /// The first [`MQTT_SUBSCRIPTIONS_MAX`] filters.
+    /// The first [`MQTT_SUBSCRIPTIONS_LIMIT`] filters.
     pub(super) filters: Vec<RequestedFilter>,
     /// How many more there are, none of which is granted: a session never has so many.
     excess: usize,
     identifier: Option<u32>,
     replay: Result<Option<ReplayStart>, &'static str>,
+    /// Its messages come with their metadata.
+    metadata: bool,
     /// The same, to be kept with the subscriptions.
     replay_text: Option<Box<str>>,
 }
@@ -60,22 +63,26 @@ pub(super) struct RequestedFilter {
     retain_handling: u8,
 }
 
-impl From<&SubscribePacket<'_>> for SubscribeRequest {
-    fn from(packet: &SubscribePacket<'_>) -> Self {
-        let excess = packet.filters.len().saturating_sub(MQTT_SUBSCRIPTIONS_MAX);
-        let filters = packet.filters.iter().take(MQTT_SUBSCRIPTIONS_MAX).map(|f| RequestedFilter {
+impl SubscribeRequest {
+    /// What a SUBSCRIBE asks for. That of a bridge asks with each filter for what other brokers do for bridges
+    /// unasked: not to get its own messages back, and to see which are retained.
+    pub(super) fn new(packet: &SubscribePacket<'_>, is_bridge: bool) -> Self {
+        let excess = packet.filters.len().saturating_sub(MQTT_SUBSCRIPTIONS_LIMIT);
+        let filters = packet.filters.iter().take(MQTT_SUBSCRIPTIONS_LIMIT).map(|f| RequestedFilter {
             filter: f.filter.to_owned(),
             qos: f.qos,
-            no_local: f.no_local,
-            retain_as_published: f.retain_as_published,
+            no_local: f.no_local || is_bridge && !f.filter.starts_with("$share/"),
+            retain_as_published: f.retain_as_published || is_bridge,
             retain_handling: f.retain_handling,
         });
-        let replay = ReplayStart::parse(packet.properties.user());
+        let wish = parse_metadata_wish(packet.properties.user());
+        let replay = ReplayStart::parse(packet.properties.user()).and_then(|replay| wish.and(Ok(replay)));
         Self {
             packet_id: packet.packet_id,
             filters: filters.collect(),
             excess,
             identifier: packet.properties.u32(SUBSCRIPTION_IDENTIFIER),
+            metadata: wish.ok().flatten().unwrap_or(matches!(replay, Ok(Some(_)))),
             replay_text: replay.ok().flatten().map(|replay| replay.to_string().into()),
             replay,
         }
@@ -117,8 +124,12 @@ pub(super) struct SubscribeServices {
     pub(super) grant: Grant,
     pub(super) form: PacketForm,
     pub(super) who: Arc<ClientIdentity>,
+    /// How many subscriptions a session may have.
+    pub(super) subscriptions_max: usize,
     /// Cancelled when the connection ends: searches of the log end with it.
     pub(super) cancel: CancellationToken,
+    /// The end of what the connection has published.
+    pub(super) published: Offset,
 }
 
 /// Serves `request`. Returns the sending half, and the answer to send.
@@ -150,11 +161,20 @@ impl SubscribeServices {
         outbound: &mut Outbound,
     ) -> (Vec<u8>, Option<String>) {
         let mut changes = Vec::new();
+        // Live is what comes after the SUBSCRIBE. In a cluster the log is followed, and may not have come so far. If
+        // it cannot be asked, the client may be sent its own messages, which harms less than no subscription.
+        let _ = self.subscribers.log.catch_up(self.published).await;
         // An operator may have changed the limits since the client connected.
         let datasource = self.grant.datasource();
         self.intake.limit_share(datasource, &self.subscribers.shares.share(datasource));
         let (mut granted, mut words) = (Vec::with_capacity(asked.filters.len()), None);
         for filter in &asked.filters {
+            // Reported once, however many filters there are.
+            let reported = matches!(granted.last(), Some(Err(ReasonCode::QuotaExceeded)));
+            if reported && self.has_no_room_for(filter, &outbound.session) {
+                granted.push(Err(ReasonCode::QuotaExceeded));
+                continue;
+            }
             granted.push(match self.grant_one(asked, filter, outbound, &mut changes).await {
                 Ok((slot, new)) => Ok((slot, new, filter.qos)),
                 Err(refused) => {
@@ -167,7 +187,7 @@ impl SubscribeServices {
             });
         }
         if asked.excess > 0 {
-            words.get_or_insert_with(too_many_words);
+            words.get_or_insert_with(|| self.too_many_words());
             granted.resize(granted.len() + asked.excess, Err(ReasonCode::QuotaExceeded));
         }
         if granted.iter().any(Result::is_ok)
@@ -216,6 +236,7 @@ impl SubscribeServices {
             qos: filter.qos,
             no_local: filter.no_local,
             retain_as_published: filter.retain_as_published,
+            metadata: asked.metadata,
             identifier: asked.identifier,
             from: 0,
             replay: asked.replay_text.clone(),
@@ -269,10 +290,8 @@ impl SubscribeServices {
             let words = "'+' stands alone in its level, '#' alone in the last one, and a shared subscription is $share/{group}/{filter}";
             FilterRefusal::new(ReasonCode::TopicFilterInvalid, words.to_owned())
         })?;
-        if session.find_slot(&filter.filter).is_none()
-            && session.subscription_count() >= MQTT_SUBSCRIPTIONS_MAX
-        {
-            return Err(FilterRefusal::new(ReasonCode::QuotaExceeded, too_many_words()));
+        if self.has_no_room_for(filter, session) {
+            return Err(FilterRefusal::new(ReasonCode::QuotaExceeded, self.too_many_words()));
         }
         if self.sessions.is_clustered() {
             let filters = session.subscriptions.iter().flatten().map(|s| s.filter.len());
@@ -284,6 +303,16 @@ impl SubscribeServices {
             }
         }
         Ok(wanted)
+    }
+
+    /// Whether the session has as many subscriptions as it may, and not this one.
+    fn has_no_room_for(&self, filter: &RequestedFilter, session: &MqttSession) -> bool {
+        session.subscription_count() >= self.subscriptions_max && session.find_slot(&filter.filter).is_none()
+    }
+
+    fn too_many_words(&self) -> String {
+        let most = self.subscriptions_max;
+        format!("a session has at most {most} subscriptions (mqtt.subscriptions_per_session_max)")
     }
 
     /// The offset at which the subscription begins; `None` if it begins with the next record.
@@ -400,8 +429,4 @@ impl SubscribeServices {
         ));
         self.subscribers.store.write(changes).await.map_err(|error| error.to_string())
     }
-}
-
-fn too_many_words() -> String {
-    format!("a session has at most {MQTT_SUBSCRIPTIONS_MAX} subscriptions")
 }

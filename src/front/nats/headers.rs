@@ -3,6 +3,7 @@
 
 use crate::front::credentials::is_key_header;
 use crate::front::mqtt::codec::write::user_property;
+use crate::front::reserved_names::is_reserved_name;
 use crate::intake::Refusal;
 use crate::limits::NATS_HEADERS_BYTES_MAX;
 use crate::log::nats_message::{NATS_CONTENT_TYPE_HEADER, NATS_MESSAGE_ID_HEADER};
@@ -33,6 +34,8 @@ pub(super) struct NatsMessageHeaders<'a> {
     /// Headers that MQTT cannot carry are left out, and those reserved for gateways (`Headgate-…`) and
     /// servers (`Nats-…`).
     pub(super) properties: Vec<u8>,
+    /// How many headers were left out because their names are Headgate's own.
+    pub(super) reserved: u64,
 }
 
 impl<'a> NatsMessageHeaders<'a> {
@@ -58,7 +61,12 @@ impl<'a> NatsMessageHeaders<'a> {
                 }
             } else if name.eq_ignore_ascii_case(NATS_CONTENT_TYPE_HEADER.as_ref()) {
                 read.content_type = value;
-            } else if !is_key_header(name) && !is_reserved(name) && may_be_user_property(name, value) {
+            } else if is_reserved_name(name) {
+                read.reserved += 1;
+            } else if !is_key_header(name)
+                && !has_prefix_ignoring_case(name, "Nmqtt-")
+                && may_be_user_property(name, value)
+            {
                 own.push((name, value));
             }
         }
@@ -71,11 +79,6 @@ impl<'a> NatsMessageHeaders<'a> {
         }
         Ok(read)
     }
-}
-
-/// Whether a name is reserved for gateways, or for a server's MQTT.
-fn is_reserved(name: &str) -> bool {
-    has_prefix_ignoring_case(name, "Headgate-") || has_prefix_ignoring_case(name, "Nmqtt-")
 }
 
 fn has_prefix_ignoring_case(name: &str, prefix: &str) -> bool {
@@ -115,6 +118,7 @@ mod tests {
             content_type: "application/json",
             message_id: Some("a"),
             properties: properties(&[("line", "3"), ("unit", "°C")]),
+            reserved: 0,
         };
         assert_eq!(headers.expect("nothing is asked for"), expected);
     }
@@ -131,7 +135,8 @@ mod tests {
             ("nats-trace", "x"),
             ("bell", "\u{7}"),
         ]);
-        assert_eq!(headers.expect("nothing is asked for"), NatsMessageHeaders::default());
+        let expected = NatsMessageHeaders { reserved: 2, ..NatsMessageHeaders::default() };
+        assert_eq!(headers.expect("nothing is asked for"), expected);
     }
 
     #[test]

@@ -177,6 +177,9 @@ impl NatsIngest {
             self.intake.authorizer().registry().note_refusal(grant.key());
             refusing(refusal)
         })?;
+        if headers.reserved > 0 {
+            self.intake.metrics().count_reserved_names(Transport::Nats, headers.reserved);
+        }
         let unanswered = parcel.reply(&self.reply_prefixes) == NatsReplyPolicy::Unwanted;
         let message = IncomingMessage {
             topic: &topic,

@@ -108,7 +108,7 @@ impl From<RegistryError> for Problem {
     fn from(error: RegistryError) -> Self {
         let words = error.to_string();
         let cause = match error {
-            RegistryError::Exists(_) => Cause::Conflict,
+            RegistryError::Exists(_) | RegistryError::KeyExists { .. } => Cause::Conflict,
             RegistryError::Rotation(_) => Cause::Rotation,
             RegistryError::LastAdmin => Cause::LastAdminKey,
             RegistryError::NoDatasource(_) => Cause::NotFound,

@@ -170,6 +170,8 @@ causes! {
         "it asks for extended authentication, which is not served: turn it off, and send the key as user name or password";
     ClientId "client_id" Malformed:
         "its client identifier cannot be used: give it a short one of its own that is not a key, or let it connect with a clean session";
+    SharedClientId "shared_client_id" Conflict:
+        "two devices use one client identifier, or one opens connections that it forgets: give every device an identifier of its own";
     Will "will" Malformed:
         "its will would be refused as a message: correct the will's topic, size or content";
     Subscribe "subscribe" Malformed:

@@ -83,6 +83,7 @@ fn stored(client: usize) -> StoredSession {
             identifier: Some(7),
             from: 3,
             replay: Some("tail 9".to_owned()),
+            metadata: true,
         }],
         flights: in_flight(1),
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::{Cluster, SILENCE, connected, next_message, number, published, received, staying, subscribed};
+use crate::common::members::{self, FEW, publish_burst, shared_out};
 use crate::common::nats::nats_py;
 use crate::common::wire::{
     Connect, DISCONNECT, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBLISH, SESSION_EXPIRY, SUBACK, UNSUBACK,
@@ -53,17 +54,11 @@ fn taken_all(wire: &mut Wire, wanted: impl IntoIterator<Item = usize>, within: D
 #[test]
 fn a_record_goes_to_one_member_wherever_its_members_are() {
     let (cluster, a, b) = Cluster::two();
-    let mut members = [member(&a, &cluster), member(&b, &cluster), member(&b, &cluster)];
-    let mut publisher = Wire::login(a.mqtt, V311, &cluster.key);
-    published(&mut publisher, 0..300);
-    let mut each = [const { Vec::new() }; 3];
-    wait_for("all to come", || {
-        for (member, each) in members.iter_mut().zip(&mut each) {
-            each.extend(taken(member));
-        }
-        (each.iter().map(Vec::len).sum::<usize>() >= 300).then_some(())
-    });
-    assert!(each.iter().all(|each| each.len() > 20), "{:?}", each.each_ref().map(Vec::len));
+    let at =
+        [&a, &b, &b].map(|gateway| (members::member(gateway, &cluster.key, 1), Duration::from_millis(1)));
+    let each = shared_out(at.into(), 300, || publish_burst(&a, &cluster.key, 1, 300));
+    assert!(each.iter().all(|each| each.len() > 20), "{:?}", each.iter().map(Vec::len).collect::<Vec<_>>());
+    let _stays = member(&b, &cluster);
     let mut all = each.concat();
     all.sort_unstable();
     assert_eq!(all, (0..300).collect::<Vec<_>>(), "each once");
@@ -82,11 +77,34 @@ fn a_record_goes_to_one_member_wherever_its_members_are() {
 }
 
 #[test]
+fn a_burst_is_shared_evenly_between_gateways_and_who_hangs_keeps_a_few() {
+    let (cluster, a, b) = Cluster::two();
+    let workers = |each: u64| {
+        let at = [&a, &b, &a, &b].map(|gateway| members::member(gateway, &cluster.key, 1));
+        at.into_iter().map(|wire| (wire, Duration::from_millis(each))).collect::<Vec<_>>()
+    };
+    let taken = shared_out(workers(2), 1_000, || publish_burst(&a, &cluster.key, 1, 1_000));
+    let counts: Vec<usize> = taken.iter().map(Vec::len).collect();
+    // On an idle machine from 200 to 300.
+    assert!(counts.iter().all(|count| (125..=375).contains(count)), "{counts:?}");
+    let mut all = taken.concat();
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all.len(), 1_000);
+    let hung = members::member(&b, &cluster.key, 1);
+    let all = shared_out(workers(0), 1_000 - FEW, || publish_burst(&b, &cluster.key, 1, 1_000)).concat();
+    assert!(all.len() >= 1_000 - FEW, "{}", all.len());
+    drop(hung);
+}
+
+#[test]
 fn what_retention_removed_before_anybody_took_it_is_told_to_one_member() {
     let (cluster, a, b) = Cluster::two_that_retain(4 << 20);
     let away = staying(V5, &cluster.key, "away");
     let (mut wire, _) = connected(&a, &away);
-    subscribed(&mut wire, V5, FILTER);
+    // Kept with the session, which goes to another gateway.
+    wire.send(&subscribe_with(V5, 1, &[(FILTER, 1)], &user_property("headgate-metadata", "true")));
+    assert_eq!(wire.packet(SUBACK).codes(V5), [1]);
     drop(wire);
     // Nothing comes to this one that could be removed.
     let other = staying(V5, &cluster.key, "other");
@@ -110,18 +128,18 @@ fn what_retention_removed_before_anybody_took_it_is_told_to_one_member() {
     let (mut wire, _) = connected(&b, &away);
     for wire in [&mut late, &mut wire] {
         let first = next_message(wire, V5);
-        let offset: u64 = first.user("offset").expect("an offset").parse().expect("a number");
+        let offset: u64 = first.user("headgate-offset").expect("an offset").parse().expect("a number");
         assert!(offset > 1, "retention has removed some");
-        assert_eq!(first.user("skipped"), Some((offset - 1).to_string()));
+        assert_eq!(first.user("headgate-skipped"), Some((offset - 1).to_string()));
         wire.send(&ack(PUBACK, first.packet_id));
         for _ in offset + 1..=100 {
             let message = next_message(wire, V5);
-            assert_eq!(message.user("skipped"), None, "told once");
+            assert_eq!(message.user("headgate-skipped"), None, "told once");
             wire.send(&ack(PUBACK, message.packet_id));
         }
     }
     let (mut wire, _) = connected(&a, &other);
-    assert_eq!(next_message(&mut wire, V5).user("skipped"), None);
+    assert_eq!(next_message(&mut wire, V5).user("headgate-skipped"), None);
     b.says("retention has removed records before a subscriber read them");
 }
 

@@ -7,7 +7,7 @@ mod groups;
 use std::time::Duration;
 
 use headgate_bridge_nats::presence::PRESENCE_SILENCE_MAX;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::common::nats::{NatsServer, nats_py};
@@ -15,7 +15,7 @@ use crate::common::wire::{
     CONNACK, Connect, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL,
     SESSION_EXPIRY, SUBACK,
     Version::{self, V5, V311},
-    WILL_DELAY, Wire, ack, four_bytes, subscribe, subscribe_with,
+    WILL_DELAY, Wire, ack, four_bytes, publish, subscribe, subscribe_with,
 };
 use crate::common::{Gateway, Setup, scratch, wait_for};
 
@@ -461,4 +461,74 @@ fn a_gateway_that_is_shut_down_leaves_its_sessions_where_they_were() {
     assert!(present);
     assert_eq!(received(&mut on_b, V5), 10);
     assert_eq!(on_b.next_within(SILENCE), Next::Silent);
+}
+
+/// What storage has of the datasource. The first gateway has the admin key.
+fn stored(gateway: &Gateway, admin: &str) -> Vec<Value> {
+    let answer = gateway.get("/v1/datasources/press-4/records?limit=1000", admin).json();
+    answer["records"].as_array().cloned().unwrap_or_default()
+}
+
+/// The topics of the wills in storage, sorted.
+fn wills(gateway: &Gateway, admin: &str) -> Vec<String> {
+    let records = stored(gateway, admin);
+    let topics = records.iter().filter_map(|record| record["topic"].as_str()?.strip_prefix("will/"));
+    let mut topics: Vec<String> = topics.map(str::to_owned).collect();
+    topics.sort_unstable();
+    topics
+}
+
+fn willing(key: &str, id: &str, delay: u32, expiry: u32) -> Connect {
+    let will_properties = four_bytes(WILL_DELAY, delay);
+    let properties = four_bytes(SESSION_EXPIRY, expiry);
+    let will = Some((format!("will/{id}"), b"gone".to_vec()));
+    Connect { will, will_properties, properties, ..staying(V5, key, id) }
+}
+
+#[test]
+fn what_a_client_has_sent_before_it_comes_to_another_gateway_counts() {
+    const ROUNDS: usize = 40;
+    let (cluster, a, b) = Cluster::two();
+    let admin = a.admin_key();
+    for n in 0..ROUNDS {
+        let gateway = [&a, &b][n % 2];
+        let (mut wire, present) = connected(gateway, &willing(&cluster.key, "wanders", 0, 3600));
+        assert!(!present, "the goodbye has ended the session");
+        let message = publish(V5, 0, "n", n.to_string().as_bytes());
+        let goodbye = [&[0xE0, 7, 0, 5][..], &four_bytes(SESSION_EXPIRY, 0)].concat();
+        wire.send(&[message, goodbye].concat());
+    }
+    connected(&a, &Connect { will: None, ..willing(&cluster.key, "wanders", 0, 0) });
+    let numbers: Vec<usize> = wait_for("what was published", || {
+        let records = stored(&a, &admin);
+        let numbers = records.iter().filter(|record| record["topic"] == "n");
+        let numbers = numbers.map(|record| record["payload"].to_string().parse().expect("a number"));
+        Some(numbers.collect::<Vec<usize>>()).filter(|numbers| numbers.len() >= ROUNDS)
+    });
+    assert_eq!(numbers, (0..ROUNDS).collect::<Vec<_>>());
+    assert_eq!(wills(&a, &admin), Vec::<String>::new());
+}
+
+#[test]
+fn wills_of_a_gateway_that_is_killed_are_published_by_another_once() {
+    let (cluster, a, b) = Cluster::two();
+    let admin = a.admin_key();
+    let mut wires: Vec<Wire> = (0..20)
+        .map(|n| connected(&a, &willing(&cluster.key, &format!("{n:02}"), 0, n % 2 * 3600)).0)
+        .collect();
+    let (mut left, _) = connected(&a, &willing(&cluster.key, "left", 0, 3600));
+    left.send(&[0xE0, 0]);
+    left.closed();
+    wires.push(connected(&a, &willing(&cluster.key, "waits", 12, 3600)).0);
+    wires.push(connected(&a, &willing(&cluster.key, "back", 12, 3600)).0);
+    a.kill();
+    let (_back, present) = connected(&b, &Connect { will: None, ..willing(&cluster.key, "back", 0, 3600) });
+    assert!(present);
+    let at_once: Vec<String> = (0..20).map(|n| format!("{n:02}")).collect();
+    wait_for("the wills", || (wills(&b, &admin).len() >= 20).then_some(()));
+    assert_eq!(wills(&b, &admin), at_once, "the others wait");
+    wait_for("the will that waits", || (wills(&b, &admin).len() >= 21).then_some(()));
+    let all: Vec<String> = at_once.into_iter().chain(["waits".to_owned()]).collect();
+    std::thread::sleep(Duration::from_secs(4));
+    assert_eq!(wills(&b, &admin), all, "the other one is back in time");
 }

@@ -284,15 +284,15 @@ fn connects(cases: &mut Cases, key: &str) {
             cases.push(&format!("protocol {name:?}"), connect.version, true, bytes, SILENCE);
         }
     }
-    for level in [0, 1, 2, 3, 0x84] {
+    for level in [0, 1, 2, 3, 0x83] {
         let bytes = v311.packet_with(b"MQTT", level, v311.flags());
         cases.push(&format!("level {level} of MQTT"), V311, true, bytes, &[1]);
     }
-    for level in [6, 7, 0x7F, 0x85, 0xFF] {
+    for level in [6, 7, 0x7F, 0x86, 0xFF] {
         let bytes = v5.packet_with(b"MQTT", level, v5.flags());
         cases.push(&format!("level {level} of MQTT"), V5, true, bytes, &[0x84]);
     }
-    for level in [0, 4, 5, 0x83] {
+    for level in [0, 4, 5, 0x84] {
         let bytes = v311.packet_with(b"MQIsdp", level, v311.flags());
         cases.push(&format!("level {level} of MQIsdp"), V311, true, bytes, &[1]);
     }

@@ -172,7 +172,14 @@ async fn the_backend_that_setup_shows_acknowledges_in_both_forms() {
         let connected = stage.connect(&source.key).await;
         connected.publish("ingest.press-4.t", "1").await;
         let js = async_nats::jetstream::new(stage.headgate().await);
-        let stream = js.get_stream("headgate").await.expect("the stream");
+        // The gateway makes it once it is at NATS.
+        let deadline = std::time::Instant::now() + PATIENCE;
+        let stream = loop {
+            match js.get_stream("headgate").await {
+                Ok(stream) => break stream,
+                Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),
+            }
+        };
         let config = async_nats::jetstream::consumer::pull::Config {
             durable_name: Some("line-4".to_owned()),
             ..Default::default()

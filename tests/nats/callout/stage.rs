@@ -72,7 +72,9 @@ impl Stage {
         let text = std::fs::read_to_string(&file).expect("written");
         std::fs::write(&file, change_server(text)).expect("written");
         let nats = NatsServer::of_file(&file, port);
-        Self::before(dir, nats, Vec::new(), [websocket, mqtt], |setup| setup)
+        // A stream of the usual size does not fit on every disk.
+        let small = |setup: Setup| setup.set("log.retention_bytes", "512MiB");
+        Self::before(dir, nats, Vec::new(), [websocket, mqtt], small)
     }
 
     /// The same, with a setting of the gateway's left out of what setup has written.

@@ -50,6 +50,23 @@ impl KvBucket {
         self.await_answer(purged).await?.map(|_| ()).map_err(|error| self.away_error(&error))
     }
 
+    /// The keys of the rows that begin with this part and a dot. The time that they take grows with their number.
+    ///
+    /// # Errors
+    /// [`KvError::Away`].
+    pub async fn keys_below(&self, part: &str) -> Result<Vec<String>, KvError> {
+        let rows = async {
+            let mut subjects = self.stream.info_with_subjects(self.subject(&format!("{part}.>"))).await?;
+            let mut keys = Vec::new();
+            while let Some(row) = subjects.next().await {
+                let (subject, _) = row?;
+                keys.extend(subject.strip_prefix(&self.subject("")).map(str::to_owned));
+            }
+            Ok::<_, async_nats::Error>(keys)
+        };
+        self.await_answer(rows).await?.map_err(|error| self.away_error(&error))
+    }
+
     /// Whether the key of a row begins with this part and a dot.
     ///
     /// # Errors

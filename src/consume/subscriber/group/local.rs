@@ -1,22 +1,24 @@
 //! Groups on this gateway, which keeps their places in the log itself.
 //!
-//! A group has one place in the log. A member that has room takes a few of the next records; members that
-//! wait take turns. Records that a member took and did not acknowledge before its connection ended go to
-//! another.
+//! A group has one place in the log. What it reads from there is shared out by [`MemberTurns`]. Records that a
+//! member took and did not acknowledge before its connection ended go to another.
 
 use parking_lot::{Mutex, MutexGuard};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll, Wake, Waker, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use super::super::feed::{FeedItem, SubscriberFeed, fetch_in_turn};
 use super::super::matched::MatchedRecords;
 use super::super::router::Router;
+use super::member_turns::MemberTurns;
 use super::{GroupJoinError, ShareDelivery, ShareGroupKey};
-use crate::limits::{REFETCH_RECORDS, STALLED_BYTES_PER_TENANT_MAX};
+use crate::limits::{
+    GROUP_READY_BYTES_MAX, GROUP_READY_RECORDS_MAX, REFETCH_RECORDS, STALLED_BYTES_PER_TENANT_MAX,
+};
 use crate::log::{Batch, Log, LogReadError, RecordPlace};
 use crate::message::Offset;
 use crate::shares::{ShareCharge, ShareCount, TenantShares};
@@ -47,74 +49,53 @@ struct LocalShareGroup {
 
 struct LocalShareGroupState {
     feed: SubscriberFeed,
-    current: Option<MatchedRecords>,
-    /// Records that are taken and not acknowledged, with the member that took them.
-    outstanding: BTreeMap<Offset, u64>,
-    /// Records taken by members that have left.
+    /// What the feed has given and no member has taken, in order.
+    ready: ReadyRecords,
+    /// Records taken by members that have left or gave them back.
     returned: BTreeSet<Offset>,
-    /// Those of them that were read from the log again.
+    /// Those of them that are in memory: given back, or read from the log again.
     fetched: VecDeque<(Batch, RecordPlace)>,
     fetching: Option<Pin<Box<dyn Future<Output = RefetchResult> + Send>>>,
     /// What the group holds of the log in memory.
     held: ShareCharge,
-    members: usize,
 }
 
 /// The offsets that were read again, and the result.
 type RefetchResult = (Vec<Offset>, Result<Vec<Option<(Batch, RecordPlace)>>, LogReadError>);
 
-/// The members that wait for records, in the order in which they began to wait.
+/// Records of a feed, from one batch or several.
 #[derive(Default)]
-struct MemberTurns(Mutex<WaitingMembers>);
-
-#[derive(Default)]
-struct WaitingMembers {
-    members: VecDeque<(u64, Waker)>,
-    /// A member was woken and has not polled yet.
-    told: bool,
+struct ReadyRecords {
+    batches: VecDeque<MatchedRecords>,
+    /// How many there were, at most: some may be withheld since.
+    records: usize,
+    bytes: usize,
 }
 
-impl MemberTurns {
-    fn locked(&self) -> MutexGuard<'_, WaitingMembers> {
-        self.0.lock()
+impl ReadyRecords {
+    fn push(&mut self, matched: MatchedRecords) {
+        self.records += matched.remaining();
+        self.bytes += matched.weight();
+        self.batches.push_back(matched);
     }
 
-    fn wait(&self, member: u64, waker: &Waker) {
-        let mut waiting = self.locked();
-        match waiting.members.iter_mut().find(|(waiting, _)| *waiting == member) {
-            Some((_, present)) => present.clone_from(waker),
-            None => waiting.members.push_back((member, waker.clone())),
+    fn pop(&mut self) -> Option<(Batch, RecordPlace)> {
+        while let Some(first) = self.batches.front_mut() {
+            if let Some(place) = first.peek_place() {
+                first.advance();
+                self.records = self.records.saturating_sub(1);
+                return Some((first.batch().clone(), place));
+            }
+            self.bytes -= first.weight();
+            self.batches.pop_front();
         }
+        *self = Self::default();
+        None
     }
 
-    fn stop_waiting(&self, member: u64) {
-        let mut waiting = self.locked();
-        waiting.told = false;
-        waiting.members.retain(|(waiting, _)| *waiting != member);
-    }
-
-    /// Wakes the next member.
-    fn wake_next(&self) {
-        let mut waiting = self.locked();
-        let next = waiting.members.pop_front();
-        waiting.told = next.is_some();
-        drop(waiting);
-        if let Some((_, waker)) = next {
-            waker.wake();
-        }
-    }
-
-    /// Wakes the next member in place of one that was woken and takes nothing.
-    fn pass_turn(&self) {
-        if self.locked().told {
-            self.wake_next();
-        }
-    }
-}
-
-impl Wake for MemberTurns {
-    fn wake(self: Arc<Self>) {
-        self.wake_next();
+    /// The first record.
+    fn first(&self) -> Option<Offset> {
+        self.batches.iter().find_map(MatchedRecords::peek_place).map(|place| place.offset)
     }
 }
 
@@ -160,7 +141,7 @@ impl LocalShareGroups {
         }
         let Some(entry) = groups.get_mut(key) else { return Err(GroupJoinError::Elsewhere) };
         entry.sessions.insert(session);
-        Ok(entry.group.state().cursor(routed))
+        Ok(entry.group.cursor(routed))
     }
 
     /// Removes `session` from a group. Returns whether the group has ended with it.
@@ -174,8 +155,9 @@ impl LocalShareGroups {
     /// Connects a member to a group that its session has joined.
     pub fn member(&self, key: &ShareGroupKey) -> Option<LocalShareMember> {
         let group = self.locked().get(key)?.group.clone();
-        group.state().members += 1;
-        Some(LocalShareMember { group, id: self.member.fetch_add(1, Ordering::Relaxed) })
+        let id = self.member.fetch_add(1, Ordering::Relaxed);
+        group.turns.enter(id);
+        Some(LocalShareMember { group, id })
     }
 
     /// For each group the first record that is not dealt with. `routed` is the router's offset from before
@@ -183,7 +165,7 @@ impl LocalShareGroups {
     pub fn cursors(&self, routed: Offset) -> Vec<(ShareGroupKey, Offset)> {
         let groups: Vec<_> =
             self.locked().iter().map(|(key, entry)| (key.clone(), entry.group.clone())).collect();
-        groups.into_iter().map(|(key, group)| (key, group.state().cursor(routed))).collect()
+        groups.into_iter().map(|(key, group)| (key, group.cursor(routed))).collect()
     }
 
     fn locked(&self) -> MutexGuard<'_, HashMap<ShareGroupKey, LocalShareGroupEntry>> {
@@ -196,12 +178,10 @@ impl LocalShareGroup {
         let state = LocalShareGroupState {
             held: feed.mailbox().share().charge(),
             feed,
-            current: None,
-            outstanding: BTreeMap::new(),
+            ready: ReadyRecords::default(),
             returned: BTreeSet::new(),
             fetched: VecDeque::new(),
             fetching: None,
-            members: 0,
         };
         Self { log, state: Mutex::new(state), turns: Arc::default() }
     }
@@ -209,102 +189,125 @@ impl LocalShareGroup {
     fn state(&self) -> MutexGuard<'_, LocalShareGroupState> {
         self.state.lock()
     }
+
+    /// The first record that is not dealt with.
+    fn cursor(&self, routed: Offset) -> Offset {
+        let state = self.state();
+        let low = [self.turns.first_outstanding(), state.returned.first().copied(), state.ready.first()];
+        let mailbox = state.feed.mailbox();
+        mailbox.set_progress(state.feed.position(), true);
+        low.into_iter().flatten().fold(mailbox.cursor(routed), Offset::min)
+    }
 }
 
 impl LocalShareGroupState {
-    /// The next record that a departed member had taken, once it is read from the log again.
-    fn poll_returned(
-        &mut self,
-        log: &Arc<dyn Log>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Option<ShareDelivery>, LogReadError>> {
-        if self.fetched.is_empty() && self.fetching.is_none() {
+    /// Has records in memory that departed members had taken: they are read from the log again. Returns how many of
+    /// them retention has removed.
+    fn poll_returned(&mut self, log: &Arc<dyn Log>, cx: &mut Context<'_>) -> Poll<Result<u64, LogReadError>> {
+        if !self.fetched.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        if self.fetching.is_none() {
             let offsets: Vec<Offset> = self.returned.iter().copied().take(REFETCH_RECORDS).collect();
             if offsets.is_empty() {
-                return Poll::Ready(Ok(None));
+                return Poll::Ready(Ok(0));
             }
             let found = fetch_in_turn(self.feed.mailbox().share(), log, offsets.clone());
             self.fetching = Some(Box::pin(async move { (offsets, found.await) }));
         }
-        if let Some(fetching) = &mut self.fetching {
-            let (asked, found) = ready!(fetching.as_mut().poll(cx));
-            self.fetching = None;
-            let mut gone = 0;
-            for (offset, found) in asked.into_iter().zip(found?) {
-                self.fetched.extend(found.or_else(|| {
-                    // Retention has removed it, so that no member can have it.
-                    self.returned.remove(&offset);
-                    gone += 1;
-                    None
-                }));
-            }
-            if gone > 0 {
-                return Poll::Ready(Ok(Some(ShareDelivery::Skipped(gone))));
+        let Some(fetching) = &mut self.fetching else { return Poll::Ready(Ok(0)) };
+        let (asked, found) = ready!(fetching.as_mut().poll(cx));
+        self.fetching = None;
+        let mut gone = 0;
+        for (offset, found) in asked.into_iter().zip(found?) {
+            match found {
+                Some(found) => self.fetched.push_back(found),
+                // Retention has removed it, so that no member can have it.
+                None => gone += u64::from(self.returned.remove(&offset)),
             }
         }
-        Poll::Ready(Ok(self.fetched.pop_front().map(|(batch, place)| {
-            self.returned.remove(&place.offset);
-            ShareDelivery::Records(batch, vec![place])
-        })))
+        Poll::Ready(Ok(gone))
     }
 
-    fn poll_take(
+    /// Has records in memory, as far as there are any now. Returns how many there are, or that retention has removed
+    /// some.
+    fn poll_gather(
         &mut self,
         log: &Arc<dyn Log>,
-        max: usize,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<ShareDelivery, LogReadError>> {
-        if let Some(share) = ready!(self.poll_returned(log, cx))? {
-            return Poll::Ready(Ok(share));
-        }
-        let matched = match &mut self.current {
-            Some(matched) => matched,
-            none => match ready!(self.feed.poll_next(cx))? {
-                FeedItem::Skipped(records) => return Poll::Ready(Ok(ShareDelivery::Skipped(records))),
-                FeedItem::Matched(matched) => none.insert(matched),
-            },
-        };
-        let fair = matched.remaining().div_ceil(self.members.max(1));
-        let batch = matched.batch().clone();
-        let mut places = Vec::with_capacity(fair.min(max));
-        while places.len() < fair.min(max).max(1)
-            && let Some(place) = matched.peek_place()
+    ) -> Poll<Result<GatheredRecords, LogReadError>> {
+        if let Poll::Ready(gone) = self.poll_returned(log, cx)
+            && let gone @ 1.. = gone?
         {
-            places.push(place);
-            matched.advance();
+            return Poll::Ready(Ok(GatheredRecords::Skipped(gone)));
         }
-        if matched.remaining() == 0 {
-            self.current = None;
+        while self.fetched.len() + self.ready.records < GROUP_READY_RECORDS_MAX
+            && self.ready.bytes < GROUP_READY_BYTES_MAX
+            && let Poll::Ready(item) = self.feed.poll_next(cx)
+        {
+            match item? {
+                FeedItem::Skipped(records) => return Poll::Ready(Ok(GatheredRecords::Skipped(records))),
+                FeedItem::Matched(matched) => self.ready.push(matched),
+            }
         }
-        Poll::Ready(Ok(ShareDelivery::Records(batch, places)))
+        match self.fetched.len() + self.ready.records {
+            0 => Poll::Pending,
+            records => Poll::Ready(Ok(GatheredRecords::Ready(records))),
+        }
+    }
+
+    /// The next `records`, or as many as there are.
+    fn take(&mut self, log: &Arc<dyn Log>, records: usize) -> Vec<(Batch, RecordPlace)> {
+        let mut taken = Vec::with_capacity(records);
+        if !self.fetched.is_empty() {
+            let left_out = log.withheld().now();
+            while taken.len() < records {
+                let Some((batch, place)) = self.fetched.pop_front() else { break };
+                self.returned.remove(&place.offset);
+                if !left_out.withholds(&batch.reader().read(place)) {
+                    taken.push((batch, place));
+                }
+            }
+        }
+        while taken.len() < records {
+            let Some(next) = self.ready.pop() else { break };
+            taken.push(next);
+        }
+        taken
     }
 
     /// Lets others have the turn of the group's feed: perhaps no member asks for more for a while. What it holds
     /// is counted, and read again later where its tenant's share has no room for it.
     fn pause(&mut self) {
         self.feed.pause();
-        let held = self.current.as_ref().map_or(0, MatchedRecords::weight) + self.feed.held_bytes();
+        let fetched = batches_weight(self.fetched.iter().map(|(batch, _)| batch));
+        let held = self.ready.bytes + self.feed.held_bytes() + fetched;
         self.held.set(ShareCount::StalledBytes, 0);
         if self.held.try_add(ShareCount::StalledBytes, held as u64, STALLED_BYTES_PER_TENANT_MAX).is_err() {
-            if let Some(next) = self.current.take().as_ref().and_then(MatchedRecords::peek_place) {
-                self.feed.rewind(next.offset);
+            if let Some(first) = std::mem::take(&mut self.ready).first() {
+                self.feed.rewind(first);
             }
             self.feed.release();
+            self.fetched = VecDeque::new();
         }
     }
+}
 
-    /// The first record that is not dealt with.
-    fn cursor(&self, routed: Offset) -> Offset {
-        let next = self.current.as_ref().and_then(MatchedRecords::peek_place).map(|place| place.offset);
-        let low = [self.outstanding.keys().next().copied(), self.returned.first().copied(), next];
-        let mailbox = self.feed.mailbox();
-        mailbox.set_progress(self.feed.position(), true);
-        low.into_iter().flatten().fold(mailbox.cursor(routed), Offset::min)
-    }
+/// What batches take in memory, where the same one is there several times in a row.
+pub fn batches_weight<'a>(batches: impl Iterator<Item = &'a Batch>) -> usize {
+    let mut last = None;
+    batches.fold(0, |bytes, batch| {
+        let is_same = last.replace(batch.first_offset()) == Some(batch.first_offset());
+        if is_same { bytes } else { bytes + batch.weight() }
+    })
+}
 
-    fn has_more(&self) -> bool {
-        self.current.is_some() || !self.returned.is_empty()
-    }
+/// What a group has for its members.
+enum GatheredRecords {
+    /// So many records.
+    Ready(usize),
+    /// Retention has removed so many.
+    Skipped(u64),
 }
 
 /// A connected member. Leaves when it is dropped.
@@ -314,72 +317,103 @@ pub struct LocalShareMember {
 }
 
 impl LocalShareMember {
-    /// Takes up to `max` of the next records. Each is this member's until it has
+    /// Takes up to `max` of the next records, those that are for this member. Each is this member's until it has
     /// [acknowledged](LocalShareMember::acknowledge) it.
     ///
     /// # Errors
     /// [`LogReadError`], as [`SubscriberFeed::poll_next`].
     pub fn poll_take(&self, max: usize, cx: &mut Context<'_>) -> Poll<Result<ShareDelivery, LogReadError>> {
         let LocalShareGroup { log, turns, .. } = &*self.group;
-        let mut state = self.group.state();
-        turns.stop_waiting(self.id);
-        // Before polling, so that a wake-up in between is not missed.
-        turns.wait(self.id, cx.waker());
-        let waker = Waker::from(turns.clone());
-        let taken = state.poll_take(log, max, &mut Context::from_waker(&waker));
-        if taken.is_ready() {
+        loop {
+            let mut state = self.group.state();
+            // Before polling, so that a wake-up in between is not missed.
+            if !turns.ask(self.id, cx.waker()) {
+                return Poll::Pending;
+            }
+            let waker = Waker::from(turns.clone());
+            let Poll::Ready(gathered) = state.poll_gather(log, &mut Context::from_waker(&waker)) else {
+                turns.wait(self.id);
+                return Poll::Pending;
+            };
+            let ready = match gathered {
+                Ok(GatheredRecords::Ready(records)) => records,
+                Ok(GatheredRecords::Skipped(records)) => {
+                    state.pause();
+                    return Poll::Ready(Ok(ShareDelivery::Skipped(records)));
+                }
+                Err(error) => {
+                    state.pause();
+                    return Poll::Ready(Err(error));
+                }
+            };
+            let (share, woken) = turns.share_out(self.id, ready, max);
+            let taken = state.take(log, share);
+            if !taken.is_empty() {
+                turns.take(self.id, taken.iter().map(|(_, place)| place.offset));
+            }
             state.pause();
+            drop(state);
+            woken.into_iter().for_each(Waker::wake);
+            if !taken.is_empty() {
+                return Poll::Ready(Ok(ShareDelivery::Records(taken)));
+            }
+            if share == 0 {
+                return Poll::Pending;
+            }
+            // All that was ready is withheld by now.
+            turns.wait(self.id);
         }
-        let taken = ready!(taken);
-        turns.stop_waiting(self.id);
-        if let Ok(ShareDelivery::Records(_, places)) = &taken {
-            state.outstanding.extend(places.iter().map(|place| (place.offset, self.id)));
-        }
-        let more = state.has_more();
-        drop(state);
-        if more {
-            turns.wake_next();
-        }
-        Poll::Ready(taken)
     }
 
     /// Passes the turn on: this member has no room now.
     pub fn pass_turn(&self) {
-        self.group.turns.pass_turn();
-        if self.group.turns.locked().members.is_empty() {
+        self.group.turns.pass(self.id);
+        if !self.group.turns.has_waiting() {
             // Nobody would use a turn to read that the feed gets meanwhile.
             self.group.state().feed.pause();
         }
     }
 
+    /// Whether others wait for records.
+    pub fn keeps_others_waiting(&self) -> bool {
+        self.group.turns.has_waiting()
+    }
+
     /// Gives records back that were taken and not sent, for any member to take.
-    pub fn give_back(&self, offsets: impl Iterator<Item = Offset>) {
+    pub fn give_back(&self, records: impl Iterator<Item = (Batch, RecordPlace)>) {
         let mut state = self.group.state();
-        for offset in offsets {
-            if state.outstanding.get(&offset) == Some(&self.id) {
-                state.outstanding.remove(&offset);
-                state.returned.insert(offset);
+        for (batch, place) in records {
+            if self.group.turns.give_back(self.id, place.offset) {
+                state.returned.insert(place.offset);
+                state.fetched.push_back((batch, place));
             }
         }
+        state.pause();
+        drop(state);
+        self.group.turns.wake_next();
+    }
+
+    /// Marks a record that was taken as this member's for good.
+    pub fn keep(&self, offset: Offset) {
+        self.group.turns.keep(self.id, offset);
+    }
+
+    /// Marks a record that was kept as dealt with.
+    pub fn acknowledge_kept(&self, offset: Offset) {
+        self.group.turns.acknowledge_kept(self.id, offset);
     }
 
     /// Marks a record that was taken as dealt with.
     pub fn acknowledge(&self, offset: Offset) {
-        let mut state = self.group.state();
-        if state.outstanding.get(&offset) == Some(&self.id) {
-            state.outstanding.remove(&offset);
-        }
+        self.group.turns.acknowledge(self.id, offset);
     }
 }
 
 impl Drop for LocalShareMember {
     fn drop(&mut self) {
         let mut state = self.group.state();
-        state.members -= 1;
-        let LocalShareGroupState { outstanding, returned, .. } = &mut *state;
-        returned.extend(outstanding.extract_if(.., |_, member| *member == self.id).map(|(offset, _)| offset));
+        state.returned.extend(self.group.turns.leave(self.id));
         drop(state);
-        self.group.turns.stop_waiting(self.id);
         self.group.turns.wake_next();
     }
 }

@@ -4,8 +4,11 @@
 
 mod cluster;
 mod local;
+mod member_turns;
+mod prefetch_window;
 
 pub use cluster::ClusterShareGroups;
+pub use local::batches_weight;
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -38,8 +41,8 @@ impl GroupSession {
 
 /// What a member is given.
 pub enum ShareDelivery {
-    /// Records of one batch.
-    Records(Batch, Vec<RecordPlace>),
+    /// Records, each with the batch that has it. At least one.
+    Records(Vec<(Batch, RecordPlace)>),
     /// Retention has removed this many records before the group read them.
     Skipped(u64),
 }
@@ -179,20 +182,42 @@ impl ShareMember {
     }
 
     /// Whether its group takes back records that it gave, as [`ShareMember::give_back`] does. In a cluster they
-    /// are small and the member's.
+    /// are few and the member's.
     pub fn takes_back(&self) -> bool {
         matches!(self, Self::Local(_))
     }
 
+    /// Whether other members wait for records that this one could [give back](ShareMember::give_back).
+    pub fn keeps_others_waiting(&self) -> bool {
+        matches!(self, Self::Local(member) if member.keeps_others_waiting())
+    }
+
     /// Gives records back that were taken and not sent, for any member to take.
-    pub fn give_back(&self, offsets: impl Iterator<Item = Offset>) {
+    pub fn give_back(&self, records: impl Iterator<Item = (Batch, RecordPlace)>) {
         if let Self::Local(member) = self {
-            member.give_back(offsets);
+            member.give_back(records);
+        }
+    }
+
+    /// Marks a record that was taken as this session's for good: no other member gets it. It counts as one that the
+    /// member has until the client has it.
+    pub fn keep(&mut self, offset: Offset) {
+        match self {
+            Self::Local(member) => member.keep(offset),
+            Self::Cluster(member) => member.keep(offset),
+        }
+    }
+
+    /// Marks a record that was [kept](ShareMember::keep) as dealt with, if it is one of this group.
+    pub fn acknowledge_kept(&mut self, offset: Offset) {
+        match self {
+            Self::Local(member) => member.acknowledge_kept(offset),
+            Self::Cluster(member) => member.acknowledge_kept(offset),
         }
     }
 
     /// Marks a record that was taken as dealt with.
-    pub fn acknowledge(&self, offset: Offset) {
+    pub fn acknowledge(&mut self, offset: Offset) {
         match self {
             Self::Local(member) => member.acknowledge(offset),
             Self::Cluster(member) => member.acknowledge(offset),

@@ -30,6 +30,7 @@ use self::pending::PendingSessionChanges;
 use self::place::{SessionBackend, SessionDatabase};
 #[cfg(test)]
 use self::table::{SESSIONS_FILE_NAME, SessionTable};
+pub use self::will::StoredWill;
 use crate::message::{DatasourceId, Offset, TimeMicros};
 use crate::sqlite::SqliteError;
 use crate::trouble::TroubleCell;
@@ -42,6 +43,7 @@ mod row;
 pub(in crate::consume) mod table;
 #[cfg(test)]
 mod tests;
+mod will;
 
 /// How long a caller waits for a change while transactions fail. The change stays queued.
 pub const SESSION_WRITE_WAIT_MAX: Duration = Duration::from_secs(3);
@@ -92,6 +94,8 @@ pub struct StoredSubscription {
     pub from: Offset,
     /// What it asked for of the past, as in its SUBSCRIBE: `from-offset 41`. It got that.
     pub replay: Option<String>,
+    /// Whether its messages come with their metadata.
+    pub metadata: bool,
 }
 
 /// The cursor of a group of shared subscriptions.
@@ -114,6 +118,8 @@ pub struct StoredSessions {
     pub sessions: Vec<StoredSession>,
     /// In the order of datasource, name and filter.
     pub groups: Vec<StoredGroup>,
+    /// Those of clients that were connected, or whose wills waited.
+    pub wills: Vec<Arc<StoredWill>>,
 }
 
 impl StoredSessions {
@@ -185,6 +191,10 @@ pub enum SessionStoreChange {
         /// Its filter.
         filter: String,
     },
+    /// A client has connected with a will, or was lost and its will waits. Replaces the will with the same id.
+    PutWill(Arc<StoredWill>),
+    /// The will with this id was published, or is not to be.
+    RemoveWill(u64),
     /// In a cluster: what the bucket has of a client. Later changes of that client are written over this.
     Found(Box<bucket::FoundSession>),
     /// In a cluster: the session with this uid belongs to another node from now on. This node writes

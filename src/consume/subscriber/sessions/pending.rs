@@ -7,9 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::sync::Arc;
 
 use super::bucket::FoundSession;
-use super::{SessionStoreChange, StoredFlights, StoredGroup, StoredSession, StoredSessions};
+use super::{SessionStoreChange, StoredFlights, StoredGroup, StoredSession, StoredSessions, StoredWill};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
 /// The gathered change of one session.
@@ -58,17 +59,20 @@ pub(super) struct PendingSessionChanges {
     pub(super) sessions: BTreeMap<u64, PendingSessionChange>,
     /// The cursors of groups, or `None` for groups to remove.
     pub(super) groups: BTreeMap<StoredGroupKey, Option<Offset>>,
+    /// Wills by id, or `None` for wills to remove.
+    pub(super) wills: BTreeMap<u64, Option<Arc<StoredWill>>>,
 }
 
 impl PendingSessionChanges {
     pub(super) fn is_empty(&self) -> bool {
-        self.found.is_empty() && self.sessions.is_empty() && self.groups.is_empty()
+        self.found.is_empty() && self.sessions.is_empty() && self.groups.is_empty() && self.wills.is_empty()
     }
 
     /// Adds everything that is stored.
     pub(super) fn include(&mut self, stored: &StoredSessions) {
         stored.sessions.iter().for_each(|session| self.fold(SessionStoreChange::PutSession(session.clone())));
         stored.groups.iter().for_each(|group| self.fold(SessionStoreChange::PutGroup(group.clone())));
+        stored.wills.iter().for_each(|will| self.fold(SessionStoreChange::PutWill(will.clone())));
     }
 
     /// Takes over the changes that were made to what these changes would store, so that they store that: what
@@ -94,6 +98,12 @@ impl PendingSessionChanges {
                 None => self.groups.remove(key),
             };
         }
+        for (id, will) in &changes.wills {
+            match will {
+                Some(will) => self.wills.insert(*id, Some(will.clone())),
+                None => self.wills.remove(id),
+            };
+        }
     }
 
     /// Adds a change that came after all those added before.
@@ -104,6 +114,12 @@ impl PendingSessionChanges {
             }
             SessionStoreChange::RemoveSession(uid) => {
                 self.sessions.insert(uid, PendingSessionChange::Remove);
+            }
+            SessionStoreChange::PutWill(will) => {
+                self.wills.insert(will.id, Some(will));
+            }
+            SessionStoreChange::RemoveWill(id) => {
+                self.wills.insert(id, None);
             }
             SessionStoreChange::Found(found) => self.found.push(*found),
             SessionStoreChange::GiveUpSession(uid) => {

@@ -6,10 +6,10 @@ use std::borrow::Cow;
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{StoredFlights, StoredSession, StoredSubscription};
+use super::{StoredFlights, StoredSession, StoredSubscription, StoredWill};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
-/// Version 1 had no flights, and no replays of subscriptions: [`EarlierSession`], [`EarlierCursorMove`].
+/// Version 1 had no flights, and no replays and metadata of subscriptions: [`EarlierSession`], [`EarlierCursorMove`].
 const SESSION_ROW_VERSION: u8 = 2;
 
 /// A client's cell.
@@ -83,6 +83,7 @@ impl From<EarlierSession> for StoredSession {
             identifier: of.identifier,
             from: of.from,
             replay: None,
+            metadata: false,
         });
         Self {
             uid: earlier.uid,
@@ -133,6 +134,14 @@ pub(super) fn decode_moves(bytes: &[u8]) -> Option<Vec<CursorMove<'_>>> {
     }
 }
 
+/// A will. `None`: the bytes are damaged, or of a newer version.
+pub(super) fn decode_will(bytes: &[u8]) -> Option<StoredWill> {
+    match bytes.split_first()? {
+        (&SESSION_ROW_VERSION, rest) => postcard::from_bytes(rest).ok(),
+        _ => None,
+    }
+}
+
 /// The scope of an incarnation of a datasource, or `*`.
 pub(super) fn datasource<'de, D: Deserializer<'de>>(from: D) -> Result<DatasourceId, D::Error> {
     DatasourceId::parse_scope(&Cow::<str>::deserialize(from)?).map_err(serde::de::Error::custom)
@@ -166,6 +175,7 @@ mod tests {
             identifier: None,
             from: 5,
             replay: None,
+            metadata: false,
         };
         let session = StoredSession {
             uid: 7,

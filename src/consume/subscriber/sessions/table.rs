@@ -4,9 +4,13 @@
 //! sessions      (uid INTEGER, datasource TEXT, client_id TEXT, expiry_s INTEGER, ended_at INTEGER,
 //!                cursor INTEGER, flights BLOB)
 //! subscriptions (uid INTEGER, filter TEXT, qos INTEGER, no_local INTEGER, retain_as_published INTEGER,
-//!                identifier INTEGER, from_offset INTEGER, replay TEXT)
+//!                identifier INTEGER, from_offset INTEGER, replay TEXT,
+//!                metadata INTEGER)
 //! share_groups  (datasource TEXT, name TEXT, filter TEXT, cursor INTEGER)
+//! wills         (id INTEGER, will BLOB)
 //! ```
+//!
+//! A will is encoded as a cell of the bucket is ([`row`](super::row)).
 //!
 //! A `uid` is an unsigned number, stored as the signed number with the same bits. Times are microseconds
 //! since the Unix epoch. Flights are as [`StoredFlights`] encodes them; NULL if there are none. There are no constraints but the primary keys: a change that the database always
@@ -14,13 +18,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::types::FromSqlError;
 use rusqlite::{CachedStatement, Connection, Row, TransactionBehavior, params};
+use tracing::warn;
 
 use super::pending::{PendingSessionChange, PendingSessionChanges, SessionUpdate, StoredGroupKey};
-use super::{StoredFlights, StoredGroup, StoredSession, StoredSessions, StoredSubscription};
+use super::{StoredFlights, StoredGroup, StoredSession, StoredSessions, StoredSubscription, StoredWill, row};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
 use crate::message::{DatasourceId, Offset};
 use crate::sqlite::{SqliteError, SqliteProfile, copy_database};
@@ -63,6 +69,11 @@ pub(in crate::consume) const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
         "
         ALTER TABLE sessions ADD COLUMN flights BLOB;
         ALTER TABLE subscriptions ADD COLUMN replay TEXT;
+        ALTER TABLE subscriptions ADD COLUMN metadata INTEGER NOT NULL DEFAULT 0;
+        CREATE TABLE wills (
+            id   INTEGER PRIMARY KEY,
+            will BLOB NOT NULL
+        ) STRICT;
     ",
     ],
     is_exclusive: true,
@@ -104,7 +115,22 @@ impl SessionTable {
             let detail = format!("a subscription of session {uid}, which is not there").into();
             return Err(SqliteError::Damaged { path: self.path.clone(), detail });
         }
-        Ok(StoredSessions { sessions, groups: self.groups().map_err(failed)? })
+        let (groups, wills) = (self.groups().map_err(failed)?, self.wills().map_err(failed)?);
+        Ok(StoredSessions { sessions, groups, wills })
+    }
+
+    /// The wills, but those of a newer Headgate.
+    fn wills(&self) -> rusqlite::Result<Vec<Arc<StoredWill>>> {
+        let mut select = self.connection.prepare("SELECT will FROM wills ORDER BY id")?;
+        let mut rows = select.query([])?;
+        let mut wills = Vec::new();
+        while let Some(row) = rows.next()? {
+            match row::decode_will(row.get_ref(0)?.as_blob()?) {
+                Some(will) => wills.push(Arc::new(will)),
+                None => warn!("a stored will is not as this Headgate writes it; it is not published"),
+            }
+        }
+        Ok(wills)
     }
 
     /// The sessions, and the first uid that has subscriptions and no session.
@@ -113,7 +139,7 @@ impl SessionTable {
             "SELECT uid, datasource, client_id, expiry_s, ended_at, cursor, flights FROM sessions ORDER BY uid",
         )?;
         let mut select_subscriptions = self.connection.prepare(
-            "SELECT uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay
+            "SELECT uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay, metadata
              FROM subscriptions ORDER BY uid, filter",
         )?;
         let mut sessions = Vec::new();
@@ -209,6 +235,7 @@ fn write_pending(
     }
     drop(sessions);
     write_groups(&transaction, &pending.groups)?;
+    write_wills(&transaction, &pending.wills)?;
     transaction.commit()
 }
 
@@ -240,6 +267,21 @@ fn write_groups(
     Ok(())
 }
 
+fn write_wills(
+    connection: &Connection,
+    wills: &BTreeMap<u64, Option<Arc<StoredWill>>>,
+) -> rusqlite::Result<()> {
+    let mut put = connection.prepare_cached("INSERT OR REPLACE INTO wills VALUES (?1, ?2)")?;
+    let mut remove = connection.prepare_cached("DELETE FROM wills WHERE id = ?1")?;
+    for (id, will) in wills {
+        match will {
+            Some(will) => put.execute(params![id.cast_signed(), &row::encode(&**will)[..]])?,
+            None => remove.execute([id.cast_signed()])?,
+        };
+    }
+    Ok(())
+}
+
 /// The statements that change sessions, prepared once for a whole transaction.
 struct SessionStatements<'c> {
     put: CachedStatement<'c>,
@@ -261,8 +303,8 @@ impl<'c> SessionStatements<'c> {
             )?,
             subscribe: prepare(
                 "INSERT OR REPLACE INTO subscriptions
-                     (uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+                     (uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay, metadata)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
             )?,
             unsubscribe: prepare("DELETE FROM subscriptions WHERE uid = ?1")?,
             remove: prepare("DELETE FROM sessions WHERE uid = ?1")?,
@@ -317,6 +359,7 @@ impl<'c> SessionStatements<'c> {
                 subscription.identifier,
                 sql_offset(subscription.from),
                 subscription.replay,
+                subscription.metadata,
             ])?;
         }
         Ok(())
@@ -343,6 +386,7 @@ fn subscription_of_row(row: &Row<'_>) -> rusqlite::Result<(i64, StoredSubscripti
         identifier: row.get(5)?,
         from: offset_from_sql(row.get(6)?),
         replay: row.get(7)?,
+        metadata: row.get(8)?,
     };
     Ok((row.get(0)?, subscription))
 }

@@ -24,6 +24,7 @@ fn subscription(filter: &str) -> StoredSubscription {
         identifier: None,
         from: 7,
         replay: None,
+        metadata: false,
     }
 }
 
@@ -50,6 +51,26 @@ fn flights(first: Offset) -> StoredFlights {
 
 fn group(name: &str, cursor: Offset) -> StoredGroup {
     StoredGroup { datasource: id("press-4"), group: name.to_owned(), filter: "spindle/#".to_owned(), cursor }
+}
+
+fn will(id: u64) -> StoredWill {
+    StoredWill {
+        id,
+        scope: DatasourceId::all(),
+        target: Some("press-4~2".to_owned()),
+        key_id: [7; 6],
+        client_id: "c".to_owned(),
+        address: [127, 0, 0, 1].into(),
+        session: Some(9),
+        topic: "press-4/will".to_owned(),
+        payload: vec![0, 1, 0xff],
+        content_type: "text/plain".to_owned(),
+        properties: vec![1, 1],
+        flags: 3,
+        publisher: u64::MAX,
+        delay_s: 5,
+        lost_at: Some(1_795_426_119_000_000),
+    }
 }
 
 fn open(dir: &Path) -> (SessionStore, StoredSessions) {
@@ -103,6 +124,7 @@ async fn everything_about_a_session_comes_back() {
                 identifier: Some(268_435_455),
                 from: 1 << 59,
                 replay: Some("from-offset 576460752303423488".to_owned()),
+                metadata: true,
             },
             subscription("+/x"),
         ],
@@ -115,10 +137,17 @@ async fn everything_about_a_session_comes_back() {
         SessionStoreChange::PutSession(none.clone()),
         SessionStoreChange::PutGroup(group("workers", 8)),
         SessionStoreChange::PutGroup(of_all.clone()),
+        SessionStoreChange::PutWill(Arc::new(will(1))),
+        SessionStoreChange::PutWill(Arc::new(will(2))),
+        SessionStoreChange::RemoveWill(2),
     ];
     written(&store, changes).await;
     store.close().await;
-    let expected = StoredSessions { sessions: vec![one, none], groups: vec![of_all, group("workers", 8)] };
+    let expected = StoredSessions {
+        sessions: vec![one, none],
+        groups: vec![of_all, group("workers", 8)],
+        wills: vec![Arc::new(will(1))],
+    };
     assert_eq!(open(dir.path()).1, expected);
 }
 
@@ -274,12 +303,32 @@ async fn a_hundred_thousand_sessions_are_loaded_at_once() {
 }
 
 #[test]
+fn a_database_of_the_first_version_is_read_and_its_subscriptions_ask_for_no_metadata() {
+    let dir = directory();
+    drop(SessionTable::open(dir.path()).expect("made"));
+    let connection = Connection::open(dir.path().join(SESSIONS_FILE_NAME)).expect("opens");
+    let as_it_was = "
+        ALTER TABLE subscriptions DROP COLUMN metadata;
+        ALTER TABLE subscriptions DROP COLUMN replay;
+        ALTER TABLE sessions DROP COLUMN flights;
+        PRAGMA user_version = 1;
+        INSERT INTO sessions VALUES (1, 'press-4', 'client 1', 3600, NULL, 5);
+        INSERT INTO subscriptions VALUES (1, 'a', 1, 0, 0, NULL, 7);
+    ";
+    connection.execute_batch(as_it_was).expect("runs");
+    drop(connection);
+    let stored = SessionTable::open(dir.path()).and_then(|table| table.load()).expect("read");
+    assert_eq!(stored.sessions, [StoredSession { cursor: 5, ..session(1, &["a"]) }]);
+    drop(SessionTable::open(dir.path()).expect("again"));
+}
+
+#[test]
 fn a_database_that_makes_no_sense_is_set_aside_and_named() {
     for (change, named) in [
         ("INSERT INTO sessions VALUES (1, 'Not a slug', 'c', 0, NULL, 0, NULL)", "datasource id"),
         ("INSERT INTO sessions VALUES (1, '*', 'c', -1, NULL, 0, NULL)", "-1"),
         ("INSERT INTO sessions VALUES (1, '*', 'c', 0, NULL, 0, x'0100')", "in flight"),
-        ("INSERT INTO subscriptions VALUES (3, 'a', 1, 0, 0, NULL, 0, NULL)", "session 3"),
+        ("INSERT INTO subscriptions VALUES (3, 'a', 1, 0, 0, NULL, 0, NULL, 0)", "session 3"),
     ] {
         let dir = directory();
         drop(SessionTable::open(dir.path()).expect("made"));
@@ -304,6 +353,7 @@ fn a_database_that_makes_no_sense_is_set_aside_and_named() {
 struct Model {
     sessions: BTreeMap<u64, StoredSession>,
     groups: BTreeMap<String, StoredGroup>,
+    wills: BTreeMap<u64, Arc<StoredWill>>,
 }
 
 impl Model {
@@ -326,12 +376,15 @@ impl Model {
             }
             SessionStoreChange::PutGroup(group) => drop(self.groups.insert(group.group.clone(), group)),
             SessionStoreChange::RemoveGroup { group, .. } => drop(self.groups.remove(&group)),
+            SessionStoreChange::PutWill(will) => drop(self.wills.insert(will.id, will)),
+            SessionStoreChange::RemoveWill(id) => drop(self.wills.remove(&id)),
             SessionStoreChange::Found(_) | SessionStoreChange::GiveUpSession(_) => {}
         }
     }
 
     fn stored(&self) -> StoredSessions {
         StoredSessions {
+            wills: self.wills.values().cloned().collect(),
             sessions: self.sessions.values().cloned().collect(),
             groups: self.groups.values().cloned().collect(),
         }
@@ -359,6 +412,10 @@ fn any_change() -> impl Strategy<Value = SessionStoreChange> {
             let StoredGroup { datasource, group, filter, .. } = group(name, 0);
             SessionStoreChange::RemoveGroup { datasource, group, filter }
         }),
+        (0..3_u64, any::<u32>()).prop_map(|(id, delay_s)| {
+            SessionStoreChange::PutWill(Arc::new(StoredWill { delay_s, ..will(id) }))
+        }),
+        (0..3_u64).prop_map(SessionStoreChange::RemoveWill),
     ]
 }
 
@@ -488,7 +545,7 @@ async fn sessions_of_the_first_version_are_read_and_written() {
 
 #[test]
 fn a_log_that_ends_earlier_takes_back_what_was_in_flight_beyond_it() {
-    let mut stored = StoredSessions { sessions: vec![session(1, &["a"])], groups: Vec::new() };
+    let mut stored = StoredSessions { sessions: vec![session(1, &["a"])], ..StoredSessions::default() };
     stored.sessions[0].flights = flights(1);
     assert_eq!(stored.set_back(20), [], "nothing is beyond the end");
     let changes = stored.set_back(8);

@@ -4,6 +4,7 @@
 //! An idle connection holds a few hundred bytes: sockets are read into a buffer that each thread owns,
 //! and every queue is freed when it is empty.
 
+mod exit;
 mod turns;
 
 use std::future::Future;
@@ -14,8 +15,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
+use self::exit::PendingExit;
 use super::acks::{AckWaits, PendingAcks, ReadAcks, SessionStoreWait};
 use super::codec::write::{self, AckKind};
 use super::codec::{MqttVersion, ReasonCode, Violation};
@@ -34,10 +36,17 @@ use super::wills::MqttWill;
 use super::{MqttFront, unless_evicted};
 use crate::auth::Scope;
 use crate::auth::connections::KeyConnectionGuard;
+use crate::config::MetadataPolicy;
 use crate::front::connection_table::TableEntry;
 use crate::intake::{AdmittedDraft, Draft, Refusal};
 use crate::memory::MemoryCharge;
+use crate::message::Transport;
+use crate::observe::cause::Cause;
+use crate::observe::refusals::RefusalNote;
 use crate::processor::TaskPayer;
+
+/// How much of a client identifier goes into the process's log.
+const LOGGED_CLIENT_ID_CHARS_MAX: usize = 64;
 
 /// Serves one connection from its first byte to its last. The CONNECT has to arrive by `connect_by`. Its key's tenant
 /// pays for it from then on.
@@ -61,8 +70,13 @@ pub(super) async fn run(
         Ok(opened) => {
             payer.set(front.intake.processor().of_grant(&opened.inbound.grant));
             front.intake.metrics().mqtt_connections.increment(1);
-            let (goodbye, will) = serve(front, &mut stream, peer, opened).await;
+            let ConnectionEnd { goodbye, will, discarded } = serve(front, &mut stream, peer, opened).await;
             front.intake.metrics().mqtt_connections.decrement(1);
+            if let Some(will) = discarded {
+                // A client that sees the end of its connection after a goodbye has no will, whatever becomes of the
+                // gateway.
+                Box::pin(will.discard()).await;
+            }
             let publishing = async {
                 if let Some(will) = will {
                     will.publish(&front.intake).await;
@@ -85,14 +99,23 @@ enum SessionSending {
 type TurnWait = Pin<Box<dyn Future<Output = Result<bool, Refusal>> + Send>>;
 type PendingRequest = Pin<Box<dyn Future<Output = (Box<Outbound>, Vec<u8>)> + Send>>;
 
-/// Serves an opened connection. Returns the last bytes to send, and the will if it is to be published
-/// now.
+/// What is left to do for a connection that has ended.
+struct ConnectionEnd {
+    /// The last bytes to send.
+    goodbye: Vec<u8>,
+    /// The will, if it is to be published now.
+    will: Option<Box<MqttWill>>,
+    /// The will that the client has taken back.
+    discarded: Option<Box<MqttWill>>,
+}
+
+/// Serves an opened connection.
 async fn serve(
     front: &Arc<MqttFront>,
     stream: &mut ClientStream,
     peer: SocketAddr,
     opened: Box<OpenedConnection>,
-) -> (Vec<u8>, Option<Box<MqttWill>>) {
+) -> ConnectionEnd {
     let mut connection = MqttConnection::begin(front, stream, opened);
     let stop = {
         let clock = tokio::time::sleep(connection.clock_step());
@@ -122,6 +145,8 @@ struct MqttConnection<'a> {
     /// The SUBSCRIBE or UNSUBSCRIBE in progress, which has the sending half; nothing is read or sent for
     /// the session meanwhile.
     requesting: Option<PendingRequest>,
+    /// The next request: it waits until the log has what the client has published before it.
+    waiting_request: Option<Box<SubscriptionRequest>>,
     /// Ends what is searched for that request.
     cancel_request: CancellationToken,
     /// A draft for which intake has no room yet; nothing is read meanwhile.
@@ -132,6 +157,12 @@ struct MqttConnection<'a> {
     packets_read: usize,
     /// Set when nothing more is read; work in progress is finished first.
     ended: Option<InboundEnd>,
+    /// Set when somebody else ends the connection: what the client had sent is taken in first.
+    exit: Option<Box<PendingExit>>,
+    /// Nothing more comes from the client than what was read ahead.
+    is_input_over: bool,
+    /// Another connection has taken over, and the client was still there.
+    pushed_out: bool,
     output: ClientOutput,
     /// What is charged for the output and the pages behind it, while the client does not take them.
     output_memory: Option<MemoryCharge>,
@@ -183,9 +214,13 @@ impl<'a> MqttConnection<'a> {
             receive_maximum: opened.receive_maximum,
             session_is_stored: false,
             requesting: None,
+            waiting_request: None,
             cancel_request: CancellationToken::new(),
             packets_read: 0,
             ended: None,
+            exit: None,
+            is_input_over: false,
+            pushed_out: false,
             output: ClientOutput::new(opened.answer),
             output_memory: None,
             starved: None,
@@ -207,8 +242,12 @@ impl<'a> MqttConnection<'a> {
         connection
     }
 
-    /// Hands back the session. Returns the last bytes, and the will if it is to be published now.
-    async fn end(mut self: Box<Self>, stop: StopReason) -> (Vec<u8>, Option<Box<MqttWill>>) {
+    /// Hands back the session.
+    async fn end(mut self: Box<Self>, stop: StopReason) -> ConnectionEnd {
+        let found = self.find_goodbye(&stop);
+        if self.pushed_out {
+            self.report_takeover();
+        }
         let owed = self.output.split_off_unsent();
         let goodbye = stop.last_words(&self.output.bytes, owed, &self.inbound, self.front.intake.refusals());
         self.cancel_request.cancel();
@@ -227,9 +266,14 @@ impl<'a> MqttConnection<'a> {
             (None, SessionSending::Subscribed(outbound)) => outbound.into_session(),
             (None, SessionSending::Nothing(session)) => *session,
         };
-        if let StopReason::End(InboundEnd::Goodbye(disconnect)) = &stop {
+        let said =
+            if let StopReason::End(InboundEnd::Goodbye(said)) = &stop { Some(said) } else { found.as_ref() };
+        let mut discarded = None;
+        if let Some(disconnect) = said {
             // Sections 3.14.2.1 and 3.14.2.2.2.
-            will = will.filter(|_| inbound.form.version == MqttVersion::V5 && disconnect.reason != 0);
+            if inbound.form.version != MqttVersion::V5 || disconnect.reason == 0 {
+                discarded = will.take();
+            }
             if let Some(expiry_s) = disconnect.session_expiry_s {
                 let before = session.expiry_s;
                 session.expiry_s = expiry_s.min(front.config.session_expiry_s_max);
@@ -238,19 +282,34 @@ impl<'a> MqttConnection<'a> {
                 }
             }
         }
-        (goodbye, present.leave(session, will))
+        ConnectionEnd { goodbye, will: present.leave(session, will), discarded }
+    }
+
+    /// Reports that devices share a client identifier, if they push each other out on and on.
+    fn report_takeover(&self) {
+        let who = &self.inbound.who;
+        let Some(shared) = self.present.note_takeover(who.address) else { return };
+        let note = RefusalNote::new(Transport::Mqtt, Cause::SharedClientId, &shared.words);
+        self.front.intake.refusals().note(self.inbound.note(note));
+        if shared.is_new {
+            let client: String = who.client.chars().take(LOGGED_CLIENT_ID_CHARS_MAX).collect();
+            let datasource = self.inbound.grant.datasource();
+            warn!(?client, %datasource, "{}: {}", shared.words, Cause::SharedClientId.advice());
+        }
     }
 
     /// The sending half for a session.
     fn new_outbound(&self, session: MqttSession) -> Box<Outbound> {
         let Inbound { grant, form, publisher, .. } = &self.inbound;
         let names_datasource = grant.datasource().is_all();
+        let always_metadata = self.front.config.metadata == MetadataPolicy::Always;
+        let aliases_max = self.topic_alias_maximum;
         Box::new(Outbound::new(
             self.front.subscribers.clone(),
             self.front.intake.metrics().clone(),
             self.present.scope().clone(),
             session,
-            PublishWriter::new(*form, *publisher, names_datasource, self.topic_alias_maximum),
+            PublishWriter::new(*form, *publisher, names_datasource, always_metadata, aliases_max),
             self.receive_maximum,
         ))
     }
@@ -296,9 +355,7 @@ impl<'a> MqttConnection<'a> {
             self.starve(Some(bytes));
         }
         let acknowledged = self.acknowledge(&batch.acknowledged);
-        if let Some(request) = batch.request {
-            self.begin_request(request);
-        }
+        self.waiting_request = batch.request.map(Box::new);
         if let Some(limited) = batch.held {
             let intake = self.front.intake.clone();
             self.held = Some(Box::pin(async move { intake.wait_turn(limited).await }));
@@ -347,7 +404,7 @@ impl<'a> MqttConnection<'a> {
         Some(Box::pin(self.front.subscribers.store.write(Vec::new())))
     }
 
-    /// Begins to serve a SUBSCRIBE or UNSUBSCRIBE.
+    /// Begins to serve a SUBSCRIBE or UNSUBSCRIBE. The log has what the client has published before.
     fn begin_request(&mut self, request: SubscriptionRequest) {
         let nothing = SessionSending::Nothing(Box::new(MqttSession::new(0, 0)));
         let mut outbound = match std::mem::replace(&mut self.sending, nothing) {
@@ -363,7 +420,9 @@ impl<'a> MqttConnection<'a> {
             grant: self.inbound.grant.clone(),
             form: self.inbound.form,
             who: self.inbound.who.clone(),
+            subscriptions_max: self.front.config.subscriptions_per_session_max,
             cancel: self.cancel_request.clone(),
+            published: self.pending_acks.published_offset(),
         };
         self.requesting = Some(Box::pin(subscribe::serve_request(services, request, outbound)));
     }

@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::future::Future;
-use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -24,7 +23,8 @@ const CLOCK_STEP_MIN: Duration = Duration::from_millis(10);
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(3600);
 
 thread_local! {
-    static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MQTT_READ_BYTES].into());
+    /// What a connection of the thread reads into.
+    pub(super) static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MQTT_READ_BYTES].into());
 }
 
 impl MqttConnection<'_> {
@@ -44,7 +44,7 @@ impl MqttConnection<'_> {
                 Ok(false) => {}
                 Err(stop) => return Poll::Ready(stop),
             }
-            if self.inbound.holds_packet() || self.starved.is_some() {
+            if self.inbound.holds_packet() || self.starved.is_some() || self.exit.is_some() {
                 let due = Instant::now() + self.clock_step();
                 if clock.deadline() > due {
                     clock.as_mut().reset(due);
@@ -71,6 +71,9 @@ impl MqttConnection<'_> {
         let (exchanges, output) = (&mut self.inbound.exchanges, &mut self.output.bytes);
         let answered = self.pending_acks.poll_write(form, &closer, exchanges, output, cx)?;
         self.poll_request(cx);
+        if self.begin_waiting_request() {
+            return Ok(true);
+        }
         if self.inbound.is_paused() && self.ended.is_none() && self.may_read() {
             self.receive(&[]);
             return Ok(self.goes_on(cx));
@@ -80,21 +83,22 @@ impl MqttConnection<'_> {
             clock.reset(Instant::now() + self.clock_step());
         }
         if self.ended.is_some() {
-            let finished = answered.is_ready() && written.is_ready() && self.blocked.is_none();
-            return if finished { self.finish() } else { Ok(false) };
+            // On the way out nobody waits for a client that does not read.
+            let is_written = written.is_ready() || self.exit.is_some();
+            let is_idle = self.blocked.is_none() && self.requesting.is_none();
+            return if answered.is_ready() && is_written && is_idle { Err(self.finish()) } else { Ok(false) };
         }
         if self.inbound.is_paused() && self.may_read() {
             // There is room now that the output is sent.
             return Ok(true);
         }
-        if self.may_read()
-            && (self.inbound.is_packet_charged() || !self.is_starved(cx))
-            && let Poll::Ready(read) = self.poll_read(cx)
-        {
-            read.map_err(|_| StopReason::NetworkFailed)?;
-            return Ok(self.goes_on(cx));
+        if self.may_read() && (self.inbound.is_packet_charged() || !self.is_starved(cx)) {
+            if !self.is_exit_full() && self.poll_read(cx).is_ready() {
+                return Ok(self.goes_on(cx));
+            }
+            return Ok(self.end_input_of_exit());
         }
-        Ok(false)
+        Ok(self.poll_ahead(cx))
     }
 
     /// Whether to take another turn at once. After a read of very many packets other connections come first.
@@ -111,17 +115,11 @@ impl MqttConnection<'_> {
     #[inline]
     fn poll_closed(&mut self, cx: &mut Context<'_>) -> Result<(), StopReason> {
         match self.present.control().poll_closed(cx) {
-            // Drafts handed over before the shutdown are finished and acknowledged.
-            Poll::Ready(CloseReason::Drain) => {
-                self.ended.get_or_insert(InboundEnd::Lost);
-                if self.pending_acks.is_empty() && self.blocked.is_none() && self.output.unsent_bytes() == 0 {
-                    return Err(StopReason::Close(CloseReason::Drain));
-                }
-                Ok(())
-            }
-            Poll::Ready(why) => Err(StopReason::Close(why)),
-            Poll::Pending => Ok(()),
+            Poll::Ready(CloseReason::KeyDead) => return Err(StopReason::Close(CloseReason::KeyDead)),
+            Poll::Ready(why) => self.begin_exit(StopReason::Close(why)),
+            Poll::Pending => {}
         }
+        Ok(())
     }
 
     /// Hands the blocked draft to the log, if intake has room for it now.
@@ -182,14 +180,17 @@ impl MqttConnection<'_> {
         }
     }
 
-    /// Ends the connection: nothing more is read, and all answers are written.
-    fn finish(&mut self) -> Result<bool, StopReason> {
-        let Some(end) = self.ended.take() else { return Ok(false) };
-        Err(if self.present.control().closed() == Some(CloseReason::Drain) {
-            StopReason::Close(CloseReason::Drain)
-        } else {
-            StopReason::End(end)
-        })
+    /// Begins to serve the next SUBSCRIBE or UNSUBSCRIBE, once the log has what was published before it: that is not
+    /// sent to the new subscription.
+    #[inline]
+    fn begin_waiting_request(&mut self) -> bool {
+        if self.waiting_request.is_none() || !self.pending_acks.is_empty() || self.blocked.is_some() {
+            return false;
+        }
+        if let Some(request) = self.waiting_request.take() {
+            self.begin_request(*request);
+        }
+        true
     }
 
     /// Writes the output, and messages for the session's subscriptions, as long as the client takes them.
@@ -205,8 +206,8 @@ impl MqttConnection<'_> {
             {
                 outbound.suspend(self.output.unsent_bytes());
             }
-            if let (SessionSending::Subscribed(outbound), None, None, false) =
-                (&mut self.sending, &self.requesting, &self.ended, is_stuffed)
+            if let (SessionSending::Subscribed(outbound), None, None, None, false) =
+                (&mut self.sending, &self.requesting, &self.ended, &self.exit, is_stuffed)
             {
                 let may = self.inbound.grant.allows_scope(Scope::Subscribe);
                 if matches!(may, Err(GrantDenial::Revoked | GrantDenial::Expired)) {
@@ -227,7 +228,12 @@ impl MqttConnection<'_> {
                     self.charge_output();
                     return Ok(Poll::Ready(()));
                 }
-                Poll::Ready(Err(_)) => return Err(StopReason::NetworkFailed),
+                Poll::Ready(Err(_)) => {
+                    // The client takes nothing more. What it had sent before counts.
+                    self.output.discard();
+                    self.begin_exit(StopReason::NetworkFailed);
+                    return Ok(Poll::Ready(()));
+                }
                 Poll::Pending => {
                     self.charge_output();
                     return Ok(Poll::Pending);
@@ -285,22 +291,59 @@ impl MqttConnection<'_> {
         self.blocked.is_none()
             && self.held.is_none()
             && self.requesting.is_none()
+            && self.waiting_request.is_none()
             && (self.starved.is_none() || self.inbound.is_packet_charged())
             && (self.pending_acks.is_empty() || !self.inbound.waits_for_answers())
             && self.pending_acks.len() < MQTT_READS_IN_FLIGHT_MAX
-            && self.output.unsent_bytes() < MQTT_UNSENT_BYTES_MAX
+            && (self.output.unsent_bytes() < MQTT_UNSENT_BYTES_MAX || self.exit.is_some())
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// Takes in what one read of the socket gives. An error is the end of it: what came before counts.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.is_input_over {
+            self.ended = Some(InboundEnd::Lost);
+            return Poll::Ready(());
+        }
         READ_BUFFER.with_borrow_mut(|buffer| {
             let mut read = ReadBuf::new(buffer);
-            ready!(Pin::new(&mut *self.stream).poll_read(cx, &mut read))?;
-            if read.filled().is_empty() {
-                self.ended = Some(InboundEnd::Lost);
-            } else {
-                self.receive(read.filled());
+            match ready!(Pin::new(&mut *self.stream).poll_read(cx, &mut read)) {
+                Ok(()) if !read.filled().is_empty() => {
+                    self.count_exit_bytes(read.filled().len());
+                    self.receive(read.filled());
+                }
+                Ok(()) => self.ended = Some(InboundEnd::Lost),
+                Err(_) => {
+                    self.ended = Some(InboundEnd::Lost);
+                    self.begin_exit(StopReason::NetworkFailed);
+                }
             }
-            Poll::Ready(Ok(()))
+            Poll::Ready(())
+        })
+    }
+
+    /// Reads on while the next packet waits for its turn, and answers PINGREQs: the client is held back, and not left
+    /// alone. Returns whether there was any.
+    fn poll_ahead(&mut self, cx: &mut Context<'_>) -> bool {
+        let may = self.held.is_some() && !self.is_input_over && self.inbound.may_look_ahead();
+        if !may || self.output.unsent_bytes() >= MQTT_UNSENT_BYTES_MAX {
+            return false;
+        }
+        READ_BUFFER.with_borrow_mut(|buffer| {
+            let mut read = ReadBuf::new(buffer);
+            let Poll::Ready(is_read) = Pin::new(&mut *self.stream).poll_read(cx, &mut read) else {
+                return false;
+            };
+            if is_read.is_err() || read.filled().is_empty() {
+                self.is_input_over = true;
+                return false;
+            }
+            self.count_exit_bytes(read.filled().len());
+            let pings = self.inbound.look_ahead(read.filled(), &mut self.output.bytes);
+            self.inbound.charge_held();
+            if pings > 0 {
+                self.heard_at = Instant::now();
+            }
+            true
         })
     }
 
@@ -314,7 +357,8 @@ impl MqttConnection<'_> {
         let patience = self.starved.as_ref().filter(|_| self.inbound.holds_memory());
         let patience = patience
             .map_or(Duration::MAX, |starved| self.hold_back_max().saturating_sub(starved.since.elapsed()));
-        silence.min(packet).min(patience).min(self.output.wait_left()).clamp(CLOCK_STEP_MIN, CLOCK_STEP_MAX)
+        let least = silence.min(packet).min(patience).min(self.output.wait_left()).min(self.exit_left());
+        least.clamp(CLOCK_STEP_MIN, CLOCK_STEP_MAX)
     }
 
     /// How long a client is held back for a transient cause.
@@ -322,9 +366,14 @@ impl MqttConnection<'_> {
         Duration::from_millis(self.front.intake.limits().hold_back_ms_max)
     }
 
-    fn check_deadlines(&self) -> Option<StopReason> {
-        // While reading is held back, silence is not the client's fault.
-        let silent = self.may_read() && self.silence_max.is_some_and(|max| self.heard_at.elapsed() >= max);
+    fn check_deadlines(&mut self) -> Option<StopReason> {
+        if let Some(stop) = self.check_exit() {
+            return Some(stop);
+        }
+        // While reading is held back, silence is not the client's fault. Nor is it if the gateway was stopped, and has
+        // not read what lies there.
+        let is_judged = self.may_read() && !self.stream.has_unread();
+        let silent = is_judged && self.silence_max.is_some_and(|max| self.heard_at.elapsed() >= max);
         if let Some(starved) = &self.starved
             && self.inbound.holds_memory()
             && !self.inbound.is_packet_charged()
@@ -333,7 +382,7 @@ impl MqttConnection<'_> {
             // It holds what others may wait for. Nothing of the packet was acknowledged.
             return Some(StopReason::Transient(self.front.intake.busy_refusal()));
         }
-        if self.may_read() && self.inbound.packet_due().is_some_and(|due| Instant::now() >= due) {
+        if is_judged && self.inbound.packet_due().is_some_and(|due| Instant::now() >= due) {
             return Some(StopReason::Silent);
         }
         if silent { Some(StopReason::Silent) } else { self.output.is_stuck().then_some(StopReason::Stuck) }

@@ -1,6 +1,7 @@
 //! The receiving half of a connection: decodes bytes to packets, and puts PUBLISH packets into a draft
 //! with the answers that they are due.
 
+mod ahead;
 mod publish;
 
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use self::ahead::AheadLook;
 use self::publish::ReceivedTopicAliases;
 use super::acks::{ExchangeCloser, ReadAcks};
 use super::client_identity::ClientIdentity;
@@ -60,6 +62,8 @@ pub(super) struct Inbound {
     /// `partial` may hold whole packets, because a request before them had to be served first, the first
     /// of them is held back or waits, or there were very many in one read.
     paused: bool,
+    /// What was seen of those packets.
+    ahead: AheadLook,
     /// The next packet is about an exchange that the log has not answered yet.
     waits_for_answers: bool,
     /// The next message was held back, and is already counted against its rates.
@@ -139,6 +143,7 @@ impl Inbound {
             exchanges: ExchangeTable::default(),
             partial: Vec::new(),
             paused: false,
+            ahead: AheadLook::default(),
             waits_for_answers: false,
             paid: false,
             aliases: ReceivedTopicAliases::default(),
@@ -263,6 +268,7 @@ impl Inbound {
     ) -> InboundBatch {
         let mut read = InboundRead { batch: InboundBatch::default(), intake, unacknowledged };
         self.waits_for_answers = false;
+        self.ahead = AheadLook::default();
         let mut bytes = read_bytes;
         let mut buffered;
         if std::mem::take(&mut self.paused) {
@@ -343,14 +349,16 @@ impl Inbound {
             MqttPacket::Publish(publish) => return self.handle_publish(&publish, bytes_left, read),
             MqttPacket::Pingreq => read.batch.acks.push_pong(),
             MqttPacket::Subscribe(subscribe) => {
-                read.batch.request = Some(SubscriptionRequest::Subscribe(SubscribeRequest::from(&subscribe)));
+                read.batch.request = Some(SubscriptionRequest::Subscribe(SubscribeRequest::new(
+                    &subscribe,
+                    self.who.is_bridge,
+                )));
             }
             MqttPacket::Unsubscribe(unsubscribe) => {
                 read.batch.request = Some(SubscriptionRequest::from(&unsubscribe))
             }
             MqttPacket::Disconnect(disconnect) => {
-                if self.ephemeral && disconnect.session_expiry_s.is_some_and(|s| s > 0) {
-                    // Section 3.14.2.2.2.
+                if !self.is_goodbye_valid(&disconnect) {
                     return Err(InboundEnd::Violation(Violation::protocol(
                         "a session expiry for a session that ends with its connection",
                     )));
@@ -467,7 +475,8 @@ mod tests {
             .account_of_key(grant.key_id(), grant.datasource());
         let form = PacketForm { version: MqttVersion::V5, reasons: true, packet_bytes_max: u32::MAX };
         let user = Arc::new(KeyClient::new(Transport::Mqtt, None, Some("c")));
-        let who = Arc::new(ClientIdentity { address: [127, 0, 0, 1].into(), client: "c".into(), user });
+        let (address, client) = ([127, 0, 0, 1].into(), "c".into());
+        let who = Arc::new(ClientIdentity { address, client, user, is_bridge: false });
         let session = MqttSession::new(1, 0);
         let inbound = Inbound::new(grant, who, form, 1 << 20, 100, 7, &session, account);
         (dir, intake, inbound)
@@ -487,23 +496,26 @@ mod tests {
     #[tokio::test]
     async fn a_read_of_very_many_packets_is_taken_in_in_turns_and_in_order() {
         let (_dir, intake, mut inbound) = hourly();
-        let mut out = Vec::new();
         // Each has another packet identifier.
         let pubacks = |count: u16| (1..=count).flat_map(|id| [&[0x40, 2][..], &id.to_be_bytes()].concat());
         let all = 3 * u16::try_from(MQTT_PACKETS_PER_TURN_MAX).expect("small") + 5;
         let bytes: Vec<u8> = pubacks(all).collect();
         let (read, rest) = bytes.split_at(bytes.len() - 3);
         let mut acknowledged = Vec::new();
-        let mut batch = inbound.receive(read, &intake, 0, &mut out);
+        let mut batch = inbound.receive(read, &intake, 0);
         while inbound.is_paused() {
             assert_eq!(batch.packets, MQTT_PACKETS_PER_TURN_MAX, "one turn");
             acknowledged.extend(batch.acknowledged);
             inbound.charge_held();
-            batch = inbound.receive(&[], &intake, 0, &mut out);
+            batch = inbound.receive(&[], &intake, 0);
         }
         acknowledged.extend(batch.acknowledged);
-        acknowledged.extend(inbound.receive(rest, &intake, 0, &mut out).acknowledged);
-        assert!(acknowledged == (1..=all).collect::<Vec<_>>(), "{} came", acknowledged.len());
+        acknowledged.extend(inbound.receive(rest, &intake, 0).acknowledged);
+        assert!(
+            acknowledged == (1..=all).map(|id| (id, FlightAck::Puback)).collect::<Vec<_>>(),
+            "{} came",
+            acknowledged.len()
+        );
         assert!(!inbound.holds_packet());
     }
 

@@ -4,16 +4,17 @@ use std::net::IpAddr;
 
 use tracing::debug;
 
-use super::super::codec::properties::{TOPIC_ALIAS, forward_properties};
+use super::super::bridge_notice::is_bridge_notice;
+use super::super::codec::properties::TOPIC_ALIAS;
 use super::super::codec::write::AckKind;
 use super::super::codec::{MqttVersion, PublishPacket, ReasonCode, Violation};
 use super::super::credentials;
 use super::super::exchanges::ExchangeState;
+use super::super::forwarded::{ForwardedProperties, mount_of};
 use super::super::reason::refusal_reason_code;
 use super::{Inbound, InboundEnd, InboundRead};
 use crate::auth::shape::KeyShape;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
-use crate::front::credentials::is_key_header;
 use crate::intake::{
     AskedMessage, Draft, Exchange, IncomingMessage, Intake, MESSAGE_ID_PROPERTY, QuarantinedMessage, Refusal,
 };
@@ -47,6 +48,11 @@ impl Inbound {
             }));
         }
         let topic = self.aliases.resolve(publish).map_err(InboundEnd::Violation)?;
+        if is_bridge_notice(topic) && self.grant.holds() {
+            read.intake.metrics().bridge_notices.increment(1);
+            self.answer_dropped(publish, read);
+            return Ok(());
+        }
         let first = read.batch.draft.is_none();
         let draft = read.batch.draft.get_or_insert_with(|| {
             let mut draft = read.intake.draft(Transport::Mqtt, self.publisher);
@@ -88,6 +94,18 @@ impl Inbound {
                 Ok(())
             }
             Err(refused) => self.answer_refused(publish, refused, read),
+        }
+    }
+
+    /// Answers a message that is taken and not kept.
+    fn answer_dropped(&mut self, publish: &PublishPacket<'_>, read: &mut InboundRead<'_>) {
+        match publish.qos {
+            0 => {}
+            1 => read.batch.acks.push_done(AckKind::Puback, publish.packet_id),
+            _ => {
+                self.exchanges.open_unkept(publish.packet_id);
+                read.batch.acks.push_done(AckKind::Pubrec, publish.packet_id);
+            }
         }
     }
 
@@ -297,8 +315,9 @@ fn push_message(
         return Ok(push(draft, grant, message)?);
     }
     let own = credentials::grant_of_publish(&publish.properties, intake.authorizer(), from)?;
-    let mut properties = Vec::new();
-    let content_type = forward_properties(&publish.properties, &mut properties, is_key_header);
+    let mount = mount_of(own.as_ref().unwrap_or(grant), topic);
+    let ForwardedProperties { content_type, wire: properties } =
+        ForwardedProperties::of(&publish.properties, mount, intake.metrics());
     let message = IncomingMessage {
         topic,
         payload,

@@ -89,7 +89,7 @@ impl Outbound {
     /// Ready when no packets wait any more for the store.
     pub(super) fn poll_held(&mut self, out: &mut Vec<u8>, cx: &mut Context<'_>) -> Poll<()> {
         let taken = ready!(self.packets.poll_stored(&self.subscribers.store, out, cx));
-        taken.into_iter().for_each(|(slot, offset)| self.groups.acknowledge(slot, offset));
+        taken.into_iter().for_each(|(slot, offset)| self.groups.keep(slot, offset));
         Poll::Ready(())
     }
 
@@ -102,7 +102,7 @@ impl Outbound {
         }
         if !self.session.is_durable() {
             // It ends with the connection, and so do its identifiers.
-            taken.into_iter().for_each(|(slot, offset)| self.groups.acknowledge(slot, offset));
+            taken.into_iter().for_each(|(slot, offset)| self.groups.keep(slot, offset));
             return;
         }
         let packets = out[from..].to_vec();
@@ -116,7 +116,7 @@ impl Outbound {
         let HeldPackets { written, turn } = std::mem::take(&mut self.packets);
         let taken = written.map_or(Vec::new(), |written| written.taken);
         let held = turn.map_or(Vec::new(), |turn| turn.taken);
-        held.into_iter().chain(taken).for_each(|(slot, offset)| self.groups.acknowledge(slot, offset));
+        held.into_iter().chain(taken).for_each(|(slot, offset)| self.groups.keep(slot, offset));
     }
 
     /// Queues what is sent and not acknowledged for the store, as it is now.

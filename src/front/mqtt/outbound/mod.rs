@@ -227,10 +227,16 @@ impl Outbound {
                 self.groups.acknowledge(slot, offset);
             }
             FlightStep::Release(first) => {
+                if let Some(MqttFlight { offset, origin: FlightOrigin::Shared, .. }) = first {
+                    self.groups.acknowledge_kept(offset);
+                }
                 // Said again, it is answered again, but once.
                 if first.is_some() || !self.releases.contains(&packet_id) {
                     self.releases.push(packet_id);
                 }
+            }
+            FlightStep::Ended(MqttFlight { offset, origin: FlightOrigin::Shared, .. }) => {
+                self.groups.acknowledge_kept(offset);
             }
             FlightStep::Ended(_) | FlightStep::Completed => {}
         }
@@ -265,10 +271,12 @@ impl Outbound {
         }
         let begin = out.len();
         self.write_releases(out);
+        self.groups.begin();
         let filled = self.poll_all(room_until, out, cx);
         self.has_moved |= out.len() > begin;
         self.hold_packets(out);
         if filled.is_pending() {
+            self.groups.settle();
             if self.is_stalled {
                 self.pause();
             }

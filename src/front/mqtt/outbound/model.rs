@@ -188,6 +188,7 @@ impl ModelRun {
                 from: 0,
                 replay: None,
                 is_renewed: true,
+                metadata: false,
             };
             let slot_in_session = outbound.session.free_slot();
             assert_eq!(slot_in_session, slot);
@@ -206,7 +207,7 @@ impl ModelRun {
             Arc::new(Metrics::new()),
             press_4(),
             session,
-            PublishWriter::new(form, 1, false, 0),
+            PublishWriter::new(form, 1, false, false, 0),
             self.receive_maximum,
         )));
     }

@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use super::super::delivery::Delivery;
 use super::Outbound;
 use crate::consume::subscriber::sessions::FlightOrigin;
-use crate::consume::subscriber::{ShareDelivery, ShareMember};
+use crate::consume::subscriber::{ShareDelivery, ShareMember, batches_weight};
 use crate::limits::REFETCH_RECORDS;
 use crate::log::{Batch, LogReadError, RecordPlace};
 use crate::message::Offset;
@@ -18,6 +18,8 @@ use crate::message::Offset;
 pub(super) struct GroupMemberships {
     members: Vec<(u32, ShareMember)>,
     records: VecDeque<(u32, Batch, RecordPlace)>,
+    /// The groups were asked for more and have none: they wake the connection.
+    waits: bool,
 }
 
 impl GroupMemberships {
@@ -34,56 +36,86 @@ impl GroupMemberships {
     }
 
     /// Tells a group that the client has a record.
-    pub(super) fn acknowledge(&self, slot: u32, offset: Offset) {
-        if let Some((_, member)) = self.members.iter().find(|(present, _)| *present == slot) {
+    pub(super) fn acknowledge(&mut self, slot: u32, offset: Offset) {
+        if let Some((_, member)) = self.members.iter_mut().find(|(present, _)| *present == slot) {
             member.acknowledge(offset);
         }
     }
 
+    /// Tells a group that a record is this session's for good.
+    pub(super) fn keep(&mut self, slot: u32, offset: Offset) {
+        if let Some((_, member)) = self.members.iter_mut().find(|(present, _)| *present == slot) {
+            member.keep(offset);
+        }
+    }
+
+    /// Tells the groups that the client has a record that was [kept](GroupMemberships::keep).
+    pub(super) fn acknowledge_kept(&mut self, offset: Offset) {
+        self.members.iter_mut().for_each(|(_, member)| member.acknowledge_kept(offset));
+    }
+
     /// How many bytes the records that are not written hold.
     pub(super) fn held_bytes(&self) -> usize {
-        let mut last = None;
-        let mut batches = self.records.iter().map(|(_, batch, _)| batch);
-        batches.by_ref().fold(0, |bytes, batch| {
-            let same = last.replace(batch.first_offset()) == Some(batch.first_offset());
-            if same { bytes } else { bytes + batch.weight() }
-        })
+        batches_weight(self.records.iter().map(|(_, batch, _)| batch))
     }
 
     /// Gives back the records that are not written, for any member to take.
     pub(super) fn release(&mut self) {
-        for (slot, member) in &self.members {
-            let own = self.records.iter().filter(|(shared, ..)| shared == slot);
-            member.give_back(own.map(|(_, _, place)| place.offset));
-        }
-        let given_back =
-            |slot: u32| self.members.iter().any(|(member, of)| *member == slot && of.takes_back());
-        self.records.retain(|(slot, ..)| !given_back(*slot));
+        self.give_back(ShareMember::takes_back);
     }
 
-    /// Lets the groups serve other members, because this client takes nothing now.
-    pub(super) fn pass_turns(&self) {
+    /// Gives the records that are not written back to the groups for which `applies` holds.
+    fn give_back(&mut self, applies: impl Fn(&ShareMember) -> bool) {
+        let Self { members, records, .. } = self;
+        for (slot, member) in members {
+            if records.iter().any(|(of, ..)| of == slot) && applies(member) {
+                let own = records.iter().filter(|(of, ..)| of == slot);
+                member.give_back(own.map(|(_, batch, place)| (batch.clone(), *place)));
+                records.retain(|(of, ..)| of != slot);
+            }
+        }
+    }
+
+    /// Begins to ask the groups. Until they are asked for more, they are not to wait for this client.
+    pub(super) fn begin(&mut self) {
+        self.waits = false;
+    }
+
+    /// Lets the groups serve other members, unless this one waits for more.
+    pub(super) fn settle(&mut self) {
+        if !self.waits {
+            self.pass_turns();
+        }
+    }
+
+    /// Lets the groups serve other members, because this client takes nothing now: with the records, too, that it
+    /// has not taken, if others wait.
+    pub(super) fn pass_turns(&mut self) {
+        self.waits = false;
         self.members.iter().for_each(|(_, member)| member.pass_turn());
+        self.give_back(ShareMember::keeps_others_waiting);
     }
 
     /// Takes up to `room` records from the first group that has some. Returns how many records retention
     /// removed before any member read them.
     fn poll_take(&mut self, room: usize, cx: &mut Context<'_>) -> Poll<Result<u64, LogReadError>> {
+        self.waits = false;
         for at in 0..self.members.len() {
             let (slot, member) = &mut self.members[at];
             match member.poll_take(room, cx) {
                 Poll::Pending => {}
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Ready(Ok(ShareDelivery::Skipped(records))) => return Poll::Ready(Ok(records)),
-                Poll::Ready(Ok(ShareDelivery::Records(batch, places))) => {
+                Poll::Ready(Ok(ShareDelivery::Records(records))) => {
                     let slot = *slot;
-                    self.records.extend(places.into_iter().map(|place| (slot, batch.clone(), place)));
+                    self.records.extend(records.into_iter().map(|(batch, place)| (slot, batch, place)));
                     // The next call asks another group first, so that no group starves.
                     self.members.rotate_left(at + 1);
                     return Poll::Ready(Ok(0));
                 }
             }
         }
+        self.waits = true;
         Poll::Pending
     }
 }

@@ -38,12 +38,15 @@ use super::{
 use crate::auth::connections::{CloseReason, ConnectionControl};
 use crate::consume::subscriber::sessions::SessionStoreChange;
 use crate::consume::subscriber::sessions::bucket::{FoundSession, LostSession, SessionLookup};
+use crate::limits::MQTT_EXIT_WAIT_MAX;
 use crate::message::{DatasourceId, now_micros};
 
 /// The subject on which nodes receive claims.
 const CLAIM_SUBJECT: &str = "headgate.claim";
-/// How long a node may take to release a client. After that the bucket decides.
-const CLAIM_ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
+/// How long a node may take to release a client, which takes in first what the client has sent. After that the bucket
+/// decides.
+const CLAIM_ANSWER_WAIT_MAX: Duration = Duration::from_secs(3);
+const _: () = assert!(MQTT_EXIT_WAIT_MAX.as_millis() < CLAIM_ANSWER_WAIT_MAX.as_millis());
 /// How long an answer is kept at least, in case the claim is sent again.
 const CLAIM_ANSWER_KEPT_MIN: Duration = Duration::from_secs(5);
 
@@ -130,6 +133,18 @@ impl ClientClaims {
             latest: AtomicI64::new(0),
             answered: Mutex::new(answered),
         }
+    }
+
+    /// Finds what the cluster's bucket has.
+    pub(super) fn lookup(&self) -> &SessionLookup {
+        &self.lookup
+    }
+
+    /// The nodes that are there, this one included.
+    pub(super) fn nodes(&self) -> Vec<String> {
+        let mut nodes = self.presence.others();
+        nodes.push(self.presence.id().to_owned());
+        nodes
     }
 
     /// A stamp that is later than every claim heard of so far.
@@ -300,14 +315,14 @@ impl Sessions {
                 return ReleaseStep::Answer(ClaimAnswer::LaterClaim);
             }
             connected.control.close(CloseReason::TakenOver);
-            return ReleaseStep::Wait(connected.left.clone().notified_owned());
+            return ReleaseStep::Wait(entry.moved());
         }
         // This entry makes a new connection wait, as for an earlier one, until the session has been written.
-        let (control, left) = (Arc::<ConnectionControl>::default(), Arc::default());
+        let control = Arc::<ConnectionControl>::default();
         let held = ClusterClientState { claim: Some(claim.at.clone()), ..ClusterClientState::default() };
         let away = entry.away.take();
         let shared = Some(Box::new(held));
-        entry.connected = Some(ConnectedClient { control: control.clone(), left, mailbox: None, shared });
+        entry.connected = Some(ConnectedClient { control: control.clone(), mailbox: None, shared });
         ReleaseStep::Left(away, control)
     }
 
@@ -323,7 +338,7 @@ impl Sessions {
                 control.close(CloseReason::TakenOver);
             }
             Some(_) => {}
-            None if entry.away.is_none() => {
+            None if entry.away.is_none() && entry.queue.is_none() => {
                 clients.entries.remove(&key);
             }
             None => {}

@@ -1,10 +1,12 @@
 //! A client's place among the sessions, for as long as it is connected.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::session::MqttSession;
 use super::super::wills::MqttWill;
+use super::takeovers::SharedIdentifier;
 use super::{ClientKey, Sessions, shared_group_key};
 use crate::auth::connections::ConnectionControl;
 use crate::consume::subscriber::Mailbox;
@@ -64,6 +66,22 @@ impl ClientGuard {
         }
     }
 
+    /// Notes that another connection of the client has pushed out this one, from `address`, which was in use. Returns
+    /// what to tell if that goes on and on.
+    pub(in super::super) fn note_takeover(&self, address: IpAddr) -> Option<SharedIdentifier> {
+        self.sessions.lock_clients().takeovers.note(&self.key, address, Instant::now())
+    }
+
+    /// Leaves when the end of the session is written: a node that claims the client reads the bucket after that.
+    fn leave_when_written(self) {
+        let (written, sessions) = (self.sessions.subscribers.store.write(Vec::new()), self.sessions.clone());
+        sessions.wills.spawn(async move {
+            // An error needs no handling: a bucket that cannot be written cannot be read by the other node either.
+            let _ = written.await;
+            drop(self);
+        });
+    }
+
     /// Hands back the session at the end of the connection. Returns the will if it is to be published
     /// now.
     pub(in super::super) fn leave(
@@ -74,6 +92,9 @@ impl ClientGuard {
         let now = Instant::now();
         if !session.is_durable() {
             self.sessions.end_session(&self.key, &session);
+            if self.sessions.is_clustered() && session.stored {
+                self.leave_when_written();
+            }
             return will;
         }
         let (uid, expiry_s) = (session.uid, session.expiry_s);
@@ -97,12 +118,13 @@ impl ClientGuard {
         drop(self.sessions.subscribers.store.write(changes));
         let mut clients = self.sessions.lock_clients();
         clients.watched.remove(&uid);
-        let wait = |will: &MqttWill| will.delay_s > 0 && !clients.draining;
+        let wait = |will: &MqttWill| will.delay_s > 0 && (!clients.draining || will.has_copy());
         let (later, now_due) = match will {
             Some(will) if wait(&will) => (Some(will), None),
             will => (None, will),
         };
-        let later = later.map(|will| {
+        let later = later.map(|mut will| {
+            will.note_loss(now_micros());
             let due = now + Duration::from_secs(u64::from(will.delay_s));
             (will, due)
         });
@@ -117,13 +139,9 @@ impl Drop for ClientGuard {
     fn drop(&mut self) {
         let mut clients = self.sessions.lock_clients();
         let Some(entry) = clients.entries.get_mut(&self.key) else { return };
-        let left = entry.connected.take().map(|connected| connected.left);
-        if entry.away.is_none() {
+        entry.connected = None;
+        if !entry.note_move() {
             clients.entries.remove(&self.key);
-        }
-        drop(clients);
-        if let Some(left) = left {
-            left.notify_waiters();
         }
     }
 }

@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::TryRng;
-use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
@@ -21,6 +20,8 @@ use tracing::debug;
 use self::claims::{ClaimStamp, ClaimedSession, ClientClaims};
 pub(super) use self::client_guard::ClientGuard;
 use self::due::{DueEntry, DueTimes};
+use self::queue::ClientQueue;
+use self::takeovers::TakeoverTally;
 use super::session::{MqttSession, SubscriptionFilter};
 use super::wills::MqttWill;
 use crate::auth::connections::{CloseReason, ConnectionControl};
@@ -34,7 +35,10 @@ use crate::shares::ShareExceeded;
 pub(super) mod claims;
 mod client_guard;
 mod due;
+mod heirs;
+mod queue;
 pub(super) mod standing;
+mod takeovers;
 
 /// How often due wills and expiries are handled, and cursors are written.
 const SESSIONS_TICK: Duration = Duration::from_secs(1);
@@ -50,7 +54,7 @@ pub(super) struct Sessions {
     clients: Mutex<SessionClients>,
     subscribers: Arc<Subscribers>,
     intake: Intake,
-    /// Wills on their way into the log.
+    /// Wills on their way into the log, and clients whose end is being written.
     wills: TaskTracker,
     /// `Some` if the clients are shared with other nodes.
     claims: Option<ClientClaims>,
@@ -68,18 +72,19 @@ struct SessionClients {
     /// and the cursor that was last written.
     watched: HashMap<u64, (Arc<Mailbox>, Offset)>,
     written_groups: HashMap<ShareGroupKey, Offset>,
+    takeovers: TakeoverTally,
 }
 
 #[derive(Default)]
 struct ClientEntry {
     connected: Option<ConnectedClient>,
     away: Option<Box<AwayClient>>,
+    /// The connections that wait for the one that is there to leave.
+    queue: Option<Box<ClientQueue>>,
 }
 
 struct ConnectedClient {
     control: Arc<ConnectionControl>,
-    /// Notified when the connection has left.
-    left: Arc<Notify>,
     /// Where a subscriber reports how far it is.
     mailbox: Option<Arc<Mailbox>>,
     /// `Some` in a cluster.
@@ -143,6 +148,7 @@ impl Sessions {
             .map(|group| ((group.datasource, group.group.into(), group.filter.into()), group.cursor))
             .collect();
         let (now, now_micros) = (Instant::now(), now_micros());
+        let mut wills = sessions.take_up_wills(stored.wills);
         let mut clients = sessions.lock_clients();
         let left_out = sessions.subscribers.log.withheld().now();
         let mut ended = Vec::new();
@@ -158,6 +164,10 @@ impl Sessions {
             let left_s = i64::from(stored.expiry_s) - away_s;
             let expires_at = (stored.expiry_s != u32::MAX)
                 .then(|| now + Duration::from_secs(u64::try_from(left_s).unwrap_or(0)));
+            let will = wills.remove(&stored.uid).map(|will| {
+                let due = now + will.wait_left(u32::try_from(left_s).unwrap_or(stored.expiry_s), now_micros);
+                (will, due)
+            });
             let mut session = MqttSession::from_stored(stored);
             session.charge_present(&sessions.subscribers.shares.share(&key.0));
             for group in
@@ -166,9 +176,11 @@ impl Sessions {
                 let cursor = groups.get(&group).copied();
                 sessions.subscribers.groups.rejoin(&group, session.uid, cursor);
             }
-            clients.put_away(key, session, None, expires_at);
+            clients.put_away(key, session, will, expires_at);
         }
         drop(clients);
+        // Their sessions have ended.
+        wills.into_values().for_each(|will| sessions.spawn_will(will));
         // A group without sessions can be left by nobody any more: it ends here.
         let there: HashMap<ShareGroupKey, Offset> =
             sessions.subscribers.groups.cursors(0).into_iter().collect();
@@ -185,7 +197,7 @@ impl Sessions {
     pub(super) async fn run(self: &Arc<Self>, drain: CancellationToken) {
         let sharing = async {
             if let Some(claims) = &self.claims {
-                self.serve_claims(claims).await;
+                tokio::join!(self.serve_claims(claims), self.inherit_wills(claims));
             }
         };
         tokio::join!(drain.run_until_cancelled(sharing), self.run_ticks(&drain));
@@ -229,6 +241,7 @@ impl Sessions {
         expiry_s: u32,
     ) -> Result<EnteredClient, EnterError> {
         let key = (scope.clone(), client_id);
+        let mut place = None;
         let (away, at) = loop {
             let left = {
                 let mut clients = self.lock_clients();
@@ -239,9 +252,14 @@ impl Sessions {
                 match &entry.connected {
                     Some(earlier) => {
                         earlier.control.close(CloseReason::TakenOver);
-                        earlier.left.clone().notified_owned()
+                        self.wait_in_queue(&key, entry, &mut place)
                     }
+                    None if !entry.is_turn_of(place.as_ref()) => self.wait_in_queue(&key, entry, &mut place),
                     None => {
+                        if entry.leave_queue(place.as_mut()) {
+                            // Another one has come after it: this one only says what its client has sent.
+                            control.close(CloseReason::TakenOver);
+                        }
                         let away = entry.away.take();
                         // A client that was last on this node is on no other: only an unknown one is claimed.
                         let unknown = away.is_none() && !is_new;
@@ -250,8 +268,8 @@ impl Sessions {
                             Box::new(ClusterClientState { claim, ..ClusterClientState::default() })
                         });
                         let at = shared.as_ref().and_then(|held| held.claim.clone());
-                        let (control, left) = (control.clone(), Arc::default());
-                        entry.connected = Some(ConnectedClient { control, left, mailbox: None, shared });
+                        entry.connected =
+                            Some(ConnectedClient { control: control.clone(), mailbox: None, shared });
                         break (away, at);
                     }
                 }
@@ -314,7 +332,7 @@ impl Sessions {
         found: Option<FoundSession>,
         expiry_s: u32,
     ) -> Result<MqttSession, EnterError> {
-        let mut session = earlier.unwrap_or_else(|| MqttSession::new(new_session_uid(), expiry_s));
+        let mut session = earlier.unwrap_or_else(|| MqttSession::new(random_number(), expiry_s));
         let share = self.subscribers.shares.share(&key.0);
         self.intake.limit_share(&key.0, &share);
         session.charge_present(&share);
@@ -381,7 +399,7 @@ impl Sessions {
     /// Publishes a will on a task of its own.
     fn spawn_will(&self, will: Box<MqttWill>) {
         let intake = self.intake.clone();
-        self.wills.spawn(async move { will.publish(&intake).await });
+        self.wills.spawn(async move { _ = will.publish(&intake).await });
     }
 
     /// Ends the sessions of clients that are away and whose datasource was deleted. Those of clients that are still
@@ -413,6 +431,7 @@ impl Sessions {
     fn run_due(&self, now: Instant) {
         let (mut wills, mut ended) = (Vec::new(), Vec::new());
         let mut clients = self.lock_clients();
+        clients.takeovers.forget_old(now);
         while let Some(key) = clients.due.take_due(now) {
             let Some(entry) = clients.entries.get_mut(&key) else { continue };
             let Some(away) = &mut entry.away else { continue };
@@ -462,15 +481,20 @@ impl Sessions {
         connected.for_each(|connected| connected.control.close(CloseReason::Drain));
     }
 
-    /// Runs after the last connection: publishes the delayed wills, which would otherwise be lost, and
-    /// writes the groups' cursors.
+    /// Runs after the last connection: leaves the delayed wills to the next run, publishes those that would be lost,
+    /// and writes the groups' cursors.
     pub(super) async fn finish(&self) {
         let waiting: Vec<Box<MqttWill>> = {
             let mut clients = self.lock_clients();
             let away = clients.entries.values_mut().filter_map(|entry| entry.away.as_mut());
             away.filter_map(|away| away.will.take()).map(|(will, _)| will).collect()
         };
-        waiting.into_iter().for_each(|will| self.spawn_will(will));
+        for will in waiting {
+            match will.has_copy() {
+                true => will.leave_copy(),
+                false => self.spawn_will(will),
+            }
+        }
         self.wills.close();
         self.wills.wait().await;
         let _ = self.subscribers.store.write(self.cursor_changes()).await;
@@ -502,8 +526,8 @@ pub(super) fn shared_group_key(scope: &DatasourceId, filter: &str) -> Option<Sha
     Some((scope.clone(), wanted.group?.into(), wanted.filter.as_str().into()))
 }
 
-/// A random number, to tell this session from every other.
-fn new_session_uid() -> u64 {
+/// A random number, to tell one session or will from every other.
+pub(super) fn random_number() -> u64 {
     let mut random = [0; 8];
     if rand::rngs::SysRng.try_fill_bytes(&mut random).is_err() {
         random = now_micros().to_le_bytes();

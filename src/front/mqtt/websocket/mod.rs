@@ -13,6 +13,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 
 use self::frame::{OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PONG, STATUS_NORMAL, WebSocketDecoder, put_frame};
 use super::MqttFront;
@@ -67,6 +68,11 @@ impl WebSocket {
         }
     }
 
+    /// The socket below.
+    pub(super) fn tcp(&self) -> &TcpStream {
+        self.peer_stream.tcp()
+    }
+
     /// Ready when the kernel has every frame, including the answer to a ping.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
@@ -108,8 +114,9 @@ impl AsyncRead for WebSocket {
             return Poll::Ready(Ok(()));
         }
         loop {
-            if let Poll::Ready(Err(error)) = this.poll_send(cx) {
-                return Poll::Ready(Err(error));
+            if let Poll::Ready(Err(_)) = this.poll_send(cx) {
+                // What the client had sent before it left is read all the same. The next write says that it left.
+                (this.out, this.sent, this.ping) = (Vec::new(), 0, None);
             }
             if this.frames.closed {
                 return Poll::Ready(Ok(()));

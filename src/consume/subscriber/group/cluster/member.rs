@@ -12,8 +12,11 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tracing::warn;
 
 use super::super::ShareDelivery;
+use super::super::prefetch_window::PrefetchWindow;
 use super::ClusterShareGroup;
-use crate::log::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
+use crate::log::{
+    Batch, DeliveredRecord, RecordPlace, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords,
+};
 use crate::message::Offset;
 use crate::trouble::TroubleCell;
 
@@ -22,6 +25,8 @@ const MEMBER_REQUEST_RECORDS_MAX: usize = 64;
 /// How long a leaving member waits before it hands records back. When a gateway stops, many members leave
 /// at once, and none of them should be given these records.
 const HAND_BACK_DELAY: Duration = Duration::from_millis(100);
+/// How long the records of a full window last at least: a request to JetStream and its answer take some of it.
+const CLUSTER_MEMBER_AHEAD: Duration = Duration::from_millis(5);
 /// The pause before another attempt.
 const MEMBER_RETRY_PAUSE: Duration = Duration::from_millis(250);
 
@@ -32,6 +37,11 @@ pub struct ClusterShareMember {
     places: SharedPlaces,
     /// How many records were asked for and not given yet.
     asked: usize,
+    window: PrefetchWindow,
+    /// When each record was taken that is not acknowledged.
+    taken: BTreeMap<Offset, Instant>,
+    /// The same of those that are this member's for good.
+    kept: BTreeMap<Offset, Instant>,
 }
 
 /// The answer to a request for records.
@@ -91,30 +101,64 @@ impl ClusterShareMember {
         let (give, given) = mpsc::unbounded_channel();
         let places = group.places.clone();
         let taker = MemberTask::new(group, kept, give).run(told);
-        (Self { commands, given, places, asked: 0 }, taker)
+        let window = PrefetchWindow::new(CLUSTER_MEMBER_AHEAD, Instant::now().into_std());
+        (
+            Self { commands, given, places, asked: 0, window, taken: BTreeMap::new(), kept: BTreeMap::new() },
+            taker,
+        )
     }
 
     pub(in super::super) fn poll_take(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<ShareDelivery> {
         loop {
             if self.asked == 0 {
-                self.asked = max.min(MEMBER_REQUEST_RECORDS_MAX);
-                let _ = self.commands.send(MemberCommand::Room(self.asked));
+                let room = self.window.room(Instant::now().into_std());
+                self.asked = max.min(room).min(MEMBER_REQUEST_RECORDS_MAX);
+                if self.asked > 0 {
+                    let _ = self.commands.send(MemberCommand::Room(self.asked));
+                }
             }
             // The channel ends only when the task ends, with this member.
             let Some(given) = ready!(self.given.poll_recv(cx)) else { return Poll::Pending };
-            let ShareDelivery::Records(batch, places) = &given else { return Poll::Ready(given) };
-            self.asked = self.asked.saturating_sub(places.len());
+            let ShareDelivery::Records(records) = &given else { return Poll::Ready(given) };
+            self.asked = self.asked.saturating_sub(records.len());
             let left_out = self.places.withheld().now();
-            let mut reader = batch.reader();
-            match places.iter().find(|place| left_out.withholds(&reader.read(**place))) {
-                None => return Poll::Ready(given),
+            let is_withheld =
+                |(batch, place): &&(Batch, RecordPlace)| left_out.withholds(&batch.reader().read(*place));
+            match records.iter().find(is_withheld) {
+                None => {
+                    let now = Instant::now();
+                    self.taken.extend(records.iter().map(|(_, place)| (place.offset, now)));
+                    self.window.take(records.len(), now.into_std());
+                    return Poll::Ready(given);
+                }
                 // Acknowledge it and go on: each share has one record.
-                Some(withheld) => self.acknowledge(withheld.offset),
+                Some((_, withheld)) => self.finish(withheld.offset),
             }
         }
     }
 
-    pub(in super::super) fn acknowledge(&self, offset: Offset) {
+    pub(in super::super) fn acknowledge(&mut self, offset: Offset) {
+        if let Some(taken_at) = self.taken.remove(&offset) {
+            self.window.acknowledge(taken_at.into_std(), Instant::now().into_std());
+        }
+        self.finish(offset);
+    }
+
+    pub(in super::super) fn keep(&mut self, offset: Offset) {
+        if let Some(taken_at) = self.taken.remove(&offset) {
+            self.kept.insert(offset, taken_at);
+        }
+        self.finish(offset);
+    }
+
+    pub(in super::super) fn acknowledge_kept(&mut self, offset: Offset) {
+        if let Some(taken_at) = self.kept.remove(&offset) {
+            self.window.acknowledge(taken_at.into_std(), Instant::now().into_std());
+        }
+    }
+
+    /// Reports that a record is dealt with.
+    fn finish(&self, offset: Offset) {
         let _ = self.commands.send(MemberCommand::Done(offset));
     }
 }
@@ -243,7 +287,7 @@ impl MemberTask {
         // JetStream sends a record again when it hears nothing of it for long; give it only once.
         if self.outstanding.insert(place.offset, receipt).is_none() {
             self.room = self.room.saturating_sub(1);
-            let _ = self.give.send(ShareDelivery::Records(batch, vec![place]));
+            let _ = self.give.send(ShareDelivery::Records(vec![(batch, place)]));
         }
     }
 }

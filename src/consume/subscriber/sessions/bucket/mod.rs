@@ -5,6 +5,8 @@
 //! |---|---|
 //! | `session.{client}` | the node that has the session, and the session unless it has ended |
 //! | `cursors.{node}.{page}` | cursors and flights of a node's sessions that have moved since their cells were written |
+//! | `will.{node}.{will}` | the [will](StoredWill) of a client that is connected to the node, or that waits there |
+//! | `wills.{node}` | a mark: there may be wills of the node |
 //! | `group.{group}.{session}` | a mark: a session that outlives its connection is in this group |
 //!
 //! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell, each
@@ -22,19 +24,20 @@
 //! |---|---|
 //! | a session moves to another node | its cell counts the moves, so that a node that was cut off sees that its own state is old |
 //! | a node was cut off meanwhile | it checks all its cells as soon as NATS is back, and closes the connections whose session it has lost |
-//! | a node is killed | every session of it continues from a cursor that is at most a second old |
+//! | a node is killed | another one publishes the wills of its clients; every session of it continues from a cursor that is at most a second old |
 
 use std::time::Duration;
 
 use headgate_bridge_nats::kv::KvRow;
 use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats};
 
-use super::row::{CursorMove, SessionRow, decode_moves, decode_session};
-use super::{SessionStoreError, StoredSession};
+use super::row::{CursorMove, SessionRow, decode_moves, decode_session, decode_will};
+use super::{SessionStoreError, StoredSession, StoredWill};
 use crate::message::{DatasourceId, TimeMicros};
 
 pub(super) mod node;
 mod rolls;
+mod wills;
 
 pub use rolls::GroupRolls;
 
@@ -88,6 +91,8 @@ pub struct FoundSession {
     pub revision: u64,
     /// How often the session has moved to another node.
     pub moves: u64,
+    /// The node that has the session; empty if there is none.
+    pub owner: String,
     /// `None`: the client has no session.
     pub session: Option<StoredSession>,
 }
@@ -114,13 +119,14 @@ impl SessionLookup {
         let KvRow { revision, value, .. } =
             self.0.get(&session_key(client_hash(datasource, client_id))).await?;
         let (datasource, client_id) = (datasource.clone(), client_id.to_owned());
-        let mut nothing = FoundSession { datasource, client_id, revision, moves: 0, session: None };
+        let mut nothing =
+            FoundSession { datasource, client_id, revision, moves: 0, owner: String::new(), session: None };
         let Some(value) = value else { return Ok(nothing) };
         let Some(SessionRow { owner, moves, session }) = decode_session(&value) else {
             let words = "a session in the bucket is not as this Headgate writes it: use a newer one";
             return Err(SessionStoreError::Bucket(words.into()));
         };
-        nothing.moves = moves;
+        (nothing.moves, nothing.owner) = (moves, owner.clone().into_owned());
         let Some(session) = session else { return Ok(nothing) };
         let mut session = session.into_owned();
         if (&session.datasource, &session.client_id) != (&nothing.datasource, &nothing.client_id) {
@@ -137,6 +143,61 @@ impl SessionLookup {
         }
         Ok(FoundSession { session: Some(session), ..nothing })
     }
+
+    /// The nodes that may have wills in the bucket.
+    ///
+    /// # Errors
+    /// [`SessionStoreError::Bucket`], when it cannot be read.
+    pub async fn nodes_with_wills(&self) -> Result<Vec<String>, SessionStoreError> {
+        let keys = self.0.keys_below(WILLS_MARK).await?;
+        Ok(keys.iter().filter_map(|key| Some(key.split_once('.')?.1.to_owned())).collect())
+    }
+
+    /// The ids of a node's wills.
+    ///
+    /// # Errors
+    /// [`SessionStoreError::Bucket`], when it cannot be read.
+    pub async fn will_ids(&self, node: &str) -> Result<Vec<u64>, SessionStoreError> {
+        let keys = self.0.keys_below(&format!("will.{node}")).await?;
+        let id = |key: &String| u64::from_str_radix(key.rsplit('.').next()?, 16).ok();
+        Ok(keys.iter().filter_map(id).collect())
+    }
+
+    /// One of a node's wills. `None`: it is gone, or a newer Headgate has written it.
+    ///
+    /// # Errors
+    /// [`SessionStoreError::Bucket`], when it cannot be read.
+    pub async fn will(&self, node: &str, id: u64) -> Result<Option<StoredWill>, SessionStoreError> {
+        let row = self.0.get(&will_key(node, id)).await?;
+        Ok(row.value.and_then(|value| decode_will(&value)))
+    }
+
+    /// Removes one of a node's wills.
+    ///
+    /// # Errors
+    /// [`SessionStoreError::Bucket`].
+    pub async fn remove_will(&self, node: &str, id: u64) -> Result<(), SessionStoreError> {
+        Ok(self.0.remove(&will_key(node, id)).await?)
+    }
+
+    /// Removes the mark of a node that has no wills any more.
+    ///
+    /// # Errors
+    /// [`SessionStoreError::Bucket`].
+    pub async fn remove_wills_mark(&self, node: &str) -> Result<(), SessionStoreError> {
+        Ok(self.0.remove(&wills_mark_key(node)).await?)
+    }
+}
+
+/// The first part of the marks of nodes with wills.
+const WILLS_MARK: &str = "wills";
+
+fn will_key(node: &str, id: u64) -> String {
+    format!("will.{node}.{id:016x}")
+}
+
+fn wills_mark_key(node: &str) -> String {
+    format!("{WILLS_MARK}.{node}")
 }
 
 impl StoredSession {

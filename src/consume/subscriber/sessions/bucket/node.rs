@@ -19,18 +19,19 @@ use super::super::pending::{PendingSessionChange, PendingSessionChanges};
 use super::super::place::SessionBackend;
 use super::super::row::{CursorMove, SessionRow, decode_session, encode};
 use super::super::{SessionStoreError, StoredSession};
+use super::wills::NodeWills;
 use super::{
     CURSOR_PAGE_BYTES_MAX, CURSOR_PAGES, ClientHash, FoundSession, LostSession, client_hash, page_key,
     page_of_uid, session_key,
 };
 
 /// How many cells are read or written at once.
-const CELLS_AT_ONCE: usize = 256;
+pub(super) const CELLS_AT_ONCE: usize = 256;
 /// How long the cell of an ended session stays: longer than any node takes from reading a cell to writing
 /// it.
 const ENDED_CELL_LIFETIME: Duration = Duration::from_secs(600);
 /// A live session's cell is written again after this time, so that it does not age away.
-const CELL_REFRESH_INTERVAL: Duration = Duration::from_secs(12 * 3_600);
+pub(super) const CELL_REFRESH_INTERVAL: Duration = Duration::from_secs(12 * 3_600);
 /// How often the node checks whether some of its cells are still its own.
 const CELL_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// In how many such checks all cells are covered.
@@ -50,6 +51,7 @@ pub(in super::super) struct NodeSessions {
     /// The clients whose cells are to be written.
     changed: BTreeSet<ClientHash>,
     pages: Vec<CursorPage>,
+    wills: NodeWills,
     lost: mpsc::UnboundedSender<LostSession>,
     /// When the next check is, the client after which it begins, and how many cells to check in haste.
     look_at: Instant,
@@ -93,6 +95,7 @@ impl NodeSessions {
             clients: HashMap::new(),
             changed: BTreeSet::new(),
             pages: std::iter::repeat_with(CursorPage::default).take(CURSOR_PAGES).collect(),
+            wills: NodeWills::default(),
             lost,
             look_at: Instant::now(),
             looked_at: [0; 16],
@@ -103,7 +106,8 @@ impl NodeSessions {
 
     /// Applies changes to what the bucket should have. Applying them twice does no harm.
     fn apply_pending(&mut self, pending: &PendingSessionChanges) {
-        for FoundSession { datasource, client_id, revision, moves, session } in &pending.found {
+        self.wills.apply(&pending.wills);
+        for FoundSession { datasource, client_id, revision, moves, session, .. } in &pending.found {
             let client = client_hash(datasource, client_id);
             if self.mine.get(&client).is_some_and(|mine| mine.revision >= *revision) {
                 continue;
@@ -353,6 +357,7 @@ impl SessionBackend for NodeSessions {
         self.apply_pending(pending);
         let runtime = self.runtime.clone();
         let written = runtime.block_on(async {
+            self.wills.write(&self.cells, &self.node).await?;
             self.flush().await?;
             self.check_some_cells().await
         });

@@ -1,0 +1,106 @@
+//! Moving datasources between gateways: exported with the digests of their keys, and imported. For admin keys of the whole
+//! gateway: whoever imports decides which keys are let in.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Query as QueryString, Request, State};
+use axum::http::{StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::credentials::Caller;
+use super::{HttpFrontState, PathParameters, limits, no_datasource, run_blocking};
+use crate::auth::registry::transfer::{EXPORT_FORMAT, ExportedDatasource, NewImport};
+use crate::front::problem::Problem;
+use crate::limits::HTTP_IMPORT_BYTES_MAX;
+use crate::message::DatasourceId;
+use crate::observe::cause::Cause;
+use crate::validate::Rules;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ImportParameters {
+    /// Whether it gets another id if its own is taken.
+    #[serde(default)]
+    rename: bool,
+    /// Whether it is only checked.
+    #[serde(default)]
+    check: bool,
+}
+
+/// The answer to an import.
+#[derive(Serialize)]
+struct ImportResponse {
+    /// Its id here.
+    id: DatasourceId,
+    keys: usize,
+}
+
+/// `GET /v1/datasources/{datasource}/export`
+pub(super) async fn export(
+    State(shared): State<Arc<HttpFrontState>>,
+    caller: Caller,
+    PathParameters(id): PathParameters<String>,
+) -> Result<Response, Problem> {
+    caller.require_gateway_admin()?;
+    let registry = shared.registry().clone();
+    let exported = run_blocking(move || registry.export(&id).ok_or_else(|| no_datasource(&id)));
+    Ok(Json(exported.await?).into_response())
+}
+
+/// `POST /v1/import`
+pub(super) async fn import(
+    State(shared): State<Arc<HttpFrontState>>,
+    caller: Caller,
+    uri: Uri,
+    request: Request,
+) -> Result<Response, Problem> {
+    caller.require_gateway_admin()?;
+    let QueryString(ImportParameters { rename, check }) = QueryString::try_from_uri(&uri)?;
+    let body: Value = shared.read_json_up_to(request, HTTP_IMPORT_BYTES_MAX).await?;
+    let (registry, actor) = (shared.registry().clone(), caller.actor());
+    let imported = run_blocking(move || {
+        let exported = parse_export(body)?;
+        let of_key = |limits: &Value| Ok::<_, Problem>(limits::of_key(limits::parse(limits)?)?.text());
+        let keys = exported.keys.iter().map(|key| Ok((key, of_key(&key.limits)?)));
+        let keys: Vec<_> = keys.collect::<Result<_, Problem>>()?;
+        let new = NewImport {
+            id: DatasourceId::new(&exported.id).map_err(|e| Problem::from(e).with("pointer", "/id"))?,
+            may_rename: rename,
+            name: &exported.name,
+            limits: limits::parse(&exported.limits)?.text(),
+            schemas: checked_schemas(&exported.schemas)?,
+            keys: &keys,
+            is_rehearsal: check,
+        };
+        Ok(registry.import(&actor, &new)?)
+    });
+    let imported = imported.await.map_err(Problem::after_body_read)?;
+    let status = if check { StatusCode::OK } else { StatusCode::CREATED };
+    Ok((status, Json(ImportResponse { id: imported.id, keys: imported.keys })).into_response())
+}
+
+/// A datasource as another gateway has exported it.
+fn parse_export(body: Value) -> Result<ExportedDatasource, Problem> {
+    let malformed = |words: String| Problem::new(Cause::Malformed, words);
+    match body["headgate_export"].as_u64() {
+        Some(format) if format == u64::from(EXPORT_FORMAT) => {}
+        Some(format) => {
+            let words =
+                format!("It has format {format}, and this Headgate knows {EXPORT_FORMAT}: use a newer one.");
+            return Err(malformed(words).with("pointer", "/headgate_export"));
+        }
+        None => return Err(malformed("It is no datasource that a gateway has exported.".to_owned())),
+    }
+    serde_json::from_value(body).map_err(|error| malformed(format!("It cannot be used: {error}.")))
+}
+
+/// The schemas in the form of the registry, once all of them have been compiled.
+fn checked_schemas(schemas: &Value) -> Result<Option<String>, Problem> {
+    if schemas.is_null() {
+        return Ok(None);
+    }
+    Ok(Some(Rules::from_stored_json(&schemas.to_string())?.to_stored_json()))
+}
