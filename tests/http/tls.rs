@@ -282,6 +282,7 @@ fn the_administration_has_a_listener_of_its_own() {
         ("POST", "/v1/ingest/press-4"),
         ("POST", "/v1/ingest/press-4/"),
         ("POST", "/v1/ingest/press-4/t"),
+        ("GET", "/v1/connect"),
         ("GET", "/livez"),
         ("GET", "/readyz"),
         ("GET", "/openapi.json"),
