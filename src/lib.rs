@@ -40,7 +40,9 @@ mod config;
 mod filter;
 mod memory;
 mod network;
+mod processor;
 mod retained_topics;
+mod scheduler;
 mod shares;
 mod sqlite;
 mod subject;
@@ -69,7 +71,8 @@ pub mod testing {
     pub use crate::config::{Config, LogBackend};
     pub use crate::consume::subscriber::sessions::bucket::{self, FoundSession, LostSession, SessionLookup};
     pub use crate::consume::subscriber::sessions::{
-        SessionStore, SessionStoreChange, SessionStoreError, StoredSession, StoredSubscription,
+        FlightOrigin, SessionStore, SessionStoreChange, SessionStoreError, StoredFlight, StoredFlights,
+        StoredSession, StoredSubscription,
     };
     pub use crate::log::{
         AppendError, CommitOutcome, EmbeddedLog, JetstreamLog, Log, LogOpenError, LogReadError, Offsets,

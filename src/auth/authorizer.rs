@@ -52,6 +52,11 @@ impl Authorizer {
         Self::with_config(registry, &config::Config::default().auth)
     }
 
+    /// Applies other limits for failures from now on.
+    pub fn set_failure_limits(&self, config: &config::AuthConfig) {
+        self.failures.set_limits(config);
+    }
+
     /// An authorizer over `registry` with these limits for failures.
     pub fn with_config(registry: Arc<Registry>, config: &config::AuthConfig) -> Self {
         Self { registry, failures: Arc::new(AuthFailures::new(config)) }

@@ -14,7 +14,10 @@
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
+
+use arc_swap::ArcSwap;
 
 use crate::config;
 use crate::limits::AUTH_FAILURES_COUNTERS;
@@ -24,9 +27,22 @@ use crate::quota::bucket::{Moment, Rate, RateBucket};
 /// The counters of failed authentications.
 pub struct AuthFailures {
     counters: Box<[RateBucket]>,
+    /// Replaced when the configuration is read again.
+    limits: ArcSwap<FailureLimits>,
+    hash: RandomState,
+}
+
+/// How many failures an address may have, and whose are not counted.
+struct FailureLimits {
     rate: Rate,
     exempt: Vec<Network>,
-    hash: RandomState,
+}
+
+impl FailureLimits {
+    fn of_config(config: &config::AuthConfig) -> Arc<Self> {
+        let rate = Rate { per_s: config.failures_per_s, burst: config.failures_burst };
+        Arc::new(Self { rate, exempt: config.failures_exempt.clone() })
+    }
 }
 
 impl AuthFailures {
@@ -34,10 +50,14 @@ impl AuthFailures {
     pub fn new(config: &config::AuthConfig) -> Self {
         Self {
             counters: (0..AUTH_FAILURES_COUNTERS).map(|_| RateBucket::default()).collect(),
-            rate: Rate { per_s: config.failures_per_s, burst: config.failures_burst },
-            exempt: config.failures_exempt.clone(),
+            limits: ArcSwap::new(FailureLimits::of_config(config)),
             hash: RandomState::new(),
         }
+    }
+
+    /// Applies other limits from now on.
+    pub fn set_limits(&self, config: &config::AuthConfig) {
+        self.limits.store(FailureLimits::of_config(config));
     }
 
     /// Counts one failure from this address.
@@ -45,18 +65,19 @@ impl AuthFailures {
     /// # Errors
     /// How long to wait, if the address has exceeded its limit.
     pub fn count(&self, from: IpAddr) -> Result<(), Duration> {
-        if self.exempt.iter().any(|network| network.contains(from)) {
+        let limits = self.limits.load();
+        if limits.exempt.iter().any(|network| network.contains(from)) {
             return Ok(());
         }
         let hash = self.hash.hash_one(source_of(from));
         let place = usize::try_from(hash % self.counters.len() as u64).expect("less than a length");
-        self.counters[place].take(self.rate, 1, Moment::now(), Duration::ZERO).map(drop)
+        self.counters[place].take(limits.rate, 1, Moment::now(), Duration::ZERO).map(drop)
     }
 }
 
 impl fmt::Debug for AuthFailures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AuthFailures").field("rate", &self.rate).finish_non_exhaustive()
+        f.debug_struct("AuthFailures").field("rate", &self.limits.load().rate).finish_non_exhaustive()
     }
 }
 
@@ -97,6 +118,19 @@ mod tests {
             failures.count(from(&format!("2001:db8::{i}"))).expect("within the burst");
         }
         assert!(failures.count(from("2001:db8::ffff:1")).is_err());
+    }
+
+    #[test]
+    fn other_limits_hold_at_once() {
+        let failures = failures(&[]);
+        while failures.count(from("203.0.113.9")).is_ok() {}
+        let exempt = vec!["203.0.113.0/24".parse().expect("a network")];
+        failures.set_limits(&config::AuthConfig {
+            failures_burst: 3,
+            failures_per_s: 1,
+            failures_exempt: exempt,
+        });
+        failures.count(from("203.0.113.9")).expect("exempt by now");
     }
 
     #[test]

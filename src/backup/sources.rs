@@ -10,11 +10,11 @@ use super::error::NamePath;
 use super::writer::BackupWriter;
 use crate::auth::Registry;
 use crate::auth::registry::REGISTRY_FILE_NAME;
-use crate::consume::storage::lower_priority;
 use crate::consume::subscriber::sessions::SessionStore;
 use crate::consume::{SESSIONS_FILE_NAME, take_snapshots};
 use crate::log::{Log, LogCut};
 use crate::message::Offset;
+use crate::scheduler::lower_priority;
 
 /// By how much the priority of the thread is lowered once the cut is made.
 const BACKUP_NICE: u8 = 10;

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::client::ApiClient;
 use super::out::{CommandOutput, grouped, progress_style};
+use super::serve;
 use crate::config::Config;
 use crate::gateway::{back_up_stopped, restore_backup};
 use crate::observe::trace;
@@ -26,8 +27,8 @@ pub(super) struct BackupArgs {
     /// Back up this data directory, which no gateway may be using; without it a running gateway is asked
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// With --data-dir: the configuration (TOML) of its gateway
-    #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
+    /// With --data-dir: the configuration (TOML) of its gateway [env: HEADGATE_CONFIG]
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
@@ -38,8 +39,8 @@ pub(super) struct RestoreArgs {
     /// The data directory to make of it; no gateway may be using it
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
-    /// The configuration (TOML) of the gateway that will use it
-    #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
+    /// The configuration (TOML) of the gateway that will use it [env: HEADGATE_CONFIG]
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// If the data directory is not empty, move what is there to before-restore-TIME in it
     #[arg(long)]
@@ -72,13 +73,13 @@ pub(super) fn run(args: BackupArgs, out: &mut CommandOutput) -> anyhow::Result<(
     let Some(data_dir) = args.data_dir else {
         return ask_gateway(&ApiClient::from_environment()?, &dir, out);
     };
-    let config = config_of(args.config.as_deref(), data_dir)?;
+    let config = config_of(args.config, data_dir)?;
     let made = back_up_stopped(&config, &dir)?;
     print_made(&dir, made.files, made.bytes, made.linked_bytes, made.next_offset, out)
 }
 
 pub(super) fn run_restore(args: RestoreArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
-    let config = config_of(args.config.as_deref(), args.data_dir)?;
+    let config = config_of(args.config, args.data_dir)?;
     let restored = restore_backup(&config, &args.dir, args.replace)?;
     let dir = config.data_dir.display();
     if let Some(aside) = &restored.aside {
@@ -95,8 +96,8 @@ pub(super) fn run_restore(args: RestoreArgs, out: &mut CommandOutput) -> anyhow:
 }
 
 /// The configuration of a gateway that does not run.
-fn config_of(file: Option<&Path>, data_dir: PathBuf) -> anyhow::Result<Config> {
-    let mut config = Config::load(file)?;
+fn config_of(file: Option<PathBuf>, data_dir: PathBuf) -> anyhow::Result<Config> {
+    let mut config = Config::load(serve::config_file(file).as_deref())?;
     config.data_dir = data_dir;
     trace::init(&config.trace)?;
     Ok(config)

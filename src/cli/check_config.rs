@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use super::out::CommandOutput;
-use crate::config::Config;
+use crate::config::LoadedConfig;
 use crate::front::tls::{Tls, TlsFront};
 use crate::observe::trace;
 
@@ -15,7 +15,7 @@ pub(super) struct CheckConfigArgs {
 }
 
 pub(super) fn run(args: CheckConfigArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
-    let config = Config::load(Some(&args.file))?;
+    let LoadedConfig { config, passed_over } = LoadedConfig::load(Some(&args.file))?;
     trace::parse_filter(&config.trace)?;
     let (mqtt_tls, http_tls) = (&config.mqtt.tls, &config.http.tls);
     for (front, tls) in [(TlsFront::Mqtt, mqtt_tls), (TlsFront::Http, http_tls)] {
@@ -32,9 +32,12 @@ pub(super) fn run(args: CheckConfigArgs, out: &mut CommandOutput) -> anyhow::Res
     if http_tls.is_served() {
         writeln!(out, "HTTPS  {}", http_tls.listen)?;
     }
-    if let Some(admin) = config.http.admin.listen {
+    if let Some(admin) = &config.http.admin.listen {
         writeln!(out, "admin  {admin}")?;
     }
     writeln!(out, "data   {}", config.data_dir.display())?;
+    if !passed_over.is_empty() {
+        writeln!(out, "no settings, passed over: {}", passed_over.join(", "))?;
+    }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! The commands' client of a running gateway: its HTTP API and the key to present to it.
 
 use std::env;
+use std::ffi::OsString;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use serde_json::Value;
 use ureq::http::{Response, StatusCode, Uri};
 use ureq::{Agent, Body};
 
+use super::trust;
 use crate::config::Config;
 
 /// How long one request may take. A page of records takes milliseconds; creating a datasource waits
@@ -66,16 +68,19 @@ impl fmt::Display for ProblemAnswer {
 impl std::error::Error for ProblemAnswer {}
 
 impl ApiClient {
-    /// A client of the gateway at `url` (`http://host:port`), with this key.
-    pub(super) fn new(url: &str, key: KeySecret) -> Self {
-        Self { agent: agent(url), url: url.trim_end_matches('/').to_owned(), key }
+    /// A client of the gateway at `url` (`http://host:port` or `https://…`), with this key.
+    ///
+    /// # Errors
+    /// Those of [`agent`].
+    pub(super) fn new(url: &str, key: KeySecret) -> anyhow::Result<Self> {
+        Ok(Self { agent: agent(url)?, url: url.trim_end_matches('/').to_owned(), key })
     }
 
     /// A client of the gateway at `HEADGATE_URL`, with the environment's key.
     pub(super) fn from_environment() -> anyhow::Result<Self> {
         let url = gateway_url()?;
         let (key, _) = key_from_environment(&url)?;
-        Ok(Self::new(&url, key))
+        Self::new(&url, key)
     }
 
     pub(super) fn get<T: DeserializeOwned>(&self, path: &str, query: &[(&str, &str)]) -> anyhow::Result<T> {
@@ -134,17 +139,33 @@ impl ApiClient {
     }
 
     fn success(&self, answered: Result<Response<Body>, ureq::Error>) -> anyhow::Result<Response<Body>> {
-        let response = answered.with_context(|| format!("no gateway answers at {}", self.url))?;
+        let response = answered.map_err(|error| match trust::explain(&error) {
+            Some(words) => anyhow::anyhow!("{} is not trusted: {words}", self.url),
+            None => anyhow::Error::new(error).context(format!("no gateway answers at {}", self.url)),
+        })?;
         if response.status().is_success() { Ok(response) } else { Err(problem(response).into()) }
     }
 }
 
-/// An agent that returns every status as an answer. For a gateway on this machine it ignores the
-/// environment's proxy.
-pub(super) fn agent(url: &str) -> Agent {
-    let config = Agent::config_builder().http_status_as_error(false).timeout_global(Some(REQUEST_MAX));
+/// An agent that returns every status as an answer, and follows no redirection: the key is for this gateway alone.
+/// For a gateway on this machine it ignores the environment's proxy.
+///
+/// # Errors
+/// Certificates that cannot be read, for an `https` URL.
+pub(super) fn agent(url: &str) -> anyhow::Result<Agent> {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .timeout_global(Some(REQUEST_MAX));
     let config = if is_loopback(url) { config.proxy(None) } else { config };
-    config.build().new_agent()
+    let config = if is_https(url) { config.tls_config(trust::agent_tls()?) } else { config };
+    Ok(config.build().new_agent())
+}
+
+/// Whether a URL is of HTTP over TLS.
+pub(super) fn is_https(url: &str) -> bool {
+    url.parse::<Uri>().is_ok_and(|uri| uri.scheme_str() == Some("https"))
 }
 
 /// Reads the problem from an answer that is no success.
@@ -155,12 +176,28 @@ pub(super) fn problem(mut response: Response<Body>) -> ProblemAnswer {
     problem
 }
 
+/// A variable of the environment. An empty one counts as absent.
+pub(super) fn variable(name: &str) -> Option<OsString> {
+    env::var_os(name).filter(|value| !value.as_encoded_bytes().trim_ascii().is_empty())
+}
+
 /// `HEADGATE_URL`, or the default.
 pub(super) fn gateway_url() -> anyhow::Result<String> {
-    match env::var("HEADGATE_URL") {
-        Ok(url) if url.starts_with("http://") => Ok(url),
-        Ok(url) => bail!("HEADGATE_URL is {url:?}; it has to begin with http://"),
-        Err(_) => Ok("http://127.0.0.1:8080".to_owned()),
+    let Some(url) = variable("HEADGATE_URL") else { return Ok("http://127.0.0.1:8080".to_owned()) };
+    let url = url.to_str().context("HEADGATE_URL is not UTF-8")?.trim();
+    let uri: Option<Uri> = url.parse().ok();
+    let is_usable = |uri: &Uri| {
+        matches!(uri.scheme_str(), Some("http" | "https"))
+            && uri.host().is_some_and(|host| !host.is_empty())
+            && uri.query().is_none()
+    };
+    match uri.filter(is_usable) {
+        // A password in it would be shown in every error, and Headgate knows none.
+        Some(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
+            bail!("HEADGATE_URL has a user name in it; the key belongs into HEADGATE_API_KEY")
+        }
+        Some(_) => Ok(url.to_owned()),
+        None => bail!("HEADGATE_URL is {url:?}; it has to be http://HOST[:PORT] or https://HOST[:PORT]"),
     }
 }
 
@@ -182,7 +219,7 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(KeySecret, KeyS
     if !is_loopback(url) {
         bail!("no API key for {url}: neither HEADGATE_API_KEY nor HEADGATE_API_KEY_FILE is set");
     }
-    let data_dir = env::var_os("HEADGATE_DATA_DIR").map_or_else(|| Config::default().data_dir, PathBuf::from);
+    let data_dir = variable("HEADGATE_DATA_DIR").map_or_else(|| Config::default().data_dir, PathBuf::from);
     let file = data_dir.join("admin.key");
     match std::fs::read_to_string(&file) {
         Ok(text) => Ok((KeySecret::new(&text), KeySource::AdminKey)),
@@ -196,19 +233,25 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(KeySecret, KeyS
 
 /// The key that the environment names, if any.
 pub(super) fn named_key() -> anyhow::Result<Option<KeySecret>> {
-    if let Ok(key) = env::var("HEADGATE_API_KEY") {
-        return Ok(Some(KeySecret::new(&key)));
+    if let Some(key) = variable("HEADGATE_API_KEY") {
+        let key = key.to_str().context("HEADGATE_API_KEY is not UTF-8")?;
+        return Ok(Some(KeySecret::new(key)));
     }
-    let Some(file) = env::var_os("HEADGATE_API_KEY_FILE") else { return Ok(None) };
+    let Some(file) = variable("HEADGATE_API_KEY_FILE") else { return Ok(None) };
     let text = std::fs::read_to_string(&file)
         .with_context(|| format!("HEADGATE_API_KEY_FILE: {}", PathBuf::from(&file).display()))?;
     Ok(Some(KeySecret::new(&text)))
 }
 
 /// Whether `url` is on this machine's loopback.
-fn is_loopback(url: &str) -> bool {
+pub(super) fn is_loopback(url: &str) -> bool {
     let Ok(uri) = url.parse::<Uri>() else { return false };
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    is_loopback_host(uri.host().unwrap_or_default())
+}
+
+/// Whether a host, which is a name or an address, is this machine's loopback.
+pub(super) fn is_loopback_host(host: &str) -> bool {
+    let host = host.trim_matches(['[', ']']);
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 

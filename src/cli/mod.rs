@@ -3,6 +3,7 @@
 //! where every user of the machine could read it.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -15,6 +16,7 @@ mod client;
 mod datasource;
 mod demo;
 mod key;
+mod mqtt_place;
 mod nats;
 mod out;
 mod publish;
@@ -28,6 +30,7 @@ mod serve;
 mod session;
 mod signals;
 mod transfer;
+mod trust;
 
 use out::CommandOutput;
 
@@ -41,16 +44,22 @@ const READER_GONE_EXIT_CODE: u8 = 141;
 pub struct Cli {
     #[command(subcommand)]
     command: CliCommand,
+    /// A file with issuers of certificates (PEM) that are trusted for https:// beside the system's
+    /// [env: HEADGATE_CACERT]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "TLS")]
+    cacert: Option<PathBuf>,
 }
 
 const ENVIRONMENT_HELP: &str = "\
 Environment of the commands that talk to a running gateway:
-  HEADGATE_URL           where its HTTP is (default http://127.0.0.1:8080)
+  HEADGATE_URL           where its HTTP is: http:// or https:// (default http://127.0.0.1:8080)
+  HEADGATE_CACERT        a file with issuers of certificates (PEM) to trust beside the system's (or --cacert)
   HEADGATE_API_KEY       the key
   HEADGATE_API_KEY_FILE  or a file that holds it
   HEADGATE_DATA_DIR      or, on the gateway's own machine, where its admin.key is (default headgate-data)
 
-Every setting of `serve` can be set by environment too: HEADGATE_MQTT__LISTEN=127.0.0.1:1883";
+Every setting of `serve` can be set by environment too: HEADGATE_MQTT__LISTEN=127.0.0.1:1883. An empty variable
+counts as absent.";
 
 #[derive(Debug, Subcommand)]
 enum CliCommand {
@@ -101,6 +110,9 @@ enum CliCommand {
 /// says why).
 pub fn run(cli: Cli) -> ExitCode {
     let mut out = CommandOutput::new();
+    if let Some(file) = cli.cacert {
+        trust::set_ca_file(file);
+    }
     let done = match cli.command {
         CliCommand::Serve(args) => serve::run(args, &mut out),
         CliCommand::Demo(args) => demo::run(args, &mut out),

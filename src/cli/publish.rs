@@ -3,26 +3,21 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::{Context, bail};
 use futures_util::{Stream, stream};
 use indicatif::ProgressBar;
-use serde_json::Value;
+use serde::Deserialize;
 use tokio::sync::mpsc;
-use ureq::http::Uri;
 
-use super::client::{self, ApiClient, KeySecret, ProblemAnswer};
-use super::datasource;
+use super::client::{self, ApiClient};
+use super::mqtt_place::{MqttPlace, TlsRelay};
 use super::out::{self, CommandOutput, grouped, latency};
 use super::replay::{disconnect_session, replay};
-use super::session::{Dialect, MqttClientSession, UNACKED_MESSAGES_MAX};
+use super::session::{Dialect, MqttClientSession, MqttTransport, UNACKED_MESSAGES_MAX};
 use crate::message::check_topic;
-
-/// MQTT's standard port, where a gateway listens by default.
-const MQTT_PORT_DEFAULT: u16 = 1883;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct PublishArgs {
@@ -36,24 +31,48 @@ pub(super) struct PublishArgs {
     /// Every line of this file is a payload
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Where the gateway's MQTT is; by default port 1883 of HEADGATE_URL's host
-    #[arg(long, value_name = "HOST:PORT")]
+    /// Where the gateway's MQTT is: HOST:PORT, mqtt://HOST:PORT or, over TLS, mqtts://HOST:PORT; by default the
+    /// gateway is asked
+    #[arg(long, value_name = "ADDRESS")]
     addr: Option<String>,
+}
+
+/// The gateway's answer about the key and its listeners.
+#[derive(Deserialize)]
+struct ConnectAnswer {
+    key: ConnectKey,
+    mqtt: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct ConnectKey {
+    id: String,
+    datasource: String,
+    scopes: Vec<String>,
 }
 
 pub(super) fn run(args: PublishArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     check_topic(&args.topic)?;
     let url = client::gateway_url()?;
     let (key, _) = client::key_from_environment(&url)?;
-    let addr = resolve(args.addr, &url)?;
-    let topic = wire_topic(&url, &key, &args.datasource, &args.topic)?;
+    let answer: ConnectAnswer = ApiClient::new(&url, key.clone())?.get("/v1/connect", &[])?;
+    let topic = wire_topic(&answer.key, &args.datasource, &args.topic)?;
+    let place = match &args.addr {
+        Some(addr) => MqttPlace::parse(addr)?,
+        None => choose_place(&answer.mqtt, &url)?,
+    };
     let bar = args.file.as_deref().map(progress).transpose()?;
     let payloads = payloads(args.payload, args.file.as_deref())?;
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let tally = runtime.block_on(async {
         let client_id = format!("headgate-publish-{}", std::process::id());
-        let mut session = MqttClientSession::new(Dialect::V5, addr, &client_id, Some(&key));
+        let addr = place.resolve()?;
+        // Lives as long as the session.
+        let relay = if place.tls { Some(TlsRelay::open(addr, &place.host).await?) } else { None };
+        let through =
+            relay.as_ref().map_or(MqttTransport::Tcp(addr), |relay| MqttTransport::Unix(relay.path()));
+        let mut session = MqttClientSession::new(Dialect::V5, through, &client_id, Some(&key));
         let tally = replay(&mut session, &topic, payloads, || {
             if let Some(bar) = &bar {
                 bar.inc(1);
@@ -77,31 +96,38 @@ pub(super) fn run(args: PublishArgs, out: &mut CommandOutput) -> anyhow::Result<
 }
 
 /// The topic as it goes over the wire. With a datasource's own key, topics are relative to it. With a
-/// key for all datasources, the topic begins with the datasource's id. Only the latter may read the
-/// datasource over HTTP, so that the gateway's answer tells which kind the key is.
-fn wire_topic(url: &str, key: &KeySecret, datasource: &str, topic: &str) -> anyhow::Result<String> {
-    let looked = ApiClient::new(url, key.clone()).get::<Value>(&datasource::path(datasource)?, &[]);
-    match looked {
-        Ok(_) => Ok(format!("{datasource}/{topic}")),
-        Err(error) => match error.downcast_ref::<ProblemAnswer>() {
-            Some(problem) if problem.status == 403 => Ok(topic.to_owned()),
-            _ => Err(error),
-        },
+/// key for all datasources, the topic begins with the datasource's id.
+fn wire_topic(key: &ConnectKey, datasource: &str, topic: &str) -> anyhow::Result<String> {
+    if !key.scopes.iter().any(|scope| scope == "ingest" || scope == "admin") {
+        bail!("the key {} lacks the scope ingest: create a key with it", key.id);
+    }
+    match key.datasource.as_str() {
+        "*" => Ok(format!("{datasource}/{topic}")),
+        own if own == datasource => Ok(topic.to_owned()),
+        own => bail!("the key {} is one of the datasource {own}, not of {datasource}", key.id),
     }
 }
 
-fn resolve(addr: Option<String>, url: &str) -> anyhow::Result<SocketAddr> {
-    let addr = match addr {
-        Some(addr) => addr,
-        None => {
-            let uri: Uri = url.parse().context("HEADGATE_URL")?;
-            format!("{}:{MQTT_PORT_DEFAULT}", uri.host().unwrap_or_default())
-        }
+/// The listener to send the key to, of those that the gateway names. One that is on the gateway's own loopback is of
+/// no use elsewhere: there is another program at that address here. Whoever asked over TLS sends the key over TLS.
+fn choose_place(named: &[String], url: &str) -> anyhow::Result<MqttPlace> {
+    let places = named.iter().map(|place| MqttPlace::parse(place)).collect::<Result<Vec<_>, _>>()?;
+    let is_near = client::is_loopback(url);
+    let needs_tls = client::is_https(url);
+    let is_usable = |place: &&MqttPlace| {
+        let is_loopback = client::is_loopback_host(&place.host);
+        (is_near || !is_loopback) && (place.tls || !needs_tls || is_loopback)
     };
-    let mut found = addr.to_socket_addrs().with_context(|| format!("{addr} is not HOST:PORT"))?;
-    match found.next() {
-        Some(addr) => Ok(addr),
-        None => bail!("{addr} has no address"),
+    // Over TLS wherever HTTP is.
+    let mut usable: Vec<&MqttPlace> = places.iter().filter(is_usable).collect();
+    usable.sort_by_key(|place| place.tls != needs_tls);
+    match usable.first() {
+        Some(place) => Ok((*place).clone()),
+        None => bail!(
+            "the gateway at {url} serves MQTT at {}, where the key cannot be sent from here{}; --addr names another place",
+            named.join(", "),
+            if needs_tls { " over TLS" } else { "" }
+        ),
     }
 }
 
@@ -158,6 +184,27 @@ fn payloads(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_key_goes_nowhere_that_the_gateway_does_not_name_for_whoever_asks() {
+        let choose = |named: &[&str], url: &str| {
+            let named: Vec<String> = named.iter().map(|one| (*one).to_owned()).collect();
+            choose_place(&named, url).map(|place| place.to_string()).ok()
+        };
+        let both = ["mqtt://gw.example:1883", "mqtts://gw.example:8883"];
+        let near = ["mqtt://127.0.0.1:11883"];
+        for (named, url, chosen) in [
+            (&both[..], "http://gw.example:8080", Some("mqtt://gw.example:1883")),
+            (&both, "https://gw.example", Some("mqtts://gw.example:8883")),
+            (&both[..1], "https://gw.example", None),
+            (&both[1..], "http://gw.example", Some("mqtts://gw.example:8883")),
+            (&near, "http://127.0.0.1:8080", Some("mqtt://127.0.0.1:11883")),
+            (&near, "https://localhost", Some("mqtt://127.0.0.1:11883")),
+            (&near, "http://gw.example:8080", None),
+        ] {
+            assert_eq!(choose(named, url).as_deref(), chosen, "{named:?} {url}");
+        }
+    }
 
     #[test]
     fn every_line_that_is_not_blank_is_a_payload() {

@@ -4,14 +4,15 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use super::out::CommandOutput;
+use super::serve;
 use crate::config::Config;
 use crate::gateway::{RepairOrder, repair};
 use crate::observe::trace;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct RepairArgs {
-    /// The configuration (TOML) of the gateway; without it, the defaults and the environment
-    #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
+    /// The configuration (TOML) of the gateway [env: HEADGATE_CONFIG]; without it, the defaults and the environment
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// The data directory, whatever the configuration says. No gateway may be running on it
     #[arg(long, value_name = "DIR")]
@@ -26,7 +27,7 @@ pub(super) struct RepairArgs {
 }
 
 pub(super) fn run(args: RepairArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
-    let mut config = Config::load(args.config.as_deref())?;
+    let mut config = Config::load(serve::config_file(args.config).as_deref())?;
     if let Some(data_dir) = args.data_dir {
         config.data_dir = data_dir;
     }

@@ -7,43 +7,77 @@ use std::time::Duration;
 
 use anyhow::Context;
 
+use super::client;
 use super::out::{self, CommandOutput};
-use super::signals::{AskedSignal, Signals};
-use crate::config::Config;
+use super::signals::{self, AskedSignal, Signals};
+use crate::config::{Config, ConfigChanges, ConfigError, LoadedConfig};
 use crate::gateway::Gateway;
-use crate::observe::trace;
+use crate::observe::trace::{self, TraceControl};
 
 /// How long a thread may still run after the drain, for example a query of a disconnected client.
 pub(super) const THREADS_END_WAIT_MAX: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ServeArgs {
-    /// The configuration (TOML); without it, the defaults and the environment
-    #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
+    /// The configuration (TOML) [env: HEADGATE_CONFIG]; without it, the defaults and the environment
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where everything is kept, whatever the configuration says
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
 }
 
+/// A running gateway and what its configuration was read from.
+struct ServedConfig {
+    file: Option<PathBuf>,
+    data_dir: Option<PathBuf>,
+    /// As it was at the start.
+    started: Config,
+    /// As it was read last.
+    newest: Config,
+    trace: TraceControl,
+}
+
 pub(super) fn run(args: ServeArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
-    let mut config = Config::load(args.config.as_deref())?;
-    if let Some(data_dir) = args.data_dir {
-        config.data_dir = data_dir;
-    }
-    trace::init(&config.trace)?;
+    signals::catch_early_hangup();
+    let (file, data_dir) = (config_file(args.config), args.data_dir);
+    let LoadedConfig { config, passed_over } = load(file.as_deref(), data_dir.as_deref())?;
+    let trace = trace::init(&config.trace)?;
+    tell_passed_over(&passed_over);
+    let served = ServedConfig { file, data_dir, started: config.clone(), newest: config, trace };
     let runtime = runtime()?;
-    let served = runtime.block_on(serve(config, args.config.as_deref(), out));
+    let served = runtime.block_on(serve(served, out));
     runtime.shutdown_timeout(THREADS_END_WAIT_MAX);
     served
 }
 
-async fn serve(config: Config, file: Option<&Path>, out: &mut CommandOutput) -> anyhow::Result<()> {
+/// The configuration file that an argument or else `HEADGATE_CONFIG` names. An empty variable counts as absent.
+pub(super) fn config_file(argument: Option<PathBuf>) -> Option<PathBuf> {
+    argument.or_else(|| client::variable("HEADGATE_CONFIG").map(PathBuf::from))
+}
+
+/// Says which variables look like settings by their prefix and are none.
+pub(super) fn tell_passed_over(variables: &[String]) {
+    if !variables.is_empty() {
+        let variables = variables.join(", ");
+        tracing::info!(variables, "environment variables that are no settings are passed over");
+    }
+}
+
+fn load(file: Option<&Path>, data_dir: Option<&Path>) -> Result<LoadedConfig, ConfigError> {
+    let mut loaded = LoadedConfig::load(file)?;
+    if let Some(data_dir) = data_dir {
+        data_dir.clone_into(&mut loaded.config.data_dir);
+    }
+    Ok(loaded)
+}
+
+async fn serve(mut served: ServedConfig, out: &mut CommandOutput) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     // In a cluster the start may have to wait for NATS.
-    let gateway = tokio::select! {
+    let mut gateway = tokio::select! {
         biased;
-        started = Gateway::start(config) => started?,
+        started = Gateway::start(served.started.clone()) => started?,
         () = signals.asked() => return Ok(()),
     };
     // Devices are served whether or not anybody reads these lines.
@@ -54,7 +88,7 @@ async fn serve(config: Config, file: Option<&Path>, out: &mut CommandOutput) -> 
         }
     }
     while signals.asked_or_hung_up().await == AskedSignal::Reload {
-        reload(&gateway, file);
+        served.reload(&mut gateway);
     }
     tracing::info!("draining");
     signals.finish(gateway.stop()).await;
@@ -62,19 +96,29 @@ async fn serve(config: Config, file: Option<&Path>, out: &mut CommandOutput) -> 
     Ok(())
 }
 
-/// Reads the configuration again, and applies what can be changed while the gateway runs.
-fn reload(gateway: &Gateway, file: Option<&Path>) {
-    match Config::load(file) {
-        Ok(config) => {
-            gateway.apply_live(&config);
-            tracing::info!(
-                memory_bytes_max = config.intake.memory_bytes_max,
-                memory_share_bytes_max = config.intake.memory_share_bytes_max,
-                "the configuration was read again: the limits of memory and of strangers hold now, all others after \
-                 a restart"
-            );
+impl ServedConfig {
+    /// Reads the configuration again, applies what can be changed while the gateway runs, and names what cannot. A
+    /// configuration that cannot be used changes nothing.
+    fn reload(&mut self, gateway: &mut Gateway) {
+        let loaded = load(self.file.as_deref(), self.data_dir.as_deref()).map_err(anyhow::Error::new);
+        let config = match loaded.and_then(|loaded| {
+            self.trace.set_filter(&loaded.config.trace)?;
+            Ok(loaded.config)
+        }) {
+            Ok(config) => config,
+            Err(error) => {
+                tracing::warn!(%error, "the configuration was read again and cannot be used: all stays as it was");
+                return;
+            }
+        };
+        gateway.apply_live(&config);
+        let changed = ConfigChanges::between(&self.newest, &config).live.join(", ");
+        tracing::info!(changed, "the configuration was read again, and the certificates are");
+        let settings = ConfigChanges::between(&self.started, &config).after_restart.join(", ");
+        if !settings.is_empty() {
+            tracing::warn!(settings, "these settings differ from those in use, and hold after a restart");
         }
-        Err(error) => tracing::warn!(%error, "the configuration is left as it was"),
+        self.newest = config;
     }
 }
 

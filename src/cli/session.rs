@@ -2,6 +2,7 @@
 //! QoS 1 and reports which message was acknowledged.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rumqttc::{Outgoing, v5};
@@ -21,6 +22,31 @@ pub(super) enum Dialect {
     V311,
     /// MQTT 5, the key as user property `authorization` of CONNECT.
     V5,
+}
+
+/// How a session reaches the gateway.
+#[derive(Debug, Clone)]
+pub(super) enum MqttTransport {
+    /// Over TCP.
+    Tcp(SocketAddr),
+    /// Through a socket in the file system, whose other end is over TLS.
+    Unix(PathBuf),
+}
+
+impl From<SocketAddr> for MqttTransport {
+    fn from(addr: SocketAddr) -> Self {
+        Self::Tcp(addr)
+    }
+}
+
+impl MqttTransport {
+    /// As rumqttc takes it: an address or a path, and a port.
+    fn broker(&self) -> (String, u16, rumqttc::Transport) {
+        match self {
+            Self::Tcp(addr) => (addr.ip().to_string(), addr.port(), rumqttc::Transport::tcp()),
+            Self::Unix(path) => (path.display().to_string(), 0, rumqttc::Transport::unix()),
+        }
+    }
 }
 
 /// A connection, opened at the first [`MqttClientSession::step`].
@@ -70,12 +96,18 @@ pub(super) enum MqttClientError {
 }
 
 impl MqttClientSession {
-    /// A session with the gateway at `addr`, with this key or none.
-    pub(super) fn new(dialect: Dialect, addr: SocketAddr, client_id: &str, key: Option<&KeySecret>) -> Self {
-        let (host, port) = (addr.ip().to_string(), addr.port());
+    /// A session with the gateway that `through` reaches, with this key or none.
+    pub(super) fn new(
+        dialect: Dialect,
+        through: impl Into<MqttTransport>,
+        client_id: &str,
+        key: Option<&KeySecret>,
+    ) -> Self {
+        let (host, port, transport) = through.into().broker();
         match dialect {
             Dialect::V311 => {
                 let mut options = rumqttc::MqttOptions::new(client_id, host, port);
+                options.set_transport(transport);
                 options.set_keep_alive(KEEP_ALIVE).set_inflight(UNACKED_MESSAGES_MAX);
                 if let Some(key) = key {
                     options.set_credentials(key.expose(), "");
@@ -88,6 +120,7 @@ impl MqttClientSession {
             }
             Dialect::V5 => {
                 let mut options = v5::MqttOptions::new(client_id, host, port);
+                options.set_transport(transport);
                 options.set_keep_alive(KEEP_ALIVE).set_outgoing_inflight_upper_limit(UNACKED_MESSAGES_MAX);
                 if let Some(key) = key {
                     options.set_user_properties(vec![("authorization".to_owned(), key.expose().to_owned())]);

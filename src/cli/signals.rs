@@ -1,12 +1,28 @@
 //! The signals of a process that serves: SIGTERM and Ctrl-C's SIGINT ask it to end, SIGHUP to read its configuration
-//! again.
+//! again. SIGHUP never ends it, from the first line of the command on.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Exit code after a second request to end, as shells give it for SIGINT.
 const INTERRUPTED_EXIT_CODE: i32 = 130;
+
+/// Whether SIGHUP has come before there were [`Signals`].
+static HUNG_UP_EARLY: AtomicBool = AtomicBool::new(false);
+
+/// Keeps SIGHUP from ending the process, and remembers that it came, until [`Signals::listen`].
+pub(super) fn catch_early_hangup() {
+    extern "C" fn note(_: libc::c_int) {
+        HUNG_UP_EARLY.store(true, Ordering::Relaxed);
+    }
+    let handler: extern "C" fn(libc::c_int) = note;
+    // SAFETY: the handler only stores to an atomic, which a signal handler may.
+    unsafe {
+        libc::signal(libc::SIGHUP, handler as libc::sighandler_t);
+    }
+}
 
 /// Listens for requests to end from its creation on: a signal that comes before the call of
 /// [`Signals::asked`] is not lost.
@@ -29,11 +45,15 @@ impl Signals {
     pub(super) fn listen() -> io::Result<Self> {
         let terminate = signal(SignalKind::terminate())?;
         let interrupt = signal(SignalKind::interrupt())?;
-        Ok(Self { terminate, interrupt, hangup: signal(SignalKind::hangup())? })
+        let hangup = signal(SignalKind::hangup())?;
+        Ok(Self { terminate, interrupt, hangup })
     }
 
     /// Returns at the next signal, with what it asks for.
     pub(super) async fn asked_or_hung_up(&mut self) -> AskedSignal {
+        if HUNG_UP_EARLY.swap(false, Ordering::Relaxed) {
+            return AskedSignal::Reload;
+        }
         let Self { terminate, interrupt, hangup } = self;
         tokio::select! {
             _ = terminate.recv() => AskedSignal::End,

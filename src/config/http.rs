@@ -1,20 +1,19 @@
 //! `[http]`: HTTP, its TLS, and the listener that the administration may have of its own.
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{ConfigError, HTTP_TLS_SETTINGS, TlsConfig, loopback, require_some};
+use super::{ConfigError, HTTP_TLS_SETTINGS, ListenAddress, TlsConfig, loopback, require_some};
 use crate::limits;
 
 /// HTTP.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HttpConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Host and port; port 0 takes a free one, and a name stands for all its addresses.
+    pub listen: ListenAddress,
     /// The most connections; for one more, one of whoever has most makes room.
     pub connections_max: usize,
     /// The most connections that have presented no valid key; for one more, one makes room.
@@ -41,26 +40,24 @@ pub struct HttpConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdminConfig {
-    /// Address and port, with TLS if `[http.tls]` has a certificate; `None` (in the file: empty) for no such listener.
+    /// Host and port, with TLS if `[http.tls]` has a certificate; `None` (in the file: empty) for no such listener.
     #[serde(serialize_with = "write_listen", deserialize_with = "read_listen")]
-    pub listen: Option<SocketAddr>,
+    pub listen: Option<ListenAddress>,
 }
 
-fn write_listen<S: Serializer>(listen: &Option<SocketAddr>, s: S) -> Result<S::Ok, S::Error> {
+fn write_listen<S: Serializer>(listen: &Option<ListenAddress>, s: S) -> Result<S::Ok, S::Error> {
     match listen {
         Some(listen) => s.collect_str(listen),
         None => s.serialize_str(""),
     }
 }
 
-fn read_listen<'de, D: Deserializer<'de>>(d: D) -> Result<Option<SocketAddr>, D::Error> {
+fn read_listen<'de, D: Deserializer<'de>>(d: D) -> Result<Option<ListenAddress>, D::Error> {
     let text = String::deserialize(d)?;
     if text.is_empty() {
         return Ok(None);
     }
-    text.parse().map(Some).map_err(|_| {
-        serde::de::Error::custom(format!("{text:?} is no address with a port, such as 127.0.0.1:8081"))
-    })
+    text.parse().map(Some).map_err(serde::de::Error::custom)
 }
 
 /// An origin as browsers say it: scheme, host and port; or `*`, every origin.

@@ -1,6 +1,10 @@
 //! The configuration: defaults, then a TOML file, then the environment
 //! (`HEADGATE_MQTT__LISTEN=127.0.0.1:1883`); a later source overrides an earlier one. An unknown key is an
-//! error, so that a misspelt limit is not silently absent.
+//! error, so that a misspelt limit is not silently absent. What each source says is brought into the shape of the
+//! defaults (`shape.rs`), so that sizes and times may have units and lists may be written `a,b`.
+//!
+//! An error names the setting and what it has to be. It repeats no value that it could not read: that may be a
+//! secret.
 //!
 //! `config/headgate.toml` shows every key at its default; a test compares the two.
 
@@ -10,28 +14,36 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use figment::Figment;
-use figment::providers::{Env, Format, Serialized, Toml};
+use figment::providers::Serialized;
+use figment::value::Dict;
 use serde::{Deserialize, Serialize};
 
 use crate::limits;
 use crate::network::Network;
 
+mod changes;
+mod environment;
 mod http;
+mod listen;
 mod log;
 mod mqtt;
 mod nats;
 mod public;
+mod quantity;
+mod shape;
 mod tls;
 
+use environment::{EnvironmentSettings, variable_of};
+use shape::ConfigShape;
+
+pub use changes::ConfigChanges;
 pub use http::{CorsOrigin, HttpConfig};
+pub use listen::ListenAddress;
 pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
 pub use mqtt::MqttConfig;
 pub use nats::NatsConfig;
 pub use public::{PublicMqtt, PublicUrl};
 pub use tls::{ClientCertificates, HTTP_TLS_SETTINGS, MQTT_TLS_SETTINGS, TlsConfig, TlsSettingNames};
-
-/// Environment variables of the commands: they have the same prefix but are no settings.
-const COMMAND_ENV_VARS: [&str; 4] = ["url", "api_key", "api_key_file", "config"];
 
 /// The whole configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -187,19 +199,54 @@ impl Default for IntakeConfig {
 }
 
 /// The default of every listener: reaching the gateway from a network has to be an operator's decision.
-fn loopback(port: u16) -> SocketAddr {
-    SocketAddr::from(([127, 0, 0, 1], port))
+fn loopback(port: u16) -> ListenAddress {
+    SocketAddr::from(([127, 0, 0, 1], port)).into()
 }
 
 /// Why a configuration cannot be used. The text names the key.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// A file that does not parse, an unknown key, a value of the wrong type.
-    #[error("configuration: {0}")]
-    Read(#[from] Box<figment::Error>),
     /// A named file that does not exist.
     #[error("configuration: there is no file {}", .0.display())]
     NoFile(PathBuf),
+    /// A file that cannot be read.
+    #[error("configuration: cannot read {}: {error}", file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// A file that is not TOML. It quotes nothing of the file, which may hold a secret at that place.
+    #[error("configuration: {}, line {line}, column {column}: {}", file.display(), message.trim())]
+    Syntax {
+        /// The file.
+        file: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The character in it, from 1.
+        column: usize,
+        /// What is wrong there.
+        message: String,
+    },
+    /// An unknown key, a value of the wrong type.
+    #[error("configuration: {key} ({source_name}): {fault}")]
+    Setting {
+        /// The key, with dots.
+        key: String,
+        /// The file or the variable that says it.
+        source_name: String,
+        /// What is wrong.
+        fault: String,
+    },
+    /// An environment variable that is nearly a setting.
+    #[error("configuration: {name} (environment): {fault}")]
+    Variable {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        fault: String,
+    },
     /// A file with a secret that cannot be read.
     #[error("configuration: {key}: cannot read {}: {error}", file.display())]
     Secret {
@@ -222,24 +269,87 @@ pub enum ConfigError {
     },
 }
 
+/// A configuration, and what was passed over while it was read.
+#[derive(Debug)]
+pub struct LoadedConfig {
+    /// The configuration.
+    pub config: Config,
+    /// Environment variables that begin with `HEADGATE_` and are no settings.
+    pub passed_over: Vec<String>,
+}
+
+impl LoadedConfig {
+    /// As [`Config::load`].
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming the key.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let shape = ConfigShape::of_defaults();
+        let source = file.map(|file| file.display().to_string()).unwrap_or_default();
+        let of_file = file.map(read_toml).transpose()?.unwrap_or_default();
+        let of_file = shape.conform(of_file, &source)?;
+        let environment = EnvironmentSettings::read(std::env::vars_os(), &shape)?;
+        let of_environment = shape.conform(environment.tree(), "environment")?;
+        let figment = Figment::from(Serialized::defaults(Config::default()))
+            .merge(Serialized::defaults(of_file))
+            .merge(Serialized::defaults(of_environment));
+        let mut config: Config = figment.extract().map_err(|error| {
+            let key = error.path.join(".");
+            let is_variable = environment.settings.iter().any(|(path, _)| *path == key);
+            let source_name = if is_variable { variable_of(&key) } else { source.clone() };
+            ConfigError::Setting { key, source_name, fault: fault_of_value(&error.kind) }
+        })?;
+        config.check()?;
+        config.intake.fit_memory(config.http.body_bytes_max);
+        Ok(Self { config, passed_over: environment.passed_over })
+    }
+}
+
+/// Reads a TOML file.
+fn read_toml(file: &Path) -> Result<Dict, ConfigError> {
+    // Not a FIFO or a device, which could hold the start for ever.
+    if !file.is_file() {
+        return Err(ConfigError::NoFile(file.to_owned()));
+    }
+    let text =
+        std::fs::read_to_string(file).map_err(|error| ConfigError::File { file: file.to_owned(), error })?;
+    // A byte order mark, as some editors write it.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    toml::from_str(text).map_err(|error: toml::de::Error| {
+        let begin = error.span().map_or(0, |span| span.start);
+        let before = text.get(..begin).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        let message = error.message().replace('\n', ", ");
+        ConfigError::Syntax { file: file.to_owned(), line, column, message }
+    })
+}
+
+/// What is wrong with a value that is of the right kind and cannot be used, without the value.
+fn fault_of_value(kind: &figment::error::Kind) -> String {
+    use figment::error::Kind;
+    match kind {
+        Kind::Message(text) => text.clone(),
+        Kind::InvalidType(_, expected) | Kind::InvalidValue(_, expected) => match expected.as_str() {
+            "u8" => format!("it has to be at most {}", u8::MAX),
+            "u16" => format!("it has to be at most {}", u16::MAX),
+            "u32" => format!("it has to be at most {}", u32::MAX),
+            "u64" | "usize" => format!("it has to be at most {}", u64::MAX),
+            expected => format!("it has to be {expected}"),
+        },
+        Kind::UnknownVariant(_, known) => format!("it has to be one of \"{}\"", known.join("\", \"")),
+        Kind::UnknownField(name, _) => format!("there is no such setting {name}"),
+        _ => "it cannot be used".to_owned(),
+    }
+}
+
 impl Config {
     /// The defaults, with `file` (if any) and then the environment over them.
     ///
     /// # Errors
     /// [`ConfigError`], naming the key.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
-        let mut figment = Figment::from(Serialized::defaults(Config::default()));
-        if let Some(file) = file {
-            if !file.is_file() {
-                return Err(ConfigError::NoFile(file.to_owned()));
-            }
-            figment = figment.merge(Toml::file_exact(file));
-        }
-        let settings = Env::prefixed("HEADGATE_").ignore(&COMMAND_ENV_VARS).split("__");
-        let mut config: Config = figment.merge(settings).extract().map_err(Box::new)?;
-        config.check()?;
-        config.intake.fit_memory(config.http.body_bytes_max);
-        Ok(config)
+        LoadedConfig::load(file).map(|loaded| loaded.config)
     }
 
     fn check(&self) -> Result<(), ConfigError> {
@@ -353,7 +463,7 @@ mod tests {
         let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/headgate.toml");
         let text = std::fs::read_to_string(&shipped).expect("config/headgate.toml is readable");
         // Without the defaults, so that a key missing in the file is an error.
-        let config: Config = Figment::from(Toml::string(&text)).extract().expect("every key is there");
+        let config: Config = toml::from_str(&text).expect("every key is there");
         assert_eq!(config, Config::default());
     }
 
@@ -378,6 +488,76 @@ mod tests {
             std::fs::write(&file, format!("[mqtt.tls]\n{tls}\n")).expect("written");
             let error = Config::load(Some(&file)).expect_err("incomplete").to_string();
             assert!(error.contains(key), "{error}");
+        }
+    }
+
+    fn load_text(text: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let file = dir.path().join("headgate.toml");
+        std::fs::write(&file, text).expect("written");
+        Config::load(Some(&file))
+    }
+
+    /// The errors quoted the value, and the whole line of what is no TOML.
+    #[test]
+    fn no_error_repeats_a_value_that_could_be_a_secret() {
+        for text in [
+            "[nats]\npassword = 5309271\n",
+            "[nats]\npassword = 5309271.5\n",
+            "[nats]\npassword = [\"5309271\"]\n",
+            "[nats]\npassword = { a = \"5309271\" }\n",
+            "[nats]\npassword = \"5309271\n",
+            "[nats]\npassword = s5309271\n",
+            "[nats]\npassword = \"5309271\" x\n",
+            "[nats]\npassword = \"5309271\\q\"\n",
+            "[nats]\npassword = \"5309271\"\npassword = \"5309271\"\n",
+            "[nats.callout]\nsystem_password = 2026-11-30\n",
+            "[nats]\nusr = \"5309271\"\n",
+            "nats = \"5309271\"\n",
+            "[log]\nbackend = \"5309271\"\n",
+            "[nats]\ningest = \"5309271\"\n",
+            "[nats]\nservers = [5309271]\n",
+            "[nats]\nservers = \"[5309271\"\n",
+        ] {
+            let error = load_text(text).expect_err(text);
+            for shown in [error.to_string(), format!("{error:?}")] {
+                assert!(!shown.contains("5309271") && !shown.contains("2026-11-30"), "{shown}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_fault_of_syntax_is_told_by_its_place() {
+        let error = load_text("[nats]\npassword = s\n").expect_err("no TOML").to_string();
+        assert!(error.contains("line 2, column 12"), "{error}");
+    }
+
+    #[test]
+    fn sizes_times_and_lists_are_read_as_people_write_them() {
+        let config = load_text(
+            "[intake]\nmemory_bytes_max = \"1GiB\"\n[log]\nretention_s = \"24h\"\n[http]\nbody_ms_max = \"1m\"\n\
+             listen = \"localhost:8080\"\n[nats]\nservers = \"nats://a:1, nats://b:2\"\n",
+        )
+        .expect("read");
+        assert_eq!((config.intake.memory_bytes_max, config.log.retention_s), (1 << 30, 86_400));
+        assert_eq!(
+            (config.http.body_ms_max, config.http.listen.to_string()),
+            (60_000, "localhost:8080".to_owned())
+        );
+        assert_eq!(config.nats.servers, ["nats://a:1", "nats://b:2"]);
+        let error =
+            load_text("[intake]\nmemory_bytes_max = \"64M\"\n").expect_err("it is ambiguous").to_string();
+        assert!(error.contains("intake.memory_bytes_max") && error.contains("MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_number_out_of_its_type_is_an_error_that_says_the_largest() {
+        let error = load_text("[mqtt]\nreceive_maximum = 70000\n").expect_err("too large").to_string();
+        assert!(error.contains("mqtt.receive_maximum") && error.contains("65535"), "{error}");
+        for text in ["-1", "1.5", "true"] {
+            let error =
+                load_text(&format!("[mqtt]\nreceive_maximum = {text}\n")).expect_err(text).to_string();
+            assert!(error.contains("mqtt.receive_maximum"), "{error}");
         }
     }
 

@@ -1,18 +1,16 @@
 //! `[mqtt]`: MQTT over TCP, TLS and WebSocket.
 
-use std::net::SocketAddr;
-
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, MQTT_TLS_SETTINGS, TlsConfig, loopback, require, require_some};
+use super::{ConfigError, ListenAddress, MQTT_TLS_SETTINGS, TlsConfig, loopback, require, require_some};
 use crate::limits;
 
 /// MQTT over TCP.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MqttConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Host and port; port 0 takes a free one, and a name stands for all its addresses.
+    pub listen: ListenAddress,
     /// The most connections; one more is closed at once.
     pub connections_max: usize,
     /// The most connections that have presented no valid key yet; for one more, one makes room.
@@ -27,6 +25,9 @@ pub struct MqttConfig {
     pub connect_ms_max: u64,
     /// The longest that a session may outlive its connection, in seconds.
     pub session_expiry_s_max: u32,
+    /// How long a subscriber may neither take nor acknowledge anything before it is said to stand still, in
+    /// milliseconds.
+    pub still_ms: u64,
     /// The longest keep-alive, in seconds; an MQTT 5 client that asks for more, or for none, is
     /// told this one.
     pub keep_alive_s_max: u16,
@@ -45,6 +46,7 @@ impl Default for MqttConfig {
             receive_maximum: limits::MQTT_RECEIVE_MAXIMUM,
             connect_ms_max: 10_000,
             session_expiry_s_max: 7 * 24 * 3_600,
+            still_ms: 30_000,
             keep_alive_s_max: 3_600,
             tls: TlsConfig::without_certificate(8883),
         }

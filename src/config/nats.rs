@@ -24,6 +24,9 @@ pub struct NatsConfig {
     pub credentials: PathBuf,
     /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts.
     pub ca: PathBuf,
+    /// What the reply subjects of messages begin with that are answered, without the dot after it. A message that asks
+    /// for an answer elsewhere is refused.
+    pub reply_prefixes: Vec<String>,
     /// Whether messages on `ingest.{datasource}.{topic}` are admitted.
     pub ingest: bool,
     /// The validated stream.
@@ -103,6 +106,15 @@ impl NatsConfig {
             format_args!("{:?}", callout.user),
             "it has to be a user of an account of its own, as nats.callout.issuer_seed_file is set",
         )?;
+        for prefix in &self.reply_prefixes {
+            require(
+                is_reply_prefix(prefix),
+                "nats.reply_prefixes",
+                format_args!("{prefix:?}"),
+                "each has to be a subject without wildcards that no messages are published on: not ingest, stream, \
+                 quarantine, headgate, denied, or one with $ or _R_",
+            )?;
+        }
         require(
             (1..=5).contains(&self.stream.replicas),
             "nats.stream.replicas",
@@ -161,6 +173,19 @@ impl NatsConfig {
     }
 }
 
+/// Whether answers may be published under a prefix: nowhere that messages, questions between gateways, or NATS' own
+/// are.
+fn is_reply_prefix(prefix: &str) -> bool {
+    let is_word = |word: &str| {
+        !word.is_empty()
+            && !word.contains(|c: char| c.is_whitespace() || c.is_control() || matches!(c, '*' | '>'))
+    };
+    let first = prefix.split('.').next().unwrap_or_default();
+    prefix.split('.').all(is_word)
+        && !first.starts_with('$')
+        && !["ingest", "stream", "quarantine", "headgate", "denied", "_R_"].contains(&first)
+}
+
 impl NatsCalloutConfig {
     /// Whether API keys are NATS users.
     pub fn is_used(&self) -> bool {
@@ -177,6 +202,7 @@ impl Default for NatsConfig {
             password_file: PathBuf::new(),
             credentials: PathBuf::new(),
             ca: PathBuf::new(),
+            reply_prefixes: vec!["_INBOX".to_owned()],
             ingest: true,
             stream: NatsStreamConfig { enabled: true, name: "headgate".to_owned(), replicas: 1 },
             callout: NatsCalloutConfig {
@@ -239,6 +265,18 @@ impl Serialize for ConfigSecret {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn answers_go_nowhere_that_messages_are() {
+        for good in ["_INBOX", "_INBOX_press", "my.app", "devices"] {
+            assert!(is_reply_prefix(good), "{good}");
+        }
+        for bad in
+            ["", "a.", "a..b", "a.*", ">", "$JS", "$SYS.x", "ingest", "stream.x", "headgate", "_R_", "a b"]
+        {
+            assert!(!is_reply_prefix(bad), "{bad}");
+        }
+    }
 
     #[test]
     fn a_password_may_stand_in_a_file_and_is_never_shown() {

@@ -1,11 +1,10 @@
 //! `[mqtt.tls]` and `[http.tls]`: a listener over TLS, served when there is a certificate.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, loopback, require};
+use super::{ConfigError, ListenAddress, loopback, require};
 
 /// Whether a client needs a certificate of its own, besides its API key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,8 +20,8 @@ pub enum ClientCertificates {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TlsConfig {
-    /// Address and port; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Host and port; port 0 takes a free one, and a name stands for all its addresses.
+    pub listen: ListenAddress,
     /// A file with the certificate and its chain (PEM); empty for none. It may be replaced while the gateway
     /// runs, as may `key` and `client_ca`.
     pub certificate: PathBuf,

@@ -36,6 +36,8 @@ pub const GRACE_DEFAULT_S: u64 = 24 * 3_600;
 pub const GRACE_S_MAX: u64 = 366 * 24 * 3_600;
 /// Audit entries on one page, at most.
 pub const AUDIT_ENTRIES_MAX: usize = 10_000;
+/// Audit entries that are read at a time.
+pub const AUDIT_ENTRIES_PER_READ: usize = 500;
 /// Audit entries on a page if the request gives no limit.
 pub const AUDIT_ENTRIES_DEFAULT: usize = 100;
 /// Secrets that the gateway checks in one leak report.
@@ -87,7 +89,7 @@ pub const MQTT_TOPIC_ALIAS_MAXIMUM: u16 = 32;
 pub const WEBSOCKET_FRAME_BYTES_MAX: usize = u16::MAX as usize;
 /// Topic aliases that the gateway sets for an MQTT 5 client at most.
 pub const MQTT_TOPIC_ALIASES_SENT_MAX: u16 = 64;
-/// Unacknowledged QoS 1 messages to one subscriber.
+/// Messages in flight to one subscriber: at QoS 1 until the PUBACK, at QoS 2 until the PUBCOMP.
 pub const MQTT_FLIGHTS_MAX: usize = 4096;
 /// Subscriptions of one session.
 pub const MQTT_SUBSCRIPTIONS_MAX: usize = 1024;
@@ -229,6 +231,26 @@ pub const CATCH_UP_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 pub const RETRY_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
 /// How long a call that ends a key waits for its last connection to close.
 pub const REVOCATION_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+/// For how long the processor time of tenants is counted before it is looked at.
+pub const PROCESSOR_WINDOW: std::time::Duration = std::time::Duration::from_millis(10);
+/// How long a tenant counts as somebody who wants something, after it was last served.
+pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(300);
+/// How long a tenant that was over its share of the processors is served at low priority.
+pub const SLOW_LANE_STAY: std::time::Duration = std::time::Duration::from_secs(2);
+/// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.
+pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
+/// The niceness of that priority.
+pub const SLOW_LANE_NICE: u8 = 10;
+/// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.
+pub const NEWCOMER_NS: u64 = 200_000;
+/// Packets of an MQTT connection that are decoded before others have their turn.
+pub const MQTT_PACKETS_PER_TURN_MAX: usize = 1_024;
+/// Decoded bytes of an HTTP body after which others have their turn.
+pub const HTTP_BODY_BYTES_PER_TURN: usize = 128 << 10;
+/// Requests without a valid key that may come at once on an HTTP connection which has presented none, ...
+pub const STRANGER_REQUESTS_BURST: u32 = 16;
+/// ... and how many more a second after that.
+pub const STRANGER_REQUESTS_PER_S: u32 = 4;
 /// Bytes of one commit of the log; more waits for the next.
 pub const BATCH_BYTES_MAX: usize = 4 << 20;
 /// The body of one frame of the log. The writer splits what is larger, and readers trust it.

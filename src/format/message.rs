@@ -390,10 +390,32 @@ impl RecordFlags {
     pub const WILL: RecordFlags = RecordFlags(2);
     /// The publisher asked for no acknowledgement (MQTT QoS 0); subscribers get it at QoS 0 too.
     pub const AT_MOST_ONCE: RecordFlags = RecordFlags(4);
+    /// MQTT QoS 1: subscribers get it at QoS 1 at most.
+    pub const AT_LEAST_ONCE: RecordFlags = RecordFlags(32);
     /// It failed validation and is in quarantine: only the quarantine consumer gets it. It has a note.
     pub const QUARANTINED: RecordFlags = RecordFlags(8);
     /// It was in quarantine and went through intake again. It has a note.
     pub const REDRIVEN: RecordFlags = RecordFlags(16);
+
+    /// How far a message that was published over MQTT with this QoS may go.
+    #[inline]
+    pub fn of_mqtt_qos(qos: u8) -> Self {
+        match qos {
+            0 => Self::AT_MOST_ONCE,
+            1 => Self::AT_LEAST_ONCE,
+            _ => Self::default(),
+        }
+    }
+
+    /// The highest QoS at which subscribers get it.
+    #[inline]
+    pub fn mqtt_qos_max(self) -> u8 {
+        match self {
+            _ if self.contains(Self::AT_MOST_ONCE) => 0,
+            _ if self.contains(Self::AT_LEAST_ONCE) => 1,
+            _ => 2,
+        }
+    }
 
     /// Both sets of bits.
     #[inline]

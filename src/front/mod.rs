@@ -3,6 +3,7 @@
 pub mod connection_table;
 mod credentials;
 pub mod http;
+pub mod listen_sockets;
 pub mod mqtt;
 pub mod nats;
 mod peer_stream;

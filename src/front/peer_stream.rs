@@ -1,10 +1,11 @@
 //! A connection's byte stream below HTTP and WebSocket: TCP, or TLS over it.
 
+use std::future::Future;
 use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, Waker};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
@@ -14,6 +15,21 @@ pub enum PeerStream {
     Tcp(TcpStream),
     /// Encrypted. What is written may wait for a flush.
     Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl PeerStream {
+    /// Whether the client has shut down its half, also if bytes from before that are not read yet. The task is woken
+    /// when it does, unless there are such bytes.
+    pub(super) fn poll_half_closed(&self, cx: &mut Context<'_>) -> bool {
+        let tcp = match self {
+            PeerStream::Tcp(stream) => stream,
+            PeerStream::Tls(stream) => stream.get_ref().0,
+        };
+        let _registered = tcp.poll_read_ready(cx);
+        let ready = pin!(tcp.ready(Interest::READABLE));
+        let ready = ready.poll(&mut Context::from_waker(Waker::noop()));
+        matches!(ready, Poll::Ready(Ok(ready)) if ready.is_read_closed())
+    }
 }
 
 impl AsyncRead for PeerStream {

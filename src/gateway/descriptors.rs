@@ -45,7 +45,7 @@ pub(super) fn fit_connections(config: &mut Config) {
     };
     let wanted = [config.mqtt.connections_max, config.http.connections_max];
     // The administration's own connections keep theirs.
-    let of_admin = config.http.admin.listen.map_or(0, |_| HTTP_ADMIN_CONNECTIONS_MAX as u64);
+    let of_admin = if config.http.admin.listen.is_some() { HTTP_ADMIN_CONNECTIONS_MAX as u64 } else { 0 };
     let [mqtt, http] = allowed_connections(limit.saturating_sub(of_admin), segments_max, wanted);
     if [mqtt, http] == wanted {
         return;

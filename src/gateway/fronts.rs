@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::listeners::Listeners;
 use super::opened::OpenedGateway;
+use crate::auth::Authorizer;
 use crate::backup::BackupDesk;
 use crate::config::Config;
 use crate::front::connection_table::ConnectionTable;
@@ -29,6 +30,7 @@ pub(super) struct RunningFronts {
 /// The settings that can be changed while the gateway runs.
 pub(super) struct LiveSettings {
     memory: MemoryBudget,
+    authorizer: Authorizer,
     certificates: Vec<Arc<Tls>>,
     http: Arc<ConnectionTable>,
     mqtt: Arc<ConnectionTable>,
@@ -38,6 +40,7 @@ impl LiveSettings {
     /// Applies these settings as they are in `config`, and has the certificates read.
     pub(super) fn apply(&self, config: &Config) {
         self.memory.set_limits(config.intake.memory_bytes_max, config.intake.memory_share_bytes_max);
+        self.authorizer.set_failure_limits(&config.auth);
         self.certificates.iter().for_each(|tls| tls.read_now());
         self.http.set_limits(config.http.stranger_limits());
         self.mqtt.set_limits(config.mqtt.stranger_limits());
@@ -60,7 +63,7 @@ impl RunningFronts {
     ) -> anyhow::Result<Self> {
         let addrs = listeners.addrs()?;
         let OpenedGateway { log, leaks, consumers, clients, intake, metrics, .. } = opened;
-        let nats = connect_nats(config, &intake).await?;
+        let nats = connect_nats(config, &intake)?;
         let nats_servers = config.nats.servers.iter().filter(|_| nats.is_some());
         let nats_servers: Vec<_> = nats_servers.map(|address| without_credentials(address)).collect();
         let proxies = Arc::new(ProxyTrust::new(config));
@@ -75,6 +78,7 @@ impl RunningFronts {
         );
         let live = LiveSettings {
             memory: intake.memory().clone(),
+            authorizer: intake.authorizer().clone(),
             certificates: listeners.certificates(),
             http: Arc::new(ConnectionTable::new(config.http.stranger_limits())),
             mqtt: acceptor.strangers().clone(),
@@ -124,13 +128,13 @@ impl RunningFronts {
     }
 }
 
-/// Connects the NATS front, if messages are ingested from NATS.
-async fn connect_nats(config: &Config, intake: &Intake) -> anyhow::Result<Option<Arc<nats::NatsFront>>> {
+/// Makes the NATS front, if messages are ingested from NATS.
+fn connect_nats(config: &Config, intake: &Intake) -> anyhow::Result<Option<Arc<nats::NatsFront>>> {
     let nats = &config.nats;
     if !nats.is_used() || !nats.ingest {
         return Ok(None);
     }
     let connection = nats.connection("ingest")?;
-    let front = nats::NatsFront::connect(connection, &nats.stream.name, intake.clone(), None).await?;
+    let front = nats::NatsFront::new(connection, nats, intake.clone(), None, None)?;
     Ok(Some(Arc::new(front)))
 }

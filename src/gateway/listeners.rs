@@ -4,22 +4,21 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context;
-use tokio::net::{TcpListener, TcpSocket};
 
 use crate::config::{Config, TlsConfig};
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::tls::{Tls, TlsFront};
-use crate::limits::LISTEN_BACKLOG;
 
 /// Where the fronts listen. Connections wait in the kernel's queue until they are served.
 pub(super) struct Listeners {
-    pub(super) mqtt: TcpListener,
+    pub(super) mqtt: ListenSockets,
     /// With the certificate, if MQTT is served over TLS.
-    pub(super) tls: Option<(TcpListener, Arc<Tls>)>,
-    pub(super) http: TcpListener,
+    pub(super) tls: Option<(ListenSockets, Arc<Tls>)>,
+    pub(super) http: ListenSockets,
     /// With the certificate, if HTTP is served over TLS.
-    pub(super) http_tls: Option<(TcpListener, Arc<Tls>)>,
+    pub(super) http_tls: Option<(ListenSockets, Arc<Tls>)>,
     /// The administration's own.
-    pub(super) admin: Option<TcpListener>,
+    pub(super) admin: Option<ListenSockets>,
 }
 
 /// The addresses of the listeners, with the ports that the system chose.
@@ -38,18 +37,21 @@ impl Listeners {
     /// # Errors
     /// An address that cannot be bound, a certificate that cannot be used; worded for an operator.
     pub(super) fn bind(config: &Config) -> anyhow::Result<Self> {
-        let mqtt = listen(config.mqtt.listen).context("mqtt.listen")?;
+        let mqtt = ListenSockets::bind(&config.mqtt.listen).context("mqtt.listen")?;
         let over_tls = |front, settings: &TlsConfig, setting| match settings.is_served() {
             true => {
-                let listener = listen(settings.listen).context(setting)?;
+                let listener = ListenSockets::bind(&settings.listen).context(setting)?;
                 anyhow::Ok(Some((listener, Arc::new(Tls::load(front, settings.clone())?))))
             }
             false => Ok(None),
         };
         let tls = over_tls(TlsFront::Mqtt, &config.mqtt.tls, "mqtt.tls.listen")?;
-        let http = listen(config.http.listen).context("http.listen")?;
+        let http = ListenSockets::bind(&config.http.listen).context("http.listen")?;
         let http_tls = over_tls(TlsFront::Http, &config.http.tls, "http.tls.listen")?;
-        let admin = config.http.admin.listen.map(|at| listen(at).context("http.admin.listen")).transpose()?;
+        let admin = match &config.http.admin.listen {
+            Some(at) => Some(ListenSockets::bind(at).context("http.admin.listen")?),
+            None => None,
+        };
         Ok(Self { mqtt, tls, http, http_tls, admin })
     }
 
@@ -69,14 +71,7 @@ impl Listeners {
             mqtt_tls: self.tls.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?,
             http: self.http.local_addr()?,
             http_tls: self.http_tls.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?,
-            admin: self.admin.as_ref().map(TcpListener::local_addr).transpose()?,
+            admin: self.admin.as_ref().map(ListenSockets::local_addr).transpose()?,
         })
     }
-}
-
-fn listen(addr: SocketAddr) -> anyhow::Result<TcpListener> {
-    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    socket.set_reuseaddr(true)?;
-    socket.bind(addr).with_context(|| format!("cannot listen on {addr}"))?;
-    Ok(socket.listen(LISTEN_BACKLOG)?)
 }

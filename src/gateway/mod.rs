@@ -106,6 +106,7 @@ impl Gateway {
         let (registry, log, consumers, metrics) =
             (registry.clone(), log.clone(), consumers.clone(), metrics.clone());
         let member = opened.member.take();
+        consumers.subscribers.router.set_processor(opened.intake.processor().clone());
         opened.intake.set_retained_topics(consumers.subscribers.retained.topics().clone());
         let drain = CancellationToken::new();
         // Started before anything can end a key, so that it disconnects the NATS clients of every dead key.
@@ -150,9 +151,10 @@ impl Gateway {
         })
     }
 
-    /// Applies those settings of `config` that can be changed while the gateway runs: the memory of clients, and how
-    /// many strangers there may be.
-    pub fn apply_live(&self, config: &Config) {
+    /// Applies those settings of `config` that can be changed while the gateway runs
+    /// ([`ConfigChanges`](crate::config::ConfigChanges) knows which), and has the certificates read.
+    pub fn apply_live(&mut self, config: &Config) {
+        self.drain_max = config.drain_max();
         self.fronts.live.apply(config);
     }
 

@@ -16,7 +16,7 @@ use crate::observe::metrics::Metrics;
 use crate::observe::refusals::{RefusalNote, Refusals};
 
 use super::Refusal;
-use super::draft::DraftPayer;
+use super::payer::DraftPayer;
 
 /// A draft on its way into the log. Resolves when it is durable, or known not to be kept.
 pub struct AdmittedDraft {
@@ -36,7 +36,14 @@ pub struct AdmittedDraft {
     pub(super) refusals: Arc<Refusals>,
     /// What it takes in memory, until it is durable.
     pub(super) _payers: Vec<DraftPayer>,
-    pub(super) _room: OwnedSemaphorePermit,
+    pub(super) _room: DraftRoom,
+}
+
+/// The room of a draft on its way into the log.
+pub(super) struct DraftRoom {
+    pub(super) _of_all: OwnedSemaphorePermit,
+    /// Of its tenant, if that is in the slow lane.
+    pub(super) _of_tenant: Option<OwnedSemaphorePermit>,
 }
 
 /// The numbers of a section that metrics count when it is durable.

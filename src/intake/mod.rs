@@ -10,31 +10,34 @@ mod draft;
 mod incoming;
 #[cfg(test)]
 mod model;
+mod payer;
 mod question;
 mod refusal;
+mod superseded;
 
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{AcquireError, Semaphore};
 use tracing::{info, warn};
 
 use crate::auth::setting::JsonSetting;
-use crate::auth::{Authorizer, Datasource, Grant, GrantDenial, Key, Scope};
+use crate::auth::{Authorizer, Grant, GrantDenial, Key};
 use crate::config;
-use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX};
-use crate::log::{AppendError, Log, RecordNote, Section, SectionOutcome};
+use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX, SLOW_IN_FLIGHT_BYTES_MAX};
+use crate::log::{AppendError, Log, SectionOutcome};
 use crate::memory::{MemoryAccount, MemoryBudget};
-use crate::message::{DatasourceId, Offset, RecordRef, Transport, now_micros};
+use crate::message::{DatasourceId, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
+use crate::processor::ProcessorTime;
 use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, Meters, Quota, QuotaLimits};
 use crate::retained_topics::{RetainedFull, RetainedTopics};
 use crate::shares::{ShareCount, ShareExceeded, TenantShare};
 
-use admitted::SectionCounts;
-use draft::DraftPayer;
+use admitted::{DraftRoom, SectionCounts};
+use payer::DraftPayer;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
 pub use draft::{Draft, MESSAGE_ID_PROPERTY, QuarantinedMessage, RedriveOutcome};
@@ -62,6 +65,8 @@ struct IntakeInner {
     limits: config::IntakeConfig,
     /// What clients make the gateway hold.
     memory: MemoryBudget,
+    /// What their tasks take of the processors.
+    processor: ProcessorTime,
     /// A permit for each byte that may be on its way into the log.
     room: Arc<Semaphore>,
     /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
@@ -89,6 +94,7 @@ impl Intake {
             metrics,
             limits: limits.clone(),
             memory,
+            processor: ProcessorTime::new(),
             room,
             closer,
             retained,
@@ -113,6 +119,11 @@ impl Intake {
     /// The memory that clients take: fronts charge what they read and what they answer.
     pub fn memory(&self) -> &MemoryBudget {
         &self.0.memory
+    }
+
+    /// The processor time of clients: fronts serve each in a [`FairTask`](crate::processor::FairTask).
+    pub fn processor(&self) -> &ProcessorTime {
+        &self.0.processor
     }
 
     /// The account of a grant's key in that memory.
@@ -236,8 +247,7 @@ impl Intake {
             }
             tokio::time::sleep(CATCH_UP_POLL_INTERVAL).await;
         }
-        let waiting = self.0.room.clone().acquire_many_owned(self.permits(&draft));
-        match tokio::time::timeout_at(until, waiting).await {
+        match tokio::time::timeout_at(until, self.wait_room(&draft)).await {
             Ok(Ok(room)) => Ok(self.append(draft, room)),
             Ok(Err(_)) => Err(AppendError::Closed.into()),
             Err(_) => Err(self.busy_refusal()),
@@ -254,13 +264,36 @@ impl Intake {
         if self.may_be_behind() {
             return Err(Box::new(draft));
         }
-        match self.0.room.clone().try_acquire_many_owned(self.permits(&draft)) {
-            Ok(room) => Ok(self.append(draft, room)),
-            Err(_) => Err(Box::new(draft)),
+        match self.try_room(&draft) {
+            Some(room) => Ok(self.append(draft, room)),
+            None => Err(Box::new(draft)),
         }
     }
 
-    fn append(&self, mut draft: Draft, room: OwnedSemaphorePermit) -> AdmittedDraft {
+    fn try_room(&self, draft: &Draft) -> Option<DraftRoom> {
+        let permits = self.permits(draft);
+        let _of_tenant = match self.log_turns(draft) {
+            Some(turns) => Some(turns.try_acquire_many_owned(slow_permits(permits)).ok()?),
+            None => None,
+        };
+        Some(DraftRoom { _of_all: self.0.room.clone().try_acquire_many_owned(permits).ok()?, _of_tenant })
+    }
+
+    /// Waits for room: first behind the messages of the same tenant, if that is in the slow lane, then behind everybody's.
+    async fn wait_room(&self, draft: &Draft) -> Result<DraftRoom, AcquireError> {
+        let permits = self.permits(draft);
+        let _of_tenant = match self.log_turns(draft) {
+            Some(turns) => Some(turns.acquire_many_owned(slow_permits(permits)).await?),
+            None => None,
+        };
+        Ok(DraftRoom { _of_all: self.0.room.clone().acquire_many_owned(permits).await?, _of_tenant })
+    }
+
+    fn log_turns(&self, draft: &Draft) -> Option<Arc<Semaphore>> {
+        self.0.processor.log_turns(draft.keys.first()?)
+    }
+
+    fn append(&self, mut draft: Draft, room: DraftRoom) -> AdmittedDraft {
         let started = Instant::now();
         draft.payers.iter_mut().for_each(DraftPayer::trim);
         let records = draft.sections.iter().map(SectionCounts::from_section).collect();
@@ -324,34 +357,6 @@ impl Intake {
             Some(other) => Err(Refusal::from_outcome(&other).unwrap_or(GrantDenial::Revoked.into())),
             None => Err(GrantDenial::Revoked.into()),
         }
-    }
-
-    /// Marks messages in quarantine as let in, given with the offset of what was let in: themselves, or a corrected
-    /// message in their place. So they are not let in again when their ids are forgotten.
-    ///
-    /// # Errors
-    /// [`Refusal::Denied`], and every transient [`Refusal`] of the log.
-    pub async fn mark_superseded(
-        &self,
-        grant: &Grant,
-        datasource: &Datasource,
-        superseded: &[(RecordRef<'_>, Offset)],
-    ) -> Result<(), Refusal> {
-        grant.allows(Scope::Admin, datasource.id.as_str())?;
-        let received_at = now_micros();
-        let mark = |(record, by): &(RecordRef<'_>, Offset)| {
-            let note = RecordNote::Superseded { offset: record.offset, by: *by };
-            let RecordRef { key_id, transport, publisher, topic, .. } = *record;
-            let (id, lease) = (datasource.id.clone(), grant.lease().clone());
-            let mut section = Section::new(id, key_id, lease, transport, publisher, received_at);
-            section.bind_to(datasource.lease.clone());
-            section.push_noted(topic, &[], "", &[], note.flag(), &note.encode());
-            section
-        };
-        let marks = superseded.iter().map(mark).collect();
-        let committed = self.0.log.append(marks, Instant::now()).await.unwrap_or(Err(AppendError::Closed))?;
-        let died = committed.outcomes.contains(&SectionOutcome::KeyDead);
-        if died { Err(GrantDenial::Revoked.into()) } else { Ok(()) }
     }
 
     /// Sets which topics have a retained message. Call it once, before the first message.
@@ -422,6 +427,11 @@ impl Intake {
     }
 }
 
+/// The permits of a tenant in the slow lane for a draft that needs so many of all.
+fn slow_permits(permits: u32) -> u32 {
+    permits.min(u32::try_from(SLOW_IN_FLIGHT_BYTES_MAX).unwrap_or(u32::MAX))
+}
+
 /// The limit that an operator may set for a count.
 fn limit_of_count(what: ShareCount) -> Option<Limit> {
     match what {
@@ -444,11 +454,11 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::auth::{Actor, Registry, Scopes};
+    use crate::auth::{Actor, Registry, Scope, Scopes};
     use crate::config::Config;
     use crate::limits::MESSAGE_ID_BYTES_MAX;
     use crate::log::{EmbeddedLog, Offsets};
-    use crate::message::RecordFlags;
+    use crate::message::{Offset, RecordFlags};
 
     /// An intake with a log of its own, and a grant for datasource `press-4`.
     pub(super) fn intake() -> (TempDir, Intake, Grant) {
@@ -497,6 +507,36 @@ mod tests {
         let origins: Vec<usize> = messages.iter().map(push).collect();
         let accepted = intake.admit(draft).await.expect("room").await.expect("kept");
         origins.into_iter().map(|origin| accepted.outcomes[origin].clone()).collect()
+    }
+
+    #[tokio::test]
+    async fn what_a_tenant_in_the_slow_lane_has_on_its_way_into_the_log_is_bounded() {
+        let (_dir, intake, grant) = intake();
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        let registry = intake.authorizer().registry();
+        let (_, _, other) =
+            registry.create_datasource(&Actor::SYSTEM, None, "press-5", scopes).expect("created");
+        let other = intake.authorizer().identify(other.expose().as_bytes()).expect("a valid key");
+        let payload = vec![b'x'; SLOW_IN_FLIGHT_BYTES_MAX / 2];
+        let draft = |grant: &Grant| {
+            let mut draft = intake.draft(Transport::Mqtt, 7);
+            let message = IncomingMessage { payload: &payload, ..message(None, None) };
+            draft.push(grant, None, message).expect("let in");
+            draft
+        };
+        let under_way = |grant: &Grant, count: usize| {
+            let rooms = (0..count).map(|_| intake.try_room(&draft(grant)));
+            rooms.flatten().collect::<Vec<_>>()
+        };
+        assert_eq!(under_way(&grant, 10).len(), 10, "as long as nobody minds");
+        let tenant = intake.processor().of_grant(&grant);
+        intake.processor().slow_down(&tenant);
+        let held = under_way(&grant, 10);
+        assert_eq!(held.len(), 1, "two take more than the bound with what the log adds");
+        assert_eq!(under_way(&other, 10).len(), 10);
+        assert!(intake.try_admit(draft(&grant)).is_err());
+        drop(held);
+        intake.submit(draft(&grant)).await.expect("kept, now that there is room");
     }
 
     #[tokio::test]

@@ -47,8 +47,14 @@ pub enum Refusal {
     Subject(#[from] SubjectError),
     /// A NATS message whose reply subject is not an inbox: the gateway would publish there with
     /// permissions that the sender may not have.
-    #[error("its reply subject is no inbox (_INBOX.…): nothing is published there, so it is not let in")]
+    #[error(
+        "its reply subject is not under one of nats.reply_prefixes (_INBOX): nothing is published there, so it is not \
+         let in"
+    )]
     ReplySubject,
+    /// A NATS message whose headers cannot be read.
+    #[error("its headers cannot be read: one holds a line break, has no colon, or is not UTF-8")]
+    HeaderForm,
     /// A header of a NATS message that asks for what only JetStream itself does.
     #[error("the header {0} asks for what only JetStream itself does; send the message without it")]
     Header(&'static str),
@@ -130,6 +136,7 @@ impl Refusal {
             Refusal::Topic(_) | Refusal::DatasourceMissing | Refusal::Subject(_) => Cause::Topic,
             Refusal::ReplySubject => Cause::ReplySubject,
             Refusal::Header(_) => Cause::Header,
+            Refusal::HeaderForm => Cause::HeaderForm,
             Refusal::NoDatasource(_) => Cause::NoDatasource,
             Refusal::TooLarge { .. } => Cause::TooLarge,
             Refusal::ContentType => Cause::ContentType,

@@ -1,4 +1,4 @@
-//! A commit thread: one of the two that commit. Each holds the writer while it puts a commit together and writes it,
+//! A commit thread: one of the two that commit, beside callers that do it themselves. Each holds the writer while it puts a commit together and writes it,
 //! and syncs without it, so that the other one can write meanwhile.
 
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use super::embedded::EmbeddedLogShared;
 use super::priority::{CommitPriority, take_lowered};
 use super::queue::WriterDuty;
-use super::writer::{LOG_WRITE_RETRY_PAUSE, LogWriter};
+use super::writer::{LOG_WRITE_RETRY_PAUSE, LogWriter, WrittenCommit};
 
 /// For how long nothing has to come before the log is written ahead.
 const WRITE_AHEAD_IDLE: Duration = Duration::from_millis(50);
@@ -42,6 +42,7 @@ impl CommitThread {
                     self.take_turn(&mut priority);
                     upkeep_after = WRITE_AHEAD_IDLE;
                 }
+                WriterDuty::WaitOut => self.wait_out_failure(),
                 WriterDuty::Upkeep => upkeep_after = self.keep_up(),
                 WriterDuty::End => break,
             }
@@ -80,15 +81,7 @@ impl CommitThread {
             (weight, written)
         };
         priority.raise();
-        if let Some(commit) = written {
-            self.shared.queue.note_sync(self.number, true);
-            let synced = commit.sync(&self.shared);
-            self.shared.queue.note_sync(self.number, false);
-            match synced {
-                Ok(()) => self.shared.unsettled.note_durable(commit.number),
-                Err(error) => self.shared.unsettled.note_failure(error),
-            }
-        }
+        self.shared.sync(self.number, written);
         // What is answered first comes back as one large commit, not as many small ones of the other thread.
         self.shared.unsettled.settle(&self.shared);
         priority.lower();
@@ -98,7 +91,7 @@ impl CommitThread {
         }
     }
 
-    /// Waits out a failed sync, unless the other thread has done so.
+    /// Waits out a failed sync, unless that was done.
     fn wait_out_failure(&self) {
         let mut writer = self.writer.lock();
         let weight = self.shared.queue.begin_empty_turn();
@@ -117,5 +110,19 @@ impl CommitThread {
         }
         writer.seal();
         self.shared.queue.end_turn(weight);
+    }
+}
+
+impl EmbeddedLogShared {
+    /// Syncs what a committer has written, and notes how that ended.
+    pub(super) fn sync(&self, committer: usize, written: Option<WrittenCommit>) {
+        let Some(commit) = written else { return };
+        self.queue.note_sync(committer, true);
+        let synced = commit.sync(self);
+        self.queue.note_sync(committer, false);
+        match synced {
+            Ok(()) => self.unsettled.note_durable(commit.number),
+            Err(error) => self.unsettled.note_failure(error),
+        }
     }
 }

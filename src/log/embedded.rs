@@ -19,6 +19,7 @@ use super::recovery::{LostRanges, damage_report, open_error, open_segments, reco
 use super::retention::{Hold, Holds};
 use super::section::Section;
 use super::segment::{FrameError, LogGap, SeekOutcome, Segment};
+use super::solo_commit::SoloCommitter;
 use super::spare::SpareSegments;
 use super::tail::Tail;
 use super::unsettled::UnsettledCommits;
@@ -41,6 +42,7 @@ pub(super) type Segments = BTreeMap<Offset, Arc<Segment>>;
 pub struct EmbeddedLog {
     shared: Arc<EmbeddedLogShared>,
     closer: Arc<WriterCloser>,
+    solo: Arc<SoloCommitter>,
 }
 
 /// The state that the writer and the readers share.
@@ -88,8 +90,8 @@ impl EmbeddedLogShared {
     }
 }
 
-/// A drop guard in a commit thread: if the thread panics, every caller gets an answer.
-struct WriterExitGuard(Arc<EmbeddedLogShared>);
+/// A drop guard of who commits: if the thread panics, every caller gets an answer.
+pub(super) struct WriterExitGuard(pub(super) Arc<EmbeddedLogShared>);
 
 impl Drop for WriterExitGuard {
     fn drop(&mut self) {
@@ -233,12 +235,16 @@ impl EmbeddedLog {
             })?;
             closer.threads.lock().push(spawned);
         }
-        Ok(Self { shared, closer })
+        let solo = Arc::new(SoloCommitter { shared: shared.clone(), writer });
+        Ok(Self { shared, closer, solo })
     }
 
     fn submit(&self, sections: Vec<Section>, releases: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
-        self.shared.queue.push(WriterSubmission { sections, releases, give_up_at, reply });
+        let submission = WriterSubmission { sections, releases, give_up_at, reply };
+        if let Err(submission) = self.solo.try_commit(submission) {
+            self.shared.queue.push(submission);
+        }
         committed
     }
 

@@ -63,6 +63,7 @@ mod recovery;
 mod retention;
 mod segment;
 mod shelf;
+mod solo_commit;
 mod spare;
 mod tail;
 #[cfg(test)]

@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, mem, ptr};
 
+use crate::scheduler::SchedulerAttributes;
+
 /// The lowest real-time priority: below whoever else has one.
 const COMMIT_PRIORITY: libc::c_int = 1;
 /// How long a real-time thread may compute without a pause, in microseconds. A commit takes some thousands.
@@ -47,7 +49,12 @@ impl CommitPriority {
         if may_be_real_time {
             let _ = set_policy(libc::SCHED_OTHER, 0);
         }
-        Self { may_be_real_time, normal: shorten_slice(), busy_until: None, is_raised: false }
+        Self {
+            may_be_real_time,
+            normal: SchedulerAttributes::set_slice(COMMIT_SLICE_NS),
+            busy_until: None,
+            is_raised: false,
+        }
     }
 
     /// Notes how long the thread waited for a processor.
@@ -124,44 +131,6 @@ fn limit_computing() {
     }
 }
 
-/// `struct sched_attr` of Linux, first version.
-#[repr(C)]
-#[derive(Default)]
-struct SchedulerAttributes {
-    size: u32,
-    policy: u32,
-    flags: u64,
-    nice: i32,
-    priority: u32,
-    runtime: u64,
-    deadline: u64,
-    period: u64,
-}
-
-impl SchedulerAttributes {
-    /// Those of the calling thread.
-    fn get() -> Option<Self> {
-        let mut attributes = Self::default();
-        // SAFETY: the call writes no more to `attributes` than it is told. 0 is the calling thread.
-        let result =
-            unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size_of::<Self>(), 0) };
-        (result == 0).then_some(attributes)
-    }
-
-    /// Gives them to the calling thread. Returns whether the kernel took them.
-    fn set(&self) -> bool {
-        // SAFETY: the call reads `self`, whose size it has. 0 is the calling thread.
-        unsafe { libc::syscall(libc::SYS_sched_setattr, 0, ptr::from_ref(self), 0) == 0 }
-    }
-}
-
-/// Asks for a short time slice. `None` if the kernel has none: it takes the call then, and leaves it at that.
-fn shorten_slice() -> Option<SchedulerAttributes> {
-    let wanted = SchedulerAttributes { runtime: COMMIT_SLICE_NS, ..SchedulerAttributes::get()? };
-    let is_taken = wanted.set() && SchedulerAttributes::get()?.runtime == COMMIT_SLICE_NS;
-    is_taken.then_some(wanted)
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, Instant};
@@ -201,10 +170,10 @@ mod tests {
         let seen = std::thread::spawn(|| {
             let mut priority = CommitPriority::find();
             priority.note_wait(BUSY_WAIT);
-            let before = SchedulerAttributes::get().map(|attributes| attributes.runtime);
+            let before = SchedulerAttributes::get().map(|attributes| attributes.slice_ns());
             priority.raise();
             priority.lower();
-            (policy(), before, SchedulerAttributes::get().map(|attributes| attributes.runtime))
+            (policy(), before, SchedulerAttributes::get().map(|attributes| attributes.slice_ns()))
         });
         let (policy, before, after) = seen.join().expect("no panic");
         assert_eq!((policy, after), (libc::SCHED_OTHER, before));

@@ -3,9 +3,11 @@
 //!
 //! Each of the writer's threads takes a turn: it takes what waits, writes it, syncs it, and answers. Two turns may be
 //! under way. The second one begins when the sync of the first takes long and as much waits as that has taken, so that load
-//! makes commits larger and not more of them.
+//! makes commits larger and not more of them. While one submission comes after the other, its caller takes the
+//! turn: see [`SoloCommitter`](super::solo_commit::SoloCommitter).
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -48,6 +50,14 @@ impl WriterSubmission {
 const SECOND_TURN_AFTER: Duration = Duration::from_millis(1);
 /// Threads that commit, and so turns at once.
 pub(super) const WRITER_THREADS: usize = 2;
+/// The number of a caller that commits, behind those of the threads.
+pub(super) const SOLO_COMMITTER: usize = WRITER_THREADS;
+/// The threads, and a caller.
+pub(super) const COMMITTERS: usize = WRITER_THREADS + 1;
+/// Turns in a row that took one small submission and left none behind, before callers commit for themselves.
+const SOLO_TURNS_MIN: u32 = 8;
+/// Largest submission that its caller commits, in bytes.
+const SOLO_BYTES_MAX: usize = 4096;
 
 /// Submissions that wait for the writer, and its turns.
 #[derive(Default)]
@@ -57,6 +67,8 @@ pub(super) struct WriterQueue {
     due: [Condvar; WRITER_THREADS],
     /// A turn has ended.
     turn_ended: Condvar,
+    /// Turns in a row that took one small submission and left none behind. Changed under the lock of the state.
+    solo_turns: AtomicU32,
 }
 
 #[derive(Default)]
@@ -73,8 +85,12 @@ struct WriterQueueState {
     woken_at: [Option<Instant>; WRITER_THREADS],
     /// Turns under way.
     turns: usize,
-    /// When each thread that syncs now began to.
-    sync_began: [Option<Instant>; WRITER_THREADS],
+    /// When each that syncs now began to.
+    sync_began: [Option<Instant>; COMMITTERS],
+    /// A caller has a turn: what it cannot commit comes back to the queue.
+    is_solo_turn: bool,
+    /// A sync of a caller has failed, which a thread is to wait out.
+    has_failed: bool,
     /// What they have taken, in bytes.
     taken_weight: usize,
 }
@@ -82,6 +98,8 @@ struct WriterQueueState {
 /// What a thread of the writer is to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum WriterDuty {
+    /// A sync of a caller has failed.
+    WaitOut,
     /// Submissions wait.
     Commit {
         /// How long the thread waited for a processor after it was woken.
@@ -99,6 +117,11 @@ fn is_long_ago(began: Instant) -> bool {
 }
 
 impl WriterQueueState {
+    /// Whether nothing is left, and nothing can come any more.
+    fn is_at_end(&self) -> bool {
+        self.closed && self.submissions.is_empty() && !self.is_solo_turn && !self.has_failed
+    }
+
     /// Whether a turn may begin.
     fn is_due(&self) -> bool {
         match self.turns {
@@ -158,8 +181,7 @@ impl WriterQueue {
 
     /// Whether the queue is closed and empty.
     pub(super) fn is_at_end(&self) -> bool {
-        let waiting = self.locked();
-        waiting.closed && waiting.submissions.is_empty()
+        self.locked().is_at_end()
     }
 
     /// Closes the queue and answers every submission in it: there is no writer any more.
@@ -167,6 +189,7 @@ impl WriterQueue {
         let left = {
             let mut waiting = self.locked();
             (waiting.closed, waiting.is_abandoned, waiting.weight) = (true, true, 0);
+            (waiting.is_solo_turn, waiting.has_failed) = (false, false);
             std::mem::take(&mut waiting.submissions)
         };
         self.wake_all();
@@ -183,7 +206,10 @@ impl WriterQueue {
             if waiting.is_due() {
                 return WriterDuty::Commit { waited: woken_at.map_or(Duration::ZERO, |at| at.elapsed()) };
             }
-            if waiting.closed && waiting.submissions.is_empty() {
+            if thread == 0 && std::mem::take(&mut waiting.has_failed) {
+                return WriterDuty::WaitOut;
+            }
+            if waiting.is_at_end() {
                 return WriterDuty::End;
             }
             waiting.is_idle[thread] = true;
@@ -195,7 +221,7 @@ impl WriterQueue {
                 }
             };
             waiting.is_idle[thread] = false;
-            if is_over && !waiting.is_due() {
+            if is_over && !waiting.is_due() && !waiting.has_failed {
                 return WriterDuty::Upkeep;
             }
         }
@@ -209,12 +235,55 @@ impl WriterQueue {
             return None;
         }
         let weight = waiting.move_to(group);
+        if group.len() > 1 {
+            self.solo_turns.store(0, Ordering::Relaxed);
+        }
         waiting.turns += 1;
         waiting.taken_weight += weight;
         let wakes = waiting.wakes();
         drop(waiting);
         self.wake(wakes);
         Some(weight)
+    }
+
+    /// Whether the next submission is likely to be the only one.
+    pub(super) fn is_solo(&self) -> bool {
+        self.solo_turns.load(Ordering::Relaxed) >= SOLO_TURNS_MIN
+    }
+
+    /// Begins a turn with a submission that is not in the queue, if it is small, nothing waits and no turn is under way.
+    /// Returns its weight, with which [`WriterQueue::end_solo_turn`] is to be called.
+    pub(super) fn begin_solo_turn(&self, submission: &WriterSubmission) -> Option<usize> {
+        let weight = submission.weight();
+        let mut waiting = self.locked();
+        let is_alone = waiting.turns == 0 && waiting.submissions.is_empty() && !waiting.closed;
+        if weight > SOLO_BYTES_MAX || !is_alone {
+            return None;
+        }
+        waiting.turns += 1;
+        waiting.is_solo_turn = true;
+        waiting.taken_weight += weight;
+        Some(weight)
+    }
+
+    /// Ends the turn of a caller. `left` is what it could not commit: it goes first again. If its sync `has_failed`, a
+    /// thread waits that out.
+    pub(super) fn end_solo_turn(&self, weight: usize, left: Vec<WriterSubmission>, has_failed: bool) {
+        let wakes = {
+            let mut waiting = self.locked();
+            for submission in left {
+                waiting.weight += submission.weight();
+                waiting.submissions.push_front(submission);
+            }
+            waiting.is_solo_turn = false;
+            waiting.has_failed |= has_failed;
+            self.end_turn_in(waiting, weight);
+            self.locked().wakes()
+        };
+        self.wake(wakes);
+        if has_failed {
+            self.due[0].notify_one();
+        }
     }
 
     /// Begins a turn without submissions, to [`WriterQueue::wait_alone`] in.
@@ -231,9 +300,14 @@ impl WriterQueue {
 
     /// Ends a turn. The calling thread looks next whether more waits, so that no other one is woken for that.
     pub(super) fn end_turn(&self, weight: usize) {
-        let mut waiting = self.locked();
+        self.end_turn_in(self.locked(), weight);
+    }
+
+    fn end_turn_in(&self, mut waiting: MutexGuard<'_, WriterQueueState>, weight: usize) {
         waiting.turns -= 1;
         waiting.taken_weight -= weight;
+        let is_solo = weight <= SOLO_BYTES_MAX && waiting.turns == 0 && waiting.submissions.is_empty();
+        self.note_turn(is_solo);
         let closed = waiting.closed;
         drop(waiting);
         self.turn_ended.notify_all();
@@ -267,6 +341,12 @@ impl WriterQueue {
         waiting.submissions = kept.into();
         waiting.weight = waiting.submissions.iter().map(WriterSubmission::weight).sum();
         expired
+    }
+
+    /// Notes whether the turn that ends was small and has left nothing behind.
+    fn note_turn(&self, is_solo: bool) {
+        let turns = self.solo_turns.load(Ordering::Relaxed) + 1;
+        self.solo_turns.store(if is_solo { turns.min(SOLO_TURNS_MIN) } else { 0 }, Ordering::Relaxed);
     }
 
     fn wake(&self, thread: Option<usize>) {

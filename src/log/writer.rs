@@ -17,7 +17,7 @@ use super::disk::{Disk, SegmentFile};
 use super::embedded::EmbeddedLogShared;
 use super::frame::{FRAME_HEADER_BYTES, FrameFlags, FrameHeader};
 use super::once::{OncePart, WindowStamp};
-use super::queue::{WRITER_THREADS, WriterSubmission};
+use super::queue::{COMMITTERS, WriterSubmission};
 use super::section::Section;
 use super::segment::Segment;
 use super::spare::SpareSegments;
@@ -43,7 +43,7 @@ pub(super) struct LogWriter {
     pub(super) current: Arc<Segment>,
     /// For each thread a descriptor of its own of the current segment: the kernel reports a page that could
     /// not be written once per descriptor, so on a common one a sync could succeed because another failed.
-    pub(super) sync_files: [Arc<dyn SegmentFile>; WRITER_THREADS],
+    pub(super) sync_files: [Arc<dyn SegmentFile>; COMMITTERS],
     /// The end of what is written, durable or not.
     pub(super) written: WrittenEnd,
     /// The newest `received_at` of what is durable.
@@ -106,7 +106,7 @@ impl LogWriter {
     /// answered behind what was written before. What fails leaves the group as it was.
     pub(super) fn commit(
         &mut self,
-        thread: usize,
+        committer: usize,
         group: &mut Vec<WriterSubmission>,
     ) -> Result<Option<WrittenCommit>, AppendError> {
         if let Some(failure) = self.shared.failure.get() {
@@ -128,7 +128,7 @@ impl LogWriter {
         };
         self.write(assembled, stamp, group, outcomes)?;
         let file = match self.config.durability {
-            Durability::Fsync => Some(self.sync_files[thread].clone()),
+            Durability::Fsync => Some(self.sync_files[committer].clone()),
             Durability::Os => None,
         };
         Ok(Some(WrittenCommit { number: self.commit_number, segment: self.current.clone(), file }))

@@ -168,6 +168,11 @@ fn describe_fronts() {
     );
     describe_histogram!("headgate_commit_seconds", Unit::Seconds, "From submission to durability");
     describe_gauge!("headgate_mqtt_connections", "MQTT connections whose key was accepted");
+    describe_gauge!(
+        "headgate_subscribers_still",
+        "MQTT subscribers that have neither taken nor acknowledged anything for mqtt.still_ms, although messages are sent \
+         or wait for them"
+    );
     describe_gauge!("headgate_http_strangers", "HTTP connections that have presented no valid key");
     describe_gauge!(
         "headgate_memory_held_bytes",

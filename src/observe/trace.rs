@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::reload;
 
 use crate::config::{TraceConfig, TraceFormat};
 
@@ -34,18 +35,45 @@ pub fn parse_filter(trace: &TraceConfig) -> Result<EnvFilter, TraceError> {
         .map_err(|source| TraceError::Filter { filter: trace.filter.clone(), source })
 }
 
+/// Replaces the filter of the process's logs.
+pub struct TraceControl(Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync>);
+
+impl TraceControl {
+    /// Applies the filter of `trace` from now on. The format stays.
+    ///
+    /// # Errors
+    /// [`TraceError::Filter`]; the old filter stays.
+    pub fn set_filter(&self, trace: &TraceConfig) -> Result<(), TraceError> {
+        let filter = parse_filter(trace)?;
+        if (self.0)(filter).is_err() {
+            // Only if the receiver is gone, which lives as long as the process.
+            tracing::warn!("the log filter cannot be replaced");
+        }
+        Ok(())
+    }
+}
+
 /// Sends the logs of this process to standard error from now on.
 ///
 /// # Errors
 /// [`TraceError`]: a filter that cannot be read, or a second call.
-pub fn init(trace: &TraceConfig) -> Result<(), TraceError> {
+pub fn init(trace: &TraceConfig) -> Result<TraceControl, TraceError> {
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let lines = tracing_subscriber::fmt().with_env_filter(parse_filter(trace)?).with_writer(std::io::stderr);
-    match trace.format {
-        TraceFormat::Text => lines.with_ansi(colours).try_init(),
-        TraceFormat::Json => lines.json().flatten_event(true).try_init(),
-    }
-    .map_err(|_| TraceError::Twice)
+    // The format decides the receiver's type, and with it that of the handle.
+    let (replace, begun): (Box<dyn Fn(EnvFilter) -> _ + Send + Sync>, _) = match trace.format {
+        TraceFormat::Text => {
+            let lines = lines.with_ansi(colours).with_filter_reloading();
+            let handle = lines.reload_handle();
+            (Box::new(move |filter| handle.reload(filter)), lines.try_init())
+        }
+        TraceFormat::Json => {
+            let lines = lines.json().flatten_event(true).with_filter_reloading();
+            let handle = lines.reload_handle();
+            (Box::new(move |filter| handle.reload(filter)), lines.try_init())
+        }
+    };
+    begun.map(|()| TraceControl(replace)).map_err(|_| TraceError::Twice)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ pub mod nats;
 pub mod openapi;
 pub mod servers;
 pub mod steady;
+pub mod threads;
 pub mod tls;
 pub mod wire;
 pub mod ws;

@@ -7,6 +7,7 @@ mod common;
 mod api;
 mod cli;
 mod cors;
+mod environment;
 mod floods;
 mod memory;
 mod openapi;

@@ -212,6 +212,37 @@ fn strangers_with_many_streams_and_no_window_are_bounded_and_closed() {
 }
 
 #[test]
+fn a_stranger_that_asks_again_and_again_is_told_to_leave_and_whoever_has_a_key_is_not() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let admin = gateway.admin_key();
+    let get = |more: &str| format!("GET /v1/datasources/press-4 HTTP/1.1\r\nhost: h\r\n{more}\r\n");
+    let statuses = |more: &str, count: usize| {
+        let mut stream = connect(gateway.http);
+        let last = get(&format!("{more}connection: close\r\n"));
+        let _ = stream.write_all((get(more).repeat(count - 1) + &last).as_bytes());
+        let mut answers = Vec::new();
+        let _ = stream.read_to_end(&mut answers);
+        let answers = String::from_utf8_lossy(&answers).into_owned();
+        answers.split("HTTP/1.1 ").skip(1).map(|answer| answer[..3].to_owned()).collect::<Vec<_>>()
+    };
+    let stranger = statuses("", 200);
+    assert!((17..40).contains(&stranger.len()), "{stranger:?}");
+    assert_eq!(stranger.last().map(String::as_str), Some("429"), "{stranger:?}");
+    assert!(stranger[..16].iter().all(|status| status == "401"), "{stranger:?}");
+    let known = statuses(&format!("authorization: {admin}\r\n"), 200);
+    assert_eq!(known, vec!["404"; 200]);
+    // Over HTTP/2, where all can be asked at once.
+    let streams: Vec<u8> = (0..60).flat_map(|n| h2::get(2 * n + 1, "/v1/datasources")).collect();
+    let mut stream = connect(gateway.http);
+    stream.write_all(&[h2::PREFACE, &h2::frame(0x4, 0, 0, &[]), &streams].concat()).expect("sent");
+    let _ = stream.read_to_end(&mut Vec::new());
+    let refusals = gateway.get("/v1/refusals?cause=strangers_share", &admin).json();
+    assert_eq!(refusals["refusals"][0]["cause"], "strangers_share", "{refusals}");
+    assert_eq!(refusals["refusals"][0]["count"], 2, "{refusals}");
+}
+
+#[test]
 fn floods_of_frames_that_carry_nothing_close_the_connection() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());

@@ -2,7 +2,8 @@
 //! sees the certificate it is shown.
 
 use std::ffi::CString;
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -203,6 +204,33 @@ fn a_certificate_that_cannot_be_used_stops_the_start_and_names_the_setting() {
         let said = setup.set("http.tls.key", key.display()).refused().output;
         assert!(said.contains("http.tls.key") && said.contains(words), "{said}");
     }
+}
+
+#[test]
+fn a_proxys_header_comes_before_the_handshake() {
+    const HEADER: &[u8] = b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 8443\r\n";
+    let ask = |scene: &Scene, header: &[u8]| -> std::io::Result<String> {
+        let mut tcp = TcpStream::connect(scene.addr())?;
+        tcp.write_all(header)?;
+        let mut client = TlsClient::over(tcp, &scene.issuer, None)?;
+        let key = &scene.source.key;
+        let head = format!("POST /v1/ingest/press-4 HTTP/1.1\r\nHost: gw\r\nAuthorization: {key}\r\n");
+        client.write_all(format!("{head}Content-Length: 2\r\nConnection: close\r\n\r\n{{}}").as_bytes())?;
+        let mut answer = String::new();
+        client.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    let scene = Scene::new(|setup| setup.set("trusted_proxies", "[\"127.0.0.1\"]"));
+    for (header, address) in [(HEADER, "203.0.113.9"), (b"", "127.0.0.1")] {
+        let answer = ask(&scene, header).expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        let keys = scene.gateway.get("/v1/datasources/press-4/keys", &scene.gateway.admin_key()).json();
+        assert_eq!(keys["keys"][0]["last_used"]["address"], address, "{keys}");
+    }
+    let scene = Scene::new(as_is);
+    assert!(ask(&scene, HEADER).is_err());
+    let metric = "headgate_refused_total{transport=\"http\",cause=\"untrusted_proxy\"}";
+    wait_for("the refusal", || (scene.gateway.metric(metric) == 1.0).then_some(()));
 }
 
 #[test]

@@ -251,6 +251,12 @@ fn a_client_that_has_shut_down_its_half_still_gets_its_answer() {
     }
     wire.end();
     assert_eq!(gateway.stored("press-4", 50).len(), 50);
+    let mut wire = Wire::open(gateway.http);
+    wire.head("GET", "/v1/datasources/press-4/latest", &[&with_key(&gateway.admin_key())]);
+    wire.0.shutdown(std::net::Shutdown::Write).expect("shut down");
+    let answer = wire.answer();
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("\"topics\""), "{answer}");
+    wire.end();
 }
 
 /// What came as its body was taken for the first frames.

@@ -5,6 +5,7 @@
 mod common;
 
 mod conformance;
+mod fairness;
 mod front;
 mod memory;
 mod once;

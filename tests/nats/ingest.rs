@@ -401,41 +401,133 @@ async fn an_answer_is_published_in_an_inbox_and_nowhere_else() {
     let _ = tokio::time::timeout(Duration::from_millis(200), seen).await;
 }
 
+/// Publishes headers as they are, whatever they are, and returns when the server has passed them on.
+fn publish_raw(nats: &NatsServer, head: &[u8]) {
+    let mut raw = std::net::TcpStream::connect(nats.url().trim_start_matches("nats://")).expect("connected");
+    let mut sent = b"CONNECT {\"verbose\":false,\"headers\":true}\r\n".to_vec();
+    sent.extend(format!("HPUB {SUBJECT} _INBOX.raw {} {}\r\n", head.len(), head.len() + 1).into_bytes());
+    sent.extend_from_slice(head);
+    sent.extend_from_slice(b"1\r\nPING\r\n");
+    raw.write_all(&sent).expect("sent");
+    let mut answer = String::new();
+    while !answer.contains("PONG") {
+        let mut bytes = [0; 1024];
+        let read = std::io::Read::read(&mut raw, &mut bytes).expect("the server goes on");
+        answer.push_str(&String::from_utf8_lossy(&bytes[..read]));
+    }
+}
+
 /// async-nats 0.51 panics on a bare carriage return in a header, and closes the connection on a header
-/// without a colon or one that is not UTF-8. Whoever may publish to `ingest.>` can send them.
+/// without a colon or one that is not UTF-8: what others had sent was lost with it, and at one such message every 30 ms
+/// they had 305 of 360 requests unanswered. Whoever may publish to `ingest.>` can send them.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_the_client_library_cannot_read_costs_its_connection_for_a_moment_alone() {
+async fn a_message_with_malformed_headers_is_refused_and_nobody_else_notices() {
     let (dir, nats) = (scratch(), NatsServer::start());
     let gateway = setup(&dir, &nats).start();
     let source = gateway.create("press-4");
-    // What is lost with a connection is sent again.
-    let client = client_within(&nats, Duration::from_millis(500)).await;
+    let client = client(&nats).await;
     let key = [("Authorization", source.key.as_str())];
     let mut last = stored(&client, SUBJECT, &key, "1").await;
-    for bad in [&b"A: b\rc\r\n"[..], b"no colon\r\n", b"A: \xff\r\n", b"A: b\rc\r\n"] {
-        let mut head = b"NATS/1.0\r\n".to_vec();
-        head.extend_from_slice(bad);
-        head.extend_from_slice(b"\r\n");
-        let mut raw =
-            std::net::TcpStream::connect(nats.url().trim_start_matches("nats://")).expect("connected");
-        let mut sent = b"CONNECT {\"verbose\":false,\"headers\":true}\r\n".to_vec();
-        sent.extend(format!("HPUB {SUBJECT} {} {}\r\n", head.len(), head.len() + 1).into_bytes());
-        sent.extend_from_slice(&head);
-        sent.extend_from_slice(b"1\r\nPING\r\n");
-        raw.write_all(&sent).expect("sent");
-        // It has been passed on when the server answers what came behind it.
-        let mut answer = String::new();
-        while !answer.contains("PONG") {
-            let mut bytes = [0; 1024];
-            let read = std::io::Read::read(&mut raw, &mut bytes).expect("the server goes on");
-            answer.push_str(&String::from_utf8_lossy(&bytes[..read]));
+    let key_line = format!("Authorization: {}\r\n", source.key);
+    let mut count = 0;
+    for bad in
+        [&b"A: b\rc\r\n"[..], b"no colon\r\n", b"A: \xff\r\n", b": x\r\n", b"A: b\nc\r\n", b"\xff\xfe\r\n"]
+    {
+        for with_key in [key_line.as_bytes(), b""] {
+            publish_raw(&nats, &[b"NATS/1.0\r\n", with_key, bad, b"\r\n"].concat());
+            count += 1;
+            // One request, and not one that is repeated.
+            let answer =
+                client.request_with_headers(SUBJECT, headers(&key), "2".into()).await.expect("an answer");
+            let offset = body(&answer)["seq"].as_u64().expect("it is kept");
+            assert_eq!(offset, last + 1, "nothing else is kept");
+            last = offset;
         }
-        let offset = stored(&client, SUBJECT, &key, "2").await;
-        assert!(offset > last, "{offset} after {last}");
-        last = offset;
     }
-    assert_eq!(gateway.post("/v1/ingest/press-4", &source.key, &json!(3)).status, 200);
-    gateway.says("lost for good");
+    let refused = |cause: &str| {
+        gateway.metric(&format!("headgate_refused_total{{transport=\"nats\",cause=\"{cause}\"}}"))
+    };
+    assert_eq!(refused("header_form") + refused("no_key"), f64::from(count));
+    assert_eq!(refused("header_form"), f64::from(count / 2));
+    assert!(!gateway.output().contains("NATS is away"), "{}", gateway.output());
+}
+
+/// One key had the others' messages wait behind its own: p50 446 ms.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_by_one_key_delays_no_other_under_load() {
+    const REQUESTS: usize = 200;
+    let (dir, nats) = (scratch(), NatsServer::start());
+    let gateway = setup(&dir, &nats).set("nats.stream.enabled", false).start();
+    let (flooding, source) = (gateway.create("press-5"), gateway.create("press-4"));
+    let other = client(&nats).await;
+    let key = [("Authorization", source.key.as_str())];
+    stored(&other, SUBJECT, &key, "0").await;
+    let p50 = async || {
+        let mut took = Vec::new();
+        for _ in 0..REQUESTS {
+            let begun = Instant::now();
+            let answer =
+                other.request_with_headers(SUBJECT, headers(&key), "1".into()).await.expect("an answer");
+            assert!(body(&answer)["seq"].is_u64(), "{}", body(&answer));
+            took.push(begun.elapsed());
+        }
+        took.sort();
+        took[REQUESTS / 2]
+    };
+    let quiet = p50().await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let flood = tokio::spawn({
+        let (client, stop) = (client(&nats).await, stop.clone());
+        async move {
+            let head = headers(&[("Authorization", &flooding.key)]);
+            let mut sent = 0u64;
+            // More than a gateway without optimisation keeps, and less than it reads.
+            let mut pace = tokio::time::interval(Duration::from_millis(10));
+            while !stop.load(Ordering::Relaxed) {
+                pace.tick().await;
+                for _ in 0..500 {
+                    let publishing =
+                        client.publish_with_headers("ingest.press-5.t", head.clone(), "1".into());
+                    publishing.await.expect("sent");
+                    sent += 1;
+                }
+            }
+            sent
+        }
+    });
+    // The flood has begun to wait for itself.
+    wait_for("the flood", || {
+        (gateway.metric("headgate_accepted_total{transport=\"nats\"}") > 10_000.0).then_some(())
+    });
+    let under_flood = p50().await;
+    stop.store(true, Ordering::Relaxed);
+    let sent = flood.await.expect("it does not panic");
+    eprintln!("p50 {quiet:?} quiet, {under_flood:?} under a flood of {sent} messages");
+    // Far above what it takes on a machine that has a processor for each of the three; before, it was seconds.
+    assert!(under_flood < quiet * 10 + Duration::from_millis(50), "{quiet:?} became {under_flood:?}");
+}
+
+/// A client of NATS may have an inbox of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_goes_to_the_prefixes_that_are_configured() {
+    let (dir, nats) = (scratch(), NatsServer::start());
+    let gateway = setup(&dir, &nats).set("nats.reply_prefixes", "_INBOX,my.app").start();
+    let source = gateway.create("press-4");
+    let key = [("Authorization", source.key.as_str())];
+    let options = async_nats::ConnectOptions::new().custom_inbox_prefix("my.app");
+    let mine = options.connect(nats.url()).await.expect("nats-server is there");
+    let first = stored(&mine, SUBJECT, &key, "1").await;
+    assert_eq!(stored(&client(&nats).await, SUBJECT, &key, "2").await, first + 1);
+    let options = async_nats::ConnectOptions::new()
+        .custom_inbox_prefix("my.other")
+        .request_timeout(Some(Duration::from_millis(300)));
+    let other = options.connect(nats.url()).await.expect("nats-server is there");
+    assert!(other.request_with_headers(SUBJECT, headers(&key), "3".into()).await.is_err());
+    gateway.says("reply_subject");
+    assert_eq!(gateway.metric("headgate_log_next_offset"), (first + 2) as f64, "it is not kept");
+    drop(gateway);
+    let refused = setup(&dir, &nats).set("nats.reply_prefixes", "stream").refused();
+    assert!(refused.output.contains("nats.reply_prefixes"), "{}", refused.output);
 }
 
 /// An inlet that keeps nothing while it is shut, and says in which order messages came.
@@ -445,6 +537,10 @@ struct Lock {
 }
 
 impl Inlet for Lock {
+    fn lane(&self, parcel: &Parcel) -> u64 {
+        u64::from(parcel.subject() != "in.a")
+    }
+
     async fn deliver(&self, parcels: Vec<Parcel>) -> InletVerdicts {
         let payloads = parcels.iter().map(|parcel| String::from_utf8_lossy(parcel.payload()).into_owned());
         self.seen.lock().expect("no holder panics").extend(payloads);
@@ -474,23 +570,24 @@ async fn what_is_over_the_bounds_is_told_so_at_once_and_the_rest_keeps_its_order
         subject: "in.>".to_owned(),
         queue: "q".to_owned(),
         stream: "s".to_owned(),
+        reply_prefixes: vec!["_INBOX".to_owned()],
         batch_messages_max: 4,
         batch_bytes_max: 1 << 20,
         batches_in_flight_max: 1,
         waiting_messages_max: 10,
         waiting_bytes_max: 1 << 20,
     };
-    let ingress = Ingress::connect(connection, settings).await.expect("settings that work");
+    let ingress = Ingress::new(connection, settings).expect("settings that work");
     let lock = Arc::new(Lock { open: tokio::sync::Semaphore::new(1), seen: Mutex::default() });
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let running = tokio::spawn({
         let lock = lock.clone();
-        async move { ingress.run(&*lock, async { drop(stopped.await) }).await }
+        async move { ingress.run(lock, async { drop(stopped.await) }).await }
     });
     let client = client(&nats).await;
     request(&client, "in.a", &[], "first").await;
     let shut = lock.open.acquire().await.expect("it is not closed");
-    // One is being handed over. Behind it as many wait as may.
+    // One is being handed over. Behind it as many wait as one sender may have: as many as there is room left for others.
     let codes = (0..MESSAGES).map(|n| {
         let client = client.clone();
         async move { header(&request(&client, "in.a", &[], &n.to_string()).await, "Nats-Service-Error-Code") }
@@ -501,17 +598,25 @@ async fn what_is_over_the_bounds_is_told_so_at_once_and_the_rest_keeps_its_order
         assert_eq!(code.as_deref(), Some("503"), "nothing is kept yet");
         refused += 1;
     }
-    assert!((MESSAGES - 14..MESSAGES - 10).contains(&refused), "{refused} of {MESSAGES}");
+    // At least the one that is handed over and five behind it; a batch of one sender is a quarter of a batch.
+    assert!((MESSAGES - 8..=MESSAGES - 5).contains(&refused), "{refused} of {MESSAGES}");
+    // Another sender has room.
+    let other = tokio::spawn({
+        let client = client.clone();
+        async move { header(&request(&client, "in.b", &[], "100").await, "Nats-Service-Error-Code") }
+    });
     drop(shut);
     while let Some(code) = answers.next().await {
         assert_eq!(code, None);
         refused += 1;
     }
     assert_eq!(refused, MESSAGES);
+    assert_eq!(other.await.expect("it does not panic"), None);
     drop(stop);
     running.await.expect("it ends when it is asked to");
     let seen = lock.seen.lock().expect("no holder panics").clone();
     let numbers: Vec<usize> = seen[1..].iter().map(|text| text.parse().expect("a number")).collect();
+    let numbers: Vec<usize> = numbers.into_iter().filter(|number| *number != 100).collect();
     assert!(numbers.is_sorted(), "{numbers:?}");
 }
 

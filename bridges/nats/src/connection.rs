@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::{Client, ConnectOptions, Event};
+use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
@@ -19,7 +19,7 @@ const NATS_PING_INTERVAL: Duration = Duration::from_secs(1);
 const NATS_CONNECT_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Where NATS is, and how to authenticate.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct NatsSettings {
     /// `nats://HOST:PORT` or `tls://HOST:PORT`, of one or more servers of a cluster.
     pub servers: Vec<String>,
@@ -29,6 +29,31 @@ pub struct NatsSettings {
     pub ca: Option<PathBuf>,
     /// The connection's name in NATS' monitoring.
     pub name: String,
+}
+
+impl std::fmt::Debug for NatsSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let servers: Vec<String> = self.servers.iter().map(|address| without_credentials(address)).collect();
+        f.debug_struct("NatsSettings")
+            .field("servers", &servers)
+            .field("credentials", &self.credentials)
+            .field("ca", &self.ca)
+            .field("name", &self.name)
+            .finish()
+    }
+}
+
+impl NatsSettings {
+    /// The servers' addresses.
+    ///
+    /// # Errors
+    /// [`NatsError::Address`], which shows no password.
+    pub(crate) fn server_addresses(&self) -> Result<Vec<ServerAddr>, NatsError> {
+        let parse = |address: &String| {
+            address.parse().map_err(|_| NatsError::Address { address: without_credentials(address) })
+        };
+        self.servers.iter().map(parse).collect()
+    }
 }
 
 /// How a connection authenticates to NATS.
@@ -61,12 +86,10 @@ impl std::fmt::Debug for NatsCredentials {
 #[derive(Debug, thiserror::Error)]
 pub enum NatsError {
     /// An invalid server address.
-    #[error("{address:?} is not the address of a NATS server: {detail}")]
+    #[error("{address:?} is not the address of a NATS server, such as nats://HOST:4222 or tls://HOST:4222")]
     Address {
-        /// What was given.
+        /// What was given, without user and password.
         address: String,
-        /// What is wrong with it.
-        detail: String,
     },
     /// A file that cannot be read.
     #[error("{}: {detail}", path.display())]
@@ -98,12 +121,7 @@ impl Nats {
     pub async fn connect(settings: &NatsSettings) -> Result<Self, NatsError> {
         let servers = settings.servers.iter().map(|address| without_credentials(address));
         let servers = servers.collect::<Vec<_>>().join(",");
-        let addresses = settings.servers.iter().map(|address| {
-            address
-                .parse::<async_nats::ServerAddr>()
-                .map_err(|error| NatsError::Address { address: address.clone(), detail: error.to_string() })
-        });
-        let addresses = addresses.collect::<Result<Vec<_>, _>>()?;
+        let addresses = settings.server_addresses()?;
         let waiting = format!("not connected to NATS at {servers} yet");
         let trouble = Arc::new(Mutex::new(Some(waiting)));
         let seen = trouble.clone();

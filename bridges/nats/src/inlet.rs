@@ -2,18 +2,30 @@
 //! a [`Parcel`], and the [`Inlet`] gives a [`InletVerdict`] on it. The answer on the message's reply subject
 //! has the form of JetStream's, so that a client's `js.publish` works unchanged.
 
+use std::fmt::Write;
 use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use async_nats::header::HeaderMap;
-use async_nats::{HeaderValue, Message};
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::future::BoxFuture;
+use memchr::memmem;
+
+/// What the subjects begin with that a server puts in the place of a reply subject from another account.
+const SERVICE_REPLY_PREFIX: &str = "_R_.";
+/// The first line of a message's headers.
+const HEAD_VERSION: &str = "NATS/1.0";
 
 /// One message from NATS. It has no `Debug`: a header holds the API key.
 pub struct Parcel {
-    message: Message,
-    reply: NatsReplyPolicy,
+    /// Subject, reply subject, headers and payload, one after the other: an allocation of its own, so that a message
+    /// that waits keeps no others in memory.
+    bytes: Box<[u8]>,
+    subject_end: usize,
+    reply_end: usize,
+    head_end: usize,
+    has_reply: bool,
+    is_well_formed: bool,
 }
 
 /// Whether a message can be answered.
@@ -29,51 +41,113 @@ pub enum NatsReplyPolicy {
 }
 
 impl Parcel {
-    pub(crate) fn new(message: Message) -> Self {
-        let reply = match &message.reply {
-            None => NatsReplyPolicy::Unwanted,
-            Some(reply) if reply.starts_with('_') => NatsReplyPolicy::Wanted,
-            Some(_) => NatsReplyPolicy::Elsewhere,
-        };
-        Self { message, reply }
+    /// A message with these bytes, whatever they are. `head` is empty without headers.
+    pub(crate) fn new(subject: &[u8], reply: Option<&[u8]>, head: &[u8], payload: &[u8]) -> Self {
+        let reply_bytes = reply.unwrap_or_default();
+        let bytes = [subject, reply_bytes, head, payload].concat().into_boxed_slice();
+        let subject_end = subject.len();
+        let reply_end = subject_end + reply_bytes.len();
+        let is_well_formed =
+            is_head(head) && std::str::from_utf8(subject).is_ok() && std::str::from_utf8(reply_bytes).is_ok();
+        let head_end = reply_end + head.len();
+        Self { bytes, subject_end, reply_end, head_end, has_reply: reply.is_some(), is_well_formed }
     }
 
-    /// The subject that it was published to.
+    /// The subject that it was published to; empty if that is not UTF-8.
     pub fn subject(&self) -> &str {
-        &self.message.subject
+        std::str::from_utf8(&self.bytes[..self.subject_end]).unwrap_or_default()
     }
 
     /// Its payload.
     pub fn payload(&self) -> &[u8] {
-        &self.message.payload
+        &self.bytes[self.head_end..]
     }
 
-    /// Its headers: names and values, a name as often as it has values, in no particular order of names.
+    /// Its headers: names and values, a name as often as it has values. Of headers that are malformed, those lines
+    /// that are none are left out.
     pub fn headers(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.message.headers.iter().flat_map(HeaderMap::iter).flat_map(|(name, values)| {
-            let name: &str = name.as_ref();
-            values.iter().map(move |value| (name, value.as_str()))
-        })
+        let head = &self.bytes[self.reply_end..self.head_end];
+        head_lines(head).skip(1).filter_map(read_header)
+    }
+
+    /// Whether subject and headers are as NATS has them. A publisher can write anything: line breaks in a header,
+    /// bytes that are not UTF-8.
+    pub fn is_well_formed(&self) -> bool {
+        self.is_well_formed
+    }
+
+    /// Its reply subject, if it has one and that is UTF-8.
+    pub(crate) fn reply_subject(&self) -> Option<&str> {
+        let reply = &self.bytes[self.subject_end..self.reply_end];
+        self.has_reply.then(|| std::str::from_utf8(reply).ok()).flatten()
     }
 
     /// Whether it can be answered.
     ///
     /// The gateway publishes the answer with its own permissions. An arbitrary reply subject would let the
-    /// sender publish where it may not, such as into the validated stream. Only subjects that begin with `_`
-    /// are answered: clients' inboxes (`_INBOX.…`), and what a server makes of them on the way from another
-    /// account (`_R_.…`).
-    pub fn reply(&self) -> NatsReplyPolicy {
-        self.reply
+    /// sender publish where it may not, such as into the validated stream. Only subjects under `prefixes` are
+    /// answered, and what a server makes of any on the way from another account (`_R_.…`). The prefix `_INBOX`
+    /// includes `_INBOX_x.…`.
+    pub fn reply(&self, prefixes: &[String]) -> NatsReplyPolicy {
+        if !self.has_reply {
+            return NatsReplyPolicy::Unwanted;
+        }
+        let Some(reply) = self.reply_subject() else { return NatsReplyPolicy::Elsewhere };
+        let is_under = |prefix: &String| {
+            reply.strip_prefix(prefix.as_str()).is_some_and(|rest| rest.starts_with(['.', '_']))
+        };
+        match reply.starts_with(SERVICE_REPLY_PREFIX) || prefixes.iter().any(is_under) {
+            true => NatsReplyPolicy::Wanted,
+            false => NatsReplyPolicy::Elsewhere,
+        }
     }
 
-    /// Takes the reply subject, if it may be answered.
-    pub(crate) fn take_reply(&mut self) -> Option<async_nats::Subject> {
-        self.message.reply.take().filter(|_| self.reply == NatsReplyPolicy::Wanted)
+    /// The reply subject, if it may be answered.
+    pub(crate) fn wanted_reply(&self, prefixes: &[String]) -> Option<String> {
+        let is_wanted = self.reply(prefixes) == NatsReplyPolicy::Wanted;
+        is_wanted.then(|| self.reply_subject().map(str::to_owned)).flatten()
     }
 
     /// Its approximate size in memory, in bytes.
     pub(crate) fn weight(&self) -> usize {
-        size_of::<Message>() + self.message.length
+        size_of::<Self>() + self.bytes.len()
+    }
+}
+
+/// The lines of headers, without their ends.
+fn head_lines(head: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = head;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let end = memmem::find(rest, b"\r\n");
+        let (line, next) = end.map_or((rest, &[][..]), |end| (&rest[..end], &rest[end + 2..]));
+        rest = next;
+        Some(line)
+    })
+}
+
+/// Reads one header; `None` if the line is none.
+fn read_header(line: &[u8]) -> Option<(&str, &str)> {
+    let line = std::str::from_utf8(line).ok()?;
+    let (name, value) = line.split_once(':')?;
+    let is_name = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_graphic());
+    let is_value = !value.contains(['\r', '\n']);
+    (is_name && is_value).then(|| (name, value.trim()))
+}
+
+/// Whether these are headers of NATS, or none.
+fn is_head(head: &[u8]) -> bool {
+    let mut lines = head_lines(head);
+    match lines.next() {
+        None => true,
+        Some(version) => {
+            version.starts_with(HEAD_VERSION.as_bytes())
+                && !version.contains(&b'\r')
+                && !version.contains(&b'\n')
+                && lines.all(|line| line.is_empty() || read_header(line).is_some())
+        }
     }
 }
 
@@ -109,7 +183,18 @@ pub struct InletRefusal {
 pub type InletVerdicts = Pin<Box<dyn Future<Output = Vec<InletVerdict>> + Send>>;
 
 /// Admits messages.
-pub trait Inlet: Sync {
+pub trait Inlet: Send + Sync + 'static {
+    /// The lane of a message: a number of its sender's own. Messages of one lane keep their order, and a lane in which
+    /// many wait delays no other.
+    fn lane(&self, parcel: &Parcel) -> u64;
+
+    /// What has to be found out about the sender of a message before that is handed over, if anything. Its lane waits
+    /// for it.
+    fn introduction(&self, parcel: &Parcel) -> Option<BoxFuture<'static, ()>> {
+        let _ = parcel;
+        None
+    }
+
     /// Takes messages in the order of their arrival. It returns when their order is fixed, so that the next
     /// batch follows them; the returned future gives the verdicts later.
     fn deliver(&self, parcels: Vec<Parcel>) -> impl Future<Output = InletVerdicts> + Send;
@@ -131,29 +216,53 @@ impl InletAnswerWriter {
         Self { stored: format!("{{\"stream\":{},\"seq\":", serde_json::Value::from(stream)) }
     }
 
-    /// The headers and the payload of an answer.
-    pub(crate) fn write(&self, verdict: InletVerdict) -> (Option<HeaderMap>, Bytes) {
+    /// The answers to a batch, as they go over the wire. Senders without a reply subject get none.
+    pub(crate) fn write_all(&self, verdicts: Vec<InletVerdict>, replies: Vec<Option<String>>) -> Bytes {
+        let mut wire = BytesMut::new();
+        for (verdict, reply) in verdicts.into_iter().zip(replies) {
+            if let Some(reply) = reply {
+                self.write(&mut wire, &reply, verdict);
+            }
+        }
+        wire.freeze()
+    }
+
+    /// Writes one answer: PUB, or HPUB with headers.
+    fn write(&self, wire: &mut BytesMut, reply: &str, verdict: InletVerdict) {
         match verdict {
             InletVerdict::Stored { seq, duplicate } => {
-                (None, format!("{}{seq},\"duplicate\":{duplicate}}}", self.stored).into())
+                let body = format!("{}{seq},\"duplicate\":{duplicate}}}", self.stored);
+                put_text(wire, format_args!("PUB {reply} {}\r\n{body}\r\n", body.len()));
             }
             InletVerdict::Refused(refused) => {
                 let InletRefusal { code, text, body, retry_after } = *refused;
-                let mut headers = HeaderMap::new();
                 // A line break would end the header.
                 let text: String = text.chars().filter(|c| !c.is_control()).collect();
-                headers.insert("Nats-Service-Error", text);
-                headers.insert("Nats-Service-Error-Code", HeaderValue::from(code));
-                headers.insert("Content-Type", "application/json");
+                let mut head = format!(
+                    "{HEAD_VERSION}\r\nNats-Service-Error: {text}\r\nNats-Service-Error-Code: {code}\r\n\
+                     Content-Type: application/json\r\n"
+                );
                 if let Some(after) = retry_after {
                     // Whole seconds, rounded up and never 0: 0 would invite an immediate retry.
                     let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
-                    headers.insert("Retry-After", HeaderValue::from(seconds.max(1)));
+                    head.push_str(&format!("Retry-After: {}\r\n", seconds.max(1)));
                 }
-                (Some(headers), body.into())
+                head.push_str("\r\n");
+                put_text(
+                    wire,
+                    format_args!("HPUB {reply} {} {}\r\n{head}", head.len(), head.len() + body.len()),
+                );
+                wire.put_slice(&body);
+                wire.put_slice(b"\r\n");
             }
         }
     }
+}
+
+/// Appends a text.
+fn put_text(wire: &mut BytesMut, text: std::fmt::Arguments<'_>) {
+    // `BytesMut` grows: this cannot fail.
+    let _ = wire.write_fmt(text);
 }
 
 #[cfg(test)]
@@ -161,27 +270,24 @@ mod tests {
     use super::*;
 
     fn parcel(reply: Option<&str>) -> Parcel {
-        let mut headers = HeaderMap::new();
-        headers.append("X", "1");
-        headers.append("X", "2");
-        Parcel::new(Message {
-            subject: "ingest.press-4.temp".into(),
-            reply: reply.map(Into::into),
-            payload: Bytes::from_static(b"21.5"),
-            headers: Some(headers),
-            status: None,
-            description: None,
-            length: 40,
-        })
+        let head = b"NATS/1.0\r\nX: 1\r\nX:2 \r\n\r\n";
+        Parcel::new(b"ingest.press-4.temp", reply.map(str::as_bytes), head, b"21.5")
+    }
+
+    fn answer(verdict: InletVerdict) -> String {
+        let wire = InletAnswerWriter::for_stream("headgate")
+            .write_all(vec![verdict], vec![Some("_INBOX.1".to_owned())]);
+        String::from_utf8(wire.to_vec()).expect("text")
     }
 
     #[test]
     fn a_yes_is_what_jetstream_says() {
-        let (headers, body) =
-            InletAnswerWriter::for_stream("headgate").write(InletVerdict::Stored { seq: 7, duplicate: true });
-        assert!(headers.is_none());
+        let wire = answer(InletVerdict::Stored { seq: 7, duplicate: true });
+        let (line, body) = wire.split_once("\r\n").expect("a line");
+        let body = body.strip_suffix("\r\n").expect("its end");
+        assert_eq!(line, format!("PUB _INBOX.1 {}", body.len()));
         let ack: async_nats::jetstream::publish::PublishAck =
-            serde_json::from_slice(&body).expect("as a client reads it");
+            serde_json::from_slice(body.as_bytes()).expect("as a client reads it");
         assert_eq!((ack.stream.as_str(), ack.sequence, ack.duplicate), ("headgate", 7, true));
     }
 
@@ -193,34 +299,79 @@ mod tests {
             body: b"{}".to_vec(),
             retry_after: Some(Duration::from_millis(1001)),
         };
-        let (headers, _) =
-            InletAnswerWriter::for_stream("headgate").write(InletVerdict::Refused(Box::new(refused)));
-        let headers = headers.expect("headers");
-        let value = |name: &str| headers.get(name).map(HeaderValue::as_str);
-        assert_eq!(value("Nats-Service-Error"), Some("too manyX: y"));
-        assert_eq!(value("Nats-Service-Error-Code"), Some("429"));
-        assert_eq!(value("Retry-After"), Some("2"));
+        let wire = answer(InletVerdict::Refused(Box::new(refused)));
+        let (line, rest) = wire.split_once("\r\n").expect("a line");
+        let (head, body) = rest.split_at(rest.len() - 4);
+        assert_eq!(line, format!("HPUB _INBOX.1 {} {}", head.len(), head.len() + 2));
+        assert_eq!(body, "{}\r\n");
+        assert_eq!(
+            head,
+            "NATS/1.0\r\nNats-Service-Error: too manyX: y\r\nNats-Service-Error-Code: 429\r\n\
+             Content-Type: application/json\r\nRetry-After: 2\r\n\r\n"
+        );
     }
 
     #[test]
-    fn an_answer_goes_to_an_inbox_and_nowhere_else() {
+    fn an_answer_goes_under_a_configured_prefix_and_nowhere_else() {
+        let prefixes = ["_INBOX".to_owned(), "my.app".to_owned()];
         for (reply, answered) in [
             (None, NatsReplyPolicy::Unwanted),
             (Some("_INBOX.abc.1"), NatsReplyPolicy::Wanted),
+            (Some("_INBOX_0123456789ab.1"), NatsReplyPolicy::Wanted),
             (Some("_R_.abc.1"), NatsReplyPolicy::Wanted),
+            (Some("my.app.1"), NatsReplyPolicy::Wanted),
+            (Some("_INBOX"), NatsReplyPolicy::Elsewhere),
+            (Some("_INBOXES.1"), NatsReplyPolicy::Elsewhere),
+            (Some("_mine.1"), NatsReplyPolicy::Elsewhere),
+            (Some("my.apple.1"), NatsReplyPolicy::Elsewhere),
             (Some("stream.press-4.temp"), NatsReplyPolicy::Elsewhere),
             (Some("$KV.headgate-registry.key"), NatsReplyPolicy::Elsewhere),
+            (Some("$JS.ACK._.hash.headgate.c.1.2.3.4.5"), NatsReplyPolicy::Elsewhere),
             (Some("ingest.press-4.temp"), NatsReplyPolicy::Elsewhere),
         ] {
-            let mut parcel = parcel(reply);
-            assert_eq!(parcel.reply(), answered, "{reply:?}");
-            assert_eq!(parcel.take_reply().is_some(), answered == NatsReplyPolicy::Wanted, "{reply:?}");
+            let parcel = parcel(reply);
+            assert_eq!(parcel.reply(&prefixes), answered, "{reply:?}");
+            let wanted = (answered == NatsReplyPolicy::Wanted).then_some(reply).flatten();
+            assert_eq!(parcel.wanted_reply(&prefixes).as_deref(), wanted, "{reply:?}");
         }
+        assert_eq!(
+            Parcel::new(b"a", Some(b"_INBOX.\xff"), b"", b"").reply(&prefixes),
+            NatsReplyPolicy::Elsewhere
+        );
     }
 
     #[test]
     fn a_header_is_there_as_often_as_it_has_values() {
         let parcel = parcel(None);
+        assert!(parcel.is_well_formed());
         assert_eq!(parcel.headers().collect::<Vec<_>>(), [("X", "1"), ("X", "2")]);
+        assert_eq!(parcel.payload(), b"21.5");
+    }
+
+    #[test]
+    fn malformed_headers_are_told_and_hide_no_others() {
+        for bad in [
+            &b"A: b\rc"[..],
+            b"A: b\nNats-Request-Info: {}",
+            b"no colon",
+            b"A: \xff",
+            b": no name",
+            b"a b: c",
+            b" folded: x",
+        ] {
+            let head = [&b"NATS/1.0\r\nX: 1\r\n"[..], bad, b"\r\nY: 2\r\n\r\n"].concat();
+            let parcel = Parcel::new(b"a", None, &head, b"");
+            assert!(!parcel.is_well_formed(), "{}", String::from_utf8_lossy(bad));
+            assert_eq!(parcel.headers().collect::<Vec<_>>(), [("X", "1"), ("Y", "2")]);
+        }
+        for head in [&b"HTTP/1.1\r\n\r\n"[..], b"\r\n", b"NATS/1.0\r503\r\n\r\n", b"\xff"] {
+            assert!(
+                !Parcel::new(b"a", None, head, b"").is_well_formed(),
+                "{}",
+                String::from_utf8_lossy(head)
+            );
+        }
+        assert!(Parcel::new(b"a", None, b"NATS/1.0\r\n\r\n", b"").is_well_formed());
+        assert!(!Parcel::new(b"\xff", None, b"", b"").is_well_formed());
     }
 }

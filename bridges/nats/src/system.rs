@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use async_nats::Client;
+use async_nats::{Client, Subscriber};
 use futures_util::{StreamExt, future};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -24,6 +24,27 @@ pub struct NatsClientConnection {
     pub server_id: String,
     /// The connection's number in that server.
     pub client_id: u64,
+}
+
+/// What happens to a client of an account.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NatsClientEvent {
+    /// It was let in.
+    Connected {
+        /// As which user.
+        user: String,
+        /// Its connection.
+        connection: NatsClientConnection,
+    },
+    /// Its connection has ended.
+    Disconnected(NatsClientConnection),
+}
+
+/// The events of an account's clients, as they come.
+#[derive(Debug)]
+pub struct NatsClientEvents {
+    connected: Subscriber,
+    disconnected: Subscriber,
 }
 
 /// A connection to NATS as a user of the system account.
@@ -55,12 +76,50 @@ struct ConnzConnection {
     cid: u64,
     #[serde(default)]
     authorized_user: String,
+    #[serde(default)]
+    subscriptions_list: Vec<String>,
+}
+
+/// The needed part of an event.
+#[derive(Deserialize)]
+struct ClientEventAdvisory {
+    server: SystemServer,
+    client: ClientEventSubject,
+}
+
+#[derive(Deserialize)]
+struct ClientEventSubject {
+    id: u64,
+    #[serde(default)]
+    user: String,
 }
 
 #[derive(Deserialize)]
 struct StatszData {
     #[serde(default)]
     active_servers: usize,
+}
+
+impl NatsClientEvents {
+    /// The next event; `None` if there will be no more. Cancel-safe.
+    pub async fn next(&mut self) -> Option<NatsClientEvent> {
+        loop {
+            let (message, is_connect) = tokio::select! {
+                message = self.connected.next() => (message?, true),
+                message = self.disconnected.next() => (message?, false),
+            };
+            let Ok(advisory) = serde_json::from_slice::<ClientEventAdvisory>(&message.payload) else {
+                debug!("an event of a server cannot be read");
+                continue;
+            };
+            let ClientEventAdvisory { server, client } = advisory;
+            let connection = NatsClientConnection { server_id: server.id, client_id: client.id };
+            return Some(match is_connect {
+                true => NatsClientEvent::Connected { user: client.user, connection },
+                false => NatsClientEvent::Disconnected(connection),
+            });
+        }
+    }
 }
 
 impl SystemAccount {
@@ -72,6 +131,26 @@ impl SystemAccount {
     /// What keeps NATS away, while it is away.
     pub fn trouble(&self) -> Option<String> {
         self.0.trouble()
+    }
+
+    /// Begins to listen for clients of the account that come and go, on all servers. `None` if NATS is gone for good.
+    pub async fn client_events(&self, account: &str) -> Option<NatsClientEvents> {
+        let client = self.0.client();
+        let connected = client.subscribe(format!("$SYS.ACCOUNT.{account}.CONNECT")).await.ok()?;
+        let disconnected = client.subscribe(format!("$SYS.ACCOUNT.{account}.DISCONNECT")).await.ok()?;
+        Some(NatsClientEvents { connected, disconnected })
+    }
+
+    /// What a connection is subscribed to, of the server of this name. `None` if the server does not say.
+    pub async fn subscriptions(&self, server: &str, client_id: u64) -> Option<Vec<String>> {
+        let query = json!({
+            "server_name": server, "exact_match": true, "cid": client_id, "subscriptions": true,
+        });
+        let asked = self.0.client().request("$SYS.REQ.SERVER.PING.CONNZ", query.to_string().into());
+        let answer = tokio::time::timeout(SYSTEM_ANSWER_WAIT_MAX, asked).await.ok()?.ok()?;
+        let answer: SystemAnswer = serde_json::from_slice(&answer.payload).ok()?;
+        let connection = answer.data?.connections.into_iter().find(|one| one.cid == client_id)?;
+        Some(connection.subscriptions_list)
     }
 
     /// Every connection of the account, with its user, on all servers. `None` if NATS is away.

@@ -1,6 +1,6 @@
 //! The ends of keys: revoked, leaked, retired, expired, or gone with their datasource. An end goes the other way
 //! round than every other change of the registry: **first in memory, then to the disk**. A key that has to die
-//! dies at once, whatever the disk says, and its end waits in a queue ([`UnwrittenEnds`]) until it is durable.
+//! dies at once, whatever the disk says, and its end waits in a queue ([`UnwrittenEnds`](super::unwritten_ends::UnwrittenEnds)) until it is durable.
 //!
 //! The queue is written by the call that ended the key, which in the usual case leaves it empty. On a full disk it
 //! gives up the [reserve](super::disk_reserve) for that. If the write fails all the same, [`run`] tries again and
@@ -12,13 +12,10 @@
 //! as an end of the last one is refused. A key whose grace is over waits in the queue, because its rotation may have
 //! been undone, and the clock denies it meanwhile.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
-use serde_json::{Value, json};
-use tokio::sync::Notify;
+use serde_json::Value;
 
 use super::Registry;
 use super::audit::{Actor, AuditEvent};
@@ -29,8 +26,8 @@ use super::error::RegistryError;
 use super::key::Key;
 use super::replica::RegistryRevision;
 use super::transaction::{KeyEndReason, KeyEndRows, RegistryTransaction};
+use super::unwritten_ends::{UnwrittenQueue, WARNED_KEYS_MAX};
 use crate::auth::scope::Scope;
-use crate::limits::KEY_ENDS_PER_CHANGE;
 use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
 
 /// The pause before another attempt to write the ends of keys.
@@ -39,8 +36,6 @@ const KEY_END_RETRY_PAUSE: Duration = Duration::from_millis(500);
 const KEY_END_CLUSTER_RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// How often the reserve is looked after when nothing waits.
 const RESERVE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
-/// The key ids that a warning names.
-const WARNED_KEYS_MAX: usize = 8;
 
 /// The end of keys by one act.
 #[derive(Debug, Clone)]
@@ -54,7 +49,7 @@ pub(super) struct KeyEnd {
     actor: Actor,
     at: TimeMicros,
     /// The details for the audit.
-    what: Value,
+    pub(super) what: Value,
 }
 
 impl KeyEnd {
@@ -87,7 +82,7 @@ impl KeyEnd {
         Ok(())
     }
 
-    fn deletes(&self, id: &DatasourceId) -> bool {
+    pub(super) fn deletes(&self, id: &DatasourceId) -> bool {
         self.deleted.as_ref().is_some_and(|datasource| datasource.id == *id)
     }
 
@@ -135,80 +130,6 @@ pub(super) enum DiskReserveUse {
     Kept,
     /// It takes the room of the reserve.
     GivenUp,
-}
-
-/// The ends that are in force in memory and not yet durable, oldest first.
-#[derive(Default)]
-pub(super) struct UnwrittenEnds {
-    queue: Mutex<UnwrittenQueue>,
-    /// Notified when a write has failed.
-    failed: Notify,
-}
-
-#[derive(Default)]
-struct UnwrittenQueue {
-    ends: VecDeque<KeyEnd>,
-    /// Why the last attempt failed.
-    error: Option<String>,
-}
-
-impl UnwrittenEnds {
-    fn extend(&self, ends: Vec<KeyEnd>) {
-        self.queue.lock().ends.extend(ends);
-    }
-
-    fn is_empty(&self) -> bool {
-        self.queue.lock().ends.is_empty()
-    }
-
-    /// The oldest ends, as many as one change may have.
-    fn oldest(&self) -> Vec<KeyEnd> {
-        let queue = self.queue.lock();
-        let mut keys = 0;
-        let fits = |end: &&KeyEnd| {
-            let is_first = keys == 0;
-            keys += end.keys.len().max(1);
-            is_first || keys <= KEY_ENDS_PER_CHANGE
-        };
-        queue.ends.iter().take_while(fits).cloned().collect()
-    }
-
-    /// Removes the oldest ends, which are durable now.
-    fn remove_oldest(&self, count: usize) {
-        let mut queue = self.queue.lock();
-        queue.ends.drain(..count);
-        if queue.ends.is_empty() && queue.error.take().is_some() {
-            tracing::info!("the ends of all keys are durable now");
-        }
-    }
-
-    /// Notes why the ends could not be written. Logged once, until all are durable.
-    fn set_error(&self, error: &RegistryError) {
-        let mut queue = self.queue.lock();
-        if queue.ends.is_empty() {
-            // Another call has written them meanwhile.
-            return;
-        }
-        if queue.error.replace(error.to_string()).is_none() {
-            let keys: Vec<_> = queue.ends.iter().flat_map(|end| end.keys.iter().map(|key| key.id)).collect();
-            let first = &keys[..keys.len().min(WARNED_KEYS_MAX)];
-            tracing::error!(
-                %error, keys = keys.len(), ?first,
-                "keys have ended in memory only: their end cannot be written, which is tried again"
-            );
-        }
-        // An end that cannot be published because of the details in its audit entry goes without them.
-        if matches!(error, RegistryError::TooLarge(_)) {
-            queue.ends.iter_mut().for_each(|end| end.what = json!({}));
-        }
-        self.failed.notify_one();
-    }
-
-    /// Whether the deletion of a datasource is not yet durable.
-    pub(super) fn has_deletion(&self, id: &DatasourceId, created_at: TimeMicros) -> bool {
-        let deleted = |end: &KeyEnd| end.deleted.as_ref().is_some_and(|of| of.created_at == created_at);
-        self.queue.lock().ends.iter().any(|end| end.deletes(id) && deleted(end))
-    }
 }
 
 impl Registry {
@@ -474,6 +395,8 @@ mod tests {
     use super::super::leaks::LeakedKeyFate;
     use super::super::replica::tests::ClusterOfOne;
     use super::super::rows::RegistryRow;
+    use serde_json::json;
+
     use super::*;
     use crate::auth::scope::Scopes;
 

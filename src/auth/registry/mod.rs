@@ -43,6 +43,7 @@ mod rows;
 pub mod setting;
 mod transaction;
 pub mod transfer;
+mod unwritten_ends;
 pub mod usage;
 mod usage_notes;
 
@@ -68,11 +69,12 @@ use error::RegistryError;
 use incarnations::LogEndQuery;
 use index::KeyLookup;
 use key::Key;
-use key_ends::{DiskReserveUse, UnwrittenEnds};
+use key_ends::DiskReserveUse;
 use leak_rules::RecordRuleFollower;
 use live::LiveRegistry;
 use quarantine_file::QuarantineFile;
 use replica::{RegistryReplica, RegistryRevision};
+use unwritten_ends::UnwrittenEnds;
 
 /// Datasources and keys: the database and the live view.
 pub struct Registry {

@@ -50,7 +50,7 @@ impl OwnGateway {
         let http = gateway.read_addresses()?;
         let admin =
             std::fs::read_to_string(gateway.data_dir.path().join("admin.key")).context("admin.key")?;
-        let admin = ApiClient::new(&http, KeySecret::new(&admin));
+        let admin = ApiClient::new(&http, KeySecret::new(&admin))?;
         (_, gateway.key) = datasource::create_for_command(&admin, "bench", "Benchmark")?;
         Ok(gateway)
     }

@@ -3,6 +3,7 @@
 //! sockets while strangers try to get in. Then reads everything back from storage and checks that it
 //! is complete.
 
+mod nats;
 mod report;
 mod senders;
 mod sensors;
@@ -18,14 +19,15 @@ use serde_json::value::RawValue;
 use tempfile::TempDir;
 use tokio::task::{JoinSet, spawn_blocking};
 
+use self::nats::DemoNats;
 use self::report::{Comparison, DemoReport, SensorRow, StoredReadings};
 use self::senders::{DemoProgress, GatewayAddresses, READING_TOPIC};
-use self::sensors::{SENSORS, Sensor};
+use self::sensors::{SENSORS, Sensor, sensors_with};
 use self::strangers::Strangers;
 use super::client::{ApiClient, KeySecret};
 use super::out::{CommandOutput, grouped, latency};
 use super::replay::Tally;
-use super::signals::Signals;
+use super::signals::{self, Signals};
 use super::{datasource, records, serve};
 use crate::config::{Config, SinkKind};
 use crate::gateway::Gateway;
@@ -38,28 +40,35 @@ const STORAGE_POLL_PAUSE: Duration = Duration::from_millis(5);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DemoArgs {
-    /// The configuration (TOML); without it and --data-dir, free ports and a temporary directory
-    #[arg(long, value_name = "FILE", env = "HEADGATE_CONFIG")]
+    /// The configuration (TOML) [env: HEADGATE_CONFIG]; without it and --data-dir, free ports and a temporary directory
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where to keep everything, instead of a temporary directory that is removed at the end
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// A NATS server to replay one sensor over, such as nats://127.0.0.1:4222 [default: a nats-server of the demo's own,
+    /// if there is one in the path]
+    #[arg(long, value_name = "URL")]
+    nats: Option<String>,
     /// Exit after the report instead of serving on until Ctrl-C
     #[arg(long)]
     once: bool,
 }
 
-pub(super) fn run(args: DemoArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
-    let once = args.once;
+pub(super) fn run(mut args: DemoArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
+    signals::catch_early_hangup();
+    args.config = serve::config_file(args.config);
+    let (once, named_nats) = (args.once, args.nats.take());
     // The directory lives until the gateway has stopped.
-    let (config, _temporary) = configure(args)?;
+    let (mut config, _temporary) = configure(args)?;
     ensure!(
         config.storage.sink != SinkKind::None,
         "the demo reads back from storage; storage.sink is \"none\""
     );
     trace::init(&config.trace)?;
+    let nats = nats::find(named_nats, &mut config)?;
     let runtime = serve::runtime()?;
-    let shown = runtime.block_on(demo(config, once, out));
+    let shown = runtime.block_on(demo(config, once, nats, out));
     runtime.shutdown_timeout(serve::THREADS_END_WAIT_MAX);
     shown
 }
@@ -100,11 +109,16 @@ fn configure(args: DemoArgs) -> anyhow::Result<(Config, Option<TempDir>)> {
     Ok((config, None))
 }
 
-async fn demo(config: Config, once: bool, out: &mut CommandOutput) -> anyhow::Result<()> {
+async fn demo(
+    config: Config,
+    once: bool,
+    nats: Option<DemoNats>,
+    out: &mut CommandOutput,
+) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let gateway = Gateway::start(config).await?;
     let shown = tokio::select! {
-        shown = replay_and_report(&gateway, out) => shown,
+        shown = replay_and_report(&gateway, nats.as_ref(), out) => shown,
         () = signals.asked() => Err(anyhow::anyhow!("interrupted")),
     };
     if shown.is_ok() && !once {
@@ -117,15 +131,24 @@ async fn demo(config: Config, once: bool, out: &mut CommandOutput) -> anyhow::Re
 }
 
 /// Replays, reads back and reports: everything between the gateway's start and stop.
-async fn replay_and_report(gateway: &Gateway, out: &mut CommandOutput) -> anyhow::Result<()> {
+async fn replay_and_report(
+    gateway: &Gateway,
+    nats: Option<&DemoNats>,
+    out: &mut CommandOutput,
+) -> anyhow::Result<()> {
     serve::announce(gateway, out)?;
+    let sensors = sensors_with(nats.is_some());
+    if nats.is_none() {
+        writeln!(out, "NATS  left out: no nats-server is in the path, and --nats names none")?;
+    }
     let gate = GatewayAddresses {
         mqtt: serve::reachable(gateway.mqtt_addr),
         http: format!("http://{}", serve::reachable(gateway.http_addr)),
+        nats: nats.map(|nats| nats.servers.clone()).unwrap_or_default(),
     };
     let key_file = &gateway.admin_key_path;
     let key = std::fs::read_to_string(key_file).with_context(|| key_file.display().to_string())?;
-    let admin = ApiClient::new(&gate.http, KeySecret::new(&key));
+    let admin = ApiClient::new(&gate.http, KeySecret::new(&key))?;
 
     let readings = SENSORS.iter().map(|sensor| sensor.readings().count() as u64).sum();
     // The log may hold records of an earlier run: only what this run adds is compared.
@@ -140,7 +163,7 @@ async fn replay_and_report(gateway: &Gateway, out: &mut CommandOutput) -> anyhow
     let progress = DemoProgress::default();
     let started = Instant::now();
     let mut strangers = tokio::spawn(strangers.run(progress.clone(), readings));
-    let tallies = replay_sensors(&datasources, &gate, &progress, out).await?;
+    let tallies = replay_sensors(sensors, &datasources, &gate, &progress, out).await?;
     let took = started.elapsed();
     let refused = (&mut strangers).await??;
 
@@ -149,7 +172,7 @@ async fn replay_and_report(gateway: &Gateway, out: &mut CommandOutput) -> anyhow
         let acked: u64 = tallies.iter().map(|tally| tally.acked).sum();
         let unaccounted = i128::from(end) - i128::from(begin) - i128::from(acked);
         let mut rows = Vec::with_capacity(SENSORS.len());
-        for ((sensor, tally), (id, _)) in SENSORS.into_iter().zip(tallies).zip(&datasources) {
+        for ((sensor, tally), (id, _)) in sensors.into_iter().zip(tallies).zip(&datasources) {
             rows.push(SensorRow { sensor, tally, stored: read_back(&admin, sensor, id)? });
         }
         anyhow::Ok(DemoReport { rows, refused, unaccounted })
@@ -170,20 +193,21 @@ async fn replay_and_report(gateway: &Gateway, out: &mut CommandOutput) -> anyhow
 
 /// Replays all sensors at once, and says of each when it is done. Returns their tallies, in their order.
 async fn replay_sensors(
+    sensors: [Sensor; 5],
     datasources: &[(String, KeySecret)],
     gate: &GatewayAddresses,
     progress: &DemoProgress,
     out: &mut CommandOutput,
 ) -> anyhow::Result<Vec<Tally>> {
     let mut devices = JoinSet::new();
-    for (index, (sensor, (id, key))) in SENSORS.into_iter().zip(datasources.iter().cloned()).enumerate() {
+    for (index, (sensor, (id, key))) in sensors.into_iter().zip(datasources.iter().cloned()).enumerate() {
         let sending = senders::send(sensor, id, key, gate.clone(), progress.clone());
         devices.spawn(async move { anyhow::Ok((index, sending.await?)) });
     }
     let mut tallies: Vec<(usize, Tally)> = Vec::with_capacity(SENSORS.len());
     while let Some(sent) = devices.join_next().await {
         let (index, tally) = sent??;
-        let sensor = SENSORS[index];
+        let sensor = sensors[index];
         progress.bars.suspend(|| {
             let done = format!("{:>7} acknowledged over {}", grouped(tally.acked), sensor.way.describe());
             let median = latency(tally.latency.value_at_quantile(0.5));

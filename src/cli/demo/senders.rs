@@ -13,6 +13,7 @@ use serde::Deserialize;
 use ureq::http::Response;
 use ureq::{Agent, Body, RequestBuilder};
 
+use super::nats;
 use super::sensors::{Sensor, SensorTransport};
 use crate::cli::client::{self, KeySecret};
 use crate::cli::out;
@@ -30,6 +31,8 @@ const READINGS_PER_REQUEST: usize = 50;
 pub(super) struct GatewayAddresses {
     pub(super) mqtt: SocketAddr,
     pub(super) http: String,
+    /// The servers of NATS, if there is one.
+    pub(super) nats: Vec<String>,
 }
 
 /// A progress bar for each sensor (drawn only on a terminal), and the total of acknowledged readings.
@@ -76,6 +79,10 @@ pub(super) async fn send(
                 Err(error) => Err(error),
             }
         }
+        None if sensor.way == SensorTransport::Nats => {
+            let acked = |acked| progress.advance(&bar, acked);
+            nats::request_all_readings(sensor, &datasource, &key, &gate.nats, acked).await
+        }
         None => {
             let (bar, progress) = (bar.clone(), progress.clone());
             let work = move || {
@@ -88,12 +95,15 @@ pub(super) async fn send(
     sent.with_context(|| format!("{} over {}", sensor.id, sensor.way.describe()))
 }
 
-/// The MQTT dialect of `way`; `None` for HTTP.
+/// The MQTT dialect of `way`; `None` for HTTP and NATS.
 pub(super) fn mqtt_dialect(way: SensorTransport) -> Option<Dialect> {
     match way {
         SensorTransport::Mqtt311 => Some(Dialect::V311),
         SensorTransport::Mqtt5 => Some(Dialect::V5),
-        SensorTransport::HttpPlain | SensorTransport::HttpBearer | SensorTransport::HttpApiKey => None,
+        SensorTransport::HttpPlain
+        | SensorTransport::HttpBearer
+        | SensorTransport::HttpApiKey
+        | SensorTransport::Nats => None,
     }
 }
 
@@ -108,7 +118,7 @@ fn post_all_readings(
     struct IngestAnswer {
         accepted: u64,
     }
-    let agent = client::agent(&gate.http);
+    let agent = client::agent(&gate.http)?;
     let mut tally = Tally::default();
     let mut readings = sensor.readings();
     for alone in [true, false].into_iter().cycle() {
@@ -154,8 +164,9 @@ fn present_key<B>(request: RequestBuilder<B>, way: SensorTransport, key: &KeySec
     match way {
         SensorTransport::HttpBearer => request.header("authorization", format!("Bearer {}", key.expose())),
         SensorTransport::HttpApiKey => request.header("x-api-key", key.expose()),
-        SensorTransport::HttpPlain | SensorTransport::Mqtt311 | SensorTransport::Mqtt5 => {
-            request.header("authorization", key.expose())
-        }
+        SensorTransport::HttpPlain
+        | SensorTransport::Mqtt311
+        | SensorTransport::Mqtt5
+        | SensorTransport::Nats => request.header("authorization", key.expose()),
     }
 }

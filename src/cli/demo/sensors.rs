@@ -26,9 +26,12 @@ pub(super) enum SensorTransport {
     HttpBearer,
     /// HTTP, `X-API-Key: KEY`.
     HttpApiKey,
+    /// NATS, the key in a header.
+    Nats,
 }
 
 impl SensorTransport {
+    /// Those that are always there.
     pub(super) const ALL: [SensorTransport; 5] = [
         SensorTransport::Mqtt311,
         SensorTransport::Mqtt5,
@@ -44,6 +47,7 @@ impl SensorTransport {
             SensorTransport::HttpPlain => "HTTP, Authorization: KEY",
             SensorTransport::HttpBearer => "HTTP, Authorization: Bearer KEY",
             SensorTransport::HttpApiKey => "HTTP, X-API-Key: KEY",
+            SensorTransport::Nats => "NATS, key as header",
         }
     }
 
@@ -115,6 +119,15 @@ pub(super) const SENSORS: [Sensor; 5] = [
         csv: recording!("TravelTime_387.csv"),
     },
 ];
+
+/// The sensors as they are replayed; the last one over NATS, if there is one.
+pub(super) fn sensors_with(nats: bool) -> [Sensor; 5] {
+    let mut sensors = SENSORS;
+    if nats && let Some(last) = sensors.last_mut() {
+        last.way = SensorTransport::Nats;
+    }
+    sensors
+}
 
 #[cfg(test)]
 mod tests {

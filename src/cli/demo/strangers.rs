@@ -148,7 +148,7 @@ impl Strangers {
             }
             None => {
                 let (gate, aim, body) = (self.gate.clone(), self.aim.clone(), self.reading.payload());
-                let post = move || post(&client::agent(&gate.http), &gate, &aim, way, key.as_ref(), &body);
+                let post = move || post(&client::agent(&gate.http)?, &gate, &aim, way, key.as_ref(), &body);
                 let answer = tokio::task::spawn_blocking(post).await??;
                 match answer.status().as_u16() {
                     401 => Ok(()),

@@ -80,7 +80,15 @@ accounts {{
   # JetStream are users here; each also has to be among the auth_users below.
   HEADGATE {{
     jetstream: enabled
-    users: [ {{ user: "headgate", password: "{gateway}" }} ]
+    users: [
+      {{ user: "headgate", password: "{gateway}" }}
+      # A backend that may take from one consumer, which the user above has made for it, and acknowledge. That has two
+      # forms: nats-server 2.15 writes the second one with the feature flag js_ack_fc_v2, and later by itself.
+      # {{ user: "line-4", password: "…", permissions: {{
+      #   publish: [ "$JS.API.CONSUMER.INFO.headgate.line-4", "$JS.API.CONSUMER.MSG.NEXT.headgate.line-4",
+      #     "$JS.API.STREAM.INFO.headgate", "$JS.ACK.headgate.line-4.>", "$JS.ACK.*.*.headgate.line-4.>" ]
+      #   subscribe: [ "_INBOX.>" ] }} }}
+    ]
     exports: [ {{ stream: "stream.>", accounts: [ APP ] }} ]
   }}
 

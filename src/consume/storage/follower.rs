@@ -11,6 +11,7 @@ use crate::consume::follower::{Consumer, NextRound};
 use crate::consume::sink::sqlite::{SinkError, SqliteSink};
 use crate::log::{Log, LogReadError};
 use crate::message::Offset;
+use crate::scheduler::lower_priority;
 
 /// About how much of the log one transaction takes.
 const STORAGE_TRANSACTION_BYTES: usize = 8 << 20;
@@ -198,21 +199,5 @@ impl StorageFollower {
         let stored = sink.cursor();
         self.shared.cursor.send_replace(stored);
         Ok(StorageRound::Stored { records: stored - cursor })
-    }
-}
-
-/// Lowers the calling thread's priority by `nice`.
-pub(crate) fn lower_priority(nice: u8) {
-    if nice == 0 {
-        return;
-    }
-    #[cfg(target_os = "linux")]
-    {
-        // SAFETY: no memory is involved. On Linux, process 0 is the calling thread.
-        let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, i32::from(nice)) };
-        if result != 0 {
-            let error = std::io::Error::last_os_error();
-            warn!(%error, nice, "a thread keeps its priority");
-        }
     }
 }

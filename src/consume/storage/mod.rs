@@ -22,7 +22,6 @@ use tokio::sync::watch;
 use tracing::error;
 
 use self::follower::StorageFollower;
-pub(crate) use self::follower::lower_priority;
 use super::follower::{FollowerControl, FollowerProfile};
 use super::sink::sqlite::{RECORDS_FILE_NAME, SinkError, SqliteSink};
 use crate::config;

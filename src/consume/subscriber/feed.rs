@@ -154,6 +154,11 @@ impl SubscriberFeed {
         self.position
     }
 
+    /// Whether everything below `end` was given out. The router may have some of the newest records still.
+    pub fn has_reached(&self, end: Offset) -> bool {
+        self.position >= end || matches!(self.mode, FeedMode::Live) && self.mailbox.is_empty()
+    }
+
     /// Sets the filter of a slot. `from` is the first record wanted, or `None` for records appended from now
     /// on. If it is in the past, the whole feed goes back there, and the other filters do not give out their
     /// records again. Returns the offset at which the filter begins.

@@ -6,7 +6,9 @@
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
 
@@ -66,6 +68,8 @@ impl RoutedRecords {
 pub struct Mailbox {
     share: Arc<TenantShare>,
     state: Mutex<MailboxState>,
+    /// The subscriber is asked to write what it has in flight.
+    is_asked: AtomicBool,
     task: AtomicWaker,
 }
 
@@ -81,6 +85,31 @@ struct MailboxState {
     bytes: usize,
     /// The first record that the subscriber has not dealt with, as it last reported.
     cursor: Offset,
+    /// What it has in flight has changed since it was last written.
+    is_unwritten: bool,
+    /// How many messages it has in flight.
+    in_flight: u32,
+    /// Since when the subscriber waits and neither takes nor acknowledges anything.
+    still_since: Option<Instant>,
+    /// It was said that the subscriber stands still.
+    is_still_said: bool,
+}
+
+/// How far a subscriber is, for the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SubscriberProgress {
+    /// Everything below is dealt with or in flight.
+    pub cursor: Offset,
+    /// With all that was routed, if it was given everything that it was sent.
+    pub all: bool,
+    /// How many messages are in flight.
+    pub in_flight: usize,
+    /// What is in flight has changed.
+    pub has_changed: bool,
+    /// The client has to take or to acknowledge something before more is sent, or something is in flight.
+    pub waits: bool,
+    /// It has taken or acknowledged something since the last report.
+    pub has_moved: bool,
 }
 
 /// What a live subscriber finds in its mailbox.
@@ -94,7 +123,8 @@ pub(super) enum MailboxContents {
 impl Mailbox {
     /// An empty mailbox of a subscriber that is behind.
     pub(super) fn new(share: Arc<TenantShare>) -> Self {
-        Self { share, state: Mutex::default(), task: AtomicWaker::new() }
+        let (state, is_asked, task) = Default::default();
+        Self { share, state, is_asked, task }
     }
 
     /// What its subscriber's tenant takes.
@@ -169,24 +199,71 @@ impl Mailbox {
         older
     }
 
-    /// Whether there is anything in it.
-    #[cfg(test)]
-    pub(super) fn holds_any(&self) -> bool {
-        !self.state().queue.is_empty()
+    /// Whether there is nothing in it.
+    pub(super) fn is_empty(&self) -> bool {
+        self.state().queue.is_empty()
     }
 
     /// Sets how far the subscriber is: everything below `cursor` is dealt with. With `all`, so is
     /// everything that it was given.
     pub fn set_progress(&self, cursor: Offset, all: bool) {
+        self.state().set_progress(cursor, all);
+    }
+
+    /// Takes a report of how far the subscriber is.
+    pub fn report(&self, progress: SubscriberProgress) {
         let mut state = self.state();
-        state.cursor = cursor;
-        state.idle = all && state.live && state.queue.is_empty();
+        state.set_progress(progress.cursor, progress.all);
+        state.is_unwritten |= progress.has_changed;
+        state.in_flight = u32::try_from(progress.in_flight).unwrap_or(u32::MAX);
+        state.still_since = match state.still_since {
+            Some(since) if progress.waits && !progress.has_moved => Some(since),
+            _ => progress.waits.then(Instant::now),
+        };
+        state.is_still_said &= !progress.has_moved;
+    }
+
+    /// The cursor to write, as [`Mailbox::cursor`] has it. `None` if what is in flight has changed: the subscriber is
+    /// asked to write both, since only it knows them at one moment.
+    pub fn cursor_to_write(&self, routed: Offset) -> Option<Offset> {
+        let state = self.state();
+        if state.is_unwritten {
+            drop(state);
+            self.is_asked.store(true, Ordering::Release);
+            self.task.wake();
+            return None;
+        }
+        Some(state.cursor_behind(routed))
+    }
+
+    /// Whether the subscriber is asked to write what it has in flight. Its task is woken when it is.
+    pub fn poll_asked(&self, cx: &Context<'_>) -> bool {
+        self.task.register(cx.waker());
+        self.is_asked.load(Ordering::Relaxed) && self.is_asked.swap(false, Ordering::Acquire)
+    }
+
+    /// What is in flight is on its way to the store, as of the last report.
+    pub fn set_written(&self) {
+        self.state().is_unwritten = false;
+    }
+
+    /// If the subscriber has waited for so long and has neither taken nor acknowledged anything: whether that is new,
+    /// and how many messages are in flight.
+    pub fn note_still(&self, after: Duration) -> Option<(bool, u32)> {
+        let mut state = self.state();
+        state.still_since.filter(|since| since.elapsed() >= after)?;
+        Some((!std::mem::replace(&mut state.is_still_said, true), state.in_flight))
+    }
+
+    /// How many messages are in flight, and since when the subscriber waits and neither takes nor acknowledges anything.
+    pub fn standing(&self) -> (u32, Option<Instant>) {
+        let state = self.state();
+        (state.in_flight, state.still_since)
     }
 
     /// The first record that is not dealt with. `routed` is the router's offset from before this call.
     pub fn cursor(&self, routed: Offset) -> Offset {
-        let state = self.state();
-        if state.idle { routed.max(state.cursor) } else { state.cursor }
+        self.state().cursor_behind(routed)
     }
 
     fn state(&self) -> MutexGuard<'_, MailboxState> {
@@ -195,6 +272,15 @@ impl Mailbox {
 }
 
 impl MailboxState {
+    fn set_progress(&mut self, cursor: Offset, all: bool) {
+        self.cursor = cursor;
+        self.idle = all && self.live && self.queue.is_empty();
+    }
+
+    fn cursor_behind(&self, routed: Offset) -> Offset {
+        if self.idle { routed.max(self.cursor) } else { self.cursor }
+    }
+
     fn fall_behind(&mut self) {
         self.live = false;
         self.idle = false;

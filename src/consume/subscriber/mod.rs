@@ -34,7 +34,7 @@ pub use feed::{FeedItem, SubscriberFeed};
 pub use group::{
     ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
 };
-pub use mailbox::Mailbox;
+pub use mailbox::{Mailbox, SubscriberProgress};
 pub use matched::MatchedRecords;
 pub use router::Router;
 pub use session_ends::SessionEnds;

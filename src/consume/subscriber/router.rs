@@ -8,14 +8,15 @@
 //!
 //! **Fairness.** What one datasource costs is bounded in each batch, in steps ([`ROUTE_STEPS_MAX`]) and in
 //! memory ([`ROUTED_PLACES_BYTES_MAX`]). Beyond that all its subscribers fall behind, and read the batch from
-//! the log by themselves, in turns of their own; the router goes on with the records of others.
+//! the log by themselves, in turns of their own; the router goes on with the records of others. So do the subscribers
+//! of a datasource that is in the slow lane ([`crate::processor`]): they read there.
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
 
 use tracing::error;
 
@@ -26,6 +27,7 @@ use crate::limits::{
 };
 use crate::log::{Batch, Log, RecordPlace};
 use crate::message::{DatasourceId, Offset};
+use crate::processor::ProcessorTime;
 
 /// How long the thread sleeps at most when nobody wakes it.
 const ROUTER_SLEEP_MAX: Duration = Duration::from_secs(3600);
@@ -50,6 +52,8 @@ impl Drop for RouterOwner {
 
 struct RouterState {
     routes: RwLock<RoutingTable>,
+    /// What the datasources take of the processors, once that is known.
+    processor: OnceLock<ProcessorTime>,
     /// Everything below is routed or being routed.
     routing: AtomicU64,
     /// Everything below is routed.
@@ -114,6 +118,7 @@ impl Router {
         let at = log.next_offset();
         let shared = Arc::new(RouterState {
             routes: RwLock::default(),
+            processor: OnceLock::new(),
             routing: AtomicU64::new(at),
             routed: AtomicU64::new(at),
             ended: AtomicBool::new(false),
@@ -145,6 +150,11 @@ impl Router {
             return;
         }
         owner.thread.unpark();
+    }
+
+    /// Sets where is counted what the datasources take of the processors. Call it once, before the first record.
+    pub fn set_processor(&self, processor: ProcessorTime) {
+        let _ = self.0.shared.processor.set(processor);
     }
 
     /// Everything below this offset is routed.
@@ -357,9 +367,10 @@ impl RoutingScratch {
     const KEPT_MAX: usize = 1024;
 
     fn route(&mut self, shared: &RouterState, batch: &Batch) {
-        let routes = shared.routes();
+        let (routes, began) = (shared.routes(), Instant::now());
+        let processor = shared.processor.get();
         shared.routing.fetch_max(batch.next_offset(), Ordering::SeqCst);
-        self.collect(&routes, batch);
+        self.collect(&routes, batch, processor);
         for (datasource, _) in self.steps.iter().filter(|(_, steps)| **steps == 0) {
             for mailbox in routes.subscribers_of(datasource).filter(|mailbox| mailbox.go_behind()) {
                 self.wake.push(mailbox.clone());
@@ -372,14 +383,31 @@ impl RoutingScratch {
         }
         drop(routes);
         shared.mark_routed(batch);
+        if let Some(processor) = processor.filter(|processor| processor.is_contended()) {
+            self.note_time(processor, began);
+        }
         for mailbox in self.wake.drain(..) {
             mailbox.wake();
         }
         self.shrink();
     }
 
-    /// Finds the matching places of each interest.
-    fn collect(&mut self, routes: &RoutingTable, batch: &Batch) {
+    /// Notes for each datasource its part of the time since `began`.
+    fn note_time(&self, processor: &ProcessorTime, began: Instant) {
+        let (now, all) = (Instant::now(), self.steps.len() * ROUTE_STEPS_MAX);
+        let all = all - self.steps.values().sum::<usize>();
+        for (datasource, left) in self.steps.iter().filter(|(_, left)| **left < ROUTE_STEPS_MAX) {
+            let Ok(datasource) = DatasourceId::new(datasource) else { continue };
+            #[expect(clippy::cast_precision_loss, reason = "a part of some milliseconds")]
+            let part = (ROUTE_STEPS_MAX - left) as f64 / all.max(1) as f64;
+            let used = now.saturating_duration_since(began).mul_f64(part);
+            processor.note(&processor.of_datasource(&datasource), used, now);
+        }
+    }
+
+    /// Finds the matching places of each interest. The subscribers of datasources in the slow lane all fall behind.
+    fn collect(&mut self, routes: &RoutingTable, batch: &Batch, processor: Option<&ProcessorTime>) {
+        let processor = processor.filter(|processor| processor.is_somebody_slow());
         self.places.resize_with(routes.interests.len(), Vec::new);
         for section in batch.sections() {
             let starts = routes.trie.for_datasource(section.datasource());
@@ -387,9 +415,15 @@ impl RoutingScratch {
                 continue;
             }
             if !self.steps.contains_key(section.datasource()) {
-                self.steps.insert(section.datasource().to_owned(), ROUTE_STEPS_MAX);
+                let is_slow = processor.zip(DatasourceId::new(section.datasource()).ok());
+                let is_slow =
+                    is_slow.is_some_and(|(processor, id)| processor.is_slow(&processor.of_datasource(&id)));
+                let steps = if is_slow { 0 } else { ROUTE_STEPS_MAX };
+                self.steps.insert(section.datasource().to_owned(), steps);
             }
-            let Some(steps) = self.steps.get_mut(section.datasource()) else { continue };
+            let Some(steps) = self.steps.get_mut(section.datasource()).filter(|steps| **steps > 0) else {
+                continue;
+            };
             let Self { places, touched, of_topic, .. } = self;
             let mut last = None;
             for (topic, place) in section.topics() {

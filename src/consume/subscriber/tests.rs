@@ -14,6 +14,7 @@ use crate::config::{Config, LogConfig};
 use crate::limits::{MAILBOX_BYTES_MAX, MAILBOX_SWEEP_BYTES, MAILBOX_WINDOW_BYTES, ROUTE_STEPS_MAX};
 use crate::log::{EmbeddedLog, Log, Section};
 use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
+use crate::processor::ProcessorTime;
 use crate::shares::{ShareCount, TenantShares};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -59,6 +60,37 @@ impl Scene {
 
 fn id(datasource: &str) -> DatasourceId {
     DatasourceId::new(datasource).expect("a slug")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_router_leaves_the_records_of_a_tenant_in_the_slow_lane_to_its_own_subscribers() {
+    let scene = Scene::new();
+    let processor = ProcessorTime::new();
+    scene.router.set_processor(processor.clone());
+    let slow = processor.of_datasource(&id("a"));
+    processor.slow_down(&slow);
+    let [mut slowed, mut other] = ["a", "b"].map(|datasource| {
+        let mut feed = scene.feed(datasource, 0);
+        feed.set_filter(0, "#", None);
+        feed
+    });
+    for feed in [&mut slowed, &mut other] {
+        assert!(next(feed, Duration::from_millis(20)).await.is_empty(), "it is live");
+    }
+    for round in 0..5 {
+        scene.append(&[(0, 0), (1, 0), (0, 2)], b"x").await;
+        let first = 3 * round;
+        while scene.router.routed_offset() < first + 3 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!slowed.mailbox().holds_any(), "nothing was routed to it");
+        assert_eq!(next(&mut other, SOON).await, [(first + 1, vec![0])]);
+        let mut came = Vec::new();
+        while came.len() < 2 {
+            came.extend(next(&mut slowed, SOON).await);
+        }
+        assert_eq!(came, [(first, vec![0]), (first + 2, vec![0])], "it reads by itself");
+    }
 }
 
 /// The next records' offsets and slots; none if there are none for a while.
@@ -380,7 +412,7 @@ async fn a_mailbox_that_nobody_empties_holds_no_old_batch() {
         assert_eq!(next(&mut busy, SOON).await.len(), 1);
     }
     until_routed(&scene).await;
-    assert!(!idle.mailbox().holds_any(), "its batch was let go of");
+    assert!(idle.mailbox().is_empty(), "its batch was let go of");
     assert_eq!(next(&mut idle, SOON).await, [(0, vec![0])], "and is read again");
 }
 

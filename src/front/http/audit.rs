@@ -3,18 +3,18 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::{Query as QueryString, State};
-use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::http::header::ACCEPT;
 use axum::http::{HeaderMap, Uri};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
+use super::charged_list::ChargedList;
 use super::credentials::Caller;
 use super::{HttpFrontState, run_in_turn};
 use crate::auth::audit::{AuditEntry, AuditQuery};
 use crate::front::problem::Problem;
-use crate::limits::{AUDIT_ENTRIES_DEFAULT, AUDIT_ENTRIES_MAX};
+use crate::limits::{AUDIT_ENTRIES_DEFAULT, AUDIT_ENTRIES_MAX, AUDIT_ENTRIES_PER_READ};
 use crate::message::TimeMicros;
 use crate::observe::cause::Cause;
 use crate::time::{Rfc3339, parse_time};
@@ -36,14 +36,6 @@ struct AuditParameters {
 enum AuditFormat {
     Json,
     Ndjson,
-}
-
-/// The answer to reading the audit.
-#[derive(Serialize)]
-struct AuditListResponse<'a> {
-    entries: Vec<AuditEntryView<'a>>,
-    /// The `after` of the next page, if there may be one.
-    next: Option<i64>,
 }
 
 #[derive(Serialize)]
@@ -81,21 +73,30 @@ pub(super) async fn list(
         return Err(Problem::new(Cause::Malformed, words).with("limit", AUDIT_ENTRIES_MAX));
     }
     let (from, to) = (audit_time_parameter("from", from)?, audit_time_parameter("to", to)?);
-    let page = AuditQuery { from, to, after: after.unwrap_or(0), limit };
+    let mut query = AuditQuery { from, to, after: after.unwrap_or(0), limit };
     let registry = shared.registry().clone();
-    let entries = run_in_turn(&shared, &caller, move || Ok(registry.audit_entries(&page)?)).await?;
-    if ndjson {
-        let mut lines = Vec::new();
-        for entry in &entries {
-            serde_json::to_writer(&mut lines, &AuditEntryView::new(entry))
-                .map_err(|error| Problem::internal(&error))?;
-            lines.push(b'\n');
+    let account = shared.parts.intake.memory_account(&caller.0);
+    run_in_turn(&shared, &caller, move || {
+        let mut list = match ndjson {
+            true => ChargedList::lines(&account, NDJSON_MEDIA_TYPE)?,
+            false => ChargedList::json(&account, "{\"entries\":[")?,
+        };
+        let mut left = limit;
+        while left > 0 {
+            query.limit = left.min(AUDIT_ENTRIES_PER_READ);
+            let entries = registry.audit_entries(&query)?;
+            entries.iter().try_for_each(|entry| list.push(&AuditEntryView::new(entry)))?;
+            left -= entries.len();
+            query.after = entries.last().map_or(query.after, |last| last.id);
+            if entries.len() < query.limit {
+                break;
+            }
         }
-        return Ok(([(CONTENT_TYPE, NDJSON_MEDIA_TYPE)], lines).into_response());
-    }
-    let next = entries.last().filter(|_| entries.len() == limit).map(|entry| entry.id);
-    Ok(Json(AuditListResponse { entries: entries.iter().map(AuditEntryView::new).collect(), next })
-        .into_response())
+        // The `after` of the next page, if there may be one.
+        let next = if left == 0 { query.after.to_string() } else { "null".to_owned() };
+        Ok(list.finish(&if ndjson { String::new() } else { format!("],\"next\":{next}}}") }))
+    })
+    .await
 }
 
 fn audit_time_parameter(name: &str, text: Option<String>) -> Result<Option<TimeMicros>, Problem> {

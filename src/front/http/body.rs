@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::front::problem::Problem;
-use crate::limits::{HTTP_BODY_BYTES_PER_S_MIN, ZSTD_WINDOW_LOG_MAX};
+use crate::limits::{HTTP_BODY_BYTES_PER_S_MIN, HTTP_BODY_BYTES_PER_TURN, ZSTD_WINDOW_LOG_MAX};
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::observe::cause::Cause;
 
@@ -181,6 +181,7 @@ impl BodyCollector {
     async fn collect(mut self, mut chunks: BodyChunks) -> Result<ReceivedBody, Problem> {
         let limits = self.limits;
         let (mut window_ends, mut arrived_before) = (Instant::now() + limits.pace_window, 0);
+        let mut turn_ends = HTTP_BODY_BYTES_PER_TURN;
         loop {
             match tokio::time::timeout_at(window_ends, chunks.next()).await {
                 Ok(None) => break,
@@ -198,6 +199,11 @@ impl BodyCollector {
                     }
                     (window_ends, arrived_before) = (Instant::now() + limits.pace_window, arrived);
                 }
+            }
+            if self.bytes.len() >= turn_ends {
+                // A compressed body becomes a large one without a wait.
+                turn_ends = self.bytes.len() + HTTP_BODY_BYTES_PER_TURN;
+                tokio::task::yield_now().await;
             }
         }
         let Self { bytes, mut memory, .. } = self;
@@ -422,6 +428,28 @@ mod tests {
         let never = Body::from_stream(futures_util::stream::pending::<io::Result<Bytes>>());
         let read = block_on(read(&HeaderMap::new(), never, limits, &plenty()));
         assert_eq!(read.err().map(|problem| problem.kind()), Some(ProblemKind::Timeout));
+    }
+
+    #[test]
+    fn a_compressed_body_is_decoded_in_turns() {
+        for (coding, body) in
+            [("gzip", gzip(&vec![7; LIMITS.bytes_max])), ("zstd", zstd(&vec![7; LIMITS.bytes_max], 20))]
+        {
+            let headers: HeaderMap =
+                [(CONTENT_ENCODING, coding.parse().expect("a header value"))].into_iter().collect();
+            let account = plenty();
+            let mut turns = 0;
+            let received = block_on(async {
+                let mut reading = std::pin::pin!(read(&headers, Body::from(body), LIMITS, &account));
+                std::future::poll_fn(|cx| {
+                    turns += 1;
+                    reading.as_mut().poll(cx)
+                })
+                .await
+            });
+            assert!(received.is_ok());
+            assert!(turns >= LIMITS.bytes_max / HTTP_BODY_BYTES_PER_TURN / 2, "{turns} turns of {coding}");
+        }
     }
 
     #[test]

@@ -109,6 +109,24 @@ impl ConnectAddress {
     }
 }
 
+/// Where MQTT is served, as seen by whoever sent `headers`: without TLS, then with it; or where the configuration says.
+pub(super) fn mqtt_urls(parts: &HttpFrontParts, headers: &HeaderMap) -> Vec<String> {
+    let url = |tls: bool, host: &str, port: u16| {
+        let scheme = if tls { "mqtts" } else { "mqtt" };
+        match host.contains(':') {
+            true => format!("{scheme}://[{host}]:{port}"),
+            false => format!("{scheme}://{host}:{port}"),
+        }
+    };
+    if let Some((host, port, tls)) = parts.public_mqtt.get() {
+        return vec![url(tls, host, port)];
+    }
+    let named = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_shell_safe_host(host));
+    let listeners = [(false, Some(parts.mqtt_addr)), (true, parts.mqtt_tls_addr)];
+    let served = listeners.into_iter().filter_map(|(tls, addr)| Some((tls, addr?)));
+    served.map(|(tls, addr)| url(tls, &host_of(addr, named), addr.port())).collect()
+}
+
 /// Where devices reach HTTP: where the client that asks has just reached it, unless that was the administration's own
 /// listener.
 fn http_base_url(parts: &HttpFrontParts, named: Option<&str>, is_https: bool) -> String {

@@ -69,6 +69,7 @@ impl FromRequestParts<Arc<HttpFrontState>> for Caller {
                 return Err(refusal.into());
             }
             peer.entry.present(grant.key_id());
+            peer.payer.set(shared.parts.intake.processor().of_grant(&grant));
         }
         let charge = shared.parts.intake.memory_account(&grant).charge(HTTP_REQUEST_BYTES)?;
         if let Some(memory) = parts.extensions.get::<RequestMemory>() {

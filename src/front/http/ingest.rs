@@ -34,6 +34,7 @@ use crate::log::{Offsets, QuarantineReason};
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
 use crate::observe::cause::Cause;
+use crate::processor::run_slowly;
 use crate::quota::QuotaStanding;
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
@@ -88,7 +89,7 @@ async fn ingest(
     let body = body::read(&parts.headers, body, shared.body_limits(), &account).await?;
 
     let intake = shared.parts.intake.clone();
-    let client = peer.client;
+    let (client, payer) = (peer.client, peer.payer);
     let upload = Upload { grant, client, datasource, topic, content_type, message_id, body, account };
     let kept = async {
         // The draft has copies of the messages: the body is free before the wait for the disk.
@@ -99,11 +100,15 @@ async fn ingest(
             // Not on all threads: the registry needs some.
             let turn = shared.parses.clone().acquire_owned().await.expect("the semaphore is never closed");
             // The turn lasts as long as the work, which goes on if the client goes away.
-            run_blocking(move || {
+            let work = move || {
                 let _turn = turn;
                 Ok(upload.into_draft_or_question(&intake))
-            })
-            .await?
+            };
+            match payer.is_alone() {
+                true => run_blocking(work).await?,
+                // It takes what others leave.
+                false => run_slowly(work).await.map_err(|error| Problem::internal(&error))??,
+            }
         };
         if let Some(question) = question
             && let Some(known) = submit(&intake, question).await?

@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::charged_list::ChargedList;
 use super::connect::ConnectLines;
 use super::credentials::Caller;
 use super::{HttpFrontState, PathParameters, limits, run_blocking, run_in_turn};
@@ -41,12 +42,6 @@ struct CreateKeyResponse<'a> {
     key: NewKeyView<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
     connect: Option<ConnectLines>,
-}
-
-/// The answer to listing keys.
-#[derive(Serialize)]
-struct KeyListResponse<'a> {
-    keys: Vec<KeyUsageView<'a>>,
 }
 
 /// The state of a key.
@@ -263,15 +258,16 @@ pub(super) async fn list(
     caller.require_scope(Scope::Admin, &datasource)?;
     let owner = key_owner(&shared, &datasource)?;
     let turns = shared.clone();
+    let account = shared.parts.intake.memory_account(&caller.0);
     let listed = run_in_turn(&turns, &caller, move || {
+        let mut list = ChargedList::json(&account, "{\"keys\":[")?;
         let keys = shared.registry().keys(&owner);
-        let mut used = Vec::with_capacity(keys.len());
         // Changes of the registry wait during each read, so usage is read in small chunks.
         for some in keys.chunks(USAGE_KEYS_PER_CHANGE) {
-            used.extend(shared.registry().usage(some)?);
+            let used = shared.registry().usage(some)?;
+            some.iter().zip(&used).try_for_each(|(key, used)| list.push(&KeyUsageView::new(key, used)))?;
         }
-        let keys = keys.iter().zip(&used).map(|(key, used)| KeyUsageView::new(key, used)).collect();
-        Ok(Json(KeyListResponse { keys }).into_response())
+        Ok(list.finish("]}"))
     });
     listed.await
 }

@@ -11,11 +11,12 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::charged_list::ChargedList;
 use super::connect::ConnectLines;
 use super::credentials::Caller;
 use super::deletion::EndedIncarnationView;
 use super::keys::NewKeyView;
-use super::{HttpFrontState, PathParameters, limits, run_blocking, schema};
+use super::{HttpFrontState, PathParameters, limits, run_blocking, run_in_turn, schema};
 use crate::auth::{Datasource, NewDatasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
@@ -41,12 +42,6 @@ struct CreateDatasourceResponse<'a> {
     datasource: DatasourceView<'a>,
     key: NewKeyView<'a>,
     connect: ConnectLines,
-}
-
-/// The answer to listing datasources.
-#[derive(Serialize)]
-struct DatasourceListResponse<'a> {
-    datasources: Vec<DatasourceView<'a>>,
 }
 
 /// The query string of a list of datasources.
@@ -135,9 +130,15 @@ pub(super) async fn list(
         let deleted = ended.iter().map(EndedIncarnationView::new).collect();
         return Ok(Json(EndedIncarnationListResponse { deleted }).into_response());
     }
-    let datasources = shared.registry().datasources();
-    let datasources = datasources.iter().map(|datasource| DatasourceView::new(datasource)).collect();
-    Ok(Json(DatasourceListResponse { datasources }).into_response())
+    let account = shared.parts.intake.memory_account(&caller.0);
+    let turns = shared.clone();
+    run_in_turn(&turns, &caller, move || {
+        let mut list = ChargedList::json(&account, "{\"datasources\":[")?;
+        let datasources = shared.registry().datasources();
+        datasources.iter().try_for_each(|datasource| list.push(&DatasourceView::new(datasource)))?;
+        Ok(list.finish("]}"))
+    })
+    .await
 }
 
 /// `GET /v1/datasources/{datasource}`

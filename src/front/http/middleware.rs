@@ -71,7 +71,7 @@ pub(super) async fn request_middleware(
     };
     let held = memory.take();
     let mut held = charge_answer(&shared, peer.as_ref(), held, under_way, &method, &mut response);
-    held.under_way = peer.as_ref().map(|peer| peer.clock.begin_request());
+    held.under_way = peer.as_ref().map(|peer| peer.clock.begin_request(false));
     let refused = response.extensions_mut().remove::<RefusedRequest>();
     if let Some(refused) = &refused {
         let address = peer.as_ref().map(|peer| peer.addr);

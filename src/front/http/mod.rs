@@ -10,11 +10,13 @@ mod arrival;
 mod audit;
 mod backup;
 mod body;
+mod charged_list;
 mod connect;
 mod cors;
 mod credentials;
 mod dashboard;
 mod deletion;
+mod endpoints;
 mod frame_meter;
 mod ingest;
 mod keys;
@@ -36,7 +38,9 @@ mod request_clock;
 mod request_form;
 mod schema;
 mod server;
+mod sessions;
 mod socket;
+mod stranger_pace;
 mod transfer;
 mod waiting;
 mod websocket;
@@ -56,7 +60,6 @@ use axum::response::IntoResponse;
 use axum::routing::{MethodFilter, MethodRouter, on};
 use headgate_bridge_nats::Nats;
 use serde::de::DeserializeOwned;
-use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -75,6 +78,7 @@ use crate::consume::query::RecordsReader;
 use crate::consume::storage::StorageConsumer;
 use crate::consume::subscriber::Subscribers;
 use crate::front::connection_table::ConnectionTable;
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::problem::Problem;
 use crate::front::proxied::ProxyTrust;
 use crate::front::tls::Tls;
@@ -145,11 +149,11 @@ pub struct HttpFrontParts {
 /// Where HTTP is served.
 pub struct HttpListeners {
     /// Without TLS.
-    pub plain: TcpListener,
+    pub plain: ListenSockets,
     /// Over TLS, if there is a certificate.
-    pub tls: Option<TcpListener>,
+    pub tls: Option<ListenSockets>,
     /// The administration's own, over TLS if there is a certificate.
-    pub admin: Option<TcpListener>,
+    pub admin: Option<ListenSockets>,
     /// The certificate.
     pub certificate: Option<Arc<Tls>>,
 }
@@ -159,10 +163,12 @@ pub struct HttpListeners {
 pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: CancellationToken) {
     let config = parts.config.clone();
     let refusals = parts.intake.refusals().clone();
-    let crowd = HttpCrowd::over(parts.connections.clone(), config.connections_max, Some(refusals.clone()));
+    let processor = parts.intake.processor().clone();
+    let (table, noted) = (parts.connections.clone(), Some(refusals.clone()));
+    let crowd = HttpCrowd::over(table, config.connections_max, noted, processor.clone());
     // Of its own, so that a crowd of devices or strangers never keeps an administrator out.
     let admin_table = Arc::new(ConnectionTable::new(config.stranger_limits()));
-    let admin_crowd = HttpCrowd::over(admin_table, HTTP_ADMIN_CONNECTIONS_MAX, Some(refusals));
+    let admin_crowd = HttpCrowd::over(admin_table, HTTP_ADMIN_CONNECTIONS_MAX, Some(refusals), processor);
     let (proxies, memory) = (parts.proxies.clone(), Some(parts.intake.memory().clone()));
     let shared = Arc::new(HttpFrontState {
         crowd: crowd.clone(),
@@ -185,7 +191,7 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
         Some(_) => router(shared, is_of_devices),
         None => all.clone(),
     };
-    let serve = |listener: Option<TcpListener>, port: HttpPort, router: Router, crowd: HttpCrowd| {
+    let serve = |listener: Option<ListenSockets>, port: HttpPort, router: Router, crowd: HttpCrowd| {
         let (config, drain) = (&config, drain.clone());
         async move {
             if let Some(listener) = listener {
@@ -353,6 +359,8 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
+        route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(post.clone(), "/v1/leaks", leaks::report),

@@ -46,21 +46,36 @@ pub(super) struct JsonItems {
     last: Vec<u8>,
     /// Whether an item came before.
     is_begun: bool,
+    /// Each item has a line of its own instead.
+    are_lines: bool,
 }
 
 impl JsonItems {
+    /// Items of which each ends its line.
+    pub(super) fn of_lines() -> Self {
+        Self { are_lines: true, ..Self::default() }
+    }
+
     /// Adds an item.
     pub(super) fn push(&mut self, item: &impl Serialize) {
-        if std::mem::replace(&mut self.is_begun, true) {
+        if std::mem::replace(&mut self.is_begun, true) && !self.are_lines {
             self.put(b",");
         }
         if let Err(error) = serde_json::to_writer(&mut *self, item) {
             // Into memory, of values that have a JSON form.
             tracing::error!(%error, "an item of a page has no JSON form");
         }
+        if self.are_lines {
+            self.put(b"\n");
+        }
     }
 
-    fn put(&mut self, mut bytes: &[u8]) {
+    /// How many chunks it takes.
+    pub(super) fn chunk_count(&self) -> usize {
+        self.full.len() + 1
+    }
+
+    pub(super) fn put(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let room = HTTP_ANSWER_PIECE_BYTES - self.last.len();
             let (now, rest) = bytes.split_at(bytes.len().min(room));
@@ -73,7 +88,7 @@ impl JsonItems {
         }
     }
 
-    fn into_chunks(self) -> VecDeque<Bytes> {
+    pub(super) fn into_chunks(self) -> VecDeque<Bytes> {
         let Self { mut full, last, .. } = self;
         if !last.is_empty() {
             full.push_back(last.into());

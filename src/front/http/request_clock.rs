@@ -1,7 +1,9 @@
 //! How long an HTTP connection is waited for: for its first request and for the rest of a request's header as long as
 //! `http.header_ms_max` says, and between two requests as long as `http.keep_alive_s_max` says, which clients are told.
 //! A connection with a request under way is not waited for here: its body has a deadline of its own, and so has its
-//! answer.
+//! answer. One whose client has shut down its half is still answered. But such a client may as well have gone, and
+//! whoever asks and goes must not have all the work done that others wait for: a read that nobody may wait for any more
+//! has so long to be begun to be answered.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,6 +16,9 @@ use tokio::time::{Instant, Sleep};
 
 use crate::config;
 
+/// How long the answer to a read (GET, HEAD) may not have begun after its client has shut down its half.
+const HALF_CLOSED_READ_MAX: Duration = Duration::from_secs(3);
+
 /// What a connection is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum AwaitedPart {
@@ -25,6 +30,8 @@ pub(super) enum AwaitedPart {
     NextRequest,
     /// Its end, after it was asked to close.
     End,
+    /// The answer to a read of a client that has shut down its half.
+    ReadAnswer,
 }
 
 /// What a connection is waited for, and since when. Cheap to clone: all clones are of one connection.
@@ -39,24 +46,58 @@ struct ClockShared {
 
 struct ClockState {
     under_way: usize,
+    /// Reads among them whose answer has not begun.
+    unanswered_reads: usize,
+    /// When the last of them came.
+    read_since: Instant,
+    /// When the client has shut down its half.
+    half_closed: Option<Instant>,
     awaited: AwaitedPart,
     since: Instant,
 }
 
 /// A request that is under way, until its answer is sent. Then the connection is idle, if it has no other.
-pub(super) struct RequestUnderWay(RequestClock);
+pub(super) struct RequestUnderWay {
+    clock: RequestClock,
+    is_unanswered_read: bool,
+}
 
 impl RequestClock {
     /// Of a connection that begins now.
     pub(super) fn start() -> Self {
-        let state = ClockState { under_way: 0, awaited: AwaitedPart::FirstRequest, since: Instant::now() };
+        let now = Instant::now();
+        let state = ClockState {
+            under_way: 0,
+            unanswered_reads: 0,
+            read_since: now,
+            half_closed: None,
+            awaited: AwaitedPart::FirstRequest,
+            since: now,
+        };
         Self(Arc::new(ClockShared { state: Mutex::new(state), task: AtomicWaker::new() }))
     }
 
-    /// Notes that a request has come.
-    pub(super) fn begin_request(&self) -> RequestUnderWay {
-        self.0.state.lock().under_way += 1;
-        RequestUnderWay(self.clone())
+    /// Notes that a request has come, or that its answer has begun. `is_unanswered_read`: that it is a read and its
+    /// answer has not.
+    pub(super) fn begin_request(&self, is_unanswered_read: bool) -> RequestUnderWay {
+        let mut state = self.0.state.lock();
+        state.under_way += 1;
+        if is_unanswered_read {
+            state.unanswered_reads += 1;
+            state.read_since = Instant::now();
+        }
+        RequestUnderWay { clock: self.clone(), is_unanswered_read }
+    }
+
+    /// Whether it matters that the client shuts down its half, and is not known.
+    pub(super) fn is_half_close_awaited(&self) -> bool {
+        let state = self.0.state.lock();
+        state.unanswered_reads > 0 && state.half_closed.is_none()
+    }
+
+    /// Notes that the client has shut down its half.
+    pub(super) fn note_half_closed(&self) {
+        self.0.state.lock().half_closed = Some(Instant::now());
     }
 
     /// Notes that bytes of HTTP/1 have come. Those that come while no request is under way begin one.
@@ -73,18 +114,25 @@ impl RequestClock {
         (state.awaited, state.since) = (AwaitedPart::End, Instant::now());
     }
 
-    /// What is awaited, and since when; `None` while a request is under way.
+    /// What is awaited, and since when; `None` while a request is under way that has other deadlines.
     fn awaited(&self) -> Option<(AwaitedPart, Instant)> {
         let state = self.0.state.lock();
-        (state.under_way == 0).then_some((state.awaited, state.since))
+        match state.half_closed {
+            _ if state.under_way == 0 => Some((state.awaited, state.since)),
+            Some(since) if state.unanswered_reads > 0 => {
+                Some((AwaitedPart::ReadAnswer, since.max(state.read_since)))
+            }
+            _ => None,
+        }
     }
 }
 
 impl Drop for RequestUnderWay {
     fn drop(&mut self) {
-        let shared = &self.0.0;
+        let shared = &self.clock.0;
         let mut state = shared.state.lock();
         state.under_way -= 1;
+        state.unanswered_reads -= usize::from(self.is_unanswered_read);
         if state.under_way == 0 {
             (state.awaited, state.since) = (AwaitedPart::NextRequest, Instant::now());
             drop(state);
@@ -114,7 +162,12 @@ impl RequestDeadline {
         self.clock.0.task.register(cx.waker());
         loop {
             let Some((part, since)) = self.clock.awaited() else { return Poll::Pending };
-            let due = since + if part == AwaitedPart::NextRequest { self.idle_max } else { self.header_max };
+            let due = since
+                + match part {
+                    AwaitedPart::NextRequest => self.idle_max,
+                    AwaitedPart::ReadAnswer => HALF_CLOSED_READ_MAX,
+                    AwaitedPart::FirstRequest | AwaitedPart::HeaderRest | AwaitedPart::End => self.header_max,
+                };
             // An earlier wake-up is left as it is: to set the timer anew at each request would cost more.
             if due < self.sleep.deadline() {
                 self.sleep.as_mut().reset(due);
@@ -156,14 +209,14 @@ mod tests {
         clock.note_bytes();
         let (part, waited) = passed(&mut deadline, begun).await;
         assert!(part == AwaitedPart::FirstRequest && waited >= HEADER_MAX, "{part:?} {waited:?}");
-        drop(clock.begin_request());
+        drop(clock.begin_request(false));
         let (part, waited) = passed(&mut deadline, Instant::now()).await;
         assert!(part == AwaitedPart::NextRequest && waited >= IDLE_MAX - HEADER_MAX, "{part:?} {waited:?}");
         let begun = Instant::now();
         clock.note_bytes();
         let (part, waited) = passed(&mut deadline, begun).await;
         assert!(part == AwaitedPart::HeaderRest && waited >= HEADER_MAX, "{part:?} {waited:?}");
-        drop(clock.begin_request());
+        drop(clock.begin_request(false));
         clock.await_end();
         assert_eq!(passed(&mut deadline, begun).await.0, AwaitedPart::End);
     }
@@ -172,11 +225,17 @@ mod tests {
     async fn a_request_under_way_is_not_waited_for_and_wakes_the_connection_where_it_ends() {
         let clock = RequestClock::start();
         let mut deadline = deadline(&clock);
-        let (first, second) = (clock.begin_request(), clock.begin_request());
+        let (first, second) = (clock.begin_request(false), clock.begin_request(false));
         drop(first);
         assert_eq!(clock.awaited().map(|(part, _)| part), None);
         let busy = tokio::time::timeout(2 * IDLE_MAX, poll_fn(|cx| deadline.poll_passed(cx))).await;
         assert!(busy.is_err(), "{busy:?}");
+        // Only reads are given up when nobody may wait for them.
+        clock.note_half_closed();
+        assert_eq!(clock.awaited().map(|(part, _)| part), None);
+        let read = clock.begin_request(true);
+        assert_eq!(clock.awaited().map(|(part, _)| part), Some(AwaitedPart::ReadAnswer));
+        drop(read);
         let elsewhere = tokio::spawn(async move { drop(second) });
         let (part, _) = passed(&mut deadline, Instant::now()).await;
         assert_eq!(part, AwaitedPart::NextRequest);

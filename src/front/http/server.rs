@@ -18,9 +18,11 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use axum::http::Method;
+use futures_util::future::{Either, ready};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -33,15 +35,18 @@ use super::frame_meter::FrameFault;
 use super::presented::PresentedKeys;
 use super::request_clock::{AwaitedPart, RequestClock, RequestDeadline};
 use super::socket::HttpSocket;
+use super::stranger_pace::StrangerPace;
 use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, forwarded_address, is_forwarded_https};
 use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
+use crate::processor::{FairTask, ProcessorTime, TaskPayer, spawn_fairly};
 
 /// How long to wait before accepting again when the process has no file descriptor left.
 const HTTP_ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
@@ -75,6 +80,8 @@ pub(super) struct HttpPeer {
     pub(super) entry: Arc<TableEntry>,
     /// How many of its requests under way have no valid key.
     pub(super) stranger_requests: Arc<AtomicUsize>,
+    /// Who pays for its tasks.
+    pub(super) payer: Arc<TaskPayer>,
     /// What the connection is waited for.
     pub(super) clock: RequestClock,
     /// Set when the connection was asked to close.
@@ -114,23 +121,25 @@ pub(super) struct HttpCrowd {
     /// A permit for each connection that there may be.
     permits: Arc<Semaphore>,
     refusals: Option<Arc<Refusals>>,
+    processor: ProcessorTime,
 }
 
 impl HttpCrowd {
     /// No connections yet.
     pub(super) fn new(config: &config::HttpConfig, refusals: Option<Arc<Refusals>>) -> Self {
         let table = Arc::new(ConnectionTable::new(config.stranger_limits()));
-        Self::over(table, config.connections_max, refusals)
+        Self::over(table, config.connections_max, refusals, ProcessorTime::new())
     }
 
-    /// The connections in `table`, of which there may be so many.
+    /// The connections in `table`, of which there may be so many, and which are served with shares of `processor`.
     pub(super) fn over(
         table: Arc<ConnectionTable>,
         connections_max: usize,
         refusals: Option<Arc<Refusals>>,
+        processor: ProcessorTime,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(connections_max.min(Semaphore::MAX_PERMITS)));
-        Self { table, permits, refusals }
+        Self { table, permits, refusals, processor }
     }
 
     /// How many connections have presented no valid key.
@@ -186,7 +195,7 @@ impl HttpCrowd {
 /// Serves `router` on `listener` until `drain` is cancelled; returns when the requests under way at that
 /// moment are answered.
 pub(super) async fn run(
-    listener: TcpListener,
+    listener: ListenSockets,
     port: HttpPort,
     router: Router,
     config: &config::HttpConfig,
@@ -206,7 +215,7 @@ pub(super) async fn run(
 
 /// Accepts connections for as long as it is polled, and serves `router` on each until `drain` is cancelled.
 pub(super) async fn accept_on(
-    listener: &TcpListener,
+    listener: &ListenSockets,
     port: &HttpPort,
     router: Router,
     config: &config::HttpConfig,
@@ -216,7 +225,6 @@ pub(super) async fn accept_on(
 ) -> Infallible {
     let server = Arc::new(ConnectionServer {
         port: port.clone(),
-        builder: connection_builder(),
         router,
         config: config.clone(),
         crowd: crowd.clone(),
@@ -224,6 +232,7 @@ pub(super) async fn accept_on(
     });
     let mut crowded_until = Instant::now();
     loop {
+        crowd.processor.give_way().await;
         let (stream, peer) = accept(listener).await;
         let entry = (!port.is_proxied(peer)).then(|| Arc::new(crowd.enter(peer.ip())));
         let permit = match crowd.permits.clone().try_acquire_owned() {
@@ -231,21 +240,21 @@ pub(super) async fn accept_on(
             Err(_) => crowd.wait_place(&mut crowded_until).await,
         };
         while connections.try_join_next().is_some() {}
-        let server = server.clone();
-        connections.spawn(async move {
+        let (server, payer) = (server.clone(), TaskPayer::stranger(&crowd.processor));
+        connections.spawn(FairTask::new(payer.clone(), async move {
             let header_max = Duration::from_millis(server.config.header_ms_max);
             let until = (header_max, &server.drain);
             let arriving = Box::pin(server.port.arrive(stream, peer, entry, &server.crowd, until));
             if let Some(arrived) = arriving.await {
-                server.serve_connection(arrived).await;
+                server.serve_connection(arrived, payer).await;
             }
             drop(permit);
-        });
+        }));
     }
 }
 
 /// The next connection; retries after any error.
-async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+async fn accept(listener: &ListenSockets) -> (TcpStream, SocketAddr) {
     let mut warned = false;
     loop {
         match listener.accept().await {
@@ -274,8 +283,18 @@ fn is_single_connection_error(error: &std::io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-fn connection_builder() -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+/// Runs the requests of an HTTP/2 connection, each as a task for whom the same pays.
+#[derive(Clone)]
+struct RequestExecutor(Arc<TaskPayer>);
+
+impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for RequestExecutor {
+    fn execute(&self, request: F) {
+        spawn_fairly(&self.0, request);
+    }
+}
+
+fn connection_builder(payer: Arc<TaskPayer>) -> auto::Builder<RequestExecutor> {
+    let mut builder = auto::Builder::new(RequestExecutor(payer));
     builder
         .http1()
         .timer(TokioTimer::new())
@@ -299,7 +318,6 @@ fn connection_builder() -> auto::Builder<TokioExecutor> {
 /// What serves the connections of one listener.
 struct ConnectionServer {
     port: HttpPort,
-    builder: auto::Builder<TokioExecutor>,
     router: Router,
     config: config::HttpConfig,
     crowd: HttpCrowd,
@@ -308,7 +326,7 @@ struct ConnectionServer {
 
 impl ConnectionServer {
     /// Serves one connection to its end.
-    async fn serve_connection(&self, arrived: ArrivedConnection) {
+    async fn serve_connection(&self, arrived: ArrivedConnection, payer: Arc<TaskPayer>) {
         let ArrivedConnection { stream, peer, entry } = arrived;
         let (unread, closing) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let fault = Arc::new(OnceLock::new());
@@ -316,6 +334,7 @@ impl ConnectionServer {
         let keys = Arc::new(PresentedKeys::default());
         let clock = RequestClock::start();
         let mut deadline = RequestDeadline::new(clock.clone(), &self.config);
+        let builder = connection_builder(payer.clone());
         let service = {
             let from = HttpPeer {
                 addr: peer,
@@ -325,26 +344,35 @@ impl ConnectionServer {
                 client: Arc::new(KeyClient::new(Transport::Http, Some(peer.ip()), None)),
                 entry,
                 stranger_requests: Arc::default(),
+                payer,
                 clock: clock.clone(),
                 closing: closing.clone(),
             };
             let (proxies, crowd, router) =
                 (self.port.proxies.clone(), self.crowd.clone(), self.router.clone());
+            // While the gateway starts, nobody can present a key.
+            let is_paced = crowd.refusals.is_some() && !proxies.is_trusted(peer.ip());
+            let pace = StrangerPace::new();
             hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
-                let under_way = from.clock.begin_request();
+                if is_paced && from.keys.are_none() && !pace.take(Instant::now()) {
+                    return Either::Left(ready(Ok(pace.turn_away(&crowd, &from, request.version()))));
+                }
+                let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+                let under_way = from.clock.begin_request(is_read);
                 let of_request = from.of_request(&request, &proxies, &crowd);
                 request.extensions_mut().insert(of_request);
                 let answering = router.clone().call(request);
-                async move {
+                // Boxed: it is moved several times on its way to a task.
+                Either::Right(Box::pin(async move {
                     let answer = answering.await;
                     drop(under_way);
                     answer
-                }
+                }))
             })
         };
         let stall_max = Duration::from_millis(self.config.body_ms_max);
         let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), fault.clone());
-        let mut served = pin!(self.builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
+        let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
         let mut asked_to_close = pin!(async {
             tokio::select! {
                 () = self.drain.cancelled() => {}

@@ -148,6 +148,10 @@ impl AsyncWrite for HttpSocket {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // HTTP/1 does not read while a request is under way, and flushes whenever it has nothing else to do.
+        if self.clock.is_half_close_awaited() && self.stream.poll_half_closed(cx) {
+            self.clock.note_half_closed();
+        }
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 

@@ -9,7 +9,6 @@ use axum::Router;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +16,7 @@ use super::arrival::HttpPort;
 use super::probes::{self, readiness_response};
 use super::server::{self, HttpCrowd};
 use crate::config;
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::problem::Problem;
 use crate::front::proxied::ProxyTrust;
 use crate::limits::RETRY_AFTER;
@@ -28,7 +28,7 @@ pub type UnreadyReason = Arc<dyn Fn() -> String + Send + Sync>;
 /// Serves HTTP on `listener` until `ready` resolves, and returns its output. Connections are closed then;
 /// new ones wait until the listener is served again.
 pub async fn serve_until_ready<T>(
-    listener: &TcpListener,
+    listener: &ListenSockets,
     config: &config::HttpConfig,
     proxies: Arc<ProxyTrust>,
     reason: UnreadyReason,

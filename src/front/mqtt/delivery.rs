@@ -18,7 +18,7 @@ use crate::message::{KeyId, RecordFlags, RecordRef, TimeMicros, now_micros};
 /// How one record goes to one client.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Delivery {
-    /// 0 or 1.
+    /// 0, 1 or 2.
     pub(super) qos: u8,
     /// The DUP flag: it may have been sent before.
     pub(super) dup: bool,
@@ -26,7 +26,7 @@ pub(super) struct Delivery {
     pub(super) retain: bool,
     /// The identifiers of the matching subscriptions.
     pub(super) identifiers: Vec<u32>,
-    /// `Some` with QoS 1.
+    /// `Some` with QoS 1 and 2.
     pub(super) packet_id: Option<u16>,
 }
 
@@ -59,16 +59,14 @@ impl Delivery {
         }
         let mut delivery = delivery?;
         delivery.retain &= record.flags.contains(RecordFlags::RETAIN);
-        if record.flags.contains(RecordFlags::AT_MOST_ONCE) {
-            delivery.qos = 0;
-        }
+        delivery.qos = delivery.qos.min(record.flags.mqtt_qos_max());
         Some(delivery)
     }
 }
 
 /// Writes PUBLISH packets to one client.
 pub(super) struct PublishWriter {
-    form: PacketForm,
+    pub(super) form: PacketForm,
     /// The client's hash, as in the records that it published.
     pub(super) publisher: u64,
     /// The key is for all datasources, so topics begin with the datasource.
@@ -191,7 +189,12 @@ impl PublishWriter {
             }
             let waited_s = now_micros().saturating_sub(record.received_at).max(0) / 1_000_000;
             let left_s = i64::from(expiry_s) - waited_s;
-            let Ok(left_s @ 1..) = u32::try_from(left_s) else { return None };
+            // An exchange that has begun goes on, whatever becomes of its message (section 4.3.3).
+            let left_s_min = if delivery.qos == 2 && delivery.dup { 0 } else { 1 };
+            let left_s = u32::try_from(left_s.max(0)).unwrap_or(u32::MAX);
+            if left_s < left_s_min {
+                return None;
+            }
             to.push(MESSAGE_EXPIRY);
             to.extend_from_slice(&left_s.to_be_bytes());
         }
@@ -281,6 +284,8 @@ mod tests {
             retain_as_published: false,
             identifier: None,
             from: 0,
+            replay: None,
+            is_renewed: false,
         }
     }
 

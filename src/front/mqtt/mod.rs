@@ -37,7 +37,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 pub use headgate_format::codec;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::server::TlsStream;
@@ -49,20 +49,23 @@ use crate::config;
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::listen_sockets::ListenSockets;
 use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, peek_proxy_header, read_proxy_header};
 use crate::front::tls::Tls;
 use crate::intake::Intake;
 use crate::limits::TLS_HANDSHAKE_BYTES;
-use crate::message::Transport;
+use crate::message::{DatasourceId, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
+use crate::processor::{FairTask, TaskPayer};
 use handshake::report_refused_connection;
 use sessions::Sessions;
 use stream::ClientStream;
 use websocket::WebSocket;
 
 pub use sessions::claims::ClientClaims;
+pub use sessions::standing::SessionStanding;
 
 /// The state that all connections share.
 pub(super) struct MqttFront {
@@ -97,7 +100,9 @@ impl Acceptor {
         drain: CancellationToken,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS)));
-        let sessions = Arc::new(Sessions::new(subscribers.clone(), intake.clone(), stored, claims));
+        let still_after = Duration::from_millis(config.still_ms);
+        let sessions = Sessions::new(subscribers.clone(), intake.clone(), stored, claims, still_after);
+        let sessions = Arc::new(sessions);
         let strangers = Arc::new(ConnectionTable::new(config.stranger_limits()));
         let front = Arc::new(MqttFront { intake, config, sessions, subscribers, drain });
         Self { front, permits, connections: TaskTracker::new(), strangers, proxies }
@@ -106,6 +111,18 @@ impl Acceptor {
     /// The connections that have not presented a valid key yet.
     pub fn strangers(&self) -> &Arc<ConnectionTable> {
         &self.strangers
+    }
+
+    /// Where the sessions under keys of this scope stand: those of clients that come after one, at most `count`, and
+    /// whether there are more. With `still`, only subscribers that stand still.
+    pub fn standings(
+        &self,
+        scope: &DatasourceId,
+        after: Option<&str>,
+        count: usize,
+        still: bool,
+    ) -> (Vec<SessionStanding>, bool) {
+        self.front.sessions.standings(scope, after, count, still)
     }
 
     /// Enters a connection among the strangers. If there are too many, the oldest makes room, and is reported.
@@ -209,34 +226,38 @@ impl Admission {
     /// that were read behind the handshake.
     pub fn serve_websocket(self, opened: impl Future<Output = Option<(PeerStream, Bytes)>> + Send + 'static) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
-        connections.spawn(async move {
+        let payer = TaskPayer::stranger(front.intake.processor());
+        connections.spawn(FairTask::new(payer.clone(), async move {
             if let Ok(Some((stream, early))) = timeout_at(connect_by, opened).await {
                 let websocket = Box::new(WebSocket::new(stream, early, peer, front.clone()));
-                connection::run(&front, ClientStream::WebSocket(websocket), stranger, peer, connect_by).await;
+                let stream = ClientStream::WebSocket(websocket);
+                connection::run(&front, stream, stranger, peer, connect_by, &payer).await;
             } else {
                 debug!(%peer, "a WebSocket handshake did not complete");
             }
             drop(permit);
-        });
+        }));
     }
 
     fn serve_tcp(self, tcp: TcpStream) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
-        connections.spawn(async move {
-            connection::run(&front, ClientStream::Tcp(tcp), stranger, peer, connect_by).await;
+        let payer = TaskPayer::stranger(front.intake.processor());
+        connections.spawn(FairTask::new(payer.clone(), async move {
+            connection::run(&front, ClientStream::Tcp(tcp), stranger, peer, connect_by, &payer).await;
             drop(permit);
-        });
+        }));
     }
 
     fn serve_tls(self, tcp: TcpStream, tls: Arc<Tls>) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
-        connections.spawn(async move {
+        let payer = TaskPayer::stranger(front.intake.processor());
+        connections.spawn(FairTask::new(payer.clone(), async move {
             let shaking = Box::pin(accept_tls(&front, tls, tcp, peer, connect_by));
             if let Some(Some(stream)) = unless_evicted(&stranger, shaking).await {
-                connection::run(&front, ClientStream::Tls(stream), stranger, peer, connect_by).await;
+                connection::run(&front, ClientStream::Tls(stream), stranger, peer, connect_by, &payer).await;
             }
             drop(permit);
-        });
+        }));
     }
 }
 
@@ -299,7 +320,7 @@ async fn accept_tls(
 /// Serves MQTT on `listener`, and over TLS if there is a TLS listener, until the acceptor's `drain` is
 /// cancelled. Then every connection, including those from HTTP, sends the acknowledgements that it
 /// owes. Returns when the last connection is closed.
-pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpListener, Arc<Tls>)>) {
+pub async fn serve(acceptor: Acceptor, listener: ListenSockets, tls: Option<(ListenSockets, Arc<Tls>)>) {
     let Acceptor { front, connections, .. } = &acceptor;
     let keeping = tokio::spawn({
         let (sessions, drain) = (front.sessions.clone(), front.drain.clone());
@@ -328,12 +349,13 @@ pub async fn serve(acceptor: Acceptor, listener: TcpListener, tls: Option<(TcpLi
 
 /// Accepts connections, for as long as it is polled.
 async fn accept_connections(
-    listener: &TcpListener,
+    listener: &ListenSockets,
     acceptor: &Acceptor,
     serve: impl Fn(Admission, TcpStream) + Clone + Send + 'static,
 ) {
     let mut warned = false;
     loop {
+        acceptor.front.intake.processor().give_way().await;
         let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {

@@ -13,7 +13,7 @@ pub(super) fn refusal_reason_code(refusal: &Refusal) -> ReasonCode {
         Refusal::Topic(_) | Refusal::DatasourceMissing | Refusal::Subject(_) => ReasonCode::TopicNameInvalid,
         Refusal::TooLarge { .. } => ReasonCode::PacketTooLarge,
         Refusal::ContentType | Refusal::Quarantined(_) => ReasonCode::PayloadFormatInvalid,
-        Refusal::MessageId | Refusal::ReplySubject | Refusal::Header(_) => {
+        Refusal::MessageId | Refusal::ReplySubject | Refusal::Header(_) | Refusal::HeaderForm => {
             ReasonCode::ImplementationSpecificError
         }
         Refusal::Conflict(IdConflict::MessageId(_)) => ReasonCode::ImplementationSpecificError,

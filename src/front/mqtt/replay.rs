@@ -17,6 +17,17 @@ pub(super) enum ReplayStart {
     Tail(u64),
 }
 
+impl std::fmt::Display for ReplayStart {
+    /// As it is kept with its subscription.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Offset(offset) => write!(f, "from-offset {offset}"),
+            Self::Time(time) => write!(f, "from-time {time}"),
+            Self::Tail(records) => write!(f, "tail {records}"),
+        }
+    }
+}
+
 impl ReplayStart {
     /// Where the user properties of a SUBSCRIBE say that it begins; `None` if they say nothing.
     ///

@@ -5,11 +5,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-#[cfg(test)]
-use super::flights::FlightSource;
 use super::flights::Flights;
 use crate::consume::subscriber::GroupSession;
-use crate::consume::subscriber::sessions::{StoredSession, StoredSubscription};
+use crate::consume::subscriber::sessions::{SessionStoreChange, StoredSession, StoredSubscription};
 use crate::filter::TopicFilter;
 use crate::limits::{INFLIGHT_PER_SESSION_MIN, INFLIGHT_STEP, SUBSCRIPTION_BYTES, SUBSCRIPTION_LEVEL_BYTES};
 use crate::message::{DatasourceId, Offset};
@@ -29,8 +27,7 @@ pub(super) struct MqttSession {
     pub(super) ever_stayed: bool,
     /// By slot. A removed subscription leaves a gap, so that the others keep their slots.
     pub(super) subscriptions: Vec<Option<Subscription>>,
-    /// Every record below this was sent, though perhaps not acknowledged, when the last connection
-    /// ended.
+    /// Every record below this was sent, though perhaps not acknowledged. What is not acknowledged is in flight.
     pub(super) position: Offset,
     pub(super) flights: Flights,
     /// What it takes of its tenant's share, once it is among the sessions. It gives it back when it ends.
@@ -42,21 +39,23 @@ pub(super) struct MqttSession {
 pub(super) struct Subscription {
     /// The filter as the client gave it.
     pub(super) filter: String,
-    /// 0 or 1.
+    /// 0, 1 or 2.
     pub(super) qos: u8,
     pub(super) no_local: bool,
     pub(super) retain_as_published: bool,
     pub(super) identifier: Option<u32>,
     /// The offset of the first record wanted.
     pub(super) from: Offset,
+    /// What it asked for of the past.
+    pub(super) replay: Option<Box<str>>,
+    /// This connection has subscribed to it.
+    pub(super) is_renewed: bool,
 }
 
 /// A session on its way to another node.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SessionHandover {
     session: StoredSession,
-    position: Offset,
-    flights: Flights,
 }
 
 impl SessionHandover {
@@ -64,7 +63,9 @@ impl SessionHandover {
     /// was cut off while another node had the session.
     pub(super) fn is_latest_of(&self, kept: &StoredSession) -> bool {
         let of = |session: &StoredSession| (session.uid, session.cursor);
-        of(&self.session) == of(kept) && self.session.subscriptions == kept.subscriptions
+        of(&self.session) == of(kept)
+            && self.session.subscriptions == kept.subscriptions
+            && self.session.flights == kept.flights
     }
 }
 
@@ -109,8 +110,8 @@ impl MqttSession {
         let bytes =
             self.subscriptions.iter().flatten().map(|subscription| filter_bytes(&subscription.filter));
         charge.add(ShareCount::SubscriptionBytes, bytes.sum());
+        charge.add(ShareCount::Inflight, self.inflight_steps());
         self.charge = Some(charge);
-        self.charge_flights();
     }
 
     /// Charges the share for a session that is to outlive its connection, or no longer for one that is not.
@@ -151,11 +152,15 @@ impl MqttSession {
 
     /// Makes what is charged for the messages in flight fit their number, in steps.
     pub(super) fn charge_flights(&mut self) {
+        let steps = self.inflight_steps();
         let Some(charge) = &mut self.charge else { return };
-        let steps = (self.flights.len() as u64).next_multiple_of(INFLIGHT_STEP);
         if charge.amount(ShareCount::Inflight) > steps {
             charge.set(ShareCount::Inflight, steps);
         }
+    }
+
+    fn inflight_steps(&self) -> u64 {
+        (self.flights.len() as u64).next_multiple_of(INFLIGHT_STEP)
     }
 
     /// How many more messages may be in flight to a client with this `receive_maximum`: as many as it takes,
@@ -173,15 +178,17 @@ impl MqttSession {
         room.min(usize::try_from(most.saturating_sub(used)).unwrap_or(room))
     }
 
-    /// The first record that is not sent or not acknowledged.
-    pub(super) fn cursor(&self) -> Offset {
-        self.flights.lowest_log_offset().map_or(self.position, |lowest| lowest.min(self.position))
-    }
-
     /// The end of the offsets that the session refers to.
     pub(super) fn end_offset(&self) -> Offset {
         let begin = self.subscriptions.iter().flatten().map(|subscription| subscription.from);
-        begin.fold(self.position, Offset::max)
+        let in_flight = self.flights.all_sent().into_iter().map(|(_, flight)| flight.offset + 1);
+        begin.chain(in_flight).fold(self.position, Offset::max)
+    }
+
+    /// What is stored when the position or what is in flight has changed.
+    pub(super) fn moved(&self) -> SessionStoreChange {
+        let (uid, cursor, flights) = (self.uid, self.position, self.flights.to_stored());
+        SessionStoreChange::MoveFlights { uid, cursor, flights }
     }
 
     /// What groups have to know about the session.
@@ -197,6 +204,13 @@ impl MqttSession {
     /// The slot of the subscription with exactly this filter.
     pub(super) fn find_slot(&self, filter: &str) -> Option<usize> {
         self.subscriptions.iter().position(|s| s.as_ref().is_some_and(|s| s.filter == filter))
+    }
+
+    /// Whether the subscription in a slot has begun with this replay in an earlier connection: the client subscribes
+    /// again as it does whenever it connects, and goes on where it was.
+    pub(super) fn has_replayed(&self, slot: usize, replay: &Option<Box<str>>) -> bool {
+        let subscription = self.subscriptions.get(slot).and_then(Option::as_ref);
+        replay.is_some() && subscription.is_some_and(|s| !s.is_renewed && s.replay == *replay)
     }
 
     /// A free slot for a new subscription.
@@ -221,6 +235,7 @@ impl MqttSession {
             retain_as_published: s.retain_as_published,
             identifier: s.identifier,
             from: s.from,
+            replay: s.replay.as_deref().map(str::to_owned),
         });
         StoredSession {
             uid: self.uid,
@@ -228,13 +243,14 @@ impl MqttSession {
             client_id: client_id.to_owned(),
             expiry_s: self.expiry_s,
             ended_at: None,
-            cursor: self.cursor(),
+            cursor: self.position,
             subscriptions: subscriptions.collect(),
+            flights: self.flights.to_stored(),
         }
     }
 
-    /// Restores a session from the disk. The messages in flight are not stored: everything from the
-    /// cursor on is sent again.
+    /// Restores a session from the disk or the bucket: what was in flight is sent again, and then everything from the
+    /// cursor on.
     pub(super) fn from_stored(stored: StoredSession) -> Self {
         let subscriptions = stored.subscriptions.into_iter().map(|s| {
             Some(Subscription {
@@ -244,6 +260,8 @@ impl MqttSession {
                 retain_as_published: s.retain_as_published,
                 identifier: s.identifier,
                 from: s.from,
+                replay: s.replay.map(Into::into),
+                is_renewed: false,
             })
         });
         Self {
@@ -253,22 +271,19 @@ impl MqttSession {
             ever_stayed: true,
             subscriptions: subscriptions.collect(),
             position: stored.cursor,
-            flights: Flights::default(),
+            flights: Flights::from_stored(&stored.flights),
             charge: None,
         }
     }
 
     /// What another node needs to continue the session.
     pub(super) fn into_handover(self, datasource: &DatasourceId, client_id: &str) -> SessionHandover {
-        let session = self.to_stored(datasource, client_id);
-        SessionHandover { session, position: self.position, flights: self.flights }
+        SessionHandover { session: self.to_stored(datasource, client_id) }
     }
 
-    /// Restores a session from another node, which, unlike the disk, knows the messages in flight.
+    /// Restores a session from another node.
     pub(super) fn from_handover(handed: SessionHandover) -> Self {
-        let SessionHandover { session, position, flights } = handed;
-        let kept = Self::from_stored(session);
-        if flights.is_consistent() { Self { position, flights, ..kept } } else { kept }
+        Self::from_stored(handed.session)
     }
 }
 
@@ -281,7 +296,9 @@ fn filter_bytes(filter: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::flights::FlightAck;
     use super::*;
+    use crate::consume::subscriber::sessions::FlightOrigin;
 
     #[test]
     fn a_session_gives_back_what_it_took_however_it_ends() {
@@ -314,10 +331,11 @@ mod tests {
             [INFLIGHT_STEP, INFLIGHT_PER_SESSION_MIN].map(|count| usize::try_from(count).expect("small"));
         assert_eq!(sessions[0].flight_room(1000), step);
         assert_eq!(sessions[1].flight_room(1000), least, "the other has it all");
-        let ids: Vec<u16> =
-            (0..INFLIGHT_STEP).map(|offset| sessions[0].flights.push(offset, FlightSource::Log)).collect();
+        let push = |offset| sessions[0].flights.push(offset, FlightOrigin::Log, 1);
+        let ids: Vec<u16> = (0..INFLIGHT_STEP).map(push).collect();
         assert_eq!(sessions[0].flight_room(1000), 0);
-        ids.into_iter().for_each(|id| _ = sessions[0].flights.acknowledge(id));
+        let mut acknowledge = |id| sessions[0].flights.acknowledge(id, FlightAck::Puback).expect("QoS 1");
+        ids.into_iter().for_each(|id| _ = acknowledge(id));
         sessions[0].charge_flights();
         assert_eq!(sessions[1].flight_room(1000), step, "it is free again");
     }

@@ -47,6 +47,8 @@ pub(super) struct SubscribeRequest {
     excess: usize,
     identifier: Option<u32>,
     replay: Result<Option<ReplayStart>, &'static str>,
+    /// The same, to be kept with the subscriptions.
+    replay_text: Option<Box<str>>,
 }
 
 /// One filter of a SUBSCRIBE.
@@ -63,17 +65,19 @@ impl From<&SubscribePacket<'_>> for SubscribeRequest {
         let excess = packet.filters.len().saturating_sub(MQTT_SUBSCRIPTIONS_MAX);
         let filters = packet.filters.iter().take(MQTT_SUBSCRIPTIONS_MAX).map(|f| RequestedFilter {
             filter: f.filter.to_owned(),
-            qos: f.qos.min(1),
+            qos: f.qos,
             no_local: f.no_local,
             retain_as_published: f.retain_as_published,
             retain_handling: f.retain_handling,
         });
+        let replay = ReplayStart::parse(packet.properties.user());
         Self {
             packet_id: packet.packet_id,
             filters: filters.collect(),
             excess,
             identifier: packet.properties.u32(SUBSCRIPTION_IDENTIFIER),
-            replay: ReplayStart::parse(packet.properties.user()),
+            replay_text: replay.ok().flatten().map(|replay| replay.to_string().into()),
+            replay,
         }
     }
 }
@@ -198,8 +202,11 @@ impl SubscribeServices {
         changes: &mut Vec<SessionStoreChange>,
     ) -> Result<(usize, bool), FilterRefusal> {
         let wanted = self.check_filter(filter, &outbound.session)?;
-        let from = self.find_beginning(asked, &wanted.filter).await?;
         let known = outbound.session.find_slot(&filter.filter);
+        let from = match known.is_some_and(|slot| outbound.session.has_replayed(slot, &asked.replay_text)) {
+            true => None,
+            false => self.find_beginning(asked, &wanted.filter).await?,
+        };
         let new = known.is_none();
         if new {
             outbound.session.charge_filter(&filter.filter).map_err(|over| self.share_refusal(over))?;
@@ -211,6 +218,8 @@ impl SubscribeServices {
             retain_as_published: filter.retain_as_published,
             identifier: asked.identifier,
             from: 0,
+            replay: asked.replay_text.clone(),
+            is_renewed: true,
         };
         // A group has one cursor for all its members, so a shared subscription goes through the group and
         // gets no retained messages (MQTT 5 section 4.8.2); any other one has its own place in the feed.

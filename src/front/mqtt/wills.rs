@@ -50,9 +50,7 @@ impl MqttWill {
         if will.retain {
             flags = flags.with(RecordFlags::RETAIN);
         }
-        if will.qos == 0 {
-            flags = flags.with(RecordFlags::AT_MOST_ONCE);
-        }
+        flags = flags.with(RecordFlags::of_mqtt_qos(will.qos));
         let bytes = will.topic.len() + will.payload.len() + will.properties.wire_bytes() + WILL_BYTES;
         let memory = intake.memory_account(grant).charge(bytes)?;
         let mut properties = Vec::new();

@@ -45,6 +45,10 @@ pub(super) struct AttestedSender {
     pub key_id: KeyId,
     /// The address that it is connected from.
     pub address: Option<IpAddr>,
+    /// The name of the server that it is connected to.
+    pub server: Box<str>,
+    /// The connection's number in that server.
+    pub client_id: u64,
 }
 
 /// The needed part of the header's JSON.
@@ -56,6 +60,10 @@ struct RequestInfo<'a> {
     user: std::borrow::Cow<'a, str>,
     #[serde(borrow, default)]
     host: std::borrow::Cow<'a, str>,
+    #[serde(borrow, default)]
+    server: std::borrow::Cow<'a, str>,
+    #[serde(default)]
+    id: u64,
 }
 
 impl Attestation {
@@ -80,7 +88,8 @@ impl Attestation {
             return None;
         }
         let (datasource, key_id) = key_of_nats_user(&info.user)?;
-        Some(AttestedSender { datasource, key_id, address: info.host.parse().ok() })
+        let (address, server) = (info.host.parse().ok(), info.server.into());
+        Some(AttestedSender { datasource, key_id, address, server, client_id: info.id })
     }
 }
 
@@ -115,6 +124,8 @@ mod tests {
             datasource: DatasourceId::new("press-4").expect("a slug"),
             key_id: KeyId::parse("0123456789ab").expect("an id"),
             address: Some([203, 0, 113, 9].into()),
+            server: "n1".into(),
+            client_id: 10,
         };
         assert_eq!(sender(&[("X", "1"), (REQUEST_INFO_HEADER, INFO)]), Some(expected));
     }

@@ -56,6 +56,7 @@ use tracing::{debug, error, info};
 
 use super::NatsFront;
 use super::attested::{Attestation, nats_user_of_key};
+use super::clients::NatsClientTable;
 use super::kick::{NatsConnectionKicker, RecentNatsConnections};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey, Scope};
@@ -110,6 +111,7 @@ pub struct NatsKeyCallout {
     service: JoinHandle<()>,
     /// Admits what the clients publish.
     front: Option<JoinHandle<()>>,
+    /// Ends connections of dead keys, and counts the others.
     watch: Option<JoinHandle<()>>,
 }
 
@@ -131,11 +133,14 @@ impl NatsKeyCallout {
             .then(|| read_seed_file("nats.callout.xkey_seed_file", &settings.xkey_seed_file))
             .transpose()?;
         let let_in = Arc::new(RecentNatsConnections::default());
+        let clients = Arc::new(NatsClientTable::default());
+        let system = connect_system(config).await?;
         let door = KeyCalloutAuthorizer {
             intake: intake.clone(),
             let_in: let_in.clone(),
+            clients: system.is_some().then(|| clients.clone()),
             expiry_s: i64::try_from(settings.expiry_s).unwrap_or(i64::MAX),
-            shared_inbox: settings.shared_inbox,
+            reply_prefixes: reply_prefixes(config),
         };
         let service = callout::CalloutService::new(&issuer, curve.as_deref(), &settings.account, door);
         let service = service.map_err(|error| NatsCalloutError::Seed {
@@ -144,8 +149,8 @@ impl NatsKeyCallout {
             error,
         })?;
         let nats = Nats::connect(&config.callout_connection("auth callout")?).await?;
-        let front = start_key_ingest(config, intake, &drain).await?;
-        let watch = start_kicker(config, intake, let_in).await?;
+        let front = start_key_ingest(config, intake, system.clone(), &drain)?;
+        let watch = system.map(|system| start_kicker(config, intake, system, let_in, clients));
         let over = nats.clone();
         let service = tokio::spawn(async move {
             if let Err(error) = service.serve(&over, drain.cancelled()).await {
@@ -173,9 +178,10 @@ impl NatsKeyCallout {
 }
 
 /// Starts to admit what the clients publish, if messages are taken from NATS.
-async fn start_key_ingest(
+fn start_key_ingest(
     config: &config::NatsConfig,
     intake: &Intake,
+    system: Option<SystemAccount>,
     drain: &CancellationToken,
 ) -> Result<Option<JoinHandle<()>>, NatsCalloutError> {
     if !config.ingest {
@@ -184,30 +190,49 @@ async fn start_key_ingest(
     // A connection of its own, so that published messages do not delay clients that connect.
     let connection = config.callout_connection("ingest by key")?;
     let attestation = Some(Attestation::of_account(&config.callout.account));
-    let front = NatsFront::connect(connection, &config.stream.name, intake.clone(), attestation).await?;
+    let front = NatsFront::new(connection, config, intake.clone(), attestation, system)?;
     let drain = drain.clone();
     Ok(Some(tokio::spawn(async move { front.serve(drain).await })))
 }
 
-/// Starts to end the NATS connections of dead keys, if the gateway has a system user.
-async fn start_kicker(
-    config: &config::NatsConfig,
-    intake: &Intake,
-    let_in: Arc<RecentNatsConnections>,
-) -> Result<Option<JoinHandle<()>>, NatsCalloutError> {
-    let settings = &config.callout;
-    if settings.system_user.is_empty() {
-        info!("no nats.callout.system_user: NATS connections of dead keys end when their permission expires");
+/// Connects to the system account, if the gateway has a user in it.
+async fn connect_system(config: &config::NatsConfig) -> Result<Option<SystemAccount>, NatsCalloutError> {
+    if config.callout.system_user.is_empty() {
+        info!(
+            "no nats.callout.system_user: NATS connections of dead keys end when their permission expires, \
+             limits.connections counts no NATS clients, and what a client sends that can hear no answer is kept"
+        );
         return Ok(None);
     }
-    let system = SystemAccount::new(Nats::connect(&config.system_connection("ends connections")?).await?);
-    let kicker = NatsConnectionKicker::new(system, &settings.account, let_in, intake.authorizer().clone());
+    Ok(Some(SystemAccount::new(Nats::connect(&config.system_connection("ends connections")?).await?)))
+}
+
+/// Starts to end the NATS connections of dead keys, and to count the others.
+fn start_kicker(
+    config: &config::NatsConfig,
+    intake: &Intake,
+    system: SystemAccount,
+    let_in: Arc<RecentNatsConnections>,
+    clients: Arc<NatsClientTable>,
+) -> JoinHandle<()> {
+    let (account, authorizer) = (&config.callout.account, intake.authorizer().clone());
+    let kicker =
+        NatsConnectionKicker::new(system.clone(), account, let_in, clients.clone(), authorizer.clone());
     let closer = kicker.clone();
     intake.set_closer(Box::new(move |dead| {
         let (closer, dead) = (closer.clone(), dead.to_vec());
         Box::pin(async move { closer.close(&dead).await })
     }));
-    Ok(Some(tokio::spawn(kicker.watch())))
+    let counting = clients.follow(system, account.clone(), authorizer);
+    tokio::spawn(async move {
+        tokio::join!(kicker.watch(), counting);
+    })
+}
+
+/// The prefixes of answers that clients share: those that are configured, and `_INBOX` only if it may be shared.
+fn reply_prefixes(config: &config::NatsConfig) -> Vec<String> {
+    let is_usable = |prefix: &&String| config.callout.shared_inbox || *prefix != "_INBOX";
+    config.reply_prefixes.iter().filter(is_usable).cloned().collect()
 }
 
 fn read_seed_file(setting: &'static str, file: &Path) -> Result<String, NatsCalloutError> {
@@ -219,8 +244,11 @@ fn read_seed_file(setting: &'static str, file: &Path) -> Result<String, NatsCall
 struct KeyCalloutAuthorizer {
     intake: Intake,
     let_in: Arc<RecentNatsConnections>,
+    /// `None` if nobody says when a client goes.
+    clients: Option<Arc<NatsClientTable>>,
     expiry_s: i64,
-    shared_inbox: bool,
+    /// Where clients may subscribe to answers, beside the inbox of their key.
+    reply_prefixes: Vec<String>,
 }
 
 impl CalloutAuthorizer for KeyCalloutAuthorizer {
@@ -246,10 +274,13 @@ impl CalloutAuthorizer for KeyCalloutAuthorizer {
         // finds the connection or is seen by the check.
         let connection =
             NatsClientConnection { server_id: visitor.server_id.clone(), client_id: visitor.client_id };
-        self.let_in.remember(key.id, connection);
+        self.let_in.remember(key.id, connection.clone());
         if !grant.holds() {
             let rejected = RejectedKey { denied: GrantDenial::Revoked, key_id: Some(key.id), shape: None };
             return self.deny(visitor, address, &rejected);
+        }
+        if let Some(refused) = self.count(visitor, address, &grant, connection) {
+            return refused;
         }
         let name = (!visitor.name.is_empty()).then_some(visitor.name.as_str());
         let client = Arc::new(KeyClient::new(Transport::Nats, Some(address), name));
@@ -260,6 +291,30 @@ impl CalloutAuthorizer for KeyCalloutAuthorizer {
 }
 
 impl KeyCalloutAuthorizer {
+    /// Counts the client among the connections of its key; returns the refusal if they are too many.
+    fn count(
+        &self,
+        visitor: &ConnectingClient,
+        address: IpAddr,
+        grant: &Grant,
+        connection: NatsClientConnection,
+    ) -> Option<CalloutVerdict> {
+        let clients = self.clients.as_ref()?;
+        clients.enter(grant.key(), connection.clone());
+        let refusal = self.intake.check_connections(grant).err()?;
+        clients.leave(&connection);
+        let datasource = grant.datasource().as_str();
+        self.intake.refusals().note(RefusalNote {
+            address: Some(address),
+            client: visitor.name.as_str(),
+            key_id: Some(grant.key_id()),
+            datasource,
+            ..refusal.note(Transport::Nats)
+        });
+        debug!(%address, key_id = %grant.key_id(), why = %refusal, "refused a NATS client");
+        Some(CalloutVerdict::Deny(refusal.to_string()))
+    }
+
     fn permit(&self, grant: &Grant) -> ClientPermit {
         let key = grant.key();
         let datasource = if key.datasource.is_all() { "" } else { key.datasource.as_str() };
@@ -272,9 +327,7 @@ impl KeyCalloutAuthorizer {
         if key.scopes.allow(Scope::Ingest) {
             publish.push(under("ingest"));
             subscribe.push(format!("_INBOX_{}.>", key.id));
-            if self.shared_inbox {
-                subscribe.push("_INBOX.>".to_owned());
-            }
+            subscribe.extend(self.reply_prefixes.iter().map(|prefix| format!("{prefix}.>")));
         }
         if key.scopes.allow(Scope::Subscribe) {
             subscribe.push(under("stream"));

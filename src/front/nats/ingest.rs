@@ -5,11 +5,14 @@
 
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
+use headgate_bridge_nats::ingress::IngressSettings;
 use headgate_bridge_nats::inlet::{Inlet, InletVerdict, InletVerdicts, NatsReplyPolicy, Parcel};
-use tracing::debug;
+use tracing::{debug, info};
 
-use super::attested::Attestation;
+use super::attested::{Attestation, AttestedSender};
 use super::headers::NatsMessageHeaders;
+use super::reach::NatsClientReach;
 use super::{identity, reply};
 use crate::auth::shape::KeyShape;
 use crate::auth::usage::KeyClient;
@@ -30,7 +33,16 @@ pub(super) struct NatsIngest {
     client: Arc<KeyClient>,
     /// How to find the sender of a message without a key, if servers attest it.
     attestation: Option<Attestation>,
+    /// What the reply subjects begin with that are answered.
+    reply_prefixes: Vec<String>,
+    /// Whether attested senders hear answers, if the system account can be asked.
+    reach: Option<Arc<NatsClientReach>>,
+    /// The verdict on a message for which there is no room.
+    overflow: InletVerdict,
 }
+
+/// The lane of all senders without a good key: they share it, or one of them could take any number.
+const STRANGERS_LANE: u64 = 0;
 
 /// What the answer to a message of a batch depends on.
 enum PendingInletVerdict {
@@ -76,9 +88,17 @@ impl NatsDraftBatch {
 }
 
 impl NatsIngest {
-    pub(super) fn new(intake: Intake, stream: &str, attestation: Option<Attestation>) -> Self {
+    pub(super) fn new(
+        intake: Intake,
+        settings: &IngressSettings,
+        attestation: Option<Attestation>,
+        reach: Option<Arc<NatsClientReach>>,
+    ) -> Self {
         let client = Arc::new(KeyClient::new(Transport::Nats, None, None));
-        Self { intake, stream: stream.to_owned(), client, attestation }
+        let overflow = reply::refusal_verdict(intake.busy_refusal());
+        let IngressSettings { stream, reply_prefixes, .. } = settings;
+        let (stream, reply_prefixes) = (stream.clone(), reply_prefixes.clone());
+        Self { intake, stream, client, attestation, reply_prefixes, reach, overflow }
     }
 
     /// Checks one message and adds it to the draft, or reports its refusal.
@@ -105,24 +125,51 @@ impl NatsIngest {
             Err(RefusedParcel { refusal, key_id, key_shape }) => {
                 let datasource = datasource_of_subject(parcel.subject());
                 let note = refusal.note(Transport::Nats);
-                let attestation = self.attestation.as_ref();
-                let sender = attestation.and_then(|attestation| attestation.sender(parcel.headers()));
-                let address = sender.and_then(|sender| sender.address);
+                let address = self.attested_sender(parcel).and_then(|sender| sender.address);
                 self.intake.refusals().note(RefusalNote { datasource, key_id, key_shape, address, ..note });
-                debug!(
-                    key_id = key_id.map(tracing::field::display),
-                    cause = refusal.cause().name(),
-                    "refused a message"
-                );
+                let (key_id, cause) = (key_id.map(tracing::field::display), refusal.cause().name());
+                // A sender that asks for an answer which it cannot get sends again, and hears of it nowhere else.
+                match refusal {
+                    Refusal::ReplySubject => info!(key_id, cause, why = %refusal, "refused a message"),
+                    _ => debug!(key_id, cause, "refused a message"),
+                }
                 PendingInletVerdict::Refused(reply::refusal_verdict(refusal))
             }
         }
     }
 
+    /// The sender that a server attests.
+    fn attested_sender(&self, parcel: &Parcel) -> Option<AttestedSender> {
+        self.attestation.as_ref()?.sender(parcel.headers())
+    }
+
+    /// The datasource and the topic that a message's subject names, if its key may publish there, its headers can be
+    /// read and its reply subject is acceptable.
+    fn address_of_parcel(&self, grant: &Grant, parcel: &Parcel) -> Result<(DatasourceId, String), Refusal> {
+        let (named, tokens) = SubjectSpace::Ingest.split(parcel.subject())?;
+        // Check the grant first: without it the sender learns nothing else about the subject.
+        grant.allows(Scope::Ingest, named)?;
+        let own = grant.datasource();
+        let datasource = if own.as_str() == named { own.clone() } else { DatasourceId::new(named)? };
+        if !parcel.is_well_formed() {
+            return Err(Refusal::HeaderForm);
+        }
+        if parcel.reply(&self.reply_prefixes) == NatsReplyPolicy::Elsewhere {
+            return Err(Refusal::ReplySubject);
+        }
+        if parcel.reply(&self.reply_prefixes) == NatsReplyPolicy::Wanted
+            && let (Some(reach), Some(sender)) = (&self.reach, self.attested_sender(parcel))
+            && reach.is_deaf(&sender)
+        {
+            return Err(Refusal::ReplySubject);
+        }
+        Ok((datasource, topic_from_tokens(tokens)?))
+    }
+
     fn push(&self, draft: &mut Draft, parcel: &Parcel) -> Result<usize, RefusedParcel> {
         let grant = identity::grant_of_parcel(parcel, self.intake.authorizer(), self.attestation.as_ref())?;
         let refusing = |refusal| RefusedParcel { refusal, key_id: Some(grant.key_id()), key_shape: None };
-        let addressed = address_of_parcel(&grant, parcel);
+        let addressed = self.address_of_parcel(&grant, parcel);
         let read =
             addressed.and_then(|to| Ok((to, NatsMessageHeaders::read(parcel.headers(), &self.stream)?)));
         let ((datasource, topic), headers) = read.map_err(|refusal| {
@@ -130,7 +177,7 @@ impl NatsIngest {
             self.intake.authorizer().registry().note_refusal(grant.key());
             refusing(refusal)
         })?;
-        let unanswered = parcel.reply() == NatsReplyPolicy::Unwanted;
+        let unanswered = parcel.reply(&self.reply_prefixes) == NatsReplyPolicy::Unwanted;
         let message = IncomingMessage {
             topic: &topic,
             payload: parcel.payload(),
@@ -148,6 +195,17 @@ impl NatsIngest {
 }
 
 impl Inlet for NatsIngest {
+    fn lane(&self, parcel: &Parcel) -> u64 {
+        match identity::grant_of_parcel(parcel, self.intake.authorizer(), self.attestation.as_ref()) {
+            Ok(grant) => {
+                let mut number = [0; 8];
+                number[2..].copy_from_slice(&grant.key_id().0);
+                u64::from_be_bytes(number).max(1)
+            }
+            Err(_) => STRANGERS_LANE,
+        }
+    }
+
     async fn deliver(&self, parcels: Vec<Parcel>) -> InletVerdicts {
         let mut draft = self.intake.draft(Transport::Nats, 0);
         draft.set_client(&self.client);
@@ -171,10 +229,17 @@ impl Inlet for NatsIngest {
         })
     }
 
+    fn introduction(&self, parcel: &Parcel) -> Option<BoxFuture<'static, ()>> {
+        let reach = self.reach.as_ref()?;
+        if parcel.reply(&self.reply_prefixes) != NatsReplyPolicy::Wanted {
+            return None;
+        }
+        reach.look(&self.attested_sender(parcel)?)
+    }
+
     fn overflow(&self, _: &Parcel) -> InletVerdict {
-        let refusal = self.intake.busy_refusal();
-        self.intake.refusals().note(refusal.note(Transport::Nats));
-        reply::refusal_verdict(refusal)
+        self.intake.refusals().note(self.intake.busy_refusal().note(Transport::Nats));
+        self.overflow.clone()
     }
 }
 
@@ -216,20 +281,6 @@ impl PendingInletVerdict {
             Some(problem) => reply::refusal_verdict(problem.with("offset", seq)),
         }
     }
-}
-
-/// The datasource and the topic that a message's subject names, if its key may publish there and its reply
-/// subject is acceptable.
-fn address_of_parcel(grant: &Grant, parcel: &Parcel) -> Result<(DatasourceId, String), Refusal> {
-    let (named, tokens) = SubjectSpace::Ingest.split(parcel.subject())?;
-    // Check the grant first: without it the sender learns nothing else about the subject.
-    grant.allows(Scope::Ingest, named)?;
-    let own = grant.datasource();
-    let datasource = if own.as_str() == named { own.clone() } else { DatasourceId::new(named)? };
-    if parcel.reply() == NatsReplyPolicy::Elsewhere {
-        return Err(Refusal::ReplySubject);
-    }
-    Ok((datasource, topic_from_tokens(tokens)?))
 }
 
 /// The datasource that a subject names; empty if it is no valid id, as a sender may write anything there.

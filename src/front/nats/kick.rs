@@ -19,6 +19,7 @@ use headgate_bridge_nats::system::{NatsClientConnection, SystemAccount};
 use tracing::{info, warn};
 
 use super::attested::{key_of_nats_user, nats_user_of_key};
+use super::clients::NatsClientTable;
 use crate::auth::{Authorizer, Key};
 use crate::limits::{NATS_LET_IN_AGE_MAX, NATS_LET_IN_CLIENTS_MAX};
 use crate::message::KeyId;
@@ -58,6 +59,7 @@ pub(super) struct NatsConnectionKicker {
     system: SystemAccount,
     account: String,
     let_in: Arc<RecentNatsConnections>,
+    clients: Arc<NatsClientTable>,
     authorizer: Authorizer,
     /// Set when a connection may have been missed.
     missed: AtomicBool,
@@ -68,21 +70,28 @@ impl NatsConnectionKicker {
         system: SystemAccount,
         account: &str,
         let_in: Arc<RecentNatsConnections>,
+        clients: Arc<NatsClientTable>,
         authorizer: Authorizer,
     ) -> Arc<Self> {
         // True at a start: the gateway may have stopped between the end of a key and that of its connections.
         let missed = AtomicBool::new(true);
-        Arc::new(Self { system, account: account.to_owned(), let_in, authorizer, missed })
+        Arc::new(Self { system, account: account.to_owned(), let_in, clients, authorizer, missed })
     }
 
     /// Ends every connection of the dead keys. Returns when the servers have none left. If NATS is away it
     /// returns at once, and [`NatsConnectionKicker::watch`] ends them when NATS is back.
     pub(super) async fn close(&self, dead: &[Arc<Key>]) {
+        let keys: HashSet<KeyId> = dead.iter().map(|key| key.id).collect();
+        self.end_of_keys(dead, &keys).await;
+        // Whatever the servers still hold of them is no client of a key any more.
+        self.clients.leave_keys(&keys);
+    }
+
+    async fn end_of_keys(&self, dead: &[Arc<Key>], keys: &HashSet<KeyId>) {
         if self.system.trouble().is_some() {
             return self.put_off();
         }
-        let keys: HashSet<KeyId> = dead.iter().map(|key| key.id).collect();
-        let just_now = self.let_in.connections_of(&keys);
+        let just_now = self.let_in.connections_of(keys);
         let names: Vec<String> = dead.iter().map(|key| nats_user_of_key(key)).collect();
         let asked = stream::iter(names)
             .map(|name| async move { self.system.end_all(&self.account, &name).await })

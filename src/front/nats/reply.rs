@@ -47,6 +47,7 @@ mod tests {
             (SubjectError::EmptyLevel.into(), 400),
             (Refusal::ReplySubject, 400),
             (Refusal::Header("Nats-Rollup"), 400),
+            (Refusal::HeaderForm, 400),
             (Refusal::TooLarge { bytes: 2, bytes_max: 1, limit: "intake.payload_bytes_max" }, 413),
             (busy, 503),
             (AppendError::DiskFull.into(), 503),

@@ -17,7 +17,7 @@ use headgate_format::log::segment::SegmentHeaderError;
 
 use super::disk::{Disk, SegmentFile};
 use super::frame::{FrameFormat, FrameHeader, LogFormatVersion};
-use super::queue::WRITER_THREADS;
+use super::queue::COMMITTERS;
 pub(super) use super::segment_format::{SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::spare::is_linked;
 use crate::message::{Offset, TimeMicros, now_micros};
@@ -123,9 +123,9 @@ impl Segment {
         Ok(segment)
     }
 
-    /// A descriptor for each of the writer's threads.
-    pub(super) fn sync_files(&self, disk: &dyn Disk) -> io::Result<[Arc<dyn SegmentFile>; WRITER_THREADS]> {
-        Ok([self.file.clone(), disk.open(&self.path, false)?])
+    /// A descriptor for each that commits.
+    pub(super) fn sync_files(&self, disk: &dyn Disk) -> io::Result<[Arc<dyn SegmentFile>; COMMITTERS]> {
+        Ok([self.file.clone(), disk.open(&self.path, false)?, disk.open(&self.path, false)?])
     }
 
     /// The file, to be written over once nobody reads the segment any more.

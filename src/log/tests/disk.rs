@@ -159,6 +159,16 @@ impl HeldSyncs {
 }
 
 impl ModelDisk {
+    /// How many calls there were.
+    pub(super) fn calls(&self) -> usize {
+        self.calls.load(Ordering::SeqCst)
+    }
+
+    /// Has one call fail, counted from 0, with this error; or none.
+    pub(super) fn fail(&self, call: Option<(usize, i32)>) {
+        *self.fails.lock() = call;
+    }
+
     fn call(&self) -> io::Result<()> {
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
         match *self.fails.lock() {
@@ -361,14 +371,14 @@ fn whichever_call_fails_nothing_acknowledged_is_lost_and_a_want_is_waited_out() 
         assert_eq!(fill(&log), 36);
         assert!(log.first_offset() > 0, "retention has removed a segment");
         drop(log);
-        model.calls.load(Ordering::SeqCst)
+        model.calls()
     };
     let wants = [libc::ENOSPC, libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EINTR, libc::EDQUOT];
     for call in 0..calls {
         for errno in [wants[call % wants.len()], libc::EIO] {
             let what = format!("call {call} fails with {}", io::Error::from_raw_os_error(errno));
             let (dir, model) = (TempDir::new().expect("temporary directory"), Arc::new(ModelDisk::default()));
-            *model.fails.lock() = Some((call, errno));
+            model.fail(Some((call, errno)));
             model.sync_micros.store(3000, Ordering::SeqCst);
             let mut acknowledged = 0;
             if let Ok(log) = open_model(&model, dir.path()) {
@@ -376,7 +386,7 @@ fn whichever_call_fails_nothing_acknowledged_is_lost_and_a_want_is_waited_out() 
                 assert!(errno == libc::EIO || acknowledged == 36, "{what}: {acknowledged}");
             }
             // How many calls there are depends a little on timing: the last ones may not have come.
-            *model.fails.lock() = None;
+            model.fail(None);
             let log = open_model(&model, dir.path()).unwrap_or_else(|error| panic!("{what}: {error}"));
             assert_kept(&log, acknowledged, &what);
             drop(log);

@@ -4,6 +4,7 @@ mod disk;
 mod frames;
 mod in_flight;
 mod once;
+mod solo;
 mod versions;
 
 use std::path::{Path, PathBuf};

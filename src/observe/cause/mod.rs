@@ -65,7 +65,7 @@ causes! {
     MissingScope "missing_scope" MissingScope:
         "the key lacks a scope: create a key with it";
     TooManyFailures "too_many_failures" TooManyRequests:
-        "too many invalid keys came from this address: find the client with the bad key, or set auth.failures_exempt";
+        "too many invalid keys came from this address: find the client with the bad key; a proxy belongs into trusted_proxies, and what many clients come through else into auth.failures_exempt";
 
     // The message.
     Topic "topic" Topic:
@@ -81,9 +81,11 @@ causes! {
     IdConflict "id_conflict" IdConflict:
         "another message was kept under its id: give every message an id of its own, or end the client's session if it has lost its state";
     ReplySubject "reply_subject" Malformed:
-        "a NATS message is answered in its sender's inbox: use the client's request or js.publish";
+        "a NATS message is answered in its sender's inbox: use the client's own inbox prefix (_INBOX), or add the one that it has to nats.reply_prefixes";
     Header "header" Malformed:
         "JetStream's own headers are not taken: send the message without the one named";
+    HeaderForm "header_form" Malformed:
+        "a header of its NATS message holds a line break, has no colon, or is not UTF-8: send plain names and values";
     Schema "schema" Validation:
         "what it sent does not meet its schema, or is a schema that cannot be used: correct the sender, or the schema; 'headgate quarantine list' shows what was kept";
 

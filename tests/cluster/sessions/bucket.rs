@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use headgate::testing::message::DatasourceId;
 use headgate::testing::{
-    Config, FoundSession, LostSession, SessionLookup, SessionStore, SessionStoreChange, SessionStoreError,
-    StoredSession, StoredSubscription, bucket,
+    Config, FlightOrigin, FoundSession, LostSession, SessionLookup, SessionStore, SessionStoreChange,
+    SessionStoreError, StoredFlight, StoredFlights, StoredSession, StoredSubscription, bucket,
 };
 use headgate_bridge_nats::Nats;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -56,6 +56,17 @@ fn press_4() -> DatasourceId {
     DatasourceId::new("press-4").expect("a slug")
 }
 
+/// So many messages, and one that waits for its PUBCOMP.
+fn in_flight(count: u16) -> StoredFlights {
+    let flight = |packet_id| StoredFlight {
+        packet_id,
+        offset: 1_000_000 + u64::from(packet_id),
+        qos: 2,
+        origin: FlightOrigin::Log,
+    };
+    StoredFlights { last_id: count + 1, sent: (1..=count).map(flight).collect(), released: vec![count + 1] }
+}
+
 fn stored(client: usize) -> StoredSession {
     StoredSession {
         uid: client as u64,
@@ -71,7 +82,9 @@ fn stored(client: usize) -> StoredSession {
             retain_as_published: true,
             identifier: Some(7),
             from: 3,
+            replay: Some("tail 9".to_owned()),
         }],
+        flights: in_flight(1),
     }
 }
 
@@ -87,6 +100,9 @@ async fn everything_about_a_session_is_found_by_another_gateway() {
     // How far it is, and then again in its own cell.
     a.write(vec![SessionStoreChange::MoveCursor { uid: 1, cursor: 60 }]).await;
     let moved = StoredSession { cursor: 60, ..stored(1) };
+    assert_eq!(b.find(1).await.session, Some(moved.clone()));
+    a.write(vec![SessionStoreChange::MoveFlights { uid: 1, cursor: 61, flights: in_flight(3) }]).await;
+    let moved = StoredSession { cursor: 61, flights: in_flight(3), ..moved };
     assert_eq!(b.find(1).await.session, Some(moved.clone()));
     assert_eq!(b.find(2).await.session, Some(stored(2)));
     // It goes back when a client asks for the past.
@@ -209,5 +225,27 @@ async fn how_far_thousands_of_sessions_are_is_written_in_a_few_messages() {
     assert!(written <= 64, "{written} messages");
     for client in [0, 63, 64, SESSIONS - 1] {
         assert_eq!(a.find(client).await.session.expect("there").cursor, 100);
+    }
+}
+
+/// A page of cursors is one NATS message, which holds 1 MiB.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_many_sessions_have_in_flight_is_found_whether_a_page_holds_it_or_not() {
+    let server = NatsServer::start();
+    let (a, b) = (Keeper::open(&server, "a").await, Keeper::open(&server, "b").await);
+    // Their numbers put them all on one page.
+    let clients = || (1..=100).map(|n| n * 64);
+    a.write(clients().map(|client| SessionStoreChange::PutSession(stored(client))).collect()).await;
+    for round in 1..=2_u64 {
+        let moves = clients().map(|client| SessionStoreChange::MoveFlights {
+            uid: client as u64,
+            cursor: 100 + round,
+            flights: in_flight(4_000),
+        });
+        a.write(moves.collect()).await;
+        for client in clients() {
+            let session = b.find(client).await.session.expect("there");
+            assert_eq!((session.cursor, session.flights.sent.len()), (100 + round, 4_000), "{client}");
+        }
     }
 }

@@ -15,7 +15,7 @@ use crate::common::wire::{
     CONNACK, Connect, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL,
     SESSION_EXPIRY, SUBACK,
     Version::{self, V5, V311},
-    WILL_DELAY, Wire, ack, four_bytes, subscribe,
+    WILL_DELAY, Wire, ack, four_bytes, subscribe, subscribe_with,
 };
 use crate::common::{Gateway, Setup, scratch, wait_for};
 
@@ -193,6 +193,42 @@ fn a_gateway_that_was_killed_leaves_its_sessions_to_the_others() {
     assert!((50..=55).contains(&first), "from the last acknowledgement on, or a second before: {first}");
     for n in first + 1..60 {
         assert_eq!(received(&mut on_b, V5), n);
+    }
+    assert_eq!(on_b.next_within(SILENCE), Next::Silent);
+}
+
+#[test]
+fn what_was_in_flight_at_a_gateway_that_was_killed_is_in_flight_at_another() {
+    let (cluster, a, b) = Cluster::two();
+    let mut publisher = Wire::login(b.mqtt, V311, &cluster.key);
+    let client = staying(V5, &cluster.key, "c");
+    let (mut on_a, _) = connected(&a, &client);
+    on_a.send(&subscribe_with(V5, 1, &[("a", 1), ("b", 2)], &[]));
+    assert_eq!(on_a.packet(SUBACK).codes(V5), [1, 2]);
+    published(&mut publisher, 0..10);
+    let messages: Vec<Message> = (0..10).map(|_| next_message(&mut on_a, V5)).collect();
+    for message in messages.iter().filter(|message| ![0, 4].contains(&number(message))) {
+        on_a.send(&ack(PUBACK, message.packet_id));
+    }
+    // What is in flight is written once a second, and where it is cannot be seen from outside.
+    std::thread::sleep(Duration::from_millis(2_500));
+    let mut exactly_once = Vec::new();
+    for packet_id in [7, 8] {
+        publisher.send(&Message::new("b", "x").at(2, packet_id).packet(V311));
+        publisher.packet(PUBREC);
+        publisher.send(&ack(PUBREL, packet_id));
+        publisher.packet(PUBCOMP);
+        exactly_once.push(next_message(&mut on_a, V5).packet_id);
+    }
+    on_a.send(&ack(PUBREC, exactly_once[0]));
+    assert_eq!(on_a.packet(PUBREL).packet_id(), exactly_once[0]);
+    a.kill();
+    let (mut on_b, present) = connected(&b, &client);
+    assert!(present);
+    assert_eq!(on_b.packet(PUBREL).packet_id(), exactly_once[0]);
+    for expected in [messages[0].packet_id, messages[4].packet_id, exactly_once[1]] {
+        let message = next_message(&mut on_b, V5);
+        assert_eq!((message.packet_id, message.dup), (expected, true));
     }
     assert_eq!(on_b.next_within(SILENCE), Next::Silent);
 }

@@ -4,6 +4,7 @@
 //! does; [`table`] holds the lists and the tests together. The modules follow the chapters.
 
 mod connect;
+mod flights;
 mod keep_alive;
 mod malformed;
 mod properties;

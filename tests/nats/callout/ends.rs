@@ -100,7 +100,7 @@ async fn a_key_that_expires_a_grace_that_ends_and_a_deleted_datasource_close_con
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_system_user_what_is_published_under_a_dead_key_is_refused() {
-    let stage = Stage::with(|setup| setup.set("nats.callout.system_user", ""));
+    let stage = Stage::without("system_user");
     let source = stage.create("press-4", &["ingest"]);
     let connected = stage.connect(&source.key).await;
     connected.publish("ingest.press-4.t", "1").await;
@@ -117,7 +117,7 @@ async fn without_a_system_user_what_is_published_under_a_dead_key_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_server_itself_ends_a_permission_when_its_key_expires() {
-    let stage = Stage::with(|setup| setup.set("nats.callout.system_user", ""));
+    let stage = Stage::without("system_user");
     stage.create("press-4", &["ingest"]);
     let (_, expiring) = stage.create_key("press-4", &json!({ "expires_at": in_seconds(3) }));
     let connected = stage.connect(&expiring).await;
@@ -132,7 +132,7 @@ async fn a_connection_whose_key_died_while_no_gateway_was_at_nats_ends_when_one_
     let source = stage.create("press-4", &["ingest"]);
     let connected = stage.connect(&source.key).await;
     stage.gateway.terminate();
-    let away = stage.setup.clone().set("nats.servers", "[]").set("nats.callout.issuer_seed_file", "");
+    let away = stage.setup.clone().set("config", "");
     let next = start_after(&away);
     std::mem::replace(&mut stage.gateway, next).wait();
     stage.revoke("press-4", &source.key_id);

@@ -148,3 +148,49 @@ async fn each_client_may_have_an_inbox_of_its_own_and_can_be_kept_to_it() {
         assert!(tokio::time::timeout(SILENCE, one.next()).await.is_err(), "an answer to somebody else");
     }
 }
+
+/// nats-server 2.15 has a second form of `$JS.ACK`: what only the first one is allowed is never acknowledged.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_backend_that_setup_shows_acknowledges_in_both_forms() {
+    for flags in ["", "feature_flags { js_ack_fc_v2: true }\n"] {
+        let stage = Stage::with_server(|text| {
+            let mut inside = false;
+            let lines = text.lines().map(|line| {
+                inside = inside || line.contains("# { user: \"line-4\"");
+                let line = if inside { line.replacen("# ", "", 1) } else { line.to_owned() };
+                inside = inside && !line.ends_with("} }");
+                line + "\n"
+            });
+            let text: String = lines.collect();
+            flags.to_owned()
+                + &text.replace("password: \"…\", permissions", "password: \"line-4\", permissions").replace(
+                    "\"headgate\", \"callout\", \"system\" ]",
+                    "\"headgate\", \"callout\", \"system\", \"line-4\" ]",
+                )
+        });
+        let source = stage.create("press-4", &["ingest"]);
+        let connected = stage.connect(&source.key).await;
+        connected.publish("ingest.press-4.t", "1").await;
+        let js = async_nats::jetstream::new(stage.headgate().await);
+        let stream = js.get_stream("headgate").await.expect("the stream");
+        let config = async_nats::jetstream::consumer::pull::Config {
+            durable_name: Some("line-4".to_owned()),
+            ..Default::default()
+        };
+        stream.create_consumer(config).await.expect("made");
+        let options =
+            async_nats::ConnectOptions::with_user_and_password("line-4".to_owned(), "line-4".to_owned());
+        let backend = options.connect(stage.nats.url()).await.expect("a user of the configuration");
+        let js = async_nats::jetstream::new(backend);
+        let stream = js.get_stream("headgate").await.expect("it may look");
+        let consumer: async_nats::jetstream::consumer::PullConsumer =
+            stream.get_consumer("line-4").await.expect("it may look");
+        let mut messages =
+            consumer.fetch().max_messages(1).expires(PATIENCE).messages().await.expect("asked");
+        let message = messages.next().await.expect("one").expect("a message");
+        let reply = message.reply.as_ref().expect("a place to acknowledge").to_string();
+        assert_eq!(reply.split('.').count() > 9, !flags.is_empty(), "{reply}");
+        message.double_ack().await.expect("it may acknowledge");
+        drop(stage);
+    }
+}

@@ -52,6 +52,40 @@ impl Stage {
         Self::before(dir, nats, Vec::new(), [websocket, mqtt], change)
     }
 
+    /// The same, with the server's configuration changed.
+    pub(crate) fn with_server(change: impl FnOnce(String) -> String) -> Self {
+        Self::with_files(change, |text| text)
+    }
+
+    fn with_files(
+        change_server: impl FnOnce(String) -> String,
+        change_gateway: impl FnOnce(String) -> String,
+    ) -> Self {
+        let dir = scratch();
+        let [port, websocket, mqtt] = free_ports();
+        let set = set_up(dir.path(), &[port, websocket, mqtt], &[]);
+        assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
+        let gateway_file = dir.path().join("set/headgate.toml");
+        let text = std::fs::read_to_string(&gateway_file).expect("written");
+        std::fs::write(&gateway_file, change_gateway(text)).expect("written");
+        let file = dir.path().join("set/nats-server.conf");
+        let text = std::fs::read_to_string(&file).expect("written");
+        std::fs::write(&file, change_server(text)).expect("written");
+        let nats = NatsServer::of_file(&file, port);
+        Self::before(dir, nats, Vec::new(), [websocket, mqtt], |setup| setup)
+    }
+
+    /// The same, with a setting of the gateway's left out of what setup has written.
+    pub(crate) fn without(setting: &str) -> Self {
+        Self::with_files(
+            |text| text,
+            |text| {
+                let lines = text.lines().filter(|line| !line.starts_with(setting));
+                lines.map(|line| format!("{line}\n")).collect()
+            },
+        )
+    }
+
     /// Three servers that are one NATS; the gateway knows of one.
     pub(crate) fn cluster() -> Self {
         let dir = scratch();

@@ -73,6 +73,9 @@ async fn a_key_publishes_to_its_own_datasource_alone_and_never_into_the_stream()
     }
     for subject in
         ["$JS.API.INFO", "$JS.API.STREAM.PURGE.headgate", "$KV.headgate-registry.x", "$SYS.REQ.USER.AUTH"]
+            .into_iter()
+            // Acknowledgements of consumers, in both forms of nats-server 2.15.
+            .chain(["$JS.ACK.headgate.c.1.1.1.1.0", "$JS.ACK._.ABCDEFGH.headgate.c.1.1.1.1.0"])
     {
         assert_eq!(connected.refusal(subject).await, None, "{subject}: nobody hears it");
     }
@@ -87,6 +90,79 @@ async fn a_key_publishes_to_its_own_datasource_alone_and_never_into_the_stream()
     }
     assert!(stage.gateway.records("press-5").is_empty());
     wait_for("the records of its own", || (stage.gateway.records("press-4").len() >= 4).then_some(()));
+}
+
+/// The account hides the reply subject from the gateway: the message was kept, the answer went nowhere, and the client
+/// sent again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_whose_inbox_it_may_not_subscribe_to_is_refused_before_anything_is_kept() {
+    let stage = Stage::set();
+    let source = stage.create("press-4", &["ingest"]);
+    let own = |prefix: &str| {
+        with(&source.key)
+            .custom_inbox_prefix(prefix)
+            .request_timeout(Some(std::time::Duration::from_millis(500)))
+    };
+    let deaf = stage.connect_as(own("MYAPP")).await;
+    for _ in 0..2 {
+        assert_eq!(deaf.refusal("ingest.press-4.t").await, None, "no answer can come");
+    }
+    stage.gateway.says("reply_subject");
+    assert!(stage.gateway.records("press-4").is_empty());
+    // One that nobody waits for is kept, and so is one of the key's own inbox.
+    deaf.client.publish("ingest.press-4.t", "1".into()).await.expect("sent");
+    let hears = stage.connect_as(own(&format!("_INBOX_{}", source.key_id))).await;
+    hears.publish("ingest.press-4.t", "2").await;
+    wait_for("the records", || (stage.gateway.records("press-4").len() == 2).then_some(()));
+    let refusals = stage.gateway.get("/v1/refusals?cause=reply_subject", &stage.gateway.admin_key()).text();
+    assert!(refusals.contains(&source.key_id), "{refusals}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_with_a_configured_inbox_prefix_is_answered() {
+    let stage = Stage::with(|setup| setup.set("nats.reply_prefixes", "_INBOX,MYAPP"));
+    let source = stage.create("press-4", &["ingest"]);
+    let connected = stage.connect_as(with(&source.key).custom_inbox_prefix("MYAPP")).await;
+    connected.publish("ingest.press-4.t", "1").await;
+}
+
+/// They were connections of a nats-server, and none of a key's.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_are_let_in_count_among_the_connections_of_their_key() {
+    let stage = Stage::set();
+    let source = stage.create("press-4", &["ingest"]);
+    let path = format!("/v1/datasources/press-4/keys/{}", source.key_id);
+    let limits = serde_json::json!({ "limits": { "connections": { "max": 2 } } });
+    let body = limits.to_string();
+    let admin = stage.gateway.admin_key();
+    let changed = stage.gateway.request(
+        "PATCH",
+        &path,
+        &admin,
+        &[("content-type", "application/json")],
+        body.as_bytes(),
+    );
+    assert_eq!(changed.status, 200, "{}", changed.text());
+    let first = stage.connect(&source.key).await;
+    let second = stage.connect(&source.key).await;
+    second.publish("ingest.press-4.t", "1").await;
+    assert!(stage.refuses(with(&source.key)).await, "a third one");
+    let refusals = stage.gateway.get("/v1/refusals?cause=limit_connections", &admin).text();
+    assert!(refusals.contains(&source.key_id), "{refusals}");
+    drop(first);
+    // Its place is free once its server has said that it has left.
+    let deadline = Instant::now() + PATIENCE;
+    let third = loop {
+        match with(&source.key).connect(stage.nats.url()).await {
+            Ok(client) if client.flush().await.is_ok() => break client,
+            _ => assert!(Instant::now() < deadline, "the place of one that has left stays taken"),
+        }
+    };
+    // A key that ends takes none of them with it into the next wait.
+    let begun = Instant::now();
+    stage.revoke("press-4", &source.key_id);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(4), "{:?}", begun.elapsed());
+    drop(third);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -109,7 +185,7 @@ async fn what_a_server_attests_counts_on_the_gateways_side_of_the_import_alone()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_gateway_without_the_curve_seed_says_why_nobody_gets_in() {
-    let stage = Stage::with(|setup| setup.set("nats.callout.xkey_seed_file", ""));
+    let stage = Stage::without("xkey_seed_file");
     let source = stage.create("press-4", &["ingest"]);
     // It says so when it is asked, and it may not be listening yet when the first client comes.
     let deadline = Instant::now() + 3 * PATIENCE;

@@ -1,6 +1,6 @@
 //! The session store: the MQTT sessions that outlive their connection (MQTT 5 section 4.1), kept in
-//! `DIR/sessions.db` so that they outlive the gateway too. A session is a cursor in the log and a set of
-//! subscriptions; the messages themselves are in the log.
+//! `DIR/sessions.db` so that they outlive the gateway too. A session is a cursor in the log, a set of
+//! subscriptions, and what is in flight; the messages themselves are in the log.
 //!
 //! Live sessions are in memory, with the tasks that serve them; the store has what a restart needs. One
 //! thread owns the database. Changes come over a channel. All waiting changes go into one transaction with
@@ -25,6 +25,7 @@ use tracing::error;
 
 use self::bucket::LostSession;
 use self::bucket::node::NodeSessions;
+pub use self::flights::{FlightOrigin, StoredFlight, StoredFlights};
 use self::pending::PendingSessionChanges;
 use self::place::{SessionBackend, SessionDatabase};
 #[cfg(test)]
@@ -34,6 +35,7 @@ use crate::sqlite::SqliteError;
 use crate::trouble::TroubleCell;
 
 pub mod bucket;
+mod flights;
 mod pending;
 mod place;
 mod row;
@@ -65,10 +67,12 @@ pub struct StoredSession {
     pub expiry_s: u32,
     /// When its connection ended. `None`: it was connected when this was written.
     pub ended_at: Option<TimeMicros>,
-    /// Everything below this offset is delivered.
+    /// Everything below this offset was sent, and all of it but the flights is acknowledged.
     pub cursor: Offset,
     /// No two have the same filter. Loaded in the order of their filters.
     pub subscriptions: Vec<StoredSubscription>,
+    /// What was sent and is not acknowledged.
+    pub flights: StoredFlights,
 }
 
 /// One subscription of a session.
@@ -86,6 +90,8 @@ pub struct StoredSubscription {
     pub identifier: Option<u32>,
     /// The offset at which it begins.
     pub from: Offset,
+    /// What it asked for of the past, as in its SUBSCRIBE: `from-offset 41`. It got that.
+    pub replay: Option<String>,
 }
 
 /// The cursor of a group of shared subscriptions.
@@ -117,8 +123,10 @@ impl StoredSessions {
         let mut changes = Vec::new();
         for session in &mut self.sessions {
             // A filter begins where the log ended then, which may be further on than the session's cursor.
-            if session.cursor > end || session.subscriptions.iter().any(|of| of.from > end) {
+            let is_ahead = session.flights.sent.iter().any(|flight| flight.offset >= end);
+            if is_ahead || session.cursor > end || session.subscriptions.iter().any(|of| of.from > end) {
                 session.cursor = session.cursor.min(end);
+                session.flights.set_back(end);
                 session.subscriptions.iter_mut().for_each(|of| of.from = of.from.min(end));
                 changes.push(SessionStoreChange::PutSession(session.clone()));
             }
@@ -138,12 +146,23 @@ pub enum SessionStoreChange {
     PutSession(StoredSession),
     /// The session with this uid has ended for good.
     RemoveSession(u64),
-    /// A session's cursor has moved. Does nothing if there is no session with this uid.
+    /// A session's cursor has moved, and what is in flight is what it was. Does nothing if there is no session with
+    /// this uid.
     MoveCursor {
         /// Which.
         uid: u64,
-        /// Everything below is delivered.
+        /// Everything below was sent.
         cursor: Offset,
+    },
+    /// A session's cursor has moved, or what is in flight has changed. Does nothing if there is no session with this
+    /// uid.
+    MoveFlights {
+        /// Which.
+        uid: u64,
+        /// Everything below was sent.
+        cursor: Offset,
+        /// What of it is not acknowledged.
+        flights: StoredFlights,
     },
     /// A session's connection has ended, or begun with `None`. Does nothing if there is no session with this
     /// uid.

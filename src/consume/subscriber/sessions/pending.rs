@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
 use super::bucket::FoundSession;
-use super::{SessionStoreChange, StoredGroup, StoredSession, StoredSessions};
+use super::{SessionStoreChange, StoredFlights, StoredGroup, StoredSession, StoredSessions};
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
 /// The gathered change of one session.
@@ -18,11 +18,33 @@ pub(super) enum PendingSessionChange {
     /// The row and its subscriptions are replaced.
     Put(StoredSession),
     /// Some fields of the row change, if there is a row.
-    Update { cursor: Option<Offset>, ended: Option<(Option<TimeMicros>, u32)> },
+    Update(SessionUpdate),
     /// The row and its subscriptions are removed.
     Remove,
     /// Another node has it.
     GiveUp,
+}
+
+/// The fields of a session's row that change; `None`: it does not.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct SessionUpdate {
+    pub(super) cursor: Option<Offset>,
+    pub(super) flights: Option<StoredFlights>,
+    /// When the connection ended, and for how long the session stays.
+    pub(super) ended: Option<(Option<TimeMicros>, u32)>,
+}
+
+impl SessionUpdate {
+    /// Changes a session so.
+    pub(super) fn apply(&self, session: &mut StoredSession) {
+        session.cursor = self.cursor.unwrap_or(session.cursor);
+        if let Some(flights) = &self.flights {
+            session.flights.clone_from(flights);
+        }
+        if let Some((ended_at, expiry_s)) = self.ended {
+            (session.ended_at, session.expiry_s) = (ended_at, expiry_s);
+        }
+    }
 }
 
 /// Datasource, group, filter.
@@ -57,10 +79,10 @@ impl PendingSessionChanges {
                 PendingSessionChange::Put(session) => {
                     self.sessions.insert(*uid, PendingSessionChange::Put(session.clone()));
                 }
-                PendingSessionChange::Update { cursor, ended } if self.sessions.contains_key(uid) => {
-                    self.update(*uid, *cursor, *ended);
+                PendingSessionChange::Update(update) if self.sessions.contains_key(uid) => {
+                    self.update(*uid, update.clone());
                 }
-                PendingSessionChange::Update { .. } => {}
+                PendingSessionChange::Update(_) => {}
                 PendingSessionChange::Remove | PendingSessionChange::GiveUp => {
                     self.sessions.remove(uid);
                 }
@@ -87,9 +109,16 @@ impl PendingSessionChanges {
             SessionStoreChange::GiveUpSession(uid) => {
                 self.sessions.insert(uid, PendingSessionChange::GiveUp);
             }
-            SessionStoreChange::MoveCursor { uid, cursor } => self.update(uid, Some(cursor), None),
+            SessionStoreChange::MoveCursor { uid, cursor } => {
+                self.update(uid, SessionUpdate { cursor: Some(cursor), ..SessionUpdate::default() });
+            }
+            SessionStoreChange::MoveFlights { uid, cursor, flights } => {
+                let (cursor, flights) = (Some(cursor), Some(flights));
+                self.update(uid, SessionUpdate { cursor, flights, ended: None });
+            }
             SessionStoreChange::SetEnded { uid, ended_at, expiry_s } => {
-                self.update(uid, None, Some((ended_at, expiry_s)))
+                let ended = Some((ended_at, expiry_s));
+                self.update(uid, SessionUpdate { ended, ..SessionUpdate::default() });
             }
             SessionStoreChange::PutGroup(StoredGroup { datasource, group, filter, cursor }) => {
                 self.groups.insert((datasource, group, filter), Some(cursor));
@@ -100,24 +129,20 @@ impl PendingSessionChanges {
         }
     }
 
-    fn update(&mut self, uid: u64, cursor: Option<Offset>, ended: Option<(Option<TimeMicros>, u32)>) {
+    fn update(&mut self, uid: u64, update: SessionUpdate) {
         let change = match self.sessions.entry(uid) {
             Entry::Vacant(vacant) => {
-                vacant.insert(PendingSessionChange::Update { cursor, ended });
+                vacant.insert(PendingSessionChange::Update(update));
                 return;
             }
             Entry::Occupied(occupied) => occupied.into_mut(),
         };
         match change {
-            PendingSessionChange::Put(session) => {
-                session.cursor = cursor.unwrap_or(session.cursor);
-                if let Some((ended_at, expiry_s)) = ended {
-                    (session.ended_at, session.expiry_s) = (ended_at, expiry_s);
-                }
-            }
-            PendingSessionChange::Update { cursor: earlier, ended: earlier_end } => {
-                *earlier = cursor.or(*earlier);
-                *earlier_end = ended.or(*earlier_end);
+            PendingSessionChange::Put(session) => update.apply(session),
+            PendingSessionChange::Update(earlier) => {
+                earlier.cursor = update.cursor.or(earlier.cursor);
+                earlier.flights = update.flights.or(earlier.flights.take());
+                earlier.ended = update.ended.or(earlier.ended);
             }
             PendingSessionChange::Remove | PendingSessionChange::GiveUp => {}
         }

@@ -2,14 +2,14 @@
 //!
 //! ```sql
 //! sessions      (uid INTEGER, datasource TEXT, client_id TEXT, expiry_s INTEGER, ended_at INTEGER,
-//!                cursor INTEGER)
+//!                cursor INTEGER, flights BLOB)
 //! subscriptions (uid INTEGER, filter TEXT, qos INTEGER, no_local INTEGER, retain_as_published INTEGER,
-//!                identifier INTEGER, from_offset INTEGER)
+//!                identifier INTEGER, from_offset INTEGER, replay TEXT)
 //! share_groups  (datasource TEXT, name TEXT, filter TEXT, cursor INTEGER)
 //! ```
 //!
 //! A `uid` is an unsigned number, stored as the signed number with the same bits. Times are microseconds
-//! since the Unix epoch. There are no constraints but the primary keys: a change that the database always
+//! since the Unix epoch. Flights are as [`StoredFlights`] encodes them; NULL if there are none. There are no constraints but the primary keys: a change that the database always
 //! refused would block all later ones.
 
 use std::collections::BTreeMap;
@@ -19,8 +19,8 @@ use std::time::Duration;
 use rusqlite::types::FromSqlError;
 use rusqlite::{CachedStatement, Connection, Row, TransactionBehavior, params};
 
-use super::pending::{PendingSessionChange, PendingSessionChanges, StoredGroupKey};
-use super::{StoredGroup, StoredSession, StoredSessions, StoredSubscription};
+use super::pending::{PendingSessionChange, PendingSessionChanges, SessionUpdate, StoredGroupKey};
+use super::{StoredFlights, StoredGroup, StoredSession, StoredSessions, StoredSubscription};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
 use crate::message::{DatasourceId, Offset};
 use crate::sqlite::{SqliteError, SqliteProfile, copy_database};
@@ -32,7 +32,8 @@ pub(crate) const SESSIONS_FILE_NAME: &str = "sessions.db";
 const LATE_OPEN_LOCK_WAIT_MAX: Duration = Duration::from_millis(50);
 
 pub(in crate::consume) const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &["
+    migrations: &[
+        "
         CREATE TABLE sessions (
             uid        INTEGER PRIMARY KEY,
             datasource TEXT NOT NULL,
@@ -58,7 +59,12 @@ pub(in crate::consume) const SESSIONS_DATABASE: SqliteProfile = SqliteProfile {
             cursor     INTEGER NOT NULL,
             PRIMARY KEY (datasource, name, filter)
         ) STRICT, WITHOUT ROWID;
-    "],
+    ",
+        "
+        ALTER TABLE sessions ADD COLUMN flights BLOB;
+        ALTER TABLE subscriptions ADD COLUMN replay TEXT;
+    ",
+    ],
     is_exclusive: true,
     is_checked: true,
     ..SqliteProfile::SHARED
@@ -104,10 +110,10 @@ impl SessionTable {
     /// The sessions, and the first uid that has subscriptions and no session.
     fn sessions(&self) -> rusqlite::Result<(Vec<StoredSession>, Option<i64>)> {
         let mut select = self.connection.prepare(
-            "SELECT uid, datasource, client_id, expiry_s, ended_at, cursor FROM sessions ORDER BY uid",
+            "SELECT uid, datasource, client_id, expiry_s, ended_at, cursor, flights FROM sessions ORDER BY uid",
         )?;
         let mut select_subscriptions = self.connection.prepare(
-            "SELECT uid, filter, qos, no_local, retain_as_published, identifier, from_offset
+            "SELECT uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay
              FROM subscriptions ORDER BY uid, filter",
         )?;
         let mut sessions = Vec::new();
@@ -124,6 +130,7 @@ impl SessionTable {
                 ended_at: row.get(4)?,
                 cursor: offset_from_sql(row.get(5)?),
                 subscriptions: Vec::new(),
+                flights: flights_of_row(row, 6)?,
             };
             // Both queries are ordered by uid.
             while let Some((_, belongs)) = subscription.take_if(|(of, _)| *of == uid) {
@@ -240,6 +247,7 @@ struct SessionStatements<'c> {
     unsubscribe: CachedStatement<'c>,
     remove: CachedStatement<'c>,
     move_cursor: CachedStatement<'c>,
+    set_flights: CachedStatement<'c>,
     end: CachedStatement<'c>,
 }
 
@@ -247,11 +255,19 @@ impl<'c> SessionStatements<'c> {
     fn prepare(connection: &'c Connection) -> rusqlite::Result<Self> {
         let prepare = |sql| connection.prepare_cached(sql);
         Ok(Self {
-            put: prepare("INSERT OR REPLACE INTO sessions VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?,
-            subscribe: prepare("INSERT OR REPLACE INTO subscriptions VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?,
+            put: prepare(
+                "INSERT OR REPLACE INTO sessions (uid, datasource, client_id, expiry_s, ended_at, cursor, flights)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            )?,
+            subscribe: prepare(
+                "INSERT OR REPLACE INTO subscriptions
+                     (uid, filter, qos, no_local, retain_as_published, identifier, from_offset, replay)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            )?,
             unsubscribe: prepare("DELETE FROM subscriptions WHERE uid = ?1")?,
             remove: prepare("DELETE FROM sessions WHERE uid = ?1")?,
             move_cursor: prepare("UPDATE sessions SET cursor = ?2 WHERE uid = ?1")?,
+            set_flights: prepare("UPDATE sessions SET flights = ?2 WHERE uid = ?1")?,
             end: prepare("UPDATE sessions SET ended_at = ?2, expiry_s = ?3 WHERE uid = ?1")?,
         })
     }
@@ -259,9 +275,12 @@ impl<'c> SessionStatements<'c> {
     fn write(&mut self, uid: i64, change: &PendingSessionChange) -> rusqlite::Result<()> {
         match change {
             PendingSessionChange::Put(session) => self.put(uid, session)?,
-            PendingSessionChange::Update { cursor, ended } => {
+            PendingSessionChange::Update(SessionUpdate { cursor, flights, ended }) => {
                 if let Some(cursor) = cursor {
                     self.move_cursor.execute([uid, sql_offset(*cursor)])?;
+                }
+                if let Some(flights) = flights {
+                    self.set_flights.execute(params![uid, flights.to_bytes()])?;
                 }
                 if let Some((ended_at, expiry_s)) = ended {
                     self.end.execute(params![uid, ended_at, expiry_s])?;
@@ -285,6 +304,7 @@ impl<'c> SessionStatements<'c> {
             session.expiry_s,
             session.ended_at,
             sql_offset(session.cursor),
+            session.flights.to_bytes(),
         ])?;
         self.unsubscribe.execute([uid])?;
         for subscription in &session.subscriptions {
@@ -296,6 +316,7 @@ impl<'c> SessionStatements<'c> {
                 subscription.retain_as_published,
                 subscription.identifier,
                 sql_offset(subscription.from),
+                subscription.replay,
             ])?;
         }
         Ok(())
@@ -307,6 +328,12 @@ fn datasource_of_row(row: &Row<'_>, column: usize) -> rusqlite::Result<Datasourc
     scope.map_err(|error| FromSqlError::other(error).into())
 }
 
+fn flights_of_row(row: &Row<'_>, column: usize) -> rusqlite::Result<StoredFlights> {
+    let Some(bytes) = row.get_ref(column)?.as_blob_or_null()? else { return Ok(StoredFlights::default()) };
+    let unreadable = || FromSqlError::other(std::io::Error::other("messages in flight that cannot be read"));
+    StoredFlights::from_bytes(bytes).ok_or_else(|| unreadable().into())
+}
+
 fn subscription_of_row(row: &Row<'_>) -> rusqlite::Result<(i64, StoredSubscription)> {
     let subscription = StoredSubscription {
         filter: row.get(1)?,
@@ -315,6 +342,7 @@ fn subscription_of_row(row: &Row<'_>) -> rusqlite::Result<(i64, StoredSubscripti
         retain_as_published: row.get(4)?,
         identifier: row.get(5)?,
         from: offset_from_sql(row.get(6)?),
+        replay: row.get(7)?,
     };
     Ok((row.get(0)?, subscription))
 }

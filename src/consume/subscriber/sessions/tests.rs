@@ -23,6 +23,7 @@ fn subscription(filter: &str) -> StoredSubscription {
         retain_as_published: false,
         identifier: None,
         from: 7,
+        replay: None,
     }
 }
 
@@ -35,7 +36,16 @@ fn session(uid: u64, filters: &[&str]) -> StoredSession {
         ended_at: None,
         cursor: 5,
         subscriptions: filters.iter().map(|filter| subscription(filter)).collect(),
+        flights: StoredFlights::default(),
     }
+}
+
+/// A message of each kind.
+fn flights(first: Offset) -> StoredFlights {
+    let origins = [FlightOrigin::Log, FlightOrigin::Retained, FlightOrigin::Shared];
+    let sent = origins.into_iter().zip([(u16::MAX, 1, first), (1, 2, first + 7), (3, 2, first + 8)]);
+    let sent = sent.map(|(origin, (packet_id, qos, offset))| StoredFlight { packet_id, offset, qos, origin });
+    StoredFlights { last_id: 4, sent: sent.collect(), released: vec![4, 2] }
 }
 
 fn group(name: &str, cursor: Offset) -> StoredGroup {
@@ -92,9 +102,11 @@ async fn everything_about_a_session_comes_back() {
                 retain_as_published: true,
                 identifier: Some(268_435_455),
                 from: 1 << 59,
+                replay: Some("from-offset 576460752303423488".to_owned()),
             },
             subscription("+/x"),
         ],
+        flights: flights(1 << 59),
     };
     let none = StoredSession { expiry_s: 0, ..session(0, &[]) };
     let of_all = StoredGroup { datasource: DatasourceId::all(), ..group("workers", 9) };
@@ -124,12 +136,15 @@ async fn what_was_acknowledged_survives_a_kill_at_any_moment() {
     let killed = as_killed(dir.path());
     assert_eq!((killed.sessions, killed.groups), (vec![session(1, &["c"])], vec![group("g", 1)]));
     let moved = vec![
+        SessionStoreChange::MoveFlights { uid: 1, cursor: 40, flights: flights(30) },
         SessionStoreChange::MoveCursor { uid: 1, cursor: 50 },
         SessionStoreChange::SetEnded { uid: 1, ended_at: Some(99), expiry_s: 7 },
         SessionStoreChange::PutGroup(group("g", 2)),
     ];
     written(&store, moved).await;
-    let expected = StoredSession { cursor: 50, ended_at: Some(99), expiry_s: 7, ..session(1, &["c"]) };
+    let expected = session(1, &["c"]);
+    let expected =
+        StoredSession { cursor: 50, ended_at: Some(99), expiry_s: 7, flights: flights(30), ..expected };
     let killed = as_killed(dir.path());
     assert_eq!((killed.sessions, killed.groups), (vec![expected], vec![group("g", 2)]));
     let StoredGroup { datasource, group, filter, .. } = group("g", 2);
@@ -261,9 +276,10 @@ async fn a_hundred_thousand_sessions_are_loaded_at_once() {
 #[test]
 fn a_database_that_makes_no_sense_is_set_aside_and_named() {
     for (change, named) in [
-        ("INSERT INTO sessions VALUES (1, 'Not a slug', 'c', 0, NULL, 0)", "datasource id"),
-        ("INSERT INTO sessions VALUES (1, '*', 'c', -1, NULL, 0)", "-1"),
-        ("INSERT INTO subscriptions VALUES (3, 'a', 1, 0, 0, NULL, 0)", "session 3"),
+        ("INSERT INTO sessions VALUES (1, 'Not a slug', 'c', 0, NULL, 0, NULL)", "datasource id"),
+        ("INSERT INTO sessions VALUES (1, '*', 'c', -1, NULL, 0, NULL)", "-1"),
+        ("INSERT INTO sessions VALUES (1, '*', 'c', 0, NULL, 0, x'0100')", "in flight"),
+        ("INSERT INTO subscriptions VALUES (3, 'a', 1, 0, 0, NULL, 0, NULL)", "session 3"),
     ] {
         let dir = directory();
         drop(SessionTable::open(dir.path()).expect("made"));
@@ -298,6 +314,11 @@ impl Model {
             SessionStoreChange::MoveCursor { uid, cursor } => {
                 self.sessions.entry(uid).and_modify(|session| session.cursor = cursor);
             }
+            SessionStoreChange::MoveFlights { uid, cursor, flights } => {
+                let moved =
+                    |session: &mut StoredSession| (session.cursor, session.flights) = (cursor, flights);
+                self.sessions.entry(uid).and_modify(moved);
+            }
             SessionStoreChange::SetEnded { uid, ended_at, expiry_s } => {
                 self.sessions
                     .entry(uid)
@@ -326,6 +347,10 @@ fn any_change() -> impl Strategy<Value = SessionStoreChange> {
             .prop_map(|(uid, filters)| SessionStoreChange::PutSession(session(uid, &filters))),
         uid.clone().prop_map(SessionStoreChange::RemoveSession),
         (uid.clone(), 10..100_u64).prop_map(|(uid, cursor)| SessionStoreChange::MoveCursor { uid, cursor }),
+        (uid.clone(), 10..100_u64, 0..50_u64).prop_map(|(uid, cursor, first)| {
+            let flights = if first < 25 { flights(first) } else { StoredFlights::default() };
+            SessionStoreChange::MoveFlights { uid, cursor, flights }
+        }),
         (uid, prop::option::of(any::<i64>()), any::<u32>())
             .prop_map(|(uid, ended_at, expiry_s)| SessionStoreChange::SetEnded { uid, ended_at, expiry_s }),
         (name.clone(), 0..100_u64)
@@ -431,4 +456,43 @@ proptest! {
             prop_assert_eq!(table.load().expect("read"), model.stored());
         }
     }
+}
+
+/// The tables of Headgate 0.1, which had nothing in flight: everything from the cursor on was sent again.
+#[tokio::test]
+async fn sessions_of_the_first_version_are_read_and_written() {
+    let dir = directory();
+    let connection = Connection::open(dir.path().join(SESSIONS_FILE_NAME)).expect("opens");
+    let made = connection.execute_batch(
+        "CREATE TABLE sessions (uid INTEGER PRIMARY KEY, datasource TEXT NOT NULL, client_id TEXT NOT NULL,
+             expiry_s INTEGER NOT NULL, ended_at INTEGER, cursor INTEGER NOT NULL) STRICT;
+         CREATE TABLE subscriptions (uid INTEGER NOT NULL, filter TEXT NOT NULL, qos INTEGER NOT NULL,
+             no_local INTEGER NOT NULL, retain_as_published INTEGER NOT NULL, identifier INTEGER,
+             from_offset INTEGER NOT NULL, PRIMARY KEY (uid, filter)) STRICT, WITHOUT ROWID;
+         CREATE TABLE share_groups (datasource TEXT NOT NULL, name TEXT NOT NULL, filter TEXT NOT NULL,
+             cursor INTEGER NOT NULL, PRIMARY KEY (datasource, name, filter)) STRICT, WITHOUT ROWID;
+         INSERT INTO sessions VALUES (1, 'press-4', 'client 1', 3600, NULL, 5);
+         INSERT INTO subscriptions VALUES (1, 'a', 1, 0, 0, NULL, 7);
+         INSERT INTO share_groups VALUES ('press-4', 'g', 'spindle/#', 8);
+         PRAGMA journal_mode = WAL; PRAGMA user_version = 1;",
+    );
+    made.expect("made");
+    drop(connection);
+    let (store, stored) = open(dir.path());
+    assert_eq!((stored.sessions, stored.groups), (vec![session(1, &["a"])], vec![group("g", 8)]));
+    written(&store, vec![SessionStoreChange::MoveFlights { uid: 1, cursor: 9, flights: flights(3) }]).await;
+    store.close().await;
+    let moved = StoredSession { cursor: 9, flights: flights(3), ..session(1, &["a"]) };
+    assert_eq!(open(dir.path()).1.sessions, [moved]);
+}
+
+#[test]
+fn a_log_that_ends_earlier_takes_back_what_was_in_flight_beyond_it() {
+    let mut stored = StoredSessions { sessions: vec![session(1, &["a"])], groups: Vec::new() };
+    stored.sessions[0].flights = flights(1);
+    assert_eq!(stored.set_back(20), [], "nothing is beyond the end");
+    let changes = stored.set_back(8);
+    let StoredFlights { sent, released, .. } = &stored.sessions[0].flights;
+    assert_eq!((sent.len(), released.len()), (1, 2));
+    assert_eq!(changes, [SessionStoreChange::PutSession(stored.sessions[0].clone())]);
 }

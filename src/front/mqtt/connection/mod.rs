@@ -17,8 +17,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::acks::{AckWaits, PendingAcks, ReadAcks, SessionStoreWait};
-use super::codec::MqttVersion;
+use super::codec::write::{self, AckKind};
+use super::codec::{MqttVersion, ReasonCode, Violation};
 use super::delivery::PublishWriter;
+use super::flights::FlightAck;
 use super::goodbye::{StopReason, say_goodbye};
 use super::handshake::{self, OpenedConnection};
 use super::inbound::{Inbound, InboundEnd};
@@ -35,14 +37,17 @@ use crate::auth::connections::KeyConnectionGuard;
 use crate::front::connection_table::TableEntry;
 use crate::intake::{AdmittedDraft, Draft, Refusal};
 use crate::memory::MemoryCharge;
+use crate::processor::TaskPayer;
 
-/// Serves one connection from its first byte to its last. The CONNECT has to arrive by `connect_by`.
+/// Serves one connection from its first byte to its last. The CONNECT has to arrive by `connect_by`. Its key's tenant
+/// pays for it from then on.
 pub(super) async fn run(
     front: &Arc<MqttFront>,
     mut stream: ClientStream,
     stranger: Box<TableEntry>,
     peer: SocketAddr,
     connect_by: Instant,
+    payer: &TaskPayer,
 ) {
     // Short phases are boxed, so that they take no room in an idle connection's task.
     let handshake = Box::pin(async {
@@ -54,6 +59,7 @@ pub(super) async fn run(
     match handshake {
         Err(answer) => Box::pin(say_goodbye(&mut stream, &answer)).await,
         Ok(opened) => {
+            payer.set(front.intake.processor().of_grant(&opened.inbound.grant));
             front.intake.metrics().mqtt_connections.increment(1);
             let (goodbye, will) = serve(front, &mut stream, peer, opened).await;
             front.intake.metrics().mqtt_connections.decrement(1);
@@ -190,7 +196,7 @@ impl<'a> MqttConnection<'a> {
         let may_subscribe = connection.inbound.grant.allows_scope(Scope::Subscribe).is_ok();
         if may_subscribe && (session.subscription_count() > 0 || !session.flights.is_empty()) {
             let outbound = connection.new_outbound(session);
-            connection.watch_cursor(&outbound);
+            connection.watch(&outbound);
             connection.sending = SessionSending::Subscribed(outbound);
         } else {
             connection.sending = SessionSending::Nothing(Box::new(session));
@@ -249,18 +255,15 @@ impl<'a> MqttConnection<'a> {
         ))
     }
 
-    /// Has a durable session's cursor written regularly.
-    fn watch_cursor(&self, outbound: &Outbound) {
-        if outbound.session.is_durable() {
-            self.present.watch_cursor(outbound.session.uid, outbound.mailbox().clone());
-        }
+    /// Makes known how far the session is, to be looked at and, of a durable one, to be written regularly.
+    fn watch(&self, outbound: &Outbound) {
+        self.present.watch(&outbound.session, outbound.mailbox());
     }
 
     /// Decodes bytes that were read, and hands their messages to intake.
     fn receive(&mut self, bytes: &[u8]) {
         let intake = &self.front.intake;
-        let batch =
-            self.inbound.receive(bytes, intake, self.pending_acks.unacknowledged(), &mut self.output.bytes);
+        let batch = self.inbound.receive(bytes, intake, self.pending_acks.unacknowledged());
         self.packets_read = batch.packets;
         if batch.packets > 0 {
             self.heard_at = Instant::now();
@@ -292,9 +295,7 @@ impl<'a> MqttConnection<'a> {
         if let Some(bytes) = needed {
             self.starve(Some(bytes));
         }
-        if let SessionSending::Subscribed(outbound) = &mut self.sending {
-            batch.acknowledged.into_iter().for_each(|packet_id| outbound.acknowledge(packet_id));
-        }
+        let acknowledged = self.acknowledge(&batch.acknowledged);
         if let Some(request) = batch.request {
             self.begin_request(request);
         }
@@ -302,7 +303,23 @@ impl<'a> MqttConnection<'a> {
             let intake = self.front.intake.clone();
             self.held = Some(Box::pin(async move { intake.wait_turn(limited).await }));
         }
-        self.ended = batch.end;
+        self.ended = acknowledged.err().map(InboundEnd::Violation).or(batch.end);
+    }
+
+    /// Takes in what the client says of messages that it was sent.
+    fn acknowledge(&mut self, acknowledged: &[(u16, FlightAck)]) -> Result<(), Violation> {
+        for &(packet_id, ack) in acknowledged {
+            let is_known = match &mut self.sending {
+                SessionSending::Subscribed(outbound) => outbound.acknowledge(packet_id, ack)?,
+                SessionSending::Nothing(_) => false,
+            };
+            if !is_known && ack == (FlightAck::Pubrec { is_refusal: false }) {
+                // It ends an exchange that the client began with another server (section 4.3.3).
+                let (form, reason) = (self.inbound.form, ReasonCode::PacketIdentifierNotFound);
+                write::message_ack(&mut self.output.bytes, form, AckKind::Pubrel, packet_id, reason, None);
+            }
+        }
+        Ok(())
     }
 
     /// Waits for room in the key's share of the memory: for `packet_bytes`, or for anything.

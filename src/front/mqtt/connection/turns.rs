@@ -15,13 +15,13 @@ use super::super::inbound::InboundEnd;
 use super::{MqttConnection, SessionSending};
 use crate::auth::connections::CloseReason;
 use crate::auth::{GrantDenial, Scope};
-use crate::limits::{MQTT_READ_BYTES, MQTT_READS_IN_FLIGHT_MAX, MQTT_UNSENT_BYTES_MAX};
+use crate::limits::{
+    MQTT_PACKETS_PER_TURN_MAX, MQTT_READ_BYTES, MQTT_READS_IN_FLIGHT_MAX, MQTT_UNSENT_BYTES_MAX,
+};
 
 /// The shortest and the longest time between two checks of the clock.
 const CLOCK_STEP_MIN: Duration = Duration::from_millis(10);
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(3600);
-/// A read with so many packets is the last before other connections have their turn.
-const PACKETS_PER_POLL: usize = 1_024;
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MQTT_READ_BYTES].into());
@@ -100,7 +100,7 @@ impl MqttConnection<'_> {
     /// Whether to take another turn at once. After a read of very many packets other connections come first.
     #[inline]
     fn goes_on(&self, cx: &Context<'_>) -> bool {
-        let is_long = self.packets_read >= PACKETS_PER_POLL;
+        let is_long = self.packets_read >= MQTT_PACKETS_PER_TURN_MAX;
         if is_long {
             cx.waker().wake_by_ref();
         }
@@ -177,7 +177,7 @@ impl MqttConnection<'_> {
         if let Poll::Ready((outbound, answer)) = served {
             self.requesting = None;
             self.output.bytes.extend_from_slice(&answer);
-            self.watch_cursor(&outbound);
+            self.watch(&outbound);
             self.sending = SessionSending::Subscribed(outbound);
         }
     }
@@ -195,6 +195,9 @@ impl MqttConnection<'_> {
     /// Writes the output, and messages for the session's subscriptions, as long as the client takes them.
     /// Ready when everything is written.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, StopReason> {
+        if let SessionSending::Subscribed(outbound) = &mut self.sending {
+            outbound.poll_asked(cx);
+        }
         loop {
             let is_stuffed = self.is_stuffed(cx);
             if (is_stuffed || self.ended.is_some())

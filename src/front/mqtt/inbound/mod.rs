@@ -11,14 +11,17 @@ use tokio::time::Instant;
 use self::publish::ReceivedTopicAliases;
 use super::acks::{ExchangeCloser, ReadAcks};
 use super::client_identity::ClientIdentity;
-use super::codec::write::{self, AckKind, PacketForm};
+use super::codec::write::{AckKind, PacketForm};
 use super::codec::{DisconnectPacket, MqttFrame, MqttPacket, ReasonCode, Violation};
 use super::exchanges::{ExchangeState, ExchangeTable};
+use super::flights::FlightAck;
 use super::session::MqttSession;
 use super::subscribe::{SubscribeRequest, SubscriptionRequest};
 use crate::auth::Grant;
 use crate::intake::{Draft, Exchange, Intake, Refusal};
-use crate::limits::{MQTT_PACKET_BYTES_PER_S_MIN, MQTT_PACKET_GRACE, MQTT_READ_BYTES};
+use crate::limits::{
+    MQTT_PACKET_BYTES_PER_S_MIN, MQTT_PACKET_GRACE, MQTT_PACKETS_PER_TURN_MAX, MQTT_READ_BYTES,
+};
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::observe::refusals::RefusalNote;
 use crate::quota::LimitExceeded;
@@ -54,8 +57,8 @@ pub(super) struct Inbound {
     pub(super) exchanges: ExchangeTable,
     /// The beginning of a packet whose rest has not arrived yet.
     partial: Vec<u8>,
-    /// `partial` may hold whole packets, because a request before them had to be served first or the first
-    /// of them is held back or waits.
+    /// `partial` may hold whole packets, because a request before them had to be served first, the first
+    /// of them is held back or waits, or there were very many in one read.
     paused: bool,
     /// The next packet is about an exchange that the log has not answered yet.
     waits_for_answers: bool,
@@ -84,8 +87,8 @@ pub(super) struct InboundBatch {
     pub(super) acks: ReadAcks,
     /// How many whole packets were in it; any is a sign of life.
     pub(super) packets: usize,
-    /// The packet identifiers of the client's PUBACKs.
-    pub(super) acknowledged: Vec<u16>,
+    /// What the client says of messages that it was sent, by packet identifier.
+    pub(super) acknowledged: Vec<(u16, FlightAck)>,
     /// A request to be served before anything more is taken in.
     pub(super) request: Option<SubscriptionRequest>,
     /// The next message is over this limit: nothing more is taken in until its turn comes.
@@ -251,16 +254,14 @@ impl Inbound {
         self.who.note(&self.grant, note)
     }
 
-    /// Decodes what was read. Answers that need not wait are written to `out`; `unacknowledged` earlier
-    /// messages still wait for theirs.
+    /// Decodes what was read. `unacknowledged` earlier messages still wait for their answers.
     pub(super) fn receive(
         &mut self,
         read_bytes: &[u8],
         intake: &Intake,
         unacknowledged: usize,
-        out: &mut Vec<u8>,
     ) -> InboundBatch {
-        let mut read = InboundRead { batch: InboundBatch::default(), intake, unacknowledged, out };
+        let mut read = InboundRead { batch: InboundBatch::default(), intake, unacknowledged };
         self.waits_for_answers = false;
         let mut bytes = read_bytes;
         let mut buffered;
@@ -289,7 +290,8 @@ impl Inbound {
             let consumed = self.handle_packets(bytes, &mut read);
             bytes = &bytes[consumed..];
         }
-        self.paused = read.batch.request.is_some() || read.batch.is_held();
+        let is_cut = read.is_full() && !bytes.is_empty();
+        self.paused = read.batch.request.is_some() || read.batch.is_held() || is_cut;
         self.waits_for_answers = read.batch.waits_for_answers;
         if read.batch.end.is_none() && !bytes.is_empty() {
             self.partial.extend_from_slice(bytes);
@@ -363,14 +365,12 @@ impl Inbound {
                     "AUTH without an authentication method",
                 )));
             }
-            MqttPacket::Puback(ack) => read.batch.acknowledged.push(ack.packet_id),
-            // The gateway sends nothing with QoS 2: this ends an exchange that the client began with
-            // another server (section 4.3.3).
+            MqttPacket::Puback(ack) => read.batch.acknowledged.push((ack.packet_id, FlightAck::Puback)),
             MqttPacket::Pubrec(ack) => {
-                let reason = ReasonCode::PacketIdentifierNotFound;
-                write::message_ack(read.out, self.form, AckKind::Pubrel, ack.packet_id, reason, None);
+                let is_refusal = ack.reason >= 0x80;
+                read.batch.acknowledged.push((ack.packet_id, FlightAck::Pubrec { is_refusal }));
             }
-            MqttPacket::Pubcomp(_) => {}
+            MqttPacket::Pubcomp(ack) => read.batch.acknowledged.push((ack.packet_id, FlightAck::Pubcomp)),
             MqttPacket::Pubrel(ack) => self.handle_pubrel(ack.packet_id, read),
         }
         Ok(())
@@ -405,13 +405,17 @@ struct InboundRead<'a> {
     batch: InboundBatch,
     intake: &'a Intake,
     unacknowledged: usize,
-    out: &'a mut Vec<u8>,
 }
 
 impl InboundRead<'_> {
     /// Whether the next packet may be taken in.
     fn may_go_on(&self) -> bool {
-        self.batch.end.is_none() && self.batch.request.is_none() && !self.batch.is_held()
+        self.batch.end.is_none() && self.batch.request.is_none() && !self.batch.is_held() && !self.is_full()
+    }
+
+    /// Whether other connections have their turn before more is taken in.
+    fn is_full(&self) -> bool {
+        self.batch.packets >= MQTT_PACKETS_PER_TURN_MAX
     }
 }
 
@@ -481,25 +485,47 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_charged_for_a_held_packet_is_not_for_the_one_behind_it() {
+    async fn a_read_of_very_many_packets_is_taken_in_in_turns_and_in_order() {
         let (_dir, intake, mut inbound) = hourly();
         let mut out = Vec::new();
+        // Each has another packet identifier.
+        let pubacks = |count: u16| (1..=count).flat_map(|id| [&[0x40, 2][..], &id.to_be_bytes()].concat());
+        let all = 3 * u16::try_from(MQTT_PACKETS_PER_TURN_MAX).expect("small") + 5;
+        let bytes: Vec<u8> = pubacks(all).collect();
+        let (read, rest) = bytes.split_at(bytes.len() - 3);
+        let mut acknowledged = Vec::new();
+        let mut batch = inbound.receive(read, &intake, 0, &mut out);
+        while inbound.is_paused() {
+            assert_eq!(batch.packets, MQTT_PACKETS_PER_TURN_MAX, "one turn");
+            acknowledged.extend(batch.acknowledged);
+            inbound.charge_held();
+            batch = inbound.receive(&[], &intake, 0, &mut out);
+        }
+        acknowledged.extend(batch.acknowledged);
+        acknowledged.extend(inbound.receive(rest, &intake, 0, &mut out).acknowledged);
+        assert!(acknowledged == (1..=all).collect::<Vec<_>>(), "{} came", acknowledged.len());
+        assert!(!inbound.holds_packet());
+    }
+
+    #[tokio::test]
+    async fn what_was_charged_for_a_held_packet_is_not_for_the_one_behind_it() {
+        let (_dir, intake, mut inbound) = hourly();
         let other = inbound.account.charge(SHARE_BYTES - PACKET_BYTES - 1_000).expect("free");
         let long = packet(PACKET_BYTES);
         let (begun, rest) = long.split_at(2_000);
         // The first uses up the rate, so the second, which was charged for as a whole, is held.
         let short = packet(16_500);
-        assert!(inbound.receive(&short, &intake, 0, &mut out).held.is_none());
-        assert!(inbound.receive(begun, &intake, 0, &mut out).held.is_none());
+        assert!(inbound.receive(&short, &intake, 0).held.is_none());
+        assert!(inbound.receive(begun, &intake, 0).held.is_none());
         assert_eq!(inbound.charge_held(), None);
         assert!(inbound.is_packet_charged(), "all of it");
         let behind = [rest, &long[..2_000]].concat();
-        assert!(inbound.receive(&behind, &intake, 0, &mut out).held.is_some());
+        assert!(inbound.receive(&behind, &intake, 0).held.is_some());
         assert_eq!(inbound.charge_held(), None, "it waits for its turn only");
         inbound.resume(true);
         let begun_at = Instant::now();
         let more = inbound.account.charge_held(10_000);
-        let batch = inbound.receive(&[], &intake, 0, &mut out);
+        let batch = inbound.receive(&[], &intake, 0);
         assert!(batch.held.is_none() && batch.end.is_none() && batch.draft.is_some());
         assert_eq!(inbound.charge_held(), Some(PACKET_BYTES), "there is no room for the next one");
         assert!(!inbound.is_packet_charged());

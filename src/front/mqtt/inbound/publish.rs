@@ -282,9 +282,7 @@ fn push_message(
         false => draft.push(grant, None, message),
     };
     let mut flags = if publish.retain { RecordFlags::RETAIN } else { RecordFlags::default() };
-    if publish.qos == 0 {
-        flags = flags.with(RecordFlags::AT_MOST_ONCE);
-    }
+    flags = flags.with(RecordFlags::of_mqtt_qos(publish.qos));
     let payload = publish.payload;
     if publish.properties.is_empty() {
         let message = IncomingMessage {

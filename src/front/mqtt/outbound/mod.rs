@@ -1,11 +1,14 @@
 //! The sending half of a connection: turns the records that match its session's subscriptions into
 //! PUBLISH packets, as fast as the client takes them.
 //!
-//! The order is: messages in flight from the last connection, then messages retained for a new
-//! subscription, then the log from the session's position on. A record is taken from the log only when
+//! The order is: messages in flight from the last connection, then the log from the session's position on.
+//! Messages retained for a new subscription come before what the log gets after it, and after what waited before it. A record is taken from the log only when
 //! there is room for it, so a slow client falls behind in the log and costs no memory.
 
 mod cover;
+mod held;
+#[cfg(test)]
+mod model;
 mod resend;
 mod retained;
 mod shared;
@@ -17,14 +20,21 @@ use std::task::{Context, Poll, ready};
 use tracing::warn;
 
 use self::cover::OutputCover;
+use self::held::HeldPackets;
 use self::resend::PendingResend;
 use self::retained::PendingRetained;
 use self::shared::GroupMemberships;
+use super::codec::ReasonCode;
+use super::codec::Violation;
+use super::codec::write::{self, AckKind};
 use super::delivery::{Delivery, PublishWriter};
-use super::flights::{FlightSource, MqttFlight};
+use super::flights::{FlightAck, FlightStep, MqttFlight};
 use super::session::{MqttSession, Subscription};
 use crate::consume::subscriber::retained::RetainedError;
-use crate::consume::subscriber::{FeedItem, MatchedRecords, ShareMember, SubscriberFeed, Subscribers};
+use crate::consume::subscriber::sessions::FlightOrigin;
+use crate::consume::subscriber::{
+    FeedItem, MatchedRecords, ShareMember, SubscriberFeed, SubscriberProgress, Subscribers,
+};
 use crate::filter::TopicFilter;
 use crate::limits::{
     DELIVERY_STEPS_MAX, MQTT_UNSENT_BYTES_MAX, STALLED_BYTES_MAX, STALLED_BYTES_PER_TENANT_MAX,
@@ -62,6 +72,12 @@ pub(super) struct Outbound {
     retained: VecDeque<PendingRetained>,
     /// The client takes nothing more at the moment, or has too much that it has not acknowledged.
     is_stalled: bool,
+    /// The client has taken or acknowledged something since the last report.
+    has_moved: bool,
+    /// The packet identifiers of the PUBRELs to send.
+    releases: Vec<u16>,
+    /// What waits for the store.
+    packets: HeldPackets,
     /// What is held meanwhile, of its tenant's share.
     held: ShareCharge,
     room: OutputCover,
@@ -73,7 +89,7 @@ impl Outbound {
         subscribers: Arc<Subscribers>,
         metrics: Arc<Metrics>,
         scope: DatasourceId,
-        session: MqttSession,
+        mut session: MqttSession,
         writer: PublishWriter,
         receive_maximum: u16,
     ) -> Self {
@@ -82,6 +98,8 @@ impl Outbound {
         let end = log.next_offset();
         let begin = if session.subscription_count() > 0 { session.position.min(end) } else { end };
         let mut feed = SubscriberFeed::new(router.clone(), log.clone(), shares, &datasource, begin);
+        // Until it reports: whoever asks before must not hear that it is at the log's beginning.
+        feed.mailbox().set_progress(begin, false);
         let mut groups = GroupMemberships::default();
         for (slot, subscription) in session.subscriptions.iter().enumerate() {
             let Some(subscription) = subscription else { continue };
@@ -98,9 +116,14 @@ impl Outbound {
                 }
             }
         }
+        session.subscriptions.iter_mut().flatten().for_each(|subscription| subscription.is_renewed = false);
         let resending = PendingResend::of_session(&session);
+        let releases = session.flights.all_released();
         Self {
             is_stalled: false,
+            has_moved: true,
+            releases,
+            packets: HeldPackets::default(),
             held: feed.mailbox().share().charge(),
             room: OutputCover::new(feed.mailbox().share()),
             subscribers,
@@ -120,7 +143,8 @@ impl Outbound {
 
     /// What is prepared for the client and not written yet, in bytes.
     pub(super) fn held_bytes(&self) -> usize {
-        self.retained.iter().map(PendingRetained::held_bytes).sum::<usize>() + self.writer.alias_bytes()
+        let retained: usize = self.retained.iter().map(PendingRetained::held_bytes).sum();
+        retained + self.writer.alias_bytes() + self.packets.bytes()
     }
 
     /// The mailbox, through which the session reports its cursor.
@@ -140,6 +164,8 @@ impl Outbound {
     ) {
         let at = u32::try_from(slot).expect("subscriptions are bounded");
         let known = self.session.subscriptions[slot].is_some();
+        let end = self.subscribers.log.next_offset();
+        let behind = (!self.has_reached(end)).then_some(end);
         match (known, from) {
             // Only the options change: the subscription keeps its start in the log.
             (true, None) => subscription.from = self.feed.filter_start(at).unwrap_or_default(),
@@ -148,19 +174,18 @@ impl Outbound {
                 // The feed goes back to `from`, and will match these records again for all subscriptions.
                 self.rewind_unwritten();
                 subscription.from = self.feed.set_filter(at, filter.as_str(), from);
-                let lowest = self.session.flights.lowest_log_offset().unwrap_or(Offset::MAX);
                 for (slot, other) in self.session.subscriptions.iter_mut().enumerate() {
                     let from = u32::try_from(slot).ok().and_then(|slot| self.feed.filter_start(slot));
                     if let (Some(other), Some(from)) = (other, from) {
-                        other.from = from.min(lowest);
+                        other.from = from;
                     }
                 }
             }
         }
         if retained {
-            let below = if known { self.subscribers.log.next_offset() } else { subscription.from };
+            let below = if known { end } else { subscription.from };
             self.retained.retain(|job| job.slot != at);
-            self.retained.push_back(PendingRetained::new(at, filter, below));
+            self.retained.push_back(PendingRetained::new(at, filter, below, behind));
         }
         self.session.subscriptions[slot] = Some(subscription);
         self.session.position = self.position();
@@ -191,14 +216,34 @@ impl Outbound {
         self.groups.remove(at);
     }
 
-    /// Handles a PUBACK. An unknown packet identifier is ignored.
-    pub(super) fn acknowledge(&mut self, packet_id: u16) {
-        if let Some(MqttFlight { offset, source: FlightSource::Group(slot), .. }) =
-            self.session.flights.acknowledge(packet_id)
-        {
-            self.groups.acknowledge(slot, offset);
+    /// Handles an acknowledgement. Returns whether a message with this identifier is in flight.
+    ///
+    /// # Errors
+    /// A message of that QoS cannot have it, or not yet.
+    pub(super) fn acknowledge(&mut self, packet_id: u16, ack: FlightAck) -> Result<bool, Violation> {
+        match self.session.flights.acknowledge(packet_id, ack)? {
+            FlightStep::Unknown => return Ok(false),
+            FlightStep::Ended(MqttFlight { offset, origin: FlightOrigin::Group(slot), .. }) => {
+                self.groups.acknowledge(slot, offset);
+            }
+            FlightStep::Release(first) => {
+                // Said again, it is answered again, but once.
+                if first.is_some() || !self.releases.contains(&packet_id) {
+                    self.releases.push(packet_id);
+                }
+            }
+            FlightStep::Ended(_) | FlightStep::Completed => {}
         }
+        self.has_moved = true;
         self.session.charge_flights();
+        Ok(true)
+    }
+
+    /// Writes what is in flight to the store, if the keeper of the sessions asks for it.
+    pub(super) fn poll_asked(&mut self, cx: &Context<'_>) {
+        if self.feed.mailbox().poll_asked(cx) {
+            drop(self.save_progress());
+        }
     }
 
     /// Writes packets to `out` until [`MQTT_UNSENT_BYTES_MAX`] bytes are unsent; `unsent` bytes already
@@ -210,25 +255,59 @@ impl Outbound {
         out: &mut Vec<u8>,
         cx: &mut Context<'_>,
     ) -> Poll<OutboundError> {
+        let held = self.packets.bytes();
         let room_until = out.len() + MQTT_UNSENT_BYTES_MAX.saturating_sub(unsent);
         self.is_stalled = false;
-        self.room.begin(out.len(), unsent);
+        self.room.begin(out.len() + held, unsent + held);
+        if self.poll_held(out, cx).is_pending() {
+            self.groups.pass_turns();
+            return Poll::Pending;
+        }
+        let begin = out.len();
+        self.write_releases(out);
         let filled = self.poll_all(room_until, out, cx);
+        self.has_moved |= out.len() > begin;
+        self.hold_packets(out);
         if filled.is_pending() {
             if self.is_stalled {
                 self.pause();
             }
             self.report_progress();
+            // Mostly it only has the store wake this task.
+            if self.packets.bytes() > 0 && self.poll_held(out, cx).is_ready() {
+                cx.waker().wake_by_ref();
+            }
         }
         filled
+    }
+
+    /// Writes the PUBRELs that are due.
+    fn write_releases(&mut self, out: &mut Vec<u8>) {
+        if self.releases.is_empty() {
+            return;
+        }
+        self.packets.begin(out);
+        for packet_id in std::mem::take(&mut self.releases) {
+            if self.session.flights.is_released(packet_id) {
+                write::message_ack(
+                    out,
+                    self.writer.form,
+                    AckKind::Pubrel,
+                    packet_id,
+                    ReasonCode::Success,
+                    None,
+                );
+            }
+        }
     }
 
     /// Lets others have everything that this one holds in common with them: it is not asked for messages for a while.
     /// `unsent` bytes of its output are not sent.
     pub(super) fn suspend(&mut self, unsent: usize) {
-        self.room.suspend(unsent);
+        self.room.suspend(unsent + self.packets.bytes());
         self.groups.pass_turns();
         self.pause();
+        self.report_progress();
     }
 
     /// Lets others have the turns of this one, which sends nothing for a while. What it holds is counted, and
@@ -263,7 +342,8 @@ impl Outbound {
                 self.is_stalled = true;
                 return Poll::Pending;
             }
-            let retained = match self.resending.is_none() && !self.retained.is_empty() {
+            let is_due = self.is_retained_due();
+            let retained = match is_due {
                 true => self.poll_retained(room_until, out, cx).map(Some),
                 false => Poll::Ready(None),
             };
@@ -281,6 +361,9 @@ impl Outbound {
                 ready!(self.poll_matched(room_until, out, cx))
             } else if let Poll::Ready(polled) = self.poll_feed(cx) {
                 polled
+            } else if !is_due && self.is_retained_due() {
+                // The feed has just reached the place behind which they come.
+                Ok(())
             } else {
                 ready!(self.poll_shared(room_until, out, cx)).map_err(OutboundError::from)
             };
@@ -288,6 +371,21 @@ impl Outbound {
                 return Poll::Ready(error);
             }
         }
+    }
+
+    /// Whether everything below `end` is sent, but for records that the router has still.
+    fn has_reached(&self, end: Offset) -> bool {
+        self.resending.is_none() && self.matched.is_none() && self.feed.has_reached(end)
+    }
+
+    /// Whether it is the turn of retained messages.
+    fn is_retained_due(&mut self) -> bool {
+        let Some(behind) = self.retained.front().map(|pending| pending.behind) else { return false };
+        let is_due = self.resending.is_none() && behind.is_none_or(|end| self.has_reached(end));
+        if is_due && behind.is_some() {
+            self.retained[0].begin();
+        }
+        is_due
     }
 
     /// Takes the next matched records from the log.
@@ -353,8 +451,13 @@ impl Outbound {
                 {
                     return true;
                 }
-                let Self { writer, session: MqttSession { flights, .. }, .. } = self;
-                writer.write(&record, &mut delivery, out, || flights.push(record.offset, FlightSource::Log));
+                let Self { writer, session: MqttSession { flights, .. }, packets, .. } = self;
+                let qos = delivery.qos;
+                if qos == 2 {
+                    packets.begin(out);
+                }
+                let packet_id = || flights.push(record.offset, FlightOrigin::Log, qos);
+                writer.write(&record, &mut delivery, out, packet_id);
             }
             matched.advance();
         }
@@ -378,12 +481,17 @@ impl Outbound {
         next.unwrap_or_else(|| self.feed.position())
     }
 
-    /// Reports the session's progress, to be written and to outlive the connection.
-    fn report_progress(&self) {
-        let position = self.position();
-        let cursor = self.session.flights.lowest_log_offset().map_or(position, |lowest| lowest.min(position));
-        let all = self.matched.is_none() && self.session.flights.is_empty();
-        self.feed.mailbox().set_progress(cursor, all);
+    /// Reports the session's progress, to be written and to be looked at.
+    fn report_progress(&mut self) {
+        let in_flight = self.session.flights.len();
+        self.feed.mailbox().report(SubscriberProgress {
+            cursor: self.position(),
+            all: self.matched.is_none(),
+            in_flight,
+            has_changed: self.session.flights.take_changed(),
+            waits: in_flight > 0 || self.is_stalled,
+            has_moved: std::mem::take(&mut self.has_moved),
+        });
     }
 
     /// Returns records that were taken from the feed but not written.
@@ -394,7 +502,8 @@ impl Outbound {
     }
 
     /// Gives the session back, for the next connection.
-    pub(super) fn into_session(self) -> MqttSession {
+    pub(super) fn into_session(mut self) -> MqttSession {
+        self.drop_held();
         let routed = self.subscribers.router.routed_offset();
         let position = self.position();
         // A live session with nothing to send has reached the router's position.

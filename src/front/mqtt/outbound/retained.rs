@@ -5,13 +5,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 use tracing::debug;
 
 use super::super::delivery::Delivery;
-use super::super::flights::FlightSource;
 use super::{Outbound, OutboundError};
 use crate::consume::subscriber::retained::{RetainedError, RetainedPage, RetainedPageStart, RetainedStore};
+use crate::consume::subscriber::sessions::FlightOrigin;
 use crate::filter::TopicFilter;
 use crate::limits::RETAINED_PAGE_BYTES;
 use crate::message::{DatasourceId, Offset};
@@ -30,6 +30,8 @@ pub(super) struct PendingRetained {
     filter: TopicFilter,
     /// Newer messages come from the log.
     below: Offset,
+    /// They come behind everything below this offset, which waited before the subscription.
+    pub(super) behind: Option<Offset>,
     after: Option<RetainedPageStart>,
     asking: Option<RetainedPageRead>,
     /// Until then other messages wait for the page.
@@ -41,10 +43,17 @@ pub(super) struct PendingRetained {
 }
 
 impl PendingRetained {
-    /// The messages that match `filter` and are older than `below`.
-    pub(super) fn new(slot: u32, filter: TopicFilter, below: Offset) -> Self {
+    /// The messages that match `filter` and are older than `below`; `behind` those of the log that end there.
+    pub(super) fn new(slot: u32, filter: TopicFilter, below: Offset, behind: Option<Offset>) -> Self {
         let patience = Box::pin(tokio::time::sleep(RETAINED_PATIENCE));
-        Self { slot, filter, below, after: None, asking: None, patience, has_failed: false, page: None }
+        let (after, asking, has_failed, page) = (None, None, false, None);
+        Self { slot, filter, below, behind, after, asking, patience, has_failed, page }
+    }
+
+    /// It is their turn now.
+    pub(super) fn begin(&mut self) {
+        self.behind = None;
+        self.patience.as_mut().reset(Instant::now() + RETAINED_PATIENCE);
     }
 
     /// How many bytes its page holds.
@@ -128,8 +137,11 @@ impl Outbound {
                     self.is_stalled |= waits;
                     return if waits { Poll::Pending } else { Poll::Ready(Ok(())) };
                 }
-                let flights = &mut self.session.flights;
-                let packet_id = || flights.push(record.offset, FlightSource::Retained);
+                let (flights, qos) = (&mut self.session.flights, delivery.qos);
+                if qos == 2 {
+                    self.packets.begin(out);
+                }
+                let packet_id = || flights.push(record.offset, FlightOrigin::Retained, qos);
                 self.writer.write(&record, &mut delivery, out, packet_id);
             }
             *written += 1;

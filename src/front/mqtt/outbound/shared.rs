@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use std::task::{Context, Poll, ready};
 
 use super::super::delivery::Delivery;
-use super::super::flights::FlightSource;
 use super::Outbound;
+use crate::consume::subscriber::sessions::FlightOrigin;
 use crate::consume::subscriber::{ShareDelivery, ShareMember};
 use crate::limits::REFETCH_RECORDS;
 use crate::log::{Batch, LogReadError, RecordPlace};
@@ -111,9 +111,18 @@ impl Outbound {
             let subscription = self.session.subscriptions.get(slot as usize).and_then(Option::as_ref);
             let in_flight = Delivery::for_subscriptions(subscription.into_iter(), &record, 0).is_some_and(
                 |mut delivery| {
-                    let flights = &mut self.session.flights;
-                    let packet_id = || flights.push(record.offset, FlightSource::Group(slot));
-                    self.writer.write(&record, &mut delivery, out, packet_id) && delivery.qos > 0
+                    let (flights, qos) = (&mut self.session.flights, delivery.qos);
+                    // A QoS 2 message is completed to this session, and given to no other (section 4.8.2).
+                    let origin = if qos == 2 { FlightOrigin::Shared } else { FlightOrigin::Group(slot) };
+                    if qos == 2 {
+                        self.packets.begin(out);
+                    }
+                    let packet_id = || flights.push(record.offset, origin, qos);
+                    let is_written = self.writer.write(&record, &mut delivery, out, packet_id);
+                    if is_written && qos == 2 {
+                        self.packets.take_for_good(slot, record.offset);
+                    }
+                    is_written && qos > 0
                 },
             );
             if !in_flight {

@@ -307,7 +307,7 @@ impl Sessions {
         let held = ClusterClientState { claim: Some(claim.at.clone()), ..ClusterClientState::default() };
         let away = entry.away.take();
         let shared = Some(Box::new(held));
-        entry.connected = Some(ConnectedClient { control: control.clone(), left, shared });
+        entry.connected = Some(ConnectedClient { control: control.clone(), left, mailbox: None, shared });
         ReleaseStep::Left(away, control)
     }
 

@@ -43,9 +43,16 @@ impl ClientGuard {
             })
     }
 
-    /// Has the cursor that `mailbox` reports written every second.
-    pub(in super::super) fn watch_cursor(&self, uid: u64, mailbox: Arc<Mailbox>) {
-        self.sessions.lock_clients().watched.insert(uid, (mailbox, 0));
+    /// Makes known where the session reports how far it is; of a durable one that is written every second.
+    pub(in super::super) fn watch(&self, session: &MqttSession, mailbox: &Arc<Mailbox>) {
+        let mut clients = self.sessions.lock_clients();
+        if session.is_durable() {
+            clients.watched.insert(session.uid, (mailbox.clone(), 0));
+        }
+        if let Some(connected) = clients.entries.get_mut(&self.key).and_then(|entry| entry.connected.as_mut())
+        {
+            connected.mailbox = Some(mailbox.clone());
+        }
     }
 
     /// Tells the session's groups that it now outlives its connection for longer.
@@ -84,7 +91,7 @@ impl ClientGuard {
             return will.filter(|will| will.delay_s == 0);
         }
         let changes = vec![
-            SessionStoreChange::MoveCursor { uid, cursor: session.cursor() },
+            session.moved(),
             SessionStoreChange::SetEnded { uid, ended_at: Some(now_micros()), expiry_s },
         ];
         drop(self.sessions.subscribers.store.write(changes));

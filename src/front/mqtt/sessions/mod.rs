@@ -34,9 +34,13 @@ use crate::shares::ShareExceeded;
 pub(super) mod claims;
 mod client_guard;
 mod due;
+pub(super) mod standing;
 
 /// How often due wills and expiries are handled, and cursors are written.
 const SESSIONS_TICK: Duration = Duration::from_secs(1);
+
+/// How often connected subscribers are looked at whether they stand still.
+const STILL_LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A client: the scope of its key, and its identifier.
 type ClientKey = (DatasourceId, Arc<str>);
@@ -50,6 +54,8 @@ pub(super) struct Sessions {
     wills: TaskTracker,
     /// `Some` if the clients are shared with other nodes.
     claims: Option<ClientClaims>,
+    /// How long a subscriber may neither take nor acknowledge anything before it is said to stand still.
+    still_after: Duration,
 }
 
 #[derive(Default)]
@@ -74,6 +80,8 @@ struct ConnectedClient {
     control: Arc<ConnectionControl>,
     /// Notified when the connection has left.
     left: Arc<Notify>,
+    /// Where a subscriber reports how far it is.
+    mailbox: Option<Arc<Mailbox>>,
     /// `Some` in a cluster.
     shared: Option<Box<ClusterClientState>>,
 }
@@ -125,9 +133,10 @@ impl Sessions {
         intake: Intake,
         stored: StoredSessions,
         claims: Option<ClientClaims>,
+        still_after: Duration,
     ) -> Self {
         let wills = TaskTracker::new();
-        let sessions = Self { clients: Mutex::default(), subscribers, intake, wills, claims };
+        let sessions = Self { clients: Mutex::default(), subscribers, intake, wills, claims, still_after };
         let groups: HashMap<ShareGroupKey, Offset> = stored
             .groups
             .into_iter()
@@ -183,7 +192,12 @@ impl Sessions {
     }
 
     async fn run_ticks(&self, drain: &CancellationToken) {
+        let mut look_at = Instant::now();
         while tokio::time::timeout(SESSIONS_TICK, drain.cancelled()).await.is_err() {
+            if look_at <= Instant::now() {
+                self.look_for_still();
+                look_at = Instant::now() + STILL_LOOK_INTERVAL;
+            }
             self.run_due(Instant::now());
             self.end_with_datasources();
             let changes = self.cursor_changes();
@@ -237,7 +251,7 @@ impl Sessions {
                         });
                         let at = shared.as_ref().and_then(|held| held.claim.clone());
                         let (control, left) = (control.clone(), Arc::default());
-                        entry.connected = Some(ConnectedClient { control, left, shared });
+                        entry.connected = Some(ConnectedClient { control, left, mailbox: None, shared });
                         break (away, at);
                     }
                 }
@@ -425,7 +439,7 @@ impl Sessions {
         let mut clients = self.lock_clients();
         let SessionClients { watched, written_groups, .. } = &mut *clients;
         let moved = watched.iter_mut().filter_map(|(uid, (mailbox, written))| {
-            let cursor = mailbox.cursor(routed);
+            let cursor = mailbox.cursor_to_write(routed)?;
             let before = std::mem::replace(written, cursor);
             (before != cursor).then_some(SessionStoreChange::MoveCursor { uid: *uid, cursor })
         });

@@ -4,7 +4,7 @@
 //! | key | value ([`row`](super::row)) |
 //! |---|---|
 //! | `session.{client}` | the node that has the session, and the session unless it has ended |
-//! | `cursors.{node}.{page}` | cursors of a node's sessions that have moved since their cells were written |
+//! | `cursors.{node}.{page}` | cursors and flights of a node's sessions that have moved since their cells were written |
 //! | `group.{group}.{session}` | a mark: a session that outlives its connection is in this group |
 //!
 //! `{client}` is a hash of datasource and client identifier. One node at a time writes a session's cell, each
@@ -15,8 +15,8 @@
 //! its cells for such a change, a few at a time.
 //!
 //! Cursors move all the time, so they are not in the cells: those of a node are gathered in a few pages,
-//! written every second. A cursor names the revision of its session's cell, and is void once the cell has
-//! another.
+//! written every second, with what is in flight. A cursor names the revision of its session's cell, and is void once
+//! the cell has another. What a page has no room for goes into the cells.
 //!
 //! | event | effect |
 //! |---|---|
@@ -29,7 +29,7 @@ use std::time::Duration;
 use headgate_bridge_nats::kv::KvRow;
 use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats};
 
-use super::row::{CursorMove, SessionRow, decode};
+use super::row::{CursorMove, SessionRow, decode_moves, decode_session};
 use super::{SessionStoreError, StoredSession};
 use crate::message::{DatasourceId, TimeMicros};
 
@@ -45,6 +45,8 @@ const SESSIONS_BUCKET_NAME: &str = "headgate-sessions";
 const CELL_SPARE: Duration = Duration::from_secs(2 * 24 * 3_600);
 /// How many pages hold a node's cursors. This bounds the writes a second.
 const CURSOR_PAGES: usize = 64;
+/// What the entries of a page may take: it is one NATS message, which holds 1 MiB by default.
+const CURSOR_PAGE_BYTES_MAX: usize = 512 << 10;
 /// A client, as the bucket knows it.
 type ClientHash = [u8; 16];
 
@@ -114,7 +116,7 @@ impl SessionLookup {
         let (datasource, client_id) = (datasource.clone(), client_id.to_owned());
         let mut nothing = FoundSession { datasource, client_id, revision, moves: 0, session: None };
         let Some(value) = value else { return Ok(nothing) };
-        let Some(SessionRow { owner, moves, session }) = decode::<SessionRow<'_>>(&value) else {
+        let Some(SessionRow { owner, moves, session }) = decode_session(&value) else {
             let words = "a session in the bucket is not as this Headgate writes it: use a newer one";
             return Err(SessionStoreError::Bucket(words.into()));
         };
@@ -127,9 +129,11 @@ impl SessionLookup {
         if session.ended_at.is_none() {
             // Its node ended without writing the cell, so the newest cursor is in the node's page.
             let page = self.0.get(&page_key(&owner, page_of_uid(session.uid))).await?;
-            let moved: Vec<CursorMove> = page.value.and_then(|value| decode(&value)).unwrap_or_default();
-            let same = |moved: &&CursorMove| moved.uid == session.uid && moved.revision == revision;
-            session.cursor = moved.iter().find(same).map_or(session.cursor, |moved| moved.cursor);
+            let moved = page.value.as_deref().and_then(decode_moves).unwrap_or_default();
+            let same = |moved: &CursorMove<'_>| moved.uid == session.uid && moved.revision == revision;
+            if let Some(moved) = moved.into_iter().find(same) {
+                (session.cursor, session.flights) = (moved.cursor, moved.flights.into_owned());
+            }
         }
         Ok(FoundSession { session: Some(session), ..nothing })
     }

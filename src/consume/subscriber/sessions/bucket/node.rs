@@ -17,10 +17,11 @@ use tracing::debug;
 
 use super::super::pending::{PendingSessionChange, PendingSessionChanges};
 use super::super::place::SessionBackend;
-use super::super::row::{CursorMove, SessionRow, decode, encode};
+use super::super::row::{CursorMove, SessionRow, decode_session, encode};
 use super::super::{SessionStoreError, StoredSession};
 use super::{
-    CURSOR_PAGES, ClientHash, FoundSession, LostSession, client_hash, page_key, page_of_uid, session_key,
+    CURSOR_PAGE_BYTES_MAX, CURSOR_PAGES, ClientHash, FoundSession, LostSession, client_hash, page_key,
+    page_of_uid, session_key,
 };
 
 /// How many cells are read or written at once.
@@ -117,17 +118,14 @@ impl NodeSessions {
         for (uid, change) in &pending.sessions {
             match change {
                 PendingSessionChange::Put(session) => self.put_session(session),
-                PendingSessionChange::Update { cursor, ended } => {
+                PendingSessionChange::Update(update) => {
                     let Some(client) = self.clients.get(uid) else { continue };
                     let mine = self.mine.get_mut(client).and_then(|mine| mine.session.as_mut());
                     let Some(session) = mine else { continue };
-                    if let Some(cursor) = *cursor {
-                        session.cursor = cursor;
-                    }
-                    if let Some((ended_at, expiry_s)) = *ended {
-                        (session.ended_at, session.expiry_s) = (ended_at, expiry_s);
+                    update.apply(session);
+                    if update.ended.is_some() {
                         self.changed.insert(*client);
-                    } else if cursor.is_some() {
+                    } else if update.cursor.is_some() {
                         let page = &mut self.pages[page_of_uid(*uid)];
                         page.moved.insert(*uid);
                         page.changed = true;
@@ -188,6 +186,7 @@ impl NodeSessions {
     }
 
     async fn flush(&mut self) -> Result<(), KvError> {
+        self.relieve_pages();
         for _ in 0..FLUSH_ROUNDS_MAX {
             let not_ours = self.write_cells().await?;
             if not_ours.is_empty() {
@@ -196,6 +195,21 @@ impl NodeSessions {
             self.check_changed_cells(not_ours).await?;
         }
         Err(KvError::Conflict)
+    }
+
+    /// Has the sessions that a page has no room for written in their cells.
+    fn relieve_pages(&mut self) {
+        const ENTRY_BYTES: usize = 40;
+        for page in self.pages.iter().filter(|page| page.changed) {
+            let mut bytes = page.moved.len() * ENTRY_BYTES;
+            for client in page.moved.iter().filter_map(|uid| self.clients.get(uid)) {
+                let session = self.mine.get(client).and_then(|mine| mine.session.as_ref());
+                bytes += session.map_or(0, |session| session.flights.encoded_bytes());
+                if bytes > CURSOR_PAGE_BYTES_MAX {
+                    self.changed.insert(*client);
+                }
+            }
+        }
     }
 
     /// Writes the changed cells. Returns the clients whose cells another node has changed.
@@ -246,7 +260,7 @@ impl NodeSessions {
         for (client, cell) in read {
             let KvRow { revision, value, .. } = cell?;
             let Some(mine) = self.mine.get_mut(&client) else { continue };
-            let still_ours = match value.as_deref().map(decode::<SessionRow<'_>>) {
+            let still_ours = match value.as_deref().map(decode_session) {
                 Some(Some(row)) => match row.moves.cmp(&mine.moves) {
                     CmpOrdering::Less => true,
                     CmpOrdering::Equal => row.owner == self.node.as_str(),
@@ -273,7 +287,9 @@ impl NodeSessions {
         let writes = changed.map(|(at, page)| {
             let moved = page.moved.iter().filter_map(|uid| {
                 let OwnedClient { revision, session, .. } = mine.get(clients.get(uid)?)?;
-                Some(CursorMove { uid: *uid, revision: *revision, cursor: session.as_ref()?.cursor })
+                let StoredSession { cursor, flights, .. } = session.as_ref()?;
+                let flights = Cow::Borrowed(flights);
+                Some(CursorMove { uid: *uid, revision: *revision, cursor: *cursor, flights })
             });
             let value: Bytes = encode(&moved.collect::<Vec<_>>());
             let (cells, key) = (&*cells, page_key(node, at));

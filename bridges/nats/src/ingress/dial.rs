@@ -1,0 +1,199 @@
+//! Connects the ingress to a server: TCP, TLS where the server or its address asks for it, CONNECT, and the
+//! subscription.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_nats::ServerAddr;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::BytesMut;
+use nkeys::KeyPair;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::crypto::ring::default_provider;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use super::IngressSettings;
+use super::wire::{ServerOperation, take_operation};
+use crate::connection::{NatsCredentials, NatsSettings};
+
+/// A connection to a server.
+pub(super) trait LinkStream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> LinkStream for T {}
+
+/// The number of the ingress's only subscription on its connection.
+pub(super) const SUBSCRIPTION_ID: u64 = 1;
+
+/// What a server says about itself.
+#[derive(Deserialize)]
+struct ServerInfo {
+    #[serde(default)]
+    tls_required: bool,
+    #[serde(default)]
+    nonce: Option<String>,
+    /// Other servers of its cluster, as `HOST:PORT`.
+    #[serde(default)]
+    connect_urls: Vec<String>,
+}
+
+/// A connection that is subscribed.
+pub(super) struct DialedLink {
+    pub(super) stream: Box<dyn LinkStream>,
+    /// What was read already and is not taken yet.
+    pub(super) read: BytesMut,
+    /// Other servers of its cluster.
+    pub(super) others: Vec<ServerAddr>,
+    /// How many PONGs are still to come.
+    pub(super) pings_sent: u64,
+}
+
+/// Connects to `server`, and subscribes.
+///
+/// # Errors
+/// The server is away, or refuses the gateway.
+pub(super) async fn dial(
+    server: &ServerAddr,
+    connection: &NatsSettings,
+    settings: &IngressSettings,
+) -> io::Result<DialedLink> {
+    let tcp = TcpStream::connect((server.host(), server.port())).await?;
+    tcp.set_nodelay(true)?;
+    let mut stream: Box<dyn LinkStream> = Box::new(tcp);
+    let mut read = BytesMut::new();
+    let ServerOperation::Info(info) = next_operation(&mut stream, &mut read).await? else {
+        return Err(io::Error::other("the server does not begin with INFO"));
+    };
+    let info: ServerInfo = serde_json::from_slice(&info).map_err(io::Error::other)?;
+    let tls = info.tls_required || server.tls_required();
+    if tls {
+        let name = ServerName::try_from(server.host().to_owned()).map_err(io::Error::other)?;
+        let config = client_config(connection.ca.as_deref())?;
+        stream = Box::new(TlsConnector::from(config).connect(name, stream).await?);
+        read.clear();
+    }
+    let connect = connect_options(server, connection, info.nonce.as_deref(), tls)?;
+    let IngressSettings { subject, queue, .. } = settings;
+    let hello = format!("CONNECT {connect}\r\nSUB {subject} {queue} {SUBSCRIPTION_ID}\r\nPING\r\n");
+    stream.write_all(hello.as_bytes()).await?;
+    stream.flush().await?;
+    let pings_sent = loop {
+        // Messages may come before the answer: they are left where they are.
+        if read.starts_with(b"MSG") || read.starts_with(b"HMSG") {
+            break 1;
+        }
+        match next_operation(&mut stream, &mut read).await? {
+            ServerOperation::Pong => break 0,
+            ServerOperation::Complaint(words) => return Err(io::Error::other(words)),
+            _ => {}
+        }
+    };
+    let others = info.connect_urls.iter().filter_map(|url| url.parse().ok()).collect();
+    Ok(DialedLink { stream, read, others, pings_sent })
+}
+
+/// Reads until there is an operation.
+async fn next_operation(
+    stream: &mut Box<dyn LinkStream>,
+    read: &mut BytesMut,
+) -> io::Result<ServerOperation> {
+    loop {
+        if let Some(operation) = take_operation(read).map_err(io::Error::other)? {
+            return Ok(operation);
+        }
+        if stream.read_buf(read).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
+
+/// The argument of CONNECT.
+fn connect_options(
+    server: &ServerAddr,
+    connection: &NatsSettings,
+    nonce: Option<&str>,
+    tls: bool,
+) -> io::Result<serde_json::Value> {
+    let mut options = json!({
+        "verbose": false,
+        "pedantic": false,
+        "tls_required": tls,
+        "name": connection.name,
+        "lang": "rust-headgate",
+        "version": env!("CARGO_PKG_VERSION"),
+        "protocol": 1,
+        "headers": true,
+    });
+    match &connection.credentials {
+        NatsCredentials::Password { user, password } => {
+            options["user"] = json!(user);
+            options["pass"] = json!(password);
+        }
+        NatsCredentials::File(file) => {
+            let text = std::fs::read_to_string(file)?;
+            let (jwt, seed) = read_credentials(&text).ok_or_else(|| unusable_credentials(file))?;
+            let signer = KeyPair::from_seed(seed).map_err(|_| unusable_credentials(file))?;
+            let nonce = nonce.unwrap_or_default();
+            let signature = signer.sign(nonce.as_bytes()).map_err(|_| unusable_credentials(file))?;
+            options["jwt"] = json!(jwt);
+            options["nkey"] = json!(signer.public_key());
+            options["sig"] = json!(URL_SAFE_NO_PAD.encode(signature));
+        }
+        NatsCredentials::None => {
+            if let (Some(user), Some(password)) = (server.username(), server.password()) {
+                options["user"] = json!(user);
+                options["pass"] = json!(password);
+            }
+        }
+    }
+    Ok(options)
+}
+
+/// The error for a `.creds` file, without anything from it.
+fn unusable_credentials(file: &Path) -> io::Error {
+    io::Error::other(format!("{} is no .creds file", file.display()))
+}
+
+/// The token and the seed in a `.creds` file, each on the line after its header.
+fn read_credentials(text: &str) -> Option<(&str, &str)> {
+    let after = |header: &str| {
+        let mut lines = text.lines().skip_while(|line| !line.contains(header)).skip(1);
+        lines.next().map(str::trim).filter(|line| !line.is_empty())
+    };
+    Some((after("BEGIN NATS USER JWT")?, after("BEGIN USER NKEY SEED")?))
+}
+
+/// TLS that trusts the system's issuers, and those in `ca`.
+fn client_config(ca: Option<&Path>) -> io::Result<Arc<ClientConfig>> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    if let Some(ca) = ca {
+        let pem = std::fs::read(ca)?;
+        for issuer in CertificateDer::pem_slice_iter(&pem) {
+            roots.add(issuer.map_err(io::Error::other)?).map_err(io::Error::other)?;
+        }
+    }
+    let builder = ClientConfig::builder_with_provider(Arc::new(default_provider()));
+    let builder = builder.with_safe_default_protocol_versions().map_err(io::Error::other)?;
+    Ok(Arc::new(builder.with_root_certificates(roots).with_no_client_auth()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_and_seed_are_found_in_a_credentials_file() {
+        let text = "-----BEGIN NATS USER JWT-----\neyJ0\n------END NATS USER JWT------\n\n*** IMPORTANT ***\n\
+                    -----BEGIN USER NKEY SEED-----\nSUA\n------END USER NKEY SEED------\n";
+        assert_eq!(read_credentials(text), Some(("eyJ0", "SUA")));
+        assert_eq!(read_credentials("SUA"), None);
+    }
+}

@@ -1,0 +1,128 @@
+//! Where sessions stand: what each has in flight and how far behind the log it is, for those who look after them. A
+//! subscriber that neither takes nor acknowledges anything is counted and said.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+use super::{ClientEntry, Sessions};
+use crate::message::{DatasourceId, Offset, TimeMicros, now_micros};
+
+/// How many subscribers that have begun to stand still are said one by one each time; the others as a number.
+const STILL_SAID_MAX: usize = 8;
+
+/// Where one session stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionStanding {
+    /// The client identifier.
+    pub client_id: Arc<str>,
+    /// Whether the client is connected to this gateway.
+    pub is_connected: bool,
+    /// Everything below was sent.
+    pub cursor: Offset,
+    /// How many messages the client has not acknowledged.
+    pub in_flight: u32,
+    /// Since when it has neither taken nor acknowledged anything, although something is sent or waits to be.
+    pub still_since: Option<TimeMicros>,
+    /// When the session of a client that is away ends; `None`: never, or it is connected.
+    pub expires_at: Option<TimeMicros>,
+}
+
+impl Sessions {
+    /// The sessions under keys of this scope whose clients come after one, in the order of their identifiers: those
+    /// that are away, and those of subscribers that are connected. Only subscribers that stand still, with `still`.
+    /// At most `count`, and whether there are more.
+    pub(in super::super) fn standings(
+        &self,
+        scope: &DatasourceId,
+        after: Option<&str>,
+        count: usize,
+        still: bool,
+    ) -> (Vec<SessionStanding>, bool) {
+        let (routed, still_after) = (self.subscribers.router.routed_offset(), self.still_after);
+        let (now, now_us) = (Instant::now(), now_micros());
+        let mut found: BTreeMap<Arc<str>, SessionStanding> = BTreeMap::new();
+        for ((of, client_id), entry) in &self.lock_clients().entries {
+            let is_beyond =
+                found.len() > count && found.last_key_value().is_some_and(|(last, _)| client_id > last);
+            if of != scope || is_beyond || after.is_some_and(|after| &**client_id <= after) {
+                continue;
+            }
+            let standing = entry.standing(client_id, routed, still_after, now, now_us);
+            if let Some(standing) = standing.filter(|of| !still || of.still_since.is_some()) {
+                found.insert(client_id.clone(), standing);
+                if found.len() > count + 1 {
+                    found.pop_last();
+                }
+            }
+        }
+        let has_more = found.len() > count;
+        (found.into_values().take(count).collect(), has_more)
+    }
+
+    /// Counts the subscribers that stand still, and says which have begun to.
+    pub(super) fn look_for_still(&self) {
+        let (mut still, mut begun) = (0_u32, Vec::new());
+        for ((scope, _), entry) in &self.lock_clients().entries {
+            let mailbox = entry.connected.as_ref().and_then(|connected| connected.mailbox.as_ref());
+            let Some((is_new, in_flight)) = mailbox.and_then(|mailbox| mailbox.note_still(self.still_after))
+            else {
+                continue;
+            };
+            still += 1;
+            if is_new {
+                begun.push((scope.clone(), in_flight));
+            }
+        }
+        self.intake.metrics().set_gauge("headgate_subscribers_still", f64::from(still));
+        let seconds = self.still_after.as_secs();
+        for (scope, in_flight) in begun.iter().take(STILL_SAID_MAX) {
+            let (datasource, _) = scope.of_scope();
+            warn!(
+                %datasource, in_flight, seconds,
+                "a subscriber stands still: GET /v1/datasources/{datasource}/sessions?still=true names it"
+            );
+        }
+        if let Some(more @ 1..) = begun.len().checked_sub(STILL_SAID_MAX) {
+            warn!(more, "and more subscribers stand still");
+        }
+    }
+}
+
+impl ClientEntry {
+    fn standing(
+        &self,
+        client_id: &Arc<str>,
+        routed: Offset,
+        still_after: Duration,
+        now: Instant,
+        now_us: TimeMicros,
+    ) -> Option<SessionStanding> {
+        let micros = |time: Duration| TimeMicros::try_from(time.as_micros()).unwrap_or(TimeMicros::MAX);
+        let client_id = client_id.clone();
+        if let Some(mailbox) = self.connected.as_ref().and_then(|connected| connected.mailbox.as_ref()) {
+            let (in_flight, still_since) = mailbox.standing();
+            let still = still_since.map(|since| now.saturating_duration_since(since));
+            return Some(SessionStanding {
+                client_id,
+                is_connected: true,
+                cursor: mailbox.cursor(routed),
+                in_flight,
+                still_since: still.filter(|for_| *for_ >= still_after).map(|for_| now_us - micros(for_)),
+                expires_at: None,
+            });
+        }
+        let away = self.away.as_ref()?;
+        let left = away.expires_at.map(|at| at.saturating_duration_since(now));
+        Some(SessionStanding {
+            client_id,
+            is_connected: false,
+            cursor: away.session.position,
+            in_flight: u32::try_from(away.session.flights.len()).unwrap_or(u32::MAX),
+            still_since: None,
+            expires_at: left.map(|left| now_us.saturating_add(micros(left))),
+        })
+    }
+}

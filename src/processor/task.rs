@@ -1,0 +1,304 @@
+//! A fair task: what serves a client, wherever its tenant's share of the processors lets it run.
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::lane::TaskLane;
+use super::{ProcessorTime, TenantTime};
+use crate::limits::NEWCOMER_NS;
+
+/// Who pays for a client's tasks: first the strangers, then the tenant of the key that it presents.
+pub struct TaskPayer {
+    time: ProcessorTime,
+    tenant: ArcSwap<TenantTime>,
+    /// What this client has used.
+    used_ns: AtomicU64,
+    /// What of that is nobody's yet: a client that presents its key soon never was a stranger.
+    unpaid_ns: AtomicU64,
+    is_known: AtomicBool,
+}
+
+impl TaskPayer {
+    /// A stranger's.
+    pub fn stranger(time: &ProcessorTime) -> Arc<Self> {
+        let tenant = ArcSwap::new(time.of_strangers());
+        Arc::new(Self {
+            time: time.clone(),
+            tenant,
+            used_ns: AtomicU64::new(0),
+            unpaid_ns: AtomicU64::new(0),
+            is_known: AtomicBool::new(false),
+        })
+    }
+
+    /// From now on `tenant` pays, also for what is nobody's yet.
+    pub fn set(&self, tenant: Arc<TenantTime>) {
+        self.tenant.store(tenant);
+        self.is_known.store(true, Ordering::Relaxed);
+        self.pay(Duration::ZERO);
+    }
+
+    /// Has the tenant pay for `used`, and for what is nobody's yet.
+    fn pay(&self, used: Duration) {
+        let used = used + Duration::from_nanos(self.unpaid_ns.swap(0, Ordering::Relaxed));
+        self.time.note(&self.tenant.load(), used, Instant::now());
+    }
+
+    /// Whether nobody but this tenant has anything to do.
+    pub fn is_alone(&self) -> bool {
+        self.time.is_alone(&self.tenant.load())
+    }
+
+    /// Where its tasks run now.
+    #[inline]
+    fn lane(&self) -> TaskLane {
+        if !self.time.is_somebody_slow() || !self.time.is_slow(&self.tenant.load()) {
+            TaskLane::Usual
+        } else if self.used_ns.load(Ordering::Relaxed) > NEWCOMER_NS {
+            TaskLane::Slow
+        } else {
+            TaskLane::Newcomers
+        }
+    }
+
+    /// Polls, and notes what that takes.
+    #[inline]
+    fn poll_measured<F: Future + ?Sized>(&self, work: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let Some(weight) = self.time.next_weight(&self.tenant.load()) else { return work.poll(cx) };
+        let began = Instant::now();
+        let polled = work.poll(cx);
+        let now = Instant::now();
+        let used = now.saturating_duration_since(began) * weight;
+        let used_ns = u64::try_from(used.as_nanos()).unwrap_or(u64::MAX);
+        let before = self.used_ns.fetch_add(used_ns, Ordering::Relaxed);
+        if self.is_known.load(Ordering::Relaxed) {
+            self.time.note(&self.tenant.load(), used, now);
+        } else if before.saturating_add(used_ns) > NEWCOMER_NS {
+            self.pay(used);
+        } else {
+            self.unpaid_ns.fetch_add(used_ns, Ordering::Relaxed);
+        }
+        polled
+    }
+}
+
+impl Drop for TaskPayer {
+    fn drop(&mut self) {
+        // It has left without a key.
+        if *self.unpaid_ns.get_mut() > 0 {
+            self.pay(Duration::ZERO);
+        }
+    }
+}
+
+type BoxedWork<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Work that goes to another lane while its payer is there, and comes back.
+pub struct FairTask<T> {
+    payer: Arc<TaskPayer>,
+    place: TaskPlace<T>,
+}
+
+enum TaskPlace<T> {
+    Here(BoxedWork<T>),
+    /// In another lane, which gives it back if it is not done.
+    Away(AbortOnDropHandle<LaneVisitEnd<T>>),
+    Nowhere,
+}
+
+enum LaneVisitEnd<T> {
+    Done(T),
+    Back(BoxedWork<T>),
+}
+
+impl<T: Send + 'static> FairTask<T> {
+    /// `work` of a client for whom `payer` pays.
+    pub fn new(payer: Arc<TaskPayer>, work: impl Future<Output = T> + Send + 'static) -> Self {
+        Self { payer, place: TaskPlace::Here(Box::pin(work)) }
+    }
+}
+
+impl<T: Send + 'static> Future for FairTask<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        let this = &mut *self;
+        loop {
+            this.place = match std::mem::replace(&mut this.place, TaskPlace::Nowhere) {
+                TaskPlace::Here(mut work) => match this.payer.lane() {
+                    TaskLane::Usual => {
+                        let polled = this.payer.poll_measured(work.as_mut(), cx);
+                        this.place = TaskPlace::Here(work);
+                        return polled;
+                    }
+                    lane => {
+                        let visit = LaneVisit { payer: this.payer.clone(), lane, work: Some(work) };
+                        TaskPlace::Away(AbortOnDropHandle::new(lane.runtime().spawn(visit)))
+                    }
+                },
+                TaskPlace::Away(mut visit) => match Pin::new(&mut visit).poll(cx) {
+                    Poll::Ready(Ok(LaneVisitEnd::Done(output))) => return Poll::Ready(output),
+                    Poll::Ready(Ok(LaneVisitEnd::Back(work))) => TaskPlace::Here(work),
+                    // As if it had panicked here.
+                    Poll::Ready(Err(error)) => match error.try_into_panic() {
+                        Ok(panic) => std::panic::resume_unwind(panic),
+                        // The process ends.
+                        Err(_) => return Poll::Pending,
+                    },
+                    Poll::Pending => {
+                        this.place = TaskPlace::Away(visit);
+                        return Poll::Pending;
+                    }
+                },
+                TaskPlace::Nowhere => return Poll::Pending,
+            };
+        }
+    }
+}
+
+/// A task's stay in another lane.
+struct LaneVisit<T> {
+    payer: Arc<TaskPayer>,
+    lane: TaskLane,
+    work: Option<BoxedWork<T>>,
+}
+
+impl<T> Future for LaneVisit<T> {
+    type Output = LaneVisitEnd<T>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<LaneVisitEnd<T>> {
+        let this = &mut *self;
+        if this.payer.lane() != this.lane
+            && let Some(work) = this.work.take()
+        {
+            return Poll::Ready(LaneVisitEnd::Back(work));
+        }
+        let Some(work) = &mut this.work else { return Poll::Pending };
+        Poll::Ready(LaneVisitEnd::Done(ready!(this.payer.poll_measured(work.as_mut(), cx))))
+    }
+}
+
+/// Spawns `work` of a client for whom `payer` pays, which nobody waits for.
+pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Send + 'static) {
+    match payer.lane() {
+        TaskLane::Usual => drop(tokio::spawn(FairTask::new(payer.clone(), work))),
+        lane => {
+            let (payer, mut work) = (payer.clone(), Box::pin(work));
+            lane.runtime().spawn(poll_fn(move |cx| payer.poll_measured(work.as_mut(), cx)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn niceness() -> i32 {
+        // SAFETY: it takes integers only. 0 is the calling thread on Linux.
+        unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }
+    }
+
+    /// Tells on each turn at which niceness it runs, and pauses.
+    async fn tell(told: tokio::sync::mpsc::UnboundedSender<i32>) {
+        while told.send(niceness()).is_ok() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_task_goes_to_the_slow_lane_and_comes_back_with_its_tenant() {
+        let time = ProcessorTime::new();
+        let payer = TaskPayer::stranger(&time);
+        payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+        let tenant = time.of_strangers();
+        let (telling, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let task = tokio::spawn(FairTask::new(payer.clone(), tell(telling)));
+        let usual = told.recv().await.expect("a turn");
+        time.slow_down(&tenant);
+        let wait = Duration::from_secs(20);
+        let low = async { while told.recv().await.expect("a turn") == usual {} };
+        tokio::time::timeout(wait, low).await.expect("it goes on at low priority");
+        tenant.slow_until.store(0, Ordering::Relaxed);
+        let back = async { while told.recv().await.expect("a turn") != usual {} };
+        tokio::time::timeout(wait, back).await.expect("it comes back");
+        drop(told);
+        tokio::time::timeout(wait, task).await.expect("it ends").expect("without a panic");
+    }
+
+    #[tokio::test]
+    async fn who_comes_is_let_in_first_and_a_task_that_is_dropped_ends_in_the_slow_lane_too() {
+        let time = ProcessorTime::new();
+        let strangers = time.of_strangers();
+        time.slow_down(&strangers);
+        let newcomer = TaskPayer::stranger(&time);
+        assert_eq!(newcomer.lane(), TaskLane::Newcomers);
+        let payer = TaskPayer::stranger(&time);
+        payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+        assert_eq!(payer.lane(), TaskLane::Slow);
+        let (telling, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let task = tokio::spawn(FairTask::new(payer, tell(telling)));
+        told.recv().await.expect("a turn");
+        task.abort();
+        let end = async { while told.recv().await.is_some() {} };
+        tokio::time::timeout(Duration::from_secs(20), end).await.expect("nothing of it is left");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn a_crowd_of_newcomers_is_let_in_one_after_the_other() {
+        let time = ProcessorTime::new();
+        let strangers = time.of_strangers();
+        time.slow_down(&strangers);
+        let at_once = Arc::new(AtomicU64::new(0));
+        let crowd: Vec<_> = (0..100)
+            .map(|_| {
+                let at_once = at_once.clone();
+                tokio::spawn(FairTask::new(TaskPayer::stranger(&time), async move {
+                    let mut most = 0;
+                    for _ in 0..3 {
+                        // Where it goes when it was interrupted for long.
+                        if std::thread::current().name() == Some("slow-lane") {
+                            break;
+                        }
+                        most = most.max(at_once.fetch_add(1, Ordering::SeqCst) + 1);
+                        std::thread::yield_now();
+                        at_once.fetch_sub(1, Ordering::SeqCst);
+                        tokio::task::yield_now().await;
+                    }
+                    most
+                }))
+            })
+            .collect();
+        for task in crowd {
+            let most = tokio::time::timeout(Duration::from_secs(20), task).await.expect("its turn comes");
+            assert!(most.expect("no panic") <= 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_presents_its_key_soon_never_was_a_stranger() {
+        let time = ProcessorTime::new();
+        let (strangers, tenant) = (time.of_strangers(), Arc::<TenantTime>::default());
+        for knows_key in [true, false] {
+            let payer = TaskPayer::stranger(&time);
+            let mut work = std::pin::pin!(std::future::ready(()));
+            assert!(
+                payer
+                    .poll_measured(work.as_mut(), &mut Context::from_waker(std::task::Waker::noop()))
+                    .is_ready()
+            );
+            if knows_key {
+                payer.set(tenant.clone());
+            }
+            drop(payer);
+            assert!(time.is_alone(if knows_key { &tenant } else { &strangers }) == knows_key);
+        }
+        assert!(!time.is_alone(&tenant), "one has left without a key");
+    }
+}

@@ -1,0 +1,67 @@
+//! What a thread asks of the operating system's scheduler: a lower priority, or another time slice than usual.
+
+use std::ptr;
+
+use tracing::warn;
+
+/// Lowers the calling thread's priority by `nice`.
+pub fn lower_priority(nice: u8) {
+    if nice == 0 {
+        return;
+    }
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: no memory is involved. On Linux, process 0 is the calling thread.
+        let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, i32::from(nice)) };
+        if result != 0 {
+            let error = std::io::Error::last_os_error();
+            let thread = std::thread::current();
+            warn!(%error, nice, thread = thread.name(), "a thread keeps its priority");
+        }
+    }
+}
+
+/// `struct sched_attr` of Linux, first version.
+#[repr(C)]
+#[derive(Default)]
+pub struct SchedulerAttributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+impl SchedulerAttributes {
+    /// Those of the calling thread.
+    pub fn get() -> Option<Self> {
+        let mut attributes = Self::default();
+        // SAFETY: the call writes no more to `attributes` than it is told. 0 is the calling thread.
+        let result =
+            unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size_of::<Self>(), 0) };
+        (result == 0).then_some(attributes)
+    }
+
+    /// Gives them to the calling thread. Returns whether the kernel took them.
+    pub fn set(&self) -> bool {
+        // SAFETY: the call reads `self`, whose size it has. 0 is the calling thread.
+        unsafe { libc::syscall(libc::SYS_sched_setattr, 0, ptr::from_ref(self), 0) == 0 }
+    }
+
+    /// The time slice, in nanoseconds.
+    pub fn slice_ns(&self) -> u64 {
+        self.runtime
+    }
+
+    /// Asks for another time slice for the calling thread (EEVDF, Linux 6.12): a thread with a shorter one is let in
+    /// sooner, and at once where one with a longer slice runs. `None` if the kernel has none: it takes the call then,
+    /// and leaves it at that.
+    pub fn set_slice(slice_ns: u64) -> Option<Self> {
+        let wanted = Self { runtime: slice_ns, ..Self::get()? };
+        let is_taken = wanted.set() && Self::get()?.slice_ns() == slice_ns;
+        is_taken.then_some(wanted)
+    }
+}
