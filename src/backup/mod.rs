@@ -2,7 +2,7 @@
 //!
 //! In this order, so that all that is copied goes together and nobody waits for it:
 //!
-//! 1. Snapshots of the stores (`records.db`, `retained.db`), and a copy of `sessions.db`: no cursor is ahead of the log.
+//! 1. A copy of `sessions.db`, and snapshots of the stores (`records.db`, `retained.db`): no cursor is ahead of the log.
 //! 2. The cut. While nothing of the registry can change, it is copied, and the log's end is noted: no record in the
 //!    backup has a key or datasource that its registry does not know, and no rule is about offsets that are given anew.
 //! 3. The log: ended segments get a second name in the backup (a hard link), and the log writes no such file over
@@ -24,6 +24,7 @@ mod writer;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -48,6 +49,10 @@ pub struct BackupDesk {
     /// `None` in a cluster, whose data is on NATS.
     sources: Option<Arc<BackupSources>>,
     last: Mutex<Option<Arc<BackupRun>>>,
+    /// Held while one is begun, which waits for the disk.
+    beginning: Mutex<()>,
+    /// No backup goes on.
+    is_closed: AtomicBool,
 }
 
 /// A backup that runs or has ended.
@@ -121,7 +126,8 @@ impl BackupRun {
 impl BackupDesk {
     /// Makes backups of these; `None` in a cluster.
     pub fn new(sources: Option<BackupSources>) -> Self {
-        Self { sources: sources.map(Arc::new), last: Mutex::default() }
+        let (last, beginning, is_closed) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
+        Self { sources: sources.map(Arc::new), last, beginning, is_closed }
     }
 
     /// Begins a backup in `dir`, which must not be there yet, or be empty. Blocks until that is noted in the audit; the
@@ -131,8 +137,8 @@ impl BackupDesk {
     /// [`BackupError`]: nothing is begun.
     pub fn begin(&self, dir: &Path, actor: &Actor) -> Result<BackupReport, BackupError> {
         let sources = self.sources.clone().ok_or(BackupError::Cluster)?;
-        let mut last = self.last.lock();
-        if last.as_ref().is_some_and(|run| run.outcome.borrow().is_none()) {
+        let _one_at_a_time = self.beginning.lock();
+        if self.last.lock().as_ref().is_some_and(|run| run.outcome.borrow().is_none()) {
             return Err(BackupError::Running);
         }
         let place = BackupPlace::prepare(dir, sources.data_dir())?;
@@ -150,7 +156,10 @@ impl BackupDesk {
         let thread = thread.spawn(move || kept.carry_out(&sources, place, &actor));
         thread.map_err(|error| BackupError::Io { path: dir.to_owned(), error })?;
         let report = run.report();
-        *last = Some(run);
+        *self.last.lock() = Some(run);
+        if self.is_closed.load(Ordering::SeqCst) {
+            self.cancel();
+        }
         Ok(report)
     }
 
@@ -159,8 +168,9 @@ impl BackupDesk {
         self.last.lock().as_ref().map(|run| run.report())
     }
 
-    /// Ends a backup that runs at its next step, which leaves nothing of it.
+    /// Ends a backup that runs at its next step, which leaves nothing of it, and every later one.
     pub fn cancel(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
         if let Some(run) = &*self.last.lock() {
             run.progress.cancel();
         }

@@ -18,7 +18,7 @@ use super::error::NamePath;
 use super::manifest::{BackupManifest, MANIFEST_FILE_NAME};
 
 /// The mark in a directory that is not finished.
-const UNFINISHED_MARK: &str = "headgate-backup.unfinished";
+const BACKUP_MARK: &str = "headgate-backup.unfinished";
 
 /// A directory for a backup, and the unfinished one beside it, which is removed when this is dropped.
 pub struct BackupPlace {
@@ -44,7 +44,7 @@ impl BackupPlace {
         SysRng.try_fill_bytes(&mut random).map_err(io::Error::other).name_path(&parent)?;
         let unfinished = parent.join(format!("{begin}{:08x}", u32::from_le_bytes(random)));
         DirBuilder::new().mode(0o700).create(&unfinished).name_path(&unfinished)?;
-        let mark = unfinished.join(UNFINISHED_MARK);
+        let mark = unfinished.join(BACKUP_MARK);
         let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&mark).and_then(|mark| {
             mark.try_lock().map_err(io::Error::from)?;
             Ok(mark)
@@ -75,7 +75,7 @@ impl BackupPlace {
             file.sync_all()
         });
         written.name_path(&path)?;
-        let mark = self.unfinished.join(UNFINISHED_MARK);
+        let mark = self.unfinished.join(BACKUP_MARK);
         fs::remove_file(&mark).name_path(&mark)?;
         sync_dir(&self.unfinished)?;
         // Replaces an empty directory, and nothing else.
@@ -158,7 +158,7 @@ fn remove_left_behind(parent: &Path, begin: &str) {
 
 /// Whether a directory has the mark, and nobody writes there.
 fn is_left_behind(dir: &Path) -> bool {
-    let mark = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(dir.join(UNFINISHED_MARK));
+    let mark = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(dir.join(BACKUP_MARK));
     mark.is_ok_and(|mark| mark.try_lock().is_ok())
 }
 
@@ -220,7 +220,7 @@ mod tests {
         let left = dir.path().join(".b.unfinished-00000000");
         let foreign = dir.path().join(".b.unfinished-11111111");
         fs::create_dir(&left).expect("made");
-        fs::write(left.join(UNFINISHED_MARK), "").expect("written");
+        fs::write(left.join(BACKUP_MARK), "").expect("written");
         fs::create_dir(&foreign).expect("made");
         let second = BackupPlace::prepare(&to, &data).expect("nothing is there");
         assert!(!left.exists() && foreign.exists() && place.unfinished().exists());

@@ -13,22 +13,20 @@ use super::BackupError;
 use super::error::NamePath;
 use super::manifest::{BackupFile, BackupManifest, MANIFEST_FILE_NAME, ManifestError};
 use super::place::sync_dir;
-use super::writer::read_some;
+use super::writer::{PIECE_BYTES, read_some};
 use crate::auth::Registry;
 use crate::auth::registry::REGISTRY_FILE_NAME;
 use crate::consume::newest_format;
 use crate::log::free_bytes;
 
 /// The mark in a data directory whose restore is not finished.
-const UNFINISHED_MARK: &str = "restore.unfinished";
+const RESTORE_MARK: &str = "restore.unfinished";
 /// The mark while it is being written.
-const NEW_MARK: &str = "restore.unfinished.new";
+const NEW_RESTORE_MARK: &str = "restore.unfinished.new";
 /// The mark once what was there is moved aside.
 const COPYING: &str = "copying";
 /// What the directory is called that gets what was there; a time follows.
 const ASIDE_BEGIN: &str = "before-restore-";
-/// Bytes that are read and written at a time.
-const COPY_BYTES: usize = 1 << 20;
 
 /// Why a backup is not restored.
 #[derive(Debug, thiserror::Error)]
@@ -91,7 +89,7 @@ pub fn describe_unusable(dir: &Path) -> Option<String> {
              directory of it"
         ));
     }
-    dir.join(UNFINISHED_MARK).exists().then(|| {
+    dir.join(RESTORE_MARK).exists().then(|| {
         format!(
             "a restore into {shown} was interrupted, and a part of it is missing: restore into it again, which goes on \
              with it"
@@ -177,7 +175,7 @@ pub fn restore_files(
 /// # Errors
 /// [`BackupError::Io`]
 pub fn finish(data_dir: &Path) -> Result<(), BackupError> {
-    let mark = data_dir.join(UNFINISHED_MARK);
+    let mark = data_dir.join(RESTORE_MARK);
     fs::remove_file(&mark).name_path(&mark)?;
     sync_dir(data_dir)
 }
@@ -196,7 +194,7 @@ fn entries(dir: &Path) -> Result<Vec<String>, BackupError> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).name_path(dir)? {
         let name = entry.name_path(dir)?.file_name().to_string_lossy().into_owned();
-        let is_ours = matches!(name.as_str(), "LOCK" | "lost+found" | UNFINISHED_MARK | NEW_MARK);
+        let is_ours = matches!(name.as_str(), "LOCK" | "lost+found" | RESTORE_MARK | NEW_RESTORE_MARK);
         if !is_ours && !name.starts_with(ASIDE_BEGIN) {
             names.push(name);
         }
@@ -206,12 +204,12 @@ fn entries(dir: &Path) -> Result<Vec<String>, BackupError> {
 }
 
 fn read_mark(dir: &Path) -> Option<String> {
-    let text = fs::read_to_string(dir.join(UNFINISHED_MARK)).ok()?.trim().to_owned();
+    let text = fs::read_to_string(dir.join(RESTORE_MARK)).ok()?.trim().to_owned();
     (text == COPYING || text.starts_with(ASIDE_BEGIN) && !text.contains('/')).then_some(text)
 }
 
 fn write_mark(dir: &Path, text: &str) -> Result<(), BackupError> {
-    let (new, mark) = (dir.join(NEW_MARK), dir.join(UNFINISHED_MARK));
+    let (new, mark) = (dir.join(NEW_RESTORE_MARK), dir.join(RESTORE_MARK));
     let written = File::create(&new).and_then(|mut file| {
         writeln!(file, "{text}")?;
         file.sync_all()
@@ -276,7 +274,7 @@ fn read_checked(
     if !there.is_file() || there.len() != file.bytes {
         return Err(damaged(&format!("it has {} bytes, and {} were written", there.len(), file.bytes)));
     }
-    let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; COPY_BYTES]);
+    let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; PIECE_BYTES]);
     loop {
         let count = read_some(&mut source, &mut buffer).name_path(&path)?;
         if count == 0 {

@@ -48,15 +48,18 @@ impl BackupSources {
         if let Err(error) = self.registry.write_usage() {
             warn!(%error, "the backup has an older usage of keys");
         }
+        self.sessions.copy_blocking(&writer.path_of(SESSIONS_FILE_NAME))?;
         // Until the cut the log keeps what the stores have not consumed in their snapshots. Milliseconds: a log at its
         // budget takes nothing meanwhile.
-        let hold = self.log.hold();
+        let mut hold = Some(self.log.hold());
         let snapshots = take_snapshots(&self.data_dir)?;
-        self.sessions.copy_blocking(&writer.path_of(SESSIONS_FILE_NAME))?;
-        let cut = self.registry.copy_with(&writer.path_of(REGISTRY_FILE_NAME), || self.log.cut())?;
+        let cut = self.registry.copy_with(&writer.path_of(REGISTRY_FILE_NAME), || {
+            let cut = self.log.cut();
+            hold = None;
+            cut
+        })?;
         let LogCut { first_offset, next_offset, segments } = cut.ok_or(BackupError::Cluster)?;
         let is_linked = writer.link(&segments);
-        drop(hold);
         lower_priority(BACKUP_NICE);
 
         let others = self.other_files()?;

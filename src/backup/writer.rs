@@ -15,7 +15,7 @@ use crate::log::{CutSegment, free_bytes};
 use crate::sqlite::SqliteSnapshot;
 
 /// Bytes that are read and written at a time.
-const COPY_BYTES: usize = 1 << 20;
+pub(super) const PIECE_BYTES: usize = 1 << 20;
 /// Where a database has its `user_version`.
 const USER_VERSION_AT: u64 = 60;
 
@@ -103,7 +103,7 @@ impl<'a> BackupWriter<'a> {
         let path = self.path_of(name);
         let mut file =
             OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).name_path(&path)?;
-        let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; COPY_BYTES]);
+        let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; PIECE_BYTES]);
         let (mut bytes, mut synced) = (0, 0);
         loop {
             let count = read(&mut buffer).name_path(&path)?;
@@ -161,7 +161,7 @@ impl<'a> BackupWriter<'a> {
         let path = self.path_of(name);
         let mut file = File::open(&path).name_path(&path)?;
         file.sync_all().name_path(&path)?;
-        let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; COPY_BYTES]);
+        let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; PIECE_BYTES]);
         let mut bytes = 0;
         loop {
             let count = read_some(&mut file, &mut buffer).name_path(&path)?;

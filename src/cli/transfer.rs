@@ -28,7 +28,7 @@ pub(super) struct ImportArgs {
 }
 
 #[derive(Deserialize)]
-struct DatasourceListAnswer {
+struct ExportListAnswer {
     datasources: Vec<DatasourceIdAnswer>,
 }
 
@@ -48,7 +48,7 @@ pub(super) fn run_export(args: ExportArgs, out: &mut CommandOutput) -> anyhow::R
     let client = ApiClient::from_environment()?;
     let mut ids = args.datasources;
     if ids.is_empty() {
-        let list: DatasourceListAnswer = client.get("/v1/datasources", &[])?;
+        let list: ExportListAnswer = client.get("/v1/datasources", &[])?;
         ids = list.datasources.into_iter().map(|datasource| datasource.id).collect();
     }
     for id in ids {

@@ -19,6 +19,7 @@ pub mod subscriber;
 
 use std::path::Path;
 
+pub(crate) use self::subscriber::sessions::table::SESSIONS_FILE_NAME;
 use crate::sqlite::{SqliteError, SqliteProfile, SqliteSnapshot};
 
 /// The databases of consumers that others may read while they are written, each with its newest format.
@@ -46,9 +47,6 @@ pub(crate) fn newest_format(name: &str) -> Option<i64> {
     let known = SHARED_DATABASES.into_iter().chain([sessions]).find(|(known, _)| *known == name);
     known.map(|(_, profile)| profile.newest_version())
 }
-
-/// The file with the sessions, in the data directory.
-pub(crate) const SESSIONS_FILE_NAME: &str = subscriber::sessions::table::SESSIONS_FILE_NAME;
 
 #[cfg(test)]
 mod testing;

@@ -277,6 +277,19 @@ fn a_gateway_that_is_killed_in_the_middle_leaves_no_backup_that_looks_whole() {
     let gateway = setup.start();
     made(&gateway, &to);
     assert_eq!(names(backups.path()), ["b"], "what the kills have left is removed");
+    // What a kill leaves in write-ahead logs is in a backup of the directory too.
+    let answer = gateway.post("/v1/ingest/press-4/t", &source.key, &json!({ "n": 7_777 }));
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    gateway.settle();
+    let last = revoked_key(&gateway, &source);
+    gateway.kill();
+    let (later, data) = (backups.path().join("later"), scratch());
+    prints(&["backup", text(&later), "--data-dir", text(dir.path())]);
+    restored(&later, data.path());
+    let gateway = Setup::embedded_on(data.path()).start();
+    assert_eq!(gateway.post("/v1/ingest/press-4/t", &last, &json!({})).status, 401);
+    gateway.settle();
+    assert_eq!(gateway.stored("press-4", 60 * 400 + 1).len(), 60 * 400 + 1);
 }
 
 #[test]

@@ -32,7 +32,7 @@ use crate::message::{DatasourceId, Offset};
 use crate::sqlite::{SqliteError, SqliteProfile, copy_database};
 
 /// The file's name in the data directory.
-pub(in crate::consume) const SESSIONS_FILE_NAME: &str = "sessions.db";
+pub(crate) const SESSIONS_FILE_NAME: &str = "sessions.db";
 
 /// How long an attempt to open the database waits for a lock while clients wait for the attempt.
 const LATE_OPEN_LOCK_WAIT_MAX: Duration = Duration::from_millis(50);
