@@ -458,7 +458,7 @@ fn a_topic_alias_stands_for_its_topic_until_it_is_set_anew() {
     // An alias is its connection's own.
     let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
     wire.send(&aliased(1, "", 1));
-    assert_eq!(wire.packet(DISCONNECT).reason(), 0x94);
+    assert_eq!(wire.packet(DISCONNECT).reason(), 0x82);
 }
 
 #[test]
