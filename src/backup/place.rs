@@ -190,7 +190,7 @@ mod tests {
             ("data/log/backup", "data directory"),
             ("way/backup", "data directory"),
             ("none/backup", "cannot be used"),
-            ("file/backup", "cannot be used"),
+            ("file/backup", "no directory"),
             ("full/../new", "absolute"),
         ] {
             let said = why(&dir.path().join(name), &data);
