@@ -276,7 +276,7 @@ fn a_will_that_could_not_be_published_is_refused_at_once() {
     let created = scene.gateway.post("/v1/datasources", &scene.gateway.admin_key(), &body).json();
     let reader = created["key"]["secret"].as_str().expect("a key").to_owned();
     let will = |topic: &str, bytes: usize| Some((topic.to_owned(), vec![b'x'; bytes]));
-    let cases = [(&scene.key.clone(), will("$SYS/gone", 1), 3, 0x90), (&reader, will("gone", 1), 5, 0x87)];
+    let cases = [(&scene.key.clone(), will("$SYS/gone", 1), 5, 0x90), (&reader, will("gone", 1), 5, 0x87)];
     for (key, will, old, new) in cases {
         for (version, code) in [(V311, old), (V5, new)] {
             let connect = Connect { will: will.clone(), ..Connect::with_key(version, key) };

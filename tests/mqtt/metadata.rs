@@ -109,7 +109,7 @@ fn a_session_keeps_what_it_asked_for_and_retained_messages_have_it_too() {
 #[test]
 fn an_operator_may_have_it_with_every_message() {
     let dir = scratch();
-    let gateway = Setup::on(dir.path()).set("mqtt.metadata", "\"always\"").start();
+    let gateway = Setup::on(dir.path()).set("mqtt.metadata", "always").start();
     let source = source(&gateway, "press-4");
     let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
     subscribed(&mut wire, &[("a", 0)], &[]);
