@@ -149,10 +149,12 @@ fn a_connect_that_breaks_a_rule_is_refused_in_its_versions_form() {
     let id = [0, 1, b'c'];
     let v311 = Some(MqttVersion::V311);
     assert_eq!(connect_refused(&connect(b"MQTT", 3, 2, &id)), (v311, UnsupportedProtocolVersion));
-    assert_eq!(
-        connect_refused(&connect(b"MQTT", 6, 2, &id)),
-        (Some(MqttVersion::V5), UnsupportedProtocolVersion)
-    );
+    // In that form which the rest has.
+    let with_properties = [&[0][..], &id].concat();
+    for (rest, version) in [(&id[..], MqttVersion::V311), (&with_properties, MqttVersion::V5)] {
+        let refused = connect_refused(&connect(b"MQTT", 6, 2, rest));
+        assert_eq!(refused, (Some(version), UnsupportedProtocolVersion));
+    }
     assert_eq!(connect_refused(&connect(b"HTTP", 4, 2, &id)), (None, UnsupportedProtocolVersion));
     // The reserved flag, will flags without a will, a password alone, bytes behind the end.
     for flags in [3, 0x0a, 0x22, 0x42] {
