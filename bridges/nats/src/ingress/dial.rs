@@ -44,6 +44,15 @@ struct ServerInfo {
     connect_urls: Vec<String>,
 }
 
+impl ServerInfo {
+    /// The other servers that may be connected to. None over TLS: anybody on the way may have written what a server says
+    /// before the handshake, and the password would go to whom that names.
+    fn other_servers(&self, tls: bool) -> Vec<ServerAddr> {
+        let named = self.connect_urls.iter().filter(|_| !tls);
+        named.filter_map(|url| url.parse().ok()).collect()
+    }
+}
+
 /// A connection that is subscribed.
 pub(super) struct DialedLink {
     pub(super) stream: Box<dyn LinkStream>,
@@ -72,7 +81,7 @@ pub(super) async fn dial(
         return Err(io::Error::other("the server does not begin with INFO"));
     };
     let info: ServerInfo = serde_json::from_slice(&info).map_err(io::Error::other)?;
-    let tls = info.tls_required || server.tls_required();
+    let tls = info.tls_required || server.tls_required() || connection.ca.is_some();
     if tls {
         let name = ServerName::try_from(server.host().to_owned()).map_err(io::Error::other)?;
         let config = client_config(connection.ca.as_deref())?;
@@ -95,8 +104,7 @@ pub(super) async fn dial(
             _ => {}
         }
     };
-    let others = info.connect_urls.iter().filter_map(|url| url.parse().ok()).collect();
-    Ok(DialedLink { stream, read, others, pings_sent })
+    Ok(DialedLink { stream, read, others: info.other_servers(tls), pings_sent })
 }
 
 /// Reads until there is an operation.
@@ -188,6 +196,16 @@ fn client_config(ca: Option<&Path>) -> io::Result<Arc<ClientConfig>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_on_the_way_to_a_server_over_tls_can_name_another_one() {
+        let info = br#"{"tls_required":true,"connect_urls":["evil:4222","10.0.0.2:4222"]}"#;
+        let info: ServerInfo = serde_json::from_slice(info).expect("as servers write it");
+        assert!(info.other_servers(true).is_empty());
+        let others: Vec<_> =
+            info.other_servers(false).iter().map(|other| (other.host().to_owned(), other.port())).collect();
+        assert_eq!(others, [("evil".to_owned(), 4222), ("10.0.0.2".to_owned(), 4222)]);
+    }
 
     #[test]
     fn token_and_seed_are_found_in_a_credentials_file() {
