@@ -22,7 +22,8 @@ pub struct NatsConfig {
     pub password_file: PathBuf,
     /// A `.creds` file, instead of user and password.
     pub credentials: PathBuf,
-    /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts.
+    /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts. With it, every
+    /// connection is over TLS.
     pub ca: PathBuf,
     /// What the reply subjects of messages begin with that are answered, without the dot after it. A message that asks
     /// for an answer elsewhere is refused.

@@ -70,10 +70,11 @@ pub(super) struct Eviction {
 }
 
 impl Eviction {
-    /// Tells it.
-    pub(super) fn tell(&self) {
-        self.is_due.store(true, Ordering::Release);
+    /// Tells it. Whether that was the first time.
+    pub(super) fn tell(&self) -> bool {
+        let was_due = self.is_due.swap(true, Ordering::AcqRel);
         self.task.wake();
+        !was_due
     }
 
     /// Ready once it was told. Only one task may poll it.

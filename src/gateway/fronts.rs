@@ -33,6 +33,7 @@ pub(super) struct LiveSettings {
     authorizer: Authorizer,
     certificates: Vec<Arc<Tls>>,
     http: Arc<ConnectionTable>,
+    http_admin: Arc<ConnectionTable>,
     mqtt: Arc<ConnectionTable>,
 }
 
@@ -43,6 +44,7 @@ impl LiveSettings {
         self.authorizer.set_failure_limits(&config.auth);
         self.certificates.iter().for_each(|tls| tls.read_now());
         self.http.set_limits(config.http.stranger_limits());
+        self.http_admin.set_limits(config.http.stranger_limits());
         self.mqtt.set_limits(config.mqtt.stranger_limits());
     }
 }
@@ -81,6 +83,7 @@ impl RunningFronts {
             authorizer: intake.authorizer().clone(),
             certificates: listeners.certificates(),
             http: Arc::new(ConnectionTable::new(config.http.stranger_limits())),
+            http_admin: Arc::new(ConnectionTable::new(config.http.stranger_limits())),
             mqtt: acceptor.strangers().clone(),
         };
         let parts = http::HttpFrontParts {
@@ -94,6 +97,7 @@ impl RunningFronts {
             metrics,
             config: config.http.clone(),
             connections: live.http.clone(),
+            admin_connections: live.http_admin.clone(),
             mqtt: acceptor.clone(),
             mqtt_addr: addrs.mqtt,
             mqtt_tls_addr: addrs.mqtt_tls,

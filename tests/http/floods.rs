@@ -157,6 +157,36 @@ fn a_flood_over_tls_is_one_too() {
     wait_for("the refusal", noted);
 }
 
+/// The 17th request of the first ones was taken for a stranger's: no key of any of them had been looked at.
+#[test]
+fn a_client_with_a_key_may_begin_with_as_many_requests_as_there_may_be_streams() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    let block = request("POST", "/v1/ingest/press-4", &source.key);
+    let mut tcp = TcpStream::connect_timeout(&gateway.http, PATIENCE).expect("connected");
+    tcp.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let count = 120;
+    let posts = (0..count).flat_map(|n| {
+        let stream = 2 * n + 1;
+        [frame(HEADERS, 0x4, stream, &block), frame(DATA, 0x1, stream, b"{}")].concat()
+    });
+    tcp.write_all(&hello().into_iter().chain(posts).collect::<Vec<u8>>()).expect("sent");
+    for _ in 0..count {
+        let status = loop {
+            let mut head = [0; 9];
+            tcp.read_exact(&mut head).expect("an answer to each");
+            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            tcp.read_exact(&mut payload).expect("a whole frame");
+            if head[3] == HEADERS {
+                break payload[0];
+            }
+        };
+        assert_eq!(status, 0x88, "`:status: 200`, as HPACK has it");
+    }
+    assert_eq!(gateway.metric("headgate_log_next_offset"), f64::from(count));
+}
+
 /// Pings kept an HTTP/2 connection for ever that asked for nothing any more.
 #[test]
 fn an_idle_http2_connection_is_closed_as_others_are() {

@@ -25,7 +25,8 @@ pub struct NatsSettings {
     pub servers: Vec<String>,
     /// How to authenticate.
     pub credentials: NatsCredentials,
-    /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts.
+    /// A file with the issuers of the servers' certificates (PEM), beside those that the system trusts. With it, every
+    /// connection is over TLS.
     pub ca: Option<PathBuf>,
     /// The connection's name in NATS' monitoring.
     pub name: String,
@@ -53,6 +54,12 @@ impl NatsSettings {
             address.parse().map_err(|_| NatsError::Address { address: without_credentials(address) })
         };
         self.servers.iter().map(parse).collect()
+    }
+
+    /// Whether a server's certificate counts.
+    fn has_tls(&self) -> bool {
+        let is_tls = |address: &ServerAddr| address.tls_required();
+        self.ca.is_some() || self.server_addresses().is_ok_and(|servers| servers.iter().any(is_tls))
     }
 }
 
@@ -154,7 +161,12 @@ impl Nats {
                 }
             });
         if let Some(ca) = &settings.ca {
-            options = options.add_root_certificates(ca.clone());
+            options = options.add_root_certificates(ca.clone()).require_tls(true);
+        }
+        if settings.has_tls() {
+            // Anybody on the way may have written what a server says before the handshake: the password would go, in
+            // the clear, to whom that names.
+            options = options.ignore_discovered_servers();
         }
         let client =
             options.connect(addresses).await.map_err(|error| NatsError::Client(error.to_string()))?;
@@ -210,6 +222,22 @@ fn note_connection_event(event: &Event, servers: &str, seen: &Mutex<Option<Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tls_is_used_where_a_server_or_an_issuer_says_so() {
+        let issuer = Some(PathBuf::from("ca.pem"));
+        for (servers, ca, has_tls) in [
+            (&["nats://a:4222"][..], None, false),
+            (&["a:4222"], None, false),
+            (&["nats://a:4222"], issuer, true),
+            (&["nats://a:4222", "tls://b:4222"], None, true),
+        ] {
+            let servers = servers.iter().map(|server| (*server).to_owned()).collect();
+            let credentials = NatsCredentials::None;
+            let settings = NatsSettings { servers, credentials, ca, name: "test".to_owned() };
+            assert_eq!(settings.has_tls(), has_tls, "{settings:?}");
+        }
+    }
 
     #[test]
     fn an_address_is_shown_without_user_and_password() {

@@ -137,12 +137,12 @@ fn charge_answer(
                 under_way > STRANGER_REQUESTS_MAX && peer.is_some_and(|peer| peer.keys.are_none());
             if (is_crowding || account.is_over())
                 && let Some(peer) = peer
+                && peer.entry.eviction().tell()
             {
                 let words =
                     "its answers wait unread, or its address has too many requests without a key under way";
                 let note = RefusalNote::new(Transport::Http, Cause::StrangersShare, &words);
                 shared.parts.intake.refusals().note(RefusalNote { address: Some(address), ..note });
-                peer.entry.eviction().tell();
             }
             AnswerHold { memory: account.charge_held(bytes), stranger: Some(stranger), under_way: None }
         }

@@ -120,6 +120,9 @@ pub struct HttpFrontParts {
     pub config: config::HttpConfig,
     /// Where connections are entered.
     pub connections: Arc<ConnectionTable>,
+    /// Where those to the administration's listener are entered. Of its own, so that a crowd of devices or strangers never
+    /// keeps an administrator out.
+    pub admin_connections: Arc<ConnectionTable>,
     /// Takes over connections that carry MQTT over WebSocket.
     pub mqtt: mqtt::Acceptor,
     /// Where MQTT is served, for the lines that say how to connect.
@@ -166,8 +169,7 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
     let processor = parts.intake.processor().clone();
     let (table, noted) = (parts.connections.clone(), Some(refusals.clone()));
     let crowd = HttpCrowd::over(table, config.connections_max, noted, processor.clone());
-    // Of its own, so that a crowd of devices or strangers never keeps an administrator out.
-    let admin_table = Arc::new(ConnectionTable::new(config.stranger_limits()));
+    let admin_table = parts.admin_connections.clone();
     let admin_crowd = HttpCrowd::over(admin_table, HTTP_ADMIN_CONNECTIONS_MAX, Some(refusals), processor);
     let (proxies, memory) = (parts.proxies.clone(), Some(parts.intake.memory().clone()));
     let shared = Arc::new(HttpFrontState {

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
+use axum::http::Version;
 use futures_util::future::{Either, ready};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -351,11 +352,16 @@ impl ConnectionServer {
                 (self.port.proxies.clone(), self.crowd.clone(), self.router.clone());
             // While the gateway starts, nobody can present a key.
             let is_paced = crowd.refusals.is_some() && !proxies.is_trusted(peer.ip());
-            let pace = StrangerPace::new();
+            let pace = Arc::new(StrangerPace::new());
             hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
-                if is_paced && from.keys.are_none() && !pace.take(Instant::now()) {
-                    return Either::Left(ready(Ok(pace.turn_away(&crowd, &from, request.version()))));
+                let version = request.version();
+                let is_stranger = is_paced && from.keys.are_none();
+                if is_stranger && !pace.may_begin(version, Instant::now()) {
+                    return Either::Left(ready(Ok(pace.turn_away(&crowd, &from, version))));
                 }
+                // Over HTTP/2 the keys of all that came at once are looked at later.
+                let is_unknown = is_stranger && version == Version::HTTP_2;
+                let paced = is_unknown.then(|| (pace.clone(), crowd.clone(), from.clone()));
                 let under_way = from.clock.begin_request();
                 let of_request = from.of_request(&request, &proxies, &crowd);
                 request.extensions_mut().insert(of_request);
@@ -364,7 +370,14 @@ impl ConnectionServer {
                 Either::Right(Box::pin(async move {
                     let answer = answering.await;
                     drop(under_way);
-                    answer
+                    match paced {
+                        Some((pace, crowd, from))
+                            if from.keys.are_none() && !pace.may_answer(Instant::now()) =>
+                        {
+                            Ok(pace.turn_away(&crowd, &from, version))
+                        }
+                        _ => answer,
+                    }
                 }))
             })
         };

@@ -1,8 +1,8 @@
 //! The pace of strangers: how many requests may come on a connection on which no valid key was presented. One that asks
-//! for more is turned away before its request is looked at, and its connection ends. The clients behind a trusted proxy
+//! for more is turned away before its request is looked at (over HTTP/2, where many come at once: before it is answered),
+//! and its connection ends. The clients behind a trusted proxy
 //! share connections, and have no pace.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::server::{HttpCrowd, HttpPeer};
 use crate::front::problem::Problem;
-use crate::limits::{STRANGER_REQUESTS_BURST, STRANGER_REQUESTS_PER_S};
+use crate::limits::{HTTP2_STREAMS_MAX, STRANGER_REQUESTS_BURST, STRANGER_REQUESTS_PER_S};
 use crate::observe::cause::Cause;
 
 /// When a stranger that has asked for too much may come again.
@@ -22,24 +22,30 @@ const STRANGER_RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// How many requests a connection may still make on which no valid key was presented.
 pub(super) struct StrangerPace {
-    state: Mutex<PaceState>,
-    /// It has asked for too much, and that was reported.
-    is_reported: AtomicBool,
+    requests: RequestAllowance,
+    /// Over HTTP/2, what may come before it is known whether it has a key: as many as there may be streams come at once,
+    /// before the key of any of them is looked at.
+    streams: RequestAllowance,
 }
 
-struct PaceState {
+/// So many requests at once, and [`STRANGER_REQUESTS_PER_S`] after that.
+struct RequestAllowance {
+    burst: u32,
+    state: Mutex<AllowanceState>,
+}
+
+struct AllowanceState {
     left: u32,
     since: Instant,
 }
 
-impl StrangerPace {
-    pub(super) fn new() -> Self {
-        let state = Mutex::new(PaceState { left: STRANGER_REQUESTS_BURST, since: Instant::now() });
-        Self { state, is_reported: AtomicBool::new(false) }
+impl RequestAllowance {
+    fn new(burst: u32) -> Self {
+        Self { burst, state: Mutex::new(AllowanceState { left: burst, since: Instant::now() }) }
     }
 
     /// Takes one, if there is one.
-    pub(super) fn take(&self, now: Instant) -> bool {
+    fn take(&self, now: Instant) -> bool {
         let mut state = self.state.lock();
         if state.left == 0 {
             let elapsed = now.saturating_duration_since(state.since).as_millis();
@@ -47,11 +53,31 @@ impl StrangerPace {
             if more > 0 {
                 state.since = now;
             }
-            state.left = u32::try_from(more).unwrap_or(u32::MAX).min(STRANGER_REQUESTS_BURST);
+            state.left = u32::try_from(more).unwrap_or(u32::MAX).min(self.burst);
         }
         let taken = state.left.checked_sub(1);
         state.left = taken.unwrap_or(0);
         taken.is_some()
+    }
+}
+
+impl StrangerPace {
+    pub(super) fn new() -> Self {
+        let [requests, streams] = [STRANGER_REQUESTS_BURST, HTTP2_STREAMS_MAX].map(RequestAllowance::new);
+        Self { requests, streams }
+    }
+
+    /// Whether a request may be looked at.
+    pub(super) fn may_begin(&self, version: Version, now: Instant) -> bool {
+        match version {
+            Version::HTTP_2 => self.streams.take(now),
+            _ => self.requests.take(now),
+        }
+    }
+
+    /// Over HTTP/2, whether a request may be answered that turned out to have no valid key.
+    pub(super) fn may_answer(&self, now: Instant) -> bool {
+        self.requests.take(now)
     }
 
     /// The answer to a stranger that asks for too much; the connection ends with it. HTTP/2 ends at once, with nothing
@@ -63,15 +89,15 @@ impl StrangerPace {
                  second, on one connection"
             )
         };
-        if !self.is_reported.swap(true, Ordering::Relaxed) {
-            crowd.report(peer.addr.ip(), Cause::StrangersShare, &words());
-        }
         if version == Version::HTTP_2 {
-            peer.entry.eviction().tell();
+            if peer.entry.eviction().tell() {
+                crowd.report(peer.addr.ip(), Cause::StrangersShare, &words());
+            }
             let mut answer = Response::new(Body::empty());
             *answer.status_mut() = StatusCode::TOO_MANY_REQUESTS;
             return answer;
         }
+        crowd.report(peer.addr.ip(), Cause::StrangersShare, &words());
         let problem = Problem::new(Cause::StrangersShare, format!("There were {}.", words()));
         let mut answer = problem.with_retry_after(STRANGER_RETRY_AFTER).into_response();
         answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -83,16 +109,31 @@ impl StrangerPace {
 mod tests {
     use super::*;
 
+    /// How many of these are allowed after so many seconds.
+    fn allowed(began: Instant, s: u64, may: impl Fn(Instant) -> bool) -> u32 {
+        let now = began + Duration::from_secs(s);
+        (0..1_000).take_while(|_| may(now)).count().try_into().expect("a thousand at most")
+    }
+
     #[test]
     fn a_stranger_has_so_many_requests_at_once_and_so_many_a_second() {
         let (pace, began) = (StrangerPace::new(), Instant::now());
-        let taken = |s: u64| {
-            let now = began + Duration::from_secs(s);
-            (0..1_000).take_while(|_| pace.take(now)).count()
-        };
-        assert_eq!(taken(0), STRANGER_REQUESTS_BURST as usize);
+        let taken = |s: u64| allowed(began, s, |now| pace.may_begin(Version::HTTP_11, now));
+        assert_eq!(taken(0), STRANGER_REQUESTS_BURST);
         assert_eq!(taken(0), 0);
-        assert_eq!(taken(1), STRANGER_REQUESTS_PER_S as usize);
-        assert_eq!(taken(3_600), STRANGER_REQUESTS_BURST as usize, "no more than at first");
+        assert_eq!(taken(1), STRANGER_REQUESTS_PER_S);
+        assert_eq!(taken(3_600), STRANGER_REQUESTS_BURST, "no more than at first");
+    }
+
+    /// A client with a key whose first requests came all at once was thrown out with the 17th.
+    #[test]
+    fn as_many_requests_as_there_may_be_streams_begin_before_a_key_is_known() {
+        let (pace, began) = (StrangerPace::new(), Instant::now());
+        let begun = |s: u64| allowed(began, s, |now| pace.may_begin(Version::HTTP_2, now));
+        let answered = |s: u64| allowed(began, s, |now| pace.may_answer(now));
+        assert_eq!(begun(0), HTTP2_STREAMS_MAX);
+        assert_eq!(begun(1), STRANGER_REQUESTS_PER_S);
+        assert_eq!(answered(0), STRANGER_REQUESTS_BURST);
+        assert_eq!(answered(1), STRANGER_REQUESTS_PER_S);
     }
 }

@@ -44,6 +44,15 @@ struct ServerInfo {
     connect_urls: Vec<String>,
 }
 
+impl ServerInfo {
+    /// The other servers that may be connected to. None over TLS: anybody on the way may have written what a server says
+    /// before the handshake, and the password would go to whom that names.
+    fn other_servers(&self, tls: bool) -> Vec<ServerAddr> {
+        let named = self.connect_urls.iter().filter(|_| !tls);
+        named.filter_map(|url| url.parse().ok()).collect()
+    }
+}
+
 /// A connection that is subscribed.
 pub(super) struct DialedLink {
     pub(super) stream: Box<dyn LinkStream>,
@@ -72,7 +81,7 @@ pub(super) async fn dial(
         return Err(io::Error::other("the server does not begin with INFO"));
     };
     let info: ServerInfo = serde_json::from_slice(&info).map_err(io::Error::other)?;
-    let tls = info.tls_required || server.tls_required();
+    let tls = info.tls_required || server.tls_required() || connection.ca.is_some();
     if tls {
         let name = ServerName::try_from(server.host().to_owned()).map_err(io::Error::other)?;
         let config = client_config(connection.ca.as_deref())?;
@@ -89,14 +98,14 @@ pub(super) async fn dial(
         if read.starts_with(b"MSG") || read.starts_with(b"HMSG") {
             break 1;
         }
-        match next_operation(&mut stream, &mut read).await? {
-            ServerOperation::Pong => break 0,
-            ServerOperation::Complaint(words) => return Err(io::Error::other(words)),
-            _ => {}
+        match take_operation(&mut read).map_err(io::Error::other)? {
+            Some(ServerOperation::Pong) => break 0,
+            Some(ServerOperation::Complaint(words)) => return Err(io::Error::other(words)),
+            Some(_) => {}
+            None => read_more(&mut stream, &mut read).await?,
         }
     };
-    let others = info.connect_urls.iter().filter_map(|url| url.parse().ok()).collect();
-    Ok(DialedLink { stream, read, others, pings_sent })
+    Ok(DialedLink { stream, read, others: info.other_servers(tls), pings_sent })
 }
 
 /// Reads until there is an operation.
@@ -108,9 +117,14 @@ async fn next_operation(
         if let Some(operation) = take_operation(read).map_err(io::Error::other)? {
             return Ok(operation);
         }
-        if stream.read_buf(read).await? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
+        read_more(stream, read).await?;
+    }
+}
+
+async fn read_more(stream: &mut Box<dyn LinkStream>, read: &mut BytesMut) -> io::Result<()> {
+    match stream.read_buf(read).await? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        _ => Ok(()),
     }
 }
 
@@ -187,7 +201,59 @@ fn client_config(ca: Option<&Path>) -> io::Result<Arc<ClientConfig>> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpListener;
+
     use super::*;
+
+    #[test]
+    fn nobody_on_the_way_to_a_server_over_tls_can_name_another_one() {
+        let info = br#"{"tls_required":true,"connect_urls":["evil:4222","10.0.0.2:4222"]}"#;
+        let info: ServerInfo = serde_json::from_slice(info).expect("as servers write it");
+        assert!(info.other_servers(true).is_empty());
+        let others: Vec<_> =
+            info.other_servers(false).iter().map(|other| (other.host().to_owned(), other.port())).collect();
+        assert_eq!(others, [("evil".to_owned(), 4222), ("10.0.0.2".to_owned(), 4222)]);
+    }
+
+    /// Messages of others came with the first answer, and the first one was dropped.
+    #[tokio::test]
+    async fn messages_that_come_before_the_first_answer_are_kept() {
+        let message = "MSG a.b 1 _INBOX.1 2\r\nhi\r\n";
+        // Wherever the bytes are cut.
+        for (first, second) in [("", message), (message, ""), message.split_at(1), message.split_at(12)] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+            let port = listener.local_addr().expect("an address").port();
+            let serving = tokio::spawn(async move {
+                let (mut tcp, _) = listener.accept().await.expect("accepted");
+                tcp.set_nodelay(true).expect("set");
+                tcp.write_all(b"INFO {}\r\n").await.expect("sent");
+                let mut said = Vec::new();
+                while !said.ends_with(b"PING\r\n") {
+                    assert!(tcp.read_buf(&mut said).await.expect("readable") > 0);
+                }
+                tcp.write_all(format!("+OK\r\n{first}").as_bytes()).await.expect("sent");
+                tokio::task::yield_now().await;
+                tcp.write_all(format!("{second}PONG\r\n").as_bytes()).await.expect("sent");
+                tcp
+            });
+            let server: ServerAddr = format!("nats://127.0.0.1:{port}").parse().expect("an address");
+            let connection = NatsSettings {
+                servers: Vec::new(),
+                credentials: NatsCredentials::None,
+                ca: None,
+                name: "test".to_owned(),
+            };
+            let DialedLink { mut stream, mut read, pings_sent, .. } =
+                dial(&server, &connection, &IngressSettings::small()).await.expect("subscribed");
+            assert_eq!(pings_sent, 1, "the answer is still to come");
+            let next = next_operation(&mut stream, &mut read).await.expect("a message");
+            let ServerOperation::Message(parcel) = next else { panic!("the message is gone") };
+            assert_eq!(parcel.payload(), b"hi");
+            let next = next_operation(&mut stream, &mut read).await.expect("the answer");
+            assert!(matches!(next, ServerOperation::Pong));
+            serving.await.expect("no panic");
+        }
+    }
 
     #[test]
     fn token_and_seed_are_found_in_a_credentials_file() {

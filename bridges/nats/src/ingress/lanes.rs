@@ -127,20 +127,6 @@ impl ParcelLanes {
 mod tests {
     use super::*;
 
-    fn settings() -> IngressSettings {
-        IngressSettings {
-            subject: "a.>".to_owned(),
-            queue: "q".to_owned(),
-            stream: "s".to_owned(),
-            reply_prefixes: vec!["_INBOX".to_owned()],
-            batch_messages_max: 8,
-            batch_bytes_max: 1 << 20,
-            batches_in_flight_max: 4,
-            waiting_messages_max: 100,
-            waiting_bytes_max: 1 << 20,
-        }
-    }
-
     fn parcel(payload: &str) -> Parcel {
         Parcel::new(b"a.b", None, b"", payload.as_bytes())
     }
@@ -151,7 +137,7 @@ mod tests {
 
     #[test]
     fn whoever_floods_waits_behind_itself_alone() {
-        let (settings, mut lanes) = (settings(), ParcelLanes::default());
+        let (settings, mut lanes) = (IngressSettings::small(), ParcelLanes::default());
         let flood = (0..1_000).filter(|n| lanes.push(1, parcel(&format!("f{n}")), &settings).is_ok()).count();
         assert_eq!(flood, 50, "half of the room");
         for n in 0..3 {
@@ -166,7 +152,7 @@ mod tests {
 
     #[test]
     fn each_lane_keeps_its_order_and_nothing_is_lost() {
-        let (settings, mut lanes) = (settings(), ParcelLanes::default());
+        let (settings, mut lanes) = (IngressSettings::small(), ParcelLanes::default());
         for n in 0..60 {
             assert!(lanes.push(n % 5, parcel(&format!("{}-{:02}", n % 5, n)), &settings).is_ok());
         }
@@ -185,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_lane_that_is_held_back_keeps_its_messages_and_delays_no_other() {
-        let (settings, mut lanes) = (settings(), ParcelLanes::default());
+        let (settings, mut lanes) = (IngressSettings::small(), ParcelLanes::default());
         lanes.pause(1);
         lanes.pause(1);
         for (lane, text) in [(1, "a"), (2, "b"), (1, "c")] {
@@ -203,7 +189,7 @@ mod tests {
 
     #[test]
     fn one_message_over_the_bytes_of_a_batch_is_a_batch_of_its_own() {
-        let (mut settings, mut lanes) = (settings(), ParcelLanes::default());
+        let (mut settings, mut lanes) = (IngressSettings::small(), ParcelLanes::default());
         settings.batch_bytes_max = 16;
         for lane in 0..3 {
             assert!(lanes.push(lane, parcel("a payload that is longer than a batch"), &settings).is_ok());

@@ -30,6 +30,8 @@ const LINK_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How often the server is asked whether it is there; it counts as gone when it is silent three times.
 const LINK_PING_INTERVAL: Duration = Duration::from_secs(1);
 const LINK_PINGS_UNANSWERED_MAX: u64 = 3;
+/// How long a server may take no bytes of what the gateway sends. Nothing else is looked at meanwhile.
+const LINK_WRITE_STALL_MAX: Duration = Duration::from_secs(3);
 /// What is read at a time.
 const LINK_READ_BYTES: usize = 256 << 10;
 /// Refusals of messages for which there is no room that wait to be sent: more senders get no answer, and try again.
@@ -255,16 +257,15 @@ async fn send<I>(
     loop {
         tokio::select! {
             batch = answers.recv() => match batch {
-                Some(batch) => writer.write_all(&batch).await?,
+                Some(batch) => write(&mut writer, &batch).await?,
                 None => {
-                    writer.flush().await?;
-                    let _ = writer.shutdown().await;
+                    let _ = timeout(LINK_WRITE_STALL_MAX, writer.shutdown()).await;
                     return Ok(());
                 }
             },
             () = pings.wake.notified() => {
                 for _ in 0..pings.owed.swap(0, Ordering::Relaxed) {
-                    writer.write_all(b"PONG\r\n").await?;
+                    write(&mut writer, b"PONG\r\n").await?;
                 }
             }
             _ = ask.tick() => {
@@ -272,16 +273,55 @@ async fn send<I>(
                 if sent.saturating_sub(pings.heard.load(Ordering::Acquire)) >= LINK_PINGS_UNANSWERED_MAX {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
-                writer.write_all(b"PING\r\n").await?;
+                write(&mut writer, b"PING\r\n").await?;
             }
             () = share.stop.notified() => {
                 // Everything that has been sent to the gateway comes before the answer.
                 let sent = pings.sent.fetch_add(1, Ordering::AcqRel) + 1;
                 pings.drained_at.store(sent, Ordering::Release);
-                writer.write_all(format!("UNSUB {SUBSCRIPTION_ID}\r\nPING\r\n").as_bytes()).await?;
+                write(&mut writer, format!("UNSUB {SUBSCRIPTION_ID}\r\nPING\r\n").as_bytes()).await?;
                 debug!("the ingress receives no more");
             }
         }
-        writer.flush().await?;
+    }
+}
+
+/// Sends all of it, as long as the server goes on to take some.
+async fn write(writer: &mut WriteHalf<Box<dyn LinkStream>>, mut bytes: &[u8]) -> io::Result<()> {
+    let stalled = |_| io::Error::from(io::ErrorKind::TimedOut);
+    while !bytes.is_empty() {
+        let taken = timeout(LINK_WRITE_STALL_MAX, writer.write(bytes)).await.map_err(stalled)??;
+        if taken == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        bytes = &bytes[taken..];
+    }
+    timeout(LINK_WRITE_STALL_MAX, writer.flush()).await.map_err(stalled)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The liveness check was not looked at while a write waited.
+    #[tokio::test]
+    async fn a_server_that_takes_nothing_is_left() {
+        let share = LinkShare {
+            settings: IngressSettings::small(),
+            inlet: Arc::new(()),
+            state: Mutex::new(LinkState::default()),
+            arrived: Notify::new(),
+            stop: Notify::new(),
+            trouble: Arc::default(),
+        };
+        let (ours, _frozen) = tokio::io::duplex(64);
+        let stream: Box<dyn LinkStream> = Box::new(ours);
+        let (_reader, writer) = tokio::io::split(stream);
+        let (answers, mut sending) = mpsc::channel(1);
+        answers.try_send(Bytes::from(vec![b'x'; 1_000])).expect("room");
+        let pings = LinkPings::default();
+        let sent = timeout(Duration::from_secs(60), send(writer, &share, &mut sending, &pings)).await;
+        let error = sent.expect("it is left within a minute").expect_err("nothing was taken");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -60,6 +60,24 @@ pub struct IngressSettings {
     pub waiting_bytes_max: usize,
 }
 
+#[cfg(test)]
+impl IngressSettings {
+    /// Bounds that a test can reach.
+    fn small() -> Self {
+        Self {
+            subject: "a.>".to_owned(),
+            queue: "q".to_owned(),
+            stream: "s".to_owned(),
+            reply_prefixes: vec!["_INBOX".to_owned()],
+            batch_messages_max: 8,
+            batch_bytes_max: 1 << 20,
+            batches_in_flight_max: 4,
+            waiting_messages_max: 100,
+            waiting_bytes_max: 1 << 20,
+        }
+    }
+}
+
 /// The ingress of a subject.
 #[derive(Debug)]
 pub struct Ingress {
@@ -121,7 +139,7 @@ async fn serve<I: Inlet>(share: &LinkShare<I>, answers: mpsc::Sender<Bytes>, sto
     let mut work = IngressWork::new(share, answers);
     loop {
         work.begin();
-        if work.is_done() && share.state.lock().is_closed && !work.has_waiting() {
+        if work.is_done() && share.state.lock().is_closed && !work.has_waiting() && !work.has_overflowed() {
             return;
         }
         tokio::select! {
@@ -170,7 +188,7 @@ impl<'a, I: Inlet> IngressWork<'a, I> {
         }
     }
 
-    /// Begins whatever has become possible: to hand over the next batch, to answer what was too many.
+    /// Begins to hand over the next batch, if that has become possible.
     fn begin(&mut self) {
         let settings = &self.share.settings;
         if self.handing.is_none()
@@ -182,14 +200,6 @@ impl<'a, I: Inlet> IngressWork<'a, I> {
             let inlet = &self.share.inlet;
             self.handing = Some(Box::pin(async move { (inlet.deliver(parcels).await, replies) }));
         }
-        if self.answering.is_none() {
-            let overflowed = std::mem::take(&mut self.share.state.lock().overflowed);
-            if !overflowed.is_empty() {
-                let (verdicts, replies) =
-                    overflowed.into_iter().map(|(verdict, reply)| (verdict, Some(reply))).unzip();
-                self.answer((verdicts, replies));
-            }
-        }
     }
 
     fn take_batch(&self) -> Option<Vec<Parcel>> {
@@ -198,6 +208,16 @@ impl<'a, I: Inlet> IngressWork<'a, I> {
 
     fn has_waiting(&self) -> bool {
         !self.share.state.lock().lanes.is_empty()
+    }
+
+    fn has_overflowed(&self) -> bool {
+        !self.share.state.lock().overflowed.is_empty()
+    }
+
+    /// Begins to send the refusals of what was too many.
+    fn answer_overflowed(&mut self) {
+        let overflowed = std::mem::take(&mut self.share.state.lock().overflowed);
+        self.answer(overflowed.into_iter().map(|(verdict, reply)| (verdict, Some(reply))).unzip());
     }
 
     /// Begins to send answers.
@@ -219,6 +239,9 @@ impl<'a, I: Inlet> IngressWork<'a, I> {
     }
 
     /// Waits until one of the things under way is done. Cancel-safe. Never returns while nothing is.
+    ///
+    /// What is durable is answered first: a flood of refusals would keep back the answers to everybody else, and the
+    /// room that their batches hold.
     async fn advance(&mut self) {
         tokio::select! {
             biased;
@@ -230,6 +253,9 @@ impl<'a, I: Inlet> IngressWork<'a, I> {
                 self.handing = None;
                 self.keeping.push_back(Box::pin(async move { (verdicts.await, replies) }));
             }
+            () = std::future::ready(()), if self.answering.is_none() && self.has_overflowed() => {
+                self.answer_overflowed();
+            }
         }
     }
 }
@@ -238,5 +264,61 @@ async fn or_never<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
     match future {
         Some(future) => future.await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::inlet::InletRefusal;
+
+    /// Stores every message at once.
+    struct ReadyInlet;
+
+    impl Inlet for ReadyInlet {
+        fn lane(&self, _: &Parcel) -> u64 {
+            1
+        }
+
+        async fn deliver(&self, parcels: Vec<Parcel>) -> InletVerdicts {
+            let verdicts =
+                parcels.iter().map(|_| InletVerdict::Stored { seq: 7, duplicate: false }).collect();
+            Box::pin(std::future::ready(verdicts))
+        }
+
+        fn overflow(&self, _: &Parcel) -> InletVerdict {
+            let (text, body) = ("busy".to_owned(), b"{}".to_vec());
+            InletVerdict::Refused(Box::new(InletRefusal { code: 503, text, body, retry_after: None }))
+        }
+    }
+
+    #[test]
+    fn refusals_that_never_end_keep_back_no_answer_to_what_is_stored() {
+        let share = LinkShare {
+            settings: IngressSettings::small(),
+            inlet: Arc::new(ReadyInlet),
+            state: Mutex::new(LinkState::default()),
+            arrived: Notify::new(),
+            stop: Notify::new(),
+            trouble: Arc::default(),
+        };
+        let parcel = || Parcel::new(b"a.b", Some(b"_INBOX.1"), b"", b"x");
+        assert!(share.state.lock().lanes.push(1, parcel(), &share.settings).is_ok());
+        let (answers, mut sent) = mpsc::channel(1);
+        let mut work = IngressWork::new(&share, answers);
+        let mut seen = String::new();
+        for _ in 0..20 {
+            let refusal = (share.inlet.overflow(&parcel()), "_INBOX.2".to_owned());
+            share.state.lock().overflowed.push_back(refusal);
+            work.begin();
+            let _ = work.advance().now_or_never();
+            while let Ok(batch) = sent.try_recv() {
+                seen.push_str(&String::from_utf8_lossy(&batch));
+            }
+        }
+        assert!(seen.contains("PUB _INBOX.1 "), "the answer to what is stored: {seen}");
+        assert!(seen.contains("HPUB _INBOX.2 "), "refusals come too: {seen}");
     }
 }
