@@ -234,7 +234,9 @@ impl Admission {
     pub fn serve_websocket(self, opened: impl Future<Output = Option<(PeerStream, Bytes)>> + Send + 'static) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
         let payer = TaskPayer::stranger(front.intake.processor());
-        connections.spawn(FairTask::new(payer.clone(), async move {
+        // The handshake may be served in another lane, and a connection belongs to none.
+        let usual = front.intake.processor().usual_runtime();
+        let serving = FairTask::new(payer.clone(), async move {
             if let Ok(Some((stream, early))) = heard_by(connect_by, opened).await {
                 prepare_socket(stream.tcp(), &front.config);
                 let websocket = Box::new(WebSocket::new(stream, early, peer, front.clone()));
@@ -244,7 +246,8 @@ impl Admission {
                 debug!(%peer, "a WebSocket handshake did not complete");
             }
             drop(permit);
-        }));
+        });
+        connections.spawn_on(serving, &usual);
     }
 
     fn serve_tcp(self, tcp: TcpStream) {
