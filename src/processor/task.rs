@@ -1,6 +1,6 @@
 //! A fair task: what serves a client, wherever its tenant's share of the processors lets it run.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -189,13 +189,18 @@ impl<T> Future for LaneVisit<T> {
 
 /// Spawns `work` of a client for whom `payer` pays, which nobody waits for.
 pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Send + 'static) {
-    match payer.lane() {
-        TaskLane::Usual => drop(tokio::spawn(FairTask::new(payer.clone(), work))),
-        lane => {
-            let (payer, mut work) = (payer.clone(), Box::pin(work));
-            lane.runtime().spawn(poll_fn(move |cx| payer.poll_measured(work.as_mut(), cx)));
-        }
+    let (payer, usual, lane) = (payer.clone(), payer.time.usual_runtime(), payer.lane());
+    if lane == TaskLane::Usual {
+        usual.spawn(FairTask::new(payer, work));
+        return;
     }
+    // It begins where it is to run, so that a crowd of such tasks does not pass through the usual runtime.
+    let visit = LaneVisit { payer: payer.clone(), lane, work: Some(Box::pin(work) as BoxedWork<()>) };
+    lane.runtime().spawn(async move {
+        if let LaneVisitEnd::Back(work) = visit.await {
+            usual.spawn(FairTask { payer, place: TaskPlace::Here(work) });
+        }
+    });
 }
 
 #[cfg(test)]
@@ -232,6 +237,51 @@ mod tests {
         tokio::time::timeout(wait, back).await.expect("it comes back");
         drop(told);
         tokio::time::timeout(wait, task).await.expect("it ends").expect("without a panic");
+    }
+
+    /// Waits until the name of a thread that tells is one of those wanted.
+    async fn told_by(told: &mut tokio::sync::mpsc::UnboundedReceiver<String>, is_wanted: impl Fn(&str) -> bool) {
+        let found = async { while !is_wanted(&told.recv().await.expect("a turn")) {} };
+        tokio::time::timeout(Duration::from_secs(20), found).await.expect("it comes to that thread");
+    }
+
+    fn thread_name() -> String {
+        std::thread::current().name().unwrap_or_default().to_owned()
+    }
+
+    const LANES: [&str; 2] = ["newcomers", "slow-lane"];
+
+    #[tokio::test]
+    async fn a_task_that_nobody_waits_for_changes_lanes_with_its_payer_and_comes_back() {
+        let time = ProcessorTime::new();
+        let payer = TaskPayer::stranger(&time);
+        let tenant = time.of_strangers();
+        time.slow_down(&tenant);
+        let (telling, mut told) = tokio::sync::mpsc::unbounded_channel();
+        spawn_fairly(&payer, async move {
+            while telling.send(thread_name()).is_ok() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        });
+        told_by(&mut told, |name| name == "newcomers").await;
+        payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+        told_by(&mut told, |name| name == "slow-lane").await;
+        tenant.slow_until.store(0, Ordering::Relaxed);
+        told_by(&mut told, |name| !LANES.contains(&name)).await;
+    }
+
+    #[tokio::test]
+    async fn what_a_task_begins_in_another_lane_for_good_begins_on_the_usual_runtime() {
+        let time = ProcessorTime::new();
+        time.slow_down(&time.of_strangers());
+        let payer = TaskPayer::stranger(&time);
+        payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+        let seen = tokio::spawn(FairTask::new(payer, async move {
+            let begun = time.usual_runtime().spawn(async { thread_name() });
+            (thread_name(), begun.await.expect("no panic"))
+        }));
+        let (here, begun) = seen.await.expect("no panic");
+        assert!(here == "slow-lane" && !LANES.contains(&begun.as_str()), "{here}, {begun}");
     }
 
     #[tokio::test]
