@@ -28,7 +28,7 @@ use crate::limits::{PROCESSOR_WINDOW, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_LANE_STAY, 
 use crate::message::{DatasourceId, KeyId};
 use crate::shares::processors;
 
-pub use lane::run_slowly;
+pub use lane::{run_slowly, run_usually};
 pub use task::{FairTask, TaskPayer, spawn_fairly};
 
 /// The part of the processors, in percent, below which nobody's use is in the way of anybody.

@@ -8,9 +8,11 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use tokio::runtime::Handle;
+use tokio::task::futures::TaskLocalFuture;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::lane::TaskLane;
+use super::lane::{TaskLane, USUAL_RUNTIME};
 use super::{ProcessorTime, TenantTime};
 use crate::limits::NEWCOMER_NS;
 use crate::scheduler::waited;
@@ -141,7 +143,7 @@ impl<T: Send + 'static> Future for FairTask<T> {
                         return polled;
                     }
                     lane => {
-                        let visit = LaneVisit { payer: this.payer.clone(), lane, work: Some(work) };
+                        let visit = LaneVisit::new(this.payer.clone(), lane, work);
                         TaskPlace::Away(AbortOnDropHandle::new(lane.runtime().spawn(visit)))
                     }
                 },
@@ -172,6 +174,14 @@ struct LaneVisit<T> {
     work: Option<BoxedWork<T>>,
 }
 
+impl<T> LaneVisit<T> {
+    /// The visit of `work` to `lane`, in which [`run_usually`](super::run_usually) finds the way back.
+    fn new(payer: Arc<TaskPayer>, lane: TaskLane, work: BoxedWork<T>) -> TaskLocalFuture<Handle, Self> {
+        let usual = payer.time.usual_runtime();
+        USUAL_RUNTIME.scope(usual, Self { payer, lane, work: Some(work) })
+    }
+}
+
 impl<T> Future for LaneVisit<T> {
     type Output = LaneVisitEnd<T>;
 
@@ -195,7 +205,7 @@ pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Sen
         return;
     }
     // It begins where it is to run, so that a crowd of such tasks does not pass through the usual runtime.
-    let visit = LaneVisit { payer: payer.clone(), lane, work: Some(Box::pin(work) as BoxedWork<()>) };
+    let visit = LaneVisit::new(payer.clone(), lane, Box::pin(work));
     lane.runtime().spawn(async move {
         if let LaneVisitEnd::Back(work) = visit.await {
             usual.spawn(FairTask { payer, place: TaskPlace::Here(work) });
@@ -282,6 +292,32 @@ mod tests {
         }));
         let (here, begun) = seen.await.expect("no panic");
         assert!(here == "slow-lane" && !LANES.contains(&begun.as_str()), "{here}, {begun}");
+    }
+
+    #[tokio::test]
+    async fn what_may_lock_the_registry_has_the_usual_priority_in_the_slow_lane_too() {
+        let time = ProcessorTime::new();
+        time.slow_down(&time.of_strangers());
+        let usual = niceness();
+        for task in 0..2 {
+            let payer = TaskPayer::stranger(&time);
+            payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+            let (telling, told) = tokio::sync::oneshot::channel();
+            let work = async move {
+                let at = || (niceness(), crate::scheduler::is_lowered());
+                let seen = (at(), crate::processor::run_usually(at).await.expect("no panic"));
+                let _ = telling.send(seen);
+            };
+            match task {
+                0 => spawn_fairly(&payer, work),
+                _ => drop(tokio::spawn(FairTask::new(payer, work))),
+            }
+            let told = tokio::time::timeout(Duration::from_secs(20), told).await.expect("it ends");
+            let (here, there) = told.expect("no panic");
+            assert!(here.1 && here.0 > usual, "the task itself is in the slow lane: {here:?}");
+            assert_eq!(there, (usual, false));
+        }
+        assert!(!crate::processor::run_usually(crate::scheduler::is_lowered).await.expect("no panic"));
     }
 
     #[tokio::test]
