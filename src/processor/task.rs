@@ -250,7 +250,10 @@ mod tests {
     }
 
     /// Waits until the name of a thread that tells is one of those wanted.
-    async fn told_by(told: &mut tokio::sync::mpsc::UnboundedReceiver<String>, is_wanted: impl Fn(&str) -> bool) {
+    async fn told_by(
+        told: &mut tokio::sync::mpsc::UnboundedReceiver<String>,
+        is_wanted: impl Fn(&str) -> bool,
+    ) {
         let found = async { while !is_wanted(&told.recv().await.expect("a turn")) {} };
         tokio::time::timeout(Duration::from_secs(20), found).await.expect("it comes to that thread");
     }
