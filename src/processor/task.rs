@@ -286,7 +286,8 @@ mod tests {
     #[tokio::test]
     async fn what_a_task_begins_in_another_lane_for_good_begins_on_the_usual_runtime() {
         let time = ProcessorTime::new();
-        time.slow_down(&time.of_strangers());
+        let strangers = time.of_strangers();
+        time.slow_down(&strangers);
         let payer = TaskPayer::stranger(&time);
         payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
         let seen = tokio::spawn(FairTask::new(payer, async move {
@@ -300,7 +301,8 @@ mod tests {
     #[tokio::test]
     async fn what_may_lock_the_registry_has_the_usual_priority_in_the_slow_lane_too() {
         let time = ProcessorTime::new();
-        time.slow_down(&time.of_strangers());
+        let strangers = time.of_strangers();
+        time.slow_down(&strangers);
         let usual = niceness();
         for task in 0..2 {
             let payer = TaskPayer::stranger(&time);
