@@ -8,7 +8,7 @@
 //! 3. The log: ended segments get a second name in the backup (a hard link), and the log writes no such file over
 //!    (`src/log/spare.rs`). What has no second name, because the backup is on another disk or the segment is the newest,
 //!    is copied up to the cut.
-//! 4. The stores are copied from their snapshots.
+//! 4. The stores are copied from their snapshots, and to another disk the other two from their near copies (`near_copy.rs`).
 //! 5. The manifest, with the digest of each file.
 //!
 //! All of it is written under another name beside the directory that was asked for, synced, and renamed: a backup is
@@ -16,6 +16,7 @@
 
 mod error;
 pub mod manifest;
+mod near_copy;
 pub mod place;
 mod progress;
 pub mod restore;
