@@ -8,7 +8,7 @@
 //! 3. The log: ended segments get a second name in the backup (a hard link), and the log writes no such file over
 //!    (`src/log/spare.rs`). What has no second name, because the backup is on another disk or the segment is the newest,
 //!    is copied up to the cut.
-//! 4. The stores are copied from their snapshots.
+//! 4. The stores are copied from their snapshots, and to another disk the other two from their near copies (`near_copy.rs`).
 //! 5. The manifest, with the digest of each file.
 //!
 //! All of it is written under another name beside the directory that was asked for, synced, and renamed: a backup is
@@ -16,6 +16,7 @@
 
 mod error;
 pub mod manifest;
+mod near_copy;
 pub mod place;
 mod progress;
 pub mod restore;
@@ -189,7 +190,7 @@ impl BackupDesk {
 impl BackupRun {
     fn carry_out(&self, sources: &BackupSources, place: BackupPlace, actor: &Actor) {
         let _ended = BackupEndGuard(self);
-        let result = make_backup(sources, place, &self.progress);
+        let result = self.make_apart(sources, place);
         let what = match &result {
             Ok(summary) => {
                 let BackupSummary { bytes, next_offset, .. } = summary;
@@ -207,6 +208,17 @@ impl BackupRun {
             warn!(%error, action, "it is not in the audit");
         }
         self.end(result.map_err(|error| error.to_string()));
+    }
+
+    /// Makes it on a thread of its own, whose priority is lowered for good: the caller goes on to the audit, for which
+    /// it locks the registry.
+    fn make_apart(&self, sources: &BackupSources, place: BackupPlace) -> Result<BackupSummary, BackupError> {
+        std::thread::scope(|scope| {
+            let making = std::thread::Builder::new().name("backup-copy".to_owned());
+            let making = making.spawn_scoped(scope, || make_backup(sources, place, &self.progress));
+            let making = making.map_err(|error| BackupError::Io { path: self.dir.clone(), error })?;
+            making.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 
     fn end(&self, result: Result<BackupSummary, String>) {
@@ -255,4 +267,41 @@ fn make_backup(
 /// [`BackupError`]: nothing is left of it.
 pub fn make_backup_here(sources: &BackupSources, dir: &Path) -> Result<BackupSummary, BackupError> {
     make_backup(sources, BackupPlace::prepare(dir, sources.data_dir())?, &BackupProgress::default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::Registry;
+    use crate::config::Config;
+    use crate::consume::subscriber::sessions::SessionStore;
+    use crate::log::EmbeddedLog;
+    use crate::scheduler::is_lowered;
+
+    #[tokio::test]
+    async fn the_thread_that_notes_a_backup_in_the_audit_keeps_its_priority() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let data_dir = dir.path().join("data");
+        std::fs::create_dir(&data_dir).expect("made");
+        let config = Config::default();
+        let log = EmbeddedLog::open(&data_dir, &config.log, &config.intake).expect("opens");
+        let registry = Arc::new(Registry::open(&data_dir).expect("opens"));
+        let (sessions, _) = SessionStore::open(&data_dir).expect("opens");
+        let sources = BackupSources::new(&data_dir, registry, Arc::new(log), sessions);
+        let place = BackupPlace::prepare(&dir.path().join("b"), &data_dir).expect("nothing is there");
+        let run = BackupRun {
+            dir: place.dir().to_owned(),
+            started_at: now_micros(),
+            progress: BackupProgress::default(),
+            outcome: watch::Sender::new(None),
+        };
+        let noting = std::thread::spawn(move || {
+            run.carry_out(&sources, place, &Actor::SYSTEM);
+            let outcome = run.outcome.borrow().clone().map(|outcome| outcome.result);
+            (outcome, is_lowered())
+        });
+        let (outcome, is_lowered) = noting.join().expect("no panic");
+        assert!(matches!(outcome, Some(Ok(_))), "{:?}", outcome.and_then(Result::err));
+        assert!(!is_lowered);
+    }
 }

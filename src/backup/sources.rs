@@ -7,6 +7,7 @@ use tracing::warn;
 
 use super::BackupError;
 use super::error::NamePath;
+use super::near_copy::NearCopy;
 use super::writer::BackupWriter;
 use crate::auth::Registry;
 use crate::auth::registry::REGISTRY_FILE_NAME;
@@ -48,16 +49,20 @@ impl BackupSources {
         if let Err(error) = self.registry.write_usage() {
             warn!(%error, "the backup has an older usage of keys");
         }
-        self.sessions.copy_blocking(&writer.path_of(SESSIONS_FILE_NAME))?;
+        let sessions = NearCopy::prepare(&self.data_dir, writer, SESSIONS_FILE_NAME)?;
+        self.sessions.copy_blocking(sessions.path())?;
         // Until the cut the log keeps what the stores have not consumed in their snapshots. Milliseconds: a log at its
         // budget takes nothing meanwhile.
         let mut hold = Some(self.log.hold());
         let snapshots = take_snapshots(&self.data_dir)?;
-        let cut = self.registry.copy_with(&writer.path_of(REGISTRY_FILE_NAME), || {
+        let registry = NearCopy::prepare(&self.data_dir, writer, REGISTRY_FILE_NAME)?;
+        let cut = || {
             let cut = self.log.cut();
             hold = None;
             cut
-        })?;
+        };
+        // A stop does not wait for the rest of a long audit.
+        let cut = self.registry.copy_with(registry.path(), cut, &mut |_| writer.progress().advance(0))??;
         let LogCut { first_offset, next_offset, segments } = cut.ok_or(BackupError::Cluster)?;
         let is_linked = writer.link(&segments);
         lower_priority(BACKUP_NICE);
@@ -68,6 +73,7 @@ impl BackupSources {
             new_bytes += snapshot.bytes()?;
         }
         let file_bytes = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+        new_bytes += sessions.new_bytes() + registry.new_bytes();
         new_bytes += others.iter().map(|(path, _)| file_bytes(path)).sum::<u64>();
         let segment_bytes: u64 = segments.iter().map(|segment| segment.bytes).sum();
         let linked = segments.iter().zip(&is_linked).filter(|(_, is_linked)| **is_linked);
@@ -78,8 +84,8 @@ impl BackupSources {
         for (name, snapshot) in snapshots {
             writer.add_snapshot(&snapshot, name)?;
         }
-        for name in [SESSIONS_FILE_NAME, REGISTRY_FILE_NAME] {
-            writer.add_database(name)?;
+        for (name, copy) in [(SESSIONS_FILE_NAME, sessions), (REGISTRY_FILE_NAME, registry)] {
+            copy.add_to(writer, name)?;
         }
         for (path, name) in others {
             writer.add_file(&path, &name)?;

@@ -23,6 +23,7 @@ const USER_VERSION_AT: u64 = 60;
 pub(super) struct BackupWriter<'a> {
     dir: &'a Path,
     progress: &'a BackupProgress,
+    is_on_other_disk: bool,
     /// What has to stay free on its disk, in bytes.
     free_bytes_min: u64,
     files: Vec<BackupFile>,
@@ -40,14 +41,24 @@ impl<'a> BackupWriter<'a> {
         fs::DirBuilder::new().mode(0o700).create(&log).name_path(&log)?;
         let device = |path: &Path| fs::metadata(path).map(|file| file.dev()).name_path(path);
         // Devices need the room of the data directory's disk.
-        let is_same = device(dir)? == device(data_dir)?;
-        let free_bytes_min = if is_same { BACKUP_FREE_BYTES_MIN } else { 0 };
-        Ok(Self { dir, progress, free_bytes_min, files: Vec::new(), linked_bytes: 0 })
+        let is_on_other_disk = device(dir)? != device(data_dir)?;
+        let free_bytes_min = if is_on_other_disk { 0 } else { BACKUP_FREE_BYTES_MIN };
+        Ok(Self { dir, progress, is_on_other_disk, free_bytes_min, files: Vec::new(), linked_bytes: 0 })
     }
 
     /// The path of a file in it.
     pub(super) fn path_of(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// Whether it is on another disk than the data directory.
+    pub(super) fn is_on_other_disk(&self) -> bool {
+        self.is_on_other_disk
+    }
+
+    /// How far the backup is, and whether it is to end.
+    pub(super) fn progress(&self) -> &'a BackupProgress {
+        self.progress
     }
 
     /// Sets how many bytes there are to do, of which `new_bytes` are to be written.
@@ -143,9 +154,20 @@ impl<'a> BackupWriter<'a> {
         self.add_database(name)
     }
 
+    /// Copies a database that nobody has open, and that has no write-ahead log.
+    pub(super) fn copy_database(&mut self, from: &Path, name: &str) -> Result<(), BackupError> {
+        self.add_file(from, name)?;
+        self.note_format(name)
+    }
+
     /// Adds a database that is written already.
     pub(super) fn add_database(&mut self, name: &str) -> Result<(), BackupError> {
         self.add_written(name)?;
+        self.note_format(name)
+    }
+
+    /// Notes the format of the database that was added last.
+    fn note_format(&mut self, name: &str) -> Result<(), BackupError> {
         let path = self.path_of(name);
         let mut version = [0; 4];
         let read = File::open(&path).and_then(|file| file.read_exact_at(&mut version, USER_VERSION_AT));

@@ -52,13 +52,19 @@ impl SpareSegments {
             {
                 continue;
             }
-            if found.has_room() {
-                let file = disk.open(&path, false)?;
+            if !found.has_room() {
+                disk.remove(&path)?;
+                continue;
+            }
+            let file = disk.open(&path, false)?;
+            // Linked by a backup while it became a spare one. What has no former segment is written ahead, so it must
+            // be nobody's.
+            if is_linked(&*file) {
+                disk.remove(&path)?;
+            } else {
                 let bytes = file.len()?;
                 found.is_dir_unsynced = true;
                 found.files.push(SpareSegment { path, file, bytes, former: None });
-            } else {
-                disk.remove(&path)?;
             }
         }
         Ok(found)
@@ -260,6 +266,24 @@ mod tests {
         for (name, bytes) in [("early", before), ("late", late_before)] {
             assert!(std::fs::read(dir.path().join(name)).expect("there") == bytes, "{name}");
         }
+    }
+
+    #[test]
+    fn a_file_that_a_backup_linked_while_it_became_a_spare_one_is_not_written_ahead_after_a_restart() {
+        let dir = TempDir::new().expect("temporary directory");
+        let segment = Arc::new(Segment::create(&FileSystem, dir.path(), 0).expect("made"));
+        let linked = dir.path().join("linked");
+        let mut spares = SpareSegments::default();
+        // Between the look at the number of names and the new name.
+        let path = segment.path().to_owned();
+        spares.keep(&FileSystem, segment).expect("kept");
+        std::fs::hard_link(path.with_extension("spare"), &linked).expect("linked");
+        let before = std::fs::read(&linked).expect("readable");
+        let mut spares = SpareSegments::find(&FileSystem, dir.path()).expect("found");
+        assert!(spares.is_empty() && !path.with_extension("spare").exists());
+        let bytes_max = before.len() as u64 + 8192;
+        assert!(spares.write_ahead(&FileSystem, dir.path(), &[0; 4096], bytes_max).expect("written"));
+        assert!(std::fs::read(&linked).expect("there") == before);
     }
 
     #[test]

@@ -52,6 +52,11 @@ fn build_lane(name: &'static str, threads: usize, nice: u8) -> Option<Runtime> {
     built.inspect_err(|error| warn!(%error, name, "no threads for this: all share the usual ones")).ok()
 }
 
+tokio::task_local! {
+    /// For a task that visits another lane: the runtime that it comes from.
+    pub(super) static USUAL_RUNTIME: Handle;
+}
+
 impl TaskLane {
     /// Its runtime; the caller's if the system has no threads for it.
     pub(super) fn runtime(self) -> Handle {
@@ -72,4 +77,21 @@ pub async fn run_slowly<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, tokio::task::JoinError> {
     AbortOnDropHandle::new(TaskLane::Slow.runtime().spawn_blocking(work)).await
+}
+
+/// Runs work that blocks, on a thread of the usual priority, from whichever lane: what holds a lock that others need
+/// must not wait for a processor behind them. The work goes on if the caller is dropped.
+///
+/// # Errors
+/// The work has panicked.
+pub async fn run_usually<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, tokio::task::JoinError> {
+    match USUAL_RUNTIME.try_with(Clone::clone) {
+        Err(_) => tokio::task::spawn_blocking(work).await,
+        // Asked for by a thread of that runtime: one that this thread made would inherit its low priority for good.
+        Ok(usual) => {
+            usual.spawn(async { tokio::task::spawn_blocking(work).await }).await.and_then(|done| done)
+        }
+    }
 }

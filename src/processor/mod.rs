@@ -20,6 +20,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use crate::auth::{Grant, Key};
@@ -27,7 +28,7 @@ use crate::limits::{PROCESSOR_WINDOW, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_LANE_STAY, 
 use crate::message::{DatasourceId, KeyId};
 use crate::shares::processors;
 
-pub use lane::run_slowly;
+pub use lane::{run_slowly, run_usually};
 pub use task::{FairTask, TaskPayer, spawn_fairly};
 
 /// The part of the processors, in percent, below which nobody's use is in the way of anybody.
@@ -53,6 +54,8 @@ pub struct ProcessorTime(Arc<TimeState>);
 struct TimeState {
     began: Instant,
     processors: u64,
+    /// Where tasks run that are in no other lane; `None` if this was made outside of a runtime.
+    usual: Option<Handle>,
     /// The number of the window that is counted now.
     window: AtomicU64,
     tenants: Mutex<HashMap<TimeOwner, Weak<TenantTime>>>,
@@ -105,13 +108,14 @@ impl Default for TenantTime {
 }
 
 impl ProcessorTime {
-    /// Nothing is used yet, of so many processors as there are.
+    /// Nothing is used yet, of so many processors as there are. The caller's runtime is the usual one.
     pub fn new() -> Self {
         let (processors, window) = (processors() as u64, AtomicU64::new(0));
         let (tenants, active) = (Mutex::default(), Mutex::default());
         Self(Arc::new(TimeState {
             began: Instant::now(),
             processors,
+            usual: Handle::try_current().ok(),
             window,
             tenants,
             active,
@@ -120,6 +124,12 @@ impl ProcessorTime {
             #[cfg(test)]
             is_set: AtomicBool::new(false),
         }))
+    }
+
+    /// The runtime of what is in no other lane. A task that outlives the one that makes it, or that is nobody's, begins
+    /// there: the maker may be in another lane, and what begins in a lane by itself never leaves it.
+    pub fn usual_runtime(&self) -> Handle {
+        self.0.usual.clone().unwrap_or_else(Handle::current)
     }
 
     /// The time of a grant's tenant.

@@ -1,6 +1,6 @@
 //! A fair task: what serves a client, wherever its tenant's share of the processors lets it run.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,9 +8,11 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use tokio::runtime::Handle;
+use tokio::task::futures::TaskLocalFuture;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::lane::TaskLane;
+use super::lane::{TaskLane, USUAL_RUNTIME};
 use super::{ProcessorTime, TenantTime};
 use crate::limits::NEWCOMER_NS;
 use crate::scheduler::waited;
@@ -141,7 +143,7 @@ impl<T: Send + 'static> Future for FairTask<T> {
                         return polled;
                     }
                     lane => {
-                        let visit = LaneVisit { payer: this.payer.clone(), lane, work: Some(work) };
+                        let visit = LaneVisit::new(this.payer.clone(), lane, work);
                         TaskPlace::Away(AbortOnDropHandle::new(lane.runtime().spawn(visit)))
                     }
                 },
@@ -172,6 +174,14 @@ struct LaneVisit<T> {
     work: Option<BoxedWork<T>>,
 }
 
+impl<T> LaneVisit<T> {
+    /// The visit of `work` to `lane`, in which [`run_usually`](super::run_usually) finds the way back.
+    fn new(payer: Arc<TaskPayer>, lane: TaskLane, work: BoxedWork<T>) -> TaskLocalFuture<Handle, Self> {
+        let usual = payer.time.usual_runtime();
+        USUAL_RUNTIME.scope(usual, Self { payer, lane, work: Some(work) })
+    }
+}
+
 impl<T> Future for LaneVisit<T> {
     type Output = LaneVisitEnd<T>;
 
@@ -189,13 +199,18 @@ impl<T> Future for LaneVisit<T> {
 
 /// Spawns `work` of a client for whom `payer` pays, which nobody waits for.
 pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Send + 'static) {
-    match payer.lane() {
-        TaskLane::Usual => drop(tokio::spawn(FairTask::new(payer.clone(), work))),
-        lane => {
-            let (payer, mut work) = (payer.clone(), Box::pin(work));
-            lane.runtime().spawn(poll_fn(move |cx| payer.poll_measured(work.as_mut(), cx)));
-        }
+    let (payer, usual, lane) = (payer.clone(), payer.time.usual_runtime(), payer.lane());
+    if lane == TaskLane::Usual {
+        usual.spawn(FairTask::new(payer, work));
+        return;
     }
+    // It begins where it is to run, so that a crowd of such tasks does not pass through the usual runtime.
+    let visit = LaneVisit::new(payer.clone(), lane, Box::pin(work));
+    lane.runtime().spawn(async move {
+        if let LaneVisitEnd::Back(work) = visit.await {
+            usual.spawn(FairTask { payer, place: TaskPlace::Here(work) });
+        }
+    });
 }
 
 #[cfg(test)]
@@ -232,6 +247,82 @@ mod tests {
         tokio::time::timeout(wait, back).await.expect("it comes back");
         drop(told);
         tokio::time::timeout(wait, task).await.expect("it ends").expect("without a panic");
+    }
+
+    /// Waits until the name of a thread that tells is one of those wanted.
+    async fn told_by(
+        told: &mut tokio::sync::mpsc::UnboundedReceiver<String>,
+        is_wanted: impl Fn(&str) -> bool,
+    ) {
+        let found = async { while !is_wanted(&told.recv().await.expect("a turn")) {} };
+        tokio::time::timeout(Duration::from_secs(20), found).await.expect("it comes to that thread");
+    }
+
+    fn thread_name() -> String {
+        std::thread::current().name().unwrap_or_default().to_owned()
+    }
+
+    const LANES: [&str; 2] = ["newcomers", "slow-lane"];
+
+    #[tokio::test]
+    async fn a_task_that_nobody_waits_for_changes_lanes_with_its_payer_and_comes_back() {
+        let time = ProcessorTime::new();
+        let payer = TaskPayer::stranger(&time);
+        let tenant = time.of_strangers();
+        time.slow_down(&tenant);
+        let (telling, mut told) = tokio::sync::mpsc::unbounded_channel();
+        spawn_fairly(&payer, async move {
+            while telling.send(thread_name()).is_ok() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        });
+        told_by(&mut told, |name| name == "newcomers").await;
+        payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+        told_by(&mut told, |name| name == "slow-lane").await;
+        tenant.slow_until.store(0, Ordering::Relaxed);
+        told_by(&mut told, |name| !LANES.contains(&name)).await;
+    }
+
+    #[tokio::test]
+    async fn what_a_task_begins_in_another_lane_for_good_begins_on_the_usual_runtime() {
+        let time = ProcessorTime::new();
+        let strangers = time.of_strangers();
+        time.slow_down(&strangers);
+        let payer = TaskPayer::stranger(&time);
+        payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+        let seen = tokio::spawn(FairTask::new(payer, async move {
+            let begun = time.usual_runtime().spawn(async { thread_name() });
+            (thread_name(), begun.await.expect("no panic"))
+        }));
+        let (here, begun) = seen.await.expect("no panic");
+        assert!(here == "slow-lane" && !LANES.contains(&begun.as_str()), "{here}, {begun}");
+    }
+
+    #[tokio::test]
+    async fn what_may_lock_the_registry_has_the_usual_priority_in_the_slow_lane_too() {
+        let time = ProcessorTime::new();
+        let strangers = time.of_strangers();
+        time.slow_down(&strangers);
+        let usual = niceness();
+        for task in 0..2 {
+            let payer = TaskPayer::stranger(&time);
+            payer.used_ns.store(NEWCOMER_NS + 1, Ordering::Relaxed);
+            let (telling, told) = tokio::sync::oneshot::channel();
+            let work = async move {
+                let at = || (niceness(), crate::scheduler::is_lowered());
+                let seen = (at(), crate::processor::run_usually(at).await.expect("no panic"));
+                let _ = telling.send(seen);
+            };
+            match task {
+                0 => spawn_fairly(&payer, work),
+                _ => drop(tokio::spawn(FairTask::new(payer, work))),
+            }
+            let told = tokio::time::timeout(Duration::from_secs(20), told).await.expect("it ends");
+            let (here, there) = told.expect("no panic");
+            assert!(here.1 && here.0 > usual, "the task itself is in the slow lane: {here:?}");
+            assert_eq!(there, (usual, false));
+        }
+        assert!(!crate::processor::run_usually(crate::scheduler::is_lowered).await.expect("no panic"));
     }
 
     #[tokio::test]

@@ -19,7 +19,7 @@ use super::credentials::Caller;
 use super::keys::undurable_answer;
 use super::quarantine::await_stored_up_to_now;
 use super::query::no_incarnation;
-use super::{HttpFrontState, PathParameters, run_blocking};
+use super::{HttpFrontState, PathParameters, run_blocking, run_reading};
 use crate::auth::{Actor, Datasource, EndedIncarnation, Scope};
 use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
@@ -155,7 +155,7 @@ async fn delete_present(
         let until = tokio::time::Instant::now() + DELETION_WAIT_MAX;
         let caught_up = retained.wait_caught_up(shared.parts.log.next_offset());
         is_done_by(until, retained.trouble(), caught_up).await;
-        let counted = run_blocking(move || retained.count_of(&of).map_err(|error| Problem::internal(&error)));
+        let counted = run_reading(move || retained.count_of(&of).map_err(|error| Problem::internal(&error)));
         // Keys die whatever this database says.
         gone.retained = counted.await.map_or(0, |(messages, _)| messages);
     }
@@ -206,7 +206,7 @@ async fn purge_ended(
     if let (Some(query), Some(storage)) = (shared.parts.query.clone(), &shared.parts.storage) {
         let version = shared.parts.log.withheld().version();
         done &= is_done_by(until, storage.trouble(), storage.wait_reconciled(version)).await;
-        let counted = run_blocking(move || {
+        let counted = run_reading(move || {
             let mut sum = (0, 0, 0);
             for scope in &scopes {
                 let (records, quarantined, bytes) = query.count_of(scope)?;

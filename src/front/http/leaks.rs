@@ -133,8 +133,9 @@ fn revoke_reported(
 fn settle_in_background(shared: &Arc<HttpFrontState>, peer: &HttpPeer, dead: Vec<Arc<Key>>, called: Instant) {
     dead.iter().for_each(|key| peer.keys.leave(key.id));
     let intake = shared.parts.intake.clone();
+    let usual = intake.processor().usual_runtime();
     // Nobody awaits the task: it is bounded in time, and the keys are dead already.
-    tokio::spawn(async move { intake.settle(&dead, called).await });
+    usual.spawn(async move { intake.settle(&dead, called).await });
 }
 
 /// Where the key was found, for the audit: cut to a bounded length, and without the key itself.

@@ -93,6 +93,7 @@ use crate::memory::MemoryAccount;
 use crate::message::DatasourceId;
 use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
+use crate::processor::run_usually;
 use crate::quota::{Limit, LimitExceeded};
 
 pub use waiting::{UnreadyReason, serve_until_ready};
@@ -299,14 +300,21 @@ fn no_datasource(id: &str) -> Problem {
     Problem::new(Cause::NoDatasource, format!("There is no datasource {id:?}."))
 }
 
-/// Runs work that waits for a disk, or computes for long, on a blocking thread.
+/// Runs work that waits for a disk on a blocking thread of the usual priority: it may lock the registry.
 async fn run_blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    run_usually(work).await.map_err(|error| Problem::internal(&error))?
+}
+
+/// Runs work that reads or computes for long on a blocking thread, at the caller's priority.
+async fn run_reading<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?
 }
 
-/// As [`run_blocking`], for what a caller reads: in a turn of its tenant, so that others and the registry always
+/// As [`run_reading`], for what a caller reads: in a turn of its tenant, so that others and the registry always
 /// find a thread. The work goes on, and keeps the turn, if the caller goes away.
 async fn run_in_turn<T: Send + 'static>(
     shared: &HttpFrontState,
@@ -314,7 +322,7 @@ async fn run_in_turn<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
     let turn = shared.parts.subscribers.shares.share(caller.0.datasource()).read_turn().await;
-    run_blocking(move || {
+    run_reading(move || {
         let _turn = turn;
         work()
     })

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::credentials::Caller;
 use super::query::stored_records_query;
-use super::{HttpFrontState, run_blocking};
+use super::{HttpFrontState, run_reading};
 use crate::consume::query::{PageBudget, QueryError, RecordsReader};
 use crate::front::problem::Problem;
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
@@ -137,7 +137,7 @@ impl<S: PageSource> PageReading<S> {
         let mut items = JsonItems { is_begun: self.is_begun, ..JsonItems::default() };
         items.put(head.as_bytes());
         let turn = self.tenant.clone().read_turn().await;
-        run_blocking(move || {
+        run_reading(move || {
             let _turn = turn;
             self.budget.begin_piece();
             let next = self.source.read(&stored, &mut self.budget, &mut items)?;

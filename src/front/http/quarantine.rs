@@ -20,7 +20,7 @@ use serde_json::json;
 use super::credentials::Caller;
 use super::page_stream::{self, JsonItems, PageSource};
 use super::query::{self, page_limit, time_parameter};
-use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn};
+use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn, run_reading};
 use crate::auth::{AuditEvent, Datasource, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
@@ -312,7 +312,7 @@ pub(super) async fn quarantine_key_records(
     let (stored, log) = (shared.parts.query.clone(), shared.parts.log.clone());
     let present = shared.registry().datasource(datasource.as_str());
     let scope = present.map_or_else(|| datasource.clone(), |present| present.scope());
-    let leaked = run_blocking(move || match stored {
+    let leaked = run_reading(move || match stored {
         Some(stored) => Ok(stored.leaked(&scope, key_id)?),
         None => LeakedRecords::in_log(&*log, &datasource, key_id).map_err(|error| Problem::internal(&error)),
     });

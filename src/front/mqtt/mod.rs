@@ -234,7 +234,9 @@ impl Admission {
     pub fn serve_websocket(self, opened: impl Future<Output = Option<(PeerStream, Bytes)>> + Send + 'static) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
         let payer = TaskPayer::stranger(front.intake.processor());
-        connections.spawn(FairTask::new(payer.clone(), async move {
+        // The handshake may be served in another lane, and a connection belongs to none.
+        let usual = front.intake.processor().usual_runtime();
+        let serving = FairTask::new(payer.clone(), async move {
             if let Ok(Some((stream, early))) = heard_by(connect_by, opened).await {
                 prepare_socket(stream.tcp(), &front.config);
                 let websocket = Box::new(WebSocket::new(stream, early, peer, front.clone()));
@@ -244,7 +246,8 @@ impl Admission {
                 debug!(%peer, "a WebSocket handshake did not complete");
             }
             drop(permit);
-        }));
+        });
+        connections.spawn_on(serving, &usual);
     }
 
     fn serve_tcp(self, tcp: TcpStream) {
@@ -392,5 +395,62 @@ async fn accept_connections(
         } else if let Some(admission) = acceptor.admit(peer) {
             serve(admission, tcp);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::{Authorizer, Registry};
+    use crate::config::Config;
+    use crate::consume::subscriber::retained::RetainedStore;
+    use crate::consume::subscriber::sessions::SessionStore;
+    use crate::consume::subscriber::{Router, SessionEnds, ShareGroups};
+    use crate::log::{EmbeddedLog, Log};
+    use crate::observe::metrics::Metrics;
+    use crate::shares::TenantShares;
+
+    /// An acceptor of a gateway of its own in `dir`.
+    fn acceptor(dir: &std::path::Path) -> Acceptor {
+        let config = Config::default();
+        let log = EmbeddedLog::open(dir, &config.log, &config.intake).expect("opens");
+        let log: Arc<dyn Log> = Arc::new(log);
+        let authorizer = Authorizer::new(Arc::new(Registry::open(dir).expect("opens")));
+        let intake = Intake::new(authorizer, log.clone(), Arc::new(Metrics::new()), &config.intake);
+        let (store, stored) = SessionStore::open(dir).expect("opens");
+        let router = Router::start(&log).expect("a thread");
+        let shares: Arc<TenantShares> = Arc::default();
+        let subscribers = Arc::new(Subscribers {
+            log: log.clone(),
+            router: router.clone(),
+            groups: ShareGroups::local(router, log.clone(), shares.clone()),
+            store,
+            session_ends: SessionEnds::default(),
+            retained: RetainedStore::start(dir, log, |_| ()).expect("starts"),
+            shares,
+        });
+        let proxies = Arc::new(ProxyTrust::new(&config));
+        Acceptor::new(intake, subscribers, stored, None, config.mqtt, proxies, CancellationToken::new())
+    }
+
+    #[tokio::test]
+    async fn a_websocket_that_is_opened_in_another_lane_is_served_on_the_usual_runtime() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let acceptor = acceptor(dir.path());
+        let lane = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let lane = lane.expect("a thread");
+        let usual = tokio::runtime::Handle::current().id();
+        let (telling, told) = tokio::sync::oneshot::channel();
+        let admission = acceptor.admit(([127, 0, 0, 1], 1883).into()).expect("there is room");
+        let opening = lane.spawn(async move {
+            admission.serve_websocket(async move {
+                let _ = telling.send(tokio::runtime::Handle::current().id());
+                None
+            });
+            tokio::runtime::Handle::current().id()
+        });
+        assert_ne!(opening.await.expect("no panic"), usual);
+        assert_eq!(told.await.expect("it is polled"), usual);
+        lane.shutdown_background();
     }
 }

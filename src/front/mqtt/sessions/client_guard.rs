@@ -75,11 +75,13 @@ impl ClientGuard {
     /// Leaves when the end of the session is written: a node that claims the client reads the bucket after that.
     fn leave_when_written(self) {
         let (written, sessions) = (self.sessions.subscribers.store.write(Vec::new()), self.sessions.clone());
-        sessions.wills.spawn(async move {
+        let usual = sessions.intake.processor().usual_runtime();
+        let leaving = async move {
             // An error needs no handling: a bucket that cannot be written cannot be read by the other node either.
             let _ = written.await;
             drop(self);
-        });
+        };
+        sessions.wills.spawn_on(leaving, &usual);
     }
 
     /// Hands back the session at the end of the connection. Returns the will if it is to be published

@@ -399,7 +399,8 @@ impl Sessions {
     /// Publishes a will on a task of its own.
     fn spawn_will(&self, will: Box<MqttWill>) {
         let intake = self.intake.clone();
-        self.wills.spawn(async move { _ = will.publish(&intake).await });
+        let usual = intake.processor().usual_runtime();
+        self.wills.spawn_on(async move { _ = will.publish(&intake).await }, &usual);
     }
 
     /// Ends the sessions of clients that are away and whose datasource was deleted. Those of clients that are still
