@@ -590,6 +590,29 @@ fn a_will_of_a_dead_key_or_of_a_datasource_that_was_made_again_is_never_publishe
         &gateway.admin_key(),
         &[],
         &[],
+/// Such a will waited for the first second of the next run, and was dropped if its client was faster.
+#[test]
+fn a_will_that_is_due_is_published_whoever_is_back_at_once_after_a_kill() {
+    const DELAY_S: u32 = 1;
+    let mut ids: Vec<String> = (0..20).map(|n| format!("{n:02}")).collect();
+    let killed = KilledGateway::with(|gateway, key| {
+        let mut late = Wire::connect(gateway.mqtt, &willing(key, "late", DELAY_S, 3600)).0;
+        late.send(&frame(0xE0, &[4, 0]));
+        late.closed();
+        // The store writes in order: what these have is behind the loss of that one.
+        ids.iter().map(|id| Wire::connect(gateway.mqtt, &willing(key, id, 0, 3600)).0).collect()
+    });
+    ids.push("late".to_owned());
+    // Its delay passes while no gateway runs.
+    std::thread::sleep(Duration::from_secs(DELAY_S.into()));
+    let gateway = Gateway::start(killed.dir.path());
+    for id in &ids {
+        let back = Connect { will: None, ..willing(&killed.key, id, 0, 3600) };
+        assert_eq!(Wire::connect(gateway.mqtt, &back).1.body[0], 1, "its session is there");
+    }
+    assert_eq!(KilledGateway::wills(&gateway, ids.len()), ids);
+}
+
     );
     assert_eq!(revoked.status, 204, "{}", revoked.text());
     gateway.delete("other");
