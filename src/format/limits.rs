@@ -148,6 +148,8 @@ pub const QUERY_PIECE_BYTES: usize = 512 << 10;
 pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
 /// Bytes read and discarded of a request that was answered before its end.
 pub const HTTP_LINGER_BYTES_MAX: usize = 512 << 10;
+/// MQTT connections that wait at once for a place, at `mqtt.connections_max`.
+pub const MQTT_PLACE_WAITERS_MAX: usize = 32;
 /// Connections at once to the administration's own listener.
 pub const HTTP_ADMIN_CONNECTIONS_MAX: usize = 64;
 /// Requests at once on one HTTP/2 connection.

@@ -5,11 +5,11 @@
 use tracing::warn;
 
 use crate::config::{Config, LogBackend};
-use crate::limits::HTTP_ADMIN_CONNECTIONS_MAX;
+use crate::limits::{HTTP_ADMIN_CONNECTIONS_MAX, MQTT_PLACE_WAITERS_MAX};
 
 /// What listeners, databases with their readers, connections to NATS, threads and files that are open for a
-/// moment need at most.
-const DESCRIPTORS_BESIDE_CONNECTIONS: u64 = 64;
+/// moment need at most, and connections that wait for a place.
+const DESCRIPTORS_BESIDE_CONNECTIONS: u64 = 64 + MQTT_PLACE_WAITERS_MAX as u64;
 /// The part of the limit (one in so many) that the log's segments may take from the connections.
 const SEGMENT_SHARE: u64 = 4;
 /// Connections that are always allowed, however low the limit is.
@@ -84,10 +84,10 @@ mod tests {
         let wanted = [100_000, 10_000];
         assert_eq!(allowed_connections(1 << 20, 258, wanted), wanted);
         assert_eq!(allowed_connections(u64::MAX, 258, wanted), wanted);
-        assert_eq!(allowed_connections(256, 258, wanted), [112, 16]);
-        assert_eq!(allowed_connections(256, 0, [100, 92]), [100, 92], "exactly as many as fit");
-        assert_eq!(allowed_connections(256, 0, [100, 93]), [100, 92]);
-        assert_eq!(allowed_connections(256, 0, [0, 1000]), [0, 192]);
+        assert_eq!(allowed_connections(256, 258, wanted), [84, 12]);
+        assert_eq!(allowed_connections(256, 0, [100, 60]), [100, 60], "exactly as many as fit");
+        assert_eq!(allowed_connections(256, 0, [100, 61]), [100, 60]);
+        assert_eq!(allowed_connections(256, 0, [0, 1000]), [0, 160]);
         assert_eq!(allowed_connections(20, 258, wanted), [14, 2], "however low the limit is");
         for limit in (80..120_000).step_by(97) {
             let [mqtt, http] = allowed_connections(limit, 258, wanted);

@@ -121,6 +121,32 @@ impl Drop for BusyProcesses {
     }
 }
 
+/// Such a connection was reset: a client knows that its earlier one has ended before the gateway is done with it.
+#[test]
+fn who_comes_while_another_leaves_gets_its_place() {
+    let dir = scratch();
+    let gateway = Setup::on(dir.path()).set("mqtt.connections_max", 1).start();
+    let key = create(&gateway, json!({}));
+    let connect = Connect::with_key(V5, &key);
+    let let_in = |mut wire: Wire| {
+        wire.send(&connect.packet());
+        matches!(wire.next(), Next::Packet(frame) if frame.kind() == CONNACK && frame.reason() == 0)
+            .then_some(wire)
+    };
+    // On a machine that stands still for long, a place may come too late; not each time.
+    let is_let_in = (0..5).any(|_| {
+        let mut earlier = wait_for("a place", || let_in(Wire::open(gateway.mqtt)));
+        let next = Wire::open(gateway.mqtt);
+        // By the answer, the next one has been accepted.
+        earlier.send(&PINGREQ);
+        earlier.packet(PINGRESP);
+        earlier.send(&GOODBYE);
+        drop(earlier);
+        let_in(next).is_some()
+    });
+    assert!(is_let_in);
+}
+
 /// A client that publishes, says goodbye, closes and connects again with the same identifier.
 fn come_and_go(scene: &LeavingStage, carrier: &str, version: Version, rounds: usize, first: usize) {
     for n in first..first + rounds {
@@ -562,6 +588,29 @@ fn wills_of_clients_that_were_connected_when_the_gateway_was_killed_are_publishe
     gateway.kill();
     let gateway = Gateway::start(killed.dir.path());
     assert_eq!(KilledGateway::wills(&gateway, 52), expected);
+}
+
+/// Such a will waited for the first second of the next run, and was dropped if its client was faster.
+#[test]
+fn a_will_that_is_due_is_published_whoever_is_back_at_once_after_a_kill() {
+    const DELAY_S: u32 = 1;
+    let mut ids: Vec<String> = (0..20).map(|n| format!("{n:02}")).collect();
+    let killed = KilledGateway::with(|gateway, key| {
+        let mut late = Wire::connect(gateway.mqtt, &willing(key, "late", DELAY_S, 3600)).0;
+        late.send(&frame(0xE0, &[4, 0]));
+        late.closed();
+        // The store writes in order: what these have is behind the loss of that one.
+        ids.iter().map(|id| Wire::connect(gateway.mqtt, &willing(key, id, 0, 3600)).0).collect()
+    });
+    ids.push("late".to_owned());
+    // Its delay passes while no gateway runs.
+    std::thread::sleep(Duration::from_secs(DELAY_S.into()));
+    let gateway = Gateway::start(killed.dir.path());
+    for id in &ids {
+        let back = Connect { will: None, ..willing(&killed.key, id, 0, 3600) };
+        assert_eq!(Wire::connect(gateway.mqtt, &back).1.body[0], 1, "its session is there");
+    }
+    assert_eq!(KilledGateway::wills(&gateway, ids.len()), ids);
 }
 
 #[test]

@@ -50,7 +50,7 @@ pub(super) async fn open(
     let Some(peer) = request.extensions().get::<HttpPeer>().map(|peer| peer.addr) else {
         return Err(Problem::internal(&"a request without the address it came from"));
     };
-    let Some(admission) = shared.parts.mqtt.admit(peer) else {
+    let Some(admission) = shared.parts.mqtt.admit(peer).await else {
         let words = "There are as many MQTT connections as mqtt.connections_max allows.";
         return Err(Problem::new(Cause::ConnectionsMax, words).already_counted());
     };

@@ -168,6 +168,16 @@ impl Flights {
         is_released
     }
 
+    /// Takes out the latest message that a group gave with this offset. The client was never sent it.
+    pub(super) fn take_back(&mut self, offset: Offset) {
+        let is_held = |(_, flight): &(u16, MqttFlight)| {
+            flight.offset == offset && flight.origin == FlightOrigin::Shared
+        };
+        if let Some((packet_id, _)) = self.all_sent().into_iter().rfind(is_held) {
+            self.remove(packet_id);
+        }
+    }
+
     fn remove(&mut self, packet_id: u16) -> Option<MqttFlight> {
         self.has_changed = true;
         let table = self.table.as_mut()?;
@@ -401,6 +411,17 @@ mod tests {
         assert!(flights.acknowledge(two, FlightAck::Puback).is_err());
         assert_eq!(flights.acknowledge(two, FlightAck::Pubcomp), Ok(FlightStep::Completed));
         assert_eq!(flights.acknowledge(two, FlightAck::Pubcomp), Ok(FlightStep::Unknown));
+    }
+
+    #[test]
+    fn what_a_group_has_back_is_the_latest_with_its_offset_and_of_a_group() {
+        let mut flights = Flights::default();
+        let kept = [(5, FlightOrigin::Shared), (5, LOG), (6, FlightOrigin::Shared)];
+        let kept = kept.map(|(offset, origin)| flights.push(offset, origin, 2));
+        flights.push(5, FlightOrigin::Shared, 2);
+        flights.take_back(5);
+        flights.take_back(7);
+        assert_eq!(flights.all_sent().into_iter().map(|(id, _)| id).collect::<Vec<_>>(), kept);
     }
 
     /// One step of a client and its session.

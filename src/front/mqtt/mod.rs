@@ -23,6 +23,7 @@ mod handshake;
 mod inbound;
 mod outbound;
 mod output;
+mod places;
 mod reason;
 mod replay;
 mod session;
@@ -41,7 +42,7 @@ use std::time::Duration;
 use bytes::Bytes;
 pub use headgate_format::codec;
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::server::TlsStream;
@@ -64,6 +65,7 @@ use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 use crate::processor::{FairTask, TaskPayer};
 use handshake::report_refused_connection;
+use places::{ConnectionPlaces, PlaceWait};
 use sessions::Sessions;
 use stream::{ClientStream, prepare_socket};
 use websocket::WebSocket;
@@ -87,7 +89,7 @@ pub(super) struct MqttFront {
 #[derive(Clone)]
 pub struct Acceptor {
     front: Arc<MqttFront>,
-    permits: Arc<Semaphore>,
+    places: ConnectionPlaces,
     connections: TaskTracker,
     /// The connections that have not presented a valid key yet.
     strangers: Arc<ConnectionTable>,
@@ -106,13 +108,13 @@ impl Acceptor {
         proxies: Arc<ProxyTrust>,
         drain: CancellationToken,
     ) -> Self {
-        let permits = Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS)));
+        let places = ConnectionPlaces::new(config.connections_max);
         let still_after = Duration::from_millis(config.still_ms);
         let sessions = Sessions::new(subscribers.clone(), intake.clone(), stored, claims, still_after);
         let sessions = Arc::new(sessions);
         let strangers = Arc::new(ConnectionTable::new(config.stranger_limits()));
         let front = Arc::new(MqttFront { intake, config, sessions, subscribers, drain });
-        Self { front, permits, connections: TaskTracker::new(), strangers, proxies }
+        Self { front, places, connections: TaskTracker::new(), strangers, proxies }
     }
 
     /// The connections that have not presented a valid key yet.
@@ -150,10 +152,19 @@ impl Acceptor {
         entry
     }
 
-    /// Reserves a place for one connection. At `mqtt.connections_max` counts a refusal and returns `None`.
-    pub fn admit(&self, peer: SocketAddr) -> Option<Admission> {
-        let permit = self.reserve(peer)?;
-        Some(self.admit_with(permit, peer, self.connect_by()))
+    /// Reserves a place for one connection. At `mqtt.connections_max` waits a little for one; if there is none, counts a
+    /// refusal and returns `None`.
+    pub async fn admit(&self, peer: SocketAddr) -> Option<Admission> {
+        let connect_by = self.connect_by();
+        if let Some(permit) = self.places.try_take() {
+            return Some(self.admit_with(permit, peer, connect_by));
+        }
+        let Some(wait) = self.places.begin_waiting() else {
+            self.refuse(peer);
+            return None;
+        };
+        let permit = self.wait_place(wait, peer).await?;
+        Some(self.admit_with(permit, peer, connect_by))
     }
 
     /// When a connection that is accepted now has to have sent its CONNECT.
@@ -161,16 +172,21 @@ impl Acceptor {
         Instant::now() + Duration::from_millis(self.front.config.connect_ms_max)
     }
 
-    fn reserve(&self, peer: SocketAddr) -> Option<OwnedSemaphorePermit> {
-        if let Ok(permit) = self.permits.clone().try_acquire_owned() {
-            return Some(permit);
+    /// Waits for a place. If there is none, counts a refusal and returns `None`.
+    async fn wait_place(&self, wait: PlaceWait, peer: SocketAddr) -> Option<OwnedSemaphorePermit> {
+        let permit = self.front.drain.run_until_cancelled(wait.take()).await.flatten();
+        if permit.is_none() {
+            self.refuse(peer);
         }
+        permit
+    }
+
+    fn refuse(&self, peer: SocketAddr) {
         let connections_max = self.front.config.connections_max;
         let words = format!("mqtt.connections_max = {connections_max} connections are open");
         let note = RefusalNote::new(Transport::Mqtt, Cause::ConnectionsMax, &words);
         self.front.intake.refusals().note(RefusalNote { address: Some(peer.ip()), ..note });
         debug!(%peer, connections_max, "refused a connection: there are too many");
-        None
     }
 
     fn admit_with(&self, permit: OwnedSemaphorePermit, peer: SocketAddr, connect_by: Instant) -> Admission {
@@ -184,18 +200,38 @@ impl Acceptor {
         }
     }
 
-    /// Admits a connection from a trusted proxy once its header says whose it is. Until then it has its place, and is
-    /// nobody's.
-    fn admit_proxied(
+    /// Admits a connection that was accepted: now, or as soon as there is a place for it.
+    fn admit_accepted(
         &self,
-        mut tcp: TcpStream,
-        proxy: SocketAddr,
+        tcp: TcpStream,
+        peer: SocketAddr,
         serve: impl FnOnce(Admission, TcpStream) + Send + 'static,
     ) {
-        let (Some(permit), acceptor, connect_by) = (self.reserve(proxy), self.clone(), self.connect_by())
-        else {
-            return;
-        };
+        let connect_by = self.connect_by();
+        if let Some(permit) = self.places.try_take() {
+            return self.admit_placed(permit, tcp, (peer, connect_by), serve);
+        }
+        let Some(wait) = self.places.begin_waiting() else { return self.refuse(peer) };
+        let acceptor = self.clone();
+        self.connections.spawn(async move {
+            if let Some(permit) = acceptor.wait_place(wait, peer).await {
+                acceptor.admit_placed(permit, tcp, (peer, connect_by), serve);
+            }
+        });
+    }
+
+    /// Admits a connection that has its place. One from a trusted proxy is nobody's until its header says whose it is.
+    fn admit_placed(
+        &self,
+        permit: OwnedSemaphorePermit,
+        mut tcp: TcpStream,
+        (peer, connect_by): (SocketAddr, Instant),
+        serve: impl FnOnce(Admission, TcpStream) + Send + 'static,
+    ) {
+        if !self.proxies.may_send_header(peer.ip()) {
+            return serve(self.admit_with(permit, peer, connect_by), tcp);
+        }
+        let (acceptor, proxy) = (self.clone(), peer);
         self.connections.spawn(async move {
             let reading = read_proxy_header(&mut tcp, proxy, &acceptor.proxies, connect_by);
             let Some(read) = acceptor.front.drain.run_until_cancelled(reading).await else { return };
@@ -390,11 +426,7 @@ async fn accept_connections(
         };
         warned = false;
         prepare_socket(&tcp, &acceptor.front.config);
-        if acceptor.proxies.may_send_header(peer.ip()) {
-            acceptor.admit_proxied(tcp, peer, serve.clone());
-        } else if let Some(admission) = acceptor.admit(peer) {
-            serve(admission, tcp);
-        }
+        acceptor.admit_accepted(tcp, peer, serve.clone());
     }
 }
 

@@ -111,12 +111,20 @@ impl Outbound {
         self.packets.turn = Some(Box::new(HeldTurn { packets, stored: Box::pin(stored), taken }));
     }
 
-    /// Gives up what waits: the session has it in flight, and it is sent again to the next connection.
+    /// Gives up what waits: the session has it in flight, and it is sent again to the next connection. A group that
+    /// this gateway does not keep itself has its records back: another gateway may have taken the session by now,
+    /// without what is not stored.
     pub(super) fn drop_held(&mut self) {
         let HeldPackets { written, turn } = std::mem::take(&mut self.packets);
         let taken = written.map_or(Vec::new(), |written| written.taken);
         let held = turn.map_or(Vec::new(), |turn| turn.taken);
-        held.into_iter().chain(taken).for_each(|(slot, offset)| self.groups.keep(slot, offset));
+        for (slot, offset) in held.into_iter().chain(taken) {
+            match self.groups.is_kept_here(slot) {
+                true => self.groups.keep(slot, offset),
+                false => self.session.flights.take_back(offset),
+            }
+        }
+        self.session.charge_flights();
     }
 
     /// Queues what is sent and not acknowledged for the store, as it is now.

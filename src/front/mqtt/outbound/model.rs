@@ -25,7 +25,7 @@ use super::super::session::{MqttSession, Subscription};
 use super::Outbound;
 use crate::config::{Config, Durability, LogConfig};
 use crate::consume::subscriber::retained::RetainedStore;
-use crate::consume::subscriber::sessions::{SessionStore, SessionStoreChange};
+use crate::consume::subscriber::sessions::{FlightOrigin, SessionStore, SessionStoreChange};
 use crate::consume::subscriber::{Router, SessionEnds, ShareGroups, Subscribers};
 use crate::filter::TopicFilter;
 use crate::log::{EmbeddedLog, Log, Section};
@@ -398,4 +398,20 @@ async fn deliveries_keep_their_promises_whatever_is_mixed() {
         eprintln!("HEADGATE_MODEL_SEED={seed}");
         ModelRun::new(seed).await.run().await;
     }
+}
+
+/// Such a record was acknowledged to JetStream, and lost if another gateway had taken the session meanwhile.
+#[tokio::test]
+async fn a_record_that_waits_for_the_store_goes_back_to_a_group_of_other_gateways() {
+    let mut run = ModelRun::new(1).await;
+    let outbound = run.outbound.as_mut().expect("connected");
+    let mut out = Vec::new();
+    outbound.packets.begin(&out);
+    // This gateway keeps no group of that subscription.
+    outbound.session.flights.push(5, FlightOrigin::Shared, 2);
+    outbound.packets.take_for_good(9, 5);
+    out.push(0);
+    outbound.hold_packets(&mut out);
+    assert!(out.is_empty() && !outbound.session.flights.is_empty());
+    assert_eq!(run.disconnect().flights.all_sent(), []);
 }

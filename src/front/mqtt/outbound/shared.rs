@@ -49,6 +49,11 @@ impl GroupMemberships {
         }
     }
 
+    /// Whether this gateway keeps the group itself, in the store that has its sessions.
+    pub(super) fn is_kept_here(&self, slot: u32) -> bool {
+        self.members.iter().any(|(of, member)| *of == slot && matches!(member, ShareMember::Local(_)))
+    }
+
     /// Tells the groups that the client has a record that was [kept](GroupMemberships::keep).
     pub(super) fn acknowledge_kept(&mut self, offset: Offset) {
         self.members.iter_mut().for_each(|(_, member)| member.acknowledge_kept(offset));

@@ -28,13 +28,14 @@ struct MissingNode {
 
 impl Sessions {
     /// Takes up the wills of clients that were connected when the gateway was killed, or whose wills waited. Returns
-    /// those that wait with a session, by its number, and publishes the others.
+    /// those that wait with a session for their delay, by its number, and publishes the others.
     pub(super) fn take_up_wills(&self, stored: Vec<Arc<StoredWill>>) -> HashMap<u64, Box<MqttWill>> {
         let mut waiting = HashMap::new();
         for content in stored {
             match MqttWill::from_stored(content.clone(), Some(&self.subscribers.store), &self.intake) {
                 Err(denied) => debug!(datasource = %content.scope, %denied, "a stored will is dropped"),
-                Ok(will) => match will.session() {
+                // Without a delay it was due when the connection was lost, whoever comes back.
+                Ok(will) => match will.session().filter(|_| will.delay_s > 0) {
                     Some(session) => _ = waiting.insert(session, Box::new(will)),
                     None => self.spawn_will(Box::new(will)),
                 },

@@ -164,9 +164,14 @@ impl Sessions {
             let left_s = i64::from(stored.expiry_s) - away_s;
             let expires_at = (stored.expiry_s != u32::MAX)
                 .then(|| now + Duration::from_secs(u64::try_from(left_s).unwrap_or(0)));
-            let will = wills.remove(&stored.uid).map(|will| {
-                let due = now + will.wait_left(u32::try_from(left_s).unwrap_or(stored.expiry_s), now_micros);
-                (will, due)
+            let will = wills.remove(&stored.uid).and_then(|will| {
+                let left = will.wait_left(u32::try_from(left_s).unwrap_or(stored.expiry_s), now_micros);
+                if left.is_zero() {
+                    // It was due while the gateway was down, whoever comes back now.
+                    sessions.spawn_will(will);
+                    return None;
+                }
+                Some((will, now + left))
             });
             let mut session = MqttSession::from_stored(stored);
             session.charge_present(&sessions.subscribers.shares.share(&key.0));
