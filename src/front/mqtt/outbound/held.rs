@@ -87,7 +87,7 @@ impl HeldPackets {
 
 impl Outbound {
     /// Ready when no packets wait any more for the store.
-    pub(super) fn poll_held(&mut self, out: &mut Vec<u8>, cx: &mut Context<'_>) -> Poll<()> {
+    pub(in super::super) fn poll_held(&mut self, out: &mut Vec<u8>, cx: &mut Context<'_>) -> Poll<()> {
         let taken = ready!(self.packets.poll_stored(&self.subscribers.store, out, cx));
         taken.into_iter().for_each(|(slot, offset)| self.groups.keep(slot, offset));
         Poll::Ready(())
