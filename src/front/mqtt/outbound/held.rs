@@ -111,6 +111,15 @@ impl Outbound {
         self.packets.turn = Some(Box::new(HeldTurn { packets, stored: Box::pin(stored), taken }));
     }
 
+    /// The records of the group in this slot that wait for the store are the session's already: no other member gets
+    /// them.
+    pub(super) fn keep_held(&mut self, of: u32) {
+        let Some(turn) = &mut self.packets.turn else { return };
+        for (slot, offset) in turn.taken.extract_if(.., |(slot, _)| *slot == of) {
+            self.groups.keep(slot, offset);
+        }
+    }
+
     /// Gives up what waits: the session has it in flight, and it is sent again to the next connection.
     pub(super) fn drop_held(&mut self) {
         let HeldPackets { written, turn } = std::mem::take(&mut self.packets);

@@ -213,6 +213,7 @@ impl Outbound {
         }
         self.feed.remove_filter(at);
         self.retained.retain(|job| job.slot != at);
+        self.keep_held(at);
         self.groups.remove(at);
     }
 
