@@ -52,14 +52,15 @@ async fn a_session_is_written_with_its_present_position_whatever_changes_its_sub
     let mut run = ModelRun::bare(1);
     let mut end = run.gateway.subscribers.log.next_offset();
     subscribe(&mut run, 0, 0, None);
+    let slot = run.outbound.as_mut().expect("connected").session.free_slot();
     for is_shared in [true, false] {
         run.publish(0).await;
         end += 1;
         send_up_to(&mut run, end).await;
         let outbound = run.outbound.as_mut().expect("connected");
         match is_shared {
-            true => outbound.subscribe_shared(1, subscription("$share/g/b", 0), None),
-            false => outbound.unsubscribe(1),
+            true => outbound.subscribe_shared(slot, subscription("$share/g/b", 0), None),
+            false => outbound.unsubscribe(slot),
         }
         assert_eq!(outbound.session.position, end, "{is_shared}");
     }
@@ -135,11 +136,12 @@ async fn what_is_held_of_a_group_is_given_to_no_other_member_when_its_session_le
     let outbound = run.outbound.as_mut().expect("connected");
     let member = subscribers.groups.member(&key, outbound.session.group_session());
     assert!(member.is_some());
-    outbound.subscribe_shared(0, subscription("$share/g/a", 2), member);
+    let slot = outbound.session.free_slot();
+    outbound.subscribe_shared(slot, subscription("$share/g/a", 2), member);
     hold_message(&mut run).await;
     let cursors = || subscribers.groups.cursors(0);
     assert_eq!(cursors(), [(key.clone(), first)]);
-    run.outbound.as_mut().expect("connected").unsubscribe(0);
+    run.outbound.as_mut().expect("connected").unsubscribe(slot);
     assert_eq!(cursors(), [(key.clone(), first + 1)], "it is not returned to the group");
     let packets = held_message(&mut run).await;
     assert!(matches!(packets[..], [ToClient::Publish { qos: 2, .. }]), "{packets:?}");
