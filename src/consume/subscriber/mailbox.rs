@@ -223,17 +223,21 @@ impl Mailbox {
         state.is_still_said &= !progress.has_moved;
     }
 
-    /// The cursor to write, as [`Mailbox::cursor`] has it. `None` if what is in flight has changed: the subscriber is
-    /// asked to write both, since only it knows them at one moment.
-    pub fn cursor_to_write(&self, routed: Offset) -> Option<Offset> {
+    /// Has `write` queue the cursor, as [`Mailbox::cursor`] has it, if it is not the one `before`. Nothing newer can be
+    /// reported meanwhile, so what the subscriber writes after its next report comes behind it. If what is in flight has
+    /// changed, the subscriber is asked to write both, since only it knows them at one moment.
+    pub fn write_cursor(&self, routed: Offset, before: &mut Offset, write: impl FnOnce(Offset)) {
         let state = self.state();
         if state.is_unwritten {
             drop(state);
             self.is_asked.store(true, Ordering::Release);
             self.task.wake();
-            return None;
+            return;
         }
-        Some(state.cursor_behind(routed))
+        let cursor = state.cursor_behind(routed);
+        if std::mem::replace(before, cursor) != cursor {
+            write(cursor);
+        }
     }
 
     /// Whether the subscriber is asked to write what it has in flight. Its task is woken when it is.
@@ -286,5 +290,37 @@ impl MailboxState {
         self.idle = false;
         self.queue = VecDeque::new();
         self.bytes = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_newer_is_reported_while_a_cursor_is_queued() {
+        let mailbox = Mailbox::new(TenantShare::alone());
+        let report = |cursor, has_changed| {
+            let (all, waits, has_moved, in_flight) = (true, false, true, 0);
+            mailbox.report(SubscriberProgress { cursor, all, in_flight, has_changed, waits, has_moved });
+        };
+        let (mut before, mut written) = (0, Vec::new());
+        let mut write = || {
+            mailbox.write_cursor(0, &mut before, |cursor| {
+                assert!(mailbox.state.try_lock().is_none(), "a report would wait");
+                written.push(cursor);
+            });
+        };
+        report(5, false);
+        write();
+        write();
+        // The subscriber writes the flights with their cursor.
+        report(6, true);
+        write();
+        mailbox.set_written();
+        report(7, false);
+        write();
+        assert_eq!(written, [5, 7]);
+        assert!(mailbox.is_asked.load(Ordering::Relaxed));
     }
 }

@@ -206,14 +206,17 @@ impl MqttConnection<'_> {
             {
                 outbound.suspend(self.output.unsent_bytes());
             }
-            if let (SessionSending::Subscribed(outbound), None, None, None, false) =
-                (&mut self.sending, &self.requesting, &self.ended, &self.exit, is_stuffed)
+            if let (SessionSending::Subscribed(outbound), None, None, None) =
+                (&mut self.sending, &self.requesting, &self.ended, &self.exit)
             {
                 let may = self.inbound.grant.allows_scope(Scope::Subscribe);
                 if matches!(may, Err(GrantDenial::Revoked | GrantDenial::Expired)) {
                     return Err(StopReason::Close(CloseReason::KeyDead));
                 }
-                if may.is_ok()
+                if may.is_ok() && is_stuffed {
+                    // It is in memory already, and counted: to send it makes room.
+                    let _ = outbound.poll_held(&mut self.output.bytes, cx);
+                } else if may.is_ok()
                     && let Poll::Ready(trouble) =
                         outbound.poll_fill(self.output.unsent_bytes(), &mut self.output.bytes, cx)
                 {

@@ -87,7 +87,7 @@ impl HeldPackets {
 
 impl Outbound {
     /// Ready when no packets wait any more for the store.
-    pub(super) fn poll_held(&mut self, out: &mut Vec<u8>, cx: &mut Context<'_>) -> Poll<()> {
+    pub(in super::super) fn poll_held(&mut self, out: &mut Vec<u8>, cx: &mut Context<'_>) -> Poll<()> {
         let taken = ready!(self.packets.poll_stored(&self.subscribers.store, out, cx));
         taken.into_iter().for_each(|(slot, offset)| self.groups.keep(slot, offset));
         Poll::Ready(())
@@ -109,6 +109,15 @@ impl Outbound {
         out.truncate(from);
         let stored = self.save_progress();
         self.packets.turn = Some(Box::new(HeldTurn { packets, stored: Box::pin(stored), taken }));
+    }
+
+    /// The records of the group in this slot that wait for the store are the session's already: no other member gets
+    /// them.
+    pub(super) fn keep_held(&mut self, of: u32) {
+        let Some(turn) = &mut self.packets.turn else { return };
+        for (slot, offset) in turn.taken.extract_if(.., |(slot, _)| *slot == of) {
+            self.groups.keep(slot, offset);
+        }
     }
 
     /// Gives up what waits: the session has it in flight, and it is sent again to the next connection. A group that

@@ -8,10 +8,12 @@
 mod cover;
 mod held;
 #[cfg(test)]
-mod model;
+pub(super) mod model;
 mod resend;
 mod retained;
 mod shared;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -188,7 +190,7 @@ impl Outbound {
             self.retained.push_back(PendingRetained::new(at, filter, below, behind));
         }
         self.session.subscriptions[slot] = Some(subscription);
-        self.session.position = self.position();
+        self.note_position();
     }
 
     /// Adds or replaces a shared subscription.
@@ -203,6 +205,7 @@ impl Outbound {
             self.groups.put(at, member);
         }
         self.session.subscriptions[slot] = Some(subscription);
+        self.note_position();
     }
 
     /// Removes a subscription.
@@ -213,7 +216,16 @@ impl Outbound {
         }
         self.feed.remove_filter(at);
         self.retained.retain(|job| job.slot != at);
+        self.keep_held(at);
         self.groups.remove(at);
+        self.note_position();
+    }
+
+    /// Brings the session's position up to date before the session is written with it, and that in the mailbox: whoever
+    /// writes it from there is not to undo a start in the past.
+    fn note_position(&mut self) {
+        self.session.position = self.position();
+        self.feed.mailbox().set_progress(self.session.position, self.matched.is_none());
     }
 
     /// Handles an acknowledgement. Returns whether a message with this identifier is in flight.
@@ -517,6 +529,8 @@ impl Outbound {
         // A live session with nothing to send has reached the router's position.
         self.feed.mailbox().set_progress(position, self.matched.is_none());
         let position = self.feed.mailbox().cursor(routed);
+        // What is routed from here on it is not given.
+        self.feed.mailbox().set_progress(position, false);
         MqttSession { position, ..self.session }
     }
 }

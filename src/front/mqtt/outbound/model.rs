@@ -29,7 +29,7 @@ use crate::consume::subscriber::sessions::{FlightOrigin, SessionStore, SessionSt
 use crate::consume::subscriber::{Router, SessionEnds, ShareGroups, Subscribers};
 use crate::filter::TopicFilter;
 use crate::log::{EmbeddedLog, Log, Section};
-use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, Transport, now_micros};
+use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::shares::TenantShares;
 
@@ -37,7 +37,7 @@ use crate::shares::TenantShares;
 const SEEDS: u64 = 60;
 const NORMAL_RUN_MAX: Duration = Duration::from_secs(20);
 const STEPS: usize = 120;
-const DEADLINE: Duration = Duration::from_secs(60);
+pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// SplitMix64: small, and the same on every machine.
 struct SeededRandom(u64);
@@ -54,13 +54,13 @@ impl SeededRandom {
 
 /// A packet to the client.
 #[derive(Debug, Clone, Copy)]
-enum ToClient {
+pub(super) enum ToClient {
     Publish { qos: u8, dup: bool, packet_id: u16, message: u32 },
     Pubrel(u16),
 }
 
 /// The packets in what was sent.
-fn parse(mut bytes: &[u8]) -> Vec<ToClient> {
+pub(super) fn parse(mut bytes: &[u8]) -> Vec<ToClient> {
     let mut packets = Vec::new();
     while let [first, length, body @ ..] = bytes {
         let (body, rest) = body.split_at(usize::from(*length));
@@ -80,8 +80,8 @@ fn parse(mut bytes: &[u8]) -> Vec<ToClient> {
 }
 
 /// A gateway's part: the subscribers with their store, which a restart replaces.
-struct Gateway {
-    subscribers: Arc<Subscribers>,
+pub(in super::super) struct Gateway {
+    pub(in super::super) subscribers: Arc<Subscribers>,
     dir: TempDir,
 }
 
@@ -132,12 +132,14 @@ struct ModelClient {
     pubcomps: VecDeque<u16>,
 }
 
-struct ModelRun {
+pub(in super::super) struct ModelRun {
     random: SeededRandom,
     log: Arc<dyn Log>,
-    gateway: Gateway,
-    outbound: Option<Box<Outbound>>,
+    pub(in super::super) gateway: Gateway,
+    pub(super) outbound: Option<Box<Outbound>>,
     receive_maximum: u16,
+    /// The cursor that was last written.
+    written: Offset,
     client: ModelClient,
     /// Packets on their way to the client.
     wire: VecDeque<ToClient>,
@@ -148,12 +150,28 @@ struct ModelRun {
     _log_dir: TempDir,
 }
 
-fn press_4() -> DatasourceId {
+pub(in super::super) fn press_4() -> DatasourceId {
     DatasourceId::new("press-4").expect("a slug")
 }
 
+/// A new subscription.
+pub(super) fn subscription(filter: &str, qos: u8) -> Subscription {
+    Subscription {
+        filter: filter.to_owned(),
+        qos,
+        no_local: false,
+        retain_as_published: false,
+        identifier: None,
+        from: 0,
+        replay: None,
+        is_renewed: true,
+        metadata: false,
+    }
+}
+
 impl ModelRun {
-    async fn new(seed: u64) -> Self {
+    /// A session that stays, and has no subscriptions.
+    pub(in super::super) fn bare(seed: u64) -> Self {
         let log_dir = tempfile::tempdir().expect("temporary directory");
         let config = Config::default();
         let log_config = LogConfig { durability: Durability::Os, ..config.log };
@@ -168,6 +186,7 @@ impl ModelRun {
             gateway,
             outbound: None,
             receive_maximum: 1,
+            written: 0,
             client: ModelClient::default(),
             wire: VecDeque::new(),
             messages: Vec::new(),
@@ -177,22 +196,17 @@ impl ModelRun {
         let mut session = MqttSession::new(7, 3600);
         session.stored = true;
         run.connect(session);
+        run
+    }
+
+    async fn new(seed: u64) -> Self {
+        let mut run = Self::bare(seed);
         let outbound = run.outbound.as_mut().expect("connected");
         for (slot, (filter, qos)) in [("a", 2), ("+", 1), ("b", 2)].into_iter().enumerate() {
-            let subscription = Subscription {
-                filter: filter.to_owned(),
-                qos,
-                no_local: false,
-                retain_as_published: false,
-                identifier: None,
-                from: 0,
-                replay: None,
-                is_renewed: true,
-                metadata: false,
-            };
             let slot_in_session = outbound.session.free_slot();
             assert_eq!(slot_in_session, slot);
-            outbound.subscribe(slot, TopicFilter::new(filter).expect("a filter"), subscription, None, false);
+            let topics = TopicFilter::new(filter).expect("a filter");
+            outbound.subscribe(slot, topics, subscription(filter, qos), None, false);
         }
         let put = SessionStoreChange::PutSession(outbound.session.to_stored(&press_4(), "c"));
         run.gateway.subscribers.store.write(vec![put]).await.expect("written");
@@ -200,6 +214,7 @@ impl ModelRun {
     }
 
     fn connect(&mut self, session: MqttSession) {
+        self.written = 0;
         self.receive_maximum = [1, 3, 10, 100][self.random.below(4)];
         let form = PacketForm { version: MqttVersion::V311, reasons: true, packet_bytes_max: u32::MAX };
         self.outbound = Some(Box::new(Outbound::new(
@@ -213,7 +228,7 @@ impl ModelRun {
     }
 
     /// The connection ends: what is on its way is lost.
-    fn disconnect(&mut self) -> MqttSession {
+    pub(super) fn disconnect(&mut self) -> MqttSession {
         self.wire.clear();
         self.client.due.clear();
         self.client.pubcomps.clear();
@@ -236,8 +251,17 @@ impl ModelRun {
         }
     }
 
+    /// Appends one message to `a`.
+    pub(super) async fn publish(&self, qos: u8) {
+        let mut section =
+            Section::new(press_4(), KeyId([1; 6]), Lease::new(), Transport::Mqtt, 0, now_micros());
+        section.push("a", &[0; 4], "", &[], RecordFlags::of_mqtt_qos(qos));
+        let appended = self.log.append(vec![section], Instant::now() + DEADLINE);
+        appended.await.expect("an answer").expect("appended");
+    }
+
     /// The gateway sends what it may.
-    async fn send(&mut self, wait: Duration) {
+    pub(super) async fn send(&mut self, wait: Duration) {
         let outbound = self.outbound.as_mut().expect("connected");
         let mut out = Vec::new();
         let filling = poll_fn(|cx| outbound.poll_fill(0, &mut out, cx));
@@ -299,11 +323,10 @@ impl ModelRun {
     async fn tick(&mut self) {
         let outbound = self.outbound.as_mut().expect("connected");
         let routed = self.gateway.subscribers.router.routed_offset();
-        if let Some(cursor) = outbound.mailbox().cursor_to_write(routed) {
-            drop(
-                self.gateway.subscribers.store.write(vec![SessionStoreChange::MoveCursor { uid: 7, cursor }]),
-            );
-        }
+        let store = &self.gateway.subscribers.store;
+        outbound.mailbox().write_cursor(routed, &mut self.written, |cursor| {
+            drop(store.write(vec![SessionStoreChange::MoveCursor { uid: 7, cursor }]));
+        });
         poll_fn(|cx| {
             outbound.poll_asked(cx);
             std::task::Poll::Ready(())

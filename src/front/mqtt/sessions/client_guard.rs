@@ -92,6 +92,9 @@ impl ClientGuard {
         will: Option<Box<MqttWill>>,
     ) -> Option<Box<MqttWill>> {
         let now = Instant::now();
+        // Whether it is durable or was until its DISCONNECT. The keeper writes cursors under this lock: none comes behind
+        // what is written here.
+        self.sessions.lock_clients().watched.remove(&session.uid);
         if !session.is_durable() {
             self.sessions.end_session(&self.key, &session);
             if self.sessions.is_clustered() && session.stored {
@@ -103,13 +106,11 @@ impl ClientGuard {
         let subscribers = &self.sessions.subscribers;
         if subscribers.log.withheld().now().has_ended(&self.key.0) {
             // It ends with its datasource. Its will is refused with its key.
-            self.sessions.lock_clients().watched.remove(&uid);
             subscribers.session_ends.note(&self.key.0);
             self.sessions.end_session(&self.key, &session);
             return None;
         }
         if self.is_lost() {
-            self.sessions.lock_clients().watched.remove(&uid);
             // The client is connected to that node already: a delayed will is dropped.
             return will.filter(|will| will.delay_s == 0);
         }
@@ -119,7 +120,6 @@ impl ClientGuard {
         ];
         drop(self.sessions.subscribers.store.write(changes));
         let mut clients = self.sessions.lock_clients();
-        clients.watched.remove(&uid);
         let wait = |will: &MqttWill| will.delay_s > 0 && (!clients.draining || will.has_copy());
         let (later, now_due) = match will {
             Some(will) if wait(&will) => (Some(will), None),

@@ -26,7 +26,9 @@ use super::session::{MqttSession, SubscriptionFilter};
 use super::wills::MqttWill;
 use crate::auth::connections::{CloseReason, ConnectionControl};
 use crate::consume::subscriber::sessions::bucket::FoundSession;
-use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup, StoredSessions};
+use crate::consume::subscriber::sessions::{
+    SessionStoreChange, SessionStoreError, StoredGroup, StoredSessions,
+};
 use crate::consume::subscriber::{Mailbox, ShareGroupKey, Subscribers};
 use crate::intake::Intake;
 use crate::message::{DatasourceId, Offset, now_micros};
@@ -39,6 +41,8 @@ mod heirs;
 mod queue;
 pub(super) mod standing;
 mod takeovers;
+#[cfg(test)]
+mod tests;
 
 /// How often due wills and expiries are handled, and cursors are written.
 const SESSIONS_TICK: Duration = Duration::from_secs(1);
@@ -217,10 +221,9 @@ impl Sessions {
             }
             self.run_due(Instant::now());
             self.end_with_datasources();
-            let changes = self.cursor_changes();
-            if !changes.is_empty() {
+            if let Some(written) = self.write_cursors() {
                 // The store itself reports that it cannot write.
-                let _ = self.subscribers.store.write(changes).await;
+                let _ = written.await;
             }
         }
     }
@@ -458,25 +461,31 @@ impl Sessions {
         }
     }
 
-    /// The cursors of sessions and groups that have moved since they were last written.
-    fn cursor_changes(&self) -> Vec<SessionStoreChange> {
-        let routed = self.subscribers.router.routed_offset();
+    /// Queues the cursors of sessions and groups that have moved since they were last written; `None` if none have. The
+    /// future resolves when the store has them. They are queued under the lock of the clients and that of their mailbox:
+    /// what a session writes that has gone on, or leaves, comes behind them.
+    fn write_cursors(&self) -> Option<impl Future<Output = Result<(), SessionStoreError>> + Send + use<>> {
+        let Subscribers { store, router, groups, .. } = &*self.subscribers;
+        let routed = router.routed_offset();
         let mut clients = self.lock_clients();
         let SessionClients { watched, written_groups, .. } = &mut *clients;
-        let moved = watched.iter_mut().filter_map(|(uid, (mailbox, written))| {
-            let cursor = mailbox.cursor_to_write(routed)?;
-            let before = std::mem::replace(written, cursor);
-            (before != cursor).then_some(SessionStoreChange::MoveCursor { uid: *uid, cursor })
-        });
-        let mut changes: Vec<SessionStoreChange> = moved.collect();
-        for (key, cursor) in self.subscribers.groups.cursors(routed) {
+        let mut has_moved = false;
+        for (uid, (mailbox, written)) in watched {
+            mailbox.write_cursor(routed, written, |cursor| {
+                drop(store.write(vec![SessionStoreChange::MoveCursor { uid: *uid, cursor }]));
+                has_moved = true;
+            });
+        }
+        let mut changes = Vec::new();
+        for (key, cursor) in groups.cursors(routed) {
             if written_groups.insert(key.clone(), cursor) != Some(cursor) {
                 let (datasource, group, filter) = key;
                 let group = StoredGroup { datasource, group: group.into(), filter: filter.into(), cursor };
                 changes.push(SessionStoreChange::PutGroup(group));
             }
         }
-        changes
+        // Also without a change of a group: it covers the cursors before it.
+        (has_moved || !changes.is_empty()).then(|| store.write(changes))
     }
 
     /// Closes every connection, including those that come later.
@@ -503,7 +512,9 @@ impl Sessions {
         }
         self.wills.close();
         self.wills.wait().await;
-        let _ = self.subscribers.store.write(self.cursor_changes()).await;
+        if let Some(written) = self.write_cursors() {
+            let _ = written.await;
+        }
     }
 
     fn lock_clients(&self) -> MutexGuard<'_, SessionClients> {
