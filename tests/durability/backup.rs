@@ -178,6 +178,11 @@ fn a_backup_under_full_load_has_what_was_acknowledged_before_it_and_stays_as_it_
     let (ledger, noise) = (Arc::<Ledger>::default(), Arc::<Ledger>::default());
     let noisy = all_kinds(&gateway, &others, &noise);
     let senders = NotedSenders::start(&gateway, &source, &ledger);
+    wait_for("the log to have several segments", || {
+        let files = std::fs::read_dir(dir.path().join("log")).expect("a log").flatten();
+        (files.filter(|file| file.path().extension().is_some_and(|name| name == "log")).count() > 3)
+            .then_some(())
+    });
     let mut all = Vec::new();
     for nth in 0..BACKUPS {
         let so_far = senders.acked().len();
