@@ -178,10 +178,10 @@ fn a_backup_under_full_load_has_what_was_acknowledged_before_it_and_stays_as_it_
     let (ledger, noise) = (Arc::<Ledger>::default(), Arc::<Ledger>::default());
     let noisy = all_kinds(&gateway, &others, &noise);
     let senders = NotedSenders::start(&gateway, &source, &ledger);
-    let is_segment = |path: PathBuf| path.extension().is_some_and(|extension| extension == "log");
-    let files = || std::fs::read_dir(dir.path().join("log")).expect("a log").flatten();
-    wait_for("several segments", || {
-        (files().filter(|file| is_segment(file.path())).count() > 3).then_some(())
+    wait_for("the log to have several segments", || {
+        let files = std::fs::read_dir(dir.path().join("log")).expect("a log").flatten();
+        (files.filter(|file| file.path().extension().is_some_and(|name| name == "log")).count() > 3)
+            .then_some(())
     });
     let mut all = Vec::new();
     for nth in 0..BACKUPS {

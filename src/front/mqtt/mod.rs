@@ -473,7 +473,7 @@ mod tests {
         let lane = lane.expect("a thread");
         let usual = tokio::runtime::Handle::current().id();
         let (telling, told) = tokio::sync::oneshot::channel();
-        let admission = acceptor.admit(([127, 0, 0, 1], 1883).into()).expect("there is room");
+        let admission = acceptor.admit(([127, 0, 0, 1], 1883).into()).await.expect("there is room");
         let opening = lane.spawn(async move {
             admission.serve_websocket(async move {
                 let _ = telling.send(tokio::runtime::Handle::current().id());
