@@ -12,8 +12,8 @@ use crate::common::kept::{Kept, in_log, in_storage};
 use crate::common::load::{Ledger, all_kinds, number};
 use crate::common::steady::Steady;
 use crate::common::wire::{
-    Connect, DISCONNECT, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL,
-    REASON_STRING, SUBACK, Version, Wire, ack, publish, subscribe, subscribe_with,
+    Connect, DISCONNECT, Message, Next, PINGREQ, PINGRESP, PUBACK, REASON_STRING, Version, Wire, publish,
+    subscribe,
 };
 use crate::common::{Gateway, Setup, Source, scratch, wait_for};
 use headgate_format::log::frame::FrameFormat;
@@ -420,54 +420,6 @@ fn sessions_that_cannot_be_written_are_warned_of() {
     assert!(warning.contains("the disk is full"), "{warning}");
     disk.empty();
     warns_no_more(&gateway);
-}
-
-/// What waits for the sessions' database takes of the memory of its key, and only to send it makes room.
-#[test]
-fn subscribers_whose_messages_have_waited_for_the_disk_get_them_all() {
-    const SUBSCRIBERS: usize = 30;
-    const MESSAGES: u16 = 70;
-    if !is_root("subscribers_whose_messages_have_waited_for_the_disk_get_them_all") {
-        return;
-    }
-    let disk = SmallDisk::mount();
-    let setup = Setup::on(&disk.path()).set("storage.sink", "none").set("log.segment_bytes", 1 << 20);
-    // Half of the least share is less than what they all prepare.
-    let setup = setup.set("http.body_bytes_max", 1 << 16).set("intake.memory_share_bytes_max", 1 << 20);
-    let gateway = setup.start();
-    let source = gateway.create("press-4");
-    let hello = |client_id: String| {
-        let connect = Connect::with_key(Version::V311, &source.key);
-        Connect { client_id, clean: false, ..connect }
-    };
-    let connect = |n: usize| Wire::connect(gateway.mqtt, &hello(format!("line-{n}"))).0;
-    for n in 0..SUBSCRIBERS {
-        let mut wire = connect(n);
-        wire.send(&subscribe_with(Version::V311, 1, &[("a", 2)], &[]));
-        assert_eq!(wire.packet(SUBACK).codes(Version::V311), [2]);
-    }
-    let mut publisher = Wire::login(gateway.mqtt, Version::V311, &source.key);
-    for id in 1..=MESSAGES {
-        publisher.send(&Message::new("a", [b'x'; 4_096]).at(2, id).packet(Version::V311));
-        publisher.packet(PUBREC);
-        publisher.send(&ack(PUBREL, id));
-        publisher.packet(PUBCOMP);
-    }
-    disk.fill(0);
-    let filters: Vec<String> = (0..100).map(|n| format!("{n}/{}", "long".repeat(100))).collect();
-    let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
-    let mut other = Wire::connect(gateway.mqtt, &hello("other".to_owned())).0;
-    other.send(&subscribe(Version::V311, 1, &filters));
-    warned(&gateway, "sessions.db");
-    let mut wires: Vec<Wire> = (0..SUBSCRIBERS).map(connect).collect();
-    let held = || gateway.metric("headgate_memory_held_bytes");
-    wait_for("half of a share that waits", || (held() > 5.1e6).then_some(()));
-    disk.empty();
-    for wire in &mut wires {
-        for _ in 0..MESSAGES {
-            wire.packet(PUBLISH);
-        }
-    }
 }
 
 #[test]
