@@ -91,8 +91,9 @@ impl Stage {
     /// Three servers that are one NATS; the gateway knows of one.
     pub(crate) fn cluster() -> Self {
         let dir = scratch();
-        let ports: [u16; 3] = free_ports();
-        let routes: [u16; 3] = free_ports();
+        // In one go, so that they are six.
+        let [ports @ .., a, b, c]: [u16; 6] = free_ports();
+        let routes = [a, b, c];
         let set = set_up(dir.path(), &ports, &[]);
         assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
         let text = std::fs::read_to_string(dir.path().join("set/nats-server.conf")).expect("written");
