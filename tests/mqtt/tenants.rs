@@ -269,6 +269,9 @@ fn sessions_are_counted_for_each_datasource_and_one_too_many_is_refused_by_name(
     let ends = Connect { clean: true, properties: Vec::new(), ..staying(&one.key, "a") };
     assert_eq!(connected(&gateway, &ends).1, 0);
     wait_for("room for a session", || (connected(&gateway, &staying(&one.key, "c")).1 == 0).then_some(()));
+    // A SUBACK says that the session is on the disk.
+    let (mut wire, _) = Wire::connect(gateway.mqtt, &staying(&one.key, "c"));
+    assert_eq!(granted(&mut wire, &["x"]), [1]);
     // After a kill they are there and counted, and stay whatever the limit is by now.
     set_limits(&gateway, "one", &json!({ "sessions": 1 }));
     gateway.kill();
