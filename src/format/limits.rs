@@ -272,6 +272,8 @@ pub const HTTP_BODY_BYTES_PER_TURN: usize = 128 << 10;
 pub const STRANGER_REQUESTS_BURST: u32 = 16;
 /// ... and how many more a second after that.
 pub const STRANGER_REQUESTS_PER_S: u32 = 4;
+/// Requests over HTTP/2 that are under way beyond those on connections of which no key is known yet, of all clients.
+pub const EARLY_REQUESTS_MAX: usize = 4_096;
 /// Bytes of one commit of the log; more waits for the next.
 pub const BATCH_BYTES_MAX: usize = 4 << 20;
 /// The body of one frame of the log. The writer splits what is larger, and readers trust it.

@@ -42,7 +42,7 @@ use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntr
 use crate::front::listen_sockets::ListenSockets;
 use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, forwarded_address, is_forwarded_https};
-use crate::limits::{HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
+use crate::limits::{EARLY_REQUESTS_MAX, HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
@@ -120,6 +120,8 @@ pub(super) struct HttpCrowd {
     table: Arc<ConnectionTable>,
     /// A permit for each connection that there may be.
     permits: Arc<Semaphore>,
+    /// A permit for each request that may come early: see [`StrangerPace::begin`].
+    early: Arc<Semaphore>,
     refusals: Option<Arc<Refusals>>,
     processor: ProcessorTime,
 }
@@ -139,7 +141,8 @@ impl HttpCrowd {
         processor: ProcessorTime,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(connections_max.min(Semaphore::MAX_PERMITS)));
-        Self { table, permits, refusals, processor }
+        let early = Arc::new(Semaphore::new(EARLY_REQUESTS_MAX));
+        Self { table, permits, early, refusals, processor }
     }
 
     /// How many connections have presented no valid key.
@@ -356,9 +359,11 @@ impl ConnectionServer {
             hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
                 let version = request.version();
                 let is_stranger = is_paced && from.keys.are_none();
-                if is_stranger && !pace.may_begin(version, Instant::now()) {
+                let begun =
+                    if is_stranger { pace.begin(version, &crowd.early, Instant::now()) } else { Some(None) };
+                let Some(early) = begun else {
                     return Either::Left(ready(Ok(pace.turn_away(&crowd, &from, version))));
-                }
+                };
                 // Over HTTP/2 the keys of all that came at once are looked at later.
                 let is_unknown = is_stranger && version == Version::HTTP_2;
                 let paced = is_unknown.then(|| (pace.clone(), crowd.clone(), from.clone()));
@@ -369,7 +374,7 @@ impl ConnectionServer {
                 // Boxed: it is moved several times on its way to a task.
                 Either::Right(Box::pin(async move {
                     let answer = answering.await;
-                    drop(under_way);
+                    drop((under_way, early));
                     match paced {
                         Some((pace, crowd, from))
                             if from.keys.are_none() && !pace.may_answer(Instant::now()) =>

@@ -3,6 +3,7 @@
 //! and its connection ends. The clients behind a trusted proxy
 //! share connections, and have no pace.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -10,6 +11,7 @@ use axum::http::header::CONNECTION;
 use axum::http::{HeaderValue, StatusCode, Version};
 use axum::response::{IntoResponse, Response};
 use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::server::{HttpCrowd, HttpPeer};
@@ -44,8 +46,8 @@ impl RequestAllowance {
         Self { burst, state: Mutex::new(AllowanceState { left: burst, since: Instant::now() }) }
     }
 
-    /// Takes one, if there is one.
-    fn take(&self, now: Instant) -> bool {
+    /// Takes one, if there is one. Returns how many are left.
+    fn take(&self, now: Instant) -> Option<u32> {
         let mut state = self.state.lock();
         if state.left == 0 {
             let elapsed = now.saturating_duration_since(state.since).as_millis();
@@ -55,9 +57,8 @@ impl RequestAllowance {
             }
             state.left = u32::try_from(more).unwrap_or(u32::MAX).min(self.burst);
         }
-        let taken = state.left.checked_sub(1);
-        state.left = taken.unwrap_or(0);
-        taken.is_some()
+        state.left = state.left.checked_sub(1)?;
+        Some(state.left)
     }
 }
 
@@ -67,17 +68,26 @@ impl StrangerPace {
         Self { requests, streams }
     }
 
-    /// Whether a request may be looked at.
-    pub(super) fn may_begin(&self, version: Version, now: Instant) -> bool {
-        match version {
-            Version::HTTP_2 => self.streams.take(now),
-            _ => self.requests.take(now),
+    /// Whether a request may be looked at. Over HTTP/2 the first [`STRANGER_REQUESTS_BURST`] may, and each other one that
+    /// gets a permit of `early`, which it holds until it is answered: what comes before a key is known takes memory.
+    pub(super) fn begin(
+        &self,
+        version: Version,
+        early: &Arc<Semaphore>,
+        now: Instant,
+    ) -> Option<Option<OwnedSemaphorePermit>> {
+        if version != Version::HTTP_2 {
+            return self.requests.take(now).map(|_| None);
+        }
+        match self.streams.take(now)? {
+            left if left >= HTTP2_STREAMS_MAX - STRANGER_REQUESTS_BURST => Some(None),
+            _ => early.clone().try_acquire_owned().ok().map(Some),
         }
     }
 
     /// Over HTTP/2, whether a request may be answered that turned out to have no valid key.
     pub(super) fn may_answer(&self, now: Instant) -> bool {
-        self.requests.take(now)
+        self.requests.take(now).is_some()
     }
 
     /// The answer to a stranger that asks for too much; the connection ends with it. HTTP/2 ends at once, with nothing
@@ -108,6 +118,7 @@ impl StrangerPace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::EARLY_REQUESTS_MAX;
 
     /// How many of these are allowed after so many seconds.
     fn allowed(began: Instant, s: u64, may: impl Fn(Instant) -> bool) -> u32 {
@@ -118,7 +129,8 @@ mod tests {
     #[test]
     fn a_stranger_has_so_many_requests_at_once_and_so_many_a_second() {
         let (pace, began) = (StrangerPace::new(), Instant::now());
-        let taken = |s: u64| allowed(began, s, |now| pace.may_begin(Version::HTTP_11, now));
+        let early = Arc::new(Semaphore::new(0));
+        let taken = |s: u64| allowed(began, s, |now| pace.begin(Version::HTTP_11, &early, now).is_some());
         assert_eq!(taken(0), STRANGER_REQUESTS_BURST);
         assert_eq!(taken(0), 0);
         assert_eq!(taken(1), STRANGER_REQUESTS_PER_S);
@@ -129,11 +141,28 @@ mod tests {
     #[test]
     fn as_many_requests_as_there_may_be_streams_begin_before_a_key_is_known() {
         let (pace, began) = (StrangerPace::new(), Instant::now());
-        let begun = |s: u64| allowed(began, s, |now| pace.may_begin(Version::HTTP_2, now));
+        let early = Arc::new(Semaphore::new(EARLY_REQUESTS_MAX));
+        let begun = |s: u64| allowed(began, s, |now| pace.begin(Version::HTTP_2, &early, now).is_some());
         let answered = |s: u64| allowed(began, s, |now| pace.may_answer(now));
         assert_eq!(begun(0), HTTP2_STREAMS_MAX);
         assert_eq!(begun(1), STRANGER_REQUESTS_PER_S);
         assert_eq!(answered(0), STRANGER_REQUESTS_BURST);
         assert_eq!(answered(1), STRANGER_REQUESTS_PER_S);
+    }
+
+    /// A thousand strangers with a hundred requests each took 411 MiB.
+    #[test]
+    fn what_all_strangers_begin_early_over_http_2_is_bounded_and_nobody_loses_its_first_requests() {
+        let (early, now) = (Arc::new(Semaphore::new(EARLY_REQUESTS_MAX)), Instant::now());
+        let paces: Vec<StrangerPace> = (0..1_000).map(|_| StrangerPace::new()).collect();
+        let of_one = |pace: &StrangerPace| {
+            (0..100).map_while(|_| pace.begin(Version::HTTP_2, &early, now)).collect::<Vec<_>>()
+        };
+        let begun: Vec<_> = paces.iter().map(of_one).collect();
+        let first = usize::try_from(STRANGER_REQUESTS_BURST).expect("few");
+        assert!(begun.iter().all(|requests| requests.len() >= first));
+        assert_eq!(begun.iter().flatten().count(), 1_000 * first + EARLY_REQUESTS_MAX);
+        drop(begun);
+        assert_eq!(early.available_permits(), EARLY_REQUESTS_MAX, "given back with the answers");
     }
 }
