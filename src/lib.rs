@@ -43,6 +43,8 @@ mod network;
 mod processor;
 mod retained_topics;
 mod scheduler;
+#[cfg(test)]
+mod seeded_random;
 mod shares;
 mod sqlite;
 mod subject;

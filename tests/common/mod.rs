@@ -398,8 +398,16 @@ impl Gateway {
 
     /// Creates a datasource whose key may publish.
     pub fn create(&self, id: &str) -> Source {
-        let body = serde_json::json!({ "id": id, "name": id });
-        let answer = self.post("/v1/datasources", &self.admin_key(), &body);
+        self.create_as(&serde_json::json!({ "id": id, "name": id }))
+    }
+
+    /// A datasource whose key may publish and subscribe.
+    pub fn create_open(&self, id: &str) -> Source {
+        self.create_as(&serde_json::json!({ "id": id, "name": id, "scopes": ["ingest", "subscribe"] }))
+    }
+
+    fn create_as(&self, body: &Value) -> Source {
+        let answer = self.post("/v1/datasources", &self.admin_key(), body);
         assert_eq!(answer.status, 201, "{}", answer.text());
         let json = answer.json();
         let text = |pointer: &str| {

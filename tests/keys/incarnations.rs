@@ -24,16 +24,6 @@ const END: &str = "\"the end";
 /// MQTT 5 section 3.1.2.11.2: for ever.
 const SESSION_FOR_EVER: [u8; 5] = [0x11, 0xff, 0xff, 0xff, 0xff];
 
-/// A datasource whose key may publish and subscribe.
-fn create(gateway: &Gateway, id: &str) -> Source {
-    let body = json!({ "id": id, "name": id, "scopes": ["ingest", "subscribe"] });
-    let answer = gateway.post("/v1/datasources", &gateway.admin_key(), &body);
-    assert_eq!(answer.status, 201, "{}", answer.text());
-    let json = answer.json();
-    let text = |pointer: &str| json.pointer(pointer).and_then(Value::as_str).expect("a text").to_owned();
-    Source { id: text("/datasource/id"), key_id: text("/key/id"), key: text("/key/secret") }
-}
-
 fn ingest(gateway: &Gateway, id: &str, topic: &str, key: &str, payload: &[u8]) -> Answer {
     gateway.request("POST", &format!("/v1/ingest/{id}/{topic}"), key, &[], payload)
 }
@@ -142,11 +132,11 @@ fn a_datasource_that_is_created_again_begins_empty_on_every_way_out() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
     let of_all = all_key(&gateway);
-    let old = create(&gateway, "press-4");
+    let old = gateway.create_open("press-4");
     fill(&gateway, &old);
     assert_eq!(ingest(&gateway, "press-4", "all", &of_all, b"{\"old\": \"of all\"}").status, 200);
     gateway.delete("press-4");
-    let new = create(&gateway, "press-4");
+    let new = gateway.create_open("press-4");
     begins_empty(&gateway, &new, &of_all);
 
     // The same client identifier, group and message id mean nothing.
@@ -199,12 +189,12 @@ fn it_stays_empty_after_kills_and_when_the_stores_are_made_again_from_the_log() 
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
     let of_all = all_key(&gateway);
-    let old = create(&gateway, "press-4");
+    let old = gateway.create_open("press-4");
     fill(&gateway, &old);
     gateway.delete("press-4");
     // Killed between the deletion and the creation, with what reads the log behind.
     let gateway = restarted_without(gateway, dir.path(), &["records.db", "retained.db"]);
-    let new = create(&gateway, "press-4");
+    let new = gateway.create_open("press-4");
     begins_empty(&gateway, &new, &of_all);
     let gateway = restarted_without(gateway, dir.path(), &[]);
     begins_empty(&gateway, &new, &of_all);
@@ -228,7 +218,7 @@ fn purge(gateway: &Gateway, more: &str) -> Answer {
 fn a_purge_removes_what_is_stored_and_says_how_much() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let old = create(&gateway, "press-4");
+    let old = gateway.create_open("press-4");
     fill(&gateway, &old);
     let answer = gateway.request("DELETE", &format!("{PRESS}?purge=true"), &gateway.admin_key(), &[], &[]);
     let purged = answer.json();
@@ -245,7 +235,7 @@ fn a_purge_removes_what_is_stored_and_says_how_much() {
     assert!(listed["deleted"][0]["purged_at"].is_string(), "{listed}");
 
     let gateway = restarted_without(gateway, dir.path(), &["records.db"]);
-    let new = create(&gateway, "press-4");
+    let new = gateway.create_open("press-4");
     gateway.settle();
     assert_eq!(gateway.get(&format!("{PRESS}/records?incarnation=1"), &admin).status, 404);
     // The pages are overwritten, and what was written anew has none of it.
@@ -260,10 +250,10 @@ fn a_purge_removes_what_is_stored_and_says_how_much() {
 fn a_purge_of_an_earlier_incarnation_leaves_the_present_one_alone() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let old = create(&gateway, "press-4");
+    let old = gateway.create_open("press-4");
     fill(&gateway, &old);
     gateway.delete("press-4");
-    let new = create(&gateway, "press-4");
+    let new = gateway.create_open("press-4");
     assert_eq!(ingest(&gateway, "press-4", "end", &new.key, b"1").status, 200);
     gateway.stored("press-4", 1);
     // An admin of the new one alone may not.
@@ -343,7 +333,7 @@ impl IncarnationModel {
             let datasource = self.datasources.get_mut(id).expect("there");
             let source = datasource.present.get_or_insert_with(|| {
                 datasource.incarnations.push((Vec::new(), false));
-                create(gateway, id)
+                gateway.create_open(id)
             });
             let key = if by_all { &self.of_all } else { &source.key };
             let payload = self.numbers.to_string();

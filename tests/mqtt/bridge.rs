@@ -19,10 +19,7 @@ const STATE_TOPIC: &str = "$SYS/broker/connection/mosquitto.headgate/state";
 fn scene() -> (tempfile::TempDir, Gateway, Source) {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let body = json!({ "id": "press-4", "name": "press-4", "scopes": ["ingest", "subscribe"] });
-    let created = gateway.post("/v1/datasources", &gateway.admin_key(), &body).json();
-    let text = |field: &str| created["key"][field].as_str().expect("a text").to_owned();
-    let source = Source { id: "press-4".to_owned(), key_id: text("id"), key: text("secret") };
+    let source = gateway.create_open("press-4");
     (dir, gateway, source)
 }
 

@@ -1,22 +1,13 @@
 //! What Headgate says about a message: only to who asks, under names that nobody else can give; and topics in
 //! properties, which are relative to the key as all others are.
 
-use serde_json::json;
-
 use crate::common::wire::{
     Connect, Message, PUBACK, PUBLISH, RESPONSE_TOPIC, SESSION_EXPIRY, SUBACK, Version::V5, Wire, ack,
     four_bytes, prefixed, subscribe_with, text_property, user_property,
 };
-use crate::common::{Gateway, Setup, Source, scratch};
+use crate::common::{Gateway, Setup, scratch};
 
 const OWN: [&str; 4] = ["headgate-offset", "headgate-datasource", "headgate-received-at", "headgate-key-id"];
-
-fn source(gateway: &Gateway, id: &str) -> Source {
-    let body = json!({ "id": id, "name": id, "scopes": ["ingest", "subscribe"] });
-    let created = gateway.post("/v1/datasources", &gateway.admin_key(), &body).json();
-    let text = |field: &str| created["key"][field].as_str().expect("a text").to_owned();
-    Source { id: id.to_owned(), key_id: text("id"), key: text("secret") }
-}
 
 fn asking() -> Vec<u8> {
     user_property("headgate-metadata", "true")
@@ -49,7 +40,7 @@ fn told(message: &Message) -> usize {
 fn each_subscription_asks_for_itself_and_one_that_asks_is_enough() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     let mut publisher = Wire::login(gateway.mqtt, V5, &source.key);
     let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
     let mut group = Wire::login(gateway.mqtt, V5, &source.key);
@@ -81,7 +72,7 @@ fn each_subscription_asks_for_itself_and_one_that_asks_is_enough() {
 fn a_session_keeps_what_it_asked_for_and_retained_messages_have_it_too() {
     let dir = scratch();
     let mut gateway = Gateway::start(dir.path());
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     let hello = Connect {
         client_id: "backend".to_owned(),
         clean: false,
@@ -110,7 +101,7 @@ fn a_session_keeps_what_it_asked_for_and_retained_messages_have_it_too() {
 fn an_operator_may_have_it_with_every_message() {
     let dir = scratch();
     let gateway = Setup::on(dir.path()).set("mqtt.metadata", "always").start();
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
     subscribed(&mut wire, &[("a", 0)], &[]);
     let mut publisher = Wire::login(gateway.mqtt, V5, &source.key);
@@ -124,7 +115,7 @@ fn an_operator_may_have_it_with_every_message() {
 fn nobody_else_says_what_headgate_says() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
     subscribed(&mut wire, &[("#", 1)], &[]);
     let forged = |message: Message| {
@@ -166,7 +157,7 @@ fn nobody_else_says_what_headgate_says() {
 fn a_response_topic_is_relative_to_the_key_in_both_directions() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let (press, _other) = (source(&gateway, "press-4"), source(&gateway, "press-5"));
+    let (press, _other) = (gateway.create_open("press-4"), gateway.create_open("press-5"));
     let mut device = Wire::login(gateway.mqtt, V5, &press.key);
     let mut backend = Wire::login(gateway.mqtt, V5, &gateway.admin_key());
     subscribed(&mut device, &[("#", 1)], &[]);
@@ -198,7 +189,7 @@ fn a_response_topic_is_relative_to_the_key_in_both_directions() {
 fn a_session_has_as_many_subscriptions_as_are_configured() {
     let dir = scratch();
     let gateway = Setup::on(dir.path()).set("mqtt.subscriptions_per_session_max", 3000).start();
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
     let names: Vec<String> = (0..3001).map(|n| format!("a/{n}")).collect();
     let filters: Vec<(&str, u8)> = names.iter().map(|name| (&**name, 0)).collect();

@@ -17,18 +17,10 @@ use crate::common::wire::{
 };
 use crate::common::{Gateway, PATIENCE, Setup, Source, kept, scratch};
 
-/// A datasource whose key may publish and subscribe.
-fn source(gateway: &Gateway, id: &str) -> Source {
-    let body = json!({ "id": id, "name": id, "scopes": ["ingest", "subscribe"] });
-    let created = gateway.post("/v1/datasources", &gateway.admin_key(), &body).json();
-    let text = |field: &str| created["key"][field].as_str().expect("a text").to_owned();
-    Source { id: id.to_owned(), key_id: text("id"), key: text("secret") }
-}
-
 fn scene() -> (tempfile::TempDir, Gateway, Source) {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     (dir, gateway, source)
 }
 
@@ -117,7 +109,7 @@ fn a_replay_goes_over_into_what_is_new_and_other_subscriptions_are_not_repeated(
 #[test]
 fn a_key_for_all_datasources_sees_them_with_their_names_in_front() {
     let (_dir, gateway, first) = scene();
-    let second = source(&gateway, "press-5");
+    let second = gateway.create_open("press-5");
     let mut wire = Wire::login(gateway.mqtt, V311, &gateway.admin_key());
     assert_eq!(subscribed(&mut wire, V311, &[("+/spindle/#", 1)], &[]), [1]);
     for source in [&first, &second] {
@@ -172,7 +164,7 @@ fn a_session_survives_every_kill_of_the_gateway_and_misses_nothing() {
     let dir = scratch();
     let setup = Setup::on(dir.path()).set("log.segment_bytes", 1 << 20);
     let mut gateway = setup.start();
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     let ledger = std::sync::Arc::new(Ledger::default());
     let mut seen: Vec<u64> = Vec::new();
     let mut acked = Vec::new();
@@ -221,7 +213,7 @@ fn a_qos_2_message_is_kept_once_wherever_in_its_exchange_the_gateway_is_killed()
     let dir = scratch();
     let setup = Setup::on(dir.path());
     let mut gateway = setup.start();
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     for (round, version) in [V311, V5].into_iter().enumerate() {
         let hello = staying(version, &source.key, &format!("device {version:?}"));
         let message = Message::new("a", format!("{round}")).at(2, 7);
@@ -290,7 +282,7 @@ fn what_retention_removed_before_it_was_read_is_told_to_the_client() {
     let dir = scratch();
     let setup = Setup::on(dir.path()).set("log.segment_bytes", 1 << 20).set("log.retention_bytes", 3 << 20);
     let gateway = setup.start();
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     let hello = staying(V5, &source.key, "away for too long");
     let (mut wire, _) = Wire::connect(gateway.mqtt, &hello);
     subscribed(&mut wire, V5, &[("#", 1)], &user_property("headgate-metadata", "true"));
@@ -365,7 +357,7 @@ fn a_group_goes_on_where_it_was_after_a_kill_and_each_record_reaches_a_member() 
     let dir = scratch();
     let setup = Setup::on(dir.path());
     let mut gateway = setup.start();
-    let source = source(&gateway, "press-4");
+    let source = gateway.create_open("press-4");
     let hello = |member: usize| staying(V311, &source.key, &format!("worker {member}"));
     let mut wires: Vec<Wire> = (0..2).map(|member| Wire::connect(gateway.mqtt, &hello(member)).0).collect();
     for wire in &mut wires {

@@ -24,13 +24,6 @@ const DISTURBED_MAX: Duration = Duration::from_secs(4);
 const SUBSCRIPTION_ID: u8 = 0x0B;
 const TOO_MUCH: u8 = 0x97;
 
-fn source(gateway: &Gateway, id: &str) -> Source {
-    let body = json!({ "id": id, "name": id, "scopes": ["ingest", "subscribe"] });
-    let created = gateway.post("/v1/datasources", &gateway.admin_key(), &body).json();
-    let text = |field: &str| created["key"][field].as_str().expect("a text").to_owned();
-    Source { id: id.to_owned(), key_id: text("id"), key: text("secret") }
-}
-
 fn set_limits(gateway: &Gateway, id: &str, limits: &Value) {
     let (path, key) = (format!("/v1/datasources/{id}"), gateway.admin_key());
     let body = json!({ "limits": limits }).to_string();
@@ -142,8 +135,8 @@ fn subscribe_overlapping(wire: &mut Wire) {
 fn overlapping_filters_cost_one_delivery_and_leave_others_theirs() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let (attacker, other) = (source(&gateway, "attacker"), source(&gateway, "other"));
-    let doomed = source(&gateway, "doomed");
+    let (attacker, other) = (gateway.create_open("attacker"), gateway.create_open("other"));
+    let doomed = gateway.create_open("doomed");
     let mut sessions: Vec<Wire> = (0..4).map(|_| Wire::login(gateway.mqtt, V5, &attacker.key)).collect();
     sessions.iter_mut().for_each(subscribe_overlapping);
     let bystander = Bystander::start(gateway.mqtt, &other.key);
@@ -169,7 +162,7 @@ fn overlapping_filters_cost_one_delivery_and_leave_others_theirs() {
 fn subscribers_that_do_not_read_cost_a_bounded_memory_however_many_they_are() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let (attacker, other) = (source(&gateway, "attacker"), source(&gateway, "other"));
+    let (attacker, other) = (gateway.create_open("attacker"), gateway.create_open("other"));
     let (mut live, mut behind) = (Vec::new(), Vec::new());
     let body = vec![b'x'; 1 << 20];
     let path = format!("/v1/ingest/{}/t", attacker.id);
@@ -213,7 +206,7 @@ fn subscribers_that_do_not_read_cost_a_bounded_memory_however_many_they_are() {
 fn searches_of_the_log_leave_others_the_threads_and_end_with_their_clients() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let (attacker, other) = (source(&gateway, "attacker"), source(&gateway, "other"));
+    let (attacker, other) = (gateway.create_open("attacker"), gateway.create_open("other"));
     for _ in 0..8 {
         assert_eq!(post_many(&gateway, &attacker, "t", 100_000), 200);
     }
@@ -236,7 +229,7 @@ fn searches_of_the_log_leave_others_the_threads_and_end_with_their_clients() {
         });
     assert!(refused.expect("an answer").codes(V5).contains(&TOO_MUCH));
     assert_eq!(newest_refusal(&gateway, &attacker.id).0, "replays");
-    revoke_soon(&gateway, &source(&gateway, "doomed"), "searches of the log");
+    revoke_soon(&gateway, &gateway.create_open("doomed"), "searches of the log");
     drop(searching);
     // The share is free again, long before all of that would have been searched.
     wait_for("room for another search", || {
@@ -253,7 +246,7 @@ fn searches_of_the_log_leave_others_the_threads_and_end_with_their_clients() {
 fn sessions_are_counted_for_each_datasource_and_one_too_many_is_refused_by_name() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let (one, other) = (source(&gateway, "one"), source(&gateway, "other"));
+    let (one, other) = (gateway.create_open("one"), gateway.create_open("other"));
     set_limits(&gateway, "one", &json!({ "sessions": 2 }));
     let (first, _second) =
         (connected(&gateway, &staying(&one.key, "a")), connected(&gateway, &staying(&one.key, "b")));
@@ -289,7 +282,7 @@ fn sessions_are_counted_for_each_datasource_and_one_too_many_is_refused_by_name(
 fn subscriptions_groups_and_keys_are_counted_and_one_too_many_is_refused_by_name() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let one = source(&gateway, "one");
+    let one = gateway.create_open("one");
     set_limits(&gateway, "one", &json!({ "subscriptions": 3, "share_groups": 1, "keys": 2 }));
     let (mut first, mut second) =
         (Wire::login(gateway.mqtt, V5, &one.key), Wire::login(gateway.mqtt, V5, &one.key));
@@ -335,7 +328,7 @@ fn subscriptions_groups_and_keys_are_counted_and_one_too_many_is_refused_by_name
 fn retained_topics_are_counted_and_one_too_many_is_refused_by_name() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let one = source(&gateway, "one");
+    let one = gateway.create_open("one");
     set_limits(&gateway, "one", &json!({ "retained_topics": 2 }));
     let mut wire = Wire::login(gateway.mqtt, V5, &one.key);
     let retain = |wire: &mut Wire, topic: &str, payload: &[u8]| {
@@ -358,7 +351,7 @@ fn retained_topics_are_counted_and_one_too_many_is_refused_by_name() {
 fn many_long_filters_of_many_sessions_are_refused_before_they_fill_memory_and_disk() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
-    let attacker = source(&gateway, "attacker");
+    let attacker = gateway.create_open("attacker");
     let mut refused = 0;
     for session in 0..100 {
         let (mut wire, _) = Wire::connect(gateway.mqtt, &staying(&attacker.key, &format!("s{session}")));

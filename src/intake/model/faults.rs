@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use super::SeededRandom;
 use super::client::ModelConnection;
 use super::run::{ModelGateway, ModelRun};
 use crate::intake::Refusal;
 use crate::log::AppendError;
+use crate::seeded_random::SeededRandom;
 
 impl ModelRun {
     /// The clock is set, by up to an hour in either direction.

@@ -25,28 +25,6 @@ const RUNNERS: usize = 8;
 /// One in so many seeds has no crash, and is run twice.
 const REPEATED_SEEDS: u64 = 50;
 
-/// SplitMix64: small, and the same on every machine.
-struct SeededRandom(u64);
-
-impl SeededRandom {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((z ^ (z >> 31)) % end as u64).expect("below a usize")
-    }
-
-    fn percent(&mut self, percent: usize) -> bool {
-        self.below(100) < percent
-    }
-
-    /// A number from 1 to `most`, small.
-    fn packet_id(&mut self, most: u16) -> u16 {
-        1 + u16::try_from(self.below(most.into())).expect("small")
-    }
-}
-
 #[test]
 fn what_was_promised_holds_whatever_is_mixed() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));

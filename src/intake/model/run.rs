@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::SeededRandom;
 use super::check::RunOutcome;
 use super::client::{
     ClientExchange, DraftedMessage, MessageNumber, ModelConnection, ModelMessage, PendingDraft, PushedAs,
@@ -18,6 +17,7 @@ use crate::log::power_loss_disk::PowerLossDisk;
 use crate::log::{Batch, Log, SectionOutcome};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 use crate::observe::metrics::Metrics;
+use crate::seeded_random::SeededRandom;
 
 pub(super) const TENANTS: [&str; 2] = ["press-4", "oven"];
 /// One connection for the first tenant would leave nothing to overtake.

@@ -31,6 +31,7 @@ use crate::filter::TopicFilter;
 use crate::log::{EmbeddedLog, Log, Section};
 use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
 use crate::observe::metrics::Metrics;
+use crate::seeded_random::SeededRandom;
 use crate::shares::TenantShares;
 
 /// Seeds of a normal run, and when it ends at the latest.
@@ -38,19 +39,6 @@ const SEEDS: u64 = 60;
 const NORMAL_RUN_MAX: Duration = Duration::from_secs(20);
 const STEPS: usize = 120;
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);
-
-/// SplitMix64: small, and the same on every machine.
-struct SeededRandom(u64);
-
-impl SeededRandom {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((z ^ (z >> 31)) % end as u64).expect("below a usize")
-    }
-}
 
 /// A packet to the client.
 #[derive(Debug, Clone, Copy)]
