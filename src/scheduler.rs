@@ -27,7 +27,7 @@ pub fn waited() -> Duration {
     WAITED.get()
 }
 
-/// Lowers the calling thread's priority by `nice`.
+/// Makes the calling thread's priority lower by `nice` than that of the process's first thread.
 pub fn lower_priority(nice: u8) {
     if nice == 0 {
         return;
@@ -35,8 +35,12 @@ pub fn lower_priority(nice: u8) {
     IS_LOWERED.set(true);
     #[cfg(target_os = "linux")]
     {
-        // SAFETY: no memory is involved. On Linux, process 0 is the calling thread.
-        let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, i32::from(nice)) };
+        // SAFETY: no memory is involved. On Linux, process 0 is the calling thread, and the process's own number is its
+        // first thread.
+        let result = unsafe {
+            let usual = libc::getpriority(libc::PRIO_PROCESS, libc::getpid().cast_unsigned());
+            libc::setpriority(libc::PRIO_PROCESS, 0, (usual + i32::from(nice)).min(19))
+        };
         if result != 0 {
             let error = std::io::Error::last_os_error();
             let thread = std::thread::current();

@@ -210,8 +210,13 @@ impl ProcessorTime {
             tenant.seen_in.store(self.window_at(now), Ordering::Relaxed);
             let mut active = self.0.active.lock();
             active.push(tenant.clone());
-            // Who has had all processors may be in the way from now on.
-            self.find_slow(&active);
+            if active.len() > 2 {
+                // The end of the window finds it out, once for all who have come.
+                self.0.active_count.store(active.len(), Ordering::Relaxed);
+            } else {
+                // Who has had all processors may be in the way from now on.
+                self.find_slow(&active);
+            }
         }
         let window = self.window_at(now);
         if window > self.0.window.load(Ordering::Relaxed) {
