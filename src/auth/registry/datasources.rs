@@ -38,6 +38,9 @@ pub struct NewDatasource<'a> {
     pub schemas: Option<&'a str>,
 }
 
+/// What a change has noted about incarnations, each with the version that it has then.
+type NotedIncarnations = Vec<(u64, IncarnationRow)>;
+
 impl Registry {
     /// Creates a datasource without limits and schemas, as [`Registry::create_datasource_with`].
     ///
@@ -97,27 +100,50 @@ impl Registry {
         let first = NewKey { datasource: &id, label: "", scopes: new.scopes, expires_at: None, limits: None };
         let (key, secret) = generate_key(database, &first)?;
         let change = database.begin()?;
-        let (incarnation, noted) = self.begin_new_incarnation(&change, &id)?;
+        let (datasource, noted) = self.insert_new(&change, id, name, (new.limits, new.schemas))?;
+        change.insert_key(&key, &secret.digest())?;
+        change.audit(actor, &AuditEvent::of_key("datasource.created", &key, what))?;
+        change.commit()?;
+        let datasource = self.show_new(database, datasource, noted);
+        let key = self.live.add_key(key, secret.digest());
+        Ok((datasource, key, secret))
+    }
+
+    /// Inserts a datasource in a change, with its limits and schemas, as the next incarnation of its id. Once that is
+    /// committed, [`Registry::show_new`] lets it in.
+    pub(super) fn insert_new(
+        &self,
+        change: &RegistryTransaction<'_>,
+        id: DatasourceId,
+        name: &str,
+        (limits, schemas): (Option<&str>, Option<&str>),
+    ) -> Result<(Datasource, NotedIncarnations), RegistryError> {
+        let (incarnation, noted) = self.begin_new_incarnation(change, &id)?;
         let datasource = Datasource {
             id,
             name: name.into(),
             created_at: now_micros(),
-            limits: JsonSetting::new(new.limits),
-            schemas: JsonSetting::new(new.schemas),
+            limits: JsonSetting::new(limits),
+            schemas: JsonSetting::new(schemas),
             incarnation,
             lease: Lease::new(),
         };
         change.insert_datasource(&datasource)?;
-        change.insert_key(&key, &secret.digest())?;
-        change.audit(actor, &AuditEvent::of_key("datasource.created", &key, what))?;
-        change.commit()?;
-        // Its readers know that it begins anew before anybody can read it or write to it.
+        Ok((datasource, noted))
+    }
+
+    /// Shows a new datasource, which has no keys yet. Its readers know that it begins anew before anybody can read it or
+    /// write to it.
+    pub(super) fn show_new(
+        &self,
+        database: &mut RegistryDatabase,
+        datasource: Datasource,
+        noted: NotedIncarnations,
+    ) -> Arc<Datasource> {
         for (version, row) in noted {
             self.tell_incarnation(database, version, row);
         }
-        let datasource = self.live.add_datasource(datasource);
-        let key = self.live.add_key(key, secret.digest());
-        Ok((datasource, key, secret))
+        self.live.add_datasource(datasource)
     }
 
     /// Deletes the datasource that has an id now, as [`Registry::delete_incarnation`].
@@ -225,11 +251,11 @@ impl Registry {
     }
 
     /// Begins the next incarnation of an id. Also returns what its readers have to be told once that is durable.
-    pub(super) fn begin_new_incarnation(
+    fn begin_new_incarnation(
         &self,
         change: &RegistryTransaction<'_>,
         id: &DatasourceId,
-    ) -> Result<(Incarnation, Vec<(u64, IncarnationRow)>), RegistryError> {
+    ) -> Result<(Incarnation, NotedIncarnations), RegistryError> {
         let mut noted = change.note_past_incarnation(id)?;
         let incarnation = change.ended_incarnations_of(id)? + 1;
         if incarnation > 1 {

@@ -11,13 +11,12 @@ use serde_json::{Value, json};
 use super::Registry;
 use super::audit::{Actor, AuditEvent};
 use super::database::RegistryDatabase;
-use super::datasource::Datasource;
 use super::error::RegistryError;
 use super::key::{Key, KeyAttributes, Rotation};
 use super::keys::check_name;
 use super::setting::JsonSetting;
 use crate::auth::scope::Scopes;
-use crate::message::{DatasourceId, KeyId, Lease, TimeMicros, now_micros};
+use crate::message::{DatasourceId, KeyId, TimeMicros};
 use crate::time::{Rfc3339, parse_time};
 
 /// The version of the format of [`ExportedDatasource`].
@@ -184,26 +183,14 @@ impl Registry {
         let ids: Vec<KeyId> = keys.iter().map(|(key, _)| key.id).collect();
         let what = json!({ "name": name, "imported_from": new.id, "keys": ids });
         let change = database.begin()?;
-        let (incarnation, noted) = self.begin_new_incarnation(&change, &id)?;
-        let datasource = Datasource {
-            id,
-            name: name.into(),
-            created_at: now_micros(),
-            limits: JsonSetting::new(new.limits.as_deref()),
-            schemas: JsonSetting::new(new.schemas.as_deref()),
-            incarnation,
-            lease: Lease::new(),
-        };
-        change.insert_datasource(&datasource)?;
+        let settings = (new.limits.as_deref(), new.schemas.as_deref());
+        let (datasource, noted) = self.insert_new(&change, id, name, settings)?;
         for (key, digest) in &keys {
             change.insert_key(key, digest)?;
         }
         change.audit(actor, &AuditEvent::of_datasource("datasource.imported", &datasource.id, &what))?;
         change.commit()?;
-        for (version, row) in noted {
-            self.tell_incarnation(database, version, row);
-        }
-        self.live.add_datasource(datasource);
+        self.show_new(database, datasource, noted);
         for (key, digest) in keys {
             self.live.add_key(key, digest);
         }
