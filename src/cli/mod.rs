@@ -29,6 +29,7 @@ mod schema;
 mod serve;
 mod session;
 mod signals;
+mod tail;
 mod transfer;
 mod trust;
 
@@ -83,6 +84,8 @@ enum CliCommand {
     Audit(audit::AuditArgs),
     /// Print a datasource's stored records
     Records(records::RecordsArgs),
+    /// Follow a datasource's records as they come in, from now on or from earlier
+    Tail(tail::TailArgs),
     /// Print what was refused lately, why, and what to do about it
     Refusals(refusals::RefusalsArgs),
     /// Publish a payload, or a line of standard input or of a file each, over MQTT
@@ -122,6 +125,7 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Quarantine(command) => quarantine::run(command, &mut out),
         CliCommand::Audit(args) => audit::run(args, &mut out),
         CliCommand::Records(args) => records::run(args, &mut out),
+        CliCommand::Tail(args) => tail::run(args, &mut out),
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
         CliCommand::Bench(args) => bench::run(args, &mut out),

@@ -9,3 +9,4 @@ mod log;
 mod registry;
 mod run;
 mod sessions;
+mod stream;

@@ -8,6 +8,7 @@
 #![allow(dead_code, unreachable_pub, reason = "every test binary holds all of this and uses a part")]
 
 pub mod cluster;
+pub mod events;
 pub mod kept;
 pub mod load;
 pub mod members;

@@ -12,5 +12,7 @@ mod floods;
 mod memory;
 mod openapi;
 mod proxied;
+mod stream;
+mod tail;
 mod tls;
 mod wire;

@@ -20,6 +20,7 @@ use super::lent::BodyLender;
 use super::persistence::{announce_keep_alive, wants_to_persist};
 use super::request_form::{check_host, note_authority};
 use super::server::HttpPeer;
+use super::stream::StreamReader;
 use super::{HttpFrontState, credentials};
 use crate::front::problem::{Problem, RefusedRequest};
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
@@ -104,6 +105,10 @@ pub(super) async fn request_middleware(
     }
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    if let Some(reader) = response.extensions_mut().remove::<Arc<StreamReader>>() {
+        reader.hold(held);
+        return response;
+    }
     let stall_max = Duration::from_millis(shared.parts.config.body_ms_max);
     answer::hold_until_taken(response, held, stall_max)
 }

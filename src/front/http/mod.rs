@@ -41,6 +41,7 @@ mod server;
 mod sessions;
 mod socket;
 mod stranger_pace;
+mod stream;
 mod transfer;
 mod waiting;
 mod websocket;
@@ -68,6 +69,7 @@ use self::arrival::HttpPort;
 use self::body::BodyLimits;
 use self::credentials::Caller;
 use self::server::{HttpCrowd, HttpPeer};
+use self::stream::StreamReaders;
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
 use crate::backup::BackupDesk;
@@ -183,6 +185,7 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
             failures_exempt: Vec::new(),
         }),
         limiting: Mutex::new(()),
+        streams: StreamReaders::new(config.stream_heartbeat(), Duration::from_millis(config.body_ms_max)),
         drain: drain.clone(),
         parts,
     });
@@ -191,7 +194,7 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
     let tls_port = HttpPort { tls: certificate, ..plain_port.clone() };
     let all = router(shared.clone(), |_, _| true);
     let of_devices = match admin {
-        Some(_) => router(shared, is_of_devices),
+        Some(_) => router(shared.clone(), is_of_devices),
         None => all.clone(),
     };
     let serve = |listener: Option<ListenSockets>, port: HttpPort, router: Router, crowd: HttpCrowd| {
@@ -202,11 +205,17 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
             }
         }
     };
-    tokio::join!(
-        serve(Some(plain), plain_port, of_devices.clone(), crowd.clone()),
-        serve(tls, tls_port.clone(), of_devices, crowd),
-        serve(admin, tls_port, all, admin_crowd),
-    );
+    let serving = async {
+        tokio::join!(
+            serve(Some(plain), plain_port, of_devices.clone(), crowd.clone()),
+            serve(tls, tls_port.clone(), of_devices, crowd),
+            serve(admin, tls_port, all, admin_crowd),
+        );
+    };
+    tokio::select! {
+        () = serving => {}
+        never = shared.streams.watch(shared.parts.log.withheld()) => match never {},
+    }
 }
 
 /// What every handler may use.
@@ -222,6 +231,8 @@ struct HttpFrontState {
     limiting: Mutex<()>,
     /// Held while the schemas of a datasource are read and set, so that no version number is used twice.
     setting_schemas: Mutex<()>,
+    /// The streams that are open.
+    streams: Arc<StreamReaders>,
     drain: CancellationToken,
 }
 
@@ -369,6 +380,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/v1/datasources/{datasource}/stream", stream::read),
         route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
         route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
@@ -389,12 +401,13 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 11] = [
+const DEVICE_ROUTES: [(Method, &str); 12] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::GET, "/v1/datasources/{datasource}/schema"),
     (Method::GET, "/v1/datasources/{datasource}/records"),
     (Method::GET, "/v1/datasources/{datasource}/latest"),
+    (Method::GET, "/v1/datasources/{datasource}/stream"),
     (Method::GET, "/v1/connect"),
     (Method::POST, "/v1/leaks"),
     (Method::GET, "/mqtt"),

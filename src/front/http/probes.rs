@@ -77,6 +77,9 @@ pub(super) async fn metrics(State(shared): State<Arc<HttpFrontState>>) -> Respon
     gauge("headgate_log_bytes", parts.log.bytes());
     gauge("headgate_memory_held_bytes", parts.intake.memory().held_bytes() as u64);
     gauge("headgate_http_strangers", shared.crowd.stranger_count() as u64);
+    let (streams, still) = shared.streams.counts();
+    gauge("headgate_stream_readers", streams as u64);
+    gauge("headgate_stream_readers_still", still as u64);
     gauge("headgate_keys", parts.intake.authorizer().registry().key_count() as u64);
     parts.metrics.set_counter("headgate_dedup_evicted_total", parts.log.evicted_ids());
     parts.metrics.set_counter("headgate_log_lost_records_total", parts.log.lost_records());

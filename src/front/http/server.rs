@@ -396,7 +396,7 @@ impl ConnectionServer {
             }
         });
         let mut makes_room = pin!(poll_fn(|cx| eviction.poll_due(cx)));
-        let mut leaving = false;
+        let (mut leaving, mut is_asked) = (false, false);
         let mut passed = pin!(poll_fn(|cx| deadline.poll_passed(cx)));
         loop {
             let is_closing = closing.load(Ordering::Relaxed);
@@ -418,13 +418,20 @@ impl ConnectionServer {
                         return;
                     }
                     leaving = true;
+                    clock.streams().close(false);
+                    clock.await_stream_ends();
                     if !closing.swap(true, Ordering::Relaxed) {
                         served.as_mut().graceful_shutdown();
                     }
                 }
-                // An idle connection ends at once, a busy one when its requests are answered.
-                () = asked_to_close.as_mut(), if !is_closing => {
-                    closing.store(true, Ordering::Relaxed);
+                // An idle connection ends at once, a busy one when its requests are answered. A stream is told to end.
+                () = asked_to_close.as_mut(), if !is_asked => {
+                    is_asked = true;
+                    clock.streams().close(self.drain.is_cancelled());
+                    clock.await_stream_ends();
+                    if closing.swap(true, Ordering::Relaxed) {
+                        continue;
+                    }
                     served.as_mut().graceful_shutdown();
                 }
                 part = passed.as_mut() => {
