@@ -12,5 +12,6 @@ mod floods;
 mod memory;
 mod openapi;
 mod proxied;
+mod records;
 mod tls;
 mod wire;

@@ -3,19 +3,33 @@
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::row::{PageNameCache, payload_bytes_of_row};
-use super::{PageBudget, RecordsPage, RecordsQuery, StoredRecord, row_id_of_scope};
+use super::{PageBudget, RecordsOrder, RecordsPage, RecordsQuery, StoredRecord, row_id_of_scope};
 use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
 use crate::filter::TopicFilter;
 use crate::message::TimeMicros;
 
-/// The records of a datasource, and those of a topic. SQLite orders the rows of one index entry by their
-/// keys, which are the offsets, so that neither query sorts.
-pub(super) const RECORDS_PAGE_SQL: [&str; 2] = [
-    "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
-     WHERE datasource_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
-    "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
-     WHERE topic_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
+macro_rules! page_sql {
+    ($along:literal, $order:literal) => {
+        concat!(
+            "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
+             WHERE ",
+            $along,
+            " = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset ",
+            $order
+        )
+    };
+}
+
+/// The records of a datasource, and those of a topic; oldest first, and newest first. SQLite orders the rows of one
+/// index entry by their keys, which are the offsets, so that no query sorts.
+pub(super) const RECORDS_PAGE_SQL: [[&str; 2]; 2] = [
+    [page_sql!("datasource_id", "ASC"), page_sql!("datasource_id", "DESC")],
+    [page_sql!("topic_id", "ASC"), page_sql!("topic_id", "DESC")],
 ];
+
+/// The offsets that a time range can be in. The rows of `time_index` are a thousandth of the records.
+pub(super) const TIME_RANGE_SQL: &str = "SELECT min(first_offset), max(first_offset) FROM time_index
+     WHERE newest_us >= ?1 AND oldest_us < ?2";
 
 /// Which index to scan, and its first and last offset.
 pub(super) struct RecordsScan {
@@ -48,21 +62,16 @@ impl RecordsScan {
                 ScanIndex::Topic(topic)
             }
         };
-        let (mut first, mut last) =
-            (query.after_offset.map_or(0, |after| sql_offset(after).saturating_add(1)), i64::MAX);
+        let mut first = query.after_offset.map_or(0, |after| sql_offset(after).saturating_add(1));
+        let mut last = query.before_offset.map_or(i64::MAX, |before| sql_offset(before) - 1);
         if query.from.is_some() || query.to.is_some() {
-            let rows: (Option<i64>, Option<i64>) = connection
-                .prepare_cached(
-                    "SELECT min(first_offset), max(first_offset) FROM time_index
-                     WHERE newest_us >= ?1 AND oldest_us < ?2",
-                )?
-                .query_row(
-                    [query.from.unwrap_or(TimeMicros::MIN), query.to.unwrap_or(TimeMicros::MAX)],
-                    |row| Ok((row.get(0)?, row.get(1)?)),
-                )?;
+            let rows: (Option<i64>, Option<i64>) = connection.prepare_cached(TIME_RANGE_SQL)?.query_row(
+                [query.from.unwrap_or(TimeMicros::MIN), query.to.unwrap_or(TimeMicros::MAX)],
+                |row| Ok((row.get(0)?, row.get(1)?)),
+            )?;
             let (Some(oldest), Some(newest)) = rows else { return Ok(None) };
             first = first.max(oldest);
-            last = newest.saturating_add(sql_offset(TIME_INDEX_OFFSETS - 1));
+            last = last.min(newest.saturating_add(sql_offset(TIME_INDEX_OFFSETS - 1)));
         }
         Ok(Some(Self { along, first, last }))
     }
@@ -75,10 +84,11 @@ impl RecordsScan {
         filter: Option<&TopicFilter>,
         budget: &mut PageBudget,
     ) -> rusqlite::Result<RecordsPage> {
-        let (sql, id) = match self.along {
-            ScanIndex::Datasource(id) => (RECORDS_PAGE_SQL[0], id),
-            ScanIndex::Topic(id) => (RECORDS_PAGE_SQL[1], id),
+        let (along, id) = match self.along {
+            ScanIndex::Datasource(id) => (0, id),
+            ScanIndex::Topic(id) => (1, id),
         };
+        let sql = RECORDS_PAGE_SQL[along][usize::from(query.order == RecordsOrder::Newest)];
         let mut names = PageNameCache::new(connection, filter, query.key_id);
         let mut page = RecordsPage::default();
         let mut statement = connection.prepare_cached(sql)?;

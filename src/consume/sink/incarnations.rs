@@ -11,6 +11,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::newest;
 use super::quarantined::{CREATE_MOVED, for_each_moved_topic};
+use super::retention::forget_sizes;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldSnapshot};
 use crate::message::{DatasourceId, Incarnation, KeyId, Offset};
@@ -177,6 +178,7 @@ pub(super) fn ensure_row(connection: &Connection, scope: &DatasourceId, name: &s
 /// nothing is left of it.
 pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusqlite::Result<bool> {
     let Some(row) = row_id_of_scope(connection, scope)? else { return Ok(true) };
+    forget_sizes(connection)?;
     let mut left = PURGE_RECORDS_PER_TRANSACTION;
     for table in ["entries", "quarantined"] {
         let removed = connection.execute(
@@ -195,6 +197,7 @@ pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusql
         [row],
     )?;
     connection.execute("DELETE FROM topics WHERE datasource_id = ?1", [row])?;
+    connection.execute("DELETE FROM retention WHERE datasource_id = ?1", [row])?;
     connection.execute("DELETE FROM datasources WHERE id = ?1", [row])?;
     Ok(true)
 }
@@ -218,7 +221,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::consume::query::{RecordsQuery, RecordsReader};
+    use crate::consume::query::{RecordsOrder, RecordsQuery, RecordsReader};
     use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
     use crate::consume::testing::record;
     use crate::log::{WithheldChange, WithheldRules};
@@ -258,6 +261,8 @@ mod tests {
             from: None,
             to: None,
             after_offset: None,
+            before_offset: None,
+            order: RecordsOrder::Oldest,
             key_id: None,
             limit: 100,
         };

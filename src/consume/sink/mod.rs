@@ -10,5 +10,6 @@ pub(in crate::consume) mod incarnations;
 mod insert;
 mod newest;
 pub mod quarantined;
+pub mod retention;
 pub mod schema;
 pub mod sqlite;

@@ -38,7 +38,8 @@ const CACHE_KIB: i64 = 32 << 10;
 /// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
 /// to do. Each transaction fails soon, and is tried again.
 pub(in crate::consume) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS],
+    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS, ADD_RETENTION],
+    gives_pages_back: true,
     open_lock_wait_max: Duration::from_secs(5),
     lock_wait_max: Duration::from_millis(250),
     pragmas: &[
@@ -213,6 +214,22 @@ const ADD_INCARNATIONS: &str = "
     ALTER TABLE datasources ADD COLUMN incarnation INTEGER NOT NULL DEFAULT 1;
 ";
 
+/// Adds what retention knows.
+const ADD_RETENTION: &str = "
+    -- Below removed_below nothing is stored of a datasource any more: its limits have had it removed.
+    CREATE TABLE retention (
+        datasource_id INTEGER PRIMARY KEY,
+        removed_below INTEGER NOT NULL
+    );
+
+    -- What the records of a datasource with a limit in bytes take, as far as that is counted: below next_offset.
+    CREATE TABLE stored_sizes (
+        datasource_id INTEGER PRIMARY KEY,
+        bytes         INTEGER NOT NULL,
+        next_offset   INTEGER NOT NULL
+    );
+";
+
 #[cfg(test)]
 mod tests {
     use rusqlite::Connection;
@@ -230,9 +247,19 @@ mod tests {
         drop(connection);
         let connection = RECORDS_DATABASE.open(&path).expect("upgraded");
         let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
-        assert_eq!(number("PRAGMA user_version"), 3);
+        assert_eq!(number("PRAGMA user_version"), RECORDS_DATABASE.newest_version());
         assert_eq!(number("SELECT next_offset FROM cursor"), 41);
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);
+        assert_eq!(number("SELECT count(*) FROM retention"), 0);
+        assert_eq!(number("PRAGMA auto_vacuum"), 0, "an older one keeps its form");
+    }
+
+    #[test]
+    fn a_new_database_can_give_pages_back() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let connection = RECORDS_DATABASE.open(&dir.path().join("records.db")).expect("made");
+        let mode: i64 = connection.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).expect("reads");
+        assert_eq!(mode, 2, "incremental");
     }
 }

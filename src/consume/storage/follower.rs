@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 
+use super::retention::RetentionTurns;
 use super::{StorageError, StorageProgress, WAS_DAMAGED, begin_anew, open_right, unopened_words};
 use crate::consume::follower::{Consumer, NextRound};
 use crate::consume::sink::sqlite::{SinkError, SqliteSink};
@@ -47,6 +48,7 @@ pub(super) struct StorageFollower {
     unopened: Option<Offset>,
     shared: Arc<StorageProgress>,
     synced_at: Option<Instant>,
+    retention: RetentionTurns,
     /// By how much to lower the thread's priority; `None` once that is done.
     nice: Option<u8>,
 }
@@ -72,7 +74,12 @@ impl Consumer for StorageFollower {
         if let Some(log_end) = self.unopened {
             self.open_late(log_end)?;
         }
-        let round = self.store();
+        let round = self.store().and_then(|round| {
+            if let (Some(sink), Some(limits)) = (&mut self.sink, self.shared.limits.get()) {
+                self.retention.take_turn(sink, limits, begun.elapsed())?;
+            }
+            Ok(round)
+        });
         if let Err(StorageRoundError::Sink(error)) = &round
             && !error.is_clean_rollback()
         {
@@ -123,7 +130,8 @@ impl StorageFollower {
         nice: u8,
     ) -> Self {
         let unopened = sink.is_none().then_some(log_end);
-        Self { path, log, sink, unopened, shared, synced_at: None, nice: Some(nice) }
+        let retention = RetentionTurns::default();
+        Self { path, log, sink, unopened, shared, synced_at: None, retention, nice: Some(nice) }
     }
 
     /// Opens the database that could not be opened at the start. The log has gone on since then: what the database
