@@ -295,8 +295,11 @@ pub const WRITE_AHEAD_BYTES: usize = 256 << 10;
 pub const WRITE_AHEAD_FREE_BYTES_MIN: u64 = 1 << 30;
 /// Room that a backup on the disk of the data directory leaves free there, in bytes.
 pub const BACKUP_FREE_BYTES_MIN: u64 = 256 << 20;
-/// Bytes that a backup writes before it syncs them: what the disk has to write at once delays the log's syncs.
-pub const BACKUP_SYNC_BYTES: u64 = 4 << 20;
+/// Bytes that a fast backup writes before it waits for the disk.
+pub const BACKUP_SYNC_BYTES: usize = 4 << 20;
+/// Bytes that a paced backup writes before it waits for the disk and rests: what the disk has to write at once delays the
+/// log's syncs.
+pub const BACKUP_PACED_BYTES: usize = 512 << 10;
 /// Bytes of a backup's manifest: about 500,000 files.
 pub const BACKUP_MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of the log's newest part that every start verifies.
