@@ -33,6 +33,12 @@ pub(super) struct RecordsArgs {
     /// Only records received before this time
     #[arg(long, value_name = "TIME")]
     to: Option<String>,
+    /// Only records measured at or after this time; where nobody says when that was, the time of receipt counts
+    #[arg(long, value_name = "TIME")]
+    event_from: Option<String>,
+    /// Only records measured before this time
+    #[arg(long, value_name = "TIME")]
+    event_to: Option<String>,
     /// Only records with this offset or a greater one
     #[arg(long, value_name = "OFFSET")]
     from_offset: Option<Offset>,
@@ -104,6 +110,8 @@ impl RecordsArgs {
             ("topic", self.topic.clone()),
             ("from", self.from.clone()),
             ("to", self.to.clone()),
+            ("event_from", self.event_from.clone()),
+            ("event_to", self.event_to.clone()),
             ("from_offset", offset(self.from_offset)),
             ("to_offset", offset(self.to_offset)),
             ("key_id", self.key_id.clone()),

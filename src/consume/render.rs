@@ -83,9 +83,12 @@ pub struct RecordJson<'a> {
     key_id: String,
     transport: Transport,
     received_at: Rfc3339,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_at: Option<Rfc3339>,
 }
 
-/// `{"offset", "topic", "payload", "content_type", "key_id", "transport", "received_at"}`, with
+/// `{"offset", "topic", "payload", "content_type", "key_id", "transport", "received_at"}`, with `"event_at"` if its sender
+/// has said when it was measured, and with
 /// `"payload_encoding": "base64"` beside a payload that is neither JSON nor text.
 pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
     let payload = PayloadJson::from_bytes(&record.payload);
@@ -98,12 +101,13 @@ pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
         key_id: record.key_id.to_string(),
         transport: record.transport,
         received_at: Rfc3339(record.received_at),
+        event_at: record.event_at.map(Rfc3339),
     }
 }
 
 /// The first line of CSV, with its end.
 pub const CSV_HEADER: &str =
-    "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport\n";
+    "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport,event_at\n";
 
 /// Writes a record as one line of CSV (RFC 4180, ended by LF alone): the payload as it was sent if it is text, without the
 /// quotes and escapes of a JSON string, else in Base64. A cell with a comma, a quote or a line break is quoted.
@@ -130,7 +134,10 @@ pub fn write_csv_line(record: &StoredRecord, out: &mut impl Write) -> io::Result
             write!(out, ",{cell}")?;
         }
     }
-    out.write_all(b"\n")
+    match record.event_at {
+        Some(at) => writeln!(out, ",{}", Rfc3339(at)),
+        None => writeln!(out, ","),
+    }
 }
 
 /// A media type, if the client gave one.
@@ -267,6 +274,7 @@ mod tests {
             key_id: KeyId([1, 0x23, 0x45, 0x67, 0x89, 0xab]),
             transport: Transport::Mqtt,
             received_at: 1_795_426_119_000_120,
+            event_at: Some(1_795_426_118_000_000),
         }
     }
 
@@ -280,9 +288,9 @@ mod tests {
     #[test]
     fn csv_quotes_what_would_break_a_line_and_keeps_every_digit() {
         let expected =
-            "7,2026-11-23T09:28:39.000120Z,\"a,b\",\"{\"\"value\"\": 21.50}\",,,0123456789ab,mqtt\n";
+            "7,2026-11-23T09:28:39.000120Z,\"a,b\",\"{\"\"value\"\": 21.50}\",,,0123456789ab,mqtt,2026-11-23T09:28:38.000000Z\n";
         assert_eq!(csv(b"{\"value\": 21.50}"), expected);
-        assert_eq!(CSV_HEADER.matches(',').count(), 7);
+        assert_eq!(CSV_HEADER.matches(',').count(), 8);
     }
 
     #[test]
@@ -302,15 +310,17 @@ mod tests {
             key_id: KeyId([1, 0x23, 0x45, 0x67, 0x89, 0xab]),
             transport: Transport::Mqtt,
             received_at: 1_795_426_119_000_120,
+            event_at: None,
         };
         let shown = serde_json::to_string(&record_json(&record)).expect("serializable");
         let expected = r#"{"offset":7,"topic":"spindle/temp","payload":{"t":1},"content_type":null,"key_id":"0123456789ab","transport":"mqtt","received_at":"2026-11-23T09:28:39.000120Z"}"#;
         assert_eq!(shown, expected);
 
-        let binary = StoredRecord { payload: vec![0xff], content_type: "image/x".into(), ..record };
+        let binary = StoredRecord { payload: vec![0xff], content_type: "image/x".into(), event_at: Some(-1), ..record };
         let shown = serde_json::to_value(record_json(&binary)).expect("serializable");
         assert_eq!(shown["payload"], "/w==");
         assert_eq!(shown["payload_encoding"], "base64");
         assert_eq!(shown["content_type"], "image/x");
+        assert_eq!(shown["event_at"], "1969-12-31T23:59:59.999999Z");
     }
 }

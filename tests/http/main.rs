@@ -13,5 +13,6 @@ mod memory;
 mod openapi;
 mod proxied;
 mod records;
+mod series;
 mod tls;
 mod wire;

@@ -80,7 +80,7 @@ fn the_form_is_asked_for_by_name_or_by_accept_and_all_have_the_same_records() {
 }
 
 fn whole_header() -> &'static str {
-    "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport\n"
+    "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport,event_at\n"
 }
 
 #[test]

@@ -7,6 +7,7 @@
 mod range;
 mod row;
 mod scan;
+pub mod series;
 #[cfg(test)]
 mod tests;
 
@@ -49,6 +50,10 @@ pub struct RecordsQuery {
     pub from: Option<TimeMicros>,
     /// Received before.
     pub to: Option<TimeMicros>,
+    /// Measured at or after; the time of receipt counts where nobody says when that was.
+    pub event_from: Option<TimeMicros>,
+    /// Measured before.
+    pub event_to: Option<TimeMicros>,
     /// Only records with a greater offset.
     pub after_offset: Option<Offset>,
     /// Only records with a lower offset.
@@ -72,6 +77,15 @@ pub enum RecordsOrder {
 }
 
 impl RecordsQuery {
+    /// Whether a record of these times is among those that are asked for.
+    fn has_times(&self, received_at: TimeMicros, event_at: Option<TimeMicros>) -> bool {
+        let is_within = |at: TimeMicros, from: Option<TimeMicros>, to: Option<TimeMicros>| {
+            from.is_none_or(|from| at >= from) && to.is_none_or(|to| at < to)
+        };
+        is_within(received_at, self.from, self.to)
+            && is_within(event_at.unwrap_or(received_at), self.event_from, self.event_to)
+    }
+
     /// Goes on behind the record with this offset, in its order. The place stays valid whatever is removed meanwhile.
     pub fn go_on_at(&mut self, cursor: Offset) {
         match self.order {
@@ -105,6 +119,8 @@ pub struct StoredRecord {
     pub transport: Transport,
     /// When it was received.
     pub received_at: TimeMicros,
+    /// When it was measured, if its sender has said so.
+    pub event_at: Option<TimeMicros>,
 }
 
 /// A page of records, and where the next one starts.

@@ -1,6 +1,6 @@
 //! Pages of records: what they hold, where they end, and that a query sees a snapshot.
 
-use super::scan::{RECORDS_PAGE_SQL, TIME_RANGE_SQL};
+use super::scan::{EVENT_RANGE_SQL, RECORDS_PAGE_SQL, TIME_RANGE_SQL};
 use super::*;
 use crate::consume::sink::sqlite::SqliteSink;
 use crate::consume::testing::{EPOCH, record};
@@ -20,6 +20,8 @@ fn all_of(datasource: &str) -> RecordsQuery {
         topic: None,
         from: None,
         to: None,
+        event_from: None,
+        event_to: None,
         after_offset: None,
         before_offset: None,
         order: RecordsOrder::Oldest,
@@ -131,6 +133,7 @@ fn a_record_comes_back_as_it_was_sent() {
     let mut sent = record(3, "press-4", "spindle/temp °C", b"\xff\x00{");
     sent.content_type = "image/x";
     sent.transport = Transport::Nats;
+    sent.event_at = Some(-1);
     let query = stored(dir.path(), [sent].into_iter(), 4);
     let page = query.records(&all_of("press-4")).expect("reads");
     let expected = StoredRecord {
@@ -141,6 +144,7 @@ fn a_record_comes_back_as_it_was_sent() {
         key_id: sent.key_id,
         transport: Transport::Nats,
         received_at: sent.received_at,
+        event_at: Some(-1),
     };
     assert_eq!((page.records, page.next), (vec![expected], None));
     assert!(query.records(&all_of("press-9")).expect("reads").records.is_empty());
@@ -219,6 +223,9 @@ fn pages_are_read_along_an_index_and_never_sorted() {
     }
     // It has a row for 4096 records.
     assert_eq!(plan_of(TIME_RANGE_SQL, &[1, 2]), ["SCAN time_index"]);
+    let plan = plan_of(EVENT_RANGE_SQL, &[1, 2, 3]);
+    let expected = "SEARCH entries USING COVERING INDEX entries_event (topic_id=? AND event_us>? AND event_us<?)";
+    assert_eq!(plan, [expected]);
     // What docs/backends.md says of SQL by time.
     let by_time = "SELECT count(*) FROM records WHERE received_us >= ?1
          AND offset >= (SELECT min(first_offset) FROM time_index WHERE newest_us >= ?1)";
@@ -238,4 +245,53 @@ fn a_query_sees_what_is_stored_while_storage_writes() {
     });
     sink.store(records, 3, false).expect("stored");
     assert_eq!(count(), 3);
+}
+
+#[test]
+fn a_range_of_event_times_takes_the_time_of_receipt_where_nobody_says_more() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let records: Vec<RecordRef<'static>> = mixed()
+        .into_iter()
+        .map(|mut record| {
+            // Sent late, in part in another order, and a third of them without a time.
+            let late = SECOND * i64::try_from(record.offset * 7_919 % 900).expect("small");
+            record.event_at = (!record.offset.is_multiple_of(3)).then_some(record.received_at - late);
+            record
+        })
+        .collect();
+    let query = stored(dir.path(), records.iter().copied(), 20_000);
+    let ranges = [
+        (Some(EPOCH + 100 * SECOND), Some(EPOCH + 130 * SECOND)),
+        (None, Some(EPOCH - 800 * SECOND)),
+        (Some(EPOCH + 1_900 * SECOND), None),
+        (Some(EPOCH + 40_000 * SECOND), None),
+    ];
+    for (event_from, event_to) in ranges {
+        for topic in [None, Some("door"), Some("spindle/+")] {
+            let mut asked = RecordsQuery {
+                event_from,
+                event_to,
+                topic: topic.map(str::to_owned),
+                limit: 500,
+                ..all_of("press-5")
+            };
+            let filter = topic.map(|topic| TopicFilter::new(topic).expect("a filter"));
+            let expected: Vec<Offset> = records
+                .iter()
+                .filter(|r| r.datasource == "press-5")
+                .filter(|r| filter.as_ref().is_none_or(|filter| filter.matches(r.topic)))
+                .filter(|r| event_from.is_none_or(|from| r.event_at.unwrap_or(r.received_at) >= from))
+                .filter(|r| event_to.is_none_or(|to| r.event_at.unwrap_or(r.received_at) < to))
+                .map(|r| r.offset)
+                .collect();
+            let mut found = Vec::new();
+            loop {
+                let page = query.records(&asked).expect("reads");
+                found.extend(page.records.iter().map(|record| record.offset));
+                let Some(next) = page.next else { break };
+                asked.go_on_at(next);
+            }
+            assert_eq!(found, expected, "{asked:?}");
+        }
+    }
 }

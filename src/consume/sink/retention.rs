@@ -16,10 +16,11 @@ use std::collections::{BTreeSet, HashMap};
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 
 use super::incarnations::row_id_of_scope;
+use super::samples;
 use super::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
 use super::sqlite::{SinkError, SqliteSink};
 use crate::limits::{
-    FREE_PAGES_KEPT, PRUNE_PAGES_PER_TRANSACTION, PRUNE_RECORDS_PER_TRANSACTION, STORED_RECORD_BYTES,
+    FREE_PAGES_KEPT, PRUNE_PAGES_PER_TRANSACTION, PRUNE_RECORDS_PER_TRANSACTION, STORED_RECORD_BYTES, TRIM_TOPICS_PER_TRANSACTION,
 };
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
@@ -101,6 +102,9 @@ impl SqliteSink {
         connection.pragma_update(None, "synchronous", "NORMAL")?;
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         remove_up_to(&transaction, row, last)?;
+        for topic in &topics {
+            samples::remove_up_to(&transaction, *topic, last)?;
+        }
         let forgot_topics = forget_empty_topics(&transaction, row, &topics)?;
         sizes.subtract(row, bytes);
         sizes.write(&transaction)?;
@@ -109,6 +113,41 @@ impl SqliteSink {
             self.clear_remembered();
         }
         Ok(PruneStep::More)
+    }
+
+    /// Takes out samples of what was removed of an incarnation that are in one chunk with samples of later records, of the
+    /// next topics after `after_topic`. Returns the last of these topics, if there are more.
+    ///
+    /// # Errors
+    /// As [`SqliteSink::store`].
+    pub fn trim_samples_some(
+        &mut self,
+        scope: &DatasourceId,
+        after_topic: &str,
+    ) -> Result<Option<String>, SinkError> {
+        let trimmed = self.trim_samples(scope, after_topic);
+        trimmed.map_err(|error| self.database_error(&error))
+    }
+
+    fn trim_samples(&mut self, scope: &DatasourceId, after_topic: &str) -> rusqlite::Result<Option<String>> {
+        let Some(row) = row_id_of_scope(self.connection(), scope)? else { return Ok(None) };
+        let Some(below) = read_removed_below(self.connection(), row)? else { return Ok(None) };
+        let connection = self.connection_mut();
+        connection.pragma_update(None, "synchronous", "NORMAL")?;
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let topics = transaction
+            .prepare_cached(
+                "SELECT id, topic FROM topics WHERE datasource_id = ?1 AND topic > ?2 ORDER BY topic LIMIT ?3",
+            )?
+            .query_map(params![row, after_topic, TRIM_TOPICS_PER_TRANSACTION], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })?
+            .collect::<rusqlite::Result<Vec<(i64, String)>>>()?;
+        for (topic, _) in &topics {
+            samples::trim_up_to(&transaction, *topic, sql_offset(below) - 1)?;
+        }
+        transaction.commit()?;
+        Ok(topics.into_iter().next_back().map(|(_, name)| name))
     }
 
     /// Forgets for which times the log's offsets stand that nothing is stored of any more.
@@ -198,6 +237,7 @@ fn forget_empty_topics(
     let mut is_used =
         connection.prepare_cached("SELECT EXISTS (SELECT 1 FROM entries WHERE topic_id = ?1)")?;
     let mut forget_values = connection.prepare_cached("DELETE FROM latest_values WHERE topic_id = ?1")?;
+    let mut forget_samples = connection.prepare_cached("DELETE FROM sample_chunks WHERE topic_id = ?1")?;
     let mut hide = connection.prepare_cached("UPDATE topics SET latest_offset = -1 WHERE id = ?1")?;
     let mut forget = connection.prepare_cached("DELETE FROM topics WHERE id = ?1")?;
     let mut is_gone = false;
@@ -206,6 +246,7 @@ fn forget_empty_topics(
             continue;
         }
         forget_values.execute([topic])?;
+        forget_samples.execute([topic])?;
         if has_quarantine {
             hide.execute([topic])?;
         } else {
@@ -481,6 +522,33 @@ mod tests {
         assert_eq!(topics(&sink), ["a", "b", "c"]);
         let names = "SELECT count(*) FROM records WHERE topic IS NULL";
         assert_eq!(sink.connection().query_row(names, [], |row| row.get(0)), Ok(0));
+    }
+
+    #[test]
+    fn the_samples_go_with_their_records() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = open(dir.path());
+        let of = |offset, topic| RecordRef { topic, payload: b"{\"t\":1.5}", ..at(offset, i64::try_from(offset).expect("small")) };
+        for offset in 0..300 {
+            store(&mut sink, &[of(offset, if offset.is_multiple_of(3) { "a" } else { "b" })]);
+        }
+        let samples = |sink: &SqliteSink| {
+            let mut select = sink.connection().prepare("SELECT offset FROM samples ORDER BY offset").expect("reads");
+            let rows = select.query_map([], |row| row.get::<_, i64>(0)).expect("reads");
+            rows.map(|row| row.expect("reads")).collect::<Vec<_>>()
+        };
+        assert_eq!(samples(&sink).len(), 300);
+        for (now, first) in [(160, 100), (161, 101), (300, 240)] {
+            prune(&mut sink, AGED, now);
+            let mut topic = String::new();
+            while let Some(next) = sink.trim_samples_some(&press(), &topic).expect("trimmed") {
+                topic = next;
+            }
+            assert_eq!(samples(&sink), (first..300).collect::<Vec<i64>>());
+            assert_eq!(offsets(&sink), (first..300).collect::<Vec<i64>>());
+        }
+        prune(&mut sink, AGED, 1_000);
+        assert_eq!(sink.connection().query_row("SELECT count(*) FROM sample_chunks", [], |row| row.get(0)), Ok(0));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::consume::sink::retention::{PruneStep, StoredLimits};
 use crate::consume::sink::sqlite::{SinkError, SqliteSink};
-use crate::limits::{RETENTION_INTERVAL, RETENTION_TURN_MAX};
+use crate::limits::{RETENTION_INTERVAL, RETENTION_TURN_MAX, TRIM_INTERVAL};
 use crate::message::{DatasourceId, now_micros};
 
 /// Says which incarnations have limits on what is stored of them, by their scopes.
@@ -23,6 +23,12 @@ pub(super) struct RetentionTurns {
     stage: RetentionStage,
     /// When the next look begins.
     next_look: Option<Instant>,
+    /// Where something was removed since samples were last trimmed.
+    to_trim: Vec<DatasourceId>,
+    /// Where samples are still to be removed, with the topic that was the last.
+    trimming: Vec<(DatasourceId, String)>,
+    /// When that was last begun.
+    trimmed_at: Option<Instant>,
     /// How many datasources the present look is at.
     count: u32,
     /// Whether it has removed something.
@@ -37,6 +43,8 @@ enum RetentionStage {
     Waiting,
     /// Remove records.
     Records,
+    /// Remove the samples of what was removed where they share a chunk with others.
+    Samples,
     /// Give their room back.
     Pages,
 }
@@ -75,19 +83,49 @@ impl RetentionTurns {
 
     /// One transaction. Returns whether there may be more to do.
     fn step(&mut self, sink: &mut SqliteSink) -> Result<bool, SinkError> {
-        if self.stage == RetentionStage::Pages {
-            return sink.give_back_some();
+        match self.stage {
+            RetentionStage::Pages => return sink.give_back_some(),
+            RetentionStage::Samples => return self.trim(sink),
+            RetentionStage::Records | RetentionStage::Waiting => {}
         }
         let Some((scope, limits)) = self.left.last() else {
             if self.has_removed {
                 sink.prune_time_index()?;
             }
-            self.stage = RetentionStage::Pages;
+            self.begin_trimming();
             return Ok(true);
         };
         match sink.prune_some(scope, *limits, now_micros())? {
-            PruneStep::More => self.has_removed = true,
+            PruneStep::More => {
+                self.has_removed = true;
+                if self.to_trim.last() != Some(scope) {
+                    self.to_trim.push(scope.clone());
+                }
+            }
             PruneStep::Done => drop(self.left.pop()),
+        }
+        Ok(true)
+    }
+
+    /// Goes on with the samples, if it is time, or else with the pages.
+    fn begin_trimming(&mut self) {
+        self.stage = RetentionStage::Pages;
+        if !self.to_trim.is_empty() && self.trimmed_at.is_none_or(|at| at.elapsed() >= TRIM_INTERVAL) {
+            self.to_trim.sort_unstable();
+            self.to_trim.dedup();
+            self.trimming = self.to_trim.drain(..).map(|scope| (scope, String::new())).collect();
+            (self.stage, self.trimmed_at) = (RetentionStage::Samples, Some(Instant::now()));
+        }
+    }
+
+    fn trim(&mut self, sink: &mut SqliteSink) -> Result<bool, SinkError> {
+        let Some((scope, topic)) = self.trimming.last_mut() else {
+            self.stage = RetentionStage::Pages;
+            return Ok(true);
+        };
+        match sink.trim_samples_some(scope, topic)? {
+            Some(next) => *topic = next,
+            None => drop(self.trimming.pop()),
         }
         Ok(true)
     }
