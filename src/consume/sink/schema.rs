@@ -315,4 +315,19 @@ mod tests {
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);
     }
+    #[test]
+    fn sql_finds_the_records_of_a_topic_by_their_event_times_with_an_index() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let connection = RECORDS_DATABASE.open(&dir.path().join("records.db")).expect("made");
+        let mut plan = connection
+            .prepare(
+                "EXPLAIN QUERY PLAN SELECT offset, payload FROM records
+                 WHERE datasource = 'press-4' AND topic = 'a' AND event_us >= 5 AND event_us < 9",
+            )
+            .expect("SQL");
+        let steps = plan.query_map([], |row| row.get::<_, String>(3)).expect("a plan");
+        let steps: Vec<String> = steps.map(|step| step.expect("a text")).collect();
+        let by_time = "SEARCH e USING INDEX entries_event (topic_id=? AND event_us>? AND event_us<?)";
+        assert!(steps.iter().any(|step| step == by_time), "{steps:?}");
+    }
 }

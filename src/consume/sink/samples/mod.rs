@@ -225,3 +225,6 @@ pub(super) fn purge_some(connection: &Connection, datasource: i64, limit: i64) -
         [datasource, limit],
     )
 }
+
+#[cfg(test)]
+mod model;
