@@ -227,8 +227,21 @@ mod tests {
         assert_eq!(read(b" 21.5\n"), samples(&[("", 21.5)]));
         assert_eq!(read(b"true"), samples(&[("", 1.0)]));
         let nothing: [&[u8]; 15] = [
-            b"", b"on", b"21.5 C", b"007", b"1.", b"-", b"1e999", b"inf", b"NaN", b"[1]", b"\"1\"", b"null", b"{}",
-            b"\xff{\"t\":1}", b"{\"a\": 1, \"b\": 2",
+            b"",
+            b"on",
+            b"21.5 C",
+            b"007",
+            b"1.",
+            b"-",
+            b"1e999",
+            b"inf",
+            b"NaN",
+            b"[1]",
+            b"\"1\"",
+            b"null",
+            b"{}",
+            b"\xff{\"t\":1}",
+            b"{\"a\": 1, \"b\": 2",
         ];
         for nothing in nothing {
             assert_eq!(read(nothing), [], "{}", String::from_utf8_lossy(nothing));

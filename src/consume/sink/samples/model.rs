@@ -42,7 +42,9 @@ fn stored_samples(connection: &Connection) -> Vec<Row> {
 
 fn samples_of_entries(connection: &Connection) -> Vec<Row> {
     let mut select = connection
-        .prepare("SELECT topic_id, offset, coalesce(event_us, received_us), CAST(payload AS BLOB) FROM entries")
+        .prepare(
+            "SELECT topic_id, offset, coalesce(event_us, received_us), CAST(payload AS BLOB) FROM entries",
+        )
         .expect("SQL");
     let mut rows = select.query([]).expect("reads");
     let (mut reader, mut samples) = (SampleReader::default(), Vec::new());
@@ -94,8 +96,14 @@ impl ModelRun {
         let key_id = KEYS[self.random.below(KEYS.len())];
         let change = match self.random.below(4) {
             0 | 1 => {
-                let since = record(self.random.below(1 + self.end as usize) as u64, "press-4", "a", b"").received_at;
-                WithheldChange::Withhold(WithheldRule { datasource: Self::press(), key_id, since, below: self.end })
+                let since =
+                    record(self.random.below(1 + self.end as usize) as u64, "press-4", "a", b"").received_at;
+                WithheldChange::Withhold(WithheldRule {
+                    datasource: Self::press(),
+                    key_id,
+                    since,
+                    below: self.end,
+                })
             }
             2 => WithheldChange::GiveBack(Self::press(), key_id),
             _ => return self.begin_again(),
@@ -116,7 +124,8 @@ impl ModelRun {
         let begun = IncarnationStep::Begun { first_offset, since: TimeMicros::MIN };
         self.rules.push(WithheldChange::Incarnation(Self::press(), self.incarnation, begun));
         if self.random.percent(30) {
-            let purged = WithheldChange::Incarnation(Self::press(), self.incarnation - 1, IncarnationStep::Purged);
+            let purged =
+                WithheldChange::Incarnation(Self::press(), self.incarnation - 1, IncarnationStep::Purged);
             self.rules.push(purged);
         }
         self.sink.reconcile(&self.rules).expect("reconciled");
