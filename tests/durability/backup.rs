@@ -57,8 +57,7 @@ fn begin(gateway: &Gateway, dir: &Path) {
 }
 
 fn begin_at(gateway: &Gateway, dir: &Path, is_fast: bool) {
-    let answer =
-        gateway.post("/v1/backup", &gateway.admin_key(), &json!({ "dir": dir, "fast": is_fast }));
+    let answer = gateway.post("/v1/backup", &gateway.admin_key(), &json!({ "dir": dir, "fast": is_fast }));
     assert_eq!(answer.status, 202, "{}", answer.text());
 }
 

@@ -42,9 +42,8 @@ fn offsets_of_times(
     to: Option<TimeMicros>,
 ) -> rusqlite::Result<Option<(i64, i64)>> {
     let times = [from.unwrap_or(TimeMicros::MIN), to.unwrap_or(TimeMicros::MAX)];
-    let (first, last): (Option<i64>, Option<i64>) = connection
-        .prepare_cached(TIME_RANGE_SQL)?
-        .query_row(times, |row| Ok((row.get(0)?, row.get(1)?)))?;
+    let (first, last): (Option<i64>, Option<i64>) =
+        connection.prepare_cached(TIME_RANGE_SQL)?.query_row(times, |row| Ok((row.get(0)?, row.get(1)?)))?;
     Ok(first.zip(last).map(|(first, last)| (first, last.saturating_add(sql_offset(TIME_INDEX_OFFSETS - 1)))))
 }
 
@@ -109,7 +108,9 @@ impl RecordsScan {
             let events = offsets_of_events(connection, topic, from, to)?;
             // Those without a time of their own.
             let others = offsets_of_times(connection, from, to)?;
-            let Some(oldest) = events.iter().chain(&others).map(|range| range.0).min() else { return Ok(None) };
+            let Some(oldest) = events.iter().chain(&others).map(|range| range.0).min() else {
+                return Ok(None);
+            };
             let newest = events.iter().chain(&others).map(|range| range.1).max().unwrap_or(oldest);
             (first, last) = (first.max(oldest), last.min(newest));
         }

@@ -224,7 +224,8 @@ fn pages_are_read_along_an_index_and_never_sorted() {
     // It has a row for 4096 records.
     assert_eq!(plan_of(TIME_RANGE_SQL, &[1, 2]), ["SCAN time_index"]);
     let plan = plan_of(EVENT_RANGE_SQL, &[1, 2, 3]);
-    let expected = "SEARCH entries USING COVERING INDEX entries_event (topic_id=? AND event_us>? AND event_us<?)";
+    let expected =
+        "SEARCH entries USING COVERING INDEX entries_event (topic_id=? AND event_us>? AND event_us<?)";
     assert_eq!(plan, [expected]);
     // What docs/backends.md says of SQL by time.
     let by_time = "SELECT count(*) FROM records WHERE received_us >= ?1

@@ -20,7 +20,8 @@ use super::samples;
 use super::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
 use super::sqlite::{SinkError, SqliteSink};
 use crate::limits::{
-    FREE_PAGES_KEPT, PRUNE_PAGES_PER_TRANSACTION, PRUNE_RECORDS_PER_TRANSACTION, STORED_RECORD_BYTES, TRIM_TOPICS_PER_TRANSACTION,
+    FREE_PAGES_KEPT, PRUNE_PAGES_PER_TRANSACTION, PRUNE_RECORDS_PER_TRANSACTION, STORED_RECORD_BYTES,
+    TRIM_TOPICS_PER_TRANSACTION,
 };
 use crate::message::{DatasourceId, Offset, TimeMicros};
 
@@ -528,12 +529,17 @@ mod tests {
     fn the_samples_go_with_their_records() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut sink = open(dir.path());
-        let of = |offset, topic| RecordRef { topic, payload: b"{\"t\":1.5}", ..at(offset, i64::try_from(offset).expect("small")) };
+        let of = |offset, topic| RecordRef {
+            topic,
+            payload: b"{\"t\":1.5}",
+            ..at(offset, i64::try_from(offset).expect("small"))
+        };
         for offset in 0..300 {
             store(&mut sink, &[of(offset, if offset.is_multiple_of(3) { "a" } else { "b" })]);
         }
         let samples = |sink: &SqliteSink| {
-            let mut select = sink.connection().prepare("SELECT offset FROM samples ORDER BY offset").expect("reads");
+            let mut select =
+                sink.connection().prepare("SELECT offset FROM samples ORDER BY offset").expect("reads");
             let rows = select.query_map([], |row| row.get::<_, i64>(0)).expect("reads");
             rows.map(|row| row.expect("reads")).collect::<Vec<_>>()
         };
@@ -548,7 +554,10 @@ mod tests {
             assert_eq!(offsets(&sink), (first..300).collect::<Vec<i64>>());
         }
         prune(&mut sink, AGED, 1_000);
-        assert_eq!(sink.connection().query_row("SELECT count(*) FROM sample_chunks", [], |row| row.get(0)), Ok(0));
+        assert_eq!(
+            sink.connection().query_row("SELECT count(*) FROM sample_chunks", [], |row| row.get(0)),
+            Ok(0)
+        );
     }
 
     #[test]

@@ -40,13 +40,7 @@ const CACHE_KIB: i64 = 32 << 10;
 /// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
 /// to do. Each transaction fails soon, and is tried again.
 pub(in crate::consume) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &[
-        CREATE_RECORDS_TABLES,
-        ADD_QUARANTINE,
-        ADD_INCARNATIONS,
-        ADD_EVENT_TIME,
-        ADD_RETENTION,
-    ],
+    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS, ADD_EVENT_TIME, ADD_RETENTION],
     gives_pages_back: true,
     open_lock_wait_max: Duration::from_secs(5),
     lock_wait_max: Duration::from_millis(250),
@@ -350,5 +344,20 @@ mod tests {
         let connection = RECORDS_DATABASE.open(&dir.path().join("records.db")).expect("made");
         let mode: i64 = connection.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).expect("reads");
         assert_eq!(mode, 2, "incremental");
+    }
+    #[test]
+    fn sql_finds_the_records_of_a_topic_by_their_event_times_with_an_index() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let connection = RECORDS_DATABASE.open(&dir.path().join("records.db")).expect("made");
+        let mut plan = connection
+            .prepare(
+                "EXPLAIN QUERY PLAN SELECT offset, payload FROM records
+                 WHERE datasource = 'press-4' AND topic = 'a' AND event_us >= 5 AND event_us < 9",
+            )
+            .expect("SQL");
+        let steps = plan.query_map([], |row| row.get::<_, String>(3)).expect("a plan");
+        let steps: Vec<String> = steps.map(|step| step.expect("a text")).collect();
+        let by_time = "SEARCH e USING INDEX entries_event (topic_id=? AND event_us>? AND event_us<?)";
+        assert!(steps.iter().any(|step| step == by_time), "{steps:?}");
     }
 }

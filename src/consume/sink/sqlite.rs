@@ -299,7 +299,13 @@ impl SqliteSink {
         let records = records.skip_while(|record| record.offset < self.cursor);
         let nothing = WithheldSnapshot::default();
         let left_out = self.left_out.as_ref().unwrap_or(&nothing);
-        insert_records(&transaction, (&mut self.ids, &mut self.sizes), left_out, self.keeps_samples, records)?;
+        insert_records(
+            &transaction,
+            (&mut self.ids, &mut self.sizes),
+            left_out,
+            self.keeps_samples,
+            records,
+        )?;
         self.sizes.write(&transaction)?;
         transaction.commit()?;
         Ok(true)

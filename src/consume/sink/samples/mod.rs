@@ -170,8 +170,8 @@ fn take_out(
     let ids = chunks
         .query_map([topic_id, first, last], |row| row.get(0))?
         .collect::<rusqlite::Result<Vec<i64>>>()?;
-    let mut select =
-        connection.prepare_cached("SELECT first_offset, base_us, samples FROM sample_chunks WHERE id = ?1")?;
+    let mut select = connection
+        .prepare_cached("SELECT first_offset, base_us, samples FROM sample_chunks WHERE id = ?1")?;
     let mut update = connection.prepare_cached(
         "UPDATE sample_chunks SET samples = ?2, last_offset = ?3, oldest_us = ?4, newest_us = ?5 WHERE id = ?1",
     )?;
@@ -241,3 +241,6 @@ pub(super) fn purge_some(connection: &Connection, datasource: i64, limit: i64) -
         [datasource, limit],
     )
 }
+
+#[cfg(test)]
+mod model;
