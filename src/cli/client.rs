@@ -3,7 +3,6 @@
 use std::env;
 use std::ffi::OsString;
 use std::fmt;
-use std::io::Read;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,8 +20,6 @@ use crate::config::Config;
 /// How long one request may take. A page of records takes milliseconds; creating a datasource waits
 /// for a disk.
 const REQUEST_MAX: Duration = Duration::from_secs(60);
-/// How long a stream may take to begin: where it begins may be searched for.
-const STREAM_BEGIN_MAX: Duration = Duration::from_secs(120);
 
 /// The HTTP API of a gateway, with a key for it.
 #[derive(Clone)]
@@ -92,23 +89,24 @@ impl ApiClient {
         self.read_answer(request.query_pairs(query.iter().copied()).call())
     }
 
-    /// Opens a stream of lines, which goes on for as long as both sides keep it. `last_id` says what was had of it before.
-    pub(super) fn stream(
+    /// An answer that may go on for as long as it takes to read it.
+    pub(super) fn stream(&self, path: &str, query: &[(&str, &str)]) -> anyhow::Result<Response<Body>> {
+        self.stream_with(path, query, &[])
+    }
+
+    /// As [`ApiClient::stream`], asked for with these headers.
+    pub(super) fn stream_with(
         &self,
         path: &str,
         query: &[(&str, &str)],
-        last_id: Option<&str>,
-    ) -> anyhow::Result<impl Read + Send + 'static> {
-        let request = self.agent.get(format!("{}{path}", self.url)).query_pairs(query.iter().copied());
+        headers: &[(&str, &str)],
+    ) -> anyhow::Result<Response<Body>> {
         let request =
-            request.header("authorization", self.key.expose()).header("accept", "application/x-ndjson");
-        let request = match last_id {
-            Some(id) => request.header("last-event-id", id),
-            None => request,
-        };
-        let config = request.config().timeout_global(None).timeout_connect(Some(REQUEST_MAX));
-        let request = config.timeout_recv_response(Some(STREAM_BEGIN_MAX)).build();
-        Ok(self.success(request.call())?.into_body().into_reader())
+            self.agent.get(format!("{}{path}", self.url)).header("authorization", self.key.expose());
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        let request = request.query_pairs(query.iter().copied()).config();
+        let request = request.timeout_global(None).timeout_recv_response(Some(REQUEST_MAX)).build();
+        self.success(request.call())
     }
 
     pub(super) fn post<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {

@@ -155,7 +155,7 @@ pub(super) fn run(args: TailArgs, out: &mut CommandOutput) -> anyhow::Result<()>
     let (json, left) = (args.json, args.limit);
     let mut progress = TailProgress { out, json, coloured, left, next: None, silence_max: SILENCE_MAX };
     let mut pause = RECONNECT_PAUSE_MIN;
-    let mut stream = Some(client.stream(&path, &query, None)?);
+    let mut stream = Some(open(&client, &path, &query, None)?);
     loop {
         if let Some(stream) = stream.take() {
             let before = progress.next;
@@ -173,12 +173,24 @@ pub(super) fn run(args: TailArgs, out: &mut CommandOutput) -> anyhow::Result<()>
             Some(last) => last.to_string(),
             None => "start".to_owned(),
         });
-        stream = match client.stream(&path, &query, last_id.as_deref()) {
+        stream = match open(&client, &path, &query, last_id.as_deref()) {
             Ok(stream) => Some(stream),
             Err(error) if is_final(&error) => return Err(error),
             Err(_) => None,
         };
     }
+}
+
+/// Opens the stream in lines. `last_id` says what was had of it before.
+fn open(
+    client: &ApiClient,
+    path: &str,
+    query: &[(&str, &str)],
+    last_id: Option<&str>,
+) -> anyhow::Result<impl Read + Send + 'static> {
+    let accept = ("accept", "application/x-ndjson");
+    let headers: Vec<_> = [accept].into_iter().chain(last_id.map(|id| ("last-event-id", id))).collect();
+    Ok(client.stream_with(path, query, &headers)?.into_body().into_reader())
 }
 
 /// Whether it is of no use to ask again: the gateway has answered, and does not only ask for patience.

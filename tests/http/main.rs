@@ -12,6 +12,8 @@ mod floods;
 mod memory;
 mod openapi;
 mod proxied;
+mod records;
+mod series;
 mod stream;
 mod tail;
 mod tls;

@@ -151,6 +151,7 @@ mod tests {
             transport: Transport::Mqtt,
             publisher: 0,
             received_at: 0,
+            event_at: None,
             flags: RecordFlags::default(),
             note: b"",
         }
