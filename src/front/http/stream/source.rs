@@ -162,6 +162,17 @@ impl StreamSource {
         if outcome == FillOutcome::Stopped || !out.is_empty() {
             self.pause();
         }
+        self.hand_over(reader, unsent, out, cx)
+    }
+
+    /// Hands a chunk over, or waits if there is none. `unsent` bytes were not sent when it was begun.
+    fn hand_over(
+        &mut self,
+        reader: &StreamReader,
+        unsent: usize,
+        out: Vec<u8>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Vec<u8>>> {
         if self.cover.is_needed() {
             // What it has of the share goes back when the client has taken what it is for.
             reader.await_room();
