@@ -92,7 +92,8 @@ pub use headgate_format::log::once::OnceId;
 pub use headgate_format::log::section::Section;
 pub use incarnations::{IncarnationHistory, IncarnationStep};
 pub use jetstream::{
-    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces, SharedRecords,
+    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
+    SharedRecords, managed_streams, timed_report,
 };
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
@@ -241,6 +242,11 @@ pub trait Log: Send + Sync {
 
     /// Why nothing can be appended now; `None` if appends work.
     fn trouble(&self) -> Option<String>;
+
+    /// What an operator should look at although appends work.
+    fn warning(&self) -> Option<String> {
+        None
+    }
 
     /// Stops taking appends, commits the waiting ones, and ends.
     fn close(&self) -> LogFuture<'_, ()>;

@@ -4,8 +4,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod clock;
 mod faults;
 mod log;
 mod registry;
 mod run;
 mod sessions;
+mod settings;

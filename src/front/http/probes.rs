@@ -54,7 +54,8 @@ pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response
     ];
     let registry = parts.intake.authorizer().registry().trouble();
     let rules = parts.intake.authorizer().registry().unread_rules();
-    let warnings = [registry, rules, storage, nats.or_else(callout), egress, sessions, retained, lost];
+    let log = parts.log.warning();
+    let warnings = [registry, rules, log, storage, nats.or_else(callout), egress, sessions, retained, lost];
     readiness_response(reasons, warnings.into_iter().chain(aside).flatten().collect())
 }
 

@@ -10,6 +10,7 @@
 //!   generations.
 //! - Sharing (`share.rs`): shared places in the log, where each record goes to one reader.
 //! - Retention (`retention.rs`): by the gateways, because only they know what is stored.
+//! - Watching (`watch.rs`): settings, servers that are behind, and the time, which is the servers'.
 //!
 //! # Promises, where they differ from the embedded log's
 //!
@@ -33,6 +34,7 @@ mod own;
 mod read;
 mod retention;
 mod share;
+mod watch;
 
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -40,7 +42,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use headgate_bridge_nats::stream::{JetstreamSettings, StreamPurpose, StreamState};
-use headgate_bridge_nats::{JetstreamStream, KvError, Nats, StreamError};
+use headgate_bridge_nats::{JetstreamStream, KvError, ManagedStream, Nats, StreamError};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -48,9 +50,10 @@ use tracing::warn;
 
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
 use self::follow::JetstreamLogFollower;
-use self::once::ExchangeGenerations;
+use self::once::{ExchangeGenerations, once_bucket_settings};
 use self::own::{OwnAppends, own};
-use self::retention::StreamRetention;
+use self::retention::{StreamRetention, cursors_bucket_settings};
+use self::watch::{STREAM_CHECK_INTERVAL, watch_reports, watch_stream_state};
 use super::nats_message::RECORD_HEADERS_BYTES_MAX;
 use super::retention::{Hold, Holds};
 use super::tail::Tail;
@@ -65,10 +68,10 @@ use crate::subject::{SubjectError, SubjectSpace, check_topic_has_subject};
 use crate::trouble::TroubleCell;
 
 pub use headgate_bridge_nats::stream::SharedPlace;
+pub use watch::timed_report;
+
 pub use share::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
 
-/// How often to check that the stream is there, and how large it is.
-const STREAM_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a caller waits for this gateway to follow what others have appended.
 const FOLLOW_CATCH_UP_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -78,7 +81,7 @@ pub struct JetstreamLog {
     commands: mpsc::UnboundedSender<AppenderCommand>,
     appender: Mutex<Option<JoinHandle<()>>>,
     follower: JoinHandle<()>,
-    others: [JoinHandle<()>; 2],
+    others: [JoinHandle<()>; 3],
     /// Runs the reads of blocking threads.
     runtime: Handle,
 }
@@ -110,6 +113,10 @@ struct JetstreamLogShared {
     append_trouble: TroubleCell,
     /// The error of the last check of the stream.
     stream_trouble: TroubleCell,
+    /// What is wrong with this machine's clock.
+    clock_trouble: TroubleCell,
+    /// What an operator should look at although messages are taken.
+    report_warning: TroubleCell,
 }
 
 impl JetstreamLogShared {
@@ -135,16 +142,8 @@ impl JetstreamLog {
         config: &Config,
         node: &str,
     ) -> Result<Self, LogOpenError> {
-        let (name, replicas) = (config.nats.stream.name.clone(), config.nats.stream.replicas);
-        let window = Duration::from_secs(config.intake.dedup_window_s);
-        let settings = JetstreamSettings {
-            name,
-            subjects: vec![SubjectSpace::Stream.space_wildcard(), SubjectSpace::Quarantine.space_wildcard()],
-            replicas,
-            bytes_max: config.log.retention_bytes,
-            duplicate_window: window,
-            purpose: StreamPurpose::Log,
-        };
+        let (settings, replicas) = (stream_settings(config), config.nats.stream.replicas);
+        let window = settings.duplicate_window;
         let stream = JetstreamStream::open(nats, &settings).await?;
         let once = ExchangeGenerations::open(nats, replicas, window).await?;
         let state = stream.state().await?;
@@ -167,6 +166,14 @@ impl JetstreamLog {
                 "the log's stream is not there",
                 "the log's stream is there again",
             ),
+            clock_trouble: TroubleCell::new(
+                "the gateway is not ready: its clock is wrong",
+                "the gateway's clock is right again",
+            ),
+            report_warning: TroubleCell::new(
+                "the log's stream is not as it should be",
+                "the log's stream is as it should be again",
+            ),
             following: following.clone(),
             stream,
         });
@@ -178,7 +185,11 @@ impl JetstreamLog {
         let appender = tokio::spawn(JetstreamAppender::new(shared.clone(), waiting, own).await?.run());
         let follower = shared.stream.follow(state.last + 1, following);
         let follower = tokio::spawn(JetstreamLogFollower::new(shared.clone(), follower, alone).run());
-        let others = [tokio::spawn(retention.run()), tokio::spawn(watch_stream_state(shared.clone()))];
+        let others = [
+            tokio::spawn(retention.run()),
+            tokio::spawn(watch_stream_state(shared.clone())),
+            tokio::spawn(watch_reports(shared.clone(), managed_streams(config))),
+        ];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })
     }
@@ -200,19 +211,26 @@ impl JetstreamLog {
     }
 }
 
-/// Checks at intervals whether the stream is there.
-async fn watch_stream_state(shared: Arc<JetstreamLogShared>) {
-    loop {
-        tokio::time::sleep(STREAM_CHECK_INTERVAL).await;
-        let trouble = match shared.stream.state().await {
-            Ok(state) => {
-                shared.note_state(&state);
-                None
-            }
-            Err(error) => Some(error.to_string()),
-        };
-        shared.stream_trouble.set(trouble);
+/// What the log's stream is to be like.
+fn stream_settings(config: &Config) -> JetstreamSettings {
+    JetstreamSettings {
+        name: config.nats.stream.name.clone(),
+        subjects: vec![SubjectSpace::Stream.space_wildcard(), SubjectSpace::Quarantine.space_wildcard()],
+        replicas: config.nats.stream.replicas,
+        bytes_max: config.log.retention_bytes,
+        duplicate_window: Duration::from_secs(config.intake.dedup_window_s),
+        purpose: StreamPurpose::Log,
     }
+}
+
+/// The stream and the buckets of the log, as the configuration has them; the stream is the first.
+pub fn managed_streams(config: &Config) -> [ManagedStream; 3] {
+    let (settings, replicas) = (stream_settings(config), config.nats.stream.replicas);
+    [
+        (&settings).into(),
+        (&once_bucket_settings(replicas, settings.duplicate_window)).into(),
+        (&cursors_bucket_settings(replicas)).into(),
+    ]
 }
 
 impl Log for JetstreamLog {
@@ -357,7 +375,13 @@ impl Log for JetstreamLog {
     fn trouble(&self) -> Option<String> {
         let shared = &self.shared;
         let nats = shared.stream.nats().trouble().or_else(|| shared.following.trouble());
-        nats.or_else(|| shared.stream_trouble.current()).or_else(|| shared.append_trouble.current())
+        nats.or_else(|| shared.stream_trouble.current())
+            .or_else(|| shared.append_trouble.current())
+            .or_else(|| shared.clock_trouble.current())
+    }
+
+    fn warning(&self) -> Option<String> {
+        self.shared.report_warning.current()
     }
 
     fn close(&self) -> LogFuture<'_, ()> {

@@ -8,6 +8,7 @@
 
 mod ack;
 mod follower;
+mod managed;
 mod open;
 mod publisher;
 mod shared;
@@ -26,6 +27,7 @@ use crate::pushed::AckPlace;
 pub use ack::PublishError;
 pub(crate) use ack::{AckInbox, PublishAnswer};
 pub use follower::StreamFollower;
+pub use managed::{ManagedStream, SettingDifference, StreamReport};
 pub use open::{JetstreamSettings, StreamPurpose};
 pub(crate) use open::{open_stream, stream_error_of_jetstream};
 pub use publisher::{JetstreamAck, OutgoingMessage, StreamPublisher};
