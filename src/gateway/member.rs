@@ -80,7 +80,11 @@ impl JoiningMember {
         let following = Nats::connect(&config.nats.connection("headgate log, following")?).await?;
         loop {
             let error = match JetstreamLog::open(&nats, &following, config, &name).await {
-                Ok(log) => return Ok((member, log)),
+                Ok(log) => {
+                    let registry = member.registry.clone();
+                    log.set_behind_check(move || registry.may_be_behind());
+                    return Ok((member, log));
+                }
                 Err(error @ LogOpenError::Away(_)) => error,
                 Err(error) => return Err(error.into()),
             };

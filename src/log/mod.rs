@@ -98,7 +98,7 @@ pub use jetstream::{
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
 
-use crate::message::{Offset, TimeMicros};
+use crate::message::{KeyId, Offset, TimeMicros};
 use crate::subject::SubjectError;
 use crate::trouble::TroubleCell;
 
@@ -231,6 +231,18 @@ pub trait Log: Send + Sync {
 
     /// How many ids were evicted before their time because there were too many.
     fn evicted_ids(&self) -> u64 {
+        0
+    }
+
+    /// Puts into the log where these dead keys end: nothing of theirs behind that is a record, whoever still has it in
+    /// his queues. Resolves when that is durable; it is tried until then also if nobody waits. A log with one writer has
+    /// nothing to do.
+    fn fence(&self, _keys: Vec<KeyId>) -> LogFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
+    /// How many messages came behind the end of their key, and are no records.
+    fn fenced_records(&self) -> u64 {
         0
     }
 

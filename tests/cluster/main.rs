@@ -6,6 +6,7 @@ mod common;
 
 mod clock;
 mod faults;
+mod fences;
 mod log;
 mod registry;
 mod run;

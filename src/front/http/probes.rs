@@ -81,6 +81,7 @@ pub(super) async fn metrics(State(shared): State<Arc<HttpFrontState>>) -> Respon
     gauge("headgate_keys", parts.intake.authorizer().registry().key_count() as u64);
     parts.metrics.set_counter("headgate_dedup_evicted_total", parts.log.evicted_ids());
     parts.metrics.set_counter("headgate_log_lost_records_total", parts.log.lost_records());
+    parts.metrics.set_counter("headgate_log_fenced_records_total", parts.log.fenced_records());
     parts.metrics.set_counter("headgate_refusals_unlisted_total", parts.intake.refusals().unlisted());
     if let Some(nats) = &parts.nats {
         gauge("headgate_nats_connected", u64::from(nats.trouble().is_none()));

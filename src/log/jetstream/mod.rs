@@ -3,6 +3,7 @@
 //! (`log/nats_message.rs`), and its offset is the message's sequence.
 //!
 //! - Appending (`append.rs`): pipelined; an append is answered when JetStream has acknowledged its messages.
+//! - Fences (`fences.rs`): where in the stream keys end; behind that nothing of them is a record.
 //! - Following (`follow.rs`): brings the records of all gateways into this one's tail, which serves the
 //!   router and readers that keep up. A gateway's own records need not travel back (`own.rs`).
 //! - Reading (`read.rs`): older records come from the servers.
@@ -26,6 +27,7 @@
 //!   knows counts as kept by this append, even if it was there before.
 
 mod append;
+mod fences;
 mod follow;
 mod message;
 mod once;
@@ -49,6 +51,7 @@ use tokio::task::JoinHandle;
 use tracing::warn;
 
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
+use self::fences::{KeyFences, fence_keys, load_fences, remove_shut_out};
 use self::follow::JetstreamLogFollower;
 use self::once::{ExchangeGenerations, once_bucket_settings};
 use self::own::{OwnAppends, own};
@@ -63,7 +66,7 @@ use super::{
     RecordTooLarge, Section, log_trouble,
 };
 use crate::config::Config;
-use crate::message::{Offset, TimeMicros};
+use crate::message::{KeyId, Offset, TimeMicros};
 use crate::subject::{SubjectError, SubjectSpace, check_topic_has_subject};
 use crate::trouble::TroubleCell;
 
@@ -81,7 +84,7 @@ pub struct JetstreamLog {
     commands: mpsc::UnboundedSender<AppenderCommand>,
     appender: Mutex<Option<JoinHandle<()>>>,
     follower: JoinHandle<()>,
-    others: [JoinHandle<()>; 3],
+    others: [JoinHandle<()>; 4],
     /// Runs the reads of blocking threads.
     runtime: Handle,
 }
@@ -99,6 +102,9 @@ struct JetstreamLogShared {
     listener: OnceLock<BatchListener>,
     holds: Holds,
     withheld: Arc<WithheldRules>,
+    fences: KeyFences,
+    /// Whether a key may have died without this gateway knowing it yet.
+    may_be_behind: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
     /// The oldest offset, as far as is known.
     first_offset: AtomicU64,
     bytes: AtomicU64,
@@ -120,6 +126,11 @@ struct JetstreamLogShared {
 }
 
 impl JetstreamLogShared {
+    /// Whether a key may have died without this gateway knowing it yet.
+    fn may_be_behind(&self) -> bool {
+        self.may_be_behind.get().is_some_and(|may_be_behind| may_be_behind())
+    }
+
     fn note_state(&self, state: &StreamState) {
         // An untouched stream begins at 1, and no record is missing below that.
         let first = if state.first <= 1 { 0 } else { state.first };
@@ -147,6 +158,7 @@ impl JetstreamLog {
         let stream = JetstreamStream::open(nats, &settings).await?;
         let once = ExchangeGenerations::open(nats, replicas, window).await?;
         let state = stream.state().await?;
+        let (fences, removed) = KeyFences::new();
         let shared = Arc::new(JetstreamLogShared {
             is_replicated: replicas > 1,
             once,
@@ -155,6 +167,8 @@ impl JetstreamLog {
             listener: OnceLock::new(),
             holds: Holds::new(),
             withheld: Arc::default(),
+            fences,
+            may_be_behind: OnceLock::new(),
             first_offset: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             retention_bytes: config.log.retention_bytes,
@@ -178,6 +192,7 @@ impl JetstreamLog {
             stream,
         });
         shared.note_state(&state);
+        load_fences(&shared).await?;
         let (log, stay_s) = (config.log.clone(), config.intake.dedup_window_s);
         let retention = StreamRetention::open(nats, replicas, shared.clone(), node, log, stay_s).await?;
         let (commands, waiting) = mpsc::unbounded_channel();
@@ -189,6 +204,7 @@ impl JetstreamLog {
             tokio::spawn(retention.run()),
             tokio::spawn(watch_stream_state(shared.clone())),
             tokio::spawn(watch_reports(shared.clone(), managed_streams(config))),
+            tokio::spawn(remove_shut_out(shared.clone(), removed)),
         ];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })
@@ -197,6 +213,12 @@ impl JetstreamLog {
     /// The shared places of this log.
     pub fn shared_places(&self) -> SharedPlaces {
         SharedPlaces::new(self.shared.clone())
+    }
+
+    /// Sets how this gateway finds out that a key may have died without its knowledge: then it publishes nothing, and
+    /// acknowledges nothing that it has not read back.
+    pub fn set_behind_check(&self, may_be_behind: impl Fn() -> bool + Send + Sync + 'static) {
+        let _ = self.shared.may_be_behind.set(Box::new(may_be_behind));
     }
 
     /// Runs a read on the runtime and blocks until it ends.
@@ -290,6 +312,16 @@ impl Log for JetstreamLog {
                 lost_track.store(false, Ordering::Release);
             }
         })
+    }
+
+    fn fence(&self, keys: Vec<KeyId>) -> LogFuture<'_, ()> {
+        // It goes on if the caller does not wait.
+        let fenced = tokio::spawn(fence_keys(self.shared.clone(), keys));
+        Box::pin(async move { drop(fenced.await) })
+    }
+
+    fn fenced_records(&self) -> u64 {
+        self.shared.fences.shut_out_count()
     }
 
     fn sync(&self) -> LogFuture<'_, Result<(), AppendError>> {
