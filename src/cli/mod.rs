@@ -13,6 +13,7 @@ mod backup;
 mod bench;
 mod check_config;
 mod client;
+mod cluster;
 mod datasource;
 mod demo;
 mod key;
@@ -105,6 +106,9 @@ enum CliCommand {
     /// Set NATS up, so that its clients connect with their API keys
     #[command(subcommand)]
     Nats(nats::NatsCommand),
+    /// Change what counts for all gateways of a cluster
+    #[command(subcommand)]
+    Cluster(cluster::ClusterCommand),
     /// Read a configuration file, say what it sets or what is wrong with it
     CheckConfig(check_config::CheckConfigArgs),
 }
@@ -135,6 +139,7 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Import(args) => transfer::run_import(args, &mut out),
         CliCommand::Repair(args) => repair::run(args, &mut out),
         CliCommand::Nats(command) => nats::run(command, &mut out),
+        CliCommand::Cluster(command) => cluster::run(command, &mut out),
         CliCommand::CheckConfig(args) => check_config::run(args, &mut out),
     };
     match done.and_then(|()| Ok(out.flush()?)) {

@@ -244,6 +244,10 @@ fn describe_log_and_consumers() {
         "headgate_log_lost_records_total",
         "Records that are lost to damage of the log and were passed over (log.accept_corruption)"
     );
+    describe_counter!(
+        "headgate_log_fenced_records_total",
+        "Messages that came into the log of a cluster behind the end of their key, and are no records"
+    );
     describe_gauge!("headgate_storage_cursor", "The first offset that is not stored yet");
     describe_gauge!("headgate_egress_cursor", "The first offset that is not on the NATS stream yet");
     describe_gauge!("headgate_egress_lag_records", "Records that are not on the NATS stream yet");

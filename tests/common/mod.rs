@@ -88,6 +88,21 @@ impl Setup {
         self
     }
 
+    /// With a variable of the environment that is no setting.
+    pub fn with_env(mut self, name: &str, value: &str) -> Self {
+        self.env.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Another command of Headgate with these settings, to its end.
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_headgate"));
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("HEADGATE_")) {
+            command.env_remove(name);
+        }
+        command.envs(&self.env).args(arguments).stdin(Stdio::null()).output().expect("headgate runs")
+    }
+
     /// With no more open files than this, whatever the gateway asks for.
     pub fn open_files_max(self, limit: u64) -> Self {
         Self { open_files_max: Some(limit), ..self }
