@@ -157,6 +157,10 @@ impl Section {
     ) {
         let label = self.labels.place(topic, content_type);
         self.digest = None;
+        if self.bytes.capacity() == 0 {
+            // At once what a single message needs, which most sections have.
+            self.bytes.reserve(RECORD_HEAD_BYTES + properties.len() + payload.len());
+        }
         put_postcard(&StoredRecord { flags, label, properties, payload }, &mut self.bytes);
         self.retained |= flags.contains(RecordFlags::RETAIN);
         self.records += 1;
@@ -310,6 +314,8 @@ impl Section {
 
 /// What the gateway keeps beside a section until it is durable: whose it is, what it holds, its outcome.
 const SECTION_UNDERWAY_BYTES: usize = 96;
+/// What a record takes beside its properties and its payload, mostly.
+const RECORD_HEAD_BYTES: usize = 8;
 /// What a section's head takes beside the datasource, the ids and the labels, at most.
 const SECTION_HEAD_BYTES: usize = 60;
 const ENCODED: &str = "the section has encoded it itself";
