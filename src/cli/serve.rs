@@ -13,7 +13,6 @@ use super::signals::{self, AskedSignal, Signals};
 use crate::config::{Config, ConfigChanges, ConfigError, LoadedConfig};
 use crate::gateway::Gateway;
 use crate::observe::trace::{self, TraceControl};
-use crate::scheduler::SchedulerAttributes;
 
 /// How long a thread may still run after the drain, for example a query of a disconnected client.
 pub(super) const THREADS_END_WAIT_MAX: Duration = Duration::from_secs(1);
@@ -168,34 +167,7 @@ pub(super) fn reachable(listener: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listener.port())
 }
 
-/// The time slice of the threads that serve, in nanoseconds. The scheduler lets a thread with a short one in sooner (EEVDF,
-/// Linux 6.12): on a busy machine acks wait for a processor more than for anything else. With a shorter one they would
-/// interrupt each other.
-const SERVING_SLICE_NS: u64 = 300_000;
-
 /// The runtime of the commands that serve.
 pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    // A system that has no slices leaves it at the usual one.
-    runtime.on_thread_start(|| _ = SchedulerAttributes::set_slice(SERVING_SLICE_NS));
-    runtime.enable_all().build().context("starting threads")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_threads_that_serve_have_a_short_slice_where_there_are_slices() {
-        let slice = || SchedulerAttributes::get().map(|attributes| attributes.slice_ns());
-        let may = std::thread::spawn(|| SchedulerAttributes::set_slice(SERVING_SLICE_NS).is_some());
-        let expected = may.join().expect("no panic").then_some(SERVING_SLICE_NS);
-        let runtime = runtime().expect("threads");
-        let has = runtime.block_on(async {
-            [tokio::spawn(async move { slice() }).await, tokio::task::spawn_blocking(slice).await]
-        });
-        for has in has.map(|has| has.expect("no panic")) {
-            assert!(expected.is_none() || has == expected, "{has:?}");
-        }
-    }
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting threads")
 }

@@ -10,9 +10,6 @@ use super::record::put_postcard;
 const LABELS_SEARCH_MAX: usize = 64;
 const _: () = assert!(LABELS_SEARCH_MAX >= 2 * crate::limits::MQTT_TOPIC_ALIAS_MAXIMUM as usize);
 
-/// What a label takes beside its words, mostly: the length of each.
-const LABEL_HEAD_BYTES: usize = 3;
-
 /// The labels of a section while it is filled.
 #[derive(Default)]
 pub(super) struct LabelTable {
@@ -82,7 +79,6 @@ impl LabelTable {
 
     fn add(&mut self, topic: &str, content_type: &str, hash: u32) -> LabelPlace {
         let at = u32::try_from(self.bytes.len()).expect("in-flight bytes are bounded far below 4 GiB");
-        self.bytes.reserve(topic.len() + content_type.len() + LABEL_HEAD_BYTES);
         put_postcard(topic, &mut self.bytes);
         let topic = self.bytes.len() - topic.len()..self.bytes.len();
         put_postcard(content_type, &mut self.bytes);

@@ -191,10 +191,6 @@ impl Section {
         );
         let label = self.labels.place(topic, content_type);
         self.digest = None;
-        if self.bytes.capacity() == 0 {
-            // At once what a single message needs, which most sections have.
-            self.bytes.reserve(RECORD_HEAD_BYTES + properties.len() + payload.len() + note.len());
-        }
         let kept = event_at.map_or(flags, |_| flags.with(RecordFlags::EVENT_TIMED));
         put_postcard(&StoredRecord { flags: kept, label, properties, payload }, &mut self.bytes);
         if let Some(event_at) = event_at {
@@ -339,8 +335,6 @@ impl Section {
 
 /// What the gateway keeps beside a section until it is durable: whose it is, what it holds, its outcome.
 const SECTION_UNDERWAY_BYTES: usize = 96;
-/// What a record takes beside its properties, payload and note, at most.
-const RECORD_HEAD_BYTES: usize = 36;
 /// What a section's head takes beside the datasource, the ids and the labels, at most.
 const SECTION_HEAD_BYTES: usize = 60;
 const ENCODED: &str = "the section has encoded it itself";
