@@ -3,7 +3,7 @@
 //!
 //! A request comes in through `server` (and its `socket`); `middleware` wraps every handler;
 //! `cors` answers to pages of other origins; `credentials` identifies the caller before any of the body is read; then one handler of the table
-//! in [`routes`] runs. Every refusal becomes a `problem`.
+//! in [`routes`] runs; most requests for ingest go past the table ([`ingest::IngestRoute`]). Every refusal becomes a `problem`.
 
 mod answer;
 mod arrival;
