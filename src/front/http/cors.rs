@@ -46,12 +46,26 @@ pub(super) async fn cors_middleware(
     request: Request,
     next: Next,
 ) -> Response {
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let path = route.as_ref().map(MatchedPath::as_str).unwrap_or_default();
+    wrap_page(&shared, path, request, |request| next.run(request)).await
+}
+
+/// As [`cors_middleware`], around whatever answers a request for this route.
+pub(super) async fn wrap_page<F: Future<Output = Response>>(
+    shared: &HttpFrontState,
+    path: &str,
+    request: Request,
+    answer: impl FnOnce(Request) -> F,
+) -> Response {
     let origins = &shared.parts.config.cors_origins;
-    let path = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str).unwrap_or_default();
+    if origins.is_empty() {
+        return answer(request).await;
+    }
     let methods: Vec<&Method> =
         CORS_ROUTES.iter().filter(|(_, of_pages)| *of_pages == path).map(|(method, _)| method).collect();
-    if origins.is_empty() || methods.is_empty() {
-        return next.run(request).await;
+    if methods.is_empty() {
+        return answer(request).await;
     }
     let allowed = allowed_origin(origins, request.headers());
     if request.method() == Method::OPTIONS {
@@ -60,11 +74,11 @@ pub(super) async fn cors_middleware(
                 preflight_answer(origin, methods[0])
             }
             // What a page of no such origin asks for is a method that there is not.
-            _ => next.run(request).await,
+            _ => answer(request).await,
         };
     }
     let is_of_pages = methods.contains(&request.method()) || request.method() == Method::HEAD;
-    let mut response = next.run(request).await;
+    let mut response = answer(request).await;
     // A cache must not show one page's answer to another.
     response.headers_mut().append(VARY, HeaderValue::from_static("origin"));
     if let Some(origin) = allowed.filter(|_| is_of_pages) {

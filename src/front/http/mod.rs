@@ -3,7 +3,7 @@
 //!
 //! A request comes in through `server` (and its `socket`); `middleware` wraps every handler;
 //! `cors` answers to pages of other origins; `credentials` identifies the caller before any of the body is read; then one handler of the table
-//! in [`routes`] runs. Every refusal becomes a `problem`.
+//! in [`routes`] runs; most requests for ingest go past the table ([`ingest::IngestRoute`]). Every refusal becomes a `problem`.
 
 mod answer;
 mod arrival;
@@ -56,9 +56,9 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{FromRequestParts, Path, Request};
-use axum::http::Method;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts as RequestParts;
+use axum::http::{HeaderValue, Method};
 use axum::middleware::from_fn_with_state;
 use axum::response::IntoResponse;
 use axum::routing::{MethodFilter, MethodRouter, on};
@@ -71,7 +71,7 @@ use self::answer::RequestMemory;
 use self::arrival::HttpPort;
 use self::body::BodyLimits;
 use self::credentials::Caller;
-use self::server::{HttpCrowd, HttpPeer};
+use self::server::{HttpCrowd, HttpPeer, ServedRoutes};
 use self::stream::StreamReaders;
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
@@ -190,21 +190,23 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
         limiting: Mutex::new(()),
         streams: StreamReaders::new(config.stream_heartbeat(), Duration::from_millis(config.body_ms_max)),
         drain: drain.clone(),
+        keep_alive: persistence::keep_alive_value(config.keep_alive_s_max),
         parts,
     });
     let HttpListeners { plain, tls, admin, certificate } = listeners;
     let plain_port = HttpPort { tls: None, proxies, memory };
     let tls_port = HttpPort { tls: certificate, ..plain_port.clone() };
-    let all = router(shared.clone(), |_, _| true);
+    let served = |router: Router| ServedRoutes { router, front: Some(shared.clone()) };
+    let all = served(router(shared.clone(), |_, _| true));
     let of_devices = match admin {
-        Some(_) => router(shared.clone(), is_of_devices),
+        Some(_) => served(router(shared.clone(), is_of_devices)),
         None => all.clone(),
     };
-    let serve = |listener: Option<ListenSockets>, port: HttpPort, router: Router, crowd: HttpCrowd| {
+    let serve = |listener: Option<ListenSockets>, port: HttpPort, routes: ServedRoutes, crowd: HttpCrowd| {
         let (config, drain) = (&config, drain.clone());
         async move {
             if let Some(listener) = listener {
-                server::run(listener, port, router, config, crowd, drain).await;
+                server::run(listener, port, routes, config, crowd, drain).await;
             }
         }
     };
@@ -237,6 +239,8 @@ struct HttpFrontState {
     /// The streams that are open.
     streams: Arc<StreamReaders>,
     drain: CancellationToken,
+    /// What says in answers how long a connection may be idle.
+    keep_alive: HeaderValue,
 }
 
 impl HttpFrontState {
