@@ -101,8 +101,7 @@ impl ModelRun {
         let key_id = KEYS[self.random.below(KEYS.len())];
         let change = match self.random.below(4) {
             0 | 1 => {
-                let since =
-                    record(self.up_to(self.end), "press-4", "a", b"").received_at;
+                let since = record(self.up_to(self.end), "press-4", "a", b"").received_at;
                 WithheldChange::Withhold(WithheldRule {
                     datasource: Self::press(),
                     key_id,
