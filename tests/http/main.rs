@@ -9,6 +9,7 @@ mod cli;
 mod cors;
 mod environment;
 mod floods;
+mod grafana;
 mod memory;
 mod openapi;
 mod proxied;
