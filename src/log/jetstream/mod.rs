@@ -29,6 +29,7 @@ mod follow;
 mod message;
 mod once;
 mod open;
+mod open_exchanges;
 mod own;
 mod read;
 mod retention;
@@ -49,6 +50,7 @@ use tracing::warn;
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
 use self::follow::JetstreamLogFollower;
 use self::once::ExchangeGenerations;
+use self::open_exchanges::OpenExchanges;
 use self::own::{OwnAppends, own};
 use self::retention::StreamRetention;
 use super::nats_message::RECORD_HEADERS_BYTES_MAX;
@@ -91,6 +93,7 @@ struct JetstreamLogShared {
     /// Whether the stream has several replicas.
     is_replicated: bool,
     once: ExchangeGenerations,
+    exchanges: OpenExchanges,
     tail: Tail,
     own: OwnAppends,
     listener: OnceLock<BatchListener>,
@@ -151,6 +154,7 @@ impl JetstreamLog {
         let shared = Arc::new(JetstreamLogShared {
             is_replicated: replicas > 1,
             once,
+            exchanges: OpenExchanges::new(config.intake.exchanges_per_datasource_max, window),
             tail: Tail::new(state.last + 1),
             own: OwnAppends::default(),
             listener: OnceLock::new(),
@@ -249,6 +253,7 @@ impl Log for JetstreamLog {
 
     fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
+        self.shared.exchanges.close(&ids);
         self.shared.once.release(ids, give_up_at, reply);
         committed
     }

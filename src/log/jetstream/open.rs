@@ -134,6 +134,7 @@ impl SectionProgress {
     /// The outcome of the section.
     fn outcome(self) -> SectionOutcome {
         match self.found {
+            Some(SectionOutcome::ExchangesFull) => SectionOutcome::ExchangesFull,
             _ if self.dead => SectionOutcome::KeyDead,
             Some(found) => found,
             None if self.section.is_question() => SectionOutcome::Unknown,
