@@ -70,6 +70,7 @@ impl FromRequestParts<Arc<HttpFrontState>> for Caller {
             }
             peer.entry.present(grant.key_id());
             peer.payer.set(shared.parts.intake.processor().of_grant(&grant));
+            peer.payer.change_lane().await;
         }
         let charge = shared.parts.intake.memory_account(&grant).charge(HTTP_REQUEST_BYTES)?;
         if let Some(memory) = parts.extensions.get::<RequestMemory>() {
