@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 
+use super::retention::RetentionTurns;
 use super::{StorageError, StorageProgress, WAS_DAMAGED, begin_anew, open_right, unopened_words};
+use crate::config::StorageConfig;
 use crate::consume::follower::{Consumer, NextRound};
 use crate::consume::sink::sqlite::{SinkError, SqliteSink};
 use crate::log::{Log, LogReadError};
@@ -47,8 +49,11 @@ pub(super) struct StorageFollower {
     unopened: Option<Offset>,
     shared: Arc<StorageProgress>,
     synced_at: Option<Instant>,
+    retention: RetentionTurns,
     /// By how much to lower the thread's priority; `None` once that is done.
     nice: Option<u8>,
+    /// Whether the numbers in payloads are stored too.
+    keeps_samples: bool,
 }
 
 /// What a round has done.
@@ -72,7 +77,12 @@ impl Consumer for StorageFollower {
         if let Some(log_end) = self.unopened {
             self.open_late(log_end)?;
         }
-        let round = self.store();
+        let round = self.store().and_then(|round| {
+            if let (Some(sink), Some(limits)) = (&mut self.sink, self.shared.limits.get()) {
+                self.retention.take_turn(sink, limits, begun.elapsed())?;
+            }
+            Ok(round)
+        });
         if let Err(StorageRoundError::Sink(error)) = &round
             && !error.is_clean_rollback()
         {
@@ -112,7 +122,7 @@ impl Consumer for StorageFollower {
 }
 
 impl StorageFollower {
-    /// A thread, not started yet, that continues at the cursor of `sink` and lowers its priority by `nice`. Without a
+    /// A thread, not started yet, that continues at the cursor of `sink` and does what `config` says. Without a
     /// sink it opens the database, as a start at `log_end` would.
     pub(super) fn new(
         path: PathBuf,
@@ -120,10 +130,12 @@ impl StorageFollower {
         log: Arc<dyn Log>,
         log_end: Offset,
         shared: Arc<StorageProgress>,
-        nice: u8,
+        config: &StorageConfig,
     ) -> Self {
         let unopened = sink.is_none().then_some(log_end);
-        Self { path, log, sink, unopened, shared, synced_at: None, nice: Some(nice) }
+        let (nice, keeps_samples) = (Some(config.nice), config.samples);
+        let retention = RetentionTurns::default();
+        Self { path, log, sink, unopened, shared, synced_at: None, retention, nice, keeps_samples }
     }
 
     /// Opens the database that could not be opened at the start. The log has gone on since then: what the database
@@ -165,6 +177,7 @@ impl StorageFollower {
             Some(sink) => sink,
             None => self.sink.insert(SqliteSink::open(&self.path)?),
         };
+        sink.keep_samples(self.keeps_samples);
         let cursor = sink.cursor();
         let sync = self.synced_at.is_none_or(|at| at.elapsed() >= STORAGE_SYNC_INTERVAL);
         let first = self.log.first_offset();
