@@ -34,8 +34,8 @@ mod tests;
 
 pub use feed::{FeedItem, SubscriberFeed};
 pub use group::{
-    ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
-    batches_weight,
+    ClusterShareGroups, GroupCount, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups,
+    ShareMember, batches_weight,
 };
 pub use mailbox::{Mailbox, SubscriberProgress};
 pub use matched::MatchedRecords;
@@ -83,7 +83,10 @@ impl Subscribers {
         let router = Router::start(&log)?;
         let shares = Arc::new(TenantShares::default());
         let groups = match groups {
-            Some(groups) => ShareGroups::Cluster(Box::new(groups)),
+            Some(groups) => {
+                groups.count_in(shares.clone());
+                ShareGroups::Cluster(Box::new(groups))
+            }
             None => ShareGroups::local(router.clone(), log.clone(), shares.clone()),
         };
         Ok(Self { log, router, groups, store, session_ends: SessionEnds::default(), retained, shares })

@@ -145,6 +145,9 @@ fn charge_answer(
             AnswerHold { memory, stranger: None, under_way: None }
         }
         RequestHolder::Stranger(stranger) => {
+            if let Some(peer) = peer.filter(|peer| peer.keys.are_none()) {
+                peer.payer.end_welcome();
+            }
             let address = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.addr.ip());
             let account = shared.parts.intake.memory().account_of_stranger(address);
             let bytes = STRANGER_ANSWER_BYTES + answer::known_bytes(response).min(HTTP_ANSWER_PIECE_BYTES);

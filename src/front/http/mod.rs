@@ -182,6 +182,7 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
         crowd: crowd.clone(),
         parses: Arc::new(Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors())),
         setting_schemas: Mutex::new(()),
+        redriving: tokio::sync::Mutex::default(),
         leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
             failures_per_s: LEAK_REPORTS_PER_S,
@@ -238,6 +239,8 @@ struct HttpFrontState {
     setting_schemas: Mutex<()>,
     /// The streams that are open.
     streams: Arc<StreamReaders>,
+    /// Held from where quarantine is read until what is sent again of it is in the log, so that it is sent again once.
+    redriving: tokio::sync::Mutex<()>,
     drain: CancellationToken,
     /// What says in answers how long a connection may be idle.
     keep_alive: HeaderValue,

@@ -367,7 +367,7 @@ impl ConnectionServer {
         let keys = Arc::new(PresentedKeys::default());
         let clock = RequestClock::start();
         let mut deadline = RequestDeadline::new(clock.clone(), &self.config);
-        let builder = connection_builder(payer.clone());
+        let (builder, paying) = (connection_builder(payer.clone()), payer.clone());
         let service = {
             let from = HttpPeer {
                 addr: peer,
@@ -417,7 +417,7 @@ impl ConnectionServer {
             })
         };
         let stall_max = Duration::from_millis(self.config.body_ms_max);
-        let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), fault.clone());
+        let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), paying, fault.clone());
         let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
         let mut asked_to_close = pin!(async {
             tokio::select! {

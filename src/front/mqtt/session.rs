@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::flights::Flights;
-use crate::consume::subscriber::GroupSession;
 use crate::consume::subscriber::sessions::{SessionStoreChange, StoredSession, StoredSubscription};
+use crate::consume::subscriber::{GroupCount, GroupSession};
 use crate::filter::TopicFilter;
 use crate::limits::{INFLIGHT_PER_SESSION_MIN, INFLIGHT_STEP};
 use crate::message::{DatasourceId, Offset};
@@ -32,6 +32,8 @@ pub(super) struct MqttSession {
     pub(super) flights: Flights,
     /// What it takes of its tenant's share, once it is among the sessions. It gives it back when it ends.
     pub(super) charge: Option<ShareCharge>,
+    /// While it is away: the places of its groups in the count of its datasource's.
+    pub(super) groups: Vec<GroupCount>,
 }
 
 /// One subscription.
@@ -98,7 +100,8 @@ impl MqttSession {
     pub(super) fn new(uid: u64, expiry_s: u32) -> Self {
         let flights = Flights::default();
         let (stored, ever_stayed, subscriptions) = (false, expiry_s > 0, Vec::new());
-        Self { uid, expiry_s, stored, ever_stayed, subscriptions, position: 0, flights, charge: None }
+        let (charge, groups) = (None, Vec::new());
+        Self { uid, expiry_s, stored, ever_stayed, subscriptions, position: 0, flights, charge, groups }
     }
 
     /// Charges its tenant's share for what it has already, whatever the limits are: what was let in stays.
@@ -277,6 +280,7 @@ impl MqttSession {
             position: stored.cursor,
             flights: Flights::from_stored(&stored.flights),
             charge: None,
+            groups: Vec::new(),
         }
     }
 

@@ -215,6 +215,8 @@ impl JetstreamAppender {
         let mut progress = Vec::with_capacity(sections.len());
         for (nth, mut section) in (0_u32..).zip(sections) {
             let dead = section.records() == 0 || !section.holds();
+            let is_full = !dead && !self.may_open_exchanges(&section);
+            let dead = dead || is_full;
             let once = self.once_id_of(&section).filter(|_| !dead);
             if let Some((id, Some(generation))) = once
                 && generation.is_stale()
@@ -255,12 +257,18 @@ impl JetstreamAppender {
                 duplicates: 0,
                 content,
                 asked,
-                found: None,
+                found: is_full.then_some(SectionOutcome::ExchangesFull),
                 dead,
             });
         }
         self.open.push(PendingAppend { sections: progress, left, error: None, give_up_at, reply });
         self.answer_if_settled(append);
+    }
+
+    /// Whether the datasource of a section may open its exchanges; if so, they count.
+    fn may_open_exchanges(&self, section: &Section) -> bool {
+        let mut opened = section.once().filter(|id| id.is_exchange());
+        section.is_question() || opened.all(|id| self.shared.exchanges.try_open(&section.datasource, id))
     }
 
     /// The id under which a section is kept once. A message id takes precedence over an exchange's: a

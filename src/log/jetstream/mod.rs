@@ -32,6 +32,7 @@ mod follow;
 mod message;
 mod once;
 mod open;
+mod open_exchanges;
 mod own;
 mod read;
 mod retention;
@@ -54,6 +55,7 @@ use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
 use self::fences::{KeyFences, fence_keys, load_fences, remove_shut_out};
 use self::follow::JetstreamLogFollower;
 use self::once::{ExchangeGenerations, once_bucket_settings};
+use self::open_exchanges::OpenExchanges;
 use self::own::{OwnAppends, own};
 use self::retention::{StreamRetention, cursors_bucket_settings};
 use self::watch::{STREAM_CHECK_INTERVAL, watch_reports, watch_stream_state};
@@ -97,6 +99,7 @@ struct JetstreamLogShared {
     /// Whether the stream has several replicas.
     is_replicated: bool,
     once: ExchangeGenerations,
+    exchanges: OpenExchanges,
     tail: Tail,
     own: OwnAppends,
     listener: OnceLock<BatchListener>,
@@ -162,6 +165,7 @@ impl JetstreamLog {
         let shared = Arc::new(JetstreamLogShared {
             is_replicated: replicas > 1,
             once,
+            exchanges: OpenExchanges::new(config.intake.exchanges_per_datasource_max, window),
             tail: Tail::new(state.last + 1),
             own: OwnAppends::default(),
             listener: OnceLock::new(),
@@ -289,6 +293,7 @@ impl Log for JetstreamLog {
 
     fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
+        self.shared.exchanges.close(&ids);
         self.shared.once.release(ids, give_up_at, reply);
         committed
     }

@@ -143,6 +143,7 @@ impl SectionProgress {
         let is_behind = |offset: &Offset| fences.is_behind(self.section.key_id, *offset);
         let is_dead = self.dead || self.offsets.iter().any(is_behind);
         match self.found {
+            Some(SectionOutcome::ExchangesFull) => SectionOutcome::ExchangesFull,
             _ if is_dead => SectionOutcome::KeyDead,
             Some(found) => found,
             None if self.section.is_question() => SectionOutcome::Unknown,

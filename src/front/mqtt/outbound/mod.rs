@@ -40,7 +40,7 @@ use crate::limits::{DELIVERY_STEPS_MAX, MQTT_UNSENT_BYTES_MAX};
 use crate::log::LogReadError;
 use crate::message::{DatasourceId, Offset};
 use crate::observe::metrics::Metrics;
-use crate::shares::ShareCharge;
+use crate::shares::{ShareCharge, TenantShare};
 
 /// Why no more messages can be sent.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +115,7 @@ impl Outbound {
             }
         }
         session.subscriptions.iter_mut().flatten().for_each(|subscription| subscription.is_renewed = false);
+        session.groups.clear();
         let resending = PendingResend::of_session(&session);
         let releases = session.flights.all_released();
         Self {
@@ -148,6 +149,11 @@ impl Outbound {
     /// The mailbox, through which the session reports its cursor.
     pub(super) fn mailbox(&self) -> &Arc<crate::consume::subscriber::Mailbox> {
         self.feed.mailbox()
+    }
+
+    /// What its tenant takes.
+    pub(super) fn share(&self) -> &TenantShare {
+        self.feed.mailbox().share()
     }
 
     /// Adds or replaces a subscription that is not shared. `from` is where in the log it begins, if not at
@@ -524,6 +530,6 @@ impl Outbound {
         let position = self.feed.mailbox().cursor(routed);
         // What is routed from here on it is not given.
         self.feed.mailbox().set_progress(position, false);
-        MqttSession { position, ..self.session }
+        MqttSession { position, groups: self.groups.counted(), ..self.session }
     }
 }
