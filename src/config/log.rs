@@ -5,7 +5,7 @@ use std::fmt;
 use serde::de::IntoDeserializer;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{ConfigError, require};
+use super::{ConfigError, PostgresConfig, require};
 use crate::limits;
 
 /// When an append counts as durable.
@@ -55,6 +55,8 @@ pub struct LogConfig {
 pub enum SinkKind {
     /// `records.db` in the data directory.
     Sqlite,
+    /// PostgreSQL, as `storage.postgres` says.
+    Postgres,
 }
 
 /// Which sink reads are answered from.
@@ -80,6 +82,10 @@ pub struct StorageConfig {
     /// The niceness of the storage threads (0 to 19): when all processors are busy, devices come first and
     /// storage catches up later.
     pub nice: u8,
+    /// Whether the numbers in payloads are stored as samples too, for `series`. Applies to what is stored from now on.
+    pub samples: bool,
+    /// PostgreSQL as a sink.
+    pub postgres: PostgresConfig,
 }
 
 impl Default for LogConfig {
@@ -97,7 +103,7 @@ impl Default for LogConfig {
 
 impl Default for StorageConfig {
     fn default() -> Self {
-        Self { sinks: vec![SinkKind::Sqlite], read_from: ReadSource::First, nice: 10 }
+        Self { sinks: vec![SinkKind::Sqlite], read_from: ReadSource::First, nice: 10, samples: true, postgres: PostgresConfig::default() }
     }
 }
 
@@ -123,6 +129,7 @@ impl SinkKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Sqlite => "sqlite",
+            Self::Postgres => "postgres",
         }
     }
 
@@ -130,6 +137,7 @@ impl SinkKind {
     const fn is_readable(self) -> bool {
         match self {
             Self::Sqlite => true,
+            Self::Postgres => false,
         }
     }
 }
@@ -174,6 +182,7 @@ impl StorageConfig {
             "another one",
             "it has to be one of storage.sinks, or \"first\"",
         )?;
+        self.postgres.check(self.sinks.contains(&SinkKind::Postgres))?;
         require(self.nice <= 19, "storage.nice", self.nice, "it has to be between 0 and 19")
     }
 }

@@ -50,11 +50,10 @@ impl Consumers {
         let (dir, log) = (&config.data_dir, &opened.log);
         let (at, settings, followed) = (dir.clone(), config.storage.clone(), log.clone());
         // It may read the log, which in a cluster blocks.
-        let storage = spawn_blocking(move || StorageSinks::start(&at, &settings, &followed)).await??;
+        let is_shared = config.log.backend == LogBackend::Jetstream;
+        let storage = spawn_blocking(move || StorageSinks::start(&at, &settings, &followed, is_shared)).await??;
         let storage = storage.map(Arc::new);
-        let query = config.storage.read_from().map(|kind| match kind {
-            SinkKind::Sqlite => RecordsReader::new(dir),
-        });
+        let query = (config.storage.read_from() == Some(SinkKind::Sqlite)).then(|| RecordsReader::new(dir));
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
         let (store, groups, clients) = match &opened.cluster {

@@ -12,5 +12,6 @@ mod floods;
 mod memory;
 mod openapi;
 mod proxied;
+mod series;
 mod tls;
 mod wire;

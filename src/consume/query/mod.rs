@@ -6,6 +6,7 @@
 
 mod row;
 mod scan;
+pub mod series;
 #[cfg(test)]
 mod tests;
 
@@ -70,6 +71,8 @@ pub struct StoredRecord {
     pub transport: Transport,
     /// When it was received.
     pub received_at: TimeMicros,
+    /// When it was measured, if its sender has said so.
+    pub event_at: Option<TimeMicros>,
 }
 
 /// A page of records, and where the next one starts.

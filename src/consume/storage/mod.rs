@@ -12,6 +12,7 @@
 mod ahead;
 mod follower;
 mod pace;
+mod postgres_place;
 pub(in crate::consume) mod record_sink;
 mod sinks;
 mod sqlite_place;
@@ -45,6 +46,14 @@ const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
             up: "storage has recovered",
             late: "storage did not finish by its deadline; the log has the rest",
             patient: true,
+        },
+        SinkKind::Postgres => &FollowerProfile {
+            name: "postgres",
+            down: "storage in PostgreSQL is failing",
+            up: "storage in PostgreSQL has recovered",
+            late: "storage in PostgreSQL did not finish by its deadline; the log has the rest",
+            // The server may be away for long, and the next start stores the rest.
+            patient: false,
         },
     }
 }

@@ -2,6 +2,7 @@
 //! is where it is and how it is opened.
 
 use crate::config::SinkKind;
+use crate::consume::sink::postgres::PostgresError;
 use crate::consume::sink::sqlite::SinkError;
 use crate::log::{Log, WithheldRules};
 use crate::message::{Offset, RecordRef};
@@ -100,6 +101,9 @@ pub enum SinkFault {
     /// `records.db`.
     #[error(transparent)]
     Sqlite(#[from] SinkError),
+    /// PostgreSQL.
+    #[error(transparent)]
+    Postgres(#[from] PostgresError),
 }
 
 impl SinkFault {
@@ -107,6 +111,7 @@ impl SinkFault {
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_damage(),
+            Self::Postgres(_) => false,
         }
     }
 
@@ -114,6 +119,7 @@ impl SinkFault {
     pub fn is_clean_rollback(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_clean_rollback(),
+            Self::Postgres(_) => false,
         }
     }
 
@@ -121,7 +127,7 @@ impl SinkFault {
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Sqlite(SinkError::Database(error)) => error.remedy(),
-            Self::Sqlite(SinkError::CursorMoved { .. }) => "it is tried again",
+            Self::Sqlite(SinkError::CursorMoved { .. }) | Self::Postgres(_) => "it is tried again",
         }
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 
 use super::record_sink::SinkPlace;
+use super::postgres_place::PostgresPlace;
 use super::sqlite_place::SqlitePlace;
 use super::{StorageConsumer, StorageError};
 use crate::config::{self, SinkKind};
@@ -46,7 +47,7 @@ pub struct SinkState {
 }
 
 impl StorageSinks {
-    /// Starts a consumer for each sink of the settings. `None` without any. Blocks: a sink in `dir` is opened, which may read the
+    /// Starts a consumer for each sink of the settings. `None` without any. `is_shared`: other gateways have the same log. Blocks: a sink in `dir` is opened, which may read the
     /// log.
     ///
     /// # Errors
@@ -55,11 +56,15 @@ impl StorageSinks {
         dir: &Path,
         config: &config::StorageConfig,
         log: &Arc<dyn Log>,
+        is_shared: bool,
     ) -> Result<Option<Self>, StorageError> {
         let mut consumers = Vec::new();
         for kind in &config.sinks {
             let place: Box<dyn SinkPlace> = match kind {
-                SinkKind::Sqlite => Box::new(SqlitePlace::new(dir)),
+                SinkKind::Sqlite => Box::new(SqlitePlace::new(dir, config.samples)),
+                SinkKind::Postgres => {
+                    Box::new(PostgresPlace::new(&config.postgres, config.samples, is_shared))
+                }
             };
             consumers.push(StorageConsumer::start(place, config.nice, log.clone())?);
         }

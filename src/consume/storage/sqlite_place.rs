@@ -18,12 +18,19 @@ const WAS_DAMAGED: &str = "was damaged";
 /// The `records.db` of a data directory.
 pub(in crate::consume) struct SqlitePlace {
     path: PathBuf,
+    /// Whether the numbers in payloads are stored as samples too.
+    keeps_samples: bool,
 }
 
 impl SqlitePlace {
     /// That of the data directory `dir`.
-    pub(in crate::consume) fn new(dir: &Path) -> Self {
-        Self { path: dir.join(RECORDS_FILE_NAME) }
+    pub(in crate::consume) fn new(dir: &Path, keeps_samples: bool) -> Self {
+        Self { path: dir.join(RECORDS_FILE_NAME), keeps_samples }
+    }
+
+    fn in_use(&self, mut sink: SqliteSink) -> Box<dyn RecordSink> {
+        sink.keep_samples(self.keeps_samples);
+        Box::new(sink)
     }
 }
 
@@ -38,16 +45,16 @@ impl SinkPlace for SqlitePlace {
 
     fn open(&mut self, log: &dyn Log, log_end: Offset, is_ordered: bool) -> Result<OpenedSink, StorageError> {
         let (sink, said) = open_right(&self.path, log, log_end, is_ordered)?;
-        Ok(OpenedSink { sink: Box::new(sink), said })
+        Ok(OpenedSink { sink: self.in_use(sink), said })
     }
 
     fn reopen(&mut self) -> Result<Box<dyn RecordSink>, SinkFault> {
-        Ok(Box::new(SqliteSink::open(&self.path)?))
+        Ok(self.in_use(SqliteSink::open(&self.path)?))
     }
 
     fn begin_anew(&mut self, log: &dyn Log) -> Result<OpenedSink, SinkFault> {
         let (sink, said) = begin_anew(&self.path, log, WAS_DAMAGED)?;
-        Ok(OpenedSink { sink: Box::new(sink), said: Some(said) })
+        Ok(OpenedSink { sink: self.in_use(sink), said: Some(said) })
     }
 }
 

@@ -24,7 +24,7 @@ use super::body::{self, ReceivedBody};
 use super::credentials::Caller;
 use super::limits::rate_headers;
 use super::messages::RequestMessages;
-use super::{HttpFrontState, PathParameters, run_blocking};
+use super::{HttpFrontState, PathParameters, event_time, run_blocking};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
 use crate::front::problem::Problem;
@@ -86,6 +86,7 @@ async fn ingest(
     let (parts, body) = request.into_parts();
     let content_type = content_type(&parts.headers)?;
     let message_id = idempotency_key(&parts.headers)?;
+    let properties = event_time::stated_property(&parts.headers)?;
     let reserved = parts.headers.keys().filter(|name| is_reserved_name(name.as_str())).count() as u64;
     if reserved > 0 {
         shared.parts.intake.metrics().count_reserved_names(Transport::Http, reserved);
@@ -95,7 +96,8 @@ async fn ingest(
 
     let intake = shared.parts.intake.clone();
     let (client, payer) = (peer.client, peer.payer);
-    let upload = Upload { grant, client, datasource, topic, content_type, message_id, body, account };
+    let upload =
+        Upload { grant, client, datasource, topic, content_type, message_id, properties, body, account };
     let kept = async {
         // The draft has copies of the messages: the body is free before the wait for the disk.
         let (drafted, question) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
@@ -212,12 +214,12 @@ impl IngestFailures {
         }
         let words = match (&self.listed[..], self.all) {
             ([only], 1) => format!(
-                "{} (schema version {}). The message is in quarantine at offset {}; nothing of the \
+                "{}{}. The message is in quarantine at offset {}; nothing of the \
                  request was let in.",
-                only.detail, only.schema_version, only.offset
+                only.detail, of_schema(only.schema_version), only.offset
             ),
             (_, all) => format!(
-                "{all} messages do not meet their schema. They are in quarantine; nothing of the request \
+                "{all} messages do not meet their schema or have no usable event time. They are in quarantine; nothing of the request \
                  was let in."
             ),
         };
@@ -229,6 +231,11 @@ impl IngestFailures {
             .with("quarantined", self.all)
             .with("errors", errors)
     }
+}
+
+/// What to add to a reason of this schema version; 0 is that of an event time.
+fn of_schema(version: u32) -> String {
+    if version == 0 { String::new() } else { format!(" (schema version {version})") }
 }
 
 /// What the draft takes for each message beside its payload, mostly.
@@ -244,6 +251,8 @@ struct Upload {
     topic: String,
     content_type: String,
     message_id: Option<String>,
+    /// MQTT 5 properties of each message, in wire form.
+    properties: Vec<u8>,
     body: ReceivedBody,
     /// Who is charged for the memory of what is made of it.
     account: Arc<MemoryAccount>,
@@ -284,7 +293,7 @@ impl Upload {
             topic: &self.topic,
             payload,
             content_type,
-            properties: &[],
+            properties: &self.properties,
             flags: RecordFlags::default(),
             message_id: None,
             exchange: None,
@@ -309,7 +318,8 @@ impl Upload {
         for (index, payload) in messages.payloads.iter().enumerate() {
             if index == 1 {
                 draft.reserve_charged(
-                    self.body.bytes.len() + DRAFT_BYTES_PER_MESSAGE * messages.payloads.len(),
+                    self.body.bytes.len()
+                        + (DRAFT_BYTES_PER_MESSAGE + self.properties.len()) * messages.payloads.len(),
                 )?;
             }
             let message =

@@ -17,6 +17,7 @@ mod credentials;
 mod dashboard;
 mod deletion;
 mod endpoints;
+mod event_time;
 mod frame_meter;
 mod ingest;
 mod keys;
@@ -37,6 +38,7 @@ mod refusals;
 mod request_clock;
 mod request_form;
 mod schema;
+mod series;
 mod server;
 mod sessions;
 mod sinks;
@@ -352,7 +354,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources", manage::create),
         route(get.clone(), "/v1/datasources", manage::list),
         route(get.clone(), "/v1/datasources/{datasource}", manage::show),
-        route(patch.clone(), "/v1/datasources/{datasource}", limits::patch_datasource_limits),
+        route(patch.clone(), "/v1/datasources/{datasource}", limits::patch_datasource),
         route(delete.clone(), "/v1/datasources/{datasource}", deletion::delete),
         route(put, "/v1/datasources/{datasource}/schema", schema::set),
         route(get.clone(), "/v1/datasources/{datasource}/schema", schema::show),
@@ -370,6 +372,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/v1/datasources/{datasource}/series", series::series),
         route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
         route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
@@ -391,12 +394,13 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 11] = [
+const DEVICE_ROUTES: [(Method, &str); 12] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::GET, "/v1/datasources/{datasource}/schema"),
     (Method::GET, "/v1/datasources/{datasource}/records"),
     (Method::GET, "/v1/datasources/{datasource}/latest"),
+    (Method::GET, "/v1/datasources/{datasource}/series"),
     (Method::GET, "/v1/connect"),
     (Method::POST, "/v1/leaks"),
     (Method::GET, "/mqtt"),

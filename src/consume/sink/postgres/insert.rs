@@ -165,7 +165,10 @@ impl PostgresSink {
 fn add_head(row: &mut CopyRows, record: &RecordRef<'_>, ids: RecordNameIds) {
     row.int8(sql_offset(record.offset));
     row.timestamptz(record.received_at);
-    row.null();
+    match record.event_at {
+        Some(at) => row.timestamptz(at),
+        None => row.null(),
+    }
     row.int4(ids.datasource);
     row.int4(ids.topic);
     row.int4(ids.origin);

@@ -20,6 +20,7 @@ mod json_fit;
 mod lease;
 mod newest;
 mod quarantined;
+mod samples;
 pub(in crate::consume) mod schema;
 
 use std::time::{Duration, Instant};
@@ -31,7 +32,8 @@ use self::insert::PayloadForm;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::config::{ConfigError, PostgresConfig};
 use crate::log::{IncarnationStep, Log, WithheldChange, WithheldRules, WithheldSnapshot};
-use crate::message::{DatasourceId, Offset, RecordRef};
+use crate::message::{DatasourceId, Offset, RecordRef, TimeMicros};
+use crate::values::SampleReader;
 
 /// How long the server may take to follow a rule about what is left out, which may be about all that is stored.
 const RECONCILE_WAIT_MAX: Duration = Duration::from_secs(15 * 60);
@@ -119,6 +121,9 @@ pub(in crate::consume) struct PostgresSink {
     /// The incarnation that a purge has begun to remove.
     purging: Option<DatasourceId>,
     names: RememberedNames,
+    reader: SampleReader,
+    /// The samples of the present record: its row ids and what they are.
+    sampled: Vec<(i32, f64, Option<TimeMicros>)>,
 }
 
 impl PostgresSink {
@@ -126,7 +131,11 @@ impl PostgresSink {
     ///
     /// # Errors
     /// [`PostgresError`].
-    pub(in crate::consume) fn open(config: &PostgresConfig, is_shared: bool) -> Result<Self, PostgresError> {
+    pub(in crate::consume) fn open(
+        config: &PostgresConfig,
+        has_samples: bool,
+        is_shared: bool,
+    ) -> Result<Self, PostgresError> {
         let connection = PostgresConnection::open(&config.settings()?)?;
         connection.run(SESSION_SETTINGS)?;
         schema::open_schema(&connection, &config.schema, config.json.as_str())?;
@@ -136,7 +145,7 @@ impl PostgresSink {
             connection,
             schema: config.schema.clone(),
             is_shared,
-            has_samples: config.samples,
+            has_samples,
             form,
             name,
             opened_at: Instant::now(),
@@ -147,6 +156,8 @@ impl PostgresSink {
             left_out: None,
             purging: None,
             names: RememberedNames::default(),
+            reader: SampleReader::default(),
+            sampled: Vec::new(),
         };
         sink.read_cursor()?;
         Ok(sink)

@@ -175,6 +175,7 @@ impl PostgresSink {
                 transport: Transport::Mqtt,
                 publisher: 0,
                 received_at: row.get(1),
+                event_at: None,
                 flags: RecordFlags::default(),
                 note: b"",
             };
