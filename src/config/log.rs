@@ -103,7 +103,13 @@ impl Default for LogConfig {
 
 impl Default for StorageConfig {
     fn default() -> Self {
-        Self { sinks: vec![SinkKind::Sqlite], read_from: ReadSource::First, nice: 10, samples: true, postgres: PostgresConfig::default() }
+        Self {
+            sinks: vec![SinkKind::Sqlite],
+            read_from: ReadSource::First,
+            nice: 10,
+            samples: true,
+            postgres: PostgresConfig::default(),
+        }
     }
 }
 

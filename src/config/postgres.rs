@@ -92,10 +92,12 @@ impl PostgresConfig {
         let password = self.password.or_from_file("storage.postgres.password_file", &self.password_file)?;
         let ca = (!self.ca.as_os_str().is_empty()).then(|| self.ca.clone());
         let password = (!password.is_empty()).then_some(&*password);
-        PostgresSettings::new(self.url.secret(), password, ca, "headgate").map_err(|fault| ConfigError::Value {
-            key: "storage.postgres.url",
-            value: "not usable".to_owned(),
-            rule: fault.rule(),
+        PostgresSettings::new(self.url.secret(), password, ca, "headgate").map_err(|fault| {
+            ConfigError::Value {
+                key: "storage.postgres.url",
+                value: "not usable".to_owned(),
+                rule: fault.rule(),
+            }
         })
     }
 }

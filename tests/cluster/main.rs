@@ -6,6 +6,7 @@ mod common;
 
 mod faults;
 mod log;
+mod postgres;
 mod registry;
 mod run;
 mod sessions;

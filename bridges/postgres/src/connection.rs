@@ -81,11 +81,7 @@ impl PostgresConnection {
     ///
     /// # Errors
     /// [`PostgresFault`].
-    pub fn execute(
-        &self,
-        statement: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<u64, PostgresFault> {
+    pub fn execute(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<u64, PostgresFault> {
         self.answer(self.client.execute(statement, parameters))
     }
 
@@ -173,7 +169,8 @@ async fn connect(settings: &PostgresSettings) -> Result<Client, PostgresFault> {
 
 async fn connect_once(config: &Config, settings: &PostgresSettings) -> Result<Client, PostgresFault> {
     let tls = MakeRustlsConnect::new(tls::client_config(settings)?);
-    let client = connect_over(config, tls).await.map_err(|error| PostgresFault::of(&error, &settings.place))?;
+    let client =
+        connect_over(config, tls).await.map_err(|error| PostgresFault::of(&error, &settings.place))?;
     Ok(client)
 }
 

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 
-use super::record_sink::SinkPlace;
 use super::postgres_place::PostgresPlace;
+use super::record_sink::SinkPlace;
 use super::sqlite_place::SqlitePlace;
 use super::{StorageConsumer, StorageError};
 use crate::config::{self, SinkKind};

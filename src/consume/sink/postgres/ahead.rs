@@ -12,7 +12,8 @@ pub(super) fn put_right(
     log: &dyn Log,
     log_end: Offset,
 ) -> Result<Option<String>, PostgresError> {
-    let other = |sink: &PostgresSink, why: String| PostgresError::OtherLog { schema: sink.schema.clone(), why };
+    let other =
+        |sink: &PostgresSink, why: String| PostgresError::OtherLog { schema: sink.schema.clone(), why };
     let is_ahead = sink.cursor > log_end && !sink.is_shared;
     let newest = sink.connection.query(
         "SELECT log_offset, (extract(epoch FROM received_at) * 1000000)::bigint, key_id FROM (
@@ -31,12 +32,15 @@ pub(super) fn put_right(
     let (offset, received_at, key): (i64, i64, String) = (newest.get(0), newest.get(1), newest.get(2));
     let offset = offset_from_sql(offset);
     let batches = log.read(offset, 1).ok().filter(|_| offset >= log.first_offset());
-    let record = batches.iter().flatten().flat_map(|batch| batch.records()).find(|record| record.offset == offset);
+    let record =
+        batches.iter().flatten().flat_map(|batch| batch.records()).find(|record| record.offset == offset);
     match record {
         Some(record) if record.received_at != received_at || record.key_id.to_string() != key => {
             return Err(other(sink, format!("they have different records at offset {offset}")));
         }
-        None if is_ahead => return Err(other(sink, format!("the record at offset {offset} cannot be compared"))),
+        None if is_ahead => {
+            return Err(other(sink, format!("the record at offset {offset} cannot be compared")));
+        }
         _ => {}
     }
     if !is_ahead {

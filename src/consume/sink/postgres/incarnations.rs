@@ -26,11 +26,7 @@ impl PostgresSink {
             IncarnationStep::Ended { .. } => {
                 self.connection.execute(
                     "UPDATE datasources SET datasource = $2 WHERE datasource = $1 AND incarnation = $3",
-                    &[
-                        &datasource.as_str(),
-                        &format!("{datasource}~{incarnation}"),
-                        &i64::from(incarnation),
-                    ],
+                    &[&datasource.as_str(), &format!("{datasource}~{incarnation}"), &i64::from(incarnation)],
                 )?;
                 Ok(())
             }
@@ -195,6 +191,7 @@ impl PostgresSink {
             if gone == 0 {
                 continue;
             }
+            self.connection.run("ANALYZE moved")?;
             self.connection.execute(
                 &format!(
                     "DELETE FROM {samples} WHERE log_offset IN (SELECT log_offset FROM moved)

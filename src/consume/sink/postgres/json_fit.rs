@@ -220,17 +220,47 @@ mod tests {
     #[test]
     fn what_postgresql_cannot_take_is_known_before() {
         for text in [
-            "{}", " [ ] ", "21.50", "-0", "1e400", "\"\\ud83d\\ude00\"", "{\"a\": [1, {\"b\": null}, true], \"c\": \"\\n\"}",
+            "{}",
+            " [ ] ",
+            "21.50",
+            "-0",
+            "1e400",
+            "\"\\ud83d\\ude00\"",
+            "{\"a\": [1, {\"b\": null}, true], \"c\": \"\\n\"}",
         ] {
             assert_eq!(fit_of(text), JsonFit::Fits, "{text}");
         }
-        for text in ["", "on", "{", "[1,]", "{\"a\":1,}", "01", "1.", "\"\u{1}\"", "\"\\x\"", "1 2", "{\"a\" 1}", "[1}", "\0"] {
+        for text in [
+            "",
+            "on",
+            "{",
+            "[1,]",
+            "{\"a\":1,}",
+            "01",
+            "1.",
+            "\"\u{1}\"",
+            "\"\\x\"",
+            "1 2",
+            "{\"a\" 1}",
+            "[1}",
+            "\0",
+        ] {
             assert_eq!(fit_of(text), JsonFit::NotJson, "{text}");
         }
         let deep = format!("{}{}", "[".repeat(JSON_DEPTH_MAX + 1), "]".repeat(JSON_DEPTH_MAX + 1));
         let many = format!("[{}1]", "1e400,".repeat(251));
         let long = "1".repeat(JSON_DIGITS_MAX + 1);
-        for text in ["\"\\u0000\"", "{\"\\u0000\": 1}", "\"\\ud800\"", "\"\\ude00\"", "\"\\ud800x\"", "1e401", &deep, &many, &long] {
+        for text in [
+            "\"\\u0000\"",
+            "{\"\\u0000\": 1}",
+            "\"\\ud800\"",
+            "\"\\ude00\"",
+            "\"\\ud800x\"",
+            "1e401",
+            &deep,
+            &many,
+            &long,
+        ] {
             assert!(matches!(fit_of(text), JsonFit::Beyond(_)), "{text}");
         }
     }

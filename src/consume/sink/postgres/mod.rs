@@ -57,7 +57,9 @@ pub enum PostgresError {
         version: i32,
     },
     /// The database does not keep text as UTF-8.
-    #[error("the database has the encoding {0}: it has to be UTF8 (CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0)")]
+    #[error(
+        "the database has the encoding {0}: it has to be UTF8 (CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0)"
+    )]
     Encoding(String),
     /// A newer Headgate has made the tables.
     #[error("the tables are of format {found}, and this Headgate knows {newest}: a newer one has made them")]
@@ -68,7 +70,9 @@ pub enum PostgresError {
         newest: i32,
     },
     /// Another gateway, with another log, writes into the same schema.
-    #[error("another gateway writes into the schema {schema}: give each log a schema of its own (storage.postgres.schema)")]
+    #[error(
+        "another gateway writes into the schema {schema}: give each log a schema of its own (storage.postgres.schema)"
+    )]
     OtherOwner {
         /// The schema.
         schema: String,
@@ -165,7 +169,9 @@ impl PostgresSink {
 
     /// Takes over where the database is.
     fn read_cursor(&mut self) -> Result<(), PostgresError> {
-        let row = self.connection.query_one("SELECT next_offset, durable_offset, withheld_version FROM sink", &[])?;
+        let row = self
+            .connection
+            .query_one("SELECT next_offset, durable_offset, withheld_version FROM sink", &[])?;
         self.cursor = offset_from_sql(row.get(0));
         self.durable_cursor = offset_from_sql(row.get(1));
         self.withheld_version = offset_from_sql(row.get(2));
@@ -284,7 +290,10 @@ impl PostgresSink {
     ///
     /// # Errors
     /// [`PostgresError`].
-    pub(in crate::consume) fn reconcile_some(&mut self, withheld: &WithheldRules) -> Result<bool, PostgresError> {
+    pub(in crate::consume) fn reconcile_some(
+        &mut self,
+        withheld: &WithheldRules,
+    ) -> Result<bool, PostgresError> {
         if self.withheld_version > withheld.version() {
             // They are of another registry. To follow a rule twice does no harm.
             self.withheld_version = 0;

@@ -8,8 +8,7 @@ use crate::log::{WithheldChange, WithheldSnapshot};
 use crate::message::KeyId;
 
 /// The columns that a record has in both tables.
-const ENTRY_COLUMNS: &str =
-    "log_offset, received_at, event_at, datasource_id, topic_id, origin_id, payload, payload_bytes, payload_note";
+const ENTRY_COLUMNS: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id, payload, payload_bytes, payload_note";
 
 impl PostgresSink {
     /// Makes the tables follow changes of the rules but for purges, in the present transaction. `left_out` holds the
@@ -63,6 +62,8 @@ impl PostgresSink {
                 ],
             )?;
         }
+        // Without, the server takes it for large, and reads the whole of what it is joined with.
+        self.connection.run("ANALYZE moved")?;
         self.connection.execute(
             &format!(
                 "INSERT INTO quarantined ({ENTRY_COLUMNS}, properties, publisher, flags, cause)
@@ -71,7 +72,8 @@ impl PostgresSink {
             ),
             &[],
         )?;
-        self.connection.execute("DELETE FROM entries WHERE log_offset IN (SELECT log_offset FROM moved)", &[])?;
+        self.connection
+            .execute("DELETE FROM entries WHERE log_offset IN (SELECT log_offset FROM moved)", &[])?;
         self.move_samples("sample_values", "withheld_samples")?;
         self.forget_moved_values()
     }
@@ -117,7 +119,7 @@ impl PostgresSink {
             "INSERT INTO moved SELECT * FROM unnest($1::bigint[], $2::int[])",
             &[&offsets, &topics],
         )?;
-        Ok(())
+        Ok(self.connection.run("ANALYZE moved")?)
     }
 
     /// Moves the samples of the records in `moved` from one table to the other. The bounds are for the index, which knows
