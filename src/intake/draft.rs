@@ -16,8 +16,8 @@ use crate::message::{
 use crate::quota::{LimitExceeded, Quota, QuotaStanding};
 use crate::time::Rfc3339;
 
-use super::payload_checks::PayloadChecks;
 use super::payer::DraftPayer;
+use super::payload_checks::PayloadChecks;
 use super::refusal::quarantine_reason;
 use super::{Exchange, IncomingMessage, Intake, Refusal, check_message_id};
 

@@ -146,7 +146,8 @@ impl EventTimeRule {
         Self(text.and_then(|text| {
             let read = serde_json::from_str(text).map_err(|error| error.to_string());
             let read = read.and_then(|value| EventTimeSetting::from_json(&value).map_err(|e| e.to_string()));
-            read.inspect_err(|error| tracing::error!(%error, "event_time of a datasource cannot be read")).ok()
+            read.inspect_err(|error| tracing::error!(%error, "event_time of a datasource cannot be read"))
+                .ok()
         }))
     }
 
@@ -252,7 +253,10 @@ fn time_in_any_form(text: &str) -> Result<TimeMicros, EventTimeError> {
 fn decimal_micros(text: &str, exponent: i32) -> Option<TimeMicros> {
     if text.contains(['e', 'E']) {
         let micros = text.parse::<f64>().ok()? * 10_f64.powi(exponent);
-        #[expect(clippy::cast_possible_truncation, reason = "a float that is out of range saturates, and is refused")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a float that is out of range saturates, and is refused"
+        )]
         return micros.is_finite().then_some(micros.floor() as i64);
     }
     let (is_negative, digits) = text.strip_prefix('-').map_or((false, text), |digits| (true, digits));
@@ -377,7 +381,10 @@ mod tests {
         assert_eq!(at(json!({"pointer": ""})), "/pointer");
         assert_eq!(at(json!({"pointer": "/a~2"})), "/pointer");
         assert_eq!(at(json!({"pointer": "/x".repeat(EVENT_TIME_POINTER_PARTS_MAX + 1)})), "/pointer");
-        assert_eq!(at(json!({"pointer": "/".to_owned() + &"x".repeat(EVENT_TIME_POINTER_BYTES_MAX)})), "/pointer");
+        assert_eq!(
+            at(json!({"pointer": "/".to_owned() + &"x".repeat(EVENT_TIME_POINTER_BYTES_MAX)})),
+            "/pointer"
+        );
         assert_eq!(at(json!({"max_skew_s": EVENT_TIME_SKEW_S_MAX + 1})), "/max_skew_s");
         for other in [json!({"format": "unix"}), json!({"on_error": "drop"}), json!({"skew": 1}), json!(1)] {
             assert_eq!(at(other), "");

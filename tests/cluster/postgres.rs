@@ -42,11 +42,16 @@ fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
         server.stored_into(setup).start()
     };
     let a = start(dir_a.path());
-    wait_for("the first one to write", || (sink(&a)["is_writer"] == true && server.try_sql("SELECT FROM sink WHERE owner IS NOT NULL").is_ok_and(|rows| !rows.is_empty())).then_some(()));
+    wait_for("the first one to write", || {
+        (sink(&a)["is_writer"] == true
+            && server.try_sql("SELECT FROM sink WHERE owner IS NOT NULL").is_ok_and(|rows| !rows.is_empty()))
+        .then_some(())
+    });
     let b = start(dir_b.path());
     let source = a.create("press-4");
     wait_for("the second one to know the key", || {
-        (b.request("POST", "/v1/ingest/press-4/t", &source.key, &[], b"{\"n\": 0}").status == 200).then_some(())
+        (b.request("POST", "/v1/ingest/press-4/t", &source.key, &[], b"{\"n\": 0}").status == 200)
+            .then_some(())
     });
     send(&a, &source, 1..100);
     wait_for("the second one to see that the first one writes", || {

@@ -53,6 +53,17 @@ impl PostgresServer {
 
     /// Starts it again, and waits until it answers.
     pub fn resume(&mut self) {
+        self.begin_again();
+        self.wait_until_up();
+    }
+
+    /// Waits until it answers.
+    pub fn wait_until_up(&self) {
+        wait_for("PostgreSQL to answer", || self.try_sql("SELECT 1").ok());
+    }
+
+    /// Starts it again, and waits for nothing.
+    pub fn begin_again(&mut self) {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
@@ -65,19 +76,8 @@ impl PostgresServer {
         for setting in &self.settings {
             command.args(["-c", setting]);
         }
-        let spawn = |command: &mut Command| {
-            let (out, err) = (log.try_clone().expect("a handle"), log.try_clone().expect("a handle"));
-            command.stdout(out).stderr(err).spawn().expect("postgres starts")
-        };
-        let mut child = spawn(&mut command);
-        wait_for("PostgreSQL to answer", || {
-            // After a kill it does not start while one of its children is still there.
-            if child.try_wait().expect("our child").is_some() {
-                child = spawn(&mut command);
-            }
-            self.try_sql("SELECT 1").ok()
-        });
-        self.child = Some(child);
+        command.stdout(log.try_clone().expect("a handle")).stderr(log);
+        self.child = Some(command.spawn().expect("postgres starts"));
     }
 
     /// Kills it with all its children, as a loss of power of its machine would but for the disk's cache.
@@ -85,11 +85,13 @@ impl PostgresServer {
         let Some(mut child) = self.child.take() else { return };
         let children = children_of(child.id());
         let _ = child.kill();
-        for pid in children {
+        for pid in &children {
             // SAFETY: kill(2) of a process that is a child of our own child.
-            unsafe { libc::kill(pid, libc::SIGKILL) };
+            unsafe { libc::kill(*pid, libc::SIGKILL) };
         }
         let _ = child.wait();
+        // It does not start while one of them is there, which has its memory.
+        wait_for("its children to be gone", || children.iter().all(|pid| is_gone(*pid)).then_some(()));
     }
 
     /// Where it is, for the settings of a gateway; the password is not in it.
@@ -186,6 +188,12 @@ fn give_to_server(path: &Path) {
     let mode = if path.is_dir() { 0o700 } else { 0o600 };
     let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
     std::fs::set_permissions(path, mode).expect("root may");
+}
+
+/// Whether a process has ended, even if nobody has been told of it.
+fn is_gone(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with('Z'))
 }
 
 fn children_of(parent: u32) -> Vec<i32> {

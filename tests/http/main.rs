@@ -12,6 +12,7 @@ mod floods;
 mod memory;
 mod openapi;
 mod proxied;
+mod records;
 mod series;
 mod tls;
 mod wire;

@@ -90,11 +90,16 @@ fn a_time_that_cannot_be_used_brings_a_message_into_quarantine_until_it_may_do_w
     assert_eq!(gateway.records("press-4").len(), 0);
     let admin = gateway.admin_key();
     let kept = gateway.get("/v1/datasources/press-4/quarantine", &admin).json();
-    let keywords: Vec<&Value> = kept["records"].as_array().expect("records").iter().map(|r| &r["keyword"]).collect();
+    let keywords: Vec<&Value> =
+        kept["records"].as_array().expect("records").iter().map(|r| &r["keyword"]).collect();
     assert_eq!(keywords, [&json!("event_time"); 3], "{kept}");
     // A merge patch leaves the pointer as it is.
-    let changed = set_event_time(&gateway, "press-4", &json!({"on_error": "received_at", "max_skew_s": null}));
-    assert_eq!(changed.json()["event_time"], json!({"pointer": "/at", "format": "unix_s", "on_error": "received_at"}));
+    let changed =
+        set_event_time(&gateway, "press-4", &json!({"on_error": "received_at", "max_skew_s": null}));
+    assert_eq!(
+        changed.json()["event_time"],
+        json!({"pointer": "/at", "format": "unix_s", "on_error": "received_at"})
+    );
     let answer = gateway.post("/v1/datasources/press-4/quarantine/redrive", &admin, &json!({}));
     assert_eq!(answer.status, 200, "{}", answer.text());
     assert_eq!(event_times(&gateway, "press-4"), ["1970-01-01T00:00:07.000000Z", "-", "-"]);
@@ -117,7 +122,10 @@ fn settings_and_headers_that_say_nothing_are_refused() {
     let of_key = format!("/v1/datasources/press-4/keys/{}", source.key_id);
     let body = json!({"event_time": {}}).to_string();
     let headers = [("content-type", "application/json")];
-    assert_eq!(gateway.request("PATCH", &of_key, &gateway.admin_key(), &headers, body.as_bytes()).status, 400);
+    assert_eq!(
+        gateway.request("PATCH", &of_key, &gateway.admin_key(), &headers, body.as_bytes()).status,
+        400
+    );
     let wanted = json!({"id": "made", "name": "made", "event_time": {"pointer": "/at"}});
     let made = gateway.post("/v1/datasources", &gateway.admin_key(), &wanted);
     assert_eq!(made.json()["datasource"]["event_time"]["pointer"], "/at", "{}", made.text());
@@ -163,8 +171,16 @@ fn a_series_shows_the_numbers_of_a_key_with_their_gaps() {
     let nothing = gateway.get("/v1/datasources/press-4/series?topic=none", &source.key).json();
     assert_eq!((&nothing["points"], &nothing["from"]), (&json!([]), &Value::Null));
     for query in [
-        "", "topic=a/%23", "topic=t&step=0s", "topic=t&step=x", "topic=t&agg=mean", "topic=t&points=1", "topic=t&points=10001",
-        "topic=t&x=1", "topic=t&from=now", "topic=t&from=2026-01-01T00:00:00Z&step=1s",
+        "",
+        "topic=a/%23",
+        "topic=t&step=0s",
+        "topic=t&step=x",
+        "topic=t&agg=mean",
+        "topic=t&points=1",
+        "topic=t&points=10001",
+        "topic=t&x=1",
+        "topic=t&from=now",
+        "topic=t&from=2026-01-01T00:00:00Z&step=1s",
     ] {
         let answer = gateway.get(&format!("/v1/datasources/press-4/series?{query}"), &source.key);
         assert_eq!(answer.status, 400, "{query}: {}", answer.text());
@@ -182,7 +198,8 @@ fn a_series_loses_what_leaked_and_gets_it_back() {
     let source = gateway.create_open("press-4");
     let admin = gateway.admin_key();
     let leaked = gateway.post("/v1/datasources/press-4/keys", &admin, &json!({})).json();
-    let (leaked_id, leaked_key) = (leaked["key"]["id"].as_str().expect("id"), leaked["key"]["secret"].as_str());
+    let (leaked_id, leaked_key) =
+        (leaked["key"]["id"].as_str().expect("id"), leaked["key"]["secret"].as_str());
     let leaked = Source { key: leaked_key.expect("a secret").to_owned(), ..source.clone() };
     for (nth, of) in [&source, &leaked, &source, &leaked].into_iter().enumerate() {
         let said = format!("2026-11-23T09:0{nth}:00Z");
@@ -210,6 +227,7 @@ fn a_series_loses_what_leaked_and_gets_it_back() {
     let path = "/v1/datasources/press-4?purge=true&incarnation=1";
     assert_eq!(gateway.request("DELETE", path, &admin, &[], &[]).status, 200);
     let records = rusqlite::Connection::open(dir.path().join("records.db")).expect("opens");
-    let left: i64 = records.query_row("SELECT count(*) FROM sample_chunks", [], |row| row.get(0)).expect("reads");
+    let left: i64 =
+        records.query_row("SELECT count(*) FROM sample_chunks", [], |row| row.get(0)).expect("reads");
     assert_eq!(left, 0);
 }

@@ -15,8 +15,28 @@ const ROUND_STEPS_US: [i64; 22] = {
     const H: i64 = 60 * M;
     const D: i64 = 24 * H;
     [
-        1_000, 10_000, 100_000, S, 2 * S, 5 * S, 10 * S, 15 * S, 30 * S, M, 2 * M, 5 * M, 10 * M, 15 * M, 30 * M, H, 2 * H,
-        6 * H, 12 * H, D, 7 * D, 30 * D,
+        1_000,
+        10_000,
+        100_000,
+        S,
+        2 * S,
+        5 * S,
+        10 * S,
+        15 * S,
+        30 * S,
+        M,
+        2 * M,
+        5 * M,
+        10 * M,
+        15 * M,
+        30 * M,
+        H,
+        2 * H,
+        6 * H,
+        12 * H,
+        D,
+        7 * D,
+        30 * D,
     ]
 };
 
@@ -358,7 +378,10 @@ mod tests {
         let mut sink = SqliteSink::open(&dir.join(RECORDS_FILE_NAME)).expect("opens");
         for ((minute, payload), offset) in samples.iter().zip(0..) {
             let record = record(offset, "press-4", "a", payload.as_bytes());
-            let record = RecordRef { event_at: Some(T0 + minute * M + i64::try_from(offset).expect("small")), ..record };
+            let record = RecordRef {
+                event_at: Some(T0 + minute * M + i64::try_from(offset).expect("small")),
+                ..record
+            };
             sink.store([record].into_iter(), offset + 1, false).expect("stored");
         }
         RecordsReader::new(dir)
@@ -368,7 +391,8 @@ mod tests {
     fn each_aggregate_of_a_step_and_gaps_are_seen() {
         let dir = tempfile::tempdir().expect("temporary directory");
         // The second one came late.
-        let samples = [(1, r#"{"t": 4}"#), (0, r#"{"t": 7}"#), (0, r#"{"t": 2, "u": 9}"#), (3, r#"{"t": -1}"#)];
+        let samples =
+            [(1, r#"{"t": 4}"#), (0, r#"{"t": 7}"#), (0, r#"{"t": 2, "u": 9}"#), (3, r#"{"t": -1}"#)];
         let stored = stored(dir.path(), &samples);
         for (aggregate, values) in [
             (SeriesAggregate::Avg, [4.5, 4.0, -1.0]),
@@ -380,12 +404,8 @@ mod tests {
             (SeriesAggregate::Sum, [9.0, 4.0, -1.0]),
         ] {
             let points = read(&stored, query(Some(M), aggregate)).expect("reads");
-            let expected = [
-                (0, Some(values[0]), 2),
-                (1, Some(values[1]), 1),
-                (2, None, 0),
-                (3, Some(values[2]), 1),
-            ];
+            let expected =
+                [(0, Some(values[0]), 2), (1, Some(values[1]), 1), (2, None, 0), (3, Some(values[2]), 1)];
             assert_eq!(points, expected, "{aggregate:?}");
         }
         let other = SeriesQuery { key: "u".to_owned(), ..query(Some(M), SeriesAggregate::Last) };
@@ -404,7 +424,10 @@ mod tests {
         assert_eq!(read(&stored, of(T0, T0 + 2 * M)).expect("reads"), [(0, Some(3.0), 2)]);
         assert_eq!(read(&stored, of(T0 + 1, T0 + M + 1)).expect("reads"), [(0, None, 0)]);
         assert_eq!(read(&stored, of(T0 + 1, T0 + M + 2)).expect("reads"), [(0, Some(2.0), 1)]);
-        assert_eq!(read(&stored, of(T0 + M, T0 + 3 * M)).expect("reads"), [(0, Some(2.0), 1), (2, Some(3.0), 1)]);
+        assert_eq!(
+            read(&stored, of(T0 + M, T0 + 3 * M)).expect("reads"),
+            [(0, Some(2.0), 1), (2, Some(3.0), 1)]
+        );
         assert_eq!(read(&stored, of(T0, T0)).expect("reads"), []);
         let error = read(&stored, of(T0, T0 + 201 * M)).expect_err("too many steps");
         let SeriesError::TooManySteps { steps, least_step_us, .. } = error else { panic!("{error}") };
@@ -432,7 +455,10 @@ mod tests {
                     let step = round_step(from, to, points_max);
                     let steps = step_count(from, to, step);
                     // A range may be cut by a step's end however long that is.
-                    assert!(steps <= (points_max as u64).max(2), "{from} {range} {points_max}: {step} {steps}");
+                    assert!(
+                        steps <= (points_max as u64).max(2),
+                        "{from} {range} {points_max}: {step} {steps}"
+                    );
                 }
             }
         }

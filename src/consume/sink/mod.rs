@@ -11,6 +11,7 @@ mod insert;
 mod newest;
 pub(in crate::consume) mod postgres;
 pub mod quarantined;
+pub mod retention;
 pub(in crate::consume) mod sample_chunk;
 mod samples;
 pub mod schema;

@@ -121,7 +121,8 @@ impl NewChunk {
         if before > 0 {
             list.push(b',');
         }
-        let (offset, at) = (sample.offset - self.base.first_offset, sample.at.saturating_sub(self.base.base_us));
+        let (offset, at) =
+            (sample.offset - self.base.first_offset, sample.at.saturating_sub(self.base.base_us));
         if let Err(error) = serde_json::to_writer(&mut *list, &(offset, at, sample.value)) {
             // Into memory, of numbers.
             tracing::error!(%error, "a sample has no JSON form");
@@ -221,7 +222,8 @@ mod tests {
 
     #[test]
     fn samples_come_back_as_they_were_written_and_together_with_later_ones() {
-        let first = chunk(&[("t", 100, 1_000_000, 21.5), ("a\"]],\\", 100, 0, -0.0), ("t", 101, 2_000_000, 1e300)]);
+        let first =
+            chunk(&[("t", 100, 1_000_000, 21.5), ("a\"]],\\", 100, 0, -0.0), ("t", 101, 2_000_000, 1e300)]);
         let text = first.text("");
         assert!(serde_json::from_str::<serde_json::Value>(&text).is_ok(), "{text}");
         assert_eq!(samples_of(&text, "t"), [(100, 1_000_000, 21.5), (101, 2_000_000, 1e300)]);
@@ -236,7 +238,8 @@ mod tests {
 
     #[test]
     fn what_is_taken_out_leaves_the_rest() {
-        let text = chunk(&[("t", 100, 5, 1.0), ("u", 100, 5, 2.0), ("t", 101, 9, 3.0), ("t", 102, 7, 4.0)]).text("");
+        let text =
+            chunk(&[("t", 100, 5, 1.0), ("u", 100, 5, 2.0), ("t", 101, 9, 3.0), ("t", 102, 7, 4.0)]).text("");
         let (left, of) = without_offsets(&text, BASE, |offset| offset == 100).expect("two are left");
         assert_eq!(samples_of(&left, "t"), [(101, 9, 3.0), (102, 7, 4.0)]);
         assert_eq!(chunk_lists(&left).count(), 1);

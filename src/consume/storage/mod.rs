@@ -14,12 +14,13 @@ mod follower;
 mod pace;
 mod postgres_place;
 pub(in crate::consume) mod record_sink;
+mod retention;
 mod sinks;
 mod sqlite_place;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -28,6 +29,7 @@ use tokio::sync::watch;
 use self::follower::StorageFollower;
 use self::pace::StoragePace;
 use self::record_sink::{OpenedSink, SinkFault, SinkPlace};
+pub use self::retention::StoredLimitsSource;
 use super::follower::{FollowerControl, FollowerProfile};
 use super::sink::sqlite::SinkError;
 use crate::config::SinkKind;
@@ -110,6 +112,8 @@ struct StorageProgress {
     pace: Mutex<StoragePace>,
     /// The newest error and when it was, also if it is over.
     last_error: Mutex<Option<(TimeMicros, String)>>,
+    /// How much may stay stored, once that is known.
+    limits: OnceLock<StoredLimitsSource>,
 }
 
 impl StorageConsumer {
@@ -141,6 +145,7 @@ impl StorageConsumer {
             is_writer: watch::Sender::new(true),
             pace: Mutex::default(),
             last_error: Mutex::default(),
+            limits: OnceLock::new(),
         });
         if let Some(trouble) = &trouble {
             shared.note_error(trouble.clone());
@@ -155,6 +160,12 @@ impl StorageConsumer {
     /// The kind of its sink.
     pub fn kind(&self) -> SinkKind {
         self.kind
+    }
+
+    /// Removes from now on what is over these limits. They are asked for again and again.
+    pub fn begin_retention(&self, limits: StoredLimitsSource) {
+        // The first one asks the registry, which does not change.
+        let _ = self.shared.limits.set(limits);
     }
 
     /// The first offset that is not stored yet.

@@ -1,7 +1,9 @@
 //! PostgreSQL as a sink: how it is opened, and what storage asks of it.
 
-use super::StorageError;
+use std::time::{Duration, Instant};
+
 use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
+use super::{StorageError, StoredLimitsSource};
 use crate::config::{PostgresConfig, SinkKind};
 use crate::consume::sink::postgres::PostgresSink;
 use crate::log::{Log, WithheldRules};
@@ -14,16 +16,17 @@ pub(in crate::consume) struct PostgresPlace {
     keeps_samples: bool,
     /// Whether other gateways with the same log write there too.
     is_shared: bool,
+    started_at: Instant,
 }
 
 impl PostgresPlace {
     /// That of the settings.
     pub(in crate::consume) fn new(config: &PostgresConfig, keeps_samples: bool, is_shared: bool) -> Self {
-        Self { config: config.clone(), keeps_samples, is_shared }
+        Self { config: config.clone(), keeps_samples, is_shared, started_at: Instant::now() }
     }
 
     fn connect(&self) -> Result<PostgresSink, SinkFault> {
-        Ok(PostgresSink::open(&self.config, self.keeps_samples, self.is_shared)?)
+        Ok(PostgresSink::open(&self.config, self.keeps_samples, self.is_shared, self.started_at)?)
     }
 }
 
@@ -84,6 +87,11 @@ impl RecordSink for PostgresSink {
         sync: bool,
     ) -> Result<(), SinkFault> {
         Ok(self.store(records, next, sync)?)
+    }
+
+    /// Nothing is removed: how long rows stay there is the database's own matter.
+    fn keep_within(&mut self, _: &StoredLimitsSource, _: Duration) -> Result<(), SinkFault> {
+        Ok(())
     }
 
     fn finish(&mut self) -> Result<(), SinkFault> {

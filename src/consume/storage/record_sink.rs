@@ -1,13 +1,15 @@
 //! What storage asks of a database that it writes into, whichever it is. [`RecordSink`] is an open one; [`SinkPlace`]
 //! is where it is and how it is opened.
 
+use std::time::Duration;
+
 use crate::config::SinkKind;
 use crate::consume::sink::postgres::PostgresError;
 use crate::consume::sink::sqlite::SinkError;
 use crate::log::{Log, WithheldRules};
 use crate::message::{Offset, RecordRef};
 
-use super::StorageError;
+use super::{StorageError, StoredLimitsSource};
 
 /// An open database with its cursor in the log. All methods may block on a disk or a network.
 pub(in crate::consume) trait RecordSink: Send {
@@ -52,6 +54,12 @@ pub(in crate::consume) trait RecordSink: Send {
         next: Offset,
         sync: bool,
     ) -> Result<(), SinkFault>;
+
+    /// Removes some of what is over these limits, for about as long as `storing` has just taken, if it is time.
+    ///
+    /// # Errors
+    /// [`SinkFault`].
+    fn keep_within(&mut self, limits: &StoredLimitsSource, storing: Duration) -> Result<(), SinkFault>;
 
     /// Brings it into its best state to be left alone, once no more is stored.
     ///

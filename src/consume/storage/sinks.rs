@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use super::postgres_place::PostgresPlace;
 use super::record_sink::SinkPlace;
 use super::sqlite_place::SqlitePlace;
-use super::{StorageConsumer, StorageError};
+use super::{StorageConsumer, StorageError, StoredLimitsSource};
 use crate::config::{self, SinkKind};
 use crate::log::Log;
 use crate::message::{Offset, TimeMicros};
@@ -74,6 +74,11 @@ impl StorageSinks {
         let read_from = config.read_from();
         let read_from = consumers.iter().position(|consumer| Some(consumer.kind()) == read_from);
         Ok(Some(Self { consumers, read_from: read_from.unwrap_or(0) }))
+    }
+
+    /// Removes from now on what is over these limits. They are asked for again and again.
+    pub fn begin_retention(&self, limits: &StoredLimitsSource) {
+        self.consumers.iter().for_each(|consumer| consumer.begin_retention(limits.clone()));
     }
 
     /// Each sink, in the order of the settings.

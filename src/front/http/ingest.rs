@@ -216,7 +216,9 @@ impl IngestFailures {
             ([only], 1) => format!(
                 "{}{}. The message is in quarantine at offset {}; nothing of the \
                  request was let in.",
-                only.detail, of_schema(only.schema_version), only.offset
+                only.detail,
+                of_schema(only.schema_version),
+                only.offset
             ),
             (_, all) => format!(
                 "{all} messages do not meet their schema or have no usable event time. They are in quarantine; nothing of the request \

@@ -136,7 +136,10 @@ pub(super) async fn series(
 fn head_json(reading: &SeriesReading) -> String {
     let SeriesQuery { scope, topic, key, aggregate, .. } = reading.query();
     let (from, to) = reading.range().unzip();
-    #[expect(clippy::cast_precision_loss, reason = "microseconds of a step are far below 2^53, or a step of centuries")]
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "microseconds of a step are far below 2^53, or a step of centuries"
+    )]
     let step_s = reading.step_us() as f64 / 1e6;
     let (datasource, _) = scope.of_scope();
     let (from, to) = (from.map(Rfc3339), to.map(Rfc3339));
@@ -152,7 +155,8 @@ impl From<SeriesError> for Problem {
         match error {
             SeriesError::Query(error) => error.into(),
             SeriesError::TooManySteps { points_max, least_step_us, .. } => {
-                let words = format!("{error}: ask for a longer step, for a shorter range, or for more points.");
+                let words =
+                    format!("{error}: ask for a longer step, for a shorter range, or for more points.");
                 let problem = Self::new(Cause::Malformed, words).with("limit", points_max);
                 problem.with("least_step_s", least_step_us.unsigned_abs().div_ceil(1_000_000))
             }

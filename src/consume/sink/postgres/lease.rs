@@ -43,7 +43,7 @@ impl PostgresSink {
             return self.take_place(owner.as_deref());
         }
         self.read_cursor()?;
-        if !self.is_shared && self.opened_at.elapsed() > OWN_LEASE_WAIT {
+        if !self.is_shared && self.started_at.elapsed() > OWN_LEASE_WAIT {
             return Err(PostgresError::OtherOwner { schema: self.schema.clone() });
         }
         Ok(false)

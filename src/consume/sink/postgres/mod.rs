@@ -115,7 +115,8 @@ pub(in crate::consume) struct PostgresSink {
     form: PayloadForm,
     /// What this sink is called in the row with the cursor.
     name: String,
-    opened_at: Instant,
+    /// When this gateway began to want its place.
+    started_at: Instant,
     /// When the lease was had last; `None` while another gateway has it.
     leased_at: Option<Instant>,
     cursor: Offset,
@@ -139,6 +140,7 @@ impl PostgresSink {
         config: &PostgresConfig,
         has_samples: bool,
         is_shared: bool,
+        started_at: Instant,
     ) -> Result<Self, PostgresError> {
         let connection = PostgresConnection::open(&config.settings()?)?;
         connection.run(SESSION_SETTINGS)?;
@@ -152,7 +154,7 @@ impl PostgresSink {
             has_samples,
             form,
             name,
-            opened_at: Instant::now(),
+            started_at,
             leased_at: None,
             cursor: 0,
             durable_cursor: 0,

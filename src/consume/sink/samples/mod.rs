@@ -170,8 +170,8 @@ fn take_out(
     let ids = chunks
         .query_map([topic_id, first, last], |row| row.get(0))?
         .collect::<rusqlite::Result<Vec<i64>>>()?;
-    let mut select =
-        connection.prepare_cached("SELECT first_offset, base_us, samples FROM sample_chunks WHERE id = ?1")?;
+    let mut select = connection
+        .prepare_cached("SELECT first_offset, base_us, samples FROM sample_chunks WHERE id = ?1")?;
     let mut update = connection.prepare_cached(
         "UPDATE sample_chunks SET samples = ?2, last_offset = ?3, oldest_us = ?4, newest_us = ?5 WHERE id = ?1",
     )?;
@@ -182,6 +182,7 @@ fn take_out(
             Ok((base, row.get::<_, String>(2)?))
         })?;
         match without_offsets(&text, base, &is_removed) {
+            Some((left, _)) if left == text => {}
             Some((left, of)) => {
                 update.execute(params![id, left, of.last_offset, of.oldest_us, of.newest_us])?;
             }
@@ -191,6 +192,21 @@ fn take_out(
         }
     }
     Ok(())
+}
+
+/// Removes the chunks of a topic that have nothing behind an offset.
+pub(super) fn remove_up_to(connection: &Connection, topic_id: i64, last: i64) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(
+            "DELETE FROM sample_chunks WHERE topic_id = ?1 AND first_offset <= ?2 AND last_offset <= ?2",
+        )?
+        .execute([topic_id, last])?;
+    Ok(())
+}
+
+/// Takes out the samples of a topic up to an offset that share a chunk with later ones.
+pub(super) fn trim_up_to(connection: &Connection, topic_id: i64, last: i64) -> rusqlite::Result<()> {
+    take_out(connection, topic_id, (last, last), |offset| offset <= last)
 }
 
 /// Puts back the samples of a topic's records that are in `temp.moved` and in `entries`, in chunks of their own.
@@ -225,3 +241,6 @@ pub(super) fn purge_some(connection: &Connection, datasource: i64, limit: i64) -
         [datasource, limit],
     )
 }
+
+#[cfg(test)]
+mod model;
