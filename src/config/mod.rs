@@ -28,6 +28,7 @@ mod listen;
 mod log;
 mod mqtt;
 mod nats;
+mod postgres;
 mod public;
 mod quantity;
 mod shape;
@@ -44,6 +45,7 @@ pub use listen::ListenAddress;
 pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
 pub use mqtt::{MetadataPolicy, MqttConfig};
 pub use nats::NatsConfig;
+pub use postgres::PostgresConfig;
 pub use public::{PublicMqtt, PublicUrl};
 pub use quantity::parse_duration_ms;
 pub use tls::{ClientCertificates, HTTP_TLS_SETTINGS, MQTT_TLS_SETTINGS, TlsConfig, TlsSettingNames};
@@ -74,7 +76,7 @@ pub struct Config {
     pub intake: IntakeConfig,
     /// The durable log.
     pub log: LogConfig,
-    /// Where the storage consumer writes.
+    /// Where the storage consumers write.
     pub storage: StorageConfig,
     /// Which NATS is used, and what for.
     pub nats: NatsConfig,

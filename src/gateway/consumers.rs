@@ -13,7 +13,7 @@ use crate::config::{Config, LogBackend, SinkKind};
 use crate::consume::egress::Egress;
 use crate::consume::query::RecordsReader;
 use crate::consume::sink::retention::StoredLimits;
-use crate::consume::storage::{StorageConsumer, StoredLimitsSource};
+use crate::consume::storage::{StorageSinks, StoredLimitsSource};
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::retained::RetainedStore;
 use crate::consume::subscriber::sessions::{SessionStore, StoredSessions};
@@ -27,7 +27,7 @@ use crate::quota::{Limit, LimitOwner};
 #[derive(Clone)]
 pub(super) struct Consumers {
     pub(super) subscribers: Arc<Subscribers>,
-    pub(super) storage: Option<Arc<StorageConsumer>>,
+    pub(super) storage: Option<Arc<StorageSinks>>,
     pub(super) egress: Option<Arc<Egress>>,
     /// What storage has stored, for queries.
     pub(super) query: Option<RecordsReader>,
@@ -52,17 +52,16 @@ impl Consumers {
         opened: &OpenedLog,
     ) -> anyhow::Result<(Self, StartingClients)> {
         let (dir, log) = (&config.data_dir, &opened.log);
-        let (storage, query) = match config.storage.sink {
-            SinkKind::Sqlite => {
-                let (at, settings, followed) = (dir.clone(), config.storage.clone(), log.clone());
-                // It may read the log, which in a cluster blocks.
-                let storage =
-                    spawn_blocking(move || StorageConsumer::start(&at, &settings, followed)).await??;
-                storage.begin_retention(stored_limits(opened.registry.clone()));
-                (Some(Arc::new(storage)), Some(RecordsReader::new(dir)))
-            }
-            SinkKind::None => (None, None),
-        };
+        let (at, settings, followed) = (dir.clone(), config.storage.clone(), log.clone());
+        // It may read the log, which in a cluster blocks.
+        let is_shared = config.log.backend == LogBackend::Jetstream;
+        let storage =
+            spawn_blocking(move || StorageSinks::start(&at, &settings, &followed, is_shared)).await??;
+        if let Some(storage) = &storage {
+            storage.begin_retention(&stored_limits(opened.registry.clone()));
+        }
+        let storage = storage.map(Arc::new);
+        let query = (config.storage.read_from() == Some(SinkKind::Sqlite)).then(|| RecordsReader::new(dir));
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
         let (store, groups, clients) = match &opened.cluster {

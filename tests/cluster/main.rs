@@ -8,6 +8,7 @@ mod clock;
 mod faults;
 mod fences;
 mod log;
+mod postgres;
 mod registry;
 mod run;
 mod sessions;

@@ -15,6 +15,7 @@ pub mod members;
 pub mod memory;
 pub mod nats;
 pub mod openapi;
+pub mod postgres;
 pub mod servers;
 pub mod steady;
 pub mod threads;

@@ -12,4 +12,5 @@ mod dead_keys;
 mod faults;
 mod log;
 mod once;
+mod postgres;
 mod stores;

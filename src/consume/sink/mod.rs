@@ -1,4 +1,4 @@
-//! Where the storage consumer writes: SQLite, so far.
+//! Where the storage consumers write: SQLite, PostgreSQL.
 //!
 //! A sink keeps its own cursor and moves it in the transaction that writes the records. So each record
 //! is stored exactly once: after a kill at any moment the cursor says which records are there, and the log
@@ -9,6 +9,7 @@ mod ids;
 pub(in crate::consume) mod incarnations;
 mod insert;
 mod newest;
+pub(in crate::consume) mod postgres;
 pub mod quarantined;
 pub mod retention;
 pub(in crate::consume) mod sample_chunk;

@@ -41,11 +41,21 @@ struct NewestTopic<'a> {
 }
 
 /// The newest value of one key.
-struct NewestEntry<'a> {
-    key: Cow<'a, str>,
+pub(super) struct NewestEntry<'a> {
+    pub(super) key: Cow<'a, str>,
     value: PayloadValue<'a>,
-    offset: Offset,
-    received_at: TimeMicros,
+    pub(super) offset: Offset,
+    pub(super) received_at: TimeMicros,
+}
+
+/// A value as it is kept.
+pub(super) enum KeptValue<'a> {
+    /// JSON.
+    Json(Cow<'a, str>),
+    /// A payload that is no text.
+    Bytes(&'a [u8]),
+    /// One that is too long to be copied.
+    TooLong,
 }
 
 /// A value as the payload has it.
@@ -78,6 +88,18 @@ impl<'a> NewestValues<'a> {
             Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(text), record),
             None => topic.set(0, Cow::Borrowed(""), PayloadValue::Bytes(record.payload), record),
         }
+    }
+
+    /// As [`NewestValues::observe`], where nobody has read the members yet.
+    pub(super) fn observe_payload(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
+        let mut members = Vec::new();
+        let is_object = text.is_some_and(|text| read_members(text, &mut members));
+        self.observe(topic_id, record, text, is_object.then_some(&mut members));
+    }
+
+    /// The topics, each with the offset of its newest record and its newest values.
+    pub(super) fn into_topics(self) -> impl Iterator<Item = (i64, Offset, Vec<NewestEntry<'a>>)> {
+        self.topics.into_iter().map(|(topic_id, topic)| (topic_id, topic.offset, topic.into_newest()))
     }
 
     /// Writes the gathered values, in the transaction that `connection` is in.
@@ -250,20 +272,34 @@ impl<'a> NewestTopic<'a> {
     }
 }
 
+impl<'a> NewestEntry<'a> {
+    /// The value as it is kept.
+    pub(super) fn kept(&self) -> KeptValue<'a> {
+        self.value.kept()
+    }
+}
+
 impl<'a> PayloadValue<'a> {
-    /// The form in `latest_values`: JSON, a BLOB, or NULL for a value that is too long.
-    fn to_sql(self) -> ToSqlOutput<'a> {
+    fn kept(self) -> KeptValue<'a> {
         match self {
             PayloadValue::Text(text) if text.len() <= LATEST_VALUE_BYTES_MAX => {
-                match render::portable_json(text) {
-                    Some(json) => ToSqlOutput::Borrowed(ValueRef::Text(json.as_bytes())),
-                    None => ToSqlOutput::Owned(types::Value::Text(serde_json::Value::from(text).to_string())),
-                }
+                KeptValue::Json(match render::portable_json(text) {
+                    Some(json) => Cow::Borrowed(json),
+                    None => Cow::Owned(serde_json::Value::from(text).to_string()),
+                })
             }
-            PayloadValue::Bytes(bytes) if bytes.len() <= LATEST_VALUE_BYTES_MAX => {
-                ToSqlOutput::Borrowed(ValueRef::Blob(bytes))
-            }
-            PayloadValue::Text(_) | PayloadValue::Bytes(_) => ToSqlOutput::Owned(types::Value::Null),
+            PayloadValue::Bytes(bytes) if bytes.len() <= LATEST_VALUE_BYTES_MAX => KeptValue::Bytes(bytes),
+            PayloadValue::Text(_) | PayloadValue::Bytes(_) => KeptValue::TooLong,
+        }
+    }
+
+    /// The form in `latest_values`: JSON, a BLOB, or NULL for a value that is too long.
+    fn to_sql(self) -> ToSqlOutput<'a> {
+        match self.kept() {
+            KeptValue::Json(Cow::Borrowed(json)) => ToSqlOutput::Borrowed(ValueRef::Text(json.as_bytes())),
+            KeptValue::Json(Cow::Owned(json)) => ToSqlOutput::Owned(types::Value::Text(json)),
+            KeptValue::Bytes(bytes) => ToSqlOutput::Borrowed(ValueRef::Blob(bytes)),
+            KeptValue::TooLong => ToSqlOutput::Owned(types::Value::Null),
         }
     }
 }

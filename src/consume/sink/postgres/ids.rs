@@ -1,0 +1,127 @@
+//! A cache of the row ids of datasources, topics, origins and series in PostgreSQL, so that a record costs a few look-ups in
+//! memory and no question to the server.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+
+use headgate_bridge_postgres::PostgresConnection;
+
+use super::{PostgresError, PostgresSink};
+use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
+
+/// How many names are remembered. Beyond that, all are forgotten and read again: clients may invent topics without end,
+/// which must not cost memory for ever.
+const REMEMBERED_NAMES_MAX: usize = 200_000;
+
+/// The row ids that one record refers to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RecordNameIds {
+    pub(super) datasource: i32,
+    pub(super) topic: i32,
+    pub(super) origin: i32,
+}
+
+/// The remembered row ids.
+#[derive(Default)]
+pub(super) struct RememberedNames {
+    /// By what `datasources` calls it: its id, and those of its topics.
+    datasources: HashMap<Box<str>, (i32, HashMap<Box<str>, i32>)>,
+    origins: HashMap<(KeyId, Transport), HashMap<Box<str>, i32>>,
+    /// By topic.
+    series: HashMap<i32, HashMap<Box<str>, i32>>,
+    remembered: usize,
+}
+
+impl RememberedNames {
+    /// Forgets everything. Call this when a transaction that may have inserted names was not committed.
+    pub(super) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    fn make_room(&mut self) {
+        if self.remembered >= REMEMBERED_NAMES_MAX {
+            self.clear();
+        }
+        self.remembered += 1;
+    }
+
+    fn find(&self, record: &RecordRef<'_>, name: &str) -> Option<RecordNameIds> {
+        let (datasource, topics) = self.datasources.get(name)?;
+        let topic = *topics.get(record.topic)?;
+        let origins = self.origins.get(&(record.key_id, record.transport))?;
+        let origin = *origins.get(record.content_type)?;
+        Some(RecordNameIds { datasource: *datasource, topic, origin })
+    }
+}
+
+impl PostgresSink {
+    /// The row ids of a record, which is of this incarnation of its datasource; `name` is what `datasources` calls that.
+    /// Inserts a name that the database does not have.
+    pub(super) fn name_ids(
+        &mut self,
+        record: &RecordRef<'_>,
+        name: &str,
+        incarnation: Incarnation,
+    ) -> Result<RecordNameIds, PostgresError> {
+        if let Some(ids) = self.names.find(record, name) {
+            return Ok(ids);
+        }
+        self.names.make_room();
+        let Ok(scope) = DatasourceId::parse_scope(record.datasource).map(|id| id.scope(incarnation)) else {
+            // No intake lets such a record in.
+            return Ok(RecordNameIds { datasource: 0, topic: 0, origin: 0 });
+        };
+        let datasource = self.ensure_datasource(&scope, name)?;
+        let topic = ensure_topic(&self.connection, datasource, record.topic)?;
+        let origin = self.connection.query_one(
+            "INSERT INTO origins (key_id, transport, content_type) VALUES ($1, $2, $3)
+             ON CONFLICT (key_id, transport, content_type) DO UPDATE SET key_id = excluded.key_id RETURNING id",
+            &[&record.key_id.to_string(), &record.transport.as_str(), &text_of(record.content_type)],
+        )?;
+        let origin = origin.get(0);
+        let (_, topics) =
+            self.names.datasources.entry(name.into()).or_insert_with(|| (datasource, HashMap::new()));
+        topics.insert(record.topic.into(), topic);
+        let origins = self.names.origins.entry((record.key_id, record.transport)).or_default();
+        origins.insert(record.content_type.into(), origin);
+        Ok(RecordNameIds { datasource, topic, origin })
+    }
+
+    /// The row id of a topic's samples under a key.
+    pub(super) fn series_id(&mut self, topic: i32, key: &str) -> Result<i32, PostgresError> {
+        if let Some(id) = self.names.series.get(&topic).and_then(|keys| keys.get(key)) {
+            return Ok(*id);
+        }
+        self.names.make_room();
+        let row = self.connection.query_one(
+            "INSERT INTO series (topic_id, key) VALUES ($1, $2)
+             ON CONFLICT (topic_id, key) DO UPDATE SET key = excluded.key RETURNING id",
+            &[&topic, &text_of(key)],
+        )?;
+        let id = row.get(0);
+        self.names.series.entry(topic).or_default().insert(key.into(), id);
+        Ok(id)
+    }
+}
+
+/// The row of a topic; without one, makes it.
+pub(super) fn ensure_topic(
+    connection: &PostgresConnection,
+    datasource: i32,
+    topic: &str,
+) -> Result<i32, PostgresError> {
+    let row = connection.query_one(
+        "INSERT INTO topics (datasource_id, topic, latest_offset) VALUES ($1, $2, -1)
+         ON CONFLICT (datasource_id, topic) DO UPDATE SET topic = excluded.topic RETURNING id",
+        &[&datasource, &text_of(topic)],
+    )?;
+    Ok(row.get(0))
+}
+
+/// A text as PostgreSQL takes it: it has no NUL, which is shown as its picture.
+pub(super) fn text_of(text: &str) -> Cow<'_, str> {
+    match text.contains('\0') {
+        false => Cow::Borrowed(text),
+        true => Cow::Owned(text.replace('\0', "\u{2400}")),
+    }
+}
