@@ -9,6 +9,7 @@ mod cli;
 mod cors;
 mod environment;
 mod floods;
+mod influx;
 mod memory;
 mod openapi;
 mod proxied;

@@ -20,7 +20,7 @@ use super::lent::BodyLender;
 use super::persistence::{announce_keep_alive, wants_to_persist};
 use super::request_form::{check_host, note_authority};
 use super::server::HttpPeer;
-use super::{HttpFrontState, credentials};
+use super::{HttpFrontState, credentials, influx};
 use crate::front::problem::{Problem, RefusedRequest};
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
 use crate::message::{DatasourceId, Transport};
@@ -48,7 +48,8 @@ pub(super) async fn request_middleware(
     request.extensions_mut().insert(memory.clone());
     let route = request.extensions().get::<MatchedPath>().cloned();
     let method = request.method().clone();
-    let datasource = datasource_in(request.uri().path()).to_owned();
+    let datasource = influx::datasource_named(request.uri())
+        .unwrap_or_else(|| datasource_in(request.uri().path()).to_owned());
     let has_body = !request.body().is_end_stream();
     let http1 = request.version() < Version::HTTP_2;
     let persists = wants_to_persist(request.version(), request.headers());
@@ -67,8 +68,9 @@ pub(super) async fn request_middleware(
     let mut response = match host.and_then(|()| credentials::refuse_key_in_url(request.uri())) {
         Ok(()) => next.run(request).await,
         Err(problem) => {
+            let response = influx::in_dialect_of(request.uri().path(), problem);
             drop(request);
-            problem.into_response()
+            response
         }
     };
     drop(unanswered);
