@@ -82,9 +82,12 @@ pub struct RecordJson<'a> {
     key_id: String,
     transport: Transport,
     received_at: Rfc3339,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_at: Option<Rfc3339>,
 }
 
-/// `{"offset", "topic", "payload", "content_type", "key_id", "transport", "received_at"}`, with
+/// `{"offset", "topic", "payload", "content_type", "key_id", "transport", "received_at"}`, with `"event_at"` if its sender
+/// has said when it was measured, and with
 /// `"payload_encoding": "base64"` beside a payload that is neither JSON nor text.
 pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
     let payload = PayloadJson::from_bytes(&record.payload);
@@ -97,6 +100,7 @@ pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
         key_id: record.key_id.to_string(),
         transport: record.transport,
         received_at: Rfc3339(record.received_at),
+        event_at: record.event_at.map(Rfc3339),
     }
 }
 
@@ -235,15 +239,17 @@ mod tests {
             key_id: KeyId([1, 0x23, 0x45, 0x67, 0x89, 0xab]),
             transport: Transport::Mqtt,
             received_at: 1_795_426_119_000_120,
+            event_at: None,
         };
         let shown = serde_json::to_string(&record_json(&record)).expect("serializable");
         let expected = r#"{"offset":7,"topic":"spindle/temp","payload":{"t":1},"content_type":null,"key_id":"0123456789ab","transport":"mqtt","received_at":"2026-11-23T09:28:39.000120Z"}"#;
         assert_eq!(shown, expected);
 
-        let binary = StoredRecord { payload: vec![0xff], content_type: "image/x".into(), ..record };
+        let binary = StoredRecord { payload: vec![0xff], content_type: "image/x".into(), event_at: Some(-1), ..record };
         let shown = serde_json::to_value(record_json(&binary)).expect("serializable");
         assert_eq!(shown["payload"], "/w==");
         assert_eq!(shown["payload_encoding"], "base64");
         assert_eq!(shown["content_type"], "image/x");
+        assert_eq!(shown["event_at"], "1969-12-31T23:59:59.999999Z");
     }
 }

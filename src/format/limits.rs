@@ -387,6 +387,20 @@ pub const LATEST_KEY_BYTES_MAX: usize = 256;
 pub const LATEST_LOOK_BACK_MAX: usize = 100_000;
 /// The largest value that `latest` copies; of a longer one it gives only the place.
 pub const LATEST_VALUE_BYTES_MAX: usize = 64 << 10;
+/// Numbers of one payload that become samples. Enough for a wide reading; more would make one message cost what hundreds do.
+pub const SAMPLES_PER_RECORD_MAX: usize = 256;
+/// Bytes of a sample's key, with the names of the objects that it is in.
+pub const SAMPLE_KEY_BYTES_MAX: usize = LATEST_KEY_BYTES_MAX;
+/// Objects inside of the outermost one whose numbers become samples.
+pub const SAMPLE_DEPTH_MAX: usize = 8;
+/// Bytes of the JSON pointer to an event time.
+pub const EVENT_TIME_POINTER_BYTES_MAX: usize = 256;
+/// Bytes of an event time that is said with a request.
+pub const EVENT_TIME_TEXT_BYTES_MAX: usize = 64;
+/// Parts of the JSON pointer to an event time: each is a scan of what it is in.
+pub const EVENT_TIME_POINTER_PARTS_MAX: usize = 8;
+/// The largest distance between event time and receipt that a datasource may ask for, in seconds: 100 years.
+pub const EVENT_TIME_SKEW_S_MAX: u64 = 100 * 366 * 24 * 3_600;
 
 /// The largest limit of a key or datasource that an operator may set.
 pub const LIMIT_MAX: u64 = 1_000_000_000_000;

@@ -11,6 +11,7 @@ mod incoming;
 #[cfg(test)]
 mod model;
 mod payer;
+mod payload_checks;
 mod question;
 mod refusal;
 mod superseded;
@@ -151,7 +152,7 @@ impl Intake {
             message_id: None,
             ends_failed_exchanges: false,
             all_or_none: false,
-            validation: None,
+            checks: None,
             client: None,
             sections: Vec::new(),
             keys: Vec::new(),

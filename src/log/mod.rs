@@ -89,6 +89,7 @@ pub use headgate_format::log::batch::{Batch, RecordPlace};
 pub use headgate_format::log::note::{QuarantineReason, RecordNote};
 pub use headgate_format::log::offsets::Offsets;
 pub use headgate_format::log::once::OnceId;
+pub use headgate_format::log::record::RecordBody;
 pub use headgate_format::log::section::Section;
 pub use incarnations::{IncarnationHistory, IncarnationStep};
 pub use jetstream::{

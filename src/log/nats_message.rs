@@ -9,7 +9,7 @@ use bytes::Bytes;
 use headgate_bridge_nats::stream::{OutgoingMessage, StoredMessage};
 use headgate_bridge_nats::{HeaderMap, HeaderName};
 
-use super::Section;
+use super::{RecordBody, Section};
 use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, RecordRef, TimeMicros, Transport};
 use crate::subject::{SubjectError, SubjectSpace, topic_from_tokens};
 use crate::time::{Rfc3339, parse_time};
@@ -22,6 +22,8 @@ pub const NATS_CONTENT_TYPE_HEADER: HeaderName = HeaderName::from_static("Conten
 pub const RECORD_KEY_ID_HEADER: HeaderName = HeaderName::from_static("Headgate-Key-Id");
 /// When it was received (RFC 3339).
 pub const RECORD_RECEIVED_AT_HEADER: HeaderName = HeaderName::from_static("Headgate-Received-At");
+/// When it was measured, if its sender has said so (RFC 3339).
+pub const RECORD_EVENT_AT_HEADER: HeaderName = HeaderName::from_static("Headgate-Event-At");
 const RECORD_TRANSPORT_HEADER: HeaderName = HeaderName::from_static("Headgate-Transport");
 const RECORD_PUBLISHER_HEADER: HeaderName = HeaderName::from_static("Headgate-Publisher");
 const RECORD_FLAGS_HEADER: HeaderName = HeaderName::from_static("Headgate-Flags");
@@ -75,6 +77,9 @@ pub fn encode_record(
     record_space(record.flags).write_subject(record.datasource, record.topic, &mut subject)?;
     if !record.content_type.is_empty() {
         headers.insert(NATS_CONTENT_TYPE_HEADER, record.content_type);
+    }
+    if let Some(event_at) = record.event_at {
+        headers.insert(RECORD_EVENT_AT_HEADER, Rfc3339(event_at).to_string());
     }
     if record.flags.0 != 0 {
         headers.insert(RECORD_FLAGS_HEADER, record.flags.0.to_string());
@@ -148,6 +153,10 @@ fn add_decoded(
         return None;
     }
     let content_type = header_text(headers, NATS_CONTENT_TYPE_HEADER).unwrap_or_default();
+    let event_at = match header_text(headers, RECORD_EVENT_AT_HEADER) {
+        Some(text) => Some(parse_time(text)?),
+        None => None,
+    };
     let same = |section: &Section| {
         section.received_at == received_at
             && section.key_id == key_id
@@ -165,10 +174,8 @@ fn add_decoded(
             sections.last_mut()?
         }
     };
-    match flags.has_note() {
-        true => section.push_noted(&topic, &message.payload, content_type, &properties, flags, &note),
-        false => section.push(&topic, &message.payload, content_type, &properties, flags),
-    }
+    let (payload, properties, note) = (&*message.payload, &*properties, &*note);
+    section.push_body(&RecordBody { flags, topic: &topic, content_type, properties, payload, event_at, note });
     Some(())
 }
 
@@ -189,6 +196,7 @@ mod tests {
             transport: Transport::Http,
             publisher: 0x1234,
             received_at: 1_700_000_000_000_001,
+            event_at: flags.contains(RecordFlags::RETAIN).then_some(-1),
             flags,
             note,
         }

@@ -125,8 +125,8 @@ impl<'a> RegistryTransaction<'a> {
     /// Inserts a datasource.
     pub(super) fn insert_datasource(&self, datasource: &Datasource) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
-            "INSERT INTO datasources (id, name, created_at, limits, schemas, incarnation)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            "INSERT INTO datasources (id, name, created_at, limits, schemas, incarnation, event_time)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )?;
         insert.execute(params![
             datasource.id.as_str(),
@@ -135,6 +135,7 @@ impl<'a> RegistryTransaction<'a> {
             datasource.limits.text(),
             datasource.schemas.text(),
             datasource.incarnation,
+            datasource.event_time.text(),
         ])?;
         self.touched(TouchedRow::Datasource(datasource.id.clone()));
         Ok(())
@@ -309,6 +310,19 @@ impl<'a> RegistryTransaction<'a> {
         let mut update =
             self.transaction.prepare_cached("UPDATE datasources SET limits = ?2 WHERE id = ?1")?;
         update.execute(params![datasource.as_str(), limits])?;
+        self.touched(TouchedRow::Datasource(datasource.clone()));
+        Ok(())
+    }
+
+    /// Sets where the event time of a datasource's messages is.
+    pub(super) fn set_datasource_event_time(
+        &self,
+        datasource: &DatasourceId,
+        event_time: Option<&str>,
+    ) -> rusqlite::Result<()> {
+        let mut update =
+            self.transaction.prepare_cached("UPDATE datasources SET event_time = ?2 WHERE id = ?1")?;
+        update.execute(params![datasource.as_str(), event_time])?;
         self.touched(TouchedRow::Datasource(datasource.clone()));
         Ok(())
     }

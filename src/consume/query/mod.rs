@@ -70,6 +70,8 @@ pub struct StoredRecord {
     pub transport: Transport,
     /// When it was received.
     pub received_at: TimeMicros,
+    /// When it was measured, if its sender has said so.
+    pub event_at: Option<TimeMicros>,
 }
 
 /// A page of records, and where the next one starts.

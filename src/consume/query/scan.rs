@@ -11,9 +11,9 @@ use crate::message::TimeMicros;
 /// The records of a datasource, and those of a topic. SQLite orders the rows of one index entry by their
 /// keys, which are the offsets, so that neither query sorts.
 pub(super) const RECORDS_PAGE_SQL: [&str; 2] = [
-    "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
+    "SELECT offset, received_us, topic_id, origin_id, payload, event_us FROM entries
      WHERE datasource_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
-    "SELECT offset, received_us, topic_id, origin_id, payload FROM entries
+    "SELECT offset, received_us, topic_id, origin_id, payload, event_us FROM entries
      WHERE topic_id = ?1 AND offset BETWEEN ?2 AND ?3 ORDER BY offset",
 ];
 
@@ -109,6 +109,7 @@ impl RecordsScan {
                 key_id: origin.key_id,
                 transport: origin.transport,
                 received_at,
+                event_at: row.get(5)?,
             });
         }
         Ok(page)

@@ -120,6 +120,7 @@ fn a_record_comes_back_as_it_was_sent() {
     let mut sent = record(3, "press-4", "spindle/temp °C", b"\xff\x00{");
     sent.content_type = "image/x";
     sent.transport = Transport::Nats;
+    sent.event_at = Some(-1);
     let query = stored(dir.path(), [sent].into_iter(), 4);
     let page = query.records(&all_of("press-4")).expect("reads");
     let expected = StoredRecord {
@@ -130,6 +131,7 @@ fn a_record_comes_back_as_it_was_sent() {
         key_id: sent.key_id,
         transport: Transport::Nats,
         received_at: sent.received_at,
+        event_at: Some(-1),
     };
     assert_eq!((page.records, page.next), (vec![expected], None));
     assert!(query.records(&all_of("press-9")).expect("reads").records.is_empty());

@@ -23,8 +23,8 @@ pub(super) fn insert_records<'a>(
     let mut newest = NewestValues::default();
     let mut times = TimeIndexRow::default();
     let mut entry = transaction.prepare_cached(
-        "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload, event_us)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
     )?;
     for record in records {
         let Some(row) = row_ids_of(transaction, ids, left_out, &record)? else { continue };
@@ -50,6 +50,7 @@ pub(super) fn insert_records<'a>(
             row.origin,
             record.received_at,
             ToSqlOutput::Borrowed(payload),
+            record.event_at,
         ])?;
         newest.observe(row.topic, &record, text);
     }

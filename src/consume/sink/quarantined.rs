@@ -23,7 +23,7 @@ pub const CAUSE_LIMIT: &str = "limit";
 pub const CAUSE_KEY: &str = "key";
 
 /// The columns that a record has in both tables.
-const ENTRY_COLUMNS: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload";
+const ENTRY_COLUMNS: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload, event_us";
 
 /// The records that a correction moves out of `entries` or back.
 pub(super) const CREATE_MOVED: &str =
@@ -44,8 +44,8 @@ pub(super) fn insert_quarantined(
     connection
         .prepare_cached(
             "INSERT INTO quarantined (offset, datasource_id, topic_id, origin_id, received_us, payload,
-                 properties, publisher, flags, cause, keyword, pointer, detail, schema_version)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+                 properties, publisher, flags, cause, keyword, pointer, detail, schema_version, event_us)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
         )?
         .execute(params![
             sql_offset(record.offset),
@@ -62,6 +62,7 @@ pub(super) fn insert_quarantined(
             reason.as_ref().map(|reason| &*reason.pointer),
             reason.as_ref().map(|reason| &*reason.words),
             reason.as_ref().map(|reason| reason.schema_version),
+            record.event_at,
         ])?;
     Ok(())
 }

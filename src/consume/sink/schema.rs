@@ -3,7 +3,7 @@
 //! Three views are for reading, even while the gateway runs:
 //!
 //! - `records`: `offset`, `datasource`, `topic`, `payload`, `content_type`, `key_id`, `transport`,
-//!   `received_at`, `received_us`. A payload is TEXT when it is UTF-8 without a NUL, else BLOB.
+//!   `received_at`, `received_us`, and `event_at`, `event_us`: when it was measured, NULL if nobody says so. A payload is TEXT when it is UTF-8 without a NUL, else BLOB.
 //! - `latest`: `datasource`, `topic`, `key`, `value`, `offset`, `received_at`, `received_us`: the
 //!   newest value of each top-level key of a topic's JSON objects, and under the key `''` of its
 //!   other payloads.
@@ -38,7 +38,7 @@ const CACHE_KIB: i64 = 32 << 10;
 /// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
 /// to do. Each transaction fails soon, and is tried again.
 pub(in crate::consume) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS],
+    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS, ADD_EVENT_TIME],
     open_lock_wait_max: Duration::from_secs(5),
     lock_wait_max: Duration::from_millis(250),
     pragmas: &[
@@ -73,6 +73,22 @@ macro_rules! rfc3339 {
             " || printf('.%06dZ', ",
             $us,
             " % 1000000)"
+        )
+    };
+}
+
+/// As [`rfc3339`], also for times before 1970, and NULL for NULL.
+macro_rules! rfc3339_of_any {
+    ($us:literal) => {
+        concat!(
+            "strftime('%Y-%m-%dT%H:%M:%S', (",
+            $us,
+            " - (",
+            $us,
+            " % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')",
+            " || printf('.%06dZ', (",
+            $us,
+            " % 1000000 + 1000000) % 1000000)"
         )
     };
 }
@@ -213,6 +229,43 @@ const ADD_INCARNATIONS: &str = "
     ALTER TABLE datasources ADD COLUMN incarnation INTEGER NOT NULL DEFAULT 1;
 ";
 
+/// Turns format 3 into format 4.
+const ADD_EVENT_TIME: &str = concat!(
+    "
+    -- When it was measured, as its sender says: NULL if nobody does.
+    ALTER TABLE entries ADD COLUMN event_us INTEGER;
+    ALTER TABLE quarantined ADD COLUMN event_us INTEGER;
+    CREATE INDEX entries_event ON entries (topic_id, event_us) WHERE event_us IS NOT NULL;
+
+    DROP VIEW records;
+    CREATE VIEW records AS
+    SELECT e.offset, d.datasource, t.topic, e.payload, o.content_type, o.key_id, o.transport,
+        ",
+    rfc3339!("e.received_us"),
+    " AS received_at, e.received_us, ",
+    rfc3339_of_any!("e.event_us"),
+    " AS event_at, e.event_us
+    FROM entries e
+    LEFT JOIN datasources d ON d.id = e.datasource_id
+    LEFT JOIN topics t ON t.id = e.topic_id
+    LEFT JOIN origins o ON o.id = e.origin_id;
+
+    DROP VIEW quarantine;
+    CREATE VIEW quarantine AS
+    SELECT q.offset, d.datasource, t.topic, q.payload, o.content_type, o.key_id, o.transport,
+        ",
+    rfc3339!("q.received_us"),
+    " AS received_at, q.received_us, q.cause, q.keyword, q.pointer, q.detail, q.schema_version,
+        q.redriven_offset, ",
+    rfc3339_of_any!("q.event_us"),
+    " AS event_at, q.event_us
+    FROM quarantined q
+    LEFT JOIN datasources d ON d.id = q.datasource_id
+    LEFT JOIN topics t ON t.id = q.topic_id
+    LEFT JOIN origins o ON o.id = q.origin_id;
+    "
+);
+
 #[cfg(test)]
 mod tests {
     use rusqlite::Connection;
@@ -230,7 +283,7 @@ mod tests {
         drop(connection);
         let connection = RECORDS_DATABASE.open(&path).expect("upgraded");
         let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
-        assert_eq!(number("PRAGMA user_version"), 3);
+        assert_eq!(number("PRAGMA user_version"), 4);
         assert_eq!(number("SELECT next_offset FROM cursor"), 41);
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);

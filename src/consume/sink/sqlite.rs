@@ -438,7 +438,9 @@ mod tests {
         let mut sink = open(dir.path());
         let mut first = record(0, "press-4", "spindle/temp", PAYLOAD);
         first.content_type = "application/json";
-        sink.store([first, record(1, "press-4", "note", b"hello")].into_iter(), 2, false).expect("stored");
+        let mut second = record(1, "press-4", "note", b"hello");
+        second.event_at = Some(-1);
+        sink.store([first, second].into_iter(), 2, false).expect("stored");
         let sqlite3 = |sql: &str| {
             let path: PathBuf = dir.path().join(RECORDS_FILE_NAME);
             let output = std::process::Command::new("sqlite3").arg(path).arg(sql).output();
@@ -448,8 +450,8 @@ mod tests {
         };
         assert_eq!(
             sqlite3("SELECT * FROM records"),
-            "0|press-4|spindle/temp|{\"t\": 21.5}|application/json|0a0a0a0a0a0a|mqtt|2026-11-23T09:28:39.000000Z|1795426119000000\n\
-             1|press-4|note|hello||0a0a0a0a0a0a|mqtt|2026-11-23T09:28:39.001000Z|1795426119001000\n"
+            "0|press-4|spindle/temp|{\"t\": 21.5}|application/json|0a0a0a0a0a0a|mqtt|2026-11-23T09:28:39.000000Z|1795426119000000||\n\
+             1|press-4|note|hello||0a0a0a0a0a0a|mqtt|2026-11-23T09:28:39.001000Z|1795426119001000|1969-12-31T23:59:59.999999Z|-1\n"
         );
         assert_eq!(
             sqlite3("SELECT topic, key, value, offset, received_at FROM latest ORDER BY topic"),
@@ -466,12 +468,12 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join(RECORDS_FILE_NAME);
         drop(open(dir.path()));
-        Connection::open(&path).and_then(|c| c.pragma_update(None, "user_version", 4)).expect("set");
+        Connection::open(&path).and_then(|c| c.pragma_update(None, "user_version", 5)).expect("set");
         let error = SqliteSink::open(&path).map(drop).expect_err("a newer format");
         assert_eq!(
             error.to_string(),
             format!(
-                "{} has format 4 and this Headgate knows formats up to 3: use a newer one",
+                "{} has format 5 and this Headgate knows formats up to 4: use a newer one",
                 path.display()
             )
         );

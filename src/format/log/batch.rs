@@ -51,12 +51,13 @@ impl Batch {
         let mut sections = BodySections::parse(version, &body)?;
         let mut seen = 0_u32;
         let mut ids = false;
-        let mut noted = false;
+        let (mut noted, mut timed) = (false, false);
         while sections.left > 0 {
             let (head, mut bytes) = sections.take()?;
             for _ in 0..head.records {
                 let (record, rest) = RecordBody::take(&head, bytes)?;
                 noted |= record.flags.has_note();
+                timed |= record.event_at.is_some();
                 bytes = rest;
             }
             if !bytes.is_empty() || head.once.len() % OnceId::BYTES != 0 {
@@ -70,7 +71,8 @@ impl Batch {
         let whole = behind.is_empty()
             && seen == records
             && (once || !ids)
-            && (!noted || flags.contains(FrameFlags::NOTED));
+            && (!noted || flags.contains(FrameFlags::NOTED))
+            && (!timed || flags.contains(FrameFlags::EVENT_TIMED));
         whole.then_some(Self { version, flags, first_offset, records, body })
     }
 

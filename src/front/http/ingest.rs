@@ -27,7 +27,7 @@ use super::body::{self, ReceivedBody};
 use super::credentials::Caller;
 use super::limits::rate_headers;
 use super::messages::{RequestMessages, TopicBuffer};
-use super::{HttpFrontState, PathParameters, run_blocking};
+use super::{HttpFrontState, PathParameters, event_time, run_blocking};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
 use crate::front::problem::Problem;
@@ -123,6 +123,7 @@ pub(super) async fn keep(
     let datasource = shared.datasource(datasource)?.id.clone();
     let (parts, body) = request.into_parts();
     let message_id = idempotency_key(&parts.headers)?;
+    let properties = event_time::stated_property(&parts.headers)?;
     let reserved = parts.headers.keys().filter(|name| is_reserved_name(name.as_str())).count() as u64;
     if reserved > 0 {
         shared.parts.intake.metrics().count_reserved_names(Transport::Http, reserved);
@@ -132,8 +133,18 @@ pub(super) async fn keep(
 
     let intake = shared.parts.intake.clone();
     let (client, payer) = (peer.client, peer.payer);
-    let upload =
-        Upload { grant, client, datasource, topic, content_type, precision, message_id, body, account };
+    let upload = Upload {
+        grant,
+        client,
+        datasource,
+        topic,
+        content_type,
+        precision,
+        message_id,
+        properties,
+        body,
+        account,
+    };
     let kept = async {
         // The draft has copies of the messages: the body is free before the wait for the disk.
         let (drafted, question) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
@@ -281,12 +292,12 @@ impl IngestFailures {
         }
         let words = match (&self.listed[..], self.all) {
             ([only], 1) => format!(
-                "{} (schema version {}). The message is in quarantine at offset {}; nothing of the \
+                "{}{}. The message is in quarantine at offset {}; nothing of the \
                  request was let in.",
-                only.detail, only.schema_version, only.offset
+                only.detail, of_schema(only.schema_version), only.offset
             ),
             (_, all) => format!(
-                "{all} messages do not meet their schema. They are in quarantine; nothing of the request \
+                "{all} messages do not meet their schema or have no usable event time. They are in quarantine; nothing of the request \
                  was let in."
             ),
         };
@@ -298,6 +309,11 @@ impl IngestFailures {
             .with("quarantined", self.all)
             .with("errors", errors)
     }
+}
+
+/// What to add to a reason of this schema version; 0 is that of an event time.
+fn of_schema(version: u32) -> String {
+    if version == 0 { String::new() } else { format!(" (schema version {version})") }
 }
 
 /// What the draft takes for each message beside its payload, mostly.
@@ -312,6 +328,8 @@ struct Upload {
     content_type: String,
     precision: Option<TimePrecision>,
     message_id: Option<String>,
+    /// MQTT 5 properties of each message, in wire form.
+    properties: Vec<u8>,
     body: ReceivedBody,
     /// Who is charged for the memory of what is made of it.
     account: Arc<MemoryAccount>,
@@ -343,10 +361,28 @@ impl Upload {
         self.message_id.as_deref().map_or(Ok(()), |id| draft.keep_once(id))?;
         let mut topic = TopicBuffer::new(&self.topic);
         for index in 0..messages.payloads.len() {
-            let message = message(&messages, index, &mut topic);
+            let message = self.message(&messages, index, &mut topic);
             draft.push(&self.grant, Some(&self.datasource), message)?;
         }
         Ok(draft)
+    }
+
+    /// One of the messages.
+    fn message<'a, 'b>(
+        &'b self,
+        messages: &'b RequestMessages<'a>,
+        index: usize,
+        topic: &'b mut TopicBuffer<'a>,
+    ) -> IncomingMessage<'b> {
+        IncomingMessage {
+            topic: messages.topic(index, topic),
+            payload: messages.payloads[index],
+            content_type: messages.content_type,
+            properties: &self.properties,
+            flags: RecordFlags::default(),
+            message_id: None,
+            exchange: None,
+        }
     }
 
     /// The draft of all its messages, or of only those that fail, if any does; and how much of their rate
@@ -368,10 +404,11 @@ impl Upload {
         for index in 0..messages.payloads.len() {
             if index == 1 {
                 draft.reserve_charged(
-                    self.body.bytes.len() + DRAFT_BYTES_PER_MESSAGE * messages.payloads.len(),
+                    self.body.bytes.len()
+                        + (DRAFT_BYTES_PER_MESSAGE + self.properties.len()) * messages.payloads.len(),
                 )?;
             }
-            let message = IncomingMessage { message_id: of_one, ..message(&messages, index, &mut topic) };
+            let message = IncomingMessage { message_id: of_one, ..self.message(&messages, index, &mut topic) };
             match draft.push(&self.grant, Some(&self.datasource), message) {
                 Ok(_) => {}
                 Err(Refusal::Quarantined(quarantined)) => failures.add(&messages, index, quarantined.reason),
@@ -394,22 +431,5 @@ impl Upload {
         let (body, precision) = (&self.body.bytes, self.precision);
         let charge = self.account.charge(RequestMessages::place_bytes_max(body, precision))?;
         Ok((charge, RequestMessages::split(&self.content_type, precision, body)?))
-    }
-}
-
-/// One of the messages, as intake takes it.
-fn message<'a, 'b>(
-    messages: &'b RequestMessages<'a>,
-    index: usize,
-    topic: &'b mut TopicBuffer<'a>,
-) -> IncomingMessage<'b> {
-    IncomingMessage {
-        topic: messages.topic(index, topic),
-        payload: messages.payloads[index],
-        content_type: messages.content_type,
-        properties: &[],
-        flags: RecordFlags::default(),
-        message_id: None,
-        exchange: None,
     }
 }

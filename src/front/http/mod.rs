@@ -17,6 +17,7 @@ mod credentials;
 mod dashboard;
 mod deletion;
 mod endpoints;
+mod event_time;
 mod frame_meter;
 mod influx;
 mod ingest;
@@ -357,7 +358,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources", manage::create),
         route(get.clone(), "/v1/datasources", manage::list),
         route(get.clone(), "/v1/datasources/{datasource}", manage::show),
-        route(patch.clone(), "/v1/datasources/{datasource}", limits::patch_datasource_limits),
+        route(patch.clone(), "/v1/datasources/{datasource}", limits::patch_datasource),
         route(delete.clone(), "/v1/datasources/{datasource}", deletion::delete),
         route(put, "/v1/datasources/{datasource}/schema", schema::set),
         route(get.clone(), "/v1/datasources/{datasource}/schema", schema::show),

@@ -1,0 +1,259 @@
+//! The samples of a record: each number in its payload, under a key.
+//!
+//! A JSON object gives the numbers of its members; members of objects inside have keys joined by dots, `state.rpm` for
+//! `{"state": {"rpm": 900}}`. A payload that is itself a number is the sample of the key `""`, as in `latest`. `true`
+//! and `false` are 1 and 0, so that what is on or off can be drawn. Texts, `null`, arrays and what is in them give none.
+//! Of a key that comes twice, the first one counts. Numbers are `f64`: integers beyond 2^53 lose their last digits
+//! here, and keep them in the payload.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
+
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::limits::{SAMPLE_DEPTH_MAX, SAMPLE_KEY_BYTES_MAX, SAMPLES_PER_RECORD_MAX};
+use crate::message::TimeMicros;
+
+/// One number of a payload.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sample<'a> {
+    /// Up to [`SAMPLE_KEY_BYTES_MAX`] bytes.
+    pub key: &'a str,
+    /// Finite.
+    pub value: f64,
+    /// When it was measured, if the payload says so for this number alone. `None`: at the record's time.
+    pub at: Option<TimeMicros>,
+}
+
+/// Reads the samples of one payload after the other, into memory that it keeps.
+#[derive(Default)]
+pub struct SampleReader {
+    found: Vec<FoundSample>,
+    /// The keys, one behind the other.
+    keys: String,
+    /// The key of the object that is being read.
+    path: String,
+    /// Makes the digests by which keys are compared: a sender cannot make keys that collide.
+    hasher: RandomState,
+}
+
+/// A sample whose key is in [`SampleReader::keys`].
+struct FoundSample {
+    key: Range<usize>,
+    /// Of the key and `at`.
+    digest: u64,
+    value: f64,
+    at: Option<TimeMicros>,
+}
+
+impl SampleReader {
+    /// The samples of a payload, in its order: at most [`SAMPLES_PER_RECORD_MAX`], the first ones. The times that a
+    /// payload states may be relative to `received_at`.
+    pub fn read(
+        &mut self,
+        content_type: &str,
+        payload: &[u8],
+        received_at: TimeMicros,
+    ) -> impl Iterator<Item = Sample<'_>> {
+        self.found.clear();
+        self.keys.clear();
+        self.path.clear();
+        if let Ok(text) = std::str::from_utf8(payload) {
+            self.read_text(content_type, text, received_at);
+        }
+        self.found.iter().map(|found| Sample {
+            key: &self.keys[found.key.clone()],
+            value: found.value,
+            at: found.at,
+        })
+    }
+
+    /// Reads a payload in the shape that its media type and its beginning say.
+    fn read_text(&mut self, _content_type: &str, text: &str, _received_at: TimeMicros) {
+        self.read_json(text.trim_ascii(), 0);
+    }
+
+    /// Reads a JSON value whose key is the present path. What is not JSON to its end gives nothing.
+    fn read_json(&mut self, text: &str, depth: usize) {
+        match text.as_bytes().first() {
+            Some(b'-' | b'0'..=b'9') => {
+                if let Some(value) = json_number(text, depth > 0) {
+                    self.add(value, None);
+                }
+            }
+            Some(b't') if text == "true" => self.add(1.0, None),
+            Some(b'f') if text == "false" => self.add(0.0, None),
+            Some(b'{') if depth <= SAMPLE_DEPTH_MAX => {
+                let (found, keys) = (self.found.len(), self.keys.len());
+                let mut json = serde_json::Deserializer::from_str(text);
+                let read = (&mut json).deserialize_map(SampleMembers { reader: self, depth });
+                if read.and_then(|()| json.end()).is_err() {
+                    self.found.truncate(found);
+                    self.keys.truncate(keys);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Reads a member of the object at the present path.
+    fn read_member(&mut self, name: &str, value: &str, depth: usize) {
+        if !may_have_sample(value) {
+            return;
+        }
+        let before = self.path.len();
+        if depth > 0 {
+            self.path.push('.');
+        }
+        self.path.push_str(name);
+        if self.path.len() <= SAMPLE_KEY_BYTES_MAX {
+            self.read_json(value, depth + 1);
+        }
+        self.path.truncate(before);
+    }
+
+    /// Adds a sample under the present path.
+    fn add(&mut self, value: f64, at: Option<TimeMicros>) {
+        if self.found.len() >= SAMPLES_PER_RECORD_MAX || !value.is_finite() {
+            return;
+        }
+        let digest = self.hasher.hash_one((self.path.as_str(), at));
+        if self.found.iter().any(|found| found.digest == digest) {
+            return;
+        }
+        let begin = self.keys.len();
+        self.keys.push_str(&self.path);
+        self.found.push(FoundSample { key: begin..self.keys.len(), digest, value, at });
+    }
+}
+
+/// Whether a JSON value may hold a number: by its first byte.
+fn may_have_sample(value: &str) -> bool {
+    matches!(value.as_bytes().first(), Some(b'-' | b'0'..=b'9' | b't' | b'f' | b'{'))
+}
+
+/// A JSON number as `f64`; `None` beyond its range. `is_checked`: a parser has found it to be JSON.
+fn json_number(text: &str, is_checked: bool) -> Option<f64> {
+    let is_json = is_checked || serde_json::from_str::<&RawValue>(text).is_ok();
+    // Rust's own parser reads every number of JSON, and rounds it correctly.
+    text.parse().ok().filter(|value: &f64| is_json && value.is_finite())
+}
+
+/// Reads the members of the object at the reader's path.
+struct SampleMembers<'r> {
+    reader: &'r mut SampleReader,
+    depth: usize,
+}
+
+impl<'a> Visitor<'a> for SampleMembers<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some((MemberName(name), value)) = map.next_entry::<MemberName<'a>, &'a RawValue>()? {
+            self.reader.read_member(&name, value.get(), self.depth);
+        }
+        Ok(())
+    }
+}
+
+/// The name of a member, borrowed unless it is written with escapes.
+pub(crate) struct MemberName<'a>(pub(crate) Cow<'a, str>);
+
+impl<'a> serde::Deserialize<'a> for MemberName<'a> {
+    fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
+        struct MemberNameVisitor;
+        impl<'a> Visitor<'a> for MemberNameVisitor {
+            type Value = MemberName<'a>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a name")
+            }
+
+            fn visit_borrowed_str<E>(self, name: &'a str) -> Result<MemberName<'a>, E> {
+                Ok(MemberName(Cow::Borrowed(name)))
+            }
+
+            fn visit_str<E>(self, name: &str) -> Result<MemberName<'a>, E> {
+                Ok(MemberName(Cow::Owned(name.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(MemberNameVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(payload: &[u8]) -> Vec<(String, f64)> {
+        let mut reader = SampleReader::default();
+        // What an earlier payload left does not show.
+        drop(reader.read("", br#"{"old": 1, "t": 99}"#, 0));
+        reader.read("", payload, 0).map(|sample| (sample.key.to_owned(), sample.value)).collect()
+    }
+
+    fn samples(of: &[(&str, f64)]) -> Vec<(String, f64)> {
+        of.iter().map(|(key, value)| ((*key).to_owned(), *value)).collect()
+    }
+
+    #[test]
+    fn numbers_of_objects_have_their_keys_joined_by_dots() {
+        let payload = br#" {"t": 21.50, "n": -3, "on": true, "off": false, "unit": "C", "no": null, "list": [1, {"x": 2}],
+            "state": {"rpm": 9e2, "deep": {"er": 1}}, "big": 1e999, "\u0061": 4} "#;
+        let expected = [
+            ("t", 21.5),
+            ("n", -3.0),
+            ("on", 1.0),
+            ("off", 0.0),
+            ("state.rpm", 900.0),
+            ("state.deep.er", 1.0),
+            ("a", 4.0),
+        ];
+        assert_eq!(read(payload), samples(&expected));
+    }
+
+    #[test]
+    fn a_number_alone_has_the_empty_key_and_what_is_no_json_gives_none() {
+        assert_eq!(read(b" 21.5\n"), samples(&[("", 21.5)]));
+        assert_eq!(read(b"true"), samples(&[("", 1.0)]));
+        let nothing: [&[u8]; 15] = [
+            b"", b"on", b"21.5 C", b"007", b"1.", b"-", b"1e999", b"inf", b"NaN", b"[1]", b"\"1\"", b"null", b"{}",
+            b"\xff{\"t\":1}", b"{\"a\": 1, \"b\": 2",
+        ];
+        for nothing in nothing {
+            assert_eq!(read(nothing), [], "{}", String::from_utf8_lossy(nothing));
+        }
+        assert_eq!(read(b"{\"a\": 1} x"), []);
+    }
+
+    #[test]
+    fn of_a_key_that_comes_twice_the_first_counts() {
+        assert_eq!(read(br#"{"t": 1, "t": 2, "\u0074": 3}"#), samples(&[("t", 1.0)]));
+        assert_eq!(read(br#"{"a.b": 1, "a": {"b": 2}}"#), samples(&[("a.b", 1.0)]));
+        assert_eq!(read(br#"{"t": "x", "t": 2}"#), samples(&[("t", 2.0)]), "a text is no sample");
+    }
+
+    #[test]
+    fn keys_samples_and_depth_are_bounded() {
+        let (key, long) = ("k".repeat(SAMPLE_KEY_BYTES_MAX), "k".repeat(SAMPLE_KEY_BYTES_MAX + 1));
+        let payload = format!(r#"{{"{long}": 1, "{key}": 2, "x": {{"{key}": 3}}}}"#);
+        assert_eq!(read(payload.as_bytes()), samples(&[(&key, 2.0)]));
+
+        let many: Vec<String> = (0..=SAMPLES_PER_RECORD_MAX).map(|n| format!("\"k{n}\": {n}")).collect();
+        let read_of_many = read(format!("{{{}}}", many.join(",")).as_bytes());
+        assert_eq!(read_of_many.len(), SAMPLES_PER_RECORD_MAX);
+        assert_eq!(read_of_many[1], ("k1".to_owned(), 1.0));
+
+        let nested = |levels: usize| format!("{}1{}", "{\"a\":".repeat(levels), "}".repeat(levels));
+        assert_eq!(read(nested(SAMPLE_DEPTH_MAX + 1).as_bytes()).len(), 1);
+        assert_eq!(read(nested(SAMPLE_DEPTH_MAX + 2).as_bytes()).len(), 0);
+        assert_eq!(read(nested(100_000).as_bytes()).len(), 0);
+    }
+}
