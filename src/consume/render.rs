@@ -245,7 +245,12 @@ mod tests {
         let expected = r#"{"offset":7,"topic":"spindle/temp","payload":{"t":1},"content_type":null,"key_id":"0123456789ab","transport":"mqtt","received_at":"2026-11-23T09:28:39.000120Z"}"#;
         assert_eq!(shown, expected);
 
-        let binary = StoredRecord { payload: vec![0xff], content_type: "image/x".into(), event_at: Some(-1), ..record };
+        let binary = StoredRecord {
+            payload: vec![0xff],
+            content_type: "image/x".into(),
+            event_at: Some(-1),
+            ..record
+        };
         let shown = serde_json::to_value(record_json(&binary)).expect("serializable");
         assert_eq!(shown["payload"], "/w==");
         assert_eq!(shown["payload_encoding"], "base64");

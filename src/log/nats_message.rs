@@ -175,7 +175,15 @@ fn add_decoded(
         }
     };
     let (payload, properties, note) = (&*message.payload, &*properties, &*note);
-    section.push_body(&RecordBody { flags, topic: &topic, content_type, properties, payload, event_at, note });
+    section.push_body(&RecordBody {
+        flags,
+        topic: &topic,
+        content_type,
+        properties,
+        payload,
+        event_at,
+        note,
+    });
     Some(())
 }
 

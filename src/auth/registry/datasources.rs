@@ -85,7 +85,8 @@ impl Registry {
         }
         let scopes = new.scopes;
         let mut what = json!({ "name": name, "scopes": scopes });
-        for (setting, text) in [("limits", new.limits), ("schemas", new.schemas), ("event_time", new.event_time)]
+        for (setting, text) in
+            [("limits", new.limits), ("schemas", new.schemas), ("event_time", new.event_time)]
         {
             if text.is_some() {
                 what[setting] = setting_as_json(text);

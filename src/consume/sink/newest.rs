@@ -2,7 +2,8 @@
 //! changes a thousand times in it is written once.
 //!
 //! A payload that is a JSON object gives a value to each of its top-level keys; any other payload is
-//! itself the value of the key `""`. Of a member that an object has twice, the first one counts: SQLite's JSON
+//! itself the value of the key `""`. Payloads of other shapes (`src/values/shape`) give the values that those have, the one with
+//! the latest time where a key has several. Of a member that an object has twice, the first one counts: SQLite's JSON
 //! functions read that one in the payloads and values of every view. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: one
 //! more replaces the key whose value is oldest.
 
@@ -22,13 +23,14 @@ use crate::limits::{
     LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX, LATEST_VALUE_BYTES_MAX,
 };
 use crate::message::{Offset, RecordRef, TimeMicros};
+use crate::values::ShapedPayload;
 
 /// The newest values, by the topic's row id.
 #[derive(Default)]
 pub(super) struct NewestValues<'a> {
     topics: HashMap<i64, NewestTopic<'a>>,
     /// The members of the present object; kept for its allocation.
-    members: Vec<(Cow<'a, str>, &'a str)>,
+    members: Vec<(Cow<'a, str>, Cow<'a, str>)>,
 }
 
 /// The newest values of one topic.
@@ -50,10 +52,9 @@ struct NewestEntry<'a> {
 }
 
 /// A value as the payload has it.
-#[derive(Clone, Copy)]
 enum PayloadValue<'a> {
     /// JSON or other text.
-    Text(&'a str),
+    Text(Cow<'a, str>),
     /// A payload that is not text.
     Bytes(&'a [u8]),
 }
@@ -64,12 +65,12 @@ impl<'a> NewestValues<'a> {
         let topic = self.topics.entry(topic_id).or_default();
         topic.offset = record.offset;
         match text {
-            Some(text) if read_members(text, &mut self.members) => {
+            Some(text) if read_values(&shaped_payload(record, text), &mut self.members) => {
                 for (place, (key, value)) in self.members.drain(..).enumerate() {
                     topic.set(place, key, PayloadValue::Text(value), record);
                 }
             }
-            Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(text), record),
+            Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)), record),
             None => topic.set(0, Cow::Borrowed(""), PayloadValue::Bytes(record.payload), record),
         }
     }
@@ -120,7 +121,9 @@ pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::
         .collect::<rusqlite::Result<HashSet<String>>>()?;
     set_latest_offset(connection, topic_id)?;
     let mut entries = connection.prepare_cached(
-        "SELECT offset, received_us, payload FROM entries WHERE topic_id = ?1 ORDER BY offset DESC LIMIT ?2",
+        "SELECT e.offset, e.received_us, e.payload, o.content_type, t.topic
+         FROM entries e JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
+         WHERE e.topic_id = ?1 ORDER BY e.offset DESC LIMIT ?2",
     )?;
     let mut rows = entries.query([topic_id, i64::try_from(LATEST_LOOK_BACK_MAX).unwrap_or(i64::MAX)])?;
     while !wanted.is_empty()
@@ -136,8 +139,9 @@ pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::
 pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     set_latest_offset(connection, topic_id)?;
     let mut entries = connection.prepare_cached(
-        "SELECT offset, received_us, payload FROM entries
-         WHERE topic_id = ?1 AND offset IN (SELECT offset FROM temp.moved) ORDER BY offset",
+        "SELECT e.offset, e.received_us, e.payload, o.content_type, t.topic
+         FROM entries e JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
+         WHERE e.topic_id = ?1 AND e.offset IN (SELECT offset FROM temp.moved) ORDER BY e.offset",
     )?;
     let mut rows = entries.query([topic_id])?;
     while let Some(row) = rows.next()? {
@@ -156,7 +160,7 @@ fn set_latest_offset(connection: &Connection, topic_id: i64) -> rusqlite::Result
     Ok(())
 }
 
-/// Writes those values of one record (`offset, received_us, payload`) that are `wanted` and newer than the
+/// Writes those values of one record (`offset, received_us, payload, content_type, topic`) that are `wanted` and newer than the
 /// present ones.
 fn put_values(
     connection: &Connection,
@@ -176,9 +180,10 @@ fn put_values(
     let values = match payload {
         ValueRef::Text(_) => {
             let text = payload.as_str()?;
-            match read_members(text, &mut members) {
+            let (content_type, topic) = (row.get_ref(3)?.as_str()?, row.get_ref(4)?.as_str()?);
+            match read_values(&ShapedPayload { topic, content_type, text, received_at }, &mut members) {
                 true => members.into_iter().map(|(key, value)| (key, PayloadValue::Text(value))).collect(),
-                false => vec![(Cow::Borrowed(""), PayloadValue::Text(text))],
+                false => vec![(Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)))],
             }
         }
         payload => vec![(Cow::Borrowed(""), PayloadValue::Bytes(payload.as_bytes()?))],
@@ -246,12 +251,14 @@ impl<'a> NewestTopic<'a> {
 
 impl<'a> PayloadValue<'a> {
     /// The form in `latest_values`: JSON, a BLOB, or NULL for a value that is too long.
-    fn to_sql(self) -> ToSqlOutput<'a> {
+    fn to_sql(&self) -> ToSqlOutput<'_> {
         match self {
             PayloadValue::Text(text) if text.len() <= LATEST_VALUE_BYTES_MAX => {
                 match render::portable_json(text) {
                     Some(json) => ToSqlOutput::Borrowed(ValueRef::Text(json.as_bytes())),
-                    None => ToSqlOutput::Owned(types::Value::Text(serde_json::Value::from(text).to_string())),
+                    None => {
+                        ToSqlOutput::Owned(types::Value::Text(serde_json::Value::from(&**text).to_string()))
+                    }
                 }
             }
             PayloadValue::Bytes(bytes) if bytes.len() <= LATEST_VALUE_BYTES_MAX => {
@@ -262,9 +269,36 @@ impl<'a> PayloadValue<'a> {
     }
 }
 
+fn shaped_payload<'a>(record: &RecordRef<'a>, text: &'a str) -> ShapedPayload<'a> {
+    let RecordRef { topic, content_type, received_at, .. } = *record;
+    ShapedPayload { topic, content_type, text, received_at }
+}
+
+/// Reads the values of a payload, as JSON. Returns whether it has any other than itself.
+fn read_values<'a>(payload: &ShapedPayload<'a>, values: &mut Vec<(Cow<'a, str>, Cow<'a, str>)>) -> bool {
+    values.clear();
+    // Of a key that has several times.
+    let mut places: HashMap<String, (usize, TimeMicros)> = HashMap::new();
+    let is_shaped = payload.read(&mut |key, value, at| {
+        let at = at.unwrap_or(payload.received_at);
+        match places.get_mut(key) {
+            Some((place, latest)) if at >= *latest => {
+                *latest = at;
+                values[*place].1 = Cow::Owned(value.to_json());
+            }
+            Some(_) => {}
+            None => {
+                places.insert(key.to_owned(), (values.len(), at));
+                values.push((Cow::Owned(key.to_owned()), Cow::Owned(value.to_json())));
+            }
+        }
+    });
+    is_shaped || read_members(payload.text, values)
+}
+
 /// Reads the members of a JSON object. Returns whether `text` is one. Values are parsed only as far as
 /// needed to find their end.
-fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, &'a str)>) -> bool {
+fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, Cow<'a, str>)>) -> bool {
     members.clear();
     if !text.trim_start().starts_with('{') {
         return false;
@@ -273,7 +307,7 @@ fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, &'a str)>) -
     (&mut json).deserialize_map(MembersVisitor(members)).and_then(|()| json.end()).is_ok()
 }
 
-struct MembersVisitor<'m, 'a>(&'m mut Vec<(Cow<'a, str>, &'a str)>);
+struct MembersVisitor<'m, 'a>(&'m mut Vec<(Cow<'a, str>, Cow<'a, str>)>);
 
 impl<'a> Visitor<'a> for MembersVisitor<'_, 'a> {
     type Value = ();
@@ -284,7 +318,7 @@ impl<'a> Visitor<'a> for MembersVisitor<'_, 'a> {
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some((MemberKey(key), value)) = map.next_entry::<MemberKey<'a>, &'a RawValue>()? {
-            self.0.push((key, value.get()));
+            self.0.push((key, Cow::Borrowed(value.get())));
         }
         Ok(())
     }

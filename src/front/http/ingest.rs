@@ -294,7 +294,9 @@ impl IngestFailures {
             ([only], 1) => format!(
                 "{}{}. The message is in quarantine at offset {}; nothing of the \
                  request was let in.",
-                only.detail, of_schema(only.schema_version), only.offset
+                only.detail,
+                of_schema(only.schema_version),
+                only.offset
             ),
             (_, all) => format!(
                 "{all} messages do not meet their schema or have no usable event time. They are in quarantine; nothing of the request \
@@ -408,7 +410,8 @@ impl Upload {
                         + (DRAFT_BYTES_PER_MESSAGE + self.properties.len()) * messages.payloads.len(),
                 )?;
             }
-            let message = IncomingMessage { message_id: of_one, ..self.message(&messages, index, &mut topic) };
+            let message =
+                IncomingMessage { message_id: of_one, ..self.message(&messages, index, &mut topic) };
             match draft.push(&self.grant, Some(&self.datasource), message) {
                 Ok(_) => {}
                 Err(Refusal::Quarantined(quarantined)) => failures.add(&messages, index, quarantined.reason),
